@@ -1,0 +1,130 @@
+"""The values that the driver speaks of. Frozen: a change is a new value, stored before it is promised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from ipaddress import (
+    IPv4Address,
+    IPv4Interface,
+    IPv4Network,
+    IPv6Address,
+    IPv6Interface,
+    IPv6Network,
+)
+from typing import Final
+
+IPAddress = IPv4Address | IPv6Address
+IPNetwork = IPv4Network | IPv6Network
+IPInterface = IPv4Interface | IPv6Interface
+
+FORMAT: Final = 1
+"""Version of what hosts must agree on (VXLAN, derived addresses); chosen at allocation, kept for life."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subnet:
+    """One address pool of a network, with the gateway address that Docker reserved in it."""
+
+    pool: IPNetwork
+    gateway: IPInterface | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network as every host of the Swarm sees it.
+
+    `mtu` is what containers see, in bytes. `prefix6` is the ULA /64 from which IPv6 addresses are derived.
+    `port` is the VXLAN UDP port on the underlay. `overlay` is false where there are no other hosts (SCOPE=local).
+    """
+
+    id: str
+    vni: int
+    port: int
+    mtu: int
+    prefix6: IPv6Network
+    subnets: tuple[Subnet, ...] = ()
+    ipv6: bool = False
+    internal: bool = False
+    acceleration: bool = True
+    overlay: bool = True
+    format: int = FORMAT
+    options: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One container's attachment to one network. `sandbox_key` is Docker's name of the namespace, after Join."""
+
+    id: str
+    network_id: str
+    mac: str
+    ipv4: IPv4Interface | None = None
+    ipv6: IPv6Interface | None = None
+    sandbox_key: str | None = None
+    created: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another host that shares a network, as Docker's gossip names it."""
+
+    name: str
+    address: IPAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One member of a service on a network, as Docker's gossip names it."""
+
+    name: str
+    address: IPv4Address
+    endpoint_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A service on a network; `vip` is None with `--endpoint-mode dnsrr`."""
+
+    name: str
+    vip: IPv4Address | None
+    tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalContainer:
+    """A container of this host on a network, as the engine lists it."""
+
+    id: str
+    name: str
+    endpoint_id: str
+    address: IPv4Interface | None
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkView:
+    """What the engine of this host says of one network at one moment."""
+
+    id: str
+    name: str
+    driver: str
+    peers: tuple[Peer, ...] = ()
+    services: tuple[Service, ...] = ()
+    containers: tuple[LocalContainer, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """What the engine says of itself."""
+
+    version: str
+    hostname: str
+    root: str
+    swarm: bool
+    node_id: str
+    node_address: IPAddress | None
+    manager: bool
+    managers: tuple[str, ...] = ()
+
+
+VipTable = dict[IPv4Address, tuple[IPv4Address, ...]]
+"""VIP -> addresses of the tasks that take new connections, sorted. Empty tuple: a service without tasks."""

@@ -1,0 +1,37 @@
+"""Names of what we make on a host, derived from Docker's IDs, so that removal needs no memory.
+
+Interface names are a three-letter prefix and the first twelve characters of the ID: IFNAMSIZ leaves fifteen.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+BRIDGE: Final = "ffb"
+VXLAN: Final = "ffx"
+HOST_VETH: Final = "ffh"
+CONTAINER_VETH: Final = "ffc"
+PREFIXES: Final = (BRIDGE, VXLAN, HOST_VETH, CONTAINER_VETH)
+
+SHORT_ID: Final = 12
+
+
+def short(identifier: str) -> str:
+    """The part of a network's or endpoint's ID that its interfaces carry."""
+    return identifier[:SHORT_ID]
+
+
+def bridge(network_id: str) -> str:
+    return BRIDGE + short(network_id)
+
+
+def vxlan(network_id: str) -> str:
+    return VXLAN + short(network_id)
+
+
+def host_veth(endpoint_id: str) -> str:
+    return HOST_VETH + short(endpoint_id)
+
+
+def container_veth(endpoint_id: str) -> str:
+    return CONTAINER_VETH + short(endpoint_id)

@@ -1,0 +1,85 @@
+"""The seams of the driver: what it needs of the kernel, of Docker and of a container's namespace.
+
+Each has one real implementation and one fake; the same contract tests run on both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from driver.model import Endpoint, EngineView, IPAddress, Network, NetworkView, VipTable
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What of ours exists in the kernel, by short ID (see `names.short`)."""
+
+    networks: frozenset[str]
+    endpoints: frozenset[str]
+
+
+class Kernel(Protocol):
+    """Bridges, VXLAN devices, veths and source filters of this host. Every call is idempotent.
+
+    All raise `KernelError`.
+    """
+
+    def prepare(self) -> None:
+        """Make or reopen the overlay namespace."""
+
+    def attach(self, network: Network, endpoint: Endpoint) -> None:
+        """Make the network's bridge and VXLAN device if absent, then the endpoint's veth pair and filter.
+
+        Afterwards the container's end (`names.container_veth`) is in the host's namespace, the host's end is an
+        up port of the bridge.
+        """
+
+    def detach(self, network_id: str, endpoint_id: str) -> None:
+        """Remove the endpoint's veth pair and filter; absence is fine."""
+
+    def remove_network(self, network_id: str) -> None:
+        """Remove bridge and VXLAN device; absence is fine."""
+
+    def set_peers(self, network_id: str, peers: Iterable[IPAddress]) -> frozenset[IPAddress]:
+        """Make the flood list of the VXLAN device exactly `peers`; returns those added. No device: nothing."""
+
+    def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
+        """Send gratuitous ARP (RFC 5227) and unsolicited NA (RFC 4861) for the endpoints into the network."""
+
+    def inventory(self) -> Inventory:
+        """What exists, whoever made it."""
+
+    def underlay_mtu(self) -> int:
+        """MTU in bytes of the device that carries the underlay."""
+
+    def cleanup(self) -> list[str]:
+        """Remove everything of ours from the kernel; returns the names of what was removed."""
+
+
+class Balancer(Protocol):
+    """VIPs in one container's network namespace. Raises `KernelError`."""
+
+    def apply(self, sandbox: Path, table: VipTable) -> bool:
+        """Make the namespace's VIP rules those of `table`; false if the namespace is gone or not there yet."""
+
+
+class Directory(Protocol):
+    """Docker's own facts, read from the engine of this host. Raises `EngineError`; never used inside a request."""
+
+    def engine(self) -> EngineView: ...
+
+    def networks(self) -> frozenset[str]:
+        """IDs of all networks that the engine lists for our driver."""
+
+    def network(self, network_id: str) -> NetworkView | None:
+        """The engine's view, None if it knows no such network."""
+
+
+class TaskResolver(Protocol):
+    """Which tasks of a service take new connections, by the embedded DNS of one container."""
+
+    def tasks(self, sandbox: Path, service: str, network_name: str) -> frozenset[IPAddress] | None:
+        """Addresses behind `tasks.<service>`; None if the resolver can't be asked."""
