@@ -337,9 +337,7 @@ class LinuxKernel:
             ),
             endpoints=frozenset(name[3:] for name in found if name.startswith(names.HOST_VETH))
             | frozenset(
-                chain[2 : 2 + names.SHORT_ID]
-                for chain in self._chains()
-                if chain.startswith("ep")
+                chain[2 : 2 + names.SHORT_ID] for chain in self._chains() if chain.startswith("ep")
             ),
         )
 

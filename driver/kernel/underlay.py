@@ -38,7 +38,9 @@ def _link(route: IPRoute, **match: Any) -> tuple[str, int]:
 def _by_address(route: IPRoute, address: IPAddress) -> Underlay | None:
     family = 2 if isinstance(address, IPv4Address) else 10
     for item in route.get_addr(family=family):
-        if item.get_attr("IFA_ADDRESS") == str(address) or item.get_attr("IFA_LOCAL") == str(address):
+        if item.get_attr("IFA_ADDRESS") == str(address) or item.get_attr("IFA_LOCAL") == str(
+            address
+        ):
             device, mtu = _link(route, index=item["index"])
             return Underlay(device, mtu, address)
     return None
@@ -72,7 +74,9 @@ def find(choice: str, hint: IPAddress | None) -> Underlay:
             except (NetlinkError, IndexError):
                 continue
             device, mtu = _link(route, index=answer.get_attr("RTA_OIF"))
-            return Underlay(device, mtu, None if family == 2 else ip_address(answer.get_attr("RTA_PREFSRC")))
+            return Underlay(
+                device, mtu, None if family == 2 else ip_address(answer.get_attr("RTA_PREFSRC"))
+            )
         # A host without a route has no peers: take the largest device that is up.
         links = [
             (link.get_attr("IFLA_MTU"), link.get_attr("IFLA_IFNAME"))
@@ -82,7 +86,9 @@ def find(choice: str, hint: IPAddress | None) -> Underlay:
         if links:
             mtu, device = max(links)
             return Underlay(device, mtu, None)
-    raise KernelError("no network interface is up: FreeFlow has no underlay; bring one up or set UNDERLAY")
+    raise KernelError(
+        "no network interface is up: FreeFlow has no underlay; bring one up or set UNDERLAY"
+    )
 
 
 def _by_name(route: IPRoute, name: str, hint: IPAddress | None) -> Underlay:

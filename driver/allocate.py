@@ -1,0 +1,106 @@
+"""What all hosts must agree on for a network, chosen once: VNI, port, MTU, IPv6 prefix, format.
+
+On a Swarm the leader chooses, in AllocateNetwork, and Docker carries the answer to every host and back to the next
+leader. Choices are derived from the network's ID, so that two leaders that can't see each other's choose alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
+
+from driver import options as opt
+from driver.errors import Conflict, InvalidRequest
+from driver.model import FORMAT, Network, Subnet
+
+
+def _digest(network_id: str, purpose: str) -> bytes:
+    return hashlib.sha256(f"freeflow {purpose} {network_id}".encode()).digest()
+
+
+def vni_for(network_id: str, taken: Collection[int]) -> int:
+    """A free VNI, 1 to 2^24-1: the ID's hash, or the next free one after it."""
+    start = int.from_bytes(_digest(network_id, "vni")[:3], "big")
+    for step in range(1 << 24):
+        vni = (start + step) % ((1 << 24) - 1) + 1
+        if vni not in taken:
+            return vni
+    raise Conflict(f"network {network_id}: every VNI is taken; remove a network")
+
+
+def prefix6_for(network_id: str) -> IPv6Network:
+    """The network's unique local /64 (RFC 4193: fd, 40 bits global ID, 16 bits subnet)."""
+    head = bytes([0xFD]) + _digest(network_id, "prefix6")[:7]
+    return IPv6Network((head + bytes(8), 64))
+
+
+def ipv6_for(prefix: IPv6Network, address: IPv4Address) -> IPv6Address:
+    """The IPv6 address that goes with an IPv4 address: it in the prefix's last 32 bits."""
+    return prefix[int(address)]
+
+
+def mac_for(address: IPv4Address) -> str:
+    """The MAC address that goes with an IPv4 address, locally administered, so that neighbour entries don't age wrong."""
+    return "02:42:" + address.packed.hex(":")
+
+
+def network(
+    network_id: str,
+    generic: Mapping[str, str],
+    *,
+    port: int,
+    default_mtu: Callable[[], int],
+    taken: Mapping[int, str],
+    subnets: tuple[Subnet, ...] = (),
+    ipv6: bool = False,
+    internal: bool = False,
+    overlay: bool = True,
+) -> Network:
+    """The network that these options make.
+
+    `generic` is what the user gave with -o, and what an earlier allocation added. `taken` maps VNIs in use to the
+    network that has them; `default_mtu` is asked only when no option says.
+
+    Raises:
+        InvalidRequest: bad options, or a format that this version doesn't speak.
+        Conflict: the VNI asked for belongs to another network.
+    """
+    parsed = opt.parse(generic)
+    chosen_format = parsed.own_format or FORMAT
+    if chosen_format != FORMAT:
+        raise InvalidRequest(
+            f"network {network_id} has format {chosen_format}, this version of FreeFlow speaks {FORMAT}; "
+            "upgrade the plugin on this host"
+        )
+    others = {vni: owner for vni, owner in taken.items() if owner != network_id}
+    vni = parsed.own_vni or parsed.vni
+    if vni in others and parsed.own_vni is None:
+        raise Conflict(
+            f"network {network_id}: option vni={vni} is taken by network {others[vni]}; choose another"
+        )
+    return Network(
+        id=network_id,
+        vni=vni or vni_for(network_id, others),
+        port=parsed.own_port or port,
+        mtu=parsed.own_mtu or parsed.mtu or default_mtu(),
+        prefix6=parsed.own_prefix6 or prefix6_for(network_id),
+        subnets=subnets,
+        ipv6=ipv6,
+        internal=internal,
+        acceleration=parsed.acceleration,
+        overlay=overlay,
+        options=dict(generic),
+    )
+
+
+def answer(chosen: Network) -> dict[str, str]:
+    """AllocateNetwork's answer: the user's options and ours, for Docker replaces the former by what is returned."""
+    return {
+        **chosen.options,
+        opt.FORMAT: str(chosen.format),
+        opt.VNI: str(chosen.vni),
+        opt.PORT: str(chosen.port),
+        opt.MTU: str(chosen.mtu),
+        opt.PREFIX6: str(chosen.prefix6),
+    }
