@@ -5,6 +5,7 @@
      ├── NotFound          the named network or endpoint is not known here
      ├── Conflict          the request contradicts what is already promised
      ├── SettingError      a plugin setting is wrong; the message ends with the line that mends it
+     ├── StateError        what is stored on this host can't be read or written
      ├── KernelError       the kernel refused or lacks something
      └── EngineError       Docker's API did not answer, or not usefully
 
@@ -32,6 +33,10 @@ class Conflict(FreeFlowError):
 
 class SettingError(FreeFlowError):
     """A plugin setting is wrong; the message ends with the `docker plugin set` line that mends it."""
+
+
+class StateError(FreeFlowError):
+    """What is stored on this host can't be read or written."""
 
 
 class KernelError(FreeFlowError):

@@ -92,17 +92,27 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class LocalContainer:
-    """A container of this host on a network, as the engine lists it."""
+    """A container of this host on a network, as the engine lists it.
+
+    `mac`, `ipv6` and `sandbox_key` are what an endpoint is rebuilt from when our own record of it is lost.
+    """
 
     id: str
     name: str
     endpoint_id: str
     address: IPv4Interface | None
+    mac: str | None = None
+    ipv6: IPv6Interface | None = None
+    sandbox_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkView:
-    """What the engine of this host says of one network at one moment."""
+    """What the engine of this host says of one network at one moment.
+
+    `scope` is the engine's word: "swarm" for networks that Swarm brings to the hosts. `options`, `subnets`, `ipv6`
+    and `internal` are what a network is rebuilt from when our own record of it is lost.
+    """
 
     id: str
     name: str
@@ -110,6 +120,11 @@ class NetworkView:
     peers: tuple[Peer, ...] = ()
     services: tuple[Service, ...] = ()
     containers: tuple[LocalContainer, ...] = ()
+    scope: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+    subnets: tuple[Subnet, ...] = ()
+    ipv6: bool = False
+    internal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
