@@ -1,0 +1,1 @@
+"""What the promises cost: `freeflow` beside Docker's `overlay` beside the host network, on two hosts in namespaces."""

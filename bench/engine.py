@@ -1,0 +1,101 @@
+"""A Docker engine, spoken to on its socket: what is timed is the engine, not the start of a command.
+
+Only what the measurements need: networks and containers, JSON in and out.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote
+
+from bench.errors import EngineRefused
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("docker", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One engine's API. A connection per call: calls come from many threads at once."""
+
+    socket: Path
+    timeout: float = 120.0
+
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        """The answer's JSON, None where it has no body. Raises `EngineRefused` from status 400 on."""
+        connection = _UnixConnection(self.socket, self.timeout)
+        try:
+            data = None if body is None else json.dumps(body)
+            connection.request(method, path, data, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            text = response.read().decode()
+        finally:
+            connection.close()
+        if response.status >= 400:
+            try:
+                text = json.loads(text)["message"]
+            except (ValueError, KeyError, TypeError):
+                pass
+            raise EngineRefused(response.status, f"{method} {path}", text)
+        return json.loads(text) if text else None
+
+    def version(self) -> str:
+        return str(self.call("GET", "/version")["Version"])
+
+    def create_network(self, name: str, driver: str, labels: dict[str, str]) -> str:
+        body = {
+            "Name": name,
+            "Driver": driver,
+            "Attachable": True,
+            "CheckDuplicate": True,
+            "Labels": labels,
+        }
+        return str(self.call("POST", "/networks/create", body)["Id"])
+
+    def network(self, name: str) -> dict[str, Any]:
+        return cast("dict[str, Any]", self.call("GET", f"/networks/{quote(name)}"))
+
+    def remove_network(self, name: str) -> None:
+        self.call("DELETE", f"/networks/{quote(name)}")
+
+    def create_container(self, body: dict[str, Any], name: str = "") -> str:
+        path = "/containers/create" + (f"?name={quote(name)}" if name else "")
+        return str(self.call("POST", path, body)["Id"])
+
+    def start(self, container: str) -> None:
+        self.call("POST", f"/containers/{container}/start")
+
+    def remove(self, container: str) -> None:
+        """Killed if it runs; absence is fine."""
+        try:
+            self.call("DELETE", f"/containers/{container}?force=1&v=1")
+        except EngineRefused as error:
+            if error.status != 404:
+                raise
+
+    def inspect(self, container: str) -> dict[str, Any]:
+        return cast("dict[str, Any]", self.call("GET", f"/containers/{container}/json"))
+
+    def labelled(self, label: str) -> list[str]:
+        """IDs of all containers, running or not, that carry the label."""
+        filters = quote(json.dumps({"label": [label]}))
+        found = self.call("GET", f"/containers/json?all=1&filters={filters}")
+        return [str(one["Id"]) for one in found]
+
+
+def address(inspected: dict[str, Any], network: str) -> IPv4Address:
+    return IPv4Address(inspected["NetworkSettings"]["Networks"][network]["IPAddress"])

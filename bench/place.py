@@ -1,0 +1,114 @@
+"""Where a load program runs: inside the network and file system of a container, entered from outside.
+
+`docker exec` would cost a daemon's work for each run; a program entered with nsenter costs a fork. All subjects are
+entered the same way, so what entering costs is in none of the ratios.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Final
+
+from bench.errors import ProgramError
+
+CONGESTION_CONTROL: Final = "cubic"
+"""The machine's default may be one that paces (bbr), which hides what the path can carry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The namespaces of process `pid`; `address` is how the other end reaches it."""
+
+    pid: int
+    address: IPv4Address
+
+    def enter(self, *program: str) -> list[str]:
+        return ["nsenter", "--target", str(self.pid), "--net", "--mount", "--", *program]
+
+    def set_congestion_control(self) -> None:
+        """For all sockets made later in the network namespace, inside `congestion_control_allowed`.
+
+        Raises `ProgramError` if it doesn't hold.
+        """
+        knob = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+        script = f"echo {CONGESTION_CONTROL} >{knob} && cat {knob}"
+        said = run(["nsenter", "--target", str(self.pid), "--net", "--", "sh", "-c", script], 10)
+        if said.strip() != CONGESTION_CONTROL:
+            raise ProgramError(
+                f"{knob} of process {self.pid} says {said.strip()!r} after setting it"
+            )
+
+
+@contextmanager
+def congestion_control_allowed() -> Iterator[None]:
+    """A network namespace may choose only from the machine's allowed list: cubic is on it while this lasts."""
+    knob = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
+    before = knob.read_text().split()
+    if CONGESTION_CONTROL in before:
+        yield
+        return
+    try:
+        knob.write_text(" ".join([*before, CONGESTION_CONTROL]))
+    except OSError as error:
+        raise ProgramError(
+            f"{knob}: {error.strerror}: add {CONGESTION_CONTROL} to it where this machine's kernel is set up"
+        ) from error
+    try:
+        yield
+    finally:
+        knob.write_text(" ".join(before))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One subject: two ends of one network, the server's programs running."""
+
+    subject: str
+    client: Place
+    server: Place
+
+
+def run(argv: Sequence[str], timeout: float) -> str:
+    """What the program printed. Raises `ProgramError` when it fails or takes longer than `timeout` seconds."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ProgramError(f"{' '.join(argv)}: no end after {timeout:g} s") from error
+    except OSError as error:
+        raise ProgramError(f"{argv[0]}: {error.strerror}: is it installed?") from error
+    if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip())[-500:]
+        raise ProgramError(f"{' '.join(argv)}: exit code {done.returncode}: {said}")
+    return done.stdout
+
+
+def run_together(commands: Sequence[Sequence[str]], timeout: float) -> list[str]:
+    """What programs started at the same moment printed, in their order; none is left behind on failure."""
+    started: list[subprocess.Popen[str]] = []
+    try:
+        for argv in commands:
+            started.append(
+                subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            )
+        said = []
+        for process, argv in zip(started, commands, strict=True):
+            try:
+                out, _ = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired as error:
+                raise ProgramError(f"{' '.join(argv)}: no end after {timeout:g} s") from error
+            if process.returncode != 0:
+                raise ProgramError(
+                    f"{' '.join(argv)}: exit code {process.returncode}: {out.strip()[-500:]}"
+                )
+            said.append(out)
+        return said
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()

@@ -1,0 +1,84 @@
+"""The two outputs: one JSON object for programs, one table for people. Both show the same rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TypedDict
+
+from bench.machine import Machine
+from bench.stats import Row
+
+HEADER = ("case", "unit", "freeflow", "overlay", "host", "to overlay", "to host", "spread", "runs")
+
+
+class Report(TypedDict):
+    machine: Machine
+    results: dict[str, Row]
+
+
+def as_json(report: Report) -> str:
+    return json.dumps(report, indent=2) + "\n"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits at most, none invented: a dash where there is no figure."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value * 100:.0f}%"
+
+
+def lines(rows: Mapping[str, Row]) -> list[tuple[str, ...]]:
+    return [
+        (
+            name,
+            row["unit"] + (" (less is better)" if row["better"] == "less" else ""),
+            number(row["freeflow"]),
+            number(row["overlay"]),
+            number(row["host"]),
+            times(row["ratio_to_overlay"]),
+            times(row["ratio_to_host"]),
+            percent(row["spread"]),
+            str(row["runs"]),
+        )
+        for name, row in rows.items()
+    ]
+
+
+def columns(header: tuple[str, ...], body: list[tuple[str, ...]], left: int = 2) -> str:
+    """Aligned text; the first `left` columns are words, the others figures."""
+    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+
+    def line(cells: tuple[str, ...]) -> str:
+        padded = (
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(header), rule, *(line(cells) for cells in body)]) + "\n"
+
+
+def as_table(report: Report) -> str:
+    machine = report["machine"]
+    about = (
+        f"{machine['cores']} x {machine['cpu']}, Linux {machine['kernel']}, {machine['when']}\n"
+        f"engines: {', '.join(machine['engines']) or 'none'}; "
+        f"load before: {machine['load']:.2f}; TCP {machine['congestion_control']}\n"
+        "Medians; spread is IQR / median, the widest of the subjects. Ratios: freeflow / other.\n"
+    )
+    notes = "".join(f"{name}: {row['about']}\n" for name, row in report["results"].items())
+    return about + "\n" + columns(HEADER, lines(report["results"])) + "\n" + notes

@@ -1,0 +1,45 @@
+"""Who is measured when: run by run in turn, in another order each round, so that drift hits all subjects alike."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from bench.load import CASES, Figures, Load
+from bench.place import Pair
+from bench.stats import Row, row
+
+Say = Callable[[str], None]
+
+
+def interleaved(
+    loads: Sequence[Load],
+    pairs: Sequence[Pair],
+    rounds: int,
+    seconds: float,
+    order: random.Random,
+    say: Say,
+) -> dict[str, dict[str, list[float]]]:
+    """Case -> subject -> a figure per round."""
+    samples: dict[str, dict[str, list[float]]] = {}
+
+    def keep(subject: str, figures: Figures) -> None:
+        for case, figure in figures.items():
+            samples.setdefault(case, {}).setdefault(subject, []).append(figure)
+
+    for load in loads:
+        if load.first_is_calibration:
+            for pair in pairs:
+                load.run(pair, 0.5)
+    for number in range(rounds):
+        for load in loads:
+            for pair in order.sample(list(pairs), len(pairs)):
+                figures = load.run(pair, seconds)
+                keep(pair.subject, figures)
+                told = ", ".join(f"{case} {figure:.5g}" for case, figure in figures.items())
+                say(f"round {number + 1}/{rounds}  {pair.subject:<8} {told}")
+    return samples
+
+
+def rows(samples: dict[str, dict[str, list[float]]]) -> dict[str, Row]:
+    return {case.name: row(case, samples.get(case.name, {})) for case in CASES}

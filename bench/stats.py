@@ -1,0 +1,94 @@
+"""Samples in, one row per case out: medians, how far runs lie apart, ratios. Nothing here measures.
+
+A subject that a case doesn't apply to has no samples and comes out as None, never as 0.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, TypedDict
+
+FREEFLOW: Final = "freeflow"
+OVERLAY: Final = "overlay"
+HOST: Final = "host"
+SUBJECTS: Final = (FREEFLOW, OVERLAY, HOST)
+
+Samples = Mapping[str, Sequence[float]]
+"""Subject -> one figure per run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row: what is measured, in what, and which way is better."""
+
+    name: str
+    unit: str
+    more_is_better: bool
+    about: str
+
+
+class Row(TypedDict):
+    """One case as `--json` prints it. `spread` is the widest of the subjects' (IQR / median)."""
+
+    unit: str
+    better: str
+    about: str
+    freeflow: float | None
+    overlay: float | None
+    host: float | None
+    ratio_to_overlay: float | None
+    ratio_to_host: float | None
+    spread: float | None
+    spread_of: dict[str, float | None]
+    runs: int
+
+
+def percentile(samples: Sequence[float], percent: float) -> float:
+    """The nearest-rank percentile: always a figure that was really seen."""
+    if not samples:
+        raise ValueError("no samples")
+    rank = math.ceil(percent / 100 * len(samples))
+    return sorted(samples)[max(rank, 1) - 1]
+
+
+def spread(samples: Sequence[float]) -> float | None:
+    """Interquartile range over median; None where it has no meaning."""
+    if len(samples) < 2:
+        return None
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return (high - low) / middle if middle else None
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def row(case: Case, samples: Samples, percent: float = 50) -> Row:
+    """The row of `case`; `percent` other than 50 when the case itself is a percentile of all runs."""
+    figure: dict[str, float | None] = {}
+    for subject in SUBJECTS:
+        values = samples.get(subject) or ()
+        if not values:
+            figure[subject] = None
+        elif percent == 50:
+            figure[subject] = statistics.median(values)
+        else:
+            figure[subject] = percentile(values, percent)
+    spreads = {subject: spread(samples.get(subject) or ()) for subject in SUBJECTS}
+    known = [value for value in spreads.values() if value is not None]
+    return Row(
+        unit=case.unit,
+        better="more" if case.more_is_better else "less",
+        about=case.about,
+        freeflow=figure[FREEFLOW],
+        overlay=figure[OVERLAY],
+        host=figure[HOST],
+        ratio_to_overlay=ratio(figure[FREEFLOW], figure[OVERLAY]),
+        ratio_to_host=ratio(figure[FREEFLOW], figure[HOST]),
+        spread=max(known) if known else None,
+        spread_of=spreads,
+        runs=max((len(values) for values in samples.values()), default=0),
+    )
