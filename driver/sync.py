@@ -138,14 +138,15 @@ class Syncer:
             self._wake.wait(max(pause, 0.01))
 
     def _serve_awaited(self) -> None:
+        if not self._awaited:
+            return
         now = self._clock()
+        endpoints = {endpoint.id: endpoint for endpoint in self._driver.store.endpoints()}
+        tables = self._tables(endpoints.values())
         for endpoint_id, deadline in list(self._awaited.items()):
-            endpoint = self._driver.store.endpoint(endpoint_id)
-            if endpoint is None or endpoint.sandbox_key is None or now > deadline:
-                self._awaited.pop(endpoint_id, None)
-                continue
-            path = self.sandbox(endpoint)
-            if path is not None and self._apply(path, self._union(path)):
+            endpoint = endpoints.get(endpoint_id)
+            path = self.sandbox(endpoint) if endpoint is not None else None
+            if path is None or now > deadline or self._apply(path, tables[path]):
                 self._awaited.pop(endpoint_id, None)
 
     def once(self) -> None:
@@ -163,8 +164,8 @@ class Syncer:
         for gone in set(self._states) - set(endpoints):
             del self._states[gone]
         everybody = [endpoint for group in endpoints.values() for endpoint in group]
-        for path in dict.fromkeys(filter(None, map(self.sandbox, everybody))):
-            self._apply(path, self._union(path))
+        for path, table in self._tables(everybody).items():
+            self._apply(path, table)
         if now >= self._collect_due and self._engine_error is None:
             self._collect_due = now + COLLECT_EVERY
             try:
@@ -238,14 +239,15 @@ class Syncer:
                 return own_tasks(network, [a for a in answer if isinstance(a, IPv4Address)])
         return own_tasks(network, listed)
 
-    def _union(self, path: Path) -> VipTable:
-        table: VipTable = {}
-        for endpoint in self._driver.store.endpoints():
-            if self.sandbox(endpoint) == path:
-                state = self._states.get(endpoint.network_id)
-                if state is not None:
-                    table.update(state.table)
-        return table
+    def _tables(self, endpoints: Iterable[Endpoint]) -> dict[Path, VipTable]:
+        """The VIPs of each sandbox: those of all networks that it is on."""
+        tables: dict[Path, VipTable] = {}
+        for endpoint in endpoints:
+            path = self.sandbox(endpoint)
+            if path is not None:
+                state = self._states.get(endpoint.network_id, NetworkState())
+                tables.setdefault(path, {}).update(state.table)
+        return tables
 
     def _apply(self, path: Path, table: VipTable) -> bool:
         try:

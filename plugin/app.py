@@ -1,0 +1,265 @@
+"""The libnetwork remote API (moby, `libnetwork/docs/remote.md`) as a Flask app: HTTP in, driver calls out.
+
+Each call is a row of `CALLS`: decode, call the driver, encode. Every call has its own deadline, since after a restart of
+the daemon Docker has none: past it Docker gets an error, the work goes on, and Docker's repetition finds it done (all calls
+are idempotent). One place turns exceptions into answers. Read on in `driver/driver.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any, Final
+
+import msgspec
+import structlog
+from flask import Flask, Response, request
+from werkzeug.exceptions import HTTPException
+
+from driver.driver import Driver
+from driver.errors import Conflict, FreeFlowError, InvalidRequest, NotFound, SettingError
+from plugin import wire
+from plugin.calls import CallStatistics
+
+log = structlog.get_logger()
+
+CONTENT_TYPE: Final = "application/vnd.docker.plugins.v1.2+json"
+MAX_BODY: Final = 1 << 20
+WORKERS: Final = 32
+NODE_DISCOVERY: Final = 1
+
+Answer = dict[str, Any]
+
+
+def _capabilities(driver: Driver, body: bytes) -> Answer:
+    found = driver.capabilities()
+    return {
+        "Scope": found.scope,
+        "ConnectivityScope": found.connectivity_scope,
+        "GwAllocChecker": False,
+    }
+
+
+def _gateway_check(driver: Driver, body: bytes) -> Answer:
+    return {"SkipIPv4": False, "SkipIPv6": False}
+
+
+def _allocate_network(driver: Driver, body: bytes) -> Answer:
+    call = wire.decode(body, wire.AllocateNetwork)
+    wire.subnets(call.IPv4Data, call.IPv6Data)
+    return {"Options": driver.allocate_network(call.NetworkID, call.Options or {})}
+
+
+def _free_network(driver: Driver, body: bytes) -> Answer:
+    driver.free_network(wire.decode(body, wire.NetworkOnly).NetworkID)
+    return {}
+
+
+def _create_network(driver: Driver, body: bytes) -> Answer:
+    call = wire.decode(body, wire.CreateNetwork)
+    driver.create_network(
+        call.NetworkID,
+        wire.generic(call.Options),
+        wire.subnets(call.IPv4Data, call.IPv6Data),
+        ipv6=wire.flag(call.Options, wire.ENABLE_IPV6),
+        internal=wire.flag(call.Options, wire.INTERNAL),
+    )
+    return {}
+
+
+def _delete_network(driver: Driver, body: bytes) -> Answer:
+    driver.delete_network(wire.decode(body, wire.NetworkOnly).NetworkID)
+    return {}
+
+
+def _create_endpoint(driver: Driver, body: bytes) -> Answer:
+    call = wire.decode(body, wire.CreateEndpoint)
+    interface = call.Interface or wire.Interface()
+    added = driver.create_endpoint(
+        call.NetworkID,
+        call.EndpointID,
+        ipv4=wire.ipv4("Interface.Address", interface.Address),
+        ipv6=wire.ipv6("Interface.AddressIPv6", interface.AddressIPv6),
+        mac=wire.mac("Interface.MacAddress", interface.MacAddress),
+        driver_options=call.Options,
+    )
+    answer = {}
+    if added.mac is not None:
+        answer["MacAddress"] = added.mac
+    if added.ipv6 is not None:
+        answer["AddressIPv6"] = str(added.ipv6)
+    return {"Interface": answer}
+
+
+def _delete_endpoint(driver: Driver, body: bytes) -> Answer:
+    call = wire.decode(body, wire.EndpointOnly)
+    driver.delete_endpoint(call.NetworkID, call.EndpointID)
+    return {}
+
+
+def _endpoint_info(driver: Driver, body: bytes) -> Answer:
+    call = wire.decode(body, wire.EndpointOnly)
+    return {"Value": driver.endpoint_info(call.NetworkID, call.EndpointID)}
+
+
+def _join(driver: Driver, body: bytes) -> Answer:
+    call = wire.decode(body, wire.Join)
+    joined = driver.join(call.NetworkID, call.EndpointID, call.SandboxKey)
+    return {
+        "InterfaceName": {"SrcName": joined.src_name, "DstPrefix": joined.dst_prefix},
+        # Type 1: on the link itself. Never without a destination: the daemon panics (moby#28630).
+        "StaticRoutes": [
+            {"Destination": str(pool), "RouteType": 1, "NextHop": ""}
+            for pool in joined.connected_routes
+        ],
+        "DisableGatewayService": False,
+    }
+
+
+def _leave(driver: Driver, body: bytes) -> Answer:
+    call = wire.decode(body, wire.EndpointOnly)
+    driver.leave(call.NetworkID, call.EndpointID)
+    return {}
+
+
+def _external_connectivity(driver: Driver, body: bytes) -> Answer:
+    # Only for an endpoint that is its container's gateway; ours never is, docker_gwbridge publishes its ports.
+    wire.decode(body, wire.ExternalConnectivity)
+    return {}
+
+
+def _discovered(body: bytes) -> wire.NodeAddress | None:
+    call = wire.decode(body, wire.Discovery)
+    if call.DiscoveryType != NODE_DISCOVERY:
+        return None
+    try:
+        return msgspec.convert(call.DiscoveryData, wire.NodeAddress)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"DiscoveryData: {error}; is the caller Docker?") from error
+
+
+def _discover_new(driver: Driver, body: bytes) -> Answer:
+    node = _discovered(body)
+    if node is not None:
+        driver.discover_new(node.Address, node.Self)
+    return {}
+
+
+def _discover_delete(driver: Driver, body: bytes) -> Answer:
+    node = _discovered(body)
+    if node is not None:
+        driver.discover_delete(node.Address)
+    return {}
+
+
+CALLS: Final[dict[str, Callable[[Driver, bytes], Answer]]] = {
+    "GetCapabilities": _capabilities,
+    "GwAllocCheck": _gateway_check,
+    "AllocateNetwork": _allocate_network,
+    "FreeNetwork": _free_network,
+    "CreateNetwork": _create_network,
+    "DeleteNetwork": _delete_network,
+    "CreateEndpoint": _create_endpoint,
+    "DeleteEndpoint": _delete_endpoint,
+    "EndpointOperInfo": _endpoint_info,
+    "Join": _join,
+    "Leave": _leave,
+    "ProgramExternalConnectivity": _external_connectivity,
+    "RevokeExternalConnectivity": _external_connectivity,
+    "DiscoverNew": _discover_new,
+    "DiscoverDelete": _discover_delete,
+}
+
+# These promise nothing new, so they work whatever the settings say: a network must be removable.
+_ALWAYS: Final = frozenset(
+    {
+        "GetCapabilities",
+        "FreeNetwork",
+        "DeleteNetwork",
+        "DeleteEndpoint",
+        "Leave",
+        "EndpointOperInfo",
+    }
+    | {"DiscoverNew", "DiscoverDelete", "RevokeExternalConnectivity"}
+)
+
+
+class DeadlineExceeded(FreeFlowError):
+    """The work isn't done yet; Docker gets this answer, and asks again or gives up."""
+
+
+def _reply(value: Answer, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value) + b"\n", status, content_type=CONTENT_TYPE)
+
+
+def _failure(error: Exception) -> Response:
+    """The one place where an exception becomes an answer."""
+    if isinstance(error, HTTPException):
+        return _reply(
+            {"Err": f"{request.method} {request.path}: {error.description}"}, error.code or 500
+        )
+    status = 400 if isinstance(error, InvalidRequest | NotFound | Conflict) else 500
+    if not isinstance(error, FreeFlowError):
+        log.exception("a bug in FreeFlow", path=request.path, exc_info=error)
+        return _reply(
+            {"Err": f"FreeFlow: {type(error).__name__}: {error}; run: freeflow bugreport"}, status
+        )
+    log.warning("request refused", path=request.path, reason=str(error))
+    return _reply({"Err": str(error)}, status)
+
+
+def create_app(
+    driver: Driver,
+    *,
+    deadline: float,
+    statistics: CallStatistics,
+    bad_settings: tuple[SettingError, ...] = (),
+) -> Flask:
+    """The app. `deadline` in seconds; with `bad_settings` every call that would promise something is refused."""
+    app = Flask("freeflow")
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="call")
+
+    def bounded(name: str, work: Callable[[], Answer]) -> Answer:
+        future: Future[Answer] = workers.submit(work)
+        try:
+            return future.result(timeout=deadline)
+        except FutureTimeout as error:
+            if future.done():
+                raise
+            raise DeadlineExceeded(
+                f"{name} was not done in {deadline:g} s and goes on; repeat the command; if it stays: freeflow doctor"
+            ) from error
+
+    def serve(name: str) -> Response:
+        begin = time.perf_counter()
+        failed = True
+        try:
+            if bad_settings and name not in _ALWAYS:
+                raise bad_settings[0]
+            body = request.get_data(cache=False)
+            answer = bounded(name, lambda: CALLS[name](driver, body))
+            failed = False
+            return _reply(answer)
+        finally:
+            statistics.record(name, time.perf_counter() - begin, failed)
+
+    @app.route("/Plugin.Activate", methods=["GET", "POST"])
+    def activate() -> Response:
+        return _reply({"Implements": ["NetworkDriver"]})
+
+    @app.get("/NetworkDriver.GetCapabilities")
+    def capabilities() -> Response:
+        return serve("GetCapabilities")
+
+    @app.post("/NetworkDriver.<name>")
+    def call(name: str) -> Response:
+        if name not in CALLS:
+            # 404 is Docker's word for "not implemented"; anything else fails a container's start.
+            return _reply({"Err": f"NetworkDriver.{name} is not a call that FreeFlow knows"}, 404)
+        return serve(name)
+
+    app.register_error_handler(Exception, _failure)
+    return app

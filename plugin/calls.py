@@ -1,0 +1,52 @@
+"""How long Docker's calls take and how many fail: for `freeflow status` and the metrics."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+KEPT: Final = 1024
+"""Durations kept per call, for percentiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallSummary:
+    """Of one call: totals since the start; percentiles in seconds over the last `KEPT`."""
+
+    name: str
+    count: int
+    errors: int
+    seconds: float
+    p50: float
+    p99: float
+
+
+class CallStatistics:
+    """Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._durations: dict[str, deque[float]] = {}
+        self._counts: dict[str, tuple[int, int, float]] = {}
+
+    def record(self, name: str, seconds: float, failed: bool) -> None:
+        with self._lock:
+            self._durations.setdefault(name, deque(maxlen=KEPT)).append(seconds)
+            count, errors, total = self._counts.get(name, (0, 0, 0.0))
+            self._counts[name] = (count + 1, errors + failed, total + seconds)
+
+    def summaries(self) -> list[CallSummary]:
+        with self._lock:
+            kept = {name: sorted(values) for name, values in self._durations.items()}
+            counts = dict(self._counts)
+        return [
+            CallSummary(
+                name,
+                *counts[name],
+                p50=values[len(values) // 2],
+                p99=values[min(len(values) - 1, len(values) * 99 // 100)],
+            )
+            for name, values in sorted(kept.items())
+        ]

@@ -1,0 +1,182 @@
+"""The plugin's settings: what `docker plugin set` can change, each with its default here.
+
+The defaults must be in code: an upgrade keeps the old settings and doesn't add new ones, so a new setting is absent then.
+`config.json` lists the same; a test holds them together. Bad settings are collected, not fatal: a plugin that dies at
+start is disabled by Docker without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any, Final
+
+from driver.errors import SettingError
+from driver.options import MTU_RANGE, PORT_RANGE
+
+PLUGIN: Final = "freeflow:latest"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting. `parse` raises ValueError with what would be right."""
+
+    name: str
+    default: str
+    description: str
+    parse: Callable[[str], Any]
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(f"must be {' or '.join(allowed)}")
+        return text
+
+    return parse
+
+
+def _whole(allowed: range, *, optional: bool = False) -> Callable[[str], int | None]:
+    def parse(text: str) -> int | None:
+        if not text and optional:
+            return None
+        if not text.isascii() or not text.isdigit() or int(text) not in allowed:
+            raise ValueError(f"must be a whole number from {allowed.start} to {allowed.stop - 1}")
+        return int(text)
+
+    return parse
+
+
+def _seconds(least: float, most: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not least <= value <= most:
+            raise ValueError(f"must be seconds from {least:g} to {most:g}")
+        return value
+
+    return parse
+
+
+def _listen(text: str) -> tuple[str, int] | None:
+    if not text:
+        return None
+    host, _, port = text.rpartition(":")
+    try:
+        ip_address(host.strip("[]"))
+        number = int(port)
+    except ValueError:
+        number = 0
+    if number not in PORT_RANGE:
+        raise ValueError("must be ADDRESS:PORT, for example 127.0.0.1:9477 or [::1]:9477")
+    return host.strip("[]"), number
+
+
+def _underlay(text: str) -> str:
+    if text and (
+        len(text) > 45 or any(character.isspace() or character == "/" for character in text)
+    ):
+        raise ValueError("must be an interface or an address of this host")
+    return text
+
+
+SETTINGS: Final = (
+    Setting(
+        "SCOPE",
+        "global",
+        "global: networks of the Swarm; local: of this host alone, outside a Swarm",
+        _choice("global", "local"),
+    ),
+    Setting("VXLAN_PORT", "4799", "UDP port of the overlay on the underlay", _whole(PORT_RANGE)),
+    Setting(
+        "UNDERLAY",
+        "",
+        "interface or address that carries the overlay; empty: what Docker advertises",
+        _underlay,
+    ),
+    Setting(
+        "MTU",
+        "",
+        "MTU of new networks that set none; empty: from the underlay",
+        _whole(MTU_RANGE, optional=True),
+    ),
+    Setting(
+        "METRICS_ADDR",
+        "",
+        "ADDRESS:PORT that serves Prometheus metrics; empty: off",
+        _listen,
+    ),
+    Setting(
+        "LOG_LEVEL",
+        "info",
+        "debug, info, warning or error",
+        _choice("debug", "info", "warning", "error"),
+    ),
+    Setting(
+        "SYNC_INTERVAL",
+        "0.5",
+        "seconds between two looks at peers and services",
+        _seconds(0.1, 60),
+    ),
+    Setting(
+        "REQUEST_DEADLINE",
+        "10",
+        "seconds after which a request of Docker is answered with an error",
+        _seconds(1, 300),
+    ),
+)
+
+# What the runtime gives every process; all else in a plugin's environment is a setting.
+_FOREIGN: Final = ("PATH", "HOME", "HOSTNAME", "TERM", "LANG", "PWD", "SHLVL", "_")
+_FOREIGN_PREFIXES: Final = ("LC_", "PYTHON", "GUNICORN_")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Checked settings; units as in `SETTINGS`."""
+
+    scope: str = "global"
+    vxlan_port: int = 4799
+    underlay: str = ""
+    mtu: int | None = None
+    metrics_addr: tuple[str, int] | None = None
+    log_level: str = "info"
+    sync_interval: float = 0.5
+    request_deadline: float = 10.0
+
+
+def _mend(name: str, value: str) -> str:
+    return (
+        f"docker plugin disable -f {PLUGIN} && docker plugin set {PLUGIN} {name}={value} && "
+        f"docker plugin enable {PLUGIN}"
+    )
+
+
+def read(environment: Mapping[str, str]) -> tuple[Settings, tuple[SettingError, ...]]:
+    """The settings in an environment, defaults in place of bad ones, and what is wrong, each with what mends it."""
+    values: dict[str, Any] = {}
+    errors = []
+    for setting in SETTINGS:
+        text = environment.get(setting.name, setting.default)
+        try:
+            values[setting.name.lower()] = setting.parse(text.strip())
+        except ValueError as error:
+            values[setting.name.lower()] = setting.parse(setting.default)
+            errors.append(
+                SettingError(
+                    f"setting {setting.name}={text}: {error}; {_mend(setting.name, setting.default)}"
+                )
+            )
+    known = {setting.name for setting in SETTINGS}
+    for name in sorted(environment):
+        if name not in known and name not in _FOREIGN and not name.startswith(_FOREIGN_PREFIXES):
+            errors.append(
+                SettingError(
+                    f"setting {name} is unknown; FreeFlow has {', '.join(sorted(known))}; after a downgrade it stays "
+                    f"until the plugin is installed anew: docker plugin rm -f {PLUGIN}, then docker plugin install"
+                )
+            )
+    return Settings(**values), tuple(errors)
