@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Interface, IPv6Interface, IPv6Network, ip_address
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
@@ -102,7 +102,7 @@ def _check_id(kind: str, identifier: str) -> str:
 
 
 class Driver:
-    """The driver of one host. Methods are safe from any thread; `wake` nudges the sync loop."""
+    """The driver of one host. Methods are safe from any thread."""
 
     def __init__(
         self,
@@ -111,21 +111,20 @@ class Driver:
         config: DriverConfig,
         *,
         clock: Callable[[], float],
-        wake: Callable[[], None] = lambda: None,
-        joined: Callable[[Endpoint], None] = lambda endpoint: None,
     ) -> None:
         self.store = store
         self.kernel = kernel
         self.config = config
         self._clock = clock
-        self._wake = wake
-        self._joined = joined
+        self._wake: Callable[[], None] = lambda: None
+        self._joined: Callable[[Endpoint], None] = lambda endpoint: None
         self._locks = _Locks()
         self._allocation_lock = threading.Lock()
 
-    def locked(self, network_id: str) -> Any:
-        """Context manager: nobody else works on this network's endpoints meanwhile."""
-        return self._locks.hold(network_id)
+    def on_change(self, wake: Callable[[], None], joined: Callable[[Endpoint], None]) -> None:
+        """Whom to tell: `wake` after any change, `joined` of an endpoint whose sandbox is about to come."""
+        self._wake = wake
+        self._joined = joined
 
     # --- the plugin as a whole
 

@@ -1,0 +1,133 @@
+"""The composition root: the one place where the real parts are made and put together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from driver.driver import Driver, DriverConfig
+from driver.engine import DockerDirectory
+from driver.errors import FreeFlowError, SettingError
+from driver.kernel.linux import LinuxKernel
+from driver.model import EngineView, IPAddress
+from driver.recovery import Collector, Recovered, recover
+from driver.resolver import EmbeddedDns
+from driver.store import Store
+from driver.sync import Syncer
+from driver.vip import NftBalancer
+from plugin import host_command
+from plugin.admin import create_admin
+from plugin.app import create_app
+from plugin.calls import CallStatistics
+from plugin.metrics import Exporter
+from plugin.server import Paths
+from plugin.settings import Settings
+from plugin.snapshot import Snapshot
+
+log = structlog.get_logger()
+
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(slots=True)
+class Plugin:
+    """The running plugin: two WSGI apps, and what works in the background."""
+
+    app: Any
+    admin: Any
+    driver: Driver
+    syncer: Syncer
+    exporter: Exporter | None
+    recover: Callable[[], None]
+    notes: list[str] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Recover, then work in the background. What fails here is said in the log and in status, and doesn't stop us."""
+        self.recover()
+        self.syncer.start()
+        if self.exporter is not None:
+            self.exporter.start()
+
+
+def compose(
+    paths: Paths, settings: Settings, bad_settings: tuple[SettingError, ...] = ()
+) -> Plugin:
+    """Make all parts; nothing works yet."""
+    store = Store(paths.state)
+    late: dict[str, Driver] = {}
+
+    def self_address() -> IPAddress | None:
+        return late["driver"].self_address()
+
+    kernel = LinuxKernel(paths.host_run, settings.underlay, self_address)
+    statistics = CallStatistics()
+    driver = Driver(
+        store,
+        kernel,
+        DriverConfig(settings.scope, settings.vxlan_port, settings.mtu),
+        clock=time.time,
+    )
+    late["driver"] = driver
+    directory = DockerDirectory(paths.engine_socket)
+    collector = Collector(driver, directory, time.monotonic)
+    installed = threading.Event()
+
+    def engine_seen(view: EngineView) -> None:
+        if view.node_address is not None and driver.self_address() is None:
+            driver.discover_new(str(view.node_address), is_self=True)
+        if not installed.is_set() and paths.host_bin is not None:
+            installed.set()
+            host_command.install(paths.host_bin, view.root)
+
+    syncer = Syncer(
+        driver,
+        directory,
+        EmbeddedDns(),
+        NftBalancer(),
+        sandboxes=paths.sandboxes,
+        interval=settings.sync_interval,
+        clock=time.monotonic,
+        collect=collector.collect,
+        engine_seen=engine_seen,
+    )
+    driver.on_change(syncer.wake, syncer.endpoint_joined)
+    recovered: list[Recovered] = []
+    failures: list[str] = []
+
+    def run_recovery() -> None:
+        try:
+            recovered.append(recover(driver, BOOT_ID.read_text().strip()))
+        except FreeFlowError as error:
+            failures.append(str(error))
+            log.error("recovery failed", reason=str(error))
+
+    snapshot = Snapshot(
+        driver=driver,
+        kernel=kernel,
+        syncer=syncer,
+        statistics=statistics,
+        settings=settings,
+        bad_settings=bad_settings,
+        failures=failures,
+        started=time.monotonic(),
+        clock=time.monotonic,
+    )
+    return Plugin(
+        app=create_app(
+            driver,
+            deadline=settings.request_deadline,
+            statistics=statistics,
+            bad_settings=bad_settings,
+        ),
+        admin=create_admin(snapshot, driver, kernel, syncer),
+        driver=driver,
+        syncer=syncer,
+        exporter=Exporter(snapshot, settings.metrics_addr) if settings.metrics_addr else None,
+        recover=run_recovery,
+    )

@@ -1,0 +1,38 @@
+"""Logging: events with fields, one line of JSON each, to stdout. The daemon logs a plugin's stderr as errors."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Final
+
+import structlog
+
+LINE_LIMIT: Final = 60_000
+"""Characters; the daemon splits lines over 64 KiB."""
+
+
+def _bounded(
+    logger: object, method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    trace = event.get("exception")
+    if isinstance(trace, str) and len(trace) > LINE_LIMIT // 4:
+        event["exception"] = trace[: LINE_LIMIT // 4] + "…"
+    return event
+
+
+def configure(level: str) -> None:
+    """Set up logging for this process."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.format_exc_info,
+            _bounded,
+            structlog.processors.JSONRenderer(ensure_ascii=False),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        cache_logger_on_first_use=False,
+    )
+    logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s", force=True)

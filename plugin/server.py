@@ -1,0 +1,109 @@
+"""gunicorn on two unix sockets: Docker's, and root's for the `freeflow` command.
+
+One worker process, because networks are locked in memory; threads, because joins of different containers are parallel.
+Keep-alive is off: an idle connection of Docker's would hold a thread. If the worker dies gunicorn starts another on the
+same sockets; if gunicorn is killed the worker notices and ends, and Docker starts the plugin again.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from gunicorn.app.base import BaseApplication
+
+from plugin import logs
+from plugin.settings import read
+
+THREADS: Final = 16
+ADMIN_DIRECTORY: Final = "freeflow-admin"
+ADMIN_SOCKET: Final = f"{ADMIN_DIRECTORY}/admin.sock"
+
+WSGI = Callable[[dict[str, Any], Any], Iterable[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where the host is visible: its /run, a directory in its PATH (or None), and where state is kept."""
+
+    host_run: Path
+    host_bin: Path | None
+    state: Path
+
+    @property
+    def admin_socket(self) -> Path:
+        return self.host_run / ADMIN_SOCKET
+
+    @property
+    def sandboxes(self) -> Path:
+        return self.host_run / "docker/netns"
+
+    @property
+    def engine_socket(self) -> Path:
+        return self.host_run / "docker.sock"
+
+
+class _Server(BaseApplication):  # type: ignore[misc]
+    def __init__(self, options: dict[str, Any], load: Callable[[], WSGI]) -> None:
+        self._options = options
+        self._load = load
+        super().__init__()
+
+    def load_config(self) -> None:
+        for name, value in self._options.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> WSGI:
+        return self._load()
+
+
+def _by_socket(docker: WSGI, admin: WSGI) -> WSGI:
+    """The admin app answers on its own socket only: Docker's socket speaks libnetwork and nothing else."""
+
+    def dispatch(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        local: socket.socket = environ["gunicorn.socket"]
+        name = str(local.getsockname())
+        return (admin if name.endswith(ADMIN_SOCKET) else docker)(environ, start_response)
+
+    return dispatch
+
+
+def serve(listener: socket.socket, paths: Paths, environment: Mapping[str, str]) -> None:
+    """Serve until SIGTERM. Never returns: gunicorn ends the process."""
+    settings, bad_settings = read(environment)
+    logs.configure(settings.log_level)
+
+    def load() -> WSGI:
+        from plugin.composition import compose
+
+        plugin = compose(paths, settings, bad_settings)
+        plugin.start()
+        return _by_socket(plugin.app, plugin.admin)
+
+    binds = [f"fd://{os.dup(listener.fileno())}"]
+    admin_directory = paths.admin_socket.parent
+    if paths.host_run.is_dir():
+        admin_directory.mkdir(mode=0o700, exist_ok=True)
+        admin_directory.chmod(0o700)
+        binds.append(f"unix:{paths.admin_socket}")
+    _Server(
+        {
+            "bind": binds,
+            "workers": 1,
+            "worker_class": "gthread",
+            "threads": THREADS,
+            "keepalive": 0,
+            # Docker's own deadline, if any, is longer; ours is in the app, so a worker is never shot for slowness.
+            "timeout": 0,
+            "graceful_timeout": 8,
+            "umask": 0o077,
+            "loglevel": "error",
+            "errorlog": "-",
+            "proc_name": "freeflow",
+        },
+        load,
+    ).run()

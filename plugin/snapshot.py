@@ -1,0 +1,242 @@
+"""Taking stock: the status of FreeFlow on this host, put together from driver, kernel and sync loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from driver import names
+from driver.driver import Driver
+from driver.errors import FreeFlowError, SettingError
+from driver.kernel.linux import LinuxKernel
+from driver.model import Endpoint, Network
+from driver.sync import NetworkState, Syncer
+from plugin.calls import CallStatistics
+from plugin.settings import PLUGIN, SETTINGS, Settings
+from plugin.status import (
+    CallStatus,
+    EndpointStatus,
+    Finding,
+    HostStatus,
+    NetworkStatus,
+    PeerStatus,
+    ServiceStatus,
+    Status,
+)
+from plugin.version import VERSION
+
+STALE = 10.0
+"""Seconds after which a network that can't be synced is a problem, not a hiccup."""
+
+
+def _setting_text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return f"{value[0]}:{value[1]}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Call it for a `Status`. `failures` are what went wrong at start; `started` and `clock` in seconds."""
+
+    driver: Driver
+    kernel: LinuxKernel
+    syncer: Syncer
+    statistics: CallStatistics
+    settings: Settings
+    bad_settings: tuple[SettingError, ...]
+    failures: list[str]
+    started: float
+    clock: Callable[[], float]
+
+    def __call__(self) -> Status:
+        now = self.clock()
+        states = self.syncer.state()
+        links = self.kernel.links()
+        spoofed = self.kernel.spoofed()
+        own = self.driver.self_address()
+        networks = []
+        for network in self.driver.store.networks():
+            state = states.get(network.id, NetworkState())
+            endpoints = self.driver.store.endpoints(network.id)
+            networks.append(
+                self._network(network, endpoints, state, links, spoofed, str(own or ""), now)
+            )
+        problems = self._problems(networks)
+        return Status(
+            version=VERSION,
+            healthy=not problems,
+            uptime=round(now - self.started, 1),
+            host=self._host(),
+            settings={
+                setting.name: _setting_text(getattr(self.settings, setting.name.lower()))
+                for setting in SETTINGS
+            },
+            networks=networks,
+            problems=problems,
+            calls=[
+                CallStatus(
+                    item.name,
+                    item.count,
+                    item.errors,
+                    round(item.p50 * 1000, 2),
+                    round(item.p99 * 1000, 2),
+                )
+                for item in self.statistics.summaries()
+            ],
+        )
+
+    def _network(
+        self,
+        network: Network,
+        endpoints: list[Endpoint],
+        state: NetworkState,
+        links: dict[str, dict[str, int]],
+        spoofed: dict[str, int],
+        own: str,
+        now: float,
+    ) -> NetworkStatus:
+        view = state.view
+        containers = {item.endpoint_id: item.name for item in view.containers} if view else {}
+        services = []
+        for service in view.services if view else ():
+            if service.vip is None:
+                tasks = [str(task.address) for task in service.tasks]
+            else:
+                tasks = [str(address) for address in state.table.get(service.vip, ())]
+            services.append(ServiceStatus(service.name, str(service.vip or ""), tasks))
+        return NetworkStatus(
+            id=network.id,
+            name=view.name if view else "",
+            vni=network.vni,
+            port=network.port,
+            mtu=network.mtu,
+            prefix6=str(network.prefix6) if network.ipv6 else "",
+            subnets=[str(subnet.pool) for subnet in network.subnets],
+            internal=network.internal,
+            ipv6=network.ipv6,
+            path="overlay",
+            acceleration=network.acceleration,
+            endpoints=[
+                self._endpoint(endpoint, containers, links, spoofed) for endpoint in endpoints
+            ],
+            peers=[
+                PeerStatus(peer.name, str(peer.address), str(peer.address) == own)
+                for peer in (view.peers if view else ())
+            ],
+            services=services,
+            synced=None if state.seen is None else round(now - state.seen, 1),
+            error=state.error or "",
+        )
+
+    @staticmethod
+    def _endpoint(
+        endpoint: Endpoint,
+        containers: dict[str, str],
+        links: dict[str, dict[str, int]],
+        spoofed: dict[str, int],
+    ) -> EndpointStatus:
+        counters = links.get(names.host_veth(endpoint.id), {})
+        return EndpointStatus(
+            id=endpoint.id,
+            container=containers.get(endpoint.id, ""),
+            ipv4=str(endpoint.ipv4 or ""),
+            ipv6=str(endpoint.ipv6 or ""),
+            mac=endpoint.mac,
+            joined=endpoint.sandbox_key is not None,
+            # The host's end of the pair: what it receives the container sent.
+            rx_bytes=counters.get("tx_bytes", 0),
+            tx_bytes=counters.get("rx_bytes", 0),
+            spoofed=spoofed.get(names.short(endpoint.id), 0),
+        )
+
+    def _host(self) -> HostStatus:
+        engine, _ = self.syncer.engine()
+        try:
+            underlay = self.kernel.underlay()
+            device, mtu = underlay.device, underlay.mtu
+            address = str(underlay.address or "")
+        except FreeFlowError:
+            device, mtu, address = "", 0, ""
+        uname = os.uname()
+        return HostStatus(
+            hostname=engine.hostname if engine else uname.nodename,
+            engine=engine.version if engine else "",
+            swarm=bool(engine and engine.swarm),
+            manager=bool(engine and engine.manager),
+            node_id=engine.node_id if engine else "",
+            address=address or str(self.driver.self_address() or ""),
+            underlay=device,
+            underlay_mtu=mtu,
+            kernel=uname.release,
+        )
+
+    def _problems(self, networks: list[NetworkStatus]) -> list[Finding]:
+        found = []
+        for bad in self.bad_settings:
+            cause, _, remedy = str(bad).partition("; ")
+            found.append(Finding("error", "all changes are refused", cause, remedy))
+        for failure in self.failures:
+            found.append(
+                Finding("error", "FreeFlow could not recover at start", failure, "freeflow doctor")
+            )
+        try:
+            underlay = self.kernel.underlay()
+        except FreeFlowError as error:
+            cause, _, remedy = str(error).partition("; ")
+            found.append(Finding("error", "there is no underlay", cause, remedy))
+        else:
+            found += [
+                Finding(
+                    "error",
+                    f"network {network.name or network.id}: its MTU of {network.mtu} doesn't fit the underlay",
+                    f"{underlay.device} carries packets of {underlay.mtu} bytes, of which {underlay.overhead} are overhead",
+                    f"recreate it with -o mtu={underlay.mtu - underlay.overhead}, or raise the MTU of {underlay.device}",
+                )
+                for network in networks
+                if network.endpoints and network.mtu > underlay.mtu - underlay.overhead
+            ]
+        _, engine_error = self.syncer.engine()
+        if engine_error:
+            found.append(
+                Finding(
+                    "warning",
+                    "the engine does not answer; peers and VIPs stay as they were",
+                    engine_error,
+                    "systemctl status docker",
+                )
+            )
+        for network in networks:
+            late = network.synced is None or network.synced > STALE
+            if network.error and network.endpoints and late and not engine_error:
+                found.append(
+                    Finding(
+                        "warning",
+                        f"network {network.name or network.id}: peers and VIPs stay as they were",
+                        network.error,
+                        f"docker network inspect {network.name or network.id}; freeflow doctor",
+                    )
+                )
+            for endpoint in network.endpoints:
+                if endpoint.spoofed:
+                    found.append(
+                        Finding(
+                            "warning",
+                            f"{endpoint.container or endpoint.id[:12]} sent {endpoint.spoofed} frames that were dropped",
+                            "their source address was not the container's own",
+                            f"see docs/troubleshooting.md; restart {endpoint.container or 'the container'} if it is compromised",
+                        )
+                    )
+        if self.settings.scope == "local" and any(n.peers for n in networks):
+            found.append(
+                Finding(
+                    "warning",
+                    "SCOPE=local on a host of a Swarm",
+                    "networks of this scope reach no other host",
+                    f"docker plugin disable -f {PLUGIN} && docker plugin set {PLUGIN} SCOPE=global && docker plugin enable {PLUGIN}",
+                )
+            )
+        return found

@@ -1,0 +1,100 @@
+"""The state of FreeFlow on this host as one value: what `/admin/status` answers and the `freeflow` command shows.
+
+The JSON of `freeflow status --json` is this, field by field: a field may be added, never renamed or given another unit.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """Something that is wrong. `severity`: error (something doesn't work), warning (it may). `remedy`: what to type."""
+
+    severity: str
+    what: str
+    cause: str
+    remedy: str
+
+
+class EndpointStatus(msgspec.Struct, frozen=True):
+    id: str
+    container: str
+    ipv4: str
+    ipv6: str
+    mac: str
+    joined: bool
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    spoofed: int = 0
+
+
+class PeerStatus(msgspec.Struct, frozen=True):
+    name: str
+    address: str
+    own: bool = False
+
+
+class ServiceStatus(msgspec.Struct, frozen=True):
+    """`vip` is empty with `dnsrr`. `tasks` take new connections."""
+
+    name: str
+    vip: str
+    tasks: list[str]
+
+
+class NetworkStatus(msgspec.Struct, frozen=True):
+    """`path` is how its connections run; `synced` seconds since peers and services were last read, null: not yet."""
+
+    id: str
+    name: str
+    vni: int
+    port: int
+    mtu: int
+    prefix6: str
+    subnets: list[str]
+    internal: bool
+    ipv6: bool
+    path: str
+    acceleration: bool
+    endpoints: list[EndpointStatus]
+    peers: list[PeerStatus]
+    services: list[ServiceStatus]
+    synced: float | None = None
+    error: str = ""
+
+
+class HostStatus(msgspec.Struct, frozen=True):
+    """This host. `engine` is empty while the engine doesn't answer."""
+
+    hostname: str
+    engine: str
+    swarm: bool
+    manager: bool
+    node_id: str
+    address: str
+    underlay: str
+    underlay_mtu: int
+    kernel: str
+
+
+class CallStatus(msgspec.Struct, frozen=True):
+    """One call of Docker's: totals since the start, percentiles of the last 1024 in milliseconds."""
+
+    name: str
+    count: int
+    errors: int
+    p50_ms: float
+    p99_ms: float
+
+
+class Status(msgspec.Struct, frozen=True):
+    version: str
+    healthy: bool
+    uptime: float
+    host: HostStatus
+    settings: dict[str, str]
+    networks: list[NetworkStatus]
+    problems: list[Finding]
+    calls: list[CallStatus]
+    path_counts: dict[str, int] = {}
