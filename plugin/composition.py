@@ -26,6 +26,7 @@ from plugin.admin import create_admin
 from plugin.app import create_app
 from plugin.calls import CallStatistics
 from plugin.metrics import Exporter
+from plugin.ping import Ping
 from plugin.server import Paths
 from plugin.settings import Settings
 from plugin.snapshot import Snapshot
@@ -125,7 +126,7 @@ def compose(
             statistics=statistics,
             bad_settings=bad_settings,
         ),
-        admin=create_admin(snapshot, driver, kernel, syncer),
+        admin=create_admin(snapshot, Ping(driver, kernel, syncer)),
         driver=driver,
         syncer=syncer,
         exporter=Exporter(snapshot, settings.metrics_addr) if settings.metrics_addr else None,

@@ -1,0 +1,60 @@
+"""The admin API: what the `freeflow` command asks, on a socket that only root reaches.
+
+GET  /admin/status    `status.Status` as JSON
+POST /admin/ping      {"address": …, "count": …} → `ping.PingResult`
+GET  /admin/metrics   Prometheus text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import structlog
+from flask import Flask, Response, request
+from werkzeug.exceptions import HTTPException
+
+from driver.errors import FreeFlowError, InvalidRequest
+from plugin.metrics import render
+from plugin.ping import PingRequest
+from plugin.status import Status
+
+log = structlog.get_logger()
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value) + b"\n", status, content_type="application/json")
+
+
+def create_admin(snapshot: Callable[[], Status], ping: Callable[[PingRequest], Any]) -> Flask:
+    """The app; errors are `{"error": text}`."""
+    app = Flask("freeflow-admin")
+    app.config["MAX_CONTENT_LENGTH"] = 4096
+
+    @app.get("/admin/status")
+    def status() -> Response:
+        return _json(snapshot())
+
+    @app.post("/admin/ping")
+    def run_ping() -> Response:
+        try:
+            wanted = msgspec.json.decode(request.get_data(), type=PingRequest)
+        except msgspec.DecodeError as error:
+            raise InvalidRequest(f"ping: {error}") from error
+        return _json(ping(wanted))
+
+    @app.get("/admin/metrics")
+    def metrics() -> Response:
+        return Response(render(snapshot()), content_type="text/plain; version=0.0.4")
+
+    def failure(error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            return _json({"error": str(error.description)}, error.code or 500)
+        if isinstance(error, FreeFlowError):
+            return _json({"error": str(error)}, 400 if isinstance(error, InvalidRequest) else 500)
+        log.exception("a bug in FreeFlow", path=request.path, exc_info=error)
+        return _json({"error": f"{type(error).__name__}: {error}; run: freeflow bugreport"}, 500)
+
+    app.register_error_handler(Exception, failure)
+    return app

@@ -1,0 +1,106 @@
+"""Puts the `freeflow` command on the host: a small script that runs the one in the plugin's root file system.
+
+The host needs no Python. The script makes a mount namespace of its own, binds the host's /run, /proc and /sys into the
+plugin's root file system and changes root there: so it works too while the plugin is disabled, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+log = structlog.get_logger()
+
+NAME: Final = "freeflow"
+MARK: Final = "# Written by the FreeFlow plugin; it is replaced at each start."
+
+_SCRIPT: Final = """#!/bin/sh
+{mark}
+root={root}
+if [ ! -d "$root" ]; then
+    echo "freeflow: the plugin was removed from this host; so is this command now." >&2
+    rm -f -- "$0"
+    exit 2
+fi
+if [ "$(id -u)" != 0 ]; then
+    echo "freeflow: must be run as root." >&2
+    exit 2
+fi
+export FREEFLOW_ROOT="$root" FREEFLOW_COLUMNS="${{COLUMNS:-$(tput cols 2>/dev/null || echo 100)}}"
+# shellcheck disable=SC2016
+exec unshare --mount sh -c '
+    root=$1
+    shift
+    for each in proc sys dev; do mount --rbind "/$each" "$root/$each" || exit 2; done
+    mkdir -p "$root/host/run" "$root/host/bin" && mount --rbind /run "$root/host/run" || exit 2
+    mount --bind {bin} "$root/host/bin" || exit 2
+    if [ -d "$root/../propagated-mount" ]; then
+        mkdir -p "$root/state" && mount --bind "$root/../propagated-mount" "$root/state" || exit 2
+    fi
+    exec chroot "$root" /usr/bin/python3 -P -m plugin.cli "$@"
+' freeflow "$root" "$@"
+"""
+
+
+def plugin_id(mountinfo: str) -> str | None:
+    """The plugin's ID, from where its socket directory comes from (/proc/self/mountinfo, proc(5))."""
+    for line in mountinfo.splitlines():
+        fields = line.split()
+        if len(fields) > 4 and fields[4] == "/run/docker/plugins":
+            name = fields[3].rstrip("/").rpartition("/")[2]
+            if len(name) == 64 and all(character in "0123456789abcdef" for character in name):
+                return name
+    return None
+
+
+def script(root: str, directory: str = "/usr/local/bin") -> str:
+    """The script for a plugin whose root file system is `root` on the host."""
+    return _SCRIPT.format(mark=MARK, root=shlex.quote(root), bin=shlex.quote(directory))
+
+
+def install(
+    directory: Path,
+    engine_root: str,
+    mountinfo: Path = Path("/proc/self/mountinfo"),
+    host_directory: str = "/usr/local/bin",
+) -> bool:
+    """Write the command into `directory`, the host's `host_directory`; false if it can't be, which is only logged."""
+    identifier = plugin_id(mountinfo.read_text(errors="replace"))
+    if identifier is None or not engine_root:
+        log.info("the freeflow command is not installed", reason="not run by Docker as a plugin")
+        return False
+    target = directory / NAME
+    text = script(f"{engine_root}/plugins/{identifier}/rootfs", host_directory)
+    try:
+        if target.is_symlink() or (
+            target.exists() and MARK not in target.read_text(errors="replace")
+        ):
+            log.warning(
+                "the freeflow command is not installed",
+                reason=f"{target.name} is another program's",
+            )
+            return False
+        temporary = target.with_name(f".{NAME}.new")
+        temporary.write_text(text)
+        temporary.chmod(0o755)
+        os.replace(temporary, target)
+    except OSError as error:
+        log.warning("the freeflow command is not installed", reason=str(error))
+        return False
+    return True
+
+
+def remove(directory: Path) -> bool:
+    """Remove the command if it is ours; false if there was none."""
+    target = directory / NAME
+    try:
+        if target.is_symlink() or MARK not in target.read_text(errors="replace"):
+            return False
+        target.unlink()
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,251 @@
+"""Prometheus metrics, made from the same `Status` that the command shows. `METRICS` is the one list of them.
+
+The exporter, the documentation and the Grafana board are made from it, so they can't differ.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import start_http_server
+from prometheus_client.registry import Collector
+
+from plugin.status import NetworkStatus, Status
+
+log = structlog.get_logger()
+
+Sample = tuple[tuple[str, ...], float]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One metric. `kind` is counter or gauge, `unit` what a sample counts; `samples` reads them off a status."""
+
+    name: str
+    kind: str
+    help: str
+    unit: str
+    labels: tuple[str, ...]
+    samples: Callable[[Status], Iterable[Sample]]
+
+
+def _title(network: NetworkStatus) -> str:
+    return network.name or network.id[:12]
+
+
+def _per_network(value: Callable[[NetworkStatus], float]) -> Callable[[Status], Iterable[Sample]]:
+    return lambda status: [((_title(network),), value(network)) for network in status.networks]
+
+
+def _synced(status: Status) -> Iterable[Sample]:
+    return [((_title(n),), n.synced) for n in status.networks if n.synced is not None]
+
+
+METRICS: Final = (
+    MetricSpec(
+        "freeflow_build_info",
+        "gauge",
+        "1, with the version as a label",
+        "",
+        ("version",),
+        lambda status: [((status.version,), 1.0)],
+    ),
+    MetricSpec(
+        "freeflow_uptime_seconds",
+        "gauge",
+        "Time since the plugin started",
+        "s",
+        (),
+        lambda status: [((), status.uptime)],
+    ),
+    MetricSpec(
+        "freeflow_healthy",
+        "gauge",
+        "1 if freeflow status finds nothing wrong",
+        "",
+        (),
+        lambda status: [((), float(status.healthy))],
+    ),
+    MetricSpec(
+        "freeflow_problems",
+        "gauge",
+        "What freeflow status finds wrong, by severity",
+        "",
+        ("severity",),
+        lambda status: [
+            ((severity,), float(sum(p.severity == severity for p in status.problems)))
+            for severity in ("error", "warning")
+        ],
+    ),
+    MetricSpec(
+        "freeflow_engine_up",
+        "gauge",
+        "1 if the engine's API answered last time",
+        "",
+        (),
+        lambda status: [((), float(bool(status.host.engine)))],
+    ),
+    MetricSpec(
+        "freeflow_networks",
+        "gauge",
+        "Networks known on this host",
+        "",
+        (),
+        lambda status: [((), float(len(status.networks)))],
+    ),
+    MetricSpec(
+        "freeflow_endpoints",
+        "gauge",
+        "Endpoints of this host, by network and path",
+        "",
+        ("network", "path"),
+        lambda status: [((_title(n), n.path), float(len(n.endpoints))) for n in status.networks],
+    ),
+    MetricSpec(
+        "freeflow_peers",
+        "gauge",
+        "Other hosts that share a network",
+        "",
+        ("network",),
+        _per_network(lambda network: sum(not peer.own for peer in network.peers)),
+    ),
+    MetricSpec(
+        "freeflow_services",
+        "gauge",
+        "Services with a VIP on a network",
+        "",
+        ("network",),
+        _per_network(lambda network: sum(bool(service.vip) for service in network.services)),
+    ),
+    MetricSpec(
+        "freeflow_service_tasks",
+        "gauge",
+        "Tasks that take new connections of a service's VIP",
+        "",
+        ("network", "service"),
+        lambda status: [
+            ((_title(network), service.name), float(len(service.tasks)))
+            for network in status.networks
+            for service in network.services
+            if service.vip
+        ],
+    ),
+    MetricSpec(
+        "freeflow_sync_age_seconds",
+        "gauge",
+        "Time since a network's peers and services were last read",
+        "s",
+        ("network",),
+        _synced,
+    ),
+    MetricSpec(
+        "freeflow_receive_bytes",
+        "counter",
+        "Bytes that endpoints of this host received",
+        "bytes",
+        ("network",),
+        _per_network(lambda network: sum(e.rx_bytes for e in network.endpoints)),
+    ),
+    MetricSpec(
+        "freeflow_transmit_bytes",
+        "counter",
+        "Bytes that endpoints of this host sent",
+        "bytes",
+        ("network",),
+        _per_network(lambda network: sum(e.tx_bytes for e in network.endpoints)),
+    ),
+    MetricSpec(
+        "freeflow_spoofed_frames",
+        "counter",
+        "Frames dropped because their source wasn't the container's own",
+        "",
+        ("network",),
+        _per_network(lambda network: sum(e.spoofed for e in network.endpoints)),
+    ),
+    MetricSpec(
+        "freeflow_requests",
+        "counter",
+        "Calls of Docker",
+        "",
+        ("call",),
+        lambda status: [((item.name,), float(item.count)) for item in status.calls],
+    ),
+    MetricSpec(
+        "freeflow_request_errors",
+        "counter",
+        "Calls of Docker answered with an error",
+        "",
+        ("call",),
+        lambda status: [((item.name,), float(item.errors)) for item in status.calls],
+    ),
+    MetricSpec(
+        "freeflow_request_seconds",
+        "gauge",
+        "Duration of the last 1024 calls of Docker, by percentile",
+        "s",
+        ("call", "quantile"),
+        lambda status: [
+            ((item.name, quantile), milliseconds / 1000)
+            for item in status.calls
+            for quantile, milliseconds in (("0.5", item.p50_ms), ("0.99", item.p99_ms))
+        ],
+    ),
+)
+
+
+class _StatusCollector(Collector):
+    def __init__(self, snapshot: Callable[[], Status]) -> None:
+        self._snapshot = snapshot
+
+    def describe(self) -> Iterator[Metric]:
+        # Names without taking stock: registering must not need a kernel.
+        for spec in METRICS:
+            yield _family(spec)
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._snapshot()
+        for spec in METRICS:
+            family = _family(spec)
+            for labels, value in spec.samples(status):
+                family.add_metric(labels, value)
+            yield family
+
+
+def _family(spec: MetricSpec) -> CounterMetricFamily | GaugeMetricFamily:
+    kind = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily
+    return kind(spec.name, spec.help, labels=spec.labels)
+
+
+def _registry(snapshot: Callable[[], Status]) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(_StatusCollector(snapshot))
+    return registry
+
+
+def render(status: Status) -> bytes:
+    """The metrics of one status, in Prometheus's text format."""
+    return generate_latest(_registry(lambda: status))
+
+
+class Exporter:
+    """Serves the metrics on `address`; a taken port is said in the log and stops nothing else."""
+
+    def __init__(self, snapshot: Callable[[], Status], address: tuple[str, int]) -> None:
+        self._snapshot = snapshot
+        self._address = address
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        host, port = self._address
+        try:
+            start_http_server(port, host, _registry(self._snapshot))
+        except OSError as error:
+            log.error("metrics are not served", address=f"{host}:{port}", reason=str(error))
+        else:
+            log.info("metrics are served", address=f"{host}:{port}")
