@@ -1,0 +1,287 @@
+"""What the control plane costs: networks, attachments, a hundred containers at once, the plugin's start.
+
+The engine is timed on its socket. The plugin's own share comes from its call statistics, on its admin socket.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from bench.bed import LABEL, PLUGIN, Host
+from bench.engine import Engine
+from bench.errors import BenchError, EngineRefused
+from bench.rounds import Say
+from bench.stats import FREEFLOW, HOST, OVERLAY, Case, Row, row
+from bench.subjects import DRIVERS, container, networks, remove_network
+
+ATTACH_CALLS: Final = ("CreateEndpoint", "Join")
+AT_ONCE: Final = 100
+
+NETWORK_CREATE: Final = Case(
+    "network_create", "ms", False, "POST /networks/create until the network has its subnet"
+)
+RUN_P50: Final = Case("docker_run_p50", "ms", False, "container create + start, one at a time")
+RUN_P99: Final = Case("docker_run_p99", "ms", False, "same, p99")
+ADDED: Final = Case(
+    "attach_added", "ms", False, "docker_run less the host network's in the same round"
+)
+ATTACH_P50: Final = Case(
+    "attach_p50",
+    "ms",
+    False,
+    "the plugin's share of it: CreateEndpoint + Join, by the plugin's own clock",
+)
+ATTACH_P99: Final = Case("attach_p99", "ms", False, "same, p99")
+HUNDRED: Final = Case(
+    "hundred_at_once",
+    "s",
+    False,
+    f"{AT_ONCE} containers created, then all started at the same moment",
+)
+HUNDRED_P99: Final = Case(
+    "hundred_call_p99", "ms", False, "the slowest kind of call to the plugin meanwhile, its p99"
+)
+LISTENING: Final = Case(
+    "plugin_listening",
+    "ms",
+    False,
+    "from the start of the plugin's process until its socket takes a connection",
+)
+ANSWERING: Final = Case(
+    "plugin_answering", "ms", False, "same, until it has answered Plugin.Activate"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """The plugin's statistics of one kind of call; seconds."""
+
+    count: int
+    seconds: float
+    p99: float
+
+
+def plugin_calls(host: Host) -> dict[str, Calls]:
+    """Call -> statistics since the plugin's start."""
+    admin = Engine(host.root / "run/freeflow-admin/admin.sock", timeout=10)
+    try:
+        status = admin.call("GET", "/admin/status")
+    except OSError as error:
+        raise BenchError(f"{host.name}: no plugin at its admin socket: {error}") from error
+    return {
+        one["name"]: Calls(int(one["count"]), float(one["seconds"]), float(one["p99"]))
+        for one in status["calls"]
+    }
+
+
+def attach_seconds(before: Mapping[str, Calls], after: Mapping[str, Calls]) -> float:
+    """What the calls of one attachment took. Raises `BenchError` if there wasn't exactly one between the two."""
+    total = 0.0
+    for name in ATTACH_CALLS:
+        old = before.get(name, Calls(0, 0.0, 0.0))
+        new = after.get(name, old)
+        if new.count - old.count != 1:
+            raise BenchError(
+                f"the plugin counted {new.count - old.count} {name} calls for one container; is the host in use?"
+            )
+        total += new.seconds - old.seconds
+    return total
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def network_create(manager: Host, subject: str, number: int) -> float:
+    """Seconds until the Swarm has allocated the network."""
+    name = f"bench-create-{subject}-{number}"
+
+    def create() -> None:
+        manager.engine.create_network(name, DRIVERS[subject], {LABEL: "yes"})
+        end = time.monotonic() + 20
+        while not manager.engine.network(name)["IPAM"]["Config"]:
+            if time.monotonic() > end:
+                raise BenchError(f"{manager.name}: network {name} got no subnet in 20 s")
+            time.sleep(0.001)
+
+    try:
+        return _timed(create)
+    finally:
+        remove_network(manager, name)
+
+
+def docker_run(host: Host, subject: str, image: str) -> tuple[float, float | None]:
+    """Seconds of create + start, and the plugin's share of them."""
+    made = []
+
+    def start() -> None:
+        made.append(host.engine.create_container(container(image, subject, ["sleep", "infinity"])))
+        host.engine.start(made[0])
+
+    before = plugin_calls(host) if subject == FREEFLOW else {}
+    try:
+        seconds = _timed(start)
+        if subject != FREEFLOW:
+            return seconds, None
+        return seconds, attach_seconds(before, plugin_calls(host))
+    finally:
+        for identifier in made:
+            host.engine.remove(identifier)
+
+
+def at_once(host: Host, subject: str, image: str, count: int) -> float:
+    """Seconds from the moment all are told to start until the last has. Raises `BenchError` naming what failed."""
+    body = container(image, subject, ["sleep", "infinity"])
+    gate = threading.Barrier(count + 1)
+
+    def start(identifier: str) -> str | None:
+        gate.wait()
+        try:
+            host.engine.start(identifier)
+        except EngineRefused as error:
+            return str(error)
+        return None
+
+    made = [host.engine.create_container(body) for _ in range(count)]
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            futures = [pool.submit(start, identifier) for identifier in made]
+            gate.wait()
+            begin = time.perf_counter()
+            failed = [said for said in (future.result() for future in futures) if said]
+            seconds = time.perf_counter() - begin
+        if failed:
+            raise BenchError(f"{subject}: {len(failed)} of {count} did not start: {failed[0]}")
+        return seconds
+    finally:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(host.engine.remove, made))
+
+
+def _since_start(pid: int) -> float:
+    """Seconds since the process began, to the kernel's tick of 10 ms."""
+    fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
+    # Field 22, in ticks since boot; the list begins with field 3.
+    began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+
+
+def plugin_start(host: Host, plugin: str = PLUGIN) -> tuple[float, float]:
+    """Disable and enable; seconds from the process's start until it listens, and until it answers."""
+    identifier = str(host.engine.call("GET", f"/plugins/{plugin}/json")["Id"])
+    path = host.root / f"run/docker/plugins/{identifier}/freeflow.sock"
+    host.engine.call("POST", f"/plugins/{plugin}/disable?force=1")
+    enabling = threading.Thread(
+        target=host.engine.call, args=("POST", f"/plugins/{plugin}/enable?timeout=30")
+    )
+    enabling.start()
+    try:
+        end = time.monotonic() + 30
+        while True:
+            client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                client.settimeout(30)
+                client.connect(str(path))
+                break
+            except OSError as error:
+                client.close()
+                if time.monotonic() > end:
+                    raise BenchError(f"{host.name}: {plugin} doesn't listen: {error}") from error
+                time.sleep(0.001)
+        with client:
+            credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            pid = int(struct.unpack("3i", credentials)[0])
+            listening = _since_start(pid)
+            client.sendall(b"POST /Plugin.Activate HTTP/1.0\r\nContent-Length: 0\r\n\r\n")
+            said = client.recv(4096)
+            answering = _since_start(pid)
+        if b" 200 " not in said.split(b"\r\n", 1)[0]:
+            raise BenchError(f"{host.name}: {plugin} answered {said[:100]!r} to Plugin.Activate")
+    finally:
+        enabling.join()
+    return listening, answering
+
+
+def measure(
+    manager: Host,
+    subjects: Sequence[str],
+    image: str,
+    rounds: int,
+    order: random.Random,
+    say: Say,
+) -> dict[str, Row]:
+    """All cases, subjects in turn."""
+    samples: dict[str, dict[str, list[float]]] = {}
+
+    def keep(case: Case, subject: str, seconds: float) -> None:
+        figure = seconds * 1000 if case.unit == "ms" else seconds
+        samples.setdefault(case.name, {}).setdefault(subject, []).append(figure)
+        say(f"{subject:<8} {case.name} {figure:.4g} {case.unit}")
+
+    shuffled = list(subjects)
+    with networks(manager, subjects):
+        for number in range(max(3, rounds)):
+            for subject in order.sample(shuffled, len(shuffled)):
+                if subject != HOST:
+                    keep(NETWORK_CREATE, subject, network_create(manager, subject, number))
+        for subject in subjects:
+            docker_run(manager, subject, image)
+        for _ in range(rounds * 5):
+            took = {}
+            for subject in order.sample(shuffled, len(shuffled)):
+                took[subject], share = docker_run(manager, subject, image)
+                keep(RUN_P50, subject, took[subject])
+                if share is not None:
+                    keep(ATTACH_P50, subject, share)
+            for subject in took.keys() & {FREEFLOW, OVERLAY}:
+                if HOST in took:
+                    keep(ADDED, subject, took[subject] - took[HOST])
+        if FREEFLOW in subjects:
+            for _ in range(max(3, rounds)):
+                listening, answering = plugin_start(manager)
+                keep(LISTENING, FREEFLOW, listening)
+                keep(ANSWERING, FREEFLOW, answering)
+        for _ in range(max(1, rounds // 2)):
+            for subject in order.sample(shuffled, len(shuffled)):
+                keep(HUNDRED, subject, at_once(manager, subject, image, AT_ONCE))
+        if FREEFLOW in subjects:
+            # Its statistics began with its last start, just above.
+            keep(HUNDRED_P99, FREEFLOW, max(one.p99 for one in plugin_calls(manager).values()))
+    samples[RUN_P99.name] = samples.get(RUN_P50.name, {})
+    samples[ATTACH_P99.name] = samples.get(ATTACH_P50.name, {})
+    return rows(samples)
+
+
+CASES: Final = (
+    NETWORK_CREATE,
+    RUN_P50,
+    RUN_P99,
+    ADDED,
+    ATTACH_P50,
+    ATTACH_P99,
+    HUNDRED,
+    HUNDRED_P99,
+    LISTENING,
+    ANSWERING,
+)
+
+
+def rows(samples: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Row]:
+    return {
+        case.name: row(
+            case, samples.get(case.name, {}), 99 if case in (RUN_P99, ATTACH_P99) else 50
+        )
+        for case in CASES
+    }
