@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
 
 from driver import options as opt
-from driver.errors import Conflict, InvalidRequest
+from driver.errors import Conflict
 from driver.model import FORMAT, Network, Subnet
 
 
@@ -45,6 +45,11 @@ def mac_for(address: IPv4Address) -> str:
     return "02:42:" + address.packed.hex(":")
 
 
+def mac_for_id(endpoint_id: str) -> str:
+    """The MAC address of an endpoint without IPv4 address (null IPAM, IPv6 only); its prefix is apart from `mac_for`'s."""
+    return "06:" + _digest(endpoint_id, "mac")[:5].hex(":")
+
+
 def network(
     network_id: str,
     generic: Mapping[str, str],
@@ -63,16 +68,10 @@ def network(
     network that has them; `default_mtu` is asked only when no option says.
 
     Raises:
-        InvalidRequest: bad options, or a format that this version doesn't speak.
+        InvalidRequest: see `options.parse`.
         Conflict: the VNI asked for belongs to another network.
     """
     parsed = opt.parse(generic)
-    chosen_format = parsed.own_format or FORMAT
-    if chosen_format != FORMAT:
-        raise InvalidRequest(
-            f"network {network_id} has format {chosen_format}, this version of FreeFlow speaks {FORMAT}; "
-            "upgrade the plugin on this host"
-        )
     others = {vni: owner for vni, owner in taken.items() if owner != network_id}
     vni = parsed.own_vni or parsed.vni
     if vni in others and parsed.own_vni is None:
@@ -90,17 +89,22 @@ def network(
         internal=internal,
         acceleration=parsed.acceleration,
         overlay=overlay,
+        format=parsed.own_format or FORMAT,
         options=dict(generic),
     )
 
 
-def answer(chosen: Network) -> dict[str, str]:
-    """AllocateNetwork's answer: the user's options and ours, for Docker replaces the former by what is returned."""
+def choices(chosen: Network) -> dict[str, str]:
+    """What was chosen, as options."""
     return {
-        **chosen.options,
         opt.FORMAT: str(chosen.format),
         opt.VNI: str(chosen.vni),
         opt.PORT: str(chosen.port),
         opt.MTU: str(chosen.mtu),
         opt.PREFIX6: str(chosen.prefix6),
     }
+
+
+def answer(chosen: Network) -> dict[str, str]:
+    """AllocateNetwork's answer: the user's options and ours, for Docker replaces the former by what is returned."""
+    return {**chosen.options, **choices(chosen)}

@@ -4,9 +4,15 @@ Invariants:
 
 - What is promised to Docker is in the store before the answer goes out, and an endpoint is in the store before the
   kernel is touched, so whatever a crash leaves is found again (`recovery.py`).
+- Removal is the mirror: kernel first, row last.
+- A network's links are made after the row of an endpoint, and removed under the network's lock when it has no row left.
+  So two endpoints are made and removed side by side, and the last one that goes never takes the links of a new one.
 - Every call may come twice, after any failure, and with its partner missing: Docker repeats a call whose answer got
   lost, and never repeats a teardown.
 - No call asks Docker anything: it holds locks while it waits for us.
+
+Locks: one per endpoint, held for the call; within it one per network, held for a look at the store. Neither is held
+while another of its kind is taken.
 
 Who the peers are and where VIPs lead is the sync loop's business (`sync.py`), after the answer.
 """
@@ -15,8 +21,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Interface, IPv6Interface, IPv6Network, ip_address
 from typing import Final
@@ -24,8 +29,17 @@ from typing import Final
 import structlog
 
 from driver import allocate, names, options
-from driver.errors import Conflict, InvalidRequest, NotFound
-from driver.model import Endpoint, IPAddress, IPNetwork, Network, Subnet
+from driver.errors import Conflict, FreeFlowError, InvalidRequest, NotFound
+from driver.locks import KeyedLocks
+from driver.model import (
+    Endpoint,
+    IPAddress,
+    IPNetwork,
+    LocalContainer,
+    Network,
+    NetworkView,
+    Subnet,
+)
 from driver.ports import Kernel
 from driver.store import Store
 
@@ -33,7 +47,12 @@ log = structlog.get_logger()
 
 # Local networks and endpoints: 64 hex characters; Swarm's networks: 25 of [0-9a-z].
 _ID: Final = re.compile(r"[0-9a-f]{64}|[0-9a-z]{25}")
+_MAC: Final = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 _SELF_ADDRESS: Final = "self_address"
+# What the kernel's objects, or other hosts, have from the network while it is in use.
+_FIXED_IN_USE: Final = ("vni", "port", "prefix6", "subnets", "overlay", "format")
+LOCAL_MTU: Final = 1500
+"""Of a network that doesn't leave the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +87,13 @@ class JoinResult:
     dst_prefix: str = "eth"
 
 
-class _Locks:
-    """One lock per network, kept while somebody holds or waits for it."""
+@dataclass(frozen=True, slots=True)
+class DriverSnapshot:
+    """What is promised at one moment, for status and metrics."""
 
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._locks: dict[str, tuple[threading.RLock, int]] = {}
-
-    @contextmanager
-    def hold(self, key: str) -> Iterator[None]:
-        with self._guard:
-            lock, users = self._locks.get(key, (threading.RLock(), 0))
-            self._locks[key] = (lock, users + 1)
-        try:
-            with lock:
-                yield
-        finally:
-            with self._guard:
-                lock, users = self._locks[key]
-                if users == 1:
-                    del self._locks[key]
-                else:
-                    self._locks[key] = (lock, users - 1)
+    networks: tuple[Network, ...]
+    endpoints: tuple[Endpoint, ...]
+    allocations: tuple[Network, ...]
 
 
 def _check_id(kind: str, identifier: str) -> str:
@@ -118,8 +122,11 @@ class Driver:
         self._clock = clock
         self._wake: Callable[[], None] = lambda: None
         self._joined: Callable[[Endpoint], None] = lambda endpoint: None
-        self._locks = _Locks()
+        self._endpoint_locks = KeyedLocks()
+        self._network_locks = KeyedLocks()
         self._allocation_lock = threading.Lock()
+        self.keep_links = False
+        """Set by recovery while the kernel has endpoints that no row names: their network's links must stay."""
 
     def on_change(self, wake: Callable[[], None], joined: Callable[[Endpoint], None]) -> None:
         """Whom to tell: `wake` after any change, `joined` of an endpoint whose sandbox is about to come."""
@@ -151,10 +158,24 @@ class Driver:
         known = self.store.fact(_SELF_ADDRESS)
         return ip_address(known) if known else None
 
+    def snapshot(self) -> DriverSnapshot:
+        """What is promised now."""
+        return DriverSnapshot(
+            tuple(self.store.networks()),
+            tuple(self.store.endpoints()),
+            tuple(self.store.allocations()),
+        )
+
     # --- networks, on the Swarm's leader
 
     def _default_mtu(self) -> int:
-        return self.config.mtu or self.kernel.underlay_mtu()
+        if self.config.mtu is not None:
+            return self.config.mtu
+        return self.kernel.underlay_mtu() if self._overlay else LOCAL_MTU
+
+    @property
+    def _overlay(self) -> bool:
+        return self.config.scope == "global"
 
     def allocate_network(self, network_id: str, generic: Mapping[str, str]) -> dict[str, str]:
         """Choose what all hosts must agree on; asked again after a change of leader, the answer stays.
@@ -165,22 +186,40 @@ class Driver:
         _check_id("network", network_id)
         with self._allocation_lock:
             known = self.store.allocation(network_id)
-            if known is not None:
-                # What was answered before wins: this may be the repetition of a call whose answer got lost.
-                generic = {**allocate.answer(known), **generic}
-            chosen = allocate.network(
-                network_id,
-                generic,
-                port=self.config.port,
-                default_mtu=self._default_mtu,
-                taken=self.store.taken_vnis(),
-            )
-            self.store.put_allocation(chosen)
+            chosen = self._chosen(network_id, known, generic)
+            if chosen != known:
+                self.store.put_allocation(chosen)
+        log.info("network allocated", network=network_id, vni=chosen.vni, mtu=chosen.mtu)
         return allocate.answer(chosen)
 
     def free_network(self, network_id: str) -> None:
         """Forget an allocation; unknown is fine, a former leader may have made it."""
         self.store.delete_allocation(_check_id("network", network_id))
+
+    def _chosen(
+        self,
+        network_id: str,
+        known: Network | None,
+        generic: Mapping[str, str],
+        *,
+        subnets: tuple[Subnet, ...] = (),
+        ipv6: bool = False,
+        internal: bool = False,
+    ) -> Network:
+        chosen = allocate.network(
+            network_id,
+            # What was chosen before stays: this may be the repetition of a call whose answer got lost. But what
+            # Docker carries wins: on a Swarm it is what all other hosts have.
+            {**allocate.choices(known), **generic} if known is not None else generic,
+            port=self.config.port,
+            default_mtu=self._default_mtu,
+            taken=self.store.taken_vnis(),
+            subnets=subnets,
+            ipv6=ipv6,
+            internal=internal,
+            overlay=self._overlay,
+        )
+        return replace(chosen, options=dict(generic))
 
     # --- networks, on the hosts that use them
 
@@ -196,38 +235,86 @@ class Driver:
         """Remember a network. Nothing is made in the kernel until it has an endpoint.
 
         Raises:
-            InvalidRequest, Conflict: see `allocate.network`.
+            InvalidRequest: see `options.parse`.
+            Conflict: the VNI is that of another network in use, or the network is in use with other choices.
         """
         _check_id("network", network_id)
-        with self._allocation_lock, self._locks.hold(network_id):
+        # Docker asks again after its own restart: an upsert.
+        with self._allocation_lock, self._network_locks.hold(names.short(network_id)):
             known = self.store.network(network_id)
-            if known is not None:
-                # Docker asks again after a daemon restart: what was chosen stays.
-                generic = {**allocate.answer(known), **generic}
-            chosen = allocate.network(
-                network_id,
-                generic,
-                port=self.config.port,
-                default_mtu=self._default_mtu,
-                taken=self.store.taken_vnis(),
-                subnets=subnets,
-                ipv6=ipv6,
-                internal=internal,
-                overlay=self.config.scope == "global",
+            chosen = self._chosen(
+                network_id, known, generic, subnets=subnets, ipv6=ipv6, internal=internal
             )
-            if chosen != known:
+            self._check_clash(chosen)
+            if known is not None and known != chosen:
+                self._check_change(known, chosen)
+            if known != chosen:
                 self.store.put_network(chosen)
         log.info("network created", network=network_id, vni=chosen.vni, mtu=chosen.mtu)
+
+    def _check_clash(self, chosen: Network) -> None:
+        for other in self.store.networks():
+            if other.id == chosen.id:
+                continue
+            if names.short(other.id) == names.short(chosen.id):
+                raise Conflict(
+                    f"network {chosen.id}: its first twelve characters are those of network {other.id}; "
+                    "remove it and create it again"
+                )
+            same_device = (other.vni, other.port) == (chosen.vni, chosen.port)
+            if same_device and chosen.overlay and other.overlay:
+                if self.store.has_endpoints(other.id):
+                    raise Conflict(
+                        f"network {chosen.id}: VNI {chosen.vni} on UDP port {chosen.port} is in use here by network "
+                        f"{other.id}; create it again with another -o vni="
+                    )
+                # Of a Swarm that this host has left, most likely; collection removes it.
+                log.warning("VNI of an unused network taken over", vni=chosen.vni, other=other.id)
+
+    def _check_change(self, known: Network, chosen: Network) -> None:
+        changed = [
+            name
+            for name in ("vni", "port", "prefix6", "subnets", "overlay", "format", "mtu", "ipv6")
+            if getattr(known, name) != getattr(chosen, name)
+        ]
+        fixed = [name for name in changed if name in _FIXED_IN_USE]
+        if fixed and self.store.has_endpoints(known.id):
+            was = ", ".join(f"{name} {getattr(known, name)}" for name in fixed)
+            raise Conflict(
+                f"network {known.id} has endpoints on this host with {was}, which can't change under them; "
+                "stop its containers here, then try again"
+            )
+        log.info("network changed", network=known.id, fields=changed)
 
     def delete_network(self, network_id: str) -> None:
         """Remove a network with what is left of its endpoints; unknown is fine."""
         _check_id("network", network_id)
-        with self._locks.hold(network_id):
-            for endpoint in self.store.endpoints(network_id):
-                self.kernel.detach(network_id, endpoint.id)
-            self.kernel.remove_network(network_id)
-            self.store.delete_network(network_id)
+        for endpoint in self.store.endpoints(network_id):
+            # Docker asks only when nobody uses the network: their own removal went past us.
+            log.info("stale endpoint removed with its network", endpoint=endpoint.id)
+            with self._endpoint_locks.hold(endpoint.id):
+                self._discard(network_id, endpoint.id)
+        with self._network_locks.hold(names.short(network_id)):
+            if self.store.has_endpoints(network_id):
+                raise Conflict(
+                    f"network {network_id} got a new endpoint while it was removed; stop its containers here first"
+                )
+            if not self.keep_links:
+                self.kernel.remove_network(network_id)
+            if self.store.network(network_id) is not None:
+                self.store.delete_network(network_id)
         log.info("network deleted", network=network_id)
+        self._wake()
+
+    def forget_network(self, network_id: str) -> bool:
+        """Forget a network that Docker no longer knows; false if it has endpoints."""
+        with self._network_locks.hold(names.short(network_id)):
+            if self.store.has_endpoints(network_id):
+                return False
+            if not self.keep_links:
+                self.kernel.remove_network(network_id)
+            self.store.delete_network(network_id)
+        return True
 
     # --- endpoints
 
@@ -247,37 +334,41 @@ class Driver:
 
         Raises:
             NotFound: no such network here.
-            Conflict: the endpoint exists with other addresses, or its addresses are another's.
-            InvalidRequest: a per-endpoint option.
+            Conflict: the endpoint exists with other addresses.
+            InvalidRequest: a per-endpoint option, or a MAC address that no host can have.
             KernelError: the kernel refused; nothing is left then.
         """
         _check_id("network", network_id)
         _check_id("endpoint", endpoint_id)
         options.check_endpoint(driver_options or {})
-        with self._locks.hold(network_id):
-            network = self._network(network_id)
-            endpoint = Endpoint(
-                id=endpoint_id,
-                network_id=network_id,
-                mac=(mac or self._mac(endpoint_id, ipv4)).lower(),
-                ipv4=ipv4,
-                ipv6=ipv6 or self._ipv6(network, ipv4),
-                created=self._clock(),
-            )
+        self._evict(network_id, endpoint_id, ipv4)
+        with self._endpoint_locks.hold(endpoint_id):
             known = self.store.endpoint(endpoint_id)
-            if known is not None and not _same(known, endpoint):
-                raise Conflict(
-                    f"endpoint {endpoint_id} exists already with {known.ipv4} {known.mac}; "
-                    "disconnect the container and connect it again"
+            with self._network_locks.hold(names.short(network_id)):
+                network = self._network(network_id)
+                endpoint = Endpoint(
+                    id=endpoint_id,
+                    network_id=network_id,
+                    mac=_unicast(mac) if mac else _derived_mac(endpoint_id, ipv4),
+                    ipv4=ipv4,
+                    ipv6=ipv6 or _derived_ipv6(network, ipv4),
+                    created=self._clock(),
                 )
-            self._check_addresses(endpoint)
-            if known is None:
-                self.store.put_endpoint(endpoint)
+                if known is None:
+                    self._check_short_id(endpoint_id)
+                    self.store.put_endpoint(endpoint)
+                elif not _same(known, endpoint):
+                    raise Conflict(
+                        f"endpoint {endpoint_id} exists already with {known.ipv4} {known.mac} on network "
+                        f"{known.network_id}; disconnect the container and connect it again"
+                    )
+                else:
+                    endpoint = known
             try:
                 self.kernel.attach(network, endpoint)
-            except Exception:
+            except FreeFlowError:
                 if known is None:
-                    self._discard(endpoint)
+                    self._roll_back(endpoint)
                 raise
         return EndpointAddresses(
             mac=None if mac else endpoint.mac,
@@ -287,60 +378,59 @@ class Driver:
     def _network(self, network_id: str) -> Network:
         network = self.store.network(network_id)
         if network is None:
+            # The sync loop asks Docker for what we have lost.
+            self._wake()
             raise NotFound(
-                f"network {network_id} is not known to FreeFlow on this host; was the plugin removed and installed "
-                "again? Remove the network and create it anew (of a Swarm: restart the task)"
+                f"network {network_id} is not known to FreeFlow on this host; if Docker lists it, it is learned again "
+                "within a minute: start the container again then; if that doesn't help, remove the network and "
+                "create it anew"
             )
         return network
 
-    @staticmethod
-    def _mac(endpoint_id: str, ipv4: IPv4Interface | None) -> str:
-        if ipv4 is not None:
-            return allocate.mac_for(ipv4.ip)
-        # Null IPAM: no address to derive it from.
-        return "02:" + bytes.fromhex(endpoint_id[:10]).hex(":")
-
-    @staticmethod
-    def _ipv6(network: Network, ipv4: IPv4Interface | None) -> IPv6Interface | None:
-        if not network.ipv6 or ipv4 is None:
-            return None
-        address = allocate.ipv6_for(network.prefix6, ipv4.ip)
-        return IPv6Interface((address, network.prefix6.prefixlen))
-
-    def _check_addresses(self, endpoint: Endpoint) -> None:
-        for other in self.store.endpoints(endpoint.network_id):
-            if other.id == endpoint.id:
-                continue
-            if names.short(other.id) == names.short(endpoint.id):
+    def _check_short_id(self, endpoint_id: str) -> None:
+        for other in self.store.endpoint_ids(endpoint_id):
+            if other != endpoint_id:
                 raise Conflict(
-                    f"endpoint {endpoint.id}: its first twelve characters are those of endpoint {other.id}; try again"
+                    f"endpoint {endpoint_id}: its first twelve characters are those of endpoint {other}; try again"
                 )
-            if endpoint.ipv4 is not None and other.ipv4 == endpoint.ipv4:
-                # Docker gives an address to one endpoint at a time: the other one's end went past us.
-                log.info("stale endpoint replaced", endpoint=other.id, address=str(other.ipv4))
-                self._discard(other)
 
-    def _discard(self, endpoint: Endpoint) -> None:
-        """Remove an endpoint and, after the last one, the network's links. The caller holds the lock."""
-        self.kernel.detach(endpoint.network_id, endpoint.id)
-        self.store.delete_endpoint(endpoint.id)
-        if not self.store.endpoints(endpoint.network_id):
-            self.kernel.remove_network(endpoint.network_id)
+    def _evict(self, network_id: str, endpoint_id: str, ipv4: IPv4Interface | None) -> None:
+        """Docker gives an address to one endpoint at a time: if another has it here, its end went past us."""
+        if ipv4 is None:
+            return
+        for other in self.store.endpoints_at(network_id, ipv4):
+            if other.id != endpoint_id:
+                log.info("stale endpoint replaced", endpoint=other.id, address=str(ipv4.ip))
+                with self._endpoint_locks.hold(other.id):
+                    self._discard(network_id, other.id)
+
+    def _roll_back(self, endpoint: Endpoint) -> None:
+        try:
+            self._discard(endpoint.network_id, endpoint.id)
+        except FreeFlowError as error:
+            # The row stays, so that collection finds the rest; what Docker hears is the first failure.
+            log.error("roll-back failed", endpoint=endpoint.id, reason=str(error))
+
+    def _discard(self, network_id: str, endpoint_id: str) -> None:
+        """Remove an endpoint and, after the last one, the network's links. The caller holds the endpoint's lock."""
+        self.kernel.detach(network_id, endpoint_id)
+        with self._network_locks.hold(names.short(network_id)):
+            if self.store.endpoint(endpoint_id) is not None:
+                self.store.delete_endpoint(endpoint_id)
+            if not self.keep_links and not self.store.has_endpoints(network_id):
+                self.kernel.remove_network(network_id)
 
     def delete_endpoint(self, network_id: str, endpoint_id: str) -> None:
         """Remove an endpoint; unknown is fine."""
         _check_id("network", network_id)
         _check_id("endpoint", endpoint_id)
-        with self._locks.hold(network_id):
+        with self._endpoint_locks.hold(endpoint_id):
             endpoint = self.store.endpoint(endpoint_id)
             if endpoint is not None and endpoint.network_id != network_id:
                 raise InvalidRequest(
                     f"endpoint {endpoint_id} belongs to network {endpoint.network_id}, not {network_id}"
                 )
-            if endpoint is not None:
-                self._discard(endpoint)
-            else:
-                self.kernel.detach(network_id, endpoint_id)
+            self._discard(network_id, endpoint_id)
         self._wake()
 
     def endpoint_info(self, network_id: str, endpoint_id: str) -> dict[str, str]:
@@ -358,16 +448,21 @@ class Driver:
         """
         _check_id("network", network_id)
         _check_id("endpoint", endpoint_id)
-        with self._locks.hold(network_id):
+        with self._endpoint_locks.hold(endpoint_id):
             network = self._network(network_id)
             endpoint = self.store.endpoint(endpoint_id)
             if endpoint is None or endpoint.network_id != network_id:
                 raise NotFound(
                     f"endpoint {endpoint_id} is not known to FreeFlow on this host; start the container again"
                 )
-            endpoint = replace(endpoint, sandbox_key=sandbox_key)
-            self.store.put_endpoint(endpoint)
-        self.kernel.announce(network_id, [endpoint])
+            if endpoint.sandbox_key != sandbox_key:
+                endpoint = replace(endpoint, sandbox_key=sandbox_key)
+                self.store.put_endpoint(endpoint)
+        try:
+            self.kernel.announce(network_id, [endpoint])
+        except FreeFlowError as error:
+            # Neighbours learn it from the first packet as well, only later.
+            log.warning("endpoint not announced", endpoint=endpoint_id, reason=str(error))
         self._joined(endpoint)
         self._wake()
         return JoinResult(names.container_veth(endpoint_id), _other_subnets(network, endpoint))
@@ -376,11 +471,81 @@ class Driver:
         """The container leaves; Docker takes the link back and calls DeleteEndpoint. Unknown is fine."""
         _check_id("network", network_id)
         _check_id("endpoint", endpoint_id)
-        with self._locks.hold(network_id):
+        with self._endpoint_locks.hold(endpoint_id):
             endpoint = self.store.endpoint(endpoint_id)
             if endpoint is not None and endpoint.sandbox_key is not None:
                 self.store.put_endpoint(replace(endpoint, sandbox_key=None))
         self._wake()
+
+    # --- what was lost
+
+    def remove_links(self, short_id: str) -> bool:
+        """Remove the links of a network, known or not, that has no endpoints; false if it has some."""
+        with self._network_locks.hold(names.short(short_id)):
+            if self.store.has_endpoints(short_id):
+                return False
+            self.kernel.remove_network(short_id)
+        return True
+
+    def restore_network(self, view: NetworkView) -> None:
+        """Learn a network again from what the engine says of it.
+
+        Raises:
+            InvalidRequest, Conflict: see `create_network`.
+        """
+        self.create_network(
+            view.id,
+            view.options,
+            view.subnets,
+            ipv6=view.ipv6,
+            internal=view.internal,
+        )
+
+    def adopt(self, network_id: str, container: LocalContainer) -> None:
+        """Learn an endpoint again whose links live on, and repair them.
+
+        Raises:
+            NotFound: no such network here.
+            KernelError: the kernel refused; the row stays.
+        """
+        endpoint_id = _check_id("endpoint", container.endpoint_id)
+        with self._endpoint_locks.hold(endpoint_id):
+            with self._network_locks.hold(names.short(network_id)):
+                network = self._network(network_id)
+                if self.store.endpoint(endpoint_id) is not None:
+                    return
+                endpoint = Endpoint(
+                    id=endpoint_id,
+                    network_id=network_id,
+                    mac=container.mac or _derived_mac(endpoint_id, container.address),
+                    ipv4=container.address,
+                    ipv6=container.ipv6 or _derived_ipv6(network, container.address),
+                    sandbox_key=container.sandbox_key,
+                    created=self._clock(),
+                )
+                self.store.put_endpoint(endpoint)
+            self.kernel.attach(network, endpoint)
+        log.info("endpoint adopted", endpoint=endpoint_id, container=container.name)
+        self._joined(endpoint)
+
+
+def _unicast(mac: str) -> str:
+    if not _MAC.fullmatch(mac) or int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
+        raise InvalidRequest(
+            f"MAC address {mac!r} is not one that a host can have; for example --mac-address 02:42:0a:00:00:05"
+        )
+    return mac.lower()
+
+
+def _derived_mac(endpoint_id: str, ipv4: IPv4Interface | None) -> str:
+    return allocate.mac_for_id(endpoint_id) if ipv4 is None else allocate.mac_for(ipv4.ip)
+
+
+def _derived_ipv6(network: Network, ipv4: IPv4Interface | None) -> IPv6Interface | None:
+    if not network.ipv6 or ipv4 is None:
+        return None
+    address = allocate.ipv6_for(network.prefix6, ipv4.ip)
+    return IPv6Interface((address, network.prefix6.prefixlen))
 
 
 def _same(known: Endpoint, asked: Endpoint) -> bool:

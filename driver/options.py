@@ -1,7 +1,8 @@
 """Options of a network (`-o KEY=VALUE`): checked once, by name; what isn't known is refused.
 
-Keys of three kinds meet in one map: the user's, ours (`freeflow.*`, added by AllocateNetwork), and the engine's own
-(`com.docker.network.*`), which the engine consumes itself and which are let through.
+Keys of three kinds meet in one map: the user's, ours (`freeflow.*`, added by AllocateNetwork), and those that the
+engine itself consumes and passes on nevertheless. A key that another driver would obey is refused, not ignored: a user
+who asks for `encrypted` must not believe to have it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from ipaddress import IPv6Network
 from typing import Final
 
 from driver.errors import InvalidRequest
+from driver.model import FORMAT as SPOKEN
 
 MTU_RANGE: Final = range(1280, 65536)
 """IPv6 needs links of 1280 bytes at least (RFC 8200, section 5)."""
@@ -24,14 +26,27 @@ USER_KEYS: Final = {
     "acceleration": "on or off",
 }
 MTU_ALIAS: Final = "com.docker.network.driver.mtu"
-ENGINE_PREFIX: Final = "com.docker.network."
+ENGINE_PREFIXES: Final = (
+    "com.docker.network.advertise_addr_",
+    "com.docker.network.enable_ipv",
+    "com.docker.network.endpoint.",
+    "com.docker.network.internal",
+)
+ENDPOINT_PREFIX: Final = "com.docker."
+"""At an endpoint the engine's own keys aren't told from the user's: port lists, DNS servers, MAC address."""
+HINTS: Final = {
+    "encrypted": "FreeFlow does not encrypt; use Docker's overlay for a network that needs it",
+    "com.docker.network.driver.overlay.vxlanid_list": "use -o vni=NUMBER",
+}
 
+OWN_PREFIX: Final = "freeflow."
 FORMAT: Final = "freeflow.format"
 VNI: Final = "freeflow.vni"
 PORT: Final = "freeflow.port"
 MTU: Final = "freeflow.mtu"
 PREFIX6: Final = "freeflow.prefix6"
 OWN_KEYS: Final = (FORMAT, VNI, PORT, MTU, PREFIX6)
+_EXAMPLES: Final = {"mtu": 9000, MTU_ALIAS: 9000, "vni": 70012}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +64,24 @@ class NetworkOptions:
 
 
 def _integer(key: str, value: str, allowed: range) -> int:
-    try:
-        number = int(value)
-    except ValueError:
-        number = allowed.start - 1
-    if number not in allowed:
+    # Not int(): it takes "9_000", " 9000 " and digits of other scripts.
+    if not (value.isascii() and value.isdecimal() and len(value) < 12) or int(value) not in allowed:
         raise InvalidRequest(
             f"option {key}={value}: not a number from {allowed.start} to {allowed.stop - 1}; "
-            f"for example -o {key}={allowed.start}"
+            f"for example -o {key}={_EXAMPLES.get(key, allowed.start)}"
         )
-    return number
+    return int(value)
 
 
 def _switch(key: str, value: str) -> bool:
-    meaning = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
+    meaning = {
+        "on": True,
+        "true": True,
+        "1": True,
+        "off": False,
+        "false": False,
+        "0": False,
+    }
     if value.lower() not in meaning:
         raise InvalidRequest(f"option {key}={value}: neither on nor off; for example -o {key}=off")
     return meaning[value.lower()]
@@ -82,31 +101,63 @@ def _prefix6(value: str) -> IPv6Network:
     return network
 
 
+def _known() -> str:
+    return ", ".join(f"{key} ({meaning})" for key, meaning in USER_KEYS.items())
+
+
+def _refuse_unknown(options: Mapping[str, str]) -> None:
+    unknown = sorted(
+        key
+        for key in options
+        if key not in USER_KEYS
+        and key != MTU_ALIAS
+        and not key.startswith(ENGINE_PREFIXES)
+        # With a format an earlier allocation wrote them; a later version may add more.
+        and not (key.startswith(OWN_PREFIX) and FORMAT in options)
+    )
+    if not unknown:
+        return
+    if unknown[0].startswith(OWN_PREFIX):
+        raise InvalidRequest(
+            f"option {', '.join(unknown)}: chosen by FreeFlow, not by the user; networks have: {_known()}; "
+            "for example -o mtu=9000"
+        )
+    hints = "".join(f" ({HINTS[key]})" for key in unknown if key in HINTS)
+    raise InvalidRequest(
+        f"unknown option {', '.join(unknown)}{hints}; FreeFlow networks have: {_known()}; "
+        "for example -o mtu=9000"
+    )
+
+
+def _mtu(options: Mapping[str, str]) -> int | None:
+    given = {
+        key: _integer(key, options[key], MTU_RANGE) for key in ("mtu", MTU_ALIAS) if key in options
+    }
+    if len(set(given.values())) > 1:
+        raise InvalidRequest(
+            f"options mtu={options['mtu']} and {MTU_ALIAS}={options[MTU_ALIAS]} contradict each other; give one"
+        )
+    return given.get("mtu", given.get(MTU_ALIAS))
+
+
 def parse(options: Mapping[str, str]) -> NetworkOptions:
     """Check the options of a network.
 
     Raises:
-        InvalidRequest: an unknown key, with the known ones listed, or a bad value.
+        InvalidRequest: an unknown key, with the known ones listed, a bad value, or a format of a later version.
     """
-    unknown = [
-        key
-        for key in options
-        if key not in USER_KEYS and key not in OWN_KEYS and not key.startswith(ENGINE_PREFIX)
-    ]
-    if unknown:
-        known = ", ".join(f"{key} ({meaning})" for key, meaning in USER_KEYS.items())
+    own_format = _integer(FORMAT, options[FORMAT], range(1, 1 << 16)) if FORMAT in options else None
+    if own_format is not None and own_format > SPOKEN:
         raise InvalidRequest(
-            f"unknown option {', '.join(sorted(unknown))}; FreeFlow networks have: {known}; "
-            "for example -o mtu=9000"
+            f"option {FORMAT}={own_format}: allocated by a later FreeFlow, this host's speaks {SPOKEN}; "
+            "upgrade the plugin on this host (docker plugin upgrade)"
         )
-    mtu = options.get("mtu", options.get(MTU_ALIAS))
+    _refuse_unknown(options)
     return NetworkOptions(
-        mtu=None if mtu is None else _integer("mtu", mtu, MTU_RANGE),
+        mtu=_mtu(options),
         vni=_integer("vni", options["vni"], VNI_RANGE) if "vni" in options else None,
         acceleration=_switch("acceleration", options.get("acceleration", "on")),
-        own_format=_integer(FORMAT, options[FORMAT], range(1, 1 << 16))
-        if FORMAT in options
-        else None,
+        own_format=own_format,
         own_vni=_integer(VNI, options[VNI], VNI_RANGE) if VNI in options else None,
         own_port=_integer(PORT, options[PORT], PORT_RANGE) if PORT in options else None,
         own_mtu=_integer(MTU, options[MTU], MTU_RANGE) if MTU in options else None,
@@ -120,8 +171,9 @@ def check_endpoint(options: Mapping[str, object]) -> None:
     Raises:
         InvalidRequest: any key that isn't the engine's own.
     """
-    unknown = sorted(key for key in options if not key.startswith(ENGINE_PREFIX))
+    unknown = sorted(key for key in options if not key.startswith(ENDPOINT_PREFIX))
     if unknown:
         raise InvalidRequest(
-            f"unknown driver-opt {', '.join(unknown)}: FreeFlow has no options per container; remove it"
+            f"unknown driver-opt {', '.join(unknown)}: FreeFlow has no options per container; remove it "
+            f"(options of a network are: {_known()})"
         )

@@ -15,10 +15,14 @@ from driver.model import Endpoint, EngineView, IPAddress, Network, NetworkView, 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What of ours exists in the kernel, by short ID (see `names.short`)."""
+    """What of ours exists in the kernel, by short ID (see `names.short`).
+
+    `endpoints` have a host-side veth; of those in `filters` only the source filter is left.
+    """
 
     networks: frozenset[str]
     endpoints: frozenset[str]
+    filters: frozenset[str] = frozenset()
 
 
 class Kernel(Protocol):
@@ -53,7 +57,7 @@ class Kernel(Protocol):
         """What exists, whoever made it."""
 
     def underlay_mtu(self) -> int:
-        """MTU in bytes of the device that carries the underlay."""
+        """MTU in bytes that the underlay leaves for containers: its device's, less the overhead of VXLAN."""
 
     def cleanup(self) -> list[str]:
         """Remove everything of ours from the kernel; returns the names of what was removed."""

@@ -3,202 +3,303 @@
 Networks must survive a power failure, since Docker doesn't replay local ones: they are written with
 `synchronous=FULL`. Endpoints don't outlive a reboot, so `NORMAL` is enough for them: in WAL mode it survives any crash
 of the process (sqlite.org/pragma.html#pragma_synchronous).
+
+A file that SQLite can't read is moved aside, not fatal: what it said comes back from Docker and the kernel
+(`recovery.py`). A file of a newer version is left alone and refused.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable
-from ipaddress import IPv4Interface, IPv6Interface, IPv6Network, ip_interface, ip_network
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import msgspec
 import structlog
 
-from driver.errors import FreeFlowError
-from driver.model import Endpoint, Network, Subnet
+from driver import names, records
+from driver.errors import StateError
+from driver.model import Endpoint, Network
 
-SCHEMA: Final = 1
 FILE: Final = "freeflow.db"
+ASIDE: Final = "freeflow.db.broken"
 
-_TABLES: Final = """
-CREATE TABLE IF NOT EXISTS network (id TEXT PRIMARY KEY, body BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS allocation (id TEXT PRIMARY KEY, vni INTEGER NOT NULL, body BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS endpoint (id TEXT PRIMARY KEY, network_id TEXT NOT NULL, body BLOB NOT NULL);
-CREATE INDEX IF NOT EXISTS endpoint_network ON endpoint (network_id);
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-"""
+MIGRATIONS: Final = (
+    """
+    CREATE TABLE network (id TEXT PRIMARY KEY, vni INTEGER NOT NULL, body BLOB NOT NULL);
+    CREATE TABLE allocation (id TEXT PRIMARY KEY, vni INTEGER NOT NULL, body BLOB NOT NULL);
+    CREATE TABLE endpoint (
+        id TEXT PRIMARY KEY, network_id TEXT NOT NULL, ipv4 TEXT, body BLOB NOT NULL
+    );
+    CREATE INDEX endpoint_network ON endpoint (network_id, ipv4);
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+    """,
+)
+"""Step N brings a file from schema N (`user_version`) to N+1; steps are only ever added."""
+
+_UNREADABLE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_BUSY_TIMEOUT: Final = 5.0
+_TABLES: Final = ("network", "allocation", "endpoint", "meta")
 
 T = TypeVar("T")
 log = structlog.get_logger()
 
 
-def _encode(value: Network | Endpoint) -> bytes:
-    # msgspec has no `ipaddress` types: addresses are strings in a row.
-    return msgspec.json.encode(value, enc_hook=str)
-
-
-class StoreError(FreeFlowError):
-    """The state can't be read by this version."""
+def _unreadable(error: sqlite3.Error) -> bool:
+    # The low byte is the error, the rest its detail (sqlite.org/rescode.html).
+    return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _UNREADABLE
 
 
 class Store:
-    """The state of this host in `directory`. All methods are safe from any thread."""
+    """The state of this host in `directory`. All methods are safe from any thread.
 
-    def __init__(self, directory: Path) -> None:
+    One connection writes and one reads, so that no reader waits for a writer's fsync. `moved_aside` is where an
+    unreadable file went at this start.
+
+    Raises StateError from every method.
+    """
+
+    def __init__(self, directory: Path, *, migrations: tuple[str, ...] = MIGRATIONS) -> None:
         self.path = directory / FILE
-        self._lock = threading.RLock()
-        directory.mkdir(parents=True, exist_ok=True)
-        self._connection = self._open()
+        self.moved_aside: Path | None = None
+        self._migrations = migrations
+        self._write_lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._writer = self._open()
+            self._reader = self._connect()
+            self._drop_senseless()
+        except (OSError, sqlite3.Error) as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> StateError:
+        if isinstance(error, sqlite3.Error) and _unreadable(error):
+            step = "disable and enable the plugin: it then starts anew from what Docker says"
+        else:
+            step = "look at the file system's free space and rights"
+        return StateError(f"state in {self.path}: {error}; {step}")
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(
+            self.path,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=_BUSY_TIMEOUT,
+        )
 
     def _open(self) -> sqlite3.Connection:
         try:
-            return self._connect()
+            return self._prepare()
         except sqlite3.DatabaseError as error:
-            # What it said comes back from Docker and the kernel (recovery.py); keep it for a bug report.
-            aside = self.path.with_suffix(".broken")
-            log.error("state is unreadable, starting anew", file=str(aside), error=str(error))
-            self.path.replace(aside)
-            for suffix in ("-wal", "-shm"):
-                Path(str(self.path) + suffix).unlink(missing_ok=True)
-            return self._connect()
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self.path, isolation_level=None, check_same_thread=False, timeout=5
+            if not _unreadable(error):
+                raise
+            reason = str(error)
+        # One file is kept for a bug report, not a growing heap of them.
+        self.moved_aside = self.path.with_name(ASIDE)
+        self.path.replace(self.moved_aside)
+        for suffix in ("-wal", "-shm"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        log.error(
+            "state unreadable, starting anew",
+            moved_to=str(self.moved_aside),
+            reason=reason,
         )
+        return self._prepare()
+
+    def _prepare(self) -> sqlite3.Connection:
+        """A connection to a file of the current schema."""
+        connection = self._connect()
         try:
             connection.execute("PRAGMA journal_mode=WAL")
-            version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-            if version > SCHEMA:
-                raise StoreError(
-                    f"the state in {self.path} was written by a newer FreeFlow (schema {version}, this one has {SCHEMA}); "
-                    "upgrade the plugin again, or remove it and install it anew to start without state"
+            found = int(connection.execute("PRAGMA user_version").fetchone()[0])
+            if found > len(self._migrations):
+                raise StateError(
+                    f"state in {self.path} was written by a newer FreeFlow (schema {found}, this version has "
+                    f"{len(self._migrations)}); upgrade the plugin to that version again, or remove and install it "
+                    "to start without state"
                 )
-            connection.executescript(_TABLES)
-            connection.execute(f"PRAGMA user_version={SCHEMA}")
-            connection.execute("SELECT count(*) FROM network").fetchone()
+            for number in range(found, len(self._migrations)):
+                connection.executescript(
+                    f"BEGIN IMMEDIATE;{self._migrations[number]};PRAGMA user_version={number + 1};COMMIT;"
+                )
+                log.info("state migrated", schema=number + 1)
+            if connection.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+                raise _corrupt("quick_check found damage")
+            for table in _TABLES:
+                connection.execute(f"SELECT count(*) FROM {table}").fetchone()
         except BaseException:
             connection.close()
             raise
         return connection
 
+    def _drop_senseless(self) -> None:
+        """A row that can't be decoded is as good as lost: recovery brings it back from Docker."""
+        decoders: dict[str, Callable[[bytes], object]] = {
+            "network": records.decode_network,
+            "allocation": records.decode_network,
+            "endpoint": records.decode_endpoint,
+        }
+        for table, decode in decoders.items():
+            for identifier, body in self._read(f"SELECT id, body FROM {table}"):
+                try:
+                    decode(body)
+                except ValueError as error:
+                    log.error(
+                        "row makes no sense, dropped",
+                        table=table,
+                        id=identifier,
+                        reason=str(error),
+                    )
+                    self._write(f"DELETE FROM {table} WHERE id=?", identifier, durable=True)
+
     def close(self) -> None:
-        with self._lock:
-            self._connection.close()
+        with self._write_lock, self._read_lock:
+            self._reader.close()
+            self._writer.close()
 
-    def _write(self, durable: bool, statements: list[tuple[str, tuple[Any, ...]]]) -> None:
-        with self._lock:
-            self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            self._connection.execute("BEGIN IMMEDIATE")
+    # --- plumbing
+
+    @contextmanager
+    def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
+        with self._write_lock:
+            connection = self._writer
             try:
-                for sql, values in statements:
-                    self._connection.execute(sql, values)
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
+                connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                connection.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise self._failed(error) from error
+            finally:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
 
-    def _rows(self, sql: str, values: tuple[Any, ...], decode: Callable[[Any], T]) -> list[T]:
-        with self._lock:
-            rows = self._connection.execute(sql, values).fetchall()
-        return [decode(row[0]) for row in rows]
+    def _write(self, sql: str, *values: Any, durable: bool) -> None:
+        with self._transaction(durable=durable) as connection:
+            connection.execute(sql, values)
+
+    def _read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._read_lock:
+            try:
+                return self._reader.execute(sql, values).fetchall()
+            except sqlite3.Error as error:
+                raise self._failed(error) from error
+
+    def _bodies(self, decode: Callable[[bytes], T], sql: str, *values: Any) -> list[T]:
+        return [decode(body) for (body,) in self._read(sql, *values)]
 
     # --- networks
 
     def put_network(self, network: Network) -> None:
-        body = _encode(network)
-        self._write(True, [("INSERT OR REPLACE INTO network VALUES (?, ?)", (network.id, body))])
+        self._write(
+            "INSERT OR REPLACE INTO network VALUES (?, ?, ?)",
+            network.id,
+            network.vni,
+            records.encode_network(network),
+            durable=True,
+        )
 
     def network(self, network_id: str) -> Network | None:
-        found = self._rows("SELECT body FROM network WHERE id=?", (network_id,), _network)
-        return found[0] if found else None
+        sql = "SELECT body FROM network WHERE id=?"
+        return next(iter(self._bodies(records.decode_network, sql, network_id)), None)
 
     def networks(self) -> list[Network]:
-        return self._rows("SELECT body FROM network ORDER BY id", (), _network)
+        return self._bodies(records.decode_network, "SELECT body FROM network ORDER BY id")
 
     def delete_network(self, network_id: str) -> None:
         """Forget a network and its endpoints."""
-        self._write(
-            True,
-            [
-                ("DELETE FROM endpoint WHERE network_id=?", (network_id,)),
-                ("DELETE FROM network WHERE id=?", (network_id,)),
-            ],
-        )
+        with self._transaction(durable=True) as connection:
+            connection.execute("DELETE FROM endpoint WHERE network_id=?", (network_id,))
+            connection.execute("DELETE FROM network WHERE id=?", (network_id,))
 
     # --- allocations, on managers
 
     def put_allocation(self, network: Network) -> None:
-        values = (network.id, network.vni, _encode(network))
-        self._write(True, [("INSERT OR REPLACE INTO allocation VALUES (?, ?, ?)", values)])
+        self._write(
+            "INSERT OR REPLACE INTO allocation VALUES (?, ?, ?)",
+            network.id,
+            network.vni,
+            records.encode_network(network),
+            durable=True,
+        )
 
     def allocation(self, network_id: str) -> Network | None:
-        found = self._rows("SELECT body FROM allocation WHERE id=?", (network_id,), _network)
-        return found[0] if found else None
-
-    def delete_allocation(self, network_id: str) -> None:
-        self._write(True, [("DELETE FROM allocation WHERE id=?", (network_id,))])
+        sql = "SELECT body FROM allocation WHERE id=?"
+        return next(iter(self._bodies(records.decode_network, sql, network_id)), None)
 
     def allocations(self) -> list[Network]:
-        return self._rows("SELECT body FROM allocation ORDER BY id", (), _network)
+        return self._bodies(records.decode_network, "SELECT body FROM allocation ORDER BY id")
+
+    def delete_allocation(self, network_id: str) -> None:
+        if self._read("SELECT 1 FROM allocation WHERE id=?", network_id):
+            self._write("DELETE FROM allocation WHERE id=?", network_id, durable=True)
 
     def taken_vnis(self) -> dict[int, str]:
         """VNI -> network ID, of networks here and of allocations."""
-        return {n.vni: n.id for n in (*self.allocations(), *self.networks())}
+        return dict(
+            self._read(
+                "SELECT vni, id FROM allocation UNION SELECT vni, id FROM network ORDER BY 2"
+            )
+        )
 
     # --- endpoints
 
     def put_endpoint(self, endpoint: Endpoint) -> None:
-        values = (endpoint.id, endpoint.network_id, _encode(endpoint))
-        self._write(False, [("INSERT OR REPLACE INTO endpoint VALUES (?, ?, ?)", values)])
+        self._write(
+            "INSERT OR REPLACE INTO endpoint VALUES (?, ?, ?, ?)",
+            endpoint.id,
+            endpoint.network_id,
+            None if endpoint.ipv4 is None else str(endpoint.ipv4.ip),
+            records.encode_endpoint(endpoint),
+            durable=False,
+        )
 
     def endpoint(self, endpoint_id: str) -> Endpoint | None:
-        found = self._rows("SELECT body FROM endpoint WHERE id=?", (endpoint_id,), _endpoint)
-        return found[0] if found else None
+        sql = "SELECT body FROM endpoint WHERE id=?"
+        return next(iter(self._bodies(records.decode_endpoint, sql, endpoint_id)), None)
 
     def endpoints(self, network_id: str | None = None) -> list[Endpoint]:
         if network_id is None:
-            return self._rows("SELECT body FROM endpoint ORDER BY id", (), _endpoint)
+            return self._bodies(records.decode_endpoint, "SELECT body FROM endpoint ORDER BY id")
         sql = "SELECT body FROM endpoint WHERE network_id=? ORDER BY id"
-        return self._rows(sql, (network_id,), _endpoint)
+        return self._bodies(records.decode_endpoint, sql, network_id)
+
+    def has_endpoints(self, network_id: str) -> bool:
+        """Whether a network has endpoints; its short ID will do."""
+        sql = "SELECT 1 FROM endpoint WHERE network_id GLOB ? LIMIT 1"
+        return bool(self._read(sql, network_id + "*"))
+
+    def endpoints_at(self, network_id: str, ipv4: IPv4Interface) -> list[Endpoint]:
+        """Endpoints of a network that have this address."""
+        sql = "SELECT body FROM endpoint WHERE network_id=? AND ipv4=?"
+        return self._bodies(records.decode_endpoint, sql, network_id, str(ipv4.ip))
+
+    def endpoint_ids(self, short_id: str) -> list[str]:
+        """IDs of the endpoints that begin so."""
+        pattern = names.short(short_id) + "*"
+        return [row[0] for row in self._read("SELECT id FROM endpoint WHERE id GLOB ?", pattern)]
 
     def delete_endpoint(self, endpoint_id: str) -> None:
-        self._write(False, [("DELETE FROM endpoint WHERE id=?", (endpoint_id,))])
+        self._write("DELETE FROM endpoint WHERE id=?", endpoint_id, durable=False)
 
     def clear_endpoints(self) -> None:
-        self._write(False, [("DELETE FROM endpoint", ())])
+        self._write("DELETE FROM endpoint", durable=False)
 
     # --- facts about this host
 
     def fact(self, key: str) -> str | None:
-        found = self._rows("SELECT value FROM meta WHERE key=?", (key,), str)
-        return found[0] if found else None
+        rows = self._read("SELECT value FROM meta WHERE key=?", key)
+        return str(rows[0][0]) if rows else None
 
     def put_fact(self, key: str, value: str) -> None:
-        self._write(False, [("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))])
+        self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", key, value, durable=False)
 
 
-def _network(body: bytes) -> Network:
-    raw: dict[str, Any] = msgspec.json.decode(body)
-    subnets = tuple(
-        Subnet(
-            pool=ip_network(item["pool"]),
-            gateway=ip_interface(item["gateway"]) if item["gateway"] else None,
-        )
-        for item in raw.pop("subnets")
-    )
-    prefix6 = IPv6Network(raw.pop("prefix6"))
-    return Network(**raw, subnets=subnets, prefix6=prefix6)
-
-
-def _endpoint(body: bytes) -> Endpoint:
-    raw: dict[str, Any] = msgspec.json.decode(body)
-    ipv4, ipv6 = raw.pop("ipv4"), raw.pop("ipv6")
-    return Endpoint(
-        **raw,
-        ipv4=IPv4Interface(ipv4) if ipv4 else None,
-        ipv6=IPv6Interface(ipv6) if ipv6 else None,
-    )
+def _corrupt(reason: str) -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError(reason)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
