@@ -1,0 +1,15 @@
+"""Several Docker hosts on one machine: a Swarm of real engines, each in namespaces of its own.
+
+    with Bed("try", ["28.5", "20.10"]) as bed:
+        bed.swarm()
+        bed.install_plugin(Path("build/plugin"))
+        bed.hosts[0].docker("network", "create", "-d", "freeflow:latest", "n")
+
+`python -m tests.testbed up|down|run` does it from a shell. Start with `bed.py`, then `host.py`.
+"""
+
+from tests.testbed.bed import Bed
+from tests.testbed.host import Host
+from tests.testbed.process import CommandError, wait_until
+
+__all__ = ["Bed", "CommandError", "Host", "wait_until"]

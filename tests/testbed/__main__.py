@@ -1,0 +1,52 @@
+"""`python -m tests.testbed`: a bed to play with, from a shell."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import click
+
+from tests.testbed.bed import HOME, Bed, remove_leftovers
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command()
+@click.option("--name", default="play", show_default=True)
+@click.option(
+    "--hosts", default="28.5,20.10", show_default=True, help="Engine versions, one per host."
+)
+@click.option(
+    "--plugin", type=click.Path(exists=True, path_type=Path), help="Install the plugin from here."
+)
+def up(name: str, hosts: str, plugin: Path | None) -> None:
+    """Bring up hosts in one Swarm and stay until Ctrl-C, which takes them down."""
+    with Bed(name, hosts.split(",")) as bed:
+        bed.swarm()
+        bed.load_workload()
+        if plugin is not None:
+            bed.install_plugin(plugin)
+        for host in bed.hosts:
+            click.echo(
+                f"{host.name}  {host.address}  engine {host.engine}  "
+                f"nsenter -t {host.pid} -m -u -n -p bash"
+            )
+        click.echo("Ctrl-C takes it down")
+        signal.pause()
+
+
+@main.command()
+@click.option("--name", default="", help="Only this bed; all by default.")
+def down(name: str) -> None:
+    """Take down what beds left that could not do it themselves."""
+    for work in sorted(HOME.glob(name or "*")):
+        remove_leftovers(work.name)
+        click.echo(f"{work.name} is down")
+
+
+if __name__ == "__main__":
+    main()

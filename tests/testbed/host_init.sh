@@ -1,0 +1,50 @@
+#!/bin/sh
+# Process 1 of a test-bed host, in fresh mount, PID, UTS and network namespaces: makes the host's file system and waits.
+#
+#   host_init.sh NAME ENGINE_ROOT WORK
+set -eu
+name=$1
+engine=$2
+work=$3
+root="$work/root"
+
+mount --make-rprivate /
+hostname "$name"
+mkdir -p "$root" "$work/upper" "$work/overlay" "$work/docker"
+mount -t overlay overlay -o "lowerdir=$engine,upperdir=$work/upper,workdir=$work/overlay" "$root"
+mkdir -p "$root/proc" "$root/sys" "$root/dev" "$root/run" "$root/old" "$root/var/lib/docker" "$root/usr/local/bin"
+mount -t proc proc "$root/proc"
+mount -t sysfs sysfs "$root/sys"
+if [ -e /sys/fs/cgroup/cgroup.controllers ]; then
+    mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
+else
+    # Hybrid: version 1 for the controllers, version 2 beside it.
+    mount -t tmpfs tmpfs "$root/sys/fs/cgroup"
+    grep ' - cgroup ' /proc/self/mountinfo | while read -r _ _ _ _ point _ rest; do
+        [ "${point#/sys/fs/cgroup/}" != "$point" ] || continue
+        options=$(echo "$rest" | sed 's/.* - cgroup [^ ]* //; s/^rw,//; s/^rw$//')
+        mkdir -p "$root$point"
+        mount -t cgroup -o "$options" cgroup "$root$point"
+    done
+fi
+[ ! -d /sys/fs/bpf ] || mount -t bpf bpf "$root/sys/fs/bpf" || true
+mount --rbind /dev "$root/dev"
+mount --make-rslave "$root/dev"
+# A test bed in a container's world has no /dev/shm of its own to lose.
+mount -t tmpfs tmpfs "$root/run"
+mkdir -p "$root/run/lock"
+mount --bind "$work/docker" "$root/var/lib/docker"
+echo "$name" >"$root/etc/hostname"
+printf '127.0.0.1 localhost\n127.0.1.1 %s\n::1 localhost\n' "$name" >"$root/etc/hosts"
+: >"$root/etc/resolv.conf"
+cd "$root"
+pivot_root . old
+umount -l /old
+# As systemd does: mounts of dockerd reach the plugin, and those of the plugin the host.
+mount --make-rshared /
+ip link set lo up
+: >/run/host-is-up
+while :; do
+    sleep 3600 &
+    wait "$!" || true
+done

@@ -1,0 +1,69 @@
+"""Running commands and waiting, with errors that say what was tried."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class CommandError(Exception):
+    """A command failed: what, with which code, and the end of what it printed."""
+
+    def __init__(self, command: Sequence[str], code: int, output: str) -> None:
+        super().__init__(f"{' '.join(command)}: exit code {code}\n{output[-4000:]}")
+        self.code = code
+        self.output = output
+
+
+def run(
+    command: Sequence[str],
+    *,
+    timeout: float = 120,
+    check: bool = True,
+    stdin: str | None = None,
+) -> str:
+    """Run a command; its standard output.
+
+    Raises:
+        CommandError: it failed (with `check`) or took longer than `timeout` seconds.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            input=stdin if stdin is not None else "",
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CommandError(command, -1, f"not done in {timeout:g} s") from error
+    if check and done.returncode != 0:
+        raise CommandError(command, done.returncode, done.stdout + done.stderr)
+    return done.stdout
+
+
+def wait_until(what: str, condition: Callable[[], T], timeout: float = 30, pause: float = 0.1) -> T:
+    """Call `condition` until it returns something true, and return that.
+
+    Raises:
+        TimeoutError: naming `what` and the last failure.
+    """
+    deadline = time.monotonic() + timeout
+    last: object = None
+    while True:
+        try:
+            value = condition()
+            if value:
+                return value
+            last = value
+        except (CommandError, OSError) as error:
+            last = error
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within {timeout:g} s; last: {last}")
+        time.sleep(pause)
