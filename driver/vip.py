@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Final
 
 import structlog
-from pyroute2 import NFCT
 from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple
+from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket
 
 from driver.errors import KernelError
 from driver.kernel import nft
@@ -90,7 +89,7 @@ def _shifted(tasks: tuple[IPv4Address, ...], first: int) -> Iterable[IPv4Address
 
 def _forget_flows(departed: frozenset[str], vips: frozenset[str]) -> None:
     """Remove UDP and ICMP conntrack entries from a VIP to a departed task, in the calling thread's namespace."""
-    with NFCT() as conntrack:
+    with NFCTSocket() as conntrack:
         for entry in conntrack.dump():
             original, reply = entry.get_attr("CTA_TUPLE_ORIG"), entry.get_attr("CTA_TUPLE_REPLY")
             if entry["nfgen_family"] != socket.AF_INET or original is None or reply is None:

@@ -16,7 +16,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Final
 
-import docker
+from docker import DockerClient
 
 from tests.testbed.images import WORKLOAD_IMAGE, engine_root
 from tests.testbed.process import CommandError, run, wait_until
@@ -218,9 +218,9 @@ class Host:
         """The first object of a `docker … inspect`."""
         return json.loads(self.docker(*arguments))[0]
 
-    def client(self) -> docker.DockerClient:
+    def client(self) -> DockerClient:
         """The Docker SDK on this host's engine."""
-        return docker.DockerClient(f"unix://{self.root}/run/docker.sock", timeout=60)
+        return DockerClient(f"unix://{self.root}/run/docker.sock", timeout=60)
 
     def exec(self, container: str, *command: str, timeout: float = 60, check: bool = True) -> str:
         """Run a command in a container of this host."""
