@@ -17,6 +17,8 @@ import msgspec
 
 from driver.model import FORMAT, Endpoint, Network, Subnet
 
+T = TypeVar("T")
+
 
 class _Subnet(msgspec.Struct):
     pool: str
@@ -48,6 +50,13 @@ class _Endpoint(msgspec.Struct):
     created: float = 0.0
 
 
+def _decode(body: bytes, row: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=row)
+    except msgspec.MsgspecError as error:
+        raise ValueError(str(error)) from error
+
+
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
@@ -72,8 +81,8 @@ def encode_network(network: Network) -> bytes:
 
 
 def decode_network(body: bytes) -> Network:
-    """Raises ValueError if the row makes no sense (msgspec's errors are ValueErrors)."""
-    row = msgspec.json.decode(body, type=_Network)
+    """Raises ValueError if the row makes no sense."""
+    row = _decode(body, _Network)
     return Network(
         id=row.id,
         vni=row.vni,
@@ -112,7 +121,7 @@ def encode_endpoint(endpoint: Endpoint) -> bytes:
 
 def decode_endpoint(body: bytes) -> Endpoint:
     """Raises ValueError if the row makes no sense."""
-    row = msgspec.json.decode(body, type=_Endpoint)
+    row = _decode(body, _Endpoint)
     return Endpoint(
         id=row.id,
         network_id=row.network_id,

@@ -62,10 +62,17 @@ class Store:
     Raises StateError from every method.
     """
 
-    def __init__(self, directory: Path, *, migrations: tuple[str, ...] = MIGRATIONS) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        migrations: tuple[str, ...] = MIGRATIONS,
+        busy_timeout: float = _BUSY_TIMEOUT,
+    ) -> None:
         self.path = directory / FILE
         self.moved_aside: Path | None = None
         self._migrations = migrations
+        self._busy_timeout = busy_timeout
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
         try:
@@ -88,7 +95,7 @@ class Store:
             self.path,
             isolation_level=None,
             check_same_thread=False,
-            timeout=_BUSY_TIMEOUT,
+            timeout=self._busy_timeout,
         )
 
     def _open(self) -> sqlite3.Connection:
