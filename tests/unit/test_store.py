@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from pathlib import Path
@@ -193,25 +193,17 @@ def test_many_threads(tmp_path: Path) -> None:
     """Threads write and read side by side; no write is lost."""
     store = Store(tmp_path)
     store.put_network(NETWORK)
-    failures: list[BaseException] = []
 
     def work(worker: int) -> None:
-        try:
-            for number in range(40):
-                endpoint = replace(ENDPOINT, id=f"{worker:02x}{number:062x}")
-                store.put_endpoint(endpoint)
-                assert store.endpoint(endpoint.id) == endpoint
-                if number % 10 == 0:
-                    store.put_network(replace(NETWORK, id=f"{worker:02x}{number:023d}"))
-        except BaseException as error:
-            failures.append(error)
+        for number in range(40):
+            endpoint = replace(ENDPOINT, id=f"{worker:02x}{number:062x}")
+            store.put_endpoint(endpoint)
+            assert store.endpoint(endpoint.id) == endpoint
+            if number % 10 == 0:
+                store.put_network(replace(NETWORK, id=f"{worker:02x}{number:023d}"))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == [None] * 8
     assert len(store.endpoints()) == 8 * 40
 
 
