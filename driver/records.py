@@ -12,6 +12,7 @@ from ipaddress import (
     ip_interface,
     ip_network,
 )
+from typing import TypeVar
 
 import msgspec
 
