@@ -1,31 +1,62 @@
-"""What the measurements stand on: hosts of a Swarm with the plugin installed and the bench's image loaded.
+"""What the measurements stand on: two hosts in one Swarm, the plugin installed, the bench's image loaded.
 
-The rest of `bench` sees only `Host`; how hosts are made is the test bed's.
+The rest of `bench` sees only `Host`; how hosts are made is the test bed's (`tests/testbed`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
+from bench import image
 from bench.engine import Engine
+from bench.load import one_core
+from tests import testbed
+from tests.testbed.images import cache
 
 PLUGIN: Final = "freeflow:latest"
+PLUGIN_DIR: Final = Path(__file__).resolve().parents[1] / "build/plugin"
 LABEL: Final = "freeflow.bench"
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A Docker host: `pid` is a process in its namespaces, `address` its own on the underlay."""
+    """A Docker host: `root` is its file system, `address` its own on the underlay."""
 
     name: str
-    pid: int
+    root: Path
     address: IPv4Address
     engine: Engine
 
-    @property
-    def root(self) -> Path:
-        """Its file system, seen from here."""
-        return Path("/proc", str(self.pid), "root")
+
+def host_of(made: testbed.Host) -> Host:
+    return Host(made.name, made.root, made.address, Engine(made.root / "run/docker.sock"))
+
+
+def load_image(hosts: Sequence[Host]) -> None:
+    """The bench's image, on every host."""
+    archive = image.archive(cache(), one_core())
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        list(pool.map(lambda host: host.engine.import_image(archive, image.IMAGE), hosts))
+
+
+@contextmanager
+def two_hosts(
+    engine: str, plugin: Path | None, say: Callable[[str], None]
+) -> Iterator[tuple[Host, Host]]:
+    """A manager and a worker; without `plugin` there is only Docker's own `overlay`."""
+    say(f"two hosts with engine {engine}")
+    with testbed.Bed("bench", [engine, engine]) as bed:
+        bed.swarm()
+        manager, worker = (host_of(host) for host in bed.hosts)
+        say("the image")
+        load_image((manager, worker))
+        if plugin is not None:
+            say("the plugin")
+            bed.install_plugin(plugin)
+        yield manager, worker

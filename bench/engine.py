@@ -56,6 +56,23 @@ class Engine:
     def version(self) -> str:
         return str(self.call("GET", "/version")["Version"])
 
+    def import_image(self, archive: Path, name: str) -> None:
+        """Make an image of a tar archive of a file system, as `docker import` does."""
+        path = f"/images/create?fromSrc=-&repo={quote(name)}"
+        connection = _UnixConnection(self.socket, self.timeout)
+        try:
+            with archive.open("rb") as body:
+                size = str(archive.stat().st_size)
+                headers = {"Content-Type": "application/x-tar", "Content-Length": size}
+                connection.request("POST", path, body, headers)
+                response = connection.getresponse()
+                text = response.read().decode()
+        finally:
+            connection.close()
+        # The status is 200 before the work begins: a failure is in the stream of progress.
+        if response.status >= 400 or '"error"' in text:
+            raise EngineRefused(response.status, f"import of {archive.name}", text.strip())
+
     def create_network(self, name: str, driver: str, labels: dict[str, str]) -> str:
         body = {
             "Name": name,

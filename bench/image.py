@@ -1,7 +1,7 @@
 """The image that bench and demo run: a small Debian with redis, nginx and the load programs, made on this machine.
 
-No registry is asked. The archive is kept in `build/bench` under a name made of all that goes into it, so it is made
-again exactly when something of that changes.
+No registry is asked. The archive is kept in the test bed's cache under a name made of all that goes into it, so it is
+made again exactly when something of that changes.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
-import subprocess
 import tarfile
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 from bench import load
-from bench.errors import BenchError
 from bench.place import run
 
 IMAGE: Final = "freeflow-bench:latest"
@@ -26,6 +25,8 @@ PACKAGES: Final = (
     *("nginx-light", "redis-server", "redis-tools", "wrk"),
 )
 SOURCE: Final = Path(__file__).with_name("pingpong.c")
+MIRROR: Final = Path(__file__).resolve().parents[1] / "plugin/image/mirror.sh"
+"""Says which Debian archive this machine uses."""
 CFLAGS: Final = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wshadow", "-Werror")
 NEEDED: Final = {"mmdebstrap": ("mmdebstrap",), "gcc": ("gcc", "libc6-dev")}
 """Program -> Debian packages that bring it."""
@@ -52,8 +53,11 @@ def suite() -> str:
     return system.get("VERSION_CODENAME", "bookworm") if system["ID"] == "debian" else "bookworm"
 
 
-def compile_pingpong(to: Path) -> None:
-    run(["gcc", *CFLAGS, "-o", str(to), str(SOURCE)], 120)
+def compile_pingpong() -> bytes:
+    with TemporaryDirectory() as directory:
+        program = Path(directory, "pingpong")
+        run(["gcc", *CFLAGS, "-o", str(program), str(SOURCE)], 120)
+        return program.read_bytes()
 
 
 def make_base(to: Path) -> None:
@@ -63,7 +67,7 @@ def make_base(to: Path) -> None:
         *("mmdebstrap", "--variant=minbase", "--format=tar", "--quiet"),
         f"--include={','.join(PACKAGES)}",
         *(f"--dpkgopt=path-exclude={path}" for path in UNUSED),
-        *(suite(), str(partial)),
+        *(suite(), str(partial), run([str(MIRROR)], 10).strip()),
     ]
     run(command, 900)
     partial.rename(to)
@@ -85,42 +89,29 @@ def add_files(archive: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
             tar.addfile(entry, BytesIO(content))
 
 
-def archive(build: Path, core: int) -> Path:
+def archive(cache: Path, core: int) -> Path:
     """The image's file system; `core` is where both ends of a round trip run."""
     need_programs()
-    build.mkdir(parents=True, exist_ok=True)
-    pingpong = build / "pingpong"
-    compile_pingpong(pingpong)
     tools = load.TOOLS.lstrip("/")
     files = {
-        f"{tools}/pingpong": (pingpong.read_bytes(), 0o755),
+        f"{tools}/pingpong": (compile_pingpong(), 0o755),
         f"{tools}/servers": (load.servers_script(core).encode(), 0o755),
         f"{tools}/nginx.conf": (load.NGINX_CONF.encode(), 0o644),
         f"{tools}/www/index.html": (b"0123456789abcdef" * 64, 0o644),
     }
     base_name = hashlib.sha256(" ".join((suite(), *PACKAGES, *UNUSED)).encode()).hexdigest()[:12]
-    base = build / f"base-{base_name}.tar"
+    base = cache / f"bench-base-{base_name}.tar"
     if not base.exists():
         make_base(base)
     content = hashlib.sha256(base_name.encode())
     for path, (data, mode) in sorted(files.items()):
         content.update(f"{path} {mode} {len(data)}\n".encode() + data)
-    made = build / f"image-{content.hexdigest()[:12]}.tar"
+    made = cache / f"bench-image-{content.hexdigest()[:12]}.tar"
     if not made.exists():
-        for old in build.glob("image-*.tar"):
+        for old in cache.glob("bench-image-*.tar"):
             old.unlink()
         partial = made.with_suffix(".part")
         shutil.copyfile(base, partial)
         add_files(partial, files)
         partial.rename(made)
     return made
-
-
-def import_into(docker: list[str], made: Path, name: str = IMAGE) -> None:
-    """`docker` is the beginning of a command line that reaches the engine."""
-    with made.open("rb") as data:
-        done = subprocess.run(
-            [*docker, "import", "-", name], stdin=data, capture_output=True, text=True, check=False
-        )
-    if done.returncode != 0:
-        raise BenchError(f"docker import of {made.name}: {done.stderr.strip()}")

@@ -22,13 +22,22 @@ CONGESTION_CONTROL: Final = "cubic"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The namespaces of process `pid`; `address` is how the other end reaches it."""
+    """The namespaces of a process, by its directory in some /proc; `address` is how the other end reaches it.
 
-    pid: int
+    A directory, not a PID: a host of the test bed numbers its processes itself, in a /proc of its own.
+    """
+
+    process: Path
     address: IPv4Address
 
     def enter(self, *program: str) -> list[str]:
-        return ["nsenter", "--target", str(self.pid), "--net", "--mount", "--", *program]
+        """The command line that runs `program` in the container's network and file system."""
+        mount = f"--mount={self.process}/ns/mnt"
+        return ["nsenter", f"--net={self.process}/ns/net", mount, "--", *program]
+
+    def enter_network(self, *program: str) -> list[str]:
+        """The command line that runs a program of this machine in the container's network."""
+        return ["nsenter", f"--net={self.process}/ns/net", "--", *program]
 
     def set_congestion_control(self) -> None:
         """For all sockets made later in the network namespace, inside `congestion_control_allowed`.
@@ -37,11 +46,9 @@ class Place:
         """
         knob = Path("/proc/sys/net/ipv4/tcp_congestion_control")
         script = f"echo {CONGESTION_CONTROL} >{knob} && cat {knob}"
-        said = run(["nsenter", "--target", str(self.pid), "--net", "--", "sh", "-c", script], 10)
+        said = run(self.enter_network("sh", "-c", script), 10)
         if said.strip() != CONGESTION_CONTROL:
-            raise ProgramError(
-                f"{knob} of process {self.pid} says {said.strip()!r} after setting it"
-            )
+            raise ProgramError(f"{knob} of {self.process} says {said.strip()!r} after setting it")
 
 
 @contextmanager

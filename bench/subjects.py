@@ -85,7 +85,7 @@ def _place(host: Host, subject: str, image: str, program: Sequence[str]) -> Plac
     if not pid:
         raise BenchError(f"{host.name}: container {identifier[:12]} on {subject} ended at once")
     where = host.address if subject == HOST else address(inspected, network_name(subject))
-    place = Place(pid, where)
+    place = Place(host.root / "proc" / str(pid), where)
     place.set_congestion_control()
     return place
 
@@ -101,7 +101,7 @@ def wait_for_servers(pair: Pair, patience: float = 60.0) -> None:
     end = time.monotonic() + patience
     while True:
         try:
-            run(["nsenter", "--target", str(pair.client.pid), "--net", "--", *program], 30)
+            run(pair.client.enter_network(*program), 30)
             return
         except ProgramError as error:
             if time.monotonic() > end:

@@ -183,7 +183,7 @@ def test_cpu_model_is_found() -> None:
 
 
 def pair(subject: str) -> Pair:
-    place = Place(1, IPv4Address("192.0.2.1"))
+    place = Place(Path("/proc/self"), IPv4Address("192.0.2.1"))
     return Pair(subject, place, place)
 
 
