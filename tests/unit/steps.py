@@ -191,14 +191,17 @@ class Machine:
         self.wakes = 0
         self.joined: list[str] = []
         self.store: SteppedStore | None = None
+        self.next_crash = 0
         self.driver: Driver
         self.restart()
 
     def restart(self) -> Recovered:
-        """Kill the plugin, if it still runs, and start it."""
+        """Kill the plugin, if it still runs, and start it; it dies again at step `next_crash`, if that isn't 0."""
         if self.store is not None:
             self.store.close()
         self.steps.crash_at = 0
+        if self.next_crash:
+            self.crash_in(self.next_crash)
         self.store = SteppedStore(self.directory, self.steps)
         self.driver = Driver(self.store, self.kernel, self.config, clock=lambda: self.now)
         self.driver.on_change(self._wake, lambda endpoint: self.joined.append(endpoint.id))
