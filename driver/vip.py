@@ -1,157 +1,271 @@
 """VIPs: each container's own namespace translates a service's virtual address to one of its tasks.
 
-`table ip freeflow` there: one look-up of the destination, then the service's chain, which takes the tasks in turn
-(nft's numgen). Conntrack keeps a connection with its task. A service without tasks refuses. The table is replaced in one
-transaction, and only when it changes.
+`table ip freeflow` there: one look-up of the destination leads to the service's own chain, which takes the tasks in turn
+(nft's numgen). Conntrack keeps a connection with its task. A service without tasks refuses new connections. What changes
+between two tables is one transaction, so there is no moment without rules.
+
+Conntrack also keeps what it should not: a flow that began before the VIP had rules stays untranslated while its packets
+go on, and a UDP flow stays with a task that left. Such flows are forgotten (`flows.py`); their next packet is a new one.
 
 Not IPVS: it needs a module that many kernels lack, and a hidden endpoint per host and network.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
-import socket
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
 import structlog
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket
 
+from driver import flows
 from driver.errors import KernelError
 from driver.kernel import nft
 from driver.kernel.namespace import in_netns, is_namespace
+from driver.locks import KeyedLocks
 from driver.model import VipTable
 
 log = structlog.get_logger()
 
 TABLE: Final = "ip freeflow"
-_STATELESS: Final = (1, 17)
-"""ICMP and UDP: their conntrack entries outlive a task for as long as the client sends."""
+DATAGRAMS: Final = "datagrams"
+"""Set of the VIPs that had flows which only their packets keep alive, since the table was made."""
+
+# The name `dstnat` is not known in output hooks by all versions of nft.
+_DSTNAT: Final = -100
+_FILTER: Final = 0
+
+_Tasks = tuple[IPv4Address, ...]
 
 
 def _chain(vip: IPv4Address) -> str:
     return f"vip_{str(vip).replace('.', '_')}"
 
 
-def render(table: VipTable, first: int = 0) -> str:
-    """nft(8) commands that make the namespace's rules those of `table`; `first` shifts the turn, so that many short-lived
-    clients don't all start with the same task."""
-    lines = [f"add table {TABLE}", f"delete table {TABLE}"]
-    if not table:
-        return "\n".join(lines) + "\n"
-    lines += [
-        f"add table {TABLE}",
+def _frame() -> list[str]:
+    """The parts that don't depend on any VIP. Nothing is accepted or dropped that isn't for a VIP."""
+    lines = [
         f"add map {TABLE} vips {{ type ipv4_addr : verdict; }}",
         f"add set {TABLE} down {{ type ipv4_addr; }}",
-        f"add chain {TABLE} output {{ type nat hook output priority dstnat; policy accept; }}",
-        f"add chain {TABLE} prerouting {{ type nat hook prerouting priority dstnat; policy accept; }}",
-        f"add rule {TABLE} output ip daddr vmap @vips",
-        f"add rule {TABLE} prerouting ip daddr vmap @vips",
-        f"add chain {TABLE} refuse {{ type filter hook output priority filter; policy accept; }}",
-        f"add rule {TABLE} refuse ip daddr @down meta l4proto tcp reject with tcp reset",
-        f"add rule {TABLE} refuse ip daddr @down reject with icmp type port-unreachable",
+        f"add set {TABLE} {DATAGRAMS} {{ type ipv4_addr; flags dynamic; size 65535; }}",
+        f"add chain {TABLE} refuse",
+        # Only what begins here: an address may be a VIP no longer, and another container's that talks to this one.
+        f"add rule {TABLE} refuse ct direction reply accept",
+        f"add rule {TABLE} refuse meta l4proto tcp reject with tcp reset",
+        f"add rule {TABLE} refuse reject with icmp type port-unreachable",
     ]
-    elements, down = [], []
-    for vip, tasks in sorted(table.items()):
-        if not tasks:
-            down.append(str(vip))
-            continue
-        name = _chain(vip)
-        lines.append(f"add chain {TABLE} {name}")
-        if len(tasks) == 1:
-            lines.append(f"add rule {TABLE} {name} dnat to {tasks[0]}")
-        else:
-            count = len(tasks)
-            turns = ", ".join(
-                f"{turn} : {task}" for turn, task in enumerate(_shifted(tasks, first))
-            )
-            lines.append(
-                f"add rule {TABLE} {name} dnat to numgen inc mod {count} map {{ {turns} }}"
-            )
-        elements.append(f"{vip} : goto {name}")
-    if elements:
-        lines.append(f"add element {TABLE} vips {{ {', '.join(elements)} }}")
-    if down:
-        lines.append(f"add element {TABLE} down {{ {', '.join(down)} }}")
-    return "\n".join(lines) + "\n"
+    # Prerouting and forward: for containers that route for others, such as Docker in Docker.
+    for hook in ("output", "prerouting"):
+        lines += [
+            f"add chain {TABLE} {hook} {{ type nat hook {hook} priority {_DSTNAT}; policy accept; }}",
+            f"add rule {TABLE} {hook} ip daddr vmap @vips",
+        ]
+    for hook in ("output", "forward"):
+        name = f"{hook}_down"
+        lines += [
+            f"add chain {TABLE} {name} {{ type filter hook {hook} priority {_FILTER}; policy accept; }}",
+            f"add rule {TABLE} {name} ip daddr @down goto refuse",
+        ]
+    return lines
 
 
-def _shifted(tasks: tuple[IPv4Address, ...], first: int) -> Iterable[IPv4Address]:
-    start = first % len(tasks)
-    return (*tasks[start:], *tasks[:start])
+def _rules(vip: IPv4Address, tasks: _Tasks, first: int) -> list[str]:
+    """The rules that send new connections to the tasks in turn, starting anywhere."""
+    chain = f"add rule {TABLE} {_chain(vip)}"
+    if len(tasks) == 1:
+        target = str(tasks[0])
+    else:
+        start = first % len(tasks)
+        order = (*tasks[start:], *tasks[:start])
+        turns = ", ".join(f"{turn} : {task}" for turn, task in enumerate(order))
+        target = f"numgen inc mod {len(tasks)} map {{ {turns} }}"
+    return [
+        f"{chain} meta l4proto != tcp add @{DATAGRAMS} {{ {vip} }}",
+        f"{chain} dnat to {target}",
+    ]
 
 
-def _forget_flows(departed: frozenset[str], vips: frozenset[str]) -> None:
-    """Remove UDP and ICMP conntrack entries from a VIP to a departed task, in the calling thread's namespace."""
-    with NFCTSocket() as conntrack:
-        for entry in conntrack.dump():
-            original, reply = entry.get_attr("CTA_TUPLE_ORIG"), entry.get_attr("CTA_TUPLE_REPLY")
-            if entry["nfgen_family"] != socket.AF_INET or original is None or reply is None:
-                continue
-            protocol = original.get_attr("CTA_TUPLE_PROTO").get_attr("CTA_PROTO_NUM")
-            vip = original.get_attr("CTA_TUPLE_IP").get_attr("CTA_IP_V4_DST")
-            task = reply.get_attr("CTA_TUPLE_IP").get_attr("CTA_IP_V4_SRC")
-            if protocol in _STATELESS and vip in vips and task in departed:
-                try:
-                    flow = NFCTAttrTuple.from_netlink(socket.AF_INET, original)
-                    conntrack.entry("del", tuple_orig=flow)
-                except NetlinkError as error:
-                    if error.code != errno.ENOENT:
-                        raise
+def _elements(action: str, what: str, elements: list[str]) -> list[str]:
+    return (
+        [f"{action} element {TABLE} {what} {{ {', '.join(elements)} }}"]
+        if elements
+        else []
+    )
+
+
+def _additions(table: VipTable, first: int) -> list[str]:
+    up = {vip: tasks for vip, tasks in sorted(table.items()) if tasks}
+    lines = []
+    for vip, tasks in up.items():
+        lines += [f"add chain {TABLE} {_chain(vip)}", *_rules(vip, tasks, first)]
+    lines += _elements("add", "vips", [f"{vip} : goto {_chain(vip)}" for vip in up])
+    return lines + _elements(
+        "add", "down", [str(vip) for vip in sorted(table) if not table[vip]]
+    )
+
+
+def render_new(table: VipTable, first: int = 0) -> str:
+    """nft(8) commands for a namespace without rules of ours; they fail in another.
+
+    `first` is where the turn starts: with the same everywhere, many short-lived clients would all begin with one task.
+    """
+    return (
+        "\n".join([f"create table {TABLE}", *_frame(), *_additions(table, first)])
+        + "\n"
+    )
+
+
+def render_removal() -> str:
+    """nft(8) commands that remove our rules, if there are any."""
+    return f"add table {TABLE}\ndelete table {TABLE}\n"
+
+
+def render_change(old: VipTable, new: VipTable, first: int = 0) -> str:
+    """nft(8) commands that bring rules from those of `old` to those of `new`, neither of them empty."""
+    both = old.keys() & new.keys()
+    # A VIP that gets its first task, or loses its last one, is removed and added.
+    flipped = {vip for vip in both if bool(old[vip]) != bool(new[vip])}
+    gone = sorted((old.keys() - new.keys()) | flipped)
+    come = {vip: new[vip] for vip in new if vip not in old or vip in flipped}
+    chains = [vip for vip in gone if old[vip]]
+    lines = _elements(
+        "delete", "vips", [f"{vip} : goto {_chain(vip)}" for vip in chains]
+    )
+    lines += _elements("delete", "down", [str(vip) for vip in gone if not old[vip]])
+    for vip in chains:
+        lines += [
+            f"flush chain {TABLE} {_chain(vip)}",
+            f"delete chain {TABLE} {_chain(vip)}",
+        ]
+    for vip in sorted(both - flipped):
+        if old[vip] != new[vip]:
+            lines += [
+                f"flush chain {TABLE} {_chain(vip)}",
+                *_rules(vip, new[vip], first),
+            ]
+    return "\n".join([*lines, *_additions(come, first)]) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Applied:
+    """What a namespace has. The inode tells it from a later one under the same path.
+
+    `complete`: the set of datagram VIPs has been there from the namespace's first rule on.
+    """
+
+    inode: int
+    table: VipTable
+    complete: bool
 
 
 class NftBalancer:
-    """`ports.Balancer`: keeps what it applied, by namespace, so that an unchanged table costs nothing."""
+    """`ports.Balancer`: remembers what each namespace has, so that an unchanged table costs nothing."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._applied: dict[Path, tuple[int, str, VipTable]] = {}
+        self._guard = threading.Lock()
+        self._locks = KeyedLocks()
+        self._applied: dict[Path, _Applied] = {}
 
     def apply(self, sandbox: Path, table: VipTable) -> bool:
-        if not is_namespace(sandbox):
-            with self._lock:
-                self._applied.pop(sandbox, None)
-            return False
-        try:
-            inode = os.stat(sandbox).st_ino
-        except FileNotFoundError:
-            return False
-        digest = hashlib.sha256(repr(sorted(table.items())).encode()).hexdigest()
-        with self._lock:
+        """See `ports.Balancer.apply`."""
+        with self._locks.hold(str(sandbox)):
             before = self._applied.get(sandbox)
-        if before is not None and before[:2] == (inode, digest):
-            return True
-        old = before[2] if before is not None and before[0] == inode else {}
-        if not table and not old and before is not None and before[0] == inode:
-            return True
-        try:
-            nft.run(render(table, first=inode), sandbox)
-            self._end_flows(sandbox, old, table)
-        except KernelError:
-            if not is_namespace(sandbox):
+            try:
+                inode = os.stat(sandbox).st_ino
+            except OSError:
+                self._remember(sandbox, None)
                 return False
-            raise
-        with self._lock:
-            self._applied[sandbox] = (inode, digest, dict(table))
+            if before is not None and before.inode != inode:
+                before = None
+            if before is not None and before.table == table:
+                return True
+            # Docker makes the file first and mounts the namespace on it later.
+            if not is_namespace(sandbox):
+                self._remember(sandbox, None)
+                return False
+            try:
+                complete = in_netns(sandbox, lambda: _bring(before, table, inode))
+            except KernelError:
+                self._remember(sandbox, None)
+                if not is_namespace(sandbox):
+                    return False
+                raise
+            self._remember(sandbox, _Applied(inode, dict(table), complete))
         return True
-
-    @staticmethod
-    def _end_flows(sandbox: Path, old: VipTable, new: VipTable) -> None:
-        departed = frozenset(
-            str(task) for vip, tasks in old.items() for task in set(tasks) - set(new.get(vip, ()))
-        )
-        if departed:
-            vips = frozenset(str(vip) for vip in old)
-            in_netns(sandbox, lambda: _forget_flows(departed, vips))
 
     def forget(self, alive: Iterable[Path]) -> None:
         """Drop what is remembered of namespaces that aren't in `alive`."""
         keep = set(alive)
-        with self._lock:
-            self._applied = {path: kept for path, kept in self._applied.items() if path in keep}
+        with self._guard:
+            self._applied = {
+                path: kept for path, kept in self._applied.items() if path in keep
+            }
+
+    def _remember(self, sandbox: Path, applied: _Applied | None) -> None:
+        with self._guard:
+            if applied is None:
+                self._applied.pop(sandbox, None)
+            else:
+                self._applied[sandbox] = applied
+
+
+def _bring(before: _Applied | None, new: VipTable, first: int) -> bool:
+    """Make the current namespace's rules those of `new`; returns `_Applied.complete`."""
+    old: VipTable = before.table if before is not None else {}
+    complete = before is None or before.complete
+    # Read before it is removed or lost.
+    departed = {vip for vip in old if set(old[vip]) - set(new.get(vip, ()))}
+    suspects = set(departed)
+    if departed and complete:
+        suspects &= _datagram_vips()
+    if not _change(old, new, first):
+        # A table that we don't know is there (the plugin was started again), or not what we left in it.
+        nft.run(render_removal() + (render_new(new, first) if new else ""))
+        complete = False
+        suspects |= new.keys()
+    else:
+        suspects |= flows.tried({vip for vip in new if new[vip] and vip not in old})
+    try:
+        flows.forget_stale({vip: new.get(vip, ()) for vip in suspects})
+    except KernelError as error:
+        # The rules hold for new connections all the same.
+        log.warning("old flows to VIPs not forgotten", reason=str(error))
+    return complete or not new
+
+
+def _change(old: VipTable, new: VipTable, first: int) -> bool:
+    """Go from `old` to `new` if the namespace has what we think it has."""
+    if not new:
+        return not old and not _has_table()
+    try:
+        nft.run(render_change(old, new, first) if old else render_new(new, first))
+    except KernelError as error:
+        log.info("VIP rules not as left, made anew", reason=str(error))
+        return False
+    return True
+
+
+def _has_table() -> bool:
+    family, name = TABLE.split()
+    return any(
+        item.get("table", {}).get("name") == name
+        and item["table"].get("family") == family
+        for item in nft.query(f"list tables {family}")
+    )
+
+
+def _datagram_vips() -> set[IPv4Address]:
+    try:
+        listed = nft.query(f"list set {TABLE} {DATAGRAMS}")
+    except KernelError:
+        return set()
+    return {
+        IPv4Address(element)
+        for item in listed
+        for element in item.get("set", {}).get("elem", [])
+        if isinstance(element, str)
+    }
