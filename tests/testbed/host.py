@@ -85,9 +85,17 @@ class Host:
             start_new_session=True,
         )
         log.close()
-        children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children")
-        self.pid = int(wait_until(f"{self.name}: process 1", lambda: children.read_text().strip()))
-        wait_until(f"{self.name}: file system", (self.root / "run/host-is-up").exists)
+        outer = self._outer.pid
+        children = Path(f"/proc/{outer}/task/{outer}/children")
+
+        def alive(what: str) -> str:
+            if self._outer is None or self._outer.poll() is not None:
+                raise RuntimeError(f"{self.name}: no {what}\n{(self.work / 'init.log').read_text()}")
+            return children.read_text().strip()
+
+        self.pid = int(wait_until(f"{self.name}: process 1", lambda: alive("process 1")))
+        up = self.root / "run/host-is-up"
+        wait_until(f"{self.name}: file system", lambda: alive("file system") and up.exists())
         self._plug_in()
 
     def _plug_in(self) -> None:
@@ -318,7 +326,8 @@ class Host:
                 continue
 
     def log_tail(self, lines: int = 40) -> str:
-        text = (self.work / "dockerd.log").read_text(errors="replace")
+        log = self.work / "dockerd.log"
+        text = log.read_text(errors="replace") if log.exists() else "(no log)"
         return "\n".join(text.splitlines()[-lines:])
 
 

@@ -18,13 +18,14 @@ mount -t sysfs sysfs "$root/sys"
 if [ -e /sys/fs/cgroup/cgroup.controllers ]; then
     mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
 else
-    # Hybrid: version 1 for the controllers, version 2 beside it.
+    # Version 1 for the controllers; one that is mounted nowhere isn't needed here either.
     mount -t tmpfs tmpfs "$root/sys/fs/cgroup"
     grep ' - cgroup ' /proc/self/mountinfo | while read -r _ _ _ _ point _ rest; do
         [ "${point#/sys/fs/cgroup/}" != "$point" ] || continue
-        options=$(echo "$rest" | sed 's/.* - cgroup [^ ]* //; s/^rw,//; s/^rw$//')
+        # The last field: the hierarchy's own options, such as rw,cpu or rw,name=systemd.
+        options=${rest##* }
         mkdir -p "$root$point"
-        mount -t cgroup -o "$options" cgroup "$root$point"
+        mount -t cgroup -o "${options#rw,}" cgroup "$root$point"
     done
 fi
 [ ! -d /sys/fs/bpf ] || mount -t bpf bpf "$root/sys/fs/bpf" || true
