@@ -1,0 +1,76 @@
+# make help says what there is.
+SHELL := /bin/sh
+PYTHON := .venv/bin/python
+PLUGIN := build/plugin
+NAME := freeflow:latest
+REGISTRY ?=
+# A plugin can't have a manifest for several architectures: the tag says which.
+ARCH := $(shell dpkg --print-architecture 2>/dev/null || uname -m)
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+SCRIPTS := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
+CODE := $(shell find plugin driver config.json -not -name '*.pyc' -type f 2>/dev/null)
+
+.PHONY: help setup venv plugin install uninstall push test unit kernel swarm lint demo bench clean
+
+help: ## say what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: ## install what is missing: Debian packages and the virtual environment
+	@plugin/image/setup.sh
+	@$(MAKE) --no-print-directory venv
+
+venv: .venv/.done
+
+.venv/.done: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet --editable '.[test]'
+	touch $@
+
+plugin: $(PLUGIN)/config.json ## build the plugin into build/plugin
+
+$(PLUGIN)/config.json: $(CODE)
+	@plugin/image/setup.sh
+	plugin/image/rootfs.sh $(PLUGIN)
+
+install: plugin ## install the plugin into this machine's own Docker
+	plugin/image/install.sh $(PLUGIN) $(NAME)
+
+uninstall: ## remove it from this machine's own Docker
+	freeflow cleanup --all
+	docker plugin disable $(NAME)
+	docker plugin rm $(NAME)
+
+push: plugin ## push the plugin to REGISTRY, tagged by version and architecture
+	@test -n "$(REGISTRY)" || { echo "make push REGISTRY=host:port"; exit 2; }
+	docker plugin create $(REGISTRY)/freeflow:$(VERSION)-$(ARCH) $(PLUGIN)
+	docker plugin push $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
+	docker plugin rm $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
+
+test: setup plugin lint ## set up what is missing and run all tests
+	$(PYTHON) -m pytest
+
+unit: venv ## tests without root
+	$(PYTHON) -m pytest tests/unit tests/contract -m 'not kernel'
+
+kernel: setup ## tests in fresh network namespaces
+	$(PYTHON) -m pytest tests/kernel tests/contract
+
+swarm: setup plugin ## scenarios on a real Swarm
+	$(PYTHON) -m pytest tests/swarm
+
+lint: setup ## ruff, mypy, shellcheck, clang-format
+	.venv/bin/ruff check plugin driver bench tests
+	.venv/bin/ruff format --check plugin driver bench tests
+	.venv/bin/mypy --no-error-summary plugin driver bench tests
+	shellcheck $(SCRIPTS)
+	clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
+
+demo: setup plugin ## two Docker hosts, a Swarm, a stack on FreeFlow, a table of what it does
+	$(PYTHON) -m bench.demo
+
+bench: setup plugin ## measure beside Docker's overlay and the host network; build/bench.json and build/bench.txt
+	$(PYTHON) -m bench all --out build/bench.json --table build/bench.txt
+
+clean: ## remove what was built, and beds that were left
+	-$(PYTHON) -m tests.testbed down
+	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache
