@@ -30,8 +30,8 @@ _NEIGHBOURS: Final = Path("/proc/thread-self/net/arp")
 def is_stale(protocol: int, vip: str, task: str, tasks: Collection[str]) -> bool:
     """Whether a flow to `vip`, of which conntrack says that `task` answers, is against the rules `vip -> tasks`."""
     if task == vip:
-        # It began before the VIP had rules. While there are no tasks it is refused, so it does no harm.
-        return bool(tasks)
+        # It began before the VIP had rules.
+        return True
     return protocol not in _CONNECTIONS and task not in tasks
 
 

@@ -12,7 +12,6 @@ Not IPVS: it needs a module that many kernels lack, and a hidden endpoint per ho
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,6 +34,12 @@ TABLE: Final = "ip freeflow"
 DATAGRAMS: Final = "datagrams"
 """Set of the VIPs that had flows which only their packets keep alive, since the table was made."""
 
+REFUSER: Final = "127.66.66.66"
+"""Where packets go for VIPs without tasks, to be refused: on the loopback device, and used by nobody."""
+
+FEW: Final = 8
+"""Up to so many VIPs are asked about one by one."""
+
 # The name `dstnat` is not known in output hooks by all versions of nft.
 _DSTNAT: Final = -100
 _FILTER: Final = 0
@@ -48,29 +53,28 @@ def _chain(vip: IPv4Address) -> str:
 
 def _frame() -> list[str]:
     """The parts that don't depend on any VIP. Nothing is accepted or dropped that isn't for a VIP."""
-    lines = [
+    nat = "type nat hook {} priority " + str(_DSTNAT)
+    check = "type filter hook {} priority " + str(_FILTER)
+    return [
         f"add map {TABLE} vips {{ type ipv4_addr : verdict; }}",
         f"add set {TABLE} down {{ type ipv4_addr; }}",
         f"add set {TABLE} {DATAGRAMS} {{ type ipv4_addr; flags dynamic; size 65535; }}",
         f"add chain {TABLE} refuse",
-        # Only what begins here: an address may be a VIP no longer, and another container's that talks to this one.
-        f"add rule {TABLE} refuse ct direction reply accept",
         f"add rule {TABLE} refuse meta l4proto tcp reject with tcp reset",
         f"add rule {TABLE} refuse reject with icmp type port-unreachable",
+        f"add chain {TABLE} output {{ {nat.format('output')}; policy accept; }}",
+        f"add rule {TABLE} output ip daddr vmap @vips",
+        # What is rejected in the output hook gives the sender "operation not permitted". On its way in it is refused.
+        f"add rule {TABLE} output ip daddr @down meta l4proto != tcp add @{DATAGRAMS} {{ ip daddr }}",
+        f"add rule {TABLE} output ip daddr @down dnat to {REFUSER}",
+        f"add chain {TABLE} input {{ {check.format('input')}; policy accept; }}",
+        f"add rule {TABLE} input ip daddr {REFUSER} goto refuse",
+        # For containers that route for others, such as Docker in Docker.
+        f"add chain {TABLE} prerouting {{ {nat.format('prerouting')}; policy accept; }}",
+        f"add rule {TABLE} prerouting ip daddr vmap @vips",
+        f"add chain {TABLE} forward {{ {check.format('forward')}; policy accept; }}",
+        f"add rule {TABLE} forward ip daddr @down ct direction original goto refuse",
     ]
-    # Prerouting and forward: for containers that route for others, such as Docker in Docker.
-    for hook in ("output", "prerouting"):
-        lines += [
-            f"add chain {TABLE} {hook} {{ type nat hook {hook} priority {_DSTNAT}; policy accept; }}",
-            f"add rule {TABLE} {hook} ip daddr vmap @vips",
-        ]
-    for hook in ("output", "forward"):
-        name = f"{hook}_down"
-        lines += [
-            f"add chain {TABLE} {name} {{ type filter hook {hook} priority {_FILTER}; policy accept; }}",
-            f"add rule {TABLE} {name} ip daddr @down goto refuse",
-        ]
-    return lines
 
 
 def _rules(vip: IPv4Address, tasks: _Tasks, first: int) -> list[str]:
@@ -90,11 +94,7 @@ def _rules(vip: IPv4Address, tasks: _Tasks, first: int) -> list[str]:
 
 
 def _elements(action: str, what: str, elements: list[str]) -> list[str]:
-    return (
-        [f"{action} element {TABLE} {what} {{ {', '.join(elements)} }}"]
-        if elements
-        else []
-    )
+    return [f"{action} element {TABLE} {what} {{ {', '.join(elements)} }}"] if elements else []
 
 
 def _additions(table: VipTable, first: int) -> list[str]:
@@ -103,9 +103,7 @@ def _additions(table: VipTable, first: int) -> list[str]:
     for vip, tasks in up.items():
         lines += [f"add chain {TABLE} {_chain(vip)}", *_rules(vip, tasks, first)]
     lines += _elements("add", "vips", [f"{vip} : goto {_chain(vip)}" for vip in up])
-    return lines + _elements(
-        "add", "down", [str(vip) for vip in sorted(table) if not table[vip]]
-    )
+    return lines + _elements("add", "down", [str(vip) for vip in sorted(table) if not table[vip]])
 
 
 def render_new(table: VipTable, first: int = 0) -> str:
@@ -113,10 +111,7 @@ def render_new(table: VipTable, first: int = 0) -> str:
 
     `first` is where the turn starts: with the same everywhere, many short-lived clients would all begin with one task.
     """
-    return (
-        "\n".join([f"create table {TABLE}", *_frame(), *_additions(table, first)])
-        + "\n"
-    )
+    return "\n".join([f"create table {TABLE}", *_frame(), *_additions(table, first)]) + "\n"
 
 
 def render_removal() -> str:
@@ -132,9 +127,7 @@ def render_change(old: VipTable, new: VipTable, first: int = 0) -> str:
     gone = sorted((old.keys() - new.keys()) | flipped)
     come = {vip: new[vip] for vip in new if vip not in old or vip in flipped}
     chains = [vip for vip in gone if old[vip]]
-    lines = _elements(
-        "delete", "vips", [f"{vip} : goto {_chain(vip)}" for vip in chains]
-    )
+    lines = _elements("delete", "vips", [f"{vip} : goto {_chain(vip)}" for vip in chains])
     lines += _elements("delete", "down", [str(vip) for vip in gone if not old[vip]])
     for vip in chains:
         lines += [
@@ -175,7 +168,7 @@ class NftBalancer:
         with self._locks.hold(str(sandbox)):
             before = self._applied.get(sandbox)
             try:
-                inode = os.stat(sandbox).st_ino
+                inode = sandbox.stat().st_ino
             except OSError:
                 self._remember(sandbox, None)
                 return False
@@ -201,9 +194,7 @@ class NftBalancer:
         """Drop what is remembered of namespaces that aren't in `alive`."""
         keep = set(alive)
         with self._guard:
-            self._applied = {
-                path: kept for path, kept in self._applied.items() if path in keep
-            }
+            self._applied = {path: kept for path, kept in self._applied.items() if path in keep}
 
     def _remember(self, sandbox: Path, applied: _Applied | None) -> None:
         with self._guard:
@@ -218,10 +209,14 @@ def _bring(before: _Applied | None, new: VipTable, first: int) -> bool:
     old: VipTable = before.table if before is not None else {}
     complete = before is None or before.complete
     # Read before it is removed or lost.
-    departed = {vip for vip in old if set(old[vip]) - set(new.get(vip, ()))}
+    departed = {
+        vip
+        for vip in old
+        if set(old[vip]) - set(new.get(vip, ())) or (new.get(vip) and not old[vip])
+    }
     suspects = set(departed)
-    if departed and complete:
-        suspects &= _datagram_vips()
+    if complete and len(departed) <= FEW:
+        suspects = {vip for vip in departed if _had_datagrams(vip)}
     if not _change(old, new, first):
         # A table that we don't know is there (the plugin was started again), or not what we left in it.
         nft.run(render_removal() + (render_new(new, first) if new else ""))
@@ -244,7 +239,8 @@ def _change(old: VipTable, new: VipTable, first: int) -> bool:
     try:
         nft.run(render_change(old, new, first) if old else render_new(new, first))
     except KernelError as error:
-        log.info("VIP rules not as left, made anew", reason=str(error))
+        if old:
+            log.info("VIP rules not as left, made anew", reason=str(error))
         return False
     return True
 
@@ -252,20 +248,15 @@ def _change(old: VipTable, new: VipTable, first: int) -> bool:
 def _has_table() -> bool:
     family, name = TABLE.split()
     return any(
-        item.get("table", {}).get("name") == name
-        and item["table"].get("family") == family
+        item.get("table", {}).get("name") == name and item["table"].get("family") == family
         for item in nft.query(f"list tables {family}")
     )
 
 
-def _datagram_vips() -> set[IPv4Address]:
+def _had_datagrams(vip: IPv4Address) -> bool:
+    # Not by listing the set: nft up to 1.0 forgets the elements in some forms of output.
     try:
-        listed = nft.query(f"list set {TABLE} {DATAGRAMS}")
+        nft.run(f"get element {TABLE} {DATAGRAMS} {{ {vip} }}")
     except KernelError:
-        return set()
-    return {
-        IPv4Address(element)
-        for item in listed
-        for element in item.get("set", {}).get("elem", [])
-        if isinstance(element, str)
-    }
+        return False
+    return True
