@@ -5,12 +5,21 @@ Each has one real implementation and one fake; the same contract tests run on bo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Protocol
 
-from driver.model import Endpoint, EngineView, IPAddress, Network, NetworkView, VipTable
+from driver.model import (
+    Endpoint,
+    EngineView,
+    IPAddress,
+    Network,
+    NetworkView,
+    Service,
+    VipTable,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,5 +94,10 @@ class Directory(Protocol):
 class TaskResolver(Protocol):
     """Which tasks of a service take new connections, by the embedded DNS of one container."""
 
-    def tasks(self, sandbox: Path, service: str, network_name: str) -> frozenset[IPAddress] | None:
-        """Addresses behind `tasks.<service>`; None if the resolver can't be asked."""
+    def tasks(
+        self, sandbox: Path, network_name: str, services: Sequence[Service]
+    ) -> Mapping[str, frozenset[IPv4Address]]:
+        """By service name, those of the service's tasks that take new connections.
+
+        A service is absent if this container's DNS doesn't know it, or can't be asked.
+        """

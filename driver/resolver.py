@@ -2,131 +2,215 @@
 
 The engine's inspect lists a task until its container is gone, also while it is being stopped. The embedded DNS is exact:
 a task's address is under `tasks.<service>` from when it is healthy until Swarm disables its binding, two seconds before
-the stop signal. Wire format: RFC 1035, over TCP (section 4.2.2) so that the number of tasks has no limit.
+the stop signal (moby, `controller.Shutdown`). The service's own name keeps its VIP meanwhile; so a service whose name
+leads to its VIP, but whose `tasks.` name leads nowhere, has no task that takes connections.
 
-The DNS server is Docker's, but it is reached through a namespace that the container may have changed: the answer is
-hostile until checked.
+Nothing else is believed. What the embedded DNS doesn't know it forwards to the DNS servers of the outside, which may
+answer anything; and a container may have changed its namespace, so that somebody else answers. Hence only addresses
+count that the engine itself lists for the service.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
-import struct
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
+from driver import dns
 from driver.errors import KernelError
 from driver.kernel.namespace import in_netns
-from driver.model import IPAddress
+from driver.model import Service
 
 SERVER: Final = ("127.0.0.11", 53)
 TIMEOUT: Final = 0.3
-_TYPE_A: Final = 1
-_CLASS_IN: Final = 1
-_NXDOMAIN: Final = 3
-_MAX_LABEL: Final = 63
+"""Seconds. The embedded DNS itself answers within a millisecond; longer waits are for servers outside."""
+WINDOW: Final = 32
+"""Questions under way at once: their answers must fit the socket's buffer."""
 
 
-class MalformedAnswer(ValueError):
-    """The answer is not a DNS answer to our question."""
+Answers = dict[str, frozenset[IPv4Address] | None]
+"""By name; None: more than fits an answer. A name without an answer is absent."""
 
 
-def encode_query(identifier: int, name: str) -> bytes:
-    """A query for A records, recursion desired. ValueError if `name` has a label that DNS can't carry."""
-    labels = name.split(".")
-    encoded = b""
-    for label in labels:
-        octets = label.encode()
-        if not 0 < len(octets) <= _MAX_LABEL:
-            raise ValueError(f"{name!r} is not a DNS name")
-        encoded += bytes([len(octets)]) + octets
-    header = struct.pack("!6H", identifier, 0x0100, 1, 0, 0, 0)
-    return header + encoded + b"\0" + struct.pack("!2H", _TYPE_A, _CLASS_IN)
-
-
-def _skip_name(message: bytes, offset: int) -> int:
-    while True:
-        if offset >= len(message):
-            raise MalformedAnswer("a name runs past the end")
-        length = message[offset]
-        if length >= 0xC0:
-            return offset + 2
-        if length > _MAX_LABEL:
-            raise MalformedAnswer("a label's length is reserved")
-        offset += 1 + length
-        if length == 0:
-            return offset
-
-
-def decode_answer(identifier: int, message: bytes) -> frozenset[IPAddress] | None:
-    """The addresses in an answer; empty for a name that doesn't exist; None if the server failed.
+def ask(channel: socket.socket, names: Iterable[str], timeout: float = TIMEOUT) -> Answers:
+    """Ask for the A records of several names over a connected UDP socket.
 
     Raises:
-        MalformedAnswer: not an answer to query `identifier`.
+        OSError: the server can't be reached.
     """
-    if len(message) < 12:
-        raise MalformedAnswer("shorter than a header")
-    answer_id, flags, questions, answers = struct.unpack_from("!4H", message)
-    if answer_id != identifier or not flags & 0x8000:
-        raise MalformedAnswer("not the answer to this query")
-    code = flags & 0xF
-    if code == _NXDOMAIN:
-        return frozenset()
-    if code != 0:
-        return None
-    offset = 12
-    for _ in range(questions):
-        offset = _skip_name(message, offset) + 4
-    addresses: set[IPAddress] = set()
-    for _ in range(answers):
-        offset = _skip_name(message, offset)
-        if offset + 10 > len(message):
-            raise MalformedAnswer("a record runs past the end")
-        kind, family, _ttl, length = struct.unpack_from("!HHIH", message, offset)
-        offset += 10
-        if offset + length > len(message):
-            raise MalformedAnswer("a record's data runs past the end")
-        if kind == _TYPE_A and family == _CLASS_IN and length == 4:
-            addresses.add(IPv4Address(message[offset : offset + 4]))
-        offset += length
-    return frozenset(addresses)
+    answers: Answers = {}
+    todo = list(dict.fromkeys(names))
+    while todo:
+        window, todo = todo[:WINDOW], todo[WINDOW:]
+        answers.update(_ask_window(channel, window, timeout))
+    return answers
 
 
-def _read(connection: socket.socket, length: int) -> bytes:
-    data = b""
-    while len(data) < length:
-        part = connection.recv(length - len(data))
-        if not part:
-            raise MalformedAnswer("the connection ended early")
-        data += part
-    return data
+def _ask_window(channel: socket.socket, names: Sequence[str], timeout: float) -> Answers:
+    start = secrets.randbelow(1 << 16)
+    waiting: dict[int, str] = {}
+    answers: Answers = {}
+    for number, name in enumerate(names):
+        identifier = (start + number) & 0xFFFF
+        try:
+            query = dns.encode_query(identifier, name)
+        except dns.BadNameError:
+            continue
+        channel.send(query)
+        waiting[identifier] = name
+    deadline = time.monotonic() + timeout
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        channel.settimeout(left)
+        try:
+            message = channel.recv(0xFFFF)
+        except TimeoutError:
+            break
+        identifier = dns.identifier(message)
+        name = waiting.get(identifier, "")
+        with contextlib.suppress(dns.MalformedAnswerError):
+            answers[name] = dns.decode_answer(message, name)
+            del waiting[identifier]
+    return answers
 
 
-def ask(
-    name: str, server: tuple[str, int] = SERVER, timeout: float = TIMEOUT
-) -> frozenset[IPAddress] | None:
-    """Ask `server` for the A records of `name`, in the calling thread's namespace.
+@dataclass(slots=True)
+class _Channel:
+    """A socket in a container's namespace. The inode tells the namespace from a later one under the same path."""
 
-    Raises:
-        OSError, MalformedAnswer
-    """
-    identifier = secrets.randbelow(1 << 16)
-    query = encode_query(identifier, name)
-    with socket.create_connection(server, timeout=timeout) as connection:
-        connection.sendall(struct.pack("!H", len(query)) + query)
-        (length,) = struct.unpack("!H", _read(connection, 2))
-        return decode_answer(identifier, _read(connection, length))
+    inode: int
+    socket: socket.socket
+    used: float
 
 
 class EmbeddedDns:
-    """`ports.TaskResolver` over Docker's embedded DNS."""
+    """`ports.TaskResolver` over Docker's embedded DNS.
 
-    def tasks(self, sandbox: Path, service: str, network_name: str) -> frozenset[IPAddress] | None:
-        # Qualified by the network: a service may be on several networks of the asking container.
-        name = f"tasks.{service}.{network_name}"
+    A socket belongs to the namespace that it was made in, whoever uses it: so one is kept per container asked, for
+    `KEEP` seconds at most, since a socket keeps its namespace alive.
+    """
+
+    KEEP: Final = 3.0
+
+    def __init__(self, server: tuple[str, int] = SERVER, timeout: float = TIMEOUT) -> None:
+        self._server = server
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._channels: dict[Path, _Channel] = {}
+
+    def tasks(
+        self, sandbox: Path, network_name: str, services: Sequence[Service]
+    ) -> dict[str, frozenset[IPv4Address]]:
+        """See `ports.TaskResolver.tasks`."""
         try:
-            return in_netns(sandbox, lambda: ask(name))
-        except (OSError, ValueError, KernelError):
-            return None
+            channel = self._take(sandbox)
+        except (OSError, KernelError):
+            return {}
+        try:
+            # Qualified by the network: a service may be on several networks of the container.
+            return self._tasks(channel.socket, network_name, services)
+        except OSError:
+            channel.socket.close()
+            return {}
+        finally:
+            self._give_back(sandbox, channel)
+
+    def _tasks(
+        self, channel: socket.socket, network_name: str, services: Sequence[Service]
+    ) -> dict[str, frozenset[IPv4Address]]:
+        found: dict[str, frozenset[IPv4Address]] = {}
+        none = []
+        listed = {f"tasks.{item.name}.{network_name}": item for item in services}
+        answers = ask(channel, listed, self._timeout)
+        for name, service in listed.items():
+            addresses = answers.get(name, frozenset())
+            if addresses is None:
+                continue
+            active = addresses & {task.address for task in service.tasks}
+            if active:
+                found[service.name] = active
+            else:
+                none.append(service)
+        if none:
+            self._confirm(channel, network_name, none, found)
+        return found
+
+    def _confirm(
+        self,
+        channel: socket.socket,
+        network_name: str,
+        services: Sequence[Service],
+        found: dict[str, frozenset[IPv4Address]],
+    ) -> None:
+        """Tell services without tasks from those that this container's DNS doesn't know, and from lost answers."""
+        names = [
+            f"{prefix}{item.name}.{network_name}" for item in services for prefix in ("", "tasks.")
+        ]
+        answers = ask(channel, names, self._timeout)
+        for service in services:
+            addresses = answers.get(f"tasks.{service.name}.{network_name}", frozenset())
+            own = answers.get(f"{service.name}.{network_name}")
+            if addresses is not None and own is not None and service.vip in own:
+                found[service.name] = addresses & {task.address for task in service.tasks}
+
+    # --- the sockets
+
+    def _take(self, sandbox: Path) -> _Channel:
+        inode = sandbox.stat().st_ino
+        now = time.monotonic()
+        with self._lock:
+            kept = self._channels.pop(sandbox, None)
+            for path, other in list(self._channels.items()):
+                if now - other.used > self.KEEP:
+                    other.socket.close()
+                    del self._channels[path]
+        if kept is not None:
+            if kept.inode == inode and self._drain(kept.socket):
+                return kept
+            kept.socket.close()
+        return _Channel(inode, in_netns(sandbox, self._open), now)
+
+    def _open(self) -> socket.socket:
+        channel = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        try:
+            channel.connect(self._server)
+        except OSError:
+            channel.close()
+            raise
+        return channel
+
+    @staticmethod
+    def _drain(channel: socket.socket) -> bool:
+        """Drop late answers of the last time; false if the socket is of no use."""
+        channel.setblocking(False)
+        try:
+            while True:
+                channel.recv(0xFFFF)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def _give_back(self, sandbox: Path, channel: _Channel) -> None:
+        if channel.socket.fileno() < 0:
+            return
+        channel.used = time.monotonic()
+        with self._lock:
+            other = self._channels.pop(sandbox, None)
+            self._channels[sandbox] = channel
+        if other is not None:
+            other.socket.close()
+
+    def close(self) -> None:
+        """Close all sockets."""
+        with self._lock:
+            channels = list(self._channels.values())
+            self._channels.clear()
+        for channel in channels:
+            channel.socket.close()
