@@ -226,3 +226,17 @@ class OverlayNamespace:
             with contextlib.suppress(OSError):
                 self.path.parent.rmdir()
             return existed
+
+
+def isolated(function: Callable[[], T]) -> T:
+    """Run `function` in a network namespace of its own that goes with it: to try a feature for real.
+
+    Raises:
+        KernelError: no namespace could be made.
+    """
+
+    def body() -> T:
+        _check(_libc.unshare(_CLONE_NEWNET), "making a network namespace")
+        return function()
+
+    return in_thread(body)

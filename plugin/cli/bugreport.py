@@ -1,0 +1,93 @@
+"""`freeflow bugreport`: what is needed to find a bug, and no secrets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from pyroute2 import IPRoute
+
+from driver.errors import FreeFlowError
+from driver.kernel import nft
+from driver.kernel.namespace import OVERLAY_PIN, in_netns
+from plugin.cli.client import Client, engine_get, host_run
+from plugin.cli.doctor import examine
+from plugin.version import VERSION
+
+_ENGINE_FIELDS = (
+    "ServerVersion",
+    "KernelVersion",
+    "OperatingSystem",
+    "Driver",
+    "CgroupVersion",
+    "SecurityOptions",
+)
+_LINK_FIELDS = ("IFLA_IFNAME", "IFLA_MTU", "IFLA_OPERSTATE", "IFLA_ADDRESS")
+
+
+def _links() -> list[dict[str, Any]]:
+    with IPRoute() as route:
+        return [
+            {field: link.get_attr(field) for field in _LINK_FIELDS} for link in route.get_links()
+        ]
+
+
+def _engine() -> dict[str, Any]:
+    info = engine_get("/info")
+    return {field: info.get(field) for field in _ENGINE_FIELDS}
+
+
+def _plugin() -> list[dict[str, Any]]:
+    return [
+        {
+            "Name": item.get("Name"),
+            "Enabled": item.get("Enabled"),
+            "Settings": (item.get("Settings") or {}).get("Env"),
+        }
+        for item in engine_get("/plugins") or ()
+        if "freeflow" in str(item.get("Name"))
+    ]
+
+
+def collect(client: Client) -> dict[str, Any]:
+    """Everything, by heading; a part that can't be had says why."""
+    pin = host_run() / OVERLAY_PIN
+    parts: dict[str, Callable[[], Any]] = {
+        "status": lambda: msgspec.to_builtins(client.status()),
+        "doctor": lambda: msgspec.to_builtins(examine(client)),
+        "engine": _engine,
+        "plugin": _plugin,
+        "kernel": lambda: " ".join(os.uname()),
+        "links of the host": _links,
+        "links of the overlay": lambda: in_netns(pin, _links),
+        "source filter": lambda: nft.query("list ruleset", pin),
+        "metrics": client.metrics,
+        "mounts": lambda: [
+            line
+            for line in Path("/proc/self/mountinfo").read_text().splitlines()
+            if "freeflow" in line or "docker" in line
+        ],
+    }
+    report: dict[str, Any] = {"freeflow": VERSION}
+    for heading, part in parts.items():
+        try:
+            report[heading] = part()
+        except (FreeFlowError, OSError) as error:
+            report[heading] = f"not to be had: {error}"
+    return report
+
+
+def render(report: dict[str, Any]) -> str:
+    """As text, a part after the other."""
+    parts = []
+    for heading, value in report.items():
+        body = (
+            value
+            if isinstance(value, str)
+            else msgspec.json.format(msgspec.json.encode(value)).decode()
+        )
+        parts.append(f"== {heading} ==\n{body}\n")
+    return "\n".join(parts)

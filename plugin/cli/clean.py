@@ -1,0 +1,68 @@
+"""`freeflow cleanup`: everything of ours off this host, unless it is in use."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Final
+
+from driver.errors import FreeFlowError
+from driver.kernel.linux import LinuxKernel
+from driver.store import FILE
+from plugin import host_command
+from plugin.cli.client import Client, NotRunning, engine_get, host_run
+
+STATE: Final = Path("/state")
+HOST_BINS: Final = (Path("/host/bin"), Path("/usr/local/bin"))
+
+
+class InUse(FreeFlowError):
+    """Containers of this host are on FreeFlow networks."""
+
+
+def in_use(client: Client) -> list[str]:
+    """Names of this host's containers on FreeFlow networks, asked of the plugin, else of the engine."""
+    try:
+        status = client.status()
+    except NotRunning:
+        used = []
+        for item in engine_get("/containers/json"):
+            attached = (item.get("NetworkSettings") or {}).get("Networks") or {}
+            for network in attached.values():
+                found = engine_get(f"/networks/{network['NetworkID']}")
+                if str(found.get("Driver", "")).startswith("freeflow"):
+                    used.append(str((item.get("Names") or ["?"])[0]).lstrip("/"))
+        return sorted(set(used))
+    return sorted(
+        endpoint.container or endpoint.id[:12]
+        for network in status.networks
+        for endpoint in network.endpoints
+    )
+
+
+def clean(client: Client, *, everything: bool, force: bool) -> list[str]:
+    """Remove what is left over; returns what was removed.
+
+    Raises:
+        InUse: and nothing was removed.
+    """
+    if not force:
+        used = in_use(client)
+        if used:
+            raise InUse(
+                f"containers of this host use FreeFlow networks: {', '.join(used[:10])}; stop them, or freeflow cleanup --force"
+            )
+    run = host_run()
+    removed = LinuxKernel(run).cleanup()
+    if everything:
+        for directory in (run / "freeflow-admin", run / "freeflow"):
+            if directory.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+                removed.append(f"/run/{directory.name}")
+        for state in STATE.glob(FILE + "*") if STATE.is_dir() else ():
+            state.unlink(missing_ok=True)
+            removed.append(f"state {state.name}")
+        for directory in HOST_BINS:
+            if host_command.remove(directory):
+                removed.append("/usr/local/bin/freeflow")
+    return removed

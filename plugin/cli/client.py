@@ -1,0 +1,115 @@
+"""Asking the running plugin (admin socket) and the engine (its own socket), with errors that say what to type."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from driver.errors import EngineError, FreeFlowError
+from plugin.ping import PingRequest, PingResult
+from plugin.settings import PLUGIN
+from plugin.status import Status
+
+HOST_RUNS: Final = (Path("/host/run"), Path("/run"))
+"""The host's /run: from inside the plugin's root file system, and on the host itself."""
+ADMIN: Final = "freeflow-admin/admin.sock"
+
+
+class NotRunning(FreeFlowError):
+    """The plugin doesn't answer; the message ends with what to type."""
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def host_run() -> Path:
+    """Where the host's /run is seen from here."""
+    return next((path for path in HOST_RUNS if (path / "docker").exists()), HOST_RUNS[-1])
+
+
+def _ask(
+    path: Path, method: str, url: str, body: bytes | None, timeout: float
+) -> tuple[int, bytes]:
+    connection = _UnixConnection(path, timeout)
+    try:
+        connection.request(method, url, body)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+class Client:
+    """The running plugin. `path` is its admin socket."""
+
+    def __init__(self, path: Path | None = None, timeout: float = 30.0) -> None:
+        self._path = path or host_run() / ADMIN
+        self._timeout = timeout
+
+    def _call(self, method: str, url: str, body: bytes | None = None) -> bytes:
+        try:
+            status, answer = _ask(self._path, method, url, body, self._timeout)
+        except OSError as error:
+            raise NotRunning(
+                f"the plugin does not answer on {self._path}: {error}; {plugin_state()}"
+            ) from error
+        if status != 200:
+            try:
+                text = str(msgspec.json.decode(answer)["error"])
+            except (msgspec.DecodeError, KeyError, TypeError):
+                text = answer.decode(errors="replace")[:500]
+            raise FreeFlowError(text)
+        return answer
+
+    def status(self) -> Status:
+        """Raises NotRunning, FreeFlowError."""
+        return msgspec.json.decode(self._call("GET", "/admin/status"), type=Status)
+
+    def ping(self, address: str, count: int) -> PingResult:
+        """Raises NotRunning, FreeFlowError."""
+        body = msgspec.json.encode(PingRequest(address, count))
+        return msgspec.json.decode(self._call("POST", "/admin/ping", body), type=PingResult)
+
+    def metrics(self) -> str:
+        """Raises NotRunning, FreeFlowError."""
+        return self._call("GET", "/admin/metrics").decode()
+
+
+def engine_get(url: str, timeout: float = 3.0) -> Any:
+    """An answer of the engine's API. Raises EngineError."""
+    path = host_run() / "docker.sock"
+    try:
+        status, body = _ask(path, "GET", url, None, timeout)
+        if status != 200:
+            raise EngineError(f"the engine answered {url} with {status}")
+        return msgspec.json.decode(body)
+    except (OSError, msgspec.DecodeError) as error:
+        raise EngineError(
+            f"the engine does not answer on {path}: {error}; systemctl status docker"
+        ) from error
+
+
+def plugin_state() -> str:
+    """Why the plugin may not answer, as the engine sees it, and what to type."""
+    try:
+        plugins = engine_get("/plugins")
+    except EngineError as error:
+        return str(error)
+    own = [item for item in plugins or () if "freeflow" in str(item.get("Name"))]
+    if not own:
+        return "it is not installed: docker plugin install --alias freeflow:latest REGISTRY/freeflow:latest"
+    if not own[0].get("Enabled"):
+        return f"it is disabled: docker plugin enable {own[0]['Name']}"
+    return f"it is enabled but silent: docker plugin disable -f {PLUGIN} && docker plugin enable {PLUGIN}"

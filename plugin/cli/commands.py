@@ -1,0 +1,243 @@
+"""The commands and their options. What they print is made in `show.py`, what they find in `doctor.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from driver.errors import FreeFlowError
+from plugin.cli.client import Client, NotRunning
+from plugin.version import VERSION
+
+UNUSABLE = 2
+PROBLEMS = 1
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+def _print_json(value: Any) -> None:
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+
+
+def _stop(message: str, as_json: bool, code: int = UNUSABLE) -> None:
+    if as_json:
+        _print_json({"error": message})
+    else:
+        cause, _, remedy = message.rpartition("; ")
+        click.echo(f"freeflow: {cause or remedy}")
+        if cause:
+            click.echo(f"    do: {remedy}")
+    sys.exit(code)
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="freeflow")
+@click.option(
+    "--socket",
+    type=click.Path(path_type=Path),
+    default=None,
+    envvar="FREEFLOW_SOCKET",
+    help="The plugin's admin socket.",
+)
+@click.pass_context
+def cli(context: click.Context, socket: Path | None) -> None:
+    """Look at FreeFlow, the network plugin for Docker Swarm, on this host.
+
+    Without a command: status.
+
+    \b
+    freeflow                    is all well? networks, endpoints, peers, what to type next
+    freeflow ping 10.0.1.7      which host has this address, over which path, how fast
+    freeflow doctor             look further when something doesn't work
+    """
+    context.obj = Client(socket)
+    if context.invoked_subcommand is None:
+        context.invoke(status)
+
+
+@cli.command()
+@_json
+@click.pass_obj
+def status(client: Client, as_json: bool = False) -> None:
+    """Say whether all is well, then show networks, endpoints and peers.
+
+    Exit code: 0 all is well, 1 something is wrong (the last lines say what, and what to type), 2 the plugin is not running or
+    can't be used.
+    """
+    from plugin.cli.show import show_status
+
+    try:
+        found = client.status()
+    except FreeFlowError as error:
+        return _stop(str(error), as_json)
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo(show_status(found), nl=False)
+    sys.exit(0 if found.healthy else PROBLEMS)
+
+
+@cli.command()
+@_json
+@click.pass_obj
+def peers(client: Client, as_json: bool) -> None:
+    """List the other hosts, and the networks shared with them."""
+    from plugin.cli.show import show_peers
+
+    try:
+        found = client.status()
+    except FreeFlowError as error:
+        return _stop(str(error), as_json)
+    if as_json:
+        _print_json({network.id: network.peers for network in found.networks})
+    else:
+        click.echo(show_peers(found), nl=False)
+
+
+@cli.command()
+@click.argument("address")
+@click.option(
+    "-c",
+    "--count",
+    default=3,
+    show_default=True,
+    type=click.IntRange(1, 20),
+    help="How many echoes.",
+)
+@_json
+@click.pass_obj
+def ping(client: Client, address: str, count: int, as_json: bool) -> None:
+    """Reach ADDRESS from a container of this host: which host has it, over which path, how long it takes.
+
+    ADDRESS may be a container's, a task's or a service's VIP. Exit code 1 if nothing answered.
+
+    \b
+    freeflow ping 10.0.1.7
+    """
+    try:
+        result = client.ping(address, count)
+    except NotRunning as error:
+        return _stop(str(error), as_json)
+    except FreeFlowError as error:
+        return _stop(str(error), as_json, PROBLEMS)
+    if as_json:
+        _print_json(result)
+    else:
+        times = result.round_trips_ms
+        where = f"{result.host} ({'this host' if result.local else result.host_address})"
+        behind = f", task {result.task}" if result.task else ""
+        click.echo(f"{result.address}{behind} on network {result.network}, from {result.source}")
+        click.echo(f"host {where if result.host else 'not found'}, path {result.path}")
+        if times:
+            click.echo(
+                f"{len(times)} of {result.sent} answered, round trip {min(times):.3f} / "
+                f"{sorted(times)[len(times) // 2]:.3f} / {max(times):.3f} ms (least, median, most)"
+            )
+        else:
+            click.echo(f"0 of {result.sent} answered\n    do: freeflow doctor")
+    sys.exit(0 if result.round_trips_ms else PROBLEMS)
+
+
+@cli.command()
+@_json
+@click.pass_obj
+def doctor(client: Client, as_json: bool) -> None:
+    """Look for what keeps FreeFlow from working: ports, MTU, kernel, stale state, clashes with other overlays.
+
+    Each finding has its cause and what to type. Works with the plugin disabled too. Exit code 1 if something was found.
+    """
+    from plugin.cli.doctor import examine
+    from plugin.cli.show import findings
+
+    report = examine(client)
+    if as_json:
+        _print_json(report)
+    else:
+        for check in report.passed:
+            click.echo(f"ok: {check}")
+        click.echo(findings(report.findings), nl=False)
+        click.echo("nothing is wrong" if not report.findings else f"{len(report.findings)} found")
+    sys.exit(PROBLEMS if report.findings else 0)
+
+
+@cli.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Write here instead of printing.",
+)
+@_json
+@click.pass_obj
+def bugreport(client: Client, output: Path | None, as_json: bool) -> None:
+    """Collect what a bug report needs, without secrets: status, doctor's findings, links, rules, versions.
+
+    It holds names and addresses of containers, networks and hosts: read it before you send it.
+    """
+    from plugin.cli.bugreport import collect, render
+
+    report = collect(client)
+    text = (
+        msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
+        if as_json
+        else render(report)
+    )
+    if output is None:
+        click.echo(text)
+    else:
+        output.write_text(text)
+        click.echo(f"written to {output}")
+
+
+@cli.command()
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Also state, /run/freeflow* and this command: before docker plugin rm.",
+)
+@click.option(
+    "--force", is_flag=True, help="Also while containers use FreeFlow networks: cuts them off."
+)
+@_json
+@click.pass_obj
+def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> None:
+    """Remove what FreeFlow made on this host and nothing uses: links, rules, namespaces, files.
+
+    Refuses while a container of this host is on a FreeFlow network, and names them. Works with the plugin disabled.
+    """
+    from plugin.cli.clean import InUse, clean
+
+    try:
+        removed = clean(client, everything=everything, force=force)
+    except InUse as error:
+        return _stop(str(error), as_json, PROBLEMS)
+    except FreeFlowError as error:
+        return _stop(str(error), as_json)
+    if as_json:
+        _print_json({"removed": removed})
+    else:
+        for name in removed:
+            click.echo(f"removed {name}")
+        click.echo("nothing was left over" if not removed else f"{len(removed)} removed")
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of SHELL.
+
+    \b
+    freeflow completion bash > /etc/bash_completion.d/freeflow
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise click.ClickException(f"no completion for {shell}")
+    click.echo(kind(cli, {}, "freeflow", "_FREEFLOW_COMPLETE").source())

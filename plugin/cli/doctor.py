@@ -1,0 +1,334 @@
+"""`freeflow doctor`: each check is a function from facts to findings; an empty answer means that it passed."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from pyroute2 import IPRoute
+
+from driver import names
+from driver.errors import EngineError, FreeFlowError, KernelError
+from driver.kernel import nft
+from driver.kernel.namespace import OVERLAY_PIN, is_namespace, is_shared, isolated
+from plugin.cli.client import Client, engine_get, host_run
+from plugin.settings import PLUGIN
+from plugin.status import Finding, Status
+
+OTHER_OVERLAYS: Final = {
+    "weave": "Weave Net",
+    "flannel": "flannel",
+    "cilium": "Cilium",
+    "cali": "Calico",
+    "vxlan.calico": "Calico",
+    "vxlan_sys_": "Open vSwitch",
+}
+BAD_ENGINES: Final = re.compile(r"29\.0\.[0-2](\D|$)")
+
+
+class Report(msgspec.Struct, frozen=True):
+    """`passed`: what was looked at and is well."""
+
+    passed: list[str]
+    findings: list[Finding]
+
+
+def check_plugin(client: Client, found: dict[str, Status]) -> list[Finding]:
+    try:
+        found["status"] = client.status()
+    except FreeFlowError as error:
+        cause, _, remedy = str(error).rpartition("; ")
+        return [Finding("error", "the plugin is not running", cause, remedy)]
+    return list(found["status"].problems)
+
+
+def check_run_shared(run: Path) -> list[Finding]:
+    if is_shared(run):
+        return []
+    return [
+        Finding(
+            "error",
+            "/run is not a shared mount",
+            "the overlay namespace would go with the plugin's process, and sandboxes can't be seen",
+            f"mount --make-rshared /run && docker plugin disable -f {PLUGIN} && docker plugin enable {PLUGIN}",
+        )
+    ]
+
+
+def check_engine() -> list[Finding]:
+    try:
+        version = str(engine_get("/version").get("Version", ""))
+    except EngineError as error:
+        cause, _, remedy = str(error).rpartition("; ")
+        return [Finding("error", "the engine does not answer", cause, remedy)]
+    if BAD_ENGINES.match(version):
+        return [
+            Finding(
+                "warning",
+                f"engine {version} has a bug that crashes it with remote network drivers",
+                "moby#51554, when an endpoint that is a gateway leaves",
+                "upgrade the engine to 29.0.3 or later",
+            )
+        ]
+    return []
+
+
+_FEATURES: Final = {
+    "nftables with nat and numgen (VIPs)": (
+        "add table ip probe\nadd chain ip probe out { type nat hook output priority -100; }\n"
+        "add rule ip probe out dnat to numgen inc mod 2 map { 0 : 192.0.2.1, 1 : 192.0.2.2 }\n"
+    ),
+    "nftables for bridges (source filter)": (
+        "add table bridge probe\nadd map bridge probe ports { type ifname : verdict; }\n"
+        "add chain bridge probe in { type filter hook prerouting priority -300; }\n"
+        "add rule bridge probe in iifname vmap @ports\n"
+    ),
+}
+_LINKS: Final[dict[str, dict[str, Any]]] = {
+    "bridge": {"kind": "bridge"},
+    "veth": {"kind": "veth", "peer": "probe1"},
+    "VXLAN": {"kind": "vxlan", "vxlan_id": 1, "vxlan_port": 4799},
+}
+
+
+def check_kernel() -> list[Finding]:
+    """Try each feature for real, in a namespace that goes with the thread."""
+
+    def probe() -> list[Finding]:
+        missing = []
+        for feature, commands in _FEATURES.items():
+            try:
+                nft.run(commands)
+            except KernelError as error:
+                missing.append(
+                    (feature, str(error), "load nf_tables: modprobe nf_tables nft_chain_nat")
+                )
+        with IPRoute() as route:
+            for feature, attributes in _LINKS.items():
+                try:
+                    route.link("add", ifname="probe0", **attributes)
+                    route.link("del", index=route.link_lookup(ifname="probe0")[0])
+                except Exception as error:
+                    module = str(attributes["kind"])
+                    missing.append(
+                        (feature, str(error), f"modprobe {module}, or a kernel that has it")
+                    )
+        return [
+            Finding("error", f"the kernel lacks {feature}", cause, remedy)
+            for feature, cause, remedy in missing
+        ]
+
+    return isolated(probe)
+
+
+def check_clashes(ports: set[int]) -> list[Finding]:
+    """Other overlays on this host, and who else has our UDP port."""
+    findings = []
+    with IPRoute() as route:
+        for link in route.get_links():
+            name = str(link.get_attr("IFLA_IFNAME"))
+            info = link.get_attr("IFLA_LINKINFO")
+            other = next(
+                (label for start, label in OTHER_OVERLAYS.items() if name.startswith(start)), None
+            )
+            kind = info.get_attr("IFLA_INFO_KIND") if info else None
+            if kind == "vxlan":
+                data = info.get_attr("IFLA_INFO_DATA")
+                port = data.get_attr("IFLA_VXLAN_PORT") if data else None
+                if port in ports:
+                    findings.append(
+                        Finding(
+                            "error",
+                            f"VXLAN device {name} uses FreeFlow's UDP port {port}",
+                            f"it belongs to {other or 'another program'}",
+                            f"docker plugin disable -f {PLUGIN} && docker plugin set {PLUGIN} VXLAN_PORT={port + 1} && "
+                            f"docker plugin enable {PLUGIN}, on every host, then recreate the networks",
+                        )
+                    )
+            elif other is not None:
+                findings.append(
+                    Finding(
+                        "warning",
+                        f"interface {name} of {other} is on this host",
+                        "two overlays can use the same addresses",
+                        "docker network ls; give FreeFlow networks a --subnet of their own, or remove the other",
+                    )
+                )
+    return findings
+
+
+def check_port(ports: set[int]) -> list[Finding]:
+    """A UDP port of ours that a program holds (VXLAN itself holds it without a process)."""
+    findings = []
+    for port in sorted(ports):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.bind(("0.0.0.0", port))
+            except OSError:
+                table = Path("/proc/net/udp").read_text()
+                if f":{port:04X} " in table:
+                    findings.append(
+                        Finding(
+                            "error",
+                            f"a program holds FreeFlow's UDP port {port}",
+                            "VXLAN devices can't be made then",
+                            f"ss -ulpn 'sport = :{port}' says which; stop it, or set VXLAN_PORT",
+                        )
+                    )
+    return findings
+
+
+def check_firewall(ports: set[int]) -> list[Finding]:
+    """An input chain that drops by default and names none of our ports."""
+    try:
+        objects = nft.query("list ruleset")
+    except KernelError:
+        return []
+    text = str(objects)
+    for item in objects:
+        chain = item.get("chain", {})
+        if chain.get("hook") == "input" and chain.get("policy") == "drop":
+            closed = [port for port in sorted(ports) if str(port) not in text]
+            if closed:
+                return [
+                    Finding(
+                        "warning",
+                        f"the firewall may drop UDP port {closed[0]}",
+                        f"chain {chain.get('name')} of table {chain.get('family')} {chain.get('table')} drops by default and no "
+                        "rule names the port",
+                        f"nft insert rule {chain.get('family')} {chain.get('table')} {chain.get('name')} udp dport {closed[0]} accept",
+                    )
+                ]
+    return []
+
+
+def _path_mtu_ok(address: str, size: int) -> bool:
+    """Whether an IPv4 echo of `size` bytes gets through unfragmented; True if nothing can be said."""
+    import select
+    import struct
+
+    payload = b"\0" * (size - 28)
+    head = struct.pack("!BBHHH", 8, 0, 0, os.getpid() & 0xFFFF, 1)
+    total = sum(struct.unpack(f"!{len(head + payload) // 2}H", head + payload))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    message = head[:2] + struct.pack("!H", ~total & 0xFFFF) + head[4:] + payload
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:
+        raw.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER, IP_PMTUDISC_DO (ip(7))
+        try:
+            raw.connect((address, 0))
+            raw.send(message)
+        except OSError:
+            return False
+        return bool(select.select([raw], [], [], 1.0)[0])
+
+
+def check_peers(status: Status) -> list[Finding]:
+    """Small and full-size echoes to each peer on the underlay."""
+    findings = []
+    addresses = {
+        peer.address: peer.name
+        for network in status.networks
+        for peer in network.peers
+        if not peer.own and ":" not in peer.address
+    }
+    for address, name in sorted(addresses.items()):
+        if not _path_mtu_ok(address, 64):
+            findings.append(
+                Finding(
+                    "warning",
+                    f"peer {name} ({address}) does not answer a ping on the underlay",
+                    "the host is down, the network is cut, or ICMP is filtered",
+                    f"ping {address}; docker node ls",
+                )
+            )
+        elif status.host.underlay_mtu and not _path_mtu_ok(address, status.host.underlay_mtu & ~1):
+            findings.append(
+                Finding(
+                    "error",
+                    f"packets of {status.host.underlay_mtu} bytes don't reach peer {name} ({address})",
+                    f"something between has a smaller MTU than {status.host.underlay}",
+                    f"docker plugin set {PLUGIN} MTU=…, smaller by what is missing, and recreate the networks",
+                )
+            )
+    return findings
+
+
+def check_leftovers(run: Path, status: Status | None) -> list[Finding]:
+    """Links of ours that no endpoint has."""
+    if status is None:
+        return []
+    known = {names.short(e.id) for network in status.networks for e in network.endpoints}
+    findings = []
+    pin = run / OVERLAY_PIN
+    found: set[str] = set()
+    if is_namespace(pin):
+        from driver.kernel.namespace import in_netns
+
+        route = in_netns(pin, IPRoute)
+        try:
+            found |= {str(link.get_attr("IFLA_IFNAME")) for link in route.get_links()}
+        finally:
+            route.close()
+    with IPRoute() as route:
+        found |= {str(link.get_attr("IFLA_IFNAME")) for link in route.get_links()}
+    stale = sorted(
+        name
+        for name in found
+        if name.startswith((names.HOST_VETH, names.CONTAINER_VETH)) and name[3:] not in known
+    )
+    if stale:
+        findings.append(
+            Finding(
+                "warning",
+                f"{len(stale)} links without an endpoint: {', '.join(stale[:5])}",
+                "containers ended while the plugin or the engine was down; they are removed within two minutes",
+                "wait, or: freeflow cleanup",
+            )
+        )
+    return findings
+
+
+def examine(client: Client) -> Report:
+    """Run all checks."""
+    run = host_run()
+    found: dict[str, Status] = {}
+    passed: list[str] = []
+    findings: list[Finding] = []
+
+    def check(what: str, function: Callable[[], list[Finding]]) -> None:
+        try:
+            result = function()
+        except Exception as error:
+            # One check that can't be made must not hide what the others find.
+            result = [
+                Finding(
+                    "warning",
+                    f"not checked: {what}",
+                    f"{type(error).__name__}: {error}",
+                    "freeflow bugreport",
+                )
+            ]
+        findings.extend(result)
+        if not result:
+            passed.append(what)
+
+    check("the plugin is running and well", lambda: check_plugin(client, found))
+    check("the engine answers", check_engine)
+    check("/run is a shared mount", lambda: check_run_shared(run))
+    check("the kernel has VXLAN, bridge, veth and nftables", check_kernel)
+    status = found.get("status")
+    ports = {network.port for network in status.networks} if status else set()
+    ports.add(int(status.settings.get("VXLAN_PORT") or 4799) if status else 4799)
+    check("no other overlay is in the way", lambda: check_clashes(ports))
+    check("the UDP port is free for VXLAN", lambda: check_port(ports))
+    check("the firewall lets VXLAN in", lambda: check_firewall(ports))
+    if status is not None:
+        check("peers answer, with packets of full size", lambda: check_peers(status))
+    check("no links are left over", lambda: check_leftovers(run, status))
+    return Report(passed, findings)

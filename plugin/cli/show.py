@@ -1,0 +1,115 @@
+"""`status` and `peers` as text. The first line is the verdict; what is wrong, and what to type, comes last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from plugin.cli.table import amount, table
+from plugin.status import Finding, NetworkStatus, Status
+
+
+def verdict(status: Status) -> str:
+    """One line: is all well?"""
+    endpoints = sum(len(network.endpoints) for network in status.networks)
+    scale = f"{_count(len(status.networks), 'network')}, {_count(endpoints, 'endpoint')}"
+    errors = sum(problem.severity == "error" for problem in status.problems)
+    warnings = len(status.problems) - errors
+    if not status.problems:
+        return f"FreeFlow {status.version} is well: {scale}"
+    counts = [_count(n, word) for n, word in ((errors, "error"), (warnings, "warning")) if n]
+    return f"FreeFlow {status.version} has {' and '.join(counts)} (see below): {scale}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def _host(status: Status) -> str:
+    host = status.host
+    role = "manager" if host.manager else "worker"
+    swarm = f"Swarm {role}" if host.swarm else "not in a Swarm"
+    engine = f"engine {host.engine}" if host.engine else "engine silent"
+    return (
+        f"host {host.hostname} ({swarm}, {engine}, kernel {host.kernel})\n"
+        f"underlay {host.underlay or '?'} {host.address} MTU {host.underlay_mtu}\n"
+    )
+
+
+def _network(network: NetworkStatus) -> str:
+    facts = [f"VNI {network.vni}", f"UDP {network.port}", f"MTU {network.mtu}", *network.subnets]
+    if network.ipv6:
+        facts.append(network.prefix6)
+    if network.internal:
+        facts.append("internal")
+    if not network.acceleration:
+        facts.append("acceleration off")
+    text = (
+        f"network {network.name or '(name not known yet)'}  {network.id[:12]}  {', '.join(facts)}\n"
+    )
+    text += table(
+        ("CONTAINER", "ADDRESS", "IPV6", "PATH", "RECEIVED", "SENT"),
+        [
+            (
+                endpoint.container or endpoint.id[:12],
+                endpoint.ipv4.partition("/")[0] or "-",
+                endpoint.ipv6.partition("/")[0] or "-",
+                network.path if endpoint.joined else "not joined",
+                amount(endpoint.rx_bytes),
+                amount(endpoint.tx_bytes),
+            )
+            for endpoint in network.endpoints
+        ],
+    )
+    others = [peer for peer in network.peers if not peer.own]
+    if others:
+        text += "  peers: " + ", ".join(f"{peer.name} {peer.address}" for peer in others) + "\n"
+    text += table(
+        ("SERVICE", "VIP", "TASKS"),
+        [
+            (service.name, service.vip or "dnsrr", ", ".join(service.tasks) or "none")
+            for service in network.services
+        ],
+    )
+    return text
+
+
+def findings(problems: Iterable[Finding]) -> str:
+    """What is wrong, why, and what to type."""
+    return "".join(
+        f"{problem.severity}: {problem.what}\n    cause: {problem.cause}\n    do:    {problem.remedy}\n"
+        for problem in problems
+    )
+
+
+def show_status(status: Status) -> str:
+    """The whole page."""
+    parts = [verdict(status) + "\n", _host(status)]
+    parts += [_network(network) for network in status.networks]
+    if not status.networks:
+        parts.append(
+            "no networks on this host; docker network create -d freeflow:latest --attachable NAME\n"
+        )
+    if status.problems:
+        parts.append(findings(status.problems))
+    return "\n".join(parts)
+
+
+def show_peers(status: Status) -> str:
+    """All peers with the networks that are shared with them."""
+    shared: dict[tuple[str, str], list[str]] = {}
+    for network in status.networks:
+        for peer in network.peers:
+            if not peer.own:
+                shared.setdefault((peer.name, peer.address), []).append(
+                    network.name or network.id[:12]
+                )
+    if not shared:
+        return "no peers: no other host has a container on a network of this host\n"
+    return table(
+        ("HOST", "ADDRESS", "NETWORKS"),
+        [
+            (name, address, ", ".join(networks))
+            for (name, address), networks in sorted(shared.items())
+        ],
+        indent="",
+    )
