@@ -511,8 +511,6 @@ class Life(RuleBasedStateMachine):
             return False
         except FreeFlowError:
             return False
-        finally:
-            self.list_in_docker()
         return True
 
     def list_in_docker(self) -> None:
@@ -588,14 +586,12 @@ class Life(RuleBasedStateMachine):
     def docker_forgets(self, number: int) -> None:
         """A removal that never reaches us."""
         self.there.pop(endpoint_id(number), None)
-        self.list_in_docker()
 
     @rule(number=NUMBERS)
     def container_dies_with_us(self, number: int) -> None:
         self.host.kernel.namespace_dies(endpoint_id(number))
         self.there.pop(endpoint_id(number), None)
         self.host.restart()
-        self.list_in_docker()
 
     @rule()
     def restart(self) -> None:
@@ -605,7 +601,6 @@ class Life(RuleBasedStateMachine):
     def reboot(self) -> None:
         self.there.clear()
         self.host.reboot()
-        self.list_in_docker()
 
     @precondition(lambda self: self.host.steps.crash_at <= self.host.steps.done)
     @rule()
@@ -613,11 +608,13 @@ class Life(RuleBasedStateMachine):
         self.host.lose_state()
         self.host.restart()
         self.there = {key: (network, None) for key, (network, _) in self.there.items()}
+        self.list_in_docker()
         self.host.collector.collect()
 
     @rule(seconds=st.sampled_from([1.0, GRACE / 2, GRACE + 1]))
     def collect(self, seconds: float) -> None:
         self.host.now += seconds
+        self.list_in_docker()
         self.attempt(self.host.collector.collect)
 
     @invariant()
@@ -635,7 +632,7 @@ class Life(RuleBasedStateMachine):
 
 
 Life.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=50,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
