@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from bench.machine import Machine
@@ -57,7 +57,7 @@ def lines(rows: Mapping[str, Row]) -> list[tuple[str, ...]]:
     ]
 
 
-def columns(header: tuple[str, ...], body: list[tuple[str, ...]], left: int = 2) -> str:
+def columns(header: tuple[str, ...], body: Sequence[tuple[str, ...]], left: int = 2) -> str:
     """Aligned text; the first `left` columns are words, the others figures."""
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
 
