@@ -90,7 +90,9 @@ class Host:
 
         def alive(what: str) -> str:
             if self._outer is None or self._outer.poll() is not None:
-                raise RuntimeError(f"{self.name}: no {what}\n{(self.work / 'init.log').read_text()}")
+                raise RuntimeError(
+                    f"{self.name}: no {what}\n{(self.work / 'init.log').read_text()}"
+                )
             return children.read_text().strip()
 
         self.pid = int(wait_until(f"{self.name}: process 1", lambda: alive("process 1")))
