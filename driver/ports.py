@@ -78,6 +78,9 @@ class Balancer(Protocol):
     def apply(self, sandbox: Path, table: VipTable) -> bool:
         """Make the namespace's VIP rules those of `table`; false if the namespace is gone or not there yet."""
 
+    def forget(self, alive: Iterable[Path]) -> None:
+        """Drop what is remembered of namespaces that aren't in `alive`. Asks the kernel nothing."""
+
 
 class Directory(Protocol):
     """Docker's own facts, read from the engine of this host. Raises `EngineError`; never used inside a request."""
@@ -89,6 +92,9 @@ class Directory(Protocol):
 
     def network(self, network_id: str) -> NetworkView | None:
         """The engine's view, None if it knows no such network."""
+
+    def sandbox_key(self, container_id: str) -> str | None:
+        """Docker's name of a container's namespace; None if it has none, or there is no such container."""
 
 
 class TaskResolver(Protocol):

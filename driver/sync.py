@@ -1,49 +1,77 @@
 """The sync loop: what Docker knows about peers and services, brought into the kernel, after the answers.
 
-One thread. Each pass asks the engine for every network that has endpoints here: peers become the flood list, services
-become VIP tables in the containers' namespaces. If the engine can't be asked, everything stays as it was: the last
-known peers and tasks are better than none. A new sandbox gets the last known tables at once, before the next pass.
+Each network with endpoints here is looked at every interval: its peers become the flood list, its services become the VIP
+tables of the containers on it. Invariants:
+
+- If the engine can't be asked, everything stays as it was: the last known peers and tasks are better than none.
+- One network is never looked at twice at a time, and a slow one doesn't delay others: looks run in a small pool.
+- A new sandbox gets the last known tables as soon as it is there, without a question to anybody. Since Docker 28 that is
+  inside Join; up to 27 the loop waits for the mount, which comes just before the container's program runs.
+
+What costs nothing is done often, what costs something only when it is due: an unchanged answer isn't parsed, an unchanged
+flood list or table isn't written.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
 import structlog
 
+from driver.bell import Bell
 from driver.driver import Driver
-from driver.errors import EngineError, FreeFlowError, KernelError
-from driver.model import Endpoint, EngineView, Network, NetworkView, Service, VipTable
+from driver.errors import EngineError, FreeFlowError, KernelError, NotFound
+from driver.members import NetworkState, next_state
+from driver.model import Endpoint, EngineView, Network, NetworkView, VipTable
 from driver.ports import Balancer, Directory, TaskResolver
+
+__all__ = ["NetworkState", "Syncer"]
 
 log = structlog.get_logger()
 
+LOOKERS: Final = 4
+"""Threads that wait for the engine."""
+WRITERS: Final = 8
+"""Threads that write VIP rules: enough for many namespaces while each waits some 20 ms for the kernel's grace period."""
 COLLECT_EVERY: Final = 30.0
+COLLECT_SOON: Final = 5.0
+"""After a change, which may be that Docker wants a network that we have lost."""
 ENGINE_EVERY: Final = 30.0
+GAP: Final = 0.1
+"""Least seconds between two looks at the same thing, whatever happens."""
+EAGER_FOR: Final = 3.0
+"""Seconds after a Join in which its network is looked at every `GAP`: gossip brings a new host the services bit by bit."""
+QUIET_AFTER: Final = 30.0
+QUIET_INTERVAL: Final = 1.0
+"""Interval of a network that hasn't changed for `QUIET_AFTER`. A task has 2 s from leaving DNS to its stop signal."""
+REPAIR_EVERY: Final = 10.0
+"""Everything is written or checked again at this beat, in case somebody else has changed it."""
 SANDBOX_RETRY: Final = 0.05
 SANDBOX_PATIENCE: Final = 30.0
-"""Seconds for which a sandbox that isn't there yet is looked for at short intervals: engines up to 27 make it after Join."""
+SETTLE: Final = 10.0
+"""Seconds after the start in which containers that were there before keep their rules until all their networks are known."""
+ASKERS: Final = 3
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkState:
-    """What the loop knows of a network. `view` is the last good one, `seen` when (clock), `error` why not newer."""
+@dataclass(slots=True)
+class _Schedule:
+    """When a network is looked at."""
 
-    view: NetworkView | None = None
-    table: VipTable = field(default_factory=dict)
-    seen: float | None = None
-    error: str | None = None
+    due: float
+    started: float = float("-inf")
+    busy: bool = False
+    eager_until: float = float("-inf")
+    changed: float = float("-inf")
 
-
-def own_tasks(network: Network, addresses: Iterable[IPv4Address]) -> tuple[IPv4Address, ...]:
-    """Of these addresses those that belong to the network, sorted."""
-    pools = [subnet.pool for subnet in network.subnets]
-    return tuple(sorted({a for a in addresses if not pools or any(a in pool for pool in pools)}))
+    def hurry(self, now: float) -> None:
+        self.due = min(self.due, max(now, self.started + GAP))
 
 
 class Syncer:
@@ -71,25 +99,59 @@ class Syncer:
         self._clock = clock
         self._collect = collect
         self._engine_seen = engine_seen
-        self._wake = threading.Event()
-        self._stop = threading.Event()
+
+        # Guards all below. Nothing is asked or written while it is held.
+        self._lock = threading.RLock()
+        self._started = clock()
+        self._woken = True
+        self._roster_read = float("-inf")
+        self._networks: dict[str, Network] = {}
+        self._endpoints: dict[str, tuple[Endpoint, ...]] = {}
+        self._homes: dict[Path, frozenset[str]] = {}
+        """The networks of each sandbox."""
+        self._young: set[Path] = set()
+        """Sandboxes that joined since we started: they have no rules of an earlier process's."""
+        self._schedules: dict[str, _Schedule] = {}
         self._states: dict[str, NetworkState] = {}
-        self._awaited: dict[str, float] = {}
+        self._peers_set: dict[str, tuple[object, float]] = {}
+        self._askers: dict[str, Path] = {}
+        self._complained: set[str] = set()
+        """Networks whose trouble is in the log."""
+        self._dirty: set[Path] = set()
+        self._applying: set[Path] = set()
+        self._awaited: dict[Path, float] = {}
+        self._vip_errors: dict[Path, str] = {}
+        self._repair_due = self._started + REPAIR_EVERY
         self._engine: EngineView | None = None
         self._engine_error: str | None = None
-        self._engine_due = 0.0
-        self._collect_due = 0.0
+        self._engine_due = float("-inf")
+        self._engine_busy = False
+        self._collect_due = float("-inf")
+        self._collected = float("-inf")
+        self._collect_busy = False
+
+        self._stop = threading.Event()
+        self._bell: Bell | None = None
+        self._lookers: ThreadPoolExecutor | None = None
+        self._writers: ThreadPoolExecutor | None = None
         self._thread: threading.Thread | None = None
 
     # --- what others see
 
     def wake(self) -> None:
-        """Make a pass soon."""
-        self._wake.set()
+        """Something has changed: look at everything soon."""
+        self._woken = True
+        self._ring()
 
     def state(self) -> dict[str, NetworkState]:
         """By network ID."""
-        return dict(self._states)
+        with self._lock:
+            return dict(self._states)
+
+    def vip_errors(self) -> dict[Path, str]:
+        """Sandboxes whose VIP rules could not be written, and why."""
+        with self._lock:
+            return dict(self._vip_errors)
 
     def engine(self) -> tuple[EngineView | None, str | None]:
         """The last view of the engine, and why there is no newer one."""
@@ -102,156 +164,392 @@ class Syncer:
         return self._sandboxes / Path(endpoint.sandbox_key).name
 
     def endpoint_joined(self, endpoint: Endpoint) -> None:
-        """A sandbox is about to come: give it the last known VIPs, as soon as it is there."""
-        self._awaited[endpoint.id] = self._clock() + SANDBOX_PATIENCE
-        self._wake.set()
+        """A sandbox is there, or about to come: it gets the last known VIPs at once, or as soon as it is there.
+
+        Called inside Join: asks nobody but the kernel.
+        """
+        path = self.sandbox(endpoint)
+        if path is None:
+            return
+        now = self._clock()
+        network_id = endpoint.network_id
+        network = self._networks.get(network_id) or self._driver.store.network(network_id)
+        with self._lock:
+            self._homes[path] = self._homes.get(path, frozenset()) | {network_id}
+            self._young.add(path)
+            self._awaited[path] = now + SANDBOX_PATIENCE
+            if network is not None:
+                self._networks.setdefault(network_id, network)
+                known = self._endpoints.get(network_id, ())
+                if endpoint not in known:
+                    self._endpoints[network_id] = (*known, endpoint)
+                schedule = self._schedules.setdefault(network_id, _Schedule(now))
+                schedule.eager_until = now + EAGER_FOR
+                schedule.hurry(now)
+        if self._union(path):
+            self._apply(path)
+        self._ring()
 
     # --- the loop
 
     def start(self) -> None:
+        self._bell = Bell()
+        self._lookers = ThreadPoolExecutor(LOOKERS, thread_name_prefix="look")
+        self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
         self._thread = threading.Thread(target=self._run, name="sync", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         self._stop.set()
-        self._wake.set()
+        self._ring()
         if self._thread is not None:
             self._thread.join(timeout=5)
+        for pool in (self._lookers, self._writers):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ring(self) -> None:
+        if self._bell is not None:
+            self._bell.ring()
 
     def _run(self) -> None:
-        next_pass = self._clock()
+        assert self._bell is not None
+        pause = 0.0
         while not self._stop.is_set():
-            woken = self._wake.is_set()
-            self._wake.clear()
             try:
-                self._serve_awaited()
-                if woken or self._clock() >= next_pass:
-                    self.once()
-                    next_pass = self._clock() + self._interval
+                pause = self._step()
             except Exception:
-                # The loop must outlive whatever one pass meets; the next pass starts from facts again.
-                log.exception("sync pass failed")
-                next_pass = self._clock() + self._interval
-            pause = next_pass - self._clock()
-            if self._awaited:
-                pause = min(pause, SANDBOX_RETRY)
-            self._wake.wait(max(pause, 0.01))
+                # The loop must outlive whatever one step meets; the next starts from facts again.
+                log.exception("sync failed")
+                pause = self._interval
+            self._bell.wait(pause, mounts=bool(self._awaited))
 
-    def _serve_awaited(self) -> None:
-        if not self._awaited:
-            return
+    def _submit(self, pool: ThreadPoolExecutor | None, job: Callable[[], None]) -> None:
+        def body() -> None:
+            try:
+                job()
+            except Exception:
+                log.exception("sync job failed")
+
+        assert pool is not None
+        if not self._stop.is_set():
+            pool.submit(body)
+
+    def _step(self) -> float:
+        """Start what is due; returns for how long nothing will be."""
         now = self._clock()
-        endpoints = {endpoint.id: endpoint for endpoint in self._driver.store.endpoints()}
-        tables = self._tables(endpoints.values())
-        for endpoint_id, deadline in list(self._awaited.items()):
-            endpoint = endpoints.get(endpoint_id)
-            path = self.sandbox(endpoint) if endpoint is not None else None
-            if path is None or now > deadline or self._apply(path, tables[path]):
-                self._awaited.pop(endpoint_id, None)
+        for path in self._still_awaited(now):
+            self._apply(path)
+        roster_due = self._roster_read + (GAP if self._woken else REPAIR_EVERY)
+        if now >= roster_due:
+            self._read_roster(now)
+            roster_due = self._roster_read + REPAIR_EVERY
+        with self._lock:
+            looks = self._due_looks(now)
+            paths = self._dirty - self._applying
+            self._dirty -= paths
+            self._applying |= paths
+            ask_engine = now >= self._engine_due and not self._engine_busy
+            self._engine_busy |= ask_engine
+            collect = self._collection_is_due(now)
+            self._collect_busy |= collect
+        if ask_engine:
+            self._submit(self._lookers, self._look_at_engine)
+        for path in paths:
+            self._submit(self._writers, partial(self._apply_dirty, path))
+        for network_id in looks:
+            self._submit(self._lookers, partial(self._look, network_id))
+        if collect:
+            self._submit(self._lookers, self._run_collect)
+        with self._lock:
+            times = [roster_due, self._engine_due, self._repair_due]
+            times += [schedule.due for schedule in self._schedules.values()]
+            if self._awaited:
+                times.append(now + SANDBOX_RETRY)
+        return max(0.005, min(times) - self._clock())
+
+    def _due_looks(self, now: float) -> list[str]:
+        if now >= self._repair_due:
+            self._repair_due = now + REPAIR_EVERY
+            self._dirty |= self._homes.keys()
+        looks = []
+        for network_id, schedule in self._schedules.items():
+            if now < schedule.due:
+                continue
+            if schedule.busy:
+                schedule.due = now + GAP
+                continue
+            schedule.busy = True
+            schedule.started = now
+            schedule.due = now + self._pause(schedule, now)
+            looks.append(network_id)
+        return looks
+
+    def _pause(self, schedule: _Schedule, now: float) -> float:
+        if now < schedule.eager_until:
+            return min(GAP, self._interval)
+        if now - schedule.changed > QUIET_AFTER:
+            return max(QUIET_INTERVAL, self._interval)
+        return self._interval
+
+    def _collection_is_due(self, now: float) -> bool:
+        return now >= self._collect_due and not self._collect_busy and self._engine_error is None
 
     def once(self) -> None:
-        """One pass over everything."""
+        """Look at everything in this thread, and write what follows. For tests, and before the loop is started."""
         now = self._clock()
-        if now >= self._engine_due or self._engine_error:
+        self._read_roster(now)
+        if now >= self._engine_due:
             self._look_at_engine()
-            self._engine_due = now + ENGINE_EVERY
+        for network_id in list(self._schedules):
+            self._look(network_id)
+        with self._lock:
+            paths = self._dirty | self._homes.keys()
+            self._dirty.clear()
+        for path in sorted(paths):
+            self._apply(path)
+        if self._collection_is_due(now):
+            self._run_collect()
+
+    # --- who is here
+
+    def _read_roster(self, now: float) -> None:
+        woken, self._woken = self._woken, False
+        self._roster_read = now
+        networks = {network.id: network for network in self._driver.store.networks()}
         endpoints: dict[str, list[Endpoint]] = {}
+        homes: dict[Path, frozenset[str]] = {}
         for endpoint in self._driver.store.endpoints():
+            if endpoint.network_id not in networks:
+                continue
             endpoints.setdefault(endpoint.network_id, []).append(endpoint)
-        for network in self._driver.store.networks():
-            if network.id in endpoints:
-                self._look_at(network, endpoints[network.id])
-        for gone in set(self._states) - set(endpoints):
-            del self._states[gone]
-        everybody = [endpoint for group in endpoints.values() for endpoint in group]
-        for path, table in self._tables(everybody).items():
-            self._apply(path, table)
-        if now >= self._collect_due and self._engine_error is None:
-            self._collect_due = now + COLLECT_EVERY
-            try:
-                self._collect()
-            except FreeFlowError as error:
-                log.info("collection put off", reason=str(error))
+            path = self.sandbox(endpoint)
+            if path is not None:
+                homes[path] = homes.get(path, frozenset()) | {endpoint.network_id}
+        with self._lock:
+            changed = {
+                path
+                for path in homes.keys() | self._homes.keys()
+                if homes.get(path) != self._homes.get(path)
+            }
+            self._dirty |= changed
+            self._networks = networks
+            self._endpoints = {key: tuple(value) for key, value in endpoints.items()}
+            self._homes = homes
+            self._young &= homes.keys()
+            for network_id in endpoints:
+                schedule = self._schedules.setdefault(network_id, _Schedule(now))
+                if woken:
+                    schedule.hurry(now)
+            for gone in self._schedules.keys() - endpoints.keys():
+                del self._schedules[gone]
+                self._states.pop(gone, None)
+                self._peers_set.pop(gone, None)
+                self._askers.pop(gone, None)
+                self._complained.discard(gone)
+            for path in self._vip_errors.keys() - homes.keys():
+                del self._vip_errors[path]
+            if woken:
+                self._collect_due = min(self._collect_due, max(now, self._collected + COLLECT_SOON))
+            alive = homes.keys() | self._dirty | self._applying
+        self._balancer.forget(alive)
+
+    # --- the engine
 
     def _look_at_engine(self) -> None:
         try:
-            self._engine = self._directory.engine()
+            view = self._directory.engine()
         except EngineError as error:
             if self._engine_error is None:
-                log.info("the engine does not answer", reason=str(error))
+                log.warning("the engine does not answer, all stays as it is", reason=str(error))
             self._engine_error = str(error)
+            self._engine_due = self._clock() + max(self._interval, GAP)
         else:
             if self._engine_error is not None:
-                log.info("the engine answers again")
-            self._engine_error = None
-            self._engine_seen(self._engine)
+                log.info("the engine answers again", version=view.version)
+            self._engine, self._engine_error = view, None
+            self._engine_due = self._clock() + ENGINE_EVERY
+            self._engine_seen(view)
+        finally:
+            self._engine_busy = False
 
-    def _look_at(self, network: Network, endpoints: list[Endpoint]) -> None:
-        before = self._states.get(network.id, NetworkState())
+    def _run_collect(self) -> None:
         try:
-            view = self._directory.network(network.id)
-            if view is None:
-                raise EngineError("the engine does not know this network yet")
-            self._set_peers(network, view, endpoints)
-            table = self._table(network, view, endpoints, before.table)
+            self._collect()
         except FreeFlowError as error:
-            if before.error is None:
-                log.info("network not synced", network=network.id, reason=str(error))
-            self._states[network.id] = replace(before, error=str(error))
-            return
-        self._states[network.id] = NetworkState(view, table, self._clock(), None)
+            log.info("collection put off", reason=str(error))
+        finally:
+            self._collected = self._clock()
+            self._collect_due = self._collected + COLLECT_EVERY
+            self._collect_busy = False
 
-    def _set_peers(self, network: Network, view: NetworkView, endpoints: list[Endpoint]) -> None:
-        if not network.overlay:
+    # --- a network
+
+    def _look(self, network_id: str) -> None:
+        with self._lock:
+            network = self._networks.get(network_id)
+            endpoints = self._endpoints.get(network_id, ())
+            before = self._states.get(network_id, NetworkState())
+        try:
+            if network is not None:
+                self._sync(network, endpoints, before)
+                if network_id in self._complained:
+                    self._complained.discard(network_id)
+                    log.info("network synced again", network=network_id)
+        except FreeFlowError as error:
+            self._failed(network_id, before, error)
+        finally:
+            with self._lock:
+                schedule = self._schedules.get(network_id)
+                if schedule is not None:
+                    schedule.busy = False
+            if self._dirty:
+                self._ring()
+
+    def _failed(self, network_id: str, before: NetworkState, error: FreeFlowError) -> None:
+        silent = self._engine_error is not None or network_id in self._complained
+        if isinstance(error, EngineError) and before.error is None:
+            # If it is the engine as a whole, that is said once for all networks.
+            self._engine_due = min(self._engine_due, self._clock())
+            silent = True
+        if not silent:
+            self._complained.add(network_id)
+            log.warning("network not synced", network=network_id, reason=str(error))
+        with self._lock:
+            if network_id in self._schedules:
+                known = self._states.get(network_id, before)
+                self._states[network_id] = replace(known, error=str(error))
+
+    def _sync(
+        self, network: Network, endpoints: tuple[Endpoint, ...], before: NetworkState
+    ) -> None:
+        view = self._directory.network(network.id)
+        if view is None:
+            raise NotFound(
+                f"the engine does not know network {network.id} yet, or any more; nothing changes meanwhile"
+            )
+        if before.view is None and self._only_young(network.id):
+            # Better all tasks at once than the right ones a little later.
+            before = self._publish(network, view, {}, before)
+            self._ring()
+        services = [service for service in view.services if service.vip is not None]
+        answers: dict[str, frozenset[IPv4Address]] = {}
+        for asker in self._possible_askers(network.id) if services else ():
+            missing = [service for service in services if service.name not in answers]
+            if not missing:
+                break
+            found = self._resolver.tasks(asker, view.name, missing)
+            if found:
+                self._askers[network.id] = asker
+            answers.update(found)
+        self._publish(network, view, answers, before)
+        self._set_peers(network, view, endpoints)
+
+    def _publish(
+        self,
+        network: Network,
+        view: NetworkView,
+        answers: dict[str, frozenset[IPv4Address]],
+        before: NetworkState,
+    ) -> NetworkState:
+        now = self._clock()
+        state = next_state(network, view, answers, before, now)
+        with self._lock:
+            schedule = self._schedules.get(network.id)
+            if schedule is None:
+                return state
+            self._states[network.id] = state
+            if state.table is not before.table or before.seen is None:
+                self._dirty |= {path for path, ids in self._homes.items() if network.id in ids}
+            if state.table is not before.table or view != before.view:
+                schedule.changed = now
+        return state
+
+    def _only_young(self, network_id: str) -> bool:
+        with self._lock:
+            return all(
+                path in self._young for path, ids in self._homes.items() if network_id in ids
+            )
+
+    def _possible_askers(self, network_id: str) -> Iterable[Path]:
+        with self._lock:
+            on_it = sorted(path for path, ids in self._homes.items() if network_id in ids)
+            last = self._askers.get(network_id)
+        # The last one that knew is asked first; the oldest sandboxes aren't better than others.
+        ordered = [last, *(path for path in on_it if path != last)] if last in on_it else on_it
+        return [path for path in ordered if path is not None and path.exists()][:ASKERS]
+
+    def _set_peers(
+        self, network: Network, view: NetworkView, endpoints: tuple[Endpoint, ...]
+    ) -> None:
+        # No peers, not even this host: gossip has not begun.
+        if not network.overlay or not view.peers:
             return
-        own = {self._driver.self_address()}
-        if self._engine is not None:
-            own.add(self._engine.node_address)
+        own = {self._driver.self_address(), self._engine.node_address if self._engine else None}
+        own.discard(None)
+        if not own:
+            raise EngineError("this host's own address among the peers isn't known yet")
         peers = frozenset(peer.address for peer in view.peers) - own
-        if self._driver.kernel.set_peers(network.id, peers):
+        # A network's device is made anew with its first endpoint: with other endpoints all is set again.
+        wanted = (peers, frozenset(endpoints))
+        now = self._clock()
+        done = self._peers_set.get(network.id)
+        if done is not None and done[0] == wanted and now - done[1] < REPAIR_EVERY:
+            return
+        added = self._driver.kernel.set_peers(network.id, peers)
+        if added:
+            log.info("peers added", network=network.id, peers=sorted(map(str, added)))
             self._driver.kernel.announce(network.id, endpoints)
+        self._peers_set[network.id] = (wanted, now)
 
     # --- VIPs
 
-    def _table(
-        self, network: Network, view: NetworkView, endpoints: list[Endpoint], before: VipTable
-    ) -> VipTable:
-        askers = [
-            path
-            for endpoint in endpoints
-            if (path := self.sandbox(endpoint)) is not None and path.exists()
-        ]
+    def _still_awaited(self, now: float) -> list[Path]:
+        with self._lock:
+            for path, deadline in list(self._awaited.items()):
+                if now > deadline or path not in self._homes:
+                    del self._awaited[path]
+            return list(self._awaited)
+
+    def _union(self, path: Path) -> VipTable | None:
+        """The VIPs of all networks of a sandbox; None if not all are known, and it may have rules for the others."""
         table: VipTable = {}
-        for service in view.services:
-            if service.vip is not None:
-                table[service.vip] = self._tasks(network, view, service, askers)
-        # A VIP whose tasks all left vanishes from the engine's view while clients still hold its address: it refuses.
-        # When the service itself is gone nobody resolves it, and the entry goes with the sandbox.
+        with self._lock:
+            unknown = False
+            for network_id in sorted(self._homes.get(path, ())):
+                state = self._states.get(network_id)
+                if state is None or state.seen is None:
+                    unknown = True
+                else:
+                    table.update(state.table)
+            if unknown and path not in self._young and self._clock() - self._started < SETTLE:
+                return None
         return table
 
-    def _tasks(
-        self, network: Network, view: NetworkView, service: Service, askers: list[Path]
-    ) -> tuple[IPv4Address, ...]:
-        listed = [task.address for task in service.tasks]
-        for asker in askers[:3]:
-            answer = self._resolver.tasks(asker, service.name, view.name)
-            if answer is not None:
-                return own_tasks(network, [a for a in answer if isinstance(a, IPv4Address)])
-        return own_tasks(network, listed)
-
-    def _tables(self, endpoints: Iterable[Endpoint]) -> dict[Path, VipTable]:
-        """The VIPs of each sandbox: those of all networks that it is on."""
-        tables: dict[Path, VipTable] = {}
-        for endpoint in endpoints:
-            path = self.sandbox(endpoint)
-            if path is not None:
-                state = self._states.get(endpoint.network_id, NetworkState())
-                tables.setdefault(path, {}).update(state.table)
-        return tables
-
-    def _apply(self, path: Path, table: VipTable) -> bool:
+    def _apply_dirty(self, path: Path) -> None:
         try:
-            return self._balancer.apply(path, table)
+            self._apply(path)
+        finally:
+            with self._lock:
+                self._applying.discard(path)
+            if self._dirty:
+                self._ring()
+
+    def _apply(self, path: Path) -> None:
+        table = self._union(path)
+        if table is None:
+            return
+        try:
+            there = self._balancer.apply(path, table)
         except KernelError as error:
-            log.error("VIPs not applied", sandbox=str(path), reason=str(error))
-            return True
+            with self._lock:
+                news = self._vip_errors.get(path) != str(error)
+                self._vip_errors[path] = str(error)
+                self._awaited.pop(path, None)
+            if news:
+                log.error("VIP rules not written", sandbox=str(path), reason=str(error))
+            return
+        with self._lock:
+            self._vip_errors.pop(path, None)
+            if there:
+                self._awaited.pop(path, None)

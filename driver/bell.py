@@ -1,0 +1,52 @@
+"""What the sync loop sleeps on: it wakes when somebody rings, or when a mount came or went.
+
+A container's namespace becomes usable when Docker mounts it, just before the container's first program runs. Mounts have
+no inotify event, but /proc/self/mountinfo can be polled for any change of the mount table (proc(5)).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+_MOUNTS: Final = Path("/proc/self/mountinfo")
+
+
+class Bell:
+    """`ring` may be called from any thread, `wait` from one."""
+
+    def __init__(self, mounts: Path = _MOUNTS) -> None:
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._mounts = os.open(mounts, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> Bell:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def ring(self) -> None:
+        """Wake the waiting thread, now or at its next `wait`."""
+        os.eventfd_write(self._event, 1)
+
+    def wait(self, seconds: float, *, mounts: bool = False) -> None:
+        """Sleep until rung, for so long at most; with `mounts` also until the mount table changes."""
+        poll = select.poll()
+        poll.register(self._event, select.POLLIN)
+        if mounts:
+            poll.register(self._mounts, select.POLLPRI)
+        for descriptor, _ in poll.poll(max(0.0, seconds) * 1000):
+            if descriptor == self._event:
+                os.eventfd_read(self._event)
+
+    def close(self) -> None:
+        os.close(self._event)
+        os.close(self._mounts)
