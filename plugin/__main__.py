@@ -7,29 +7,16 @@ Docker dials the socket half a second after the start, then every three seconds,
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Final
+
+from plugin.listening import listen
 
 SOCKET: Final = Path("/run/docker/plugins/freeflow.sock")
 HOST_RUN: Final = Path("/host/run")
 HOST_BIN: Final = Path("/host/bin")
 STATE: Final = Path("/state")
-BACKLOG: Final = 128
-
-
-def listen(path: Path, mode: int = 0o600) -> socket.socket:
-    """A listening unix socket at `path`, in place of a stale one. OSError if the directory isn't there."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o777 & ~mode)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(before)
-    listener.listen(BACKLOG)
-    return listener
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ from typing import Any, Final
 from gunicorn.app.base import BaseApplication
 
 from plugin import logs
+from plugin.listening import listen
 from plugin.settings import read
 
 THREADS: Final = 16
@@ -84,15 +85,16 @@ def serve(listener: socket.socket, paths: Paths, environment: Mapping[str, str])
         plugin.start()
         return _by_socket(plugin.app, plugin.admin)
 
-    binds = [f"fd://{os.dup(listener.fileno())}"]
-    admin_directory = paths.admin_socket.parent
+    listeners = [listener]
     if paths.host_run.is_dir():
+        admin_directory = paths.admin_socket.parent
         admin_directory.mkdir(mode=0o700, exist_ok=True)
         admin_directory.chmod(0o700)
-        binds.append(f"unix:{paths.admin_socket}")
+        listeners.append(listen(paths.admin_socket))
     _Server(
         {
-            "bind": binds,
+            # Descriptors only: given one, gunicorn forgets addresses that stand beside it.
+            "bind": [f"fd://{os.dup(each.fileno())}" for each in listeners],
             "workers": 1,
             "worker_class": "gthread",
             "threads": THREADS,

@@ -47,8 +47,9 @@ def check_plugin(client: Client, found: dict[str, Status]) -> list[Finding]:
     return list(found["status"].problems)
 
 
-def check_run_shared(run: Path) -> list[Finding]:
-    if is_shared(run):
+def check_run_shared() -> list[Finding]:
+    # Process 1's view: the command itself runs in a mount namespace of its own, where nothing is shared.
+    if is_shared(Path("/run"), Path("/proc/1/mountinfo")):
         return []
     return [
         Finding(
@@ -162,6 +163,12 @@ def check_clashes(ports: set[int]) -> list[Finding]:
     return findings
 
 
+def _held_by_program(port: int) -> bool:
+    """Whether a UDP port's socket has an inode: the kernel's own, such as VXLAN's, have none (proc(5), net/udp)."""
+    lines = [line.split() for line in Path("/proc/net/udp").read_text().splitlines()[1:]]
+    return any(fields[1].endswith(f":{port:04X}") and fields[9] != "0" for fields in lines)
+
+
 def check_port(ports: set[int]) -> list[Finding]:
     """A UDP port of ours that a program holds (VXLAN itself holds it without a process)."""
     findings = []
@@ -170,8 +177,7 @@ def check_port(ports: set[int]) -> list[Finding]:
             try:
                 probe.bind(("0.0.0.0", port))
             except OSError:
-                table = Path("/proc/net/udp").read_text()
-                if f":{port:04X} " in table:
+                if _held_by_program(port):
                     findings.append(
                         Finding(
                             "error",
@@ -320,7 +326,7 @@ def examine(client: Client) -> Report:
 
     check("the plugin is running and well", lambda: check_plugin(client, found))
     check("the engine answers", check_engine)
-    check("/run is a shared mount", lambda: check_run_shared(run))
+    check("/run is a shared mount", check_run_shared)
     check("the kernel has VXLAN, bridge, veth and nftables", check_kernel)
     status = found.get("status")
     ports = {network.port for network in status.networks} if status else set()
