@@ -19,7 +19,7 @@ from typing import Final
 
 from bench.bed import LABEL, PLUGIN, Host
 from bench.engine import Engine
-from bench.errors import BenchError, EngineRefused
+from bench.errors import BenchError, EngineRefusedError
 from bench.rounds import Say
 from bench.stats import FREEFLOW, HOST, Case, Row, row
 from bench.subjects import DRIVERS, container, networks, remove_network
@@ -137,7 +137,7 @@ def at_once(host: Host, subject: str, image: str, count: int) -> float:
         gate.wait()
         try:
             host.engine.start(identifier)
-        except EngineRefused as error:
+        except EngineRefusedError as error:
             return str(error)
         return None
 

@@ -297,10 +297,8 @@ class Demo:
                     target = stack.tasks[line.service][line.host][0]
                     figures[name].append(line.measure(stack, target))
             ours, theirs = (statistics.median(figures[name]) for name in (FREEFLOW, OVERLAY))
-            body.append(
-                (line.what, line.host, line.path, line.unit)
-                + (number(ours), number(theirs), times(ours / theirs))
-            )
+            figures_of = (number(ours), number(theirs), times(ours / theirs))
+            body.append((line.what, line.host, line.path, line.unit, *figures_of))
             self.tell.seen(f"measured {line.what} on {line.host}, {line.unit}")
         vip = statistics.median(
             _requests(on_freeflow, self._vip(on_freeflow)) for _ in range(ROUNDS)

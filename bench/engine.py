@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
-from bench.errors import EngineRefused
+from bench.errors import EngineRefusedError
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -36,7 +36,7 @@ class Engine:
     timeout: float = 120.0
 
     def call(self, method: str, path: str, body: object = None) -> Any:
-        """The answer's JSON, None where it has no body. Raises `EngineRefused` from status 400 on."""
+        """The answer's JSON, None where it has no body. Raises `EngineRefusedError` from status 400 on."""
         connection = _UnixConnection(self.socket, self.timeout)
         try:
             data = None if body is None else json.dumps(body)
@@ -50,7 +50,7 @@ class Engine:
                 text = json.loads(text)["message"]
             except (ValueError, KeyError, TypeError):
                 pass
-            raise EngineRefused(response.status, f"{method} {path}", text)
+            raise EngineRefusedError(response.status, f"{method} {path}", text)
         return json.loads(text) if text else None
 
     def version(self) -> str:
@@ -71,7 +71,7 @@ class Engine:
             connection.close()
         # The status is 200 before the work begins: a failure is in the stream of progress.
         if response.status >= 400 or '"error"' in text:
-            raise EngineRefused(response.status, f"import of {archive.name}", text.strip())
+            raise EngineRefusedError(response.status, f"import of {archive.name}", text.strip())
 
     def create_network(self, name: str, driver: str, labels: dict[str, str]) -> str:
         body = {
@@ -100,7 +100,7 @@ class Engine:
         """Killed if it runs; absence is fine."""
         try:
             self.call("DELETE", f"/containers/{container}?force=1&v=1")
-        except EngineRefused as error:
+        except EngineRefusedError as error:
             if error.status != 404:
                 raise
 

@@ -11,7 +11,7 @@ class ProgramError(BenchError):
     """A load program failed or said something that its parser doesn't know."""
 
 
-class EngineRefused(BenchError):
+class EngineRefusedError(BenchError):
     """A Docker engine answered with an error."""
 
     def __init__(self, status: int, what: str, message: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from bench import load
 from bench.bed import LABEL, PLUGIN, Host
 from bench.engine import address
-from bench.errors import BenchError, EngineRefused, ProgramError
+from bench.errors import BenchError, EngineRefusedError, ProgramError
 from bench.place import Pair, Place, run
 from bench.stats import FREEFLOW, HOST, OVERLAY
 
@@ -51,7 +51,7 @@ def remove_network(manager: Host, name: str, patience: float = 30.0) -> None:
         try:
             manager.engine.remove_network(name)
             return
-        except EngineRefused as error:
+        except EngineRefusedError as error:
             if error.status == 404:
                 return
             if time.monotonic() > end:
