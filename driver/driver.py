@@ -151,6 +151,7 @@ class Driver:
 
     def discover_delete(self, address: str) -> None:
         """Docker saw a node leave."""
+        log.debug("node left", address=address)
         self._wake()
 
     def self_address(self) -> IPAddress | None:

@@ -16,7 +16,7 @@ Nothing is removed that may be alive: if Docker can't be asked, everything stays
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -24,7 +24,7 @@ import structlog
 
 from driver import names
 from driver.driver import Driver
-from driver.errors import Conflict, InvalidRequest, KernelError, NotFound
+from driver.errors import Conflict, EngineError, InvalidRequest, KernelError, NotFound
 from driver.model import NetworkView
 from driver.ports import Directory
 
@@ -171,7 +171,12 @@ class Collector:
         for allocation in driver.store.allocations():
             if allocation.id not in listed and self._overdue("allocation " + allocation.id):
                 driver.free_network(allocation.id)
-        self._try(result, "links", partial(self._remove_orphans, result))
+        alive = {
+            names.short(container.endpoint_id)
+            for view in views.values()
+            for container in view.containers
+        }
+        self._try(result, "links", partial(self._remove_orphans, alive, result))
         self._missing_since = {
             key: since for key, since in self._missing_since.items() if key in self._still_missing
         }
@@ -191,7 +196,8 @@ class Collector:
     def _try(result: Recovered, what: str, action: Callable[[], None]) -> None:
         try:
             action()
-        except (KernelError, Conflict, InvalidRequest, NotFound) as error:
+        except (KernelError, Conflict, EngineError, InvalidRequest, NotFound) as error:
+            # The next pass tries again.
             result.failures.append(f"{what}: {error}")
 
     def _restore(self, view: NetworkView, unclaimed: frozenset[str], result: Recovered) -> None:
@@ -203,7 +209,8 @@ class Collector:
             self._driver.restore_network(view)
             result.networks_restored.append(view.id)
         for container in lost:
-            self._driver.adopt(view.id, container)
+            key = container.sandbox_key or self._directory.sandbox_key(container.id)
+            self._driver.adopt(view.id, replace(container, sandbox_key=key))
             result.endpoints_adopted.append(container.endpoint_id)
 
     def _forget(self, network_id: str, view: NetworkView | None, result: Recovered) -> None:
@@ -217,11 +224,11 @@ class Collector:
         if unused and self._overdue(network_id) and driver.forget_network(network_id):
             result.networks_forgotten.append(network_id)
 
-    def _remove_orphans(self, result: Recovered) -> None:
+    def _remove_orphans(self, alive: set[str], result: Recovered) -> None:
         driver = self._driver
         present = driver.kernel.inventory()
         rows = {names.short(endpoint.id) for endpoint in driver.store.endpoints()}
-        for short_id in sorted((present.endpoints | present.filters) - rows):
+        for short_id in sorted((present.endpoints | present.filters) - rows - alive):
             if self._overdue(short_id):
                 driver.kernel.detach("", short_id)
                 result.orphans_removed.append(short_id)
@@ -230,5 +237,5 @@ class Collector:
         driver.keep_links = False
         used = {names.short(endpoint.network_id) for endpoint in driver.store.endpoints()}
         for short_id in sorted(present.networks - used):
-            if self._overdue("network " + short_id) and driver.remove_links(short_id):
+            if driver.remove_links(short_id):
                 result.orphans_removed.append(short_id)

@@ -108,6 +108,7 @@ class SteppedKernel:
         self.steps()
 
     def detach(self, network_id: str, endpoint_id: str) -> None:
+        del network_id
         self.steps()
         self.veths.pop(names.short(endpoint_id), None)
         self.steps()
@@ -122,9 +123,11 @@ class SteppedKernel:
         self.steps()
 
     def set_peers(self, network_id: str, peers: Iterable[IPAddress]) -> frozenset[IPAddress]:
+        del network_id, peers
         return frozenset()
 
     def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
+        del network_id
         self.steps()
         self.announced += [endpoint.id for endpoint in endpoints]
 
@@ -158,11 +161,15 @@ class SteppedKernel:
 
 
 class FakeDirectory:
-    """The engine: `views` is what it lists; `down` makes it not answer."""
+    """The engine: `views` is what it lists, `sandboxes` those of its containers; `down` makes it not answer."""
 
     def __init__(self) -> None:
         self.views: dict[str, NetworkView] = {}
+        self.sandboxes: dict[str, str] = {}
         self.down = False
+
+    def sandbox_key(self, container_id: str) -> str | None:
+        return self.sandboxes.get(container_id)
 
     def engine(self) -> EngineView:
         raise EngineError("not asked in these tests")

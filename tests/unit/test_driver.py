@@ -448,7 +448,7 @@ def test_join_without_announcement(machine: Machine) -> None:
 
     class Mute(SteppedKernel):
         def announce(self, network_id: str, endpoints: object) -> None:
-            raise KernelError("sending: network is down")
+            raise KernelError(f"{network_id} {endpoints}: network is down")
 
     driver = Driver(
         Store(machine.directory), Mute(Steps()), DriverConfig(), clock=lambda: machine.now

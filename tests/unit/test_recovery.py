@@ -403,8 +403,9 @@ def test_lost_state_is_learned_again(host: Host) -> None:
     assert set(host.kernel.veths) == {names.short(endpoint_id(2)), names.short(endpoint_id(3))}
     assert host.kernel.bridges
     assert host.kernel.vxlans
+    host.docker.sandboxes = {container(2).id: SANDBOX}
     listed = (
-        replace(container(2), sandbox_key=SANDBOX),
+        container(2),
         replace(
             container(3),
             sandbox_key=SANDBOX,
@@ -438,6 +439,24 @@ def test_work_before_the_lost_state_is_learned(host: Host) -> None:
     host.consistent()
     host.driver.delete_endpoint(NET, endpoint_id(2))
     assert host.kernel.empty
+
+
+def test_living_links_that_cannot_be_learned(host: Host) -> None:
+    """A living container whose endpoint can't be learned again keeps its links, however long."""
+    populate(host, 2)
+    host.lose_state()
+    host.restart()
+    unreadable = replace(view(NET, container(2)), options={"freeflow.format": "99"})
+    host.docker.views = {NET: unreadable}
+    host.collect_for_long()
+    host.collect_for_long()
+    assert host.kernel.veths
+    assert host.kernel.bridges
+    assert host.kernel.vxlans
+    host.docker.views = {NET: view(NET, container(2))}
+    host.collector.collect()
+    host.consistent()
+    assert host.driver.snapshot().endpoints
 
 
 def test_local_network_is_learned_again(tmp_path: Path) -> None:
