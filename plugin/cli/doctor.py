@@ -163,29 +163,22 @@ def check_clashes(ports: set[int]) -> list[Finding]:
     return findings
 
 
-def _held_by_program(port: int) -> bool:
-    """Whether a UDP port's socket has an inode: the kernel's own, such as VXLAN's, have none (proc(5), net/udp)."""
-    lines = [line.split() for line in Path("/proc/net/udp").read_text().splitlines()[1:]]
-    return any(fields[1].endswith(f":{port:04X}") and fields[9] != "0" for fields in lines)
-
-
 def check_port(ports: set[int]) -> list[Finding]:
-    """A UDP port of ours that a program holds (VXLAN itself holds it without a process)."""
+    """UDP ports that somebody else holds; `ports` are those that no VXLAN device of ours holds now."""
     findings = []
     for port in sorted(ports):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
                 probe.bind(("0.0.0.0", port))
             except OSError:
-                if _held_by_program(port):
-                    findings.append(
-                        Finding(
-                            "error",
-                            f"a program holds FreeFlow's UDP port {port}",
-                            "VXLAN devices can't be made then",
-                            f"ss -ulpn 'sport = :{port}' says which; stop it, or set VXLAN_PORT",
-                        )
+                findings.append(
+                    Finding(
+                        "error",
+                        f"a program holds FreeFlow's UDP port {port}",
+                        "VXLAN devices can't be made then",
+                        f"ss -ulpn 'sport = :{port}' says which; stop it, or set VXLAN_PORT",
                     )
+                )
     return findings
 
 
@@ -332,7 +325,9 @@ def examine(client: Client) -> Report:
     ports = {network.port for network in status.networks} if status else set()
     ports.add(int(status.settings.get("VXLAN_PORT") or 4799) if status else 4799)
     check("no other overlay is in the way", lambda: check_clashes(ports))
-    check("the UDP port is free for VXLAN", lambda: check_port(ports))
+    held = {network.port for network in status.networks if network.endpoints} if status else set()
+    if status is not None:
+        check("the UDP port is free for VXLAN", lambda: check_port(ports - held))
     check("the firewall lets VXLAN in", lambda: check_firewall(ports))
     if status is not None:
         check("peers answer, with packets of full size", lambda: check_peers(status))
