@@ -6,7 +6,6 @@ plugin's root file system and changes root there: so it works too while the plug
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Final
@@ -87,7 +86,7 @@ def install(
         temporary = target.with_name(f".{NAME}.new")
         temporary.write_text(text)
         temporary.chmod(0o755)
-        os.replace(temporary, target)
+        temporary.replace(target)
     except OSError as error:
         log.warning("the freeflow command is not installed", reason=str(error))
         return False

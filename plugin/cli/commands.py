@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import msgspec
@@ -23,7 +23,7 @@ def _print_json(value: Any) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
 
 
-def _stop(message: str, as_json: bool, code: int = UNUSABLE) -> None:
+def _stop(message: str, as_json: bool, code: int = UNUSABLE) -> NoReturn:
     if as_json:
         _print_json({"error": message})
     else:
@@ -73,7 +73,7 @@ def status(client: Client, as_json: bool = False) -> None:
     try:
         found = client.status()
     except FreeFlowError as error:
-        return _stop(str(error), as_json)
+        _stop(str(error), as_json)
     if as_json:
         _print_json(found)
     else:
@@ -91,7 +91,7 @@ def peers(client: Client, as_json: bool) -> None:
     try:
         found = client.status()
     except FreeFlowError as error:
-        return _stop(str(error), as_json)
+        _stop(str(error), as_json)
     if as_json:
         _print_json({network.id: network.peers for network in found.networks})
     else:
@@ -121,9 +121,9 @@ def ping(client: Client, address: str, count: int, as_json: bool) -> None:
     try:
         result = client.ping(address, count)
     except NotRunning as error:
-        return _stop(str(error), as_json)
+        _stop(str(error), as_json)
     except FreeFlowError as error:
-        return _stop(str(error), as_json, PROBLEMS)
+        _stop(str(error), as_json, PROBLEMS)
     if as_json:
         _print_json(result)
     else:
@@ -216,9 +216,9 @@ def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> Non
     try:
         removed = clean(client, everything=everything, force=force)
     except InUse as error:
-        return _stop(str(error), as_json, PROBLEMS)
+        _stop(str(error), as_json, PROBLEMS)
     except FreeFlowError as error:
-        return _stop(str(error), as_json)
+        _stop(str(error), as_json)
     if as_json:
         _print_json({"removed": removed})
     else:

@@ -21,7 +21,8 @@ if [ ! -e "$base" ]; then
     echo "making the base system from the Debian archive ($suite)"
     packages=$(tr '\n' ',' <"$here/packages.txt" | sed 's/,$//')
     temporary="$base.$$.tar"
-    # Documentation, locales and caches are no use in a plugin.
+    # Documentation, locales and caches are no use in a plugin. mmdebstrap expands its hooks itself.
+    # shellcheck disable=SC2016
     mmdebstrap --quiet --variant=minbase --include="$packages" \
         --aptopt='Acquire::Check-Valid-Until "false"' \
         --aptopt='APT::Install-Recommends "false"' \

@@ -104,8 +104,10 @@ class Host:
         in_underlay = ["nsenter", f"--net=/proc/{self.underlay_pid}/ns/net", "ip"]
         run([*in_underlay, "link", "del", self.port], check=False)
         run(
-            [*in_underlay, "link", "add", self.port, "master", "underlay", "type", "veth"]
-            + ["peer", "name", "eth0", "netns", str(self.pid)]
+            [
+                *(*in_underlay, "link", "add", self.port, "master", "underlay", "type", "veth"),
+                *("peer", "name", "eth0", "netns", str(self.pid)),
+            ]
         )
         run([*in_underlay, "link", "set", self.port, "up"])
         self.run("ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
@@ -338,6 +340,6 @@ def remove_cgroups(name: str) -> None:
     for top in Path("/sys/fs/cgroup").glob(f"**/{name}"):
         for path, _, _ in os.walk(top, topdown=False):
             try:
-                os.rmdir(path)
+                Path(path).rmdir()
             except OSError:
                 continue
