@@ -274,7 +274,9 @@ class Demo:
         found: dict[str, Any] = json.loads(self.manager.freeflow("ping", address, "--json"))
         if not found["round_trips_ms"]:
             raise DemoError(f"freeflow ping {address}: no answer")
-        return f"{found['path']}, {'this host' if found['local'] else found['host']}"
+        if found["local"]:
+            return f"{found['path']}, one host"
+        return f"{found['path']}, to {found['host_address']}"
 
     def table(self, stacks: dict[str, Stack]) -> str:
         on_freeflow = stacks[FREEFLOW]
