@@ -35,9 +35,7 @@ def is_stale(protocol: int, vip: str, task: str, tasks: Collection[str]) -> bool
     return protocol not in _CONNECTIONS and task not in tasks
 
 
-def tried(
-    vips: Iterable[IPv4Address], neighbours: Path = _NEIGHBOURS
-) -> set[IPv4Address]:
+def tried(vips: Iterable[IPv4Address], neighbours: Path = _NEIGHBOURS) -> set[IPv4Address]:
     """Of VIPs that had no rules, those that something here sent packets to: the kernel asked who has the address."""
     wanted = {str(vip): vip for vip in vips}
     if not wanted:
@@ -46,11 +44,7 @@ def tried(
         lines = neighbours.read_text(errors="replace").splitlines()[1:]
     except OSError:
         return set(wanted.values())
-    return {
-        wanted[address]
-        for line in lines
-        if (address := line.split(maxsplit=1)[0]) in wanted
-    }
+    return {wanted[address] for line in lines if (address := line.split(maxsplit=1)[0]) in wanted}
 
 
 def _addresses(tuple_: Any) -> tuple[str, str, int]:
@@ -73,11 +67,7 @@ def _forget(rules: Mapping[str, frozenset[str]]) -> int:
                 entry.get_attr("CTA_TUPLE_ORIG"),
                 entry.get_attr("CTA_TUPLE_REPLY"),
             )
-            if (
-                entry["nfgen_family"] != socket.AF_INET
-                or original is None
-                or reply is None
-            ):
+            if entry["nfgen_family"] != socket.AF_INET or original is None or reply is None:
                 continue
             _, vip, protocol = _addresses(original)
             task = _addresses(reply)[0]
@@ -105,6 +95,4 @@ def forget_stale(rules: Mapping[IPv4Address, Collection[IPv4Address]]) -> int:
     try:
         return _forget(texts)
     except (NetlinkError, OSError) as error:
-        raise KernelError(
-            f"conntrack: {error}; is nf_conntrack_netlink available?"
-        ) from error
+        raise KernelError(f"conntrack: {error}; is nf_conntrack_netlink available?") from error

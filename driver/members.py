@@ -18,7 +18,8 @@ have its address; later nobody should, and the address may become another's."""
 class NetworkState:
     """What is known of a network. `view` is the last good one, `seen` when (the loop's clock), `error` why not newer.
 
-    `table` is where its VIPs lead; those in `vanished` have no service any more, since when.
+    `table` is where its VIPs lead; those in `vanished` have no service any more, since when. `idle` are services whose
+    tasks all take no connections, since when.
     """
 
     view: NetworkView | None = None
@@ -26,6 +27,11 @@ class NetworkState:
     seen: float | None = None
     error: str | None = None
     vanished: dict[IPv4Address, float] = field(default_factory=dict)
+    idle: dict[Service, float] = field(default_factory=dict)
+
+    def resting(self, before: float) -> frozenset[Service]:
+        """Services with just these tasks that have been idle since before this time."""
+        return frozenset(service for service, since in self.idle.items() if since < before)
 
 
 def own_addresses(network: Network, addresses: Iterable[IPv4Address]) -> tuple[IPv4Address, ...]:
@@ -77,7 +83,14 @@ def next_state(
         and vip not in used
         and now - (since := before.vanished.get(vip, now)) < KEEP_REFUSING
     }
+    idle = {
+        service: before.idle.get(service, now)
+        for service in view.services
+        if service.vip is not None
+        and not table[service.vip]
+        and answers.get(service.name) is not None
+    }
     table.update(dict.fromkeys(vanished, ()))
     if table == before.table:
         table = before.table
-    return NetworkState(view, table, now, None, vanished)
+    return NetworkState(view, table, now, None, vanished, idle)

@@ -29,7 +29,7 @@ from driver.kernel.namespace import in_netns
 from driver.model import Service
 
 SERVER: Final = ("127.0.0.11", 53)
-TIMEOUT: Final = 0.3
+TIMEOUT: Final = 0.2
 """Seconds. The embedded DNS itself answers within a millisecond; longer waits are for servers outside."""
 WINDOW: Final = 32
 """Questions under way at once: their answers must fit the socket's buffer."""

@@ -58,6 +58,10 @@ SANDBOX_PATIENCE: Final = 30.0
 SETTLE: Final = 10.0
 """Seconds after the start in which containers that were there before keep their rules until all their networks are known."""
 ASKERS: Final = 3
+"""So many containers of a network are asked at most."""
+REST_AFTER: Final = 5.0
+"""Seconds after which a service without active tasks isn't asked about again until its list changes. Asking would make
+Docker's DNS ask outside, and a task that left doesn't come back: it is being stopped."""
 
 
 @dataclass(slots=True)
@@ -432,18 +436,30 @@ class Syncer:
             # Better all tasks at once than the right ones a little later.
             before = self._publish(network, view, {}, before)
             self._ring()
-        services = [service for service in view.services if service.vip is not None]
+        self._publish(network, view, self._ask(network.id, view, before), before)
+        self._set_peers(network, view, endpoints)
+
+    def _ask(
+        self, network_id: str, view: NetworkView, before: NetworkState
+    ) -> dict[str, frozenset[IPv4Address]]:
+        """Which tasks of the services with VIPs take connections, by the DNS of a container on the network."""
         answers: dict[str, frozenset[IPv4Address]] = {}
-        for asker in self._possible_askers(network.id) if services else ():
-            missing = [service for service in services if service.name not in answers]
-            if not missing:
-                break
+        resting = before.resting(self._clock() - REST_AFTER)
+        missing = []
+        for service in view.services:
+            if service in resting:
+                answers[service.name] = frozenset()
+            elif service.vip is not None:
+                missing.append(service)
+        for asker in self._possible_askers(network_id) if missing else ():
             found = self._resolver.tasks(asker, view.name, missing)
             if found:
-                self._askers[network.id] = asker
+                self._askers[network_id] = asker
             answers.update(found)
-        self._publish(network, view, answers, before)
-        self._set_peers(network, view, endpoints)
+            missing = [service for service in missing if service.name not in found]
+            if not missing:
+                break
+        return answers
 
     def _publish(
         self,
