@@ -1,0 +1,190 @@
+"""One Swarm for all scenarios: four hosts, three of them managers, engines 28.5 (twice), 20.10 and 26.1."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.testbed import Bed, Host, wait_until
+from tests.testbed.images import WORKLOAD_IMAGE
+
+PLUGIN = Path(__file__).resolve().parents[2] / "build/plugin"
+ENGINES = ("28.5", "20.10", "26.1", "28.5")
+MANAGERS = 3
+
+_numbers = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = ""
+    if os.geteuid() != 0:
+        missing = "root"
+    elif shutil.which("mmdebstrap") is None:
+        missing = "mmdebstrap (make setup)"
+    elif not (PLUGIN / "config.json").exists():
+        missing = "the built plugin (make plugin)"
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.swarm)
+            if missing:
+                item.add_marker(pytest.mark.skip(reason=f"needs {missing}"))
+
+
+@pytest.fixture(scope="session")
+def plugin() -> Path:
+    """The built plugin's directory."""
+    return PLUGIN
+
+
+@pytest.fixture(scope="session")
+def bed() -> Iterator[Bed]:
+    """The Swarm, with the plugin on every host."""
+    with Bed(f"test{os.getpid()}", ENGINES) as made:
+        made.swarm(managers=MANAGERS)
+        made.load_workload()
+        made.install_plugin(PLUGIN)
+        yield made
+
+
+@pytest.fixture
+def manager(bed: Bed) -> Host:
+    return bed.hosts[0]
+
+
+@pytest.fixture(autouse=True)
+def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a scenario leaves is removed, and its failure shows the engines' logs."""
+    yield
+    if "bed" not in request.fixturenames:
+        return
+    bed: Bed = request.getfixturevalue("bed")
+    report = getattr(request.node, "report_call", None)
+    if report is not None and report.failed:
+        for host in bed.hosts:
+            lines = [line for line in host.log_tail(300).splitlines() if "Inconsistent" not in line]
+            report.sections.append((f"{host.name} dockerd", "\n".join(lines[-40:])))
+    remove_everything(bed)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    outcome = yield
+    if call.when == "call":
+        item.report_call = outcome.get_result()  # type: ignore[attr-defined]
+
+
+def remove_everything(bed: Bed) -> None:
+    """Remove all services, containers and FreeFlow networks of the bed."""
+    manager = bed.hosts[0]
+    services = manager.docker("service", "ls", "-q").split()
+    if services:
+        manager.docker("service", "rm", *services)
+    for host in bed.hosts:
+        wait_until(
+            f"tasks of {host.name} to end",
+            lambda h=host: (
+                not h.docker("ps", "-q", "--filter", "label=com.docker.swarm.task.id").split()
+            ),  # type: ignore[misc]
+            60,
+        )
+        left = host.docker("ps", "-aq").split()
+        if left:
+            host.docker("rm", "-f", *left, timeout=180)
+
+    def networks() -> list[str]:
+        listed = manager.docker("network", "ls", "--format", "{{.ID}} {{.Driver}} {{.Name}}")
+        return [
+            line.split()[0]
+            for line in listed.splitlines()
+            if line.split()[1].startswith("freeflow") or line.split()[-1].startswith("ov-")
+        ]
+
+    def removed() -> bool:
+        found = networks()
+        if found:
+            manager.docker("network", "rm", *found, check=False)
+        return not networks()
+
+    wait_until("networks to be removed", removed, 60, 0.5)
+
+
+def unique(prefix: str) -> str:
+    """A name that no other scenario has."""
+    return f"{prefix}{next(_numbers)}"
+
+
+def make_network(host: Host, *options: str, driver: str = "freeflow:latest") -> str:
+    """A network of the Swarm; attachable. Returns its name."""
+    name = unique("net")
+    host.docker("network", "create", "-d", driver, "--attachable", *options, name)
+    wait_until(
+        f"{name} to be allocated",
+        lambda: host.docker("network", "inspect", "-f", "{{.Driver}}", name).strip() == driver,
+        20,
+    )
+    return name
+
+
+def run_container(host: Host, network: str, *options: str, command: str = "sleep infinity") -> str:
+    """A container of the workload image on a network; returns its name."""
+    name = unique("box")
+    host.docker(
+        *("run", "-d", "--init", "--name", name, "--network", network, *options, WORKLOAD_IMAGE),
+        *("sh", "-c", command),
+    )
+    return name
+
+
+def address(host: Host, container: str, network: str) -> str:
+    """A container's IPv4 address on a network."""
+    text = host.docker(
+        *(
+            "inspect",
+            "-f",
+            f'{{{{(index .NetworkSettings.Networks "{network}").IPAddress}}}}',
+            container,
+        )
+    )
+    return text.strip()
+
+
+NGINX = "hostname > /var/www/html/index.html; exec nginx -g 'daemon off;'"
+REDIS = "exec redis-server --protected-mode no --bind 0.0.0.0 --save ''"
+
+
+def make_service(
+    manager: Host, network: str, command: str, *options: str, replicas: int = 3, wait: bool = True
+) -> str:
+    """A service of the workload image, running; returns its name."""
+    name = unique("svc")
+    manager.docker(
+        *("service", "create", "-d", "--no-resolve-image", "--name", name, "--network", network),
+        *("--replicas", str(replicas), *options, WORKLOAD_IMAGE, "sh", "-c", command),
+    )
+    if wait:
+        wait_running(manager, name, replicas)
+    return name
+
+
+def wait_running(manager: Host, service: str, replicas: int, timeout: float = 60) -> None:
+    def running() -> bool:
+        text = manager.docker(
+            *(
+                "service",
+                "ps",
+                "-f",
+                "desired-state=running",
+                "--format",
+                "{{.CurrentState}}",
+                service,
+            )
+        )
+        states = text.splitlines()
+        return len(states) == replicas and all(state.startswith("Running") for state in states)
+
+    wait_until(f"{replicas} tasks of {service}", running, timeout, 0.3)

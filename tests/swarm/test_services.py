@@ -1,0 +1,230 @@
+"""Services on a FreeFlow network, as on Docker's own overlay: VIP, dnsrr, DNS, TCP, UDP, ping, scaling, updates."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections import Counter
+
+from tests.swarm.conftest import (
+    NGINX,
+    REDIS,
+    make_network,
+    make_service,
+    run_container,
+    wait_running,
+)
+from tests.testbed import Bed, Host, wait_until
+
+LOAD = """
+failed=0; done=0
+end=$(($(date +%s) + {seconds}))
+while [ $(date +%s) -lt $end ]; do
+    if curl -sf -o /dev/null -m 5 http://{name}/; then done=$((done+1)); else failed=$((failed+1)); fi
+done
+echo $done $failed
+"""
+
+
+def _answers(host: Host, client: str, service: str, count: int) -> Counter[str]:
+    script = f"for i in $(seq {count}); do curl -s -m 5 http://{service}/ || echo failed; done"
+    return Counter(host.exec(client, "sh", "-c", script).split())
+
+
+def test_a_vip_reaches_every_task_of_all_hosts_evenly(bed: Bed, manager: Host) -> None:
+    """A service's VIP spreads connections evenly over its tasks on all hosts, from clients on every engine version."""
+    network = make_network(manager)
+    service = make_service(manager, network, NGINX, replicas=4)
+    for host in bed.hosts:
+        client = run_container(host, network)
+        wait_until("the VIP", lambda h=host, c=client: _answers(h, c, service, 1)["failed"] == 0)  # type: ignore[misc]
+        answers = _answers(host, client, service, 40)
+        assert answers["failed"] == 0
+        assert sorted(answers.values()) == [10, 10, 10, 10], (host.engine, answers)
+
+
+def test_a_client_that_starts_reaches_a_vip_at_once(bed: Bed, manager: Host) -> None:
+    """A container's first act may be a connection to a VIP: it must not hang, on any engine."""
+    network = make_network(manager)
+    service = make_service(manager, network, NGINX, replicas=2)
+    for host in bed.hosts:
+        # The first container brings the network to the host; gossip needs a moment then, on overlay too.
+        run_container(host, network)
+        time.sleep(2)
+        text = host.docker(
+            *("run", "--rm", "--network", network, "workload:latest"),
+            *(
+                "curl",
+                "-s",
+                "-m",
+                "3",
+                "-o",
+                "/dev/null",
+                "-w",
+                "%{http_code}",
+                f"http://{service}/",
+            ),
+        )
+        assert text.strip() == "200", host.engine
+
+
+def test_dns_round_robin_and_task_names(bed: Bed, manager: Host) -> None:
+    """With dnsrr a service's name lists its tasks, and tasks.NAME does for any service; connections work to each."""
+    network = make_network(manager)
+    service = make_service(manager, network, NGINX, "--endpoint-mode", "dnsrr", replicas=3)
+    client = run_container(bed.hosts[1], network)
+
+    def listed(name: str) -> set[str]:
+        text = bed.hosts[1].exec(client, "getent", "ahostsv4", name, check=False)
+        return {line.split()[0] for line in text.splitlines()}
+
+    wait_until("three addresses", lambda: len(listed(service)) == 3)
+    assert listed(f"tasks.{service}") == listed(service)
+    for task in listed(service):
+        assert bed.hosts[1].exec(client, "curl", "-s", "-m", "3", f"http://{task}/")
+
+
+def test_udp_and_ping_to_a_vip(bed: Bed, manager: Host) -> None:
+    """A VIP carries UDP and answers ping."""
+    network = make_network(manager)
+    echo = (
+        "exec python3 -c \"import socket; s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.bind(('',9000))\n"
+        'while True: d,a=s.recvfrom(65535); s.sendto(d,a)"'
+    )
+    service = make_service(manager, network, echo, replicas=2)
+    for host in bed.hosts[:3]:
+        client = run_container(host, network)
+        wait_until(
+            "ping to the VIP",
+            lambda h=host, c=client: (
+                "1 received" in h.exec(c, "ping", "-c1", "-W1", service, check=False)
+            ),  # type: ignore[misc]
+        )
+        script = (
+            "import socket; s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.settimeout(3);"
+            f"s.connect(('{service}',9000)); s.send(b'x'*1200); print(len(s.recv(65535)))"
+        )
+        assert host.exec(client, "python3", "-c", script).strip() == "1200"
+
+
+def test_redis_through_a_vip(bed: Bed, manager: Host) -> None:
+    """A real client and a real server: what is written through the VIP is read back."""
+    network = make_network(manager)
+    service = make_service(manager, network, REDIS, replicas=1)
+    client = run_container(bed.hosts[2], network)
+    wait_until(
+        "redis",
+        lambda: (
+            "PONG" in bed.hosts[2].exec(client, "redis-cli", "-h", service, "ping", check=False)
+        ),
+    )
+    text = bed.hosts[2].exec(
+        client, "redis-benchmark", "-h", service, "-q", "-n", "5000", "-t", "set,get"
+    )
+    assert "SET" in text
+    assert "GET" in text
+
+
+def test_scaling_is_followed_within_two_seconds(bed: Bed, manager: Host) -> None:
+    """New tasks get connections, and removed ones get none any more, two seconds after Docker knows."""
+    network = make_network(manager)
+    service = make_service(manager, network, NGINX, replicas=1)
+    client = run_container(manager, network)
+    wait_until("the VIP", lambda: _answers(manager, client, service, 1)["failed"] == 0)
+    manager.docker("service", "scale", "-d", f"{service}=4")
+    wait_running(manager, service, 4)
+    time.sleep(2)
+    assert len(_answers(manager, client, service, 16)) == 4
+    manager.docker("service", "scale", "-d", f"{service}=1")
+    wait_running(manager, service, 1)
+    time.sleep(2)
+    answers = _answers(manager, client, service, 16)
+    assert len(answers) == 1
+    assert answers["failed"] == 0
+
+
+def test_a_rolling_update_under_load_fails_no_request(bed: Bed, manager: Host) -> None:
+    """During a rolling update, from clients on every host, no request fails."""
+    network = make_network(manager)
+    service = make_service(
+        manager,
+        network,
+        NGINX,
+        *("--update-delay", "1s", "--update-order", "start-first", "--stop-grace-period", "5s"),
+        *("--health-cmd", "curl -sf http://127.0.0.1/", "--health-interval", "1s"),
+        replicas=3,
+    )
+    clients = [(host, run_container(host, network)) for host in bed.hosts]
+    for host, client in clients:
+        wait_until("the VIP", lambda h=host, c=client: _answers(h, c, service, 1)["failed"] == 0)  # type: ignore[misc]
+    script = LOAD.format(seconds=30, name=service)
+    loads = [
+        host.spawn("docker", "exec", client, "sh", "-c", script, stdout=subprocess.PIPE)
+        for host, client in clients
+    ]
+    before = set(
+        manager.docker("service", "ps", "-q", "-f", "desired-state=running", service).split()
+    )
+    manager.docker("service", "update", "-d", "--force", service)
+    results = [load.communicate(timeout=90)[0].split() for load in loads]
+    after = set(
+        manager.docker("service", "ps", "-q", "-f", "desired-state=running", service).split()
+    )
+    assert not before & after, "the update was not over within the load"
+    for (host, _), (done, failed) in zip(clients, results, strict=True):
+        assert int(done) > 20, host.engine
+        assert failed == "0", (host.engine, done, failed)
+
+
+def test_a_killed_task_leaves_the_vip_within_two_seconds(bed: Bed, manager: Host) -> None:
+    """A task whose container dies gets no new connections two seconds later."""
+    network = make_network(manager)
+    service = make_service(manager, network, NGINX, "--restart-condition", "none", replicas=3)
+    client = run_container(bed.hosts[1], network)
+    wait_until("all three", lambda: len(_answers(bed.hosts[1], client, service, 9)) == 3)
+    host, victim = next(
+        (host, found[0])
+        for host in bed.hosts
+        if (found := host.docker("ps", "-q", "-f", f"name={service}").split())
+    )
+    host.docker("kill", victim)
+    time.sleep(2)
+    answers = _answers(bed.hosts[1], client, service, 12)
+    assert answers["failed"] == 0
+    assert len(answers) == 2
+
+
+def test_a_service_without_tasks_refuses(bed: Bed, manager: Host) -> None:
+    """With all tasks gone a connection to the VIP fails at once instead of hanging."""
+    network = make_network(manager)
+    service = make_service(manager, network, NGINX, replicas=1)
+    client = run_container(manager, network)
+    wait_until("the VIP", lambda: _answers(manager, client, service, 1)["failed"] == 0)
+    vip = manager.exec(client, "getent", "hosts", service).split()[0]
+    manager.docker("service", "scale", "-d", f"{service}=0")
+    wait_until(
+        "no tasks",
+        lambda: not any(h.docker("ps", "-q", "-f", f"name={service}").strip() for h in bed.hosts),
+    )
+    time.sleep(2)
+    begin = time.monotonic()
+    manager.exec(client, "curl", "-s", "-m", "10", f"http://{vip}/", check=False)
+    assert time.monotonic() - begin < 4
+
+
+def test_a_service_update_adds_and_removes_a_network(bed: Bed, manager: Host) -> None:
+    """`service update --network-add` and `--network-rm` work."""
+    first, second = make_network(manager), make_network(manager)
+    service = make_service(manager, first, NGINX, replicas=2)
+    client = run_container(manager, second)
+    manager.docker("service", "update", "-d", "--network-add", second, service)
+    wait_until(
+        "the VIP on the second network",
+        lambda: _answers(manager, client, service, 1)["failed"] == 0,
+        60,
+    )
+    manager.docker("service", "update", "-d", "--network-rm", first, service)
+    wait_running(manager, service, 2)
+    wait_until(
+        "the VIP afterwards", lambda: _answers(manager, client, service, 4)["failed"] == 0, 60
+    )
