@@ -12,8 +12,10 @@ Not IPVS: it needs a module that many kernels lack, and a hidden endpoint per ho
 
 from __future__ import annotations
 
+import itertools
+import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -158,8 +160,10 @@ class _Applied:
 class NftBalancer:
     """`ports.Balancer`: remembers what each namespace has, so that an unchanged table costs nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns: Iterator[int] | None = None) -> None:
         self._guard = threading.Lock()
+        # Each namespace begins the turn one task further. Not with the same on all hosts.
+        self._turns = itertools.count(secrets.randbelow(1 << 16)) if turns is None else turns
         self._locks = KeyedLocks()
         self._applied: dict[Path, _Applied] = {}
 
@@ -181,7 +185,8 @@ class NftBalancer:
                 self._remember(sandbox, None)
                 return False
             try:
-                complete = in_netns(sandbox, lambda: _bring(before, table, inode))
+                first = next(self._turns)
+                complete = in_netns(sandbox, lambda: _bring(before, table, first))
             except KernelError:
                 self._remember(sandbox, None)
                 if not is_namespace(sandbox):
