@@ -1,0 +1,140 @@
+"""Bytes: large transfers, datagrams of every size, MTU edges, IPv6."""
+
+from __future__ import annotations
+
+import json
+
+from tests.swarm.conftest import address, make_network, run_container
+from tests.testbed import Bed, Host, wait_until
+
+SEND = """
+import hashlib, os, socket, sys
+s = socket.create_connection((sys.argv[1], 7000), timeout=30)
+h = hashlib.sha256()
+for i in range(int(sys.argv[2])):
+    d = os.urandom(65536); h.update(d); s.sendall(d)
+s.shutdown(socket.SHUT_WR)
+answer = s.makefile().read()
+print("same" if answer == h.hexdigest() else "different " + answer)
+"""
+RECEIVE = """
+import hashlib, socket
+l = socket.create_server(("", 7000))
+while True:
+    s, _ = l.accept(); h = hashlib.sha256()
+    while True:
+        d = s.recv(1 << 20)
+        if not d: break
+        h.update(d)
+    s.sendall(h.hexdigest().encode()); s.close()
+"""
+ECHO = """
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("", 7001))
+while True:
+    d, a = s.recvfrom(65535); s.sendto(d, a)
+"""
+DATAGRAMS = """
+import os, socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(2); s.connect((sys.argv[1], 7001))
+bad = []
+for size in (0, 1, 64, 1000, 1422, 1423, 1472, 1500, 2800, 9000, 30000, 60000):
+    d = os.urandom(size)
+    for attempt in range(3):
+        try:
+            s.send(d)
+            if s.recv(65535) == d: break
+        except TimeoutError: pass
+    else: bad.append(size)
+print("bad", bad)
+"""
+
+
+def _pair(bed: Bed, network: str, server: str, *options: str) -> tuple[Host, str, Host, str, str]:
+    near, far = bed.hosts[0], bed.hosts[1]
+    listening = run_container(far, network, *options, command=f"exec python3 -c '{server}'")
+    client = run_container(near, network, *options)
+    target = address(far, listening, network)
+    wait_until(
+        "the other host",
+        lambda: " 0% packet loss" in near.exec(client, "ping", "-c1", "-W1", target, check=False),
+        15,
+    )
+    return near, client, far, listening, target
+
+
+def test_a_large_transfer_arrives_byte_for_byte(bed: Bed, manager: Host) -> None:
+    """256 MiB across hosts have the hash that was sent."""
+    network = make_network(manager)
+    near, client, _, _, target = _pair(bed, network, RECEIVE)
+    assert near.exec(client, "python3", "-c", SEND, target, "4096", timeout=120).strip() == "same"
+
+
+def test_a_large_transfer_on_one_host(bed: Bed, manager: Host) -> None:
+    """The same between two containers of one host."""
+    network = make_network(manager)
+    server = run_container(manager, network, command=f"exec python3 -c '{RECEIVE}'")
+    client = run_container(manager, network)
+    target = address(manager, server, network)
+    wait_until(
+        "the server", lambda: manager.exec(client, "nc", "-z", target, "7000", check=False) == ""
+    )
+    assert (
+        manager.exec(client, "python3", "-c", SEND, target, "4096", timeout=120).strip() == "same"
+    )
+
+
+def test_datagrams_of_every_size(bed: Bed, manager: Host) -> None:
+    """UDP from empty to 60,000 bytes, fragments included, comes back as it was sent."""
+    network = make_network(manager)
+    near, client, _, _, target = _pair(bed, network, ECHO)
+    assert near.exec(client, "python3", "-c", DATAGRAMS, target).strip() == "bad []"
+
+
+def test_mtu_edges(bed: Bed, manager: Host) -> None:
+    """A packet of exactly the MTU passes unfragmented between hosts, one byte more is refused by the sender's own link."""
+    network = make_network(manager)
+    near, client, _, _, target = _pair(bed, network, ECHO)
+    mtu = int(near.exec(client, "cat", "/sys/class/net/eth0/mtu"))
+    assert mtu == 1450
+    exact = near.exec(
+        client, "ping", "-c2", "-W1", "-M", "do", "-s", str(mtu - 28), target, check=False
+    )
+    assert " 0% packet loss" in exact
+    more = near.exec(
+        client, "ping", "-c1", "-W1", "-M", "do", "-s", str(mtu - 27), target, check=False
+    )
+    assert "100% packet loss" in more or "Message too long" in more or "too long" in more
+
+
+def test_ipv6_between_hosts_and_on_one(bed: Bed, manager: Host) -> None:
+    """With --ipv6 containers reach each other by their IPv6 addresses, on one host and across, on every engine that makes
+    such networks in a Swarm."""
+    network = make_network(manager, "--ipv6", "--subnet", "10.81.0.0/24", "--subnet", "fd81::/64")
+    boxes = [(host, run_container(host, network)) for host in bed.hosts]
+
+    def global_address(host: Host, box: str) -> str:
+        links = json.loads(host.exec(box, "ip", "-j", "-6", "addr", "show", "eth0"))
+        return next(
+            (
+                item["local"]
+                for link in links
+                for item in link.get("addr_info", ())
+                if item["scope"] == "global"
+            ),
+            "",
+        )
+
+    addresses = [global_address(host, box) for host, box in boxes]
+    assert all(addresses), list(zip([h.engine for h in bed.hosts], addresses, strict=True))
+    assert len(set(addresses)) == len(addresses), addresses
+    for host, box in boxes:
+        for target in addresses:
+            wait_until(
+                f"{target} from {host.engine}",
+                lambda h=host, b=box, t=target: (
+                    " 0% packet loss"  # type: ignore[misc]
+                    in h.exec(b, "ping", "-6", "-c1", "-W1", t, check=False)
+                ),
+                10,
+            )
