@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
-from driver.kernel.namespace import in_netns
 from driver.model import Endpoint
 
 _BROADCAST: Final = b"\xff" * 6
@@ -62,17 +61,12 @@ def frames(endpoint: Endpoint) -> list[bytes]:
     return result
 
 
-def send(namespace: int, interface: str, endpoints: Iterable[Endpoint]) -> int:
-    """Send the announcements through `interface` of the namespace; returns how many frames. OSError if it is gone."""
+def send(packets: socket.socket, interface: str, endpoints: Iterable[Endpoint]) -> int:
+    """Send the announcements through `interface`; returns how many frames. OSError if it is gone.
+
+    `packets` is a raw packet socket of the interface's namespace.
+    """
     messages = [frame for endpoint in endpoints for frame in frames(endpoint)]
-    if not messages:
-        return 0
-
-    def transmit() -> int:
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
-            raw.bind((interface, 0))
-            for message in messages:
-                raw.send(message)
-        return len(messages)
-
-    return in_netns(namespace, transmit)
+    for message in messages:
+        packets.sendto(message, (interface, 0))
+    return len(messages)

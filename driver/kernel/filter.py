@@ -1,14 +1,17 @@
 """The source filter: a container sends only from its own MAC and IP addresses.
 
-`table bridge freeflow` in the overlay namespace. One map from the host-side veth to the endpoint's own chain, so
-that a frame costs one look-up and one rule however many endpoints there are:
+`table netdev freeflow` in the overlay namespace has one chain per endpoint, hooked where frames of its veth come in:
+before the bridge learns from them, and on no other device's way. So a frame costs the rules of its own endpoint,
+however many there are, and frames from other hosts cost nothing: their host looked at them.
 
-    prerouting:  iifname vmap { ffh…: goto ep…, … };  iifname "ffh*" drop
-    ep…:         own MAC, own IPv4 → accept;  own MAC in ARP (RFC 826), own or no IPv4 (probe, RFC 5227) → accept;
-                 own MAC, own IPv6, link-local or :: (RFC 4862) → accept, neighbour advertisements only for own targets;
-                 count, drop
-
-Frames that come from other hosts aren't looked at: their host did it.
+    own MAC, own IPv4                             accept     nearly all frames end in these two rules
+    own MAC, own IPv6, not ICMPv6                 accept
+    own MAC in ARP, own or no IPv4                accept     RFC 826; no IPv4: a probe, RFC 5227
+    own MAC, own IPv6, advertising own address    accept     RFC 4861
+    any other advertisement, redirect             drop       also a router's: no container is another's router
+    own MAC, own or link-local IPv6 or ::         accept     no IPv6: duplicate address detection, RFC 4862
+    own MAC, neither ARP nor IP nor tunnelled     accept
+    anything else                                 count, drop
 """
 
 from __future__ import annotations
@@ -17,25 +20,18 @@ from ipaddress import IPv6Address
 from typing import Any, Final
 
 from driver import names
-from driver.errors import KernelError
-from driver.kernel import nft
+from driver.kernel.nft import Session
 from driver.model import Endpoint
 
-TABLE: Final = "bridge freeflow"
-_CHAIN: Final = "ep"
+TABLE: Final = "netdev freeflow"
+_PREFIX: Final = "ep"
 
-_BASE: Final = f"""
-add table {TABLE}
-add map {TABLE} ports {{ type ifname : verdict; }}
-add chain {TABLE} prerouting {{ type filter hook prerouting priority -300; policy accept; }}
-flush chain {TABLE} prerouting
-add rule {TABLE} prerouting iifname vmap @ports
-add rule {TABLE} prerouting iifname "{names.HOST_VETH}*" counter drop
-"""
+# Frames that may hold an IP packet some receiver takes out: they'd pass unseen.
+_WRAPPED: Final = "ip, arp, ip6, 8021q, 8021ad, 0x8847, 0x8848, 0x8863, 0x8864, 0x894f"
 
 
 def chain(endpoint_id: str) -> str:
-    return _CHAIN + names.short(endpoint_id)
+    return _PREFIX + names.short(endpoint_id)
 
 
 def link_local(mac: str) -> IPv6Address:
@@ -45,61 +41,76 @@ def link_local(mac: str) -> IPv6Address:
     return IPv6Address(bytes.fromhex("fe80000000000000") + identifier)
 
 
+def _rules(endpoint: Endpoint) -> list[str]:
+    own = f"ether saddr {endpoint.mac}"
+    ipv4 = endpoint.ipv4.ip if endpoint.ipv4 is not None else None
+    ipv6 = endpoint.ipv6.ip if endpoint.ipv6 is not None else None
+    own6 = [link_local(endpoint.mac)] + ([ipv6] if ipv6 is not None else [])
+    sources6 = ", ".join(map(str, own6))
+    arp = "0.0.0.0" if ipv4 is None else f"0.0.0.0, {ipv4}"
+    rules = []
+    if ipv4 is not None:
+        rules.append(f"{own} ip saddr {ipv4} accept")
+    if ipv6 is not None:
+        rules.append(f"{own} ip6 saddr {ipv6} meta l4proto != icmpv6 accept")
+    return [
+        *rules,
+        f"{own} arp saddr ether {endpoint.mac} arp saddr ip {{ {arp} }} accept",
+        *(
+            # The target is at byte 8 of the message; nft before 1.0.8 has no name for it.
+            f"{own} ip6 saddr {{ {sources6} }} icmpv6 type nd-neighbor-advert"
+            f" @th,64,128 {int(target):#034x} accept"
+            for target in own6
+        ),
+        "icmpv6 type { nd-neighbor-advert, nd-router-advert, nd-redirect } counter drop",
+        f"{own} ip6 saddr {{ ::, {sources6} }} accept",
+        f"{own} ether type != {{ {_WRAPPED} }} accept",
+        "counter drop",
+    ]
+
+
 def base() -> str:
     """Commands that make the table; harmless when it is there."""
-    return _BASE
+    return f"add table {TABLE}\n"
 
 
 def add(endpoint: Endpoint) -> str:
-    """Commands that (re)make an endpoint's chain and its entry in the map."""
-    name, port, mac = chain(endpoint.id), names.host_veth(endpoint.id), endpoint.mac
-    rule = f"add rule {TABLE} {name} ether saddr {mac}"
-    lines = [
-        f"{verb} chain {TABLE} {own}" for own in (name, name + "6") for verb in ("add", "flush")
-    ]
-    arp_sources = ["0.0.0.0"]
-    if endpoint.ipv4 is not None:
-        lines.append(f"{rule} ip saddr {endpoint.ipv4.ip} accept")
-        arp_sources.append(str(endpoint.ipv4.ip))
-    # DHCP clients and IPv4 link-local probes start from 0.0.0.0; nothing of ours answers, so no rule for them.
-    lines.append(f"{rule} arp saddr ether {mac} arp saddr ip {{ {', '.join(arp_sources)} }} accept")
-    own6 = [link_local(mac)] + ([endpoint.ipv6.ip] if endpoint.ipv6 is not None else [])
-    advertise = f"add rule {TABLE} {name} icmpv6 type nd-neighbor-advert"
-    lines += [f"{advertise} @th,64,128 {int(own):#034x} goto {name}6" for own in own6]
-    lines.append(f"{advertise} counter drop")
-    lines.append(f"add rule {TABLE} {name} goto {name}6")
-    sources = ", ".join(["::", *(str(own) for own in own6)])
-    lines.append(f"add rule {TABLE} {name}6 ether saddr {mac} ip6 saddr {{ {sources} }} accept")
-    lines.append(f"add rule {TABLE} {name}6 counter drop")
-    lines.append(f'add element {TABLE} ports {{ "{port}" : goto {name} }}')
+    """Commands that (re)make an endpoint's chain; its veth must be there."""
+    name, device = chain(endpoint.id), names.host_veth(endpoint.id)
+    hook = f'type filter hook ingress device "{device}" priority 0; policy accept;'
+    lines = [f"add chain {TABLE} {name} {{ {hook} }}", f"flush chain {TABLE} {name}"]
+    lines += [f"add rule {TABLE} {name} {rule}" for rule in _rules(endpoint)]
     return "\n".join(lines) + "\n"
 
 
 def remove(endpoint_id: str) -> str:
-    """Commands that remove an endpoint; they fail if it isn't there."""
-    name, port = chain(endpoint_id), names.host_veth(endpoint_id)
-    return (
-        f'delete element {TABLE} ports {{ "{port}" }}\n'
-        f"flush chain {TABLE} {name}\n"
-        f"delete chain {TABLE} {name}\n"
-        f"delete chain {TABLE} {name}6\n"
-    )
+    """Commands that remove an endpoint's chain, or do nothing if there is none.
+
+    Linux before 6.16 removes it together with the device, later ones keep it.
+    """
+    name = chain(endpoint_id)
+    return f"add chain {TABLE} {name}\nflush chain {TABLE} {name}\ndelete chain {TABLE} {name}\n"
 
 
-def dropped(namespace: int) -> dict[str, int]:
-    """Frames dropped by the filter since the endpoint came, by the endpoint's short ID."""
-    try:
-        objects = nft.query(f"list table {TABLE}", namespace)
-    except KernelError:
-        return {}
+def present(session: Session) -> set[str]:
+    """Short IDs of the endpoints that have a chain."""
+    objects = session.query("list chains netdev")
+    chains = [item["chain"] for item in objects if "chain" in item]
+    return {
+        str(item["name"])[len(_PREFIX) :]
+        for item in chains
+        if f"{item['family']} {item['table']}" == TABLE
+    }
+
+
+def dropped(session: Session) -> dict[str, int]:
+    """Frames dropped by the filter since the endpoint's rules were made, by the endpoint's short ID."""
     counts: dict[str, int] = {}
-    for item in objects:
+    for item in session.query(f"list table {TABLE}"):
         rule: dict[str, Any] = item.get("rule", {})
-        name = str(rule.get("chain", ""))
-        if not name.startswith(_CHAIN):
-            continue
-        identifier = name[len(_CHAIN) : len(_CHAIN) + names.SHORT_ID]
+        identifier = str(rule.get("chain", ""))[len(_PREFIX) :]
         for expression in rule.get("expr", ()):
-            packets = expression.get("counter", {}).get("packets", 0) if expression else 0
-            counts[identifier] = counts.get(identifier, 0) + int(packets)
+            counter = expression.get("counter") if expression else None
+            if counter:
+                counts[identifier] = counts.get(identifier, 0) + int(counter["packets"])
     return counts

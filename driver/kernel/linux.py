@@ -1,85 +1,46 @@
 """The real kernel behind `ports.Kernel`: netlink and nftables, one overlay namespace.
 
-What exists is asked of the kernel, not remembered, except interface indexes, which are looked up anew when they
-fail. Order in `attach`: filter, bridge, VXLAN device, veth pair; a container never has an unfiltered port.
-`detach` is the mirror. Every step tolerates that it was done before.
+What exists is asked of the kernel, not remembered; what is remembered only saves questions, and is known by interface
+indexes, which the kernel doesn't use twice. `attach` makes bridge, VXLAN device, veth pair and filter; the container's end
+is down and in the host's namespace until the caller has answered, so no container ever has an unfiltered port. `detach` is
+the mirror. Every step tolerates that it was done before.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from ipaddress import ip_address
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
-
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
+from typing import Final
 
 from driver import names
 from driver.errors import KernelError
-from driver.kernel import announce, filter, nft, underlay
-from driver.kernel.namespace import OverlayNamespace, in_netns
+from driver.kernel import announce, fdb, filter, links, pin, underlay
+from driver.kernel.namespace import OVERLAY_PIN
+from driver.kernel.netlink import Sockets
+from driver.kernel.overlay import Overlay
 from driver.model import Endpoint, IPAddress, Network
 from driver.ports import Inventory
 
-_ANY_MAC: Final = "00:00:00:00:00:00"
-_SPARE_SOCKETS: Final = 16
-_GONE: Final = (errno.ENODEV, errno.ENOENT, errno.EINVAL)
+_INTERFACE_GONE: Final = (errno.ENODEV, errno.ENXIO, errno.ENETDOWN)
 
 
-class _Sockets:
-    """Netlink sockets of one namespace, each used by one thread at a time."""
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """The links of a network that this process has seen to; zero if it has no VXLAN device."""
 
-    def __init__(self, make: Callable[[], IPRoute]) -> None:
-        self._make = make
-        self._spare: queue.LifoQueue[IPRoute] = queue.LifoQueue(_SPARE_SOCKETS)
-
-    @contextmanager
-    def take(self) -> Iterator[IPRoute]:
-        try:
-            route = self._spare.get_nowait()
-        except queue.Empty:
-            route = self._make()
-        try:
-            yield route
-        except NetlinkError:
-            self._return(route)
-            raise
-        except BaseException:
-            # Half of an answer may still be in the socket.
-            route.close()
-            raise
-        else:
-            self._return(route)
-
-    def _return(self, route: IPRoute) -> None:
-        try:
-            self._spare.put_nowait(route)
-        except queue.Full:
-            route.close()
-
-    def close(self) -> None:
-        while True:
-            try:
-                self._spare.get_nowait().close()
-            except queue.Empty:
-                return
-
-
-def _translate(error: NetlinkError, what: str) -> KernelError:
-    return KernelError(f"{what}: {os.strerror(error.code) if error.code else error}")
+    bridge: int
+    vxlan: int
 
 
 class LinuxKernel:
     """`ports.Kernel` of this host.
 
     `host_run` is the host's /run; `choice` the setting UNDERLAY; `hint` answers what Docker says this host's
-    address is, if it has said it.
+    address is, if it has said it. The host's namespace is the calling thread's.
     """
 
     def __init__(
@@ -88,24 +49,62 @@ class LinuxKernel:
         choice: str = "",
         hint: Callable[[], IPAddress | None] = lambda: None,
     ) -> None:
-        self.namespace = OverlayNamespace(host_run)
+        self._host_run = host_run
         self._choice = choice
         self._hint = hint
-        self._host = _Sockets(IPRoute)
-        self._overlay = _Sockets(lambda: in_netns(self.namespace.descriptor(), IPRoute))
         self._host_namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        self._filter_lock = threading.Lock()
-        self._peers: dict[str, frozenset[IPAddress]] = {}
+        self._host = Sockets(self._host_namespace)
+        self._opening = threading.Lock()
+        self._making = threading.Lock()
+        self._opened: Overlay | None = None
+        self._made: dict[str, _Made] = {}
+        self._flooded: dict[str, tuple[int, frozenset[IPAddress]]] = {}
+
+    # --- the overlay namespace
 
     def prepare(self) -> None:
-        # A namespace that was replaced (reboot, cleanup) leaves sockets of the old one behind.
-        self._overlay.close()
-        self._peers.clear()
-        nft.run(filter.base(), self.namespace.descriptor())
+        pin.quiet(self._make_overlay().namespace)
+
+    def _overlay(self) -> Overlay | None:
+        """What is open in the overlay namespace, None if there is none."""
+        identity = pin.identity(self._host_run)
+        opened = self._opened
+        if opened is not None and opened.identity == identity:
+            return opened
+        with self._opening:
+            if self._opened is not None and self._opened.identity != identity:
+                # Somebody removed the namespace: freeflow cleanup, most likely.
+                self._forget()
+            if identity is not None and self._opened is None:
+                opened = Overlay(self._host_run, identity)
+                opened.nft.run(filter.base())
+                self._opened = opened
+            return self._opened
+
+    def _make_overlay(self) -> Overlay:
+        opened = self._overlay()
+        if opened is None:
+            with self._opening:
+                pin.make(self._host_run)
+            opened = self._overlay()
+        if opened is None:
+            raise KernelError(
+                f"{self._host_run / OVERLAY_PIN} vanished while it was made; try again"
+            )
+        return opened
+
+    def _forget(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+        self._made.clear()
+        self._flooded.clear()
+
+    # --- the underlay
 
     def underlay(self) -> underlay.Underlay:
         """Device, MTU and address that carry the overlay. Raises SettingError, KernelError."""
-        return underlay.find(self._choice, self._hint())
+        return underlay.find(self._host, self._choice, self._hint())
 
     def underlay_mtu(self) -> int:
         found = self.underlay()
@@ -114,273 +113,131 @@ class LinuxKernel:
     # --- endpoints
 
     def attach(self, network: Network, endpoint: Endpoint) -> None:
-        if not self.namespace.exists:
-            self.prepare()
-        with self._filter_lock:
-            nft.run(filter.add(endpoint), self.namespace.descriptor())
-        with self._overlay.take() as overlay:
-            bridge = self._ensure_bridge(overlay, network)
+        overlay = self._make_overlay()
+        bridge = self._bridge(overlay, network)
+        links.make_veth(self._host, overlay.links, self._host_namespace, network, endpoint, bridge)
+        overlay.nft.run(filter.add(endpoint))
+
+    def _bridge(self, overlay: Overlay, network: Network) -> int:
+        """Index of the network's bridge, made with the VXLAN device if absent."""
+        made = self._made.get(names.short(network.id))
+        if made is not None and made == self._present(overlay, network):
+            return made.bridge
+        with self._making:
+            # br_netfilter may have been loaded since the namespace was made, and filters in all namespaces then.
+            pin.quiet(overlay.namespace)
+            bridge = links.make_bridge(overlay.links, network)
             if network.overlay:
-                self._ensure_vxlan(overlay, network, bridge)
-            self._ensure_veth(overlay, network, endpoint, bridge)
-
-    def _index(self, route: IPRoute, name: str) -> int | None:
-        try:
-            return int(route.link("get", ifname=name)[0]["index"])
-        except NetlinkError as error:
-            if error.code in _GONE:
-                return None
-            raise _translate(error, f"looking up {name}") from error
-
-    def _ensure_bridge(self, overlay: IPRoute, network: Network) -> int:
-        name = names.bridge(network.id)
-        index = self._index(overlay, name)
-        if index is None:
-            try:
-                overlay.link(
-                    "add",
-                    ifname=name,
-                    kind="bridge",
-                    mtu=network.mtu,
-                    br_stp_state=0,
-                    br_mcast_snooping=0,
-                    br_forward_delay=0,
-                    state="up",
+                links.make_vxlan(
+                    self._host, overlay.links, overlay.namespace, network, self.underlay(), bridge
                 )
-            except NetlinkError as error:
-                if error.code != errno.EEXIST:
-                    raise _translate(error, f"making bridge {name}") from error
-            index = self._index(overlay, name)
-            if index is None:
-                raise KernelError(f"bridge {name} vanished while it was made; try again")
-        return index
+            self._made[names.short(network.id)] = self._present(overlay, network)
+        return bridge
 
-    def _ensure_vxlan(self, overlay: IPRoute, network: Network, bridge: int) -> None:
-        name = names.vxlan(network.id)
-        index = self._index(overlay, name)
-        if index is None:
-            carrier = self.underlay()
-            attributes: dict[str, Any] = {
-                "ifname": name,
-                "kind": "vxlan",
-                "vxlan_id": network.vni,
-                "vxlan_port": network.port,
-                "vxlan_learning": 1,
-                # As Docker's overlay: the inner packet has its own checksums.
-                "vxlan_udp_csum": 0,
-                "vxlan_udp_zero_csum6_rx": 1,
-                "mtu": network.mtu,
-                "net_ns_fd": self.namespace.descriptor(),
-            }
-            if carrier.address is not None:
-                key = "vxlan_local" if carrier.address.version == 4 else "vxlan_local6"
-                attributes[key] = str(carrier.address)
-            try:
-                # From the host's namespace: the device's UDP socket stays where it was made.
-                with self._host.take() as host:
-                    host.link("add", **attributes)
-            except NetlinkError as error:
-                if error.code == errno.EADDRINUSE or (
-                    error.code == errno.EEXIST and self._index(overlay, name) is None
-                ):
-                    raise KernelError(
-                        f"network {network.id}: VNI {network.vni} on UDP port {network.port} is taken by another "
-                        "VXLAN device of this host; create the network with another -o vni="
-                    ) from error
-                if error.code != errno.EEXIST:
-                    raise _translate(error, f"making VXLAN device {name}") from error
-            index = self._index(overlay, name)
-        overlay.link("set", index=index, master=bridge, state="up")
-
-    def _ensure_veth(
-        self, overlay: IPRoute, network: Network, endpoint: Endpoint, bridge: int
-    ) -> None:
-        port, inner = names.host_veth(endpoint.id), names.container_veth(endpoint.id)
-        try:
-            overlay.link(
-                "add",
-                ifname=port,
-                kind="veth",
-                mtu=network.mtu,
-                master=bridge,
-                state="up",
-                peer={
-                    "ifname": inner,
-                    "mtu": network.mtu,
-                    "address": endpoint.mac,
-                    "net_ns_fd": self._host_namespace,
-                },
-            )
-        except NetlinkError as error:
-            if error.code != errno.EEXIST:
-                raise _translate(error, f"making veth pair {port}") from error
-            index = self._index(overlay, port)
-            if index is None:
-                # The name is taken on the host's side: the rest of a container that was never joined.
-                with self._host.take() as host:
-                    self._delete(host, inner)
-                self._ensure_veth(overlay, network, endpoint, bridge)
-                return
-            overlay.link("set", index=index, master=bridge, state="up")
+    @staticmethod
+    def _present(overlay: Overlay, network: Network) -> _Made:
+        vxlan = overlay.links.index(names.vxlan(network.id)) if network.overlay else None
+        return _Made(overlay.links.index(names.bridge(network.id)) or 0, vxlan or 0)
 
     def detach(self, network_id: str, endpoint_id: str) -> None:
-        if not self.namespace.exists:
-            return
-        with self._overlay.take() as overlay:
-            self._delete(overlay, names.host_veth(endpoint_id))
-        with self._filter_lock:
-            try:
-                nft.run(filter.remove(endpoint_id), self.namespace.descriptor())
-            except KernelError:
-                # One transaction: all of it is there, or nothing is.
-                if filter.chain(endpoint_id) in self._chains():
-                    raise
-
-    def _chains(self) -> set[str]:
-        objects = nft.query("list chains bridge", self.namespace.descriptor())
-        return {str(item["chain"]["name"]) for item in objects if "chain" in item}
-
-    def _delete(self, route: IPRoute, name: str) -> bool:
-        index = self._index(route, name)
-        if index is None:
-            return False
-        try:
-            route.link("del", index=index)
-        except NetlinkError as error:
-            if error.code not in _GONE:
-                raise _translate(error, f"removing {name}") from error
-        return True
+        overlay = self._overlay()
+        if overlay is not None:
+            overlay.links.delete(names.host_veth(endpoint_id))
+            overlay.nft.run(filter.remove(endpoint_id))
+        # Gone with its other end, unless that was in an earlier overlay namespace.
+        self._host.delete(names.container_veth(endpoint_id))
 
     def remove_network(self, network_id: str) -> None:
-        self._peers.pop(network_id, None)
-        if not self.namespace.exists:
-            return
-        with self._overlay.take() as overlay:
-            self._delete(overlay, names.vxlan(network_id))
-            self._delete(overlay, names.bridge(network_id))
+        self._made.pop(names.short(network_id), None)
+        self._flooded.pop(names.short(network_id), None)
+        overlay = self._overlay()
+        if overlay is not None:
+            overlay.links.delete(names.vxlan(network_id))
+            overlay.links.delete(names.bridge(network_id))
 
     # --- peers
 
     def set_peers(self, network_id: str, peers: Iterable[IPAddress]) -> frozenset[IPAddress]:
-        wanted = frozenset(peers)
-        if self._peers.get(network_id) == wanted or not self.namespace.exists:
+        overlay, wanted, short = self._overlay(), frozenset(peers), names.short(network_id)
+        index = overlay.links.index(names.vxlan(network_id)) if overlay is not None else None
+        if overlay is None or index is None or self._flooded.get(short) == (index, wanted):
             return frozenset()
-        with self._overlay.take() as overlay:
-            index = self._index(overlay, names.vxlan(network_id))
-            if index is None:
-                return frozenset()
-            present = self._flood_list(overlay, index)
-            for address in wanted - present:
-                self._forward(overlay, "append", index, address)
-            for address in present - wanted:
-                self._forward(overlay, "del", index, address)
-        self._peers[network_id] = wanted
-        return wanted - present
-
-    def _flood_list(self, overlay: IPRoute, index: int) -> frozenset[IPAddress]:
-        return frozenset(
-            ip_address(entry.get_attr("NDA_DST"))
-            for entry in overlay.fdb("dump", ifindex=index)
-            if entry["ifindex"] == index
-            and entry.get_attr("NDA_LLADDR") == _ANY_MAC
-            and entry.get_attr("NDA_DST")
-        )
-
-    def _forward(self, overlay: IPRoute, action: str, index: int, address: IPAddress) -> None:
-        try:
-            overlay.fdb(action, ifindex=index, lladdr=_ANY_MAC, dst=str(address))
-        except NetlinkError as error:
-            if error.code not in (errno.EEXIST, errno.ENOENT):
-                raise _translate(error, f"peer {address}: {action} in the flood list") from error
+        self._flooded.pop(short, None)
+        added = fdb.flood(overlay.links, index, wanted)
+        self._flooded[short] = (index, wanted)
+        return added
 
     def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
-        if not self.namespace.exists:
+        overlay = self._overlay()
+        if overlay is None:
             return
         try:
-            announce.send(self.namespace.descriptor(), names.bridge(network_id), endpoints)
+            announce.send(overlay.packets, names.bridge(network_id), endpoints)
         except OSError as error:
-            if error.errno not in (errno.ENODEV, errno.ENXIO, errno.ENETDOWN):
+            if error.errno not in _INTERFACE_GONE:
                 raise KernelError(
                     f"announcing endpoints of network {network_id}: {error.strerror}"
                 ) from error
 
+    def learned(self, network_id: str) -> dict[str, IPAddress]:
+        """MAC address → the peer behind which the VXLAN device has learned it."""
+        overlay = self._overlay()
+        index = overlay.links.index(names.vxlan(network_id)) if overlay is not None else None
+        if overlay is None or index is None:
+            return {}
+        return fdb.learned(overlay.links, index)
+
     def locate(self, network_id: str, mac: str) -> IPAddress | None:
-        """The peer behind which the VXLAN device has learned a MAC address; None: local, or not learned."""
-        if not self.namespace.exists:
-            return None
-        with self._overlay.take() as overlay:
-            index = self._index(overlay, names.vxlan(network_id))
-            if index is None:
-                return None
-            for entry in overlay.fdb("dump", ifindex=index):
-                if (
-                    entry["ifindex"] == index
-                    and entry.get_attr("NDA_LLADDR") == mac.lower()
-                    and entry.get_attr("NDA_DST")
-                ):
-                    return ip_address(entry.get_attr("NDA_DST"))
-        return None
+        """The peer behind which a MAC address is; None: on this host, or not learned."""
+        return self.learned(network_id).get(mac.lower())
 
     # --- what exists
 
-    def _names(self, route: IPRoute) -> list[str]:
-        return [str(link.get_attr("IFLA_IFNAME")) for link in route.get_links()]
-
     def inventory(self) -> Inventory:
-        if not self.namespace.exists:
+        overlay = self._overlay()
+        if overlay is None:
             return Inventory(frozenset(), frozenset())
-        with self._overlay.take() as overlay:
-            found = self._names(overlay)
+        found = {name: name[len(names.BRIDGE) :] for name in self.links()}
+        endpoints = {short for name, short in found.items() if name.startswith(names.HOST_VETH)}
         return Inventory(
             networks=frozenset(
-                name[3:] for name in found if name.startswith((names.BRIDGE, names.VXLAN))
+                short
+                for name, short in found.items()
+                if name.startswith((names.BRIDGE, names.VXLAN))
             ),
-            endpoints=frozenset(name[3:] for name in found if name.startswith(names.HOST_VETH))
-            | frozenset(
-                chain[2 : 2 + names.SHORT_ID] for chain in self._chains() if chain.startswith("ep")
-            ),
+            endpoints=frozenset(endpoints),
+            filters=frozenset(filter.present(overlay.nft) - endpoints),
         )
 
     def links(self) -> dict[str, dict[str, int]]:
-        """Counters of our links in the overlay namespace by name: bytes and packets each way, drops (rtnl_link_stats64)."""
-        if not self.namespace.exists:
+        """Our links in the overlay namespace by name, with their counters: bytes, packets and drops each way."""
+        overlay = self._overlay()
+        if overlay is None:
             return {}
-        result: dict[str, dict[str, int]] = {}
-        with self._overlay.take() as overlay:
-            for link in overlay.get_links():
-                stats = link.get_attr("IFLA_STATS64")
-                name = str(link.get_attr("IFLA_IFNAME"))
-                if stats and name.startswith(names.PREFIXES):
-                    result[name] = {
-                        key: int(stats[key])
-                        for key in (
-                            "rx_bytes",
-                            "tx_bytes",
-                            "rx_packets",
-                            "tx_packets",
-                            "rx_dropped",
-                            "tx_dropped",
-                        )
-                    }
-        return result
+        return {
+            link.name: link.counters
+            for link in overlay.links.links()
+            if link.name.startswith(names.PREFIXES)
+        }
 
     def spoofed(self) -> dict[str, int]:
         """Frames that the source filter dropped, by the endpoint's short ID."""
-        return filter.dropped(self.namespace.descriptor()) if self.namespace.exists else {}
+        overlay = self._overlay()
+        return filter.dropped(overlay.nft) if overlay is not None else {}
 
     def cleanup(self) -> list[str]:
-        removed: list[str] = []
-        with self._host.take() as host:
-            for name in self._names(host):
-                if name.startswith(names.CONTAINER_VETH) and self._delete(host, name):
-                    removed.append(name)
-        if self.namespace.exists:
-            with self._overlay.take() as overlay:
-                for name in self._names(overlay):
-                    if name.startswith(names.PREFIXES) and self._delete(overlay, name):
-                        removed.append(name)
-        self._overlay.close()
-        self._peers.clear()
-        if self.namespace.remove():
-            removed.append(str(self.namespace.path))
+        removed = [
+            link.name
+            for link in self._host.links()
+            if link.name.startswith(names.CONTAINER_VETH) and self._host.delete(link.name)
+        ]
+        overlay = self._overlay()
+        if overlay is not None:
+            # One by one: the namespace lives on while any process has it open.
+            removed += [name for name in self.links() if overlay.links.delete(name)]
+            overlay.nft.run(f"add table {filter.TABLE}\ndelete table {filter.TABLE}\n")
+        with self._opening:
+            self._forget()
+        if pin.remove(self._host_run):
+            removed.append(str(OVERLAY_PIN))
         return removed

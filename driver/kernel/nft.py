@@ -1,32 +1,35 @@
 """nftables through libnftables, in any network namespace, each call one atomic transaction.
 
-The library opens its netlink socket in the calling thread's namespace when its context is made, so a
-context is made, used and freed inside one call. Interface: libnftables(3), syntax: nft(8).
+The library opens its netlink socket in the calling thread's namespace when its context is made, and keeps it: a
+`Session` stays in the namespace where it was made, whichever thread uses it. Closing that socket makes the kernel wait
+for everything that was removed before (10 ms and more), so whoever changes rules often keeps a session.
+Interface: libnftables(3), libnftables-json(5); syntax: nft(8).
 """
 
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import functools
 import json
+import threading
+import weakref
 from pathlib import Path
 from typing import Any, Final
 
 from driver.errors import KernelError
 from driver.kernel.namespace import in_netns
 
+_LIBRARY: Final = "libnftables.so.1"
 _OUTPUT_JSON: Final = 1 << 4
 _OUTPUT_NUMERIC: Final = 1 << 11 | 0x3F << 5
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    name = ctypes.util.find_library("nftables") or "libnftables.so.1"
     try:
-        library = ctypes.CDLL(name)
+        library = ctypes.CDLL(_LIBRARY)
     except OSError as error:
-        raise KernelError(f"{name} can't be loaded: {error}; install libnftables1") from error
+        raise KernelError(f"{_LIBRARY} can't be loaded: {error}; install libnftables1") from error
     library.nft_ctx_new.restype = ctypes.c_void_p
     library.nft_ctx_new.argtypes = [ctypes.c_uint32]
     library.nft_ctx_free.argtypes = [ctypes.c_void_p]
@@ -41,49 +44,82 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _execute(commands: str, flags: int) -> str:
-    library = _library()
-    context = library.nft_ctx_new(0)
-    if not context:
-        raise KernelError("nftables: no context; does the kernel have nf_tables?")
-    try:
-        library.nft_ctx_buffer_output(context)
-        library.nft_ctx_buffer_error(context)
-        library.nft_ctx_output_set_flags(context, flags)
-        result = library.nft_run_cmd_from_buffer(context, commands.encode())
+class Session:
+    """A context of the library, in the calling thread's namespace; usable from any thread."""
+
+    def __init__(self) -> None:
+        self._library = _library()
+        self._context = self._library.nft_ctx_new(0)
+        if not self._context:
+            raise KernelError("nftables: no context; does the kernel have nf_tables?")
+        self._library.nft_ctx_buffer_output(self._context)
+        self._library.nft_ctx_buffer_error(self._context)
+        self._lock = threading.Lock()
+        self._free = weakref.finalize(self, self._library.nft_ctx_free, self._context)
+
+    def close(self) -> None:
+        """Free the context; not while another thread uses it."""
+        with self._lock:
+            self._free()
+
+    def _execute(self, commands: str, flags: int) -> str:
+        library = self._library
+        with self._lock:
+            if not self._free.alive:
+                raise KernelError("nftables: the namespace was removed meanwhile; try again")
+            library.nft_ctx_output_set_flags(self._context, flags)
+            result = library.nft_run_cmd_from_buffer(self._context, commands.encode())
+            # Reading a buffer also empties it.
+            output = library.nft_ctx_get_output_buffer(self._context) or b""
+            error = library.nft_ctx_get_error_buffer(self._context) or b""
         if result != 0:
-            error = (library.nft_ctx_get_error_buffer(context) or b"").decode(errors="replace")
-            first = next((line for line in error.splitlines() if line.strip()), "no reason given")
+            lines = error.decode(errors="replace").splitlines()
+            first = next((line for line in lines if line.strip()), "no reason given")
             raise KernelError(f"nftables refused: {first.strip()}")
-        return (library.nft_ctx_get_output_buffer(context) or b"").decode()
-    finally:
-        library.nft_ctx_free(context)
+        return bytes(output).decode()
+
+    def run(self, commands: str) -> None:
+        """Run nft(8) commands as one transaction.
+
+        Raises:
+            KernelError: with nft's own first line.
+        """
+        self._execute(commands, 0)
+
+    def query(self, commands: str) -> list[dict[str, Any]]:
+        """Run a listing command; the objects of libnftables-json(5) without the metainfo.
+
+        Raises:
+            KernelError: with nft's own first line.
+        """
+        text = self._execute(commands, _OUTPUT_JSON | _OUTPUT_NUMERIC)
+        if not text.strip():
+            return []
+        objects: list[dict[str, Any]] = json.loads(text)["nftables"]
+        return [item for item in objects if "metainfo" not in item]
 
 
 def run(commands: str, netns: Path | int | None = None) -> None:
-    """Run nft(8) commands as one transaction, in `netns` (path or descriptor) or the current namespace.
+    """`Session.run` once, in `netns` (path or descriptor) or the calling thread's namespace."""
 
-    Raises:
-        KernelError: with nft's own first line.
-    """
-    if netns is None:
-        _execute(commands, 0)
-    else:
-        in_netns(netns, lambda: _execute(commands, 0))
+    def body() -> None:
+        session = Session()
+        try:
+            session.run(commands)
+        finally:
+            session.close()
+
+    body() if netns is None else in_netns(netns, body)
 
 
 def query(commands: str, netns: Path | int | None = None) -> list[dict[str, Any]]:
-    """Run a listing command; the objects of libnftables-json(5) without the metainfo.
+    """`Session.query` once, in `netns` (path or descriptor) or the calling thread's namespace."""
 
-    Raises:
-        KernelError: with nft's own first line.
-    """
+    def body() -> list[dict[str, Any]]:
+        session = Session()
+        try:
+            return session.query(commands)
+        finally:
+            session.close()
 
-    def ask() -> str:
-        return _execute(commands, _OUTPUT_JSON | _OUTPUT_NUMERIC)
-
-    text = ask() if netns is None else in_netns(netns, ask)
-    if not text.strip():
-        return []
-    objects: list[dict[str, Any]] = json.loads(text)["nftables"]
-    return [item for item in objects if "metainfo" not in item]
+    return body() if netns is None else in_netns(netns, body)

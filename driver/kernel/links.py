@@ -1,0 +1,178 @@
+"""Bridge and VXLAN device of a network, veth pair of an endpoint: each made whole by one request, or mended.
+
+The VXLAN device is made from the host's namespace straight into the overlay namespace: its UDP socket stays where it was
+made, so its datagrams take the host's routes and its frames the overlay namespace's bridge.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any, Final
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from driver import names
+from driver.errors import KernelError
+from driver.kernel.netlink import Sockets, translate
+from driver.kernel.underlay import Underlay
+from driver.model import Endpoint, IPAddress, Network
+
+_UP: Final = 1
+
+
+def bridge_mac(network_id: str) -> str:
+    """A bridge's own MAC address: fixed, or it would change with its ports. Nothing is ever sent from it."""
+    digits = f"{int.from_bytes(names.short(network_id).encode(), 'big') & 0xFFFFFFFF:08x}"
+    return "06:ff:" + ":".join(digits[i : i + 2] for i in range(0, 8, 2))
+
+
+def make_bridge(overlay: Sockets, network: Network) -> int:
+    """The index of the network's bridge, made if absent."""
+    name = names.bridge(network.id)
+    index = overlay.index(name)
+    if index is None:
+        with overlay.take() as route:
+            try:
+                route.link(
+                    "add",
+                    ifname=name,
+                    kind="bridge",
+                    address=bridge_mac(network.id),
+                    mtu=network.mtu,
+                    # One bridge and one VXLAN device per host can't make a loop.
+                    br_stp_state=0,
+                    br_forward_delay=0,
+                    # Flood multicast: no querier lives on an overlay, without one snooping loses groups.
+                    br_mcast_snooping=0,
+                    state="up",
+                )
+            except NetlinkError as error:
+                if error.code != errno.EEXIST:
+                    raise translate(error, f"making bridge {name}") from error
+        index = overlay.index(name)
+        if index is None:
+            raise KernelError(f"bridge {name} vanished while it was made; try again")
+    return index
+
+
+def _vxlan_attributes(network: Network, local: IPAddress | None) -> dict[str, Any]:
+    attributes: dict[str, Any] = {
+        "ifname": names.vxlan(network.id),
+        "kind": "vxlan",
+        "vxlan_id": network.vni,
+        "vxlan_port": network.port,
+        "vxlan_learning": 1,
+        # As Docker's overlay: inner packets have their own checksums.
+        "vxlan_udp_csum": 0,
+        "vxlan_udp_zero_csum6_rx": 1,
+        "mtu": network.mtu,
+        "state": "up",
+    }
+    if local is not None:
+        attributes["vxlan_local" if local.version == 4 else "vxlan_local6"] = str(local)
+    return attributes
+
+
+def _is_current(link: Any, network: Network, local: IPAddress | None) -> bool:
+    """Whether an existing VXLAN device is the one that would be made now."""
+    info = link.get_attr("IFLA_LINKINFO")
+    data = info and info.get_attr("IFLA_INFO_DATA")
+    if not data:
+        return False
+    own = data.get_attr("IFLA_VXLAN_LOCAL") or data.get_attr("IFLA_VXLAN_LOCAL6")
+    return (
+        data.get_attr("IFLA_VXLAN_ID") == network.vni
+        and data.get_attr("IFLA_VXLAN_PORT") == network.port
+        # Where nothing says which address is ours, any will do.
+        and (local is None or own == str(local))
+    )
+
+
+def make_vxlan(
+    host: Sockets,
+    overlay: Sockets,
+    namespace: int,
+    network: Network,
+    underlay: Underlay,
+    bridge: int,
+) -> None:
+    """Make the network's VXLAN device a port of its bridge; one with other properties is replaced."""
+    name = names.vxlan(network.id)
+    index = overlay.index(name)
+    if index is not None:
+        with overlay.take() as route:
+            link = route.link("get", index=index)[0]
+            if _is_current(link, network, underlay.address):
+                _mend_port(route, link, bridge)
+                return
+        overlay.delete(name)
+    with host.take() as route:
+        try:
+            route.link(
+                "add",
+                net_ns_fd=namespace,
+                master=bridge,
+                **_vxlan_attributes(network, underlay.address),
+            )
+        except NetlinkError as error:
+            raise _vxlan_refused(error, overlay, network) from error
+
+
+def _vxlan_refused(error: NetlinkError, overlay: Sockets, network: Network) -> KernelError:
+    if error.code in (errno.EEXIST, errno.EADDRINUSE):
+        return KernelError(
+            f"network {network.id}: VNI {network.vni} on UDP port {network.port} is taken by another VXLAN device "
+            "of this host; create the network with another -o vni=, or see freeflow doctor"
+        )
+    return translate(error, f"making VXLAN device {names.vxlan(network.id)}")
+
+
+def _mend_port(route: IPRoute, link: Any, bridge: int) -> None:
+    if link.get_attr("IFLA_MASTER") != bridge or not link["flags"] & _UP:
+        try:
+            route.link("set", index=link["index"], master=bridge, state="up")
+        except NetlinkError as error:
+            name = link.get_attr("IFLA_IFNAME")
+            raise translate(error, f"making {name} a port of its bridge") from error
+
+
+def make_veth(
+    host: Sockets,
+    overlay: Sockets,
+    host_namespace: int,
+    network: Network,
+    endpoint: Endpoint,
+    bridge: int,
+) -> bool:
+    """Make the endpoint's veth pair: one end an up port of the bridge, the other in the host's namespace, down.
+
+    Returns false if there was one, which is mended.
+    """
+    port, inner = names.host_veth(endpoint.id), names.container_veth(endpoint.id)
+    index = overlay.index(port)
+    if index is not None:
+        with overlay.take() as route:
+            _mend_port(route, route.link("get", index=index)[0], bridge)
+        return False
+    # The rest of a pair whose other end went with an earlier overlay namespace.
+    host.delete(inner)
+    with overlay.take() as route:
+        try:
+            route.link(
+                "add",
+                ifname=port,
+                kind="veth",
+                mtu=network.mtu,
+                master=bridge,
+                state="up",
+                peer={
+                    "ifname": inner,
+                    "mtu": network.mtu,
+                    "address": endpoint.mac,
+                    "net_ns_fd": host_namespace,
+                },
+            )
+        except NetlinkError as error:
+            raise translate(error, f"making veth pair {port}") from error
+    return True

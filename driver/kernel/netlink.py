@@ -1,0 +1,190 @@
+"""Netlink sockets that many threads share, and what all requests have in common.
+
+A pyroute2 socket serves one conversation at a time: `Sockets` hands each to one thread at a time and keeps a few
+open, since opening one in another namespace costs a thread. Looking up an index by name takes no netlink at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import queue
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from pyroute2 import IPRoute
+from pyroute2.netlink import NLM_F_DUMP, NLM_F_REQUEST
+from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
+from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_NEWLINK
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+
+from driver.errors import KernelError
+from driver.kernel.namespace import in_netns
+
+T = TypeVar("T")
+
+_SPARE: Final = 16
+_DUMP_TRIES: Final = 20
+_SIOCGIFINDEX: Final = 0x8933
+_GONE: Final = (errno.ENODEV, errno.ENOENT, errno.ENXIO)
+
+_IFLA_IFNAME: Final = 3
+_IFLA_STATS64: Final = 23
+_HEADER: Final = struct.Struct("=IHHII")
+_IFINFO: Final = struct.Struct("=BxHiII")
+_ATTRIBUTE: Final = struct.Struct("=HH")
+# The first of struct rtnl_link_stats64 (if_link.h).
+_COUNTERS: Final = (
+    "rx_packets",
+    "tx_packets",
+    "rx_bytes",
+    "tx_bytes",
+    "rx_errors",
+    "tx_errors",
+    "rx_dropped",
+    "tx_dropped",
+)
+_STATS: Final = struct.Struct("=8Q")
+
+
+def translate(error: NetlinkError, what: str) -> KernelError:
+    """Our exception for the kernel's refusal of `what`."""
+    return KernelError(f"{what}: {os.strerror(error.code) if error.code > 0 else error}")
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """An interface. Its counters are bytes and packets since it was made, as the interface itself sees them."""
+
+    index: int
+    name: str
+    counters: dict[str, int]
+
+
+class Sockets:
+    """Netlink sockets of one network namespace. `namespace` is its descriptor, owned by the caller."""
+
+    def __init__(self, namespace: int) -> None:
+        self._namespace = namespace
+        self._spare: queue.LifoQueue[IPRoute] = queue.LifoQueue(_SPARE)
+        self._closed = False
+        self._any = in_netns(namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+
+    @contextmanager
+    def take(self) -> Iterator[IPRoute]:
+        """A socket for the calling thread alone."""
+        try:
+            route = self._spare.get_nowait()
+        except queue.Empty:
+            route = in_netns(self._namespace, IPRoute)
+        try:
+            yield route
+        except NetlinkError:
+            self._put_back(route)
+            raise
+        except BaseException:
+            # Half of an answer may still be in the socket.
+            route.close()
+            raise
+        self._put_back(route)
+
+    def _put_back(self, route: IPRoute) -> None:
+        if not self._closed:
+            try:
+                self._spare.put_nowait(route)
+                return
+            except queue.Full:
+                pass
+        route.close()
+
+    def close(self) -> None:
+        """Close what no thread uses; the others when they come back."""
+        self._closed = True
+        self._any.close()
+        while True:
+            try:
+                self._spare.get_nowait().close()
+            except queue.Empty:
+                return
+
+    def index(self, name: str) -> int | None:
+        """Index of an interface of the namespace; None if there is none of this name."""
+        request = struct.pack("16si20x", name.encode(), 0)
+        try:
+            answer = fcntl.ioctl(self._any, _SIOCGIFINDEX, request)
+        except OSError as error:
+            if error.errno in _GONE:
+                return None
+            raise KernelError(f"looking up {name}: {error.strerror}") from error
+        return int(struct.unpack_from("16si", answer)[1])
+
+    def delete(self, name: str) -> bool:
+        """Remove an interface; false if there is none of this name."""
+        index = self.index(name)
+        if index is None:
+            return False
+        with self.take() as route:
+            try:
+                route.link("del", index=index)
+            except NetlinkError as error:
+                if error.code not in (*_GONE, errno.EINVAL):
+                    raise translate(error, f"removing {name}") from error
+        return True
+
+    def links(self) -> list[Link]:
+        """All interfaces of the namespace."""
+
+        def ask(route: IPRoute) -> list[Link]:
+            found: list[Link] = []
+
+            def parse(data: bytes, offset: int, length: int) -> Any:
+                size, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
+                if kind != RTM_NEWLINK:
+                    return route.marshal.parse_one_message(
+                        kind, flags, sequence, data, offset, length
+                    )
+                found.append(_link(data, offset + _HEADER.size, offset + size))
+                header = {"type": kind, "flags": flags, "sequence_number": sequence}
+                return {"header": {**header, "error": None}}
+
+            request = ifinfmsg()
+            route.nlm_request(
+                request, RTM_GETLINK, msg_flags=NLM_F_REQUEST | NLM_F_DUMP, parser=parse
+            )
+            return found
+
+        return self.dump(ask)
+
+    def dump(self, ask: Callable[[IPRoute], T]) -> T:
+        """What `ask` lists, from one moment: again if what is listed changed meanwhile (NLM_F_DUMP_INTR)."""
+        for _ in range(_DUMP_TRIES):
+            with self.take() as route:
+                try:
+                    return ask(route)
+                except NetlinkDumpInterrupted:
+                    continue
+                except NetlinkError as error:
+                    raise translate(error, "listing links or forwarding entries") from error
+        raise KernelError("the host's links change faster than they can be listed; try again")
+
+
+def _link(data: bytes, offset: int, end: int) -> Link:
+    """Read an RTM_NEWLINK message: pyroute2's own decoding costs a hundred times as much, with 200 links too much."""
+    index = _IFINFO.unpack_from(data, offset)[2]
+    offset += _IFINFO.size
+    name, counters = "", dict.fromkeys(_COUNTERS, 0)
+    while offset + _ATTRIBUTE.size <= end:
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        if length < _ATTRIBUTE.size:
+            break
+        if kind == _IFLA_IFNAME:
+            name = bytes(data[offset + 4 : offset + length - 1]).decode()
+        elif kind == _IFLA_STATS64:
+            counters = dict(zip(_COUNTERS, _STATS.unpack_from(data, offset + 4), strict=True))
+        offset += (length + 3) & ~3
+    return Link(index, name, counters)

@@ -1,0 +1,31 @@
+"""What one plugin process keeps open in the overlay namespace, so that no call has to enter it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from driver.kernel.namespace import OVERLAY_PIN, in_netns
+from driver.kernel.netlink import Sockets
+from driver.kernel.nft import Session
+
+
+class Overlay:
+    """Netlink sockets, an nft session and a packet socket; each stays in the namespace where it was opened."""
+
+    def __init__(self, host_run: Path, identity: tuple[int, int]) -> None:
+        self.identity = identity
+        self.namespace = os.open(host_run / OVERLAY_PIN, os.O_RDONLY | os.O_CLOEXEC)
+        self.links = Sockets(self.namespace)
+        self.nft = in_netns(self.namespace, Session)
+        self.packets = in_netns(
+            self.namespace, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        )
+
+    def close(self) -> None:
+        """Let the namespace go. Calls that are under way fail, or end in it."""
+        self.links.close()
+        self.nft.close()
+        self.packets.close()
+        os.close(self.namespace)
