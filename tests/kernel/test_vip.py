@@ -15,6 +15,7 @@ import pytest
 
 from driver.kernel import nft
 from driver.kernel.namespace import in_netns
+from driver.model import VipTable
 from driver.vip import NftBalancer
 from tests.kernel.vip_hosts import PORT, VIP, Container, World, address, ask, world
 
@@ -260,7 +261,10 @@ def test_dns_rules_of_docker_live_beside(
         ):
             client.run(tool, "--wait", "-t", "nat", *rule.split())
 
-    steps = [docker_rules, lambda: balancer.apply(client.path, {VIP: three.addresses})]
+    def vip_rules() -> None:
+        balancer.apply(client.path, {VIP: three.addresses})
+
+    steps = [docker_rules, vip_rules]
     for step in steps if order == "dns first" else reversed(steps):
         step()
 
@@ -270,7 +274,8 @@ def test_dns_rules_of_docker_live_beside(
         asker.connect(("127.0.0.11", 53))
         return asker
 
-    for table in ({VIP: three.addresses}, {VIP: three.addresses[:1]}, {VIP: ()}, {}):
+    tables: list[VipTable] = [{VIP: three.addresses}, {VIP: three.addresses[:1]}, {VIP: ()}, {}]
+    for table in tables:
         balancer.apply(client.path, table)
         with in_netns(client.path, question) as asker:
             asker.send(b"who?")
