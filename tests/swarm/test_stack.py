@@ -1,0 +1,75 @@
+"""A stack that comes up on Docker's overlay comes up on FreeFlow with only the driver's name changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.swarm.conftest import unique
+from tests.testbed import Bed, Host, wait_until
+
+STACK = """
+version: "3.8"
+services:
+  cache:
+    image: workload:latest
+    command: redis-server --protected-mode no --bind 0.0.0.0
+    networks: [back]
+    deploy: {{replicas: 1}}
+  web:
+    image: workload:latest
+    command: sh -c "echo page > /var/www/html/index.html; exec nginx -g 'daemon off;'"
+    networks: [back, front]
+    deploy:
+      replicas: 3
+      endpoint_mode: {mode}
+  client:
+    image: workload:latest
+    command: sleep infinity
+    networks: [front, back]
+networks:
+  back:
+    driver: {driver}
+  front:
+    driver: {driver}
+    attachable: true
+"""
+
+
+# IPVS, which overlay's VIPs need, isn't in every kernel: there the stack runs with dnsrr.
+@pytest.mark.parametrize(("driver", "mode"), [("freeflow:latest", "vip"), ("overlay", "dnsrr")])
+def test_the_same_stack_on_both_drivers(bed: Bed, manager: Host, driver: str, mode: str) -> None:
+    """All services of the stack run, and the client reaches the web by its short name and the cache by its own."""
+    name = unique("stack")
+    manager.docker(
+        *("stack", "deploy", "--resolve-image", "never", "-c", "-", name),
+        stdin=STACK.format(driver=driver, mode=mode),
+    )
+    try:
+
+        def complete() -> bool:
+            text = manager.docker("stack", "services", "--format", "{{.Replicas}}", name)
+            return sorted(text.split()) == ["1/1", "1/1", "3/3"]
+
+        wait_until("all services", complete, 90, 0.5)
+        host, client = next(
+            (host, found[0])
+            for host in bed.hosts
+            if (found := host.docker("ps", "-q", "-f", f"name={name}_client").split())
+        )
+        page = wait_until(
+            "the web",
+            lambda: host.exec(client, "curl", "-s", "-m", "3", "http://web/", check=False).strip(),
+            20,
+        )
+        assert page == "page"
+        if mode == "vip":
+            # The cache's VIP; on overlay it needs IPVS.
+            assert "PONG" in host.exec(client, "redis-cli", "-h", "cache", "ping")
+        assert "PONG" in host.exec(client, "redis-cli", "-h", "tasks.cache", "ping")
+    finally:
+        manager.docker("stack", "rm", name)
+        wait_until(
+            "the stack's networks to go",
+            lambda: not manager.docker("network", "ls", "-q", "-f", f"name={name}_").strip(),
+            60,
+        )
