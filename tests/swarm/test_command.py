@@ -15,13 +15,8 @@ def test_status_is_well_and_complete(bed: Bed, manager: Host) -> None:
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=4)
     box = run_container(manager, network)
-    text = wait_until(
-        "the service in status",
-        lambda: (
-            (shown := manager.freeflow("status")) if service in manager.freeflow("status") else ""
-        ),
-        20,
-    )
+    wait_until("the service in status", lambda: service in manager.freeflow("status"), 20)
+    text = manager.freeflow("status")
     assert text.startswith("FreeFlow ")
     assert " is well: " in text.splitlines()[0]
     for expected in (network, box, str(bed.hosts[1].address), "overlay"):
@@ -77,16 +72,15 @@ def test_doctor_finds_nothing_on_a_good_host(bed: Bed, manager: Host) -> None:
     for host in bed.hosts:
         run_container(host, network)
     for host in bed.hosts:
-        report = wait_until(
-            f"doctor on {host.name}",
-            lambda h=host: (
-                (r := json.loads(h.freeflow("doctor", "--json", check=False)))
-                and not r["findings"]
-                and r
-            ),  # type: ignore[misc]
-            20,
-            1,
-        )
+
+        def findings(on: Host = host) -> list[object]:
+            found: list[object] = json.loads(on.freeflow("doctor", "--json", check=False))[
+                "findings"
+            ]
+            return found
+
+        wait_until(f"nothing to find on {host.name}", lambda ask=findings: not ask(), 20, 1)  # type: ignore[misc]
+        report = json.loads(host.freeflow("doctor", "--json"))
         assert len(report["passed"]) >= 8
 
 
