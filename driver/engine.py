@@ -13,7 +13,7 @@ import http.client
 import socket
 import threading
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from ipaddress import (
     IPv4Address,
     IPv4Interface,
@@ -104,7 +104,6 @@ def _peers(answer: Mapping[str, Any]) -> tuple[Peer, ...]:
 def _services(answer: Mapping[str, Any]) -> tuple[Service, ...]:
     found = []
     for name, service in _items(answer.get("Services")).items():
-        # Containers of an attachable network that belong to no service stand under the empty name.
         if not name or not isinstance(service, Mapping):
             continue
         tasks = []
@@ -115,6 +114,12 @@ def _services(answer: Mapping[str, Any]) -> tuple[Service, ...]:
         tasks.sort(key=lambda item: (item.address, item.endpoint_id))
         found.append(Service(name, _ipv4(service.get("VIP")), tuple(tasks)))
     return tuple(sorted(found, key=lambda item: item.name))
+
+
+def _others(answer: Mapping[str, Any]) -> frozenset[IPv4Address]:
+    # Containers of an attachable network that belong to no service stand under the empty name.
+    tasks = _list(_items(_items(answer.get("Services")).get("")).get("Tasks"))
+    return frozenset(a for task in tasks if (a := _ipv4(task.get("EndpointIP"))) is not None)
 
 
 def _containers(answer: Mapping[str, Any]) -> tuple[LocalContainer, ...]:
@@ -154,7 +159,7 @@ def _subnets(answer: Mapping[str, Any]) -> tuple[Subnet, ...]:
 
 
 def parse_network(answer: Mapping[str, Any]) -> NetworkView:
-    """A view from `GET /networks/<id>?verbose=true`; what isn't understood is left out.
+    """A view from `GET /networks/<id>`, with services if it was `?verbose=true`; what isn't understood is left out.
 
     It is the same for two answers that differ only in order: the engine lists tasks in random order.
     """
@@ -164,6 +169,7 @@ def parse_network(answer: Mapping[str, Any]) -> NetworkView:
         driver=_text(answer.get("Driver")),
         peers=_peers(answer),
         services=_services(answer),
+        others=_others(answer),
         containers=_containers(answer),
         scope=_text(answer.get("Scope")),
         options={str(key): str(value) for key, value in _items(answer.get("Options")).items()},
@@ -236,8 +242,8 @@ class DockerDirectory:
         self._plugin_id = plugin_id
         self._driver = driver
         self._local = threading.local()
-        # The last answer for each network with its view: most answers say nothing new.
-        self._known: dict[str, tuple[object, NetworkView]] = {}
+        # The last answer for each question with its view: most answers say nothing new.
+        self._known: dict[tuple[str, bool], tuple[object, NetworkView]] = {}
 
     # --- the SDK
 
@@ -321,12 +327,16 @@ class DockerDirectory:
             )
         return names
 
-    def network(self, network_id: str) -> NetworkView | None:
+    def network(self, network_id: str, *, services: bool = False) -> NetworkView | None:
         """See `ports.Directory`. The same object as before if nothing has changed."""
-        path = f"/networks/{urllib.parse.quote(network_id, safe='')}?verbose=true"
+        path = f"/networks/{urllib.parse.quote(network_id, safe='')}"
+        if services:
+            path += "?verbose=true"
+        question = (network_id, services)
         status, body = self._get(path)
         if status == http.HTTPStatus.NOT_FOUND:
-            self._known.pop(network_id, None)
+            self._known.pop((network_id, False), None)
+            self._known.pop((network_id, True), None)
             return None
         if status != http.HTTPStatus.OK:
             raise EngineError(
@@ -339,14 +349,28 @@ class DockerDirectory:
         if not isinstance(answer, dict):
             raise EngineError(f"the engine answered GET {path} with something else than an object")
         plain = _ordered(answer)
-        known = self._known.get(network_id)
+        known = self._known.get(question)
         if known is not None and known[0] == plain:
             return known[1]
         view = parse_network(answer)
         if known is not None and known[1] == view:
             view = known[1]
-        self._known[network_id] = (plain, view)
+        self._known[question] = (plain, view)
         return view
+
+    def changed_containers(self) -> Iterator[str]:
+        """See `ports.Directory`."""
+        filters = {"type": ["container"], "event": ["start", "health_status"]}
+        events = self._ask(
+            "GET /events", lambda client: client.events(filters=filters, decode=True)
+        )
+        try:
+            for event in events:
+                yield _text(_items(event).get("id"))
+        except (docker.errors.DockerException, requests.RequestException, ValueError) as error:
+            raise self._failure("GET /events", error) from error
+        finally:
+            self._drop()
 
     def sandbox_key(self, container_id: str) -> str | None:
         """Docker's name of a container's namespace; None if it has none, or there is no such container.

@@ -19,7 +19,7 @@ class NetworkState:
     """What is known of a network. `view` is the last good one, `seen` when (the loop's clock), `error` why not newer.
 
     `table` is where its VIPs lead; those in `vanished` have no service any more, since when. `idle` are services whose
-    tasks all take no connections, since when.
+    tasks all take no connections, since when. `unlisted` and `unknown`: see the functions.
     """
 
     view: NetworkView | None = None
@@ -28,6 +28,8 @@ class NetworkState:
     error: str | None = None
     vanished: dict[IPv4Address, float] = field(default_factory=dict)
     idle: dict[Service, float] = field(default_factory=dict)
+    unlisted: frozenset[IPv4Address] = frozenset()
+    unknown: frozenset[str] = frozenset()
 
     def resting(self, before: float) -> frozenset[Service]:
         """Services with just these tasks that have been idle since before this time."""
@@ -38,6 +40,22 @@ def own_addresses(network: Network, addresses: Iterable[IPv4Address]) -> tuple[I
     """Of these addresses those that belong to the network, sorted."""
     pools = [subnet.pool for subnet in network.subnets]
     return tuple(sorted({a for a in addresses if not pools or any(a in pool for pool in pools)}))
+
+
+def unlisted(
+    network: Network, view: NetworkView, answers: Mapping[str, frozenset[IPv4Address]]
+) -> frozenset[IPv4Address]:
+    """Addresses of the network that DNS gave for tasks, and that the engine's list of tasks doesn't have."""
+    found: set[IPv4Address] = set()
+    for service in view.services:
+        active = own_addresses(network, answers.get(service.name, ()))
+        found |= set(active) - {task.address for task in service.tasks}
+    return frozenset(found)
+
+
+def unknown(view: NetworkView, answers: Mapping[str, object]) -> frozenset[str]:
+    """Services with a VIP that the engine lists, and that DNS doesn't know."""
+    return frozenset(item.name for item in view.services if item.vip is not None) - answers.keys()
 
 
 def _tasks(
@@ -93,4 +111,13 @@ def next_state(
     table.update(dict.fromkeys(vanished, ()))
     if table == before.table:
         table = before.table
-    return NetworkState(view, table, now, None, vanished, idle)
+    return NetworkState(
+        view,
+        table,
+        now,
+        None,
+        vanished,
+        idle,
+        unlisted(network, view, answers),
+        unknown(view, answers),
+    )

@@ -110,8 +110,8 @@ class LocalContainer:
 class NetworkView:
     """What the engine of this host says of one network at one moment.
 
-    `scope` is the engine's word: "swarm" for networks that Swarm brings to the hosts. `options`, `subnets`, `ipv6`
-    and `internal` are what a network is rebuilt from when our own record of it is lost.
+    `scope` is the engine's word: "swarm" for networks that Swarm brings to the hosts. `others` are the addresses of
+    containers anywhere that belong to no service. `options`, `subnets`, `ipv6` and `internal` are what a network is rebuilt from when our own record of it is lost.
     """
 
     id: str
@@ -119,6 +119,7 @@ class NetworkView:
     driver: str
     peers: tuple[Peer, ...] = ()
     services: tuple[Service, ...] = ()
+    others: frozenset[IPv4Address] = frozenset()
     containers: tuple[LocalContainer, ...] = ()
     scope: str = ""
     options: dict[str, str] = field(default_factory=dict)

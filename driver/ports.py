@@ -5,12 +5,13 @@ Each has one real implementation and one fake; the same contract tests run on bo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Protocol
 
+from driver.kernel.arp import Heard
 from driver.model import (
     Endpoint,
     EngineView,
@@ -62,6 +63,9 @@ class Kernel(Protocol):
     def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
         """Send gratuitous ARP (RFC 5227) and unsolicited NA (RFC 4861) for the endpoints into the network."""
 
+    def hear(self, seconds: float) -> frozenset[Heard]:
+        """ARP frames that reached the networks since the last call; waits so long for the first."""
+
     def inventory(self) -> Inventory:
         """What exists, whoever made it."""
 
@@ -90,8 +94,14 @@ class Directory(Protocol):
     def networks(self) -> frozenset[str]:
         """IDs of all networks that the engine lists for our driver."""
 
-    def network(self, network_id: str) -> NetworkView | None:
-        """The engine's view, None if it knows no such network."""
+    def network(self, network_id: str, *, services: bool = False) -> NetworkView | None:
+        """The engine's view, None if it knows no such network.
+
+        Without `services` the view has no services and no `others`; with it, engines up to 28 log errors.
+        """
+
+    def changed_containers(self) -> Iterator[str]:
+        """IDs of this host's containers as they start, and become healthy or unhealthy; ends when the engine does."""
 
     def sandbox_key(self, container_id: str) -> str | None:
         """Docker's name of a container's namespace; None if it has none, or there is no such container."""
@@ -103,7 +113,7 @@ class TaskResolver(Protocol):
     def tasks(
         self, sandbox: Path, network_name: str, services: Sequence[Service]
     ) -> Mapping[str, frozenset[IPv4Address]]:
-        """By service name, those of the service's tasks that take new connections.
+        """By service name, the addresses that DNS gives for the service's tasks: of those listed, they take connections.
 
         A service is absent if this container's DNS doesn't know it, or can't be asked.
         """

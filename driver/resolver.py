@@ -5,9 +5,9 @@ a task's address is under `tasks.<service>` from when it is healthy until Swarm 
 the stop signal (moby, `controller.Shutdown`). The service's own name keeps its VIP meanwhile; so a service whose name
 leads to its VIP, but whose `tasks.` name leads nowhere, has no task that takes connections.
 
-Nothing else is believed. What the embedded DNS doesn't know it forwards to the DNS servers of the outside, which may
-answer anything; and a container may have changed its namespace, so that somebody else answers. Hence only addresses
-count that the engine itself lists for the service.
+What the embedded DNS doesn't know it forwards to the DNS servers of the outside, which may answer anything; and a
+container may have changed its namespace, so that somebody else answers. Hence an address counts only if the engine itself
+lists it for the service; that it doesn't yet is a hint to read the list again.
 """
 
 from __future__ import annotations
@@ -132,9 +132,8 @@ class EmbeddedDns:
             addresses = answers.get(name, frozenset())
             if addresses is None:
                 continue
-            active = addresses & {task.address for task in service.tasks}
-            if active:
-                found[service.name] = active
+            if addresses & {task.address for task in service.tasks}:
+                found[service.name] = addresses
             else:
                 none.append(service)
         if none:
@@ -157,7 +156,7 @@ class EmbeddedDns:
             addresses = answers.get(f"tasks.{service.name}.{network_name}", frozenset())
             own = answers.get(f"{service.name}.{network_name}")
             if addresses is not None and own is not None and service.vip in own:
-                found[service.name] = addresses & {task.address for task in service.tasks}
+                found[service.name] = addresses
 
     # --- the sockets
 

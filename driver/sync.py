@@ -1,7 +1,8 @@
 """The sync loop: what Docker knows about peers and services, brought into the kernel, after the answers.
 
 Each network with endpoints here is looked at every interval: its peers become the flood list, its services become the VIP
-tables of the containers on it. Invariants:
+tables of the containers on it. Docker's DNS says at each look which tasks take connections; the list of services is read
+again when something hints that it has changed (`occasions.py`, `hints.py`). Invariants:
 
 - If the engine can't be asked, everything stays as it was: the last known peers and tasks are better than none.
 - One network is never looked at twice at a time, and a slow one doesn't delay others: looks run in a small pool.
@@ -15,7 +16,7 @@ flood list or table isn't written.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,8 +29,9 @@ import structlog
 from driver.bell import Bell
 from driver.driver import Driver
 from driver.errors import EngineError, FreeFlowError, KernelError, NotFound
-from driver.members import NetworkState, next_state
-from driver.model import Endpoint, EngineView, Network, NetworkView, VipTable
+from driver.members import NetworkState, next_state, unknown, unlisted
+from driver.model import Endpoint, EngineView, Network, NetworkView, Service, VipTable
+from driver.occasions import Occasions
 from driver.ports import Balancer, Directory, TaskResolver
 
 __all__ = ["NetworkState", "Syncer"]
@@ -47,7 +49,7 @@ ENGINE_EVERY: Final = 30.0
 GAP: Final = 0.1
 """Least seconds between two looks at the same thing, whatever happens."""
 EAGER_FOR: Final = 3.0
-"""Seconds after a Join in which its network is looked at every `GAP`: gossip brings a new host the services bit by bit."""
+"""Seconds after a Join in which its network is looked at every `GAP`: much changes then."""
 QUIET_AFTER: Final = 30.0
 QUIET_INTERVAL: Final = 1.0
 """Interval of a network that hasn't changed for `QUIET_AFTER`. A task has 2 s from leaving DNS to its stop signal."""
@@ -64,11 +66,16 @@ REST_AFTER: Final = 5.0
 Docker's DNS ask outside, and a task that left doesn't come back: it is being stopped."""
 
 
+def _task_addresses(services: Iterable[Service]) -> set[IPv4Address]:
+    return {task.address for service in services for task in service.tasks}
+
+
 @dataclass(slots=True)
 class _Schedule:
     """When a network is looked at."""
 
     due: float
+    occasions: Occasions
     started: float = float("-inf")
     busy: bool = False
     eager_until: float = float("-inf")
@@ -187,11 +194,23 @@ class Syncer:
                 known = self._endpoints.get(network_id, ())
                 if endpoint not in known:
                     self._endpoints[network_id] = (*known, endpoint)
-                schedule = self._schedules.setdefault(network_id, _Schedule(now))
+                schedule = self._schedule(network_id, now)
+                schedule.occasions.hint(now)
                 schedule.eager_until = now + EAGER_FOR
                 schedule.hurry(now)
         if self._union(path):
             self._apply(path)
+        self._ring()
+
+    def hint(self, network_id: str) -> None:
+        """The services of a network may have changed."""
+        now = self._clock()
+        with self._lock:
+            schedule = self._schedules.get(network_id)
+            if schedule is None:
+                return
+            schedule.occasions.hint(now)
+            schedule.hurry(now)
         self._ring()
 
     # --- the loop
@@ -289,12 +308,16 @@ class Syncer:
             looks.append(network_id)
         return looks
 
+    def _schedule(self, network_id: str, now: float) -> _Schedule:
+        return self._schedules.setdefault(network_id, _Schedule(now, Occasions(now)))
+
     def _pause(self, schedule: _Schedule, now: float) -> float:
         if now < schedule.eager_until:
             return min(GAP, self._interval)
+        pause = self._interval
         if now - schedule.changed > QUIET_AFTER:
-            return max(QUIET_INTERVAL, self._interval)
-        return self._interval
+            pause = max(QUIET_INTERVAL, self._interval)
+        return max(GAP, min(pause, schedule.occasions.next() - now))
 
     def _collection_is_due(self, now: float) -> bool:
         return now >= self._collect_due and not self._collect_busy and self._engine_error is None
@@ -342,7 +365,7 @@ class Syncer:
             self._homes = homes
             self._young &= homes.keys()
             for network_id in endpoints:
-                schedule = self._schedules.setdefault(network_id, _Schedule(now))
+                schedule = self._schedule(network_id, now)
                 if woken:
                     schedule.hurry(now)
             for gone in self._schedules.keys() - endpoints.keys():
@@ -427,17 +450,72 @@ class Syncer:
     def _sync(
         self, network: Network, endpoints: tuple[Endpoint, ...], before: NetworkState
     ) -> None:
-        view = self._directory.network(network.id)
-        if view is None:
-            raise NotFound(
-                f"the engine does not know network {network.id} yet, or any more; nothing changes meanwhile"
-            )
+        view = self._view(network.id, before, services=self._is_occasion(network.id, before))
         if before.view is None and self._only_young(network.id):
             # Better all tasks at once than the right ones a little later.
             before = self._publish(network, view, {}, before)
             self._ring()
-        self._publish(network, view, self._ask(network.id, view, before), before)
+        answers = self._ask(network.id, view, before)
+        if self._is_news(network, view, answers, before) and self._may_list(network.id):
+            view = self._view(network.id, before, services=True)
+            answers = self._ask(network.id, view, before)
+        self._publish(network, view, answers, before)
         self._set_peers(network, view, endpoints)
+        self._announce_tasks(network, view, endpoints, before)
+
+    # --- what the engine lists
+
+    def _view(self, network_id: str, before: NetworkState, *, services: bool) -> NetworkView:
+        view = self._directory.network(network_id, services=services)
+        if view is None:
+            raise NotFound(
+                f"the engine does not know network {network_id} yet, or any more; nothing changes meanwhile"
+            )
+        known = before.view
+        if services or known is None:
+            return view
+        if view.peers != known.peers or view.containers != known.containers:
+            self.hint(network_id)
+        return replace(view, services=known.services, others=known.others)
+
+    def _is_occasion(self, network_id: str, before: NetworkState) -> bool:
+        now = self._clock()
+        with self._lock:
+            schedule = self._schedules.get(network_id)
+            return (schedule is not None and schedule.occasions.take(now)) or before.view is None
+
+    def _may_list(self, network_id: str) -> bool:
+        now = self._clock()
+        with self._lock:
+            schedule = self._schedules.get(network_id)
+            return schedule is not None and schedule.occasions.take_early(now)
+
+    @staticmethod
+    def _is_news(
+        network: Network,
+        view: NetworkView,
+        answers: Mapping[str, frozenset[IPv4Address]],
+        before: NetworkState,
+    ) -> bool:
+        """Whether DNS knows tasks that aren't listed, or doesn't know a service that is; unless it was so before."""
+        return bool(
+            unlisted(network, view, answers) - before.unlisted
+            or unknown(view, answers) - before.unknown
+        )
+
+    def _announce_tasks(
+        self,
+        network: Network,
+        view: NetworkView,
+        endpoints: tuple[Endpoint, ...],
+        before: NetworkState,
+    ) -> None:
+        """Announce what Docker has made part of a service since the last look: see `hints`."""
+        known = before.view.services if before.view is not None else ()
+        listed = _task_addresses(view.services) - _task_addresses(known)
+        ours = [item for item in endpoints if item.ipv4 is not None and item.ipv4.ip in listed]
+        if ours:
+            self._driver.kernel.announce(network.id, ours)
 
     def _ask(
         self, network_id: str, view: NetworkView, before: NetworkState

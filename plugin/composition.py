@@ -14,6 +14,7 @@ import structlog
 from driver.driver import Driver, DriverConfig
 from driver.engine import DockerDirectory
 from driver.errors import FreeFlowError, SettingError
+from driver.hints import Hints
 from driver.kernel.linux import LinuxKernel
 from driver.model import EngineView, IPAddress
 from driver.recovery import Collector, Recovered, recover
@@ -44,6 +45,7 @@ class Plugin:
     admin: Any
     driver: Driver
     syncer: Syncer
+    hints: Hints
     exporter: Exporter | None
     recover: Callable[[], None]
     notes: list[str] = field(default_factory=list)
@@ -52,6 +54,7 @@ class Plugin:
         """Recover, then work in the background. What fails here is said in the log and in status, and doesn't stop us."""
         self.recover()
         self.syncer.start()
+        self.hints.start()
         if self.exporter is not None:
             self.exporter.start()
 
@@ -97,6 +100,7 @@ def compose(
         collect=collector.collect,
         engine_seen=engine_seen,
     )
+    hints = Hints(kernel, directory, syncer.state, syncer.hint, time.monotonic)
     driver.on_change(syncer.wake, syncer.endpoint_joined)
     recovered: list[Recovered] = []
     failures: list[str] = []
@@ -129,6 +133,7 @@ def compose(
         admin=create_admin(snapshot, Ping(driver, kernel, syncer)),
         driver=driver,
         syncer=syncer,
+        hints=hints,
         exporter=Exporter(snapshot, settings.metrics_addr) if settings.metrics_addr else None,
         recover=run_recovery,
     )

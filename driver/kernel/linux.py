@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Final
 from driver import names
 from driver.errors import KernelError
 from driver.kernel import announce, fdb, filter, links, pin, underlay
+from driver.kernel.arp import Heard
 from driver.kernel.namespace import OVERLAY_PIN
 from driver.kernel.netlink import Sockets
 from driver.kernel.overlay import Overlay
@@ -178,6 +180,17 @@ class LinuxKernel:
                 raise KernelError(
                     f"announcing endpoints of network {network_id}: {error.strerror}"
                 ) from error
+
+    def hear(self, seconds: float) -> frozenset[Heard]:
+        overlay = self._overlay()
+        if overlay is None:
+            time.sleep(seconds)
+            return frozenset()
+        try:
+            return overlay.hear(seconds)
+        except (OSError, ValueError) as error:
+            # Closed meanwhile, by a cleanup.
+            raise KernelError(f"listening to ARP: {error}") from error
 
     def learned(self, network_id: str) -> dict[str, IPAddress]:
         """MAC address → the peer behind which the VXLAN device has learned it."""

@@ -164,7 +164,9 @@ def make_service(
     name = unique("svc")
     manager.docker(
         *("service", "create", "-d", "--no-resolve-image", "--name", name, "--network", network),
-        *("--replicas", str(replicas), *options, WORKLOAD_IMAGE, "sh", "-c", command),
+        # What has no handler for SIGTERM is killed soon.
+        *("--replicas", str(replicas), "--stop-grace-period", "2s", *options),
+        *(WORKLOAD_IMAGE, "sh", "-c", command),
     )
     if wait:
         wait_running(manager, name, replicas)

@@ -337,7 +337,9 @@ class Host:
 
 def remove_cgroups(name: str) -> None:
     """Remove a host's cgroups, deepest first; they are empty once its processes are gone."""
-    for top in Path("/sys/fs/cgroup").glob(f"**/{name}"):
+    root = Path("/sys/fs/cgroup")
+    # One hierarchy (version 2), or one for each controller. Not `**`: other beds' groups come and go.
+    for top in (root / name, *root.glob(f"*/{name}")):
         for path, _, _ in os.walk(top, topdown=False):
             try:
                 Path(path).rmdir()

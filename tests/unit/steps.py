@@ -7,13 +7,14 @@ files, and the kernel's objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from driver import names
 from driver.driver import Driver, DriverConfig
 from driver.errors import EngineError, KernelError
+from driver.kernel.arp import Heard
 from driver.model import Endpoint, EngineView, IPAddress, Network, NetworkView
 from driver.ports import Inventory
 from driver.recovery import Recovered, recover
@@ -131,6 +132,9 @@ class SteppedKernel:
         self.steps()
         self.announced += [endpoint.id for endpoint in endpoints]
 
+    def hear(self, seconds: float) -> frozenset[Heard]:
+        return frozenset()
+
     def inventory(self) -> Inventory:
         return Inventory(
             networks=frozenset(self.bridges | self.vxlans),
@@ -179,7 +183,10 @@ class FakeDirectory:
             raise EngineError("GET /networks: connection refused")
         return frozenset(self.views)
 
-    def network(self, network_id: str) -> NetworkView | None:
+    def changed_containers(self) -> Iterator[str]:
+        return iter(())
+
+    def network(self, network_id: str, *, services: bool = False) -> NetworkView | None:
         if self.down:
             raise EngineError("GET /networks: connection refused")
         return self.views.get(network_id)
