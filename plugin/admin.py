@@ -29,7 +29,7 @@ def _json(value: Any, status: int = 200) -> Response:
 
 def create_admin(snapshot: Callable[[], Status], ping: Callable[[PingRequest], Any]) -> Flask:
     """The app; errors are `{"error": text}`."""
-    app = Flask("freeflow-admin")
+    app = Flask("freeflow-admin", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = 4096
 
     @app.get("/admin/status")

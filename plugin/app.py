@@ -17,6 +17,7 @@ import msgspec
 import structlog
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import NotFound as NotFoundPath
 
 from driver.driver import Driver
 from driver.errors import Conflict, FreeFlowError, InvalidRequest, NotFound, SettingError
@@ -131,6 +132,9 @@ def _external_connectivity(driver: Driver, body: bytes) -> Answer:
 
 
 def _discovered(body: bytes) -> wire.NodeAddress | None:
+    if not body.strip():
+        # A repeated notice without its body: a notice less, peers are asked for anyway.
+        return None
     call = wire.decode(body, wire.Discovery)
     if call.DiscoveryType != NODE_DISCOVERY:
         return None
@@ -196,9 +200,12 @@ def _reply(value: Answer, status: int = 200) -> Response:
 
 def _failure(error: Exception) -> Response:
     """The one place where an exception becomes an answer."""
+    if isinstance(error, NotFoundPath):
+        # 404 is Docker's word for "not implemented"; anything else fails a container's start.
+        return _reply({"Err": f"{request.path[1:81]} is not a call that FreeFlow knows"}, 404)
     if isinstance(error, HTTPException):
         return _reply(
-            {"Err": f"{request.method} {request.path}: {error.description}"}, error.code or 500
+            {"Err": f"{request.method} {request.path[:81]}: {error.description}"}, error.code or 500
         )
     status = 400 if isinstance(error, InvalidRequest | NotFound | Conflict) else 500
     if not isinstance(error, FreeFlowError):
@@ -218,8 +225,9 @@ def create_app(
     bad_settings: tuple[SettingError, ...] = (),
 ) -> Flask:
     """The app. `deadline` in seconds; with `bad_settings` every call that would promise something is refused."""
-    app = Flask("freeflow")
+    app = Flask("freeflow", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="call")
 
     def bounded(name: str, work: Callable[[], Answer]) -> Answer:
@@ -257,8 +265,7 @@ def create_app(
     @app.post("/NetworkDriver.<name>")
     def call(name: str) -> Response:
         if name not in CALLS:
-            # 404 is Docker's word for "not implemented"; anything else fails a container's start.
-            return _reply({"Err": f"NetworkDriver.{name} is not a call that FreeFlow knows"}, 404)
+            raise NotFoundPath
         return serve(name)
 
     app.register_error_handler(Exception, _failure)

@@ -111,7 +111,7 @@ def decode(body: bytes, kind: type[T]) -> T:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(
-            f"the request is not a {kind.__name__}: {error}; is the caller Docker?"
+            f"the request's body can't be understood: {error}; is the caller Docker?"
         ) from error
 
 
