@@ -14,6 +14,7 @@ import socket
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from ipaddress import (
     IPv4Address,
     IPv4Interface,
@@ -94,8 +95,7 @@ def _peers(answer: Mapping[str, Any]) -> tuple[Peer, ...]:
     for peer in _list(answer.get("Peers")):
         address = _address(peer.get("IP"))
         if address is not None:
-            # The gossip name is the host's, a hyphen, and part of a random ID.
-            found.append(Peer(_text(peer.get("Name")).rsplit("-", 1)[0], address))
+            found.append(Peer(_text(peer.get("Name")), address))
     return tuple(
         sorted(found, key=lambda item: (item.address.version, int(item.address), item.name))
     )
@@ -192,6 +192,17 @@ def parse_engine(info: Mapping[str, Any]) -> EngineView:
         manager=swarm.get("ControlAvailable") is True,
         managers=tuple(_text(item.get("Addr")) for item in _list(swarm.get("RemoteManagers"))),
     )
+
+
+def parse_hostnames(nodes: object) -> dict[IPAddress, str]:
+    """Host names by address, from `GET /nodes`."""
+    found = {}
+    for node in _list(nodes):
+        address = _address(_items(node.get("Status")).get("Addr"))
+        name = _text(_items(node.get("Description")).get("Hostname"))
+        if address is not None and name:
+            found[address] = name
+    return found
 
 
 def parse_driver_names(
@@ -303,7 +314,15 @@ class DockerDirectory:
 
     def engine(self) -> EngineView:
         """See `ports.Directory`."""
-        return parse_engine(self._ask("GET /info", lambda client: client.info()))
+        view = parse_engine(self._ask("GET /info", lambda client: client.info()))
+        if not view.manager:
+            return view
+        try:
+            nodes = self._ask("GET /nodes", lambda client: client.nodes())
+        except EngineError:
+            # A Swarm without a leader lists none; the names are only for the reader.
+            return view
+        return replace(view, hostnames=parse_hostnames(nodes))
 
     def networks(self) -> frozenset[str]:
         """See `ports.Directory`."""

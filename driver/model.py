@@ -66,7 +66,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Another host that shares a network, as Docker's gossip names it."""
+    """A host that shares a network. Gossip's name of it is an ID, not its host name."""
 
     name: str
     address: IPAddress
@@ -130,7 +130,7 @@ class NetworkView:
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """What the engine says of itself."""
+    """What the engine says of itself. `hostnames` of the Swarm's nodes: only managers know them."""
 
     version: str
     hostname: str
@@ -140,6 +140,7 @@ class EngineView:
     node_address: IPAddress | None
     manager: bool
     managers: tuple[str, ...] = ()
+    hostnames: dict[IPAddress, str] = field(default_factory=dict)
 
 
 VipTable = dict[IPv4Address, tuple[IPv4Address, ...]]

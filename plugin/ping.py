@@ -189,9 +189,7 @@ class Ping:
         behind = self._kernel.locate(network.id, mac) if mac and not own else None
         if behind is None:
             return here, str(self._driver.self_address() or ""), True
-        state = self._syncer.state().get(network.id)
-        peers = state.view.peers if state and state.view else ()
-        name = next((peer.name for peer in peers if peer.address == behind), str(behind))
+        name = (engine.hostnames if engine else {}).get(behind, str(behind))
         return name, str(behind), False
 
 

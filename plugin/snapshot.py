@@ -100,6 +100,8 @@ class Snapshot:
         now: float,
     ) -> NetworkStatus:
         view = state.view
+        engine, _ = self.syncer.engine()
+        hostnames = engine.hostnames if engine else {}
         containers = {item.endpoint_id: item.name for item in view.containers} if view else {}
         services = []
         for service in view.services if view else ():
@@ -124,7 +126,9 @@ class Snapshot:
                 self._endpoint(endpoint, containers, links, spoofed) for endpoint in endpoints
             ],
             peers=[
-                PeerStatus(peer.name, str(peer.address), str(peer.address) == own)
+                PeerStatus(
+                    hostnames.get(peer.address, ""), str(peer.address), str(peer.address) == own
+                )
                 for peer in (view.peers if view else ())
             ],
             services=services,

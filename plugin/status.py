@@ -30,6 +30,8 @@ class EndpointStatus(msgspec.Struct, frozen=True):
 
 
 class PeerStatus(msgspec.Struct, frozen=True):
+    """`name` is the host's; empty where it isn't known: only managers know the names of others."""
+
     name: str
     address: str
     own: bool = False

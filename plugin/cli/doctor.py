@@ -231,7 +231,7 @@ def check_peers(status: Status) -> list[Finding]:
     """Small and full-size echoes to each peer on the underlay."""
     findings = []
     addresses = {
-        peer.address: peer.name
+        peer.address: f"{peer.name} ({peer.address})" if peer.name else peer.address
         for network in status.networks
         for peer in network.peers
         if not peer.own and ":" not in peer.address
@@ -241,7 +241,7 @@ def check_peers(status: Status) -> list[Finding]:
             findings.append(
                 Finding(
                     "warning",
-                    f"peer {name} ({address}) does not answer a ping on the underlay",
+                    f"peer {name} does not answer a ping on the underlay",
                     "the host is down, the network is cut, or ICMP is filtered",
                     f"ping {address}; docker node ls",
                 )
@@ -250,7 +250,7 @@ def check_peers(status: Status) -> list[Finding]:
             findings.append(
                 Finding(
                     "error",
-                    f"packets of {status.host.underlay_mtu} bytes don't reach peer {name} ({address})",
+                    f"packets of {status.host.underlay_mtu} bytes don't reach peer {name}",
                     f"something between has a smaller MTU than {status.host.underlay}",
                     f"docker plugin set {PLUGIN} MTU=…, smaller by what is missing, and recreate the networks",
                 )

@@ -62,7 +62,9 @@ def _network(network: NetworkStatus) -> str:
     )
     others = [peer for peer in network.peers if not peer.own]
     if others:
-        text += "  peers: " + ", ".join(f"{peer.name} {peer.address}" for peer in others) + "\n"
+        text += (
+            "  peers: " + ", ".join(f"{peer.name} {peer.address}".strip() for peer in others) + "\n"
+        )
     text += table(
         ("SERVICE", "VIP", "TASKS"),
         [
@@ -108,7 +110,7 @@ def show_peers(status: Status) -> str:
     return table(
         ("HOST", "ADDRESS", "NETWORKS"),
         [
-            (name, address, ", ".join(networks))
+            (name or "-", address, ", ".join(networks))
             for (name, address), networks in sorted(shared.items())
         ],
         indent="",
