@@ -107,7 +107,7 @@ def _endpoint_info(driver: Driver, body: bytes) -> Answer:
 
 def _join(driver: Driver, body: bytes) -> Answer:
     call = wire.decode(body, wire.Join)
-    joined = driver.join(call.NetworkID, call.EndpointID, call.SandboxKey)
+    joined = driver.join(call.NetworkID, call.EndpointID, wire.sandbox(call.SandboxKey))
     return {
         "InterfaceName": {"SrcName": joined.src_name, "DstPrefix": joined.dst_prefix},
         # Type 1: on the link itself. Never without a destination: the daemon panics (moby#28630).

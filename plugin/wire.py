@@ -23,6 +23,8 @@ from driver.model import IPInterface, IPNetwork, Subnet
 GENERIC: Final = "com.docker.network.generic"
 ENABLE_IPV6: Final = "com.docker.network.enable_ipv6"
 INTERNAL: Final = "com.docker.network.internal"
+NAME_MAX: Final = 255
+"""Bytes of a file's name (limits.h)."""
 _MAC: Final = re.compile(r"([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}")
 
 
@@ -152,6 +154,16 @@ def mac(name: str, text: str) -> str | None:
     if int(text[:2], 16) & 1:
         raise InvalidRequest(f"{name} {text!r} is a group address; a container needs a unicast one")
     return text.lower()
+
+
+def sandbox(text: str) -> str:
+    """Docker's name of a container's namespace; empty: none. Raises InvalidRequest for what no file can be named."""
+    name = text.rpartition("/")[2]
+    if text and (not name.strip(".") or "\0" in text or len(name.encode()) > NAME_MAX):
+        raise InvalidRequest(
+            f"SandboxKey {text!r:.200} is not the path of a namespace such as /var/run/docker/netns/1a2b3c4d5e6f"
+        )
+    return text
 
 
 def subnets(*groups: list[IPData] | None) -> tuple[Subnet, ...]:
