@@ -12,6 +12,8 @@ from typing import Final
 
 import structlog
 
+from driver.kernel.namespace import OVERLAY_PIN
+
 log = structlog.get_logger()
 
 NAME: Final = "freeflow"
@@ -37,6 +39,8 @@ exec unshare --mount sh -c '
     for each in proc sys dev; do mount --rbind "/$each" "$root/$each" || exit 2; done
     mkdir -p "$root/host/run" "$root/host/bin" && mount --rbind /run "$root/host/run" || exit 2
     mount --bind {bin} "$root/host/bin" || exit 2
+    # Only the copy stays: what is mounted twice in one mount namespace can be unmounted by neither path alone.
+    umount -l /run/{pin} 2>/dev/null
     if [ -d "$root/../propagated-mount" ]; then
         mkdir -p "$root/state" && mount --bind "$root/../propagated-mount" "$root/state" || exit 2
     fi
@@ -58,7 +62,9 @@ def plugin_id(mountinfo: str) -> str | None:
 
 def script(root: str, directory: str = "/usr/local/bin") -> str:
     """The script for a plugin whose root file system is `root` on the host."""
-    return _SCRIPT.format(mark=MARK, root=shlex.quote(root), bin=shlex.quote(directory))
+    return _SCRIPT.format(
+        pin=OVERLAY_PIN, mark=MARK, root=shlex.quote(root), bin=shlex.quote(directory)
+    )
 
 
 def install(

@@ -118,7 +118,15 @@ class LinuxKernel:
         overlay = self._make_overlay()
         bridge = self._bridge(overlay, network)
         links.make_veth(self._host, overlay.links, self._host_namespace, network, endpoint, bridge)
-        overlay.nft.run(filter.add(endpoint))
+        self._filter(overlay, filter.add(endpoint))
+
+    @staticmethod
+    def _filter(overlay: Overlay, commands: str) -> None:
+        try:
+            overlay.nft.run(commands)
+        except KernelError:
+            # Somebody removed our table (nft flush ruleset): with it, or for the reason that is said then.
+            overlay.nft.run(filter.base() + commands)
 
     def _bridge(self, overlay: Overlay, network: Network) -> int:
         """Index of the network's bridge, made with the VXLAN device if absent."""
@@ -145,7 +153,7 @@ class LinuxKernel:
         overlay = self._overlay()
         if overlay is not None:
             overlay.links.delete(names.host_veth(endpoint_id))
-            overlay.nft.run(filter.remove(endpoint_id))
+            self._filter(overlay, filter.remove(endpoint_id))
         # Gone with its other end, unless that was in an earlier overlay namespace.
         self._host.delete(names.container_veth(endpoint_id))
 

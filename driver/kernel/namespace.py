@@ -97,7 +97,7 @@ def is_namespace(path: Path) -> bool:
     return int(answer.f_type) == _NSFS_MAGIC
 
 
-def is_shared(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> bool:
+def is_shared(path: Path, mountinfo: Path = Path("/proc/thread-self/mountinfo")) -> bool:
     """Whether mounts made below `path` reach the host: its mount is in a peer group (mountinfo, proc(5))."""
     best, shared = -1, False
     resolved = str(path.resolve())

@@ -128,13 +128,22 @@ def make(host_run: Path) -> None:
 
 
 def remove(host_run: Path) -> bool:
-    """Unpin: the namespace goes with all links in it, once nobody has it open. False if there was none."""
+    """Unpin: the namespace goes with all links in it, once nobody has it open. False if there was none.
+
+    Raises:
+        KernelError: the pin can't be removed.
+    """
     path = host_run / OVERLAY_PIN
     existed = is_namespace(path)
     if existed:
         libc.umount2(str(path).encode(), _MNT_DETACH)
-    # Also where this mount namespace has only a copy of the pin: unlinking unmounts it everywhere (unlink(2)).
-    path.unlink(missing_ok=True)
+    try:
+        # Other mount namespaces have copies of the pin: unlinking unmounts them all (unlink(2)).
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise KernelError(
+            f"{path} can't be removed: {error.strerror}; is it mounted a second time here?"
+        ) from error
     with contextlib.suppress(OSError):
         path.parent.rmdir()
     return existed
