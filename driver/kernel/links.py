@@ -6,6 +6,7 @@ made, so its datagrams take the host's routes and its frames the overlay namespa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from driver import names
 from driver.errors import KernelError
+from driver.kernel.namespace import OVERLAY_PIN
 from driver.kernel.netlink import Sockets, translate
 from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, IPAddress, Network
@@ -53,7 +55,25 @@ def make_bridge(overlay: Sockets, network: Network) -> int:
         index = overlay.index(name)
         if index is None:
             raise KernelError(f"bridge {name} vanished while it was made; try again")
+    else:
+        with overlay.take() as route:
+            _check_kind(route.link("get", index=index)[0], "bridge")
     return index
+
+
+def _kind(link: Any) -> str:
+    info = link.get_attr("IFLA_LINKINFO")
+    return str(info.get_attr("IFLA_INFO_KIND")) if info else "plain"
+
+
+def _check_kind(link: Any, wanted: str) -> None:
+    kind = _kind(link)
+    if kind != wanted:
+        name = link.get_attr("IFLA_IFNAME")
+        raise KernelError(
+            f"interface {name} in the overlay namespace is a {kind} device that FreeFlow didn't make, where its "
+            f"{wanted} belongs; remove it: nsenter --net=/run/{OVERLAY_PIN} ip link del {name}"
+        )
 
 
 def _vxlan_attributes(network: Network, local: IPAddress | None) -> dict[str, Any]:
@@ -65,7 +85,6 @@ def _vxlan_attributes(network: Network, local: IPAddress | None) -> dict[str, An
         "vxlan_learning": 1,
         # As Docker's overlay: inner packets have their own checksums.
         "vxlan_udp_csum": 0,
-        "vxlan_udp_zero_csum6_rx": 1,
         "mtu": network.mtu,
         "state": "up",
     }
@@ -116,16 +135,42 @@ def make_vxlan(
                 **_vxlan_attributes(network, underlay.address),
             )
         except NetlinkError as error:
-            raise _vxlan_refused(error, overlay, network) from error
+            raise _vxlan_refused(error, route, overlay, network) from error
 
 
-def _vxlan_refused(error: NetlinkError, overlay: Sockets, network: Network) -> KernelError:
-    if error.code in (errno.EEXIST, errno.EADDRINUSE):
+def _vxlan_refused(
+    error: NetlinkError, host: IPRoute, overlay: Sockets, network: Network
+) -> KernelError:
+    if error.code not in (errno.EEXIST, errno.EADDRINUSE):
+        return translate(error, f"making VXLAN device {names.vxlan(network.id)}")
+    with overlay.take() as route:
+        others = [*_on_port(host, network.port), *_on_port(route, network.port)]
+    if error.code == errno.EEXIST:
+        same = [name for name, vni in others if vni == network.vni]
         return KernelError(
             f"network {network.id}: VNI {network.vni} on UDP port {network.port} is taken by another VXLAN device "
-            "of this host; create the network with another -o vni=, or see freeflow doctor"
+            f"of this host, {same[0] if same else 'in a namespace that FreeFlow does not see'}; remove that one, or "
+            "create the network with another -o vni="
         )
-    return translate(error, f"making VXLAN device {names.vxlan(network.id)}")
+    who = f"VXLAN device {others[0][0]}" if others else "another program (ss -ulpn shows which)"
+    return KernelError(
+        f"network {network.id}: UDP port {network.port} is in use on this host by {who}; remove that, or "
+        "docker plugin set freeflow:latest VXLAN_PORT=PORT on all hosts and create the network again"
+    )
+
+
+def _on_port(route: IPRoute, port: int) -> list[tuple[str, int]]:
+    """Name and VNI of the VXLAN devices that use a UDP port."""
+    found = []
+    with contextlib.suppress(NetlinkError):
+        for link in route.get_links(kind="vxlan"):
+            info = link.get_attr("IFLA_LINKINFO")
+            data = info and info.get_attr("IFLA_INFO_DATA")
+            if data and data.get_attr("IFLA_VXLAN_PORT") == port:
+                found.append(
+                    (str(link.get_attr("IFLA_IFNAME")), int(data.get_attr("IFLA_VXLAN_ID")))
+                )
+    return found
 
 
 def _mend_port(route: IPRoute, link: Any, bridge: int) -> None:
@@ -153,7 +198,9 @@ def make_veth(
     index = overlay.index(port)
     if index is not None:
         with overlay.take() as route:
-            _mend_port(route, route.link("get", index=index)[0], bridge)
+            link = route.link("get", index=index)[0]
+            _check_kind(link, "veth")
+            _mend_port(route, link, bridge)
         return False
     # The rest of a pair whose other end went with an earlier overlay namespace.
     host.delete(inner)

@@ -262,3 +262,10 @@ class LinuxKernel:
         if pin.remove(self._host_run):
             removed.append(str(OVERLAY_PIN))
         return removed
+
+    def close(self) -> None:
+        """Close what this process has open; what is in the kernel stays. For the end of a process, and tests."""
+        with self._opening:
+            self._forget()
+        self._host.close()
+        os.close(self._host_namespace)

@@ -1,0 +1,414 @@
+"""Hosts with an underlay between them, and containers on them: the world that `driver/kernel` lives in.
+
+A host is a thread in a mount and a network namespace of its own: what that thread starts inherits them. Nothing is
+pinned outside, so all of it goes with the test's process, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, IPv6Network
+from pathlib import Path
+from typing import Final, TypeVar
+
+from pyroute2 import IPRoute
+
+from driver import names
+from driver.kernel.linux import LinuxKernel
+from driver.kernel.namespace import CLONE_NEWNET, check, in_netns, in_thread, libc
+from driver.model import Endpoint, IPAddress, Network
+
+T = TypeVar("T")
+
+RUN: Final = Path("/run")
+UDP_PORT: Final = 7001
+TCP_PORT: Final = 7000
+PREFIX6: Final = IPv6Network("fd42:7::/64")
+_CLONE_NEWNS: Final = 0x00020000
+_NODAD: Final = 0x02
+
+
+def new_namespace() -> int:
+    """A descriptor of a network namespace that lives as long as it is open."""
+
+    def make() -> int:
+        check(libc.unshare(CLONE_NEWNET), "making a network namespace")
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    return in_thread(make)
+
+
+def identifier(number: int) -> str:
+    """Docker's manner of ID, 64 hexadecimal characters, different from the first on."""
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+def a_network(number: int = 1, *, mtu: int = 1450, vni: int = 0, port: int = 4799) -> Network:
+    return Network(
+        id=identifier(number),
+        vni=vni or 4000 + number,
+        port=port,
+        mtu=mtu,
+        prefix6=PREFIX6,
+        ipv6=True,
+    )
+
+
+def an_endpoint(network: Network, number: int, mac: str = "") -> Endpoint:
+    """Endpoint `number` of a network has 10.9.0.`number` and fd42:7::`number`."""
+    return Endpoint(
+        id=identifier(1000 + int(network.vni) * 256 + number),
+        network_id=network.id,
+        mac=mac or f"02:42:0a:09:00:{number:02x}",
+        ipv4=IPv4Interface(f"10.9.0.{number}/24"),
+        ipv6=IPv6Interface((PREFIX6[number], 64)),
+    )
+
+
+@dataclass(eq=False)
+class Container:
+    """A namespace that an endpoint's link was moved into, as Docker does it."""
+
+    host: Host
+    network: Network
+    endpoint: Endpoint
+    namespace: int = field(default_factory=new_namespace)
+    sockets: list[socket.socket] = field(default_factory=list)
+
+    @property
+    def ipv4(self) -> IPv4Address:
+        assert self.endpoint.ipv4 is not None
+        return self.endpoint.ipv4.ip
+
+    @property
+    def ipv6(self) -> IPv6Address:
+        assert isinstance(self.endpoint.ipv6, IPv6Interface)
+        return self.endpoint.ipv6.ip
+
+    def do(self, function: Callable[[], T]) -> T:
+        """Run inside."""
+        return in_netns(self.namespace, function)
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """Run a program inside; its output."""
+        return self.do(lambda: _run(command, check))
+
+    def plug_in(self) -> None:
+        """What dockerd does after Join: move the link, name it, give it its addresses, set it up."""
+        link = names.container_veth(self.endpoint.id)
+
+        def move() -> None:
+            with IPRoute() as route:
+                index = route.link_lookup(ifname=link)[0]
+                route.link("set", index=index, net_ns_fd=self.namespace)
+
+        def configure() -> None:
+            with IPRoute() as route:
+                index = route.link_lookup(ifname=link)[0]
+                route.link("set", index=index, ifname="eth0")
+                for address, flags in ((self.endpoint.ipv4, 0), (self.endpoint.ipv6, _NODAD)):
+                    if address is not None:
+                        prefix = address.network.prefixlen
+                        route.addr(
+                            "add",
+                            index=index,
+                            address=str(address.ip),
+                            prefixlen=prefix,
+                            flags=flags,
+                        )
+                for each in (index, route.link_lookup(ifname="lo")[0]):
+                    route.link("set", index=each, state="up")
+
+        self.host.do(move)
+        self.do(configure)
+
+    def serve(self) -> None:
+        """Answer TCP with the hash of what came, UDP with the same datagram; IPv4 and IPv6."""
+
+        def listen() -> tuple[socket.socket, socket.socket]:
+            stream = socket.create_server(
+                ("::", TCP_PORT), family=socket.AF_INET6, dualstack_ipv6=True
+            )
+            datagrams = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+            datagrams.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            datagrams.bind(("::", UDP_PORT))
+            return stream, datagrams
+
+        stream, datagrams = self.do(listen)
+        self.sockets += [stream, datagrams]
+        for target, each in ((_hash_streams, stream), (_echo, datagrams)):
+            threading.Thread(target=target, args=(each,), daemon=True).start()
+
+    def send(self, to: IPAddress, data: bytes, timeout: float = 30) -> bool:
+        """Send by TCP; whether the other end got exactly this."""
+        with self.connect(to, timeout) as stream:
+            stream.sendall(data)
+            stream.shutdown(socket.SHUT_WR)
+            return stream.recv(64) == hashlib.sha256(data).hexdigest().encode()
+
+    def connect(self, to: IPAddress, timeout: float = 5) -> socket.socket:
+        return self.do(lambda: socket.create_connection((str(to), TCP_PORT), timeout=timeout))
+
+    def udp(self, to: IPAddress, timeout: float = 1.0) -> socket.socket:
+        """A connected socket that never fragments."""
+
+        def make() -> socket.socket:
+            family = socket.AF_INET if to.version == 4 else socket.AF_INET6
+            made = socket.socket(family, socket.SOCK_DGRAM)
+            # IP_MTU_DISCOVER, IPV6_MTU_DISCOVER: always refuse what doesn't fit (ip(7): PMTUDISC_DO).
+            if to.version == 4:
+                made.setsockopt(socket.IPPROTO_IP, 10, 2)
+            else:
+                made.setsockopt(socket.IPPROTO_IPV6, 23, 2)
+            made.settimeout(timeout)
+            made.connect((str(to), UDP_PORT))
+            return made
+
+        return self.do(make)
+
+    def echoes(self, to: IPAddress, size: int = 32, tries: int = 3, timeout: float = 0.5) -> bool:
+        """Whether a datagram of random bytes comes back the same."""
+        data = os.urandom(size)
+        with self.udp(to, timeout) as datagrams:
+            for _ in range(tries):
+                with contextlib.suppress(TimeoutError, ConnectionError):
+                    datagrams.send(data)
+                    if datagrams.recv(65535) == data:
+                        return True
+        return False
+
+    def pings(self, to: IPAddress, count: int = 3, timeout: float = 1.0) -> bool:
+        """Whether every one of `count` pings is answered, with the data that it carried."""
+        v4 = to.version == 4
+        family = socket.AF_INET if v4 else socket.AF_INET6
+        protocol = socket.IPPROTO_ICMP if v4 else socket.IPPROTO_ICMPV6
+        with self.do(lambda: socket.socket(family, socket.SOCK_RAW, protocol)) as raw:
+            raw.settimeout(timeout)
+            return all(_ping(raw, to, number) for number in range(1, count + 1))
+
+    def packets(self) -> socket.socket:
+        """A raw packet socket on eth0: what it sends leaves as it is, what it hears came from outside."""
+
+        def make() -> socket.socket:
+            made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+            made.bind(("eth0", 3))
+            made.settimeout(0.2)
+            return made
+
+        made = self.do(make)
+        self.sockets.append(made)
+        return made
+
+    def close(self) -> None:
+        for each in self.sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        os.close(self.namespace)
+
+
+def _run(command: tuple[str, ...], check: bool = True) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def _ping(raw: socket.socket, to: IPAddress, number: int) -> bool:
+    """One echo request and its reply (RFC 792, RFC 4443)."""
+    v4 = to.version == 4
+    data = struct.pack("!HH", os.getpid() & 0xFFFF, number) + os.urandom(56)
+    total = sum(struct.unpack("!30H", data)) + (8 << 8)
+    total = (total & 0xFFFF) + (total >> 16)
+    # The kernel fills in ICMPv6's checksum.
+    checksum = ~(total + (total >> 16)) & 0xFFFF if v4 else 0
+    raw.sendto(struct.pack("!BBH", 8 if v4 else 128, 0, checksum) + data, (str(to), 0))
+    with contextlib.suppress(TimeoutError):
+        while True:
+            packet, peer = raw.recvfrom(2048)
+            message = packet[(packet[0] & 15) * 4 :] if v4 else packet
+            if message[0] == (0 if v4 else 129) and message[4:] == data and peer[0] == str(to):
+                return True
+    return False
+
+
+def _hash_streams(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=_hash, args=(connection,), daemon=True).start()
+
+
+def _hash(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError), connection:
+        total = hashlib.sha256()
+        while data := connection.recv(1 << 20):
+            total.update(data)
+        connection.sendall(total.hexdigest().encode())
+
+
+def _echo(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            data, peer = listener.recvfrom(65535)
+            if not peer:
+                return  # shut down
+            listener.sendto(data, peer)
+
+
+class Host:
+    """A host on the underlay: 10.1.0.`number` and fd01::`number` on its eth0, and an empty, shared /run."""
+
+    def __init__(self, number: int, mtu: int, ipv6_underlay: bool) -> None:
+        self.number = number
+        self.address: IPAddress = (
+            IPv6Address(f"fd01::{number}") if ipv6_underlay else IPv4Address(f"10.1.0.{number}")
+        )
+        self.mtu = mtu
+        self.containers: list[Container] = []
+        self._kernels: list[LinuxKernel] = []
+        self._thread = ThreadPoolExecutor(1, f"host{number}")
+        self._thread.submit(self._boot).result(60)
+        self.namespace = self.do(lambda: os.open("/proc/thread-self/ns/net", os.O_RDONLY))
+        self.kernel = self.new_kernel()
+
+    @staticmethod
+    def _boot() -> None:
+        check(libc.unshare(CLONE_NEWNET | _CLONE_NEWNS), "making a host")
+        _run(("mount", "--make-rprivate", "/"))
+        _run(("mount", "-t", "tmpfs", "run", str(RUN)))
+        _run(("mount", "--make-shared", str(RUN)))
+        _run(("ip", "link", "set", "lo", "up"))
+
+    def do(self, function: Callable[[], T]) -> T:
+        """Run on the host. Not from within `function` again: a host has one thread."""
+        return self._thread.submit(function).result(120)
+
+    def run(self, *command: str, check: bool = True) -> str:
+        return self.do(lambda: _run(command, check))
+
+    def in_overlay(self, *command: str) -> str:
+        return self.run("nsenter", f"--net={RUN}/freeflow-admin/netns/overlay", *command)
+
+    def new_kernel(self) -> LinuxKernel:
+        """As a plugin that has just started has it."""
+        made = self.do(lambda: LinuxKernel(RUN, hint=lambda: self.address))
+        self._kernels.append(made)
+        return made
+
+    def container(self, network: Network, number: int, mac: str = "") -> Container:
+        """A container with endpoint `number` of a network, attached, announced and plugged in; it serves."""
+        made = Container(self, network, an_endpoint(network, number, mac))
+        self.containers.append(made)
+        self.do(lambda: self.kernel.attach(network, made.endpoint))
+        self.do(lambda: self.kernel.announce(network.id, [made.endpoint]))
+        made.plug_in()
+        made.serve()
+        return made
+
+    def remove(self, container: Container) -> None:
+        """As when Docker removes a container."""
+        self.containers.remove(container)
+        container.close()
+        endpoint = container.endpoint
+        self.do(lambda: self.kernel.detach(endpoint.network_id, endpoint.id))
+
+    def set_peers(self, network: Network, *others: Host) -> frozenset[IPAddress]:
+        return self.do(
+            lambda: self.kernel.set_peers(network.id, [other.address for other in others])
+        )
+
+    def close(self) -> None:
+        for container in self.containers:
+            container.close()
+        for kernel in self._kernels:
+            kernel.close()
+        os.close(self.namespace)
+        self._thread.shutdown()
+
+
+@dataclass
+class Lab:
+    hosts: list[Host]
+    underlay: int
+
+    def mesh(self, network: Network) -> None:
+        """Every host is every other's peer."""
+        for host in self.hosts:
+            host.set_peers(network, *(other for other in self.hosts if other is not host))
+
+    def link(self, host: Host, state: str) -> None:
+        """Pull a host's cable ("down") or plug it in ("up")."""
+        in_netns(
+            self.underlay,
+            lambda: _run(("ip", "link", "set", f"u{host.number}", state)),
+        )
+
+
+@contextlib.contextmanager
+def lab(hosts: int = 2, *, mtu: int = 1500, ipv6_underlay: bool = False) -> Iterator[Lab]:
+    """Hosts on one underlay; gone afterwards whatever happens."""
+    made = Lab([], new_namespace())
+    try:
+        with in_netns(made.underlay, IPRoute) as route:
+            route.link("add", ifname="b", kind="bridge", br_mcast_snooping=0, mtu=mtu, state="up")
+            bridge = route.link_lookup(ifname="b")[0]
+            for number in range(1, hosts + 1):
+                host = Host(number, mtu, ipv6_underlay)
+                made.hosts.append(host)
+                route.link(
+                    "add",
+                    ifname=f"u{number}",
+                    kind="veth",
+                    mtu=mtu,
+                    master=bridge,
+                    state="up",
+                    peer={"ifname": "eth0", "mtu": mtu, "net_ns_fd": host.namespace},
+                )
+                _address(host)
+        yield made
+    finally:
+        for host in made.hosts:
+            host.close()
+        os.close(made.underlay)
+
+
+def _address(host: Host) -> None:
+    with in_netns(host.namespace, IPRoute) as route:
+        eth0 = route.link_lookup(ifname="eth0")[0]
+        if host.address.version == 4:
+            route.addr("add", index=eth0, address=str(host.address), prefixlen=24)
+        else:
+            route.addr("add", index=eth0, address=str(host.address), prefixlen=64, flags=_NODAD)
+        route.link("set", index=eth0, state="up")
+
+
+def eventually(what: str, condition: Callable[[], object], timeout: float = 5) -> None:
+    """Wait until it holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {timeout:g} s")
+        time.sleep(0.02)
+
+
+def missing_tools() -> str:
+    """What these tests need and this machine lacks."""
+    if os.geteuid() != 0:
+        return "root"
+    return ", ".join(
+        name
+        for name in ("bridge", "ip", "mount", "nft", "nsenter", "sysctl")
+        if not shutil.which(name)
+    )
