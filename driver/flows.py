@@ -96,3 +96,24 @@ def forget_stale(rules: Mapping[IPv4Address, Collection[IPv4Address]]) -> int:
         return _forget(texts)
     except (NetlinkError, OSError) as error:
         raise KernelError(f"conntrack: {error}; is nf_conntrack_netlink available?") from error
+
+
+def answering(vip: IPv4Address, identifier: int) -> IPv4Address | None:
+    """The task that conntrack has for the pings to this VIP with this identifier; None if it has none, or can't say."""
+    try:
+        with NFCTSocket() as conntrack:
+            for entry in conntrack.dump(tuple_orig=NFCTAttrTuple(daddr=str(vip))):
+                original, reply = (
+                    entry.get_attr("CTA_TUPLE_ORIG"),
+                    entry.get_attr("CTA_TUPLE_REPLY"),
+                )
+                if entry["nfgen_family"] != socket.AF_INET or original is None or reply is None:
+                    continue
+                _, to, protocol = _addresses(original)
+                if (to, protocol) != (str(vip), socket.IPPROTO_ICMP):
+                    continue
+                if original.get_attr("CTA_TUPLE_PROTO").get_attr("CTA_PROTO_ICMP_ID") == identifier:
+                    return IPv4Address(_addresses(reply)[0])
+    except (NetlinkError, OSError):
+        return None
+    return None

@@ -5,7 +5,7 @@ The exporter, the documentation and the Grafana board are made from it, so they 
 
 from __future__ import annotations
 
-import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -35,16 +35,26 @@ class MetricSpec:
     samples: Callable[[Status], Iterable[Sample]]
 
 
-def _title(network: NetworkStatus) -> str:
-    return network.name or network.id[:12]
+def _titled(status: Status) -> list[tuple[str, NetworkStatus]]:
+    """Networks with a label of their own each: Prometheus refuses everything if two samples have the same labels."""
+    names = Counter(network.name for network in status.networks)
+    return [
+        (
+            network.name
+            if network.name and names[network.name] == 1
+            else f"{network.name} {network.id[:12]}".lstrip(),
+            network,
+        )
+        for network in status.networks
+    ]
 
 
 def _per_network(value: Callable[[NetworkStatus], float]) -> Callable[[Status], Iterable[Sample]]:
-    return lambda status: [((_title(network),), value(network)) for network in status.networks]
+    return lambda status: [((title,), value(network)) for title, network in _titled(status)]
 
 
 def _synced(status: Status) -> Iterable[Sample]:
-    return [((_title(n),), n.synced) for n in status.networks if n.synced is not None]
+    return [((title,), n.synced) for title, n in _titled(status) if n.synced is not None]
 
 
 METRICS: Final = (
@@ -105,7 +115,7 @@ METRICS: Final = (
         "Endpoints of this host, by network and path",
         "",
         ("network", "path"),
-        lambda status: [((_title(n), n.path), float(len(n.endpoints))) for n in status.networks],
+        lambda status: [((title, n.path), float(len(n.endpoints))) for title, n in _titled(status)],
     ),
     MetricSpec(
         "freeflow_peers",
@@ -130,8 +140,8 @@ METRICS: Final = (
         "",
         ("network", "service"),
         lambda status: [
-            ((_title(network), service.name), float(len(service.tasks)))
-            for network in status.networks
+            ((title, service.name), float(len(service.tasks)))
+            for title, network in _titled(status)
             for service in network.services
             if service.vip
         ],
@@ -150,7 +160,7 @@ METRICS: Final = (
         "Bytes that endpoints of this host received",
         "bytes",
         ("network",),
-        _per_network(lambda network: sum(e.rx_bytes for e in network.endpoints)),
+        _per_network(lambda network: network.rx_bytes),
     ),
     MetricSpec(
         "freeflow_transmit_bytes",
@@ -158,7 +168,7 @@ METRICS: Final = (
         "Bytes that endpoints of this host sent",
         "bytes",
         ("network",),
-        _per_network(lambda network: sum(e.tx_bytes for e in network.endpoints)),
+        _per_network(lambda network: network.tx_bytes),
     ),
     MetricSpec(
         "freeflow_spoofed_frames",
@@ -166,7 +176,7 @@ METRICS: Final = (
         "Frames dropped because their source wasn't the container's own",
         "",
         ("network",),
-        _per_network(lambda network: sum(e.spoofed for e in network.endpoints)),
+        _per_network(lambda network: network.spoofed),
     ),
     MetricSpec(
         "freeflow_requests",
@@ -239,7 +249,6 @@ class Exporter:
     def __init__(self, snapshot: Callable[[], Status], address: tuple[str, int]) -> None:
         self._snapshot = snapshot
         self._address = address
-        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         host, port = self._address

@@ -1,35 +1,28 @@
 """`freeflow ping`: from a container's namespace of this host to an overlay address, saying which host and which path.
 
-The echo (RFC 792, RFC 4443) leaves the namespace of a local container on the same network, so it takes the way that the
-container's own packets take, VIPs included. Where the address lives is what the kernel then knows: the neighbour's MAC
-address, and the peer behind which the VXLAN device learned it.
+The echo leaves the namespace of a local container on the same network, so it takes the way that the container's own packets
+take, VIPs included. Where the address lives is what the kernel then knows: the task that conntrack has for the echo, the
+neighbour's MAC address, and the peer behind which the VXLAN device learned it. Read on in `echo.py`.
 """
 
 from __future__ import annotations
 
 import os
-import select
-import socket
-import struct
-import time
 from collections.abc import Callable
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 from typing import Final
 
 import msgspec
-from pyroute2 import IPRoute
 
 from driver.driver import Driver
 from driver.errors import InvalidRequest, NotFound
-from driver.kernel.linux import LinuxKernel
-from driver.kernel.namespace import in_netns, is_namespace
+from driver.kernel.namespace import is_namespace
 from driver.model import Endpoint, IPAddress, Network
-from driver.sync import Syncer
+from plugin.echo import Prober, probe
+from plugin.facts import KernelFacts, SyncFacts
 
 MAX_COUNT: Final = 20
-WAIT: Final = 1.0
-PATTERN: Final = b"freeflow" * 7
 
 
 class PingRequest(msgspec.Struct, frozen=True):
@@ -55,61 +48,22 @@ class PingResult(msgspec.Struct, frozen=True):
     round_trips_ms: list[float]
 
 
-def _checksum(data: bytes) -> int:
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return int(~total & 0xFFFF)
-
-
-def echo(address: IPAddress, count: int) -> tuple[list[float], str]:
-    """Send `count` echoes from the calling thread's namespace; round trips in ms, and who answered."""
-    six = address.version == 6
-    family, protocol = (
-        (socket.AF_INET6, socket.IPPROTO_ICMPV6) if six else (socket.AF_INET, socket.IPPROTO_ICMP)
-    )
-    identifier = os.urandom(2)
-    times, source = [], ""
-    with socket.socket(family, socket.SOCK_RAW, protocol) as raw:
-        for sequence in range(count):
-            head = struct.pack("!BBH", 128 if six else 8, 0, 0)
-            body = identifier + struct.pack("!H", sequence) + PATTERN
-            checksum = 0 if six else _checksum(head + body)
-            message = head[:2] + struct.pack("!H", checksum) + body
-            begin = time.perf_counter()
-            try:
-                raw.sendto(message, (str(address), 0))
-            except OSError:
-                continue
-            while (left := begin + WAIT - time.perf_counter()) > 0:
-                if not select.select([raw], [], [], left)[0]:
-                    break
-                answer, peer = raw.recvfrom(2048)
-                if not six:
-                    answer = answer[(answer[0] & 15) * 4 :]
-                if answer[:1] == (b"\x81" if six else b"\0") and answer[4:8] == body[:4]:
-                    times.append(round((time.perf_counter() - begin) * 1000, 3))
-                    source = str(peer[0])
-                    break
-    return times, source
-
-
-def _neighbours() -> dict[str, str]:
-    with IPRoute() as route:
-        return {
-            str(item.get_attr("NDA_DST")): str(item.get_attr("NDA_LLADDR"))
-            for item in route.get_neighbours()
-            if item.get_attr("NDA_LLADDR")
-        }
-
-
 class Ping:
     """Runs pings on this host."""
 
-    def __init__(self, driver: Driver, kernel: LinuxKernel, syncer: Syncer) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        kernel: KernelFacts,
+        syncer: SyncFacts,
+        probe: Prober = probe,
+        is_there: Callable[[Path], bool] = is_namespace,
+    ) -> None:
         self._driver = driver
         self._kernel = kernel
         self._syncer = syncer
+        self._probe = probe
+        self._is_there = is_there
 
     def __call__(self, wanted: PingRequest) -> PingResult:
         """Raises InvalidRequest for what isn't an address or count, NotFound if no container here is on its network."""
@@ -120,30 +74,25 @@ class Ping:
         if not 1 <= wanted.count <= MAX_COUNT:
             raise InvalidRequest(f"ping: count {wanted.count} is not from 1 to {MAX_COUNT}")
         network, endpoint, sandbox = self._origin(address)
-
-        def run() -> tuple[list[float], str, dict[str, str]]:
-            times, _ = echo(address, wanted.count)
-            return times, "", _neighbours()
-
-        before = self._flows(network, address)
-        times, _, neighbours = in_netns(sandbox, run)
-        tasks = before or [address]
-        mac = next((neighbours[str(task)] for task in tasks if str(task) in neighbours), "")
-        task = next((str(task) for task in tasks if str(task) in neighbours), "")
-        own = self._own(network, address)
+        tasks = self._tasks(network, address)
+        probe = self._probe(sandbox, address, wanted.count, bool(tasks))
+        task = probe.task if tasks else None
+        mac = probe.neighbours.get(str(task or address), "")
+        own = self._own(network, task or address)
+        found = bool(mac or own)
         host, host_address, local = self._host(network, mac, own is not None)
         return PingResult(
             address=str(address),
             network=self._name(network),
             source=str(endpoint.ipv4.ip if endpoint.ipv4 else endpoint.id[:12]),
-            task=task if task != str(address) else "",
+            task=str(task or ""),
             mac=mac or (own.mac if own else ""),
-            host=host if times or mac or own else "",
-            host_address=host_address,
-            local=local,
+            host=host if found else "",
+            host_address=host_address if found else "",
+            local=local and found,
             path="overlay",
             sent=wanted.count,
-            round_trips_ms=times,
+            round_trips_ms=probe.times,
         )
 
     def _origin(self, address: IPAddress) -> tuple[Network, Endpoint, Path]:
@@ -154,7 +103,7 @@ class Ping:
                 matching.append(network)
                 for endpoint in self._driver.store.endpoints(network.id):
                     sandbox = self._syncer.sandbox(endpoint)
-                    if sandbox is not None and is_namespace(sandbox):
+                    if sandbox is not None and self._is_there(sandbox):
                         return network, endpoint, sandbox
         if matching:
             raise NotFound(
@@ -169,12 +118,12 @@ class Ping:
         state = self._syncer.state().get(network.id)
         return state.view.name if state and state.view else network.id[:12]
 
-    def _flows(self, network: Network, address: IPAddress) -> list[IPAddress]:
+    def _tasks(self, network: Network, address: IPAddress) -> tuple[IPv4Address, ...]:
         """The tasks behind an address, if it is a VIP."""
         state = self._syncer.state().get(network.id)
         if state is None or not isinstance(address, IPv4Address):
-            return []
-        return list(state.table.get(address, ()))
+            return ()
+        return state.table.get(address, ())
 
     def _own(self, network: Network, address: IPAddress) -> Endpoint | None:
         for endpoint in self._driver.store.endpoints(network.id):
@@ -191,6 +140,3 @@ class Ping:
             return here, str(self._driver.self_address() or ""), True
         name = (engine.hostnames if engine else {}).get(behind, str(behind))
         return name, str(behind), False
-
-
-Runner = Callable[[PingRequest], PingResult]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import msgspec
 
 from driver import names
 from driver.driver import Driver
 from driver.errors import FreeFlowError, SettingError
-from driver.kernel.linux import LinuxKernel
 from driver.model import Endpoint, Network
-from driver.sync import NetworkState, Syncer
+from driver.sync import NetworkState
 from plugin.calls import CallStatistics
+from plugin.facts import KernelFacts, SyncFacts
 from plugin.settings import PLUGIN, SETTINGS, Settings
 from plugin.status import (
     CallStatus,
@@ -24,6 +26,7 @@ from plugin.status import (
     ServiceStatus,
     Status,
 )
+from plugin.totals import Counts, Totals
 from plugin.version import VERSION
 
 STALE = 10.0
@@ -38,19 +41,51 @@ def _setting_text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _counts(
+    endpoint: Endpoint, links: dict[str, dict[str, int]], spoofed: dict[str, int]
+) -> Counts | None:
+    """Bytes received and sent, frames dropped; None without its link."""
+    link = links.get(names.host_veth(endpoint.id))
+    if link is None:
+        return None
+    # The host's end of the pair: what it receives the container sent.
+    return link["tx_bytes"], link["rx_bytes"], spoofed.get(names.short(endpoint.id), 0)
+
+
+def _endpoint(endpoint: Endpoint, container: str, counts: Counts | None) -> EndpointStatus:
+    received, sent, dropped = counts or (0, 0, 0)
+    return EndpointStatus(
+        id=endpoint.id,
+        container=container,
+        ipv4=str(endpoint.ipv4 or ""),
+        ipv6=str(endpoint.ipv6 or ""),
+        mac=endpoint.mac,
+        joined=endpoint.sandbox_key is not None,
+        rx_bytes=received,
+        tx_bytes=sent,
+        spoofed=dropped,
+    )
+
+
+def _with_sums(network: NetworkStatus, sums: Counts) -> NetworkStatus:
+    received, sent, dropped = sums
+    return msgspec.structs.replace(network, rx_bytes=received, tx_bytes=sent, spoofed=dropped)
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Call it for a `Status`. `failures` are what went wrong at start; `started` and `clock` in seconds."""
 
     driver: Driver
-    kernel: LinuxKernel
-    syncer: Syncer
+    kernel: KernelFacts
+    syncer: SyncFacts
     statistics: CallStatistics
     settings: Settings
     bad_settings: tuple[SettingError, ...]
     failures: list[str]
     started: float
     clock: Callable[[], float]
+    totals: Totals = field(default_factory=lambda: Totals(3))
 
     def __call__(self) -> Status:
         now = self.clock()
@@ -58,13 +93,29 @@ class Snapshot:
         links = self.kernel.links()
         spoofed = self.kernel.spoofed()
         own = self.driver.self_address()
-        networks = []
-        for network in self.driver.store.networks():
-            state = states.get(network.id, NetworkState())
-            endpoints = self.driver.store.endpoints(network.id)
-            networks.append(
-                self._network(network, endpoints, state, links, spoofed, str(own or ""), now)
+        known = [
+            (
+                network,
+                [
+                    (endpoint, _counts(endpoint, links, spoofed))
+                    for endpoint in self.driver.store.endpoints(network.id)
+                ],
             )
+            for network in self.driver.store.networks()
+        ]
+        networks = [
+            self._network(
+                network, endpoints, states.get(network.id, NetworkState()), str(own or ""), now
+            )
+            for network, endpoints in known
+        ]
+        sums = self.totals.look(
+            {
+                network.id: {endpoint.id: counts for endpoint, counts in endpoints}
+                for network, endpoints in known
+            }
+        )
+        networks = [_with_sums(network, sums[network.id]) for network in networks]
         problems = self._problems(networks)
         return Status(
             version=VERSION,
@@ -92,10 +143,8 @@ class Snapshot:
     def _network(
         self,
         network: Network,
-        endpoints: list[Endpoint],
+        endpoints: list[tuple[Endpoint, Counts | None]],
         state: NetworkState,
-        links: dict[str, dict[str, int]],
-        spoofed: dict[str, int],
         own: str,
         now: float,
     ) -> NetworkStatus:
@@ -123,7 +172,8 @@ class Snapshot:
             path="overlay",
             acceleration=network.acceleration,
             endpoints=[
-                self._endpoint(endpoint, containers, links, spoofed) for endpoint in endpoints
+                _endpoint(endpoint, containers.get(endpoint.id, ""), counts)
+                for endpoint, counts in endpoints
             ],
             peers=[
                 PeerStatus(
@@ -134,27 +184,6 @@ class Snapshot:
             services=services,
             synced=None if state.seen is None else round(now - state.seen, 1),
             error=state.error or "",
-        )
-
-    @staticmethod
-    def _endpoint(
-        endpoint: Endpoint,
-        containers: dict[str, str],
-        links: dict[str, dict[str, int]],
-        spoofed: dict[str, int],
-    ) -> EndpointStatus:
-        counters = links.get(names.host_veth(endpoint.id), {})
-        return EndpointStatus(
-            id=endpoint.id,
-            container=containers.get(endpoint.id, ""),
-            ipv4=str(endpoint.ipv4 or ""),
-            ipv6=str(endpoint.ipv6 or ""),
-            mac=endpoint.mac,
-            joined=endpoint.sandbox_key is not None,
-            # The host's end of the pair: what it receives the container sent.
-            rx_bytes=counters.get("tx_bytes", 0),
-            tx_bytes=counters.get("rx_bytes", 0),
-            spoofed=spoofed.get(names.short(endpoint.id), 0),
         )
 
     def _host(self) -> HostStatus:
@@ -234,6 +263,7 @@ class Snapshot:
                             f"see docs/troubleshooting.md; restart {endpoint.container or 'the container'} if it is compromised",
                         )
                     )
+        found += self._vip_problems(networks)
         if self.settings.scope == "local" and any(n.peers for n in networks):
             found.append(
                 Finding(
@@ -244,3 +274,23 @@ class Snapshot:
                 )
             )
         return found
+
+    def _vip_problems(self, networks: list[NetworkStatus]) -> list[Finding]:
+        errors = self.syncer.vip_errors()
+        if not errors:
+            return []
+        names_of = {item.id: item.container for network in networks for item in network.endpoints}
+        found = {}
+        for endpoint in self.driver.store.endpoints():
+            sandbox = self.syncer.sandbox(endpoint)
+            if sandbox is not None and sandbox in errors:
+                who = names_of.get(endpoint.id) or endpoint.id[:12]
+                cause, _, remedy = errors[sandbox].partition("; ")
+                # One container may have several endpoints.
+                found[sandbox] = Finding(
+                    "error",
+                    f"VIPs of {who} could not be written",
+                    cause,
+                    remedy or "freeflow doctor",
+                )
+        return list(found.values())

@@ -46,7 +46,10 @@ class ServiceStatus(msgspec.Struct, frozen=True):
 
 
 class NetworkStatus(msgspec.Struct, frozen=True):
-    """`path` is how its connections run; `synced` seconds since peers and services were last read, null: not yet."""
+    """`path` is how its connections run; `synced` seconds since peers and services were last read, null: not yet.
+
+    `rx_bytes`, `tx_bytes` and `spoofed` are of all its endpoints here, those that have gone included, and only grow.
+    """
 
     id: str
     name: str
@@ -64,6 +67,9 @@ class NetworkStatus(msgspec.Struct, frozen=True):
     services: list[ServiceStatus]
     synced: float | None = None
     error: str = ""
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    spoofed: int = 0
 
 
 class HostStatus(msgspec.Struct, frozen=True):

@@ -1,0 +1,97 @@
+"""Echo requests (RFC 792, RFC 4443) from inside a container's namespace, and what the kernel there knows afterwards."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Final
+
+from pyroute2 import IPRoute
+
+from driver import flows
+from driver.kernel.namespace import in_netns
+from driver.model import IPAddress
+
+WAIT: Final = 1.0
+"""Seconds for one answer."""
+PATTERN: Final = b"freeflow" * 7
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Round trips in ms, one per answer; neighbours, address → MAC; for a VIP the task that answered, if it is known."""
+
+    times: list[float]
+    neighbours: dict[str, str]
+    task: IPv4Address | None = None
+
+
+Prober = Callable[[Path, IPAddress, int, bool], Probe]
+"""Of a namespace, an address, how many echoes, and whether the address is a VIP."""
+
+
+def _checksum(data: bytes) -> int:
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return int(~total & 0xFFFF)
+
+
+def echo(address: IPAddress, count: int, identifier: int) -> list[float]:
+    """Send `count` echoes from the calling thread's namespace; the round trips in ms of those answered."""
+    six = address.version == 6
+    family, protocol = (
+        (socket.AF_INET6, socket.IPPROTO_ICMPV6) if six else (socket.AF_INET, socket.IPPROTO_ICMP)
+    )
+    times = []
+    with socket.socket(family, socket.SOCK_RAW, protocol) as raw:
+        for sequence in range(count):
+            head = struct.pack("!BBH", 128 if six else 8, 0, 0)
+            body = struct.pack("!HH", identifier, sequence) + PATTERN
+            checksum = 0 if six else _checksum(head + body)
+            message = head[:2] + struct.pack("!H", checksum) + body
+            begin = time.perf_counter()
+            try:
+                raw.sendto(message, (str(address), 0))
+            except OSError:
+                continue
+            while (left := begin + WAIT - time.perf_counter()) > 0:
+                if not select.select([raw], [], [], left)[0]:
+                    break
+                answer = raw.recv(2048)
+                if not six:
+                    answer = answer[(answer[0] & 15) * 4 :]
+                if answer[:1] == (b"\x81" if six else b"\0") and answer[4:8] == body[:4]:
+                    times.append(round((time.perf_counter() - begin) * 1000, 3))
+                    break
+    return times
+
+
+def _neighbours() -> dict[str, str]:
+    with IPRoute() as route:
+        return {
+            str(item.get_attr("NDA_DST")): str(item.get_attr("NDA_LLADDR"))
+            for item in route.get_neighbours()
+            if item.get_attr("NDA_LLADDR")
+        }
+
+
+def probe(namespace: Path, address: IPAddress, count: int, vip: bool) -> Probe:
+    """Send echoes from a namespace and look around in it. Raises KernelError if it is gone."""
+    identifier = int.from_bytes(os.urandom(2), "big")
+
+    def run() -> Probe:
+        times = echo(address, count, identifier)
+        answering = None
+        if vip and isinstance(address, IPv4Address):
+            answering = flows.answering(address, identifier)
+        return Probe(times, _neighbours(), answering)
+
+    return in_netns(namespace, run)

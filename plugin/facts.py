@@ -1,0 +1,35 @@
+"""What status and ping ask of the kernel and of the sync loop. Each has one real implementation, and a fake in tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from driver.kernel.underlay import Underlay
+from driver.model import Endpoint, EngineView, IPAddress
+from driver.sync import NetworkState
+
+
+class KernelFacts(Protocol):
+    """See `driver.kernel.linux.LinuxKernel`."""
+
+    def underlay(self) -> Underlay: ...
+
+    def links(self) -> dict[str, dict[str, int]]: ...
+
+    def spoofed(self) -> dict[str, int]: ...
+
+    def locate(self, network_id: str, mac: str) -> IPAddress | None: ...
+
+
+class SyncFacts(Protocol):
+    """See `driver.sync.Syncer`."""
+
+    def state(self) -> dict[str, NetworkState]: ...
+
+    def engine(self) -> tuple[EngineView | None, str | None]: ...
+
+    def vip_errors(self) -> Mapping[Path, str]: ...
+
+    def sandbox(self, endpoint: Endpoint) -> Path | None: ...

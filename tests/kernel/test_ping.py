@@ -1,0 +1,58 @@
+"""`freeflow ping`'s echoes in real namespaces."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+
+import pytest
+
+from driver.errors import KernelError
+from driver.vip import NftBalancer
+from plugin.echo import probe
+from tests.kernel.vip_hosts import VIP, World, world
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces")
+
+
+@pytest.fixture
+def three() -> Iterator[World]:
+    with world(3) as made:
+        yield made
+
+
+def test_echoes_to_a_container(three: World) -> None:
+    """Each echo to a container is answered, in less than a second, and its MAC address is known then."""
+    task = three.tasks[1]
+    found = probe(three.client.path, task.address, 3, False)
+    assert len(found.times) == 3
+    assert all(0 < milliseconds < 1000 for milliseconds in found.times)
+    assert str(task.address) in found.neighbours
+    assert task.pings_answered() == 3
+    assert found.task is None
+
+
+def test_echoes_to_a_vip_name_the_task(three: World) -> None:
+    """Of a VIP it is said which task answered: the one whose namespace counted the echoes."""
+    assert NftBalancer().apply(three.client.path, {VIP: three.addresses})
+    for _ in range(3):
+        before = {task.address: task.pings_answered() for task in three.tasks}
+        found = probe(three.client.path, VIP, 2, True)
+        assert len(found.times) == 2
+        after = {task.address: task.pings_answered() for task in three.tasks}
+        assert [each for each in after if after[each] > before[each]] == [found.task]
+
+
+def test_nobody_answers(three: World) -> None:
+    """An address that nobody has, or that isn't reachable, has no round trips; nothing is invented."""
+    assert probe(three.client.path, IPv4Address("10.77.0.99"), 1, False).times == []
+    unreachable = probe(three.client.path, IPv6Address("2001:db8::1"), 2, False)
+    assert (unreachable.times, unreachable.task) == ([], None)
+
+
+def test_namespace_that_is_gone() -> None:
+    """A container that has ended is named as such."""
+    with pytest.raises(KernelError, match="has its container ended"):
+        probe(Path("/run/netns/ffnone"), IPv4Address("10.77.0.20"), 1, False)
