@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
+from wsgiref.simple_server import WSGIServer
 
 import structlog
 from prometheus_client import CollectorRegistry, generate_latest
@@ -249,12 +250,18 @@ class Exporter:
     def __init__(self, snapshot: Callable[[], Status], address: tuple[str, int]) -> None:
         self._snapshot = snapshot
         self._address = address
+        self._server: WSGIServer | None = None
 
     def start(self) -> None:
         host, port = self._address
         try:
-            start_http_server(port, host, _registry(self._snapshot))
+            self._server, _ = start_http_server(port, host, _registry(self._snapshot))
         except OSError as error:
             log.error("metrics are not served", address=f"{host}:{port}", reason=str(error))
         else:
             log.info("metrics are served", address=f"{host}:{port}")
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()

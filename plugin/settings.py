@@ -37,11 +37,16 @@ def _choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def _number(text: str) -> int:
+    """-1 if it is none. Not int(): it takes "4_799", "+4799" and digits of other scripts."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else -1
+
+
 def _whole(allowed: range, *, optional: bool = False) -> Callable[[str], int | None]:
     def parse(text: str) -> int | None:
         if not text and optional:
             return None
-        if not text.isascii() or not text.isdigit() or int(text) not in allowed:
+        if _number(text) not in allowed:
             raise ValueError(f"must be a whole number from {allowed.start} to {allowed.stop - 1}")
         return int(text)
 
@@ -65,14 +70,17 @@ def _listen(text: str) -> tuple[str, int] | None:
     if not text:
         return None
     host, _, port = text.rpartition(":")
+    number = _number(port)
     try:
-        ip_address(host.strip("[]"))
-        number = int(port)
+        address = ip_address(host.removeprefix("[").removesuffix("]"))
     except ValueError:
-        number = 0
+        number = -1
+    else:
+        if (address.version == 6) != (host.startswith("[") and host.endswith("]")):
+            number = -1
     if number not in PORT_RANGE:
         raise ValueError("must be ADDRESS:PORT, for example 127.0.0.1:9477 or [::1]:9477")
-    return host.strip("[]"), number
+    return str(address), number
 
 
 def _underlay(text: str) -> str:
@@ -167,7 +175,7 @@ def read(environment: Mapping[str, str]) -> tuple[Settings, tuple[SettingError, 
             values[setting.name.lower()] = setting.parse(setting.default)
             errors.append(
                 SettingError(
-                    f"setting {setting.name}={text}: {error}; {_mend(setting.name, setting.default)}"
+                    f"setting {setting.name}={text[:80]}: {error}; {_mend(setting.name, setting.default)}"
                 )
             )
     known = {setting.name for setting in SETTINGS}
@@ -175,7 +183,7 @@ def read(environment: Mapping[str, str]) -> tuple[Settings, tuple[SettingError, 
         if name not in known and name not in _FOREIGN and not name.startswith(_FOREIGN_PREFIXES):
             errors.append(
                 SettingError(
-                    f"setting {name} is unknown; FreeFlow has {', '.join(sorted(known))}; after a downgrade it stays "
+                    f"setting {name[:80]} is unknown; FreeFlow has {', '.join(sorted(known))}; after a downgrade it stays "
                     f"until the plugin is installed anew: docker plugin rm -f {PLUGIN}, then docker plugin install"
                 )
             )

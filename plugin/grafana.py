@@ -1,0 +1,129 @@
+"""The Grafana board, made from the list of metrics: `python -m plugin.grafana > docs/grafana.json`.
+
+Each metric has one panel: figures of a host at the top, courses over time below. A test holds the stored board to this.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+import msgspec
+
+from plugin.metrics import METRICS, MetricSpec
+
+WIDTH: Final = 24
+"""Grafana's grid, in columns."""
+FIGURE: Final = (4, 4)
+COURSE: Final = (12, 8)
+SOURCE: Final = {"type": "prometheus", "uid": "${source}"}
+HOSTS: Final = 'instance=~"$host"'
+
+_UNITS: Final = {"s": "s", "bytes": "bytes", "": "short"}
+_RATES: Final = {"s": "s", "bytes": "Bps", "": "cps"}
+
+
+def exported(spec: MetricSpec) -> str:
+    """The name that Prometheus sees."""
+    return f"{spec.name}_total" if spec.kind == "counter" else spec.name
+
+
+def query(spec: MetricSpec) -> str:
+    """What a panel asks: a gauge as it is, a counter's rate."""
+    selected = f"{exported(spec)}{{{HOSTS}}}"
+    return f"rate({selected}[$__rate_interval])" if spec.kind == "counter" else selected
+
+
+def _is_figure(spec: MetricSpec) -> bool:
+    return spec.kind == "gauge" and (not spec.labels or spec.name.endswith("_info"))
+
+
+def _mappings(spec: MetricSpec) -> list[dict[str, Any]]:
+    if not spec.help.startswith("1 if"):
+        return []
+    said = {"0": {"text": "no", "color": "red"}, "1": {"text": "yes", "color": "green"}}
+    return [{"type": "value", "options": said}]
+
+
+def _panel(number: int, spec: MetricSpec, place: dict[str, int]) -> dict[str, Any]:
+    legend = " ".join(f"{{{{{label}}}}}" for label in ("instance", *spec.labels))
+    units = _RATES if spec.kind == "counter" else _UNITS
+    panel: dict[str, Any] = {
+        "id": number,
+        "title": spec.help,
+        "type": "stat" if _is_figure(spec) else "timeseries",
+        "datasource": SOURCE,
+        "gridPos": place,
+        "fieldConfig": {
+            "defaults": {"unit": units[spec.unit], "min": 0, "mappings": _mappings(spec)},
+            "overrides": [],
+        },
+        "targets": [
+            {"refId": "A", "datasource": SOURCE, "expr": query(spec), "legendFormat": legend}
+        ],
+    }
+    if _is_figure(spec):
+        # A name says more than a metric whose value is always 1.
+        text = "name" if spec.name.endswith("_info") else "value_and_name"
+        panel["options"] = {"textMode": text, "reduceOptions": {"calcs": ["lastNotNull"]}}
+    return panel
+
+
+def _panels() -> list[dict[str, Any]]:
+    panels: list[dict[str, Any]] = []
+    top = 0
+    for size, chosen in (
+        (FIGURE, [spec for spec in METRICS if _is_figure(spec)]),
+        (COURSE, [spec for spec in METRICS if not _is_figure(spec)]),
+    ):
+        wide, high = size
+        each = WIDTH // wide
+        for place, spec in enumerate(chosen):
+            row, column = divmod(place, each)
+            where = {"x": column * wide, "y": top + row * high, "w": wide, "h": high}
+            panels.append(_panel(len(panels) + 1, spec, where))
+        top += -(-len(chosen) // each) * high
+    return panels
+
+
+def _variables() -> list[dict[str, Any]]:
+    return [
+        {"name": "source", "label": "Prometheus", "type": "datasource", "query": "prometheus"},
+        {
+            "name": "host",
+            "label": "Host",
+            "type": "query",
+            "datasource": SOURCE,
+            "query": "label_values(freeflow_build_info, instance)",
+            "multi": True,
+            "includeAll": True,
+            "allValue": ".*",
+            "current": {"text": "All", "value": "$__all"},
+            "refresh": 2,
+        },
+    ]
+
+
+def board() -> dict[str, Any]:
+    """The board as Grafana imports it."""
+    return {
+        "title": "FreeFlow",
+        "uid": "freeflow",
+        "description": "FreeFlow, the network plugin for Docker Swarm: hosts, networks, services, Docker's calls",
+        "tags": ["docker", "freeflow", "network"],
+        "schemaVersion": 39,
+        "editable": True,
+        "time": {"from": "now-6h", "to": "now"},
+        "refresh": "30s",
+        "templating": {"list": _variables()},
+        "panels": _panels(),
+    }
+
+
+def text() -> str:
+    """The board as it is stored."""
+    return msgspec.json.format(msgspec.json.encode(board()), indent=2).decode() + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(text())

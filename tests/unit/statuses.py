@@ -1,0 +1,96 @@
+"""Statuses for tests of what shows them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from plugin.status import (
+    CallStatus,
+    EndpointStatus,
+    Finding,
+    HostStatus,
+    NetworkStatus,
+    PeerStatus,
+    ServiceStatus,
+    Status,
+)
+
+NET = "p3l8f1w0gk2c9d7h5m6n4b0aq"
+NET2 = "q7x2r5v8sl3b6c1j9k4m0d8ez"
+EP = "9f0c12ab34de" + "e" * 52
+
+
+def endpoint(**fields: Any) -> EndpointStatus:
+    made = EndpointStatus(
+        id=EP,
+        container="web.1.abc",
+        ipv4="10.0.4.7/24",
+        ipv6="",
+        mac="02:42:0a:00:04:07",
+        joined=True,
+        rx_bytes=2048,
+        tx_bytes=100,
+    )
+    return msgspec.structs.replace(made, **fields)
+
+
+def network(**fields: Any) -> NetworkStatus:
+    made = NetworkStatus(
+        id=NET,
+        name="backend",
+        vni=70012,
+        port=4799,
+        mtu=1450,
+        prefix6="",
+        subnets=["10.0.4.0/24"],
+        internal=False,
+        ipv6=False,
+        path="overlay",
+        acceleration=True,
+        endpoints=[endpoint()],
+        peers=[PeerStatus("host1", "192.0.2.1", own=True), PeerStatus("host2", "192.0.2.2")],
+        services=[
+            ServiceStatus("web", "10.0.4.2", ["10.0.4.7", "10.0.4.8"]),
+            ServiceStatus("db", "", ["10.0.4.9"]),
+        ],
+        synced=0.3,
+        rx_bytes=5000,
+        tx_bytes=600,
+        spoofed=2,
+    )
+    return msgspec.structs.replace(made, **fields)
+
+
+def host(**fields: Any) -> HostStatus:
+    made = HostStatus(
+        hostname="host1",
+        engine="28.5.2",
+        swarm=True,
+        manager=True,
+        node_id="n1",
+        address="192.0.2.1",
+        underlay="eth0",
+        underlay_mtu=1500,
+        kernel="6.1.0",
+    )
+    return msgspec.structs.replace(made, **fields)
+
+
+def finding(severity: str = "error") -> Finding:
+    return Finding(severity, "something is wrong", "its cause", "freeflow doctor")
+
+
+def status(**fields: Any) -> Status:
+    made = Status(
+        version="0.1.0",
+        healthy=not fields.get("problems"),
+        uptime=12.5,
+        host=host(),
+        settings={"SCOPE": "global", "VXLAN_PORT": "4799"},
+        networks=[network()],
+        problems=[],
+        calls=[CallStatus("Join", 7, 1, 1.5, 20.0)],
+    )
+    return msgspec.structs.replace(made, **fields)

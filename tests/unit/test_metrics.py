@@ -1,0 +1,132 @@
+"""Prometheus metrics: the one list of them, and what a scraper gets."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from plugin.metrics import METRICS, Exporter, render
+from plugin.status import Status
+from tests.unit.statuses import NET, NET2, endpoint, finding, network, status
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def samples(text: str) -> Samples:
+    """As Prometheus reads it; two samples with the same labels are an error there."""
+    found: Samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            key = (sample.name, tuple(sorted(sample.labels.items())))
+            assert key not in found
+            found[key] = sample.value
+    return found
+
+
+def rendered(value: Status) -> Samples:
+    return samples(render(value).decode())
+
+
+def test_every_metric_is_exported_as_listed() -> None:
+    """Each metric of the list is exported under its name, kind and help, and no other is."""
+    text = render(status()).decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert set(families) == {spec.name for spec in METRICS}
+    for spec in METRICS:
+        assert families[spec.name].type == spec.kind
+        assert families[spec.name].documentation == spec.help
+        assert families[spec.name].samples
+        for sample in families[spec.name].samples:
+            assert set(sample.labels) == set(spec.labels)
+
+
+def test_names_follow_prometheus() -> None:
+    """Names have our prefix and base units, and don't say "total" themselves: the exporter adds it."""
+    for spec in METRICS:
+        assert spec.name.startswith("freeflow_")
+        assert not spec.name.endswith("_total")
+        assert spec.unit in ("", "s", "bytes")
+        if spec.unit:
+            assert spec.name.endswith({"s": "_seconds", "bytes": "_bytes"}[spec.unit])
+
+
+def test_values() -> None:
+    """Values are the status's, in base units."""
+    found = rendered(status(problems=[finding("warning")]))
+    net = ("network", "backend")
+    assert found[("freeflow_healthy", ())] == 0
+    assert found[("freeflow_problems", (("severity", "error"),))] == 0
+    assert found[("freeflow_problems", (("severity", "warning"),))] == 1
+    assert found[("freeflow_networks", ())] == 1
+    assert found[("freeflow_endpoints", (net, ("path", "overlay")))] == 1
+    assert found[("freeflow_peers", (net,))] == 1
+    assert found[("freeflow_services", (net,))] == 1
+    assert found[("freeflow_service_tasks", (net, ("service", "web")))] == 2
+    assert found[("freeflow_receive_bytes_total", (net,))] == 5000
+    assert found[("freeflow_transmit_bytes_total", (net,))] == 600
+    assert found[("freeflow_spoofed_frames_total", (net,))] == 2
+    assert found[("freeflow_sync_age_seconds", (net,))] == 0.3
+    assert found[("freeflow_requests_total", (("call", "Join"),))] == 7
+    assert found[("freeflow_request_errors_total", (("call", "Join"),))] == 1
+    quantile = (("call", "Join"), ("quantile", "0.99"))
+    assert found[("freeflow_request_seconds", quantile)] == 0.02
+
+
+def test_networks_of_one_name() -> None:
+    """Networks of one name, or whose name isn't known yet, have labels of their own."""
+    same = [network(), network(id=NET2), network(id="4c9d" * 16, name="")]
+    found = rendered(status(networks=same))
+    labels = {dict(labels)["network"] for name, labels in found if name == "freeflow_peers"}
+    assert labels == {f"backend {NET[:12]}", f"backend {NET2[:12]}", "4c9d4c9d4c9d"}
+
+
+def test_labels_are_escaped() -> None:
+    """A name with quotes and line breaks doesn't break the format."""
+    odd = 'a"b\\c\nd'
+    found = rendered(status(networks=[network(name=odd)]))
+    assert ("freeflow_peers", (("network", odd),)) in found
+
+
+def test_nothing_to_say() -> None:
+    """A host without networks has metrics all the same."""
+    found = rendered(status(networks=[], calls=[]))
+    assert found[("freeflow_networks", ())] == 0
+
+
+def test_not_synced_yet() -> None:
+    """An age that isn't known isn't invented."""
+    found = rendered(status(networks=[network(synced=None, endpoints=[endpoint()])]))
+    assert not [name for name, _ in found if name == "freeflow_sync_age_seconds"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_exporter(host: str) -> None:
+    """The exporter serves what the list says on the address that was set, IPv4 or IPv6."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.bind((host, 0))
+            port = probe.getsockname()[1]
+    except OSError as error:
+        pytest.skip(f"this machine has no {host}: {error}")
+    exporter = Exporter(lambda: status(), (host, port))
+    exporter.start()
+    try:
+        where = f"[{host}]" if ":" in host else host
+        with urllib.request.urlopen(f"http://{where}:{port}/metrics", timeout=10) as answer:
+            assert answer.status == 200
+            assert samples(answer.read().decode()) == rendered(status())
+    finally:
+        exporter.stop()
+
+
+def test_taken_port(capsys: pytest.CaptureFixture[str]) -> None:
+    """A taken port is said in the log, and the plugin goes on."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        exporter = Exporter(lambda: status(), taken.getsockname()[:2])
+        exporter.start()
+        exporter.stop()
+    assert "metrics are not served" in capsys.readouterr().out

@@ -1,0 +1,184 @@
+"""Settings: code, config.json and documentation say the same, and what is wrong comes with the line that mends it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plugin.settings import SETTINGS, Settings, read
+
+TOP = Path(__file__).parents[2]
+DOCUMENT = (TOP / "docs/options.md").read_text()
+NAMES = [setting.name for setting in SETTINGS]
+
+
+def config() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((TOP / "config.json").read_text())
+    return found
+
+
+def test_config_lists_the_settings_of_the_code() -> None:
+    """config.json has each setting of the code with the same default and description, settable, and no other."""
+    assert config()["env"] == [
+        {
+            "name": setting.name,
+            "description": setting.description,
+            "value": setting.default,
+            "settable": ["value"],
+        }
+        for setting in SETTINGS
+    ]
+
+
+def test_defaults_are_in_code() -> None:
+    """An upgrade keeps old settings: without any, all have the defaults of config.json."""
+    from_config = {item["name"]: item["value"] for item in config()["env"]}
+    assert read({}) == (Settings(), ())
+    assert read(from_config) == (Settings(), ())
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_every_setting_is_documented(setting: Any) -> None:
+    """The table of settings has a row for each, with its default."""
+    row = re.search(rf"^\| `{setting.name}` \| (.*?) \|", DOCUMENT, re.MULTILINE)
+    assert row is not None
+    assert row[1].startswith(f"`{setting.default}`" if setting.default else "(empty")
+
+
+@pytest.mark.parametrize("mount", config()["mounts"], ids=lambda mount: mount["name"])
+def test_every_mount_is_settable_and_documented(mount: dict[str, Any]) -> None:
+    """Each mount's source can be set, is there by default on any host, and is in the documentation."""
+    assert mount["settable"] == ["source"]
+    assert f"`{mount['name']}.source` (`{mount['source']}`" in re.sub(r"\s+", " ", DOCUMENT)
+
+
+def test_config_is_what_docker_takes() -> None:
+    """The socket's name fits its path's 108 bytes, and what it implements is a network driver."""
+    interface = config()["interface"]
+    assert interface["types"] == ["docker.networkdriver/1.0"]
+    assert len(interface["socket"]) <= 22
+    assert config()["network"] == {"type": "host"}
+    assert config()["propagatedMount"] == "/state"
+
+
+def test_every_capability_is_explained() -> None:
+    """SECURITY.md says what each privilege is for."""
+    document = (TOP / "SECURITY.md").read_text()
+    for capability in config()["linux"]["capabilities"]:
+        assert capability in document
+    for mount in config()["mounts"]:
+        assert mount["destination"] in document or mount["source"] in document
+
+
+GOOD = [
+    ("SCOPE", "local", "scope", "local"),
+    ("VXLAN_PORT", "5000", "vxlan_port", 5000),
+    ("VXLAN_PORT", " 5000\n", "vxlan_port", 5000),
+    ("UNDERLAY", "eth1", "underlay", "eth1"),
+    ("UNDERLAY", "2001:db8::1", "underlay", "2001:db8::1"),
+    ("MTU", "9000", "mtu", 9000),
+    ("MTU", "", "mtu", None),
+    ("METRICS_ADDR", "127.0.0.1:9477", "metrics_addr", ("127.0.0.1", 9477)),
+    ("METRICS_ADDR", "[::1]:9477", "metrics_addr", ("::1", 9477)),
+    ("LOG_LEVEL", "debug", "log_level", "debug"),
+    ("SYNC_INTERVAL", "2", "sync_interval", 2.0),
+    ("REQUEST_DEADLINE", "1.5", "request_deadline", 1.5),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "field", "value"), GOOD)
+def test_good_values(name: str, text: str, field: str, value: object) -> None:
+    """Each setting takes what its description says."""
+    settings, errors = read({name: text})
+    assert errors == ()
+    assert getattr(settings, field) == value
+
+
+def test_each_setting_is_tried() -> None:
+    """No setting is without a good and a bad value here."""
+    assert {name for name, *_ in GOOD} == set(NAMES)
+    assert {name for name, _ in BAD} == set(NAMES)
+
+
+BAD = [
+    ("SCOPE", "swarm"),
+    ("SCOPE", ""),
+    ("SCOPE", "Global"),
+    ("VXLAN_PORT", "0"),
+    ("VXLAN_PORT", "65536"),
+    ("VXLAN_PORT", "many"),
+    ("VXLAN_PORT", ""),
+    ("VXLAN_PORT", "4_799"),
+    ("VXLAN_PORT", "٤٧٩٩"),
+    ("VXLAN_PORT", "9" * 5000),
+    ("UNDERLAY", "eth 0"),
+    ("UNDERLAY", "10.0.0.0/8"),
+    ("UNDERLAY", "x" * 46),
+    ("MTU", "1279"),
+    ("MTU", "65536"),
+    ("METRICS_ADDR", "9477"),
+    ("METRICS_ADDR", ":9477"),
+    ("METRICS_ADDR", "host:9477"),
+    ("METRICS_ADDR", "127.0.0.1"),
+    ("METRICS_ADDR", "127.0.0.1:0"),
+    ("METRICS_ADDR", "127.0.0.1:+9477"),
+    ("METRICS_ADDR", "::1:9477"),
+    ("LOG_LEVEL", "loud"),
+    ("SYNC_INTERVAL", "0"),
+    ("SYNC_INTERVAL", "nan"),
+    ("SYNC_INTERVAL", "61"),
+    ("REQUEST_DEADLINE", "inf"),
+    ("REQUEST_DEADLINE", "soon"),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), BAD)
+def test_bad_values(name: str, text: str) -> None:
+    """A bad value is refused by name, with what would be right and the line that mends it; the default is used."""
+    settings, errors = read({name: text})
+    assert settings == Settings()
+    (error,) = errors
+    message = str(error)
+    assert message.startswith(f"setting {name}=")
+    assert "must be " in message
+    default = next(setting.default for setting in SETTINGS if setting.name == name)
+    assert message.endswith(
+        f"docker plugin disable -f freeflow:latest && docker plugin set freeflow:latest {name}={default} && "
+        "docker plugin enable freeflow:latest"
+    )
+    assert len(message) < 1000
+
+
+def test_all_that_is_wrong_is_said() -> None:
+    """Several bad settings are all reported, and the good ones among them are used."""
+    settings, errors = read({"MTU": "1", "SCOPE": "x", "VXLAN_PORT": "5000"})
+    assert len(errors) == 2
+    assert settings == Settings(vxlan_port=5000)
+
+
+def test_unknown_setting() -> None:
+    """A setting that this version doesn't have is refused by name, with those that there are."""
+    _, (error,) = read({"VXLANPORT": "5000"})
+    assert "setting VXLANPORT is unknown" in str(error)
+    assert all(name in str(error) for name in NAMES)
+    assert "docker plugin" in str(error)
+
+
+def test_what_every_process_has_is_no_setting() -> None:
+    """What the runtime puts into an environment is not taken for a setting."""
+    environment = {"PATH": "/usr/bin", "HOME": "/", "LC_ALL": "C", "PYTHONUNBUFFERED": "1"}
+    assert read(environment) == (Settings(), ())
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), st.text(max_size=50)))
+def test_no_value_is_fatal(environment: dict[str, str]) -> None:
+    """Whatever is set, the plugin has settings that it can start with."""
+    settings, errors = read(environment)
+    assert isinstance(settings, Settings)
+    assert len(errors) <= len(environment)
