@@ -142,6 +142,9 @@ class Container:
             )
             datagrams = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
             datagrams.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            # Answers may be fragmented.
+            datagrams.setsockopt(socket.IPPROTO_IP, 10, 0)
+            datagrams.setsockopt(socket.IPPROTO_IPV6, 23, 0)
             datagrams.bind(("::", UDP_PORT))
             return stream, datagrams
 
@@ -160,27 +163,35 @@ class Container:
     def connect(self, to: IPAddress, timeout: float = 5) -> socket.socket:
         return self.do(lambda: socket.create_connection((str(to), TCP_PORT), timeout=timeout))
 
-    def udp(self, to: IPAddress, timeout: float = 1.0) -> socket.socket:
-        """A connected socket that never fragments."""
+    def udp(self, to: IPAddress, timeout: float = 1.0, *, whole: bool = True) -> socket.socket:
+        """A connected socket; with `whole` it never fragments (ip(7), ipv6(7): PMTUDISC_DO)."""
 
         def make() -> socket.socket:
             family = socket.AF_INET if to.version == 4 else socket.AF_INET6
             made = socket.socket(family, socket.SOCK_DGRAM)
-            # IP_MTU_DISCOVER, IPV6_MTU_DISCOVER: always refuse what doesn't fit (ip(7): PMTUDISC_DO).
-            if to.version == 4:
-                made.setsockopt(socket.IPPROTO_IP, 10, 2)
-            else:
-                made.setsockopt(socket.IPPROTO_IPV6, 23, 2)
+            # IP_MTU_DISCOVER, IPV6_MTU_DISCOVER: 2 never fragments, 0 always may.
+            level, option = (
+                (socket.IPPROTO_IP, 10) if to.version == 4 else (socket.IPPROTO_IPV6, 23)
+            )
+            made.setsockopt(level, option, 2 if whole else 0)
             made.settimeout(timeout)
             made.connect((str(to), UDP_PORT))
             return made
 
         return self.do(make)
 
-    def echoes(self, to: IPAddress, size: int = 32, tries: int = 3, timeout: float = 0.5) -> bool:
+    def echoes(
+        self,
+        to: IPAddress,
+        size: int = 32,
+        tries: int = 3,
+        timeout: float = 0.5,
+        *,
+        whole: bool = True,
+    ) -> bool:
         """Whether a datagram of random bytes comes back the same."""
         data = os.urandom(size)
-        with self.udp(to, timeout) as datagrams:
+        with self.udp(to, timeout, whole=whole) as datagrams:
             for _ in range(tries):
                 with contextlib.suppress(TimeoutError, ConnectionError):
                     datagrams.send(data)
@@ -392,6 +403,21 @@ def _address(host: Host) -> None:
         else:
             route.addr("add", index=eth0, address=str(host.address), prefixlen=64, flags=_NODAD)
         route.link("set", index=eth0, state="up")
+
+
+def heard(packets: socket.socket) -> list[bytes]:
+    """All frames that have come, once no more come for a moment."""
+    frames = []
+    with contextlib.suppress(TimeoutError):
+        while True:
+            frame, address = packets.recvfrom(65535)
+            if address[2] != socket.PACKET_OUTGOING:
+                frames.append(frame)
+    return frames
+
+
+def octets(mac: str) -> bytes:
+    return bytes.fromhex(mac.replace(":", ""))
 
 
 def eventually(what: str, condition: Callable[[], object], timeout: float = 5) -> None:
