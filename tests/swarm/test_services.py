@@ -68,6 +68,26 @@ def test_a_client_that_starts_reaches_a_vip_at_once(bed: Bed, manager: Host) -> 
         assert text.strip() == "200", host.engine
 
 
+def test_a_new_service_is_reached_from_a_host_without_its_tasks(bed: Bed, manager: Host) -> None:
+    """The first connection to a service that came long after the client succeeds at once, from every engine.
+
+    No API tells the client's host that the service is there; an engine that were asked all the time would fill its log.
+    """
+    network = make_network(manager)
+    clients = [(host, run_container(host, network)) for host in bed.hosts[1:]]
+    time.sleep(8)
+    service = make_service(
+        manager, network, NGINX, "--constraint", f"node.hostname=={manager.name}", replicas=2
+    )
+    time.sleep(2)
+    form = "%{http_code} %{time_connect}"
+    for host, client in clients:
+        command = ["curl", "-s", "-m", "5", "-o", "/dev/null", "-w", form, f"http://{service}/"]
+        code, seconds = host.exec(client, *command).split()
+        assert code == "200", host.engine
+        assert float(seconds) < 0.9, f"{host.engine}: the first packet was lost"
+
+
 def test_dns_round_robin_and_task_names(bed: Bed, manager: Host) -> None:
     """With dnsrr a service's name lists its tasks, and tasks.NAME does for any service; connections work to each."""
     network = make_network(manager)
