@@ -32,20 +32,21 @@ if [ "$(id -u)" != 0 ]; then
     exit 2
 fi
 export FREEFLOW_ROOT="$root" FREEFLOW_COLUMNS="${{COLUMNS:-$(tput cols 2>/dev/null || echo 100)}}"
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 # shellcheck disable=SC2016
 exec unshare --mount sh -c '
-    root=$1
-    shift
+    root=$1 here=$2
+    shift 2
     for each in proc sys dev; do mount --rbind "/$each" "$root/$each" || exit 2; done
     mkdir -p "$root/host/run" "$root/host/bin" && mount --rbind /run "$root/host/run" || exit 2
-    mount --bind {bin} "$root/host/bin" || exit 2
+    mount --bind "$here" "$root/host/bin" || exit 2
     # Only the copy stays: what is mounted twice in one mount namespace can be unmounted by neither path alone.
     umount -l /run/{pin} 2>/dev/null
     if [ -d "$root/../propagated-mount" ]; then
         mkdir -p "$root/state" && mount --bind "$root/../propagated-mount" "$root/state" || exit 2
     fi
     exec chroot "$root" /usr/bin/python3 -P -m plugin.cli "$@"
-' freeflow "$root" "$@"
+' freeflow "$root" "$here" "$@"
 """
 
 
@@ -60,26 +61,23 @@ def plugin_id(mountinfo: str) -> str | None:
     return None
 
 
-def script(root: str, directory: str = "/usr/local/bin") -> str:
+def script(root: str) -> str:
     """The script for a plugin whose root file system is `root` on the host."""
-    return _SCRIPT.format(
-        pin=OVERLAY_PIN, mark=MARK, root=shlex.quote(root), bin=shlex.quote(directory)
-    )
+    return _SCRIPT.format(pin=OVERLAY_PIN, mark=MARK, root=shlex.quote(root))
 
 
 def install(
     directory: Path,
     engine_root: str,
     mountinfo: Path = Path("/proc/self/mountinfo"),
-    host_directory: str = "/usr/local/bin",
 ) -> bool:
-    """Write the command into `directory`, the host's `host_directory`; false if it can't be, which is only logged."""
+    """Write the command into `directory`; false if it can't be, which is only logged. `engine_root` is the host's path."""
     identifier = plugin_id(mountinfo.read_text(errors="replace"))
     if identifier is None or not engine_root:
         log.info("the freeflow command is not installed", reason="not run by Docker as a plugin")
         return False
     target = directory / NAME
-    text = script(f"{engine_root}/plugins/{identifier}/rootfs", host_directory)
+    text = script(f"{engine_root}/plugins/{identifier}/rootfs")
     try:
         if target.is_symlink() or (
             target.exists() and MARK not in target.read_text(errors="replace")
@@ -106,6 +104,6 @@ def remove(directory: Path) -> bool:
         if target.is_symlink() or MARK not in target.read_text(errors="replace"):
             return False
         target.unlink()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
     return True

@@ -13,7 +13,7 @@ from pyroute2 import IPRoute
 from driver.errors import FreeFlowError
 from driver.kernel import nft
 from driver.kernel.namespace import OVERLAY_PIN, in_netns
-from plugin.cli.client import Client, engine_get, host_run
+from plugin.cli.client import Client, Engine, host_run
 from plugin.cli.doctor import examine
 from plugin.version import VERSION
 
@@ -35,19 +35,19 @@ def _links() -> list[dict[str, Any]]:
         ]
 
 
-def _engine() -> dict[str, Any]:
-    info = engine_get("/info")
+def _engine(engine: Engine) -> dict[str, Any]:
+    info = engine.get("/info")
     return {field: info.get(field) for field in _ENGINE_FIELDS}
 
 
-def _plugin() -> list[dict[str, Any]]:
+def _plugin(engine: Engine) -> list[dict[str, Any]]:
     return [
         {
             "Name": item.get("Name"),
             "Enabled": item.get("Enabled"),
             "Settings": (item.get("Settings") or {}).get("Env"),
         }
-        for item in engine_get("/plugins") or ()
+        for item in engine.get("/plugins") or ()
         if "freeflow" in str(item.get("Name"))
     ]
 
@@ -58,8 +58,8 @@ def collect(client: Client) -> dict[str, Any]:
     parts: dict[str, Callable[[], Any]] = {
         "status": lambda: msgspec.to_builtins(client.status()),
         "doctor": lambda: msgspec.to_builtins(examine(client)),
-        "engine": _engine,
-        "plugin": _plugin,
+        "engine": lambda: _engine(client.engine),
+        "plugin": lambda: _plugin(client.engine),
         "kernel": lambda: " ".join(os.uname()),
         "links of the host": _links,
         "links of the overlay": lambda: in_netns(pin, _links),

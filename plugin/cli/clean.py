@@ -10,7 +10,7 @@ from driver.errors import FreeFlowError
 from driver.kernel.linux import LinuxKernel
 from driver.store import FILE
 from plugin import host_command
-from plugin.cli.client import Client, NotRunning, engine_get, host_run
+from plugin.cli.client import Client, NotRunning, host_run
 
 STATE: Final = Path("/state")
 HOST_BINS: Final = (Path("/host/bin"), Path("/usr/local/bin"))
@@ -26,10 +26,10 @@ def in_use(client: Client) -> list[str]:
         status = client.status()
     except NotRunning:
         used = []
-        for item in engine_get("/containers/json"):
+        for item in client.engine.get("/containers/json"):
             attached = (item.get("NetworkSettings") or {}).get("Networks") or {}
             for network in attached.values():
-                found = engine_get(f"/networks/{network['NetworkID']}")
+                found = client.engine.get(f"/networks/{network['NetworkID']}")
                 if str(found.get("Driver", "")).startswith("freeflow"):
                     used.append(str((item.get("Names") or ["?"])[0]).lstrip("/"))
         return sorted(set(used))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import http.client
 import socket
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from driver.errors import EngineError, FreeFlowError
 from plugin.ping import PingRequest, PingResult
-from plugin.settings import PLUGIN
 from plugin.status import Status
+
+T = TypeVar("T")
 
 HOST_RUNS: Final = (Path("/host/run"), Path("/run"))
 """The host's /run: from inside the plugin's root file system, and on the host itself."""
@@ -51,21 +52,60 @@ def _ask(
         connection.close()
 
 
+class Engine:
+    """The engine of this host. `path` is its socket."""
+
+    def __init__(self, path: Path | None = None, timeout: float = 3.0) -> None:
+        self._path = path or host_run() / "docker.sock"
+        self._timeout = timeout
+
+    def get(self, url: str) -> Any:
+        """An answer of the engine's API. Raises EngineError."""
+        try:
+            status, body = _ask(self._path, "GET", url, None, self._timeout)
+            if status != http.HTTPStatus.OK:
+                raise EngineError(
+                    f"the engine answered {url} with {status}; systemctl status docker"
+                )
+            return msgspec.json.decode(body)
+        except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
+            raise EngineError(
+                f"the engine does not answer on {self._path}: {error}; systemctl status docker"
+            ) from error
+
+    def plugin_state(self) -> str:
+        """Why the plugin may not answer, as the engine sees it, and what to type."""
+        try:
+            plugins = self.get("/plugins")
+        except EngineError as error:
+            return str(error)
+        own = [item for item in plugins or () if "freeflow" in str(item.get("Name"))]
+        if not own:
+            return "it is not installed; docker plugin install --alias freeflow:latest REGISTRY/freeflow:latest"
+        name = own[0]["Name"]
+        if not own[0].get("Enabled"):
+            return f"it is disabled; docker plugin enable {name}"
+        return f"it is enabled but silent; docker plugin disable -f {name} && docker plugin enable {name}"
+
+
 class Client:
     """The running plugin. `path` is its admin socket."""
 
-    def __init__(self, path: Path | None = None, timeout: float = 30.0) -> None:
+    def __init__(
+        self, path: Path | None = None, engine: Engine | None = None, timeout: float = 30.0
+    ) -> None:
+        self.engine = engine or Engine()
         self._path = path or host_run() / ADMIN
         self._timeout = timeout
 
     def _call(self, method: str, url: str, body: bytes | None = None) -> bytes:
         try:
             status, answer = _ask(self._path, method, url, body, self._timeout)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise NotRunning(
-                f"the plugin does not answer on {self._path}: {error}; {plugin_state()}"
+                f"the plugin does not answer on {self._path} ({error}): {self.engine.plugin_state()}"
             ) from error
-        if status != 200:
+        if status != http.HTTPStatus.OK:
             try:
                 text = str(msgspec.json.decode(answer)["error"])
             except (msgspec.DecodeError, KeyError, TypeError):
@@ -73,43 +113,25 @@ class Client:
             raise FreeFlowError(text)
         return answer
 
+    def _value(self, kind: type[T], method: str, url: str, body: bytes | None = None) -> T:
+        answer = self._call(method, url, body)
+        try:
+            return msgspec.json.decode(answer, type=kind)
+        except msgspec.DecodeError as error:
+            raise FreeFlowError(
+                f"the plugin answered {url} with something else ({error}): it is of another version than this command; "
+                "docker plugin disable -f and enable it, which puts its own command here"
+            ) from error
+
     def status(self) -> Status:
         """Raises NotRunning, FreeFlowError."""
-        return msgspec.json.decode(self._call("GET", "/admin/status"), type=Status)
+        return self._value(Status, "GET", "/admin/status")
 
     def ping(self, address: str, count: int) -> PingResult:
         """Raises NotRunning, FreeFlowError."""
         body = msgspec.json.encode(PingRequest(address, count))
-        return msgspec.json.decode(self._call("POST", "/admin/ping", body), type=PingResult)
+        return self._value(PingResult, "POST", "/admin/ping", body)
 
     def metrics(self) -> str:
         """Raises NotRunning, FreeFlowError."""
         return self._call("GET", "/admin/metrics").decode()
-
-
-def engine_get(url: str, timeout: float = 3.0) -> Any:
-    """An answer of the engine's API. Raises EngineError."""
-    path = host_run() / "docker.sock"
-    try:
-        status, body = _ask(path, "GET", url, None, timeout)
-        if status != 200:
-            raise EngineError(f"the engine answered {url} with {status}")
-        return msgspec.json.decode(body)
-    except (OSError, msgspec.DecodeError) as error:
-        raise EngineError(
-            f"the engine does not answer on {path}: {error}; systemctl status docker"
-        ) from error
-
-
-def plugin_state() -> str:
-    """Why the plugin may not answer, as the engine sees it, and what to type."""
-    try:
-        plugins = engine_get("/plugins")
-    except EngineError as error:
-        return str(error)
-    own = [item for item in plugins or () if "freeflow" in str(item.get("Name"))]
-    if not own:
-        return "it is not installed: docker plugin install --alias freeflow:latest REGISTRY/freeflow:latest"
-    if not own[0].get("Enabled"):
-        return f"it is disabled: docker plugin enable {own[0]['Name']}"
-    return f"it is enabled but silent: docker plugin disable -f {PLUGIN} && docker plugin enable {PLUGIN}"

@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from driver.errors import FreeFlowError
-from plugin.cli.client import Client, NotRunning
+from plugin.cli.client import Client, Engine, NotRunning
 from plugin.version import VERSION
 
 UNUSABLE = 2
@@ -43,8 +43,15 @@ def _stop(message: str, as_json: bool, code: int = UNUSABLE) -> NoReturn:
     envvar="FREEFLOW_SOCKET",
     help="The plugin's admin socket.",
 )
+@click.option(
+    "--engine",
+    type=click.Path(path_type=Path),
+    default=None,
+    envvar="FREEFLOW_ENGINE",
+    help="Docker's socket.",
+)
 @click.pass_context
-def cli(context: click.Context, socket: Path | None) -> None:
+def cli(context: click.Context, socket: Path | None, engine: Path | None) -> None:
     """Look at FreeFlow, the network plugin for Docker Swarm, on this host.
 
     Without a command: status.
@@ -54,7 +61,7 @@ def cli(context: click.Context, socket: Path | None) -> None:
     freeflow ping 10.0.1.7      which host has this address, over which path, how fast
     freeflow doctor             look further when something doesn't work
     """
-    context.obj = Client(socket)
+    context.obj = Client(socket, Engine(engine))
     if context.invoked_subcommand is None:
         context.invoke(status)
 

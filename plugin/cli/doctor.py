@@ -16,7 +16,7 @@ from driver import names
 from driver.errors import EngineError, FreeFlowError, KernelError
 from driver.kernel import nft
 from driver.kernel.namespace import OVERLAY_PIN, is_namespace, is_shared, isolated
-from plugin.cli.client import Client, engine_get, host_run
+from plugin.cli.client import Client, Engine, host_run
 from plugin.settings import PLUGIN
 from plugin.status import Finding, Status
 
@@ -61,9 +61,9 @@ def check_run_shared() -> list[Finding]:
     ]
 
 
-def check_engine() -> list[Finding]:
+def check_engine(engine: Engine) -> list[Finding]:
     try:
-        version = str(engine_get("/version").get("Version", ""))
+        version = str(engine.get("/version").get("Version", ""))
     except EngineError as error:
         cause, _, remedy = str(error).rpartition("; ")
         return [Finding("error", "the engine does not answer", cause, remedy)]
@@ -318,7 +318,7 @@ def examine(client: Client) -> Report:
             passed.append(what)
 
     check("the plugin is running and well", lambda: check_plugin(client, found))
-    check("the engine answers", check_engine)
+    check("the engine answers", lambda: check_engine(client.engine))
     check("/run is a shared mount", check_run_shared)
     check("the kernel has VXLAN, bridge, veth and nftables", check_kernel)
     status = found.get("status")
