@@ -31,7 +31,6 @@ if [ "$(id -u)" != 0 ]; then
     echo "freeflow: must be run as root." >&2
     exit 2
 fi
-export FREEFLOW_ROOT="$root" FREEFLOW_COLUMNS="${{COLUMNS:-$(tput cols 2>/dev/null || echo 100)}}"
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 # shellcheck disable=SC2016
 exec unshare --mount sh -c '

@@ -1,0 +1,460 @@
+"""The `freeflow` command, on the real admin API over a unix socket."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from driver.errors import InvalidRequest, NotFound
+from plugin.admin import create_admin
+from plugin.cli.commands import cli
+from plugin.ping import PingRequest, PingResult
+from plugin.status import (
+    CallStatus,
+    EndpointStatus,
+    Finding,
+    HostStatus,
+    NetworkStatus,
+    PeerStatus,
+    ServiceStatus,
+    Status,
+)
+from tests.unit.sockets import engine, served
+from tests.unit.statuses import EP, NET, endpoint, finding, host, network, status
+
+TOP = Path(__file__).parents[2]
+COMMANDS = ("status", "peers", "ping", "doctor", "bugreport", "cleanup", "completion")
+
+PONG = PingResult(
+    address="10.0.4.2",
+    network="backend",
+    source="10.0.4.7",
+    task="10.0.4.8",
+    mac="02:42:0a:00:04:08",
+    host="host2",
+    host_address="192.0.2.2",
+    local=False,
+    path="overlay",
+    sent=3,
+    round_trips_ms=[0.5, 0.25, 0.75],
+)
+PLUGINS = [{"Name": "freeflow:latest", "Enabled": True}]
+
+
+class World:
+    """A host: what its plugin and its engine say, and the command to ask them. None: they don't answer."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.status: Status | None = status()
+        self.pong: PingResult | Exception = PONG
+        self.engine: dict[str, Any] | None = {"/plugins": PLUGINS}
+        self.pinged: list[PingRequest] = []
+
+    def _snapshot(self) -> Status:
+        assert self.status is not None
+        return self.status
+
+    def _ping(self, wanted: PingRequest) -> PingResult:
+        self.pinged.append(wanted)
+        if isinstance(self.pong, Exception):
+            raise self.pong
+        return self.pong
+
+    def run(self, *arguments: str) -> Result:
+        admin, docker = self.directory / "admin.sock", self.directory / "docker.sock"
+        with contextlib.ExitStack() as stack:
+            if self.status is not None:
+                stack.enter_context(served(create_admin(self._snapshot, self._ping), admin))
+            if self.engine is not None:
+                stack.enter_context(served(engine(self.engine), docker))
+            for path in (admin, docker):
+                stack.callback(path.unlink, missing_ok=True)
+            where = ["--socket", str(admin), "--engine", str(docker)]
+            return CliRunner().invoke(cli, [*where, *arguments], prog_name="freeflow")
+
+    def json(self, *arguments: str) -> Any:
+        return json.loads(self.run(*arguments, "--json").output)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+# --- status
+
+
+def test_well(world: World) -> None:
+    """All is well: exit code 0, and the first line says so."""
+    done = world.run("status")
+    assert done.exit_code == 0
+    lines = done.output.splitlines()
+    assert lines[0] == "FreeFlow 0.1.0 is well: 1 network, 1 endpoint"
+    assert "host host1 (Swarm manager, engine 28.5.2, kernel 6.1.0)" in lines
+    assert "underlay eth0 192.0.2.1 MTU 1500" in lines
+    assert "  web.1.abc  10.0.4.7  -     overlay  2.0 KiB   100 B" in lines
+    assert "  peers: host2 192.0.2.2" in lines
+    assert "  web      10.0.4.2  10.0.4.7, 10.0.4.8" in lines
+    assert "  db       dnsrr     10.0.4.9" in lines
+
+
+def test_no_command_means_status(world: World) -> None:
+    """`freeflow` alone is `freeflow status`, with its exit codes."""
+    assert world.run().output == world.run("status").output
+    world.status = status(problems=[finding()])
+    assert world.run().exit_code == 1
+
+
+def test_something_is_wrong(world: World) -> None:
+    """Something is wrong: exit code 1, the first line counts it, the last lines say what, why and what to type."""
+    world.status = status(problems=[finding("error"), finding("warning"), finding("warning")])
+    done = world.run("status")
+    assert done.exit_code == 1
+    lines = done.output.splitlines()
+    assert lines[0].startswith("FreeFlow 0.1.0 has 1 error and 2 warnings (see below)")
+    assert lines[-3:] == [
+        "warning: something is wrong",
+        "    cause: its cause",
+        "    do:    freeflow doctor",
+    ]
+
+
+NOT_RUNNING: list[tuple[Any, str]] = [
+    ({"/plugins": []}, "docker plugin install --alias freeflow:latest REGISTRY/freeflow:latest"),
+    ({"/plugins": None}, "docker plugin install --alias freeflow:latest REGISTRY/freeflow:latest"),
+    (
+        {"/plugins": [{"Name": "freeflow:v1", "Enabled": False}]},
+        "docker plugin enable freeflow:v1",
+    ),
+    (
+        {"/plugins": PLUGINS},
+        "docker plugin disable -f freeflow:latest && docker plugin enable freeflow:latest",
+    ),
+    ({"/plugins": 500}, "systemctl status docker"),
+    (None, "systemctl status docker"),
+]
+
+
+@pytest.mark.parametrize(("docker", "remedy"), NOT_RUNNING)
+@pytest.mark.parametrize("command", ["status", "peers", "ping"])
+def test_not_running(world: World, command: str, docker: Any, remedy: str) -> None:
+    """The plugin isn't running: exit code 2, and what to type, by what the engine says of the plugin."""
+    world.status, world.engine = None, docker
+    arguments = [command, "10.0.4.2"] if command == "ping" else [command]
+    done = world.run(*arguments)
+    assert done.exit_code == 2
+    first, last = done.output.splitlines()
+    assert first.startswith("freeflow: the plugin does not answer on ")
+    assert last == f"    do: {remedy}"
+    assert world.json(*arguments)["error"].endswith(remedy)
+
+
+def test_plugin_that_answers_nonsense(world: World) -> None:
+    """A plugin of another version is named as the trouble, without a trace."""
+    world.status = None
+    with served(engine({"/admin/status": {"version": 3}}), world.directory / "other.sock") as other:
+        done = CliRunner().invoke(cli, ["--socket", str(other), "status"])
+    assert done.exit_code == 2
+    assert "of another version than this command" in done.output
+
+
+def test_plugin_with_a_bug(world: World) -> None:
+    """An error inside the plugin is shown with what to type, exit code 2."""
+    world.status = None
+    admin = create_admin(lambda: 1 / 0, world._ping)  # type: ignore[arg-type, return-value]
+    with served(admin, world.directory / "broken.sock") as broken:
+        done = CliRunner().invoke(cli, ["--socket", str(broken), "status"])
+    assert done.exit_code == 2
+    assert "ZeroDivisionError" in done.output
+    assert "run: freeflow bugreport" in done.output
+
+
+def test_many_kinds_of_networks(world: World) -> None:
+    """Each network says what is special about it, and nothing is left blank."""
+    world.status = status(
+        host=host(swarm=False, manager=False, engine=""),
+        networks=[
+            network(
+                name="",
+                internal=True,
+                ipv6=True,
+                prefix6="fd00:1:2:3::/64",
+                acceleration=False,
+                endpoints=[endpoint(container="", joined=False, ipv6="fd00:1:2:3::7/64", ipv4="")],
+                peers=[PeerStatus("", "192.0.2.9")],
+                services=[ServiceStatus("idle", "10.0.4.3", [])],
+            )
+        ],
+    )
+    output = world.run("status").output
+    assert "(not in a Swarm, engine silent" in output
+    assert f"network (name not known yet)  {NET[:12]}" in output
+    assert "fd00:1:2:3::/64, internal, acceleration off" in output
+    assert f"{EP[:12]}  -        fd00:1:2:3::7  not joined" in output
+    assert "  peers: 192.0.2.9" in output
+    assert "  idle     10.0.4.3  none" in output
+
+
+def test_nothing_yet(world: World) -> None:
+    """Without networks the newcomer is told how to make one."""
+    world.status = status(networks=[])
+    assert "docker network create -d freeflow:latest --attachable NAME" in world.run().output
+
+
+# --- JSON
+
+
+def _fields(kind: type[msgspec.Struct]) -> set[str]:
+    return set(kind.__struct_fields__)
+
+
+def test_status_as_json(world: World) -> None:
+    """`status --json` is the whole status, field by field, and has the same exit codes."""
+    world.status = status(problems=[finding()])
+    done = world.run("status", "--json")
+    assert done.exit_code == 1
+    assert msgspec.json.decode(done.output, type=Status) == world.status
+    value = json.loads(done.output)
+    shapes: list[tuple[Any, type[msgspec.Struct]]] = [
+        (value, Status),
+        (value["host"], HostStatus),
+        (value["problems"][0], Finding),
+        (value["calls"][0], CallStatus),
+        (value["networks"][0], NetworkStatus),
+        (value["networks"][0]["endpoints"][0], EndpointStatus),
+        (value["networks"][0]["peers"][0], PeerStatus),
+        (value["networks"][0]["services"][0], ServiceStatus),
+    ]
+    for part, kind in shapes:
+        assert set(part) == _fields(kind)
+
+
+def test_fields_that_programs_rely_on() -> None:
+    """A field of `--json` is added, never renamed or removed."""
+    assert _fields(Status) >= {
+        *("version", "healthy", "uptime", "host", "settings"),
+        *("networks", "problems", "calls"),
+    }
+    assert _fields(NetworkStatus) >= {
+        *("id", "name", "vni", "port", "mtu", "prefix6", "subnets", "internal", "ipv6", "path"),
+        *("acceleration", "endpoints", "peers", "services", "synced", "error"),
+    }
+    assert _fields(EndpointStatus) >= {
+        *("id", "container", "ipv4", "ipv6", "mac", "joined", "rx_bytes", "tx_bytes", "spoofed")
+    }
+    assert _fields(Finding) == {"severity", "what", "cause", "remedy"}
+    assert _fields(PingResult) >= {
+        *("address", "network", "source", "task", "mac", "host", "host_address"),
+        *("local", "path", "sent", "round_trips_ms"),
+    }
+
+
+# --- peers
+
+
+def test_peers(world: World) -> None:
+    """Each other host is listed once, with the networks shared with it."""
+    world.status = status(networks=[network(), network(id="4c9d" * 16, name="front")])
+    lines = world.run("peers").output.splitlines()
+    assert lines == ["HOST   ADDRESS    NETWORKS", "host2  192.0.2.2  backend, front"]
+    assert set(world.json("peers")) == {NET, "4c9d" * 16}
+
+
+def test_no_peers(world: World) -> None:
+    """Without peers that is said, and it is no error."""
+    world.status = status(networks=[])
+    done = world.run("peers")
+    assert (done.exit_code, done.output[:8]) == (0, "no peers")
+
+
+# --- ping
+
+
+def test_ping(world: World) -> None:
+    """A ping says which host, which task, which path, and how long it took."""
+    done = world.run("ping", "10.0.4.2", "-c", "5")
+    assert done.exit_code == 0
+    assert world.pinged == [PingRequest("10.0.4.2", 5)]
+    assert done.output.splitlines() == [
+        "10.0.4.2, task 10.0.4.8 on network backend, from 10.0.4.7",
+        "host host2 (192.0.2.2), path overlay",
+        "3 of 3 answered, round trip 0.250 / 0.500 / 0.750 ms (least, median, most)",
+    ]
+    assert msgspec.convert(world.json("ping", "10.0.4.2"), PingResult) == PONG
+
+
+def test_ping_of_this_host(world: World) -> None:
+    """An address of this host is said to be here."""
+    world.pong = msgspec.structs.replace(PONG, local=True, task="")
+    assert "host host2 (this host), path overlay" in world.run("ping", "10.0.4.2").output
+
+
+def test_ping_without_answer(world: World) -> None:
+    """Nothing answered: exit code 1, and what to do next."""
+    world.pong = msgspec.structs.replace(PONG, host="", task="", round_trips_ms=[])
+    done = world.run("ping", "10.0.4.2")
+    assert done.exit_code == 1
+    assert done.output.splitlines()[1:] == [
+        "host not found, path overlay",
+        "0 of 3 answered",
+        "    do: freeflow doctor",
+    ]
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("bad; mend it"), NotFound("none; mend it")])
+def test_ping_refused(world: World, error: Exception) -> None:
+    """What can't be pinged is said with what to type, exit code 1."""
+    world.pong = error
+    done = world.run("ping", "nonsense")
+    assert done.exit_code == 1
+    assert done.output.splitlines()[-1] == "    do: mend it"
+
+
+@pytest.mark.parametrize("count", ["0", "21", "x"])
+def test_ping_count(world: World, count: str) -> None:
+    """A count out of range is refused before anything is sent, exit code 2."""
+    done = world.run("ping", "10.0.4.2", "-c", count)
+    assert done.exit_code == 2
+    assert not world.pinged
+
+
+# --- cleanup and bugreport
+
+
+def test_cleanup_refuses_while_in_use(world: World) -> None:
+    """Containers on FreeFlow networks are named, exit code 1, and nothing is removed."""
+    done = world.run("cleanup")
+    assert done.exit_code == 1
+    assert "web.1.abc" in done.output
+    assert done.output.splitlines()[-1] == "    do: stop them, or freeflow cleanup --force"
+
+
+def test_cleanup_without_the_plugin_asks_the_engine(world: World) -> None:
+    """With the plugin disabled the engine says who uses FreeFlow networks."""
+    world.status = None
+    world.engine = {
+        "/plugins": PLUGINS,
+        "/containers/json": [
+            {"Names": ["/db"], "NetworkSettings": {"Networks": {"n": {"NetworkID": "f"}}}},
+            {"Names": ["/other"], "NetworkSettings": {"Networks": {"b": {"NetworkID": "b"}}}},
+            {"Names": None, "NetworkSettings": None},
+        ],
+        "/networks/f": {"Driver": "freeflow:latest"},
+        "/networks/b": {"Driver": "bridge"},
+    }
+    done = world.run("cleanup", "--json")
+    assert done.exit_code == 1
+    assert "use FreeFlow networks: db;" in json.loads(done.output)["error"]
+
+
+def test_cleanup_without_anybody_to_ask(world: World) -> None:
+    """Without plugin and engine nothing is removed: nobody says what is in use."""
+    world.status = world.engine = None
+    done = world.run("cleanup")
+    assert done.exit_code == 2
+    assert done.output.splitlines()[-1] == "    do: systemctl status docker"
+
+
+def test_bugreport(world: World, tmp_path: Path) -> None:
+    """A bug report has all parts, can be written to a file, and has no secrets of the engine's."""
+    # Doctor would ping peers.
+    world.status = status(networks=[])
+    world.engine = {
+        "/plugins": [{**PLUGINS[0], "Settings": {"Env": ["MTU="]}}],
+        "/info": {"ServerVersion": "28.5.2", "Swarm": {"JoinTokens": "SECRET"}},
+        "/version": {"Version": "28.5.2"},
+    }
+    output = world.run("bugreport").output
+    for part in ("freeflow", "status", "doctor", "engine", "plugin", "kernel", "metrics"):
+        assert f"== {part} ==\n" in output
+    assert "28.5.2" in output
+    assert "SECRET" not in output
+    file = tmp_path / "report.json"
+    done = world.run("bugreport", "--json", "-o", str(file))
+    assert done.output == f"written to {file}\n"
+    assert json.loads(file.read_text())["status"]["version"] == "0.1.0"
+
+
+def test_bugreport_of_a_dead_host(world: World) -> None:
+    """With neither plugin nor engine there is still a report, that says so."""
+    world.status = world.engine = None
+    done = world.run("bugreport")
+    assert done.exit_code == 0
+    assert "not to be had: the plugin does not answer" in done.output
+
+
+# --- help and completion
+
+
+def test_help_names_every_command() -> None:
+    """The group's help names each command with a line of its own, and begins with examples."""
+    output = CliRunner().invoke(cli, ["--help"], prog_name="freeflow").output
+    assert set(COMMANDS) == set(cli.commands)
+    for command in COMMANDS:
+        assert f"\n  {command} " in output
+    assert "freeflow ping 10.0.1.7" in output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(command: str) -> None:
+    """Each command has help that says what it does, by -h too, and no line is too long for a terminal."""
+    output = CliRunner().invoke(cli, [command, "--help"], prog_name="freeflow").output
+    assert output == CliRunner().invoke(cli, [command, "-h"], prog_name="freeflow").output
+    assert len(output.splitlines()) > 5
+    assert all(len(line) <= 80 for line in output.splitlines())
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "completion"])
+def test_every_command_speaks_json(command: str) -> None:
+    """Every command that finds something out can say it to programs."""
+    assert "--json" in CliRunner().invoke(cli, [command, "--help"]).output
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_script(shell: str) -> None:
+    """Each shell gets a script that asks the command itself."""
+    done = CliRunner().invoke(cli, ["completion", shell], prog_name="freeflow")
+    assert done.exit_code == 0
+    assert f"_FREEFLOW_COMPLETE={shell}_complete" in done.output
+    if shell == "bash":
+        assert (
+            subprocess.run(["bash", "-n"], input=done.output, text=True, check=False).returncode
+            == 0
+        )
+
+
+def test_completion_completes() -> None:
+    """What the script asks is answered with the commands that begin so."""
+    done = subprocess.run(
+        [sys.executable, "-m", "plugin.cli"],
+        env=os.environ
+        | {"_FREEFLOW_COMPLETE": "bash_complete", "COMP_WORDS": "freeflow p", "COMP_CWORD": "1"},
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert sorted(done.stdout.split()) == ["plain,peers", "plain,ping"]
+
+
+def test_unknown_command() -> None:
+    """A command that isn't there is a usage error, exit code 2."""
+    assert CliRunner().invoke(cli, ["levitate"]).exit_code == 2
+
+
+def test_version() -> None:
+    """--version says the version."""
+    assert (
+        CliRunner().invoke(cli, ["--version"], prog_name="freeflow").output
+        == "freeflow, version 0.1.0\n"
+    )
