@@ -15,6 +15,7 @@ flood list or table isn't written.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -256,7 +257,9 @@ class Syncer:
 
         assert pool is not None
         if not self._stop.is_set():
-            pool.submit(body)
+            # Pools refuse while the process ends.
+            with contextlib.suppress(RuntimeError):
+                pool.submit(body)
 
     def _step(self) -> float:
         """Start what is due; returns for how long nothing will be."""

@@ -22,6 +22,8 @@ from driver.kernel.netlink import Sockets, translate
 from driver.model import IPAddress
 
 _ANY: Final = "00:00:00:00:00:00"
+_NTF_SELF: Final = 2
+_NTF_MASTER: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,27 @@ def flood_list(overlay: Sockets, index: int) -> frozenset[IPAddress]:
 def learned(overlay: Sockets, index: int) -> dict[str, IPAddress]:
     """MAC address → peer, as learned."""
     return {entry.mac: entry.peer for entry in entries(overlay, index) if entry.mac != _ANY}
+
+
+def place(overlay: Sockets, port: int, vxlan: int | None, mac: str) -> None:
+    """Say that `mac` is behind a port of the bridge now, not behind the VXLAN device.
+
+    A bridge learns from what comes in by its ports, so not from what is announced through itself: without this, what it
+    learned while the address was on another host holds until the endpoint sends, or for five minutes.
+
+    Raises:
+        KernelError: the bridge refuses.
+    """
+    with overlay.take() as route:
+        try:
+            # Static, since a port takes no other entry before its other end is up; it moves all the same.
+            route.fdb("replace", ifindex=port, lladdr=mac, state="noarp", flags=_NTF_MASTER)
+            if vxlan is not None:
+                route.fdb("del", ifindex=vxlan, lladdr=mac, flags=_NTF_SELF)
+        except NetlinkError as error:
+            # Nothing was learned; or the port went meanwhile.
+            if error.code not in (errno.ENOENT, errno.ENODEV, errno.EINVAL):
+                raise translate(error, f"telling the bridge where {mac} is") from error
 
 
 def flood(overlay: Sockets, index: int, peers: frozenset[IPAddress]) -> frozenset[IPAddress]:

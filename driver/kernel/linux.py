@@ -178,9 +178,14 @@ class LinuxKernel:
         return added
 
     def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
-        overlay = self._overlay()
+        overlay, endpoints = self._overlay(), list(endpoints)
         if overlay is None:
             return
+        vxlan = overlay.links.index(names.vxlan(network_id))
+        for endpoint in endpoints:
+            port = overlay.links.index(names.host_veth(endpoint.id))
+            if port is not None:
+                fdb.place(overlay.links, port, vxlan, endpoint.mac)
         try:
             announce.send(overlay.packets, names.bridge(network_id), endpoints)
         except OSError as error:
