@@ -15,7 +15,7 @@ import structlog
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from driver.errors import FreeFlowError, InvalidRequest
+from driver.errors import FreeFlowError, InvalidRequest, NotFound
 from plugin.metrics import render
 from plugin.ping import PingRequest
 from plugin.status import Status
@@ -52,7 +52,8 @@ def create_admin(snapshot: Callable[[], Status], ping: Callable[[PingRequest], A
         if isinstance(error, HTTPException):
             return _json({"error": str(error.description)}, error.code or 500)
         if isinstance(error, FreeFlowError):
-            return _json({"error": str(error)}, 400 if isinstance(error, InvalidRequest) else 500)
+            statuses = {InvalidRequest: 400, NotFound: 404}
+            return _json({"error": str(error)}, statuses.get(type(error), 500))
         log.exception("a bug in FreeFlow", path=request.path, exc_info=error)
         return _json({"error": f"{type(error).__name__}: {error}; run: freeflow bugreport"}, 500)
 

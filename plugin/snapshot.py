@@ -37,7 +37,8 @@ def _setting_text(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, tuple):
-        return f"{value[0]}:{value[1]}"
+        host, port = value
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,9 @@ class _Connection(http.client.HTTPConnection):
 class RealPlace:
     """The plugin's process, gunicorn and all, on its unix socket. See `plugin_process`."""
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, directory: Path, environment: Mapping[str, str], *, wait: bool = True
+    ) -> None:
         self.directory = directory
         self.socket = directory / "freeflow.sock"
         self.log = directory / "log"
@@ -157,7 +160,8 @@ class RealPlace:
                 start_new_session=True,
             )
         try:
-            self._await()
+            if wait:
+                self._await()
         except BaseException:
             self.close()
             raise
@@ -199,6 +203,15 @@ class RealPlace:
         seen.socket = self.run / "freeflow-admin/admin.sock"
         return seen
 
+    def scrape(self, host: str, port: int) -> bytes:
+        """What a scraper of this machine gets."""
+
+        def get() -> bytes:
+            with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
+                return bytes(answer.read())
+
+        return in_netns(Path(f"/proc/{self.process.pid}/ns/net"), get)
+
     @property
     def run(self) -> Path:
         """The plugin's /run."""
@@ -237,16 +250,14 @@ def _link_names() -> set[str]:
 # --- both
 
 
-KINDS: Final = (
-    "fake",
-    pytest.param(
-        "real",
-        marks=[
-            pytest.mark.kernel,
-            pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
-        ],
-    ),
+REAL: Final = pytest.param(
+    "real",
+    marks=[
+        pytest.mark.kernel,
+        pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
+    ],
 )
+KINDS: Final = ("fake", REAL)
 
 
 class Places:

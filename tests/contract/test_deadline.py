@@ -18,7 +18,7 @@ from driver.store import FILE, Store
 from plugin.app import create_app
 from plugin.calls import CallStatistics
 from tests.contract.golden import IDS
-from tests.contract.places import Places, Reply, call
+from tests.contract.places import REAL, Places, Reply, call
 from tests.unit.steps import SteppedKernel, Steps
 
 NET, EP = IDS["<net>"], IDS["<ep>"]
@@ -94,8 +94,7 @@ def test_slow_calls_do_not_keep_others_waiting(slow: SlowPlace) -> None:
     assert call(slow, "DeleteEndpoint", other).status == 200
 
 
-@pytest.mark.parametrize("kind", ["real"], indirect=True)
-@pytest.mark.kernel
+@pytest.mark.parametrize("kind", [REAL], indirect=True)
 def test_deadline_of_the_plugin(places: Places, kind: str) -> None:
     """A plugin whose disk hangs answers within REQUEST_DEADLINE, and does the work when the disk is back."""
     place = places.real({"REQUEST_DEADLINE": "1"})

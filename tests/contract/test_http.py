@@ -11,7 +11,7 @@ import pytest
 
 from plugin.app import CONTENT_TYPE, MAX_BODY
 from tests.contract.golden import IDS
-from tests.contract.places import DOCKERS_HEADERS, FakePlace, Place, Places, call
+from tests.contract.places import DOCKERS_HEADERS, REAL, FakePlace, Place, Places, call
 
 NET, EP = IDS["<net>"], IDS["<ep>"]
 
@@ -155,8 +155,7 @@ def test_kernel_that_refuses(places: Places, kind: str) -> None:
 # --- the real socket
 
 
-@pytest.mark.parametrize("kind", ["real"], indirect=True)
-@pytest.mark.kernel
+@pytest.mark.parametrize("kind", [REAL], indirect=True)
 @pytest.mark.parametrize(
     "garbage",
     [b"\0" * 4096, b"GET\r\n\r\n", b"POST /NetworkDriver.Join HTTP/9.9\r\n\r\n", b"x" * 70000, b""],
@@ -171,8 +170,7 @@ def test_garbage_on_the_socket(places: Places, kind: str, garbage: bytes) -> Non
     assert call(place, "GetCapabilities").status == 200
 
 
-@pytest.mark.parametrize("kind", ["real"], indirect=True)
-@pytest.mark.kernel
+@pytest.mark.parametrize("kind", [REAL], indirect=True)
 def test_callers_that_vanish(places: Places, kind: str) -> None:
     """Callers that hang up in the middle of a request, or after it, don't use up the plugin."""
     place = places.real({})
@@ -186,8 +184,7 @@ def test_callers_that_vanish(places: Places, kind: str) -> None:
     assert call(place, "GetCapabilities").status == 200
 
 
-@pytest.mark.parametrize("kind", ["real"], indirect=True)
-@pytest.mark.kernel
+@pytest.mark.parametrize("kind", [REAL], indirect=True)
 def test_admin_api_answers_on_its_own_socket_only(places: Places, kind: str) -> None:
     """What the command asks is answered on root's socket, which doesn't answer Docker's calls."""
     place = places.real({})

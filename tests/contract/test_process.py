@@ -1,0 +1,116 @@
+"""The plugin's process: start, end, death of its worker, its log and its sockets. Needs root."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from tests.contract.golden import IDS
+from tests.contract.places import RealPlace, call
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
+]
+NET, EP = IDS["<net>"], IDS["<ep>"]
+BOTH = {"NetworkID": NET, "EndpointID": EP}
+
+
+@pytest.fixture
+def own() -> Iterator[RealPlace]:
+    """A process that a test may do anything to."""
+    with TemporaryDirectory(prefix="ff-") as directory:
+        place = RealPlace(Path(directory), {})
+        try:
+            yield place
+        finally:
+            place.close()
+
+
+def _worker(place: RealPlace) -> int:
+    children = Path(f"/proc/{place.process.pid}/task/{place.process.pid}/children")
+    (worker,) = children.read_text().split()
+    return int(worker)
+
+
+def test_early_requests_are_answered() -> None:
+    """A request that comes as soon as the socket is there waits for the plugin to load, and is answered."""
+    with TemporaryDirectory(prefix="ff-") as directory:
+        place = RealPlace(Path(directory), {}, wait=False)
+        try:
+            deadline = time.monotonic() + 20
+            while not place.socket.is_socket():
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            assert call(place, "GetCapabilities").json["Scope"] == "global"
+        finally:
+            place.close()
+
+
+def test_death_of_the_worker(own: RealPlace) -> None:
+    """A worker that dies is replaced, on the same sockets, and knows what was promised; no link is touched."""
+    assert call(own, "CreateNetwork", {"NetworkID": NET}).status == 200
+    made = call(own, "CreateEndpoint", BOTH).json
+    links = own.links()
+    assert len(links) == 4
+    before = _worker(own)
+    os.kill(before, signal.SIGKILL)
+    assert call(own, "CreateEndpoint", BOTH).json == made
+    assert _worker(own) != before
+    assert own.links() == links
+    assert call(own, "Join", BOTH).status == 200
+    assert own.admin().send("GET", "/admin/status").json["networks"][0]["id"] == NET
+    assert call(own, "DeleteEndpoint", BOTH).status == 200
+    assert own.links() == frozenset()
+
+
+def test_end(own: RealPlace) -> None:
+    """Asked to end, the plugin ends within the ten seconds that Docker gives it, without an error."""
+    begin = time.monotonic()
+    own.process.terminate()
+    assert own.process.wait(10) == 0
+    assert time.monotonic() - begin < 9
+
+
+def test_log_is_events(own: RealPlace) -> None:
+    """Each line of the log is one event in JSON with its level."""
+    call(own, "CreateNetwork", {"NetworkID": NET})
+    call(own, "CreateNetwork", {"NetworkID": "bad"})
+    own.close()
+    events = [json.loads(line) for line in own.log.read_text().splitlines()]
+    assert all(event["event"] and event["level"] for event in events)
+    (created,) = [event for event in events if event["event"] == "network created"]
+    assert created["network"] == NET
+    (refused,) = [event for event in events if event["event"] == "request refused"]
+    assert (refused["path"], refused["level"]) == ("/NetworkDriver.CreateNetwork", "warning")
+
+
+def test_sockets_are_roots(own: RealPlace) -> None:
+    """Both sockets are root's alone, and so is the directory of ours."""
+    admin = own.admin().socket
+    for path, mode in ((own.socket, 0o600), (admin, 0o600), (admin.parent, 0o700)):
+        found = path.stat()
+        assert found.st_uid == 0
+        assert stat.S_IMODE(found.st_mode) == mode
+
+
+def test_metrics_where_asked() -> None:
+    """Metrics are on root's socket always, and on the address that was set."""
+    with TemporaryDirectory(prefix="ff-") as directory:
+        place = RealPlace(Path(directory), {"METRICS_ADDR": "127.0.0.1:9477"})
+        try:
+            call(place, "CreateNetwork", {"NetworkID": NET})
+            own = place.admin().send("GET", "/admin/metrics")
+            assert own.content_type.startswith("text/plain")
+            assert b'freeflow_requests_total{call="CreateNetwork"} 1.0\n' in own.body
+            assert b'freeflow_build_info{version="' in place.scrape("127.0.0.1", 9477)
+        finally:
+            place.close()

@@ -1,0 +1,81 @@
+"""Fakes of what status and ping ask: see `plugin.facts`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from pathlib import Path
+
+from driver import names
+from driver.errors import FreeFlowError
+from driver.kernel.underlay import Underlay
+from driver.model import Endpoint, EngineView, IPAddress
+from driver.sync import NetworkState
+
+SANDBOXES = Path("/sandboxes")
+
+
+@dataclass
+class FakeKernelFacts:
+    """Counters by interface name, dropped frames by short endpoint ID, hosts by MAC address."""
+
+    counters: dict[str, dict[str, int]] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    behind: dict[str, IPAddress] = field(default_factory=dict)
+    found: Underlay | FreeFlowError = field(
+        default_factory=lambda: Underlay("eth0", 1500, IPv4Address("192.0.2.1"))
+    )
+
+    def count(self, endpoint_id: str, *, received: int, sent: int) -> None:
+        """What the container received and sent; the host's end of the pair counts the reverse."""
+        self.counters[names.host_veth(endpoint_id)] = {"rx_bytes": sent, "tx_bytes": received}
+
+    def underlay(self) -> Underlay:
+        if isinstance(self.found, FreeFlowError):
+            raise self.found
+        return self.found
+
+    def links(self) -> dict[str, dict[str, int]]:
+        return self.counters
+
+    def spoofed(self) -> dict[str, int]:
+        return self.dropped
+
+    def locate(self, network_id: str, mac: str) -> IPAddress | None:
+        del network_id
+        return self.behind.get(mac)
+
+
+@dataclass
+class FakeSyncFacts:
+    """What the sync loop knows."""
+
+    states: dict[str, NetworkState] = field(default_factory=dict)
+    view: EngineView | None = None
+    error: str | None = None
+    vips_failed: dict[Path, str] = field(default_factory=dict)
+
+    def state(self) -> dict[str, NetworkState]:
+        return self.states
+
+    def engine(self) -> tuple[EngineView | None, str | None]:
+        return self.view, self.error
+
+    def vip_errors(self) -> dict[Path, str]:
+        return self.vips_failed
+
+    def sandbox(self, endpoint: Endpoint) -> Path | None:
+        return SANDBOXES / Path(endpoint.sandbox_key).name if endpoint.sandbox_key else None
+
+
+def engine_view(**fields: object) -> EngineView:
+    values: dict[str, object] = {
+        "version": "28.5.2",
+        "hostname": "host1",
+        "root": "/var/lib/docker",
+        "swarm": True,
+        "node_id": "n1",
+        "node_address": IPv4Address("192.0.2.1"),
+        "manager": True,
+    }
+    return EngineView(**(values | fields))  # type: ignore[arg-type]

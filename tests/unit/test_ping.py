@@ -1,0 +1,162 @@
+"""`freeflow ping`: from where it is sent, and what is made of the answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, ip_address
+from pathlib import Path
+
+import pytest
+
+from driver.errors import InvalidRequest, NotFound
+from driver.model import IPAddress
+from plugin.echo import Probe
+from plugin.ping import MAX_COUNT, Ping, PingRequest, PingResult
+from tests.unit.facts import SANDBOXES, engine_view
+from tests.unit.statuses import EP, NET
+from tests.unit.test_snapshot import EP2, VIP, World
+
+MAC = "02:42:0a:00:04:08"
+OTHER = "02:42:0a:00:04:09"
+
+
+@dataclass
+class FakeProber:
+    """Answers `probe`, and remembers what it was asked."""
+
+    probe: Probe
+    asked: list[tuple[Path, IPAddress, int, bool]] = field(default_factory=list)
+
+    def __call__(self, sandbox: Path, address: IPAddress, count: int, vip: bool) -> Probe:
+        self.asked.append((sandbox, address, count, vip))
+        return self.probe
+
+
+class PingWorld(World):
+    """`World`, with host2 behind 192.0.2.2."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.sync.view = engine_view(hostnames={IPv4Address("192.0.2.2"): "host2"})
+        self.prober = FakeProber(Probe([0.5], {"10.0.4.8": MAC}))
+        self.there = {SANDBOXES / "abc"}
+
+    def ping(self, address: str, count: int = 1) -> PingResult:
+        ping = Ping(
+            self.driver, self.kernel, self.sync, self.prober, lambda path: path in self.there
+        )
+        return ping(PingRequest(address, count))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> PingWorld:
+    return PingWorld(tmp_path)
+
+
+def test_container_of_another_host(world: PingWorld) -> None:
+    """A container of another host is found behind the peer that the VXLAN device learned it from."""
+    world.kernel.behind[MAC] = IPv4Address("192.0.2.2")
+    found = world.ping("10.0.4.8", 3)
+    assert world.prober.asked == [(SANDBOXES / "abc", ip_address("10.0.4.8"), 3, False)]
+    assert (found.host, found.host_address, found.local) == ("host2", "192.0.2.2", False)
+    assert (found.network, found.source, found.task) == ("backend", "10.0.4.7", "")
+    assert (found.mac, found.path, found.sent) == (MAC, "overlay", 3)
+    assert found.round_trips_ms == [0.5]
+
+
+def test_peer_without_a_known_name(world: PingWorld) -> None:
+    """A worker doesn't know other hosts' names: they are named by address."""
+    world.sync.view = engine_view()
+    world.kernel.behind[MAC] = IPv4Address("192.0.2.2")
+    assert world.ping("10.0.4.8").host == "192.0.2.2"
+
+
+def test_container_of_this_host(world: PingWorld) -> None:
+    """A neighbour that no peer has is on this host."""
+    found = world.ping("10.0.4.8")
+    assert (found.host, found.host_address, found.local) == ("host1", "192.0.2.1", True)
+
+
+def test_own_address(world: PingWorld) -> None:
+    """The container's own address is on this host, though nobody's neighbour."""
+    world.prober.probe = Probe([0.1], {})
+    found = world.ping("10.0.4.7")
+    assert (found.local, found.mac) == (True, "02:42:0a:00:04:07")
+
+
+def test_vip(world: PingWorld) -> None:
+    """Of a VIP the host is the answering task's, not another task's that is a neighbour too."""
+    neighbours = {"10.0.4.8": MAC, "10.0.4.9": OTHER}
+    world.prober.probe = Probe([0.5], neighbours, IPv4Address("10.0.4.9"))
+    world.kernel.behind[OTHER] = IPv4Address("192.0.2.2")
+    found = world.ping(str(VIP))
+    assert world.prober.asked[0][3]
+    assert (found.task, found.mac, found.host) == ("10.0.4.9", OTHER, "host2")
+
+
+def test_vip_whose_task_is_not_known(world: PingWorld) -> None:
+    """If conntrack can't say which task answered, no host is made up."""
+    world.prober.probe = Probe([0.5], {"10.0.4.8": MAC})
+    found = world.ping(str(VIP))
+    assert (found.task, found.mac, found.host, found.host_address) == ("", "", "", "")
+    assert found.round_trips_ms == [0.5]
+
+
+def test_nobody_there(world: PingWorld) -> None:
+    """An address that nobody answers for has no host."""
+    world.prober.probe = Probe([], {})
+    found = world.ping("10.0.4.99")
+    assert (found.host, found.host_address, found.local, found.round_trips_ms) == (
+        "",
+        "",
+        False,
+        [],
+    )
+
+
+def test_ipv6(world: PingWorld) -> None:
+    """The network's IPv6 prefix belongs to it."""
+    prefix = world.driver.store.networks()[0].prefix6
+    address = str(prefix[5])
+    world.prober.probe = Probe([0.3], {address: MAC})
+    assert world.ping(address).network == "backend"
+    assert isinstance(world.prober.asked[0][1], IPv6Address)
+
+
+def test_a_container_whose_namespace_is_there(world: PingWorld) -> None:
+    """The echo is sent from a container that has its namespace, not from one that is only about to start."""
+    world.driver.create_endpoint(NET, EP2, ipv4=IPv4Interface("10.0.4.30/24"))
+    world.driver.join(NET, EP2, "/var/run/docker/netns/second")
+    world.there = {SANDBOXES / "second"}
+    assert world.ping("10.0.4.8").source == "10.0.4.30"
+
+
+def test_no_container_here(world: PingWorld) -> None:
+    """Without a container of this host on the network it is said how to get one."""
+    world.there.clear()
+    with pytest.raises(NotFound, match=r"docker run -d --network backend IMAGE"):
+        world.ping("10.0.4.8")
+    world.driver.delete_endpoint(NET, EP)
+    with pytest.raises(NotFound, match=r"no container of this host is on network backend"):
+        world.ping("10.0.4.8")
+
+
+def test_address_of_no_network(world: PingWorld) -> None:
+    """An address outside all networks is refused by name."""
+    with pytest.raises(NotFound, match=r"203\.0\.113\.1 is in no FreeFlow network"):
+        world.ping("203.0.113.1")
+
+
+@pytest.mark.parametrize("address", ["", "web", "10.0.4.0/24", "10.0.4.300"])
+def test_not_an_address(world: PingWorld, address: str) -> None:
+    """What isn't an address is refused."""
+    with pytest.raises(InvalidRequest, match="give an address"):
+        world.ping(address)
+
+
+@pytest.mark.parametrize("count", [0, -1, MAX_COUNT + 1])
+def test_count(world: PingWorld, count: int) -> None:
+    """The number of echoes is bounded."""
+    with pytest.raises(InvalidRequest, match="count"):
+        world.ping("10.0.4.8", count)
+    assert not world.prober.asked

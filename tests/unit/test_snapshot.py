@@ -1,0 +1,270 @@
+"""Taking stock: what driver, kernel and sync loop know becomes one status."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from pathlib import Path
+
+import pytest
+
+from driver.driver import Driver
+from driver.errors import KernelError, SettingError
+from driver.kernel.underlay import Underlay
+from driver.model import LocalContainer, NetworkView, Peer, Service, Subnet, Task
+from driver.sync import NetworkState
+from plugin.calls import CallStatistics
+from plugin.settings import SETTINGS, Settings, read
+from plugin.snapshot import STALE, Snapshot
+from plugin.status import NetworkStatus, Status
+from tests.unit.facts import SANDBOXES, FakeKernelFacts, FakeSyncFacts, engine_view
+from tests.unit.statuses import EP, NET
+from tests.unit.steps import Machine
+
+EP2 = "1a2b3c4d5e6f" + "e" * 52
+POOL = Subnet(IPv4Network("10.0.4.0/24"), IPv4Interface("10.0.4.1/24"))
+VIP = IPv4Address("10.0.4.2")
+TASK = IPv4Address("10.0.4.7")
+
+VIEW = NetworkView(
+    id=NET,
+    name="backend",
+    driver="freeflow:latest",
+    peers=(Peer("a", IPv4Address("192.0.2.1")), Peer("b", IPv4Address("192.0.2.2"))),
+    services=(
+        Service("web", VIP, (Task("web.1", TASK, EP), Task("web.2", TASK + 1, EP2))),
+        Service("db", None, (Task("db.1", TASK + 2, EP2),)),
+    ),
+    containers=(LocalContainer("c1", "web.1.abc", EP, IPv4Interface("10.0.4.7/24")),),
+)
+
+
+class World:
+    """A host with one network, `backend`, and one container on it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.machine = Machine(directory)
+        self.driver: Driver = self.machine.driver
+        self.driver.create_network(NET, {"mtu": "1400", "vni": "77"}, (POOL,))
+        self.driver.create_endpoint(NET, EP, ipv4=IPv4Interface("10.0.4.7/24"))
+        self.driver.join(NET, EP, "/var/run/docker/netns/abc")
+        self.driver.discover_new("192.0.2.1", is_self=True)
+        self.kernel = FakeKernelFacts()
+        self.kernel.count(EP, received=1000, sent=200)
+        state = NetworkState(VIEW, {VIP: (TASK,)}, seen=95.0)
+        self.sync = FakeSyncFacts({NET: state}, engine_view())
+        self.statistics = CallStatistics()
+        self.snapshot = self.with_settings({})
+
+    def with_settings(self, environment: dict[str, str], *failures: str) -> Snapshot:
+        settings, bad = read(environment)
+        self.snapshot = Snapshot(
+            driver=self.driver,
+            kernel=self.kernel,
+            syncer=self.sync,
+            statistics=self.statistics,
+            settings=settings,
+            bad_settings=bad,
+            failures=list(failures),
+            started=40.0,
+            clock=lambda: 100.0,
+        )
+        return self.snapshot
+
+    def status(self) -> Status:
+        return self.snapshot()
+
+    def network(self) -> NetworkStatus:
+        (found,) = self.status().networks
+        return found
+
+    def problem(self) -> str:
+        """The one thing that is wrong."""
+        status = self.status()
+        (found,) = status.problems
+        assert not status.healthy
+        assert found.cause
+        assert found.remedy
+        return f"{found.severity}: {found.what}; {found.cause}; {found.remedy}"
+
+    def change_state(self, **fields: object) -> None:
+        self.sync.states[NET] = replace(self.sync.states[NET], **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_well(world: World) -> None:
+    """A host on which all is well has no problems, and says since when it runs."""
+    status = world.status()
+    assert status.healthy
+    assert status.problems == []
+    assert status.uptime == 60.0
+    assert status.host.hostname == "host1"
+    assert (status.host.underlay, status.host.underlay_mtu) == ("eth0", 1500)
+    assert status.host.address == "192.0.2.1"
+
+
+def test_network(world: World) -> None:
+    """A network shows its choices, and what Docker knows of it."""
+    found = world.network()
+    assert (found.name, found.vni, found.port, found.mtu) == ("backend", 77, 4799, 1400)
+    assert found.subnets == ["10.0.4.0/24"]
+    assert found.prefix6 == ""
+    assert found.synced == 5.0
+    assert [(peer.address, peer.own) for peer in found.peers] == [
+        ("192.0.2.1", True),
+        ("192.0.2.2", False),
+    ]
+
+
+def test_peers_have_the_names_that_managers_know(world: World) -> None:
+    """A peer's name is the node's host name where the engine knows it."""
+    world.sync.view = engine_view(hostnames={IPv4Address("192.0.2.2"): "host2"})
+    assert [peer.name for peer in world.network().peers] == ["", "host2"]
+
+
+def test_services(world: World) -> None:
+    """A service with a VIP shows the tasks that take connections, one without all tasks."""
+    web, db = world.network().services
+    assert (web.vip, web.tasks) == ("10.0.4.2", ["10.0.4.7"])
+    assert (db.vip, db.tasks) == ("", ["10.0.4.9"])
+
+
+def test_endpoint(world: World) -> None:
+    """An endpoint shows its container, and bytes as the container sees them."""
+    (found,) = world.network().endpoints
+    assert (found.container, found.ipv4, found.joined) == ("web.1.abc", "10.0.4.7/24", True)
+    assert (found.rx_bytes, found.tx_bytes) == (1000, 200)
+    world.driver.leave(NET, EP)
+    (found,) = world.network().endpoints
+    assert not found.joined
+
+
+def test_sums_outlive_containers(world: World) -> None:
+    """What a container moved stays in the network's sums after it went."""
+    assert (world.network().rx_bytes, world.network().tx_bytes) == (1000, 200)
+    world.driver.delete_endpoint(NET, EP)
+    world.kernel.counters.clear()
+    assert (world.network().rx_bytes, world.network().tx_bytes) == (1000, 200)
+
+
+def test_not_synced_yet(world: World) -> None:
+    """Before the engine could be asked, a network is known by its ID only, and that is no problem."""
+    world.sync.states.clear()
+    found = world.network()
+    assert (found.name, found.synced, found.peers, found.services) == ("", None, [], [])
+    assert world.status().healthy
+
+
+def test_settings_are_shown(world: World) -> None:
+    """Every setting is shown, as it would be set."""
+    environment = {"METRICS_ADDR": "127.0.0.1:9477", "MTU": "1400", "REQUEST_DEADLINE": "2.5"}
+    world.with_settings(environment)
+    shown = world.status().settings
+    assert list(shown) == [setting.name for setting in SETTINGS]
+    assert read(shown) == read(environment)
+    world.with_settings({"METRICS_ADDR": "[::1]:9477"})
+    assert read(world.status().settings)[1] == ()
+
+
+def test_calls(world: World) -> None:
+    """Calls are counted, with percentiles in milliseconds."""
+    for milliseconds in range(1, 101):
+        world.statistics.record("Join", milliseconds / 1000, failed=milliseconds > 98)
+    (call,) = world.status().calls
+    assert (call.name, call.count, call.errors, call.p50_ms, call.p99_ms) == (
+        "Join",
+        100,
+        2,
+        51,
+        100,
+    )
+
+
+# --- what can be wrong
+
+
+def test_bad_setting(world: World) -> None:
+    """A bad setting is named with the line that mends it."""
+    world.with_settings({"MTU": "12"})
+    problem = world.problem()
+    assert problem.startswith("error: all changes are refused; setting MTU=12")
+    assert "docker plugin set freeflow:latest MTU= &&" in problem
+
+
+def test_failed_recovery(world: World) -> None:
+    """What failed at the start is still said later."""
+    world.with_settings({}, "the store is broken")
+    assert "could not recover at start; the store is broken" in world.problem()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KernelError("no network interface is up; bring one up"),
+        SettingError("setting UNDERLAY=x: no such interface; docker plugin set x UNDERLAY=eth0"),
+    ],
+)
+def test_no_underlay(world: World, error: KernelError | SettingError) -> None:
+    """A host without underlay says why, and the rest of the status is there."""
+    world.kernel.found = error
+    cause, _, remedy = str(error).partition("; ")
+    assert world.problem() == f"error: there is no underlay; {cause}; {remedy}"
+    assert world.status().host.underlay == ""
+    assert world.network().name == "backend"
+
+
+def test_mtu_does_not_fit(world: World) -> None:
+    """A network whose packets are too large for the underlay is named, with the MTU that fits."""
+    world.kernel.found = Underlay("eth0", 1440, IPv4Address("192.0.2.1"))
+    problem = world.problem()
+    assert "network backend: its MTU of 1400 doesn't fit" in problem
+    assert "-o mtu=1390" in problem
+    world.driver.delete_endpoint(NET, EP)
+    assert world.status().healthy
+
+
+def test_silent_engine(world: World) -> None:
+    """A silent engine is one problem, however many networks can't be synced for it."""
+    world.sync.error = "GET /info: connection refused"
+    world.change_state(error="GET /networks: connection refused", seen=0.0)
+    assert world.problem().startswith("warning: the engine does not answer")
+
+
+def test_network_that_cannot_be_synced(world: World) -> None:
+    """A network that can't be synced for a while is named; a hiccup isn't."""
+    world.change_state(error="the engine does not know it", seen=100.0 - STALE)
+    assert world.status().healthy
+    world.change_state(seen=100.0 - STALE - 1)
+    assert "network backend: peers and VIPs stay as they were" in world.problem()
+
+
+def test_spoofed_frames(world: World) -> None:
+    """Dropped frames are laid at the container that sent them."""
+    world.kernel.dropped[EP[:12]] = 3
+    assert world.problem().startswith("warning: web.1.abc sent 3 frames that were dropped")
+    assert world.network().spoofed == 3
+
+
+def test_vips_that_could_not_be_written(world: World) -> None:
+    """A container without its VIPs is named, with the kernel's reason; one that went isn't."""
+    world.sync.vips_failed[SANDBOXES / "abc"] = "nftables: no such file; modprobe nft_nat"
+    assert world.problem() == (
+        "error: VIPs of web.1.abc could not be written; nftables: no such file; modprobe nft_nat"
+    )
+    world.driver.leave(NET, EP)
+    assert world.status().healthy
+
+
+def test_local_scope_in_a_swarm(world: World) -> None:
+    """SCOPE=local on a host of a Swarm is pointed out."""
+    world.with_settings({"SCOPE": "local"})
+    assert world.problem().startswith("warning: SCOPE=local on a host of a Swarm")
+
+
+def test_defaults() -> None:
+    """A host that is well has the settings of the code."""
+    assert read({}) == (Settings(), ())
