@@ -1,0 +1,136 @@
+"""Moves: what neighbours and bridges believe of an address is corrected by the announcement at Join, at once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from ipaddress import IPv6Address
+
+from driver import names
+from driver.kernel.announce import gratuitous_arp, unsolicited_advertisement
+from tests.kernel.frames import ADVERTISEMENT, ARP, BROADCAST, IPV6, REQUEST, arp, ethernet
+from tests.kernel.hosts import Container, Host, Lab, a_network, heard, identifier
+
+NEW_MAC = "02:42:0a:09:00:aa"
+
+
+def _neighbour(container: Container, address: object) -> str:
+    """The MAC address that a container's neighbour table has for an address."""
+    listed = json.loads(container.run("ip", "-j", "neigh", "show", str(address), "dev", "eth0"))
+    return str(listed[0].get("lladdr", "")) if listed else ""
+
+
+def _behind(host: Host, container: Container) -> str:
+    """Where a host's VXLAN device believes a container's MAC address to be."""
+    device = names.vxlan(container.network.id)
+    shown = host.in_overlay("bridge", "fdb", "show", "dev", device)
+    lines = [line for line in shown.splitlines() if line.startswith(container.endpoint.mac)]
+    return next((line.split(" dst ")[1].split()[0] for line in lines if " dst " in line), "")
+
+
+def test_an_address_with_another_mac_address(three: Lab) -> None:
+    """An address that came to another host with another MAC address: peers' neighbour tables, IPv4 and IPv6, are right before
+    the new container has sent anything."""
+    network = a_network()
+    client = three.hosts[0].container(network, 2)
+    old = three.hosts[1].container(network, 3)
+    # Networks have their links on every host with an endpoint.
+    three.hosts[2].container(network, 4)
+    three.mesh(network)
+    for address in (old.ipv4, old.ipv6):
+        assert client.pings(address)
+        assert _neighbour(client, address) == old.endpoint.mac
+    three.hosts[1].remove(old)
+
+    host = three.hosts[2]
+    moved = Container(host, network, replace(old.endpoint, id=identifier(7), mac=NEW_MAC))
+    host.containers.append(moved)
+    host.do(lambda: host.kernel.attach(network, moved.endpoint))
+    host.do(lambda: host.kernel.announce(network.id, [moved.endpoint]))
+    for address in (moved.ipv4, moved.ipv6):
+        assert _neighbour(client, address) == NEW_MAC
+    assert _behind(three.hosts[0], moved) == str(host.address)
+    moved.plug_in()
+    moved.serve()
+    for address in (moved.ipv4, moved.ipv6):
+        assert client.echoes(address)
+
+
+def test_a_mac_address_that_moved_to_another_host(three: Lab) -> None:
+    """An address and its MAC address came to another host: frames go there from the first on, and none to the old host."""
+    network = a_network()
+    client = three.hosts[0].container(network, 2)
+    old = three.hosts[1].container(network, 3)
+    beside = three.hosts[1].container(network, 5)
+    three.mesh(network)
+    assert client.pings(old.ipv4)
+    assert client.pings(beside.ipv4)
+    assert _behind(three.hosts[0], old) == str(three.hosts[1].address)
+    three.hosts[1].remove(old)
+    moved = three.hosts[2].container(network, 3)
+    three.mesh(network)
+    host = three.hosts[2]
+    # As the sync loop does for peers that are new.
+    host.do(lambda: host.kernel.announce(network.id, [moved.endpoint]))
+    assert _behind(three.hosts[0], moved) == str(three.hosts[2].address)
+    assert _behind(three.hosts[1], moved) == str(three.hosts[2].address)
+    assert client.echoes(moved.ipv4, tries=1)
+    assert client.echoes(moved.ipv6, tries=1)
+    assert beside.echoes(moved.ipv4, tries=1)
+
+
+def test_a_mac_address_that_came_to_this_host(two: Lab) -> None:
+    """The way back: an address of a peer that is on this host now is reached here, by containers of both hosts."""
+    network = a_network()
+    client = two.hosts[0].container(network, 2)
+    old = two.hosts[1].container(network, 3)
+    beside = two.hosts[1].container(network, 5)
+    two.mesh(network)
+    assert client.echoes(old.ipv4)
+    two.hosts[1].remove(old)
+    host = two.hosts[0]
+    moved = host.container(network, 3)
+    assert client.echoes(moved.ipv4, tries=1)
+    assert beside.echoes(moved.ipv4, tries=1)
+    assert host.do(lambda: host.kernel.locate(network.id, moved.endpoint.mac)) is None
+
+
+def test_announcements_are_well_formed(two: Lab) -> None:
+    """What peers hear is one gratuitous ARP (RFC 5227) and one unsolicited advertisement (RFC 4861), right to the checksum."""
+    network = a_network()
+    far = two.hosts[1].container(network, 3)
+    box = two.hosts[0].container(network, 2)
+    two.mesh(network)
+    listening = far.packets()
+    host = two.hosts[0]
+    host.do(lambda: host.kernel.announce(network.id, [box.endpoint]))
+    frames = [frame for frame in heard(listening) if frame[6:12].hex(":") == box.endpoint.mac]
+    expected = ethernet(
+        box.endpoint.mac, BROADCAST, ARP, arp(REQUEST, box.endpoint.mac, box.ipv4, box.ipv4)
+    )
+    assert [frame[: len(expected)] for frame in frames if frame[12:14] == b"\x08\x06"] == [expected]
+    assert gratuitous_arp(box.endpoint.mac, box.ipv4) == expected
+    # The container's own kernel sends other messages of IPv6.
+    advertised = [
+        frame
+        for frame in frames
+        if frame[12:14] == IPV6.to_bytes(2, "big") and frame[54] == ADVERTISEMENT
+    ]
+    assert advertised == [unsolicited_advertisement(box.endpoint.mac, box.ipv6)]
+    assert advertised[0][14 + 8 : 14 + 24] == IPv6Address("fd42:7::2").packed
+
+
+def test_the_kernel_believes_the_checksum(two: Lab) -> None:
+    """A neighbour with a wrong entry takes the advertisement over: a bad checksum would be ignored."""
+    network = a_network()
+    far = two.hosts[1].container(network, 3)
+    box = two.hosts[0].container(network, 2)
+    two.mesh(network)
+    for address in (box.ipv4, box.ipv6):
+        far.run(
+            *("ip", "neigh", "replace", str(address), "lladdr", "02:00:00:00:00:99"),
+            *("dev", "eth0", "nud", "stale"),
+        )
+    host = two.hosts[0]
+    host.do(lambda: host.kernel.announce(network.id, [box.endpoint]))
+    assert [_neighbour(far, address) for address in (box.ipv4, box.ipv6)] == [box.endpoint.mac] * 2
