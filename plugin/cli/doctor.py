@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import socket
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +18,7 @@ from pyroute2 import IPRoute
 from driver import names
 from driver.errors import EngineError, FreeFlowError, KernelError
 from driver.kernel import nft
-from driver.kernel.namespace import OVERLAY_PIN, is_namespace, is_shared, isolated
+from driver.kernel.namespace import OVERLAY_PIN, in_netns, is_namespace, is_shared, isolated
 from plugin.cli.client import Client, Engine, host_run
 from plugin.settings import PLUGIN
 from plugin.status import Finding, Status
@@ -28,6 +31,7 @@ OTHER_OVERLAYS: Final = {
     "vxlan.calico": "Calico",
     "vxlan_sys_": "Open vSwitch",
 }
+DEFAULT_PORT: Final = 4799
 BAD_ENGINES: Final = re.compile(r"29\.0\.[0-2](\D|$)")
 
 
@@ -93,7 +97,7 @@ _FEATURES: Final = {
 _LINKS: Final[dict[str, dict[str, Any]]] = {
     "bridge": {"kind": "bridge"},
     "veth": {"kind": "veth", "peer": "probe1"},
-    "VXLAN": {"kind": "vxlan", "vxlan_id": 1, "vxlan_port": 4799},
+    "VXLAN": {"kind": "vxlan", "vxlan_id": 1, "vxlan_port": DEFAULT_PORT},
 }
 
 
@@ -127,39 +131,55 @@ def check_kernel() -> list[Finding]:
     return isolated(probe)
 
 
-def check_clashes(ports: set[int]) -> list[Finding]:
-    """Other overlays on this host, and who else has our UDP port."""
-    findings = []
+@dataclass(frozen=True, slots=True)
+class Link:
+    """An interface of this host; `port` is a VXLAN device's."""
+
+    name: str
+    kind: str = ""
+    port: int | None = None
+
+
+def links() -> list[Link]:
+    """The interfaces of this host."""
+    found = []
     with IPRoute() as route:
         for link in route.get_links():
-            name = str(link.get_attr("IFLA_IFNAME"))
             info = link.get_attr("IFLA_LINKINFO")
-            other = next(
-                (label for start, label in OTHER_OVERLAYS.items() if name.startswith(start)), None
-            )
             kind = info.get_attr("IFLA_INFO_KIND") if info else None
-            if kind == "vxlan":
-                data = info.get_attr("IFLA_INFO_DATA")
-                port = data.get_attr("IFLA_VXLAN_PORT") if data else None
-                if port in ports:
-                    findings.append(
-                        Finding(
-                            "error",
-                            f"VXLAN device {name} uses FreeFlow's UDP port {port}",
-                            f"it belongs to {other or 'another program'}",
-                            f"docker plugin disable -f {PLUGIN} && docker plugin set {PLUGIN} VXLAN_PORT={port + 1} && "
-                            f"docker plugin enable {PLUGIN}, on every host, then recreate the networks",
-                        )
-                    )
-            elif other is not None:
-                findings.append(
-                    Finding(
-                        "warning",
-                        f"interface {name} of {other} is on this host",
-                        "two overlays can use the same addresses",
-                        "docker network ls; give FreeFlow networks a --subnet of their own, or remove the other",
-                    )
+            data = info.get_attr("IFLA_INFO_DATA") if kind == "vxlan" else None
+            port = data.get_attr("IFLA_VXLAN_PORT") if data else None
+            found.append(Link(str(link.get_attr("IFLA_IFNAME")), str(kind or ""), port))
+    return found
+
+
+def check_clashes(ports: set[int], present: Iterable[Link]) -> list[Finding]:
+    """Other overlays among the interfaces, and VXLAN devices that have our UDP ports."""
+    findings = []
+    for link in present:
+        other = next(
+            (label for start, label in OTHER_OVERLAYS.items() if link.name.startswith(start)), None
+        )
+        if link.port in ports:
+            free = next(port for port in range(DEFAULT_PORT, 1 << 16) if port not in ports)
+            findings.append(
+                Finding(
+                    "error",
+                    f"VXLAN device {link.name} uses FreeFlow's UDP port {link.port}",
+                    f"it belongs to {other or 'another program'}",
+                    f"docker plugin disable -f {PLUGIN} && docker plugin set {PLUGIN} VXLAN_PORT={free} && "
+                    f"docker plugin enable {PLUGIN}, on every host, then recreate the networks",
                 )
+            )
+        elif other is not None:
+            findings.append(
+                Finding(
+                    "warning",
+                    f"interface {link.name} of {other} is on this host",
+                    "two overlays can use the same addresses",
+                    "docker network ls; give FreeFlow networks a --subnet of their own, or remove the other",
+                )
+            )
     return findings
 
 
@@ -192,7 +212,7 @@ def check_firewall(ports: set[int]) -> list[Finding]:
     for item in objects:
         chain = item.get("chain", {})
         if chain.get("hook") == "input" and chain.get("policy") == "drop":
-            closed = [port for port in sorted(ports) if str(port) not in text]
+            closed = [port for port in sorted(ports) if not re.search(rf"\b{port}\b", text)]
             if closed:
                 return [
                     Finding(
@@ -206,11 +226,8 @@ def check_firewall(ports: set[int]) -> list[Finding]:
     return []
 
 
-def _path_mtu_ok(address: str, size: int) -> bool:
+def _passes(address: str, size: int) -> bool:
     """Whether an IPv4 echo of `size` bytes gets through unfragmented; True if nothing can be said."""
-    import select
-    import struct
-
     payload = b"\0" * (size - 28)
     head = struct.pack("!BBHHH", 8, 0, 0, os.getpid() & 0xFFFF, 1)
     total = sum(struct.unpack(f"!{len(head + payload) // 2}H", head + payload))
@@ -227,8 +244,8 @@ def _path_mtu_ok(address: str, size: int) -> bool:
         return bool(select.select([raw], [], [], 1.0)[0])
 
 
-def check_peers(status: Status) -> list[Finding]:
-    """Small and full-size echoes to each peer on the underlay."""
+def check_peers(status: Status, passes: Callable[[str, int], bool] = _passes) -> list[Finding]:
+    """Small and full-size packets to each peer on the underlay; `passes`: whether one of so many bytes does."""
     findings = []
     addresses = {
         peer.address: f"{peer.name} ({peer.address})" if peer.name else peer.address
@@ -237,7 +254,7 @@ def check_peers(status: Status) -> list[Finding]:
         if not peer.own and ":" not in peer.address
     }
     for address, name in sorted(addresses.items()):
-        if not _path_mtu_ok(address, 64):
+        if not passes(address, 64):
             findings.append(
                 Finding(
                     "warning",
@@ -246,7 +263,7 @@ def check_peers(status: Status) -> list[Finding]:
                     f"ping {address}; docker node ls",
                 )
             )
-        elif status.host.underlay_mtu and not _path_mtu_ok(address, status.host.underlay_mtu & ~1):
+        elif status.host.underlay_mtu and not passes(address, status.host.underlay_mtu & ~1):
             findings.append(
                 Finding(
                     "error",
@@ -267,8 +284,6 @@ def check_leftovers(run: Path, status: Status | None) -> list[Finding]:
     pin = run / OVERLAY_PIN
     found: set[str] = set()
     if is_namespace(pin):
-        from driver.kernel.namespace import in_netns
-
         route = in_netns(pin, IPRoute)
         try:
             found |= {str(link.get_attr("IFLA_IFNAME")) for link in route.get_links()}
@@ -285,7 +300,7 @@ def check_leftovers(run: Path, status: Status | None) -> list[Finding]:
         findings.append(
             Finding(
                 "warning",
-                f"{len(stale)} links without an endpoint: {', '.join(stale[:5])}",
+                f"{len(stale)} link{'' if len(stale) == 1 else 's'} without an endpoint: {', '.join(stale[:5])}",
                 "containers ended while the plugin or the engine was down; they are removed within two minutes",
                 "wait, or: freeflow cleanup",
             )
@@ -323,8 +338,8 @@ def examine(client: Client) -> Report:
     check("the kernel has VXLAN, bridge, veth and nftables", check_kernel)
     status = found.get("status")
     ports = {network.port for network in status.networks} if status else set()
-    ports.add(int(status.settings.get("VXLAN_PORT") or 4799) if status else 4799)
-    check("no other overlay is in the way", lambda: check_clashes(ports))
+    ports.add(int(status.settings.get("VXLAN_PORT") or DEFAULT_PORT) if status else DEFAULT_PORT)
+    check("no other overlay is in the way", lambda: check_clashes(ports, links()))
     held = {network.port for network in status.networks if network.endpoints} if status else set()
     if status is not None:
         check("the UDP port is free for VXLAN", lambda: check_port(ports - held))
