@@ -114,3 +114,23 @@ def test_metrics_where_asked() -> None:
             assert b'freeflow_build_info{version="' in place.scrape("127.0.0.1", 9477)
         finally:
             place.close()
+
+
+def test_no_engine_anywhere(own: RealPlace) -> None:
+    """Without any engine to ask, the plugin starts and serves a container's whole life at once (moby#32815)."""
+    assert not (own.run / "docker.sock").exists()
+    begin = time.monotonic()
+    for name, request in (
+        ("CreateNetwork", {"NetworkID": NET}),
+        ("CreateEndpoint", BOTH),
+        ("Join", {**BOTH, "SandboxKey": "/var/run/docker/netns/abc"}),
+        ("Leave", BOTH),
+        ("DeleteEndpoint", BOTH),
+        ("DeleteNetwork", {"NetworkID": NET}),
+    ):
+        assert call(own, name, request).status == 200
+    assert time.monotonic() - begin < 5
+    status = own.admin().send("GET", "/admin/status").json
+    assert [problem["what"] for problem in status["problems"]] == [
+        "the engine does not answer; peers and VIPs stay as they were"
+    ]

@@ -1,0 +1,85 @@
+"""Who may import what: the rules of ARCHITECTURE.md, read off the sources."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[2]
+BEHIND = {
+    "docker": {"driver.engine"},
+    "requests": {"driver.engine"},
+    "gunicorn": {"plugin.server"},
+    "flask": {"plugin.app", "plugin.admin"},
+    "werkzeug": {"plugin.app", "plugin.admin"},
+    "sqlite3": {"driver.store"},
+    "prometheus_client": {"plugin.metrics"},
+}
+"""Third-party libraries, and the modules that alone know them."""
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(TOP).with_suffix("").parts).removesuffix(".__init__")
+
+
+SOURCES = {
+    _name(path): ast.parse(path.read_text())
+    for folder in ("driver", "plugin")
+    for path in sorted((TOP / folder).rglob("*.py"))
+}
+
+
+def imports(module: str) -> set[str]:
+    """What a module imports, anywhere in it: modules, and names in packages that may be modules."""
+    found: set[str] = set()
+    for node in ast.walk(SOURCES[module]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def reached(module: str) -> set[str]:
+    """All modules of ours and others that come with this one."""
+    todo, found = [module], set()
+    while todo:
+        current = todo.pop()
+        if current in found:
+            continue
+        found.add(current)
+        if current in SOURCES:
+            todo += imports(current)
+    return found
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("driver")])
+def test_the_driver_knows_nothing_of_the_plugin(module: str) -> None:
+    """Imports go one way, from plugin to driver."""
+    assert not [name for name in imports(module) if name.partition(".")[0] == "plugin"]
+
+
+@pytest.mark.parametrize("library", BEHIND)
+def test_libraries_stay_behind_their_module(library: str) -> None:
+    """A third-party library is known to one place, where its errors become ours."""
+    users = {
+        module
+        for module in SOURCES
+        if any(name.partition(".")[0] == library for name in imports(module))
+    }
+    assert users == BEHIND[library]
+
+
+@pytest.mark.parametrize("module", ["plugin.app", "driver.driver", "driver.recovery"])
+def test_no_call_can_ask_docker(module: str) -> None:
+    """What serves Docker's calls has no way to Docker's API: it is silent while it waits for us (libnetwork#414)."""
+    assert not reached(module) & {"docker", "driver.engine", "driver.sync", "http.client"}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_every_module_says_what_it_is(module: str) -> None:
+    """Each module begins with its idea."""
+    assert ast.get_docstring(SOURCES[module])
