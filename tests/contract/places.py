@@ -226,20 +226,11 @@ class RealPlace:
                 found |= in_netns(namespace, _link_names)
         return frozenset(name for name in found if name.startswith(names.PREFIXES))
 
-    def terminate(self) -> None:
-        """Begin to end; `close` waits for it."""
-        if self.process.poll() is None:
-            self.process.terminate()
-
     def close(self) -> None:
-        """Everything it made goes with its namespaces."""
-        self.terminate()
-        if self.process.poll() is None:
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait(20)
+        """Kill it: what it made goes with its namespaces."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
 
 
 def _link_names() -> set[str]:
@@ -275,12 +266,7 @@ class Places:
             self._real[key] = self._stack.enter_context(
                 contextlib.closing(RealPlace(Path(directory), environment))
             )
-            self._stack.callback(self._terminate_all)
         return self._real[key]
-
-    def _terminate_all(self) -> None:
-        for place in self._real.values():
-            place.terminate()
 
     @contextlib.contextmanager
     def get(self, kind: str, environment: Mapping[str, str]) -> Iterator[Place]:
