@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
-from ipaddress import IPv4Address, IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv6Address, IPv6Interface, IPv6Network
+from typing import Final
 
 from driver import options as opt
 from driver.errors import Conflict
 from driver.model import FORMAT, Network, Subnet
+
+_SWARM_ID_LENGTH: Final = 25
+_ROOM_FOR_IPV4: Final = 96
+"""Longest prefix that leaves 32 bits."""
+_COUNTED: Final = 1 << 16
+"""Engines count addresses up; no host has so many containers. Derived addresses are beyond: no IPv4 address is that low."""
 
 
 def _digest(network_id: str, purpose: str) -> bytes:
@@ -33,6 +40,37 @@ def prefix6_for(network_id: str) -> IPv6Network:
     """The network's unique local /64 (RFC 4193: fd, 40 bits global ID, 16 bits subnet)."""
     head = bytes([0xFD]) + _digest(network_id, "prefix6")[:7]
     return IPv6Network((head + bytes(8), 64))
+
+
+def own_subnet6(network_id: str, subnets: Collection[Subnet]) -> IPv6Network | None:
+    """The IPv6 subnet that the user chose for a Swarm's network (`--ipv6 --subnet`), if there is room for IPv4 addresses.
+
+    Engines since 27 choose one themselves otherwise, another on every host. Theirs has no gateway, as we tell them not to
+    reserve one (GwAllocCheck); the user's has the one that the Swarm's manager chose.
+    """
+    if not numbered_by_hosts(network_id):
+        return None
+    return next(
+        (
+            item.pool
+            for item in subnets
+            if isinstance(item.pool, IPv6Network)
+            and item.gateway is not None
+            and item.pool.prefixlen <= _ROOM_FOR_IPV4
+        ),
+        None,
+    )
+
+
+def numbered_by_hosts(network_id: str) -> bool:
+    """Whether it is a Swarm's network: its IPv4 addresses come from the manager, IPv6 addresses from each host's engine,
+    which knows nothing of the others'."""
+    return len(network_id) == _SWARM_ID_LENGTH
+
+
+def is_numbered(address: IPv6Interface) -> bool:
+    """Whether an engine has counted this address up from its subnet's first, rather than a user asked for it (`--ip6`)."""
+    return int(address.ip) - int(address.network.network_address) < _COUNTED
 
 
 def ipv6_for(prefix: IPv6Network, address: IPv4Address) -> IPv6Address:
@@ -83,9 +121,14 @@ def network(
         vni=vni or vni_for(network_id, others),
         port=parsed.own_port or port,
         mtu=parsed.own_mtu or parsed.mtu or default_mtu(),
-        prefix6=parsed.own_prefix6 or prefix6_for(network_id),
+        prefix6=(
+            parsed.prefix6
+            or own_subnet6(network_id, subnets)
+            or parsed.own_prefix6
+            or prefix6_for(network_id)
+        ),
         subnets=subnets,
-        ipv6=ipv6,
+        ipv6=ipv6 or parsed.ipv6,
         internal=internal,
         acceleration=parsed.acceleration,
         overlay=overlay,

@@ -23,7 +23,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Interface, IPv6Interface, IPv6Network, ip_address
+from ipaddress import IPv4Interface, IPv6Interface, ip_address
 from typing import Final
 
 import structlog
@@ -347,13 +347,15 @@ class Driver:
             known = self.store.endpoint(endpoint_id)
             with self._network_locks.hold(names.short(network_id)):
                 network = self._network(network_id)
+                own_ipv6, engine_ipv6 = _ipv6(network, ipv4, ipv6)
                 endpoint = Endpoint(
                     id=endpoint_id,
                     network_id=network_id,
                     mac=_unicast(mac) if mac else _derived_mac(endpoint_id, ipv4),
                     ipv4=ipv4,
-                    ipv6=ipv6 or _derived_ipv6(network, ipv4),
+                    ipv6=own_ipv6,
                     created=self._clock(),
+                    engine_ipv6=engine_ipv6,
                 )
                 if known is None:
                     self._check_short_id(endpoint_id)
@@ -515,14 +517,16 @@ class Driver:
                 network = self._network(network_id)
                 if self.store.endpoint(endpoint_id) is not None:
                     return
+                own_ipv6, engine_ipv6 = _ipv6(network, container.address, container.ipv6)
                 endpoint = Endpoint(
                     id=endpoint_id,
                     network_id=network_id,
                     mac=container.mac or _derived_mac(endpoint_id, container.address),
                     ipv4=container.address,
-                    ipv6=container.ipv6 or _derived_ipv6(network, container.address),
+                    ipv6=own_ipv6,
                     sandbox_key=container.sandbox_key,
                     created=self._clock(),
+                    engine_ipv6=engine_ipv6,
                 )
                 self.store.put_endpoint(endpoint)
             self.kernel.attach(network, endpoint)
@@ -549,6 +553,21 @@ def _derived_ipv6(network: Network, ipv4: IPv4Interface | None) -> IPv6Interface
     return IPv6Interface((address, network.prefix6.prefixlen))
 
 
+def _ipv6(
+    network: Network, ipv4: IPv4Interface | None, asked: IPv6Interface | None
+) -> tuple[IPv6Interface | None, IPv6Interface | None]:
+    """The endpoint's IPv6 address, and the engine's if that isn't to be used.
+
+    In a Swarm each host's engine counts IPv6 addresses for itself, so that two containers would have the same.
+    """
+    derived = _derived_ipv6(network, ipv4)
+    if asked is None:
+        return derived, None
+    if derived is None or not allocate.numbered_by_hosts(network.id):
+        return asked, None
+    return (derived, asked) if allocate.is_numbered(asked) else (asked, None)
+
+
 def _same(known: Endpoint, asked: Endpoint) -> bool:
     return (known.network_id, known.ipv4, known.ipv6, known.mac) == (
         asked.network_id,
@@ -559,14 +578,21 @@ def _same(known: Endpoint, asked: Endpoint) -> bool:
 
 
 def _other_subnets(network: Network, endpoint: Endpoint) -> tuple[IPNetwork, ...]:
-    """Subnets of the network that aren't the endpoint's own: all are on the same link.
-
-    With engines that number IPv6 by themselves, host by host (27 and later), it includes the derived prefix.
-    """
+    """Subnets of the network that aren't the endpoint's own: all are on the same link."""
     own = [item.network for item in (endpoint.ipv4, endpoint.ipv6) if item is not None]
-    pools: list[IPNetwork] = [subnet.pool for subnet in network.subnets if subnet.pool.prefixlen]
+    pools: list[IPNetwork] = [
+        subnet.pool
+        for subnet in network.subnets
+        if subnet.pool.prefixlen
+        # This host's engine's own choice: nobody has addresses of it.
+        and not (
+            subnet.pool.version == 6
+            and subnet.gateway is None
+            and allocate.numbered_by_hosts(network.id)
+        )
+    ]
     if isinstance(endpoint.ipv6, IPv6Interface) and network.ipv6:
-        pools.append(IPv6Network(network.prefix6))
+        pools.append(network.prefix6)
     families = {item.version for item in own}
     return tuple(
         dict.fromkeys(pool for pool in pools if pool not in own and pool.version in families)

@@ -33,7 +33,7 @@ class Subnet:
 class Network:
     """A network as every host of the Swarm sees it.
 
-    `mtu` is what containers see, in bytes. `prefix6` is the ULA /64 from which IPv6 addresses are derived.
+    `mtu` is what containers see, in bytes. `prefix6` is the prefix from which IPv6 addresses are derived.
     `port` is the VXLAN UDP port on the underlay. `overlay` is false where there are no other hosts (SCOPE=local).
     """
 
@@ -53,7 +53,11 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One container's attachment to one network. `sandbox_key` is Docker's name of the namespace, after Join."""
+    """One container's attachment to one network.
+
+    `sandbox_key` is Docker's name of the namespace, after Join. `engine_ipv6` is what the engine believes its IPv6 address
+    to be, where that isn't unique: in the container `ipv6` takes its place.
+    """
 
     id: str
     network_id: str
@@ -62,6 +66,7 @@ class Endpoint:
     ipv6: IPv6Interface | None = None
     sandbox_key: str | None = None
     created: float = 0.0
+    engine_ipv6: IPv6Interface | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ PORT_RANGE: Final = range(1, 1 << 16)
 USER_KEYS: Final = {
     "mtu": "MTU of the containers' interfaces, 1280 to 65535",
     "vni": "VXLAN network identifier, 1 to 16777215",
+    "ipv6": "IPv6 besides IPv4: on, off, or the /64 to take addresses from",
     "acceleration": "on or off",
 }
 MTU_ALIAS: Final = "com.docker.network.driver.mtu"
@@ -46,6 +47,14 @@ PORT: Final = "freeflow.port"
 MTU: Final = "freeflow.mtu"
 PREFIX6: Final = "freeflow.prefix6"
 OWN_KEYS: Final = (FORMAT, VNI, PORT, MTU, PREFIX6)
+_SWITCH: Final = {
+    "on": True,
+    "true": True,
+    "1": True,
+    "off": False,
+    "false": False,
+    "0": False,
+}
 _EXAMPLES: Final = {"mtu": 9000, MTU_ALIAS: 9000, "vni": 70012}
 
 
@@ -55,6 +64,8 @@ class NetworkOptions:
 
     mtu: int | None = None
     vni: int | None = None
+    ipv6: bool = False
+    prefix6: IPv6Network | None = None
     acceleration: bool = True
     own_format: int | None = None
     own_vni: int | None = None
@@ -74,17 +85,31 @@ def _integer(key: str, value: str, allowed: range) -> int:
 
 
 def _switch(key: str, value: str) -> bool:
-    meaning = {
-        "on": True,
-        "true": True,
-        "1": True,
-        "off": False,
-        "false": False,
-        "0": False,
-    }
-    if value.lower() not in meaning:
+    if value.lower() not in _SWITCH:
         raise InvalidRequest(f"option {key}={value}: neither on nor off; for example -o {key}=off")
-    return meaning[value.lower()]
+    return _SWITCH[value.lower()]
+
+
+def _ipv6(value: str) -> tuple[bool, IPv6Network | None]:
+    """Whether there is IPv6, and the prefix if the user has chosen one."""
+    if value.lower() in _SWITCH:
+        return _SWITCH[value.lower()], None
+    try:
+        prefix = IPv6Network(value)
+    except ValueError as error:
+        raise InvalidRequest(
+            f"option ipv6={value}: neither on nor off nor an IPv6 prefix ({error}); "
+            "for example -o ipv6=on or -o ipv6=fd00:1:2:3::/64"
+        ) from error
+    if prefix.prefixlen != 64:
+        raise InvalidRequest(
+            f"option ipv6={value}: not a /64; for example -o ipv6={prefix.network_address}/64"
+        )
+    if not (prefix.is_global or prefix.is_private) or prefix.is_link_local or prefix.is_multicast:
+        raise InvalidRequest(
+            f"option ipv6={value}: hosts can't have addresses of this kind; for example -o ipv6=fd00:1:2:3::/64"
+        )
+    return True, prefix
 
 
 def _prefix6(value: str) -> IPv6Network:
@@ -153,9 +178,12 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
             "upgrade the plugin on this host (docker plugin upgrade)"
         )
     _refuse_unknown(options)
+    ipv6, prefix6 = _ipv6(options.get("ipv6", "off"))
     return NetworkOptions(
         mtu=_mtu(options),
         vni=_integer("vni", options["vni"], VNI_RANGE) if "vni" in options else None,
+        ipv6=ipv6,
+        prefix6=prefix6,
         acceleration=_switch("acceleration", options.get("acceleration", "on")),
         own_format=own_format,
         own_vni=_integer(VNI, options[VNI], VNI_RANGE) if VNI in options else None,

@@ -49,6 +49,7 @@ class _Endpoint(msgspec.Struct):
     ipv6: str | None = None
     sandbox_key: str | None = None
     created: float = 0.0
+    engine_ipv6: str | None = None
 
 
 def _decode(body: bytes, row: type[T]) -> T:
@@ -116,6 +117,7 @@ def encode_endpoint(endpoint: Endpoint) -> bytes:
             ipv6=_text(endpoint.ipv6),
             sandbox_key=endpoint.sandbox_key,
             created=endpoint.created,
+            engine_ipv6=_text(endpoint.engine_ipv6),
         )
     )
 
@@ -131,4 +133,5 @@ def decode_endpoint(body: bytes) -> Endpoint:
         ipv6=IPv6Interface(row.ipv6) if row.ipv6 else None,
         sandbox_key=row.sandbox_key,
         created=row.created,
+        engine_ipv6=IPv6Interface(row.engine_ipv6) if row.engine_ipv6 else None,
     )

@@ -186,11 +186,13 @@ class Collector:
             )
         return result
 
-    def _overdue(self, key: str) -> bool:
+    def _overdue(self, key: str, grace: float | None = None) -> bool:
         """Whether this has been missing at every pass for the grace time."""
         self._still_missing.add(key)
         now = self._clock()
-        return now - self._missing_since.setdefault(key, now) >= self._grace
+        return now - self._missing_since.setdefault(key, now) >= (
+            self._grace if grace is None else grace
+        )
 
     @staticmethod
     def _try(result: Recovered, what: str, action: Callable[[], None]) -> None:
@@ -216,8 +218,11 @@ class Collector:
     def _forget(self, network_id: str, view: NetworkView | None, result: Recovered) -> None:
         driver = self._driver
         listed = {item.endpoint_id for item in view.containers} if view else set()
+        # A veth pair goes with its container's namespace: without it the container is dead, or not yet made.
+        living = driver.kernel.inventory().endpoints
         for endpoint in driver.store.endpoints(network_id):
-            if endpoint.id not in listed and self._overdue(endpoint.id):
+            grace = self._grace if names.short(endpoint.id) in living else self._grace / 6
+            if endpoint.id not in listed and self._overdue(endpoint.id, grace):
                 driver.delete_endpoint(network_id, endpoint.id)
                 result.endpoints_forgotten.append(endpoint.id)
         unused = view is None and not driver.store.has_endpoints(network_id)

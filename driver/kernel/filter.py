@@ -66,6 +66,13 @@ def _rules(endpoint: Endpoint) -> list[str]:
         for source in ("0.0.0.0", ipv4)
         if source is not None
     ]
+    if endpoint.engine_ipv6 is not None:
+        # The engine announces it, and the container may use it for a moment: no forgery.
+        unused = endpoint.engine_ipv6.ip
+        rules += [
+            f"icmpv6 type nd-neighbor-advert @th,64,128 {int(unused):#034x} drop",
+            f"{own} ip6 saddr {unused} drop",
+        ]
     rules += [
         f"icmpv6 type nd-neighbor-advert {others} counter drop",
         "icmpv6 type nd-router-advert counter drop",

@@ -80,7 +80,7 @@ def test_push_install_upgrade_and_remove(alone: Bed, plugin: Path) -> None:
         assert not any(line.startswith("ff") for line in links.splitlines())
         assert not (target.root / "run/freeflow-admin").exists()
         assert not (target.root / "usr/local/bin/freeflow").exists()
-        assert "freeflow" not in target.run("cat", "/proc/self/mountinfo")
+        assert "freeflow-admin" not in target.run("cat", "/proc/self/mountinfo")
 
 
 def test_local_scope_outside_a_swarm(alone: Bed, plugin: Path) -> None:

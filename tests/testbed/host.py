@@ -126,7 +126,8 @@ class Host:
                 f"--cgroup-parent={self.cgroup}",
                 "--exec-opt=native.cgroupdriver=cgroupfs",
                 f"--bip=172.30.{self.number}.1/24",
-                f"--default-address-pool=base=172.31.{self.number}.0/24,size=26",
+                # Room for hundreds of containers on docker_gwbridge.
+                "--default-address-pool=base=172.24.0.0/14,size=21",
                 "--insecure-registry=192.168.77.0/24",
                 "--storage-driver=overlay2",
                 # Every host keeps its images in its own directory on one disk: say so less often.
