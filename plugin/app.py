@@ -39,12 +39,14 @@ def _capabilities(driver: Driver, body: bytes) -> Answer:
     return {
         "Scope": found.scope,
         "ConnectivityScope": found.connectivity_scope,
-        "GwAllocChecker": False,
+        "GwAllocChecker": True,
     }
 
 
 def _gateway_check(driver: Driver, body: bytes) -> Answer:
-    return {"SkipIPv4": False, "SkipIPv6": False}
+    # IPv4's is reserved by the Swarm's manager in any case. That IPv6's isn't tells a subnet which the engine chose for
+    # itself from one that the user did: see allocate.own_subnet6.
+    return {"SkipIPv4": False, "SkipIPv6": True}
 
 
 def _allocate_network(driver: Driver, body: bytes) -> Answer:

@@ -15,10 +15,12 @@ from driver.driver import Driver, DriverConfig
 from driver.engine import DockerDirectory
 from driver.errors import FreeFlowError, SettingError
 from driver.hints import Hints
+from driver.kernel.addresses import exchange
 from driver.kernel.linux import LinuxKernel
-from driver.model import EngineView, IPAddress
+from driver.model import Endpoint, EngineView, IPAddress
 from driver.recovery import Collector, Recovered, recover
 from driver.resolver import EmbeddedDns
+from driver.settle import Settler
 from driver.store import Store
 from driver.sync import Syncer
 from driver.vip import NftBalancer
@@ -101,13 +103,20 @@ def compose(
         engine_seen=engine_seen,
     )
     hints = Hints(kernel, directory, syncer.state, syncer.hint, time.monotonic)
-    driver.on_change(syncer.wake, syncer.endpoint_joined)
+    settler = Settler(exchange, syncer.sandbox)
+
+    def joined(endpoint: Endpoint) -> None:
+        syncer.endpoint_joined(endpoint)
+        settler.endpoint_joined(endpoint)
+
+    driver.on_change(syncer.wake, joined)
     recovered: list[Recovered] = []
     failures: list[str] = []
 
     def run_recovery() -> None:
         try:
             recovered.append(recover(driver, BOOT_ID.read_text().strip()))
+            settler.resume(store.endpoints())
         except FreeFlowError as error:
             failures.append(str(error))
             log.error("recovery failed", reason=str(error))

@@ -269,12 +269,12 @@ def test_only_what_was_left_empty(machine: Machine) -> None:
         NET2,
         EP,
         ipv4=address(7),
-        ipv6=IPv6Interface("fd01::7/64"),
+        ipv6=IPv6Interface("fd01::1:7/64"),
         mac="02:AA:00:00:00:07",
     )
     assert answer == EndpointAddresses(None, None)
     assert machine.kernel.filters[names.short(EP)].mac == "02:aa:00:00:00:07"
-    assert machine.kernel.filters[names.short(EP)].ipv6 == IPv6Interface("fd01::7/64")
+    assert machine.kernel.filters[names.short(EP)].ipv6 == IPv6Interface("fd01::1:7/64")
 
 
 def test_derived_ipv6(machine: Machine) -> None:

@@ -1,0 +1,92 @@
+"""Exchanging the engine's IPv6 address for ours in a container's own namespace."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from ipaddress import IPv6Interface
+from pathlib import Path
+
+from driver import names
+from driver.kernel.addresses import exchange
+from tests.kernel.frames import ALL_NODES_MAC, IPV6, advertisement, ethernet, send
+from tests.kernel.hosts import Container, Host, Lab, a_network, an_endpoint, heard
+
+COUNTED = IPv6Interface("fd42:7::2/64")
+
+
+def _counted(host: Host, number: int) -> Container:
+    """A container to which its engine gave fd42:7::2, whatever its own address is."""
+    network = a_network()
+    endpoint = replace(an_endpoint(network, number), engine_ipv6=COUNTED)
+    box = Container(host, network, replace(endpoint, ipv6=COUNTED))
+    host.containers.append(box)
+    host.do(lambda: host.kernel.attach(network, endpoint))
+    box.plug_in()
+    box.serve()
+    box.endpoint = endpoint
+    return box
+
+
+def _addresses(box: Container) -> list[str]:
+    listed = json.loads(box.run("ip", "-j", "-6", "addr", "show", "dev", "eth0", "scope", "global"))
+    # Filtered addresses are listed as empty ones.
+    return (
+        [item["local"] for link in listed for item in link["addr_info"] if item] if listed else []
+    )
+
+
+def _exchange(box: Container) -> bool:
+    own = box.endpoint.ipv6
+    assert isinstance(own, IPv6Interface)
+    path = Path(f"/proc/self/fd/{box.namespace}")
+    return exchange(path, box.endpoint.mac, COUNTED, own)
+
+
+def test_the_address_is_exchanged_once(two: Lab) -> None:
+    """Two containers of two hosts with the same counted address have their own afterwards, and reach each other by them; a
+    second exchange finds nothing to do."""
+    near, far = (_counted(host, 10 + n) for n, host in enumerate(two.hosts))
+    two.mesh(near.network)
+    assert _addresses(near) == _addresses(far) == ["fd42:7::2"]
+    assert _exchange(near)
+    assert _exchange(far)
+    assert (_addresses(near), _addresses(far)) == ([str(near.ipv6)], [str(far.ipv6)])
+    assert near.pings(far.ipv6)
+    assert far.send(near.ipv6, b"by its own")
+    assert not _exchange(near)
+    assert _addresses(near) == [str(near.ipv6)]
+
+
+def test_nothing_is_exchanged_before_it_is_there(two: Lab, tmp_path: Path) -> None:
+    """No namespace yet, no interface yet, no address yet: false, and nothing is changed."""
+    own = IPv6Interface("fd42:7::9/64")
+    assert not exchange(tmp_path / "none", "02:42:0a:09:00:09", COUNTED, own)
+    (tmp_path / "file").touch()
+    assert not exchange(tmp_path / "file", "02:42:0a:09:00:09", COUNTED, own)
+    box = _counted(two.hosts[0], 9)
+    box.run("ip", "addr", "del", str(COUNTED), "dev", "eth0")
+    assert not _exchange(box)
+    assert _addresses(box) == []
+    assert not exchange(Path(f"/proc/self/fd/{box.namespace}"), "02:00:00:00:00:00", COUNTED, own)
+
+
+def test_the_counted_address_is_kept_off_the_network_in_silence(two: Lab) -> None:
+    """What a container or its engine sends for the counted address reaches nobody, and isn't counted as a forgery."""
+    near = _counted(two.hosts[0], 10)
+    far = two.hosts[1].container(near.network, 11)
+    two.mesh(near.network)
+    assert near.echoes(far.ipv4)
+    listening = far.packets()
+    frame = ethernet(
+        near.endpoint.mac,
+        ALL_NODES_MAC,
+        IPV6,
+        advertisement(near.endpoint.mac, COUNTED.ip, COUNTED.ip),
+    )
+    with near.packets() as packets:
+        send(packets, frame)
+    assert not near.pings(far.ipv6, 1, 0.3)
+    assert COUNTED.ip.packed not in {item[22:38] for item in heard(listening)}
+    host = two.hosts[0]
+    assert host.do(host.kernel.spoofed).get(names.short(near.endpoint.id), 0) == 0

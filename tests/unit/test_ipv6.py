@@ -1,0 +1,202 @@
+"""IPv6 addresses: whose are used, from which prefix, and what becomes of those that engines count for themselves."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Interface, IPv6Interface, IPv6Network, ip_interface, ip_network
+from pathlib import Path
+
+import pytest
+
+from driver.driver import Driver, DriverConfig
+from driver.errors import InvalidRequest, KernelError
+from driver.model import Endpoint, Subnet
+from driver.settle import PATIENCE, Settler
+from driver.store import Store
+from tests.unit.steps import SteppedKernel, Steps
+
+SWARM = "p3l8f1w0gk2c9d7h5m6n4b0aq"
+LOCAL = "ab" * 32
+ENDPOINT = "9f" * 32
+V4 = IPv4Interface("10.91.0.7/24")
+POOL4 = Subnet(ip_network("10.91.0.0/24"), ip_interface("10.91.0.1/24"))
+USERS = Subnet(ip_network("fd91::/64"), ip_interface("fd91::1/64"))
+ENGINES = Subnet(ip_network("fd85:4f7:d486::/64"))
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Driver:
+    steps = Steps()
+    return Driver(Store(tmp_path), SteppedKernel(steps), DriverConfig(), clock=lambda: 0.0)
+
+
+def _endpoint(
+    driver: Driver, network: str, asked: str | None, *subnets: Subnet, **options: str
+) -> tuple[Endpoint, str | None]:
+    """The endpoint stored, and the address that the answer adds."""
+    flag = any(subnet.pool.version == 6 for subnet in subnets)
+    driver.create_network(network, options, (POOL4, *subnets), ipv6=flag)
+    added = driver.create_endpoint(
+        network, ENDPOINT, ipv4=V4, ipv6=IPv6Interface(asked) if asked else None
+    )
+    stored = driver.store.endpoint(ENDPOINT)
+    assert stored is not None
+    return stored, str(added.ipv6) if added.ipv6 else None
+
+
+def test_the_option_gives_derived_addresses(driver: Driver) -> None:
+    """-o ipv6=PREFIX: the address is the prefix and the IPv4 address, told to Docker."""
+    stored, added = _endpoint(driver, SWARM, None, ipv6="fd91::/64")
+    assert added == "fd91::a5b:7/64"
+    assert stored.ipv6 == IPv6Interface("fd91::10.91.0.7/64")
+    assert stored.engine_ipv6 is None
+
+
+def test_the_option_alone_takes_the_networks_own_prefix(driver: Driver) -> None:
+    """-o ipv6=on: the prefix is the one chosen at allocation, on every host."""
+    chosen = driver.allocate_network(SWARM, {"ipv6": "on"})
+    prefix = IPv6Network(chosen["freeflow.prefix6"])
+    assert prefix.subnet_of(IPv6Network("fd00::/8"))
+    stored, added = _endpoint(driver, SWARM, None, **chosen)
+    assert stored.ipv6 == IPv6Interface((prefix[int(V4.ip)], 64))
+    assert added == str(stored.ipv6)
+
+
+def test_the_users_prefix_is_told_to_all_hosts(driver: Driver) -> None:
+    """The manager's answer carries the prefix of -o ipv6=PREFIX."""
+    chosen = driver.allocate_network(SWARM, {"ipv6": "fd91::/64"})
+    assert chosen["freeflow.prefix6"] == "fd91::/64"
+    assert driver.allocate_network(SWARM, chosen) == chosen
+
+
+def test_without_the_option_or_the_flag_there_is_no_ipv6(driver: Driver) -> None:
+    """Neither -o ipv6 nor --ipv6, or -o ipv6=off: no address."""
+    assert _endpoint(driver, SWARM, None)[1] is None
+    driver.delete_endpoint(SWARM, ENDPOINT)
+    assert _endpoint(driver, SWARM, None, ipv6="off")[1] is None
+
+
+def test_an_address_counted_in_the_users_subnet_is_replaced(driver: Driver) -> None:
+    """--ipv6 --subnet: what an engine has counted is replaced by the subnet and the IPv4 address."""
+    stored, added = _endpoint(driver, SWARM, "fd91::2/64", USERS)
+    assert added is None
+    assert stored.ipv6 == IPv6Interface("fd91::10.91.0.7/64")
+    assert stored.engine_ipv6 == IPv6Interface("fd91::2/64")
+    assert driver.join(SWARM, ENDPOINT, "/var/run/docker/netns/x").connected_routes == ()
+
+
+def test_an_address_counted_in_the_engines_own_subnet_is_replaced(driver: Driver) -> None:
+    """--ipv6 alone on engines that choose a subnet per host: the network's own prefix is used instead, without a route to
+    theirs."""
+    stored, _ = _endpoint(driver, SWARM, "fd85:4f7:d486::1/64", ENGINES)
+    network = driver.store.network(SWARM)
+    assert network is not None
+    assert stored.ipv6 == IPv6Interface((network.prefix6[int(V4.ip)], 64))
+    assert not network.prefix6.overlaps(IPv6Network("fd85::/16"))
+    assert driver.join(SWARM, ENDPOINT, "/var/run/docker/netns/x").connected_routes == ()
+
+
+def test_an_address_that_was_asked_for_stays(driver: Driver) -> None:
+    """--ip6 beyond what engines count to is honoured."""
+    stored, added = _endpoint(driver, SWARM, "fd91::1:99/64", USERS)
+    assert (stored.ipv6, stored.engine_ipv6, added) == (
+        IPv6Interface("fd91::1:99/64"),
+        None,
+        None,
+    )
+
+
+def test_on_a_network_of_one_host_the_engine_counts(driver: Driver) -> None:
+    """SCOPE=local: there is one engine, whatever it says is unique."""
+    stored, _ = _endpoint(driver, LOCAL, "fd91::2/64", USERS)
+    assert (stored.ipv6, stored.engine_ipv6) == (IPv6Interface("fd91::2/64"), None)
+
+
+def test_a_subnet_without_room_is_left_to_the_engine(driver: Driver) -> None:
+    """An IPv4 address doesn't fit into a /112; there the network's own prefix is used."""
+    small = Subnet(ip_network("fd91::/112"), ip_interface("fd91::1/112"))
+    stored, _ = _endpoint(driver, SWARM, "fd91::2/112", small)
+    network = driver.store.network(SWARM)
+    assert network is not None
+    assert network.prefix6.prefixlen == 64
+    assert stored.ipv6 is not None
+    assert stored.ipv6.ip in network.prefix6
+
+
+def test_a_repeated_call_is_the_same_call(driver: Driver) -> None:
+    """CreateEndpoint twice, with the engine's address both times, is no conflict."""
+    first, _ = _endpoint(driver, SWARM, "fd91::2/64", USERS)
+    second, _ = _endpoint(driver, SWARM, "fd91::2/64", USERS)
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    "value", ["yes", "fd91::/48", "fd91::1/64", "ff02::/64", "fe80::/64", "10.0.0.0/24", ""]
+)
+def test_a_bad_prefix_is_refused(driver: Driver, value: str) -> None:
+    """Only on, off and prefixes of 64 bits that hosts can have are taken; the refusal shows an example."""
+    with pytest.raises(InvalidRequest, match="for example -o ipv6="):
+        driver.allocate_network(SWARM, {"ipv6": value})
+
+
+class Sandbox:
+    """Answers as the kernel does: false until the address is there, or an error."""
+
+    def __init__(self, *answers: bool | KernelError) -> None:
+        self.answers = list(answers)
+        self.asked = 0
+
+    def __call__(self, path: Path, mac: str, engines: IPv6Interface, ours: IPv6Interface) -> bool:
+        self.asked += 1
+        answer = self.answers.pop(0) if self.answers else True
+        if isinstance(answer, KernelError):
+            raise answer
+        return answer
+
+
+def _settler(sandbox: Sandbox, now: list[float]) -> Settler:
+    made = Settler(sandbox, lambda endpoint: Path("/x"), lambda: now[0])
+    # The test is the thread.
+    made._thread = object()  # type: ignore[assignment]
+    return made
+
+
+COUNTED = Endpoint(
+    ENDPOINT,
+    SWARM,
+    "02:42:0a:5b:00:07",
+    V4,
+    IPv6Interface("fd91::10.91.0.7/64"),
+    "/var/run/docker/netns/x",
+    engine_ipv6=IPv6Interface("fd91::2/64"),
+)
+
+
+def test_an_address_is_exchanged_when_it_comes() -> None:
+    """The namespace is asked until the engine's address is there, errors included, and then left alone."""
+    sandbox, now = Sandbox(False, KernelError("no such namespace"), True), [0.0]
+    settler = _settler(sandbox, now)
+    settler.endpoint_joined(COUNTED)
+    for _ in range(5):
+        settler.once()
+    assert sandbox.asked == 3
+
+
+def test_a_container_that_never_starts_is_given_up() -> None:
+    """After a minute nobody asks any more."""
+    sandbox, now = Sandbox(*[False] * 100), [0.0]
+    settler = _settler(sandbox, now)
+    settler.endpoint_joined(COUNTED)
+    settler.once()
+    now[0] = PATIENCE + 1
+    settler.once()
+    settler.once()
+    assert sandbox.asked == 2
+
+
+def test_other_endpoints_are_no_work() -> None:
+    """An endpoint whose address nobody has to exchange isn't asked about."""
+    sandbox, now = Sandbox(), [0.0]
+    settler = _settler(sandbox, now)
+    settler.resume([Endpoint(ENDPOINT, SWARM, "02:42:0a:5b:00:07", V4)])
+    settler.once()
+    assert sandbox.asked == 0
