@@ -1,0 +1,627 @@
+"""The sync loop, with an engine, a DNS and a kernel that say what a test wants."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from pathlib import Path
+
+import pytest
+
+from driver.errors import EngineError, KernelError, NotFound
+from driver.model import (
+    Endpoint,
+    EngineView,
+    IPAddress,
+    NetworkView,
+    Peer,
+    Service,
+    Subnet,
+    Task,
+    VipTable,
+)
+from driver.occasions import BEAT
+from driver.sync import REPAIR_EVERY, REST_AFTER, SETTLE, Syncer
+from tests.unit.facts import engine_view
+from tests.unit.steps import Machine
+
+NET = "p3l8f1w0gk2c9d7h5m6n4b0aq"
+NET2 = "q7x2r5v8sl3b6c1j9k4m0d8ez"
+POOL = Subnet(IPv4Network("10.0.4.0/24"), IPv4Interface("10.0.4.1/24"))
+POOL2 = Subnet(IPv4Network("10.0.5.0/24"), IPv4Interface("10.0.5.1/24"))
+VIP, VIP2 = IPv4Address("10.0.4.2"), IPv4Address("10.0.5.2")
+SELF, PEER, PEER2 = (IPv4Address(f"192.0.2.{n}") for n in (1, 2, 3))
+
+
+def at(number: int, net: int = 4) -> IPv4Address:
+    return IPv4Address(f"10.0.{net}.{number}")
+
+
+def endpoint_id(number: int) -> str:
+    return f"{number:012x}{'e' * 52}"
+
+
+def service(name: str, vip: IPv4Address | None, *tasks: int, net: int = 4) -> Service:
+    listed = (Task(f"{name}.{n}", at(n, net), endpoint_id(n)) for n in tasks)
+    return Service(name, vip, tuple(listed))
+
+
+class FakeEngine:
+    """`ports.Directory`: as the real one, it lists services only when asked for them."""
+
+    def __init__(self) -> None:
+        self.views: dict[str, NetworkView] = {}
+        self.down = False
+        self.asked: list[tuple[str, bool]] = []
+        self.view = engine_view(node_address=None)
+
+    def engine(self) -> EngineView:
+        if self.down:
+            raise EngineError("GET /info: connection refused; systemctl status docker")
+        return self.view
+
+    def networks(self) -> frozenset[str]:
+        return frozenset(self.views)
+
+    def network(self, network_id: str, *, services: bool = False) -> NetworkView | None:
+        self.asked.append((network_id, services))
+        if self.down:
+            raise EngineError("GET /networks: connection refused")
+        found = self.views.get(network_id)
+        if found is None or services:
+            return found
+        return replace(found, services=(), others=frozenset())
+
+    def changed_containers(self) -> Iterator[str]:
+        return iter(())
+
+    def sandbox_key(self, container_id: str) -> str | None:
+        return None
+
+
+class FakeDns:
+    """`ports.TaskResolver`: `active` by service; a sandbox that isn't in `knows`, if that is set, knows nothing."""
+
+    def __init__(self) -> None:
+        self.active: dict[str, frozenset[IPv4Address]] = {}
+        self.knows: set[Path] | None = None
+        self.asked: list[tuple[Path, list[str]]] = []
+
+    def tasks(
+        self, sandbox: Path, network_name: str, services: Sequence[Service]
+    ) -> Mapping[str, frozenset[IPv4Address]]:
+        self.asked.append((sandbox, [item.name for item in services]))
+        if self.knows is not None and sandbox not in self.knows:
+            return {}
+        names = {item.name for item in services}
+        return {name: found for name, found in self.active.items() if name in names}
+
+
+class FakeBalancer:
+    """`ports.Balancer`: `tables` is what each sandbox has, `writes` counts; only those in `there` can be written to."""
+
+    def __init__(self) -> None:
+        self.there: set[Path] = set()
+        self.tables: dict[Path, VipTable] = {}
+        self.writes = 0
+        self.broken: set[Path] = set()
+        self.alive: set[Path] = set()
+
+    def apply(self, sandbox: Path, table: VipTable) -> bool:
+        if sandbox in self.broken:
+            raise KernelError("nftables: no such file")
+        if sandbox not in self.there:
+            return False
+        if self.tables.get(sandbox) != table:
+            self.writes += 1
+            self.tables[sandbox] = dict(table)
+        return True
+
+    def forget(self, alive: Iterable[Path]) -> None:
+        self.alive = set(alive)
+
+
+class Host:
+    """A host with `backend` (10.0.4.0/24), the services on it, and a clock. `look` is one round of the loop."""
+
+    def __init__(self, directory: Path) -> None:
+        self.machine = Machine(directory / "state")
+        self.driver = self.machine.driver
+        self.kernel = self.machine.kernel
+        self.flooded: list[tuple[str, frozenset[IPAddress]]] = []
+        self.kernel.set_peers = self._set_peers  # type: ignore[method-assign]
+        self.sandboxes = directory / "netns"
+        self.sandboxes.mkdir()
+        self.engine, self.dns, self.balancer = FakeEngine(), FakeDns(), FakeBalancer()
+        self.now = 1000.0
+        self.collected = 0
+        self.seen: list[EngineView] = []
+        self.driver.create_network(NET, {}, (POOL,))
+        self.driver.discover_new(str(SELF), is_self=True)
+        self.list(NET, service("web", VIP, 7, 8))
+        self.dns.active["web"] = frozenset({at(7), at(8)})
+        self.syncer: Syncer
+        self.restart()
+
+    def restart(self) -> None:
+        """A new plugin process, that knows nothing."""
+        self.syncer = Syncer(
+            self.driver,
+            self.engine,
+            self.dns,
+            self.balancer,
+            sandboxes=self.sandboxes,
+            interval=0.5,
+            clock=lambda: self.now,
+            collect=self._collect,
+            engine_seen=self.seen.append,
+        )
+        self.driver.on_change(self.syncer.wake, self.syncer.endpoint_joined)
+
+    def _collect(self) -> None:
+        self.collected += 1
+
+    def _set_peers(self, network_id: str, peers: Iterable[IPAddress]) -> frozenset[IPAddress]:
+        wanted = frozenset(peers)
+        before = next(
+            (had for key, had in reversed(self.flooded) if key == network_id), frozenset()
+        )
+        self.flooded.append((network_id, wanted))
+        return wanted - before
+
+    def list(
+        self, network: str, *services: Service, peers: Iterable[IPAddress] = (SELF, PEER)
+    ) -> None:
+        """What the engine says of a network from now on."""
+        self.engine.views[network] = NetworkView(
+            network,
+            {NET: "backend", NET2: "front"}[network],
+            "freeflow:latest",
+            peers=tuple(Peer(str(peer), peer) for peer in peers),
+            services=services,
+        )
+
+    def join(self, number: int, network: str = NET, *, there: bool = True) -> Path:
+        """A container joins; its sandbox."""
+        net = {NET: 4, NET2: 5}[network]
+        sandbox = self.sandboxes / f"s{number}"
+        if there:
+            self.appear(sandbox)
+        identifier = endpoint_id(number + net * 1000)
+        self.driver.create_endpoint(
+            network, identifier, ipv4=IPv4Interface(f"10.0.{net}.{number}/24")
+        )
+        self.driver.join(network, identifier, f"/var/run/docker/netns/s{number}")
+        return sandbox
+
+    def appear(self, sandbox: Path) -> None:
+        sandbox.touch()
+        self.balancer.there.add(sandbox)
+
+    def look(self, after: float = 1.0) -> None:
+        self.now += after
+        self.syncer.once()
+
+    def hint(self) -> None:
+        self.syncer.hint(NET)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+BOTH = {VIP: (at(7), at(8))}
+
+
+# --- VIPs
+
+
+def test_vips_of_a_new_container(host: Host) -> None:
+    """A container on a network gets the VIPs of its services."""
+    sandbox = host.join(20)
+    host.look()
+    assert host.balancer.tables == {sandbox: BOTH}
+
+
+def test_known_vips_are_there_inside_join(host: Host) -> None:
+    """A second container gets the known VIPs before its Join is answered, without a question to anybody."""
+    host.join(20)
+    host.look()
+    asked = len(host.engine.asked)
+    second = host.join(21)
+    assert host.balancer.tables[second] == BOTH
+    assert len(host.engine.asked) == asked
+
+
+def test_only_active_tasks_get_connections(host: Host) -> None:
+    """A task that left DNS gets no new connections, though the engine still lists it."""
+    sandbox = host.join(20)
+    host.look()
+    host.dns.active["web"] = frozenset({at(8)})
+    host.look()
+    assert host.balancer.tables[sandbox] == {VIP: (at(8),)}
+
+
+def test_new_tasks_are_found_through_dns(host: Host) -> None:
+    """A task that DNS gives and the list doesn't have makes the list be read again, at once."""
+    sandbox = host.join(20)
+    for _ in range(10):
+        host.look()
+    host.list(NET, service("web", VIP, 7, 8, 9))
+    host.dns.active["web"] = frozenset({at(7), at(8), at(9)})
+    host.look()
+    assert host.balancer.tables[sandbox] == {VIP: (at(7), at(8), at(9))}
+
+
+def test_new_services_are_found_by_hints(host: Host) -> None:
+    """A service that is new to the list is found with the next hint; without one with the next beat."""
+    sandbox = host.join(20)
+    for _ in range(10):
+        host.look()
+    more = {**BOTH, at(3): (at(30),)}
+    host.list(NET, service("web", VIP, 7, 8), service("api", at(3), 30))
+    host.dns.active["api"] = frozenset({at(30)})
+    host.look()
+    assert host.balancer.tables[sandbox] == BOTH
+    host.hint()
+    host.look()
+    assert host.balancer.tables[sandbox] == more
+    host.list(NET, service("api", at(3), 30))
+    host.look(BEAT)
+    assert host.balancer.tables[sandbox] == {VIP: (), at(3): (at(30),)}
+
+
+def test_services_are_not_listed_at_each_look(host: Host) -> None:
+    """Listing services is dear: looks without an occasion don't ask for them."""
+    host.join(20)
+    for _ in range(10):
+        host.look()
+    host.engine.asked.clear()
+    for _ in range(20):
+        host.look()
+    assert host.engine.asked == [(NET, False)] * 20
+
+
+def test_vips_of_all_networks_of_a_container(host: Host) -> None:
+    """A container on two networks gets the VIPs of both, and those of one when it leaves the other."""
+    host.driver.create_network(NET2, {}, (POOL2,))
+    host.list(NET2, service("db", VIP2, 9, net=5))
+    host.dns.active["db"] = frozenset({at(9, 5)})
+    sandbox = host.join(20)
+    host.join(20, NET2)
+    host.look()
+    assert host.balancer.tables == {sandbox: {**BOTH, VIP2: (at(9, 5),)}}
+    host.driver.leave(NET2, endpoint_id(5020))
+    host.driver.delete_endpoint(NET2, endpoint_id(5020))
+    host.look()
+    assert host.balancer.tables == {sandbox: BOTH}
+
+
+def test_one_container_s_trouble_is_its_own(host: Host) -> None:
+    """A namespace that can't be written is said, tried again, and keeps nobody else from its VIPs."""
+    first, second = host.join(20), host.join(21)
+    host.balancer.broken.add(first)
+    host.look()
+    assert host.balancer.tables == {second: BOTH}
+    assert host.syncer.vip_errors() == {first: "nftables: no such file"}
+    host.balancer.broken.clear()
+    host.look()
+    assert host.balancer.tables[first] == BOTH
+    assert host.syncer.vip_errors() == {}
+
+
+def test_trouble_goes_with_its_container(host: Host) -> None:
+    """What a container that left could not have is nobody's trouble any more."""
+    sandbox = host.join(20)
+    host.balancer.broken.add(sandbox)
+    host.look()
+    host.driver.delete_endpoint(NET, endpoint_id(4020))
+    host.look()
+    host.look()
+    assert host.syncer.vip_errors() == {}
+    assert host.syncer.state() == {}
+    assert sandbox not in host.balancer.alive
+
+
+def test_old_sandboxes_keep_their_rules_until_all_is_known(host: Host) -> None:
+    """After a restart a container that has rules keeps them until all its networks are known, but not for ever."""
+    host.driver.create_network(NET2, {}, (POOL2,))
+    host.list(NET2, service("db", VIP2, 9, net=5))
+    host.dns.active["db"] = frozenset({at(9, 5)})
+    sandbox = host.join(20)
+    host.join(20, NET2)
+    host.look()
+    both = host.balancer.tables[sandbox]
+    host.restart()
+    del host.engine.views[NET2]
+    host.look()
+    assert host.balancer.tables[sandbox] == both
+    host.look(SETTLE)
+    assert host.balancer.tables[sandbox] == BOTH
+
+
+# --- who is asked
+
+
+def test_another_container_is_asked(host: Host) -> None:
+    """If one container's DNS doesn't know a service, another's is asked, and first next time."""
+    first, second = host.join(20), host.join(21)
+    host.dns.knows = {second}
+    host.dns.active["web"] = frozenset({at(8)})
+    host.look()
+    assert host.balancer.tables[first] == {VIP: (at(8),)}
+    assert [path for path, _ in host.dns.asked] == [first, second]
+    host.dns.asked.clear()
+    host.look()
+    assert [path for path, _ in host.dns.asked] == [second]
+
+
+def test_few_are_asked(host: Host) -> None:
+    """However many containers there are, three are asked at most."""
+    for number in range(20, 30):
+        host.join(number)
+    host.dns.knows = set()
+    host.look()
+    host.dns.asked.clear()
+    host.look()
+    assert len(host.dns.asked) == 3
+
+
+def test_idle_services_are_left_alone(host: Host) -> None:
+    """A service without active tasks isn't asked about for ever, and refuses."""
+    sandbox = host.join(20)
+    host.dns.active["web"] = frozenset()
+    for _ in range(int(REST_AFTER) + 3):
+        host.look()
+    host.dns.asked.clear()
+    host.look()
+    assert host.dns.asked == []
+    assert host.balancer.tables[sandbox] == {VIP: ()}
+    host.list(NET, service("web", VIP, 7, 8, 9))
+    host.dns.active["web"] = frozenset({at(9)})
+    host.hint()
+    host.look()
+    assert host.balancer.tables[sandbox] == {VIP: (at(9),)}
+
+
+# --- the engine's silence
+
+
+def test_silence_changes_nothing(host: Host) -> None:
+    """While the engine is silent, VIPs and peers stay as they were, and the reason is told."""
+    sandbox = host.join(20)
+    host.look()
+    writes, floods = host.balancer.writes, len(host.flooded)
+    host.engine.down = True
+    host.look(40.0)
+    host.look()
+    assert host.balancer.tables[sandbox] == BOTH
+    assert (host.balancer.writes, len(host.flooded)) == (writes, floods)
+    _, error = host.syncer.engine()
+    assert error is not None
+    assert host.syncer.state()[NET].error is not None
+    host.engine.down = False
+    host.look(1.0)
+    assert host.syncer.engine()[1] is None
+    assert host.syncer.state()[NET].error is None
+
+
+def test_nothing_is_collected_in_silence(host: Host) -> None:
+    """What Docker doesn't list isn't taken for removed while it doesn't answer."""
+    host.engine.down = True
+    host.look()
+    host.look(60.0)
+    assert host.collected == 0
+    host.engine.down = False
+    host.look()
+    host.look(60.0)
+    assert host.collected >= 1
+
+
+def test_network_that_the_engine_does_not_know(host: Host) -> None:
+    """A network that the engine doesn't know yet keeps what it has, and says why it isn't newer."""
+    host.join(20)
+    host.look()
+    known = host.syncer.state()[NET].view
+    del host.engine.views[NET]
+    host.look()
+    state = host.syncer.state()[NET]
+    assert state.view == known
+    assert "does not know network" in (state.error or "")
+
+
+def test_engine_is_told_of(host: Host) -> None:
+    """Whoever wants to know is told what the engine says of itself."""
+    host.look()
+    assert host.seen == [host.engine.view]
+
+
+# --- peers
+
+
+def test_peers_without_this_host(host: Host) -> None:
+    """The flood list is the network's hosts without this one, and new peers are greeted."""
+    host.join(20)
+    host.kernel.announced.clear()
+    host.look()
+    assert host.flooded == [(NET, frozenset({PEER}))]
+    assert host.kernel.announced == [endpoint_id(4020)]
+    host.list(NET, service("web", VIP, 7, 8), peers=(SELF, PEER, PEER2))
+    host.look()
+    assert host.flooded[-1] == (NET, frozenset({PEER, PEER2}))
+
+
+def test_unchanged_peers_are_written_seldom(host: Host) -> None:
+    """Unchanged peers are written again only at the beat of repairs."""
+    host.join(20)
+    host.look()
+    for _ in range(5):
+        host.look()
+    assert len(host.flooded) == 1
+    host.look(REPAIR_EVERY)
+    assert len(host.flooded) == 2
+
+
+def test_new_endpoint_writes_peers_again(host: Host) -> None:
+    """A device that was made anew for a new endpoint gets its peers at once."""
+    host.join(20)
+    host.look()
+    host.join(21)
+    host.look()
+    assert [peers for _, peers in host.flooded] == [frozenset({PEER})] * 2
+
+
+def test_departed_peers_are_removed(host: Host) -> None:
+    """A host that no longer shares the network is taken off the list."""
+    host.join(20)
+    host.look()
+    host.list(NET, service("web", VIP, 7, 8), peers=(SELF,))
+    host.look()
+    assert host.flooded[-1] == (NET, frozenset())
+
+
+def test_gossip_that_has_not_begun(host: Host) -> None:
+    """A list without even this host is no list: nothing is removed for it."""
+    host.join(20)
+    host.look()
+    host.list(NET, service("web", VIP, 7, 8), peers=())
+    host.look()
+    assert host.flooded == [(NET, frozenset({PEER}))]
+
+
+def test_own_address_from_the_engine(host: Host) -> None:
+    """Before Docker has told this host's address, the engine's word for it serves; without any nothing is flooded."""
+    host.driver.store.put_fact("self_address", "")
+    host.join(20)
+    host.look()
+    assert host.flooded == []
+    assert "own address" in (host.syncer.state()[NET].error or "")
+    host.engine.view = engine_view(node_address=SELF)
+    host.look(60.0)
+    host.look()
+    assert host.flooded[-1] == (NET, frozenset({PEER}))
+
+
+# --- the loop itself
+
+
+@pytest.fixture
+def running(host: Host) -> Iterator[Host]:
+    """The loop in its threads, on the real clock."""
+    host.syncer = Syncer(
+        host.driver,
+        host.engine,
+        host.dns,
+        host.balancer,
+        sandboxes=host.sandboxes,
+        interval=0.1,
+        clock=time.monotonic,
+        collect=host._collect,
+    )
+    host.driver.on_change(host.syncer.wake, host.syncer.endpoint_joined)
+    host.syncer.start()
+    try:
+        yield host
+    finally:
+        host.syncer.stop()
+
+
+def soon(promise: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait until a promise holds."""
+    deadline = time.monotonic() + seconds
+    while not promise():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_running_loop_follows(running: Host) -> None:
+    """The running loop follows what engine and DNS say, without being told."""
+    sandbox = running.join(20)
+    soon(lambda: running.balancer.tables.get(sandbox) == BOTH)
+    running.dns.active["web"] = frozenset({at(8)})
+    soon(lambda: running.balancer.tables[sandbox] == {VIP: (at(8),)})
+    soon(lambda: running.collected > 0)
+
+
+def test_running_loop_awaits_sandboxes(running: Host) -> None:
+    """A sandbox that appears after its Join (engines up to 27) gets its VIPs then."""
+    running.join(20)
+    soon(lambda: NET in running.syncer.state())
+    late = running.join(21, there=False)
+    running.appear(late)
+    soon(lambda: running.balancer.tables.get(late) == BOTH)
+
+
+def test_running_loop_survives_bugs(running: Host) -> None:
+    """An exception that nobody expected is logged, and the loop goes on."""
+    sandbox = running.join(20)
+    soon(lambda: running.balancer.tables.get(sandbox) == BOTH)
+    broken, tasks = threading.Event(), running.dns.tasks
+
+    def fail(*arguments: object) -> Mapping[str, frozenset[IPv4Address]]:
+        broken.set()
+        raise ZeroDivisionError
+
+    running.dns.tasks = fail  # type: ignore[method-assign, assignment]
+    assert broken.wait(10)
+    running.dns.tasks = tasks  # type: ignore[method-assign]
+    running.dns.active["web"] = frozenset({at(7)})
+    soon(lambda: running.balancer.tables[sandbox] == {VIP: (at(7),)})
+
+
+def test_slow_network_does_not_delay_others(running: Host) -> None:
+    """While the engine takes its time for one network, others are followed."""
+    running.driver.create_network(NET2, {}, (POOL2,))
+    running.list(NET2, service("db", VIP2, 9, net=5))
+    running.dns.active["db"] = frozenset({at(9, 5)})
+    release, network = threading.Event(), running.engine.network
+
+    def slow(network_id: str, *, services: bool = False) -> NetworkView | None:
+        if network_id == NET:
+            assert release.wait(20)
+        return network(network_id, services=services)
+
+    running.engine.network = slow  # type: ignore[method-assign]
+    try:
+        running.join(20)
+        other = running.join(21, NET2)
+        soon(lambda: running.balancer.tables.get(other) == {VIP2: (at(9, 5),)})
+    finally:
+        release.set()
+
+
+def test_stopped_loop_is_quiet(running: Host) -> None:
+    """After stop nothing is asked any more."""
+    running.join(20)
+    soon(lambda: NET in running.syncer.state())
+    running.syncer.stop()
+    time.sleep(0.3)
+    asked = len(running.engine.asked)
+    time.sleep(0.5)
+    assert len(running.engine.asked) == asked
+
+
+def test_endpoints_without_a_sandbox(host: Host) -> None:
+    """An endpoint that hasn't joined has no namespace to write to."""
+    host.driver.create_endpoint(NET, endpoint_id(1), ipv4=IPv4Interface("10.0.4.40/24"))
+    host.look()
+    assert host.balancer.tables == {}
+    assert host.syncer.sandbox(Endpoint("e", NET, "m")) is None
+
+
+def test_errors_of_one_network(host: Host) -> None:
+    """A network that fails otherwise than by the engine's silence is its own trouble."""
+
+    def fail(network_id: str, peers: Iterable[IPAddress]) -> frozenset[IPAddress]:
+        raise NotFound("no device")
+
+    host.kernel.set_peers = fail  # type: ignore[method-assign]
+    sandbox = host.join(20)
+    host.look()
+    assert host.balancer.tables[sandbox] == BOTH
+    assert host.syncer.state()[NET].error == "no device"
+    assert host.syncer.engine()[1] is None
