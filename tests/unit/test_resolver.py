@@ -1,0 +1,254 @@
+"""Asking Docker's embedded DNS which tasks take connections, and what is believed of the answers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from driver import dns
+from driver.model import Service, Task
+from driver.resolver import WINDOW, EmbeddedDns, ask
+from tests.unit.dns_server import DnsServer, answer
+
+VIP = IPv4Address("10.0.4.2")
+OUTSIDE = IPv4Address("203.0.113.9")
+
+
+def at(number: int) -> IPv4Address:
+    return IPv4Address(f"10.0.4.{number}")
+
+
+def service(name: str, *tasks: int) -> Service:
+    return Service(name, VIP, tuple(Task(f"{name}.{n}", at(n), "e") for n in tasks))
+
+
+@pytest.fixture
+def server() -> Iterator[DnsServer]:
+    made = DnsServer()
+    yield made
+    made.close()
+
+
+@contextlib.contextmanager
+def channel(server: DnsServer) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+        made.connect(server.address)
+        yield made
+
+
+# --- questions and answers
+
+
+def test_many_names_at_once(server: DnsServer) -> None:
+    """Many names are asked for together, and each gets its own answer."""
+    names = [f"tasks.s{n}.net" for n in range(3 * WINDOW)]
+    server.records = {name: [at(n % 200 + 1)] for n, name in enumerate(names)}
+    with channel(server) as asking:
+        answers = ask(asking, [*names, *names])
+    assert answers == {name: frozenset(found) for name, found in server.records.items()}
+    assert len(server.asked) == len(names)
+
+
+def test_unknown_name_and_silence(server: DnsServer) -> None:
+    """A name that the server doesn't know has no addresses; one that it is silent about is absent."""
+    server.records, server.silent = {"a": [at(7)]}, {"c"}
+    with channel(server) as asking:
+        assert ask(asking, ["a", "b", "c"], timeout=0.1) == {"a": {at(7)}, "b": frozenset()}
+
+
+def test_silence_is_bounded(server: DnsServer) -> None:
+    """However many names a server is silent about, it is waited for once per window."""
+    server.silent = {f"n{n}" for n in range(WINDOW)}
+    begin = time.monotonic()
+    with channel(server) as asking:
+        assert ask(asking, sorted(server.silent), timeout=0.1) == {}
+    assert time.monotonic() - begin < 2
+
+
+def test_cut_answers(server: DnsServer) -> None:
+    """An answer that was cut short is none of which to conclude that a task is gone."""
+    server.records, server.truncated = {"a": [at(7)]}, {"a"}
+    with channel(server) as asking:
+        assert ask(asking, ["a"]) == {"a": None}
+
+
+def test_noise_is_ignored(server: DnsServer) -> None:
+    """What isn't an answer to our question changes nothing."""
+    other = answer(dns.encode_query(1, "other"), [OUTSIDE])
+    server.records = {"a": [at(7)]}
+    server.noise = [b"", b"x", b"\0" * 12, other, os.urandom(60)]
+    with channel(server) as asking:
+        assert ask(asking, ["a"]) == {"a": frozenset({at(7)})}
+
+
+@pytest.mark.parametrize("name", ["", "a..b", "a" * 64, ".".join(["a" * 60] * 5)])
+def test_names_that_dns_cannot_carry(server: DnsServer, name: str) -> None:
+    """A name that doesn't fit a question isn't asked for, and keeps no other from being asked for."""
+    server.records = {"good": [at(7)]}
+    with channel(server) as asking:
+        assert ask(asking, [name, "good"]) == {"good": frozenset({at(7)})}
+
+
+def test_no_server() -> None:
+    """A server that isn't there is an error at once, not a wait."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = unused.getsockname()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        asking.connect(address)
+        begin = time.monotonic()
+        with pytest.raises(OSError, match="refused"):
+            ask(asking, ["a"], timeout=5)
+        assert time.monotonic() - begin < 2
+
+
+QUERY = dns.encode_query(7, "tasks.web.backend")
+
+
+def test_answer_of_another_name() -> None:
+    """An answer to another question isn't taken, though its number fits."""
+    with pytest.raises(dns.MalformedAnswerError):
+        dns.decode_answer(answer(QUERY, [at(7)]), "tasks.db.backend")
+
+
+def test_answer_in_another_case() -> None:
+    """DNS doesn't tell upper from lower case."""
+    assert dns.decode_answer(answer(QUERY, [at(7)]), "Tasks.WEB.backend") == frozenset({at(7)})
+
+
+def test_other_records_are_skipped() -> None:
+    """Records of other types than addresses are skipped, not misread."""
+    whole = answer(QUERY, [at(7), at(8)])
+    alias = struct.pack("!HHHIH", 0xC00C, 5, 1, 600, 2) + b"\xc0\x0c"
+    start = len(whole) - 32
+    mixed = whole[:6] + struct.pack("!H", 3) + whole[8:start] + alias + whole[start:]
+    assert dns.decode_answer(mixed, "tasks.web.backend") == frozenset({at(7), at(8)})
+
+
+def test_thousand_tasks_fit() -> None:
+    """A service of a thousand tasks is understood as a whole."""
+    many = [IPv4Address("10.1.0.0") + n for n in range(1000)]
+    assert dns.decode_answer(answer(QUERY, many), "tasks.web.backend") == frozenset(many)
+
+
+@given(st.binary(max_size=120))
+def test_random_bytes_are_no_answer(message: bytes) -> None:
+    """Random bytes are refused, and never crash."""
+    with contextlib.suppress(dns.MalformedAnswerError):
+        dns.decode_answer(message, "tasks.web.backend")
+
+
+@given(st.integers(0, 200), st.integers(0, 255), st.integers(0, 200))
+def test_damaged_answers(where: int, value: int, length: int) -> None:
+    """A damaged or shortened answer gives a subset of addresses, none, or is refused."""
+    whole = bytearray(answer(QUERY, [at(7), at(8), at(9)]))
+    whole[where % len(whole)] = value
+    with contextlib.suppress(dns.MalformedAnswerError):
+        found = dns.decode_answer(bytes(whole[: len(whole) - length % 10]), "tasks.web.backend")
+        assert found is None or len(found) <= 3
+
+
+# --- services, from inside a namespace
+
+OWN = Path("/proc/self/ns/net")
+inside = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to enter a network namespace")
+
+
+@pytest.fixture
+def resolver(server: DnsServer) -> Iterator[EmbeddedDns]:
+    made = EmbeddedDns(server.address, timeout=0.1)
+    yield made
+    made.close()
+
+
+def names(server: DnsServer, **records: list[IPv4Address]) -> None:
+    """Names of the network `backend`."""
+    server.records = {
+        f"{name.replace('tasks_', 'tasks.')}.backend": found for name, found in records.items()
+    }
+
+
+@inside
+def test_active_tasks(server: DnsServer, resolver: EmbeddedDns) -> None:
+    """Of each service those addresses are told that DNS gives for its tasks, by the name of the network."""
+    names(server, tasks_web=[at(7), at(8)], tasks_db=[at(9)])
+    found = resolver.tasks(OWN, "backend", [service("web", 7, 8), service("db", 9)])
+    assert found == {"web": {at(7), at(8)}, "db": {at(9)}}
+
+
+@inside
+def test_service_without_tasks(server: DnsServer, resolver: EmbeddedDns) -> None:
+    """A service whose own name leads to its VIP, but whose tasks' name leads nowhere, has no active task."""
+    names(server, web=[VIP])
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == {"web": frozenset()}
+
+
+@inside
+def test_service_that_dns_does_not_know(server: DnsServer, resolver: EmbeddedDns) -> None:
+    """A service that this container's DNS doesn't know is absent: nothing is concluded."""
+    names(server, other=[VIP])
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == {}
+
+
+@inside
+@pytest.mark.parametrize("own", [[OUTSIDE], []])
+def test_names_known_outside_only(
+    server: DnsServer, resolver: EmbeddedDns, own: list[IPv4Address]
+) -> None:
+    """What servers of the outside answer under a service's name isn't taken for its tasks."""
+    names(server, tasks_web=[OUTSIDE], web=own)
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == {}
+
+
+@inside
+def test_lost_and_cut_answers(server: DnsServer, resolver: EmbeddedDns) -> None:
+    """From a lost answer, or one that was cut short, nothing is concluded."""
+    names(server, tasks_cut=[at(7)])
+    server.truncated = {"tasks.cut.backend"}
+    server.silent = {"tasks.lost.backend", "lost.backend"}
+    assert resolver.tasks(OWN, "backend", [service("cut", 7), service("lost", 8)]) == {}
+
+
+@inside
+def test_namespace_that_is_gone(resolver: EmbeddedDns, tmp_path: Path) -> None:
+    """A container that has ended, or whose namespace isn't mounted yet, knows nothing."""
+    assert resolver.tasks(tmp_path / "none", "backend", [service("web", 7)]) == {}
+    empty = tmp_path / "empty"
+    empty.touch()
+    assert resolver.tasks(empty, "backend", [service("web", 7)]) == {}
+
+
+@inside
+def test_late_answers_are_not_mixed_up(server: DnsServer, resolver: EmbeddedDns) -> None:
+    """An answer that comes too late isn't taken for the answer to a later question."""
+    names(server, tasks_web=[at(7)])
+    server.delay = 0.3
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == {}
+    time.sleep(1.0)
+    server.delay = 0.0
+    names(server, tasks_web=[at(8)])
+    assert resolver.tasks(OWN, "backend", [service("web", 8)]) == {"web": {at(8)}}
+
+
+@inside
+def test_sockets_are_kept_for_a_while_only(server: DnsServer, resolver: EmbeddedDns) -> None:
+    """Between looks one socket per container is kept, and closed with the resolver."""
+    names(server, tasks_web=[at(7)])
+    for _ in range(3):
+        resolver.tasks(OWN, "backend", [service("web", 7)])
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(20):
+        resolver.tasks(OWN, "backend", [service("web", 7)])
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    resolver.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before - 1
