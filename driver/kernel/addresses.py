@@ -1,8 +1,11 @@
-"""IPv6 addresses of a container's interface: ours in place of the one that the engine counted."""
+"""IPv6 addresses of a container's interface: ours in place of the one that the engine counted.
+
+The engine's isn't removed at once: engines since 28 announce it in the first seconds, and fail the container's start if
+they can't. It gets a lifetime instead, after which the kernel removes it, and no connection takes it from now on.
+"""
 
 from __future__ import annotations
 
-import errno
 from ipaddress import IPv6Interface, ip_address
 from pathlib import Path
 from socket import AF_INET6
@@ -14,54 +17,64 @@ from pyroute2.netlink.exceptions import NetlinkError
 from driver.kernel.namespace import in_netns, is_namespace
 from driver.kernel.netlink import translate
 
+LIFETIME: Final = 15
+"""Seconds. Docker announces at most three times, at most two seconds apart."""
+_FOREVER: Final = 0xFFFFFFFF
 _NODAD: Final = 0x02
 """IFA_F_NODAD: the address is unique by what it is derived from, and of use at once."""
 
 
-def exchange(sandbox: Path, mac: str, engines: IPv6Interface, ours: IPv6Interface) -> bool:
-    """Replace the address on the interface with this MAC address.
+def exchange(
+    sandbox: Path,
+    mac: str,
+    engines: IPv6Interface,
+    ours: IPv6Interface,
+    lifetime: int = LIFETIME,
+) -> bool:
+    """Replace the address on the interface with this MAC address; the engine's stays for a while, but isn't preferred.
 
-    False if there is no such namespace, interface or address: not yet, or not any more.
+    True if it is done, now or earlier; false if there is no such namespace, interface or address yet.
 
     Raises:
         KernelError: the namespace can't be entered, or the kernel refuses.
     """
-    return is_namespace(sandbox) and in_netns(sandbox, lambda: _exchange(mac, engines, ours))
+    return is_namespace(sandbox) and in_netns(
+        sandbox, lambda: _exchange(mac, engines, ours, lifetime)
+    )
 
 
-def _exchange(mac: str, engines: IPv6Interface, ours: IPv6Interface) -> bool:
+def _exchange(mac: str, engines: IPv6Interface, ours: IPv6Interface, lifetime: int) -> bool:
     with IPRoute() as route:
         try:
-            own = {
+            links = {
                 link["index"] for link in route.get_links() if link.get_attr("IFLA_ADDRESS") == mac
             }
-            index = next(
-                (
-                    item["index"]
-                    for item in route.get_addr(family=AF_INET6)
-                    if item["index"] in own
-                    and ip_address(item.get_attr("IFA_ADDRESS")) == engines.ip
-                ),
-                None,
-            )
+            found = {
+                ip_address(item.get_attr("IFA_ADDRESS")): int(item["index"])
+                for item in route.get_addr(family=AF_INET6)
+                if item["index"] in links
+            }
+            index = found.get(engines.ip)
             if index is None:
-                return False
-            _change(route, "add", index, ours, errno.EEXIST)
-            _change(route, "del", index, engines, errno.EADDRNOTAVAIL)
+                return ours.ip in found
+            # In this order: the first may give the subnet's route a lifetime too, the second takes it away again.
+            _put(route, index, engines, lifetime)
+            _put(route, index, ours)
         except NetlinkError as error:
             raise translate(error, f"giving a container {ours}") from error
     return True
 
 
-def _change(route: IPRoute, action: str, index: int, address: IPv6Interface, fine: int) -> None:
-    try:
-        route.addr(
-            action,
-            index=index,
-            address=str(address.ip),
-            prefixlen=address.network.prefixlen,
-            **({"flags": _NODAD} if action == "add" else {}),
-        )
-    except NetlinkError as error:
-        if error.code != fine:
-            raise
+def _put(route: IPRoute, index: int, address: IPv6Interface, lifetime: int | None = None) -> None:
+    route.addr(
+        "replace",
+        index=index,
+        address=str(address.ip),
+        prefixlen=address.network.prefixlen,
+        flags=_NODAD,
+        # pyroute2 0.7 takes `preferred` and `valid` only so.
+        cacheinfo={
+            "preferred": _FOREVER if lifetime is None else 0,
+            "valid": _FOREVER if lifetime is None else lifetime,
+        },
+    )
