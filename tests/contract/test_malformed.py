@@ -17,7 +17,7 @@ from plugin.app import CALLS, CONTENT_TYPE
 from tests.contract.golden import IDS, cases, forget_all
 from tests.contract.places import DOCKERS_HEADERS, Place, Places, RealPlace, Reply, call
 
-EXAMPLES: Final = {"fake": 700, "real": 120}
+EXAMPLES: Final = {"fake": 400, "real": 100}
 NAMES: Final = tuple(sorted(CALLS))
 SEEDS: Final = tuple(
     (step.call, step.request)

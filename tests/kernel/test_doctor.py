@@ -21,11 +21,19 @@ from plugin.cli.doctor import (
     check_port,
     links,
 )
+from plugin.status import Finding
+from tests.unit.documented import is_documented
 from tests.unit.statuses import EP, status
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces")
 
 T = TypeVar("T")
+
+
+def said(findings: list[Finding]) -> list[str]:
+    """What was found; each of it is in docs/troubleshooting.md."""
+    assert all(is_documented(finding.what) for finding in findings)
+    return [finding.what for finding in findings]
 
 
 def alone(prepare: Callable[[IPRoute], object], look: Callable[[], T]) -> T:
@@ -73,7 +81,7 @@ def test_port_that_a_program_holds() -> None:
     def look() -> list[str]:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
             holder.bind(("127.0.0.1", 4799))
-            return [finding.what for finding in check_port({4799, 4800})]
+            return said(check_port({4799, 4800}))
 
     assert alone(nothing, look) == ["a program holds FreeFlow's UDP port 4799"]
 
@@ -96,7 +104,7 @@ def test_firewall(policy: str, rule: str, findings: int) -> None:
 
     def look() -> list[str]:
         nft.run(RULES.format(policy=policy, rule=rule))
-        return [finding.what for finding in check_firewall({4799})]
+        return said(check_firewall({4799}))
 
     found = alone(nothing, look)
     assert found == ["the firewall may drop UDP port 4799"] * findings
@@ -115,5 +123,4 @@ def test_leftovers(tmp_path: Path) -> None:
         route.link("add", ifname=f"ffc{EP[:12]}", kind="veth", peer="other1")
 
     found = alone(prepare, lambda: check_leftovers(tmp_path, status()))
-    (finding,) = found
-    assert finding.what == "1 link without an endpoint: ffc000000000001"
+    assert said(found) == ["1 link without an endpoint: ffc000000000001"]

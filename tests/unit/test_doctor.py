@@ -10,6 +10,7 @@ import pytest
 from plugin.cli.client import Client, Engine
 from plugin.cli.doctor import Link, check_clashes, check_engine, check_peers, check_plugin
 from plugin.status import Finding, PeerStatus, Status
+from tests.unit.documented import is_documented
 from tests.unit.sockets import engine, served
 from tests.unit.statuses import finding, host, network, status
 
@@ -21,6 +22,7 @@ def only(findings: list[Finding]) -> Finding:
     assert found.what
     assert found.cause
     assert found.remedy
+    assert is_documented(found.what)
     return found
 
 

@@ -17,6 +17,7 @@ from plugin.calls import CallStatistics
 from plugin.settings import SETTINGS, Settings, read
 from plugin.snapshot import STALE, Snapshot
 from plugin.status import NetworkStatus, Status
+from tests.unit.documented import is_documented
 from tests.unit.facts import SANDBOXES, FakeKernelFacts, FakeSyncFacts, engine_view
 from tests.unit.statuses import EP, NET
 from tests.unit.steps import Machine
@@ -85,6 +86,7 @@ class World:
         assert not status.healthy
         assert found.cause
         assert found.remedy
+        assert is_documented(found.what)
         return f"{found.severity}: {found.what}; {found.cause}; {found.remedy}"
 
     def change_state(self, **fields: object) -> None:

@@ -528,6 +528,7 @@ def running(host: Host) -> Iterator[Host]:
         yield host
     finally:
         host.syncer.stop()
+        soon(lambda: not any(t.name.startswith(("look", "write")) for t in threading.enumerate()))
 
 
 def soon(promise: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -590,8 +591,10 @@ def test_slow_network_does_not_delay_others(running: Host) -> None:
         running.join(20)
         other = running.join(21, NET2)
         soon(lambda: running.balancer.tables.get(other) == {VIP2: (at(9, 5),)})
+        assert NET not in running.syncer.state()
     finally:
         release.set()
+    soon(lambda: (NET, frozenset({PEER})) in running.flooded)
 
 
 def test_stopped_loop_is_quiet(running: Host) -> None:

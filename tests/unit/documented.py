@@ -1,0 +1,23 @@
+"""What docs/troubleshooting.md says that `freeflow` says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+DOCUMENT: Final = Path(__file__).parents[2] / "docs/troubleshooting.md"
+PLACEHOLDERS: Final = r"\\?(NAME|CONTAINER|COUNT|FEATURE|PORT|DEVICE|HOST|VERSION|…)"
+
+
+def sayings() -> list[str]:
+    """The first cells of the tables about `status` and `doctor`."""
+    text = DOCUMENT.read_text().split("## What Docker says", maxsplit=1)[0]
+    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+
+
+def is_documented(what: str) -> bool:
+    """Whether a finding has a row."""
+    return any(
+        re.fullmatch(re.sub(PLACEHOLDERS, ".+", re.escape(saying)), what) for saying in sayings()
+    )
