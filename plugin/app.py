@@ -28,6 +28,8 @@ log = structlog.get_logger()
 
 CONTENT_TYPE: Final = "application/vnd.docker.plugins.v1.2+json"
 MAX_BODY: Final = 1 << 20
+MAX_ERROR: Final = 4000
+"""Characters."""
 WORKERS: Final = 32
 NODE_DISCOVERY: Final = 1
 
@@ -200,6 +202,11 @@ def _reply(value: Answer, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value) + b"\n", status, content_type=CONTENT_TYPE)
 
 
+def _short(text: str) -> str:
+    """An error may quote what the caller sent."""
+    return text if len(text) <= MAX_ERROR else text[:MAX_ERROR] + "…"
+
+
 def _failure(error: Exception) -> Response:
     """The one place where an exception becomes an answer."""
     if isinstance(error, NotFoundPath):
@@ -216,7 +223,7 @@ def _failure(error: Exception) -> Response:
             {"Err": f"FreeFlow: {type(error).__name__}: {error}; run: freeflow bugreport"}, status
         )
     log.warning("request refused", path=request.path, reason=str(error))
-    return _reply({"Err": str(error)}, status)
+    return _reply({"Err": _short(str(error))}, status)
 
 
 def create_app(

@@ -8,16 +8,16 @@ from typing import Final
 
 import structlog
 
-LINE_LIMIT: Final = 60_000
-"""Characters; the daemon splits lines over 64 KiB."""
+FIELD_LIMIT: Final = 8_000
+"""Characters of one field: a line has few long ones, and the daemon splits lines over 64 KiB."""
 
 
 def _bounded(
     logger: object, method: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
-    trace = event.get("exception")
-    if isinstance(trace, str) and len(trace) > LINE_LIMIT // 4:
-        event["exception"] = trace[: LINE_LIMIT // 4] + "…"
+    for field, value in event.items():
+        if isinstance(value, str) and len(value) > FIELD_LIMIT:
+            event[field] = value[:FIELD_LIMIT] + "…"
     return event
 
 

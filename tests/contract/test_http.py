@@ -107,6 +107,15 @@ def test_large_body(place: Place) -> None:
     assert len(reply.body) < 1000
 
 
+def test_errors_quote_little(place: Place) -> None:
+    """An error that names what the caller sent is no longer than a screen, however much that was."""
+    options = {"x" * 300_000: "y", "z" * 300_000: "y"}
+    reply = call(place, "AllocateNetwork", {"NetworkID": NET, "Options": options})
+    assert reply.status == 400
+    assert reply.json["Err"].startswith("unknown option xxx")
+    assert len(reply.body) < 5000
+
+
 def _endpoint(number: int) -> dict[str, Any]:
     return {
         "NetworkID": NET,
