@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,12 +27,14 @@ from typing import Final
 
 import structlog
 
+from driver.active import ActiveTasks
 from driver.bell import Bell
 from driver.driver import Driver
 from driver.errors import EngineError, FreeFlowError, KernelError, NotFound
 from driver.members import NetworkState, next_state, unknown, unlisted
-from driver.model import Endpoint, EngineView, Network, NetworkView, Service, VipTable
+from driver.model import Endpoint, EngineView, Network, NetworkView, VipTable
 from driver.occasions import Occasions
+from driver.peers import REPAIR_EVERY, Peers
 from driver.ports import Balancer, Directory, TaskResolver
 
 __all__ = ["NetworkState", "Syncer"]
@@ -54,21 +56,10 @@ EAGER_FOR: Final = 3.0
 QUIET_AFTER: Final = 30.0
 QUIET_INTERVAL: Final = 1.0
 """Interval of a network that hasn't changed for `QUIET_AFTER`. A task has 2 s from leaving DNS to its stop signal."""
-REPAIR_EVERY: Final = 10.0
-"""Everything is written or checked again at this beat, in case somebody else has changed it."""
 SANDBOX_RETRY: Final = 0.05
 SANDBOX_PATIENCE: Final = 30.0
 SETTLE: Final = 10.0
 """Seconds after the start in which containers that were there before keep their rules until all their networks are known."""
-ASKERS: Final = 3
-"""So many containers of a network are asked at most."""
-REST_AFTER: Final = 5.0
-"""Seconds after which a service without active tasks isn't asked about again until its list changes. Asking would make
-Docker's DNS ask outside, and a task that left doesn't come back: it is being stopped."""
-
-
-def _task_addresses(services: Iterable[Service]) -> set[IPv4Address]:
-    return {task.address for service in services for task in service.tasks}
 
 
 @dataclass(slots=True)
@@ -104,7 +95,8 @@ class Syncer:
     ) -> None:
         self._driver = driver
         self._directory = directory
-        self._resolver = resolver
+        self._active = ActiveTasks(resolver, clock)
+        self._peers = Peers(driver.kernel, clock)
         self._balancer = balancer
         self._sandboxes = sandboxes
         self._interval = interval
@@ -125,8 +117,6 @@ class Syncer:
         """Sandboxes that joined since we started: they have no rules of an earlier process's."""
         self._schedules: dict[str, _Schedule] = {}
         self._states: dict[str, NetworkState] = {}
-        self._peers_set: dict[str, tuple[object, float]] = {}
-        self._askers: dict[str, Path] = {}
         self._complained: set[str] = set()
         """Networks whose trouble is in the log."""
         self._dirty: set[Path] = set()
@@ -374,8 +364,8 @@ class Syncer:
             for gone in self._schedules.keys() - endpoints.keys():
                 del self._schedules[gone]
                 self._states.pop(gone, None)
-                self._peers_set.pop(gone, None)
-                self._askers.pop(gone, None)
+                self._peers.forget(gone)
+                self._active.forget(gone)
                 self._complained.discard(gone)
             for path in self._vip_errors.keys() - homes.keys():
                 del self._vip_errors[path]
@@ -458,13 +448,15 @@ class Syncer:
             # Better all tasks at once than the right ones a little later.
             before = self._publish(network, view, {}, before)
             self._ring()
-        answers = self._ask(network.id, view, before)
+        sandboxes = self._on_network(network.id)
+        answers = self._active.ask(view, before, sandboxes)
         if self._is_news(network, view, answers, before) and self._may_list(network.id):
             view = self._view(network.id, before, services=True)
-            answers = self._ask(network.id, view, before)
+            answers = self._active.ask(view, before, sandboxes)
         self._publish(network, view, answers, before)
-        self._set_peers(network, view, endpoints)
-        self._announce_tasks(network, view, endpoints, before)
+        own = {self._driver.self_address(), self._engine.node_address if self._engine else None}
+        self._peers.set(network, view, endpoints, {item for item in own if item is not None})
+        self._peers.tell_of_tasks(network, view, before.view, endpoints)
 
     # --- what the engine lists
 
@@ -506,42 +498,6 @@ class Syncer:
             or unknown(view, answers) - before.unknown
         )
 
-    def _announce_tasks(
-        self,
-        network: Network,
-        view: NetworkView,
-        endpoints: tuple[Endpoint, ...],
-        before: NetworkState,
-    ) -> None:
-        """Announce what Docker has made part of a service since the last look: see `hints`."""
-        known = before.view.services if before.view is not None else ()
-        listed = _task_addresses(view.services) - _task_addresses(known)
-        ours = [item for item in endpoints if item.ipv4 is not None and item.ipv4.ip in listed]
-        if ours:
-            self._driver.kernel.announce(network.id, ours)
-
-    def _ask(
-        self, network_id: str, view: NetworkView, before: NetworkState
-    ) -> dict[str, frozenset[IPv4Address]]:
-        """Which tasks of the services with VIPs take connections, by the DNS of a container on the network."""
-        answers: dict[str, frozenset[IPv4Address]] = {}
-        resting = before.resting(self._clock() - REST_AFTER)
-        missing = []
-        for service in view.services:
-            if service in resting:
-                answers[service.name] = frozenset()
-            elif service.vip is not None:
-                missing.append(service)
-        for asker in self._possible_askers(network_id) if missing else ():
-            found = self._resolver.tasks(asker, view.name, missing)
-            if found:
-                self._askers[network_id] = asker
-            answers.update(found)
-            missing = [service for service in missing if service.name not in found]
-            if not missing:
-                break
-        return answers
-
     def _publish(
         self,
         network: Network,
@@ -557,47 +513,18 @@ class Syncer:
                 return state
             self._states[network.id] = state
             if state.table is not before.table or before.seen is None:
-                self._dirty |= {path for path, ids in self._homes.items() if network.id in ids}
+                self._dirty |= set(self._on_network(network.id))
             if state.table is not before.table or view != before.view:
                 schedule.changed = now
         return state
 
+    def _on_network(self, network_id: str) -> list[Path]:
+        with self._lock:
+            return [path for path, ids in self._homes.items() if network_id in ids]
+
     def _only_young(self, network_id: str) -> bool:
         with self._lock:
-            return all(
-                path in self._young for path, ids in self._homes.items() if network_id in ids
-            )
-
-    def _possible_askers(self, network_id: str) -> Iterable[Path]:
-        with self._lock:
-            on_it = sorted(path for path, ids in self._homes.items() if network_id in ids)
-            last = self._askers.get(network_id)
-        # The last one that knew is asked first; the oldest sandboxes aren't better than others.
-        ordered = [last, *(path for path in on_it if path != last)] if last in on_it else on_it
-        return [path for path in ordered if path is not None and path.exists()][:ASKERS]
-
-    def _set_peers(
-        self, network: Network, view: NetworkView, endpoints: tuple[Endpoint, ...]
-    ) -> None:
-        # No peers, not even this host: gossip has not begun.
-        if not network.overlay or not view.peers:
-            return
-        own = {self._driver.self_address(), self._engine.node_address if self._engine else None}
-        own.discard(None)
-        if not own:
-            raise EngineError("this host's own address among the peers isn't known yet")
-        peers = frozenset(peer.address for peer in view.peers) - own
-        # A network's device is made anew with its first endpoint: with other endpoints all is set again.
-        wanted = (peers, frozenset(endpoints))
-        now = self._clock()
-        done = self._peers_set.get(network.id)
-        if done is not None and done[0] == wanted and now - done[1] < REPAIR_EVERY:
-            return
-        added = self._driver.kernel.set_peers(network.id, peers)
-        if added:
-            log.info("peers added", network=network.id, peers=sorted(map(str, added)))
-            self._driver.kernel.announce(network.id, endpoints)
-        self._peers_set[network.id] = (wanted, now)
+            return self._young.issuperset(self._on_network(network_id))
 
     # --- VIPs
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from driver.active import REST_AFTER
 from driver.errors import EngineError, KernelError, NotFound
 from driver.model import (
     Endpoint,
@@ -24,7 +25,8 @@ from driver.model import (
     VipTable,
 )
 from driver.occasions import BEAT
-from driver.sync import REPAIR_EVERY, REST_AFTER, SETTLE, Syncer
+from driver.peers import REPAIR_EVERY
+from driver.sync import SETTLE, Syncer
 from tests.unit.facts import engine_view
 from tests.unit.steps import Machine
 
