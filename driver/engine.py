@@ -13,211 +13,29 @@ import http.client
 import socket
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from ipaddress import (
-    IPv4Address,
-    IPv4Interface,
-    IPv6Interface,
-    ip_address,
-    ip_interface,
-    ip_network,
-)
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TypeVar
 
 import docker
 import msgspec
 import requests
 
-from driver.errors import EngineError
-from driver.model import (
-    EngineView,
-    IPAddress,
-    LocalContainer,
-    NetworkView,
-    Peer,
-    Service,
-    Subnet,
-    Task,
+from driver.answers import (
+    items,
+    objects,
+    ordered,
+    parse_driver_names,
+    parse_engine,
+    parse_hostnames,
+    parse_network,
+    text_of,
 )
+from driver.errors import EngineError
+from driver.model import EngineView, NetworkView
 
 T = TypeVar("T")
-
-PLUGIN_SOCKET: Final = "freeflow.sock"
-"""`interface.socket` in our config.json: by it our plugin is known when its ID isn't."""
-
-
-def _address(text: object) -> IPAddress | None:
-    try:
-        return ip_address(str(text))
-    except ValueError:
-        return None
-
-
-def _ipv4(text: object) -> IPv4Address | None:
-    # A service without a VIP has "" or, in Go's words, "<nil>".
-    address = _address(text)
-    return address if isinstance(address, IPv4Address) else None
-
-
-def _ipv4_interface(text: object) -> IPv4Interface | None:
-    try:
-        return IPv4Interface(str(text)) if text else None
-    except ValueError:
-        return None
-
-
-def _ipv6_interface(text: object) -> IPv6Interface | None:
-    try:
-        return IPv6Interface(str(text)) if text else None
-    except ValueError:
-        return None
-
-
-def _items(value: object) -> Mapping[str, Any]:
-    """Go sends null for an empty map."""
-    return value if isinstance(value, Mapping) else {}
-
-
-def _list(value: object) -> list[Mapping[str, Any]]:
-    """Likewise for a list. Only its objects."""
-    items = value if isinstance(value, list) else []
-    return [item for item in items if isinstance(item, Mapping)]
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _peers(answer: Mapping[str, Any]) -> tuple[Peer, ...]:
-    found = []
-    for peer in _list(answer.get("Peers")):
-        address = _address(peer.get("IP"))
-        if address is not None:
-            found.append(Peer(_text(peer.get("Name")), address))
-    return tuple(
-        sorted(found, key=lambda item: (item.address.version, int(item.address), item.name))
-    )
-
-
-def _services(answer: Mapping[str, Any]) -> tuple[Service, ...]:
-    found = []
-    for name, service in _items(answer.get("Services")).items():
-        if not name or not isinstance(service, Mapping):
-            continue
-        tasks = []
-        for task in _list(service.get("Tasks")):
-            address = _ipv4(task.get("EndpointIP"))
-            if address is not None:
-                tasks.append(Task(_text(task.get("Name")), address, _text(task.get("EndpointID"))))
-        tasks.sort(key=lambda item: (item.address, item.endpoint_id))
-        found.append(Service(name, _ipv4(service.get("VIP")), tuple(tasks)))
-    return tuple(sorted(found, key=lambda item: item.name))
-
-
-def _others(answer: Mapping[str, Any]) -> frozenset[IPv4Address]:
-    # Containers of an attachable network that belong to no service stand under the empty name.
-    tasks = _list(_items(_items(answer.get("Services")).get("")).get("Tasks"))
-    return frozenset(a for task in tasks if (a := _ipv4(task.get("EndpointIP"))) is not None)
-
-
-def _containers(answer: Mapping[str, Any]) -> tuple[LocalContainer, ...]:
-    found = []
-    for identifier, container in _items(answer.get("Containers")).items():
-        if isinstance(container, Mapping):
-            found.append(
-                LocalContainer(
-                    id=identifier,
-                    name=_text(container.get("Name")),
-                    endpoint_id=_text(container.get("EndpointID")),
-                    address=_ipv4_interface(container.get("IPv4Address")),
-                    mac=_text(container.get("MacAddress")) or None,
-                    ipv6=_ipv6_interface(container.get("IPv6Address")),
-                )
-            )
-    return tuple(sorted(found, key=lambda item: (item.name, item.id)))
-
-
-def _subnets(answer: Mapping[str, Any]) -> tuple[Subnet, ...]:
-    found = []
-    for pool in _list(_items(answer.get("IPAM")).get("Config")):
-        try:
-            network = ip_network(_text(pool.get("Subnet")), strict=False)
-            gateway = _text(pool.get("Gateway"))
-            # With or without a prefix length, as the engine's version has it.
-            plain = gateway.partition("/")[0]
-            found.append(
-                Subnet(
-                    network,
-                    ip_interface(f"{plain}/{network.prefixlen}") if plain else None,
-                )
-            )
-        except ValueError:
-            continue
-    return tuple(found)
-
-
-def parse_network(answer: Mapping[str, Any]) -> NetworkView:
-    """A view from `GET /networks/<id>`, with services if it was `?verbose=true`; what isn't understood is left out.
-
-    It is the same for two answers that differ only in order: the engine lists tasks in random order.
-    """
-    return NetworkView(
-        id=_text(answer.get("Id")),
-        name=_text(answer.get("Name")),
-        driver=_text(answer.get("Driver")),
-        peers=_peers(answer),
-        services=_services(answer),
-        others=_others(answer),
-        containers=_containers(answer),
-        scope=_text(answer.get("Scope")),
-        options={str(key): str(value) for key, value in _items(answer.get("Options")).items()},
-        subnets=_subnets(answer),
-        ipv6=answer.get("EnableIPv6") is True,
-        internal=answer.get("Internal") is True,
-    )
-
-
-def parse_engine(info: Mapping[str, Any]) -> EngineView:
-    """A view from `GET /info`."""
-    swarm = _items(info.get("Swarm"))
-    return EngineView(
-        version=_text(info.get("ServerVersion")),
-        hostname=_text(info.get("Name")),
-        root=_text(info.get("DockerRootDir")),
-        swarm=swarm.get("LocalNodeState") == "active",
-        node_id=_text(swarm.get("NodeID")),
-        node_address=_address(swarm.get("NodeAddr")),
-        manager=swarm.get("ControlAvailable") is True,
-        managers=tuple(_text(item.get("Addr")) for item in _list(swarm.get("RemoteManagers"))),
-    )
-
-
-def parse_hostnames(nodes: object) -> dict[IPAddress, str]:
-    """Host names by address, from `GET /nodes`."""
-    found = {}
-    for node in _list(nodes):
-        address = _address(_items(node.get("Status")).get("Addr"))
-        name = _text(_items(node.get("Description")).get("Hostname"))
-        if address is not None and name:
-            found[address] = name
-    return found
-
-
-def parse_driver_names(
-    plugins: object, plugin_id: str | None = None, socket_name: str = PLUGIN_SOCKET
-) -> frozenset[str]:
-    """Under which names networks have our driver, from `GET /plugins`; the name carries the tag."""
-    names = set()
-    for plugin in _list(plugins):
-        interface = _items(_items(plugin.get("Config")).get("Interface"))
-        ours = (
-            plugin.get("Id") == plugin_id if plugin_id else interface.get("Socket") == socket_name
-        )
-        if ours and plugin.get("Name"):
-            names.add(_text(plugin.get("Name")))
-    return frozenset(names)
 
 
 class _Connection(http.client.HTTPConnection):
@@ -329,7 +147,7 @@ class DockerDirectory:
         names = frozenset({self._driver}) if self._driver else self._driver_names()
         listed = self._ask("GET /networks", lambda client: client.networks())
         return frozenset(
-            _text(item.get("Id")) for item in _list(listed) if item.get("Driver") in names
+            text_of(item.get("Id")) for item in objects(listed) if item.get("Driver") in names
         )
 
     def _driver_names(self) -> frozenset[str]:
@@ -367,7 +185,7 @@ class DockerDirectory:
             raise self._failure(f"GET {path}", error) from error
         if not isinstance(answer, dict):
             raise EngineError(f"the engine answered GET {path} with something else than an object")
-        plain = _ordered(answer)
+        plain = ordered(answer)
         known = self._known.get(question)
         if known is not None and known[0] == plain:
             return known[1]
@@ -385,7 +203,7 @@ class DockerDirectory:
         )
         try:
             for event in events:
-                yield _text(_items(event).get("id"))
+                yield text_of(items(event).get("id"))
         except (docker.errors.DockerException, requests.RequestException, ValueError) as error:
             raise self._failure("GET /events", error) from error
         finally:
@@ -400,7 +218,7 @@ class DockerDirectory:
             f"GET /containers/{container_id}/json",
             lambda client: _found(lambda: client.inspect_container(container_id)),
         )
-        return _text(_items(_items(answer).get("NetworkSettings")).get("SandboxKey")) or None
+        return text_of(items(items(answer).get("NetworkSettings")).get("SandboxKey")) or None
 
 
 def _found(question: Callable[[], T]) -> T | None:
@@ -408,12 +226,3 @@ def _found(question: Callable[[], T]) -> T | None:
         return question()
     except docker.errors.NotFound:
         return None
-
-
-def _ordered(answer: dict[str, Any]) -> dict[str, Any]:
-    """The answer with each service's tasks in one order, so that equal means unchanged."""
-    for service in _items(answer.get("Services")).values():
-        tasks = service.get("Tasks") if isinstance(service, dict) else None
-        if isinstance(tasks, list):
-            tasks.sort(key=repr)
-    return answer

@@ -1,0 +1,214 @@
+"""The engine's JSON answers, made into views of the driver's own. What isn't understood is left out.
+
+Shapes: Docker Engine API, recorded from engines 20.10 to 28.5 in `tests/unit/data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from ipaddress import (
+    IPv4Address,
+    IPv4Interface,
+    IPv6Interface,
+    ip_address,
+    ip_interface,
+    ip_network,
+)
+from typing import Any, Final
+
+from driver.model import (
+    EngineView,
+    IPAddress,
+    LocalContainer,
+    NetworkView,
+    Peer,
+    Service,
+    Subnet,
+    Task,
+)
+
+PLUGIN_SOCKET: Final = "freeflow.sock"
+"""`interface.socket` in our config.json: by it our plugin is known when its ID isn't."""
+
+
+def _address(text: object) -> IPAddress | None:
+    try:
+        return ip_address(str(text))
+    except ValueError:
+        return None
+
+
+def _ipv4(text: object) -> IPv4Address | None:
+    # A service without a VIP has "" or, in Go's words, "<nil>".
+    address = _address(text)
+    return address if isinstance(address, IPv4Address) else None
+
+
+def _ipv4_interface(text: object) -> IPv4Interface | None:
+    try:
+        return IPv4Interface(str(text)) if text else None
+    except ValueError:
+        return None
+
+
+def _ipv6_interface(text: object) -> IPv6Interface | None:
+    try:
+        return IPv6Interface(str(text)) if text else None
+    except ValueError:
+        return None
+
+
+def items(value: object) -> Mapping[str, Any]:
+    """Go sends null for an empty map."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def objects(value: object) -> list[Mapping[str, Any]]:
+    """Likewise for a list. Only its objects."""
+    found = value if isinstance(value, list) else []
+    return [item for item in found if isinstance(item, Mapping)]
+
+
+def text_of(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _peers(answer: Mapping[str, Any]) -> tuple[Peer, ...]:
+    found = []
+    for peer in objects(answer.get("Peers")):
+        address = _address(peer.get("IP"))
+        if address is not None:
+            found.append(Peer(text_of(peer.get("Name")), address))
+    return tuple(
+        sorted(found, key=lambda item: (item.address.version, int(item.address), item.name))
+    )
+
+
+def _services(answer: Mapping[str, Any]) -> tuple[Service, ...]:
+    found = []
+    for name, service in items(answer.get("Services")).items():
+        if not name or not isinstance(service, Mapping):
+            continue
+        tasks = []
+        for task in objects(service.get("Tasks")):
+            address = _ipv4(task.get("EndpointIP"))
+            if address is not None:
+                tasks.append(
+                    Task(text_of(task.get("Name")), address, text_of(task.get("EndpointID")))
+                )
+        tasks.sort(key=lambda item: (item.address, item.endpoint_id))
+        found.append(Service(name, _ipv4(service.get("VIP")), tuple(tasks)))
+    return tuple(sorted(found, key=lambda item: item.name))
+
+
+def _others(answer: Mapping[str, Any]) -> frozenset[IPv4Address]:
+    # Containers of an attachable network that belong to no service stand under the empty name.
+    tasks = objects(items(items(answer.get("Services")).get("")).get("Tasks"))
+    return frozenset(a for task in tasks if (a := _ipv4(task.get("EndpointIP"))) is not None)
+
+
+def _containers(answer: Mapping[str, Any]) -> tuple[LocalContainer, ...]:
+    found = []
+    for identifier, container in items(answer.get("Containers")).items():
+        if isinstance(container, Mapping):
+            found.append(
+                LocalContainer(
+                    id=identifier,
+                    name=text_of(container.get("Name")),
+                    endpoint_id=text_of(container.get("EndpointID")),
+                    address=_ipv4_interface(container.get("IPv4Address")),
+                    mac=text_of(container.get("MacAddress")) or None,
+                    ipv6=_ipv6_interface(container.get("IPv6Address")),
+                )
+            )
+    return tuple(sorted(found, key=lambda item: (item.name, item.id)))
+
+
+def _subnets(answer: Mapping[str, Any]) -> tuple[Subnet, ...]:
+    found = []
+    for pool in objects(items(answer.get("IPAM")).get("Config")):
+        try:
+            network = ip_network(text_of(pool.get("Subnet")), strict=False)
+            gateway = text_of(pool.get("Gateway"))
+            # With or without a prefix length, as the engine's version has it.
+            plain = gateway.partition("/")[0]
+            found.append(
+                Subnet(
+                    network,
+                    ip_interface(f"{plain}/{network.prefixlen}") if plain else None,
+                )
+            )
+        except ValueError:
+            continue
+    return tuple(found)
+
+
+def parse_network(answer: Mapping[str, Any]) -> NetworkView:
+    """A view from `GET /networks/<id>`, with services if it was `?verbose=true`; what isn't understood is left out.
+
+    It is the same for two answers that differ only in order: the engine lists tasks in random order.
+    """
+    return NetworkView(
+        id=text_of(answer.get("Id")),
+        name=text_of(answer.get("Name")),
+        driver=text_of(answer.get("Driver")),
+        peers=_peers(answer),
+        services=_services(answer),
+        others=_others(answer),
+        containers=_containers(answer),
+        scope=text_of(answer.get("Scope")),
+        options={str(key): str(value) for key, value in items(answer.get("Options")).items()},
+        subnets=_subnets(answer),
+        ipv6=answer.get("EnableIPv6") is True,
+        internal=answer.get("Internal") is True,
+    )
+
+
+def parse_engine(info: Mapping[str, Any]) -> EngineView:
+    """A view from `GET /info`."""
+    swarm = items(info.get("Swarm"))
+    return EngineView(
+        version=text_of(info.get("ServerVersion")),
+        hostname=text_of(info.get("Name")),
+        root=text_of(info.get("DockerRootDir")),
+        swarm=swarm.get("LocalNodeState") == "active",
+        node_id=text_of(swarm.get("NodeID")),
+        node_address=_address(swarm.get("NodeAddr")),
+        manager=swarm.get("ControlAvailable") is True,
+        managers=tuple(text_of(item.get("Addr")) for item in objects(swarm.get("RemoteManagers"))),
+    )
+
+
+def parse_hostnames(nodes: object) -> dict[IPAddress, str]:
+    """Host names by address, from `GET /nodes`."""
+    found = {}
+    for node in objects(nodes):
+        address = _address(items(node.get("Status")).get("Addr"))
+        name = text_of(items(node.get("Description")).get("Hostname"))
+        if address is not None and name:
+            found[address] = name
+    return found
+
+
+def parse_driver_names(
+    plugins: object, plugin_id: str | None = None, socket_name: str = PLUGIN_SOCKET
+) -> frozenset[str]:
+    """Under which names networks have our driver, from `GET /plugins`; the name carries the tag."""
+    names = set()
+    for plugin in objects(plugins):
+        interface = items(items(plugin.get("Config")).get("Interface"))
+        ours = (
+            plugin.get("Id") == plugin_id if plugin_id else interface.get("Socket") == socket_name
+        )
+        if ours and plugin.get("Name"):
+            names.add(text_of(plugin.get("Name")))
+    return frozenset(names)
+
+
+def ordered(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer with each service's tasks in one order, so that equal means unchanged."""
+    for service in items(answer.get("Services")).values():
+        tasks = service.get("Tasks") if isinstance(service, dict) else None
+        if isinstance(tasks, list):
+            tasks.sort(key=repr)
+    return answer
