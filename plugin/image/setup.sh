@@ -2,8 +2,8 @@
 # Installs the Debian packages that building and testing need; quick when nothing is missing. No daemon is started.
 set -eu
 
-wanted="clang-format docker-registry gcc iproute2 iptables libc6-dev libnftables1 mmdebstrap nftables procps python3-venv \
-shellcheck util-linux"
+wanted="clang-format docker-compose docker-registry gcc iproute2 iptables libc6-dev libnftables1 mmdebstrap nftables procps \
+python3-venv shellcheck util-linux"
 missing=
 for package in $wanted; do
     dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' ||

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from tests.swarm.conftest import unique
 from tests.testbed import Bed, Host, wait_until
+from tests.testbed.process import run
 
 STACK = """
 version: "3.8"
@@ -73,3 +77,45 @@ def test_the_same_stack_on_both_drivers(bed: Bed, manager: Host, driver: str, mo
             lambda: not manager.docker("network", "ls", "-q", "-f", f"name={name}_").strip(),
             60,
         )
+
+
+COMPOSE = """
+version: "3.8"
+services:
+  web:
+    image: workload:latest
+    command: sh -c "echo page > /var/www/html/index.html; exec nginx -g 'daemon off;'"
+    ports: ["8089:80"]
+  client:
+    image: workload:latest
+    command: sleep infinity
+    init: true
+networks:
+  default:
+    driver: freeflow:latest
+    driver_opts: {mtu: "1400"}
+"""
+
+
+@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="needs docker-compose")
+def test_compose(manager: Host, tmp_path: Path) -> None:
+    """`docker-compose up` works with the driver's name and an option; services reach each other by name."""
+    file = tmp_path / "docker-compose.yml"
+    file.write_text(COMPOSE)
+    project = unique("compose")
+    engine = f"DOCKER_HOST=unix://{manager.root}/run/docker.sock"
+
+    def compose(*arguments: str) -> str:
+        command = ("docker-compose", "-f", str(file), "-p", project, *arguments)
+        return run(["env", engine, *command], timeout=120)
+
+    compose("up", "-d")
+    try:
+        page = wait_until(
+            "the web", lambda: compose("exec", "-T", "client", "curl", "-s", "http://web/").strip()
+        )
+        assert page == "page"
+        mtu = compose("exec", "-T", "client", "cat", "/sys/class/net/eth0/mtu")
+        assert mtu.strip() == "1400"
+    finally:
+        compose("down", "-t", "1")
