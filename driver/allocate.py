@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
-from ipaddress import IPv4Address, IPv6Address, IPv6Interface, IPv6Network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from typing import Final
 
 from driver import options as opt
-from driver.errors import Conflict
+from driver.errors import Conflict, InvalidRequest
 from driver.model import FORMAT, Network, Subnet
 
 _SWARM_ID_LENGTH: Final = 25
-_ROOM_FOR_IPV4: Final = 96
-"""Longest prefix that leaves 32 bits."""
-_COUNTED: Final = 1 << 16
-"""Engines count addresses up; no host has so many containers. Derived addresses are beyond: no IPv4 address is that low."""
 
 
 def _digest(network_id: str, purpose: str) -> bytes:
@@ -42,35 +38,29 @@ def prefix6_for(network_id: str) -> IPv6Network:
     return IPv6Network((head + bytes(8), 64))
 
 
-def own_subnet6(network_id: str, subnets: Collection[Subnet]) -> IPv6Network | None:
-    """The IPv6 subnet that the user chose for a Swarm's network (`--ipv6 --subnet`), if there is room for IPv4 addresses.
-
-    Engines since 27 choose one themselves otherwise, another on every host. Theirs has no gateway, as we tell them not to
-    reserve one (GwAllocCheck); the user's has the one that the Swarm's manager chose.
-    """
-    if not numbered_by_hosts(network_id):
-        return None
-    return next(
-        (
-            item.pool
-            for item in subnets
-            if isinstance(item.pool, IPv6Network)
-            and item.gateway is not None
-            and item.pool.prefixlen <= _ROOM_FOR_IPV4
-        ),
-        None,
-    )
-
-
 def numbered_by_hosts(network_id: str) -> bool:
     """Whether it is a Swarm's network: its IPv4 addresses come from the manager, IPv6 addresses from each host's engine,
     which knows nothing of the others'."""
     return len(network_id) == _SWARM_ID_LENGTH
 
 
-def is_numbered(address: IPv6Interface) -> bool:
-    """Whether an engine has counted this address up from its subnet's first, rather than a user asked for it (`--ip6`)."""
-    return int(address.ip) - int(address.network.network_address) < _COUNTED
+def check_subnets(network_id: str, subnets: Collection[Subnet]) -> None:
+    """Refuse what Docker's Swarm can't number.
+
+    Managers up to 26 take an IPv6 subnet for one more of IPv4: each task gets an address from either, and its host's engine
+    counts the other up for itself, so that containers of two hosts have the same IPv4 address. Later managers leave the
+    network unallocated. A subnet that an engine chose by itself has no gateway: we tell it so (GwAllocCheck, since 28).
+
+    Raises:
+        InvalidRequest: with what to use instead.
+    """
+    for item in subnets:
+        if item.pool.version == 6 and item.gateway is not None and numbered_by_hosts(network_id):
+            raise InvalidRequest(
+                f"network {network_id}: with the IPv6 subnet {item.pool} Docker's Swarm would give containers on "
+                "different hosts the same address; create the network without --ipv6 and without that --subnet, with "
+                f"-o ipv6={item.pool if item.pool.prefixlen == 64 else 'on'}"
+            )
 
 
 def ipv6_for(prefix: IPv6Network, address: IPv4Address) -> IPv6Address:
@@ -106,9 +96,10 @@ def network(
     network that has them; `default_mtu` is asked only when no option says.
 
     Raises:
-        InvalidRequest: see `options.parse`.
+        InvalidRequest: see `options.parse` and `check_subnets`.
         Conflict: the VNI asked for belongs to another network.
     """
+    check_subnets(network_id, subnets)
     parsed = opt.parse(generic)
     others = {vni: owner for vni, owner in taken.items() if owner != network_id}
     vni = parsed.own_vni or parsed.vni
@@ -121,12 +112,7 @@ def network(
         vni=vni or vni_for(network_id, others),
         port=parsed.own_port or port,
         mtu=parsed.own_mtu or parsed.mtu or default_mtu(),
-        prefix6=(
-            parsed.prefix6
-            or own_subnet6(network_id, subnets)
-            or parsed.own_prefix6
-            or prefix6_for(network_id)
-        ),
+        prefix6=parsed.prefix6 or parsed.own_prefix6 or prefix6_for(network_id),
         subnets=subnets,
         ipv6=ipv6 or parsed.ipv6,
         internal=internal,

@@ -23,7 +23,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Interface, IPv6Interface, ip_address
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_address
 from typing import Final
 
 import structlog
@@ -341,13 +341,16 @@ class Driver:
         """
         _check_id("network", network_id)
         _check_id("endpoint", endpoint_id)
-        options.check_endpoint(driver_options or {})
+        wanted6 = options.parse_endpoint(driver_options or {})
         self._evict(network_id, endpoint_id, ipv4)
         with self._endpoint_locks.hold(endpoint_id):
             known = self.store.endpoint(endpoint_id)
             with self._network_locks.hold(names.short(network_id)):
                 network = self._network(network_id)
                 own_ipv6, engine_ipv6 = _ipv6(network, ipv4, ipv6)
+                if wanted6 is not None:
+                    own_ipv6 = _wanted_ipv6(network, ipv4, wanted6)
+                    engine_ipv6 = None if ipv6 == own_ipv6 else ipv6
                 endpoint = Endpoint(
                     id=endpoint_id,
                     network_id=network_id,
@@ -558,14 +561,39 @@ def _ipv6(
 ) -> tuple[IPv6Interface | None, IPv6Interface | None]:
     """The endpoint's IPv6 address, and the engine's if that isn't to be used.
 
-    In a Swarm each host's engine counts IPv6 addresses for itself, so that two containers would have the same.
+    In a Swarm each host's engine takes IPv6 addresses from a subnet of its own, which no other host knows.
     """
     derived = _derived_ipv6(network, ipv4)
     if asked is None:
         return derived, None
     if derived is None or not allocate.numbered_by_hosts(network.id):
         return asked, None
-    return (derived, asked) if allocate.is_numbered(asked) else (asked, None)
+    return (asked, None) if asked.ip in network.prefix6 else (derived, asked)
+
+
+def _wanted_ipv6(
+    network: Network, ipv4: IPv4Interface | None, wanted: IPv6Address
+) -> IPv6Interface:
+    """What was asked for with the driver-opt ip6. Raises InvalidRequest."""
+    prefix = network.prefix6
+    example = f"for example driver-opt={options.IP6}={prefix.network_address + (1 << 32) + 5}"
+    if not network.ipv6:
+        raise InvalidRequest(
+            f"driver-opt {options.IP6}={wanted}: network {network.id} has no IPv6; create it with -o ipv6=on"
+        )
+    if wanted not in prefix:
+        raise InvalidRequest(
+            f"driver-opt {options.IP6}={wanted}: not in {prefix}, the network's prefix; {example}"
+        )
+    derived = int(wanted) - int(prefix.network_address)
+    if wanted == prefix.network_address or (
+        derived < 1 << 32 and (ipv4 is None or derived != int(ipv4.ip))
+    ):
+        raise InvalidRequest(
+            f"driver-opt {options.IP6}={wanted}: belongs to the container with the IPv4 address "
+            f"{IPv4Address(derived)}; {example}"
+        )
+    return IPv6Interface((wanted, prefix.prefixlen))
 
 
 def _same(known: Endpoint, asked: Endpoint) -> bool:

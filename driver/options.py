@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import IPv6Network
+from ipaddress import IPv6Address, IPv6Network
 from typing import Final
 
 from driver.errors import InvalidRequest
@@ -33,6 +33,7 @@ ENGINE_PREFIXES: Final = (
     "com.docker.network.endpoint.",
     "com.docker.network.internal",
 )
+IP6: Final = "ip6"
 ENDPOINT_PREFIX: Final = "com.docker."
 """At an endpoint the engine's own keys aren't told from the user's: port lists, DNS servers, MAC address."""
 HINTS: Final = {
@@ -193,15 +194,23 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
     )
 
 
-def check_endpoint(options: Mapping[str, object]) -> None:
-    """Check per-endpoint options (`--network name=n,driver-opt=…`): FreeFlow has none.
+def parse_endpoint(options: Mapping[str, object]) -> IPv6Address | None:
+    """Check per-endpoint options (`--network name=n,driver-opt=…`); the IPv6 address asked for, if any.
 
     Raises:
-        InvalidRequest: any key that isn't the engine's own.
+        InvalidRequest: any key that isn't ours or the engine's own, or a bad address.
     """
-    unknown = sorted(key for key in options if not key.startswith(ENDPOINT_PREFIX))
+    unknown = sorted(key for key in options if key != IP6 and not key.startswith(ENDPOINT_PREFIX))
     if unknown:
         raise InvalidRequest(
-            f"unknown driver-opt {', '.join(unknown)}: FreeFlow has no options per container; remove it "
+            f"unknown driver-opt {', '.join(unknown)}: containers have {IP6} (IPv6 address); remove it "
             f"(options of a network are: {_known()})"
         )
+    if IP6 not in options:
+        return None
+    try:
+        return IPv6Address(str(options[IP6]))
+    except ValueError as error:
+        raise InvalidRequest(
+            f"driver-opt {IP6}={options[IP6]}: {error}; for example driver-opt={IP6}=fd00:1:2:3::1:5"
+        ) from error

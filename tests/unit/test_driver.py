@@ -264,17 +264,18 @@ def test_create_endpoint(machine: Machine) -> None:
 
 def test_only_what_was_left_empty(machine: Machine) -> None:
     """A MAC or IPv6 address in the request isn't returned: Docker would call that a modification."""
-    machine.driver.create_network(NET2, {}, (POOL,), ipv6=True)
+    prefix = {"freeflow.format": "1", "freeflow.prefix6": "fd01::/64"}
+    machine.driver.create_network(NET2, prefix, (POOL,), ipv6=True)
     answer = machine.driver.create_endpoint(
         NET2,
         EP,
         ipv4=address(7),
-        ipv6=IPv6Interface("fd01::1:7/64"),
+        ipv6=IPv6Interface("fd01::7/64"),
         mac="02:AA:00:00:00:07",
     )
     assert answer == EndpointAddresses(None, None)
     assert machine.kernel.filters[names.short(EP)].mac == "02:aa:00:00:00:07"
-    assert machine.kernel.filters[names.short(EP)].ipv6 == IPv6Interface("fd01::1:7/64")
+    assert machine.kernel.filters[names.short(EP)].ipv6 == IPv6Interface("fd01::7/64")
 
 
 def test_derived_ipv6(machine: Machine) -> None:

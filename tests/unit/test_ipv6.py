@@ -75,13 +75,14 @@ def test_without_the_option_or_the_flag_there_is_no_ipv6(driver: Driver) -> None
     assert _endpoint(driver, SWARM, None, ipv6="off")[1] is None
 
 
-def test_an_address_counted_in_the_users_subnet_is_replaced(driver: Driver) -> None:
-    """--ipv6 --subnet: what an engine has counted is replaced by the subnet and the IPv4 address."""
-    stored, added = _endpoint(driver, SWARM, "fd91::2/64", USERS)
-    assert added is None
-    assert stored.ipv6 == IPv6Interface("fd91::10.91.0.7/64")
-    assert stored.engine_ipv6 == IPv6Interface("fd91::2/64")
-    assert driver.join(SWARM, ENDPOINT, "/var/run/docker/netns/x").connected_routes == ()
+def test_an_ipv6_subnet_of_the_users_is_refused(driver: Driver) -> None:
+    """--ipv6 --subnet in a Swarm: Docker would give IPv4 addresses twice; the refusal shows what to use instead."""
+    with pytest.raises(InvalidRequest, match="-o ipv6=fd91::/64"):
+        driver.create_network(SWARM, {}, (POOL4, USERS), ipv6=True)
+    small = Subnet(ip_network("fd91::/112"), ip_interface("fd91::1/112"))
+    with pytest.raises(InvalidRequest, match="-o ipv6=on"):
+        driver.create_network(SWARM, {}, (POOL4, small), ipv6=True)
+    assert driver.store.networks() == []
 
 
 def test_an_address_counted_in_the_engines_own_subnet_is_replaced(driver: Driver) -> None:
@@ -91,18 +92,69 @@ def test_an_address_counted_in_the_engines_own_subnet_is_replaced(driver: Driver
     network = driver.store.network(SWARM)
     assert network is not None
     assert stored.ipv6 == IPv6Interface((network.prefix6[int(V4.ip)], 64))
-    assert not network.prefix6.overlaps(IPv6Network("fd85::/16"))
+    assert stored.engine_ipv6 == IPv6Interface("fd85:4f7:d486::1/64")
     assert driver.join(SWARM, ENDPOINT, "/var/run/docker/netns/x").connected_routes == ()
 
 
-def test_an_address_that_was_asked_for_stays(driver: Driver) -> None:
-    """--ip6 beyond what engines count to is honoured."""
-    stored, added = _endpoint(driver, SWARM, "fd91::1:99/64", USERS)
-    assert (stored.ipv6, stored.engine_ipv6, added) == (
-        IPv6Interface("fd91::1:99/64"),
-        None,
-        None,
+def test_an_address_that_was_asked_for(driver: Driver) -> None:
+    """driver-opt ip6: that address in place of the derived one, told to Docker."""
+    driver.create_network(SWARM, {"ipv6": "fd91::/64"}, (POOL4,))
+    added = driver.create_endpoint(SWARM, ENDPOINT, ipv4=V4, driver_options={"ip6": "fd91::1:0:99"})
+    assert added.ipv6 == IPv6Interface("fd91::1:0:99/64")
+    stored = driver.store.endpoint(ENDPOINT)
+    assert stored is not None
+    assert (stored.ipv6, stored.engine_ipv6) == (added.ipv6, None)
+
+
+def test_an_address_that_was_asked_for_replaces_the_engines(driver: Driver) -> None:
+    """driver-opt ip6 with --ipv6: the engine's address is exchanged for that one."""
+    driver.create_network(
+        SWARM,
+        {"freeflow.format": "1", "freeflow.prefix6": "fd91::/64"},
+        (POOL4, ENGINES),
+        ipv6=True,
     )
+    driver.create_endpoint(
+        SWARM,
+        ENDPOINT,
+        ipv4=V4,
+        ipv6=IPv6Interface("fd85:4f7:d486::1/64"),
+        driver_options={"ip6": "fd91::1:0:99"},
+    )
+    stored = driver.store.endpoint(ENDPOINT)
+    assert stored is not None
+    assert stored.ipv6 == IPv6Interface("fd91::1:0:99/64")
+    assert stored.engine_ipv6 == IPv6Interface("fd85:4f7:d486::1/64")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ("fd92::1:0:99", "not in fd91::/64"),
+        ("fd91::10.91.0.8", "belongs to the container with the IPv4 address 10.91.0.8"),
+        ("fd91::", "belongs to"),
+        ("here", "for example driver-opt=ip6="),
+        ("10.0.0.1", "for example driver-opt=ip6="),
+    ],
+)
+def test_an_address_that_nobody_may_ask_for(driver: Driver, wanted: str, reason: str) -> None:
+    """Outside the prefix, another container's, or no address: refused with the reason, and nothing is left."""
+    driver.create_network(SWARM, {"ipv6": "fd91::/64"}, (POOL4,))
+    with pytest.raises(InvalidRequest, match=reason):
+        driver.create_endpoint(SWARM, ENDPOINT, ipv4=V4, driver_options={"ip6": wanted})
+    assert driver.store.endpoints() == []
+
+
+def test_the_own_address_may_be_asked_for(driver: Driver) -> None:
+    """The derived address, asked for, is no conflict; without IPv6 the network says how to get it."""
+    driver.create_network(SWARM, {"ipv6": "fd91::/64"}, (POOL4,))
+    added = driver.create_endpoint(
+        SWARM, ENDPOINT, ipv4=V4, driver_options={"ip6": "fd91::10.91.0.7"}
+    )
+    assert added.ipv6 == IPv6Interface("fd91::10.91.0.7/64")
+    driver.create_network(LOCAL, {}, (POOL4,))
+    with pytest.raises(InvalidRequest, match="-o ipv6=on"):
+        driver.create_endpoint(LOCAL, "8e" * 32, ipv4=V4, driver_options={"ip6": "fd91::9"})
 
 
 def test_on_a_network_of_one_host_the_engine_counts(driver: Driver) -> None:
@@ -111,21 +163,10 @@ def test_on_a_network_of_one_host_the_engine_counts(driver: Driver) -> None:
     assert (stored.ipv6, stored.engine_ipv6) == (IPv6Interface("fd91::2/64"), None)
 
 
-def test_a_subnet_without_room_is_left_to_the_engine(driver: Driver) -> None:
-    """An IPv4 address doesn't fit into a /112; there the network's own prefix is used."""
-    small = Subnet(ip_network("fd91::/112"), ip_interface("fd91::1/112"))
-    stored, _ = _endpoint(driver, SWARM, "fd91::2/112", small)
-    network = driver.store.network(SWARM)
-    assert network is not None
-    assert network.prefix6.prefixlen == 64
-    assert stored.ipv6 is not None
-    assert stored.ipv6.ip in network.prefix6
-
-
 def test_a_repeated_call_is_the_same_call(driver: Driver) -> None:
     """CreateEndpoint twice, with the engine's address both times, is no conflict."""
-    first, _ = _endpoint(driver, SWARM, "fd91::2/64", USERS)
-    second, _ = _endpoint(driver, SWARM, "fd91::2/64", USERS)
+    first, _ = _endpoint(driver, SWARM, "fd85:4f7:d486::2/64", ENGINES)
+    second, _ = _endpoint(driver, SWARM, "fd85:4f7:d486::2/64", ENGINES)
     assert first == second
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv6Network
+from ipaddress import IPv6Address, IPv6Network
 
 import pytest
 
@@ -150,9 +150,10 @@ def test_damaged_allocation(key: str, value: str) -> None:
 
 
 def test_endpoint_options() -> None:
-    """An endpoint has no options of ours: Docker's own pass, others are refused by name."""
-    options.check_endpoint(
+    """Docker's own per-endpoint options pass, one is ours, others are refused by name."""
+    assert options.parse_endpoint({"ip6": "fd00::9"}) == IPv6Address("fd00::9")
+    assert not options.parse_endpoint(
         {"com.docker.network.endpoint.exposedports": [], "com.docker.network.portmap": []}
     )
     with pytest.raises(InvalidRequest, match="driver-opt speed, turbo"):
-        options.check_endpoint({"turbo": "1", "speed": "2"})
+        options.parse_endpoint({"turbo": "1", "speed": "2"})
