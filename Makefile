@@ -4,6 +4,8 @@ PYTHON := .venv/bin/python
 PLUGIN := build/plugin
 NAME := freeflow:latest
 REGISTRY ?=
+# A public Debian image to build the plugin from with docker build; empty: from the Debian archive, with mmdebstrap.
+BASE ?=
 # A plugin can't have a manifest for several architectures: the tag says which.
 ARCH := $(shell dpkg --print-architecture 2>/dev/null || uname -m)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -30,7 +32,7 @@ plugin: $(PLUGIN)/config.json ## build the plugin into build/plugin
 
 $(PLUGIN)/config.json: $(CODE)
 	@plugin/image/setup.sh
-	plugin/image/rootfs.sh $(PLUGIN)
+	$(if $(BASE),BASE=$(BASE) plugin/image/from-docker.sh,plugin/image/rootfs.sh) $(PLUGIN)
 
 install: plugin ## install the plugin into this machine's own Docker
 	plugin/image/install.sh $(PLUGIN) $(NAME)
