@@ -1,8 +1,6 @@
-"""Bytes: large transfers, datagrams of every size, MTU edges, IPv6."""
+"""Bytes: large transfers, datagrams of every size, MTU edges."""
 
 from __future__ import annotations
-
-import json
 
 from tests.swarm.conftest import address, make_network, run_container
 from tests.testbed import Bed, Host, wait_until
@@ -105,36 +103,3 @@ def test_mtu_edges(bed: Bed, manager: Host) -> None:
         client, "ping", "-c1", "-W1", "-M", "do", "-s", str(mtu - 27), target, check=False
     )
     assert "100% packet loss" in more or "Message too long" in more or "too long" in more
-
-
-def test_ipv6_between_hosts_and_on_one(bed: Bed, manager: Host) -> None:
-    """With --ipv6 containers reach each other by their IPv6 addresses, on one host and across, on every engine that makes
-    such networks in a Swarm."""
-    network = make_network(manager, "--ipv6", "--subnet", "10.81.0.0/24", "--subnet", "fd81::/64")
-    boxes = [(host, run_container(host, network)) for host in bed.hosts]
-
-    def global_address(host: Host, box: str) -> str:
-        links = json.loads(host.exec(box, "ip", "-j", "-6", "addr", "show", "eth0"))
-        return next(
-            (
-                item["local"]
-                for link in links
-                for item in link.get("addr_info", ())
-                if item["scope"] == "global"
-            ),
-            "",
-        )
-
-    addresses = [global_address(host, box) for host, box in boxes]
-    assert all(addresses), list(zip([h.engine for h in bed.hosts], addresses, strict=True))
-    assert len(set(addresses)) == len(addresses), addresses
-    for host, box in boxes:
-        for target in addresses:
-            wait_until(
-                f"{target} from {host.engine}",
-                lambda h=host, b=box, t=target: (
-                    " 0% packet loss"  # type: ignore[misc]
-                    in h.exec(b, "ping", "-6", "-c1", "-W1", t, check=False)
-                ),
-                10,
-            )
