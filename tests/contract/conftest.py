@@ -11,7 +11,7 @@ from tests.contract.golden import forget_all
 from tests.contract.places import KINDS, Place, Places
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def places() -> Iterator[Places]:
     with contextlib.ExitStack() as stack:
         yield Places(stack)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,7 @@ from driver.kernel.namespace import CLONE_NEWNET, check, libc
 from plugin.listening import listen
 
 CLONE_NEWNS: Final = 0x00020000
+PR_SET_PDEATHSIG: Final = 1
 MS_REC: Final = 16384
 MS_PRIVATE: Final = 1 << 18
 MS_SHARED: Final = 1 << 20
@@ -50,6 +52,8 @@ def machine(run: Path) -> None:
 
 
 def main(directory: Path) -> None:
+    # Whatever becomes of the tests, nothing stays: the worker ends with its parent.
+    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "ending with the tests")
     run = directory / "run"
     run.mkdir()
     machine(run)
