@@ -152,7 +152,10 @@ class RealPlace:
         self.log = directory / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.contract.plugin_process", str(directory)],
+                [
+                    *(sys.executable, "-m", "tests.contract.plugin_process"),
+                    *(str(directory), str(os.getpid())),
+                ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=TOP,

@@ -1,4 +1,4 @@
-"""The plugin as Docker starts it, but for its directories, on a machine of its own: `python -m … DIRECTORY`.
+"""The plugin as Docker starts it, but for its directories, on a machine of its own: `python -m … DIRECTORY PARENT`.
 
 Network and mount namespace are new, so what it makes goes with it. In them are a shared /run, an underlay of 1500 bytes,
 and nothing else: no engine, no Swarm. Settings are the environment, as with Docker.
@@ -51,9 +51,11 @@ def machine(run: Path) -> None:
         route.route("add", dst="default", gateway="192.0.2.1")
 
 
-def main(directory: Path) -> None:
+def main(directory: Path, parent: int) -> None:
     # Whatever becomes of the tests, nothing stays: the worker ends with its parent.
     check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "ending with the tests")
+    if os.getppid() != parent:
+        return
     run = directory / "run"
     run.mkdir()
     machine(run)
@@ -65,4 +67,4 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
