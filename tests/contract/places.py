@@ -244,6 +244,12 @@ def _link_names() -> set[str]:
 # --- both
 
 
+def temporary() -> tempfile.TemporaryDirectory[str]:
+    """A directory in memory, if there is one: thousands of writes that are to be durable needn't wait for a disk."""
+    memory = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(prefix="ff-", dir=memory if memory.is_dir() else None)
+
+
 REAL: Final = pytest.param(
     "real",
     marks=[
@@ -265,7 +271,7 @@ class Places:
         key = tuple(sorted(environment.items()))
         if key not in self._real:
             # Short: a socket's path has 107 characters at most.
-            directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ff-"))
+            directory = self._stack.enter_context(temporary())
             self._real[key] = self._stack.enter_context(
                 contextlib.closing(RealPlace(Path(directory), environment))
             )
@@ -277,7 +283,7 @@ class Places:
         if kind == "real":
             yield self.real(environment)
             return
-        with tempfile.TemporaryDirectory(prefix="ff-") as directory:
+        with temporary() as directory:
             place = FakePlace(Path(directory), environment)
             with contextlib.closing(place):
                 yield place

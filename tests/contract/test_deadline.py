@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -18,7 +17,7 @@ from driver.store import FILE, Store
 from plugin.app import create_app
 from plugin.calls import CallStatistics
 from tests.contract.golden import IDS
-from tests.contract.places import REAL, Places, Reply, call
+from tests.contract.places import REAL, Places, Reply, call, temporary
 from tests.unit.steps import SteppedKernel, Steps
 
 NET, EP = IDS["<net>"], IDS["<ep>"]
@@ -59,7 +58,7 @@ class SlowPlace:
 
 @pytest.fixture
 def slow() -> Iterator[SlowPlace]:
-    with TemporaryDirectory() as directory:
+    with temporary() as directory:
         place = SlowPlace(Path(directory))
         try:
             yield place

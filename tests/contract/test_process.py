@@ -9,12 +9,11 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from tests.contract.golden import IDS
-from tests.contract.places import RealPlace, call
+from tests.contract.places import RealPlace, call, temporary
 
 pytestmark = [
     pytest.mark.kernel,
@@ -27,7 +26,7 @@ BOTH = {"NetworkID": NET, "EndpointID": EP}
 @pytest.fixture
 def own() -> Iterator[RealPlace]:
     """A process that a test may do anything to."""
-    with TemporaryDirectory(prefix="ff-") as directory:
+    with temporary() as directory:
         place = RealPlace(Path(directory), {})
         try:
             yield place
@@ -43,7 +42,7 @@ def _worker(place: RealPlace) -> int:
 
 def test_early_requests_are_answered() -> None:
     """A request that comes as soon as the socket is there waits for the plugin to load, and is answered."""
-    with TemporaryDirectory(prefix="ff-") as directory:
+    with temporary() as directory:
         place = RealPlace(Path(directory), {}, wait=False)
         try:
             deadline = time.monotonic() + 20
@@ -104,7 +103,7 @@ def test_sockets_are_roots(own: RealPlace) -> None:
 
 def test_metrics_where_asked() -> None:
     """Metrics are on root's socket always, and on the address that was set."""
-    with TemporaryDirectory(prefix="ff-") as directory:
+    with temporary() as directory:
         place = RealPlace(Path(directory), {"METRICS_ADDR": "127.0.0.1:9477"})
         try:
             call(place, "CreateNetwork", {"NetworkID": NET})
