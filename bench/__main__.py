@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -17,9 +18,11 @@ from bench import bed, control, image, load, machine, report, rounds, stats, sub
 from bench.errors import BenchError
 from bench.place import CONGESTION_CONTROL, congestion_control_allowed
 from bench.stats import Row
-from tests.testbed.process import CommandError
+from tests.testbed.process import BedInUseError, CommandError
 
 SUITES: Final = ("same-host", "cross-host", "control")
+BUDGET: Final = 420.0
+"""Seconds of a suite in which rounds may begin: with setting up and cleaning up, less than ten minutes."""
 
 
 def progress(start: float) -> Callable[[str], None]:
@@ -38,13 +41,19 @@ def data_path(
     seconds: float,
     order: random.Random,
     say: Callable[[str], None],
+    enough: Callable[[], bool],
 ) -> dict[str, Row]:
     with (
         congestion_control_allowed(),
         subjects.networks(manager, chosen),
         subjects.pairs(client, server, chosen, image.IMAGE) as pairs,
     ):
-        return rounds.rows(rounds.interleaved(load.loads(), pairs, rounds_, seconds, order, say))
+        samples = rounds.interleaved(load.loads(), pairs, rounds_, seconds, order, say, enough)
+        return rounds.rows(samples)
+
+
+def _past(moment: float) -> bool:
+    return time.monotonic() > moment
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -57,9 +66,13 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here too.")
 @click.option("--table", type=click.Path(path_type=Path), help="Write the table here too.")
 @click.option(
-    "--rounds", "rounds_", default=5, show_default=True, help="Runs per subject and case."
+    "--rounds",
+    "rounds_",
+    default=12,
+    show_default=True,
+    help="Runs per subject and case, if they fit in the time.",
 )
-@click.option("--seconds", default=2.0, show_default=True, help="Length of a run.")
+@click.option("--seconds", default=1.0, show_default=True, help="Length of a run.")
 @click.option("--subjects", "chosen", default=",".join(stats.SUBJECTS), show_default=True)
 @click.option("--engine", default="26.1", show_default=True, help="Engine of both hosts.")
 @click.option(
@@ -95,18 +108,20 @@ def main(
             engines = [host.engine.version() for host in (manager, worker)]
             for name in SUITES if suite == "all" else (suite,):
                 say(name)
+                end = time.monotonic() + BUDGET
+                enough = partial(_past, end)
                 if name == "control":
                     found = control.Control(
-                        manager, wanted, image.IMAGE, rounds_, order, say
+                        manager, wanted, image.IMAGE, rounds_, order, say, enough
                     ).measure()
                 else:
                     server = manager if name == "same-host" else worker
                     found = data_path(
-                        manager, server, manager, wanted, rounds_, seconds, order, say
+                        manager, server, manager, wanted, rounds_, seconds, order, say, enough
                     )
                 prefix = f"{name}/" if suite == "all" else ""
                 results |= {prefix + case: row for case, row in found.items()}
-    except (BenchError, CommandError, TimeoutError) as error:
+    except (BenchError, BedInUseError, CommandError, TimeoutError) as error:
         raise click.ClickException(str(error)) from error
     before["engines"] = sorted(set(engines))
     made = report.Report(machine=before, results=results)

@@ -214,11 +214,13 @@ class Control:
     rounds: int
     order: random.Random
     say: Say
+    enough: Callable[[], bool] = lambda: False
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
-    def keep(self, case: Case, subject: str, figure: float) -> None:
+    def keep(self, case: Case, subject: str, figure: float, quietly: bool = False) -> None:
         self.samples.setdefault(case.name, {}).setdefault(subject, []).append(figure)
-        self.say(f"{subject:<8} {case.name} {figure:.4g} {case.unit}")
+        if not quietly:
+            self.say(f"{subject:<8} {case.name} {figure:.4g} {case.unit}")
 
     def in_turn(self) -> list[str]:
         return self.order.sample(list(self.subjects), len(self.subjects))
@@ -236,7 +238,7 @@ class Control:
         return rows(self.samples)
 
     def network_create(self) -> None:
-        for number in range(max(3, self.rounds)):
+        for number in range(self.rounds):
             for subject in self.in_turn():
                 if subject != HOST:
                     seconds = network_create(self.manager, subject, number)
@@ -244,28 +246,30 @@ class Control:
 
     def plugin_start(self) -> None:
         if FREEFLOW in self.subjects:
-            for _ in range(max(2, self.rounds // 2)):
+            for _ in range(max(2, self.rounds // 4)):
                 listening, answering = plugin_start(self.manager)
                 self.keep(LISTENING, FREEFLOW, listening * 1000)
                 self.keep(ANSWERING, FREEFLOW, answering * 1000)
 
     def one_at_a_time(self) -> None:
-        for _ in range(self.rounds * 5):
+        for _ in range(self.rounds * 3):
             took = {}
             for subject in self.in_turn():
                 took[subject] = docker_run(self.manager, subject, self.image) * 1000
                 self.keep(RUN_P50, subject, took[subject])
-                self.keep(RUN_P99, subject, took[subject])
+                self.keep(RUN_P99, subject, took[subject], quietly=True)
             for subject, milliseconds in took.items():
                 if subject != HOST and HOST in took:
-                    self.keep(ADDED, subject, milliseconds - took[HOST])
+                    self.keep(ADDED, subject, milliseconds - took[HOST], quietly=True)
         if FREEFLOW in self.subjects:
             calls = plugin_calls(self.manager)
             self.keep(ATTACH_P50, FREEFLOW, sum(calls[name].p50_ms for name in ATTACH_CALLS))
             self.keep(ATTACH_P99, FREEFLOW, sum(calls[name].p99_ms for name in ATTACH_CALLS))
 
     def many(self) -> None:
-        for _ in range(max(1, self.rounds // 2)):
+        for number in range(max(1, self.rounds // 4)):
+            if number and self.enough():
+                break
             for subject in self.in_turn():
                 self.keep(HUNDRED, subject, at_once(self.manager, subject, self.image, AT_ONCE))
         if FREEFLOW in self.subjects:

@@ -19,8 +19,9 @@ def interleaved(
     seconds: float,
     order: random.Random,
     say: Say,
+    enough: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, list[float]]]:
-    """Case -> subject -> a figure per round."""
+    """Case -> subject -> a figure per round. No round begins once there is `enough`, but one is always made."""
     samples: dict[str, dict[str, list[float]]] = {}
 
     def keep(subject: str, figures: Figures) -> None:
@@ -32,6 +33,9 @@ def interleaved(
             for pair in pairs:
                 load.run(pair, 0.5)
     for number in range(rounds):
+        if number and enough():
+            say(f"no time for more than {number} of {rounds} rounds")
+            break
         for load in loads:
             for pair in order.sample(list(pairs), len(pairs)):
                 figures = load.run(pair, seconds)

@@ -83,7 +83,7 @@ def _vxlan_attributes(network: Network, local: IPAddress | None) -> dict[str, An
         "vxlan_id": network.vni,
         "vxlan_port": network.port,
         "vxlan_learning": 1,
-        # As Docker's overlay: inner packets have their own checksums.
+        # RFC 7348, section 5: should be zero. Inner packets have their own checksums.
         "vxlan_udp_csum": 0,
         "mtu": network.mtu,
         "state": "up",

@@ -10,6 +10,6 @@
 
 from tests.testbed.bed import Bed
 from tests.testbed.host import Host
-from tests.testbed.process import CommandError, wait_until
+from tests.testbed.process import BedInUseError, CommandError, wait_until
 
-__all__ = ["Bed", "CommandError", "Host", "wait_until"]
+__all__ = ["Bed", "BedInUseError", "CommandError", "Host", "wait_until"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import click
 
-from tests.testbed.bed import HOME, Bed, remove_leftovers
+from tests.testbed.bed import HOME, Bed, remove_leftovers, take
+from tests.testbed.process import BedInUseError
 
 
 @click.group(help=__doc__)
@@ -40,10 +42,18 @@ def up(name: str, hosts: str, plugin: Path | None) -> None:
 
 
 @main.command()
-@click.option("--name", default="", help="Only this bed; all by default.")
+@click.option(
+    "--name", default="", help="This bed, also if it is in use; by default all that aren't."
+)
 def down(name: str) -> None:
     """Take down what beds left that could not do it themselves."""
     for work in sorted(HOME.glob(name or "*")):
+        if not name:
+            try:
+                os.close(take(work.name))
+            except BedInUseError as error:
+                click.echo(str(error))
+                continue
         remove_leftovers(work.name)
         click.echo(f"{work.name} is down")
 

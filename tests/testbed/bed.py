@@ -6,6 +6,7 @@ several beds can stand side by side.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -18,9 +19,10 @@ from typing import Any, Final
 
 from tests.testbed.host import PLUGIN, Host, remove_cgroups
 from tests.testbed.images import engine_root, workload_tar
-from tests.testbed.process import run, wait_until
+from tests.testbed.process import BedInUseError, run, wait_until
 
 HOME: Final = Path(os.environ.get("FREEFLOW_BEDS", "/var/lib/freeflow-testbed"))
+LOCKS: Final = Path("/run/lock")
 REGISTRY_PORT: Final = 5000
 
 
@@ -30,6 +32,24 @@ def in_parallel(calls: Sequence[Callable[[], Any]]) -> list[Any]:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
+def take(name: str) -> int:
+    """Take the name of a bed for this process, as a descriptor that holds it; it goes with the process.
+
+    Raises:
+        BedInUseError: another process has it.
+    """
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(LOCKS / f"freeflow-testbed-{name}", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise BedInUseError(
+            f"the hosts of bed {name} are in use by another process on this machine; wait until it ends, or end it"
+        ) from error
+    return descriptor
+
+
 class Bed:
     """Hosts with the given engine versions, h1, h2, …; a context manager."""
 
@@ -37,6 +57,7 @@ class Bed:
         self.name = name
         self.work = HOME / name
         self._engines = list(engines)
+        self._lock: int | None = None
         self._underlay: subprocess.Popen[bytes] | None = None
         self._registry: subprocess.Popen[bytes] | None = None
         self.hosts: list[Host] = []
@@ -58,7 +79,8 @@ class Bed:
         self.down()
 
     def up(self) -> None:
-        """Make underlay and hosts, in parallel."""
+        """Make underlay and hosts, in parallel. Raises `BedInUseError` if another process has this bed up."""
+        self._lock = take(self.name)
         remove_leftovers(self.name)
         in_parallel([lambda v=version: engine_root(v) for version in set(self._engines)])  # type: ignore[misc]
         self.work.mkdir(parents=True)
@@ -87,6 +109,8 @@ class Bed:
 
     def down(self) -> None:
         """Take everything down; safe at any stage, and twice."""
+        if self._lock is None:
+            return
         for host in self.hosts:
             host.power_off()
         in_parallel([host.destroy for host in self.hosts])
@@ -97,6 +121,8 @@ class Bed:
         self._registry = self._underlay = None
         self.hosts = []
         run(["rm", "-rf", str(self.work)], check=False)
+        os.close(self._lock)
+        self._lock = None
 
     # --- a Swarm
 

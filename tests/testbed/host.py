@@ -336,13 +336,19 @@ class Host:
         return "\n".join(text.splitlines()[-lines:])
 
 
-def remove_cgroups(name: str) -> None:
-    """Remove a host's cgroups, deepest first; they are empty once its processes are gone."""
+def remove_cgroups(name: str, patience: float = 2.0) -> None:
+    """Remove a host's cgroups, deepest first; they are empty soon after its processes are gone."""
     root = Path("/sys/fs/cgroup")
-    # One hierarchy (version 2), or one for each controller. Not `**`: other beds' groups come and go.
-    for top in (root / name, *root.glob(f"*/{name}")):
-        for path, _, _ in os.walk(top, topdown=False):
-            try:
-                Path(path).rmdir()
-            except OSError:
-                continue
+    end = time.monotonic() + patience
+    while True:
+        # One hierarchy (version 2), or one for each controller. Not `**`: other beds' groups come and go.
+        tops = [top for top in (root / name, *root.glob(f"*/{name}")) if top.exists()]
+        for top in tops:
+            for path, _, _ in os.walk(top, topdown=False):
+                try:
+                    Path(path).rmdir()
+                except OSError:
+                    continue
+        if not tops or time.monotonic() > end:
+            return
+        time.sleep(0.05)

@@ -19,6 +19,10 @@ class CommandError(Exception):
         self.output = output
 
 
+class BedInUseError(Exception):
+    """Another process has hosts of the same bed up."""
+
+
 def run(
     command: Sequence[str],
     *,

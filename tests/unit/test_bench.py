@@ -209,6 +209,23 @@ def test_rounds_measure_every_subject_each_time() -> None:
     assert len({tuple(subject for _, subject in turn) for turn in turns}) > 1
 
 
+def test_rounds_end_when_time_is_up() -> None:
+    """Rounds for which there is no time aren't begun, those that are begun are whole, and one always is."""
+    clock = iter(range(100))
+
+    def measure(_: Pair, seconds: float) -> load.Figures:
+        return {"a": seconds}
+
+    pairs = [pair("freeflow"), pair("host")]
+    arguments = ([load.Load("a", measure)], pairs, 9, 1.0, random.Random(1), lambda _: None)
+    some = rounds.interleaved(*arguments, lambda: next(clock) >= 2)
+    assert {subject: len(values) for subject, values in some["a"].items()} == {
+        "freeflow": 3,
+        "host": 3,
+    }
+    assert len(rounds.interleaved(*arguments, lambda: True)["a"]["host"]) == 1
+
+
 def test_calibration_is_not_counted() -> None:
     """The run by which a load finds its size isn't among the samples."""
     calls: list[float] = []
