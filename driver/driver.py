@@ -349,6 +349,11 @@ class Driver:
                 network = self._network(network_id)
                 own_ipv6, engine_ipv6 = _ipv6(network, ipv4, ipv6)
                 if wanted6 is not None:
+                    if ipv6 is not None and not allocate.numbered_by_hosts(network_id):
+                        raise InvalidRequest(
+                            f"driver-opt {options.IP6}={wanted6}: Docker numbers the IPv6 addresses of this network; "
+                            "use --ip6"
+                        )
                     own_ipv6 = _wanted_ipv6(network, ipv4, wanted6)
                     engine_ipv6 = None if ipv6 == own_ipv6 else ipv6
                 endpoint = Endpoint(
@@ -619,8 +624,6 @@ def _other_subnets(network: Network, endpoint: Endpoint) -> tuple[IPNetwork, ...
             and allocate.numbered_by_hosts(network.id)
         )
     ]
-    if isinstance(endpoint.ipv6, IPv6Interface) and network.ipv6:
-        pools.append(network.prefix6)
     families = {item.version for item in own}
     return tuple(
         dict.fromkeys(pool for pool in pools if pool not in own and pool.version in families)

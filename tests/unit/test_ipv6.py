@@ -161,6 +161,15 @@ def test_on_a_network_of_one_host_the_engine_counts(driver: Driver) -> None:
     """SCOPE=local: there is one engine, whatever it says is unique."""
     stored, _ = _endpoint(driver, LOCAL, "fd91::2/64", USERS)
     assert (stored.ipv6, stored.engine_ipv6) == (IPv6Interface("fd91::2/64"), None)
+    assert driver.join(LOCAL, ENDPOINT, "/var/run/docker/netns/x").connected_routes == ()
+    with pytest.raises(InvalidRequest, match="use --ip6"):
+        driver.create_endpoint(
+            LOCAL,
+            "8e" * 32,
+            ipv4=IPv4Interface("10.91.0.8/24"),
+            ipv6=IPv6Interface("fd91::3/64"),
+            driver_options={"ip6": "fd91::9"},
+        )
 
 
 def test_a_repeated_call_is_the_same_call(driver: Driver) -> None:
