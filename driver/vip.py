@@ -23,9 +23,8 @@ from typing import Final
 
 import structlog
 
-from driver import flows
 from driver.errors import KernelError
-from driver.kernel import nft
+from driver.kernel import flows, nft
 from driver.kernel.namespace import in_netns, is_namespace
 from driver.locks import KeyedLocks
 from driver.model import VipTable

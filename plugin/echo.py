@@ -15,7 +15,7 @@ from typing import Final
 
 from pyroute2 import IPRoute
 
-from driver import flows
+from driver.kernel import flows
 from driver.kernel.namespace import in_netns
 from driver.model import IPAddress
 
