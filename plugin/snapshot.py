@@ -231,7 +231,10 @@ class Snapshot:
                     f"recreate it with -o mtu={underlay.mtu - underlay.overhead}, or raise the MTU of {underlay.device}",
                 )
                 for network in networks
-                if network.endpoints and network.mtu > underlay.mtu - underlay.overhead
+                if network.endpoints
+                and network.mtu > underlay.mtu - underlay.overhead
+                # Networks of one host alone don't use it.
+                and self.settings.scope == "global"
             ]
         _, engine_error = self.syncer.engine()
         if engine_error:

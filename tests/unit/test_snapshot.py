@@ -219,6 +219,14 @@ def test_no_underlay(world: World, error: KernelError | SettingError) -> None:
     assert world.network().name == "backend"
 
 
+def test_mtu_of_a_host_alone(world: World) -> None:
+    """With SCOPE=local no packet takes the underlay, so its MTU is nobody's problem."""
+    world.kernel.found = Underlay("eth0", 1440, IPv4Address("192.0.2.1"))
+    world.change_state(view=replace(VIEW, peers=()))
+    world.with_settings({"SCOPE": "local"})
+    assert world.status().problems == []
+
+
 def test_mtu_does_not_fit(world: World) -> None:
     """A network whose packets are too large for the underlay is named, with the MTU that fits."""
     world.kernel.found = Underlay("eth0", 1440, IPv4Address("192.0.2.1"))
