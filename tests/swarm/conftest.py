@@ -113,6 +113,11 @@ def remove_everything(bed: Bed) -> None:
     wait_until("networks to be removed", removed, 60, 0.5)
 
 
+def logged(bed: Bed, text: str) -> bool:
+    """Whether some engine's log has it: a leader's does, and scenarios before may have moved the leader."""
+    return any(text in host.log_tail(2000) for host in bed.hosts)
+
+
 def unique(prefix: str) -> str:
     """A name that no other scenario has."""
     return f"{prefix}{next(_numbers)}"

@@ -10,6 +10,7 @@ import pytest
 from tests.swarm.conftest import (
     NGINX,
     address,
+    logged,
     make_network,
     make_service,
     run_container,
@@ -199,11 +200,11 @@ def test_names_are_of_ipv4(bed: Bed, manager: Host) -> None:
 
 
 @pytest.mark.parametrize("value", ["fd91::/48", "yes"])
-def test_a_bad_prefix(manager: Host, value: str) -> None:
+def test_a_bad_prefix(bed: Bed, manager: Host, value: str) -> None:
     """A bad -o ipv6 leaves the network unallocated; the leader's log shows what a good one looks like."""
     name = f"bad-{value[:2]}-{len(value)}"
     manager.docker(
         *("network", "create", "-d", "freeflow:latest", "-o", f"ipv6={value}", name), check=False
     )
-    wait_until("the refusal", lambda: f"option ipv6={value}" in manager.log_tail(200), 10)
+    wait_until("the refusal", lambda: logged(bed, f"option ipv6={value}"), 10)
     manager.docker("network", "rm", name, check=False)
