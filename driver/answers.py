@@ -6,6 +6,7 @@ Shapes: Docker Engine API, recorded from engines 20.10 to 28.5 in `tests/unit/da
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from ipaddress import (
     IPv4Address,
     IPv4Interface,
@@ -44,11 +45,16 @@ def _ipv4(text: object) -> IPv4Address | None:
     return address if isinstance(address, IPv4Address) else None
 
 
-def _ipv4_interface(text: object) -> IPv4Interface | None:
+@lru_cache(4096)
+def _read_ipv4_interface(text: str) -> IPv4Interface | None:
     try:
-        return IPv4Interface(str(text)) if text else None
+        return IPv4Interface(text)
     except ValueError:
         return None
+
+
+def _ipv4_interface(text: object) -> IPv4Interface | None:
+    return _read_ipv4_interface(str(text)) if text else None
 
 
 def _ipv6_interface(text: object) -> IPv6Interface | None:
