@@ -13,15 +13,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+from pyroute2 import IPRoute
 
 from bench.bed import LABEL, PLUGIN, Host
 from bench.engine import Engine
 from bench.errors import BenchError, EngineRefusedError
 from bench.rounds import Say
-from bench.stats import FREEFLOW, HOST, Case, Row, row
+from bench.stats import FREEFLOW, HOST, Case, Row, percentile, row
 from bench.subjects import DRIVERS, container, networks, remove_network
 
 ATTACH_CALLS: Final = ("CreateEndpoint", "Join")
@@ -54,6 +57,12 @@ HUNDRED_P99: Final = Case(
     "ms",
     False,
     "the slowest kind of call to the plugin while they start, its p99",
+)
+HUNDRED_LINK: Final = Case(
+    "hundred_link_p99",
+    "ms",
+    False,
+    "a request that changes nothing but takes the kernel's lock of all links (rtnl), p99 while they start: the limit",
 )
 HUNDRED_DETACH: Final = Case(
     "hundred_detach_p99", "ms", False, "the same when all are killed and removed, eight at a time"
@@ -135,8 +144,39 @@ def docker_run(host: Host, subject: str, image: str) -> float:
             host.engine.remove(identifier)
 
 
-def at_once(host: Host, subject: str, image: str, count: int) -> float:
-    """Seconds from the moment all are told to start until the last has. Raises `BenchError` naming what failed."""
+class LinkProbe:
+    """Asks the kernel ten times a second to bring up `lo`, which is up, and keeps how many seconds each took."""
+
+    PERIOD: Final = 0.1
+
+    def __init__(self) -> None:
+        self.took: list[float] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> LinkProbe:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with IPRoute() as route:
+            (loopback,) = route.link_lookup(ifname="lo")
+            while not self._stop.wait(self.PERIOD):
+                self.took.append(_timed(lambda: route.link("set", index=loopback, state="up")))
+
+
+def at_once(
+    host: Host, subject: str, image: str, count: int, meanwhile: AbstractContextManager[object]
+) -> float:
+    """Seconds from the moment all are told to start until the last has; `meanwhile` is entered for that time.
+
+    Raises:
+        BenchError: naming what failed.
+    """
     body = container(image, subject, ["sleep", "infinity"])
     gate = threading.Barrier(count + 1)
 
@@ -150,7 +190,7 @@ def at_once(host: Host, subject: str, image: str, count: int) -> float:
 
     made = [host.engine.create_container(body) for _ in range(count)]
     try:
-        with ThreadPoolExecutor(count) as pool:
+        with ThreadPoolExecutor(count) as pool, meanwhile:
             futures = [pool.submit(start, identifier) for identifier in made]
             gate.wait()
             begin = time.perf_counter()
@@ -278,7 +318,10 @@ class Control:
             if number and self.enough():
                 break
             for subject in self.in_turn():
-                self.keep(HUNDRED, subject, at_once(self.manager, subject, self.image, AT_ONCE))
+                probe = LinkProbe()
+                took = at_once(self.manager, subject, self.image, AT_ONCE, probe)
+                self.keep(HUNDRED, subject, took)
+                self.keep(HUNDRED_LINK, subject, percentile(probe.took, 99) * 1000)
         if FREEFLOW in self.subjects:
             calls = plugin_calls(self.manager)
             detaching = {name: calls.pop(name).p99_ms for name in DETACH_CALLS}
@@ -295,6 +338,7 @@ CASES: Final = (
     ATTACH_P99,
     HUNDRED,
     HUNDRED_P99,
+    HUNDRED_LINK,
     HUNDRED_DETACH,
     LISTENING,
     ANSWERING,

@@ -469,11 +469,6 @@ class Driver:
             if endpoint.sandbox_key != sandbox_key:
                 endpoint = replace(endpoint, sandbox_key=sandbox_key)
                 self.store.put_endpoint(endpoint)
-        try:
-            self.kernel.announce(network_id, [endpoint])
-        except FreeFlowError as error:
-            # Neighbours learn it from the first packet as well, only later.
-            log.warning("endpoint not announced", endpoint=endpoint_id, reason=str(error))
         self._joined(endpoint)
         self._wake()
         return JoinResult(names.container_veth(endpoint_id), _other_subnets(network, endpoint))

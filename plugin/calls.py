@@ -23,6 +23,11 @@ class CallSummary:
     p99: float
 
 
+def _percentile(values: list[float], percent: int) -> float:
+    """The least of the sorted values that is not exceeded by so many per cent of them (nearest rank)."""
+    return values[(len(values) * percent + 99) // 100 - 1]
+
+
 class CallStatistics:
     """Safe from any thread."""
 
@@ -45,8 +50,8 @@ class CallStatistics:
             CallSummary(
                 name,
                 *counts[name],
-                p50=values[len(values) // 2],
-                p99=values[min(len(values) - 1, len(values) * 99 // 100)],
+                p50=_percentile(values, 50),
+                p99=_percentile(values, 99),
             )
             for name, values in sorted(kept.items())
         ]

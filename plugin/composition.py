@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import structlog
 
+from driver.announcer import Announcer
 from driver.driver import Driver, DriverConfig
 from driver.engine import DockerDirectory
 from driver.errors import FreeFlowError, SettingError
@@ -104,8 +105,10 @@ def compose(
     )
     hints = Hints(kernel, directory, syncer.state, syncer.hint, time.monotonic)
     settler = Settler(exchange, syncer.sandbox)
+    announcer = Announcer(kernel)
 
     def joined(endpoint: Endpoint) -> None:
+        announcer.endpoint_joined(endpoint)
         syncer.endpoint_joined(endpoint)
         settler.endpoint_joined(endpoint)
 

@@ -1,17 +1,18 @@
 """Netlink sockets that many threads share, and what all requests have in common.
 
 A pyroute2 socket serves one conversation at a time: `Sockets` hands each to one thread at a time and keeps a few
-open, since opening one in another namespace costs a thread. Looking up an index by name takes no netlink at all.
+open, since opening one in another namespace costs a thread. Looking up an index by name takes no netlink, hence not the
+lock of all links.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import queue
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ T = TypeVar("T")
 
 _SPARE: Final = 16
 _DUMP_TRIES: Final = 20
-_SIOCGIFINDEX: Final = 0x8933
+# asm-generic/socket.h; the first is in Python's socket module on some builds only.
+_SO_BINDTODEVICE: Final = 25
+_SO_BINDTOIFINDEX: Final = 62
 _GONE: Final = (errno.ENODEV, errno.ENOENT, errno.ENXIO)
 
 _IFLA_IFNAME: Final = 3
@@ -73,6 +76,7 @@ class Sockets:
         self._namespace = namespace
         self._spare: queue.LifoQueue[IPRoute] = queue.LifoQueue(_SPARE)
         self._closed = False
+        self._binding = threading.Lock()
         self._any = in_netns(namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
 
     @contextmanager
@@ -114,14 +118,15 @@ class Sockets:
 
     def index(self, name: str) -> int | None:
         """Index of an interface of the namespace; None if there is none of this name."""
-        request = struct.pack("16si20x", name.encode(), 0)
-        try:
-            answer = fcntl.ioctl(self._any, _SIOCGIFINDEX, request)
-        except OSError as error:
-            if error.errno in _GONE:
-                return None
-            raise KernelError(f"looking up {name}: {error.strerror}") from error
-        return int(struct.unpack_from("16si", answer)[1])
+        # Not SIOCGIFINDEX: for a name that doesn't exist it starts modprobe (dev_load in the kernel's dev_ioctl.c).
+        with self._binding:
+            try:
+                self._any.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, name.encode())
+                return self._any.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) or None
+            except OSError as error:
+                if error.errno in _GONE:
+                    return None
+                raise KernelError(f"looking up {name}: {error.strerror}") from error
 
     def delete(self, name: str) -> bool:
         """Remove an interface; false if there is none of this name."""

@@ -417,12 +417,11 @@ def test_delete_on_wrong_network(machine: Machine) -> None:
 
 
 def test_join(machine: Machine) -> None:
-    """Join names the container's end, keeps the sandbox over a restart, announces, and gives no gateway."""
+    """Join names the container's end, keeps the sandbox over a restart, and gives no gateway."""
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     answer = machine.driver.join(NET, EP, SANDBOX)
     assert (answer.src_name, answer.dst_prefix) == (names.container_veth(EP), "eth")
     assert answer.connected_routes == ()
-    assert machine.kernel.announced == [EP]
     assert machine.joined == [EP]
     machine.restart()
     assert machine.driver.snapshot().endpoints[0].sandbox_key == SANDBOX
@@ -442,20 +441,6 @@ def test_join_unknown(machine: Machine) -> None:
     machine.driver.create_network(NET2, {}, (POOL2,))
     with pytest.raises(NotFound, match=f"endpoint {EP}"):
         machine.driver.join(NET2, EP, SANDBOX)
-
-
-def test_join_without_announcement(machine: Machine) -> None:
-    """A container starts even if its address can't be announced."""
-
-    class Mute(SteppedKernel):
-        def announce(self, network_id: str, endpoints: object) -> None:
-            raise KernelError(f"{network_id} {endpoints}: network is down")
-
-    driver = Driver(
-        Store(machine.directory), Mute(Steps()), DriverConfig(), clock=lambda: machine.now
-    )
-    driver.create_endpoint(NET, EP, ipv4=address(7))
-    assert driver.join(NET, EP, SANDBOX).src_name == names.container_veth(EP)
 
 
 def test_leave(machine: Machine) -> None:

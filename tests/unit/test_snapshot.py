@@ -181,8 +181,8 @@ def test_calls(world: World) -> None:
         "Join",
         100,
         2,
-        51,
-        100,
+        50,
+        99,
     )
 
 
