@@ -118,6 +118,11 @@ def logged(bed: Bed, text: str) -> bool:
     return any(text in host.log_tail(2000) for host in bed.hosts)
 
 
+def plugin_answers(host: Host) -> bool:
+    """Whether the plugin runs and its command is on the host."""
+    return '"version"' in host.freeflow("status", "--json", check=False)
+
+
 def unique(prefix: str) -> str:
     """A name that no other scenario has."""
     return f"{prefix}{next(_numbers)}"

@@ -12,6 +12,7 @@ from tests.swarm.conftest import (
     address,
     make_network,
     make_service,
+    plugin_answers,
     run_container,
     wait_running,
 )
@@ -23,10 +24,6 @@ def _reaches(host: Host, container: str, target: str) -> bool:
     return " 0% packet loss" in host.exec(
         container, "ping", "-c2", "-i0.2", "-W1", target, check=False
     )
-
-
-def _plugin_answers(host: Host) -> bool:
-    return '"version"' in host.freeflow("status", "--json", check=False)
 
 
 def _ours(host: Host) -> list[str]:
@@ -51,7 +48,7 @@ def test_killing_the_plugin_cuts_nothing_and_is_recovered_from(bed: Bed, manager
         wait_until("the other", lambda h=host, b=box, t=target: _reaches(h, b, t), 15)  # type: ignore[misc]
         host.kill_plugin()
         assert _reaches(host, box, target)
-        wait_until("the plugin to be back", lambda h=host: _plugin_answers(h), 30)  # type: ignore[misc]
+        wait_until("the plugin to be back", lambda h=host: plugin_answers(h), 30)  # type: ignore[misc]
         late = run_container(host, network)
         wait_until("a new container", lambda h=host, b=late, t=target: _reaches(h, b, t), 15)  # type: ignore[misc]
         assert _reaches(host, box, target)
@@ -85,7 +82,7 @@ def test_disable_and_enable_with_containers_running(bed: Bed, manager: Host) -> 
     assert _reaches(host, box, target)
     assert "docker plugin enable" in host.freeflow("status", check=False)
     host.docker("plugin", "enable", PLUGIN)
-    wait_until("the plugin", lambda: _plugin_answers(host), 20)
+    wait_until("the plugin", lambda: plugin_answers(host), 20)
     bed.wait_plugin_reported()
     late = wait_until("a new container", lambda: run_container(host, network), 30)
     wait_until("the other again", lambda: _reaches(host, late, target), 15)
@@ -244,7 +241,7 @@ def test_a_network_removed_while_the_plugin_was_down(bed: Bed, manager: Host) ->
     host.docker("plugin", "disable", "-f", PLUGIN)
     host.docker("rm", "-f", box, check=False)
     host.docker("plugin", "enable", PLUGIN)
-    wait_until("the plugin", lambda: _plugin_answers(host), 20)
+    wait_until("the plugin", lambda: plugin_answers(host), 20)
     wait_until("no links left", lambda: not _ours(host), 150, 1)
     bed.wait_plugin_reported()
 
@@ -262,7 +259,7 @@ def test_killed_in_the_middle_of_starts(bed: Bed, manager: Host) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         start.wait(60)
-    wait_until("the plugin", lambda: _plugin_answers(host), 30)
+    wait_until("the plugin", lambda: plugin_answers(host), 30)
     box = wait_until("a container", lambda: run_container(host, network), 30)
     target = address(manager, run_container(manager, network), network)
     wait_until("the other host", lambda: _reaches(host, box, target), 20)
