@@ -78,6 +78,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         item.report_call = outcome.get_result()  # type: ignore[attr-defined]
 
 
+def remove_containers(host: Host) -> None:
+    """Remove all containers of a host, also those that Docker is removing already, which it refuses to be asked again."""
+
+    def removed() -> bool:
+        left = host.docker("ps", "-aq").split()
+        if left:
+            host.docker("rm", "-f", *left, timeout=180, check=False)
+        return not host.docker("ps", "-aq").split()
+
+    wait_until(f"the containers of {host.name} to be removed", removed, 180)
+
+
 def remove_everything(bed: Bed) -> None:
     """Remove all services, containers and FreeFlow networks of the bed."""
     manager = bed.hosts[0]
@@ -92,9 +104,7 @@ def remove_everything(bed: Bed) -> None:
             ),  # type: ignore[misc]
             60,
         )
-        left = host.docker("ps", "-aq").split()
-        if left:
-            host.docker("rm", "-f", *left, timeout=180)
+        remove_containers(host)
 
     def networks() -> list[str]:
         listed = manager.docker("network", "ls", "--format", "{{.ID}} {{.Driver}} {{.Name}}")

@@ -13,6 +13,7 @@ from tests.swarm.conftest import (
     make_network,
     make_service,
     plugin_answers,
+    remove_containers,
     run_container,
     wait_running,
 )
@@ -263,5 +264,5 @@ def test_killed_in_the_middle_of_starts(bed: Bed, manager: Host) -> None:
     box = wait_until("a container", lambda: run_container(host, network), 30)
     target = address(manager, run_container(manager, network), network)
     wait_until("the other host", lambda: _reaches(host, box, target), 20)
-    host.docker("rm", "-f", *host.docker("ps", "-aq").split())
+    remove_containers(host)
     wait_until("no links left", lambda: not _ours(host), 180, 1)
