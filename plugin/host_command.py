@@ -23,6 +23,9 @@ _SCRIPT: Final = """#!/bin/sh
 {mark}
 root={root}
 if [ ! -d "$root" ]; then
+    # Another plugin may have put its own command here since this one began.
+    id=$(basename "$(dirname "$root")")
+    [ ! -e "$0" ] || grep -qF -- "$id" "$0" || exec "$0" "$@"
     echo "freeflow: the plugin was removed from this host; so is this command now." >&2
     rm -f -- "$0"
     exit 2

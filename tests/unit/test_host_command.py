@@ -147,6 +147,21 @@ def test_command_without_its_plugin(directory: Path, mounts: Path) -> None:
     assert not (directory / NAME).exists()
 
 
+def test_command_of_another_plugin(directory: Path, mounts: Path) -> None:
+    """A command whose plugin was removed while it began leaves the one of a new plugin alone, and hands over to it."""
+    install(directory, str(directory / "no engine's root"), mounts)
+    old = (directory / NAME).read_text()
+    (directory / NAME).write_text("#!/bin/sh\necho new: $*\n")
+    done = subprocess.run(
+        ["sh", "-c", old, directory / NAME, "status", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "new: status --json\n", "")
+
+
 @pytest.mark.parametrize("root", ["/plain", "/with blank", "/with'quote", '/with"$(quote)`'])
 def test_script_is_sound(directory: Path, root: str) -> None:
     """Whatever the engine's directory is called, the script is one that the shell understands."""
