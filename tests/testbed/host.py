@@ -187,9 +187,14 @@ class Host:
                     process.wait(5)
         self._outer = self._dockerd = None
 
-    def reboot(self) -> None:
-        """Pull the plug, then start again: namespaces, links and /run are new, /var/lib/docker is the old one."""
+    def reboot(self, away: float = 15.0) -> None:
+        """Pull the plug, then start again: namespaces, links and /run are new, /var/lib/docker is the old one.
+
+        Real hosts are `away` for longer than the Swarm's gossip takes to notice, 5 to 10 s. One that is back sooner is taken
+        for its former self, and its engine's gossip may be broken until the next restart ("unknown to memberlist").
+        """
         self.power_off()
+        time.sleep(away)
         self.start()
 
     def destroy(self) -> None:
