@@ -1,0 +1,112 @@
+/* The shared memory of two ends: the arena, its slots, and in each slot one ring per direction.
+ *
+ * An arena is a sealed memfd that the router makes for two processes, one at each side, and that only their
+ * families (the processes that fork from them) ever map. It has SLOTS slots; a slot carries one connection.
+ * Both sides can write every word of it, so neither believes any of it: see `ring.h` for who keeps what in
+ * memory of its own.
+ *
+ *      page 0                   struct arena: magic, version, bells
+ *      page 1 ..                SLOTS x 2 pages: for each slot and direction one struct ring and the ring's
+ * first bytes BULK_OFFSET ..           SLOTS x 2 x RING_SIZE: the rest of each ring, touched only as far as
+ * it is used
+ *
+ * A ring is RING_SIZE bytes of address space. The bytes at offsets below SMALL_SIZE lie in the slot's own
+ * page, the others at the same offset of the bulk area. Small messages restart at offset 0 whenever the ring
+ * is empty, so a connection that only carries small messages costs its two pages and no more.
+ *
+ * Direction d of a slot is written by side d and read by side 1 - d.
+ *
+ * Pairing of the atomics, w: written by, r: read by:
+ *      tail     w sender (release)    r receiver (acquire)   bytes ever put in; what lies below is readable
+ *      base     w sender, only while the ring is empty, before tail; r receiver after tail
+ *      head     w receiver (release)  r sender (acquire)     bytes ever taken out
+ *      ready    w receiver (release)  r sender (acquire)     the receiver looks at the ring before every wait
+ *      start    w sender (release)    r receiver (acquire)   1 + position in the connection of the ring's
+ * first byte end      w sender (release)    r receiver (acquire)   1 + tail at which the ring ended; TCP goes
+ * on from there leave    w receiver (seq_cst)  r sender (seq_cst)     the receiver asks the sender to end the
+ * ring busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between looking at `leave` and
+ * publishing waiting  w both    (seq_cst)                          which waiters of this direction sleep:
+ * ring_wait(), ring_wake()
+ */
+#ifndef FREEFLOW_LAYOUT_H
+#define FREEFLOW_LAYOUT_H
+
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define FREEFLOW_MAGIC UINT64_C(0x31776f6c66656572) /* "reeflow1" */
+#define FREEFLOW_VERSION 1
+
+enum {
+        PAGE = 4096,
+        SLOTS = 64, /* one word of `dirty` has a bit for each */
+        SIDES = 2,
+        BELLS = 256, /* waiters per side: epoll instances and threads that sleep at one time */
+        BELL_WORDS = BELLS / 64,
+        RING_SIZE =
+            4 * 1024 * 1024, /* below 1 MiB bulk stays slow: lines go from core to core, not through L3 */
+        RING_HEADER = 384,
+        SMALL_SIZE = PAGE - RING_HEADER,
+        ARENA_PAGES = 2, /* struct arena */
+        SLOT_OFFSET = ARENA_PAGES * PAGE,
+        BULK_OFFSET = 1024 * 1024, /* after the slots, on a boundary of its own */
+};
+
+#define ARENA_SIZE ((size_t)BULK_OFFSET + (size_t)SLOTS * SIDES * RING_SIZE)
+
+/* Which waiters sleep: `any` says whether to look at `bells`, so that the one who wakes loads one word. */
+struct waiters {
+        _Atomic uint32_t any;
+        uint32_t unused;
+        _Atomic uint64_t bells[BELL_WORDS];
+};
+
+struct ring {
+        /* sender's */
+        _Alignas(64) _Atomic uint64_t tail;
+        _Atomic uint64_t base;
+        _Atomic uint64_t start;
+        _Atomic uint64_t end;
+        _Atomic uint32_t busy;
+        _Atomic uint32_t sender_cpu; /* 1 + core on which the sender last was; 0: not known */
+        /* receiver's */
+        _Alignas(64) _Atomic uint64_t head;
+        _Atomic uint32_t ready;
+        _Atomic uint32_t leave;
+        _Atomic uint32_t receiver_cpu;
+        /* who sleeps: receivers for bytes, senders for space */
+        _Alignas(64) struct waiters receivers;
+        _Alignas(64) struct waiters senders;
+        /* what this ring is of: both sides compare it with what the router told them */
+        _Alignas(64) _Atomic uint64_t incarnation;
+};
+
+_Static_assert(sizeof(struct ring) <= RING_HEADER, "the ring's header fits before its first bytes");
+_Static_assert(offsetof(struct ring, head) == 64, "sender and receiver write different lines");
+_Static_assert(offsetof(struct ring, receivers) == 128, "waiters have lines of their own");
+_Static_assert(offsetof(struct ring, senders) == 192, "waiters have lines of their own");
+_Static_assert(offsetof(struct ring, incarnation) == 256, "layout is part of the version");
+
+/* What the waiters of one side need from the other. */
+struct side {
+        /* w this side: bells that the router has from us: the other side may ask it for them */
+        _Atomic uint32_t published;
+        uint32_t unused;
+        /* w other side: it has these bells of ours and can ring them */
+        _Atomic uint64_t known[BELL_WORDS];
+        /* w other side (or), r this side (exchange): slots in which something happened, per bell */
+        _Alignas(64) _Atomic uint64_t dirty[BELLS];
+};
+
+struct arena {
+        uint64_t magic;
+        uint32_t version;
+        uint32_t size_of_ring;
+        _Alignas(64) struct side sides[SIDES];
+};
+
+_Static_assert(sizeof(struct arena) <= (size_t)ARENA_PAGES * PAGE, "the arena's header fits its pages");
+_Static_assert(SLOT_OFFSET + SLOTS * SIDES * PAGE <= BULK_OFFSET, "the slots end before the bulk area");
+
+#endif
