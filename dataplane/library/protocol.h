@@ -15,7 +15,7 @@
  *                                     <-       REFUSE reason
  *      BELL arena, index + eventfd    ->                            no answer; `published` is raised by the
  * library FETCH arena, index             ->
- *                                     <-       RING arena, index (+ eventfd; without: not known)
+ *                                     <-       RING arena, index (+ socket; without: not known)
  *      RELEASE arena, slot            ->                            this side is done with the slot; no
  * answer NOTE connection, reason        ->                            why a connection stays on TCP, for
  * status; no answer

@@ -1,0 +1,345 @@
+#include "arena.h"
+
+#include "protocol.h"
+#include "real.h"
+#include "router.h"
+#include "sys.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+
+static struct mapping *mappings; /* ARENAS of them, touched as used */
+
+static uint64_t bit(int number)
+{
+        return UINT64_C(1) << (number % 64);
+}
+
+struct mapping *mapping_of(uint32_t arena)
+{
+        return &mappings[arena % ARENAS];
+}
+
+struct view end_sends(const struct end *end)
+{
+        return arena_view(atomic_load_explicit(&end->arena, memory_order_relaxed),
+                          atomic_load_explicit(&end->slot, memory_order_relaxed),
+                          atomic_load_explicit(&end->side, memory_order_relaxed));
+}
+
+struct view end_receives(const struct end *end)
+{
+        return arena_view(atomic_load_explicit(&end->arena, memory_order_relaxed),
+                          atomic_load_explicit(&end->slot, memory_order_relaxed),
+                          1 - atomic_load_explicit(&end->side, memory_order_relaxed));
+}
+
+int own_descriptor(int fd)
+{
+        struct rlimit limit = {.rlim_cur = 1024};
+        long floor, moved;
+
+        if (fd < 0)
+                return -1;
+        sys_4(SYS_prlimit64, 0, RLIMIT_NOFILE, 0, &limit);
+        /* Not at the very top of a large table: the kernel's table, which fork copies, reaches to the highest one. */
+        floor = limit.rlim_cur > 4096 ? 3072 : (long)limit.rlim_cur / 4 * 3;
+        moved = sys_3(SYS_fcntl, fd, F_DUPFD_CLOEXEC, floor);
+        sys_1(SYS_close, fd);
+        if (moved < 0)
+                return -1;
+        if (moved >= DESCRIPTORS) {
+                sys_1(SYS_close, moved);
+                return -1;
+        }
+        fd_set_word((int)moved, FD_OWN);
+        return (int)moved;
+}
+
+bool is_own_descriptor(int fd)
+{
+        return process.on && (unsigned)fd < DESCRIPTORS &&
+               (uint32_t)atomic_load_explicit(&process.fds[fd], memory_order_relaxed) == FD_OWN;
+}
+
+void close_own(int fd)
+{
+        fd_set_word(fd, 0);
+        sys_1(SYS_close, fd);
+}
+
+static bool make_mappings(void)
+{
+        long got;
+
+        if (mappings)
+                return true;
+        got = sys_6(SYS_mmap, 0, ARENAS * sizeof *mappings, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (got < 0 && got > -4096)
+                return false;
+        mappings = (struct mapping *)got;
+        return true;
+}
+
+/* The family's record of an arena, new or known; -1: too many. */
+static int64_t find_record(uint64_t id, uint64_t token, uint32_t side)
+{
+        uint32_t high = atomic_load(&family->next_arena);
+
+        for (uint32_t i = 0; i < high && i < ARENAS; i++)
+                if (atomic_load_explicit(&family->arenas[i].id, memory_order_relaxed) == id &&
+                    atomic_load_explicit(&family->arenas[i].side, memory_order_relaxed) == side)
+                        return i;
+        for (uint32_t i = 0; i < ARENAS; i++) {
+                struct arena_record *record = &family->arenas[i];
+                uint64_t free = 0;
+
+                if (!atomic_compare_exchange_strong(&record->id, &free, id))
+                        continue;
+                atomic_store(&record->token, token);
+                atomic_store(&record->side, side);
+                atomic_store(&record->bells, 0);
+                atomic_store(&record->connections, 0);
+                while (i >= high && !atomic_compare_exchange_weak(&family->next_arena, &high, i + 1))
+                        ;
+                return i;
+        }
+        return -1;
+}
+
+static bool is_what_it_should_be(const struct arena *arena)
+{
+        return arena->magic == FREEFLOW_MAGIC && arena->version == FREEFLOW_VERSION && arena->size_of_ring == RING_SIZE;
+}
+
+static void close_bells(struct mapping *mapping, _Atomic int32_t *bells)
+{
+        for (int i = 0; i < BELLS; i++) {
+                int32_t fd = atomic_exchange(&bells[i], 0);
+
+                if (fd > 0)
+                        close_own(fd - 1);
+        }
+        for (int i = 0; i < BELL_WORDS; i++)
+                atomic_store(&mapping->idle[i], 0);
+}
+
+static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
+{
+        unsigned char *before = atomic_load(&mapping->base);
+        const int wanted = F_SEAL_SHRINK | F_SEAL_GROW;
+        long seals, got;
+
+        if (before && atomic_load(&mapping->id) == id)
+                return REASON_NONE;
+        /* A file that could shrink would be a SIGBUS in the program. */
+        seals = sys_2(SYS_fcntl, memfd, F_GET_SEALS);
+        if (seals < 0 || (seals & wanted) != wanted || sys_3(SYS_lseek, memfd, 0, SEEK_END) != (long)ARENA_SIZE)
+                return REASON_CORRUPT;
+        got = sys_6(SYS_mmap, before, ARENA_SIZE, PROT_READ | PROT_WRITE,
+                    MAP_SHARED | MAP_NORESERVE | (before ? MAP_FIXED : 0), memfd, 0);
+        if (got < 0 && got > -4096)
+                return REASON_MEMORY;
+        sys_3(SYS_madvise, got, ARENA_SIZE, MADV_DONTDUMP);
+        for (int i = 0; i < SLOTS; i++)
+                atomic_store_explicit(&mapping->slots[i], 0, memory_order_relaxed);
+        close_bells(mapping, mapping->bells);
+        close_bells(mapping, mapping->peers);
+        atomic_store(&mapping->id, id);
+        atomic_store_explicit(&mapping->base, (unsigned char *)got, memory_order_release);
+        return is_what_it_should_be((struct arena *)got) ? REASON_NONE : REASON_CORRUPT;
+}
+
+/* Nobody here uses the arena any more. What still looks at it sees private memory. */
+static void unmap(uint32_t arena)
+{
+        struct mapping *mapping = mapping_of(arena);
+        unsigned char *base = atomic_load(&mapping->base);
+
+        if (!base || !atomic_exchange(&mapping->id, 0))
+                return;
+        sys_6(SYS_mmap, base, ARENA_SIZE, PROT_READ | PROT_WRITE,
+              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+        close_bells(mapping, mapping->bells);
+        close_bells(mapping, mapping->peers);
+}
+
+uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t side, uint32_t slot, uint64_t incarnation,
+                      int memfd)
+{
+        struct mapping *mapping;
+        int64_t arena;
+        uint32_t reason;
+
+        if (!id || side >= SIDES || slot >= SLOTS || !incarnation)
+                return REASON_CORRUPT;
+        if (!make_mappings())
+                return REASON_MEMORY;
+        arena = find_record(id, token, side);
+        if (arena < 0)
+                return REASON_MEMORY;
+        mapping = mapping_of((uint32_t)arena);
+        reason = map(mapping, id, memfd);
+        if (!reason)
+                for (uint32_t d = 0; d < SIDES; d++) {
+                        struct view view = arena_view((uint32_t)arena, slot, d);
+
+                        if (atomic_load(&view.ring->incarnation) != incarnation)
+                                reason = REASON_CORRUPT;
+                }
+        if (reason) {
+                if (!atomic_load(&family->arenas[arena].connections)) {
+                        unmap((uint32_t)arena);
+                        atomic_store(&family->arenas[arena].id, 0);
+                }
+                return reason;
+        }
+        atomic_fetch_add(&family->arenas[arena].connections, 1);
+        atomic_store(&mapping->slots[slot], end_number(end) + 1);
+        atomic_store(&end->arena, (uint32_t)arena);
+        atomic_store(&end->side, (uint16_t)side);
+        atomic_store(&end->slot, (uint16_t)slot);
+        atomic_store(&end->incarnation, incarnation);
+        return REASON_NONE;
+}
+
+void arena_release(struct end *end)
+{
+        uint32_t arena = atomic_load(&end->arena);
+        struct arena_record *record = &family->arenas[arena % ARENAS];
+        uint64_t incarnation = atomic_exchange(&end->incarnation, 0);
+        struct mapping *mapping;
+
+        if (!incarnation)
+                return;
+        router_release(atomic_load(&record->id), atomic_load(&record->token), atomic_load(&end->slot), incarnation);
+        if (!mappings)
+                return;
+        mapping = mapping_of(arena);
+        atomic_store(&mapping->slots[atomic_load(&end->slot) % SLOTS], 0);
+        if (atomic_fetch_sub(&record->connections, 1) == 1) {
+                unmap(arena);
+                atomic_store(&record->id, 0);
+        }
+}
+
+/* A child shares the arenas, and needs bells of its own: a byte in a bell would wake whichever of the two comes first. */
+void arena_forked(void)
+{
+        uint32_t high = atomic_load(&family->next_arena);
+
+        for (uint32_t i = 0; mappings && i < high && i < ARENAS; i++)
+                if (atomic_load(&mappings[i].id)) {
+                        close_bells(&mappings[i], mappings[i].bells);
+                        if (atomic_load(&family->arenas[i].id) != atomic_load(&mappings[i].id))
+                                unmap(i);
+                }
+}
+
+int bell_descriptor(uint32_t arena, int bell)
+{
+        return atomic_load(&mapping_of(arena)->bells[bell]) - 1;
+}
+
+static int make_bell(uint32_t arena)
+{
+        struct arena_record *record = &family->arenas[arena];
+        struct mapping *mapping = mapping_of(arena);
+        uint32_t bell;
+        int pair[2], ours;
+
+        if (atomic_load(&record->bells) >= BELLS)
+                return -1;
+        if (sys_4(SYS_socketpair, AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) < 0)
+                return -1;
+        bell = atomic_fetch_add(&record->bells, 1);
+        ours = bell < BELLS ? own_descriptor(pair[0]) : -1;
+        if (ours >= 0) {
+                atomic_store(&mapping->bells[bell], ours + 1);
+                router_bell(atomic_load(&record->id), atomic_load(&record->token), atomic_load(&record->side), bell,
+                            pair[1]);
+        }
+        sys_1(SYS_close, pair[1]);
+        return ours < 0 ? -1 : (int)bell;
+}
+
+int bell_take(uint32_t arena)
+{
+        struct mapping *mapping = mapping_of(arena);
+
+        for (int word = 0; word < BELL_WORDS; word++) {
+                uint64_t idle = atomic_load_explicit(&mapping->idle[word], memory_order_relaxed);
+
+                while (idle)
+                        if (atomic_compare_exchange_weak_explicit(&mapping->idle[word], &idle, idle & (idle - 1),
+                                                                  memory_order_acquire, memory_order_relaxed))
+                                return word * 64 + __builtin_ctzll(idle);
+        }
+        return make_bell(arena);
+}
+
+void bell_return(uint32_t arena, int bell)
+{
+        atomic_fetch_or_explicit(&mapping_of(arena)->idle[bell / 64], bit(bell), memory_order_release);
+}
+
+bool bell_is_known(uint32_t arena, uint32_t side, int bell)
+{
+        struct side *ours = &arena_header(mapping_of(arena))->sides[side];
+
+        return atomic_load_explicit(&ours->known[bell / 64], memory_order_relaxed) & bit(bell);
+}
+
+void bell_silence(int fd)
+{
+        char bytes[64];
+
+        while (sys_6(SYS_recvfrom, fd, bytes, sizeof bytes, MSG_DONTWAIT, 0, 0) == (long)sizeof bytes)
+                ;
+}
+
+/* A descriptor that rings a bell of the other side; -1: it can't be had now. */
+static int peer_bell(uint32_t arena, uint32_t side, int bell)
+{
+        struct mapping *mapping = mapping_of(arena);
+        struct arena_record *record = &family->arenas[arena];
+        int32_t known = atomic_load_explicit(&mapping->peers[bell], memory_order_acquire);
+        int fd;
+
+        if (known > 0)
+                return known - 1;
+        fd = own_descriptor(router_fetch(atomic_load(&record->id), atomic_load(&record->token), 1 - side, (uint32_t)bell));
+        if (fd < 0)
+                return -1;
+        if (!atomic_compare_exchange_strong(&mapping->peers[bell], &known, fd + 1)) {
+                close_own(fd);
+                return known - 1;
+        }
+        atomic_fetch_or(&arena_header(mapping)->sides[1 - side].known[bell / 64], bit(bell));
+        return fd;
+}
+
+void ring_bells(struct waiters *waiters, uint32_t arena, uint32_t side, uint32_t slot)
+{
+        struct side *theirs = &arena_header(mapping_of(arena))->sides[1 - side];
+
+        atomic_exchange_explicit(&waiters->any, 0, memory_order_acq_rel);
+        for (int word = 0; word < BELL_WORDS; word++) {
+                uint64_t sleeping = atomic_load_explicit(&waiters->bells[word], memory_order_relaxed);
+
+                if (sleeping)
+                        sleeping = atomic_exchange_explicit(&waiters->bells[word], 0, memory_order_acq_rel);
+                for (; sleeping; sleeping &= sleeping - 1) {
+                        int bell = word * 64 + __builtin_ctzll(sleeping);
+                        int fd = peer_bell(arena, side, bell);
+
+                        atomic_fetch_or_explicit(&theirs->dirty[bell], UINT64_C(1) << slot, memory_order_seq_cst);
+                        if (fd >= 0)
+                                sys_6(SYS_sendto, fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, 0, 0);
+                }
+        }
+}

@@ -1,0 +1,98 @@
+/* The arenas that this process has mapped, and the bells with which waiters are woken.
+ *
+ * A bell is a pair of connected unix sockets, made by the waiter's side for one waiter and one arena: the other side gets
+ * one end from the router and sends a byte into it. Not an eventfd: its two holders share one file description, so
+ * either could make the other block in write(), or take the other's wake-ups away; MSG_DONTWAIT is the call's own, and who
+ * fills or breaks his bell deafens nobody else.
+ *
+ * A mapping stays readable and writable memory when its arena goes (an anonymous one takes its place), because waiters
+ * look at rings without a lock. Only what happens under a flow's lock, after the generation was compared, means anything.
+ */
+#ifndef FREEFLOW_ARENA_H
+#define FREEFLOW_ARENA_H
+
+#include "family.h"
+#include "ring.h"
+
+struct end;
+
+/* A process's own part of an arena. */
+struct mapping {
+        unsigned char *_Atomic base;
+        _Atomic uint64_t id;
+        _Atomic int32_t bells[BELLS];      /* 1 + receiving end of ours */
+        _Atomic int32_t peers[BELLS];      /* 1 + sending end of the other side's */
+        _Atomic uint64_t idle[BELL_WORDS]; /* bells of ours that no thread waits with */
+        _Atomic uint32_t slots[SLOTS];     /* 1 + number of the end in the slot */
+};
+
+struct mapping *mapping_of(uint32_t arena);
+
+static inline struct arena *arena_header(const struct mapping *mapping)
+{
+        return (struct arena *)atomic_load_explicit(&mapping->base, memory_order_acquire);
+}
+
+/* The ring of a direction in a slot. */
+static inline struct view arena_view(uint32_t arena, uint32_t slot, uint32_t direction)
+{
+        unsigned char *base = (unsigned char *)arena_header(mapping_of(arena));
+        size_t number = (size_t)slot * SIDES + direction;
+
+        return (struct view){
+            .ring = (struct ring *)(base + SLOT_OFFSET + number * PAGE),
+            .bulk = base + BULK_OFFSET + number * RING_SIZE,
+        };
+}
+
+/* The rings of an attached end: the one it sends into, and the one it receives from. */
+struct view end_sends(const struct end *end);
+struct view end_receives(const struct end *end);
+
+/* Take what the router granted. Returns a reason, 0 if the end is attached. `memfd` stays the caller's. */
+uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t side, uint32_t slot, uint64_t incarnation,
+                      int memfd);
+/* The end is done with its slot, if it has one. */
+void arena_release(struct end *end);
+void arena_forked(void);
+
+/* A bell for one wait of a thread, or one that an epoll instance keeps; -1: there is none to be had. */
+int bell_take(uint32_t arena);
+void bell_return(uint32_t arena, int bell);
+int bell_descriptor(uint32_t arena, int bell);
+/* Has the other side said that it can ring it? */
+bool bell_is_known(uint32_t arena, uint32_t side, int bell);
+/* Take the bytes out of a bell. */
+void bell_silence(int fd);
+
+/* Say that this bell's waiter is about to sleep. The caller looks at the ring once more afterwards. */
+static inline void wait_begin(struct waiters *waiters, int bell)
+{
+        atomic_fetch_or_explicit(&waiters->bells[bell / 64], UINT64_C(1) << (bell % 64), memory_order_relaxed);
+        atomic_store_explicit(&waiters->any, 1, memory_order_relaxed);
+        /* Pairs with wake(): either it sees `any`, or we see what it published. */
+        atomic_thread_fence(memory_order_seq_cst);
+}
+
+static inline void wait_end(struct waiters *waiters, int bell)
+{
+        atomic_fetch_and_explicit(&waiters->bells[bell / 64], ~(UINT64_C(1) << (bell % 64)), memory_order_relaxed);
+}
+
+void ring_bells(struct waiters *waiters, uint32_t arena, uint32_t side, uint32_t slot);
+
+/* Something was published for those who wait here. */
+static inline void wake(struct waiters *waiters, uint32_t arena, uint32_t side, uint32_t slot)
+{
+        atomic_thread_fence(memory_order_seq_cst);
+        if (__builtin_expect(atomic_load_explicit(&waiters->any, memory_order_relaxed) != 0, 0))
+                ring_bells(waiters, arena, side, slot);
+}
+
+/* Descriptors of the library's own: above where programs look, and closed on exec. Takes over `fd`; -1 if it can't. */
+int own_descriptor(int fd);
+bool is_own_descriptor(int fd);
+/* Close an own descriptor. */
+void close_own(int fd);
+
+#endif

@@ -1,0 +1,174 @@
+/* What the processes that share connections by fork share about them: the family's memory.
+ *
+ * A connection's end is a file description, which fork hands to children; so what an end has read and written, and the
+ * locks that order it, live in memory that fork hands on as well: anonymous, shared, made by the first process. Nothing in
+ * it is a pointer or a descriptor, and the other end of a connection never sees it.
+ *
+ * Descriptors, mappings and epoll instances are a process's own: `struct process`.
+ *
+ * Life of an end: made by socket() or accept(); found through `process.fds`, which holds its number and
+ * generation; held by up to HOLDERS processes; freed by the last one's last close, under both locks, with a new
+ * generation. Whoever waited in between looks at the generation again before he touches anything.
+ */
+#ifndef FREEFLOW_FAMILY_H
+#define FREEFLOW_FAMILY_H
+
+#include "layout.h"
+#include "lock.h"
+
+#include <stdbool.h>
+#include <sys/types.h>
+
+enum {
+        ENDS = 65536,          /* connections of one family; more stay on TCP */
+        HOLDERS = 4,           /* processes that hold one end; more: it is never freed, and never upgraded */
+        ARENAS = 16384,        /* process pairs of one family */
+        DESCRIPTORS = 1 << 20, /* descriptors above are not looked at */
+};
+
+/* A direction's way through its life. A receiver: TCP -> READY -> RING -> OVER; a sender: TCP -> RING -> OVER. */
+enum phase {
+        PHASE_TCP,   /* bytes go over TCP, and are counted */
+        PHASE_READY, /* receiver: bytes still come over TCP; every wait looks at the ring too */
+        PHASE_RING,  /* bytes go through the ring */
+        PHASE_OVER,  /* the ring ended; bytes go over TCP again, for ever */
+};
+
+/* One direction, as the end that keeps it knows it. */
+struct flow {
+        struct lock lock;
+        _Atomic uint32_t phase;
+        _Atomic uint32_t kernel;   /* calls in the kernel that don't look at the ring */
+        _Atomic uint32_t unused;
+        _Atomic uint64_t position; /* bytes over TCP so far, while PHASE_TCP or PHASE_READY */
+        _Atomic uint64_t edge;     /* sender: tail, receiver: head; the ring's words only publish it */
+        _Atomic uint64_t base;     /* sender: where the ring began anew */
+        _Atomic uint64_t limit;    /* receiver: position at which the ring begins, in PHASE_READY and later */
+        _Atomic uint64_t touched;  /* sender: highest offset used since the bulk area was given back */
+        _Atomic uint64_t moved;    /* bytes through the ring, for statistics */
+        _Atomic uint32_t misses;   /* waits in a row that spinning didn't shorten */
+        _Atomic uint32_t timeout;  /* SO_RCVTIMEO or SO_SNDTIMEO in ms, 0: none */
+};
+
+enum stage {
+        STAGE_CLOSED,    /* a socket without a connection yet, or none any more */
+        STAGE_CANDIDATE, /* connected, counted */
+        STAGE_ASKED,     /* the router knows; no answer yet */
+        STAGE_REFUSED,   /* it said no: the next call on the connection stops looking at it */
+        STAGE_GRANTED,   /* there is a slot; the next call on the connection checks its counters */
+        STAGE_ATTACHED,  /* the flows' phases say the rest */
+};
+
+struct end {
+        _Atomic uint32_t generation; /* odd: in use */
+        _Atomic uint32_t stage;
+        _Atomic int32_t holders[HOLDERS];
+        _Atomic uint32_t operations;
+        _Atomic uint32_t reason; /* of the last thing that stood in the way */
+        _Atomic uint32_t nonblocking;
+        _Atomic uint32_t active; /* opened by connect(): its SYN counts as a byte acknowledged */
+        _Atomic uint32_t shut;   /* 1: SHUT_RD, 2: SHUT_WR was called */
+        _Atomic uint32_t checked; /* ticks() at the last look at the kernel's state of the connection */
+        _Atomic uint32_t epoch;   /* router_epoch() when it was asked */
+        _Atomic uint64_t opened; /* ns */
+        _Atomic uint64_t cookie;
+        _Atomic uint64_t incarnation;
+        _Atomic uint32_t arena; /* index into family.arenas */
+        _Atomic uint16_t side;
+        _Atomic uint16_t slot;
+        _Alignas(64) struct flow rx;
+        _Alignas(64) struct flow tx;
+};
+
+/* An arena, as all processes of the family know it. */
+struct arena_record {
+        _Atomic uint64_t id; /* 0: free */
+        _Atomic uint64_t token;
+        _Atomic uint32_t side;
+        _Atomic uint32_t bells;       /* next index of ours */
+        _Atomic uint32_t connections; /* ends attached to it */
+        _Atomic uint32_t unused;
+};
+
+struct family {
+        _Atomic uint32_t next_end;
+        _Atomic uint32_t next_arena;
+        struct arena_record arenas[ARENAS];
+        struct end ends[ENDS];
+};
+
+extern struct family *family;
+
+/* A process's own. */
+struct process {
+        _Atomic uint64_t *fds;        /* DESCRIPTORS words, 0: not looked at; generation << 32 | what: see FD_* */
+        _Atomic uint16_t *local;      /* ENDS counters: descriptors of this process for an end */
+        _Atomic uint32_t *alive;      /* a page that is empty in a child: how we learn of a fork */
+        _Atomic uint32_t high;        /* descriptors tracked were all below */
+        _Atomic int32_t pid;
+        bool on;
+        bool loopback;
+};
+
+extern struct process process;
+
+/* The lower half of a word of `process.fds`: 1 + number of an end, FD_POLLER + number of an epoll instance, FD_OWN. */
+#define FD_POLLER UINT32_C(0x80000000)
+#define FD_OWN UINT32_C(0xffffffff)
+
+static inline bool fd_is_end(uint64_t found)
+{
+        return (uint32_t)found - 1 < ENDS;
+}
+
+void fd_set_word(int fd, uint64_t word);
+
+/* The thread's id, and what a child must not inherit. */
+extern __thread uint32_t thread_id __attribute__((tls_model("initial-exec")));
+
+uint32_t thread_find_id(void);
+
+static inline uint32_t self(void)
+{
+        return __builtin_expect(thread_id != 0, 1) ? thread_id : thread_find_id();
+}
+
+void family_start(void);
+void family_forked(void);
+
+/* The end behind a descriptor and its generation, or NULL. */
+static inline struct end *end_of(int fd, uint64_t *key)
+{
+        if (!process.on || (unsigned)fd >= DESCRIPTORS)
+                return NULL;
+        uint64_t found = atomic_load_explicit(&process.fds[fd], memory_order_relaxed);
+
+        if (__builtin_expect(!fd_is_end(found), 1))
+                return NULL;
+        if (__builtin_expect(!atomic_load_explicit(process.alive, memory_order_relaxed), 0))
+                family_forked();
+        *key = found;
+        return &family->ends[(uint32_t)found - 1];
+}
+
+static inline uint32_t end_number(const struct end *end)
+{
+        return (uint32_t)(end - family->ends);
+}
+
+/* Is it still the same connection? */
+static inline bool end_is(const struct end *end, uint64_t key)
+{
+        return atomic_load_explicit(&end->generation, memory_order_acquire) == (uint32_t)(key >> 32);
+}
+
+struct end *end_make(int fd, bool nonblocking);
+void end_alias(int old, int new);
+/* Before the descriptor is closed or replaced. */
+void end_forget(int fd);
+/* This connection stays on, or goes back to, TCP and is no longer looked at. Not for one that is attached. */
+void end_leave(int fd, struct end *end, uint64_t key, uint32_t reason);
+uint32_t end_holders(const struct end *end);
+bool end_held_elsewhere(const struct end *end);
+
+#endif

@@ -1,0 +1,130 @@
+/* One direction of a connection as bytes in shared memory: one sender, one receiver.
+ *
+ * Positions only grow: `tail` counts what was put in, `head` what was taken out. Each side keeps its own index in
+ * memory of its own (`struct flow`.edge) and only publishes it in the ring; of the other side's index it believes no more
+ * than that it is a number: tail - head must not exceed RING_SIZE, and the offset into the ring is masked. So whatever the
+ * other side writes, nothing outside the ring is read or written.
+ *
+ * Byte p lies at offset (p - base) mod RING_SIZE. The sender moves `base` to `tail` only while the ring is empty, so a
+ * receiver that loads it after a tail that says "not empty" has the one that holds for these bytes.
+ *
+ * All functions are called under the flow's lock. What a signal handler did inside it is found by the commit, which
+ * compares: then the caller begins again.
+ */
+#ifndef FREEFLOW_RING_H
+#define FREEFLOW_RING_H
+
+#include "family.h"
+#include "layout.h"
+
+#include <string.h>
+#include <sys/uio.h>
+
+struct view {
+        struct ring *ring;
+        unsigned char *bulk;
+};
+
+/* A place in a list of buffers. */
+struct cursor {
+        const struct iovec *vec;
+        size_t offset;
+};
+
+#define RING_CORRUPT (-1)
+
+/* The address of an offset, and how far it goes on from there. */
+static inline unsigned char *ring_at(const struct view *view, uint64_t offset, size_t *run)
+{
+        offset &= RING_SIZE - 1;
+        if (offset < SMALL_SIZE) {
+                *run = SMALL_SIZE - offset;
+                return (unsigned char *)view->ring + RING_HEADER + offset;
+        }
+        *run = RING_SIZE - offset;
+        return view->bulk + offset;
+}
+
+/* Bytes that may be put in now, for a message of `want`; RING_CORRUPT: the receiver's index is nonsense. */
+static inline int64_t ring_space(struct flow *flow, const struct view *view, size_t want, uint64_t limit)
+{
+        uint64_t tail = atomic_load_explicit(&flow->edge, memory_order_relaxed);
+        uint64_t used = tail - atomic_load_explicit(&view->ring->head, memory_order_acquire);
+
+        if (__builtin_expect(used > RING_SIZE, 0))
+                return RING_CORRUPT;
+        if (!used && want <= SMALL_SIZE && atomic_load_explicit(&flow->base, memory_order_relaxed) != tail) {
+                atomic_store_explicit(&flow->base, tail, memory_order_relaxed);
+                atomic_store_explicit(&view->ring->base, tail, memory_order_relaxed);
+        }
+        return used < limit ? (int64_t)(limit - used) : 0;
+}
+
+/* Where byte `tail` goes, and how many bytes fit there in one piece. */
+static inline unsigned char *ring_to_put(const struct flow *flow, const struct view *view, uint64_t tail, size_t *run)
+{
+        return ring_at(view, tail - atomic_load_explicit(&flow->base, memory_order_relaxed), run);
+}
+
+/* Make bytes up to `tail + size` readable; false: a signal handler has put bytes there meanwhile. */
+static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t tail, size_t size)
+{
+        uint64_t end = (tail - atomic_load_explicit(&flow->base, memory_order_relaxed)) + size;
+
+        if (!atomic_compare_exchange_strong_explicit(&flow->edge, &tail, tail + size, memory_order_relaxed,
+                                                     memory_order_relaxed))
+                return false;
+        if (end > atomic_load_explicit(&flow->touched, memory_order_relaxed))
+                atomic_store_explicit(&flow->touched, end, memory_order_relaxed);
+        atomic_store_explicit(&view->ring->tail, tail + size, memory_order_release);
+        return true;
+}
+
+/* Bytes that can be taken; RING_CORRUPT: the sender's index is nonsense. */
+static inline int64_t ring_ready(const struct flow *flow, const struct view *view)
+{
+        uint64_t tail = atomic_load_explicit(&view->ring->tail, memory_order_acquire);
+        uint64_t ready = tail - atomic_load_explicit(&flow->edge, memory_order_relaxed);
+
+        return __builtin_expect(ready > RING_SIZE, 0) ? RING_CORRUPT : (int64_t)ready;
+}
+
+/* Where byte `head` is, and how many follow it in one piece. After ring_ready() said that there is one. */
+static inline unsigned char *ring_to_take(const struct view *view, uint64_t head, size_t *run)
+{
+        return ring_at(view, head - atomic_load_explicit(&view->ring->base, memory_order_relaxed), run);
+}
+
+/* Give back the space below `head + size`; false: a signal handler has taken bytes meanwhile. */
+static inline bool ring_take(struct flow *flow, const struct view *view, uint64_t head, size_t size)
+{
+        if (!atomic_compare_exchange_strong_explicit(&flow->edge, &head, head + size, memory_order_relaxed,
+                                                     memory_order_relaxed))
+                return false;
+        atomic_store_explicit(&view->ring->head, head + size, memory_order_release);
+        return true;
+}
+
+/* Copy `size` bytes between the cursor's buffers and `place`, and move the cursor. */
+static inline void cursor_copy(struct cursor *cursor, unsigned char *place, size_t size, bool into_ring)
+{
+        while (size) {
+                size_t left = cursor->vec->iov_len - cursor->offset;
+                size_t part = left < size ? left : size;
+                unsigned char *buffer = (unsigned char *)cursor->vec->iov_base + cursor->offset;
+
+                if (into_ring)
+                        memcpy(place, buffer, part);
+                else
+                        memcpy(buffer, place, part);
+                place += part;
+                size -= part;
+                cursor->offset += part;
+                if (cursor->offset == cursor->vec->iov_len) {
+                        cursor->vec++;
+                        cursor->offset = 0;
+                }
+        }
+}
+
+#endif

@@ -1,0 +1,442 @@
+#include "router.h"
+
+#include "arena.h"
+#include "clock.h"
+#include "family.h"
+#include "lock.h"
+#include "protocol.h"
+#include "settings.h"
+#include "statistics.h"
+#include "sys.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+enum {
+        RETRY = 1000,        /* ms between attempts to reach a router that isn't there */
+        SEND_PATIENCE = 20,  /* ms that what must not be lost waits for room */
+        FETCH_PATIENCE = 100 /* ms */
+};
+
+#define BUILD_ID_SIZE 32
+extern const char freeflow_build[BUILD_ID_SIZE];
+
+struct settings settings = {
+    .enabled = 1, .operations = 4, .age = 0, .bytes = 0, .bulk = 65536, .spin = 20, .ring_limit = RING_SIZE};
+
+static struct {
+        struct lock lock;
+        int fd; /* 1 + descriptor */
+        _Atomic uint32_t epoch;
+        _Atomic uint32_t asked; /* answers that may come */
+        uint32_t failed;        /* ticks() of the last failure, 0: none */
+        _Atomic uint32_t looked;
+} router;
+
+/* An answer to router_fetch(). */
+struct fetched {
+        bool done;
+        int fd;
+        uint32_t bell;
+        uint64_t arena;
+};
+
+uint32_t router_epoch(void)
+{
+        return atomic_load_explicit(&router.epoch, memory_order_relaxed);
+}
+
+static void hang_up(void)
+{
+        if (router.fd)
+                close_own(router.fd - 1);
+        router.fd = 0;
+        router.failed = ticks() | 1;
+        atomic_store(&router.asked, 0);
+        atomic_fetch_add(&router.epoch, 1);
+}
+
+/* Returns 0, or an errno. */
+static int say_with(const void *message, size_t size, int fd, int patience)
+{
+        union {
+                struct cmsghdr header;
+                char room[CMSG_SPACE(sizeof(int))];
+        } control;
+        struct iovec vec = {.iov_base = (void *)(uintptr_t)message, .iov_len = size};
+        struct msghdr header = {.msg_iov = &vec, .msg_iovlen = 1};
+
+        if (!router.fd)
+                return ENOTCONN;
+        if (fd >= 0) {
+                memset(&control, 0, sizeof control);
+                control.header.cmsg_level = SOL_SOCKET;
+                control.header.cmsg_type = SCM_RIGHTS;
+                control.header.cmsg_len = CMSG_LEN(sizeof fd);
+                memcpy(CMSG_DATA(&control.header), &fd, sizeof fd);
+                header.msg_control = &control;
+                header.msg_controllen = sizeof control.room;
+        }
+        for (;;) {
+                long sent = sys_3(SYS_sendmsg, router.fd - 1, &header, MSG_DONTWAIT | MSG_NOSIGNAL);
+                struct pollfd room = {.fd = router.fd - 1, .events = POLLOUT};
+                struct timespec time = {.tv_nsec = (long)patience * 1000000};
+
+                if (sent >= 0)
+                        return 0;
+                if (sent == -EINTR)
+                        continue;
+                if (sent != -EAGAIN) {
+                        hang_up();
+                        return (int)-sent;
+                }
+                if (!patience || sys_5(SYS_ppoll, &room, 1, &time, 0, 0) <= 0)
+                        return EAGAIN;
+                patience = 0;
+        }
+}
+
+static bool call(void)
+{
+        struct sockaddr_un address = {.sun_family = AF_UNIX};
+        const char *path = environment("FREEFLOW_ROUTER");
+        struct hello hello = {.message = {.kind = HELLO, .size = sizeof hello},
+                              .version = PROTOCOL_VERSION,
+                              .layout_version = FREEFLOW_VERSION};
+        size_t length;
+        int fd;
+
+        if (router.fd)
+                return true;
+        if (router.failed && ticks() - router.failed < RETRY)
+                return false;
+        path = path ? path : ROUTER_SOCKET;
+        length = strlen(path);
+        if (length >= sizeof address.sun_path)
+                return false;
+        memcpy(address.sun_path, path, length);
+        fd = own_descriptor((int)sys_3(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+        if (fd < 0) {
+                router.failed = ticks() | 1;
+                return false;
+        }
+        if (sys_3(SYS_connect, fd, &address, offsetof(struct sockaddr_un, sun_path) + length + 1) < 0) {
+                close_own(fd);
+                router.failed = ticks() | 1;
+                return false;
+        }
+        router.fd = fd + 1;
+        router.failed = 0;
+        memcpy(hello.build, freeflow_build, sizeof hello.build);
+        return say_with(&hello, sizeof hello, -1, 0) == 0;
+}
+
+/* A signal handler that comes while its thread is in here does without the router. */
+static bool enter(enum taken *taken)
+{
+        *taken = lock_take(&router.lock, self());
+        return *taken == LOCK_TAKEN;
+}
+
+static bool name_of(int fd, long call_number, struct address *name)
+{
+        union {
+                struct sockaddr any;
+                struct sockaddr_in v4;
+                struct sockaddr_in6 v6;
+        } address;
+        uint32_t size = sizeof address;
+
+        if (sys_3(call_number, fd, &address, &size) < 0)
+                return false;
+        memset(name, 0, sizeof *name);
+        if (address.any.sa_family == AF_INET) {
+                memcpy(name->bytes, &address.v4.sin_addr, 4);
+                name->family = AF_INET;
+                name->port = ntohs(address.v4.sin_port);
+        } else if (address.any.sa_family == AF_INET6) {
+                static const uint8_t mapped[12] = {[10] = 0xff, [11] = 0xff};
+
+                name->port = ntohs(address.v6.sin6_port);
+                if (memcmp(&address.v6.sin6_addr, mapped, sizeof mapped) == 0) {
+                        memcpy(name->bytes, (const uint8_t *)&address.v6.sin6_addr + 12, 4);
+                        name->family = AF_INET;
+                } else {
+                        memcpy(name->bytes, &address.v6.sin6_addr, 16);
+                        name->family = AF_INET6;
+                }
+        } else {
+                return false;
+        }
+        return true;
+}
+
+static bool is_loopback(const struct address *name)
+{
+        static const uint8_t one[16] = {[15] = 1};
+
+        return name->family == AF_INET ? name->bytes[0] == 127 : memcmp(name->bytes, one, sizeof one) == 0;
+}
+
+bool router_ask(struct end *end, int fd)
+{
+        struct ask ask = {.message = {.kind = ASK, .size = sizeof ask}, .connection = end_number(end)};
+        uint32_t size = sizeof ask.cookie;
+        enum taken taken;
+        bool asked = false;
+
+        if (!enter(&taken))
+                return false;
+        if (call() && name_of(fd, SYS_getsockname, &ask.local) && name_of(fd, SYS_getpeername, &ask.remote) &&
+            sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_COOKIE, &ask.cookie, &size) == 0) {
+                if (is_loopback(&ask.remote) && !process.loopback) {
+                        atomic_store(&end->reason, REASON_FOREIGN);
+                        atomic_store(&end->stage, STAGE_REFUSED);
+                } else if (say_with(&ask, sizeof ask, -1, 0) == 0) {
+                        atomic_store(&end->cookie, ask.cookie);
+                        atomic_store(&end->epoch, atomic_load(&router.epoch));
+                        atomic_store(&end->stage, STAGE_ASKED);
+                        atomic_fetch_add(&router.asked, 1);
+                        statistics_count(&statistics.asked);
+                        asked = true;
+                }
+        }
+        lock_release(&router.lock, taken);
+        return asked;
+}
+
+static struct end *asked_for(uint32_t connection, uint64_t cookie)
+{
+        struct end *end = connection < ENDS ? &family->ends[connection] : NULL;
+
+        if (!end || !(atomic_load(&end->generation) & 1) || atomic_load(&end->stage) != STAGE_ASKED ||
+            atomic_load(&end->cookie) != cookie)
+                return NULL;
+        return end;
+}
+
+static void granted(const struct grant *grant, int memfd)
+{
+        struct end *end = asked_for(grant->connection, grant->cookie);
+        uint32_t reason;
+
+        if (!end || end_held_elsewhere(end)) {
+                struct release release = {.message = {.kind = RELEASE, .size = sizeof release},
+                                          .slot = grant->slot,
+                                          .arena = grant->arena,
+                                          .incarnation = grant->incarnation,
+                                          .token = grant->token};
+
+                say_with(&release, sizeof release, -1, SEND_PATIENCE);
+                if (end) {
+                        atomic_store(&end->reason, REASON_SHARED);
+                        atomic_store(&end->stage, STAGE_REFUSED);
+                }
+                return;
+        }
+        reason = arena_attach(end, grant->arena, grant->token, grant->side, grant->slot, grant->incarnation, memfd);
+        atomic_store(&end->reason, reason);
+        atomic_store(&end->stage, reason ? STAGE_REFUSED : STAGE_GRANTED);
+        statistics_count(reason ? &statistics.refused : &statistics.granted);
+}
+
+static void take(const void *buffer, size_t size, int fd, struct fetched *fetched)
+{
+        const struct message *message = buffer;
+
+        switch (message->kind) {
+        case WELCOME: {
+                const struct welcome *welcome = buffer;
+
+                if (size != sizeof *welcome || welcome->version != PROTOCOL_VERSION ||
+                    welcome->layout_version != FREEFLOW_VERSION) {
+                        settings.enabled = 0;
+                        break;
+                }
+                settings.enabled = welcome->enabled;
+                settings.operations = welcome->operations;
+                settings.age = welcome->age;
+                settings.bytes = welcome->bytes;
+                settings.bulk = welcome->bulk;
+                settings.spin = welcome->spin < 1000 ? welcome->spin : 1000;
+                settings.ring_limit = welcome->ring_limit < RING_SIZE ? welcome->ring_limit : RING_SIZE;
+                if (settings.ring_limit < PAGE)
+                        settings.ring_limit = PAGE;
+                break;
+        }
+        case GRANT:
+                if (size == sizeof(struct grant))
+                        granted(buffer, fd);
+                break;
+        case REFUSE: {
+                const struct refuse *refuse = buffer;
+                struct end *end = size == sizeof *refuse ? asked_for(refuse->connection, refuse->cookie) : NULL;
+
+                if (end) {
+                        atomic_store(&end->reason, refuse->reason);
+                        atomic_store(&end->stage, STAGE_REFUSED);
+                        statistics_count(&statistics.refused);
+                }
+                break;
+        }
+        case RING: {
+                const struct bell *bell = buffer;
+
+                if (size == sizeof *bell && fetched && bell->arena == fetched->arena && bell->index == fetched->bell) {
+                        fetched->done = true;
+                        fetched->fd = fd;
+                        return;
+                }
+                break;
+        }
+        default:
+                break;
+        }
+        if (fd >= 0)
+                sys_1(SYS_close, fd);
+}
+
+/* Take one message; false: there is none. */
+static bool listen_once(struct fetched *fetched)
+{
+        union {
+                struct cmsghdr header;
+                char room[CMSG_SPACE(4 * sizeof(int))];
+        } control;
+        union {
+                struct message message;
+                struct welcome welcome;
+                struct grant grant;
+                uint64_t words[32];
+        } buffer;
+        struct iovec vec = {.iov_base = &buffer, .iov_len = sizeof buffer};
+        struct msghdr header = {
+            .msg_iov = &vec, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+        int fd = -1;
+        long got;
+
+        if (!router.fd)
+                return false;
+        got = sys_3(SYS_recvmsg, router.fd - 1, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        if (got == -EAGAIN || got == -EINTR)
+                return false;
+        if (got < (long)sizeof buffer.message) {
+                hang_up();
+                return false;
+        }
+        for (struct cmsghdr *part = CMSG_FIRSTHDR(&header); part; part = CMSG_NXTHDR(&header, part))
+                if (part->cmsg_level == SOL_SOCKET && part->cmsg_type == SCM_RIGHTS &&
+                    part->cmsg_len >= CMSG_LEN(sizeof fd))
+                        memcpy(&fd, CMSG_DATA(part), sizeof fd);
+        take(&buffer, (size_t)got, fd, fetched);
+        return true;
+}
+
+void router_look(struct end *end)
+{
+        uint32_t tick = ticks();
+        enum taken taken;
+
+        /* At first after every few operations, then with the clock. */
+        if (atomic_load_explicit(&router.looked, memory_order_relaxed) == tick &&
+            atomic_load_explicit(&end->operations, memory_order_relaxed) % 8)
+                return;
+        atomic_store_explicit(&router.looked, tick, memory_order_relaxed);
+        if (!enter(&taken))
+                return;
+        while (listen_once(NULL))
+                ;
+        lock_release(&router.lock, taken);
+}
+
+void router_note(struct end *end, uint32_t reason)
+{
+        struct note note = {.message = {.kind = NOTE, .size = sizeof note},
+                            .reason = reason,
+                            .cookie = atomic_load(&end->cookie)};
+        enum taken taken;
+
+        statistics_reason(reason);
+        if (!note.cookie || !enter(&taken))
+                return;
+        if (router.fd)
+                say_with(&note, sizeof note, -1, 0);
+        lock_release(&router.lock, taken);
+}
+
+void router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t index, int fd)
+{
+        struct bell bell = {.message = {.kind = BELL, .size = sizeof bell},
+                            .index = index,
+                            .arena = arena,
+                            .token = token,
+                            .side = side};
+        enum taken taken;
+
+        if (!enter(&taken))
+                return;
+        if (call())
+                say_with(&bell, sizeof bell, fd, SEND_PATIENCE);
+        lock_release(&router.lock, taken);
+}
+
+int router_fetch(uint64_t arena, uint64_t token, uint32_t side, uint32_t index)
+{
+        struct bell bell = {.message = {.kind = FETCH, .size = sizeof bell},
+                            .index = index,
+                            .arena = arena,
+                            .token = token,
+                            .side = side};
+        struct fetched fetched = {.fd = -1, .bell = index, .arena = arena};
+        uint64_t deadline = now() + FETCH_PATIENCE * UINT64_C(1000000);
+        enum taken taken;
+
+        if (!enter(&taken))
+                return -1;
+        if (call() && say_with(&bell, sizeof bell, -1, SEND_PATIENCE) == 0)
+                while (router.fd && !fetched.done) {
+                        struct pollfd answer = {.fd = router.fd - 1, .events = POLLIN};
+                        struct timespec time = {.tv_nsec = FETCH_PATIENCE * 1000000L};
+
+                        if (listen_once(&fetched))
+                                continue;
+                        if (now() >= deadline || !router.fd)
+                                break;
+                        sys_5(SYS_ppoll, &answer, 1, &time, 0, 0);
+                }
+        lock_release(&router.lock, taken);
+        return fetched.fd;
+}
+
+void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation)
+{
+        struct release release = {.message = {.kind = RELEASE, .size = sizeof release},
+                                  .slot = slot,
+                                  .arena = arena,
+                                  .incarnation = incarnation,
+                                  .token = token};
+        enum taken taken;
+
+        if (!enter(&taken))
+                return;
+        if (router.fd)
+                say_with(&release, sizeof release, -1, SEND_PATIENCE);
+        lock_release(&router.lock, taken);
+}
+
+/* The socket is the parent's: a child calls on its own. */
+void router_forked(void)
+{
+        atomic_store(&router.lock.word, 0);
+        if (router.fd)
+                close_own(router.fd - 1);
+        router.fd = 0;
+        router.failed = 0;
+        atomic_store(&router.asked, 0);
+        atomic_fetch_add(&router.epoch, 1);
+}

@@ -1,0 +1,35 @@
+/* What this process's connections did; written to FREEFLOW_STATS at exit, for tests and measurements. */
+#ifndef FREEFLOW_STATISTICS_H
+#define FREEFLOW_STATISTICS_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+enum { REASONS = 16 };
+
+struct statistics {
+        _Atomic uint64_t tracked, asked, granted, refused;
+        _Atomic uint64_t receivers, senders; /* directions that went to the ring */
+        _Atomic uint64_t received, sent;     /* bytes through rings */
+        _Atomic uint64_t retreats, corrupt;
+        _Atomic uint64_t sleeps, spins; /* waits that slept, waits that spinning ended */
+        _Atomic uint64_t reasons[REASONS];
+};
+
+extern struct statistics statistics;
+
+static inline void statistics_add(_Atomic uint64_t *counter, uint64_t more)
+{
+        /* Not a locked instruction: a count that two threads raise at the same moment may miss one. */
+        atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + more,
+                              memory_order_relaxed);
+}
+
+static inline void statistics_count(_Atomic uint64_t *counter)
+{
+        statistics_add(counter, 1);
+}
+
+void statistics_reason(uint32_t reason);
+
+#endif
