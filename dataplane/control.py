@@ -1,0 +1,176 @@
+"""What the driver and the router say to each other: one line of JSON per message, on a socket for root alone.
+
+The driver sends what is true now (`Learn`, whole, never a difference) and asks; the router answers each with one line.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+DEFAULT_RING_LIMIT = 4 << 20
+
+
+class Rule(msgspec.Struct, frozen=True, kw_only=True):
+    """When a connection is upgraded, and how it waits: see `struct welcome` in `library/protocol.h`."""
+
+    operations: int = 4
+    """Reads and writes,"""
+    age: int = 0
+    """and microseconds since it began,"""
+    bytes: int = 0
+    """and bytes in both directions;"""
+    bulk: int = 64 << 10
+    """or so many bytes, whatever the rest."""
+    spin: int = 20
+    """Microseconds."""
+    ring_limit: int = DEFAULT_RING_LIMIT
+    """Bytes of a ring that may be used."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What one container may have."""
+
+    processes: int = 2048
+    waiting: int = 16384
+    """Connections that asked and whose other end hasn't."""
+    connections: int = 16384
+    """Connections in shared memory."""
+    asks: int = 5000
+    """Per second."""
+    messages: int = 25000
+    """Per second; past it the container waits, and nobody else."""
+    bells: int = 16384
+    memory: int = 1 << 30
+    """Bytes of shared memory that are really used."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What can be set for a host."""
+
+    acceleration: bool = True
+    rule: Rule = Rule()
+    limits: Limits = Limits()
+
+
+class EndpointFact(msgspec.Struct, frozen=True, kw_only=True):
+    """An endpoint on this host."""
+
+    id: str
+    network: str
+    addresses: tuple[str, ...]
+    namespace: int
+    """Inode of its container's network namespace."""
+    path: str = ""
+    """A path of that namespace, as the router sees it."""
+    container: str = ""
+    """What people call the container, if that is known."""
+
+
+class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
+    """A network that has endpoints on this host."""
+
+    id: str
+    name: str = ""
+    acceleration: bool = True
+    subnets: tuple[str, ...] = ()
+    vips: dict[str, tuple[str, ...]] = {}
+    """VIP to the addresses of its tasks, on whatever host."""
+    rule: Rule | None = None
+    """If it isn't the host's."""
+
+
+class Learn(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):
+    """All that the driver knows, in place of what it said before."""
+
+    endpoints: tuple[EndpointFact, ...] = ()
+    networks: tuple[NetworkFact, ...] = ()
+    settings: Settings = Settings()
+
+
+class AskStatistics(msgspec.Struct, frozen=True, tag="statistics"):
+    """Counts."""
+
+
+class AskConnections(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
+    """The list of connections; of one namespace, or all."""
+
+    namespace: int | None = None
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """The snapshot is in force."""
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """What was asked for can't be had."""
+
+    message: str
+
+
+class ContainerCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """One container's share."""
+
+    namespace: int
+    container: str
+    processes: int = 0
+    waiting: int = 0
+    shm: int = 0
+    bells: int = 0
+    memory: int = 0
+    builds: dict[str, int] = {}
+    """Processes by the build id of their library."""
+
+
+class Statistics(msgspec.Struct, frozen=True, kw_only=True, tag="statistics"):
+    """Counts since the router's start, unless they say now."""
+
+    uptime: float
+    learned: bool
+    """Whether a snapshot has come."""
+    processes: int
+    """Now."""
+    waiting: int
+    """Now."""
+    shm: int
+    """Connections with a slot now; both ends on one host count as one."""
+    arenas: int
+    """Now."""
+    memory: int
+    """Bytes of shared memory used now."""
+    granted: int
+    refused: dict[str, int]
+    """By reason's word."""
+    noted: dict[str, int]
+    """By reason's word."""
+    wrong_messages: int
+    dropped: int
+    """Clients that didn't take their answers."""
+    containers: tuple[ContainerCounts, ...] = ()
+
+
+class Connection(msgspec.Struct, frozen=True, kw_only=True):
+    """One end of a TCP connection in a container on a freeflow network."""
+
+    namespace: int
+    container: str
+    network: str
+    local: str
+    remote: str
+    path: str
+    """overlay or shm."""
+    reason: str | None = None
+    """Word of the reason, if it isn't on shm."""
+    age: float | None = None
+    """Seconds on shm, or since it asked."""
+
+
+class Connections(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
+    """Answer to AskConnections."""
+
+    connections: tuple[Connection, ...]
+    reasons: dict[str, str]
+    """Word to sentence, of those that appear."""
+
+
+Request = Learn | AskStatistics | AskConnections
+Reply = Done | Failed | Statistics | Connections

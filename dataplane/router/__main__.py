@@ -1,0 +1,59 @@
+"""The router as a program: `python -m dataplane.router --socket PATH --control PATH [--watch-stdin]`.
+
+It listens on the public socket once it has learned a snapshot over the control socket, see `dataplane/client.py`. With
+`--watch-stdin` it ends when its standard input does: whoever started it holds the other end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+
+from dataplane.router.server import Server
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="freeflow-router", description="Pairs connections.")
+    parser.add_argument("--socket", type=Path, default=Path("/run/freeflow/router.sock"))
+    parser.add_argument("--control", type=Path, default=Path("/run/freeflow-admin/router.sock"))
+    parser.add_argument("--watch-stdin", action="store_true", help="end when standard input does")
+    parser.add_argument("--log-level", default="info")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run until SIGTERM or SIGINT."""
+    given = _parser().parse_args(arguments)
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(given.log_level),
+        logger_factory=structlog.WriteLoggerFactory(sys.stdout),
+    )
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    server = Server(given.socket, given.control)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    if given.watch_stdin:
+        os.set_blocking(sys.stdin.fileno(), False)
+        server.watch(sys.stdin.fileno())
+    # What is made at start stays: no collection has to look at it.
+    gc.freeze()
+    server.run()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,99 @@
+"""Arenas as the router keeps them: which slot carries which connection, who may speak for a side, whose bells there are.
+
+An arena belongs to two processes. A slot is free again when both sides have released it; a side without processes has
+released all. No I/O: descriptors are numbers here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from dataplane.router.layout import SIDES, SLOTS
+from dataplane.router.wire import Address
+
+
+@dataclass(slots=True, eq=False)
+class End:
+    """One end of a connection that has a slot."""
+
+    process: int
+    namespace: int
+    cookie: int
+    network: str
+    local: Address
+    remote: Address
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A slot in use. An end that has released it is None."""
+
+    incarnation: int
+    since: float
+    ends: list[End | None]
+    lost: float | None = None
+    """Since when the kernel knows neither socket."""
+
+
+@dataclass(slots=True, eq=False)
+class Side:
+    """One side of an arena."""
+
+    token: int
+    namespace: int
+    members: set[int] = field(default_factory=set)
+    """Processes that were granted slots or have shown the token."""
+    bells: dict[int, int] = field(default_factory=dict)
+    """Index to eventfd."""
+
+
+@dataclass(slots=True, eq=False)
+class Arena:
+    """Shared memory of two processes."""
+
+    id: int
+    memory: int
+    pair: tuple[int, int]
+    sides: tuple[Side, Side]
+    holders: set[int] = field(default_factory=set)
+    """Processes that were sent the memfd."""
+    slots: dict[int, Slot] = field(default_factory=dict)
+    free: list[int] = field(default_factory=lambda: list(reversed(range(SLOTS))))
+    used: int = 0
+    """Bytes, when last looked."""
+
+    def take(self, incarnation: int, since: float, ends: tuple[End, End]) -> int:
+        """Put a connection in a free slot; there must be one."""
+        number = self.free.pop()
+        self.slots[number] = Slot(incarnation, since, list(ends))
+        return number
+
+    def side_of(self, token: int, namespace: int) -> int | None:
+        """The side that a token is of, if the container is that side's."""
+        for number in range(SIDES):
+            side = self.sides[number]
+            if side.token == token and side.namespace == namespace:
+                return number
+        return None
+
+    def release(self, number: int, side: int) -> tuple[End | None, bool]:
+        """One side is done with a slot. What end that was, and whether the slot is free now."""
+        slot = self.slots[number]
+        end, slot.ends[side] = slot.ends[side], None
+        if any(each is not None for each in slot.ends):
+            return end, False
+        del self.slots[number]
+        self.free.append(number)
+        return end, True
+
+    @property
+    def done(self) -> bool:
+        """Nothing is in it, and nothing will come: a side has no processes."""
+        return not self.slots and not all(side.members for side in self.sides)
+
+    def bells(self) -> Iterator[tuple[Side, int]]:
+        """All bells."""
+        for side in self.sides:
+            for descriptor in side.bells.values():
+                yield side, descriptor

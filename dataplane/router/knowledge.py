@@ -1,0 +1,143 @@
+"""What the driver said, made ready for one look-up per question.
+
+A whole snapshot replaces the one before; while the driver is away the last one stays true.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from operator import attrgetter
+from pathlib import Path
+from typing import Final
+
+from dataplane.control import Learn, Rule, Settings
+from dataplane.errors import DataplaneError
+from dataplane.router.wire import IPAddress
+
+_RULE_FIELDS: Final = tuple(Rule.__struct_fields__)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A container's network namespace."""
+
+    namespace: int
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Network:
+    """A network, and who of it is on this host."""
+
+    id: str
+    accelerated: bool
+    subnets: tuple[IPv4Network | IPv6Network, ...]
+    rule: Rule
+    owners: dict[IPAddress, int] = field(default_factory=dict)
+    """Address to its namespace, on this host."""
+    tasks: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
+    """VIP to those of its tasks that are on this host."""
+    away: frozenset[IPAddress] = frozenset()
+    """VIPs with tasks on other hosts."""
+    vips: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
+    """Task on this host to the VIPs that lead to it."""
+
+    def __contains__(self, address: IPAddress) -> bool:
+        return any(address in subnet for subnet in self.subnets)
+
+
+class Knowledge:
+    """Endpoints, networks, VIPs and settings."""
+
+    def __init__(self, learned: Learn | None = None) -> None:
+        """Raises DataplaneError for a snapshot that contradicts itself."""
+        facts = learned or Learn()
+        self.learned = learned is not None
+        self.settings: Settings = facts.settings
+        self.networks: dict[str, Network] = {}
+        self.places: dict[int, Place] = {}
+        self._local: dict[tuple[int, IPAddress], Network] = {}
+        self._of: defaultdict[int, list[Network]] = defaultdict(list)
+        try:
+            self._read(facts)
+        except (ValueError, KeyError) as error:
+            raise DataplaneError(f"the snapshot can't be used: {error!r}") from error
+
+    def _read(self, facts: Learn) -> None:
+        for fact in facts.networks:
+            self.networks[fact.id] = Network(
+                id=fact.id,
+                accelerated=fact.acceleration and facts.settings.acceleration,
+                subnets=tuple(ip_network(text) for text in fact.subnets),
+                rule=fact.rule or facts.settings.rule,
+            )
+        for endpoint in facts.endpoints:
+            network = self.networks[endpoint.network]
+            place = Place(
+                endpoint.namespace, Path(endpoint.path), endpoint.container or endpoint.id[:12]
+            )
+            self.places[endpoint.namespace] = place
+            self._of[endpoint.namespace].append(network)
+            for text in endpoint.addresses:
+                address = ip_address(text)
+                network.owners[address] = endpoint.namespace
+                self._local[endpoint.namespace, address] = network
+        for fact in facts.networks:
+            self.networks[fact.id] = _with_vips(self.networks[fact.id], fact.vips)
+        for key, network in self._local.items():
+            self._local[key] = self.networks[network.id]
+        for namespace, networks in self._of.items():
+            self._of[namespace] = [self.networks[network.id] for network in networks]
+
+    def network_of(self, namespace: int, address: IPAddress) -> Network | None:
+        """The network in which the container of this namespace has this address."""
+        return self._local.get((namespace, address))
+
+    def networks_of(self, namespace: int) -> list[Network]:
+        """The networks of a container."""
+        return self._of.get(namespace, [])
+
+    def is_endpoint(self, namespace: int) -> bool:
+        """Whether a namespace is a container's on one of our networks."""
+        return namespace in self.places
+
+    def enabled(self, namespace: int) -> bool:
+        """Whether a container has an accelerated network."""
+        return any(network.accelerated for network in self.networks_of(namespace))
+
+    def rule(self, namespace: int) -> Rule:
+        """A container's rule: of several networks' the most patient, field by field; the shortest spin and ring."""
+        rules = [network.rule for network in self.networks_of(namespace) if network.accelerated]
+        if len(set(rules)) <= 1:
+            return rules[0] if rules else self.settings.rule
+        most = {name: max(map(attrgetter(name), rules)) for name in _RULE_FIELDS}
+        least = {name: min(map(attrgetter(name), rules)) for name in ("spin", "ring_limit")}
+        return Rule(**{**most, **least})
+
+
+def _with_vips(network: Network, vips: Mapping[str, tuple[str, ...]]) -> Network:
+    tasks: dict[IPAddress, tuple[IPAddress, ...]] = {}
+    leading: defaultdict[IPAddress, list[IPAddress]] = defaultdict(list)
+    away = set()
+    for text, addresses in vips.items():
+        vip = ip_address(text)
+        every = [ip_address(address) for address in addresses]
+        tasks[vip] = tuple(address for address in every if address in network.owners)
+        if len(tasks[vip]) < len(every):
+            away.add(vip)
+        for address in tasks[vip]:
+            leading[address].append(vip)
+    return Network(
+        id=network.id,
+        accelerated=network.accelerated,
+        subnets=network.subnets,
+        rule=network.rule,
+        owners=network.owners,
+        tasks=tasks,
+        away=frozenset(away),
+        vips={address: tuple(of) for address, of in leading.items()},
+    )

@@ -1,0 +1,151 @@
+"""Which path each connection takes, and why: the kernel's list of a container's sockets, joined with the registry.
+
+A grant counts as shm: that both ends got one is what the router knows, when each direction switches is theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from dataplane.control import Connection, Connections, ContainerCounts, Statistics
+from dataplane.errors import KernelRefused
+from dataplane.router.knowledge import Knowledge, Network
+from dataplane.router.pairing import Container, Pairing, Waiting
+from dataplane.router.reasons import Reason
+from dataplane.router.sockets import Namespaces, TcpSocket
+
+OVERLAY: Final = "overlay"
+SHM: Final = "shm"
+
+
+def connections(
+    pairing: Pairing, namespaces: Namespaces, clock: Callable[[], float], only: int | None
+) -> Iterator[Connections | None]:
+    """The list, last; a None before each step, where the caller may do something else."""
+    found: list[Connection] = []
+    for namespace in list(pairing.knowledge.places) if only is None else [only]:
+        try:
+            for each in namespaces.diag(namespace).connected():
+                if each is None:
+                    yield None
+                    continue
+                entry = _entry(pairing, namespace, each, clock())
+                if entry is not None:
+                    found.append(entry)
+        except KernelRefused:
+            # The container has ended meanwhile.
+            continue
+    words = {entry.reason for entry in found}
+    sentences = {reason.word: reason.sentence for reason in Reason if reason.word in words}
+    yield Connections(connections=tuple(found), reasons=sentences)
+
+
+def _entry(pairing: Pairing, namespace: int, tcp: TcpSocket, now: float) -> Connection | None:
+    knowledge = pairing.knowledge
+    network = knowledge.network_of(namespace, tcp.local.ip)
+    place = knowledge.places.get(namespace)
+    if network is None or place is None:
+        return None
+    container = pairing.containers.get(namespace)
+    path, reason, age = _path(pairing, container, network, tcp, now)
+    return Connection(
+        namespace=namespace,
+        container=place.name,
+        network=network.id,
+        local=str(tcp.local),
+        remote=str(tcp.remote),
+        path=path,
+        reason=None if reason is None else reason.word,
+        age=age,
+    )
+
+
+def _path(
+    pairing: Pairing, container: Container | None, network: Network, tcp: TcpSocket, now: float
+) -> tuple[str, Reason | None, float | None]:
+    """Path, reason, age."""
+    if container is not None:
+        held = container.ends.get(tcp.cookie)
+        if held is not None:
+            arena, slot, _ = held
+            return SHM, None, now - arena.slots[slot].since
+    if not network.accelerated:
+        return OVERLAY, Reason.OFF, None
+    local_peer = tcp.remote.ip in network.owners or network.tasks.get(tcp.remote.ip)
+    if not local_peer:
+        away = tcp.remote.ip in network or tcp.remote.ip in network.tasks
+        return OVERLAY, Reason.REMOTE if away else Reason.FOREIGN, None
+    if container is None or not _has_library(container):
+        return OVERLAY, Reason.NO_LIBRARY, None
+    waiting = container.waiting.get(tcp.cookie)
+    if waiting is not None:
+        return OVERLAY, _why_waiting(pairing, network, waiting), now - waiting.since
+    note = container.notes.get(tcp.cookie)
+    if note is not None:
+        return OVERLAY, Reason(note[0]), None
+    if not _peer_has_library(pairing, network, tcp):
+        return OVERLAY, Reason.PEER_NO_LIBRARY, None
+    return OVERLAY, Reason.SHORT, None
+
+
+def _has_library(container: Container) -> bool:
+    return any(process.build is not None for process in container.processes.values())
+
+
+def _peer_has_library(pairing: Pairing, network: Network, tcp: TcpSocket) -> bool:
+    """Whether any container that may be at the other end has a process with the library."""
+    ip = tcp.remote.ip
+    for address in network.tasks.get(ip, (ip,)):
+        peer = pairing.containers.get(network.owners.get(address, -1))
+        if peer is not None and _has_library(peer):
+            return True
+    return False
+
+
+def _why_waiting(pairing: Pairing, network: Network, waiting: Waiting) -> Reason:
+    if waiting.ambiguous:
+        return Reason.AMBIGUOUS
+    tcp = TcpSocket(waiting.ask.local, waiting.ask.remote, 0, 0, 0, 0)
+    has = _peer_has_library(pairing, network, tcp)
+    return Reason.PEER_SHORT if has else Reason.PEER_NO_LIBRARY
+
+
+def statistics(pairing: Pairing, *, uptime: float, wrong_messages: int, dropped: int) -> Statistics:
+    """Counts."""
+    counts = pairing.counts
+    return Statistics(
+        uptime=uptime,
+        learned=pairing.knowledge.learned,
+        processes=len(pairing.processes),
+        waiting=sum(len(each.waiting) for each in pairing.containers.values()),
+        shm=sum(len(arena.slots) for arena in pairing.arenas.values()),
+        arenas=len(pairing.arenas),
+        memory=sum(arena.used for arena in pairing.arenas.values()),
+        granted=counts.granted,
+        refused={Reason(number).word: count for number, count in counts.refused.items()},
+        noted={Reason(number).word: count for number, count in counts.noted.items()},
+        wrong_messages=wrong_messages,
+        dropped=dropped,
+        containers=tuple(
+            _counts(container, pairing.knowledge) for container in pairing.containers.values()
+        ),
+    )
+
+
+def _counts(container: Container, knowledge: Knowledge) -> ContainerCounts:
+    place = knowledge.places.get(container.namespace)
+    builds: dict[str, int] = {}
+    for process in container.processes.values():
+        if process.build is not None:
+            builds[process.build] = builds.get(process.build, 0) + 1
+    return ContainerCounts(
+        namespace=container.namespace,
+        container="" if place is None else place.name,
+        processes=len(container.processes),
+        waiting=len(container.waiting),
+        shm=len(container.ends),
+        bells=container.bells,
+        memory=container.memory,
+        builds=builds,
+    )

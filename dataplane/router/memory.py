@@ -1,0 +1,88 @@
+"""Arenas as memfds: of fixed size, so that no process can shrink what another has mapped.
+
+Pages cost nothing until they are touched. A slot's pages go back as soon as its connection has ended, and once more
+before it is used again: either side can still write there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+from typing import Final
+
+from dataplane.errors import KernelRefused
+from dataplane.router import layout
+
+_KEEP_SIZE: Final = 1
+_PUNCH_HOLE: Final = 2
+_INCARNATION: Final = struct.Struct("=Q")
+_EVENTFD: Final = "anon_inode:[eventfd]"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+
+
+def _punch(memory: int, offset: int, length: int) -> bool:
+    return bool(_libc.fallocate(memory, _PUNCH_HOLE | _KEEP_SIZE, offset, length) == 0)
+
+
+def is_eventfd(descriptor: int) -> bool:
+    """Whether a descriptor that a container sent is what it is said to be."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}") == _EVENTFD
+    except OSError:
+        return False
+
+
+class LinuxMemory:
+    """`pairing.Memory` on memfds and eventfds."""
+
+    def make(self) -> int:
+        """A new arena. Raises KernelRefused."""
+        try:
+            memory = os.memfd_create("freeflow", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise KernelRefused(f"making an arena: {error.strerror}") from error
+        try:
+            os.ftruncate(memory, layout.ARENA_SIZE)
+            header = layout.HEADER.pack(layout.MAGIC, layout.VERSION, layout.RING_SIZE)
+            os.pwrite(memory, header, 0)
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, seals)
+        except OSError as error:
+            os.close(memory)
+            raise KernelRefused(f"making an arena: {error.strerror}") from error
+        return memory
+
+    def prepare(self, memory: int, slot: int, incarnation: int) -> None:
+        """Zero a slot and name its new incarnation. Raises KernelRefused."""
+        if not self.reclaim(memory, slot):
+            raise KernelRefused(f"preparing a slot: {os.strerror(ctypes.get_errno())}")
+        value = _INCARNATION.pack(incarnation)
+        try:
+            for direction in range(layout.SIDES):
+                offset = layout.ring_offset(slot, direction) + layout.INCARNATION_OFFSET
+                os.pwrite(memory, value, offset)
+        except OSError as error:
+            raise KernelRefused(f"preparing a slot: {error.strerror}") from error
+
+    def reclaim(self, memory: int, slot: int) -> bool:
+        """Give the pages of a slot back; false if the kernel can't."""
+        return _punch(memory, layout.ring_offset(slot, 0), layout.SIDES * layout.PAGE) and _punch(
+            memory, layout.bulk_offset(slot), layout.SIDES * layout.RING_SIZE
+        )
+
+    def used(self, memory: int) -> int:
+        """Bytes that it costs."""
+        return os.fstat(memory).st_blocks * 512
+
+    def close(self, memory: int) -> None:
+        """Give its pages back, though a process may keep it mapped, and close it."""
+        _punch(memory, layout.SLOT_OFFSET, layout.ARENA_SIZE - layout.SLOT_OFFSET)
+        os.close(memory)
+
+    def close_bell(self, descriptor: int) -> None:
+        """A bell isn't needed any more."""
+        os.close(descriptor)

@@ -1,0 +1,716 @@
+"""Who is paired with whom: asks, arenas, slots, bells, and what each container may have.
+
+The two ends of one connection ask, each for itself, and are matched by their addresses. A client behind a VIP sees
+another address than its server, so for a server's ask every address that leads to it is looked at; and since one source
+port may serve two connections, one to a task and one to its VIP, the kernel is asked how many sockets fit: unless exactly
+one does, both stay on TCP.
+
+No I/O but through the three seams. No request costs more than a look-up, or one per task of a service on this host.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from dataplane.control import Limits
+from dataplane.errors import KernelRefused, WrongMessage
+from dataplane.router import layout
+from dataplane.router.arenas import Arena, End, Side
+from dataplane.router.knowledge import Knowledge, Network
+from dataplane.router.limits import Bucket
+from dataplane.router.reasons import STATUS_ONLY, Reason
+from dataplane.router.wire import (
+    PROTOCOL_VERSION,
+    Address,
+    Answer,
+    Ask,
+    Bell,
+    Fetch,
+    Grant,
+    Hello,
+    Note,
+    Refuse,
+    Release,
+    Ring,
+    Welcome,
+)
+
+FETCH_PATIENCE: Final = 0.05
+"""Seconds that a Fetch waits for its bell: bell and fetch come over two sockets, in any order."""
+NOTES: Final = 16384
+"""Per container: the oldest are forgotten."""
+FETCHES: Final = layout.SIDES * layout.BELLS
+"""Per process, unanswered."""
+ASK_AGE: Final = 5.0
+"""Seconds after which it is looked whether the socket of a waiting ask still lives."""
+LOST: Final = 60.0
+"""Seconds for which neither socket of a slot exists any more, until it is free whatever its processes say."""
+_TOLD: Final = frozenset(reason.value for reason in Reason if reason < STATUS_ONLY)
+
+
+class Post(Protocol):
+    """How answers reach processes."""
+
+    def send(self, process: int, answer: Answer, descriptor: int | None = None) -> bool:
+        """Send now or never; false if the process can't take it. It is then gone soon, not yet."""
+        ...
+
+
+class Kernel(Protocol):
+    """What the kernel knows of a container's sockets."""
+
+    def is_open(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
+        """Whether this very socket is connected."""
+        ...
+
+    def exists(self, namespace: int, local: Address, remote: Address) -> bool:
+        """Whether there is any socket of these addresses, in any state."""
+        ...
+
+
+class Memory(Protocol):
+    """Arenas' memory."""
+
+    def make(self) -> int:
+        """A new arena. Raises KernelRefused."""
+        ...
+
+    def prepare(self, memory: int, slot: int, incarnation: int) -> None:
+        """Make a slot new: nothing of its last connection is left. Raises KernelRefused."""
+        ...
+
+    def reclaim(self, memory: int, slot: int) -> bool:
+        """Give the pages of a slot back; false if that fails."""
+        ...
+
+    def used(self, memory: int) -> int:
+        """Bytes that it costs."""
+        ...
+
+    def close(self, memory: int) -> None:
+        """The router's hold on it ends; the processes keep theirs."""
+        ...
+
+    def close_bell(self, descriptor: int) -> None:
+        """A bell isn't needed any more."""
+        ...
+
+
+Key = tuple[str, Address, Address]
+"""Network, local, remote."""
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """An ask whose other end hasn't asked."""
+
+    process: int
+    namespace: int
+    ask: Ask
+    network: str
+    since: float
+    ambiguous: bool = False
+
+    @property
+    def key(self) -> Key:
+        return self.network, self.ask.local, self.ask.remote
+
+
+@dataclass(slots=True, eq=False)
+class Process:
+    """One connection to the router."""
+
+    id: int
+    namespace: int
+    pid: int
+    build: str | None = None
+    """None until HELLO."""
+    welcome: Welcome | None = None
+    waiting: dict[int, Waiting] = field(default_factory=dict)
+    """By cookie."""
+    arenas: dict[int, Arena] = field(default_factory=dict)
+    fetches: set[tuple[int, int, int]] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class Container:
+    """What one network namespace has."""
+
+    namespace: int
+    asks: Bucket
+    processes: dict[int, Process] = field(default_factory=dict)
+    waiting: dict[int, Waiting] = field(default_factory=dict)
+    """By cookie."""
+    ends: dict[int, tuple[Arena, int, int]] = field(default_factory=dict)
+    """Cookie to arena, slot and side."""
+    notes: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """Cookie to reason and when."""
+    bells: int = 0
+    memory: int = 0
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the start."""
+
+    granted: int = 0
+    refused: Counter[int] = field(default_factory=Counter)
+    noted: Counter[int] = field(default_factory=Counter)
+
+
+class Pairing:
+    """The registry. One thread uses it."""
+
+    def __init__(
+        self,
+        post: Post,
+        kernel: Kernel,
+        memory: Memory,
+        *,
+        clock: Callable[[], float],
+        secret: Callable[[], int],
+    ) -> None:
+        self._post = post
+        self._kernel = kernel
+        self._memory = memory
+        self._clock = clock
+        self._secret = secret
+        self.knowledge = Knowledge()
+        self.processes: dict[int, Process] = {}
+        self.containers: dict[int, Container] = {}
+        self.arenas: dict[int, Arena] = {}
+        self.counts = Counts()
+        self._waiting: dict[Key, Waiting] = {}
+        self._pairs: dict[tuple[int, int], list[Arena]] = {}
+        self._fetches: dict[tuple[int, int, int], dict[int, float]] = {}
+        self._ids = itertools.count(1)
+        self._incarnations = itertools.count(1)
+        self._sweep_asks: deque[Waiting] = deque()
+        self._sweep_slots: deque[tuple[Arena, int, int]] = deque()
+
+    # --- processes
+
+    @property
+    def limits(self) -> Limits:
+        """What is set."""
+        return self.knowledge.settings.limits
+
+    def connected(self, process_id: int, namespace: int, pid: int) -> bool:
+        """A process has connected; false if its container has too many."""
+        container = self.containers.get(namespace)
+        if container is None:
+            bucket = Bucket.full(self.limits.asks, self._clock())
+            container = self.containers[namespace] = Container(namespace, bucket)
+        elif len(container.processes) >= self.limits.processes:
+            return False
+        process = Process(process_id, namespace, pid)
+        self.processes[process_id] = container.processes[process_id] = process
+        return True
+
+    def hello(self, process_id: int, message: Hello) -> None:
+        """Answer with the settings, or later: a container that just came may not be known yet.
+
+        Raises:
+            WrongMessage: another version, or a second HELLO.
+        """
+        process = self.processes[process_id]
+        if process.build is not None:
+            raise WrongMessage("a second HELLO")
+        if (message.version, message.layout_version) != (PROTOCOL_VERSION, layout.VERSION):
+            raise WrongMessage(
+                f"HELLO of version {message.version}, layout {message.layout_version}; this router speaks "
+                f"{PROTOCOL_VERSION}, {layout.VERSION}: restart the container for the host's own library"
+            )
+        process.build = message.build
+        if self.knowledge.is_endpoint(process.namespace):
+            self._welcome(process)
+
+    def welcome_late(self, process_id: int) -> None:
+        """Its namespace is still no endpoint's: say so."""
+        process = self.processes.get(process_id)
+        if process is not None and process.build is not None and process.welcome is None:
+            self._welcome(process)
+
+    def _welcome(self, process: Process) -> None:
+        rule = self.knowledge.rule(process.namespace)
+        welcome = Welcome(
+            version=PROTOCOL_VERSION,
+            layout_version=layout.VERSION,
+            enabled=self.knowledge.enabled(process.namespace),
+            operations=rule.operations,
+            age=rule.age,
+            bytes=rule.bytes,
+            bulk=rule.bulk,
+            spin=rule.spin,
+            ring_limit=rule.ring_limit,
+        )
+        if welcome != process.welcome:
+            process.welcome = welcome
+            self._post.send(process.id, welcome)
+
+    def learn(self, knowledge: Knowledge) -> None:
+        """The driver knows something new: tell those whom it concerns."""
+        self.knowledge = knowledge
+        for process in list(self.processes.values()):
+            if process.build is None:
+                continue
+            if process.welcome is not None or knowledge.is_endpoint(process.namespace):
+                self._welcome(process)
+        for waiting in list(self._waiting.values()):
+            network = knowledge.network_of(waiting.namespace, waiting.ask.local.ip)
+            if network is None or network.id != waiting.network or not network.accelerated:
+                self._forget(waiting)
+                self._refuse(waiting.process, waiting.ask, _why_not(network))
+
+    def gone(self, process_id: int) -> None:
+        """A process has closed its connection: it has ended, or done something wrong."""
+        process = self.processes.pop(process_id)
+        container = self.containers[process.namespace]
+        del container.processes[process_id]
+        for waiting in list(process.waiting.values()):
+            self._forget(waiting)
+        for key in process.fetches:
+            of = self._fetches.get(key, {})
+            of.pop(process_id, None)
+            if not of:
+                self._fetches.pop(key, None)
+        for arena in list(process.arenas.values()):
+            if process_id in arena.pair:
+                self._pairs.pop(arena.pair, None)
+            arena.holders.discard(process_id)
+            for number, side in enumerate(arena.sides):
+                side.members.discard(process_id)
+                if not side.members:
+                    for slot in list(arena.slots):
+                        self._release(arena, slot, number)
+            self._close_if_done(arena)
+        self._tidy(container)
+
+    def _tidy(self, container: Container) -> None:
+        if not container.processes and not container.ends and not container.memory:
+            self.containers.pop(container.namespace, None)
+
+    # --- asks
+
+    def ask(self, process_id: int, ask: Ask) -> None:
+        """Match an ask, let it wait, or refuse it."""
+        process = self.processes[process_id]
+        container = self.containers[process.namespace]
+        found = self._admit(process, container, ask)
+        if isinstance(found, Reason):
+            self._refuse(process_id, ask, found)
+            return
+        self._replace(container, (found.id, ask.local, ask.remote), ask.cookie)
+        waiting = Waiting(process_id, process.namespace, ask, found.id, self._clock())
+        self._wait(process, container, waiting)
+        self._match(waiting, found)
+
+    def _admit(self, process: Process, container: Container, ask: Ask) -> Network | Reason:
+        """The network in which the connection may be upgraded, or why not."""
+        if process.build is None:
+            raise WrongMessage("ASK before HELLO")
+        network = self.knowledge.network_of(process.namespace, ask.local.ip)
+        if network is None or not network.accelerated:
+            return _why_not(network)
+        if not container.asks.take(self._clock(), self.limits.asks):
+            return Reason.LIMIT
+        if ask.remote.ip in network.owners:
+            pass
+        elif ask.remote.ip in network.tasks:
+            if not network.tasks[ask.remote.ip]:
+                return Reason.REMOTE
+        else:
+            return Reason.REMOTE if ask.remote.ip in network else Reason.FOREIGN
+        if self._is_full(container):
+            return Reason.LIMIT
+        if ask.cookie in container.ends:
+            return Reason.SHARED
+        if not self._kernel.is_open(process.namespace, ask.local, ask.remote, ask.cookie):
+            return Reason.NOT_FOUND
+        if ask.remote.ip in network.away and not self._servers(ask, network):
+            return Reason.REMOTE
+        return network
+
+    def _is_full(self, container: Container) -> bool:
+        limits = self.limits
+        return (
+            len(container.waiting) >= limits.waiting
+            or len(container.ends) >= limits.connections
+            or container.memory >= limits.memory
+        )
+
+    def _servers(self, ask: Ask, network: Network) -> list[Address]:
+        """Where, among a VIP's tasks on this host, its connection can end."""
+        found = []
+        for task in network.tasks[ask.remote.ip]:
+            local = Address(task, ask.remote.port)
+            if self._kernel.exists(network.owners[task], local, ask.local):
+                found.append(local)
+        return found
+
+    def _clients(self, ask: Ask, network: Network) -> list[Address]:
+        """What, of all that leads to this server, its client's socket can be connected to."""
+        leading = [ask.local]
+        leading += [Address(vip, ask.local.port) for vip in network.vips.get(ask.local.ip, ())]
+        namespace = network.owners[ask.remote.ip]
+        return [remote for remote in leading if self._kernel.exists(namespace, ask.remote, remote)]
+
+    def _partners(self, waiting: Waiting, network: Network) -> Iterator[Waiting]:
+        """Asks that fit."""
+        ask = waiting.ask
+        if ask.remote.ip in network.tasks:
+            keys = [
+                (network.id, Address(task, ask.remote.port), ask.local)
+                for task in network.tasks[ask.remote.ip]
+            ]
+        else:
+            keys = [(network.id, ask.remote, ask.local)]
+            keys += [
+                (network.id, ask.remote, Address(vip, ask.local.port))
+                for vip in network.vips.get(ask.local.ip, ())
+            ]
+        for key in keys:
+            partner = self._waiting.get(key)
+            if partner is not None and partner is not waiting:
+                yield partner
+
+    def _match(self, waiting: Waiting, network: Network) -> None:
+        partners = list(self._partners(waiting, network))
+        if not partners:
+            return
+        if len(partners) > 1 or not self._is_sure(waiting, partners[0], network):
+            for each in (waiting, *partners):
+                each.ambiguous = True
+            return
+        partner = partners[0]
+        for each in (waiting, partner):
+            process = self.processes[each.process]
+            if self._is_full(self.containers[process.namespace]):
+                self._forget(waiting)
+                self._forget(partner)
+                self._refuse(waiting.process, waiting.ask, Reason.LIMIT)
+                self._refuse(partner.process, partner.ask, Reason.LIMIT)
+                return
+        self._grant(waiting, partner)
+
+    def _is_sure(self, one: Waiting, other: Waiting, network: Network) -> bool:
+        """Whether two asks can only be the two ends of one connection."""
+        for client, server in ((one, other), (other, one)):
+            if (
+                server.ask.local.ip in network.vips
+                and server.ask.remote.ip in network.owners
+                and len(self._clients(server.ask, network)) > 1
+            ):
+                return False
+            if (
+                client.ask.remote.ip in network.tasks
+                and len(self._servers(client.ask, network)) > 1
+            ):
+                return False
+        return True
+
+    def _replace(self, container: Container, key: Key, cookie: int) -> None:
+        """An ask stands in place of older ones of the same socket, or of one that had its addresses before."""
+        for old in (container.waiting.get(cookie), self._waiting.get(key)):
+            if old is not None:
+                self._forget(old)
+
+    def _wait(self, process: Process, container: Container, waiting: Waiting) -> None:
+        self._waiting[waiting.key] = waiting
+        process.waiting[waiting.ask.cookie] = waiting
+        container.waiting[waiting.ask.cookie] = waiting
+        self._sweep_asks.append(waiting)
+
+    def _forget(self, waiting: Waiting) -> None:
+        cookie = waiting.ask.cookie
+        process = self.processes.get(waiting.process)
+        if process is not None and process.waiting.get(cookie) is waiting:
+            del process.waiting[cookie]
+        container = self.containers.get(waiting.namespace)
+        if container is not None and container.waiting.get(cookie) is waiting:
+            del container.waiting[cookie]
+        if self._waiting.get(waiting.key) is waiting:
+            del self._waiting[waiting.key]
+
+    def _refuse(self, process_id: int, ask: Ask, reason: Reason) -> None:
+        self.counts.refused[reason] += 1
+        self._remember(self.processes[process_id], ask.cookie, reason)
+        self._post.send(process_id, Refuse(ask.connection, ask.cookie, reason))
+
+    def _remember(self, process: Process, cookie: int, reason: int) -> None:
+        notes = self.containers[process.namespace].notes
+        notes.pop(cookie, None)
+        notes[cookie] = (reason, self._clock())
+        if len(notes) > NOTES:
+            del notes[next(iter(notes))]
+
+    # --- grants
+
+    def _grant(self, one: Waiting, other: Waiting) -> None:
+        self._forget(one)
+        self._forget(other)
+        if other.process < one.process:
+            one, other = other, one
+        incarnation = next(self._incarnations)
+        try:
+            arena = self._arena(one, other)
+            self._memory.prepare(arena.memory, arena.free[-1], incarnation)
+        except KernelRefused:
+            self._refuse(one.process, one.ask, Reason.MEMORY)
+            self._refuse(other.process, other.ask, Reason.MEMORY)
+            return
+        ends = (_end(one), _end(other))
+        slot = arena.take(incarnation, self._clock(), ends)
+        self._sweep_slots.append((arena, slot, incarnation))
+        self.counts.granted += 1
+        for side, waiting in enumerate((one, other)):
+            container = self.containers[waiting.namespace]
+            container.ends[waiting.ask.cookie] = (arena, slot, side)
+            container.notes.pop(waiting.ask.cookie, None)
+            arena.sides[side].members.add(waiting.process)
+            self.processes[waiting.process].arenas[arena.id] = arena
+        for side, waiting in enumerate((one, other)):
+            grant = Grant(
+                connection=waiting.ask.connection,
+                cookie=waiting.ask.cookie,
+                arena=arena.id,
+                incarnation=incarnation,
+                token=arena.sides[side].token,
+                side=side,
+                slot=slot,
+            )
+            new = waiting.process not in arena.holders
+            if self._post.send(waiting.process, grant, arena.memory if new else None):
+                arena.holders.add(waiting.process)
+
+    def _arena(self, one: Waiting, other: Waiting) -> Arena:
+        """The arena of two processes that has a free slot. Raises KernelRefused."""
+        pair = (one.process, other.process)
+        of_pair = self._pairs.setdefault(pair, [])
+        for arena in reversed(of_pair):
+            if arena.free:
+                return arena
+        sides = (Side(self._secret(), one.namespace), Side(self._secret(), other.namespace))
+        arena = Arena(next(self._ids), self._memory.make(), pair, sides)
+        self.arenas[arena.id] = arena
+        of_pair.append(arena)
+        return arena
+
+    def release(self, process_id: int, message: Release) -> None:
+        """A side is done with a slot. Unknown is fine: the router may have started anew.
+
+        Raises:
+            WrongMessage: the token isn't that of a side of the arena.
+        """
+        arena = self.arenas.get(message.arena)
+        if arena is None:
+            return
+        side = self._speaks(process_id, arena, message.token)
+        slot = arena.slots.get(message.slot)
+        if slot is None or slot.incarnation != message.incarnation or slot.ends[side] is None:
+            return
+        self._release(arena, message.slot, side)
+        self._close_if_done(arena)
+
+    def _speaks(self, process_id: int, arena: Arena, token: int) -> int:
+        """The side for which a process may speak; from now on it is one of it."""
+        process = self.processes[process_id]
+        side = arena.side_of(token, process.namespace)
+        if side is None:
+            raise WrongMessage(f"arena {arena.id}: the token is of neither side in this container")
+        if process_id not in arena.sides[side].members:
+            arena.sides[side].members.add(process_id)
+            process.arenas[arena.id] = arena
+        return side
+
+    def _release(self, arena: Arena, number: int, side: int) -> None:
+        end, free = arena.release(number, side)
+        if end is not None:
+            container = self.containers.get(end.namespace)
+            if container is not None:
+                held = container.ends.get(end.cookie)
+                if held is not None and held[0] is arena and held[1:] == (number, side):
+                    del container.ends[end.cookie]
+        if free:
+            self._memory.reclaim(arena.memory, number)
+
+    def _close_if_done(self, arena: Arena) -> None:
+        if not arena.done or arena.id not in self.arenas:
+            return
+        del self.arenas[arena.id]
+        of_pair = self._pairs.get(arena.pair)
+        if of_pair is not None and arena in of_pair:
+            of_pair.remove(arena)
+            if not of_pair:
+                del self._pairs[arena.pair]
+        for side, descriptor in arena.bells():
+            self._close_bell(side, descriptor)
+        self._account(arena, 0)
+        self._memory.close(arena.memory)
+        for side in arena.sides:
+            for member in side.members:
+                self.processes[member].arenas.pop(arena.id, None)
+            container = self.containers.get(side.namespace)
+            if container is not None:
+                self._tidy(container)
+
+    # --- bells
+
+    def bell(self, process_id: int, message: Bell, descriptor: int) -> bool:
+        """Keep a bell; false if it isn't kept, and the descriptor is still the caller's.
+
+        Raises:
+            WrongMessage: no such index, or the token isn't that of the side.
+        """
+        if message.index >= layout.BELLS:
+            raise WrongMessage(f"BELL {message.index}; a side has {layout.BELLS}")
+        arena = self.arenas.get(message.arena)
+        if arena is None:
+            return False
+        number = self._speaks(process_id, arena, message.token)
+        if message.side != number:
+            raise WrongMessage(f"arena {arena.id}: BELL of side {message.side} by side {number}")
+        side = arena.sides[number]
+        old = side.bells.pop(message.index, None)
+        if old is not None:
+            self._close_bell(side, old)
+        container = self.containers[side.namespace]
+        if container.bells >= self.limits.bells:
+            return False
+        container.bells += 1
+        side.bells[message.index] = descriptor
+        for waiting in self._fetches.pop((arena.id, number, message.index), {}):
+            self.processes[waiting].fetches.discard((arena.id, number, message.index))
+            ring = Ring(message.index, arena.id, number)
+            self._post.send(waiting, ring, descriptor)
+        return True
+
+    def fetch(self, process_id: int, message: Fetch) -> None:
+        """Hand out a bell of the other side, now or as soon as it comes.
+
+        Raises:
+            WrongMessage: no such index, or the token isn't that of the bell's other side.
+        """
+        if message.index >= layout.BELLS:
+            raise WrongMessage(f"FETCH {message.index}; a side has {layout.BELLS}")
+        answer = Ring(message.index, message.arena, message.side)
+        arena = self.arenas.get(message.arena)
+        if arena is None:
+            self._post.send(process_id, answer)
+            return
+        speaks = self._speaks(process_id, arena, message.token)
+        if message.side != 1 - speaks:
+            raise WrongMessage(f"arena {arena.id}: FETCH of side {message.side} by side {speaks}")
+        process = self.processes[process_id]
+        descriptor = arena.sides[message.side].bells.get(message.index)
+        if descriptor is not None or len(process.fetches) >= FETCHES:
+            self._post.send(process_id, answer, descriptor)
+            return
+        key = (arena.id, message.side, message.index)
+        self._fetches.setdefault(key, {})[process_id] = self._clock() + FETCH_PATIENCE
+        process.fetches.add(key)
+
+    def _close_bell(self, side: Side, descriptor: int) -> None:
+        self._memory.close_bell(descriptor)
+        container = self.containers.get(side.namespace)
+        if container is not None:
+            container.bells -= 1
+
+    # --- notes and time
+
+    def note(self, process_id: int, message: Note) -> None:
+        """Why a connection stays on TCP, or that it has ended: it doesn't wait any more.
+
+        Raises:
+            WrongMessage: no such reason.
+        """
+        if message.reason not in _TOLD:
+            raise WrongMessage(f"NOTE of unknown reason {message.reason}")
+        process = self.processes[process_id]
+        container = self.containers[process.namespace]
+        waiting = container.waiting.get(message.cookie)
+        if waiting is not None:
+            self._forget(waiting)
+        self.counts.noted[message.reason] += 1
+        if message.reason == Reason.NONE:
+            container.notes.pop(message.cookie, None)
+        else:
+            self._remember(process, message.cookie, message.reason)
+
+    @property
+    def impatient(self) -> bool:
+        """Whether a Fetch waits, so that `answer_fetches` must be called soon."""
+        return bool(self._fetches)
+
+    def answer_fetches(self) -> None:
+        """Tell those who waited long enough that their bell isn't known."""
+        now = self._clock()
+        for key, of in list(self._fetches.items()):
+            for process_id in [each for each, deadline in of.items() if deadline <= now]:
+                del of[process_id]
+                self.processes[process_id].fetches.discard(key)
+                arena, side, index = key
+                self._post.send(process_id, Ring(index, arena, side))
+            if not of:
+                del self._fetches[key]
+
+    def weigh(self) -> None:
+        """See how much memory each container's arenas use. About once a second."""
+        for arena in self.arenas.values():
+            self._account(arena, self._memory.used(arena.memory))
+
+    def _account(self, arena: Arena, used: int) -> None:
+        """Both containers bear it; an arena within one counts once."""
+        for namespace in {side.namespace for side in arena.sides}:
+            container = self.containers.get(namespace)
+            if container is not None:
+                container.memory += used - arena.used
+        arena.used = used
+
+    def sweep(self, most: int) -> None:
+        """Look at some of the oldest asks and slots: those whose sockets are gone, without a word, go too."""
+        now = self._clock()
+        for _ in range(min(most, len(self._sweep_asks))):
+            waiting = self._sweep_asks.popleft()
+            if self._waiting.get(waiting.key) is not waiting:
+                continue
+            if now - waiting.since < ASK_AGE:
+                self._sweep_asks.appendleft(waiting)
+                break
+            ask = waiting.ask
+            if self._kernel.is_open(waiting.namespace, ask.local, ask.remote, ask.cookie):
+                self._sweep_asks.append(waiting)
+            else:
+                self._forget(waiting)
+        for _ in range(min(most, len(self._sweep_slots))):
+            arena, number, incarnation = self._sweep_slots.popleft()
+            slot = arena.slots.get(number)
+            if slot is None or slot.incarnation != incarnation:
+                continue
+            known = any(
+                end is not None and self._kernel.exists(end.namespace, end.local, end.remote)
+                for end in slot.ends
+            )
+            slot.lost = None if known else slot.lost or now
+            if slot.lost is None or now - slot.lost < LOST:
+                self._sweep_slots.append((arena, number, incarnation))
+                continue
+            for side in range(layout.SIDES):
+                if number in arena.slots:
+                    self._release(arena, number, side)
+            self._close_if_done(arena)
+
+
+def _end(waiting: Waiting) -> End:
+    ask = waiting.ask
+    return End(
+        waiting.process, waiting.namespace, ask.cookie, waiting.network, ask.local, ask.remote
+    )
+
+
+def _why_not(network: Network | None) -> Reason:
+    return Reason.FOREIGN if network is None else Reason.OFF

@@ -1,0 +1,72 @@
+"""Why a connection runs over TCP: one word for tables and metrics, one sentence for people.
+
+Numbers below `STATUS_ONLY` are those of `enum reason` in `dataplane/library/protocol.h`, which a test compares; the others
+are what the router works out for `freeflow connections`.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+STATUS_ONLY: Final = 1000
+
+
+class Reason(IntEnum):
+    """Why a connection is on TCP."""
+
+    NONE = 0
+    OFF = 1
+    REMOTE = 2
+    FOREIGN = 3
+    LIMIT = 4
+    NOT_FOUND = 5
+    RAW = 6
+    STDIO = 7
+    PASSED = 8
+    OPTION = 9
+    WAITERS = 10
+    MEMORY = 11
+    CORRUPT = 12
+    PEER_CLOSED = 13
+    SHARED = 14
+    # What nobody tells: worked out.
+    SHORT = 1000
+    NO_LIBRARY = 1001
+    PEER_NO_LIBRARY = 1002
+    PEER_SHORT = 1003
+    AMBIGUOUS = 1004
+
+    @property
+    def word(self) -> str:
+        """For tables, metrics and JSON."""
+        return self.name.lower().replace("_", "-")
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        return _SENTENCES[self]
+
+
+_SENTENCES: Final = {
+    Reason.NONE: "no reason was given",
+    Reason.OFF: "acceleration is off for the network or the container",
+    Reason.REMOTE: "the peer is on another host",
+    Reason.FOREIGN: "an address isn't an endpoint of a freeflow network",
+    Reason.LIMIT: "a limit of the container is reached",
+    Reason.NOT_FOUND: "the kernel knows no such connection in the container",
+    Reason.RAW: "bytes went past the library: io_uring or raw system calls",
+    Reason.STDIO: "the C library's streams use it, or it is a standard stream",
+    Reason.PASSED: "it was handed to another process or program",
+    Reason.OPTION: "a socket option is set that shared memory can't carry",
+    Reason.WAITERS: "the process has more waiters than there are bells",
+    Reason.MEMORY: "the process has no address space, memory or descriptor left",
+    Reason.CORRUPT: "the other side wrote nonsense into the shared memory",
+    Reason.PEER_CLOSED: "the other end has closed its side",
+    Reason.SHARED: "several processes hold this end",
+    Reason.SHORT: "it is too short or too quiet for an upgrade so far",
+    Reason.NO_LIBRARY: "no process of the container runs with the library, or this one doesn't",
+    Reason.PEER_NO_LIBRARY: "the peer runs without the library",
+    Reason.PEER_SHORT: "the peer hasn't asked yet: it has seen too few operations, or keeps to TCP",
+    Reason.AMBIGUOUS: "several connections of the peer fit: one to a task and one to its service's VIP",
+}

@@ -1,0 +1,517 @@
+"""The router's loop: one thread, one epoll, sockets that never make it wait.
+
+A client that sends what the protocol doesn't have, or doesn't take its answers, loses its connection and nothing else; a
+container that talks too much is read later. The public socket appears with the first snapshot: before it, nobody could be
+told the truth.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+
+from dataplane import control
+from dataplane.errors import DataplaneError, WrongMessage
+from dataplane.router import listing, sockets, wire
+from dataplane.router.bound import BoundSocket
+from dataplane.router.knowledge import Knowledge
+from dataplane.router.limits import Bucket
+from dataplane.router.memory import LinuxMemory, is_eventfd
+from dataplane.router.pairing import Pairing
+from dataplane.router.sockets import LinuxKernel, Namespaces
+
+log = structlog.get_logger()
+
+PATIENCE: Final = 2.0
+"""Seconds that a process of an unknown namespace waits for its WELCOME: its container may just have come."""
+_AT_ONCE: Final = 32
+"""Messages of one client, and new clients, per round."""
+_DESCRIPTORS: Final = 4
+_SPACE: Final = socket.CMSG_SPACE(_DESCRIPTORS * 4)
+_BACKLOG: Final = 4096
+_BEAT: Final = 1.0
+_SWEEP: Final = 50
+_CONTROL_LINE: Final = 64 << 20
+_CONTROL_CHUNK: Final = 1 << 18
+_PEERCRED: Final = struct.Struct("=3i")
+_READ: Final = select.EPOLLIN | select.EPOLLRDHUP
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """A process's connection."""
+
+    socket: socket.socket
+    process: int
+    namespace: int
+    pid: int
+    doomed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Talk:
+    """How much a container talks."""
+
+    messages: Bucket
+    clients: int = 0
+    paused: set[int] = field(default_factory=set)
+    """Descriptors that aren't read for now."""
+    logged: float = float("-inf")
+    unsaid: int = 0
+    """Wrong messages since the last log line."""
+
+
+@dataclass(slots=True, eq=False)
+class Admin:
+    """A connection of the driver."""
+
+    socket: socket.socket
+    received: bytearray = field(default_factory=bytearray)
+    unsent: bytearray = field(default_factory=bytearray)
+    work: Iterator[control.Connections | None] | None = None
+
+
+class Server:
+    """The router. `run` until `stop`."""
+
+    def __init__(
+        self,
+        public: Path,
+        admin: Path,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        secret: Callable[[], int] | None = None,
+    ) -> None:
+        self._public = public
+        self._clock = clock
+        self._started = clock()
+        self._namespaces = Namespaces(self._path_of, clock)
+        self.pairing = Pairing(
+            self,
+            LinuxKernel(self._namespaces),
+            LinuxMemory(),
+            clock=clock,
+            secret=secret or _secret,
+        )
+        self._epoll = select.epoll()
+        self._clients: dict[int, Client] = {}
+        self._by_process: dict[int, Client] = {}
+        self._admins: dict[int, Admin] = {}
+        self._talks: dict[int, Talk] = {}
+        self._doomed: deque[Client] = deque()
+        self._late: deque[tuple[float, int]] = deque()
+        self._ids = 0
+        self._beat = clock()
+        self._resume_accept: float | None = None
+        self._wrong = 0
+        self._dropped = 0
+        self._stopped = False
+        self._watch: int | None = None
+        self._listener: BoundSocket | None = None
+        self._control = BoundSocket(admin, socket.SOCK_STREAM, 0o600, 16)
+        self._epoll.register(self._control.socket, select.EPOLLIN)
+
+    def _path_of(self, namespace: int) -> Path | None:
+        place = self.pairing.knowledge.places.get(namespace)
+        return None if place is None or place.path == Path() else place.path
+
+    # --- the loop
+
+    def run(self) -> None:
+        """Serve until `stop` is called or the watched descriptor ends."""
+        try:
+            while not self._stopped:
+                self._round()
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Leave `run` soon; to be called from a signal handler."""
+        self._stopped = True
+
+    def watch(self, descriptor: int) -> None:
+        """Stop when this pipe's other end is closed: whoever started us has ended, however."""
+        self._watch = descriptor
+        self._epoll.register(descriptor, select.EPOLLIN)
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        for client in list(self._clients.values()):
+            self._drop(client)
+        for admin in list(self._admins.values()):
+            self._drop_admin(admin)
+        if self._listener is not None:
+            self._listener.close()
+        self._control.close()
+        self._namespaces.close()
+        self._epoll.close()
+
+    def _round(self) -> None:
+        for descriptor, events in self._epoll.poll(self._timeout(), 256):
+            self._serve(descriptor, events)
+            self._bury()
+        now = self._clock()
+        if self.pairing.impatient:
+            self.pairing.answer_fetches()
+        while self._late and self._late[0][0] <= now:
+            self.pairing.welcome_late(self._late.popleft()[1])
+        for admin in list(self._admins.values()):
+            self._work(admin)
+        self._resume(now)
+        if now - self._beat >= _BEAT:
+            self._beat = now
+            self.pairing.weigh()
+            self.pairing.sweep(_SWEEP)
+            self._namespaces.tidy()
+            self._forget_talks(now)
+        self._bury()
+
+    def _timeout(self) -> float:
+        if any(admin.work is not None for admin in self._admins.values()):
+            return 0
+        if self.pairing.impatient:
+            return 0.01
+        if any(talk.paused for talk in self._talks.values()):
+            return 0.02
+        return _BEAT
+
+    def _serve(self, descriptor: int, events: int) -> None:
+        client = self._clients.get(descriptor)
+        if client is not None:
+            self._read(client, events)
+        elif descriptor in self._admins:
+            self._serve_admin(self._admins[descriptor], events)
+        elif self._listener is not None and descriptor == self._listener.socket.fileno():
+            self._accept(self._listener.socket)
+        elif descriptor == self._control.socket.fileno():
+            self._accept_admin()
+        elif descriptor == self._watch:
+            self._stopped = self._stopped or not os.read(descriptor, 4096)
+
+    def _resume(self, now: float) -> None:
+        """Read again from containers that had talked too much, if time has filled their bucket."""
+        rate = self.pairing.limits.messages
+        for talk in self._talks.values():
+            if talk.paused and not talk.messages.empty(now, rate):
+                for descriptor in talk.paused:
+                    self._epoll.modify(descriptor, _READ)
+                talk.paused.clear()
+        if self._resume_accept is not None and now >= self._resume_accept:
+            self._resume_accept = None
+            if self._listener is not None:
+                self._epoll.modify(self._listener.socket, select.EPOLLIN)
+
+    # --- clients
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(_AT_ONCE):
+            try:
+                accepted, _ = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    log.error("no descriptor for a new process", reason=error.strerror)
+                    self._epoll.modify(listener, 0)
+                    self._resume_accept = self._clock() + _BEAT
+                    return
+                continue
+            self._admit(accepted)
+
+    def _admit(self, accepted: socket.socket) -> None:
+        try:
+            accepted.setblocking(False)
+            pid, _, _ = _PEERCRED.unpack(
+                accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
+            )
+            # The accepted end of a unix socket belongs to the namespace of the connecting one.
+            namespace = self._namespaces.hold(fcntl.ioctl(accepted, sockets.SIOCGSKNS))
+        except OSError as error:
+            log.error("a process can't be told from others", reason=error.strerror)
+            accepted.close()
+            return
+        talk = self._talks.get(namespace)
+        now = self._clock()
+        if talk is None:
+            talk = self._talks[namespace] = Talk(Bucket.full(self.pairing.limits.messages, now))
+        self._ids += 1
+        if not talk.messages.take(now, self.pairing.limits.messages) or not self.pairing.connected(
+            self._ids, namespace, pid
+        ):
+            accepted.close()
+            self._namespaces.let_go(namespace)
+            return
+        talk.clients += 1
+        client = Client(accepted, self._ids, namespace, pid)
+        self._clients[accepted.fileno()] = self._by_process[client.process] = client
+        self._epoll.register(accepted, _READ)
+
+    def _read(self, client: Client, events: int) -> None:
+        if not events & select.EPOLLIN:
+            self._doom(client)
+            return
+        talk = self._talks[client.namespace]
+        for _ in range(_AT_ONCE):
+            if client.doomed:
+                return
+            if not talk.messages.take(self._clock(), self.pairing.limits.messages):
+                talk.paused.add(client.socket.fileno())
+                self._epoll.modify(client.socket, 0)
+                return
+            try:
+                data, ancillary, flags, _ = client.socket.recvmsg(
+                    wire.MAX_MESSAGE + 1, _SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                return
+            except OSError:
+                self._doom(client)
+                return
+            received = _descriptors(ancillary)
+            try:
+                if not data and not received:
+                    # The end, or an empty packet, which is no message either.
+                    self._doom(client)
+                    return
+                if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                    raise WrongMessage("a packet or its descriptors are too long")
+                self._handle(client, wire.unpack(data), received)
+            except WrongMessage as error:
+                self._blame(client, talk, error)
+                return
+            except Exception:
+                # A bug of ours costs one client its connection, not all.
+                log.exception("a bug in the router", pid=client.pid)
+                self._doom(client)
+                return
+            finally:
+                for descriptor in received:
+                    os.close(descriptor)
+
+    def _handle(self, client: Client, message: wire.Message, received: list[int]) -> None:
+        """Act on a message. Descriptors that are kept are taken from the list."""
+        if len(received) != isinstance(message, wire.Bell):
+            raise WrongMessage(f"{type(message).__name__} with {len(received)} descriptors")
+        pairing = self.pairing
+        process = client.process
+        match message:
+            case wire.Ask():
+                pairing.ask(process, message)
+            case wire.Release():
+                pairing.release(process, message)
+            case wire.Note():
+                pairing.note(process, message)
+            case wire.Bell():
+                if not is_eventfd(received[0]):
+                    raise WrongMessage("BELL with a descriptor that isn't an eventfd")
+                if pairing.bell(process, message, received[0]):
+                    received.clear()
+            case wire.Fetch():
+                pairing.fetch(process, message)
+            case wire.Hello():
+                pairing.hello(process, message)
+                self._late.append((self._clock() + PATIENCE, process))
+            case _:
+                raise WrongMessage(f"{type(message).__name__} is for the router to say")
+
+    def send(self, process: int, answer: wire.Answer, descriptor: int | None = None) -> bool:
+        """`pairing.Post`: now or never."""
+        client = self._by_process.get(process)
+        if client is None or client.doomed:
+            return False
+        ancillary = (
+            []
+            if descriptor is None
+            else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+        )
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        try:
+            client.socket.sendmsg([wire.pack(answer)], ancillary, flags)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                self._dropped += 1
+                log.warning("a process doesn't take its answers", pid=client.pid)
+            self._doom(client)
+            return False
+        return True
+
+    def _blame(self, client: Client, talk: Talk, error: WrongMessage) -> None:
+        self._wrong += 1
+        now = self._clock()
+        if now - talk.logged >= _BEAT:
+            place = self.pairing.knowledge.places.get(client.namespace)
+            log.warning(
+                "wrong message",
+                container="" if place is None else place.name,
+                namespace=client.namespace,
+                pid=client.pid,
+                reason=str(error),
+                unsaid=talk.unsaid,
+            )
+            talk.logged, talk.unsaid = now, 0
+        else:
+            talk.unsaid += 1
+        self._doom(client)
+
+    def _doom(self, client: Client) -> None:
+        """Its connection ends as soon as nobody is in the middle of something."""
+        if not client.doomed:
+            client.doomed = True
+            self._doomed.append(client)
+
+    def _bury(self) -> None:
+        while self._doomed:
+            self._drop(self._doomed.popleft())
+
+    def _drop(self, client: Client) -> None:
+        descriptor = client.socket.fileno()
+        if self._clients.pop(descriptor, None) is None:
+            return
+        client.doomed = True
+        del self._by_process[client.process]
+        self._epoll.unregister(client.socket)
+        client.socket.close()
+        self.pairing.gone(client.process)
+        self._namespaces.let_go(client.namespace)
+        talk = self._talks[client.namespace]
+        talk.paused.discard(descriptor)
+        talk.clients -= 1
+
+    def _forget_talks(self, now: float) -> None:
+        """Containers without processes whose silence has filled their bucket."""
+        rate = self.pairing.limits.messages
+        for namespace, talk in list(self._talks.items()):
+            if not talk.clients and talk.messages.full_by(now, rate):
+                del self._talks[namespace]
+
+    # --- the driver
+
+    def _accept_admin(self) -> None:
+        try:
+            accepted, _ = self._control.socket.accept()
+        except OSError:
+            return
+        accepted.setblocking(False)
+        credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
+        if _PEERCRED.unpack(credentials)[1] != os.geteuid():
+            accepted.close()
+            return
+        self._admins[accepted.fileno()] = Admin(accepted)
+        self._epoll.register(accepted, select.EPOLLIN)
+
+    def _serve_admin(self, admin: Admin, events: int) -> None:
+        if events & select.EPOLLOUT:
+            self._flush(admin)
+        if not events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+            return
+        try:
+            data = admin.socket.recv(_CONTROL_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data or len(admin.received) > _CONTROL_LINE:
+            self._drop_admin(admin)
+            return
+        admin.received += data
+        self._answer_lines(admin)
+
+    def _answer_lines(self, admin: Admin) -> None:
+        while admin.work is None:
+            line, newline, rest = admin.received.partition(b"\n")
+            if not newline:
+                return
+            admin.received = rest
+            try:
+                request = msgspec.json.decode(line, type=control.Request)
+                self._do(admin, request)
+            except (msgspec.MsgspecError, DataplaneError) as error:
+                self._reply(admin, control.Failed(message=str(error)))
+
+    def _do(self, admin: Admin, request: control.Request) -> None:
+        match request:
+            case control.Learn():
+                self.pairing.learn(Knowledge(request))
+                self._listen()
+                self._reply(admin, control.Done())
+            case control.AskStatistics():
+                self._reply(admin, self.statistics())
+            case control.AskConnections():
+                admin.work = listing.connections(
+                    self.pairing, self._namespaces, self._clock, request.namespace
+                )
+
+    def statistics(self) -> control.Statistics:
+        """Counts."""
+        return listing.statistics(
+            self.pairing,
+            uptime=self._clock() - self._started,
+            wrong_messages=self._wrong,
+            dropped=self._dropped,
+        )
+
+    def _listen(self) -> None:
+        if self._listener is None:
+            self._listener = BoundSocket(self._public, socket.SOCK_SEQPACKET, 0o666, _BACKLOG)
+            self._epoll.register(self._listener.socket, select.EPOLLIN)
+            log.info("router listens", socket=str(self._public))
+
+    def _work(self, admin: Admin) -> None:
+        """One step of a list."""
+        if admin.work is None:
+            return
+        found = next(admin.work)
+        if found is not None:
+            admin.work = None
+            self._reply(admin, found)
+            self._answer_lines(admin)
+
+    def _reply(self, admin: Admin, reply: control.Reply) -> None:
+        admin.unsent += msgspec.json.encode(reply) + b"\n"
+        self._flush(admin)
+
+    def _flush(self, admin: Admin) -> None:
+        try:
+            sent = admin.socket.send(admin.unsent, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            del admin.unsent[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            # Its end is seen by the next read.
+            admin.unsent.clear()
+        more = select.EPOLLOUT if admin.unsent else 0
+        self._epoll.modify(admin.socket, select.EPOLLIN | more)
+
+    def _drop_admin(self, admin: Admin) -> None:
+        del self._admins[admin.socket.fileno()]
+        self._epoll.unregister(admin.socket)
+        admin.socket.close()
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    found: list[int] = []
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            received = array.array("i")
+            received.frombytes(data[: len(data) - len(data) % received.itemsize])
+            found += received
+    return found
+
+
+def _secret() -> int:
+    """Never 0, which stands for no token."""
+    return int.from_bytes(os.urandom(8), "little") or 1

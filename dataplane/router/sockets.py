@@ -1,0 +1,309 @@
+"""What the kernel knows of a container's TCP sockets: sock_diag(7), asked inside the container's namespace.
+
+A netlink socket belongs to the namespace that it was made in, so one is kept per namespace for a while; not for long,
+since it keeps a namespace alive whose container has ended. Messages are packed by hand: pyroute2's decoding takes
+longer than the whole rest of pairing a connection.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Final
+
+from pyroute2.netlink import NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR
+from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY
+
+from dataplane.errors import KernelRefused
+from dataplane.router.wire import Address, IPAddress
+
+CLONE_NEWNET: Final = 0x40000000
+NETLINK_SOCK_DIAG: Final = 4
+SIOCGSKNS: Final = 0x894C
+"""The network namespace of a socket, as a descriptor (linux/sockios.h)."""
+KEEP: Final = 10.0
+"""Seconds that an unused netlink socket is kept."""
+
+_BUFFER: Final = 1 << 16
+_TIMEOUT: Final = 1.0
+_HEADER: Final = struct.Struct("=IHHII")
+# struct inet_diag_req_v2: family, protocol, extensions, padding, states; then struct inet_diag_sockid.
+_REQUEST: Final = struct.Struct("=BBBxI")
+_ID: Final = struct.Struct("!HH16s16s")
+_ID_REST: Final = struct.Struct("=IQ")
+_STATE: Final = struct.Struct("=BB")
+_ERROR: Final = struct.Struct("=i")
+_ID_OFFSET: Final = 4
+_NO_COOKIE: Final = (1 << 64) - 1
+
+ESTABLISHED: Final = 1
+FIN_WAIT1: Final = 4
+FIN_WAIT2: Final = 5
+CLOSE_WAIT: Final = 8
+OPEN: Final = frozenset({ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT})
+"""States (net/tcp_states.h) in which bytes still move in a direction."""
+_OPEN_MASK: Final = sum(1 << state for state in OPEN)
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TcpSocket:
+    """A connected socket."""
+
+    local: Address
+    remote: Address
+    state: int
+    cookie: int
+    inode: int
+    uid: int
+
+
+class Diag:
+    """Questions about the sockets of one namespace. `namespace` is its descriptor, which stays the caller's."""
+
+    def __init__(self, namespace: int) -> None:
+        """Raises KernelRefused."""
+
+        def inside() -> socket.socket:
+            if libc.setns(namespace, CLONE_NEWNET) != 0:
+                raise KernelRefused(
+                    f"entering a container's network namespace: {os.strerror(ctypes.get_errno())}"
+                )
+            return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+
+        try:
+            self._socket = _in_thread(inside)
+        except OSError as error:
+            raise KernelRefused(f"opening a sock_diag socket: {error.strerror}") from error
+        self._socket.settimeout(_TIMEOUT)
+        self._sequence = 0
+
+    def close(self) -> None:
+        """Let go of the namespace."""
+        self._socket.close()
+
+    def find(self, local: Address, remote: Address, cookie: int | None = None) -> TcpSocket | None:
+        """The socket with these addresses, and this cookie if it is given; None if there is none.
+
+        Raises:
+            KernelRefused: the kernel can't say.
+        """
+        wanted = _NO_COOKIE if cookie is None else cookie
+        self._ask(NLM_F_REQUEST, _question(local, remote, wanted))
+        for kind, body in self._messages():
+            if kind == SOCK_DIAG_BY_FAMILY:
+                found = _read(body)
+                # A listener's socket answers for addresses that no connection has.
+                return found if (found.local, found.remote) == (local, remote) else None
+            if kind == NLMSG_ERROR:
+                number = -_ERROR.unpack_from(body)[0]
+                # ESTALE: there is one, with another cookie.
+                if number in (errno.ENOENT, errno.ESTALE):
+                    return None
+                raise KernelRefused(f"asking for {local} → {remote}: {os.strerror(number)}")
+        return None
+
+    def connected(self) -> Iterator[TcpSocket | None]:
+        """All connected TCP sockets; a None now and then, where the caller may do something else.
+
+        Raises:
+            KernelRefused: the kernel can't say.
+        """
+        for family in (socket.AF_INET, socket.AF_INET6):
+            request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, _OPEN_MASK) + bytes(48)
+            self._ask(NLM_F_REQUEST | NLM_F_DUMP, request)
+            done = False
+            while not done:
+                for kind, body in self._messages():
+                    if kind == SOCK_DIAG_BY_FAMILY:
+                        yield _read(body)
+                    elif kind in (NLMSG_DONE, NLMSG_ERROR):
+                        # NLMSG_ERROR: no IPv6 here.
+                        done = True
+                        break
+                yield None
+
+    def _ask(self, flags: int, request: bytes) -> None:
+        self._sequence += 1
+        size = _HEADER.size + len(request)
+        header = _HEADER.pack(size, SOCK_DIAG_BY_FAMILY, flags, self._sequence, 0)
+        try:
+            self._socket.send(header + request)
+        except OSError as error:
+            raise KernelRefused(f"asking for TCP sockets: {error.strerror}") from error
+
+    def _messages(self) -> Iterator[tuple[int, bytes]]:
+        try:
+            data = self._socket.recv(_BUFFER)
+        except OSError as error:
+            raise KernelRefused(f"the kernel doesn't tell its TCP sockets: {error}") from error
+        offset = 0
+        while offset + _HEADER.size <= len(data):
+            size, kind, _, sequence, _ = _HEADER.unpack_from(data, offset)
+            if size < _HEADER.size:
+                return
+            if sequence == self._sequence:
+                yield kind, data[offset + _HEADER.size : offset + size]
+            offset += (size + 3) & ~3
+
+
+def _question(local: Address, remote: Address, cookie: int) -> bytes:
+    family = socket.AF_INET if local.ip.version == 4 else socket.AF_INET6
+    return b"".join(
+        (
+            _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0),
+            _ID.pack(local.port, remote.port, local.ip.packed, remote.ip.packed),
+            _ID_REST.pack(0, cookie),
+        )
+    )
+
+
+def _read(body: bytes) -> TcpSocket:
+    """struct inet_diag_msg."""
+    family, state = _STATE.unpack_from(body)
+    local_port, remote_port, local, remote = _ID.unpack_from(body, _ID_OFFSET)
+    _, cookie = _ID_REST.unpack_from(body, _ID_OFFSET + _ID.size)
+    uid, inode = struct.unpack_from("=II", body, _ID_OFFSET + _ID.size + _ID_REST.size + 12)
+    return TcpSocket(
+        local=Address(_ip(family, local), local_port),
+        remote=Address(_ip(family, remote), remote_port),
+        state=state,
+        cookie=cookie,
+        inode=inode,
+        uid=uid,
+    )
+
+
+def _ip(family: int, raw: bytes) -> IPAddress:
+    if family == socket.AF_INET:
+        return IPv4Address(raw[:4])
+    address = IPv6Address(raw)
+    return address.ipv4_mapped or address
+
+
+def _in_thread(function: Callable[[], socket.socket]) -> socket.socket:
+    """Namespaces are a thread's property: one that changed its own serves nothing else."""
+    outcome: list[socket.socket] = []
+    failure: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            outcome.append(function())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=body, name="netns", daemon=True)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]
+
+
+class Namespaces:
+    """Namespaces by inode: a descriptor for each that has clients, and netlink sockets for those asked about."""
+
+    def __init__(self, path_of: Callable[[int], Path | None], clock: Callable[[], float]) -> None:
+        self._path_of = path_of
+        self._clock = clock
+        self._held: dict[int, list[int]] = {}
+        self._diags: dict[int, tuple[Diag, float]] = {}
+
+    def hold(self, descriptor: int) -> int:
+        """Take a namespace's descriptor over; its inode. To be let go of as often as it was held."""
+        inode = os.fstat(descriptor).st_ino
+        held = self._held.get(inode)
+        if held is None:
+            self._held[inode] = [descriptor, 1]
+        else:
+            held[1] += 1
+            os.close(descriptor)
+        return inode
+
+    def let_go(self, inode: int) -> None:
+        """The last one closes it."""
+        held = self._held[inode]
+        held[1] -= 1
+        if not held[1]:
+            del self._held[inode]
+            os.close(held[0])
+            self._drop(inode)
+
+    def diag(self, inode: int) -> Diag:
+        """Questions about a namespace. Raises KernelRefused if it can't be had."""
+        known = self._diags.get(inode)
+        diag = known[0] if known is not None else self._open(inode)
+        self._diags[inode] = (diag, self._clock())
+        return diag
+
+    def _open(self, inode: int) -> Diag:
+        held = self._held.get(inode)
+        if held is not None:
+            return Diag(held[0])
+        path = self._path_of(inode)
+        if path is None:
+            raise KernelRefused(f"namespace {inode} isn't known; has its container ended?")
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise KernelRefused(f"namespace {path}: {error.strerror}") from error
+        try:
+            if os.fstat(descriptor).st_ino != inode:
+                raise KernelRefused(f"namespace {path} is another one by now")
+            return Diag(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _drop(self, inode: int) -> None:
+        known = self._diags.pop(inode, None)
+        if known is not None:
+            known[0].close()
+
+    def tidy(self) -> None:
+        """Let go of namespaces that nobody asked about for a while."""
+        limit = self._clock() - KEEP
+        for inode in [each for each, (_, used) in self._diags.items() if used < limit]:
+            self._drop(inode)
+
+    def close(self) -> None:
+        """Let go of all."""
+        for inode in list(self._diags):
+            self._drop(inode)
+        for descriptor, _ in self._held.values():
+            os.close(descriptor)
+        self._held.clear()
+
+
+class LinuxKernel:
+    """`pairing.Kernel`: what can't be asked isn't there."""
+
+    def __init__(self, namespaces: Namespaces) -> None:
+        self._namespaces = namespaces
+
+    def is_open(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
+        """Whether this very socket is connected."""
+        found = self._find(namespace, local, remote, cookie)
+        return found is not None and found.state in OPEN
+
+    def exists(self, namespace: int, local: Address, remote: Address) -> bool:
+        """Whether there is any socket of these addresses, in any state."""
+        return self._find(namespace, local, remote, None) is not None
+
+    def _find(
+        self, namespace: int, local: Address, remote: Address, cookie: int | None
+    ) -> TcpSocket | None:
+        if local.ip.version != remote.ip.version or cookie == _NO_COOKIE:
+            return None
+        try:
+            return self._namespaces.diag(namespace).find(local, remote, cookie)
+        except KernelRefused:
+            return None

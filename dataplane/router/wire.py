@@ -1,0 +1,319 @@
+"""The messages of `dataplane/library/protocol.h`, byte for byte; a test compares both.
+
+Whatever arrives is checked here for size and kind; what the fields mean is checked where they are used.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final, NamedTuple
+
+from dataplane.errors import WrongMessage
+
+PROTOCOL_VERSION: Final = 1
+MAX_MESSAGE: Final = 64
+"""Bytes of the longest message."""
+
+IPAddress = IPv4Address | IPv6Address
+
+
+class Kind(IntEnum):
+    """What a message is."""
+
+    HELLO = 1
+    WELCOME = 2
+    ASK = 3
+    GRANT = 4
+    REFUSE = 5
+    BELL = 6
+    FETCH = 7
+    RING = 8
+    RELEASE = 9
+    NOTE = 10
+
+
+class Address(NamedTuple):
+    """One end of a connection. IPv4 in IPv6's clothes (::ffff:0:0/96) is IPv4 here."""
+
+    ip: IPAddress
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.ip}]:{self.port}" if self.ip.version == 6 else f"{self.ip}:{self.port}"
+
+
+_HEAD: Final = struct.Struct("=HH")
+_HELLO: Final = struct.Struct("=HHIII32s")
+_WELCOME: Final = struct.Struct("=HHIIIIIIIIII")
+_ADDRESS: Final = struct.Struct("=16sHHI")
+_ASK: Final = struct.Struct("=HHIQ24s24s")
+_GRANT: Final = struct.Struct("=HHIQQQQII")
+_REFUSE: Final = struct.Struct("=HHIQII")
+_BELL: Final = struct.Struct("=HHIQQII")
+_RELEASE: Final = struct.Struct("=HHIQQQ")
+_NOTE: Final = struct.Struct("=HHIQ")
+
+SIZES: Final = {
+    Kind.HELLO: _HELLO.size,
+    Kind.WELCOME: _WELCOME.size,
+    Kind.ASK: _ASK.size,
+    Kind.GRANT: _GRANT.size,
+    Kind.REFUSE: _REFUSE.size,
+    Kind.BELL: _BELL.size,
+    Kind.FETCH: _BELL.size,
+    Kind.RING: _BELL.size,
+    Kind.RELEASE: _RELEASE.size,
+    Kind.NOTE: _NOTE.size,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first message of a process. `build` names its library, for `freeflow doctor`."""
+
+    version: int
+    layout_version: int
+    build: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The router's answer: whether to ask at all, and when. Sent again when it changes."""
+
+    version: int
+    layout_version: int
+    enabled: bool
+    operations: int
+    age: int
+    bytes: int
+    bulk: int
+    spin: int
+    ring_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A process wants shared memory for a connection. `connection` is its own number, which the answer repeats."""
+
+    connection: int
+    cookie: int
+    local: Address
+    remote: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A slot of an arena. The arena's memfd comes with it if the process hasn't got it."""
+
+    connection: int
+    cookie: int
+    arena: int
+    incarnation: int
+    token: int
+    side: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The connection stays on TCP."""
+
+    connection: int
+    cookie: int
+    reason: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bell:
+    """A bell of the speaker's own side; its eventfd comes with it."""
+
+    index: int
+    arena: int
+    token: int
+    side: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """The speaker has to ring a bell of the other side, and hasn't got it."""
+
+    index: int
+    arena: int
+    token: int
+    side: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """The answer to Fetch, with the eventfd, or without if it isn't known."""
+
+    index: int
+    arena: int
+    side: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The speaker's side is done with a slot."""
+
+    slot: int
+    arena: int
+    incarnation: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Why a connection stays on TCP."""
+
+    reason: int
+    cookie: int
+
+
+Request = Hello | Ask | Bell | Fetch | Release | Note
+Answer = Welcome | Grant | Refuse | Ring
+Message = Request | Answer
+
+
+def _pack_address(address: Address) -> bytes:
+    family = socket.AF_INET if address.ip.version == 4 else socket.AF_INET6
+    return _ADDRESS.pack(address.ip.packed, family, address.port, 0)
+
+
+def _address(data: bytes) -> Address:
+    raw, family, port, _ = _ADDRESS.unpack(data)
+    if family == socket.AF_INET:
+        return Address(IPv4Address(raw[:4]), port)
+    if family != socket.AF_INET6:
+        raise WrongMessage(f"address family {family}; AF_INET and AF_INET6 are known")
+    ip = IPv6Address(raw)
+    return Address(ip.ipv4_mapped or ip, port)
+
+
+def pack(message: Message) -> bytes:
+    """A message as bytes."""
+    match message:
+        case Hello():
+            build = message.build.encode("ascii")
+            return _HELLO.pack(
+                Kind.HELLO, _HELLO.size, message.version, message.layout_version, 0, build
+            )
+        case Welcome():
+            return _WELCOME.pack(
+                Kind.WELCOME,
+                _WELCOME.size,
+                message.version,
+                message.layout_version,
+                message.enabled,
+                message.operations,
+                message.age,
+                message.bytes,
+                message.bulk,
+                message.spin,
+                message.ring_limit,
+                0,
+            )
+        case Ask():
+            return _ASK.pack(
+                Kind.ASK,
+                _ASK.size,
+                message.connection,
+                message.cookie,
+                _pack_address(message.local),
+                _pack_address(message.remote),
+            )
+        case Grant():
+            return _GRANT.pack(
+                Kind.GRANT,
+                _GRANT.size,
+                message.connection,
+                message.cookie,
+                message.arena,
+                message.incarnation,
+                message.token,
+                message.side,
+                message.slot,
+            )
+        case Refuse():
+            return _REFUSE.pack(
+                Kind.REFUSE, _REFUSE.size, message.connection, message.cookie, message.reason, 0
+            )
+        case Bell() | Fetch():
+            kind = Kind.BELL if isinstance(message, Bell) else Kind.FETCH
+            return _BELL.pack(
+                kind, _BELL.size, message.index, message.arena, message.token, message.side, 0
+            )
+        case Ring():
+            return _BELL.pack(
+                Kind.RING, _BELL.size, message.index, message.arena, 0, message.side, 0
+            )
+        case Release():
+            return _RELEASE.pack(
+                Kind.RELEASE,
+                _RELEASE.size,
+                message.slot,
+                message.arena,
+                message.incarnation,
+                message.token,
+            )
+        case Note():
+            return _NOTE.pack(Kind.NOTE, _NOTE.size, message.reason, message.cookie)
+
+
+def unpack(data: bytes) -> Message:
+    """The message in a packet.
+
+    Raises:
+        WrongMessage: the packet isn't exactly one known message.
+    """
+    if len(data) < _HEAD.size:
+        raise WrongMessage(f"packet of {len(data)} bytes; a message has at least {_HEAD.size}")
+    kind, size = _HEAD.unpack_from(data)
+    expected = SIZES.get(kind)
+    if expected is None:
+        raise WrongMessage(f"message of unknown kind {kind}")
+    if size != len(data) or size != expected:
+        raise WrongMessage(
+            f"{Kind(kind).name} of {len(data)} bytes that says {size}; it has {expected}"
+        )
+    return _unpack(kind, data)
+
+
+def _unpack(kind: int, data: bytes) -> Message:
+    match kind:
+        case Kind.ASK:
+            _, _, connection, cookie, local, remote = _ASK.unpack(data)
+            return Ask(connection, cookie, _address(local), _address(remote))
+        case Kind.RELEASE:
+            return Release(*_RELEASE.unpack(data)[2:])
+        case Kind.NOTE:
+            return Note(*_NOTE.unpack(data)[2:])
+        case Kind.BELL:
+            return Bell(*_BELL.unpack(data)[2:6])
+        case Kind.FETCH:
+            return Fetch(*_BELL.unpack(data)[2:6])
+        case Kind.HELLO:
+            _, _, version, layout, _, build = _HELLO.unpack(data)
+            return Hello(version, layout, _build(build))
+        case Kind.WELCOME:
+            _, _, version, layout, enabled, *rule, _ = _WELCOME.unpack(data)
+            return Welcome(version, layout, bool(enabled), *rule)
+        case Kind.GRANT:
+            return Grant(*_GRANT.unpack(data)[2:])
+        case Kind.REFUSE:
+            return Refuse(*_REFUSE.unpack(data)[2:5])
+        case _:
+            _, _, index, arena, _, side, _ = _BELL.unpack(data)
+            return Ring(index, arena, side)
+
+
+def _build(raw: bytes) -> str:
+    """A build id goes into answers and logs: nothing but hexadecimal digits."""
+    text = raw.rstrip(b"\0")
+    if not all(character in b"0123456789abcdef" for character in text):
+        raise WrongMessage("HELLO with a build id that isn't hexadecimal")
+    return text.decode("ascii")

@@ -1,0 +1,359 @@
+"""Containers on one host and a router, without Docker: what the library and the router are tested in.
+
+A container is a network namespace with an address; all are on one bridge. The router is the real one, a process of its own,
+that has been told of them. Nothing is pinned outside and nothing is mounted on the host: all goes with the test's process.
+
+In a test::
+
+    with bed("a", "b", library=Path("build/libfreeflow.so")) as made:
+        a, b = made.containers.values()
+        server = b.popen(["iperf3", "-s", "-1"])
+        print(a.run(["iperf3", "-c", str(b.ipv4)]).stdout)
+        for each in made.router.connections().connections:
+            print(each.local, each.remote, each.path, each.reason)
+
+`popen` and `run` start programs as in a container that has the mount: `/run/freeflow` is there with the router's socket and
+the library, and LD_PRELOAD is set if the bed has a library (`accelerated=False`: neither). With VIPs::
+
+    with bed("client", "s1", "s2", vips={"10.78.0.100": ("s1", "s2")}) as made: ...
+
+By hand, from a shell: `python -m tests.dataplane.bed [--library FILE] [NAMES...]` makes one, says how to run programs in its
+containers, and removes it at the end of its input. What can be told the router again: `made.learn(settings=...)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from pyroute2 import IPRoute
+
+from dataplane.client import RouterClient
+from dataplane.control import EndpointFact, Learn, NetworkFact, Settings
+from dataplane.errors import RouterAway
+from driver.kernel import nft
+from driver.kernel.namespace import in_netns
+from driver.vip import render_new
+from tests.kernel.hosts import new_namespace
+
+T = TypeVar("T")
+
+SUBNET: Final = "10.78.0"
+SUBNET6: Final = "fd78::"
+NETWORK: Final = "n1"
+ROUTER: Final = "router.sock"
+LIBRARY: Final = "libfreeflow.so"
+_NODAD: Final = 0x02
+_PATIENCE: Final = 10.0
+
+# /run of its own, so that nothing appears on the host's.
+_INSIDE: Final = (
+    "set -e; mount -t tmpfs tmpfs /run; mkdir -p /run/freeflow /run/lock; "
+    'mount --bind "$0" /run/freeflow; exec "$@"'
+)
+
+
+@dataclass(eq=False)
+class Container:
+    """A network namespace on the bed's bridge."""
+
+    name: str
+    number: int
+    shared: Path
+    """What it sees as /run/freeflow."""
+    namespace: int = field(default_factory=new_namespace)
+    started: list[subprocess.Popen[Any]] = field(default_factory=list)
+
+    @property
+    def ipv4(self) -> IPv4Address:
+        return IPv4Address(f"{SUBNET}.{self.number}")
+
+    @property
+    def ipv6(self) -> IPv6Address:
+        return IPv6Address(f"{SUBNET6}{self.number:x}")
+
+    @property
+    def inode(self) -> int:
+        return os.fstat(self.namespace).st_ino
+
+    @property
+    def path(self) -> str:
+        """Of the namespace, for `nsenter --net=`."""
+        return f"/proc/{os.getpid()}/fd/{self.namespace}"
+
+    def do(self, function: Callable[[], T]) -> T:
+        """Run inside its network namespace."""
+        return in_netns(self.namespace, function)
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """A command that runs another inside, with /run/freeflow."""
+        inside = ["unshare", "--mount", "sh", "-c", _INSIDE, str(self.shared), *arguments]
+        return ["nsenter", f"--net={self.path}", *inside]
+
+    def environment(
+        self, accelerated: bool, more: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """What programs inside get."""
+        found = dict(os.environ)
+        found.pop("LD_PRELOAD", None)
+        if accelerated and (self.shared / LIBRARY).exists():
+            # Only for the program itself: see `_preloaded`.
+            found["FREEFLOW_TEST_PRELOAD"] = f"/run/freeflow/{LIBRARY}"
+        return {**found, **(more or {})}
+
+    def popen(
+        self,
+        arguments: Sequence[str],
+        *,
+        accelerated: bool = True,
+        env: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> subprocess.Popen[Any]:
+        """Start a program inside; it is killed with the bed."""
+        started = subprocess.Popen(
+            self.command(_preloaded(arguments, self.shared) if accelerated else arguments),
+            env=self.environment(accelerated, env),
+            **options,
+        )
+        self.started.append(started)
+        return started
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        *,
+        accelerated: bool = True,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 60,
+        **options: Any,
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run a program inside to its end; text in and out."""
+        return subprocess.run(
+            self.command(_preloaded(arguments, self.shared) if accelerated else arguments),
+            env=self.environment(accelerated, env),
+            timeout=timeout,
+            **{"check": True, "text": True, "capture_output": True, **options},
+        )
+
+
+def _preloaded(arguments: Sequence[str], shared: Path) -> list[str]:
+    """The program alone gets LD_PRELOAD, not the ones that start it."""
+    if not (shared / LIBRARY).exists():
+        return list(arguments)
+    return ["env", f"LD_PRELOAD=/run/freeflow/{LIBRARY}", *arguments]
+
+
+@dataclass(eq=False)
+class Bed:
+    """Containers by name, and their router."""
+
+    folder: Path
+    containers: dict[str, Container]
+    vips: dict[str, tuple[str, ...]]
+    settings: Settings = field(default_factory=Settings)
+    networks: dict[str, str] = field(default_factory=dict)
+    """Container to network, where it isn't `NETWORK`."""
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def shared(self) -> Path:
+        return self.folder / "shared"
+
+    @property
+    def router(self) -> RouterClient:
+        """To ask and tell it."""
+        return RouterClient(self.folder / "control.sock")
+
+    def facts(self, **changes: Any) -> Learn:
+        """What is true of this bed."""
+        networks = sorted({NETWORK, *self.networks.values()})
+        known = {
+            "endpoints": tuple(
+                EndpointFact(
+                    id=f"{container.name:0<12}",
+                    network=self.networks.get(container.name, NETWORK),
+                    addresses=(str(container.ipv4), str(container.ipv6)),
+                    namespace=container.inode,
+                    path=container.path,
+                    container=container.name,
+                )
+                for container in self.containers.values()
+            ),
+            "networks": tuple(
+                NetworkFact(
+                    id=network,
+                    subnets=(f"{SUBNET}.0/24", f"{SUBNET6}/64"),
+                    vips={
+                        vip: tuple(
+                            str(self.containers[task].ipv4) if task in self.containers else task
+                            for task in tasks
+                        )
+                        for vip, tasks in self.vips.items()
+                    },
+                )
+                for network in networks
+            ),
+            "settings": self.settings,
+        }
+        return Learn(**{**known, **changes})
+
+    def learn(self, **changes: Any) -> None:
+        """Tell the router what is true of this bed, but for `changes`: fields of `control.Learn`."""
+        self.router.learn(self.facts(**changes))
+
+    def start_router(self) -> None:
+        """Start the router and tell it all."""
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "dataplane.router",
+                f"--socket={self.shared / ROUTER}",
+                f"--control={self.folder / 'control.sock'}",
+                "--watch-stdin",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=(self.folder / "router.log").open("ab"),
+        )
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self.learn()
+                return
+            except RouterAway:
+                if time.monotonic() > until or self.process.poll() is not None:
+                    raise
+                time.sleep(0.02)
+
+    def kill_router(self) -> None:
+        """As a crash does."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+    def log(self) -> str:
+        """What the router has said."""
+        return (self.folder / "router.log").read_text()
+
+
+def _connect(containers: Sequence[Container], bridge: int) -> None:
+    def make_bridge() -> None:
+        with IPRoute() as route:
+            route.link("add", ifname="br0", kind="bridge")
+            route.link("set", index=route.link_lookup(ifname="br0")[0], state="up")
+
+    in_netns(bridge, make_bridge)
+    for container in containers:
+        port = f"v{container.number}"
+
+        def plug(port: str = port, container: Container = container) -> None:
+            with IPRoute() as route:
+                peer = {"ifname": "eth0", "net_ns_fd": container.namespace}
+                route.link("add", ifname=port, kind="veth", peer=peer)
+                index = route.link_lookup(ifname=port)[0]
+                route.link("set", index=index, master=route.link_lookup(ifname="br0")[0])
+                route.link("set", index=index, state="up")
+
+        def configure(container: Container = container) -> None:
+            with IPRoute() as route:
+                eth0 = route.link_lookup(ifname="eth0")[0]
+                route.addr("add", index=eth0, address=str(container.ipv4), prefixlen=24)
+                route.addr(
+                    "add", index=eth0, address=str(container.ipv6), prefixlen=64, flags=_NODAD
+                )
+                for index in (eth0, route.link_lookup(ifname="lo")[0]):
+                    route.link("set", index=index, state="up")
+
+        in_netns(bridge, plug)
+        container.do(configure)
+
+
+@contextlib.contextmanager
+def bed(
+    *names: str,
+    vips: Mapping[str, Sequence[str]] | None = None,
+    settings: Settings | None = None,
+    library: Path | None = None,
+    networks: Mapping[str, str] | None = None,
+    router: bool = True,
+) -> Iterator[Bed]:
+    """Containers of these names, and a router that knows them.
+
+    `vips`: address to names of containers, or to addresses of tasks on other hosts. `networks`: containers that aren't on the
+    common network, and what network they are on. `router=False`: nobody listens, until `start_router`.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="freeflow-bed-"))
+    shared = folder / "shared"
+    shared.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    if library is not None:
+        shutil.copy(library, shared / LIBRARY)
+    containers = {
+        name: Container(name, number, shared) for number, name in enumerate(names or ("a", "b"), 2)
+    }
+    made = Bed(
+        folder,
+        containers,
+        {vip: tuple(tasks) for vip, tasks in (vips or {}).items()},
+        settings or Settings(),
+        dict(networks or {}),
+    )
+    bridge = new_namespace()
+    try:
+        _connect(list(containers.values()), bridge)
+        table = {
+            IPv4Address(vip): tuple(containers[task].ipv4 for task in tasks if task in containers)
+            for vip, tasks in made.vips.items()
+        }
+        if table:
+            for container in containers.values():
+                nft.run(render_new(table), container.namespace)
+        if router:
+            made.start_router()
+        yield made
+    finally:
+        for container in containers.values():
+            for process in container.started:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+        made.kill_router()
+        for container in containers.values():
+            os.close(container.namespace)
+        os.close(bridge)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    """A bed until the end of input."""
+    parser = argparse.ArgumentParser(description="Containers and a router, without Docker.")
+    parser.add_argument("names", nargs="*", default=["a", "b"])
+    parser.add_argument("--library", type=Path)
+    parser.add_argument("--vip", action="append", default=[], help="ADDRESS=NAME,NAME")
+    given = parser.parse_args()
+    vips = {vip: tasks.split(",") for vip, _, tasks in (each.partition("=") for each in given.vip)}
+    with bed(*given.names, vips=vips, library=given.library) as made:
+        print(f"router's log: {made.folder / 'router.log'}")
+        print(f"router's control socket: {made.folder / 'control.sock'}")
+        for container in made.containers.values():
+            inside = f"unshare --mount sh -c '{_INSIDE}' {container.shared}"
+            print(f"{container.name} {container.ipv4} {container.ipv6}:")
+            print(f"  nsenter --net={container.path} {inside} PROGRAM...")
+        print("end of input ends it", flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""A library in Python: speaks the protocol for sockets of the test's own process, and says what it gets."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final, TypeVar
+
+from dataplane.router import layout, wire
+from dataplane.router.wire import Address
+from driver.kernel.namespace import in_netns
+
+SO_COOKIE: Final = 57
+M = TypeVar("M")
+
+
+def cookie_of(tcp: socket.socket) -> int:
+    """The kernel's own number of a socket."""
+    return int.from_bytes(tcp.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), "little")
+
+
+def addresses_of(tcp: socket.socket) -> tuple[Address, Address]:
+    """Local and remote."""
+    found = []
+    for name in (tcp.getsockname(), tcp.getpeername()):
+        ip = ip_address(name[0])
+        found.append(Address(getattr(ip, "ipv4_mapped", None) or ip, name[1]))
+    return found[0], found[1]
+
+
+@dataclass(eq=False)
+class Library:
+    """One process's connection to the router, made in a namespace."""
+
+    connection: socket.socket
+    numbers: int = 0
+    asked: dict[int, wire.Ask] = field(default_factory=dict)
+
+    @classmethod
+    def connect(cls, path: Path, namespace: int | None, *, hello: bool = True) -> Library:
+        """Connect as a process of that namespace does."""
+
+        def make() -> socket.socket:
+            made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            made.connect(str(path))
+            return made
+
+        made = cls(make() if namespace is None else in_netns(namespace, make))
+        made.connection.settimeout(3)
+        if hello:
+            made.say(wire.Hello(wire.PROTOCOL_VERSION, layout.VERSION, "0123abcd"))
+        return made
+
+    def say(self, message: wire.Message, *descriptors: int) -> None:
+        """Send a message."""
+        self.raw(wire.pack(message), *descriptors)
+
+    def raw(self, data: bytes, *descriptors: int) -> None:
+        """Send anything."""
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+        self.connection.sendmsg([data], [rights] if descriptors else [])
+
+    def hear(self, kind: type[M]) -> tuple[M, int | None]:
+        """The next message, which must be of this kind, and the descriptor that came with it."""
+        data, descriptors, _, _ = socket.recv_fds(self.connection, 256, 4)
+        assert data, "the router has closed the connection"
+        message = wire.unpack(data)
+        assert isinstance(message, kind), message
+        assert len(descriptors) <= 1
+        return message, descriptors[0] if descriptors else None
+
+    def ask(self, tcp: socket.socket, **changes: object) -> int:
+        """Ask for a connection; its number."""
+        self.numbers += 1
+        local, remote = addresses_of(tcp)
+        fields = {
+            "connection": self.numbers,
+            "cookie": cookie_of(tcp),
+            "local": local,
+            "remote": remote,
+            **changes,
+        }
+        self.say(wire.Ask(**fields))  # type: ignore[arg-type]
+        return self.numbers
+
+    def silent(self, seconds: float = 0.15) -> bool:
+        """Whether nothing comes for a while."""
+        before = self.connection.gettimeout()
+        self.connection.settimeout(seconds)
+        try:
+            return not self.connection.recv(256, socket.MSG_PEEK) and False
+        except TimeoutError:
+            return True
+        finally:
+            self.connection.settimeout(before)
+
+    def closed(self) -> bool:
+        """Whether the router ends the connection; what it says before is thrown away."""
+        try:
+            while self.connection.recv(256):
+                pass
+        except ConnectionResetError:
+            return True
+        return True
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+def listen(namespace: int, address: str, port: int = 7700) -> socket.socket:
+    """A listening TCP socket inside a namespace."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return in_netns(namespace, lambda: socket.create_server((address, port), family=family))
+
+
+def dial(namespace: int, address: str, port: int = 7700) -> socket.socket:
+    """A TCP connection from a namespace."""
+    make: Callable[[], socket.socket] = lambda: socket.create_connection((address, port), timeout=5)  # noqa: E731
+    return in_netns(namespace, make)
+
+
+def read_at(memory: int, offset: int, length: int) -> bytes:
+    """What an arena has somewhere."""
+    return os.pread(memory, length, offset)
