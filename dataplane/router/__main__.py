@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrapper_class=structlog.make_filtering_bound_logger(given.log_level),
         logger_factory=structlog.WriteLoggerFactory(sys.stdout),
     )
+    # Containers of any user come to the public socket; the plugin's own mask is for root alone.
+    os.umask(0o022)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     server = Server(given.socket, given.control)

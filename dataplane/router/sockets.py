@@ -1,8 +1,8 @@
 """What the kernel knows of a container's TCP sockets: sock_diag(7), asked inside the container's namespace.
 
 A netlink socket belongs to the namespace that it was made in, so one is kept per namespace for a while; not for long,
-since it keeps a namespace alive whose container has ended. Messages are packed by hand: pyroute2's decoding takes
-longer than the whole rest of pairing a connection.
+since it keeps a namespace alive whose container has ended. No pyroute2: decoding one answer with it takes longer than the
+whole rest of pairing a connection, and importing it as long as the router's start.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Final
 
-from pyroute2.netlink import NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR
-from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY
-
 from dataplane.errors import KernelRefused
 from dataplane.router.wire import Address, IPAddress
 
@@ -31,6 +28,13 @@ SIOCGSKNS: Final = 0x894C
 """The network namespace of a socket, as a descriptor (linux/sockios.h)."""
 KEEP: Final = 10.0
 """Seconds that an unused netlink socket is kept."""
+
+# linux/netlink.h, linux/sock_diag.h
+NLM_F_REQUEST: Final = 0x1
+NLM_F_DUMP: Final = 0x300
+NLMSG_ERROR: Final = 2
+NLMSG_DONE: Final = 3
+SOCK_DIAG_BY_FAMILY: Final = 20
 
 _BUFFER: Final = 1 << 16
 _TIMEOUT: Final = 1.0

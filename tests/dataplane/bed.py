@@ -17,6 +17,8 @@ the library, and LD_PRELOAD is set if the bed has a library (`accelerated=False`
 
     with bed("client", "s1", "s2", vips={"10.78.0.100": ("s1", "s2")}) as made: ...
 
+A library that upgrades connections over loopback too, for test suites that know nothing else: `bed("a", loopback=True)`.
+
 By hand, from a shell: `python -m tests.dataplane.bed [--library FILE] [NAMES...]` makes one, says how to run programs in its
 containers, and removes it at the end of its input. What can be told the router again: `made.learn(settings=...)`.
 """
@@ -101,17 +103,6 @@ class Container:
         inside = ["unshare", "--mount", "sh", "-c", _INSIDE, str(self.shared), *arguments]
         return ["nsenter", f"--net={self.path}", *inside]
 
-    def environment(
-        self, accelerated: bool, more: Mapping[str, str] | None = None
-    ) -> dict[str, str]:
-        """What programs inside get."""
-        found = dict(os.environ)
-        found.pop("LD_PRELOAD", None)
-        if accelerated and (self.shared / LIBRARY).exists():
-            # Only for the program itself: see `_preloaded`.
-            found["FREEFLOW_TEST_PRELOAD"] = f"/run/freeflow/{LIBRARY}"
-        return {**found, **(more or {})}
-
     def popen(
         self,
         arguments: Sequence[str],
@@ -123,7 +114,7 @@ class Container:
         """Start a program inside; it is killed with the bed."""
         started = subprocess.Popen(
             self.command(_preloaded(arguments, self.shared) if accelerated else arguments),
-            env=self.environment(accelerated, env),
+            env=_environment(env),
             **options,
         )
         self.started.append(started)
@@ -141,10 +132,14 @@ class Container:
         """Run a program inside to its end; text in and out."""
         return subprocess.run(
             self.command(_preloaded(arguments, self.shared) if accelerated else arguments),
-            env=self.environment(accelerated, env),
+            env=_environment(env),
             timeout=timeout,
             **{"check": True, "text": True, "capture_output": True, **options},
         )
+
+
+def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
+    return {**{k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}, **(more or {})}
 
 
 def _preloaded(arguments: Sequence[str], shared: Path) -> list[str]:
@@ -164,6 +159,8 @@ class Bed:
     settings: Settings = field(default_factory=Settings)
     networks: dict[str, str] = field(default_factory=dict)
     """Container to network, where it isn't `NETWORK`."""
+    loopback: bool = False
+    """The first container's loopback addresses count as its own on the network."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -183,7 +180,11 @@ class Bed:
                 EndpointFact(
                     id=f"{container.name:0<12}",
                     network=self.networks.get(container.name, NETWORK),
-                    addresses=(str(container.ipv4), str(container.ipv6)),
+                    addresses=(
+                        str(container.ipv4),
+                        str(container.ipv6),
+                        *self._loopback(container),
+                    ),
                     namespace=container.inode,
                     path=container.path,
                     container=container.name,
@@ -207,6 +208,10 @@ class Bed:
             "settings": self.settings,
         }
         return Learn(**{**known, **changes})
+
+    def _loopback(self, container: Container) -> tuple[str, ...]:
+        first = next(iter(self.containers.values()))
+        return ("127.0.0.1", "::1") if self.loopback and container is first else ()
 
     def learn(self, **changes: Any) -> None:
         """Tell the router what is true of this bed, but for `changes`: fields of `control.Learn`."""
@@ -287,6 +292,7 @@ def bed(
     settings: Settings | None = None,
     library: Path | None = None,
     networks: Mapping[str, str] | None = None,
+    loopback: bool = False,
     router: bool = True,
 ) -> Iterator[Bed]:
     """Containers of these names, and a router that knows them.
@@ -309,6 +315,7 @@ def bed(
         {vip: tuple(tasks) for vip, tasks in (vips or {}).items()},
         settings or Settings(),
         dict(networks or {}),
+        loopback,
     )
     bridge = new_namespace()
     try:
@@ -341,10 +348,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Containers and a router, without Docker.")
     parser.add_argument("names", nargs="*", default=["a", "b"])
     parser.add_argument("--library", type=Path)
+    parser.add_argument("--loopback", action="store_true")
     parser.add_argument("--vip", action="append", default=[], help="ADDRESS=NAME,NAME")
     given = parser.parse_args()
     vips = {vip: tasks.split(",") for vip, _, tasks in (each.partition("=") for each in given.vip)}
-    with bed(*given.names, vips=vips, library=given.library) as made:
+    with bed(*given.names, vips=vips, library=given.library, loopback=given.loopback) as made:
         print(f"router's log: {made.folder / 'router.log'}")
         print(f"router's control socket: {made.folder / 'control.sock'}")
         for container in made.containers.values():
