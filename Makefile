@@ -10,7 +10,7 @@ BASE ?=
 ARCH := $(shell dpkg --print-architecture 2>/dev/null || uname -m)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SCRIPTS := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
-CODE := $(shell find plugin driver config.json -not -name '*.pyc' -type f 2>/dev/null)
+CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
 .PHONY: help setup venv plugin install uninstall push test unit kernel swarm lint demo bench clean
 
@@ -61,9 +61,9 @@ swarm: setup plugin ## scenarios on a real Swarm
 	$(PYTHON) -m pytest tests/swarm
 
 lint: setup ## ruff, mypy, shellcheck, clang-format
-	.venv/bin/ruff check plugin driver bench tests
-	.venv/bin/ruff format --check plugin driver bench tests
-	.venv/bin/mypy --no-error-summary plugin driver bench tests
+	.venv/bin/ruff check plugin driver dataplane bench tests
+	.venv/bin/ruff format --check plugin driver dataplane bench tests
+	.venv/bin/mypy --no-error-summary plugin driver dataplane bench tests
 	shellcheck $(SCRIPTS)
 	clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
 

@@ -7,7 +7,8 @@
      ├── SettingError      a plugin setting is wrong; the message ends with the line that mends it
      ├── StateError        what is stored on this host can't be read or written
      ├── KernelError       the kernel refused or lacks something
-     └── EngineError       Docker's API did not answer, or not usefully
+     ├── EngineError       Docker's API did not answer, or not usefully
+     └── RouterError       the router of accelerated connections did not answer, or not usefully
 
 A message names the object, the cause and the next step.
 """
@@ -45,3 +46,7 @@ class KernelError(FreeFlowError):
 
 class EngineError(FreeFlowError):
     """Docker's API did not answer, or not usefully."""
+
+
+class RouterError(FreeFlowError):
+    """The router of accelerated connections did not answer, or not usefully."""

@@ -92,6 +92,7 @@ class Syncer:
         clock: Callable[[], float],
         collect: Callable[[], object] = lambda: None,
         engine_seen: Callable[[EngineView], None] = lambda view: None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._driver = driver
         self._directory = directory
@@ -103,6 +104,7 @@ class Syncer:
         self._clock = clock
         self._collect = collect
         self._engine_seen = engine_seen
+        self._changed = changed
 
         # Guards all below. Nothing is asked or written while it is held.
         self._lock = threading.RLock()
@@ -514,8 +516,11 @@ class Syncer:
             self._states[network.id] = state
             if state.table is not before.table or before.seen is None:
                 self._dirty |= set(self._on_network(network.id))
-            if state.table is not before.table or view != before.view:
+            changed = state.table is not before.table or view != before.view
+            if changed:
                 schedule.changed = now
+        if changed:
+            self._changed()
         return state
 
     def _on_network(self, network_id: str) -> list[Path]:
@@ -575,5 +580,6 @@ class Syncer:
             return
         with self._lock:
             self._vip_errors.pop(path, None)
-            if there:
-                self._awaited.pop(path, None)
+            appeared = there and self._awaited.pop(path, None) is not None
+        if appeared:
+            self._changed()

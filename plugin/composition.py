@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import structlog
 
+from dataplane.client import RouterClient
+from driver.accelerator import Accelerator
 from driver.announcer import Announcer
 from driver.driver import Driver, DriverConfig
 from driver.engine import DockerDirectory
@@ -31,6 +33,7 @@ from plugin.app import create_app
 from plugin.calls import CallStatistics
 from plugin.metrics import Exporter
 from plugin.ping import Ping
+from plugin.router import CONTROL, RouterProcess, router_command, router_settings
 from plugin.server import Paths
 from plugin.settings import Settings
 from plugin.snapshot import Snapshot
@@ -50,6 +53,8 @@ class Plugin:
     syncer: Syncer
     hints: Hints
     exporter: Exporter | None
+    accelerator: Accelerator
+    router: RouterProcess | None
     recover: Callable[[], None]
     notes: list[str] = field(default_factory=list)
 
@@ -60,6 +65,9 @@ class Plugin:
         self.hints.start()
         if self.exporter is not None:
             self.exporter.start()
+        if self.router is not None:
+            self.accelerator.start()
+            self.router.start()
 
 
 def compose(
@@ -102,6 +110,13 @@ def compose(
         clock=time.monotonic,
         collect=collector.collect,
         engine_seen=engine_seen,
+        changed=lambda: accelerator.wake(),
+    )
+    accelerator = Accelerator(
+        store,
+        syncer,
+        RouterClient(paths.host_run / CONTROL),
+        router_settings(settings),
     )
     hints = Hints(kernel, directory, syncer.state, syncer.hint, time.monotonic)
     settler = Settler(exchange, syncer.sandbox)
@@ -111,8 +126,13 @@ def compose(
         announcer.endpoint_joined(endpoint)
         syncer.endpoint_joined(endpoint)
         settler.endpoint_joined(endpoint)
+        accelerator.wake()
 
-    driver.on_change(syncer.wake, joined)
+    def wake() -> None:
+        syncer.wake()
+        accelerator.wake()
+
+    driver.on_change(wake, joined)
     recovered: list[Recovered] = []
     failures: list[str] = []
 
@@ -147,5 +167,11 @@ def compose(
         syncer=syncer,
         hints=hints,
         exporter=Exporter(snapshot, settings.metrics_addr) if settings.metrics_addr else None,
+        accelerator=accelerator,
+        router=RouterProcess(
+            router_command(paths.host_run, settings.log_level), accelerator.router_started
+        )
+        if paths.host_run.is_dir()
+        else None,
         recover=run_recovery,
     )

@@ -135,6 +135,78 @@ SETTINGS: Final = (
         "seconds after which a request of Docker is answered with an error",
         _seconds(1, 300),
     ),
+    Setting(
+        "ACCELERATION",
+        "on",
+        "on or off: whether connections between containers of this host may move to shared memory",
+        _choice("on", "off"),
+    ),
+    Setting(
+        "UPGRADE_OPERATIONS",
+        "4",
+        "reads and writes after which a connection moves, if UPGRADE_AGE and UPGRADE_BYTES are reached too",
+        _whole(range(1, 1 << 31)),
+    ),
+    Setting(
+        "UPGRADE_AGE",
+        "0",
+        "microseconds since it began after which a connection moves",
+        _whole(range(1 << 31)),
+    ),
+    Setting(
+        "UPGRADE_BYTES",
+        "0",
+        "bytes, of both directions together, after which a connection moves",
+        _whole(range(1 << 31)),
+    ),
+    Setting(
+        "UPGRADE_BULK",
+        "65536",
+        "bytes after which a connection moves whatever the other rules say",
+        _whole(range(1, 1 << 31)),
+    ),
+    Setting(
+        "SPIN",
+        "20",
+        "microseconds to look for a message before sleeping, while the peer runs on another core",
+        _whole(range(1001)),
+    ),
+    Setting(
+        "RING_LIMIT",
+        "4194304",
+        "bytes that may be under way in one direction of a connection",
+        _whole(range(4096, (4 << 20) + 1)),
+    ),
+    Setting(
+        "SHM_LIMIT",
+        "1073741824",
+        "bytes of shared memory that one container may have in use; more connections stay on TCP",
+        _whole(range(10**11)),
+    ),
+    Setting(
+        "CONNECTIONS_LIMIT",
+        "16384",
+        "connections of one container in shared memory, and as many that wait for it",
+        _whole(range(1 << 20)),
+    ),
+    Setting(
+        "PROCESSES_LIMIT",
+        "2048",
+        "processes of one container that may speak with the router",
+        _whole(range(1 << 16)),
+    ),
+    Setting(
+        "ASKS_LIMIT",
+        "5000",
+        "connections per second for which one container may ask",
+        _whole(range(1, 1 << 20)),
+    ),
+    Setting(
+        "BELLS_LIMIT",
+        "16384",
+        "wake-up descriptors of one container that the router keeps",
+        _whole(range(1 << 20)),
+    ),
 )
 
 # What the runtime gives every process; all else in a plugin's environment is a setting.
@@ -154,6 +226,18 @@ class Settings:
     log_level: str = "info"
     sync_interval: float = 0.5
     request_deadline: float = 10.0
+    acceleration: str = "on"
+    upgrade_operations: int = 4
+    upgrade_age: int = 0
+    upgrade_bytes: int = 0
+    upgrade_bulk: int = 65536
+    spin: int = 20
+    ring_limit: int = 4 << 20
+    shm_limit: int = 1 << 30
+    connections_limit: int = 16384
+    processes_limit: int = 2048
+    asks_limit: int = 5000
+    bells_limit: int = 16384
 
 
 def _mend(name: str, value: str) -> str:

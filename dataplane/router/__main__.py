@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.JSONRenderer(),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(ensure_ascii=False),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(given.log_level),
         logger_factory=structlog.WriteLoggerFactory(sys.stdout),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -77,6 +78,76 @@ def test_end(own: RealPlace) -> None:
     own.process.terminate()
     assert own.process.wait(10) == 0
     assert time.monotonic() - begin < 9
+
+
+def _router(place: RealPlace, *, other_than: int | None = None) -> int:
+    """The router's process, as soon as it listens."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        for worker in _children(place.process.pid):
+            for pid in _children(worker):
+                if pid != other_than and _listens(place):
+                    return pid
+        time.sleep(0.02)
+    raise AssertionError("no router")
+
+
+def _children(pid: int) -> list[int]:
+    """Of all its threads."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += path.read_text().split()
+        except OSError:
+            continue
+    return [int(each) for each in found]
+
+
+def _listens(place: RealPlace) -> bool:
+    """Whether the public socket is there and somebody answers on it."""
+    path = place.run / "freeflow/router.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def test_the_router_is_open_to_all(own: RealPlace) -> None:
+    """Containers of any user reach the router's socket, and find nothing else that they could change."""
+    _router(own)
+    folder = own.run / "freeflow"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert stat.S_IMODE((folder / "router.sock").stat().st_mode) == 0o666
+    assert stat.S_IMODE((own.run / "freeflow-admin/router.sock").stat().st_mode) == 0o600
+
+
+def test_death_of_the_router(own: RealPlace) -> None:
+    """A router that dies is started again and told all; Docker's calls notice nothing."""
+    before = _router(own)
+    os.kill(before, signal.SIGKILL)
+    assert call(own, "CreateNetwork", {"NetworkID": NET}).status == 200
+    assert _router(own, other_than=before) != before
+
+
+def test_the_router_ends_with_the_plugin(own: RealPlace) -> None:
+    """However the plugin ends, no router stays behind; asked to end, it leaves no socket either."""
+    worker, router = _worker(own), _router(own)
+    os.kill(worker, signal.SIGKILL)
+    _wait_for_end(router)
+    router = _router(own, other_than=router)
+    own.process.terminate()
+    assert own.process.wait(10) == 0
+    _wait_for_end(router)
+    assert not _listens(own)
+
+
+def _wait_for_end(pid: int) -> None:
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.02)
 
 
 def test_log_is_events(own: RealPlace) -> None:

@@ -26,7 +26,7 @@ def _name(path: Path) -> str:
 
 SOURCES = {
     _name(path): ast.parse(path.read_text())
-    for folder in ("driver", "plugin")
+    for folder in ("dataplane", "driver", "plugin")
     for path in sorted((TOP / folder).rglob("*.py"))
 }
 
@@ -60,6 +60,21 @@ def reached(module: str) -> set[str]:
 def test_the_driver_knows_nothing_of_the_plugin(module: str) -> None:
     """Imports go one way, from plugin to driver."""
     assert not [name for name in imports(module) if name.partition(".")[0] == "plugin"]
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("dataplane")])
+def test_the_dataplane_knows_nothing_of_the_others(module: str) -> None:
+    """The router runs as a process of its own: nothing of driver or plugin is in it."""
+    assert not [
+        name for name in imports(module) if name.partition(".")[0] in ("plugin", "driver", "docker")
+    ]
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if not name.startswith("dataplane")])
+def test_the_router_is_spoken_to(module: str) -> None:
+    """Driver and plugin know the router by what is said to it alone, not by its parts."""
+    known = {name for name in SOURCES if name.startswith("dataplane")} & imports(module)
+    assert known <= {"dataplane", "dataplane.client", "dataplane.control", "dataplane.errors"}
 
 
 @pytest.mark.parametrize("library", BEHIND)

@@ -89,6 +89,19 @@ GOOD = [
     ("LOG_LEVEL", "debug", "log_level", "debug"),
     ("SYNC_INTERVAL", "2", "sync_interval", 2.0),
     ("REQUEST_DEADLINE", "1.5", "request_deadline", 1.5),
+    ("ACCELERATION", "off", "acceleration", "off"),
+    ("UPGRADE_OPERATIONS", "1", "upgrade_operations", 1),
+    ("UPGRADE_AGE", "500", "upgrade_age", 500),
+    ("UPGRADE_BYTES", "1000", "upgrade_bytes", 1000),
+    ("UPGRADE_BULK", "1", "upgrade_bulk", 1),
+    ("SPIN", "0", "spin", 0),
+    ("SPIN", "1000", "spin", 1000),
+    ("RING_LIMIT", "4096", "ring_limit", 4096),
+    ("SHM_LIMIT", "99999999999", "shm_limit", 99999999999),
+    ("CONNECTIONS_LIMIT", "0", "connections_limit", 0),
+    ("PROCESSES_LIMIT", "10", "processes_limit", 10),
+    ("ASKS_LIMIT", "1", "asks_limit", 1),
+    ("BELLS_LIMIT", "0", "bells_limit", 0),
 ]
 
 
@@ -135,6 +148,19 @@ BAD = [
     ("SYNC_INTERVAL", "61"),
     ("REQUEST_DEADLINE", "inf"),
     ("REQUEST_DEADLINE", "soon"),
+    ("ACCELERATION", "yes"),
+    ("UPGRADE_OPERATIONS", "0"),
+    ("UPGRADE_AGE", "-1"),
+    ("UPGRADE_BYTES", "1k"),
+    ("UPGRADE_BULK", "0"),
+    ("SPIN", "1001"),
+    ("RING_LIMIT", "4095"),
+    ("RING_LIMIT", "4194305"),
+    ("SHM_LIMIT", "1G"),
+    ("CONNECTIONS_LIMIT", "all"),
+    ("PROCESSES_LIMIT", "65536"),
+    ("ASKS_LIMIT", "0"),
+    ("BELLS_LIMIT", ""),
 ]
 
 

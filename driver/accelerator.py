@@ -1,0 +1,251 @@
+"""What the router of accelerated connections is told: endpoints, networks and VIPs of this host, whenever they change.
+
+The whole truth each time, so a router that has just started is told no less. Nothing waits for it: who is away learns
+later, and knows until then what it was told last.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Final, Protocol
+
+import structlog
+
+from dataplane.control import Connections, EndpointFact, Learn, NetworkFact, Settings, Statistics
+from dataplane.errors import DataplaneError
+from driver.errors import RouterError
+from driver.kernel.namespace import is_namespace
+from driver.members import NetworkState
+from driver.model import Endpoint, Network
+from driver.store import Store
+
+log = structlog.get_logger()
+
+GATHER: Final = 0.02
+"""Seconds for which changes are gathered: many come together."""
+REPEAT: Final = 30.0
+"""Seconds after which the truth is looked at, whoever has forgotten to say that it changed."""
+RETRY: Final = 0.1
+AWAY: Final = 5.0
+"""Seconds after which a router that doesn't answer is worth a line in the log."""
+SANDBOX_RETRY: Final = 0.05
+SANDBOX_PATIENCE: Final = 30.0
+"""Docker up to 27 mounts a container's namespace some time after Join."""
+
+
+class Router(Protocol):
+    """See `dataplane.client.RouterClient`. All raise DataplaneError."""
+
+    def learn(self, facts: Learn) -> None: ...
+
+    def statistics(self) -> Statistics: ...
+
+    def connections(self, namespace: int | None = None) -> Connections: ...
+
+
+class Sandboxes(Protocol):
+    """See `driver.sync.Syncer`."""
+
+    def sandbox(self, endpoint: Endpoint) -> Path | None: ...
+
+    def state(self) -> dict[str, NetworkState]: ...
+
+
+def inode_of(sandbox: Path) -> int | None:
+    """A namespace's number; None if there is none at this path yet, or any more."""
+    try:
+        return sandbox.stat().st_ino if is_namespace(sandbox) else None
+    except OSError:
+        return None
+
+
+def facts(
+    networks: Iterable[Network],
+    endpoints: Iterable[Endpoint],
+    states: Mapping[str, NetworkState],
+    homes: Mapping[str, tuple[Path, int]],
+    settings: Settings,
+) -> Learn:
+    """What is true. `homes`: where each endpoint's namespace is, and its inode; those without are left out."""
+    names = {
+        item.endpoint_id: item.name
+        for state in states.values()
+        if state.view is not None
+        for item in state.view.containers
+    }
+    here = sorted((each for each in endpoints if each.id in homes), key=lambda each: each.id)
+    used = {endpoint.network_id for endpoint in here}
+    return Learn(
+        endpoints=tuple(
+            EndpointFact(
+                id=endpoint.id,
+                network=endpoint.network_id,
+                addresses=tuple(
+                    str(each.ip) for each in (endpoint.ipv4, endpoint.ipv6) if each is not None
+                ),
+                namespace=homes[endpoint.id][1],
+                path=str(homes[endpoint.id][0]),
+                container=names.get(endpoint.id, ""),
+            )
+            for endpoint in here
+        ),
+        networks=tuple(
+            _network(network, states.get(network.id, NetworkState()))
+            for network in sorted(networks, key=lambda each: each.id)
+            if network.id in used
+        ),
+        settings=settings,
+    )
+
+
+def _network(network: Network, state: NetworkState) -> NetworkFact:
+    subnets = [str(subnet.pool) for subnet in network.subnets]
+    if network.ipv6:
+        subnets.append(str(network.prefix6))
+    return NetworkFact(
+        id=network.id,
+        name=state.view.name if state.view is not None else "",
+        acceleration=network.acceleration,
+        subnets=tuple(dict.fromkeys(subnets)),
+        vips={
+            str(vip): tuple(map(str, sorted(tasks)))
+            for vip, tasks in sorted(_tasks(state).items())
+            if tasks
+        },
+    )
+
+
+def _tasks(state: NetworkState) -> dict[IPv4Address, set[IPv4Address]]:
+    """By VIP. A task that takes no new connections still has old ones."""
+    found = {vip: set(tasks) for vip, tasks in state.table.items()}
+    for service in state.view.services if state.view is not None else ():
+        if service.vip is not None:
+            found.setdefault(service.vip, set()).update(task.address for task in service.tasks)
+    return found
+
+
+class Accelerator:
+    """Tells the router, and asks it. `router` may be away at any time."""
+
+    def __init__(
+        self,
+        store: Store,
+        sandboxes: Sandboxes,
+        router: Router,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+        inode: Callable[[Path], int | None] = inode_of,
+    ) -> None:
+        self._store = store
+        self._sandboxes = sandboxes
+        self._router = router
+        self._settings = settings
+        self._clock = clock
+        self._inode = inode
+        self._told: Learn | None = None
+        self._anew = False
+        self._missing: dict[str, float] = {}
+        """Endpoints whose namespace isn't there, and until when it is waited for."""
+        self._failing: float | None = None
+        self._complained = False
+        self._woken = threading.Event()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # --- telling
+
+    def wake(self) -> None:
+        """Something may have changed."""
+        self._woken.set()
+
+    def router_started(self) -> None:
+        """A new router knows nothing."""
+        self._anew = True
+        self._woken.set()
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="accelerator", daemon=True)
+        self._woken.set()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._woken.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        pause = 0.0
+        while not self._stopped.is_set():
+            if self._woken.wait(pause):
+                self._stopped.wait(GATHER)
+            try:
+                pause = self.once()
+            except Exception:
+                # Whatever one look meets, the next starts from facts again.
+                log.exception("the router isn't told")
+                pause = AWAY
+
+    def once(self) -> float:
+        """Tell the router what it doesn't know; returns for how long there will be nothing, unless woken."""
+        self._woken.clear()
+        anew, self._anew = self._anew, False
+        now = self._clock()
+        known = self._look(now)
+        if known != self._told or anew:
+            try:
+                self._router.learn(known)
+            except DataplaneError as error:
+                self._failed(now, error)
+                return RETRY
+            self._told = known
+        if self._complained:
+            log.info("the router answers again")
+        self._failing, self._complained = None, False
+        return SANDBOX_RETRY if any(until > now for until in self._missing.values()) else REPEAT
+
+    def _failed(self, now: float, error: DataplaneError) -> None:
+        self._told = None
+        if self._failing is None:
+            self._failing = now
+        elif now - self._failing > AWAY and not self._complained:
+            self._complained = True
+            log.warning("the router doesn't answer; connections stay on TCP", reason=str(error))
+
+    def _look(self, now: float) -> Learn:
+        homes: dict[str, tuple[Path, int]] = {}
+        missing: dict[str, float] = {}
+        endpoints = list(self._store.endpoints())
+        for endpoint in endpoints:
+            path = self._sandboxes.sandbox(endpoint)
+            if path is None:
+                continue
+            inode = self._inode(path)
+            if inode is None:
+                missing[endpoint.id] = self._missing.get(endpoint.id, now + SANDBOX_PATIENCE)
+            else:
+                homes[endpoint.id] = (path, inode)
+        self._missing = missing
+        return facts(
+            self._store.networks(), endpoints, self._sandboxes.state(), homes, self._settings
+        )
+
+    # --- asking
+
+    def statistics(self) -> Statistics:
+        """The router's counts. Raises RouterError."""
+        try:
+            return self._router.statistics()
+        except DataplaneError as error:
+            raise RouterError(f"{error}; it is started again by itself, see its log") from error
+
+    def connections(self) -> Connections:
+        """Which path each connection takes. Raises RouterError."""
+        try:
+            return self._router.connections()
+        except DataplaneError as error:
+            raise RouterError(f"{error}; it is started again by itself, see its log") from error

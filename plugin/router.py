@@ -1,0 +1,147 @@
+"""The router's process: a child of the plugin's worker, started again when it ends, ended when we do.
+
+It holds the read end of a pipe whose other end is ours alone: however the worker ends, the router notices. Nothing of this
+delays the plugin's start or any answer to Docker.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from dataplane.control import Limits, Rule
+from dataplane.control import Settings as RouterSettings
+from plugin.settings import Settings
+
+log = structlog.get_logger()
+
+PUBLIC: Final = "freeflow/router.sock"
+"""Below the host's /run; every container may see this directory."""
+CONTROL: Final = "freeflow-admin/router.sock"
+LEAST_PAUSE: Final = 0.1
+MOST_PAUSE: Final = 10.0
+"""Seconds between two starts, doubled each time as long as none lasts."""
+LASTS: Final = 30.0
+_END: Final = 3.0
+_MESSAGES_PER_ASK: Final = 5
+
+
+def router_settings(settings: Settings) -> RouterSettings:
+    """What the plugin's settings mean for the router."""
+    return RouterSettings(
+        acceleration=settings.acceleration == "on",
+        rule=Rule(
+            operations=settings.upgrade_operations,
+            age=settings.upgrade_age,
+            bytes=settings.upgrade_bytes,
+            bulk=settings.upgrade_bulk,
+            spin=settings.spin,
+            ring_limit=settings.ring_limit,
+        ),
+        limits=Limits(
+            processes=settings.processes_limit,
+            waiting=settings.connections_limit,
+            connections=settings.connections_limit,
+            asks=settings.asks_limit,
+            messages=settings.asks_limit * _MESSAGES_PER_ASK,
+            bells=settings.bells_limit,
+            memory=settings.shm_limit,
+        ),
+    )
+
+
+def router_command(host_run: Path, log_level: str) -> list[str]:
+    """How the router is started."""
+    return [
+        sys.executable,
+        "-P",
+        "-m",
+        "dataplane.router",
+        f"--socket={host_run / PUBLIC}",
+        f"--control={host_run / CONTROL}",
+        f"--log-level={log_level}",
+        "--watch-stdin",
+    ]
+
+
+class RouterProcess:
+    """Keeps one running. `started` is called after each start, in a thread of its own."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        started: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._command = list(command)
+        self._started = started
+        self._clock = clock
+        self._stopped = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+        self._starts = 0
+
+    @property
+    def starts(self) -> int:
+        """How often it was started."""
+        return self._starts
+
+    @property
+    def pid(self) -> int | None:
+        """Of the one that runs."""
+        process = self._process
+        return process.pid if process is not None and process.poll() is None else None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="router", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End it, and wait until it has ended."""
+        self._stopped.set()
+        process = self._process
+        if process is not None:
+            _end(process)
+        if self._thread is not None:
+            self._thread.join(timeout=_END)
+
+    def _run(self) -> None:
+        pause = LEAST_PAUSE
+        while not self._stopped.is_set():
+            begin = self._clock()
+            code = self._once()
+            if self._stopped.is_set():
+                return
+            pause = LEAST_PAUSE if self._clock() - begin > LASTS else min(pause * 2, MOST_PAUSE)
+            log.error("the router ended; it is started again", code=code, seconds=pause)
+            self._stopped.wait(pause)
+
+    def _once(self) -> int | None:
+        """Start it and wait for its end; its exit code, None if it can't be started."""
+        try:
+            process = subprocess.Popen(self._command, stdin=subprocess.PIPE)
+        except OSError as error:
+            log.error("the router can't be started", reason=str(error))
+            return None
+        self._process = process
+        self._starts += 1
+        if self._stopped.is_set():
+            _end(process)
+        self._started()
+        return process.wait()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_END)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,205 @@
+"""What the router is told: all that is true, when it changes, and again when it has started anew."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
+from pathlib import Path
+
+import pytest
+
+from dataplane.control import Connections, Learn, Settings, Statistics
+from dataplane.errors import RouterAway
+from driver.accelerator import REPEAT, RETRY, SANDBOX_RETRY, Accelerator, facts
+from driver.errors import RouterError
+from driver.members import NetworkState
+from driver.model import Endpoint, LocalContainer, Network, NetworkView, Service, Subnet, Task
+from driver.store import Store
+
+NET, NET2 = "n" * 25, "m" * 25
+VIP = IPv4Address("10.0.4.2")
+
+
+def a_network(network_id: str = NET, **changes: object) -> Network:
+    made = Network(
+        id=network_id,
+        vni=70012 if network_id == NET else 70013,
+        port=4799,
+        mtu=1450,
+        prefix6=IPv6Network("fd00:1:2:3::/64"),
+        subnets=(Subnet(IPv4Network("10.0.4.0/24")),),
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def an_endpoint(number: int, network_id: str = NET) -> Endpoint:
+    return Endpoint(
+        id=f"{number:064x}",
+        network_id=network_id,
+        mac=f"02:42:0a:00:04:{number:02x}",
+        ipv4=IPv4Interface(f"10.0.4.{number}/24"),
+        ipv6=IPv6Interface(f"fd00:1:2:3::{number:x}/64"),
+        sandbox_key=f"/var/run/docker/netns/s{number}",
+    )
+
+
+def a_state() -> NetworkState:
+    tasks = tuple(Task(f"web.{n}", IPv4Address(f"10.0.4.{n}"), an_endpoint(n).id) for n in (7, 8))
+    return NetworkState(
+        view=NetworkView(
+            id=NET,
+            name="backend",
+            driver="freeflow:latest",
+            services=(Service("web", VIP, tasks),),
+            containers=(LocalContainer("c7", "web.1.x", an_endpoint(7).id, None),),
+        ),
+        table={VIP: (IPv4Address("10.0.4.7"),)},
+        seen=1.0,
+    )
+
+
+@dataclass
+class FakeRouter:
+    """Remembers what it was told; can be away."""
+
+    told: list[Learn] = field(default_factory=list)
+    away: bool = False
+    heard: threading.Event = field(default_factory=threading.Event)
+
+    def learn(self, facts: Learn) -> None:
+        if self.away:
+            raise RouterAway("nobody there")
+        self.told.append(facts)
+        self.heard.set()
+
+    def statistics(self) -> Statistics:
+        raise RouterAway("nobody there")
+
+    def connections(self, namespace: int | None = None) -> Connections:
+        raise RouterAway("nobody there")
+
+
+@dataclass
+class FakeSandboxes:
+    """Sandboxes by their names; `inodes` of those that are there."""
+
+    states: dict[str, NetworkState] = field(default_factory=dict)
+    inodes: dict[str, int] = field(default_factory=dict)
+
+    def sandbox(self, endpoint: Endpoint) -> Path | None:
+        return Path(endpoint.sandbox_key) if endpoint.sandbox_key else None
+
+    def state(self) -> dict[str, NetworkState]:
+        return self.states
+
+    def inode(self, path: Path) -> int | None:
+        return self.inodes.get(path.name)
+
+
+@dataclass
+class World:
+    store: Store
+    router: FakeRouter
+    sandboxes: FakeSandboxes
+    accelerator: Accelerator
+    now: list[float]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    store = Store(tmp_path)
+    router, sandboxes, now = FakeRouter(), FakeSandboxes(), [0.0]
+    accelerator = Accelerator(
+        store, sandboxes, router, Settings(), clock=lambda: now[0], inode=sandboxes.inode
+    )
+    yield World(store, router, sandboxes, accelerator, now)
+    accelerator.stop()
+
+
+def test_facts() -> None:
+    """The router is told each endpoint with its namespace, and each of their networks with its VIPs and all tasks."""
+    told = facts(
+        [a_network(acceleration=False, ipv6=True), a_network(NET2)],
+        [an_endpoint(7), an_endpoint(9)],
+        {NET: a_state()},
+        {an_endpoint(7).id: (Path("/netns/s7"), 4711)},
+        Settings(acceleration=False),
+    )
+    (endpoint,) = told.endpoints
+    assert endpoint.addresses == ("10.0.4.7", "fd00:1:2:3::7")
+    assert (endpoint.namespace, endpoint.path, endpoint.container) == (4711, "/netns/s7", "web.1.x")
+    (network,) = told.networks
+    assert (network.id, network.name, network.acceleration) == (NET, "backend", False)
+    assert network.subnets == ("10.0.4.0/24", "fd00:1:2:3::/64")
+    # The second takes no new connections; those that it has count.
+    assert network.vips == {"10.0.4.2": ("10.0.4.7", "10.0.4.8")}
+    assert told.settings == Settings(acceleration=False)
+
+
+def test_told_once(world: World) -> None:
+    """What hasn't changed isn't said again; what has is said whole."""
+    world.store.put_network(a_network())
+    world.accelerator.once()
+    assert world.accelerator.once() == REPEAT
+    assert len(world.router.told) == 1
+    world.store.put_endpoint(an_endpoint(7))
+    world.sandboxes.inodes["s7"] = 1
+    world.accelerator.once()
+    assert [len(each.endpoints) for each in world.router.told] == [0, 1]
+
+
+def test_a_new_router_is_told_all(world: World) -> None:
+    """A router that has started knows nothing, so nothing counts as told."""
+    world.accelerator.once()
+    world.accelerator.router_started()
+    world.accelerator.once()
+    assert len(world.router.told) == 2
+
+
+def test_a_router_that_is_away(world: World) -> None:
+    """While the router is away it is tried again, and then it gets what is true by then."""
+    world.router.away = True
+    assert world.accelerator.once() == RETRY
+    world.store.put_network(a_network())
+    world.store.put_endpoint(an_endpoint(7))
+    world.sandboxes.inodes["s7"] = 1
+    world.router.away = False
+    assert world.accelerator.once() == REPEAT
+    (told,) = world.router.told
+    assert len(told.endpoints) == 1
+
+
+def test_a_sandbox_that_comes_late(world: World) -> None:
+    """Docker up to 27 mounts a container's namespace after Join: it is looked for often, but not for ever."""
+    world.store.put_network(a_network())
+    world.store.put_endpoint(an_endpoint(7))
+    assert world.accelerator.once() == SANDBOX_RETRY
+    world.sandboxes.inodes["s7"] = 5
+    assert world.accelerator.once() == REPEAT
+    assert world.router.told[-1].endpoints[0].namespace == 5
+    del world.sandboxes.inodes["s7"]
+    world.accelerator.once()
+    world.now[0] += 60
+    assert world.accelerator.once() == REPEAT
+
+
+def test_it_tells_by_itself(world: World) -> None:
+    """A change is told soon, by a thread of its own."""
+    world.accelerator.start()
+    assert world.router.heard.wait(5)
+    world.router.heard.clear()
+    world.store.put_network(a_network())
+    world.store.put_endpoint(an_endpoint(7))
+    world.sandboxes.inodes["s7"] = 5
+    world.accelerator.wake()
+    assert world.router.heard.wait(5)
+    assert world.router.told[-1].endpoints
+
+
+def test_questions_are_ours_to_fail(world: World) -> None:
+    """Whoever asks while the router is away hears so in the driver's own words."""
+    for ask in (world.accelerator.statistics, world.accelerator.connections):
+        with pytest.raises(RouterError, match="nobody there; it is started again by itself"):
+            ask()

@@ -1,0 +1,105 @@
+"""The router's process is there as long as the plugin is, whatever happens to it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from os import kill
+from pathlib import Path
+
+from plugin.router import RouterProcess, router_command, router_settings
+from plugin.settings import Settings
+
+SLEEPER = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_it_is_started_again() -> None:
+    """One that dies is followed by another, and whoever feeds it hears of each."""
+    heard = threading.Semaphore(0)
+    process = RouterProcess(SLEEPER, lambda: heard.release())
+    process.start()
+    try:
+        assert heard.acquire(timeout=10)
+        first = process.pid
+        assert first is not None
+        kill(first, signal.SIGKILL)
+        assert heard.acquire(timeout=10)
+        _until(lambda: process.pid not in (None, first))
+        assert process.starts == 2
+    finally:
+        process.stop()
+    assert process.pid is None
+
+
+def test_one_that_never_lasts_is_not_started_all_the_time() -> None:
+    """Starts that fail at once become rarer."""
+    process = RouterProcess([sys.executable, "-c", "raise SystemExit(1)"], lambda: None)
+    process.start()
+    time.sleep(1.5)
+    process.stop()
+    assert 1 <= process.starts <= 4
+
+
+def test_one_that_cannot_be_started() -> None:
+    """A program that isn't there costs log lines, not the plugin."""
+    process = RouterProcess(["/nonexistent"], lambda: None)
+    process.start()
+    time.sleep(0.2)
+    process.stop()
+    assert process.starts == 0
+
+
+def test_it_ends_when_its_starter_is_gone() -> None:
+    """The router ends when the other end of its standard input closes."""
+    process = RouterProcess(SLEEPER, lambda: None)
+    process.start()
+    _until(lambda: process.pid is not None)
+    started = process._process
+    assert started is not None
+    assert started.stdin is not None
+    started.stdin.close()
+    _until(lambda: started.poll() is not None)
+    process.stop()
+
+
+def test_settings_reach_the_router() -> None:
+    """Each setting of the plugin that concerns the router changes what the router is told, and only that."""
+    changed = {
+        "acceleration": "off",
+        "upgrade_operations": 9,
+        "upgrade_age": 9,
+        "upgrade_bytes": 9,
+        "upgrade_bulk": 9,
+        "spin": 9,
+        "ring_limit": 9000,
+        "shm_limit": 9,
+        "connections_limit": 9,
+        "processes_limit": 9,
+        "asks_limit": 9,
+        "bells_limit": 9,
+    }
+    usual = router_settings(Settings())
+    seen = {
+        router_settings(Settings(**{name: value}))  # type: ignore[arg-type]
+        for name, value in changed.items()
+    }
+    assert len(seen) == len(changed)
+    assert usual not in seen
+
+
+def test_command() -> None:
+    """The router is told its two sockets, below the host's /run."""
+    command = router_command(Path("/host/run"), "info")
+    assert "--socket=/host/run/freeflow/router.sock" in command
+    assert "--control=/host/run/freeflow-admin/router.sock" in command
+    assert "--watch-stdin" in command
