@@ -1,0 +1,203 @@
+"""A registry with everything around it faked: processes that remember what they hear, sockets that exist if said so."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Final, TypeVar
+
+from dataplane.control import EndpointFact, Learn, Limits, NetworkFact, Settings
+from dataplane.errors import KernelRefused
+from dataplane.router import layout, wire
+from dataplane.router.knowledge import Knowledge
+from dataplane.router.pairing import Pairing
+from dataplane.router.wire import Address, Answer
+
+M = TypeVar("M", bound=Answer)
+
+NET: Final = "n1"
+OTHER: Final = "n2"
+VIP: Final = "10.0.4.100"
+AWAY: Final = "10.0.4.200"
+
+
+def at(text: str) -> Address:
+    """ADDRESS:PORT."""
+    host, _, port = text.rpartition(":")
+    return Address(ip_address(host.strip("[]")), int(port))
+
+
+@dataclass
+class FakePost:
+    """Who was sent what. Processes in `full` take nothing."""
+
+    sent: dict[int, list[tuple[Answer, int | None]]] = field(default_factory=dict)
+    full: set[int] = field(default_factory=set)
+
+    def send(self, process: int, answer: Answer, descriptor: int | None = None) -> bool:
+        if process in self.full:
+            return False
+        self.sent.setdefault(process, []).append((answer, descriptor))
+        return True
+
+
+@dataclass
+class FakeKernel:
+    """Sockets: (namespace, local, remote) → cookie; all are open but those in `closing`."""
+
+    sockets: dict[tuple[int, Address, Address], int] = field(default_factory=dict)
+    closing: set[tuple[int, Address, Address]] = field(default_factory=set)
+
+    def is_open(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
+        key = (namespace, local, remote)
+        return self.sockets.get(key) == cookie and key not in self.closing
+
+    def exists(self, namespace: int, local: Address, remote: Address) -> bool:
+        return (namespace, local, remote) in self.sockets
+
+
+@dataclass
+class FakeMemory:
+    """Arenas are numbers from 1000 on, bells what tests say; what is closed twice or never shows."""
+
+    numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1000))
+    arenas: set[int] = field(default_factory=set)
+    prepared: list[tuple[int, int, int]] = field(default_factory=list)
+    reclaimed: list[tuple[int, int]] = field(default_factory=list)
+    bells: set[int] = field(default_factory=set)
+    weight: int = 12288
+    refuses: bool = False
+
+    def make(self) -> int:
+        if self.refuses:
+            raise KernelRefused("no memory")
+        number = next(self.numbers)
+        self.arenas.add(number)
+        return number
+
+    def prepare(self, memory: int, slot: int, incarnation: int) -> None:
+        assert memory in self.arenas
+        self.prepared.append((memory, slot, incarnation))
+
+    def reclaim(self, memory: int, slot: int) -> bool:
+        assert memory in self.arenas
+        self.reclaimed.append((memory, slot))
+        return True
+
+    def used(self, memory: int) -> int:
+        assert memory in self.arenas
+        return self.weight
+
+    def close(self, memory: int) -> None:
+        self.arenas.remove(memory)
+
+    def close_bell(self, descriptor: int) -> None:
+        self.bells.remove(descriptor)
+
+
+def knowledge(
+    settings: Settings | None = None, *, off: bool = False, vips: bool = True
+) -> Knowledge:
+    """Containers 1 to 4 on network n1 as 10.0.4.1 to .4 and fd00::1 to ::4, container 1 also on n2 as 10.0.5.1.
+
+    VIP leads to 2 and 3; AWAY to 2, and to 10.0.4.66, which is on another host.
+    """
+    endpoints = [
+        EndpointFact(id=f"e{n}", network=NET, addresses=(f"10.0.4.{n}", f"fd00::{n}"), namespace=n)
+        for n in range(1, 5)
+    ]
+    endpoints.append(EndpointFact(id="x1", network=OTHER, addresses=("10.0.5.1",), namespace=1))
+    leading: dict[str, tuple[str, ...]] = {
+        VIP: ("10.0.4.2", "10.0.4.3"),
+        AWAY: ("10.0.4.2", "10.0.4.66"),
+    }
+    return Knowledge(
+        Learn(
+            endpoints=tuple(endpoints),
+            networks=(
+                NetworkFact(
+                    id=NET,
+                    acceleration=not off,
+                    subnets=("10.0.4.0/24", "fd00::/64"),
+                    vips=leading if vips else {},
+                ),
+                NetworkFact(id=OTHER, subnets=("10.0.5.0/24",)),
+            ),
+            settings=settings or Settings(),
+        )
+    )
+
+
+class World:
+    """The registry, its fakes, and how a library uses it."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.post = FakePost()
+        self.kernel = FakeKernel()
+        self.memory = FakeMemory()
+        self.now = 100.0
+        secrets = itertools.count(7001)
+        self.pairing = Pairing(
+            self.post,
+            self.kernel,
+            self.memory,
+            clock=lambda: self.now,
+            secret=lambda: next(secrets),
+        )
+        self.pairing.learn(knowledge(Settings(limits=limits or Limits())))
+        self._processes = itertools.count(1)
+        self._cookies = itertools.count(50_000)
+        self._numbers = itertools.count(1)
+
+    def process(self, namespace: int, *, hello: bool = True) -> int:
+        """A process of a container connects."""
+        number = next(self._processes)
+        assert self.pairing.connected(number, namespace, 4000 + number)
+        if hello:
+            self.pairing.hello(number, wire.Hello(1, layout.VERSION, "ab"))
+        return number
+
+    def socket(self, namespace: int, local: str, remote: str) -> int:
+        """A connected socket appears; its cookie."""
+        cookie = next(self._cookies)
+        self.kernel.sockets[namespace, at(local), at(remote)] = cookie
+        return cookie
+
+    def ask(self, process: int, cookie: int, local: str, remote: str) -> None:
+        """A process asks."""
+        ask = wire.Ask(next(self._numbers), cookie, at(local), at(remote))
+        self.pairing.ask(process, ask)
+
+    def open_and_ask(self, process: int, local: str, remote: str) -> int:
+        """One end: its socket, and its ask."""
+        namespace = self.pairing.processes[process].namespace
+        cookie = self.socket(namespace, local, remote)
+        self.ask(process, cookie, local, remote)
+        return cookie
+
+    def connect(self, client: int, server: int, port: int, *, to: int = 80) -> tuple[int, int]:
+        """Both ends of a connection from one process's container to another's ask; their cookies."""
+        a = self.pairing.processes[client].namespace
+        b = self.pairing.processes[server].namespace
+        one = self.open_and_ask(client, f"10.0.4.{a}:{port}", f"10.0.4.{b}:{to}")
+        return one, self.open_and_ask(server, f"10.0.4.{b}:{to}", f"10.0.4.{a}:{port}")
+
+    def heard(self, process: int, kind: type[M]) -> list[tuple[M, int | None]]:
+        """What a process was sent of one kind."""
+        return [
+            (answer, descriptor)
+            for answer, descriptor in self.post.sent.get(process, [])
+            if isinstance(answer, kind)
+        ]
+
+    def grants(self, process: int) -> list[wire.Grant]:
+        return [grant for grant, _ in self.heard(process, wire.Grant)]
+
+    def refusals(self, process: int) -> list[int]:
+        return [refuse.reason for refuse, _ in self.heard(process, wire.Refuse)]
+
+    def release(self, process: int, grant: wire.Grant) -> None:
+        self.pairing.release(
+            process, wire.Release(grant.slot, grant.arena, grant.incarnation, grant.token)
+        )

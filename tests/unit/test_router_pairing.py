@@ -1,0 +1,640 @@
+"""Who gets a slot, with whom, and what becomes of it: the registry alone, with fakes around it."""
+
+from __future__ import annotations
+
+import pytest
+
+from dataplane.control import EndpointFact, Learn, Limits, NetworkFact, Rule, Settings
+from dataplane.errors import DataplaneError, WrongMessage
+from dataplane.router import layout, wire
+from dataplane.router.knowledge import Knowledge
+from dataplane.router.pairing import ASK_AGE, FETCH_PATIENCE, LOST, NOTES
+from dataplane.router.reasons import Reason
+from tests.unit.router_world import AWAY, VIP, World, at, knowledge
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def the_pair(world: World) -> tuple[int, int, wire.Grant, wire.Grant]:
+    """Two processes and the two grants of a connection between them."""
+    a, b = world.process(1), world.process(2)
+    world.connect(a, b, 5000)
+    return a, b, world.grants(a)[-1], world.grants(b)[-1]
+
+
+# --- hello
+
+
+def test_welcome(world: World) -> None:
+    """A process of an endpoint's container is told the rule; enabled."""
+    process = world.process(1)
+    ((welcome, _),) = world.heard(process, wire.Welcome)
+    assert (welcome.enabled, welcome.operations, welcome.spin) == (True, 4, 20)
+
+
+def test_welcome_of_strangers(world: World) -> None:
+    """A process from anywhere else is told late, for its container may just have come, and then that it is off."""
+    process = world.process(77)
+    assert world.heard(process, wire.Welcome) == []
+    world.pairing.welcome_late(process)
+    ((welcome, _),) = world.heard(process, wire.Welcome)
+    assert not welcome.enabled
+    world.ask(process, 1, "10.0.4.1:5000", "10.0.4.2:80")
+    assert world.refusals(process) == [Reason.FOREIGN]
+
+
+def test_a_container_that_just_came(world: World) -> None:
+    """A process that said HELLO before the driver told of its container is welcomed when it does."""
+    process = world.process(9)
+    facts = Learn(
+        endpoints=(EndpointFact(id="e", network="n", addresses=("10.1.1.1",), namespace=9),),
+        networks=(NetworkFact(id="n", subnets=("10.1.1.0/24",)),),
+    )
+    world.pairing.learn(Knowledge(facts))
+    world.pairing.welcome_late(process)
+    ((welcome, _),) = world.heard(process, wire.Welcome)
+    assert welcome.enabled
+
+
+def test_new_settings_reach_processes(world: World) -> None:
+    """A changed rule, and acceleration going off, are told to those whom it concerns, once."""
+    process = world.process(2)
+    for _ in range(2):
+        world.pairing.learn(knowledge(Settings(rule=Rule(operations=9))))
+    world.pairing.learn(knowledge(off=True))
+    found = [(each.enabled, each.operations) for each, _ in world.heard(process, wire.Welcome)]
+    assert found == [(True, 4), (True, 9), (False, 4)]
+
+
+@pytest.mark.parametrize("hello", [wire.Hello(2, layout.VERSION), wire.Hello(1, 99)])
+def test_other_versions(world: World, hello: wire.Hello) -> None:
+    """A library of another version is no client: it stays on TCP."""
+    process = world.process(1, hello=False)
+    with pytest.raises(WrongMessage, match="version"):
+        world.pairing.hello(process, hello)
+
+
+def test_order_of_messages(world: World) -> None:
+    """HELLO comes first, and once."""
+    process = world.process(1, hello=False)
+    with pytest.raises(WrongMessage, match="before HELLO"):
+        world.ask(process, 1, "10.0.4.1:5000", "10.0.4.2:80")
+    with pytest.raises(WrongMessage, match="second HELLO"):
+        world.pairing.hello(world.process(1), wire.Hello(1, layout.VERSION))
+
+
+def test_rules_of_several_networks() -> None:
+    """A container on several networks has the most patient rule of them, and the shortest spin."""
+    networks = (
+        NetworkFact(id="a", rule=Rule(operations=2, age=900, spin=50)),
+        NetworkFact(id="b", rule=Rule(operations=8, age=10, spin=0)),
+        NetworkFact(id="c", rule=Rule(operations=99), acceleration=False),
+    )
+    endpoints = tuple(
+        EndpointFact(id=n, network=n, addresses=(f"10.0.{i}.1",), namespace=1)
+        for i, n in enumerate("abc")
+    )
+    rule = Knowledge(Learn(networks=networks, endpoints=endpoints)).rule(1)
+    assert (rule.operations, rule.age, rule.spin) == (8, 900, 0)
+
+
+def test_a_snapshot_that_contradicts_itself() -> None:
+    """An endpoint of an unknown network, or what is no address, is refused as a whole."""
+    endpoint = EndpointFact(id="e", network="n", addresses=("10.0.0.1",), namespace=1)
+    with pytest.raises(DataplaneError):
+        Knowledge(Learn(endpoints=(endpoint,)))
+    with pytest.raises(DataplaneError):
+        Knowledge(Learn(networks=(NetworkFact(id="n", vips={"x": ()}),)))
+
+
+# --- asks
+
+
+def test_both_must_ask(world: World) -> None:
+    """One end's ask has no answer; the other's has two: each side's own, of one slot and one incarnation."""
+    a, b = world.process(1), world.process(2)
+    world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
+    assert not world.grants(a)
+    world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5000")
+    ((one, memory),), ((other, memory2),) = world.heard(a, wire.Grant), world.heard(b, wire.Grant)
+    assert (one.arena, one.slot, one.incarnation) == (other.arena, other.slot, other.incarnation)
+    assert {one.side, other.side} == {0, 1}
+    assert one.token != other.token
+    assert memory == memory2 == 1000
+    assert world.memory.prepared == [(1000, one.slot, one.incarnation)]
+
+
+def test_memory_is_sent_once(world: World) -> None:
+    """Later connections of two processes take slots of the arena that both have."""
+    a, b, *_ = the_pair(world)
+    world.connect(b, a, 6000)
+    assert [memory for _, memory in world.heard(a, wire.Grant)] == [1000, None]
+    assert [memory for _, memory in world.heard(b, wire.Grant)] == [1000, None]
+    first, second = world.grants(a)
+    assert (first.arena, first.token, first.side) == (second.arena, second.token, second.side)
+    assert first.slot != second.slot
+    assert first.incarnation != second.incarnation
+
+
+def test_many_connections_of_two_processes(world: World) -> None:
+    """The 65th connection of two processes gets a second arena."""
+    a, b = world.process(1), world.process(2)
+    for port in range(5000, 5000 + layout.SLOTS + 1):
+        world.connect(a, b, port)
+    grants = world.grants(a)
+    assert len({(grant.arena, grant.slot) for grant in grants}) == layout.SLOTS + 1
+    assert len({grant.arena for grant in grants}) == 2
+    assert world.memory.arenas == {1000, 1001}
+
+
+def test_other_processes_get_other_memory(world: World) -> None:
+    """No arena is shared by more than two processes."""
+    a, b, c = world.process(1), world.process(2), world.process(2)
+    world.connect(a, b, 5000)
+    world.connect(a, c, 5001, to=81)
+    first, second = world.grants(a)
+    assert first.arena != second.arena
+
+
+def test_within_one_process(world: World) -> None:
+    """A process may be both ends; each side has its own token, and the memory comes once."""
+    process = world.process(1)
+    world.connect(process, process, 5000)
+    (one, memory), (other, nothing) = world.heard(process, wire.Grant)
+    assert (one.side, other.side) == (0, 1)
+    assert one.token != other.token
+    assert (memory, nothing) == (1000, None)
+    world.release(process, one)
+    world.release(process, other)
+    world.pairing.gone(process)
+    assert not world.memory.arenas
+
+
+def test_ipv6(world: World) -> None:
+    """IPv6 connections are matched like IPv4 ones."""
+    a, b = world.process(1), world.process(2)
+    world.open_and_ask(a, "[fd00::1]:5000", "[fd00::2]:80")
+    world.open_and_ask(b, "[fd00::2]:80", "[fd00::1]:5000")
+    assert len(world.grants(a)) == len(world.grants(b)) == 1
+
+
+@pytest.mark.parametrize("server_first", [False, True])
+def test_vip(world: World, server_first: bool) -> None:
+    """A client that sees its service's VIP is matched with the task that sees the client."""
+    a, b = world.process(1), world.process(3)
+    ends = [(a, "10.0.4.1:5000", f"{VIP}:80"), (b, "10.0.4.3:80", "10.0.4.1:5000")]
+    for end in reversed(ends) if server_first else ends:
+        world.open_and_ask(*end)
+    assert len(world.grants(a)) == len(world.grants(b)) == 1
+
+
+def test_vip_and_task_from_one_port(world: World) -> None:
+    """One source port may serve two connections, to a task and to its VIP: which is which nobody knows, so both stay."""
+    a, b = world.process(1), world.process(2)
+    world.socket(1, "10.0.4.1:5000", f"{VIP}:80")
+    world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
+    world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5000")
+    assert not world.grants(a)
+    assert all(each.ambiguous for each in world.pairing.processes[a].waiting.values())
+
+
+def test_vip_of_which_two_tasks_fit(world: World) -> None:
+    """If two tasks see the client's address and port, one of them is another connection's: both stay."""
+    a, b = world.process(1), world.process(2)
+    world.socket(3, "10.0.4.3:80", "10.0.4.1:5000")
+    world.open_and_ask(a, "10.0.4.1:5000", f"{VIP}:80")
+    world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5000")
+    assert not world.grants(a)
+
+
+def test_vip_with_tasks_elsewhere(world: World) -> None:
+    """Of a VIP with tasks on several hosts, a connection is refused as remote unless a task here has its other end."""
+    a, b = world.process(1), world.process(2)
+    world.open_and_ask(a, "10.0.4.1:5000", f"{AWAY}:80")
+    assert world.refusals(a) == [Reason.REMOTE]
+    world.socket(2, "10.0.4.2:80", "10.0.4.1:5001")
+    world.open_and_ask(a, "10.0.4.1:5001", f"{AWAY}:80")
+    world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5001")
+    assert len(world.grants(a)) == 1
+
+
+def test_no_other_port_of_a_vip(world: World) -> None:
+    """A VIP leads to the same port of its tasks, and to no other."""
+    a, b = world.process(1), world.process(2)
+    world.open_and_ask(a, "10.0.4.1:5000", f"{VIP}:80")
+    world.open_and_ask(b, "10.0.4.2:81", "10.0.4.1:5000")
+    assert not world.grants(a)
+
+
+REFUSED = [
+    ("10.0.4.1:5000", "10.0.4.66:80", Reason.REMOTE),
+    ("10.0.4.1:5000", "8.8.8.8:80", Reason.FOREIGN),
+    ("127.0.0.1:5000", "127.0.0.1:80", Reason.FOREIGN),
+    ("10.0.4.2:5000", "10.0.4.1:80", Reason.FOREIGN),
+    ("10.0.5.1:5000", "10.0.4.2:80", Reason.FOREIGN),
+]
+
+
+@pytest.mark.parametrize(("local", "remote", "reason"), REFUSED)
+def test_refused(world: World, local: str, remote: str, reason: Reason) -> None:
+    """What can't have its other end in a container of the same network on this host is refused, with the reason."""
+    process = world.process(1)
+    world.open_and_ask(process, local, remote)
+    assert world.refusals(process) == [reason]
+    assert not world.pairing.processes[process].waiting
+
+
+def test_refused_when_off(world: World) -> None:
+    """On a network without acceleration every ask is refused, those that wait too."""
+    a = world.process(1)
+    world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
+    world.pairing.learn(knowledge(off=True))
+    world.open_and_ask(a, "10.0.4.1:5001", "10.0.4.2:80")
+    assert world.refusals(a) == [Reason.OFF, Reason.OFF]
+    assert world.pairing.counts.refused[Reason.OFF] == 2
+
+
+def test_nobody_asks_for_another(world: World) -> None:
+    """The kernel must know the very socket in the asker's own container."""
+    a, b = world.process(1), world.process(2)
+    cookie = world.socket(1, "10.0.4.1:5000", "10.0.4.2:80")
+    world.ask(a, cookie + 1, "10.0.4.1:5000", "10.0.4.2:80")
+    world.ask(a, cookie, "10.0.4.1:5001", "10.0.4.2:80")
+    # The other end's container doesn't have it either.
+    world.ask(b, cookie, "10.0.4.2:80", "10.0.4.1:5000")
+    assert world.refusals(a) == [Reason.NOT_FOUND, Reason.NOT_FOUND]
+    assert world.refusals(b) == [Reason.NOT_FOUND]
+
+
+def test_networks_are_apart(world: World) -> None:
+    """The same addresses on another network are other addresses."""
+    facts = Learn(
+        endpoints=tuple(
+            EndpointFact(id=f"{n}{i}", network=n, addresses=(f"10.0.4.{i}",), namespace=space)
+            for n, i, space in (("a", 1, 11), ("a", 2, 12), ("b", 1, 21), ("b", 2, 22))
+        ),
+        networks=tuple(NetworkFact(id=n, subnets=("10.0.4.0/24",)) for n in "ab"),
+    )
+    world.pairing.learn(Knowledge(facts))
+    a, b = world.process(11), world.process(22)
+    world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
+    world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5000")
+    assert not world.grants(a)
+    c = world.process(12)
+    world.open_and_ask(c, "10.0.4.2:80", "10.0.4.1:5000")
+    assert len(world.grants(a)) == len(world.grants(c)) == 1
+
+
+def test_asking_twice(world: World) -> None:
+    """A second ask of a socket that waits takes the first one's place; of one that has a slot it is refused."""
+    a, b = world.process(1), world.process(2)
+    cookie = world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
+    world.ask(a, cookie, "10.0.4.1:5000", "10.0.4.2:80")
+    assert len(world.pairing.processes[a].waiting) == 1
+    world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5000")
+    assert len(world.grants(a)) == 1
+    world.ask(a, cookie, "10.0.4.1:5000", "10.0.4.2:80")
+    assert world.refusals(a) == [Reason.SHARED]
+
+
+def test_ports_are_used_again(world: World) -> None:
+    """An ask of a socket that is gone doesn't stand in the way of the next with its addresses."""
+    a, b = world.process(1), world.process(2)
+    world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
+    second = world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
+    world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5000")
+    (grant,) = world.grants(a)
+    assert grant.cookie == second
+
+
+def test_an_ask_ends_with_its_process(world: World) -> None:
+    """What a process asked for isn't granted after its end."""
+    a, b = world.process(1), world.process(2)
+    world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
+    world.pairing.gone(a)
+    world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5000")
+    assert not world.grants(b)
+
+
+def test_an_ask_ends_with_a_note(world: World) -> None:
+    """A process that has changed its mind isn't granted what it had asked for."""
+    a, b = world.process(1), world.process(2)
+    cookie = world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
+    world.pairing.note(a, wire.Note(Reason.OPTION, cookie))
+    world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5000")
+    assert not world.grants(a)
+    assert world.pairing.containers[1].notes[cookie][0] == Reason.OPTION
+    with pytest.raises(WrongMessage):
+        world.pairing.note(a, wire.Note(Reason.SHORT, cookie))
+
+
+def test_an_ask_ends_with_its_socket(world: World) -> None:
+    """An ask whose socket was closed without a word goes by itself; one whose socket lives stays."""
+    a = world.process(1)
+    world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
+    world.open_and_ask(a, "10.0.4.1:5001", "10.0.4.2:80")
+    del world.kernel.sockets[1, at("10.0.4.1:5000"), at("10.0.4.2:80")]
+    world.pairing.sweep(10)
+    assert len(world.pairing.processes[a].waiting) == 2
+    world.now += ASK_AGE + 1
+    world.pairing.sweep(10)
+    (left,) = world.pairing.processes[a].waiting.values()
+    assert left.ask.local.port == 5001
+
+
+# --- slots
+
+
+def test_a_slot_is_free_when_both_have_released(world: World) -> None:
+    """A slot is used again, with another incarnation, after both sides' RELEASE and not before."""
+    a, b, one, other = the_pair(world)
+    world.release(a, one)
+    world.connect(a, b, 5001)
+    assert world.grants(a)[-1].slot != one.slot
+    world.release(b, other)
+    assert world.memory.reclaimed == [(1000, one.slot)]
+    world.connect(a, b, 5002)
+    again = world.grants(a)[-1]
+    assert (again.arena, again.slot) == (one.arena, one.slot)
+    assert again.incarnation not in {each.incarnation for each in world.grants(a)[:-1]}
+
+
+def test_nobody_releases_for_another(world: World) -> None:
+    """RELEASE needs the side's token from the side's container; an old incarnation or unknown arena is only late."""
+    a, b, one, _ = the_pair(world)
+    stranger = world.process(3)
+    for process, token in ((a, 1), (b, one.token), (stranger, one.token)):
+        with pytest.raises(WrongMessage, match="token"):
+            world.pairing.release(
+                process, wire.Release(one.slot, one.arena, one.incarnation, token)
+            )
+    for slot, arena, incarnation in ((one.slot, one.arena, 99), (5, one.arena, 1), (0, 99, 1)):
+        world.pairing.release(a, wire.Release(slot, arena, incarnation, one.token))
+    assert len(world.pairing.containers[1].ends) == 1
+
+
+def test_releasing_twice(world: World) -> None:
+    """A side's second RELEASE isn't the other side's first."""
+    a, _, one, _ = the_pair(world)
+    world.release(a, one)
+    world.release(a, one)
+    assert not world.memory.reclaimed
+
+
+def test_death_of_one_process(world: World) -> None:
+    """A process's end releases its side; the arena stays until the other side is done with it."""
+    a, b, _, other = the_pair(world)
+    world.pairing.gone(a)
+    assert world.memory.arenas == {1000}
+    world.release(b, other)
+    assert not world.memory.arenas
+    world.pairing.gone(b)
+    assert not world.pairing.containers
+
+
+def test_death_of_both_processes(world: World) -> None:
+    """When both have ended nothing is left."""
+    a, b, *_ = the_pair(world)
+    world.pairing.weigh()
+    world.pairing.gone(b)
+    world.pairing.gone(a)
+    assert not world.memory.arenas
+    assert not world.pairing.arenas
+    assert not world.pairing.containers
+
+
+def test_a_child_speaks_for_its_parent(world: World) -> None:
+    """A process that shows the side's token in the same container keeps the side alive after its parent, and releases."""
+    a, b, one, other = the_pair(world)
+    child = world.process(1)
+    world.pairing.fetch(child, wire.Fetch(0, one.arena, one.token, other.side))
+    world.pairing.gone(a)
+    world.release(b, other)
+    assert world.memory.arenas == {1000}
+    world.release(child, one)
+    # Nobody can ask for a slot of it any more: its pair is incomplete.
+    world.pairing.gone(child)
+    assert not world.memory.arenas
+    world.connect(world.process(1), b, 5009)
+    assert world.grants(b)[-1].arena != one.arena
+
+
+def test_a_slot_that_both_have_forgotten(world: World) -> None:
+    """A slot whose sockets are both gone for a minute is free, whatever its processes say."""
+    a, b, *_ = the_pair(world)
+    world.kernel.sockets.clear()
+    world.pairing.sweep(10)
+    world.now += LOST / 2
+    world.pairing.sweep(10)
+    assert not world.memory.reclaimed
+    world.now += LOST
+    world.pairing.sweep(10)
+    assert world.memory.reclaimed == [(1000, 0)]
+    assert not world.pairing.containers[1].ends
+    assert {a, b} <= world.pairing.processes.keys()
+
+
+def test_no_memory(world: World) -> None:
+    """Without memory for an arena both ends are told."""
+    world.memory.refuses = True
+    a, b = world.process(1), world.process(2)
+    world.connect(a, b, 5000)
+    assert world.refusals(a) == world.refusals(b) == [Reason.MEMORY]
+
+
+def test_an_answer_that_cannot_be_sent(world: World) -> None:
+    """A process that takes no answers doesn't get the memory counted as sent; after its end nothing is left."""
+    a, b = world.process(1), world.process(2)
+    world.post.full.add(b)
+    world.connect(a, b, 5000)
+    (arena,) = world.pairing.arenas.values()
+    assert arena.holders == {a}
+    world.pairing.gone(b)
+    world.pairing.gone(a)
+    assert not world.memory.arenas
+
+
+# --- bells
+
+
+def ring(world: World, process: int) -> list[tuple[int, int | None]]:
+    return [(each.index, descriptor) for each, descriptor in world.heard(process, wire.Ring)]
+
+
+def test_bells(world: World) -> None:
+    """A bell of one side is handed to the other, as often as it is fetched, and closed with the arena."""
+    a, b, one, other = the_pair(world)
+    world.memory.bells = {501}
+    assert world.pairing.bell(a, wire.Bell(3, one.arena, one.token, one.side), 501)
+    fetch = wire.Fetch(3, other.arena, other.token, one.side)
+    world.pairing.fetch(b, fetch)
+    world.pairing.fetch(b, fetch)
+    assert ring(world, b) == [(3, 501), (3, 501)]
+    world.pairing.gone(a)
+    world.pairing.gone(b)
+    assert not world.memory.bells
+
+
+def test_a_bell_that_comes_late(world: World) -> None:
+    """FETCH waits a little for a BELL that is under way on another socket."""
+    a, b, one, other = the_pair(world)
+    world.pairing.fetch(b, wire.Fetch(3, other.arena, other.token, one.side))
+    assert world.pairing.impatient
+    world.memory.bells = {501}
+    world.pairing.bell(a, wire.Bell(3, one.arena, one.token, one.side), 501)
+    assert ring(world, b) == [(3, 501)]
+    assert not world.pairing.impatient
+
+
+def test_a_bell_that_never_comes(world: World) -> None:
+    """A FETCH for an unknown bell is answered without one after a while; at once if the arena is unknown."""
+    _, b, one, other = the_pair(world)
+    world.pairing.fetch(b, wire.Fetch(3, other.arena, other.token, one.side))
+    world.pairing.answer_fetches()
+    assert ring(world, b) == []
+    world.now += FETCH_PATIENCE
+    world.pairing.answer_fetches()
+    assert ring(world, b) == [(3, None)]
+    world.pairing.fetch(b, wire.Fetch(4, 99, 1, 0))
+    assert ring(world, b)[1:] == [(4, None)]
+    assert not world.pairing.impatient
+
+
+def test_a_bell_is_replaced(world: World) -> None:
+    """A side may give a bell's index to another waiter; the old one is closed."""
+    a, _, one, _ = the_pair(world)
+    world.memory.bells = {501, 502}
+    for descriptor in (501, 502):
+        world.pairing.bell(a, wire.Bell(3, one.arena, one.token, one.side), descriptor)
+    assert world.memory.bells == {502}
+    assert world.pairing.containers[1].bells == 1
+
+
+def test_nobody_rings_for_another(world: World) -> None:
+    """BELL and FETCH need the side's token, the right side, and an index that there is."""
+    a, b, one, other = the_pair(world)
+    wrong: list[tuple[int, wire.Bell]] = [
+        (a, wire.Bell(layout.BELLS, one.arena, one.token, one.side)),
+        (a, wire.Bell(0, one.arena, one.token, other.side)),
+        (a, wire.Bell(0, one.arena, other.token, other.side)),
+        (world.process(3), wire.Bell(0, one.arena, one.token, one.side)),
+    ]
+    for process, bell in wrong:
+        with pytest.raises(WrongMessage):
+            world.pairing.bell(process, bell, 501)
+    for fetch in (
+        wire.Fetch(layout.BELLS, one.arena, one.token, other.side),
+        wire.Fetch(0, one.arena, one.token, one.side),
+        wire.Fetch(0, one.arena, one.token, 7),
+        wire.Fetch(0, one.arena, other.token, one.side),
+    ):
+        with pytest.raises(WrongMessage):
+            world.pairing.fetch(a, fetch)
+    assert not world.heard(b, wire.Ring)
+
+
+def test_a_fetch_ends_with_its_process(world: World) -> None:
+    """Nobody answers a process that has ended."""
+    a, b, one, other = the_pair(world)
+    world.pairing.fetch(b, wire.Fetch(3, other.arena, other.token, one.side))
+    world.pairing.gone(b)
+    assert not world.pairing.impatient
+    world.pairing.bell(a, wire.Bell(3, one.arena, one.token, one.side), 501)
+    assert not ring(world, b)
+
+
+# --- limits
+
+
+def test_limit_of_connections() -> None:
+    """A container at its limit stays on TCP; one that isn't doesn't notice."""
+    world = World(Limits(connections=1))
+    a, b, c = world.process(1), world.process(2), world.process(3)
+    world.connect(a, b, 5000)
+    world.connect(a, c, 5001)
+    assert world.refusals(a) == [Reason.LIMIT]
+    world.release(a, world.grants(a)[0])
+    world.connect(a, c, 5002)
+    assert len(world.grants(c)) == 1
+
+
+def test_limit_that_is_reached_while_waiting() -> None:
+    """If one end's container got full while it waited, both ends are told."""
+    world = World(Limits(connections=1))
+    a, b, c = world.process(1), world.process(2), world.process(3)
+    world.open_and_ask(a, "10.0.4.1:5001", "10.0.4.3:80")
+    world.connect(a, b, 5000)
+    world.open_and_ask(c, "10.0.4.3:80", "10.0.4.1:5001")
+    assert world.refusals(a) == world.refusals(c) == [Reason.LIMIT]
+    assert not world.pairing.processes[a].waiting
+
+
+def test_limit_of_waiting_asks() -> None:
+    """So many asks may wait, and no more."""
+    world = World(Limits(waiting=2))
+    a = world.process(1)
+    for port in (5000, 5001, 5002):
+        world.open_and_ask(a, f"10.0.4.1:{port}", "10.0.4.2:80")
+    assert world.refusals(a) == [Reason.LIMIT]
+
+
+def test_limit_of_memory() -> None:
+    """Shared memory that is really used counts, for both containers, and goes back when it is freed."""
+    world = World(Limits(memory=20_000))
+    a, b, c = world.process(1), world.process(2), world.process(3)
+    world.connect(a, b, 5000)
+    world.memory.weight = 20_000
+    world.pairing.weigh()
+    assert [world.pairing.containers[n].memory for n in (1, 2)] == [20_000, 20_000]
+    world.connect(a, c, 5001)
+    assert world.refusals(a) == [Reason.LIMIT]
+    world.pairing.gone(b)
+    world.release(a, world.grants(a)[0])
+    assert world.pairing.containers[1].memory == 0
+    world.connect(a, c, 5002)
+    assert len(world.grants(c)) == 1
+
+
+def test_limit_of_asks_per_second() -> None:
+    """Too many asks at once are refused; with time there may be more."""
+    world = World(Limits(asks=3))
+    a = world.process(1)
+    for port in range(5000, 5005):
+        world.open_and_ask(a, f"10.0.4.1:{port}", "10.0.4.2:80")
+    assert world.refusals(a) == [Reason.LIMIT] * 2
+    world.now += 1
+    world.open_and_ask(a, "10.0.4.1:5009", "10.0.4.2:80")
+    assert len(world.refusals(a)) == 2
+
+
+def test_limit_of_processes() -> None:
+    """Another process of a full container isn't let in; another container's is."""
+    world = World(Limits(processes=1))
+    first = world.process(1)
+    assert not world.pairing.connected(100, 1, 1)
+    assert world.pairing.connected(101, 2, 1)
+    world.pairing.gone(first)
+    assert world.pairing.connected(102, 1, 1)
+
+
+def test_limit_of_bells() -> None:
+    """A bell over the limit isn't kept: its descriptor stays the caller's."""
+    world = World(Limits(bells=1))
+    a, _, one, _ = the_pair(world)
+    world.memory.bells = {501}
+    assert world.pairing.bell(a, wire.Bell(0, one.arena, one.token, one.side), 501)
+    assert not world.pairing.bell(a, wire.Bell(1, one.arena, one.token, one.side), 502)
+
+
+def test_notes_are_bounded(world: World) -> None:
+    """A container that notes without end makes the router forget its own oldest notes."""
+    a = world.process(1)
+    for cookie in range(NOTES + 10):
+        world.pairing.note(a, wire.Note(Reason.OPTION, cookie))
+    notes = world.pairing.containers[1].notes
+    assert len(notes) == NOTES
+    assert 0 not in notes
+    assert NOTES + 9 in notes
