@@ -14,7 +14,7 @@ from typing import Final
 
 import click
 
-from bench import bed, control, image, load, machine, report, rounds, stats, subjects
+from bench import bed, control, image, load, machine, quick, report, rounds, stats, subjects
 from bench.errors import BenchError
 from bench.place import CONGESTION_CONTROL, congestion_control_allowed
 from bench.stats import Row
@@ -133,4 +133,7 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["quick"]:
+        quick.main(sys.argv[2:], prog_name="python -m bench quick")
+    else:
+        main()

@@ -13,21 +13,18 @@ import tarfile
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
-from bench import load
-from bench.place import run
+from bench import compiled, load
+from bench.place import TOOLS, run
 
 IMAGE: Final = "freeflow-bench:latest"
 PACKAGES: Final = (
     *("ca-certificates", "curl", "iperf3", "iproute2", "iputils-ping"),
     *("nginx-light", "redis-server", "redis-tools", "wrk"),
 )
-SOURCE: Final = Path(__file__).with_name("pingpong.c")
 MIRROR: Final = Path(__file__).resolve().parents[1] / "plugin/image/mirror.sh"
 """Says which Debian archive this machine uses."""
-CFLAGS: Final = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wshadow", "-Werror")
 NEEDED: Final = {"mmdebstrap": ("mmdebstrap",), "gcc": ("gcc", "libc6-dev")}
 """Program -> Debian packages that bring it."""
 
@@ -51,13 +48,6 @@ def suite() -> str:
     """The machine's own Debian, so that what is compiled here runs there."""
     system = platform.freedesktop_os_release()
     return system.get("VERSION_CODENAME", "bookworm") if system["ID"] == "debian" else "bookworm"
-
-
-def compile_pingpong() -> bytes:
-    with TemporaryDirectory() as directory:
-        program = Path(directory, "pingpong")
-        run(["gcc", *CFLAGS, "-o", str(program), str(SOURCE)], 120)
-        return program.read_bytes()
 
 
 def make_base(to: Path) -> None:
@@ -92,9 +82,9 @@ def add_files(archive: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
 def archive(cache: Path, core: int) -> Path:
     """The image's file system; `core` is where both ends of a round trip run."""
     need_programs()
-    tools = load.TOOLS.lstrip("/")
+    tools = TOOLS.lstrip("/")
     files = {
-        f"{tools}/pingpong": (compile_pingpong(), 0o755),
+        **{f"{tools}/{name}": (data, 0o755) for name, data in compiled.contents().items()},
         f"{tools}/servers": (load.servers_script(core).encode(), 0o755),
         f"{tools}/nginx.conf": (load.NGINX_CONF.encode(), 0o644),
         f"{tools}/www/index.html": (b"0123456789abcdef" * 64, 0o644),

@@ -14,7 +14,7 @@ from typing import Final
 
 from bench import parse
 from bench.errors import ProgramError
-from bench.place import CONGESTION_CONTROL, Pair, run, run_together
+from bench.place import CONGESTION_CONTROL, TOOLS, Pair, run, run_together
 from bench.stats import Case
 
 PINGPONG_PORT: Final = 7001
@@ -25,9 +25,6 @@ HTTP_PORT: Final = 7004
 CONNECTIONS: Final = 50
 MESSAGE: Final = 64
 PATIENCE: Final = 20.0
-
-TOOLS: Final = "/bench"
-"""Where a container finds what isn't in Debian: `pingpong`, `servers` and nginx's settings."""
 
 STREAM_1: Final = Case("stream_1", "Gbit/s", True, "one TCP stream, iperf3, what the receiver got")
 STREAM_4: Final = Case("stream_4", "Gbit/s", True, "four TCP streams, four iperf3, their sum")

@@ -11,12 +11,43 @@ from bench.errors import ProgramError
 
 @dataclass(frozen=True, slots=True)
 class RoundTrips:
-    """What `pingpong` saw."""
+    """What `pingpong` saw; `cpu_us` is what its own loop used."""
 
     count: int
     lost: int
     p50_us: float
     p99_us: float
+    cpu_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What `stream` and `memload` did: bytes or requests, in what time, with how much CPU time of their own."""
+
+    count: int
+    seconds: float
+    cpu_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class Transactions:
+    """What pgbench did."""
+
+    count: int
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """What the library counted in a program: TCP connections, and directions of them that went to a ring."""
+
+    connections: int
+    directions: int
+
+    @property
+    def share(self) -> float | None:
+        """Of the connections, those that were upgraded; a direction counts half."""
+        return min(1.0, self.directions / (2 * self.connections)) if self.connections else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +62,24 @@ def pingpong(text: str) -> RoundTrips:
     try:
         found = json.loads(text)
         return RoundTrips(
-            int(found["count"]), int(found["lost"]), float(found["p50_us"]), float(found["p99_us"])
+            int(found["count"]),
+            int(found["lost"]),
+            float(found["p50_us"]),
+            float(found["p99_us"]),
+            float(found["cpu_us"]),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ProgramError(f"pingpong said {text[:200]!r}: {error}") from error
+
+
+def moved(text: str) -> Moved:
+    """The output of `stream` or `memload`."""
+    try:
+        found = json.loads(text)
+        count = found["bytes"] if "bytes" in found else found["count"]
+        return Moved(int(count), float(found["seconds"]), float(found["cpu_us"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProgramError(f"the load program said {text[:200]!r}: {error}") from error
 
 
 def iperf3(text: str) -> Transfer:
@@ -72,6 +117,38 @@ def wrk(text: str) -> float:
     if not rate:
         raise ProgramError(f"wrk gave no rate: {text[:200]!r}")
     return float(rate[1])
+
+
+def wrk_requests(text: str) -> int:
+    """How many requests were answered."""
+    found = re.search(r"^\s*(\d+) requests in ", text, re.MULTILINE)
+    if not found:
+        raise ProgramError(f"wrk gave no count: {text[:200]!r}")
+    return int(found[1])
+
+
+def pgbench(text: str) -> Transactions:
+    """Transactions/s without the first connections, or with all if it reconnects; a failed one spoils the run."""
+    failed = re.search(r"number of failed transactions: (\d+)", text)
+    if failed and int(failed[1]):
+        raise ProgramError(f"pgbench: {failed[0]}")
+    count = re.search(r"number of transactions actually processed: (\d+)", text)
+    rate = re.search(r"^tps = ([\d.]+) \((?:without initial|including reconn)", text, re.MULTILINE)
+    if not count or not rate:
+        raise ProgramError(f"pgbench gave no rate: {text[:300]!r}")
+    return Transactions(int(count[1]), float(rate[1]))
+
+
+def paths(text: str) -> Paths:
+    """The library's counters, a line of JSON for each process."""
+    try:
+        lines = [json.loads(line) for line in text.splitlines()]
+        return Paths(
+            sum(int(line["tracked"]) for line in lines),
+            sum(int(line["receivers"]) + int(line["senders"]) for line in lines),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProgramError(f"the library's counters say {text[:200]!r}: {error!r}") from error
 
 
 def busy_ticks(stat: str) -> int:

@@ -7,7 +7,7 @@ entered the same way, so what entering costs is in none of the ratios.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -18,6 +18,11 @@ from bench.errors import ProgramError
 
 CONGESTION_CONTROL: Final = "cubic"
 """The machine's default may be one that paces (bbr), which hides what the path can carry."""
+TCP: Final = "tcp"
+UNIX: Final = "unix"
+RING: Final = "ring"
+TOOLS: Final = "/bench"
+"""Where a container finds what isn't in Debian."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +34,37 @@ class Place:
 
     process: Path
     address: IPv4Address
+    library: str = ""
+    """What programs here get as LD_PRELOAD; empty: nothing."""
+    tools: str = TOOLS
 
-    def enter(self, *program: str) -> list[str]:
-        """The command line that runs `program` in the container's network and file system."""
-        mount = f"--mount={self.process}/ns/mnt"
-        return ["nsenter", f"--net={self.process}/ns/net", mount, "--", *program]
+    @property
+    def root(self) -> Path:
+        """Its file system, seen from outside."""
+        return self.process / "root"
+
+    def enter(
+        self,
+        *program: str,
+        cores: Collection[int] = (),
+        before: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> list[str]:
+        """The command line that runs `program` in the container's network and file system, on `cores` only if any.
+
+        `before` is a command that runs another: it gets no library.
+        """
+        variables = {
+            **({"LD_PRELOAD": self.library} if self.library else {}),
+            **(environment or {}),
+        }
+        return [
+            *("nsenter", f"--net={self.process}/ns/net", f"--mount={self.process}/ns/mnt", "--"),
+            *(("taskset", "--cpu-list", ",".join(map(str, sorted(cores)))) if cores else ()),
+            *before,
+            *(("env", *(f"{k}={v}" for k, v in variables.items())) if variables else ()),
+            *program,
+        ]
 
     def enter_network(self, *program: str) -> list[str]:
         """The command line that runs a program of this machine in the container's network."""
@@ -73,11 +104,12 @@ def congestion_control_allowed() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One subject: two ends of one network, the server's programs running."""
+    """One subject: two ends that can reach each other, over TCP unless `transport` says otherwise."""
 
     subject: str
     client: Place
     server: Place
+    transport: str = TCP
 
 
 def run(argv: Sequence[str], timeout: float) -> str:

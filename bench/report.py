@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import TypedDict
 
 from bench.machine import Machine
@@ -57,9 +58,15 @@ def lines(rows: Mapping[str, Row]) -> list[tuple[str, ...]]:
     ]
 
 
-def columns(header: tuple[str, ...], body: Sequence[tuple[str, ...]], left: int = 2) -> str:
-    """Aligned text; the first `left` columns are words, the others figures."""
+def columns(
+    header: tuple[str, ...],
+    body: Sequence[tuple[str, ...]],
+    left: int = 2,
+    at_least: Sequence[int] = (),
+) -> str:
+    """Aligned text; the first `left` columns are words, the others figures. No column is narrower than `at_least`."""
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+    widths = [max(pair) for pair in zip_longest(widths, at_least, fillvalue=0)]
 
     def line(cells: tuple[str, ...]) -> str:
         padded = (

@@ -15,7 +15,7 @@ from bench import load
 from bench.bed import LABEL, PLUGIN, Host
 from bench.engine import address
 from bench.errors import BenchError, EngineRefusedError, ProgramError
-from bench.place import Pair, Place, run
+from bench.place import TOOLS, Pair, Place, run
 from bench.stats import FREEFLOW, HOST, OVERLAY
 
 DRIVERS: Final = {FREEFLOW: PLUGIN, OVERLAY: "overlay"}
@@ -120,7 +120,7 @@ def pairs(
     try:
         made = []
         for subject in subjects:
-            serving = _place(server, subject, image, [f"{load.TOOLS}/servers"])
+            serving = _place(server, subject, image, [f"{TOOLS}/servers"])
             calling = _place(client, subject, image, ["sleep", "infinity"])
             pair = Pair(subject, calling, serving)
             wait_for_servers(pair)

@@ -97,8 +97,10 @@ def test_row_of_a_percentile_case() -> None:
 
 def test_pingpong_output() -> None:
     """pingpong's JSON is read into counts and microseconds."""
-    trips = parse.pingpong('{"count": 10, "lost": 1, "p50_us": 20.5, "p99_us": 40.25}\n')
-    assert trips == parse.RoundTrips(10, 1, 20.5, 40.25)
+    trips = parse.pingpong(
+        '{"count": 10, "lost": 1, "p50_us": 20.5, "p99_us": 40.25, "mean_us": 21.0, "cpu_us": 99}\n'
+    )
+    assert trips == parse.RoundTrips(10, 1, 20.5, 40.25, 99)
 
 
 def test_iperf3_output() -> None:

@@ -1,0 +1,354 @@
+"""The cases for connections between programs of one host: which server, on which cores, what the client does.
+
+A measure's `call` makes one run and says what came out; what it cost, and whether its connections were upgraded, is
+found out around it: see `bench/sampling.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from bench import parse
+from bench.errors import ProgramError
+from bench.place import RING, TCP, UNIX, Pair, run
+from bench.servers import (
+    IPERF3,
+    MEMCACHED,
+    NGINX,
+    PGSQL,
+    PINGPONG,
+    PINGPONG_EPOLL,
+    REDIS,
+    STREAM,
+    Kind,
+    Running,
+)
+from bench.stats import Case
+
+PATIENCE: Final = 30.0
+MICRO: Final = 1e6
+
+ALL: Final = frozenset((TCP, UNIX, RING))
+SOCKETS: Final = frozenset((TCP, UNIX))
+INTERNET: Final = frozenset((TCP,))
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one run said: the figure, and of how many units; the client's own CPU time if it tells it."""
+
+    figure: float
+    units: float
+    client_us: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """All that a run needs. `server` is None where there is none: both ends are one program."""
+
+    pair: Pair
+    server: Running | None
+    seconds: float
+    client_cores: tuple[int, ...]
+    server_cores: tuple[int, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def to(self) -> Running:
+        if self.server is None:
+            raise ProgramError(f"{self.pair.subject}: no server")
+        return self.server
+
+    def at(self) -> tuple[str, str]:
+        """Address and port as our own programs take them."""
+        return self.to.address, "0" if self.to.unix else str(self.to.port)
+
+    def program(self, *argv: str) -> str:
+        """What the program said; run in the client's place, on its cores."""
+        line = self.pair.client.enter(*argv, cores=self.client_cores, environment=self.environment)
+        return run(line, self.seconds * 10 + PATIENCE)
+
+    def tool(self, name: str, *argv: str) -> str:
+        return self.program(f"{self.pair.client.tools}/{name}", *argv)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One case. Cores are numbers from the end: 0 is the last, least busy with interrupts; none: anywhere."""
+
+    case: Case
+    kind: Kind
+    call: Callable[[Call], Seen]
+    cpu_of: str
+    """The unit of which CPU time is told."""
+    transports: frozenset[str] = INTERNET
+    server_cores: tuple[int, ...] = ()
+    client_cores: tuple[int, ...] = ()
+    hogs: bool = False
+    """Every core is kept busy by a program that does nothing else."""
+    upgraded: bool = True
+    """Whether its connections live long enough to be upgraded."""
+    calibrate: bool = False
+    """Whether the first run only finds how much fits in the time."""
+
+
+def _pingpong(kind: str, size: int) -> Callable[[Call], Seen]:
+    def call(it: Call) -> Seen:
+        if it.pair.transport == RING:
+            cores = (str(it.client_cores[0]), str(it.server_cores[0]))
+            text = it.tool("ring", "pingpong", *cores, str(size), str(it.seconds))
+        else:
+            text = it.tool("pingpong", kind, "call", "-1", *it.at(), str(size), str(it.seconds))
+        trips = parse.pingpong(text)
+        return Seen(trips.p50_us, trips.count, trips.cpu_us)
+
+    return call
+
+
+def _stream(size: int) -> Callable[[Call], Seen]:
+    def call(it: Call) -> Seen:
+        if it.pair.transport == RING:
+            cores = (str(it.client_cores[0]), str(it.server_cores[0]))
+            text = it.tool("ring", "stream", *cores, str(size), str(it.seconds))
+        else:
+            text = it.tool("stream", "call", "-1", *it.at(), str(size), str(it.seconds))
+        moved = parse.moved(text)
+        return Seen(moved.count / moved.seconds / 1e9, moved.count / 1e9, moved.cpu_us)
+
+    return call
+
+
+def _iperf3(it: Call) -> Seen:
+    length = ("--time", str(max(1, round(it.seconds))))
+    text = it.program(
+        "iperf3", "--client", it.to.address, "--port", str(it.to.port), "--json", *length
+    )
+    transfer = parse.iperf3(text)
+    return Seen(transfer.bits_per_second / 1e9, transfer.bytes / 1e9)
+
+
+@dataclass(slots=True)
+class _Redis:
+    """redis-benchmark stops after a number of requests, not of seconds: the last rate says how many."""
+
+    clients: int
+    pipeline: int
+    rates: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, it: Call) -> Seen:
+        rate = self.rates.get(it.pair.subject)
+        requests = 5000 if rate is None else max(5000, round(rate * it.seconds))
+        where = ["-s", it.to.address]
+        if not it.to.unix:
+            where = ["-h", it.to.address, "-p", str(it.to.port)]
+        shape = ("-c", str(self.clients), "-P", str(self.pipeline), "-n", str(requests))
+        text = it.program("redis-benchmark", *where, "-t", "get", *shape, "--csv")
+        found = self.rates[it.pair.subject] = parse.redis_benchmark(text)
+        return Seen(found, requests)
+
+
+def _memcached(clients: int) -> Callable[[Call], Seen]:
+    def call(it: Call) -> Seen:
+        moved = parse.moved(it.tool("memload", "-1", *it.at(), str(clients), str(it.seconds)))
+        return Seen(moved.count / moved.seconds, moved.count, moved.cpu_us)
+
+    return call
+
+
+def _wrk(clients: int, file: str, *headers: str) -> Callable[[Call], Seen]:
+    def call(it: Call) -> Seen:
+        text = it.program(
+            *("wrk", "--threads", "2", "--connections", str(clients)),
+            *("--duration", f"{max(1, round(it.seconds))}s", *headers),
+            f"http://{it.to.address}:{it.to.port}/{file}",
+        )
+        return Seen(parse.wrk(text), parse.wrk_requests(text))
+
+    return call
+
+
+def _pgbench(clients: int, *more: str) -> Callable[[Call], Seen]:
+    def call(it: Call) -> Seen:
+        text = it.program(
+            *("pgbench", "-h", it.to.address, "-p", str(it.to.port), "-U", "postgres"),
+            *("-S", "-n", "-c", str(clients), "-j", str(min(clients, 2)), *more),
+            *("-T", str(max(1, round(it.seconds))), "postgres"),
+        )
+        done = parse.pgbench(text)
+        return Seen(done.rate, done.count)
+
+    return call
+
+
+def _trip(name: str, size: int, kind: Kind, cores: tuple[int, int], about: str) -> Measure:
+    word = "epoll" if kind is PINGPONG_EPOLL else "stream"
+    apart = cores[0] != cores[1]
+    return Measure(
+        Case(name, "us", False, f"{about}, p50"),
+        kind,
+        _pingpong(word, size),
+        "round trip",
+        ALL if apart and word == "stream" else SOCKETS,
+        (cores[0],),
+        (cores[1],),
+    )
+
+
+def _trips() -> list[Measure]:
+    made = []
+    for label, size in (("64b", 64), ("1k", 1024), ("64k", 65536)):
+        for where, cores in (("two_cores", (1, 0)), ("one_core", (0, 0))):
+            for word, kind in (("", PINGPONG), ("_epoll", PINGPONG_EPOLL)):
+                how = "an event loop at each end" if word else "blocking calls"
+                about = f"{size} bytes there and back, {how}, {where.replace('_', ' ')}"
+                made.append(_trip(f"pingpong_{label}_{where}{word}", size, kind, cores, about))
+    return made
+
+
+def _streams() -> list[Measure]:
+    return [
+        Measure(
+            Case(
+                f"stream_{label}",
+                "GB/s",
+                True,
+                f"one connection, writes of {size} bytes, two cores",
+            ),
+            STREAM,
+            _stream(size),
+            "GB",
+            ALL,
+            (1,),
+            (0,),
+        )
+        for label, size in (("4k", 4096), ("16k", 16384), ("128k", 131072))
+    ]
+
+
+def _redis(name: str, clients: int, pipeline: int) -> Measure:
+    about = f"redis GET, {clients} connections, pipelines of {pipeline}"
+    return Measure(
+        Case(name, "requests/s", True, about),
+        REDIS,
+        _Redis(clients, pipeline),
+        "request",
+        SOCKETS,
+        calibrate=True,
+    )
+
+
+def _memcached_of(clients: int) -> Measure:
+    about = (
+        f"memcached with 2 threads, get of 100 bytes, {clients} connections, every answer compared"
+    )
+    case = Case(f"memcached_c{clients}", "requests/s", True, about)
+    return Measure(case, MEMCACHED, _memcached(clients), "request", SOCKETS)
+
+
+def _pgbench_of(clients: int) -> Measure:
+    case = Case(f"pgbench_select_c{clients}", "transactions/s", True, f"pgbench -S -c {clients}")
+    return Measure(case, PGSQL, _pgbench(clients), "transaction", SOCKETS)
+
+
+def _plain() -> list[Measure]:
+    return [
+        *_trips(),
+        *_streams(),
+        Measure(
+            Case(
+                "iperf3",
+                "Gbit/s",
+                True,
+                "iperf3 as it comes: writes of 128 KiB, what the receiver got",
+            ),
+            IPERF3,
+            _iperf3,
+            "GB",
+        ),
+        _redis("redis_p1_c1", 1, 1),
+        _redis("redis_p1_c50", 50, 1),
+        _redis("redis_p16_c50", 50, 16),
+        _memcached_of(1),
+        _memcached_of(50),
+        Measure(
+            Case("nginx_keepalive", "requests/s", True, "nginx, 1 KiB file, wrk, 32 connections"),
+            NGINX,
+            _wrk(32, "small"),
+            "request",
+        ),
+        Measure(
+            Case(
+                "nginx_keepalive_100k",
+                "requests/s",
+                True,
+                "nginx, 100 KiB file, wrk, 32 connections",
+            ),
+            NGINX,
+            _wrk(32, "large"),
+            "request",
+        ),
+        _pgbench_of(1),
+        _pgbench_of(8),
+        Measure(
+            Case(
+                "connect_request_close",
+                "connections/s",
+                True,
+                "nginx, 1 KiB file, a connection for each request, wrk, 50 at a time",
+            ),
+            NGINX,
+            _wrk(50, "small", "--header", "Connection: close"),
+            "connection",
+            upgraded=False,
+        ),
+        Measure(
+            Case(
+                "pgbench_reconnect",
+                "transactions/s",
+                True,
+                "pgbench -S -C: one for each transaction",
+            ),
+            PGSQL,
+            _pgbench(1, "-C"),
+            "transaction",
+            upgraded=False,
+        ),
+    ]
+
+
+def _crowded(plain: dict[str, Measure]) -> list[Measure]:
+    """The same where cores are short."""
+    made = []
+    for prefix, cores, hogs, words in (
+        ("busy", (), True, "every core busy with something else"),
+        ("cores2", (0, 1), False, "both programs on the same 2 cores"),
+        ("cores1", (0,), False, "both programs on the same core"),
+    ):
+        for name in ("pingpong_64b_two_cores_epoll", "redis_p1_c50", "memcached_c50"):
+            old = plain[name]
+            short = name.replace("_two_cores", "").removesuffix("_c50").removesuffix("_p1")
+            call = _Redis(50, 1) if old.kind is REDIS else old.call
+            about = f"{old.case.about.removesuffix(', two cores, p50')}; {words}"
+            case = Case(f"{prefix}_{short}", old.case.unit, old.case.more_is_better, about)
+            made.append(
+                Measure(
+                    case,
+                    old.kind,
+                    call,
+                    old.cpu_of,
+                    INTERNET,
+                    cores,
+                    cores,
+                    hogs,
+                    calibrate=old.calibrate,
+                )
+            )
+    return made
+
+
+def measures() -> list[Measure]:
+    """All, each with a memory of its own where it has one."""
+    plain = _plain()
+    return [*plain, *_crowded({one.case.name: one for one in plain})]

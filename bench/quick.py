@@ -1,0 +1,280 @@
+"""`python -m bench quick`: the same-host cases without Docker, in seconds; for work on the library.
+
+Two network namespaces on a bridge, and with `--library` a router that knows them. Every case is run on each variant in
+turn, in another order each round: plain TCP, TCP with the library, and as limits AF_UNIX and a bare ring in shared memory.
+
+    python -m bench quick --cases 'pingpong_64b*' --library build/libfreeflow.so
+    FREEFLOW_ROUTER=/elsewhere/router.sock python -m bench quick --no-router --setup 'my-router' --library ...
+
+What the environment says in FREEFLOW_… reaches the programs. `--setup` is a shell command that runs as long as the
+measurement; it finds the namespaces' paths in BENCH_CLIENT and BENCH_SERVER, their addresses in BENCH_CLIENT_ADDRESS and
+BENCH_SERVER_ADDRESS, and what programs see as /run/freeflow in BENCH_SHARED. Measuring begins once it has printed a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Final
+
+import click
+
+from bench import compiled
+from bench.errors import BenchError, ProgramError
+from bench.measures import Measure, measures
+from bench.place import RING, TCP, UNIX, Pair, Place, congestion_control_allowed
+from bench.report import columns, number, percent, times
+from bench.sampling import Sample, sample
+from bench.servers import Servers
+from bench.stats import spread
+from dataplane.control import Rule, Settings
+from tests.dataplane.bed import LIBRARY, Container, bed
+
+PLAIN: Final = "tcp"
+FREEFLOW: Final = "freeflow"
+VARIANTS: Final = (PLAIN, FREEFLOW, UNIX, RING)
+HEADER: Final = (
+    *("case", "unit", *VARIANTS),
+    *("freeflow/tcp", "cpu", "cpu/tcp", "upgraded", "spread"),
+)
+WIDTHS: Final = (28, 14, 9, 9, 9, 9, 12, 24, 7, 8, 6)
+"""Each row is printed when it is done."""
+Samples = dict[str, list[Sample]]
+
+
+def _cost(microseconds: float | None, unit: str) -> str:
+    if microseconds is not None and microseconds > 1e4:
+        return f"{number(microseconds / 1e6)} s/{unit}"
+    return f"{number(microseconds)} us/{unit}"
+
+
+@dataclass(slots=True)
+class Found:
+    """What came out of a case: variant -> a sample per round."""
+
+    measure: Measure
+    samples: Samples = field(default_factory=dict)
+
+    def median(self, variant: str) -> float | None:
+        values = [one.figure for one in self.samples.get(variant, [])]
+        return statistics.median(values) if values else None
+
+    def cpu(self, variant: str) -> float | None:
+        values = [one.cpu_us for one in self.samples.get(variant, [])]
+        return statistics.median(values) if values else None
+
+    def upgraded(self) -> float | None:
+        known = [one.upgraded for one in self.samples.get(FREEFLOW, []) if one.upgraded is not None]
+        return statistics.median(known) if known else None
+
+    def spread(self) -> float | None:
+        spreads = [spread([one.figure for one in some]) for some in self.samples.values()]
+        return max((one for one in spreads if one is not None), default=None)
+
+    def line(self) -> tuple[str, ...]:
+        plain, fast = self.median(PLAIN), self.median(FREEFLOW)
+        cpu_plain, cpu_fast = self.cpu(PLAIN), self.cpu(FREEFLOW)
+        return (
+            self.measure.case.name,
+            self.measure.case.unit,
+            *(number(self.median(variant)) for variant in VARIANTS),
+            times(fast / plain if fast is not None and plain else None),
+            _cost(cpu_plain if cpu_fast is None else cpu_fast, self.measure.cpu_of),
+            times(cpu_fast / cpu_plain if cpu_fast is not None and cpu_plain else None),
+            percent(self.upgraded()),
+            percent(self.spread()),
+        )
+
+    def json(self) -> dict[str, object]:
+        return {
+            "unit": self.measure.case.unit,
+            "better": "more" if self.measure.case.more_is_better else "less",
+            "cpu_of": self.measure.cpu_of,
+            "upgraded": self.upgraded(),
+            **{
+                variant: {
+                    "median": self.median(variant),
+                    "cpu_us": self.cpu(variant),
+                    "runs": [one.figure for one in some],
+                }
+                for variant, some in self.samples.items()
+            },
+        }
+
+
+def choose(patterns: Sequence[str]) -> list[Measure]:
+    """The measures whose names fit one of the patterns. Raises `click.BadParameter` if a pattern fits none."""
+    known = measures()
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(one.case.name, pattern) for one in known):
+            names = ", ".join(one.case.name for one in known)
+            raise click.BadParameter(f"no case is called {pattern}; there are {names}")
+    return [one for one in known if any(fnmatch.fnmatchcase(one.case.name, p) for p in patterns)]
+
+
+@contextlib.contextmanager
+def _place(container: Container, tools: Path) -> Iterator[Place]:
+    """A process that holds the container's namespaces, so that entering them is cheap."""
+    holder = container.popen(["sleep", "infinity"], accelerated=False)
+    process = Path("/proc", str(holder.pid))
+    try:
+        end = time.monotonic() + 10
+        while (process / "comm").read_text().strip() != "sleep":
+            if time.monotonic() > end or holder.poll() is not None:
+                raise BenchError(f"{container.name}: its mounts can't be made; see above")
+            time.sleep(0.01)
+        place = Place(process, IPv4Address(container.ipv4), tools=str(tools))
+        place.set_congestion_control()
+        yield place
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+@contextlib.contextmanager
+def _setup(command: str | None, client: Container, server: Container) -> Iterator[None]:
+    if command is None:
+        yield
+        return
+    environment = {
+        "BENCH_CLIENT": client.path,
+        "BENCH_SERVER": server.path,
+        "BENCH_CLIENT_ADDRESS": str(client.ipv4),
+        "BENCH_SERVER_ADDRESS": str(server.ipv4),
+        "BENCH_SHARED": str(client.shared),
+    }
+    process = subprocess.Popen(
+        ["sh", "-c", command],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        if process.stdout is None or not process.stdout.readline():
+            raise BenchError(f"--setup {command}: it has ended without a line")
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def run_cases(
+    chosen: Sequence[Measure],
+    pairs: Sequence[Pair],
+    rounds: int,
+    seconds: float,
+    order: random.Random,
+    verbose: bool,
+) -> Iterator[Found]:
+    """Case by case, as each is done. A variant whose program fails has no figure; why is said on stderr."""
+    with Servers() as servers:
+        for measure in chosen:
+            found = Found(measure)
+            able = [pair for pair in pairs if pair.transport in measure.transports]
+            broken: set[str] = set()
+            for turn in range(-1 if measure.calibrate else 0, rounds):
+                for pair in order.sample(able, len(able)):
+                    if pair.subject in broken:
+                        continue
+                    try:
+                        one = sample(measure, pair, servers, seconds if turn >= 0 else 0.2)
+                    except ProgramError as error:
+                        broken.add(pair.subject)
+                        print(f"{measure.case.name}, {pair.subject}: {error}", file=sys.stderr)
+                        continue
+                    if turn >= 0:
+                        found.samples.setdefault(pair.subject, []).append(one)
+                    if verbose:
+                        print(f"  {measure.case.name} {pair.subject}: {one}", file=sys.stderr)
+            yield found
+
+
+def _rule(text: str | None) -> Settings:
+    given = json.loads(text) if text else {}
+    return Settings(rule=Rule(**given))
+
+
+@click.command(help=__doc__)
+@click.option("--cases", default="*", show_default=True, help="Patterns, with commas between.")
+@click.option("--library", type=click.Path(path_type=Path, exists=True), help="libfreeflow.so")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--seconds", default=0.5, show_default=True, help="Length of a run.")
+@click.option("--variants", default=",".join(VARIANTS), show_default=True)
+@click.option(
+    "--router/--no-router", default=True, help="Whether to start one; only with a library."
+)
+@click.option("--rule", help='The router\'s upgrade rule, JSON: \'{"operations": 4, "spin": 20}\'.')
+@click.option("--setup", help="A command that runs meanwhile.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--seed", default=1, show_default=True, help="Of the order of variants.")
+@click.option("--list", "listing", is_flag=True, help="Say what cases there are.")
+@click.option("--verbose", is_flag=True, help="Say each run on stderr.")
+def main(
+    cases: str,
+    library: Path | None,
+    rounds: int,
+    seconds: float,
+    variants: str,
+    router: bool,
+    rule: str | None,
+    setup: str | None,
+    as_json: bool,
+    seed: int,
+    listing: bool,
+    verbose: bool,
+) -> None:
+    chosen = choose(cases.split(","))
+    if listing:
+        for one in chosen:
+            click.echo(f"{one.case.name:<32} {one.case.about}")
+        return
+    wanted = variants.split(",")
+    results = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="freeflow-bench-") as tools,
+        congestion_control_allowed(),
+        bed(
+            "client",
+            "server",
+            library=library,
+            settings=_rule(rule),
+            router=router and library is not None,
+        ) as made,
+        _setup(setup, made.containers["client"], made.containers["server"]),
+        _place(made.containers["client"], Path(tools)) as client,
+        _place(made.containers["server"], Path(tools)) as server,
+    ):
+        Path(tools).chmod(0o755)
+        compiled.compile_into(Path(tools))
+        inside = f"/run/freeflow/{LIBRARY}"
+        pairs = {
+            PLAIN: Pair(PLAIN, client, server),
+            UNIX: Pair(UNIX, server, server, UNIX),
+            RING: Pair(RING, server, server, RING),
+        }
+        if library is not None:
+            fast = [replace(place, library=inside) for place in (client, server)]
+            pairs[FREEFLOW] = Pair(FREEFLOW, fast[0], fast[1], TCP)
+        some = [pairs[name] for name in VARIANTS if name in pairs and name in wanted]
+        if not as_json:
+            click.echo("\n".join(columns(HEADER, [HEADER], 2, WIDTHS).splitlines()[:2]))
+        for found in run_cases(chosen, some, rounds, seconds, random.Random(seed), verbose):
+            results[found.measure.case.name] = found.json()
+            if not as_json:
+                click.echo(columns(HEADER, [found.line()], 2, WIDTHS).splitlines()[2])
+    if as_json:
+        click.echo(json.dumps(results, indent=2))

@@ -1,0 +1,87 @@
+"""One run of a measure on a subject: the figure, CPU time of both ends per unit, share of upgraded connections."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from bench import cost, parse
+from bench.errors import ProgramError
+from bench.measures import Call, Measure
+from bench.place import RING, Pair, Place
+from bench.servers import Servers
+
+COUNTERS: Final = "FREEFLOW_STATS"
+"""Names the file to which the library adds a line when a program ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """`cpu_us` is per unit; `upgraded` is None where no library says."""
+
+    figure: float
+    cpu_us: float
+    upgraded: float | None
+
+
+def cores_of(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """This machine's cores that are so many from the end.
+
+    Raises `ProgramError` where there are too few of them.
+    """
+    have = sorted(os.sched_getaffinity(0), reverse=True)
+    if numbers and max(numbers) >= len(have):
+        raise ProgramError(
+            f"{max(numbers) + 1} cores are needed, this machine gives us {len(have)}"
+        )
+    return tuple(have[number] for number in numbers)
+
+
+@contextlib.contextmanager
+def every_core_busy() -> Iterator[None]:
+    """A program on each core that does nothing else; none outlives this, nor a minute."""
+    hogs = []
+    try:
+        for core in sorted(os.sched_getaffinity(0)):
+            spin = ["sh", "-c", "ulimit -t 60; while :; do :; done"]
+            hogs.append(subprocess.Popen(["taskset", "--cpu-list", str(core), *spin]))
+        yield
+    finally:
+        for hog in hogs:
+            hog.kill()
+        for hog in hogs:
+            hog.wait()
+
+
+def _counters(place: Place) -> str:
+    return f"/tmp/bench-{os.getpid()}-counters"
+
+
+def sample(measure: Measure, pair: Pair, servers: Servers, seconds: float) -> Sample:
+    """One run. Raises `ProgramError` if a program failed or said something that can't be."""
+    server_cores = cores_of(measure.server_cores)
+    client_cores = cores_of(measure.client_cores)
+    if pair.transport == RING:
+        # One program, that puts each of its ends on its core.
+        seen = measure.call(Call(pair, None, seconds, (*client_cores, *server_cores), server_cores))
+        return Sample(seen.figure, (seen.client_us or 0) / seen.units, None)
+    server = servers.get(pair, measure.kind, frozenset(server_cores))
+    path = _counters(pair.client)
+    counters = pair.client.root / path.lstrip("/")
+    counters.unlink(missing_ok=True)
+    environment = {COUNTERS: path} if pair.client.library else {}
+    with every_core_busy() if measure.hogs else contextlib.nullcontext():
+        before = server.cpu_us()
+        hogs_apart = cost.children_us()
+        seen = measure.call(Call(pair, server, seconds, client_cores, server_cores, environment))
+        client = cost.children_us() - hogs_apart if seen.client_us is None else seen.client_us
+        used = server.cpu_us() - before + client
+    upgraded = None
+    if pair.client.library and counters.exists():
+        upgraded = parse.paths(counters.read_text()).share
+        counters.unlink()
+    return Sample(seen.figure, used / seen.units, upgraded)
