@@ -149,6 +149,8 @@ class Container:
     """Cookie to arena, slot and side."""
     notes: dict[int, tuple[int, float]] = field(default_factory=dict)
     """Cookie to reason and when."""
+    sides: int = 0
+    """Of arenas. While it has one it is kept, with or without processes."""
     bells: int = 0
     memory: int = 0
 
@@ -291,7 +293,7 @@ class Pairing:
         self._tidy(container)
 
     def _tidy(self, container: Container) -> None:
-        if not container.processes and not container.ends and not container.memory:
+        if not container.processes and not container.sides:
             self.containers.pop(container.namespace, None)
 
     # --- asks
@@ -325,7 +327,7 @@ class Pairing:
                 return Reason.REMOTE
         else:
             return Reason.REMOTE if ask.remote.ip in network else Reason.FOREIGN
-        if self._is_full(container):
+        if len(container.waiting) >= self.limits.waiting or self._is_full(container, 1):
             return Reason.LIMIT
         if ask.cookie in container.ends:
             return Reason.SHARED
@@ -335,13 +337,10 @@ class Pairing:
             return Reason.REMOTE
         return network
 
-    def _is_full(self, container: Container) -> bool:
+    def _is_full(self, container: Container, more: int) -> bool:
+        """Whether so many more connections in shared memory are too many."""
         limits = self.limits
-        return (
-            len(container.waiting) >= limits.waiting
-            or len(container.ends) >= limits.connections
-            or container.memory >= limits.memory
-        )
+        return len(container.ends) + more > limits.connections or container.memory >= limits.memory
 
     def _servers(self, ask: Ask, network: Network) -> list[Address]:
         """Where, among a VIP's tasks on this host, its connection can end."""
@@ -387,14 +386,12 @@ class Pairing:
                 each.ambiguous = True
             return
         partner = partners[0]
-        for each in (waiting, partner):
-            process = self.processes[each.process]
-            if self._is_full(self.containers[process.namespace]):
-                self._forget(waiting)
-                self._forget(partner)
-                self._refuse(waiting.process, waiting.ask, Reason.LIMIT)
-                self._refuse(partner.process, partner.ask, Reason.LIMIT)
-                return
+        ends = Counter((waiting.namespace, partner.namespace))
+        if any(self._is_full(self.containers[each], more) for each, more in ends.items()):
+            for each in (waiting, partner):
+                self._forget(each)
+                self._refuse(each.process, each.ask, Reason.LIMIT)
+            return
         self._grant(waiting, partner)
 
     def _is_sure(self, one: Waiting, other: Waiting, network: Network) -> bool:
@@ -497,6 +494,8 @@ class Pairing:
         sides = (Side(self._secret(), one.namespace), Side(self._secret(), other.namespace))
         arena = Arena(next(self._ids), self._memory.make(), pair, sides)
         self.arenas[arena.id] = arena
+        for side in sides:
+            self.containers[side.namespace].sides += 1
         of_pair.append(arena)
         return arena
 
@@ -530,11 +529,9 @@ class Pairing:
     def _release(self, arena: Arena, number: int, side: int) -> None:
         end, free = arena.release(number, side)
         if end is not None:
-            container = self.containers.get(end.namespace)
-            if container is not None:
-                held = container.ends.get(end.cookie)
-                if held is not None and held[0] is arena and held[1:] == (number, side):
-                    del container.ends[end.cookie]
+            ends = self.containers[end.namespace].ends
+            if ends.get(end.cookie) == (arena, number, side):
+                del ends[end.cookie]
         if free:
             self._memory.reclaim(arena.memory, number)
 
@@ -554,9 +551,9 @@ class Pairing:
         for side in arena.sides:
             for member in side.members:
                 self.processes[member].arenas.pop(arena.id, None)
-            container = self.containers.get(side.namespace)
-            if container is not None:
-                self._tidy(container)
+            container = self.containers[side.namespace]
+            container.sides -= 1
+            self._tidy(container)
 
     # --- bells
 
@@ -616,9 +613,7 @@ class Pairing:
 
     def _close_bell(self, side: Side, descriptor: int) -> None:
         self._memory.close_bell(descriptor)
-        container = self.containers.get(side.namespace)
-        if container is not None:
-            container.bells -= 1
+        self.containers[side.namespace].bells -= 1
 
     # --- notes and time
 
@@ -666,9 +661,7 @@ class Pairing:
     def _account(self, arena: Arena, used: int) -> None:
         """Both containers bear it; an arena within one counts once."""
         for namespace in {side.namespace for side in arena.sides}:
-            container = self.containers.get(namespace)
-            if container is not None:
-                container.memory += used - arena.used
+            self.containers[namespace].memory += used - arena.used
         arena.used = used
 
     def sweep(self, most: int) -> None:

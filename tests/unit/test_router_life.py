@@ -52,13 +52,18 @@ class Life(RuleBasedStateMachine):
             own = self.world.pairing.processes[process].namespace
             self.world.open_and_ask(process, f"10.0.4.{own}:80", f"10.0.4.{client}:{port}")
 
+    @rule(client=processes, server=processes, port=PORTS)
+    def connect(self, client: int, server: int, port: int) -> None:
+        if {client, server} <= self.world.pairing.processes.keys():
+            self.world.connect(client, server, port)
+
     @rule(process=processes, pick=st.integers(0, 20))
     def release(self, process: int, pick: int) -> None:
         grants = self.world.grants(process)
         if process in self.world.pairing.processes and grants:
             self.world.release(process, grants[pick % len(grants)])
 
-    @rule(process=processes, pick=st.integers(0, 20), side=st.integers(0, 1))
+    @rule(process=processes, pick=st.integers(0, 5), side=st.integers(0, 1))
     def bell(self, process: int, pick: int, side: int) -> None:
         grants = self.world.grants(process)
         if process not in self.world.pairing.processes or not grants:
@@ -66,7 +71,7 @@ class Life(RuleBasedStateMachine):
         grant = grants[pick % len(grants)]
         self.bells += 1
         self.world.memory.bells.add(self.bells)
-        bell = wire.Bell(pick % 3, grant.arena, grant.token, side)
+        bell = wire.Bell(pick % 2, grant.arena, grant.token, side)
         try:
             kept = self.world.pairing.bell(process, bell, self.bells)
         except WrongMessage:
@@ -79,7 +84,7 @@ class Life(RuleBasedStateMachine):
         grants = self.world.grants(process)
         if process in self.world.pairing.processes and grants:
             grant = grants[pick % len(grants)]
-            fetch = wire.Fetch(pick % 3, grant.arena, grant.token, 1 - grant.side)
+            fetch = wire.Fetch(pick % 2, grant.arena, grant.token, 1 - grant.side)
             self.world.pairing.fetch(process, fetch)
 
     @rule(namespace=CONTAINERS, port=PORTS)
