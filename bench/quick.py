@@ -14,7 +14,6 @@ BENCH_SERVER_ADDRESS, and what programs see as /run/freeflow in BENCH_SHARED. Me
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import os
 import random
@@ -27,19 +26,21 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
 import click
 
-from bench import compiled
+from bench import compiled, idle
+from bench.choice import pick
 from bench.errors import BenchError, ProgramError
 from bench.measures import Measure, measures
-from bench.place import RING, TCP, UNIX, Pair, Place, congestion_control_allowed
+from bench.place import RING, UNIX, Pair, Place, congestion_control_allowed
 from bench.report import columns, number, percent, times
 from bench.sampling import Sample, sample
 from bench.servers import Servers
-from bench.stats import spread
+from bench.stats import Case, spread
 from dataplane.control import Rule, Settings
 from tests.dataplane.bed import LIBRARY, Container, bed
 
@@ -56,7 +57,9 @@ Samples = dict[str, list[Sample]]
 
 
 def _cost(microseconds: float | None, unit: str) -> str:
-    if microseconds is not None and microseconds > 1e4:
+    if microseconds is None:
+        return "-"
+    if microseconds > 1e4:
         return f"{number(microseconds / 1e6)} s/{unit}"
     return f"{number(microseconds)} us/{unit}"
 
@@ -65,7 +68,8 @@ def _cost(microseconds: float | None, unit: str) -> str:
 class Found:
     """What came out of a case: variant -> a sample per round."""
 
-    measure: Measure
+    case: Case
+    cpu_of: str
     samples: Samples = field(default_factory=dict)
 
     def median(self, variant: str) -> float | None:
@@ -73,7 +77,7 @@ class Found:
         return statistics.median(values) if values else None
 
     def cpu(self, variant: str) -> float | None:
-        values = [one.cpu_us for one in self.samples.get(variant, [])]
+        values = [one.cpu_us for one in self.samples.get(variant, []) if one.cpu_us is not None]
         return statistics.median(values) if values else None
 
     def upgraded(self) -> float | None:
@@ -88,11 +92,11 @@ class Found:
         plain, fast = self.median(PLAIN), self.median(FREEFLOW)
         cpu_plain, cpu_fast = self.cpu(PLAIN), self.cpu(FREEFLOW)
         return (
-            self.measure.case.name,
-            self.measure.case.unit,
+            self.case.name,
+            self.case.unit,
             *(number(self.median(variant)) for variant in VARIANTS),
             times(fast / plain if fast is not None and plain else None),
-            _cost(cpu_plain if cpu_fast is None else cpu_fast, self.measure.cpu_of),
+            _cost(cpu_plain if cpu_fast is None else cpu_fast, self.cpu_of),
             times(cpu_fast / cpu_plain if cpu_fast is not None and cpu_plain else None),
             percent(self.upgraded()),
             percent(self.spread()),
@@ -100,9 +104,9 @@ class Found:
 
     def json(self) -> dict[str, object]:
         return {
-            "unit": self.measure.case.unit,
-            "better": "more" if self.measure.case.more_is_better else "less",
-            "cpu_of": self.measure.cpu_of,
+            "unit": self.case.unit,
+            "better": "more" if self.case.more_is_better else "less",
+            "cpu_of": self.cpu_of,
             "upgraded": self.upgraded(),
             **{
                 variant: {
@@ -115,14 +119,24 @@ class Found:
         }
 
 
-def choose(patterns: Sequence[str]) -> list[Measure]:
-    """The measures whose names fit one of the patterns. Raises `click.BadParameter` if a pattern fits none."""
-    known = measures()
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(one.case.name, pattern) for one in known):
-            names = ", ".join(one.case.name for one in known)
-            raise click.BadParameter(f"no case is called {pattern}; there are {names}")
-    return [one for one in known if any(fnmatch.fnmatchcase(one.case.name, p) for p in patterns)]
+def idle_cases(
+    pairs: Sequence[Pair], rounds: int, order: random.Random, wanted: Sequence[Case]
+) -> Iterator[Found]:
+    """One run gives all of them."""
+    found = {case.name: Found(case, "connection") for case in wanted}
+    with Servers() as servers:
+        able = [pair for pair in pairs if pair.transport != RING]
+        for _ in range(rounds):
+            for pair in order.sample(able, len(able)):
+                try:
+                    seen = idle.idle(pair, servers)
+                except ProgramError as error:
+                    print(f"idle, {pair.subject}: {error}", file=sys.stderr)
+                    continue
+                for name, one in found.items():
+                    some = one.samples.setdefault(pair.subject, [])
+                    some.append(Sample(seen.figures[name], None, seen.upgraded))
+    yield from found.values()
 
 
 @contextlib.contextmanager
@@ -183,7 +197,7 @@ def run_cases(
     """Case by case, as each is done. A variant whose program fails has no figure; why is said on stderr."""
     with Servers() as servers:
         for measure in chosen:
-            found = Found(measure)
+            found = Found(measure.case, measure.cpu_of)
             able = [pair for pair in pairs if pair.transport in measure.transports]
             broken: set[str] = set()
             for turn in range(-1 if measure.calibrate else 0, rounds):
@@ -237,10 +251,14 @@ def main(
     listing: bool,
     verbose: bool,
 ) -> None:
-    chosen = choose(cases.split(","))
+    known = measures()
+    patterns = cases.split(",")
+    names = pick(patterns, [*(one.case.name for one in known), *(case.name for case in idle.CASES)])
+    chosen = [one for one in known if one.case.name in names]
+    idling = [case for case in idle.CASES if case.name in names]
     if listing:
-        for one in chosen:
-            click.echo(f"{one.case.name:<32} {one.case.about}")
+        for case in (*(one.case for one in chosen), *idling):
+            click.echo(f"{case.name:<32} {case.about}")
         return
     wanted = variants.split(",")
     results = {}
@@ -268,12 +286,16 @@ def main(
         }
         if library is not None:
             fast = [replace(place, library=inside) for place in (client, server)]
-            pairs[FREEFLOW] = Pair(FREEFLOW, fast[0], fast[1], TCP)
+            pairs[FREEFLOW] = Pair(FREEFLOW, fast[0], fast[1])
         some = [pairs[name] for name in VARIANTS if name in pairs and name in wanted]
         if not as_json:
             click.echo("\n".join(columns(HEADER, [HEADER], 2, WIDTHS).splitlines()[:2]))
-        for found in run_cases(chosen, some, rounds, seconds, random.Random(seed), verbose):
-            results[found.measure.case.name] = found.json()
+        order = random.Random(seed)
+        for found in chain(
+            run_cases(chosen, some, rounds, seconds, order, verbose),
+            idle_cases(some, min(rounds, 2), order, idling) if idling else (),
+        ):
+            results[found.case.name] = found.json()
             if not as_json:
                 click.echo(columns(HEADER, [found.line()], 2, WIDTHS).splitlines()[2])
     if as_json:

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from bench import cost, parse
@@ -21,10 +22,10 @@ COUNTERS: Final = "FREEFLOW_STATS"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`cpu_us` is per unit; `upgraded` is None where no library says."""
+    """`cpu_us` is per unit, if that means something; `upgraded` is None where no library says."""
 
     figure: float
-    cpu_us: float
+    cpu_us: float | None
     upgraded: float | None
 
 
@@ -57,8 +58,12 @@ def every_core_busy() -> Iterator[None]:
             hog.wait()
 
 
-def _counters(place: Place) -> str:
-    return f"/tmp/bench-{os.getpid()}-counters"
+def counters_in(place: Place) -> tuple[str, Path]:
+    """The file for the library's counters, as the place sees it and as we do; it isn't there yet."""
+    inside = f"/tmp/bench-{os.getpid()}-counters"
+    outside = place.root / inside.lstrip("/")
+    outside.unlink(missing_ok=True)
+    return inside, outside
 
 
 def sample(measure: Measure, pair: Pair, servers: Servers, seconds: float) -> Sample:
@@ -70,9 +75,7 @@ def sample(measure: Measure, pair: Pair, servers: Servers, seconds: float) -> Sa
         seen = measure.call(Call(pair, None, seconds, (*client_cores, *server_cores), server_cores))
         return Sample(seen.figure, (seen.client_us or 0) / seen.units, None)
     server = servers.get(pair, measure.kind, frozenset(server_cores))
-    path = _counters(pair.client)
-    counters = pair.client.root / path.lstrip("/")
-    counters.unlink(missing_ok=True)
+    path, counters = counters_in(pair.client)
     environment = {COUNTERS: path} if pair.client.library else {}
     with every_core_busy() if measure.hogs else contextlib.nullcontext():
         before = server.cpu_us()

@@ -249,6 +249,10 @@ class Servers:
             self.started[key] = self._start(pair, kind, cores)
         return self.started[key]
 
+    def fresh(self, pair: Pair, kind: Kind) -> Running:
+        """One that nobody has used."""
+        return self._start(pair, kind, frozenset())
+
     def _start(self, pair: Pair, kind: Kind, cores: frozenset[int]) -> Running:
         seat = Seat(pair.server, next(self.ports), "")
         if pair.transport == UNIX:
