@@ -147,6 +147,7 @@ class Accelerator:
         self._clock = clock
         self._inode = inode
         self._told: Learn | None = None
+        self._told_at = float("-inf")
         self._anew = False
         self._missing: dict[str, float] = {}
         """Endpoints whose namespace isn't there, and until when it is waited for."""
@@ -196,13 +197,14 @@ class Accelerator:
         anew, self._anew = self._anew, False
         now = self._clock()
         known = self._look(now)
-        if known != self._told or anew:
+        # Now and then in any case: a router may have told us of its start before another's end.
+        if anew or known != self._told or now - self._told_at >= REPEAT:
             try:
                 self._router.learn(known)
             except DataplaneError as error:
                 self._failed(now, error)
                 return RETRY
-            self._told = known
+            self._told, self._told_at = known, now
         if self._complained:
             log.info("the router answers again")
         self._failing, self._complained = None, False

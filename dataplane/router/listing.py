@@ -45,7 +45,8 @@ def _entry(pairing: Pairing, namespace: int, tcp: TcpSocket, now: float) -> Conn
     knowledge = pairing.knowledge
     network = knowledge.network_of(namespace, tcp.local.ip)
     place = knowledge.places.get(namespace)
-    if network is None or place is None:
+    # Without an inode: no process has it any more, the kernel alone says goodbye.
+    if network is None or place is None or not tcp.inode:
         return None
     container = pairing.containers.get(namespace)
     path, reason, age = _path(pairing, container, network, tcp, now)

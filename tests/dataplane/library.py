@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import os
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -113,15 +112,18 @@ class Library:
 
 
 def listen(namespace: int, address: str, port: int = 7700) -> socket.socket:
-    """A listening TCP socket inside a namespace."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return in_netns(namespace, lambda: socket.create_server((address, port), family=family))
+    """A listening TCP socket inside a namespace; with `::` for both families."""
+    six = ":" in address
+    family = socket.AF_INET6 if six else socket.AF_INET
+    return in_netns(
+        namespace,
+        lambda: socket.create_server((address, port), family=family, dualstack_ipv6=six),
+    )
 
 
 def dial(namespace: int, address: str, port: int = 7700) -> socket.socket:
     """A TCP connection from a namespace."""
-    make: Callable[[], socket.socket] = lambda: socket.create_connection((address, port), timeout=5)  # noqa: E731
-    return in_netns(namespace, make)
+    return in_netns(namespace, lambda: socket.create_connection((address, port), timeout=5))
 
 
 def read_at(memory: int, offset: int, length: int) -> bytes:

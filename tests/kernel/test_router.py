@@ -1,0 +1,560 @@
+"""The real router between real containers: who gets shared memory, what it is, and who gets none."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from dataplane.control import Connection, Limits, Settings
+from dataplane.router import layout, wire
+from dataplane.router.reasons import Reason
+from dataplane.router.wire import Address
+from tests.dataplane.bed import Bed, bed
+from tests.dataplane.library import Library, addresses_of, cookie_of, dial, listen
+
+VIP: Final = "10.78.0.100"
+WAIT: Final = 5.0
+
+
+@dataclass
+class Pair:
+    """A bed with a process in each of two containers."""
+
+    bed: Bed
+    one: Library
+    other: Library
+    listener: socket.socket
+
+    def connection(self, address: str | None = None) -> tuple[socket.socket, socket.socket]:
+        """A TCP connection from `a` to `b`, at `b`'s address or another."""
+        a, b = self.bed.containers["a"], self.bed.containers["b"]
+        client = dial(a.namespace, address or str(b.ipv4))
+        server, _ = self.listener.accept()
+        return client, server
+
+    def upgraded(self) -> tuple[wire.Grant, wire.Grant, int | None]:
+        """A new connection's grants, and the memory if it came with the first."""
+        client, server = self.connection()
+        self.one.ask(client)
+        self.other.ask(server)
+        grant, memory = self.one.hear(wire.Grant)
+        answer, _ = self.other.hear(wire.Grant)
+        self.keep = [*getattr(self, "keep", []), client, server]
+        return grant, answer, memory
+
+
+def process_in(made: Bed, name: str) -> Library:
+    """A process of a container, welcomed."""
+    library = Library.connect(made.shared / "router.sock", made.containers[name].namespace)
+    library.hear(wire.Welcome)
+    return library
+
+
+@contextlib.contextmanager
+def a_pair(*more: str, settings: Settings | None = None) -> Iterator[Pair]:
+    with bed("a", "b", *more, vips={VIP: ("b",)}, settings=settings) as made:
+        listener = listen(made.containers["b"].namespace, "0.0.0.0")
+        yield Pair(made, process_in(made, "a"), process_in(made, "b"), listener)
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    with a_pair() as made:
+        yield made
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def listed(made: Bed, container: str) -> list[Connection]:
+    """The connections of one container."""
+    found = made.router.connections(made.containers[container].inode)
+    return list(found.connections)
+
+
+# --- pairing
+
+
+def test_two_ends_of_a_connection(pair: Pair) -> None:
+    """Both ends of a real connection are granted one slot, and both processes get the same memory."""
+    client, server = pair.connection()
+    pair.one.ask(client)
+    assert pair.one.silent()
+    pair.other.ask(server)
+    grant, memory = pair.one.hear(wire.Grant)
+    answer, memory2 = pair.other.hear(wire.Grant)
+    assert (grant.arena, grant.slot, grant.incarnation) == (
+        answer.arena,
+        answer.slot,
+        answer.incarnation,
+    )
+    assert (grant.cookie, answer.cookie) == (cookie_of(client), cookie_of(server))
+    assert memory is not None
+    assert memory2 is not None
+    assert os.fstat(memory).st_ino == os.fstat(memory2).st_ino
+
+
+def test_the_memory(pair: Pair) -> None:
+    """The memory can't be resized by anybody, says what it is, and costs three pages."""
+    grant, _, memory = pair.upgraded()
+    assert memory is not None
+    seals = fcntl.fcntl(memory, fcntl.F_GET_SEALS)
+    assert seals == fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+    assert os.fstat(memory).st_size == layout.ARENA_SIZE
+    for size in (0, layout.ARENA_SIZE * 2):
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory, size)
+    assert os.pread(memory, 16, 0) == layout.HEADER.pack(
+        layout.MAGIC, layout.VERSION, layout.RING_SIZE
+    )
+    for direction in range(layout.SIDES):
+        page = os.pread(memory, layout.PAGE, layout.ring_offset(grant.slot, direction))
+        expected = bytearray(layout.PAGE)
+        struct.pack_into("=Q", expected, layout.INCARNATION_OFFSET, grant.incarnation)
+        assert page == expected
+    assert os.fstat(memory).st_blocks * 512 <= 3 * layout.PAGE
+
+
+def test_a_slot_is_clean_when_it_is_used_again(pair: Pair) -> None:
+    """Nothing that a connection wrote is left for the next one in its slot, in pages mapped before either."""
+    grant, answer, memory = pair.upgraded()
+    assert memory is not None
+    ring, bulk = layout.ring_offset(grant.slot, 1), layout.bulk_offset(grant.slot, 1)
+    with mmap.mmap(memory, layout.ARENA_SIZE) as mapped:
+        mapped[ring : ring + layout.PAGE] = b"x" * layout.PAGE
+        mapped[bulk + 8192 : bulk + 8192 + 5] = b"bytes"
+        before = os.fstat(memory).st_blocks
+        for library, each in ((pair.one, grant), (pair.other, answer)):
+            library.say(wire.Release(each.slot, each.arena, each.incarnation, each.token))
+        until(lambda: os.fstat(memory).st_blocks < before)
+        mapped[ring : ring + 8] = b"too late"
+        again, _, _ = pair.upgraded()
+        assert (again.arena, again.slot) == (grant.arena, grant.slot)
+        assert again.incarnation != grant.incarnation
+        assert mapped[bulk + 8192 : bulk + 8192 + 5] == bytes(5)
+        header = bytearray(layout.PAGE)
+        struct.pack_into("=Q", header, layout.INCARNATION_OFFSET, again.incarnation)
+        assert mapped[ring : ring + layout.PAGE] == header
+
+
+def test_behind_a_vip(pair: Pair) -> None:
+    """A client that knows only the VIP is paired with the task that nftables chose."""
+    client, server = pair.connection(VIP)
+    assert addresses_of(client)[1].ip == ip_address(VIP)
+    pair.other.ask(server)
+    pair.one.ask(client)
+    grant, _ = pair.one.hear(wire.Grant)
+    answer, _ = pair.other.hear(wire.Grant)
+    assert grant.incarnation == answer.incarnation
+
+
+def test_ipv6() -> None:
+    """IPv6 connections are paired; and IPv4 ones of a dual-stack listener."""
+    with bed("a", "b") as made:
+        a, b = made.containers.values()
+        one, other = process_in(made, "a"), process_in(made, "b")
+        listener = listen(b.namespace, "::")
+        for address in (str(b.ipv6), str(b.ipv4)):
+            client = dial(a.namespace, address)
+            server, _ = listener.accept()
+            one.ask(client)
+            other.ask(server)
+            grant, _ = one.hear(wire.Grant)
+            answer, _ = other.hear(wire.Grant)
+            assert grant.incarnation == answer.incarnation
+
+
+def test_within_a_container(pair: Pair) -> None:
+    """Two processes of one container, and one process with itself, are paired like others."""
+    b = pair.bed.containers["b"]
+    second = process_in(pair.bed, "b")
+    for asker in (second, pair.other):
+        client = dial(b.namespace, str(b.ipv4))
+        server, _ = pair.listener.accept()
+        asker.ask(client)
+        pair.other.ask(server)
+        grant, _ = asker.hear(wire.Grant)
+        answer, _ = pair.other.hear(wire.Grant)
+        assert grant.incarnation == answer.incarnation
+        assert {grant.side, answer.side} == {0, 1}
+
+
+def test_bells(pair: Pair) -> None:
+    """An eventfd of one process reaches the other, and rings in the first."""
+    grant, answer, _ = pair.upgraded()
+    bell = os.eventfd(0, os.EFD_NONBLOCK)
+    pair.other.say(wire.Fetch(7, answer.arena, answer.token, grant.side))
+    assert pair.other.silent(0.01)
+    pair.one.say(wire.Bell(7, grant.arena, grant.token, grant.side), bell)
+    ring, theirs = pair.other.hear(wire.Ring)
+    assert (ring.index, ring.side) == (7, grant.side)
+    assert theirs is not None
+    os.eventfd_write(theirs, 1)
+    assert os.eventfd_read(bell) == 1
+
+
+def test_an_unknown_bell(pair: Pair) -> None:
+    """Who asks for a bell that never comes hears so soon."""
+    grant, answer, _ = pair.upgraded()
+    begin = time.monotonic()
+    pair.other.say(wire.Fetch(9, answer.arena, answer.token, grant.side))
+    ring, theirs = pair.other.hear(wire.Ring)
+    assert (ring.index, theirs) == (9, None)
+    assert 0.04 < time.monotonic() - begin < 1
+
+
+# --- who gets nothing
+
+
+def test_somebody_elses_connection(pair: Pair) -> None:
+    """Another's cookie, another's addresses, or the right ones from another container: the kernel doesn't know it there."""
+    client, server = pair.connection()
+    second, _ = pair.connection()
+    pair.one.ask(client, cookie=cookie_of(second))
+    pair.one.ask(client, cookie=cookie_of(server))
+    local, remote = addresses_of(client)
+    pair.one.ask(client, local=Address(local.ip, local.port ^ 1))
+    reasons = [pair.one.hear(wire.Refuse)[0].reason for _ in range(3)]
+    assert reasons == [Reason.NOT_FOUND] * 3
+    # An address that is the other container's; and one that is nobody's.
+    pair.other.ask(client)
+    pair.one.ask(client, local=Address(ip_address("10.78.0.99"), local.port))
+    pair.one.ask(client, remote=Address(ip_address("10.99.0.9"), remote.port))
+    pair.one.ask(client, remote=Address(ip_address("10.78.0.99"), remote.port))
+    assert pair.other.hear(wire.Refuse)[0].reason == Reason.FOREIGN
+    reasons = [pair.one.hear(wire.Refuse)[0].reason for _ in range(3)]
+    assert reasons == [Reason.FOREIGN, Reason.FOREIGN, Reason.REMOTE]
+
+
+def test_a_listener_is_no_connection(pair: Pair) -> None:
+    """A listening socket's cookie doesn't stand for a connection to its port."""
+    client, server = pair.connection()
+    pair.other.ask(server, cookie=cookie_of(pair.listener))
+    assert pair.other.hear(wire.Refuse)[0].reason == Reason.NOT_FOUND
+    client.close()
+
+
+def test_a_third_container(pair: Pair) -> None:
+    """A container with the mount but no end of the connection can't speak for its arena, whatever it knows."""
+    with a_pair("c") as three:
+        grant, answer, _ = three.upgraded()
+        for message in (
+            wire.Fetch(0, grant.arena, grant.token, answer.side),
+            wire.Release(grant.slot, grant.arena, grant.incarnation, grant.token),
+        ):
+            stranger = process_in(three.bed, "c")
+            stranger.say(message)
+            assert stranger.closed()
+        assert "token is of neither side" in three.bed.log()
+        assert three.bed.router.statistics().shm == 1
+
+
+def test_another_network() -> None:
+    """Containers of different networks get nothing of each other, though one bridge carries both."""
+    with bed("a", "b", networks={"b": "n2"}) as made:
+        a, b = made.containers.values()
+        listener = listen(b.namespace, "0.0.0.0")
+        one, other = process_in(made, "a"), process_in(made, "b")
+        client = dial(a.namespace, str(b.ipv4))
+        server, _ = listener.accept()
+        one.ask(client)
+        other.ask(server)
+        assert one.hear(wire.Refuse)[0].reason == Reason.REMOTE
+        assert other.hear(wire.Refuse)[0].reason == Reason.REMOTE
+
+
+def test_no_container_at_all(pair: Pair) -> None:
+    """A process of the host is welcomed late, and only to hear that nothing is accelerated for it."""
+    stranger = Library.connect(pair.bed.shared / "router.sock", None)
+    welcome, _ = stranger.hear(wire.Welcome)
+    assert not welcome.enabled
+    client, _ = pair.connection()
+    stranger.ask(client)
+    assert stranger.hear(wire.Refuse)[0].reason == Reason.FOREIGN
+
+
+def test_acceleration_off(pair: Pair) -> None:
+    """Switched off while they run, processes hear it and asks are refused; switched on again, they hear that too."""
+    client, _ = pair.connection()
+    pair.bed.learn(settings=Settings(acceleration=False))
+    assert not pair.one.hear(wire.Welcome)[0].enabled
+    pair.one.ask(client)
+    assert pair.one.hear(wire.Refuse)[0].reason == Reason.OFF
+    pair.bed.learn()
+    assert pair.one.hear(wire.Welcome)[0].enabled
+
+
+# --- wrong messages
+
+
+def test_wrong_messages_end_their_sender(pair: Pair) -> None:
+    """Whatever isn't in the protocol ends the connection that it came over, and no other."""
+    eventfd = os.eventfd(0)
+    file = os.memfd_create("x")
+    grant, _, _ = pair.upgraded()
+    bell = wire.pack(wire.Bell(0, grant.arena, grant.token, grant.side))
+    note = wire.pack(wire.Note(5, 1))
+    wrong: list[tuple[bytes, tuple[int, ...]]] = [
+        (b"x", ()),
+        (b"", ()),
+        (b"x" * 5000, ()),
+        (note[:-1], ()),
+        (note + b"x", ()),
+        (wire.pack(wire.Refuse(1, 1, 1)), ()),
+        (note, (eventfd,)),
+        (bell, ()),
+        (bell, (file,)),
+        (bell, (eventfd, eventfd)),
+        (bell, (eventfd,) * 60),
+        (wire.pack(wire.Hello(1, 1)), ()),
+    ]
+    for data, descriptors in wrong:
+        bad = process_in(pair.bed, "a")
+        bad.raw(data, *descriptors)
+        assert bad.closed(), data
+    found = pair.bed.router.statistics()
+    # An empty packet can't be told from the end.
+    assert found.wrong_messages == len(wrong) - 1
+    pair.upgraded()
+
+
+def test_no_descriptor_stays(pair: Pair) -> None:
+    """Descriptors that come unasked, or in the wrong number, are closed: the router has as many as before."""
+    process = pair.bed.process
+    assert process is not None
+
+    def count() -> int:
+        return len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+
+    pair.upgraded()
+    before = count()
+    for _ in range(20):
+        bad = process_in(pair.bed, "a")
+        bad.raw(wire.pack(wire.Note(5, 1)), *[os.memfd_create("x") for _ in range(3)])
+        assert bad.closed()
+    until(lambda: count() <= before)
+
+
+def test_log_is_quiet(pair: Pair) -> None:
+    """A container that sends garbage all the time fills no log."""
+    for _ in range(100):
+        bad = Library.connect(
+            pair.bed.shared / "router.sock", pair.bed.containers["a"].namespace, hello=False
+        )
+        bad.raw(b"garbage")
+        assert bad.closed()
+    assert pair.bed.log().count("wrong message") <= 5
+    assert pair.bed.router.statistics().wrong_messages == 100
+
+
+# --- flooding
+
+
+def test_a_process_that_takes_no_answers(pair: Pair) -> None:
+    """A process that asks and never reads loses its connection; others don't notice."""
+    client, _ = pair.connection()
+    bad = process_in(pair.bed, "a")
+    bad.connection.setblocking(False)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        for _ in range(20_000):
+            try:
+                bad.ask(client, cookie=1)
+            except BlockingIOError:
+                time.sleep(0.001)
+    assert pair.bed.router.statistics().dropped == 1
+    pair.upgraded()
+
+
+def test_a_container_that_floods() -> None:
+    """A container that sends all it can waits; another container's connection is granted at once meanwhile."""
+    settings = Settings(limits=Limits(messages=1000))
+    with a_pair("c", settings=settings) as made:
+        flooders = [process_in(made.bed, "c") for _ in range(4)]
+        note = wire.pack(wire.Note(5, 1))
+        for flooder in flooders:
+            flooder.connection.setblocking(False)
+        end = time.monotonic() + 1.0
+        worst = 0.0
+        while time.monotonic() < end:
+            for flooder in flooders:
+                with contextlib.suppress(BlockingIOError):
+                    for _ in range(100):
+                        flooder.raw(note)
+            time.sleep(0.02)
+            begin = time.monotonic()
+            made.upgraded()
+            worst = max(worst, time.monotonic() - begin)
+        assert worst < 0.5
+        assert made.bed.router.statistics().noted[Reason.NOT_FOUND.word] < 4000
+        # They weren't thrown out, and are heard again when they have calmed down.
+        assert made.bed.router.statistics().processes == 2 + len(flooders)
+
+
+def test_limit_of_processes() -> None:
+    """A container's connections over the limit are closed at once; another container's aren't."""
+    with a_pair(settings=Settings(limits=Limits(processes=3))) as made:
+        more = [process_in(made.bed, "a") for _ in range(2)]
+        refused = Library.connect(
+            made.bed.shared / "router.sock", made.bed.containers["a"].namespace, hello=False
+        )
+        assert refused.closed()
+        more.append(process_in(made.bed, "b"))
+        more[0].close()
+        until(lambda: made.bed.router.statistics().processes == 4)
+        more.append(process_in(made.bed, "a"))
+
+
+def test_limit_of_memory() -> None:
+    """A container that has touched more shared memory than it may gets no more, until it gives it back."""
+    with a_pair(settings=Settings(limits=Limits(memory=1 << 20))) as made:
+        grant, answer, memory = made.upgraded()
+        assert memory is not None
+        with mmap.mmap(memory, layout.ARENA_SIZE) as mapped:
+            offset = layout.bulk_offset(grant.slot)
+            mapped[offset : offset + (1 << 20)] = b"x" * (1 << 20)
+        until(lambda: made.bed.router.statistics().memory > 1 << 20)
+        client, _ = made.connection()
+        made.one.ask(client)
+        assert made.one.hear(wire.Refuse)[0].reason == Reason.LIMIT
+        for library, each in ((made.one, grant), (made.other, answer)):
+            library.say(wire.Release(each.slot, each.arena, each.incarnation, each.token))
+        until(lambda: made.bed.router.statistics().memory < 1 << 20)
+        made.upgraded()
+
+
+# --- life and death
+
+
+def test_death_of_the_router(pair: Pair) -> None:
+    """A router that is killed and started anew pairs new connections; the memory of old ones is untouched."""
+    _, _, memory = pair.upgraded()
+    assert memory is not None
+    os.pwrite(memory, b"alive", layout.ring_offset(0, 0) + layout.PAGE - 5)
+    pair.bed.kill_router()
+    assert pair.one.closed()
+    pair.bed.start_router()
+    pair.one, pair.other = process_in(pair.bed, "a"), process_in(pair.bed, "b")
+    _, _, fresh = pair.upgraded()
+    assert fresh is not None
+    assert os.fstat(fresh).st_ino != os.fstat(memory).st_ino
+    assert os.pread(memory, 5, layout.ring_offset(0, 0) + layout.PAGE - 5) == b"alive"
+
+
+def test_nobody_is_told_half(pair: Pair) -> None:
+    """A router that knows nothing yet doesn't listen, so nobody is told that nothing is accelerated."""
+    with bed("a", router=False) as made:
+        assert not (made.shared / "router.sock").exists()
+        made.start_router()
+        welcome, _ = Library.connect(
+            made.shared / "router.sock", made.containers["a"].namespace
+        ).hear(wire.Welcome)
+        assert welcome.enabled
+
+
+def test_end(pair: Pair) -> None:
+    """Asked to end, the router ends at once, and takes its sockets along; but not those of a newer router."""
+    first = pair.bed.process
+    assert first is not None
+    path = pair.bed.shared / "router.sock"
+    before = path.stat().st_ino
+    pair.bed.start_router()
+
+    def replaced() -> bool:
+        pair.bed.learn()
+        return path.stat().st_ino != before
+
+    until(replaced)
+    first.terminate()
+    assert first.wait(5) == 0
+    process_in(pair.bed, "a")
+    second = pair.bed.process
+    assert second is not None
+    assert second.stdin is not None
+    second.stdin.close()
+    assert second.wait(5) == 0
+    assert not path.exists()
+
+
+def test_namespaces_are_let_go(pair: Pair) -> None:
+    """Of a container whose processes have ended the router holds nothing, so its namespace can go."""
+    process = pair.bed.process
+    assert process is not None
+    inode = pair.bed.containers["a"].inode
+
+    def held() -> bool:
+        for each in Path(f"/proc/{process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(each) == f"net:[{inode}]":
+                    return True
+        return False
+
+    assert held()
+    pair.one.close()
+    until(lambda: not held())
+
+
+# --- what is said
+
+
+def test_connections(pair: Pair) -> None:
+    """Each connection is listed with its path, and those on TCP with the reason."""
+    client, _ = pair.connection()
+    (entry,) = listed(pair.bed, "a")
+    assert (entry.path, entry.reason, entry.container) == ("overlay", "short", "a")
+    assert (entry.local, entry.remote) == tuple(map(str, addresses_of(client)))
+    pair.one.ask(client)
+    until(lambda: listed(pair.bed, "a")[0].reason == "peer-short")
+    pair.one.say(wire.Note(Reason.OPTION, cookie_of(client)))
+    until(lambda: listed(pair.bed, "a")[0].reason == "option")
+    client.close()
+    pair.upgraded()
+    until(lambda: [each.path for each in listed(pair.bed, "a")] == ["shm"])
+    assert [each.path for each in listed(pair.bed, "b") if each.path == "shm"] == ["shm"]
+    pair.other.close()
+    plain = pair.connection()
+    until(lambda: "peer-no-library" in {each.reason for each in listed(pair.bed, "a")})
+    assert {each.reason for each in listed(pair.bed, "b")} == {"no-library"}
+    assert all(each.fileno() > 0 for each in plain)
+    said = pair.bed.router.connections().reasons
+    assert said["peer-no-library"] == Reason.PEER_NO_LIBRARY.sentence
+
+
+def test_statistics(pair: Pair) -> None:
+    """Counts are of what there is: processes, libraries, connections, memory."""
+    pair.upgraded()
+    until(lambda: pair.bed.router.statistics().memory > 0)
+    found = pair.bed.router.statistics()
+    assert (found.processes, found.shm, found.granted, found.arenas) == (2, 1, 1, 1)
+    by_name = {each.container: each for each in found.containers}
+    assert by_name["a"].builds == {"0123abcd": 1}
+    assert by_name["a"].memory == by_name["b"].memory == found.memory == 3 * layout.PAGE
+
+
+def test_admin_socket_is_roots(pair: Pair) -> None:
+    """What is not a request gets an error, and the control socket is root's alone."""
+    path = pair.bed.folder / "control.sock"
+    assert path.stat().st_mode & 0o777 == 0o600
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        connection.sendall(b'{"type":"learn","endpoints":[{"id":1}]}\nnonsense\n')
+        answers = b""
+        while answers.count(b"\n") < 2:
+            answers += connection.recv(4096)
+    assert answers.count(b'"type":"failed"') == 2
+    pair.upgraded()
