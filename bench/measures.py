@@ -169,17 +169,27 @@ def _wrk(clients: int, file: str, *headers: str) -> Callable[[Call], Seen]:
     return call
 
 
-def _pgbench(clients: int, *more: str) -> Callable[[Call], Seen]:
-    def call(it: Call) -> Seen:
+@dataclass(slots=True)
+class _Pgbench:
+    """pgbench counts transactions or whole seconds: the last rate says how many fit in the time."""
+
+    clients: int
+    more: tuple[str, ...] = ()
+    least: float = 0.0
+    """Seconds."""
+    rates: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, it: Call) -> Seen:
+        rate = self.rates.get(it.pair.subject, 100 * self.clients)
+        each = max(20, round(rate * max(it.seconds, self.least) / self.clients))
         text = it.program(
             *("pgbench", "-h", it.to.address, "-p", str(it.to.port), "-U", "postgres"),
-            *("-S", "-n", "-c", str(clients), "-j", str(min(clients, 2)), *more),
-            *("-T", str(max(1, round(it.seconds))), "postgres"),
+            *("-S", "-n", "-c", str(self.clients), "-j", str(min(self.clients, 2)), *self.more),
+            *("-t", str(each), "postgres"),
         )
         done = parse.pgbench(text)
+        self.rates[it.pair.subject] = done.rate
         return Seen(done.rate, done.count)
-
-    return call
 
 
 def _trip(name: str, size: int, kind: Kind, cores: tuple[int, int], about: str) -> Measure:
@@ -249,7 +259,7 @@ def _memcached_of(clients: int) -> Measure:
 
 def _pgbench_of(clients: int) -> Measure:
     case = Case(f"pgbench_select_c{clients}", "transactions/s", True, f"pgbench -S -c {clients}")
-    return Measure(case, PGSQL, _pgbench(clients), "transaction", SOCKETS)
+    return Measure(case, PGSQL, _Pgbench(clients), "transaction", SOCKETS, calibrate=True)
 
 
 def _plain() -> list[Measure]:
@@ -311,9 +321,10 @@ def _plain() -> list[Measure]:
                 "pgbench -S -C: one for each transaction",
             ),
             PGSQL,
-            _pgbench(1, "-C"),
+            _Pgbench(1, ("-C",), least=1.0),
             "transaction",
             upgraded=False,
+            calibrate=True,
         ),
     ]
 

@@ -78,10 +78,10 @@ def sample(measure: Measure, pair: Pair, servers: Servers, seconds: float) -> Sa
     path, counters = counters_in(pair.client)
     environment = {COUNTERS: path} if pair.client.library else {}
     with every_core_busy() if measure.hogs else contextlib.nullcontext():
-        before = server.cpu_us()
-        hogs_apart = cost.children_us()
+        processes, before, others = server.processes(), server.cpu_us(), cost.children_us()
         seen = measure.call(Call(pair, server, seconds, client_cores, server_cores, environment))
-        client = cost.children_us() - hogs_apart if seen.client_us is None else seen.client_us
+        client = cost.children_us() - others if seen.client_us is None else seen.client_us
+        server.settled(processes)
         used = server.cpu_us() - before + client
     upgraded = None
     if pair.client.library and counters.exists():

@@ -65,6 +65,15 @@ class Running:
     port: int
     unix: bool
 
+    def processes(self) -> set[int]:
+        return set(cost.family(self.pid))
+
+    def settled(self, processes: set[int], patience: float = 1.0) -> None:
+        """Wait until those that it made for a client are gone: one that goes while we count would be missed."""
+        end = time.monotonic() + patience
+        while self.processes() - processes and time.monotonic() < end:
+            time.sleep(0.005)
+
     def cpu_us(self) -> float:
         return cost.cpu_us(self.pid)
 
