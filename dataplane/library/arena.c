@@ -45,7 +45,8 @@ int own_descriptor(int fd)
         if (fd < 0)
                 return -1;
         sys_4(SYS_prlimit64, 0, RLIMIT_NOFILE, 0, &limit);
-        /* Not at the very top of a large table: the kernel's table, which fork copies, reaches to the highest one. */
+        /* Not at the very top of a large table: the kernel's table, which fork copies, reaches to the highest
+         * one. */
         floor = limit.rlim_cur > 4096 ? 3072 : (long)limit.rlim_cur / 4 * 3;
         moved = sys_3(SYS_fcntl, fd, F_DUPFD_CLOEXEC, floor);
         sys_1(SYS_close, fd);
@@ -113,7 +114,8 @@ static int64_t find_record(uint64_t id, uint64_t token, uint32_t side)
 
 static bool is_what_it_should_be(const struct arena *arena)
 {
-        return arena->magic == FREEFLOW_MAGIC && arena->version == FREEFLOW_VERSION && arena->size_of_ring == RING_SIZE;
+        return arena->magic == FREEFLOW_MAGIC && arena->version == FREEFLOW_VERSION &&
+               arena->size_of_ring == RING_SIZE;
 }
 
 static void close_bells(struct mapping *mapping, _Atomic int32_t *bells)
@@ -138,7 +140,8 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
                 return REASON_NONE;
         /* A file that could shrink would be a SIGBUS in the program. */
         seals = sys_2(SYS_fcntl, memfd, F_GET_SEALS);
-        if (seals < 0 || (seals & wanted) != wanted || sys_3(SYS_lseek, memfd, 0, SEEK_END) != (long)ARENA_SIZE)
+        if (seals < 0 || (seals & wanted) != wanted ||
+            sys_3(SYS_lseek, memfd, 0, SEEK_END) != (long)ARENA_SIZE)
                 return REASON_CORRUPT;
         got = sys_6(SYS_mmap, before, ARENA_SIZE, PROT_READ | PROT_WRITE,
                     MAP_SHARED | MAP_NORESERVE | (before ? MAP_FIXED : 0), memfd, 0);
@@ -168,8 +171,8 @@ static void unmap(uint32_t arena)
         close_bells(mapping, mapping->peers);
 }
 
-uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t side, uint32_t slot, uint64_t incarnation,
-                      int memfd)
+uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t side, uint32_t slot,
+                      uint64_t incarnation, int memfd)
 {
         struct mapping *mapping;
         int64_t arena;
@@ -216,7 +219,8 @@ void arena_release(struct end *end)
 
         if (!incarnation)
                 return;
-        router_release(atomic_load(&record->id), atomic_load(&record->token), atomic_load(&end->slot), incarnation);
+        router_release(atomic_load(&record->id), atomic_load(&record->token), atomic_load(&end->slot),
+                       incarnation);
         if (!mappings)
                 return;
         mapping = mapping_of(arena);
@@ -227,7 +231,8 @@ void arena_release(struct end *end)
         }
 }
 
-/* A child shares the arenas, and needs bells of its own: a byte in a bell would wake whichever of the two comes first. */
+/* A child shares the arenas, and needs bells of its own: a byte in a bell would wake whichever of the two
+ * comes first. */
 void arena_forked(void)
 {
         uint32_t high = atomic_load(&family->next_arena);
@@ -260,8 +265,8 @@ static int make_bell(uint32_t arena)
         ours = bell < BELLS ? own_descriptor(pair[0]) : -1;
         if (ours >= 0) {
                 atomic_store(&mapping->bells[bell], ours + 1);
-                router_bell(atomic_load(&record->id), atomic_load(&record->token), atomic_load(&record->side), bell,
-                            pair[1]);
+                router_bell(atomic_load(&record->id), atomic_load(&record->token), atomic_load(&record->side),
+                            bell, pair[1]);
         }
         sys_1(SYS_close, pair[1]);
         return ours < 0 ? -1 : (int)bell;
@@ -275,8 +280,9 @@ int bell_take(uint32_t arena)
                 uint64_t idle = atomic_load_explicit(&mapping->idle[word], memory_order_relaxed);
 
                 while (idle)
-                        if (atomic_compare_exchange_weak_explicit(&mapping->idle[word], &idle, idle & (idle - 1),
-                                                                  memory_order_acquire, memory_order_relaxed))
+                        if (atomic_compare_exchange_weak_explicit(&mapping->idle[word], &idle,
+                                                                  idle & (idle - 1), memory_order_acquire,
+                                                                  memory_order_relaxed))
                                 return word * 64 + __builtin_ctzll(idle);
         }
         return make_bell(arena);
@@ -312,7 +318,8 @@ static int peer_bell(uint32_t arena, uint32_t side, int bell)
 
         if (known > 0)
                 return known - 1;
-        fd = own_descriptor(router_fetch(atomic_load(&record->id), atomic_load(&record->token), 1 - side, (uint32_t)bell));
+        fd = own_descriptor(
+            router_fetch(atomic_load(&record->id), atomic_load(&record->token), 1 - side, (uint32_t)bell));
         if (fd < 0)
                 return -1;
         if (!atomic_compare_exchange_strong(&mapping->peers[bell], &known, fd + 1)) {
@@ -337,7 +344,8 @@ void ring_bells(struct waiters *waiters, uint32_t arena, uint32_t side, uint32_t
                         int bell = word * 64 + __builtin_ctzll(sleeping);
                         int fd = peer_bell(arena, side, bell);
 
-                        atomic_fetch_or_explicit(&theirs->dirty[bell], UINT64_C(1) << slot, memory_order_seq_cst);
+                        atomic_fetch_or_explicit(&theirs->dirty[bell], UINT64_C(1) << slot,
+                                                 memory_order_seq_cst);
                         if (fd >= 0)
                                 sys_6(SYS_sendto, fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, 0, 0);
                 }

@@ -1,12 +1,13 @@
 /* The arenas that this process has mapped, and the bells with which waiters are woken.
  *
- * A bell is a pair of connected unix sockets, made by the waiter's side for one waiter and one arena: the other side gets
- * one end from the router and sends a byte into it. Not an eventfd: its two holders share one file description, so
- * either could make the other block in write(), or take the other's wake-ups away; MSG_DONTWAIT is the call's own, and who
- * fills or breaks his bell deafens nobody else.
+ * A bell is a pair of connected unix sockets, made by the waiter's side for one waiter and one arena: the
+ * other side gets one end from the router and sends a byte into it. Not an eventfd: its two holders share one
+ * file description, so either could make the other block in write(), or take the other's wake-ups away;
+ * MSG_DONTWAIT is the call's own, and who fills or breaks his bell deafens nobody else.
  *
- * A mapping stays readable and writable memory when its arena goes (an anonymous one takes its place), because waiters
- * look at rings without a lock. Only what happens under a flow's lock, after the generation was compared, means anything.
+ * A mapping stays readable and writable memory when its arena goes (an anonymous one takes its place),
+ * because waiters look at rings without a lock. Only what happens under a flow's lock, after the generation
+ * was compared, means anything.
  */
 #ifndef FREEFLOW_ARENA_H
 #define FREEFLOW_ARENA_H
@@ -50,8 +51,8 @@ struct view end_sends(const struct end *end);
 struct view end_receives(const struct end *end);
 
 /* Take what the router granted. Returns a reason, 0 if the end is attached. `memfd` stays the caller's. */
-uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t side, uint32_t slot, uint64_t incarnation,
-                      int memfd);
+uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t side, uint32_t slot,
+                      uint64_t incarnation, int memfd);
 /* The end is done with its slot, if it has one. */
 void arena_release(struct end *end);
 void arena_forked(void);
@@ -68,7 +69,8 @@ void bell_silence(int fd);
 /* Say that this bell's waiter is about to sleep. The caller looks at the ring once more afterwards. */
 static inline void wait_begin(struct waiters *waiters, int bell)
 {
-        atomic_fetch_or_explicit(&waiters->bells[bell / 64], UINT64_C(1) << (bell % 64), memory_order_relaxed);
+        atomic_fetch_or_explicit(&waiters->bells[bell / 64], UINT64_C(1) << (bell % 64),
+                                 memory_order_relaxed);
         atomic_store_explicit(&waiters->any, 1, memory_order_relaxed);
         /* Pairs with wake(): either it sees `any`, or we see what it published. */
         atomic_thread_fence(memory_order_seq_cst);
@@ -76,7 +78,8 @@ static inline void wait_begin(struct waiters *waiters, int bell)
 
 static inline void wait_end(struct waiters *waiters, int bell)
 {
-        atomic_fetch_and_explicit(&waiters->bells[bell / 64], ~(UINT64_C(1) << (bell % 64)), memory_order_relaxed);
+        atomic_fetch_and_explicit(&waiters->bells[bell / 64], ~(UINT64_C(1) << (bell % 64)),
+                                  memory_order_relaxed);
 }
 
 void ring_bells(struct waiters *waiters, uint32_t arena, uint32_t side, uint32_t slot);
@@ -89,7 +92,8 @@ static inline void wake(struct waiters *waiters, uint32_t arena, uint32_t side, 
                 ring_bells(waiters, arena, side, slot);
 }
 
-/* Descriptors of the library's own: above where programs look, and closed on exec. Takes over `fd`; -1 if it can't. */
+/* Descriptors of the library's own: above where programs look, and closed on exec. Takes over `fd`; -1 if it
+ * can't. */
 int own_descriptor(int fd);
 bool is_own_descriptor(int fd);
 /* Close an own descriptor. */

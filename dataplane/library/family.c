@@ -2,6 +2,7 @@
 
 #include "arena.h"
 #include "clock.h"
+#include "poller.h"
 #include "real.h"
 #include "router.h"
 #include "sys.h"
@@ -25,7 +26,8 @@ uint32_t thread_find_id(void)
 
 static void *reserve(size_t size, int kind)
 {
-        long got = sys_6(SYS_mmap, 0, size, PROT_READ | PROT_WRITE, kind | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        long got =
+            sys_6(SYS_mmap, 0, size, PROT_READ | PROT_WRITE, kind | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
         return got < 0 && got > -4096 ? NULL : (void *)got;
 }
@@ -55,6 +57,18 @@ static bool remove_holder(struct end *end, int32_t pid)
         return last;
 }
 
+int end_next_descriptor(const struct end *end, int after)
+{
+        uint32_t high = atomic_load(&process.high), number = end_number(end);
+
+        if (atomic_load_explicit(&process.local[number], memory_order_relaxed) == 1)
+                return after < 0 ? atomic_load_explicit(&process.fd_of[number], memory_order_relaxed) : -1;
+        for (uint32_t fd = (uint32_t)(after + 1); fd < high; fd++)
+                if ((uint32_t)atomic_load_explicit(&process.fds[fd], memory_order_relaxed) == number + 1)
+                        return (int)fd;
+        return -1;
+}
+
 uint32_t end_holders(const struct end *end)
 {
         uint32_t count = 0;
@@ -79,8 +93,8 @@ static bool is_first_alias(uint32_t fd, uint64_t key)
         return true;
 }
 
-/* fork is about to happen: what this process holds, the child will hold too. With all places taken, nobody knows any
- * more when the last one lets go: the end is never freed, which costs one of ENDS.
+/* fork is about to happen: what this process holds, the child will hold too. With all places taken, nobody
+ * knows any more when the last one lets go: the end is never freed, which costs one of ENDS.
  */
 static void before_fork(void)
 {
@@ -136,6 +150,7 @@ void family_forked(void)
                 }
         }
         arena_forked();
+        poller_forked();
         router_forked();
 }
 
@@ -148,8 +163,9 @@ void family_start(void)
         family = reserve(sizeof *family, MAP_SHARED);
         process.fds = reserve(DESCRIPTORS * sizeof *process.fds, MAP_PRIVATE);
         process.local = reserve(ENDS * sizeof *process.local, MAP_PRIVATE);
+        process.fd_of = reserve(ENDS * sizeof *process.fd_of, MAP_PRIVATE);
         process.alive = reserve(PAGE, MAP_PRIVATE);
-        if (!family || !process.fds || !process.local || !process.alive)
+        if (!family || !process.fds || !process.local || !process.fd_of || !process.alive)
                 return;
         /* Linux 4.14 and later; without it a child by raw clone isn't noticed, one by fork is. */
         sys_3(SYS_madvise, process.alive, PAGE, MADV_WIPEONFORK);
@@ -177,7 +193,10 @@ void fd_set_word(int fd, uint64_t word)
 {
         uint32_t high = atomic_load_explicit(&process.high, memory_order_relaxed);
 
-        while ((uint32_t)fd >= high && !atomic_compare_exchange_weak(&process.high, &high, (uint32_t)fd + 1))
+        if (fd_is_end(word))
+                atomic_store_explicit(&process.fd_of[(uint32_t)word - 1], fd, memory_order_relaxed);
+        while (fd_is_end(word) && (uint32_t)fd >= high &&
+               !atomic_compare_exchange_weak(&process.high, &high, (uint32_t)fd + 1))
                 ;
         atomic_store_explicit(&process.fds[fd], word, memory_order_release);
 }
@@ -221,6 +240,8 @@ static void reset_flow(struct flow *flow)
         atomic_store_explicit(&flow->touched, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->moved, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->misses, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->checked, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->full, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->timeout, 0, memory_order_relaxed);
 }
 
@@ -245,7 +266,7 @@ struct end *end_make(int fd, bool nonblocking)
         atomic_store_explicit(&end->nonblocking, nonblocking, memory_order_relaxed);
         atomic_store_explicit(&end->active, 0, memory_order_relaxed);
         atomic_store_explicit(&end->shut, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->checked, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->error, 0, memory_order_relaxed);
         atomic_store_explicit(&end->cookie, 0, memory_order_relaxed);
         atomic_store_explicit(&end->opened, 0, memory_order_relaxed);
         reset_flow(&end->rx);
@@ -266,7 +287,8 @@ void end_alias(int old, int new)
         fd_set_word(new, key);
 }
 
-/* Nobody holds the end any more. Whoever is inside a lock finishes first; whoever comes later sees the generation. */
+/* Nobody holds the end any more. Whoever is inside a lock finishes first; whoever comes later sees the
+ * generation. */
 static void end_free(struct end *end)
 {
         uint32_t me = self();
@@ -298,18 +320,13 @@ void end_forget(int fd)
 
 void end_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
 {
-        uint32_t high = atomic_load(&process.high);
-
         atomic_store_explicit(&end->reason, reason, memory_order_relaxed);
         router_note(end, reason);
-        if (atomic_load(&process.local[end_number(end)]) == 1) {
-                end_forget(fd);
-                return;
-        }
-        for (uint32_t i = 0; i < high; i++) {
+        while (fd >= 0) {
                 uint64_t expected = key;
 
-                if (atomic_compare_exchange_strong(&process.fds[i], &expected, 0))
+                if (atomic_compare_exchange_strong(&process.fds[fd], &expected, 0))
                         let_go(end);
+                fd = end_is(end, key) ? end_next_descriptor(end, -1) : -1;
         }
 }

@@ -1,14 +1,15 @@
 /* What the processes that share connections by fork share about them: the family's memory.
  *
- * A connection's end is a file description, which fork hands to children; so what an end has read and written, and the
- * locks that order it, live in memory that fork hands on as well: anonymous, shared, made by the first process. Nothing in
- * it is a pointer or a descriptor, and the other end of a connection never sees it.
+ * A connection's end is a file description, which fork hands to children; so what an end has read and
+ * written, and the locks that order it, live in memory that fork hands on as well: anonymous, shared, made by
+ * the first process. Nothing in it is a pointer or a descriptor, and the other end of a connection never sees
+ * it.
  *
  * Descriptors, mappings and epoll instances are a process's own: `struct process`.
  *
  * Life of an end: made by socket() or accept(); found through `process.fds`, which holds its number and
- * generation; held by up to HOLDERS processes; freed by the last one's last close, under both locks, with a new
- * generation. Whoever waited in between looks at the generation again before he touches anything.
+ * generation; held by up to HOLDERS processes; freed by the last one's last close, under both locks, with a
+ * new generation. Whoever waited in between looks at the generation again before he touches anything.
  */
 #ifndef FREEFLOW_FAMILY_H
 #define FREEFLOW_FAMILY_H
@@ -26,7 +27,8 @@ enum {
         DESCRIPTORS = 1 << 20, /* descriptors above are not looked at */
 };
 
-/* A direction's way through its life. A receiver: TCP -> READY -> RING -> OVER; a sender: TCP -> RING -> OVER. */
+/* A direction's way through its life. A receiver: TCP -> READY -> RING -> OVER; a sender: TCP -> RING ->
+ * OVER. */
 enum phase {
         PHASE_TCP,   /* bytes go over TCP, and are counted */
         PHASE_READY, /* receiver: bytes still come over TCP; every wait looks at the ring too */
@@ -38,7 +40,7 @@ enum phase {
 struct flow {
         struct lock lock;
         _Atomic uint32_t phase;
-        _Atomic uint32_t kernel;   /* calls in the kernel that don't look at the ring */
+        _Atomic uint32_t kernel; /* calls in the kernel that don't look at the ring */
         _Atomic uint32_t unused;
         _Atomic uint64_t position; /* bytes over TCP so far, while PHASE_TCP or PHASE_READY */
         _Atomic uint64_t edge;     /* sender: tail, receiver: head; the ring's words only publish it */
@@ -47,7 +49,9 @@ struct flow {
         _Atomic uint64_t touched;  /* sender: highest offset used since the bulk area was given back */
         _Atomic uint64_t moved;    /* bytes through the ring, for statistics */
         _Atomic uint32_t misses;   /* waits in a row that spinning didn't shorten */
-        _Atomic uint32_t timeout;  /* SO_RCVTIMEO or SO_SNDTIMEO in ms, 0: none */
+        _Atomic uint32_t checked; /* ready_stamp() at the last look at the kernel's state of the connection */
+        _Atomic uint32_t full;    /* sender: times that there was no room */
+        _Atomic uint32_t timeout; /* SO_RCVTIMEO or SO_SNDTIMEO in ms, 0: none */
 };
 
 enum stage {
@@ -68,8 +72,9 @@ struct end {
         _Atomic uint32_t nonblocking;
         _Atomic uint32_t active; /* opened by connect(): its SYN counts as a byte acknowledged */
         _Atomic uint32_t shut;   /* 1: SHUT_RD, 2: SHUT_WR was called */
-        _Atomic uint32_t checked; /* ticks() at the last look at the kernel's state of the connection */
-        _Atomic uint32_t epoch;   /* router_epoch() when it was asked */
+        _Atomic uint32_t
+            error; /* of the connection, which the kernel has said and the program hasn't heard */
+        _Atomic uint32_t epoch;  /* router_epoch() when it was asked */
         _Atomic uint64_t opened; /* ns */
         _Atomic uint64_t cookie;
         _Atomic uint64_t incarnation;
@@ -101,10 +106,11 @@ extern struct family *family;
 
 /* A process's own. */
 struct process {
-        _Atomic uint64_t *fds;        /* DESCRIPTORS words, 0: not looked at; generation << 32 | what: see FD_* */
-        _Atomic uint16_t *local;      /* ENDS counters: descriptors of this process for an end */
-        _Atomic uint32_t *alive;      /* a page that is empty in a child: how we learn of a fork */
-        _Atomic uint32_t high;        /* descriptors tracked were all below */
+        _Atomic uint64_t *fds;   /* DESCRIPTORS words, 0: not looked at; generation << 32 | what: see FD_* */
+        _Atomic uint16_t *local; /* ENDS counters: descriptors of this process for an end */
+        _Atomic int32_t *fd_of;  /* ENDS descriptors: the last one that an end got */
+        _Atomic uint32_t *alive; /* a page that is empty in a child: how we learn of a fork */
+        _Atomic uint32_t high;   /* descriptors tracked were all below */
         _Atomic int32_t pid;
         bool on;
         bool loopback;
@@ -112,7 +118,8 @@ struct process {
 
 extern struct process process;
 
-/* The lower half of a word of `process.fds`: 1 + number of an end, FD_POLLER + number of an epoll instance, FD_OWN. */
+/* The lower half of a word of `process.fds`: 1 + number of an end, FD_POLLER + number of an epoll instance,
+ * FD_OWN. */
 #define FD_POLLER UINT32_C(0x80000000)
 #define FD_OWN UINT32_C(0xffffffff)
 
@@ -168,6 +175,8 @@ void end_alias(int old, int new);
 void end_forget(int fd);
 /* This connection stays on, or goes back to, TCP and is no longer looked at. Not for one that is attached. */
 void end_leave(int fd, struct end *end, uint64_t key, uint32_t reason);
+/* The descriptors of an end in this process, one after the other, from -1 on; -1: no more. */
+int end_next_descriptor(const struct end *end, int after);
 uint32_t end_holders(const struct end *end);
 bool end_held_elsewhere(const struct end *end);
 

@@ -80,6 +80,8 @@ struct ring {
         _Alignas(64) struct waiters senders;
         /* what this ring is of: both sides compare it with what the router told them */
         _Alignas(64) _Atomic uint64_t incarnation;
+        /* w sender, before it says that it waits: bytes in the ring at which it wants to be woken */
+        _Atomic uint32_t room;
 };
 
 _Static_assert(sizeof(struct ring) <= RING_HEADER, "the ring's header fits before its first bytes");

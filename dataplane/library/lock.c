@@ -28,8 +28,8 @@ enum taken lock_wait(struct lock *lock, uint32_t me)
                 if ((seen & ~LOCK_WAITERS) == me)
                         return LOCK_NESTED;
                 if (!(seen & ~LOCK_WAITERS)) {
-                        if (atomic_compare_exchange_weak_explicit(&lock->word, &seen, me | waiters, memory_order_acquire,
-                                                                  memory_order_relaxed))
+                        if (atomic_compare_exchange_weak_explicit(&lock->word, &seen, me | waiters,
+                                                                  memory_order_acquire, memory_order_relaxed))
                                 return LOCK_TAKEN;
                         continue;
                 }
@@ -47,7 +47,8 @@ enum taken lock_wait(struct lock *lock, uint32_t me)
                     is_dead(seen & ~LOCK_WAITERS)) {
                         seen |= LOCK_WAITERS;
                         if (atomic_compare_exchange_strong_explicit(&lock->word, &seen, me | LOCK_WAITERS,
-                                                                    memory_order_acquire, memory_order_relaxed))
+                                                                    memory_order_acquire,
+                                                                    memory_order_relaxed))
                                 return LOCK_TAKEN;
                 }
         }

@@ -2,11 +2,10 @@
 #ifndef FREEFLOW_REAL_H
 #define FREEFLOW_REAL_H
 
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include <poll.h>
 #include <signal.h>
+#include <spawn.h>
+#include <stddef.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <sys/epoll.h>
@@ -16,66 +15,72 @@
 #include <sys/uio.h>
 #include <time.h>
 
-#define REAL_FUNCTIONS(F)                                                                                             \
-        F(int, socket, (int, int, int))                                                                               \
-        F(int, connect, (int, const struct sockaddr *, socklen_t))                                                    \
-        F(int, accept, (int, struct sockaddr *, socklen_t *))                                                         \
-        F(int, accept4, (int, struct sockaddr *, socklen_t *, int))                                                   \
-        F(int, listen, (int, int))                                                                                    \
-        F(int, shutdown, (int, int))                                                                                  \
-        F(int, setsockopt, (int, int, int, const void *, socklen_t))                                                  \
-        F(int, close, (int))                                                                                          \
-        F(int, close_range, (unsigned, unsigned, int))                                                                \
-        F(void, closefrom, (int))                                                                                     \
-        F(int, dup, (int))                                                                                            \
-        F(int, dup2, (int, int))                                                                                      \
-        F(int, dup3, (int, int, int))                                                                                 \
-        F(int, fcntl, (int, int, ...))                                                                                \
-        F(int, fcntl64, (int, int, ...))                                                                              \
-        F(int, ioctl, (int, unsigned long, ...))                                                                      \
-        F(ssize_t, read, (int, void *, size_t))                                                                       \
-        F(ssize_t, readv, (int, const struct iovec *, int))                                                           \
-        F(ssize_t, preadv2, (int, const struct iovec *, int, off_t, int))                                             \
-        F(ssize_t, pwritev2, (int, const struct iovec *, int, off_t, int))                                            \
-        F(ssize_t, write, (int, const void *, size_t))                                                                \
-        F(ssize_t, writev, (int, const struct iovec *, int))                                                          \
-        F(ssize_t, send, (int, const void *, size_t, int))                                                            \
-        F(ssize_t, sendto, (int, const void *, size_t, int, const struct sockaddr *, socklen_t))                      \
-        F(ssize_t, sendmsg, (int, const struct msghdr *, int))                                                        \
-        F(int, sendmmsg, (int, struct mmsghdr *, unsigned, int))                                                      \
-        F(ssize_t, recv, (int, void *, size_t, int))                                                                  \
-        F(ssize_t, recvfrom, (int, void *, size_t, int, struct sockaddr *, socklen_t *))                              \
-        F(ssize_t, recvmsg, (int, struct msghdr *, int))                                                              \
-        F(int, recvmmsg, (int, struct mmsghdr *, unsigned, int, struct timespec *))                                   \
-        F(ssize_t, sendfile, (int, int, off_t *, size_t))                                                             \
-        F(ssize_t, splice, (int, off64_t *, int, off64_t *, size_t, unsigned))                                        \
-        F(int, poll, (struct pollfd *, nfds_t, int))                                                                  \
-        F(int, ppoll, (struct pollfd *, nfds_t, const struct timespec *, const sigset_t *))                           \
-        F(int, select, (int, fd_set *, fd_set *, fd_set *, struct timeval *))                                         \
-        F(int, pselect, (int, fd_set *, fd_set *, fd_set *, const struct timespec *, const sigset_t *))               \
-        F(int, epoll_create, (int))                                                                                   \
-        F(int, epoll_create1, (int))                                                                                  \
-        F(int, epoll_ctl, (int, int, int, struct epoll_event *))                                                      \
-        F(int, epoll_wait, (int, struct epoll_event *, int, int))                                                     \
-        F(int, epoll_pwait, (int, struct epoll_event *, int, int, const sigset_t *))                                  \
-        F(int, epoll_pwait2, (int, struct epoll_event *, int, const struct timespec *, const sigset_t *))             \
-        F(FILE *, fdopen, (int, const char *))                                                                        \
-        F(long, syscall, (long, ...))                                                                                 \
-        F(int, execve, (const char *, char *const *, char *const *))                                                  \
-        F(int, execv, (const char *, char *const *))                                                                  \
-        F(int, execvp, (const char *, char *const *))                                                                 \
-        F(int, execvpe, (const char *, char *const *, char *const *))                                                 \
-        F(int, fexecve, (int, char *const *, char *const *))                                                          \
-        F(int, execveat, (int, const char *, char *const *, char *const *, int))
+#define REAL_FUNCTIONS(F)                                                                                    \
+        F(int, socket, (int, int, int))                                                                      \
+        F(int, connect, (int, const struct sockaddr *, socklen_t))                                           \
+        F(int, accept, (int, struct sockaddr *, socklen_t *))                                                \
+        F(int, accept4, (int, struct sockaddr *, socklen_t *, int))                                          \
+        F(int, listen, (int, int))                                                                           \
+        F(int, shutdown, (int, int))                                                                         \
+        F(int, setsockopt, (int, int, int, const void *, socklen_t))                                         \
+        F(int, close, (int))                                                                                 \
+        F(int, close_range, (unsigned, unsigned, int))                                                       \
+        F(void, closefrom, (int))                                                                            \
+        F(int, dup, (int))                                                                                   \
+        F(int, dup2, (int, int))                                                                             \
+        F(int, dup3, (int, int, int))                                                                        \
+        F(int, fcntl, (int, int, ...))                                                                       \
+        F(int, fcntl64, (int, int, ...))                                                                     \
+        F(int, ioctl, (int, unsigned long, ...))                                                             \
+        F(ssize_t, read, (int, void *, size_t))                                                              \
+        F(ssize_t, readv, (int, const struct iovec *, int))                                                  \
+        F(ssize_t, preadv2, (int, const struct iovec *, int, off_t, int))                                    \
+        F(ssize_t, pwritev2, (int, const struct iovec *, int, off_t, int))                                   \
+        F(ssize_t, write, (int, const void *, size_t))                                                       \
+        F(ssize_t, writev, (int, const struct iovec *, int))                                                 \
+        F(ssize_t, send, (int, const void *, size_t, int))                                                   \
+        F(ssize_t, sendto, (int, const void *, size_t, int, const struct sockaddr *, socklen_t))             \
+        F(ssize_t, sendmsg, (int, const struct msghdr *, int))                                               \
+        F(int, sendmmsg, (int, struct mmsghdr *, unsigned, int))                                             \
+        F(ssize_t, recv, (int, void *, size_t, int))                                                         \
+        F(ssize_t, recvfrom, (int, void *, size_t, int, struct sockaddr *, socklen_t *))                     \
+        F(ssize_t, recvmsg, (int, struct msghdr *, int))                                                     \
+        F(int, recvmmsg, (int, struct mmsghdr *, unsigned, int, struct timespec *))                          \
+        F(ssize_t, sendfile, (int, int, off_t *, size_t))                                                    \
+        F(ssize_t, splice, (int, off64_t *, int, off64_t *, size_t, unsigned))                               \
+        F(int, poll, (struct pollfd *, nfds_t, int))                                                         \
+        F(int, ppoll, (struct pollfd *, nfds_t, const struct timespec *, const sigset_t *))                  \
+        F(int, select, (int, fd_set *, fd_set *, fd_set *, struct timeval *))                                \
+        F(int, pselect, (int, fd_set *, fd_set *, fd_set *, const struct timespec *, const sigset_t *))      \
+        F(int, epoll_create, (int))                                                                          \
+        F(int, epoll_create1, (int))                                                                         \
+        F(int, epoll_ctl, (int, int, int, struct epoll_event *))                                             \
+        F(int, epoll_wait, (int, struct epoll_event *, int, int))                                            \
+        F(int, epoll_pwait, (int, struct epoll_event *, int, int, const sigset_t *))                         \
+        F(int, epoll_pwait2, (int, struct epoll_event *, int, const struct timespec *, const sigset_t *))    \
+        F(FILE *, fdopen, (int, const char *))                                                               \
+        F(int, execve, (const char *, char *const *, char *const *))                                         \
+        F(int, execv, (const char *, char *const *))                                                         \
+        F(int, execvp, (const char *, char *const *))                                                        \
+        F(int, execvpe, (const char *, char *const *, char *const *))                                        \
+        F(int, fexecve, (int, char *const *, char *const *))                                                 \
+        F(int, execveat, (int, const char *, char *const *, char *const *, int))                             \
+        F(int, posix_spawn,                                                                                  \
+          (pid_t *, const char *, const posix_spawn_file_actions_t *, const posix_spawnattr_t *,             \
+           char *const *, char *const *))                                                                    \
+        F(int, posix_spawnp,                                                                                 \
+          (pid_t *, const char *, const posix_spawn_file_actions_t *, const posix_spawnattr_t *,             \
+           char *const *, char *const *))                                                                    \
+        F(int, posix_spawn_file_actions_adddup2, (posix_spawn_file_actions_t *, int, int))
 
 /* What we only use. */
-#define USED_FUNCTIONS(F)                                                                                             \
-        F(int, clock_gettime, (clockid_t, struct timespec *))                                                         \
-        F(int, sched_getcpu, (void))                                                                                  \
-        F(int, sigaction, (int, const struct sigaction *, struct sigaction *))                                        \
-        F(void, pthread_testcancel, (void))                                                                           \
-        F(int, raise, (int))                                                                                          \
-        F(int, __register_atfork, (void (*)(void), void (*)(void), void (*)(void), void *))                           \
+#define USED_FUNCTIONS(F)                                                                                    \
+        F(int, clock_gettime, (clockid_t, struct timespec *))                                                \
+        F(int, sched_getcpu, (void))                                                                         \
+        F(int, sigaction, (int, const struct sigaction *, struct sigaction *))                               \
+        F(void, pthread_testcancel, (void))                                                                  \
+        F(int, raise, (int))                                                                                 \
+        F(int, __register_atfork, (void (*)(void), void (*)(void), void (*)(void), void *))                  \
         F(int, pthread_atfork, (void (*)(void), void (*)(void), void (*)(void)))
 
 struct real {

@@ -1,15 +1,16 @@
 /* One direction of a connection as bytes in shared memory: one sender, one receiver.
  *
- * Positions only grow: `tail` counts what was put in, `head` what was taken out. Each side keeps its own index in
- * memory of its own (`struct flow`.edge) and only publishes it in the ring; of the other side's index it believes no more
- * than that it is a number: tail - head must not exceed RING_SIZE, and the offset into the ring is masked. So whatever the
- * other side writes, nothing outside the ring is read or written.
+ * Positions only grow: `tail` counts what was put in, `head` what was taken out. Each side keeps its own
+ * index in memory of its own (`struct flow`.edge) and only publishes it in the ring; of the other side's
+ * index it believes no more than that it is a number: tail - head must not exceed RING_SIZE, and the offset
+ * into the ring is masked. So whatever the other side writes, nothing outside the ring is read or written.
  *
- * Byte p lies at offset (p - base) mod RING_SIZE. The sender moves `base` to `tail` only while the ring is empty, so a
- * receiver that loads it after a tail that says "not empty" has the one that holds for these bytes.
+ * Byte p lies at offset (p - base) mod RING_SIZE. The sender moves `base` to `tail` only while the ring is
+ * empty, so a receiver that loads it after a tail that says "not empty" has the one that holds for these
+ * bytes.
  *
- * All functions are called under the flow's lock. What a signal handler did inside it is found by the commit, which
- * compares: then the caller begins again.
+ * All functions are called under the flow's lock. What a signal handler did inside it is found by the commit,
+ * which compares: then the caller begins again.
  */
 #ifndef FREEFLOW_RING_H
 #define FREEFLOW_RING_H
@@ -61,7 +62,8 @@ static inline int64_t ring_space(struct flow *flow, const struct view *view, siz
 }
 
 /* Where byte `tail` goes, and how many bytes fit there in one piece. */
-static inline unsigned char *ring_to_put(const struct flow *flow, const struct view *view, uint64_t tail, size_t *run)
+static inline unsigned char *ring_to_put(const struct flow *flow, const struct view *view, uint64_t tail,
+                                         size_t *run)
 {
         return ring_at(view, tail - atomic_load_explicit(&flow->base, memory_order_relaxed), run);
 }

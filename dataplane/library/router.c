@@ -113,14 +113,15 @@ static bool call(void)
 
         if (router.fd)
                 return true;
-        if (router.failed && ticks() - router.failed < RETRY)
+        if (router.failed && (int32_t)(ticks() - router.failed) < RETRY)
                 return false;
         path = path ? path : ROUTER_SOCKET;
         length = strlen(path);
         if (length >= sizeof address.sun_path)
                 return false;
         memcpy(address.sun_path, path, length);
-        fd = own_descriptor((int)sys_3(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+        fd =
+            own_descriptor((int)sys_3(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
         if (fd < 0) {
                 router.failed = ticks() | 1;
                 return false;
@@ -239,7 +240,8 @@ static void granted(const struct grant *grant, int memfd)
                 }
                 return;
         }
-        reason = arena_attach(end, grant->arena, grant->token, grant->side, grant->slot, grant->incarnation, memfd);
+        reason = arena_attach(end, grant->arena, grant->token, grant->side, grant->slot, grant->incarnation,
+                              memfd);
         atomic_store(&end->reason, reason);
         atomic_store(&end->stage, reason ? STAGE_REFUSED : STAGE_GRANTED);
         statistics_count(reason ? &statistics.refused : &statistics.granted);
@@ -275,7 +277,8 @@ static void take(const void *buffer, size_t size, int fd, struct fetched *fetche
                 break;
         case REFUSE: {
                 const struct refuse *refuse = buffer;
-                struct end *end = size == sizeof *refuse ? asked_for(refuse->connection, refuse->cookie) : NULL;
+                struct end *end =
+                    size == sizeof *refuse ? asked_for(refuse->connection, refuse->cookie) : NULL;
 
                 if (end) {
                         atomic_store(&end->reason, refuse->reason);
@@ -287,7 +290,8 @@ static void take(const void *buffer, size_t size, int fd, struct fetched *fetche
         case RING: {
                 const struct bell *bell = buffer;
 
-                if (size == sizeof *bell && fetched && bell->arena == fetched->arena && bell->index == fetched->bell) {
+                if (size == sizeof *bell && fetched && bell->arena == fetched->arena &&
+                    bell->index == fetched->bell) {
                         fetched->done = true;
                         fetched->fd = fd;
                         return;

@@ -1,6 +1,6 @@
-/* System calls without the C library: they don't touch errno, are no cancellation points, and can't be interposed.
- * Returns are the kernel's: -errno on failure. Used for what the library does for itself; what the program asked for goes
- * through the C library's own functions (real.h), which are cancellation points.
+/* System calls without the C library: they don't touch errno, are no cancellation points, and can't be
+ * interposed. Returns are the kernel's: -errno on failure. Used for what the library does for itself; what
+ * the program asked for goes through the C library's own functions (real.h), which are cancellation points.
  */
 #ifndef FREEFLOW_SYS_H
 #define FREEFLOW_SYS_H
@@ -51,8 +51,8 @@ static inline void relax(void)
 #endif
 
 #define SYS_ARGUMENT(x) ((long)(x))
-#define sys_6(n, a, b, c, d, e, f)                                                                                    \
-        sys6((n), SYS_ARGUMENT(a), SYS_ARGUMENT(b), SYS_ARGUMENT(c), SYS_ARGUMENT(d), SYS_ARGUMENT(e),                \
+#define sys_6(n, a, b, c, d, e, f)                                                                           \
+        sys6((n), SYS_ARGUMENT(a), SYS_ARGUMENT(b), SYS_ARGUMENT(c), SYS_ARGUMENT(d), SYS_ARGUMENT(e),       \
              SYS_ARGUMENT(f))
 #define sys_5(n, a, b, c, d, e) sys_6(n, a, b, c, d, e, 0)
 #define sys_4(n, a, b, c, d) sys_6(n, a, b, c, d, 0, 0)

@@ -45,7 +45,7 @@ class Side:
     members: set[int] = field(default_factory=set)
     """Processes that were granted slots or have shown the token."""
     bells: dict[int, int] = field(default_factory=dict)
-    """Index to eventfd."""
+    """Index to the sending end of its socket pair."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +62,8 @@ class Arena:
     free: list[int] = field(default_factory=lambda: list(reversed(range(SLOTS))))
     used: int = 0
     """Bytes, when last looked."""
+    orphaned: bool = False
+    """A side's processes have hung up; what shares their memory may still use it."""
 
     def take(self, incarnation: int, since: float, ends: tuple[End, End]) -> int:
         """Put a connection in a free slot; there must be one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import socket
 import struct
 from typing import Final
 
@@ -18,7 +19,6 @@ from dataplane.router import layout
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
 _INCARNATION: Final = struct.Struct("=Q")
-_EVENTFD: Final = "anon_inode:[eventfd]"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
@@ -28,16 +28,20 @@ def _punch(memory: int, offset: int, length: int) -> bool:
     return bool(_libc.fallocate(memory, _PUNCH_HOLE | _KEEP_SIZE, offset, length) == 0)
 
 
-def is_eventfd(descriptor: int) -> bool:
-    """Whether a descriptor that a container sent is what it is said to be."""
+def is_bell(descriptor: int) -> bool:
+    """Whether a descriptor that a container sent is one end of a pair of unix stream sockets.
+
+    Anything else could make the one who rings it wait, or do something by it.
+    """
     try:
-        return os.readlink(f"/proc/self/fd/{descriptor}") == _EVENTFD
+        with socket.socket(fileno=os.dup(descriptor)) as given:
+            return given.family == socket.AF_UNIX and given.type == socket.SOCK_STREAM
     except OSError:
         return False
 
 
 class LinuxMemory:
-    """`pairing.Memory` on memfds and eventfds."""
+    """`pairing.Memory` on memfds and sockets."""
 
     def make(self) -> int:
         """A new arena. Raises KernelRefused."""
@@ -79,8 +83,7 @@ class LinuxMemory:
         return os.fstat(memory).st_blocks * 512
 
     def close(self, memory: int) -> None:
-        """Give its pages back, though a process may keep it mapped, and close it."""
-        _punch(memory, layout.SLOT_OFFSET, layout.ARENA_SIZE - layout.SLOT_OFFSET)
+        """Let go of it; its pages go when the last process that has it mapped does: connections may still use them."""
         os.close(memory)
 
     def close_bell(self, descriptor: int) -> None:

@@ -287,6 +287,8 @@ class Pairing:
             for number, side in enumerate(arena.sides):
                 side.members.discard(process_id)
                 if not side.members:
+                    # Its children may go on with the connections without a word to us: no page goes back.
+                    arena.orphaned = True
                     for slot in list(arena.slots):
                         self._release(arena, slot, number)
             self._close_if_done(arena)
@@ -532,7 +534,7 @@ class Pairing:
             ends = self.containers[end.namespace].ends
             if ends.get(end.cookie) == (arena, number, side):
                 del ends[end.cookie]
-        if free:
+        if free and not arena.orphaned:
             self._memory.reclaim(arena.memory, number)
 
     def _close_if_done(self, arena: Arena) -> None:

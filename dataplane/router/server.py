@@ -30,7 +30,7 @@ from dataplane.router import listing, sockets, wire
 from dataplane.router.bound import BoundSocket
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.limits import Bucket
-from dataplane.router.memory import LinuxMemory, is_eventfd
+from dataplane.router.memory import LinuxMemory, is_bell
 from dataplane.router.pairing import Pairing
 from dataplane.router.sockets import LinuxKernel, Namespaces
 
@@ -316,8 +316,8 @@ class Server:
             case wire.Note():
                 pairing.note(process, message)
             case wire.Bell():
-                if not is_eventfd(received[0]):
-                    raise WrongMessage("BELL with a descriptor that isn't an eventfd")
+                if not is_bell(received[0]):
+                    raise WrongMessage("BELL with a descriptor that isn't a unix stream socket")
                 if pairing.bell(process, message, received[0]):
                     received.clear()
             case wire.Fetch():

@@ -129,7 +129,7 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Bell:
-    """A bell of the speaker's own side; its eventfd comes with it."""
+    """A bell of the speaker's own side; its sending end comes with it."""
 
     index: int
     arena: int
@@ -149,7 +149,7 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """The answer to Fetch, with the eventfd, or without if it isn't known."""
+    """The answer to Fetch, with the bell's sending end, or without if it isn't known."""
 
     index: int
     arena: int

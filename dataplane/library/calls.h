@@ -1,0 +1,17 @@
+/* The calls that stand in front of the C library's. Each asks first whether the descriptor is one of a
+ * connection that we look at: one load; everything else goes straight on.
+ */
+#ifndef FREEFLOW_CALLS_H
+#define FREEFLOW_CALLS_H
+
+#include "family.h"
+#include "real.h"
+
+#define CALL __attribute__((visibility("default")))
+/* Other names of the same function that programs are linked with. */
+#define ALSO(name) __attribute__((visibility("default"), alias(#name)))
+
+/* A child of vfork runs in our memory with descriptors of its own: it isn't ours to look at. */
+bool call_is_ours(void);
+
+#endif

@@ -1,0 +1,234 @@
+/* What happens to descriptors as such. */
+#include "calls.h"
+
+#include "arena.h"
+#include "poller.h"
+#include "protocol.h"
+#include "ready.h"
+#include "sys.h"
+#include "upgrade.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/sockios.h>
+#include <stdarg.h>
+#include <sys/ioctl.h>
+
+bool call_is_ours(void)
+{
+        return process.on &&
+               (int32_t)sys_0(SYS_getpid) == atomic_load_explicit(&process.pid, memory_order_relaxed);
+}
+
+/* The descriptor goes, by close() or because another takes its number. */
+static void going(int fd)
+{
+        uint64_t key;
+        struct end *end;
+
+        if (!process.on || (unsigned)fd >= DESCRIPTORS ||
+            !atomic_load_explicit(&process.fds[fd], memory_order_relaxed))
+                return;
+        end = end_of(fd, &key);
+        if (!call_is_ours())
+                return;
+        if (end)
+                upgrade_close(fd, end, key);
+        poller_closed(fd);
+        if (end)
+                end_forget(fd);
+}
+
+CALL int close(int fd)
+{
+        if (__builtin_expect(is_own_descriptor(fd), 0))
+                return (int)result(-EBADF);
+        going(fd);
+        return real()->close(fd);
+}
+
+static int alias(int old, int new)
+{
+        int saved = *__errno_location();
+        uint64_t key;
+        struct end *end;
+
+        if (new < 0 || !process.on || !call_is_ours())
+                return new;
+        end = end_of(old, &key);
+        if (end) {
+                end_alias(old, new);
+                /* The standard streams are read and written by the C library without us. */
+                if (new <= 2)
+                        upgrade_leave(new, end, key, REASON_STDIO);
+        } else {
+                poller_alias(old, new);
+        }
+        *__errno_location() = saved;
+        return new;
+}
+
+CALL int dup(int fd)
+{
+        return alias(fd, real()->dup(fd));
+}
+
+CALL int dup3(int old, int new, int flags)
+{
+        uint64_t key;
+
+        if (is_own_descriptor(old))
+                return (int)result(-EBADF);
+        if (is_own_descriptor(new))
+                return (int)result(-EBUSY);
+        /* Only what succeeds closes the other one. */
+        if (old != new && (end_of(old, &key) || sys_2(SYS_fcntl, old, F_GETFD) >= 0))
+                going(new);
+        return alias(old, real()->dup3(old, new, flags));
+}
+
+CALL int dup2(int old, int new)
+{
+        if (old == new || is_own_descriptor(old) || is_own_descriptor(new))
+                return is_own_descriptor(new) ? (int)result(old == new ? -EBADF : -EBUSY)
+                                              : real()->dup2(old, new);
+        if (sys_2(SYS_fcntl, old, F_GETFD) >= 0)
+                going(new);
+        return alias(old, real()->dup2(old, new));
+}
+
+static int control(int fd, int command, long argument)
+{
+        uint64_t key;
+        struct end *end = end_of(fd, &key);
+        int outcome =
+            real()->fcntl64 ? real()->fcntl64(fd, command, argument) : real()->fcntl(fd, command, argument);
+
+        if (outcome < 0)
+                return outcome;
+        if (command == F_DUPFD || command == F_DUPFD_CLOEXEC)
+                return alias(fd, outcome);
+        if (end && command == F_SETFL)
+                atomic_store(&end->nonblocking, (argument & O_NONBLOCK) != 0);
+        return outcome;
+}
+
+CALL int fcntl(int fd, int command, ...)
+{
+        va_list list;
+        long argument;
+
+        va_start(list, command);
+        argument = va_arg(list, long);
+        va_end(list);
+        return control(fd, command, argument);
+}
+
+ALSO(fcntl) int fcntl64(int, int, ...);
+ALSO(fcntl) int __fcntl(int, int, ...);
+
+/* Bytes that a receiver could read: of TCP before the ring, and of the ring. */
+static int unread(struct end *end, int queued)
+{
+        enum taken taken = lock_take(&end->rx.lock, self());
+        uint32_t phase = atomic_load(&end->rx.phase);
+        int64_t ready = 0;
+
+        if (phase == PHASE_RING || (phase == PHASE_READY && ready_bytes(end))) {
+                struct view view = end_receives(end);
+
+                ready = ring_ready(&end->rx, &view);
+        }
+        lock_release(&end->rx.lock, taken);
+        return queued + (ready > 0 ? (int)ready : 0);
+}
+
+CALL int ioctl(int fd, unsigned long request, ...)
+{
+        uint64_t key;
+        struct end *end;
+        va_list list;
+        void *argument;
+        int outcome;
+
+        va_start(list, request);
+        argument = va_arg(list, void *);
+        va_end(list);
+        outcome = real()->ioctl(fd, request, argument);
+        end = outcome < 0 ? NULL : end_of(fd, &key);
+        if (!end)
+                return outcome;
+        if (request == FIONBIO)
+                atomic_store(&end->nonblocking, *(int *)argument != 0);
+        if (request == FIONREAD)
+                *(int *)argument = unread(end, *(int *)argument);
+        return outcome;
+}
+
+/* Ours stay open: whoever closes all descriptors doesn't mean those that he doesn't know. */
+static int close_all(unsigned first, unsigned last, int flags)
+{
+        unsigned from = first;
+
+        if (first > last)
+                return (int)result(-EINVAL);
+        for (unsigned fd = first; fd <= last && fd < DESCRIPTORS; fd++) {
+                long closed;
+
+                if (!atomic_load_explicit(&process.fds[fd], memory_order_relaxed))
+                        continue;
+                if (!is_own_descriptor((int)fd)) {
+                        going((int)fd);
+                        continue;
+                }
+                closed = fd > from ? sys_3(SYS_close_range, from, fd - 1, flags) : 0;
+                if (closed < 0)
+                        return (int)result(closed);
+                from = fd + 1;
+        }
+        return from > last ? 0 : (int)result(sys_3(SYS_close_range, from, last, flags));
+}
+
+CALL int close_range(unsigned first, unsigned last, int flags)
+{
+        if (!process.on || flags)
+                return (int)result(sys_3(SYS_close_range, first, last, flags));
+        return close_all(first, last, 0);
+}
+
+CALL void closefrom(int first)
+{
+        int saved = *__errno_location();
+
+        if (first < 0)
+                first = 0;
+        if (!process.on || close_all((unsigned)first, UINT_MAX, 0) < 0) {
+                if (real()->closefrom)
+                        real()->closefrom(first);
+        }
+        *__errno_location() = saved;
+}
+
+/* The C library's streams read and write without us. */
+CALL FILE *fdopen(int fd, const char *mode)
+{
+        uint64_t key;
+        struct end *end = end_of(fd, &key);
+
+        if (end)
+                upgrade_leave(fd, end, key, REASON_STDIO);
+        return real()->fdopen(fd, mode);
+}
+
+ALSO(close) int __close(int);
+
+CALL FILE *_IO_fdopen(int fd, const char *mode)
+{
+        return fdopen(fd, mode);
+}
+
+CALL int __dup2(int old, int new)
+{
+        return dup2(old, new);
+}

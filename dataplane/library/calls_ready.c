@@ -1,0 +1,641 @@
+/* epoll, poll() and select(). */
+#include "calls.h"
+
+#include "arena.h"
+#include "clock.h"
+#include "poller.h"
+#include "ready.h"
+#include "statistics.h"
+#include "sys.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/mman.h>
+
+enum {
+        FEW = 64, /* descriptors of a poll() that fit the stack */
+        ARENAS_AT_ONCE = 16,
+        FIRST_NAP = 1, /* ms */
+        LONGEST_NAP = 1000,
+};
+
+/* --- epoll --- */
+
+static int made(int fd)
+{
+        if (fd >= 0)
+                poller_made(fd);
+        return fd;
+}
+
+CALL int epoll_create(int size)
+{
+        return made(real()->epoll_create(size));
+}
+
+CALL int epoll_create1(int flags)
+{
+        return made(real()->epoll_create1(flags));
+}
+
+CALL int epoll_ctl(int epfd, int operation, int fd, struct epoll_event *event)
+{
+        return poller_control(epfd, operation, fd, event);
+}
+
+static int64_t from_ms(int ms)
+{
+        return ms < 0 ? -1 : ms * INT64_C(1000000);
+}
+
+static int64_t from_timespec(const struct timespec *time)
+{
+        return time ? time->tv_sec * INT64_C(1000000000) + time->tv_nsec : -1;
+}
+
+CALL int epoll_wait(int epfd, struct epoll_event *events, int size, int timeout)
+{
+        bool ours;
+        int count = poller_wait(epfd, events, size, from_ms(timeout), NULL, &ours);
+
+        return ours ? count : real()->epoll_wait(epfd, events, size, timeout);
+}
+
+CALL int epoll_pwait(int epfd, struct epoll_event *events, int size, int timeout, const sigset_t *mask)
+{
+        bool ours;
+        int count = poller_wait(epfd, events, size, from_ms(timeout), mask, &ours);
+
+        return ours ? count : real()->epoll_pwait(epfd, events, size, timeout, mask);
+}
+
+CALL int epoll_pwait2(int epfd, struct epoll_event *events, int size, const struct timespec *timeout,
+                      const sigset_t *mask)
+{
+        bool ours = false;
+        int count = 0;
+
+        if (!timeout || (timeout->tv_nsec >= 0 && timeout->tv_nsec < 1000000000 && timeout->tv_sec >= 0))
+                count = poller_wait(epfd, events, size, from_timespec(timeout), mask, &ours);
+        if (ours)
+                return count;
+        if (real()->epoll_pwait2)
+                return real()->epoll_pwait2(epfd, events, size, timeout, mask);
+        return (int)result(-ENOSYS);
+}
+
+/* --- poll() --- */
+
+enum kind { KIND_PLAIN, KIND_COUNTED, KIND_RING, KIND_POLLER };
+
+static enum kind kind_of(int fd, uint64_t *key)
+{
+        struct end *end = fd < 0 ? NULL : end_of(fd, key);
+        uint32_t rx, tx;
+
+        if (!end)
+                return fd >= 0 && poller_is(fd) ? KIND_POLLER : KIND_PLAIN;
+        rx = atomic_load_explicit(&end->rx.phase, memory_order_acquire);
+        tx = atomic_load_explicit(&end->tx.phase, memory_order_acquire);
+        if (rx == PHASE_READY || rx == PHASE_RING || tx == PHASE_RING)
+                return KIND_RING;
+        return rx == PHASE_TCP ? KIND_COUNTED : KIND_PLAIN;
+}
+
+static struct end *ring_end(int fd)
+{
+        uint64_t key;
+        struct end *end = end_of(fd, &key);
+
+        return end && end_is(end, key) && kind_of(fd, &key) == KIND_RING ? end : NULL;
+}
+
+/* What the ring adds to a descriptor's events. */
+static short ring_events(const struct pollfd *polled)
+{
+        struct end *end;
+        short found = 0;
+
+        if (polled->fd < 0)
+                return 0;
+        if (poller_is(polled->fd))
+                return poller_ready(polled->fd) ? polled->events & (POLLIN | POLLRDNORM) : 0;
+        end = ring_end(polled->fd);
+        if (!end)
+                return 0;
+        if (polled->events & (POLLIN | POLLRDNORM) && ready_bytes(end))
+                found |= polled->events & (POLLIN | POLLRDNORM);
+        if (polled->events & (POLLOUT | POLLWRNORM) && ready_space(end))
+                found |= polled->events & (POLLOUT | POLLWRNORM);
+        return found;
+}
+
+static int look(struct pollfd *fds, nfds_t count)
+{
+        int found = 0;
+
+        for (nfds_t i = 0; i < count; i++) {
+                fds[i].revents = ring_events(&fds[i]);
+                found += fds[i].revents != 0;
+        }
+        return found;
+}
+
+/* Bells that a wait over several connections needs: one per arena. */
+struct bells {
+        int count;
+        bool all; /* every connection has one that the other side can ring */
+        uint32_t arena[ARENAS_AT_ONCE];
+        int bell[ARENAS_AT_ONCE];
+};
+
+static int bell_for(struct bells *bells, uint32_t arena)
+{
+        int bell;
+
+        for (int i = 0; i < bells->count; i++)
+                if (bells->arena[i] == arena)
+                        return bells->bell[i];
+        bell = bells->count < ARENAS_AT_ONCE ? bell_take(arena) : -1;
+        if (bell >= 0) {
+                bells->arena[bells->count] = arena;
+                bells->bell[bells->count++] = bell;
+        }
+        return bell;
+}
+
+static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
+{
+        bells->all = true;
+        for (nfds_t i = 0; i < count; i++) {
+                struct end *end;
+                uint32_t arena;
+                int bell;
+
+                if (fds[i].fd < 0)
+                        continue;
+                if (poller_is(fds[i].fd)) {
+                        poller_arm(fds[i].fd);
+                        continue;
+                }
+                end = ring_end(fds[i].fd);
+                if (!end)
+                        continue;
+                arena = atomic_load(&end->arena);
+                bell = bell_for(bells, arena);
+                if (bell < 0) {
+                        bells->all = false;
+                        continue;
+                }
+                if (fds[i].events & (POLLIN | POLLRDNORM))
+                        wait_begin(&end_receives(end).ring->receivers, bell);
+                if (fds[i].events & (POLLOUT | POLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING) {
+                        atomic_store(&end_sends(end).ring->room, ready_threshold());
+                        wait_begin(&end_sends(end).ring->senders, bell);
+                }
+                if (!bell_is_known(arena, atomic_load(&end->side), bell))
+                        bells->all = false;
+        }
+}
+
+static void disarm(const struct pollfd *fds, nfds_t count, struct bells *bells)
+{
+        for (nfds_t i = 0; i < count; i++) {
+                struct end *end = fds[i].fd < 0 ? NULL : ring_end(fds[i].fd);
+
+                if (!end)
+                        continue;
+                for (int b = 0; b < bells->count; b++)
+                        if (bells->arena[b] == atomic_load(&end->arena)) {
+                                wait_end(&end_receives(end).ring->receivers, bells->bell[b]);
+                                wait_end(&end_sends(end).ring->senders, bells->bell[b]);
+                        }
+        }
+        for (int b = 0; b < bells->count; b++)
+                bell_return(bells->arena[b], bells->bell[b]);
+        bells->count = 0;
+}
+
+static bool may_spin(const struct pollfd *fds, nfds_t count)
+{
+        uint32_t here = core();
+
+        if (!settings.spin || count > FEW)
+                return false;
+        for (nfds_t i = 0; i < count; i++) {
+                struct end *end = fds[i].fd < 0 ? NULL : ring_end(fds[i].fd);
+                uint32_t there =
+                    end ? atomic_load_explicit(&end_receives(end).ring->sender_cpu, memory_order_relaxed) : 0;
+
+                if (there && there != here &&
+                    (atomic_load_explicit(&end->rx.misses, memory_order_relaxed) < 4 ||
+                     atomic_fetch_add_explicit(&end->rx.misses, 1, memory_order_relaxed) % 32 == 0))
+                        return true;
+        }
+        return false;
+}
+
+static void note_spin(const struct pollfd *fds, nfds_t count, bool found)
+{
+        for (nfds_t i = 0; i < count; i++) {
+                struct end *end = fds[i].fd < 0 ? NULL : ring_end(fds[i].fd);
+
+                if (end && found)
+                        atomic_store_explicit(&end->rx.misses, 0, memory_order_relaxed);
+                else if (end)
+                        atomic_fetch_add_explicit(&end->rx.misses, 1, memory_order_relaxed);
+        }
+}
+
+static bool spin(struct pollfd *fds, nfds_t count)
+{
+        uint64_t begin = now();
+        bool found = false;
+
+        do
+                for (int i = 0; i < 8 && !found; i++) {
+                        relax();
+                        found = look(fds, count) != 0;
+                }
+        while (!found && now() - begin < settings.spin * UINT64_C(1000));
+        note_spin(fds, count, found);
+        return found;
+}
+
+/* The kernel's part: room in TCP's buffer means nothing for what goes to the ring. */
+static void copy_for_kernel(const struct pollfd *fds, nfds_t count, struct pollfd *copy)
+{
+        for (nfds_t i = 0; i < count; i++) {
+                struct end *end = fds[i].fd < 0 ? NULL : ring_end(fds[i].fd);
+
+                copy[i] = (struct pollfd){.fd = fds[i].fd, .events = fds[i].events};
+                if (end && atomic_load(&end->tx.phase) == PHASE_RING)
+                        copy[i].events &= (short)~(POLLOUT | POLLWRNORM);
+        }
+}
+
+/* Put the kernel's events beside the ring's. Returns descriptors with events. */
+static int both(struct pollfd *fds, nfds_t count, const struct pollfd *kernel)
+{
+        int found = 0;
+        bool news = false;
+
+        for (nfds_t i = 0; i < count; i++) {
+                short more = kernel[i].revents;
+
+                /* An instance of ours may only have had a bell: epoll_wait() would tell. */
+                if (more && fds[i].fd >= 0 && ring_end(fds[i].fd))
+                        news = true;
+                fds[i].revents |= more;
+                found += fds[i].revents != 0;
+        }
+        if (news)
+                atomic_fetch_add_explicit(&ready_news, 1, memory_order_relaxed);
+        return found;
+}
+
+/* As ppoll(), with room for `count` + ARENAS_AT_ONCE descriptors in `copy`; timeout in ns, negative: for
+ * ever. */
+static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, int64_t timeout, const sigset_t *mask)
+{
+        uint64_t deadline = timeout > 0 ? now() + (uint64_t)timeout : 0;
+        int64_t nap = FIRST_NAP * INT64_C(1000000);
+        static const struct timespec at_once;
+        bool spun = false;
+
+        for (;;) {
+                struct bells bells = {0};
+                struct timespec time;
+                int64_t left = timeout;
+                int found = look(fds, count), got;
+
+                if (!found && timeout && !spun && may_spin(fds, count)) {
+                        spun = true;
+                        if (spin(fds, count)) {
+                                statistics_count(&statistics.spins);
+                                found = look(fds, count);
+                        }
+                }
+                if (found || !timeout) {
+                        if ((nfds_t)found == count)
+                                return found;
+                        copy_for_kernel(fds, count, copy);
+                        got = real()->ppoll(copy, count, &at_once, mask);
+                        if (got < 0 && !found)
+                                return got;
+                        if (got >= 0)
+                                found = both(fds, count, copy);
+                        if (found || !timeout)
+                                return found;
+                }
+                arm(fds, count, &bells);
+                if (look(fds, count)) {
+                        disarm(fds, count, &bells);
+                        continue;
+                }
+                copy_for_kernel(fds, count, copy);
+                for (int b = 0; b < bells.count; b++)
+                        copy[count + (nfds_t)b] = (struct pollfd){
+                            .fd = bell_descriptor(bells.arena[b], bells.bell[b]), .events = POLLIN};
+                if (deadline) {
+                        uint64_t present = now();
+
+                        left = present < deadline ? (int64_t)(deadline - present) : 0;
+                }
+                if (!bells.all && (left < 0 || left > nap)) {
+                        left = nap;
+                        nap = nap * 2 < LONGEST_NAP * INT64_C(1000000) ? nap * 2
+                                                                       : LONGEST_NAP * INT64_C(1000000);
+                }
+                time.tv_sec = left / 1000000000;
+                time.tv_nsec = left % 1000000000;
+                statistics_count(&statistics.sleeps);
+                got = real()->ppoll(copy, count + (nfds_t)bells.count, left < 0 ? NULL : &time, mask);
+                for (int b = 0; b < bells.count; b++)
+                        if (got > 0 && copy[count + (nfds_t)b].revents)
+                                bell_silence(copy[count + (nfds_t)b].fd);
+                disarm(fds, count, &bells);
+                if (got < 0)
+                        return got;
+                found = look(fds, count);
+                if (got > 0)
+                        found = both(fds, count, copy);
+                if (found)
+                        return found;
+                if (deadline && now() >= deadline)
+                        return 0;
+        }
+}
+
+/* Calls in the kernel that don't look at the ring, for the connections that may get one. */
+static void blind(const struct pollfd *fds, nfds_t count, bool begins, uint64_t *keys)
+{
+        for (nfds_t i = 0; i < count && i < FEW; i++) {
+                uint64_t key;
+                struct end *end;
+
+                if (begins)
+                        keys[i] = fds[i].fd >= 0 && kind_of(fds[i].fd, &key) == KIND_COUNTED ? key : 0;
+                if (!keys[i])
+                        continue;
+                end = &family->ends[(uint32_t)keys[i] - 1];
+                if (!end_is(end, keys[i]))
+                        continue;
+                if (begins)
+                        atomic_fetch_add(&end->rx.kernel, 1);
+                else
+                        atomic_fetch_sub(&end->rx.kernel, 1);
+        }
+}
+
+enum interest { INTEREST_NONE, INTEREST_BLIND, INTEREST_RING };
+
+static enum interest interest_in(const struct pollfd *fds, nfds_t count)
+{
+        enum interest interest = INTEREST_NONE;
+        uint64_t key;
+
+        for (nfds_t i = 0; i < count; i++)
+                switch (kind_of(fds[i].fd, &key)) {
+                case KIND_RING:
+                case KIND_POLLER:
+                        return INTEREST_RING;
+                case KIND_COUNTED:
+                        interest = INTEREST_BLIND;
+                        break;
+                case KIND_PLAIN:
+                        break;
+                }
+        return interest;
+}
+
+static int wait_with_room(struct pollfd *fds, nfds_t count, int64_t timeout, const sigset_t *mask)
+{
+        struct pollfd few[FEW + ARENAS_AT_ONCE];
+        size_t size = (count + ARENAS_AT_ONCE) * sizeof *few;
+        long room;
+        int found;
+
+        if (count <= FEW)
+                return wait(fds, count, few, timeout, mask);
+        room = sys_6(SYS_mmap, 0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (room < 0 && room > -4096)
+                return (int)result(room);
+        found = wait(fds, count, (struct pollfd *)room, timeout, mask);
+        sys_2(SYS_munmap, room, size);
+        return found;
+}
+
+static bool is_timespec(const struct timespec *time)
+{
+        return !time || (time->tv_sec >= 0 && time->tv_nsec >= 0 && time->tv_nsec < 1000000000);
+}
+
+CALL int ppoll(struct pollfd *fds, nfds_t count, const struct timespec *timeout, const sigset_t *mask)
+{
+        uint64_t keys[FEW];
+        enum interest interest;
+        int found;
+
+        if (!process.on || !fds || !is_timespec(timeout))
+                return real()->ppoll(fds, count, timeout, mask);
+        interest = interest_in(fds, count);
+        if (interest == INTEREST_RING)
+                return wait_with_room(fds, count, from_timespec(timeout), mask);
+        if (interest == INTEREST_BLIND)
+                blind(fds, count, true, keys);
+        found = real()->ppoll(fds, count, timeout, mask);
+        if (interest == INTEREST_BLIND)
+                blind(fds, count, false, keys);
+        return found;
+}
+
+CALL int poll(struct pollfd *fds, nfds_t count, int timeout)
+{
+        uint64_t keys[FEW];
+        enum interest interest;
+        int found;
+
+        if (!process.on || !fds)
+                return real()->poll(fds, count, timeout);
+        interest = interest_in(fds, count);
+        if (interest == INTEREST_RING)
+                return wait_with_room(fds, count, from_ms(timeout), NULL);
+        if (interest == INTEREST_BLIND)
+                blind(fds, count, true, keys);
+        found = real()->poll(fds, count, timeout);
+        if (interest == INTEREST_BLIND)
+                blind(fds, count, false, keys);
+        return found;
+}
+
+/* --- select() --- */
+
+static bool in_set(const fd_set *set, int fd)
+{
+        return set && ((const unsigned long *)(const void *)set)[(unsigned)fd / (8 * sizeof(long))] >>
+                              ((unsigned)fd % (8 * sizeof(long))) &
+                          1;
+}
+
+static void put(fd_set *set, int fd)
+{
+        ((unsigned long *)(void *)set)[(unsigned)fd / (8 * sizeof(long))] |=
+            1ul << ((unsigned)fd % (8 * sizeof(long)));
+}
+
+static void clear(fd_set *set, int size)
+{
+        if (set)
+                memset(set, 0, ((size_t)size + 8 * sizeof(long) - 1) / (8 * sizeof(long)) * sizeof(long));
+}
+
+/* The descriptors of the sets, as poll() wants them. */
+static nfds_t listed(int size, const fd_set *in, const fd_set *out, const fd_set *except, struct pollfd *fds)
+{
+        nfds_t count = 0;
+
+        for (int fd = 0; fd < size; fd++) {
+                short events = (in_set(in, fd) ? POLLIN | POLLRDNORM | POLLRDBAND : 0) |
+                               (in_set(out, fd) ? POLLOUT | POLLWRNORM | POLLWRBAND : 0) |
+                               (in_set(except, fd) ? POLLPRI : 0);
+
+                if (events)
+                        fds[count++] = (struct pollfd){.fd = fd, .events = events};
+        }
+        return count;
+}
+
+static int to_sets(const struct pollfd *fds, nfds_t count, int size, fd_set *in, fd_set *out, fd_set *except)
+{
+        int found = 0;
+
+        for (nfds_t i = 0; i < count; i++)
+                if (fds[i].revents & POLLNVAL)
+                        return (int)result(-EBADF);
+        clear(in, size);
+        clear(out, size);
+        clear(except, size);
+        for (nfds_t i = 0; i < count; i++) {
+                short got = fds[i].revents, wanted = fds[i].events;
+
+                if (wanted & POLLIN && got & (POLLIN | POLLRDNORM | POLLRDBAND | POLLHUP | POLLERR)) {
+                        put(in, fds[i].fd);
+                        found++;
+                }
+                if (wanted & POLLOUT && got & (POLLOUT | POLLWRNORM | POLLWRBAND | POLLERR)) {
+                        put(out, fds[i].fd);
+                        found++;
+                }
+                if (wanted & POLLPRI && got & POLLPRI) {
+                        put(except, fds[i].fd);
+                        found++;
+                }
+        }
+        return found;
+}
+
+/* Returns INTEREST_RING after doing the call, with its outcome in `*found`. */
+static enum interest select_rings(int size, fd_set *in, fd_set *out, fd_set *except, int64_t timeout,
+                                  const sigset_t *mask, uint64_t *keys, int *blinds, int *found)
+{
+        struct pollfd fds[FD_SETSIZE];
+        enum interest interest;
+        nfds_t count;
+
+        *blinds = 0;
+        if (!process.on || size <= 0 || size > FD_SETSIZE)
+                return INTEREST_NONE;
+        count = listed(size, in, out, except, fds);
+        interest = interest_in(fds, count);
+        if (interest == INTEREST_RING) {
+                *found = wait_with_room(fds, count, timeout, mask);
+                if (*found >= 0)
+                        *found = to_sets(fds, count, size, in, out, except);
+        } else if (interest == INTEREST_BLIND) {
+                *blinds = (int)(count < FEW ? count : FEW);
+                blind(fds, count, true, keys);
+        }
+        return interest;
+}
+
+static void end_blind(const uint64_t *keys, int count)
+{
+        for (int i = 0; i < count; i++)
+                if (keys[i]) {
+                        struct end *end = &family->ends[(uint32_t)keys[i] - 1];
+
+                        if (end_is(end, keys[i]))
+                                atomic_fetch_sub(&end->rx.kernel, 1);
+                }
+}
+
+CALL int select(int size, fd_set *in, fd_set *out, fd_set *except, struct timeval *timeout)
+{
+        int64_t left =
+            timeout ? timeout->tv_sec * INT64_C(1000000000) + timeout->tv_usec * INT64_C(1000) : -1;
+        uint64_t keys[FEW], begin;
+        int found, blinds;
+
+        if (timeout && left < 0)
+                return real()->select(size, in, out, except, timeout);
+        begin = timeout && process.on ? now() : 0;
+        if (select_rings(size, in, out, except, left, NULL, keys, &blinds, &found) == INTEREST_RING) {
+                if (timeout) {
+                        /* Linux leaves there what is left. */
+                        int64_t spent = (int64_t)(now() - begin);
+
+                        left = spent < left ? left - spent : 0;
+                        timeout->tv_sec = left / 1000000000;
+                        timeout->tv_usec = left % 1000000000 / 1000;
+                }
+                return found;
+        }
+        found = real()->select(size, in, out, except, timeout);
+        end_blind(keys, blinds);
+        return found;
+}
+
+CALL int pselect(int size, fd_set *in, fd_set *out, fd_set *except, const struct timespec *timeout,
+                 const sigset_t *mask)
+{
+        uint64_t keys[FEW];
+        int found, blinds;
+
+        if (is_timespec(timeout) && select_rings(size, in, out, except, from_timespec(timeout), mask, keys,
+                                                 &blinds, &found) == INTEREST_RING)
+                return found;
+        found = real()->pselect(size, in, out, except, timeout, mask);
+        if (is_timespec(timeout))
+                end_blind(keys, blinds);
+        return found;
+}
+
+void __chk_fail(void) __attribute__((weak, noreturn));
+
+static void check(nfds_t count, size_t room)
+{
+        if (count <= room / sizeof(struct pollfd))
+                return;
+        if (__chk_fail)
+                __chk_fail();
+        __builtin_trap();
+}
+
+CALL int __poll_chk(struct pollfd *fds, nfds_t count, int timeout, size_t room)
+{
+        check(count, room);
+        return poll(fds, count, timeout);
+}
+
+CALL int __ppoll_chk(struct pollfd *fds, nfds_t count, const struct timespec *timeout, const sigset_t *mask,
+                     size_t room)
+{
+        check(count, room);
+        return ppoll(fds, count, timeout, mask);
+}
+
+ALSO(poll) int __poll(struct pollfd *, nfds_t, int);
+ALSO(select) int __select(int, fd_set *, fd_set *, fd_set *, struct timeval *);

@@ -1,0 +1,937 @@
+#include "poller.h"
+
+#include "arena.h"
+#include "clock.h"
+#include "lock.h"
+#include "ready.h"
+#include "real.h"
+#include "statistics.h"
+#include "sys.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+
+enum {
+        POLLERS = 4096,
+        REGISTRATIONS = 1 << 18,
+        SHARE = 8,     /* calls that find ring events before the kernel is asked in between */
+        QUIET = 64,    /* looks without an event before a registration is armed */
+        FIRST_NAP = 1, /* ms, while a bell isn't known to the other side: doubled each time */
+        LONGEST_NAP = 1000,
+        BATCH = 64,
+        MISSES = 4,  /* spins in a row that found nothing: */
+        SELDOM = 32, /* then only every so many waits spin */
+};
+
+enum state { STATE_KERNEL, STATE_ACTIVE, STATE_ARMED, STATE_OFF };
+
+#define NONE UINT32_MAX
+/* What epoll says of our own descriptors: nothing that a program's pointers or numbers look like. */
+#define OURS UINT64_C(0xf4ee5bad00000000)
+#define OURS_MASK UINT64_C(0xffffffff00000000)
+#define NUDGE (OURS | 0xffffffff)
+
+_Atomic uint32_t ready_news;
+
+struct registration {
+        uint64_t key; /* of the end, 0: of an epoll instance */
+        uint64_t data;
+        uint32_t events; /* as the program wants them */
+        uint32_t poller;
+        int32_t fd;
+        uint32_t state;
+        uint32_t next_of_fd;     /* chain per descriptor; also of free ones */
+        uint32_t next, previous; /* the poller's active list */
+        uint32_t quiet;
+        uint64_t seen;  /* edge-triggered: tail at the last report */
+        uint32_t full;  /* flow.full at the last report */
+        uint32_t first; /* edge-triggered: nothing reported since it was made or changed */
+        uint32_t next_nested;
+};
+
+struct poller {
+        struct lock lock;
+        int epfd;        /* 1 + descriptor, 0: free */
+        uint32_t active; /* first of the list, NONE */
+        uint32_t rings;  /* registrations that aren't STATE_KERNEL */
+        uint32_t nested; /* chain of epoll instances inside */
+        _Atomic uint32_t sleepers;
+        uint32_t aliases; /* descriptors for it, besides the first */
+        uint32_t turn;
+        uint32_t misses;         /* spins in a row that found nothing */
+        int nudge;               /* 1 + eventfd that wakes a sleeper of this process */
+        bool unknown;            /* the other side of an active one can't ring yet */
+        _Atomic uint16_t *bells; /* per arena: 1 + bell */
+};
+
+static struct poller *pollers;
+static struct registration *registrations;
+static _Atomic uint32_t *of_fd; /* per descriptor: 1 + first registration */
+static struct lock table;       /* chains and free list */
+static uint32_t free_list = NONE, unused_from;
+
+static void *reserve(size_t size)
+{
+        long got = sys_6(SYS_mmap, 0, size, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+        return got < 0 && got > -4096 ? NULL : (void *)got;
+}
+
+static bool start(void)
+{
+        if (!pollers) {
+                registrations = reserve(REGISTRATIONS * sizeof *registrations);
+                of_fd = reserve(DESCRIPTORS * sizeof *of_fd);
+                pollers = registrations && of_fd ? reserve(POLLERS * sizeof *pollers) : NULL;
+        }
+        return pollers != NULL;
+}
+
+static struct poller *poller_of(int epfd)
+{
+        uint64_t found;
+
+        if (!process.on || (unsigned)epfd >= DESCRIPTORS || !pollers)
+                return NULL;
+        found = atomic_load_explicit(&process.fds[epfd], memory_order_relaxed);
+        if (!((uint32_t)found & FD_POLLER) || (uint32_t)found == FD_OWN)
+                return NULL;
+        return &pollers[((uint32_t)found & ~FD_POLLER) % POLLERS];
+}
+
+bool poller_is(int fd)
+{
+        struct poller *poller = poller_of(fd);
+
+        return poller && (poller->rings || poller->nested != NONE);
+}
+
+void poller_made(int epfd)
+{
+        enum taken taken;
+
+        if (!process.on || (unsigned)epfd >= DESCRIPTORS || !start())
+                return;
+        taken = lock_take(&table, self());
+        for (uint32_t i = 0; i < POLLERS; i++) {
+                struct poller *poller = &pollers[i];
+
+                if (poller->epfd)
+                        continue;
+                memset(poller, 0, sizeof *poller);
+                poller->epfd = epfd + 1;
+                poller->active = NONE;
+                poller->nested = NONE;
+                fd_set_word(epfd, FD_POLLER | i);
+                break;
+        }
+        lock_release(&table, taken);
+}
+
+void poller_alias(int old, int new)
+{
+        struct poller *poller = poller_of(old);
+
+        if (!poller || (unsigned)new >= DESCRIPTORS)
+                return;
+        poller->aliases++;
+        fd_set_word(new, atomic_load(&process.fds[old]));
+}
+
+/* --- registrations --- */
+
+static struct registration *find(int epfd, int fd)
+{
+        uint32_t i = (unsigned)fd < DESCRIPTORS ? atomic_load_explicit(&of_fd[fd], memory_order_relaxed) : 0;
+        uint32_t poller = (uint32_t)(poller_of(epfd) - pollers);
+
+        for (i--; i != NONE; i = registrations[i].next_of_fd)
+                if (registrations[i].poller == poller)
+                        return &registrations[i];
+        return NULL;
+}
+
+static struct registration *add(struct poller *poller, int fd, uint64_t key)
+{
+        uint32_t number = free_list;
+        struct registration *r;
+
+        if (number != NONE)
+                free_list = registrations[number].next_of_fd;
+        else if (unused_from < REGISTRATIONS)
+                number = unused_from++;
+        else
+                return NULL;
+        r = &registrations[number];
+        memset(r, 0, sizeof *r);
+        r->key = key;
+        r->fd = fd;
+        r->poller = (uint32_t)(poller - pollers);
+        r->next = r->previous = NONE;
+        r->next_of_fd = atomic_load(&of_fd[fd]) - 1;
+        atomic_store(&of_fd[fd], number + 1);
+        return r;
+}
+
+static uint32_t number_of(const struct registration *r)
+{
+        return (uint32_t)(r - registrations);
+}
+
+static void activate(struct poller *poller, struct registration *r)
+{
+        if (r->state == STATE_ACTIVE)
+                return;
+        r->state = STATE_ACTIVE;
+        r->quiet = 0;
+        r->previous = NONE;
+        r->next = poller->active;
+        if (poller->active != NONE)
+                registrations[poller->active].previous = number_of(r);
+        poller->active = number_of(r);
+}
+
+static void deactivate(struct poller *poller, struct registration *r, enum state state)
+{
+        if (r->state == STATE_ACTIVE) {
+                if (r->previous != NONE)
+                        registrations[r->previous].next = r->next;
+                else
+                        poller->active = r->next;
+                if (r->next != NONE)
+                        registrations[r->next].previous = r->previous;
+        }
+        r->state = state;
+}
+
+/* Under both locks. */
+static void drop(struct poller *poller, struct registration *r)
+{
+        uint32_t number = number_of(r), i = atomic_load(&of_fd[r->fd]) - 1;
+
+        if (r->state != STATE_KERNEL)
+                poller->rings--;
+        deactivate(poller, r, STATE_KERNEL);
+        if (i == number) {
+                atomic_store(&of_fd[r->fd], r->next_of_fd + 1);
+        } else {
+                while (i != NONE && registrations[i].next_of_fd != number)
+                        i = registrations[i].next_of_fd;
+                if (i != NONE)
+                        registrations[i].next_of_fd = r->next_of_fd;
+        }
+        if (!r->key) {
+                uint32_t *link = &poller->nested;
+
+                while (*link != NONE && *link != number)
+                        link = &registrations[*link].next_nested;
+                if (*link == number)
+                        *link = r->next_nested;
+        }
+        r->next_of_fd = free_list;
+        free_list = number;
+}
+
+static struct end *end_of_registration(const struct registration *r)
+{
+        struct end *end = &family->ends[(uint32_t)r->key - 1];
+
+        return end_is(end, r->key) ? end : NULL;
+}
+
+/* --- bells --- */
+
+static bool give_bell(struct poller *poller, uint32_t arena)
+{
+        struct epoll_event event = {.events = EPOLLIN};
+        int bell;
+
+        if (!poller->bells) {
+                poller->bells = reserve(ARENAS * sizeof *poller->bells);
+                if (!poller->bells)
+                        return false;
+        }
+        if (atomic_load(&poller->bells[arena])) {
+                /* The arena may be another one by now under the same number. */
+                if (bell_descriptor(arena, atomic_load(&poller->bells[arena]) - 1) >= 0)
+                        return true;
+        }
+        bell = bell_take(arena);
+        if (bell < 0)
+                return false;
+        event.data.u64 = OURS | arena << 8 | (uint32_t)bell;
+        sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_ADD, bell_descriptor(arena, bell), &event);
+        atomic_store(&poller->bells[arena], (uint16_t)(bell + 1));
+        return true;
+}
+
+static void nudge(struct poller *poller)
+{
+        uint64_t one = 1;
+
+        if (!poller->nudge) {
+                struct epoll_event event = {.events = EPOLLIN, .data.u64 = NUDGE};
+                int fd = own_descriptor((int)sys_2(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK));
+
+                if (fd < 0 || sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_ADD, fd, &event) < 0)
+                        return;
+                poller->nudge = fd + 1;
+        }
+        sys_3(SYS_write, poller->nudge - 1, &one, sizeof one);
+}
+
+/* The kernel's part of what the program wants: room in TCP's own buffer means nothing while bytes go to the
+ * ring. */
+static uint32_t for_kernel(const struct registration *r, struct end *end)
+{
+        if (end && atomic_load_explicit(&end->tx.phase, memory_order_relaxed) == PHASE_RING)
+                return r->events & ~(uint32_t)EPOLLOUT;
+        return r->events;
+}
+
+static bool is_ring(struct end *end)
+{
+        uint32_t rx = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
+
+        return rx == PHASE_READY || rx == PHASE_RING ||
+               atomic_load_explicit(&end->tx.phase, memory_order_relaxed) == PHASE_RING;
+}
+
+/* From now on the ring is looked at for this registration. Under the poller's lock. */
+static bool to_ring(struct poller *poller, struct registration *r, struct end *end)
+{
+        if (!give_bell(poller, atomic_load(&end->arena)))
+                return false;
+        if (r->state == STATE_KERNEL) {
+                poller->rings++;
+                r->seen = atomic_load(&end->rx.edge);
+                r->full = atomic_load(&end->tx.full);
+        }
+        if (r->state != STATE_OFF)
+                activate(poller, r);
+        if (poller->sleepers)
+                nudge(poller);
+        return true;
+}
+
+int poller_control(int epfd, int operation, int fd, struct epoll_event *event)
+{
+        struct poller *poller = poller_of(epfd);
+        struct poller *inner = poller ? poller_of(fd) : NULL;
+        struct epoll_event changed;
+        struct registration *r;
+        enum taken outer, taken;
+        struct end *end;
+        uint64_t key = 0;
+        int outcome;
+
+        end = poller ? end_of(fd, &key) : NULL;
+        if (!poller || (!end && !inner))
+                return real()->epoll_ctl(epfd, operation, fd, event);
+        outer = lock_take(&table, self());
+        taken = lock_take(&poller->lock, self());
+        r = find(epfd, fd);
+        if (r && r->key != key) {
+                /* Left by a descriptor of this number that was closed behind our back. */
+                drop(poller, r);
+                r = NULL;
+        }
+        if (operation == EPOLL_CTL_ADD && !r)
+                r = add(poller, fd, key);
+        if (r && event && operation != EPOLL_CTL_DEL) {
+                uint32_t before = r->events;
+
+                r->events = event->events;
+                changed = *event;
+                changed.events = for_kernel(r, end);
+                outcome = real()->epoll_ctl(epfd, operation, fd, &changed);
+                if (outcome == 0) {
+                        r->data = event->data.u64;
+                        if (operation == EPOLL_CTL_ADD && inner) {
+                                r->next_nested = poller->nested;
+                                poller->nested = number_of(r);
+                        }
+                        r->first = 1;
+                        if (end && is_ring(end)) {
+                                if (r->state == STATE_OFF)
+                                        r->state = STATE_ARMED;
+                                to_ring(poller, r, end);
+                        }
+                } else {
+                        r->events = before;
+                        if (operation == EPOLL_CTL_ADD && *__errno_location() != EEXIST)
+                                drop(poller, r);
+                }
+        } else {
+                outcome = real()->epoll_ctl(epfd, operation, fd, event);
+                if (outcome == 0 && operation == EPOLL_CTL_DEL && r)
+                        drop(poller, r);
+        }
+        lock_release(&poller->lock, taken);
+        lock_release(&table, outer);
+        return outcome;
+}
+
+bool poller_attach(int fd, struct end *end)
+{
+        enum taken outer;
+        bool all = true;
+
+        (void)fd;
+        if (!pollers)
+                return true;
+        outer = lock_take(&table, self());
+        if (outer == LOCK_NESTED)
+                return false;
+        for (int d = end_next_descriptor(end, -1); d >= 0 && all; d = end_next_descriptor(end, d))
+                for (uint32_t i = atomic_load(&of_fd[d]) - 1; i != NONE; i = registrations[i].next_of_fd) {
+                        struct registration *r = &registrations[i];
+                        struct poller *poller = &pollers[r->poller];
+                        enum taken taken;
+
+                        if ((uint32_t)r->key - 1 != end_number(end))
+                                continue;
+                        taken = lock_take(&poller->lock, self());
+                        all = to_ring(poller, r, end) && all;
+                        lock_release(&poller->lock, taken);
+                }
+        lock_release(&table, outer);
+        return all;
+}
+
+void poller_sender_changed(int fd, struct end *end)
+{
+        enum taken outer;
+
+        if (!pollers || (unsigned)fd >= DESCRIPTORS || !atomic_load(&of_fd[fd]))
+                return;
+        outer = lock_take(&table, self());
+        for (uint32_t i = atomic_load(&of_fd[fd]) - 1; i != NONE; i = registrations[i].next_of_fd) {
+                struct registration *r = &registrations[i];
+                struct poller *poller = &pollers[r->poller];
+                struct epoll_event event = {.data.u64 = r->data};
+                enum taken taken;
+
+                if ((uint32_t)r->key - 1 != end_number(end))
+                        continue;
+                taken = lock_take(&poller->lock, self());
+                if (is_ring(end))
+                        to_ring(poller, r, end);
+                event.events = for_kernel(r, end);
+                /* A disarmed EPOLLONESHOT must not be armed by us. */
+                if (r->events & EPOLLOUT && r->state != STATE_OFF && !(r->events & EPOLLONESHOT))
+                        sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, fd, &event);
+                lock_release(&poller->lock, taken);
+        }
+        lock_release(&table, outer);
+}
+
+void poller_sender_full(struct end *end)
+{
+        atomic_fetch_add_explicit(&end->tx.full, 1, memory_order_relaxed);
+}
+
+/* All registrations of a descriptor are forgotten. The kernel's own stay or have gone with the descriptor. */
+static void forget(int fd, uint64_t key)
+{
+        enum taken outer;
+
+        if (!pollers || (unsigned)fd >= DESCRIPTORS || !atomic_load(&of_fd[fd]))
+                return;
+        outer = lock_take(&table, self());
+        for (uint32_t i = atomic_load(&of_fd[fd]) - 1; i != NONE;) {
+                struct registration *r = &registrations[i];
+                struct poller *poller = &pollers[r->poller];
+                enum taken taken;
+
+                i = r->next_of_fd;
+                if (key && r->key != key)
+                        continue;
+                taken = lock_take(&poller->lock, self());
+                drop(poller, r);
+                lock_release(&poller->lock, taken);
+        }
+        lock_release(&table, outer);
+}
+
+/* A child shares the kernel's instances with its parent, but has no bells in them yet. */
+void poller_forked(void)
+{
+        if (!pollers)
+                return;
+        atomic_store(&table.word, 0);
+        for (uint32_t i = 0; i < POLLERS; i++) {
+                struct poller *poller = &pollers[i];
+
+                if (!poller->epfd)
+                        continue;
+                atomic_store(&poller->lock.word, 0);
+                poller->sleepers = 0;
+                poller->nudge = 0;
+                if (poller->bells)
+                        memset((void *)(uintptr_t)poller->bells, 0, ARENAS * sizeof *poller->bells);
+        }
+        for (uint32_t i = 0; i < unused_from; i++)
+                if (registrations[i].state == STATE_ARMED)
+                        activate(&pollers[registrations[i].poller], &registrations[i]);
+}
+
+void poller_leave(int fd, uint64_t key)
+{
+        forget(fd, key);
+}
+
+void poller_closed(int fd)
+{
+        struct poller *poller = poller_of(fd);
+        enum taken outer, taken;
+
+        forget(fd, 0);
+        if (!poller)
+                return;
+        if (poller->aliases) {
+                poller->aliases--;
+                fd_set_word(fd, 0);
+                for (int other = 0; poller->epfd == fd + 1 && other < DESCRIPTORS; other++)
+                        if (poller_of(other) == poller)
+                                poller->epfd = other + 1;
+                return;
+        }
+        outer = lock_take(&table, self());
+        taken = lock_take(&poller->lock, self());
+        for (uint32_t i = 0; i < unused_from; i++)
+                if (&pollers[registrations[i].poller] == poller &&
+                    find(fd, registrations[i].fd) == &registrations[i])
+                        drop(poller, &registrations[i]);
+        if (poller->nudge)
+                close_own(poller->nudge - 1);
+        if (poller->bells) {
+                for (uint32_t arena = 0; arena < ARENAS && arena < atomic_load(&family->next_arena); arena++)
+                        if (atomic_load(&poller->bells[arena]))
+                                bell_return(arena, atomic_load(&poller->bells[arena]) - 1);
+                sys_2(SYS_munmap, poller->bells, ARENAS * sizeof *poller->bells);
+        }
+        fd_set_word(fd, 0);
+        poller->epfd = 0;
+        lock_release(&poller->lock, taken);
+        lock_release(&table, outer);
+}
+
+/* --- waiting --- */
+
+/* What to report for a registration, 0: nothing. Changes what edge-triggered ones have seen. */
+static uint32_t look(struct registration *r, struct end *end, bool take)
+{
+        bool bytes = r->events & (EPOLLIN | EPOLLRDNORM) && ready_bytes(end);
+        bool space = r->events & (EPOLLOUT | EPOLLWRNORM) && ready_space(end);
+        uint32_t found = (bytes ? r->events & (EPOLLIN | EPOLLRDNORM) : 0) |
+                         (space ? r->events & (EPOLLOUT | EPOLLWRNORM) : 0);
+
+        if (found && r->events & EPOLLET) {
+                uint64_t tail =
+                    is_ring(end) ? atomic_load_explicit(&end_receives(end).ring->tail, memory_order_relaxed)
+                                 : 0;
+                uint32_t full = atomic_load_explicit(&end->tx.full, memory_order_relaxed);
+
+                if (!r->first && !(bytes && tail != r->seen) && !(space && full != r->full))
+                        return 0;
+                if (take) {
+                        r->first = 0;
+                        if (bytes)
+                                r->seen = tail;
+                        if (space)
+                                r->full = full;
+                }
+        }
+        return found;
+}
+
+static bool arm_one(struct poller *poller, const struct registration *r, struct end *end);
+
+/* Ring events of the active registrations. Under the poller's lock. */
+static int harvest(struct poller *poller, struct epoll_event *events, int size)
+{
+        uint32_t i = poller->active, last = NONE;
+        int count = 0;
+
+        while (i != NONE && count < size) {
+                struct registration *r = &registrations[i];
+                struct end *end = end_of_registration(r);
+                uint32_t found, next = r->next;
+
+                if (!end || !is_ring(end)) {
+                        deactivate(poller, r, STATE_ARMED);
+                        i = next;
+                        continue;
+                }
+                found = look(r, end, true);
+                if (found) {
+                        events[count++] = (struct epoll_event){.events = found, .data.u64 = r->data};
+                        r->quiet = 0;
+                        if (r->events & EPOLLONESHOT) {
+                                struct epoll_event off = {.events = EPOLLONESHOT, .data.u64 = r->data};
+
+                                deactivate(poller, r, STATE_OFF);
+                                sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, r->fd, &off);
+                        }
+                        last = i;
+                } else if (++r->quiet > QUIET && arm_one(poller, r, end) && !look(r, end, false)) {
+                        deactivate(poller, r, STATE_ARMED);
+                }
+                i = next;
+        }
+        /* With more ready than there is room for, the next call begins behind the last one reported. */
+        if (count == size && last != NONE && registrations[last].state == STATE_ACTIVE && i != NONE) {
+                uint32_t tail = i;
+
+                while (registrations[tail].next != NONE)
+                        tail = registrations[tail].next;
+                registrations[tail].next = poller->active;
+                registrations[poller->active].previous = tail;
+                registrations[i].previous = NONE;
+                registrations[last].next = NONE;
+                poller->active = i;
+        }
+        return count;
+}
+
+/* Let the bell ring for a registration. False: the other side can't ring it yet. */
+static bool arm_one(struct poller *poller, const struct registration *r, struct end *end)
+{
+        uint32_t arena = atomic_load(&end->arena);
+        int bell;
+
+        if (!give_bell(poller, arena))
+                return false;
+        bell = atomic_load(&poller->bells[arena]) - 1;
+        if (r->events & (EPOLLIN | EPOLLRDNORM))
+                wait_begin(&end_receives(end).ring->receivers, bell);
+        if (r->events & (EPOLLOUT | EPOLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING &&
+            !ready_space(end)) {
+                atomic_store(&end_sends(end).ring->room, ready_threshold());
+                wait_begin(&end_sends(end).ring->senders, bell);
+        }
+        return bell_is_known(arena, atomic_load(&end->side), bell);
+}
+
+/* Before sleeping: all active registrations are armed. True: something is there by now. */
+static bool arm(struct poller *poller)
+{
+        bool found = false;
+
+        poller->unknown = false;
+        for (uint32_t i = poller->active; i != NONE;) {
+                struct registration *r = &registrations[i];
+                struct end *end = end_of_registration(r);
+                bool ring = end && is_ring(end), known = !ring || arm_one(poller, r, end);
+
+                i = r->next;
+                if (ring && look(r, end, false)) {
+                        found = true;
+                        continue;
+                }
+                /* Nobody will ring: it stays on the list, and the sleep is a nap. */
+                if (!known)
+                        poller->unknown = true;
+                else
+                        deactivate(poller, r, STATE_ARMED);
+        }
+        return found;
+}
+
+/* A bell of ours rang: what it is for is looked at again. */
+static void answer(struct poller *poller, uint32_t arena, int bell)
+{
+        struct mapping *mapping = mapping_of(arena);
+        int fd = bell_descriptor(arena, bell);
+        struct arena *header;
+        uint64_t dirty;
+
+        if (fd < 0)
+                return;
+        bell_silence(fd);
+        header = arena_header(mapping);
+        dirty =
+            atomic_exchange(&header->sides[atomic_load(&family->arenas[arena].side) % SIDES].dirty[bell], 0);
+        for (; dirty; dirty &= dirty - 1) {
+                uint32_t number = atomic_load(&mapping->slots[__builtin_ctzll(dirty)]);
+
+                if (!number)
+                        continue;
+                for (int d = end_next_descriptor(&family->ends[number - 1], -1); d >= 0;
+                     d = end_next_descriptor(&family->ends[number - 1], d))
+                        for (uint32_t i = atomic_load(&of_fd[d]) - 1; i != NONE;
+                             i = registrations[i].next_of_fd)
+                                if (&pollers[registrations[i].poller] == poller &&
+                                    registrations[i].state == STATE_ARMED)
+                                        activate(poller, &registrations[i]);
+        }
+}
+
+/* Take our own descriptors' events out of what the kernel returned. Returns how many are left. Under the
+ * lock. */
+static int sort(struct poller *poller, struct epoll_event *events, int count)
+{
+        int kept = 0;
+
+        for (int i = 0; i < count; i++) {
+                uint64_t data = events[i].data.u64;
+
+                if ((data & OURS_MASK) != OURS) {
+                        events[kept++] = events[i];
+                } else if (data == NUDGE) {
+                        uint64_t drained;
+
+                        sys_3(SYS_read, poller->nudge - 1, &drained, sizeof drained);
+                } else {
+                        answer(poller, (uint32_t)(data >> 8) & (ARENAS - 1), (int)(data & 0xff));
+                }
+        }
+        if (kept)
+                atomic_fetch_add_explicit(&ready_news, 1, memory_order_relaxed);
+        return kept;
+}
+
+/* Ring events behind the kernel's; a descriptor is named once. */
+static int merge(struct epoll_event *events, int kernel, struct epoll_event *more, int count)
+{
+        int total = kernel;
+
+        for (int i = 0; i < count; i++) {
+                int k = 0;
+
+                while (k < kernel && events[k].data.u64 != more[i].data.u64)
+                        k++;
+                if (k < kernel)
+                        events[k].events |= more[i].events;
+                else
+                        events[total++] = more[i];
+        }
+        return total;
+}
+
+static int kernel_wait(int epfd, struct epoll_event *events, int size, int64_t timeout, const sigset_t *mask)
+{
+        struct timespec time = {.tv_sec = timeout / 1000000000, .tv_nsec = timeout % 1000000000};
+        int64_t ms;
+
+        if (timeout > 0 && real()->epoll_pwait2) {
+                int got = real()->epoll_pwait2(epfd, events, size, &time, mask);
+
+                if (got >= 0 || *__errno_location() != ENOSYS)
+                        return got;
+        }
+        ms = timeout < 0 ? -1 : (timeout + 999999) / 1000000;
+        return real()->epoll_pwait(epfd, events, size, ms > INT32_MAX ? INT32_MAX : (int)ms, mask);
+}
+
+/* Spinning pays if somebody we may hear from runs elsewhere. */
+static bool may_spin(struct poller *poller)
+{
+        uint32_t here = core();
+        int looks = 0;
+
+        if (!settings.spin || poller->active == NONE)
+                return false;
+        if (poller->misses >= MISSES && ++poller->misses % SELDOM)
+                return false;
+        for (uint32_t i = poller->active; i != NONE && looks < BATCH; i = registrations[i].next, looks++) {
+                struct end *end = end_of_registration(&registrations[i]);
+                uint32_t there;
+
+                if (!end || !is_ring(end))
+                        continue;
+                there = atomic_load_explicit(&end_receives(end).ring->sender_cpu, memory_order_relaxed);
+                if (there && there != here)
+                        return true;
+        }
+        return false;
+}
+
+bool poller_ready(int epfd)
+{
+        struct poller *poller = poller_of(epfd);
+        bool found = false;
+        enum taken taken;
+
+        if (!poller)
+                return false;
+        taken = lock_take(&poller->lock, self());
+        for (uint32_t i = poller->active; i != NONE && !found; i = registrations[i].next) {
+                struct end *end = end_of_registration(&registrations[i]);
+
+                found = end && is_ring(end) && look(&registrations[i], end, false);
+        }
+        for (uint32_t i = poller->nested; i != NONE && !found; i = registrations[i].next_nested)
+                found = registrations[i].events & EPOLLIN && poller_ready(registrations[i].fd);
+        lock_release(&poller->lock, taken);
+        return found;
+}
+
+void poller_arm(int epfd)
+{
+        struct poller *poller = poller_of(epfd);
+        enum taken taken;
+
+        if (!poller)
+                return;
+        taken = lock_take(&poller->lock, self());
+        arm(poller);
+        for (uint32_t i = poller->nested; i != NONE; i = registrations[i].next_nested)
+                poller_arm(registrations[i].fd);
+        lock_release(&poller->lock, taken);
+}
+
+/* Events of epoll instances inside this one. Under the lock. */
+static int harvest_nested(struct poller *poller, struct epoll_event *events, int size)
+{
+        int count = 0;
+
+        for (uint32_t i = poller->nested; i != NONE && count < size; i = registrations[i].next_nested)
+                if (registrations[i].events & EPOLLIN && poller_ready(registrations[i].fd))
+                        events[count++] =
+                            (struct epoll_event){.events = EPOLLIN, .data.u64 = registrations[i].data};
+        return count;
+}
+
+/* What there is now: the ring's events, and the kernel's too when it's their turn or nothing else is there.
+ */
+static int collect(struct poller *poller, struct epoll_event *events, int size, bool ask_kernel)
+{
+        struct epoll_event more[BATCH];
+        int room = size < BATCH ? size : BATCH;
+        enum taken taken = lock_take(&poller->lock, self());
+        int count = harvest(poller, more, room), kernel = 0;
+
+        if (poller->nested != NONE)
+                count += harvest_nested(poller, more + count, room - count);
+        if (ask_kernel || ++poller->turn % SHARE == 0) {
+                /* Their places are kept: an edge that was taken must be reported. */
+                int left = size - count;
+
+                if (left > 0) {
+                        kernel = (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, events, left, 0, 0, 8);
+                        kernel = kernel > 0 ? sort(poller, events, kernel) : 0;
+                }
+        }
+        count = merge(events, kernel, more, count);
+        if (count && poller->sleepers && poller->active != NONE)
+                nudge(poller);
+        lock_release(&poller->lock, taken);
+        return count;
+}
+
+/* No ring is registered here: the kernel's word alone, without our own descriptors' events. 0: a timeout, or
+ * look again. */
+static int wait_plainly(struct poller *poller, int epfd, struct epoll_event *events, int size,
+                        int64_t timeout, const sigset_t *mask)
+{
+        int64_t ms = timeout < 0 ? -1 : (timeout + 999999) / 1000000;
+        int count;
+
+        atomic_fetch_add_explicit(&poller->sleepers, 1, memory_order_relaxed);
+        if (timeout > 0 && timeout % 1000000)
+                count = kernel_wait(epfd, events, size, timeout, mask);
+        else
+                count = real()->epoll_pwait(epfd, events, size, ms > INT32_MAX ? INT32_MAX : (int)ms, mask);
+        atomic_fetch_sub_explicit(&poller->sleepers, 1, memory_order_relaxed);
+        for (int i = 0; i < count; i++)
+                if ((events[i].data.u64 & OURS_MASK) == OURS) {
+                        enum taken taken = lock_take(&poller->lock, self());
+
+                        count = sort(poller, events, count);
+                        lock_release(&poller->lock, taken);
+                        break;
+                }
+        return count;
+}
+
+int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout, const sigset_t *mask,
+                bool *ours)
+{
+        struct poller *poller = poller_of(epfd);
+        uint64_t deadline = 0;
+        int64_t nap = FIRST_NAP * INT64_C(1000000);
+
+        *ours = poller && size > 0;
+        if (!*ours)
+                return 0;
+        if (timeout > 0 && (poller->rings || poller->nested != NONE))
+                deadline = now() + (uint64_t)timeout;
+        for (;;) {
+                int count;
+                int64_t left = timeout;
+                bool unknown, again;
+                enum taken taken;
+
+                if (!poller->rings && poller->nested == NONE) {
+                        count = wait_plainly(poller, epfd, events, size, timeout, mask);
+                        if (count)
+                                return count;
+                        if (timeout >= 0 && !poller->rings)
+                                return 0;
+                        continue;
+                }
+                count = collect(poller, events, size, timeout == 0);
+
+                if (count || timeout == 0)
+                        return count;
+                if (may_spin(poller)) {
+                        uint64_t begin = now();
+
+                        poller->misses++;
+                        do {
+                                for (int i = 0; i < 8 && !count; i++) {
+                                        relax();
+                                        taken = lock_take(&poller->lock, self());
+                                        count = harvest(poller, events, size < BATCH ? size : BATCH);
+                                        lock_release(&poller->lock, taken);
+                                }
+                        } while (!count && now() - begin < settings.spin * UINT64_C(1000));
+                        if (count) {
+                                poller->misses = 0;
+                                statistics_count(&statistics.spins);
+                                return count;
+                        }
+                }
+                taken = lock_take(&poller->lock, self());
+                again = arm(poller);
+                for (uint32_t i = poller->nested; i != NONE; i = registrations[i].next_nested)
+                        poller_arm(registrations[i].fd);
+                unknown = poller->unknown;
+                if (!again)
+                        atomic_fetch_add(&poller->sleepers, 1);
+                lock_release(&poller->lock, taken);
+                if (again)
+                        continue;
+                if (poller->nested != NONE && poller_ready(epfd)) {
+                        atomic_fetch_sub(&poller->sleepers, 1);
+                        continue;
+                }
+                if (deadline) {
+                        uint64_t time = now();
+
+                        left = time < deadline ? (int64_t)(deadline - time) : 0;
+                }
+                if (unknown && (left < 0 || left > nap)) {
+                        left = nap;
+                        nap = nap * 2 < LONGEST_NAP * INT64_C(1000000) ? nap * 2
+                                                                       : LONGEST_NAP * INT64_C(1000000);
+                }
+                statistics_count(&statistics.sleeps);
+                count = kernel_wait(epfd, events, size, left, mask);
+                atomic_fetch_sub(&poller->sleepers, 1);
+                if (count > 0) {
+                        taken = lock_take(&poller->lock, self());
+                        count = sort(poller, events, count);
+                        lock_release(&poller->lock, taken);
+                }
+                if (count)
+                        return count;
+                if (deadline && now() >= deadline)
+                        timeout = 0;
+        }
+}

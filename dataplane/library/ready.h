@@ -1,0 +1,60 @@
+/* Is there something to read, room to write? Looked at without a lock: an answer that has just ceased to be
+ * true costs a look, one that has just become true is followed by a bell (arena.h).
+ */
+#ifndef FREEFLOW_READY_H
+#define FREEFLOW_READY_H
+
+#include "arena.h"
+#include "clock.h"
+#include "family.h"
+#include "settings.h"
+
+/* Raised when the kernel reported anything about descriptors that we may carry. */
+extern _Atomic uint32_t ready_news;
+
+/* While this doesn't change, the kernel isn't asked again whether a connection has ended. */
+static inline uint32_t ready_stamp(void)
+{
+        return ticks() + atomic_load_explicit(&ready_news, memory_order_relaxed) * UINT32_C(0x9e3779b1);
+}
+
+/* The ring has something for the receiver, its end included. False while bytes come over TCP: the kernel says
+ * so then. */
+static inline bool ready_bytes(struct end *end)
+{
+        uint32_t phase = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
+        struct view view;
+
+        if (phase != PHASE_READY && phase != PHASE_RING)
+                return false;
+        view = end_receives(end);
+        if (phase == PHASE_READY) {
+                uint64_t start = atomic_load_explicit(&view.ring->start, memory_order_acquire);
+
+                if (!start || start - 1 > atomic_load_explicit(&end->rx.position, memory_order_relaxed))
+                        return false;
+        }
+        return atomic_load_explicit(&view.ring->tail, memory_order_acquire) !=
+                   atomic_load_explicit(&end->rx.edge, memory_order_relaxed) ||
+               atomic_load_explicit(&view.ring->end, memory_order_relaxed) != 0;
+}
+
+static inline uint32_t ready_threshold(void)
+{
+        return settings.ring_limit / 3 * 2;
+}
+
+/* As TCP does, a sender that found no room is called when a third of it is free. */
+static inline bool ready_space(struct end *end)
+{
+        struct view view;
+
+        if (atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_RING)
+                return false;
+        view = end_sends(end);
+        return atomic_load_explicit(&end->tx.edge, memory_order_relaxed) -
+                   atomic_load_explicit(&view.ring->head, memory_order_acquire) <=
+               ready_threshold();
+}
+
+#endif

@@ -1,0 +1,281 @@
+#include "upgrade.h"
+
+#include "arena.h"
+#include "clock.h"
+#include "poller.h"
+#include "protocol.h"
+#include "ready.h"
+#include "router.h"
+#include "settings.h"
+#include "statistics.h"
+#include "sys.h"
+
+#include <fcntl.h>
+#include <linux/membarrier.h>
+#include <linux/sockios.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+
+static uint64_t moved(struct end *end)
+{
+        return atomic_load_explicit(&end->rx.position, memory_order_relaxed) +
+               atomic_load_explicit(&end->tx.position, memory_order_relaxed);
+}
+
+/* The rule: enough operations, of some age, with enough bytes; or bulk. Short connections never get here. */
+static bool is_worth_it(struct end *end, uint64_t bytes)
+{
+        uint32_t operations = atomic_load_explicit(&end->operations, memory_order_relaxed);
+
+        if (bytes + moved(end) >= settings.bulk && operations > 1)
+                return true;
+        if (operations < settings.operations || moved(end) < settings.bytes)
+                return false;
+        return !settings.age || now() - atomic_load_explicit(&end->opened, memory_order_relaxed) >=
+                                    settings.age * UINT64_C(1000);
+}
+
+/* What the socket is like now: it may have been made, or inherited, without us. False: rings can't carry it.
+ */
+static bool refresh(int fd, struct end *end)
+{
+        struct timeval time[2] = {{0}, {0}};
+        const int names[2] = {SO_RCVTIMEO, SO_SNDTIMEO};
+        struct flow *flows[2] = {&end->rx, &end->tx};
+        const int unfit[] = {SO_ZEROCOPY, SO_OOBINLINE, SO_TIMESTAMP, SO_TIMESTAMPNS, SO_TIMESTAMPING};
+        int value = 0;
+        uint32_t size = sizeof value;
+        long flags = sys_2(SYS_fcntl, fd, F_GETFL);
+
+        if (flags < 0 || sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_PROTOCOL, &value, &size) < 0 ||
+            value != IPPROTO_TCP)
+                return false;
+        atomic_store(&end->nonblocking, (flags & O_NONBLOCK) != 0);
+        for (int i = 0; i < 2; i++) {
+                size = sizeof time[i];
+                if (sys_5(SYS_getsockopt, fd, SOL_SOCKET, names[i], &time[i], &size) < 0)
+                        return false;
+                atomic_store(&flows[i]->timeout, upgrade_timeout(&time[i]));
+        }
+        size = sizeof value;
+        if (sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_RCVLOWAT, &value, &size) < 0 || value > 1)
+                return false;
+        for (size_t i = 0; i < sizeof unfit / sizeof *unfit; i++) {
+                value = 0;
+                size = sizeof value;
+                if (sys_5(SYS_getsockopt, fd, SOL_SOCKET, unfit[i], &value, &size) == 0 && value)
+                        return false;
+        }
+        return true;
+}
+
+uint32_t upgrade_timeout(const struct timeval *time)
+{
+        uint64_t ms = (uint64_t)time->tv_sec * 1000 + ((uint64_t)time->tv_usec + 999) / 1000;
+
+        return ms < UINT32_MAX ? (uint32_t)ms : UINT32_MAX;
+}
+
+/* Has every byte gone through us? While other calls are in the kernel the figures aren't exact, and wait. */
+enum verdict { EXACT, UNSURE, RAW };
+
+static enum verdict compare(int fd, struct end *end)
+{
+        struct tcp_info before, after;
+        uint32_t size = sizeof before;
+        int queued = 0, unread = 0;
+        uint64_t sent, received;
+
+        if (atomic_load(&end->rx.kernel) || atomic_load(&end->tx.kernel))
+                return UNSURE;
+        memset(&before, 0, sizeof before);
+        memset(&after, 0, sizeof after);
+        if (sys_5(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, &before, &size) < 0 ||
+            size < offsetof(struct tcp_info, tcpi_bytes_received) + sizeof before.tcpi_bytes_received)
+                return RAW;
+        sys_3(SYS_ioctl, fd, SIOCOUTQ, &queued);
+        sys_3(SYS_ioctl, fd, SIOCINQ, &unread);
+        size = sizeof after;
+        sys_5(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, &after, &size);
+        /* Established: in other states the queues count the FIN too, and there is nothing to gain. */
+        if (after.tcpi_state != 1 || before.tcpi_bytes_acked != after.tcpi_bytes_acked ||
+            before.tcpi_bytes_received != after.tcpi_bytes_received)
+                return UNSURE;
+        sent = after.tcpi_bytes_acked + (uint64_t)queued - atomic_load(&end->active);
+        received = after.tcpi_bytes_received - (uint64_t)unread;
+        if (sent != atomic_load(&end->tx.position) || received != atomic_load(&end->rx.position))
+                return RAW;
+        return EXACT;
+}
+
+static void attach(int fd, struct end *end)
+{
+        uint32_t reason = REASON_RAW;
+        enum taken rx, tx;
+        enum verdict verdict;
+
+        rx = lock_take(&end->rx.lock, self());
+        tx = lock_take(&end->tx.lock, self());
+        verdict = rx == LOCK_NESTED || tx == LOCK_NESTED ? UNSURE : compare(fd, end);
+        if (verdict == EXACT && !refresh(fd, end)) {
+                verdict = RAW;
+                reason = REASON_OPTION;
+        }
+        if (verdict == EXACT) {
+                atomic_store(&end->stage, STAGE_ATTACHED);
+        } else if (verdict == RAW) {
+                atomic_store(&end->reason, reason);
+                atomic_store(&end->stage, STAGE_REFUSED);
+                arena_release(end);
+        }
+        lock_release(&end->tx.lock, tx);
+        lock_release(&end->rx.lock, rx);
+}
+
+bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
+{
+        uint32_t operations = atomic_load_explicit(&end->operations, memory_order_relaxed) + 1;
+
+        atomic_store_explicit(&end->operations, operations, memory_order_relaxed);
+        switch (atomic_load_explicit(&end->stage, memory_order_relaxed)) {
+        case STAGE_CANDIDATE:
+                if (settings.enabled && is_worth_it(end, bytes) && !end_held_elsewhere(end))
+                        router_ask(end, fd);
+                break;
+        case STAGE_ASKED:
+                if (atomic_load_explicit(&end->epoch, memory_order_relaxed) != router_epoch())
+                        atomic_store(&end->stage, STAGE_CANDIDATE);
+                else
+                        router_look(end);
+                break;
+        case STAGE_GRANTED:
+                attach(fd, end);
+                break;
+        case STAGE_REFUSED:
+                poller_leave(fd, key);
+                end_leave(fd, end, key, atomic_load(&end->reason));
+                return false;
+        default:
+                break;
+        }
+        return true;
+}
+
+void upgrade_receiver(int fd, struct end *end)
+{
+        if (atomic_load_explicit(&end->rx.kernel, memory_order_acquire))
+                return;
+        /* Those who wait in epoll must see the ring before the sender may use it. */
+        if (!poller_attach(fd, end))
+                return;
+        atomic_store_explicit(&end->rx.phase, PHASE_READY, memory_order_relaxed);
+        atomic_store_explicit(&end_receives(end).ring->ready, 1, memory_order_release);
+        statistics_count(&statistics.receivers);
+}
+
+void upgrade_sender(int fd, struct end *end)
+{
+        struct view view = end_sends(end);
+
+        if (atomic_load_explicit(&end->tx.kernel, memory_order_acquire) ||
+            !atomic_load_explicit(&view.ring->ready, memory_order_acquire) ||
+            atomic_load_explicit(&view.ring->leave, memory_order_relaxed) ||
+            atomic_load_explicit(&end->shut, memory_order_relaxed) & 2)
+                return;
+        atomic_store_explicit(&end->tx.phase, PHASE_RING, memory_order_relaxed);
+        atomic_store_explicit(&view.ring->start, atomic_load(&end->tx.position) + 1, memory_order_release);
+        poller_sender_changed(fd, end);
+        statistics_count(&statistics.senders);
+}
+
+void retreat(int fd, struct end *end, uint32_t reason)
+{
+        struct view view = end_sends(end);
+
+        atomic_store_explicit(&end->tx.phase, PHASE_OVER, memory_order_relaxed);
+        atomic_store_explicit(&view.ring->end, atomic_load(&end->tx.edge) + 1, memory_order_release);
+        wake(&view.ring->receivers, atomic_load(&end->arena), atomic_load(&end->side),
+             atomic_load(&end->slot));
+        atomic_store(&end->reason, reason);
+        poller_sender_changed(fd, end);
+        statistics_count(&statistics.retreats);
+        statistics_reason(reason);
+}
+
+/* Ask the other side to end its ring. True: no byte is in it, and none will be. */
+static bool leave_receiver(struct end *end)
+{
+        enum { PATIENCE = 10 * 1000 * 1000 }; /* ns: a copy of a piece, and being preempted in it */
+        struct view view = end_receives(end);
+        uint64_t begin;
+
+        atomic_store(&view.ring->leave, 1);
+        /* After this, a sender that isn't `busy` will see `leave` before it puts anything. */
+        if (sys_2(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0) < 0)
+                return false;
+        begin = now();
+        while (atomic_load_explicit(&view.ring->busy, memory_order_acquire))
+                if (now() - begin > PATIENCE)
+                        return false;
+        if (atomic_load_explicit(&view.ring->tail, memory_order_acquire) !=
+            atomic_load_explicit(&end->rx.edge, memory_order_relaxed))
+                return false;
+        atomic_store_explicit(&end->rx.phase, PHASE_OVER, memory_order_relaxed);
+        return true;
+}
+
+bool upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
+{
+        uint32_t stage = atomic_load(&end->stage);
+        enum taken rx, tx;
+        bool clean = true;
+
+        if (stage != STAGE_ATTACHED) {
+                poller_leave(fd, key);
+                end_leave(fd, end, key, reason);
+                return true;
+        }
+        rx = lock_take(&end->rx.lock, self());
+        tx = lock_take(&end->tx.lock, self());
+        if (end_is(end, key)) {
+                if (atomic_load(&end->tx.phase) == PHASE_RING)
+                        retreat(fd, end, reason);
+                atomic_store(&end->tx.phase, PHASE_OVER);
+                if (atomic_load(&end->rx.phase) == PHASE_TCP)
+                        atomic_store(&end->rx.phase, PHASE_OVER);
+                else if (atomic_load(&end->rx.phase) != PHASE_OVER)
+                        clean = leave_receiver(end);
+        }
+        lock_release(&end->tx.lock, tx);
+        lock_release(&end->rx.lock, rx);
+        return clean;
+}
+
+void upgrade_close(int fd, struct end *end, uint64_t key)
+{
+        struct linger at_once = {.l_onoff = 1, .l_linger = 0};
+
+        if (!end_is(end, key) || atomic_load(&end->stage) != STAGE_ATTACHED ||
+            atomic_load(&process.local[end_number(end)]) != 1 || end_held_elsewhere(end))
+                return;
+        if (ready_bytes(end) && !atomic_load(&end_receives(end).ring->end))
+                sys_5(SYS_setsockopt, fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
+}
+
+void upgrade_corrupt(int fd, struct end *end)
+{
+        /* A reset, at the next close or by what the kernel gets from now on; both directions are over for us.
+         */
+        struct sockaddr nowhere = {.sa_family = AF_UNSPEC};
+
+        atomic_store(&end->reason, REASON_CORRUPT);
+        atomic_store(&end->tx.phase, PHASE_OVER);
+        atomic_store(&end->rx.phase, PHASE_OVER);
+        sys_3(SYS_connect, fd, &nowhere, sizeof nowhere);
+        statistics_count(&statistics.corrupt);
+        statistics_reason(REASON_CORRUPT);
+}

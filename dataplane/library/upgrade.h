@@ -1,0 +1,41 @@
+/* From TCP to the ring and back: when, and at which byte.
+ *
+ * Before: both directions count what goes over TCP. An end asks the router once the rule is met (settings.h).
+ * When it has a slot, its counters are compared with the kernel's: a difference means that bytes went past
+ * the library (io_uring, raw system calls, the C library's streams), and the connection stays on TCP.
+ *
+ * A receiver then sets `ready`, at a moment when no call that couldn't see the ring waits in the kernel. A
+ * sender that sees it writes down its position as `start`, at a moment when no send is in the kernel, and
+ * goes on in the ring. The receiver takes bytes from TCP up to `start`, never more than were queued before it
+ * last found `start` unset, and then from the ring. So it doesn't matter who attaches first, and whether the
+ * other one ever does.
+ *
+ * Back: the sender writes `end` and goes on over TCP. It does so when the other side asks (`leave`), or when
+ * the kernel says that the peer has closed its side, so that errors and signals are the kernel's own.
+ */
+#ifndef FREEFLOW_UPGRADE_H
+#define FREEFLOW_UPGRADE_H
+
+#include "family.h"
+
+/* Once per call on a connection that isn't attached yet: count, ask, look for the answer. Returns false if
+ * the connection isn't ours to look at any more. */
+bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes);
+struct timeval;
+/* Of a socket option, in ms; 0: none. */
+uint32_t upgrade_timeout(const struct timeval *time);
+/* Under the receiver's lock: become ready if that can be now. */
+void upgrade_receiver(int fd, struct end *end);
+/* Under the sender's lock: go to the ring if that can be now. */
+void upgrade_sender(int fd, struct end *end);
+/* Under the sender's lock: end the ring; bytes go over TCP again. */
+void retreat(int fd, struct end *end, uint32_t reason);
+/* Leave the ring for good, both ways, so that somebody who knows nothing of it can go on with the descriptor.
+ * False: there are bytes in the ring that only we can read. */
+bool upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason);
+/* Before the last close: unread bytes make it a reset, as they do in TCP. */
+void upgrade_close(int fd, struct end *end, uint64_t key);
+/* The other side wrote nonsense: the connection ends as by a reset. */
+void upgrade_corrupt(int fd, struct end *end);
+
+#endif

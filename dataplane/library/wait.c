@@ -1,0 +1,161 @@
+#include "wait.h"
+
+#include "arena.h"
+#include "clock.h"
+#include "ready.h"
+#include "settings.h"
+#include "statistics.h"
+#include "sys.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <time.h>
+
+enum {
+        LOOKS = 16,         /* looks at the ring between looks at the clock */
+        FIRST_NAP = 1,      /* ms, while nobody can ring: doubled each time */
+        LONGEST_NAP = 1000, /* ms, when a bell is there and the other side hasn't fetched it */
+        LONGEST_BLIND = 16, /* ms, when there is no bell */
+        MISSES = 4,         /* waits in a row that spinning didn't shorten: */
+        SELDOM = 32,        /* then only every so many waits spin */
+};
+
+static bool is_there(struct end *end, enum want want)
+{
+        if (want == WANT_BYTES)
+                return ready_bytes(end);
+        return ready_space(end);
+}
+
+/* On the peer's own core, spinning keeps it from what we wait for. */
+static bool wait_pays(const struct end *end, const struct flow *flow, enum want want)
+{
+        struct view view = want == WANT_BYTES ? end_receives(end) : end_sends(end);
+        uint32_t peer = want == WANT_BYTES
+                            ? atomic_load_explicit(&view.ring->sender_cpu, memory_order_relaxed)
+                            : atomic_load_explicit(&view.ring->receiver_cpu, memory_order_relaxed);
+        uint32_t misses = atomic_load_explicit(&flow->misses, memory_order_relaxed);
+
+        if (!settings.spin || !peer || peer == core())
+                return false;
+        return misses < MISSES || misses % SELDOM == 0;
+}
+
+static bool spin(struct end *end, struct flow *flow, enum want want)
+{
+        uint32_t misses = atomic_load_explicit(&flow->misses, memory_order_relaxed);
+        uint64_t start;
+
+        if (!wait_pays(end, flow, want)) {
+                if (misses >= MISSES)
+                        atomic_store_explicit(&flow->misses, misses + 1, memory_order_relaxed);
+                return false;
+        }
+        start = now();
+        do {
+                for (int i = 0; i < LOOKS; i++) {
+                        if (is_there(end, want)) {
+                                atomic_store_explicit(&flow->misses, 0, memory_order_relaxed);
+                                statistics_count(&statistics.spins);
+                                return true;
+                        }
+                        relax();
+                }
+        } while (now() - start < settings.spin * UINT64_C(1000));
+        atomic_store_explicit(&flow->misses, misses + 1, memory_order_relaxed);
+        return false;
+}
+
+/* Would the kernel have gone on with the call after the handler that has just run? It would if the handler
+ * was installed with SA_RESTART, which one of them we can't see. */
+static bool is_restarted(void)
+{
+        struct sigaction action;
+        bool restarting = false;
+
+        for (int number = 1; number <= SIGRTMAX; number++) {
+                if (number == SIGKILL || number == SIGSTOP || real()->sigaction(number, NULL, &action) < 0)
+                        continue;
+                if (action.sa_handler == SIG_DFL || action.sa_handler == SIG_IGN)
+                        continue;
+                if (!(action.sa_flags & SA_RESTART))
+                        return false;
+                restarting = true;
+        }
+        return restarting;
+}
+
+int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *deadline, bool *news)
+{
+        struct flow *flow = want == WANT_BYTES ? &end->rx : &end->tx;
+        uint32_t timeout = atomic_load_explicit(&flow->timeout, memory_order_relaxed);
+        uint32_t arena = atomic_load_explicit(&end->arena, memory_order_relaxed);
+        uint32_t side = atomic_load_explicit(&end->side, memory_order_relaxed);
+        int nap = FIRST_NAP, outcome = 0, saved = *__errno_location();
+        struct waiters *waiters;
+        struct pollfd polled[2] = {{.fd = fd}, {.fd = -1, .events = POLLIN}};
+        int bell;
+
+        if (timeout && !*deadline)
+                *deadline = now() + timeout * UINT64_C(1000000);
+        if (spin(end, flow, want))
+                return 0;
+        statistics_count(&statistics.sleeps);
+        waiters = want == WANT_BYTES ? &end_receives(end).ring->receivers : &end_sends(end).ring->senders;
+        polled[0].events = want == WANT_BYTES ? POLLIN | POLLRDHUP : POLLRDHUP;
+        bell = bell_take(arena);
+        if (bell >= 0)
+                polled[1].fd = bell_descriptor(arena, bell);
+        for (;;) {
+                int64_t left = -1; /* ns; -1: for ever */
+                struct timespec time;
+                int got;
+
+                if (want == WANT_SPACE)
+                        atomic_store_explicit(&end_sends(end).ring->room, ready_threshold(),
+                                              memory_order_relaxed);
+                if (bell >= 0)
+                        wait_begin(waiters, bell);
+                if (is_there(end, want) || !end_is(end, key))
+                        break;
+                if (*deadline) {
+                        uint64_t time_now = now();
+
+                        if (time_now >= *deadline) {
+                                outcome = -EAGAIN;
+                                break;
+                        }
+                        left = (int64_t)(*deadline - time_now);
+                }
+                if (bell < 0 || !bell_is_known(arena, side, bell)) {
+                        int longest = bell < 0 ? LONGEST_BLIND : LONGEST_NAP;
+
+                        if (left < 0 || left > nap * INT64_C(1000000))
+                                left = nap * INT64_C(1000000);
+                        nap = nap * 2 < longest ? nap * 2 : longest;
+                }
+                time.tv_sec = left / 1000000000;
+                time.tv_nsec = left % 1000000000;
+                got = real()->ppoll(polled, 2, left < 0 ? NULL : &time, NULL);
+                if (got < 0) {
+                        if (*__errno_location() == EINTR && !*deadline && is_restarted())
+                                continue;
+                        outcome = -*__errno_location();
+                        break;
+                }
+                if (got == 0)
+                        continue;
+                if (polled[1].revents)
+                        bell_silence(polled[1].fd);
+                if (polled[0].revents)
+                        *news = true;
+                break;
+        }
+        if (bell >= 0) {
+                wait_end(waiters, bell);
+                bell_return(arena, bell);
+        }
+        *__errno_location() = saved;
+        return outcome;
+}

@@ -1,0 +1,15 @@
+/* How a thread waits for one connection: spins while that pays, then sleeps until its bell rings or TCP has
+ * news. */
+#ifndef FREEFLOW_WAIT_H
+#define FREEFLOW_WAIT_H
+
+#include "family.h"
+
+enum want { WANT_BYTES, WANT_SPACE };
+
+/* Returns 0 when it's worth looking again, or a negative errno: -EINTR, -EAGAIN (the socket's timeout has
+ * passed). `deadline`: 0 before the first wait of a call; kept by the caller. `news`: set when TCP has
+ * something. */
+int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *deadline, bool *news);
+
+#endif
