@@ -6,7 +6,8 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -14,15 +15,31 @@ from typing import Final
 
 import click
 
-from bench import bed, control, image, load, machine, quick, report, rounds, stats, subjects
+from bench import (
+    bed,
+    control,
+    image,
+    load,
+    machine,
+    quick,
+    report,
+    rounds,
+    samehost,
+    stats,
+    subjects,
+)
+from bench.choice import pick
 from bench.errors import BenchError
 from bench.place import CONGESTION_CONTROL, congestion_control_allowed
-from bench.stats import Row
+from bench.stats import FREEFLOW, FREEFLOW_PLAIN, HOST, LOCAL_SUBJECTS, Row
 from tests.testbed.process import BedInUseError, CommandError
 
 SUITES: Final = ("same-host", "cross-host", "control")
 BUDGET: Final = 420.0
 """Seconds of a suite in which rounds may begin: with setting up and cleaning up, less than ten minutes."""
+LOCAL_BUDGET: Final = 500.0
+"""Seconds of `same-host` in which all its runs end."""
+LOCAL_SECONDS: Final = 0.4
 
 
 def progress(start: float) -> Callable[[str], None]:
@@ -32,24 +49,81 @@ def progress(start: float) -> Callable[[str], None]:
     return say
 
 
-def data_path(
-    client: bed.Host,
-    server: bed.Host,
-    manager: bed.Host,
-    chosen: tuple[str, ...],
-    rounds_: int,
-    seconds: float,
-    order: random.Random,
-    say: Callable[[str], None],
-    enough: Callable[[], bool],
-) -> dict[str, Row]:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a suite is run: by whom it was asked for, on which hosts."""
+
+    manager: bed.Host
+    worker: bed.Host
+    subjects: tuple[str, ...]
+    patterns: tuple[str, ...]
+    rounds: int
+    seconds: float | None
+    order: random.Random
+    say: Callable[[str], None]
+    absent: dict[str, str]
+
+    def enough(self) -> Callable[[], bool]:
+        return partial(_past, time.monotonic() + BUDGET)
+
+
+def same_host(plan: Plan) -> Mapping[str, Row]:
+    """With the library, if the plugin has put one on the host."""
+    library = plan.manager.root / str(subjects.LIBRARY).lstrip("/")
+    some = [one for one in plan.subjects if one in (*subjects.DRIVERS, FREEFLOW_PLAIN, HOST)]
+    if FREEFLOW in some and not library.exists():
+        why = f"the plugin has put no library at {subjects.LIBRARY}"
+        plan.absent[FREEFLOW] = why
+        plan.say(f"no {FREEFLOW}: {why}")
+        some.remove(FREEFLOW)
     with (
         congestion_control_allowed(),
-        subjects.networks(manager, chosen),
-        subjects.pairs(client, server, chosen, image.IMAGE) as pairs,
+        subjects.networks(plan.manager, some),
+        subjects.pairs(plan.manager, plan.manager, some, image.IMAGE, accelerated=True) as pairs,
     ):
-        samples = rounds.interleaved(load.loads(), pairs, rounds_, seconds, order, say, enough)
+        return samehost.SameHost(
+            (*pairs, *subjects.limits(pairs, plan.subjects)),
+            pick(plan.patterns, samehost.case_names()),
+            plan.rounds,
+            plan.seconds or LOCAL_SECONDS,
+            LOCAL_BUDGET,
+            plan.order,
+            plan.say,
+        ).measure()
+
+
+def cross_host(plan: Plan) -> Mapping[str, Row]:
+    some = tuple(one for one in plan.subjects if one in stats.SUBJECTS)
+    names = pick(plan.patterns, [one.name for one in load.loads()])
+    with (
+        congestion_control_allowed(),
+        subjects.networks(plan.manager, some),
+        subjects.pairs(plan.manager, plan.worker, some, image.IMAGE) as pairs,
+    ):
+        samples = rounds.interleaved(
+            [one for one in load.loads() if one.name in names],
+            pairs,
+            plan.rounds,
+            plan.seconds or 1.0,
+            plan.order,
+            plan.say,
+            plan.enough(),
+        )
         return rounds.rows(samples)
+
+
+def control_plane(plan: Plan) -> Mapping[str, Row]:
+    some = tuple(one for one in plan.subjects if one in stats.SUBJECTS)
+    return control.Control(
+        plan.manager, some, image.IMAGE, plan.rounds, plan.order, plan.say, plan.enough()
+    ).measure()
+
+
+MEASURE: Final[dict[str, Callable[[Plan], Mapping[str, Row]]]] = {
+    "same-host": same_host,
+    "cross-host": cross_host,
+    "control": control_plane,
+}
 
 
 def _past(moment: float) -> bool:
@@ -72,8 +146,13 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     show_default=True,
     help="Runs per subject and case, if they fit in the time.",
 )
-@click.option("--seconds", default=1.0, show_default=True, help="Length of a run.")
-@click.option("--subjects", "chosen", default=",".join(stats.SUBJECTS), show_default=True)
+@click.option(
+    "--seconds",
+    type=float,
+    help=f"Length of a run; 1, and {LOCAL_SECONDS:g} of same-host, where a program allows it.",
+)
+@click.option("--cases", default="*", show_default=True, help="Patterns, with commas between.")
+@click.option("--subjects", "chosen", default=",".join(LOCAL_SUBJECTS), show_default=True)
 @click.option("--engine", default="26.1", show_default=True, help="Engine of both hosts.")
 @click.option(
     "--plugin", type=click.Path(path_type=Path), default=bed.PLUGIN_DIR, help="Built plugin."
@@ -85,7 +164,8 @@ def main(
     out: Path | None,
     table: Path | None,
     rounds_: int,
-    seconds: float,
+    seconds: float | None,
+    cases: str,
     chosen: str,
     engine: str,
     plugin: Path,
@@ -95,10 +175,15 @@ def main(
     say = progress(time.monotonic())
     order = random.Random(seed)
     wanted = tuple(chosen.split(","))
-    unknown = set(wanted) - set(stats.SUBJECTS)
+    unknown = set(wanted) - set(LOCAL_SUBJECTS)
     if unknown:
-        raise click.BadParameter(f"{', '.join(unknown)}: known are {', '.join(stats.SUBJECTS)}")
-    needs_plugin = stats.FREEFLOW in wanted
+        raise click.BadParameter(f"{', '.join(unknown)}: known are {', '.join(LOCAL_SUBJECTS)}")
+    suites = SUITES if suite == "all" else (suite,)
+    if suite == "all" and cases != "*":
+        raise click.BadParameter("--cases is for one suite")
+    if suite == "same-host":
+        pick(cases.split(","), samehost.case_names())
+    needs_plugin = FREEFLOW in wanted or FREEFLOW_PLAIN in wanted
     if needs_plugin and not (plugin / "config.json").exists():
         raise click.ClickException(f"no plugin in {plugin}: run make plugin first")
     before = machine.describe([], CONGESTION_CONTROL, rounds_, seconds)
@@ -106,21 +191,14 @@ def main(
     try:
         with bed.two_hosts(engine, plugin if needs_plugin else None, say) as (manager, worker):
             engines = [host.engine.version() for host in (manager, worker)]
-            for name in SUITES if suite == "all" else (suite,):
+            plan = Plan(
+                *(manager, worker, wanted, tuple(cases.split(",")), rounds_, seconds),
+                *(order, say, before["absent"]),
+            )
+            for name in suites:
                 say(name)
-                end = time.monotonic() + BUDGET
-                enough = partial(_past, end)
-                if name == "control":
-                    found = control.Control(
-                        manager, wanted, image.IMAGE, rounds_, order, say, enough
-                    ).measure()
-                else:
-                    server = manager if name == "same-host" else worker
-                    found = data_path(
-                        manager, server, manager, wanted, rounds_, seconds, order, say, enough
-                    )
                 prefix = f"{name}/" if suite == "all" else ""
-                results |= {prefix + case: row for case, row in found.items()}
+                results |= {prefix + case: row for case, row in MEASURE[name](plan).items()}
     except (BenchError, BedInUseError, CommandError, TimeoutError) as error:
         raise click.ClickException(str(error)) from error
     before["engines"] = sorted(set(engines))

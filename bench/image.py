@@ -21,7 +21,7 @@ from bench.place import TOOLS, run
 IMAGE: Final = "freeflow-bench:latest"
 PACKAGES: Final = (
     *("ca-certificates", "curl", "iperf3", "iproute2", "iputils-ping"),
-    *("nginx-light", "redis-server", "redis-tools", "wrk"),
+    *("memcached", "nginx-light", "postgresql", "redis-server", "redis-tools", "wrk"),
 )
 MIRROR: Final = Path(__file__).resolve().parents[1] / "plugin/image/mirror.sh"
 """Says which Debian archive this machine uses."""

@@ -21,7 +21,10 @@ class Machine(TypedDict):
     engines: list[str]
     congestion_control: str
     rounds: int
-    seconds: float
+    seconds: float | None
+    """None: each suite's own."""
+    absent: dict[str, str]
+    """Subject -> why it wasn't measured."""
 
 
 def cpu_model(cpuinfo: str) -> str:
@@ -33,7 +36,7 @@ def cpu_model(cpuinfo: str) -> str:
 
 
 def describe(
-    engines: Iterable[str], congestion_control: str, rounds: int, seconds: float
+    engines: Iterable[str], congestion_control: str, rounds: int, seconds: float | None
 ) -> Machine:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(
@@ -48,4 +51,5 @@ def describe(
         congestion_control=congestion_control,
         rounds=rounds,
         seconds=seconds,
+        absent={},
     )

@@ -92,6 +92,8 @@ class Measure:
     """Whether its connections live long enough to be upgraded."""
     calibrate: bool = False
     """Whether the first run only finds how much fits in the time."""
+    in_suite: bool = True
+    """Whether it is in the suite `same-host`, not only in `quick`."""
 
 
 def _pingpong(kind: str, size: int) -> Callable[[Call], Seen]:
@@ -203,6 +205,7 @@ def _trip(name: str, size: int, kind: Kind, cores: tuple[int, int], about: str) 
         ALL if apart and word == "stream" else SOCKETS,
         (cores[0],),
         (cores[1],),
+        in_suite=size == 64,
     )
 
 
@@ -254,7 +257,8 @@ def _memcached_of(clients: int) -> Measure:
         f"memcached with 2 threads, get of 100 bytes, {clients} connections, every answer compared"
     )
     case = Case(f"memcached_c{clients}", "requests/s", True, about)
-    return Measure(case, MEMCACHED, _memcached(clients), "request", SOCKETS)
+    call = _memcached(clients)
+    return Measure(case, MEMCACHED, call, "request", SOCKETS, in_suite=clients > 1)
 
 
 def _pgbench_of(clients: int) -> Measure:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import TypedDict
+from typing import TypedDict, TypeGuard
 
 from bench.machine import Machine
-from bench.stats import Row
+from bench.stats import LocalRow, Row
 
 HEADER = ("case", "unit", "freeflow", "overlay", "host", "to overlay", "to host", "spread", "runs")
 
 
+LOCAL_HEADER = (
+    *("case", "unit", "freeflow", "plain", "overlay", "host", "af_unix", "ring"),
+    *("to overlay", "to plain", "cpu to overlay", "upgraded", "spread", "runs"),
+)
+
+
 class Report(TypedDict):
     machine: Machine
-    results: dict[str, Row]
+    results: Mapping[str, Row | LocalRow]
 
 
 def as_json(report: Report) -> str:
@@ -44,8 +50,7 @@ def percent(value: float | None) -> str:
 def lines(rows: Mapping[str, Row]) -> list[tuple[str, ...]]:
     return [
         (
-            name,
-            row["unit"] + (" (less is better)" if row["better"] == "less" else ""),
+            *_named(name, row),
             number(row["freeflow"]),
             number(row["overlay"]),
             number(row["host"]),
@@ -56,6 +61,35 @@ def lines(rows: Mapping[str, Row]) -> list[tuple[str, ...]]:
         )
         for name, row in rows.items()
     ]
+
+
+def local_lines(rows: Mapping[str, LocalRow]) -> list[tuple[str, ...]]:
+    return [
+        (
+            *_named(name, row),
+            number(row["freeflow"]),
+            number(row["freeflow_plain"]),
+            number(row["overlay"]),
+            number(row["host"]),
+            number(row["af_unix"]),
+            number(row["ring"]),
+            times(row["ratio_to_overlay"]),
+            times(row["ratio_to_plain"]),
+            times(row["cpu_ratio_to_overlay"]),
+            percent(row["upgraded"]),
+            percent(row["spread"]),
+            str(row["runs"]),
+        )
+        for name, row in rows.items()
+    ]
+
+
+def _named(name: str, row: Row) -> tuple[str, str]:
+    return name, row["unit"] + (" (less is better)" if row["better"] == "less" else "")
+
+
+def is_local(row: Row | LocalRow) -> TypeGuard[LocalRow]:
+    return "freeflow_plain" in row
 
 
 def columns(
@@ -87,5 +121,15 @@ def as_table(report: Report) -> str:
         f"load before: {machine['load']:.2f}; TCP {machine['congestion_control']}\n"
         "Medians; spread is IQR / median, the widest of the subjects. Ratios: freeflow / other.\n"
     )
+    absent = "".join(f"no {name}: {why}\n" for name, why in machine["absent"].items())
+    local = {name: row for name, row in report["results"].items() if is_local(row)}
+    others = {name: row for name, row in report["results"].items() if not is_local(row)}
+    tables = [columns(LOCAL_HEADER, local_lines(local))] if local else []
+    tables += [columns(HEADER, lines(others))] if others else []
     notes = "".join(f"{name}: {row['about']}\n" for name, row in report["results"].items())
-    return about + "\n" + columns(HEADER, lines(report["results"])) + "\n" + notes
+    failed = "".join(
+        f"failed: {name} on {subject}: {why}\n"
+        for name, row in local.items()
+        for subject, why in row["failed"].items()
+    )
+    return "\n".join([about + absent, *tables, notes + failed])

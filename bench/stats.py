@@ -15,6 +15,12 @@ FREEFLOW: Final = "freeflow"
 OVERLAY: Final = "overlay"
 HOST: Final = "host"
 SUBJECTS: Final = (FREEFLOW, OVERLAY, HOST)
+FREEFLOW_PLAIN: Final = "freeflow_plain"
+"""Without the library."""
+AF_UNIX: Final = "af_unix"
+RING: Final = "ring"
+"""A bare one in shared memory."""
+LOCAL_SUBJECTS: Final = (FREEFLOW, FREEFLOW_PLAIN, OVERLAY, HOST, AF_UNIX, RING)
 
 Samples = Mapping[str, Sequence[float]]
 """Subject -> one figure per run."""
@@ -44,6 +50,21 @@ class Row(TypedDict):
     spread: float | None
     spread_of: dict[str, float | None]
     runs: int
+
+
+class LocalRow(Row):
+    """A row of the suite `same-host`. `upgraded` is the share of freeflow's connections that went to shared memory."""
+
+    freeflow_plain: float | None
+    af_unix: float | None
+    ring: float | None
+    ratio_to_plain: float | None
+    cpu: dict[str, float]
+    cpu_unit: str | None
+    cpu_ratio_to_overlay: float | None
+    upgraded: float | None
+    samples: dict[str, list[float]]
+    failed: dict[str, str]
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
@@ -91,4 +112,30 @@ def row(case: Case, samples: Samples, percent: float = 50) -> Row:
         spread=max(known) if known else None,
         spread_of=spreads,
         runs=max((len(values) for values in samples.values()), default=0),
+    )
+
+
+def local_row(
+    case: Case,
+    samples: Samples,
+    cpu: Mapping[str, float],
+    cpu_unit: str | None,
+    upgraded: float | None,
+    failed: Mapping[str, str],
+) -> LocalRow:
+    """The row of `case`, with the subjects that only `same-host` has."""
+    made = row(case, samples)
+    middle = {name: statistics.median(some) for name, some in samples.items() if some}
+    return LocalRow(
+        **made,
+        freeflow_plain=middle.get(FREEFLOW_PLAIN),
+        af_unix=middle.get(AF_UNIX),
+        ring=middle.get(RING),
+        ratio_to_plain=ratio(made["freeflow"], middle.get(FREEFLOW_PLAIN)),
+        cpu=dict(cpu),
+        cpu_unit=cpu_unit,
+        cpu_ratio_to_overlay=ratio(cpu.get(FREEFLOW), cpu.get(OVERLAY)),
+        upgraded=upgraded,
+        samples={name: list(some) for name, some in samples.items()},
+        failed=dict(failed),
     )

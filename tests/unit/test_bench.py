@@ -30,6 +30,7 @@ MACHINE = Machine(
     congestion_control="cubic",
     rounds=3,
     seconds=2.0,
+    absent={},
 )
 
 

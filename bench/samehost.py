@@ -1,0 +1,195 @@
+"""The suite `same-host`: connections between containers of one host, with the library and without it.
+
+Subjects are `freeflow` (with the library, by mount and LD_PRELOAD as the docs say), `freeflow_plain` (the same network
+without it), Docker's `overlay`, the host's network, and as limits AF_UNIX and a bare ring in shared memory. A program
+that fails on a subject leaves out that figure, and the row says why; all others are measured.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from bench import idle, load
+from bench.errors import ProgramError
+from bench.load import Load
+from bench.measures import Measure, measures
+from bench.place import RING, TCP, Pair
+from bench.rounds import Say
+from bench.sampling import Sample, sample
+from bench.servers import Servers
+from bench.stats import Case, LocalRow, local_row
+
+OLD_CASES: Final = (load.STREAM_1, load.STREAM_4, load.TCP_RR, load.UDP_RR, load.CPU)
+OLD_LOADS: Final = ("stream_1", "stream_4", "tcp_rr", "udp_rr")
+"""Loads that give them, in every other round; the other loads of `bench/load.py` have a namesake here."""
+CPU_OF: Final = ("redis_p1_c1", "redis_p1_c50", "redis_p16_c50", "memcached_c50")
+"""Cases whose CPU time per unit has a row of its own."""
+CALIBRATION: Final = 0.15
+LAST: Final = 30.0
+"""Seconds kept for the idle connections, which come last, once."""
+
+
+@dataclass(slots=True)
+class Figures:
+    """Of one case, subject by subject: a figure for each run, its CPU time per unit; and what was upgraded."""
+
+    case: Case
+    cpu_of: str | None = None
+    figures: dict[str, list[float]] = field(default_factory=dict)
+    cpu_us: dict[str, list[float]] = field(default_factory=dict)
+    upgraded: list[float] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def keep(self, subject: str, one: Sample) -> None:
+        self.figures.setdefault(subject, []).append(one.figure)
+        if one.cpu_us is not None:
+            self.cpu_us.setdefault(subject, []).append(one.cpu_us)
+        if one.upgraded is not None:
+            self.upgraded.append(one.upgraded)
+
+    def row(self) -> LocalRow:
+        return local_row(
+            self.case,
+            self.figures,
+            {name: statistics.median(some) for name, some in self.cpu_us.items()},
+            f"us/{self.cpu_of}" if self.cpu_of else None,
+            statistics.median(self.upgraded) if self.upgraded else None,
+            self.failed,
+        )
+
+    def cpu_row(self) -> LocalRow:
+        """The row of the CPU time itself."""
+        about = f"CPU time of both ends in {self.case.name}"
+        case = Case(f"{self.case.name}_cpu", f"us/{self.cpu_of}", False, about)
+        return Figures(case, None, self.cpu_us, {}, self.upgraded, self.failed).row()
+
+
+def case_names() -> list[str]:
+    """All cases that can be picked."""
+    measured = (one.case for one in measures() if one.in_suite)
+    return [case.name for case in (*measured, *idle.CASES, *OLD_CASES)]
+
+
+@dataclass(slots=True)
+class SameHost:
+    """One run of the suite: rounds until `rounds` are made or another wouldn't end in `budget` seconds."""
+
+    pairs: Sequence[Pair]
+    names: Sequence[str]
+    rounds: int
+    seconds: float
+    budget: float
+    order: random.Random
+    say: Say
+    clock: Callable[[], float] = time.monotonic
+    found: dict[str, Figures] = field(default_factory=dict)
+
+    def measure(self) -> dict[str, LocalRow]:
+        chosen = [one for one in measures() if one.in_suite and one.case.name in self.names]
+        olds = [case for case in OLD_CASES if case.name in self.names]
+        idling = [case for case in idle.CASES if case.name in self.names]
+        for one in chosen:
+            self.found[one.case.name] = Figures(one.case, one.cpu_of)
+        for case in (*idling, *olds):
+            self.found[case.name] = Figures(case)
+        start = self.clock()
+        with Servers() as servers:
+            for one in chosen:
+                if one.calibrate:
+                    self._each(one, servers, CALIBRATION, None)
+            longest = 0.0
+            for number in range(self.rounds):
+                begun = self.clock()
+                if number and begun + longest + LAST > start + self.budget:
+                    self.say(f"no time for more than {number} of {self.rounds} rounds")
+                    break
+                for one in chosen:
+                    self._each(one, servers, self.seconds, f"round {number + 1}/{self.rounds}")
+                if number % 2 == 0 and olds:
+                    self._old(f"round {number + 1}/{self.rounds}")
+                longest = max(longest, self.clock() - begun)
+            if idling:
+                self._idle(servers)
+        return self._rows()
+
+    def _rows(self) -> dict[str, LocalRow]:
+        rows = {}
+        for name, figures in self.found.items():
+            rows[name] = figures.row()
+            if name in CPU_OF:
+                made = figures.cpu_row()
+                rows[f"{name}_cpu"] = made
+        return rows
+
+    def _in_turn(self, transports: Iterable[str]) -> list[Pair]:
+        able = [pair for pair in self.pairs if pair.transport in transports]
+        return self.order.sample(able, len(able))
+
+    def _try(self, names: Sequence[str], pair: Pair, work: Callable[[], None]) -> None:
+        """Do it unless it has failed before."""
+        mine = [self.found[name] for name in names if name in self.found]
+        if any(pair.subject in figures.failed for figures in mine):
+            return
+        try:
+            work()
+        except ProgramError as error:
+            self.say(f"FAILED: {names[0]} on {pair.subject}: {error}")
+            for figures in mine:
+                figures.failed[pair.subject] = str(error)
+
+    def _each(self, one: Measure, servers: Servers, seconds: float, label: str | None) -> None:
+        name = one.case.name
+        for pair in self._in_turn(one.transports):
+
+            def work(pair: Pair = pair) -> None:
+                got = sample(one, pair, servers, seconds)
+                if label is None:
+                    return
+                self.found[name].keep(pair.subject, got)
+                share = "" if got.upgraded is None else f", upgraded {got.upgraded:.0%}"
+                cost = "" if got.cpu_us is None else f", {got.cpu_us:.4g} us/{one.cpu_of}"
+                self.say(f"{label}  {pair.subject:<14} {name} {got.figure:.5g}{cost}{share}")
+                if one.upgraded and got.upgraded is not None and got.upgraded < 0.5:
+                    self.say(f"NOT UPGRADED: {name}: its figure isn't one of shared memory")
+
+            self._try([name], pair, work)
+
+    def _old(self, label: str) -> None:
+        loads = [one for one in load.loads() if one.name in OLD_LOADS]
+        for one in loads:
+            names = [case.name for case in OLD_CASES if case.name.startswith(one.name)]
+            if one.name == "stream_1":
+                names.append(load.CPU.name)
+            if not any(name in self.found for name in names):
+                continue
+            for pair in self._in_turn({TCP}):
+
+                def work(pair: Pair = pair, one: Load = one) -> None:
+                    figures = one.run(pair, self.seconds)
+                    for case, figure in figures.items():
+                        if case in self.found:
+                            self.found[case].keep(pair.subject, Sample(figure, None, None))
+                    told = ", ".join(f"{case} {figure:.5g}" for case, figure in figures.items())
+                    self.say(f"{label}  {pair.subject:<14} {told}")
+
+                self._try(names, pair, work)
+
+    def _idle(self, servers: Servers) -> None:
+        names = [case.name for case in idle.CASES]
+        for pair in self._in_turn({pair.transport for pair in self.pairs} - {RING}):
+
+            def work(pair: Pair = pair) -> None:
+                got = idle.idle(pair, servers)
+                for name in names:
+                    if name in self.found:
+                        one = Sample(got.figures[name], None, got.upgraded)
+                        self.found[name].keep(pair.subject, one)
+                told = ", ".join(f"{name} {figure:.4g}" for name, figure in got.figures.items())
+                self.say(f"{pair.subject:<14} {told}")
+
+            self._try(names, pair, work)
