@@ -17,7 +17,7 @@ from dataplane.errors import DataplaneError, RouterAway
 CONTROL: Final = Path("/run/freeflow-admin/router.sock")
 
 _CHUNK: Final = 1 << 18
-R = TypeVar("R", control.Done, control.Statistics, control.Connections)
+R = TypeVar("R", control.Done, control.Statistics, control.Connections, control.Paths)
 
 
 class RouterClient:
@@ -38,6 +38,10 @@ class RouterClient:
     def connections(self, namespace: int | None = None) -> control.Connections:
         """The list of connections; of one namespace, or all. Raises DataplaneError."""
         return self._ask(control.AskConnections(namespace=namespace), control.Connections)
+
+    def paths(self) -> control.Paths:
+        """How many connections take which path, and why. Raises DataplaneError."""
+        return self._ask(control.AskPaths(), control.Paths)
 
     def _ask(self, request: control.Request, kind: type[R]) -> R:
         try:

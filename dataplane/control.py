@@ -97,6 +97,10 @@ class AskConnections(msgspec.Struct, frozen=True, kw_only=True, tag="connections
     namespace: int | None = None
 
 
+class AskPaths(msgspec.Struct, frozen=True, tag="paths"):
+    """How many connections take which path, and why."""
+
+
 class Done(msgspec.Struct, frozen=True, tag="done"):
     """The snapshot is in force."""
 
@@ -172,5 +176,20 @@ class Connections(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
     """Word to sentence, of those that appear."""
 
 
-Request = Learn | AskStatistics | AskConnections
-Reply = Done | Failed | Statistics | Connections
+class PathCount(msgspec.Struct, frozen=True, kw_only=True):
+    """So many ends of connections in containers of this host."""
+
+    network: str
+    path: str
+    reason: str | None
+    count: int
+
+
+class Paths(msgspec.Struct, frozen=True, kw_only=True, tag="paths"):
+    """Answer to AskPaths."""
+
+    paths: tuple[PathCount, ...]
+
+
+Request = Learn | AskStatistics | AskConnections | AskPaths
+Reply = Done | Failed | Statistics | Connections | Paths

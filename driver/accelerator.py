@@ -11,11 +11,19 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import structlog
 
-from dataplane.control import Connections, EndpointFact, Learn, NetworkFact, Settings, Statistics
+from dataplane.control import (
+    Connections,
+    EndpointFact,
+    Learn,
+    NetworkFact,
+    Paths,
+    Settings,
+    Statistics,
+)
 from dataplane.errors import DataplaneError
 from driver.errors import RouterError
 from driver.kernel.namespace import is_namespace
@@ -24,6 +32,8 @@ from driver.model import Endpoint, Network
 from driver.store import Store
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 GATHER: Final = 0.02
 """Seconds for which changes are gathered: many come together."""
@@ -45,6 +55,8 @@ class Router(Protocol):
     def statistics(self) -> Statistics: ...
 
     def connections(self, namespace: int | None = None) -> Connections: ...
+
+    def paths(self) -> Paths: ...
 
 
 class Sandboxes(Protocol):
@@ -240,14 +252,19 @@ class Accelerator:
 
     def statistics(self) -> Statistics:
         """The router's counts. Raises RouterError."""
-        try:
-            return self._router.statistics()
-        except DataplaneError as error:
-            raise RouterError(f"{error}; it is started again by itself, see its log") from error
+        return _answer(self._router.statistics)
 
     def connections(self) -> Connections:
         """Which path each connection takes. Raises RouterError."""
-        try:
-            return self._router.connections()
-        except DataplaneError as error:
-            raise RouterError(f"{error}; it is started again by itself, see its log") from error
+        return _answer(self._router.connections)
+
+    def paths(self) -> Paths:
+        """How many take which. Raises RouterError."""
+        return _answer(self._router.paths)
+
+
+def _answer(ask: Callable[[], T]) -> T:
+    try:
+        return ask()
+    except DataplaneError as error:
+        raise RouterError(f"{error}; journalctl -u docker | grep router says why") from error

@@ -2,6 +2,7 @@
 
 GET  /admin/status    `status.Status` as JSON
 POST /admin/ping      {"address": …, "count": …} → `ping.PingResult`
+GET  /admin/connections  `dataplane.control.Connections`
 GET  /admin/metrics   Prometheus text
 """
 
@@ -15,6 +16,7 @@ import structlog
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
+from dataplane.control import Connections
 from driver.errors import FreeFlowError, InvalidRequest, NotFound
 from plugin.metrics import render
 from plugin.ping import PingRequest
@@ -27,7 +29,11 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value) + b"\n", status, content_type="application/json")
 
 
-def create_admin(snapshot: Callable[[], Status], ping: Callable[[PingRequest], Any]) -> Flask:
+def create_admin(
+    snapshot: Callable[[], Status],
+    ping: Callable[[PingRequest], Any],
+    connections: Callable[[], Connections],
+) -> Flask:
     """The app; errors are `{"error": text}`."""
     app = Flask("freeflow-admin", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = 4096
@@ -43,6 +49,10 @@ def create_admin(snapshot: Callable[[], Status], ping: Callable[[PingRequest], A
         except msgspec.DecodeError as error:
             raise InvalidRequest(f"ping: {error}") from error
         return _json(ping(wanted))
+
+    @app.get("/admin/connections")
+    def list_connections() -> Response:
+        return _json(connections())
 
     @app.get("/admin/metrics")
     def metrics() -> Response:

@@ -1,4 +1,4 @@
-"""What status and ping ask of the kernel and of the sync loop. Each has one real implementation, and a fake in tests."""
+"""What status and ping ask of the kernel, of the sync loop and of the router. Each has one real implementation, and a fake in tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from dataplane.control import Connections, Paths, Statistics
 from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, EngineView, IPAddress
 from driver.sync import NetworkState
@@ -21,6 +22,16 @@ class KernelFacts(Protocol):
     def spoofed(self) -> dict[str, int]: ...
 
     def locate(self, network_id: str, mac: str) -> IPAddress | None: ...
+
+
+class RouterFacts(Protocol):
+    """See `driver.accelerator.Accelerator`. All raise RouterError."""
+
+    def statistics(self) -> Statistics: ...
+
+    def connections(self) -> Connections: ...
+
+    def paths(self) -> Paths: ...
 
 
 class SyncFacts(Protocol):

@@ -6,7 +6,7 @@ The exporter, the documentation and the Grafana board are made from it, so they 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 from wsgiref.simple_server import WSGIServer
@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import start_http_server
 from prometheus_client.registry import Collector
 
-from plugin.status import NetworkStatus, Status
+from plugin.status import NetworkStatus, RouterStatus, Status
 
 log = structlog.get_logger()
 
@@ -56,6 +56,23 @@ def _per_network(value: Callable[[NetworkStatus], float]) -> Callable[[Status], 
 
 def _synced(status: Status) -> Iterable[Sample]:
     return [((title,), n.synced) for title, n in _titled(status) if n.synced is not None]
+
+
+def _router(status: Status) -> RouterStatus:
+    return status.router or RouterStatus(up=False)
+
+
+def _paths(status: Status) -> Iterable[Sample]:
+    titles = {network.id: title for title, network in _titled(status)}
+    return [
+        ((titles[each.network], each.path, each.reason), float(each.count))
+        for each in _router(status).paths
+        if each.network in titles
+    ]
+
+
+def _reasons(counts: Mapping[str, int]) -> Iterable[Sample]:
+    return [((word,), float(count)) for word, count in sorted(counts.items())]
 
 
 METRICS: Final = (
@@ -178,6 +195,70 @@ METRICS: Final = (
         "",
         ("network",),
         _per_network(lambda network: network.spoofed),
+    ),
+    MetricSpec(
+        "freeflow_router_up",
+        "gauge",
+        "1 if the router of accelerated connections answers",
+        "",
+        (),
+        lambda status: [((), float(_router(status).up))],
+    ),
+    MetricSpec(
+        "freeflow_connections",
+        "gauge",
+        "Ends of TCP connections of this host's containers, by path, and why not shm",
+        "",
+        ("network", "path", "reason"),
+        _paths,
+    ),
+    MetricSpec(
+        "freeflow_router_processes",
+        "gauge",
+        "Processes that run with the library",
+        "",
+        (),
+        lambda status: [((), float(_router(status).processes))],
+    ),
+    MetricSpec(
+        "freeflow_shared_memory_bytes",
+        "gauge",
+        "Shared memory that connections use",
+        "bytes",
+        (),
+        lambda status: [((), float(_router(status).memory))],
+    ),
+    MetricSpec(
+        "freeflow_upgrades",
+        "counter",
+        "Connections that got shared memory",
+        "",
+        (),
+        lambda status: [((), float(_router(status).granted))],
+    ),
+    MetricSpec(
+        "freeflow_refusals",
+        "counter",
+        "Connections that the router refused shared memory, by reason",
+        "",
+        ("reason",),
+        lambda status: _reasons(_router(status).refused),
+    ),
+    MetricSpec(
+        "freeflow_retreats",
+        "counter",
+        "Connections whose library stays on TCP or went back to it, by reason",
+        "",
+        ("reason",),
+        lambda status: _reasons(_router(status).noted),
+    ),
+    MetricSpec(
+        "freeflow_wrong_messages",
+        "counter",
+        "Messages to the router that aren't in the protocol",
+        "",
+        (),
+        lambda status: [((), float(_router(status).wrong_messages))],
     ),
     MetricSpec(
         "freeflow_requests",

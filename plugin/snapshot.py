@@ -10,11 +10,11 @@ import msgspec
 
 from driver import names
 from driver.driver import Driver
-from driver.errors import FreeFlowError, SettingError
+from driver.errors import FreeFlowError, RouterError, SettingError
 from driver.model import Endpoint, Network
 from driver.sync import NetworkState
 from plugin.calls import CallStatistics
-from plugin.facts import KernelFacts, SyncFacts
+from plugin.facts import KernelFacts, RouterFacts, SyncFacts
 from plugin.settings import PLUGIN, SETTINGS, Settings
 from plugin.status import (
     CallStatus,
@@ -22,13 +22,18 @@ from plugin.status import (
     Finding,
     HostStatus,
     NetworkStatus,
+    PathStatus,
     PeerStatus,
+    RouterStatus,
     ServiceStatus,
     Status,
 )
 from plugin.totals import Counts, Totals
 from plugin.version import VERSION
 
+ROUTER_PATIENCE = 10.0
+"""Seconds after the start in which a router that doesn't answer is still being started."""
+PATHS = ("overlay", "shm")
 STALE = 10.0
 """Seconds after which a network that can't be synced is a problem, not a hiccup."""
 
@@ -80,6 +85,7 @@ class Snapshot:
     driver: Driver
     kernel: KernelFacts
     syncer: SyncFacts
+    router: RouterFacts
     statistics: CallStatistics
     settings: Settings
     bad_settings: tuple[SettingError, ...]
@@ -118,6 +124,10 @@ class Snapshot:
         )
         networks = [_with_sums(network, sums[network.id]) for network in networks]
         problems = self._problems(networks)
+        router = self._router(now, problems)
+        counts = dict.fromkeys(PATHS, 0)
+        for each in router.paths:
+            counts[each.path] = counts.get(each.path, 0) + each.count
         return Status(
             version=VERSION,
             healthy=not problems,
@@ -139,6 +149,39 @@ class Snapshot:
                 )
                 for item in self.statistics.summaries()
             ],
+            path_counts=counts,
+            router=router,
+        )
+
+    def _router(self, now: float, problems: list[Finding]) -> RouterStatus:
+        """What the router says; if it says nothing, that is a problem, which is added."""
+        try:
+            found = self.router.statistics()
+            paths = self.router.paths().paths
+        except RouterError as error:
+            if now - self.started > ROUTER_PATIENCE:
+                cause, _, remedy = str(error).rpartition("; ")
+                what = "the router does not answer; new connections stay on the overlay"
+                problems.append(Finding("warning", what, cause, remedy))
+            return RouterStatus(up=False)
+        return RouterStatus(
+            up=True,
+            uptime=round(found.uptime, 1),
+            processes=found.processes,
+            waiting=found.waiting,
+            connections=found.shm,
+            memory=found.memory,
+            granted=found.granted,
+            refused=found.refused,
+            noted=found.noted,
+            wrong_messages=found.wrong_messages,
+            paths=sorted(
+                (
+                    PathStatus(each.network, each.path, each.reason or "", each.count)
+                    for each in paths
+                ),
+                key=lambda each: (each.network, each.path, each.reason),
+            ),
         )
 
     def _network(

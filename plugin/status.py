@@ -72,6 +72,35 @@ class NetworkStatus(msgspec.Struct, frozen=True):
     spoofed: int = 0
 
 
+class PathStatus(msgspec.Struct, frozen=True):
+    """Ends of connections of this host's containers. `path`: overlay or shm; `reason`: why not shm, one word."""
+
+    network: str
+    path: str
+    reason: str
+    count: int
+
+
+class RouterStatus(msgspec.Struct, frozen=True):
+    """The router of accelerated connections. `connections` in shared memory now, `memory` in bytes.
+
+    `granted`, `refused`, `noted` (what libraries said of themselves) and `wrong_messages` only grow; words of reasons are those of
+    `freeflow connections`.
+    """
+
+    up: bool
+    uptime: float = 0.0
+    processes: int = 0
+    waiting: int = 0
+    connections: int = 0
+    memory: int = 0
+    granted: int = 0
+    refused: dict[str, int] = {}
+    noted: dict[str, int] = {}
+    wrong_messages: int = 0
+    paths: list[PathStatus] = []
+
+
 class HostStatus(msgspec.Struct, frozen=True):
     """This host. `engine` is empty while the engine doesn't answer."""
 
@@ -106,3 +135,4 @@ class Status(msgspec.Struct, frozen=True):
     problems: list[Finding]
     calls: list[CallStatus]
     path_counts: dict[str, int] = {}
+    router: RouterStatus | None = None

@@ -5,10 +5,18 @@ A grant counts as shm: that both ends got one is what the router knows, when eac
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from dataplane.control import Connection, Connections, ContainerCounts, Statistics
+from dataplane.control import (
+    Connection,
+    Connections,
+    ContainerCounts,
+    PathCount,
+    Paths,
+    Statistics,
+)
 from dataplane.errors import KernelRefused
 from dataplane.router.knowledge import Knowledge, Network
 from dataplane.router.pairing import Container, Pairing, Waiting
@@ -25,20 +33,45 @@ def connections(
     """The list, last; a None before each step, where the caller may do something else."""
     found: list[Connection] = []
     for namespace in list(pairing.knowledge.places) if only is None else [only]:
-        try:
-            for each in namespaces.diag(namespace).connected():
-                if each is None:
-                    yield None
-                    continue
-                entry = _entry(pairing, namespace, each, clock())
-                if entry is not None:
-                    found.append(entry)
-        except KernelRefused:
-            # The container has ended meanwhile.
-            continue
+        for each in _sockets(namespaces, namespace):
+            if each is None:
+                yield None
+                continue
+            entry = _entry(pairing, namespace, each, clock())
+            if entry is not None:
+                found.append(entry)
     words = {entry.reason for entry in found}
     sentences = {reason.word: reason.sentence for reason in Reason if reason.word in words}
     yield Connections(connections=tuple(found), reasons=sentences)
+
+
+def paths(pairing: Pairing, namespaces: Namespaces) -> Iterator[Paths | None]:
+    """The counts, last; like `connections`, without saying which."""
+    counts: Counter[tuple[str, str, str | None]] = Counter()
+    for namespace in list(pairing.knowledge.places):
+        for each in _sockets(namespaces, namespace):
+            if each is None:
+                yield None
+                continue
+            network = pairing.knowledge.network_of(namespace, each.local.ip)
+            if network is not None and each.inode:
+                container = pairing.containers.get(namespace)
+                path, reason, _ = _path(pairing, container, network, each, 0.0)
+                counts[network.id, path, None if reason is None else reason.word] += 1
+    yield Paths(
+        paths=tuple(
+            PathCount(network=network, path=path, reason=reason, count=count)
+            for (network, path, reason), count in counts.items()
+        )
+    )
+
+
+def _sockets(namespaces: Namespaces, namespace: int) -> Iterator[TcpSocket | None]:
+    try:
+        yield from namespaces.diag(namespace).connected()
+    except KernelRefused:
+        # The container has ended meanwhile.
+        return
 
 
 def _entry(pairing: Pairing, namespace: int, tcp: TcpSocket, now: float) -> Connection | None:

@@ -82,7 +82,7 @@ class Admin:
     socket: socket.socket
     received: bytearray = field(default_factory=bytearray)
     unsent: bytearray = field(default_factory=bytearray)
-    work: Iterator[control.Connections | None] | None = None
+    work: Iterator[control.Connections | control.Paths | None] | None = None
 
 
 class Server:
@@ -454,6 +454,9 @@ class Server:
                 admin.work = listing.connections(
                     self.pairing, self._namespaces, self._clock, request.namespace
                 )
+
+            case control.AskPaths():
+                admin.work = listing.paths(self.pairing, self._namespaces)
 
     def statistics(self) -> control.Statistics:
         """Counts."""

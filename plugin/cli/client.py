@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from dataplane.control import Connections
 from driver.errors import EngineError, FreeFlowError
 from plugin.ping import PingRequest, PingResult
 from plugin.status import Status
@@ -126,6 +127,10 @@ class Client:
     def status(self) -> Status:
         """Raises NotRunning, FreeFlowError."""
         return self._value(Status, "GET", "/admin/status")
+
+    def connections(self) -> Connections:
+        """Raises NotRunning, FreeFlowError."""
+        return self._value(Connections, "GET", "/admin/connections")
 
     def ping(self, address: str, count: int) -> PingResult:
         """Raises NotRunning, FreeFlowError."""

@@ -106,6 +106,26 @@ def peers(client: Client, as_json: bool) -> None:
 
 
 @cli.command()
+@_json
+@click.pass_obj
+def connections(client: Client, as_json: bool) -> None:
+    """List TCP connections of this host's containers: overlay or shm, and why.
+
+    Both ends are listed where both are here. shm: the bytes go through shared memory, not through the kernel's TCP.
+    """
+    from plugin.cli.show import show_connections
+
+    try:
+        found = client.connections()
+    except FreeFlowError as error:
+        _stop(str(error), as_json)
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo(show_connections(found), nl=False)
+
+
+@cli.command()
 @click.argument("address")
 @click.option(
     "-c",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from dataplane.control import Connections
 from plugin.cli.table import amount, table
 from plugin.status import Finding, NetworkStatus, Status
 
@@ -86,7 +87,7 @@ def findings(problems: Iterable[Finding]) -> str:
 def show_status(status: Status) -> str:
     """The whole page."""
     parts = [verdict(status) + "\n", _host(status)]
-    parts += [_network(network) for network in status.networks]
+    parts += [_network(network) + _paths(status, network) for network in status.networks]
     if not status.networks:
         parts.append(
             "no networks on this host; docker network create -d freeflow:latest --attachable NAME\n"
@@ -94,6 +95,39 @@ def show_status(status: Status) -> str:
     if status.problems:
         parts.append(findings(status.problems))
     return "\n".join(parts)
+
+
+def _paths(status: Status, network: NetworkStatus) -> str:
+    """How its connections run; empty if there are none, or nobody knows."""
+    router = status.router
+    counts = [each for each in router.paths if each.network == network.id] if router else []
+    if not counts:
+        return ""
+    shm = sum(each.count for each in counts if each.path == "shm")
+    others = [each for each in counts if each.path != "shm"]
+    text = f"  connections: {shm} on shm, {sum(each.count for each in others)} on overlay"
+    if others:
+        text += f" ({', '.join(f'{each.reason} {each.count}' for each in others)})"
+    return text + "\n"
+
+
+def show_connections(found: Connections) -> str:
+    """All connections, then what the words for their reasons mean."""
+    if not found.connections:
+        return "no connections: no container on a FreeFlow network of this host has one\n"
+    text = table(
+        ("CONTAINER", "LOCAL", "REMOTE", "PATH", "WHY"),
+        [
+            (each.container, each.local, each.remote, each.path, each.reason or "")
+            for each in sorted(
+                found.connections, key=lambda each: (each.container, each.local, each.remote)
+            )
+        ],
+        indent="",
+    )
+    if found.reasons:
+        text += "\n" + table(("WHY", "MEANS"), sorted(found.reasons.items()), indent="")
+    return text
 
 
 def show_peers(status: Status) -> str:

@@ -121,6 +121,8 @@ def test_the_router_is_open_to_all(own: RealPlace) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
     assert stat.S_IMODE((folder / "router.sock").stat().st_mode) == 0o666
     assert stat.S_IMODE((own.run / "freeflow-admin/router.sock").stat().st_mode) == 0o600
+    assert own.admin().send("GET", "/admin/status").json["router"]["up"]
+    assert own.admin().send("GET", "/admin/connections").json["connections"] == []
 
 
 def test_death_of_the_router(own: RealPlace) -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 
+from dataplane.control import Connections, PathCount, Paths, Statistics
 from driver import names
-from driver.errors import FreeFlowError
+from driver.errors import FreeFlowError, RouterError
 from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, EngineView, IPAddress
 from driver.sync import NetworkState
@@ -44,6 +45,43 @@ class FakeKernelFacts:
     def locate(self, network_id: str, mac: str) -> IPAddress | None:
         del network_id
         return self.behind.get(mac)
+
+
+@dataclass
+class FakeRouterFacts:
+    """What the router says; None: nothing."""
+
+    said: Statistics | None = None
+    counts: tuple[PathCount, ...] = ()
+
+    def statistics(self) -> Statistics:
+        if self.said is None:
+            raise RouterError("the router doesn't answer: no such file; see its log")
+        return self.said
+
+    def connections(self) -> Connections:
+        return Connections(connections=(), reasons={})
+
+    def paths(self) -> Paths:
+        return Paths(paths=self.counts)
+
+
+def router_statistics(**fields: object) -> Statistics:
+    values: dict[str, object] = {
+        "uptime": 30.0,
+        "learned": True,
+        "processes": 3,
+        "waiting": 1,
+        "shm": 2,
+        "arenas": 1,
+        "memory": 24576,
+        "granted": 9,
+        "refused": {"remote": 4},
+        "noted": {"option": 1},
+        "wrong_messages": 5,
+        "dropped": 0,
+    }
+    return Statistics(**(values | fields))  # type: ignore[arg-type]
 
 
 @dataclass

@@ -6,13 +6,16 @@ from typing import Any
 
 import msgspec
 
+from dataplane.control import Connection, Connections
 from plugin.status import (
     CallStatus,
     EndpointStatus,
     Finding,
     HostStatus,
     NetworkStatus,
+    PathStatus,
     PeerStatus,
+    RouterStatus,
     ServiceStatus,
     Status,
 )
@@ -20,6 +23,31 @@ from plugin.status import (
 NET = "p3l8f1w0gk2c9d7h5m6n4b0aq"
 NET2 = "q7x2r5v8sl3b6c1j9k4m0d8ez"
 EP = "9f0c12ab34de" + "e" * 52
+
+
+LISTED = Connections(
+    connections=(
+        Connection(
+            namespace=4026532177,
+            container="web.1.abc",
+            network=NET,
+            local="10.0.4.7:5000",
+            remote="10.0.9.9:80",
+            path="overlay",
+            reason="remote",
+        ),
+        Connection(
+            namespace=4026532177,
+            container="web.1.abc",
+            network=NET,
+            local="10.0.4.7:4000",
+            remote="10.0.4.8:80",
+            path="shm",
+            age=3.5,
+        ),
+    ),
+    reasons={"remote": "the peer is on another host"},
+)
 
 
 def endpoint(**fields: Any) -> EndpointStatus:
@@ -92,5 +120,23 @@ def status(**fields: Any) -> Status:
         networks=[network()],
         problems=[],
         calls=[CallStatus("Join", 7, 1, 1.5, 20.0)],
+        path_counts={"overlay": 3, "shm": 2},
+        router=RouterStatus(
+            up=True,
+            uptime=10.0,
+            processes=4,
+            waiting=1,
+            connections=1,
+            memory=24576,
+            granted=8,
+            refused={"remote": 6},
+            noted={"option": 5},
+            wrong_messages=7,
+            paths=[
+                PathStatus(NET, "overlay", "remote", 1),
+                PathStatus(NET, "overlay", "short", 2),
+                PathStatus(NET, "shm", "", 2),
+            ],
+        ),
     )
     return msgspec.structs.replace(made, **fields)

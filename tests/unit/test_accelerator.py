@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dataplane.control import Connections, Learn, Settings, Statistics
+from dataplane.control import Connections, Learn, Paths, Settings, Statistics
 from dataplane.errors import RouterAway
 from driver.accelerator import REPEAT, RETRY, SANDBOX_RETRY, Accelerator, facts
 from driver.errors import RouterError
@@ -78,6 +78,9 @@ class FakeRouter:
         raise RouterAway("nobody there")
 
     def connections(self, namespace: int | None = None) -> Connections:
+        raise RouterAway("nobody there")
+
+    def paths(self) -> Paths:
         raise RouterAway("nobody there")
 
 
@@ -200,6 +203,10 @@ def test_it_tells_by_itself(world: World) -> None:
 
 def test_questions_are_ours_to_fail(world: World) -> None:
     """Whoever asks while the router is away hears so in the driver's own words."""
-    for ask in (world.accelerator.statistics, world.accelerator.connections):
-        with pytest.raises(RouterError, match="nobody there; it is started again by itself"):
+    for ask in (
+        world.accelerator.statistics,
+        world.accelerator.connections,
+        world.accelerator.paths,
+    ):
+        with pytest.raises(RouterError, match="nobody there; journalctl"):
             ask()

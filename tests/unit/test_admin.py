@@ -8,15 +8,20 @@ import msgspec
 import pytest
 from flask.testing import FlaskClient
 
+from dataplane.control import Connections
 from driver.errors import InvalidRequest, KernelError, NotFound
 from plugin.admin import create_admin
 from plugin.ping import PingRequest
 from plugin.status import Status
-from tests.unit.statuses import status
+from tests.unit.statuses import LISTED, status
+
+
+def connections() -> Connections:
+    return LISTED
 
 
 def client(ping: Any = None) -> FlaskClient:
-    return create_admin(status, ping or (lambda wanted: wanted)).test_client()
+    return create_admin(status, ping or (lambda wanted: wanted), connections).test_client()
 
 
 def test_status() -> None:
@@ -24,6 +29,12 @@ def test_status() -> None:
     answer = client().get("/admin/status")
     assert answer.content_type == "application/json"
     assert msgspec.json.decode(answer.data, type=Status) == status()
+
+
+def test_connections() -> None:
+    """The list of connections is the router's."""
+    answer = client().get("/admin/connections")
+    assert msgspec.json.decode(answer.data, type=Connections) == LISTED
 
 
 def test_metrics() -> None:

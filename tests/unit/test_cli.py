@@ -13,7 +13,9 @@ from typing import Any
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
+from flask import Flask
 
+from dataplane.control import Connections
 from driver.errors import InvalidRequest, NotFound
 from plugin.admin import create_admin
 from plugin.cli.commands import cli
@@ -24,15 +26,26 @@ from plugin.status import (
     Finding,
     HostStatus,
     NetworkStatus,
+    PathStatus,
     PeerStatus,
+    RouterStatus,
     ServiceStatus,
     Status,
 )
 from tests.unit.sockets import engine, served
-from tests.unit.statuses import EP, NET, endpoint, finding, host, network, status
+from tests.unit.statuses import EP, LISTED, NET, endpoint, finding, host, network, status
 
 TOP = Path(__file__).parents[2]
-COMMANDS = ("status", "peers", "ping", "doctor", "bugreport", "cleanup", "completion")
+COMMANDS = (
+    "status",
+    "peers",
+    "connections",
+    "ping",
+    "doctor",
+    "bugreport",
+    "cleanup",
+    "completion",
+)
 
 PONG = PingResult(
     address="10.0.4.2",
@@ -59,10 +72,14 @@ class World:
         self.pong: PingResult | Exception = PONG
         self.engine: dict[str, Any] | None = {"/plugins": PLUGINS}
         self.pinged: list[PingRequest] = []
+        self.listed = LISTED
 
     def _snapshot(self) -> Status:
         assert self.status is not None
         return self.status
+
+    def _admin(self) -> Flask:
+        return create_admin(self._snapshot, self._ping, lambda: self.listed)
 
     def _ping(self, wanted: PingRequest) -> PingResult:
         self.pinged.append(wanted)
@@ -74,7 +91,7 @@ class World:
         admin, docker = self.directory / "admin.sock", self.directory / "docker.sock"
         with contextlib.ExitStack() as stack:
             if self.status is not None:
-                stack.enter_context(served(create_admin(self._snapshot, self._ping), admin))
+                stack.enter_context(served(self._admin(), admin))
             if self.engine is not None:
                 stack.enter_context(served(engine(self.engine), docker))
             for path in (admin, docker):
@@ -146,7 +163,7 @@ NOT_RUNNING: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("docker", "remedy"), NOT_RUNNING)
-@pytest.mark.parametrize("command", ["status", "peers", "ping"])
+@pytest.mark.parametrize("command", ["status", "peers", "connections", "ping"])
 def test_not_running(world: World, command: str, docker: Any, remedy: str) -> None:
     """The plugin isn't running: exit code 2, and what to type, by what the engine says of the plugin."""
     world.status, world.engine = None, docker
@@ -171,7 +188,7 @@ def test_plugin_that_answers_nonsense(world: World) -> None:
 def test_plugin_with_a_bug(world: World) -> None:
     """An error inside the plugin is shown with what to type, exit code 2."""
     world.status = None
-    admin = create_admin(lambda: 1 / 0, world._ping)  # type: ignore[arg-type, return-value]
+    admin = create_admin(lambda: 1 / 0, world._ping, lambda: LISTED)  # type: ignore[arg-type, return-value]
     with served(admin, world.directory / "broken.sock") as broken:
         done = CliRunner().invoke(cli, ["--socket", str(broken), "status"])
     assert done.exit_code == 2
@@ -234,6 +251,8 @@ def test_status_as_json(world: World) -> None:
         (value["networks"][0]["endpoints"][0], EndpointStatus),
         (value["networks"][0]["peers"][0], PeerStatus),
         (value["networks"][0]["services"][0], ServiceStatus),
+        (value["router"], RouterStatus),
+        (value["router"]["paths"][0], PathStatus),
     ]
     for part, kind in shapes:
         assert set(part) == _fields(kind)
@@ -243,7 +262,7 @@ def test_fields_that_programs_rely_on() -> None:
     """A field of `--json` is added, never renamed or removed."""
     assert _fields(Status) >= {
         *("version", "healthy", "uptime", "host", "settings"),
-        *("networks", "problems", "calls"),
+        *("networks", "problems", "calls", "path_counts", "router"),
     }
     assert _fields(NetworkStatus) >= {
         *("id", "name", "vni", "port", "mtu", "prefix6", "subnets", "internal", "ipv6", "path"),
@@ -257,6 +276,48 @@ def test_fields_that_programs_rely_on() -> None:
         *("address", "network", "source", "task", "mac", "host", "host_address"),
         *("local", "path", "sent", "round_trips_ms"),
     }
+
+
+# --- connections
+
+
+def test_paths_in_status(world: World) -> None:
+    """Status says of each network how many connections take which path, and why not the faster one."""
+    lines = world.run("status").output.splitlines()
+    assert "  connections: 2 on shm, 3 on overlay (remote 1, short 2)" in lines
+    world.status = status(router=None)
+    assert "connections:" not in world.run("status").output
+
+
+def test_connections(world: World) -> None:
+    """Each connection has a line with its path and the word of its reason, which is explained below."""
+    done = world.run("connections")
+    assert done.exit_code == 0
+    assert done.output.splitlines() == [
+        "CONTAINER  LOCAL          REMOTE       PATH     WHY",
+        "web.1.abc  10.0.4.7:4000  10.0.4.8:80  shm",
+        "web.1.abc  10.0.4.7:5000  10.0.9.9:80  overlay  remote",
+        "",
+        "WHY     MEANS",
+        "remote  the peer is on another host",
+    ]
+
+
+def test_connections_as_json(world: World) -> None:
+    """Programs get the same, with the word and age of each."""
+    found = world.json("connections")
+    assert [(each["path"], each["reason"]) for each in found["connections"]] == [
+        ("overlay", "remote"),
+        ("shm", None),
+    ]
+    assert found["connections"][1]["age"] == 3.5
+    assert found["reasons"]["remote"] == "the peer is on another host"
+
+
+def test_no_connections(world: World) -> None:
+    """A host without connections says so."""
+    world.listed = Connections(connections=(), reasons={})
+    assert world.run("connections").output.startswith("no connections: ")
 
 
 # --- peers

@@ -69,6 +69,15 @@ def test_values() -> None:
     assert found[("freeflow_transmit_bytes_total", (net,))] == 600
     assert found[("freeflow_spoofed_frames_total", (net,))] == 2
     assert found[("freeflow_sync_age_seconds", (net,))] == 0.3
+    assert found[("freeflow_router_up", ())] == 1
+    assert found[("freeflow_connections", (net, ("path", "shm"), ("reason", "")))] == 2
+    assert found[("freeflow_connections", (net, ("path", "overlay"), ("reason", "remote")))] == 1
+    assert found[("freeflow_router_processes", ())] == 4
+    assert found[("freeflow_shared_memory_bytes", ())] == 24576
+    assert found[("freeflow_upgrades_total", ())] == 8
+    assert found[("freeflow_refusals_total", (("reason", "remote"),))] == 6
+    assert found[("freeflow_retreats_total", (("reason", "option"),))] == 5
+    assert found[("freeflow_wrong_messages_total", ())] == 7
     assert found[("freeflow_requests_total", (("call", "Join"),))] == 7
     assert found[("freeflow_request_errors_total", (("call", "Join"),))] == 1
     quantile = (("call", "Join"), ("quantile", "0.99"))
@@ -94,6 +103,13 @@ def test_nothing_to_say() -> None:
     """A host without networks has metrics all the same."""
     found = rendered(status(networks=[], calls=[]))
     assert found[("freeflow_networks", ())] == 0
+
+
+def test_no_router() -> None:
+    """Without a router's answer that is what is said, and nothing is invented."""
+    found = rendered(status(router=None))
+    assert found[("freeflow_router_up", ())] == 0
+    assert not [name for name, _ in found if name in ("freeflow_connections", "freeflow_refusals")]
 
 
 def test_not_synced_yet() -> None:

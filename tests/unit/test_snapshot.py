@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dataplane.control import PathCount
 from driver.driver import Driver
 from driver.errors import KernelError, SettingError
 from driver.kernel.underlay import Underlay
@@ -18,7 +19,14 @@ from plugin.settings import SETTINGS, Settings, read
 from plugin.snapshot import STALE, Snapshot
 from plugin.status import NetworkStatus, Status
 from tests.unit.documented import is_documented
-from tests.unit.facts import SANDBOXES, FakeKernelFacts, FakeSyncFacts, engine_view
+from tests.unit.facts import (
+    SANDBOXES,
+    FakeKernelFacts,
+    FakeRouterFacts,
+    FakeSyncFacts,
+    engine_view,
+    router_statistics,
+)
 from tests.unit.statuses import EP, NET
 from tests.unit.steps import Machine
 
@@ -55,6 +63,7 @@ class World:
         state = NetworkState(VIEW, {VIP: (TASK,)}, seen=95.0)
         self.sync = FakeSyncFacts({NET: state}, engine_view())
         self.statistics = CallStatistics()
+        self.router = FakeRouterFacts(router_statistics())
         self.snapshot = self.with_settings({})
 
     def with_settings(self, environment: dict[str, str], *failures: str) -> Snapshot:
@@ -63,6 +72,7 @@ class World:
             driver=self.driver,
             kernel=self.kernel,
             syncer=self.sync,
+            router=self.router,
             statistics=self.statistics,
             settings=settings,
             bad_settings=bad,
@@ -266,6 +276,36 @@ def test_vips_that_could_not_be_written(world: World) -> None:
         "error: VIPs of web.1.abc could not be written; nftables: no such file; modprobe nft_nat"
     )
     world.driver.leave(NET, EP)
+    assert world.status().healthy
+
+
+def test_paths(world: World) -> None:
+    """How many connections take which path, and why, is what the router says."""
+    world.router.counts = (
+        PathCount(network=NET, path="shm", reason=None, count=2),
+        PathCount(network=NET, path="overlay", reason="remote", count=3),
+        PathCount(network=NET, path="overlay", reason="short", count=4),
+    )
+    found = world.status()
+    assert found.path_counts == {"overlay": 7, "shm": 2}
+    assert found.router is not None
+    assert (found.router.up, found.router.connections, found.router.processes) == (True, 2, 3)
+    assert [(each.path, each.reason, each.count) for each in found.router.paths] == [
+        ("overlay", "remote", 3),
+        ("overlay", "short", 4),
+        ("shm", "", 2),
+    ]
+
+
+def test_router_that_does_not_answer(world: World) -> None:
+    """A router that doesn't answer is a problem, unless everything has just started; the rest is said all the same."""
+    world.router.said = None
+    assert world.problem().startswith("warning: the router does not answer")
+    found = world.status()
+    assert found.router is not None
+    assert not found.router.up
+    assert found.path_counts == {"overlay": 0, "shm": 0}
+    world.snapshot = replace(world.snapshot, started=95.0)
     assert world.status().healthy
 
 
