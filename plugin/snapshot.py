@@ -26,6 +26,7 @@ from plugin.status import (
     PeerStatus,
     RouterStatus,
     ServiceStatus,
+    ShareStatus,
     Status,
 )
 from plugin.totals import Counts, Totals
@@ -182,6 +183,18 @@ class Snapshot:
                 ),
                 key=lambda each: (each.network, each.path, each.reason),
             ),
+            containers=[
+                ShareStatus(
+                    each.container,
+                    each.processes,
+                    each.waiting,
+                    each.shm,
+                    each.memory,
+                    each.builds,
+                )
+                for each in found.containers
+                if each.container
+            ],
         )
 
     def _network(

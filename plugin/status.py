@@ -81,6 +81,17 @@ class PathStatus(msgspec.Struct, frozen=True):
     count: int
 
 
+class ShareStatus(msgspec.Struct, frozen=True):
+    """What one container has of the router. `builds`: processes by the build of their library; `memory` in bytes."""
+
+    container: str
+    processes: int
+    waiting: int
+    connections: int
+    memory: int
+    builds: dict[str, int] = {}
+
+
 class RouterStatus(msgspec.Struct, frozen=True):
     """The router of accelerated connections. `connections` in shared memory now, `memory` in bytes.
 
@@ -99,6 +110,7 @@ class RouterStatus(msgspec.Struct, frozen=True):
     noted: dict[str, int] = {}
     wrong_messages: int = 0
     paths: list[PathStatus] = []
+    containers: list[ShareStatus] = []
 
 
 class HostStatus(msgspec.Struct, frozen=True):

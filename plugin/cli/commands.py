@@ -170,17 +170,21 @@ def ping(client: Client, address: str, count: int, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("container", required=False)
 @_json
 @click.pass_obj
-def doctor(client: Client, as_json: bool) -> None:
+def doctor(client: Client, container: str | None, as_json: bool) -> None:
     """Look for what keeps FreeFlow from working: ports, MTU, kernel, stale state, clashes with other overlays.
+
+    With CONTAINER: whether the library is in it, loaded by its processes, and the one that this host has.
 
     Each finding has its cause and what to type. Works with the plugin disabled too. Exit code 1 if something was found.
     """
     from plugin.cli.doctor import examine
+    from plugin.cli.library import examine_container
     from plugin.cli.show import findings
 
-    report = examine(client)
+    report = examine(client) if container is None else examine_container(client, container)
     if as_json:
         _print_json(report)
     else:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from dataplane.control import Connections, PathCount, Paths, Statistics
+from dataplane.control import Connections, ContainerCounts, PathCount, Paths, Statistics
 from driver import names
 from driver.errors import FreeFlowError, RouterError
 from driver.kernel.underlay import Underlay
@@ -80,6 +80,10 @@ def router_statistics(**fields: object) -> Statistics:
         "noted": {"option": 1},
         "wrong_messages": 5,
         "dropped": 0,
+        "containers": (
+            ContainerCounts(namespace=1, container="web.1.abc", processes=3, memory=24576),
+            ContainerCounts(namespace=2, container=""),
+        ),
     }
     return Statistics(**(values | fields))  # type: ignore[arg-type]
 

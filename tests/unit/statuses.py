@@ -17,6 +17,7 @@ from plugin.status import (
     PeerStatus,
     RouterStatus,
     ServiceStatus,
+    ShareStatus,
     Status,
 )
 
@@ -137,6 +138,7 @@ def status(**fields: Any) -> Status:
                 PathStatus(NET, "overlay", "short", 2),
                 PathStatus(NET, "shm", "", 2),
             ],
+            containers=[ShareStatus("web.1.abc", 4, 1, 2, 24576, {"0123abcd": 4})],
         ),
     )
     return msgspec.structs.replace(made, **fields)

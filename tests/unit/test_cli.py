@@ -30,6 +30,7 @@ from plugin.status import (
     PeerStatus,
     RouterStatus,
     ServiceStatus,
+    ShareStatus,
     Status,
 )
 from tests.unit.sockets import engine, served
@@ -253,6 +254,7 @@ def test_status_as_json(world: World) -> None:
         (value["networks"][0]["services"][0], ServiceStatus),
         (value["router"], RouterStatus),
         (value["router"]["paths"][0], PathStatus),
+        (value["router"]["containers"][0], ShareStatus),
     ]
     for part, kind in shapes:
         assert set(part) == _fields(kind)

@@ -290,6 +290,8 @@ def test_paths(world: World) -> None:
     assert found.path_counts == {"overlay": 7, "shm": 2}
     assert found.router is not None
     assert (found.router.up, found.router.connections, found.router.processes) == (True, 2, 3)
+    (share,) = found.router.containers
+    assert (share.container, share.processes, share.memory) == ("web.1.abc", 3, 24576)
     assert [(each.path, each.reason, each.count) for each in found.router.paths] == [
         ("overlay", "remote", 3),
         ("overlay", "short", 4),

@@ -1,0 +1,245 @@
+"""`freeflow doctor CONTAINER`: is the library in, is it loaded, and is it this host's?
+
+The kernel's word on each process, in /proc: its environment, and which file it has mapped. A library that was replaced
+since is another file, whatever its name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+from driver.errors import EngineError, FreeFlowError
+from plugin.cli.client import Client, Engine, host_run
+from plugin.cli.doctor import Report
+from plugin.status import Finding, Status
+
+FOLDER: Final = "/run/freeflow"
+LIBRARY: Final = "libfreeflow.so"
+PRELOAD: Final = f"LD_PRELOAD={FOLDER}/{LIBRARY}"
+MOUNT: Final = f"--mount type=bind,src={FOLDER},dst={FOLDER}"
+
+_MAPPED: Final = re.compile(
+    rf"^\S+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) (\d+) +\S*/{re.escape(LIBRARY)}( \(deleted\))?$",
+    re.MULTILINE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """One process. `library` is the mapped file's device and inode, None without it."""
+
+    pid: int
+    name: str
+    preloads: bool
+    library: tuple[int, int] | None
+
+
+def look_at(pid: int, proc: Path = Path("/proc")) -> Loaded | None:
+    """What the kernel says of a process; None if it has ended."""
+    folder = proc / str(pid)
+    try:
+        environment = (folder / "environ").read_bytes().split(b"\0")
+        name = (folder / "comm").read_text().strip()
+        mapped = _MAPPED.search((folder / "maps").read_text(errors="replace"))
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    preloads = any(
+        each.startswith(b"LD_PRELOAD=") and LIBRARY.encode() in each for each in environment
+    )
+    library = None
+    if mapped is not None:
+        device = os.makedev(int(mapped[1], 16), int(mapped[2], 16))
+        library = (device, int(mapped[3]))
+    return Loaded(pid, name, preloads, library)
+
+
+def own_library(run: Path) -> tuple[int, int] | None:
+    """The host's library: device and inode; None if there is none."""
+    try:
+        found = (run / "freeflow" / LIBRARY).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _container(engine: Engine, name: str) -> dict[str, Any] | Finding:
+    try:
+        found: dict[str, Any] = engine.get(f"/containers/{quote(name, safe='')}/json")
+    except EngineError as error:
+        cause, _, _ = str(error).rpartition("; ")
+        return Finding(
+            "error", f"{name} can't be looked at", cause, "docker ps, on the host that runs it"
+        )
+    if not found.get("State", {}).get("Running"):
+        return Finding("error", f"{name} isn't running", "it has ended", f"docker start {name}")
+    return found
+
+
+def _processes(engine: Engine, name: str, proc: Path) -> list[Loaded]:
+    """Raises EngineError."""
+    top = engine.get(f"/containers/{quote(name, safe='')}/top?ps_args=-eo%20pid")
+    column = top["Titles"].index("PID")
+    found = (look_at(int(row[column]), proc) for row in top["Processes"])
+    return [each for each in found if each is not None]
+
+
+def check_mount(name: str, container: dict[str, Any]) -> list[Finding]:
+    """Whether the container has the directory of library and router."""
+    mounts = container.get("Mounts") or ()
+    if any(str(mount.get("Destination")).rstrip("/") == FOLDER for mount in mounts):
+        return []
+    return [
+        Finding(
+            "error",
+            f"{name} has no {FOLDER}",
+            "library and router aren't visible in it",
+            f"start it with {MOUNT} --env {PRELOAD}",
+        )
+    ]
+
+
+def check_network(name: str, status: Status) -> list[Finding]:
+    """Whether the container is on a network that accelerates."""
+    networks = [
+        network
+        for network in status.networks
+        if any(endpoint.container == name for endpoint in network.endpoints)
+    ]
+    if not networks:
+        return [
+            Finding(
+                "error",
+                f"{name} is on no FreeFlow network",
+                "nothing else is accelerated",
+                f"docker network connect NETWORK {name}",
+            )
+        ]
+    if any(network.acceleration for network in networks):
+        if status.settings.get("ACCELERATION", "on") == "on":
+            return []
+        return [
+            Finding(
+                "warning",
+                "acceleration is off on this host",
+                "the setting ACCELERATION is off",
+                "docker plugin set freeflow:latest ACCELERATION=on, with the plugin disabled",
+            )
+        ]
+    return [
+        Finding(
+            "warning",
+            f"acceleration is off on all networks of {name}",
+            "they were made with -o acceleration=off",
+            "make a network without that option",
+        )
+    ]
+
+
+def _names(processes: Iterable[Loaded]) -> str:
+    found = sorted({each.name for each in processes})
+    return ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
+
+
+def check_processes(
+    name: str, processes: list[Loaded], own: tuple[int, int] | None
+) -> list[Finding]:
+    """Whether the container's processes have loaded the library, and which."""
+    if own is None:
+        return [
+            Finding(
+                "error",
+                f"this host has no {FOLDER}/{LIBRARY}",
+                "the plugin puts it there when it starts",
+                "docker plugin disable -f freeflow:latest && docker plugin enable freeflow:latest",
+            )
+        ]
+    if not any(each.preloads or each.library for each in processes):
+        return [
+            Finding(
+                "error",
+                f"no process of {name} loads the library",
+                "LD_PRELOAD isn't in their environment",
+                f"start it with {MOUNT} --env {PRELOAD}",
+            )
+        ]
+    findings = []
+    without = [each for each in processes if each.preloads and each.library is None]
+    if without:
+        findings.append(
+            Finding(
+                "warning",
+                f"{len(without)} of {len(processes)} processes of {name} can't load the library",
+                f"{_names(without)}: a static or Go program, one with more privileges than its user, or of another "
+                "architecture",
+                "nothing: their connections stay on the overlay",
+            )
+        )
+    old = [each for each in processes if each.library is not None and each.library != own]
+    if old:
+        findings.append(
+            Finding(
+                "warning",
+                f"{len(old)} of {len(processes)} processes of {name} run with another library than this host's",
+                f"{_names(old)}: started before the plugin was upgraded; it works, but its peers may be ahead",
+                f"docker restart {name}",
+            )
+        )
+    return findings
+
+
+def examine_container(
+    client: Client, name: str, *, run: Path | None = None, proc: Path = Path("/proc")
+) -> Report:
+    """All that can be said of one container's library."""
+    container = _container(client.engine, name)
+    if isinstance(container, Finding):
+        return Report([], [container])
+    name = str(container.get("Name", name)).lstrip("/")
+    passed: list[str] = []
+    findings: list[Finding] = []
+
+    def add(what: str, found: list[Finding]) -> None:
+        findings.extend(found)
+        if not found:
+            passed.append(what)
+
+    add(f"{FOLDER} is in the container", check_mount(name, container))
+    try:
+        processes = _processes(client.engine, name, proc)
+    except EngineError as error:
+        cause, _, remedy = str(error).rpartition("; ")
+        findings.append(Finding("warning", "not checked: its processes", cause, remedy))
+    else:
+        loaded = sum(each.library is not None for each in processes)
+        what = f"{loaded} of {len(processes)} processes have this host's library"
+        add(what, check_processes(name, processes, own_library(run or host_run())))
+    try:
+        status = client.status()
+    except FreeFlowError as error:
+        cause, _, remedy = str(error).rpartition("; ")
+        findings.append(Finding("error", "the plugin is not running", cause, remedy))
+        return Report(passed, findings)
+    add("a network of it is accelerated", check_network(name, status))
+    router = status.router
+    if router is None or not router.up:
+        findings.append(
+            Finding(
+                "warning",
+                "the router does not answer; new connections stay on the overlay",
+                "it is being started, or can't be",
+                "journalctl -u docker | grep router",
+            )
+        )
+    for share in router.containers if router is not None else ():
+        if share.container == name:
+            passed.append(
+                f"the router knows {share.processes} of its processes, "
+                f"{share.connections} connections on shm, {share.waiting} waiting for their peers"
+            )
+    return Report(passed, findings)

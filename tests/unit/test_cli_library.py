@@ -1,0 +1,209 @@
+"""`freeflow doctor CONTAINER`: what is said of a container's mount, environment and processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataplane.control import Connections
+from plugin.admin import create_admin
+from plugin.cli.client import Client, Engine
+from plugin.cli.doctor import Report
+from plugin.cli.library import LIBRARY, examine_container, look_at, own_library
+from plugin.status import Status
+from tests.unit.documented import is_documented
+from tests.unit.sockets import engine, served
+from tests.unit.statuses import LISTED, network, status
+
+NAME = "web.1.abc"
+MOUNTS = [{"Destination": "/run/freeflow", "Source": "/run/freeflow"}]
+
+
+class World:
+    """A host with a library, and a container with one process, as /proc shows it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.run, self.proc = directory / "run", directory / "proc"
+        (self.run / "freeflow").mkdir(parents=True)
+        self.library = self.run / "freeflow" / LIBRARY
+        self.library.write_bytes(b"elf")
+        self.status: Status | None = status()
+        self.container: dict[str, Any] = {
+            "Name": f"/{NAME}",
+            "State": {"Running": True},
+            "Mounts": MOUNTS,
+        }
+        self.pids: list[int] = []
+        self.process(71)
+
+    def process(self, pid: int, *, preload: bool = True, library: Path | None = None) -> None:
+        """A process, with the host's library if nothing else is said."""
+        folder = self.proc / str(pid)
+        folder.mkdir(parents=True)
+        variable = b"LD_PRELOAD=/run/freeflow/libfreeflow.so\0" if preload else b""
+        (folder / "environ").write_bytes(b"PATH=/bin\0" + variable)
+        (folder / "comm").write_text(f"p{pid}\n")
+        lines = ["55d0-55d1 r-xp 00000000 08:01 42                         /bin/p"]
+        found = (library or self.library).stat() if library is None or library.exists() else None
+        if found is not None:
+            device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+            lines.append(
+                f"7f00-7f01 r-xp 00000000 {device} {found.st_ino}     /run/freeflow/libfreeflow.so"
+            )
+        (folder / "maps").write_text("\n".join(lines) + "\n")
+        self.pids.append(pid)
+
+    def report(self, name: str = NAME) -> Report:
+        answers: dict[str, Any] = {
+            f"/containers/{NAME}/json": self.container,
+            f"/containers/{NAME}/top": {
+                "Titles": ["PID"],
+                "Processes": [[str(pid)] for pid in self.pids],
+            },
+        }
+        admin, docker = self.directory / "admin.sock", self.directory / "docker.sock"
+        app = create_admin(lambda: self.status, lambda wanted: wanted, _connections)  # type: ignore[arg-type, return-value]
+        with served(app, admin), served(engine(answers), docker):
+            client = Client(admin, Engine(docker))
+            report = examine_container(client, name, run=self.run, proc=self.proc)
+        admin.unlink()
+        docker.unlink()
+        assert all(is_documented(finding.what) for finding in report.findings)
+        assert all(finding.cause and finding.remedy for finding in report.findings)
+        return report
+
+    def said(self) -> list[str]:
+        return [finding.what for finding in self.report().findings]
+
+
+def _connections() -> Connections:
+    return LISTED
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_well(world: World) -> None:
+    """A container with mount, variable and library passes each check, and the router's counts are said."""
+    report = world.report()
+    assert report.findings == []
+    assert "1 of 1 processes have this host's library" in report.passed
+    assert any(line.startswith("the router knows 4 of its processes") for line in report.passed)
+
+
+def test_no_container(world: World) -> None:
+    """A container that the engine doesn't know is the only finding."""
+    assert [finding.what for finding in world.report("nobody").findings] == [
+        "nobody can't be looked at"
+    ]
+
+
+def test_not_running(world: World) -> None:
+    """A container that has ended is the only finding."""
+    world.container["State"] = {"Running": False}
+    assert world.said() == [f"{NAME} isn't running"]
+
+
+def test_no_mount(world: World) -> None:
+    """Without the mount the finding shows it."""
+    world.container["Mounts"] = None
+    (finding,) = world.report().findings
+    assert finding.what == f"{NAME} has no /run/freeflow"
+    assert (
+        "--mount type=bind,src=/run/freeflow,dst=/run/freeflow --env LD_PRELOAD=" in finding.remedy
+    )
+
+
+def test_no_variable(world: World) -> None:
+    """Without the variable in any process the finding shows it."""
+    world.pids.clear()
+    world.process(72, preload=False, library=Path("/nonexistent"))
+    assert world.said() == [f"no process of {NAME} loads the library"]
+
+
+def test_static_program(world: World) -> None:
+    """A program that has the variable and not the library is named."""
+    world.process(72, library=Path("/nonexistent"))
+    (finding,) = world.report().findings
+    assert finding.what == f"1 of 2 processes of {NAME} can't load the library"
+    assert "p72" in finding.cause
+
+
+def test_older_library(world: World) -> None:
+    """A process that mapped a file which has been replaced since is told from the others, by the file and not its name."""
+    older = world.directory / "older.so"
+    older.write_bytes(b"older")
+    world.process(72, library=older)
+    (finding,) = world.report().findings
+    assert finding.what.startswith(f"1 of 2 processes of {NAME} run with another library")
+    assert "p72" in finding.cause
+
+
+def test_no_library_on_the_host(world: World) -> None:
+    """If the plugin hasn't put the library there, that is said, not its consequences."""
+    world.library.unlink()
+    assert world.said() == ["this host has no /run/freeflow/libfreeflow.so"]
+
+
+def test_other_networks(world: World) -> None:
+    """A container on no network of ours, or on none that accelerates, can't be accelerated."""
+    world.status = status(networks=[network(endpoints=[])])
+    assert world.said() == [f"{NAME} is on no FreeFlow network"]
+    world.status = status(networks=[network(acceleration=False)])
+    assert world.said() == [f"acceleration is off on all networks of {NAME}"]
+    world.status = status(settings={"ACCELERATION": "off"})
+    assert world.said() == ["acceleration is off on this host"]
+
+
+def test_no_router(world: World) -> None:
+    """A router that doesn't answer is said here too."""
+    world.status = status(router=None)
+    assert world.said() == ["the router does not answer; new connections stay on the overlay"]
+
+
+def test_a_process_that_ends_meanwhile(world: World) -> None:
+    """A process that has ended since the engine listed it is nobody's fault."""
+    world.pids.append(99)
+    assert world.said() == []
+
+
+def test_a_real_process(tmp_path: Path) -> None:
+    """What the kernel writes in /proc of a process with a mapped file of the library's name is read right."""
+    python = Path(sys.executable).resolve()
+    folder = tmp_path / "freeflow"
+    folder.mkdir()
+    shutil.copy(python, folder / LIBRARY)
+    code = (
+        f"import mmap, sys; f = open({str(folder / LIBRARY)!r}, 'rb'); "
+        "m = mmap.mmap(f.fileno(), 4096, prot=mmap.PROT_READ); print('ready', flush=True); sys.stdin.read()"
+    )
+    # The loader complains of what it can't preload, and goes on.
+    environment = {**os.environ, "LD_PRELOAD": f"/nonexistent/{LIBRARY}"}
+    with subprocess.Popen(
+        [str(python), "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == b"ready\n"
+        found = look_at(process.pid)
+        assert found is not None
+        assert (found.preloads, found.library) == (True, own_library(tmp_path))
+        (folder / LIBRARY).unlink()
+        found = look_at(process.pid)
+        assert found is not None
+        assert found.library is not None
+        process.stdin.close()
+    assert look_at(process.pid) is None
