@@ -112,7 +112,8 @@ def idle(pair: Pair, servers: Servers) -> Idle:
         if client.poll() is None:
             client.kill()
             client.wait()
-    upgraded = parse.paths(counters.read_text()).share if counters.exists() else None
+    upgraded = parse.paths(counters.read_text() if counters.exists() else "").share
+    counters.unlink(missing_ok=True)
     figures = {
         CPU.name: used / 1e3,
         SHARED.name: (after.shared - before.shared) / COUNT,

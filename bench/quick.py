@@ -212,6 +212,10 @@ def run_cases(
                         continue
                     if turn >= 0:
                         found.samples.setdefault(pair.subject, []).append(one)
+                    doubtful = pair.client.library and turn >= 0 and (one.upgraded or 0) < 0.5
+                    if doubtful and measure.upgraded:
+                        why = one.counters or "the library has counted nothing"
+                        print(f"{measure.case.name}: NOT UPGRADED: {why}", file=sys.stderr)
                     if verbose:
                         print(f"  {measure.case.name} {pair.subject}: {one}", file=sys.stderr)
             yield found
@@ -236,7 +240,9 @@ def _rule(text: str | None) -> Settings:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--seed", default=1, show_default=True, help="Of the order of variants.")
 @click.option("--list", "listing", is_flag=True, help="Say what cases there are.")
-@click.option("--verbose", is_flag=True, help="Say each run on stderr.")
+@click.option(
+    "--verbose", is_flag=True, help="Say each run on stderr, and at the end what the router says."
+)
 def main(
     cases: str,
     library: Path | None,
@@ -298,5 +304,7 @@ def main(
             results[found.case.name] = found.json()
             if not as_json:
                 click.echo(columns(HEADER, [found.line()], 2, WIDTHS).splitlines()[2])
+        if verbose and made.process is not None:
+            print(f"{made.router.statistics()}\n{made.log()}", file=sys.stderr)
     if as_json:
         click.echo(json.dumps(results, indent=2))

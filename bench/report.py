@@ -40,7 +40,9 @@ def number(value: float | None) -> str:
 
 
 def times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
+    if value is None:
+        return "-"
+    return f"{value:.2f}x" if value >= 0.1 or value == 0 else f"{value:.2g}x"
 
 
 def percent(value: float | None) -> str:

@@ -154,8 +154,9 @@ class SameHost:
                 share = "" if got.upgraded is None else f", upgraded {got.upgraded:.0%}"
                 cost = "" if got.cpu_us is None else f", {got.cpu_us:.4g} us/{one.cpu_of}"
                 self.say(f"{label}  {pair.subject:<14} {name} {got.figure:.5g}{cost}{share}")
-                if one.upgraded and got.upgraded is not None and got.upgraded < 0.5:
-                    self.say(f"NOT UPGRADED: {name}: its figure isn't one of shared memory")
+                if one.upgraded and pair.client.library and (got.upgraded or 0) < 0.5:
+                    why = got.counters or "the library has counted nothing"
+                    self.say(f"NOT UPGRADED: {name}: its figure isn't of shared memory: {why}")
 
             self._try([name], pair, work)
 

@@ -22,11 +22,12 @@ COUNTERS: Final = "FREEFLOW_STATS"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`cpu_us` is per unit, if that means something; `upgraded` is None where no library says."""
+    """`cpu_us` is per unit, if that means something; `upgraded` is None where no library says in its `counters`."""
 
     figure: float
     cpu_us: float | None
     upgraded: float | None
+    counters: str = ""
 
 
 def cores_of(numbers: tuple[int, ...]) -> tuple[int, ...]:
@@ -83,8 +84,6 @@ def sample(measure: Measure, pair: Pair, servers: Servers, seconds: float) -> Sa
         client = cost.children_us() - others if seen.client_us is None else seen.client_us
         server.settled(processes)
         used = server.cpu_us() - before + client
-    upgraded = None
-    if pair.client.library and counters.exists():
-        upgraded = parse.paths(counters.read_text()).share
-        counters.unlink()
-    return Sample(seen.figure, used / seen.units, upgraded)
+    said = counters.read_text() if pair.client.library and counters.exists() else ""
+    counters.unlink(missing_ok=True)
+    return Sample(seen.figure, used / seen.units, parse.paths(said).share, said.strip())
