@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 import structlog
+from msgspec.structs import replace
 
 from dataplane.control import (
     Connections,
@@ -21,10 +22,12 @@ from dataplane.control import (
     Learn,
     NetworkFact,
     Paths,
+    Rule,
     Settings,
     Statistics,
 )
 from dataplane.errors import DataplaneError
+from driver import options
 from driver.errors import RouterError
 from driver.kernel.namespace import is_namespace
 from driver.members import NetworkState
@@ -106,7 +109,7 @@ def facts(
             for endpoint in here
         ),
         networks=tuple(
-            _network(network, states.get(network.id, NetworkState()))
+            _network(network, states.get(network.id, NetworkState()), settings.rule)
             for network in sorted(networks, key=lambda each: each.id)
             if network.id in used
         ),
@@ -114,7 +117,8 @@ def facts(
     )
 
 
-def _network(network: Network, state: NetworkState) -> NetworkFact:
+def _network(network: Network, state: NetworkState, rule: Rule) -> NetworkFact:
+    operations = options.upgrade_operations(network.options)
     subnets = [str(subnet.pool) for subnet in network.subnets]
     if network.ipv6:
         subnets.append(str(network.prefix6))
@@ -128,6 +132,7 @@ def _network(network: Network, state: NetworkState) -> NetworkFact:
             for vip, tasks in sorted(_tasks(state).items())
             if tasks
         },
+        rule=None if operations is None else replace(rule, operations=operations),
     )
 
 

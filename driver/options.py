@@ -19,12 +19,14 @@ MTU_RANGE: Final = range(1280, 65536)
 """IPv6 needs links of 1280 bytes at least (RFC 8200, section 5)."""
 VNI_RANGE: Final = range(1, 1 << 24)
 PORT_RANGE: Final = range(1, 1 << 16)
+UPGRADE_RANGE: Final = range(1, 1 << 31)
 
 USER_KEYS: Final = {
     "mtu": "MTU of the containers' interfaces, 1280 to 65535",
     "vni": "VXLAN network identifier, 1 to 16777215",
     "ipv6": "IPv6 besides IPv4: on, off, or the /64 to take addresses from",
     "acceleration": "on or off",
+    "upgrade_operations": "reads and writes after which a connection moves to shared memory",
 }
 MTU_ALIAS: Final = "com.docker.network.driver.mtu"
 ENGINE_PREFIXES: Final = (
@@ -68,6 +70,7 @@ class NetworkOptions:
     ipv6: bool = False
     prefix6: IPv6Network | None = None
     acceleration: bool = True
+    upgrade_operations: int | None = None
     own_format: int | None = None
     own_vni: int | None = None
     own_port: int | None = None
@@ -166,6 +169,12 @@ def _mtu(options: Mapping[str, str]) -> int | None:
     return given.get("mtu", given.get(MTU_ALIAS))
 
 
+def upgrade_operations(options: Mapping[str, str]) -> int | None:
+    """A network's own rule; None: the host's. Raises InvalidRequest."""
+    key = "upgrade_operations"
+    return _integer(key, options[key], UPGRADE_RANGE) if key in options else None
+
+
 def parse(options: Mapping[str, str]) -> NetworkOptions:
     """Check the options of a network.
 
@@ -186,6 +195,7 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
         ipv6=ipv6,
         prefix6=prefix6,
         acceleration=_switch("acceleration", options.get("acceleration", "on")),
+        upgrade_operations=upgrade_operations(options),
         own_format=own_format,
         own_vni=_integer(VNI, options[VNI], VNI_RANGE) if VNI in options else None,
         own_port=_integer(PORT, options[PORT], PORT_RANGE) if PORT in options else None,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dataplane.control import Connections, Learn, Paths, Settings, Statistics
+from dataplane.control import Connections, Learn, Paths, Rule, Settings, Statistics
 from dataplane.errors import RouterAway
 from driver.accelerator import REPEAT, RETRY, SANDBOX_RETRY, Accelerator, facts
 from driver.errors import RouterError
@@ -139,6 +139,20 @@ def test_facts() -> None:
     # The second takes no new connections; those that it has count.
     assert network.vips == {"10.0.4.2": ("10.0.4.7", "10.0.4.8")}
     assert told.settings == Settings(acceleration=False)
+
+
+def test_a_networks_own_rule() -> None:
+    """-o upgrade_operations changes the rule of that network alone, and nothing else of it."""
+    own = a_network(options={"upgrade_operations": "9"})
+    homes = {each.id: (Path("/netns/s"), 1) for each in (an_endpoint(7), an_endpoint(8, NET2))}
+    settings = Settings(rule=Rule(operations=3, spin=7))
+    told = facts(
+        [own, a_network(NET2)], [an_endpoint(7), an_endpoint(8, NET2)], {}, homes, settings
+    )
+    assert {each.id: each.rule for each in told.networks} == {
+        NET: Rule(operations=9, spin=7),
+        NET2: None,
+    }
 
 
 def test_told_once(world: World) -> None:

@@ -22,12 +22,16 @@ def test_defaults() -> None:
     """A network without options leaves every choice to FreeFlow, and acceleration on."""
     parsed = options.parse({})
     assert (parsed.mtu, parsed.vni, parsed.acceleration) == (None, None, True)
+    assert parsed.upgrade_operations is None
     assert parsed.own_vni is None
 
 
 def test_user_options() -> None:
     """The user's three options are taken as given."""
-    parsed = options.parse({"mtu": "9000", "vni": "70012", "acceleration": "off"})
+    parsed = options.parse(
+        {"mtu": "9000", "vni": "70012", "acceleration": "off", "upgrade_operations": "16"}
+    )
+    assert parsed.upgrade_operations == 16
     assert (parsed.mtu, parsed.vni, parsed.acceleration) == (9000, 70012, False)
 
 
@@ -68,6 +72,8 @@ def test_mtu_by_both_names() -> None:
         ("vni", "0"),
         ("vni", "16777216"),
         ("acceleration", "maybe"),
+        ("upgrade_operations", "0"),
+        ("upgrade_operations", "many"),
     ],
 )
 def test_bad_values(key: str, value: str) -> None:
