@@ -41,7 +41,7 @@ class Library:
     asked: dict[int, wire.Ask] = field(default_factory=dict)
 
     @classmethod
-    def connect(cls, path: Path, namespace: int | None, *, hello: bool = True) -> Library:
+    def connect(cls, path: Path, namespace: int | Path | None, *, hello: bool = True) -> Library:
         """Connect as a process of that namespace does."""
 
         def make() -> socket.socket:
@@ -111,7 +111,7 @@ class Library:
         self.connection.close()
 
 
-def listen(namespace: int, address: str, port: int = 7700) -> socket.socket:
+def listen(namespace: int | Path, address: str, port: int = 7700) -> socket.socket:
     """A listening TCP socket inside a namespace; with `::` for both families."""
     six = ":" in address
     family = socket.AF_INET6 if six else socket.AF_INET
@@ -121,7 +121,7 @@ def listen(namespace: int, address: str, port: int = 7700) -> socket.socket:
     )
 
 
-def dial(namespace: int, address: str, port: int = 7700) -> socket.socket:
+def dial(namespace: int | Path, address: str, port: int = 7700) -> socket.socket:
     """A TCP connection from a namespace."""
     return in_netns(namespace, lambda: socket.create_connection((address, port), timeout=5))
 
