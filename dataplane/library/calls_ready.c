@@ -5,6 +5,7 @@
 #include "clock.h"
 #include "poller.h"
 #include "ready.h"
+#include "spin.h"
 #include "statistics.h"
 #include "sys.h"
 
@@ -218,49 +219,37 @@ static void disarm(const struct pollfd *fds, nfds_t count, struct bells *bells)
         bells->count = 0;
 }
 
-static bool may_spin(const struct pollfd *fds, nfds_t count)
+/* The end whose experience says whether to spin: one that we hear from and whose peer runs elsewhere. */
+static struct end *spinner(const struct pollfd *fds, nfds_t count)
 {
         uint32_t here = core();
 
-        if (!settings.spin || count > FEW)
-                return false;
-        for (nfds_t i = 0; i < count; i++) {
+        for (nfds_t i = 0; i < count && i < FEW; i++) {
                 struct end *end = fds[i].fd < 0 ? NULL : ring_end(fds[i].fd);
                 uint32_t there =
                     end ? atomic_load_explicit(&end_receives(end).ring->sender_cpu, memory_order_relaxed) : 0;
 
-                if (there && there != here &&
-                    (atomic_load_explicit(&end->rx.misses, memory_order_relaxed) < 4 ||
-                     atomic_fetch_add_explicit(&end->rx.misses, 1, memory_order_relaxed) % 32 == 0))
-                        return true;
+                if (there && there != here)
+                        return end;
         }
-        return false;
-}
-
-static void note_spin(const struct pollfd *fds, nfds_t count, bool found)
-{
-        for (nfds_t i = 0; i < count; i++) {
-                struct end *end = fds[i].fd < 0 ? NULL : ring_end(fds[i].fd);
-
-                if (end && found)
-                        atomic_store_explicit(&end->rx.misses, 0, memory_order_relaxed);
-                else if (end)
-                        atomic_fetch_add_explicit(&end->rx.misses, 1, memory_order_relaxed);
-        }
+        return NULL;
 }
 
 static bool spin(struct pollfd *fds, nfds_t count)
 {
-        uint64_t begin = now();
+        struct end *end = spinner(fds, count);
+        uint64_t budget = end ? spin_budget(&end->rx.spinner) : 0, begin = budget ? now() : 0;
         bool found = false;
 
+        if (!budget)
+                return false;
         do
-                for (int i = 0; i < 8 && !found; i++) {
+                for (int i = 0; i < SPIN_LOOKS && !found; i++) {
                         relax();
                         found = look(fds, count) != 0;
                 }
-        while (!found && now() - begin < settings.spin * UINT64_C(1000));
-        note_spin(fds, count, found);
+        while (!found && now() - begin < budget);
+        spin_learn(&end->rx.spinner, found, budget);
         return found;
 }
 
@@ -309,9 +298,11 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, int64_t t
                 struct bells bells = {0};
                 struct timespec time;
                 int64_t left = timeout;
+                struct end *end;
+                uint64_t slept;
                 int found = look(fds, count), got;
 
-                if (!found && timeout && !spun && may_spin(fds, count)) {
+                if (!found && timeout && !spun) {
                         spun = true;
                         if (spin(fds, count)) {
                                 statistics_count(&statistics.spins);
@@ -352,7 +343,11 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, int64_t t
                 time.tv_sec = left / 1000000000;
                 time.tv_nsec = left % 1000000000;
                 statistics_count(&statistics.sleeps);
+                end = spinner(fds, count);
+                slept = now();
                 got = real()->ppoll(copy, count + (nfds_t)bells.count, left < 0 ? NULL : &time, mask);
+                if (end)
+                        spin_slept(&end->rx.spinner, now() - slept);
                 for (int b = 0; b < bells.count; b++)
                         if (got > 0 && copy[count + (nfds_t)b].revents)
                                 bell_silence(copy[count + (nfds_t)b].fd);

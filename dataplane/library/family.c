@@ -239,7 +239,7 @@ static void reset_flow(struct flow *flow)
         atomic_store_explicit(&flow->limit, UINT64_MAX, memory_order_relaxed);
         atomic_store_explicit(&flow->touched, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->moved, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->misses, 0, memory_order_relaxed);
+        flow->spinner = (struct spinner){0};
         atomic_store_explicit(&flow->checked, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->full, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->timeout, 0, memory_order_relaxed);

@@ -16,6 +16,7 @@
 
 #include "layout.h"
 #include "lock.h"
+#include "spin.h"
 
 #include <stdbool.h>
 #include <sys/types.h>
@@ -48,7 +49,7 @@ struct flow {
         _Atomic uint64_t limit;    /* receiver: position at which the ring begins, in PHASE_READY and later */
         _Atomic uint64_t touched;  /* sender: highest offset used since the bulk area was given back */
         _Atomic uint64_t moved;    /* bytes through the ring, for statistics */
-        _Atomic uint32_t misses;   /* waits in a row that spinning didn't shorten */
+        struct spinner spinner;
         _Atomic uint32_t checked; /* ready_stamp() at the last look at the kernel's state of the connection */
         _Atomic uint32_t full;    /* sender: times that there was no room */
         _Atomic uint32_t timeout; /* SO_RCVTIMEO or SO_SNDTIMEO in ms, 0: none */

@@ -5,6 +5,7 @@
 #include "lock.h"
 #include "ready.h"
 #include "real.h"
+#include "spin.h"
 #include "statistics.h"
 #include "sys.h"
 
@@ -21,8 +22,6 @@ enum {
         FIRST_NAP = 1, /* ms, while a bell isn't known to the other side: doubled each time */
         LONGEST_NAP = 1000,
         BATCH = 64,
-        MISSES = 4,  /* spins in a row that found nothing: */
-        SELDOM = 32, /* then only every so many waits spin */
 };
 
 enum state { STATE_KERNEL, STATE_ACTIVE, STATE_ARMED, STATE_OFF };
@@ -60,10 +59,10 @@ struct poller {
         _Atomic uint32_t sleepers;
         uint32_t aliases; /* descriptors for it, besides the first */
         uint32_t turn;
-        uint32_t misses;         /* spins in a row that found nothing */
-        int nudge;               /* 1 + eventfd that wakes a sleeper of this process */
-        bool unknown;            /* the other side of an active one can't ring yet */
-        _Atomic uint16_t *bells; /* per arena: 1 + bell */
+        struct spinner spinner;
+        int nudge;       /* 1 + eventfd that wakes a sleeper of this process */
+        bool unknown;    /* the other side of an active one can't ring yet */
+        uint64_t *bells; /* per arena: its id << 9 | 1 + bell */
 };
 
 static struct poller *pollers;
@@ -244,9 +243,20 @@ static struct end *end_of_registration(const struct registration *r)
 
 /* --- bells --- */
 
+/* The bell of this instance for an arena; -1. Under a number there may be another arena by now. */
+static int bell_of(const struct poller *poller, uint32_t arena)
+{
+        uint64_t word = poller->bells ? poller->bells[arena] : 0;
+
+        return word && word >> 9 == (atomic_load(&mapping_of(arena)->id) & UINT64_MAX >> 9)
+                   ? (int)(word & 511) - 1
+                   : -1;
+}
+
 static bool give_bell(struct poller *poller, uint32_t arena)
 {
         struct epoll_event event = {.events = EPOLLIN};
+        uint64_t id = atomic_load(&mapping_of(arena)->id);
         int bell;
 
         if (!poller->bells) {
@@ -254,17 +264,14 @@ static bool give_bell(struct poller *poller, uint32_t arena)
                 if (!poller->bells)
                         return false;
         }
-        if (atomic_load(&poller->bells[arena])) {
-                /* The arena may be another one by now under the same number. */
-                if (bell_descriptor(arena, atomic_load(&poller->bells[arena]) - 1) >= 0)
-                        return true;
-        }
+        if (bell_of(poller, arena) >= 0)
+                return true;
         bell = bell_take(arena);
         if (bell < 0)
                 return false;
         event.data.u64 = OURS | arena << 8 | (uint32_t)bell;
         sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_ADD, bell_descriptor(arena, bell), &event);
-        atomic_store(&poller->bells[arena], (uint16_t)(bell + 1));
+        poller->bells[arena] = id << 9 | (uint32_t)(bell + 1);
         return true;
 }
 
@@ -472,7 +479,7 @@ void poller_forked(void)
                 poller->sleepers = 0;
                 poller->nudge = 0;
                 if (poller->bells)
-                        memset((void *)(uintptr_t)poller->bells, 0, ARENAS * sizeof *poller->bells);
+                        memset(poller->bells, 0, ARENAS * sizeof *poller->bells);
         }
         for (uint32_t i = 0; i < unused_from; i++)
                 if (registrations[i].state == STATE_ARMED)
@@ -510,8 +517,8 @@ void poller_closed(int fd)
                 close_own(poller->nudge - 1);
         if (poller->bells) {
                 for (uint32_t arena = 0; arena < ARENAS && arena < atomic_load(&family->next_arena); arena++)
-                        if (atomic_load(&poller->bells[arena]))
-                                bell_return(arena, atomic_load(&poller->bells[arena]) - 1);
+                        if (bell_of(poller, arena) >= 0)
+                                bell_return(arena, bell_of(poller, arena));
                 sys_2(SYS_munmap, poller->bells, ARENAS * sizeof *poller->bells);
         }
         fd_set_word(fd, 0);
@@ -552,7 +559,7 @@ static uint32_t look(struct registration *r, struct end *end, bool take)
 static bool arm_one(struct poller *poller, const struct registration *r, struct end *end);
 
 /* Ring events of the active registrations. Under the poller's lock. */
-static int harvest(struct poller *poller, struct epoll_event *events, int size)
+static int harvest(struct poller *poller, struct epoll_event *events, int size, bool spinning)
 {
         uint32_t i = poller->active, last = NONE;
         int count = 0;
@@ -578,7 +585,8 @@ static int harvest(struct poller *poller, struct epoll_event *events, int size)
                                 sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, r->fd, &off);
                         }
                         last = i;
-                } else if (++r->quiet > QUIET && arm_one(poller, r, end) && !look(r, end, false)) {
+                } else if (!spinning && ++r->quiet > QUIET && arm_one(poller, r, end) &&
+                           !look(r, end, false)) {
                         deactivate(poller, r, STATE_ARMED);
                 }
                 i = next;
@@ -606,7 +614,7 @@ static bool arm_one(struct poller *poller, const struct registration *r, struct 
 
         if (!give_bell(poller, arena))
                 return false;
-        bell = atomic_load(&poller->bells[arena]) - 1;
+        bell = bell_of(poller, arena);
         if (r->events & (EPOLLIN | EPOLLRDNORM))
                 wait_begin(&end_receives(end).ring->receivers, bell);
         if (r->events & (EPOLLOUT | EPOLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING &&
@@ -734,9 +742,7 @@ static bool may_spin(struct poller *poller)
         uint32_t here = core();
         int looks = 0;
 
-        if (!settings.spin || poller->active == NONE)
-                return false;
-        if (poller->misses >= MISSES && ++poller->misses % SELDOM)
+        if (!settings.spin)
                 return false;
         for (uint32_t i = poller->active; i != NONE && looks < BATCH; i = registrations[i].next, looks++) {
                 struct end *end = end_of_registration(&registrations[i]);
@@ -804,7 +810,7 @@ static int collect(struct poller *poller, struct epoll_event *events, int size, 
         struct epoll_event more[BATCH];
         int room = size < BATCH ? size : BATCH;
         enum taken taken = lock_take(&poller->lock, self());
-        int count = harvest(poller, more, room), kernel = 0;
+        int count = harvest(poller, more, room, false), kernel = 0;
 
         if (poller->nested != NONE)
                 count += harvest_nested(poller, more + count, room - count);
@@ -864,6 +870,7 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
         for (;;) {
                 int count;
                 int64_t left = timeout;
+                uint64_t slept;
                 bool unknown, again;
                 enum taken taken;
 
@@ -880,19 +887,21 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                 if (count || timeout == 0)
                         return count;
                 if (may_spin(poller)) {
-                        uint64_t begin = now();
+                        uint64_t budget = spin_budget(&poller->spinner), begin = budget ? now() : 0;
 
-                        poller->misses++;
-                        do {
-                                for (int i = 0; i < 8 && !count; i++) {
+                        while (budget && !count) {
+                                for (int i = 0; i < SPIN_LOOKS && !count; i++) {
                                         relax();
                                         taken = lock_take(&poller->lock, self());
-                                        count = harvest(poller, events, size < BATCH ? size : BATCH);
+                                        count = harvest(poller, events, size < BATCH ? size : BATCH, true);
                                         lock_release(&poller->lock, taken);
                                 }
-                        } while (!count && now() - begin < settings.spin * UINT64_C(1000));
+                                if (!count && now() - begin >= budget)
+                                        break;
+                        }
+                        if (budget)
+                                spin_learn(&poller->spinner, count != 0, budget);
                         if (count) {
-                                poller->misses = 0;
                                 statistics_count(&statistics.spins);
                                 return count;
                         }
@@ -922,7 +931,9 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                                                                        : LONGEST_NAP * INT64_C(1000000);
                 }
                 statistics_count(&statistics.sleeps);
+                slept = now();
                 count = kernel_wait(epfd, events, size, left, mask);
+                spin_slept(&poller->spinner, now() - slept);
                 atomic_fetch_sub(&poller->sleepers, 1);
                 if (count > 0) {
                         taken = lock_take(&poller->lock, self());

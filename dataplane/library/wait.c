@@ -3,7 +3,7 @@
 #include "arena.h"
 #include "clock.h"
 #include "ready.h"
-#include "settings.h"
+#include "spin.h"
 #include "statistics.h"
 #include "sys.h"
 
@@ -13,12 +13,9 @@
 #include <time.h>
 
 enum {
-        LOOKS = 16,         /* looks at the ring between looks at the clock */
         FIRST_NAP = 1,      /* ms, while nobody can ring: doubled each time */
         LONGEST_NAP = 1000, /* ms, when a bell is there and the other side hasn't fetched it */
         LONGEST_BLIND = 16, /* ms, when there is no bell */
-        MISSES = 4,         /* waits in a row that spinning didn't shorten: */
-        SELDOM = 32,        /* then only every so many waits spin */
 };
 
 static bool is_there(struct end *end, enum want want)
@@ -29,42 +26,34 @@ static bool is_there(struct end *end, enum want want)
 }
 
 /* On the peer's own core, spinning keeps it from what we wait for. */
-static bool wait_pays(const struct end *end, const struct flow *flow, enum want want)
+static bool is_elsewhere(const struct end *end, enum want want)
 {
         struct view view = want == WANT_BYTES ? end_receives(end) : end_sends(end);
         uint32_t peer = want == WANT_BYTES
                             ? atomic_load_explicit(&view.ring->sender_cpu, memory_order_relaxed)
                             : atomic_load_explicit(&view.ring->receiver_cpu, memory_order_relaxed);
-        uint32_t misses = atomic_load_explicit(&flow->misses, memory_order_relaxed);
 
-        if (!settings.spin || !peer || peer == core())
-                return false;
-        return misses < MISSES || misses % SELDOM == 0;
+        return peer && peer != core();
 }
 
 static bool spin(struct end *end, struct flow *flow, enum want want)
 {
-        uint32_t misses = atomic_load_explicit(&flow->misses, memory_order_relaxed);
-        uint64_t start;
+        uint64_t budget = is_elsewhere(end, want) ? spin_budget(&flow->spinner) : 0, start;
+        bool found = false;
 
-        if (!wait_pays(end, flow, want)) {
-                if (misses >= MISSES)
-                        atomic_store_explicit(&flow->misses, misses + 1, memory_order_relaxed);
+        if (!budget)
                 return false;
-        }
         start = now();
-        do {
-                for (int i = 0; i < LOOKS; i++) {
-                        if (is_there(end, want)) {
-                                atomic_store_explicit(&flow->misses, 0, memory_order_relaxed);
-                                statistics_count(&statistics.spins);
-                                return true;
-                        }
+        do
+                for (int i = 0; i < SPIN_LOOKS && !found; i++) {
                         relax();
+                        found = is_there(end, want);
                 }
-        } while (now() - start < settings.spin * UINT64_C(1000));
-        atomic_store_explicit(&flow->misses, misses + 1, memory_order_relaxed);
-        return false;
+        while (!found && now() - start < budget);
+        spin_learn(&flow->spinner, found, budget);
+        if (found)
+                statistics_count(&statistics.spins);
+        return found;
 }
 
 /* Would the kernel have gone on with the call after the handler that has just run? It would if the handler
@@ -110,6 +99,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
         for (;;) {
                 int64_t left = -1; /* ns; -1: for ever */
                 struct timespec time;
+                uint64_t slept;
                 int got;
 
                 if (want == WANT_SPACE)
@@ -137,7 +127,9 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                 }
                 time.tv_sec = left / 1000000000;
                 time.tv_nsec = left % 1000000000;
+                slept = now();
                 got = real()->ppoll(polled, 2, left < 0 ? NULL : &time, NULL);
+                spin_slept(&flow->spinner, now() - slept);
                 if (got < 0) {
                         if (*__errno_location() == EINTR && !*deadline && is_restarted())
                                 continue;

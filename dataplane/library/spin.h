@@ -1,0 +1,96 @@
+/* How long to spin before sleeping, learned from what spinning and sleeping have brought.
+ *
+ * Spinning pays while the other side answers faster than a sleeper wakes. Two sides that both sleep stay out
+ * of step for ever: by the time that one is awake the other has stopped looking. So after a row of misses a
+ * waiter sleeps at once, but every `patience` waits it spins as long as it last slept, if that was short:
+ * long enough to see the answer of one who has to wake. Then it looks a little at each of the next waits; if
+ * the other side does the same meanwhile, both are in step. Where that leads nowhere, patience doubles.
+ */
+#ifndef FREEFLOW_SPIN_H
+#define FREEFLOW_SPIN_H
+
+#include "settings.h"
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+enum {
+        SPIN_MISSES = 4,    /* in a row, after which a waiter sleeps at once */
+        SPIN_LONGEST = 400, /* us: who sleeps longer than this isn't waiting for somebody's waking */
+        SPIN_LOOKS = 8,     /* looks at the ring between looks at the clock */
+        SPIN_PATIENCE = 8,  /* waits */
+        SPIN_PATIENCE_MOST = 256,
+        SPIN_WINDOW = 64,  /* waits with a short spin after a long one that found something, at most */
+        SPIN_IN_STEP = 16, /* hits in a row after which patience is forgotten */
+};
+
+/* Threads may share one; what a race between them loses is a guess. */
+struct spinner {
+        _Atomic uint16_t misses; /* left until a waiter sleeps at once, counted down from a window */
+        _Atomic uint16_t hits, patience, left;
+        _Atomic uint32_t slept; /* us, the last time */
+        _Atomic uint32_t started;
+};
+
+#define SPIN_GET(field) atomic_load_explicit(&spinner->field, memory_order_relaxed)
+#define SPIN_SET(field, value) atomic_store_explicit(&spinner->field, (value), memory_order_relaxed)
+
+/* Nanoseconds to spin now. */
+static inline uint64_t spin_budget(struct spinner *spinner)
+{
+        uint32_t slept = SPIN_GET(slept);
+        uint16_t left;
+
+        if (!SPIN_GET(started)) {
+                SPIN_SET(started, 1);
+                SPIN_SET(misses, SPIN_MISSES);
+        }
+        if (SPIN_GET(misses))
+                return settings.spin * UINT64_C(1000);
+        if (!settings.spin || slept > SPIN_LONGEST)
+                return 0;
+        left = SPIN_GET(left);
+        if (left > 1) {
+                SPIN_SET(left, (uint16_t)(left - 1));
+                return 0;
+        }
+        return (settings.spin + slept) * UINT64_C(1000);
+}
+
+/* A spin of this budget has ended. */
+static inline void spin_learn(struct spinner *spinner, bool found, uint64_t budget)
+{
+        bool usual = budget <= settings.spin * UINT64_C(1000);
+        uint16_t patience = SPIN_GET(patience);
+
+        if (!patience)
+                SPIN_SET(patience, patience = SPIN_PATIENCE);
+        if (found && usual) {
+                if (SPIN_GET(misses) < SPIN_MISSES)
+                        SPIN_SET(misses, SPIN_MISSES);
+                if (SPIN_GET(hits) < SPIN_IN_STEP)
+                        SPIN_SET(hits, (uint16_t)(SPIN_GET(hits) + 1));
+                else
+                        SPIN_SET(patience, SPIN_PATIENCE);
+                return;
+        }
+        SPIN_SET(hits, 0);
+        if (usual) {
+                if (SPIN_GET(misses))
+                        SPIN_SET(misses, (uint16_t)(SPIN_GET(misses) - 1));
+                if (SPIN_GET(misses))
+                        return;
+        } else if (found) {
+                SPIN_SET(misses, patience < SPIN_WINDOW ? patience : SPIN_WINDOW);
+        }
+        SPIN_SET(left, patience);
+        SPIN_SET(patience, patience < SPIN_PATIENCE_MOST ? (uint16_t)(patience * 2) : SPIN_PATIENCE_MOST);
+}
+
+static inline void spin_slept(struct spinner *spinner, uint64_t ns)
+{
+        SPIN_SET(slept, ns < UINT32_MAX ? (uint32_t)(ns / 1000) : UINT32_MAX);
+}
+
+#endif
