@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -137,6 +138,12 @@ def idle_cases(
                     some = one.samples.setdefault(pair.subject, [])
                     some.append(Sample(seen.figures[name], None, seen.upgraded))
     yield from found.values()
+
+
+def absent_programs(chosen: Sequence[Measure]) -> list[str]:
+    """The packages of programs that the cases need and this machine hasn't got."""
+    needed = {("gcc", "gcc"), *(each for one in chosen for each in one.kind.programs)}
+    return sorted({package for program, package in needed if shutil.which(program) is None})
 
 
 @contextlib.contextmanager
@@ -267,6 +274,9 @@ def main(
             click.echo(f"{case.name:<32} {case.about}")
         return
     wanted = variants.split(",")
+    missing = absent_programs(chosen)
+    if missing:
+        raise click.ClickException(f"apt-get install {' '.join(missing)}: these cases need them")
     results = {}
     with (
         tempfile.TemporaryDirectory(prefix="freeflow-bench-") as tools,

@@ -16,6 +16,7 @@ from typing import Final
 
 from bench import idle, load
 from bench.errors import ProgramError
+from bench.idle import Idle
 from bench.load import Load
 from bench.measures import Measure, measures
 from bench.place import RING, TCP, Pair
@@ -86,11 +87,19 @@ class SameHost:
     budget: float
     order: random.Random
     say: Say
+    measures: Sequence[Measure] = field(
+        default_factory=lambda: [m for m in measures() if m.in_suite]
+    )
+    olds: Sequence[Load] = field(
+        default_factory=lambda: [one for one in load.loads() if one.name in OLD_LOADS]
+    )
+    take: Callable[[Measure, Pair, Servers, float], Sample] = sample
+    leave_idle: Callable[[Pair, Servers], Idle] = idle.idle
     clock: Callable[[], float] = time.monotonic
     found: dict[str, Figures] = field(default_factory=dict)
 
     def measure(self) -> dict[str, LocalRow]:
-        chosen = [one for one in measures() if one.in_suite and one.case.name in self.names]
+        chosen = [one for one in self.measures if one.case.name in self.names]
         olds = [case for case in OLD_CASES if case.name in self.names]
         idling = [case for case in idle.CASES if case.name in self.names]
         for one in chosen:
@@ -122,8 +131,7 @@ class SameHost:
         for name, figures in self.found.items():
             rows[name] = figures.row()
             if name in CPU_OF:
-                made = figures.cpu_row()
-                rows[f"{name}_cpu"] = made
+                rows[f"{name}_cpu"] = figures.cpu_row()
         return rows
 
     def _in_turn(self, transports: Iterable[str]) -> list[Pair]:
@@ -147,7 +155,7 @@ class SameHost:
         for pair in self._in_turn(one.transports):
 
             def work(pair: Pair = pair) -> None:
-                got = sample(one, pair, servers, seconds)
+                got = self.take(one, pair, servers, seconds)
                 if label is None:
                     return
                 self.found[name].keep(pair.subject, got)
@@ -161,8 +169,7 @@ class SameHost:
             self._try([name], pair, work)
 
     def _old(self, label: str) -> None:
-        loads = [one for one in load.loads() if one.name in OLD_LOADS]
-        for one in loads:
+        for one in self.olds:
             names = [case.name for case in OLD_CASES if case.name.startswith(one.name)]
             if one.name == "stream_1":
                 names.append(load.CPU.name)
@@ -185,7 +192,7 @@ class SameHost:
         for pair in self._in_turn({pair.transport for pair in self.pairs} - {RING}):
 
             def work(pair: Pair = pair) -> None:
-                got = idle.idle(pair, servers)
+                got = self.leave_idle(pair, servers)
                 for name in names:
                     if name in self.found:
                         one = Sample(got.figures[name], None, got.upgraded)

@@ -94,6 +94,8 @@ class Kind:
     end: signal.Signals = signal.SIGTERM
     unix: str = "socket"
     unix_is_folder: bool = False
+    programs: tuple[tuple[str, str], ...] = ()
+    """Programs of Debian that it and its clients are, each with its package."""
 
 
 def _redis(seat: Seat) -> list[str]:
@@ -184,10 +186,20 @@ def _postgres_rows(seat: Seat) -> None:
 PINGPONG: Final = Kind("pingpong", lambda seat: _tool(seat, "pingpong", "stream"))
 PINGPONG_EPOLL: Final = Kind("pingpong-epoll", lambda seat: _tool(seat, "pingpong", "epoll"))
 STREAM: Final = Kind("stream", lambda seat: _tool(seat, "stream"))
-IPERF3: Final = Kind("iperf3", lambda seat: ["iperf3", "--server", "--port", str(seat.port)])
-REDIS: Final = Kind("redis", _redis)
-MEMCACHED: Final = Kind("memcached", _memcached)
-NGINX: Final = Kind("nginx", _nginx, prepare=_nginx_files)
+IPERF3: Final = Kind(
+    "iperf3",
+    lambda seat: ["iperf3", "--server", "--port", str(seat.port)],
+    programs=(("iperf3", "iperf3"),),
+)
+REDIS: Final = Kind(
+    "redis",
+    _redis,
+    programs=(("redis-server", "redis-server"), ("redis-benchmark", "redis-tools")),
+)
+MEMCACHED: Final = Kind("memcached", _memcached, programs=(("memcached", "memcached"),))
+NGINX: Final = Kind(
+    "nginx", _nginx, prepare=_nginx_files, programs=(("nginx", "nginx-light"), ("wrk", "wrk"))
+)
 PGSQL: Final = Kind(
     "postgres",
     _postgres,
@@ -196,6 +208,7 @@ PGSQL: Final = Kind(
     user="postgres",
     unix="data/.s.PGSQL.{port}",
     unix_is_folder=True,
+    programs=(("pgbench", "postgresql"),),
     # SIGTERM would wait for the clients to go.
     end=signal.SIGINT,
 )

@@ -1,0 +1,202 @@
+"""The bench's own load programs, on this machine's loopback: they count right, and refuse what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bench import compiled, parse
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tools")
+    compiled.compile_into(directory)
+    return directory
+
+
+def run(*argv: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    line = [str(word) for word in argv]
+    return subprocess.run(
+        line, input=stdin, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+@contextlib.contextmanager
+def serving(*argv: object) -> Iterator[tuple[str, str]]:
+    """A server of ours at a unix socket; the words by which a client reaches it."""
+    path = Path(str(argv[0])).with_name(f"socket-{time.monotonic_ns()}")
+    line = [*(str(word) for word in argv), "serve", "-1", str(path), "0"]
+    process = subprocess.Popen(line)
+    try:
+        end = time.monotonic() + 10
+        while not path.exists():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.05)
+        yield str(path), "0"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def answering(answer: Callable[[socket.socket], None]) -> Iterator[tuple[str, str]]:
+    """A server in Python, each connection in a thread; address and port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve(connection: socket.socket) -> None:
+            with connection, contextlib.suppress(OSError):
+                answer(connection)
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield "127.0.0.1", str(listener.getsockname()[1])
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("kind", ["stream", "epoll"])
+@pytest.mark.parametrize("size", [64, 65536])
+def test_round_trips_are_counted(tools: Path, kind: str, size: int) -> None:
+    """Both ways of waiting exchange whole messages of the size that the caller says."""
+    with serving(tools / "pingpong", kind) as where:
+        done = run(tools / "pingpong", kind, "call", -1, *where, size, 0.5)
+    trips = parse.pingpong(done.stdout)
+    assert trips.count > 0
+    assert 0 < trips.p50_us <= trips.p99_us
+    assert trips.cpu_us > 0
+
+
+def test_wrong_answer_is_an_error(tools: Path) -> None:
+    """A message that comes back changed ends the run without a figure."""
+
+    def answer(connection: socket.socket) -> None:
+        connection.recv(4)
+        while connection.recv(64):
+            connection.sendall(b"\xff" * 64)
+
+    with answering(answer) as where:
+        done = run(tools / "pingpong", "stream", "call", -1, *where, 64, 0.2)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert "answer" in done.stderr
+
+
+def test_held_connections_work_afterwards(tools: Path) -> None:
+    """Connections are idle between "ready" and the end of input, and carry one more message then."""
+    with serving(tools / "pingpong", "epoll") as where:
+        done = run(tools / "pingpong", "epoll", "hold", -1, *where, 64, 20)
+    assert done.stdout == 'ready\n{"count": 20}\n'
+    assert done.returncode == 0
+
+
+def test_stream_counts_what_arrived(tools: Path) -> None:
+    """The rate is of bytes that the reader has counted."""
+    with serving(tools / "stream") as where:
+        done = run(tools / "stream", "call", -1, *where, 16384, 0.2)
+    moved = parse.moved(done.stdout)
+    assert moved.count > 0
+    assert moved.count % 16384 == 0
+    assert moved.seconds >= 0.2
+
+
+def test_stream_with_bytes_missing_is_an_error(tools: Path) -> None:
+    """A reader's count that isn't the writer's own gives no figure."""
+
+    def answer(connection: socket.socket) -> None:
+        got = -4
+        while some := connection.recv(1 << 20):
+            got += len(some)
+        connection.sendall((got - 1).to_bytes(8, "little"))
+
+    with answering(answer) as where:
+        done = run(tools / "stream", "call", -1, *where, 4096, 0.1)
+    assert done.returncode != 0
+    assert "arrived" in done.stderr
+
+
+class Memcached:
+    """As much of memcached as the load needs; `wrong` and `forgets` make it lie."""
+
+    def __init__(self, wrong: bool = False, forgets: int = 0) -> None:
+        self.wrong = wrong
+        self.forgets = forgets
+        self.values: dict[bytes, bytes] = {}
+        self.hits = 0
+        self.lock = threading.Lock()
+
+    def __call__(self, connection: socket.socket) -> None:
+        lines = connection.makefile("rb")
+        while line := lines.readline():
+            match line.split():
+                case [b"set", key, _, _, size]:
+                    self.values[key] = lines.read(int(size) + 2)
+                    connection.sendall(b"STORED\r\n")
+                case [b"get", key]:
+                    with self.lock:
+                        self.hits += 1
+                    value = self.values[key]
+                    if self.wrong:
+                        value = b"?" + value[1:]
+                    head = b"VALUE %b 0 %d\r\n" % (key, len(value) - 2)
+                    connection.sendall(head + value + b"END\r\n")
+                case [b"stats"]:
+                    told = max(0, self.hits - self.forgets)
+                    connection.sendall(b"STAT pid 1\r\nSTAT get_hits %d\r\nEND\r\n" % told)
+
+
+def test_memcached_requests_are_those_the_server_counted(tools: Path) -> None:
+    """The load's count is the server's own."""
+    server = Memcached()
+    with answering(server) as where:
+        done = run(tools / "memload", -1, *where, 3, 0.3)
+    assert parse.moved(done.stdout).count == server.hits > 0
+
+
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [(Memcached(wrong=True), "wrong answer"), (Memcached(forgets=1), "server has counted")],
+)
+def test_memcached_that_is_wrong_gives_no_figure(
+    tools: Path, server: Memcached, words: str
+) -> None:
+    """A value that isn't what was stored, or a server that counts otherwise, ends the run."""
+    with answering(server) as where:
+        done = run(tools / "memload", -1, *where, 3, 0.3)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two cores are needed")
+def test_bare_ring(tools: Path) -> None:
+    """The ring's two ends exchange messages, and the reader gets every byte of a stream."""
+    cores = sorted(os.sched_getaffinity(0))[-2:]
+    trips = parse.pingpong(run(tools / "ring", "pingpong", *cores, 64, 0.3).stdout)
+    assert trips.count > 0
+    moved = parse.moved(run(tools / "ring", "stream", *cores, 4096, 0.2).stdout)
+    assert moved.count % 4096 == 0
+    assert moved.count > 0
+
+
+def test_nobody_there_is_an_error(tools: Path, tmp_path: Path) -> None:
+    """A program that can't connect says so and gives no figure."""
+    for program in (("pingpong", "stream"), ("stream",)):
+        tool = tools / program[0]
+        done = run(tool, *program[1:], "call", -1, tmp_path / "nobody", 0, 64, 0.1)
+        assert done.returncode != 0
+        assert "connect" in done.stderr
