@@ -140,10 +140,12 @@ def idle_cases(
     yield from found.values()
 
 
-def absent_programs(chosen: Sequence[Measure]) -> list[str]:
+def absent_programs(chosen: Sequence[Measure], path: str | None = None) -> list[str]:
     """The packages of programs that the cases need and this machine hasn't got."""
     needed = {("gcc", "gcc"), *(each for one in chosen for each in one.kind.programs)}
-    return sorted({package for program, package in needed if shutil.which(program) is None})
+    return sorted(
+        {package for program, package in needed if shutil.which(program, path=path) is None}
+    )
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -30,12 +30,12 @@ class Sample:
     counters: str = ""
 
 
-def cores_of(numbers: tuple[int, ...]) -> tuple[int, ...]:
-    """This machine's cores that are so many from the end.
+def cores_of(numbers: tuple[int, ...], ours: Collection[int]) -> tuple[int, ...]:
+    """Those of `ours` that are so many from the end.
 
     Raises `ProgramError` where there are too few of them.
     """
-    have = sorted(os.sched_getaffinity(0), reverse=True)
+    have = sorted(ours, reverse=True)
     if numbers and max(numbers) >= len(have):
         raise ProgramError(
             f"{max(numbers) + 1} cores are needed, this machine gives us {len(have)}"
@@ -69,8 +69,9 @@ def counters_in(place: Place) -> tuple[str, Path]:
 
 def sample(measure: Measure, pair: Pair, servers: Servers, seconds: float) -> Sample:
     """One run. Raises `ProgramError` if a program failed or said something that can't be."""
-    server_cores = cores_of(measure.server_cores)
-    client_cores = cores_of(measure.client_cores)
+    ours = os.sched_getaffinity(0)
+    server_cores = cores_of(measure.server_cores, ours)
+    client_cores = cores_of(measure.client_cores, ours)
     if pair.transport == RING:
         # One program, that puts each of its ends on its core.
         seen = measure.call(Call(pair, None, seconds, (*client_cores, *server_cores), server_cores))
