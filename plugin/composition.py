@@ -18,6 +18,7 @@ from driver.driver import Driver, DriverConfig
 from driver.engine import DockerDirectory
 from driver.errors import FreeFlowError, SettingError
 from driver.hints import Hints
+from driver.kernel import public
 from driver.kernel.addresses import exchange
 from driver.kernel.linux import LinuxKernel
 from driver.model import Endpoint, EngineView, IPAddress
@@ -169,10 +170,22 @@ def compose(
         hints=hints,
         exporter=Exporter(snapshot, settings.metrics_addr) if settings.metrics_addr else None,
         accelerator=accelerator,
-        router=RouterProcess(
-            router_command(paths.host_run, settings.log_level), accelerator.router_started
-        )
-        if paths.host_run.is_dir()
-        else None,
+        router=_router(paths, settings, accelerator, failures),
         recover=run_recovery,
     )
+
+
+def _router(
+    paths: Paths, settings: Settings, accelerator: Accelerator, failures: list[str]
+) -> RouterProcess | None:
+    """The router's process; None where there is no folder for it, which is said in the log and in status."""
+    if not paths.host_run.is_dir():
+        return None
+    try:
+        folder = public.make(paths.host_run)
+    except FreeFlowError as error:
+        failures.append(str(error))
+        log.error("no connection can be accelerated", reason=str(error))
+        return None
+    command = router_command(paths.host_run, folder, settings.log_level)
+    return RouterProcess(command, accelerator.router_started)

@@ -22,8 +22,8 @@ from plugin.settings import Settings
 
 log = structlog.get_logger()
 
-PUBLIC: Final = "freeflow/router.sock"
-"""Below the host's /run; every container may see this directory."""
+PUBLIC: Final = "router.sock"
+"""In the folder that every container may see, see `driver/kernel/public.py`."""
 CONTROL: Final = "freeflow-admin/router.sock"
 LEAST_PAUSE: Final = 0.1
 MOST_PAUSE: Final = 10.0
@@ -57,14 +57,14 @@ def router_settings(settings: Settings) -> RouterSettings:
     )
 
 
-def router_command(host_run: Path, log_level: str) -> list[str]:
-    """How the router is started."""
+def router_command(host_run: Path, folder: Path, log_level: str) -> list[str]:
+    """How the router is started. `folder`: where /run/freeflow is written."""
     return [
         sys.executable,
         "-P",
         "-m",
         "dataplane.router",
-        f"--socket={host_run / PUBLIC}",
+        f"--socket={folder / PUBLIC}",
         f"--control={host_run / CONTROL}",
         f"--log-level={log_level}",
         "--watch-stdin",

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Final
 
 from driver.errors import FreeFlowError
+from driver.kernel import public
 from driver.kernel.linux import LinuxKernel
 from driver.store import FILE
 from plugin import host_command
 from plugin.cli.client import Client, NotRunning, host_run
 
 STATE: Final = Path("/state")
+ADMIN_DIRECTORY: Final = "freeflow-admin"
 HOST_BINS: Final = (Path("/host/bin"), Path("/usr/local/bin"))
 
 
@@ -55,10 +57,12 @@ def clean(client: Client, *, everything: bool, force: bool) -> list[str]:
     run = host_run()
     removed = LinuxKernel(run).cleanup()
     if everything:
-        for directory in (run / "freeflow-admin", run / "freeflow"):
-            if directory.exists():
-                shutil.rmtree(directory, ignore_errors=True)
-                removed.append(f"/run/{directory.name}")
+        if public.remove(run):
+            removed.append("/run/freeflow")
+        directory = run / ADMIN_DIRECTORY
+        if directory.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            removed.append(f"/run/{directory.name}")
         for state in STATE.glob(FILE + "*") if STATE.is_dir() else ():
             state.unlink(missing_ok=True)
             removed.append(f"state {state.name}")

@@ -119,6 +119,10 @@ def test_the_router_is_open_to_all(own: RealPlace) -> None:
     _router(own)
     folder = own.run / "freeflow"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    with pytest.raises(OSError, match="Read-only"):
+        (folder / "libfreeflow.so").write_text("anything")
+    with pytest.raises(OSError, match="Read-only"):
+        (folder / "router.sock").unlink()
     assert stat.S_IMODE((folder / "router.sock").stat().st_mode) == 0o666
     assert stat.S_IMODE((own.run / "freeflow-admin/router.sock").stat().st_mode) == 0o600
     assert own.admin().send("GET", "/admin/status").json["router"]["up"]

@@ -146,8 +146,11 @@ def test_what_containers_see(manager: Host) -> None:
         "import socket; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); "
         "s.connect('/run/freeflow/router.sock'); print('reached')"
     )
-    if manager.exec(box, "sh", "-c", "command -v python3 || true").strip():
-        assert manager.exec(box, "python3", "-c", code).strip() == "reached"
+    assert manager.exec(box, "python3", "-c", code).strip() == "reached"
+    root = run_container(manager, network, "--mount", mount)
+    for command in ("touch /run/freeflow/x", "rm /run/freeflow/router.sock"):
+        said = manager.exec(root, "sh", "-c", f"{command} 2>&1 || true")
+        assert "Read-only file system" in said, command
     assert (
         manager.exec(box, "sh", "-c", "touch /run/freeflow/x 2>&1 || echo no")
         .strip()

@@ -98,8 +98,8 @@ def test_settings_reach_the_router() -> None:
 
 
 def test_command() -> None:
-    """The router is told its two sockets, below the host's /run."""
-    command = router_command(Path("/host/run"), "info")
-    assert "--socket=/host/run/freeflow/router.sock" in command
+    """The router is told its two sockets: one for all containers, one for us."""
+    command = router_command(Path("/host/run"), Path("/public"), "info")
+    assert "--socket=/public/router.sock" in command
     assert "--control=/host/run/freeflow-admin/router.sock" in command
     assert "--watch-stdin" in command

@@ -1,0 +1,92 @@
+"""The folder that every container may mount: /run/freeflow, read-only even for a container's root.
+
+What is in it is loaded into programs of all containers that have the mount, so none of them may change it. It is a
+read-only mount of `freeflow-admin/public`, which only the host's root reaches; whoever binds it gets it read-only too.
+Unix sockets in it can be connected to all the same. The folder itself is never replaced: containers that run have it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from driver.errors import KernelError
+from driver.kernel.namespace import check, libc
+
+VISIBLE: Final = Path("freeflow")
+"""Below the host's /run, as is the next."""
+WRITABLE: Final = Path("freeflow-admin/public")
+
+_MS_RDONLY: Final = 1
+_MS_NOSUID: Final = 2
+_MS_NODEV: Final = 4
+_MS_REMOUNT: Final = 32
+_MS_BIND: Final = 4096
+_MNT_DETACH: Final = 2
+
+
+def _mount(source: Path, target: Path, flags: int) -> None:
+    result = libc.mount(
+        str(source).encode(), str(target).encode(), None, ctypes.c_ulong(_MS_BIND | flags), None
+    )
+    check(result, f"mounting {target}")
+
+
+def options_at(path: Path, mountinfo: Path = Path("/proc/thread-self/mountinfo")) -> set[str]:
+    """The options of the mount at just this path; empty if there is none (mountinfo, proc(5))."""
+    found: set[str] = set()
+    for line in mountinfo.read_text(errors="replace").splitlines():
+        fields = line.split()
+        if fields[4].replace("\\040", " ") == str(path):
+            # The last one covers those before.
+            found = set(fields[5].split(","))
+    return found
+
+
+def make(host_run: Path) -> Path:
+    """Make the folder if it isn't there; returns where it can be written.
+
+    Raises:
+        KernelError: it can't be made.
+    """
+    host_run = host_run.resolve()
+    visible, writable = host_run / VISIBLE, host_run / WRITABLE
+    try:
+        for folder in (writable, visible):
+            folder.mkdir(parents=True, exist_ok=True)
+        writable.parent.chmod(0o700)
+        writable.chmod(0o755)
+        if "ro" in options_at(visible):
+            if visible.samefile(writable):
+                return writable
+            check(libc.umount2(str(visible).encode(), _MNT_DETACH), f"unmounting {visible}")
+        visible.chmod(0o755)
+        # Read-only elsewhere first: what is made so afterwards is so in this mount namespace alone, not on the host.
+        with tempfile.TemporaryDirectory(prefix="freeflow-") as text:
+            private = Path(text)
+            _mount(writable, private, 0)
+            try:
+                _mount(private, private, _MS_REMOUNT | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
+                _mount(private, visible, 0)
+            finally:
+                libc.umount2(str(private).encode(), _MNT_DETACH)
+    except OSError as error:
+        raise KernelError(
+            f"{visible} can't be made: {error.strerror}; does the plugin have CAP_SYS_ADMIN?"
+        ) from error
+    return writable
+
+
+def remove(host_run: Path) -> bool:
+    """Remove the folder from where containers find it; those that have it keep it. False if there was none."""
+    visible = host_run.resolve() / VISIBLE
+    while options_at(visible) and libc.umount2(str(visible).encode(), _MNT_DETACH) == 0:
+        pass
+    # Other mount namespaces have copies: removing the directory unmounts them all (unlink(2)).
+    with contextlib.suppress(OSError):
+        visible.rmdir()
+        return True
+    return False

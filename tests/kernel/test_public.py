@@ -1,0 +1,116 @@
+"""The folder that containers mount: what the kernel makes of it, on a host of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from driver.kernel import public
+from tests.kernel.hosts import RUN, Lab
+
+TOP = Path(__file__).parents[2]
+FOLDER = RUN / "freeflow"
+
+
+def inside(lab: Lab, script: str) -> str:
+    """Run a shell script on the host, as its root; what it says, failures included."""
+    host = lab.hosts[0]
+    done = host.do(
+        lambda: subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    )
+    return done.stdout + done.stderr
+
+
+def make(lab: Lab) -> Path:
+    return lab.hosts[0].do(lambda: public.make(RUN))
+
+
+def test_nobody_changes_it(one: Lab) -> None:
+    """What is put there is seen, and neither the host's own path nor a container's mount of it can be written."""
+    where = make(one)
+    one.hosts[0].do(lambda: (where / "library").write_text("bytes"))
+    assert inside(one, f"cat {FOLDER}/library") == "bytes"
+    container = f"mkdir /run/c && mount --bind {FOLDER} /run/c && "
+    for path in (FOLDER, "/run/c"):
+        for command in (f"touch {path}/x", f"rm {path}/library", f"echo x > {path}/library"):
+            assert "Read-only file system" in inside(
+                one,
+                f"{container if path == '/run/c' else ''} {command}; umount /run/c; rmdir /run/c",
+            )
+    assert inside(one, f"cat {FOLDER}/library") == "bytes"
+
+
+def test_made_once(one: Lab) -> None:
+    """A plugin that starts again finds the folder that running containers have, and mounts nothing more."""
+    make(one)
+    before = inside(one, f"stat -c %i {FOLDER}; grep -c ' {FOLDER} ' /proc/self/mountinfo")
+    make(one)
+    assert inside(one, f"stat -c %i {FOLDER}; grep -c ' {FOLDER} ' /proc/self/mountinfo") == before
+    assert before.split()[1] == "1"
+
+
+def test_made_anew(one: Lab) -> None:
+    """If what it shows was removed by hand, the folder shows the new one."""
+    make(one)
+    inside(one, "rm -rf /run/freeflow-admin/public")
+    where = make(one)
+    one.hosts[0].do(lambda: (where / "library").write_text("bytes"))
+    assert inside(one, f"cat {FOLDER}/library") == "bytes"
+
+
+def test_the_host_sees_it_read_only(one: Lab) -> None:
+    """Made in the plugin's mount namespace, the folder is on the host, and read-only there as well."""
+    plugin = (
+        f"import sys; sys.path.insert(0, {str(TOP)!r}); from pathlib import Path; "
+        "from driver.kernel import public; public.make(Path('/run')).joinpath('library').write_text('bytes')"
+    )
+    inside(one, "mount --make-shared /run")
+    said = inside(one, f'unshare --mount --propagation unchanged {sys.executable} -c "{plugin}"')
+    assert said == ""
+    assert inside(one, f"cat {FOLDER}/library") == "bytes"
+    assert "Read-only file system" in inside(one, f"touch {FOLDER}/x")
+
+
+def test_removed(one: Lab) -> None:
+    """Removed it is gone from the host, with its mount; a container that has it keeps it."""
+    where = make(one)
+    one.hosts[0].do(lambda: (where / "library").write_text("bytes"))
+    inside(one, f"mkdir /run/c && mount --bind {FOLDER} /run/c")
+    assert one.hosts[0].do(lambda: public.remove(RUN))
+    assert "No such file" in inside(one, f"ls {FOLDER}")
+    assert inside(one, "cat /run/c/library") == "bytes"
+    assert not one.hosts[0].do(lambda: public.remove(RUN))
+
+
+def test_a_socket_in_it(one: Lab) -> None:
+    """A socket in the folder is reached through the read-only mount."""
+    make(one)
+    code = (
+        "import socket; a = socket.socket(socket.AF_UNIX); a.bind('/run/freeflow-admin/public/s'); a.listen(); "
+        "b = socket.socket(socket.AF_UNIX); b.connect('/run/freeflow/s'); a.accept(); print('reached')"
+    )
+    assert inside(one, f'{sys.executable} -c "{code}"') == "reached\n"
+
+
+def test_options_are_those_of_the_mount(tmp_path: Path) -> None:
+    """Only a mount at just this path counts, and of several the last."""
+    table = tmp_path / "mountinfo"
+    table.write_text(
+        "1 0 0:1 / /run rw,nosuid shared:1 - tmpfs tmpfs rw\n"
+        "2 1 0:1 /a /run/freeflow rw - tmpfs tmpfs rw\n"
+        "3 1 0:1 /b /run/freeflow ro,nodev - tmpfs tmpfs rw\n"
+        "4 1 0:1 /c /run/freeflow/x rw - tmpfs tmpfs rw\n"
+    )
+    assert public.options_at(Path("/run/freeflow"), table) == {"ro", "nodev"}
+    assert public.options_at(Path("/run/free"), table) == set()
+
+
+@pytest.mark.parametrize("what", ["freeflow", "freeflow-admin"])
+def test_something_in_the_way(one: Lab, what: str) -> None:
+    """A file where the folder should be is an error of ours, which names it."""
+    inside(one, f"rm -rf /run/{what}; touch /run/{what}")
+    with pytest.raises(Exception, match="/run/freeflow can't be made"):
+        make(one)
