@@ -30,6 +30,7 @@ enum state { STATE_KERNEL, STATE_ACTIVE, STATE_ARMED, STATE_OFF };
 /* What epoll says of our own descriptors: nothing that a program's pointers or numbers look like. */
 #define OURS UINT64_C(0xf4ee5bad00000000)
 #define OURS_MASK UINT64_C(0xffffffff00000000)
+#define OURS_REGISTRATION UINT64_C(0xf4ee5bae00000000)
 #define NUDGE (OURS | 0xffffffff)
 
 _Atomic uint32_t ready_news;
@@ -44,9 +45,12 @@ struct registration {
         uint32_t next_of_fd;     /* chain per descriptor; also of free ones */
         uint32_t next, previous; /* the poller's active list */
         uint32_t quiet;
-        uint64_t seen;  /* edge-triggered: tail at the last report */
-        uint32_t full;  /* flow.full at the last report */
-        uint32_t first; /* edge-triggered: nothing reported since it was made or changed */
+        uint64_t seen;   /* edge-triggered: tail at the last report */
+        uint32_t full;   /* flow.full at the last report */
+        uint32_t first;  /* edge-triggered: nothing reported since it was made or changed */
+        uint32_t kernel; /* what the kernel has reported and we found true since */
+        bool edge;       /* the kernel has reported something that we haven't */
+        bool ghost;      /* the program has removed it; the kernel's part waits for it to come back */
         uint32_t next_nested;
 };
 
@@ -290,15 +294,6 @@ static void nudge(struct poller *poller)
         sys_3(SYS_write, poller->nudge - 1, &one, sizeof one);
 }
 
-/* The kernel's part of what the program wants: room in TCP's own buffer means nothing while bytes go to the
- * ring. */
-static uint32_t for_kernel(const struct registration *r, struct end *end)
-{
-        if (end && atomic_load_explicit(&end->tx.phase, memory_order_relaxed) == PHASE_RING)
-                return r->events & ~(uint32_t)EPOLLOUT;
-        return r->events;
-}
-
 static bool is_ring(struct end *end)
 {
         uint32_t rx = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
@@ -307,28 +302,80 @@ static bool is_ring(struct end *end)
                atomic_load_explicit(&end->tx.phase, memory_order_relaxed) == PHASE_RING;
 }
 
-/* From now on the ring is looked at for this registration. Under the poller's lock. */
+/* From now on the ring is looked at for this registration. The kernel tells us, not the program, and each
+ * thing once: then what the program changes about it, often with each request, needs no call. Under the
+ * poller's lock. */
 static bool to_ring(struct poller *poller, struct registration *r, struct end *end)
 {
         if (!give_bell(poller, atomic_load(&end->arena)))
                 return false;
         if (r->state == STATE_KERNEL) {
+                struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET,
+                                            .data.u64 = OURS_REGISTRATION | number_of(r)};
+
+                /* Not with EPOLLEXCLUSIVE: such a registration can't be changed. */
+                if (sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, r->fd, &event) < 0)
+                        return false;
                 poller->rings++;
+                r->kernel = 0;
+                r->edge = false;
                 r->seen = atomic_load(&end->rx.edge);
                 r->full = atomic_load(&end->tx.full);
         }
-        if (r->state != STATE_OFF)
+        if (r->state != STATE_OFF && !r->ghost)
                 activate(poller, r);
+        else if (r->state == STATE_KERNEL)
+                r->state = STATE_OFF;
         if (poller->sleepers)
                 nudge(poller);
         return true;
+}
+
+/* Both rings have ended: the kernel tells the program again. */
+static void to_kernel(struct poller *poller, struct registration *r)
+{
+        struct epoll_event event = {.events = r->events, .data.u64 = r->data};
+
+        if (r->state == STATE_OFF)
+                event.events &= EPOLLONESHOT;
+        deactivate(poller, r, STATE_KERNEL);
+        poller->rings--;
+        if (r->ghost)
+                sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_DEL, r->fd, &event);
+        else
+                sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, r->fd, &event);
+}
+
+/* epoll_ctl() for a registration that the kernel reports to us. */
+static int change(struct poller *poller, struct registration *r, struct end *end, int operation,
+                  const struct epoll_event *event)
+{
+        if (operation == EPOLL_CTL_ADD && !r->ghost)
+                return (int)result(-EEXIST);
+        if (operation != EPOLL_CTL_ADD && r->ghost)
+                return (int)result(-ENOENT);
+        if (operation == EPOLL_CTL_DEL) {
+                r->ghost = true;
+                deactivate(poller, r, STATE_OFF);
+                return 0;
+        }
+        if (!event)
+                return (int)result(-EFAULT);
+        r->ghost = false;
+        r->events = event->events;
+        r->data = event->data.u64;
+        r->first = 1;
+        if (r->state == STATE_OFF)
+                r->state = STATE_ARMED;
+        if (!to_ring(poller, r, end))
+                activate(poller, r);
+        return 0;
 }
 
 int poller_control(int epfd, int operation, int fd, struct epoll_event *event)
 {
         struct poller *poller = poller_of(epfd);
         struct poller *inner = poller ? poller_of(fd) : NULL;
-        struct epoll_event changed;
         struct registration *r;
         enum taken outer, taken;
         struct end *end;
@@ -346,36 +393,37 @@ int poller_control(int epfd, int operation, int fd, struct epoll_event *event)
                 drop(poller, r);
                 r = NULL;
         }
+        if (r && r->state != STATE_KERNEL && end && is_ring(end)) {
+                outcome = change(poller, r, end, operation, event);
+                lock_release(&poller->lock, taken);
+                lock_release(&table, outer);
+                return outcome;
+        }
+        if (r && r->state != STATE_KERNEL)
+                to_kernel(poller, r);
+        if (r && r->ghost) {
+                drop(poller, r);
+                r = NULL;
+        }
         if (operation == EPOLL_CTL_ADD && !r)
                 r = add(poller, fd, key);
-        if (r && event && operation != EPOLL_CTL_DEL) {
-                uint32_t before = r->events;
-
-                r->events = event->events;
-                changed = *event;
-                changed.events = for_kernel(r, end);
-                outcome = real()->epoll_ctl(epfd, operation, fd, &changed);
-                if (outcome == 0) {
-                        r->data = event->data.u64;
-                        if (operation == EPOLL_CTL_ADD && inner) {
-                                r->next_nested = poller->nested;
-                                poller->nested = number_of(r);
-                        }
-                        r->first = 1;
-                        if (end && is_ring(end)) {
-                                if (r->state == STATE_OFF)
-                                        r->state = STATE_ARMED;
-                                to_ring(poller, r, end);
-                        }
-                } else {
-                        r->events = before;
-                        if (operation == EPOLL_CTL_ADD && *__errno_location() != EEXIST)
-                                drop(poller, r);
-                }
-        } else {
-                outcome = real()->epoll_ctl(epfd, operation, fd, event);
-                if (outcome == 0 && operation == EPOLL_CTL_DEL && r)
+        outcome = real()->epoll_ctl(epfd, operation, fd, event);
+        if (outcome < 0) {
+                /* What was there before is still there. */
+                if (operation == EPOLL_CTL_ADD && r && !r->events)
                         drop(poller, r);
+        } else if (r && operation == EPOLL_CTL_DEL) {
+                drop(poller, r);
+        } else if (r) {
+                r->events = event->events | EPOLLERR | EPOLLHUP;
+                r->data = event->data.u64;
+                r->first = 1;
+                if (operation == EPOLL_CTL_ADD && inner) {
+                        r->next_nested = poller->nested;
+                        poller->nested = number_of(r);
+                }
+                if (end && is_ring(end))
+                        to_ring(poller, r, end);
         }
         lock_release(&poller->lock, taken);
         lock_release(&table, outer);
@@ -419,7 +467,6 @@ void poller_sender_changed(int fd, struct end *end)
         for (uint32_t i = atomic_load(&of_fd[fd]) - 1; i != NONE; i = registrations[i].next_of_fd) {
                 struct registration *r = &registrations[i];
                 struct poller *poller = &pollers[r->poller];
-                struct epoll_event event = {.data.u64 = r->data};
                 enum taken taken;
 
                 if ((uint32_t)r->key - 1 != end_number(end))
@@ -427,10 +474,8 @@ void poller_sender_changed(int fd, struct end *end)
                 taken = lock_take(&poller->lock, self());
                 if (is_ring(end))
                         to_ring(poller, r, end);
-                event.events = for_kernel(r, end);
-                /* A disarmed EPOLLONESHOT must not be armed by us. */
-                if (r->events & EPOLLOUT && r->state != STATE_OFF && !(r->events & EPOLLONESHOT))
-                        sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, fd, &event);
+                else if (r->state != STATE_KERNEL)
+                        to_kernel(poller, r);
                 lock_release(&poller->lock, taken);
         }
         lock_release(&table, outer);
@@ -458,6 +503,15 @@ static void forget(int fd, uint64_t key)
                 if (key && r->key != key)
                         continue;
                 taken = lock_take(&poller->lock, self());
+                /* The kernel keeps a registration as long as anybody has the file open; ours would come under
+                 * a number that means another one by then. */
+                if (r->state != STATE_KERNEL && fd_is_end(r->key)) {
+                        struct end *end = end_of_registration(r);
+
+                        if (!end || end_held_elsewhere(end) ||
+                            atomic_load(&process.local[end_number(end)]) > 1)
+                                to_kernel(poller, r);
+                }
                 drop(poller, r);
                 lock_release(&poller->lock, taken);
         }
@@ -529,13 +583,40 @@ void poller_closed(int fd)
 
 /* --- waiting --- */
 
+/* What TCP has for a registration. What may have passed since the kernel reported it is looked at again. */
+static uint32_t look_at_tcp(struct registration *r, struct end *end)
+{
+        const uint32_t lasting = EPOLLHUP | EPOLLERR | EPOLLRDHUP;
+        bool in = atomic_load_explicit(&end->rx.phase, memory_order_relaxed) != PHASE_RING;
+        bool out = atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_RING;
+        uint32_t wanted = r->events | EPOLLERR | EPOLLHUP, passing;
+
+        if (__builtin_expect(!r->kernel, 1))
+                return 0;
+        if (!out)
+                r->kernel &= ~(uint32_t)(EPOLLOUT | EPOLLWRNORM);
+        passing = r->kernel & wanted & ~lasting & ~(uint32_t)(in ? 0 : EPOLLIN | EPOLLRDNORM);
+        if (passing) {
+                struct pollfd polled = {.fd = r->fd, .events = POLLIN | POLLOUT | POLLPRI};
+                struct timespec at_once = {0};
+                uint32_t true_now;
+
+                sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0);
+                /* poll's bits are epoll's. */
+                true_now = (uint32_t)(uint16_t)polled.revents;
+                r->kernel &= true_now | lasting | (in ? 0u : EPOLLIN | EPOLLRDNORM);
+        }
+        return r->kernel & wanted;
+}
+
 /* What to report for a registration, 0: nothing. Changes what edge-triggered ones have seen. */
 static uint32_t look(struct registration *r, struct end *end, bool take)
 {
         bool bytes = r->events & (EPOLLIN | EPOLLRDNORM) && ready_bytes(end);
         bool space = r->events & (EPOLLOUT | EPOLLWRNORM) && ready_space(end);
+        uint32_t tcp = look_at_tcp(r, end);
         uint32_t found = (bytes ? r->events & (EPOLLIN | EPOLLRDNORM) : 0) |
-                         (space ? r->events & (EPOLLOUT | EPOLLWRNORM) : 0);
+                         (space ? r->events & (EPOLLOUT | EPOLLWRNORM) : 0) | tcp;
 
         if (found && r->events & EPOLLET) {
                 uint64_t tail =
@@ -543,15 +624,19 @@ static uint32_t look(struct registration *r, struct end *end, bool take)
                                  : 0;
                 uint32_t full = atomic_load_explicit(&end->tx.full, memory_order_relaxed);
 
-                if (!r->first && !(bytes && tail != r->seen) && !(space && full != r->full))
+                if (!r->first && !(bytes && tail != r->seen) && !(space && full != r->full) &&
+                    !(tcp && r->edge))
                         return 0;
                 if (take) {
-                        r->first = 0;
                         if (bytes)
                                 r->seen = tail;
                         if (space)
                                 r->full = full;
                 }
+        }
+        if (found && take) {
+                r->first = 0;
+                r->edge = false;
         }
         return found;
 }
@@ -569,8 +654,13 @@ static int harvest(struct poller *poller, struct epoll_event *events, int size, 
                 struct end *end = end_of_registration(r);
                 uint32_t found, next = r->next;
 
-                if (!end || !is_ring(end)) {
+                if (!end) {
                         deactivate(poller, r, STATE_ARMED);
+                        i = next;
+                        continue;
+                }
+                if (!is_ring(end)) {
+                        to_kernel(poller, r);
                         i = next;
                         continue;
                 }
@@ -578,12 +668,8 @@ static int harvest(struct poller *poller, struct epoll_event *events, int size, 
                 if (found) {
                         events[count++] = (struct epoll_event){.events = found, .data.u64 = r->data};
                         r->quiet = 0;
-                        if (r->events & EPOLLONESHOT) {
-                                struct epoll_event off = {.events = EPOLLONESHOT, .data.u64 = r->data};
-
+                        if (r->events & EPOLLONESHOT)
                                 deactivate(poller, r, STATE_OFF);
-                                sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, r->fd, &off);
-                        }
                         last = i;
                 } else if (!spinning && ++r->quiet > QUIET && arm_one(poller, r, end) &&
                            !look(r, end, false)) {
@@ -683,12 +769,23 @@ static void answer(struct poller *poller, uint32_t arena, int bell)
  * lock. */
 static int sort(struct poller *poller, struct epoll_event *events, int count)
 {
+        bool ours = false;
         int kept = 0;
 
         for (int i = 0; i < count; i++) {
                 uint64_t data = events[i].data.u64;
 
-                if ((data & OURS_MASK) != OURS) {
+                if ((data & OURS_MASK) == OURS_REGISTRATION) {
+                        struct registration *r = &registrations[(uint32_t)data % REGISTRATIONS];
+
+                        if (&pollers[r->poller] != poller || r->state == STATE_KERNEL)
+                                continue;
+                        r->kernel |= events[i].events;
+                        r->edge = true;
+                        if (r->state == STATE_ARMED)
+                                activate(poller, r);
+                        ours = true;
+                } else if ((data & OURS_MASK) != OURS) {
                         events[kept++] = events[i];
                 } else if (data == NUDGE) {
                         uint64_t drained;
@@ -698,7 +795,7 @@ static int sort(struct poller *poller, struct epoll_event *events, int count)
                         answer(poller, (uint32_t)(data >> 8) & (ARENAS - 1), (int)(data & 0xff));
                 }
         }
-        if (kept)
+        if (ours)
                 atomic_fetch_add_explicit(&ready_news, 1, memory_order_relaxed);
         return kept;
 }
@@ -808,21 +905,20 @@ static int harvest_nested(struct poller *poller, struct epoll_event *events, int
 static int collect(struct poller *poller, struct epoll_event *events, int size, bool ask_kernel)
 {
         struct epoll_event more[BATCH];
-        int room = size < BATCH ? size : BATCH;
         enum taken taken = lock_take(&poller->lock, self());
-        int count = harvest(poller, more, room, false), kernel = 0;
+        int count = 0, kernel = 0, room;
 
+        if (ask_kernel || ++poller->turn % SHARE == 0) {
+                /* First, because what it says of our registrations is found among the ring's; but not all the
+                 * room. */
+                kernel =
+                    (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, events, size > 1 ? size / 2 : 1, 0, 0, 8);
+                kernel = kernel > 0 ? sort(poller, events, kernel) : 0;
+        }
+        room = size - kernel < BATCH ? size - kernel : BATCH;
+        count = harvest(poller, more, room, false);
         if (poller->nested != NONE)
                 count += harvest_nested(poller, more + count, room - count);
-        if (ask_kernel || ++poller->turn % SHARE == 0) {
-                /* Their places are kept: an edge that was taken must be reported. */
-                int left = size - count;
-
-                if (left > 0) {
-                        kernel = (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, events, left, 0, 0, 8);
-                        kernel = kernel > 0 ? sort(poller, events, kernel) : 0;
-                }
-        }
         count = merge(events, kernel, more, count);
         if (count && poller->sleepers && poller->active != NONE)
                 nudge(poller);
@@ -845,7 +941,8 @@ static int wait_plainly(struct poller *poller, int epfd, struct epoll_event *eve
                 count = real()->epoll_pwait(epfd, events, size, ms > INT32_MAX ? INT32_MAX : (int)ms, mask);
         atomic_fetch_sub_explicit(&poller->sleepers, 1, memory_order_relaxed);
         for (int i = 0; i < count; i++)
-                if ((events[i].data.u64 & OURS_MASK) == OURS) {
+                if ((events[i].data.u64 & OURS_MASK) == OURS ||
+                    (events[i].data.u64 & OURS_MASK) == OURS_REGISTRATION) {
                         enum taken taken = lock_take(&poller->lock, self());
 
                         count = sort(poller, events, count);
@@ -940,8 +1037,18 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                         count = sort(poller, events, count);
                         lock_release(&poller->lock, taken);
                 }
-                if (count)
+                if (count < 0)
                         return count;
+                if (count) {
+                        /* Together with what the rings have by now. */
+                        struct epoll_event more[BATCH];
+                        int room = size - count < BATCH ? size - count : BATCH;
+
+                        taken = lock_take(&poller->lock, self());
+                        count = merge(events, count, more, harvest(poller, more, room, false));
+                        lock_release(&poller->lock, taken);
+                        return count;
+                }
                 if (deadline && now() >= deadline)
                         timeout = 0;
         }
