@@ -38,7 +38,7 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-GATHER: Final = 0.02
+GATHER: Final = 0.05
 """Seconds for which changes are gathered: many come together."""
 REPEAT: Final = 30.0
 """Seconds after which the truth is looked at, whoever has forgotten to say that it changed."""

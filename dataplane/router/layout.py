@@ -13,6 +13,7 @@ SLOTS: Final = 64
 SIDES: Final = 2
 BELLS: Final = 256
 RING_SIZE: Final = 4 << 20
+RING_HEADER: Final = 384
 SLOT_OFFSET: Final = 2 * PAGE
 BULK_OFFSET: Final = 1 << 20
 ARENA_SIZE: Final = BULK_OFFSET + SLOTS * SIDES * RING_SIZE

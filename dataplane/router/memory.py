@@ -1,7 +1,7 @@
 """Arenas as memfds: of fixed size, so that no process can shrink what another has mapped.
 
-Pages cost nothing until they are touched. A slot's pages go back as soon as its connection has ended, and once more
-before it is used again: either side can still write there.
+Pages cost nothing until they are touched. A slot's pages go back as soon as its connection has ended; its headers are
+written anew before it is used again, for either side can still write there.
 """
 
 from __future__ import annotations
@@ -61,14 +61,16 @@ class LinuxMemory:
         return memory
 
     def prepare(self, memory: int, slot: int, incarnation: int) -> None:
-        """Zero a slot and name its new incarnation. Raises KernelRefused."""
-        if not self.reclaim(memory, slot):
-            raise KernelRefused(f"preparing a slot: {os.strerror(ctypes.get_errno())}")
-        value = _INCARNATION.pack(incarnation)
+        """Zero the headers of a slot's rings and name its new incarnation. Raises KernelRefused.
+
+        The bytes behind the headers may be what a process wrote after the slot was given back: nobody reads them before
+        the sender has put others there.
+        """
+        header = bytearray(layout.RING_HEADER)
+        _INCARNATION.pack_into(header, layout.INCARNATION_OFFSET, incarnation)
         try:
             for direction in range(layout.SIDES):
-                offset = layout.ring_offset(slot, direction) + layout.INCARNATION_OFFSET
-                os.pwrite(memory, value, offset)
+                os.pwrite(memory, header, layout.ring_offset(slot, direction))
         except OSError as error:
             raise KernelRefused(f"preparing a slot: {error.strerror}") from error
 

@@ -189,7 +189,8 @@ class Pairing:
         self._waiting: dict[Key, Waiting] = {}
         self._pairs: dict[tuple[int, int], list[Arena]] = {}
         self._fetches: dict[tuple[int, int, int], dict[int, float]] = {}
-        self._ids = itertools.count(1)
+        # Processes may still have arenas of a router before this one: no number of theirs comes again.
+        self._ids = itertools.count(secret() >> 2)
         self._incarnations = itertools.count(1)
         self._sweep_asks: deque[Waiting] = deque()
         self._sweep_slots: deque[tuple[Arena, int, int]] = deque()

@@ -49,6 +49,10 @@ _CONTROL_LINE: Final = 64 << 20
 _CONTROL_CHUNK: Final = 1 << 18
 _PEERCRED: Final = struct.Struct("=3i")
 _READ: Final = select.EPOLLIN | select.EPOLLRDHUP
+# Plain numbers: flags of the socket module are slow to combine, and this is done for each message.
+_RECEIVE: Final = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_SEND: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_CUT: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
 @dataclass(slots=True, eq=False)
@@ -274,7 +278,7 @@ class Server:
                 return
             try:
                 data, ancillary, flags, _ = client.socket.recvmsg(
-                    wire.MAX_MESSAGE + 1, _SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+                    wire.MAX_MESSAGE + 1, _SPACE, _RECEIVE
                 )
             except BlockingIOError:
                 return
@@ -287,7 +291,7 @@ class Server:
                     # The end, or an empty packet, which is no message either.
                     self._doom(client)
                     return
-                if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                if flags & _CUT:
                     raise WrongMessage("a packet or its descriptors are too long")
                 self._handle(client, wire.unpack(data), received)
             except WrongMessage as error:
@@ -338,9 +342,8 @@ class Server:
             if descriptor is None
             else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
         )
-        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
         try:
-            client.socket.sendmsg([wire.pack(answer)], ancillary, flags)
+            client.socket.sendmsg([wire.pack(answer)], ancillary, _SEND)
         except OSError as error:
             if isinstance(error, BlockingIOError):
                 self._dropped += 1
@@ -489,7 +492,7 @@ class Server:
 
     def _flush(self, admin: Admin) -> None:
         try:
-            sent = admin.socket.send(admin.unsent, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            sent = admin.socket.send(admin.unsent, _SEND)
             del admin.unsent[:sent]
         except BlockingIOError:
             pass

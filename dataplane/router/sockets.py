@@ -14,13 +14,13 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from dataplane.errors import KernelRefused
-from dataplane.router.wire import Address, IPAddress
+from dataplane.router.wire import Address, ip_of
 
 CLONE_NEWNET: Final = 0x40000000
 NETLINK_SOCK_DIAG: Final = 4
@@ -35,6 +35,11 @@ NLM_F_DUMP: Final = 0x300
 NLMSG_ERROR: Final = 2
 NLMSG_DONE: Final = 3
 SOCK_DIAG_BY_FAMILY: Final = 20
+
+# Plain numbers: those of the socket module are slow to compute with.
+_AF_INET: Final = int(socket.AF_INET)
+_AF_INET6: Final = int(socket.AF_INET6)
+_IPPROTO_TCP: Final = int(socket.IPPROTO_TCP)
 
 _BUFFER: Final = 1 << 16
 _TIMEOUT: Final = 1.0
@@ -52,6 +57,7 @@ ESTABLISHED: Final = 1
 FIN_WAIT1: Final = 4
 FIN_WAIT2: Final = 5
 CLOSE_WAIT: Final = 8
+LISTEN: Final = 10
 OPEN: Final = frozenset({ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT})
 """States (net/tcp_states.h) in which bytes still move in a direction."""
 _OPEN_MASK: Final = sum(1 << state for state in OPEN)
@@ -59,8 +65,7 @@ _OPEN_MASK: Final = sum(1 << state for state in OPEN)
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass(frozen=True, slots=True)
-class TcpSocket:
+class TcpSocket(msgspec.Struct, frozen=True, gc=False):
     """A connected socket."""
 
     local: Address
@@ -95,8 +100,8 @@ class Diag:
         """Let go of the namespace."""
         self._socket.close()
 
-    def find(self, local: Address, remote: Address, cookie: int | None = None) -> TcpSocket | None:
-        """The socket with these addresses, and this cookie if it is given; None if there is none.
+    def state(self, local: Address, remote: Address, cookie: int | None = None) -> int | None:
+        """The state of the socket with these addresses, and this cookie if it is given; None if there is none.
 
         Raises:
             KernelRefused: the kernel can't say.
@@ -105,9 +110,9 @@ class Diag:
         self._ask(NLM_F_REQUEST, _question(local, remote, wanted))
         for kind, body in self._messages():
             if kind == SOCK_DIAG_BY_FAMILY:
-                found = _read(body)
-                # A listener's socket answers for addresses that no connection has.
-                return found if (found.local, found.remote) == (local, remote) else None
+                state = body[1]
+                # A listener answers for addresses that no connection has.
+                return None if state == LISTEN else state
             if kind == NLMSG_ERROR:
                 number = -_ERROR.unpack_from(body)[0]
                 # ESTALE: there is one, with another cookie.
@@ -161,10 +166,10 @@ class Diag:
 
 
 def _question(local: Address, remote: Address, cookie: int) -> bytes:
-    family = socket.AF_INET if local.ip.version == 4 else socket.AF_INET6
+    family = _AF_INET if local.ip.version == 4 else _AF_INET6
     return b"".join(
         (
-            _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0),
+            _REQUEST.pack(family, _IPPROTO_TCP, 0, 0),
             _ID.pack(local.port, remote.port, local.ip.packed, remote.ip.packed),
             _ID_REST.pack(0, cookie),
         )
@@ -178,20 +183,13 @@ def _read(body: bytes) -> TcpSocket:
     _, cookie = _ID_REST.unpack_from(body, _ID_OFFSET + _ID.size)
     uid, inode = struct.unpack_from("=II", body, _ID_OFFSET + _ID.size + _ID_REST.size + 12)
     return TcpSocket(
-        local=Address(_ip(family, local), local_port),
-        remote=Address(_ip(family, remote), remote_port),
+        local=Address(ip_of(family, local), local_port),
+        remote=Address(ip_of(family, remote), remote_port),
         state=state,
         cookie=cookie,
         inode=inode,
         uid=uid,
     )
-
-
-def _ip(family: int, raw: bytes) -> IPAddress:
-    if family == socket.AF_INET:
-        return IPv4Address(raw[:4])
-    address = IPv6Address(raw)
-    return address.ipv4_mapped or address
 
 
 def _in_thread(function: Callable[[], socket.socket]) -> socket.socket:
@@ -295,19 +293,18 @@ class LinuxKernel:
 
     def is_open(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
         """Whether this very socket is connected."""
-        found = self._find(namespace, local, remote, cookie)
-        return found is not None and found.state in OPEN
+        return self._state(namespace, local, remote, cookie) in OPEN
 
     def exists(self, namespace: int, local: Address, remote: Address) -> bool:
         """Whether there is any socket of these addresses, in any state."""
-        return self._find(namespace, local, remote, None) is not None
+        return self._state(namespace, local, remote, None) is not None
 
-    def _find(
+    def _state(
         self, namespace: int, local: Address, remote: Address, cookie: int | None
-    ) -> TcpSocket | None:
+    ) -> int | None:
         if local.ip.version != remote.ip.version or cookie == _NO_COOKIE:
             return None
         try:
-            return self._namespaces.diag(namespace).find(local, remote, cookie)
+            return self._namespaces.diag(namespace).state(local, remote, cookie)
         except KernelRefused:
             return None

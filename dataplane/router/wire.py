@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import socket
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple
+
+import msgspec
 
 from dataplane.errors import WrongMessage
 
@@ -19,6 +21,12 @@ MAX_MESSAGE: Final = 64
 """Bytes of the longest message."""
 
 IPAddress = IPv4Address | IPv6Address
+
+KEPT: Final = 1 << 14
+"""So many addresses are made once."""
+# Plain numbers: comparing with the socket module's is slow.
+_AF_INET: Final = int(socket.AF_INET)
+_AF_INET6: Final = int(socket.AF_INET6)
 
 
 class Kind(IntEnum):
@@ -34,6 +42,32 @@ class Kind(IntEnum):
     RING = 8
     RELEASE = 9
     NOTE = 10
+
+
+class _IPv4(IPv4Address):
+    """Compared and hashed by the thousand per second: the standard one makes a text of itself each time."""
+
+    __slots__ = ("_hash",)
+
+    def __init__(self, raw: bytes) -> None:
+        super().__init__(raw)
+        self._hash = super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+class _IPv6(IPv6Address):
+    """As `_IPv4`."""
+
+    __slots__ = ("_hash",)
+
+    def __init__(self, raw: bytes) -> None:
+        super().__init__(raw)
+        self._hash = super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class Address(NamedTuple):
@@ -71,8 +105,7 @@ SIZES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(msgspec.Struct, frozen=True, gc=False):
     """The first message of a process. `build` names its library, for `freeflow doctor`."""
 
     version: int
@@ -80,8 +113,7 @@ class Hello:
     build: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Welcome:
+class Welcome(msgspec.Struct, frozen=True, gc=False):
     """The router's answer: whether to ask at all, and when. Sent again when it changes."""
 
     version: int
@@ -95,8 +127,7 @@ class Welcome:
     ring_limit: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True, gc=False):
     """A process wants shared memory for a connection. `connection` is its own number, which the answer repeats."""
 
     connection: int
@@ -105,8 +136,7 @@ class Ask:
     remote: Address
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True, gc=False):
     """A slot of an arena. The arena's memfd comes with it if the process hasn't got it."""
 
     connection: int
@@ -118,8 +148,7 @@ class Grant:
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(msgspec.Struct, frozen=True, gc=False):
     """The connection stays on TCP."""
 
     connection: int
@@ -127,8 +156,7 @@ class Refuse:
     reason: int
 
 
-@dataclass(frozen=True, slots=True)
-class Bell:
+class Bell(msgspec.Struct, frozen=True, gc=False):
     """A bell of the speaker's own side; its sending end comes with it."""
 
     index: int
@@ -137,8 +165,7 @@ class Bell:
     side: int
 
 
-@dataclass(frozen=True, slots=True)
-class Fetch:
+class Fetch(msgspec.Struct, frozen=True, gc=False):
     """The speaker has to ring a bell of the other side, and hasn't got it."""
 
     index: int
@@ -147,8 +174,7 @@ class Fetch:
     side: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ring:
+class Ring(msgspec.Struct, frozen=True, gc=False):
     """The answer to Fetch, with the bell's sending end, or without if it isn't known."""
 
     index: int
@@ -156,8 +182,7 @@ class Ring:
     side: int
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(msgspec.Struct, frozen=True, gc=False):
     """The speaker's side is done with a slot."""
 
     slot: int
@@ -166,8 +191,7 @@ class Release:
     token: int
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(msgspec.Struct, frozen=True, gc=False):
     """Why a connection stays on TCP."""
 
     reason: int
@@ -180,18 +204,29 @@ Message = Request | Answer
 
 
 def _pack_address(address: Address) -> bytes:
-    family = socket.AF_INET if address.ip.version == 4 else socket.AF_INET6
+    family = _AF_INET if address.ip.version == 4 else _AF_INET6
     return _ADDRESS.pack(address.ip.packed, family, address.port, 0)
+
+
+@lru_cache(KEPT)
+def ip_of(family: int, raw: bytes) -> IPAddress:
+    """The address in the sixteen bytes in which the kernel and messages have it; the same object for the same bytes.
+
+    Raises:
+        WrongMessage: an unknown family.
+    """
+    if family == _AF_INET:
+        return _IPv4(raw[:4])
+    if family != _AF_INET6:
+        raise WrongMessage(f"address family {family}; AF_INET and AF_INET6 are known")
+    ip = _IPv6(raw)
+    mapped = ip.ipv4_mapped
+    return ip if mapped is None else _IPv4(mapped.packed)
 
 
 def _address(data: bytes) -> Address:
     raw, family, port, _ = _ADDRESS.unpack(data)
-    if family == socket.AF_INET:
-        return Address(IPv4Address(raw[:4]), port)
-    if family != socket.AF_INET6:
-        raise WrongMessage(f"address family {family}; AF_INET and AF_INET6 are known")
-    ip = IPv6Address(raw)
-    return Address(ip.ipv4_mapped or ip, port)
+    return Address(ip_of(family, raw), port)
 
 
 def pack(message: Message) -> bytes:

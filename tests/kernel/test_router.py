@@ -446,15 +446,16 @@ def test_limit_of_memory() -> None:
 
 def test_death_of_the_router(pair: Pair) -> None:
     """A router that is killed and started anew pairs new connections; the memory of old ones is untouched."""
-    _, _, memory = pair.upgraded()
+    before, _, memory = pair.upgraded()
     assert memory is not None
     os.pwrite(memory, b"alive", layout.ring_offset(0, 0) + layout.PAGE - 5)
     pair.bed.kill_router()
     assert pair.one.closed()
     pair.bed.start_router()
     pair.one, pair.other = process_in(pair.bed, "a"), process_in(pair.bed, "b")
-    _, _, fresh = pair.upgraded()
+    after, _, fresh = pair.upgraded()
     assert fresh is not None
+    assert after.arena != before.arena
     assert os.fstat(fresh).st_ino != os.fstat(memory).st_ino
     assert os.pread(memory, 5, layout.ring_offset(0, 0) + layout.PAGE - 5) == b"alive"
 

@@ -137,7 +137,7 @@ class World:
         self.kernel = FakeKernel()
         self.memory = FakeMemory()
         self.now = 100.0
-        secrets = itertools.count(7001)
+        secrets = itertools.count(70_001)
         self.pairing = Pairing(
             self.post,
             self.kernel,

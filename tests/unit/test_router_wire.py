@@ -83,6 +83,7 @@ NUMBERS: Final = {
     "SIDES": layout.SIDES,
     "BELLS": layout.BELLS,
     "RING_SIZE": layout.RING_SIZE,
+    "RING_HEADER": layout.RING_HEADER,
     "SLOT_OFFSET": layout.SLOT_OFFSET,
     "BULK_OFFSET": layout.BULK_OFFSET,
     "ARENA_SIZE": layout.ARENA_SIZE,
