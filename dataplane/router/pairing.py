@@ -43,6 +43,8 @@ FETCH_PATIENCE: Final = 0.05
 """Seconds that a Fetch waits for its bell: bell and fetch come over two sockets, in any order."""
 NOTES: Final = 16384
 """Per container: the oldest are forgotten."""
+EARLY: Final = 64
+"""Asks per process that are kept until its container is known."""
 FETCHES: Final = layout.SIDES * layout.BELLS
 """Per process, unanswered."""
 ASK_AGE: Final = 5.0
@@ -130,6 +132,8 @@ class Process:
     build: str | None = None
     """None until HELLO."""
     welcome: Welcome | None = None
+    early: list[Ask] = field(default_factory=list)
+    """Asks from before it was welcomed."""
     waiting: dict[int, Waiting] = field(default_factory=dict)
     """By cookie."""
     arenas: dict[int, Arena] = field(default_factory=dict)
@@ -254,6 +258,9 @@ class Pairing:
         if welcome != process.welcome:
             process.welcome = welcome
             self._post.send(process.id, welcome)
+        early, process.early = process.early, []
+        for ask in early:
+            self.ask(process.id, ask)
 
     def learn(self, knowledge: Knowledge) -> None:
         """The driver knows something new: tell those whom it concerns."""
@@ -304,6 +311,11 @@ class Pairing:
     def ask(self, process_id: int, ask: Ask) -> None:
         """Match an ask, let it wait, or refuse it."""
         process = self.processes[process_id]
+        if process.build is None:
+            raise WrongMessage("ASK before HELLO")
+        if process.welcome is None and len(process.early) < EARLY:
+            process.early.append(ask)
+            return
         container = self.containers[process.namespace]
         found = self._admit(process, container, ask)
         if isinstance(found, Reason):
@@ -316,8 +328,6 @@ class Pairing:
 
     def _admit(self, process: Process, container: Container, ask: Ask) -> Network | Reason:
         """The network in which the connection may be upgraded, or why not."""
-        if process.build is None:
-            raise WrongMessage("ASK before HELLO")
         network = self.knowledge.network_of(process.namespace, ask.local.ip)
         if network is None or not network.accelerated:
             return _why_not(network)

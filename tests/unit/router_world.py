@@ -96,9 +96,12 @@ class FakeMemory:
         self.bells.remove(descriptor)
 
 
-def knowledge(
-    settings: Settings | None = None, *, off: bool = False, vips: bool = True
-) -> Knowledge:
+def knowledge(settings: Settings | None = None, *, off: bool = False) -> Knowledge:
+    """See `facts`."""
+    return Knowledge(facts(settings, off=off))
+
+
+def facts(settings: Settings | None = None, *, off: bool = False) -> Learn:
     """Containers 1 to 4 on network n1 as 10.0.4.1 to .4 and fd00::1 to ::4, container 1 also on n2 as 10.0.5.1.
 
     VIP leads to 2 and 3; AWAY to 2, and to 10.0.4.66, which is on another host.
@@ -112,20 +115,18 @@ def knowledge(
         VIP: ("10.0.4.2", "10.0.4.3"),
         AWAY: ("10.0.4.2", "10.0.4.66"),
     }
-    return Knowledge(
-        Learn(
-            endpoints=tuple(endpoints),
-            networks=(
-                NetworkFact(
-                    id=NET,
-                    acceleration=not off,
-                    subnets=("10.0.4.0/24", "fd00::/64"),
-                    vips=leading if vips else {},
-                ),
-                NetworkFact(id=OTHER, subnets=("10.0.5.0/24",)),
+    return Learn(
+        endpoints=tuple(endpoints),
+        networks=(
+            NetworkFact(
+                id=NET,
+                acceleration=not off,
+                subnets=("10.0.4.0/24", "fd00::/64"),
+                vips=leading,
             ),
-            settings=settings or Settings(),
-        )
+            NetworkFact(id=OTHER, subnets=("10.0.5.0/24",)),
+        ),
+        settings=settings or Settings(),
     )
 
 
@@ -145,7 +146,8 @@ class World:
             clock=lambda: self.now,
             secret=lambda: next(secrets),
         )
-        self.pairing.learn(knowledge(Settings(limits=limits or Limits())))
+        self.facts = facts(Settings(limits=limits or Limits()))
+        self.pairing.learn(Knowledge(self.facts))
         self._processes = itertools.count(1)
         self._cookies = itertools.count(50_000)
         self._numbers = itertools.count(1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from dataplane.control import EndpointFact, Learn, Limits, NetworkFact, Rule, Settings
 from dataplane.errors import DataplaneError, WrongMessage
 from dataplane.router import layout, wire
 from dataplane.router.knowledge import Knowledge
-from dataplane.router.pairing import ASK_AGE, FETCH_PATIENCE, LOST, NOTES
+from dataplane.router.pairing import ASK_AGE, EARLY, FETCH_PATIENCE, LOST, NOTES
 from dataplane.router.reasons import Reason
 from tests.unit.router_world import AWAY, VIP, World, at, knowledge
 
@@ -57,6 +58,22 @@ def test_a_container_that_just_came(world: World) -> None:
     world.pairing.welcome_late(process)
     ((welcome, _),) = world.heard(process, wire.Welcome)
     assert welcome.enabled
+
+
+def test_asks_before_the_container_is_known(world: World) -> None:
+    """What a process asks for at once is answered when its container is known, some of it; more is refused."""
+    early, other = world.process(9), world.process(2)
+    kernel = world.kernel
+    for port in range(5000, 5000 + EARLY + 1):
+        kernel.sockets[9, at(f"10.0.4.9:{port}"), at("10.0.4.2:80")] = port
+        world.ask(early, port, f"10.0.4.9:{port}", "10.0.4.2:80")
+    assert world.refusals(early) == [Reason.FOREIGN]
+    came = EndpointFact(id="e9", network="n1", addresses=("10.0.4.9",), namespace=9)
+    facts = world.facts
+    world.pairing.learn(Knowledge(replace(facts, endpoints=(*facts.endpoints, came))))
+    world.open_and_ask(other, "10.0.4.2:80", "10.0.4.9:5000")
+    assert len(world.grants(early)) == 1
+    assert len(world.pairing.processes[early].waiting) == EARLY - 1
 
 
 def test_new_settings_reach_processes(world: World) -> None:
