@@ -112,7 +112,7 @@ def idle(pair: Pair, servers: Servers) -> Idle:
         if client.poll() is None:
             client.kill()
             client.wait()
-    upgraded = parse.paths(counters.read_text() if counters.exists() else "").share
+    upgraded = parse.paths(counters.read_text() if counters.exists() else "").share()
     counters.unlink(missing_ok=True)
     figures = {
         CPU.name: used / 1e3,

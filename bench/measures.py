@@ -90,6 +90,8 @@ class Measure:
     """Every core is kept busy by a program that does nothing else."""
     upgraded: bool = True
     """Whether its connections live long enough to be upgraded."""
+    aside: int = 0
+    """Connections that the client makes besides those of the load."""
     calibrate: bool = False
     """Whether the first run only finds how much fits in the time."""
     in_suite: bool = True
@@ -248,6 +250,7 @@ def _redis(name: str, clients: int, pipeline: int) -> Measure:
         _Redis(clients, pipeline),
         "request",
         SOCKETS,
+        aside=1,
         calibrate=True,
     )
 
@@ -263,7 +266,7 @@ def _memcached_of(clients: int) -> Measure:
 
 def _pgbench_of(clients: int) -> Measure:
     case = Case(f"pgbench_select_c{clients}", "transactions/s", True, f"pgbench -S -c {clients}")
-    return Measure(case, PGSQL, _Pgbench(clients), "transaction", SOCKETS, calibrate=True)
+    return Measure(case, PGSQL, _Pgbench(clients), "transaction", SOCKETS, aside=1, calibrate=True)
 
 
 def _plain() -> list[Measure]:
@@ -280,6 +283,7 @@ def _plain() -> list[Measure]:
             IPERF3,
             _iperf3,
             "GB",
+            aside=1,
         ),
         _redis("redis_p1_c1", 1, 1),
         _redis("redis_p1_c50", 50, 1),
@@ -291,6 +295,7 @@ def _plain() -> list[Measure]:
             NGINX,
             _wrk(32, "small"),
             "request",
+            aside=1,
         ),
         Measure(
             Case(
@@ -302,6 +307,7 @@ def _plain() -> list[Measure]:
             NGINX,
             _wrk(32, "large"),
             "request",
+            aside=1,
         ),
         _pgbench_of(1),
         _pgbench_of(8),
@@ -357,6 +363,7 @@ def _crowded(plain: dict[str, Measure]) -> list[Measure]:
                     cores,
                     cores,
                     hogs,
+                    aside=old.aside,
                     calibrate=old.calibrate,
                 )
             )

@@ -44,18 +44,14 @@ class Paths:
     connections: int
     directions: int
 
-    @property
-    def share(self) -> float | None:
-        """Of the connections, those that were upgraded; a direction counts half."""
-        return min(1.0, self.directions / (2 * self.connections)) if self.connections else None
+    def share(self, aside: int = 0) -> float | None:
+        """Of the connections, those that were upgraded; a direction counts half.
 
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """What iperf3's receiver saw."""
-
-    bits_per_second: float
-    bytes: int
+        `aside` are connections that carry no load: those that a load program makes to look around.
+        """
+        if not self.connections:
+            return None
+        return min(1.0, self.directions / (2 * max(1, self.connections - aside)))
 
 
 def pingpong(text: str) -> RoundTrips:

@@ -87,4 +87,6 @@ def sample(measure: Measure, pair: Pair, servers: Servers, seconds: float) -> Sa
         used = server.cpu_us() - before + client
     said = counters.read_text() if pair.client.library and counters.exists() else ""
     counters.unlink(missing_ok=True)
-    return Sample(seen.figure, used / seen.units, parse.paths(said).share, said.strip())
+    return Sample(
+        seen.figure, used / seen.units, parse.paths(said).share(measure.aside), said.strip()
+    )

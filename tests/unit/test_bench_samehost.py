@@ -297,12 +297,14 @@ def test_nonsense_is_refused(reader: Callable[[str], object]) -> None:
 
 
 def test_library_counters() -> None:
-    """The share is of directions that went to a ring, over all processes; without connections there is none."""
+    """The share is of directions that went to a ring, over all processes; connections aside don't count."""
     line = '{"tracked":4,"receivers":3,"senders":4,"reasons":[0]}\n'
     other = '{"tracked":1,"receivers":0,"senders":0}\n'
-    assert parse.paths(line).share == pytest.approx(7 / 8)
-    assert parse.paths(line + other).share == pytest.approx(0.7)
-    assert parse.paths("").share is None
+    assert parse.paths(line).share() == pytest.approx(7 / 8)
+    assert parse.paths(line + other).share() == pytest.approx(0.7)
+    assert parse.paths(line + other).share(aside=1) == pytest.approx(7 / 8)
+    assert parse.paths(line + other).share(aside=9) == 1
+    assert parse.paths("").share() is None
     with pytest.raises(ProgramError, match="counters"):
         parse.paths("{}")
 
