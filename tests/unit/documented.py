@@ -12,7 +12,7 @@ PLACEHOLDERS: Final = r"\\?(NAME|CONTAINER|COUNT|FEATURE|PORT|DEVICE|HOST|VERSIO
 
 def sayings() -> list[str]:
     """The first cells of the tables about `status` and `doctor`."""
-    text = DOCUMENT.read_text().split("## What Docker says", maxsplit=1)[0]
+    text = DOCUMENT.read_text().split("## Why a connection", maxsplit=1)[0]
     return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
 
 

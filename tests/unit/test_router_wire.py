@@ -173,6 +173,15 @@ def test_every_reason_is_said() -> None:
     assert all(reason.sentence and reason.word.replace("-", "").isalpha() for reason in Reason)
 
 
+def test_every_reason_is_documented() -> None:
+    """docs/troubleshooting.md has a row for each word, and for no other."""
+    text = (LIBRARY.parents[1] / "docs/troubleshooting.md").read_text()
+    table = text.split("## Why a connection is on `overlay`")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    words = [word for row in rows for word in re.findall(r"`([a-z-]+)`", row)]
+    assert sorted(words) == sorted(reason.word for reason in Reason)
+
+
 def test_mapped_addresses_are_ipv4() -> None:
     """A dual-stack socket's IPv4 connection is one: its address is not IPv6."""
     mapped = Address(IPv6Address("::ffff:10.0.4.7"), 80)
