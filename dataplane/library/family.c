@@ -204,7 +204,8 @@ void fd_set_word(int fd, uint64_t word)
 /* A free end, made ours: its generation is odd afterwards. */
 static struct end *take_end(uint32_t *generation)
 {
-        uint32_t start = atomic_fetch_add_explicit(&family->next_end, 1, memory_order_relaxed);
+        /* The one freed last is still in the cache. */
+        uint32_t start = atomic_load_explicit(&family->next_end, memory_order_relaxed);
 
         for (uint32_t i = 0; i < ENDS; i++) {
                 struct end *end = &family->ends[(start + i) % ENDS];
@@ -221,6 +222,7 @@ static struct end *take_end(uint32_t *generation)
                         continue;
                 }
                 if (atomic_compare_exchange_strong(&end->generation, &seen, seen + 1)) {
+                        atomic_store_explicit(&family->next_end, end_number(end) + 1, memory_order_relaxed);
                         *generation = seen + 1;
                         return end;
                 }
@@ -298,6 +300,7 @@ static void end_free(struct end *end)
         arena_release(end);
         atomic_store(&end->stage, STAGE_CLOSED);
         atomic_fetch_add(&end->generation, 1);
+        atomic_store_explicit(&family->next_end, end_number(end), memory_order_relaxed);
         lock_release(&end->tx.lock, tx);
         lock_release(&end->rx.lock, rx);
 }

@@ -74,6 +74,7 @@ static struct registration *registrations;
 static _Atomic uint32_t *of_fd; /* per descriptor: 1 + first registration */
 static struct lock table;       /* chains and free list */
 static uint32_t free_list = NONE, unused_from;
+static uint32_t pollers_used; /* numbers below were ever in use */
 
 static void *reserve(size_t size)
 {
@@ -124,6 +125,8 @@ void poller_made(int epfd)
 
                 if (poller->epfd)
                         continue;
+                if (i >= pollers_used)
+                        pollers_used = i + 1;
                 memset(poller, 0, sizeof *poller);
                 poller->epfd = epfd + 1;
                 poller->active = NONE;
@@ -524,7 +527,7 @@ void poller_forked(void)
         if (!pollers)
                 return;
         atomic_store(&table.word, 0);
-        for (uint32_t i = 0; i < POLLERS; i++) {
+        for (uint32_t i = 0; i < pollers_used; i++) {
                 struct poller *poller = &pollers[i];
 
                 if (!poller->epfd)

@@ -193,7 +193,9 @@ bool router_ask(struct end *end, int fd)
 
         if (!enter(&taken))
                 return false;
-        if (call() && name_of(fd, SYS_getsockname, &ask.local) && name_of(fd, SYS_getpeername, &ask.remote) &&
+        /* Two threads may have come this far: asked twice, the two ends could be given different slots. */
+        if (atomic_load(&end->stage) == STAGE_CANDIDATE && call() &&
+            name_of(fd, SYS_getsockname, &ask.local) && name_of(fd, SYS_getpeername, &ask.remote) &&
             sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_COOKIE, &ask.cookie, &size) == 0) {
                 if (is_loopback(&ask.remote) && !process.loopback) {
                         atomic_store(&end->reason, REASON_FOREIGN);
