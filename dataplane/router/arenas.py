@@ -1,7 +1,8 @@
 """Arenas as the router keeps them: which slot carries which connection, who may speak for a side, whose bells there are.
 
 An arena belongs to two processes. A slot is free again when both sides have released it; a side without processes has
-released all. No I/O: descriptors are numbers here.
+released all. When a side holds no slot any more the arena is retired: that process has unmapped it and closed its bells,
+and the next connection of the two gets another. No I/O: descriptors are numbers here.
 """
 
 from __future__ import annotations
@@ -56,10 +57,11 @@ class Arena:
     memory: int
     pair: tuple[int, int]
     sides: tuple[Side, Side]
-    holders: set[int] = field(default_factory=set)
-    """Processes that were sent the memfd."""
     slots: dict[int, Slot] = field(default_factory=dict)
     free: list[int] = field(default_factory=lambda: list(reversed(range(SLOTS))))
+    held: list[int] = field(default_factory=lambda: [0] * SIDES)
+    """Slots that each side holds."""
+    retired: bool = False
     used: int = 0
     """Bytes, when last looked."""
     orphaned: bool = False
@@ -69,6 +71,8 @@ class Arena:
         """Put a connection in a free slot; there must be one."""
         number = self.free.pop()
         self.slots[number] = Slot(incarnation, since, list(ends))
+        for side in range(SIDES):
+            self.held[side] += 1
         return number
 
     def side_of(self, token: int, namespace: int) -> int | None:
@@ -83,6 +87,9 @@ class Arena:
         """One side is done with a slot. What end that was, and whether the slot is free now."""
         slot = self.slots[number]
         end, slot.ends[side] = slot.ends[side], None
+        if end is not None:
+            self.held[side] -= 1
+            self.retired = self.retired or not self.held[side]
         if any(each is not None for each in slot.ends):
             return end, False
         del self.slots[number]
@@ -91,8 +98,8 @@ class Arena:
 
     @property
     def done(self) -> bool:
-        """Nothing is in it, and nothing will come: a side has no processes."""
-        return not self.slots and not all(side.members for side in self.sides)
+        """Nothing is in it, and nothing will come."""
+        return not self.slots and (self.retired or not all(side.members for side in self.sides))
 
     def bells(self) -> Iterator[tuple[Side, int]]:
         """All bells."""

@@ -291,7 +291,6 @@ class Pairing:
         for arena in list(process.arenas.values()):
             if process_id in arena.pair:
                 self._pairs.pop(arena.pair, None)
-            arena.holders.discard(process_id)
             for number, side in enumerate(arena.sides):
                 side.members.discard(process_id)
                 if not side.members:
@@ -493,9 +492,8 @@ class Pairing:
                 side=side,
                 slot=slot,
             )
-            new = waiting.process not in arena.holders
-            if self._post.send(waiting.process, grant, arena.memory if new else None):
-                arena.holders.add(waiting.process)
+            # With the memory each time: a process unmaps an arena with its last connection, and says so a moment later.
+            self._post.send(waiting.process, grant, arena.memory)
 
     def _arena(self, one: Waiting, other: Waiting) -> Arena:
         """The arena of two processes that has a free slot. Raises KernelRefused."""
@@ -541,6 +539,8 @@ class Pairing:
 
     def _release(self, arena: Arena, number: int, side: int) -> None:
         end, free = arena.release(number, side)
+        if arena.retired:
+            self._retire(arena)
         if end is not None:
             ends = self.containers[end.namespace].ends
             if ends.get(end.cookie) == (arena, number, side):
@@ -548,15 +548,19 @@ class Pairing:
         if free and not arena.orphaned:
             self._memory.reclaim(arena.memory, number)
 
-    def _close_if_done(self, arena: Arena) -> None:
-        if not arena.done or arena.id not in self.arenas:
-            return
-        del self.arenas[arena.id]
+    def _retire(self, arena: Arena) -> None:
+        """No connection gets a slot of it any more."""
         of_pair = self._pairs.get(arena.pair)
         if of_pair is not None and arena in of_pair:
             of_pair.remove(arena)
             if not of_pair:
                 del self._pairs[arena.pair]
+
+    def _close_if_done(self, arena: Arena) -> None:
+        if not arena.done or arena.id not in self.arenas:
+            return
+        del self.arenas[arena.id]
+        self._retire(arena)
         for side, descriptor in arena.bells():
             self._close_bell(side, descriptor)
         self._account(arena, 0)

@@ -133,6 +133,7 @@ def test_the_memory(pair: Pair) -> None:
 
 def test_a_slot_is_clean_when_it_is_used_again(pair: Pair) -> None:
     """Nothing that a connection wrote is left for the next one in its slot, in pages mapped before either."""
+    pair.upgraded()
     grant, answer, memory = pair.upgraded()
     assert memory is not None
     ring, bulk = layout.ring_offset(grant.slot, 1), layout.bulk_offset(grant.slot, 1)

@@ -144,12 +144,12 @@ def test_both_must_ask(world: World) -> None:
     assert world.memory.prepared == [(1000, one.slot, one.incarnation)]
 
 
-def test_memory_is_sent_once(world: World) -> None:
-    """Later connections of two processes take slots of the arena that both have."""
+def test_connections_share_an_arena(world: World) -> None:
+    """Later connections of two processes take slots of the arena that both have; it comes with each all the same."""
     a, b, *_ = the_pair(world)
     world.connect(b, a, 6000)
-    assert [memory for _, memory in world.heard(a, wire.Grant)] == [1000, None]
-    assert [memory for _, memory in world.heard(b, wire.Grant)] == [1000, None]
+    assert [memory for _, memory in world.heard(a, wire.Grant)] == [1000, 1000]
+    assert [memory for _, memory in world.heard(b, wire.Grant)] == [1000, 1000]
     first, second = world.grants(a)
     assert (first.arena, first.token, first.side) == (second.arena, second.token, second.side)
     assert first.slot != second.slot
@@ -177,13 +177,13 @@ def test_other_processes_get_other_memory(world: World) -> None:
 
 
 def test_within_one_process(world: World) -> None:
-    """A process may be both ends; each side has its own token, and the memory comes once."""
+    """A process may be both ends; each side has its own token."""
     process = world.process(1)
     world.connect(process, process, 5000)
-    (one, memory), (other, nothing) = world.heard(process, wire.Grant)
+    (one, memory), (other, again) = world.heard(process, wire.Grant)
     assert (one.side, other.side) == (0, 1)
     assert one.token != other.token
-    assert (memory, nothing) == (1000, None)
+    assert (memory, again) == (1000, 1000)
     world.release(process, one)
     world.release(process, other)
     world.pairing.gone(process)
@@ -368,15 +368,27 @@ def test_an_ask_ends_with_its_socket(world: World) -> None:
 def test_a_slot_is_free_when_both_have_released(world: World) -> None:
     """A slot is used again, with another incarnation, after both sides' RELEASE and not before."""
     a, b, one, other = the_pair(world)
-    world.release(a, one)
     world.connect(a, b, 5001)
-    assert world.grants(a)[-1].slot != one.slot
+    world.release(a, one)
+    world.connect(a, b, 5002)
+    assert len({grant.slot for grant in world.grants(a)}) == 3
     world.release(b, other)
     assert world.memory.reclaimed == [(1000, one.slot)]
-    world.connect(a, b, 5002)
+    world.connect(a, b, 5003)
     again = world.grants(a)[-1]
     assert (again.arena, again.slot) == (one.arena, one.slot)
     assert again.incarnation not in {each.incarnation for each in world.grants(a)[:-1]}
+
+
+def test_an_arena_without_connections_is_not_used_again(world: World) -> None:
+    """A side that has released its last slot has unmapped the arena, so the next connection gets another one."""
+    a, b, one, other = the_pair(world)
+    world.release(a, one)
+    world.connect(a, b, 5001)
+    assert world.grants(a)[-1].arena != one.arena
+    assert world.memory.arenas == {1000, 1001}
+    world.release(b, other)
+    assert world.memory.arenas == {1001}
 
 
 def test_nobody_releases_for_another(world: World) -> None:
@@ -463,12 +475,10 @@ def test_no_memory(world: World) -> None:
 
 
 def test_an_answer_that_cannot_be_sent(world: World) -> None:
-    """A process that takes no answers doesn't get the memory counted as sent; after its end nothing is left."""
+    """After the end of a process that took no answers nothing is left."""
     a, b = world.process(1), world.process(2)
     world.post.full.add(b)
     world.connect(a, b, 5000)
-    (arena,) = world.pairing.arenas.values()
-    assert arena.holders == {a}
     world.pairing.gone(b)
     world.pairing.gone(a)
     assert not world.memory.arenas
