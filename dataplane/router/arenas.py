@@ -33,8 +33,8 @@ class Slot:
     incarnation: int
     since: float
     ends: list[End | None]
-    lost: float | None = None
-    """Since when the kernel knows neither socket."""
+    lost: bool = False
+    """The kernel knew neither socket when last asked."""
 
 
 @dataclass(slots=True, eq=False)

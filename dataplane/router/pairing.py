@@ -11,7 +11,7 @@ No I/O but through the three seams. No request costs more than a look-up, or one
 from __future__ import annotations
 
 import itertools
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -19,6 +19,7 @@ from typing import Final, Protocol
 from dataplane.control import Limits
 from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router import layout
+from dataplane.router.agenda import Agenda
 from dataplane.router.arenas import Arena, End, Side
 from dataplane.router.knowledge import Knowledge, Network
 from dataplane.router.limits import Bucket
@@ -49,8 +50,10 @@ FETCHES: Final = layout.SIDES * layout.BELLS
 """Per process, unanswered."""
 ASK_AGE: Final = 5.0
 """Seconds after which it is looked whether the socket of a waiting ask still lives."""
-LOST: Final = 60.0
-"""Seconds for which neither socket of a slot exists any more, until it is free whatever its processes say."""
+SLOT_AGE: Final = 30.0
+"""The same for the sockets of a slot. Two looks that find neither free it, whatever its processes say."""
+RARELY: Final = 300.0
+"""Seconds between two such looks at most."""
 _TOLD: Final = frozenset(reason.value for reason in Reason if reason < STATUS_ONLY)
 
 
@@ -196,8 +199,8 @@ class Pairing:
         # Processes may still have arenas of a router before this one: no number of theirs comes again.
         self._ids = itertools.count(secret() >> 2)
         self._incarnations = itertools.count(1)
-        self._sweep_asks: deque[Waiting] = deque()
-        self._sweep_slots: deque[tuple[Arena, int, int]] = deque()
+        self._sweep_asks: Agenda[Waiting] = Agenda(ASK_AGE, RARELY)
+        self._sweep_slots: Agenda[tuple[Arena, int, int]] = Agenda(SLOT_AGE, RARELY)
 
     # --- processes
 
@@ -432,7 +435,7 @@ class Pairing:
         self._waiting[waiting.key] = waiting
         process.waiting[waiting.ask.cookie] = waiting
         container.waiting[waiting.ask.cookie] = waiting
-        self._sweep_asks.append(waiting)
+        self._sweep_asks.add(waiting, waiting.since)
 
     def _forget(self, waiting: Waiting) -> None:
         cookie = waiting.ask.cookie
@@ -474,7 +477,7 @@ class Pairing:
             return
         ends = (_end(one), _end(other))
         slot = arena.take(incarnation, self._clock(), ends)
-        self._sweep_slots.append((arena, slot, incarnation))
+        self._sweep_slots.add((arena, slot, incarnation), self._clock())
         self.counts.granted += 1
         for side, waiting in enumerate((one, other)):
             container = self.containers[waiting.namespace]
@@ -682,37 +685,40 @@ class Pairing:
         arena.used = used
 
     def sweep(self, most: int) -> None:
-        """Look at some of the oldest asks and slots: those whose sockets are gone, without a word, go too."""
+        """Look at asks and slots that are due: those whose sockets are gone, without a word, go too."""
         now = self._clock()
-        for _ in range(min(most, len(self._sweep_asks))):
-            waiting = self._sweep_asks.popleft()
-            if self._waiting.get(waiting.key) is not waiting:
-                continue
-            if now - waiting.since < ASK_AGE:
-                self._sweep_asks.appendleft(waiting)
-                break
-            ask = waiting.ask
-            if self._kernel.is_open(waiting.namespace, ask.local, ask.remote, ask.cookie):
-                self._sweep_asks.append(waiting)
-            else:
-                self._forget(waiting)
-        for _ in range(min(most, len(self._sweep_slots))):
-            arena, number, incarnation = self._sweep_slots.popleft()
-            slot = arena.slots.get(number)
-            if slot is None or slot.incarnation != incarnation:
-                continue
-            known = any(
-                end is not None and self._kernel.exists(end.namespace, end.local, end.remote)
-                for end in slot.ends
-            )
-            slot.lost = None if known else slot.lost or now
-            if slot.lost is None or now - slot.lost < LOST:
-                self._sweep_slots.append((arena, number, incarnation))
-                continue
-            for side in range(layout.SIDES):
-                if number in arena.slots:
-                    self._release(arena, number, side)
-            self._close_if_done(arena)
+        self._sweep_asks.look(now, most, self._still_waits)
+        self._sweep_slots.look(now, most, self._still_used)
+
+    def _still_waits(self, waiting: Waiting) -> bool:
+        if self._waiting.get(waiting.key) is not waiting:
+            return False
+        ask = waiting.ask
+        if self._kernel.is_open(waiting.namespace, ask.local, ask.remote, ask.cookie):
+            return True
+        self._forget(waiting)
+        return False
+
+    def _still_used(self, slot_of: tuple[Arena, int, int]) -> bool:
+        arena, number, incarnation = slot_of
+        slot = arena.slots.get(number)
+        if slot is None or slot.incarnation != incarnation:
+            return False
+        if any(
+            end is not None and self._kernel.exists(end.namespace, end.local, end.remote)
+            for end in slot.ends
+        ):
+            slot.lost = False
+            return True
+        if not slot.lost:
+            # A reset may have ended both while there is something to read.
+            slot.lost = True
+            return True
+        for side in range(layout.SIDES):
+            if number in arena.slots:
+                self._release(arena, number, side)
+        self._close_if_done(arena)
+        return False
 
 
 def _end(waiting: Waiting) -> End:

@@ -44,7 +44,7 @@ _DESCRIPTORS: Final = 4
 _SPACE: Final = socket.CMSG_SPACE(_DESCRIPTORS * 4)
 _BACKLOG: Final = 4096
 _BEAT: Final = 1.0
-_SWEEP: Final = 50
+_SWEEP: Final = 500
 _CONTROL_LINE: Final = 64 << 20
 _CONTROL_CHUNK: Final = 1 << 18
 _PEERCRED: Final = struct.Struct("=3i")

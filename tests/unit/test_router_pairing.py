@@ -8,8 +8,9 @@ from msgspec.structs import replace
 from dataplane.control import EndpointFact, Learn, Limits, NetworkFact, Rule, Settings
 from dataplane.errors import DataplaneError, WrongMessage
 from dataplane.router import layout, wire
+from dataplane.router.agenda import Agenda
 from dataplane.router.knowledge import Knowledge
-from dataplane.router.pairing import ASK_AGE, EARLY, FETCH_PATIENCE, LOST, NOTES
+from dataplane.router.pairing import ASK_AGE, EARLY, FETCH_PATIENCE, NOTES, SLOT_AGE
 from dataplane.router.reasons import Reason
 from tests.unit.router_world import AWAY, VIP, World, at, knowledge
 
@@ -452,18 +453,40 @@ def test_a_child_speaks_for_its_parent(world: World) -> None:
 
 
 def test_a_slot_that_both_have_forgotten(world: World) -> None:
-    """A slot whose sockets are both gone for a minute is free, whatever its processes say."""
+    """A slot whose sockets are both gone, at two looks in a row, is free, whatever its processes say."""
     a, b, *_ = the_pair(world)
-    world.kernel.sockets.clear()
-    world.pairing.sweep(10)
-    world.now += LOST / 2
-    world.pairing.sweep(10)
-    assert not world.memory.reclaimed
-    world.now += LOST
+    sockets = dict(world.kernel.sockets)
+    for there in (False, True, False):
+        world.kernel.sockets = sockets if there else {}
+        world.now += SLOT_AGE * 8
+        world.pairing.sweep(10)
+        assert not world.memory.reclaimed
+    world.now += SLOT_AGE * 16
     world.pairing.sweep(10)
     assert world.memory.reclaimed == [(1000, 0)]
     assert not world.pairing.containers[1].ends
     assert {a, b} <= world.pairing.processes.keys()
+
+
+def test_looks_become_rare(world: World) -> None:
+    """A connection that waits for long is looked at more and more rarely."""
+    looks: list[int] = []
+    agenda: Agenda[int] = Agenda(first=5, most=40)
+    agenda.add(1, now=0)
+    for now in range(200):
+        agenda.look(now, 10, lambda _, at=now: looks.append(at) or True)  # type: ignore[misc, func-returns-value]
+    assert looks == [5, 15, 35, 75, 115, 155, 195]
+    agenda.look(300, 10, lambda _: False)
+    assert len(agenda) == 0
+
+
+def test_not_all_at_once(world: World) -> None:
+    """However much is due, so much is looked at and no more."""
+    agenda: Agenda[int] = Agenda(first=5, most=40)
+    for number in range(10):
+        agenda.add(number, now=0)
+    agenda.look(6, 3, lambda _: False)
+    assert len(agenda) == 7
 
 
 def test_no_memory(world: World) -> None:
