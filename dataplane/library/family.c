@@ -165,7 +165,7 @@ void family_start(void)
         process.local = reserve(ENDS * sizeof *process.local, MAP_PRIVATE);
         process.fd_of = reserve(ENDS * sizeof *process.fd_of, MAP_PRIVATE);
         process.alive = reserve(PAGE, MAP_PRIVATE);
-        if (!family || !process.fds || !process.local || !process.fd_of || !process.alive)
+        if (!family || !process.fds || !process.local || !process.fd_of || !process.alive || !poller_start())
                 return;
         /* Linux 4.14 and later; without it a child by raw clone isn't noticed, one by fork is. */
         sys_3(SYS_madvise, process.alive, PAGE, MADV_WIPEONFORK);

@@ -84,13 +84,11 @@ static void *reserve(size_t size)
         return got < 0 && got > -4096 ? NULL : (void *)got;
 }
 
-static bool start(void)
+bool poller_start(void)
 {
-        if (!pollers) {
-                registrations = reserve(REGISTRATIONS * sizeof *registrations);
-                of_fd = reserve(DESCRIPTORS * sizeof *of_fd);
-                pollers = registrations && of_fd ? reserve(POLLERS * sizeof *pollers) : NULL;
-        }
+        registrations = reserve(REGISTRATIONS * sizeof *registrations);
+        of_fd = reserve(DESCRIPTORS * sizeof *of_fd);
+        pollers = registrations && of_fd ? reserve(POLLERS * sizeof *pollers) : NULL;
         return pollers != NULL;
 }
 
@@ -117,7 +115,7 @@ void poller_made(int epfd)
 {
         enum taken taken;
 
-        if (!process.on || (unsigned)epfd >= DESCRIPTORS || !start())
+        if (!process.on || (unsigned)epfd >= DESCRIPTORS)
                 return;
         taken = lock_take(&table, self());
         for (uint32_t i = 0; i < POLLERS; i++) {

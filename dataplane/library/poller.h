@@ -23,6 +23,8 @@
 #include <stdint.h>
 #include <sys/epoll.h>
 
+/* Before any thread: false if there is no memory. */
+bool poller_start(void);
 void poller_made(int epfd);
 void poller_alias(int old, int new);
 /* Does the call and keeps our part of it. */
