@@ -194,7 +194,8 @@ class Pairing:
         self.arenas: dict[int, Arena] = {}
         self.counts = Counts()
         self._waiting: dict[Key, Waiting] = {}
-        self._pairs: dict[tuple[int, int], list[Arena]] = {}
+        self._pairs: dict[tuple[int, int], dict[int, Arena]] = {}
+        """Arenas of two processes that have a free slot."""
         self._fetches: dict[tuple[int, int, int], dict[int, float]] = {}
         # Processes may still have arenas of a router before this one: no number of theirs comes again.
         self._ids = itertools.count(secret() >> 2)
@@ -477,6 +478,8 @@ class Pairing:
             return
         ends = (_end(one), _end(other))
         slot = arena.take(incarnation, self._clock(), ends)
+        if not arena.free:
+            self._withdraw(arena)
         self._sweep_slots.add((arena, slot, incarnation), self._clock())
         self.counts.granted += 1
         for side, waiting in enumerate((one, other)):
@@ -501,16 +504,15 @@ class Pairing:
     def _arena(self, one: Waiting, other: Waiting) -> Arena:
         """The arena of two processes that has a free slot. Raises KernelRefused."""
         pair = (one.process, other.process)
-        of_pair = self._pairs.setdefault(pair, [])
-        for arena in reversed(of_pair):
-            if arena.free:
-                return arena
+        of_pair = self._pairs.get(pair)
+        if of_pair:
+            return next(reversed(of_pair.values()))
         sides = (Side(self._secret(), one.namespace), Side(self._secret(), other.namespace))
         arena = Arena(next(self._ids), self._memory.make(), pair, sides)
         self.arenas[arena.id] = arena
         for side in sides:
             self.containers[side.namespace].sides += 1
-        of_pair.append(arena)
+        self._pairs.setdefault(pair, {})[arena.id] = arena
         return arena
 
     def release(self, process_id: int, message: Release) -> None:
@@ -543,7 +545,9 @@ class Pairing:
     def _release(self, arena: Arena, number: int, side: int) -> None:
         end, free = arena.release(number, side)
         if arena.retired:
-            self._retire(arena)
+            self._withdraw(arena)
+        elif free and arena.pair[0] in self.processes and arena.pair[1] in self.processes:
+            self._pairs.setdefault(arena.pair, {})[arena.id] = arena
         if end is not None:
             ends = self.containers[end.namespace].ends
             if ends.get(end.cookie) == (arena, number, side):
@@ -551,19 +555,18 @@ class Pairing:
         if free and not arena.orphaned:
             self._memory.reclaim(arena.memory, number)
 
-    def _retire(self, arena: Arena) -> None:
-        """No connection gets a slot of it any more."""
-        of_pair = self._pairs.get(arena.pair)
-        if of_pair is not None and arena in of_pair:
-            of_pair.remove(arena)
-            if not of_pair:
-                del self._pairs[arena.pair]
+    def _withdraw(self, arena: Arena) -> None:
+        """No connection gets a slot of it, for now or for ever."""
+        of_pair = self._pairs.get(arena.pair, {})
+        of_pair.pop(arena.id, None)
+        if not of_pair:
+            self._pairs.pop(arena.pair, None)
 
     def _close_if_done(self, arena: Arena) -> None:
         if not arena.done or arena.id not in self.arenas:
             return
         del self.arenas[arena.id]
-        self._retire(arena)
+        self._withdraw(arena)
         for side, descriptor in arena.bells():
             self._close_bell(side, descriptor)
         self._account(arena, 0)

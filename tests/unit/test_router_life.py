@@ -121,6 +121,10 @@ class Life(RuleBasedStateMachine):
             id(each) for process in pairing.processes.values() for each in process.waiting.values()
         }
         assert {arena.memory for arena in pairing.arenas.values()} == self.world.memory.arenas
+        for pair, arenas in pairing._pairs.items():
+            assert arenas
+            assert set(pair) <= pairing.processes.keys()
+            assert all(arena.free and not arena.retired for arena in arenas.values())
         held = {each for arena in pairing.arenas.values() for _, each in arena.bells()}
         assert held == self.world.memory.bells
 
