@@ -54,6 +54,14 @@ class Paths:
         return min(1.0, self.directions / (2 * max(1, self.connections - aside)))
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What iperf3's receiver saw."""
+
+    bits_per_second: float
+    bytes: int
+
+
 def pingpong(text: str) -> RoundTrips:
     try:
         found = json.loads(text)
