@@ -23,7 +23,7 @@ from bench.stats import Case
 COUNT: Final = 1000
 SECONDS: Final = 2.0
 SETTLE: Final = 1.0
-PATIENCE: Final = 60.0
+PATIENCE: Final = 30.0
 _BLOCK: Final = 512
 
 CPU: Final = Case(
@@ -105,7 +105,12 @@ def idle(pair: Pair, servers: Servers) -> Idle:
         time.sleep(SECONDS)
         used = sum(cost.cpu_us(pid) for pid in pids) - used
         after = memory(pids)
-        said, why = client.communicate(timeout=PATIENCE)
+        try:
+            said, why = client.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            raise ProgramError(
+                f"{pair.subject}: after being idle: no end in {PATIENCE:g} s"
+            ) from error
         if client.returncode != 0 or f'"count": {COUNT}' not in said:
             raise ProgramError(f"{pair.subject}: after being idle: {why[-500:].strip() or said}")
     finally:
