@@ -76,7 +76,7 @@ class Talk:
     """Descriptors that aren't read for now."""
     logged: float = float("-inf")
     unsaid: int = 0
-    """Wrong messages since the last log line."""
+    """What went without a log line since the last."""
 
 
 @dataclass(slots=True, eq=False)
@@ -295,7 +295,8 @@ class Server:
                     raise WrongMessage("a packet or its descriptors are too long")
                 self._handle(client, wire.unpack(data), received)
             except WrongMessage as error:
-                self._blame(client, talk, error)
+                self._wrong += 1
+                self._blame(client, "wrong message", str(error))
                 return
             except Exception:
                 # A bug of ours costs one client its connection, not all.
@@ -347,22 +348,23 @@ class Server:
         except OSError as error:
             if isinstance(error, BlockingIOError):
                 self._dropped += 1
-                log.warning("a process doesn't take its answers", pid=client.pid)
+                self._blame(client, "a process doesn't take its answers", "its socket is full")
             self._doom(client)
             return False
         return True
 
-    def _blame(self, client: Client, talk: Talk, error: WrongMessage) -> None:
-        self._wrong += 1
+    def _blame(self, client: Client, what: str, why: str) -> None:
+        """Say what a process has done wrong, at most once a second per container, and end its connection."""
+        talk = self._talks[client.namespace]
         now = self._clock()
         if now - talk.logged >= _BEAT:
             place = self.pairing.knowledge.places.get(client.namespace)
             log.warning(
-                "wrong message",
+                what,
                 container="" if place is None else place.name,
                 namespace=client.namespace,
                 pid=client.pid,
-                reason=str(error),
+                reason=why,
                 unsaid=talk.unsaid,
             )
             talk.logged, talk.unsaid = now, 0

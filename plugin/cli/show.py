@@ -36,6 +36,17 @@ def _host(status: Status) -> str:
     )
 
 
+def _router(status: Status) -> str:
+    router = status.router
+    if router is None or not router.up:
+        return "router does not answer\n"
+    return (
+        f"router {_count(router.processes, 'program')} with the library, "
+        f"{_count(router.connections, 'connection')} in {amount(router.memory)} of shared memory, "
+        f"{router.waiting} waiting for the other end\n"
+    )
+
+
 def _network(network: NetworkStatus) -> str:
     facts = [f"VNI {network.vni}", f"UDP {network.port}", f"MTU {network.mtu}", *network.subnets]
     if network.ipv6:
@@ -86,7 +97,7 @@ def findings(problems: Iterable[Finding]) -> str:
 
 def show_status(status: Status) -> str:
     """The whole page."""
-    parts = [verdict(status) + "\n", _host(status)]
+    parts = [verdict(status) + "\n", _host(status) + _router(status)]
     parts += [_network(network) + _paths(status, network) for network in status.networks]
     if not status.networks:
         parts.append(

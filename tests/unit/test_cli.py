@@ -121,6 +121,10 @@ def test_well(world: World) -> None:
     assert "host host1 (Swarm manager, engine 28.5.2, kernel 6.1.0)" in lines
     assert "underlay eth0 192.0.2.1 MTU 1500" in lines
     assert "  web.1.abc  10.0.4.7  -     overlay  2.0 KiB   100 B" in lines
+    assert (
+        "router 4 programs with the library, 1 connection in 24.0 KiB of shared memory, 1 waiting for the other end"
+        in lines
+    )
     assert "  peers: host2 192.0.2.2" in lines
     assert "  web      10.0.4.2  10.0.4.7, 10.0.4.8" in lines
     assert "  db       dnsrr     10.0.4.9" in lines
@@ -288,7 +292,9 @@ def test_paths_in_status(world: World) -> None:
     lines = world.run("status").output.splitlines()
     assert "  connections: 2 on shm, 3 on overlay (remote 1, short 2)" in lines
     world.status = status(router=None)
-    assert "connections:" not in world.run("status").output
+    output = world.run("status").output
+    assert "connections:" not in output
+    assert "router does not answer" in output
 
 
 def test_connections(world: World) -> None:
