@@ -249,7 +249,7 @@ static bool spin(struct pollfd *fds, nfds_t count)
                         found = look(fds, count) != 0;
                 }
         while (!found && now() - begin < budget);
-        spin_learn(&end->rx.spinner, found, budget);
+        spin_learn(&end->rx.spinner, found, budget, now() - begin);
         return found;
 }
 

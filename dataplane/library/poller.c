@@ -998,7 +998,7 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                                         break;
                         }
                         if (budget)
-                                spin_learn(&poller->spinner, count != 0, budget);
+                                spin_learn(&poller->spinner, count != 0, budget, now() - begin);
                         if (count) {
                                 statistics_count(&statistics.spins);
                                 return count;

@@ -21,20 +21,29 @@ enum {
         SPIN_LOOKS = 8,     /* looks at the ring between looks at the clock */
         SPIN_PATIENCE = 8,  /* waits */
         SPIN_PATIENCE_MOST = 256,
-        SPIN_WINDOW = 64,  /* waits with a short spin after a long one that found something, at most */
-        SPIN_IN_STEP = 16, /* hits in a row after which patience is forgotten */
+        SPIN_WINDOW = 64,      /* waits with a short spin after a long one that found something, at most */
+        SPIN_REACH_MOST = 100, /* us: answers that take longer aren't spun for each time */
+        SPIN_IN_STEP = 16,     /* hits in a row after which patience is forgotten */
 };
 
 /* Threads may share one; what a race between them loses is a guess. */
 struct spinner {
         _Atomic uint16_t misses; /* left until a waiter sleeps at once, counted down from a window */
         _Atomic uint16_t hits, patience, left;
+        _Atomic uint32_t reach; /* us to spin at each wait, learned from answers; 0: as set */
         _Atomic uint32_t slept; /* us, the last time */
         _Atomic uint32_t started;
 };
 
 #define SPIN_GET(field) atomic_load_explicit(&spinner->field, memory_order_relaxed)
 #define SPIN_SET(field, value) atomic_store_explicit(&spinner->field, (value), memory_order_relaxed)
+
+static inline uint64_t spin_usual(struct spinner *spinner)
+{
+        uint32_t reach = SPIN_GET(reach);
+
+        return (reach > settings.spin && settings.spin ? reach : settings.spin) * UINT64_C(1000);
+}
 
 /* Nanoseconds to spin now. */
 static inline uint64_t spin_budget(struct spinner *spinner)
@@ -47,7 +56,7 @@ static inline uint64_t spin_budget(struct spinner *spinner)
                 SPIN_SET(misses, SPIN_MISSES);
         }
         if (SPIN_GET(misses))
-                return settings.spin * UINT64_C(1000);
+                return spin_usual(spinner);
         if (!settings.spin || slept > SPIN_LONGEST)
                 return 0;
         left = SPIN_GET(left);
@@ -58,14 +67,21 @@ static inline uint64_t spin_budget(struct spinner *spinner)
         return (settings.spin + slept) * UINT64_C(1000);
 }
 
-/* A spin of this budget has ended. */
-static inline void spin_learn(struct spinner *spinner, bool found, uint64_t budget)
+/* A spin of this budget has ended after so many ns. */
+static inline void spin_learn(struct spinner *spinner, bool found, uint64_t budget, uint64_t elapsed)
 {
-        bool usual = budget <= settings.spin * UINT64_C(1000);
+        bool usual = budget <= spin_usual(spinner);
+        uint64_t reach = elapsed / 1000 + elapsed / 2000;
         uint16_t patience = SPIN_GET(patience);
 
         if (!patience)
                 SPIN_SET(patience, patience = SPIN_PATIENCE);
+        if (found)
+                /* Rises at once and falls slowly. */
+                SPIN_SET(reach, reach > SPIN_REACH_MOST ? SPIN_REACH_MOST
+                                : reach > SPIN_GET(reach)
+                                    ? (uint32_t)reach
+                                    : SPIN_GET(reach) - (SPIN_GET(reach) - (uint32_t)reach) / 8);
         if (found && usual) {
                 if (SPIN_GET(misses) < SPIN_MISSES)
                         SPIN_SET(misses, SPIN_MISSES);
@@ -81,6 +97,7 @@ static inline void spin_learn(struct spinner *spinner, bool found, uint64_t budg
                         SPIN_SET(misses, (uint16_t)(SPIN_GET(misses) - 1));
                 if (SPIN_GET(misses))
                         return;
+                SPIN_SET(reach, 0);
         } else if (found) {
                 SPIN_SET(misses, patience < SPIN_WINDOW ? patience : SPIN_WINDOW);
         }

@@ -50,7 +50,7 @@ static bool spin(struct end *end, struct flow *flow, enum want want)
                         found = is_there(end, want);
                 }
         while (!found && now() - start < budget);
-        spin_learn(&flow->spinner, found, budget);
+        spin_learn(&flow->spinner, found, budget, now() - start);
         if (found)
                 statistics_count(&statistics.spins);
         return found;
