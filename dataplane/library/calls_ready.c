@@ -364,25 +364,69 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, int64_t t
         }
 }
 
-/* Calls in the kernel that don't look at the ring, for the connections that may get one. */
-static void blind(const struct pollfd *fds, nfds_t count, bool begins, uint64_t *keys)
-{
-        for (nfds_t i = 0; i < count && i < FEW; i++) {
-                uint64_t key;
-                struct end *end;
+/* Room for calls with many descriptors: kept by the thread, and not used by a signal handler while the thread
+ * does. */
+struct room {
+        void *place;
+        size_t size;
+        bool used;
+};
 
-                if (begins)
-                        keys[i] = fds[i].fd >= 0 && kind_of(fds[i].fd, &key) == KIND_COUNTED ? key : 0;
-                if (!keys[i])
-                        continue;
-                end = &family->ends[(uint32_t)keys[i] - 1];
-                if (!end_is(end, keys[i]))
-                        continue;
-                if (begins)
-                        atomic_fetch_add(&end->rx.kernel, 1);
-                else
-                        atomic_fetch_sub(&end->rx.kernel, 1);
+static __thread struct room rooms[2] __attribute__((tls_model("initial-exec")));
+
+/* Returns NULL with errno set. */
+static void *take_room(int which, size_t size, struct room *own)
+{
+        struct room *room = rooms[which].used ? own : &rooms[which];
+        long got;
+
+        *own = (struct room){0};
+        room->used = true;
+        if (room->size >= size)
+                return room->place;
+        got = sys_6(SYS_mmap, 0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (got < 0 && got > -4096) {
+                room->used = false;
+                *__errno_location() = ENOMEM;
+                return NULL;
         }
+        if (room->place)
+                sys_2(SYS_munmap, room->place, room->size);
+        room->place = (void *)got;
+        room->size = size;
+        return room->place;
+}
+
+static void give_room(int which, struct room *own)
+{
+        if (own->place)
+                sys_2(SYS_munmap, own->place, own->size);
+        else
+                rooms[which].used = false;
+}
+
+/* Calls in the kernel that don't look at the ring, for the connections that may get one: none may while they
+ * last. */
+static void blind_begin(const struct pollfd *fds, nfds_t count, uint64_t *keys)
+{
+        for (nfds_t i = 0; i < count; i++) {
+                uint64_t key;
+
+                keys[i] = fds[i].fd >= 0 && kind_of(fds[i].fd, &key) == KIND_COUNTED ? key : 0;
+                if (keys[i])
+                        atomic_fetch_add(&family->ends[(uint32_t)key - 1].rx.kernel, 1);
+        }
+}
+
+static void blind_end(nfds_t count, const uint64_t *keys)
+{
+        for (nfds_t i = 0; i < count; i++)
+                if (keys[i]) {
+                        struct end *end = &family->ends[(uint32_t)keys[i] - 1];
+
+                        if (end_is(end, keys[i]))
+                                atomic_fetch_sub(&end->rx.kernel, 1);
+                }
 }
 
 enum interest { INTEREST_NONE, INTEREST_BLIND, INTEREST_RING };
@@ -408,18 +452,17 @@ static enum interest interest_in(const struct pollfd *fds, nfds_t count)
 
 static int wait_with_room(struct pollfd *fds, nfds_t count, int64_t timeout, const sigset_t *mask)
 {
-        struct pollfd few[FEW + ARENAS_AT_ONCE];
-        size_t size = (count + ARENAS_AT_ONCE) * sizeof *few;
-        long room;
+        struct pollfd few[FEW + ARENAS_AT_ONCE], *copy = few;
+        struct room own;
         int found;
 
-        if (count <= FEW)
-                return wait(fds, count, few, timeout, mask);
-        room = sys_6(SYS_mmap, 0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (room < 0 && room > -4096)
-                return (int)result(room);
-        found = wait(fds, count, (struct pollfd *)room, timeout, mask);
-        sys_2(SYS_munmap, room, size);
+        if (count > FEW)
+                copy = take_room(0, (count + ARENAS_AT_ONCE) * sizeof *few, &own);
+        if (!copy)
+                return -1;
+        found = wait(fds, count, copy, timeout, mask);
+        if (count > FEW)
+                give_room(0, &own);
         return found;
 }
 
@@ -428,11 +471,29 @@ static bool is_timespec(const struct timespec *time)
         return !time || (time->tv_sec >= 0 && time->tv_nsec >= 0 && time->tv_nsec < 1000000000);
 }
 
+/* The program's own call, while the connections in it that may get a ring can't. */
+static int call_blind(struct pollfd *fds, nfds_t count, int ms, const struct timespec *timeout,
+                      const sigset_t *mask, bool precise)
+{
+        uint64_t few[FEW], *keys = few;
+        struct room own;
+        int found;
+
+        if (count > FEW)
+                keys = take_room(1, count * sizeof *keys, &own);
+        if (!keys)
+                return -1;
+        blind_begin(fds, count, keys);
+        found = precise ? real()->ppoll(fds, count, timeout, mask) : real()->poll(fds, count, ms);
+        blind_end(count, keys);
+        if (count > FEW)
+                give_room(1, &own);
+        return found;
+}
+
 CALL int ppoll(struct pollfd *fds, nfds_t count, const struct timespec *timeout, const sigset_t *mask)
 {
-        uint64_t keys[FEW];
         enum interest interest;
-        int found;
 
         if (!process.on || !fds || !is_timespec(timeout))
                 return real()->ppoll(fds, count, timeout, mask);
@@ -440,18 +501,13 @@ CALL int ppoll(struct pollfd *fds, nfds_t count, const struct timespec *timeout,
         if (interest == INTEREST_RING)
                 return wait_with_room(fds, count, from_timespec(timeout), mask);
         if (interest == INTEREST_BLIND)
-                blind(fds, count, true, keys);
-        found = real()->ppoll(fds, count, timeout, mask);
-        if (interest == INTEREST_BLIND)
-                blind(fds, count, false, keys);
-        return found;
+                return call_blind(fds, count, 0, timeout, mask, true);
+        return real()->ppoll(fds, count, timeout, mask);
 }
 
 CALL int poll(struct pollfd *fds, nfds_t count, int timeout)
 {
-        uint64_t keys[FEW];
         enum interest interest;
-        int found;
 
         if (!process.on || !fds)
                 return real()->poll(fds, count, timeout);
@@ -459,11 +515,8 @@ CALL int poll(struct pollfd *fds, nfds_t count, int timeout)
         if (interest == INTEREST_RING)
                 return wait_with_room(fds, count, from_ms(timeout), NULL);
         if (interest == INTEREST_BLIND)
-                blind(fds, count, true, keys);
-        found = real()->poll(fds, count, timeout);
-        if (interest == INTEREST_BLIND)
-                blind(fds, count, false, keys);
-        return found;
+                return call_blind(fds, count, timeout, NULL, NULL, false);
+        return real()->poll(fds, count, timeout);
 }
 
 /* --- select() --- */
@@ -550,28 +603,17 @@ static enum interest select_rings(int size, fd_set *in, fd_set *out, fd_set *exc
                 if (*found >= 0)
                         *found = to_sets(fds, count, size, in, out, except);
         } else if (interest == INTEREST_BLIND) {
-                *blinds = (int)(count < FEW ? count : FEW);
-                blind(fds, count, true, keys);
+                *blinds = (int)count;
+                blind_begin(fds, count, keys);
         }
         return interest;
-}
-
-static void end_blind(const uint64_t *keys, int count)
-{
-        for (int i = 0; i < count; i++)
-                if (keys[i]) {
-                        struct end *end = &family->ends[(uint32_t)keys[i] - 1];
-
-                        if (end_is(end, keys[i]))
-                                atomic_fetch_sub(&end->rx.kernel, 1);
-                }
 }
 
 CALL int select(int size, fd_set *in, fd_set *out, fd_set *except, struct timeval *timeout)
 {
         int64_t left =
             timeout ? timeout->tv_sec * INT64_C(1000000000) + timeout->tv_usec * INT64_C(1000) : -1;
-        uint64_t keys[FEW], begin;
+        uint64_t keys[FD_SETSIZE], begin;
         int found, blinds;
 
         if (timeout && left < 0)
@@ -589,22 +631,21 @@ CALL int select(int size, fd_set *in, fd_set *out, fd_set *except, struct timeva
                 return found;
         }
         found = real()->select(size, in, out, except, timeout);
-        end_blind(keys, blinds);
+        blind_end((nfds_t)blinds, keys);
         return found;
 }
 
 CALL int pselect(int size, fd_set *in, fd_set *out, fd_set *except, const struct timespec *timeout,
                  const sigset_t *mask)
 {
-        uint64_t keys[FEW];
-        int found, blinds;
+        uint64_t keys[FD_SETSIZE];
+        int found, blinds = 0;
 
         if (is_timespec(timeout) && select_rings(size, in, out, except, from_timespec(timeout), mask, keys,
                                                  &blinds, &found) == INTEREST_RING)
                 return found;
         found = real()->pselect(size, in, out, except, timeout, mask);
-        if (is_timespec(timeout))
-                end_blind(keys, blinds);
+        blind_end((nfds_t)blinds, keys);
         return found;
 }
 

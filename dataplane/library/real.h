@@ -59,6 +59,10 @@
         F(int, epoll_pwait, (int, struct epoll_event *, int, int, const sigset_t *))                         \
         F(int, epoll_pwait2, (int, struct epoll_event *, int, const struct timespec *, const sigset_t *))    \
         F(FILE *, fdopen, (int, const char *))                                                               \
+        F(int, sigaction, (int, const struct sigaction *, struct sigaction *))                               \
+        F(sighandler_t, signal, (int, sighandler_t))                                                         \
+        F(sighandler_t, sysv_signal, (int, sighandler_t))                                                    \
+        F(int, siginterrupt, (int, int))                                                                     \
         F(int, execve, (const char *, char *const *, char *const *))                                         \
         F(int, execv, (const char *, char *const *))                                                         \
         F(int, execvp, (const char *, char *const *))                                                        \
@@ -77,7 +81,6 @@
 #define USED_FUNCTIONS(F)                                                                                    \
         F(int, clock_gettime, (clockid_t, struct timespec *))                                                \
         F(int, sched_getcpu, (void))                                                                         \
-        F(int, sigaction, (int, const struct sigaction *, struct sigaction *))                               \
         F(void, pthread_testcancel, (void))                                                                  \
         F(int, raise, (int))                                                                                 \
         F(int, __register_atfork, (void (*)(void), void (*)(void), void (*)(void), void *))                  \

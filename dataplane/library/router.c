@@ -26,8 +26,13 @@ enum {
 #define BUILD_ID_SIZE 32
 extern const char freeflow_build[BUILD_ID_SIZE];
 
-struct settings settings = {
-    .enabled = 1, .operations = 4, .age = 0, .bytes = 0, .bulk = 65536, .spin = 20, .ring_limit = RING_SIZE};
+struct settings settings = {.enabled = 1,
+                            .operations = 4,
+                            .age = 10000,
+                            .bytes = 0,
+                            .bulk = 1 << 20,
+                            .spin = 20,
+                            .ring_limit = RING_SIZE};
 
 static struct {
         struct lock lock;

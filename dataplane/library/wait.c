@@ -3,13 +3,13 @@
 #include "arena.h"
 #include "clock.h"
 #include "ready.h"
+#include "signals.h"
 #include "spin.h"
 #include "statistics.h"
 #include "sys.h"
 
 #include <errno.h>
 #include <poll.h>
-#include <signal.h>
 #include <time.h>
 
 enum {
@@ -56,25 +56,6 @@ static bool spin(struct end *end, struct flow *flow, enum want want)
         return found;
 }
 
-/* Would the kernel have gone on with the call after the handler that has just run? It would if the handler
- * was installed with SA_RESTART, which one of them we can't see. */
-static bool is_restarted(void)
-{
-        struct sigaction action;
-        bool restarting = false;
-
-        for (int number = 1; number <= SIGRTMAX; number++) {
-                if (number == SIGKILL || number == SIGSTOP || real()->sigaction(number, NULL, &action) < 0)
-                        continue;
-                if (action.sa_handler == SIG_DFL || action.sa_handler == SIG_IGN)
-                        continue;
-                if (!(action.sa_flags & SA_RESTART))
-                        return false;
-                restarting = true;
-        }
-        return restarting;
-}
-
 int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *deadline, bool *news)
 {
         struct flow *flow = want == WANT_BYTES ? &end->rx : &end->tx;
@@ -83,7 +64,8 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
         uint32_t side = atomic_load_explicit(&end->side, memory_order_relaxed);
         int nap = FIRST_NAP, outcome = 0, saved = *__errno_location();
         struct waiters *waiters;
-        struct pollfd polled[2] = {{.fd = fd}, {.fd = -1, .events = POLLIN}};
+        struct pollfd polled[3] = {{.fd = fd}, {.fd = -1, .events = POLLIN}, {.fd = -1, .events = POLLIN}};
+        struct signals signals;
         int bell;
 
         if (timeout && !*deadline)
@@ -96,6 +78,9 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
         bell = bell_take(arena);
         if (bell >= 0)
                 polled[1].fd = bell_descriptor(arena, bell);
+        signals_prepare(&signals);
+        if (signals.mixed)
+                polled[2].fd = signals.fd;
         for (;;) {
                 int64_t left = -1; /* ns; -1: for ever */
                 struct timespec time;
@@ -128,16 +113,20 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                 time.tv_sec = left / 1000000000;
                 time.tv_nsec = left % 1000000000;
                 slept = now();
-                got = real()->ppoll(polled, 2, left < 0 ? NULL : &time, NULL);
+                got = real()->ppoll(polled, 3, left < 0 ? NULL : &time, signals.mixed ? &signals.mask : NULL);
                 spin_slept(&flow->spinner, now() - slept);
                 if (got < 0) {
-                        if (*__errno_location() == EINTR && !*deadline && is_restarted())
+                        if (*__errno_location() == EINTR && !*deadline && signals_restart(&signals))
                                 continue;
                         outcome = -*__errno_location();
                         break;
                 }
                 if (got == 0)
                         continue;
+                if (polled[2].revents && !polled[0].revents && !polled[1].revents) {
+                        outcome = -EINTR;
+                        break;
+                }
                 if (polled[1].revents)
                         bell_silence(polled[1].fd);
                 if (polled[0].revents)

@@ -1,0 +1,129 @@
+#include "signals.h"
+
+#include "arena.h"
+#include "calls.h"
+#include "real.h"
+#include "sys.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/signalfd.h>
+
+/* The kernel's set, whatever the C library's size of one is. */
+enum { SIGNALS = 64, SET_SIZE = SIGNALS / 8 };
+
+static _Atomic uint32_t changes = 1; /* calls that may have changed a handler */
+static _Atomic uint32_t known;       /* `changes` when we last looked */
+static _Atomic uint64_t failing;     /* handlers without SA_RESTART */
+static _Atomic uint64_t restarting;  /* and with */
+static _Atomic int signal_fd;        /* 1 + descriptor for `failing` */
+
+/* Signals the C library uses for itself, restarted always. */
+static bool is_internal(int number)
+{
+        return number == 32 || number == 33 || number == 34;
+}
+
+static void look(void)
+{
+        uint32_t now_known = atomic_load(&changes);
+        uint64_t fail = 0, restart = 0;
+        struct sigaction action;
+
+        if (atomic_load_explicit(&known, memory_order_relaxed) == now_known)
+                return;
+        for (int number = 1; number <= SIGNALS; number++) {
+                if (is_internal(number) || real()->sigaction(number, NULL, &action) < 0 ||
+                    action.sa_handler == SIG_DFL || action.sa_handler == SIG_IGN)
+                        continue;
+                if (action.sa_flags & SA_RESTART)
+                        restart |= UINT64_C(1) << (number - 1);
+                else
+                        fail |= UINT64_C(1) << (number - 1);
+        }
+        atomic_store(&restarting, restart);
+        atomic_store(&failing, fail);
+        if (fail && restart) {
+                int old = atomic_load(&signal_fd);
+                long fd =
+                    sys_4(SYS_signalfd4, old ? old - 1 : -1, &fail, SET_SIZE, SFD_CLOEXEC | SFD_NONBLOCK);
+
+                if (!old && fd >= 0) {
+                        int ours = own_descriptor((int)fd);
+
+                        if (ours >= 0 && !atomic_compare_exchange_strong(&signal_fd, &old, ours + 1))
+                                close_own(ours);
+                }
+        }
+        atomic_store(&known, now_known);
+}
+
+void signals_prepare(struct signals *signals)
+{
+        uint64_t current = 0, fail;
+        int saved = *__errno_location();
+
+        look();
+        *__errno_location() = saved;
+        fail = atomic_load_explicit(&failing, memory_order_relaxed);
+        signals->mixed =
+            fail && atomic_load_explicit(&restarting, memory_order_relaxed) && atomic_load(&signal_fd);
+        if (!signals->mixed)
+                return;
+        sys_4(SYS_rt_sigprocmask, SIG_BLOCK, 0, &current, SET_SIZE);
+        /* What the thread has blocked anyway would make the descriptor ready without a handler to run. */
+        if (current & fail) {
+                signals->mixed = false;
+                return;
+        }
+        current |= fail;
+        memset(&signals->mask, 0, sizeof signals->mask);
+        memcpy(&signals->mask, &current, sizeof current);
+        signals->fd = atomic_load(&signal_fd) - 1;
+}
+
+bool signals_restart(const struct signals *signals)
+{
+        return signals->mixed || !atomic_load_explicit(&failing, memory_order_relaxed);
+}
+
+/* The calls that change handlers: looked at from afar. */
+static void changed(void)
+{
+        atomic_fetch_add_explicit(&changes, 1, memory_order_relaxed);
+}
+
+CALL int sigaction(int number, const struct sigaction *action, struct sigaction *old)
+{
+        int outcome = real()->sigaction(number, action, old);
+
+        if (action)
+                changed();
+        return outcome;
+}
+
+CALL sighandler_t signal(int number, sighandler_t handler)
+{
+        sighandler_t old = real()->signal(number, handler);
+
+        changed();
+        return old;
+}
+
+CALL sighandler_t sysv_signal(int number, sighandler_t handler)
+{
+        sighandler_t old = real()->sysv_signal(number, handler);
+
+        changed();
+        return old;
+}
+
+CALL int siginterrupt(int number, int flag)
+{
+        int outcome = real()->siginterrupt(number, flag);
+
+        changed();
+        return outcome;
+}
