@@ -160,6 +160,26 @@ def test_what_containers_see(manager: Host) -> None:
     assert stat.S_IMODE(mode) == 0o666
 
 
+def test_doctor_of_a_container(both_engines: list[Host], manager: Host) -> None:
+    """The doctor tells a container with mount and variable from one without, on every engine."""
+    network = make_network(manager)
+    for host in both_engines:
+        without = run_container(host, network)
+        said = host.freeflow("doctor", without, check=False)
+        assert f"{without} has no /run/freeflow" in said
+        mounted = run_container(
+            host,
+            network,
+            *("--mount", "type=bind,src=/run/freeflow,dst=/run/freeflow"),
+            *("--env", "LD_PRELOAD=/run/freeflow/libfreeflow.so"),
+        )
+        said = host.freeflow("doctor", mounted, check=False)
+        assert "ok: /run/freeflow is in the container" in said
+        assert "ok: a network of it is accelerated" in said
+        assert "LD_PRELOAD isn't in their environment" not in said
+        assert "not checked" not in said
+
+
 @pytest.fixture
 def disabled(bed: Bed) -> Iterator[Host]:
     """A host whose plugin is disabled; enabled again afterwards."""
