@@ -1,0 +1,158 @@
+"""Two containers in which a program's two ends run, with and without the library: what every test here is given.
+
+Without the library the kernel's own TCP says what is right; with it the same must hold on a ring.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from dataplane.control import Rule, Settings
+from tests.dataplane.bed import Bed, Container, bed
+
+ROOT: Final = Path(__file__).parents[2]
+LIBRARY: Final = Path(os.environ.get("FREEFLOW_LIBRARY", ROOT / "build" / "libfreeflow.so"))
+SOURCES: Final = Path(__file__).with_name("programs")
+WARNINGS: Final = ("-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wshadow", "-Werror")
+PATIENCE: Final = 30.0
+
+
+def compile_c(source: Path, to: Path, *options: str, compiler: str = "gcc") -> Path:
+    """A program of one file."""
+    subprocess.run(
+        [compiler, *WARNINGS, "-O2", "-g", *options, "-pthread", str(source), "-o", str(to)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return to
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the library of some processes counted."""
+
+    rows: tuple[dict[str, Any], ...]
+
+    def __getitem__(self, name: str) -> int:
+        return sum(int(row[name]) for row in self.rows)
+
+
+@dataclass(eq=False)
+class Places:
+    """A server's and a client's container."""
+
+    made: Bed
+    accelerated: bool
+    folder: Path
+    programs: Path
+    ports: Iterator[int] = field(default_factory=lambda: itertools.count(7100))
+
+    @property
+    def server(self) -> Container:
+        return self.made.containers["server"]
+
+    @property
+    def client(self) -> Container:
+        return self.made.containers["client"]
+
+    @property
+    def address(self) -> str:
+        """The server's."""
+        return str(self.server.ipv4)
+
+    @property
+    def statistics(self) -> Path:
+        return self.folder / "statistics.json"
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """For programs whose library shall say what it did."""
+        expected = {"FREEFLOW_EXPECTED": "1"} if self.accelerated else {}
+        return {"FREEFLOW_STATS": str(self.statistics), **expected, **more}
+
+    def counted(self) -> Counts:
+        """By all processes that have ended."""
+        if not self.statistics.exists():
+            return Counts(())
+        lines = self.statistics.read_text().splitlines()
+        return Counts(tuple(json.loads(line) for line in lines))
+
+    def forget(self) -> None:
+        """Start counting anew."""
+        self.statistics.unlink(missing_ok=True)
+
+    def upgraded(self, connections: int = 1) -> None:
+        """If there is a library, so many connections really went to rings, both ways at both ends."""
+        if self.accelerated:
+            counted = self.counted()
+            assert counted["senders"] >= connections, counted
+            assert counted["receivers"] >= connections, counted
+            assert counted["corrupt"] == 0, counted
+
+    def play(self, program: str, scenario: str, **environment: str) -> None:
+        """Both ends of a scenario of a program in `programs/`, to their end."""
+        port = str(next(self.ports))
+        file = str(self.programs / program)
+        ends = {
+            role: container.popen(
+                [file, role, self.address, port, scenario],
+                env=self.environment(**environment),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                text=True,
+            )
+            for role, container in (("server", self.server), ("client", self.client))
+        }
+        said: dict[str, str] = {}
+        try:
+            said["client"] = ends["client"].communicate(timeout=PATIENCE)[0]
+            said["server"] = ends["server"].communicate(
+                timeout=PATIENCE if ends["client"].returncode == 0 else 1
+            )[0]
+        except subprocess.TimeoutExpired:
+            where = {role: waits_in(end.pid) for role, end in ends.items()}
+            said["stuck"] = str(where)
+        finally:
+            for role, end in ends.items():
+                if end.poll() is None:
+                    end.kill()
+                    said[role] = end.communicate()[0]
+        codes = {role: end.returncode for role, end in ends.items()}
+        killed = {"killed_whole"}
+        assert codes["client"] == 0, (said, codes)
+        assert codes["server"] == 0 or (scenario in killed and codes["server"] == -9), (said, codes)
+
+
+def waits_in(pid: int) -> list[str]:
+    """What the threads of a process do, as the kernel sees it."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        try:
+            found.append(f"{task.name}: {(task / 'wchan').read_text()}")
+        except OSError:
+            continue
+    return found
+
+
+@contextmanager
+def places(
+    accelerated: bool, folder: Path, programs: Path, rule: Rule | None = None
+) -> Iterator[Places]:
+    """A bed whose router upgrades connections at their first operations, unless a rule says otherwise."""
+    with bed(
+        "server",
+        "client",
+        library=LIBRARY if accelerated else None,
+        settings=Settings(rule=rule or Rule(operations=2)),
+        router=accelerated,
+    ) as made:
+        yield Places(made, accelerated, folder, programs)

@@ -1,0 +1,260 @@
+/* How connections end: closed in one direction, closed in both, reset, killed. */
+#include "pair.h"
+
+static volatile sig_atomic_t pipes;
+
+static void count_pipe(int number)
+{
+        (void)number;
+        pipes++;
+}
+
+static void half_close_server(int fd)
+{
+        get_pattern(fd, 3 << 20);
+        get_end(fd);
+        put_pattern(fd, 2 << 20);
+}
+
+static void half_close(int fd)
+{
+        put_pattern(fd, 3 << 20);
+        CHECK(shutdown(fd, SHUT_WR) == 0);
+        get_pattern(fd, 2 << 20);
+        get_end(fd);
+        get_end(fd);
+}
+
+static void half_close_other(int fd)
+{
+        put_pattern(fd, 2 << 20);
+        CHECK(shutdown(fd, SHUT_WR) == 0);
+        get_pattern(fd, 3 << 20);
+        get_end(fd);
+}
+
+static void half_close_other_client(int fd)
+{
+        get_pattern(fd, 2 << 20);
+        get_end(fd);
+        put_pattern(fd, 3 << 20);
+}
+
+static void put_and_close(int fd)
+{
+        put_pattern(fd, 100000);
+        CHECK(close(fd) == 0);
+        nap(100);
+}
+
+static void get_after_close(int fd)
+{
+        nap(50);
+        get_pattern(fd, 100000);
+        get_end(fd);
+        get_end(fd);
+}
+
+static void close_it(int fd)
+{
+        get(fd, "c");
+        CHECK(close(fd) == 0);
+        nap(300);
+}
+
+static void broken_pipe(int fd)
+{
+        signal(SIGPIPE, count_pipe);
+        put(fd, "c");
+        get_end(fd);
+        CHECK(send(fd, "x", 1, 0) == 1);
+        nap(50);
+        CHECK(send(fd, "x", 1, MSG_NOSIGNAL) == -1 && errno == EPIPE);
+        CHECK(pipes == 0);
+        CHECK(send(fd, "x", 1, 0) == -1 && errno == EPIPE);
+        CHECK(pipes == 1);
+        CHECK(write(fd, "x", 1) == -1 && errno == EPIPE);
+        CHECK(pipes == 2);
+}
+
+static void own_shutdown(int fd)
+{
+        signal(SIGPIPE, count_pipe);
+        CHECK(shutdown(fd, SHUT_WR) == 0);
+        CHECK(send(fd, "x", 1, MSG_NOSIGNAL) == -1 && errno == EPIPE);
+        CHECK(pipes == 0);
+        CHECK(write(fd, "x", 1) == -1 && errno == EPIPE);
+        CHECK(pipes == 1);
+        get(fd, "bye");
+        get_end(fd);
+}
+
+static void see_shutdown(int fd)
+{
+        get_end(fd);
+        put(fd, "bye");
+}
+
+static void shut_read(int fd)
+{
+        CHECK(shutdown(fd, SHUT_RD) == 0);
+        get_end(fd);
+        put(fd, "still");
+}
+
+static void get_still(int fd)
+{
+        get(fd, "still");
+        get_end(fd);
+}
+
+/* A child has the connection and is killed, so that this process can end as it should. */
+static void be_killed(int fd)
+{
+        int status;
+        pid_t child = fork();
+
+        CHECK(child >= 0);
+        if (!child) {
+                put_pattern(fd, 50000);
+                nap(100);
+                kill(getpid(), SIGKILL);
+        }
+        close(fd);
+        CHECK(waitpid(child, &status, 0) == child);
+}
+
+static void outlive(int fd)
+{
+        signal(SIGPIPE, count_pipe);
+        get_pattern(fd, 50000);
+        get_end(fd);
+        CHECK(send(fd, "x", 1, 0) == 1);
+        nap(50);
+        CHECK(send(fd, "x", 1, 0) == -1 && errno == EPIPE);
+        CHECK(pipes == 1);
+}
+
+static void *end_by_signal(void *unused)
+{
+        (void)unused;
+        nap(200);
+        kill(getpid(), SIGKILL);
+        return NULL;
+}
+
+static void be_killed_whole(int fd)
+{
+        pthread_t thread;
+        char byte;
+
+        put_pattern(fd, 50000);
+        CHECK(pthread_create(&thread, NULL, end_by_signal, NULL) == 0);
+        CHECK(read(fd, &byte, 1) <= 0);
+}
+
+static void reset_by_linger(int fd)
+{
+        struct linger now = {.l_onoff = 1, .l_linger = 0};
+
+        get(fd, "c");
+        CHECK(setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now) == 0);
+        CHECK(close(fd) == 0);
+        nap(300);
+}
+
+static void see_reset(int fd)
+{
+        char byte;
+        int error = -1;
+        socklen_t size = sizeof error;
+
+        put(fd, "c");
+        CHECK(read(fd, &byte, 1) == -1 && errno == ECONNRESET);
+        CHECK(read(fd, &byte, 1) == 0);
+        CHECK(getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) == 0 && error == 0);
+        CHECK(send(fd, "x", 1, MSG_NOSIGNAL) == -1 && errno == EPIPE);
+}
+
+static void close_unread(int fd)
+{
+        CHECK(ready(fd, POLLIN, 5000) == POLLIN);
+        CHECK(close(fd) == 0);
+        nap(300);
+}
+
+static void see_events(int fd)
+{
+        struct epoll_event event = {.events = EPOLLIN | EPOLLRDHUP};
+        int instance = epoll_create1(0);
+
+        put(fd, "c");
+        CHECK(epoll_ctl(instance, EPOLL_CTL_ADD, fd, &event) == 0);
+        CHECK(epoll_wait(instance, &event, 1, 5000) == 1);
+        CHECK(event.events == (EPOLLIN | EPOLLRDHUP));
+        CHECK(ready(fd, POLLIN | POLLRDHUP, 0) == (POLLIN | POLLRDHUP));
+        CHECK(shutdown(fd, SHUT_WR) == 0);
+        nap(50);
+        CHECK(ready(fd, POLLIN | POLLRDHUP, 0) == (POLLIN | POLLRDHUP | POLLHUP));
+        CHECK(epoll_wait(instance, &event, 1, 0) == 1);
+        CHECK(event.events == (EPOLLIN | EPOLLRDHUP | EPOLLHUP));
+}
+
+static void close_lingering(int fd)
+{
+        struct linger patient = {.l_onoff = 1, .l_linger = 5};
+
+        put_pattern(fd, 200000);
+        CHECK(setsockopt(fd, SOL_SOCKET, SO_LINGER, &patient, sizeof patient) == 0);
+        CHECK(close(fd) == 0);
+}
+
+static void get_lingering(int fd)
+{
+        get_pattern(fd, 200000);
+        get_end(fd);
+}
+
+static void *wait_by_read(void *fd)
+{
+        get_end(*(int *)fd);
+        return NULL;
+}
+
+/* Another thread's shutdown ends a read that waits. */
+static void shutdown_wakes(int fd)
+{
+        pthread_t thread;
+
+        CHECK(pthread_create(&thread, NULL, wait_by_read, &fd) == 0);
+        nap(100);
+        CHECK(shutdown(fd, SHUT_RDWR) == 0);
+        CHECK(pthread_join(thread, NULL) == 0);
+}
+
+static void just_end(int fd)
+{
+        get_end(fd);
+}
+
+int main(int count, char **arguments)
+{
+        static const struct scenario scenarios[] = {
+            {"half_close", half_close_server, half_close, false},
+            {"half_close_other", half_close_other, half_close_other_client, false},
+            {"data_then_end", put_and_close, get_after_close, false},
+            {"broken_pipe", close_it, broken_pipe, false},
+            {"own_shutdown", see_shutdown, own_shutdown, false},
+            {"shut_read", get_still, shut_read, false},
+            {"killed", be_killed, outlive, false},
+            {"killed_whole", be_killed_whole, outlive, false},
+            {"reset_by_linger", reset_by_linger, see_reset, false},
+            {"reset_by_unread", close_unread, see_reset, false},
+            {"events_of_the_end", close_it, see_events, false},
+            {"lingering_close", close_lingering, get_lingering, false},
+            {"shutdown_wakes", just_end, shutdown_wakes, false},
+            {0},
+        };
+
+        return run_scenario(count, arguments, scenarios);
+}

@@ -1,0 +1,70 @@
+"""Connections on rings end as those on TCP do: FIN, RST and death are the kernel's word."""
+
+from __future__ import annotations
+
+from tests.dataplane.places import Places
+
+
+def test_half_close(both: Places) -> None:
+    """After shutdown of its writes the client still gets all that the server sends."""
+    both.play("ends", "half_close")
+
+
+def test_half_close_by_the_server(both: Places) -> None:
+    """The end follows all data of its direction, and of that direction alone."""
+    both.play("ends", "half_close_other")
+
+
+def test_data_before_the_end(both: Places) -> None:
+    """All that was written before close is read, then the end, as often as one asks."""
+    both.play("ends", "data_then_end")
+
+
+def test_broken_pipe(both: Places) -> None:
+    """Writes after the peer's close are EPIPE with SIGPIPE, without the signal with MSG_NOSIGNAL."""
+    both.play("ends", "broken_pipe")
+
+
+def test_own_shutdown(both: Places) -> None:
+    """Writes after one's own shutdown are EPIPE with SIGPIPE, and reads go on."""
+    both.play("ends", "own_shutdown")
+
+
+def test_shut_read(both: Places) -> None:
+    """After shutdown of its reads a socket reads the end, and still writes."""
+    both.play("ends", "shut_read")
+
+
+def test_killed_holder(both: Places) -> None:
+    """What a process wrote before SIGKILL arrives, then the end, then EPIPE; a process forked it."""
+    both.play("ends", "killed")
+
+
+def test_killed(both: Places) -> None:
+    """What a process wrote before SIGKILL arrives, then the end, then EPIPE, though one waits in read."""
+    both.play("ends", "killed_whole")
+
+
+def test_reset_by_linger(both: Places) -> None:
+    """Close with SO_LINGER of 0 resets: ECONNRESET once, then the end."""
+    both.play("ends", "reset_by_linger")
+
+
+def test_reset_by_unread(both: Places) -> None:
+    """Close with unread data resets: ECONNRESET once, then the end."""
+    both.play("ends", "reset_by_unread")
+
+
+def test_events_of_the_end(both: Places) -> None:
+    """poll and epoll tell the peer's close from the end of both directions."""
+    both.play("ends", "events_of_the_end")
+
+
+def test_lingering_close(both: Places) -> None:
+    """Close with SO_LINGER set and much unsent delivers all."""
+    both.play("ends", "lingering_close")
+
+
+def test_shutdown_wakes(both: Places) -> None:
+    """A thread's shutdown ends the read in which another waits."""
+    both.play("ends", "shutdown_wakes")
