@@ -330,6 +330,24 @@ static int peer_bell(uint32_t arena, uint32_t side, int bell)
         return fd;
 }
 
+/* False: nobody is there any more. A bell that is full rings already. */
+static bool ring_once(int fd)
+{
+        long sent = sys_6(SYS_sendto, fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, 0, 0);
+
+        return sent >= 0 || sent == -EAGAIN;
+}
+
+static void forget_peer_bell(uint32_t arena, uint32_t side, int bell, int fd)
+{
+        struct mapping *mapping = mapping_of(arena);
+        int32_t known = fd + 1;
+
+        atomic_fetch_and(&arena_header(mapping)->sides[1 - side].known[bell / 64], ~bit(bell));
+        if (atomic_compare_exchange_strong(&mapping->peers[bell], &known, 0))
+                close_own(fd);
+}
+
 void ring_bells(struct waiters *waiters, uint32_t arena, uint32_t side, uint32_t slot)
 {
         struct side *theirs = &arena_header(mapping_of(arena))->sides[1 - side];

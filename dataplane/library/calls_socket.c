@@ -4,6 +4,8 @@
 #include "clock.h"
 #include "poller.h"
 #include "protocol.h"
+#include "router.h"
+#include "settings.h"
 #include "statistics.h"
 #include "upgrade.h"
 
@@ -42,7 +44,7 @@ static bool is_far(const struct sockaddr *address)
         return false;
 }
 
-static void opened(struct end *end, bool active)
+static void opened(int fd, struct end *end, bool active)
 {
         uint32_t closed = STAGE_CLOSED;
 
@@ -52,6 +54,10 @@ static void opened(struct end *end, bool active)
         atomic_store_explicit(&end->opened, now(), memory_order_relaxed);
         atomic_compare_exchange_strong(&end->stage, &closed, STAGE_CANDIDATE);
         statistics_count(&statistics.tracked);
+        if (!settings.welcomed)
+                router_greet();
+        if (process.eager)
+                router_ask(end, fd);
 }
 
 CALL int connect(int fd, const struct sockaddr *address, socklen_t size)
@@ -68,7 +74,7 @@ CALL int connect(int fd, const struct sockaddr *address, socklen_t size)
         }
         outcome = real()->connect(fd, address, size);
         if (outcome == 0 || *__errno_location() == EINPROGRESS || *__errno_location() == EINTR)
-                opened(end, true);
+                opened(fd, end, true);
         return outcome;
 }
 
@@ -80,7 +86,7 @@ static int accepted(int fd, const struct sockaddr *address, bool nonblocking)
                 return fd;
         end = end_make(fd, nonblocking);
         if (end)
-                opened(end, false);
+                opened(fd, end, false);
         return fd;
 }
 

@@ -114,7 +114,8 @@ struct process {
         _Atomic uint32_t high;   /* descriptors tracked were all below */
         _Atomic int32_t pid;
         bool on;
-        bool loopback;
+        bool loopback; /* loopback connections too, for tests */
+        bool eager;    /* upgrade at the first operation, and wait for the router, for tests */
 };
 
 extern struct process process;

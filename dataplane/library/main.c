@@ -96,9 +96,11 @@ __attribute__((constructor)) static void start(void)
 {
         const char *off = environment("FREEFLOW");
         const char *loopback = environment("FREEFLOW_LOOPBACK");
+        const char *eager = environment("FREEFLOW_EAGER");
 
         if (off && strcmp(off, "off") == 0)
                 return;
+        process.eager = eager && strcmp(eager, "1") == 0;
         process.loopback = loopback && strcmp(loopback, "1") == 0;
         family_start();
 }

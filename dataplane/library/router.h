@@ -7,6 +7,9 @@
 
 struct end;
 
+/* Say hello, if nobody in this family of processes has yet: the answer says when connections are to be
+ * upgraded. */
+void router_greet(void);
 /* Ask for a connection's upgrade; false: not now. */
 bool router_ask(struct end *end, int fd);
 /* Take what the router has answered, if it's time to look. */

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 struct settings {
+        bool welcomed; /* the router has said all this */
         uint32_t enabled;
         uint32_t operations;
         uint32_t age; /* us */

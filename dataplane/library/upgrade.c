@@ -31,6 +31,8 @@ static bool is_worth_it(struct end *end, uint64_t bytes)
 {
         uint32_t operations = atomic_load_explicit(&end->operations, memory_order_relaxed);
 
+        if (process.eager)
+                return true;
         if (bytes + moved(end) >= settings.bulk && operations > 1)
                 return true;
         if (operations < settings.operations || moved(end) < settings.bytes)
@@ -143,14 +145,20 @@ bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
         atomic_store_explicit(&end->operations, operations, memory_order_relaxed);
         switch (atomic_load_explicit(&end->stage, memory_order_relaxed)) {
         case STAGE_CANDIDATE:
+                if (!settings.welcomed)
+                        router_look(end);
                 if (settings.enabled && is_worth_it(end, bytes) && !end_held_elsewhere(end))
                         router_ask(end, fd);
-                break;
+                if (!process.eager || atomic_load(&end->stage) != STAGE_ASKED)
+                        break;
+                /* fall through */
         case STAGE_ASKED:
                 if (atomic_load_explicit(&end->epoch, memory_order_relaxed) != router_epoch())
                         atomic_store(&end->stage, STAGE_CANDIDATE);
                 else
                         router_look(end);
+                if (atomic_load(&end->stage) == STAGE_GRANTED)
+                        attach(fd, end);
                 break;
         case STAGE_GRANTED:
                 attach(fd, end);
