@@ -364,8 +364,14 @@ void ring_bells(struct waiters *waiters, uint32_t arena, uint32_t side, uint32_t
 
                         atomic_fetch_or_explicit(&theirs->dirty[bell], UINT64_C(1) << slot,
                                                  memory_order_seq_cst);
+                        if (fd < 0 || ring_once(fd))
+                                continue;
+                        /* The other side has let the arena go and got it again, with new bells under the old
+                         * numbers. */
+                        forget_peer_bell(arena, side, bell, fd);
+                        fd = peer_bell(arena, side, bell);
                         if (fd >= 0)
-                                sys_6(SYS_sendto, fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, 0, 0);
+                                ring_once(fd);
                 }
         }
 }
