@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from itertools import chain
@@ -122,8 +122,10 @@ class Found:
 
 def idle_cases(
     pairs: Sequence[Pair], rounds: int, order: random.Random, wanted: Sequence[Case]
-) -> Iterator[Found]:
+) -> Generator[Found, None, None]:
     """One run gives all of them."""
+    if not wanted:
+        return
     found = {case.name: Found(case, "connection") for case in wanted}
     with Servers() as servers:
         able = [pair for pair in pairs if pair.transport != RING]
@@ -202,7 +204,7 @@ def run_cases(
     seconds: float,
     order: random.Random,
     verbose: bool,
-) -> Iterator[Found]:
+) -> Generator[Found, None, None]:
     """Case by case, as each is done. A variant whose program fails has no figure; why is said on stderr."""
     with Servers() as servers:
         for measure in chosen:
@@ -309,13 +311,15 @@ def main(
         if not as_json:
             click.echo("\n".join(columns(HEADER, [HEADER], 2, WIDTHS).splitlines()[:2]))
         order = random.Random(seed)
-        for found in chain(
-            run_cases(chosen, some, rounds, seconds, order, verbose),
-            idle_cases(some, min(rounds, 2), order, idling) if idling else (),
+        # Closed in here whatever happens: they end their servers in places that still are there.
+        with (
+            contextlib.closing(run_cases(chosen, some, rounds, seconds, order, verbose)) as running,
+            contextlib.closing(idle_cases(some, min(rounds, 2), order, idling)) as resting,
         ):
-            results[found.case.name] = found.json()
-            if not as_json:
-                click.echo(columns(HEADER, [found.line()], 2, WIDTHS).splitlines()[2])
+            for found in chain(running, resting):
+                results[found.case.name] = found.json()
+                if not as_json:
+                    click.echo(columns(HEADER, [found.line()], 2, WIDTHS).splitlines()[2])
         if verbose and made.process is not None:
             print(f"{made.router.statistics()}\n{made.log()}", file=sys.stderr)
     if as_json:
