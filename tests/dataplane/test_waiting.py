@@ -1,0 +1,133 @@
+"""Waiting for a connection on a ring is as on TCP, by every means, through signals and cancellation."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dataplane.places import Places
+
+
+def test_epoll_level(both: Places) -> None:
+    """Level-triggered epoll reports until all is read."""
+    both.play("waiting", "epoll_level")
+
+
+def test_epoll_edge(both: Places) -> None:
+    """Edge-triggered epoll reports once per arrival, and not what was left unread."""
+    both.play("waiting", "epoll_edge")
+
+
+def test_epoll_edge_both(both: Places) -> None:
+    """Edge-triggered epoll for both directions tells both when bytes arrive."""
+    both.play("waiting", "epoll_edge_both")
+
+
+def test_epoll_once(both: Places) -> None:
+    """EPOLLONESHOT reports once, and again when it is armed again."""
+    both.play("waiting", "epoll_once")
+
+
+def test_epoll_changed(both: Places) -> None:
+    """A thread's change of a registration wakes another that waits; a removed one reports nothing."""
+    both.play("waiting", "epoll_changed")
+
+
+def test_epoll_twice(both: Places) -> None:
+    """A connection in two epoll instances is reported by both; twice in one is EEXIST."""
+    both.play("waiting", "epoll_twice")
+
+
+def test_epoll_duplicate(both: Places) -> None:
+    """A registration holds until the connection's last descriptor is closed."""
+    both.play("waiting", "epoll_duplicate")
+
+
+def test_epoll_nested(both: Places) -> None:
+    """An epoll instance in another, in poll and in select is ready when its connection is."""
+    both.play("waiting", "epoll_nested")
+
+
+def test_epoll_timed(both: Places) -> None:
+    """epoll_pwait and epoll_pwait2 keep their time-outs and wait without any."""
+    both.play("waiting", "epoll_timed")
+
+
+def test_epoll_before(both: Places) -> None:
+    """What was registered before connect holds after the connection has moved to a ring."""
+    both.play("waiting", "epoll_before")
+
+
+def test_poll_and_select(both: Places) -> None:
+    """poll, ppoll, select and pselect wait, see bytes and keep their time-outs."""
+    both.play("waiting", "poll_and_select")
+
+
+def test_poll_among_others(both: Places) -> None:
+    """poll counts pipes, unused places and bad descriptors beside a connection."""
+    both.play("waiting", "poll_among_others")
+
+
+def test_high_descriptor(both: Places) -> None:
+    """Descriptors above 1024 and above 65536 are like others."""
+    both.play("waiting", "high_descriptor")
+
+
+def test_back_pressure(both: Places) -> None:
+    """A full connection is EAGAIN and not writable, and is writable when the other end has read."""
+    both.play("waiting", "back_pressure")
+
+
+def test_receive_timeout(both: Places) -> None:
+    """SO_RCVTIMEO ends a read that waits."""
+    both.play("waiting", "receive_timeout")
+
+
+def test_send_timeout(both: Places) -> None:
+    """SO_SNDTIMEO ends a write that waits."""
+    both.play("waiting", "send_timeout")
+
+
+def test_interrupted(both: Places) -> None:
+    """A signal ends reads without SA_RESTART, and poll, select and epoll_wait always."""
+    both.play("waiting", "interrupted")
+
+
+def test_restarted(both: Places) -> None:
+    """With SA_RESTART a read goes on after the signal."""
+    both.play("waiting", "restarted")
+
+
+def test_masked(both: Places) -> None:
+    """ppoll lets signals in that its mask lets in."""
+    both.play("waiting", "masked")
+
+
+def test_jumped(both: Places) -> None:
+    """A handler that jumps out of a read or a poll leaves a connection that works."""
+    both.play("waiting", "jumped")
+
+
+def test_cancelled(both: Places) -> None:
+    """A thread is cancelled in read and poll, and the connection works for others."""
+    both.play("waiting", "cancelled")
+
+
+def test_handler_writes(both: Places) -> None:
+    """A handler may write to the connection on which its thread is writing."""
+    both.play("waiting", "handler_writes")
+
+
+def test_many_wait(both: Places) -> None:
+    """One byte wakes all threads that wait, each by other means."""
+    both.play("waiting", "many_wait")
+
+
+def test_idle(both: Places) -> None:
+    """Waiting takes no CPU time."""
+    both.play("waiting", "idle")
+
+
+@pytest.mark.parametrize("scenario", ["poll_and_select", "poll_among_others"])
+def test_fortified(both: Places, scenario: str) -> None:
+    """Programs built with the C library's checked calls (_FORTIFY_SOURCE) wait the same."""
+    both.play("waiting-fortified", scenario)
