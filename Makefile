@@ -12,7 +12,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SCRIPTS := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv plugin install uninstall push test unit kernel swarm lint demo bench clean
+.PHONY: help setup venv library plugin install uninstall push test unit kernel swarm lint demo bench clean
 
 help: ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -27,6 +27,12 @@ venv: .venv/.done
 	python3 -m venv .venv
 	.venv/bin/pip install --quiet --editable '.[test]'
 	touch $@
+
+library: build/libfreeflow.so ## build the library that containers preload
+
+build/libfreeflow.so: $(wildcard dataplane/library/*)
+	@plugin/image/setup.sh
+	dataplane/library/build.sh $@
 
 plugin: $(PLUGIN)/config.json ## build the plugin into build/plugin
 
@@ -48,7 +54,7 @@ push: plugin ## push the plugin to REGISTRY, tagged by version and architecture
 	docker plugin push $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 	docker plugin rm $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 
-test: setup plugin lint ## set up what is missing and run all tests
+test: setup library plugin lint ## set up what is missing and run all tests
 	$(PYTHON) -m pytest
 
 unit: venv ## tests without root

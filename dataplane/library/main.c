@@ -10,6 +10,9 @@
 
 struct statistics statistics;
 
+extern const char freeflow_build[32];
+const char freeflow_build[32] = FREEFLOW_BUILD;
+
 extern char **environ __attribute__((weak));
 
 const char *environment(const char *name)
