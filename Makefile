@@ -54,7 +54,7 @@ push: plugin ## push the plugin to REGISTRY, tagged by version and architecture
 	docker plugin push $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 	docker plugin rm $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 
-test: setup library plugin lint ## set up what is missing and run all tests
+test: setup plugin lint ## set up what is missing and run all tests
 	$(PYTHON) -m pytest
 
 unit: venv ## tests without root
