@@ -36,6 +36,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for source in SOURCES.glob("*.c")
             for suffix, options in (("", ()), ("-fortified", fortified))
         ]
+        helper = SOURCES / "helpers" / "cat.c"
+        made.append(pool.submit(compile_c, helper, folder / "static-cat", "-static"))
         for each in made:
             each.result()
     return folder

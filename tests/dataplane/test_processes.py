@@ -1,0 +1,100 @@
+"""Connections on rings are shared by processes, replaced programs and descriptors as those on TCP are."""
+
+from __future__ import annotations
+
+from tests.dataplane.places import Places
+
+
+def test_fork_in_turn(both: Places) -> None:
+    """Parent and child use a connection in turn, and the end of a child is not the connection's."""
+    both.play("processes", "fork_in_turn")
+
+
+def test_fork_at_once(both: Places) -> None:
+    """The parent writes while the child reads."""
+    both.play("processes", "fork_at_once")
+
+
+def test_orphan(both: Places) -> None:
+    """A child goes on with a connection whose opener has ended."""
+    both.play("processes", "orphan")
+
+
+def test_fork_per_connection(both: Places) -> None:
+    """A server that forks for each connection serves them all."""
+    both.play("processes", "fork_per_connection")
+
+
+def test_exec(both: Places) -> None:
+    """A program that replaces another gets the connection as its standard input and output."""
+    both.play("processes", "exec")
+
+
+def test_exec_late(both: Places) -> None:
+    """Bytes that came before exec are read by the new program."""
+    both.play("processes", "exec_late")
+
+
+def test_exec_static(both: Places) -> None:
+    """A static program, in which there is no library, gets the connection and all its bytes."""
+    both.play("processes", "exec_static", STATIC_CAT=str(both.programs / "static-cat"))
+
+
+def test_fork_exec(both: Places) -> None:
+    """A child becomes another program with the connection."""
+    both.play("processes", "fork_exec")
+
+
+def test_vfork_exec(both: Places) -> None:
+    """A child of vfork becomes another program with the connection."""
+    both.play("processes", "vfork_exec")
+
+
+def test_spawn(both: Places) -> None:
+    """posix_spawn hands a connection over."""
+    both.play("processes", "spawn")
+
+
+def test_system_beside(both: Places) -> None:
+    """Programs get a connection only if it isn't close-on-exec, and it works on beside them."""
+    both.play("processes", "system_beside")
+
+
+def test_pass_away(both: Places) -> None:
+    """A connection passed over a unix socket works for the one who gets it, also on its way back."""
+    both.play("processes", "pass_away")
+
+
+def test_pass_and_keep(both: Places) -> None:
+    """A connection passed over a unix socket works for both who have it."""
+    both.play("processes", "pass_and_keep")
+
+
+def test_duplicates(both: Places) -> None:
+    """dup, dup2, dup3 and F_DUPFD give descriptors of the same connection, with their flags."""
+    both.play("processes", "duplicates")
+
+
+def test_number_again(both: Places) -> None:
+    """A closed connection's number belongs to the file that gets it next."""
+    both.play("processes", "number_again")
+
+
+def test_written_over(both: Places) -> None:
+    """dup2 onto a connection's number closes that descriptor alone."""
+    both.play("processes", "written_over")
+
+
+def test_lowest_number(both: Places) -> None:
+    """A connection takes one number, the lowest, and gives it back."""
+    both.play("processes", "lowest_number")
+
+
+def test_close_unknown(both: Places) -> None:
+    """Programs that close all descriptors they don't know keep the connections that they do."""
+    both.play("processes", "close_unknown")
+
+
+def test_range_at_exec(both: Places) -> None:
+    """close_range with CLOSE_RANGE_CLOEXEC leaves connections open until exec."""
+    both.play("processes", "range_at_exec")
