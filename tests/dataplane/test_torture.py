@@ -1,0 +1,74 @@
+"""Every byte of many connections is right, however programs wait for it, share it and die: see `torture.c`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.dataplane.places import LIBRARY, Places, compile_c, places
+
+SOURCE = Path(__file__).with_name("torture.c")
+SECONDS = int(os.environ.get("TORTURE_SECONDS", "110"))
+SEED = os.environ.get("TORTURE_SEED", "")
+
+
+def torture(both: Places, options: Sequence[str], seconds: int, seed: str, port: int = 7000) -> str:
+    """Both ends to their end; what they said."""
+    program = str(compile_c(SOURCE, both.folder / "torture", *options))
+    server = both.server.popen(
+        [program, "server", both.address, str(port)],
+        env=both.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    client = both.client.popen(
+        [program, "client", both.address, str(port), str(seconds), seed, "16", "4"],
+        env=both.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    said = {}
+    try:
+        said["client"] = client.communicate(timeout=seconds + 60)[0]
+        said["server"] = server.communicate(timeout=20)[0]
+    except subprocess.TimeoutExpired:
+        said["late"] = "not over in time"
+    finally:
+        for role, end in (("client", client), ("server", server)):
+            if end.poll() is None:
+                end.kill()
+                said[role] = end.communicate()[0]
+    assert (client.returncode, server.returncode) == (0, 0), "\n".join(said.values())
+    return said["client"]
+
+
+@pytest.mark.timeout(SECONDS + 120)
+def test_torture(everywhere: Places) -> None:
+    """No byte is wrong and nothing stalls, with many threads on one connection, forks, signals and kills."""
+    everywhere.forget()
+    # Plain TCP is what the program itself is tried on.
+    seconds = SECONDS if everywhere.accelerated else min(SECONDS, 20)
+    said = torture(everywhere, (), seconds, SEED or str(int.from_bytes(os.urandom(4), "big")))
+    assert "operations" in said
+    everywhere.upgraded(20)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_torture_itself(tmp_path: Path, sanitizer: str) -> None:
+    """The torture program has no fault of its own that a sanitizer finds."""
+    with places(accelerated=False, folder=tmp_path, programs=tmp_path) as plain:
+        torture(plain, (f"-fsanitize={sanitizer}",), 12, "7")
+
+
+def test_library_is_there() -> None:
+    """The library that all tests here are about was built."""
+    if "FREEFLOW_WITHOUT_LIBRARY" in os.environ:
+        pytest.skip("missing by wish: FREEFLOW_WITHOUT_LIBRARY")
+    assert LIBRARY.exists(), f"{LIBRARY} is missing: make library"
