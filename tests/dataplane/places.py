@@ -48,6 +48,12 @@ class Counts:
         return sum(int(row[name]) for row in self.rows)
 
 
+def counts_of(path: Path) -> Counts:
+    """A line of each process that has ended."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return Counts(tuple(json.loads(line) for line in lines))
+
+
 @dataclass(eq=False)
 class Places:
     """A server's and a client's container."""
@@ -82,10 +88,7 @@ class Places:
 
     def counted(self) -> Counts:
         """By all processes that have ended."""
-        if not self.statistics.exists():
-            return Counts(())
-        lines = self.statistics.read_text().splitlines()
-        return Counts(tuple(json.loads(line) for line in lines))
+        return counts_of(self.statistics)
 
     def forget(self) -> None:
         """Start counting anew."""

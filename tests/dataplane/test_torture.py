@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dataplane.places import LIBRARY, Places, compile_c, places
+from tests.dataplane.places import Places, compile_c, places
 
 SOURCE = Path(__file__).with_name("torture.c")
 SECONDS = int(os.environ.get("TORTURE_SECONDS", "110"))
@@ -33,7 +33,7 @@ def torture(both: Places, options: Sequence[str], seconds: int, seed: str, port:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    said = {}
+    said: dict[str, str] = {}
     try:
         said["client"] = client.communicate(timeout=seconds + 60)[0]
         said["server"] = server.communicate(timeout=20)[0]
@@ -65,10 +65,3 @@ def test_torture_itself(tmp_path: Path, sanitizer: str) -> None:
     """The torture program has no fault of its own that a sanitizer finds."""
     with places(accelerated=False, folder=tmp_path, programs=tmp_path) as plain:
         torture(plain, (f"-fsanitize={sanitizer}",), 12, "7")
-
-
-def test_library_is_there() -> None:
-    """The library that all tests here are about was built."""
-    if "FREEFLOW_WITHOUT_LIBRARY" in os.environ:
-        pytest.skip("missing by wish: FREEFLOW_WITHOUT_LIBRARY")
-    assert LIBRARY.exists(), f"{LIBRARY} is missing: make library"

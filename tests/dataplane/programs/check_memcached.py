@@ -5,7 +5,7 @@ import socket
 import sys
 import threading
 
-failed = []
+failed: list[str] = []
 
 
 def client(number: int) -> None:

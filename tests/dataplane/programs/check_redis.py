@@ -15,7 +15,7 @@ def command(*words: bytes) -> bytes:
     return b"".join(parts)
 
 
-for _ in range(30):
+for _turn in range(30):
     values = {
         b"key:%d" % number: chance.randbytes(chance.choice((1, 100, 4000, 60000)))
         for number in range(30)
@@ -23,7 +23,8 @@ for _ in range(30):
     stream.sendall(b"".join(command(b"SET", key, value) for key, value in values.items()))
     for _ in values:
         assert answers.readline() == b"+OK\r\n"
-    for key, value in values.items():
+    for key in values:
+        stored = values[key]
         stream.sendall(command(b"GET", key))
-        assert answers.readline() == b"$%d\r\n" % len(value)
-        assert answers.read(len(value) + 2) == value + b"\r\n"
+        assert answers.readline() == b"$%d\r\n" % len(stored)
+        assert answers.read(len(stored) + 2) == stored + b"\r\n"
