@@ -15,6 +15,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/tcp.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
@@ -55,6 +56,7 @@ enum mode {
         MODE_NONBLOCK = 32,
         MODE_DUP = 64,
         MODE_TOGGLE = 128, /* O_NONBLOCK changes while others wait */
+        MODE_WARM = 256,   /* connections are used to and fro first, until the kernel sees no more of it */
 };
 
 struct header {
@@ -762,6 +764,41 @@ static bool read_header(int fd, struct header *header)
         return header->magic == UINT64_C(0x656d61656d6f6e);
 }
 
+static uint64_t kernel_bytes(int fd)
+{
+        struct tcp_info info;
+        socklen_t size = sizeof info;
+
+        memset(&info, 0, sizeof info);
+        CHECK(syscall(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0);
+        return info.tcpi_bytes_sent + info.tcpi_bytes_received;
+}
+
+static void warm_up(int fd)
+{
+        char byte = 'c';
+
+        for (int i = 0; byte == 'c'; i++) {
+                uint64_t before = kernel_bytes(fd);
+
+                CHECK(send(fd, &byte, 1, 0) == 1 && recv(fd, &byte, 1, 0) == 1 && byte == 'c');
+                if (kernel_bytes(fd) == before || i > 40)
+                        byte = 'd';
+                else if (i > 4)
+                        usleep(500);
+        }
+        CHECK(send(fd, &byte, 1, 0) == 1 && recv(fd, &byte, 1, 0) == 1 && byte == 'd');
+}
+
+static void warm_up_server(int fd)
+{
+        char byte;
+
+        do
+                CHECK(recv(fd, &byte, 1, 0) == 1 && send(fd, &byte, 1, 0) == 1);
+        while (byte != 'd');
+}
+
 static void accept_rest(int listener)
 {
         for (uint32_t next = 1; next < running.connections;) {
@@ -773,6 +810,8 @@ static void accept_rest(int listener)
                         close(fd);
                         continue;
                 }
+                if (running.mode & MODE_WARM)
+                        warm_up_server(fd);
                 shared->connections[next].fd = fd;
                 shared->connections[next].header = header;
                 next++;
@@ -807,6 +846,8 @@ static void serve(const struct sockaddr_in *address)
                 shared->connections[0].header = header;
                 CHECK((worker = fork()) >= 0);
                 if (!worker) {
+                        if (running.mode & MODE_WARM)
+                                warm_up_server(fd);
                         accept_rest(listener);
                         run_worker();
                 }
@@ -847,7 +888,7 @@ static struct header choose(uint64_t *random, uint64_t seed, uint32_t round, uin
         made.connections = 1 + (uint32_t)any(random, any(random, 2)    ? connections
                                                      : connections < 4 ? connections
                                                                        : 4);
-        for (uint32_t bit = MODE_FORK; bit <= MODE_TOGGLE; bit <<= 1)
+        for (uint32_t bit = MODE_FORK; bit <= MODE_WARM; bit <<= 1)
                 if (any(random, bit == MODE_KILL_US || bit == MODE_KILL_THEM || bit == MODE_FORK ? 6 : 2) ==
                     0)
                         mode |= bit;
@@ -887,6 +928,8 @@ static void play(const struct sockaddr_in *address, char **arguments)
                                 connection->header = running;
                                 connection->header.number = i;
                                 connection->fd = dial(address, &connection->header);
+                                if (running.mode & MODE_WARM)
+                                        warm_up(connection->fd);
                         }
                         run_worker();
                 }
