@@ -152,6 +152,7 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
                 atomic_store_explicit(&mapping->slots[i], 0, memory_order_relaxed);
         close_bells(mapping, mapping->bells);
         close_bells(mapping, mapping->peers);
+        atomic_store(&mapping->deaf, false);
         atomic_store(&mapping->id, id);
         atomic_store_explicit(&mapping->base, (unsigned char *)got, memory_order_release);
         return is_what_it_should_be((struct arena *)got) ? REASON_NONE : REASON_CORRUPT;
@@ -263,10 +264,17 @@ static int make_bell(uint32_t arena)
                 return -1;
         bell = atomic_fetch_add(&record->bells, 1);
         ours = bell < BELLS ? own_descriptor(pair[0]) : -1;
-        if (ours >= 0) {
+        if (ours >= 0 && router_bell(atomic_load(&record->id), atomic_load(&record->token),
+                                     atomic_load(&record->side), bell, pair[1])) {
                 atomic_store(&mapping->bells[bell], ours + 1);
-                router_bell(atomic_load(&record->id), atomic_load(&record->token), atomic_load(&record->side),
-                            bell, pair[1]);
+        } else {
+                uint32_t next = bell + 1;
+
+                if (ours >= 0)
+                        close_own(ours);
+                ours = -1;
+                /* The number is used again, unless somebody has taken the next one. */
+                atomic_compare_exchange_strong(&record->bells, &next, bell);
         }
         sys_1(SYS_close, pair[1]);
         return ours < 0 ? -1 : (int)bell;
@@ -276,6 +284,8 @@ int bell_take(uint32_t arena)
 {
         struct mapping *mapping = mapping_of(arena);
 
+        if (atomic_load_explicit(&mapping->deaf, memory_order_relaxed))
+                return -1;
         for (int word = 0; word < BELL_WORDS; word++) {
                 uint64_t idle = atomic_load_explicit(&mapping->idle[word], memory_order_relaxed);
 
@@ -300,12 +310,24 @@ bool bell_is_known(uint32_t arena, uint32_t side, int bell)
         return atomic_load_explicit(&ours->known[bell / 64], memory_order_relaxed) & bit(bell);
 }
 
-void bell_silence(int fd)
+void bell_silence(uint32_t arena, int bell)
 {
+        struct mapping *mapping = mapping_of(arena);
+        int32_t word = atomic_load(&mapping->bells[bell]);
         char bytes[64];
+        long got;
 
-        while (sys_6(SYS_recvfrom, fd, bytes, sizeof bytes, MSG_DONTWAIT, 0, 0) == (long)sizeof bytes)
+        if (word <= 0)
+                return;
+        while ((got = sys_6(SYS_recvfrom, word - 1, bytes, sizeof bytes, MSG_DONTWAIT, 0, 0)) ==
+               (long)sizeof bytes)
                 ;
+        if (got)
+                return;
+        /* Nobody has the other end, nobody will ring: who waits for this arena looks now and then. */
+        atomic_store(&mapping->deaf, true);
+        if (atomic_compare_exchange_strong(&mapping->bells[bell], &word, 0))
+                close_own(word - 1);
 }
 
 /* A descriptor that rings a bell of the other side; -1: it can't be had now. */

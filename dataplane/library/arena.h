@@ -21,6 +21,7 @@ struct end;
 struct mapping {
         unsigned char *_Atomic base;
         _Atomic uint64_t id;
+        _Atomic bool deaf;                 /* bells can't be had from the router, or have been lost */
         _Atomic int32_t bells[BELLS];      /* 1 + receiving end of ours */
         _Atomic int32_t peers[BELLS];      /* 1 + sending end of the other side's */
         _Atomic uint64_t idle[BELL_WORDS]; /* bells of ours that no thread waits with */
@@ -63,8 +64,8 @@ void bell_return(uint32_t arena, int bell);
 int bell_descriptor(uint32_t arena, int bell);
 /* Has the other side said that it can ring it? */
 bool bell_is_known(uint32_t arena, uint32_t side, int bell);
-/* Take the bytes out of a bell. */
-void bell_silence(int fd);
+/* Take the bytes out of a bell that rings. */
+void bell_silence(uint32_t arena, int bell);
 
 /* Say that this bell's waiter is about to sleep. The caller looks at the ring once more afterwards. */
 static inline void wait_begin(struct waiters *waiters, int bell)

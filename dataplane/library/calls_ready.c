@@ -350,7 +350,7 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, int64_t t
                         spin_slept(&end->rx.spinner, now() - slept);
                 for (int b = 0; b < bells.count; b++)
                         if (got > 0 && copy[count + (nfds_t)b].revents)
-                                bell_silence(copy[count + (nfds_t)b].fd);
+                                bell_silence(bells.arena[b], bells.bell[b]);
                 disarm(fds, count, &bells);
                 if (got < 0)
                         return got;

@@ -240,6 +240,7 @@ static void reset_flow(struct flow *flow)
         atomic_store_explicit(&flow->base, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->limit, UINT64_MAX, memory_order_relaxed);
         atomic_store_explicit(&flow->touched, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->reserved, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->moved, 0, memory_order_relaxed);
         flow->spinner = (struct spinner){0};
         atomic_store_explicit(&flow->checked, 0, memory_order_relaxed);
@@ -317,8 +318,16 @@ void end_forget(int fd)
         uint64_t key;
         struct end *end = end_of(fd, &key);
 
-        if (end && atomic_compare_exchange_strong(&process.fds[fd], &key, 0))
-                let_go(end);
+        if (!end || !atomic_compare_exchange_strong(&process.fds[fd], &key, 0))
+                return;
+        if (atomic_load(&process.local[end_number(end)]) > 1 &&
+            atomic_load(&process.fd_of[end_number(end)]) == fd) {
+                int other = end_next_descriptor(end, -1);
+
+                if (other >= 0)
+                        atomic_store(&process.fd_of[end_number(end)], other);
+        }
+        let_go(end);
 }
 
 void end_leave(int fd, struct end *end, uint64_t key, uint32_t reason)

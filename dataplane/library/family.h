@@ -47,6 +47,7 @@ struct flow {
         _Atomic uint64_t edge;     /* sender: tail, receiver: head; the ring's words only publish it */
         _Atomic uint64_t base;     /* sender: where the ring began anew */
         _Atomic uint64_t limit;    /* receiver: position at which the ring begins, in PHASE_READY and later */
+        _Atomic uint64_t reserved; /* sender: end of what is being put, 0: nothing is */
         _Atomic uint64_t touched;  /* sender: highest offset used since the bulk area was given back */
         _Atomic uint64_t moved;    /* bytes through the ring, for statistics */
         struct spinner spinner;

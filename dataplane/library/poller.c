@@ -48,6 +48,7 @@ struct registration {
         uint64_t seen;   /* edge-triggered: tail at the last report */
         uint32_t full;   /* flow.full at the last report */
         uint32_t first;  /* edge-triggered: nothing reported since it was made or changed */
+        uint32_t mask;   /* what the kernel tells us of */
         uint32_t kernel; /* what the kernel has reported and we found true since */
         bool edge;       /* the kernel has reported something that we haven't */
         bool ghost;      /* the program has removed it; the kernel's part waits for it to come back */
@@ -61,6 +62,7 @@ struct poller {
         uint32_t rings;  /* registrations that aren't STATE_KERNEL */
         uint32_t nested; /* chain of epoll instances inside */
         _Atomic uint32_t sleepers;
+        bool watched;     /* it is in another instance, or in a poll(): no bell may be left in it */
         uint32_t aliases; /* descriptors for it, besides the first */
         uint32_t turn;
         struct spinner spinner;
@@ -211,22 +213,29 @@ static void deactivate(struct poller *poller, struct registration *r, enum state
         r->state = state;
 }
 
+static void unchain(const struct registration *r)
+{
+        uint32_t number = number_of(r), i = atomic_load(&of_fd[r->fd]) - 1;
+
+        if (i == number) {
+                atomic_store(&of_fd[r->fd], r->next_of_fd + 1);
+                return;
+        }
+        while (i != NONE && registrations[i].next_of_fd != number)
+                i = registrations[i].next_of_fd;
+        if (i != NONE)
+                registrations[i].next_of_fd = r->next_of_fd;
+}
+
 /* Under both locks. */
 static void drop(struct poller *poller, struct registration *r)
 {
-        uint32_t number = number_of(r), i = atomic_load(&of_fd[r->fd]) - 1;
+        uint32_t number = number_of(r);
 
         if (r->state != STATE_KERNEL)
                 poller->rings--;
         deactivate(poller, r, STATE_KERNEL);
-        if (i == number) {
-                atomic_store(&of_fd[r->fd], r->next_of_fd + 1);
-        } else {
-                while (i != NONE && registrations[i].next_of_fd != number)
-                        i = registrations[i].next_of_fd;
-                if (i != NONE)
-                        registrations[i].next_of_fd = r->next_of_fd;
-        }
+        unchain(r);
         if (!r->key) {
                 uint32_t *link = &poller->nested;
 
@@ -253,6 +262,8 @@ static int bell_of(const struct poller *poller, uint32_t arena)
 {
         uint64_t word = poller->bells ? poller->bells[arena] : 0;
 
+        if (word && bell_descriptor(arena, (int)(word & 511) - 1) < 0)
+                return -1;
         return word && word >> 9 == (atomic_load(&mapping_of(arena)->id) & UINT64_MAX >> 9)
                    ? (int)(word & 511) - 1
                    : -1;
@@ -303,6 +314,20 @@ static bool is_ring(struct end *end)
                atomic_load_explicit(&end->tx.phase, memory_order_relaxed) == PHASE_RING;
 }
 
+/* What we want to hear of: the connection's end, bytes of TCP, and its room while bytes still go there. */
+static bool tell_kernel(struct poller *poller, struct registration *r, struct end *end)
+{
+        bool room = r->events & (EPOLLOUT | EPOLLWRNORM) && atomic_load(&end->tx.phase) != PHASE_RING;
+        struct epoll_event event = {.events =
+                                        EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET | (room ? EPOLLOUT : 0u),
+                                    .data.u64 = OURS_REGISTRATION | number_of(r)};
+
+        if ((r->mask & event.events) == event.events)
+                return true;
+        r->mask = event.events;
+        return sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, r->fd, &event) >= 0;
+}
+
 /* From now on the ring is looked at for this registration. The kernel tells us, not the program, and each
  * thing once: then what the program changes about it, often with each request, needs no call. Under the
  * poller's lock. */
@@ -311,11 +336,9 @@ static bool to_ring(struct poller *poller, struct registration *r, struct end *e
         if (!give_bell(poller, atomic_load(&end->arena)))
                 return false;
         if (r->state == STATE_KERNEL) {
-                struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET,
-                                            .data.u64 = OURS_REGISTRATION | number_of(r)};
-
                 /* Not with EPOLLEXCLUSIVE: such a registration can't be changed. */
-                if (sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, r->fd, &event) < 0)
+                r->mask = 0;
+                if (!tell_kernel(poller, r, end))
                         return false;
                 poller->rings++;
                 r->kernel = 0;
@@ -368,6 +391,7 @@ static int change(struct poller *poller, struct registration *r, struct end *end
         r->first = 1;
         if (r->state == STATE_OFF)
                 r->state = STATE_ARMED;
+        tell_kernel(poller, r, end);
         if (!to_ring(poller, r, end))
                 activate(poller, r);
         return 0;
@@ -419,6 +443,8 @@ int poller_control(int epfd, int operation, int fd, struct epoll_event *event)
                 r->events = event->events | EPOLLERR | EPOLLHUP;
                 r->data = event->data.u64;
                 r->first = 1;
+                if (inner)
+                        inner->watched = true;
                 if (operation == EPOLL_CTL_ADD && inner) {
                         r->next_nested = poller->nested;
                         poller->nested = number_of(r);
@@ -487,6 +513,23 @@ void poller_sender_full(struct end *end)
         atomic_fetch_add_explicit(&end->tx.full, 1, memory_order_relaxed);
 }
 
+/* Under the table's lock. */
+static bool move_to_alias(int fd, struct registration *r)
+{
+        struct end *end = end_of_registration(r);
+        int other = end ? end_next_descriptor(end, -1) : -1;
+
+        while (other == fd)
+                other = end_next_descriptor(end, other);
+        if (other < 0)
+                return false;
+        unchain(r);
+        r->fd = other;
+        r->next_of_fd = atomic_load(&of_fd[other]) - 1;
+        atomic_store(&of_fd[other], number_of(r) + 1);
+        return true;
+}
+
 /* All registrations of a descriptor are forgotten. The kernel's own stay or have gone with the descriptor. */
 static void forget(int fd, uint64_t key)
 {
@@ -502,6 +545,9 @@ static void forget(int fd, uint64_t key)
 
                 i = r->next_of_fd;
                 if (key && r->key != key)
+                        continue;
+                /* Of a duplicate: the kernel goes on with it as long as the connection is open somewhere. */
+                if (!key && fd_is_end(r->key) && move_to_alias(fd, r))
                         continue;
                 taken = lock_take(&poller->lock, self());
                 /* The kernel keeps a registration as long as anybody has the file open; ours would come under
@@ -747,7 +793,7 @@ static void answer(struct poller *poller, uint32_t arena, int bell)
 
         if (fd < 0)
                 return;
-        bell_silence(fd);
+        bell_silence(arena, bell);
         header = arena_header(mapping);
         dirty =
             atomic_exchange(&header->sides[atomic_load(&family->arenas[arena].side) % SIDES].dirty[bell], 0);
@@ -883,6 +929,7 @@ void poller_arm(int epfd)
         if (!poller)
                 return;
         taken = lock_take(&poller->lock, self());
+        poller->watched = true;
         arm(poller);
         for (uint32_t i = poller->nested; i != NONE; i = registrations[i].next_nested)
                 poller_arm(registrations[i].fd);
@@ -909,7 +956,7 @@ static int collect(struct poller *poller, struct epoll_event *events, int size, 
         enum taken taken = lock_take(&poller->lock, self());
         int count = 0, kernel = 0, room;
 
-        if (ask_kernel || ++poller->turn % SHARE == 0) {
+        if (ask_kernel || poller->watched || ++poller->turn % SHARE == 0) {
                 /* First, because what it says of our registrations is found among the ring's; but not all the
                  * room. */
                 kernel =

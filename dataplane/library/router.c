@@ -418,7 +418,7 @@ void router_note(struct end *end, uint32_t reason)
         lock_release(&router.lock, taken);
 }
 
-void router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t index, int fd)
+bool router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t index, int fd)
 {
         struct bell bell = {.message = {.kind = BELL, .size = sizeof bell},
                             .index = index,
@@ -426,12 +426,13 @@ void router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t index, 
                             .token = token,
                             .side = side};
         enum taken taken;
+        bool sent;
 
         if (!enter(&taken))
-                return;
-        if (call())
-                say_with(&bell, sizeof bell, fd, SEND_PATIENCE);
+                return false;
+        sent = call() && say_with(&bell, sizeof bell, fd, SEND_PATIENCE) == 0;
         lock_release(&router.lock, taken);
+        return sent;
 }
 
 int router_fetch(uint64_t arena, uint64_t token, uint32_t side, uint32_t index)

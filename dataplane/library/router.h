@@ -17,7 +17,8 @@ void router_look(struct end *end);
 /* Changes when the router went and came: what was asked before has to be asked again. */
 uint32_t router_epoch(void);
 void router_note(struct end *end, uint32_t reason);
-void router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t bell, int fd);
+/* False: it didn't get there. */
+bool router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t bell, int fd);
 /* The descriptor that rings a bell of the other side; -1. Waits for the answer, briefly. */
 int router_fetch(uint64_t arena, uint64_t token, uint32_t side, uint32_t bell);
 void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation);

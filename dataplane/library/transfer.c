@@ -24,6 +24,9 @@ enum {
         PIPE_PAGE = 4096,   /* what a pipe that says POLLOUT takes without blocking */
 };
 
+/* A reservation that handlers can't put anything behind: how much it will be isn't known. */
+#define RESERVED_WHOLE UINT64_MAX
+
 ssize_t operation_native(const struct operation *o)
 {
         struct real *functions = real();
@@ -178,50 +181,84 @@ static long fill(struct operation *o, struct cursor *cursor, unsigned char *plac
         }
 }
 
+/* What a signal handler sends while its thread is in the middle of putting a piece comes behind that piece,
+ * and is published with it. */
+static long put_behind(struct operation *o, struct end *end, const struct view *view, struct cursor *cursor,
+                       size_t left)
+{
+        struct flow *flow = &end->tx;
+        uint64_t from = atomic_load_explicit(&flow->reserved, memory_order_relaxed);
+        uint64_t used = from - atomic_load_explicit(&view->ring->head, memory_order_acquire);
+        size_t put = 0, wanted;
+
+        if (from == RESERVED_WHOLE || used >= settings.ring_limit || o->call == CALL_SENDFILE ||
+            o->call == CALL_SPLICE_IN)
+                return -EAGAIN;
+        wanted = settings.ring_limit - used < left ? settings.ring_limit - used : left;
+        /* First the place, then the bytes: another handler may come in between. */
+        atomic_store_explicit(&flow->reserved, from + wanted, memory_order_relaxed);
+        atomic_signal_fence(memory_order_seq_cst);
+        while (put < wanted) {
+                size_t run;
+                unsigned char *place = ring_to_put(flow, view, from + put, &run);
+
+                run = run < wanted - put ? run : wanted - put;
+                cursor_copy(cursor, place, run, true);
+                put += run;
+        }
+        return (long)put;
+}
+
 /* Put what fits, up to PIECE. Returns bytes put, 0 if there is no room, or -errno; `*out`: the source has no
  * more. */
 static long put_piece(struct operation *o, struct end *end, const struct view *view, struct cursor *cursor,
                       size_t done, bool *out)
 {
         struct flow *flow = &end->tx;
-        size_t left = o->size - done;
+        bool copies = o->call != CALL_SENDFILE && o->call != CALL_SPLICE_IN;
+        size_t left = o->size - done, put = 0, wanted;
+        uint64_t tail, last;
+        int64_t space;
 
-        for (;;) {
-                uint64_t tail = atomic_load_explicit(&flow->edge, memory_order_relaxed);
-                int64_t space = ring_space(flow, view, left, settings.ring_limit);
-                struct cursor before = *cursor;
-                size_t put = 0, wanted;
-
+        if (atomic_load_explicit(&flow->reserved, memory_order_relaxed))
+                return put_behind(o, end, view, cursor, left);
+        do {
+                tail = atomic_load_explicit(&flow->edge, memory_order_relaxed);
+                space = ring_space(flow, view, left, settings.ring_limit);
                 if (space <= 0)
                         return space < 0 ? -EPROTO : 0;
                 wanted = left < (size_t)space ? left : (size_t)space;
                 if (wanted > PIECE)
                         wanted = PIECE;
-                while (put < wanted) {
-                        size_t run;
-                        unsigned char *place = ring_to_put(flow, view, tail + put, &run);
-                        long got = fill(o, cursor, place, run < wanted - put ? run : wanted - put, put);
+                atomic_store_explicit(&flow->reserved, copies ? tail + wanted : RESERVED_WHOLE,
+                                      memory_order_relaxed);
+                atomic_signal_fence(memory_order_seq_cst);
+                /* A handler that came before the reservation has put its bytes as anybody does. */
+        } while (atomic_load_explicit(&flow->edge, memory_order_relaxed) != tail &&
+                 (atomic_store_explicit(&flow->reserved, 0, memory_order_relaxed), true));
+        while (put < wanted) {
+                size_t run;
+                unsigned char *place = ring_to_put(flow, view, tail + put, &run);
+                long got = fill(o, cursor, place, run < wanted - put ? run : wanted - put, put);
 
-                        if (got <= 0) {
-                                if (!put && got < 0)
-                                        return got;
-                                /* What a pipe has now is enough; a file that ends has no more. */
-                                *out = true;
-                                break;
+                if (got <= 0) {
+                        if (!put && got < 0) {
+                                atomic_store_explicit(&flow->reserved, 0, memory_order_relaxed);
+                                return got;
                         }
-                        put += (size_t)got;
+                        /* What a pipe has now is enough; a file that ends has no more. */
+                        *out = true;
+                        break;
                 }
-                if (ring_put(flow, view, tail, put)) {
-                        if (o->call == CALL_SENDFILE && o->offset)
-                                *o->offset += (off_t)put;
-                        return (long)put;
-                }
-                /* A handler has put bytes where we had put ours. A file or pipe can't be read again: go on
-                 * behind it. */
-                if (o->call == CALL_SENDFILE || o->call == CALL_SPLICE_IN)
-                        return -EINTR;
-                *cursor = before;
+                put += (size_t)got;
         }
+        atomic_signal_fence(memory_order_seq_cst);
+        last = copies ? atomic_exchange_explicit(&flow->reserved, 0, memory_order_relaxed) : tail + put;
+        ring_put(flow, view, tail, last - tail);
+        atomic_store_explicit(&flow->reserved, 0, memory_order_relaxed);
+        if (o->call == CALL_SENDFILE && o->offset)
+                *o->offset += (off_t)put;
+        return (long)put;
 }
 
 /* Wait for the other descriptor of a splice. False: interrupted. */
@@ -621,6 +658,8 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                 }
                 /* The end of the connection, or its error: the kernel says it only once, and we have asked.
                  */
+                /* The sender looks for itself at its next call. */
+                atomic_store_explicit(&end->tx.checked, ready_stamp() - 1, memory_order_relaxed);
                 no_address(o);
                 if (done && got < 0)
                         atomic_store_explicit(&end->error, (uint32_t)-got, memory_order_relaxed);

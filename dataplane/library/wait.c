@@ -128,7 +128,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                         break;
                 }
                 if (polled[1].revents)
-                        bell_silence(polled[1].fd);
+                        bell_silence(arena, bell);
                 if (polled[0].revents)
                         *news = true;
                 break;
