@@ -253,9 +253,18 @@ static long put_piece(struct operation *o, struct end *end, const struct view *v
                 put += (size_t)got;
         }
         atomic_signal_fence(memory_order_seq_cst);
-        last = copies ? atomic_exchange_explicit(&flow->reserved, 0, memory_order_relaxed) : tail + put;
-        ring_put(flow, view, tail, last - tail);
-        atomic_store_explicit(&flow->reserved, 0, memory_order_relaxed);
+        /* Published while the reservation still stands: a handler that comes now goes behind it, and is
+         * published next. */
+        for (;;) {
+                last = copies ? atomic_load_explicit(&flow->reserved, memory_order_relaxed) : tail + put;
+                ring_put(flow, view, tail, last - tail);
+                tail = last;
+                if (!copies)
+                        last = RESERVED_WHOLE;
+                if (atomic_compare_exchange_strong_explicit(&flow->reserved, &last, 0, memory_order_relaxed,
+                                                            memory_order_relaxed))
+                        break;
+        }
         if (o->call == CALL_SENDFILE && o->offset)
                 *o->offset += (off_t)put;
         return (long)put;
