@@ -5,9 +5,11 @@ Without the library the kernel's own TCP says what is right; with it the same mu
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +116,7 @@ class Places:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 text=True,
+                start_new_session=True,
             )
             for role, container in (("server", self.server), ("client", self.client))
         }
@@ -128,15 +131,18 @@ class Places:
             said["stuck"] = str(where)
         finally:
             for role, end in ends.items():
-                if end.poll() is None:
-                    end.kill()
-                    said[role] = end.communicate()[0]
+                # Its children too: they would hold its output open.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(end.pid, signal.SIGKILL)
+                said[role] = said.get(role) or end.communicate()[0] or ""
         codes = {role: end.returncode for role, end in ends.items()}
         if 77 in codes.values():
             pytest.skip(said["client"].strip())
         killed = {"killed_whole"}
         assert codes["client"] == 0, (said, codes)
         assert codes["server"] == 0 or (scenario in killed and codes["server"] == -9), (said, codes)
+        # Processes that have outlived the two have no status that anybody asks for.
+        assert not said["client"] + said["server"], said
 
 
 def waits_in(pid: int) -> list[str]:
