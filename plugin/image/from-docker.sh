@@ -15,4 +15,5 @@ trap 'docker rm "$container" >/dev/null' EXIT
 rm -rf "$output"
 mkdir -p "$output/rootfs"
 docker export "$container" | tar -C "$output/rootfs" --exclude='dev/*' -xf -
+"$top/dataplane/library/build.sh" "$output/rootfs/usr/lib/freeflow/libfreeflow.so"
 cp "$top/config.json" "$output/config.json"

@@ -1,0 +1,102 @@
+"""The library's file in the folder that containers mount."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from plugin.library import NAME, place
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "public"
+    made.mkdir()
+    return made
+
+
+@pytest.fixture
+def shipped(tmp_path: Path) -> Path:
+    file = tmp_path / NAME
+    file.write_bytes(b"first")
+    return file
+
+
+def test_placed(folder: Path, shipped: Path) -> None:
+    """Every user can read the library, and nothing else is left in the folder."""
+    assert place(folder, shipped)
+    assert (folder / NAME).read_bytes() == b"first"
+    assert (folder / NAME).stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in folder.iterdir()] == [NAME]
+
+
+def test_same_is_kept(folder: Path, shipped: Path) -> None:
+    """A restart of the same plugin leaves the very file that programs have mapped."""
+    place(folder, shipped)
+    before = (folder / NAME).stat()
+    assert place(folder, shipped)
+    after = (folder / NAME).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_old_stays_for_who_has_it(folder: Path, shipped: Path) -> None:
+    """An upgrade changes the name's file, and not the file that a program has opened."""
+    place(folder, shipped)
+    with (folder / NAME).open("rb") as opened:
+        shipped.write_bytes(b"second")
+        assert place(folder, shipped)
+        assert opened.read() == b"first"
+    assert (folder / NAME).read_bytes() == b"second"
+
+
+def test_replaced_in_one_step(folder: Path, shipped: Path) -> None:
+    """Whoever opens the library while it is replaced gets a whole one, old or new."""
+    whole = {b"a" * 100_000, b"b" * 200_000}
+    shipped.write_bytes(b"a" * 100_000)
+    place(folder, shipped)
+    seen: set[bytes] = set()
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            seen.add((folder / NAME).read_bytes())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in range(50):
+            for content in whole:
+                shipped.write_bytes(content)
+                assert place(folder, shipped)
+    finally:
+        stop.set()
+        thread.join()
+    assert seen <= whole
+
+
+@pytest.mark.parametrize("left", [f".{NAME}.new", NAME])
+def test_half_a_file_is_replaced(folder: Path, shipped: Path, left: str) -> None:
+    """What a plugin that was killed has left behind is replaced."""
+    (folder / left).write_bytes(b"fi")
+    assert place(folder, shipped)
+    assert (folder / NAME).read_bytes() == b"first"
+    assert [path.name for path in folder.iterdir()] == [NAME]
+
+
+def test_link_is_not_followed(folder: Path, shipped: Path, tmp_path: Path) -> None:
+    """A link in place of the library is replaced, and what it points to stays."""
+    other = tmp_path / "other"
+    other.write_bytes(b"other")
+    (folder / NAME).symlink_to(other)
+    assert place(folder, shipped)
+    assert not (folder / NAME).is_symlink()
+    assert other.read_bytes() == b"other"
+
+
+def test_without_library(folder: Path, tmp_path: Path) -> None:
+    """A plugin that was built without the library starts all the same, and leaves what is there."""
+    (folder / NAME).write_bytes(b"earlier")
+    assert not place(folder, tmp_path / "missing")
+    assert (folder / NAME).read_bytes() == b"earlier"
