@@ -2,7 +2,7 @@
 # Installs the Debian packages that building and testing need; quick when nothing is missing. No daemon is started.
 set -eu
 
-wanted="clang-format docker-compose docker-registry gcc iproute2 iptables libc6-dev libnftables1 mmdebstrap nftables procps \
+wanted="clang-format docker-compose docker-registry gcc iproute2 iptables libc6-dev libnftables1 mmdebstrap musl-tools nftables procps \
 python3-venv shellcheck util-linux"
 missing=
 for package in $wanted; do
