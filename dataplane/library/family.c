@@ -61,8 +61,13 @@ int end_next_descriptor(const struct end *end, int after)
 {
         uint32_t high = atomic_load(&process.high), number = end_number(end);
 
-        if (atomic_load_explicit(&process.local[number], memory_order_relaxed) == 1)
-                return after < 0 ? atomic_load_explicit(&process.fd_of[number], memory_order_relaxed) : -1;
+        if (atomic_load_explicit(&process.local[number], memory_order_relaxed) == 1) {
+                int32_t only = atomic_load_explicit(&process.fd_of[number], memory_order_relaxed);
+
+                /* Another thread may just have closed the one that was noted. */
+                if ((uint32_t)atomic_load_explicit(&process.fds[only], memory_order_relaxed) == number + 1)
+                        return after < only ? only : -1;
+        }
         for (uint32_t fd = (uint32_t)(after + 1); fd < high; fd++)
                 if ((uint32_t)atomic_load_explicit(&process.fds[fd], memory_order_relaxed) == number + 1)
                         return (int)fd;

@@ -499,10 +499,12 @@ void poller_sender_changed(int fd, struct end *end)
                 if ((uint32_t)r->key - 1 != end_number(end))
                         continue;
                 taken = lock_take(&poller->lock, self());
-                if (is_ring(end))
+                if (is_ring(end)) {
                         to_ring(poller, r, end);
-                else if (r->state != STATE_KERNEL)
+                        tell_kernel(poller, r, end);
+                } else if (r->state != STATE_KERNEL) {
                         to_kernel(poller, r);
+                }
                 lock_release(&poller->lock, taken);
         }
         lock_release(&table, outer);
