@@ -18,6 +18,10 @@ build=$({ "$compiler" --version; cat "$here"/*.c "$here"/*.h "$0"; } | sha256sum
 set -- -std=gnu11 -O2 -g -D_GNU_SOURCE "-DFREEFLOW_BUILD=\"$build\"" -fPIC -shared -fvisibility=hidden \
     -ftls-model=initial-exec -fno-strict-aliasing -fno-stack-protector \
     -Wall -Wextra -Wshadow -Werror -Wl,-z,noexecstack -Wl,-z,relro -Wl,-z,now
+case $("$compiler" -dumpmachine) in
+# By default atomics are calls of libgcc there, which isn't linked.
+aarch64*) set -- "$@" -mno-outline-atomics ;;
+esac
 if [ -n "$sanitizer" ]; then
     # ThreadSanitizer knows no fences: what they order it may report all the same.
     set -- "$@" "-fsanitize=$sanitizer" -fno-omit-frame-pointer -Wno-tsan
