@@ -206,7 +206,8 @@ void retreat(int fd, struct end *end, uint32_t reason)
 
         atomic_store_explicit(&end->tx.phase, PHASE_OVER, memory_order_relaxed);
         atomic_store_explicit(&view.ring->end, atomic_load(&end->tx.edge) + 1, memory_order_release);
-        wake(&view.ring->receivers, end);
+        wake(&view.ring->receivers, atomic_load(&end->arena), atomic_load(&end->side),
+             atomic_load(&end->slot));
         atomic_store(&end->reason, reason);
         poller_sender_changed(fd, end);
         statistics_count(&statistics.retreats);
