@@ -137,7 +137,7 @@ class Ask(msgspec.Struct, frozen=True, gc=False):
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
-    """A slot of an arena. The arena's memfd comes with it if the process hasn't got it."""
+    """A slot of an arena. The arena's memfd comes with it."""
 
     connection: int
     cookie: int
