@@ -306,6 +306,24 @@ static void nudge(struct poller *poller)
         sys_3(SYS_write, poller->nudge - 1, &one, sizeof one);
 }
 
+/* All registrations of an end, whichever of its descriptors they were made with. Under the table's lock. */
+static struct registration *next_of_end(const struct end *end, const struct registration *r)
+{
+        int fd = r ? r->fd : end_next_descriptor(end, -1);
+        uint32_t i = r ? r->next_of_fd : NONE;
+
+        if (!r && fd >= 0)
+                i = atomic_load(&of_fd[fd]) - 1;
+        while (fd >= 0) {
+                for (; i != NONE; i = registrations[i].next_of_fd)
+                        if ((uint32_t)registrations[i].key - 1 == end_number(end))
+                                return &registrations[i];
+                fd = end_next_descriptor(end, fd);
+                i = fd >= 0 ? atomic_load(&of_fd[fd]) - 1 : NONE;
+        }
+        return NULL;
+}
+
 static bool is_ring(struct end *end)
 {
         uint32_t rx = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
@@ -333,10 +351,7 @@ static bool tell_kernel(struct poller *poller, struct registration *r, struct en
  * poller's lock. */
 static bool to_ring(struct poller *poller, struct registration *r, struct end *end)
 {
-        if (!give_bell(poller, atomic_load(&end->arena)))
-                return false;
         if (r->state == STATE_KERNEL) {
-                /* Not with EPOLLEXCLUSIVE: such a registration can't be changed. */
                 r->mask = 0;
                 if (!tell_kernel(poller, r, end))
                         return false;
@@ -392,9 +407,16 @@ static int change(struct poller *poller, struct registration *r, struct end *end
         if (r->state == STATE_OFF)
                 r->state = STATE_ARMED;
         tell_kernel(poller, r, end);
-        if (!to_ring(poller, r, end))
-                activate(poller, r);
+        to_ring(poller, r, end);
         return 0;
+}
+
+static bool listens(int fd)
+{
+        int value = 0;
+        uint32_t size = sizeof value;
+
+        return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size) == 0 && value;
 }
 
 int poller_control(int epfd, int operation, int fd, struct epoll_event *event)
@@ -432,7 +454,16 @@ int poller_control(int epfd, int operation, int fd, struct epoll_event *event)
         }
         if (operation == EPOLL_CTL_ADD && !r)
                 r = add(poller, fd, key);
-        outcome = real()->epoll_ctl(epfd, operation, fd, event);
+        if (operation == EPOLL_CTL_ADD && end && event && event->events & EPOLLEXCLUSIVE && !listens(fd)) {
+                /* Such a registration can't be changed, so not to_ring() either. All of a connection's
+                 * waiters wake then, instead of one at least. */
+                struct epoll_event plain = *event;
+
+                plain.events &= ~(uint32_t)EPOLLEXCLUSIVE;
+                outcome = real()->epoll_ctl(epfd, operation, fd, &plain);
+        } else {
+                outcome = real()->epoll_ctl(epfd, operation, fd, event);
+        }
         if (outcome < 0) {
                 /* What was there before is still there. */
                 if (operation == EPOLL_CTL_ADD && r && !r->events)
@@ -440,7 +471,7 @@ int poller_control(int epfd, int operation, int fd, struct epoll_event *event)
         } else if (r && operation == EPOLL_CTL_DEL) {
                 drop(poller, r);
         } else if (r) {
-                r->events = event->events | EPOLLERR | EPOLLHUP;
+                r->events = (event->events & ~(uint32_t)EPOLLEXCLUSIVE) | EPOLLERR | EPOLLHUP;
                 r->data = event->data.u64;
                 r->first = 1;
                 if (inner)
@@ -457,48 +488,33 @@ int poller_control(int epfd, int operation, int fd, struct epoll_event *event)
         return outcome;
 }
 
-bool poller_attach(int fd, struct end *end)
+bool poller_attach(struct end *end)
 {
         enum taken outer;
         bool all = true;
 
-        (void)fd;
-        if (!pollers)
-                return true;
         outer = lock_take(&table, self());
         if (outer == LOCK_NESTED)
                 return false;
-        for (int d = end_next_descriptor(end, -1); d >= 0 && all; d = end_next_descriptor(end, d))
-                for (uint32_t i = atomic_load(&of_fd[d]) - 1; i != NONE; i = registrations[i].next_of_fd) {
-                        struct registration *r = &registrations[i];
-                        struct poller *poller = &pollers[r->poller];
-                        enum taken taken;
+        for (struct registration *r = next_of_end(end, NULL); r && all; r = next_of_end(end, r)) {
+                struct poller *poller = &pollers[r->poller];
+                enum taken taken = lock_take(&poller->lock, self());
 
-                        if ((uint32_t)r->key - 1 != end_number(end))
-                                continue;
-                        taken = lock_take(&poller->lock, self());
-                        all = to_ring(poller, r, end) && all;
-                        lock_release(&poller->lock, taken);
-                }
+                all = give_bell(poller, atomic_load(&end->arena)) && to_ring(poller, r, end);
+                lock_release(&poller->lock, taken);
+        }
         lock_release(&table, outer);
         return all;
 }
 
-void poller_sender_changed(int fd, struct end *end)
+void poller_sender_changed(struct end *end)
 {
-        enum taken outer;
+        enum taken outer = lock_take(&table, self());
 
-        if (!pollers || (unsigned)fd >= DESCRIPTORS || !atomic_load(&of_fd[fd]))
-                return;
-        outer = lock_take(&table, self());
-        for (uint32_t i = atomic_load(&of_fd[fd]) - 1; i != NONE; i = registrations[i].next_of_fd) {
-                struct registration *r = &registrations[i];
+        for (struct registration *r = next_of_end(end, NULL); r; r = next_of_end(end, r)) {
                 struct poller *poller = &pollers[r->poller];
-                enum taken taken;
+                enum taken taken = lock_take(&poller->lock, self());
 
-                if ((uint32_t)r->key - 1 != end_number(end))
-                        continue;
-                taken = lock_take(&poller->lock, self());
                 if (is_ring(end)) {
                         to_ring(poller, r, end);
                         tell_kernel(poller, r, end);
@@ -690,7 +706,7 @@ static uint32_t look(struct registration *r, struct end *end, bool take)
         return found;
 }
 
-static bool arm_one(struct poller *poller, const struct registration *r, struct end *end);
+static bool arm_one(struct poller *poller, struct registration *r, struct end *end);
 
 /* Ring events of the active registrations. Under the poller's lock. */
 static int harvest(struct poller *poller, struct epoll_event *events, int size, bool spinning)
@@ -742,11 +758,13 @@ static int harvest(struct poller *poller, struct epoll_event *events, int size, 
 }
 
 /* Let the bell ring for a registration. False: the other side can't ring it yet. */
-static bool arm_one(struct poller *poller, const struct registration *r, struct end *end)
+static bool arm_one(struct poller *poller, struct registration *r, struct end *end)
 {
         uint32_t arena = atomic_load(&end->arena);
         int bell;
 
+        /* Another process that has the connection too may have ended the ring. */
+        tell_kernel(poller, r, end);
         if (!give_bell(poller, arena))
                 return false;
         bell = bell_of(poller, arena);
@@ -804,13 +822,10 @@ static void answer(struct poller *poller, uint32_t arena, int bell)
 
                 if (!number)
                         continue;
-                for (int d = end_next_descriptor(&family->ends[number - 1], -1); d >= 0;
-                     d = end_next_descriptor(&family->ends[number - 1], d))
-                        for (uint32_t i = atomic_load(&of_fd[d]) - 1; i != NONE;
-                             i = registrations[i].next_of_fd)
-                                if (&pollers[registrations[i].poller] == poller &&
-                                    registrations[i].state == STATE_ARMED)
-                                        activate(poller, &registrations[i]);
+                for (struct registration *r = next_of_end(&family->ends[number - 1], NULL); r;
+                     r = next_of_end(&family->ends[number - 1], r))
+                        if (&pollers[r->poller] == poller && r->state == STATE_ARMED)
+                                activate(poller, r);
         }
 }
 

@@ -33,9 +33,9 @@ int poller_control(int epfd, int operation, int fd, struct epoll_event *event);
 int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout, const sigset_t *mask,
                 bool *ours);
 /* Under the receiver's lock, before `ready`: all registrations of this end are looked at from now on. */
-bool poller_attach(int fd, struct end *end);
+bool poller_attach(struct end *end);
 /* A sender went to the ring or left it: whose word on EPOLLOUT counts has changed. */
-void poller_sender_changed(int fd, struct end *end);
+void poller_sender_changed(struct end *end);
 void poller_sender_full(struct end *end);
 /* The connection isn't looked at any more; the kernel's registrations stay. */
 void poller_leave(int fd, uint64_t key);

@@ -314,14 +314,14 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                 if (phase == PHASE_TCP &&
                     atomic_load_explicit(&end->stage, memory_order_relaxed) == STAGE_ATTACHED &&
                     taken == LOCK_TAKEN) {
-                        upgrade_sender(o->fd, end);
+                        upgrade_sender(end);
                         phase = atomic_load_explicit(&flow->phase, memory_order_relaxed);
                 }
                 if (phase == PHASE_TCP)
                         return native_counted(o, flow, true, taken);
                 if (phase == PHASE_RING && ((o->flags & MSG_OOB && !is_splice(o)) ||
                                             atomic_load_explicit(&end->shut, memory_order_relaxed) & 2)) {
-                        retreat(o->fd, end, REASON_OPTION);
+                        retreat(end, REASON_OPTION);
                         phase = PHASE_OVER;
                 }
                 if (phase == PHASE_OVER) {
@@ -335,7 +335,7 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                 if (__builtin_expect(atomic_load_explicit(&view.ring->leave, memory_order_relaxed), 0) ||
                     peer_is_gone(o->fd, end, news)) {
                         atomic_store_explicit(&view.ring->busy, 0, memory_order_release);
-                        retreat(o->fd, end, REASON_PEER_CLOSED);
+                        retreat(end, REASON_PEER_CLOSED);
                         lock_release(&flow->lock, taken);
                         continue;
                 }
@@ -618,7 +618,7 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                 if (phase == PHASE_TCP &&
                     atomic_load_explicit(&end->stage, memory_order_relaxed) == STAGE_ATTACHED &&
                     taken == LOCK_TAKEN) {
-                        upgrade_receiver(o->fd, end);
+                        upgrade_receiver(end);
                         phase = atomic_load_explicit(&flow->phase, memory_order_relaxed);
                 }
                 if (phase == PHASE_TCP)

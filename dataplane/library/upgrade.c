@@ -173,34 +173,34 @@ bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
         return true;
 }
 
-void upgrade_receiver(int fd, struct end *end)
+void upgrade_receiver(struct end *end)
 {
-        if (atomic_load_explicit(&end->rx.kernel, memory_order_acquire))
+        if (atomic_load_explicit(&end->rx.kernel, memory_order_acquire) || end_held_elsewhere(end))
                 return;
         /* Those who wait in epoll must see the ring before the sender may use it. */
-        if (!poller_attach(fd, end))
+        if (!poller_attach(end))
                 return;
         atomic_store_explicit(&end->rx.phase, PHASE_READY, memory_order_relaxed);
         atomic_store_explicit(&end_receives(end).ring->ready, 1, memory_order_release);
         statistics_count(&statistics.receivers);
 }
 
-void upgrade_sender(int fd, struct end *end)
+void upgrade_sender(struct end *end)
 {
         struct view view = end_sends(end);
 
-        if (atomic_load_explicit(&end->tx.kernel, memory_order_acquire) ||
+        if (atomic_load_explicit(&end->tx.kernel, memory_order_acquire) || end_held_elsewhere(end) ||
             !atomic_load_explicit(&view.ring->ready, memory_order_acquire) ||
             atomic_load_explicit(&view.ring->leave, memory_order_relaxed) ||
             atomic_load_explicit(&end->shut, memory_order_relaxed) & 2)
                 return;
         atomic_store_explicit(&end->tx.phase, PHASE_RING, memory_order_relaxed);
         atomic_store_explicit(&view.ring->start, atomic_load(&end->tx.position) + 1, memory_order_release);
-        poller_sender_changed(fd, end);
+        poller_sender_changed(end);
         statistics_count(&statistics.senders);
 }
 
-void retreat(int fd, struct end *end, uint32_t reason)
+void retreat(struct end *end, uint32_t reason)
 {
         struct view view = end_sends(end);
 
@@ -209,7 +209,7 @@ void retreat(int fd, struct end *end, uint32_t reason)
         wake(&view.ring->receivers, atomic_load(&end->arena), atomic_load(&end->side),
              atomic_load(&end->slot));
         atomic_store(&end->reason, reason);
-        poller_sender_changed(fd, end);
+        poller_sender_changed(end);
         statistics_count(&statistics.retreats);
         statistics_reason(reason);
 }
@@ -251,7 +251,7 @@ bool upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
         tx = lock_take(&end->tx.lock, self());
         if (end_is(end, key)) {
                 if (atomic_load(&end->tx.phase) == PHASE_RING)
-                        retreat(fd, end, reason);
+                        retreat(end, reason);
                 atomic_store(&end->tx.phase, PHASE_OVER);
                 if (atomic_load(&end->rx.phase) == PHASE_TCP)
                         atomic_store(&end->rx.phase, PHASE_OVER);

@@ -24,12 +24,13 @@ bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes);
 struct timeval;
 /* Of a socket option, in ms; 0: none. */
 uint32_t upgrade_timeout(const struct timeval *time);
-/* Under the receiver's lock: become ready if that can be now. */
-void upgrade_receiver(int fd, struct end *end);
+/* Under the receiver's lock: become ready if that can be now. Not while several processes have the
+ * connection: those who wait in the kernel in another one can't be told. */
+void upgrade_receiver(struct end *end);
 /* Under the sender's lock: go to the ring if that can be now. */
-void upgrade_sender(int fd, struct end *end);
+void upgrade_sender(struct end *end);
 /* Under the sender's lock: end the ring; bytes go over TCP again. */
-void retreat(int fd, struct end *end, uint32_t reason);
+void retreat(struct end *end, uint32_t reason);
 /* Leave the ring for good, both ways, so that somebody who knows nothing of it can go on with the descriptor.
  * False: there are bytes in the ring that only we can read. */
 bool upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason);

@@ -22,7 +22,8 @@ static bool is_there(struct end *end, enum want want)
 {
         if (want == WANT_BYTES)
                 return ready_bytes(end);
-        return ready_space(end);
+        /* Where there is no ring any more, TCP says whether there is room. */
+        return atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_RING || ready_space(end);
 }
 
 /* On the peer's own core, spinning keeps it from what we wait for. */
