@@ -74,16 +74,9 @@ void close_own(int fd)
 
 static bool make_mappings(void)
 {
-        long got;
-
-        if (mappings)
-                return true;
-        got = sys_6(SYS_mmap, 0, ARENAS * sizeof *mappings, PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (got < 0 && got > -4096)
-                return false;
-        mappings = (struct mapping *)got;
-        return true;
+        if (!mappings)
+                mappings = reserve(ARENAS * sizeof *mappings, MAP_PRIVATE);
+        return mappings != NULL;
 }
 
 /* The family's record of an arena, new or known; -1: too many. */
@@ -370,8 +363,11 @@ static void forget_peer_bell(uint32_t arena, uint32_t side, int bell, int fd)
                 close_own(fd);
 }
 
-void ring_bells(struct waiters *waiters, uint32_t arena, uint32_t side, uint32_t slot)
+void ring_bells(struct waiters *waiters, const struct end *end)
 {
+        uint32_t arena = atomic_load_explicit(&end->arena, memory_order_relaxed);
+        uint32_t side = atomic_load_explicit(&end->side, memory_order_relaxed);
+        uint32_t slot = atomic_load_explicit(&end->slot, memory_order_relaxed);
         struct side *theirs = &arena_header(mapping_of(arena))->sides[1 - side];
 
         atomic_exchange_explicit(&waiters->any, 0, memory_order_acq_rel);

@@ -83,14 +83,14 @@ static inline void wait_end(struct waiters *waiters, int bell)
                                   memory_order_relaxed);
 }
 
-void ring_bells(struct waiters *waiters, uint32_t arena, uint32_t side, uint32_t slot);
+void ring_bells(struct waiters *waiters, const struct end *end);
 
-/* Something was published for those who wait here. */
-static inline void wake(struct waiters *waiters, uint32_t arena, uint32_t side, uint32_t slot)
+/* Something was published in a ring of this end for those who wait here. */
+static inline void wake(struct waiters *waiters, const struct end *end)
 {
         atomic_thread_fence(memory_order_seq_cst);
         if (__builtin_expect(atomic_load_explicit(&waiters->any, memory_order_relaxed) != 0, 0))
-                ring_bells(waiters, arena, side, slot);
+                ring_bells(waiters, end);
 }
 
 /* Descriptors of the library's own: above where programs look, and closed on exec. Takes over `fd`; -1 if it

@@ -13,5 +13,7 @@
 
 /* A child of vfork runs in our memory with descriptors of its own: it isn't ours to look at. */
 bool call_is_ours(void);
+/* The check of _FORTIFY_SOURCE: ends the program if `size` is more than there is room for. */
+void call_check(size_t size, size_t room);
 
 #endif

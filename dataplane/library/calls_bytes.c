@@ -330,7 +330,7 @@ CALL ssize_t splice(int in, off64_t *in_offset, int out, off64_t *out_offset, si
 /* What _FORTIFY_SOURCE makes of the calls, after its check. */
 void __chk_fail(void) __attribute__((weak, noreturn));
 
-static void check(size_t size, size_t room)
+void call_check(size_t size, size_t room)
 {
         if (size <= room)
                 return;
@@ -341,20 +341,20 @@ static void check(size_t size, size_t room)
 
 CALL ssize_t __read_chk(int fd, void *buffer, size_t size, size_t room)
 {
-        check(size, room);
+        call_check(size, room);
         return read(fd, buffer, size);
 }
 
 CALL ssize_t __recv_chk(int fd, void *buffer, size_t size, size_t room, int flags)
 {
-        check(size, room);
+        call_check(size, room);
         return recv(fd, buffer, size, flags);
 }
 
 CALL ssize_t __recvfrom_chk(int fd, void *buffer, size_t size, size_t room, int flags,
                             struct sockaddr *address, socklen_t *address_size)
 {
-        check(size, room);
+        call_check(size, room);
         return recvfrom(fd, buffer, size, flags, address, address_size);
 }
 

@@ -649,27 +649,16 @@ CALL int pselect(int size, fd_set *in, fd_set *out, fd_set *except, const struct
         return found;
 }
 
-void __chk_fail(void) __attribute__((weak, noreturn));
-
-static void check(nfds_t count, size_t room)
-{
-        if (count <= room / sizeof(struct pollfd))
-                return;
-        if (__chk_fail)
-                __chk_fail();
-        __builtin_trap();
-}
-
 CALL int __poll_chk(struct pollfd *fds, nfds_t count, int timeout, size_t room)
 {
-        check(count, room);
+        call_check(count, room / sizeof *fds);
         return poll(fds, count, timeout);
 }
 
 CALL int __ppoll_chk(struct pollfd *fds, nfds_t count, const struct timespec *timeout, const sigset_t *mask,
                      size_t room)
 {
-        check(count, room);
+        call_check(count, room / sizeof *fds);
         return ppoll(fds, count, timeout, mask);
 }
 

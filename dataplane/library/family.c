@@ -24,14 +24,6 @@ uint32_t thread_find_id(void)
         return thread_id;
 }
 
-static void *reserve(size_t size, int kind)
-{
-        long got =
-            sys_6(SYS_mmap, 0, size, PROT_READ | PROT_WRITE, kind | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-        return got < 0 && got > -4096 ? NULL : (void *)got;
-}
-
 static bool add_holder(struct end *end, int32_t pid)
 {
         for (int i = 0; i < HOLDERS; i++) {
@@ -246,7 +238,6 @@ static void reset_flow(struct flow *flow)
         atomic_store_explicit(&flow->limit, UINT64_MAX, memory_order_relaxed);
         atomic_store_explicit(&flow->touched, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->reserved, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->moved, 0, memory_order_relaxed);
         flow->spinner = (struct spinner){0};
         atomic_store_explicit(&flow->checked, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->full, 0, memory_order_relaxed);

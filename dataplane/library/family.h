@@ -49,7 +49,6 @@ struct flow {
         _Atomic uint64_t limit;    /* receiver: position at which the ring begins, in PHASE_READY and later */
         _Atomic uint64_t reserved; /* sender: end of what is being put, 0: nothing is */
         _Atomic uint64_t touched;  /* sender: highest offset used since the bulk area was given back */
-        _Atomic uint64_t moved;    /* bytes through the ring, for statistics */
         struct spinner spinner;
         _Atomic uint32_t checked; /* ready_stamp() at the last look at the kernel's state of the connection */
         _Atomic uint32_t full;    /* sender: times that there was no room */

@@ -78,19 +78,11 @@ static struct lock table;       /* chains and free list */
 static uint32_t free_list = NONE, unused_from;
 static uint32_t pollers_used; /* numbers below were ever in use */
 
-static void *reserve(size_t size)
-{
-        long got = sys_6(SYS_mmap, 0, size, PROT_READ | PROT_WRITE,
-                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-        return got < 0 && got > -4096 ? NULL : (void *)got;
-}
-
 bool poller_start(void)
 {
-        registrations = reserve(REGISTRATIONS * sizeof *registrations);
-        of_fd = reserve(DESCRIPTORS * sizeof *of_fd);
-        pollers = registrations && of_fd ? reserve(POLLERS * sizeof *pollers) : NULL;
+        registrations = reserve(REGISTRATIONS * sizeof *registrations, MAP_PRIVATE);
+        of_fd = reserve(DESCRIPTORS * sizeof *of_fd, MAP_PRIVATE);
+        pollers = registrations && of_fd ? reserve(POLLERS * sizeof *pollers, MAP_PRIVATE) : NULL;
         return pollers != NULL;
 }
 
@@ -276,7 +268,7 @@ static bool give_bell(struct poller *poller, uint32_t arena)
         int bell;
 
         if (!poller->bells) {
-                poller->bells = reserve(ARENAS * sizeof *poller->bells);
+                poller->bells = reserve(ARENAS * sizeof *poller->bells, MAP_PRIVATE);
                 if (!poller->bells)
                         return false;
         }

@@ -5,6 +5,8 @@
 #ifndef FREEFLOW_SYS_H
 #define FREEFLOW_SYS_H
 
+#include <stddef.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 
 #if defined(__x86_64__)
@@ -60,5 +62,15 @@ static inline void relax(void)
 #define sys_2(n, a, b) sys_6(n, a, b, 0, 0, 0, 0)
 #define sys_1(n, a) sys_6(n, a, 0, 0, 0, 0, 0)
 #define sys_0(n) sys_6(n, 0, 0, 0, 0, 0, 0)
+
+/* Zeroed memory that costs nothing until it is touched; `kind` is MAP_PRIVATE or MAP_SHARED. NULL: there is
+ * none. */
+static inline void *reserve(size_t size, int kind)
+{
+        long got =
+            sys_6(SYS_mmap, 0, size, PROT_READ | PROT_WRITE, kind | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+        return got < 0 && got > -4096 ? NULL : (void *)got;
+}
 
 #endif

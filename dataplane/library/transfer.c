@@ -284,13 +284,6 @@ static void pipe_error(const struct operation *o)
                 real()->raise(SIGPIPE);
 }
 
-static void wake_receivers(struct end *end, const struct view *view)
-{
-        wake(&view->ring->receivers, atomic_load_explicit(&end->arena, memory_order_relaxed),
-             atomic_load_explicit(&end->side, memory_order_relaxed),
-             atomic_load_explicit(&end->slot, memory_order_relaxed));
-}
-
 ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
 {
         struct flow *flow = &end->tx;
@@ -343,11 +336,6 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                 put = o->size > done ? put_piece(o, end, &view, &cursor, done, &out) : 0;
                 atomic_store_explicit(&view.ring->sender_cpu, core(), memory_order_relaxed);
                 atomic_store_explicit(&view.ring->busy, 0, memory_order_release);
-                if (put > 0)
-                        atomic_store_explicit(&flow->moved,
-                                              atomic_load_explicit(&flow->moved, memory_order_relaxed) +
-                                                  (uint64_t)put,
-                                              memory_order_relaxed);
                 if (put == -EPROTO) {
                         upgrade_corrupt(o->fd, end);
                         lock_release(&flow->lock, taken);
@@ -359,7 +347,7 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                         poller_sender_full(end);
                 lock_release(&flow->lock, taken);
                 if (put > 0) {
-                        wake_receivers(end, &view);
+                        wake(&view.ring->receivers, end);
                         done += (size_t)put;
                 }
                 if (done == o->size || out)
@@ -535,9 +523,7 @@ static void wake_senders(struct end *end, const struct view *view)
         used = atomic_load_explicit(&view->ring->tail, memory_order_relaxed) -
                atomic_load_explicit(&end->rx.edge, memory_order_relaxed);
         if (used <= atomic_load_explicit(&view->ring->room, memory_order_relaxed))
-                ring_bells(senders, atomic_load_explicit(&end->arena, memory_order_relaxed),
-                           atomic_load_explicit(&end->side, memory_order_relaxed),
-                           atomic_load_explicit(&end->slot, memory_order_relaxed));
+                ring_bells(senders, end);
 }
 
 static void no_address(struct operation *o)

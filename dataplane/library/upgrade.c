@@ -206,8 +206,7 @@ void retreat(struct end *end, uint32_t reason)
 
         atomic_store_explicit(&end->tx.phase, PHASE_OVER, memory_order_relaxed);
         atomic_store_explicit(&view.ring->end, atomic_load(&end->tx.edge) + 1, memory_order_release);
-        wake(&view.ring->receivers, atomic_load(&end->arena), atomic_load(&end->side),
-             atomic_load(&end->slot));
+        wake(&view.ring->receivers, end);
         atomic_store(&end->reason, reason);
         poller_sender_changed(end);
         statistics_count(&statistics.retreats);
