@@ -126,7 +126,7 @@ static void passing(const struct msghdr *message)
                         memcpy(&fd, CMSG_DATA(part) + at, sizeof fd);
                         end = end_of(fd, &key);
                         if (end)
-                                upgrade_leave(fd, end, key, REASON_PASSED);
+                                upgrade_hand_over(fd, end, key, REASON_PASSED);
                 }
         }
 }

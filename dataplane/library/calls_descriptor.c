@@ -61,7 +61,7 @@ static int alias(int old, int new)
                 end_alias(old, new);
                 /* The standard streams are read and written by the C library without us. */
                 if (new <= 2)
-                        upgrade_leave(new, end, key, REASON_STDIO);
+                        upgrade_hand_over(new, end, key, REASON_STDIO);
         } else {
                 poller_alias(old, new);
         }
@@ -217,7 +217,7 @@ CALL FILE *fdopen(int fd, const char *mode)
         struct end *end = end_of(fd, &key);
 
         if (end)
-                upgrade_leave(fd, end, key, REASON_STDIO);
+                upgrade_hand_over(fd, end, key, REASON_STDIO);
         return real()->fdopen(fd, mode);
 }
 

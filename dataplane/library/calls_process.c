@@ -20,7 +20,7 @@ static void leave_inherited(void)
                 long flags = end ? sys_2(SYS_fcntl, fd, F_GETFD) : -1;
 
                 if (flags >= 0 && !(flags & FD_CLOEXEC) && atomic_load(&end->stage) == STAGE_ATTACHED)
-                        upgrade_leave((int)fd, end, key, REASON_PASSED);
+                        upgrade_hand_over((int)fd, end, key, REASON_PASSED);
         }
         *__errno_location() = saved;
 }
@@ -82,6 +82,6 @@ CALL int posix_spawn_file_actions_adddup2(posix_spawn_file_actions_t *actions, i
         struct end *end = end_of(old, &key);
 
         if (end)
-                upgrade_leave(old, end, key, REASON_PASSED);
+                upgrade_hand_over(old, end, key, REASON_PASSED);
         return real()->posix_spawn_file_actions_adddup2(actions, old, new);
 }

@@ -4,6 +4,7 @@
 #include "clock.h"
 #include "poller.h"
 #include "protocol.h"
+#include "pump.h"
 #include "ready.h"
 #include "router.h"
 #include "settings.h"
@@ -213,53 +214,143 @@ void retreat(struct end *end, uint32_t reason)
         statistics_reason(reason);
 }
 
-/* Ask the other side to end its ring. True: no byte is in it, and none will be. */
-static bool leave_receiver(struct end *end)
+/* Ask the other side to end its ring. False: it may still put bytes there. */
+static bool stop_sender(struct end *end)
 {
-        enum { PATIENCE = 10 * 1000 * 1000 }; /* ns: a copy of a piece, and being preempted in it */
+        enum { PATIENCE = 100 * 1000 * 1000 }; /* ns: a copy of a piece, and being preempted in it */
+        static const struct timespec nap = {.tv_nsec = 20 * 1000 * 1000};
         struct view view = end_receives(end);
         uint64_t begin;
 
         atomic_store(&view.ring->leave, 1);
-        /* After this, a sender that isn't `busy` will see `leave` before it puts anything. */
+        /* After this, a sender that isn't `busy` will see `leave` before it puts anything. Where the kernel
+         * has no such barrier, what every core has done in the meantime must do. */
         if (sys_2(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0) < 0)
-                return false;
+                sys_2(SYS_nanosleep, &nap, 0);
         begin = now();
         while (atomic_load_explicit(&view.ring->busy, memory_order_acquire))
                 if (now() - begin > PATIENCE)
                         return false;
-        if (atomic_load_explicit(&view.ring->tail, memory_order_acquire) !=
-            atomic_load_explicit(&end->rx.edge, memory_order_relaxed))
+        return true;
+}
+
+/* Bytes that only we can read; RING_CORRUPT. */
+static int64_t left_in_ring(struct end *end)
+{
+        struct view view = end_receives(end);
+
+        return ring_ready(&end->rx, &view);
+}
+
+/* Under both locks. True: nothing comes through the ring any more. */
+static bool leave(struct end *end, uint32_t reason)
+{
+        uint32_t phase = atomic_load(&end->rx.phase);
+
+        if (atomic_load(&end->tx.phase) == PHASE_RING)
+                retreat(end, reason);
+        atomic_store(&end->tx.phase, PHASE_OVER);
+        if (phase == PHASE_TCP)
+                atomic_store(&end->rx.phase, PHASE_OVER);
+        if (phase != PHASE_READY && phase != PHASE_RING)
+                return true;
+        if (!stop_sender(end) || left_in_ring(end) != 0)
                 return false;
         atomic_store_explicit(&end->rx.phase, PHASE_OVER, memory_order_relaxed);
         return true;
 }
 
-bool upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
+void upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
 {
-        uint32_t stage = atomic_load(&end->stage);
         enum taken rx, tx;
-        bool clean = true;
 
-        if (stage != STAGE_ATTACHED) {
+        if (atomic_load(&end->stage) != STAGE_ATTACHED) {
                 poller_leave(fd, key);
                 end_leave(fd, end, key, reason);
-                return true;
+                return;
         }
         rx = lock_take(&end->rx.lock, self());
         tx = lock_take(&end->tx.lock, self());
-        if (end_is(end, key)) {
-                if (atomic_load(&end->tx.phase) == PHASE_RING)
-                        retreat(end, reason);
-                atomic_store(&end->tx.phase, PHASE_OVER);
-                if (atomic_load(&end->rx.phase) == PHASE_TCP)
-                        atomic_store(&end->rx.phase, PHASE_OVER);
-                else if (atomic_load(&end->rx.phase) != PHASE_OVER)
-                        clean = leave_receiver(end);
+        if (end_is(end, key))
+                leave(end, reason);
+        lock_release(&end->tx.lock, tx);
+        lock_release(&end->rx.lock, rx);
+}
+
+/* Under both locks, after the sender has stopped: what is left in the ring, copied to memory of our own. */
+static bool take_rest(struct end *end, struct pump *pump)
+{
+        struct view view = end_receives(end);
+        uint64_t head = atomic_load(&end->rx.edge), start = atomic_load(&view.ring->start),
+                 position = atomic_load(&end->rx.position);
+        int64_t left = left_in_ring(end);
+        unsigned char *bytes;
+        size_t copied = 0;
+
+        if (left <= 0 || !start || start - 1 < position)
+                return false;
+        bytes = reserve((size_t)left, MAP_PRIVATE);
+        if (!bytes)
+                return false;
+        while (copied < (size_t)left) {
+                size_t run;
+                const unsigned char *place = ring_to_take(&view, head + copied, &run);
+
+                run = run < (size_t)left - copied ? run : (size_t)left - copied;
+                memcpy(bytes + copied, place, run);
+                copied += run;
+        }
+        /* While it is ready, TCP's bytes come before the ring's. */
+        pump->before = atomic_load(&end->rx.phase) == PHASE_READY ? start - 1 - position : 0;
+        pump->bytes = bytes;
+        pump->size = (size_t)left;
+        return true;
+}
+
+/* All descriptors of the end become the program's end of the pump. */
+static void replace_descriptors(struct end *end, uint64_t key, struct pump *pump)
+{
+        long status = sys_2(SYS_fcntl, pump->tcp, F_GETFL);
+
+        sys_3(SYS_fcntl, pump->program, F_SETFL, status & O_NONBLOCK);
+        for (int fd = end_next_descriptor(end, -1); fd >= 0 && end_is(end, key);
+             fd = end_next_descriptor(end, fd)) {
+                long flags = sys_2(SYS_fcntl, fd, F_GETFD);
+
+                poller_leave(fd, key);
+                sys_3(SYS_dup3, pump->program, fd, flags & FD_CLOEXEC ? O_CLOEXEC : 0);
+        }
+        sys_1(SYS_close, pump->program);
+}
+
+void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason)
+{
+        struct pump pump = {.tcp = fd};
+        bool pumped = false;
+        enum taken rx, tx;
+
+        if (atomic_load(&end->stage) != STAGE_ATTACHED) {
+                upgrade_leave(fd, end, key, reason);
+                return;
+        }
+        rx = lock_take(&end->rx.lock, self());
+        tx = lock_take(&end->tx.lock, self());
+        if (end_is(end, key) && !leave(end, reason) && left_in_ring(end) > 0 && take_rest(end, &pump)) {
+                pumped = pump_start(&pump);
+                if (pumped) {
+                        struct view view = end_receives(end);
+
+                        atomic_store(&end->rx.edge, atomic_load(&view.ring->tail));
+                        atomic_store_explicit(&end->rx.phase, PHASE_OVER, memory_order_relaxed);
+                }
+                sys_2(SYS_munmap, pump.bytes, pump.size);
         }
         lock_release(&end->tx.lock, tx);
         lock_release(&end->rx.lock, rx);
-        return clean;
+        if (pumped) {
+                replace_descriptors(end, key, &pump);
+                end_leave(fd, end, key, reason);
+        }
 }
 
 void upgrade_close(int fd, struct end *end, uint64_t key)

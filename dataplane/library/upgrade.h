@@ -31,9 +31,11 @@ void upgrade_receiver(struct end *end);
 void upgrade_sender(struct end *end);
 /* Under the sender's lock: end the ring; bytes go over TCP again. */
 void retreat(struct end *end, uint32_t reason);
-/* Leave the ring for good, both ways, so that somebody who knows nothing of it can go on with the descriptor.
- * False: there are bytes in the ring that only we can read. */
-bool upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason);
+/* Leave the ring, both ways. Bytes that are left in it are still ours to read. */
+void upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason);
+/* The same for a descriptor that somebody reads who knows nothing of the ring: what is left there he gets too
+ * (pump.h). */
+void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason);
 /* Before the last close: unread bytes make it a reset, as they do in TCP. */
 void upgrade_close(int fd, struct end *end, uint64_t key);
 /* The other side wrote nonsense: the connection ends as by a reset. */
