@@ -25,6 +25,34 @@ static void leave_inherited(void)
         *__errno_location() = saved;
 }
 
+/* As close() of all descriptors. */
+static void leave_the_world(void)
+{
+        uint32_t high = process.on && call_is_ours() ? atomic_load(&process.high) : 0;
+
+        for (uint32_t fd = 0; fd < high; fd++) {
+                uint64_t key;
+                struct end *end = end_of((int)fd, &key);
+
+                if (end)
+                        upgrade_close((int)fd, end, key);
+        }
+}
+
+__attribute__((destructor)) static void leaving(void)
+{
+        leave_the_world();
+}
+
+CALL __attribute__((noreturn)) void _exit(int status)
+{
+        leave_the_world();
+        real()->_exit(status);
+        __builtin_unreachable();
+}
+
+ALSO(_exit) __attribute__((noreturn)) void _Exit(int);
+
 CALL int execve(const char *path, char *const *arguments, char *const *variables)
 {
         leave_inherited();

@@ -63,6 +63,7 @@
         F(sighandler_t, signal, (int, sighandler_t))                                                         \
         F(sighandler_t, sysv_signal, (int, sighandler_t))                                                    \
         F(int, siginterrupt, (int, int))                                                                     \
+        F(void, _exit, (int))                                                                                \
         F(int, execve, (const char *, char *const *, char *const *))                                         \
         F(int, execv, (const char *, char *const *))                                                         \
         F(int, execvp, (const char *, char *const *))                                                        \

@@ -62,11 +62,6 @@ def test_nothing(both: Places) -> None:
     both.play("bytes", "nothing")
 
 
-def test_bad_memory(both: Places) -> None:
-    """A bad address is EFAULT and loses no byte."""
-    both.play("bytes", "bad_memory")
-
-
 def test_stdio(both: Places) -> None:
     """The C library's streams work on a connection that was used by calls before."""
     both.play("bytes", "stdio")

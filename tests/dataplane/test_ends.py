@@ -55,6 +55,11 @@ def test_reset_by_unread(both: Places) -> None:
     both.play("ends", "reset_by_unread")
 
 
+def test_reset_by_exit(both: Places) -> None:
+    """A program that ends with unread data resets too."""
+    both.play("ends", "reset_by_exit")
+
+
 def test_events_of_the_end(both: Places) -> None:
     """poll and epoll tell the peer's close from the end of both directions."""
     both.play("ends", "events_of_the_end")

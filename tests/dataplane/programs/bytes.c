@@ -269,18 +269,6 @@ static void nothing(int fd)
         get(fd, "x");
 }
 
-static void bad_memory(int fd)
-{
-        char *nowhere = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-        CHECK(nowhere != MAP_FAILED);
-        CHECK(write(fd, nowhere, 10) == -1 && errno == EFAULT);
-        put(fd, "?");
-        CHECK(ready(fd, POLLIN, 5000) == POLLIN);
-        CHECK(read(fd, nowhere, 10) == -1 && errno == EFAULT);
-        get(fd, "x");
-}
-
 static void echo_lines(int fd)
 {
         FILE *in = fdopen(fd, "r"), *out = fdopen(dup(fd), "w");
@@ -337,7 +325,6 @@ int main(int count, char **arguments)
             {"splice_out", splice_out, get_file, false},
             {"splice_in", put_file, splice_in, false},
             {"nothing", answer_once, nothing, false},
-            {"bad_memory", answer_once, bad_memory, false},
             {"stdio", echo_lines, lines, false},
             {"both_ways", both_ways, both_ways, false},
             {0},

@@ -183,6 +183,12 @@ static void close_unread(int fd)
         nap(300);
 }
 
+static void exit_unread(int fd)
+{
+        CHECK(ready(fd, POLLIN, 5000) == POLLIN);
+        exit(0);
+}
+
 static void see_events(int fd)
 {
         struct epoll_event event = {.events = EPOLLIN | EPOLLRDHUP};
@@ -250,6 +256,7 @@ int main(int count, char **arguments)
             {"killed_whole", be_killed_whole, outlive, false},
             {"reset_by_linger", reset_by_linger, see_reset, false},
             {"reset_by_unread", close_unread, see_reset, false},
+            {"reset_by_exit", exit_unread, see_reset, false},
             {"events_of_the_end", close_it, see_events, false},
             {"lingering_close", close_lingering, get_lingering, false},
             {"shutdown_wakes", just_end, shutdown_wakes, false},
