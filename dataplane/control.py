@@ -15,11 +15,11 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
 
     operations: int = 4
     """Reads and writes,"""
-    age: int = 0
-    """and microseconds since it began,"""
+    age: int = 10_000
+    """and microseconds since it began: what most short connections don't live to,"""
     bytes: int = 0
     """and bytes in both directions;"""
-    bulk: int = 64 << 10
+    bulk: int = 1 << 20
     """or so many bytes, whatever the rest."""
     spin: int = 20
     """Microseconds."""

@@ -149,7 +149,7 @@ SETTINGS: Final = (
     ),
     Setting(
         "UPGRADE_AGE",
-        "0",
+        "10000",
         "microseconds since it began after which a connection moves",
         _whole(range(1 << 31)),
     ),
@@ -161,7 +161,7 @@ SETTINGS: Final = (
     ),
     Setting(
         "UPGRADE_BULK",
-        "65536",
+        "1048576",
         "bytes after which a connection moves whatever the other rules say",
         _whole(range(1, 1 << 31)),
     ),
@@ -228,9 +228,9 @@ class Settings:
     request_deadline: float = 10.0
     acceleration: str = "on"
     upgrade_operations: int = 4
-    upgrade_age: int = 0
+    upgrade_age: int = 10_000
     upgrade_bytes: int = 0
-    upgrade_bulk: int = 65536
+    upgrade_bulk: int = 1 << 20
     spin: int = 20
     ring_limit: int = 4 << 20
     shm_limit: int = 1 << 30

@@ -70,7 +70,11 @@ static inline void *reserve(size_t size, int kind)
         long got =
             sys_6(SYS_mmap, 0, size, PROT_READ | PROT_WRITE, kind | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
-        return got < 0 && got > -4096 ? NULL : (void *)got;
+        if (got < 0 && got > -4096)
+                return NULL;
+        /* Hosts that make huge pages of everything would give two megabytes for the first byte touched. */
+        sys_3(SYS_madvise, got, size, MADV_NOHUGEPAGE);
+        return (void *)got;
 }
 
 #endif

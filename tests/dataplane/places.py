@@ -165,7 +165,7 @@ def places(
         "server",
         "client",
         library=LIBRARY if accelerated else None,
-        settings=Settings(rule=rule or Rule(operations=2)),
+        settings=Settings(rule=rule or Rule(operations=2, age=0)),
         router=accelerated,
     ) as made:
         yield Places(made, accelerated, folder, programs)

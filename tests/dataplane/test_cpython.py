@@ -74,7 +74,7 @@ def run_tests(module: str, folder: Path, *, accelerated: bool) -> tuple[set[str]
         "alone",
         library=LIBRARY if accelerated else None,
         loopback=True,
-        settings=Settings(rule=Rule(operations=1)),
+        settings=Settings(rule=Rule(operations=1, age=0)),
         router=accelerated,
     ) as made:
         done = made.containers["alone"].run(
