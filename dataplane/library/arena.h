@@ -21,9 +21,11 @@ struct end;
 struct mapping {
         unsigned char *_Atomic base;
         _Atomic uint64_t id;
-        _Atomic bool deaf;                 /* bells can't be had from the router, or have been lost */
-        _Atomic int32_t bells[BELLS];      /* 1 + receiving end of ours */
-        _Atomic int32_t peers[BELLS];      /* 1 + sending end of the other side's */
+        _Atomic bool deaf;            /* bells can't be had from the router, or have been lost */
+        _Atomic int32_t bells[BELLS]; /* 1 + receiving end of ours */
+        _Atomic int32_t peers[BELLS]; /* 1 + sending end of the other side's */
+        _Atomic uint32_t
+            armed[BELLS]; /* of epoll instances: rings there may have been since it was emptied */
         _Atomic uint64_t idle[BELL_WORDS]; /* bells of ours that no thread waits with */
         _Atomic uint32_t slots[SLOTS];     /* 1 + number of the end in the slot */
 };

@@ -22,6 +22,8 @@ enum {
         FIRST_NAP = 1, /* ms, while a bell isn't known to the other side: doubled each time */
         LONGEST_NAP = 1000,
         BATCH = 64,
+        FULL_BELL =
+            64, /* bytes in a bell of an epoll instance; the kernel's smallest default takes more than 200 */
 };
 
 enum state { STATE_KERNEL, STATE_ACTIVE, STATE_ARMED, STATE_OFF };
@@ -263,7 +265,8 @@ static int bell_of(const struct poller *poller, uint32_t arena)
 
 static bool give_bell(struct poller *poller, uint32_t arena)
 {
-        struct epoll_event event = {.events = EPOLLIN};
+        /* Edge-triggered: each byte is an event, and none has to be read for that (answer()). */
+        struct epoll_event event = {.events = EPOLLIN | EPOLLET};
         uint64_t id = atomic_load(&mapping_of(arena)->id);
         int bell;
 
@@ -278,6 +281,8 @@ static bool give_bell(struct poller *poller, uint32_t arena)
         if (bell < 0)
                 return false;
         event.data.u64 = OURS | arena << 8 | (uint32_t)bell;
+        /* What came late for whoever had it before. */
+        bell_silence(arena, bell);
         sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_ADD, bell_descriptor(arena, bell), &event);
         poller->bells[arena] = id << 9 | (uint32_t)(bell + 1);
         return true;
@@ -760,6 +765,7 @@ static bool arm_one(struct poller *poller, struct registration *r, struct end *e
         if (!give_bell(poller, arena))
                 return false;
         bell = bell_of(poller, arena);
+        atomic_fetch_add_explicit(&mapping_of(arena)->armed[bell], 2, memory_order_relaxed);
         if (r->events & (EPOLLIN | EPOLLRDNORM))
                 wait_begin(&end_receives(end).ring->receivers, bell);
         if (r->events & (EPOLLOUT | EPOLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING &&
@@ -796,7 +802,7 @@ static bool arm(struct poller *poller)
 }
 
 /* A bell of ours rang: what it is for is looked at again. */
-static void answer(struct poller *poller, uint32_t arena, int bell)
+static void answer(struct poller *poller, uint32_t arena, int bell, uint32_t events)
 {
         struct mapping *mapping = mapping_of(arena);
         int fd = bell_descriptor(arena, bell);
@@ -805,7 +811,13 @@ static void answer(struct poller *poller, uint32_t arena, int bell)
 
         if (fd < 0)
                 return;
-        bell_silence(arena, bell);
+        /* Each time that we are armed the other side rings once at most: the bell can't be full before this.
+         */
+        if (events & (EPOLLHUP | EPOLLERR) ||
+            atomic_load_explicit(&mapping->armed[bell], memory_order_relaxed) > FULL_BELL) {
+                atomic_store_explicit(&mapping->armed[bell], 0, memory_order_relaxed);
+                bell_silence(arena, bell);
+        }
         header = arena_header(mapping);
         dirty =
             atomic_exchange(&header->sides[atomic_load(&family->arenas[arena].side) % SIDES].dirty[bell], 0);
@@ -848,7 +860,8 @@ static int sort(struct poller *poller, struct epoll_event *events, int count)
 
                         sys_3(SYS_read, poller->nudge - 1, &drained, sizeof drained);
                 } else {
-                        answer(poller, (uint32_t)(data >> 8) & (ARENAS - 1), (int)(data & 0xff));
+                        answer(poller, (uint32_t)(data >> 8) & (ARENAS - 1), (int)(data & 0xff),
+                               events[i].events);
                 }
         }
         if (ours)
