@@ -213,6 +213,7 @@ void arena_release(struct end *end)
 
         if (!incarnation)
                 return;
+        memory_forget(&end->tx);
         router_release(atomic_load(&record->id), atomic_load(&record->token), atomic_load(&end->slot),
                        incarnation);
         if (!mappings)

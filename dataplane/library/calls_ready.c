@@ -193,7 +193,7 @@ static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
                 if (fds[i].events & (POLLIN | POLLRDNORM))
                         wait_begin(&end_receives(end).ring->receivers, bell);
                 if (fds[i].events & (POLLOUT | POLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING) {
-                        atomic_store(&end_sends(end).ring->room, ready_threshold());
+                        atomic_store(&end_sends(end).ring->room, ready_threshold(&end->tx));
                         wait_begin(&end_sends(end).ring->senders, bell);
                 }
                 if (!bell_is_known(arena, atomic_load(&end->side), bell))
@@ -340,6 +340,7 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, int64_t t
                         nap = nap * 2 < LONGEST_NAP * INT64_C(1000000) ? nap * 2
                                                                        : LONGEST_NAP * INT64_C(1000000);
                 }
+                left = memory_sleep(left);
                 time.tv_sec = left / 1000000000;
                 time.tv_nsec = left % 1000000000;
                 statistics_count(&statistics.sleeps);

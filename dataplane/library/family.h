@@ -49,6 +49,8 @@ struct flow {
         _Atomic uint64_t limit;    /* receiver: position at which the ring begins, in PHASE_READY and later */
         _Atomic uint64_t reserved; /* sender: end of what is being put, 0: nothing is */
         _Atomic uint64_t touched;  /* sender: highest offset used since the bulk area was given back */
+        _Atomic uint64_t seen;     /* sender: `edge` when memory.c last looked */
+        _Atomic uint32_t stopped;  /* sender: may not go on before the ring is empty */
         struct spinner spinner;
         _Atomic uint32_t checked; /* ready_stamp() at the last look at the kernel's state of the connection */
         _Atomic uint32_t full;    /* sender: times that there was no room */
@@ -99,6 +101,7 @@ struct arena_record {
 struct family {
         _Atomic uint32_t next_end;
         _Atomic uint32_t next_arena;
+        _Atomic uint64_t touched; /* bytes of bulk areas in use by our senders */
         struct arena_record arenas[ARENAS];
         struct end ends[ENDS];
 };
@@ -113,6 +116,7 @@ struct process {
         _Atomic uint32_t *alive; /* a page that is empty in a child: how we learn of a fork */
         _Atomic uint32_t high;   /* descriptors tracked were all below */
         _Atomic int32_t pid;
+        _Atomic bool touched; /* bulk areas may have something to give back */
         bool on;
         bool loopback; /* loopback connections too, for tests */
         bool eager;    /* upgrade at the first operation, and wait for the router, for tests */

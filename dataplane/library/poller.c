@@ -770,7 +770,7 @@ static bool arm_one(struct poller *poller, struct registration *r, struct end *e
                 wait_begin(&end_receives(end).ring->receivers, bell);
         if (r->events & (EPOLLOUT | EPOLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING &&
             !ready_space(end)) {
-                atomic_store(&end_sends(end).ring->room, ready_threshold());
+                atomic_store(&end_sends(end).ring->room, ready_threshold(&end->tx));
                 wait_begin(&end_sends(end).ring->senders, bell);
         }
         return bell_is_known(arena, atomic_load(&end->side), bell);
@@ -1097,6 +1097,7 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                         nap = nap * 2 < LONGEST_NAP * INT64_C(1000000) ? nap * 2
                                                                        : LONGEST_NAP * INT64_C(1000000);
                 }
+                left = memory_sleep(left);
                 statistics_count(&statistics.sleeps);
                 slept = now();
                 count = kernel_wait(epfd, events, size, left, mask);

@@ -39,12 +39,12 @@ static inline bool ready_bytes(struct end *end)
                atomic_load_explicit(&view.ring->end, memory_order_relaxed) != 0;
 }
 
-static inline uint32_t ready_threshold(void)
+/* Bytes in the ring at which a sender that found no room is called: as in TCP, when a third is free. */
+static inline uint32_t ready_threshold(const struct flow *flow)
 {
-        return settings.ring_limit / 3 * 2;
+        return atomic_load_explicit(&flow->stopped, memory_order_relaxed) ? 0 : settings.ring_limit / 3 * 2;
 }
 
-/* As TCP does, a sender that found no room is called when a third of it is free. */
 static inline bool ready_space(struct end *end)
 {
         struct view view;
@@ -54,7 +54,7 @@ static inline bool ready_space(struct end *end)
         view = end_sends(end);
         return atomic_load_explicit(&end->tx.edge, memory_order_relaxed) -
                    atomic_load_explicit(&view.ring->head, memory_order_acquire) <=
-               ready_threshold();
+               ready_threshold(&end->tx);
 }
 
 #endif

@@ -17,6 +17,7 @@
 
 #include "family.h"
 #include "layout.h"
+#include "memory.h"
 
 #include <string.h>
 #include <sys/uio.h>
@@ -46,6 +47,29 @@ static inline unsigned char *ring_at(const struct view *view, uint64_t offset, s
         return view->bulk + offset;
 }
 
+/* The ring is empty: begin at its first byte again. */
+static inline void ring_restart(struct flow *flow, const struct view *view, uint64_t tail)
+{
+        atomic_store_explicit(&flow->base, tail, memory_order_relaxed);
+        atomic_store_explicit(&view->ring->base, tail, memory_order_relaxed);
+        atomic_store_explicit(&flow->stopped, 0, memory_order_relaxed);
+}
+
+/* How many of `space` bytes from `tail` on the sender may use: less than a whole ring goes round only by way
+ * of empty. */
+static inline uint64_t ring_within(struct flow *flow, uint64_t tail, uint64_t space)
+{
+        uint64_t extent = memory_extent(flow);
+        uint64_t offset = tail - atomic_load_explicit(&flow->base, memory_order_relaxed);
+
+        if (__builtin_expect(extent >= RING_SIZE, 1))
+                return space;
+        if (offset < extent)
+                return space < extent - offset ? space : extent - offset;
+        atomic_store_explicit(&flow->stopped, 1, memory_order_relaxed);
+        return 0;
+}
+
 /* Bytes that may be put in now, for a message of `want`; RING_CORRUPT: the receiver's index is nonsense. */
 static inline int64_t ring_space(struct flow *flow, const struct view *view, size_t want, uint64_t limit)
 {
@@ -54,11 +78,10 @@ static inline int64_t ring_space(struct flow *flow, const struct view *view, siz
 
         if (__builtin_expect(used > RING_SIZE, 0))
                 return RING_CORRUPT;
-        if (!used && want <= SMALL_SIZE && atomic_load_explicit(&flow->base, memory_order_relaxed) != tail) {
-                atomic_store_explicit(&flow->base, tail, memory_order_relaxed);
-                atomic_store_explicit(&view->ring->base, tail, memory_order_relaxed);
-        }
-        return used < limit ? (int64_t)(limit - used) : 0;
+        if (!used && atomic_load_explicit(&flow->base, memory_order_relaxed) != tail &&
+            (want <= SMALL_SIZE || memory_extent(flow) < RING_SIZE))
+                ring_restart(flow, view, tail);
+        return used < limit ? (int64_t)ring_within(flow, tail, limit - used) : 0;
 }
 
 /* Where byte `tail` goes, and how many bytes fit there in one piece. */
@@ -76,8 +99,7 @@ static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t
         if (!atomic_compare_exchange_strong_explicit(&flow->edge, &tail, tail + size, memory_order_relaxed,
                                                      memory_order_relaxed))
                 return false;
-        if (end > atomic_load_explicit(&flow->touched, memory_order_relaxed))
-                atomic_store_explicit(&flow->touched, end, memory_order_relaxed);
+        memory_touch(flow, end);
         atomic_store_explicit(&view->ring->tail, tail + size, memory_order_release);
         return true;
 }

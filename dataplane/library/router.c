@@ -4,6 +4,7 @@
 #include "clock.h"
 #include "family.h"
 #include "lock.h"
+#include "memory.h"
 #include "protocol.h"
 #include "settings.h"
 #include "statistics.h"
@@ -278,6 +279,8 @@ static void take(const void *buffer, size_t size, int fd, struct fetched *fetche
                         settings.enabled = 0;
                         break;
                 }
+                if (!settings.welcomed)
+                        memory_start();
                 settings.welcomed = true;
                 settings.enabled = welcome->enabled;
                 settings.operations = welcome->operations;

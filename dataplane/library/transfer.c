@@ -194,7 +194,10 @@ static long put_behind(struct operation *o, struct end *end, const struct view *
         if (from == RESERVED_WHOLE || used >= settings.ring_limit || o->call == CALL_SENDFILE ||
             o->call == CALL_SPLICE_IN)
                 return -EAGAIN;
-        wanted = settings.ring_limit - used < left ? settings.ring_limit - used : left;
+        wanted = ring_within(flow, from, settings.ring_limit - used);
+        if (!wanted)
+                return -EAGAIN;
+        wanted = wanted < left ? wanted : left;
         /* First the place, then the bytes: another handler may come in between. */
         atomic_store_explicit(&flow->reserved, from + wanted, memory_order_relaxed);
         atomic_signal_fence(memory_order_seq_cst);

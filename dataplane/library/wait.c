@@ -89,7 +89,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                 int got;
 
                 if (want == WANT_SPACE)
-                        atomic_store_explicit(&end_sends(end).ring->room, ready_threshold(),
+                        atomic_store_explicit(&end_sends(end).ring->room, ready_threshold(flow),
                                               memory_order_relaxed);
                 if (bell >= 0)
                         wait_begin(waiters, bell);
@@ -111,6 +111,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                                 left = nap * INT64_C(1000000);
                         nap = nap * 2 < longest ? nap * 2 : longest;
                 }
+                left = memory_sleep(left);
                 time.tv_sec = left / 1000000000;
                 time.tv_nsec = left % 1000000000;
                 slept = now();
