@@ -72,6 +72,63 @@ void close_own(int fd)
         sys_1(SYS_close, fd);
 }
 
+/* linux/dirent.h isn't given to programs. */
+struct entry {
+        uint64_t inode;
+        int64_t offset;
+        uint16_t size;
+        uint8_t type;
+        char name[];
+};
+
+static int number_named(const char *name)
+{
+        int number = 0;
+
+        for (; *name >= '0' && *name <= '9'; name++)
+                number = number * 10 + (*name - '0');
+        return *name ? -1 : number;
+}
+
+enum visited each_descriptor(int first, bool (*visit)(int fd, const char *link))
+{
+        _Alignas(struct entry) char buffer[2048];
+        long list = sys_4(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
+        long got = 0;
+        bool on = true;
+
+        if (list < 0)
+                return VISITED_NONE;
+        while (on && (got = sys_3(SYS_getdents64, list, buffer, sizeof buffer)) > 0)
+                for (long at = 0; on && at < got;) {
+                        const struct entry *entry = (const struct entry *)(const void *)(buffer + at);
+                        int fd = number_named(entry->name);
+                        char link[64];
+                        long size;
+
+                        at += entry->size;
+                        if (fd < first || fd == list || entry->name[0] == '.')
+                                continue;
+                        size = sys_4(SYS_readlinkat, list, entry->name, link, sizeof link - 1);
+                        link[size > 0 ? size : 0] = 0;
+                        on = visit(fd, link);
+                }
+        sys_1(SYS_close, list);
+        return !on ? VISITED_SOME : got < 0 ? VISITED_NONE : VISITED_ALL;
+}
+
+static bool is_other_than_io_uring(int fd, const char *link)
+{
+        (void)fd;
+        return strcmp(link, "anon_inode:[io_uring]") != 0;
+}
+
+/* What a program asks the kernel that way we don't see: it could wait there for what comes through a ring. */
+static bool asks_by_io_uring(void)
+{
+        return each_descriptor(0, is_other_than_io_uring) == VISITED_SOME;
+}
+
 static bool make_mappings(void)
 {
         if (!mappings)
@@ -131,6 +188,8 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
 
         if (before && atomic_load(&mapping->id) == id)
                 return REASON_NONE;
+        if (asks_by_io_uring())
+                return REASON_RAW;
         /* A file that could shrink would be a SIGBUS in the program. */
         seals = sys_2(SYS_fcntl, memfd, F_GET_SEALS);
         if (seals < 0 || (seals & wanted) != wanted ||

@@ -101,5 +101,10 @@ int own_descriptor(int fd);
 bool is_own_descriptor(int fd);
 /* Close an own descriptor. */
 void close_own(int fd);
+/* Call `visit` with each open descriptor of the process from `first` on, and what it is a link to, until it
+ * returns false.
+ */
+enum visited { VISITED_ALL, VISITED_SOME, VISITED_NONE };
+enum visited each_descriptor(int first, bool (*visit)(int fd, const char *link));
 
 #endif

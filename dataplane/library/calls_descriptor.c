@@ -197,16 +197,25 @@ CALL int close_range(unsigned first, unsigned last, int flags)
         return close_all(first, last, 0);
 }
 
+static bool close_theirs(int fd, const char *link)
+{
+        (void)link;
+        if (!is_own_descriptor(fd))
+                close(fd);
+        return true;
+}
+
 CALL void closefrom(int first)
 {
         int saved = *__errno_location();
 
         if (first < 0)
                 first = 0;
-        if (!process.on || close_all((unsigned)first, UINT_MAX, 0) < 0) {
-                if (real()->closefrom)
-                        real()->closefrom(first);
-        }
+        if (!process.on && real()->closefrom)
+                real()->closefrom(first);
+        /* Linux before 5.9 has no close_range(). */
+        else if (close_all((unsigned)first, UINT_MAX, 0) < 0)
+                each_descriptor(first, close_theirs);
         *__errno_location() = saved;
 }
 

@@ -373,7 +373,7 @@ struct room {
         bool used;
 };
 
-static __thread struct room rooms[2] __attribute__((tls_model("initial-exec")));
+static __thread struct room rooms[4] __attribute__((tls_model("initial-exec")));
 
 /* Returns NULL with errno set. */
 static void *take_room(int which, size_t size, struct room *own)
@@ -586,67 +586,103 @@ static int to_sets(const struct pollfd *fds, nfds_t count, int size, fd_set *in,
         return found;
 }
 
-/* Returns INTEREST_RING after doing the call, with its outcome in `*found`. */
-static enum interest select_rings(int size, fd_set *in, fd_set *out, fd_set *except, int64_t timeout,
-                                  const sigset_t *mask, uint64_t *keys, int *blinds, int *found)
-{
-        struct pollfd fds[FD_SETSIZE];
-        enum interest interest;
-        nfds_t count;
+/* What a select() needs besides its sets; on the stack for sets of the usual size. */
+struct selection {
+        struct pollfd *fds, few[FD_SETSIZE];
+        uint64_t *keys, few_keys[FD_SETSIZE];
+        struct room own[2];
+        bool rooms;
+        nfds_t blind; /* descriptors that blind_begin() was called for */
+};
 
-        *blinds = 0;
-        if (!process.on || size <= 0 || size > FD_SETSIZE)
-                return INTEREST_NONE;
-        count = listed(size, in, out, except, fds);
-        interest = interest_in(fds, count);
-        if (interest == INTEREST_RING) {
-                *found = wait_with_room(fds, count, timeout, mask);
+static bool select_begin(struct selection *s, int size)
+{
+        s->fds = s->few;
+        s->keys = s->few_keys;
+        s->rooms = size > FD_SETSIZE;
+        s->blind = 0;
+        if (!s->rooms)
+                return true;
+        s->fds = take_room(2, (size_t)size * sizeof *s->fds, &s->own[0]);
+        if (!s->fds)
+                return false;
+        s->keys = take_room(3, (size_t)size * sizeof *s->keys, &s->own[1]);
+        if (!s->keys)
+                give_room(2, &s->own[0]);
+        return s->keys;
+}
+
+static void select_end(struct selection *s)
+{
+        blind_end(s->blind, s->keys);
+        if (!s->rooms)
+                return;
+        give_room(2, &s->own[0]);
+        give_room(3, &s->own[1]);
+}
+
+/* True after doing the call, with its outcome in `*found`; otherwise the program's own is to be made now. */
+static bool select_rings(struct selection *s, int size, fd_set *in, fd_set *out, fd_set *except,
+                         int64_t timeout, const sigset_t *mask, int *found)
+{
+        nfds_t count = listed(size, in, out, except, s->fds);
+
+        switch (interest_in(s->fds, count)) {
+        case INTEREST_RING:
+                *found = wait_with_room(s->fds, count, timeout, mask);
                 if (*found >= 0)
-                        *found = to_sets(fds, count, size, in, out, except);
-        } else if (interest == INTEREST_BLIND) {
-                *blinds = (int)count;
-                blind_begin(fds, count, keys);
+                        *found = to_sets(s->fds, count, size, in, out, except);
+                return true;
+        case INTEREST_BLIND:
+                s->blind = count;
+                blind_begin(s->fds, count, s->keys);
+                return false;
+        case INTEREST_NONE:
+                break;
         }
-        return interest;
+        return false;
 }
 
 CALL int select(int size, fd_set *in, fd_set *out, fd_set *except, struct timeval *timeout)
 {
         int64_t left =
             timeout ? timeout->tv_sec * INT64_C(1000000000) + timeout->tv_usec * INT64_C(1000) : -1;
-        uint64_t keys[FD_SETSIZE], begin;
-        int found, blinds;
+        struct selection s;
+        uint64_t begin;
+        int found;
 
-        if (timeout && left < 0)
+        if (!process.on || size <= 0 || (timeout && left < 0))
                 return real()->select(size, in, out, except, timeout);
-        begin = timeout && process.on ? now() : 0;
-        if (select_rings(size, in, out, except, left, NULL, keys, &blinds, &found) == INTEREST_RING) {
-                if (timeout) {
-                        /* Linux leaves there what is left. */
-                        int64_t spent = (int64_t)(now() - begin);
+        if (!select_begin(&s, size))
+                return -1;
+        begin = timeout ? now() : 0;
+        if (!select_rings(&s, size, in, out, except, left, NULL, &found)) {
+                found = real()->select(size, in, out, except, timeout);
+        } else if (timeout) {
+                /* Linux leaves there what is left. */
+                int64_t spent = (int64_t)(now() - begin);
 
-                        left = spent < left ? left - spent : 0;
-                        timeout->tv_sec = left / 1000000000;
-                        timeout->tv_usec = left % 1000000000 / 1000;
-                }
-                return found;
+                left = spent < left ? left - spent : 0;
+                timeout->tv_sec = left / 1000000000;
+                timeout->tv_usec = left % 1000000000 / 1000;
         }
-        found = real()->select(size, in, out, except, timeout);
-        blind_end((nfds_t)blinds, keys);
+        select_end(&s);
         return found;
 }
 
 CALL int pselect(int size, fd_set *in, fd_set *out, fd_set *except, const struct timespec *timeout,
                  const sigset_t *mask)
 {
-        uint64_t keys[FD_SETSIZE];
-        int found, blinds = 0;
+        struct selection s;
+        int found;
 
-        if (is_timespec(timeout) && select_rings(size, in, out, except, from_timespec(timeout), mask, keys,
-                                                 &blinds, &found) == INTEREST_RING)
-                return found;
-        found = real()->pselect(size, in, out, except, timeout, mask);
-        blind_end((nfds_t)blinds, keys);
+        if (!process.on || size <= 0 || !is_timespec(timeout))
+                return real()->pselect(size, in, out, except, timeout, mask);
+        if (!select_begin(&s, size))
+                return -1;
+        if (!select_rings(&s, size, in, out, except, from_timespec(timeout), mask, &found))
+                found = real()->pselect(size, in, out, except, timeout, mask);
+        select_end(&s);
         return found;
 }
 

@@ -57,6 +57,11 @@ def test_epoll_before(both: Places) -> None:
     both.play("waiting", "epoll_before")
 
 
+def test_select_large(both: Places) -> None:
+    """select() takes sets of more descriptors than FD_SETSIZE."""
+    both.play("waiting", "select_large")
+
+
 def test_poll_and_select(both: Places) -> None:
     """poll, ppoll, select and pselect wait, see bytes and keep their time-outs."""
     both.play("waiting", "poll_and_select")

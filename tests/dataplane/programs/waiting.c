@@ -223,6 +223,27 @@ static void epoll_before(int unused)
         CHECK(next_event(instance, 0) == 0);
 }
 
+/* Sets for more descriptors than FD_SETSIZE, which the kernel takes. */
+static void select_large(int fd)
+{
+        enum { NUMBER = 3000, WORDS = 4096 / 64 };
+        static uint64_t set[WORDS];
+        struct timeval soon = {0, 50 * 1000}, late = {5, 0};
+        struct rlimit limit;
+
+        CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+        limit.rlim_cur = limit.rlim_max;
+        CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+        CHECK(fcntl(fd, F_DUPFD, NUMBER) == NUMBER);
+        set[NUMBER / 64] = UINT64_C(1) << NUMBER % 64;
+        CHECK(select(NUMBER + 1, (fd_set *)(void *)set, NULL, NULL, &soon) == 0 && !set[NUMBER / 64]);
+        order(fd, 3);
+        set[NUMBER / 64] = UINT64_C(1) << NUMBER % 64;
+        CHECK(select(NUMBER + 1, (fd_set *)(void *)set, NULL, NULL, &late) == 1);
+        CHECK(set[NUMBER / 64] == UINT64_C(1) << NUMBER % 64);
+        get_pattern(NUMBER, 3);
+}
+
 static void poll_and_select(int fd)
 {
         struct timespec soon = {0, 50 * 1000 * 1000};
@@ -661,6 +682,7 @@ int main(int count, char **arguments)
             {"epoll_timed", obey, epoll_timed, false},
             {"epoll_before", serve_one, epoll_before, true},
             {"poll_and_select", obey, poll_and_select, false},
+            {"select_large", obey, select_large, false},
             {"poll_among_others", obey, poll_among_others, false},
             {"high_descriptor", obey, high_descriptor, false},
             {"back_pressure", drain_late, back_pressure, false},
