@@ -21,7 +21,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """and bytes in both directions;"""
     bulk: int = 1 << 20
     """or so many bytes, whatever the rest."""
-    spin: int = 20
+    spin: int = 50
     """Microseconds."""
     ring_limit: int = DEFAULT_RING_LIMIT
     """Bytes of a ring that may be used."""

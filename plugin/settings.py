@@ -167,7 +167,7 @@ SETTINGS: Final = (
     ),
     Setting(
         "SPIN",
-        "20",
+        "50",
         "microseconds to look for a message before sleeping, while the peer runs on another core",
         _whole(range(1001)),
     ),
@@ -231,7 +231,7 @@ class Settings:
     upgrade_age: int = 10_000
     upgrade_bytes: int = 0
     upgrade_bulk: int = 1 << 20
-    spin: int = 20
+    spin: int = 50
     ring_limit: int = 4 << 20
     shm_limit: int = 1 << 30
     connections_limit: int = 16384

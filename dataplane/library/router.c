@@ -33,7 +33,7 @@ struct settings settings = {.enabled = 1,
                             .age = 10000,
                             .bytes = 0,
                             .bulk = 1 << 20,
-                            .spin = 20,
+                            .spin = 50,
                             .ring_limit = RING_SIZE};
 
 static struct {

@@ -34,7 +34,7 @@ def test_welcome(world: World) -> None:
     """A process of an endpoint's container is told the rule; enabled."""
     process = world.process(1)
     ((welcome, _),) = world.heard(process, wire.Welcome)
-    assert (welcome.enabled, welcome.operations, welcome.spin) == (True, 4, 20)
+    assert (welcome.enabled, welcome.operations, welcome.spin) == (True, 4, 50)
 
 
 def test_welcome_of_strangers(world: World) -> None:
