@@ -28,7 +28,7 @@ from driver.settle import Settler
 from driver.store import Store
 from driver.sync import Syncer
 from driver.vip import NftBalancer
-from plugin import host_command
+from plugin import host_command, library
 from plugin.admin import create_admin
 from plugin.app import create_app
 from plugin.calls import CallStatistics
@@ -187,5 +187,6 @@ def _router(
         failures.append(str(error))
         log.error("no connection can be accelerated", reason=str(error))
         return None
+    library.place(folder)
     command = router_command(paths.host_run, folder, settings.log_level)
     return RouterProcess(command, accelerator.router_started)
