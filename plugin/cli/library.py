@@ -169,7 +169,12 @@ def check_processes(
             )
         ]
     findings = []
-    without = [each for each in processes if each.preloads and each.library is None]
+    # What `docker run --init` puts before the program is static, and has no connections.
+    without = [
+        each
+        for each in processes
+        if each.preloads and each.library is None and each.name != "docker-init"
+    ]
     if without:
         findings.append(
             Finding(

@@ -43,13 +43,15 @@ class World:
         self.pids: list[int] = []
         self.process(71)
 
-    def process(self, pid: int, *, preload: bool = True, library: Path | None = None) -> None:
+    def process(
+        self, pid: int, *, preload: bool = True, library: Path | None = None, name: str = ""
+    ) -> None:
         """A process, with the host's library if nothing else is said."""
         folder = self.proc / str(pid)
         folder.mkdir(parents=True)
         variable = b"LD_PRELOAD=/run/freeflow/libfreeflow.so\0" if preload else b""
         (folder / "environ").write_bytes(b"PATH=/bin\0" + variable)
-        (folder / "comm").write_text(f"p{pid}\n")
+        (folder / "comm").write_text(f"{name or f'p{pid}'}\n")
         lines = ["55d0-55d1 r-xp 00000000 08:01 42                         /bin/p"]
         found = (library or self.library).stat() if library is None or library.exists() else None
         if found is not None:
@@ -128,6 +130,12 @@ def test_no_variable(world: World) -> None:
     world.pids.clear()
     world.process(72, preload=False, library=Path("/nonexistent"))
     assert world.said() == [f"no process of {NAME} loads the library"]
+
+
+def test_init_of_docker(world: World) -> None:
+    """The static docker-init of `docker run --init` is nothing to report."""
+    world.process(72, library=Path("/nonexistent"), name="docker-init")
+    assert not world.report().findings
 
 
 def test_static_program(world: World) -> None:
