@@ -48,7 +48,9 @@ exec unshare --mount sh -c '
     if [ -d "$root/../propagated-mount" ]; then
         mkdir -p "$root/state" && mount --bind "$root/../propagated-mount" "$root/state" || exit 2
     fi
-    exec chroot "$root" /usr/bin/python3 -P -m plugin.cli "$@"
+    # Files that the user names are opened from the user's own directory: plugin/cli/place.py.
+    [ -r . ] || cd / || exit 2
+    FREEFLOW_PLACE=8:9 exec chroot "$root" /usr/bin/python3 -P -m plugin.cli "$@" 8<. 9</
 ' freeflow "$root" "$here" "$@"
 """
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import http.client
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import IO, Any, Final, TypeVar
+from urllib.parse import quote
 
 import msgspec
 
@@ -19,6 +22,8 @@ T = TypeVar("T")
 HOST_RUNS: Final = (Path("/host/run"), Path("/run"))
 """The host's /run: from inside the plugin's root file system, and on the host itself."""
 ADMIN: Final = "freeflow-admin/admin.sock"
+_SLOW: Final = 60.0
+"""Seconds for what the engine does on a disk."""
 
 
 class NotRunning(FreeFlowError):
@@ -46,7 +51,8 @@ def _ask(
 ) -> tuple[int, bytes]:
     connection = _UnixConnection(path, timeout)
     try:
-        connection.request(method, url, body)
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        connection.request(method, url, body, headers)
         response = connection.getresponse()
         return response.status, response.read()
     finally:
@@ -70,6 +76,62 @@ class Engine:
                 )
             return msgspec.json.decode(body)
         except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
+            raise EngineError(
+                f"the engine does not answer on {self._path}: {error}; systemctl status docker"
+            ) from error
+
+    def find(self, url: str) -> Any | None:
+        """As `get`; None if there is no such thing. Raises EngineError."""
+        status, body = self._ask("GET", url)
+        if status == http.HTTPStatus.NOT_FOUND:
+            return None
+        if status != http.HTTPStatus.OK:
+            raise EngineError(f"the engine answered {url} with {status}; systemctl status docker")
+        return msgspec.json.decode(body)
+
+    @contextmanager
+    def created(self, image: str) -> Iterator[str]:
+        """A container of this image that is never started: its files can be read. Raises EngineError."""
+        wanted = {
+            "Image": image,
+            "Entrypoint": ["freeflow-looks-at-files"],
+            "Labels": {"freeflow.inject": ""},
+            "HostConfig": {"NetworkMode": "none"},
+        }
+        status, body = self._ask("POST", "/containers/create", msgspec.json.encode(wanted))
+        if status != http.HTTPStatus.CREATED:
+            reason = body.decode(errors="replace").strip()[:300]
+            raise EngineError(
+                f"the engine made no container of {image} ({status}): {reason}; docker run --rm {image} true"
+            )
+        container = str(msgspec.json.decode(body)["Id"])
+        try:
+            yield container
+        finally:
+            with suppress(EngineError):
+                self._ask("DELETE", f"/containers/{container}?v=1&force=1")
+
+    @contextmanager
+    def archive(self, container: str, path: str) -> Iterator[IO[bytes] | None]:
+        """A file of a container as a tar stream, links not followed; None if there is none. Raises EngineError."""
+        connection = _UnixConnection(self._path, _SLOW)
+        try:
+            connection.request(
+                "GET", f"/containers/{container}/archive?path={quote(path, safe='')}"
+            )
+            response = connection.getresponse()
+            yield response if response.status == http.HTTPStatus.OK else None
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(
+                f"the engine does not hand out {path} ({error}); systemctl status docker"
+            ) from error
+        finally:
+            connection.close()
+
+    def _ask(self, method: str, url: str, body: bytes | None = None) -> tuple[int, bytes]:
+        try:
+            return _ask(self._path, method, url, body, _SLOW if body else self._timeout)
+        except (OSError, http.client.HTTPException) as error:
             raise EngineError(
                 f"the engine does not answer on {self._path}: {error}; systemctl status docker"
             ) from error

@@ -11,6 +11,7 @@ import msgspec
 
 from driver.errors import FreeFlowError
 from plugin.cli.client import Client, Engine, NotRunning
+from plugin.cli.place import users_place
 from plugin.version import VERSION
 
 UNUSABLE = 2
@@ -221,7 +222,8 @@ def bugreport(client: Client, output: Path | None, as_json: bool) -> None:
     if output is None:
         click.echo(text)
     else:
-        output.write_text(text)
+        with users_place():
+            output.write_text(text)
         click.echo(f"written to {output}")
 
 
@@ -256,6 +258,47 @@ def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> Non
         for name in removed:
             click.echo(f"removed {name}")
         click.echo("nothing was left over" if not removed else f"{len(removed)} removed")
+
+
+@cli.command()
+@click.argument("stack", metavar="STACK.yml")
+@click.option(
+    "-o",
+    "--output",
+    metavar="OUT",
+    default="-",
+    help="Write here instead of printing; may be STACK.yml itself.",
+)
+@click.option(
+    "--service",
+    "services",
+    multiple=True,
+    metavar="NAME",
+    help="This service, whatever its networks; may be given several times.",
+)
+@click.pass_obj
+def inject(client: Client, stack: str, output: str, services: tuple[str, ...]) -> None:
+    """Write the stack with the library's mount and LD_PRELOAD added to its services.
+
+    STACK.yml is as for docker stack deploy, `-` is what comes on stdin. Services on a FreeFlow network get the library, and
+    those of which this host can't say. For which it can't work is said on stderr, as far as their images are on this host.
+
+    \b
+    freeflow inject stack.yml | docker stack deploy -c - mystack
+    """
+    from plugin.cli.inject import inject_file
+
+    try:
+        outcome = inject_file(client.engine, stack, output, services)
+    except FreeFlowError as error:
+        cause, _, remedy = str(error).rpartition("; ")
+        click.echo(f"freeflow: {cause or remedy}", err=True)
+        if cause:
+            click.echo(f"    do: {remedy}", err=True)
+        sys.exit(UNUSABLE)
+    for note in outcome.notes:
+        click.echo(f"freeflow: {note}", err=True)
+    click.echo(f"freeflow: the library was added to {', '.join(outcome.injected)}", err=True)
 
 
 @cli.command()

@@ -1,0 +1,317 @@
+"""`freeflow inject`: which services of a stack get the library, what they get, and what is to be said of each.
+
+A service gets it if it is on a network of FreeFlow, or on one of which this host can't say whose it is. How the text is
+changed is in `stack.py`; here all are plain values, as any YAML reader gives them.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from driver.errors import EngineError, InvalidRequest
+from plugin.cli.client import Engine
+from plugin.cli.image import Start, Verdict, environment, examine_image, start_of
+from plugin.cli.library import FOLDER, LIBRARY
+from plugin.cli.place import users_place
+from plugin.cli.stack import Wanted, inject, parse
+
+PRELOAD: Final = f"{FOLDER}/{LIBRARY}"
+_OLD_FORMATS: Final = ("3", "3.0", "3.1")
+"""Compose formats without mounts in long form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """`injected` names services; `notes` are for the user, one line each."""
+
+    text: str
+    injected: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Look:
+    """What is known of an image: its configuration, and what it starts."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    verdict: Verdict = field(default_factory=Verdict)
+    missing: str = ""
+
+
+def is_freeflow(driver: str) -> bool:
+    """Whether a network driver's name is that of FreeFlow, from whichever registry and of whichever tag."""
+    return driver.rpartition("/")[2].partition(":")[0] == "freeflow"
+
+
+def inject_file(engine: Engine, stack: str, output: str, only: Sequence[str] = ()) -> Outcome:
+    """From a file to a file, `-` being stdin and stdout; nothing is written if anything is wrong. Raises InvalidRequest."""
+    folder = Path() if stack == "-" else Path(stack).parent
+
+    def read(file: str) -> str:
+        with users_place():
+            return (folder / file).read_bytes().decode()
+
+    try:
+        text = sys.stdin.buffer.read().decode() if stack == "-" else read(Path(stack).name)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{stack} is no UTF-8 text ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise InvalidRequest(
+            f"{stack} can't be read ({error.strerror}); name the file given to docker stack deploy -c"
+        ) from error
+    outcome = inject_stack(text, "stdin" if stack == "-" else stack, engine, only, read)
+    try:
+        if output == "-":
+            sys.stdout.buffer.write(outcome.text.encode())
+            sys.stdout.buffer.flush()
+        else:
+            with users_place():
+                Path(output).write_bytes(outcome.text.encode())
+    except OSError as error:
+        raise InvalidRequest(
+            f"{output} can't be written ({error.strerror}); name another file with -o"
+        ) from error
+    return outcome
+
+
+def inject_stack(
+    text: str,
+    name: str,
+    engine: Engine,
+    only: Sequence[str] = (),
+    read: Callable[[str], str] | None = None,
+) -> Outcome:
+    """Raises InvalidRequest. `name` is the file's, for messages; `read` reads a file beside it."""
+    stack = parse(text, name)
+    services: dict[str, Any] = stack["services"]
+    notes: list[str] = []
+    chosen = _choose(stack, name, engine, only, notes)
+    wanted = {}
+    for service in chosen:
+        content = services[service] or {}
+        if not isinstance(content, dict):
+            raise InvalidRequest(
+                f"{name}: service {service} is no mapping; write its image and networks below it"
+            )
+        found = _look_at(engine, content)
+        notes += _remarks(service, content, found, read)
+        preload = environment(found.config).get("LD_PRELOAD", "")
+        wanted[service] = _wanted(stack, service, content, preload, name)
+    return Outcome(inject(text, wanted, name), tuple(chosen), tuple(notes))
+
+
+def _choose(
+    stack: Mapping[str, Any], name: str, engine: Engine, only: Sequence[str], notes: list[str]
+) -> list[str]:
+    services = stack["services"]
+    missing = [each for each in only if each not in services]
+    if missing:
+        raise InvalidRequest(
+            f"{name} has no service {', '.join(missing)}; it has {', '.join(services)}"
+        )
+    known: dict[str, bool | None] = {}
+    chosen = []
+    for service, content in services.items():
+        if only and service not in only:
+            continue
+        on = {each: _is_own(stack, each, engine, known) for each in networks_of(content)}
+        own = any(on.values())
+        doubtful = [each for each, answer in on.items() if answer is None]
+        if only or own or doubtful:
+            chosen.append(service)
+        if not own and doubtful:
+            notes.append(
+                f"{service}: this host doesn't know whose network {', '.join(doubtful)} is; the library was added, and is "
+                "of use on a FreeFlow network alone (--service NAME chooses services)"
+            )
+        elif not own and only:
+            notes.append(f"{service}: is on no FreeFlow network; there the library does nothing")
+    if not chosen:
+        raise InvalidRequest(
+            f"{name}: no service is on a FreeFlow network; write driver: freeflow:latest below the network, or choose "
+            "services with --service NAME"
+        )
+    return chosen
+
+
+def networks_of(service: Any) -> list[str]:
+    """The names of a service's networks in the file; without any it is on `default`."""
+    found = service.get("networks") if isinstance(service, dict) else None
+    return (
+        [str(each) for each in found] if isinstance(found, list | dict) and found else ["default"]
+    )
+
+
+def _is_own(
+    stack: Mapping[str, Any], name: str, engine: Engine, known: dict[str, bool | None]
+) -> bool | None:
+    """None: not known."""
+    if name in known:
+        return known[name]
+    listed = stack.get("networks")
+    content = (listed.get(name) if isinstance(listed, dict) else None) or {}
+    answer: bool | None
+    external = content.get("external")
+    if external:
+        real = external.get("name") if isinstance(external, dict) else content.get("name")
+        answer = _driver_of(engine, str(real or name))
+    else:
+        driver = str(content.get("driver") or "overlay")
+        answer = None if "$" in driver else is_freeflow(driver)
+    known[name] = answer
+    return answer
+
+
+def _driver_of(engine: Engine, network: str) -> bool | None:
+    if "$" in network or "/" in network:
+        return None
+    try:
+        found = engine.find(f"/networks/{network}")
+    except EngineError:
+        return None
+    return None if found is None else is_freeflow(str(found.get("Driver")))
+
+
+def _words(value: Any) -> list[str] | None:
+    """An entrypoint or a command; None if there is none. One string is split as a shell does, as Docker does."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return [str(each) for each in value]
+    try:
+        return shlex.split(str(value))
+    except ValueError:
+        return [str(value)]
+
+
+def _look_at(engine: Engine, service: Mapping[str, Any]) -> _Look:
+    image = str(service.get("image") or "")
+    if not image:
+        return _Look(missing="it names no image")
+    if "$" in image:
+        return _Look(missing=f"the name of its image, {image}, has a variable")
+    try:
+        found = engine.find(f"/images/{image}/json")
+    except EngineError as error:
+        return _Look(missing=str(error).rpartition("; ")[0])
+    if found is None:
+        return _Look(missing=f"{image} isn't on this host (docker pull {image} brings it)")
+    config = found.get("Config") or {}
+    start = start_of(
+        config,
+        _words(service.get("entrypoint")),
+        _words(service.get("command")),
+        str(service.get("user") or ""),
+        str(service.get("working_dir") or ""),
+    )
+    try:
+        return _Look(config, _with_variables(start) or examine_image(engine, image, start))
+    except EngineError as error:
+        return _Look(config, missing=str(error).rpartition("; ")[0])
+
+
+def _with_variables(start: Start) -> Verdict | None:
+    if start.words and "$" in start.words[0]:
+        return Verdict(unknown=[f"what {start.words[0]} is"])
+    return None
+
+
+def _remarks(
+    service: str,
+    content: Mapping[str, Any],
+    found: _Look,
+    read: Callable[[str], str] | None,
+) -> list[str]:
+    notes = [
+        f"{service}: can't be accelerated: {each}; it runs as before"
+        for each in found.verdict.hindered
+    ]
+    notes += [
+        f"{service}: not known whether it can be accelerated: {each}; freeflow doctor CONTAINER says, once it runs"
+        for each in found.verdict.unknown
+    ]
+    if found.missing:
+        notes.append(
+            f"{service}: not looked at: {found.missing}; static and Go programs can't be accelerated"
+        )
+    variables = pairs(content.get("environment"))
+    if variables.get("FREEFLOW") == "off":
+        notes.append(f"{service}: FREEFLOW=off keeps it from being accelerated")
+    files = content.get("env_file")
+    for file in [files] if isinstance(files, str) else files if isinstance(files, list) else ():
+        if "LD_PRELOAD" not in variables and _sets_preload(str(file), read):
+            notes.append(
+                f"{service}: LD_PRELOAD in {file} is replaced; write it under environment, before the library's path"
+            )
+    return notes
+
+
+def _sets_preload(file: str, read: Callable[[str], str] | None) -> bool:
+    try:
+        text = read(file) if read is not None else ""
+    except (OSError, UnicodeDecodeError):
+        return False
+    return any(line.strip().startswith("LD_PRELOAD=") for line in text.splitlines())
+
+
+def pairs(value: Any) -> dict[str, str | None]:
+    """Variables, from either form; None: the value comes from the environment of `docker stack deploy`."""
+    if isinstance(value, dict):
+        return {str(name): None if each is None else str(each) for name, each in value.items()}
+    found: dict[str, str | None] = {}
+    for each in value if isinstance(value, list) else ():
+        name, given, content = str(each).partition("=")
+        found[name] = content if given else None
+    return found
+
+
+def _preload(before: str | None) -> str:
+    """The variable's new value. The loader takes blanks for colons."""
+    if before is None:
+        before = "${LD_PRELOAD-}"
+    if PRELOAD in before.replace(":", " ").split():
+        return before
+    return f"{before}:{PRELOAD}" if before.strip() else PRELOAD
+
+
+def _wanted(
+    stack: Mapping[str, Any], service: str, content: Mapping[str, Any], preload: str, name: str
+) -> Wanted:
+    """What the service must have. Raises InvalidRequest."""
+    volumes, variables = content.get("volumes"), content.get("environment")
+    if not isinstance(volumes, list | None):
+        raise InvalidRequest(
+            f"{name}: volumes of service {service} is no list; write each mount on a line of its own, with a dash"
+        )
+    if not isinstance(variables, list | dict | None):
+        raise InvalidRequest(
+            f"{name}: environment of service {service} is neither a mapping nor a list; write NAME: VALUE lines"
+        )
+    mount: Any = {"type": "bind", "source": FOLDER, "target": FOLDER}
+    if str(stack.get("version", "")) in _OLD_FORMATS:
+        mount = f"{FOLDER}:{FOLDER}"
+    for each in volumes or ():
+        source, target = _ends(each)
+        if target.rstrip("/") == FOLDER:
+            if source.rstrip("/") != FOLDER:
+                raise InvalidRequest(
+                    f"{name}: service {service} has {source or 'a volume'} at {FOLDER}, where the library must be; mount "
+                    "that elsewhere, or leave the service out with --service"
+                )
+            mount = None
+    before = pairs(variables)
+    # A dollar sign would begin a variable of the file.
+    value = _preload(before.get("LD_PRELOAD", preload.replace("$", "$$")))
+    return Wanted(mount, None if before.get("LD_PRELOAD") == value else value)
+
+
+def _ends(mount: Any) -> tuple[str, str]:
+    if isinstance(mount, dict):
+        return str(mount.get("source", "")), str(mount.get("target", ""))
+    source, separator, rest = str(mount).partition(":")
+    return (source, rest.partition(":")[0]) if separator else ("", source)

@@ -1,0 +1,85 @@
+"""What kind of program a file holds, by its first bytes alone: nothing is run, and no word of it is trusted with a length.
+
+A library can be preloaded only where a dynamic loader starts the program (PT_INTERP), and only sees calls that go through
+the C library, which Go's don't, also where Go's linker made a dynamic program.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+HEAD: Final = 1 << 20
+"""How much of a file is looked at: headers and notes stand at its beginning."""
+_INTERPRETER: Final = 3
+_NOTE: Final = 4
+_GO_BUILD_ID: Final = 4
+_MACHINES: Final = {
+    3: "i386",
+    21: "ppc64le",
+    22: "s390x",
+    40: "arm",
+    62: "x86_64",
+    183: "aarch64",
+    243: "riscv64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """`machine` is as `uname -m` says it; `words` is the first line of a script, without `#!`."""
+
+    machine: str = ""
+    dynamic: bool = False
+    go: bool = False
+    words: tuple[str, ...] = ()
+
+
+def look(head: bytes) -> Program | None:
+    """None: neither an ELF file nor a script."""
+    if head.startswith(b"#!"):
+        line = head[2:256].partition(b"\n")[0].decode(errors="replace")
+        return Program(words=tuple(line.split(None, 1))) if line.strip() else None
+    if not head.startswith(b"\x7fELF"):
+        return None
+    try:
+        return _elf(head)
+    except (struct.error, IndexError):
+        return None
+
+
+def _elf(head: bytes) -> Program:
+    wide, order = head[4] == 2, "<" if head[5] == 1 else ">"
+    (machine,) = struct.unpack_from(order + "H", head, 18)
+    if wide:
+        (table,) = struct.unpack_from(order + "Q", head, 32)
+        size, count = struct.unpack_from(order + "HH", head, 54)
+    else:
+        (table,) = struct.unpack_from(order + "I", head, 28)
+        size, count = struct.unpack_from(order + "HH", head, 42)
+    dynamic = go = False
+    for number in range(count):
+        at = table + number * size
+        (kind,) = struct.unpack_from(order + "I", head, at)
+        dynamic = dynamic or kind == _INTERPRETER
+        if kind == _NOTE:
+            if wide:
+                (start,) = struct.unpack_from(order + "Q", head, at + 8)
+                (length,) = struct.unpack_from(order + "Q", head, at + 32)
+            else:
+                (start,) = struct.unpack_from(order + "I", head, at + 4)
+                (length,) = struct.unpack_from(order + "I", head, at + 16)
+            go = go or _has_go_note(head[start : start + length], order)
+    name = _MACHINES.get(machine, f"machine {machine}")
+    return Program(machine=name, dynamic=dynamic, go=go)
+
+
+def _has_go_note(notes: bytes, order: str) -> bool:
+    at = 0
+    while at + 12 <= len(notes):
+        name, content, kind = struct.unpack_from(order + "III", notes, at)
+        if kind == _GO_BUILD_ID and notes[at + 12 : at + 12 + name] == b"Go\0\0":
+            return True
+        at += 12 + (name + 3) // 4 * 4 + (content + 3) // 4 * 4
+    return False
