@@ -48,7 +48,7 @@ exec unshare --mount sh -c '
     if [ -d "$root/../propagated-mount" ]; then
         mkdir -p "$root/state" && mount --bind "$root/../propagated-mount" "$root/state" || exit 2
     fi
-    # Files that the user names are opened from the user's own directory: plugin/cli/place.py.
+    # Files that the user names are opened where the user stands: plugin/cli/place.py.
     [ -r . ] || cd / || exit 2
     FREEFLOW_PLACE=8:9 exec chroot "$root" /usr/bin/python3 -P -m plugin.cli "$@" 8<. 9</
 ' freeflow "$root" "$here" "$@"
