@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 
-static struct mapping *mappings; /* ARENAS of them, touched as used */
+static struct mapping *_Atomic mappings; /* ARENAS of them, touched as used */
 
 static uint64_t bit(int number)
 {

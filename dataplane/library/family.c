@@ -272,6 +272,7 @@ struct end *end_make(int fd, bool nonblocking)
         atomic_store_explicit(&end->opened, 0, memory_order_relaxed);
         reset_flow(&end->rx);
         reset_flow(&end->tx);
+        poller_forget_end(end_number(end));
         atomic_store(&process.local[end_number(end)], 1);
         fd_set_word(fd, (uint64_t)generation << 32 | (end_number(end) + 1));
         return end;

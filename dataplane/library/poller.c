@@ -29,6 +29,7 @@ enum {
 enum state { STATE_KERNEL, STATE_ACTIVE, STATE_ARMED, STATE_OFF };
 
 #define NONE UINT32_MAX
+#define SEVERAL UINT32_MAX
 /* What epoll says of our own descriptors: nothing that a program's pointers or numbers look like. */
 #define OURS UINT64_C(0xf4ee5bad00000000)
 #define OURS_MASK UINT64_C(0xffffffff00000000)
@@ -41,7 +42,7 @@ struct registration {
         uint64_t key; /* of the end, 0: of an epoll instance */
         uint64_t data;
         uint32_t events; /* as the program wants them */
-        uint32_t poller;
+        _Atomic uint32_t poller;
         int32_t fd;
         uint32_t state;
         uint32_t next_of_fd;     /* chain per descriptor; also of free ones */
@@ -59,10 +60,10 @@ struct registration {
 
 struct poller {
         struct lock lock;
-        int epfd;        /* 1 + descriptor, 0: free */
-        uint32_t active; /* first of the list, NONE */
-        uint32_t rings;  /* registrations that aren't STATE_KERNEL */
-        uint32_t nested; /* chain of epoll instances inside */
+        int epfd;               /* 1 + descriptor, 0: free */
+        uint32_t active;        /* first of the list, NONE */
+        _Atomic uint32_t rings; /* registrations that aren't STATE_KERNEL */
+        uint32_t nested;        /* chain of epoll instances inside */
         _Atomic uint32_t sleepers;
         bool watched;     /* it is in another instance, or in a poll(): no bell may be left in it */
         uint32_t aliases; /* descriptors for it, besides the first */
@@ -70,13 +71,15 @@ struct poller {
         struct spinner spinner;
         int nudge;       /* 1 + eventfd that wakes a sleeper of this process */
         bool unknown;    /* the other side of an active one can't ring yet */
+        bool late;       /* answer_late() is to be called */
         uint64_t *bells; /* per arena: its id << 9 | 1 + bell */
 };
 
 static struct poller *pollers;
 static struct registration *registrations;
 static _Atomic uint32_t *of_fd; /* per descriptor: 1 + first registration */
-static struct lock table;       /* chains and free list */
+static _Atomic uint32_t *only;  /* per end: 1 + its only registration, or SEVERAL */
+static struct lock table;       /* chains, `only` and free list; taken before a poller's lock */
 static uint32_t free_list = NONE, unused_from;
 static uint32_t pollers_used; /* numbers below were ever in use */
 
@@ -84,7 +87,8 @@ bool poller_start(void)
 {
         registrations = reserve(REGISTRATIONS * sizeof *registrations, MAP_PRIVATE);
         of_fd = reserve(DESCRIPTORS * sizeof *of_fd, MAP_PRIVATE);
-        pollers = registrations && of_fd ? reserve(POLLERS * sizeof *pollers, MAP_PRIVATE) : NULL;
+        only = reserve(ENDS * sizeof *only, MAP_PRIVATE);
+        pollers = registrations && of_fd && only ? reserve(POLLERS * sizeof *pollers, MAP_PRIVATE) : NULL;
         return pollers != NULL;
 }
 
@@ -116,12 +120,15 @@ void poller_made(int epfd)
         taken = lock_take(&table, self());
         for (uint32_t i = 0; i < POLLERS; i++) {
                 struct poller *poller = &pollers[i];
+                uint64_t *bells;
 
                 if (poller->epfd)
                         continue;
                 if (i >= pollers_used)
                         pollers_used = i + 1;
+                bells = poller->bells;
                 memset(poller, 0, sizeof *poller);
+                poller->bells = bells;
                 poller->epfd = epfd + 1;
                 poller->active = NONE;
                 poller->nested = NONE;
@@ -173,7 +180,18 @@ static struct registration *add(struct poller *poller, int fd, uint64_t key)
         r->next = r->previous = NONE;
         r->next_of_fd = atomic_load(&of_fd[fd]) - 1;
         atomic_store(&of_fd[fd], number + 1);
+        if (key) {
+                uint32_t nothing = 0;
+
+                if (!atomic_compare_exchange_strong(&only[(uint32_t)key - 1], &nothing, number + 1))
+                        atomic_store(&only[(uint32_t)key - 1], SEVERAL);
+        }
         return r;
+}
+
+void poller_forget_end(uint32_t number)
+{
+        atomic_store_explicit(&only[number], 0, memory_order_relaxed);
 }
 
 static uint32_t number_of(const struct registration *r)
@@ -230,7 +248,11 @@ static void drop(struct poller *poller, struct registration *r)
                 poller->rings--;
         deactivate(poller, r, STATE_KERNEL);
         unchain(r);
-        if (!r->key) {
+        if (r->key) {
+                uint32_t this = number + 1;
+
+                atomic_compare_exchange_strong(&only[(uint32_t)r->key - 1], &this, 0);
+        } else {
                 uint32_t *link = &poller->nested;
 
                 while (*link != NONE && *link != number)
@@ -261,6 +283,14 @@ static int bell_of(const struct poller *poller, uint32_t arena)
         return word && word >> 9 == (atomic_load(&mapping_of(arena)->id) & UINT64_MAX >> 9)
                    ? (int)(word & 511) - 1
                    : -1;
+}
+
+static void forget_bells(struct poller *poller)
+{
+        uint32_t high = atomic_load(&family->next_arena);
+
+        if (poller->bells)
+                memset(poller->bells, 0, (high < ARENAS ? high : ARENAS) * sizeof *poller->bells);
 }
 
 static bool give_bell(struct poller *poller, uint32_t arena)
@@ -594,8 +624,7 @@ void poller_forked(void)
                 atomic_store(&poller->lock.word, 0);
                 poller->sleepers = 0;
                 poller->nudge = 0;
-                if (poller->bells)
-                        memset(poller->bells, 0, ARENAS * sizeof *poller->bells);
+                forget_bells(poller);
         }
         for (uint32_t i = 0; i < unused_from; i++)
                 if (registrations[i].state == STATE_ARMED)
@@ -635,7 +664,8 @@ void poller_closed(int fd)
                 for (uint32_t arena = 0; arena < ARENAS && arena < atomic_load(&family->next_arena); arena++)
                         if (bell_of(poller, arena) >= 0)
                                 bell_return(arena, bell_of(poller, arena));
-                sys_2(SYS_munmap, poller->bells, ARENAS * sizeof *poller->bells);
+                /* The memory is its successor's. */
+                forget_bells(poller);
         }
         fd_set_word(fd, 0);
         poller->epfd = 0;
@@ -801,12 +831,27 @@ static bool arm(struct poller *poller)
         return found;
 }
 
+/* Slots in which something happened, as the other side says. */
+static _Atomic uint64_t *dirty_slots(uint32_t arena, int bell)
+{
+        return &arena_header(mapping_of(arena))
+                    ->sides[atomic_load(&family->arenas[arena].side) % SIDES]
+                    .dirty[bell];
+}
+
+/* A registration of another poller may change meanwhile; one of ours can't. */
+static void arouse(struct poller *poller, struct registration *r, uint32_t number)
+{
+        if (&pollers[atomic_load_explicit(&r->poller, memory_order_relaxed)] == poller &&
+            (uint32_t)r->key == number && r->state == STATE_ARMED)
+                activate(poller, r);
+}
+
 /* A bell of ours rang: what it is for is looked at again. */
 static void answer(struct poller *poller, uint32_t arena, int bell, uint32_t events)
 {
         struct mapping *mapping = mapping_of(arena);
         int fd = bell_descriptor(arena, bell);
-        struct arena *header;
         uint64_t dirty;
 
         if (fd < 0)
@@ -818,18 +863,40 @@ static void answer(struct poller *poller, uint32_t arena, int bell, uint32_t eve
                 atomic_store_explicit(&mapping->armed[bell], 0, memory_order_relaxed);
                 bell_silence(arena, bell);
         }
-        header = arena_header(mapping);
-        dirty =
-            atomic_exchange(&header->sides[atomic_load(&family->arenas[arena].side) % SIDES].dirty[bell], 0);
+        dirty = atomic_exchange(dirty_slots(arena, bell), 0);
         for (; dirty; dirty &= dirty - 1) {
-                uint32_t number = atomic_load(&mapping->slots[__builtin_ctzll(dirty)]);
+                uint32_t number = atomic_load(&mapping->slots[__builtin_ctzll(dirty)]), i;
 
                 if (!number)
                         continue;
-                for (struct registration *r = next_of_end(&family->ends[number - 1], NULL); r;
-                     r = next_of_end(&family->ends[number - 1], r))
-                        if (&pollers[r->poller] == poller && r->state == STATE_ARMED)
-                                activate(poller, r);
+                i = atomic_load_explicit(&only[number - 1], memory_order_relaxed);
+                if (i && i != SEVERAL) {
+                        arouse(poller, &registrations[i - 1], number);
+                } else if (i) {
+                        /* Chains are looked at under the lock that comes before ours. */
+                        atomic_fetch_or(dirty_slots(arena, bell), dirty & -dirty);
+                        poller->late = true;
+                }
+        }
+}
+
+/* What answer() has left: under both locks. */
+static void answer_late(struct poller *poller)
+{
+        uint32_t high = atomic_load(&family->next_arena);
+
+        poller->late = false;
+        for (uint32_t arena = 0; arena < high && arena < ARENAS; arena++) {
+                int bell = bell_of(poller, arena);
+                uint64_t dirty = bell < 0 ? 0 : atomic_exchange(dirty_slots(arena, bell), 0);
+
+                for (; dirty; dirty &= dirty - 1) {
+                        uint32_t number = atomic_load(&mapping_of(arena)->slots[__builtin_ctzll(dirty)]);
+                        struct registration *r = NULL;
+
+                        while (number && (r = next_of_end(&family->ends[number - 1], r)))
+                                arouse(poller, r, number);
+                }
         }
 }
 
@@ -867,6 +934,31 @@ static int sort(struct poller *poller, struct epoll_event *events, int count)
         if (ours)
                 atomic_fetch_add_explicit(&ready_news, 1, memory_order_relaxed);
         return kept;
+}
+
+/* What sort() couldn't do under one lock. */
+static void settle(struct poller *poller)
+{
+        enum taken outer = lock_take(&table, self());
+        enum taken taken = lock_take(&poller->lock, self());
+
+        answer_late(poller);
+        lock_release(&poller->lock, taken);
+        lock_release(&table, outer);
+}
+
+/* As sort(), not under the lock. */
+static int sort_alone(struct poller *poller, struct epoll_event *events, int count)
+{
+        enum taken taken = lock_take(&poller->lock, self());
+        bool late;
+
+        count = sort(poller, events, count);
+        late = poller->late;
+        lock_release(&poller->lock, taken);
+        if (late)
+                settle(poller);
+        return count;
 }
 
 /* Ring events behind the kernel's; a descriptor is named once. */
@@ -907,20 +999,24 @@ static bool may_spin(struct poller *poller)
 {
         uint32_t here = core();
         int looks = 0;
+        bool found = false;
+        enum taken taken;
 
         if (!settings.spin)
                 return false;
-        for (uint32_t i = poller->active; i != NONE && looks < BATCH; i = registrations[i].next, looks++) {
+        taken = lock_take(&poller->lock, self());
+        for (uint32_t i = poller->active; i != NONE && looks < BATCH && !found;
+             i = registrations[i].next, looks++) {
                 struct end *end = end_of_registration(&registrations[i]);
                 uint32_t there;
 
                 if (!end || !is_ring(end))
                         continue;
                 there = atomic_load_explicit(&end_receives(end).ring->sender_cpu, memory_order_relaxed);
-                if (there && there != here)
-                        return true;
+                found = there && there != here;
         }
-        return false;
+        lock_release(&poller->lock, taken);
+        return found;
 }
 
 bool poller_ready(int epfd)
@@ -984,6 +1080,11 @@ static int collect(struct poller *poller, struct epoll_event *events, int size, 
                 kernel =
                     (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, events, size > 1 ? size / 2 : 1, 0, 0, 8);
                 kernel = kernel > 0 ? sort(poller, events, kernel) : 0;
+                if (poller->late) {
+                        lock_release(&poller->lock, taken);
+                        settle(poller);
+                        taken = lock_take(&poller->lock, self());
+                }
         }
         room = size - kernel < BATCH ? size - kernel : BATCH;
         count = harvest(poller, more, room, false);
@@ -1013,10 +1114,7 @@ static int wait_plainly(struct poller *poller, int epfd, struct epoll_event *eve
         for (int i = 0; i < count; i++)
                 if ((events[i].data.u64 & OURS_MASK) == OURS ||
                     (events[i].data.u64 & OURS_MASK) == OURS_REGISTRATION) {
-                        enum taken taken = lock_take(&poller->lock, self());
-
-                        count = sort(poller, events, count);
-                        lock_release(&poller->lock, taken);
+                        count = sort_alone(poller, events, count);
                         break;
                 }
         return count;
@@ -1103,11 +1201,8 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                 count = kernel_wait(epfd, events, size, left, mask);
                 spin_slept(&poller->spinner, now() - slept);
                 atomic_fetch_sub(&poller->sleepers, 1);
-                if (count > 0) {
-                        taken = lock_take(&poller->lock, self());
-                        count = sort(poller, events, count);
-                        lock_release(&poller->lock, taken);
-                }
+                if (count > 0)
+                        count = sort_alone(poller, events, count);
                 if (count < 0)
                         return count;
                 if (count) {

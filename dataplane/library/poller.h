@@ -42,6 +42,8 @@ void poller_leave(int fd, uint64_t key);
 /* The descriptor is about to be closed. */
 void poller_closed(int fd);
 void poller_forked(void);
+/* The end's number means another connection from now on. */
+void poller_forget_end(uint32_t number);
 bool poller_is(int fd);
 /* For poll() and select() of an epoll instance: would epoll_wait() return something; arm what isn't. */
 bool poller_ready(int epfd);

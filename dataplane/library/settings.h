@@ -5,15 +5,16 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* Written by whichever thread hears from the router. */
 struct settings {
-        bool welcomed; /* the router has said all this */
-        uint32_t enabled;
-        uint32_t operations;
-        uint32_t age; /* us */
-        uint32_t bytes;
-        uint32_t bulk;
-        uint32_t spin; /* us */
-        uint32_t ring_limit;
+        _Atomic bool welcomed; /* the router has said all this */
+        _Atomic uint32_t enabled;
+        _Atomic uint32_t operations;
+        _Atomic uint32_t age; /* us */
+        _Atomic uint32_t bytes;
+        _Atomic uint32_t bulk;
+        _Atomic uint32_t spin; /* us */
+        _Atomic uint32_t ring_limit;
 };
 
 extern struct settings settings;
