@@ -174,15 +174,23 @@ def _round(
     return text
 
 
+def _json(value: Any) -> str:
+    """In JSON's form, which is YAML too, but for its way to write what is beyond 16 bits."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub(
+        r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda m: f"\\u{ord(m[0]):04x}", text
+    )
+
+
 def _scalar(value: str) -> str:
     """A path, or paths with colons between, as they are; anything else in quotes."""
-    return value if re.fullmatch(r"/[\w./:-]*[\w./]", value) else json.dumps(value)
+    return value if re.fullmatch(r"/[\w./:-]*[\w./]", value) else _json(value)
 
 
 def _word(value: str) -> str:
     """The same for what may be a word, which YAML may take for something else."""
     plain = re.fullmatch(r"[A-Za-z_/][\w./:=-]*[\w./]", value)
-    return value if plain and value.lower() not in _MEANING else json.dumps(value)
+    return value if plain and value.lower() not in _MEANING else _json(value)
 
 
 class _Writer:
@@ -211,9 +219,11 @@ class _Writer:
                 # The alias becomes a mapping that has all of it, and then says otherwise.
                 return [
                     self._instead_of_alias(
-                        key, node, {name: json.dumps(each) for name, each in missing.items()}
+                        key, node, {name: _json(each) for name, each in missing.items()}
                     )
                 ]
+        if node.kind == "scalar" and node.inside:
+            return [self._value(node, missing)]
         if node.kind == "scalar":
             return self._block_below(key, node, missing)
         edits: list[_Edit] = []
@@ -223,14 +233,12 @@ class _Writer:
             if found is None:
                 absent[name] = value
             elif plain:
-                edits.append(_Edit(found.start, self._end(found), json.dumps(value)))
+                edits.append(_Edit(found.start, self._end(found), _json(value)))
             else:
                 edits += self._add(node.key(name), found, value, now[name])
         if absent and node.flow:
             edits.append(
-                self._in_flow(
-                    node, [f'"{name}": {json.dumps(each)}' for name, each in absent.items()]
-                )
+                self._in_flow(node, [f'"{name}": {_json(each)}' for name, each in absent.items()])
             )
         elif absent:
             pad = " " * self._column(node)
@@ -250,7 +258,9 @@ class _Writer:
                     self._instead_of_alias(key, found, {"LD_PRELOAD": _scalar(value["LD_PRELOAD"])})
                 ]
             else:
-                return [_Edit(found.start, found.end, json.dumps(value))]
+                return [_Edit(found.start, found.end, _json(value))]
+        if node.kind == "scalar" and node.inside:
+            return [self._value(node, value)]
         if node.kind == "scalar":
             pad = " " * (key.column + 2)
             lines = self._inner(value, pad)
@@ -269,7 +279,7 @@ class _Writer:
             if old is not None:
                 return [_Edit(old.start, self._end(old), self._requoted(old, value["LD_PRELOAD"]))]
             if node.flow:
-                return [self._in_flow(node, [f'"LD_PRELOAD": {json.dumps(value["LD_PRELOAD"])}'])]
+                return [self._in_flow(node, [f'"LD_PRELOAD": {_json(value["LD_PRELOAD"])}'])]
             return [self._after(node, [f"{' ' * self._column(node)}LD_PRELOAD: {written}"])]
         added = [each for each in value if each not in now]
         edits = []
@@ -280,7 +290,7 @@ class _Writer:
                 if old.kind == "scalar" and old.value.partition("=")[0] == "LD_PRELOAD":
                     return [_Edit(old.start, self._end(old), self._requoted(old, each))]
             if node.flow:
-                edits.append(self._in_flow(node, [json.dumps(each)]))
+                edits.append(self._in_flow(node, [_json(each)]))
             else:
                 edits.append(self._after(node, self._item(each, " " * self._dash(node))))
         return edits
@@ -291,20 +301,20 @@ class _Writer:
         if quote == "'" and "'" not in value:
             return f"'{value}'"
         if quote == '"':
-            return json.dumps(value)
+            return _json(value)
         plain = re.fullmatch(r"[\w/][\w./:=+-]*[\w./]", value)
-        return value if plain else json.dumps(value)
+        return value if plain else _json(value)
 
     def _entry(self, name: str, value: Any, pad: str) -> list[str]:
         """A key of its own, with all that its value must say: what comes by `<<` is replaced by it."""
         if not value:
-            return [f"{pad}{name}: {json.dumps(value)}"]
+            return [f"{pad}{name}: {_json(value)}"]
         return [f"{pad}{name}:", *self._inner(value, pad + "  ")]
 
     def _inner(self, value: Any, pad: str) -> list[str]:
         if isinstance(value, dict):
             return [
-                f"{pad}{name}: {_scalar(each) if isinstance(each, str) else json.dumps(each)}"
+                f"{pad}{name}: {_scalar(each) if isinstance(each, str) else _json(each)}"
                 for name, each in value.items()
             ]
         return [line for each in value for line in self._item(each, pad)]
@@ -315,9 +325,17 @@ class _Writer:
             return [f"{pad}- {first}", *(f"{pad}  {line}" for line in others)]
         if isinstance(value, str):
             return [f"{pad}- {_word(value)}"]
-        return [f"{pad}- {json.dumps(value)}"]
+        return [f"{pad}- {_json(value)}"]
+
+    def _value(self, node: Node, value: Any) -> _Edit:
+        """In place of a scalar, maybe one of no characters."""
+        blank = " " if node.start == node.end else ""
+        return _Edit(node.start, node.end, blank + _json(value))
 
     def _instead_of_alias(self, key: Node, alias: Node, entries: Mapping[str, str]) -> _Edit:
+        if alias.inside:
+            inner = ", ".join(f'"{name}": {each}' for name, each in entries.items())
+            return _Edit(alias.start, alias.end, f"{{<<: *{alias.alias}, {inner}}}")
         pad = self._newline + " " * (key.column + 2)
         lines = [f"<<: *{alias.alias}", *(f"{name}: {each}" for name, each in entries.items())]
         start = (
@@ -359,6 +377,8 @@ class _Writer:
 
     def _dash(self, node: Node) -> int:
         """The column of a block list's dashes."""
-        before = self._text[: node.children[0].start]
-        line = before.rpartition("\n")[2]
-        return len(line) - len(line.lstrip())
+        if self._text[node.start] == "-":
+            return node.column
+        # It begins with its anchor.
+        found = re.search(r"\n( *)-\s", self._text[node.start :])
+        return len(found[1]) if found else node.column

@@ -26,6 +26,7 @@ from ruamel.yaml.events import (
 class Node:
     """A value. `start` and `end` are characters of the text; `children` of a mapping are keys and values in turn.
 
+    `inside`: something around it is in flow style, so that no block can stand there.
     `alias` is the anchor's name if this is an alias; `target` is what it stands for, otherwise the node itself.
     """
 
@@ -35,6 +36,7 @@ class Node:
     column: int = 0
     value: str = ""
     flow: bool = False
+    inside: bool = False
     anchor: str = ""
     alias: str = ""
     children: list[Node] = field(default_factory=list)
@@ -72,27 +74,25 @@ def tree(text: str) -> Node:
     anchors: dict[str, Node] = {}
     for event in events:
         if isinstance(event, DocumentStartEvent):
-            return _node(next(events), events, anchors)
+            return _node(next(events), events, anchors, inside=False)
     return Node("scalar", 0, 0)
 
 
-def _node(event: Any, events: Iterator[Any], anchors: dict[str, Node]) -> Node:
+def _node(event: Any, events: Iterator[Any], anchors: dict[str, Node], *, inside: bool) -> Node:
     start, end = event.start_mark.index, event.end_mark.index
     column = event.start_mark.column
     if isinstance(event, AliasEvent):
-        node = Node("alias", start, end, column, alias=event.anchor)
+        node = Node("alias", start, end, column, inside=inside, alias=event.anchor)
         node.target = anchors.get(event.anchor, node)
         return node
     anchor = event.anchor or ""
     if isinstance(event, ScalarEvent):
-        node = Node("scalar", start, end, column, value=event.value, anchor=anchor)
-        if event.style:
-            node.flow = event.style in "'\""
+        node = Node("scalar", start, end, column, event.value, inside=inside, anchor=anchor)
         anchors[anchor] = node
         return node
     assert isinstance(event, MappingStartEvent | SequenceStartEvent)
     kind = "map" if isinstance(event, MappingStartEvent) else "list"
-    node = Node(kind, start, end, column, flow=bool(event.flow_style), anchor=anchor)
+    node = Node(kind, start, end, column, flow=bool(event.flow_style), inside=inside, anchor=anchor)
     anchors[anchor] = node
     for inner in events:
         if isinstance(inner, MappingEndEvent | SequenceEndEvent):
@@ -102,5 +102,5 @@ def _node(event: Any, events: Iterator[Any], anchors: dict[str, Node]) -> Node:
                 else max([node.end, *(each.end for each in node.children)])
             )
             break
-        node.children.append(_node(inner, events, anchors))
+        node.children.append(_node(inner, events, anchors, inside=inside or node.flow))
     return node

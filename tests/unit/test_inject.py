@@ -1,0 +1,409 @@
+"""`freeflow inject`: which services of a stack get the library, and how the text changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from driver.errors import InvalidRequest
+from plugin.cli.client import Engine
+from plugin.cli.commands import cli
+from plugin.cli.inject import PRELOAD, Outcome, inject_stack, is_freeflow, pairs
+from tests.unit.sockets import engine, served
+
+MOUNT = {"type": "bind", "source": "/run/freeflow", "target": "/run/freeflow"}
+NETWORKS = "networks:\n  n:\n    driver: freeflow:latest\n"
+
+
+def injected(text: str, *only: str, read: Any = None) -> Outcome:
+    """On a host whose engine doesn't answer."""
+    return inject_stack(text, "stack.yml", Engine(Path("/nonexistent/docker.sock")), only, read)
+
+
+def services(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)["services"]
+
+
+def has_library(service: Any) -> bool:
+    mounts = [each for each in service.get("volumes") or () if "/run/freeflow" in str(each)]
+    preload = pairs(service.get("environment")).get("LD_PRELOAD") or ""
+    return len(mounts) == 1 and preload.split(":").count(PRELOAD) == 1
+
+
+def added(before: str, after: str) -> list[str]:
+    """The lines that came in; no other may have changed."""
+    old, new, found = before.splitlines(), after.splitlines(), []
+    for line in new:
+        if old and old[0] == line:
+            old.pop(0)
+        else:
+            found.append(line)
+    assert not old, after
+    return found
+
+
+FULL = """\
+# Comment at the top
+version: "3.8"   # and at the end of a line
+
+
+services:
+  # before the service
+  web:
+    image: 'nginx'   # quoted
+    networks: [n]
+    ports:
+    - "80:80"
+    # after the service
+
+  cache:
+      networks:
+          n:
+              aliases: [c]
+      volumes:
+          - data:/data   # kept
+          # a comment below
+      environment:
+          B: "on"
+          A: 0644   # octal
+      image:   redis
+      command: |
+        redis-server
+          --save ""
+
+  # before the next
+  job:
+    image: x
+    environment:
+    - Z=1
+
+    networks: [n]
+volumes: {data: }
+networks:
+  n:
+    driver: freeflow:latest
+"""
+
+
+def test_only_lines_are_added() -> None:
+    """Comments, order, quotes, blank lines and indentation stay: what is new is lines of its own."""
+    text = injected(FULL).text
+    new = added(FULL, text)
+    assert len(new) == 6 + 4 + 5
+    assert all("freeflow" in line or line.strip() in ("volumes:", "environment:") or "bind" in line for line in new)  # fmt: skip
+    assert all(has_library(each) for each in services(text).values())
+    assert services(text)["cache"]["command"] == services(FULL)["cache"]["command"]
+    assert services(text)["cache"]["environment"]["B"] == "on"
+
+
+def test_twice_is_once() -> None:
+    """What has the library stays as it is, to the last character."""
+    once = injected(FULL).text
+    assert injected(once).text == once
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        "    environment: {A: 1}\n",
+        '    environment: {"A": "1", }\n',
+        "    environment: [A=1]\n",
+        "    environment: []\n",
+        "    environment: {}\n",
+        "    environment:\n",
+        "    environment:   # none yet\n",
+        "    environment: ~\n",
+        "    environment:\n      A: 1\n",
+        "    environment:\n      - A=1\n",
+        "    environment:\n    - A=1\n",
+        "    environment: [\n      A=1,   # one\n    ]\n",
+        "    environment:\n      A: |\n        two\n        lines\n",
+        "    environment:\n      A: >-\n        two\n        lines\n\n      # comment\n",
+        "    environment: &e\n      A: 1\n",
+        "",
+    ],
+)
+@pytest.mark.parametrize(
+    "volumes",
+    [
+        "    volumes: [a:/a]\n",
+        "    volumes: []\n",
+        "    volumes:\n",
+        "    volumes:\n      - a:/a\n",
+        "    volumes:\n    - a:/a\n    # end\n",
+        "    volumes:\n      - {type: volume, source: a, target: /a}\n",
+        "    volumes:\n      - type: volume\n        source: a\n        target: /a\n",
+        "    volumes:\n      -\n        type: volume\n        source: a\n        target: /a\n",
+        "",
+    ],
+)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_every_form(volumes: str, variables: str, newline: str) -> None:
+    """Lists and mappings, as blocks or in brackets, empty or absent: what was there stays, the library comes in."""
+    text = f"services:\n  a:\n    image: x\n{variables}{volumes}    networks: [n]\n{NETWORKS}"
+    before = services(text)["a"]
+    result = injected(text.replace("\n", newline)).text
+    after = services(result)["a"]
+    assert has_library(after)
+    assert after["volumes"] == [*(before.get("volumes") or ()), MOUNT]
+    assert pairs(after["environment"]) == {**pairs(before.get("environment")), "LD_PRELOAD": PRELOAD}  # fmt: skip
+    assert newline == "\n" or result.count("\n") == result.count("\r\n")
+
+
+@pytest.mark.parametrize(
+    ("variables", "value"),
+    [
+        ("{LD_PRELOAD: a.so}", f"a.so:{PRELOAD}"),
+        ("[LD_PRELOAD=a.so]", f"a.so:{PRELOAD}"),
+        ("\n      LD_PRELOAD: 'a.so'  # why", f"a.so:{PRELOAD}"),
+        ('\n      - "LD_PRELOAD=a.so b.so"', f"a.so b.so:{PRELOAD}"),
+        ("\n      LD_PRELOAD:", "${LD_PRELOAD-}:" + PRELOAD),
+        ("\n      - LD_PRELOAD", "${LD_PRELOAD-}:" + PRELOAD),
+        ("\n      LD_PRELOAD: ''", PRELOAD),
+        (f"\n      LD_PRELOAD: {PRELOAD}:a.so", f"{PRELOAD}:a.so"),
+        (f"\n      - LD_PRELOAD=a.so {PRELOAD}", f"a.so {PRELOAD}"),
+    ],
+)
+def test_what_is_preloaded_stays(variables: str, value: str) -> None:
+    """The library comes after what is preloaded already, whichever way that is written, and only once."""
+    text = f"services:\n  a:\n    image: x\n    environment: {variables}\n    networks: [n]\n{NETWORKS}"
+    assert pairs(services(injected(text).text)["a"]["environment"])["LD_PRELOAD"] == value
+
+
+SHARED = {
+    "template": "x-e: &e\n  A: 1\nservices:\n  a: {image: x, networks: [n], environment: *e}\n"
+    "  b:\n    image: x\n    environment: *e\n",
+    "template in blocks": "x-e: &e\n  A: 1\nservices:\n  a:\n    image: x\n    networks: [n]\n"
+    "    environment: *e   # all\n  b:\n    image: x\n    environment: *e\n",
+    "defined in the chosen one": "services:\n  a:\n    image: x\n    networks: [n]\n    environment: &e\n      A: 1\n"
+    "  b:\n    image: x\n    environment: *e\n",
+    "list": "x-v: &v\n  - a:/a\nservices:\n  a:\n    image: x\n    networks: [n]\n    volumes: *v\n"
+    "  b:\n    image: x\n    volumes: *v\n",
+    "merged": "x-s: &s\n  image: x\n  environment:\n    A: 1\n  volumes: [a:/a]\nservices:\n  a:\n    <<: *s\n"
+    "    networks: [n]\n  b:\n    <<: *s\n",
+    "merged from the chosen one": "services:\n  a: &a\n    image: x\n    networks: [n]\n  b:\n    <<: *a\n    networks: [o]\n",
+    "merged from the chosen one, with variables": "services:\n  a: &a\n    image: x\n    networks: [n]\n    environment:\n"
+    "      A: 1\n  b:\n    <<: *a\n    networks: [o]\n",
+    "merged from the other": "services:\n  b: &b\n    image: x\n    environment: [A=1]\n    networks: [o]\n  a:\n"
+    "    <<: *b\n    networks: [n]\n",
+    "several merged": "x-s: &s {A: 1}\nx-t: &t {B: 1}\nservices:\n  a:\n    image: x\n    networks: [n]\n    environment:\n"
+    "      <<: [*s, *t]\n      C: 1\n  b:\n    image: x\n    environment:\n      <<: *s\n",
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_services_share(name: str) -> None:
+    """What an anchor, an alias or a merge gives to several services changes for the chosen one alone."""
+    text = SHARED[name] + NETWORKS + "  o: {}\n"
+    before, after = services(text), services(injected(text, "a").text)
+    assert has_library(after["a"])
+    assert after["a"]["volumes"] == [*(before["a"].get("volumes") or ()), MOUNT]
+    for key in ("volumes", "environment"):
+        assert (after["b"].get(key) or None) == (before["b"].get(key) or None)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_all_that_share(name: str) -> None:
+    """If all that share a value are chosen, each has the library once."""
+    text = SHARED[name] + NETWORKS + "  o: {}\n"
+    after = services(injected(text, "a", "b").text)
+    assert has_library(after["a"])
+    assert has_library(after["b"])
+
+
+def test_whole_service_by_alias() -> None:
+    """A service that is another one by alias can be left out."""
+    text = f"services:\n  a: &a\n    image: x\n    networks: [n]\n  b: *a\n{NETWORKS}"
+    after = services(injected(text, "a").text)
+    assert has_library(after["a"])
+    assert not after["b"].get("volumes")
+    assert not has_library(after["b"])
+    both = injected(text)
+    assert both.injected == ("a", "b")
+    assert all(has_library(each) for each in services(both.text).values())
+
+
+def test_json_stays_json() -> None:
+    """A stack written as JSON is JSON after it."""
+    stack = {"services": {"a": {"image": "x", "networks": ["n"], "environment": {"A": "1"}}}, "networks": {"n": {"driver": "freeflow:latest"}}}  # fmt: skip
+    assert has_library(json.loads(injected(json.dumps(stack, indent=1)).text)["services"]["a"])
+
+
+def test_old_format() -> None:
+    """Compose format 3.0 has mounts in short form alone."""
+    text = f'version: "3"\nservices:\n  a:\n    image: x\n    networks: [n]\n{NETWORKS}'
+    assert services(injected(text).text)["a"]["volumes"] == ["/run/freeflow:/run/freeflow"]
+
+
+def test_mounts_that_are_there() -> None:
+    """The folder may be mounted already, in either form; another thing in its place is an error that says so."""
+    text = "services:\n  a:\n    image: x\n    networks: [n]\n    volumes: ['%s']\n" + NETWORKS
+    for mount in ("/run/freeflow:/run/freeflow", "/run/freeflow:/run/freeflow/:ro"):
+        assert services(injected(text % mount).text)["a"]["volumes"] == [mount]
+    with pytest.raises(InvalidRequest, match="service a has /other at /run/freeflow"):
+        injected(text % "/other:/run/freeflow")
+
+
+@pytest.mark.parametrize(
+    ("driver", "own"),
+    [
+        ("freeflow:latest", True),
+        ("freeflow", True),
+        ("registry:5000/team/freeflow:0.1.0-amd64", True),
+        ("overlay", False),
+        ("notfreeflow:latest", False),
+        ("weaveworks/net-plugin:latest", False),
+    ],
+)
+def test_drivers(driver: str, own: bool) -> None:
+    """FreeFlow is known by its name, whichever registry and tag."""
+    assert is_freeflow(driver) is own
+
+
+def test_by_network(tmp_path: Path) -> None:
+    """Services on a FreeFlow network get the library, others don't; a service without networks is on `default`."""
+    text = (
+        "services:\n  own: {image: x, networks: [n]}\n  both: {image: x, networks: {n: , o: }}\n"
+        "  other: {image: x, networks: [o]}\n  none: {image: x}\n" + NETWORKS + "  o: {driver: overlay}\n"
+    )  # fmt: skip
+    assert injected(text).injected == ("own", "both")
+    assert injected(text + "  default: {driver: freeflow:latest}\n").injected == ("own", "both", "none")  # fmt: skip
+
+
+def test_external_networks(tmp_path: Path) -> None:
+    """Of a network that isn't the stack's the engine says whose it is; if it can't, the library comes in, and a note says so."""
+    text = (
+        "services:\n  a: {image: x, networks: [one]}\n  b: {image: x, networks: [two]}\n  c: {image: x, networks: [three]}\n"
+        "networks:\n  one: {external: true, name: mine}\n  two: {external: {name: theirs}}\n  three: {external: true}\n"
+    )
+    answers = {"/networks/mine": {"Driver": "freeflow:latest"}, "/networks/theirs": {"Driver": "overlay"}}  # fmt: skip
+    with served(engine(answers), tmp_path / "docker.sock") as path:
+        outcome = inject_stack(text, "stack.yml", Engine(path))
+    assert outcome.injected == ("a", "c")
+    assert any(note.startswith("c: this host doesn't know whose network three is") for note in outcome.notes)  # fmt: skip
+    assert not any("whose network one" in note for note in outcome.notes)
+
+
+def test_chosen_services() -> None:
+    """--service takes these, on whichever network, says what is in vain, and knows names that aren't there."""
+    text = "services:\n  a: {image: x}\n  b: {image: x}\n"
+    outcome = injected(text, "b")
+    assert outcome.injected == ("b",)
+    assert "b: is on no FreeFlow network; there the library does nothing" in outcome.notes
+    with pytest.raises(InvalidRequest, match="has no service c; it has a, b"):
+        injected(text, "c")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "line 1 is no YAML"),
+        ("a: 1\n\tb: 2\n", "is no YAML"),
+        ("services:\n  a: *b\n", "is no YAML"),
+        ("", "has 0 YAML documents|has no services"),
+        ("- 1\n", "has no services"),
+        ("services: []\n", "has no services"),
+        ("services: {a: 1}\n---\nservices: {}\n", "has 2 YAML documents"),
+        ("services:\n  a: x\n", "service a is no mapping|no service is on a FreeFlow network"),
+        ("services:\n  a: {image: x}\n", "no service is on a FreeFlow network"),
+        (f"services:\n  a: {{image: x, networks: [n], volumes: 3}}\n{NETWORKS}", "volumes of service a is no list"),
+        (f"services:\n  a: {{image: x, networks: [n], environment: 3}}\n{NETWORKS}", "environment of service a is neither"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong(text: str, message: str) -> None:
+    """What can't be a stack is refused with the file, the cause and what to do."""
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        injected(text)
+    assert str(caught.value).startswith("stack.yml")
+    assert "; " in str(caught.value)
+
+
+def test_variables_file(tmp_path: Path) -> None:
+    """LD_PRELOAD in a file of variables would be replaced: that is said."""
+    text = f"services:\n  a: {{image: x, networks: [n], env_file: e.env}}\n{NETWORKS}"
+    outcome = injected(text, read=lambda name: {"e.env": "A=1\nLD_PRELOAD=x.so\n"}[name])
+    assert any("LD_PRELOAD in e.env is replaced" in note for note in outcome.notes)
+    assert not any("is replaced" in note for note in injected(text, read=lambda _: "A=1\n").notes)
+
+
+WORDS = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), max_size=12)
+VARIABLES = st.dictionaries(st.sampled_from(["A", "B_1", "LD_PRELOAD", "on"]), WORDS, max_size=3)
+SERVICE = st.fixed_dictionaries(
+    {"image": st.just("x"), "networks": st.sampled_from([["n"], {"n": None}])},
+    optional={
+        "environment": st.one_of(st.none(), VARIABLES, VARIABLES.map(lambda each: [f"{k}={v}" for k, v in each.items()])),
+        "volumes": st.one_of(st.none(), st.lists(WORDS.map(lambda word: f"v:/{word}"), max_size=3)),
+        "command": st.one_of(WORDS, st.lists(WORDS, max_size=3)),
+    },
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from("abc"), SERVICE, min_size=1), st.booleans(), st.integers(2, 6)
+)
+def test_whatever_a_writer_writes(content: Any, flow: bool, indent: int) -> None:
+    """Any stack that a YAML writer makes gets the library, and says the same besides."""
+    import io
+
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = flow
+    writer.indent = indent
+    stream = io.StringIO()
+    writer.dump({"services": content, "networks": {"n": {"driver": "freeflow:latest"}}}, stream)
+    before, after = services(stream.getvalue()), services(injected(stream.getvalue()).text)
+    for name, service in after.items():
+        assert MOUNT in service["volumes"]
+        assert pairs(service["environment"])["LD_PRELOAD"] is not None
+        old = pairs(before[name].get("environment"))
+        kept = {k: v for k, v in pairs(service["environment"]).items() if k != "LD_PRELOAD"}
+        assert kept == {k: v for k, v in old.items() if k != "LD_PRELOAD"}
+        assert service.get("command") == before[name].get("command")
+
+
+# --- the command
+
+
+def run(*arguments: str, given: str = "") -> Result:
+    where = ["--engine", "/nonexistent/docker.sock"]
+    return CliRunner(mix_stderr=False).invoke(cli, [*where, "inject", *arguments], input=given)
+
+
+def test_command(tmp_path: Path) -> None:
+    """The stack goes to stdout or to a file, from a file or stdin, also onto itself; remarks go to stderr."""
+    file, out = tmp_path / "stack.yml", tmp_path / "out.yml"
+    file.write_text(FULL)
+    wanted = injected(FULL).text
+    done = run(str(file))
+    assert (done.exit_code, done.stdout) == (0, wanted)
+    assert "freeflow: the library was added to web, cache, job" in done.stderr
+    assert "web: not looked at: " in done.stderr
+    assert run("-", given=FULL).stdout == wanted
+    assert run(str(file), "-o", str(out)).stdout == ""
+    assert out.read_text() == wanted
+    assert run(str(file), "-o", str(file)).exit_code == 0
+    assert file.read_text() == wanted
+    assert "library was added to job\n" in run(str(file), "--service", "job").stderr
+
+
+def test_command_that_fails(tmp_path: Path) -> None:
+    """What can't be done leaves the output as it was, and says what to do."""
+    file, out = tmp_path / "stack.yml", tmp_path / "out.yml"
+    out.write_text("mine")
+    done = run(str(file), "-o", str(out))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "stack.yml can't be read (No such file or directory)\n    do: " in done.stderr
+    file.write_bytes(b"\xff\xfe")
+    assert "is no UTF-8 text" in run(str(file)).stderr
+    file.write_text("a: [")
+    assert run(str(file), "-o", str(out)).exit_code == 2
+    assert out.read_text() == "mine"
+    file.write_text(FULL)
+    assert "can't be written" in run(str(file), "-o", str(tmp_path / "no/where")).stderr
