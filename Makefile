@@ -12,7 +12,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SCRIPTS := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv library plugin install uninstall push test unit kernel swarm lint demo bench clean
+.PHONY: help setup venv library plugin install uninstall push test unit kernel swarm torture lint demo bench clean
 
 help: ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -54,7 +54,7 @@ push: plugin ## push the plugin to REGISTRY, tagged by version and architecture
 	docker plugin push $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 	docker plugin rm $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 
-test: setup plugin lint ## set up what is missing and run all tests
+test: setup library plugin lint ## set up what is missing and run all tests
 	$(PYTHON) -m pytest
 
 unit: venv ## tests without root
@@ -65,6 +65,9 @@ kernel: setup ## tests in fresh network namespaces
 
 swarm: setup plugin ## scenarios on a real Swarm
 	$(PYTHON) -m pytest tests/swarm
+
+torture: setup library ## an hour of many threads on each connection, and as long under each sanitizer
+	TORTURE_SECONDS=$${TORTURE_SECONDS:-3600} $(PYTHON) -m pytest tests/dataplane/test_torture.py -k 'accelerated or library' -o faulthandler_timeout=0
 
 lint: setup ## ruff, mypy, shellcheck, clang-format
 	.venv/bin/ruff check plugin driver dataplane bench tests

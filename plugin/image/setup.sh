@@ -4,6 +4,9 @@ set -eu
 
 wanted="clang-format docker-compose docker-registry gcc iproute2 iptables libc6-dev libnftables1 mmdebstrap musl-tools nftables procps \
 python3-venv shellcheck util-linux"
+# What the tests accelerate; Debian has Python's own tests apart.
+wanted="$wanted curl default-jdk-headless golang-go iperf3 $(basename "$(readlink -f /usr/bin/python3 || echo python3.11)" |
+    sed 's/python/libpython/')-testsuite memcached nginx-light nodejs postgresql redis-server rsync"
 missing=
 for package in $wanted; do
     dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' ||

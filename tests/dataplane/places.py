@@ -158,13 +158,17 @@ def waits_in(pid: int) -> list[str]:
 
 @contextmanager
 def places(
-    accelerated: bool, folder: Path, programs: Path, rule: Rule | None = None
+    accelerated: bool,
+    folder: Path,
+    programs: Path,
+    rule: Rule | None = None,
+    library: Path = LIBRARY,
 ) -> Iterator[Places]:
     """A bed whose router upgrades connections at their first operations, unless a rule says otherwise."""
     with bed(
         "server",
         "client",
-        library=LIBRARY if accelerated else None,
+        library=library if accelerated else None,
         settings=Settings(rule=rule or Rule(operations=2, age=0)),
         router=accelerated,
     ) as made:
