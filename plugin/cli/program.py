@@ -45,7 +45,7 @@ def look(head: bytes) -> Program | None:
         return None
     try:
         return _elf(head)
-    except (struct.error, IndexError):
+    except (struct.error, IndexError, OverflowError):
         return None
 
 

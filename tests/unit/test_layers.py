@@ -16,6 +16,7 @@ BEHIND = {
     "werkzeug": {"plugin.app", "plugin.admin"},
     "sqlite3": {"driver.store"},
     "prometheus_client": {"plugin.metrics"},
+    "ruamel": {"plugin.cli.stack", "plugin.cli.tree"},
 }
 """Third-party libraries, and the modules that alone know them."""
 
