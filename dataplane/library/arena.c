@@ -1,5 +1,6 @@
 #include "arena.h"
 
+#include "clock.h"
 #include "protocol.h"
 #include "real.h"
 #include "router.h"
@@ -205,6 +206,7 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
         close_bells(mapping, mapping->bells);
         close_bells(mapping, mapping->peers);
         atomic_store(&mapping->deaf, false);
+        atomic_store(&mapping->refused, 0);
         atomic_store(&mapping->id, id);
         atomic_store_explicit(&mapping->base, (unsigned char *)got, memory_order_release);
         return is_what_it_should_be((struct arena *)got) ? REASON_NONE : REASON_CORRUPT;
@@ -383,6 +385,26 @@ void bell_silence(uint32_t arena, int bell)
                 close_own(word - 1);
 }
 
+/* Who names bells that don't exist makes us ask the router in vain: less and less often. */
+static int fetch(struct mapping *mapping, const struct arena_record *record, uint32_t side, uint32_t bell)
+{
+        enum { TRIES = 2, LONGEST_PAUSE = 1024 };
+        uint64_t id = atomic_load(&record->id), token = atomic_load(&record->token);
+        uint32_t pause = atomic_load_explicit(&mapping->refused, memory_order_relaxed);
+        int fd = -1;
+
+        if (pause && ticks() - atomic_load_explicit(&mapping->refused_at, memory_order_relaxed) < pause)
+                return -1;
+        /* Of one that is just being made the router may hear after our first question, but not after the
+         * second. */
+        for (int i = 0; i < TRIES && fd < 0; i++)
+                fd = router_fetch(id, token, side, bell);
+        pause = fd >= 0 ? 0 : !pause ? 1 : pause < LONGEST_PAUSE ? pause * 2 : pause;
+        atomic_store_explicit(&mapping->refused, pause, memory_order_relaxed);
+        atomic_store_explicit(&mapping->refused_at, ticks(), memory_order_relaxed);
+        return fd;
+}
+
 /* A descriptor that rings a bell of the other side; -1: it can't be had now. */
 static int peer_bell(uint32_t arena, uint32_t side, int bell)
 {
@@ -393,8 +415,7 @@ static int peer_bell(uint32_t arena, uint32_t side, int bell)
 
         if (known > 0)
                 return known - 1;
-        fd = own_descriptor(
-            router_fetch(atomic_load(&record->id), atomic_load(&record->token), 1 - side, (uint32_t)bell));
+        fd = own_descriptor(fetch(mapping, record, 1 - side, (uint32_t)bell));
         if (fd < 0)
                 return -1;
         if (!atomic_compare_exchange_strong(&mapping->peers[bell], &known, fd + 1)) {

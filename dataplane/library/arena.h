@@ -21,7 +21,9 @@ struct end;
 struct mapping {
         unsigned char *_Atomic base;
         _Atomic uint64_t id;
-        _Atomic bool deaf;            /* bells can't be had from the router, or have been lost */
+        _Atomic bool deaf;        /* bells can't be had from the router, or have been lost */
+        _Atomic uint32_t refused; /* ms for which no bell is fetched after one that the router didn't know */
+        _Atomic uint32_t refused_at;  /* ticks() */
         _Atomic int32_t bells[BELLS]; /* 1 + receiving end of ours */
         _Atomic int32_t peers[BELLS]; /* 1 + sending end of the other side's */
         _Atomic uint32_t

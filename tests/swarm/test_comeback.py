@@ -36,7 +36,8 @@ def _reaches(near: Box, far: Box) -> bool:
     )
 
 
-def _is_up(box: Box) -> bool:
+def is_up(box: Box) -> bool:
+    """Whether Docker has brought it back."""
     host, name, _ = box
     state = host.inspect("inspect", name)["State"]
     if "attaching to network failed" in state["Error"]:
@@ -61,7 +62,7 @@ def test_containers_come_back_after_a_reboot(bed: Bed, manager: Host) -> None:
         box = boxes[host.name]
         wait_until("the others", lambda b=box: _reaches(b, own), 15)  # type: ignore[misc]
         host.reboot()
-        wait_until(f"{box[1]} to be up", lambda b=box: _is_up(b), 90)  # type: ignore[misc]
+        wait_until(f"{box[1]} to be up", lambda b=box: is_up(b), 90)  # type: ignore[misc]
         for near, far in ((box, own), (own, box)):
             wait_until(
                 f"{far[0].name} from {near[0].name}",

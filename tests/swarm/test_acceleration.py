@@ -1,0 +1,225 @@
+"""Containers that preload the library, on real engines: their connections run over shared memory, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from typing import Any
+
+from tests.swarm.conftest import (
+    NGINX,
+    REDIS,
+    address,
+    make_network,
+    make_service,
+    plugin_answers,
+    run_container,
+    wait_running,
+)
+from tests.swarm.test_comeback import is_up
+from tests.swarm.test_services import LOAD
+from tests.testbed import Bed, Host, wait_until
+from tests.testbed.host import PLUGIN
+
+LIBRARY = (
+    *("--mount", "type=bind,src=/run/freeflow,dst=/run/freeflow"),
+    *("--env", "LD_PRELOAD=/run/freeflow/libfreeflow.so"),
+)
+FILE = "head -c 5000000 /dev/urandom > /var/www/html/file; "
+DIGEST = "curl -sf -m 20 http://{0}/file http://{0}/file http://{0}/file | sha256sum"
+
+TALK = """
+import socket, sys, time
+connection = socket.create_connection((sys.argv[1], 6379))
+count, key = 0, b"counter-%d" % time.monotonic_ns()
+end = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
+    connection.sendall(b"INCR %s\\r\\n" % key)
+    answer = connection.recv(100)
+    if not answer:
+        break
+    count += 1
+    assert answer == b":%d\\r\\n" % count, (answer, count)
+    time.sleep(0.001)
+print("over" if not answer else "right", count)
+"""
+"""One connection that counts in redis, and checks each answer: `ADDRESS SECONDS`."""
+
+
+def on(host: Host) -> tuple[str, ...]:
+    """That a service's tasks shall be on this host, and accelerated."""
+    return ("--constraint", f"node.hostname=={host.name}", *LIBRARY)
+
+
+def connections(host: Host) -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = json.loads(host.freeflow("connections", "--json"))["connections"]
+    return listed
+
+
+def on_shm(host: Host, container: str) -> int:
+    """Its connections in shared memory."""
+    return sum(
+        each["container"] == container and each["path"] == "shm" for each in connections(host)
+    )
+
+
+def talk(host: Host, client: str, to: str, seconds: float) -> str:
+    """Start TALK in a container; the file that will have its verdict."""
+    file = f"/tmp/talk-{time.monotonic_ns()}"
+    script = f"python3 -c '{TALK}' {to} {seconds} > {file} 2>&1"
+    host.docker("exec", "-d", client, "sh", "-c", script)
+    return file
+
+
+def verdict(host: Host, client: str, file: str, timeout: float = 20) -> str:
+    """What TALK has said at its end."""
+    return wait_until(
+        "the end of the talk", lambda: host.exec(client, "cat", file).strip(), timeout, 0.2
+    )
+
+
+def test_a_service_behind_its_vip(bed: Bed, manager: Host) -> None:
+    """Bytes from a service's tasks on this host are right and come over shared memory, on every engine; doctor is content."""
+    network = make_network(manager)
+    for host in bed.hosts[:3]:
+        service = make_service(manager, network, FILE + NGINX, *on(host), replicas=1)
+        task = host.docker("ps", "-q", "--filter", f"name={service}").strip()
+        client = run_container(host, network, *LIBRARY)
+        wanted = host.exec(
+            task,
+            "sh",
+            "-c",
+            "cat /var/www/html/file /var/www/html/file /var/www/html/file | sha256sum",
+        )
+        wait_until(
+            "the VIP",
+            lambda h=host, c=client, s=service: h.exec(c, "curl", "-sf", s, check=False),  # type: ignore[misc]
+        )
+        assert host.exec(client, "sh", "-c", DIGEST.format(service)) == wanted, host.engine
+        script = f"curl -s --limit-rate 2M http://{service}/file http://{service}/file >/dev/null"
+        host.docker("exec", "-d", client, "sh", "-c", script)
+        wait_until("shared memory", lambda h=host, c=client: on_shm(h, c) == 1, 8, 0.1)  # type: ignore[misc]
+        assert "found" not in host.freeflow("doctor", client)
+
+
+def test_a_rolling_update_under_load(manager: Host) -> None:
+    """A service is updated while accelerated clients ask it: as on TCP no request fails, and each answer is right."""
+    network = make_network(manager)
+    service = make_service(
+        manager,
+        network,
+        FILE + NGINX,
+        *on(manager),
+        *("--update-order", "start-first", "--update-delay", "1s", "--stop-grace-period", "5s"),
+        *("--health-cmd", "curl -sf http://127.0.0.1/", "--health-interval", "1s"),
+        replicas=2,
+    )
+    client = run_container(manager, network, *LIBRARY)
+    wait_until("the VIP", lambda: manager.exec(client, "curl", "-sf", service, check=False))
+    load = LOAD.format(seconds=25, name=service)
+    manager.docker("exec", "-d", client, "sh", "-c", f"({load}) > /tmp/load")
+    manager.docker("service", "update", "--force", "-d", service)
+    text = wait_until("the load", lambda: manager.exec(client, "cat", "/tmp/load"), 40, 0.5)
+    done, failed = map(int, text.split())
+    assert done > 100
+    assert failed == 0
+    wait_running(manager, service, 2)
+
+
+def test_the_plugin_goes_and_comes_back(bed: Bed, manager: Host) -> None:
+    """A connection in shared memory goes on without the plugin and after its return; new ones meanwhile are on TCP, and
+    later ones in shared memory again, from containers that were there before too."""
+    network = make_network(manager)
+    host = bed.hosts[1]
+    server = run_container(host, network, *LIBRARY, command=REDIS)
+    client = run_container(host, network, *LIBRARY)
+    other = run_container(host, network, *LIBRARY, command=REDIS)
+    target, second = address(host, server, network), address(host, other, network)
+    file = talk(host, client, target, 30)
+    wait_until("shared memory", lambda: on_shm(host, client) == 1, 10, 0.1)
+    host.docker("plugin", "disable", "-f", PLUGIN)
+    assert verdict(host, client, talk(host, client, second, 2)).startswith("right")
+    host.docker("plugin", "enable", PLUGIN)
+    wait_until("the plugin", lambda: plugin_answers(host), 20)
+    late = talk(host, client, second, 8)
+    wait_until("shared memory again", lambda: on_shm(host, client) >= 1, 10, 0.1)
+    assert verdict(host, client, late).startswith("right")
+    assert verdict(host, client, file, 40).startswith("right")
+    bed.wait_plugin_reported()
+
+
+def test_the_server_is_killed(manager: Host) -> None:
+    """A client hears of its server's death at once, as on TCP."""
+    network = make_network(manager)
+    server = run_container(manager, network, *LIBRARY, command=REDIS)
+    client = run_container(manager, network, *LIBRARY)
+    file = talk(manager, client, address(manager, server, network), 60)
+    wait_until("shared memory", lambda: on_shm(manager, client) == 1, 10, 0.1)
+    manager.docker("kill", server)
+    assert "over" in (said := verdict(manager, client, file, 5)) or "ConnectionReset" in said
+
+
+def test_who_gets_nothing(bed: Bed, manager: Host) -> None:
+    """A container without the library, one on another network, one whose network is off, one on another host: all are
+    served over TCP, and the list says why."""
+    network, off = make_network(manager), make_network(manager, "-o", "acceleration=off")
+    host = bed.hosts[0]
+    server = run_container(host, network, *LIBRARY, command=REDIS)
+    target = address(host, server, network)
+    far = run_container(bed.hosts[1], network, *LIBRARY)
+    plain = run_container(host, network)
+    wait_until(
+        "the other host",
+        lambda: "PONG" in bed.hosts[1].exec(far, "redis-cli", "-h", target, "ping", check=False),
+    )
+    talks = [(bed.hosts[1], far, talk(bed.hosts[1], far, target, 3))]
+    assert verdict(*talks[0]).startswith("right")
+    last = talk(host, plain, target, 3)
+    time.sleep(1.5)
+    reasons = {each["reason"] for each in connections(host) if each["container"] == server}
+    assert reasons
+    assert "shm" not in {each["path"] for each in connections(host)}
+    assert verdict(host, plain, last).startswith("right")
+    apart = run_container(host, off, *LIBRARY, command=REDIS)
+    client = run_container(host, off, *LIBRARY)
+    file = talk(host, client, address(host, apart, off), 3)
+    time.sleep(1.5)
+    assert not on_shm(host, client)
+    assert verdict(host, client, file).startswith("right")
+
+
+def test_a_hardened_container(manager: Host) -> None:
+    """Read-only root, another user, no capabilities, no new privileges: accelerated all the same."""
+    network = make_network(manager)
+    server = run_container(manager, network, *LIBRARY, command=REDIS)
+    client = run_container(
+        *(manager, network, *LIBRARY, "--read-only", "--tmpfs", "/tmp", "--user", "1000:1000"),
+        *("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--memory", "64m"),
+    )
+    file = talk(manager, client, address(manager, server, network), 4)
+    wait_until("shared memory", lambda: on_shm(manager, client) == 1, 4, 0.1)
+    assert verdict(manager, client, file).startswith("right")
+
+
+def answers(host: Host, client: str, target: str) -> bool:
+    """Whether redis does."""
+    return "PONG" in host.exec(client, "redis-cli", "-h", target, "ping", check=False)
+
+
+def test_after_a_reboot(bed: Bed, manager: Host) -> None:
+    """Accelerated containers with a restart policy come back with their host, on old and new engines, and are accelerated."""
+    network = make_network(manager)
+    for host in (bed.hosts[1], bed.hosts[2]):
+        server = run_container(host, network, *LIBRARY, "--restart", "always", command=REDIS)
+        client = run_container(host, network, *LIBRARY, "--restart", "always")
+        host.reboot()
+        for box in (server, client):
+            wait_until(f"{box} to be up", partial(is_up, (host, box, network)), 90)
+        wait_until("the plugin", partial(plugin_answers, host), 30)
+        target = wait_until("an address", partial(address, host, server, network), 20)
+        wait_until("redis", partial(answers, host, client, target), 30)
+        file = talk(host, client, target, 5)
+        wait_until("shared memory", partial(on_shm, host, client), 5, 0.1)
+        assert verdict(host, client, file).startswith("right")
+    bed.wait_plugin_reported()
