@@ -226,65 +226,78 @@ static void unmap(uint32_t arena)
         close_bells(mapping, mapping->peers);
 }
 
+/* Under the lock: the arena's record if it has this slot for us; a reason otherwise. */
+static uint32_t take_slot(uint64_t id, uint64_t token, uint32_t side, uint32_t slot, uint64_t incarnation,
+                          int memfd, uint32_t *arena)
+{
+        int64_t found = find_record(id, token, side);
+        struct arena_record *record;
+        uint32_t reason;
+
+        if (found < 0)
+                return REASON_MEMORY;
+        *arena = (uint32_t)found;
+        record = &family->arenas[found];
+        reason = map(mapping_of(*arena), id, memfd);
+        for (uint32_t d = 0; !reason && d < SIDES; d++)
+                if (atomic_load(&arena_view(*arena, slot, d).ring->incarnation) != incarnation)
+                        reason = REASON_CORRUPT;
+        if (!reason) {
+                atomic_fetch_add(&record->connections, 1);
+        } else if (!atomic_load(&record->connections)) {
+                unmap(*arena);
+                atomic_store(&record->id, 0);
+        }
+        return reason;
+}
+
 uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t side, uint32_t slot,
                       uint64_t incarnation, int memfd)
 {
-        struct mapping *mapping;
-        int64_t arena;
-        uint32_t reason;
+        uint32_t arena, reason;
+        enum taken taken;
 
         if (!id || side >= SIDES || slot >= SLOTS || !incarnation)
                 return REASON_CORRUPT;
         if (!make_mappings())
                 return REASON_MEMORY;
-        arena = find_record(id, token, side);
-        if (arena < 0)
-                return REASON_MEMORY;
-        mapping = mapping_of((uint32_t)arena);
-        reason = map(mapping, id, memfd);
-        if (!reason)
-                for (uint32_t d = 0; d < SIDES; d++) {
-                        struct view view = arena_view((uint32_t)arena, slot, d);
-
-                        if (atomic_load(&view.ring->incarnation) != incarnation)
-                                reason = REASON_CORRUPT;
-                }
-        if (reason) {
-                if (!atomic_load(&family->arenas[arena].connections)) {
-                        unmap((uint32_t)arena);
-                        atomic_store(&family->arenas[arena].id, 0);
-                }
-                return reason;
+        taken = lock_take(&family->arenas_lock, self());
+        reason = taken == LOCK_NESTED ? REASON_MEMORY
+                                      : take_slot(id, token, side, slot, incarnation, memfd, &arena);
+        if (!reason) {
+                atomic_store(&mapping_of(arena)->slots[slot], end_number(end) + 1);
+                atomic_store(&end->arena, arena);
+                atomic_store(&end->side, (uint16_t)side);
+                atomic_store(&end->slot, (uint16_t)slot);
+                atomic_store(&end->incarnation, incarnation);
         }
-        atomic_fetch_add(&family->arenas[arena].connections, 1);
-        atomic_store(&mapping->slots[slot], end_number(end) + 1);
-        atomic_store(&end->arena, (uint32_t)arena);
-        atomic_store(&end->side, (uint16_t)side);
-        atomic_store(&end->slot, (uint16_t)slot);
-        atomic_store(&end->incarnation, incarnation);
-        return REASON_NONE;
+        lock_release(&family->arenas_lock, taken);
+        return reason;
 }
 
 void arena_release(struct end *end)
 {
-        uint32_t arena = atomic_load(&end->arena);
+        uint32_t arena = atomic_load(&end->arena), slot = atomic_load(&end->slot) % SLOTS;
         struct arena_record *record = &family->arenas[arena % ARENAS];
-        uint64_t incarnation = atomic_exchange(&end->incarnation, 0);
-        struct mapping *mapping;
+        uint64_t incarnation = atomic_exchange(&end->incarnation, 0), id, token;
+        enum taken taken;
 
         if (!incarnation)
                 return;
         memory_forget(&end->tx);
-        router_release(atomic_load(&record->id), atomic_load(&record->token), atomic_load(&end->slot),
-                       incarnation);
-        if (!mappings)
-                return;
-        mapping = mapping_of(arena);
-        atomic_store(&mapping->slots[atomic_load(&end->slot) % SLOTS], 0);
+        taken = lock_take(&family->arenas_lock, self());
+        id = atomic_load(&record->id);
+        token = atomic_load(&record->token);
+        if (mappings)
+                atomic_store(&mapping_of(arena)->slots[slot], 0);
         if (atomic_fetch_sub(&record->connections, 1) == 1) {
-                unmap(arena);
+                if (mappings)
+                        unmap(arena);
                 atomic_store(&record->id, 0);
         }
+        lock_release(&family->arenas_lock, taken);
+        /* Last: from now on the slot may be another connection's. */
+        router_release(id, token, slot, incarnation);
 }
 
 /* A child shares the arenas, and needs bells of its own: a byte in a bell would wake whichever of the two

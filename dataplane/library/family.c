@@ -289,6 +289,28 @@ void end_alias(int old, int new)
         fd_set_word(new, key);
 }
 
+/* From now on no answer of the router is for this end. One that is just being taken is waited for, unless its
+ * thread has been killed, or is the one that a signal handler interrupted which closes the connection. */
+static void close_stage(struct end *end)
+{
+        enum { LOOKS = 1000, NAPS = 100 };
+        static const struct timespec nap = {.tv_nsec = 1000 * 1000};
+
+        for (int i = 0; i < LOOKS + NAPS; i++) {
+                uint32_t stage = atomic_load(&end->stage);
+
+                if (stage != STAGE_ANSWERED) {
+                        if (atomic_compare_exchange_strong(&end->stage, &stage, STAGE_CLOSED))
+                                return;
+                } else if (i < LOOKS) {
+                        relax();
+                } else {
+                        sys_2(SYS_nanosleep, &nap, 0);
+                }
+        }
+        atomic_store(&end->stage, STAGE_CLOSED);
+}
+
 /* Nobody holds the end any more. Whoever is inside a lock finishes first; whoever comes later sees the
  * generation. */
 static void end_free(struct end *end)
@@ -297,8 +319,8 @@ static void end_free(struct end *end)
         enum taken rx = lock_take(&end->rx.lock, me);
         enum taken tx = lock_take(&end->tx.lock, me);
 
+        close_stage(end);
         arena_release(end);
-        atomic_store(&end->stage, STAGE_CLOSED);
         atomic_fetch_add(&end->generation, 1);
         atomic_store_explicit(&family->next_end, end_number(end), memory_order_relaxed);
         lock_release(&end->tx.lock, tx);

@@ -61,6 +61,7 @@ enum stage {
         STAGE_CLOSED,    /* a socket without a connection yet, or none any more */
         STAGE_CANDIDATE, /* connected, counted */
         STAGE_ASKED,     /* the router knows; no answer yet */
+        STAGE_ANSWERED,  /* a thread takes the answer: until it has done so, the end stays */
         STAGE_REFUSED,   /* it said no: the next call on the connection stops looking at it */
         STAGE_GRANTED,   /* there is a slot; the next call on the connection checks its counters */
         STAGE_ATTACHED,  /* the flows' phases say the rest */
@@ -99,6 +100,7 @@ struct arena_record {
 };
 
 struct family {
+        struct lock arenas_lock; /* an arena with no connection goes, and none gets its first one meanwhile */
         _Atomic uint32_t next_end;
         _Atomic uint32_t next_arena;
         _Atomic uint64_t touched; /* bytes of bulk areas in use by our senders */

@@ -5,20 +5,17 @@
  * The router learns who speaks from the kernel, never from a message. A process speaks over one socket; a
  * child that fork made opens its own, and shows that it inherited an arena by the token that came with it.
  *
- *      library                                 router
+ *      library                                router
  *      HELLO version                  ->
  *                                     <-       WELCOME settings
- *      ASK connection                 ->                            both ends must ask; until then there is
- * no answer
- *                                     <-       GRANT arena, slot (+ memfd, if this process hasn't got the
- * arena)
+ *      ASK connection                 ->       both ends must ask; until then there is no answer
+ *                                     <-       GRANT arena, slot + memfd
  *                                     <-       REFUSE reason
- *      BELL arena, index + eventfd    ->                            no answer; `published` is raised by the
- * library FETCH arena, index             ->
- *                                     <-       RING arena, index (+ socket; without: not known)
- *      RELEASE arena, slot            ->                            this side is done with the slot; no
- * answer NOTE connection, reason        ->                            why a connection stays on TCP, for
- * status; no answer
+ *      BELL arena, index + socket     ->       no answer
+ *      FETCH arena, index             ->
+ *                                     <-       RING arena, index + socket; without: not known
+ *      RELEASE arena, slot            ->       this side is done with the slot; no answer
+ *      NOTE connection, reason        ->       why a connection stays on TCP, for status; no answer
  */
 #ifndef FREEFLOW_PROTOCOL_H
 #define FREEFLOW_PROTOCOL_H

@@ -23,6 +23,7 @@ enum {
         SEND_PATIENCE = 20,   /* ms that what must not be lost waits for room */
         FETCH_PATIENCE = 100, /* ms */
         EAGER_PATIENCE = 3,   /* ms */
+        LONGEST_SPIN = 1000,  /* us */
 };
 
 #define BUILD_ID_SIZE 32
@@ -40,8 +41,7 @@ static struct {
         struct lock lock;
         int fd; /* 1 + descriptor */
         _Atomic uint32_t epoch;
-        _Atomic uint32_t asked; /* answers that may come */
-        uint32_t failed;        /* ticks() of the last failure, 0: none */
+        uint32_t failed; /* ticks() of the last failure, 0: none */
         _Atomic uint32_t looked;
 } router;
 
@@ -64,7 +64,6 @@ static void hang_up(void)
                 close_own(router.fd - 1);
         router.fd = 0;
         router.failed = ticks() | 1;
-        atomic_store(&router.asked, 0);
         atomic_fetch_add(&router.epoch, 1);
 }
 
@@ -214,30 +213,49 @@ bool router_ask(struct end *end, int fd)
         if (atomic_load(&end->stage) == STAGE_CANDIDATE && call() &&
             name_of(fd, SYS_getsockname, &ask.local) && name_of(fd, SYS_getpeername, &ask.remote) &&
             sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_COOKIE, &ask.cookie, &size) == 0) {
+                uint32_t stage = STAGE_CANDIDATE;
+
                 if (is_loopback(&ask.remote) && !process.loopback) {
                         atomic_store(&end->reason, REASON_FOREIGN);
-                        atomic_store(&end->stage, STAGE_REFUSED);
-                } else if (say_with(&ask, sizeof ask, -1, 0) == 0) {
+                        atomic_compare_exchange_strong(&end->stage, &stage, STAGE_REFUSED);
+                } else {
                         atomic_store(&end->cookie, ask.cookie);
                         atomic_store(&end->epoch, atomic_load(&router.epoch));
-                        atomic_store(&end->stage, STAGE_ASKED);
-                        atomic_fetch_add(&router.asked, 1);
-                        statistics_count(&statistics.asked);
-                        asked = true;
+                        asked = atomic_compare_exchange_strong(&end->stage, &stage, STAGE_ASKED) &&
+                                say_with(&ask, sizeof ask, -1, 0) == 0;
+                        stage = STAGE_ASKED;
+                        if (asked)
+                                statistics_count(&statistics.asked);
+                        else
+                                atomic_compare_exchange_strong(&end->stage, &stage, STAGE_CANDIDATE);
                 }
         }
         lock_release(&router.lock, taken);
         return asked;
 }
 
+/* The end that an answer is for, STAGE_ANSWERED; NULL: there is none any more. */
 static struct end *asked_for(uint32_t connection, uint64_t cookie)
 {
         struct end *end = connection < ENDS ? &family->ends[connection] : NULL;
+        uint32_t asked = STAGE_ASKED, answered = STAGE_ANSWERED;
 
-        if (!end || !(atomic_load(&end->generation) & 1) || atomic_load(&end->stage) != STAGE_ASKED ||
-            atomic_load(&end->cookie) != cookie)
+        if (!end || !atomic_compare_exchange_strong(&end->stage, &asked, STAGE_ANSWERED))
                 return NULL;
-        return end;
+        /* Now it stays what it is: but what is it? */
+        if (atomic_load(&end->generation) & 1 && atomic_load(&end->cookie) == cookie)
+                return end;
+        atomic_compare_exchange_strong(&end->stage, &answered, STAGE_ASKED);
+        return NULL;
+}
+
+static void answered(struct end *end, uint32_t reason)
+{
+        uint32_t stage = STAGE_ANSWERED;
+
+        atomic_store(&end->reason, reason);
+        atomic_compare_exchange_strong(&end->stage, &stage, reason ? STAGE_REFUSED : STAGE_GRANTED);
+        statistics_count(reason ? &statistics.refused : &statistics.granted);
 }
 
 static void granted(const struct grant *grant, int memfd)
@@ -251,9 +269,7 @@ static void granted(const struct grant *grant, int memfd)
                 reason = end_held_elsewhere(end) ? REASON_SHARED
                                                  : arena_attach(end, grant->arena, grant->token, grant->side,
                                                                 grant->slot, grant->incarnation, memfd);
-                atomic_store(&end->reason, reason);
-                atomic_store(&end->stage, reason ? STAGE_REFUSED : STAGE_GRANTED);
-                statistics_count(reason ? &statistics.refused : &statistics.granted);
+                answered(end, reason);
         }
         if (reason) {
                 struct release release = {.message = {.kind = RELEASE, .size = sizeof release},
@@ -264,6 +280,25 @@ static void granted(const struct grant *grant, int memfd)
 
                 say_with(&release, sizeof release, -1, SEND_PATIENCE);
         }
+}
+
+static uint32_t at_most(uint32_t value, uint32_t most)
+{
+        return value < most ? value : most;
+}
+
+/* The container's own choice, if its environment has one that is a number. */
+static uint32_t chosen(const char *name, uint32_t given)
+{
+        const char *text = environment(name);
+        uint64_t number = 0;
+
+        for (const char *digit = text; digit && *digit; digit++) {
+                if (*digit < '0' || *digit > '9' || number > UINT32_MAX)
+                        return given;
+                number = number * 10 + (uint64_t)(*digit - '0');
+        }
+        return !text || !*text || number > UINT32_MAX ? given : (uint32_t)number;
 }
 
 static void take(const void *buffer, size_t size, int fd, struct fetched *fetched)
@@ -283,12 +318,14 @@ static void take(const void *buffer, size_t size, int fd, struct fetched *fetche
                         memory_start();
                 settings.welcomed = true;
                 settings.enabled = welcome->enabled;
-                settings.operations = welcome->operations;
-                settings.age = welcome->age;
-                settings.bytes = welcome->bytes;
-                settings.bulk = welcome->bulk;
-                settings.spin = welcome->spin < 1000 ? welcome->spin : 1000;
-                settings.ring_limit = welcome->ring_limit < RING_SIZE ? welcome->ring_limit : RING_SIZE;
+                settings.operations = chosen("FREEFLOW_UPGRADE_OPERATIONS", welcome->operations);
+                settings.age = chosen("FREEFLOW_UPGRADE_AGE", welcome->age);
+                settings.bytes = chosen("FREEFLOW_UPGRADE_BYTES", welcome->bytes);
+                settings.bulk = chosen("FREEFLOW_UPGRADE_BULK", welcome->bulk);
+                settings.spin = at_most(chosen("FREEFLOW_SPIN", welcome->spin), LONGEST_SPIN);
+                /* What the host allows is the most that a container may choose. */
+                settings.ring_limit = at_most(chosen("FREEFLOW_RING_LIMIT", welcome->ring_limit),
+                                              at_most(welcome->ring_limit, RING_SIZE));
                 if (settings.ring_limit < PAGE)
                         settings.ring_limit = PAGE;
                 break;
@@ -302,11 +339,8 @@ static void take(const void *buffer, size_t size, int fd, struct fetched *fetche
                 struct end *end =
                     size == sizeof *refuse ? asked_for(refuse->connection, refuse->cookie) : NULL;
 
-                if (end) {
-                        atomic_store(&end->reason, refuse->reason);
-                        atomic_store(&end->stage, STAGE_REFUSED);
-                        statistics_count(&statistics.refused);
-                }
+                if (end)
+                        answered(end, refuse->reason ? refuse->reason : REASON_OFF);
                 break;
         }
         case RING: {
@@ -490,6 +524,5 @@ void router_forked(void)
                 close_own(router.fd - 1);
         router.fd = 0;
         router.failed = 0;
-        atomic_store(&router.asked, 0);
         atomic_fetch_add(&router.epoch, 1);
 }

@@ -115,7 +115,7 @@ static enum verdict compare(int fd, struct end *end)
         return EXACT;
 }
 
-static void attach(int fd, struct end *end)
+static void attach(int fd, struct end *end, uint64_t key)
 {
         uint32_t reason = REASON_RAW;
         enum taken rx, tx;
@@ -123,7 +123,10 @@ static void attach(int fd, struct end *end)
 
         rx = lock_take(&end->rx.lock, self());
         tx = lock_take(&end->tx.lock, self());
-        verdict = rx == LOCK_NESTED || tx == LOCK_NESTED ? UNSURE : compare(fd, end);
+        verdict = rx == LOCK_NESTED || tx == LOCK_NESTED || !end_is(end, key) ||
+                          atomic_load(&end->stage) != STAGE_GRANTED
+                      ? UNSURE
+                      : compare(fd, end);
         if (verdict == EXACT && !refresh(fd, end)) {
                 verdict = RAW;
                 reason = REASON_OPTION;
@@ -141,7 +144,8 @@ static void attach(int fd, struct end *end)
 
 bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
 {
-        uint32_t operations = atomic_load_explicit(&end->operations, memory_order_relaxed) + 1;
+        uint32_t operations = atomic_load_explicit(&end->operations, memory_order_relaxed) + 1,
+                 asked = STAGE_ASKED;
 
         atomic_store_explicit(&end->operations, operations, memory_order_relaxed);
         switch (atomic_load_explicit(&end->stage, memory_order_relaxed)) {
@@ -155,14 +159,14 @@ bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
                 /* fall through */
         case STAGE_ASKED:
                 if (atomic_load_explicit(&end->epoch, memory_order_relaxed) != router_epoch())
-                        atomic_store(&end->stage, STAGE_CANDIDATE);
+                        atomic_compare_exchange_strong(&end->stage, &asked, STAGE_CANDIDATE);
                 else
                         router_look(end);
                 if (atomic_load(&end->stage) == STAGE_GRANTED)
-                        attach(fd, end);
+                        attach(fd, end, key);
                 break;
         case STAGE_GRANTED:
-                attach(fd, end);
+                attach(fd, end, key);
                 break;
         case STAGE_REFUSED:
                 poller_leave(fd, key);

@@ -40,6 +40,30 @@
 
 extern char **environ;
 
+#ifndef __GLIBC__
+/* musl has none of these calls: what they are tried for is tried with glibc. */
+static inline int epoll_pwait2(int epfd, struct epoll_event *events, int size, const struct timespec *time,
+                               const sigset_t *mask)
+{
+        int ms = time ? (int)(time->tv_sec * 1000 + (time->tv_nsec + 999999) / 1000000) : -1;
+
+        return epoll_pwait(epfd, events, size, ms, mask);
+}
+
+static inline int close_range(unsigned first, unsigned last, int flags)
+{
+        (void)flags;
+        for (unsigned fd = first; fd <= last && fd < 4096; fd++)
+                close((int)fd);
+        return 0;
+}
+
+static inline void closefrom(int first)
+{
+        close_range((unsigned)first, ~0u, 0);
+}
+#endif
+
 struct scenario {
         const char *name;
         void (*server)(int fd);
