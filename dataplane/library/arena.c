@@ -398,21 +398,17 @@ void bell_silence(uint32_t arena, int bell)
                 close_own(word - 1);
 }
 
-/* Who names bells that don't exist makes us ask the router in vain: less and less often. */
+/* Who names bells that don't exist makes us ask the router in vain, and wait for it: less and less often. */
 static int fetch(struct mapping *mapping, const struct arena_record *record, uint32_t side, uint32_t bell)
 {
-        enum { TRIES = 2, LONGEST_PAUSE = 1024 };
-        uint64_t id = atomic_load(&record->id), token = atomic_load(&record->token);
+        enum { FIRST_PAUSE = 64, LONGEST_PAUSE = 4096 };
         uint32_t pause = atomic_load_explicit(&mapping->refused, memory_order_relaxed);
-        int fd = -1;
+        int fd;
 
         if (pause && ticks() - atomic_load_explicit(&mapping->refused_at, memory_order_relaxed) < pause)
                 return -1;
-        /* Of one that is just being made the router may hear after our first question, but not after the
-         * second. */
-        for (int i = 0; i < TRIES && fd < 0; i++)
-                fd = router_fetch(id, token, side, bell);
-        pause = fd >= 0 ? 0 : !pause ? 1 : pause < LONGEST_PAUSE ? pause * 2 : pause;
+        fd = router_fetch(atomic_load(&record->id), atomic_load(&record->token), side, bell);
+        pause = fd >= 0 ? 0 : !pause ? FIRST_PAUSE : pause < LONGEST_PAUSE ? pause * 2 : pause;
         atomic_store_explicit(&mapping->refused, pause, memory_order_relaxed);
         atomic_store_explicit(&mapping->refused_at, ticks(), memory_order_relaxed);
         return fd;

@@ -35,6 +35,8 @@ class Slot:
     ends: list[End | None]
     lost: bool = False
     """The kernel knew neither socket when last asked."""
+    left: bool = False
+    """Both ends were asked to go on over TCP."""
 
 
 @dataclass(slots=True, eq=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from operator import attrgetter
 from pathlib import Path
@@ -92,6 +93,11 @@ class Knowledge:
             self._local[key] = self.networks[network.id]
         for namespace, networks in self._of.items():
             self._of[namespace] = [self.networks[network.id] for network in networks]
+
+    @cached_property
+    def accelerated(self) -> frozenset[tuple[int, IPAddress]]:
+        """Namespaces and the addresses that they have on accelerated networks."""
+        return frozenset(key for key, network in self._local.items() if network.accelerated)
 
     def network_of(self, namespace: int, address: IPAddress) -> Network | None:
         """The network in which the container of this namespace has this address."""

@@ -19,6 +19,7 @@ BULK_OFFSET: Final = 1 << 20
 ARENA_SIZE: Final = BULK_OFFSET + SLOTS * SIDES * RING_SIZE
 
 INCARNATION_OFFSET: Final = 256
+LEAVE_OFFSET: Final = 76
 """Of struct ring."""
 
 HEADER: Final = struct.Struct("=QII")

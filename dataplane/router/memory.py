@@ -6,6 +6,7 @@ written anew before it is used again, for either side can still write there.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -19,6 +20,7 @@ from dataplane.router import layout
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
 _INCARNATION: Final = struct.Struct("=Q")
+_YES: Final = struct.pack("=I", 1)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
@@ -73,6 +75,12 @@ class LinuxMemory:
                 os.pwrite(memory, header, layout.ring_offset(slot, direction))
         except OSError as error:
             raise KernelRefused(f"preparing a slot: {error.strerror}") from error
+
+    def leave(self, memory: int, slot: int) -> None:
+        """Ask both ends to go on over TCP."""
+        for direction in range(layout.SIDES):
+            with contextlib.suppress(OSError):
+                os.pwrite(memory, _YES, layout.ring_offset(slot, direction) + layout.LEAVE_OFFSET)
 
     def reclaim(self, memory: int, slot: int) -> bool:
         """Give the pages of a slot back; false if the kernel can't."""

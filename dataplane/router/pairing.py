@@ -40,7 +40,7 @@ from dataplane.router.wire import (
     Welcome,
 )
 
-FETCH_PATIENCE: Final = 0.05
+FETCH_PATIENCE: Final = 0.01
 """Seconds that a Fetch waits for its bell: bell and fetch come over two sockets, in any order."""
 NOTES: Final = 16384
 """Per container: the oldest are forgotten."""
@@ -86,6 +86,10 @@ class Memory(Protocol):
 
     def prepare(self, memory: int, slot: int, incarnation: int) -> None:
         """Make a slot new: nothing of its last connection is left. Raises KernelRefused."""
+        ...
+
+    def leave(self, memory: int, slot: int) -> None:
+        """Ask both ends of the slot's connection to go on over TCP."""
         ...
 
     def reclaim(self, memory: int, slot: int) -> bool:
@@ -268,7 +272,9 @@ class Pairing:
 
     def learn(self, knowledge: Knowledge) -> None:
         """The driver knows something new: tell those whom it concerns."""
-        self.knowledge = knowledge
+        before, self.knowledge = self.knowledge, knowledge
+        if before.accelerated - knowledge.accelerated:
+            self._part()
         for process in list(self.processes.values()):
             if process.build is None:
                 continue
@@ -279,6 +285,18 @@ class Pairing:
             if network is None or network.id != waiting.network or not network.accelerated:
                 self._forget(waiting)
                 self._refuse(waiting.process, waiting.ask, _why_not(network))
+
+    def _part(self) -> None:
+        """Connections whose containers aren't on an accelerated network any more go on over TCP, where that leads."""
+        for arena in self.arenas.values():
+            for number, slot in arena.slots.items():
+                if slot.left or all(
+                    end is None or (end.namespace, end.local.ip) in self.knowledge.accelerated
+                    for end in slot.ends
+                ):
+                    continue
+                slot.left = True
+                self._memory.leave(arena.memory, number)
 
     def gone(self, process_id: int) -> None:
         """A process has closed its connection: it has ended, or done something wrong."""

@@ -65,6 +65,7 @@ class FakeMemory:
     arenas: set[int] = field(default_factory=set)
     prepared: list[tuple[int, int, int]] = field(default_factory=list)
     reclaimed: list[tuple[int, int]] = field(default_factory=list)
+    left: list[tuple[int, int]] = field(default_factory=list)
     bells: set[int] = field(default_factory=set)
     weight: int = 12288
     refuses: bool = False
@@ -84,6 +85,10 @@ class FakeMemory:
         assert memory in self.arenas
         self.reclaimed.append((memory, slot))
         return True
+
+    def leave(self, memory: int, slot: int) -> None:
+        assert memory in self.arenas
+        self.left.append((memory, slot))
 
     def used(self, memory: int) -> int:
         assert memory in self.arenas

@@ -12,7 +12,7 @@ from dataplane.router.agenda import Agenda
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.pairing import ASK_AGE, EARLY, FETCH_PATIENCE, NOTES, SLOT_AGE
 from dataplane.router.reasons import Reason
-from tests.unit.router_world import AWAY, VIP, World, at, knowledge
+from tests.unit.router_world import AWAY, VIP, World, at, facts, knowledge
 
 
 @pytest.fixture
@@ -126,6 +126,26 @@ def test_a_snapshot_that_contradicts_itself() -> None:
         Knowledge(Learn(endpoints=(endpoint,)))
     with pytest.raises(DataplaneError):
         Knowledge(Learn(networks=(NetworkFact(id="n", vips={"x": ()}),)))
+
+
+def test_a_container_leaves_its_network() -> None:
+    """When a container is disconnected, its connections on that network are told to go on over TCP, once; others aren't."""
+    world = World()
+    a, b, c = world.process(1), world.process(2), world.process(3)
+    world.connect(a, b, 5000)
+    world.connect(a, c, 5001, to=81)
+    (grant, memory), _ = world.heard(a, wire.Grant)
+    whole = facts()
+    part = Learn(
+        endpoints=tuple(each for each in whole.endpoints if each.namespace != 2),
+        networks=whole.networks,
+        settings=whole.settings,
+    )
+    world.pairing.learn(Knowledge(part))
+    world.pairing.learn(Knowledge(part))
+    assert world.memory.left == [(memory, grant.slot)]
+    world.pairing.learn(knowledge(off=True))
+    assert len(world.memory.left) == 2
 
 
 # --- asks

@@ -88,6 +88,7 @@ NUMBERS: Final = {
     "BULK_OFFSET": layout.BULK_OFFSET,
     "ARENA_SIZE": layout.ARENA_SIZE,
     "offsetof(struct ring, incarnation)": layout.INCARNATION_OFFSET,
+    "offsetof(struct ring, leave)": layout.LEAVE_OFFSET,
     "offsetof(struct arena, version)": 8,
     "offsetof(struct arena, size_of_ring)": 12,
     "SLOT_OFFSET + (5 * SIDES + 1) * PAGE": layout.ring_offset(5, 1),
