@@ -8,6 +8,7 @@
 #include "spin.h"
 #include "statistics.h"
 #include "sys.h"
+#include "wait.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -16,9 +17,9 @@
 #include <sys/mman.h>
 
 enum {
-        FEW = 64, /* descriptors of a poll() that fit the stack */
-        ARENAS_AT_ONCE = 16,
-        FIRST_NAP = 1, /* ms */
+        FEW = 64,           /* descriptors of a poll() that fit the stack */
+        LONGEST_BLIND = 16, /* ms, when there is no bell */
+        FIRST_NAP = 1,      /* ms */
         LONGEST_NAP = 1000,
 };
 
@@ -147,9 +148,12 @@ static int look(struct pollfd *fds, nfds_t count)
 /* Bells that a wait over several connections needs: one per arena. */
 struct bells {
         int count;
-        bool all; /* every connection has one that the other side can ring */
-        uint32_t arena[ARENAS_AT_ONCE];
-        int bell[ARENAS_AT_ONCE];
+        bool all;   /* every connection has one that the other side can ring */
+        bool blind; /* for some there is none to be had */
+        struct one_bell {
+                uint32_t arena;
+                int bell;
+        } * of;
 };
 
 static int bell_for(struct bells *bells, uint32_t arena)
@@ -157,19 +161,18 @@ static int bell_for(struct bells *bells, uint32_t arena)
         int bell;
 
         for (int i = 0; i < bells->count; i++)
-                if (bells->arena[i] == arena)
-                        return bells->bell[i];
-        bell = bells->count < ARENAS_AT_ONCE ? bell_take(arena) : -1;
-        if (bell >= 0) {
-                bells->arena[bells->count] = arena;
-                bells->bell[bells->count++] = bell;
-        }
+                if (bells->of[i].arena == arena)
+                        return bells->of[i].bell;
+        bell = bell_take(arena);
+        if (bell >= 0)
+                bells->of[bells->count++] = (struct one_bell){arena, bell};
         return bell;
 }
 
 static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
 {
         bells->all = true;
+        bells->blind = false;
         for (nfds_t i = 0; i < count; i++) {
                 struct end *end;
                 uint32_t arena;
@@ -187,7 +190,9 @@ static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
                 arena = atomic_load(&end->arena);
                 bell = bell_for(bells, arena);
                 if (bell < 0) {
-                        bells->all = false;
+                        bells->blind = true;
+                        if (fds[i].events & (POLLIN | POLLRDNORM))
+                                wait_elsewhere(end);
                         continue;
                 }
                 if (fds[i].events & (POLLIN | POLLRDNORM))
@@ -209,13 +214,14 @@ static void disarm(const struct pollfd *fds, nfds_t count, struct bells *bells)
                 if (!end)
                         continue;
                 for (int b = 0; b < bells->count; b++)
-                        if (bells->arena[b] == atomic_load(&end->arena)) {
-                                wait_end(&end_receives(end).ring->receivers, bells->bell[b]);
-                                wait_end(&end_sends(end).ring->senders, bells->bell[b]);
+                        if (bells->of[b].arena == atomic_load(&end->arena)) {
+                                wait_end(&end_receives(end).ring->receivers, bells->of[b].bell);
+                                wait_end(&end_sends(end).ring->senders, bells->of[b].bell);
+                                break;
                         }
         }
         for (int b = 0; b < bells->count; b++)
-                bell_return(bells->arena[b], bells->bell[b]);
+                bell_return(bells->of[b].arena, bells->of[b].bell);
         bells->count = 0;
 }
 
@@ -285,9 +291,10 @@ static int both(struct pollfd *fds, nfds_t count, const struct pollfd *kernel)
         return found;
 }
 
-/* As ppoll(), with room for `count` + ARENAS_AT_ONCE descriptors in `copy`; timeout in ns, negative: for
- * ever. */
-static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, int64_t timeout, const sigset_t *mask)
+/* As ppoll(), with room for twice `count` descriptors in `copy` and for `count` bells in `of`; timeout in ns,
+ * negative: for ever. */
+static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, struct one_bell *of, int64_t timeout,
+                const sigset_t *mask)
 {
         uint64_t deadline = timeout > 0 ? now() + (uint64_t)timeout : 0;
         int64_t nap = FIRST_NAP * INT64_C(1000000);
@@ -295,7 +302,7 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, int64_t t
         bool spun = false;
 
         for (;;) {
-                struct bells bells = {0};
+                struct bells bells = {.of = of};
                 struct timespec time;
                 int64_t left = timeout;
                 struct end *end;
@@ -329,13 +336,15 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, int64_t t
                 copy_for_kernel(fds, count, copy);
                 for (int b = 0; b < bells.count; b++)
                         copy[count + (nfds_t)b] = (struct pollfd){
-                            .fd = bell_descriptor(bells.arena[b], bells.bell[b]), .events = POLLIN};
+                            .fd = bell_descriptor(bells.of[b].arena, bells.of[b].bell), .events = POLLIN};
                 if (deadline) {
                         uint64_t present = now();
 
                         left = present < deadline ? (int64_t)(deadline - present) : 0;
                 }
-                if (!bells.all && (left < 0 || left > nap)) {
+                if (bells.blind && nap > LONGEST_BLIND * INT64_C(1000000))
+                        nap = LONGEST_BLIND * INT64_C(1000000);
+                if ((!bells.all || bells.blind) && (left < 0 || left > nap)) {
                         left = nap;
                         nap = nap * 2 < LONGEST_NAP * INT64_C(1000000) ? nap * 2
                                                                        : LONGEST_NAP * INT64_C(1000000);
@@ -351,7 +360,7 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, int64_t t
                         spin_slept(&end->rx.spinner, now() - slept);
                 for (int b = 0; b < bells.count; b++)
                         if (got > 0 && copy[count + (nfds_t)b].revents)
-                                bell_silence(bells.arena[b], bells.bell[b]);
+                                bell_silence(bells.of[b].arena, bells.of[b].bell);
                 disarm(fds, count, &bells);
                 if (got < 0)
                         return got;
@@ -453,15 +462,18 @@ static enum interest interest_in(const struct pollfd *fds, nfds_t count)
 
 static int wait_with_room(struct pollfd *fds, nfds_t count, int64_t timeout, const sigset_t *mask)
 {
-        struct pollfd few[FEW + ARENAS_AT_ONCE], *copy = few;
+        struct pollfd few[2 * FEW], *copy = few;
+        struct one_bell few_bells[FEW], *of = few_bells;
         struct room own;
         int found;
 
-        if (count > FEW)
-                copy = take_room(0, (count + ARENAS_AT_ONCE) * sizeof *few, &own);
+        if (count > FEW) {
+                copy = take_room(0, count * (2 * sizeof *copy + sizeof *of), &own);
+                of = (struct one_bell *)(void *)(copy + 2 * count);
+        }
         if (!copy)
                 return -1;
-        found = wait(fds, count, copy, timeout, mask);
+        found = wait(fds, count, copy, of, timeout, mask);
         if (count > FEW)
                 give_room(0, &own);
         return found;

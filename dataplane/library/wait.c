@@ -79,6 +79,8 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
         bell = bell_take(arena);
         if (bell >= 0)
                 polled[1].fd = bell_descriptor(arena, bell);
+        else if (want == WANT_BYTES)
+                wait_elsewhere(end);
         signals_prepare(&signals);
         if (signals.mixed)
                 polled[2].fd = signals.fd;

@@ -3,6 +3,7 @@
 #ifndef FREEFLOW_WAIT_H
 #define FREEFLOW_WAIT_H
 
+#include "arena.h"
 #include "family.h"
 
 enum want { WANT_BYTES, WANT_SPACE };
@@ -11,5 +12,12 @@ enum want { WANT_BYTES, WANT_SPACE };
  * passed). `deadline`: 0 before the first wait of a call; kept by the caller. `news`: set when TCP has
  * something. */
 int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *deadline, bool *news);
+
+/* There is no bell for a reader: it looks now and then, until the sender has gone back to TCP, where the
+ * kernel wakes. */
+static inline void wait_elsewhere(struct end *end)
+{
+        atomic_store(&end_receives(end).ring->leave, 1);
+}
 
 #endif
