@@ -494,10 +494,12 @@ static long look_behind_ring(int fd, struct end *end, const struct view *view, b
         if (over) {
                 uint64_t head = atomic_load_explicit(&flow->edge, memory_order_relaxed);
 
-                if (over - 1 < head)
+                /* What was put in before the end is visible with it. */
+                if (ring_ready(flow, view))
+                        return -EINPROGRESS;
+                if (over - 1 != head)
                         return -EPROTO;
-                if (over - 1 == head)
-                        atomic_store_explicit(&flow->phase, PHASE_OVER, memory_order_relaxed);
+                atomic_store_explicit(&flow->phase, PHASE_OVER, memory_order_relaxed);
                 return -EINPROGRESS;
         }
         if (!news && atomic_load_explicit(&flow->checked, memory_order_relaxed) == stamp)

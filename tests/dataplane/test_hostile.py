@@ -10,6 +10,8 @@ import contextlib
 import mmap
 import os
 import random
+import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -99,7 +101,7 @@ def hurt(chance: random.Random, memory: mmap.mmap, rings: tuple[Ring, Ring]) -> 
 
 
 @contextlib.contextmanager
-def granted(made: Bed) -> Iterator[tuple[object, mmap.mmap, tuple[Ring, Ring]]]:
+def granted(made: Bed) -> Iterator[tuple[socket.socket, mmap.mmap, tuple[Ring, Ring]]]:
     """A connection of the hostile container to the server, its arena, and its rings: sent into, received from."""
     container = made.containers["stranger"]
     tcp = dial(container.namespace, str(made.containers["server"].ipv4), PORT)
@@ -126,27 +128,31 @@ def granted(made: Bed) -> Iterator[tuple[object, mmap.mmap, tuple[Ring, Ring]]]:
         tcp.close()
 
 
+def begin(tcp: socket.socket, memory: mmap.mmap, sends: Ring, receives: Ring) -> None:
+    """As a library does: ready to receive through the ring, and the first bytes sent through the other."""
+    receives.put_half(READY, 1)
+    for _ in range(4):
+        tcp.sendall(b"more")
+        time.sleep(0.002)
+    # 12 exchanges of 5 bytes and these have gone over TCP.
+    sends.put(START, 12 * 5 + 4 * 4 + 1)
+    memory[sends.offset + FIRST_BYTES : sends.offset + FIRST_BYTES + 5] = b"bytes"
+    sends.put(TAIL, 5)
+
+
 def attack(made: Bed, chance: random.Random, seconds: float) -> None:
     """One connection, from good behaviour to nonsense."""
     with granted(made) as (tcp, memory, rings):
-        sends, receives = rings
-        receives.put_half(READY, 1)
-        for _ in range(4):
-            tcp.sendall(b"more")  # type: ignore[attr-defined]
-            time.sleep(0.002)
-        if chance.random() < 0.7:
-            # As a sender does: 4 * 5 bytes of the first exchanges and those of the last have gone over TCP.
-            sends.put(START, 12 * 5 + 4 * 4 + 1)
-            memory[sends.offset + FIRST_BYTES : sends.offset + FIRST_BYTES + 5] = b"bytes"
-            sends.put(TAIL, 5)
+        if chance.random() < 0.8:
+            begin(tcp, memory, *rings)
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             for _ in range(chance.randrange(1, 60)):
                 hurt(chance, memory, rings)
             if chance.random() < 0.3:
                 with contextlib.suppress(OSError):
-                    tcp.setblocking(False)  # type: ignore[attr-defined]
-                    tcp.send(b"x")  # type: ignore[attr-defined]
+                    tcp.setblocking(False)
+                    tcp.send(b"x")
             time.sleep(chance.choice((0, 0, 0.001)))
 
 
@@ -156,15 +162,13 @@ def processor_time(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.parametrize("way", ["threads", "select", "poll", "epoll"])
-def test_nonsense_in_shared_memory(way: str) -> None:
-    """The program serves others rightly all the while, lives, and rests when the hostile one has gone."""
+@contextlib.contextmanager
+def served(way: str) -> Iterator[tuple[Bed, subprocess.Popen[str], subprocess.Popen[str]]]:
+    """An echo server that waits so, and an honest client of it, which must be right to the end."""
     if missing := missing_tools():
         pytest.skip(f"missing: {missing}")
     if not LIBRARY.exists():
         pytest.skip(f"missing: {LIBRARY} (make library)")
-    seed = int.from_bytes(os.urandom(4), "big")
-    chance = random.Random(seed)
     settings = Settings(rule=Rule(operations=2, age=0))
     with bed("server", "client", "stranger", library=LIBRARY, settings=settings) as made:
         address = [str(made.containers["server"].ipv4), str(PORT)]
@@ -181,18 +185,75 @@ def test_nonsense_in_shared_memory(way: str) -> None:
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            until, attacks = time.monotonic() + SECONDS, 0
-            while time.monotonic() < until:
-                attack(made, chance, chance.uniform(0.02, 0.3))
-                attacks += 1
-                assert server.poll() is None, (seed, attacks)
-                assert honest.poll() is None, (seed, attacks, honest.communicate()[0])
-            said = honest.communicate("", timeout=30)[0]
-            assert int(said) > 50, (seed, said)
-            assert attacks > 5, seed
-            before = processor_time(server.pid)
-            time.sleep(1)
-            assert processor_time(server.pid) - before < 0.3, seed
+            try:
+                yield made, server, honest
+                said = honest.communicate("", timeout=30)[0]
+                assert int(said) > 20, said
+            finally:
+                if honest.poll() is None:
+                    honest.kill()
+                    honest.communicate()
         finally:
             server.kill()
             server.communicate()
+
+
+def rests(server: subprocess.Popen[str]) -> bool:
+    """Whether it uses little processor time now."""
+    before = processor_time(server.pid)
+    time.sleep(1)
+    return processor_time(server.pid) - before < 0.3
+
+
+@pytest.mark.parametrize("way", ["threads", "select", "poll", "epoll"])
+def test_nonsense_in_shared_memory(way: str) -> None:
+    """The program serves others rightly all the while, lives, and rests when the hostile one has gone."""
+    seed = int.from_bytes(os.urandom(4), "big")
+    chance = random.Random(seed)
+    with served(way) as (made, server, honest):
+        until, attacks = time.monotonic() + SECONDS, 0
+        while time.monotonic() < until:
+            attack(made, chance, chance.uniform(0.02, 0.3))
+            attacks += 1
+            assert server.poll() is None, (seed, attacks)
+            assert honest.poll() is None, (seed, attacks, honest.communicate()[0])
+        assert attacks > 5, seed
+        said = honest.communicate("", timeout=30)[0]
+        assert int(said) > 20, (seed, said)
+        assert rests(server), seed
+
+
+FAR: Final = 1 << 40
+WRONG: Final = {
+    "an end that isn't reached": ("sends", END, 1000),
+    "an end in the past": ("sends", END, 0),
+    "bytes that aren't there": ("sends", TAIL, 4096),
+    "more bytes than a ring has": ("sends", TAIL, FAR),
+    "fewer bytes than were taken": ("sends", TAIL, -1),
+    "another beginning": ("sends", BASE, 12345),
+    "more taken than was put": ("receives", HEAD, 10),
+    "less taken than before": ("receives", HEAD, -1),
+    "space that never comes": ("receives", HEAD, -layout.RING_SIZE),
+}
+
+
+@pytest.mark.parametrize("way", ["threads", "epoll"])
+def test_one_wrong_word(way: str) -> None:
+    """Each word that is wrong and stays so, with the connection left open: the program rests, and serves others."""
+    with served(way) as (made, server, honest), contextlib.ExitStack() as stack:
+        for side, offset, by in WRONG.values():
+            tcp, memory, (sends, receives) = stack.enter_context(granted(made))
+            begin(tcp, memory, sends, receives)
+            ring = sends if side == "sends" else receives
+            time.sleep(0.05)
+            base = ring.word(HEAD) + 1 if offset == END else ring.word(offset)
+            ring.put(offset, base + by)
+            with contextlib.suppress(OSError):
+                tcp.send(b"x")
+        time.sleep(0.3)
+        honest.send_signal(signal.SIGSTOP)
+        try:
+            assert rests(server)
+        finally:
+            honest.send_signal(signal.SIGCONT)
+        assert server.poll() is None

@@ -173,6 +173,12 @@ def address(host: Host, container: str, network: str) -> str:
     return text.strip()
 
 
+LIBRARY = (
+    *("--mount", "type=bind,src=/run/freeflow,dst=/run/freeflow"),
+    *("--env", "LD_PRELOAD=/run/freeflow/libfreeflow.so"),
+)
+"""Options of a container, or of a service, that is to be accelerated."""
+
 NGINX = "hostname > /var/www/html/index.html; exec nginx -g 'daemon off;'"
 REDIS = "exec redis-server --protected-mode no --bind 0.0.0.0 --save ''"
 

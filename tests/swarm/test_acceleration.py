@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from tests.swarm.conftest import (
+    LIBRARY,
     NGINX,
     REDIS,
     address,
@@ -17,15 +18,10 @@ from tests.swarm.conftest import (
     run_container,
     wait_running,
 )
-from tests.swarm.test_comeback import is_up
 from tests.swarm.test_services import LOAD
 from tests.testbed import Bed, Host, wait_until
 from tests.testbed.host import PLUGIN
 
-LIBRARY = (
-    *("--mount", "type=bind,src=/run/freeflow,dst=/run/freeflow"),
-    *("--env", "LD_PRELOAD=/run/freeflow/libfreeflow.so"),
-)
 FILE = "head -c 5000000 /dev/urandom > /var/www/html/file; "
 DIGEST = "curl -sf -m 20 http://{0}/file http://{0}/file http://{0}/file | sha256sum"
 
@@ -219,26 +215,3 @@ def test_a_container_is_disconnected(manager: Host) -> None:
     before = int(count().strip().rpartition(":")[2])
     time.sleep(1)
     assert int(count().strip().rpartition(":")[2]) - before < 5
-
-
-def answers(host: Host, client: str, target: str) -> bool:
-    """Whether redis does."""
-    return "PONG" in host.exec(client, "redis-cli", "-h", target, "ping", check=False)
-
-
-def test_after_a_reboot(bed: Bed, manager: Host) -> None:
-    """Accelerated containers with a restart policy come back with their host, on old and new engines, and are accelerated."""
-    network = make_network(manager)
-    for host in (bed.hosts[1], bed.hosts[2]):
-        server = run_container(host, network, *LIBRARY, "--restart", "always", command=REDIS)
-        client = run_container(host, network, *LIBRARY, "--restart", "always")
-        host.reboot()
-        for box in (server, client):
-            wait_until(f"{box} to be up", partial(is_up, (host, box, network)), 90)
-        wait_until("the plugin", partial(plugin_answers, host), 30)
-        target = wait_until("an address", partial(address, host, server, network), 20)
-        wait_until("redis", partial(answers, host, client, target), 30)
-        file = talk(host, client, target, 5)
-        wait_until("shared memory", partial(on_shm, host, client), 5, 0.1)
-        assert verdict(host, client, file).startswith("right")
-    bed.wait_plugin_reported()

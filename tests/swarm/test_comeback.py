@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address, IPv6Network
 from pathlib import Path
 
-from tests.swarm.conftest import address, make_network, plugin_answers, run_container
+from tests.swarm.conftest import LIBRARY, address, make_network, plugin_answers, run_container
 from tests.testbed import Bed, Host, wait_until
 from tests.testbed.host import PLUGIN
 
@@ -20,7 +20,7 @@ def _network(manager: Host) -> str:
 
 
 def _lasting(host: Host, network: str) -> Box:
-    return host, run_container(host, network, "--restart", "always"), network
+    return host, run_container(host, network, *LIBRARY, "--restart", "always"), network
 
 
 def _reaches(near: Box, far: Box) -> bool:
@@ -36,8 +36,7 @@ def _reaches(near: Box, far: Box) -> bool:
     )
 
 
-def is_up(box: Box) -> bool:
-    """Whether Docker has brought it back."""
+def _is_up(box: Box) -> bool:
     host, name, _ = box
     state = host.inspect("inspect", name)["State"]
     if "attaching to network failed" in state["Error"]:
@@ -54,7 +53,7 @@ def _links(host: Host) -> list[str]:
 
 def test_containers_come_back_after_a_reboot(bed: Bed, manager: Host) -> None:
     """A container with a restart policy is back after its host's reboot, on every engine, reaches other hosts and is
-    reached, and the host has no link of before."""
+    reached, can be accelerated, and the host has no link of before."""
     network = _network(manager)
     boxes = {host.name: _lasting(host, network) for host in bed.hosts}
     own = boxes[manager.name]
@@ -62,7 +61,7 @@ def test_containers_come_back_after_a_reboot(bed: Bed, manager: Host) -> None:
         box = boxes[host.name]
         wait_until("the others", lambda b=box: _reaches(b, own), 15)  # type: ignore[misc]
         host.reboot()
-        wait_until(f"{box[1]} to be up", lambda b=box: is_up(b), 90)  # type: ignore[misc]
+        wait_until(f"{box[1]} to be up", lambda b=box: _is_up(b), 90)  # type: ignore[misc]
         for near, far in ((box, own), (own, box)):
             wait_until(
                 f"{far[0].name} from {near[0].name}",
@@ -71,6 +70,9 @@ def test_containers_come_back_after_a_reboot(bed: Bed, manager: Host) -> None:
                 0.5,
             )
         wait_until("one link", lambda h=host: len(_links(h)) == 1, 30)  # type: ignore[misc]
+        # What it mounts is the folder of the plugin that runs now, and its programs load the library.
+        host.exec(box[1], "test", "-S", "/run/freeflow/router.sock")
+        assert "libfreeflow.so" in host.exec(box[1], "cat", "/proc/self/maps")
         # While it starts, the engine doesn't answer the plugin, and the verdict says so until the next look.
         wait_until("a healthy verdict", lambda h=host: h.status()["healthy"], 30)  # type: ignore[misc]
     bed.wait_plugin_reported()
