@@ -12,6 +12,7 @@ import pytest
 
 from tests.testbed import Bed, Host, wait_until
 from tests.testbed.images import WORKLOAD_IMAGE
+from tests.testbed.process import CommandError
 
 PLUGIN = Path(__file__).resolve().parents[2] / "build/plugin"
 ENGINES = ("28.5", "20.10", "26.1", "28.5")
@@ -153,10 +154,16 @@ def make_network(host: Host, *options: str, driver: str = "freeflow:latest") -> 
 def run_container(host: Host, network: str, *options: str, command: str = "sleep infinity") -> str:
     """A container of the workload image on a network; returns its name."""
     name = unique("box")
-    host.docker(
-        *("run", "-d", "--init", "--name", name, "--network", network, *options, WORKLOAD_IMAGE),
-        *("sh", "-c", command),
-    )
+    try:
+        host.docker(
+            *("run", "-d", "--init", "--name", name, "--network", network, *options),
+            *(WORKLOAD_IMAGE, "sh", "-c", command),
+        )
+    except CommandError as error:
+        # The Swarm sometimes takes longer to attach a container than the engine waits, on `overlay` too.
+        if "attaching to network failed" not in str(error):
+            raise
+        host.docker("start", name)
     return name
 
 
