@@ -205,7 +205,8 @@ def test_bells(pair: Pair) -> None:
     pair.one.say(wire.Bell(7, grant.arena, grant.token, grant.side), sending.fileno())
     ring, theirs = pair.other.hear(wire.Ring)
     assert (ring.index, ring.side) == (7, grant.side)
-    if theirs is None:  # this machine took longer than the router waits: asked again, as the library does
+    if theirs is None:
+        # This machine took longer than the router waits: asked again, as the library does.
         pair.other.say(wire.Fetch(7, answer.arena, answer.token, grant.side))
         ring, theirs = pair.other.hear(wire.Ring)
         assert (ring.index, ring.side) == (7, grant.side)
