@@ -266,8 +266,9 @@ static void copy_for_kernel(const struct pollfd *fds, nfds_t count, struct pollf
                 struct end *end = fds[i].fd < 0 ? NULL : ring_end(fds[i].fd);
 
                 copy[i] = (struct pollfd){.fd = fds[i].fd, .events = fds[i].events};
-                if (end && atomic_load(&end->tx.phase) == PHASE_RING)
-                        copy[i].events &= (short)~(POLLOUT | POLLWRNORM);
+                if (end && copy[i].events & (POLLOUT | POLLWRNORM) &&
+                    atomic_load(&end->tx.phase) == PHASE_RING)
+                        copy[i].events = (short)((copy[i].events & ~(POLLOUT | POLLWRNORM)) | POLLRDHUP);
         }
 }
 
@@ -278,11 +279,18 @@ static int both(struct pollfd *fds, nfds_t count, const struct pollfd *kernel)
         bool news = false;
 
         for (nfds_t i = 0; i < count; i++) {
+                const short out = fds[i].events & (POLLOUT | POLLWRNORM);
                 short more = kernel[i].revents;
 
                 /* An instance of ours may only have had a bell: epoll_wait() would tell. */
                 if (more && fds[i].fd >= 0 && ring_end(fds[i].fd))
                         news = true;
+                /* A peer that has closed its side may never read the ring: the next send goes back to TCP,
+                 * where there is room, or an error. */
+                if (more & POLLRDHUP && out && !(kernel[i].events & out))
+                        more |= out;
+                if (!(fds[i].events & POLLRDHUP))
+                        more &= (short)~POLLRDHUP;
                 fds[i].revents |= more;
                 found += fds[i].revents != 0;
         }

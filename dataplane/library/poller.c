@@ -698,6 +698,10 @@ static uint32_t look_at_tcp(struct registration *r, struct end *end)
                 true_now = (uint32_t)(uint16_t)polled.revents;
                 r->kernel &= true_now | lasting | (in ? 0u : EPOLLIN | EPOLLRDNORM);
         }
+        /* A peer that has closed its side may never read the ring: the next send goes back to TCP, where
+         * there is room, or an error. */
+        if (!out && r->kernel & EPOLLRDHUP)
+                return (r->kernel & wanted) | (r->events & (EPOLLOUT | EPOLLWRNORM));
         return r->kernel & wanted;
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.dataplane.places import Places
 
 
@@ -43,6 +45,12 @@ def test_killed_holder(both: Places) -> None:
 def test_killed(both: Places) -> None:
     """What a process wrote before SIGKILL arrives, then the end, then EPIPE, though one waits in read."""
     both.play("ends", "killed_whole")
+
+
+@pytest.mark.parametrize("means", ["poll", "select", "epoll", "edge", "nested"])
+def test_killed_reader(both: Places, means: str) -> None:
+    """Who waits for room hears of it when the only reader is killed."""
+    both.play("ends", f"{means}_without_reader")
 
 
 def test_reset_by_linger(both: Places) -> None:

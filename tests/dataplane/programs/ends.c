@@ -135,6 +135,96 @@ static void outlive(int fd)
         CHECK(pipes == 1);
 }
 
+static void be_killed_unread(int fd)
+{
+        int status;
+        pid_t child = fork();
+
+        CHECK(child >= 0);
+        if (!child) {
+                nap(300);
+                kill(getpid(), SIGKILL);
+        }
+        close(fd);
+        CHECK(waitpid(child, &status, 0) == child);
+}
+
+static int poll_for_room(int fd, int timeout)
+{
+        return ready(fd, POLLOUT, timeout) != 0;
+}
+
+static int select_for_room(int fd, int timeout)
+{
+        struct timeval time = {timeout / 1000, timeout % 1000 * 1000};
+        fd_set set;
+
+        FD_ZERO(&set);
+        FD_SET(fd, &set);
+        return select(fd + 1, NULL, &set, NULL, &time);
+}
+
+static int instance_for_room;
+
+static int epoll_for_room(int fd, int timeout)
+{
+        struct epoll_event event;
+
+        (void)fd;
+        return epoll_wait(instance_for_room, &event, 1, timeout);
+}
+
+static int nested_for_room(int fd, int timeout)
+{
+        (void)fd;
+        return ready(instance_for_room, POLLIN, timeout) != 0;
+}
+
+/* Who waits for room hears of it when nobody is left that would make some. */
+static void see_no_reader(int fd, int (*wait)(int fd, int timeout), uint32_t flags)
+{
+        static char bytes[65536];
+        struct epoll_event event = {.events = EPOLLOUT | flags};
+        double end = clock_now() + 10;
+        ssize_t sent;
+
+        instance_for_room = epoll_create1(0);
+        CHECK(epoll_ctl(instance_for_room, EPOLL_CTL_ADD, fd, &event) == 0);
+        CHECK(fcntl(fd, F_SETFL, O_NONBLOCK) == 0);
+        do {
+                while ((sent = send(fd, bytes, sizeof bytes, MSG_NOSIGNAL)) > 0)
+                        ;
+                CHECK(sent == -1 && (errno == EAGAIN || errno == ECONNRESET || errno == EPIPE));
+                CHECK(errno != EAGAIN || wait(fd, 10000) == 1);
+        } while (errno == EAGAIN && clock_now() < end);
+        CHECK(send(fd, bytes, 1, MSG_NOSIGNAL) == -1 && errno == EPIPE);
+}
+
+static void poll_without_reader(int fd)
+{
+        see_no_reader(fd, poll_for_room, 0);
+}
+
+static void select_without_reader(int fd)
+{
+        see_no_reader(fd, select_for_room, 0);
+}
+
+static void epoll_without_reader(int fd)
+{
+        see_no_reader(fd, epoll_for_room, 0);
+}
+
+static void edge_without_reader(int fd)
+{
+        see_no_reader(fd, epoll_for_room, EPOLLET);
+}
+
+static void nested_without_reader(int fd)
+{
+        see_no_reader(fd, nested_for_room, 0);
+}
+
 static void *end_by_signal(void *unused)
 {
         (void)unused;
@@ -254,6 +344,11 @@ int main(int count, char **arguments)
             {"shut_read", get_still, shut_read, false},
             {"killed", be_killed, outlive, false},
             {"killed_whole", be_killed_whole, outlive, false},
+            {"poll_without_reader", be_killed_unread, poll_without_reader, false},
+            {"select_without_reader", be_killed_unread, select_without_reader, false},
+            {"epoll_without_reader", be_killed_unread, epoll_without_reader, false},
+            {"edge_without_reader", be_killed_unread, edge_without_reader, false},
+            {"nested_without_reader", be_killed_unread, nested_without_reader, false},
             {"reset_by_linger", reset_by_linger, see_reset, false},
             {"reset_by_unread", close_unread, see_reset, false},
             {"reset_by_exit", exit_unread, see_reset, false},
