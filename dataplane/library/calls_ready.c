@@ -145,6 +145,20 @@ static int look(struct pollfd *fds, nfds_t count)
         return found;
 }
 
+/* The ring says all that there is to say of these descriptors. */
+static bool is_all(const struct pollfd *fds, nfds_t count, int found)
+{
+        if ((nfds_t)found != count)
+                return false;
+        for (nfds_t i = 0; i < count; i++) {
+                struct end *end = ring_end(fds[i].fd);
+
+                if (end && ready_end(end))
+                        return false;
+        }
+        return true;
+}
+
 /* Bells that a wait over several connections needs: one per arena. */
 struct bells {
         int count;
@@ -325,7 +339,7 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, struct on
                         }
                 }
                 if (found || !timeout) {
-                        if ((nfds_t)found == count)
+                        if (is_all(fds, count, found))
                                 return found;
                         copy_for_kernel(fds, count, copy);
                         got = real()->ppoll(copy, count, &at_once, mask);

@@ -132,6 +132,12 @@ CALL int shutdown(int fd, int how)
         outcome = real()->shutdown(fd, how);
         if (outcome == 0)
                 atomic_fetch_or(&end->shut, how == SHUT_RD ? 1u : how == SHUT_WR ? 2u : 3u);
+        /* Not only the kernel says so: see upgrade_close(). */
+        if (outcome == 0 && how != SHUT_RD && taken == LOCK_TAKEN && end_is(end, key) &&
+            atomic_load(&end->tx.phase) == PHASE_RING) {
+                upgrade_end_ring(end);
+                poller_sender_changed(end);
+        }
         lock_release(&end->tx.lock, taken);
         return outcome;
 }

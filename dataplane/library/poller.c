@@ -17,9 +17,10 @@
 enum {
         POLLERS = 4096,
         REGISTRATIONS = 1 << 18,
-        SHARE = 8,     /* calls that find ring events before the kernel is asked in between */
-        QUIET = 64,    /* looks without an event before a registration is armed */
-        FIRST_NAP = 1, /* ms, while a bell isn't known to the other side: doubled each time */
+        LOOKED_AT = 64, /* arenas whose bells are looked at without the kernel */
+        SHARE = 8,      /* calls that find ring events before the kernel is asked in between */
+        QUIET = 64,     /* looks without an event before a registration is armed */
+        FIRST_NAP = 1,  /* ms, while a bell isn't known to the other side: doubled each time */
         LONGEST_NAP = 1000,
         BATCH = 64,
         FULL_BELL =
@@ -675,6 +676,16 @@ void poller_closed(int fd)
 
 /* --- waiting --- */
 
+static uint32_t now_of_tcp(int fd, short events)
+{
+        struct pollfd polled = {.fd = fd, .events = events};
+        struct timespec at_once = {0};
+
+        sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0);
+        /* poll's bits are epoll's. */
+        return (uint32_t)(uint16_t)polled.revents;
+}
+
 /* What TCP has for a registration. What may have passed since the kernel reported it is looked at again. */
 static uint32_t look_at_tcp(struct registration *r, struct end *end)
 {
@@ -683,19 +694,16 @@ static uint32_t look_at_tcp(struct registration *r, struct end *end)
         bool out = atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_RING;
         uint32_t wanted = r->events | EPOLLERR | EPOLLHUP, passing;
 
+        if (__builtin_expect(ready_end(end), 0) && !(r->kernel & EPOLLRDHUP))
+                r->kernel |= now_of_tcp(r->fd, POLLRDHUP);
         if (__builtin_expect(!r->kernel, 1))
                 return 0;
         if (!out)
                 r->kernel &= ~(uint32_t)(EPOLLOUT | EPOLLWRNORM);
         passing = r->kernel & wanted & ~lasting & ~(uint32_t)(in ? 0 : EPOLLIN | EPOLLRDNORM);
         if (passing) {
-                struct pollfd polled = {.fd = r->fd, .events = POLLIN | POLLOUT | POLLPRI};
-                struct timespec at_once = {0};
-                uint32_t true_now;
+                uint32_t true_now = now_of_tcp(r->fd, POLLIN | POLLOUT | POLLPRI);
 
-                sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0);
-                /* poll's bits are epoll's. */
-                true_now = (uint32_t)(uint16_t)polled.revents;
                 r->kernel &= true_now | lasting | (in ? 0u : EPOLLIN | EPOLLRDNORM);
         }
         /* A peer that has closed its side may never read the ring: the next send goes back to TCP, where
@@ -739,12 +747,67 @@ static uint32_t look(struct registration *r, struct end *end, bool take)
 
 static bool arm_one(struct poller *poller, struct registration *r, struct end *end);
 
+/* Slots in which something happened, as the other side says. */
+static _Atomic uint64_t *dirty_slots(uint32_t arena, int bell)
+{
+        return &arena_header(mapping_of(arena))
+                    ->sides[atomic_load(&family->arenas[arena].side) % SIDES]
+                    .dirty[bell];
+}
+
+/* A registration of another poller may change meanwhile; one of ours can't. */
+static void arouse(struct poller *poller, struct registration *r, uint32_t number)
+{
+        if (&pollers[atomic_load_explicit(&r->poller, memory_order_relaxed)] == poller &&
+            (uint32_t)r->key == number && r->state == STATE_ARMED)
+                activate(poller, r);
+}
+
+/* What a bell of ours has been rung for is looked at again. */
+static void attend(struct poller *poller, uint32_t arena, int bell)
+{
+        uint64_t dirty = atomic_exchange(dirty_slots(arena, bell), 0);
+
+        for (; dirty; dirty &= dirty - 1) {
+                uint32_t number = atomic_load(&mapping_of(arena)->slots[__builtin_ctzll(dirty)]), i;
+
+                if (!number)
+                        continue;
+                i = atomic_load_explicit(&only[number - 1], memory_order_relaxed);
+                if (i && i != SEVERAL) {
+                        arouse(poller, &registrations[i - 1], number);
+                } else if (i) {
+                        /* Chains are looked at under the lock that comes before ours. */
+                        atomic_fetch_or(dirty_slots(arena, bell), dirty & -dirty);
+                        poller->late = true;
+                }
+        }
+}
+
+/* The bells themselves are the kernel's, which is asked rarely while rings are busy. What was said on an idle
+ * connection before what is said on a busy one is found here. */
+static void attend_all(struct poller *poller)
+{
+        uint32_t high = atomic_load_explicit(&family->next_arena, memory_order_relaxed);
+
+        for (uint32_t arena = 0; poller->bells && arena < high && arena < LOOKED_AT; arena++) {
+                uint64_t word = poller->bells[arena];
+
+                if (word &&
+                    atomic_load_explicit(dirty_slots(arena, (int)(word & 511) - 1), memory_order_relaxed) &&
+                    bell_of(poller, arena) >= 0)
+                        attend(poller, arena, bell_of(poller, arena));
+        }
+}
+
 /* Ring events of the active registrations. Under the poller's lock. */
 static int harvest(struct poller *poller, struct epoll_event *events, int size, bool spinning)
 {
-        uint32_t i = poller->active, last = NONE;
+        uint32_t i, last = NONE;
         int count = 0;
 
+        attend_all(poller);
+        i = poller->active;
         while (i != NONE && count < size) {
                 struct registration *r = &registrations[i];
                 struct end *end = end_of_registration(r);
@@ -835,28 +898,11 @@ static bool arm(struct poller *poller)
         return found;
 }
 
-/* Slots in which something happened, as the other side says. */
-static _Atomic uint64_t *dirty_slots(uint32_t arena, int bell)
-{
-        return &arena_header(mapping_of(arena))
-                    ->sides[atomic_load(&family->arenas[arena].side) % SIDES]
-                    .dirty[bell];
-}
-
-/* A registration of another poller may change meanwhile; one of ours can't. */
-static void arouse(struct poller *poller, struct registration *r, uint32_t number)
-{
-        if (&pollers[atomic_load_explicit(&r->poller, memory_order_relaxed)] == poller &&
-            (uint32_t)r->key == number && r->state == STATE_ARMED)
-                activate(poller, r);
-}
-
-/* A bell of ours rang: what it is for is looked at again. */
+/* A bell of ours rang. */
 static void answer(struct poller *poller, uint32_t arena, int bell, uint32_t events)
 {
         struct mapping *mapping = mapping_of(arena);
         int fd = bell_descriptor(arena, bell);
-        uint64_t dirty;
 
         if (fd < 0)
                 return;
@@ -867,24 +913,10 @@ static void answer(struct poller *poller, uint32_t arena, int bell, uint32_t eve
                 atomic_store_explicit(&mapping->armed[bell], 0, memory_order_relaxed);
                 bell_silence(arena, bell);
         }
-        dirty = atomic_exchange(dirty_slots(arena, bell), 0);
-        for (; dirty; dirty &= dirty - 1) {
-                uint32_t number = atomic_load(&mapping->slots[__builtin_ctzll(dirty)]), i;
-
-                if (!number)
-                        continue;
-                i = atomic_load_explicit(&only[number - 1], memory_order_relaxed);
-                if (i && i != SEVERAL) {
-                        arouse(poller, &registrations[i - 1], number);
-                } else if (i) {
-                        /* Chains are looked at under the lock that comes before ours. */
-                        atomic_fetch_or(dirty_slots(arena, bell), dirty & -dirty);
-                        poller->late = true;
-                }
-        }
+        attend(poller, arena, bell);
 }
 
-/* What answer() has left: under both locks. */
+/* What attend() has left: under both locks. */
 static void answer_late(struct poller *poller)
 {
         uint32_t high = atomic_load(&family->next_arena);
@@ -1084,11 +1116,11 @@ static int collect(struct poller *poller, struct epoll_event *events, int size, 
                 kernel =
                     (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, events, size > 1 ? size / 2 : 1, 0, 0, 8);
                 kernel = kernel > 0 ? sort(poller, events, kernel) : 0;
-                if (poller->late) {
-                        lock_release(&poller->lock, taken);
-                        settle(poller);
-                        taken = lock_take(&poller->lock, self());
-                }
+        }
+        if (poller->late) {
+                lock_release(&poller->lock, taken);
+                settle(poller);
+                taken = lock_take(&poller->lock, self());
         }
         room = size - kernel < BATCH ? size - kernel : BATCH;
         count = harvest(poller, more, room, false);

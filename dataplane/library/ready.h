@@ -39,6 +39,15 @@ static inline bool ready_bytes(struct end *end)
                atomic_load_explicit(&view.ring->end, memory_order_relaxed) != 0;
 }
 
+/* The ring has ended: a FIN that the kernel has belongs to the same event. */
+static inline bool ready_end(struct end *end)
+{
+        uint32_t phase = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
+
+        return (phase == PHASE_READY || phase == PHASE_RING) &&
+               atomic_load_explicit(&end_receives(end).ring->end, memory_order_relaxed) != 0;
+}
+
 /* Bytes in the ring at which a sender that found no room is called: as in TCP, when a third is free. */
 static inline uint32_t ready_threshold(const struct flow *flow)
 {

@@ -583,6 +583,12 @@ static long receive_now(struct operation *o, struct end *end, const struct view 
         return got ? got : look_behind_ring(o->fd, end, view, news);
 }
 
+/* The peer has closed: the sender looks for itself at its next call. */
+static void look_again(struct end *end)
+{
+        atomic_store_explicit(&end->tx.checked, ready_stamp() - 1, memory_order_relaxed);
+}
+
 ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
 {
         struct flow *flow = &end->rx;
@@ -620,7 +626,12 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                         lock_release(&flow->lock, taken);
                         if (done && !all)
                                 return (ssize_t)done;
-                        return error ? finish(done, -(long)error) : native_rest(o, &cursor, done, false);
+                        if (error)
+                                return finish(done, -(long)error);
+                        got = native_rest(o, &cursor, done, false);
+                        if (!got)
+                                look_again(end);
+                        return got;
                 }
                 view = end_receives(end);
                 got = receive_now(o, end, &view, &cursor, done, phase, news);
@@ -658,8 +669,7 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                 }
                 /* The end of the connection, or its error: the kernel says it only once, and we have asked.
                  */
-                /* The sender looks for itself at its next call. */
-                atomic_store_explicit(&end->tx.checked, ready_stamp() - 1, memory_order_relaxed);
+                look_again(end);
                 no_address(o);
                 if (done && got < 0)
                         atomic_store_explicit(&end->error, (uint32_t)-got, memory_order_relaxed);

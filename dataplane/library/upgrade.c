@@ -205,13 +205,18 @@ void upgrade_sender(struct end *end)
         statistics_count(&statistics.senders);
 }
 
-void retreat(struct end *end, uint32_t reason)
+void upgrade_end_ring(struct end *end)
 {
         struct view view = end_sends(end);
 
         atomic_store_explicit(&end->tx.phase, PHASE_OVER, memory_order_relaxed);
         atomic_store_explicit(&view.ring->end, atomic_load(&end->tx.edge) + 1, memory_order_release);
         wake(&view.ring->receivers, end);
+}
+
+void retreat(struct end *end, uint32_t reason)
+{
+        upgrade_end_ring(end);
         atomic_store(&end->reason, reason);
         poller_sender_changed(end);
         statistics_count(&statistics.retreats);
@@ -357,15 +362,37 @@ void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason)
         }
 }
 
+/* Is there anything that makes close() more than a FIN? */
+static bool closes_specially(int fd, struct end *end)
+{
+        struct linger linger = {0};
+        uint32_t size = sizeof linger;
+        int unread = 0;
+
+        sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_LINGER, &linger, &size);
+        sys_3(SYS_ioctl, fd, SIOCINQ, &unread);
+        return linger.l_onoff || unread || ready_bytes(end);
+}
+
 void upgrade_close(int fd, struct end *end, uint64_t key)
 {
         struct linger at_once = {.l_onoff = 1, .l_linger = 0};
+        enum taken taken;
 
         if (!end_is(end, key) || atomic_load(&end->stage) != STAGE_ATTACHED ||
             atomic_load(&process.local[end_number(end)]) != 1 || end_held_elsewhere(end))
                 return;
         if (ready_bytes(end) && !atomic_load(&end_receives(end).ring->end))
                 sys_5(SYS_setsockopt, fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
+        /* A peer that is busy with other rings asks the kernel rarely. What this program says next on another
+         * connection must not be heard before this end: the FIN first, then the word that it is there. */
+        taken = lock_take(&end->tx.lock, self());
+        if (taken == LOCK_TAKEN && end_is(end, key) && atomic_load(&end->tx.phase) == PHASE_RING) {
+                if (!closes_specially(fd, end))
+                        sys_2(SYS_shutdown, fd, SHUT_WR);
+                upgrade_end_ring(end);
+        }
+        lock_release(&end->tx.lock, taken);
 }
 
 void upgrade_corrupt(int fd, struct end *end)

@@ -29,14 +29,16 @@ uint32_t upgrade_timeout(const struct timeval *time);
 void upgrade_receiver(struct end *end);
 /* Under the sender's lock: go to the ring if that can be now. */
 void upgrade_sender(struct end *end);
-/* Under the sender's lock: end the ring; bytes go over TCP again. */
+/* Under the sender's lock: nothing more comes in the ring. */
+void upgrade_end_ring(struct end *end);
+/* The same, because bytes go over TCP again. */
 void retreat(struct end *end, uint32_t reason);
 /* Leave the ring, both ways. Bytes that are left in it are still ours to read. */
 void upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason);
 /* The same for a descriptor that somebody reads who knows nothing of the ring: what is left there he gets too
  * (pump.h). */
 void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason);
-/* Before the last close: unread bytes make it a reset, as they do in TCP. */
+/* Before the last close: the ring ends, and unread bytes make it a reset, as they do in TCP. */
 void upgrade_close(int fd, struct end *end, uint64_t key);
 /* The other side wrote nonsense: the connection ends as by a reset. */
 void upgrade_corrupt(int fd, struct end *end);

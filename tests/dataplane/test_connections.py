@@ -45,6 +45,11 @@ def test_ports_again(both: Places) -> None:
     both.play("connections", "ports_again")
 
 
+def test_closed_before(both: Places) -> None:
+    """What a client says after it has closed another connection is heard after that."""
+    both.play("connections", "closed_before")
+
+
 def test_itself(both: Places) -> None:
     """A process connected to itself, in one thread, stalls nowhere."""
     both.play("connections", "itself")

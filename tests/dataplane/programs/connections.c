@@ -426,6 +426,65 @@ static void not_held_up(int fd)
         CHECK(pthread_join(thread, NULL) == 0);
 }
 
+/* Answers '?' with the number of connections, anything else with itself. */
+static void count_open(int listener)
+{
+        int instance = epoll_create1(0), open = 0;
+        struct epoll_event event = {.events = EPOLLIN, .data.fd = listener};
+        char byte;
+
+        CHECK(epoll_ctl(instance, EPOLL_CTL_ADD, listener, &event) == 0);
+        do {
+                struct epoll_event events[16];
+                int got = epoll_wait(instance, events, 16, -1);
+
+                /* Ends first, as whoever looks at all of them would. */
+                for (int i = 0; i < got; i++)
+                        if (events[i].data.fd != listener &&
+                            recv(events[i].data.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0) {
+                                close(events[i].data.fd);
+                                events[i].data.fd = -1;
+                                open--;
+                        }
+                for (int i = 0; i < got; i++) {
+                        if (events[i].data.fd == listener) {
+                                event.data.fd = accept(listener, NULL, NULL);
+                                CHECK(event.data.fd >= 0);
+                                CHECK(epoll_ctl(instance, EPOLL_CTL_ADD, event.data.fd, &event) == 0);
+                                open++;
+                        } else if (events[i].data.fd >= 0 &&
+                                   recv(events[i].data.fd, &byte, 1, MSG_DONTWAIT) == 1) {
+                                if (byte == '?')
+                                        byte = (char)('0' + open);
+                                CHECK(send(events[i].data.fd, &byte, 1, 0) == 1);
+                        }
+                }
+        } while (open);
+}
+
+/* What one connection says after another was closed is heard after that. */
+static void closed_before(int unused)
+{
+        int stays = dial();
+
+        (void)unused;
+        warm_up(stays);
+        for (int i = 0; i < 40; i++) {
+                int goes = dial();
+
+                warm_up(goes);
+                for (int j = 0; j < 20; j++) {
+                        put(stays, "?");
+                        get(stays, "2");
+                }
+                CHECK((i & 1 ? close(goes) : shutdown(goes, SHUT_WR)) == 0);
+                put(stays, "?");
+                get(stays, "1");
+                if (!(i & 1))
+                        close(goes);
+        }
+}
+
 int main(int count, char **arguments)
 {
         static const struct scenario scenarios[] = {
@@ -440,6 +499,7 @@ int main(int count, char **arguments)
             {"itself", itself, nobody, true},
             {"thousands", serve_thousands, thousands, true},
             {"churn", serve_churn, churn, true},
+            {"closed_before", count_open, closed_before, true},
             {"not_held_up", echo, not_held_up, false},
             {0},
         };
