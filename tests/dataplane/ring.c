@@ -1,0 +1,333 @@
+/* The ring alone: `ring.h` and the waiting of `arena.h`, between two threads, without sockets.
+ *
+ *      ring stress SECONDS SEED        random sizes, limits and budgets; each byte is compared; a wake-up
+ * that is lost is a stall ring hostile SECONDS SEED       the other side writes nonsense into every word
+ * between any two steps: nothing outside the ring is touched (the pages around it can't be)
+ */
+#include "../../dataplane/library/arena.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { CHUNK = 256 * 1024, PATIENCE = 10 };
+
+/* What the library's own files define. */
+struct family *family;
+struct process process;
+struct settings settings;
+uint64_t memory_budget = UINT64_MAX;
+
+static struct view view;
+static struct flow sender, receiver;
+static sem_t sleeping[2]; /* bell 0: receivers, bell 1: senders */
+static _Atomic bool stopped;
+static uint64_t seed;
+static time_t end;
+
+static void fail(const char *what, int line)
+{
+        fprintf(stderr, "ring: %s (line %d, seed %llu): %s\n", what, line, (unsigned long long)seed,
+                strerror(errno));
+        _exit(1);
+}
+
+#define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
+
+static uint64_t any(uint64_t *state, uint64_t below)
+{
+        *state += UINT64_C(0x9e3779b97f4a7c15);
+        uint64_t x = *state;
+
+        x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+        x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
+        return (x ^ (x >> 31)) % below;
+}
+
+static size_t some_size(uint64_t *random)
+{
+        switch (any(random, 6)) {
+        case 0:
+                return 1 + any(random, CHUNK);
+        case 1:
+                return 1 + any(random, 2 * SMALL_SIZE);
+        default:
+                return 1 + any(random, 300);
+        }
+}
+
+static unsigned char byte_at(uint64_t place)
+{
+        return (unsigned char)((place * UINT64_C(0x9e3779b97f4a7c15)) >> 53);
+}
+
+/* As the library's, but a bell is a semaphore. */
+void ring_bells(struct waiters *waiters, const struct end *unused)
+{
+        uint64_t woken;
+
+        (void)unused;
+        atomic_exchange_explicit(&waiters->any, 0, memory_order_acq_rel);
+        woken = atomic_exchange_explicit(&waiters->bells[0], 0, memory_order_acq_rel);
+        for (; woken; woken &= woken - 1)
+                sem_post(&sleeping[__builtin_ctzll(woken)]);
+}
+
+static void sleep_for(int bell)
+{
+        struct timespec until;
+
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_sec += PATIENCE;
+        while (sem_timedwait(&sleeping[bell], &until) < 0)
+                if (errno != EINTR && !atomic_load(&stopped))
+                        fail("a wake-up was lost", __LINE__);
+}
+
+/* What memory.c does with a ring that has been empty for a while. */
+static void give_back(void)
+{
+        uint64_t edge = atomic_load_explicit(&sender.edge, memory_order_relaxed);
+
+        if (atomic_load_explicit(&view.ring->head, memory_order_acquire) != edge)
+                return;
+        ring_restart(&sender, &view, edge);
+        CHECK(madvise(view.bulk, RING_SIZE, MADV_REMOVE) == 0);
+        atomic_store(&family->touched, 0);
+        atomic_store(&sender.touched, 0);
+}
+
+static size_t put(const unsigned char *bytes, size_t size, uint64_t limit)
+{
+        uint64_t tail = atomic_load_explicit(&sender.edge, memory_order_relaxed);
+        int64_t space = ring_space(&sender, &view, size, limit);
+        struct iovec vec = {(void *)(uintptr_t)bytes, size};
+        struct cursor cursor = {.vec = &vec};
+
+        if (space == RING_CORRUPT)
+                return 0;
+        CHECK(space >= 0 && space <= RING_SIZE);
+        if (size > (size_t)space)
+                size = (size_t)space;
+        for (size_t done = 0; done < size;) {
+                size_t run;
+                unsigned char *place = ring_to_put(&sender, &view, tail + done, &run);
+
+                CHECK(run > 0);
+                if (run > size - done)
+                        run = size - done;
+                cursor_copy(&cursor, place, run, true);
+                done += run;
+        }
+        if (size)
+                CHECK(ring_put(&sender, &view, tail, size));
+        return size;
+}
+
+static size_t take(unsigned char *bytes, size_t size)
+{
+        uint64_t head = atomic_load_explicit(&receiver.edge, memory_order_relaxed);
+        int64_t ready = ring_ready(&receiver, &view);
+        struct iovec vec = {bytes, size};
+        struct cursor cursor = {.vec = &vec};
+
+        if (ready == RING_CORRUPT)
+                return 0;
+        CHECK(ready >= 0 && ready <= RING_SIZE);
+        if (size > (size_t)ready)
+                size = (size_t)ready;
+        for (size_t done = 0; done < size;) {
+                size_t run;
+                unsigned char *place = ring_to_take(&view, head + done, &run);
+
+                CHECK(run > 0);
+                if (run > size - done)
+                        run = size - done;
+                cursor_copy(&cursor, place, run, false);
+                done += run;
+        }
+        if (size)
+                CHECK(ring_take(&receiver, &view, head, size));
+        return size;
+}
+
+/* --- stress */
+
+static void *send_all(void *unused)
+{
+        unsigned char *bytes = malloc(CHUNK);
+        uint64_t place = 0, random = seed;
+
+        (void)unused;
+        CHECK(bytes);
+        while (time(NULL) < end) {
+                size_t size = some_size(&random);
+                uint64_t limit = any(&random, 4) ? RING_SIZE : 1 + any(&random, RING_SIZE);
+
+                if (any(&random, 64) == 0)
+                        memory_budget = any(&random, 2) ? UINT64_MAX : any(&random, RING_SIZE);
+                if (any(&random, 64) == 0)
+                        give_back();
+                for (size_t i = 0; i < size; i++)
+                        bytes[i] = byte_at(place + i);
+                for (size_t done = 0; done < size;) {
+                        size_t moved = put(bytes + done, size - done, limit);
+
+                        done += moved;
+                        if (moved) {
+                                wake(&view.ring->receivers, NULL);
+                                continue;
+                        }
+                        wait_begin(&view.ring->senders, 1);
+                        /* Any room at all will do, but a sender that may not go round waits until it is
+                         * empty. */
+                        if (atomic_load_explicit(&view.ring->head, memory_order_acquire) ==
+                            atomic_load_explicit(&sender.edge, memory_order_relaxed))
+                                wait_end(&view.ring->senders, 1);
+                        else
+                                sleep_for(1);
+                }
+                place += size;
+        }
+        atomic_store(&stopped, true);
+        atomic_store_explicit(&view.ring->end, place + 1, memory_order_release);
+        wake(&view.ring->receivers, NULL);
+        free(bytes);
+        return NULL;
+}
+
+static uint64_t receive_all(void)
+{
+        unsigned char *bytes = malloc(CHUNK);
+        uint64_t place = 0, random = ~seed;
+
+        CHECK(bytes);
+        for (;;) {
+                uint64_t over = atomic_load_explicit(&view.ring->end, memory_order_acquire);
+                size_t moved = take(bytes, some_size(&random));
+
+                for (size_t i = 0; i < moved; i++)
+                        if (bytes[i] != byte_at(place + i)) {
+                                fprintf(stderr, "byte %llu\n", (unsigned long long)(place + i));
+                                fail("a byte is wrong", __LINE__);
+                        }
+                place += moved;
+                if (moved) {
+                        wake(&view.ring->senders, NULL);
+                        continue;
+                }
+                if (over) {
+                        CHECK(over - 1 == place);
+                        break;
+                }
+                wait_begin(&view.ring->receivers, 0);
+                if (atomic_load_explicit(&view.ring->tail, memory_order_acquire) != place ||
+                    atomic_load_explicit(&view.ring->end, memory_order_acquire))
+                        wait_end(&view.ring->receivers, 0);
+                else
+                        sleep_for(0);
+        }
+        free(bytes);
+        return place;
+}
+
+static void stress(void)
+{
+        pthread_t thread;
+        uint64_t bytes;
+
+        CHECK(pthread_create(&thread, NULL, send_all, NULL) == 0);
+        bytes = receive_all();
+        CHECK(pthread_join(thread, NULL) == 0);
+        printf("bytes %llu\n", (unsigned long long)bytes);
+}
+
+/* --- hostile */
+
+static void spoil(uint64_t *random)
+{
+        _Atomic uint64_t *words[] = {&view.ring->tail, &view.ring->base,  &view.ring->head,
+                                     &view.ring->end,  &view.ring->start, &view.ring->incarnation};
+        uint64_t value;
+
+        switch (any(random, 4)) {
+        case 0:
+                value = any(random, UINT64_MAX);
+                break;
+        case 1:
+                value = atomic_load(&sender.edge) + any(random, 2 * RING_SIZE) - RING_SIZE;
+                break;
+        case 2:
+                value = atomic_load(&receiver.edge) + any(random, 2 * RING_SIZE) - RING_SIZE;
+                break;
+        default:
+                value = UINT64_MAX - any(random, 5000);
+        }
+        atomic_store(words[any(random, sizeof words / sizeof *words)], value);
+}
+
+static void hostile(void)
+{
+        unsigned char *bytes = calloc(1, CHUNK);
+        uint64_t random = seed, moved[2] = {0};
+
+        CHECK(bytes);
+        while (time(NULL) < end)
+                for (int i = 0; i < 1000; i++) {
+                        if (any(&random, 2))
+                                spoil(&random);
+                        moved[0] += put(bytes, some_size(&random), RING_SIZE);
+                        if (any(&random, 2))
+                                spoil(&random);
+                        moved[1] += take(bytes, some_size(&random));
+                        if (any(&random, 100) == 0) {
+                                /* As a new connection finds it. */
+                                uint64_t where = any(&random, UINT64_MAX);
+
+                                memset((void *)&sender, 0, sizeof sender);
+                                memset((void *)&receiver, 0, sizeof receiver);
+                                atomic_store(&sender.edge, where);
+                                atomic_store(&receiver.edge, where);
+                                atomic_store(&view.ring->tail, where);
+                                atomic_store(&view.ring->head, where);
+                        }
+                }
+        free(bytes);
+        CHECK(moved[0] && moved[1]);
+        printf("put %llu took %llu\n", (unsigned long long)moved[0], (unsigned long long)moved[1]);
+}
+
+/* Memory between two pages that can't be touched. */
+static unsigned char *fenced(size_t size)
+{
+        unsigned char *place = mmap(NULL, size + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+        CHECK(place != MAP_FAILED);
+        CHECK(mmap(place + PAGE, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1,
+                   0) != MAP_FAILED);
+        return place + PAGE;
+}
+
+int main(int count, char **arguments)
+{
+        if (count != 4)
+                return 2;
+        end = time(NULL) + atoi(arguments[2]);
+        seed = strtoull(arguments[3], NULL, 0);
+        family = (struct family *)fenced(sizeof *family);
+        view.ring = (struct ring *)(void *)fenced(PAGE);
+        view.bulk = fenced(RING_SIZE);
+        settings.ring_limit = RING_SIZE;
+        sem_init(&sleeping[0], 0, 0);
+        sem_init(&sleeping[1], 0, 0);
+        if (strcmp(arguments[1], "stress") == 0)
+                stress();
+        else
+                hostile();
+        return 0;
+}
