@@ -12,7 +12,6 @@ import errno
 import os
 import socket
 import struct
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -21,6 +20,7 @@ import msgspec
 
 from dataplane.errors import KernelRefused
 from dataplane.router.wire import Address, ip_of
+from dataplane.threads import in_thread
 
 CLONE_NEWNET: Final = 0x40000000
 NETLINK_SOCK_DIAG: Final = 4
@@ -90,7 +90,7 @@ class Diag:
             return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
 
         try:
-            self._socket = _in_thread(inside)
+            self._socket = in_thread(inside)
         except OSError as error:
             raise KernelRefused(f"opening a sock_diag socket: {error.strerror}") from error
         self._socket.settimeout(_TIMEOUT)
@@ -190,25 +190,6 @@ def _read(body: bytes) -> TcpSocket:
         inode=inode,
         uid=uid,
     )
-
-
-def _in_thread(function: Callable[[], socket.socket]) -> socket.socket:
-    """Namespaces are a thread's property: one that changed its own serves nothing else."""
-    outcome: list[socket.socket] = []
-    failure: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            outcome.append(function())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=body, name="netns", daemon=True)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
 
 
 class Namespaces:

@@ -1,17 +1,17 @@
 """Network namespaces: running code inside one, and telling whether a path is one.
 
-A thread that has changed its namespace never serves anything else: see `in_thread`.
+A thread that has changed its namespace never serves anything else: see `dataplane.threads`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
+from dataplane.threads import in_thread
 from driver.errors import KernelError
 
 T = TypeVar("T")
@@ -36,30 +36,8 @@ def check(result: int, what: str) -> None:
         raise KernelError(f"{what}: {os.strerror(number)}")
 
 
-def in_thread(function: Callable[[], T]) -> T:
-    """Run `function` in a thread of its own and return or raise what it does.
-
-    Namespaces are a thread's property in Linux: a thread that changed one must not serve anything else.
-    """
-    outcome: list[T] = []
-    failure: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            outcome.append(function())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=body, name="netns", daemon=True)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
-
-
 def enter(namespace: int) -> None:
-    """Move the calling thread into the network namespace of this descriptor. For good: see `in_thread`."""
+    """Move the calling thread into the network namespace of this descriptor. For good: see `dataplane.threads`."""
     check(libc.setns(namespace, CLONE_NEWNET), "entering a network namespace failed")
 
 

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from dataplane.threads import in_thread
 from driver.errors import KernelError
 from driver.kernel.namespace import (
     CLONE_NEWNET,
     OVERLAY_PIN,
     check,
     in_netns,
-    in_thread,
     is_namespace,
     is_shared,
     libc,

@@ -24,9 +24,10 @@ from typing import Final, TypeVar
 
 from pyroute2 import IPRoute
 
+from dataplane.threads import in_thread
 from driver import names
 from driver.kernel.linux import LinuxKernel
-from driver.kernel.namespace import CLONE_NEWNET, check, in_netns, in_thread, libc
+from driver.kernel.namespace import CLONE_NEWNET, check, in_netns, libc
 from driver.model import Endpoint, IPAddress, Network
 
 T = TypeVar("T")
