@@ -17,10 +17,9 @@
 enum {
         POLLERS = 4096,
         REGISTRATIONS = 1 << 18,
-        LOOKED_AT = 64, /* arenas whose bells are looked at without the kernel */
-        SHARE = 8,      /* calls that find ring events before the kernel is asked in between */
-        QUIET = 64,     /* looks without an event before a registration is armed */
-        FIRST_NAP = 1,  /* ms, while a bell isn't known to the other side: doubled each time */
+        SHARE = 8,     /* calls with room for one event in which the rings come first */
+        QUIET = 64,    /* looks without an event before a registration is armed */
+        FIRST_NAP = 1, /* ms, while a bell isn't known to the other side: doubled each time */
         LONGEST_NAP = 1000,
         BATCH = 64,
         FULL_BELL =
@@ -56,6 +55,8 @@ struct registration {
         uint32_t kernel; /* what the kernel has reported and we found true since */
         bool edge;       /* the kernel has reported something that we haven't */
         bool ghost;      /* the program has removed it; the kernel's part waits for it to come back */
+        uint32_t told;   /* poller.turn at the last report */
+        uint32_t place;  /* in the program's list then */
         uint32_t next_nested;
 };
 
@@ -70,9 +71,13 @@ struct poller {
         uint32_t aliases; /* descriptors for it, besides the first */
         uint32_t turn;
         struct spinner spinner;
-        int nudge;       /* 1 + eventfd that wakes a sleeper of this process */
-        bool unknown;    /* the other side of an active one can't ring yet */
-        bool late;       /* answer_late() is to be called */
+        int nudge;            /* 1 + eventfd that wakes a sleeper of this process */
+        bool unknown;         /* the other side of an active one can't ring yet */
+        bool late;            /* answer_late() is to be called */
+        uint32_t news[BATCH]; /* registrations of which the kernel has just told */
+        uint32_t news_count;
+        _Atomic uint32_t
+            added;       /* descriptors ever registered: with one there is nothing that could be earlier */
         uint64_t *bells; /* per arena: its id << 9 | 1 + bell */
 };
 
@@ -458,6 +463,8 @@ int poller_control(int epfd, int operation, int fd, struct epoll_event *event)
         int outcome;
 
         end = poller ? end_of(fd, &key) : NULL;
+        if (poller && operation == EPOLL_CTL_ADD)
+                atomic_fetch_add_explicit(&poller->added, 1, memory_order_relaxed);
         if (!poller || (!end && !inner))
                 return real()->epoll_ctl(epfd, operation, fd, event);
         outer = lock_take(&table, self());
@@ -755,12 +762,21 @@ static _Atomic uint64_t *dirty_slots(uint32_t arena, int bell)
                     .dirty[bell];
 }
 
+/* With too many for the list, some are found at the next look at all that are active. */
+static void note_news(struct poller *poller, const struct registration *r)
+{
+        if (poller->news_count < BATCH)
+                poller->news[poller->news_count++] = number_of(r);
+}
+
 /* A registration of another poller may change meanwhile; one of ours can't. */
 static void arouse(struct poller *poller, struct registration *r, uint32_t number)
 {
         if (&pollers[atomic_load_explicit(&r->poller, memory_order_relaxed)] == poller &&
-            (uint32_t)r->key == number && r->state == STATE_ARMED)
+            (uint32_t)r->key == number && r->state == STATE_ARMED) {
                 activate(poller, r);
+                note_news(poller, r);
+        }
 }
 
 /* What a bell of ours has been rung for is looked at again. */
@@ -784,30 +800,25 @@ static void attend(struct poller *poller, uint32_t arena, int bell)
         }
 }
 
-/* The bells themselves are the kernel's, which is asked rarely while rings are busy. What was said on an idle
- * connection before what is said on a busy one is found here. */
-static void attend_all(struct poller *poller)
+/* Returns the new number of events. */
+static int report(struct poller *poller, struct registration *r, uint32_t found, struct epoll_event *events,
+                  int count, uint32_t turn)
 {
-        uint32_t high = atomic_load_explicit(&family->next_arena, memory_order_relaxed);
-
-        for (uint32_t arena = 0; poller->bells && arena < high && arena < LOOKED_AT; arena++) {
-                uint64_t word = poller->bells[arena];
-
-                if (word &&
-                    atomic_load_explicit(dirty_slots(arena, (int)(word & 511) - 1), memory_order_relaxed) &&
-                    bell_of(poller, arena) >= 0)
-                        attend(poller, arena, bell_of(poller, arena));
-        }
+        events[count] = (struct epoll_event){.events = found, .data.u64 = r->data};
+        r->quiet = 0;
+        r->told = turn;
+        r->place = (uint32_t)count;
+        if (r->events & EPOLLONESHOT)
+                deactivate(poller, r, STATE_OFF);
+        return count + 1;
 }
 
 /* Ring events of the active registrations. Under the poller's lock. */
 static int harvest(struct poller *poller, struct epoll_event *events, int size, bool spinning)
 {
-        uint32_t i, last = NONE;
+        uint32_t i = poller->active, last = NONE;
         int count = 0;
 
-        attend_all(poller);
-        i = poller->active;
         while (i != NONE && count < size) {
                 struct registration *r = &registrations[i];
                 struct end *end = end_of_registration(r);
@@ -825,10 +836,7 @@ static int harvest(struct poller *poller, struct epoll_event *events, int size, 
                 }
                 found = look(r, end, true);
                 if (found) {
-                        events[count++] = (struct epoll_event){.events = found, .data.u64 = r->data};
-                        r->quiet = 0;
-                        if (r->events & EPOLLONESHOT)
-                                deactivate(poller, r, STATE_OFF);
+                        count = report(poller, r, found, events, count, poller->turn);
                         last = i;
                 } else if (!spinning && ++r->quiet > QUIET && arm_one(poller, r, end) &&
                            !look(r, end, false)) {
@@ -955,6 +963,7 @@ static int sort(struct poller *poller, struct epoll_event *events, int count)
                         r->edge = true;
                         if (r->state == STATE_ARMED)
                                 activate(poller, r);
+                        note_news(poller, r);
                         ours = true;
                 } else if ((data & OURS_MASK) != OURS) {
                         events[kept++] = events[i];
@@ -983,31 +992,17 @@ static void settle(struct poller *poller)
         lock_release(&table, outer);
 }
 
-/* As sort(), not under the lock. */
-static int sort_alone(struct poller *poller, struct epoll_event *events, int count)
+/* Put more events behind some; what is among those already is named once. */
+static int merge(struct epoll_event *events, int known, struct epoll_event *more, int count)
 {
-        enum taken taken = lock_take(&poller->lock, self());
-        bool late;
-
-        count = sort(poller, events, count);
-        late = poller->late;
-        lock_release(&poller->lock, taken);
-        if (late)
-                settle(poller);
-        return count;
-}
-
-/* Ring events behind the kernel's; a descriptor is named once. */
-static int merge(struct epoll_event *events, int kernel, struct epoll_event *more, int count)
-{
-        int total = kernel;
+        int total = known;
 
         for (int i = 0; i < count; i++) {
                 int k = 0;
 
-                while (k < kernel && events[k].data.u64 != more[i].data.u64)
+                while (k < known && events[k].data.u64 != more[i].data.u64)
                         k++;
-                if (k < kernel)
+                if (k < known)
                         events[k].events |= more[i].events;
                 else
                         events[total++] = more[i];
@@ -1102,31 +1097,80 @@ static int harvest_nested(struct poller *poller, struct epoll_event *events, int
         return count;
 }
 
-/* What there is now: the ring's events, and the kernel's too when it's their turn or nothing else is there.
- */
-static int collect(struct poller *poller, struct epoll_event *events, int size, bool ask_kernel)
+/* What the kernel's news means for the program. Under the lock. Returns the new number of events. */
+static int look_at_news(struct poller *poller, struct epoll_event *events, int count, int size, uint32_t turn)
 {
-        struct epoll_event more[BATCH];
-        enum taken taken = lock_take(&poller->lock, self());
-        int count = 0, kernel = 0, room;
+        for (uint32_t i = 0; i < poller->news_count; i++) {
+                struct registration *r = &registrations[poller->news[i]];
+                struct end *end = end_of_registration(r);
+                uint32_t found;
 
-        if (ask_kernel || poller->watched || ++poller->turn % SHARE == 0) {
-                /* First, because what it says of our registrations is found among the ring's; but not all the
-                 * room. */
-                kernel =
-                    (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, events, size > 1 ? size / 2 : 1, 0, 0, 8);
-                kernel = kernel > 0 ? sort(poller, events, kernel) : 0;
+                if (r->state != STATE_ACTIVE || !end || !is_ring(end) || (r->told != turn && count == size))
+                        continue;
+                found = look(r, end, true);
+                if (found && r->told == turn)
+                        events[r->place].events |= found;
+                else if (found)
+                        count = report(poller, r, found, events, count, turn);
         }
+        poller->news_count = 0;
+        return count;
+}
+
+/* What the kernel's events mean for the program, rings included. Not under the lock. */
+static int told_by_kernel(struct poller *poller, struct epoll_event *events, int count, int size)
+{
+        enum taken taken = lock_take(&poller->lock, self());
+        uint32_t turn = ++poller->turn;
+
+        poller->news_count = 0;
+        count = sort(poller, events, count);
         if (poller->late) {
                 lock_release(&poller->lock, taken);
                 settle(poller);
                 taken = lock_take(&poller->lock, self());
         }
-        room = size - kernel < BATCH ? size - kernel : BATCH;
-        count = harvest(poller, more, room, false);
+        count = look_at_news(poller, events, count, size, turn);
+        lock_release(&poller->lock, taken);
+        return count;
+}
+
+/* What there is now. Rings first, then the kernel, then what the kernel has news of: whoever is told of
+ * something is told of all that was before it, on whichever connection. Without `ask` the kernel is asked
+ * only if a ring has something. */
+static int collect(struct poller *poller, struct epoll_event *events, int size, bool ask, bool spinning)
+{
+        struct epoll_event of_kernel[BATCH];
+        enum taken taken = lock_take(&poller->lock, self());
+        /* There must be room for what the kernel has. */
+        int limit = size - (size + 3) / 4, count, rings;
+        /* Another thread may have the next one, while settle() is at work. */
+        uint32_t turn = ++poller->turn;
+
+        if (size == 1)
+                limit = !ask && turn % SHARE != 0;
+        rings = count = harvest(poller, events, limit, spinning);
         if (poller->nested != NONE)
-                count += harvest_nested(poller, more + count, room - count);
-        count = merge(events, kernel, more, count);
+                count += harvest_nested(poller, events + count, limit - count);
+        if (ask || poller->watched || !limit ||
+            (count && atomic_load_explicit(&poller->added, memory_order_relaxed) > 1)) {
+                int kernel = size - count < BATCH ? size - count : BATCH;
+
+                poller->news_count = 0;
+                if (kernel > 0)
+                        kernel = (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, of_kernel, kernel, 0, 0, 8);
+                kernel = kernel > 0 ? sort(poller, of_kernel, kernel) : 0;
+                if (poller->late) {
+                        lock_release(&poller->lock, taken);
+                        settle(poller);
+                        taken = lock_take(&poller->lock, self());
+                }
+                /* Only instances inside this one are known in both ways. */
+                count = rings + merge(events + rings, count - rings, of_kernel, kernel);
+                count = look_at_news(poller, events, count, size, turn);
+                if (!count && !limit)
+                        count = harvest(poller, events, size, spinning);
+        }
         if (count && poller->sleepers && poller->active != NONE)
                 nudge(poller);
         lock_release(&poller->lock, taken);
@@ -1150,7 +1194,7 @@ static int wait_plainly(struct poller *poller, int epfd, struct epoll_event *eve
         for (int i = 0; i < count; i++)
                 if ((events[i].data.u64 & OURS_MASK) == OURS ||
                     (events[i].data.u64 & OURS_MASK) == OURS_REGISTRATION) {
-                        count = sort_alone(poller, events, count);
+                        count = told_by_kernel(poller, events, count, size);
                         break;
                 }
         return count;
@@ -1183,19 +1227,24 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                                 return 0;
                         continue;
                 }
-                count = collect(poller, events, size, timeout == 0);
+                count = collect(poller, events, size, timeout == 0, false);
 
                 if (count || timeout == 0)
                         return count;
                 if (may_spin(poller)) {
-                        uint64_t budget = spin_budget(&poller->spinner), begin = budget ? now() : 0;
+                        uint64_t budget = spin_budget(&poller->spinner), begin = 0;
 
+                        if (budget) {
+                                /* What the kernel has doesn't wait until we have spun. */
+                                count = collect(poller, events, size, true, false);
+                                if (count)
+                                        return count;
+                                begin = now();
+                        }
                         while (budget && !count) {
                                 for (int i = 0; i < SPIN_LOOKS && !count; i++) {
                                         relax();
-                                        taken = lock_take(&poller->lock, self());
-                                        count = harvest(poller, events, size < BATCH ? size : BATCH, true);
-                                        lock_release(&poller->lock, taken);
+                                        count = collect(poller, events, size, false, true);
                                 }
                                 if (!count && now() - begin >= budget)
                                         break;
@@ -1237,20 +1286,11 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                 count = kernel_wait(epfd, events, size, left, mask);
                 spin_slept(&poller->spinner, now() - slept);
                 atomic_fetch_sub(&poller->sleepers, 1);
+                /* Nothing of which the kernel hasn't told: that may be later than what it has by now. */
                 if (count > 0)
-                        count = sort_alone(poller, events, count);
-                if (count < 0)
+                        count = told_by_kernel(poller, events, count, size);
+                if (count)
                         return count;
-                if (count) {
-                        /* Together with what the rings have by now. */
-                        struct epoll_event more[BATCH];
-                        int room = size - count < BATCH ? size - count : BATCH;
-
-                        taken = lock_take(&poller->lock, self());
-                        count = merge(events, count, more, harvest(poller, more, room, false));
-                        lock_release(&poller->lock, taken);
-                        return count;
-                }
                 if (deadline && now() >= deadline)
                         timeout = 0;
         }

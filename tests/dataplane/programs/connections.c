@@ -462,25 +462,32 @@ static void count_open(int listener)
         } while (open);
 }
 
-/* What one connection says after another was closed is heard after that. */
+/* What one connection says after another was closed is heard after that; also if that one is not in a ring.
+ */
 static void closed_before(int unused)
 {
-        int stays = dial();
+        int stays = dial(), one = 1;
 
         (void)unused;
         warm_up(stays);
-        for (int i = 0; i < 40; i++) {
+        for (int i = 0; i < 60; i++) {
                 int goes = dial();
 
-                warm_up(goes);
+                if (i % 3 == 0) {
+                        CHECK(setsockopt(goes, SOL_SOCKET, SO_OOBINLINE, &one, sizeof one) == 0);
+                        put(goes, "c");
+                        get(goes, "c");
+                } else {
+                        warm_up(goes);
+                }
                 for (int j = 0; j < 20; j++) {
                         put(stays, "?");
                         get(stays, "2");
                 }
-                CHECK((i & 1 ? close(goes) : shutdown(goes, SHUT_WR)) == 0);
+                CHECK((i % 3 == 2 ? shutdown(goes, SHUT_WR) : close(goes)) == 0);
                 put(stays, "?");
                 get(stays, "1");
-                if (!(i & 1))
+                if (i % 3 == 2)
                         close(goes);
         }
 }
