@@ -4,30 +4,32 @@
  * families (the processes that fork from them) ever map. It has SLOTS slots; a slot carries one connection.
  * Both sides can write every word of it, so neither believes any of it: see `ring.h` for who keeps what in
  * memory of its own.
+ */
+/* clang-format off */
+/*      page 0                   struct arena: magic, version, bells
+ *      page 2 ..                SLOTS x 2 pages: for each slot and direction one struct ring and the ring's
+ *                               first bytes
+ *      BULK_OFFSET ..           SLOTS x 2 x RING_SIZE: the rest of each ring, touched only as far as it is used
  *
- *      page 0                   struct arena: magic, version, bells
- *      page 1 ..                SLOTS x 2 pages: for each slot and direction one struct ring and the ring's
- * first bytes BULK_OFFSET ..           SLOTS x 2 x RING_SIZE: the rest of each ring, touched only as far as
- * it is used
- *
- * A ring is RING_SIZE bytes of address space. The bytes at offsets below SMALL_SIZE lie in the slot's own
- * page, the others at the same offset of the bulk area. Small messages restart at offset 0 whenever the ring
- * is empty, so a connection that only carries small messages costs its two pages and no more.
+ * A ring is RING_SIZE bytes of address space. The bytes at offsets below SMALL_SIZE lie in the slot's own page,
+ * the others at the same offset of the bulk area. Small messages restart at offset 0 whenever the ring is empty,
+ * so a connection that only carries small messages costs its two pages and no more.
  *
  * Direction d of a slot is written by side d and read by side 1 - d.
  *
  * Pairing of the atomics, w: written by, r: read by:
  *      tail     w sender (release)    r receiver (acquire)   bytes ever put in; what lies below is readable
  *      base     w sender, only while the ring is empty, before tail; r receiver after tail
+ *      stamp    w sender, only while the ring is empty, before tail; r receiver: when its first byte came
  *      head     w receiver (release)  r sender (acquire)     bytes ever taken out
  *      ready    w receiver (release)  r sender (acquire)     the receiver looks at the ring before every wait
- *      start    w sender (release)    r receiver (acquire)   1 + position in the connection of the ring's
- * first byte end      w sender (release)    r receiver (acquire)   1 + tail at which the ring ended; TCP goes
- * on from there leave    w receiver (seq_cst)  r sender (seq_cst)     the receiver asks the sender to end the
- * ring busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between looking at `leave` and
- * publishing waiting  w both    (seq_cst)                          which waiters of this direction sleep:
- * ring_wait(), ring_wake()
+ *      start    w sender (release)    r receiver (acquire)   1 + position in the connection of the ring's first byte
+ *      end      w sender (release)    r receiver (acquire)   1 + tail at which the ring ended; TCP goes on from there
+ *      leave    w receiver (seq_cst)  r sender (seq_cst)     the receiver asks the sender to end the ring
+ *      busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between looking at `leave` and publishing
+ *      waiters  w both (seq_cst)                             who of this direction sleeps: wait_begin(), wake()
  */
+/* clang-format on */
 #ifndef FREEFLOW_LAYOUT_H
 #define FREEFLOW_LAYOUT_H
 
@@ -70,6 +72,7 @@ struct ring {
         _Atomic uint64_t end;
         _Atomic uint32_t busy;
         _Atomic uint32_t sender_cpu; /* 1 + core on which the sender last was; 0: not known */
+        _Atomic uint64_t stamp;      /* clock_stamp() at the first byte since the ring was empty */
         /* receiver's */
         _Alignas(64) _Atomic uint64_t head;
         _Atomic uint32_t ready;

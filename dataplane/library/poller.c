@@ -17,6 +17,7 @@
 enum {
         POLLERS = 4096,
         REGISTRATIONS = 1 << 18,
+        LISTED = 256,  /* ring events of one call */
         SHARE = 8,     /* calls with room for one event in which the rings come first */
         QUIET = 64,    /* looks without an event before a registration is armed */
         FIRST_NAP = 1, /* ms, while a bell isn't known to the other side: doubled each time */
@@ -800,26 +801,51 @@ static void attend(struct poller *poller, uint32_t arena, int bell)
         }
 }
 
-/* Returns the new number of events. */
-static int report(struct poller *poller, struct registration *r, uint32_t found, struct epoll_event *events,
-                  int count, uint32_t turn)
+/* Events of rings, and when each came. */
+struct list {
+        struct epoll_event *events;
+        int count;
+        uint64_t stamps[LISTED];
+};
+
+static void report(struct poller *poller, struct registration *r, struct end *end, uint32_t found,
+                   struct list *list, uint32_t turn)
 {
-        events[count] = (struct epoll_event){.events = found, .data.u64 = r->data};
+        list->events[list->count] = (struct epoll_event){.events = found, .data.u64 = r->data};
+        /* What comes of the kernel alone was there before what a ring has now, as far as anybody knows. */
+        list->stamps[list->count] =
+            ready_bytes(end) ? atomic_load_explicit(&end_receives(end).ring->stamp, memory_order_relaxed) : 0;
         r->quiet = 0;
         r->told = turn;
-        r->place = (uint32_t)count;
+        r->place = (uint32_t)list->count++;
         if (r->events & EPOLLONESHOT)
                 deactivate(poller, r, STATE_OFF);
-        return count + 1;
+}
+
+/* As the kernel would have them: who came first is first. */
+static void put_in_order(struct list *list)
+{
+        for (int gap = list->count / 2; gap; gap /= 2)
+                for (int i = gap; i < list->count; i++) {
+                        struct epoll_event event = list->events[i];
+                        uint64_t stamp = list->stamps[i];
+                        int k = i;
+
+                        for (; k >= gap && list->stamps[k - gap] > stamp; k -= gap) {
+                                list->events[k] = list->events[k - gap];
+                                list->stamps[k] = list->stamps[k - gap];
+                        }
+                        list->events[k] = event;
+                        list->stamps[k] = stamp;
+                }
 }
 
 /* Ring events of the active registrations. Under the poller's lock. */
-static int harvest(struct poller *poller, struct epoll_event *events, int size, bool spinning)
+static void harvest(struct poller *poller, struct list *list, int size, bool spinning)
 {
         uint32_t i = poller->active, last = NONE;
-        int count = 0;
 
-        while (i != NONE && count < size) {
+        while (i != NONE && list->count < size) {
                 struct registration *r = &registrations[i];
                 struct end *end = end_of_registration(r);
                 uint32_t found, next = r->next;
@@ -836,7 +862,7 @@ static int harvest(struct poller *poller, struct epoll_event *events, int size, 
                 }
                 found = look(r, end, true);
                 if (found) {
-                        count = report(poller, r, found, events, count, poller->turn);
+                        report(poller, r, end, found, list, poller->turn);
                         last = i;
                 } else if (!spinning && ++r->quiet > QUIET && arm_one(poller, r, end) &&
                            !look(r, end, false)) {
@@ -845,7 +871,7 @@ static int harvest(struct poller *poller, struct epoll_event *events, int size, 
                 i = next;
         }
         /* With more ready than there is room for, the next call begins behind the last one reported. */
-        if (count == size && last != NONE && registrations[last].state == STATE_ACTIVE && i != NONE) {
+        if (list->count == size && last != NONE && registrations[last].state == STATE_ACTIVE && i != NONE) {
                 uint32_t tail = i;
 
                 while (registrations[tail].next != NONE)
@@ -856,7 +882,6 @@ static int harvest(struct poller *poller, struct epoll_event *events, int size, 
                 registrations[last].next = NONE;
                 poller->active = i;
         }
-        return count;
 }
 
 /* Let the bell ring for a registration. False: the other side can't ring it yet. */
@@ -1097,23 +1122,60 @@ static int harvest_nested(struct poller *poller, struct epoll_event *events, int
         return count;
 }
 
-/* What the kernel's news means for the program. Under the lock. Returns the new number of events. */
-static int look_at_news(struct poller *poller, struct epoll_event *events, int count, int size, uint32_t turn)
+/* While rings were looked at one by one, one that had been passed may have got something before one that was
+ * found. Under the lock. */
+static void catch_up(struct poller *poller, struct list *list, int size, uint32_t turn)
+{
+        uint64_t latest = 0;
+
+        for (int i = 0; i < list->count; i++)
+                latest = list->stamps[i] > latest ? list->stamps[i] : latest;
+        for (uint32_t i = poller->active, next; latest && i != NONE && list->count < size; i = next) {
+                struct registration *r = &registrations[i];
+                struct end *end = r->told == turn ? NULL : end_of_registration(r);
+                uint32_t found;
+
+                /* Before it is reported: then it may leave the list. */
+                next = r->next;
+                if (!end || !ready_bytes(end) ||
+                    atomic_load_explicit(&end_receives(end).ring->stamp, memory_order_relaxed) > latest)
+                        continue;
+                found = look(r, end, true);
+                if (found)
+                        report(poller, r, end, found, list, turn);
+        }
+}
+
+/* What the kernel's news means for the program. Under the lock. */
+static void look_at_news(struct poller *poller, struct list *list, int size, uint32_t turn)
 {
         for (uint32_t i = 0; i < poller->news_count; i++) {
                 struct registration *r = &registrations[poller->news[i]];
                 struct end *end = end_of_registration(r);
                 uint32_t found;
 
-                if (r->state != STATE_ACTIVE || !end || !is_ring(end) || (r->told != turn && count == size))
+                if (r->state != STATE_ACTIVE || !end || !is_ring(end) ||
+                    (r->told != turn && list->count == size))
                         continue;
                 found = look(r, end, true);
                 if (found && r->told == turn)
-                        events[r->place].events |= found;
+                        list->events[r->place].events |= found;
                 else if (found)
-                        count = report(poller, r, found, events, count, turn);
+                        report(poller, r, end, found, list, turn);
         }
         poller->news_count = 0;
+}
+
+/* sort(), and what it couldn't do. Under the lock, which it lets go of for a moment. */
+static int sort_all(struct poller *poller, struct epoll_event *events, int count, enum taken *taken)
+{
+        poller->news_count = 0;
+        count = sort(poller, events, count);
+        if (poller->late) {
+                lock_release(&poller->lock, *taken);
+                settle(poller);
+                *taken = lock_take(&poller->lock, self());
+        }
         return count;
 }
 
@@ -1121,56 +1183,62 @@ static int look_at_news(struct poller *poller, struct epoll_event *events, int c
 static int told_by_kernel(struct poller *poller, struct epoll_event *events, int count, int size)
 {
         enum taken taken = lock_take(&poller->lock, self());
+        /* Another thread may have the next one, while the lock is let go of. */
         uint32_t turn = ++poller->turn;
+        struct list list;
 
-        poller->news_count = 0;
-        count = sort(poller, events, count);
-        if (poller->late) {
-                lock_release(&poller->lock, taken);
-                settle(poller);
-                taken = lock_take(&poller->lock, self());
-        }
-        count = look_at_news(poller, events, count, size, turn);
+        count = sort_all(poller, events, count, &taken);
+        list.events = events + count;
+        list.count = 0;
+        look_at_news(poller, &list, size - count < LISTED ? size - count : LISTED, turn);
+        catch_up(poller, &list, size - count < LISTED ? size - count : LISTED, turn);
+        put_in_order(&list);
         lock_release(&poller->lock, taken);
-        return count;
+        return count + list.count;
 }
 
-/* What there is now. Rings first, then the kernel, then what the kernel has news of: whoever is told of
- * something is told of all that was before it, on whichever connection. Without `ask` the kernel is asked
- * only if a ring has something. */
+/* What there is now. Rings are looked at first, then the kernel is asked, then what it has news of is looked
+ * at: whoever is told of something is told of all that was before it, on whichever connection. Without `ask`
+ * the kernel is asked only if a ring has something. */
 static int collect(struct poller *poller, struct epoll_event *events, int size, bool ask, bool spinning)
 {
-        struct epoll_event of_kernel[BATCH];
+        struct epoll_event others[BATCH];
+        struct list list;
         enum taken taken = lock_take(&poller->lock, self());
         /* There must be room for what the kernel has. */
-        int limit = size - (size + 3) / 4, count, rings;
-        /* Another thread may have the next one, while settle() is at work. */
+        int limit = size - (size + 3) / 4, count = 0;
         uint32_t turn = ++poller->turn;
 
         if (size == 1)
                 limit = !ask && turn % SHARE != 0;
-        rings = count = harvest(poller, events, limit, spinning);
+        limit = limit < LISTED ? limit : LISTED;
+        list.events = events;
+        list.count = 0;
+        harvest(poller, &list, limit, spinning);
         if (poller->nested != NONE)
-                count += harvest_nested(poller, events + count, limit - count);
+                count = harvest_nested(poller, others, size - list.count < BATCH ? size - list.count : BATCH);
         if (ask || poller->watched || !limit ||
-            (count && atomic_load_explicit(&poller->added, memory_order_relaxed) > 1)) {
-                int kernel = size - count < BATCH ? size - count : BATCH;
+            (list.count + count && atomic_load_explicit(&poller->added, memory_order_relaxed) > 1)) {
+                struct epoll_event of_kernel[BATCH];
+                int room = size - list.count - count, kernel = 0;
 
-                poller->news_count = 0;
-                if (kernel > 0)
-                        kernel = (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, of_kernel, kernel, 0, 0, 8);
-                kernel = kernel > 0 ? sort(poller, of_kernel, kernel) : 0;
-                if (poller->late) {
-                        lock_release(&poller->lock, taken);
-                        settle(poller);
-                        taken = lock_take(&poller->lock, self());
-                }
+                if (room > 0)
+                        kernel = (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, of_kernel,
+                                            room < BATCH - count ? room : BATCH - count, 0, 0, 8);
+                kernel = sort_all(poller, of_kernel, kernel > 0 ? kernel : 0, &taken);
                 /* Only instances inside this one are known in both ways. */
-                count = rings + merge(events + rings, count - rings, of_kernel, kernel);
-                count = look_at_news(poller, events, count, size, turn);
-                if (!count && !limit)
-                        count = harvest(poller, events, size, spinning);
+                count = merge(others, count, of_kernel, kernel);
+                look_at_news(poller, &list, size - count < LISTED ? size - count : LISTED, turn);
+                if (!list.count && !count && !limit)
+                        harvest(poller, &list, size, spinning);
         }
+        catch_up(poller, &list, size - count < LISTED ? size - count : LISTED, turn);
+        put_in_order(&list);
+        if (count) {
+                memmove(events + count, events, (size_t)list.count * sizeof *events);
+                memcpy(events, others, (size_t)count * sizeof *events);
+        }
+        count += list.count;
         if (count && poller->sleepers && poller->active != NONE)
                 nudge(poller);
         lock_release(&poller->lock, taken);

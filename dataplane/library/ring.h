@@ -15,6 +15,7 @@
 #ifndef FREEFLOW_RING_H
 #define FREEFLOW_RING_H
 
+#include "clock.h"
 #include "family.h"
 #include "layout.h"
 #include "memory.h"
@@ -91,6 +92,13 @@ static inline unsigned char *ring_to_put(const struct flow *flow, const struct v
         return ring_at(view, tail - atomic_load_explicit(&flow->base, memory_order_relaxed), run);
 }
 
+/* Something comes. Who waits for several rings hears of them in this order. */
+static inline void ring_stamp(const struct view *view, uint64_t tail)
+{
+        if (atomic_load_explicit(&view->ring->head, memory_order_relaxed) == tail)
+                atomic_store_explicit(&view->ring->stamp, clock_stamp(), memory_order_relaxed);
+}
+
 /* Make bytes up to `tail + size` readable; false: a signal handler has put bytes there meanwhile. */
 static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t tail, size_t size)
 {
@@ -100,6 +108,7 @@ static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t
                                                      memory_order_relaxed))
                 return false;
         memory_touch(flow, end);
+        ring_stamp(view, tail);
         atomic_store_explicit(&view->ring->tail, tail + size, memory_order_release);
         return true;
 }

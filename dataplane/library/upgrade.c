@@ -210,6 +210,7 @@ void upgrade_end_ring(struct end *end)
         struct view view = end_sends(end);
 
         atomic_store_explicit(&end->tx.phase, PHASE_OVER, memory_order_relaxed);
+        ring_stamp(&view, atomic_load(&end->tx.edge));
         atomic_store_explicit(&view.ring->end, atomic_load(&end->tx.edge) + 1, memory_order_release);
         wake(&view.ring->receivers, end);
 }

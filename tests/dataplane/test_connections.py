@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.dataplane.places import Places
 
 
@@ -43,6 +45,15 @@ def test_several_listeners(both: Places) -> None:
 def test_ports_again(both: Places) -> None:
     """A connection with the same ports as one just closed gets nothing of that one."""
     both.play("connections", "ports_again")
+
+
+@pytest.mark.parametrize("everywhere", ["accelerated"], indirect=True)
+def test_in_order(both: Places) -> None:
+    """What a client says on several connections is heard in that order by who waits for all of them in epoll.
+
+    The kernel itself doesn't always keep it: what comes while it collects events is put before the rest.
+    """
+    both.play("connections", "in_order")
 
 
 def test_closed_before(both: Places) -> None:

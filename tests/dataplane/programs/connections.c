@@ -426,6 +426,73 @@ static void not_held_up(int fd)
         CHECK(pthread_join(thread, NULL) == 0);
 }
 
+enum { ORDERED = 8 };
+
+/* Says in which order it heard of them. */
+static void tell_order(int listener)
+{
+        int instance = epoll_create1(0), fds[ORDERED], heard = 0;
+        char order[ORDERED + 1] = "";
+
+        for (int i = 0; i < ORDERED; i++) {
+                /* Edge-triggered: what is level-triggered the kernel looks at again, before what is new. */
+                struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u32 = (uint32_t)i};
+
+                fds[i] = accept(listener, NULL, NULL);
+                CHECK(fds[i] >= 0);
+                warm_up_server(fds[i]);
+                CHECK(epoll_ctl(instance, EPOLL_CTL_ADD, fds[i], &event) == 0);
+        }
+        for (;;) {
+                struct epoll_event events[16];
+                int got = epoll_wait(instance, events, 16, -1);
+
+                for (int i = 0; i < got; i++) {
+                        char byte;
+                        ssize_t size = recv(fds[events[i].data.u32], &byte, 1, 0);
+
+                        CHECK(size >= 0);
+                        if (size == 0)
+                                return;
+                        order[heard++] = (char)('0' + events[i].data.u32);
+                        CHECK(byte == order[heard - 1]);
+                }
+                if (heard == ORDERED) {
+                        put(fds[0], order);
+                        heard = 0;
+                }
+        }
+}
+
+/* What a program says on several connections is heard in the order in which it was said. */
+static void in_order(int unused)
+{
+        int fds[ORDERED];
+
+        (void)unused;
+        for (int i = 0; i < ORDERED; i++) {
+                fds[i] = dial();
+                warm_up(fds[i]);
+        }
+        srand(7);
+        for (int round = 0; round < 300; round++) {
+                char order[ORDERED + 1] = "01234567";
+
+                for (int i = ORDERED - 1; i > 0; i--) {
+                        int other = rand() % (i + 1);
+                        char byte = order[i];
+
+                        order[i] = order[other];
+                        order[other] = byte;
+                }
+                if (round % 3 == 0)
+                        nap(1);
+                for (int i = 0; i < ORDERED; i++)
+                        put_all(fds[order[i] - '0'], &order[i], 1);
+                get(fds[0], order);
+        }
+}
+
 /* Answers '?' with the number of connections, anything else with itself. */
 static void count_open(int listener)
 {
@@ -506,6 +573,7 @@ int main(int count, char **arguments)
             {"itself", itself, nobody, true},
             {"thousands", serve_thousands, thousands, true},
             {"churn", serve_churn, churn, true},
+            {"in_order", tell_order, in_order, true},
             {"closed_before", count_open, closed_before, true},
             {"not_held_up", echo, not_held_up, false},
             {0},
