@@ -1188,6 +1188,12 @@ static int told_by_kernel(struct poller *poller, struct epoll_event *events, int
         struct list list;
 
         count = sort_all(poller, events, count, &taken);
+        if (!count && poller->rings > 1) {
+                /* Others may have something by now: the next look, which asks the kernel once more, finds
+                 * all. */
+                lock_release(&poller->lock, taken);
+                return 0;
+        }
         list.events = events + count;
         list.count = 0;
         look_at_news(poller, &list, size - count < LISTED ? size - count : LISTED, turn);
@@ -1268,6 +1274,16 @@ static int wait_plainly(struct poller *poller, int epfd, struct epoll_event *eve
         return count;
 }
 
+/* ns until the deadline, if there is one. */
+static int64_t remaining(int64_t timeout, uint64_t deadline)
+{
+        uint64_t present = timeout > 0 ? now() : 0;
+
+        if (timeout <= 0)
+                return timeout;
+        return present < deadline ? (int64_t)(deadline - present) : 0;
+}
+
 int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout, const sigset_t *mask,
                 bool *ours)
 {
@@ -1278,21 +1294,22 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
         *ours = poller && size > 0;
         if (!*ours)
                 return 0;
-        if (timeout > 0 && (poller->rings || poller->nested != NONE))
+        /* Also for a wait that begins in the kernel: rings may come meanwhile. */
+        if (timeout > 0)
                 deadline = now() + (uint64_t)timeout;
         for (;;) {
                 int count;
-                int64_t left = timeout;
+                int64_t left;
                 uint64_t slept;
                 bool unknown, again;
                 enum taken taken;
 
                 if (!poller->rings && poller->nested == NONE) {
-                        count = wait_plainly(poller, epfd, events, size, timeout, mask);
-                        if (count)
+                        count = wait_plainly(poller, epfd, events, size, remaining(timeout, deadline), mask);
+                        if (count || timeout == 0)
                                 return count;
-                        if (timeout >= 0 && !poller->rings)
-                                return 0;
+                        if (deadline && now() >= deadline)
+                                timeout = 0;
                         continue;
                 }
                 count = collect(poller, events, size, timeout == 0, false);
@@ -1338,11 +1355,7 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                         atomic_fetch_sub(&poller->sleepers, 1);
                         continue;
                 }
-                if (deadline) {
-                        uint64_t time = now();
-
-                        left = time < deadline ? (int64_t)(deadline - time) : 0;
-                }
+                left = remaining(timeout, deadline);
                 if (unknown && (left < 0 || left > nap)) {
                         left = nap;
                         nap = nap * 2 < LONGEST_NAP * INT64_C(1000000) ? nap * 2

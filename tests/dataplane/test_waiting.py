@@ -82,6 +82,11 @@ def test_back_pressure(both: Places) -> None:
     both.play("waiting", "back_pressure")
 
 
+def test_timeout_later(both: Places) -> None:
+    """A wait in epoll that began before its connection was upgraded still ends in time."""
+    both.play("waiting", "timeout_later")
+
+
 def test_receive_timeout(both: Places) -> None:
     """SO_RCVTIMEO ends a read that waits."""
     both.play("waiting", "receive_timeout")

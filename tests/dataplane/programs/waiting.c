@@ -380,6 +380,39 @@ static void back_pressure(int fd)
         CHECK(got == sent);
 }
 
+static void warm_and_wait(int listener)
+{
+        int fd = accept(listener, NULL, NULL);
+
+        CHECK(fd >= 0);
+        warm_up_server(fd);
+        get_end(fd);
+}
+
+static void *wait_a_second(void *instance)
+{
+        struct epoll_event event;
+        double begin = clock_now();
+
+        CHECK(epoll_wait(*(int *)instance, &event, 1, 1000) == 0);
+        CHECK(clock_now() - begin > 0.99 && clock_now() - begin < 2.5);
+        return NULL;
+}
+
+/* A wait that began on TCP ends in time on a ring. */
+static void timeout_later(int unused)
+{
+        struct epoll_event event = {.events = EPOLLPRI};
+        int fd = dial(), instance = epoll_create1(0);
+        pthread_t thread;
+
+        (void)unused;
+        CHECK(epoll_ctl(instance, EPOLL_CTL_ADD, fd, &event) == 0);
+        CHECK(pthread_create(&thread, NULL, wait_a_second, &instance) == 0);
+        warm_up(fd);
+        CHECK(pthread_join(thread, NULL) == 0);
+}
+
 static void timeouts(int fd)
 {
         struct timeval time = {0, 200 * 1000};
@@ -686,6 +719,7 @@ int main(int count, char **arguments)
             {"poll_among_others", obey, poll_among_others, false},
             {"high_descriptor", obey, high_descriptor, false},
             {"back_pressure", drain_late, back_pressure, false},
+            {"timeout_later", warm_and_wait, timeout_later, true},
             {"receive_timeout", obey, timeouts, false},
             {"send_timeout", sleep_over, send_timeout, false},
             {"interrupted", obey, interrupted, false},
