@@ -17,6 +17,7 @@
 enum {
         POLLERS = 4096,
         REGISTRATIONS = 1 << 18,
+        ASKED = 8,     /* times that the kernel is asked by one call */
         LISTED = 256,  /* ring events of one call */
         SHARE = 8,     /* calls with room for one event in which the rings come first */
         QUIET = 64,    /* looks without an event before a registration is armed */
@@ -1169,7 +1170,6 @@ static void look_at_news(struct poller *poller, struct list *list, int size, uin
 /* sort(), and what it couldn't do. Under the lock, which it lets go of for a moment. */
 static int sort_all(struct poller *poller, struct epoll_event *events, int count, enum taken *taken)
 {
-        poller->news_count = 0;
         count = sort(poller, events, count);
         if (poller->late) {
                 lock_release(&poller->lock, *taken);
@@ -1187,6 +1187,7 @@ static int told_by_kernel(struct poller *poller, struct epoll_event *events, int
         uint32_t turn = ++poller->turn;
         struct list list;
 
+        poller->news_count = 0;
         count = sort_all(poller, events, count, &taken);
         if (!count && poller->rings > 1) {
                 /* Others may have something by now: the next look, which asks the kernel once more, finds
@@ -1199,6 +1200,9 @@ static int told_by_kernel(struct poller *poller, struct epoll_event *events, int
         look_at_news(poller, &list, size - count < LISTED ? size - count : LISTED, turn);
         catch_up(poller, &list, size - count < LISTED ? size - count : LISTED, turn);
         put_in_order(&list);
+        /* What lasts is for all who wait; the kernel has woken one. */
+        if (list.count && poller->sleepers && poller->active != NONE)
+                nudge(poller);
         lock_release(&poller->lock, taken);
         return count + list.count;
 }
@@ -1228,10 +1232,15 @@ static int collect(struct poller *poller, struct epoll_event *events, int size, 
                 struct epoll_event of_kernel[BATCH];
                 int room = size - list.count - count, kernel = 0;
 
-                if (room > 0)
-                        kernel = (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, of_kernel,
-                                            room < BATCH - count ? room : BATCH - count, 0, 0, 8);
-                kernel = sort_all(poller, of_kernel, kernel > 0 ? kernel : 0, &taken);
+                if (room > BATCH - count)
+                        room = BATCH - count;
+                poller->news_count = 0;
+                /* What was only for us has taken the place of what may be behind it. */
+                for (int asked = 0, got = room; got == room && room > 0 && !kernel && asked < ASKED;
+                     asked++) {
+                        got = (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, of_kernel, room, 0, 0, 8);
+                        kernel = sort_all(poller, of_kernel, got > 0 ? got : 0, &taken);
+                }
                 /* Only instances inside this one are known in both ways. */
                 count = merge(others, count, of_kernel, kernel);
                 look_at_news(poller, &list, size - count < LISTED ? size - count : LISTED, turn);

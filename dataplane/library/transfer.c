@@ -500,6 +500,9 @@ static long look_behind_ring(int fd, struct end *end, const struct view *view, b
                 if (over - 1 != head)
                         return -EPROTO;
                 atomic_store_explicit(&flow->phase, PHASE_OVER, memory_order_relaxed);
+                /* Those who sleep in epoll wait for the kernel's word now, if the other direction is over
+                 * too. */
+                poller_sender_changed(end);
                 return -EINPROGRESS;
         }
         if (!news && atomic_load_explicit(&flow->checked, memory_order_relaxed) == stamp)

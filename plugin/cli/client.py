@@ -130,7 +130,8 @@ class Engine:
 
     def _ask(self, method: str, url: str, body: bytes | None = None) -> tuple[int, bytes]:
         try:
-            return _ask(self._path, method, url, body, _SLOW if body else self._timeout)
+            timeout = self._timeout if method == "GET" else _SLOW
+            return _ask(self._path, method, url, body, timeout)
         except (OSError, http.client.HTTPException) as error:
             raise EngineError(
                 f"the engine does not answer on {self._path}: {error}; systemctl status docker"
