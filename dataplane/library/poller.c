@@ -1298,7 +1298,7 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
 {
         struct poller *poller = poller_of(epfd);
         uint64_t deadline = 0;
-        int64_t nap = FIRST_NAP * INT64_C(1000000);
+        int64_t nap = FIRST_NAP * INT64_C(1000000), left = timeout;
 
         *ours = poller && size > 0;
         if (!*ours)
@@ -1308,16 +1308,16 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                 deadline = now() + (uint64_t)timeout;
         for (;;) {
                 int count;
-                int64_t left;
                 uint64_t slept;
                 bool unknown, again;
                 enum taken taken;
 
                 if (!poller->rings && poller->nested == NONE) {
-                        count = wait_plainly(poller, epfd, events, size, remaining(timeout, deadline), mask);
+                        count = wait_plainly(poller, epfd, events, size, left, mask);
                         if (count || timeout == 0)
                                 return count;
-                        if (deadline && now() >= deadline)
+                        left = remaining(timeout, deadline);
+                        if (!left)
                                 timeout = 0;
                         continue;
                 }
@@ -1381,7 +1381,8 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                         count = told_by_kernel(poller, events, count, size);
                 if (count)
                         return count;
-                if (deadline && now() >= deadline)
+                left = remaining(timeout, deadline);
+                if (!left)
                         timeout = 0;
         }
 }

@@ -1,8 +1,11 @@
 /* The ring alone: `ring.h` and the waiting of `arena.h`, between two threads, without sockets.
  *
- *      ring stress SECONDS SEED        random sizes, limits and budgets; each byte is compared; a wake-up
- * that is lost is a stall ring hostile SECONDS SEED       the other side writes nonsense into every word
- * between any two steps: nothing outside the ring is touched (the pages around it can't be)
+ *      ring stress|hostile SECONDS SEED
+ *
+ * stress: random sizes, limits and budgets; each byte is compared; a wake-up that is lost is a stall.
+ *
+ * hostile: the other side writes nonsense into every word between any two steps; nothing outside the ring is
+ * touched (the pages around it can't be).
  */
 #include "../../dataplane/library/arena.h"
 
@@ -102,28 +105,36 @@ static void give_back(void)
         atomic_store(&sender.touched, 0);
 }
 
+/* Between the program's bytes and the ring's from position `from` on. */
+static void copy(unsigned char *bytes, uint64_t from, size_t size, bool into_ring)
+{
+        struct iovec vec = {bytes, size};
+        struct cursor cursor = {.vec = &vec};
+
+        for (size_t done = 0; done < size;) {
+                size_t run;
+                unsigned char *place = into_ring ? ring_to_put(&sender, &view, from + done, &run)
+                                                 : ring_to_take(&view, from + done, &run);
+
+                CHECK(run > 0);
+                if (run > size - done)
+                        run = size - done;
+                cursor_copy(&cursor, place, run, into_ring);
+                done += run;
+        }
+}
+
 static size_t put(const unsigned char *bytes, size_t size, uint64_t limit)
 {
         uint64_t tail = atomic_load_explicit(&sender.edge, memory_order_relaxed);
         int64_t space = ring_space(&sender, &view, size, limit);
-        struct iovec vec = {(void *)(uintptr_t)bytes, size};
-        struct cursor cursor = {.vec = &vec};
 
         if (space == RING_CORRUPT)
                 return 0;
         CHECK(space >= 0 && space <= RING_SIZE);
         if (size > (size_t)space)
                 size = (size_t)space;
-        for (size_t done = 0; done < size;) {
-                size_t run;
-                unsigned char *place = ring_to_put(&sender, &view, tail + done, &run);
-
-                CHECK(run > 0);
-                if (run > size - done)
-                        run = size - done;
-                cursor_copy(&cursor, place, run, true);
-                done += run;
-        }
+        copy((void *)(uintptr_t)bytes, tail, size, true);
         if (size)
                 CHECK(ring_put(&sender, &view, tail, size));
         return size;
@@ -133,24 +144,13 @@ static size_t take(unsigned char *bytes, size_t size)
 {
         uint64_t head = atomic_load_explicit(&receiver.edge, memory_order_relaxed);
         int64_t ready = ring_ready(&receiver, &view);
-        struct iovec vec = {bytes, size};
-        struct cursor cursor = {.vec = &vec};
 
         if (ready == RING_CORRUPT)
                 return 0;
         CHECK(ready >= 0 && ready <= RING_SIZE);
         if (size > (size_t)ready)
                 size = (size_t)ready;
-        for (size_t done = 0; done < size;) {
-                size_t run;
-                unsigned char *place = ring_to_take(&view, head + done, &run);
-
-                CHECK(run > 0);
-                if (run > size - done)
-                        run = size - done;
-                cursor_copy(&cursor, place, run, false);
-                done += run;
-        }
+        copy(bytes, head, size, false);
         if (size)
                 CHECK(ring_take(&receiver, &view, head, size));
         return size;

@@ -109,19 +109,29 @@ static void get_still(int fd)
 }
 
 /* A child has the connection and is killed, so that this process can end as it should. */
-static void be_killed(int fd)
+static void be_killed_after(int fd, size_t size, int milliseconds)
 {
         int status;
         pid_t child = fork();
 
         CHECK(child >= 0);
         if (!child) {
-                put_pattern(fd, 50000);
-                nap(100);
+                put_pattern(fd, size);
+                nap(milliseconds);
                 kill(getpid(), SIGKILL);
         }
         close(fd);
         CHECK(waitpid(child, &status, 0) == child);
+}
+
+static void be_killed(int fd)
+{
+        be_killed_after(fd, 50000, 100);
+}
+
+static void be_killed_unread(int fd)
+{
+        be_killed_after(fd, 0, 300);
 }
 
 static void outlive(int fd)
@@ -133,20 +143,6 @@ static void outlive(int fd)
         nap(50);
         CHECK(send(fd, "x", 1, 0) == -1 && errno == EPIPE);
         CHECK(pipes == 1);
-}
-
-static void be_killed_unread(int fd)
-{
-        int status;
-        pid_t child = fork();
-
-        CHECK(child >= 0);
-        if (!child) {
-                nap(300);
-                kill(getpid(), SIGKILL);
-        }
-        close(fd);
-        CHECK(waitpid(child, &status, 0) == child);
 }
 
 static int poll_for_room(int fd, int timeout)

@@ -380,15 +380,6 @@ static void back_pressure(int fd)
         CHECK(got == sent);
 }
 
-static void warm_and_wait(int listener)
-{
-        int fd = accept(listener, NULL, NULL);
-
-        CHECK(fd >= 0);
-        warm_up_server(fd);
-        get_end(fd);
-}
-
 static void *wait_a_second(void *instance)
 {
         struct epoll_event event;
@@ -719,7 +710,7 @@ int main(int count, char **arguments)
             {"poll_among_others", obey, poll_among_others, false},
             {"high_descriptor", obey, high_descriptor, false},
             {"back_pressure", drain_late, back_pressure, false},
-            {"timeout_later", warm_and_wait, timeout_later, true},
+            {"timeout_later", serve_one, timeout_later, true},
             {"receive_timeout", obey, timeouts, false},
             {"send_timeout", sleep_over, send_timeout, false},
             {"interrupted", obey, interrupted, false},
