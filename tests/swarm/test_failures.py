@@ -141,7 +141,7 @@ def test_reboot_of_a_host(bed: Bed, manager: Host) -> None:
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=4)
     host = bed.hosts[3]
-    host.reboot()
+    bed.reboot(host)
     bed.wait_plugin_reported()
     wait_running(manager, service, 4, 120)
     box = wait_until("a container on the host", lambda: run_container(host, network), 60)

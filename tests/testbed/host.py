@@ -1,7 +1,7 @@
 """One Docker host: an engine of some version, in mount, PID, UTS and network namespaces of its own.
 
 Process 1 of the host's PID namespace holds it all: when it is killed the kernel kills every process of the host and
-takes down its mounts, which is as near to pulling the plug as one gets. What is on disk stays: `reboot` uses that.
+takes down its mounts, which is as near to pulling the plug as one gets. What is on disk stays: `Bed.reboot` uses that.
 """
 
 from __future__ import annotations
@@ -186,16 +186,6 @@ class Host:
                     process.kill()
                     process.wait(5)
         self._outer = self._dockerd = None
-
-    def reboot(self, away: float = 15.0) -> None:
-        """Pull the plug, then start again: namespaces, links and /run are new, /var/lib/docker is the old one.
-
-        Real hosts are `away` for longer than the Swarm's gossip takes to notice, 5 to 10 s. One that is back sooner is taken
-        for its former self, and its engine's gossip may be broken until the next restart ("unknown to memberlist").
-        """
-        self.power_off()
-        time.sleep(away)
-        self.start()
 
     def destroy(self) -> None:
         """Power off and remove what is on disk."""
