@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.swarm.conftest import LIBRARY, address, make_network, plugin_answers, run_container
+from tests.swarm.conftest import (
+    LIBRARY,
+    address,
+    make_network,
+    not_attached,
+    plugin_answers,
+    run_container,
+)
 from tests.testbed import Bed, Host, wait_until
 from tests.testbed.host import PLUGIN
 
@@ -38,30 +45,12 @@ def _reaches(near: Box, far: Box) -> bool:
     )
 
 
-def _wait_up(box: Box) -> None:
-    """Wait until Docker has brought the container back.
-
-    After some power failures, and with any driver, the Swarm takes longer to attach it than the engine waits, or doesn't
-    do it at all before the engine is started once more.
-    """
+def _is_up(box: Box) -> bool:
     host, name, _ = box
-    errors: list[str] = []
-
-    def is_up() -> bool:
-        state = host.inspect("inspect", name)["State"]
-        if "attaching to network failed" in state["Error"]:
-            errors.append(state["Error"])
-            host.docker("start", name, check=False)
-        return bool(state["Running"])
-
-    try:
-        wait_until(f"{name} to be up", is_up, 70)
-    except TimeoutError:
-        if not errors:
-            raise
-        host.stop_dockerd()
-        host.start_dockerd()
-        wait_until(f"{name} to be up on an engine that was started again", is_up, 60)
+    state = host.inspect("inspect", name)["State"]
+    if not state["Running"] and not_attached(state["Error"]):
+        host.docker("start", name, timeout=30, check=False)
+    return bool(state["Running"])
 
 
 def _links(host: Host) -> list[str]:
@@ -81,7 +70,7 @@ def test_containers_come_back_after_a_reboot(bed: Bed, manager: Host) -> None:
         box = boxes[host.name]
         wait_until("the others", lambda b=box: _reaches(b, own), 15)  # type: ignore[misc]
         bed.reboot(host)
-        _wait_up(box)
+        wait_until(f"{box[1]} to be up", lambda b=box: _is_up(b), 120)  # type: ignore[misc]
         for near, far in ((box, own), (own, box)):
             wait_until(
                 f"{far[0].name} from {near[0].name}",
