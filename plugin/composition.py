@@ -97,7 +97,10 @@ def compose(
     def engine_seen(view: EngineView) -> None:
         if view.node_address is not None and driver.self_address() is None:
             driver.discover_new(str(view.node_address), is_self=True)
-        if not installed.is_set() and paths.host_bin is not None:
+        # Again when it is missing: that of a removed plugin removes itself, and somebody may have removed ours.
+        if paths.host_bin is not None and (
+            not installed.is_set() or not host_command.exists(paths.host_bin)
+        ):
             installed.set()
             host_command.install(paths.host_bin, view.root)
 

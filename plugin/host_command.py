@@ -6,6 +6,7 @@ plugin's root file system and changes root there: so it works too while the plug
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Final
@@ -24,11 +25,13 @@ _SCRIPT: Final = """#!/bin/sh
 {mark}
 root={root}
 if [ ! -d "$root" ]; then
-    # Another plugin may have put its own command here since this one began.
+    # Another plugin may put its own command here at any moment: what is taken away is looked at only then.
     id=$(basename "$(dirname "$root")")
+    if mv -f -- "$0" "$0.$$" 2>/dev/null; then
+        if grep -qF -- "$id" "$0.$$" || [ -e "$0" ]; then rm -f -- "$0.$$"; else mv -f -- "$0.$$" "$0"; fi
+    fi
     [ ! -e "$0" ] || grep -qF -- "$id" "$0" || exec "$0" "$@"
     echo "freeflow: the plugin was removed from this host; so is this command now." >&2
-    rm -f -- "$0"
     exit 2
 fi
 if [ "$(id -u)" != 0 ]; then
@@ -100,6 +103,11 @@ def install(
         log.warning("the freeflow command is not installed", reason=str(error))
         return False
     return True
+
+
+def exists(directory: Path) -> bool:
+    """Whether there is a command of that name, or no place for one."""
+    return not directory.is_dir() or os.path.lexists(directory / NAME)
 
 
 def remove(directory: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from plugin.host_command import MARK, NAME, install, plugin_id, remove, script
+from plugin.host_command import MARK, NAME, exists, install, plugin_id, remove, script
 
 ID = "0123456789abcdef" * 4
 MOUNTS = f"""\
@@ -160,6 +160,41 @@ def test_command_of_another_plugin(directory: Path, mounts: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "new: status --json\n", "")
+
+
+@pytest.mark.parametrize("moment", ["basename", "mv", "grep", "rm"])
+def test_another_plugin_meanwhile(directory: Path, mounts: Path, moment: str) -> None:
+    """Whenever a new plugin puts its command there while that of the removed one removes itself, it stays."""
+    install(directory, str(directory / "no engine's root"), mounts)
+    tools = directory / "tools"
+    tools.mkdir()
+    # What the script calls, which first lets the new plugin write its command, once.
+    tool = tools / moment
+    tool.write_text(
+        f"#!/bin/sh\n[ -e '{tools}/done' ] || {{ touch '{tools}/done'; "
+        f"printf '#!/bin/sh\\necho new: $*\\n' >'{directory}/new'; chmod 755 '{directory}/new'; "
+        f"/bin/mv -f '{directory}/new' '{directory / NAME}'; }}\n"
+        f'exec {shutil.which(moment)} "$@"\n'
+    )
+    tool.chmod(0o755)
+    subprocess.run(
+        [directory / NAME, "status"],
+        env={"PATH": f"{tools}:{os.environ['PATH']}"},
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert (tools / "done").exists()
+    assert _run(directory / NAME, "status").stdout == "new: status\n"
+    assert sorted(path.name for path in directory.iterdir()) == [NAME, "tools"]
+
+
+def test_missing_command_is_noticed(directory: Path, mounts: Path) -> None:
+    """Whether the command is there, whoever's it is; where it can't be, it isn't missed."""
+    assert not exists(directory)
+    install(directory, "/var/lib/docker", mounts)
+    assert exists(directory)
+    assert exists(directory / "none")
 
 
 @pytest.mark.parametrize("root", ["/plain", "/with blank", "/with'quote", '/with"$(quote)`'])
