@@ -103,9 +103,13 @@ class Bed:
             for number, version in enumerate(self._engines, start=1)
         ]
         in_parallel([host.boot for host in self.hosts])
-        with (self.work / "pids").open("a") as pids:
-            pids.writelines(f"{host.pid}\n" for host in self.hosts)
+        self._remember(self.hosts)
         in_parallel([host.start_dockerd for host in self.hosts])
+
+    def _remember(self, hosts: list[Host]) -> None:
+        """For whoever takes down what this process leaves when it is killed."""
+        with (self.work / "pids").open("a") as pids:
+            pids.writelines(f"{host.pid}\n" for host in hosts)
 
     def down(self) -> None:
         """Take everything down; safe at any stage, and twice."""
@@ -188,7 +192,9 @@ class Bed:
             60,
             0.5,
         )
-        host.start()
+        host.boot()
+        self._remember([host])
+        host.start_dockerd()
 
     # --- a registry
 
