@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 DEFAULT_RING_LIMIT = 4 << 20
+DEFAULT_SESSION_PORT = 4799
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +51,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     acceleration: bool = True
     rule: Rule = Rule()
     limits: Limits = Limits()
+    rdma: bool = True
+    """Whether connections to other hosts may move to RDMA."""
+    session_port: int = DEFAULT_SESSION_PORT
+    """TCP port on which routers speak with each other."""
+    session_key: str = ""
+    """A secret that the hosts share, where there is no Swarm whose certificates they could use."""
+    remote_ring: int = 256 << 10
+    """Bytes of one direction of a connection to another host; a power of two."""
+    remote_memory: int = 1 << 30
+    """Bytes registered with the RDMA device, of all connections together."""
 
 
 class EndpointFact(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,11 +83,14 @@ class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     name: str = ""
     acceleration: bool = True
+    rdma: bool = True
     subnets: tuple[str, ...] = ()
     vips: dict[str, tuple[str, ...]] = {}
     """VIP to the addresses of its tasks, on whatever host."""
     rule: Rule | None = None
     """If it isn't the host's."""
+    peers: tuple[str, ...] = ()
+    """Addresses of the other hosts that share it."""
 
 
 class Learn(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):
@@ -85,6 +99,8 @@ class Learn(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):
     endpoints: tuple[EndpointFact, ...] = ()
     networks: tuple[NetworkFact, ...] = ()
     settings: Settings = Settings()
+    underlay: str = ""
+    """This host's address on the underlay, if that is known."""
 
 
 class AskStatistics(msgspec.Struct, frozen=True, tag="statistics"):

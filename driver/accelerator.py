@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
@@ -31,7 +32,7 @@ from driver import options
 from driver.errors import RouterError
 from driver.kernel.namespace import is_namespace
 from driver.members import NetworkState
-from driver.model import Endpoint, Network
+from driver.model import Endpoint, IPAddress, Network
 from driver.store import Store
 
 log = structlog.get_logger()
@@ -70,6 +71,14 @@ class Sandboxes(Protocol):
     def state(self) -> dict[str, NetworkState]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Self:
+    """This host. Docker may advertise one address and have the overlay on another (`--data-path-addr`): `underlay`."""
+
+    addresses: frozenset[IPAddress] = frozenset()
+    underlay: IPAddress | None = None
+
+
 def inode_of(sandbox: Path) -> int | None:
     """A namespace's number; None if there is none at this path yet, or any more."""
     try:
@@ -84,8 +93,10 @@ def facts(
     states: Mapping[str, NetworkState],
     homes: Mapping[str, tuple[Path, int]],
     settings: Settings,
+    own: Self | None = None,
 ) -> Learn:
     """What is true. `homes`: where each endpoint's namespace is, and its inode; those without are left out."""
+    own = own or Self()
     names = {
         item.endpoint_id: item.name
         for state in states.values()
@@ -109,15 +120,16 @@ def facts(
             for endpoint in here
         ),
         networks=tuple(
-            _network(network, states.get(network.id, NetworkState()), settings.rule)
+            _network(network, states.get(network.id, NetworkState()), settings.rule, own)
             for network in sorted(networks, key=lambda each: each.id)
             if network.id in used
         ),
         settings=settings,
+        underlay="" if own.underlay is None else str(own.underlay),
     )
 
 
-def _network(network: Network, state: NetworkState, rule: Rule) -> NetworkFact:
+def _network(network: Network, state: NetworkState, rule: Rule, own: Self) -> NetworkFact:
     operations = options.upgrade_operations(network.options)
     subnets = [str(subnet.pool) for subnet in network.subnets]
     if network.ipv6:
@@ -126,6 +138,7 @@ def _network(network: Network, state: NetworkState, rule: Rule) -> NetworkFact:
         id=network.id,
         name=state.view.name if state.view is not None else "",
         acceleration=network.acceleration,
+        rdma=options.rdma(network.options),
         subnets=tuple(dict.fromkeys(subnets)),
         vips={
             str(vip): tuple(map(str, sorted(tasks)))
@@ -133,7 +146,16 @@ def _network(network: Network, state: NetworkState, rule: Rule) -> NetworkFact:
             if tasks
         },
         rule=None if operations is None else replace(rule, operations=operations),
+        peers=_peers(state, own),
     )
+
+
+def _peers(state: NetworkState, own: Self) -> tuple[str, ...]:
+    """The other hosts. None while nothing says which of them is this one."""
+    if state.view is None or not own.addresses:
+        return ()
+    others = {peer.address for peer in state.view.peers} - own.addresses
+    return tuple(sorted(map(str, others)))
 
 
 def _tasks(state: NetworkState) -> dict[IPv4Address, set[IPv4Address]]:
@@ -156,6 +178,7 @@ class Accelerator:
         settings: Settings,
         clock: Callable[[], float] = time.monotonic,
         inode: Callable[[Path], int | None] = inode_of,
+        own: Callable[[], Self] = Self,
     ) -> None:
         self._store = store
         self._sandboxes = sandboxes
@@ -163,6 +186,7 @@ class Accelerator:
         self._settings = settings
         self._clock = clock
         self._inode = inode
+        self._own = own
         self._told: Learn | None = None
         self._told_at = float("-inf")
         self._anew = False
@@ -250,7 +274,12 @@ class Accelerator:
                 homes[endpoint.id] = (path, inode)
         self._missing = missing
         return facts(
-            self._store.networks(), endpoints, self._sandboxes.state(), homes, self._settings
+            self._store.networks(),
+            endpoints,
+            self._sandboxes.state(),
+            homes,
+            self._settings,
+            self._own(),
         )
 
     # --- asking

@@ -26,6 +26,7 @@ USER_KEYS: Final = {
     "vni": "VXLAN network identifier, 1 to 16777215",
     "ipv6": "IPv6 besides IPv4: on, off, or the /64 to take addresses from",
     "acceleration": "on or off",
+    "rdma": "on or off: connections to other hosts over RDMA",
     "upgrade_operations": "reads and writes after which a connection moves to shared memory",
 }
 MTU_ALIAS: Final = "com.docker.network.driver.mtu"
@@ -70,6 +71,7 @@ class NetworkOptions:
     ipv6: bool = False
     prefix6: IPv6Network | None = None
     acceleration: bool = True
+    rdma: bool = True
     upgrade_operations: int | None = None
     own_format: int | None = None
     own_vni: int | None = None
@@ -175,6 +177,11 @@ def upgrade_operations(options: Mapping[str, str]) -> int | None:
     return _integer(key, options[key], UPGRADE_RANGE) if key in options else None
 
 
+def rdma(options: Mapping[str, str]) -> bool:
+    """Whether connections of a network may move to RDMA. Raises InvalidRequest."""
+    return _switch("rdma", options.get("rdma", "on"))
+
+
 def parse(options: Mapping[str, str]) -> NetworkOptions:
     """Check the options of a network.
 
@@ -195,6 +202,7 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
         ipv6=ipv6,
         prefix6=prefix6,
         acceleration=_switch("acceleration", options.get("acceleration", "on")),
+        rdma=rdma(options),
         upgrade_operations=upgrade_operations(options),
         own_format=own_format,
         own_vni=_integer(VNI, options[VNI], VNI_RANGE) if VNI in options else None,

@@ -12,7 +12,7 @@ from typing import Any, Final
 import structlog
 
 from dataplane.client import RouterClient
-from driver.accelerator import Accelerator
+from driver.accelerator import Accelerator, Self
 from driver.announcer import Announcer
 from driver.driver import Driver, DriverConfig
 from driver.engine import DockerDirectory
@@ -116,11 +116,22 @@ def compose(
         engine_seen=engine_seen,
         changed=lambda: accelerator.wake(),
     )
+
+    def own() -> Self:
+        engine, _ = syncer.engine()
+        known = {self_address(), engine.node_address if engine else None} - {None}
+        try:
+            underlay = kernel.underlay().address
+        except FreeFlowError:
+            underlay = None
+        return Self(frozenset(each for each in known if each), underlay or self_address())
+
     accelerator = Accelerator(
         store,
         syncer,
         RouterClient(paths.host_run / CONTROL),
         router_settings(settings),
+        own=own,
     )
     hints = Hints(kernel, directory, syncer.state, syncer.hint, time.monotonic)
     settler = Settler(exchange, syncer.sandbox)

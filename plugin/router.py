@@ -54,6 +54,11 @@ def router_settings(settings: Settings) -> RouterSettings:
             bells=settings.bells_limit,
             memory=settings.shm_limit,
         ),
+        rdma=settings.rdma == "on" and settings.scope == "global",
+        session_port=settings.session_port or settings.vxlan_port,
+        session_key=settings.session_key,
+        remote_ring=settings.remote_ring,
+        remote_memory=settings.remote_memory,
     )
 
 

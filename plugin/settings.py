@@ -8,7 +8,7 @@ start is disabled by Docker without a word.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, Final
 
@@ -16,6 +16,10 @@ from driver.errors import SettingError
 from driver.options import MTU_RANGE, PORT_RANGE
 
 PLUGIN: Final = "freeflow:latest"
+LEAST_KEY: Final = 32
+"""Characters: a key that can be guessed opens every host's router."""
+MOST_KEY: Final = 512
+HIDDEN: Final = "(not shown)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,8 @@ class Setting:
     default: str
     description: str
     parse: Callable[[str], Any]
+    secret: bool = False
+    """Its value is never shown."""
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
@@ -83,6 +89,24 @@ def _listen(text: str) -> tuple[str, int] | None:
     return str(address), number
 
 
+def _power(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        number = _number(text)
+        if not least <= number <= most or number & (number - 1):
+            raise ValueError(f"must be a power of two from {least} to {most}")
+        return number
+
+    return parse
+
+
+def _key(text: str) -> str:
+    if text and not (LEAST_KEY <= len(text) <= MOST_KEY and text.isascii() and text.isprintable()):
+        raise ValueError(
+            f"must be {LEAST_KEY} to {MOST_KEY} printable characters, the same on all hosts: openssl rand -hex 32"
+        )
+    return text
+
+
 def _underlay(text: str) -> str:
     if text and (
         len(text) > 45 or any(character.isspace() or character == "/" for character in text)
@@ -138,8 +162,39 @@ SETTINGS: Final = (
     Setting(
         "ACCELERATION",
         "on",
-        "on or off: whether connections between containers of this host may move to shared memory",
+        "on or off: whether connections between containers may move to shared memory, and to RDMA",
         _choice("on", "off"),
+    ),
+    Setting(
+        "RDMA",
+        "on",
+        "on or off: whether connections to containers of other hosts may move to RDMA",
+        _choice("on", "off"),
+    ),
+    Setting(
+        "SESSION_PORT",
+        "",
+        "TCP port on which the hosts' routers speak with each other; empty: the number of VXLAN_PORT",
+        _whole(PORT_RANGE, optional=True),
+    ),
+    Setting(
+        "SESSION_KEY",
+        "",
+        "secret of the hosts that share networks, in place of the Swarm's certificates; empty: those",
+        _key,
+        secret=True,
+    ),
+    Setting(
+        "REMOTE_RING",
+        "262144",
+        "bytes that may be under way in one direction of a connection over RDMA, a power of two",
+        _power(64 << 10, 4 << 20),
+    ),
+    Setting(
+        "REMOTE_MEMORY",
+        "1073741824",
+        "bytes of memory that connections over RDMA may have altogether; more stay on the overlay",
+        _whole(range(10**11)),
     ),
     Setting(
         "UPGRADE_OPERATIONS",
@@ -227,6 +282,11 @@ class Settings:
     sync_interval: float = 0.5
     request_deadline: float = 10.0
     acceleration: str = "on"
+    rdma: str = "on"
+    session_port: int | None = None
+    session_key: str = field(default="", repr=False)
+    remote_ring: int = 256 << 10
+    remote_memory: int = 1 << 30
     upgrade_operations: int = 4
     upgrade_age: int = 10_000
     upgrade_bytes: int = 0
@@ -257,9 +317,10 @@ def read(environment: Mapping[str, str]) -> tuple[Settings, tuple[SettingError, 
             values[setting.name.lower()] = setting.parse(text.strip())
         except ValueError as error:
             values[setting.name.lower()] = setting.parse(setting.default)
+            shown = HIDDEN if setting.secret else text[:80]
             errors.append(
                 SettingError(
-                    f"setting {setting.name}={text[:80]}: {error}; {_mend(setting.name, setting.default)}"
+                    f"setting {setting.name}={shown}: {error}; {_mend(setting.name, setting.default)}"
                 )
             )
     known = {setting.name for setting in SETTINGS}

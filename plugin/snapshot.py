@@ -15,7 +15,7 @@ from driver.model import Endpoint, Network
 from driver.sync import NetworkState
 from plugin.calls import CallStatistics
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
-from plugin.settings import PLUGIN, SETTINGS, Settings
+from plugin.settings import HIDDEN, PLUGIN, SETTINGS, Settings
 from plugin.status import (
     CallStatus,
     EndpointStatus,
@@ -46,6 +46,10 @@ def _setting_text(value: object) -> str:
         host, port = value
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _shown(secret: bool, value: object) -> str:
+    return HIDDEN if secret and value else _setting_text(value)
 
 
 def _counts(
@@ -135,7 +139,7 @@ class Snapshot:
             uptime=round(now - self.started, 1),
             host=self._host(),
             settings={
-                setting.name: _setting_text(getattr(self.settings, setting.name.lower()))
+                setting.name: _shown(setting.secret, getattr(self.settings, setting.name.lower()))
                 for setting in SETTINGS
             },
             networks=networks,

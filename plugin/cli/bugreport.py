@@ -15,6 +15,7 @@ from driver.kernel import nft
 from driver.kernel.namespace import OVERLAY_PIN, in_netns
 from plugin.cli.client import Client, Engine, host_run
 from plugin.cli.doctor import examine
+from plugin.settings import HIDDEN, SETTINGS
 from plugin.version import VERSION
 
 _ENGINE_FIELDS = (
@@ -25,6 +26,7 @@ _ENGINE_FIELDS = (
     "CgroupVersion",
     "SecurityOptions",
 )
+_SECRETS = frozenset(setting.name for setting in SETTINGS if setting.secret)
 _LINK_FIELDS = ("IFLA_IFNAME", "IFLA_MTU", "IFLA_OPERSTATE", "IFLA_ADDRESS")
 
 
@@ -45,11 +47,17 @@ def _plugin(engine: Engine) -> list[dict[str, Any]]:
         {
             "Name": item.get("Name"),
             "Enabled": item.get("Enabled"),
-            "Settings": (item.get("Settings") or {}).get("Env"),
+            "Settings": [_shown(line) for line in (item.get("Settings") or {}).get("Env") or ()],
         }
         for item in engine.get("/plugins") or ()
         if "freeflow" in str(item.get("Name"))
     ]
+
+
+def _shown(line: str) -> str:
+    """NAME=VALUE of a setting, without the value if that is a secret."""
+    name, _, value = line.partition("=")
+    return f"{name}={HIDDEN}" if value and name in _SECRETS else line
 
 
 def collect(client: Client) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import pytest
 
 from dataplane.control import Connections, Learn, Paths, Rule, Settings, Statistics
 from dataplane.errors import RouterAway
-from driver.accelerator import REPEAT, RETRY, SANDBOX_RETRY, Accelerator, facts
+from driver.accelerator import REPEAT, RETRY, SANDBOX_RETRY, Accelerator, Self, facts
 from driver.errors import RouterError
 from driver.members import NetworkState
-from driver.model import Endpoint, LocalContainer, Network, NetworkView, Service, Subnet, Task
+from driver.model import Endpoint, LocalContainer, Network, NetworkView, Peer, Service, Subnet, Task
 from driver.store import Store
 
 NET, NET2 = "n" * 25, "m" * 25
@@ -153,6 +153,25 @@ def test_a_networks_own_rule() -> None:
         NET: Rule(operations=9, spin=7),
         NET2: None,
     }
+
+
+def test_other_hosts() -> None:
+    """The router is told the other hosts of each network, never this one, whichever of its addresses Docker lists."""
+    peers = tuple(Peer(str(n), IPv4Address(f"192.0.2.{n}")) for n in (3, 1, 2))
+    state = a_state()
+    assert state.view is not None
+    known = {NET: replace(state, view=replace(state.view, peers=peers))}
+    homes = {an_endpoint(7).id: (Path("/netns/s"), 1)}
+    own = Self(
+        frozenset({IPv4Address("192.0.2.1"), IPv4Address("10.9.9.1")}), IPv4Address("10.9.9.1")
+    )
+    network = a_network(options={"rdma": "off"})
+    told = facts([network], [an_endpoint(7)], known, homes, Settings(), own)
+    assert told.networks[0].peers == ("192.0.2.2", "192.0.2.3")
+    assert not told.networks[0].rdma
+    assert told.underlay == "10.9.9.1"
+    told = facts([a_network()], [an_endpoint(7)], known, homes, Settings())
+    assert (told.networks[0].peers, told.networks[0].rdma, told.underlay) == ((), True, "")
 
 
 def test_told_once(world: World) -> None:

@@ -440,7 +440,7 @@ def test_bugreport(world: World, tmp_path: Path) -> None:
     # Doctor would ping peers.
     world.status = status(networks=[])
     world.engine = {
-        "/plugins": [{**PLUGINS[0], "Settings": {"Env": ["MTU="]}}],
+        "/plugins": [{**PLUGINS[0], "Settings": {"Env": ["MTU=", f"SESSION_KEY={'SECRET' * 6}"]}}],
         "/info": {"ServerVersion": "28.5.2", "Swarm": {"JoinTokens": "SECRET"}},
         "/version": {"Version": "28.5.2"},
     }

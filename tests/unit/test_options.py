@@ -23,15 +23,23 @@ def test_defaults() -> None:
     parsed = options.parse({})
     assert (parsed.mtu, parsed.vni, parsed.acceleration) == (None, None, True)
     assert parsed.upgrade_operations is None
+    assert parsed.rdma
     assert parsed.own_vni is None
 
 
 def test_user_options() -> None:
     """The user's three options are taken as given."""
     parsed = options.parse(
-        {"mtu": "9000", "vni": "70012", "acceleration": "off", "upgrade_operations": "16"}
+        {
+            "mtu": "9000",
+            "vni": "70012",
+            "acceleration": "off",
+            "rdma": "off",
+            "upgrade_operations": "16",
+        }
     )
     assert parsed.upgrade_operations == 16
+    assert not parsed.rdma
     assert (parsed.mtu, parsed.vni, parsed.acceleration) == (9000, 70012, False)
 
 
@@ -72,6 +80,7 @@ def test_mtu_by_both_names() -> None:
         ("vni", "0"),
         ("vni", "16777216"),
         ("acceleration", "maybe"),
+        ("rdma", "auto"),
         ("upgrade_operations", "0"),
         ("upgrade_operations", "many"),
     ],

@@ -87,6 +87,11 @@ def test_settings_reach_the_router() -> None:
         "processes_limit": 9,
         "asks_limit": 9,
         "bells_limit": 9,
+        "rdma": "off",
+        "vxlan_port": 9,
+        "session_key": "k",
+        "remote_ring": 65536,
+        "remote_memory": 9,
     }
     usual = router_settings(Settings())
     seen = {
@@ -95,6 +100,9 @@ def test_settings_reach_the_router() -> None:
     }
     assert len(seen) == len(changed)
     assert usual not in seen
+    assert router_settings(Settings(session_port=9, vxlan_port=8)).session_port == 9
+    # Networks of one host alone have no peers.
+    assert not router_settings(Settings(scope="local")).rdma
 
 
 def test_command() -> None:

@@ -90,6 +90,13 @@ GOOD = [
     ("SYNC_INTERVAL", "2", "sync_interval", 2.0),
     ("REQUEST_DEADLINE", "1.5", "request_deadline", 1.5),
     ("ACCELERATION", "off", "acceleration", "off"),
+    ("RDMA", "off", "rdma", "off"),
+    ("SESSION_PORT", "4800", "session_port", 4800),
+    ("SESSION_PORT", "", "session_port", None),
+    ("SESSION_KEY", "k" * 32, "session_key", "k" * 32),
+    ("REMOTE_RING", "65536", "remote_ring", 65536),
+    ("REMOTE_RING", "4194304", "remote_ring", 4194304),
+    ("REMOTE_MEMORY", "0", "remote_memory", 0),
     ("UPGRADE_OPERATIONS", "1", "upgrade_operations", 1),
     ("UPGRADE_AGE", "500", "upgrade_age", 500),
     ("UPGRADE_BYTES", "1000", "upgrade_bytes", 1000),
@@ -149,6 +156,15 @@ BAD = [
     ("REQUEST_DEADLINE", "inf"),
     ("REQUEST_DEADLINE", "soon"),
     ("ACCELERATION", "yes"),
+    ("RDMA", "auto"),
+    ("SESSION_PORT", "0"),
+    ("SESSION_KEY", "k" * 31),
+    ("SESSION_KEY", "k" * 513),
+    ("SESSION_KEY", "ü" * 40),
+    ("REMOTE_RING", "65535"),
+    ("REMOTE_RING", "8388608"),
+    ("REMOTE_RING", "100000"),
+    ("REMOTE_MEMORY", "1G"),
     ("UPGRADE_OPERATIONS", "0"),
     ("UPGRADE_AGE", "-1"),
     ("UPGRADE_BYTES", "1k"),
@@ -186,6 +202,15 @@ def test_all_that_is_wrong_is_said() -> None:
     settings, errors = read({"MTU": "1", "SCOPE": "x", "VXLAN_PORT": "5000"})
     assert len(errors) == 2
     assert settings == Settings(vxlan_port=5000)
+
+
+def test_a_bad_key_is_not_shown() -> None:
+    """What is wrong with a secret is said without it: it may be one character short of the right one."""
+    settings, (error,) = read({"SESSION_KEY": "only a few letters"})
+    assert "only a few" not in str(error)
+    assert str(error).startswith("setting SESSION_KEY=(not shown): ")
+    assert "k" * 32 not in repr(read({"SESSION_KEY": "k" * 32}))
+    assert settings.session_key == ""
 
 
 def test_unknown_setting() -> None:

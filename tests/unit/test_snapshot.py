@@ -180,6 +180,8 @@ def test_settings_are_shown(world: World) -> None:
     assert read(shown) == read(environment)
     world.with_settings({"METRICS_ADDR": "[::1]:9477"})
     assert read(world.status().settings)[1] == ()
+    world.with_settings({"SESSION_KEY": "k" * 32})
+    assert world.status().settings["SESSION_KEY"] == "(not shown)"
 
 
 def test_calls(world: World) -> None:
