@@ -30,6 +30,7 @@ from dataplane.router import listing, sockets, wire
 from dataplane.router.bound import BoundSocket
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.limits import Bucket
+from dataplane.router.loop import EpollLoop
 from dataplane.router.memory import LinuxMemory, is_bell
 from dataplane.router.pairing import Pairing
 from dataplane.router.sockets import LinuxKernel, Namespaces
@@ -112,6 +113,7 @@ class Server:
             secret=secret or _secret,
         )
         self._epoll = select.epoll()
+        self.loop = EpollLoop(self._epoll, clock)
         self._clients: dict[int, Client] = {}
         self._by_process: dict[int, Client] = {}
         self._admins: dict[int, Admin] = {}
@@ -168,6 +170,7 @@ class Server:
         for descriptor, events in self._epoll.poll(self._timeout(), 256):
             self._serve(descriptor, events)
             self._bury()
+        self.loop.fire()
         now = self._clock()
         if self.pairing.impatient:
             self.pairing.answer_fetches()
@@ -188,10 +191,10 @@ class Server:
         if any(admin.work is not None for admin in self._admins.values()):
             return 0
         if self.pairing.impatient:
-            return 0.01
+            return self.loop.timeout(0.01)
         if any(talk.paused for talk in self._talks.values()):
-            return 0.02
-        return _BEAT
+            return self.loop.timeout(0.02)
+        return self.loop.timeout(_BEAT)
 
     def _serve(self, descriptor: int, events: int) -> None:
         client = self._clients.get(descriptor)
@@ -205,6 +208,8 @@ class Server:
             self._accept_admin()
         elif descriptor == self._watch:
             self._stopped = self._stopped or not os.read(descriptor, 4096)
+        else:
+            self.loop.serve(descriptor, events)
 
     def _resume(self, now: float) -> None:
         """Read again from containers that had talked too much, if time has filled their bucket."""

@@ -1,0 +1,95 @@
+"""Descriptors and times of the router's parts in its one loop."""
+
+from __future__ import annotations
+
+import select
+import socket
+
+from dataplane.router.loop import EpollLoop
+
+
+class Clock:
+    """Time that stands still unless moved."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_events() -> None:
+    """Who watches a descriptor is called with its events until he forgets it."""
+    epoll = select.epoll()
+    loop = EpollLoop(epoll)
+    one, other = socket.socketpair()
+    seen: list[int] = []
+    loop.watch(one.fileno(), select.EPOLLIN, seen.append)
+    other.send(b"x")
+    for descriptor, events in epoll.poll(1):
+        assert loop.serve(descriptor, events)
+    assert seen == [select.EPOLLIN]
+    loop.modify(one.fileno(), select.EPOLLOUT)
+    assert epoll.poll(1) == [(one.fileno(), select.EPOLLOUT)]
+    loop.forget(one.fileno())
+    loop.forget(one.fileno())
+    assert epoll.poll(0) == []
+    assert not loop.serve(one.fileno(), select.EPOLLIN)
+    epoll.close()
+
+
+def test_times() -> None:
+    """What is due is done in order, once, unless it was cancelled; waits end when the next is due."""
+    clock = Clock()
+    epoll = select.epoll()
+    loop = EpollLoop(epoll, clock)
+    done: list[str] = []
+    late = loop.after(2, lambda: done.append("late"))
+    loop.after(1, lambda: done.append("soon"))
+    never = loop.after(0.5, lambda: done.append("never"))
+    never.cancel()
+    assert loop.timeout(60) == 1
+    assert loop.timeout(0.1) == 0.1
+    loop.fire()
+    assert done == []
+    clock.now += 1
+    assert loop.timeout(60) == 0
+    loop.fire()
+    assert done == ["soon"]
+    assert late.pending
+    clock.now += 5
+    loop.fire()
+    loop.fire()
+    assert done == ["soon", "late"]
+    assert not late.pending
+    assert loop.timeout(60) == 60
+    epoll.close()
+
+
+def test_a_round_ends() -> None:
+    """Something that asks to be done again at once doesn't keep the loop from its descriptors."""
+    epoll = select.epoll()
+    loop = EpollLoop(epoll)
+    done: list[int] = []
+
+    def again() -> None:
+        done.append(1)
+        loop.after(0, again)
+
+    again()
+    loop.fire()
+    loop.fire()
+    assert len(done) == 3
+    epoll.close()
+
+
+def test_cancelled_by_another() -> None:
+    """What one callback cancels isn't done in the same round."""
+    epoll = select.epoll()
+    loop = EpollLoop(epoll)
+    done: list[str] = []
+    loop.after(0, lambda: second.cancel())
+    second = loop.after(0, lambda: done.append("second"))
+    loop.fire()
+    assert done == []
+    epoll.close()

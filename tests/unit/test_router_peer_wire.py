@@ -1,0 +1,162 @@
+"""What routers say to each other survives the way there and back, and nothing else is taken for a message."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataplane.errors import WrongMessage
+from dataplane.router import peer_wire as pw
+from dataplane.router.wire import Address
+
+INSTANCE: Final = "0123456789abcdef" * 2
+EXAMPLES: Final[list[pw.Message]] = [
+    pw.Hello(
+        instance=INSTANCE,
+        node="8x2q",
+        data_path="192.0.2.7",
+        rdma=True,
+        build="0.1.0+9f-a_b",
+    ),
+    pw.Owns({"n1": ("10.0.4.1", "fd00::1"), "n2": ()}),
+    pw.Offer(1 << 62, "n1", "10.0.4.1:80", "[fd00::2]:40000"),
+    pw.Withdraw(0),
+    pw.Decline(7, 1004),
+    pw.Place(7, (1 << 32) - 1, bytes(range(128))),
+    pw.Accept(7, 3, b""),
+    pw.LinkOffer(1, b"gid", again=True),
+    pw.LinkAnswer(1, b"gid"),
+    pw.LinkRefused(1, "no device"),
+    pw.Drop(3, 15),
+    pw.Frame(1, bytes(pw.MAX_DATA)),
+    pw.Ping(),
+    pw.Pong(),
+]
+
+
+def framed(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + data
+
+
+def test_every_message_is_shown() -> None:
+    """The examples are all the messages there are."""
+    assert {type(example) for example in EXAMPLES} == set(pw.Message.__args__)
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_there_and_back(message: pw.Message) -> None:
+    """A message comes out of its frame as it went in."""
+    assert list(pw.Frames().feed(pw.pack(message))) == [message]
+
+
+@given(st.lists(st.sampled_from(EXAMPLES), max_size=6), st.data())
+def test_pieces(messages: list[pw.Message], data: st.DataObject) -> None:
+    """However the stream is cut, the same messages come out, in order."""
+    stream = b"".join(map(pw.pack, messages))
+    frames, found = pw.Frames(), []
+    while stream:
+        size = data.draw(st.integers(1, len(stream)))
+        found += list(frames.feed(stream[:size]))
+        stream = stream[size:]
+    assert found == messages
+
+
+@given(st.binary(max_size=200))
+def test_garbage(data: bytes) -> None:
+    """Random bytes are no message, whatever they are: an error of ours, and no other."""
+    try:
+        list(pw.Frames().feed(framed(data) if data else data))
+    except WrongMessage:
+        pass
+
+
+@pytest.mark.parametrize("length", [0, pw.MAX_FRAME + 1, 1 << 31, (1 << 32) - 1])
+def test_lengths(length: int) -> None:
+    """No frame and one past the limit end it at once: nobody waits for bytes that would fill memory."""
+    with pytest.raises(WrongMessage, match="frame of"):
+        list(pw.Frames().feed(length.to_bytes(4, "big")))
+
+
+def test_longest_message() -> None:
+    """What a peer wouldn't take isn't sent."""
+    many = tuple(f"fd00:aaaa:bbbb:cccc:dddd:eeee:ffff:{n:x}" for n in range(8000))
+    with pytest.raises(WrongMessage, match="Owns of"):
+        pw.pack(pw.Owns({"n1": many}))
+
+
+BAD: Final[list[dict[str, object]]] = [
+    {"type": "Unknown"},
+    {"type": "Offer", "offer": -1, "network": "n", "local": "a", "remote": "b"},
+    {"type": "Offer", "offer": 1 << 63, "network": "n", "local": "a", "remote": "b"},
+    {"type": "Offer", "offer": 1, "network": "../n", "local": "a", "remote": "b"},
+    {"type": "Offer", "offer": 1, "network": "n\n", "local": "a", "remote": "b"},
+    {"type": "Offer", "offer": 1, "network": "n", "local": "a" * 54, "remote": "b"},
+    {"type": "Place", "offer": 1, "connection": 1 << 32, "place": b""},
+    {"type": "Place", "offer": 1, "connection": 1, "place": bytes(129)},
+    {"type": "Place", "offer": 1, "connection": True, "place": b""},
+    {"type": "Frame", "link": 1, "data": bytes(pw.MAX_DATA + 1)},
+    {"type": "LinkRefused", "link": 1, "text": "a\nb"},
+    {"type": "LinkRefused", "link": 1, "text": "\x1b[2J"},
+    {"type": "Owns", "networks": {"N": ["10.0.0.1"]}},
+    {"type": "Owns", "networks": {"n": "10.0.0.1"}},
+    {"type": "Owns", "networks": {"n": ["1"] * 8193}},
+    {"type": "Owns", "networks": {f"n{n}": [] for n in range(1025)}},
+]
+
+
+@pytest.mark.parametrize("content", BAD, ids=lambda c: f"{c['type']}")
+def test_limits(content: dict[str, object]) -> None:
+    """A field past its limit makes the whole no message."""
+    with pytest.raises(WrongMessage):
+        list(pw.Frames().feed(framed(msgspec.msgpack.encode(content))))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("instance", "x" * 32), ("instance", INSTANCE + "\n"), ("node", ""), ("build", "a b")],
+)
+def test_limits_of_hello(field: str, value: str) -> None:
+    """So do those of the first message."""
+    content = msgspec.to_builtins(EXAMPLES[0]) | {field: value}
+    with pytest.raises(WrongMessage):
+        list(pw.Frames().feed(framed(msgspec.msgpack.encode(content))))
+
+
+def test_depth() -> None:
+    """A nest of lists is no message either, and doesn't cost the stack."""
+    with pytest.raises(WrongMessage):
+        list(pw.Frames().feed(framed(b"\x91" * 100_000)))
+
+
+def test_later_versions() -> None:
+    """Fields that a later version has added are skipped; its number can be read, whatever else is in it."""
+    content = msgspec.to_builtins(EXAMPLES[0]) | {"version": 2, "more": [1, 2]}
+    (hello,) = pw.Frames().feed(framed(msgspec.msgpack.encode(content)))
+    assert isinstance(hello, pw.Hello)
+    assert hello.version == 2
+
+
+@given(st.ip_addresses(), st.integers(1, 65535))
+def test_ends(ip: IPv4Address | IPv6Address, port: int) -> None:
+    """An end of a connection comes back from its text; IPv4 in IPv6's clothes as IPv4."""
+    if isinstance(ip, IPv6Address):
+        ip = ip.ipv4_mapped or ip
+    assert pw.end_of(str(Address(ip, port))) == Address(ip, port)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", ":", "10.0.0.1", "10.0.0.1:", "10.0.0.1:0", "10.0.0.1:65536", "10.0.0.1:+80"),
+        *("10.0.0.1:٣", "[10.0.0.1]:80", "fd00::1:80", "[fe80::1%eth0]:80", "host:80", "[]:80"),
+    ],
+)
+def test_no_ends(text: str) -> None:
+    """Nothing else is an end."""
+    with pytest.raises(WrongMessage):
+        pw.end_of(text)
