@@ -163,10 +163,24 @@ static int64_t find_record(uint64_t id, uint64_t token, uint32_t side)
         return -1;
 }
 
-static bool is_what_it_should_be(const struct arena *arena)
+/* What rings a file of this size has, 0: it isn't an arena. */
+static uint32_t ring_of_file(long size)
 {
+        uint64_t ring = (uint64_t)(size - BULK_OFFSET) / (SLOTS * SIDES);
+
+        if (size < BULK_OFFSET || arena_size(ring) != (size_t)size || ring & (ring - 1))
+                return 0;
+        return ring == RING_SIZE || (ring >= REMOTE_RING_LEAST && ring <= REMOTE_RING_MOST) ? (uint32_t)ring
+                                                                                            : 0;
+}
+
+static bool is_what_it_should_be(const struct mapping *mapping)
+{
+        const struct arena *arena = arena_header(mapping);
+
         return arena->magic == FREEFLOW_MAGIC && arena->version == FREEFLOW_VERSION &&
-               arena->size_of_ring == RING_SIZE;
+               arena->size_of_ring == atomic_load(&mapping->size_of_ring) &&
+               arena->remote == atomic_load(&mapping->remote);
 }
 
 static void close_bells(struct mapping *mapping, _Atomic int32_t *bells)
@@ -185,7 +199,8 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
 {
         unsigned char *before = atomic_load(&mapping->base);
         const int wanted = F_SEAL_SHRINK | F_SEAL_GROW;
-        long seals, got;
+        long seals, size, got;
+        uint32_t ring;
 
         if (before && atomic_load(&mapping->id) == id)
                 return REASON_NONE;
@@ -193,23 +208,36 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
                 return REASON_RAW;
         /* A file that could shrink would be a SIGBUS in the program. */
         seals = sys_2(SYS_fcntl, memfd, F_GET_SEALS);
-        if (seals < 0 || (seals & wanted) != wanted ||
-            sys_3(SYS_lseek, memfd, 0, SEEK_END) != (long)ARENA_SIZE)
+        size = sys_3(SYS_lseek, memfd, 0, SEEK_END);
+        ring = ring_of_file(size);
+        if (seals < 0 || (seals & wanted) != wanted || !ring)
                 return REASON_CORRUPT;
-        got = sys_6(SYS_mmap, before, ARENA_SIZE, PROT_READ | PROT_WRITE,
+        /* The place is as large for each: the next arena there may have other rings. */
+        if (ring < RING_SIZE) {
+                got = sys_6(SYS_mmap, before, ARENA_SIZE, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (before ? MAP_FIXED : 0), -1, 0);
+                if (got < 0 && got > -4096)
+                        return REASON_MEMORY;
+                sys_3(SYS_madvise, got, ARENA_SIZE, MADV_NOHUGEPAGE);
+                before = (unsigned char *)got;
+                atomic_store_explicit(&mapping->base, before, memory_order_release);
+        }
+        got = sys_6(SYS_mmap, before, size, PROT_READ | PROT_WRITE,
                     MAP_SHARED | MAP_NORESERVE | (before ? MAP_FIXED : 0), memfd, 0);
         if (got < 0 && got > -4096)
                 return REASON_MEMORY;
-        sys_3(SYS_madvise, got, ARENA_SIZE, MADV_DONTDUMP);
+        sys_3(SYS_madvise, got, size, MADV_DONTDUMP);
         for (int i = 0; i < SLOTS; i++)
                 atomic_store_explicit(&mapping->slots[i], 0, memory_order_relaxed);
         close_bells(mapping, mapping->bells);
         close_bells(mapping, mapping->peers);
         atomic_store(&mapping->deaf, false);
         atomic_store(&mapping->refused, 0);
+        atomic_store(&mapping->size_of_ring, ring);
+        atomic_store(&mapping->remote, ring < RING_SIZE);
         atomic_store(&mapping->id, id);
         atomic_store_explicit(&mapping->base, (unsigned char *)got, memory_order_release);
-        return is_what_it_should_be((struct arena *)got) ? REASON_NONE : REASON_CORRUPT;
+        return is_what_it_should_be(mapping) ? REASON_NONE : REASON_CORRUPT;
 }
 
 /* Nobody here uses the arena any more. What still looks at it sees private memory. */
@@ -239,6 +267,8 @@ static uint32_t take_slot(uint64_t id, uint64_t token, uint32_t side, uint32_t s
         *arena = (uint32_t)found;
         record = &family->arenas[found];
         reason = map(mapping_of(*arena), id, memfd);
+        if (!reason && side && atomic_load(&mapping_of(*arena)->remote))
+                reason = REASON_CORRUPT;
         for (uint32_t d = 0; !reason && d < SIDES; d++)
                 if (atomic_load(&arena_view(*arena, slot, d).ring->incarnation) != incarnation)
                         reason = REASON_CORRUPT;

@@ -20,6 +20,8 @@ struct end;
 /* A process's own part of an arena. */
 struct mapping {
         unsigned char *_Atomic base;
+        _Atomic uint32_t size_of_ring; /* ours: what the arena says about itself isn't believed twice */
+        _Atomic bool remote;           /* side 1 is the relay */
         _Atomic uint64_t id;
         _Atomic bool deaf;        /* bells can't be had from the router, or have been lost */
         _Atomic uint32_t refused; /* ms for which no bell is fetched after one that the router didn't know */
@@ -42,12 +44,16 @@ static inline struct arena *arena_header(const struct mapping *mapping)
 /* The ring of a direction in a slot. */
 static inline struct view arena_view(uint32_t arena, uint32_t slot, uint32_t direction)
 {
-        unsigned char *base = (unsigned char *)arena_header(mapping_of(arena));
+        const struct mapping *mapping = mapping_of(arena);
+        unsigned char *base = (unsigned char *)arena_header(mapping);
+        uint32_t size = atomic_load_explicit(&mapping->size_of_ring, memory_order_relaxed);
         size_t number = (size_t)slot * SIDES + direction;
 
         return (struct view){
             .ring = (struct ring *)(base + SLOT_OFFSET + number * PAGE),
-            .bulk = base + BULK_OFFSET + number * RING_SIZE,
+            .bulk = base + BULK_OFFSET + number * size,
+            .size = size,
+            .remote = atomic_load_explicit(&mapping->remote, memory_order_relaxed),
         };
 }
 

@@ -212,7 +212,7 @@ static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
                 if (fds[i].events & (POLLIN | POLLRDNORM))
                         wait_begin(&end_receives(end).ring->receivers, bell);
                 if (fds[i].events & (POLLOUT | POLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING) {
-                        atomic_store(&end_sends(end).ring->room, ready_threshold(&end->tx));
+                        ready_ask(end);
                         wait_begin(&end_sends(end).ring->senders, bell);
                 }
                 if (!bell_is_known(arena, atomic_load(&end->side), bell))

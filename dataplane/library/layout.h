@@ -4,14 +4,21 @@
  * families (the processes that fork from them) ever map. It has SLOTS slots; a slot carries one connection.
  * Both sides can write every word of it, so neither believes any of it: see `ring.h` for who keeps what in
  * memory of its own.
+ *
+ * In a remote arena side 1 is this host's relay, and the connection's other end is a process of another host
+ * that has such an arena too: what side 0 writes into direction 0 here, the relays write into direction 1
+ * there, at the same offsets. Its rings are smaller than RING_SIZE: so the file's size, which is sealed, says
+ * what kind of arena it is, whatever anybody writes into it.
  */
 /* clang-format off */
 /*      page 0                   struct arena: magic, version, bells
  *      page 2 ..                SLOTS x 2 pages: for each slot and direction one struct ring and the ring's
  *                               first bytes
- *      BULK_OFFSET ..           SLOTS x 2 x RING_SIZE: the rest of each ring, touched only as far as it is used
+ *      BULK_OFFSET ..           SLOTS x 2 x size_of_ring: the rest of each ring, touched only as far as it is
+ *                               used; in a remote arena registered with the RDMA device, and never given back
  *
- * A ring is RING_SIZE bytes of address space. The bytes at offsets below SMALL_SIZE lie in the slot's own page,
+ * A ring is size_of_ring bytes of address space: RING_SIZE, or a power of two below it in a remote arena, from
+ * REMOTE_RING_LEAST to REMOTE_RING_MOST. The bytes at offsets below SMALL_SIZE lie in the slot's own page,
  * the others at the same offset of the bulk area. Small messages restart at offset 0 whenever the ring is empty,
  * so a connection that only carries small messages costs its two pages and no more.
  *
@@ -28,6 +35,13 @@
  *      leave    w receiver (seq_cst)  r sender (seq_cst)     the receiver asks the sender to end the ring
  *      busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between looking at `leave` and publishing
  *      waiters  w both (seq_cst)                             who of this direction sleeps: wait_begin(), wake()
+ *
+ * Of remote arenas only:
+ *      over     w relay (release)     r receiver (acquire)   the sender's end is gone, what it put is below tail
+ *      left     w relay (release)     r receiver (acquire)   answer to `leave`: the sender has stopped, and what
+ *                                                            it put is below tail
+ *      broken   w relay, router       r both                 bytes can't be delivered any more: the connection
+ *               (release)             (acquire)              ends as by a reset
  */
 /* clang-format on */
 #ifndef FREEFLOW_LAYOUT_H
@@ -38,7 +52,7 @@
 #include <stdint.h>
 
 #define FREEFLOW_MAGIC UINT64_C(0x31776f6c66656572) /* "reeflow1" */
-#define FREEFLOW_VERSION 1
+#define FREEFLOW_VERSION 2
 
 enum {
         PAGE = 4096,
@@ -48,6 +62,8 @@ enum {
         BELL_WORDS = BELLS / 64,
         RING_SIZE =
             4 * 1024 * 1024, /* below 1 MiB bulk stays slow: lines go from core to core, not through L3 */
+        REMOTE_RING_LEAST = 64 * 1024,
+        REMOTE_RING_MOST = RING_SIZE / 2,
         RING_HEADER = 384,
         SMALL_SIZE = PAGE - RING_HEADER,
         ARENA_PAGES = 2, /* struct arena */
@@ -56,6 +72,11 @@ enum {
 };
 
 #define ARENA_SIZE ((size_t)BULK_OFFSET + (size_t)SLOTS * SIDES * RING_SIZE)
+
+static inline size_t arena_size(size_t size_of_ring)
+{
+        return (size_t)BULK_OFFSET + (size_t)SLOTS * SIDES * size_of_ring;
+}
 
 /* Which waiters sleep: `any` says whether to look at `bells`, so that the one who wakes loads one word. */
 struct waiters {
@@ -83,8 +104,12 @@ struct ring {
         _Alignas(64) struct waiters senders;
         /* what this ring is of: both sides compare it with what the router told them */
         _Alignas(64) _Atomic uint64_t incarnation;
-        /* w sender, before it says that it waits: bytes in the ring at which it wants to be woken */
+        /* w sender, before it says that it waits: bytes in the ring at which it wants to be woken; in a
+         * remote arena below which it wants to, 0: never */
         _Atomic uint32_t room;
+        _Atomic uint32_t over;
+        _Atomic uint32_t left;
+        _Atomic uint32_t broken;
 };
 
 _Static_assert(sizeof(struct ring) <= RING_HEADER, "the ring's header fits before its first bytes");
@@ -92,6 +117,10 @@ _Static_assert(offsetof(struct ring, head) == 64, "sender and receiver write dif
 _Static_assert(offsetof(struct ring, receivers) == 128, "waiters have lines of their own");
 _Static_assert(offsetof(struct ring, senders) == 192, "waiters have lines of their own");
 _Static_assert(offsetof(struct ring, incarnation) == 256, "layout is part of the version");
+_Static_assert(offsetof(struct ring, room) == 264, "layout is part of the version");
+_Static_assert(offsetof(struct ring, over) == 268, "layout is part of the version");
+_Static_assert(offsetof(struct ring, left) == 272, "layout is part of the version");
+_Static_assert(offsetof(struct ring, broken) == 276, "layout is part of the version");
 
 /* What the waiters of one side need from the other. */
 struct side {
@@ -108,6 +137,7 @@ struct arena {
         uint64_t magic;
         uint32_t version;
         uint32_t size_of_ring;
+        uint32_t remote; /* 1: side 1 is this host's relay; 0: both sides are processes */
         _Alignas(64) struct side sides[SIDES];
 };
 

@@ -901,7 +901,7 @@ static bool arm_one(struct poller *poller, struct registration *r, struct end *e
                 wait_begin(&end_receives(end).ring->receivers, bell);
         if (r->events & (EPOLLOUT | EPOLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING &&
             !ready_space(end)) {
-                atomic_store(&end_sends(end).ring->room, ready_threshold(&end->tx));
+                ready_ask(end);
                 wait_begin(&end_sends(end).ring->senders, bell);
         }
         return bell_is_known(arena, atomic_load(&end->side), bell);

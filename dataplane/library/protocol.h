@@ -55,6 +55,7 @@ enum reason {
         REASON_CORRUPT = 12,     /* the other side wrote nonsense into the ring */
         REASON_PEER_CLOSED = 13, /* the other end has closed its side */
         REASON_SHARED = 14,      /* several processes hold this end */
+        REASON_BROKEN = 15,      /* the RDMA path was lost */
 };
 
 struct message {

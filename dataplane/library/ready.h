@@ -49,9 +49,20 @@ static inline bool ready_end(struct end *end)
 }
 
 /* Bytes in the ring at which a sender that found no room is called: as in TCP, when a third is free. */
-static inline uint32_t ready_threshold(const struct flow *flow)
+static inline uint32_t ready_threshold(const struct flow *flow, const struct view *view)
 {
-        return atomic_load_explicit(&flow->stopped, memory_order_relaxed) ? 0 : settings.ring_limit / 3 * 2;
+        return atomic_load_explicit(&flow->stopped, memory_order_relaxed)
+                   ? 0
+                   : (uint32_t)ring_limit(view) / 3 * 2;
+}
+
+/* Say so to the one who takes bytes out: before wait_begin(). */
+static inline void ready_ask(struct end *end)
+{
+        struct view view = end_sends(end);
+
+        atomic_store_explicit(&view.ring->room, ready_threshold(&end->tx, &view) + view.remote,
+                              memory_order_relaxed);
 }
 
 static inline bool ready_space(struct end *end)
@@ -63,7 +74,7 @@ static inline bool ready_space(struct end *end)
         view = end_sends(end);
         return atomic_load_explicit(&end->tx.edge, memory_order_relaxed) -
                    atomic_load_explicit(&view.ring->head, memory_order_acquire) <=
-               ready_threshold(&end->tx);
+               ready_threshold(&end->tx, &view);
 }
 
 #endif

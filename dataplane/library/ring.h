@@ -2,10 +2,11 @@
  *
  * Positions only grow: `tail` counts what was put in, `head` what was taken out. Each side keeps its own
  * index in memory of its own (`struct flow`.edge) and only publishes it in the ring; of the other side's
- * index it believes no more than that it is a number: tail - head must not exceed RING_SIZE, and the offset
- * into the ring is masked. So whatever the other side writes, nothing outside the ring is read or written.
+ * index it believes no more than that it is a number: tail - head must not exceed the ring's size, and the
+ * offset into the ring is masked. So whatever the other side writes, nothing outside the ring is read or
+ * written.
  *
- * Byte p lies at offset (p - base) mod RING_SIZE. The sender moves `base` to `tail` only while the ring is
+ * Byte p lies at offset (p - base) mod size. The sender moves `base` to `tail` only while the ring is
  * empty, so a receiver that loads it after a tail that says "not empty" has the one that holds for these
  * bytes.
  *
@@ -26,6 +27,8 @@
 struct view {
         struct ring *ring;
         unsigned char *bulk;
+        uint32_t size;
+        bool remote;
 };
 
 /* A place in a list of buffers. */
@@ -39,13 +42,27 @@ struct cursor {
 /* The address of an offset, and how far it goes on from there. */
 static inline unsigned char *ring_at(const struct view *view, uint64_t offset, size_t *run)
 {
-        offset &= RING_SIZE - 1;
+        offset &= view->size - 1;
         if (offset < SMALL_SIZE) {
                 *run = SMALL_SIZE - offset;
                 return (unsigned char *)view->ring + RING_HEADER + offset;
         }
-        *run = RING_SIZE - offset;
+        *run = view->size - offset;
         return view->bulk + offset;
+}
+
+/* Bytes of a ring that may be used. */
+static inline uint64_t ring_limit(const struct view *view)
+{
+        uint32_t limit = settings.ring_limit;
+
+        return limit < view->size ? limit : view->size;
+}
+
+/* Offset in the ring that the sender doesn't go beyond. Remote rings' memory is there already. */
+static inline uint64_t ring_extent(const struct flow *flow, const struct view *view)
+{
+        return __builtin_expect(view->remote, 0) ? ring_limit(view) : memory_extent(flow);
 }
 
 /* The ring is empty: begin at its first byte again. */
@@ -58,12 +75,12 @@ static inline void ring_restart(struct flow *flow, const struct view *view, uint
 
 /* How many of `space` bytes from `tail` on the sender may use: less than a whole ring goes round only by way
  * of empty. */
-static inline uint64_t ring_within(struct flow *flow, uint64_t tail, uint64_t space)
+static inline uint64_t ring_within(struct flow *flow, const struct view *view, uint64_t tail, uint64_t space)
 {
-        uint64_t extent = memory_extent(flow);
+        uint64_t extent = ring_extent(flow, view);
         uint64_t offset = tail - atomic_load_explicit(&flow->base, memory_order_relaxed);
 
-        if (__builtin_expect(extent >= RING_SIZE, 1))
+        if (__builtin_expect(extent >= view->size, 1))
                 return space;
         if (offset < extent)
                 return space < extent - offset ? space : extent - offset;
@@ -77,12 +94,12 @@ static inline int64_t ring_space(struct flow *flow, const struct view *view, siz
         uint64_t tail = atomic_load_explicit(&flow->edge, memory_order_relaxed);
         uint64_t used = tail - atomic_load_explicit(&view->ring->head, memory_order_acquire);
 
-        if (__builtin_expect(used > RING_SIZE, 0))
+        if (__builtin_expect(used > view->size, 0))
                 return RING_CORRUPT;
         if (!used && atomic_load_explicit(&flow->base, memory_order_relaxed) != tail &&
-            (want <= SMALL_SIZE || memory_extent(flow) < RING_SIZE))
+            (want <= SMALL_SIZE || ring_extent(flow, view) < view->size))
                 ring_restart(flow, view, tail);
-        return used < limit ? (int64_t)ring_within(flow, tail, limit - used) : 0;
+        return used < limit ? (int64_t)ring_within(flow, view, tail, limit - used) : 0;
 }
 
 /* Where byte `tail` goes, and how many bytes fit there in one piece. */
@@ -107,7 +124,8 @@ static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t
         if (!atomic_compare_exchange_strong_explicit(&flow->edge, &tail, tail + size, memory_order_relaxed,
                                                      memory_order_relaxed))
                 return false;
-        memory_touch(flow, end);
+        if (__builtin_expect(!view->remote, 1))
+                memory_touch(flow, end);
         ring_stamp(view, tail);
         atomic_store_explicit(&view->ring->tail, tail + size, memory_order_release);
         return true;
@@ -119,7 +137,7 @@ static inline int64_t ring_ready(const struct flow *flow, const struct view *vie
         uint64_t tail = atomic_load_explicit(&view->ring->tail, memory_order_acquire);
         uint64_t ready = tail - atomic_load_explicit(&flow->edge, memory_order_relaxed);
 
-        return __builtin_expect(ready > RING_SIZE, 0) ? RING_CORRUPT : (int64_t)ready;
+        return __builtin_expect(ready > view->size, 0) ? RING_CORRUPT : (int64_t)ready;
 }
 
 /* Where byte `head` is, and how many follow it in one piece. After ring_ready() said that there is one. */

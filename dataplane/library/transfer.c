@@ -191,10 +191,10 @@ static long put_behind(struct operation *o, struct end *end, const struct view *
         uint64_t used = from - atomic_load_explicit(&view->ring->head, memory_order_acquire);
         size_t put = 0, wanted;
 
-        if (from == RESERVED_WHOLE || used >= settings.ring_limit || o->call == CALL_SENDFILE ||
+        if (from == RESERVED_WHOLE || used >= ring_limit(view) || o->call == CALL_SENDFILE ||
             o->call == CALL_SPLICE_IN)
                 return -EAGAIN;
-        wanted = ring_within(flow, from, settings.ring_limit - used);
+        wanted = ring_within(flow, view, from, ring_limit(view) - used);
         if (!wanted)
                 return -EAGAIN;
         wanted = wanted < left ? wanted : left;
@@ -227,7 +227,7 @@ static long put_piece(struct operation *o, struct end *end, const struct view *v
                 return put_behind(o, end, view, cursor, left);
         do {
                 tail = atomic_load_explicit(&flow->edge, memory_order_relaxed);
-                space = ring_space(flow, view, left, settings.ring_limit);
+                space = ring_space(flow, view, left, ring_limit(view));
                 if (space <= 0)
                         return space < 0 ? -EPROTO : 0;
                 wanted = left < (size_t)space ? left : (size_t)space;

@@ -91,8 +91,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                 int got;
 
                 if (want == WANT_SPACE)
-                        atomic_store_explicit(&end_sends(end).ring->room, ready_threshold(flow),
-                                              memory_order_relaxed);
+                        ready_ask(end);
                 if (bell >= 0)
                         wait_begin(waiters, bell);
                 if (is_there(end, want) || !end_is(end, key))

@@ -6,13 +6,17 @@ import struct
 from typing import Final
 
 MAGIC: Final = 0x31776F6C66656572
-VERSION: Final = 1
+VERSION: Final = 2
 
 PAGE: Final = 4096
 SLOTS: Final = 64
 SIDES: Final = 2
 BELLS: Final = 256
 RING_SIZE: Final = 4 << 20
+"""Of arenas whose sides are both processes of this host."""
+REMOTE_RING_LEAST: Final = 64 << 10
+REMOTE_RING_MOST: Final = RING_SIZE // 2
+"""Of arenas whose side 1 is the host's relay: the size says which kind it is."""
 RING_HEADER: Final = 384
 SLOT_OFFSET: Final = 2 * PAGE
 BULK_OFFSET: Final = 1 << 20
@@ -20,10 +24,23 @@ ARENA_SIZE: Final = BULK_OFFSET + SLOTS * SIDES * RING_SIZE
 
 INCARNATION_OFFSET: Final = 256
 LEAVE_OFFSET: Final = 76
+OVER_OFFSET: Final = 268
+LEFT_OFFSET: Final = 272
+BROKEN_OFFSET: Final = 276
 """Of struct ring."""
 
-HEADER: Final = struct.Struct("=QII")
-"""The beginning of struct arena: magic, version, size_of_ring."""
+HEADER: Final = struct.Struct("=QIII")
+"""The beginning of struct arena: magic, version, size_of_ring, remote."""
+
+
+def arena_size(ring_size: int) -> int:
+    """Bytes of an arena with such rings."""
+    return BULK_OFFSET + SLOTS * SIDES * ring_size
+
+
+def ring_size_of(size: int) -> int:
+    """The rings of an arena of so many bytes."""
+    return (size - BULK_OFFSET) // (SLOTS * SIDES)
 
 
 def ring_offset(slot: int, direction: int) -> int:
@@ -31,6 +48,6 @@ def ring_offset(slot: int, direction: int) -> int:
     return SLOT_OFFSET + (slot * SIDES + direction) * PAGE
 
 
-def bulk_offset(slot: int, direction: int = 0) -> int:
+def bulk_offset(slot: int, direction: int = 0, ring_size: int = RING_SIZE) -> int:
     """Where the bulk area of a ring is."""
-    return BULK_OFFSET + (slot * SIDES + direction) * RING_SIZE
+    return BULK_OFFSET + (slot * SIDES + direction) * ring_size

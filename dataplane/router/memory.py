@@ -30,6 +30,12 @@ def _punch(memory: int, offset: int, length: int) -> bool:
     return bool(_libc.fallocate(memory, _PUNCH_HOLE | _KEEP_SIZE, offset, length) == 0)
 
 
+def _is_ring(size: int, remote: bool) -> bool:
+    if not remote:
+        return size == layout.RING_SIZE
+    return layout.REMOTE_RING_LEAST <= size <= layout.REMOTE_RING_MOST and not size & (size - 1)
+
+
 def is_bell(descriptor: int) -> bool:
     """Whether a descriptor that a container sent is one end of a pair of unix stream sockets.
 
@@ -45,15 +51,24 @@ def is_bell(descriptor: int) -> bool:
 class LinuxMemory:
     """`pairing.Memory` on memfds and sockets."""
 
-    def make(self) -> int:
-        """A new arena. Raises KernelRefused."""
+    def make(self, ring_size: int = layout.RING_SIZE, remote: bool = False) -> int:
+        """A new arena. A remote one's rings have from REMOTE_RING_LEAST to REMOTE_RING_MOST bytes.
+
+        Raises:
+            KernelRefused: the kernel has no memory or descriptor for it.
+            ValueError: no arena of this kind has such rings.
+        """
+        if not _is_ring(ring_size, remote):
+            raise ValueError(
+                f"rings of {ring_size} bytes in an arena that is{'' if remote else ' not'} remote"
+            )
         try:
             memory = os.memfd_create("freeflow", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
             raise KernelRefused(f"making an arena: {error.strerror}") from error
         try:
-            os.ftruncate(memory, layout.ARENA_SIZE)
-            header = layout.HEADER.pack(layout.MAGIC, layout.VERSION, layout.RING_SIZE)
+            os.ftruncate(memory, layout.arena_size(ring_size))
+            header = layout.HEADER.pack(layout.MAGIC, layout.VERSION, ring_size, remote)
             os.pwrite(memory, header, 0)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(memory, fcntl.F_ADD_SEALS, seals)
@@ -82,10 +97,17 @@ class LinuxMemory:
             with contextlib.suppress(OSError):
                 os.pwrite(memory, _YES, layout.ring_offset(slot, direction) + layout.LEAVE_OFFSET)
 
+    def sever(self, memory: int, slot: int) -> None:
+        """Say to the ends of a remote slot's connection that nothing can be delivered any more."""
+        for direction in range(layout.SIDES):
+            with contextlib.suppress(OSError):
+                os.pwrite(memory, _YES, layout.ring_offset(slot, direction) + layout.BROKEN_OFFSET)
+
     def reclaim(self, memory: int, slot: int) -> bool:
-        """Give the pages of a slot back; false if the kernel can't."""
+        """Give the pages of a slot back; false if the kernel can't. Not while a device has them registered."""
+        size = layout.ring_size_of(os.fstat(memory).st_size)
         return _punch(memory, layout.ring_offset(slot, 0), layout.SIDES * layout.PAGE) and _punch(
-            memory, layout.bulk_offset(slot), layout.SIDES * layout.RING_SIZE
+            memory, layout.bulk_offset(slot, 0, size), layout.SIDES * size
         )
 
     def used(self, memory: int) -> int:

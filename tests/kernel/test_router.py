@@ -121,8 +121,8 @@ def test_the_memory(pair: Pair) -> None:
     for size in (0, layout.ARENA_SIZE * 2):
         with pytest.raises(PermissionError):
             os.ftruncate(memory, size)
-    assert os.pread(memory, 16, 0) == layout.HEADER.pack(
-        layout.MAGIC, layout.VERSION, layout.RING_SIZE
+    assert os.pread(memory, 20, 0) == layout.HEADER.pack(
+        layout.MAGIC, layout.VERSION, layout.RING_SIZE, 0
     )
     for direction in range(layout.SIDES):
         page = os.pread(memory, layout.PAGE, layout.ring_offset(grant.slot, direction))

@@ -87,12 +87,20 @@ NUMBERS: Final = {
     "SLOT_OFFSET": layout.SLOT_OFFSET,
     "BULK_OFFSET": layout.BULK_OFFSET,
     "ARENA_SIZE": layout.ARENA_SIZE,
+    "REMOTE_RING_LEAST": layout.REMOTE_RING_LEAST,
+    "REMOTE_RING_MOST": layout.REMOTE_RING_MOST,
+    "arena_size(131072)": layout.arena_size(131072),
     "offsetof(struct ring, incarnation)": layout.INCARNATION_OFFSET,
     "offsetof(struct ring, leave)": layout.LEAVE_OFFSET,
+    "offsetof(struct ring, over)": layout.OVER_OFFSET,
+    "offsetof(struct ring, left)": layout.LEFT_OFFSET,
+    "offsetof(struct ring, broken)": layout.BROKEN_OFFSET,
     "offsetof(struct arena, version)": 8,
     "offsetof(struct arena, size_of_ring)": 12,
+    "offsetof(struct arena, remote)": 16,
     "SLOT_OFFSET + (5 * SIDES + 1) * PAGE": layout.ring_offset(5, 1),
     "BULK_OFFSET + (size_t)(5 * SIDES + 1) * RING_SIZE": layout.bulk_offset(5, 1),
+    "BULK_OFFSET + (size_t)(5 * SIDES + 1) * 262144": layout.bulk_offset(5, 1, 262144),
 }
 
 
