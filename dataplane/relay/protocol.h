@@ -1,0 +1,228 @@
+/* What the router and its relay say to each other, over the SOCK_SEQPACKET socket that the relay has as
+ * descriptor 3: one message per packet, all integers in the host's order, sizes fixed but for R_FRAME. The
+ * router is believed; a message of a wrong size or kind is a fault in one of the two, and the relay ends.
+ *
+ * Links, connections and arenas have numbers that the router gives, each once in the life of a relay. `place`
+ * and `address` are words of one relay to another (wire.h), which the routers only carry.
+ *
+ *      router                                      relay
+ *      R_OPEN device                       ->
+ *                                          <-      R_OPENED error, text, mtu
+ *      R_LINK link                         ->      again: a new queue pair, the old one is destroyed first
+ *                                          <-      R_LINKED link, error, text, address
+ *      R_CONNECT link, peer's address      ->
+ *                                          <-      R_CONNECTED link, error, text
+ *                                          <-      R_DOWN link, error, text       (unasked: nothing goes any
+ * more) R_STREAM link                       ->      no RDMA on this link any more: go on over frames R_FRAME
+ * link, bytes                 <->     to and from the peer's relay, over the session, in order R_UNLINK link
+ * ->      no answer; its connections must be gone, those that aren't break R_ARENA arena + memfd, bell -> no
+ * answer; `bell`: receiving end of bell 0 of side 1 R_BELL arena, index + bell          ->      no answer;
+ * sending end of a bell of side 0; replaces an older one R_DISCARD arena                     ->      no
+ * answer; its slots must be dropped R_SLOT connection, link, arena, slot ->
+ *                                          <-      R_PLACED connection, error, text, place
+ *      R_PAIR connection, peer's place     ->
+ *                                          <-      R_PAIRED connection, error, text
+ *      R_CLOSE connection                  ->      no process here has the end any more
+ *                                          <-      R_FINISHED connection, state   the peer has all that was
+ * sent
+ *                                          <-      R_ENDED connection, state      (unasked: nothing more
+ * comes) R_LEAVE connection                  ->      both directions back to TCP
+ *                                          <-      R_LEFT connection              nothing needs the relay any
+ * more R_DROP connection, state            ->      state RELAY_BROKEN: both ends see a reset
+ *                                          <-      R_DROPPED connection           the slot may be used again
+ *      R_COUNT                             ->
+ *                                          <-      R_COUNTS counters
+ *
+ * R_DROP comes after R_SLOT was answered without error, once, for every connection. R_DROPPED may take as
+ * long as the link needs to say that the peer writes no more, or to go down. R_PLACED or R_PAIRED with an
+ * error: the connection is still there and is dropped like any other.
+ */
+#ifndef FREEFLOW_RELAY_PROTOCOL_H
+#define FREEFLOW_RELAY_PROTOCOL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define RELAY_VERSION 1
+
+enum {
+        RELAY_SOCKET = 3,
+        RELAY_TEXT = 96,     /* 0-terminated */
+        RELAY_WORDS = 128,   /* of a place or an address */
+        RELAY_FRAME = 60000, /* bytes of a frame */
+        RELAY_COUNTERS = 24,
+};
+
+enum relay_kind {
+        R_OPEN = 1,
+        R_OPENED = 2,
+        R_LINK = 3,
+        R_LINKED = 4,
+        R_CONNECT = 5,
+        R_CONNECTED = 6,
+        R_UNLINK = 7,
+        R_ARENA = 8,
+        R_BELL = 9,
+        R_DISCARD = 10,
+        R_SLOT = 11,
+        R_PLACED = 12,
+        R_PAIR = 13,
+        R_PAIRED = 14,
+        R_CLOSE = 15,
+        R_FINISHED = 16,
+        R_LEAVE = 17,
+        R_LEFT = 18,
+        R_DROP = 19,
+        R_DROPPED = 20,
+        R_FRAME = 21,
+        R_STREAM = 22,
+        R_COUNT = 23,
+        R_COUNTS = 24,
+        R_DOWN = 25,
+        R_ENDED = 26,
+};
+
+enum relay_transport {
+        RELAY_VERBS = 1,
+        RELAY_MEMORY = 2, /* relays of one machine, for tests: peers name each other's descriptors */
+};
+
+/* How a connection ended. */
+enum relay_state {
+        RELAY_WHOLE = 0,  /* all bytes have been delivered */
+        RELAY_BROKEN = 1, /* its ends see a reset */
+};
+
+struct relay_message {
+        uint16_t kind;
+        uint16_t size; /* of the whole message */
+};
+
+/* R_OPEN */
+struct relay_open {
+        struct relay_message message;
+        char device[64]; /* verbs: its name; memory: faults to make, see memory.c */
+        uint8_t port;
+        uint8_t version; /* RELAY_VERSION */
+        uint16_t gid_index;
+        uint32_t transport;
+        uint32_t spin; /* microseconds, as for libraries; 0: never */
+};
+
+/* R_OPENED */
+struct relay_opened {
+        struct relay_message message;
+        int32_t error; /* errno, 0: it is open */
+        char text[RELAY_TEXT];
+        uint32_t mtu;
+};
+
+/* R_LINK, R_UNLINK, R_STREAM: a link; R_CLOSE, R_LEAVE, R_LEFT, R_DROPPED: a connection; R_FINISHED, R_ENDED,
+ * R_DROP: a connection and a state; R_COUNT: neither. */
+struct relay_number {
+        struct relay_message message;
+        uint32_t number;
+        uint32_t state;
+};
+
+/* R_CONNECTED, R_DOWN: a link; R_PAIRED: a connection */
+struct relay_outcome {
+        struct relay_message message;
+        uint32_t number;
+        int32_t error;
+        char text[RELAY_TEXT];
+};
+
+/* R_LINKED: a link and its address; R_PLACED: a connection and its place */
+struct relay_offer {
+        struct relay_message message;
+        uint32_t number;
+        int32_t error;
+        char text[RELAY_TEXT];
+        uint16_t size;
+        uint16_t unused;
+        uint8_t words[RELAY_WORDS];
+};
+
+/* R_CONNECT: a link and the peer's address; R_PAIR: a connection, the peer's number of it and its place */
+struct relay_accept {
+        struct relay_message message;
+        uint32_t number;
+        uint32_t peer; /* R_CONNECT: 0 */
+        uint16_t size;
+        uint16_t unused;
+        uint8_t words[RELAY_WORDS];
+};
+
+/* R_ARENA: `value` is its size_of_ring; R_BELL: the index of the bell; R_DISCARD: 0 */
+struct relay_arena {
+        struct relay_message message;
+        uint32_t value;
+        uint64_t arena;
+};
+
+/* R_SLOT */
+struct relay_slot {
+        struct relay_message message;
+        uint32_t connection;
+        uint32_t link;
+        uint32_t slot;
+        uint64_t arena;
+        uint64_t incarnation;
+};
+
+/* R_FRAME: message.size says how many bytes there are */
+struct relay_frame {
+        struct relay_message message;
+        uint32_t link;
+        uint8_t data[];
+};
+
+/* R_COUNTS */
+enum relay_counter {
+        COUNT_CONNECTIONS, /* now */
+        COUNT_BYTES_OUT,   /* of connections */
+        COUNT_BYTES_IN,
+        COUNT_MESSAGES_OUT, /* from relay to relay */
+        COUNT_MESSAGES_IN,
+        COUNT_BLOCKS_OUT, /* news of one connection each, in messages */
+        COUNT_BLOCKS_IN,
+        COUNT_WRITES, /* RDMA WRITEs */
+        COUNT_POSTS,  /* doorbells */
+        COUNT_POLLS,  /* looks at a completion queue */
+        COUNT_COMPLETIONS,
+        COUNT_CALLS, /* system calls */
+        COUNT_SLEEPS,
+        COUNT_BELLS,  /* rung */
+        COUNT_SPINS,  /* that found something */
+        COUNT_COPIED, /* bytes that the processor moved: none over RDMA */
+        COUNT_FRAMES_OUT,
+        COUNT_FRAMES_IN,
+        COUNT_DOWNS,      /* links lost */
+        COUNT_RESUMED,    /* connections that went on over a new link */
+        COUNT_BROKEN,     /* connections that were broken */
+        COUNT_CORRUPT,    /* of these: because a process or a peer wrote nonsense */
+        COUNT_REGISTERED, /* bytes that the device may reach, now */
+        COUNT_TURNS,      /* of the loop */
+};
+
+struct relay_counts {
+        struct relay_message message;
+        uint32_t unused;
+        uint64_t counters[RELAY_COUNTERS];
+};
+
+_Static_assert(sizeof(struct relay_message) == 4, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_open) == 80, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_opened) == 108, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_number) == 12, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_outcome) == 108, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_offer) == 240, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_accept) == 144, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_arena) == 16, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_slot) == 32, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_frame) == 8, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_counts) == 200, "sizes are part of the version");
+_Static_assert(COUNT_TURNS + 1 == RELAY_COUNTERS, "each counter has its place");
+
+#endif
