@@ -12,7 +12,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SCRIPTS := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv library plugin install uninstall push test unit kernel swarm torture lint demo bench clean
+.PHONY: help setup venv library ebpf plugin install uninstall push test unit kernel swarm torture lint demo bench clean
 
 help: ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,6 +34,12 @@ build/libfreeflow.so: $(wildcard dataplane/library/*)
 	@plugin/image/setup.sh
 	dataplane/library/build.sh $@
 
+ebpf: build/overlay.bpf.o ## build the programs that the kernel runs
+
+build/overlay.bpf.o: $(wildcard dataplane/ebpf/*.[ch] dataplane/ebpf/build.sh)
+	@plugin/image/setup.sh
+	dataplane/ebpf/build.sh $@
+
 plugin: $(PLUGIN)/config.json ## build the plugin into build/plugin
 
 $(PLUGIN)/config.json: $(CODE)
@@ -54,13 +60,13 @@ push: plugin ## push the plugin to REGISTRY, tagged by version and architecture
 	docker plugin push $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 	docker plugin rm $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 
-test: setup library plugin lint ## set up what is missing and run all tests
+test: setup library ebpf plugin lint ## set up what is missing and run all tests
 	$(PYTHON) -m pytest
 
 unit: venv ## tests without root
 	$(PYTHON) -m pytest tests/unit tests/contract -m 'not kernel'
 
-kernel: setup ## tests in fresh network namespaces
+kernel: setup ebpf ## tests in fresh network namespaces
 	$(PYTHON) -m pytest tests/kernel tests/contract
 
 swarm: setup plugin ## scenarios on a real Swarm

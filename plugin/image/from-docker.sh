@@ -16,4 +16,5 @@ rm -rf "$output"
 mkdir -p "$output/rootfs"
 docker export "$container" | tar -C "$output/rootfs" --exclude='dev/*' -xf -
 "$top/dataplane/library/build.sh" "$output/rootfs/usr/lib/freeflow/libfreeflow.so"
+"$top/dataplane/ebpf/build.sh" "$output/rootfs/usr/lib/freeflow/overlay.bpf.o"
 cp "$top/config.json" "$output/config.json"

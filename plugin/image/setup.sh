@@ -2,7 +2,7 @@
 # Installs the Debian packages that building and testing need; quick when nothing is missing. No daemon is started.
 set -eu
 
-wanted="clang-format docker-compose docker-registry gcc iproute2 iptables libc6-dev libnftables1 mmdebstrap musl-tools nftables procps \
+wanted="clang clang-format docker-compose docker-registry ethtool gcc iproute2 iptables libbpf-dev libc6-dev libnftables1 mmdebstrap musl-tools nftables procps \
 python3-venv shellcheck util-linux"
 # What the tests accelerate; Debian has Python's own tests apart.
 wanted="$wanted curl default-jdk-headless golang-go iperf3 $(basename "$(readlink -f /usr/bin/python3 || echo python3.11)" |

@@ -1,0 +1,40 @@
+"""`python3 -m dataplane.ebpf OBJECT`: loads the programs on the running kernel and prints as JSON what it takes.
+
+Exits with 0 if every program was accepted, with 1 if not, with 2 if it could not be tried.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from dataplane.ebpf.probe import PROGRAMS, probe
+from dataplane.errors import DataplaneError
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python3 -m dataplane.ebpf OBJECT\n")
+        return 2
+    try:
+        found = probe(Path(arguments[0]))
+    except DataplaneError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    names = [name for group in PROGRAMS.values() for name in group]
+    answer = {
+        "kernel": os.uname().release,
+        "programs": {name: found.refused.get(name, "accepted") for name in names},
+        "refused": found.refused,
+        "lacking": found.lacking,
+        "stages": list(found.stages),
+        "why_not": found.why_not,
+    }
+    sys.stdout.write(json.dumps(answer, indent=2) + "\n")
+    return 1 if found.refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,195 @@
+"""`overlay.h` in Python: keys and values of the maps, packed and unpacked. A test holds sizes and offsets together.
+
+Addresses are `ipaddress` here and in network order there; a network is the index of its bridge.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final
+
+LAYOUT: Final = 1
+
+PUSH4, PUSH6, POP4, POP6 = 1, 2, 4, 8
+_IP4, _IP6, _VXLAN = 1, 2, 4
+
+SETTINGS: Final = struct.Struct("=QQIIIHHB7x")
+PORT: Final = struct.Struct("=I4s4s2sH16s6s2x")
+PLACE_KEY: Final = struct.Struct("=I6s2x")
+PLACE: Final = struct.Struct("=QI4s4sI16s")
+NETWORK_KEY: Final = struct.Struct("=4s2s2x")
+INDEX: Final = struct.Struct("=I")
+PEER_KEY: Final = struct.Struct("=I4s")
+PEER: Final = struct.Struct("=I4sI4x")
+COUNT: Final = struct.Struct("=8Q")
+
+_NO_IP4: Final = bytes(4)
+_NO_IP6: Final = bytes(16)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`struct ff_settings`. Times in nanoseconds of CLOCK_MONOTONIC."""
+
+    lease: int
+    idle: int
+    inside: int
+    outside: int
+    flags: int
+    ports: tuple[int, int]
+    ttl: int
+
+    def pack(self) -> bytes:
+        return SETTINGS.pack(
+            self.lease, self.idle, self.inside, self.outside, self.flags, *self.ports, self.ttl
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Settings:
+        lease, idle, inside, outside, flags, low, high, ttl = SETTINGS.unpack(data)
+        return cls(lease, idle, inside, outside, flags, (low, high), ttl)
+
+
+def _octets(mac: str) -> bytes:
+    return bytes.fromhex(mac.replace(":", ""))
+
+
+def _wire_vni(vni: int) -> bytes:
+    """As in the header: RFC 7348, figure 1."""
+    return (vni << 8).to_bytes(4, "big")
+
+
+def _flags(ipv4: IPv4Address | None, ipv6: IPv6Address | None) -> int:
+    return (_IP4 if ipv4 is not None else 0) | (_IP6 if ipv6 is not None else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A container's link (`struct ff_port`): what may come from it, and how that is wrapped for other hosts."""
+
+    net: int
+    vni: int
+    udp_port: int
+    mac: str
+    ipv4: IPv4Address | None
+    ipv6: IPv6Address | None
+
+    def pack(self) -> bytes:
+        return PORT.pack(
+            self.net,
+            _wire_vni(self.vni),
+            self.ipv4.packed if self.ipv4 else _NO_IP4,
+            self.udp_port.to_bytes(2, "big"),
+            _flags(self.ipv4, self.ipv6),
+            self.ipv6.packed if self.ipv6 else _NO_IP6,
+            _octets(self.mac),
+        )
+
+
+def pack_vxlan(net: int) -> bytes:
+    """The value in `ports` of a VXLAN device."""
+    return PORT.pack(net, bytes(4), _NO_IP4, bytes(2), _VXLAN, _NO_IP6, bytes(6))
+
+
+def pack_place_key(net: int, mac: str) -> bytes:
+    return PLACE_KEY.pack(net, _octets(mac))
+
+
+def unpack_place_key(data: bytes) -> tuple[int, str]:
+    net, mac = PLACE_KEY.unpack(data)
+    return net, mac.hex(":")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a MAC address is (`struct ff_place`): on this host behind link `index`, or at `peer`."""
+
+    index: int
+    peer: IPv4Address
+    seen: int
+    ipv4: IPv4Address | None = None
+    ipv6: IPv6Address | None = None
+
+    def pack(self) -> bytes:
+        return PLACE.pack(
+            self.seen,
+            self.index,
+            self.peer.packed,
+            self.ipv4.packed if self.ipv4 else _NO_IP4,
+            _flags(self.ipv4, self.ipv6),
+            self.ipv6.packed if self.ipv6 else _NO_IP6,
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Place:
+        seen, index, peer, ipv4, flags, ipv6 = PLACE.unpack(data)
+        return cls(
+            index,
+            IPv4Address(peer),
+            seen,
+            IPv4Address(ipv4) if flags & _IP4 else None,
+            IPv6Address(ipv6) if flags & _IP6 else None,
+        )
+
+
+NOWHERE: Final = IPv4Address(0)
+
+
+def pack_network_key(vni: int, udp_port: int) -> bytes:
+    return NETWORK_KEY.pack(_wire_vni(vni), udp_port.to_bytes(2, "big"))
+
+
+def pack_peer_key(net: int, address: IPv4Address) -> bytes:
+    return PEER_KEY.pack(net, address.packed)
+
+
+def unpack_peer_key(data: bytes) -> tuple[int, IPv4Address]:
+    net, address = PEER_KEY.unpack(data)
+    return net, IPv4Address(address)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a peer is reached (`struct ff_peer`): by device `index` from address `source`, in packets of `mtu` bytes."""
+
+    index: int
+    source: IPv4Address
+    mtu: int
+
+    def pack(self) -> bytes:
+        return PEER.pack(self.index, self.source.packed, self.mtu)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Way:
+        index, source, mtu = PEER.unpack(data)
+        return cls(index, IPv4Address(source), mtu)
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What a container's link had of the shorter way (`struct ff_count`), all CPUs together."""
+
+    local_packets: int = 0
+    local_bytes: int = 0
+    nic_packets: int = 0
+    nic_bytes: int = 0
+    vxlan_packets: int = 0
+    vxlan_bytes: int = 0
+    sent_packets: int = 0
+    sent_bytes: int = 0
+
+    @property
+    def received_packets(self) -> int:
+        return self.local_packets + self.nic_packets + self.vxlan_packets
+
+    @property
+    def received_bytes(self) -> int:
+        return self.local_bytes + self.nic_bytes + self.vxlan_bytes
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Count:
+        """From one value per CPU."""
+        each = [COUNT.unpack_from(data, at) for at in range(0, len(data), COUNT.size)]
+        return cls(*(sum(column) for column in zip(*each, strict=True)))

@@ -1,0 +1,117 @@
+"""What the running kernel can do of the shorter way, found out by doing it: loading each program, running some once.
+
+Stages, each of which needs the one before it:
+
+    same-host   from container to container of one host         bpf_redirect_peer (Linux 5.10)
+    receive     from the VXLAN device to the container           the same
+    tunnel      from container to NIC and from NIC to container  bpf_adjust_room with an Ethernet header (5.14)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from dataplane.ebpf import layout
+from dataplane.ebpf.libbpf import Object, run_once
+from dataplane.errors import KernelRefused
+
+STAGES: Final = ("same-host", "receive", "tunnel")
+PROGRAMS: Final = {
+    "same-host": ("ff_port",),
+    "receive": ("ff_vxlan",),
+    "tunnel": ("ff_out", "ff_in", "ff_nic"),
+}
+TRIALS: Final = {
+    "push4": ("ff_try_push", layout.PUSH4),
+    "push6": ("ff_try_push", layout.PUSH6),
+    "pop4": ("ff_try_pop4", layout.POP4),
+    "pop6": ("ff_try_pop6", layout.POP6),
+}
+_MACS: Final = bytes.fromhex("020000000001020000000002")
+_IP4: Final = bytes.fromhex("4500006400000000401100000a0000010a000002")
+_IP6: Final = bytes.fromhex("6000000000501140") + bytes(32)
+_VXLAN: Final = bytes.fromhex("8000 12bf 0050 0000 08000000 00000100")
+FRAMES: Final = {
+    "push4": _MACS + b"\x08\x00" + _IP4 + bytes(80),
+    "push6": _MACS + b"\x86\xdd" + _IP6 + bytes(80),
+    "pop4": _MACS + b"\x08\x00" + _IP4 + _VXLAN + _MACS + b"\x08\x00" + _IP4 + bytes(80),
+    "pop6": _MACS + b"\x08\x00" + _IP4 + _VXLAN + _MACS + b"\x86\xdd" + _IP6 + bytes(80),
+}
+_ANSWERS: Final = {
+    1: "the kernel does not make or remove the header",
+    2: "the kernel does not know afterwards which packet it has",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`refused`: programs by name and why not; `lacking`: trials by name and why not; `flags` as in `ff_settings`."""
+
+    refused: dict[str, str] = field(default_factory=dict)
+    lacking: dict[str, str] = field(default_factory=dict)
+    flags: int = 0
+
+    @property
+    def why_not(self) -> dict[str, str]:
+        """Stages that can't run, and why."""
+        reasons: dict[str, str] = {}
+        before = ""
+        for stage in STAGES:
+            missing = [self.refused[name] for name in PROGRAMS[stage] if name in self.refused]
+            if stage == "tunnel":
+                missing += [
+                    self.lacking[name] for name in ("push4", "pop4") if name in self.lacking
+                ]
+            if missing or before:
+                before = reasons[stage] = missing[0] if missing else before
+        return reasons
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return tuple(stage for stage in STAGES if stage not in self.why_not)
+
+
+def try_out(opened: Object) -> tuple[dict[str, str], int]:
+    """Run the trials of a loaded object; why those that fail do, and the flags of the others."""
+    lacking: dict[str, str] = {}
+    flags = 0
+    for name, (program, flag) in TRIALS.items():
+        try:
+            answer = run_once(opened.program(program), FRAMES[name])
+        except OSError as error:
+            lacking[name] = f"it can't be tried: {error.strerror}"
+            continue
+        if answer == 0:
+            flags |= flag
+        else:
+            lacking[name] = _ANSWERS.get(answer, f"unknown answer {answer}")
+    return lacking, flags
+
+
+def probe(path: Path) -> Found:
+    """Load every program by itself, and run the trials. Nothing stays in the kernel.
+
+    Raises:
+        KernelRefused: the file isn't a BPF object, or there is no libbpf.
+    """
+    refused: dict[str, str] = {}
+    lacking: dict[str, str] = {}
+    flags = 0
+    with Object(path) as listed:
+        programs = listed.programs()
+    trials = tuple(name for name in programs if name.startswith("ff_try_"))
+    for wanted in (*((name,) for name in programs if name not in trials), trials):
+        with Object(path) as opened:
+            opened.only(*wanted)
+            try:
+                opened.load()
+            except KernelRefused as error:
+                refused |= dict.fromkeys(wanted, str(error))
+            else:
+                if wanted == trials:
+                    lacking, flags = try_out(opened)
+    if set(trials) & refused.keys():
+        lacking = dict.fromkeys(TRIALS, refused[trials[0]])
+    return Found(refused, lacking, flags)

@@ -1,0 +1,21 @@
+"""The programs that the kernel runs, built once per test run if their sources have changed."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from pathlib import Path
+from typing import Final
+
+TOP: Final = Path(__file__).parents[2]
+SOURCES: Final = TOP / "dataplane/ebpf"
+
+
+@functools.cache
+def built() -> Path:
+    """The object file."""
+    target = TOP / "build/overlay.bpf.o"
+    sources = [*SOURCES.glob("*.[ch]"), SOURCES / "build.sh"]
+    if not target.exists() or target.stat().st_mtime < max(one.stat().st_mtime for one in sources):
+        subprocess.run([SOURCES / "build.sh", target], check=True, timeout=60)
+    return target
