@@ -12,7 +12,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SCRIPTS := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv library ebpf plugin install uninstall push test unit kernel swarm torture lint demo bench clean
+.PHONY: help setup venv library ebpf plugin guests install uninstall push test unit kernel swarm vm torture lint demo bench clean
 
 help: ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -60,7 +60,10 @@ push: plugin ## push the plugin to REGISTRY, tagged by version and architecture
 	docker plugin push $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 	docker plugin rm $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 
-test: setup library ebpf plugin lint ## set up what is missing and run all tests
+guests: setup ## make what virtual machines boot
+	@$(PYTHON) -m tests.testbed.vm build
+
+test: setup library ebpf plugin guests lint ## set up what is missing and run all tests
 	$(PYTHON) -m pytest
 
 unit: venv ## tests without root
@@ -71,6 +74,9 @@ kernel: setup ebpf ## tests in fresh network namespaces
 
 swarm: setup plugin ## scenarios on a real Swarm
 	$(PYTHON) -m pytest tests/swarm
+
+vm: setup library ebpf plugin guests ## RDMA, kernels of several ages and IPVS, in virtual machines
+	$(PYTHON) -m pytest tests/vm
 
 torture: setup library ## an hour of many threads on each connection, and as long under each sanitizer
 	TORTURE_SECONDS=$${TORTURE_SECONDS:-3600} $(PYTHON) -m pytest tests/dataplane/test_torture.py -k 'accelerated or library' -o faulthandler_timeout=0

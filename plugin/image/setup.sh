@@ -4,6 +4,8 @@ set -eu
 
 wanted="clang clang-format docker-compose docker-registry ethtool gcc iproute2 iptables libbpf-dev libc6-dev libnftables1 mmdebstrap musl-tools nftables procps \
 python3-venv shellcheck util-linux"
+# What virtual machines are made with.
+wanted="$wanted e2fsprogs kmod qemu-system-x86 zstd"
 # What the tests accelerate; Debian has Python's own tests apart.
 wanted="$wanted curl default-jdk-headless golang-go iperf3 $(basename "$(readlink -f /usr/bin/python3 || echo python3.11)" |
     sed 's/python/libpython/')-testsuite memcached nginx-light nodejs postgresql redis-server rsync"

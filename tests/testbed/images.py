@@ -43,13 +43,15 @@ def cache() -> Path:
 
 
 @contextmanager
-def _locked(name: str) -> Iterator[None]:
+def locked(name: str) -> Iterator[None]:
+    """One process at a time makes what is kept under this name."""
     with (cache() / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _mmdebstrap(suite: str, packages: str, target: Path) -> None:
+def mmdebstrap(suite: str, packages: str, target: Path) -> None:
+    """A root file system from the Debian archive, as a directory or a tar."""
     mirror = run([str(TOP / "plugin/image/mirror.sh")]).strip()
     run(
         [
@@ -72,7 +74,8 @@ def _mmdebstrap(suite: str, packages: str, target: Path) -> None:
     )
 
 
-def _key(*parts: str) -> str:
+def recipe_key(*parts: str) -> str:
+    """Names what is made from a recipe."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -81,12 +84,12 @@ def engine_root(version: str) -> Path:
     if version not in ENGINES:
         raise ValueError(f"engine {version} is none of {', '.join(ENGINES)}")
     suite, packages = ENGINES[version]
-    target = cache() / f"engine-{version}-{_key(suite, packages)}"
-    with _locked(f"engine-{version}"):
+    target = cache() / f"engine-{version}-{recipe_key(suite, packages)}"
+    with locked(f"engine-{version}"):
         if not target.exists():
             temporary = target.with_suffix(".new")
             shutil.rmtree(temporary, ignore_errors=True)
-            _mmdebstrap(suite, packages, temporary)
+            mmdebstrap(suite, packages, temporary)
             temporary.rename(target)
     return target
 
@@ -94,11 +97,11 @@ def engine_root(version: str) -> Path:
 def workload_tar() -> Path:
     """The image that scenarios run in containers, as a tar for `docker import`."""
     suite, packages = WORKLOAD
-    target = cache() / f"workload-{_key(suite, packages)}.tar"
-    with _locked("workload"):
+    target = cache() / f"workload-{recipe_key(suite, packages)}.tar"
+    with locked("workload"):
         if not target.exists():
             temporary = target.with_name("new-" + target.name)
             temporary.unlink(missing_ok=True)
-            _mmdebstrap(suite, packages, temporary)
+            mmdebstrap(suite, packages, temporary)
             temporary.rename(target)
     return target

@@ -1,0 +1,379 @@
+"""What guests boot: one root file system for all, and a kernel with its modules for each Debian release.
+
+Kernel packages are downloaded and unpacked, never installed. All is made once and kept in the cache beside the engines'
+root file systems, by the content of its recipe: this file and the plugin's list of packages.
+"""
+
+from __future__ import annotations
+
+import lzma
+import os
+import shutil
+import stat
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.testbed.images import TOP, cache, locked, mmdebstrap, recipe_key
+from tests.testbed.process import CommandError, run
+
+KERNELS: Final = {"6.12": "trixie", "6.1": "bookworm", "5.10": "bullseye"}
+"""Kernel -> Debian suite that has it."""
+DEFAULT_KERNEL: Final = "6.12"
+HOST_TOOLS: Final = ("qemu-system-x86_64", "mmdebstrap", "mke2fs", "depmod", "zstd", "dpkg")
+
+_SUITE: Final = "trixie"  # The plugin's own: the same Python, the same libraries.
+_PLUGIN_PACKAGES: Final = TOP / "plugin/image/packages.txt"
+_PACKAGES: Final = (
+    *("busybox-static", "ethtool", "iproute2", "kmod", "mount", "procps", "util-linux"),
+    *(
+        "ibverbs-providers",
+        "ibverbs-utils",
+        "perftest",
+        "python3-pyverbs",
+        "rdma-core",
+        "rdmacm-utils",
+    ),
+    *("bpftool", "iptables", "iputils-ping", "libbpf1", "nftables", "openssl", "tcpdump"),
+    *("docker-cli", "docker.io", "ipvsadm"),
+    *(
+        "curl",
+        "iperf3",
+        "nginx-light",
+        "postgresql",
+        "postgresql-contrib",
+        "redis-server",
+        "redis-tools",
+    ),
+)
+_ROOM: Final = 1024
+"""MB that guests can write; sparse, so it costs nothing."""
+
+_MODULES: Final = (
+    *("arch/x86/crypto", "crypto", "lib", "net"),
+    *("drivers/block/loop.ko", "drivers/block/virtio_blk.ko", "drivers/char/virtio_console.ko"),
+    *(
+        "drivers/char/hw_random",
+        "drivers/infiniband/core",
+        "drivers/infiniband/sw",
+        "drivers/virtio",
+    ),
+    *(
+        "drivers/net/dummy.ko",
+        "drivers/net/ifb.ko",
+        "drivers/net/macvlan.ko",
+        "drivers/net/net_failover.ko",
+    ),
+    *(
+        "drivers/net/tun.ko",
+        "drivers/net/veth.ko",
+        "drivers/net/virtio_net.ko",
+        "drivers/net/vxlan",
+    ),
+    *(
+        "drivers/net/ipvlan",
+        "fs/9p",
+        "fs/configfs",
+        "fs/ext4",
+        "fs/fscache",
+        "fs/jbd2",
+        "fs/mbcache.ko",
+    ),
+    *("fs/netfs", "fs/nls", "fs/overlayfs"),
+)
+"""What a test of networks can want, of some 4,000."""
+_NO_MODULES: Final = (
+    *(
+        "6lowpan",
+        "appletalk",
+        "atm",
+        "ax25",
+        "batman-adv",
+        "bluetooth",
+        "can",
+        "ceph",
+        "hsr",
+        "ieee802154",
+    ),
+    *(
+        "l2tp",
+        "lapb",
+        "mac80211",
+        "mac802154",
+        "mpls",
+        "netrom",
+        "nfc",
+        "phonet",
+        "qrtr",
+        "rose",
+        "rxrpc",
+    ),
+    *("sunrpc", "tipc", "wireless", "x25"),
+)
+_FOR_ROOT: Final = ("virtio_pci", "virtio_blk", "ext4")
+_INIT: Final = """\
+#!/bin/busybox sh
+# From the kernel to the guest's root; vda is the root, vdb the kernel's modules.
+bb=/bin/busybox
+$bb mount -t devtmpfs dev /dev
+for module in $($bb cat /order); do $bb insmod "/modules/$module"; done
+tries=0
+while ! [ -b /dev/vdb ] && [ $tries -lt 400 ]; do $bb usleep 25000; tries=$((tries + 1)); done
+$bb mount -t ext4 -o rw,noatime /dev/vda /root
+$bb mount -t ext4 -o ro /dev/vdb /root/usr/lib/modules
+$bb mount --move /dev /root/dev
+exec $bb switch_root /root /sbin/vm-init
+"""
+# What is more than this comes from the checkout, so that a change there needs no new image.
+_VM_INIT: Final = """\
+#!/bin/sh
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+mount -t proc proc /proc
+modprobe -a virtio_console virtio_net virtio_rng 9pnet_virtio 9p
+mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=262144,cache=loose src /src
+. /src/tests/testbed/vm/guest_init.sh
+"""
+
+
+class KernelAbsentError(Exception):
+    """The archive doesn't serve this kernel's release any more."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What QEMU needs to boot a kernel."""
+
+    name: str
+    folder: Path
+
+    @property
+    def vmlinux(self) -> Path:
+        return self.folder / "vmlinux"
+
+    @property
+    def initrd(self) -> Path:
+        return self.folder / "initrd.img"
+
+    @property
+    def modules(self) -> Path:
+        return self.folder / "modules.ext4"
+
+    @property
+    def version(self) -> str:
+        """As `uname -r` says it."""
+        return (self.folder / "version").read_text()
+
+
+def missing_tools() -> str:
+    """Programs that guests need and the machine lacks; empty if none."""
+    if os.geteuid() != 0:
+        return "root"
+    absent = [tool for tool in HOST_TOOLS if shutil.which(tool) is None]
+    return f"{', '.join(absent)} (make setup)" if absent else ""
+
+
+def _key() -> str:
+    return recipe_key(Path(__file__).read_text(), _PLUGIN_PACKAGES.read_text())
+
+
+def _ext4(tree: Path, image: Path, room: int) -> None:
+    used = int(run(["du", "-sm", str(tree)]).split()[0])
+    # No journal: a guest's disk is thrown away with it.
+    options = ["-O", "^has_journal", "-m", "0", "-E", "lazy_itable_init=1"]
+    run(
+        [
+            "mke2fs",
+            "-q",
+            "-t",
+            "ext4",
+            *options,
+            "-d",
+            str(tree),
+            str(image),
+            f"{used * 5 // 4 + room}M",
+        ]
+    )
+
+
+def _forget_others(keep: Path, pattern: str) -> None:
+    """Remove what other recipes made more than a day ago: a root file system is large."""
+    for old in cache().glob(pattern):
+        if old != keep and time.time() - old.stat().st_mtime > 86400:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def root_image() -> Path:
+    """The guests' root file system, an ext4 image; made if absent (about a minute)."""
+    target = cache() / f"guest-{_key()}.ext4"
+    with locked("guest-root"):
+        if not target.exists():
+            packages = ",".join((*_PLUGIN_PACKAGES.read_text().split(), *_PACKAGES))
+            with tempfile.TemporaryDirectory(dir=cache(), prefix="new-guest-") as folder:
+                tree = Path(folder) / "root"
+                mmdebstrap(_SUITE, packages, tree)
+                for point in ("src", "usr/lib/modules"):
+                    (tree / point).mkdir(exist_ok=True)
+                (tree / "etc/resolv.conf").unlink(missing_ok=True)
+                init = tree / "sbin/vm-init"
+                init.write_text(_VM_INIT)
+                init.chmod(0o755)
+                _ext4(tree, Path(folder) / "image", _ROOM)
+                (Path(folder) / "image").rename(target)
+        _forget_others(target, "guest-*.ext4")
+    return target
+
+
+def kernel(name: str = DEFAULT_KERNEL) -> Kernel:
+    """A kernel of Debian's; made if absent (about a quarter of a minute).
+
+    Raises:
+        KernelAbsentError: the archive has no such release (any more).
+    """
+    if name not in KERNELS:
+        raise ValueError(f"kernel {name} is none of {', '.join(KERNELS)}")
+    target = cache() / f"kernel-{name}-{_key()}"
+    with locked(f"kernel-{name}"):
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=cache(), prefix=f"new-kernel-{name}-") as folder:
+                made = Path(folder) / "made"
+                made.mkdir()
+                _make_kernel(KERNELS[name], Path(folder), made)
+                made.rename(target)
+        _forget_others(target, f"kernel-{name}-*")
+    return Kernel(name, target)
+
+
+def _make_kernel(suite: str, work: Path, made: Path) -> None:
+    unpacked = _download(suite, work)
+    version = next(unpacked.glob("boot/vmlinuz-*")).name.removeprefix("vmlinuz-")
+    (made / "version").write_text(version)
+    # Uncompressed: an emulated processor takes three seconds to do it.
+    (made / "vmlinux").write_bytes(_vmlinux((unpacked / f"boot/vmlinuz-{version}").read_bytes()))
+    tree = work / "modules"
+    _modules(
+        next(unpacked.glob(f"**/lib/modules/{version}")), tree / "lib/modules" / version, version
+    )
+    _ext4(tree / "lib/modules", made / "modules.ext4", 8)
+    order = _load_order(tree, version, _FOR_ROOT)
+    files = {
+        "bin/busybox": next(unpacked.glob("**/bin/busybox")).read_bytes(),
+        "init": _INIT.encode(),
+    }
+    files |= {f"modules/{path.name}": path.read_bytes() for path in order}
+    files["order"] = "\n".join(path.name for path in order).encode()
+    (made / "initrd.img").write_bytes(_cpio(("bin", "dev", "modules", "root"), files))
+
+
+def _download(suite: str, work: Path) -> Path:
+    """A suite's kernel and busybox, unpacked; by apt with a configuration of its own."""
+    mirror = run([str(TOP / "plugin/image/mirror.sh")]).strip()
+    keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+    (work / "sources.list").write_text(
+        f"deb [arch=amd64 signed-by={keyring}] {mirror} {suite} main\n"
+    )
+    (work / "status").touch()
+    settings = {
+        "Dir::Etc::SourceList": work / "sources.list",
+        "Dir::Etc::SourceParts": "-",
+        "Dir::Etc::Preferences": "-",
+        "Dir::Etc::PreferencesParts": "-",
+        "Dir::State": work / "state",
+        "Dir::State::Status": work / "status",
+        "Dir::Cache": work / "cache",
+        "APT::Architecture": "amd64",
+        "APT::Sandbox::User": "root",
+        "Acquire::Languages": "none",
+        "Acquire::Check-Valid-Until": "false",
+    }
+    options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+    (work / "state/lists/partial").mkdir(parents=True)
+    (work / "cache/archives/partial").mkdir(parents=True)
+    run(["apt-get", *options, "-qq", "update"], timeout=300)
+    try:
+        depends = run(["apt-cache", *options, "depends", "linux-image-amd64"])
+    except CommandError as error:
+        raise KernelAbsentError(f"the Debian archive serves no {suite}: {error}") from error
+    image = next(
+        word
+        for word in depends.split()
+        if word.startswith("linux-image-") and word != "linux-image-amd64"
+    )
+    unpacked = work / "unpacked"
+    fetched = ["sh", "-c", 'cd "$0" && exec apt-get "$@"', str(work)]
+    run([*fetched, *options, "-qq", "download", image, "busybox-static"], timeout=600)
+    for package in work.glob("*.deb"):
+        run(["dpkg", "-x", str(package), str(unpacked)])
+    return unpacked
+
+
+def _vmlinux(bzimage: bytes) -> bytes:
+    """The ELF file in a bzImage (the kernel's Documentation/arch/x86/boot.rst: setup_sects, payload_offset, payload_length)."""
+    offset, length = struct.unpack_from("<II", bzimage, 0x248)
+    start = ((bzimage[0x1F1] or 4) + 1) * 512 + offset
+    payload = bzimage[start : start + length]
+    if payload.startswith(b"\xfd7zXZ\0"):
+        # The size follows the stream: a file's reader would take it for another stream.
+        found = lzma.LZMADecompressor().decompress(payload)
+    else:
+        done = subprocess.run(["zstd", "-dcq"], input=payload, capture_output=True, check=False)
+        found = done.stdout
+    if not found.startswith(b"\x7fELF"):
+        raise ValueError(f"a kernel packed in an unknown way: it begins with {payload[:4].hex()}")
+    return found
+
+
+def _modules(source: Path, target: Path, version: str) -> None:
+    """Copy what guests can want, unpacked, for the same reason as the kernel."""
+    target.mkdir(parents=True)
+    for name in ("modules.builtin", "modules.builtin.modinfo", "modules.order"):
+        shutil.copy(source / name, target / name)
+    for wanted in _MODULES:
+        # A module for one kernel is built in, or a folder, in another.
+        for found in sorted((source / "kernel").glob(f"{wanted}*")):
+            if found.name == Path(wanted).name or found.name == f"{Path(wanted).name}.xz":
+                for path in [found, *found.rglob("*")]:
+                    _copy_module(path, target / path.relative_to(source))
+    run(["depmod", "-b", str(target.parents[2]), version])
+
+
+def _copy_module(path: Path, target: Path) -> None:
+    parts = target.parts
+    if path.is_dir() or any(
+        parts[i - 1] == "net" and part in _NO_MODULES for i, part in enumerate(parts)
+    ):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".xz":
+        target.with_suffix("").write_bytes(lzma.decompress(path.read_bytes()))
+    else:
+        shutil.copy(path, target)
+
+
+def _load_order(tree: Path, version: str, modules: Iterable[str]) -> list[Path]:
+    """The files to load for some modules, what they depend on first; those that are built in need none."""
+    found: dict[Path, None] = {}
+    for module in modules:
+        shown = run(["modprobe", "-d", str(tree), "-S", version, "--show-depends", module])
+        for line in shown.splitlines():
+            if line.startswith("insmod "):
+                found[Path(line.split()[1])] = None
+    return list(found)
+
+
+def _cpio(folders: Iterable[str], files: dict[str, bytes]) -> bytes:
+    """An archive that the kernel unpacks as its first root (its Documentation/driver-api/early-userspace/buffer-format.rst)."""
+    members = [(name, stat.S_IFDIR | 0o755, b"") for name in folders]
+    members += [(name, stat.S_IFREG | 0o755, content) for name, content in files.items()]
+    members.append(("TRAILER!!!", 0, b""))
+    packed = bytearray()
+    for number, (name, mode, content) in enumerate(members, 1):
+        fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0)
+        packed += b"070701" + b"".join(b"%08x" % value for value in fields) + name.encode() + b"\0"
+        packed += bytes(-len(packed) % 4) + content
+        packed += bytes(-len(packed) % 4)
+    return bytes(packed)

@@ -1,0 +1,30 @@
+"""Tests in virtual machines need root and QEMU; a skip says what is missing. Rates are never asserted: see tests/testbed/vm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.testbed.vm import Guest, guests, missing_tools
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = missing_tools()
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.vm)
+            if missing:
+                item.add_marker(pytest.mark.skip(reason=f"needs {missing}"))
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[list[Guest]]:
+    """Two guests with an RDMA device each, `rxe0`, for the tests of a module."""
+    with guests(2) as made:
+        for guest in made:
+            guest.rxe_up()
+        yield made
