@@ -3,7 +3,8 @@
 DataplaneError
  ├── WrongMessage      a client or peer sent what the protocol doesn't have; its connection ends
  ├── KernelRefused     the kernel refused or lacks something
- └── RouterAway        the router doesn't answer: it is starting, or has died
+ ├── RouterAway        the router doesn't answer: it is starting, or has died
+ └── NoIdentity        there is no certificate for sessions with other hosts, or a peer's isn't right
 """
 
 from __future__ import annotations
@@ -23,3 +24,7 @@ class KernelRefused(DataplaneError):
 
 class RouterAway(DataplaneError):
     """The router doesn't answer."""
+
+
+class NoIdentity(DataplaneError):
+    """No certificate to speak with other hosts, or a peer's isn't what it must be."""

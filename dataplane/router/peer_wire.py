@@ -211,7 +211,7 @@ def _message(data: bytes) -> Message:
     try:
         message: Message = _decoder.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise WrongMessage(f"a frame that is no message: {error}") from error
+        raise WrongMessage(f"a frame that is no message: {str(error)[:200]!r}") from error
     return message
 
 

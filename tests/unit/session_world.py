@@ -1,0 +1,181 @@
+"""Hosts with real sessions over loopback, in one loop whose clock can be put forward."""
+
+from __future__ import annotations
+
+import itertools
+import select
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Final
+
+from dataplane.errors import WrongMessage
+from dataplane.router.identity import Identities, SwarmIdentity
+from dataplane.router.loop import EpollLoop
+from dataplane.router.peer_wire import Hello, Message, Withdraw
+from dataplane.router.peers import Sessions
+from dataplane.router.wire import IPAddress
+from tests.unit.swarm_ca import Authority, Node, write
+
+_instances: Final = itertools.count(1)
+NONSENSE: Final = Withdraw(666)
+"""What a `Recorder` takes for nonsense."""
+BUG: Final = Withdraw(999)
+"""What makes it fail."""
+
+
+@dataclass
+class Recorder:
+    """Remembers what it's told; checks that ups and downs take turns and messages come only in between."""
+
+    told: list[tuple[str, IPAddress, object]] = field(default_factory=list)
+    sessions: set[IPAddress] = field(default_factory=set)
+
+    def up(self, peer: IPAddress, hello: Hello) -> None:
+        assert peer not in self.sessions
+        self.sessions.add(peer)
+        self.told.append(("up", peer, hello))
+
+    def down(self, peer: IPAddress, reason: str) -> None:
+        self.sessions.remove(peer)
+        self.told.append(("down", peer, reason))
+
+    def message(self, peer: IPAddress, message: Message) -> None:
+        assert peer in self.sessions
+        if message == NONSENSE:
+            raise WrongMessage("nonsense")
+        if message == BUG:
+            raise ZeroDivisionError
+        self.told.append(("message", peer, message))
+
+    def eased(self, peer: IPAddress) -> None:
+        self.told.append(("eased", peer, None))
+
+    def all(self, kind: str) -> list[object]:
+        """What came of a kind."""
+        return [content for each, _, content in self.told if each == kind]
+
+
+@dataclass
+class Router:
+    """One host's sessions."""
+
+    address: IPv4Address
+    folder: Path
+    user: Recorder
+    sessions: Sessions
+
+
+class World:
+    """The loop, the authority of the Swarm, and the routers on 127.0.0.1, .2 …, which all have one port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.skipped = 0.0
+        self.epoll = select.epoll()
+        self.loop = EpollLoop(self.epoll, lambda: time.monotonic() + self.skipped)
+        self.authority = Authority()
+        self.routers: list[Router] = []
+        self.port = _free_port()
+
+    def close(self) -> None:
+        """End all routers."""
+        for router in self.routers:
+            router.sessions.close()
+        self.epoll.close()
+
+    def router(
+        self,
+        number: int,
+        node: Node | None = None,
+        *,
+        identities: Identities | None = None,
+        wall: Callable[[], float] = time.time,
+    ) -> Router:
+        """The router of host `number`, with a node certificate of its own unless another is given."""
+        address = IPv4Address("127.0.0.0") + number
+        folder = self.folder / f"host{number}"
+        if identities is None:
+            write(folder, self.authority.root, node or self.authority.node(f"node{number}"))
+        user = Recorder()
+        sessions = Sessions(
+            self.loop,
+            identities or SwarmIdentity(folder, wall),
+            user,
+            instance=f"{next(_instances):032x}",
+            port=self.port,
+            build="test",
+            bind=str(address),
+            wall=wall,
+            jitter=lambda: 0.5,
+        )
+        sessions.start()
+        sessions.introduce(data_path=str(address), rdma=True)
+        made = Router(address, folder, user, sessions)
+        self.routers.append(made)
+        return made
+
+    def acquaint(self, *routers: Router) -> None:
+        """They share a network."""
+        for router in routers:
+            router.sessions.want(
+                {each.address for each in routers if each is not router}, router.address
+            )
+
+    def pair(self, one: int = 1, other: int = 2) -> tuple[Router, Router]:
+        """Two routers with a session."""
+        made = self.router(one), self.router(other)
+        self.acquaint(*made)
+        self.until("a session", lambda: self.joined(*made))
+        return made
+
+    def joined(self, *routers: Router) -> bool:
+        """Whether each has a session with each."""
+        return all(
+            each.sessions.session(other.address) is not None
+            for each in routers
+            for other in routers
+            if each is not other
+        )
+
+    def round(self, wait: float = 0.02) -> None:
+        """One round of the loop."""
+        for descriptor, events in self.epoll.poll(self.loop.timeout(wait), 64):
+            self.loop.serve(descriptor, events)
+        self.loop.fire()
+
+    def run(self, seconds: float) -> None:
+        """Let time pass."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.round()
+
+    def skip(self, seconds: float) -> None:
+        """Let time pass quickly, in steps that are shorter than a beat."""
+        for _ in range(int(seconds * 2)):
+            self.skipped += 0.5
+            for _ in range(4):
+                self.round(0.001)
+
+    def until(self, what: str, true: Callable[[], object], seconds: float = 15) -> None:
+        """Let time pass until something is true."""
+        end = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < end, f"waited in vain for {what}: {self.state()}"
+            self.round()
+
+    def state(self) -> str:
+        """For messages of tests that failed."""
+        return "; ".join(
+            f"{router.address}: {router.sessions.reasons()} {router.sessions.counts()}"
+            for router in self.routers
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

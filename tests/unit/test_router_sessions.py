@@ -1,0 +1,243 @@
+"""Sessions between routers: real TLS over loopback, as the network and peers of all kinds may treat them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+
+from dataplane.router import peers
+from dataplane.router.identity import choose
+from dataplane.router.peer_wire import Frame, Hello, Offer, Ping, Withdraw
+from tests.unit.session_world import World
+from tests.unit.swarm_ca import Authority, write
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_session(world: World) -> None:
+    """Two hosts that want each other have one session, in which each knows the other's node, address and abilities."""
+    one, other = world.pair()
+    world.run(0.3)
+    assert one.sessions.counts().up == other.sessions.counts().up == 1
+    (hello,) = one.user.all("up")
+    assert isinstance(hello, Hello)
+    assert (hello.node, hello.data_path, hello.rdma) == ("node2", "127.0.0.2", True)
+    assert hello.instance == other.sessions.instance
+    assert one.sessions.hello(other.address) == hello
+    assert other.sessions.hello(one.address).node == one.sessions.node == "node1"  # type: ignore[union-attr]
+    assert one.sessions.reasons() == {other.address: ""}
+    assert one.user.all("down") == other.user.all("down") == []
+
+
+def test_who_dials(world: World) -> None:
+    """The host of the smaller address dials first, the other only if that comes to nothing."""
+    one, other = world.pair()
+    world.skip(5)
+    assert one.sessions.counts().dialled == other.sessions.counts().accepted == 1
+    assert other.sessions.counts().dialled == 0
+    three = world.router(3)
+    three.sessions.want({one.address, other.address}, three.address)
+    one.sessions.want({other.address, three.address})
+    other.sessions.want({one.address, three.address}, None)
+    world.until("three", lambda: world.joined(one, other, three))
+
+
+@pytest.mark.parametrize("courtesy", [0.0, 1.0])
+def test_both_dial(world: World, monkeypatch: pytest.MonkeyPatch, courtesy: float) -> None:
+    """However the dials of both cross, both end with the same one session and neither is told of two."""
+    monkeypatch.setattr(peers, "COURTESY", courtesy)
+    made = [world.router(number) for number in (1, 2, 3, 4)]
+    world.acquaint(*made)
+    world.until("all sessions", lambda: world.joined(*made))
+    world.run(0.3)
+    world.skip(3)
+    for router in made:
+        assert len(router.user.all("up")) == 3
+        assert router.user.all("down") == []
+        assert router.sessions.counts().up == 3
+        router.user.told.clear()
+        for other in made:
+            if other is not router:
+                assert router.sessions.send(other.address, Withdraw(router.address.packed[3]))
+    world.until("messages", lambda: all(len(each.user.all("message")) == 3 for each in made))
+
+
+def test_messages(world: World) -> None:
+    """Messages arrive whole, once and in order, both ways at once, in any size that is allowed."""
+    one, other = world.pair()
+    sent = [Frame(1, bytes([n % 256]) * (n * 977 % 60_000)) for n in range(150)]
+    back = [Offer(n, "n1", "10.0.0.1:1", "10.0.0.2:2") for n in range(2000)]
+    for message in sent:
+        assert one.sessions.send(other.address, message)
+        world.round(0)
+    for offer in back:
+        assert other.sessions.send(one.address, offer)
+    world.until("all", lambda: len(one.user.all("message")) == 2000)
+    world.until("all", lambda: len(other.user.all("message")) == 150)
+    assert other.user.all("message") == sent
+    assert one.user.all("message") == back
+
+
+def test_nobody_there(world: World) -> None:
+    """A peer without a router costs a dial now and then, ever more rarely; the reason is said."""
+    one = world.router(1)
+    nobody = IPv4Address("127.0.0.99")
+    one.sessions.want({nobody}, one.address)
+    assert not one.sessions.send(nobody, Ping())
+    world.until("a try", lambda: "refused" in one.sessions.reasons()[nobody])
+    world.skip(300)
+    assert 8 <= one.sessions.counts().dialled <= 20
+    assert one.user.told == []
+
+
+def test_a_peer_that_starts_later(world: World) -> None:
+    """Who comes late is found by his own dial; who comes back, within moments."""
+    one = world.router(1)
+    late = IPv4Address("127.0.0.2")
+    one.sessions.want({late}, one.address)
+    world.skip(60)
+    other = world.router(2)
+    world.acquaint(one, other)
+    world.until("a session", lambda: world.joined(one, other), 3)
+    assert one.sessions.counts().ended["unreachable"] > 3
+
+
+def test_a_router_that_starts_again(world: World) -> None:
+    """Another instance of the peer's router is told as the end of the last session and a new one."""
+    one, other = world.pair()
+    other.sessions.close()
+    again = world.router(2)
+    world.acquaint(one, again)
+    world.until("a session", lambda: len(one.user.all("up")) == 2)
+    kinds = [kind for kind, _, _ in one.user.told]
+    assert kinds == ["up", "down", "up"]
+    first, second = one.user.all("up")
+    assert isinstance(first, Hello)
+    assert isinstance(second, Hello)
+    assert first.instance != second.instance
+    assert first.node == second.node
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 1)])
+def test_a_host_that_lost_its_power(world: World, numbers: tuple[int, int]) -> None:
+    """A peer that starts again without having hung up gets a new session at once, whoever has the smaller node ID."""
+    one, other = world.pair(*numbers)
+    lost = other.sessions._peers[one.address].session
+    assert lost is not None
+    # As if its packets went nowhere from now on.
+    world.loop.forget(lost._socket.fileno())  # type: ignore[union-attr]
+    other.sessions._stop_listening()
+    other.sessions._peers.clear()
+    again = world.router(numbers[1])
+    again.sessions.want({one.address}, again.address)
+    world.until("a session", lambda: len(one.user.all("up")) == 2, 3)
+    assert "started again" in str(one.user.all("down")[0])
+
+
+def test_a_dead_peer(world: World) -> None:
+    """A peer that falls silent without hanging up loses its session after some beats; without that it stays."""
+    one, other = world.pair()
+    world.skip(30)
+    assert world.joined(one, other)
+    assert one.user.all("down") == []
+    stuck = other.sessions.session(one.address)
+    assert stuck is not None
+    world.loop.forget(stuck._socket.fileno())  # type: ignore[union-attr]
+    other.sessions._beat.cancel()  # type: ignore[union-attr]
+    world.skip(8)
+    assert "nothing was heard" in str(one.user.all("down")[0])
+
+
+def test_a_clock_that_jumps(world: World) -> None:
+    """A router that was stopped for minutes reads first and judges then: no session is lost by it."""
+    one, other = world.pair()
+    for jump in (10, 1000, 100_000):
+        world.skipped += jump
+        world.run(0.1)
+        assert one.sessions.send(other.address, Withdraw(jump))
+        world.until("it", lambda: Withdraw(jump) in other.user.all("message"))  # noqa: B023
+    assert one.user.all("down") == other.user.all("down") == []
+
+
+def test_unwanted(world: World) -> None:
+    """A peer that shares no network any more loses its session, and the port is closed when nobody is left."""
+    one, other = world.pair()
+    one.sessions.want(set(), one.address)
+    assert not one.sessions.send(other.address, Ping())
+    world.until("the end", lambda: one.user.all("down") and other.user.all("down"))
+    world.skip(5)
+    assert one.sessions.session(other.address) is None
+    assert "can't be reached" in other.sessions.reasons()[one.address]
+    world.acquaint(one, other)
+    world.skip(40)
+    world.until("a session again", lambda: world.joined(one, other))
+
+
+def test_wanted_again_at_once(world: World) -> None:
+    """Who is forgotten and wanted again in one breath is told so in the right order."""
+    one, other = world.pair()
+    one.sessions.want(set(), one.address)
+    one.sessions.want({other.address}, one.address)
+    world.until("the end", lambda: one.user.all("down"))
+    world.until("a session again", lambda: world.joined(one, other))
+    assert [kind for kind, _, _ in one.user.told] == ["up", "down", "up"]
+
+
+def test_who_is_not_wanted_is_not_let_in(world: World) -> None:
+    """A node of the Swarm that shares no network with this host isn't spoken with, whatever its certificate."""
+    one, other, third = (world.router(number) for number in (1, 2, 3))
+    world.acquaint(one, other)
+    third.sessions.want({one.address}, third.address)
+    world.until("a try", lambda: one.sessions.counts().ended.get("foreign"))
+    world.until("its reason", lambda: "may not share" in third.sessions.reasons()[one.address])
+    assert third.address not in one.user.sessions
+
+
+@pytest.mark.parametrize(
+    ("what", "here", "there"),
+    [
+        ("another root", "isn't good", "isn't good"),
+        ("another Swarm", "of another Swarm", ""),
+        ("another role", "'swarm-ca'", ""),
+        ("this node", "own certificate", "own certificate"),
+        ("expired", "isn't good: certificate has expired", ""),
+    ],
+)
+def test_certificates_that_are_not_taken(
+    world: World, monkeypatch: pytest.MonkeyPatch, what: str, here: str, there: str
+) -> None:
+    """A peer with a certificate that isn't that of another node of this Swarm gets no session, and both say why."""
+    one = world.router(1)
+    authority = Authority() if what == "another root" else world.authority
+    node = {
+        "another root": authority.node("node2"),
+        "another Swarm": authority.node("node2", cluster="another"),
+        "another role": authority.node("node2", "swarm-ca"),
+        "this node": authority.node("node1"),
+        "expired": authority.node("node2", lasts=timedelta(seconds=1)),
+    }[what]
+    folder = world.folder / "host2"
+    write(folder, authority.root, node)
+    origin = choose(folder)
+    kept = origin.look()
+    assert kept is not None
+    if what == "expired":
+        time.sleep(1.1)
+        monkeypatch.setattr(origin, "look", lambda: kept)
+    other = world.router(2, identities=origin)
+    world.acquaint(one, other)
+    world.skip(12)
+    assert one.user.told == other.user.told == []
+    assert here in one.sessions.reasons()[other.address]
+    assert there in other.sessions.reasons()[one.address]
+    assert one.sessions.counts().ended.get("certificate", 0) > 0
