@@ -22,6 +22,8 @@ from tests.testbed.vm.images import DEFAULT_KERNEL, Kernel, kernel, root_image
 from tests.testbed.vm.wire import Wire
 
 _BOOT: Final = 120.0
+SOURCES: Final = {"PYTHONPATH": "/src", "PYTHONDONTWRITEBYTECODE": "1"}
+"""Environment of what runs the checkout's Python code."""
 MTU: Final = 4200
 """The largest for RoCE, 4096, and its headers."""
 
@@ -209,6 +211,11 @@ class Guest:
     def sh(self, script: str, *, timeout: float = 120, check: bool = True) -> str:
         """Run a shell script; its standard output."""
         return self.run(["sh", "-euc", script], timeout=timeout, check=check).stdout
+
+    def pytest(self, *arguments: str, timeout: float = 300) -> str:
+        """Run tests of the project in the guest, on its kernel; what pytest says. Raises CommandError if one fails."""
+        command = ["python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        return self.run(command, env=SOURCES, cwd="/src", timeout=timeout).stdout
 
     def push(self, content: bytes | str | Path, path: str, mode: int = 0o755) -> None:
         """Write a file in the guest: this content, or that of a file of this machine."""

@@ -40,6 +40,8 @@ _PACKAGES: Final = (
         "rdmacm-utils",
     ),
     *("bpftool", "iptables", "iputils-ping", "libbpf1", "nftables", "openssl", "tcpdump"),
+    # The project's own tests run in a guest as well, on its kernel.
+    *("python3-hypothesis", "python3-pytest", "python3-pytest-timeout"),
     *("docker-cli", "docker.io", "ipvsadm"),
     *(
         "curl",

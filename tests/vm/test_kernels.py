@@ -1,0 +1,54 @@
+"""The eBPF programs on kernels of several ages; the machine's own is tried by `tests/kernel/test_ebpf_programs.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.testbed.images import TOP
+from tests.testbed.vm import KERNELS, Guest, KernelAbsentError, guests
+from tests.testbed.vm.guest import SOURCES
+from tests.testbed.vm.images import kernel
+
+OBJECT = TOP / "build/overlay.bpf.o"
+STAGES = {
+    "5.10": ["same-host", "receive"],
+    "6.1": ["same-host", "receive", "tunnel"],
+    "6.12": ["same-host", "receive", "tunnel"],
+}
+
+
+@pytest.fixture(scope="module")
+def by_kernel() -> Iterator[dict[str, Guest | str]]:
+    """A guest for each kernel, or why there is none."""
+    absent: dict[str, Guest | str] = {}
+    for name in KERNELS:
+        try:
+            kernel(name)
+        except KernelAbsentError as error:
+            absent[name] = str(error)
+    found = [name for name in KERNELS if name not in absent]
+    with guests(kernels=found, memory=512) as made:
+        yield absent | dict(zip(found, made, strict=True))
+
+
+@pytest.mark.skipif(not OBJECT.exists(), reason=f"missing: {OBJECT} (make ebpf)")
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_program_is_accepted_and_the_stages_are_known(
+    by_kernel: dict[str, Guest | str], name: str
+) -> None:
+    """The verifier takes every program, and trying says which stages the kernel can run."""
+    guest = by_kernel[name]
+    if isinstance(guest, str):
+        pytest.skip(f"kernel {name}: {guest}")
+    assert guest.release.startswith(f"{name}.")
+    # As it is now, not as it was when the guests began to look.
+    guest.push(OBJECT, "/tmp/overlay.bpf.o")
+    command = ["python3", "-m", "dataplane.ebpf", "/tmp/overlay.bpf.o"]
+    done = guest.run(command, env=SOURCES, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert set(found["programs"].values()) == {"accepted"}
+    assert found["stages"] == STAGES[name]
