@@ -79,7 +79,7 @@ class World:
         self.loop = EpollLoop(self.epoll, lambda: time.monotonic() + self.skipped)
         self.authority = Authority()
         self.routers: list[Router] = []
-        self.port = _free_port()
+        self.port = free_port()
 
     def close(self) -> None:
         """End all routers."""
@@ -175,7 +175,8 @@ class World:
         )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody has."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+import socket
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ import pytest
 from dataplane.router import peers
 from dataplane.router.identity import choose
 from dataplane.router.peer_wire import Frame, Hello, Offer, Ping, Withdraw
-from tests.unit.session_world import World
+from dataplane.router.peers import Sessions
+from tests.unit.session_world import Recorder, World, free_port
 from tests.unit.swarm_ca import Authority, write
 
 
@@ -241,3 +245,184 @@ def test_certificates_that_are_not_taken(
     assert here in one.sessions.reasons()[other.address]
     assert there in other.sessions.reasons()[one.address]
     assert one.sessions.counts().ended.get("certificate", 0) > 0
+
+
+def test_a_renewed_certificate(world: World) -> None:
+    """A certificate that has changed replaces the sessions of the old one, within moments."""
+    one, other = world.pair()
+    write(one.folder, world.authority.root, world.authority.node("node1", "swarm-manager"))
+    world.skip(4)
+    world.until("a session", lambda: world.joined(one, other))
+    assert [kind for kind, _, _ in other.user.told] == ["up", "down", "up"]
+    assert one.user.all("down") == ["this host's certificate has changed"]
+    assert one.sessions.counts().begun == 2
+
+
+def test_leaving_the_swarm(world: World) -> None:
+    """A host that leaves the Swarm ends its sessions and closes the port; joined again it is another node."""
+    one, other = world.pair()
+    shutil.rmtree(one.folder / "certificates")
+    world.skip(3)
+    assert "join it to one" in str(one.user.all("down")[0])
+    assert "join it to one" in one.sessions.reason
+    assert one.sessions.node == ""
+    assert other.user.all("down")
+    assert "refused" in other.sessions.reasons()[one.address]
+    write(one.folder, world.authority.root, world.authority.node("node7"))
+    world.skip(40)
+    world.until("a session", lambda: world.joined(one, other))
+    assert one.sessions.reason == ""
+    assert [hello.node for hello in other.user.all("up") if isinstance(hello, Hello)] == [
+        "node1",
+        "node7",
+    ]
+
+
+def test_rotation_of_the_root(world: World) -> None:
+    """Host by host, over to a new root: sessions come back after each step."""
+    one, other = world.pair()
+    old, new = world.authority, Authority()
+    both, crossed = old.root + new.root, old.cross(new)
+    steps = [(both, old, ""), (both, new, crossed), (new.root, new, "")]
+    for root, authority, above in steps:
+        for number, router in enumerate((one, other), start=1):
+            write(router.folder, root, authority.node(f"node{number}", above=above))
+            begun = router.sessions.counts().begun
+            world.skip(2)
+            world.until(
+                "a session of the new identity",
+                lambda r=router, b=begun: (
+                    r.sessions.counts().begun > b and world.joined(one, other)
+                ),  # type: ignore[misc]
+            )
+
+
+def test_the_end_of_a_certificate(world: World) -> None:
+    """A session doesn't outlive the peer's certificate."""
+    now = [time.time()]
+    one = world.router(1, wall=lambda: now[0])
+    other = world.router(2, world.authority.node("node2", lasts=timedelta(hours=1)))
+    world.acquaint(one, other)
+    world.until("a session", lambda: world.joined(one, other))
+    now[0] += 3590
+    world.skip(3)
+    assert one.user.all("down") == []
+    now[0] += 20
+    world.skip(2)
+    assert one.user.all("down") == ["the peer's certificate has expired"]
+
+
+def test_a_shared_secret(world: World) -> None:
+    """Hosts outside a Swarm that share a secret have sessions; one with another secret has none."""
+    one, other, third = (
+        world.router(number, identities=choose(None, secret * 32))
+        for number, secret in ((1, "s"), (2, "s"), (3, "t"))
+    )
+    world.acquaint(one, other, third)
+    world.until("a session", lambda: world.joined(one, other))
+    world.skip(5)
+    assert third.user.told == []
+    assert "isn't good" in third.sessions.reasons()[one.address]
+
+
+def test_another_identity_by_setting(world: World) -> None:
+    """A secret that is set later goes into force for all sessions."""
+    one, other = world.pair()
+    one.sessions.use(choose(None, "s" * 32))
+    world.skip(2)
+    assert not world.joined(one, other)
+    other.sessions.use(choose(None, "s" * 32))
+    world.skip(20)
+    world.until("a session", lambda: world.joined(one, other))
+    one.sessions.use(choose(None))
+    world.until("the end", lambda: len(one.user.all("down")) == 2)
+    assert "SESSION_KEY" in one.sessions.reason
+    assert one.sessions.reasons() == {other.address: one.sessions.reason}
+
+
+def test_introduction(world: World) -> None:
+    """What a host says of itself reaches its peers at once, whether the session was there before or not."""
+    one, other = world.pair()
+    one.sessions.introduce(data_path="127.0.0.1", rdma=True)
+    world.run(0.1)
+    assert other.user.all("message") == []
+    one.sessions.introduce(data_path="192.0.2.1", rdma=False)
+    world.until("news", lambda: other.user.all("message"))
+    (hello,) = other.user.all("message")
+    assert isinstance(hello, Hello)
+    assert (hello.data_path, hello.rdma) == ("192.0.2.1", False)
+    assert other.sessions.hello(one.address) == hello
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 1)])
+def test_introduction_in_between(world: World, numbers: tuple[int, int]) -> None:
+    """Nor is it missed by a session that is about to begin."""
+    one, other = (world.router(number) for number in numbers)
+    world.acquaint(one, other)
+    for number in range(60):
+        one.sessions.introduce(data_path=f"192.0.2.{number}", rdma=False)
+        world.round(0.001)
+    world.until("a session", lambda: world.joined(one, other))
+    world.until(
+        "the last word",
+        lambda: other.sessions.hello(one.address).data_path == "192.0.2.59",  # type: ignore[union-attr]
+    )
+
+
+def test_the_port(world: World) -> None:
+    """A port that another program has is said, and taken once it's free; another port can be set."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", world.port))
+        taken.listen()
+        one = world.router(1)
+        one.sessions.want({IPv4Address("127.0.0.2")}, one.address)
+        assert f"TCP port {world.port} can't be listened on" in one.sessions.reason
+        assert "SESSION_PORT" in one.sessions.reason
+    world.skip(2)
+    assert one.sessions.reason == ""
+    other = world.router(2)
+    world.acquaint(one, other)
+    world.until("a session", lambda: world.joined(one, other))
+    port = free_port()
+    one.sessions.listen(port)
+    other.sessions.listen(port)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", world.port)) == errno.ECONNREFUSED
+        assert probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_ipv6(world: World) -> None:
+    """Underlays of IPv6 do too; an IPv4 peer comes to the same port as IPv4."""
+    user = Recorder()
+    write(world.folder, world.authority.root, world.authority.node("node5"))
+    port = free_port()
+    both = Sessions(world.loop, choose(world.folder), user, instance="5" * 32, port=port)
+    both.start()
+    six, four = IPv6Address("::1"), IPv4Address("127.0.0.6")
+    both.want({six, four}, None)
+    other = world.router(6)
+    other.sessions.listen(port)
+    other.sessions.want({IPv4Address("127.0.0.1")}, other.address)
+    world.until("IPv4", lambda: user.sessions == {four})
+    # To itself: as far as the certificate.
+    world.until("IPv6", lambda: "own certificate" in both.reasons()[six])
+    both.close()
+
+
+def test_many_peers(world: World) -> None:
+    """A dozen hosts that start at once all find each other."""
+    made = [world.router(number) for number in range(1, 13)]
+    world.acquaint(*made)
+    world.until("all sessions", lambda: world.joined(*made), 60)
+    world.run(0.2)
+    assert {len(router.user.all("up")) for router in made} == {11}
+    assert not any(router.user.all("down") for router in made)
+
+
+def test_nothing_is_left(world: World) -> None:
+    """Routers that end leave no descriptor behind."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    one, other = world.pair()
+    one.sessions.close()
+    other.sessions.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -1,0 +1,521 @@
+"""What strangers and hostile peers do to sessions: it costs them theirs, and the router little."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import pytest
+
+from dataplane.router import identity, peers, session
+from dataplane.router.identity import Identity
+from dataplane.router.peer_wire import (
+    MAX_FRAME,
+    Frame,
+    Frames,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Withdraw,
+    pack,
+)
+from dataplane.router.wire import IPAddress
+from tests.unit.session_world import BUG, NONSENSE, Router, World
+from tests.unit.swarm_ca import Authority, Node
+
+T = TypeVar("T")
+ADDRESS = "127.0.0.2"
+PATIENCE = 8.0
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def host(world: World) -> Router:
+    """The host that is attacked; it lets 127.0.0.2 in, where nobody listens."""
+    made = world.router(1)
+    made.sessions.want({world.router(9).address, _ip(ADDRESS)}, made.address)
+    return made
+
+
+def _ip(text: str) -> IPAddress:
+    return peers._plain(text)
+
+
+def during(world: World, do: Callable[[], T]) -> T:
+    """What something blocking comes to while the loop runs."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(do)
+        world.until("the other side", future.done, 20)
+        return future.result()
+
+
+def identity_of(world: World, node: Node) -> Identity:
+    return identity.make(
+        world.authority.root, node.chain, identity.plain_key(node.key_text()), identity.SWARM_ROLES
+    )
+
+
+def call(world: World) -> socket.socket:
+    """A TCP connection from the address that is let in."""
+    made = socket.socket()
+    made.settimeout(PATIENCE)
+    made.bind((ADDRESS, 0))
+    made.connect(("127.0.0.1", world.port))
+    return made
+
+
+def shaken(world: World, node: Node | None = None) -> ssl.SSLSocket:
+    """A TLS connection of a node."""
+    who = identity_of(world, node or world.authority.node("node2"))
+    return during(world, lambda: who.client.wrap_socket(call(world)))
+
+
+def hello(**other: object) -> Hello:
+    """A node's first message, with some of it as given."""
+    base = Hello(instance="a" * 32, node="node2", data_path="192.0.2.2", rdma=True)
+    return msgspec.structs.replace(base, **other)
+
+
+def listen_to(tls: ssl.SSLSocket) -> list[Message]:
+    """What is said until the connection ends."""
+    frames, heard = Frames(), list[Message]()
+    try:
+        while data := tls.recv(1 << 16):
+            heard += frames.feed(data)
+    except OSError:
+        pass
+    return heard
+
+
+def test_the_helpers_get_a_session(world: World, host: Router) -> None:
+    """What these tests send gets a session if nothing is wrong with it: else they would prove nothing."""
+    tls = shaken(world)
+    tls.send(pack(hello()))
+    world.until("the session", lambda: host.user.all("up"))
+    tls.send(pack(Withdraw(1)))
+    world.until("a message", lambda: host.user.all("message"))
+    tls.close()
+    world.until("its end", lambda: host.user.all("down"))
+    assert host.user.told[0][2] == hello()
+
+
+GARBAGE = {
+    "nothing": b"",
+    "zeros": bytes(5000),
+    "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "http2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "a frame": pack(hello()),
+    "a record that never ends": b"\x16\x03\x01\xff\xff" + bytes(100_000),
+    "a handshake of 16 MiB": b"\x16\x03\x01\x40\x00\x01\xff\xff\xff" + bytes(16379),
+    "an alert": b"\x15\x03\x03\x00\x02\x02\x28",
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_garbage(world: World, host: Router, what: str) -> None:
+    """Bytes that are no handshake end their connection; no session, no trace."""
+
+    def send() -> bytes:
+        made = call(world)
+        try:
+            made.sendall(GARBAGE[what])
+            made.shutdown(socket.SHUT_WR)
+            return made.recv(1000)
+        except OSError:
+            return b""
+        finally:
+            made.close()
+
+    during(world, send)
+    world.until("its end", lambda: not host.sessions._sources[_ip(ADDRESS)].strangers)
+    assert host.user.told == []
+
+
+def test_silence(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who connects and says nothing, or drips bytes, or goes only half the way, is let go after a while."""
+    monkeypatch.setattr(session, "DEADLINE", 0.5)
+    begin = time.monotonic()
+
+    def quiet() -> bytes:
+        with call(world) as made:
+            try:
+                return made.recv(1)
+            except ConnectionResetError:
+                return b""
+
+    assert during(world, quiet) == b""
+
+    def drip() -> None:
+        with call(world) as made:
+            try:
+                for byte in b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500):
+                    made.send(bytes([byte]))
+                    time.sleep(0.05)
+            except OSError:
+                return
+            raise AssertionError("never let go")
+
+    during(world, drip)
+    shy = shaken(world)
+    assert during(world, lambda: listen_to(shy)) == []
+    assert 1.4 < time.monotonic() - begin < 6
+    assert host.sessions.counts().ended["silent"] == 3
+
+
+def test_flood(world: World, host: Router) -> None:
+    """Hundreds of connections cost no more than a few at a time, a session that runs notices nothing, and a peer gets in."""
+    friend = world.routers[1]
+    friend.sessions.want({host.address}, friend.address)
+    world.until("a session", lambda: world.joined(host, friend))
+    flood = []
+    most = 0
+    for _ in range(300):
+        made = socket.socket()
+        made.setblocking(False)
+        made.bind((ADDRESS, 0))
+        made.connect_ex(("127.0.0.1", world.port))
+        flood.append(made)
+        world.round(0)
+        most = max(most, len(host.sessions._sources[_ip(ADDRESS)].strangers))
+    world.run(0.2)
+    assert most == peers.STRANGERS_EACH
+    counts = host.sessions.counts()
+    assert counts.ended["rate"] + counts.ended.get("limit", 0) >= 290
+    assert friend.sessions.send(host.address, Withdraw(5))
+    world.until("a message", lambda: Withdraw(5) in host.user.all("message"))
+    assert host.user.all("down") == []
+    for made in flood:
+        made.close()
+    world.run(1.2)
+    tls = shaken(world)
+    tls.send(pack(hello()))
+    world.until("the peer", lambda: len(host.user.all("up")) == 2)
+    tls.close()
+
+
+def test_many_sources(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All strangers together are bounded too."""
+    monkeypatch.setattr(peers, "STRANGERS", 6)
+    host = world.router(1)
+    host.sessions.want({_ip(f"127.0.1.{n}") for n in range(1, 20)}, None)
+    calls = []
+    for number in range(1, 20):
+        made = socket.socket()
+        made.setblocking(False)
+        made.bind((f"127.0.1.{number}", 0))
+        made.connect_ex(("127.0.0.1", world.port))
+        calls.append(made)
+    world.run(0.2)
+    assert sum(len(each.strangers) for each in host.sessions._sources.values()) == 6
+    assert host.sessions.counts().ended["limit"] == 13
+    for made in calls:
+        made.close()
+
+
+def _refused(world: World, context: ssl.SSLContext) -> str:
+    """What comes of a handshake, and of the wait for an answer after it."""
+
+    def try_it() -> str:
+        try:
+            with context.wrap_socket(call(world)) as tls:
+                tls.send(pack(hello()))
+                return repr(tls.recv(1 << 16))
+        except OSError as error:
+            return str(error)
+
+    return during(world, try_it)
+
+
+def _plain_context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols([identity.PROTOCOL])
+    return context
+
+
+def test_no_certificate(world: World, host: Router) -> None:
+    """Without a certificate nobody gets further than the handshake."""
+    said = _refused(world, _plain_context())
+    assert "REQUIRED" in said or "reset" in said or said == "b''"
+    world.until("its end", lambda: host.sessions.counts().ended.get("tls"))
+    assert host.user.told == []
+
+
+def test_an_old_protocol(world: World, host: Router) -> None:
+    """TLS 1.2 isn't spoken."""
+    who = identity_of(world, world.authority.node("node2"))
+    who.client.minimum_version = ssl.TLSVersion.TLSv1_2
+    who.client.maximum_version = ssl.TLSVersion.TLSv1_2
+    said = _refused(world, who.client)
+    assert "PROTOCOL_VERSION" in said
+    assert host.user.told == []
+
+
+@pytest.mark.parametrize("protocols", [[], ["h2"]])
+def test_another_service(world: World, host: Router, protocols: list[str]) -> None:
+    """A connection of the engine's, which has the same certificates, isn't taken for a router's."""
+    node = world.authority.node("node2")
+    folder = world.folder
+    (folder / "c").write_text(node.chain)
+    (folder / "k").write_text(node.key_text(headers=False))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(cadata=world.authority.root)
+    context.load_cert_chain(folder / "c", folder / "k")
+    if protocols:
+        context.set_alpn_protocols(protocols)
+    _refused(world, context)
+    world.until("its end", lambda: host.sessions.counts().ended.get("protocol"))
+    assert host.user.told == []
+
+
+def test_another_swarm(world: World, host: Router) -> None:
+    """A certificate of another root ends the handshake."""
+    stranger = Authority()
+    who = identity_of(world, world.authority.node("node2"))
+    node = stranger.node("node2")
+    (world.folder / "c").write_text(node.chain)
+    (world.folder / "k").write_text(node.key_text(headers=False))
+    who.client.load_cert_chain(world.folder / "c", world.folder / "k")
+    _refused(world, who.client)
+    world.until("its end", lambda: host.sessions.counts().ended.get("certificate"))
+    assert host.user.told == []
+
+
+FIRST: dict[str, bytes] = {
+    "no Hello": pack(Ping()),
+    "no message": struct.pack(">I", 3) + b"abc",
+    "no frame": bytes(4),
+    "too long": struct.pack(">I", MAX_FRAME + 1),
+    "http2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "another node": pack(hello(node="node3")),
+    "this node": pack(hello(node="node1")),
+    "no address": pack(hello(data_path="host")),
+    "another version": pack(hello(version=2)),
+    "no instance": pack(hello(instance="A" * 32)),
+}
+
+
+@pytest.mark.parametrize("what", FIRST)
+def test_first_messages(world: World, host: Router, what: str) -> None:
+    """A node whose first message isn't right gets no session, and the reason is to be read."""
+    tls = shaken(world)
+    tls.send(FIRST[what])
+    during(world, lambda: listen_to(tls))
+    world.until("its end", lambda: host.sessions.counts().ended.get("protocol"))
+    assert host.user.told == []
+    reason = host.sessions.reasons()[_ip(ADDRESS)]
+    if what == "another version":
+        assert "version 2" in reason
+
+
+LATER: dict[str, bytes] = {
+    "nonsense": pack(NONSENSE),
+    "a bug": pack(BUG),
+    "another instance": pack(hello(instance="b" * 32)),
+    "another node": pack(hello(node="node3")),
+    "no message": struct.pack(">I", 3) + b"abc",
+    "no frame": bytes(4),
+    "too long": struct.pack(">I", MAX_FRAME + 1),
+}
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_later_messages(world: World, host: Router, what: str) -> None:
+    """A peer that talks nonsense in a session loses it; what it said before counts, what comes after doesn't."""
+    tls = shaken(world)
+    tls.send(pack(hello()) + pack(Withdraw(1)) + LATER[what] + pack(Withdraw(2)))
+    during(world, lambda: listen_to(tls))
+    world.until("its end", lambda: host.user.all("down"))
+    assert [kind for kind, _, _ in host.user.told] == ["up", "message", "down"]
+
+
+def test_dropped(world: World, host: Router) -> None:
+    """A session that its user drops in the middle of messages gives no more of them."""
+    tls = shaken(world)
+    tls.send(pack(hello()))
+    world.until("the session", lambda: host.user.all("up"))
+    told = host.user.message
+
+    def drop(peer: IPAddress, message: Message) -> None:
+        told(peer, message)
+        host.sessions.drop(peer, "lies")
+
+    host.user.message = drop  # type: ignore[method-assign]
+    tls.send(pack(Withdraw(1)) * 100)
+    world.until("its end", lambda: host.user.all("down"))
+    assert host.user.all("message") == [Withdraw(1)]
+    assert host.user.all("down") == ["lies"]
+
+
+def test_hello_again(world: World, host: Router) -> None:
+    """What a peer tells anew of itself is passed on; its session stays."""
+    tls = shaken(world)
+    changed = hello(data_path="192.0.2.9", rdma=False)
+    tls.send(pack(hello()) + pack(changed))
+    world.until("news", lambda: host.user.all("message"))
+    assert host.user.all("message") == [changed]
+    assert host.sessions.hello(_ip(ADDRESS)) == changed
+    tls.close()
+
+
+def test_cut_in_the_middle(world: World, host: Router) -> None:
+    """Half a message is none."""
+    tls = shaken(world)
+    whole = pack(Frame(1, bytes(50_000)))
+    tls.send(pack(hello()) + whole[:30_000])
+    world.until("the session", lambda: host.user.all("up"))
+    tls.close()
+    world.until("its end", lambda: host.user.all("down"))
+    assert host.user.all("message") == []
+
+
+def test_who_does_not_read(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that doesn't take what it is sent costs so much memory and no more: then its session ends."""
+    monkeypatch.setattr(session, "MOST_UNSENT", 3 << 20)
+    tls = shaken(world)
+    tls.send(pack(hello()))
+    world.until("the session", lambda: host.user.all("up"))
+    kept = host.sessions.session(_ip(ADDRESS))
+    assert kept is not None
+    sent = most = 0
+    while host.sessions.send(_ip(ADDRESS), Frame(1, bytes(60_000))):
+        world.round(0)
+        sent += 1
+        most = max(most, len(kept._unsent))
+        assert sent < 1000
+    assert session.MANY_UNSENT < most <= 3 << 20
+    assert host.user.all("down") == []
+    world.until("its end", lambda: host.user.all("down"))
+    assert host.user.all("down") == ["doesn't take what it is sent"]
+    assert not kept._unsent
+    tls.close()
+
+
+def test_congestion(world: World, host: Router) -> None:
+    """A peer that is slow for a while is said to be so, and said not to be any more; nothing is lost."""
+    tls = shaken(world)
+    tls.send(pack(hello()))
+    world.until("the session", lambda: host.user.all("up"))
+    sent = 0
+    while not host.sessions.congested(_ip(ADDRESS)):
+        assert host.sessions.send(_ip(ADDRESS), Frame(sent, bytes(60_000)))
+        sent += 1
+    assert host.user.all("eased") == []
+    frames, heard = Frames(), list[Message]()
+
+    def read() -> None:
+        while sum(isinstance(each, Frame) for each in heard) < sent:
+            heard.extend(frames.feed(tls.recv(1 << 16)))
+
+    during(world, read)
+    world.until("ease", lambda: host.user.all("eased"))
+    assert [each.link for each in heard if isinstance(each, Frame)] == list(range(sent))
+    assert len(host.user.all("eased")) == 1
+    assert not host.sessions.congested(_ip(ADDRESS))
+    tls.close()
+
+
+def test_a_flood_of_messages(world: World, host: Router) -> None:
+    """A peer that sends without end doesn't keep the loop from anything else: a round is short, and others are heard."""
+    friend = world.routers[1]
+    friend.sessions.want({host.address}, friend.address)
+    world.until("a session", lambda: world.joined(host, friend))
+    tls = shaken(world)
+    tls.send(pack(hello()))
+    world.until("both", lambda: len(host.user.all("up")) == 2)
+    stop = False
+
+    def flood() -> None:
+        data = (pack(Ping()) + pack(Pong())) * 2000
+        try:
+            while not stop:
+                tls.send(data)
+        except OSError:
+            return
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(flood)
+        longest = 0.0
+        for number in range(20):
+            assert friend.sessions.send(host.address, Withdraw(number))
+            begin = time.monotonic()
+            world.round(0.001)
+            longest = max(longest, time.monotonic() - begin)
+        world.until(
+            "all messages", lambda: len(host.user.all("message")) == 20 or future.done(), 10
+        )
+        stop = True
+        world.until("the flood's end", future.done)
+    assert len(host.user.all("message")) == 20
+    assert longest < 2
+    tls.close()
+
+
+def test_one_node_at_two_addresses(world: World, host: Router) -> None:
+    """A node has one session, at the address where it came first, as long as that lives."""
+    friend = world.routers[1]
+    friend.sessions.want({host.address}, friend.address)
+    world.until("a session", lambda: world.joined(host, friend))
+    tls = shaken(world, world.authority.node("node9"))
+    tls.send(pack(hello(node="node9")))
+    assert during(world, lambda: listen_to(tls)) == []
+    assert host.sessions.counts().ended["twice"] == 1
+    assert len(host.user.all("up")) == 1
+
+
+def test_two_nodes_at_one_address(world: World, host: Router) -> None:
+    """Another node at the address of one with a session has to wait for its end."""
+    first = shaken(world)
+    first.send(pack(hello()))
+    world.until("the session", lambda: host.user.all("up"))
+    second = shaken(world, world.authority.node("node3"))
+    second.send(pack(hello(node="node3")))
+    during(world, lambda: listen_to(second))
+    assert host.sessions.counts().ended["twice"] == 1
+    first.close()
+    world.until("its end", lambda: host.user.all("down"))
+    third = shaken(world, world.authority.node("node3"))
+    third.send(pack(hello(node="node3")))
+    world.until("the other", lambda: len(host.user.all("up")) == 2)
+    third.close()
+
+
+def test_no_descriptors(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a descriptor for a new connection the router goes on, and takes it when there is one again."""
+    listener = host.sessions._listener
+    assert listener is not None
+
+    class Exhausted:
+        """A listener in a process that has used up its descriptors."""
+
+        def accept(self) -> object:
+            raise OSError(24, "Too many open files")
+
+        def fileno(self) -> int:
+            assert listener is not None
+            return listener.fileno()
+
+    monkeypatch.setattr(host.sessions, "_listener", Exhausted())
+    waiting = call(world)
+    world.run(0.1)
+    assert host.sessions.counts().accepted == 0
+    monkeypatch.setattr(host.sessions, "_listener", listener)
+    world.skip(2)
+    world.until("it", lambda: host.sessions.counts().accepted == 1)
+    waiting.close()
