@@ -1,0 +1,177 @@
+"""Sessions with the certificates that real engines keep, read where the plugin reads them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.testbed import Bed, Host, wait_until
+
+PORT = 4999
+"""Not the router's own."""
+PROBE = Path(__file__).with_name("session_probe.py")
+
+
+class Prober:
+    """A probe on a host, inside the plugin."""
+
+    def __init__(self, host: Host, peers: list[Host], folder: Path) -> None:
+        self.host = host
+        self._log = folder / f"{host.name}.json"
+        with self._log.open("wb") as log, (folder / f"{host.name}.log").open("wb") as errors:
+            self._process = subprocess.Popen(
+                [
+                    *("nsenter", f"--target={host.plugin_pids()[0]}"),
+                    *("--mount", "--net", "--root", "--wd"),
+                    *("python3", "-P", "-c", PROBE.read_text(), "/host/swarm", str(PORT)),
+                    *(str(each.address) for each in (host, *peers)),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=errors,
+            )
+
+    def says(self) -> Any:
+        """Its last word."""
+        lines = self._log.read_text().splitlines()
+        return json.loads(lines[-1]) if lines else None
+
+    def all(self) -> list[Any]:
+        """All that it has said."""
+        return [json.loads(line) for line in self._log.read_text().splitlines()]
+
+    def greeted(self, *others: Prober) -> bool:
+        """Whether messages have come from all of them in the sessions of now."""
+        said = self.says()
+        return bool(said) and all(
+            said["peers"][str(each.host.address)] == "greeted" for each in others
+        )
+
+    def end(self) -> None:
+        """Stop it."""
+        self._process.kill()
+        self._process.wait(10)
+
+
+@pytest.fixture
+def probes(bed: Bed, tmp_path: Path) -> Iterator[list[Prober]]:
+    """One on each host, all wanting each other."""
+    made = [
+        Prober(host, [other for other in bed.hosts if other is not host], tmp_path)
+        for host in bed.hosts
+    ]
+    yield made
+    for probe in made:
+        probe.end()
+
+
+def joined(probes: list[Prober]) -> bool:
+    return all(
+        probe.greeted(*(other for other in probes if other is not probe)) for probe in probes
+    )
+
+
+def node_of(host: Host) -> str:
+    return host.docker("info", "-f", "{{.Swarm.NodeID}}").strip()
+
+
+def wait_joined(what: str, probes: list[Prober], timeout: float = 30) -> None:
+    try:
+        wait_until(f"sessions {what}", lambda: joined(probes), timeout)
+    except TimeoutError as error:
+        words = {probe.host.name: probe.says() for probe in probes}
+        raise AssertionError(f"{error}: {json.dumps(words, indent=1)}") from error
+
+
+def test_a_life_of_certificates(bed: Bed, manager: Host, probes: list[Prober]) -> None:
+    """Through all that befalls a node the identity is the engine's word for it, and sessions come back by themselves.
+
+    Managers and a worker, engines old and new; demoted and promoted; the Swarm locked and unlocked; left and joined
+    again; the root certificate replaced.
+    """
+    begin = time.monotonic()
+    cluster = manager.docker("info", "-f", "{{.Swarm.Cluster.ID}}").strip()
+
+    def took(what: str) -> None:
+        print(f"{time.monotonic() - begin:5.1f} s: {what}")
+
+    def is_node(probe: Prober, node: str, role: str) -> bool:
+        said = probe.says()
+        return (said["node"], said["cluster"], said["role"]) == (node, cluster, f"swarm-{role}")
+
+    wait_joined("of all", probes)
+    roles = ["manager", "manager", "manager", "worker"]
+    for probe, role in zip(probes, roles, strict=True):
+        assert is_node(probe, node_of(probe.host), role)
+        assert probe.says()["reason"] == ""
+    took("joined")
+
+    # Another role is another certificate.
+    second = probes[1]
+    node = node_of(second.host)
+    manager.docker("node", "demote", node)
+    wait_until("a worker", lambda: is_node(second, node, "worker"), 30)
+    wait_joined("of a worker", probes)
+    took("demoted")
+    manager.docker("node", "promote", node)
+    wait_until("a manager", lambda: is_node(second, node, "manager"), 30)
+    wait_joined("of a manager", probes)
+    took("promoted")
+
+    # Of a locked Swarm only managers' keys are encrypted.
+    manager.docker("swarm", "update", "--autolock=true")
+    for probe in probes[:3]:
+        wait_until(
+            f"{probe.host.name} to be locked",
+            lambda p=probe: "autolocked" in p.says()["reason"],  # type: ignore[misc]
+            30,
+        )
+    assert is_node(probes[3], node_of(probes[3].host), "worker")
+    took("locked")
+    manager.docker("swarm", "update", "--autolock=false")
+    wait_joined("of an unlocked Swarm", probes, 45)
+    took("unlocked")
+
+    # Who leaves has no identity; who joins again has another.
+    last = probes[3]
+    node = node_of(last.host)
+    token = manager.docker("swarm", "join-token", "-q", "worker").strip()
+    last.host.docker("swarm", "leave")
+    wait_until("no identity", lambda: "join it to one" in last.says()["reason"], 15)
+    assert last.says()["node"] == ""
+    took("left")
+    last.host.docker(
+        *("swarm", "join", "--advertise-addr", str(last.host.address)),
+        *("--token", token, f"{manager.address}:2377"),
+    )
+    assert node_of(last.host) != node
+    wait_until("the new identity", lambda: is_node(last, node_of(last.host), "worker"), 15)
+    wait_joined("of a new node", probes, 45)
+    wait_until(
+        "the old node to be removed",
+        lambda: not manager.docker("node", "rm", "--force", node, check=False) or True,
+        10,
+    )
+    took("joined again")
+
+    # Each node gets a certificate of the new root, one after the other, and then trusts that alone.
+    begun = [probe.says()["begun"] for probe in probes]
+    root = manager.docker("swarm", "ca")
+    manager.docker("swarm", "ca", "--rotate", "--quiet", timeout=120)
+    assert manager.docker("swarm", "ca") != root
+    took("rotated")
+    for probe, before in zip(probes, begun, strict=True):
+        wait_until("new sessions", lambda p=probe, b=before: p.says()["begun"] > b, 30)  # type: ignore[misc]
+    wait_joined("of the new root", probes, 45)
+    took("joined by the new root")
+    for probe, role in zip(probes, roles, strict=True):
+        assert is_node(probe, node_of(probe.host), role)
+    assert not [
+        said for probe in probes for said in probe.all() if "can't be used" in said["reason"]
+    ]
