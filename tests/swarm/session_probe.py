@@ -13,6 +13,8 @@ import sys
 from ipaddress import ip_address
 from pathlib import Path
 
+import structlog
+
 from dataplane.router.identity import choose
 from dataplane.router.loop import EpollLoop
 from dataplane.router.peer_wire import Hello, Message, Withdraw
@@ -43,6 +45,7 @@ class Greeter:
 
 def main() -> None:
     folder, port, source, *peers = sys.argv[1:]
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     epoll = select.epoll()
     loop = EpollLoop(epoll)
     identities = choose(Path(folder))
