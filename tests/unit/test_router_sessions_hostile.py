@@ -251,7 +251,10 @@ def _plain_context() -> ssl.SSLContext:
 def test_no_certificate(world: World, host: Router) -> None:
     """Without a certificate nobody gets further than the handshake."""
     said = _refused(world, _plain_context())
-    assert "REQUIRED" in said or "reset" in said or said == "b''"
+    # How much of the reason arrives before the end does is chance.
+    assert (
+        any(word in said for word in ("REQUIRED", "reset", "EOF", "Broken pipe")) or said == "b''"
+    )
     world.until("its end", lambda: host.sessions.counts().ended.get("tls"))
     assert host.user.told == []
 
