@@ -114,7 +114,11 @@ class Connection:
             made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             self._socket = made
             if source is not None and source.version == self.peer.version:
-                made.bind((str(source), 0))
+                try:
+                    made.bind((str(source), 0))
+                except OSError as error:
+                    self.end("refused", f"{source} can't be dialled from: {error.strerror}")
+                    return
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             number = made.connect_ex((str(self.peer), port))
             if number not in (0, errno.EINPROGRESS):
@@ -218,12 +222,14 @@ class Connection:
             pass
         except (ssl.SSLCertVerificationError, NoIdentity) as error:
             self.end("certificate", _said(error))
+        except ssl.SSLEOFError:
+            self.end("refused", _HUNG_UP)
         except ssl.SSLError as error:
             self.end("tls", _said(error))
         except OSError as error:
             word, text = _LOST[self.state]
-            if error.errno in (errno.ECONNRESET, errno.EPIPE) and self.state is State.CONNECTING:
-                text = _HUNG_UP
+            if error.errno == errno.ECONNRESET and self.state is State.CONNECTING:
+                word, text = _LOST[State.SHAKING]
             self.end(word, f"{text}: {error.strerror or error}")
         except WrongMessage as error:
             self.end("protocol", str(error))
@@ -339,8 +345,8 @@ _HUNG_UP: Final = (
 )
 _LOST: Final = {
     State.CONNECTING: ("unreachable", "can't be reached"),
-    State.SHAKING: ("tls", _HUNG_UP),
-    State.GREETING: ("tls", _HUNG_UP),
+    State.SHAKING: ("refused", _HUNG_UP),
+    State.GREETING: ("refused", _HUNG_UP),
     State.UP: ("lost", "the connection is lost"),
     State.OVER: ("lost", "the connection is lost"),
 }
@@ -357,8 +363,6 @@ def _said(error: Exception) -> str:
     """OpenSSL's errors without the line numbers of its source."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the peer's certificate isn't good: {error.verify_message}"
-    if isinstance(error, ssl.SSLEOFError):
-        return _HUNG_UP
     if isinstance(error, ssl.SSLError):
         name = error.reason or ""
         for alert, text in _ALERTS.items():
