@@ -581,6 +581,7 @@ class Sessions:
             self._user.down(peer.address, reason)
         except Exception:
             # The session is gone whatever becomes of this.
+            self._ended["bug"] += 1
             log.exception("a bug in the router", peer=str(peer.address))
 
 
