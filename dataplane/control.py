@@ -141,6 +141,64 @@ class ContainerCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Processes by the build id of their library."""
 
 
+class DeviceFact(msgspec.Struct, frozen=True, kw_only=True):
+    """The RDMA device that is used."""
+
+    name: str
+    port: int
+    gid_index: int
+    gid: str
+    kind: str
+    """RoCE v2 or InfiniBand."""
+    mtu: int
+
+
+class PeerFact(msgspec.Struct, frozen=True, kw_only=True):
+    """Another host that shares a network."""
+
+    address: str
+    node: str = ""
+    session: bool = False
+    reason: str = ""
+    """Why there is no session."""
+    rdma: bool = False
+    """Whether it has a device."""
+    data_path: str = ""
+    link: str = "none"
+    """none, being made, up, down, or over the session."""
+    link_reason: str = ""
+    connections: int = 0
+
+
+class RdmaFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Connections to other hosts. Counts since the start, unless they say now."""
+
+    on: bool = True
+    device: DeviceFact | None = None
+    why: str = ""
+    """Why no connection of this host can use RDMA; empty if one can."""
+    looked: tuple[str, ...] = ()
+    """Devices that aren't used, and why."""
+    sessions: str = ""
+    """Why there are no sessions with any host."""
+    node: str = ""
+    peers: tuple[PeerFact, ...] = ()
+    connections: int = 0
+    """Now."""
+    registered: int = 0
+    """Bytes of memory, now."""
+    granted: int = 0
+    broken: int = 0
+    """Ended as by a reset, since bytes could not be delivered."""
+    left: int = 0
+    """Went back to TCP."""
+    refused: dict[str, int] = {}
+    """By reason's word."""
+    relay: dict[str, int] = {}
+    """The relay's own counters."""
+    relay_starts: int = 0
+
+
 class Statistics(msgspec.Struct, frozen=True, kw_only=True, tag="statistics"):
     """Counts since the router's start, unless they say now."""
 
@@ -166,6 +224,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True, tag="statistics"):
     dropped: int
     """Clients that didn't take their answers."""
     containers: tuple[ContainerCounts, ...] = ()
+    rdma: RdmaFacts = RdmaFacts()
 
 
 class Connection(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,11 +236,11 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
     local: str
     remote: str
     path: str
-    """overlay or shm."""
+    """overlay, shm or rdma."""
     reason: str | None = None
-    """Word of the reason, if it isn't on shm."""
+    """Word of the reason, if it is on overlay."""
     age: float | None = None
-    """Seconds on shm, or since it asked."""
+    """Seconds on shm or rdma, or since it asked."""
 
 
 class Connections(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):

@@ -17,6 +17,7 @@ SOCKET: Final = Path("/run/docker/plugins/freeflow.sock")
 HOST_RUN: Final = Path("/host/run")
 HOST_BIN: Final = Path("/host/bin")
 STATE: Final = Path("/state")
+SWARM: Final = Path("/host/swarm")
 
 
 def main() -> int:
@@ -27,7 +28,7 @@ def main() -> int:
         return 1
     from plugin.server import Paths, serve
 
-    paths = Paths(host_run=HOST_RUN, host_bin=HOST_BIN, state=STATE)
+    paths = Paths(host_run=HOST_RUN, host_bin=HOST_BIN, state=STATE, swarm=SWARM)
     serve(listener, paths, dict(os.environ))
     return 0
 

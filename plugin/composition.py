@@ -178,7 +178,9 @@ def compose(
             statistics=statistics,
             bad_settings=bad_settings,
         ),
-        admin=create_admin(snapshot, Ping(driver, kernel, syncer), accelerator.connections),
+        admin=create_admin(
+            snapshot, Ping(driver, kernel, syncer, router=accelerator), accelerator.connections
+        ),
         driver=driver,
         syncer=syncer,
         hints=hints,
@@ -202,5 +204,5 @@ def _router(
         log.error("no connection can be accelerated", reason=str(error))
         return None
     library.place(folder)
-    command = router_command(paths.host_run, folder, settings.log_level)
+    command = router_command(paths.host_run, folder, settings.log_level, paths.swarm)
     return RouterProcess(command, accelerator.router_started)

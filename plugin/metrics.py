@@ -17,9 +17,25 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import start_http_server
 from prometheus_client.registry import Collector
 
-from plugin.status import NetworkStatus, RouterStatus, Status
+from plugin.status import NetworkStatus, RdmaStatus, RouterStatus, Status
 
 log = structlog.get_logger()
+
+LINK_STATES: Final = ("up", "being made", "down", "over the session")
+_NO_RDMA: Final = RdmaStatus(
+    on=False,
+    device="",
+    why="",
+    skipped=[],
+    no_sessions="",
+    hosts=[],
+    connections=0,
+    memory=0,
+    granted=0,
+    broken=0,
+    left=0,
+    relay={},
+)
 
 Sample = tuple[tuple[str, ...], float]
 
@@ -60,6 +76,10 @@ def _synced(status: Status) -> Iterable[Sample]:
 
 def _router(status: Status) -> RouterStatus:
     return status.router or RouterStatus(up=False)
+
+
+def _rdma(status: Status) -> RdmaStatus:
+    return _router(status).rdma or _NO_RDMA
 
 
 def _paths(status: Status) -> Iterable[Sample]:
@@ -207,7 +227,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_connections",
         "gauge",
-        "Ends of TCP connections of this host's containers, by path, and why not shm",
+        "Ends of TCP connections of this host's containers, by path, and why overlay",
         "",
         ("network", "path", "reason"),
         _paths,
@@ -259,6 +279,81 @@ METRICS: Final = (
         "",
         (),
         lambda status: [((), float(_router(status).wrong_messages))],
+    ),
+    MetricSpec(
+        "freeflow_rdma_up",
+        "gauge",
+        "1 if connections of this host can use RDMA",
+        "",
+        (),
+        lambda status: [((), float(bool(_rdma(status).device) and not _rdma(status).why))],
+    ),
+    MetricSpec(
+        "freeflow_sessions",
+        "gauge",
+        "Other hosts with whose router there is a session",
+        "",
+        (),
+        lambda status: [((), float(sum(host.session for host in _rdma(status).hosts)))],
+    ),
+    MetricSpec(
+        "freeflow_links",
+        "gauge",
+        "Links to other hosts' RDMA devices, by state",
+        "",
+        ("state",),
+        lambda status: [
+            ((state,), float(sum(host.link == state for host in _rdma(status).hosts)))
+            for state in LINK_STATES
+        ],
+    ),
+    MetricSpec(
+        "freeflow_rdma_memory_bytes",
+        "gauge",
+        "Memory that is registered with the RDMA device",
+        "bytes",
+        (),
+        lambda status: [((), float(_rdma(status).memory))],
+    ),
+    MetricSpec(
+        "freeflow_rdma_upgrades",
+        "counter",
+        "Ends of connections that moved to RDMA",
+        "",
+        (),
+        lambda status: [((), float(_rdma(status).granted))],
+    ),
+    MetricSpec(
+        "freeflow_rdma_broken",
+        "counter",
+        "Ends of connections that were reset, since the other host could not be reached any more",
+        "",
+        (),
+        lambda status: [((), float(_rdma(status).broken))],
+    ),
+    MetricSpec(
+        "freeflow_rdma_returned",
+        "counter",
+        "Ends of connections that went back from RDMA to TCP",
+        "",
+        (),
+        lambda status: [((), float(_rdma(status).left))],
+    ),
+    MetricSpec(
+        "freeflow_rdma_sent_bytes",
+        "counter",
+        "Bytes of connections that the relay sent",
+        "bytes",
+        (),
+        lambda status: [((), float(_rdma(status).relay.get("bytes_out", 0)))],
+    ),
+    MetricSpec(
+        "freeflow_rdma_received_bytes",
+        "counter",
+        "Bytes of connections that the relay received",
+        "bytes",
+        (),
+        lambda status: [((), float(_rdma(status).relay.get("bytes_in", 0)))],
     ),
     MetricSpec(
         "freeflow_requests",

@@ -15,12 +15,13 @@ from typing import Final
 
 import msgspec
 
+from driver import options
 from driver.driver import Driver
-from driver.errors import InvalidRequest, NotFound
+from driver.errors import InvalidRequest, NotFound, RouterError
 from driver.kernel.namespace import is_namespace
 from driver.model import Endpoint, IPAddress, Network
 from plugin.echo import Prober, probe
-from plugin.facts import KernelFacts, SyncFacts
+from plugin.facts import KernelFacts, RouterFacts, SyncFacts
 
 MAX_COUNT: Final = 20
 
@@ -33,7 +34,10 @@ class PingRequest(msgspec.Struct, frozen=True):
 
 
 class PingResult(msgspec.Struct, frozen=True):
-    """`round_trips_ms`: one per answered echo. `host` is empty if the address was not found anywhere."""
+    """`round_trips_ms`: one per answered echo. `host` is empty if the address was not found anywhere.
+
+    `path` is the echoes'; `tcp` the one that connections of programs with the library can move to, and `reason` why no faster one.
+    """
 
     address: str
     network: str
@@ -46,6 +50,8 @@ class PingResult(msgspec.Struct, frozen=True):
     path: str
     sent: int
     round_trips_ms: list[float]
+    tcp: str = ""
+    reason: str = ""
 
 
 class Ping:
@@ -58,12 +64,14 @@ class Ping:
         syncer: SyncFacts,
         probe: Prober = probe,
         is_there: Callable[[Path], bool] = is_namespace,
+        router: RouterFacts | None = None,
     ) -> None:
         self._driver = driver
         self._kernel = kernel
         self._syncer = syncer
         self._probe = probe
         self._is_there = is_there
+        self._router = router
 
     def __call__(self, wanted: PingRequest) -> PingResult:
         """Raises InvalidRequest for what isn't an address or count, NotFound if no container here is on its network."""
@@ -81,6 +89,7 @@ class Ping:
         own = self._own(network, task or address)
         found = bool(mac or own)
         host, host_address, local = self._host(network, mac, own is not None)
+        tcp, reason = self._tcp(network, host_address, local) if found else ("", "")
         return PingResult(
             address=str(address),
             network=self._name(network),
@@ -93,7 +102,34 @@ class Ping:
             path="overlay",
             sent=wanted.count,
             round_trips_ms=probe.times,
+            tcp=tcp,
+            reason=reason,
         )
+
+    def _tcp(self, network: Network, host: str, local: bool) -> tuple[str, str]:
+        """The path that connections can move to, and why no faster one."""
+        if self._router is None:
+            return "", ""
+        try:
+            rdma = self._router.statistics().rdma
+        except RouterError:
+            return "overlay", "the router doesn't answer"
+        if not network.acceleration:
+            return "overlay", "acceleration is off for the network"
+        if local:
+            return "shm", ""
+        if not rdma.on or not options.rdma(network.options):
+            return "overlay", "RDMA is off for the network or this host"
+        if rdma.why:
+            return "overlay", rdma.why
+        for peer in rdma.peers:
+            if peer.address == host or peer.data_path == host:
+                if not peer.session:
+                    return "overlay", f"no session with its host: {peer.reason}"
+                if not peer.rdma:
+                    return "overlay", "its host has no RDMA device"
+                return ("rdma", "") if peer.link == "up" else ("overlay", f"link {peer.link}")
+        return "overlay", "no session with its host"
 
     def _origin(self, address: IPAddress) -> tuple[Network, Endpoint, Path]:
         matching = []

@@ -25,6 +25,8 @@ log = structlog.get_logger()
 PUBLIC: Final = "router.sock"
 """In the folder that every container may see, see `driver/kernel/public.py`."""
 CONTROL: Final = "freeflow-admin/router.sock"
+DEVICES: Final = "dev/infiniband"
+"""Beside the host's /run, in the plugin."""
 LEAST_PAUSE: Final = 0.1
 MOST_PAUSE: Final = 10.0
 """Seconds between two starts, doubled each time as long as none lasts."""
@@ -62,8 +64,10 @@ def router_settings(settings: Settings) -> RouterSettings:
     )
 
 
-def router_command(host_run: Path, folder: Path, log_level: str) -> list[str]:
-    """How the router is started. `folder`: where /run/freeflow is written."""
+def router_command(
+    host_run: Path, folder: Path, log_level: str, swarm: Path | None = None
+) -> list[str]:
+    """How the router is started. `folder`: where /run/freeflow is written; `swarm`: the engine's, for certificates."""
     return [
         sys.executable,
         "-P",
@@ -72,6 +76,8 @@ def router_command(host_run: Path, folder: Path, log_level: str) -> list[str]:
         f"--socket={folder / PUBLIC}",
         f"--control={host_run / CONTROL}",
         f"--log-level={log_level}",
+        *([] if swarm is None else [f"--swarm={swarm}"]),
+        f"--devices={host_run.parent / DEVICES}",
         "--watch-stdin",
     ]
 

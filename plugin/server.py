@@ -29,11 +29,12 @@ WSGI = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Where the host is visible: its /run, a directory in its PATH (or None), and where state is kept."""
+    """Where the host is visible: its /run, a directory in its PATH (or None), where state is kept, the engine's Swarm."""
 
     host_run: Path
     host_bin: Path | None
     state: Path
+    swarm: Path | None = None
 
     @property
     def admin_socket(self) -> Path:

@@ -188,7 +188,7 @@ SETTINGS: Final = (
         "REMOTE_RING",
         "262144",
         "bytes that may be under way in one direction of a connection over RDMA, a power of two",
-        _power(64 << 10, 4 << 20),
+        _power(64 << 10, 2 << 20),
     ),
     Setting(
         "REMOTE_MEMORY",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 import msgspec
 
+from dataplane.control import DeviceFact, RdmaFacts
 from driver import names
 from driver.driver import Driver
 from driver.errors import FreeFlowError, RouterError, SettingError
@@ -24,6 +26,8 @@ from plugin.status import (
     NetworkStatus,
     PathStatus,
     PeerStatus,
+    RdmaStatus,
+    RemoteHostStatus,
     RouterStatus,
     ServiceStatus,
     ShareStatus,
@@ -46,6 +50,14 @@ def _setting_text(value: object) -> str:
         host, port = value
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _device(device: DeviceFact) -> str:
+    gid = ip_address(device.gid)
+    mapped = gid.ipv4_mapped if gid.version == 6 else None
+    return (
+        f"{device.name} port {device.port}, {device.kind} {mapped or gid} (GID {device.gid_index})"
+    )
 
 
 def _shown(secret: bool, value: object) -> str:
@@ -199,6 +211,37 @@ class Snapshot:
                 for each in found.containers
                 if each.container
             ],
+            rdma=self._rdma(found.rdma),
+        )
+
+    def _rdma(self, facts: RdmaFacts) -> RdmaStatus:
+        engine, _ = self.syncer.engine()
+        hostnames = {str(ip): name for ip, name in (engine.hostnames if engine else {}).items()}
+        return RdmaStatus(
+            on=facts.on,
+            device="" if facts.device is None else _device(facts.device),
+            why=facts.why,
+            skipped=list(facts.looked),
+            no_sessions=facts.sessions,
+            hosts=[
+                RemoteHostStatus(
+                    name=hostnames.get(each.address, ""),
+                    address=each.address,
+                    session=each.session,
+                    reason=each.reason,
+                    rdma=each.rdma,
+                    link=each.link,
+                    link_reason=each.link_reason,
+                    connections=each.connections,
+                )
+                for each in facts.peers
+            ],
+            connections=facts.connections,
+            memory=facts.registered,
+            granted=facts.granted,
+            broken=facts.broken,
+            left=facts.left,
+            relay=facts.relay,
         )
 
     def _network(

@@ -73,7 +73,7 @@ class NetworkStatus(msgspec.Struct, frozen=True):
 
 
 class PathStatus(msgspec.Struct, frozen=True):
-    """Ends of connections of this host's containers. `path`: overlay or shm; `reason`: why not shm, one word."""
+    """Ends of connections of this host's containers. `path`: overlay, shm or rdma; `reason`: why overlay, one word."""
 
     network: str
     path: str
@@ -90,6 +90,44 @@ class ShareStatus(msgspec.Struct, frozen=True):
     connections: int
     memory: int
     builds: dict[str, int] = {}
+
+
+class RemoteHostStatus(msgspec.Struct, frozen=True):
+    """Another host, as this host's router knows it. `session`: whether the two routers speak with each other, `reason` why not.
+
+    `rdma`: it has a device. `link` between the two devices: none, being made, up, down or over the session.
+    """
+
+    name: str
+    address: str
+    session: bool
+    reason: str
+    rdma: bool
+    link: str
+    link_reason: str
+    connections: int
+
+
+class RdmaStatus(msgspec.Struct, frozen=True):
+    """Connections to other hosts over RDMA. `device` is empty if none is used, `why` says then why.
+
+    `skipped`: other devices, and why not they. `no_sessions`: why there are no sessions at all. `memory` in bytes, registered now.
+    `granted`, `broken` (ended as by a reset), `left` (went back to TCP) and `relay`, the relay's counters, only grow, but for
+    `connections` and `registered` of the last.
+    """
+
+    on: bool
+    device: str
+    why: str
+    skipped: list[str]
+    no_sessions: str
+    hosts: list[RemoteHostStatus]
+    connections: int
+    memory: int
+    granted: int
+    broken: int
+    left: int
+    relay: dict[str, int]
 
 
 class RouterStatus(msgspec.Struct, frozen=True):
@@ -111,6 +149,7 @@ class RouterStatus(msgspec.Struct, frozen=True):
     wrong_messages: int = 0
     paths: list[PathStatus] = []
     containers: list[ShareStatus] = []
+    rdma: RdmaStatus | None = None
 
 
 class HostStatus(msgspec.Struct, frozen=True):

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import structlog
 
+from dataplane.router.finder import offer_devices
+from dataplane.router.hosts import Equipment
+from dataplane.router.relay import SHIPPED
 from dataplane.router.server import Server
 
 
@@ -24,6 +27,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="freeflow-router", description="Pairs connections.")
     parser.add_argument("--socket", type=Path, default=Path("/run/freeflow/router.sock"))
     parser.add_argument("--control", type=Path, default=Path("/run/freeflow-admin/router.sock"))
+    parser.add_argument("--swarm", type=Path, help="the engine's folder of the Swarm")
+    parser.add_argument("--devices", type=Path, help="where the host's /dev/infiniband is")
+    parser.add_argument("--relay", type=Path, default=SHIPPED, help="the relay's program")
+    parser.add_argument(
+        "--memory-relay",
+        action="store_true",
+        help="relays of this machine alone, without a device: for tests",
+    )
     parser.add_argument("--watch-stdin", action="store_true", help="end when standard input does")
     parser.add_argument("--log-level", default="info")
     return parser
@@ -45,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.umask(0o022)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    server = Server(given.socket, given.control)
+    if given.devices is not None:
+        offer_devices(given.devices)
+    equipment = Equipment(given.swarm, given.relay, given.memory_relay)
+    server = Server(given.socket, given.control, equipment=equipment)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     if given.watch_stdin:

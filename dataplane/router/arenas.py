@@ -2,7 +2,8 @@
 
 An arena belongs to two processes. A slot is free again when both sides have released it; a side without processes has
 released all. When a side holds no slot any more the arena is retired: that process has unmapped it and closed its bells,
-and the next connection of the two gets another. No I/O: descriptors are numbers here.
+and the next connection of the two gets another. A remote arena belongs to one process and the host's relay, which is side 1
+and keeps it until it is told otherwise. No I/O: descriptors are numbers here.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Slot:
     """The kernel knew neither socket when last asked."""
     left: bool = False
     """Both ends were asked to go on over TCP."""
+    connection: int = 0
+    """The relay's number of it, in a remote arena."""
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +71,8 @@ class Arena:
     """Bytes, when last looked."""
     orphaned: bool = False
     """A side's processes have hung up; what shares their memory may still use it."""
+    ring: int = 0
+    """Bytes of its rings if it is a remote one."""
 
     def take(self, incarnation: int, since: float, ends: tuple[End, End]) -> int:
         """Put a connection in a free slot; there must be one."""
@@ -91,7 +96,7 @@ class Arena:
         end, slot.ends[side] = slot.ends[side], None
         if end is not None:
             self.held[side] -= 1
-            self.retired = self.retired or not self.held[side]
+            self.retired = self.retired or not (self.held[side] or (self.ring and side))
         if any(each is not None for each in slot.ends):
             return end, False
         del self.slots[number]
@@ -101,7 +106,8 @@ class Arena:
     @property
     def done(self) -> bool:
         """Nothing is in it, and nothing will come."""
-        return not self.slots and (self.retired or not all(side.members for side in self.sides))
+        users = self.sides[:1] if self.ring else self.sides
+        return not self.slots and (self.retired or not all(side.members for side in users))
 
     def bells(self) -> Iterator[tuple[Side, int]]:
         """All bells."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from operator import attrgetter
@@ -46,6 +46,13 @@ class Network:
     """VIPs with tasks on other hosts."""
     vips: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
     """Task on this host to the VIPs that lead to it."""
+    rdma: bool = True
+    peers: frozenset[IPAddress] = frozenset()
+    """The hosts that share it."""
+    everywhere: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
+    """VIP to its tasks, on whatever host."""
+    leading: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
+    """Task, on whatever host, to the VIPs that lead to it."""
 
     def __contains__(self, address: IPAddress) -> bool:
         return any(address in subnet for subnet in self.subnets)
@@ -63,6 +70,7 @@ class Knowledge:
         self.places: dict[int, Place] = {}
         self._local: dict[tuple[int, IPAddress], Network] = {}
         self._of: defaultdict[int, list[Network]] = defaultdict(list)
+        self.underlay: IPAddress | None = None
         try:
             self._read(facts)
         except (ValueError, KeyError) as error:
@@ -75,7 +83,10 @@ class Knowledge:
                 accelerated=fact.acceleration and facts.settings.acceleration,
                 subnets=tuple(ip_network(text) for text in fact.subnets),
                 rule=fact.rule or facts.settings.rule,
+                rdma=fact.rdma and facts.settings.rdma,
+                peers=frozenset(ip_address(text) for text in fact.peers),
             )
+        self.underlay = ip_address(facts.underlay) if facts.underlay else None
         for endpoint in facts.endpoints:
             network = self.networks[endpoint.network]
             place = Place(
@@ -93,6 +104,13 @@ class Knowledge:
             self._local[key] = self.networks[network.id]
         for namespace, networks in self._of.items():
             self._of[namespace] = [self.networks[network.id] for network in networks]
+
+    @cached_property
+    def remote(self) -> frozenset[tuple[int, IPAddress]]:
+        """Of these, those on networks whose connections may leave the host over RDMA."""
+        return frozenset(
+            key for key, network in self._local.items() if network.accelerated and network.rdma
+        )
 
     @cached_property
     def accelerated(self) -> frozenset[tuple[int, IPAddress]]:
@@ -128,22 +146,22 @@ class Knowledge:
 def _with_vips(network: Network, vips: Mapping[str, tuple[str, ...]]) -> Network:
     tasks: dict[IPAddress, tuple[IPAddress, ...]] = {}
     leading: defaultdict[IPAddress, list[IPAddress]] = defaultdict(list)
+    everywhere: dict[IPAddress, tuple[IPAddress, ...]] = {}
     away = set()
     for text, addresses in vips.items():
         vip = ip_address(text)
         every = [ip_address(address) for address in addresses]
+        everywhere[vip] = tuple(every)
         tasks[vip] = tuple(address for address in every if address in network.owners)
         if len(tasks[vip]) < len(every):
             away.add(vip)
-        for address in tasks[vip]:
+        for address in every:
             leading[address].append(vip)
-    return Network(
-        id=network.id,
-        accelerated=network.accelerated,
-        subnets=network.subnets,
-        rule=network.rule,
-        owners=network.owners,
+    return replace(
+        network,
         tasks=tasks,
         away=frozenset(away),
-        vips={address: tuple(of) for address, of in leading.items()},
+        vips={task: tuple(of) for task, of in leading.items() if task in network.owners},
+        everywhere=everywhere,
+        leading={task: tuple(of) for task, of in leading.items()},
     )

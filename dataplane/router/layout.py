@@ -28,6 +28,8 @@ OVER_OFFSET: Final = 268
 LEFT_OFFSET: Final = 272
 BROKEN_OFFSET: Final = 276
 """Of struct ring."""
+DIRTY_OFFSET: Final = 128
+"""Of struct arena: which slots the waiters of side 0 have to look at, a word for each bell."""
 
 HEADER: Final = struct.Struct("=QIII")
 """The beginning of struct arena: magic, version, size_of_ring, remote."""

@@ -1,6 +1,6 @@
 """Which path each connection takes, and why: the kernel's list of a container's sockets, joined with the registry.
 
-A grant counts as shm: that both ends got one is what the router knows, when each direction switches is theirs.
+A grant counts as shm, or as rdma to another host: that both ends got one is what the router knows, when each direction switches is theirs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from dataplane.control import (
     ContainerCounts,
     PathCount,
     Paths,
+    RdmaFacts,
     Statistics,
 )
 from dataplane.errors import KernelRefused
+from dataplane.router.away import RELAY
 from dataplane.router.knowledge import Knowledge, Network
 from dataplane.router.pairing import Container, Pairing, Waiting
 from dataplane.router.reasons import Reason
@@ -25,6 +27,7 @@ from dataplane.router.sockets import Namespaces, TcpSocket
 
 OVERLAY: Final = "overlay"
 SHM: Final = "shm"
+RDMA: Final = "rdma"
 
 
 def connections(
@@ -103,13 +106,16 @@ def _path(
         held = container.ends.get(tcp.cookie)
         if held is not None:
             arena, slot, _ = held
-            return SHM, None, now - arena.slots[slot].since
+            path = RDMA if arena.ring else SHM
+            return path, None, now - arena.slots[slot].since
     if not network.accelerated:
         return OVERLAY, Reason.OFF, None
     local_peer = tcp.remote.ip in network.owners or network.tasks.get(tcp.remote.ip)
-    if not local_peer:
-        away = tcp.remote.ip in network or tcp.remote.ip in network.tasks
-        return OVERLAY, Reason.REMOTE if away else Reason.FOREIGN, None
+    away = tcp.remote.ip in network or tcp.remote.ip in network.tasks
+    if not local_peer and not away:
+        return OVERLAY, Reason.FOREIGN, None
+    if not local_peer and (why := pairing.away.why_not(network)) is not None:
+        return OVERLAY, why, None
     if container is None or not _has_library(container):
         return OVERLAY, Reason.NO_LIBRARY, None
     waiting = container.waiting.get(tcp.cookie)
@@ -118,7 +124,7 @@ def _path(
     note = container.notes.get(tcp.cookie)
     if note is not None:
         return OVERLAY, Reason(note[0]), None
-    if not _peer_has_library(pairing, network, tcp):
+    if local_peer and not _peer_has_library(pairing, network, tcp):
         return OVERLAY, Reason.PEER_NO_LIBRARY, None
     return OVERLAY, Reason.SHORT, None
 
@@ -140,12 +146,16 @@ def _peer_has_library(pairing: Pairing, network: Network, tcp: TcpSocket) -> boo
 def _why_waiting(pairing: Pairing, network: Network, waiting: Waiting) -> Reason:
     if waiting.ambiguous:
         return Reason.AMBIGUOUS
+    if waiting.away:
+        return pairing.away.why_not(network) or Reason.PEER_SHORT
     tcp = TcpSocket(waiting.ask.local, waiting.ask.remote, 0, 0, 0, 0)
     has = _peer_has_library(pairing, network, tcp)
     return Reason.PEER_SHORT if has else Reason.PEER_NO_LIBRARY
 
 
-def statistics(pairing: Pairing, *, uptime: float, wrong_messages: int, dropped: int) -> Statistics:
+def statistics(
+    pairing: Pairing, *, uptime: float, wrong_messages: int, dropped: int, rdma: RdmaFacts
+) -> Statistics:
     """Counts."""
     counts = pairing.counts
     return Statistics(
@@ -153,7 +163,7 @@ def statistics(pairing: Pairing, *, uptime: float, wrong_messages: int, dropped:
         learned=pairing.knowledge.learned,
         processes=len(pairing.processes),
         waiting=sum(len(each.waiting) for each in pairing.containers.values()),
-        shm=sum(len(arena.slots) for arena in pairing.arenas.values()),
+        shm=sum(len(arena.slots) for arena in pairing.arenas.values() if not arena.ring),
         arenas=len(pairing.arenas),
         memory=sum(arena.used for arena in pairing.arenas.values()),
         granted=counts.granted,
@@ -162,8 +172,11 @@ def statistics(pairing: Pairing, *, uptime: float, wrong_messages: int, dropped:
         wrong_messages=wrong_messages,
         dropped=dropped,
         containers=tuple(
-            _counts(container, pairing.knowledge) for container in pairing.containers.values()
+            _counts(container, pairing.knowledge)
+            for container in pairing.containers.values()
+            if container.namespace != RELAY
         ),
+        rdma=rdma,
     )
 
 

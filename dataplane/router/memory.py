@@ -20,6 +20,7 @@ from dataplane.router import layout
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
 _INCARNATION: Final = struct.Struct("=Q")
+_RING: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _YES: Final = struct.pack("=I", 1)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -102,6 +103,39 @@ class LinuxMemory:
         for direction in range(layout.SIDES):
             with contextlib.suppress(OSError):
                 os.pwrite(memory, _YES, layout.ring_offset(slot, direction) + layout.BROKEN_OFFSET)
+
+    def finish(self, memory: int, slot: int) -> None:
+        """Say to the end of a remote slot's connection that nothing comes in the ring, and that it is to use TCP."""
+        self.leave(memory, slot)
+        with contextlib.suppress(OSError):
+            os.pwrite(memory, _YES, layout.ring_offset(slot, 1) + layout.OVER_OFFSET)
+
+    def alarm(self, memory: int) -> None:
+        """Have the process look at all slots of a remote arena when its bells are rung.
+
+        All bits at once: setting one would take away what others set meanwhile.
+        """
+        with contextlib.suppress(OSError):
+            os.pwrite(memory, b"\xff" * (8 * layout.BELLS), layout.DIRTY_OFFSET)
+
+    def make_bell(self) -> tuple[int, int]:
+        """A new bell: the end that hears, the end that rings. Raises KernelRefused."""
+        try:
+            hears, rings = socket.socketpair(
+                socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+            )
+        except OSError as error:
+            raise KernelRefused(f"making a bell: {error.strerror}") from error
+        return hears.detach(), rings.detach()
+
+    def close_hearing(self, descriptor: int) -> None:
+        """The end of a bell that hears is its owner's alone now."""
+        os.close(descriptor)
+
+    def ring(self, descriptor: int) -> None:
+        """Ring a bell. One that is full rings already."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as bell:
+            bell.send(b"!", _RING)
 
     def reclaim(self, memory: int, slot: int) -> bool:
         """Give the pages of a slot back; false if the kernel can't. Not while a device has them registered."""

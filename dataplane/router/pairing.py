@@ -1,6 +1,7 @@
 """Who is paired with whom: asks, arenas, slots, bells, and what each container may have.
 
-The two ends of one connection ask, each for itself, and are matched by their addresses. A client behind a VIP sees
+The two ends of one connection ask, each for itself, and are matched by their addresses; if one is on another host, by
+`remote.py` behind the seam `away.py`. A client behind a VIP sees
 another address than its server, so for a server's ask every address that leads to it is looked at; and since one source
 port may serve two connections, one to a task and one to its VIP, the kernel is asked how many sockets fit: unless exactly
 one does, both stay on TCP.
@@ -21,6 +22,7 @@ from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router import layout
 from dataplane.router.agenda import Agenda
 from dataplane.router.arenas import Arena, End, Side
+from dataplane.router.away import RELAY, Away, Nowhere
 from dataplane.router.knowledge import Knowledge, Network
 from dataplane.router.limits import Bucket
 from dataplane.router.reasons import STATUS_ONLY, Reason
@@ -33,6 +35,7 @@ from dataplane.router.wire import (
     Fetch,
     Grant,
     Hello,
+    IPAddress,
     Note,
     Refuse,
     Release,
@@ -40,6 +43,8 @@ from dataplane.router.wire import (
     Welcome,
 )
 
+RELAY_SIDE: Final = 1
+"""Of a remote arena."""
 FETCH_PATIENCE: Final = 0.01
 """Seconds that a Fetch waits for its bell: bell and fetch come over two sockets, in any order."""
 NOTES: Final = 16384
@@ -76,11 +81,21 @@ class Kernel(Protocol):
         """Whether there is any socket of these addresses, in any state."""
         ...
 
+    def is_held(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
+        """Whether some process still has this very socket."""
+        ...
+
+    def translated(
+        self, namespace: int, local: Address, remote: Address
+    ) -> tuple[Address, Address] | None:
+        """Where a connection of this namespace really leads, and as whom it comes there; None: not known."""
+        ...
+
 
 class Memory(Protocol):
     """Arenas' memory."""
 
-    def make(self) -> int:
+    def make(self, ring_size: int = layout.RING_SIZE, remote: bool = False) -> int:
         """A new arena. Raises KernelRefused."""
         ...
 
@@ -90,6 +105,30 @@ class Memory(Protocol):
 
     def leave(self, memory: int, slot: int) -> None:
         """Ask both ends of the slot's connection to go on over TCP."""
+        ...
+
+    def sever(self, memory: int, slot: int) -> None:
+        """Say to the ends of a remote slot's connection that nothing can be delivered any more."""
+        ...
+
+    def finish(self, memory: int, slot: int) -> None:
+        """Say to the end of a remote slot's connection that nothing comes in the ring, and that it is to use TCP."""
+        ...
+
+    def alarm(self, memory: int) -> None:
+        """Have the process look at all slots of a remote arena when its bells are rung."""
+        ...
+
+    def make_bell(self) -> tuple[int, int]:
+        """A new bell: the end that hears, the end that rings. Raises KernelRefused."""
+        ...
+
+    def ring(self, descriptor: int) -> None:
+        """Ring a bell."""
+        ...
+
+    def close_hearing(self, descriptor: int) -> None:
+        """The end of a bell that hears is its owner's alone now."""
         ...
 
     def reclaim(self, memory: int, slot: int) -> bool:
@@ -123,6 +162,8 @@ class Waiting:
     network: str
     since: float
     ambiguous: bool = False
+    away: bool = False
+    """Its other end is on another host."""
 
     @property
     def key(self) -> Key:
@@ -197,6 +238,7 @@ class Pairing:
         self.containers: dict[int, Container] = {}
         self.arenas: dict[int, Arena] = {}
         self.counts = Counts()
+        self.away: Away = Nowhere()
         self._waiting: dict[Key, Waiting] = {}
         self._pairs: dict[tuple[int, int], dict[int, Arena]] = {}
         """Arenas of two processes that have a free slot."""
@@ -273,7 +315,7 @@ class Pairing:
     def learn(self, knowledge: Knowledge) -> None:
         """The driver knows something new: tell those whom it concerns."""
         before, self.knowledge = self.knowledge, knowledge
-        if before.accelerated - knowledge.accelerated:
+        if before.accelerated - knowledge.accelerated or before.remote - knowledge.remote:
             self._part()
         for process in list(self.processes.values()):
             if process.build is None:
@@ -291,12 +333,20 @@ class Pairing:
         for arena in self.arenas.values():
             for number, slot in arena.slots.items():
                 if slot.left or all(
-                    end is None or (end.namespace, end.local.ip) in self.knowledge.accelerated
+                    end is None
+                    or end.namespace == RELAY
+                    or (end.namespace, end.local.ip) in self._kept(arena)
                     for end in slot.ends
                 ):
                     continue
                 slot.left = True
-                self._memory.leave(arena.memory, number)
+                if arena.ring:
+                    self.away.part(slot.connection)
+                else:
+                    self._memory.leave(arena.memory, number)
+
+    def _kept(self, arena: Arena) -> frozenset[tuple[int, IPAddress]]:
+        return self.knowledge.remote if arena.ring else self.knowledge.accelerated
 
     def gone(self, process_id: int) -> None:
         """A process has closed its connection: it has ended, or done something wrong."""
@@ -315,13 +365,25 @@ class Pairing:
                 self._pairs.pop(arena.pair, None)
             for number, side in enumerate(arena.sides):
                 side.members.discard(process_id)
-                if not side.members:
+                if not side.members and arena.ring:
+                    if number != RELAY_SIDE:
+                        self._orphan(arena)
+                elif not side.members:
                     # Its children may go on with the connections without a word to us: no page goes back.
                     arena.orphaned = True
                     for slot in list(arena.slots):
                         self._release(arena, slot, number)
             self._close_if_done(arena)
         self._tidy(container)
+
+    def _orphan(self, arena: Arena) -> None:
+        """Who shares the sockets of a process that has hung up goes on with the connection on the other host."""
+        arena.orphaned = True
+        for number, slot in list(arena.slots.items()):
+            if slot.ends[RELAY_SIDE] is None:
+                self._release(arena, number, 0)
+            elif slot.ends[0] is not None:
+                self.away.orphaned(slot.connection)
 
     def _tidy(self, container: Container) -> None:
         if not container.processes and not container.sides:
@@ -342,34 +404,46 @@ class Pairing:
         if isinstance(found, Reason):
             self._refuse(process_id, ask, found)
             return
-        self._replace(container, (found.id, ask.local, ask.remote), ask.cookie)
-        waiting = Waiting(process_id, process.namespace, ask, found.id, self._clock())
+        network, away = found
+        self._replace(container, (network.id, ask.local, ask.remote), ask.cookie)
+        waiting = Waiting(process_id, process.namespace, ask, network.id, self._clock(), away=away)
         self._wait(process, container, waiting)
-        self._match(waiting, found)
+        if away:
+            self.away.wait(waiting, network)
+        else:
+            self._match(waiting, network)
 
-    def _admit(self, process: Process, container: Container, ask: Ask) -> Network | Reason:
-        """The network in which the connection may be upgraded, or why not."""
+    def _admit(
+        self, process: Process, container: Container, ask: Ask
+    ) -> tuple[Network, bool] | Reason:
+        """The network in which the connection may be upgraded, and whether its other end is away; or why not."""
         network = self.knowledge.network_of(process.namespace, ask.local.ip)
         if network is None or not network.accelerated:
             return _why_not(network)
         if not container.asks.take(self._clock(), self.limits.asks):
             return Reason.LIMIT
-        if ask.remote.ip in network.owners:
-            pass
-        elif ask.remote.ip in network.tasks:
-            if not network.tasks[ask.remote.ip]:
-                return Reason.REMOTE
-        else:
-            return Reason.REMOTE if ask.remote.ip in network else Reason.FOREIGN
+        away = False
+        if ask.remote.ip not in network.owners:
+            if ask.remote.ip not in network.tasks and ask.remote.ip not in network:
+                return Reason.FOREIGN
+            away = not network.tasks.get(ask.remote.ip)
+        if away and (reason := self.away.why_not(network)) is not None:
+            return reason
         if len(container.waiting) >= self.limits.waiting or self._is_full(container, 1):
             return Reason.LIMIT
         if ask.cookie in container.ends:
             return Reason.SHARED
         if not self._kernel.is_open(process.namespace, ask.local, ask.remote, ask.cookie):
             return Reason.NOT_FOUND
-        if ask.remote.ip in network.away and not self._servers(ask, network):
-            return Reason.REMOTE
-        return network
+        if not away and ask.remote.ip in network.away and not self._servers(ask, network):
+            if (reason := self.away.why_not(network)) is not None:
+                return reason
+            away = True
+        return network, away
+
+    def is_full(self, namespace: int) -> bool:
+        """Whether a container has as many connections in shared memory as it may."""
+        return self._is_full(self.containers[namespace], 1)
 
     def _is_full(self, container: Container, more: int) -> bool:
         """Whether so many more connections in shared memory are too many."""
@@ -466,11 +540,20 @@ class Pairing:
             del container.waiting[cookie]
         if self._waiting.get(waiting.key) is waiting:
             del self._waiting[waiting.key]
+        if waiting.away:
+            self.away.forgotten(waiting)
+
+    def refuse(self, waiting: Waiting, reason: Reason) -> None:
+        """An ask that waited for another host doesn't any more."""
+        self._forget(waiting)
+        if waiting.process in self.processes:
+            self._refuse(waiting.process, waiting.ask, reason)
 
     def _refuse(self, process_id: int, ask: Ask, reason: Reason) -> None:
         self.counts.refused[reason] += 1
         self._remember(self.processes[process_id], ask.cookie, reason)
-        self._post.send(process_id, Refuse(ask.connection, ask.cookie, reason))
+        told = reason if reason < STATUS_ONLY else Reason.REMOTE
+        self._post.send(process_id, Refuse(ask.connection, ask.cookie, told))
 
     def _remember(self, process: Process, cookie: int, reason: int) -> None:
         notes = self.containers[process.namespace].notes
@@ -501,23 +584,101 @@ class Pairing:
         self._sweep_slots.add((arena, slot, incarnation), self._clock())
         self.counts.granted += 1
         for side, waiting in enumerate((one, other)):
-            container = self.containers[waiting.namespace]
-            container.ends[waiting.ask.cookie] = (arena, slot, side)
-            container.notes.pop(waiting.ask.cookie, None)
+            self._hold(waiting, arena, slot, side)
             arena.sides[side].members.add(waiting.process)
             self.processes[waiting.process].arenas[arena.id] = arena
         for side, waiting in enumerate((one, other)):
-            grant = Grant(
-                connection=waiting.ask.connection,
-                cookie=waiting.ask.cookie,
-                arena=arena.id,
-                incarnation=incarnation,
-                token=arena.sides[side].token,
-                side=side,
-                slot=slot,
-            )
-            # With the memory each time: a process unmaps an arena with its last connection, and says so a moment later.
-            self._post.send(waiting.process, grant, arena.memory)
+            self._say_grant(waiting, arena, slot, side)
+
+    def _hold(self, waiting: Waiting, arena: Arena, slot: int, side: int) -> None:
+        container = self.containers[waiting.namespace]
+        container.ends[waiting.ask.cookie] = (arena, slot, side)
+        container.notes.pop(waiting.ask.cookie, None)
+
+    def _say_grant(self, waiting: Waiting, arena: Arena, slot: int, side: int) -> None:
+        grant = Grant(
+            connection=waiting.ask.connection,
+            cookie=waiting.ask.cookie,
+            arena=arena.id,
+            incarnation=arena.slots[slot].incarnation,
+            token=arena.sides[side].token,
+            side=side,
+            slot=slot,
+        )
+        # With the memory each time: a process unmaps an arena with its last connection, and says so a moment later.
+        self._post.send(waiting.process, grant, arena.memory)
+
+    # --- what `remote.py` does here
+
+    def place(self, waiting: Waiting, ring: int, connection: int) -> tuple[Arena, int]:
+        """A slot for a connection to another host, whose process doesn't hear of it yet.
+
+        Raises:
+            KernelRefused: there is no memory for it.
+        """
+        pair = (waiting.process, -ring)
+        of_pair = self._pairs.get(pair)
+        arena = next(reversed(of_pair.values())) if of_pair else self._remote_arena(waiting, ring)
+        incarnation = next(self._incarnations)
+        self._memory.prepare(arena.memory, arena.free[-1], incarnation)
+        relay = End(RELAY, RELAY, 0, waiting.network, waiting.ask.local, waiting.ask.remote)
+        slot = arena.take(incarnation, self._clock(), (_end(waiting), relay))
+        arena.slots[slot].connection = connection
+        if not arena.free:
+            self._withdraw(arena)
+        arena.sides[0].members.add(waiting.process)
+        self.processes[waiting.process].arenas[arena.id] = arena
+        return arena, slot
+
+    def grant(self, waiting: Waiting, arena: Arena, slot: int) -> None:
+        """Its process may use the slot."""
+        waiting.away = False
+        self._forget(waiting)
+        self.counts.granted += 1
+        self._hold(waiting, arena, slot, 0)
+        self._sweep_slots.add((arena, slot, arena.slots[slot].incarnation), self._clock())
+        self._say_grant(waiting, arena, slot, 0)
+
+    def end(self, arena: Arena, slot: int, side: int) -> None:
+        """A side of a remote arena is done with a slot."""
+        if slot in arena.slots:
+            self._release(arena, slot, side)
+        self._close_if_done(arena)
+
+    def retire_remote(self) -> None:
+        """The relay has ended: what it had mapped is for no connection any more."""
+        for arena in [each for each in self.arenas.values() if each.ring]:
+            arena.retired = True
+            self._withdraw(arena)
+            self._close_if_done(arena)
+
+    def deafen(self, arena: Arena) -> None:
+        """The relay that had this arena is gone: its bells can't be rung any more."""
+        side = arena.sides[RELAY_SIDE]
+        for descriptor in side.bells.values():
+            self._close_bell(side, descriptor)
+        side.bells.clear()
+
+    def _remote_arena(self, waiting: Waiting, ring: int) -> Arena:
+        """A new arena of a process and the relay. Raises KernelRefused."""
+        sides = (Side(self._secret(), waiting.namespace), Side(self._secret(), RELAY))
+        memory = self._memory.make(ring, True)
+        try:
+            hears, rings = self._memory.make_bell()
+        except KernelRefused:
+            self._memory.close(memory)
+            raise
+        arena = Arena(next(self._ids), memory, (waiting.process, -ring), sides, ring=ring)
+        if RELAY not in self.containers:
+            self.containers[RELAY] = Container(RELAY, Bucket.full(0, self._clock()))
+        self.arenas[arena.id] = arena
+        for side in sides:
+            self.containers[side.namespace].sides += 1
+        self._pairs.setdefault(arena.pair, {})[arena.id] = arena
+        self.containers[RELAY].bells += 1
+        sides[RELAY_SIDE].bells[0] = rings
+        self.away.opened(arena, hears)
+        return arena
 
     def _arena(self, one: Waiting, other: Waiting) -> Arena:
         """The arena of two processes that has a free slot. Raises KernelRefused."""
@@ -544,7 +705,12 @@ class Pairing:
             return
         side = self._speaks(process_id, arena, message.token)
         slot = arena.slots.get(message.slot)
-        if slot is None or slot.incarnation != message.incarnation or slot.ends[side] is None:
+        if (
+            slot is None
+            or (arena.ring and side == RELAY_SIDE)
+            or slot.incarnation != message.incarnation
+            or slot.ends[side] is None
+        ):
             return
         self._release(arena, message.slot, side)
         self._close_if_done(arena)
@@ -561,15 +727,18 @@ class Pairing:
         return side
 
     def _release(self, arena: Arena, number: int, side: int) -> None:
+        connection = arena.slots[number].connection
         end, free = arena.release(number, side)
         if arena.retired:
             self._withdraw(arena)
-        elif free and arena.pair[0] in self.processes and arena.pair[1] in self.processes:
+        elif free and all(each in self.processes or each < 0 for each in arena.pair):
             self._pairs.setdefault(arena.pair, {})[arena.id] = arena
-        if end is not None:
+        if end is not None and end.namespace != RELAY:
             ends = self.containers[end.namespace].ends
             if ends.get(end.cookie) == (arena, number, side):
                 del ends[end.cookie]
+            if arena.ring:
+                self.away.released(connection)
         if free and not arena.orphaned:
             self._memory.reclaim(arena.memory, number)
 
@@ -587,6 +756,8 @@ class Pairing:
         self._withdraw(arena)
         for side, descriptor in arena.bells():
             self._close_bell(side, descriptor)
+        if arena.ring:
+            self.away.closed(arena)
         self._account(arena, 0)
         self._memory.close(arena.memory)
         for side in arena.sides:
@@ -621,6 +792,8 @@ class Pairing:
             return False
         container.bells += 1
         side.bells[message.index] = descriptor
+        if arena.ring:
+            self.away.bell(arena.id, message.index, descriptor)
         for waiting in self._fetches.pop((arena.id, number, message.index), {}):
             self.processes[waiting].fetches.discard((arena.id, number, message.index))
             ring = Ring(message.index, arena.id, number)
@@ -726,7 +899,9 @@ class Pairing:
         if slot is None or slot.incarnation != incarnation:
             return False
         if any(
-            end is not None and self._kernel.exists(end.namespace, end.local, end.remote)
+            end is not None
+            and end.namespace != RELAY
+            and self._kernel.exists(end.namespace, end.local, end.remote)
             for end in slot.ends
         ):
             slot.lost = False
@@ -735,7 +910,8 @@ class Pairing:
             # A reset may have ended both while there is something to read.
             slot.lost = True
             return True
-        for side in range(layout.SIDES):
+        # The relay's side ends by its own word.
+        for side in range(1 if arena.ring else layout.SIDES):
             if number in arena.slots:
                 self._release(arena, number, side)
         self._close_if_done(arena)

@@ -49,6 +49,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     data_path: AddressText
     """The address at which its RDMA device is reached; "" if it has none to tell."""
     rdma: bool
+    ring: U32 = 0
+    """Bytes of a ring for connections between hosts; the two use the smaller of theirs."""
     build: Annotated[str, Meta(pattern=r"^[0-9A-Za-z.+_-]{0,64}\Z")] = ""
 
 
@@ -97,6 +99,12 @@ class Accept(msgspec.Struct, frozen=True, tag=True):
     offer: U63
     connection: U32
     place: Blob
+
+
+class Paired(msgspec.Struct, frozen=True, tag=True):
+    """Leader to follower: the answer to Accept; both ends have a path now. `connection` is the hearer's."""
+
+    connection: U32
 
 
 class LinkOffer(msgspec.Struct, frozen=True, tag=True):
@@ -151,6 +159,7 @@ Message = (
     | Decline
     | Place
     | Accept
+    | Paired
     | LinkOffer
     | LinkAnswer
     | LinkRefused

@@ -94,8 +94,6 @@ class _Peer:
     told: bool = False
     """Whether the user has heard of the session."""
     dialled: Connection | None = None
-    any_source: bool = False
-    """Whether the next dial leaves it to the kernel from which of this host's addresses it goes out."""
     timer: Timer | None = None
     """The next dial."""
     reason: str = "not dialled yet"
@@ -150,9 +148,9 @@ class Sessions:
         """Read the identity, and begin to beat."""
         self._tick()
 
-    def introduce(self, *, data_path: str, rdma: bool) -> None:
+    def introduce(self, *, data_path: str, rdma: bool, ring: int = 0) -> None:
         """What peers are told of this host from now on, those of running sessions too."""
-        said = msgspec.structs.replace(self._said, data_path=data_path, rdma=rdma)
+        said = msgspec.structs.replace(self._said, data_path=data_path, rdma=rdma, ring=ring)
         if said == self._said:
             return
         self._said = said
@@ -184,15 +182,13 @@ class Sessions:
         self._recognise()
 
     def send(self, peer: IPAddress, message: Message) -> bool:
-        """Whether it's on its way. False: there is no session, or it's lost by this (`down` comes then), or it's too long."""
+        """Whether it's on its way. False: there is no session, or it's lost by this; `down` comes then.
+
+        Raises:
+            WrongMessage: the message is too long.
+        """
         session = self.session(peer)
-        if session is None:
-            return False
-        try:
-            return session.send(message)
-        except WrongMessage as error:
-            log.error("a message can't be sent", peer=str(peer), reason=str(error))
-            return False
+        return session is not None and session.send(message)
 
     def drop(self, peer: IPAddress, reason: str) -> None:
         """End a session whose peer talks nonsense."""
@@ -332,7 +328,7 @@ class Sessions:
             return
         self._dialled += 1
         peer.dialled = Connection(self._loop, self, self._identity, peer.address, dialled=True)
-        peer.dialled.dial(self._port, None if peer.any_source else self._source)
+        peer.dialled.dial(self._port, self._source)
 
     def _dial_again(self, peer: _Peer) -> None:
         """After a failure."""
@@ -479,9 +475,6 @@ class Sessions:
             return
         elif connection is peer.dialled:
             peer.dialled = None
-            if ending.word == "refused":
-                # The peer lets in the address that its engine has been told, which need not be the one that we know.
-                peer.any_source = not peer.any_source
             self._explain(peer, ending.text)
         else:
             if ending.word in _TELLING:
@@ -581,7 +574,6 @@ class Sessions:
             self._user.down(peer.address, reason)
         except Exception:
             # The session is gone whatever becomes of this.
-            self._ended["bug"] += 1
             log.exception("a bug in the router", peer=str(peer.address))
 
 

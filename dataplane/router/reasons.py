@@ -37,6 +37,11 @@ class Reason(IntEnum):
     PEER_NO_LIBRARY = 1002
     PEER_SHORT = 1003
     AMBIGUOUS = 1004
+    RDMA_OFF = 1005
+    NO_RDMA = 1006
+    PEER_NO_RDMA = 1007
+    NO_SESSION = 1008
+    NO_LINK = 1009
 
     @property
     def word(self) -> str:
@@ -54,7 +59,7 @@ _SENTENCES: Final = {
     Reason.OFF: "acceleration is off for the network or the container",
     Reason.REMOTE: "the peer is on another host",
     Reason.FOREIGN: "an address isn't an endpoint of a freeflow network",
-    Reason.LIMIT: "a limit of the container is reached",
+    Reason.LIMIT: "a limit of the container is reached, or of connections over RDMA",
     Reason.NOT_FOUND: "the kernel knows no such connection in the container",
     Reason.RAW: "bytes went past the library: io_uring or raw system calls",
     Reason.STDIO: "the C library's streams use it, or it is a standard stream",
@@ -70,5 +75,10 @@ _SENTENCES: Final = {
     Reason.NO_LIBRARY: "no process of the container runs with the library, or this one doesn't",
     Reason.PEER_NO_LIBRARY: "the peer runs without the library",
     Reason.PEER_SHORT: "the peer hasn't asked yet: it has seen too few operations, or keeps to TCP",
+    Reason.RDMA_OFF: "the peer is on another host, and RDMA is off for the network or this host",
+    Reason.NO_RDMA: "the peer is on another host, and this host has no RDMA device that can be used",
+    Reason.PEER_NO_RDMA: "the peer's host has no RDMA device that can be used",
+    Reason.NO_SESSION: "the peer is on another host, with whose router there is no session",
+    Reason.NO_LINK: "the RDMA devices of this host and the peer's don't reach each other",
     Reason.AMBIGUOUS: "several connections of the peer fit: one to a task and one to its service's VIP",
 }

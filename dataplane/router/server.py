@@ -28,6 +28,7 @@ from dataplane import control
 from dataplane.errors import DataplaneError, WrongMessage
 from dataplane.router import listing, sockets, wire
 from dataplane.router.bound import BoundSocket
+from dataplane.router.hosts import Equipment, Hosts
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.limits import Bucket
 from dataplane.router.loop import EpollLoop
@@ -100,20 +101,23 @@ class Server:
         *,
         clock: Callable[[], float] = time.monotonic,
         secret: Callable[[], int] | None = None,
+        equipment: Equipment | None = None,
     ) -> None:
         self._public = public
         self._clock = clock
         self._started = clock()
         self._namespaces = Namespaces(self._path_of, clock)
+        kernel, memory = LinuxKernel(self._namespaces), LinuxMemory()
         self.pairing = Pairing(
             self,
-            LinuxKernel(self._namespaces),
-            LinuxMemory(),
+            kernel,
+            memory,
             clock=clock,
             secret=secret or _secret,
         )
         self._epoll = select.epoll()
         self.loop = EpollLoop(self._epoll, clock)
+        self.hosts = Hosts(self.pairing, self.loop, kernel, memory, equipment or Equipment())
         self._clients: dict[int, Client] = {}
         self._by_process: dict[int, Client] = {}
         self._admins: dict[int, Admin] = {}
@@ -163,6 +167,7 @@ class Server:
         if self._listener is not None:
             self._listener.close()
         self._control.close()
+        self.hosts.close()
         self._namespaces.close()
         self._epoll.close()
 
@@ -183,6 +188,7 @@ class Server:
             self._beat = now
             self.pairing.weigh()
             self.pairing.sweep(_SWEEP)
+            self.hosts.beat()
             self._namespaces.tidy()
             self._forget_talks(now)
         self._bury()
@@ -456,6 +462,7 @@ class Server:
         match request:
             case control.Learn():
                 self.pairing.learn(Knowledge(request))
+                self.hosts.learned()
                 self._listen()
                 self._reply(admin, control.Done())
             case control.AskStatistics():
@@ -475,6 +482,7 @@ class Server:
             uptime=self._clock() - self._started,
             wrong_messages=self._wrong,
             dropped=self._dropped,
+            rdma=self.hosts.facts(),
         )
 
     def _listen(self) -> None:

@@ -14,11 +14,12 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
 from dataplane.errors import KernelRefused
+from dataplane.router.conntrack import Conntrack
 from dataplane.router.wire import Address, ip_of
 from dataplane.threads import in_thread
 
@@ -61,6 +62,8 @@ LISTEN: Final = 10
 OPEN: Final = frozenset({ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT})
 """States (net/tcp_states.h) in which bytes still move in a direction."""
 _OPEN_MASK: Final = sum(1 << state for state in OPEN)
+
+T = TypeVar("T")
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -106,13 +109,24 @@ class Diag:
         Raises:
             KernelRefused: the kernel can't say.
         """
-        wanted = _NO_COOKIE if cookie is None else cookie
-        self._ask(NLM_F_REQUEST, _question(local, remote, wanted))
+        body = self._body(local, remote, _NO_COOKIE if cookie is None else cookie)
+        # A listener answers for addresses that no connection has.
+        return None if body is None or body[1] == LISTEN else body[1]
+
+    def is_held(self, local: Address, remote: Address, cookie: int) -> bool:
+        """Whether a process has the socket; if none has, the kernel alone says goodbye.
+
+        Raises:
+            KernelRefused: the kernel can't say.
+        """
+        body = self._body(local, remote, cookie)
+        return body is not None and bool(_read(body).inode)
+
+    def _body(self, local: Address, remote: Address, cookie: int) -> bytes | None:
+        self._ask(NLM_F_REQUEST, _question(local, remote, cookie))
         for kind, body in self._messages():
             if kind == SOCK_DIAG_BY_FAMILY:
-                state = body[1]
-                # A listener answers for addresses that no connection has.
-                return None if state == LISTEN else state
+                return body
             if kind == NLMSG_ERROR:
                 number = -_ERROR.unpack_from(body)[0]
                 # ESTALE: there is one, with another cookie.
@@ -200,6 +214,7 @@ class Namespaces:
         self._clock = clock
         self._held: dict[int, list[int]] = {}
         self._diags: dict[int, tuple[Diag, float]] = {}
+        self._tracks: dict[int, tuple[Conntrack, float]] = {}
 
     def hold(self, descriptor: int) -> int:
         """Take a namespace's descriptor over; its inode. To be let go of as often as it was held."""
@@ -224,14 +239,21 @@ class Namespaces:
     def diag(self, inode: int) -> Diag:
         """Questions about a namespace. Raises KernelRefused if it can't be had."""
         known = self._diags.get(inode)
-        diag = known[0] if known is not None else self._open(inode)
+        diag = known[0] if known is not None else self._open(inode, Diag)
         self._diags[inode] = (diag, self._clock())
         return diag
 
-    def _open(self, inode: int) -> Diag:
+    def conntrack(self, inode: int) -> Conntrack:
+        """Questions about a namespace's translated connections. Raises KernelRefused if it can't be had."""
+        known = self._tracks.get(inode)
+        track = known[0] if known is not None else self._open(inode, Conntrack)
+        self._tracks[inode] = (track, self._clock())
+        return track
+
+    def _open(self, inode: int, kind: Callable[[int], T]) -> T:
         held = self._held.get(inode)
         if held is not None:
-            return Diag(held[0])
+            return kind(held[0])
         path = self._path_of(inode)
         if path is None:
             raise KernelRefused(f"namespace {inode} isn't known; has its container ended?")
@@ -242,24 +264,26 @@ class Namespaces:
         try:
             if os.fstat(descriptor).st_ino != inode:
                 raise KernelRefused(f"namespace {path} is another one by now")
-            return Diag(descriptor)
+            return kind(descriptor)
         finally:
             os.close(descriptor)
 
     def _drop(self, inode: int) -> None:
-        known = self._diags.pop(inode, None)
-        if known is not None:
-            known[0].close()
+        for known in (self._diags.pop(inode, None), self._tracks.pop(inode, None)):
+            if known is not None:
+                known[0].close()
 
     def tidy(self) -> None:
         """Let go of namespaces that nobody asked about for a while."""
         limit = self._clock() - KEEP
         for inode in [each for each, (_, used) in self._diags.items() if used < limit]:
-            self._drop(inode)
+            self._diags.pop(inode)[0].close()
+        for inode in [each for each, (_, used) in self._tracks.items() if used < limit]:
+            self._tracks.pop(inode)[0].close()
 
     def close(self) -> None:
         """Let go of all."""
-        for inode in list(self._diags):
+        for inode in [*self._diags, *self._tracks]:
             self._drop(inode)
         for descriptor, _ in self._held.values():
             os.close(descriptor)
@@ -279,6 +303,24 @@ class LinuxKernel:
     def exists(self, namespace: int, local: Address, remote: Address) -> bool:
         """Whether there is any socket of these addresses, in any state."""
         return self._state(namespace, local, remote, None) is not None
+
+    def is_held(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
+        """Whether some process still has this very socket."""
+        if local.ip.version != remote.ip.version or cookie == _NO_COOKIE:
+            return False
+        try:
+            return self._namespaces.diag(namespace).is_held(local, remote, cookie)
+        except KernelRefused:
+            return False
+
+    def translated(
+        self, namespace: int, local: Address, remote: Address
+    ) -> tuple[Address, Address] | None:
+        """Where a connection really leads, and as whom it comes there; None: not known."""
+        try:
+            return self._namespaces.conntrack(namespace).translated(local, remote)
+        except KernelRefused:
+            return None
 
     def _state(
         self, namespace: int, local: Address, remote: Address, cookie: int | None

@@ -110,9 +110,10 @@ def peers(client: Client, as_json: bool) -> None:
 @_json
 @click.pass_obj
 def connections(client: Client, as_json: bool) -> None:
-    """List TCP connections of this host's containers: overlay or shm, and why.
+    """List TCP connections of this host's containers: overlay, shm or rdma, and why.
 
-    Both ends are listed where both are here. shm: the bytes go through shared memory, not through the kernel's TCP.
+    Both ends are listed where both are here. shm: the bytes go through shared memory, not through the kernel's TCP; rdma: they
+    are written into the other host's memory by the RDMA device.
     """
     from plugin.cli.show import show_connections
 
@@ -160,6 +161,11 @@ def ping(client: Client, address: str, count: int, as_json: bool) -> None:
         behind = f", task {result.task}" if result.task else ""
         click.echo(f"{result.address}{behind} on network {result.network}, from {result.source}")
         click.echo(f"host {where if result.host else 'not found'}, path {result.path}")
+        if result.tcp:
+            click.echo(
+                f"TCP of programs with the library: {result.tcp}"
+                + (f" ({result.reason})" if result.reason else "")
+            )
         if times:
             click.echo(
                 f"{len(times)} of {result.sent} answered, round trip {min(times):.3f} / "
@@ -191,6 +197,8 @@ def doctor(client: Client, container: str | None, as_json: bool) -> None:
     else:
         for check in report.passed:
             click.echo(f"ok: {check}")
+        for note in report.notes:
+            click.echo(f"note: {note}")
         click.echo(findings(report.findings), nl=False)
         click.echo("nothing is wrong" if not report.findings else f"{len(report.findings)} found")
     sys.exit(PROBLEMS if report.findings else 0)

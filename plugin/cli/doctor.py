@@ -36,10 +36,11 @@ BAD_ENGINES: Final = re.compile(r"29\.0\.[0-2](\D|$)")
 
 
 class Report(msgspec.Struct, frozen=True):
-    """`passed`: what was looked at and is well."""
+    """`passed`: what was looked at and is well; `notes`: what is neither well nor wrong."""
 
     passed: list[str]
     findings: list[Finding]
+    notes: list[str] = []
 
 
 def check_plugin(client: Client, found: dict[str, Status]) -> list[Finding]:
@@ -275,6 +276,56 @@ def check_peers(status: Status, passes: Callable[[str, int], bool] = _passes) ->
     return findings
 
 
+def rdma_notes(status: Status) -> list[str]:
+    """Which RDMA device is used, or why none; it's no fault of a host to have none."""
+    from plugin.cli.show import rdma_device
+
+    rdma = status.router.rdma if status.router else None
+    if rdma is None:
+        return []
+    notes = [f"rdma: {rdma_device(rdma)}"]
+    notes += [f"rdma: not {each}" for each in rdma.skipped]
+    if rdma.on:
+        notes += [
+            f"rdma: {host.name or host.address}: "
+            + (
+                f"no session: {host.reason}"
+                if not host.session
+                else "it has no RDMA device"
+                if not host.rdma
+                else f"link {host.link}" + (f": {host.link_reason}" if host.link_reason else "")
+            )
+            for host in rdma.hosts
+        ]
+    return notes
+
+
+def check_session_port(status: Status, connects: Callable[[str, int], bool]) -> list[Finding]:
+    """Whether the routers of hosts that share a network can reach each other; `connects`: to an address and TCP port."""
+    rdma = status.router.rdma if status.router else None
+    if rdma is None or not rdma.on or not rdma.device or rdma.no_sessions:
+        return []
+    port = int(status.settings.get("SESSION_PORT") or status.settings.get("VXLAN_PORT") or 0)
+    return [
+        Finding(
+            "warning",
+            f"the router of {host.name or host.address} can't be reached on TCP port {port}",
+            host.reason or "no connection",
+            f"let TCP port {port} through between the hosts (docs/rdma.md), or set RDMA=off on both",
+        )
+        for host in rdma.hosts
+        if not host.session and not connects(host.address, port)
+    ]
+
+
+def _connects(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 def check_leftovers(run: Path, status: Status | None) -> list[Finding]:
     """Links of ours that no endpoint has."""
     if status is None:
@@ -346,5 +397,9 @@ def examine(client: Client) -> Report:
     check("the firewall lets VXLAN in", lambda: check_firewall(ports))
     if status is not None:
         check("peers answer, with packets of full size", lambda: check_peers(status))
+        check(
+            "routers of other hosts are reached, where there is RDMA",
+            lambda: check_session_port(status, _connects),
+        )
     check("no links are left over", lambda: check_leftovers(run, status))
-    return Report(passed, findings)
+    return Report(passed, findings, [] if status is None else rdma_notes(status))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from dataplane.control import Connections
 from plugin.cli.table import amount, table
-from plugin.status import Finding, NetworkStatus, Status
+from plugin.status import Finding, NetworkStatus, RdmaStatus, Status
 
 
 def verdict(status: Status) -> str:
@@ -43,7 +43,41 @@ def _router(status: Status) -> str:
     return (
         f"router {_count(router.processes, 'program')} with the library, "
         f"{_count(router.connections, 'connection')} in {amount(router.memory)} of shared memory, "
-        f"{router.waiting} waiting for the other end\n"
+        f"{router.waiting} waiting for the other end\n{_rdma(router.rdma)}"
+    )
+
+
+def rdma_device(rdma: RdmaStatus) -> str:
+    """Which device is used, or why none."""
+    if not rdma.on:
+        return "off (RDMA=off)"
+    if not rdma.device:
+        return f"not used: {rdma.why}"
+    return f"{rdma.device}; {rdma.why}" if rdma.why else rdma.device
+
+
+def _rdma(rdma: RdmaStatus | None) -> str:
+    if rdma is None:
+        return ""
+    text = f"rdma {rdma_device(rdma)}"
+    if rdma.connections or rdma.memory:
+        text += f", {_count(rdma.connections, 'connection')} in {amount(rdma.memory)} of its memory"
+    text += "\n"
+    if rdma.no_sessions and rdma.on and rdma.hosts:
+        text += f"no sessions with other hosts: {rdma.no_sessions}\n"
+    return text + table(
+        ("HOST", "ADDRESS", "SESSION", "RDMA", "LINK", "CONNECTIONS"),
+        [
+            (
+                host.name or "-",
+                host.address,
+                "up" if host.session else host.reason or "-",
+                ("yes" if host.rdma else "no") if host.session else "?",
+                f"{host.link} ({host.link_reason})" if host.link_reason else host.link,
+                host.connections,
+            )
+            for host in rdma.hosts
+        ],
     )
 
 
@@ -114,9 +148,12 @@ def _paths(status: Status, network: NetworkStatus) -> str:
     counts = [each for each in router.paths if each.network == network.id] if router else []
     if not counts:
         return ""
-    shm = sum(each.count for each in counts if each.path == "shm")
-    others = [each for each in counts if each.path != "shm"]
-    text = f"  connections: {shm} on shm, {sum(each.count for each in others)} on overlay"
+    fast = {
+        path: sum(each.count for each in counts if each.path == path) for path in ("shm", "rdma")
+    }
+    others = [each for each in counts if each.path not in fast]
+    rdma = f"{fast['rdma']} on rdma, " if fast["rdma"] else ""
+    text = f"  connections: {fast['shm']} on shm, {rdma}{sum(each.count for each in others)} on overlay"
     if others:
         text += f" ({', '.join(f'{each.reason} {each.count}' for each in others)})"
     return text + "\n"

@@ -253,7 +253,7 @@ class Bed:
         return (self.folder / "router.log").read_text()
 
 
-def _connect(containers: Sequence[Container], bridge: int) -> None:
+def connect(containers: Sequence[Container], bridge: int) -> None:
     def make_bridge() -> None:
         with IPRoute() as route:
             route.link("add", ifname="br0", kind="bridge")
@@ -319,7 +319,7 @@ def bed(
     )
     bridge = new_namespace()
     try:
-        _connect(list(containers.values()), bridge)
+        connect(list(containers.values()), bridge)
         table = {
             IPv4Address(vip): tuple(containers[task].ipv4 for task in tasks if task in containers)
             for vip, tasks in made.vips.items()

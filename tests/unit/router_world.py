@@ -48,6 +48,9 @@ class FakeKernel:
 
     sockets: dict[tuple[int, Address, Address], int] = field(default_factory=dict)
     closing: set[tuple[int, Address, Address]] = field(default_factory=set)
+    translations: dict[tuple[int, Address, Address], tuple[Address, Address]] = field(
+        default_factory=dict
+    )
 
     def is_open(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
         key = (namespace, local, remote)
@@ -55,6 +58,14 @@ class FakeKernel:
 
     def exists(self, namespace: int, local: Address, remote: Address) -> bool:
         return (namespace, local, remote) in self.sockets
+
+    def is_held(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
+        return self.sockets.get((namespace, local, remote)) == cookie
+
+    def translated(
+        self, namespace: int, local: Address, remote: Address
+    ) -> tuple[Address, Address] | None:
+        return self.translations.get((namespace, local, remote))
 
 
 @dataclass
@@ -67,10 +78,14 @@ class FakeMemory:
     reclaimed: list[tuple[int, int]] = field(default_factory=list)
     left: list[tuple[int, int]] = field(default_factory=list)
     bells: set[int] = field(default_factory=set)
+    severed: list[tuple[int, int]] = field(default_factory=list)
+    finished: list[tuple[int, int]] = field(default_factory=list)
+    alarmed: list[int] = field(default_factory=list)
+    rung: list[int] = field(default_factory=list)
     weight: int = 12288
     refuses: bool = False
 
-    def make(self) -> int:
+    def make(self, ring_size: int = layout.RING_SIZE, remote: bool = False) -> int:
         if self.refuses:
             raise KernelRefused("no memory")
         number = next(self.numbers)
@@ -89,6 +104,30 @@ class FakeMemory:
     def leave(self, memory: int, slot: int) -> None:
         assert memory in self.arenas
         self.left.append((memory, slot))
+
+    def sever(self, memory: int, slot: int) -> None:
+        assert memory in self.arenas
+        self.severed.append((memory, slot))
+
+    def finish(self, memory: int, slot: int) -> None:
+        assert memory in self.arenas
+        self.finished.append((memory, slot))
+
+    def alarm(self, memory: int) -> None:
+        assert memory in self.arenas
+        self.alarmed.append(memory)
+
+    def make_bell(self) -> tuple[int, int]:
+        number = next(self.numbers)
+        self.bells.add(number)
+        return -number, number
+
+    def close_hearing(self, descriptor: int) -> None:
+        assert -descriptor in self.bells
+
+    def ring(self, descriptor: int) -> None:
+        assert descriptor in self.bells
+        self.rung.append(descriptor)
 
     def used(self, memory: int) -> int:
         assert memory in self.arenas

@@ -16,6 +16,7 @@ BEHIND = {
     "werkzeug": {"plugin.app", "plugin.admin"},
     "sqlite3": {"driver.store"},
     "prometheus_client": {"plugin.metrics"},
+    "pyverbs": {"dataplane.router.devices"},
     "ruamel": {"plugin.cli.stack", "plugin.cli.tree"},
     "cryptography": {"dataplane.router.shared_key"},
 }

@@ -29,6 +29,7 @@ EXAMPLES: Final[list[pw.Message]] = [
     pw.Decline(7, 1004),
     pw.Place(7, (1 << 32) - 1, bytes(range(128))),
     pw.Accept(7, 3, b""),
+    pw.Paired(3),
     pw.LinkOffer(1, b"gid", again=True),
     pw.LinkAnswer(1, b"gid"),
     pw.LinkRefused(1, "no device"),

@@ -96,6 +96,8 @@ NUMBERS: Final = {
     "offsetof(struct ring, left)": layout.LEFT_OFFSET,
     "offsetof(struct ring, broken)": layout.BROKEN_OFFSET,
     "offsetof(struct arena, version)": 8,
+    "offsetof(struct arena, sides[0].dirty)": layout.DIRTY_OFFSET,
+    "sizeof ((struct arena *)0)->sides[0].dirty": 8 * layout.BELLS,
     "offsetof(struct arena, size_of_ring)": 12,
     "offsetof(struct arena, remote)": 16,
     "SLOT_OFFSET + (5 * SIDES + 1) * PAGE": layout.ring_offset(5, 1),

@@ -1,0 +1,210 @@
+"""Two hosts on one machine: a router and a relay for each, and between them a cable; containers of both on one network.
+
+The hosts' routers run in network namespaces of their own, which a pair of devices joins: there they speak with each other. Their
+relays reach each other's memory, in place of an RDMA device (`--memory-relay`). What a container is, is in `bed.py`.
+
+    with two_hosts(library=LIBRARY, relay=RELAY) as (one, other):
+        a, b = one.containers["a"], other.containers["b"]
+        server = b.popen(["iperf3", "-s", "-1"])
+        print(a.run(["iperf3", "-c", str(b.ipv4)]).stdout)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from msgspec.structs import replace
+from pyroute2 import IPRoute
+
+from dataplane.control import Learn, PeerFact, Settings
+from dataplane.errors import RouterAway
+from driver.kernel import nft
+from driver.kernel.namespace import in_netns
+from driver.vip import render_new
+from tests.dataplane.bed import LIBRARY, ROUTER, Bed, Container, connect
+from tests.kernel.hosts import new_namespace
+
+KEY: Final = "a secret of two hosts that are one machine"
+_PATIENCE: Final = 15.0
+
+
+@dataclass(eq=False)
+class HostBed(Bed):
+    """One host. `number` is 1 or 2."""
+
+    number: int = 1
+    namespace: int = field(default_factory=new_namespace)
+    relay: Path = Path()
+    everywhere: dict[str, str] = field(default_factory=dict)
+    """Container to its address, of both hosts."""
+
+    @property
+    def address(self) -> str:
+        return f"192.0.2.{self.number}"
+
+    def facts(self, **changes: Any) -> Learn:
+        """What is true of this host."""
+        made = super().facts()
+        networks = tuple(
+            replace(network, peers=(f"192.0.2.{3 - self.number}",), vips=self._vips())
+            for network in made.networks
+        )
+        return replace(made, **{"networks": networks, "underlay": self.address, **changes})
+
+    def _vips(self) -> dict[str, tuple[str, ...]]:
+        return {
+            vip: tuple(self.everywhere[task] for task in tasks) for vip, tasks in self.vips.items()
+        }
+
+    def start_router(self) -> None:
+        """Start the router and tell it all."""
+        self.process = subprocess.Popen(
+            [
+                "nsenter",
+                f"--net=/proc/{os.getpid()}/fd/{self.namespace}",
+                sys.executable,
+                "-m",
+                "dataplane.router",
+                f"--socket={self.shared / ROUTER}",
+                f"--control={self.folder / 'control.sock'}",
+                f"--relay={self.relay}",
+                "--memory-relay",
+                "--watch-stdin",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=(self.folder / "router.log").open("ab"),
+        )
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self.learn()
+                return
+            except RouterAway:
+                if time.monotonic() > until or self.process.poll() is not None:
+                    raise
+                time.sleep(0.02)
+
+    def peer(self) -> PeerFact:
+        """What its router knows of the other host."""
+        (found,) = self.router.statistics().rdma.peers
+        return found
+
+    def wait_linked(self) -> None:
+        """Until connections can move."""
+        until = time.monotonic() + _PATIENCE
+        while True:
+            rdma = self.router.statistics().rdma
+            if not rdma.why and any(peer.link == "up" for peer in rdma.peers):
+                return
+            assert time.monotonic() < until, (rdma, self.log())
+            time.sleep(0.02)
+
+    def relay_pid(self) -> int:
+        """Its relay's process, the router's only child of that name."""
+        assert self.process is not None
+        router = self.process.pid
+        children = Path(f"/proc/{router}/task/{router}/children").read_text().split()
+        (found,) = [
+            int(each)
+            for each in children
+            if Path(f"/proc/{each}/comm").read_text().strip() == self.relay.name[:15]
+        ]
+        return found
+
+
+def _join(one: HostBed, other: HostBed) -> None:
+    """A cable between two hosts."""
+
+    def make() -> None:
+        with IPRoute() as route:
+            peer = {"ifname": "cable", "net_ns_fd": other.namespace}
+            route.link("add", ifname="cable", kind="veth", peer=peer)
+
+    def configure(address: str) -> None:
+        with IPRoute() as route:
+            cable = route.link_lookup(ifname="cable")[0]
+            route.addr("add", index=cable, address=address, prefixlen=24)
+            for index in (cable, route.link_lookup(ifname="lo")[0]):
+                route.link("set", index=index, state="up")
+
+    in_netns(one.namespace, make)
+    for host in (one, other):
+        in_netns(host.namespace, partial(configure, host.address))
+
+
+def cut(host: HostBed, *, up: bool = False) -> None:
+    """Pull the cable, or plug it in again."""
+
+    def change() -> None:
+        with IPRoute() as route:
+            index = route.link_lookup(ifname="cable")[0]
+            route.link("set", index=index, state="up" if up else "down")
+
+    in_netns(host.namespace, change)
+
+
+@contextlib.contextmanager
+def two_hosts(
+    here: Sequence[str] = ("a",),
+    there: Sequence[str] = ("b",),
+    *,
+    library: Path | None = None,
+    relay: Path,
+    vips: Mapping[str, Sequence[str]] | None = None,
+    settings: Settings | None = None,
+) -> Iterator[tuple[HostBed, HostBed]]:
+    """Two hosts with containers of these names; linked when it begins."""
+    folder = Path(tempfile.mkdtemp(prefix="freeflow-hosts-"))
+    folder.chmod(0o755)
+    wanted = replace(settings or Settings(), session_key=KEY)
+    made: list[HostBed] = []
+    bridge = new_namespace()
+    numbers = iter(range(2, 250))
+    try:
+        for number, names in enumerate((here, there), 1):
+            place = folder / str(number)
+            (place / "shared").mkdir(parents=True)
+            if library is not None:
+                shutil.copy(library, place / "shared" / LIBRARY)
+            containers = {name: Container(name, next(numbers), place / "shared") for name in names}
+            known = {vip: tuple(tasks) for vip, tasks in (vips or {}).items()}
+            made.append(HostBed(place, containers, known, wanted, number=number, relay=relay))
+        every = {name: each for host in made for name, each in host.containers.items()}
+        connect(list(every.values()), bridge)
+        _join(*made)
+        for host in made:
+            host.everywhere = {name: str(each.ipv4) for name, each in every.items()}
+            for container in host.containers.values():
+                if vips:
+                    table = {
+                        vip: tuple(every[task].ipv4 for task in of) for vip, of in vips.items()
+                    }
+                    nft.run(render_new(table), container.namespace)  # type: ignore[arg-type]
+            host.start_router()
+        for host in made:
+            host.wait_linked()
+        yield made[0], made[1]
+    finally:
+        for host in made:
+            for container in host.containers.values():
+                for process in container.started:
+                    if process.poll() is None:
+                        process.kill()
+                    process.wait()
+            host.kill_router()
+            for container in host.containers.values():
+                os.close(container.namespace)
+            os.close(host.namespace)
+        os.close(bridge)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,693 @@
+"""Hosts whose registries are real and whose sessions, relays, kernels and time are made up."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from ipaddress import IPv4Address, ip_address
+from typing import Any, Final
+
+from dataplane.control import EndpointFact, Learn, Limits, NetworkFact, Settings
+from dataplane.router import layout, peer_wire, relay_wire, wire
+from dataplane.router.knowledge import Knowledge
+from dataplane.router.loop import Timer
+from dataplane.router.pairing import Pairing
+from dataplane.router.relay_wire import Kind
+from dataplane.router.remote import Phase, Remote, Remotes
+from dataplane.router.wire import Address, IPAddress
+from tests.unit.router_world import FakeKernel, FakeMemory, FakePost, at
+
+NET: Final = "n1"
+CONTAINERS: Final = (1, 2)
+VIP: Final = "10.0.4.200"
+RING: Final = 64 << 10
+
+
+class VirtualLoop:
+    """`loop.Loop` whose time passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+        self._due: list[tuple[float, int, Timer]] = []
+        self._numbers = itertools.count()
+
+    def watch(self, descriptor: int, events: int, callback: Callable[[int], None]) -> None:
+        raise AssertionError("no descriptors here")
+
+    def modify(self, descriptor: int, events: int) -> None:
+        raise AssertionError("no descriptors here")
+
+    def forget(self, descriptor: int) -> None:
+        raise AssertionError("no descriptors here")
+
+    def now(self) -> float:
+        return self.time
+
+    def after(self, seconds: float, callback: Callable[[], None]) -> Timer:
+        timer = Timer(self.time + seconds, callback)
+        heapq.heappush(self._due, (timer.due, next(self._numbers), timer))
+        return timer
+
+    def run(self, seconds: float) -> None:
+        """Let time pass."""
+        until = self.time + seconds
+        while self._due and self._due[0][0] <= until:
+            due, _, timer = heapq.heappop(self._due)
+            self.time = max(self.time, due)
+            timer.fire()
+        self.time = until
+
+
+@dataclass
+class Lent:
+    """A slot in a relay's hands."""
+
+    number: int
+    link: int
+    arena: int
+    slot: int
+    peer: int = 0
+    paired: bool = False
+    closed: bool = False
+    leaves: bool = False
+    left: bool = False
+    broken: bool = False
+    ended: bool = False
+    finished: bool = False
+    dropping: bool = False
+    gone: bool = False
+    """The peer's relay has dropped it."""
+
+
+@dataclass
+class Wire:
+    """A relay's end of a link."""
+
+    generation: int = 0
+    other: tuple[int, int, int] | None = None
+    """Host, link and generation."""
+    stream: bool = False
+    dead: bool = False
+
+
+class FakeRelay:
+    """What a relay promises, without bytes: answers, what ends say to each other, and when memory is free again."""
+
+    def __init__(self, world: World, host: Host) -> None:
+        self.world = world
+        self.host = host
+        self.lent: dict[int, Lent] = {}
+        self.links: dict[int, Wire] = {}
+        self.arenas: set[int] = set()
+        self.alive = True
+        self.generations = itertools.count(1)
+
+    def say(self, message: relay_wire.Message, descriptors: tuple[int, ...] = ()) -> None:
+        def hear() -> None:
+            if self.alive:
+                self.hear(message)
+
+        self.world.in_order((id(self), 0), hear)
+
+    def answer(self, message: relay_wire.Message) -> None:
+        def tell() -> None:
+            if self.alive and self.host.relay is self:
+                self.host.remotes.relay_said(message)
+
+        self.world.in_order((id(self), 1), tell)
+
+    def hear(self, message: relay_wire.Message) -> None:
+        match message:
+            case relay_wire.Arena(kind=Kind.ARENA):
+                self.arenas.add(message.arena)
+            case relay_wire.Arena(kind=Kind.DISCARD):
+                assert all(each.arena != message.arena for each in self.lent.values())
+                self.arenas.remove(message.arena)
+            case relay_wire.Arena():
+                assert message.arena in self.arenas
+            case relay_wire.Slot():
+                self.slot(message)
+            case relay_wire.Accept(kind=Kind.CONNECT):
+                self.connect(message)
+            case relay_wire.Accept():
+                lent = self.lent[message.number]
+                assert not lent.paired
+                lent.paired, lent.peer = True, message.peer
+                self.answer(relay_wire.Outcome(Kind.PAIRED, message.number, 0, ""))
+                self.world.gossip()
+            case relay_wire.Number():
+                self.number(message)
+            case relay_wire.Frame():
+                assert self.links[message.link].stream
+
+    def slot(self, message: relay_wire.Slot) -> None:
+        assert message.arena in self.arenas
+        used = {(each.arena, each.slot) for each in self.lent.values()}
+        assert (message.arena, message.slot) not in used, "memory that a relay still has"
+        self.lent[message.connection] = Lent(
+            message.connection, message.link, message.arena, message.slot
+        )
+        self.answer(relay_wire.Offered(Kind.PLACED, message.connection, 0, "", b"place"))
+
+    def connect(self, message: relay_wire.Accept) -> None:
+        host, link, generation = (int(each) for each in message.words.split(b","))
+        mine = self.links.get(message.number)
+        if mine is None:
+            return
+        mine.other = (host, link, generation)
+        error = 5 if self.world.cut else 0
+        self.answer(
+            relay_wire.Outcome(Kind.CONNECTED, message.number, error, "cut" if error else "")
+        )
+        self.world.gossip()
+
+    def number(self, message: relay_wire.Number) -> None:
+        number = message.number
+        match message.kind:
+            case Kind.LINK:
+                generation = next(self.generations)
+                self.links[number] = Wire(generation)
+                words = f"{self.host.number},{number},{generation}".encode()
+                self.answer(relay_wire.Offered(Kind.LINKED, number, 0, "", words))
+            case Kind.UNLINK:
+                self.links.pop(number, None)
+                for lent in [each for each in self.lent.values() if each.link == number]:
+                    assert lent.dropping, "a link goes with connections on it"
+                    self.dropped(lent)
+            case Kind.STREAM:
+                self.links[number].stream = True
+                self.answer(relay_wire.Frame(number, b"hello"))
+            case Kind.CLOSE:
+                self.lent[number].closed = True
+            case Kind.LEAVE:
+                self.lent[number].leaves = True
+            case Kind.DROP if number not in self.lent:
+                self.answer(relay_wire.Number(Kind.DROPPED, number))
+            case Kind.DROP:
+                lent = self.lent[number]
+                assert not lent.dropping, "dropped twice"
+                lent.dropping = True
+                lent.broken = lent.broken or message.state == relay_wire.BROKEN
+                if lent.broken:
+                    self.host.severed.add((lent.arena, lent.slot))
+        self.world.gossip()
+
+    def dropped(self, lent: Lent) -> None:
+        del self.lent[lent.number]
+        self.answer(relay_wire.Number(Kind.DROPPED, lent.number))
+
+    def reaches(self, lent: Lent) -> FakeRelay | None:
+        """The peer's relay, if the link works."""
+        mine = self.links.get(lent.link)
+        if mine is None or mine.other is None or (mine.dead and not mine.stream):
+            return None
+        host, link, generation = mine.other
+        other = self.world.hosts[host].relay
+        theirs = other.links.get(link)
+        if not other.alive or theirs is None:
+            return None
+        if mine.stream and theirs.stream:
+            return other
+        back = (self.host.number, lent.link, mine.generation)
+        return other if theirs.generation == generation and theirs.other == back else None
+
+    def turn(self) -> bool:
+        """News of one connection to its peer; whether there were any."""
+        for lent in list(self.lent.values()):
+            other = self.reaches(lent)
+            if lent.dropping and (not lent.paired or lent.gone or self.links[lent.link].dead):
+                self.dropped(lent)
+                return True
+            peer = None if other is None or not lent.paired else other.lent.get(lent.peer)
+            if other is None or not lent.paired:
+                continue
+            if peer is None:
+                # Who isn't known isn't heard; but who goes is told that nothing of it is used.
+                if lent.dropping:
+                    self.dropped(lent)
+                    return True
+                continue
+            if self.news(lent, peer, other):
+                return True
+        return False
+
+    def news(self, lent: Lent, peer: Lent, other: FakeRelay) -> bool:
+        if lent.dropping and not peer.gone:
+            peer.gone = lent.gone = True
+            over = (lent.left and peer.left) or (lent.finished and lent.ended)
+            if lent.broken or (peer.paired and not over):
+                if not peer.broken:
+                    other.break_it(peer)
+            else:
+                for kind in (Kind.FINISHED, Kind.ENDED):
+                    other.answer(relay_wire.Number(kind, peer.number))
+            return True
+        if lent.broken and not peer.broken:
+            other.break_it(peer)
+            return True
+        if lent.closed and not lent.finished and not lent.broken:
+            lent.finished = True
+            peer.ended = True
+            self.answer(relay_wire.Number(Kind.FINISHED, lent.number))
+            other.answer(relay_wire.Number(Kind.ENDED, peer.number))
+            return True
+        if lent.leaves and not peer.leaves:
+            peer.leaves = True
+            return True
+        if lent.leaves and peer.leaves and peer.paired and not lent.left and not lent.closed:
+            lent.left = peer.left = True
+            self.answer(relay_wire.Number(Kind.LEFT, lent.number))
+            other.answer(relay_wire.Number(Kind.LEFT, peer.number))
+            return True
+        return False
+
+    def break_it(self, lent: Lent) -> None:
+        lent.broken = True
+        self.host.severed.add((lent.arena, lent.slot))
+        for kind in (Kind.FINISHED, Kind.ENDED):
+            self.answer(relay_wire.Number(kind, lent.number, relay_wire.BROKEN))
+
+
+class Watched(Remotes):
+    """Notes which ends were granted with which, and that none of them is ever taken for alone."""
+
+    granted: set[tuple[str, int]]
+    """Router and number of the ends whose other end was granted."""
+    own: str
+
+    def _grant(self, remote: Remote) -> None:
+        super()._grant(remote)
+        if remote.leads:
+            self.granted.add((remote.peer.instance, remote.peer_number))
+
+    def _undo(self, remote: Remote) -> None:
+        if remote.phase is Phase.GRANTED:
+            assert (self.own, remote.number) not in self.granted, "bytes may be in its ring"
+        super()._undo(remote)
+
+
+class Host:
+    """A host: its registry, with one process in each of two containers."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self.world = world
+        self.number = number
+        self.address = IPv4Address(f"192.0.2.{number + 1}")
+        self.node = f"node{number}"
+        self.kernel = FakeKernel()
+        self.severed: set[tuple[int, int]] = set()
+        self.secrets = itertools.count(1_000_000 * (number + 1))
+        self.instances = itertools.count(1)
+        self.alive = True
+        self.relay = FakeRelay(world, self)
+        self.start()
+
+    def start(self) -> None:
+        """A new router."""
+        self.instance = f"{self.number * 1000 + next(self.instances):032x}"
+        self.post = FakePost()
+        self.memory = FakeMemory()
+        self.pairing = Pairing(
+            self.post,
+            self.kernel,
+            self.memory,
+            clock=self.world.loop.now,
+            secret=lambda: next(self.secrets),
+        )
+        self.remotes = Watched(
+            self.pairing,
+            self.world.loop,
+            Line(self.world, self, self.instance),
+            partial(self.tell_relay, self.instance),
+            self.kernel,
+            self.memory,
+            lambda: self.node,
+        )
+        self.remotes.granted, self.remotes.own = self.world.granted, self.instance
+        self.pairing.learn(Knowledge(self.facts()))
+        self.remotes.learned()
+        self.processes = {}
+        numbers = itertools.count(1)
+        for container in CONTAINERS:
+            process = self.processes[container] = next(numbers)
+            assert self.pairing.connected(process, self.namespace(container), 4000 + process)
+            self.pairing.hello(process, wire.Hello(1, layout.VERSION, "ab"))
+        self.remotes.device("")
+
+    def tell_relay(
+        self, instance: str, message: relay_wire.Message, descriptors: tuple[int, ...] = ()
+    ) -> None:
+        """Not from a router that is dead, whose times still come."""
+        if instance == self.instance:
+            self.relay.say(message, descriptors)
+
+    def namespace(self, container: int) -> int:
+        return (self.number + 1) * 100 + container
+
+    def ip(self, container: int) -> str:
+        return f"10.0.4.{(self.number + 1) * 10 + container}"
+
+    def facts(self) -> Learn:
+        every = tuple(
+            f"10.0.4.{(host + 1) * 10 + container}"
+            for host in range(self.world.size)
+            for container in CONTAINERS
+        )
+        return Learn(
+            endpoints=tuple(
+                EndpointFact(
+                    id=f"e{container}",
+                    network=NET,
+                    addresses=(self.ip(container),),
+                    namespace=self.namespace(container),
+                )
+                for container in CONTAINERS
+            ),
+            networks=(
+                NetworkFact(
+                    id=NET,
+                    subnets=("10.0.4.0/24",),
+                    vips={VIP: every},
+                    peers=tuple(
+                        f"192.0.2.{n + 1}" for n in range(self.world.size) if n != self.number
+                    ),
+                ),
+            ),
+            settings=Settings(
+                remote_ring=RING, limits=Limits(connections=1000), **self.world.settings
+            ),
+            underlay=str(self.address),
+        )
+
+    def hello(self) -> peer_wire.Hello:
+        return peer_wire.Hello(
+            instance=self.instance,
+            node=self.node,
+            data_path=str(self.address),
+            rdma=self.remotes.ready,
+            ring=RING,
+        )
+
+
+@dataclass
+class Line:
+    """`remote.Peers` of one host."""
+
+    world: World
+    host: Host
+    instance: str
+
+    def congested(self, peer: IPAddress) -> bool:
+        return False
+
+    def send(self, peer: IPAddress, message: peer_wire.Message) -> bool:
+        if self.instance != self.host.instance:
+            return False
+        return self.world.carry(self.host, self.world.by_address[peer], message)
+
+
+@dataclass(eq=False)
+class Tcp:
+    """A connection: both ends, and whether their programs still have it."""
+
+    ends: tuple[tuple[Host, int, Address, Address, int], tuple[Host, int, Address, Address, int]]
+    """Host, container, local, remote, cookie."""
+    open: list[bool] = field(default_factory=lambda: [True, True])
+    asked: list[bool] = field(default_factory=lambda: [False, False])
+
+
+class World:
+    """Some hosts, and what is between them."""
+
+    def __init__(
+        self, size: int = 2, delays: Callable[[], float] = lambda: 0.001, **settings: Any
+    ) -> None:
+        self.size = size
+        self.settings = settings
+        self.loop = VirtualLoop()
+        self.delay = delays
+        self.cut = False
+        """No link comes up."""
+        self.sessions: dict[frozenset[int], int] = {}
+        """Hosts with a session, and its number."""
+        self.clear_until: dict[tuple[int, int], float] = {}
+        self._session_numbers = itertools.count(1)
+        self._turning = False
+        self.granted: set[tuple[str, int]] = set()
+        self.hosts: list[Host] = []
+        self.by_address: dict[IPAddress, Host] = {}
+        for number in range(size):
+            host = Host(self, number)
+            self.hosts.append(host)
+            self.by_address[host.address] = host
+        self.connections: list[Tcp] = []
+        self._cookies = itertools.count(50_000)
+        self._ports = itertools.count(5_000)
+
+    # --- sessions
+
+    def connect_all(self) -> None:
+        for a, b in itertools.combinations(self.hosts, 2):
+            self.session(a, b)
+
+    def session(self, a: Host, b: Host) -> None:
+        """One comes up, if there is none."""
+        pair = frozenset({a.number, b.number})
+        if pair in self.sessions:
+            return
+        self.sessions[pair] = number = next(self._session_numbers)
+        for one, other in ((a, b), (b, a)):
+            self._later(
+                one,
+                other,
+                number,
+                partial(self._come_up, one, other),
+            )
+
+    @staticmethod
+    def _come_up(one: Host, other: Host) -> None:
+        one.remotes.up(other.address, other.hello())
+
+    def lose(self, a: Host, b: Host) -> None:
+        """What is on its way is lost."""
+        pair = frozenset({a.number, b.number})
+        if self.sessions.pop(pair, None) is None:
+            return
+        for one, other in ((a, b), (b, a)):
+            one.remotes.down(other.address, "lost")
+
+    def carry(self, source: Host, target: Host, message: peer_wire.Message) -> bool:
+        number = self.sessions.get(frozenset({source.number, target.number}))
+        if number is None:
+            return False
+        copy = next(iter(peer_wire.Frames().feed(peer_wire.pack(message))))
+        self._later(target, source, number, lambda: target.remotes.message(source.address, copy))
+        return True
+
+    def _later(self, to: Host, of: Host, number: int, do: Callable[[], None]) -> None:
+        """In order, and only while that session lasts."""
+        pair = frozenset({to.number, of.number})
+
+        def arrive() -> None:
+            if self.sessions.get(pair) == number:
+                do()
+
+        self.in_order((of.number, to.number), arrive)
+
+    def in_order(self, way: tuple[int, int], do: Callable[[], None]) -> None:
+        """After a while, and after all that went this way before."""
+        when = max(self.loop.now() + self.delay(), self.clear_until.get(way, 0.0) + 1e-6)
+        self.clear_until[way] = when
+        self.loop.after(when - self.loop.now(), do)
+
+    def hello_again(self, host: Host) -> None:
+        """What `Sessions.introduce` does."""
+        for other in self.hosts:
+            if other is not host:
+                self.carry(host, other, host.hello())
+
+    # --- relays
+
+    def gossip(self) -> None:
+        """Relays tell each other, a little later."""
+
+        def turn() -> None:
+            self._turning = False
+            if any(host.relay.alive and host.relay.turn() for host in self.hosts):
+                self.gossip()
+
+        if not self._turning:
+            self._turning = True
+            self.loop.after(self.delay(), turn)
+
+    def kill_relay(self, host: Host) -> None:
+        """It dies, and another is started after a while."""
+        old, host.relay = host.relay, FakeRelay(self, host)
+        old.alive = False
+        for lent in old.lent.values():
+            # What its peers were told of is lost with it.
+            self.lost_by(host, lent)
+        host.remotes.relay_died()
+        self.hello_again(host)
+        self.loop.after(0.5, lambda: self.relay_is_back(host))
+        for other in self.hosts:
+            self.down_of(other, host.number)
+
+    def lost_by(self, host: Host, lent: Lent) -> None:
+        """Nothing to do: `Memory.sever` is the router's word for it."""
+
+    def relay_is_back(self, host: Host) -> None:
+        if not host.remotes.ready:
+            host.remotes.device("")
+            self.hello_again(host)
+
+    def down_of(self, host: Host, peer: int) -> None:
+        """A host's relay finds that its link with another is dead."""
+        for number, mine in host.relay.links.items():
+            if mine.other is not None and mine.other[0] == peer and not mine.dead:
+                mine.dead = True
+                host.relay.answer(relay_wire.Outcome(Kind.DOWN, number, 5, "retries exceeded"))
+        self.gossip()
+
+    def break_link(self, a: Host, b: Host) -> None:
+        self.down_of(a, b.number)
+        self.down_of(b, a.number)
+
+    def restart_router(self, host: Host) -> None:
+        """It is killed. Its relay has all connections leave that it can, breaks the others and ends."""
+        for other in self.hosts:
+            if other is not host:
+                self.lose(host, other)
+        old = host.relay
+        for lent in old.lent.values():
+            reached = old.reaches(lent)
+            peer = None if reached is None else reached.lent.get(lent.peer)
+            if (
+                reached is not None
+                and peer is not None
+                and lent.paired
+                and peer.paired
+                and not peer.left
+            ):
+                peer.leaves = peer.left = True
+                reached.answer(relay_wire.Number(Kind.LEFT, peer.number))
+            else:
+                host.severed.add((lent.arena, lent.slot))
+        old.alive = False
+        host.relay = FakeRelay(self, host)
+        host.start()
+        for tcp in self.connections:
+            for side in (0, 1):
+                if tcp.ends[side][0] is host:
+                    tcp.asked[side] = False
+        for other in self.hosts:
+            self.down_of(other, host.number)
+
+    # --- programs
+
+    def connect(self, client: tuple[int, int], server: tuple[int, int], vip: bool = False) -> Tcp:
+        """A TCP connection between containers of two hosts."""
+        a, b = self.hosts[client[0]], self.hosts[server[0]]
+        local = at(f"{a.ip(client[1])}:{next(self._ports)}")
+        real = at(f"{b.ip(server[1])}:80")
+        seen = Address(ip_address(VIP), 80) if vip else real
+        ends = (
+            (a, client[1], local, seen, next(self._cookies)),
+            (b, server[1], real, local, next(self._cookies)),
+        )
+        tcp = Tcp(ends)
+        for host, container, one, other, cookie in ends:
+            host.kernel.sockets[host.namespace(container), one, other] = cookie
+        if vip:
+            a.kernel.translations[a.namespace(client[1]), local, seen] = (real, local)
+        self.connections.append(tcp)
+        return tcp
+
+    def ask(self, tcp: Tcp, side: int) -> None:
+        host, container, local, remote, cookie = tcp.ends[side]
+        if not tcp.open[side] or tcp.asked[side]:
+            return
+        tcp.asked[side] = True
+        host.pairing.ask(host.processes[container], wire.Ask(cookie, cookie, local, remote))
+
+    def close(self, tcp: Tcp, side: int) -> None:
+        """The program closes its end, and its library says so."""
+        if not tcp.open[side]:
+            return
+        tcp.open[side] = False
+        host, container, local, remote, cookie = tcp.ends[side]
+        del host.kernel.sockets[host.namespace(container), local, remote]
+        process = host.processes[container]
+        grant = self.grant(tcp, side)
+        if grant is not None:
+            message = wire.Release(grant.slot, grant.arena, grant.incarnation, grant.token)
+            host.pairing.release(process, message)
+        else:
+            host.pairing.note(process, wire.Note(0, cookie))
+
+    def kill(self, host: Host, container: int, *, child: bool) -> None:
+        """A process dies, with or without its sockets; another takes its place."""
+        for tcp in self.connections:
+            for side in (0, 1):
+                end = tcp.ends[side]
+                if end[0] is not host or end[1] != container or not tcp.open[side]:
+                    continue
+                # Its child has no library, and asks for nothing.
+                tcp.asked[side] = False
+                if not child:
+                    tcp.open[side] = False
+                    del host.kernel.sockets[host.namespace(container), end[2], end[3]]
+        host.pairing.gone(host.processes[container])
+        host.processes[container] = process = max(host.processes.values()) + 100
+        assert host.pairing.connected(process, host.namespace(container), process)
+        host.pairing.hello(process, wire.Hello(1, layout.VERSION, "ab"))
+
+    # --- what can be seen
+
+    def grant(self, tcp: Tcp, side: int) -> wire.Grant | None:
+        host, container, _, _, cookie = tcp.ends[side]
+        found = [
+            answer
+            for answer, _ in host.post.sent.get(host.processes[container], [])
+            if isinstance(answer, wire.Grant) and answer.cookie == cookie
+        ]
+        return found[-1] if found else None
+
+    def refusals(self, tcp: Tcp, side: int) -> list[int]:
+        host, container, _, _, cookie = tcp.ends[side]
+        return [
+            answer.reason
+            for answer, _ in host.post.sent.get(host.processes[container], [])
+            if isinstance(answer, wire.Refuse) and answer.cookie == cookie
+        ]
+
+    def remote(self, tcp: Tcp, side: int) -> Remote | None:
+        """The registry's end of it, while it runs."""
+        host, *_, cookie = tcp.ends[side]
+        for each in host.remotes.remotes.values():
+            if each.end.cookie == cookie and each.phase is Phase.GRANTED:
+                return each
+        return None
+
+    def check(self) -> None:
+        """What must be true at any time."""
+        by_cookie = {
+            end[4]: (tcp, side) for tcp in self.connections for side, end in enumerate(tcp.ends)
+        }
+        for host in self.hosts:
+            for remote in host.remotes.remotes.values():
+                if remote.phase is not Phase.GRANTED or not remote.peer_number:
+                    continue
+                tcp, side = by_cookie[remote.end.cookie]
+                there = tcp.ends[1 - side][0]
+                assert remote.peer.address == there.address
+                if remote.peer.instance != there.instance:
+                    continue
+                other = there.remotes.remotes.get(remote.peer_number)
+                if other is not None and other.peer_number == remote.number:
+                    assert other.end.cookie == tcp.ends[1 - side][4], "two ends of two connections"
+            registered = sum(each.bytes for each in host.remotes.remotes.values())
+            assert host.remotes.registered == registered

@@ -1,0 +1,192 @@
+"""Which RDMA device is taken, and what is said where none can be: with devices that are made up."""
+
+from __future__ import annotations
+
+import select
+import sys
+import time
+from collections.abc import Iterator
+from ipaddress import IPv6Address, ip_address
+from pathlib import Path
+
+import pytest
+
+from dataplane.router import devices, finder
+from dataplane.router.devices import (
+    INFINIBAND,
+    NO_DEVICE,
+    NO_PYVERBS,
+    ROCE,
+    ROCE_V1,
+    Found,
+    Gid,
+    Port,
+    Unusable,
+    choose,
+)
+from dataplane.router.finder import NO_ADDRESS, Finder, decode, offer_devices
+from dataplane.router.loop import EpollLoop
+
+V4, V6 = ip_address("192.0.2.1"), ip_address("2001:db8::1")
+LOCAL = Gid(0, ROCE, IPv6Address("fe80::1"))
+
+
+def gid(index: int, address: str, kind: str = ROCE) -> Gid:
+    return Gid(index, kind, IPv6Address(address))
+
+
+def port(*gids: Gid, name: str = "mlx5_0", number: int = 1, active: bool = True) -> Port:
+    return Port(name, number, active, 4096, gids)
+
+
+@pytest.mark.parametrize(
+    ("address", "gids", "index"),
+    [
+        (V4, (LOCAL, gid(1, "::ffff:192.0.2.1")), 1),
+        (V4, (gid(2, "::ffff:192.0.2.1", ROCE_V1), gid(3, "::ffff:192.0.2.1")), 3),
+        (V6, (LOCAL, gid(4, "2001:db8::1")), 4),
+    ],
+)
+def test_roce(address: devices.IPAddress, gids: tuple[Gid, ...], index: int) -> None:
+    """The GID that is the underlay's address is taken, for RoCE v2, never its twin for v1."""
+    found = choose(address, [port(*gids)])
+    assert found.device is not None
+    assert (found.device.gid_index, found.device.kind, found.why) == (index, ROCE, "")
+
+
+def test_infiniband() -> None:
+    """On InfiniBand, the port is taken whose GID the interface with the underlay's address has."""
+    ports = [
+        port(gid(0, "fe80::a", INFINIBAND)),
+        port(gid(0, "fe80::b", INFINIBAND), name="mlx5_1"),
+    ]
+    found = choose(V4, ports, frozenset({IPv6Address("fe80::b").packed}))
+    assert found.device is not None
+    assert (found.device.name, found.device.kind) == ("mlx5_1", INFINIBAND)
+
+
+@pytest.mark.parametrize(
+    ("ports", "why"),
+    [
+        ((), NO_DEVICE),
+        ((port(LOCAL),), "mlx5_0: port 1 doesn't have the underlay's address 192.0.2.1"),
+        ((port(gid(1, "::ffff:192.0.2.1"), active=False),), "mlx5_0: port 1 is not active"),
+        (
+            (port(gid(1, "::ffff:192.0.2.1", ROCE_V1)),),
+            "mlx5_0: it has 192.0.2.1 for RoCE v1 only",
+        ),
+        (
+            (Unusable("rxe0", 0, "it can't be opened"), port(LOCAL)),
+            "rxe0: it can't be opened (1 more: freeflow doctor)",
+        ),
+    ],
+)
+def test_why_not(ports: tuple[Port | Unusable, ...], why: str) -> None:
+    """Where no device can be used it is said why; each that was looked at has its own reason."""
+    found = choose(V4, ports)
+    assert (found.device, found.why) == (None, why)
+    assert len(found.looked) == len(ports)
+
+
+def test_one_of_two() -> None:
+    """Of two ports with the address the first is used, and the other says so."""
+    both = [port(gid(1, "::ffff:192.0.2.1"), number=n) for n in (1, 2)]
+    found = choose(V4, both)
+    assert found.device is not None
+    assert found.device.port == 1
+    assert found.looked == (Unusable("mlx5_0", 2, "mlx5_0 is used"),)
+
+
+def test_without_pyverbs() -> None:
+    """A host without pyverbs has no device, and no error."""
+
+    def ports() -> Iterator[Port]:
+        raise ImportError
+
+    assert devices.find(V4, ports) == Found(None, NO_PYVERBS)
+
+
+def test_interfaces_of_an_address(tmp_path: Path) -> None:
+    """An InfiniBand interface is told by its type and its address; others have no GID."""
+    folder = tmp_path / "lo"
+    folder.mkdir()
+    (folder / "type").write_text("32\n")
+    (folder / "address").write_text(":".join(["80", "00", "02", "08", *["fe"] * 16]) + "\n")
+    loopback, elsewhere = ip_address("127.0.0.1"), ip_address("192.0.2.77")
+    assert devices.ipoib_gids(loopback, tmp_path) == {b"\xfe" * 16}
+    assert devices.ipoib_gids(elsewhere, tmp_path) == frozenset()
+    (folder / "type").write_text("772\n")
+    assert devices.ipoib_gids(loopback, tmp_path) == frozenset()
+
+
+def test_what_it_prints_can_be_read() -> None:
+    """The router reads what the process prints, whatever it found; anything else is a reason, not an error."""
+    for found in (
+        choose(V4, [port(gid(1, "::ffff:192.0.2.1")), Unusable("rxe0", 0, "why")]),
+        Found(None, NO_DEVICE),
+    ):
+        assert decode(devices.encode(found)) == found
+    for text in ("", "[]", "{}", '{"device": {"name": 1}, "why": "", "looked": []}'):
+        assert decode(text).device is None
+        assert decode(text).why
+
+
+def run(loop: EpollLoop, epoll: select.epoll, seconds: float = 10.0) -> Iterator[None]:
+    """The loop, a round at a time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for descriptor, events in epoll.poll(loop.timeout(0.05)):
+            loop.serve(descriptor, events)
+        loop.fire()
+        yield
+    raise AssertionError("nothing came of it")
+
+
+def test_finder() -> None:
+    """The finder says what a real process found, and asks again only for another address."""
+    epoll = select.epoll()
+    loop = EpollLoop(epoll)
+    changes: list[Found] = []
+    made = Finder(loop, lambda: changes.append(made.found))
+    assert made.found == NO_ADDRESS
+    made.look_for(V4)
+    for _ in run(loop, epoll):
+        if len(changes) == 2:
+            break
+    # What this machine has, nobody knows; that the process answered is what counts.
+    assert made.found.device is not None or made.found.why
+    made.look_for(V4)
+    assert len(changes) == 2
+    made.look_for(None)
+    assert made.found == NO_ADDRESS
+    made.close()
+
+
+@pytest.mark.parametrize("script", ["import time; time.sleep(60)", "raise SystemExit(1)"])
+def test_a_finder_that_fails(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that hangs is killed, one that dies is a reason; neither makes the loop wait."""
+    monkeypatch.setattr(finder, "PATIENCE", 0.2)
+    epoll = select.epoll()
+    loop = EpollLoop(epoll)
+    changes: list[Found] = []
+    made = Finder(loop, lambda: changes.append(made.found), [sys.executable, "-c", script])
+    made.look_for(V4)
+    for _ in run(loop, epoll):
+        if len(changes) == 2:
+            break
+    assert made.found.device is None
+    assert made.found.why
+    made.close()
+
+
+def test_devices_of_the_host(tmp_path: Path) -> None:
+    """The plugin's /dev/infiniband is the host's, also when that comes later; one that is there stays."""
+    host, own = tmp_path / "host/infiniband", tmp_path / "dev/infiniband"
+    own.parent.mkdir()
+    offer_devices(host, own)
+    assert not own.is_symlink()
+    host.parent.mkdir()
+    offer_devices(host, own)
+    offer_devices(host, own)
+    host.mkdir()
+    assert own.resolve() == host
