@@ -94,6 +94,8 @@ class _Peer:
     told: bool = False
     """Whether the user has heard of the session."""
     dialled: Connection | None = None
+    any_source: bool = False
+    """Whether the next dial leaves it to the kernel from which of this host's addresses it goes out."""
     timer: Timer | None = None
     """The next dial."""
     reason: str = "not dialled yet"
@@ -182,13 +184,15 @@ class Sessions:
         self._recognise()
 
     def send(self, peer: IPAddress, message: Message) -> bool:
-        """Whether it's on its way. False: there is no session, or it's lost by this; `down` comes then.
-
-        Raises:
-            WrongMessage: the message is too long.
-        """
+        """Whether it's on its way. False: there is no session, or it's lost by this (`down` comes then), or it's too long."""
         session = self.session(peer)
-        return session is not None and session.send(message)
+        if session is None:
+            return False
+        try:
+            return session.send(message)
+        except WrongMessage as error:
+            log.error("a message can't be sent", peer=str(peer), reason=str(error))
+            return False
 
     def drop(self, peer: IPAddress, reason: str) -> None:
         """End a session whose peer talks nonsense."""
@@ -328,7 +332,7 @@ class Sessions:
             return
         self._dialled += 1
         peer.dialled = Connection(self._loop, self, self._identity, peer.address, dialled=True)
-        peer.dialled.dial(self._port, self._source)
+        peer.dialled.dial(self._port, None if peer.any_source else self._source)
 
     def _dial_again(self, peer: _Peer) -> None:
         """After a failure."""
@@ -475,6 +479,9 @@ class Sessions:
             return
         elif connection is peer.dialled:
             peer.dialled = None
+            if ending.word == "refused":
+                # The peer lets in the address that its engine has been told, which need not be the one that we know.
+                peer.any_source = not peer.any_source
             self._explain(peer, ending.text)
         else:
             if ending.word in _TELLING:
@@ -574,6 +581,7 @@ class Sessions:
             self._user.down(peer.address, reason)
         except Exception:
             # The session is gone whatever becomes of this.
+            self._ended["bug"] += 1
             log.exception("a bug in the router", peer=str(peer.address))
 
 

@@ -6,6 +6,9 @@
 The certificate is checked before a byte of the other side is looked at. Until its first message has come, a connection has a
 deadline, and what it may cost is bounded: OpenSSL's own buffers and one frame. Whatever goes wrong ends it with a reason, told
 from the loop and never from inside a call.
+
+TLS works on memory here and not on the socket: Python's socket with TLS is one without it when the connection was lost at the
+wrong moment, and then hands over what the network says as if a peer had said it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import select
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
@@ -37,10 +41,9 @@ MANY_UNSENT: Final = 1 << 20
 """Past them it is better to wait with what can wait,"""
 FEW_UNSENT: Final = 256 << 10
 """until there are no more than these."""
-_AT_ONCE: Final = 8
-"""TLS records read per event."""
-_RECORD: Final = 1 << 14
 _CHUNK: Final = 1 << 16
+"""Bytes read per event: it comes again if there are more."""
+_MOST_AT_ONCE: Final = 1 << 18
 
 
 class State(Enum):
@@ -98,9 +101,13 @@ class Connection:
         self._loop = loop
         self._owner = owner
         self._socket: socket.socket | None = None
-        self._tls: ssl.SSLSocket | None = None
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        context = identity.client if dialled else identity.server
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=not dialled)
         self._frames = Frames()
         self._unsent = bytearray()
+        """Encrypted."""
         self._congested = False
         self._events = 0
         self._deadline = loop.after(DEADLINE, self._late)
@@ -114,7 +121,11 @@ class Connection:
             made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             self._socket = made
             if source is not None and source.version == self.peer.version:
-                made.bind((str(source), 0))
+                try:
+                    made.bind((str(source), 0))
+                except OSError as error:
+                    self.end("refused", f"{source} can't be dialled from: {error.strerror}")
+                    return
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             number = made.connect_ex((str(self.peer), port))
             if number not in (0, errno.EINPROGRESS):
@@ -130,19 +141,11 @@ class Connection:
         try:
             accepted.setblocking(False)
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._wrap(accepted)
         except OSError as error:
-            self.end("tls", _said(error))
+            self.end("lost", f"the connection is lost: {error.strerror}")
             return
-        self._watch(select.EPOLLIN)
-
-    def _wrap(self, plain: socket.socket) -> None:
-        context = self.identity.client if self.dialled else self.identity.server
-        self._tls = context.wrap_socket(
-            plain, server_side=not self.dialled, do_handshake_on_connect=False
-        )
-        self._socket = self._tls
         self.state = State.SHAKING
+        self._watch(select.EPOLLIN)
 
     # --- what others ask for
 
@@ -154,12 +157,12 @@ class Connection:
         if len(self._unsent) + len(data) > MOST_UNSENT:
             self.end("slow", "doesn't take what it is sent")
             return False
-        idle = not self._unsent
-        self._unsent += data
-        self._congested = self._congested or len(self._unsent) > MANY_UNSENT
-        if idle:
-            self._flush()
+        self._guard(lambda: self._encrypt(data))
         return not self.is_over
+
+    def _encrypt(self, data: bytes) -> None:
+        self._tls.write(data)
+        self._flush()
 
     @property
     def is_over(self) -> bool:
@@ -214,16 +217,14 @@ class Connection:
         """What the other side does can end its connection, and nothing else."""
         try:
             do()
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            pass
         except (ssl.SSLCertVerificationError, NoIdentity) as error:
             self.end("certificate", _said(error))
         except ssl.SSLError as error:
             self.end("tls", _said(error))
         except OSError as error:
             word, text = _LOST[self.state]
-            if error.errno in (errno.ECONNRESET, errno.EPIPE) and self.state is State.CONNECTING:
-                text = _HUNG_UP
+            if error.errno == errno.ECONNRESET and self.state is State.CONNECTING:
+                word, text = _LOST[State.SHAKING]
             self.end(word, f"{text}: {error.strerror or error}")
         except WrongMessage as error:
             self.end("protocol", str(error))
@@ -233,13 +234,14 @@ class Connection:
             self.end("bug", "a bug of this host's router; see its log")
 
     def _serve(self, events: int) -> None:
-        if self.state is State.CONNECTING and not self._connected():
-            return
-        if self.state is State.SHAKING and not self._shaken():
-            return
+        if self.state is State.CONNECTING:
+            if not self._connected():
+                return
+            self.state = State.SHAKING
+            self._shake()
         if events & select.EPOLLOUT:
-            self._write()
-        if self.state in (State.GREETING, State.UP):
+            self._flush()
+        if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
             self._read()
 
     def _connected(self) -> bool:
@@ -255,77 +257,82 @@ class Connection:
                 # Not our event.
                 return False
             raise
-        self._loop.forget(plain.fileno())
-        # The descriptor goes over to the wrapped socket.
-        self._socket = None
-        try:
-            self._wrap(plain)
-        except BaseException:
-            plain.close()
-            raise
-        self._watch(select.EPOLLIN | select.EPOLLOUT)
         return True
 
-    def _shaken(self) -> bool:
-        tls = self._tls
-        assert tls is not None
+    def _read(self) -> None:
+        assert self._socket is not None
         try:
-            tls.do_handshake()
+            data = self._socket.recv(_CHUNK)
+        except BlockingIOError:
+            return
+        if not data:
+            raise OSError(errno.ECONNRESET, "closed by the peer")
+        self.silent = 0
+        self._incoming.write(data)
+        if self.state is State.SHAKING:
+            self._shake()
+        if self.state in (State.GREETING, State.UP):
+            self._hear()
+
+    def _shake(self) -> None:
+        try:
+            self._tls.do_handshake()
         except ssl.SSLWantReadError:
-            self._want(select.EPOLLIN)
-            return False
-        except ssl.SSLWantWriteError:
-            self._want(select.EPOLLIN | select.EPOLLOUT)
-            return False
-        if tls.selected_alpn_protocol() != PROTOCOL:
+            self._flush()
+            return
+        except ssl.SSLError:
+            with suppress(OSError):
+                # What TLS says to the other side of it.
+                self._flush()
+            raise
+        self._flush()
+        if self._tls.selected_alpn_protocol() != PROTOCOL:
             raise WrongMessage(f"it speaks another protocol than {PROTOCOL}")
         try:
-            found: Certified = certified(tls.getpeercert())
+            found: Certified = certified(self._tls.getpeercert())
         except ValueError as error:
             raise NoIdentity(str(error)) from error
         self.identity.check(found)
         self.node = found.node
         self.expires = found.expires
         self.state = State.GREETING
-        self._want(select.EPOLLIN)
         self._owner.authenticated(self)
-        return True
 
-    def _read(self) -> None:
-        tls = self._tls
-        assert tls is not None
-        for _ in range(_AT_ONCE):
+    def _hear(self) -> None:
+        """All that is whole of what has come."""
+        while not self.is_over:
             try:
-                data = tls.recv(_CHUNK)
-            except ssl.SSLWantWriteError:
-                # TLS has something of its own to say.
-                self._want(select.EPOLLIN | select.EPOLLOUT)
-                return
+                data = self._tls.read(_CHUNK)
+            except ssl.SSLWantReadError:
+                break
             if not data:
                 raise OSError(errno.ECONNRESET, "closed by the peer")
-            self.silent = 0
             for message in self._frames.feed(data):
                 self._owner.heard(self, message)
                 if self.is_over:
                     return
+        # TLS may have had something of its own to say.
+        self._flush()
 
     def _flush(self) -> None:
-        self._guard(self._write)
-
-    def _write(self) -> None:
-        tls = self._tls
-        if tls is None or self.state not in (State.GREETING, State.UP):
+        if self.is_over or self._socket is None:
             return
+        self._unsent += self._outgoing.read()
         try:
             while self._unsent:
                 # Nothing may view the buffer when bytes are taken off it.
-                sent = tls.send(bytes(self._unsent[:_RECORD]))
+                sent = self._socket.send(bytes(self._unsent[:_MOST_AT_ONCE]))
                 del self._unsent[:sent]
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            self._want(select.EPOLLIN | select.EPOLLOUT)
-        else:
-            self._want(select.EPOLLIN)
-        if self._congested and len(self._unsent) <= FEW_UNSENT:
+        except BlockingIOError:
+            pass
+        waiting = len(self._unsent)
+        if waiting > MOST_UNSENT + _CHUNK:
+            self.end("slow", "doesn't take what it is sent")
+            return
+        self._want(select.EPOLLIN | (select.EPOLLOUT if waiting else 0))
+        if waiting > MANY_UNSENT:
+            self._congested = True
+        elif self._congested and waiting <= FEW_UNSENT:
             self._congested = False
             self._loop.after(0, self._ease)
 
@@ -339,8 +346,8 @@ _HUNG_UP: Final = (
 )
 _LOST: Final = {
     State.CONNECTING: ("unreachable", "can't be reached"),
-    State.SHAKING: ("tls", _HUNG_UP),
-    State.GREETING: ("tls", _HUNG_UP),
+    State.SHAKING: ("refused", _HUNG_UP),
+    State.GREETING: ("refused", _HUNG_UP),
     State.UP: ("lost", "the connection is lost"),
     State.OVER: ("lost", "the connection is lost"),
 }
@@ -357,8 +364,6 @@ def _said(error: Exception) -> str:
     """OpenSSL's errors without the line numbers of its source."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the peer's certificate isn't good: {error.verify_message}"
-    if isinstance(error, ssl.SSLEOFError):
-        return _HUNG_UP
     if isinstance(error, ssl.SSLError):
         name = error.reason or ""
         for alert, text in _ALERTS.items():

@@ -11,69 +11,41 @@ from typing import Any
 
 import pytest
 
+from tests.session_probe import Probe
 from tests.testbed import Bed, Host, wait_until
 
 PORT = 4999
 """Not the router's own."""
-PROBE = Path(__file__).with_name("session_probe.py")
 
 
-class Prober:
-    """A probe on a host, inside the plugin."""
+class HostProbe(Probe):
+    """A probe inside a host's plugin."""
 
-    def __init__(self, host: Host, peers: list[Host], folder: Path) -> None:
+    def __init__(self, host: Host, hosts: list[Host], folder: Path) -> None:
         self.host = host
-        self._log = folder / f"{host.name}.json"
-        with self._log.open("wb") as log, (folder / f"{host.name}.log").open("wb") as errors:
-            self._process = subprocess.Popen(
-                [
-                    *("nsenter", f"--target={host.plugin_pids()[0]}"),
-                    *("--mount", "--net", "--pid", "--root", "--wd"),
-                    *("python3", "-P", "-c", PROBE.read_text(), "/host/swarm", str(PORT)),
-                    *(str(each.address) for each in (host, *peers)),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=errors,
-            )
 
-    def says(self) -> Any:
-        """Its last word."""
-        lines = self._log.read_text().splitlines()
-        return json.loads(lines[-1]) if lines else None
+        def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+            inside = ["nsenter", f"--target={host.plugin_pids()[0]}"]
+            inside += ["--mount", "--net", "--pid", "--root", "--wd"]
+            return subprocess.Popen([*inside, *command], **options)
 
-    def all(self) -> list[Any]:
-        """All that it has said."""
-        return [json.loads(line) for line in self._log.read_text().splitlines()]
-
-    def greeted(self, *others: Prober) -> bool:
-        """Whether messages have come from all of them in the sessions of now."""
-        said = self.says()
-        return bool(said) and all(
-            said["peers"][str(each.host.address)] == "greeted" for each in others
-        )
-
-    def end(self) -> None:
-        """Stop it."""
-        self._process.kill()
-        self._process.wait(10)
+        peers = [each.address for each in hosts if each is not host]
+        super().__init__(host.name, folder, start, "/host/swarm", PORT, host.address, *peers)
 
 
 @pytest.fixture
-def probes(bed: Bed, tmp_path: Path) -> Iterator[list[Prober]]:
+def probes(bed: Bed, tmp_path: Path) -> Iterator[list[HostProbe]]:
     """One on each host, all wanting each other."""
-    made = [
-        Prober(host, [other for other in bed.hosts if other is not host], tmp_path)
-        for host in bed.hosts
-    ]
+    made = [HostProbe(host, bed.hosts, tmp_path) for host in bed.hosts]
     yield made
     for probe in made:
         probe.end()
 
 
-def joined(probes: list[Prober]) -> bool:
+def joined(probes: list[HostProbe]) -> bool:
     return all(
-        probe.greeted(*(other for other in probes if other is not probe)) for probe in probes
+        probe.hears(*(other.host.address for other in probes if other is not probe))
+        for probe in probes
     )
 
 
@@ -81,7 +53,7 @@ def node_of(host: Host) -> str:
     return host.docker("info", "-f", "{{.Swarm.NodeID}}").strip()
 
 
-def wait_joined(what: str, probes: list[Prober], timeout: float = 30) -> None:
+def wait_joined(what: str, probes: list[HostProbe], timeout: float = 30) -> None:
     try:
         wait_until(f"sessions {what}", lambda: joined(probes), timeout)
     except TimeoutError as error:
@@ -89,7 +61,7 @@ def wait_joined(what: str, probes: list[Prober], timeout: float = 30) -> None:
         raise AssertionError(f"{error}: {json.dumps(words, indent=1)}") from error
 
 
-def test_a_life_of_certificates(bed: Bed, manager: Host, probes: list[Prober]) -> None:
+def test_a_life_of_certificates(bed: Bed, manager: Host, probes: list[HostProbe]) -> None:
     """Through all that befalls a node the identity is the engine's word for it, and sessions come back by themselves.
 
     Managers and a worker, engines old and new; demoted and promoted; the Swarm locked and unlocked; left and joined
@@ -101,7 +73,7 @@ def test_a_life_of_certificates(bed: Bed, manager: Host, probes: list[Prober]) -
     def took(what: str) -> None:
         print(f"{time.monotonic() - begin:5.1f} s: {what}")
 
-    def is_node(probe: Prober, node: str, role: str) -> bool:
+    def is_node(probe: HostProbe, node: str, role: str) -> bool:
         said = probe.says()
         return (said["node"], said["cluster"], said["role"]) == (node, cluster, f"swarm-{role}")
 

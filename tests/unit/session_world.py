@@ -75,6 +75,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.skipped = 0.0
+        self.bugs = 0
         self.epoll = select.epoll()
         self.loop = EpollLoop(self.epoll, lambda: time.monotonic() + self.skipped)
         self.authority = Authority()
@@ -82,10 +83,13 @@ class World:
         self.port = free_port()
 
     def close(self) -> None:
-        """End all routers."""
+        """End all routers. What their users took for wrong is no more than what tests wanted so."""
+        bugs = 0
         for router in self.routers:
             router.sessions.close()
+            bugs += router.sessions.counts().ended.get("bug", 0)
         self.epoll.close()
+        assert bugs == self.bugs
 
     def router(
         self,
@@ -94,13 +98,15 @@ class World:
         *,
         identities: Identities | None = None,
         wall: Callable[[], float] = time.time,
+        user: Recorder | None = None,
+        keep: bool = False,
     ) -> Router:
-        """The router of host `number`, with a node certificate of its own unless another is given."""
+        """The router of host `number`, with a new node certificate, the one given, or the one that it has (`keep`)."""
         address = IPv4Address("127.0.0.0") + number
         folder = self.folder / f"host{number}"
-        if identities is None:
+        if identities is None and not keep:
             write(folder, self.authority.root, node or self.authority.node(f"node{number}"))
-        user = Recorder()
+        user = user or Recorder()
         sessions = Sessions(
             self.loop,
             identities or SwarmIdentity(folder, wall),

@@ -15,7 +15,7 @@ import pytest
 
 from dataplane.router import peers
 from dataplane.router.identity import choose
-from dataplane.router.peer_wire import Frame, Hello, Offer, Ping, Withdraw
+from dataplane.router.peer_wire import Frame, Hello, Offer, Owns, Ping, Withdraw
 from dataplane.router.peers import Sessions
 from tests.unit.session_world import Recorder, World, free_port
 from tests.unit.swarm_ca import Authority, write
@@ -205,6 +205,27 @@ def test_who_is_not_wanted_is_not_let_in(world: World) -> None:
     world.until("a try", lambda: one.sessions.counts().ended.get("foreign"))
     world.until("its reason", lambda: "may not share" in third.sessions.reasons()[one.address])
     assert third.address not in one.user.sessions
+
+
+def test_another_address_of_this_host(world: World) -> None:
+    """Where this host's peers know it by another address than it does, the kernel's choice is tried in turn."""
+    one, other = world.router(1), world.router(2)
+    # The kernel's choice is 127.0.0.1.
+    one.sessions.want({other.address}, IPv4Address("127.0.0.77"))
+    other.sessions.want({one.address}, IPv4Address("127.0.0.66"))
+    one.sessions._stop_listening()
+    world.skip(6)
+    world.until("a session", lambda: world.joined(one, other))
+    assert other.sessions.counts().ended["foreign"] > 0
+
+
+def test_too_long(world: World) -> None:
+    """A message that the peer wouldn't take isn't sent, and costs nothing."""
+    one, other = world.pair()
+    assert not one.sessions.send(other.address, Owns({"n1": ("10.0.0.1" * 5,) * 4000}))
+    assert one.sessions.send(other.address, Withdraw(1))
+    world.until("a message", lambda: other.user.all("message"))
+    assert one.user.all("down") == []
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Sessions as the router has them, with nothing else: run inside the plugin, `python3 session_probe.py FOLDER PORT SOURCE PEER…`.
+"""Sessions as the router has them, with nothing else, in a process on some host: `python3 session_probe.py FOLDER PORT SOURCE PEER…`.
 
-Prints a line of JSON whenever something has changed. Each session that comes up greets with a message, which is counted
-when it arrives.
+It prints a line of JSON whenever something has changed. In each session that comes up it says a word; "greeted" is who has
+heard the other's. It also runs inside the plugin, so it imports nothing of the tests.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import secrets
 import select
+import subprocess
 import sys
+from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -20,6 +23,47 @@ from dataplane.router.loop import EpollLoop
 from dataplane.router.peer_wire import Hello, Message, Withdraw
 from dataplane.router.peers import Sessions
 from dataplane.router.wire import IPAddress
+
+
+class Probe:
+    """Such a process, seen from outside. `start` starts a command where the probe shall run, with its output in files."""
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        start: Callable[..., subprocess.Popen[bytes]],
+        *arguments: object,
+    ) -> None:
+        self.name = name
+        self._log = folder / f"{name}.json"
+        with self._log.open("wb") as log, (folder / f"{name}.log").open("wb") as errors:
+            self._process = start(
+                ["python3", "-P", "-c", Path(__file__).read_text(), *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=errors,
+            )
+
+    def all(self) -> list[Any]:
+        """All that it has said."""
+        lines = self._log.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def says(self) -> Any:
+        """Its last word."""
+        said = self.all()
+        return said[-1] if said else {"node": "", "reason": "nothing said yet", "peers": {}}
+
+    def hears(self, *peers: object) -> bool:
+        """Whether messages have come from all of them, in the sessions that are up now."""
+        said = self.says()["peers"]
+        return all(said.get(str(peer)) == "greeted" for peer in peers)
+
+    def end(self) -> None:
+        """Kill it."""
+        self._process.kill()
+        self._process.wait(10)
 
 
 class Greeter:
