@@ -290,6 +290,13 @@ class Host:
 
     def install_plugin(self, plugin: Path, settings: dict[str, str] | None = None) -> None:
         """`docker plugin create`, set and enable from a directory with config.json and rootfs/."""
+        self.create_plugin(plugin)
+        for name, value in (settings or {}).items():
+            self.docker("plugin", "set", PLUGIN, f"{name}={value}")
+        self.docker("plugin", "enable", PLUGIN)
+
+    def create_plugin(self, plugin: Path) -> None:
+        """`docker plugin create`: the plugin is there, but doesn't run."""
         inside = self.work / "upper/tmp/plugin"
         if inside.exists():
             shutil.rmtree(inside)
@@ -298,9 +305,6 @@ class Host:
         run(["cp", "-a", str(plugin), str(target)])
         self.docker("plugin", "create", PLUGIN, "/tmp/plugin", timeout=180)
         run(["rm", "-rf", str(target)])
-        for name, value in (settings or {}).items():
-            self.docker("plugin", "set", PLUGIN, f"{name}={value}")
-        self.docker("plugin", "enable", PLUGIN)
 
     def plugin_pids(self) -> list[int]:
         """The plugin's processes, gunicorn's master first, as the machine sees them."""

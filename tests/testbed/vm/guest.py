@@ -33,14 +33,23 @@ def accelerator() -> list[str]:
     flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     if os.access("/dev/kvm", os.W_OK) and flags and {"vmx", "svm"} & set(flags[1].split()):
         return ["-accel", "kvm", "-cpu", "host"]
-    return ["-accel", "tcg,thread=multi", "-cpu", "max"]
+    # A newer one has more to emulate: vectors of 256 bits above all, which the C library then uses.
+    return ["-accel", "tcg,thread=multi", "-cpu", "Nehalem"]
 
 
 class Guest:
     """A guest of `guests`: 10.99.0.`number`, fd99::`number`."""
 
     def __init__(
-        self, number: int, wire: Wire, booted: Kernel, *, cpus: int, memory: int, mtu: int
+        self,
+        number: int,
+        wire: Wire,
+        booted: Kernel,
+        *,
+        cpus: int,
+        memory: int,
+        mtu: int,
+        disk: Path | None = None,
     ) -> None:
         self.number = number
         self.name = f"guest{number}"
@@ -49,7 +58,7 @@ class Guest:
         self.wire = wire
         self.kernel = booted
         self.release = ""
-        self._cpus, self._memory, self._mtu = cpus, memory, mtu
+        self._cpus, self._memory, self._mtu, self._disk = cpus, memory, mtu, disk
         self._work = Path(tempfile.mkdtemp(prefix=f"freeflow-{self.name}-"))
         self._qemu: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
@@ -84,6 +93,7 @@ class Guest:
 
     def _command(self, agent: int, monitor: int, network: int) -> list[str]:
         disk = "format=raw,if=virtio,cache=unsafe"
+        more = [f"file={self._disk},snapshot=on,{disk}"] if self._disk else []
         mac = f"52:54:00:99:00:{self.number:02x}"
         words = f"console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr apparmor=0 freeflow.number={self.number}"
         return [
@@ -103,6 +113,7 @@ class Guest:
             *("-append", f"{words} freeflow.mtu={self._mtu}"),
             *("-drive", f"file={root_image()},snapshot=on,{disk}"),
             *("-drive", f"file={self.kernel.modules},readonly=on,{disk}"),
+            *(word for each in more for word in ("-drive", each)),
             *(
                 "-virtfs",
                 f"local,path={TOP},mount_tag=src,security_model=none,readonly=on,multidevs=remap",
@@ -294,17 +305,18 @@ def guests(
     cpus: int = 1,
     memory: int = 768,
     mtu: int = MTU,
+    disk: Path | None = None,
 ) -> Iterator[list[Guest]]:
     """Guests on one wire, up; by default of the default kernel, or one for each of `kernels`.
 
     `cpus` of each: more than the machine has in all make everything slower, verbs above all, since their users spin.
-    `memory` in MB: an engine needs 1536.
+    `memory` in MB: an engine needs 1536. `disk` is one more for each, /dev/vdc, an image that stays as it is.
     """
     wire = Wire()
     made: list[Guest] = []
     try:
         for number, name in enumerate(kernels or [DEFAULT_KERNEL] * count, 1):
-            guest = Guest(number, wire, kernel(name), cpus=cpus, memory=memory, mtu=mtu)
+            guest = Guest(number, wire, kernel(name), cpus=cpus, memory=memory, mtu=mtu, disk=disk)
             made.append(guest)
             guest.switch_on()
         for guest in made:

@@ -31,6 +31,7 @@ addr add fd99::$number/64 dev eth0 nodad
 link set eth0 up
 route add default via 10.99.0.254 dev eth0
 EOF
+: >/etc/resolv.conf
 # RDMA and eBPF lock memory. The guests' shell is dash, which has both options.
 # shellcheck disable=SC3045
 ulimit -l unlimited

@@ -183,7 +183,8 @@ def _key() -> str:
     return recipe_key(Path(__file__).read_text(), _PLUGIN_PACKAGES.read_text())
 
 
-def _ext4(tree: Path, image: Path, room: int) -> None:
+def ext4(tree: Path, image: Path, room: int) -> None:
+    """A disk for a guest with the content of a folder, and room for so many MB more."""
     used = int(run(["du", "-sm", str(tree)]).split()[0])
     # No journal: a guest's disk is thrown away with it.
     options = ["-O", "^has_journal", "-m", "0", "-E", "lazy_itable_init=1"]
@@ -202,7 +203,7 @@ def _ext4(tree: Path, image: Path, room: int) -> None:
     )
 
 
-def _forget_others(keep: Path, pattern: str) -> None:
+def forget_others(keep: Path, pattern: str) -> None:
     """Remove what other recipes made more than a day ago: a root file system is large."""
     for old in cache().glob(pattern):
         if old != keep and time.time() - old.stat().st_mtime > 86400:
@@ -224,9 +225,9 @@ def root_image() -> Path:
                 init = tree / "sbin/vm-init"
                 init.write_text(_VM_INIT)
                 init.chmod(0o755)
-                _ext4(tree, Path(folder) / "image", _ROOM)
+                ext4(tree, Path(folder) / "image", _ROOM)
                 (Path(folder) / "image").rename(target)
-        _forget_others(target, "guest-*.ext4")
+        forget_others(target, "guest-*.ext4")
     return target
 
 
@@ -246,7 +247,7 @@ def kernel(name: str = DEFAULT_KERNEL) -> Kernel:
                 made.mkdir()
                 _make_kernel(KERNELS[name], Path(folder), made)
                 made.rename(target)
-        _forget_others(target, f"kernel-{name}-*")
+        forget_others(target, f"kernel-{name}-*")
     return Kernel(name, target)
 
 
@@ -260,7 +261,7 @@ def _make_kernel(suite: str, work: Path, made: Path) -> None:
     _modules(
         next(unpacked.glob(f"**/lib/modules/{version}")), tree / "lib/modules" / version, version
     )
-    _ext4(tree / "lib/modules", made / "modules.ext4", 8)
+    ext4(tree / "lib/modules", made / "modules.ext4", 8)
     order = _load_order(tree, version, _FOR_ROOT)
     files = {
         "bin/busybox": next(unpacked.glob("**/bin/busybox")).read_bytes(),

@@ -1,0 +1,141 @@
+"""Docker in guests: an engine each, with the plugin installed, in one Swarm.
+
+What an emulated processor would take minutes for is done before, on this machine: a host of the test bed with the same engine
+creates the plugin, and its /var/lib/docker becomes a disk of the guests. Containers there are of one image that has nothing in
+it: they see the guest's own /usr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from tests.testbed.bed import Bed
+from tests.testbed.host import PLUGIN
+from tests.testbed.images import cache, locked, recipe_key
+from tests.testbed.process import wait_until
+from tests.testbed.vm.guest import Guest
+from tests.testbed.vm.images import ext4, forget_others
+
+ENGINE: Final = "26.1"  # The one of the guests' Debian release.
+MEMORY: Final = 1536
+IMAGE: Final = "guest:latest"
+RUN: Final = ("--mount", "type=bind,src=/usr,dst=/usr,readonly")
+"""Options of a container, or of a service, of that image."""
+
+_MODULES: Final = (
+    *(
+        "bridge",
+        "br_netfilter",
+        "ip_vs",
+        "ip_vs_rr",
+        "iptable_nat",
+        "nf_conntrack_netlink",
+        "overlay",
+    ),
+    *("veth", "vxlan", "xt_MASQUERADE", "xt_addrtype", "xt_conntrack", "xt_ipvs"),
+)
+
+
+def engine_disk(plugin: Path) -> Path:
+    """An engine's /var/lib/docker with the built plugin, not enabled yet; made if absent (about half a minute)."""
+    # Each build writes config.json last.
+    built = (plugin / "config.json").stat()
+    key = recipe_key(str(plugin), str(built.st_mtime_ns), Path(__file__).read_text())
+    target = cache() / f"engine-disk-{key}.ext4"
+    with locked("engine-disk"):
+        if not target.exists():
+            with (
+                tempfile.TemporaryDirectory(dir=cache(), prefix="new-disk-") as folder,
+                Bed(f"disk{os.getpid()}", [ENGINE]) as bed,
+            ):
+                host = bed.hosts[0]
+                host.create_plugin(plugin)
+                _write_image(host.root / "tmp/image.tar")
+                host.run("sh", "-c", f"docker import - {IMAGE} </tmp/image.tar")
+                host.stop_dockerd()
+                (host.work / "docker/engine-id").unlink()
+                ext4(host.work / "docker", Path(folder) / "disk", 1024)
+                (Path(folder) / "disk").rename(target)
+        forget_others(target, "engine-disk-*")
+    return target
+
+
+def _write_image(path: Path) -> None:
+    with tarfile.open(path, "w") as image:
+        for name in ("etc", "run", "tmp", "usr", "var"):
+            folder = tarfile.TarInfo(name)
+            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+            image.addfile(folder)
+        for name in ("bin", "lib", "lib64", "sbin"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, f"usr/{name}"
+            image.addfile(link)
+
+
+class Engine:
+    """A guest's engine; the guest was booted with `engine_disk` and `MEMORY`."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+
+    def start(self, timeout: float = 180) -> None:
+        """Start dockerd and wait until it answers."""
+        self.guest.run(["modprobe", "-a", *_MODULES])
+        self.guest.sh("mkdir -p /var/lib/docker; mount /dev/vdc /var/lib/docker")
+        self.guest.start(["sh", "-c", "exec dockerd >/tmp/dockerd.log 2>&1"])
+        wait_until(f"{self.guest.name}: the engine", lambda: self.api("version"), timeout, 0.5)
+
+    def api(self, path: str) -> Any:
+        """Ask the engine; where the docker command would take a second, which it does to start."""
+        command = ["curl", "-sfg", "--unix-socket", "/run/docker.sock", f"http://engine/{path}"]
+        return json.loads(self.guest.run(command).stdout)
+
+    def docker(self, *arguments: str, timeout: float = 180, check: bool = True) -> str:
+        """Run the docker command. Raises CommandError."""
+        return self.guest.run(["docker", *arguments], timeout=timeout, check=check).stdout
+
+    def freeflow(self, *arguments: str, check: bool = True) -> str:
+        """Run the `freeflow` command, which an enabled plugin has put there. Raises CommandError."""
+        return self.guest.run(["freeflow", *arguments], check=check).stdout
+
+    def enable_plugin(self) -> None:
+        self.docker("plugin", "enable", PLUGIN, timeout=300)
+
+    def containers(self) -> list[str]:
+        """IDs of its containers that run."""
+        return [each["Id"] for each in self.api("containers/json")]
+
+    def tasks(self, service: str) -> list[Any]:
+        """The tasks of a service that run; of a manager."""
+        wanted = json.dumps(
+            {"service": [service], "desired-state": ["running"]}, separators=(",", ":")
+        )
+        found = self.api(f"tasks?filters={wanted}")
+        return [task for task in found if task["Status"]["State"] == "running"]
+
+    def log(self) -> str:
+        """What dockerd has said."""
+        return self.guest.pull("/tmp/dockerd.log").decode(errors="replace")
+
+
+def make_swarm(engines: list[Engine]) -> None:
+    """Start all engines, enable their plugins and join them; the first manages."""
+    with ThreadPoolExecutor(len(engines)) as pool:
+        list(pool.map(Engine.start, engines))
+        # Before they join: a node tells the managers its plugins then, and later only every 20 s.
+        list(pool.map(Engine.enable_plugin, engines))
+    first = engines[0]
+    first.docker("swarm", "init", "--advertise-addr", str(first.guest.address))
+    token = first.api("swarm")["JoinTokens"]["Worker"]
+    for other in engines[1:]:
+        address = str(other.guest.address)
+        other.docker(
+            *("swarm", "join", "--advertise-addr", address, "--token", token),
+            f"{first.guest.address}:2377",
+        )
