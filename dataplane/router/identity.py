@@ -7,6 +7,7 @@ files, and gets anonymous ones.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import ssl
@@ -113,6 +114,7 @@ class SwarmIdentity:
         self._seen: object = None
         self._unfit: float | None = None
         self._identity: Identity | None = None
+        self._made_of = ""
         self.reason = "not read yet"
 
     def look(self) -> Identity | None:
@@ -161,7 +163,14 @@ class SwarmIdentity:
                 f"{error.filename} can't be read: {error.strerror}; see the mount, {_HELP}"
             ) from error
         try:
-            return make(root, certificate, plain_key(key), SWARM_ROLES)
+            plain = plain_key(key)
+            # Managers often write the key's headers anew, and an engine that starts again its files: that changes nothing.
+            made_of = hashlib.sha256("\0".join([root, certificate, plain]).encode()).hexdigest()
+            if self._identity is None or made_of != self._made_of:
+                made = make(root, certificate, plain, SWARM_ROLES)
+                self._made_of = made_of
+                return made
+            return self._identity
         except (OSError, ValueError) as error:
             raise _UnfitError(
                 f"the certificates in {self._folder} can't be used: {error}"

@@ -112,6 +112,21 @@ def test_renewal_and_roles(tmp_path: Path, authority: Authority) -> None:
     assert found(origin).own.cluster == "another"
 
 
+def test_nothing_new(tmp_path: Path, authority: Authority) -> None:
+    """Files that are written again, or a key with other header lines, are the same identity: no session ends by it."""
+    node = authority.node("node1", "swarm-manager")
+    write(tmp_path, authority.root, node)
+    origin = SwarmIdentity(tmp_path)
+    before = found(origin)
+    write(tmp_path, authority.root, node)
+    assert origin.look() is before
+    more = node.key_text().replace("kek-version: 17", "kek-version: 18\nraft-dek-pending: abc")
+    write(tmp_path, authority.root, node, key=more)
+    assert origin.look() is before
+    write(tmp_path, authority.root + Authority().root, node)
+    assert found(origin) is not before
+
+
 def test_files_are_replaced_one_by_one(
     tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
