@@ -488,7 +488,8 @@ class Sessions:
                 self._explain(peer, ending.text)
             return
         if ending.word == "identity":
-            self._dial_in(peer, self._courtesy(peer.address))
+            # The other host doesn't know that it's worth it.
+            self._dial_in(peer, 0)
         else:
             self._dial_again(peer)
 

@@ -130,10 +130,9 @@ class Connection:
             number = made.connect_ex((str(self.peer), port))
             if number not in (0, errno.EINPROGRESS):
                 raise OSError(number, os.strerror(number))
+            self._watch(select.EPOLLOUT)
         except OSError as error:
             self.end("unreachable", f"can't be reached: {error.strerror or error}")
-            return
-        self._watch(select.EPOLLOUT)
 
     def accept(self, accepted: socket.socket) -> None:
         """Take over a connection that the peer has opened."""
@@ -141,11 +140,10 @@ class Connection:
         try:
             accepted.setblocking(False)
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.state = State.SHAKING
+            self._watch(select.EPOLLIN)
         except OSError as error:
             self.end("lost", f"the connection is lost: {error.strerror}")
-            return
-        self.state = State.SHAKING
-        self._watch(select.EPOLLIN)
 
     # --- what others ask for
 
