@@ -12,7 +12,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SCRIPTS := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv library ebpf plugin guests install uninstall push test unit kernel swarm vm torture lint demo bench clean
+.PHONY: help setup venv library ebpf relay plugin guests install uninstall push test unit kernel swarm vm torture lint demo bench clean
 
 help: ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -40,6 +40,12 @@ build/overlay.bpf.o: $(wildcard dataplane/ebpf/*.[ch] dataplane/ebpf/build.sh)
 	@plugin/image/setup.sh
 	dataplane/ebpf/build.sh $@
 
+relay: build/freeflow-relay ## build the process that moves rings to other hosts
+
+build/freeflow-relay: $(wildcard dataplane/relay/* dataplane/library/*.h)
+	@plugin/image/setup.sh
+	dataplane/relay/build.sh $@
+
 plugin: $(PLUGIN)/config.json ## build the plugin into build/plugin
 
 $(PLUGIN)/config.json: $(CODE)
@@ -63,7 +69,7 @@ push: plugin ## push the plugin to REGISTRY, tagged by version and architecture
 guests: setup ## make what virtual machines boot
 	@$(PYTHON) -m tests.testbed.vm build
 
-test: setup library ebpf plugin guests lint ## set up what is missing and run all tests
+test: setup library ebpf relay plugin guests lint ## set up what is missing and run all tests
 	$(PYTHON) -m pytest
 
 unit: venv ## tests without root
@@ -75,7 +81,7 @@ kernel: setup ebpf ## tests in fresh network namespaces
 swarm: setup plugin ## scenarios on a real Swarm
 	$(PYTHON) -m pytest tests/swarm
 
-vm: setup library ebpf plugin guests ## RDMA, kernels of several ages and IPVS, in virtual machines
+vm: setup library ebpf relay plugin guests ## RDMA, kernels of several ages and IPVS, in virtual machines
 	$(PYTHON) -m pytest tests/vm
 
 torture: setup library ## an hour of many threads on each connection, and as long under each sanitizer

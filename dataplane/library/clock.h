@@ -3,6 +3,7 @@
 #define FREEFLOW_CLOCK_H
 
 #include "real.h"
+#include "stamp.h"
 
 #include <stdint.h>
 
@@ -13,21 +14,6 @@ static inline uint64_t now(void)
 
         real()->clock_gettime(CLOCK_MONOTONIC, &time);
         return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
-
-/* A number that grows with time, alike on all cores: only for saying what came first. */
-static inline uint64_t clock_stamp(void)
-{
-#if defined(__x86_64__)
-        return __builtin_ia32_rdtsc();
-#elif defined(__aarch64__)
-        uint64_t count;
-
-        __asm__ volatile("mrs %0, cntvct_el0" : "=r"(count));
-        return count;
-#else
-        return now();
-#endif
 }
 
 /* A counter that changes every 1 to 10 ms; reading it costs no more than a few loads. */

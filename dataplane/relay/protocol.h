@@ -33,9 +33,10 @@
  *      R_COUNT                             ->
  *                                          <-      R_COUNTS counters
  *
- * R_DROP comes after R_SLOT was answered without error, once, for every connection. R_DROPPED may take as
- * long as the link needs to say that the peer writes no more, or to go down. R_PLACED or R_PAIRED with an
- * error: the connection is still there and is dropped like any other.
+ * Every R_SLOT is followed, sooner or later, by one R_DROP, whatever its answer was. R_DROPPED may take as
+ * long as the link needs to say that the peer writes no more, or to go down. R_LEFT comes unasked too, when
+ * both processes have ended their rings or the peer's router wanted it; R_FINISHED, R_ENDED and R_LEFT come
+ * once. A connection that breaks says so by R_ENDED, with RELAY_BROKEN, and by R_FINISHED if it is closed.
  */
 #ifndef FREEFLOW_RELAY_PROTOCOL_H
 #define FREEFLOW_RELAY_PROTOCOL_H

@@ -16,5 +16,6 @@ rm -rf "$output"
 mkdir -p "$output/rootfs"
 docker export "$container" | tar -C "$output/rootfs" --exclude='dev/*' -xf -
 "$top/dataplane/library/build.sh" "$output/rootfs/usr/lib/freeflow/libfreeflow.so"
+"$top/dataplane/relay/build.sh" "$output/rootfs/usr/lib/freeflow/freeflow-relay"
 "$top/dataplane/ebpf/build.sh" "$output/rootfs/usr/lib/freeflow/overlay.bpf.o"
 cp "$top/config.json" "$output/config.json"

@@ -1,0 +1,466 @@
+#include "control.h"
+
+#include "arenas.h"
+#include "link.h"
+#include "mirror.h"
+#include "relay.h"
+#include "stream.h"
+#include "transport.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum {
+        DESCRIPTORS = 2, /* in one message, at most */
+        MESSAGES = 32,   /* in a row */
+};
+
+struct waiting {
+        struct waiting *next;
+        size_t size;
+        void *data;
+};
+
+static void readable(struct watch *watch, uint32_t events);
+
+static struct watch router = {.fd = RELAY_SOCKET, .call = readable};
+static bool gone;
+static struct waiting *first, **last = &first;
+
+/* --- out --- */
+
+static bool send_now(const void *data, size_t size)
+{
+        ssize_t sent = send(router.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+        count(COUNT_CALLS, 1);
+        /* A router that is gone hears nothing; the next read says so. */
+        return sent >= 0 || (errno != EAGAIN && errno != EINTR && errno != ENOBUFS);
+}
+
+static void write_waiting(void)
+{
+        while (first && send_now(first->data, first->size)) {
+                struct waiting *done = first;
+
+                first = done->next;
+                free(done->data);
+                free(done);
+        }
+        if (first)
+                return;
+        last = &first;
+        watch_add(&router, EPOLLIN);
+}
+
+/* Takes over `data`. */
+static void send_or_wait(void *data, size_t size)
+{
+        struct waiting *waiting;
+
+        if (!first && send_now(data, size)) {
+                free(data);
+                return;
+        }
+        waiting = malloc(sizeof *waiting);
+        if (!waiting)
+                relay_die("memory for an answer", ENOMEM);
+        *waiting = (struct waiting){.size = size, .data = data};
+        if (!first)
+                watch_add(&router, EPOLLIN | EPOLLOUT);
+        *last = waiting;
+        last = &waiting->next;
+}
+
+bool control_is_there(void)
+{
+        return !gone;
+}
+
+bool control_has_room(void)
+{
+        return !first;
+}
+
+/* The first member of every message is struct relay_message. */
+static void say(const void *message, size_t size, enum relay_kind kind)
+{
+        struct relay_message *copy = malloc(size);
+
+        if (!copy)
+                relay_die("memory for an answer", ENOMEM);
+        memcpy(copy, message, size);
+        copy->kind = (uint16_t)kind;
+        copy->size = (uint16_t)size;
+        send_or_wait(copy, size);
+}
+
+void control_number(enum relay_kind kind, uint32_t number, uint32_t state)
+{
+        const struct relay_number message = {.number = number, .state = state};
+
+        say(&message, sizeof message, kind);
+}
+
+static void put_text(char *to, const char *text)
+{
+        snprintf(to, RELAY_TEXT, "%s", text);
+}
+
+void control_outcome(enum relay_kind kind, uint32_t number, int error, const char *text)
+{
+        struct relay_outcome message = {.number = number, .error = error};
+
+        put_text(message.text, text);
+        say(&message, sizeof message, kind);
+}
+
+void control_frame(struct relay_frame *frame, uint32_t size)
+{
+        frame->message.kind = R_FRAME;
+        frame->message.size = (uint16_t)(sizeof *frame + size);
+        count(COUNT_FRAMES_OUT, 1);
+        send_or_wait(frame, sizeof *frame + size);
+}
+
+/* --- in --- */
+
+static void do_open(const void *data, int *descriptors)
+{
+        struct relay_open open;
+        struct relay_opened opened = {0};
+        const struct transport *transport;
+
+        (void)descriptors;
+        memcpy(&open, data, sizeof open);
+        open.device[sizeof open.device - 1] = 0;
+        transport = open.transport == RELAY_MEMORY ? &memory_transport : &verbs_transport;
+        if (open.version != RELAY_VERSION) {
+                opened.error = EPROTO;
+                put_text(opened.text, "the router speaks another version to its relay");
+        } else if (open.transport != RELAY_MEMORY && open.transport != RELAY_VERBS) {
+                opened.error = EINVAL;
+                put_text(opened.text, "no such transport");
+        } else if (links_have_ends()) {
+                opened.error = EBUSY;
+                put_text(opened.text, "links still use the device that is open");
+        } else {
+                if (relay.transport)
+                        relay.transport->close();
+                relay.transport = NULL;
+                opened.error = transport->open(&open, &opened.mtu, opened.text);
+                if (!opened.error) {
+                        relay.transport = transport;
+                        relay_spin(open.spin);
+                }
+        }
+        say(&opened, sizeof opened, R_OPENED);
+}
+
+static void do_link(const void *data, int *descriptors)
+{
+        const struct relay_number *message = data;
+        struct relay_offer answer = {.number = message->number};
+        struct wire_address address = {0};
+        struct link *link = link_find(message->number);
+
+        (void)descriptors;
+        if (!relay.transport) {
+                answer.error = ENODEV;
+                put_text(answer.text, "no device is open");
+        } else {
+                if (!link)
+                        link = link_make(message->number);
+                answer.error = link_offer(link, &address, answer.text);
+                answer.size = answer.error ? 0 : sizeof address;
+                memcpy(answer.words, &address, answer.size);
+        }
+        say(&answer, sizeof answer, R_LINKED);
+}
+
+static void do_connect(const void *data, int *descriptors)
+{
+        const struct relay_accept *message = data;
+        struct link *link = link_find(message->number);
+        struct wire_address address;
+        char text[RELAY_TEXT] = "no such link, or the peer's address has another size";
+        int error = EINVAL;
+
+        (void)descriptors;
+        if (link && message->size == sizeof address) {
+                memcpy(&address, message->words, sizeof address);
+                text[0] = 0;
+                error = link_connect(link, &address, text);
+        }
+        control_outcome(R_CONNECTED, message->number, error, text);
+}
+
+static void do_unlink(const void *data, int *descriptors)
+{
+        struct link *link = link_find(((const struct relay_number *)data)->number);
+
+        (void)descriptors;
+        if (link)
+                link_remove(link);
+}
+
+static void do_stream(const void *data, int *descriptors)
+{
+        struct link *link = link_find(((const struct relay_number *)data)->number);
+
+        (void)descriptors;
+        if (link)
+                link_stream(link);
+}
+
+static void do_arena(const void *data, int *descriptors)
+{
+        struct relay_arena message;
+        char text[RELAY_TEXT];
+
+        memcpy(&message, data, sizeof message);
+        if (descriptors[0] < 0 || descriptors[1] < 0 || arena_find(message.arena))
+                relay_die("the router's arena", EPROTO);
+        /* A slot in it is refused then. */
+        if (!arena_take(message.arena, message.value, descriptors[0], descriptors[1], text))
+                fprintf(stderr, "freeflow-relay: %s\n", text);
+        descriptors[0] = descriptors[1] = -1;
+}
+
+static void do_bell(const void *data, int *descriptors)
+{
+        struct relay_arena message;
+        struct shared *shared;
+
+        memcpy(&message, data, sizeof message);
+        shared = arena_find(message.arena);
+        if (!shared || descriptors[0] < 0)
+                return;
+        arena_bell(shared, message.value, descriptors[0]);
+        descriptors[0] = -1;
+}
+
+static void do_discard(const void *data, int *descriptors)
+{
+        struct relay_arena message;
+        struct shared *shared;
+
+        (void)descriptors;
+        memcpy(&message, data, sizeof message);
+        shared = arena_find(message.arena);
+        if (shared)
+                arena_discard(shared);
+}
+
+static void do_slot(const void *data, int *descriptors)
+{
+        struct relay_slot message;
+        struct relay_offer answer = {0};
+        struct wire_place place = {0};
+        struct shared *shared;
+        struct link *link;
+
+        (void)descriptors;
+        memcpy(&message, data, sizeof message);
+        answer.number = message.connection;
+        shared = arena_find(message.arena);
+        link = link_find(message.link);
+        if (!shared || !link || !relay.transport || message.slot >= SLOTS || shared->mirrors[message.slot] ||
+            mirror_find(message.connection)) {
+                answer.error = EINVAL;
+                put_text(answer.text, !relay.transport ? "no device is open"
+                                      : !link          ? "no such link"
+                                      : !shared        ? "no such arena"
+                                                       : "the slot or the number is in use");
+        } else {
+                mirror_make(&message, link, shared, &place, &answer.error, answer.text);
+                answer.size = answer.error ? 0 : sizeof place;
+                memcpy(answer.words, &place, answer.size);
+        }
+        say(&answer, sizeof answer, R_PLACED);
+}
+
+static void do_pair(const void *data, int *descriptors)
+{
+        const struct relay_accept *message = data;
+        struct mirror *mirror = mirror_find(message->number);
+        struct wire_place place;
+        char text[RELAY_TEXT] = "no such connection, or the peer's place has another size";
+        int error = EINVAL;
+
+        (void)descriptors;
+        if (mirror && message->size == sizeof place) {
+                memcpy(&place, message->words, sizeof place);
+                text[0] = 0;
+                error = mirror_pair(mirror, message->peer, &place, text);
+        }
+        control_outcome(R_PAIRED, message->number, error, text);
+}
+
+static void do_close(const void *data, int *descriptors)
+{
+        uint32_t number = ((const struct relay_number *)data)->number;
+        struct mirror *mirror = mirror_find(number);
+
+        (void)descriptors;
+        if (mirror)
+                mirror_close(mirror);
+        else
+                control_number(R_FINISHED, number, RELAY_BROKEN);
+}
+
+static void do_leave(const void *data, int *descriptors)
+{
+        struct mirror *mirror = mirror_find(((const struct relay_number *)data)->number);
+
+        (void)descriptors;
+        if (mirror)
+                mirror_leave(mirror);
+}
+
+static void do_drop(const void *data, int *descriptors)
+{
+        const struct relay_number *message = data;
+        struct mirror *mirror = mirror_find(message->number);
+
+        (void)descriptors;
+        if (mirror)
+                mirror_drop(mirror, message->state == RELAY_BROKEN);
+        else
+                control_number(R_DROPPED, message->number, 0);
+}
+
+static void do_count(const void *data, int *descriptors)
+{
+        struct relay_counts counts = {0};
+
+        (void)data;
+        (void)descriptors;
+        memcpy(counts.counters, relay.counters, sizeof counts.counters);
+        say(&counts, sizeof counts, R_COUNTS);
+}
+
+/* A link that we believe in, while the peer goes over frames already, has no future. */
+static void do_frame(const void *data, size_t size)
+{
+        const struct relay_frame *frame = data;
+        struct link *link = link_find(frame->link);
+
+        count(COUNT_FRAMES_IN, 1);
+        if (!link)
+                return;
+        link_stream(link);
+        stream_frame(link, frame->data, size - sizeof *frame);
+}
+
+static const struct {
+        size_t size;
+        void (*call)(const void *data, int *descriptors);
+} kinds[] = {
+    [R_OPEN] = {sizeof(struct relay_open), do_open},
+    [R_LINK] = {sizeof(struct relay_number), do_link},
+    [R_CONNECT] = {sizeof(struct relay_accept), do_connect},
+    [R_UNLINK] = {sizeof(struct relay_number), do_unlink},
+    [R_ARENA] = {sizeof(struct relay_arena), do_arena},
+    [R_BELL] = {sizeof(struct relay_arena), do_bell},
+    [R_DISCARD] = {sizeof(struct relay_arena), do_discard},
+    [R_SLOT] = {sizeof(struct relay_slot), do_slot},
+    [R_PAIR] = {sizeof(struct relay_accept), do_pair},
+    [R_CLOSE] = {sizeof(struct relay_number), do_close},
+    [R_LEAVE] = {sizeof(struct relay_number), do_leave},
+    [R_DROP] = {sizeof(struct relay_number), do_drop},
+    [R_STREAM] = {sizeof(struct relay_number), do_stream},
+    [R_COUNT] = {sizeof(struct relay_number), do_count},
+};
+
+static void dispatch(const void *data, size_t size, int *descriptors)
+{
+        const struct relay_message *message = data;
+
+        if (size < sizeof *message || message->size != size)
+                relay_die("the router's message", EPROTO);
+        if (message->kind == R_FRAME && size >= sizeof(struct relay_frame)) {
+                do_frame(data, size);
+                return;
+        }
+        if (message->kind >= sizeof kinds / sizeof *kinds || !kinds[message->kind].call ||
+            kinds[message->kind].size != size)
+                relay_die("the router's message", EPROTO);
+        kinds[message->kind].call(data, descriptors);
+}
+
+static void take_descriptors(struct msghdr *header, int *descriptors)
+{
+        int count_of = 0;
+
+        for (struct cmsghdr *part = CMSG_FIRSTHDR(header); part; part = CMSG_NXTHDR(header, part)) {
+                size_t size = part->cmsg_len - CMSG_LEN(0);
+
+                if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS)
+                        continue;
+                for (size_t at = 0; at + sizeof(int) <= size; at += sizeof(int)) {
+                        int fd;
+
+                        memcpy(&fd, CMSG_DATA(part) + at, sizeof fd);
+                        if (count_of < DESCRIPTORS)
+                                descriptors[count_of++] = fd;
+                        else
+                                close(fd);
+                }
+        }
+}
+
+/* False: there is nothing more to read now. */
+static bool read_one(void)
+{
+        static _Alignas(uint64_t) uint8_t data[UINT16_MAX + 1];
+        union {
+                struct cmsghdr header;
+                char space[CMSG_SPACE(DESCRIPTORS * sizeof(int))];
+        } control;
+        struct iovec vec = {.iov_base = data, .iov_len = sizeof data};
+        struct msghdr header = {
+            .msg_iov = &vec,
+            .msg_iovlen = 1,
+            .msg_control = &control,
+            .msg_controllen = sizeof control,
+        };
+        int descriptors[DESCRIPTORS] = {-1, -1};
+        ssize_t got = recvmsg(router.fd, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+
+        count(COUNT_CALLS, 1);
+        if (got < 0 && (errno == EAGAIN || errno == EINTR))
+                return false;
+        if (got <= 0) {
+                watch_remove(&router);
+                gone = true;
+                relay_stop();
+                return false;
+        }
+        take_descriptors(&header, descriptors);
+        dispatch(data, (size_t)got, descriptors);
+        for (int i = 0; i < DESCRIPTORS; i++)
+                if (descriptors[i] >= 0)
+                        close(descriptors[i]);
+        return true;
+}
+
+static void readable(struct watch *watch, uint32_t events)
+{
+        (void)watch;
+        if (events & EPOLLOUT)
+                write_waiting();
+        for (int i = 0; i < MESSAGES && events & ~(uint32_t)EPOLLOUT && read_one(); i++)
+                ;
+}
+
+void control_start(void)
+{
+        if (!watch_add(&router, EPOLLIN))
+                relay_die("descriptor 3, the router's socket", errno);
+}

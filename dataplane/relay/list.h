@@ -1,0 +1,51 @@
+/* Lists whose nodes lie in what they list. A node that is in no list points to itself. */
+#ifndef FREEFLOW_RELAY_LIST_H
+#define FREEFLOW_RELAY_LIST_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+struct node {
+        struct node *before, *after;
+};
+
+#define LIST(name)                                                                                           \
+        {                                                                                                    \
+                &(name), &(name)                                                                             \
+        }
+#define OF(node, type, member) ((type *)(void *)((char *)(node)-offsetof(type, member)))
+
+static inline void list_init(struct node *node)
+{
+        node->before = node->after = node;
+}
+
+static inline bool list_holds(const struct node *node)
+{
+        return node->after != node;
+}
+
+static inline void list_remove(struct node *node)
+{
+        node->before->after = node->after;
+        node->after->before = node->before;
+        list_init(node);
+}
+
+/* At the end; nothing if it is in a list already. */
+static inline void list_add(struct node *list, struct node *node)
+{
+        if (list_holds(node))
+                return;
+        node->before = list->before;
+        node->after = list;
+        list->before->after = node;
+        list->before = node;
+}
+
+/* Each node of a list; the one that is looked at may be removed. */
+#define EACH(node, list)                                                                                     \
+        for (struct node *node = (list)->after, *node##_next = node->after; node != (list);                  \
+             node = node##_next, node##_next = node->after)
+
+#endif

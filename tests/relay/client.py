@@ -1,0 +1,427 @@
+"""A router in Python, as far as a relay needs one: starts it, speaks its protocol, gives it arenas and ends.
+
+In a test::
+
+    with relays(binary) as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        ...one.popen("send=1000000") and two.popen("receive=1000000")...
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import itertools
+import json
+import os
+import select
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from dataplane.router import layout
+from dataplane.router.memory import LinuxMemory
+
+VERBS: Final = 1
+MEMORY: Final = 2
+WHOLE: Final = 0
+BROKEN: Final = 1
+VERSION: Final = 1
+RING: Final = 256 << 10
+PATIENCE: Final = 10.0
+
+KINDS: Final = {
+    name: number
+    for number, name in enumerate(
+        [
+            "OPEN",
+            "OPENED",
+            "LINK",
+            "LINKED",
+            "CONNECT",
+            "CONNECTED",
+            "UNLINK",
+            "ARENA",
+            "BELL",
+            "DISCARD",
+            "SLOT",
+            "PLACED",
+            "PAIR",
+            "PAIRED",
+            "CLOSE",
+            "FINISHED",
+            "LEAVE",
+            "LEFT",
+            "DROP",
+            "DROPPED",
+            "FRAME",
+            "STREAM",
+            "COUNT",
+            "COUNTS",
+            "DOWN",
+            "ENDED",
+        ],
+        1,
+    )
+}
+NAMES: Final = {number: name for name, number in KINDS.items()}
+COUNTERS: Final = [
+    "connections",
+    "bytes_out",
+    "bytes_in",
+    "messages_out",
+    "messages_in",
+    "blocks_out",
+    "blocks_in",
+    "writes",
+    "posts",
+    "polls",
+    "completions",
+    "calls",
+    "sleeps",
+    "bells",
+    "spins",
+    "copied",
+    "frames_out",
+    "frames_in",
+    "downs",
+    "resumed",
+    "broken",
+    "corrupt",
+    "registered",
+    "turns",
+]
+
+HEADER: Final = struct.Struct("=HH")
+OPEN: Final = struct.Struct("=HH64sBBHII")
+OPENED: Final = struct.Struct("=HHi96sI")
+NUMBER: Final = struct.Struct("=HHII")
+OUTCOME: Final = struct.Struct("=HHIi96s")
+OFFER: Final = struct.Struct("=HHIi96sHH128s")
+ACCEPT: Final = struct.Struct("=HHIIHH128s")
+ARENA: Final = struct.Struct("=HHIQ")
+SLOT: Final = struct.Struct("=HHIIIQQ")
+FRAME: Final = struct.Struct("=HHI")
+COUNTS: Final = struct.Struct("=HHI24Q")
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a relay has said."""
+
+    kind: str
+    number: int = 0
+    error: int = 0
+    text: str = ""
+    state: int = 0
+    words: bytes = b""
+    values: tuple[int, ...] = ()
+
+
+def parse(data: bytes) -> Message:
+    """One packet."""
+    kind, size = HEADER.unpack_from(data)
+    assert size == len(data), data
+    name = NAMES[kind]
+    if name == "OPENED":
+        _, _, error, text, mtu = OPENED.unpack(data)
+        return Message(name, 0, error, _text(text), mtu)
+    if name in ("LINKED", "PLACED"):
+        _, _, number, error, text, length, _, words = OFFER.unpack(data)
+        return Message(name, number, error, _text(text), 0, words[:length])
+    if name in ("CONNECTED", "PAIRED", "DOWN"):
+        _, _, number, error, text = OUTCOME.unpack(data)
+        return Message(name, number, error, _text(text))
+    if name == "COUNTS":
+        return Message(name, values=COUNTS.unpack(data)[3:])
+    if name == "FRAME":
+        _, _, number = FRAME.unpack_from(data)
+        return Message(name, number, words=data[FRAME.size :])
+    _, _, number, state = NUMBER.unpack(data)
+    return Message(name, number, state=state)
+
+
+def _text(raw: bytes) -> str:
+    return raw.split(b"\0", 1)[0].decode()
+
+
+@dataclass(eq=False)
+class Relay:
+    """A relay process."""
+
+    process: subprocess.Popen[bytes]
+    socket: socket.socket
+    heard: list[Message] = field(default_factory=list)
+    """Said, and not asked for yet."""
+    reads: threading.RLock = field(default_factory=threading.RLock)
+
+    def raw(self, data: bytes, *descriptors: int) -> None:
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+        self.socket.sendmsg([data], [rights] if descriptors else [])
+
+    def number(self, kind: str, number: int = 0, state: int = 0) -> None:
+        self.raw(NUMBER.pack(KINDS[kind], NUMBER.size, number, state))
+
+    def accept(self, kind: str, number: int, peer: int, words: bytes) -> None:
+        self.raw(ACCEPT.pack(KINDS[kind], ACCEPT.size, number, peer, len(words), 0, words))
+
+    def listen(self, seconds: float = 0) -> bool:
+        """Hear one message, if one comes."""
+        with self.reads:
+            if not select.select([self.socket], [], [], seconds)[0]:
+                return False
+            data = self.socket.recv(65536)
+            assert data, f"the relay has gone: {self.process.wait()}"
+            self.heard.append(parse(data))
+            return True
+
+    def hear(self, *kinds: str, number: int | None = None, seconds: float = PATIENCE) -> Message:
+        """The next message of one of these kinds, about this number."""
+        until = time.monotonic() + seconds
+        while True:
+            with self.reads:
+                for message in self.heard:
+                    if message.kind in kinds and number in (None, message.number):
+                        self.heard.remove(message)
+                        return message
+            assert time.monotonic() < until, f"no {kinds} but {self.heard}"
+            self.listen(0.01)
+
+    def silent(self, *kinds: str, seconds: float = 0.1) -> bool:
+        """Whether no such message comes for a while."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.listen(left)
+        return not any(message.kind in kinds for message in self.heard)
+
+    def open(
+        self,
+        device: str = "",
+        *,
+        transport: int = MEMORY,
+        gid_index: int = 0,
+        port: int = 1,
+        spin: int = 20,
+    ) -> Message:
+        name = device.encode()
+        self.raw(
+            OPEN.pack(KINDS["OPEN"], OPEN.size, name, port, VERSION, gid_index, transport, spin)
+        )
+        return self.hear("OPENED")
+
+    def link(self, number: int) -> bytes:
+        """Make an end of a link; its address."""
+        self.number("LINK", number)
+        answer = self.hear("LINKED", number=number)
+        assert not answer.error, answer
+        return answer.words
+
+    def connect(self, number: int, address: bytes) -> Message:
+        self.accept("CONNECT", number, 0, address)
+        return self.hear("CONNECTED", number=number)
+
+    def counts(self) -> dict[str, int]:
+        self.number("COUNT")
+        return dict(zip(COUNTERS, self.hear("COUNTS").values, strict=True))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """As when the router goes; its status."""
+        self.socket.close()
+        return self.process.wait(10)
+
+
+@contextlib.contextmanager
+def relay(binary: Path, **environment: str) -> Iterator[Relay]:
+    """A relay that is killed with the test; one that ended by itself must have been well."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        process = subprocess.Popen(
+            [binary],
+            pass_fds=(3,),
+            preexec_fn=lambda: os.dup2(theirs.fileno(), 3),
+            env={**os.environ, **environment},
+        )
+        theirs.close()
+        try:
+            yield Relay(process, ours)
+            ours.close()
+            assert process.wait(10) in (0, -9)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+@contextlib.contextmanager
+def relays(
+    binary: Path, device: str = "", *, count: int = 2, spin: int = 20
+) -> Iterator[list[Relay]]:
+    """Relays of one machine that can reach each other."""
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(relay(binary)) for _ in range(count)]
+        for each in made:
+            assert not each.open(device, spin=spin).error
+        yield made
+
+
+def link(
+    a: Relay, b: Relay, number: int = 1, peer: int | None = None, *, lost: bool = False
+) -> bool:
+    """Connect a link's two ends, for the first time or again. False: it was lost meanwhile, as it may be."""
+    peer = number if peer is None else peer
+    one = a.link(number)
+    two = b.link(peer)
+    answers = b.connect(peer, one), a.connect(number, two)
+    assert lost or not any(answer.error for answer in answers), answers
+    return not any(answer.error for answer in answers)
+
+
+@dataclass(eq=False)
+class End:
+    """One end of a connection: a slot in an arena of its host's relay, and a process that uses it."""
+
+    relay: Relay
+    number: int
+    memory: int
+    slot: int = 0
+    arena: int = 0
+    place: bytes = b""
+    rings_relay: socket.socket | None = None
+    waits: list[socket.socket] = field(default_factory=list)
+    ring: int = RING
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def word(self, direction: int, offset: int, size: int = 8) -> int:
+        """Of a ring's header."""
+        data = os.pread(self.memory, size, layout.ring_offset(self.slot, direction) + offset)
+        return int.from_bytes(data, "little")
+
+    def write(self, direction: int, offset: int, value: int, size: int = 8) -> None:
+        os.pwrite(
+            self.memory,
+            value.to_bytes(size, "little"),
+            layout.ring_offset(self.slot, direction) + offset,
+        )
+
+    def popen(self, program: Path, *options: str) -> subprocess.Popen[str]:
+        """Start an end's process (`end.c`)."""
+        assert self.rings_relay is not None
+        descriptors = (
+            self.memory,
+            self.rings_relay.fileno(),
+            *(waits.fileno() for waits in self.waits),
+        )
+        first = f"first={len(self.waits) * self.slot}"
+        process = subprocess.Popen(
+            [
+                program,
+                str(self.memory),
+                str(self.slot),
+                str(self.ring),
+                *(str(each) for each in descriptors[1:]),
+                first,
+                *options,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=descriptors,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+
+def result(process: subprocess.Popen[str], seconds: float = 60) -> dict[str, float]:
+    """What an end that went well says."""
+    said, complaint = process.communicate(timeout=seconds)
+    assert process.returncode == 0, (process.returncode, said, complaint)
+    found: dict[str, float] = json.loads(said)
+    return found
+
+
+def give_arena(relay: Relay, ring: int = RING) -> End:
+    """A new arena with nothing in it; the end of its slot 0."""
+    memory = LinuxMemory().make(ring_size=ring, remote=True)
+    arena = next(_numbers)
+    end = End(relay, 0, memory, arena=arena, ring=ring)
+    receives, end.rings_relay = socket.socketpair()
+    relay.raw(ARENA.pack(KINDS["ARENA"], ARENA.size, ring, arena), memory, receives.fileno())
+    receives.close()
+    return end
+
+
+def give_bells(end: End, count: int = 2) -> None:
+    """Bells of the process's two threads."""
+    for index in range(count):
+        waits, rings = socket.socketpair()
+        end.waits.append(waits)
+        packed = ARENA.pack(KINDS["BELL"], ARENA.size, end.slot * count + index, end.arena)
+        end.relay.raw(packed, rings.fileno())
+        rings.close()
+
+
+def place(end: End, link: int = 1) -> Message:
+    """Have its slot registered."""
+    incarnation = next(_numbers)
+    LinuxMemory().prepare(end.memory, end.slot, incarnation)
+    end.number = next(_numbers)
+    end.relay.raw(
+        SLOT.pack(KINDS["SLOT"], SLOT.size, end.number, link, end.slot, end.arena, incarnation)
+    )
+    answer = end.relay.hear("PLACED", number=end.number)
+    end.place = answer.words
+    return answer
+
+
+def pair(one: End, two: End) -> Message:
+    """Tell `one` where `two` is."""
+    one.relay.accept("PAIR", one.number, two.number, two.place)
+    return one.relay.hear("PAIRED", number=one.number)
+
+
+def connect(
+    a: Relay, b: Relay, *, ring: int = RING, link: int = 1, peer_link: int | None = None
+) -> tuple[End, End]:
+    """A connection between two new arenas."""
+    ends = give_arena(a, ring), give_arena(b, ring)
+    for end, number in zip(ends, (link, link if peer_link is None else peer_link), strict=True):
+        give_bells(end)
+        assert not (answer := place(end, number)).error, answer
+    for one, two in (ends[1], ends[0]), (ends[0], ends[1]):
+        assert not (answer := pair(one, two)).error, answer
+    return ends
+
+
+def more(end: End, slot: int, link: int = 1) -> End:
+    """Another slot of the same arena."""
+    other = End(
+        end.relay,
+        0,
+        end.memory,
+        slot=slot,
+        arena=end.arena,
+        rings_relay=end.rings_relay,
+        ring=end.ring,
+    )
+    give_bells(other)
+    assert not (answer := place(other, link)).error, answer
+    return other
+
+
+def drop(end: End, state: int = WHOLE) -> None:
+    """Drop a connection, to the end."""
+    end.relay.number("DROP", end.number, state)
+    end.relay.hear("DROPPED", number=end.number)

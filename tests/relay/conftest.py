@@ -1,0 +1,45 @@
+"""The relay and the program that plays its processes, built once."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.dataplane.places import ROOT, compile_c
+
+HERE = Path(__file__).parent
+BUILD = ROOT / "dataplane" / "relay" / "build.sh"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.kernel)
+
+
+def build(to: Path, *options: str) -> Path:
+    """A relay, with a sanitizer or without."""
+    subprocess.run([BUILD, to, *options], check=True, capture_output=True, text=True)
+    return to
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not shutil.which("gcc"):
+        pytest.skip("gcc is missing")
+    return tmp_path_factory.mktemp("relay")
+
+
+@pytest.fixture(scope="session")
+def binary(folder: Path) -> Path:
+    """Checked by the address and undefined-behaviour sanitizers: what goes wrong in any test is found."""
+    return build(folder / "freeflow-relay", "address,undefined")
+
+
+@pytest.fixture(scope="session")
+def end(folder: Path) -> Path:
+    """The program that is a process's end."""
+    return compile_c(HERE / "end.c", folder / "end")

@@ -1,0 +1,211 @@
+"""What a link may do: be slow, put bytes in any order before their message, get lost and come again, or never again."""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.relay.client import (
+    FRAME,
+    KINDS,
+    WHOLE,
+    Relay,
+    connect,
+    drop,
+    link,
+    parse,
+    relays,
+    result,
+)
+
+
+def test_slow_completions_and_bytes_in_any_order(binary: Path, end: Path) -> None:
+    """Nothing is read before its message, nothing is used again before it is complete."""
+    with relays(binary, "delay=400,shuffle=1,seed=5") as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        options = ("send=4000000", "pace=100", "message=30000")
+        first = one.popen(end, *options, "seed=3", "peer_seed=4")
+        second = two.popen(end, *options, "seed=4", "peer_seed=3")
+        assert result(first)["received"] == result(second)["received"] == 4_000_000
+
+
+@contextmanager
+def kept_up(a: Relay, b: Relay) -> Iterator[list[int]]:
+    """As routers do: a link that is down is made again, from one side or the other; how often."""
+    stopped = threading.Event()
+    made = [0]
+
+    def keep() -> None:
+        down = False
+        while not stopped.is_set():
+            for each in (a, b):
+                each.listen()
+                lost = [message for message in each.heard if message.kind == "DOWN"]
+                each.heard = [message for message in each.heard if message.kind != "DOWN"]
+                down = down or bool(lost)
+            if down:
+                first, second = (a, b) if made[0] % 2 else (b, a)
+                # It may get lost again before it is connected.
+                down = not link(first, second, lost=True)
+                made[0] += 1
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    try:
+        yield made
+    finally:
+        stopped.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_lost_link_goes_on_where_it_was(binary: Path, end: Path, seed: int) -> None:
+    """Lost completions, half-written batches, again and again: no byte is lost, doubled or moved."""
+    with relays(binary, f"delay=200,shuffle=1,lose=12,seed={seed}") as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        with kept_up(a, b) as made:
+            options = ("send=4000000", "pace=100", "message=30000")
+            first = one.popen(end, *options, "seed=3", "peer_seed=4")
+            second = two.popen(end, *options, "seed=4", "peer_seed=3")
+            assert result(first)["received"] == result(second)["received"] == 4_000_000
+        assert made[0] > 2
+        assert a.counts()["resumed"] >= made[0] // 2
+        assert a.counts()["corrupt"] == b.counts()["corrupt"] == 0
+
+
+def wait_for(kind: str, *some: Relay) -> None:
+    """While somebody else reads what these relays say."""
+    until = time.monotonic() + 10
+    while not all(any(message.kind == kind for message in each.heard) for each in some):
+        assert time.monotonic() < until, (kind, [each.heard for each in some])
+        time.sleep(0.005)
+
+
+def test_connections_end_over_links_that_get_lost(binary: Path, end: Path) -> None:
+    """Closing, leaving and dropping are told again on the next link."""
+    with relays(binary, "lose=5,seed=9") as (a, b):
+        link(a, b)
+        with kept_up(a, b) as made:
+            for _ in range(3):
+                one, two = connect(a, b)
+                sender = one.popen(end, "send=40000", "ends=0", "receive=1")
+                taker = two.popen(end, "peer_seed=1", "seed=2", "send=1")
+                result(sender)
+                a.number("CLOSE", one.number)
+                assert result(taker)["received"] == 40_000
+                b.number("CLOSE", two.number)
+                wait_for("FINISHED", a, b)
+                wait_for("ENDED", a, b)
+                assert all(
+                    m.state == WHOLE for each in (a, b) for m in each.heard if m.kind == "ENDED"
+                )
+                for each in (one, two):
+                    each.relay.number("DROP", each.number)
+                wait_for("DROPPED", a, b)
+                a.heard, b.heard = [], []
+            assert made[0] > 1
+        assert a.counts()["connections"] == b.counts()["connections"] == 0
+        assert a.counts()["broken"] == b.counts()["broken"] == 0
+
+
+def test_a_peer_that_is_killed_is_noticed(binary: Path, end: Path) -> None:
+    """The link is down at once; the connection waits for what the router decides."""
+    with relays(binary) as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        sender = one.popen(end, "send=100000000", "pace=300", "seed=1")
+        taker = two.popen(end, "peer_seed=1", "seed=2")
+        time.sleep(0.2)
+        b.kill()
+        assert "gone" in a.hear("DOWN", number=1).text
+        drop(one, 1)
+        assert result(sender)["broken"] == 1
+        # What becomes of that end is its own router's business.
+        taker.kill()
+        taker.wait()
+
+
+@contextmanager
+def carried(a: Relay, b: Relay, number: int = 1) -> Iterator[list[int]]:
+    """As two routers with a session: frames go from one relay to the other. How many."""
+    stopped = threading.Event()
+    frames = [0]
+
+    def carry() -> None:
+        while not stopped.is_set():
+            for mine, peer in (a, b), (b, a):
+                while select.select([mine.socket], [], [], 0)[0]:
+                    message = parse(mine.socket.recv(65536))
+                    if message.kind != "FRAME":
+                        mine.heard.append(message)
+                        continue
+                    frames[0] += 1
+                    size = FRAME.size + len(message.words)
+                    peer.raw(FRAME.pack(KINDS["FRAME"], size, number) + message.words)
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=carry)
+    thread.start()
+    try:
+        yield frames
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def test_without_rdma_a_connection_goes_on_over_the_session(binary: Path, end: Path) -> None:
+    """In the middle of a stream, and then back to TCP, without a byte lost."""
+    with relays(binary, "lose=40,seed=3") as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        options = ("send=1000000000", "pace=300", "message=30000")
+        first = one.popen(end, *options, "seed=3", "peer_seed=4")
+        second = two.popen(end, *options, "seed=4", "peer_seed=3")
+        while not any(m.kind == "DOWN" for each in (a, b) for m in each.heard):
+            for each in (a, b):
+                each.listen(0.005)
+        with carried(a, b) as frames:
+            a.number("STREAM", 1)
+            time.sleep(0.5)
+            before = two.word(1, 0)
+            time.sleep(0.2)
+            assert two.word(1, 0) > before
+            a.number("LEAVE", one.number)
+            left, right = result(first), result(second)
+            wait_for("LEFT", a, b)
+        assert frames[0] > 10
+        assert left["broken"] == right["broken"] == 0
+        assert (left["sent"], right["sent"]) == (right["received"], left["received"])
+        drop(one)
+        drop(two)
+
+
+def test_a_streamed_link_ends_with_its_relay(binary: Path, end: Path) -> None:
+    """Frames can't go without a router: what hasn't left by then sees a reset."""
+    with relays(binary) as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        options = ("pace=300", "message=30000")
+        first = one.popen(end, "send=1000000000", *options, "seed=3", "peer_seed=4")
+        two.popen(end, *options, "seed=4", "peer_seed=3")
+        until = time.monotonic() + 10
+        while not two.word(1, 0):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        b.kill()
+        a.number("STREAM", 1)
+        begun = time.monotonic()
+        assert a.stop() == 0
+        assert time.monotonic() - begun < 4
+        assert one.word(0, 276, 4) == one.word(1, 276, 4) == 1
+        assert first.wait(10) == 0
+        two.started[0].kill()

@@ -1,0 +1,277 @@
+"""A process or a peer that writes nonsense loses its own connection, and nobody else's."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import random
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.relay.client import (
+    BROKEN,
+    FRAME,
+    KINDS,
+    NUMBER,
+    End,
+    Relay,
+    connect,
+    drop,
+    give_arena,
+    give_bells,
+    link,
+    pair,
+    place,
+    relay,
+    relays,
+    result,
+)
+
+WORDS = {
+    "tail": (0, 8),
+    "base": (8, 8),
+    "start": (16, 8),
+    "end": (24, 8),
+    "busy": (32, 4),
+    "head": (64, 8),
+    "ready": (72, 4),
+    "leave": (76, 4),
+    "any": (128, 4),
+    "bells": (136, 8),
+    "senders": (192, 4),
+    "sender_bells": (200, 8),
+    "room": (264, 4),
+    "over": (268, 4),
+    "left": (272, 4),
+}
+"""Of struct ring."""
+
+ODD = (0, 1, 2, 3712, 65535, 65536, 65537, 1 << 18, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
+
+
+def ring_it(end: End) -> None:
+    """As who has put something, and wakes the relay."""
+    os.pwrite(end.memory, struct.pack("=Q", (1 << 64) - 1), 64 + 2112 + 64)
+    assert end.rings_relay is not None
+    end.rings_relay.send(b"x")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_process_writes_hurts_only_its_own(binary: Path, end: Path, seed: int) -> None:
+    """Any words, at any time, in both of its rings: another connection of the same relays stays whole."""
+    dice = random.Random(seed)
+    with relays(binary) as (a, b):
+        link(a, b)
+        good, well = connect(a, b)
+        bad, victim = connect(a, b)
+        for each in (bad, victim):
+            each.write(1, 72, 1, 4)
+        options = ("send=1000000", "message=9000", "pace=400")
+        first = good.popen(end, *options, "seed=1", "peer_seed=2")
+        second = well.popen(end, *options, "seed=2", "peer_seed=1")
+        for _ in range(300):
+            offset, size = dice.choice(list(WORDS.values()))
+            value = dice.choice((*ODD, dice.getrandbits(64))) & ((1 << 8 * size) - 1)
+            bad.write(dice.randrange(2), offset, value, size)
+            ring_it(bad)
+            if dice.random() < 0.1:
+                time.sleep(0.002)
+        assert result(first)["received"] == result(second)["received"] == 1_000_000
+        drop(bad, BROKEN)
+        drop(victim, BROKEN)
+        for host in (a, b):
+            assert host.counts()["corrupt"] <= 1
+            assert host.counts()["connections"] == 1
+
+
+@pytest.mark.parametrize(
+    ("direction", "word", "value"),
+    [
+        (0, "tail", (1 << 18) + 1),
+        (0, "tail", (1 << 64) - 1),
+        (0, "end", 77),
+        (1, "head", 1),
+        (1, "head", 1 << 63),
+    ],
+)
+def test_nonsense_breaks_the_connection_at_both_ends(
+    binary: Path, direction: int, word: str, value: int
+) -> None:
+    """And the routers hear of it."""
+    with relays(binary) as (a, b):
+        link(a, b)
+        bad, victim = connect(a, b)
+        for each in (bad, victim):
+            each.write(1, 72, 1, 4)
+            ring_it(each)
+        offset, size = WORDS[word]
+        bad.write(direction, offset, value, size)
+        ring_it(bad)
+        assert a.hear("ENDED", number=bad.number).state == BROKEN
+        assert b.hear("ENDED", number=victim.number).state == BROKEN
+        for each in (bad, victim):
+            assert each.word(0, 276, 4) == each.word(1, 276, 4) == 1
+
+
+def test_bytes_before_they_were_asked_for_are_nonsense(binary: Path, end: Path) -> None:
+    """A sender that doesn't wait for `ready`."""
+    with relays(binary) as (a, b):
+        link(a, b)
+        bad, victim = connect(a, b)
+        sender = bad.popen(end, "send=100000", "at_once=1")
+        assert a.hear("ENDED", number=bad.number).state == BROKEN
+        assert b.hear("ENDED", number=victim.number).state == BROKEN
+        assert result(sender)["broken"] == 1
+
+
+def test_places_and_addresses_are_checked(binary: Path) -> None:
+    """Whatever a peer says, the answer is an error or a connection that never works."""
+    dice = random.Random(1)
+    with relays(binary) as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        good = two.place
+        address = b.link(7)
+        for number in range(120):
+            drop(one, BROKEN)
+            assert not place(one).error
+            words = bytearray(good if number % 2 else dice.randbytes(len(good)))
+            for _ in range(dice.randrange(1, 4)):
+                words[dice.randrange(len(words))] = dice.getrandbits(8)
+            two.place = bytes(words[: dice.choice((72, 72, 72, 71, 0))])
+            pair(one, two)
+            a.link(8)
+            words = bytearray(address if number % 2 else dice.randbytes(len(address)))
+            words[dice.randrange(len(words))] ^= 1 << dice.randrange(8)
+            a.connect(8, bytes(words))
+        assert a.counts()["connections"] == 1
+
+
+def test_a_router_that_speaks_nonsense_ends_its_relay(binary: Path) -> None:
+    """It doesn't go on with half of what it was told."""
+    for nonsense in (b"x", struct.pack("=HH", 99, 4), NUMBER.pack(KINDS["LINK"], 9, 1, 0)):
+        with contextlib.suppress(AssertionError), relay(binary) as a:
+            a.raw(nonsense)
+            assert a.process.wait(5) == 1
+        assert a.process.returncode == 1
+
+
+class Channel:
+    """A peer's relay in Python, on the memory transport: says what it likes."""
+
+    SLOT = 8 + 16 + 16 * 64
+    LETTERS = 192
+
+    def __init__(self, address: bytes) -> None:
+        process, channel = struct.unpack_from("=ii", address, 8)
+        libc = ctypes.CDLL(None, use_errno=True)
+        pidfd = os.pidfd_open(process)
+        fd = libc.syscall(438, pidfd, channel, 0)
+        os.close(pidfd)
+        self.memory = mmap.mmap(fd, os.fstat(fd).st_size)
+        os.close(fd)
+
+    def put(self, content: bytes) -> None:
+        (tail,) = struct.unpack_from("=Q", self.memory, 64)
+        at = self.LETTERS + tail % 128 * self.SLOT
+        self.memory[at : at + 8] = struct.pack("=II", len(content), 0)
+        part = content[: self.SLOT - 8]
+        self.memory[at + 8 : at + 8 + len(part)] = part
+        struct.pack_into("=Q", self.memory, 64, tail + 1)
+
+    def say(self, *blocks: bytes, granted: int = 128) -> None:
+        self.put(struct.pack("=IHHQ", 0x6C657231, len(blocks), 0, granted) + b"".join(blocks))
+
+
+def block(end: End, flags: int, *words: int) -> bytes:
+    """With the cookie that its relay gave."""
+    (cookie,) = struct.unpack_from("=Q", end.place, 16)
+    return struct.pack("=IIQ6Q", end.number, flags, cookie, *words)
+
+
+@contextlib.contextmanager
+def a_peer_of(a: Relay, b: Relay) -> Iterator[tuple[End, Channel]]:
+    """A connection of `a` whose peer is under the test's thumb."""
+    address = a.link(1)
+    theirs = b.link(1)
+    assert not a.connect(1, theirs).error
+    one, two = connect_half(a, b)
+    assert not pair(one, two).error
+    yield one, Channel(address)
+
+
+def connect_half(a: Relay, b: Relay) -> tuple[End, End]:
+    ends = give_arena(a), give_arena(b)
+    for each in ends:
+        give_bells(each)
+        assert not place(each).error
+    return ends
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_hostile_peer_hurts_only_its_own_connection(binary: Path, end: Path, seed: int) -> None:
+    """Any words in its blocks: another link's connections stay whole."""
+    dice = random.Random(seed)
+    with relays(binary, count=3) as (a, b, c):
+        link(a, c, 2)
+        good, well = connect(a, c, link=2)
+        options = ("send=500000", "message=9000", "pace=400")
+        first = good.popen(end, *options, "seed=1", "peer_seed=2")
+        second = well.popen(end, *options, "seed=2", "peer_seed=1")
+        with a_peer_of(a, b) as (one, peer):
+            one.write(1, 72, 1, 4)
+            for number in range(100):
+                words = [dice.choice((*ODD, dice.getrandbits(64))) for _ in range(6)]
+                peer.say(block(one, dice.getrandbits(10) & ~128, *words))
+                if number % 10 == 9:
+                    drop(one, BROKEN)
+                    assert not place(one).error
+                    time.sleep(0.001)
+            assert result(first)["received"] == result(second)["received"] == 500_000
+            for direction in range(2):
+                for offset, size in WORDS.values():
+                    one.word(direction, offset, size)
+
+
+def test_a_peer_whose_messages_are_none_loses_its_link(binary: Path) -> None:
+    """Wrong sizes, magics, grants: the link is down, and says why."""
+    messages = (
+        b"",
+        b"x" * 16,
+        struct.pack("=IHHQ", 0x6C657231, 17, 0, 128),
+        struct.pack("=IHHQ", 0x6C657231, 2, 0, 128) + bytes(64),
+        struct.pack("=IHHQ", 0x6C657231, 0, 0, 1 << 40),
+        struct.pack("=IHHQ", 0x6C657231, 0, 0, 5),
+        b"x" * 5000,
+    )
+    for content in messages:
+        with relays(binary) as (a, b), a_peer_of(a, b) as (_, peer):
+            peer.put(content)
+            # Nobody rings: the relay looks at its links whenever it is awake.
+            a.number("COUNT")
+            assert "peer sent a message" in a.hear("DOWN", number=1).text
+
+
+def test_frames_of_a_hostile_peer_change_nothing_outside_its_rings(binary: Path) -> None:
+    """Offsets, sizes and cookies are checked before a byte is written."""
+    dice = random.Random(4)
+    with relays(binary) as (a, b):
+        link(a, b)
+        one, _ = connect(a, b)
+        (cookie,) = struct.unpack_from("=Q", one.place, 16)
+        a.number("STREAM", 1)
+        for _ in range(300):
+            size = dice.choice((0, 1, 8, 100, 3712, 3713, 50000, 1 << 31, (1 << 32) - 1))
+            offset = dice.choice((0, 1, 3711, 3712, 4096, (1 << 18) - 1, 1 << 18, (1 << 32) - 1))
+            head = struct.pack(
+                "=IIQII", size, dice.choice((0, one.number, 5)), dice.choice((cookie, 0)), offset, 0
+            )
+            body = head + bytes(min(size, 50000) if dice.random() < 0.8 else 3)
+            a.raw(FRAME.pack(KINDS["FRAME"], FRAME.size + len(body), 1) + body)
+        assert a.counts()["connections"] == 1

@@ -1,0 +1,80 @@
+"""`protocol.h` and who speaks it in Python mean the same bytes."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+from pathlib import Path
+
+from tests.dataplane.places import ROOT, compile_c
+from tests.relay import client
+from tests.relay.client import relays
+
+HEADER = ROOT / "dataplane" / "relay" / "protocol.h"
+STRUCTS: dict[str, tuple[struct.Struct, str]] = {
+    "relay_message": (client.HEADER, "kind size"),
+    "relay_open": (client.OPEN, "message device port version gid_index transport spin"),
+    "relay_opened": (client.OPENED, "message error text mtu"),
+    "relay_number": (client.NUMBER, "message number state"),
+    "relay_outcome": (client.OUTCOME, "message number error text"),
+    "relay_offer": (client.OFFER, "message number error text size unused words"),
+    "relay_accept": (client.ACCEPT, "message number peer size unused words"),
+    "relay_arena": (client.ARENA, "message value arena"),
+    "relay_slot": (client.SLOT, "message connection link slot arena incarnation"),
+    "relay_frame": (client.FRAME, "message link"),
+    "relay_counts": (client.COUNTS, "message unused counters"),
+}
+
+
+def offsets(packing: struct.Struct) -> list[int]:
+    """Where each field is; the two of the header are one."""
+    fields = re.findall(r"(\d*)([A-Za-z])", packing.format.lstrip("="))
+    sizes: list[int] = []
+    for count, code in fields:
+        whole = code == "s" or count
+        sizes += [struct.calcsize(f"={count}{code}")] if whole else [struct.calcsize(f"={code}")]
+    sizes = [2, 2] if len(sizes) == 1 or fields == [("", "H"), ("", "H")] else [4, *sizes[2:]]
+    return [sum(sizes[:number]) for number in range(len(sizes))]
+
+
+def test_both_sides_mean_the_same_bytes(folder: Path) -> None:
+    """Sizes, offsets, kinds and counters are compared with what the compiler makes of the header."""
+    lines = ["#include <stdio.h>", f'#include "{HEADER}"', "int main(void) {"]
+    expected = []
+    for name, (packing, fields) in STRUCTS.items():
+        lines.append(f'printf("%zu\\n", sizeof(struct {name}));')
+        expected.append(packing.size)
+        for field, offset in zip(fields.split(), offsets(packing), strict=True):
+            lines.append(f'printf("%zu\\n", offsetof(struct {name}, {field}));')
+            expected.append(offset)
+    for kind, number in client.KINDS.items():
+        lines.append(f'printf("%d\\n", R_{kind});')
+        expected.append(number)
+    for number, counter in enumerate(client.COUNTERS):
+        lines.append(f'printf("%d\\n", COUNT_{counter.upper()});')
+        expected.append(number)
+    source = folder / "protocol.c"
+    source.write_text("\n".join([*lines, "return 0; }"]))
+    said = subprocess.run([compile_c(source, folder / "protocol")], capture_output=True, check=True)
+    assert [int(line) for line in said.stdout.split()] == expected
+
+
+def test_a_router_of_another_version_is_told_so(binary: Path) -> None:
+    """Nothing is opened."""
+    with relays(binary, count=1) as (a,):
+        packed = bytearray(
+            client.OPEN.pack(client.KINDS["OPEN"], client.OPEN.size, b"", 1, 9, 0, 2, 0)
+        )
+        a.raw(bytes(packed))
+        assert "version" in a.hear("OPENED").text
+
+
+def test_a_relay_without_a_device_says_so(binary: Path) -> None:
+    """The router goes on without it."""
+    with client.relay(binary) as a:
+        answer = a.open("nowhere0", transport=client.VERBS)
+        assert answer.error
+        assert answer.text
+        a.number("LINK", 1)
+        assert a.hear("LINKED").text == "no device is open"

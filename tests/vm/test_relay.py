@@ -1,0 +1,175 @@
+"""The relay on real verbs: rings across two guests, and each way in which a link between them can fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.dataplane.places import ROOT, compile_c
+from tests.testbed.vm import Guest, Process
+
+GID = 1
+"""Index of the IPv4 one, with rdma_rxe."""
+
+
+class Host:
+    """`tests.relay.host` in a guest."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        command = ["python3", "-m", "tests.relay.host", "/root/freeflow-relay", "/root/end"]
+        env = {"PYTHONPATH": "/src", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.process: Process = guest.start(command, env=env, stdin=True)
+        self.answers = 0
+
+    def ask(self, what: str, *arguments: Any, timeout: float = 120) -> Any:
+        """Do it there; what came of it."""
+        self.tell(what, *arguments)
+        return self.answer(timeout)
+
+    def tell(self, what: str, *arguments: Any) -> None:
+        line = json.dumps({"do": what, "with": arguments})
+        self.process.write(line.encode() + b"\n")
+
+    def answer(self, timeout: float = 120) -> Any:
+        self.answers += 1
+        self.process.wait_for(rf"(?:[^\n]*\n){{{self.answers}}}", timeout)
+        said = json.loads(self.process.output.splitlines()[self.answers - 1])
+        assert "failed" not in said, said["failed"]
+        return said["is"]
+
+    def well(self, what: str, *arguments: Any) -> Any:
+        """Do what answers with an error, a text, and more."""
+        error, text, *more = self.ask(what, *arguments)
+        assert not error, text
+        return more
+
+
+def link(a: Host, b: Host) -> None:
+    """Connect the link's two ends, for the first time or again."""
+    (mine,) = a.well("link")
+    (theirs,) = b.well("link")
+    b.well("connect", mine)
+    a.well("connect", theirs)
+
+
+def connection(a: Host, b: Host) -> int:
+    """A connection between new arenas; the index of its ends."""
+    index, number, place = a.well("place")
+    other, peer, peers = b.well("place")
+    assert index == other
+    b.well("pair", other, number, place)
+    a.well("pair", index, peer, peers)
+    return int(index)
+
+
+@pytest.fixture(scope="module")
+def equipped(pair: list[Guest], tmp_path_factory: pytest.TempPathFactory) -> list[Guest]:
+    """Guests with what they run, built by this machine's compiler."""
+    folder = tmp_path_factory.mktemp("relay")
+    build = ROOT / "dataplane" / "relay" / "build.sh"
+    subprocess.run([build, folder / "freeflow-relay"], check=True)
+    compile_c(ROOT / "tests" / "relay" / "end.c", folder / "end")
+    for guest in pair:
+        for name in ("freeflow-relay", "end"):
+            guest.push(folder / name, f"/root/{name}")
+    return pair
+
+
+@pytest.fixture
+def hosts(equipped: list[Guest]) -> Iterator[tuple[Host, Host]]:
+    """Two relays with a link between them."""
+    made = [Host(guest) for guest in equipped]
+    for host in made:
+        host.well("open", "rxe0", GID)
+    link(made[0], made[1])
+    yield made[0], made[1]
+    for host in made:
+        host.process.kill()
+        host.process.wait()
+
+
+def stream(a: Host, b: Host, end: int, size: int, **options: int) -> None:
+    """Start both ways of a connection."""
+    more = [f"{name}={value}" for name, value in {"patience": 60_000, **options}.items()]
+    a.ask("start", end, f"send={size}", "seed=1", "peer_seed=2", *more)
+    b.ask("start", end, f"send={size // 2}", "seed=2", "peer_seed=1", *more)
+
+
+def whole(a: Host, b: Host, end: int, size: int) -> None:
+    """Both have all that the other has sent."""
+    a.tell("result", end)
+    b.tell("result", end)
+    assert a.answer(300)["received"] == size // 2
+    assert b.answer(300)["received"] == size
+
+
+def test_rings_are_mirrored_byte_for_byte(hosts: tuple[Host, Host]) -> None:
+    """Both ways at once, by RDMA WRITE: the relay's processor copies nothing."""
+    a, b = hosts
+    end = connection(a, b)
+    stream(a, b, end, 3_000_000)
+    whole(a, b, end, 3_000_000)
+    counts = a.ask("counts")
+    assert counts["copied"] == 0
+    assert counts["bytes_out"] == 3_000_000
+    for host in hosts:
+        host.ask("tell_end", "CLOSE", end)
+    for host in hosts:
+        assert host.ask("hear", "FINISHED")[3] == 0
+        assert host.ask("hear", "ENDED")[3] == 0
+        host.ask("tell_end", "DROP", end)
+    for host in hosts:
+        host.ask("hear", "DROPPED")
+        assert host.ask("counts")["registered"] == 0
+        assert host.ask("counts")["connections"] == 0
+
+
+def test_a_cut_wire_is_noticed_and_nothing_is_lost(hosts: tuple[Host, Host]) -> None:
+    """The link is down in a few seconds; made again, the connection goes on where it was."""
+    a, b = hosts
+    end = connection(a, b)
+    stream(a, b, end, 4_000_000, pace=60_000)
+    while not b.ask("word", end, 1, 0):
+        pass
+    a.guest.cut_underlay()
+    begun = time.monotonic()
+    number, error, text, _ = a.ask("hear", "DOWN")
+    assert (number, bool(error), bool(text)) == (1, True, True)
+    assert time.monotonic() - begun < 30
+    a.guest.heal_underlay()
+    link(a, b)
+    assert b.ask("word", end, 1, 0) < 4_000_000
+    whole(a, b, end, 4_000_000)
+    assert a.ask("counts")["resumed"] >= 1
+
+
+def test_a_card_without_carrier_is_noticed(hosts: tuple[Host, Host]) -> None:
+    """The device says so itself, before anything is sent."""
+    a, b = hosts
+    end = connection(a, b)
+    a.guest.set_carrier(False)
+    assert a.ask("hear", "DOWN")[2]
+    a.guest.set_carrier(True)
+    a.guest.sh("until rdma link show rxe0/1 | grep -q ACTIVE; do sleep 0.1; done", timeout=60)
+    link(a, b)
+    stream(a, b, end, 500_000)
+    whole(a, b, end, 500_000)
+
+
+def test_a_killed_relay_breaks_what_it_carried(hosts: tuple[Host, Host]) -> None:
+    """The other side's link goes down when it sends next, and its router can end the connection."""
+    a, b = hosts
+    end = connection(a, b)
+    stream(a, b, end, 100_000_000, pace=10_000)
+    time.sleep(1)
+    b.ask("kill")
+    assert a.ask("hear", "DOWN")[2]
+    a.ask("tell_end", "DROP", end, 1)
+    a.ask("hear", "DROPPED")
+    assert a.ask("result", end)["broken"] == 1
