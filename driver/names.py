@@ -11,7 +11,13 @@ BRIDGE: Final = "ffb"
 VXLAN: Final = "ffx"
 HOST_VETH: Final = "ffh"
 CONTAINER_VETH: Final = "ffc"
-PREFIXES: Final = (BRIDGE, VXLAN, HOST_VETH, CONTAINER_VETH)
+PAIR: Final = "ffu"
+PREFIXES: Final = (BRIDGE, VXLAN, HOST_VETH, CONTAINER_VETH, PAIR)
+
+INSIDE: Final = PAIR + "0"
+"""The pair between the namespaces: the end in the overlay namespace,"""
+OUTSIDE: Final = PAIR + "1"
+"""and the one in the host's."""
 
 SHORT_ID: Final = 12
 

@@ -27,6 +27,7 @@ USER_KEYS: Final = {
     "ipv6": "IPv6 besides IPv4: on, off, or the /64 to take addresses from",
     "acceleration": "on or off",
     "rdma": "on or off: connections to other hosts over RDMA",
+    "ebpf": "on or off: the shorter way through the kernel",
     "upgrade_operations": "reads and writes after which a connection moves to shared memory",
 }
 MTU_ALIAS: Final = "com.docker.network.driver.mtu"
@@ -72,6 +73,7 @@ class NetworkOptions:
     prefix6: IPv6Network | None = None
     acceleration: bool = True
     rdma: bool = True
+    ebpf: bool = True
     upgrade_operations: int | None = None
     own_format: int | None = None
     own_vni: int | None = None
@@ -177,6 +179,11 @@ def upgrade_operations(options: Mapping[str, str]) -> int | None:
     return _integer(key, options[key], UPGRADE_RANGE) if key in options else None
 
 
+def ebpf(options: Mapping[str, str]) -> bool:
+    """Whether a network's packets may take the shorter way through the kernel. Raises InvalidRequest."""
+    return _switch("ebpf", options.get("ebpf", "on"))
+
+
 def rdma(options: Mapping[str, str]) -> bool:
     """Whether connections of a network may move to RDMA. Raises InvalidRequest."""
     return _switch("rdma", options.get("rdma", "on"))
@@ -203,6 +210,7 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
         prefix6=prefix6,
         acceleration=_switch("acceleration", options.get("acceleration", "on")),
         rdma=rdma(options),
+        ebpf=ebpf(options),
         upgrade_operations=upgrade_operations(options),
         own_format=own_format,
         own_vni=_integer(VNI, options[VNI], VNI_RANGE) if VNI in options else None,

@@ -12,12 +12,14 @@ from typing import Any, Final
 import structlog
 
 from dataplane.client import RouterClient
+from dataplane.control import Connections
 from driver.accelerator import Accelerator, Self
 from driver.announcer import Announcer
 from driver.driver import Driver, DriverConfig
 from driver.engine import DockerDirectory
 from driver.errors import FreeFlowError, SettingError
 from driver.hints import Hints
+from driver.keeper import Keeper
 from driver.kernel import public
 from driver.kernel.addresses import exchange
 from driver.kernel.linux import LinuxKernel
@@ -33,6 +35,7 @@ from plugin.admin import create_admin
 from plugin.app import create_app
 from plugin.calls import CallStatistics
 from plugin.metrics import Exporter
+from plugin.paths import Shorter
 from plugin.ping import Ping
 from plugin.router import CONTROL, RouterProcess, router_command, router_settings
 from plugin.server import Paths
@@ -41,6 +44,8 @@ from plugin.snapshot import Snapshot
 
 log = structlog.get_logger()
 
+PROGRAMS: Final = Path("/usr/lib/freeflow/overlay.bpf.o")
+"""Where `plugin/image` puts the programs that the kernel runs."""
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -53,6 +58,7 @@ class Plugin:
     driver: Driver
     syncer: Syncer
     hints: Hints
+    keeper: Keeper
     exporter: Exporter | None
     accelerator: Accelerator
     router: RouterProcess | None
@@ -64,6 +70,7 @@ class Plugin:
         self.recover()
         self.syncer.start()
         self.hints.start()
+        self.keeper.start()
         if self.exporter is not None:
             self.exporter.start()
         if self.router is not None:
@@ -81,7 +88,12 @@ def compose(
     def self_address() -> IPAddress | None:
         return late["driver"].self_address()
 
-    kernel = LinuxKernel(paths.host_run, settings.underlay, self_address)
+    kernel = LinuxKernel(
+        paths.host_run,
+        settings.underlay,
+        self_address,
+        PROGRAMS if settings.ebpf == "on" else None,
+    )
     statistics = CallStatistics()
     driver = Driver(
         store,
@@ -148,6 +160,11 @@ def compose(
         accelerator.wake()
 
     driver.on_change(wake, joined)
+    shorter = Shorter(driver, kernel, syncer)
+
+    def connections() -> Connections:
+        return shorter.connections(accelerator.connections())
+
     recovered: list[Recovered] = []
     failures: list[str] = []
 
@@ -178,12 +195,11 @@ def compose(
             statistics=statistics,
             bad_settings=bad_settings,
         ),
-        admin=create_admin(
-            snapshot, Ping(driver, kernel, syncer, router=accelerator), accelerator.connections
-        ),
+        admin=create_admin(snapshot, Ping(driver, kernel, syncer, router=accelerator), connections),
         driver=driver,
         syncer=syncer,
         hints=hints,
+        keeper=Keeper(kernel.keep),
         exporter=Exporter(snapshot, settings.metrics_addr) if settings.metrics_addr else None,
         accelerator=accelerator,
         router=_router(paths, settings, accelerator, failures),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dataplane.control import Connections, Paths, Statistics
+from driver.kernel.shortcut import Stage
 from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, EngineView, IPAddress
 from driver.sync import NetworkState
@@ -22,6 +23,10 @@ class KernelFacts(Protocol):
     def spoofed(self) -> dict[str, int]: ...
 
     def locate(self, network_id: str, mac: str) -> IPAddress | None: ...
+
+    def stage(self) -> Stage: ...
+
+    def takes(self, network_id: str, mac: str) -> bool: ...
 
 
 class RouterFacts(Protocol):

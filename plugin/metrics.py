@@ -217,6 +217,14 @@ METRICS: Final = (
         _per_network(lambda network: network.spoofed),
     ),
     MetricSpec(
+        "freeflow_shortcut",
+        "gauge",
+        "1, with the stage of the shorter way through the kernel that runs as a label",
+        "",
+        ("stage",),
+        lambda status: [((status.shortcut.stage or "off",), 1.0)] if status.shortcut else [],
+    ),
+    MetricSpec(
         "freeflow_router_up",
         "gauge",
         "1 if the router of accelerated connections answers",

@@ -22,6 +22,7 @@ from driver.kernel.namespace import is_namespace
 from driver.model import Endpoint, IPAddress, Network
 from plugin.echo import Prober, probe
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
+from plugin.paths import OVERLAY, SHORT
 
 MAX_COUNT: Final = 20
 
@@ -90,6 +91,9 @@ class Ping:
         found = bool(mac or own)
         host, host_address, local = self._host(network, mac, own is not None)
         tcp, reason = self._tcp(network, host_address, local) if found else ("", "")
+        path = self._path(network, mac or (own.mac if own else ""))
+        if tcp == OVERLAY:
+            tcp = path
         return PingResult(
             address=str(address),
             network=self._name(network),
@@ -99,12 +103,15 @@ class Ping:
             host=host if found else "",
             host_address=host_address if found else "",
             local=local and found,
-            path="overlay",
+            path=path,
             sent=wanted.count,
             round_trips_ms=probe.times,
             tcp=tcp,
             reason=reason,
         )
+
+    def _path(self, network: Network, mac: str) -> str:
+        return SHORT if mac and self._kernel.takes(network.id, mac) else OVERLAY
 
     def _tcp(self, network: Network, host: str, local: bool) -> tuple[str, str]:
         """The path that connections can move to, and why no faster one."""

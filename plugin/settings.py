@@ -166,6 +166,12 @@ SETTINGS: Final = (
         _choice("on", "off"),
     ),
     Setting(
+        "EBPF",
+        "on",
+        "on or off: whether packets of the overlay may take the shorter way through the kernel",
+        _choice("on", "off"),
+    ),
+    Setting(
         "RDMA",
         "on",
         "on or off: whether connections to containers of other hosts may move to RDMA",
@@ -282,6 +288,7 @@ class Settings:
     sync_interval: float = 0.5
     request_deadline: float = 10.0
     acceleration: str = "on"
+    ebpf: str = "on"
     rdma: str = "on"
     session_port: int | None = None
     session_key: str = field(default="", repr=False)

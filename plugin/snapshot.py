@@ -13,10 +13,12 @@ from dataplane.control import DeviceFact, RdmaFacts
 from driver import names
 from driver.driver import Driver
 from driver.errors import FreeFlowError, RouterError, SettingError
+from driver.kernel.shortcut import Stage
 from driver.model import Endpoint, Network
 from driver.sync import NetworkState
 from plugin.calls import CallStatistics
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
+from plugin.paths import OVERLAY, SHORT, relabel
 from plugin.settings import HIDDEN, PLUGIN, SETTINGS, Settings
 from plugin.status import (
     CallStatus,
@@ -31,6 +33,7 @@ from plugin.status import (
     RouterStatus,
     ServiceStatus,
     ShareStatus,
+    ShortcutStatus,
     Status,
 )
 from plugin.totals import Counts, Totals
@@ -127,9 +130,15 @@ class Snapshot:
             )
             for network in self.driver.store.networks()
         ]
+        stage = self.kernel.stage()
         networks = [
             self._network(
-                network, endpoints, states.get(network.id, NetworkState()), str(own or ""), now
+                network,
+                endpoints,
+                states.get(network.id, NetworkState()),
+                str(own or ""),
+                now,
+                stage,
             )
             for network, endpoints in known
         ]
@@ -141,7 +150,7 @@ class Snapshot:
         )
         networks = [_with_sums(network, sums[network.id]) for network in networks]
         problems = self._problems(networks)
-        router = self._router(now, problems)
+        router = self._router(now, problems, stage)
         counts = dict.fromkeys(PATHS, 0)
         for each in router.paths:
             counts[each.path] = counts.get(each.path, 0) + each.count
@@ -168,9 +177,10 @@ class Snapshot:
             ],
             path_counts=counts,
             router=router,
+            shortcut=ShortcutStatus(stage.stage, stage.reason, list(stage.devices)),
         )
 
-    def _router(self, now: float, problems: list[Finding]) -> RouterStatus:
+    def _router(self, now: float, problems: list[Finding], stage: Stage) -> RouterStatus:
         """What the router says; if it says nothing, that is a problem, which is added."""
         try:
             found = self.router.statistics()
@@ -181,6 +191,13 @@ class Snapshot:
                 what = "the router does not answer; new connections stay on the overlay"
                 problems.append(Finding("warning", what, cause, remedy))
             return RouterStatus(up=False)
+
+        def runs(network: str, elsewhere: bool) -> bool:
+            """Whether the shorter way is taken on a network."""
+            return names.short(network) in stage.networks and (
+                not elsewhere or stage.stage == "tunnel"
+            )
+
         return RouterStatus(
             up=True,
             uptime=round(found.uptime, 1),
@@ -193,9 +210,12 @@ class Snapshot:
             noted=found.noted,
             wrong_messages=found.wrong_messages,
             paths=sorted(
-                (
-                    PathStatus(each.network, each.path, each.reason or "", each.count)
-                    for each in paths
+                relabel(
+                    (
+                        PathStatus(each.network, each.path, each.reason or "", each.count)
+                        for each in paths
+                    ),
+                    runs,
                 ),
                 key=lambda each: (each.network, each.path, each.reason),
             ),
@@ -251,6 +271,7 @@ class Snapshot:
         state: NetworkState,
         own: str,
         now: float,
+        stage: Stage,
     ) -> NetworkStatus:
         view = state.view
         engine, _ = self.syncer.engine()
@@ -273,7 +294,7 @@ class Snapshot:
             subnets=[str(subnet.pool) for subnet in network.subnets],
             internal=network.internal,
             ipv6=network.ipv6,
-            path="overlay",
+            path=SHORT if names.short(network.id) in stage.networks else OVERLAY,
             acceleration=network.acceleration,
             endpoints=[
                 _endpoint(endpoint, containers.get(endpoint.id, ""), counts)

@@ -73,7 +73,8 @@ class NetworkStatus(msgspec.Struct, frozen=True):
 
 
 class PathStatus(msgspec.Struct, frozen=True):
-    """Ends of connections of this host's containers. `path`: overlay, shm or rdma; `reason`: why overlay, one word."""
+    """Ends of connections of this host's containers. `path`: overlay, overlay+ebpf, shm or rdma; `reason`: why neither of the
+    last two, one word."""
 
     network: str
     path: str
@@ -152,6 +153,17 @@ class RouterStatus(msgspec.Struct, frozen=True):
     rdma: RdmaStatus | None = None
 
 
+class ShortcutStatus(msgspec.Struct, frozen=True):
+    """The shorter way through the kernel. `stage`: same-host, receive or tunnel, each with those before; empty: off.
+
+    `reason`: why no higher stage runs. `devices` of the host have a program of ours.
+    """
+
+    stage: str
+    reason: str = ""
+    devices: list[str] = []
+
+
 class HostStatus(msgspec.Struct, frozen=True):
     """This host. `engine` is empty while the engine doesn't answer."""
 
@@ -187,3 +199,4 @@ class Status(msgspec.Struct, frozen=True):
     calls: list[CallStatus]
     path_counts: dict[str, int] = {}
     router: RouterStatus | None = None
+    shortcut: ShortcutStatus | None = None

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from dataplane.ebpf.probe import PROGRAMS, probe
+from dataplane.ebpf.probe import PROGRAMS, find_out
 from dataplane.errors import DataplaneError
 
 
@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python3 -m dataplane.ebpf OBJECT\n")
         return 2
     try:
-        found = probe(Path(arguments[0]))
+        found = find_out(Path(arguments[0]))
     except DataplaneError as error:
         sys.stderr.write(f"{error}\n")
         return 2

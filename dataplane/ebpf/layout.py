@@ -11,18 +11,19 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 LAYOUT: Final = 1
+SLOTS: Final = 2048
 
 PUSH4, PUSH6, POP4, POP6 = 1, 2, 4, 8
 _IP4, _IP6, _VXLAN = 1, 2, 4
 
 SETTINGS: Final = struct.Struct("=QQIIIHHB7x")
-PORT: Final = struct.Struct("=I4s4s2sH16s6s2x")
+PORT: Final = struct.Struct("=I4s4s2sH16s6s2xI")
 PLACE_KEY: Final = struct.Struct("=I6s2x")
-PLACE: Final = struct.Struct("=QI4s4sI16s")
+PLACE: Final = struct.Struct("=QI4s4sI16sI4x")
 NETWORK_KEY: Final = struct.Struct("=4s2s2x")
 INDEX: Final = struct.Struct("=I")
 PEER_KEY: Final = struct.Struct("=I4s")
-PEER: Final = struct.Struct("=I4sI4x")
+PEER: Final = struct.Struct("=I4sI4s")
 COUNT: Final = struct.Struct("=8Q")
 
 _NO_IP4: Final = bytes(4)
@@ -75,6 +76,7 @@ class Port:
     mac: str
     ipv4: IPv4Address | None
     ipv6: IPv6Address | None
+    slot: int
 
     def pack(self) -> bytes:
         return PORT.pack(
@@ -85,12 +87,18 @@ class Port:
             _flags(self.ipv4, self.ipv6),
             self.ipv6.packed if self.ipv6 else _NO_IP6,
             _octets(self.mac),
+            self.slot,
         )
 
 
 def pack_vxlan(net: int) -> bytes:
     """The value in `ports` of a VXLAN device."""
-    return PORT.pack(net, bytes(4), _NO_IP4, bytes(2), _VXLAN, _NO_IP6, bytes(6))
+    return PORT.pack(net, bytes(4), _NO_IP4, bytes(2), _VXLAN, _NO_IP6, bytes(6), 0)
+
+
+def unpack_slot(port: bytes) -> int:
+    """The slot in a value of `ports`; 0: a VXLAN device."""
+    return int(PORT.unpack(port)[-1])
 
 
 def pack_place_key(net: int, mac: str) -> bytes:
@@ -111,6 +119,7 @@ class Place:
     seen: int
     ipv4: IPv4Address | None = None
     ipv6: IPv6Address | None = None
+    slot: int = 0
 
     def pack(self) -> bytes:
         return PLACE.pack(
@@ -120,17 +129,19 @@ class Place:
             self.ipv4.packed if self.ipv4 else _NO_IP4,
             _flags(self.ipv4, self.ipv6),
             self.ipv6.packed if self.ipv6 else _NO_IP6,
+            self.slot,
         )
 
     @classmethod
     def unpack(cls, data: bytes) -> Place:
-        seen, index, peer, ipv4, flags, ipv6 = PLACE.unpack(data)
+        seen, index, peer, ipv4, flags, ipv6, slot = PLACE.unpack(data)
         return cls(
             index,
             IPv4Address(peer),
             seen,
             IPv4Address(ipv4) if flags & _IP4 else None,
             IPv6Address(ipv6) if flags & _IP6 else None,
+            slot,
         )
 
 
@@ -152,19 +163,21 @@ def unpack_peer_key(data: bytes) -> tuple[int, IPv4Address]:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How a peer is reached (`struct ff_peer`): by device `index` from address `source`, in packets of `mtu` bytes."""
+    """How a peer is reached (`struct ff_peer`): by device `index` from address `source`, in packets of `mtu` bytes, which
+    `next` takes on; 0.0.0.0: the host's routes say who that is."""
 
     index: int
     source: IPv4Address
     mtu: int
+    next: IPv4Address
 
     def pack(self) -> bytes:
-        return PEER.pack(self.index, self.source.packed, self.mtu)
+        return PEER.pack(self.index, self.source.packed, self.mtu, self.next.packed)
 
     @classmethod
     def unpack(cls, data: bytes) -> Way:
-        index, source, mtu = PEER.unpack(data)
-        return cls(index, IPv4Address(source), mtu)
+        index, source, mtu, following = PEER.unpack(data)
+        return cls(index, IPv4Address(source), mtu, IPv4Address(following))
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@
 #define NEXT TC_ACT_UNSPEC /* to whoever is attached behind us, and then the ordinary way */
 #define VXLAN_FLAGS bpf_htonl(0x08000000)
 #define OVERHEAD 50 /* outer IPv4, UDP, VXLAN, inner Ethernet */
+#define AF_INET 2
 #define ECN 3
 #define CE 3
 #define ECT0 2
@@ -87,7 +88,12 @@ struct HASH(BPF_MAP_TYPE_HASH, __u32, struct ff_port, 16384) ports SEC(".maps");
 struct HASH(BPF_MAP_TYPE_HASH, struct ff_place_key, struct ff_place, 65536) places SEC(".maps");
 struct HASH(BPF_MAP_TYPE_HASH, struct ff_network_key, __u32, 4096) networks SEC(".maps");
 struct HASH(BPF_MAP_TYPE_HASH, struct ff_peer_key, struct ff_peer, 65536) peers SEC(".maps");
-struct HASH(BPF_MAP_TYPE_PERCPU_HASH, __u32, struct ff_count, 16384) counts SEC(".maps");
+struct {
+        __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+        __uint(max_entries, FF_SLOTS);
+        __type(key, __u32);
+        __type(value, struct ff_count);
+} counts SEC(".maps");
 
 static __always_inline const struct ff_settings *the_settings(void)
 {
@@ -213,9 +219,10 @@ static __always_inline int push(struct __sk_buff *skb, const struct ff_port *own
         new.vxlan.vni = own->vni;
         if (bpf_skb_load_bytes(skb, 0, &new.inner, ETH_HLEN))
                 return NEXT;
-        /* Anything that isn't multicast: the neighbour's address takes its place. */
+        /* It is nobody's frame before `ff_out` takes it: of its addresses only this is read, and who is next.
+         */
         new.outer.h_dest[0] = 2;
-        new.outer.h_source[0] = 2;
+        __builtin_memcpy(&new.outer.h_source[2], &peer->next, sizeof(peer->next));
         new.outer.h_proto = bpf_htons(ETH_P_IP);
         /* Refused, with nothing changed, for packets that a tunnel inside the container has already wrapped.
          */
@@ -284,7 +291,7 @@ int ff_port(struct __sk_buff *skb)
                 int verdict = push(skb, own, place, &inner);
 
                 if (verdict == TC_ACT_REDIRECT) {
-                        count = bpf_map_lookup_elem(&counts, &index);
+                        count = bpf_map_lookup_elem(&counts, &own->slot);
                         if (count) {
                                 count->sent_packets++;
                                 count->sent_bytes += length;
@@ -293,7 +300,7 @@ int ff_port(struct __sk_buff *skb)
                 return verdict;
         }
         index = place->ifindex;
-        count = bpf_map_lookup_elem(&counts, &index);
+        count = bpf_map_lookup_elem(&counts, &place->slot);
         if (count) {
                 count->local_packets++;
                 count->local_bytes += skb->len;
@@ -303,18 +310,23 @@ int ff_port(struct __sk_buff *skb)
         return bpf_redirect_peer(index, 0);
 }
 
-/* Our pair's end in the host's namespace: what comes has its header, and the mark says which device leads on.
- */
+/* Our pair's end in the host's namespace: what comes has its header, the mark says which device leads on, and
+ * the last bytes of the source address who is next there. */
 SEC("tc")
 int ff_out(struct __sk_buff *skb)
 {
+        struct bpf_redir_neigh next = {.nh_family = AF_INET};
+        const struct ethhdr *eth = (const void *)(long)skb->data;
         __u32 device = skb->mark;
 
-        if (!device)
+        if (!device || (const void *)(eth + 1) > (const void *)(long)skb->data_end)
                 return TC_ACT_SHOT;
+        __builtin_memcpy(&next.ipv4_nh, &eth->h_source[2], sizeof(next.ipv4_nh));
         /* Nothing of ours is for rules that go by marks. */
         skb->mark = 0;
-        return bpf_redirect_neigh(device, NULL, 0, 0);
+        if (!next.ipv4_nh)
+                return bpf_redirect_neigh(device, NULL, 0, 0);
+        return bpf_redirect_neigh(device, &next, sizeof(next), 0);
 }
 
 /* --- from the underlay */
@@ -365,7 +377,7 @@ int ff_nic(struct __sk_buff *skb)
         const __u32 *net;
         struct ethhdr inner;
         __u64 flags = POP, now;
-        __u32 link;
+        __u32 link, slot;
         bool six;
 
         /* Nearly everything that isn't ours ends here. */
@@ -437,12 +449,13 @@ int ff_nic(struct __sk_buff *skb)
                         return NEXT;
         }
         link = place->ifindex;
+        slot = place->slot;
         if (bpf_skb_adjust_room(skb, -OVERHEAD, BPF_ADJ_ROOM_MAC, flags))
                 return NEXT;
         if (bpf_skb_store_bytes(skb, 0, &inner, sizeof(inner), 0))
                 return TC_ACT_SHOT;
         bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC);
-        count = bpf_map_lookup_elem(&counts, &link);
+        count = bpf_map_lookup_elem(&counts, &slot);
         if (count) {
                 count->nic_packets++;
                 count->nic_bytes += skb->len;
@@ -457,6 +470,7 @@ int ff_vxlan(struct __sk_buff *skb)
 {
         __u32 index = skb->ifindex;
         const struct ff_port *own = bpf_map_lookup_elem(&ports, &index);
+        const struct ff_settings *set;
         const struct ethhdr *eth;
         struct ff_place_key key;
         struct ff_place *place;
@@ -469,7 +483,15 @@ int ff_vxlan(struct __sk_buff *skb)
                 return NEXT;
         key_of(&key, own->net, eth->h_source);
         place = bpf_map_lookup_elem(&places, &key);
-        if (place) {
+        set = the_settings();
+        if (set && !(set->flags & FF_POP4)) {
+                /* Nobody at the NIC sees who is where. That it is elsewhere is noted for the bridge, which
+                 * sees none of its packets and would forget it. */
+                if (!(eth->h_source[0] & 1))
+                        learn(&key, 0, bpf_ktime_get_ns());
+                if (place && place->ifindex)
+                        return NEXT;
+        } else if (place) {
                 /* An address of ours from outside: the bridge's to judge. */
                 if (place->ifindex)
                         return NEXT;
@@ -485,7 +507,7 @@ int ff_vxlan(struct __sk_buff *skb)
         if (!place || !place->ifindex)
                 return NEXT;
         index = place->ifindex;
-        count = bpf_map_lookup_elem(&counts, &index);
+        count = bpf_map_lookup_elem(&counts, &place->slot);
         if (count) {
                 count->vxlan_packets++;
                 count->vxlan_bytes += skb->len;

@@ -46,6 +46,7 @@ struct ff_port {
         __u8 ip6[16];
         __u8 mac[6];
         __u16 zero;
+        __u32 slot; /* of `counts`; 0 for a VXLAN device */
 };
 
 /* `places`: where a MAC address is. */
@@ -62,6 +63,8 @@ struct ff_place {
         __be32 ip4;    /* here: its addresses */
         __u32 flags;
         __u8 ip6[16];
+        __u32 slot; /* here: of `counts` */
+        __u32 zero;
 };
 
 /* `networks`: what a VXLAN header means; the value is the network. */
@@ -81,11 +84,12 @@ struct ff_peer {
         __u32 ifindex; /* of the device that leads to it */
         __be32 source; /* our address on the way */
         __u32 mtu;     /* the largest packet on the way */
-        __u32 zero;
+        __be32 next;   /* who takes it there: a router, or the peer itself. 0: the host's routes say */
 };
 
-/* `counts`, by the index of a container's link; one per CPU. What is received here the link's own counters
- * miss. */
+/* `counts`, by slot; one per CPU. What is received so the link's own counters miss. */
+#define FF_SLOTS 2048
+
 struct ff_count {
         __u64 local_packets, local_bytes; /* received from this host */
         __u64 nic_packets, nic_bytes;     /* received from others, at the NIC */

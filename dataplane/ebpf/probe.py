@@ -90,7 +90,7 @@ def try_out(opened: Object) -> tuple[dict[str, str], int]:
     return lacking, flags
 
 
-def probe(path: Path) -> Found:
+def find_out(path: Path) -> Found:
     """Load every program by itself, and run the trials. Nothing stays in the kernel.
 
     Raises:

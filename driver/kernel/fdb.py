@@ -84,6 +84,38 @@ def place(overlay: Sockets, port: int, vxlan: int | None, mac: str) -> None:
                 raise translate(error, f"telling the bridge where {mac} is") from error
 
 
+def remember(overlay: Sockets, index: int, where: dict[str, IPAddress]) -> None:
+    """Put back what a VXLAN device and its bridge have forgotten: MAC addresses and the peers behind which they are.
+
+    An unspecified peer: the bridge's entry alone.
+
+    Raises:
+        KernelError: an entry is refused.
+    """
+    request = ifinfmsg()
+    request["family"] = socket.AF_BRIDGE
+    request["index"] = index
+    behind_peer: set[str] = set()
+    behind_port: set[str] = set()
+    for message in overlay.dump(
+        lambda route: route.nlm_request(request, RTM_GETNEIGH, msg_flags=NLM_F_REQUEST | NLM_F_DUMP)
+    ):
+        if message["ifindex"] == index:
+            mac = message.get_attr("NDA_LLADDR")
+            (behind_peer if message.get_attr("NDA_DST") else behind_port).add(mac)
+    with overlay.take() as route:
+        for mac, peer in where.items():
+            # Reachable: it ages as what was learned does, and moves as that does.
+            state: dict[str, Any] = {"lladdr": mac, "state": "reachable"}
+            try:
+                if mac not in behind_port:
+                    route.fdb("replace", ifindex=index, flags=_NTF_MASTER, **state)
+                if mac not in behind_peer and not peer.is_unspecified:
+                    route.fdb("replace", ifindex=index, dst=str(peer), flags=_NTF_SELF, **state)
+            except NetlinkError as error:
+                raise translate(error, f"telling the bridge where {mac} is") from error
+
+
 def flood(overlay: Sockets, index: int, peers: frozenset[IPAddress]) -> frozenset[IPAddress]:
     """Make the flood list exactly `peers`; returns those added.
 

@@ -24,6 +24,7 @@ from driver.kernel.arp import Heard
 from driver.kernel.namespace import OVERLAY_PIN
 from driver.kernel.netlink import Sockets
 from driver.kernel.overlay import Overlay
+from driver.kernel.shortcut import Shortcut, Stage
 from driver.model import Endpoint, IPAddress, Network
 from driver.ports import Inventory
 
@@ -50,6 +51,9 @@ class LinuxKernel:
         host_run: Path,
         choice: str = "",
         hint: Callable[[], IPAddress | None] = lambda: None,
+        programs: Path | None = None,
+        *,
+        tcx: bool = True,
     ) -> None:
         self._host_run = host_run
         self._choice = choice
@@ -61,6 +65,9 @@ class LinuxKernel:
         self._opened: Overlay | None = None
         self._made: dict[str, _Made] = {}
         self._flooded: dict[str, tuple[int, frozenset[IPAddress]]] = {}
+        self._shortcut = Shortcut(
+            programs, host_run, self._host_namespace, self._host, self.underlay, tcx=tcx
+        )
 
     # --- the overlay namespace
 
@@ -80,6 +87,7 @@ class LinuxKernel:
             if identity is not None and self._opened is None:
                 opened = Overlay(self._host_run, identity)
                 opened.nft.run(filter.base())
+                self._shortcut.open(opened)
                 self._opened = opened
             return self._opened
 
@@ -96,6 +104,7 @@ class LinuxKernel:
         return opened
 
     def _forget(self) -> None:
+        self._shortcut.forget()
         if self._opened is not None:
             self._opened.close()
             self._opened = None
@@ -119,6 +128,7 @@ class LinuxKernel:
         bridge = self._bridge(overlay, network)
         links.make_veth(self._host, overlay.links, self._host_namespace, network, endpoint, bridge)
         self._filter(overlay, filter.add(endpoint))
+        self._shortcut.attach(network, endpoint)
 
     @staticmethod
     def _filter(overlay: Overlay, commands: str) -> None:
@@ -152,6 +162,7 @@ class LinuxKernel:
     def detach(self, network_id: str, endpoint_id: str) -> None:
         overlay = self._overlay()
         if overlay is not None:
+            self._shortcut.detach(endpoint_id)
             overlay.links.delete(names.host_veth(endpoint_id))
             self._filter(overlay, filter.remove(endpoint_id))
         # Gone with its other end, unless that was in an earlier overlay namespace.
@@ -162,6 +173,7 @@ class LinuxKernel:
         self._flooded.pop(names.short(network_id), None)
         overlay = self._overlay()
         if overlay is not None:
+            self._shortcut.remove_network(network_id)
             overlay.links.delete(names.vxlan(network_id))
             overlay.links.delete(names.bridge(network_id))
 
@@ -170,6 +182,7 @@ class LinuxKernel:
     def set_peers(self, network_id: str, peers: Iterable[IPAddress]) -> frozenset[IPAddress]:
         overlay, wanted, short = self._overlay(), frozenset(peers), names.short(network_id)
         index = overlay.links.index(names.vxlan(network_id)) if overlay is not None else None
+        self._shortcut.set_peers(network_id, wanted)
         if overlay is None or index is None or self._flooded.get(short) == (index, wanted):
             return frozenset()
         self._flooded.pop(short, None)
@@ -206,16 +219,32 @@ class LinuxKernel:
             raise KernelError(f"listening to ARP: {error}") from error
 
     def learned(self, network_id: str) -> dict[str, IPAddress]:
-        """MAC address → the peer behind which the VXLAN device has learned it."""
+        """MAC address → the peer behind which it was learned: by the shorter way, which the VXLAN device sees nothing of,
+        or by that."""
         overlay = self._overlay()
         index = overlay.links.index(names.vxlan(network_id)) if overlay is not None else None
         if overlay is None or index is None:
             return {}
-        return fdb.learned(overlay.links, index)
+        return fdb.learned(overlay.links, index) | self._shortcut.learned(network_id)
 
     def locate(self, network_id: str, mac: str) -> IPAddress | None:
         """The peer behind which a MAC address is; None: on this host, or not learned."""
         return self.learned(network_id).get(mac.lower())
+
+    # --- the shorter way
+
+    def keep(self) -> None:
+        """See `Shortcut.keep`."""
+        if self._overlay() is not None:
+            self._shortcut.keep()
+
+    def stage(self) -> Stage:
+        """How far packets take the shorter way on this host."""
+        return self._shortcut.stage()
+
+    def takes(self, network_id: str, mac: str) -> bool:
+        """Whether packets from this host's containers to a MAC address take the shorter way now."""
+        return self._shortcut.takes(network_id, mac)
 
     # --- what exists
 
@@ -236,15 +265,23 @@ class LinuxKernel:
         )
 
     def links(self) -> dict[str, dict[str, int]]:
-        """Our links in the overlay namespace by name, with their counters: bytes, packets and drops each way."""
+        """Our links in the overlay namespace by name, with their counters: bytes, packets and drops each way.
+
+        What the shorter way brought to a container went past its link, and is counted with it all the same.
+        """
         overlay = self._overlay()
         if overlay is None:
             return {}
-        return {
-            link.name: link.counters
+        found = {
+            link.name: dict(link.counters)
             for link in overlay.links.links()
             if link.name.startswith(names.PREFIXES)
         }
+        for name, count in self._shortcut.counts().items():
+            if name in found:
+                found[name]["tx_packets"] += count.received_packets
+                found[name]["tx_bytes"] += count.received_bytes
+        return found
 
     def spoofed(self) -> dict[str, int]:
         """Frames that the source filter dropped, by the endpoint's short ID."""
@@ -258,6 +295,7 @@ class LinuxKernel:
             if link.name.startswith(names.CONTAINER_VETH) and self._host.delete(link.name)
         ]
         overlay = self._overlay()
+        removed += self._shortcut.remove(overlay)
         if overlay is not None:
             # One by one: the namespace lives on while any process has it open.
             removed += [name for name in self.links() if overlay.links.delete(name)]

@@ -67,12 +67,17 @@ def in_netns(namespace: Path | int, function: Callable[[], T]) -> T:
         os.close(descriptor)
 
 
-def is_namespace(path: Path) -> bool:
-    """Whether a namespace is mounted at `path`: Docker creates the file before it mounts there."""
+def filesystem(path: Path) -> int | None:
+    """The kind of file system that `path` is on, by its magic number (statfs(2)); None if there is no such path."""
     answer = _Statfs()
     if libc.statfs(str(path).encode(), ctypes.byref(answer)) != 0:
-        return False
-    return int(answer.f_type) == _NSFS_MAGIC
+        return None
+    return int(answer.f_type)
+
+
+def is_namespace(path: Path) -> bool:
+    """Whether a namespace is mounted at `path`: Docker creates the file before it mounts there."""
+    return filesystem(path) == _NSFS_MAGIC
 
 
 def is_shared(path: Path, mountinfo: Path = Path("/proc/thread-self/mountinfo")) -> bool:

@@ -81,6 +81,17 @@ def _rdma(rdma: RdmaStatus | None) -> str:
     )
 
 
+def _shortcut(status: Status) -> str:
+    found = status.shortcut
+    if found is None:
+        return ""
+    why = f"; no more: {found.reason}" if found.reason else ""
+    if not found.stage:
+        return f"overlay+ebpf off: {found.reason}\n"
+    where = f" on {', '.join(found.devices)}" if found.devices else ""
+    return f"overlay+ebpf {found.stage}{where}{why}\n"
+
+
 def _network(network: NetworkStatus) -> str:
     facts = [f"VNI {network.vni}", f"UDP {network.port}", f"MTU {network.mtu}", *network.subnets]
     if network.ipv6:
@@ -131,7 +142,7 @@ def findings(problems: Iterable[Finding]) -> str:
 
 def show_status(status: Status) -> str:
     """The whole page."""
-    parts = [verdict(status) + "\n", _host(status) + _router(status)]
+    parts = [verdict(status) + "\n", _host(status) + _router(status) + _shortcut(status)]
     parts += [_network(network) + _paths(status, network) for network in status.networks]
     if not status.networks:
         parts.append(
@@ -149,11 +160,14 @@ def _paths(status: Status, network: NetworkStatus) -> str:
     if not counts:
         return ""
     fast = {
-        path: sum(each.count for each in counts if each.path == path) for path in ("shm", "rdma")
+        path: sum(each.count for each in counts if each.path == path)
+        for path in ("shm", "rdma", "overlay+ebpf")
     }
-    others = [each for each in counts if each.path not in fast]
+    slower = [each for each in counts if each.path not in fast]
+    others = [each for each in counts if each.path not in ("shm", "rdma")]
     rdma = f"{fast['rdma']} on rdma, " if fast["rdma"] else ""
-    text = f"  connections: {fast['shm']} on shm, {rdma}{sum(each.count for each in others)} on overlay"
+    short = f"{fast['overlay+ebpf']} on overlay+ebpf, " if fast["overlay+ebpf"] else ""
+    text = f"  connections: {fast['shm']} on shm, {rdma}{short}{sum(each.count for each in slower)} on overlay"
     if others:
         text += f" ({', '.join(f'{each.reason} {each.count}' for each in others)})"
     return text + "\n"

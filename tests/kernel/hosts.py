@@ -28,7 +28,9 @@ from dataplane.threads import in_thread
 from driver import names
 from driver.kernel.linux import LinuxKernel
 from driver.kernel.namespace import CLONE_NEWNET, check, in_netns, libc
+from driver.kernel.shortcut import Stage
 from driver.model import Endpoint, IPAddress, Network
+from tests.kernel.ebpf_object import built
 
 T = TypeVar("T")
 
@@ -288,6 +290,9 @@ class Host:
             IPv6Address(f"fd01::{number}") if ipv6_underlay else IPv4Address(f"10.1.0.{number}")
         )
         self.mtu = mtu
+        self.programs: Path | None = built()
+        """What the plugin has in its image; None: EBPF=off."""
+        self.tcx = True
         self.containers: list[Container] = []
         self._kernels: list[LinuxKernel] = []
         self._thread = ThreadPoolExecutor(1, f"host{number}")
@@ -315,9 +320,24 @@ class Host:
 
     def new_kernel(self) -> LinuxKernel:
         """As a plugin that has just started has it."""
-        made = self.do(lambda: LinuxKernel(RUN, hint=lambda: self.address))
+        made = self.do(
+            lambda: LinuxKernel(
+                RUN, hint=lambda: self.address, programs=self.programs, tcx=self.tcx
+            )
+        )
         self._kernels.append(made)
         return made
+
+    def ordinary(self) -> None:
+        """From here on as with EBPF=off: all packets go by bridge and VXLAN device."""
+        self.programs = None
+        self.kernel = self.new_kernel()
+        self.do(self.kernel.prepare)
+
+    def without_tcx(self) -> None:
+        """From here on as on a kernel before 6.6."""
+        self.tcx = False
+        self.kernel = self.new_kernel()
 
     def container(self, network: Network, number: int, mac: str = "") -> Container:
         """A container with endpoint `number` of a network, attached, announced and plugged in; it serves."""
@@ -341,6 +361,11 @@ class Host:
             lambda: self.kernel.set_peers(network.id, [other.address for other in others])
         )
 
+    def keep(self) -> Stage:
+        """What the plugin does every second; how far packets take the shorter way then."""
+        self.do(self.kernel.keep)
+        return self.do(self.kernel.stage)
+
     def close(self) -> None:
         for container in self.containers:
             container.close()
@@ -359,6 +384,7 @@ class Lab:
         """Every host is every other's peer."""
         for host in self.hosts:
             host.set_peers(network, *(other for other in self.hosts if other is not host))
+            host.keep()
 
     def link(self, host: Host, state: str) -> None:
         """Pull a host's cable ("down") or plug it in ("up")."""

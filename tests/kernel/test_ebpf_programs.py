@@ -12,7 +12,7 @@ import pytest
 
 from dataplane.ebpf import layout
 from dataplane.ebpf.libbpf import Object
-from dataplane.ebpf.probe import PROGRAMS, STAGES, Found, probe
+from dataplane.ebpf.probe import PROGRAMS, STAGES, Found, find_out
 from dataplane.errors import KernelRefused
 from tests.kernel.ebpf_object import SOURCES, built
 
@@ -36,14 +36,14 @@ int main(void)
         struct ff_settings settings = {.lease = 1, .idle = 2, .inside = 3, .outside = 4,
                                        .flags = FF_PUSH4 | FF_POP6, .port_low = 5, .port_high = 6, .ttl = 7};
         struct ff_port port = {.net = 1, .vni = htonl(77 << 8), .ip4 = inet_addr("10.9.0.2"),
-                               .udp_port = htons(4799), .flags = FF_IP4 | FF_IP6};
+                               .udp_port = htons(4799), .flags = FF_IP4 | FF_IP6, .slot = 9};
         struct ff_port vxlan = {.net = 1, .flags = FF_VXLAN};
         struct ff_place_key place_key = {.net = 1};
         struct ff_place place = {.seen = 1, .ifindex = 2, .peer = inet_addr("10.1.0.2"),
-                                 .ip4 = inet_addr("10.9.0.2"), .flags = FF_IP4 | FF_IP6};
+                                 .ip4 = inet_addr("10.9.0.2"), .flags = FF_IP4 | FF_IP6, .slot = 9};
         struct ff_network_key network = {.vni = htonl(77 << 8), .udp_port = htons(4799)};
         struct ff_peer_key peer_key = {.net = 1, .address = inet_addr("10.1.0.2")};
-        struct ff_peer peer = {.ifindex = 1, .source = inet_addr("10.1.0.1"), .mtu = 1500};
+        struct ff_peer peer = {.ifindex = 1, .source = inet_addr("10.1.0.1"), .mtu = 1500, .next = inet_addr("10.1.0.9")};
         struct ff_count count = {1, 2, 3, 4, 5, 6, 7, 8};
         unsigned char mac[] = {0x02, 0x42, 0x0a, 0x09, 0x00, 0x02};
 
@@ -61,6 +61,7 @@ int main(void)
         SHOW(peer);
         SHOW(count);
         printf("%02x\n", FF_LAYOUT);
+        printf("%04x\n", FF_SLOTS);
         return 0;
 }
 """
@@ -74,11 +75,11 @@ def test_python_and_c_mean_the_same(tmp_path: Path) -> None:
     output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     in_c = [bytes.fromhex(line) for line in output.split()]
     settings = layout.Settings(1, 2, 3, 4, layout.PUSH4 | layout.POP6, (5, 6), 7)
-    place = layout.Place(2, IPv4Address("10.1.0.2"), 1, FOUR, SIX)
-    way = layout.Way(1, IPv4Address("10.1.0.1"), 1500)
+    place = layout.Place(2, IPv4Address("10.1.0.2"), 1, FOUR, SIX, 9)
+    way = layout.Way(1, IPv4Address("10.1.0.1"), 1500, IPv4Address("10.1.0.9"))
     in_python = [
         settings.pack(),
-        layout.Port(1, 77, 4799, MAC, FOUR, SIX).pack(),
+        layout.Port(1, 77, 4799, MAC, FOUR, SIX, 9).pack(),
         layout.pack_vxlan(1),
         layout.pack_place_key(1, MAC),
         place.pack(),
@@ -87,6 +88,7 @@ def test_python_and_c_mean_the_same(tmp_path: Path) -> None:
         way.pack(),
         layout.COUNT.pack(*range(1, 9)),
         bytes([layout.LAYOUT]),
+        layout.SLOTS.to_bytes(2, "big"),
     ]
     assert in_python == in_c
     assert layout.Settings.unpack(in_c[0]) == settings
@@ -99,7 +101,7 @@ def test_python_and_c_mean_the_same(tmp_path: Path) -> None:
 
 def test_the_kernel_takes_every_program() -> None:
     """The verifier of the running kernel accepts each program, and the trials say what it can do."""
-    found = probe(built())
+    found = find_out(built())
     assert found.refused == {}
     assert found.stages[:2] == ("same-host", "receive")
 
@@ -116,7 +118,7 @@ def test_the_command_says_what_the_kernel_takes() -> None:
     answer = json.loads(done.stdout)
     names = [name for group in PROGRAMS.values() for name in group]
     assert answer["programs"] == dict.fromkeys(names, "accepted")
-    assert answer["stages"] == list(probe(built()).stages)
+    assert answer["stages"] == list(find_out(built()).stages)
 
 
 def test_a_file_that_is_no_object_is_refused(tmp_path: Path) -> None:

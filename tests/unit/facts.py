@@ -9,6 +9,7 @@ from pathlib import Path
 from dataplane.control import Connections, ContainerCounts, PathCount, Paths, Statistics
 from driver import names
 from driver.errors import FreeFlowError, RouterError
+from driver.kernel.shortcut import Stage
 from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, EngineView, IPAddress
 from driver.sync import NetworkState
@@ -30,6 +31,16 @@ class FakeKernelFacts:
     def count(self, endpoint_id: str, *, received: int, sent: int) -> None:
         """What the container received and sent; the host's end of the pair counts the reverse."""
         self.counters[names.host_veth(endpoint_id)] = {"rx_bytes": sent, "tx_bytes": received}
+
+    shorter: Stage = field(default_factory=Stage)
+    taken: set[str] = field(default_factory=set)
+
+    def stage(self) -> Stage:
+        return self.shorter
+
+    def takes(self, network_id: str, mac: str) -> bool:
+        del network_id
+        return mac in self.taken
 
     def underlay(self) -> Underlay:
         if isinstance(self.found, FreeFlowError):

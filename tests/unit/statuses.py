@@ -18,6 +18,7 @@ from plugin.status import (
     RouterStatus,
     ServiceStatus,
     ShareStatus,
+    ShortcutStatus,
     Status,
 )
 
@@ -122,6 +123,7 @@ def status(**fields: Any) -> Status:
         problems=[],
         calls=[CallStatus("Join", 7, 1, 1.5, 20.0)],
         path_counts={"overlay": 3, "shm": 2},
+        shortcut=ShortcutStatus("receive", "the host has IPsec policies", []),
         router=RouterStatus(
             up=True,
             uptime=10.0,

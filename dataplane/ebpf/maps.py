@@ -1,0 +1,201 @@
+"""The programs once they are loaded, and their maps as Python sees them.
+
+Maps are pinned, so that programs that an earlier process attached and those of this one share them: what they have learned
+and counted stays. Another layout has other maps, in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Final
+
+from dataplane.ebpf import layout
+from dataplane.ebpf.layout import LAYOUT, Count, Place, Port, Settings, Way
+from dataplane.ebpf.libbpf import Map, Object, pinned
+from dataplane.ebpf.probe import PROGRAMS, Found
+from dataplane.errors import KernelRefused
+
+NAMES: Final = ("settings", "ports", "places", "networks", "peers", "counts")
+_ZERO: Final = layout.INDEX.pack(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Maps:
+    """Each method is one or a few system calls, and safe from any thread. All raise KernelRefused."""
+
+    settings: Map
+    ports: Map
+    places: Map
+    networks: Map
+    peers: Map
+    counts: Map
+
+    # --- settings
+
+    def decide(self, value: Settings) -> None:
+        self.settings.put(_ZERO, value.pack())
+
+    def current(self) -> Settings:
+        return Settings.unpack(self.settings.get(_ZERO) or bytes(layout.SETTINGS.size))
+
+    # --- links of this host
+
+    def take_slot(self, index: int) -> int:
+        """A container's link's slot of `counts`: the one that it has, or a free one, which counts from zero.
+
+        Not for several threads at a time.
+        """
+        key = layout.INDEX.pack(index)
+        taken = {each: layout.unpack_slot(value) for each, value in self.ports.items()}
+        if taken.get(key):
+            return taken[key]
+        free = set(range(1, layout.SLOTS)) - set(taken.values())
+        if not free:
+            raise KernelRefused(f"more than {layout.SLOTS - 1} containers are counted apart")
+        slot = min(free)
+        self.counts.put(layout.INDEX.pack(slot), bytes(self.counts.value_size))
+        return slot
+
+    def put_port(self, index: int, port: Port) -> None:
+        """A container's link."""
+        self.ports.put(layout.INDEX.pack(index), port.pack())
+
+    def put_vxlan(self, index: int, net: int) -> None:
+        self.ports.put(layout.INDEX.pack(index), layout.pack_vxlan(net))
+
+    def drop_port(self, index: int) -> None:
+        self.ports.delete(layout.INDEX.pack(index))
+
+    def port_indexes(self) -> set[int]:
+        return {layout.INDEX.unpack(key)[0] for key in self.ports.keys()}  # noqa: SIM118
+
+    def count(self, index: int) -> Count | None:
+        port = self.ports.get(layout.INDEX.pack(index))
+        slot = 0 if port is None else layout.unpack_slot(port)
+        value = self.counts.get(layout.INDEX.pack(slot)) if slot else None
+        return None if value is None else Count.unpack(value)
+
+    # --- where addresses are
+
+    def put_place(self, net: int, mac: str, place: Place) -> None:
+        self.places.put(layout.pack_place_key(net, mac), place.pack())
+
+    def place(self, net: int, mac: str) -> Place | None:
+        value = self.places.get(layout.pack_place_key(net, mac))
+        return None if value is None else Place.unpack(value)
+
+    def drop_place(self, net: int, mac: str) -> None:
+        self.places.delete(layout.pack_place_key(net, mac))
+
+    def all_places(self) -> Iterator[tuple[int, str, Place]]:
+        """Network, MAC address, where it is."""
+        for key, value in self.places.items():
+            yield *layout.unpack_place_key(key), Place.unpack(value)
+
+    # --- networks and who else is in them
+
+    def put_network(self, vni: int, udp_port: int, net: int) -> None:
+        self.networks.put(layout.pack_network_key(vni, udp_port), layout.INDEX.pack(net))
+
+    def all_networks(self) -> list[tuple[bytes, int]]:
+        """Keys as they are, and what they name."""
+        return [(key, layout.INDEX.unpack(value)[0]) for key, value in self.networks.items()]
+
+    def put_peer(self, net: int, address: IPv4Address, way: Way) -> None:
+        self.peers.put(layout.pack_peer_key(net, address), way.pack())
+
+    def drop_peer(self, net: int, address: IPv4Address) -> None:
+        self.peers.delete(layout.pack_peer_key(net, address))
+
+    def all_peers(self) -> dict[tuple[int, IPv4Address], Way]:
+        return {layout.unpack_peer_key(key): Way.unpack(value) for key, value in self.peers.items()}
+
+    # --- all of it
+
+    def forget_networks(self, alive: set[int]) -> None:
+        """Drop what belongs to networks that aren't."""
+        for key, net in self.all_networks():
+            if net not in alive:
+                self.networks.delete(key)
+        for net, address in self.all_peers():
+            if net not in alive:
+                self.drop_peer(net, address)
+        for net, mac, _ in self.all_places():
+            if net not in alive:
+                self.drop_place(net, mac)
+
+    def forget_ports(self, alive: set[int]) -> None:
+        """Drop what belongs to links that aren't there."""
+        for index in self.port_indexes() - alive:
+            self.drop_port(index)
+        for net, mac, place in self.all_places():
+            if place.index and place.index not in alive:
+                self.drop_place(net, mac)
+
+    def clear(self) -> None:
+        """Nothing takes the shorter way any more."""
+        self.settings.put(_ZERO, bytes(layout.SETTINGS.size))
+        for each in (self.ports, self.places, self.networks, self.peers):
+            for key in each.keys():  # noqa: SIM118
+                each.delete(key)
+
+    def close(self) -> None:
+        for name in NAMES:
+            getattr(self, name).close()
+
+
+class Programs:
+    """The object loaded into the kernel, with the maps that are pinned in `pins`; those that aren't are pinned there.
+
+    Raises KernelRefused: nothing was attached then.
+    """
+
+    def __init__(self, path: Path, pins: Path, found: Found) -> None:
+        self.found = found
+        folder = pins / f"v{LAYOUT}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._object = Object(path)
+        try:
+            usable = [
+                name
+                for stage in found.stages
+                for name in PROGRAMS[stage]
+                if name not in found.refused
+            ]
+            self._object.only(*usable)
+            new = [name for name in NAMES if not self._reuse(name, folder / name)]
+            self._object.load()
+            for name in new:
+                each = self._object.map(name)
+                each.pin(folder / name)
+                each.close()
+            self.maps = Maps(*(self._object.map(name) for name in NAMES))
+        except BaseException:
+            self._object.close()
+            raise
+
+    def _reuse(self, name: str, pin: Path) -> bool:
+        descriptor = pinned(pin)
+        if descriptor is None:
+            return False
+        try:
+            if self._object.reuse(name, descriptor):
+                return True
+        finally:
+            os.close(descriptor)
+        # Of another build, with another size. Its programs go on with it until they are replaced.
+        pin.unlink()
+        return False
+
+    def descriptor(self, name: str) -> int:
+        """A program's."""
+        return self._object.program(name)
+
+    def close(self) -> None:
+        """Let go of them; what is attached stays."""
+        self.maps.close()
+        self._object.close()

@@ -1,0 +1,60 @@
+"""Where maps and links of the shorter way are pinned: a BPF file system of our own below the host's /run.
+
+Like the overlay namespace's pin (`pin.py`) it outlives the plugin's process. A pin that is removed lets its map or link
+go, once no program uses it; a file system that is only unmounted keeps them as long as any mount namespace has a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from pathlib import Path
+from typing import Final
+
+from driver.errors import KernelError
+from driver.kernel.namespace import check, filesystem, libc
+
+PINS: Final = Path("freeflow-admin/bpf")
+"""Below the host's /run."""
+_MAGIC: Final = 0xCAFE4A11
+_MNT_DETACH: Final = 2
+_FLAGS: Final = 2 | 4 | 8
+"""MS_NOSUID, MS_NODEV, MS_NOEXEC."""
+
+
+def make(host_run: Path) -> Path:
+    """Mount it if it isn't; returns where.
+
+    Raises:
+        KernelError: it can't be mounted.
+    """
+    path = host_run / PINS
+    if filesystem(path) == _MAGIC:
+        return path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        path.parent.chmod(0o700)
+    except OSError as error:
+        raise KernelError(f"{path} can't be made: {error.strerror}") from error
+    result = libc.mount(b"bpf", str(path).encode(), b"bpf", ctypes.c_ulong(_FLAGS), b"mode=0700")
+    check(result, f"mounting {path}")
+    return path
+
+
+def is_there(host_run: Path) -> bool:
+    return filesystem(host_run / PINS) == _MAGIC
+
+
+def remove(host_run: Path) -> bool:
+    """Remove all pins, then the file system. False if there was none."""
+    path = host_run / PINS
+    existed = is_there(host_run)
+    if existed:
+        for each in sorted(path.rglob("*"), reverse=True):
+            with contextlib.suppress(OSError):
+                each.rmdir() if each.is_dir() else each.unlink()
+        libc.umount2(str(path).encode(), _MNT_DETACH)
+    # Other mount namespaces have copies of the mount: removing the directory unmounts them all (unlink(2)).
+    with contextlib.suppress(OSError):
+        path.rmdir()
+    return existed

@@ -1,0 +1,598 @@
+"""The shorter way of packets, put into the kernel beside bridge and VXLAN, which stay for all that it doesn't take.
+
+Three stages, each with what the one before has (`dataplane/ebpf/probe.py`). Invariants:
+
+- What it takes away is never missed: a packet that isn't known in every respect goes the ordinary way, and whatever fails
+  here is said in status and stops nothing.
+- The tunnel's stage is on only while nothing of the host would have looked at its packets: no IPsec policy, no rule of the
+  firewall that may mean them. That is looked at again and again; what was found holds for `LEASE` seconds, so that a plugin
+  that has died leaves no packet on a way that may have become wrong.
+- Maps are rebuilt from facts: an entry for a link or a network that the kernel doesn't have any more is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Final
+
+import structlog
+from pyroute2.netlink.exceptions import NetlinkError
+
+from dataplane.ebpf import (
+    NOWHERE,
+    STAGES,
+    Count,
+    Found,
+    Maps,
+    Place,
+    Port,
+    Programs,
+    Settings,
+    find_out,
+)
+from dataplane.errors import KernelRefused
+from driver import names, options
+from driver.errors import FreeFlowError, KernelError
+from driver.kernel import bpffs, fdb, traffic, ways
+from driver.kernel.firewall import Firewall
+from driver.kernel.namespace import in_netns
+from driver.kernel.netlink import Sockets, translate
+from driver.kernel.overlay import Overlay
+from driver.kernel.underlay import Underlay
+from driver.kernel.xfrm import Policies
+from driver.model import Endpoint, IPAddress, Network
+
+log = structlog.get_logger()
+
+LEASE: Final = 300.0
+"""Seconds."""
+IDLE: Final = 60.0
+"""Seconds after which an address that isn't heard is looked for the ordinary way."""
+WAYS_EVERY: Final = 10.0
+TIDY_EVERY: Final = 10.0
+_MTU: Final = 65535
+_UP: Final = 1
+_NO_ADDRESSES: Final = {
+    "attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})],
+}
+"""IN6_ADDR_GEN_MODE_NONE: the pair is nobody's interface."""
+_PORT_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_TTL: Final = Path("/proc/sys/net/ipv4/ip_default_ttl")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Which stage runs on this host (empty: none), and why no higher one does.
+
+    `devices` are the host's with a program; `networks` those whose packets may take it, by short ID.
+    """
+
+    stage: str = ""
+    reason: str = ""
+    devices: tuple[str, ...] = ()
+    networks: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True)
+class _Net:
+    """A network with endpoints here: its links, and who shares it."""
+
+    network: Network
+    net: int
+    vxlan: int
+    peers: frozenset[IPAddress] = frozenset()
+
+
+@dataclass(slots=True)
+class _Endpoint:
+    net: int
+    mac: str
+    index: int
+
+
+@dataclass(slots=True)
+class _State:
+    """What belongs to one overlay namespace."""
+
+    overlay: Overlay
+    programs: Programs
+    inner: traffic.Hooks
+    outer: traffic.Hooks
+    changes: ways.Changes
+    firewall: Firewall
+    policies: Policies
+    nets: dict[str, _Net] = field(default_factory=dict)
+    endpoints: dict[str, _Endpoint] = field(default_factory=dict)
+    ways_due: float = 0.0
+    tidy_due: float = 0.0
+    reason: str = "not looked at yet"
+    missing: dict[IPAddress, str] = field(default_factory=dict)
+    attached: dict[int, float] = field(default_factory=dict)
+    """Devices of the host to which this process has attached its program, and when."""
+    paired: tuple[int, int] | None = None
+    """The pair to which it has."""
+    sysctls: tuple[int, int, int] = (32768, 60999, 64)
+
+    @property
+    def maps(self) -> Maps:
+        return self.programs.maps
+
+    def close(self) -> None:
+        self.programs.close()
+        self.changes.close()
+        self.firewall.close()
+        self.policies.close()
+
+
+class Shortcut:
+    """The shorter way on this host. `programs` is the object file; None: it is off, and what an earlier process left goes.
+
+    `host` are sockets of the host's namespace; `tcx`: false to do without (Linux before 6.6 does). Methods are safe from any thread, and none but `open` raises.
+    """
+
+    def __init__(
+        self,
+        programs: Path | None,
+        host_run: Path,
+        host_namespace: int,
+        host: Sockets,
+        underlay: Callable[[], Underlay],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        tcx: bool = True,
+    ) -> None:
+        self._programs = programs
+        self._tcx = tcx
+        self._host_run = host_run
+        self._host_namespace = host_namespace
+        self._host = host
+        self._underlay = underlay
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._state: _State | None = None
+        self._found: Found | None = None
+        self._failure = "" if programs is not None else "setting EBPF=off"
+        self._complained = ""
+
+    # --- with the overlay namespace
+
+    def open(self, overlay: Overlay) -> None:
+        """Load the programs, and take over what an earlier process has left in this overlay namespace."""
+        with self._lock:
+            if self._programs is None:
+                self._remove(overlay)
+                return
+            try:
+                self._open(overlay, self._programs)
+            except (FreeFlowError, KernelRefused, OSError, NetlinkError) as error:
+                self._failure = str(error)
+                log.warning("packets stay on the ordinary way", reason=str(error))
+                with self._complaining("taking off what an earlier process attached"):
+                    self._remove(overlay)
+
+    def _open(self, overlay: Overlay, path: Path) -> None:
+        if self._found is None:
+            self._found = find_out(path)
+        if not self._found.stages:
+            raise KernelError(self._found.why_not[STAGES[0]])
+        pins = bpffs.make(self._host_run)
+        programs = Programs(path, pins, self._found)
+        inner, outer = self._hooks(overlay)
+        state = _State(
+            overlay,
+            programs,
+            inner,
+            outer,
+            ways.Changes(self._host_namespace),
+            Firewall(self._host_namespace),
+            Policies(self._host_namespace),
+        )
+        pair = self._host.index(names.OUTSIDE)
+        state.attached = dict.fromkeys(outer.devices() - {pair}, float("-inf"))
+        self._state = state
+        self._failure = ""
+        inside = overlay.links.index(names.INSIDE)
+        if state.maps.current().inside != (inside or 0):
+            # Of an earlier overlay namespace: its indexes mean other links here.
+            state.maps.clear()
+
+    def forget(self) -> None:
+        """Close what is open; what is in the kernel stays."""
+        with self._lock:
+            if self._state is not None:
+                self._state.close()
+                self._state = None
+
+    def remove(self, overlay: Overlay | None) -> list[str]:
+        """Take everything of it out of the kernel; returns the names of what was removed."""
+        with self._lock:
+            return self._remove(overlay)
+
+    def _remove(self, overlay: Overlay | None) -> list[str]:
+        removed = []
+        if self._state is not None:
+            with contextlib.suppress(KernelRefused):
+                self._state.maps.clear()
+            self.forget()
+        inner, outer = self._hooks(overlay)
+        pair = self._host.index(names.OUTSIDE)
+        removed += [f"program at device {index}" for index in outer.detach_all() if index != pair]
+        inner.detach_all()
+        if overlay is not None and overlay.links.delete(names.INSIDE):
+            removed.append(names.INSIDE)
+        self._host.delete(names.OUTSIDE)
+        if bpffs.remove(self._host_run):
+            removed.append(str(bpffs.PINS))
+        return removed
+
+    def _hooks(self, overlay: Overlay | None) -> tuple[traffic.Hooks, traffic.Hooks]:
+        """Of the overlay namespace, and of the host's."""
+        admin = (self._host_run / bpffs.PINS).parent
+        host = self._host_namespace, self._host
+        # Devices of an overlay namespace that is gone went with it: only pins are left.
+        there = (overlay.namespace, overlay.links) if overlay is not None else host
+        return (
+            traffic.Hooks("overlay", *there, admin, tcx=self._tcx),
+            traffic.Hooks("host", *host, admin, tcx=self._tcx),
+        )
+
+    @contextlib.contextmanager
+    def _complaining(self, what: str) -> Iterator[None]:
+        """What fails is said once, and is no reason to fail for who asked."""
+        try:
+            yield
+        except (FreeFlowError, KernelRefused, OSError, NetlinkError) as error:
+            text = f"{what}: {error}"
+            if text != self._complained:
+                self._complained = text
+                log.warning("packets stay on the ordinary way", reason=text)
+
+    # --- endpoints and networks
+
+    def attach(self, network: Network, endpoint: Endpoint) -> None:
+        """An endpoint's link is there: let its packets take the shorter way."""
+        with self._lock, self._complaining(f"endpoint {endpoint.id}"):
+            state = self._state
+            if state is None:
+                return
+            links = state.overlay.links
+            index = links.index(names.host_veth(endpoint.id))
+            bridge = links.index(names.bridge(network.id))
+            if index is None or bridge is None:
+                return
+            if not options.ebpf(network.options):
+                self._leave_alone(state, network, index)
+                return
+            self._know(state, network, bridge)
+            ipv4 = endpoint.ipv4.ip if endpoint.ipv4 is not None else None
+            ipv6 = endpoint.ipv6.ip if endpoint.ipv6 is not None else None
+            slot = state.maps.take_slot(index)
+            state.maps.put_port(
+                index, Port(bridge, network.vni, network.port, endpoint.mac, ipv4, ipv6, slot)
+            )
+            state.inner.attach(index, state.programs.descriptor("ff_port"))
+            place = Place(index, NOWHERE, 0, ipv4, ipv6, slot)
+            state.maps.put_place(bridge, endpoint.mac, place)
+            state.endpoints[names.short(endpoint.id)] = _Endpoint(bridge, endpoint.mac, index)
+
+    def _know(self, state: _State, network: Network, bridge: int) -> None:
+        """The network's own part: its VXLAN device, and what its header means."""
+        short = names.short(network.id)
+        vxlan = state.overlay.links.index(names.vxlan(network.id)) or 0
+        known = state.nets.get(short)
+        if known is not None and (known.net, known.vxlan, known.network) == (
+            bridge,
+            vxlan,
+            network,
+        ):
+            return
+        if known is not None and known.net != bridge:
+            state.maps.forget_networks({each.net for each in state.nets.values()} - {known.net})
+        if vxlan and "receive" in state.programs.found.stages:
+            state.maps.put_vxlan(vxlan, bridge)
+            state.inner.attach(vxlan, state.programs.descriptor("ff_vxlan"))
+        if network.overlay:
+            state.maps.put_network(network.vni, network.port, bridge)
+        peers = known.peers if known is not None else frozenset()
+        state.nets[short] = _Net(network, bridge, vxlan, peers)
+        state.ways_due = 0.0
+
+    def _leave_alone(self, state: _State, network: Network, index: int) -> None:
+        """A network without it: also after it had it."""
+        known = state.nets.pop(names.short(network.id), None)
+        state.inner.detach(index)
+        state.maps.drop_port(index)
+        vxlan = state.overlay.links.index(names.vxlan(network.id))
+        if vxlan is not None:
+            state.inner.detach(vxlan)
+            state.maps.drop_port(vxlan)
+        if known is not None:
+            self._tidy(state)
+
+    def detach(self, endpoint_id: str) -> None:
+        """An endpoint's link is about to go: no packet is to be sent to it any more."""
+        with self._lock, self._complaining(f"endpoint {endpoint_id}"):
+            state = self._state
+            known = state.endpoints.pop(names.short(endpoint_id), None) if state else None
+            if state is None or known is None:
+                return
+            place = state.maps.place(known.net, known.mac)
+            if place is not None and place.index == known.index:
+                state.maps.drop_place(known.net, known.mac)
+            state.maps.drop_port(known.index)
+            state.inner.detach(known.index)
+
+    def remove_network(self, network_id: str) -> None:
+        """A network's links are about to go."""
+        with self._lock, self._complaining(f"network {network_id}"):
+            state = self._state
+            known = state.nets.pop(names.short(network_id), None) if state else None
+            if state is None or known is None:
+                return
+            state.maps.drop_port(known.vxlan)
+            state.inner.detach(known.vxlan)
+            state.maps.forget_networks({each.net for each in state.nets.values()})
+
+    def set_peers(self, network_id: str, peers: frozenset[IPAddress]) -> None:
+        """Who shares a network."""
+        with self._lock, self._complaining(f"network {network_id}"):
+            state = self._state
+            known = state.nets.get(names.short(network_id)) if state else None
+            if state is None or known is None or known.peers == peers:
+                return
+            known.peers = peers
+            self._write_peers(state)
+
+    # --- what may change by itself
+
+    def keep(self) -> None:
+        """Look at what may have changed since, and act on it. To be called every second or so."""
+        with self._lock, self._complaining("keeping it up"):
+            state = self._state
+            if state is None:
+                return
+            now = self._clock()
+            changed = bool(state.changes)
+            if changed or now >= state.ways_due:
+                state.ways_due = now + WAYS_EVERY
+                state.sysctls = in_netns(self._host_namespace, _host_sysctls)
+                self._write_peers(state)
+            if now >= state.tidy_due:
+                state.tidy_due = now + TIDY_EVERY
+                self._tidy(state)
+                self._refresh(state)
+            before = state.reason
+            state.reason = self._decide(state)
+            if state.reason != before and before != "not looked at yet":
+                log.info("tunnel of the shorter way", on=not state.reason, reason=state.reason)
+
+    def _write_peers(self, state: _State) -> None:
+        """Where all peers are reached now."""
+        wanted = {peer for known in state.nets.values() for peer in known.peers}
+        try:
+            local = self._underlay().address
+        except FreeFlowError:
+            wanted, local = set(), None
+        found = ways.to(self._host, sorted(wanted, key=str), local)
+        state.missing = found.refused
+        present = state.maps.all_peers()
+        should = {
+            (known.net, peer): found.found[peer]
+            for known in state.nets.values()
+            for peer in known.peers
+            if isinstance(peer, IPv4Address) and peer in found.found
+        }
+        for (net, peer), way in should.items():
+            if present.get((net, peer)) != way:
+                state.maps.put_peer(net, peer, way)
+        for net, peer in present.keys() - should.keys():
+            state.maps.drop_peer(net, peer)
+
+    def _tidy(self, state: _State) -> None:
+        """Drop what is about links that the kernel doesn't have."""
+        alive = {link.index for link in state.overlay.links.links()}
+        for index in state.inner.devices() - alive:
+            state.inner.detach(index)
+        state.maps.forget_ports(alive)
+        state.maps.forget_networks({each.net for each in state.nets.values()} & alive)
+
+    def _refresh(self, state: _State) -> None:
+        """Tell bridges and VXLAN devices of addresses whose packets they don't see: what goes the ordinary way would be
+        flooded."""
+        now = time.monotonic_ns()
+        live: dict[int, dict[str, IPAddress]] = {}
+        for net, mac, place in state.maps.all_places():
+            if not place.index and now - place.seen < IDLE * 1e9:
+                live.setdefault(net, {})[mac] = place.peer
+        for known in state.nets.values():
+            if known.vxlan and known.net in live:
+                fdb.remember(state.overlay.links, known.vxlan, live[known.net])
+
+    def _decide(self, state: _State) -> str:
+        """Switch the tunnel's stage on or off; returns why it is off, empty if it is on."""
+        reason, devices = self._obstacle(state)
+        if not reason:
+            try:
+                self._make_pair(state)
+                self._attach_to_host(state, devices)
+            except (FreeFlowError, KernelRefused, OSError, NetlinkError) as error:
+                reason = str(error)
+        # Headers are put on only where they are taken off, and not any more before they aren't.
+        self._set(state, 0 if reason else state.programs.found.flags)
+        for index in state.attached.keys() - (set() if reason else devices):
+            state.outer.detach(index)
+            del state.attached[index]
+        return reason
+
+    def _attach_to_host(self, state: _State, devices: set[int]) -> None:
+        """Now and then again: somebody else may have taken all programs off a device."""
+        now = self._clock()
+        for index in devices:
+            if now - state.attached.get(index, float("-inf")) > WAYS_EVERY:
+                state.outer.attach(index, state.programs.descriptor("ff_nic"))
+                state.attached[index] = now
+
+    def _obstacle(self, state: _State) -> tuple[str, set[int]]:
+        """Why headers can't be ours to make, and the devices by which peers are reached."""
+        lacking = state.programs.found.why_not.get("tunnel")
+        if lacking:
+            return lacking, set()
+        overlays = [known for known in state.nets.values() if known.vxlan]
+        if not overlays:
+            return "no network here has other hosts", set()
+        underlay = self._underlay()
+        if underlay.address is not None and underlay.address.version != 4:
+            return (
+                "the underlay's address is IPv6: the outer checksum would have to be made too",
+                set(),
+            )
+        present = state.maps.all_peers()
+        devices = {way.index for way in present.values()}
+        if not devices:
+            missing = next(iter(state.missing.items()), None)
+            return (f"peer {missing[0]}: {missing[1]}" if missing else "no peers are known"), set()
+        if state.policies.exist():
+            return "the host has IPsec policies, which would be passed by", set()
+        blocked = state.firewall.obstacle(
+            ports={known.network.port for known in overlays},
+            devices={link.index: link.name for link in self._host.links() if link.index in devices},
+            own={way.source for way in present.values()},
+            peers={peer for _, peer in present},
+        )
+        return blocked, devices
+
+    def _set(self, state: _State, flags: int) -> None:
+        inside, outside = state.paired or (0, 0)
+        low, high, ttl = state.sysctls
+        state.maps.decide(
+            Settings(
+                lease=time.monotonic_ns() + int(LEASE * 1e9) if flags else 0,
+                idle=int(IDLE * 1e9),
+                inside=inside,
+                outside=outside,
+                flags=flags,
+                ports=(low, high),
+                ttl=ttl,
+            )
+        )
+
+    def _make_pair(self, state: _State) -> None:
+        """The veth pair between the namespaces, up, with its programs."""
+        links = state.overlay.links
+        inside, outside = links.index(names.INSIDE), self._host.index(names.OUTSIDE)
+        if inside is None or outside is None:
+            links.delete(names.INSIDE)
+            self._host.delete(names.OUTSIDE)
+            with links.take() as route:
+                try:
+                    route.link(
+                        "add",
+                        ifname=names.INSIDE,
+                        kind="veth",
+                        mtu=_MTU,
+                        state="up",
+                        peer={
+                            "ifname": names.OUTSIDE,
+                            "mtu": _MTU,
+                            "net_ns_fd": self._host_namespace,
+                        },
+                    )
+                except NetlinkError as error:
+                    raise translate(error, f"making veth pair {names.INSIDE}") from error
+            inside, outside = links.index(names.INSIDE), self._host.index(names.OUTSIDE)
+            if inside is None or outside is None:
+                raise KernelError(f"veth pair {names.INSIDE} vanished while it was made")
+        if state.paired != (inside, outside):
+            state.inner.attach(inside, state.programs.descriptor("ff_in"))
+            state.outer.attach(outside, state.programs.descriptor("ff_out"))
+            state.paired = (inside, outside)
+        for sockets, index in ((links, inside), (self._host, outside)):
+            _set_up(sockets, index)
+
+    # --- what others see
+
+    def stage(self) -> Stage:
+        """Which stage runs."""
+        with self._lock:
+            state = self._state
+            if state is None:
+                return Stage("", self._failure or "no network here")
+            why_not = state.programs.found.why_not
+            on_host = tuple(
+                sorted(link.name for link in self._host.links() if link.index in state.attached)
+            )
+            if not state.reason:
+                return Stage("tunnel", "", on_host, frozenset(state.nets))
+            for stage in ("receive", "same-host"):
+                if stage not in why_not:
+                    return Stage(stage, state.reason, on_host, frozenset(state.nets))
+            return Stage("", state.reason)
+
+    def counts(self) -> dict[str, Count]:
+        """What endpoints had of it, by the names of their links."""
+        with self._lock:
+            state = self._state
+            if state is None:
+                return {}
+            found: dict[str, Count] = {}
+            with self._complaining("reading counters"):
+                for short, known in state.endpoints.items():
+                    count = state.maps.count(known.index)
+                    if count is not None:
+                        found[names.HOST_VETH + short] = count
+            return found
+
+    def learned(self, network_id: str) -> dict[str, IPAddress]:
+        """MAC address → the peer where it was heard lately."""
+        with self._lock:
+            state = self._state
+            known = state.nets.get(names.short(network_id)) if state else None
+            if state is None or known is None:
+                return {}
+            now = time.monotonic_ns()
+            found: dict[str, IPAddress] = {}
+            with self._complaining("reading places"):
+                for net, mac, place in state.maps.all_places():
+                    heard = not place.index and now - place.seen < IDLE * 1e9
+                    if net == known.net and heard and place.peer != NOWHERE:
+                        found[mac] = place.peer
+            return found
+
+    def takes(self, network_id: str, mac: str) -> bool:
+        """Whether packets from this host's containers to a MAC address take it now."""
+        with self._lock:
+            state = self._state
+            known = state.nets.get(names.short(network_id)) if state else None
+            if state is None or known is None:
+                return False
+            with self._complaining("reading places"):
+                place = state.maps.place(known.net, mac.lower())
+                if place is None or place.index:
+                    return place is not None
+                fresh = time.monotonic_ns() - place.seen < IDLE * 1e9
+                return fresh and not state.reason and place.peer in known.peers
+            return False
+
+
+def _set_up(sockets: Sockets, index: int) -> None:
+    with sockets.take() as route:
+        try:
+            link = route.link("get", index=index)[0]
+            if not link["flags"] & _UP:
+                with contextlib.suppress(NetlinkError):
+                    route.link("set", index=index, IFLA_AF_SPEC=_NO_ADDRESSES)
+                route.link("set", index=index, state="up")
+        except NetlinkError as error:
+            raise translate(error, f"setting up device {index}") from error
+
+
+def _host_sysctls() -> tuple[int, int, int]:
+    """The kernel's range of UDP source ports, and how far its packets go: of the calling thread's namespace."""
+    low, high = _PORT_RANGE.read_text().split()
+    return int(low), int(high), int(_TTL.read_text())

@@ -1,0 +1,102 @@
+"""Which path packets take that aren't in shared memory: the overlay's ordinary way, or the shorter one (`overlay+ebpf`).
+
+The router knows connections, the driver's `Shortcut` packets: here the two are joined. A connection is on the shorter way
+if packets from this host to the other end's MAC address take it now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Final
+
+import msgspec
+
+from dataplane.control import Connection, Connections
+from driver import allocate
+from driver.driver import Driver
+from driver.model import IPAddress, Network
+from plugin.facts import KernelFacts, SyncFacts
+from plugin.status import PathStatus
+
+OVERLAY: Final = "overlay"
+SHORT: Final = "overlay+ebpf"
+_ELSEWHERE: Final = ("remote", "foreign")
+"""Words of reasons: the other end is on another host; it is on no network of ours."""
+
+
+class Shorter:
+    """Tells which addresses are reached by the shorter way."""
+
+    def __init__(self, driver: Driver, kernel: KernelFacts, syncer: SyncFacts) -> None:
+        self._driver = driver
+        self._kernel = kernel
+        self._syncer = syncer
+
+    def path(self, network: Network, mac: str) -> str:
+        """The path to a MAC address of a network."""
+        return SHORT if mac and self._kernel.takes(network.id, mac) else OVERLAY
+
+    def connections(self, found: Connections) -> Connections:
+        """The router's list, with the shorter way told apart."""
+        networks = {network.id: network for network in self._driver.store.networks()}
+        macs = self._macs()
+        known: dict[tuple[str, str], bool] = {}
+
+        def relabel(each: Connection) -> Connection:
+            network = networks.get(each.network)
+            if each.path != OVERLAY or network is None:
+                return each
+            address = ip_address(each.remote.rpartition(":")[0].strip("[]"))
+            key = (network.id, str(address))
+            if key not in known:
+                known[key] = self._reached(network, address, macs)
+            return msgspec.structs.replace(each, path=SHORT) if known[key] else each
+
+        return msgspec.structs.replace(
+            found, connections=tuple(relabel(each) for each in found.connections)
+        )
+
+    def _macs(self) -> dict[tuple[str, IPAddress], str]:
+        """MAC addresses of this host's endpoints, by network and address."""
+        return {
+            (endpoint.network_id, item.ip): endpoint.mac
+            for endpoint in self._driver.store.endpoints()
+            for item in (endpoint.ipv4, endpoint.ipv6)
+            if item is not None
+        }
+
+    def _reached(
+        self, network: Network, address: IPAddress, macs: dict[tuple[str, IPAddress], str]
+    ) -> bool:
+        """Whether all that an address may be, if it is a VIP, is reached by the shorter way."""
+        state = self._syncer.state().get(network.id)
+        tasks: Iterable[IPAddress] = (address,)
+        if state is not None and isinstance(address, IPv4Address):
+            tasks = state.table.get(address) or (address,)
+        return all(self._takes(network, task, macs) for task in tasks)
+
+    def _takes(
+        self, network: Network, address: IPAddress, macs: dict[tuple[str, IPAddress], str]
+    ) -> bool:
+        mac = macs.get((network.id, address))
+        if mac is None:
+            # Of other hosts' endpoints it is derived, unless the user chose one: then it isn't found.
+            if isinstance(address, IPv6Address):
+                if address not in network.prefix6:
+                    return False
+                address = IPv4Address(int(address) & 0xFFFFFFFF)
+            mac = allocate.mac_for(address)
+        return self._kernel.takes(network.id, mac)
+
+
+def relabel(counts: Iterable[PathStatus], runs: Callable[[str, bool], bool]) -> list[PathStatus]:
+    """The router's counts, which name no addresses: by what runs on a network, for ends on this host and on others."""
+    return [
+        msgspec.structs.replace(each, path=SHORT)
+        if each.path == OVERLAY
+        and each.reason != _ELSEWHERE[1]
+        and runs(each.network, each.reason == _ELSEWHERE[0])
+        else each
+        for each in counts
+    ]

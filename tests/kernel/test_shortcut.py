@@ -1,0 +1,821 @@
+"""The shorter way: every byte arrives, nothing takes it that shouldn't, and what runs is what status says.
+
+That all else works with it is said by the other tests here, whose hosts have it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv6Address
+
+import pytest
+from pyroute2 import IPRoute
+
+from dataplane.ebpf import Count
+from driver import names
+from driver.kernel.bpffs import PINS
+from driver.kernel.shortcut import _State
+from driver.model import Network
+from tests.kernel.frames import IPV4, IPV6, VLAN, ethernet, send, udp
+from tests.kernel.hosts import (
+    RUN,
+    Container,
+    Host,
+    Lab,
+    a_network,
+    an_endpoint,
+    eventually,
+    heard,
+    lab,
+)
+
+DATA = os.urandom(16 << 20)
+
+
+def count(container: Container) -> Count:
+    """What a container has had of the shorter way."""
+    kernel = container.host.kernel
+    return container.host.do(kernel._shortcut.counts)[names.host_veth(container.endpoint.id)]
+
+
+def state_of(host: Host) -> _State:
+    """What its plugin has open."""
+    state = host.kernel._shortcut._state
+    assert state is not None
+    return state
+
+
+@dataclass(frozen=True)
+class World:
+    """`near` and `beside` on the first host, `far` on the second."""
+
+    lab: Lab
+    network: Network
+    near: Container
+    beside: Container
+    far: Container
+
+
+def _world(made: Lab, mtu: int = 1450) -> World:
+    network = a_network(mtu=mtu)
+    first, second = made.hosts[:2]
+    near, beside = first.container(network, 2), first.container(network, 4)
+    far = second.container(network, 3)
+    made.mesh(network)
+    assert near.pings(far.ipv4)
+    assert near.pings(far.ipv6)
+    assert near.pings(beside.ipv4)
+    return World(made, network, near, beside, far)
+
+
+@pytest.fixture(scope="module", params=["tcx", "clsact"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    with lab(2) as made:
+        if request.param == "clsact":
+            for host in made.hosts:
+                host.without_tcx()
+        yield _world(made)
+
+
+@pytest.fixture
+def fresh() -> Iterator[World]:
+    """A world to break."""
+    with lab(2) as made:
+        yield _world(made)
+
+
+def outer(host: Host, port: int = 4799) -> socket.socket:
+    """Hears what leaves a host by its device, as tcpdump does."""
+
+    def make() -> socket.socket:
+        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        made.bind(("eth0", 3))
+        made.settimeout(0.3)
+        return made
+
+    del port
+    return host.do(make)
+
+
+def leaving(packets: socket.socket) -> list[bytes]:
+    """VXLAN packets that left, from their IP header on, once no more come."""
+    found = []
+    with contextlib.suppress(TimeoutError):
+        while True:
+            frame, address = packets.recvfrom(65535)
+            if address[2] == socket.PACKET_OUTGOING and frame[36:38] == struct.pack("!H", 4799):
+                found.append(frame[14:])
+    return found
+
+
+def test_the_whole_way_is_taken(world: World) -> None:
+    """TCP and UDP over IPv4 and IPv6, to another host and beside, arrive byte for byte, and go the shorter way."""
+    for host in world.lab.hosts:
+        assert (host.keep().stage, host.keep().reason) == ("tunnel", "")
+    before = [count(each) for each in (world.near, world.beside, world.far)]
+    for target in (world.far, world.beside):
+        for address in (target.ipv4, target.ipv6):
+            assert world.near.send(address, DATA)
+            assert all(world.near.echoes(address, size) for size in (1, 64, 1300))
+    near, beside, far = (count(each) for each in (world.near, world.beside, world.far))
+    for now, then, counted in (
+        (near, before[0], "sent_bytes"),
+        (far, before[2], "nic_bytes"),
+        (beside, before[1], "local_bytes"),
+    ):
+        assert getattr(now, counted) - getattr(then, counted) > 2 * len(DATA)
+    assert near.nic_packets > before[0].nic_packets
+    assert far.vxlan_packets == before[2].vxlan_packets
+
+
+def test_fragments_of_every_size(world: World) -> None:
+    """Datagrams that the container's own kernel cuts arrive unchanged, and their fragments go the shorter way (IPv4)."""
+    before = count(world.far).nic_packets
+    for size in (1422, 1423, 9000, 65507):
+        assert world.near.echoes(world.far.ipv4, size, whole=False), size
+        assert world.near.echoes(world.far.ipv6, min(size, 65487), whole=False), size
+    assert count(world.far).nic_packets - before > 50
+
+
+@pytest.mark.parametrize("offload", ["tx-udp_tnl-segmentation", "tso", "gso"])
+def test_without_offloads(world: World, offload: str) -> None:
+    """Bulk data arrives byte for byte where the device, or the container's, leaves cutting to the kernel."""
+    host = world.lab.hosts[0]
+    try:
+        if offload.startswith("tx-"):
+            host.run("ethtool", "-K", "eth0", offload, "off")
+        else:
+            world.near.run("ethtool", "-K", "eth0", offload, "off")
+        before = count(world.near).sent_bytes
+        assert world.near.send(world.far.ipv4, DATA)
+        assert world.near.send(world.far.ipv6, DATA)
+        assert count(world.near).sent_bytes - before > 2 * len(DATA)
+    finally:
+        host.run("ethtool", "-K", "eth0", "tx-udp_tnl-segmentation", "on")
+        world.near.run("ethtool", "-K", "eth0", "tso", "on", "gso", "on")
+
+
+@pytest.mark.parametrize("tos", [0, 0x20, 0x22, 0x21, 0x23])
+@pytest.mark.parametrize("family", [4, 6])
+def test_the_header_is_the_kernels_own(world: World, family: int, tos: int) -> None:
+    """On the wire a packet is as the kernel's VXLAN makes it: every field of the outer headers but the identification, the
+    source port too, and every byte inside."""
+    to = world.far.ipv4 if family == 4 else world.far.ipv6
+    host = world.lab.hosts[0]
+    seen = []
+    with world.near.udp(to) as datagrams:
+        if family == 4:
+            datagrams.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, tos)
+        else:
+            datagrams.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, tos)
+        for short in (True, False):
+            before = count(world.near).sent_packets
+            if not short:
+                host.do(lambda: _forget_peers(host))
+            with outer(host) as packets:
+                datagrams.send(b"x" * 100)
+                assert datagrams.recv(200) == b"x" * 100
+                (packet,) = [each for each in leaving(packets) if b"x" * 100 in each]
+            assert (count(world.near).sent_packets > before) == short
+            seen.append(packet)
+        host.do(lambda: host.kernel._shortcut._write_peers(state_of(host)))
+    made, ordinary = (each[:4] + each[6:10] + each[12:] for each in seen)
+    # The inner packet is another one: its own identification and checksum differ in IPv4.
+    inner = 42 if family == 4 else len(made)
+    assert made[:inner] == ordinary[:inner]
+    for each in seen:
+        assert _sum(each[:20]) == 0xFFFF
+        assert len(each) == struct.unpack_from("!H", each, 2)[0]
+        assert struct.unpack_from("!H", each, 24)[0] == len(each) - 20
+
+
+def _forget_peers(host: Host) -> None:
+    maps = state_of(host).maps
+    for net, address in maps.all_peers():
+        maps.drop_peer(net, address)
+
+
+def _sum(data: bytes) -> int:
+    total = int(sum(struct.unpack(f"!{len(data) // 2}H", data)))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+def test_congestion_on_the_way_is_told(world: World) -> None:
+    """A packet that a router on the underlay marked reaches the container marked, by the kernel's own way."""
+    host = world.lab.hosts[0]
+    before = count(world.far)
+    listening = world.far.packets()
+    source, to = world.near.ipv4, world.far.ipv4
+    packet = bytearray(udp(source, to, b"marked" * 10))
+    packet[1] = 2
+    packet[10:12] = bytes(2)
+    packet[10:12] = struct.pack("!H", 0xFFFF - _sum(bytes(packet[:20])))
+    frame = ethernet(world.near.endpoint.mac, world.far.endpoint.mac, IPV4, bytes(packet))
+    vxlan = struct.pack("!II", 0x08000000, world.network.vni << 8) + frame
+
+    def shout() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+            made.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 3)
+            # SO_NO_CHECK: a checksum would send it the kernel's way too.
+            made.setsockopt(socket.SOL_SOCKET, 11, 1)
+            made.sendto(vxlan, (str(world.lab.hosts[1].address), 4799))
+
+    host.do(shout)
+    # The sender knows nothing of it, and its refusal quotes it.
+    (got,) = [each for each in heard(listening) if b"marked" in each and each[23] == 17]
+    assert got[15] & 3 == 3
+    assert count(world.far).vxlan_packets == before.vxlan_packets + 1
+
+
+def test_forged_frames_go_nowhere(world: World) -> None:
+    """A frame to a known address, beside or far, with another's MAC or IP address, or an IP packet wrapped in a VLAN, is
+    dropped by the filter and counted there, as without the shorter way."""
+    host = world.lab.hosts[0]
+    other4, other6 = IPv4Address("10.9.0.99"), IPv6Address("fd42:7::99")
+    own = world.near.endpoint.mac
+    for target in (world.far, world.beside):
+        to = target.endpoint.mac
+        listening = target.packets()
+        forged = [
+            ethernet("02:42:0a:09:00:63", to, IPV4, udp(world.near.ipv4, target.ipv4, b"forged")),
+            ethernet(own, to, IPV4, udp(other4, target.ipv4, b"forged")),
+            ethernet(own, to, IPV4, udp(target.ipv4, target.ipv4, b"forged")),
+            ethernet(own, to, IPV6, udp(other6, target.ipv6, b"forged")),
+            ethernet(own, to, VLAN, b"\0\5\x08\0" + udp(world.near.ipv4, target.ipv4, b"forged")),
+        ]
+        short = names.short(world.near.endpoint.id)
+        before = host.do(host.kernel.spoofed).get(short, 0)
+        with world.near.packets() as packets:
+            send(packets, *forged)
+        assert not [each for each in heard(listening) if b"forged" in each]
+        assert host.do(host.kernel.spoofed)[short] - before == len(forged)
+
+
+def test_a_stranger_teaches_nothing(fresh: World) -> None:
+    """A packet from a host that isn't a peer, or with another network's identifier, doesn't move an address, and doesn't go
+    the shorter way."""
+    victim, stranger = fresh.lab.hosts
+    fresh.lab.hosts[0].set_peers(fresh.network)
+    victim.keep()
+    before = count(fresh.near)
+    frame = ethernet(
+        "02:42:0a:09:00:09",
+        fresh.near.endpoint.mac,
+        IPV4,
+        udp(IPv4Address("10.9.0.9"), fresh.near.ipv4, b"strange"),
+    )
+
+    def shout(vni: int) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+            # SO_NO_CHECK: as VXLAN has it.
+            made.setsockopt(socket.SOL_SOCKET, 11, 1)
+            made.sendto(
+                struct.pack("!II", 0x08000000, vni << 8) + frame, (str(victim.address), 4799)
+            )
+
+    for vni in (fresh.network.vni, fresh.network.vni + 1):
+        stranger.do(lambda v=vni: shout(v))  # type: ignore[misc]
+    assert count(fresh.near).nic_packets == before.nic_packets
+    assert "02:42:0a:09:00:09" not in victim.do(
+        lambda: victim.kernel._shortcut.learned(fresh.network.id)
+    )
+    # The same from a peer does.
+    victim.set_peers(fresh.network, stranger)
+    victim.keep()
+    stranger.do(lambda: shout(fresh.network.vni))
+    assert count(fresh.near).nic_packets == before.nic_packets + 1
+    learned = victim.do(lambda: victim.kernel.learned(fresh.network.id))
+    assert learned["02:42:0a:09:00:09"] == stranger.address
+
+
+def test_nobody_takes_an_address_of_this_host(fresh: World) -> None:
+    """A packet of a peer with the MAC address of a container here doesn't move that: it is reached as before."""
+    host, peer = fresh.lab.hosts
+    frame = ethernet(
+        fresh.beside.endpoint.mac,
+        fresh.near.endpoint.mac,
+        IPV4,
+        udp(fresh.beside.ipv4, fresh.near.ipv4, b"thief"),
+    )
+
+    def shout() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+            made.setsockopt(socket.SOL_SOCKET, 11, 1)
+            packet = struct.pack("!II", 0x08000000, fresh.network.vni << 8) + frame
+            made.sendto(packet, (str(host.address), 4799))
+
+    peer.do(shout)
+    before = count(fresh.beside).local_packets
+    assert fresh.near.echoes(fresh.beside.ipv4)
+    assert count(fresh.beside).local_packets > before
+
+
+def test_an_address_that_moves_is_followed_at_once() -> None:
+    """A container that comes up on another host with its old address is reached there from its announcement on."""
+    with lab(3) as made:
+        network = a_network()
+        near = made.hosts[0].container(network, 2)
+        old = made.hosts[1].container(network, 3)
+        made.hosts[2].container(network, 5)
+        made.mesh(network)
+        assert near.echoes(old.ipv4)
+        made.hosts[1].remove(old)
+        new = made.hosts[2].container(network, 3)
+        assert near.echoes(new.ipv4, tries=1)
+        learned = made.hosts[0].do(
+            lambda: made.hosts[0].kernel.locate(network.id, new.endpoint.mac)
+        )
+        assert learned == made.hosts[2].address
+        # And to the host itself.
+        made.hosts[2].remove(new)
+        here = made.hosts[0].container(network, 3)
+        assert near.echoes(here.ipv4, tries=1)
+        assert (
+            made.hosts[0].do(lambda: made.hosts[0].kernel.locate(network.id, here.endpoint.mac))
+            is None
+        )
+
+
+def test_what_is_not_heard_any_more_goes_the_ordinary_way(fresh: World) -> None:
+    """An address that wasn't heard for a minute is looked for by the kernel's way, and goes the shorter one again when it
+    has answered."""
+    host = fresh.lab.hosts[0]
+    assert fresh.near.echoes(fresh.far.ipv4)
+
+    def age() -> None:
+        maps = state_of(host).maps
+        for net, mac, place in maps.all_places():
+            if not place.index:
+                maps.put_place(net, mac, replace(place, seen=max(0, place.seen - 61 * 10**9)))
+
+    host.do(age)
+    assert not host.do(lambda: host.kernel.takes(fresh.network.id, fresh.far.endpoint.mac))
+    before = count(fresh.near).sent_packets
+    with fresh.near.udp(fresh.far.ipv4) as datagrams:
+        datagrams.send(b"first")
+        assert datagrams.recv(16) == b"first"
+        assert count(fresh.near).sent_packets == before
+        datagrams.send(b"second")
+        assert datagrams.recv(16) == b"second"
+    assert count(fresh.near).sent_packets > before
+
+
+def test_a_plugin_that_has_died_leaves_nothing_to_chance(fresh: World) -> None:
+    """Headers are made for some minutes after the last look at firewall and routes; then all goes the ordinary way."""
+    host = fresh.lab.hosts[0]
+
+    def expire() -> None:
+        maps = state_of(host).maps
+        maps.decide(replace(maps.current(), lease=1))
+
+    host.do(expire)
+    before = count(fresh.near)
+    assert fresh.near.send(fresh.far.ipv4, DATA)
+    now = count(fresh.near)
+    assert (now.sent_packets, now.nic_packets) == (before.sent_packets, before.nic_packets)
+    assert now.vxlan_packets > before.vxlan_packets
+    host.keep()
+    assert fresh.near.send(fresh.far.ipv4, DATA)
+    assert count(fresh.near).sent_packets > now.sent_packets
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_peer_without_it(without: int) -> None:
+    """Where one of two hosts has EBPF=off, everything arrives both ways, and the other still goes the shorter way."""
+    with lab(2) as made:
+        made.hosts[without].ordinary()
+        found = _world(made)
+        for one, other in ((found.near, found.far), (found.far, found.near)):
+            assert one.send(other.ipv4, DATA)
+            assert one.send(other.ipv6, DATA)
+            assert one.echoes(other.ipv4, 30000, whole=False)
+        plain, short = made.hosts[without], made.hosts[1 - without]
+        assert plain.keep().stage == ""
+        assert short.keep().stage == "tunnel"
+        box = found.far if without == 0 else found.near
+        assert count(box).sent_bytes > len(DATA)
+        assert count(box).nic_bytes > len(DATA)
+
+
+def test_off_for_one_network(fresh: World) -> None:
+    """Packets of a network with `-o ebpf=off` stay on the ordinary way, also when it had it before."""
+    host = fresh.lab.hosts[0]
+    other = replace(a_network(2), options={"ebpf": "off"})
+    boxes = [each.container(other, 2 + n) for n, each in enumerate(fresh.lab.hosts)]
+    fresh.lab.mesh(other)
+    assert boxes[0].send(boxes[1].ipv4, DATA)
+    counts = host.do(host.kernel._shortcut.counts)
+    assert names.host_veth(boxes[0].endpoint.id) not in counts
+    assert not host.do(lambda: host.kernel.takes(other.id, boxes[1].endpoint.mac))
+    switched = replace(fresh.network, options={"ebpf": "off"})
+    for box in (fresh.near, fresh.beside):
+        host.do(lambda b=box: host.kernel.attach(switched, b.endpoint))  # type: ignore[misc]
+    assert host.do(host.kernel._shortcut.counts) == {}
+    assert fresh.near.send(fresh.far.ipv4, DATA)
+    assert fresh.near.send(fresh.beside.ipv4, DATA)
+
+
+def test_an_ipv6_underlay_has_the_lower_stages() -> None:
+    """Over an IPv6 underlay packets are received the shorter way, and status says why no header is made."""
+    with lab(2, ipv6_underlay=True) as made:
+        network = a_network(mtu=1430)
+        near, far = (host.container(network, 2 + n) for n, host in enumerate(made.hosts))
+        beside = made.hosts[0].container(network, 4)
+        made.mesh(network)
+        stage = made.hosts[0].keep()
+        assert stage.stage == "receive"
+        assert "IPv6" in stage.reason
+        assert near.send(far.ipv4, DATA)
+        assert near.send(beside.ipv6, DATA)
+        assert count(far).vxlan_bytes > len(DATA)
+        assert count(beside).local_bytes > len(DATA)
+        assert count(near).sent_packets == 0
+
+
+def test_the_bridge_knows_what_passes_it_by(fresh: World) -> None:
+    """Where the kernel's bridge and VXLAN device have forgotten an address that is in use by the shorter way, they are told
+    again: what goes the ordinary way isn't flooded."""
+    host = fresh.lab.hosts[0]
+    device = names.vxlan(fresh.network.id)
+    mac = fresh.far.endpoint.mac
+    host.in_overlay("bridge", "fdb", "del", mac, "dev", device, "self")
+    host.in_overlay("bridge", "fdb", "del", mac, "dev", device, "master")
+    assert fresh.near.echoes(fresh.far.ipv4)
+    host.do(lambda: host.kernel._shortcut._refresh(state_of(host)))
+    shown = host.in_overlay("bridge", "fdb", "show", "dev", device)
+    lines = [line for line in shown.splitlines() if line.startswith(mac)]
+    assert any(str(fresh.lab.hosts[1].address) in line for line in lines)
+    assert any("master" in line for line in lines)
+
+
+def test_counters_are_whole(fresh: World) -> None:
+    """What a container received is counted in full, whichever way it came."""
+    host = fresh.lab.hosts[0]
+    name = names.host_veth(fresh.beside.endpoint.id)
+    before = host.do(host.kernel.links)[name]["tx_bytes"]
+    assert fresh.near.send(fresh.beside.ipv4, DATA)
+    assert fresh.far.send(fresh.beside.ipv4, DATA)
+    assert host.do(host.kernel.links)[name]["tx_bytes"] - before > 2 * len(DATA)
+
+
+# --- routers in containers
+
+
+@pytest.mark.parametrize("offload", ["on", "off"])
+def test_a_container_that_leads_outside(fresh: World, offload: str) -> None:
+    """A container that sends what is for itself on to another network of its own (DNAT) passes on bulk data unchanged,
+    whatever its other device leaves to the kernel: the mark of a tunnel that whole packets keep does no harm there."""
+    router, client = fresh.beside, fresh.far
+    outside = Container(router.host, fresh.network, an_endpoint(fresh.network, 9))
+    try:
+        outside.serve()
+
+        def connect() -> None:
+            with IPRoute() as route:
+                there = {"ifname": "eth0", "net_ns_fd": outside.namespace}
+                route.link("add", ifname="eth1", kind="veth", peer=there)
+
+        router.do(connect)
+        for box, device, address in ((router, "eth1", "10.66.0.1"), (outside, "eth0", "10.66.0.2")):
+            box.run("ip", "addr", "add", f"{address}/24", "dev", device)
+            box.run("ip", "link", "set", device, "up")
+        features = ("tso", "gso", "tx-udp_tnl-segmentation", "tx")
+        router.run(
+            "ethtool", "-K", "eth1", *(part for each in features for part in (each, offload))
+        )
+        router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+        nat = ("iptables", "-t", "nat", "-A")
+        to = ("-j", "DNAT", "--to-destination", "10.66.0.2:7000")
+        router.run(*nat, "PREROUTING", "-p", "tcp", "--dport", "7000", *to)
+        router.run(*nat, "POSTROUTING", "-o", "eth1", "-j", "MASQUERADE")
+        assert client.send(router.ipv4, DATA)
+    finally:
+        outside.close()
+
+
+def test_a_container_that_turns_packets_round(fresh: World) -> None:
+    """A container that rewrites what is for itself and sends it on (DNAT) passes on bulk data unchanged too."""
+    router, client, server = fresh.beside, fresh.far, fresh.near
+    router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+    nat = ("iptables", "-t", "nat", "-A")
+    router.run(
+        *nat,
+        "PREROUTING",
+        "-p",
+        "tcp",
+        "--dport",
+        "7000",
+        "-j",
+        "DNAT",
+        "--to-destination",
+        f"{server.ipv4}:7000",
+    )
+    router.run(*nat, "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
+    assert client.send(router.ipv4, DATA)
+    # From this host's container to the other's, both cut and whole.
+    router.run("iptables", "-t", "nat", "-F", "PREROUTING")
+    router.run(
+        *nat,
+        "PREROUTING",
+        "-p",
+        "tcp",
+        "--dport",
+        "7000",
+        "-j",
+        "DNAT",
+        "--to-destination",
+        f"{client.ipv4}:7000",
+    )
+    assert server.send(router.ipv4, DATA)
+    fourth = fresh.lab.hosts[1].container(fresh.network, 5)
+    assert fourth.send(router.ipv4, DATA)
+    fresh.lab.hosts[0].run("ethtool", "-K", "eth0", "tx-udp_tnl-segmentation", "off")
+    assert fourth.send(router.ipv4, DATA)
+
+
+# --- what keeps it off
+
+
+def _reason(host: Host) -> str:
+    """After a look that asks anew."""
+    state = state_of(host)
+    state.firewall._due = 0.0
+    return host.keep().reason
+
+
+def test_ipsec_keeps_headers_the_kernels(fresh: World) -> None:
+    """While the host has IPsec policies no packet passes them by, and status says so."""
+    host = fresh.lab.hosts[0]
+    policy = ("ip", "xfrm", "policy")
+    host.run(
+        *policy, "add", "src", "192.0.2.1", "dst", "192.0.2.2", "dir", "out", "action", "block"
+    )
+    assert "IPsec" in _reason(host)
+    before = count(fresh.near)
+    assert fresh.near.send(fresh.far.ipv4, DATA)
+    now = count(fresh.near)
+    assert (now.sent_packets, now.nic_packets) == (before.sent_packets, before.nic_packets)
+    host.run(*policy, "delete", "src", "192.0.2.1", "dst", "192.0.2.2", "dir", "out")
+    assert _reason(host) == ""
+
+
+RULES = {
+    "a rule that drops the port": "add rule ip t in udp dport 4799 drop",
+    "a rule that drops the peer": "add rule ip t in ip saddr 10.1.0.2 drop",
+    "a rule that limits": "add rule ip t in udp dport 4000-5000 limit rate over 10/second drop",
+    "a rule in a chain that another jumps to": (
+        "add chain ip t deep; add rule ip t in iifname eth0 jump deep; add rule ip t deep drop"
+    ),
+    "a rule whose condition isn't understood": "add rule ip t in meta length 1000-65535 drop",
+    "a mark on what leaves": "add rule ip t out ip daddr 10.1.0.0/24 meta mark set 1",
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_that_may_mean_it_keeps_it_off(fresh: World, name: str) -> None:
+    """A firewall's rule that may mean the overlay's packets sees them: no header is made or taken off past it, and it works
+    as without the shorter way; without the rule it is on again."""
+    host = fresh.lab.hosts[0]
+    base = (
+        "add table ip t; add chain ip t in { type filter hook input priority 0; }; "
+        "add chain ip t out { type filter hook output priority 0; }; "
+    )
+    host.run("nft", base + RULES[name])
+    assert "firewall" in _reason(host)
+    before = count(fresh.near)
+    fresh.near.echoes(fresh.far.ipv4, tries=1)
+    assert count(fresh.near).sent_packets == before.sent_packets
+    if "drops" in name:
+        assert not fresh.near.echoes(fresh.far.ipv4, tries=1)
+    host.run("nft", "flush", "ruleset")
+    assert _reason(host) == ""
+    # Where the other one is is learned anew, from its first answer.
+    assert fresh.near.echoes(fresh.far.ipv4)
+    assert fresh.near.echoes(fresh.far.ipv4)
+    assert count(fresh.near).sent_packets > before.sent_packets
+
+
+DOCKER = """
+iptables -N DOCKER; iptables -N DOCKER-USER; iptables -P FORWARD DROP
+iptables -A FORWARD -j DOCKER-USER; iptables -A DOCKER-USER -p udp --dport 4799 -j DROP
+iptables -A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+iptables -t nat -N DOCKER
+iptables -t nat -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+iptables -t nat -A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
+iptables -t nat -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+iptables -t nat -A POSTROUTING -s 172.18.0.2/32 -d 172.18.0.2/32 -p tcp -m tcp --dport 80 -j MASQUERADE
+iptables -t nat -A DOCKER -i docker0 -j RETURN
+iptables -t nat -A DOCKER ! -i docker0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 172.18.0.2:80
+iptables -t raw -A PREROUTING -d 172.18.0.2/32 ! -i docker_gwbridge -j DROP
+iptables -A INPUT -p tcp --dport 22 -j ACCEPT
+iptables -A INPUT -p udp --dport 53 -j DROP
+"""
+
+
+def test_dockers_rules_are_no_obstacle(fresh: World) -> None:
+    """With the rules of an engine and its DOCKER-USER, which see nothing of the overlay's packets either way, the shorter way
+    stays on."""
+    host = fresh.lab.hosts[0]
+    for line in DOCKER.strip().splitlines():
+        for command in line.split("; "):
+            host.run(*command.split())
+    assert _reason(host) == ""
+    assert fresh.near.send(fresh.far.ipv4, DATA)
+
+
+def test_a_device_that_is_not_ethernet(fresh: World) -> None:
+    """Where peers are reached by a tunnel without Ethernet, the kernel makes the headers, and status says so."""
+    host = fresh.lab.hosts[0]
+    host.run("ip", "tuntap", "add", "t0", "mode", "tun")
+    host.run("ip", "link", "set", "t0", "up")
+    host.run("ip", "route", "add", f"{fresh.lab.hosts[1].address}/32", "dev", "t0")
+    stage = host.keep()
+    assert (stage.stage, stage.devices) == ("receive", ())
+    assert "not Ethernet" in stage.reason
+    host.run("ip", "link", "del", "t0")
+    assert host.keep().stage == "tunnel"
+
+
+# --- what may change
+
+
+def test_another_device_is_followed(fresh: World) -> None:
+    """When the underlay's address moves to another device (here a bridge over the old one), the shorter way goes with it."""
+    host = fresh.lab.hosts[0]
+    host.run("ip", "link", "add", "br0", "type", "bridge")
+    host.run("ip", "link", "set", "br0", "up")
+    host.run("ip", "addr", "flush", "dev", "eth0")
+    host.run("ip", "link", "set", "eth0", "master", "br0")
+    host.run("ip", "addr", "add", f"{host.address}/24", "dev", "br0")
+    assert host.keep().devices == ("br0",)
+    fresh.lab.hosts[1].run("ip", "neigh", "flush", "all")
+    eventually("the other host", lambda: fresh.near.echoes(fresh.far.ipv4, tries=1))
+    before = count(fresh.near)
+    assert fresh.near.send(fresh.far.ipv4, DATA)
+    assert fresh.far.send(fresh.near.ipv4, DATA)
+    now = count(fresh.near)
+    assert now.sent_bytes - before.sent_bytes > len(DATA)
+    assert now.nic_bytes - before.nic_bytes > len(DATA)
+
+
+def test_a_smaller_mtu_of_the_underlay(fresh: World) -> None:
+    """When the underlay's MTU falls under what the network needs, nothing is lost in silence: what doesn't fit goes the
+    ordinary way, where its sender is told."""
+    host = fresh.lab.hosts[0]
+    host.run("ip", "link", "set", "eth0", "mtu", "1400")
+    host.keep()
+    before = count(fresh.near).sent_packets
+    assert fresh.near.send(fresh.far.ipv4, DATA)
+    assert fresh.near.send(fresh.far.ipv6, DATA)
+    assert count(fresh.near).sent_packets > before
+
+
+def test_the_pair_is_made_again(fresh: World) -> None:
+    """When somebody has removed the pair between the namespaces, it is back with the next look."""
+    host = fresh.lab.hosts[0]
+    host.run("ip", "link", "del", names.OUTSIDE)
+    host.keep()
+    before = count(fresh.near).sent_packets
+    assert fresh.near.send(fresh.far.ipv4, DATA)
+    assert count(fresh.near).sent_packets > before
+
+
+def test_a_program_that_was_taken_off_is_put_back(fresh: World) -> None:
+    """When somebody has taken all programs off the host's device, ours is back some seconds later; until then all arrives."""
+    host = fresh.lab.hosts[0]
+    host.run(
+        "bpftool",
+        "link",
+        "detach",
+        "pinned",
+        str(RUN / PINS / "links-host" / str(next(iter(state_of(host).attached)))),
+    )
+    assert fresh.far.send(fresh.near.ipv4, DATA)
+    state = state_of(host)
+    state.attached = dict.fromkeys(state.attached, float("-inf"))
+    host.keep()
+    before = count(fresh.near).nic_packets
+    assert fresh.far.send(fresh.near.ipv4, DATA)
+    assert count(fresh.near).nic_packets > before
+
+
+# --- the plugin's life
+
+
+def test_it_outlives_the_plugin(fresh: World) -> None:
+    """A connection goes on the shorter way while the plugin is dead; the next one takes over what was learned and counted."""
+    host = fresh.lab.hosts[0]
+    with fresh.near.connect(fresh.far.ipv4) as stream:
+        stream.sendall(b"one ")
+        host.do(host.kernel.close)
+        stream.sendall(DATA)
+        second = host.new_kernel()
+        host._kernels.remove(host.kernel)
+        host.kernel = second
+        host.do(second.prepare)
+        assert host.do(lambda: _places(host)) != []
+        for box in (fresh.near, fresh.beside):
+            host.do(lambda b=box: second.attach(fresh.network, b.endpoint))  # type: ignore[misc]
+        host.set_peers(fresh.network, fresh.lab.hosts[1])
+        assert count(fresh.near).sent_bytes > len(DATA)
+        assert host.keep().stage == "tunnel"
+        before = count(fresh.near).sent_bytes
+        stream.sendall(DATA)
+        stream.shutdown(socket.SHUT_WR)
+        assert len(stream.recv(64)) == 64
+    assert count(fresh.near).sent_bytes - before > len(DATA)
+
+
+def _places(host: Host) -> list[object]:
+    state = state_of(host)
+    return [place for _, _, place in state.maps.all_places() if not place.index]
+
+
+def test_switched_off_it_leaves_nothing(fresh: World) -> None:
+    """A plugin that starts with EBPF=off takes off what the one before attached; connections go on."""
+    host = fresh.lab.hosts[0]
+    with fresh.near.connect(fresh.far.ipv4) as stream:
+        stream.sendall(DATA)
+        host.ordinary()
+        stage = host.keep()
+        assert (stage.stage, stage.reason) == ("", "setting EBPF=off")
+        stream.sendall(DATA)
+        stream.shutdown(socket.SHUT_WR)
+        assert len(stream.recv(64)) == 64
+    _nothing_is_left(host)
+    assert fresh.near.send(fresh.beside.ipv4, DATA)
+
+
+@pytest.mark.parametrize("tcx", [True, False])
+def test_cleanup_leaves_nothing(tcx: bool) -> None:
+    """After cleanup there are no programs, pins, qdiscs, devices or mounts of ours, and others' qdisc and filter stay."""
+    with lab(2) as made:
+        host = made.hosts[0]
+        host.run("tc", "qdisc", "add", "dev", "eth0", "clsact")
+        host.run(
+            *[
+                "tc",
+                "filter",
+                "add",
+                "dev",
+                "eth0",
+                "ingress",
+                "prio",
+                "7",
+                "protocol",
+                "ip",
+                "u32",
+                "match",
+                "u32",
+                "0",
+                "0",
+                "classid",
+                "1:1",
+            ]
+        )
+        if not tcx:
+            host.without_tcx()
+        _world(made)
+        removed = host.do(host.kernel.cleanup)
+        assert names.INSIDE in removed
+        _nothing_is_left(host, "clsact")
+        assert "u32" in host.run("tc", "filter", "show", "dev", "eth0", "ingress")
+        other = made.hosts[1]
+        other.do(other.kernel.cleanup)
+        _nothing_is_left(other)
+
+
+def _nothing_is_left(host: Host, qdisc: str = "") -> None:
+    assert (
+        host.run(
+            "find", str(RUN), "-name", "bpf*", "-o", "-name", "links-*", "-o", "-name", "filters-*"
+        )
+        == ""
+    )
+    assert "bpf" not in host.run("tc", "filter", "show", "dev", "eth0", "ingress")
+    assert ("clsact" in host.run("tc", "qdisc", "show", "dev", "eth0")) == (qdisc == "clsact")
+    assert names.PAIR not in host.run("ip", "-br", "link")
+    assert str(PINS) not in host.run("cat", "/proc/self/mounts")
+    shown = host.run("bpftool", "net", "show", "dev", "eth0", check=False)
+    assert "ff_" not in shown
+
+
+def test_an_endpoint_that_went_leaves_nothing(fresh: World) -> None:
+    """With its last endpoint a network leaves the maps, and with each endpoint its entries."""
+    host = fresh.lab.hosts[0]
+    state = state_of(host)
+    host.remove(fresh.beside)
+    assert host.do(lambda: len(state.maps.port_indexes())) == 2
+    host.remove(fresh.near)
+    host.do(lambda: host.kernel.remove_network(fresh.network.id))
+    assert host.do(lambda: list(state.maps.all_places())) == []
+    assert host.do(state.maps.all_networks) == []
+    assert host.do(state.maps.all_peers) == {}
+    assert host.do(state.maps.port_indexes) == set()
