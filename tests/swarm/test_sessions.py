@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.session_probe import Probe
+from tests.swarm.conftest import make_network, run_container
 from tests.testbed import Bed, Host, wait_until
 
 PORT = 4999
@@ -59,6 +60,36 @@ def wait_joined(what: str, probes: list[HostProbe], timeout: float = 30) -> None
     except TimeoutError as error:
         words = {probe.host.name: probe.says() for probe in probes}
         raise AssertionError(f"{error}: {json.dumps(words, indent=1)}") from error
+
+
+def routers_with_sessions(host: Host) -> set[str]:
+    """The addresses of the hosts with which a host's router says to have a session."""
+    found = host.status()["router"]["rdma"]["hosts"]
+    return {each["address"] for each in found if each["session"]}
+
+
+def listens(host: Host) -> bool:
+    return ":4799 " in host.run("ss", "-Hltn")
+
+
+def test_routers_of_the_plugin(bed: Bed, manager: Host) -> None:
+    """The routers of hosts that share a network have sessions, whatever their engines; without a network the port is closed."""
+    assert not any(listens(host) for host in bed.hosts)
+    network = make_network(manager)
+    sharing = [bed.hosts[0], bed.hosts[1], bed.hosts[3]]
+    boxes = [(host, run_container(host, network)) for host in sharing]
+    for host in sharing:
+        others = {str(other.address) for other in sharing if other is not host}
+        wait_until(
+            f"the sessions of {host.name}",
+            lambda h=host, o=others: routers_with_sessions(h) == o,  # type: ignore[misc]
+            30,
+        )
+    assert not listens(bed.hosts[2])
+    for host, box in boxes:
+        host.docker("rm", "-f", box)
+    for host in sharing:
+        wait_until(f"{host.name} to be quiet", lambda h=host: not listens(h), 30)  # type: ignore[misc]
 
 
 def test_a_life_of_certificates(bed: Bed, manager: Host, probes: list[HostProbe]) -> None:
