@@ -1,10 +1,12 @@
-"""Looks every second at what may have changed under the overlay: see `LinuxKernel.keep`."""
+"""Looks, second by second, at what may have changed under the overlay, and now and then into containers."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Final
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final, Protocol
 
 import structlog
 
@@ -12,14 +14,32 @@ log = structlog.get_logger()
 
 EVERY: Final = 1.0
 """Seconds."""
+INSIDE_EVERY: Final = 10.0
+
+
+class Kept(Protocol):
+    """See `driver.kernel.linux.LinuxKernel`."""
+
+    def keep(self) -> None: ...
+
+    def look_inside(self, endpoint_id: str, sandbox: Path) -> None: ...
 
 
 class Keeper:
-    """The thread that does."""
+    """The thread that does. `sandboxes`: endpoints' IDs, and where their namespaces are. `clock` in seconds."""
 
-    def __init__(self, keep: Callable[[], None], every: float = EVERY) -> None:
-        self._keep = keep
+    def __init__(
+        self,
+        kernel: Kept,
+        sandboxes: Callable[[], Iterable[tuple[str, Path]]],
+        clock: Callable[[], float] = time.monotonic,
+        every: float = EVERY,
+    ) -> None:
+        self._kernel = kernel
+        self._sandboxes = sandboxes
+        self._clock = clock
         self._every = every
+        self._looked = float("-inf")
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -32,11 +52,20 @@ class Keeper:
         if self._thread is not None:
             self._thread.join(timeout=5)
 
+    def once(self) -> None:
+        """One look."""
+        self._kernel.keep()
+        now = self._clock()
+        if now - self._looked >= INSIDE_EVERY:
+            self._looked = now
+            for endpoint_id, sandbox in self._sandboxes():
+                self._kernel.look_inside(endpoint_id, sandbox)
+
     def _run(self) -> None:
         failing = False
         while not self._stopped.wait(self._every):
             try:
-                self._keep()
+                self.once()
                 failing = False
             except Exception:
                 # Whatever one look meets, the next starts from facts again; it is said once.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,7 @@ from driver.keeper import Keeper
 from driver.kernel import public
 from driver.kernel.addresses import exchange
 from driver.kernel.linux import LinuxKernel
+from driver.kernel.namespace import is_namespace
 from driver.model import Endpoint, EngineView, IPAddress
 from driver.recovery import Collector, Recovered, recover
 from driver.resolver import EmbeddedDns
@@ -162,6 +163,12 @@ def compose(
     driver.on_change(wake, joined)
     shorter = Shorter(driver, kernel, syncer)
 
+    def sandboxes() -> Iterator[tuple[str, Path]]:
+        for endpoint in store.endpoints():
+            path = syncer.sandbox(endpoint)
+            if path is not None and is_namespace(path):
+                yield endpoint.id, path
+
     def connections() -> Connections:
         return shorter.connections(accelerator.connections())
 
@@ -199,7 +206,7 @@ def compose(
         driver=driver,
         syncer=syncer,
         hints=hints,
-        keeper=Keeper(kernel.keep),
+        keeper=Keeper(kernel, sandboxes),
         exporter=Exporter(snapshot, settings.metrics_addr) if settings.metrics_addr else None,
         accelerator=accelerator,
         router=_router(paths, settings, accelerator, failures),

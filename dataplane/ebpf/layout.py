@@ -14,7 +14,7 @@ LAYOUT: Final = 1
 SLOTS: Final = 2048
 
 PUSH4, PUSH6, POP4, POP6 = 1, 2, 4, 8
-_IP4, _IP6, _VXLAN = 1, 2, 4
+_IP4, _IP6, _VXLAN, _ENDS = 1, 2, 4, 8
 
 SETTINGS: Final = struct.Struct("=QQIIIHHB7x")
 PORT: Final = struct.Struct("=I4s4s2sH16s6s2xI")
@@ -120,6 +120,8 @@ class Place:
     ipv4: IPv4Address | None = None
     ipv6: IPv6Address | None = None
     slot: int = 0
+    ends: bool = False
+    """Whether what is addressed to the container ends in it."""
 
     def pack(self) -> bytes:
         return PLACE.pack(
@@ -127,7 +129,7 @@ class Place:
             self.index,
             self.peer.packed,
             self.ipv4.packed if self.ipv4 else _NO_IP4,
-            _flags(self.ipv4, self.ipv6),
+            _flags(self.ipv4, self.ipv6) | (_ENDS if self.ends else 0),
             self.ipv6.packed if self.ipv6 else _NO_IP6,
             self.slot,
         )
@@ -142,6 +144,7 @@ class Place:
             IPv4Address(ipv4) if flags & _IP4 else None,
             IPv6Address(ipv6) if flags & _IP6 else None,
             slot,
+            bool(flags & _ENDS),
         )
 
 

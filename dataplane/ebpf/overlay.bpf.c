@@ -422,7 +422,7 @@ int ff_nic(struct __sk_buff *skb)
                 return NEXT;
         key_of(&key, *net, inner.h_dest);
         place = bpf_map_lookup_elem(&places, &key);
-        if (!place || !place->ifindex)
+        if (!place || !place->ifindex || !(place->flags & FF_ENDS))
                 return NEXT;
         /* Only what ends in the container: a packet that was cut by nobody yet keeps the mark of a tunnel,
          * which a container that forwards it would hand to a device that takes it at its word. */

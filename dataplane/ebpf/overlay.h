@@ -36,6 +36,7 @@ struct ff_settings {
 #define FF_IP4 1   /* a container's link, with this IPv4 address */
 #define FF_IP6 2   /* with this IPv6 address */
 #define FF_VXLAN 4 /* a VXLAN device */
+#define FF_ENDS 8  /* in `places`: what is addressed to the container ends in it */
 
 struct ff_port {
         __u32 net;

@@ -238,6 +238,10 @@ class LinuxKernel:
         if self._overlay() is not None:
             self._shortcut.keep()
 
+    def look_inside(self, endpoint_id: str, sandbox: Path | int) -> None:
+        """See `Shortcut.look_inside`."""
+        self._shortcut.look_inside(endpoint_id, sandbox)
+
     def stage(self) -> Stage:
         """How far packets take the shorter way on this host."""
         return self._shortcut.stage()

@@ -16,7 +16,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
@@ -39,7 +39,7 @@ from dataplane.ebpf import (
 from dataplane.errors import KernelRefused
 from driver import names, options
 from driver.errors import FreeFlowError, KernelError
-from driver.kernel import bpffs, fdb, traffic, ways
+from driver.kernel import bpffs, fdb, inside, traffic, ways
 from driver.kernel.firewall import Firewall
 from driver.kernel.namespace import in_netns
 from driver.kernel.netlink import Sockets, translate
@@ -93,7 +93,11 @@ class _Net:
 class _Endpoint:
     net: int
     mac: str
-    index: int
+    place: Place
+
+    @property
+    def index(self) -> int:
+        return self.place.index
 
 
 @dataclass(slots=True)
@@ -197,8 +201,7 @@ class Shortcut:
         state.attached = dict.fromkeys(outer.devices() - {pair}, float("-inf"))
         self._state = state
         self._failure = ""
-        inside = overlay.links.index(names.INSIDE)
-        if state.maps.current().inside != (inside or 0):
+        if state.maps.current().inside != (overlay.links.index(names.INSIDE) or 0):
             # Of an earlier overlay namespace: its indexes mean other links here.
             state.maps.clear()
 
@@ -277,9 +280,28 @@ class Shortcut:
                 index, Port(bridge, network.vni, network.port, endpoint.mac, ipv4, ipv6, slot)
             )
             state.inner.attach(index, state.programs.descriptor("ff_port"))
-            place = Place(index, NOWHERE, 0, ipv4, ipv6, slot)
+            known = state.endpoints.get(names.short(endpoint.id))
+            ends = known is None or known.place.ends
+            place = Place(index, NOWHERE, 0, ipv4, ipv6, slot, ends)
             state.maps.put_place(bridge, endpoint.mac, place)
-            state.endpoints[names.short(endpoint.id)] = _Endpoint(bridge, endpoint.mac, index)
+            state.endpoints[names.short(endpoint.id)] = _Endpoint(bridge, endpoint.mac, place)
+
+    def look_inside(self, endpoint_id: str, sandbox: Path | int) -> None:
+        """See whether a container passes packets on: those for it come the kernel's way then."""
+        with self._lock:
+            if self._state is None or names.short(endpoint_id) not in self._state.endpoints:
+                return
+        with self._complaining(f"endpoint {endpoint_id}"):
+            # It may take a while: not under the lock.
+            ends = not inside.passes_on(sandbox)
+            with self._lock:
+                state = self._state
+                known = state.endpoints.get(names.short(endpoint_id)) if state else None
+                if state is None or known is None or known.place.ends == ends:
+                    return
+                known.place = replace(known.place, ends=ends)
+                state.maps.put_place(known.net, known.mac, known.place)
+                log.info("container passes packets on", endpoint=endpoint_id, so=not ends)
 
     def _know(self, state: _State, network: Network, bridge: int) -> None:
         """The network's own part: its VXLAN device, and what its header means."""
@@ -468,14 +490,14 @@ class Shortcut:
         return blocked, devices
 
     def _set(self, state: _State, flags: int) -> None:
-        inside, outside = state.paired or (0, 0)
+        near, far = state.paired or (0, 0)
         low, high, ttl = state.sysctls
         state.maps.decide(
             Settings(
                 lease=time.monotonic_ns() + int(LEASE * 1e9) if flags else 0,
                 idle=int(IDLE * 1e9),
-                inside=inside,
-                outside=outside,
+                inside=near,
+                outside=far,
                 flags=flags,
                 ports=(low, high),
                 ttl=ttl,
@@ -485,8 +507,8 @@ class Shortcut:
     def _make_pair(self, state: _State) -> None:
         """The veth pair between the namespaces, up, with its programs."""
         links = state.overlay.links
-        inside, outside = links.index(names.INSIDE), self._host.index(names.OUTSIDE)
-        if inside is None or outside is None:
+        near, far = links.index(names.INSIDE), self._host.index(names.OUTSIDE)
+        if near is None or far is None:
             links.delete(names.INSIDE)
             self._host.delete(names.OUTSIDE)
             with links.take() as route:
@@ -505,14 +527,14 @@ class Shortcut:
                     )
                 except NetlinkError as error:
                     raise translate(error, f"making veth pair {names.INSIDE}") from error
-            inside, outside = links.index(names.INSIDE), self._host.index(names.OUTSIDE)
-            if inside is None or outside is None:
+            near, far = links.index(names.INSIDE), self._host.index(names.OUTSIDE)
+            if near is None or far is None:
                 raise KernelError(f"veth pair {names.INSIDE} vanished while it was made")
-        if state.paired != (inside, outside):
-            state.inner.attach(inside, state.programs.descriptor("ff_in"))
-            state.outer.attach(outside, state.programs.descriptor("ff_out"))
-            state.paired = (inside, outside)
-        for sockets, index in ((links, inside), (self._host, outside)):
+        if state.paired != (near, far):
+            state.inner.attach(near, state.programs.descriptor("ff_in"))
+            state.outer.attach(far, state.programs.descriptor("ff_out"))
+            state.paired = (near, far)
+        for sockets, index in ((links, near), (self._host, far)):
             _set_up(sockets, index)
 
     # --- what others see

@@ -40,7 +40,7 @@ int main(void)
         struct ff_port vxlan = {.net = 1, .flags = FF_VXLAN};
         struct ff_place_key place_key = {.net = 1};
         struct ff_place place = {.seen = 1, .ifindex = 2, .peer = inet_addr("10.1.0.2"),
-                                 .ip4 = inet_addr("10.9.0.2"), .flags = FF_IP4 | FF_IP6, .slot = 9};
+                                 .ip4 = inet_addr("10.9.0.2"), .flags = FF_IP4 | FF_IP6 | FF_ENDS, .slot = 9};
         struct ff_network_key network = {.vni = htonl(77 << 8), .udp_port = htons(4799)};
         struct ff_peer_key peer_key = {.net = 1, .address = inet_addr("10.1.0.2")};
         struct ff_peer peer = {.ifindex = 1, .source = inet_addr("10.1.0.1"), .mtu = 1500, .next = inet_addr("10.1.0.9")};
@@ -75,7 +75,7 @@ def test_python_and_c_mean_the_same(tmp_path: Path) -> None:
     output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     in_c = [bytes.fromhex(line) for line in output.split()]
     settings = layout.Settings(1, 2, 3, 4, layout.PUSH4 | layout.POP6, (5, 6), 7)
-    place = layout.Place(2, IPv4Address("10.1.0.2"), 1, FOUR, SIX, 9)
+    place = layout.Place(2, IPv4Address("10.1.0.2"), 1, FOUR, SIX, 9, True)
     way = layout.Way(1, IPv4Address("10.1.0.1"), 1500, IPv4Address("10.1.0.9"))
     in_python = [
         settings.pack(),

@@ -540,6 +540,43 @@ def test_a_container_that_turns_packets_round(fresh: World) -> None:
     assert fourth.send(router.ipv4, DATA)
 
 
+def test_what_is_passed_on_comes_the_kernels_way(fresh: World) -> None:
+    """Once it is seen that a container rewrites what is for itself, packets for it are unwrapped by the kernel; when it no
+    longer does, at the card again."""
+    host, router = fresh.lab.hosts[0], fresh.near
+
+    def look() -> None:
+        host.do(lambda: host.kernel.look_inside(router.endpoint.id, router.namespace))
+
+    def ways() -> tuple[int, int]:
+        before = count(router)
+        assert fresh.far.send(router.ipv4, DATA)
+        now = count(router)
+        return now.nic_packets - before.nic_packets, now.vxlan_packets - before.vxlan_packets
+
+    look()
+    nic, vxlan = ways()
+    assert nic > 0
+    assert vxlan == 0
+    # Docker's own rules, for its name server, mean nothing.
+    dns = ("-d", "127.0.0.11", "-p", "udp", "--dport", "53")
+    router.run("iptables", "-t", "nat", "-A", "POSTROUTING", *dns, "-j", "MASQUERADE")
+    look()
+    assert ways()[1] == 0
+    rule = ("PREROUTING", "-p", "tcp", "--dport", "9", "-j", "REDIRECT", "--to-ports", "7000")
+    router.run("iptables", "-t", "nat", "-A", *rule)
+    look()
+    nic, vxlan = ways()
+    assert nic == 0
+    assert vxlan > 0
+    # It stays so when the endpoint is seen to again.
+    host.do(lambda: host.kernel.attach(fresh.network, router.endpoint))
+    assert ways()[0] == 0
+    router.run("iptables", "-t", "nat", "-D", *rule)
+    look()
+    assert ways()[1] == 0
+
+
 # --- what keeps it off
 
 

@@ -60,7 +60,7 @@ def test_ping_says_host_and_path(bed: Bed, manager: Host) -> None:
     assert found
     result = json.loads(manager.freeflow("ping", "--json", target))
     assert result["host_address"] == str(far.address)
-    assert result["path"] == "overlay"
+    assert result["path"] == "overlay+ebpf"
     assert not result["local"]
     with pytest.raises(CommandError):
         manager.freeflow("ping", "203.0.113.9")

@@ -1,0 +1,50 @@
+"""The thread that looks at what may have changed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from driver.keeper import Keeper
+
+
+@dataclass
+class FakeKept:
+    """Says how often it was asked; `broken`: the first looks fail."""
+
+    looks: int = 0
+    inside: list[tuple[str, Path]] = field(default_factory=list)
+    broken: int = 0
+
+    def keep(self) -> None:
+        self.looks += 1
+        if self.looks <= self.broken:
+            raise RuntimeError("a bug")
+
+    def look_inside(self, endpoint_id: str, sandbox: Path) -> None:
+        self.inside.append((endpoint_id, sandbox))
+
+
+def test_containers_are_looked_into_now_and_then() -> None:
+    """Every look is at the host, only one in ten seconds into containers."""
+    now = [0.0]
+    kernel = FakeKept()
+    made = Keeper(kernel, lambda: [("e", Path("/n"))], lambda: now[0])
+    for _ in range(21):
+        made.once()
+        now[0] += 1
+    assert kernel.looks == 21
+    assert kernel.inside == [("e", Path("/n"))] * 3
+
+
+def test_it_outlives_what_a_look_meets() -> None:
+    """A look that fails is followed by the next; `stop` ends it."""
+    kernel = FakeKept(broken=1)
+    made = Keeper(kernel, list, every=0.01)
+    made.start()
+    deadline = time.monotonic() + 5
+    while kernel.looks < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    made.stop()
+    assert kernel.looks >= 3
