@@ -1,0 +1,302 @@
+"""Whole routers of two hosts, with sessions over an underlay and relays that share this machine's memory, and their faults."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from dataplane.client import RouterClient
+from dataplane.control import EndpointFact, Learn, NetworkFact, RdmaFacts, Settings
+from dataplane.errors import DataplaneError
+from dataplane.router import wire
+from tests.dataplane.library import Library, dial, listen
+from tests.dataplane.places import ROOT
+from tests.kernel.hosts import PREFIX6, Container, Host, Lab, a_network, lab
+from tests.testbed import wait_until
+from tests.unit.swarm_ca import Authority, write
+
+PORT: Final = 4799
+
+
+@pytest.fixture(scope="module")
+def relay(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The relay, built."""
+    if not shutil.which("gcc"):
+        pytest.skip("gcc is missing")
+    to = tmp_path_factory.mktemp("relay") / "freeflow-relay"
+    subprocess.run([ROOT / "dataplane/relay/build.sh", to], check=True, capture_output=True)
+    return to
+
+
+@dataclass
+class Router:
+    """A host's router, with one container."""
+
+    host: Host
+    other: Host
+    box: Container
+    folder: Path
+    relay: Path
+    settings: Settings = field(default_factory=lambda: Settings(session_port=PORT))
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "router.sock"
+
+    @property
+    def client(self) -> RouterClient:
+        return RouterClient(self.folder / "admin.sock")
+
+    def start(self) -> None:
+        """Start it, and tell it what the driver would."""
+        command = [
+            *(sys.executable, "-m", "dataplane.router", "--memory-relay"),
+            *(f"--socket={self.socket}", f"--control={self.folder / 'admin.sock'}"),
+            *(f"--relay={self.relay}", f"--swarm={self.folder / 'swarm'}"),
+        ]
+        with (self.folder / "log").open("ab") as log:
+            self.process = self.host.do(lambda: subprocess.Popen(command, stdout=log, stderr=log))
+        wait_until("the router", self._tell, 20)
+
+    def _tell(self) -> bool:
+        try:
+            self.client.learn(self.facts())
+        except DataplaneError:
+            return False
+        return True
+
+    def facts(self) -> Learn:
+        box = self.box
+        return Learn(
+            endpoints=(
+                EndpointFact(
+                    id=box.endpoint.id,
+                    network=box.network.id,
+                    addresses=(str(box.ipv4), str(box.ipv6)),
+                    namespace=os.fstat(box.namespace).st_ino,
+                    path=f"/proc/{os.getpid()}/fd/{box.namespace}",
+                    container=f"box{self.host.number}",
+                ),
+            ),
+            networks=(
+                NetworkFact(
+                    id=box.network.id,
+                    subnets=("10.9.0.0/24", str(PREFIX6)),
+                    peers=(str(self.other.address),),
+                ),
+            ),
+            settings=self.settings,
+            underlay=str(self.host.address),
+        )
+
+    def rdma(self) -> RdmaFacts:
+        """What it says of other hosts."""
+        found = self.client.statistics().rdma
+        assert found is not None
+        return found
+
+    def linked(self) -> bool:
+        """Whether there is a link with the other host."""
+        return [(each.session, each.link) for each in self.rdma().peers] == [(True, "up")]
+
+    def process_inside(self) -> Library:
+        """A process of the container, welcomed."""
+        made = Library.connect(self.socket, self.box.namespace)
+        made.connection.settimeout(10)
+        made.hear(wire.Welcome)
+        return made
+
+    def kill(self) -> None:
+        """As a crash does it."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+
+
+@dataclass
+class Pair:
+    """Two of them."""
+
+    lab: Lab
+    one: Router
+    other: Router
+    listener: socket.socket
+
+    def connection(self) -> tuple[socket.socket, socket.socket]:
+        """A TCP connection between the containers: `one`'s end, and `other`'s."""
+        client = dial(self.one.box.namespace, str(self.other.box.ipv4))
+        return client, self.listener.accept()[0]
+
+    def linked(self) -> bool:
+        return self.one.linked() and self.other.linked()
+
+    def answers(self) -> tuple[wire.Answer, wire.Answer]:
+        """What both ends of a new connection hear."""
+        a, b = self.one.process_inside(), self.other.process_inside()
+        client, server = self.connection()
+        with contextlib.closing(a), contextlib.closing(b), client, server:
+            a.ask(client)
+            b.ask(server)
+            return a.hear(wire.Answer)[0], b.hear(wire.Answer)[0]  # type: ignore[arg-type]
+
+    def connections(self) -> list[int]:
+        """How many of each host are on RDMA."""
+        return [router.rdma().connections for router in (self.one, self.other)]
+
+    def granted(self) -> bool:
+        return all(isinstance(each, wire.Grant) for each in self.answers())
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority()
+
+
+@pytest.fixture(scope="module")
+def pair(
+    tmp_path_factory: pytest.TempPathFactory, relay: Path, authority: Authority
+) -> Iterator[Pair]:
+    """Two hosts with a container each and a link between their relays. Each scenario leaves them so."""
+    network = a_network()
+    top = tmp_path_factory.mktemp("hosts")
+    with lab(2) as made:
+        boxes = [host.container(network, number) for number, host in enumerate(made.hosts, 1)]
+        made.mesh(network)
+        routers = []
+        for host, other, box in zip(made.hosts, reversed(made.hosts), boxes, strict=True):
+            folder = top / f"host{host.number}"
+            folder.mkdir()
+            write(folder / "swarm", authority.root, authority.node(f"node{host.number}"))
+            routers.append(Router(host, other, box, folder, relay))
+        try:
+            for router in routers:
+                router.start()
+            with listen(boxes[1].namespace, "0.0.0.0") as listener:
+                both = Pair(made, routers[0], routers[1], listener)
+                wait_until("a link", both.linked, 30)
+                yield both
+        finally:
+            for router in routers:
+                if router.process is not None:
+                    router.kill()
+
+
+def test_a_connection_between_hosts(pair: Pair) -> None:
+    """Both ends of a connection get memory of their own host, of which both relays know; closed, nothing is left of it."""
+    with (
+        contextlib.closing(pair.one.process_inside()) as a,
+        contextlib.closing(pair.other.process_inside()) as b,
+    ):
+        client, server = pair.connection()
+        with client, server:
+            a.ask(client)
+            b.ask(server)
+            (grant, memory), (answer, other) = a.hear(wire.Grant), b.hear(wire.Grant)
+            assert memory is not None
+            assert other is not None
+            assert os.fstat(memory).st_ino != os.fstat(other).st_ino
+            assert (grant.side, answer.side) == (0, 0)
+            wait_until("it", lambda: pair.connections() == [1, 1], 10)
+            listed = pair.one.client.connections().connections
+            assert [each.path for each in listed if each.path != "overlay"] == ["rdma"]
+    wait_until(
+        "nothing to be left",
+        lambda: pair.one.rdma().registered == pair.other.rdma().registered == 0,
+        20,
+    )
+
+
+@pytest.fixture
+def kept(pair: Pair) -> Iterator[tuple[Library, Library]]:
+    """A connection that was paired; it must not notice what happens."""
+    before = [router.rdma().broken for router in (pair.one, pair.other)]
+    a, b = pair.one.process_inside(), pair.other.process_inside()
+    client, server = pair.connection()
+    with contextlib.closing(a), contextlib.closing(b), client, server:
+        a.ask(client)
+        b.ask(server)
+        a.hear(wire.Grant)
+        b.hear(wire.Grant)
+        yield a, b
+        wait_until("it to be the only one", lambda: pair.connections() == [1, 1], 20)
+        assert [router.rdma().broken for router in (pair.one, pair.other)] == before
+    wait_until(
+        "its end",
+        lambda: pair.one.rdma().registered == pair.other.rdma().registered == 0,
+        20,
+    )
+
+
+def test_a_lost_session(pair: Pair, kept: tuple[Library, Library]) -> None:
+    """While the routers can't speak, new connections stay on TCP and old ones stay where they are; then all is as before."""
+    a, b = kept
+    later, accepted = pair.connection()
+    pair.lab.link(pair.one.host, "down")
+    wait_until(
+        "both to miss it",
+        lambda: not any(each.session for r in (pair.one, pair.other) for each in r.rdma().peers),
+        20,
+    )
+    a.ask(later)
+    b.ask(accepted)
+    a.hear(wire.Refuse)
+    b.hear(wire.Refuse)
+    pair.lab.link(pair.one.host, "up")
+    wait_until("the link", pair.linked, 30)
+    for end in (later, accepted):
+        end.close()
+    assert pair.granted()
+
+
+def test_a_renewed_certificate(
+    pair: Pair, authority: Authority, kept: tuple[Library, Library]
+) -> None:
+    """It makes sessions anew, and nothing else."""
+    routers = (pair.one, pair.other)
+
+    def sessions() -> list[int]:
+        return [(router.folder / "log").read_text().count('"session up"') for router in routers]
+
+    before = sessions()
+    write(pair.one.folder / "swarm", authority.root, authority.node("node1", "swarm-manager"))
+    wait_until("new sessions", lambda: sessions() == [each + 1 for each in before], 20)
+    wait_until("the link", pair.linked, 20)
+    assert pair.granted()
+
+
+def test_a_secret(pair: Pair) -> None:
+    """A secret that is set in place of certificates makes other nodes of the hosts; they soon pair connections again."""
+    for router in (pair.one, pair.other):
+        router.settings = Settings(session_port=PORT, session_key="s" * 32)
+        router.client.learn(router.facts())
+    nodes = ("node1", "node2")
+
+    def others() -> bool:
+        return not any(
+            each.node in nodes for r in (pair.one, pair.other) for each in r.rdma().peers
+        )
+
+    wait_until("the other nodes", lambda: others() and pair.linked(), 30)
+    assert pair.granted()
+
+
+@pytest.mark.parametrize("dies", ["one", "other"])
+def test_a_killed_router(pair: Pair, dies: str) -> None:
+    """A router that is killed and started again is another one for its peer: connections are soon paired again."""
+    assert pair.granted()
+    killed: Router = getattr(pair, dies)
+    killed.kill()
+    killed.start()
+    wait_until("the link", pair.linked, 45)
+    wait_until("a connection", pair.granted, 20)
