@@ -18,12 +18,11 @@ import click
 from bench import (
     bed,
     control,
+    crosshost,
     image,
-    load,
     machine,
     quick,
     report,
-    rounds,
     samehost,
     stats,
     subjects,
@@ -94,22 +93,27 @@ def same_host(plan: Plan) -> Mapping[str, Row]:
 
 def cross_host(plan: Plan) -> Mapping[str, Row]:
     some = tuple(one for one in plan.subjects if one in stats.SUBJECTS)
-    names = pick(plan.patterns, [one.name for one in load.loads()])
+    names = pick(plan.patterns, crosshost.names())
+    # The host's own network once: its servers have the host's ports.
+    wanted = any(name.startswith(crosshost.LOCAL) for name in names)
+    local = [one for one in some if wanted and one != HOST]
     with (
         congestion_control_allowed(),
         subjects.networks(plan.manager, some),
-        subjects.pairs(plan.manager, plan.worker, some, image.IMAGE) as pairs,
+        # Those of one host last: to remove a suite's containers is to remove all of that host's.
+        subjects.pairs(plan.manager, plan.worker, some, image.IMAGE) as between,
+        subjects.pairs(plan.worker, plan.worker, local, image.IMAGE) as within,
     ):
-        samples = rounds.interleaved(
-            [one for one in load.loads() if one.name in names],
-            pairs,
+        return crosshost.CrossHost(
+            between,
+            within,
+            names,
             plan.rounds,
             plan.seconds or 1.0,
             plan.order,
             plan.say,
             plan.enough(),
-        )
-        return rounds.rows(samples)
+        ).measure()
 
 
 def control_plane(plan: Plan) -> Mapping[str, Row]:

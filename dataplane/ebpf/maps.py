@@ -174,6 +174,7 @@ class Programs:
                 each.pin(folder / name)
                 each.close()
             self.maps = Maps(*(self._object.map(name) for name in NAMES))
+            _unpin_others(pins, folder)
         except BaseException:
             self._object.close()
             raise
@@ -199,3 +200,12 @@ class Programs:
         """Let go of them; what is attached stays."""
         self.maps.close()
         self._object.close()
+
+
+def _unpin_others(pins: Path, own: Path) -> None:
+    """Let maps of another layout go: each with the last attached program that uses it."""
+    for folder in pins.glob("v*"):
+        if folder != own:
+            for pin in folder.iterdir():
+                pin.unlink()
+            folder.rmdir()

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import struct
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
 
 import pytest
 from pyroute2 import IPRoute
@@ -21,6 +24,7 @@ from driver import names
 from driver.kernel.bpffs import PINS
 from driver.kernel.shortcut import _State
 from driver.model import Network
+from tests.kernel.ebpf_object import SOURCES
 from tests.kernel.frames import IPV4, IPV6, VLAN, ethernet, send, udp
 from tests.kernel.hosts import (
     RUN,
@@ -768,6 +772,44 @@ def test_it_outlives_the_plugin(fresh: World) -> None:
         stream.shutdown(socket.SHUT_WR)
         assert len(stream.recv(64)) == 64
     assert count(fresh.near).sent_bytes - before > len(DATA)
+
+
+@pytest.mark.parametrize("change", ["FF_SLOTS 2048", "FF_LAYOUT 1"])
+def test_an_upgrade_is_not_felt(fresh: World, tmp_path: Path, change: str) -> None:
+    """A plugin with other programs, whose maps are of another size or layout, takes over without a byte lost; nothing of the
+    earlier one stays pinned."""
+    sources = tmp_path / "ebpf"
+    shutil.copytree(SOURCES, sources)
+    name, number = change.split()
+    header = (sources / "overlay.h").read_text()
+    assert f"#define {change}\n" in header
+    newer = header.replace(f"#define {change}\n", f"#define {name} {int(number) + 1}\n")
+    (sources / "overlay.h").write_text(newer)
+    host = fresh.lab.hosts[0]
+    host.programs = tmp_path / "newer.o"
+    subprocess.run([sources / "build.sh", host.programs], check=True)
+    old = RUN / PINS / "v0"
+    with fresh.near.connect(fresh.far.ipv4) as stream:
+        stream.sendall(DATA)
+        if name == "FF_LAYOUT":
+            # As if the maps that are used now were of the other version.
+            host.run("mv", str(RUN / PINS / "v1"), str(old))
+        host.do(host.kernel.close)
+        host._kernels.remove(host.kernel)
+        host.kernel = host.new_kernel()
+        host.do(host.kernel.prepare)
+        stream.sendall(DATA)
+        for box in (fresh.near, fresh.beside):
+            host.do(lambda b=box: host.kernel.attach(fresh.network, b.endpoint))  # type: ignore[misc]
+        host.set_peers(fresh.network, fresh.lab.hosts[1])
+        assert host.keep().stage == "tunnel"
+        assert fresh.near.echoes(fresh.far.ipv4)
+        before = count(fresh.near).sent_bytes
+        stream.sendall(DATA)
+        stream.shutdown(socket.SHUT_WR)
+        assert len(stream.recv(64)) == 64
+    assert count(fresh.near).sent_bytes - before > len(DATA)
+    assert host.run("ls", str(old), check=False) == ""
 
 
 def _places(host: Host) -> list[object]:

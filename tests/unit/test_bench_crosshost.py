@@ -1,0 +1,71 @@
+"""The suite `cross-host`: which rows it has, and what it says of the targets."""
+
+from __future__ import annotations
+
+import random
+from ipaddress import IPv4Address
+from pathlib import Path
+
+from bench import crosshost, load
+from bench.crosshost import LOCAL, TARGETS, CrossHost
+from bench.load import Load
+from bench.place import Pair, Place
+from bench.stats import Case, row
+
+PLACE = Place(Path("/proc/1"), IPv4Address("192.0.2.1"))
+FIGURES = {"freeflow": 30.0, "overlay": 20.0, "host": 60.0}
+PAIRS = [Pair(subject, PLACE, PLACE) for subject in FIGURES]
+LOADS = [
+    Load("stream_1", lambda pair, seconds: {"stream_1": FIGURES[pair.subject]}),
+    Load("tcp_rr", lambda pair, seconds: {"tcp_rr_one_core": FIGURES[pair.subject]}),
+]
+
+
+def suite(names: list[str], said: list[str], within: list[Pair]) -> CrossHost:
+    return CrossHost(PAIRS, within, names, 3, 1.0, random.Random(1), said.append, loads=LOADS)
+
+
+def test_both_places_have_rows() -> None:
+    """A case has a row for two hosts and one for one host, each of its own runs; what wasn't picked has no figures."""
+    said: list[str] = []
+    picked = ["stream_1", LOCAL + "stream_1"]
+    found = suite(picked, said, PAIRS[:2]).measure()
+    assert found["stream_1"]["ratio_to_overlay"] == 1.5
+    assert found["stream_1"]["ratio_to_host"] == 0.5
+    assert found[LOCAL + "stream_1"]["ratio_to_overlay"] == 1.5
+    assert found[LOCAL + "stream_1"]["host"] is None
+    assert found["stream_1"]["runs"] == 3
+    assert found["tcp_rr_one_core"]["freeflow"] is None
+    assert "met: stream_1 1.50 (>= 1.35)" in said
+
+
+def test_a_suite_of_another_path_adds_its_rows() -> None:
+    """What else goes between the hosts comes after, with rows of its own."""
+    case = Case("relay", "us", False, "another path")
+    made = suite(["stream_1"], [], [])
+    made.more = [lambda: {"relay": row(case, {"freeflow": [1.0]})}]
+    assert made.measure()["relay"]["freeflow"] == 1.0
+
+
+def test_targets_are_judged() -> None:
+    """More than the target is good for throughput, less for times; a case without figures isn't judged."""
+    fast = Case("stream_4", "Gbit/s", True, "")
+    slow = Case("tcp_rr_one_core", "us", False, "")
+    found = {
+        "stream_4": row(fast, {"freeflow": [13.0], "overlay": [10.0]}),
+        "tcp_rr_one_core": row(slow, {"freeflow": [7.0], "overlay": [10.0]}),
+        "cpu_per_byte": row(load.CPU, {}),
+    }
+    assert crosshost.verdicts(found) == [
+        "MISSED: stream_4 1.30 (>= 1.4)",
+        "met: tcp_rr_one_core 0.70 (<= 0.78)",
+    ]
+
+
+def test_every_target_is_a_case() -> None:
+    """Targets are of cases that there are."""
+    cases = {case.name for case in load.CASES}
+    assert {name.removeprefix(LOCAL) for name in TARGETS} <= cases
+    assert {name.removeprefix(LOCAL) for name in crosshost.names()} == {
+        one.name for one in load.loads()
+    }

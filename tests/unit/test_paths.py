@@ -1,0 +1,114 @@
+"""Which path packets take that aren't in shared memory, as status and connections say it."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from dataplane.control import Connection, Connections
+from driver.kernel.shortcut import Stage
+from plugin.cli.show import show_status
+from plugin.paths import SHORT, Shorter, relabel
+from plugin.status import PathStatus, ShortcutStatus
+from tests.unit.facts import FakeKernelFacts
+from tests.unit.statuses import NET, network, status
+from tests.unit.test_snapshot import World
+
+NEAR_MAC = "02:42:0a:00:04:07"
+FAR_MAC = "02:42:0a:00:04:09"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> tuple[Shorter, FakeKernelFacts]:
+    """An endpoint here, 10.0.4.7; a service with the VIP 10.0.4.2 whose task is elsewhere, 10.0.4.9."""
+    made = World(tmp_path)
+    made.change_state(table={IPv4Address("10.0.4.2"): (IPv4Address("10.0.4.9"),)})
+    return Shorter(made.driver, made.kernel, made.sync), made.kernel
+
+
+def connection(remote: str, path: str = "overlay") -> Connection:
+    return Connection(
+        namespace=1, container="c", network=NET, local="10.0.4.7:1", remote=remote, path=path
+    )
+
+
+@pytest.mark.parametrize(
+    ("remote", "taken", "path"),
+    [
+        ("10.0.4.7:80", {NEAR_MAC}, SHORT),
+        ("10.0.4.9:80", {FAR_MAC}, SHORT),
+        ("10.0.4.9:80", set(), "overlay"),
+        ("10.0.4.2:80", {FAR_MAC}, SHORT),
+        ("10.0.4.2:80", {NEAR_MAC}, "overlay"),
+        ("[2001:db8::1]:80", {NEAR_MAC, FAR_MAC}, "overlay"),
+    ],
+)
+def test_a_connection_is_where_its_packets_are(
+    world: tuple[Shorter, FakeKernelFacts], remote: str, taken: set[str], path: str
+) -> None:
+    """A connection's path is that of packets to its other end, by its address or its VIP; what is unknown is on overlay."""
+    shorter, kernel = world
+    kernel.taken = taken
+    found = shorter.connections(Connections(connections=(connection(remote),), reasons={}))
+    assert [each.path for each in found.connections] == [path]
+
+
+def test_an_ipv6_address_is_its_ipv4_addresss(world: tuple[Shorter, FakeKernelFacts]) -> None:
+    """The IPv6 address of another host's container has the MAC address of the IPv4 address in it."""
+    shorter, kernel = world
+    kernel.taken = {FAR_MAC}
+    prefix = shorter._driver.store.networks()[0].prefix6
+    remote = f"[{prefix[int(IPv4Address('10.0.4.9'))]}]:80"
+    found = shorter.connections(Connections(connections=(connection(remote),), reasons={}))
+    assert found.connections[0].path == SHORT
+
+
+def test_what_is_faster_stays(world: tuple[Shorter, FakeKernelFacts]) -> None:
+    """A connection on shared memory is said to be there, whatever its packets do."""
+    shorter, kernel = world
+    kernel.taken = {NEAR_MAC}
+    found = shorter.connections(
+        Connections(connections=(connection("10.0.4.7:80", "shm"),), reasons={})
+    )
+    assert found.connections[0].path == "shm"
+
+
+def test_counts_are_by_what_runs() -> None:
+    """Counts without addresses: ends on other hosts are on the shorter way if the tunnel runs, those on no network never."""
+    counts = [PathStatus(NET, "overlay", reason, 1) for reason in ("remote", "short", "foreign")]
+    counts.append(PathStatus(NET, "shm", "", 1))
+    local = relabel(counts, lambda network, elsewhere: not elsewhere)
+    assert [each.path for each in local] == ["overlay", SHORT, "overlay", "shm"]
+    both = relabel(counts, lambda network, elsewhere: True)
+    assert [each.path for each in both] == [SHORT, SHORT, "overlay", "shm"]
+    assert relabel(counts, lambda network, elsewhere: False) == counts
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "line"),
+    [
+        (ShortcutStatus("tunnel", "", ["eth0"]), "overlay+ebpf tunnel on eth0"),
+        (
+            ShortcutStatus("receive", "the host has IPsec"),
+            "overlay+ebpf receive; no more: the host has IPsec",
+        ),
+        (ShortcutStatus("", "setting EBPF=off"), "overlay+ebpf off: setting EBPF=off"),
+    ],
+)
+def test_status_says_which_stage_runs(shortcut: ShortcutStatus, line: str) -> None:
+    """`freeflow status` has a line that says how far the shorter way goes, and why no further."""
+    assert line in show_status(status(shortcut=shortcut)).splitlines()
+
+
+def test_status_counts_connections_by_path() -> None:
+    """The line of a network's connections names each path once."""
+    made = status(networks=[network()])
+    assert made.router is not None
+    router = replace(made.router, paths=[PathStatus(NET, SHORT, "remote", 3)])
+    assert "0 on shm, 3 on overlay+ebpf, 0 on overlay (remote 3)" in show_status(
+        replace(made, router=router)
+    )
+    assert Stage().networks == frozenset()
