@@ -22,6 +22,7 @@ from bench import (
     image,
     machine,
     quick,
+    relay,
     report,
     samehost,
     stats,
@@ -217,5 +218,7 @@ def main(
 if __name__ == "__main__":
     if sys.argv[1:2] == ["quick"]:
         quick.main(sys.argv[2:], prog_name="python -m bench quick")
+    elif sys.argv[1:2] == ["relay"]:
+        relay.main(sys.argv[2:], prog_name="python -m bench relay")
     else:
         main()

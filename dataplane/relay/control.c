@@ -197,7 +197,8 @@ static void do_connect(const void *data, int *descriptors)
                 text[0] = 0;
                 error = link_connect(link, &address, text);
         }
-        control_outcome(R_CONNECTED, message->number, error, text);
+        if (error != EINPROGRESS)
+                control_outcome(R_CONNECTED, message->number, error, text);
 }
 
 static void do_unlink(const void *data, int *descriptors)

@@ -92,6 +92,8 @@ static void become(struct link *link, enum link_state state)
 
 static void unmake(struct link *link)
 {
+        if (link->connecting)
+                link_connected(link, ECANCELED, "the link was given up before it was connected");
         if (link->end)
                 link->transport->unmake(link);
         link->end = NULL;
@@ -142,10 +144,23 @@ int link_connect(struct link *link, const struct wire_address *address, char *te
                 snprintf(text, RELAY_TEXT, "the peer's relay speaks another version or transport");
                 return EPROTO;
         }
+        if (link->connecting) {
+                snprintf(text, RELAY_TEXT, "the link is being connected");
+                return EALREADY;
+        }
         error = link->transport->connect(link, address, text);
+        link->connecting = error == EINPROGRESS;
         if (!error)
                 become(link, LINK_UP);
         return error;
+}
+
+void link_connected(struct link *link, int error, const char *text)
+{
+        link->connecting = false;
+        if (!error)
+                become(link, LINK_UP);
+        control_outcome(R_CONNECTED, link->number, error, text);
 }
 
 void link_stream(struct link *link)

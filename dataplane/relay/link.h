@@ -26,7 +26,8 @@ struct link {
         struct node ending;  /* those that are dropped */
         uint32_t number;
         enum link_state state;
-        bool lost; /* it has been down: who goes on counts as resumed */
+        bool connecting; /* R_CONNECTED is owed */
+        bool lost;       /* it has been down: who goes on counts as resumed */
         const struct transport *transport;
         void *end;        /* the transport's own */
         uint64_t sent;    /* messages */
@@ -56,6 +57,8 @@ uint64_t links_beat(uint64_t present);
 /* A mirror has something to say. False: the link can't. */
 bool link_ready(struct link *link, struct mirror *mirror);
 
+/* R_CONNECT has come to its end: answers it. */
+void link_connected(struct link *link, int error, const char *text);
 /* From the transport. After link_down() the link has no end any more. */
 void link_message(struct link *link, const void *data, size_t size);
 void link_completed(struct link *link, uint64_t batch);

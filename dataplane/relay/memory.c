@@ -192,11 +192,14 @@ static int memory_make(struct link *link, struct wire_address *address, char *te
         return 0;
 }
 
-/* A descriptor of another process. */
+/* A descriptor of another process, or of this one. */
 static int take(int process, int fd)
 {
-        long pidfd = syscall(SYS_pidfd_open, process, 0), got;
+        long pidfd, got;
 
+        if (process == getpid())
+                return fcntl(fd, F_DUPFD_CLOEXEC, 0);
+        pidfd = syscall(SYS_pidfd_open, process, 0);
         if (pidfd < 0)
                 return -1;
         got = syscall(SYS_pidfd_getfd, pidfd, fd, 0);

@@ -157,6 +157,22 @@ static bool turn(void)
         return any;
 }
 
+/* What is due by time; when to come again, 0: nothing waits. */
+static uint64_t beat(uint64_t present)
+{
+        const uint64_t all[] = {
+            mirrors_beat(present),
+            links_beat(present),
+            relay.transport && relay.transport->beat ? relay.transport->beat(present) : 0,
+        };
+        uint64_t first = 0;
+
+        for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+                if (all[i] && (!first || all[i] < first))
+                        first = all[i];
+        return first;
+}
+
 /* Look for work as long as that pays. */
 static bool spin(void)
 {
@@ -174,6 +190,7 @@ static bool spin(void)
                 present = now();
                 if (!found && present - asked >= KERNEL_US * 1000) {
                         found = ask_kernel(0);
+                        beat(present);
                         asked = present;
                 }
         } while (!found && present - start < budget);
@@ -181,22 +198,6 @@ static bool spin(void)
         if (found)
                 count(COUNT_SPINS, 1);
         return found;
-}
-
-/* What is due by time; when to come again, 0: nothing waits. */
-static uint64_t beat(uint64_t present)
-{
-        const uint64_t all[] = {
-            mirrors_beat(present),
-            links_beat(present),
-            relay.transport && relay.transport->beat ? relay.transport->beat(present) : 0,
-        };
-        uint64_t first = 0;
-
-        for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-                if (all[i] && (!first || all[i] < first))
-                        first = all[i];
-        return first;
 }
 
 static void sleep_now(void)

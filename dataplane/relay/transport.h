@@ -28,7 +28,8 @@ struct transport {
          * link has an end. */
         int (*open)(const struct relay_open *open, uint32_t *mtu, char *text);
         void (*close)(void);
-        /* The two halves of a link's end: made, and connected with the peer's. */
+        /* The two halves of a link's end: made, and connected with the peer's; EINPROGRESS: link_connected()
+         * will be called, if it isn't unmade before. */
         int (*make)(struct link *link, struct wire_address *address, char *text);
         int (*connect)(struct link *link, const struct wire_address *address, char *text);
         /* When it returns nothing of this end is read or written any more, by nobody. */

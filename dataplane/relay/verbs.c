@@ -24,6 +24,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <infiniband/verbs.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -101,7 +102,13 @@ struct device {
 
 struct verbs_end {
         struct device *device;
-        struct link *link;
+        struct link *link; /* NULL: it goes as soon as it isn't being connected any more */
+        bool connecting;
+        /* messages that came before the end knew that it is connected */
+        unsigned early_count;
+        struct {
+                uint32_t buffer, size;
+        } early[WINDOW];
         uint32_t number; /* in work request ids */
         struct ibv_qp *pair;
         uint32_t inline_most;
@@ -131,6 +138,15 @@ struct reached {
         uint32_t small_key, bulk_key;
 };
 
+/* Connecting asks the kernel for the way to the peer, which takes seconds if there is none: a thread of its
+ * own waits for that. Until it says so by `jobs`, nobody else touches the queue pair. */
+struct job {
+        struct verbs_end *end;
+        struct ibv_qp_attr ready, sends;
+        int error;
+        const char *failed;
+};
+
 /* Work request ids: the end's number, what it is, and its buffer or batch. */
 enum { ID_SHIFT = 40 };
 #define ID_RECEIVE (UINT64_C(1) << 39)
@@ -139,6 +155,8 @@ enum { ID_SHIFT = 40 };
 static struct device *device;
 static struct verbs_end *ends[ENDS];
 static uint32_t next_end;
+static int jobs[2] = {-1, -1};
+static struct watch job_done;
 
 static bool load(char *text)
 {
@@ -317,6 +335,8 @@ static int set_up(struct device *d, const struct relay_open *open, char *text)
         return 0;
 }
 
+static void on_job(struct watch *watch, uint32_t events);
+
 static int verbs_open(const struct relay_open *open, uint32_t *mtu, char *text)
 {
         struct device *d;
@@ -324,6 +344,13 @@ static int verbs_open(const struct relay_open *open, uint32_t *mtu, char *text)
 
         if (!load(text))
                 return ENOSYS;
+        if (jobs[0] < 0) {
+                if (pipe2(jobs, O_CLOEXEC) < 0)
+                        return fail(text, "a pipe");
+                job_done = (struct watch){.fd = jobs[0], .call = on_job};
+                if (!watch_add(&job_done, EPOLLIN))
+                        return fail(text, "waiting for threads");
+        }
         d = calloc(1, sizeof *d);
         if (!d)
                 relay_die("memory for a device", ENOMEM);
@@ -500,6 +527,90 @@ static int verbs_make(struct link *link, struct wire_address *address, char *tex
         return 0;
 }
 
+static void destroy(struct verbs_end *end)
+{
+        if (end->pair)
+                verbs.destroy_qp(end->pair);
+        if (end->region)
+                verbs.dereg_mr(end->region);
+        free(end->buffers);
+        let_go(end->device);
+        free(end);
+}
+
+static void *connect_pair(void *given)
+{
+        struct job *job = given;
+
+        job->failed = "connecting the queue pair (is the peer's GID reached?)";
+        job->error = verbs.modify_qp(job->end->pair, &job->ready,
+                                     IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN |
+                                         IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER);
+        if (!job->error) {
+                job->failed = "starting to send on the queue pair";
+                job->error = verbs.modify_qp(job->end->pair, &job->sends,
+                                             IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT |
+                                                 IBV_QP_RNR_RETRY | IBV_QP_SQ_PSN | IBV_QP_MAX_QP_RD_ATOMIC);
+        }
+        /* A pointer goes through a pipe whole. */
+        if (write(jobs[1], &job, sizeof job) != (ssize_t)sizeof job)
+                abort();
+        return NULL;
+}
+
+static void hear_message(struct verbs_end *end, uint64_t number, uint32_t size)
+{
+        struct link *link = end->link;
+
+        link_message(link, buffer(end, number), size);
+        if (link->end == end && !post_receive(end, number))
+                link_down(link, EIO, "the queue pair takes no buffer");
+}
+
+static void on_job(struct watch *watch, uint32_t events)
+{
+        struct verbs_end *end;
+        struct job *job;
+        char text[RELAY_TEXT] = "";
+
+        (void)events;
+        count(COUNT_CALLS, 1);
+        if (read(watch->fd, &job, sizeof job) != (ssize_t)sizeof job)
+                return;
+        end = job->end;
+        end->connecting = false;
+        if (end->link) {
+                struct link *link = end->link;
+
+                if (job->error)
+                        snprintf(text, sizeof text, "%s: %s", job->failed, strerror(job->error));
+                link_connected(link, job->error, text);
+                for (unsigned i = 0; i < WINDOW && link->end == end && i < end->early_count; i++)
+                        hear_message(end, end->early[i].buffer, end->early[i].size);
+        } else {
+                destroy(end);
+        }
+        free(job);
+}
+
+static bool start_job(struct verbs_end *end, const struct ibv_qp_attr *ready, const struct ibv_qp_attr *sends)
+{
+        struct job *job = malloc(sizeof *job);
+        pthread_attr_t attributes;
+        pthread_t thread;
+
+        if (!job)
+                relay_die("memory to connect a link", ENOMEM);
+        *job = (struct job){.end = end, .ready = *ready, .sends = *sends};
+        pthread_attr_init(&attributes);
+        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+        errno = pthread_create(&thread, &attributes, connect_pair, job);
+        pthread_attr_destroy(&attributes);
+        if (errno)
+                free(job);
+        return !errno;
+}
+
 static int verbs_connect(struct link *link, const struct wire_address *address, char *text)
 {
         struct verbs_end *end = link->end;
@@ -532,15 +643,10 @@ static int verbs_connect(struct link *link, const struct wire_address *address, 
         }
         ready.path_mtu = mtu < (uint32_t)d->port.active_mtu ? (enum ibv_mtu)mtu : d->port.active_mtu;
         memcpy(ready.ah_attr.grh.dgid.raw, address->to.verbs.gid, sizeof address->to.verbs.gid);
-        if ((errno = verbs.modify_qp(end->pair, &ready,
-                                     IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN |
-                                         IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER)))
-                return fail(text, "connecting the queue pair (the peer's GID can't be reached?)");
-        if ((errno = verbs.modify_qp(end->pair, &sends,
-                                     IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
-                                         IBV_QP_SQ_PSN | IBV_QP_MAX_QP_RD_ATOMIC)))
-                return fail(text, "starting to send on the queue pair");
-        return 0;
+        end->connecting = start_job(end, &ready, &sends);
+        if (!end->connecting)
+                return fail(text, "a thread to connect the queue pair");
+        return EINPROGRESS;
 }
 
 static void verbs_unmake(struct link *link)
@@ -548,14 +654,10 @@ static void verbs_unmake(struct link *link)
         struct verbs_end *end = link->end;
 
         ends[end->number % ENDS] = NULL;
-        if (end->pair)
-                verbs.destroy_qp(end->pair);
-        if (end->region)
-                verbs.dereg_mr(end->region);
-        free(end->buffers);
         end->device->links--;
-        let_go(end->device);
-        free(end);
+        end->link = NULL;
+        if (!end->connecting)
+                destroy(end);
 }
 
 /* --- memory --- */
@@ -728,9 +830,12 @@ static void complete(const struct ibv_wc *completion)
         if (completion->status != IBV_WC_SUCCESS) {
                 link_down(link, EIO, verbs.wc_status_str(completion->status));
         } else if (completion->wr_id & ID_RECEIVE) {
-                link_message(link, buffer(end, what), completion->byte_len);
-                if (link->end == end && !post_receive(end, what))
-                        link_down(link, EIO, "the queue pair takes no buffer");
+                if (!end->connecting) {
+                        hear_message(end, what, completion->byte_len);
+                } else if (end->early_count < WINDOW) {
+                        end->early[end->early_count].buffer = (uint32_t)what;
+                        end->early[end->early_count++].size = completion->byte_len;
+                }
         } else {
                 end->done = end->marks[what % QUEUE].given;
                 end->heard = end->marks[what % QUEUE].said;

@@ -173,3 +173,30 @@ def test_a_killed_relay_breaks_what_it_carried(hosts: tuple[Host, Host]) -> None
     a.ask("tell_end", "DROP", end, 1)
     a.ask("hear", "DROPPED")
     assert a.ask("result", end)["broken"] == 1
+
+
+def test_a_removed_device_is_noticed_and_let_go(hosts: tuple[Host, Host]) -> None:
+    """`rdma link del` in the middle of a stream ends, for the relay gives the device back; a new one is a new start."""
+    a, b = hosts
+    end = connection(a, b)
+    stream(a, b, end, 100_000_000, pace=20_000)
+    removal = a.guest.start(["rdma", "link", "del", "rxe0"])
+    try:
+        assert a.ask("hear", "DOWN")[2]
+        assert removal.wait(60) == 0
+    finally:
+        if removal.poll() is None:
+            a.process.kill()
+        removal.wait(60)
+        a.guest.rxe_up()
+    assert "frames" in a.ask("link")[1]
+    a.ask("tell_end", "DROP", end, 1)
+    a.ask("hear", "DROPPED")
+    a.ask("tell", "UNLINK", 1)
+    a.well("open", "rxe0", GID)
+    link(a, b)
+    b.ask("tell_end", "DROP", end, 1)
+    b.ask("hear", "DROPPED")
+    end = connection(a, b)
+    stream(a, b, end, 100_000)
+    whole(a, b, end, 100_000)
