@@ -1,7 +1,7 @@
 """What guests boot: one root file system for all, and a kernel with its modules for each Debian release.
 
 Kernel packages are downloaded and unpacked, never installed. All is made once and kept in the cache beside the engines'
-root file systems, by the content of its recipe: this file and the plugin's list of packages.
+root file systems, by its recipe: the lists of packages and of modules, and what is run first.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def missing_tools() -> str:
     return f"{', '.join(absent)} (make setup)" if absent else ""
 
 
-def _key() -> str:
-    return recipe_key(Path(__file__).read_text(), _PLUGIN_PACKAGES.read_text())
+def _packages() -> list[str]:
+    return sorted({*_PLUGIN_PACKAGES.read_text().split(), *_PACKAGES})
 
 
 def ext4(tree: Path, image: Path, room: int) -> None:
@@ -212,10 +212,11 @@ def forget_others(keep: Path, pattern: str) -> None:
 
 def root_image() -> Path:
     """The guests' root file system, an ext4 image; made if absent (about a minute)."""
-    target = cache() / f"guest-{_key()}.ext4"
-    with locked("guest-root"):
+    packages = ",".join(_packages())
+    key = recipe_key(_SUITE, packages, _VM_INIT, str(_ROOM))
+    target = cache() / f"guest-{key}.ext4"
+    with locked(f"guest-{key}"):
         if not target.exists():
-            packages = ",".join((*_PLUGIN_PACKAGES.read_text().split(), *_PACKAGES))
             with tempfile.TemporaryDirectory(dir=cache(), prefix="new-guest-") as folder:
                 tree = Path(folder) / "root"
                 mmdebstrap(_SUITE, packages, tree)
@@ -239,8 +240,9 @@ def kernel(name: str = DEFAULT_KERNEL) -> Kernel:
     """
     if name not in KERNELS:
         raise ValueError(f"kernel {name} is none of {', '.join(KERNELS)}")
-    target = cache() / f"kernel-{name}-{_key()}"
-    with locked(f"kernel-{name}"):
+    key = recipe_key(KERNELS[name], *_MODULES, *_NO_MODULES, *_FOR_ROOT, _INIT)
+    target = cache() / f"kernel-{name}-{key}"
+    with locked(f"kernel-{name}-{key}"):
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=cache(), prefix=f"new-kernel-{name}-") as folder:
                 made = Path(folder) / "made"

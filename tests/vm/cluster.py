@@ -1,0 +1,303 @@
+"""Hosts with routers and containers, without Docker: each guest has namespaces on one VXLAN network, and the real router.
+
+    with cluster(pair, containers=2) as (one, other):
+        a, b = one.containers[0], other.containers[0]
+        server = b.start(["iperf3", "-s", "-1"])
+        b.wait_listening(5201)
+        a.run(["iperf3", "-c", str(b.ipv4), "-n", "10M"])
+        for each in one.router.connections(a.inode).connections:
+            print(each.local, each.remote, each.path, each.reason)
+
+The network is the kernel's own, as a host without the eBPF programs has it. Containers share the guest's files: the router's
+socket and the library are in /run/freeflow. `start` and `run` preload the library unless told not to. The router is told all
+when it is started; `learn` tells it anew, `kill_router` is its crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from dataplane import control
+from dataplane.control import EndpointFact, Learn, NetworkFact, Settings
+from dataplane.errors import DataplaneError, RouterAway
+from tests.testbed.process import CommandError, wait_until
+from tests.testbed.vm import Guest, GuestGoneError, Process
+from tests.testbed.vm.guest import MTU, SOURCES
+
+LIBRARY: Final = "/run/freeflow/libfreeflow.so"
+CONTROL: Final = "/run/freeflow-admin/router.sock"
+SOCKET: Final = "/run/freeflow/router.sock"
+NETWORK: Final = "n1"
+KEY: Final = "the secret of the test's hosts"
+"""For sessions between routers: there is no Swarm here whose certificates they could use."""
+PORT: Final = 4789
+_VNI: Final = 4242
+_HEADERS: Final = 50
+_ASK: Final = """
+import socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.settimeout(20)
+connection.connect(sys.argv[1])
+connection.sendall(sys.stdin.buffer.read())
+answer = b""
+while not answer.endswith(b"\\n"):
+    data = connection.recv(1 << 18)
+    if not data:
+        sys.exit("closed before its answer")
+    answer += data
+sys.stdout.buffer.write(answer)
+"""
+
+
+class Router:
+    """A guest's router, asked over its control socket; as `dataplane.client` does on the router's own host."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+
+    def learn(self, facts: Learn) -> None:
+        self._ask(facts)
+
+    def statistics(self) -> control.Statistics:
+        answer = self._ask(control.AskStatistics())
+        assert isinstance(answer, control.Statistics)
+        return answer
+
+    def connections(self, namespace: int | None = None) -> control.Connections:
+        answer = self._ask(control.AskConnections(namespace=namespace))
+        assert isinstance(answer, control.Connections)
+        return answer
+
+    def paths(self) -> control.Paths:
+        answer = self._ask(control.AskPaths())
+        assert isinstance(answer, control.Paths)
+        return answer
+
+    def _ask(self, request: control.Request) -> control.Reply:
+        line = msgspec.json.encode(request) + b"\n"
+        try:
+            done = self._guest.run(["python3", "-ESc", _ASK, CONTROL], stdin=line)
+        except CommandError as error:
+            raise RouterAway(f"{self._guest.name}: {error}") from error
+        reply: control.Reply = msgspec.json.decode(done.stdout, type=control.Reply)
+        if isinstance(reply, control.Failed):
+            raise DataplaneError(f"{self._guest.name}: {reply.message}")
+        return reply
+
+
+@dataclass(eq=False)
+class Container:
+    """A network namespace of a guest, on the network of all hosts."""
+
+    guest: Guest
+    number: int
+    """Of all on its host, from 1."""
+    inode: int = 0
+    started: list[Process] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"c{self.guest.number}x{self.number}"
+
+    @property
+    def ipv4(self) -> IPv4Address:
+        return IPv4Address("10.78.0.0") + self.guest.number * 256 + self.number
+
+    @property
+    def ipv6(self) -> IPv6Address:
+        return IPv6Address("fd78::") + self.guest.number * 65536 + self.number
+
+    @property
+    def path(self) -> str:
+        """Of the namespace, in the guest."""
+        return f"/run/netns/{self.name}"
+
+    def command(self, arguments: Sequence[str], accelerated: bool = True) -> list[str]:
+        """A command that runs another inside; the program alone gets LD_PRELOAD, not the ones that start it."""
+        preloaded = ["env", f"LD_PRELOAD={LIBRARY}"] if accelerated else []
+        return ["nsenter", f"--net={self.path}", *preloaded, *arguments]
+
+    def start(
+        self, arguments: Sequence[str], *, accelerated: bool = True, **options: Any
+    ) -> Process:
+        """Start a program inside; it is killed with the cluster."""
+        process = self.guest.start(self.command(arguments, accelerated), **options)
+        self.started.append(process)
+        return process
+
+    def run(
+        self, arguments: Sequence[str], *, accelerated: bool = True, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program inside to its end; options as `Guest.run`."""
+        return self.guest.run(self.command(arguments, accelerated), **options)
+
+    def wait_listening(self, port: int) -> None:
+        self.guest.wait_listening(port, self.name)
+
+
+@dataclass(eq=False)
+class Host:
+    """A guest with its router and containers."""
+
+    guest: Guest
+    containers: list[Container]
+    peers: tuple[str, ...]
+    """The other hosts."""
+    settings: Settings
+    options: tuple[str, ...] = ()
+    """More of the router's."""
+    process: Process | None = None
+
+    @property
+    def router(self) -> Router:
+        return Router(self.guest)
+
+    def facts(self, **changes: Any) -> Learn:
+        """What is true of this host, but for `changes`: fields of `control.Learn`."""
+        known: dict[str, Any] = {
+            "endpoints": tuple(
+                EndpointFact(
+                    id=f"{container.name:0<12}",
+                    network=NETWORK,
+                    addresses=(str(container.ipv4), str(container.ipv6)),
+                    namespace=container.inode,
+                    path=container.path,
+                    container=container.name,
+                )
+                for container in self.containers
+            ),
+            "networks": (
+                NetworkFact(
+                    id=NETWORK,
+                    name=NETWORK,
+                    subnets=("10.78.0.0/16", "fd78::/64"),
+                    peers=self.peers,
+                ),
+            ),
+            "settings": self.settings,
+            "underlay": str(self.guest.address),
+        }
+        return Learn(**{**known, **changes})
+
+    def learn(self, **changes: Any) -> None:
+        self.router.learn(self.facts(**changes))
+
+    def start_router(self) -> None:
+        """Start the router and tell it all."""
+        sockets = [f"--socket={SOCKET}", f"--control={CONTROL}"]
+        command = ["python3", "-m", "dataplane.router", *sockets, *self.options]
+        self.process = process = self.guest.start(command, env=SOURCES)
+
+        def learned() -> bool:
+            if process.poll() is not None:
+                raise AssertionError(f"{self.guest.name}: the router has ended\n{self.log()}")
+            try:
+                self.learn()
+            except RouterAway:
+                return False
+            return True
+
+        self.guest.sh(f"for i in $(seq 600); do [ ! -S {CONTROL} ] || break; sleep 0.05; done")
+        wait_until(f"{self.guest.name}: the router", learned, 60)
+
+    def kill_router(self) -> None:
+        """As a crash does."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def log(self) -> str:
+        """What the router has said since it was started."""
+        return self.process.output + self.process.errors if self.process is not None else ""
+
+    def make_network(self) -> None:
+        """The VXLAN device, a bridge, and the containers on it."""
+        own = self.guest.address
+        mtu = MTU - _HEADERS
+        lines = [
+            f"link add vx0 type vxlan id {_VNI} local {own} dstport {PORT} nolearning",
+            "link add br0 type bridge",
+            f"link set vx0 mtu {mtu} master br0 up",
+            "link set br0 up",
+        ]
+        for container in self.containers:
+            port, name = f"v{container.number}", container.name
+            lines += [
+                f"netns add {name}",
+                f"link add {port} mtu {mtu} master br0 type veth peer name eth0 mtu {mtu} netns {name}",
+                f"link set {port} up",
+                f"-n {name} addr add {container.ipv4}/16 dev eth0",
+                f"-n {name} addr add {container.ipv6}/64 dev eth0 nodad",
+                f"-n {name} link set lo up",
+                f"-n {name} link set eth0 up",
+            ]
+        script = [f"ip {line}" for line in lines]
+        # What it doesn't know, and here that is all, goes to every host.
+        script += [f"bridge fdb append 00:00:00:00:00:00 dev vx0 dst {peer}" for peer in self.peers]
+        paths = " ".join(container.path for container in self.containers)
+        inodes = self.guest.sh("; ".join([*script, f"stat -Lc %i {paths}"])).split()
+        for container, inode in zip(self.containers, inodes, strict=True):
+            container.inode = int(inode)
+
+    def remove_network(self) -> None:
+        names = " ".join(container.name for container in self.containers)
+        self.guest.sh(
+            f"for n in {names}; do ip netns del $n; done; ip link del vx0; ip link del br0"
+        )
+
+
+@contextlib.contextmanager
+def cluster(
+    made: Sequence[Guest],
+    *,
+    containers: int = 1,
+    settings: Settings | None = None,
+    library: Path | None = None,
+    files: Mapping[str, Path] | None = None,
+    options: Sequence[str] = (),
+    routers: bool = True,
+) -> Iterator[list[Host]]:
+    """Guests as hosts of one network, so many containers on each.
+
+    `library`: what containers preload. `files`: more files for each guest, by path. `options`: the router's.
+    `routers=False`: nobody listens, until `start_router`.
+    """
+    hosts = [
+        Host(
+            guest,
+            [Container(guest, number) for number in range(1, containers + 1)],
+            tuple(str(other.address) for other in made if other is not guest),
+            settings or Settings(session_key=KEY),
+            tuple(options),
+        )
+        for guest in made
+    ]
+    try:
+        for host in hosts:
+            host.guest.run(["mkdir", "-p", "/run/freeflow", "/run/freeflow-admin"])
+            if library is not None:
+                host.guest.push(library, LIBRARY)
+            for path, source in (files or {}).items():
+                host.guest.push(source, path)
+            host.make_network()
+            if routers:
+                host.start_router()
+        yield hosts
+    finally:
+        for host in hosts:
+            # Guests that were switched off have none of this any more.
+            with contextlib.suppress(GuestGoneError):
+                for container in host.containers:
+                    for process in container.started:
+                        process.kill()
+                host.kill_router()
+                host.remove_network()
