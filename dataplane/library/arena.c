@@ -4,6 +4,7 @@
 #include "protocol.h"
 #include "real.h"
 #include "router.h"
+#include "statistics.h"
 #include "sys.h"
 
 #include <errno.h>
@@ -232,6 +233,7 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
         close_bells(mapping, mapping->bells);
         close_bells(mapping, mapping->peers);
         atomic_store(&mapping->deaf, false);
+        atomic_store(&mapping->deaf_at, 0);
         atomic_store(&mapping->refused, 0);
         atomic_store(&mapping->size_of_ring, ring);
         atomic_store(&mapping->remote, ring < RING_SIZE);
@@ -300,6 +302,8 @@ uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t sid
                 atomic_store(&end->side, (uint16_t)side);
                 atomic_store(&end->slot, (uint16_t)slot);
                 atomic_store(&end->incarnation, incarnation);
+                if (atomic_load(&mapping_of(arena)->remote))
+                        statistics_count(&statistics.remote);
         }
         lock_release(&family->arenas_lock, taken);
         return reason;
@@ -382,8 +386,10 @@ int bell_take(uint32_t arena)
 {
         struct mapping *mapping = mapping_of(arena);
 
-        if (atomic_load_explicit(&mapping->deaf, memory_order_relaxed))
+        if (atomic_load_explicit(&mapping->deaf, memory_order_relaxed)) {
+                arena_grieve(arena);
                 return -1;
+        }
         for (int word = 0; word < BELL_WORDS; word++) {
                 uint64_t idle = atomic_load_explicit(&mapping->idle[word], memory_order_relaxed);
 
@@ -408,24 +414,55 @@ bool bell_is_known(uint32_t arena, uint32_t side, int bell)
         return atomic_load_explicit(&ours->known[bell / 64], memory_order_relaxed) & bit(bell);
 }
 
-void bell_silence(uint32_t arena, int bell)
+/* The relay is no more, and can't say so: our connections through it are broken. */
+static void sever(struct mapping *mapping)
+{
+        uint32_t arena = (uint32_t)(mapping - mappings);
+
+        for (uint32_t slot = 0; slot < SLOTS; slot++)
+                for (uint32_t d = 0; d < SIDES && atomic_load(&mapping->slots[slot]); d++)
+                        atomic_store_explicit(&arena_view(arena, slot, d).ring->broken, 1,
+                                              memory_order_release);
+}
+
+void arena_grieve(uint32_t arena)
+{
+        /* ms: a relay whose router has gone takes 2 s to bring all that is under way to its end. */
+        enum { GRACE = 4000 };
+        struct mapping *mapping = mapping_of(arena);
+        uint32_t since = atomic_load_explicit(&mapping->deaf_at, memory_order_relaxed);
+
+        if (since && ticks() - since > GRACE)
+                sever(mapping);
+}
+
+bool bell_silence(uint32_t arena, int bell)
 {
         struct mapping *mapping = mapping_of(arena);
         int32_t word = atomic_load(&mapping->bells[bell]);
+        uint32_t never = 0;
         char bytes[64];
         long got;
 
         if (word <= 0)
-                return;
+                return true;
         while ((got = sys_6(SYS_recvfrom, word - 1, bytes, sizeof bytes, MSG_DONTWAIT, 0, 0)) ==
                (long)sizeof bytes)
                 ;
         if (got)
-                return;
+                return true;
         /* Nobody has the other end, nobody will ring: who waits for this arena looks now and then. */
         atomic_store(&mapping->deaf, true);
+        if (atomic_load(&mapping->remote)) {
+                /* Where the relay had it, the relay is gone; otherwise it was the router, and that alone. */
+                if (bell_is_known(arena, 0, bell))
+                        sever(mapping);
+                else
+                        atomic_compare_exchange_strong(&mapping->deaf_at, &never, ticks() | 1);
+        }
         if (atomic_compare_exchange_strong(&mapping->bells[bell], &word, 0))
                 close_own(word - 1);
+        return false;
 }
 
 /* Who names bells that don't exist makes us ask the router in vain, and wait for it: less and less often. */
@@ -510,6 +547,8 @@ void ring_bells(struct waiters *waiters, const struct end *end)
                         fd = peer_bell(arena, side, bell);
                         if (fd >= 0)
                                 ring_once(fd);
+                        else if (atomic_load(&mapping_of(arena)->remote))
+                                sever(mapping_of(arena));
                 }
         }
 }

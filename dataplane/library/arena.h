@@ -24,6 +24,7 @@ struct mapping {
         _Atomic bool remote;           /* side 1 is the relay */
         _Atomic uint64_t id;
         _Atomic bool deaf;        /* bells can't be had from the router, or have been lost */
+        _Atomic uint32_t deaf_at; /* of a remote arena: ticks() | 1 */
         _Atomic uint32_t refused; /* ms for which no bell is fetched after one that the router didn't know */
         _Atomic uint32_t refused_at;  /* ticks() */
         _Atomic int32_t bells[BELLS]; /* 1 + receiving end of ours */
@@ -74,8 +75,10 @@ void bell_return(uint32_t arena, int bell);
 int bell_descriptor(uint32_t arena, int bell);
 /* Has the other side said that it can ring it? */
 bool bell_is_known(uint32_t arena, uint32_t side, int bell);
-/* Take the bytes out of a bell that rings. */
-void bell_silence(uint32_t arena, int bell);
+/* Take the bytes out of a bell that rings. False: nobody can ring it any more. */
+bool bell_silence(uint32_t arena, int bell);
+/* For who naps because he has no bell: a remote arena that has been deaf for long is broken. */
+void arena_grieve(uint32_t arena);
 
 /* Say that this bell's waiter is about to sleep. The caller looks at the ring once more afterwards. */
 static inline void wait_begin(struct waiters *waiters, int bell)

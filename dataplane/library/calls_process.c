@@ -14,14 +14,21 @@ static void leave_inherited(void)
         uint32_t high = process.on ? atomic_load(&process.high) : 0;
         int saved = *__errno_location();
 
-        for (uint32_t fd = 0; fd < high; fd++) {
-                uint64_t key;
-                struct end *end = end_of((int)fd, &key);
-                long flags = end ? sys_2(SYS_fcntl, fd, F_GETFD) : -1;
+        for (int pass = 0; pass < 2; pass++)
+                for (uint32_t fd = 0; fd < high; fd++) {
+                        uint64_t key;
+                        struct end *end = end_of((int)fd, &key);
+                        bool attached = end && atomic_load(&end->stage) == STAGE_ATTACHED;
+                        long flags = attached ? sys_2(SYS_fcntl, fd, F_GETFD) : -1;
 
-                if (flags >= 0 && !(flags & FD_CLOEXEC) && atomic_load(&end->stage) == STAGE_ATTACHED)
-                        upgrade_hand_over((int)fd, end, key, REASON_PASSED);
-        }
+                        if (flags < 0 || flags & FD_CLOEXEC)
+                                continue;
+                        /* Peers on other hosts take a while: all of them at the same time. */
+                        if (pass == 0)
+                                upgrade_announce(end);
+                        else
+                                upgrade_hand_over((int)fd, end, key, REASON_PASSED);
+                }
         *__errno_location() = saved;
 }
 

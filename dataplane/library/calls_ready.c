@@ -5,6 +5,7 @@
 #include "clock.h"
 #include "poller.h"
 #include "ready.h"
+#include "remote.h"
 #include "spin.h"
 #include "statistics.h"
 #include "sys.h"
@@ -131,6 +132,8 @@ static short ring_events(const struct pollfd *polled)
                 found |= polled->events & (POLLIN | POLLRDNORM);
         if (polled->events & (POLLOUT | POLLWRNORM) && ready_space(end))
                 found |= polled->events & (POLLOUT | POLLWRNORM);
+        if (ready_broken(end))
+                found |= (short)remote_broken_events((uint16_t)polled->events);
         return found;
 }
 
@@ -195,7 +198,8 @@ static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
                 if (fds[i].fd < 0)
                         continue;
                 if (poller_is(fds[i].fd)) {
-                        poller_arm(fds[i].fd);
+                        if (poller_arm(fds[i].fd))
+                                bells->all = false;
                         continue;
                 }
                 end = ring_end(fds[i].fd);
@@ -209,7 +213,7 @@ static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
                                 wait_elsewhere(end);
                         continue;
                 }
-                if (fds[i].events & (POLLIN | POLLRDNORM))
+                if (fds[i].events & (POLLIN | POLLRDNORM) || end_receives(end).remote)
                         wait_begin(&end_receives(end).ring->receivers, bell);
                 if (fds[i].events & (POLLOUT | POLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING) {
                         ready_ask(end);
@@ -273,9 +277,20 @@ static bool spin(struct pollfd *fds, nfds_t count)
         return found;
 }
 
-/* The kernel's part: room in TCP's buffer means nothing for what goes to the ring. */
-static void copy_for_kernel(const struct pollfd *fds, nfds_t count, struct pollfd *copy)
+/* What the kernel isn't to wake us for while it is held back; its next word is that both sides are closed. */
+static void leave_out(struct pollfd *polled, const struct end *end)
 {
+        polled->events &= (short)~(POLLIN | POLLRDNORM | POLLRDBAND | POLLRDHUP);
+        if (atomic_load_explicit(&end->shut, memory_order_relaxed) & 6)
+                polled->fd = -1;
+}
+
+/* The kernel's part: room in TCP's buffer means nothing for what goes to the ring. Returns whether something
+ * is left out that a sleep would miss. */
+static bool copy_for_kernel(const struct pollfd *fds, nfds_t count, struct pollfd *copy, bool asleep)
+{
+        bool withheld = false;
+
         for (nfds_t i = 0; i < count; i++) {
                 struct end *end = fds[i].fd < 0 ? NULL : ring_end(fds[i].fd);
 
@@ -283,7 +298,14 @@ static void copy_for_kernel(const struct pollfd *fds, nfds_t count, struct pollf
                 if (end && copy[i].events & (POLLOUT | POLLWRNORM) &&
                     atomic_load(&end->tx.phase) == PHASE_RING)
                         copy[i].events = (short)((copy[i].events & ~(POLLOUT | POLLWRNORM)) | POLLRDHUP);
+                if (end && remote_is_early(end))
+                        copy[i].events |= POLLRDHUP;
+                if (end && asleep && remote_withholds(end)) {
+                        leave_out(&copy[i], end);
+                        withheld = true;
+                }
         }
+        return withheld;
 }
 
 /* Put the kernel's events beside the ring's. Returns descriptors with events. */
@@ -294,14 +316,18 @@ static int both(struct pollfd *fds, nfds_t count, const struct pollfd *kernel)
 
         for (nfds_t i = 0; i < count; i++) {
                 const short out = fds[i].events & (POLLOUT | POLLWRNORM);
-                short more = kernel[i].revents;
+                const short raw = kernel[i].revents;
+                struct end *end = raw && fds[i].fd >= 0 ? ring_end(fds[i].fd) : NULL;
+                short more = raw;
 
                 /* An instance of ours may only have had a bell: epoll_wait() would tell. */
-                if (more && fds[i].fd >= 0 && ring_end(fds[i].fd))
+                if (end) {
                         news = true;
+                        more = (short)remote_true(end, fds[i].fd, (uint16_t)raw);
+                }
                 /* A peer that has closed its side may never read the ring: the next send goes back to TCP,
                  * where there is room, or an error. */
-                if (more & POLLRDHUP && out && !(kernel[i].events & out))
+                if (raw & POLLRDHUP && out && !(kernel[i].events & out))
                         more |= out;
                 if (!(fds[i].events & POLLRDHUP))
                         more &= (short)~POLLRDHUP;
@@ -329,6 +355,7 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, struct on
                 int64_t left = timeout;
                 struct end *end;
                 uint64_t slept;
+                bool withheld;
                 int found = look(fds, count), got;
 
                 if (!found && timeout && !spun) {
@@ -341,7 +368,7 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, struct on
                 if (found || !timeout) {
                         if (is_all(fds, count, found))
                                 return found;
-                        copy_for_kernel(fds, count, copy);
+                        copy_for_kernel(fds, count, copy, false);
                         got = real()->ppoll(copy, count, &at_once, mask);
                         if (got < 0 && !found)
                                 return got;
@@ -355,7 +382,7 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, struct on
                         disarm(fds, count, &bells);
                         continue;
                 }
-                copy_for_kernel(fds, count, copy);
+                withheld = copy_for_kernel(fds, count, copy, true);
                 for (int b = 0; b < bells.count; b++)
                         copy[count + (nfds_t)b] = (struct pollfd){
                             .fd = bell_descriptor(bells.of[b].arena, bells.of[b].bell), .events = POLLIN};
@@ -371,6 +398,8 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, struct on
                         nap = nap * 2 < LONGEST_NAP * INT64_C(1000000) ? nap * 2
                                                                        : LONGEST_NAP * INT64_C(1000000);
                 }
+                if (withheld && (left < 0 || left > REMOTE_NAP * INT64_C(1000000)))
+                        left = REMOTE_NAP * INT64_C(1000000);
                 left = memory_sleep(left);
                 time.tv_sec = left / 1000000000;
                 time.tv_nsec = left % 1000000000;

@@ -129,12 +129,17 @@ CALL int shutdown(int fd, int how)
         /* Behind a send that is under way in another thread: the kernel's FIN says that nothing more is in
          * the ring. */
         taken = lock_take(&end->tx.lock, self());
+        /* Before the kernel knows: see remote_true(). */
+        if (how != SHUT_RD)
+                atomic_fetch_or(&end->shut, 4u);
         outcome = real()->shutdown(fd, how);
+        if (outcome != 0)
+                atomic_fetch_and(&end->shut, ~4u);
         if (outcome == 0)
                 atomic_fetch_or(&end->shut, how == SHUT_RD ? 1u : how == SHUT_WR ? 2u : 3u);
         /* Not only the kernel says so: see upgrade_close(). */
         if (outcome == 0 && how != SHUT_RD && taken == LOCK_TAKEN && end_is(end, key) &&
-            atomic_load(&end->tx.phase) == PHASE_RING) {
+            atomic_load(&end->stage) == STAGE_ATTACHED && may_end_ring(end)) {
                 upgrade_end_ring(end);
                 poller_sender_changed(end);
         }

@@ -232,6 +232,7 @@ static void reset_flow(struct flow *flow)
         /* Not the lock: somebody may hold it for a moment and then see the new generation. */
         atomic_store_explicit(&flow->phase, PHASE_TCP, memory_order_relaxed);
         atomic_store_explicit(&flow->kernel, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->withheld, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->position, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->edge, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->base, 0, memory_order_relaxed);

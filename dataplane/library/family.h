@@ -41,8 +41,8 @@ enum phase {
 struct flow {
         struct lock lock;
         _Atomic uint32_t phase;
-        _Atomic uint32_t kernel; /* calls in the kernel that don't look at the ring */
-        _Atomic uint32_t unused;
+        _Atomic uint32_t kernel;   /* calls in the kernel that don't look at the ring */
+        _Atomic uint32_t withheld; /* receiver: TCP has news that the program mustn't hear yet (remote.h) */
         _Atomic uint64_t position; /* bytes over TCP so far, while PHASE_TCP or PHASE_READY */
         _Atomic uint64_t edge;     /* sender: tail, receiver: head; the ring's words only publish it */
         _Atomic uint64_t base;     /* sender: where the ring began anew */
@@ -75,7 +75,7 @@ struct end {
         _Atomic uint32_t reason; /* of the last thing that stood in the way */
         _Atomic uint32_t nonblocking;
         _Atomic uint32_t active; /* opened by connect(): its SYN counts as a byte acknowledged */
-        _Atomic uint32_t shut;   /* 1: SHUT_RD, 2: SHUT_WR was called */
+        _Atomic uint32_t shut;   /* 1: SHUT_RD, 2: SHUT_WR was called; 4: SHUT_WR is being called */
         _Atomic uint32_t
             error; /* of the connection, which the kernel has said and the program hasn't heard */
         _Atomic uint32_t epoch;  /* router_epoch() when it was asked */

@@ -42,6 +42,10 @@
  *                                                            it put is below tail
  *      broken   w relay, router       r both                 bytes can't be delivered any more: the connection
  *               (release)             (acquire)              ends as by a reset
+ *      received w relay (release)     r sender (acquire)     bytes that the peer's ring has, and with the first of
+ *                                                            them its `start`
+ *
+ * In a remote arena `start` comes with the first byte: a ring into which nothing was put has none.
  */
 /* clang-format on */
 #ifndef FREEFLOW_LAYOUT_H
@@ -110,6 +114,7 @@ struct ring {
         _Atomic uint32_t over;
         _Atomic uint32_t left;
         _Atomic uint32_t broken;
+        _Atomic uint64_t received;
 };
 
 _Static_assert(sizeof(struct ring) <= RING_HEADER, "the ring's header fits before its first bytes");
@@ -121,6 +126,7 @@ _Static_assert(offsetof(struct ring, room) == 264, "layout is part of the versio
 _Static_assert(offsetof(struct ring, over) == 268, "layout is part of the version");
 _Static_assert(offsetof(struct ring, left) == 272, "layout is part of the version");
 _Static_assert(offsetof(struct ring, broken) == 276, "layout is part of the version");
+_Static_assert(offsetof(struct ring, received) == 280, "layout is part of the version");
 
 /* What the waiters of one side need from the other. */
 struct side {

@@ -77,6 +77,8 @@ __attribute__((destructor)) static void report(void)
         FIELD(sent);
         FIELD(retreats);
         FIELD(corrupt);
+        FIELD(remote);
+        FIELD(broken);
         FIELD(sleeps);
         FIELD(spins);
 #undef FIELD

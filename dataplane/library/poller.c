@@ -5,6 +5,7 @@
 #include "lock.h"
 #include "ready.h"
 #include "real.h"
+#include "remote.h"
 #include "spin.h"
 #include "statistics.h"
 #include "sys.h"
@@ -56,6 +57,9 @@ struct registration {
         uint32_t mask;   /* what the kernel tells us of */
         uint32_t kernel; /* what the kernel has reported and we found true since */
         bool edge;       /* the kernel has reported something that we haven't */
+        bool remote;     /* the peer is on another host */
+        bool withheld;   /* the kernel has reported something that is too early (remote.h) */
+        bool broken;     /* the path's loss has been reported */
         bool ghost;      /* the program has removed it; the kernel's part waits for it to come back */
         uint32_t told;   /* poller.turn at the last report */
         uint32_t place;  /* in the program's list then */
@@ -75,7 +79,9 @@ struct poller {
         struct spinner spinner;
         int nudge;            /* 1 + eventfd that wakes a sleeper of this process */
         bool unknown;         /* the other side of an active one can't ring yet */
+        bool adrift;          /* the same, and TCP may not say anything either */
         bool late;            /* answer_late() is to be called */
+        bool lost;            /* a bell is: all that are armed are to be looked at */
         uint32_t news[BATCH]; /* registrations of which the kernel has just told */
         uint32_t news_count;
         _Atomic uint32_t
@@ -392,7 +398,8 @@ static bool to_ring(struct poller *poller, struct registration *r, struct end *e
                         return false;
                 poller->rings++;
                 r->kernel = 0;
-                r->edge = false;
+                r->edge = r->withheld = r->broken = false;
+                r->remote = end_receives(end).remote;
                 r->seen = atomic_load(&end->rx.edge);
                 r->full = atomic_load(&end->tx.full);
         }
@@ -695,17 +702,40 @@ static uint32_t now_of_tcp(int fd, short events)
         return (uint32_t)(uint16_t)polled.revents;
 }
 
+/* What the program may hear of it, of a connection whose peer is on another host. */
+static uint32_t look_at_remote(struct registration *r, struct end *end)
+{
+        uint32_t told;
+
+        if (ready_broken(end)) {
+                if (!r->broken)
+                        r->broken = r->edge = true;
+                return remote_broken_events(r->events) | r->kernel;
+        }
+        told = remote_true(end, r->fd, r->kernel);
+        if (told != r->kernel && !atomic_load_explicit(&end->rx.withheld, memory_order_relaxed))
+                /* Bytes that have been read since. */
+                r->kernel &= told | EPOLLRDHUP | EPOLLHUP;
+        if (told != r->kernel) {
+                r->withheld = true;
+        } else if (r->withheld) {
+                r->withheld = false;
+                r->edge = true;
+        }
+        return told;
+}
+
 /* What TCP has for a registration. What may have passed since the kernel reported it is looked at again. */
 static uint32_t look_at_tcp(struct registration *r, struct end *end)
 {
         const uint32_t lasting = EPOLLHUP | EPOLLERR | EPOLLRDHUP;
         bool in = atomic_load_explicit(&end->rx.phase, memory_order_relaxed) != PHASE_RING;
         bool out = atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_RING;
-        uint32_t wanted = r->events | EPOLLERR | EPOLLHUP, passing;
+        uint32_t wanted = r->events | EPOLLERR | EPOLLHUP, passing, told;
 
         if (__builtin_expect(ready_end(end), 0) && !(r->kernel & EPOLLRDHUP))
                 r->kernel |= now_of_tcp(r->fd, POLLRDHUP);
-        if (__builtin_expect(!r->kernel, 1))
+        if (__builtin_expect(!r->kernel, 1) && !(__builtin_expect(r->remote, 0) && ready_broken(end)))
                 return 0;
         if (!out)
                 r->kernel &= ~(uint32_t)(EPOLLOUT | EPOLLWRNORM);
@@ -715,11 +745,12 @@ static uint32_t look_at_tcp(struct registration *r, struct end *end)
 
                 r->kernel &= true_now | lasting | (in ? 0u : EPOLLIN | EPOLLRDNORM);
         }
+        told = __builtin_expect(r->remote, 0) ? look_at_remote(r, end) : r->kernel;
         /* A peer that has closed its side may never read the ring: the next send goes back to TCP, where
          * there is room, or an error. */
         if (!out && r->kernel & EPOLLRDHUP)
-                return (r->kernel & wanted) | (r->events & (EPOLLOUT | EPOLLWRNORM));
-        return r->kernel & wanted;
+                return (told & wanted) | (r->events & (EPOLLOUT | EPOLLWRNORM));
+        return told & wanted;
 }
 
 /* What to report for a registration, 0: nothing. Changes what edge-triggered ones have seen. */
@@ -897,7 +928,8 @@ static bool arm_one(struct poller *poller, struct registration *r, struct end *e
                 return false;
         bell = bell_of(poller, arena);
         atomic_fetch_add_explicit(&mapping_of(arena)->armed[bell], 2, memory_order_relaxed);
-        if (r->events & (EPOLLIN | EPOLLRDNORM))
+        /* Of a remote ring's end, and of its loss, the kernel doesn't tell. */
+        if (r->events & (EPOLLIN | EPOLLRDNORM) || r->remote)
                 wait_begin(&end_receives(end).ring->receivers, bell);
         if (r->events & (EPOLLOUT | EPOLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING &&
             !ready_space(end)) {
@@ -912,7 +944,7 @@ static bool arm(struct poller *poller)
 {
         bool found = false;
 
-        poller->unknown = false;
+        poller->unknown = poller->adrift = false;
         for (uint32_t i = poller->active; i != NONE;) {
                 struct registration *r = &registrations[i];
                 struct end *end = end_of_registration(r);
@@ -924,10 +956,12 @@ static bool arm(struct poller *poller)
                         continue;
                 }
                 /* Nobody will ring: it stays on the list, and the sleep is a nap. */
-                if (!known)
+                if (!known) {
                         poller->unknown = true;
-                else
+                        poller->adrift |= r->remote;
+                } else {
                         deactivate(poller, r, STATE_ARMED);
+                }
         }
         return found;
 }
@@ -945,7 +979,9 @@ static void answer(struct poller *poller, uint32_t arena, int bell, uint32_t eve
         if (events & (EPOLLHUP | EPOLLERR) ||
             atomic_load_explicit(&mapping->armed[bell], memory_order_relaxed) > FULL_BELL) {
                 atomic_store_explicit(&mapping->armed[bell], 0, memory_order_relaxed);
-                bell_silence(arena, bell);
+                if (!bell_silence(arena, bell) && atomic_load(&mapping->remote))
+                        /* Of a relay's end TCP says nothing. */
+                        poller->late = poller->lost = true;
         }
         attend(poller, arena, bell);
 }
@@ -956,6 +992,10 @@ static void answer_late(struct poller *poller)
         uint32_t high = atomic_load(&family->next_arena);
 
         poller->late = false;
+        for (uint32_t i = 0; i < unused_from && poller->lost; i++)
+                if (fd_is_end(registrations[i].key))
+                        arouse(poller, &registrations[i], (uint32_t)registrations[i].key);
+        poller->lost = false;
         for (uint32_t arena = 0; arena < high && arena < ARENAS; arena++) {
                 int bell = bell_of(poller, arena);
                 uint64_t dirty = bell < 0 ? 0 : atomic_exchange(dirty_slots(arena, bell), 0);
@@ -1096,19 +1136,22 @@ bool poller_ready(int epfd)
         return found;
 }
 
-void poller_arm(int epfd)
+bool poller_arm(int epfd)
 {
         struct poller *poller = poller_of(epfd);
+        bool adrift;
         enum taken taken;
 
         if (!poller)
-                return;
+                return false;
         taken = lock_take(&poller->lock, self());
         poller->watched = true;
         arm(poller);
+        adrift = poller->adrift;
         for (uint32_t i = poller->nested; i != NONE; i = registrations[i].next_nested)
-                poller_arm(registrations[i].fd);
+                adrift = poller_arm(registrations[i].fd) || adrift;
         lock_release(&poller->lock, taken);
+        return adrift;
 }
 
 /* Events of epoll instances inside this one. Under the lock. */
@@ -1352,9 +1395,9 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                 }
                 taken = lock_take(&poller->lock, self());
                 again = arm(poller);
-                for (uint32_t i = poller->nested; i != NONE; i = registrations[i].next_nested)
-                        poller_arm(registrations[i].fd);
                 unknown = poller->unknown;
+                for (uint32_t i = poller->nested; i != NONE; i = registrations[i].next_nested)
+                        unknown = poller_arm(registrations[i].fd) || unknown;
                 if (!again)
                         atomic_fetch_add(&poller->sleepers, 1);
                 lock_release(&poller->lock, taken);

@@ -45,8 +45,9 @@ void poller_forked(void);
 /* The end's number means another connection from now on. */
 void poller_forget_end(uint32_t number);
 bool poller_is(int fd);
-/* For poll() and select() of an epoll instance: would epoll_wait() return something; arm what isn't. */
+/* For poll() and select() of an epoll instance: would epoll_wait() return something; arm what isn't. Returns
+ * whether something may come of which nobody tells: then it is to be looked at now and then. */
 bool poller_ready(int epfd);
-void poller_arm(int epfd);
+bool poller_arm(int epfd);
 
 #endif

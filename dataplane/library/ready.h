@@ -18,6 +18,24 @@ static inline uint32_t ready_stamp(void)
         return ticks() + atomic_load_explicit(&ready_news, memory_order_relaxed) * UINT32_C(0x9e3779b1);
 }
 
+/* Of a remote ring: nothing more comes in it. The relay says it after the last byte and after `start`. */
+static inline bool ready_over(const struct view *view)
+{
+        return atomic_load_explicit(&view->ring->end, memory_order_acquire) ||
+               atomic_load_explicit(&view->ring->over, memory_order_acquire) ||
+               atomic_load_explicit(&view->ring->left, memory_order_acquire);
+}
+
+/* Of an attached end: its connection goes through a relay, and can't go on. */
+static inline bool ready_broken(const struct end *end)
+{
+        struct view view = end_receives(end);
+
+        return __builtin_expect(view.remote, 0) &&
+               (atomic_load_explicit(&view.ring->broken, memory_order_acquire) ||
+                atomic_load_explicit(&end_sends(end).ring->broken, memory_order_acquire));
+}
+
 /* The ring has something for the receiver, its end included. False while bytes come over TCP: the kernel says
  * so then. */
 static inline bool ready_bytes(struct end *end)
@@ -32,20 +50,26 @@ static inline bool ready_bytes(struct end *end)
                 uint64_t start = atomic_load_explicit(&view.ring->start, memory_order_acquire);
 
                 if (!start || start - 1 > atomic_load_explicit(&end->rx.position, memory_order_relaxed))
-                        return false;
+                        return __builtin_expect(view.remote, 0) &&
+                               ((!start && ready_over(&view)) || ready_broken(end));
         }
         return atomic_load_explicit(&view.ring->tail, memory_order_acquire) !=
                    atomic_load_explicit(&end->rx.edge, memory_order_relaxed) ||
-               atomic_load_explicit(&view.ring->end, memory_order_relaxed) != 0;
+               atomic_load_explicit(&view.ring->end, memory_order_relaxed) != 0 ||
+               (__builtin_expect(view.remote, 0) && (ready_over(&view) || ready_broken(end)));
 }
 
 /* The ring has ended: a FIN that the kernel has belongs to the same event. */
 static inline bool ready_end(struct end *end)
 {
         uint32_t phase = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
+        struct view view;
 
-        return (phase == PHASE_READY || phase == PHASE_RING) &&
-               atomic_load_explicit(&end_receives(end).ring->end, memory_order_relaxed) != 0;
+        if (phase != PHASE_READY && phase != PHASE_RING)
+                return false;
+        view = end_receives(end);
+        return atomic_load_explicit(&view.ring->end, memory_order_relaxed) != 0 ||
+               (__builtin_expect(view.remote, 0) && ready_over(&view));
 }
 
 /* Bytes in the ring at which a sender that found no room is called: as in TCP, when a third is free. */
@@ -73,8 +97,9 @@ static inline bool ready_space(struct end *end)
                 return false;
         view = end_sends(end);
         return atomic_load_explicit(&end->tx.edge, memory_order_relaxed) -
-                   atomic_load_explicit(&view.ring->head, memory_order_acquire) <=
-               ready_threshold(&end->tx, &view);
+                       atomic_load_explicit(&view.ring->head, memory_order_acquire) <=
+                   ready_threshold(&end->tx, &view) ||
+               ready_broken(end);
 }
 
 #endif

@@ -51,18 +51,17 @@ static inline unsigned char *ring_at(const struct view *view, uint64_t offset, s
         return view->bulk + offset;
 }
 
-/* Bytes of a ring that may be used. */
+/* Bytes of a ring that may be used. A remote one's memory is there already, and the relays report what has
+ * been read when half of the ring has: who used less might wait for ever. */
 static inline uint64_t ring_limit(const struct view *view)
 {
-        uint32_t limit = settings.ring_limit;
-
-        return limit < view->size ? limit : view->size;
+        return __builtin_expect(view->remote, 0) ? view->size : settings.ring_limit;
 }
 
-/* Offset in the ring that the sender doesn't go beyond. Remote rings' memory is there already. */
+/* Offset in the ring that the sender doesn't go beyond. */
 static inline uint64_t ring_extent(const struct flow *flow, const struct view *view)
 {
-        return __builtin_expect(view->remote, 0) ? ring_limit(view) : memory_extent(flow);
+        return __builtin_expect(view->remote, 0) ? view->size : memory_extent(flow);
 }
 
 /* The ring is empty: begin at its first byte again. */

@@ -5,6 +5,7 @@
 #include "poller.h"
 #include "protocol.h"
 #include "ready.h"
+#include "remote.h"
 #include "settings.h"
 #include "statistics.h"
 #include "sys.h"
@@ -260,6 +261,8 @@ static long put_piece(struct operation *o, struct end *end, const struct view *v
          * published next. */
         for (;;) {
                 last = copies ? atomic_load_explicit(&flow->reserved, memory_order_relaxed) : tail + put;
+                if (__builtin_expect(view->remote, 0) && !tail && last)
+                        upgrade_start(end, view);
                 ring_put(flow, view, tail, last - tail);
                 tail = last;
                 if (!copies)
@@ -317,7 +320,7 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                         return native_counted(o, flow, true, taken);
                 if (phase == PHASE_RING && ((o->flags & MSG_OOB && !is_splice(o)) ||
                                             atomic_load_explicit(&end->shut, memory_order_relaxed) & 2)) {
-                        retreat(end, REASON_OPTION);
+                        retreat(o->fd, end, REASON_OPTION);
                         phase = PHASE_OVER;
                 }
                 if (phase == PHASE_OVER) {
@@ -331,8 +334,16 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                 if (__builtin_expect(atomic_load_explicit(&view.ring->leave, memory_order_relaxed), 0) ||
                     peer_is_gone(o->fd, end, news)) {
                         atomic_store_explicit(&view.ring->busy, 0, memory_order_release);
-                        retreat(end, REASON_PEER_CLOSED);
+                        retreat(o->fd, end, REASON_PEER_CLOSED);
                         lock_release(&flow->lock, taken);
+                        continue;
+                }
+                if (__builtin_expect(view.remote, 0) && ready_broken(end)) {
+                        atomic_store_explicit(&view.ring->busy, 0, memory_order_release);
+                        upgrade_broken(o->fd, end, false);
+                        lock_release(&flow->lock, taken);
+                        if (done)
+                                return (ssize_t)done;
                         continue;
                 }
                 news = false;
@@ -373,6 +384,39 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
 
 /* --- receiving --- */
 
+/* The receiver has seen all that comes through the ring. */
+static long leave_ring(struct end *end)
+{
+        atomic_store_explicit(&end->rx.phase, PHASE_OVER, memory_order_relaxed);
+        /* Those who sleep in epoll wait for the kernel's word now, if the other direction is over too. */
+        poller_sender_changed(end);
+        return -EINPROGRESS;
+}
+
+/* There is nothing in a remote ring, and so much the kernel has said: 0 a FIN, more: bytes that come after
+ * the ring. As look_behind_ring(). */
+static long look_at_remote(int fd, struct end *end, long got)
+{
+        /* A connection that isn't there any more without both sides' FIN was reset; who heard it isn't known.
+         */
+        struct pollfd polled = {.fd = fd};
+        struct timespec at_once = {0};
+
+        if (ready_broken(end))
+                return -ENOLINK;
+        if (got == 0 && (atomic_load_explicit(&end->shut, memory_order_relaxed) & 1 ||
+                         (sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) > 0 && polled.revents & POLLHUP &&
+                          !(atomic_load_explicit(&end->shut, memory_order_relaxed) & 6))))
+                return 0;
+        if (got >= 0) {
+                remote_withhold(end);
+                return -EAGAIN;
+        }
+        if (got != -EAGAIN && got != -EINTR)
+                leave_ring(end);
+        return got;
+}
+
 /* Where bytes come from while a receiver is ready and hasn't reached the ring. Returns bytes, 0 for the end
  * of the connection, or -errno; -EAGAIN: nothing there now. Under the lock, never waits. */
 static long receive_before_ring(struct operation *o, struct end *end, const struct view *view,
@@ -387,6 +431,12 @@ static long receive_before_ring(struct operation *o, struct end *end, const stru
         int queued = 0;
         long got;
 
+        if (!start && __builtin_expect(view->remote, 0) && ready_over(view)) {
+                start = atomic_load_explicit(&view->ring->start, memory_order_acquire);
+                /* Nothing has ever been put into it. */
+                if (!start)
+                        return leave_ring(end);
+        }
         if (!start) {
                 char byte;
 
@@ -398,7 +448,7 @@ static long receive_before_ring(struct operation *o, struct end *end, const stru
                          * after it. */
                         if (got > 0 || atomic_load_explicit(&view->ring->start, memory_order_acquire))
                                 return -EINPROGRESS;
-                        return got;
+                        return __builtin_expect(view->remote, 0) ? look_at_remote(o->fd, end, got) : got;
                 }
         }
         if (start) {
@@ -423,6 +473,9 @@ static long receive_before_ring(struct operation *o, struct end *end, const stru
         }
         if (got > 0 && !(o->flags & MSG_PEEK && !is_splice(o)))
                 atomic_store_explicit(&flow->position, position + (uint64_t)got, memory_order_relaxed);
+        /* A splice's other errors are of the pipe. */
+        if (__builtin_expect(view->remote, 0) && got < 0 && (got == -EAGAIN || o->call != CALL_SPLICE_OUT))
+                return look_at_remote(o->fd, end, got);
         return got;
 }
 
@@ -499,11 +552,12 @@ static long look_behind_ring(int fd, struct end *end, const struct view *view, b
                         return -EINPROGRESS;
                 if (over - 1 != head)
                         return -EPROTO;
-                atomic_store_explicit(&flow->phase, PHASE_OVER, memory_order_relaxed);
-                /* Those who sleep in epoll wait for the kernel's word now, if the other direction is over
-                 * too. */
-                poller_sender_changed(end);
-                return -EINPROGRESS;
+                return leave_ring(end);
+        }
+        if (__builtin_expect(view->remote, 0) && (ready_over(view) || ready_broken(end))) {
+                if (ring_ready(flow, view) || atomic_load_explicit(&view->ring->end, memory_order_acquire))
+                        return -EINPROGRESS;
+                return ready_over(view) ? leave_ring(end) : -ENOLINK;
         }
         if (!news && atomic_load_explicit(&flow->checked, memory_order_relaxed) == stamp)
                 return -EAGAIN;
@@ -514,6 +568,8 @@ static long look_behind_ring(int fd, struct end *end, const struct view *view, b
         /* What the peer did before it closed or sent over TCP is visible now. */
         if (ring_ready(flow, view) || atomic_load_explicit(&view->ring->end, memory_order_acquire))
                 return -EINPROGRESS;
+        if (__builtin_expect(view->remote, 0))
+                return look_at_remote(fd, end, got);
         if (got > 0)
                 return -EPROTO; /* bytes on TCP that no `end` announced */
         return got;
@@ -530,7 +586,7 @@ static void wake_senders(struct end *end, const struct view *view)
                 return;
         used = atomic_load_explicit(&view->ring->tail, memory_order_relaxed) -
                atomic_load_explicit(&end->rx.edge, memory_order_relaxed);
-        if (used <= atomic_load_explicit(&view->ring->room, memory_order_relaxed))
+        if (used + view->remote <= atomic_load_explicit(&view->ring->room, memory_order_relaxed))
                 ring_bells(senders, end);
 }
 
@@ -641,6 +697,8 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                 news = false;
                 if (got == -EPROTO)
                         upgrade_corrupt(o->fd, end);
+                if (got == -ENOLINK)
+                        upgrade_broken(o->fd, end, true);
                 lock_release(&flow->lock, taken);
                 if (got > 0) {
                         if (phase == PHASE_RING && !peek)
@@ -674,8 +732,10 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                  */
                 look_again(end);
                 no_address(o);
+                if (got == -EPROTO || got == -ENOLINK)
+                        got = -ECONNRESET;
                 if (done && got < 0)
                         atomic_store_explicit(&end->error, (uint32_t)-got, memory_order_relaxed);
-                return finish(done, got == -EPROTO ? -ECONNRESET : got);
+                return finish(done, got);
         }
 }

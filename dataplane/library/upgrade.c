@@ -6,6 +6,7 @@
 #include "protocol.h"
 #include "pump.h"
 #include "ready.h"
+#include "remote.h"
 #include "router.h"
 #include "settings.h"
 #include "statistics.h"
@@ -180,13 +181,18 @@ bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
 
 void upgrade_receiver(struct end *end)
 {
-        if (atomic_load_explicit(&end->rx.kernel, memory_order_acquire) || end_held_elsewhere(end))
+        struct view view = end_receives(end);
+
+        if (atomic_load_explicit(&end->rx.kernel, memory_order_acquire) || end_held_elsewhere(end) ||
+            ready_broken(end))
                 return;
         /* Those who wait in epoll must see the ring before the sender may use it. */
         if (!poller_attach(end))
                 return;
         atomic_store_explicit(&end->rx.phase, PHASE_READY, memory_order_relaxed);
-        atomic_store_explicit(&end_receives(end).ring->ready, 1, memory_order_release);
+        atomic_store_explicit(&view.ring->ready, 1, memory_order_release);
+        if (view.remote)
+                wake(&view.ring->senders, end);
         statistics_count(&statistics.receivers);
 }
 
@@ -197,12 +203,25 @@ void upgrade_sender(struct end *end)
         if (atomic_load_explicit(&end->tx.kernel, memory_order_acquire) || end_held_elsewhere(end) ||
             !atomic_load_explicit(&view.ring->ready, memory_order_acquire) ||
             atomic_load_explicit(&view.ring->leave, memory_order_relaxed) ||
-            atomic_load_explicit(&end->shut, memory_order_relaxed) & 2)
+            atomic_load_explicit(&end->shut, memory_order_relaxed) & 2 || ready_broken(end))
                 return;
         atomic_store_explicit(&end->tx.phase, PHASE_RING, memory_order_relaxed);
-        atomic_store_explicit(&view.ring->start, atomic_load(&end->tx.position) + 1, memory_order_release);
+        if (!view.remote)
+                upgrade_start(end, &view);
         poller_sender_changed(end);
         statistics_count(&statistics.senders);
+}
+
+void upgrade_start(struct end *end, const struct view *view)
+{
+        atomic_store_explicit(&view->ring->start, atomic_load(&end->tx.position) + 1, memory_order_release);
+}
+
+bool may_end_ring(struct end *end)
+{
+        uint32_t phase = atomic_load_explicit(&end->tx.phase, memory_order_relaxed);
+
+        return phase == PHASE_RING || (phase == PHASE_TCP && end_sends(end).remote);
 }
 
 void upgrade_end_ring(struct end *end)
@@ -215,13 +234,54 @@ void upgrade_end_ring(struct end *end)
         wake(&view.ring->receivers, end);
 }
 
-void retreat(struct end *end, uint32_t reason)
+/* What goes over TCP now may be there before the relays have brought `start`: the receiver would take it for
+ * what comes before the ring. So the one who was that quick to go back waits until they have. False: they
+ * don't. */
+static bool await_start(struct end *end)
+{
+        enum { PATIENCE = 1000 * 1000 * 1000 }; /* ns */
+        static const struct timespec nap = {.tv_nsec = 100 * 1000};
+        struct view view = end_sends(end);
+        uint64_t begin = now();
+
+        if (!view.remote || !atomic_load(&end->tx.edge))
+                return true;
+        while (!atomic_load_explicit(&view.ring->received, memory_order_acquire) &&
+               !atomic_load_explicit(&view.ring->head, memory_order_acquire)) {
+                if (ready_broken(end) || now() - begin > PATIENCE)
+                        return false;
+                sys_2(SYS_nanosleep, &nap, 0);
+        }
+        return true;
+}
+
+void retreat(int fd, struct end *end, uint32_t reason)
 {
         upgrade_end_ring(end);
+        if (!await_start(end)) {
+                upgrade_broken(fd, end, false);
+                return;
+        }
         atomic_store(&end->reason, reason);
         poller_sender_changed(end);
         statistics_count(&statistics.retreats);
         statistics_reason(reason);
+}
+
+/* The relays answer when all has come that the sender put in before it stopped. */
+static bool stop_remote_sender(struct end *end, const struct view *view)
+{
+        enum { PATIENCE = 1000 * 1000 * 1000 }; /* ns: the peer's relay itself takes 20 ms */
+        static const struct timespec nap = {.tv_nsec = 500 * 1000};
+        uint64_t begin = now();
+
+        remote_ask(end);
+        while (!ready_over(view)) {
+                if (ready_broken(end) || now() - begin > PATIENCE)
+                        return false;
+                sys_2(SYS_nanosleep, &nap, 0);
+        }
+        return true;
 }
 
 /* Ask the other side to end its ring. False: it may still put bytes there. */
@@ -232,6 +292,8 @@ static bool stop_sender(struct end *end)
         struct view view = end_receives(end);
         uint64_t begin;
 
+        if (view.remote)
+                return stop_remote_sender(end, &view);
         atomic_store(&view.ring->leave, 1);
         /* After this, a sender that isn't `busy` will see `leave` before it puts anything. Where the kernel
          * has no such barrier, what every core has done in the meantime must do. */
@@ -252,13 +314,13 @@ static int64_t left_in_ring(struct end *end)
         return ring_ready(&end->rx, &view);
 }
 
-/* Under both locks. True: nothing comes through the ring any more. */
-static bool leave(struct end *end, uint32_t reason)
+/* Under both locks. True: nothing comes through the ring any more, and nothing is in it. */
+static bool leave(int fd, struct end *end, uint32_t reason)
 {
         uint32_t phase = atomic_load(&end->rx.phase);
 
-        if (atomic_load(&end->tx.phase) == PHASE_RING)
-                retreat(end, reason);
+        if (may_end_ring(end))
+                retreat(fd, end, reason);
         atomic_store(&end->tx.phase, PHASE_OVER);
         if (phase == PHASE_TCP)
                 atomic_store(&end->rx.phase, PHASE_OVER);
@@ -282,7 +344,7 @@ void upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
         rx = lock_take(&end->rx.lock, self());
         tx = lock_take(&end->tx.lock, self());
         if (end_is(end, key))
-                leave(end, reason);
+                leave(fd, end, reason);
         lock_release(&end->tx.lock, tx);
         lock_release(&end->rx.lock, rx);
 }
@@ -333,10 +395,19 @@ static void replace_descriptors(struct end *end, uint64_t key, struct pump *pump
         sys_1(SYS_close, pump->program);
 }
 
+/* A remote sender that may not have stopped. */
+static bool is_unanswered(struct end *end)
+{
+        uint32_t phase = atomic_load(&end->rx.phase);
+        struct view view = end_receives(end);
+
+        return view.remote && (phase == PHASE_READY || phase == PHASE_RING) && !ready_over(&view);
+}
+
 void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason)
 {
         struct pump pump = {.tcp = fd};
-        bool pumped = false;
+        bool pumped = false, left;
         enum taken rx, tx;
 
         if (atomic_load(&end->stage) != STAGE_ATTACHED) {
@@ -345,7 +416,11 @@ void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason)
         }
         rx = lock_take(&end->rx.lock, self());
         tx = lock_take(&end->tx.lock, self());
-        if (end_is(end, key) && !leave(end, reason) && left_in_ring(end) > 0 && take_rest(end, &pump)) {
+        left = end_is(end, key) && !leave(fd, end, reason);
+        if (left && is_unanswered(end)) {
+                /* What may still come nobody would read, and what comes after it must not be taken for it. */
+                upgrade_broken(fd, end, true);
+        } else if (left && left_in_ring(end) > 0 && take_rest(end, &pump)) {
                 pumped = pump_start(&pump);
                 if (pumped) {
                         struct view view = end_receives(end);
@@ -383,12 +458,12 @@ void upgrade_close(int fd, struct end *end, uint64_t key)
         if (!end_is(end, key) || atomic_load(&end->stage) != STAGE_ATTACHED ||
             atomic_load(&process.local[end_number(end)]) != 1 || end_held_elsewhere(end))
                 return;
-        if (ready_bytes(end) && !atomic_load(&end_receives(end).ring->end))
+        if (ready_bytes(end) && !ready_end(end))
                 sys_5(SYS_setsockopt, fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
         /* A peer that is busy with other rings asks the kernel rarely. What this program says next on another
          * connection must not be heard before this end: the FIN first, then the word that it is there. */
         taken = lock_take(&end->tx.lock, self());
-        if (taken == LOCK_TAKEN && end_is(end, key) && atomic_load(&end->tx.phase) == PHASE_RING) {
+        if (taken == LOCK_TAKEN && end_is(end, key) && may_end_ring(end)) {
                 if (!closes_specially(fd, end))
                         sys_2(SYS_shutdown, fd, SHUT_WR);
                 upgrade_end_ring(end);
@@ -396,16 +471,63 @@ void upgrade_close(int fd, struct end *end, uint64_t key)
         lock_release(&end->tx.lock, taken);
 }
 
-void upgrade_corrupt(int fd, struct end *end)
+static void reset(int fd, struct end *end, uint32_t reason)
 {
         /* A reset, at the next close or by what the kernel gets from now on; both directions are over for us.
          */
         struct sockaddr nowhere = {.sa_family = AF_UNSPEC};
 
-        atomic_store(&end->reason, REASON_CORRUPT);
+        atomic_store(&end->reason, reason);
         atomic_store(&end->tx.phase, PHASE_OVER);
         atomic_store(&end->rx.phase, PHASE_OVER);
         sys_3(SYS_connect, fd, &nowhere, sizeof nowhere);
+        statistics_reason(reason);
+}
+
+void upgrade_corrupt(int fd, struct end *end)
+{
+        reset(fd, end, REASON_CORRUPT);
         statistics_count(&statistics.corrupt);
-        statistics_reason(REASON_CORRUPT);
+}
+
+/* Is there something that a reader gets before he hears of a reset? */
+static bool is_unread(int fd, struct end *end)
+{
+        uint32_t phase = atomic_load(&end->rx.phase);
+        int queued = 0;
+
+        if (phase != PHASE_READY && phase != PHASE_RING)
+                return false;
+        sys_3(SYS_ioctl, fd, SIOCINQ, &queued);
+        return left_in_ring(end) > 0 || (queued > 0 && remote_before(end, (uint64_t)queued));
+}
+
+void upgrade_broken(int fd, struct end *end, bool receiver)
+{
+        int error;
+        uint32_t size = sizeof error;
+
+        if (atomic_exchange(&end->reason, REASON_BROKEN) != REASON_BROKEN)
+                statistics_count(&statistics.broken);
+        if (!receiver && is_unread(fd, end)) {
+                atomic_store(&end->tx.phase, PHASE_OVER);
+                sys_2(SYS_shutdown, fd, SHUT_WR);
+        } else {
+                reset(fd, end, REASON_BROKEN);
+                /* What follows the error is what follows one on TCP: the end, and EPIPE. A reader says the
+                 * error itself. */
+                sys_2(SYS_shutdown, fd, SHUT_RDWR);
+                if (receiver)
+                        sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_ERROR, &error, &size);
+        }
+        poller_sender_changed(end);
+}
+
+void upgrade_announce(struct end *end)
+{
+        uint32_t phase = atomic_load(&end->rx.phase);
+
+        if (atomic_load(&end->stage) == STAGE_ATTACHED && (phase == PHASE_READY || phase == PHASE_RING) &&
+            end_receives(end).remote)
+                remote_ask(end);
 }

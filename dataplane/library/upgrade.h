@@ -18,6 +18,8 @@
 
 #include "family.h"
 
+struct view;
+
 /* Once per call on a connection that isn't attached yet: count, ask, look for the answer. Returns false if
  * the connection isn't ours to look at any more. */
 bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes);
@@ -29,10 +31,15 @@ uint32_t upgrade_timeout(const struct timeval *time);
 void upgrade_receiver(struct end *end);
 /* Under the sender's lock: go to the ring if that can be now. */
 void upgrade_sender(struct end *end);
+/* Under the sender's lock: has the peer to be told that nothing more comes in the ring? A remote one waits
+ * for that even if nothing ever came. */
+bool may_end_ring(struct end *end);
 /* Under the sender's lock: nothing more comes in the ring. */
 void upgrade_end_ring(struct end *end);
 /* The same, because bytes go over TCP again. */
-void retreat(struct end *end, uint32_t reason);
+void retreat(int fd, struct end *end, uint32_t reason);
+/* Under the sender's lock: before the first byte is published. */
+void upgrade_start(struct end *end, const struct view *view);
 /* Leave the ring, both ways. Bytes that are left in it are still ours to read. */
 void upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason);
 /* The same for a descriptor that somebody reads who knows nothing of the ring: what is left there he gets too
@@ -42,5 +49,11 @@ void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason);
 void upgrade_close(int fd, struct end *end, uint64_t key);
 /* The other side wrote nonsense: the connection ends as by a reset. */
 void upgrade_corrupt(int fd, struct end *end);
+/* The path through the relays is lost: so does this one. Under a flow's lock; a sender leaves to its readers
+ * what has come before. */
+void upgrade_broken(int fd, struct end *end, bool receiver);
+/* Ask the peers of all connections that are to be handed over to leave their rings, before each is waited
+ * for. */
+void upgrade_announce(struct end *end);
 
 #endif

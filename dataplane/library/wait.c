@@ -3,6 +3,7 @@
 #include "arena.h"
 #include "clock.h"
 #include "ready.h"
+#include "remote.h"
 #include "signals.h"
 #include "spin.h"
 #include "statistics.h"
@@ -88,6 +89,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                 int64_t left = -1; /* ns; -1: for ever */
                 struct timespec time;
                 uint64_t slept;
+                bool withheld;
                 int got;
 
                 if (want == WANT_SPACE)
@@ -105,8 +107,15 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                         }
                         left = (int64_t)(*deadline - time_now);
                 }
+                withheld = want == WANT_BYTES && remote_withholds(end);
+                polled[0].fd = withheld ? -1 : fd;
+                if (withheld && (left < 0 || left > REMOTE_NAP * INT64_C(1000000)))
+                        left = REMOTE_NAP * INT64_C(1000000);
                 if (bell < 0 || !bell_is_known(arena, side, bell)) {
                         int longest = bell < 0 ? LONGEST_BLIND : LONGEST_NAP;
+
+                        if (bell < 0)
+                                arena_grieve(arena);
 
                         if (left < 0 || left > nap * INT64_C(1000000))
                                 left = nap * INT64_C(1000000);
@@ -124,7 +133,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                         outcome = -*__errno_location();
                         break;
                 }
-                if (got == 0)
+                if (got == 0 && !withheld)
                         continue;
                 if (polled[2].revents && !polled[0].revents && !polled[1].revents) {
                         outcome = -EINTR;
@@ -132,7 +141,8 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                 }
                 if (polled[1].revents)
                         bell_silence(arena, bell);
-                if (polled[0].revents)
+                /* TCP isn't heard meanwhile, and may have been reset. */
+                if (polled[0].revents || withheld)
                         *news = true;
                 break;
         }

@@ -5,6 +5,7 @@
 
 #include "arena.h"
 #include "family.h"
+#include "remote.h"
 
 enum want { WANT_BYTES, WANT_SPACE };
 
@@ -17,7 +18,12 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
  * kernel wakes. */
 static inline void wait_elsewhere(struct end *end)
 {
-        atomic_store(&end_receives(end).ring->leave, 1);
+        struct view view = end_receives(end);
+
+        if (view.remote)
+                remote_ask(end);
+        else
+                atomic_store(&view.ring->leave, 1);
 }
 
 #endif

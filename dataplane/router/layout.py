@@ -27,6 +27,7 @@ LEAVE_OFFSET: Final = 76
 OVER_OFFSET: Final = 268
 LEFT_OFFSET: Final = 272
 BROKEN_OFFSET: Final = 276
+RECEIVED_OFFSET: Final = 280
 """Of struct ring."""
 DIRTY_OFFSET: Final = 128
 """Of struct arena: which slots the waiters of side 0 have to look at, a word for each bell."""

@@ -1,0 +1,69 @@
+#include "remote.h"
+
+#include "arena.h"
+#include "sys.h"
+
+#include <poll.h>
+#include <sys/ioctl.h>
+
+#define NEWS ((uint32_t)(POLLIN | POLLRDNORM | POLLRDBAND | POLLRDHUP | POLLHUP))
+
+void remote_ask(struct end *end)
+{
+        struct view view = end_receives(end);
+
+        if (!atomic_exchange(&view.ring->leave, 1))
+                wake(&view.ring->senders, end);
+}
+
+void remote_withhold(struct end *end)
+{
+        if (!atomic_exchange_explicit(&end->rx.withheld, 1, memory_order_relaxed))
+                remote_ask(end);
+}
+
+uint64_t remote_before(const struct end *end, uint64_t queued)
+{
+        struct view view = end_receives(end);
+        uint64_t start = atomic_load_explicit(&view.ring->start, memory_order_acquire);
+        uint64_t position = atomic_load_explicit(&end->rx.position, memory_order_acquire);
+        uint64_t before;
+
+        if (atomic_load_explicit(&end->rx.phase, memory_order_relaxed) != PHASE_READY)
+                return 0;
+        before = !start ? UINT64_MAX : start - 1 > position ? start - 1 - position : 0;
+        return queued < before ? queued : before;
+}
+
+static uint64_t queued_in_tcp(int fd)
+{
+        int queued = 0;
+
+        sys_3(SYS_ioctl, fd, FIONREAD, &queued);
+        return queued > 0 ? (uint64_t)queued : 0;
+}
+
+uint32_t remote_true(struct end *end, int fd, uint32_t bits)
+{
+        uint32_t shut = atomic_load_explicit(&end->shut, memory_order_relaxed);
+        struct pollfd polled = {.fd = fd, .events = POLLIN | POLLRDHUP};
+        struct timespec at_once = {0};
+
+        /* What the program itself has shut down says nothing of the peer. A connection that is gone without
+         * both sides' FIN was reset, whoever heard of the error. */
+        if (!(bits & NEWS) || !remote_is_early(end) || shut & 1 || bits & POLLERR ||
+            (bits & POLLHUP && !(shut & 6)))
+                return bits;
+        if (atomic_load_explicit(&end->rx.withheld, memory_order_relaxed))
+                return bits & ~NEWS;
+        if (remote_before(end, queued_in_tcp(fd)))
+                return bits & ~(uint32_t)(POLLRDHUP | POLLHUP);
+        if (!remote_before(end, 1) || bits & (POLLRDHUP | POLLHUP)) {
+                /* All that came before the ring has been taken. What is there now comes after it. */
+                if (sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) > 0)
+                        remote_withhold(end);
+                return bits & ~NEWS;
+        }
+        /* Another thread has just taken what was there. */
+        return bits & ~(uint32_t)(POLLIN | POLLRDNORM | POLLRDBAND);
+}

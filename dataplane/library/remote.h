@@ -1,0 +1,55 @@
+/* What is different when the ring's other side is this host's relay, and the peer is on another host.
+ *
+ * The TCP connection lies underneath as ever, but what it says may overtake what comes through the ring: its
+ * packets go another way. A FIN, or bytes that the peer sent over TCP after it had left the ring, may be here
+ * while the ring still has, or still gets, what was before. So until the ring has ended (`end`, `over` or
+ * `left`) the program doesn't hear of them; a reset it hears of at once, as bytes in flight are lost with one
+ * on TCP too.
+ *
+ * Nobody is left waiting for an `end` that nobody writes: whoever holds such news back asks the peer to leave
+ * the ring, which the relays answer (`left`) once all that was put in has come, whatever the peer's program
+ * does; and if the relays can't any more, the ring is `broken`.
+ */
+#ifndef FREEFLOW_REMOTE_H
+#define FREEFLOW_REMOTE_H
+
+#include "ready.h"
+
+enum { REMOTE_NAP = 10 }; /* ms, while TCP's descriptor is left out of a sleep */
+
+/* A receiver for which TCP's news may be too early. */
+static inline bool remote_is_early(struct end *end)
+{
+        uint32_t phase = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
+        struct view view;
+
+        if (phase != PHASE_READY && phase != PHASE_RING)
+                return false;
+        view = end_receives(end);
+        return __builtin_expect(view.remote, 0) && !ready_over(&view) && !ready_broken(end);
+}
+
+/* Is news held back now? Then TCP's descriptor is left out of sleeps, which last REMOTE_NAP at most. */
+static inline bool remote_withholds(struct end *end)
+{
+        return __builtin_expect(atomic_load_explicit(&end->rx.withheld, memory_order_relaxed), 0) &&
+               remote_is_early(end);
+}
+
+/* Ask the sender to leave the ring. */
+void remote_ask(struct end *end);
+/* Hold news of TCP back from now on. */
+void remote_withhold(struct end *end);
+/* What the program may hear of what the kernel has just said of the connection, in poll's bits: POLLRDHUP
+ * must have been asked for. */
+uint32_t remote_true(struct end *end, int fd, uint32_t bits);
+/* What it is to be told when the path is broken: as of a connection that was reset. */
+static inline uint32_t remote_broken_events(uint32_t wanted)
+{
+        return (wanted & (POLLIN | POLLRDNORM | POLLOUT | POLLWRNORM | POLLRDHUP)) | POLLERR | POLLHUP;
+}
+
+/* Bytes of those queued in TCP that come before all that comes through the ring. */
+uint64_t remote_before(const struct end *end, uint64_t queued);
+
+#endif
