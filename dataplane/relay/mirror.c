@@ -540,6 +540,7 @@ static bool hear_of_sent(struct mirror *m, const struct wire_block *block)
             block->head - m->head > block->received - m->head)
                 return false;
         m->acked = block->received;
+        atomic_store_explicit(&m->out->received, m->acked, memory_order_release);
         if (m->resync) {
                 m->sent = m->acked;
                 m->resync = false;
@@ -568,6 +569,9 @@ static bool hear_of_bytes(struct mirror *m, const struct wire_block *block)
         if (block->start && !m->in_start) {
                 m->in_start = block->start;
                 atomic_store_explicit(&m->in->start, m->in_start, memory_order_release);
+                /* The peer's process may wait until it is known that this is here (await_start() of the
+                 * library). */
+                m->report = true;
         }
         /* Below: said again on a new link. */
         if ((int64_t)more <= 0)

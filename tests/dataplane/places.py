@@ -10,7 +10,9 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,13 +22,16 @@ from typing import Any, Final
 import pytest
 
 from dataplane.control import Rule, Settings
-from tests.dataplane.bed import Bed, Container, bed
+from tests.dataplane.bed import ROUTER, Bed, Container, bed
 
 ROOT: Final = Path(__file__).parents[2]
 LIBRARY: Final = Path(os.environ.get("FREEFLOW_LIBRARY", ROOT / "build" / "libfreeflow.so"))
 SOURCES: Final = Path(__file__).with_name("programs")
+RELAY: Final = Path(__file__).with_name("relay.c")
 WARNINGS: Final = ("-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wshadow", "-Werror")
 PATIENCE: Final = 30.0
+ORDERS: Final = "relay.sock"
+"""Where the relays of `relay.c` take orders, beside the router's socket."""
 
 
 def compile_c(source: Path, to: Path, *options: str, compiler: str = "gcc") -> Path:
@@ -64,6 +69,8 @@ class Places:
     accelerated: bool
     folder: Path
     programs: Path
+    remote: bool = False
+    """Their connections are as if to another host: through the relays of `relay.c`."""
     ports: Iterator[int] = field(default_factory=lambda: itertools.count(7100))
 
     @property
@@ -103,6 +110,16 @@ class Places:
             assert counted["senders"] >= connections, counted
             assert counted["receivers"] >= connections, counted
             assert counted["corrupt"] == 0, counted
+            assert not self.remote or counted["remote"] >= connections, counted
+
+    def order(self, *orders: str) -> None:
+        """Tell the relays what to do."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
+            control.settimeout(PATIENCE)
+            control.connect(str(self.made.shared / ORDERS))
+            for order in orders:
+                control.send(order.encode())
+                assert control.recv(8) == b"yes", order
 
     def play(self, program: str, scenario: str, **environment: str) -> None:
         """Both ends of a scenario of a program in `programs/`, to their end."""
@@ -173,3 +190,32 @@ def places(
         router=accelerated,
     ) as made:
         yield Places(made, accelerated, folder, programs)
+
+
+@contextmanager
+def relayed(
+    folder: Path,
+    programs: Path,
+    *settings: str,
+    library: Path = LIBRARY,
+    dies: bool = False,
+) -> Iterator[Places]:
+    """The same, as if the two were on two hosts; `settings` are names and values of `relay.c`."""
+    program = programs / "relay"
+    if not program.exists():
+        compile_c(RELAY, program)
+    with bed("server", "client", library=library, router=False) as made:
+        sockets = [made.shared / ROUTER, made.shared / ORDERS]
+        relay = subprocess.Popen([str(program), *map(str, sockets), *settings])
+        try:
+            until = time.monotonic() + PATIENCE
+            while not sockets[0].exists():
+                assert relay.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            yield Places(made, True, folder, programs, remote=True)
+        finally:
+            died = relay.poll()
+            relay.kill()
+            relay.wait()
+        assert dies or died is None, f"the relay ended with {died}"

@@ -95,6 +95,7 @@ NUMBERS: Final = {
     "offsetof(struct ring, over)": layout.OVER_OFFSET,
     "offsetof(struct ring, left)": layout.LEFT_OFFSET,
     "offsetof(struct ring, broken)": layout.BROKEN_OFFSET,
+    "offsetof(struct ring, received)": layout.RECEIVED_OFFSET,
     "offsetof(struct arena, version)": 8,
     "offsetof(struct arena, sides[0].dirty)": layout.DIRTY_OFFSET,
     "sizeof ((struct arena *)0)->sides[0].dirty": 8 * layout.BELLS,
