@@ -23,7 +23,7 @@ from dataplane.router.loop import Loop, Timer
 
 EVERY: Final = 20.0
 """Seconds between two looks."""
-PATIENCE: Final = 15.0
+PATIENCE: Final = 30.0
 """Seconds that one may take: opening a device that is being reset can."""
 _MOST: Final = 1 << 20
 

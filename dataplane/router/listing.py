@@ -71,7 +71,8 @@ def paths(pairing: Pairing, namespaces: Namespaces) -> Iterator[Paths | None]:
 
 def _sockets(namespaces: Namespaces, namespace: int) -> Iterator[TcpSocket | None]:
     try:
-        yield from namespaces.diag(namespace).connected()
+        with namespaces.list(namespace) as diag:
+            yield from diag.connected()
     except KernelRefused:
         # The container has ended meanwhile.
         return

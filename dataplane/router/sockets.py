@@ -7,6 +7,7 @@ whole rest of pairing a connection, and importing it as long as the router's sta
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -238,17 +239,30 @@ class Namespaces:
 
     def diag(self, inode: int) -> Diag:
         """Questions about a namespace. Raises KernelRefused if it can't be had."""
-        known = self._diags.get(inode)
-        diag = known[0] if known is not None else self._open(inode, Diag)
-        self._diags[inode] = (diag, self._clock())
-        return diag
+        return self._kept(self._diags, inode, Diag)
+
+    @contextlib.contextmanager
+    def list(self, inode: int) -> Iterator[Diag]:
+        """For a list, which is taken in steps: in between, `diag` is asked about single sockets, and for other lists.
+
+        Raises:
+            KernelRefused: the namespace can't be had.
+        """
+        diag = self._open(inode, Diag)
+        try:
+            yield diag
+        finally:
+            diag.close()
 
     def conntrack(self, inode: int) -> Conntrack:
         """Questions about a namespace's translated connections. Raises KernelRefused if it can't be had."""
-        known = self._tracks.get(inode)
-        track = known[0] if known is not None else self._open(inode, Conntrack)
-        self._tracks[inode] = (track, self._clock())
-        return track
+        return self._kept(self._tracks, inode, Conntrack)
+
+    def _kept(self, of: dict[int, tuple[T, float]], inode: int, kind: Callable[[int], T]) -> T:
+        known = of.get(inode)
+        found = known[0] if known is not None else self._open(inode, kind)
+        of[inode] = (found, self._clock())
+        return found
 
     def _open(self, inode: int, kind: Callable[[int], T]) -> T:
         held = self._held.get(inode)
@@ -269,17 +283,17 @@ class Namespaces:
             os.close(descriptor)
 
     def _drop(self, inode: int) -> None:
-        for known in (self._diags.pop(inode, None), self._tracks.pop(inode, None)):
+        for of in (self._diags, self._tracks):
+            known = of.pop(inode, None)
             if known is not None:
                 known[0].close()
 
     def tidy(self) -> None:
         """Let go of namespaces that nobody asked about for a while."""
         limit = self._clock() - KEEP
-        for inode in [each for each, (_, used) in self._diags.items() if used < limit]:
-            self._diags.pop(inode)[0].close()
-        for inode in [each for each, (_, used) in self._tracks.items() if used < limit]:
-            self._tracks.pop(inode)[0].close()
+        for of in (self._diags, self._tracks):
+            for inode in [each for each, (_, used) in of.items() if used < limit]:
+                of.pop(inode)[0].close()
 
     def close(self) -> None:
         """Let go of all."""

@@ -72,9 +72,9 @@ class Host:
         while True:
             done = self.guest.run(["python3", HOST, "statistics"], env=SOURCES, check=False)
             rdma = json.loads(done.stdout)["rdma"] if done.returncode == 0 else None
-            if rdma and not rdma["why"]:
-                if sum(peer["link"] == "up" for peer in rdma["peers"]) >= count:
-                    return
+            links = [peer["link"] for peer in rdma["peers"]] if rdma and not rdma["why"] else []
+            if links.count("up") >= count:
+                return
             assert time.monotonic() < until, (done.stderr, rdma, self.log())
             time.sleep(0.5)
 

@@ -1,0 +1,103 @@
+"""Two ends that send each other numbers, and say what became of them.
+
+    stream.py server ADDRESS PORT [CONNECTIONS]
+    stream.py client ADDRESS PORT SECONDS [CONNECTIONS]
+
+Each end sends 0, 1, 2, … as eight bytes each until it's time, then END, and checks that it hears the same. What it prints, for each
+connection: `whole N` (all came, the end included), `reset N` (the connection failed after N numbers, which were right), `gap N` (it
+ended as if all were well, and it isn't) or `wrong N`.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+import threading
+import time
+
+END = (1 << 64) - 1
+RUN = 512
+"""Numbers that are sent at once."""
+
+
+def send(
+    connection: socket.socket, until: float, stop: threading.Event, failed: threading.Event
+) -> None:
+    position = 0
+    try:
+        while time.monotonic() < until and not stop.is_set():
+            connection.sendall(struct.pack(f"<{RUN}Q", *range(position, position + RUN)))
+            position += RUN
+            if position % (64 * RUN) == 0:
+                # Some connections have pauses.
+                time.sleep(0.01)
+        connection.sendall(struct.pack("<Q", END))
+        connection.shutdown(socket.SHUT_WR)
+    except OSError:
+        # The kernel tells a reset once: whoever reads after that sees an end.
+        failed.set()
+
+
+def receive(connection: socket.socket) -> str:
+    expected = 0
+    left = b""
+    while True:
+        try:
+            data = connection.recv(1 << 16)
+        except OSError:
+            return f"reset {expected}"
+        if not data:
+            return f"gap {expected}"
+        data = left + data
+        whole = len(data) // 8
+        left = data[whole * 8 :]
+        for number in struct.unpack(f"<{whole}Q", data[: whole * 8]):
+            if number == END:
+                return f"whole {expected}"
+            if number != expected:
+                return f"wrong {expected}"
+            expected += 1
+
+
+def both(connection: socket.socket, until: float, *, answers: bool) -> str:
+    """Whoever answers ends when it has heard the end."""
+    stop, failed = threading.Event(), threading.Event()
+    sender = threading.Thread(target=send, args=(connection, until, stop, failed), daemon=True)
+    sender.start()
+    said = receive(connection)
+    if answers or not said.startswith("whole"):
+        stop.set()
+    sender.join(30)
+    connection.close()
+    return said.replace("gap", "reset") if failed.is_set() else said
+
+
+def main() -> None:
+    role, address, port, *more = sys.argv[1:]
+    if role == "server":
+        count = int(more[0]) if more else 1
+        listener = socket.create_server((address, int(port)), backlog=4096)
+        print("listening", flush=True)
+        until = time.monotonic() + 3600
+        connections = [listener.accept()[0] for _ in range(count)]
+    else:
+        count = int(more[1]) if len(more) > 1 else 1
+        until = time.monotonic() + float(more[0])
+        connections = [socket.create_connection((address, int(port))) for _ in range(count)]
+    said: list[str] = []
+    threads = [
+        threading.Thread(
+            target=lambda c=each: said.append(both(c, until, answers=role == "server"))
+        )
+        for each in connections
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print("\n".join(said), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Connections between containers of two hosts, with the real library, routers and relays; memory stands for the RDMA device.
+
+What needs a real device is in `tests/vm/test_rdma_hosts.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from dataplane.control import Connection, Settings
+from tests.dataplane.places import compile_c
+from tests.dataplane.two_hosts import HostBed, cut, two_hosts
+
+HERE: Final = Path(__file__).parent
+TOP: Final = HERE.parents[1]
+STREAM: Final = HERE / "programs/stream.py"
+BUILD: Final = TOP / "dataplane/relay/build.sh"
+VIP: Final = "10.78.0.100"
+PORT: Final = 7100
+Hosts = tuple[HostBed, HostBed]
+
+
+@pytest.fixture(scope="module")
+def relay(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The relay's program, built from its sources."""
+    program = tmp_path_factory.mktemp("relay") / "freeflow-relay"
+    subprocess.run(["sh", str(BUILD), str(program)], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library, built from its sources."""
+    file = tmp_path_factory.mktemp("library") / "libfreeflow.so"
+    subprocess.run(["sh", str(TOP / "dataplane/library/build.sh"), str(file)], check=True)
+    return file
+
+
+@pytest.fixture
+def hosts(library: Path, relay: Path) -> Iterator[Hosts]:
+    with two_hosts(library=library, relay=relay, vips={VIP: ("b",)}) as made:
+        yield made
+
+
+def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def listed(host: HostBed) -> list[Connection]:
+    return list(host.router.connections().connections)
+
+
+def on_rdma(host: HostBed) -> int:
+    return sum(each.path == "rdma" for each in listed(host))
+
+
+class Streams:
+    """Numbers under way between `a` of one host and `b` of the other."""
+
+    def __init__(self, hosts: Hosts, seconds: float, count: int, address: str = "") -> None:
+        one, other = hosts
+        a, b = one.containers["a"], other.containers["b"]
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
+        python = [sys.executable, str(STREAM)]
+        self.server = b.popen([*python, "server", str(b.ipv4), str(PORT), str(count)], **options)
+        assert self.server.stdout is not None
+        assert self.server.stdout.readline() == "listening\n"
+        where = [address or str(b.ipv4), str(PORT)]
+        self.client = a.popen([*python, "client", *where, str(seconds), str(count)], **options)
+
+    def ends(self, patience: float = 60) -> list[str]:
+        """What each end of each connection said, without the numbers; that some were moved is checked."""
+        said = [each.communicate(timeout=patience)[0] for each in (self.client, self.server)]
+        lines = [line.split() for line in "".join(said).splitlines() if line != "listening"]
+        assert all(int(number) > 0 for _, number in lines), lines
+        return [word for word, _ in lines]
+
+
+@contextlib.contextmanager
+def streams(
+    hosts: Hosts, seconds: float = 4, count: int = 4, address: str = ""
+) -> Iterator[Streams]:
+    """Running, all on RDMA."""
+    made = Streams(hosts, seconds, count, address)
+    for host in hosts:
+        try:
+            until(lambda host=host: on_rdma(host) == count)
+        except AssertionError as error:
+            raise AssertionError((listed(host), host.log())) from error
+    yield made
+
+
+def nothing_left(hosts: Hosts) -> None:
+    """No memory is registered, no slot is held."""
+    for host in hosts:
+
+        def clean(host: HostBed = host) -> bool:
+            rdma = host.router.statistics().rdma
+            return not rdma.registered and not rdma.connections
+
+        until(clean)
+
+
+def test_bytes(hosts: Hosts) -> None:
+    """Connections between two hosts move to RDMA, whole, and nothing is left of them; both hosts say so."""
+    with streams(hosts) as made:
+        one, other = (host.router.statistics().rdma for host in hosts)
+        assert (one.connections, other.connections) == (4, 4)
+        assert one.registered == 4 * (2 * Settings().remote_ring + 2 * 4096)
+        (peer,) = one.peers
+        assert (peer.session, peer.rdma, peer.link, peer.connections) == (True, True, "up", 4)
+        assert made.ends() == ["whole"] * 8
+    nothing_left(hosts)
+    for host in hosts:
+        until(lambda host=host: host.router.statistics().rdma.relay["bytes_out"] > 1_000_000)
+        assert host.router.statistics().rdma.broken == 0
+
+
+def test_torture(hosts: Hosts, tmp_path: Path) -> None:
+    """No byte is wrong with many threads on one connection, forks, signals and kills, at both ends."""
+    seconds = int(os.environ.get("TORTURE_SECONDS", "10"))
+    program = str(compile_c(HERE / "torture.c", tmp_path / "torture"))
+    a, b = hosts[0].containers["a"], hosts[1].containers["b"]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    server = b.popen([program, "server", str(b.ipv4), "7000"], **options)
+    client = a.popen(
+        [program, "client", str(b.ipv4), "7000", str(seconds), "42", "16", "4"], **options
+    )
+    said = [each.communicate(timeout=seconds + 60)[0] for each in (client, server)]
+    assert (client.returncode, server.returncode) == (0, 0), "\n".join(said)
+    for host in hosts:
+        assert host.router.statistics().rdma.granted > 20
+        assert host.router.statistics().rdma.broken == 0
+    nothing_left(hosts)
+
+
+def test_a_service(hosts: Hosts) -> None:
+    """A client that knows a service's VIP is paired with the task on the other host."""
+    with streams(hosts, 2, 2, VIP) as made:
+        assert {each.remote for each in listed(hosts[0])} == {f"{VIP}:{PORT}"}
+        assert made.ends() == ["whole"] * 4
+    nothing_left(hosts)
+
+
+def test_without_a_session(hosts: Hosts) -> None:
+    """While the routers can't speak, connections go on, and new ones stay on the overlay; then they move again."""
+    with streams(hosts, 14, 2) as made:
+        cut(hosts[0])
+        for host in hosts:
+            until(lambda host=host: not host.peer().session)
+            assert host.peer().link == "up"
+        a, b = hosts[0].containers["a"], hosts[1].containers["b"]
+        server = b.popen(["iperf3", "-s", "-1", "-p", "7300"])
+        time.sleep(0.5)
+        client = a.popen(["iperf3", "-c", str(b.ipv4), "-p", "7300", "-t", "2"])
+        until(lambda: any(each.reason == "no-session" for each in listed(hosts[0])))
+        assert (client.wait(20), server.wait(20)) == (0, 0)
+        assert on_rdma(hosts[0]) == 2
+        cut(hosts[0], up=True)
+        assert made.ends() == ["whole"] * 4
+    for host in hosts:
+        until(lambda host=host: host.peer().session)
+    with streams(hosts, 1, 1) as made:
+        assert made.ends() == ["whole"] * 2
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_router_killed(hosts: Hosts, dies: int) -> None:
+    """A router that is killed costs no byte: its relay brings connections back to TCP. The next router starts anew."""
+    with streams(hosts, 6) as made:
+        hosts[dies].kill_router()
+        until(lambda: on_rdma(hosts[1 - dies]) == 0)
+        hosts[dies].start_router()
+        assert made.ends() == ["whole"] * 8
+    for host in hosts:
+        host.wait_linked()
+    with streams(hosts, 1, 1) as made:
+        assert made.ends() == ["whole"] * 2
+    nothing_left(hosts)
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_relay_killed(hosts: Hosts, dies: int) -> None:
+    """A relay that is killed resets its connections, at both ends, and nothing is taken for whole; new ones move again."""
+    with streams(hosts, 20) as made:
+        os.kill(hosts[dies].relay_pid(), signal.SIGKILL)
+        assert set(made.ends(30)) == {"reset"}
+    for host in hosts:
+        host.wait_linked()
+    with streams(hosts, 1, 1) as made:
+        assert made.ends() == ["whole"] * 2
+    nothing_left(hosts)
+
+
+def test_many(library: Path, relay: Path) -> None:
+    """Three hundred connections at once, in rings of the least size; past the memory that is allowed they stay on TCP."""
+    cost = 2 * 65536 + 2 * 4096
+    allowed = Settings(remote_ring=65536, remote_memory=200 * cost)
+    with two_hosts(library=library, relay=relay, settings=allowed) as made:
+        running = Streams(made, 6, 300)
+        until(lambda: on_rdma(made[0]) == 200, 20)
+        words = {each.reason for each in listed(made[0]) if each.path == "overlay"}
+        assert "limit" in words
+        assert running.ends() == ["whole"] * 600
+        nothing_left(made)
