@@ -136,6 +136,12 @@ class Maps:
             if place.index and place.index not in alive:
                 self.drop_place(net, mac)
 
+    def forget_silent(self, since: int) -> None:
+        """Drop addresses elsewhere that weren't heard since then."""
+        for net, mac, place in self.all_places():
+            if not place.index and place.seen < since:
+                self.drop_place(net, mac)
+
     def clear(self) -> None:
         """Nothing takes the shorter way any more."""
         self.settings.put(_ZERO, bytes(layout.SETTINGS.size))

@@ -54,6 +54,8 @@ LEASE: Final = 300.0
 """Seconds."""
 IDLE: Final = 60.0
 """Seconds after which an address that isn't heard is looked for the ordinary way."""
+FORGET: Final = 600.0
+"""Seconds after which it isn't kept any more."""
 WAYS_EVERY: Final = 10.0
 TIDY_EVERY: Final = 10.0
 _MTU: Final = 65535
@@ -122,6 +124,8 @@ class _State:
     paired: tuple[int, int] | None = None
     """The pair to which it has."""
     sysctls: tuple[int, int, int] = (32768, 60999, 64)
+    names: dict[int, str] = field(default_factory=dict)
+    """Of the host's devices."""
 
     @property
     def maps(self) -> Maps:
@@ -384,6 +388,7 @@ class Shortcut:
             if changed or now >= state.ways_due:
                 state.ways_due = now + WAYS_EVERY
                 state.sysctls = in_netns(self._host_namespace, _host_sysctls)
+                state.names = {link.index: link.name for link in self._host.links()}
                 self._write_peers(state)
             if now >= state.tidy_due:
                 state.tidy_due = now + TIDY_EVERY
@@ -422,6 +427,7 @@ class Shortcut:
         for index in state.inner.devices() - alive:
             state.inner.detach(index)
         state.maps.forget_ports(alive)
+        state.maps.forget_silent(time.monotonic_ns() - int(FORGET * 1e9))
         state.maps.forget_networks({each.net for each in state.nets.values()} & alive)
 
     def _refresh(self, state: _State) -> None:
@@ -481,9 +487,12 @@ class Shortcut:
             return (f"peer {missing[0]}: {missing[1]}" if missing else "no peers are known"), set()
         if state.policies.exist():
             return "the host has IPsec policies, which would be passed by", set()
+        if not devices <= state.names.keys():
+            state.ways_due = 0.0
+            return "a device has just come", set()
         blocked = state.firewall.obstacle(
             ports={known.network.port for known in overlays},
-            devices={link.index: link.name for link in self._host.links() if link.index in devices},
+            devices={index: state.names[index] for index in devices},
             own={way.source for way in present.values()},
             peers={peer for _, peer in present},
         )
