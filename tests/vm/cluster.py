@@ -11,6 +11,7 @@
 The network is the kernel's own, as a host without the eBPF programs has it. Containers share the guest's files: the router's
 socket and the library are in /run/freeflow. `start` and `run` preload the library unless told not to. The router is told all
 when it is started; `learn` tells it anew, `kill_router` is its crash.
+With `wait_linked` on each host, connections between hosts go over RDMA.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -28,11 +30,15 @@ import msgspec
 from dataplane import control
 from dataplane.control import EndpointFact, Learn, NetworkFact, Settings
 from dataplane.errors import DataplaneError, RouterAway
+from tests.dataplane.places import ROOT
 from tests.testbed.process import CommandError, wait_until
 from tests.testbed.vm import Guest, GuestGoneError, Process
 from tests.testbed.vm.guest import MTU, SOURCES
 
+BUILT_LIBRARY: Final = ROOT / "build/libfreeflow.so"
+BUILT_RELAY: Final = ROOT / "build/freeflow-relay"
 LIBRARY: Final = "/run/freeflow/libfreeflow.so"
+RELAY: Final = "/usr/lib/freeflow/freeflow-relay"
 CONTROL: Final = "/run/freeflow-admin/router.sock"
 SOCKET: Final = "/run/freeflow/router.sock"
 NETWORK: Final = "n1"
@@ -208,6 +214,16 @@ class Host:
         self.guest.sh(f"for i in $(seq 600); do [ ! -S {CONTROL} ] || break; sleep 0.05; done")
         wait_until(f"{self.guest.name}: the router", learned, 60)
 
+    def wait_linked(self, timeout: float = 60) -> None:
+        """Wait until it has a link to each of the other hosts."""
+
+        def linked() -> bool:
+            rdma = self.router.statistics().rdma
+            assert rdma is not None
+            return [peer.link for peer in rdma.peers].count("up") == len(self.peers)
+
+        wait_until(f"{self.guest.name}: links to {', '.join(self.peers)}", linked, timeout, 0.3)
+
     def kill_router(self) -> None:
         """As a crash does."""
         if self.process is not None:
@@ -261,15 +277,14 @@ def cluster(
     *,
     containers: int = 1,
     settings: Settings | None = None,
-    library: Path | None = None,
     files: Mapping[str, Path] | None = None,
     options: Sequence[str] = (),
     routers: bool = True,
 ) -> Iterator[list[Host]]:
     """Guests as hosts of one network, so many containers on each.
 
-    `library`: what containers preload. `files`: more files for each guest, by path. `options`: the router's.
-    `routers=False`: nobody listens, until `start_router`.
+    The library and the relay are those that are built; `files`: more or others for each guest, by path. `options`: the
+    router's. `routers=False`: nobody listens, until `start_router`. Guests with an RDMA device get links; see `wait_linked`.
     """
     hosts = [
         Host(
@@ -284,13 +299,13 @@ def cluster(
     try:
         for host in hosts:
             host.guest.run(["mkdir", "-p", "/run/freeflow", "/run/freeflow-admin"])
-            if library is not None:
-                host.guest.push(library, LIBRARY)
-            for path, source in (files or {}).items():
+            built = {LIBRARY: BUILT_LIBRARY, RELAY: BUILT_RELAY}
+            for path, source in (built | dict(files or {})).items():
                 host.guest.push(source, path)
             host.make_network()
-            if routers:
-                host.start_router()
+        if routers:
+            with ThreadPoolExecutor(len(hosts)) as pool:
+                list(pool.map(Host.start_router, hosts))
         yield hosts
     finally:
         for host in hosts:

@@ -1,4 +1,4 @@
-"""Routers and containers of two guests: the library within a host, and what is between hosts."""
+"""Routers and containers of two guests: shared memory within a host, RDMA between hosts."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from collections.abc import Iterator
 import pytest
 
 from dataplane.control import Connection
-from tests.dataplane.places import LIBRARY
 from tests.testbed.process import wait_until
 from tests.testbed.vm import Guest
-from tests.vm.cluster import Container, Host, cluster
+from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, Container, Host, cluster
 
 REDIS = ("redis-server", "--protected-mode", "no", "--save", "", "--port", "6379")
 
-pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason=f"missing: {LIBRARY} (make library)")
+pytestmark = pytest.mark.skipif(
+    not (BUILT_LIBRARY.exists() and BUILT_RELAY.exists()),
+    reason=f"missing: {BUILT_LIBRARY} or {BUILT_RELAY} (make library relay)",
+)
 
 
 @pytest.fixture(scope="module")
 def hosts(pair: list[Guest]) -> Iterator[list[Host]]:
-    with cluster(pair, containers=2, library=LIBRARY) as made:
+    with cluster(pair, containers=2) as made:
+        for host in made:
+            host.wait_linked()
         yield made
 
 
@@ -31,30 +35,49 @@ def held(host: Host, container: Container, path: str) -> list[Connection]:
     return [each for each in found if each.path == path]
 
 
-def test_a_connection_within_a_guest_moves_to_shared_memory(hosts: list[Host]) -> None:
-    """redis between two containers of one guest: byte for byte, and on `shm`."""
-    host = hosts[0]
-    client, server = host.containers
+def redis_over(path: str, one: Host, other: Host) -> None:
+    """A client of one host and redis on another, or the same: all bytes are right, and its connections move to a path."""
+    client, server = one.containers[0], other.containers[-1]
     started = server.start(REDIS)
     server.wait_listening(6379)
-    content = random.Random(7).randbytes(200_000)
+    content = random.Random(7).randbytes(150_000)
     commands = b"".join(
         b"*3\r\n$3\r\nSET\r\n$4\r\nk%03d\r\n$%d\r\n%b\r\n" % (i, len(content), content)
-        for i in range(10)
+        for i in range(8)
     )
     address = str(server.ipv4)
     said = client.run(["redis-cli", "-h", address, "--pipe"], stdin=commands).stdout
-    assert "errors: 0, replies: 10" in said
-    got = client.run(
-        ["sh", "-c", f"redis-cli -h {address} --raw get k009 | head -c {len(content)} | sha256sum"]
-    )
-    assert got.stdout.split()[0] == hashlib.sha256(content).hexdigest()
-    bench = client.start(
-        ["redis-benchmark", "-h", address, "-t", "set", "-c", "4", "-n", "1000000", "-q"]
-    )
-    wait_until("connections on shm", lambda: len(held(host, client, "shm")) >= 4, 60)
-    bench.kill()
+    assert "errors: 0, replies: 8" in said
+    get = "redis-cli -h {} --raw get k00{} | head -c {} | sha256sum"
+    gets = "; ".join(get.format(address, i, len(content)) for i in (0, 7))
+    got = client.run(["sh", "-c", gets]).stdout.split()[::2]
+    assert got == [hashlib.sha256(content).hexdigest()] * 2
+    benchmark = ["redis-benchmark", "-h", address, "-t", "set", "-c", "4", "-n", "1000000", "-q"]
+    running = client.start(benchmark)
+
+    def moved() -> bool:
+        return all(len(held(h, c, path)) >= 4 for h, c in ((one, client), (other, server)))
+
+    wait_until(f"connections on {path}", moved, 150)
+    running.kill()
     started.kill()
+
+
+def test_redis_within_a_guest_moves_to_shared_memory(hosts: list[Host]) -> None:
+    """Byte for byte, and on `shm`."""
+    redis_over("shm", hosts[0], hosts[0])
+
+
+def test_redis_across_guests_moves_to_rdma(hosts: list[Host]) -> None:
+    """Byte for byte, on `rdma` at both ends, in either direction; and the relays moved it."""
+    redis_over("rdma", *hosts)
+    redis_over("rdma", *hosts[::-1])
+    for host in hosts:
+        rdma = host.router.statistics().rdma
+        assert rdma is not None
+        assert rdma.relay["bytes_out"] > 0
+        assert rdma.relay["bytes_in"] > 0
+        assert (rdma.broken, rdma.relay["corrupt"]) == (0, 0)
 
 
 def test_the_containers_of_two_guests_reach_each_other(hosts: list[Host]) -> None:
@@ -69,16 +92,11 @@ def test_the_containers_of_two_guests_reach_each_other(hosts: list[Host]) -> Non
 
 
 def test_a_router_that_crashed_is_another_one(hosts: list[Host]) -> None:
-    """After `kill_router` and `start_router`, connections are upgraded again."""
+    """Of a router that was killed and started again, connections move to shared memory and to RDMA as before."""
     host = hosts[1]
     host.kill_router()
     host.start_router()
-    client, server = host.containers
-    started = server.start(REDIS)
-    server.wait_listening(6379)
-    bench = client.start(
-        ["redis-benchmark", "-h", str(server.ipv4), "-t", "set", "-c", "2", "-n", "1000000", "-q"]
-    )
-    wait_until("connections on shm", lambda: len(held(host, client, "shm")) >= 2, 60)
-    bench.kill()
-    started.kill()
+    redis_over("shm", host, host)
+    for each in hosts:
+        each.wait_linked()
+    redis_over("rdma", *hosts)
