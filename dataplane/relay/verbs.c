@@ -87,7 +87,7 @@ static struct {
 struct device {
         struct watch completions, events;
         unsigned users;
-        bool armed;
+        bool armed, named; /* the completion queue is armed; its name can be seen */
         struct ibv_context *context;
         struct ibv_pd *domain;
         struct ibv_comp_channel *channel;
@@ -301,6 +301,11 @@ static struct ibv_context *open_named(const char *name, char *text)
         return context;
 }
 
+static bool has_name(const struct device *d)
+{
+        return !access(d->context->device->dev_path, F_OK) || errno != ENOENT;
+}
+
 /* The device is there; what links need of it. */
 static int set_up(struct device *d, const struct relay_open *open, char *text)
 {
@@ -315,6 +320,7 @@ static int set_up(struct device *d, const struct relay_open *open, char *text)
         }
         if (verbs.query_gid(d->context, open->port, open->gid_index, &d->gid))
                 return fail(text, "asking the RDMA device for its GID");
+        d->named = has_name(d);
         d->port_number = open->port;
         d->gid_index = open->gid_index;
         d->most = attributes.max_cqe;
@@ -385,7 +391,7 @@ static uint64_t verbs_beat(uint64_t present)
         if (present - looked_at >= LOOK * UINT64_C(1000000)) {
                 looked_at = present;
                 count(COUNT_CALLS, 1);
-                if (access(device->context->device->dev_path, F_OK) && errno == ENOENT) {
+                if (device->named && !has_name(device)) {
                         lose(device, "the RDMA device was removed");
                         return 0;
                 }

@@ -92,6 +92,7 @@ def hosts(equipped: list[Guest]) -> Iterator[tuple[Host, Host]]:
     for host in made:
         host.process.kill()
         host.process.wait()
+        assert "Sanitizer" not in host.process.errors
 
 
 def stream(a: Host, b: Host, end: int, size: int, **options: int) -> None:
