@@ -1,0 +1,132 @@
+"""What status, doctor, ping and metrics say of RDMA: the device or why none, each host, each path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from dataplane.control import DeviceFact, PeerFact, RdmaFacts
+from plugin.cli.doctor import check_session_port, rdma_notes
+from plugin.cli.show import show_status
+from plugin.metrics import render
+from plugin.status import PathStatus, RdmaStatus, RemoteHostStatus, Status
+from tests.unit.documented import is_documented
+from tests.unit.statuses import NET, status
+from tests.unit.test_snapshot import World
+
+
+def host(**fields: object) -> RemoteHostStatus:
+    made = RemoteHostStatus("host2", "192.0.2.2", True, "", True, "up", "", 3)
+    return msgspec.structs.replace(made, **fields)
+
+
+def with_rdma(*hosts: RemoteHostStatus, **fields: object) -> Status:
+    made = RdmaStatus(
+        on=True,
+        device="mlx5_0 port 1, RoCE v2 192.0.2.1 (GID 3)",
+        why="",
+        skipped=["mlx5_1 port 1: port 1 is not active"],
+        no_sessions="",
+        hosts=list(hosts),
+        connections=3,
+        memory=3 << 20,
+        granted=9,
+        broken=1,
+        left=2,
+        relay={"bytes_out": 500, "bytes_in": 400},
+    )
+    known = status()
+    assert known.router is not None
+    router = msgspec.structs.replace(
+        known.router,
+        rdma=msgspec.structs.replace(made, **fields),
+        paths=[*known.router.paths, PathStatus(NET, "rdma", "", 3)],
+    )
+    return msgspec.structs.replace(known, router=router)
+
+
+def test_status_shows_device_and_hosts() -> None:
+    """The device, the memory that is registered, and for each host session, device, link and connections."""
+    lost = host(name="", address="192.0.2.3", session=False, reason="silent", link="down")
+    lines = show_status(with_rdma(host(), lost)).splitlines()
+    assert (
+        "rdma mlx5_0 port 1, RoCE v2 192.0.2.1 (GID 3), 3 connections in 3.0 MiB of its memory"
+        in lines
+    )
+    assert any(line.split() == ["host2", "192.0.2.2", "up", "yes", "up", "3"] for line in lines)
+    assert any(line.split() == ["-", "192.0.2.3", "silent", "?", "down", "3"] for line in lines)
+    assert "  connections: 2 on shm, 3 on rdma, 3 on overlay (remote 1, short 2)" in lines
+
+
+def test_status_says_why_not() -> None:
+    """A host without a device says so in one line and is well; so does one where it's off."""
+    found = with_rdma(device="", why="this host has no RDMA device", connections=0, memory=0)
+    assert found.healthy
+    assert "rdma not used: this host has no RDMA device" in show_status(found).splitlines()
+    off = with_rdma(on=False, connections=0, memory=0)
+    assert "rdma off (RDMA=off)" in show_status(off).splitlines()
+
+
+def test_doctor_names_each_device_and_host() -> None:
+    """Neither well nor wrong: what is used, what isn't and why, and how it stands with each host."""
+    notes = rdma_notes(
+        with_rdma(
+            host(),
+            host(name="host3", rdma=False),
+            host(name="host4", session=False, reason="silent"),
+        )
+    )
+    assert notes == [
+        "rdma: mlx5_0 port 1, RoCE v2 192.0.2.1 (GID 3)",
+        "rdma: not mlx5_1 port 1: port 1 is not active",
+        "rdma: host2: link up",
+        "rdma: host3: it has no RDMA device",
+        "rdma: host4: no session: silent",
+    ]
+    assert rdma_notes(status()) == []
+
+
+def test_doctor_finds_a_closed_port() -> None:
+    """Where there is RDMA and a host's router can't be reached, the port is named; where there is none nothing is asked."""
+    lost = host(session=False, reason="can't be reached")
+    (found,) = check_session_port(with_rdma(host(), lost), lambda address, port: False)
+    assert found.what == "the router of host2 can't be reached on TCP port 4799"
+    assert is_documented(found.what)
+    assert check_session_port(with_rdma(lost), lambda address, port: True) == []
+    assert check_session_port(with_rdma(lost, device=""), lambda address, port: False) == []
+
+
+def test_metrics() -> None:
+    """Paths, sessions, links and bytes are exported."""
+    text = render(with_rdma(host(), host(session=False, link="down"))).decode()
+    for line in (
+        'freeflow_connections{network="backend",path="rdma",reason=""} 3.0',
+        "freeflow_rdma_up 1.0",
+        "freeflow_sessions 1.0",
+        'freeflow_links{state="up"} 1.0',
+        'freeflow_links{state="down"} 1.0',
+        "freeflow_rdma_broken_total 1.0",
+        "freeflow_rdma_returned_total 2.0",
+        "freeflow_rdma_sent_bytes_total 500.0",
+    ):
+        assert line in text
+
+
+def test_snapshot(tmp_path: Path) -> None:
+    """What the router says of RDMA becomes the status: names for hosts, the IPv4 address for its mapped GID."""
+    world = World(tmp_path)
+    assert world.router.said is not None
+    facts = RdmaFacts(
+        device=DeviceFact(
+            name="rxe0", port=1, gid_index=1, gid="::ffff:192.0.2.1", kind="RoCE v2", mtu=1024
+        ),
+        peers=(PeerFact(address="192.0.2.2", session=True, rdma=True, link="up"),),
+        connections=2,
+    )
+    world.router.said = msgspec.structs.replace(world.router.said, rdma=facts)
+    found = world.status().router
+    assert found is not None
+    assert found.rdma is not None
+    assert found.rdma.device == "rxe0 port 1, RoCE v2 192.0.2.1 (GID 1)"
+    assert [(each.address, each.link) for each in found.rdma.hosts] == [("192.0.2.2", "up")]
