@@ -5,7 +5,7 @@ kernel can do. What attaches the programs to devices is the driver's: `driver/ke
 """
 
 from dataplane.ebpf.layout import NOWHERE, Count, Place, Port, Settings, Way
-from dataplane.ebpf.libbpf import link_device, pin, pinned, update_link
+from dataplane.ebpf.libbpf import detach_link, link_device, pin, pinned, update_link
 from dataplane.ebpf.maps import Maps, Programs
 from dataplane.ebpf.probe import STAGES, Found, find_out
 
@@ -20,6 +20,7 @@ __all__ = [
     "Programs",
     "Settings",
     "Way",
+    "detach_link",
     "find_out",
     "link_device",
     "pin",

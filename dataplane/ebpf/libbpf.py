@@ -216,6 +216,11 @@ def update_link(link: int, program: int) -> None:
         raise OSError(ctypes.get_errno(), "replacing a link's program")
 
 
+def detach_link(link: int) -> None:
+    """Take a link off its device at once: without it that happens some time after the last descriptor and pin are gone."""
+    _library().bpf_link_detach(link)
+
+
 class Object:
     """An object file: opened, then loaded, then asked for descriptors, which live as long as it is open."""
 

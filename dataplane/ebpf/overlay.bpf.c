@@ -475,29 +475,31 @@ int ff_vxlan(struct __sk_buff *skb)
         struct ff_place_key key;
         struct ff_place *place;
         struct ff_count *count;
+        __u64 now;
 
         if (!own || !readable(skb, ETH_HLEN))
                 return NEXT;
         eth = (const void *)(long)skb->data;
         if ((const void *)(eth + 1) > (const void *)(long)skb->data_end)
                 return NEXT;
+        set = the_settings();
+        now = bpf_ktime_get_ns();
+        /* Without a plugin nobody tells the bridge what it doesn't see: then it is to see it. */
+        if (!set || now >= set->lease)
+                return NEXT;
         key_of(&key, own->net, eth->h_source);
         place = bpf_map_lookup_elem(&places, &key);
-        set = the_settings();
-        if (set && !(set->flags & FF_POP4)) {
+        /* An address of ours from outside: the bridge's to judge. */
+        if (place && place->ifindex)
+                return NEXT;
+        if (!(set->flags & FF_POP4)) {
                 /* Nobody at the NIC sees who is where. That it is elsewhere is noted for the bridge, which
-                 * sees none of its packets and would forget it. */
+                 * would forget it. */
                 if (!(eth->h_source[0] & 1))
-                        learn(&key, 0, bpf_ktime_get_ns());
-                if (place && place->ifindex)
-                        return NEXT;
-        } else if (place) {
-                /* An address of ours from outside: the bridge's to judge. */
-                if (place->ifindex)
-                        return NEXT;
+                        learn(&key, 0, now);
+        } else if (place && (__s64)(now - place->seen) > MISSED) {
                 /* It came past the NIC where it was learned: it may be behind another one now. */
-                if ((__s64)(bpf_ktime_get_ns() - place->seen) > MISSED)
-                        bpf_map_delete_elem(&places, &key);
+                bpf_map_delete_elem(&places, &key);
         }
         if (skb->vlan_present ||
             (eth->h_proto != bpf_htons(ETH_P_IP) && eth->h_proto != bpf_htons(ETH_P_IPV6)))

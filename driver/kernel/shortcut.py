@@ -174,7 +174,8 @@ class Shortcut:
         """Load the programs, and take over what an earlier process has left in this overlay namespace."""
         with self._lock:
             if self._programs is None:
-                self._remove(overlay)
+                with self._complaining("taking off what an earlier process attached"):
+                    self._remove(overlay)
                 return
             try:
                 self._open(overlay, self._programs)
@@ -503,7 +504,7 @@ class Shortcut:
         low, high, ttl = state.sysctls
         state.maps.decide(
             Settings(
-                lease=time.monotonic_ns() + int(LEASE * 1e9) if flags else 0,
+                lease=time.monotonic_ns() + int(LEASE * 1e9),
                 idle=int(IDLE * 1e9),
                 inside=near,
                 outside=far,

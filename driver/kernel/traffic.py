@@ -17,7 +17,7 @@ from typing import Any, Final
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from dataplane.ebpf import link_device, pin, pinned, update_link
+from dataplane.ebpf import detach_link, link_device, pin, pinned, update_link
 from driver.errors import KernelError
 from driver.kernel.namespace import in_netns
 from driver.kernel.netlink import Sockets, translate
@@ -124,7 +124,7 @@ class Hooks:
 
     def detach(self, index: int) -> None:
         """Take ours off a device, and the qdisc if we made it and nobody else uses it; absence is fine."""
-        (self._links / str(index)).unlink(missing_ok=True)
+        self._detach_link(self._links / str(index))
         note = self._filters / str(index)
         if not note.exists():
             return
@@ -140,6 +140,13 @@ class Hooks:
                 with contextlib.suppress(NetlinkError):
                     route.tc("del", "clsact", index)
         note.unlink()
+
+    def _detach_link(self, pinned_at: Path) -> None:
+        link = pinned(pinned_at) if self._links.is_dir() else None
+        if link is not None:
+            detach_link(link)
+            os.close(link)
+            pinned_at.unlink()
 
     def detach_all(self) -> list[int]:
         """Take ours off all devices; their indexes."""
