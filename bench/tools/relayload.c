@@ -173,7 +173,7 @@ int main(int count, char **arguments)
                         }
                         present = now();
                 }
-                if (present - start >= end) {
+                if (present - start >= end && seen) {
                         end = present - start;
                         break;
                 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import time
@@ -15,6 +16,8 @@ from tests.testbed.vm import Guest, Process
 
 GID = 1
 """Index of the IPv4 one, with rdma_rxe."""
+KEYS = 24 + 16
+"""Where the keys are in a place."""
 
 
 class Host:
@@ -174,6 +177,26 @@ def test_a_killed_relay_breaks_what_it_carried(hosts: tuple[Host, Host]) -> None
     a.ask("tell_end", "DROP", end, 1)
     a.ask("hear", "DROPPED")
     assert a.ask("result", end)["broken"] == 1
+
+
+def test_a_place_that_the_peer_may_not_write_costs_the_link(hosts: tuple[Host, Host]) -> None:
+    """The queue pair fails; without the connection that did it, a new one carries the others on."""
+    a, b = hosts
+    good = connection(a, b)
+    index, number, place = a.well("place")
+    other, peer, peers = b.well("place")
+    wrong = bytearray(base64.b64decode(peers))
+    wrong[KEYS] ^= 0x55
+    b.well("pair", other, number, place)
+    a.well("pair", index, peer, base64.b64encode(wrong).decode())
+    stream(a, b, good, 2_000_000, pace=60_000)
+    stream(a, b, index, 100_000)
+    assert a.ask("hear", "DOWN")[2]
+    for host in hosts:
+        host.ask("tell_end", "DROP", index, 1)
+        host.ask("hear", "DROPPED")
+    link(a, b)
+    whole(a, b, good, 2_000_000)
 
 
 def test_a_removed_device_is_noticed_and_let_go(hosts: tuple[Host, Host]) -> None:
