@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 from pyroute2 import IPRoute
 
-from dataplane.ebpf import Count
+from dataplane.ebpf import Count, find_out
 from dataplane.ebpf.layout import POP6, PUSH6
 from driver import names
 from driver.kernel.bpffs import PINS
 from driver.kernel.shortcut import _State
 from driver.model import Network
-from tests.kernel.ebpf_object import SOURCES
+from tests.kernel.ebpf_object import SOURCES, built
 from tests.kernel.frames import IPV4, IPV6, VLAN, ethernet, send, udp
 from tests.kernel.hosts import (
     RUN,
@@ -138,6 +138,25 @@ def test_the_whole_way_is_taken(world: World) -> None:
         assert getattr(now, counted) - getattr(then, counted) > families * len(DATA)
     assert near.nic_packets > before[0].nic_packets
     assert (far.vxlan_packets == before[2].vxlan_packets) == bool(flags & POP6)
+
+
+def test_every_kernel_carries_all_bytes() -> None:
+    """Whichever stages a kernel can run, the highest one does, all bytes arrive over it, and cleanup leaves nothing."""
+    with lab(2) as made:
+        found = _world(made)
+        best = find_out(built()).stages[-1]
+        assert [host.keep().stage for host in made.hosts] == [best, best]
+        for target in (found.far, found.beside):
+            for address in (target.ipv4, target.ipv6):
+                assert found.near.send(address, DATA)
+                assert found.near.echoes(address, 20000, whole=False)
+        counted = count(found.far)
+        assert counted.received_bytes > 2 * len(DATA)
+        assert (counted.nic_bytes > len(DATA)) == (best == "tunnel")
+        assert count(found.beside).local_bytes > 2 * len(DATA)
+        for host in made.hosts:
+            host.do(host.kernel.cleanup)
+            _nothing_is_left(host)
 
 
 def test_fragments_of_every_size(world: World) -> None:

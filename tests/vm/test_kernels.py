@@ -52,3 +52,23 @@ def test_every_program_is_accepted_and_the_stages_are_known(
     found = json.loads(done.stdout)
     assert set(found["programs"].values()) == {"accepted"}
     assert found["stages"] == STAGES[name]
+
+
+@pytest.mark.skipif(not OBJECT.exists(), reason=f"missing: {OBJECT} (make ebpf)")
+@pytest.mark.parametrize("name", KERNELS)
+def test_packets_take_the_shorter_way(by_kernel: dict[str, Guest | str], name: str) -> None:
+    """On each kernel bytes arrive over the highest stage that it can run, between containers of one host and of two."""
+    guest = by_kernel[name]
+    if isinstance(guest, str):
+        pytest.skip(f"kernel {name}: {guest}")
+    guest.push(OBJECT, "/tmp/overlay.bpf.o")
+    chosen = "tests/kernel/test_shortcut.py::test_every_kernel_carries_all_bytes"
+    said = guest.run(
+        ["python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", chosen],
+        env={**SOURCES, "FREEFLOW_PROGRAMS": "/tmp/overlay.bpf.o"},
+        cwd="/src",
+        timeout=240,
+        check=False,
+    )
+    assert said.returncode == 0, said.stdout[-3000:] + said.stderr[-1000:]
+    assert "1 passed" in said.stdout
