@@ -180,7 +180,7 @@ static bool is_what_it_should_be(const struct mapping *mapping)
         const struct arena *arena = arena_header(mapping);
 
         return arena->magic == FREEFLOW_MAGIC && arena->version == FREEFLOW_VERSION &&
-               arena->size_of_ring == atomic_load(&mapping->size_of_ring) &&
+               arena->size_of_ring == UINT32_C(1) << atomic_load(&mapping->shift) &&
                arena->remote == atomic_load(&mapping->remote);
 }
 
@@ -235,7 +235,7 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
         atomic_store(&mapping->deaf, false);
         atomic_store(&mapping->deaf_at, 0);
         atomic_store(&mapping->refused, 0);
-        atomic_store(&mapping->size_of_ring, ring);
+        atomic_store(&mapping->shift, (uint32_t)__builtin_ctz(ring));
         atomic_store(&mapping->remote, ring < RING_SIZE);
         atomic_store(&mapping->id, id);
         atomic_store_explicit(&mapping->base, (unsigned char *)got, memory_order_release);

@@ -20,8 +20,9 @@ struct end;
 /* A process's own part of an arena. */
 struct mapping {
         unsigned char *_Atomic base;
-        _Atomic uint32_t size_of_ring; /* ours: what the arena says about itself isn't believed twice */
-        _Atomic bool remote;           /* side 1 is the relay */
+        _Atomic uint32_t
+            shift; /* log2 of a ring's size; what the arena says about itself isn't believed twice */
+        _Atomic bool remote; /* side 1 is the relay */
         _Atomic uint64_t id;
         _Atomic bool deaf;        /* bells can't be had from the router, or have been lost */
         _Atomic uint32_t deaf_at; /* of a remote arena: ticks() | 1 */
@@ -47,20 +48,24 @@ static inline struct view arena_view(uint32_t arena, uint32_t slot, uint32_t dir
 {
         const struct mapping *mapping = mapping_of(arena);
         unsigned char *base = (unsigned char *)arena_header(mapping);
-        uint32_t size = atomic_load_explicit(&mapping->size_of_ring, memory_order_relaxed);
+        uint32_t shift = atomic_load_explicit(&mapping->shift, memory_order_relaxed);
         size_t number = (size_t)slot * SIDES + direction;
 
-        return (struct view){
-            .ring = (struct ring *)(base + SLOT_OFFSET + number * PAGE),
-            .bulk = base + BULK_OFFSET + number * size,
-            .size = size,
-            .remote = atomic_load_explicit(&mapping->remote, memory_order_relaxed),
-        };
+        return view_of((struct ring *)(base + SLOT_OFFSET + number * PAGE),
+                       base + BULK_OFFSET + (number << shift), shift);
 }
 
 /* The rings of an attached end: the one it sends into, and the one it receives from. */
 struct view end_sends(const struct end *end);
 struct view end_receives(const struct end *end);
+
+/* Of an attached end: its peer is on another host. */
+static inline bool end_is_remote(const struct end *end)
+{
+        return atomic_load_explicit(
+            &mapping_of(atomic_load_explicit(&end->arena, memory_order_relaxed))->remote,
+            memory_order_relaxed);
+}
 
 /* Take what the router granted. Returns a reason, 0 if the end is attached. `memfd` stays the caller's. */
 uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t side, uint32_t slot,

@@ -213,7 +213,7 @@ static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
                                 wait_elsewhere(end);
                         continue;
                 }
-                if (fds[i].events & (POLLIN | POLLRDNORM) || end_receives(end).remote)
+                if (fds[i].events & (POLLIN | POLLRDNORM) || end_is_remote(end))
                         wait_begin(&end_receives(end).ring->receivers, bell);
                 if (fds[i].events & (POLLOUT | POLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING) {
                         ready_ask(end);

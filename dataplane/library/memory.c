@@ -75,7 +75,7 @@ static bool give_back(struct end *end)
             atomic_load_explicit(&view.ring->head, memory_order_acquire) != edge)
                 return true;
         ring_restart(flow, &view, edge);
-        sys_3(SYS_madvise, view.bulk, (touched + PAGE - 1) / PAGE * PAGE, MADV_REMOVE);
+        sys_3(SYS_madvise, view_bulk(&view), (touched + PAGE - 1) / PAGE * PAGE, MADV_REMOVE);
         count_out(flow);
         return false;
 }

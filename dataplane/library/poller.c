@@ -399,7 +399,7 @@ static bool to_ring(struct poller *poller, struct registration *r, struct end *e
                 poller->rings++;
                 r->kernel = 0;
                 r->edge = r->withheld = r->broken = false;
-                r->remote = end_receives(end).remote;
+                r->remote = end_is_remote(end);
                 r->seen = atomic_load(&end->rx.edge);
                 r->full = atomic_load(&end->tx.full);
         }

@@ -31,7 +31,7 @@ static inline bool ready_broken(const struct end *end)
 {
         struct view view = end_receives(end);
 
-        return __builtin_expect(view.remote, 0) &&
+        return view_remote(&view) &&
                (atomic_load_explicit(&view.ring->broken, memory_order_acquire) ||
                 atomic_load_explicit(&end_sends(end).ring->broken, memory_order_acquire));
 }
@@ -50,13 +50,12 @@ static inline bool ready_bytes(struct end *end)
                 uint64_t start = atomic_load_explicit(&view.ring->start, memory_order_acquire);
 
                 if (!start || start - 1 > atomic_load_explicit(&end->rx.position, memory_order_relaxed))
-                        return __builtin_expect(view.remote, 0) &&
-                               ((!start && ready_over(&view)) || ready_broken(end));
+                        return view_remote(&view) && ((!start && ready_over(&view)) || ready_broken(end));
         }
         return atomic_load_explicit(&view.ring->tail, memory_order_acquire) !=
                    atomic_load_explicit(&end->rx.edge, memory_order_relaxed) ||
                atomic_load_explicit(&view.ring->end, memory_order_relaxed) != 0 ||
-               (__builtin_expect(view.remote, 0) && (ready_over(&view) || ready_broken(end)));
+               (view_remote(&view) && (ready_over(&view) || ready_broken(end)));
 }
 
 /* The ring has ended: a FIN that the kernel has belongs to the same event. */
@@ -69,7 +68,7 @@ static inline bool ready_end(struct end *end)
                 return false;
         view = end_receives(end);
         return atomic_load_explicit(&view.ring->end, memory_order_relaxed) != 0 ||
-               (__builtin_expect(view.remote, 0) && ready_over(&view));
+               (view_remote(&view) && ready_over(&view));
 }
 
 /* Bytes in the ring at which a sender that found no room is called: as in TCP, when a third is free. */
@@ -85,7 +84,7 @@ static inline void ready_ask(struct end *end)
 {
         struct view view = end_sends(end);
 
-        atomic_store_explicit(&view.ring->room, ready_threshold(&end->tx, &view) + view.remote,
+        atomic_store_explicit(&view.ring->room, ready_threshold(&end->tx, &view) + view_remote(&view),
                               memory_order_relaxed);
 }
 

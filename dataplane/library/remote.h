@@ -26,7 +26,7 @@ static inline bool remote_is_early(struct end *end)
         if (phase != PHASE_READY && phase != PHASE_RING)
                 return false;
         view = end_receives(end);
-        return __builtin_expect(view.remote, 0) && !ready_over(&view) && !ready_broken(end);
+        return view_remote(&view) && !ready_over(&view) && !ready_broken(end);
 }
 
 /* Is news held back now? Then TCP's descriptor is left out of sleeps, which last REMOTE_NAP at most. */

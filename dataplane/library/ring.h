@@ -24,12 +24,37 @@
 #include <string.h>
 #include <sys/uio.h>
 
+/* Two words, so that it is handed on in registers. */
 struct view {
         struct ring *ring;
-        unsigned char *bulk;
-        uint32_t size;
-        bool remote;
+        uintptr_t bulk; /* address of the bulk area, which is a page's, and in the low bits log2 of the ring's
+                           size */
 };
+
+enum { RING_SHIFT = 22 };
+
+_Static_assert(1 << RING_SHIFT == RING_SIZE, "the size of a local ring");
+
+static inline struct view view_of(struct ring *ring, unsigned char *bulk, uint32_t shift)
+{
+        return (struct view){.ring = ring, .bulk = (uintptr_t)bulk | shift};
+}
+
+static inline uint64_t view_size(const struct view *view)
+{
+        return UINT64_C(1) << (view->bulk & 63);
+}
+
+static inline unsigned char *view_bulk(const struct view *view)
+{
+        return (unsigned char *)(view->bulk & ~(uintptr_t)(PAGE - 1));
+}
+
+/* The other side is the relay: the size says so (layout.h). */
+static inline bool view_remote(const struct view *view)
+{
+        return __builtin_expect((view->bulk & 63) != RING_SHIFT, 0);
+}
 
 /* A place in a list of buffers. */
 struct cursor {
@@ -42,26 +67,28 @@ struct cursor {
 /* The address of an offset, and how far it goes on from there. */
 static inline unsigned char *ring_at(const struct view *view, uint64_t offset, size_t *run)
 {
-        offset &= view->size - 1;
+        uint64_t size = view_size(view);
+
+        offset &= size - 1;
         if (offset < SMALL_SIZE) {
                 *run = SMALL_SIZE - offset;
                 return (unsigned char *)view->ring + RING_HEADER + offset;
         }
-        *run = view->size - offset;
-        return view->bulk + offset;
+        *run = size - offset;
+        return view_bulk(view) + offset;
 }
 
 /* Bytes of a ring that may be used. A remote one's memory is there already, and the relays report what has
  * been read when half of the ring has: who used less might wait for ever. */
 static inline uint64_t ring_limit(const struct view *view)
 {
-        return __builtin_expect(view->remote, 0) ? view->size : settings.ring_limit;
+        return view_remote(view) ? view_size(view) : settings.ring_limit;
 }
 
 /* Offset in the ring that the sender doesn't go beyond. */
 static inline uint64_t ring_extent(const struct flow *flow, const struct view *view)
 {
-        return __builtin_expect(view->remote, 0) ? view->size : memory_extent(flow);
+        return view_remote(view) ? view_size(view) : memory_extent(flow);
 }
 
 /* The ring is empty: begin at its first byte again. */
@@ -79,7 +106,7 @@ static inline uint64_t ring_within(struct flow *flow, const struct view *view, u
         uint64_t extent = ring_extent(flow, view);
         uint64_t offset = tail - atomic_load_explicit(&flow->base, memory_order_relaxed);
 
-        if (__builtin_expect(extent >= view->size, 1))
+        if (__builtin_expect(extent >= view_size(view), 1))
                 return space;
         if (offset < extent)
                 return space < extent - offset ? space : extent - offset;
@@ -93,10 +120,10 @@ static inline int64_t ring_space(struct flow *flow, const struct view *view, siz
         uint64_t tail = atomic_load_explicit(&flow->edge, memory_order_relaxed);
         uint64_t used = tail - atomic_load_explicit(&view->ring->head, memory_order_acquire);
 
-        if (__builtin_expect(used > view->size, 0))
+        if (__builtin_expect(used > view_size(view), 0))
                 return RING_CORRUPT;
         if (!used && atomic_load_explicit(&flow->base, memory_order_relaxed) != tail &&
-            (want <= SMALL_SIZE || ring_extent(flow, view) < view->size))
+            (want <= SMALL_SIZE || ring_extent(flow, view) < view_size(view)))
                 ring_restart(flow, view, tail);
         return used < limit ? (int64_t)ring_within(flow, view, tail, limit - used) : 0;
 }
@@ -123,7 +150,7 @@ static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t
         if (!atomic_compare_exchange_strong_explicit(&flow->edge, &tail, tail + size, memory_order_relaxed,
                                                      memory_order_relaxed))
                 return false;
-        if (__builtin_expect(!view->remote, 1))
+        if (!view_remote(view))
                 memory_touch(flow, end);
         ring_stamp(view, tail);
         atomic_store_explicit(&view->ring->tail, tail + size, memory_order_release);
@@ -136,7 +163,7 @@ static inline int64_t ring_ready(const struct flow *flow, const struct view *vie
         uint64_t tail = atomic_load_explicit(&view->ring->tail, memory_order_acquire);
         uint64_t ready = tail - atomic_load_explicit(&flow->edge, memory_order_relaxed);
 
-        return __builtin_expect(ready > view->size, 0) ? RING_CORRUPT : (int64_t)ready;
+        return __builtin_expect(ready > view_size(view), 0) ? RING_CORRUPT : (int64_t)ready;
 }
 
 /* Where byte `head` is, and how many follow it in one piece. After ring_ready() said that there is one. */

@@ -261,7 +261,7 @@ static long put_piece(struct operation *o, struct end *end, const struct view *v
          * published next. */
         for (;;) {
                 last = copies ? atomic_load_explicit(&flow->reserved, memory_order_relaxed) : tail + put;
-                if (__builtin_expect(view->remote, 0) && !tail && last)
+                if (view_remote(view) && !tail && last)
                         upgrade_start(end, view);
                 ring_put(flow, view, tail, last - tail);
                 tail = last;
@@ -338,7 +338,7 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                         lock_release(&flow->lock, taken);
                         continue;
                 }
-                if (__builtin_expect(view.remote, 0) && ready_broken(end)) {
+                if (view_remote(&view) && ready_broken(end)) {
                         atomic_store_explicit(&view.ring->busy, 0, memory_order_release);
                         upgrade_broken(o->fd, end, false);
                         lock_release(&flow->lock, taken);
@@ -431,7 +431,7 @@ static long receive_before_ring(struct operation *o, struct end *end, const stru
         int queued = 0;
         long got;
 
-        if (!start && __builtin_expect(view->remote, 0) && ready_over(view)) {
+        if (!start && view_remote(view) && ready_over(view)) {
                 start = atomic_load_explicit(&view->ring->start, memory_order_acquire);
                 /* Nothing has ever been put into it. */
                 if (!start)
@@ -448,7 +448,7 @@ static long receive_before_ring(struct operation *o, struct end *end, const stru
                          * after it. */
                         if (got > 0 || atomic_load_explicit(&view->ring->start, memory_order_acquire))
                                 return -EINPROGRESS;
-                        return __builtin_expect(view->remote, 0) ? look_at_remote(o->fd, end, got) : got;
+                        return view_remote(view) ? look_at_remote(o->fd, end, got) : got;
                 }
         }
         if (start) {
@@ -474,7 +474,7 @@ static long receive_before_ring(struct operation *o, struct end *end, const stru
         if (got > 0 && !(o->flags & MSG_PEEK && !is_splice(o)))
                 atomic_store_explicit(&flow->position, position + (uint64_t)got, memory_order_relaxed);
         /* A splice's other errors are of the pipe. */
-        if (__builtin_expect(view->remote, 0) && got < 0 && (got == -EAGAIN || o->call != CALL_SPLICE_OUT))
+        if (view_remote(view) && got < 0 && (got == -EAGAIN || o->call != CALL_SPLICE_OUT))
                 return look_at_remote(o->fd, end, got);
         return got;
 }
@@ -554,7 +554,7 @@ static long look_behind_ring(int fd, struct end *end, const struct view *view, b
                         return -EPROTO;
                 return leave_ring(end);
         }
-        if (__builtin_expect(view->remote, 0) && (ready_over(view) || ready_broken(end))) {
+        if (view_remote(view) && (ready_over(view) || ready_broken(end))) {
                 if (ring_ready(flow, view) || atomic_load_explicit(&view->ring->end, memory_order_acquire))
                         return -EINPROGRESS;
                 return ready_over(view) ? leave_ring(end) : -ENOLINK;
@@ -568,7 +568,7 @@ static long look_behind_ring(int fd, struct end *end, const struct view *view, b
         /* What the peer did before it closed or sent over TCP is visible now. */
         if (ring_ready(flow, view) || atomic_load_explicit(&view->ring->end, memory_order_acquire))
                 return -EINPROGRESS;
-        if (__builtin_expect(view->remote, 0))
+        if (view_remote(view))
                 return look_at_remote(fd, end, got);
         if (got > 0)
                 return -EPROTO; /* bytes on TCP that no `end` announced */
@@ -586,7 +586,7 @@ static void wake_senders(struct end *end, const struct view *view)
                 return;
         used = atomic_load_explicit(&view->ring->tail, memory_order_relaxed) -
                atomic_load_explicit(&end->rx.edge, memory_order_relaxed);
-        if (used + view->remote <= atomic_load_explicit(&view->ring->room, memory_order_relaxed))
+        if (used + view_remote(view) <= atomic_load_explicit(&view->ring->room, memory_order_relaxed))
                 ring_bells(senders, end);
 }
 

@@ -191,7 +191,7 @@ void upgrade_receiver(struct end *end)
                 return;
         atomic_store_explicit(&end->rx.phase, PHASE_READY, memory_order_relaxed);
         atomic_store_explicit(&view.ring->ready, 1, memory_order_release);
-        if (view.remote)
+        if (view_remote(&view))
                 wake(&view.ring->senders, end);
         statistics_count(&statistics.receivers);
 }
@@ -206,7 +206,7 @@ void upgrade_sender(struct end *end)
             atomic_load_explicit(&end->shut, memory_order_relaxed) & 2 || ready_broken(end))
                 return;
         atomic_store_explicit(&end->tx.phase, PHASE_RING, memory_order_relaxed);
-        if (!view.remote)
+        if (!view_remote(&view))
                 upgrade_start(end, &view);
         poller_sender_changed(end);
         statistics_count(&statistics.senders);
@@ -221,7 +221,7 @@ bool may_end_ring(struct end *end)
 {
         uint32_t phase = atomic_load_explicit(&end->tx.phase, memory_order_relaxed);
 
-        return phase == PHASE_RING || (phase == PHASE_TCP && end_sends(end).remote);
+        return phase == PHASE_RING || (phase == PHASE_TCP && end_is_remote(end));
 }
 
 void upgrade_end_ring(struct end *end)
@@ -244,7 +244,7 @@ static bool await_start(struct end *end)
         struct view view = end_sends(end);
         uint64_t begin = now();
 
-        if (!view.remote || !atomic_load(&end->tx.edge))
+        if (!view_remote(&view) || !atomic_load(&end->tx.edge))
                 return true;
         while (!atomic_load_explicit(&view.ring->received, memory_order_acquire) &&
                !atomic_load_explicit(&view.ring->head, memory_order_acquire)) {
@@ -292,7 +292,7 @@ static bool stop_sender(struct end *end)
         struct view view = end_receives(end);
         uint64_t begin;
 
-        if (view.remote)
+        if (view_remote(&view))
                 return stop_remote_sender(end, &view);
         atomic_store(&view.ring->leave, 1);
         /* After this, a sender that isn't `busy` will see `leave` before it puts anything. Where the kernel
@@ -401,7 +401,7 @@ static bool is_unanswered(struct end *end)
         uint32_t phase = atomic_load(&end->rx.phase);
         struct view view = end_receives(end);
 
-        return view.remote && (phase == PHASE_READY || phase == PHASE_RING) && !ready_over(&view);
+        return view_remote(&view) && (phase == PHASE_READY || phase == PHASE_RING) && !ready_over(&view);
 }
 
 void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason)
@@ -528,6 +528,6 @@ void upgrade_announce(struct end *end)
         uint32_t phase = atomic_load(&end->rx.phase);
 
         if (atomic_load(&end->stage) == STAGE_ATTACHED && (phase == PHASE_READY || phase == PHASE_RING) &&
-            end_receives(end).remote)
+            end_is_remote(end))
                 remote_ask(end);
 }

@@ -20,7 +20,7 @@ static inline void wait_elsewhere(struct end *end)
 {
         struct view view = end_receives(end);
 
-        if (view.remote)
+        if (view_remote(&view))
                 remote_ask(end);
         else
                 atomic_store(&view.ring->leave, 1);

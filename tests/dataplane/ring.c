@@ -97,10 +97,10 @@ static void give_back(void)
 {
         uint64_t edge = atomic_load_explicit(&sender.edge, memory_order_relaxed);
 
-        if (view.remote || atomic_load_explicit(&view.ring->head, memory_order_acquire) != edge)
+        if (view_remote(&view) || atomic_load_explicit(&view.ring->head, memory_order_acquire) != edge)
                 return;
         ring_restart(&sender, &view, edge);
-        CHECK(madvise(view.bulk, view.size, MADV_REMOVE) == 0);
+        CHECK(madvise(view_bulk(&view), view_size(&view), MADV_REMOVE) == 0);
         atomic_store(&family->touched, 0);
         atomic_store(&sender.touched, 0);
 }
@@ -131,7 +131,7 @@ static size_t put(const unsigned char *bytes, size_t size, uint64_t limit)
 
         if (space == RING_CORRUPT)
                 return 0;
-        CHECK(space >= 0 && space <= view.size);
+        CHECK(space >= 0 && (uint64_t)space <= view_size(&view));
         if (size > (size_t)space)
                 size = (size_t)space;
         copy((void *)(uintptr_t)bytes, tail, size, true);
@@ -147,7 +147,7 @@ static size_t take(unsigned char *bytes, size_t size)
 
         if (ready == RING_CORRUPT)
                 return 0;
-        CHECK(ready >= 0 && ready <= view.size);
+        CHECK(ready >= 0 && (uint64_t)ready <= view_size(&view));
         if (size > (size_t)ready)
                 size = (size_t)ready;
         copy(bytes, head, size, false);
@@ -167,7 +167,7 @@ static void *send_all(void *unused)
         CHECK(bytes);
         while (time(NULL) < end) {
                 size_t size = some_size(&random);
-                uint64_t limit = any(&random, 4) ? view.size : 1 + any(&random, view.size);
+                uint64_t limit = any(&random, 4) ? view_size(&view) : 1 + any(&random, view_size(&view));
 
                 if (any(&random, 64) == 0)
                         memory_budget = any(&random, 2) ? UINT64_MAX : any(&random, RING_SIZE);
@@ -260,10 +260,10 @@ static void spoil(uint64_t *random)
                 value = any(random, UINT64_MAX);
                 break;
         case 1:
-                value = atomic_load(&sender.edge) + any(random, 2 * view.size) - view.size;
+                value = atomic_load(&sender.edge) + any(random, 2 * view_size(&view)) - view_size(&view);
                 break;
         case 2:
-                value = atomic_load(&receiver.edge) + any(random, 2 * view.size) - view.size;
+                value = atomic_load(&receiver.edge) + any(random, 2 * view_size(&view)) - view_size(&view);
                 break;
         default:
                 value = UINT64_MAX - any(random, 5000);
@@ -281,7 +281,7 @@ static void hostile(void)
                 for (int i = 0; i < 1000; i++) {
                         if (any(&random, 2))
                                 spoil(&random);
-                        moved[0] += put(bytes, some_size(&random), view.size);
+                        moved[0] += put(bytes, some_size(&random), view_size(&view));
                         if (any(&random, 2))
                                 spoil(&random);
                         moved[1] += take(bytes, some_size(&random));
@@ -315,16 +315,16 @@ static unsigned char *fenced(size_t size)
 
 int main(int count, char **arguments)
 {
+        uint32_t shift;
+
         if (count != 4)
                 return 2;
         end = time(NULL) + atoi(arguments[2]);
         seed = strtoull(arguments[3], NULL, 0);
         family = (struct family *)fenced(sizeof *family);
-        view.ring = (struct ring *)(void *)fenced(PAGE);
         /* As two processes of a host have it, or as a process and the relay do. */
-        view.remote = seed & 1;
-        view.size = view.remote ? REMOTE_RING_LEAST << (seed >> 1) % 6 : RING_SIZE;
-        view.bulk = fenced(view.size);
+        shift = seed & 1 ? 16 + (uint32_t)(seed >> 1) % 6 : RING_SHIFT;
+        view = view_of((struct ring *)(void *)fenced(PAGE), fenced((size_t)1 << shift), shift);
         settings.ring_limit = RING_SIZE;
         sem_init(&sleeping[0], 0, 0);
         sem_init(&sleeping[1], 0, 0);

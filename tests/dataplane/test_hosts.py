@@ -188,7 +188,7 @@ def test_dead_relay(hosts: Hosts) -> None:
 
 
 WAIT: Final = """
-import socket, sys
+import socket, sys, time
 if len(sys.argv) > 2:
     talk = socket.create_connection((sys.argv[1], 7099))
 else:
@@ -196,9 +196,11 @@ else:
         print("listens", flush=True)
         talk, _ = listener.accept()
 try:
-    for _ in range(100):
+    # The answers of the routers are looked for as long as it talks.
+    for _ in range(200):
         talk.sendall(b"x")
         talk.recv(1)
+        time.sleep(0.005)
     while talk.recv(1):
         pass
 except OSError as error:
