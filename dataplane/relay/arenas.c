@@ -79,6 +79,7 @@ static void rung(struct watch *watch, uint32_t events)
                 /* Nobody has the other end any more. Who gets one later rings nothing: looked at now and
                  * then. */
                 watch_remove(watch);
+                watch->call = NULL;
                 arena_waits(shared);
         }
         hear(shared);
@@ -222,7 +223,7 @@ void arena_ring_bells(struct shared *shared, struct waiters *waiters, uint32_t s
 
 static bool is_known(const struct shared *shared)
 {
-        return shared->bell.fd >= 0 && shared->bell.call &&
+        return shared->bell.call &&
                atomic_load_explicit(&header_of(shared)->sides[SIDE].known[0], memory_order_relaxed) & 1;
 }
 

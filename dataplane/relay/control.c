@@ -225,9 +225,13 @@ static void do_arena(const void *data, int *descriptors)
         char text[RELAY_TEXT];
 
         memcpy(&message, data, sizeof message);
-        if (descriptors[0] < 0 || descriptors[1] < 0 || arena_find(message.arena))
-                relay_die("the router's arena", EPROTO);
-        /* A slot in it is refused then. */
+        if (arena_find(message.arena))
+                relay_die("the router's arena", EEXIST);
+        /* They get lost where there is no room for more descriptors. A slot in it is refused then. */
+        if (descriptors[0] < 0 || descriptors[1] < 0) {
+                fprintf(stderr, "freeflow-relay: an arena came without its descriptors\n");
+                return;
+        }
         if (!arena_take(message.arena, message.value, descriptors[0], descriptors[1], text))
                 fprintf(stderr, "freeflow-relay: %s\n", text);
         descriptors[0] = descriptors[1] = -1;

@@ -30,6 +30,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
 
@@ -244,11 +245,23 @@ static void say_farewell(void)
                         ask_kernel(1);
 }
 
+/* Each bell of each process is a descriptor here. */
+static void allow_descriptors(void)
+{
+        struct rlimit limit;
+
+        if (getrlimit(RLIMIT_NOFILE, &limit))
+                return;
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 int main(void)
 {
         relay.epoll = epoll_create1(EPOLL_CLOEXEC);
         if (relay.epoll < 0)
                 relay_die("epoll", errno);
+        allow_descriptors();
         arenas_start();
         mirrors_start();
         watch_signals();

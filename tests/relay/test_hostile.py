@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import os
 import random
+import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ from pathlib import Path
 import pytest
 
 from tests.relay.client import (
+    ARENA,
     BROKEN,
     FRAME,
     KINDS,
     NUMBER,
+    RING,
     End,
     Relay,
     connect,
@@ -275,3 +278,31 @@ def test_frames_of_a_hostile_peer_change_nothing_outside_its_rings(binary: Path)
             body = head + bytes(min(size, 50000) if dice.random() < 0.8 else 3)
             a.raw(FRAME.pack(KINDS["FRAME"], FRAME.size + len(body), 1) + body)
         assert a.counts()["connections"] == 1
+
+
+def test_an_arena_without_its_descriptors_is_refused(binary: Path) -> None:
+    """They get lost where a process may have no more of them; all other connections stay."""
+    with relays(binary) as (a, b):
+        link(a, b)
+        one, _ = connect(a, b)
+        a.raw(ARENA.pack(KINDS["ARENA"], ARENA.size, RING, 4711))
+        one.slot, one.arena = 5, 4711
+        assert place(one).text == "no such arena"
+        assert a.counts()["connections"] == 1
+
+
+def test_a_relay_whose_bell_nobody_can_ring_still_hears(binary: Path, end: Path) -> None:
+    """Its other end was closed: it looks now and then."""
+    with relays(binary, spin=0) as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        assert one.rings_relay is not None
+        dead, other = socket.socketpair()
+        one.rings_relay.close()
+        one.rings_relay = dead
+        sender = one.popen(
+            end, "send=60000", "message=1000", "pace=20000", "patience=30000", "deaf=1"
+        )
+        assert result(two.popen(end, "peer_seed=1", "patience=30000"))["received"] == 60_000
+        result(sender)
+        other.close()
