@@ -480,12 +480,15 @@ static bool start_pair(struct verbs_end *end)
 
 static bool has_completions(struct device *d)
 {
-        unsigned wanted = d->capacity * 2;
+        unsigned wanted = d->capacity * 2, most = (unsigned)d->most / PER_LINK;
 
         if (d->links < d->capacity)
                 return true;
-        if ((uint64_t)wanted * PER_LINK > (uint64_t)d->most || wanted > ENDS ||
-            verbs.resize_cq(d->queue, (int)wanted * PER_LINK))
+        if (most > ENDS)
+                most = ENDS;
+        if (wanted > most)
+                wanted = most;
+        if (wanted <= d->capacity || verbs.resize_cq(d->queue, (int)wanted * PER_LINK))
                 return false;
         d->capacity = wanted;
         return true;

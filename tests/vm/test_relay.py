@@ -134,6 +134,20 @@ def test_rings_are_mirrored_byte_for_byte(hosts: tuple[Host, Host]) -> None:
         assert host.ask("counts")["connections"] == 0
 
 
+def test_links_of_a_device_are_many_but_not_without_end(hosts: tuple[Host, Host]) -> None:
+    """Its completion queue grows with them, while what is under way goes on; then the answer is a reason."""
+    a, b = hosts
+    end = connection(a, b)
+    stream(a, b, end, 2_000_000, pace=20_000)
+    number = 1
+    while not (refused := a.ask("link", number + 1))[0]:
+        number += 1
+        assert number < 200
+    assert number > 64
+    assert "completion queue" in refused[1]
+    whole(a, b, end, 2_000_000)
+
+
 def test_a_cut_wire_is_noticed_and_nothing_is_lost(hosts: tuple[Host, Host]) -> None:
     """The link is down in a few seconds; made again, the connection goes on where it was."""
     a, b = hosts
