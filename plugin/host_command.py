@@ -13,6 +13,7 @@ from typing import Final
 
 import structlog
 
+from driver.kernel.bpffs import PINS
 from driver.kernel.namespace import OVERLAY_PIN
 from driver.kernel.public import VISIBLE
 
@@ -47,7 +48,7 @@ exec unshare --mount sh -c '
     mkdir -p "$root/host/run" "$root/host/bin" && mount --rbind /run "$root/host/run" || exit 2
     mount --bind "$here" "$root/host/bin" || exit 2
     # Only the copy stays: what is mounted twice in one mount namespace can be unmounted by neither path alone.
-    for each in {pin} {public}; do umount -l "/run/$each" 2>/dev/null; done
+    for each in {pin} {public} {pins}; do umount -l "/run/$each" 2>/dev/null; done
     if [ -d "$root/../propagated-mount" ]; then
         mkdir -p "$root/state" && mount --bind "$root/../propagated-mount" "$root/state" || exit 2
     fi
@@ -71,7 +72,9 @@ def plugin_id(mountinfo: str) -> str | None:
 
 def script(root: str) -> str:
     """The script for a plugin whose root file system is `root` on the host."""
-    return _SCRIPT.format(pin=OVERLAY_PIN, public=VISIBLE, mark=MARK, root=shlex.quote(root))
+    return _SCRIPT.format(
+        pin=OVERLAY_PIN, public=VISIBLE, pins=PINS, mark=MARK, root=shlex.quote(root)
+    )
 
 
 def install(
