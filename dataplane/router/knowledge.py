@@ -54,6 +54,9 @@ class Network:
     leading: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
     """Task, on whatever host, to the VIPs that lead to it."""
 
+    own: tuple[str, ...] = ()
+    """The addresses of `owners`, as peers are told them."""
+
     def __contains__(self, address: IPAddress) -> bool:
         return any(address in subnet for subnet in self.subnets)
 
@@ -163,5 +166,6 @@ def _with_vips(network: Network, vips: Mapping[str, tuple[str, ...]]) -> Network
         away=frozenset(away),
         vips={task: tuple(of) for task, of in leading.items() if task in network.owners},
         everywhere=everywhere,
+        own=tuple(sorted(map(str, network.owners))),
         leading={task: tuple(of) for task, of in leading.items()},
     )

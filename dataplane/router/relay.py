@@ -142,6 +142,8 @@ class RelayProcess:
                     (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
                     (os.POSIX_SPAWN_DUP2, moved, wire.RELAY_SOCKET),
                 ],
+                # Who kills us and all of our group is not to take it along: it has connections to bring back to TCP.
+                setsid=True,
             )
         except OSError as error:
             ours.close()

@@ -254,7 +254,8 @@ class Remotes:
         for address in [each for each in self.peers if each not in wanted]:
             self._forget_peer(self.peers[address])
         for ask in [each for each in self._asks.values() if each.remote is None]:
-            if not self.knowledge.networks[ask.network].rdma:
+            network = self.knowledge.networks.get(ask.network)
+            if network is None or not network.rdma:
                 self._refuse(ask, Reason.RDMA_OFF)
         for peer in self.peers.values():
             self._tell_owns(peer)
@@ -294,7 +295,7 @@ class Remotes:
         left = _OWNED
         for network in self.knowledge.networks.values():
             if self._shares(network, peer):
-                own[network.id] = tuple(sorted(map(str, network.owners)))[:left]
+                own[network.id] = network.own[:left]
                 left -= len(own[network.id])
         if own != peer.told and self._sessions.send(peer.address, peers.Owns(own)):
             peer.told = own

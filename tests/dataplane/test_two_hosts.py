@@ -132,7 +132,7 @@ def test_bytes(hosts: Hosts) -> None:
 
 def test_torture(hosts: Hosts, tmp_path: Path) -> None:
     """No byte is wrong with many threads on one connection, forks, signals and kills, at both ends."""
-    seconds = int(os.environ.get("TORTURE_SECONDS", "10"))
+    seconds = int(os.environ.get("TORTURE_SECONDS", "6"))
     program = str(compile_c(HERE / "torture.c", tmp_path / "torture"))
     a, b = hosts[0].containers["a"], hosts[1].containers["b"]
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -158,7 +158,7 @@ def test_a_service(hosts: Hosts) -> None:
 
 def test_without_a_session(hosts: Hosts) -> None:
     """While the routers can't speak, connections go on, and new ones stay on the overlay; then they move again."""
-    with streams(hosts, 14, 2) as made:
+    with streams(hosts, 11, 2) as made:
         cut(hosts[0])
         for host in hosts:
             until(partial(has_session, host, False))
@@ -181,7 +181,7 @@ def test_without_a_session(hosts: Hosts) -> None:
 @pytest.mark.parametrize("dies", [0, 1])
 def test_router_killed(hosts: Hosts, dies: int) -> None:
     """A router that is killed costs no byte: its relay brings connections back to TCP. The next router starts anew."""
-    with streams(hosts, 6) as made:
+    with streams(hosts, 5) as made:
         hosts[dies].kill_router()
         until(lambda: on_rdma(hosts[1 - dies]) == 0)
         hosts[dies].start_router()

@@ -1,0 +1,233 @@
+"""Connections between containers of two hosts over real verbs: programs as they are, and each thing that can go wrong.
+
+Whatever is lost, bytes are delivered or the connection fails as by a reset; never does it end as if all were well. The order
+matters: the last test switches a guest off. With RDMA_LONG=1 also a killed
+router (`tests/dataplane/test_two_hosts.py` has it each time), PostgreSQL and a thousand connections.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from dataplane.control import RdmaFacts, Settings
+from tests.dataplane.places import compile_c
+from tests.testbed.images import TOP
+from tests.testbed.process import wait_until
+from tests.testbed.vm import Guest, Process
+from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, KEY, Host, cluster
+
+STREAM: Final = "/src/tests/dataplane/programs/stream.py"
+LONG: Final = bool(os.environ.get("RDMA_LONG"))
+SETTINGS: Final = Settings(session_key=KEY, remote_ring=65536)
+PORT: Final = 7100
+
+pytestmark = [
+    pytest.mark.skipif(
+        not BUILT_LIBRARY.exists() or not BUILT_RELAY.exists(), reason="missing: make library relay"
+    ),
+    pytest.mark.timeout(600),
+]
+
+
+@pytest.fixture(scope="module")
+def hosts(pair: list[Guest]) -> Iterator[list[Host]]:
+    with cluster(pair, settings=SETTINGS) as made:
+        linked(made)
+        yield made
+
+
+def rdma(host: Host) -> RdmaFacts:
+    return host.router.statistics().rdma
+
+
+def is_linked(host: Host) -> bool:
+    found = rdma(host)
+    return not found.why and [peer.link for peer in found.peers] == ["up"]
+
+
+def linked(hosts: list[Host]) -> None:
+    """Connections can move."""
+    for host in hosts:
+        wait_until(f"{host.guest.name}: a link", partial(is_linked, host), 120)
+
+
+def counts(host: Host, count: int) -> bool:
+    return rdma(host).connections == count
+
+
+class Streams:
+    """Numbers under way in both directions, in connections that have moved: see `stream.py`."""
+
+    def __init__(self, hosts: list[Host], seconds: float, count: int = 2) -> None:
+        self._hosts = hosts
+        a, b = (host.containers[0] for host in hosts)
+        python, where = ["python3", "-ES", STREAM], [str(b.ipv4), str(PORT)]
+        self.server = b.start([*python, "server", *where, str(count)])
+        b.wait_listening(PORT)
+        self.client = a.start([*python, "client", *where, str(seconds), str(count)])
+        # Of both ends at once: if one was granted, so is the other.
+        wait_until("rdma", partial(counts, hosts[0], count), 60)
+
+    @staticmethod
+    def _words(process: Process, patience: float) -> list[str]:
+        process.wait(patience)
+        lines = [line.split() for line in process.output.splitlines() if line != "listening"]
+        assert lines, process.errors
+        return [word for word, _ in lines]
+
+    def ends(self, patience: float = 120) -> list[str]:
+        """What each end of each connection says."""
+        return [word for end in (self.client, self.server) for word in self._words(end, patience)]
+
+
+def moves_again(hosts: list[Host]) -> None:
+    """New connections take RDMA, and nothing is left of them or of others."""
+    linked(hosts)
+    assert Streams(hosts, 5, 1).ends() == ["whole"] * 2
+    for host in hosts:
+        wait_until(f"{host.guest.name}: no memory", lambda host=host: not rdma(host).registered, 60)  # type: ignore[misc]
+
+
+def test_programs(hosts: list[Host]) -> None:
+    """redis and iperf3, as they are, between two hosts: their bytes are written by the device, none by the processor."""
+    client, server = (host.containers[0] for host in hosts)
+    before = rdma(hosts[0])
+    redis = server.start(["redis-server", "--protected-mode", "no", "--save", ""])
+    server.wait_listening(6379)
+    content = random.Random(7).randbytes(100_000)
+    sets = b"".join(
+        b"*3\r\n$3\r\nSET\r\n$4\r\nk%03d\r\n$%d\r\n%b\r\n" % (i, len(content), content)
+        for i in range(30)
+    )
+    address = str(server.ipv4)
+    said = client.run(["redis-cli", "-h", address, "--pipe"], stdin=sets).stdout
+    assert "errors: 0, replies: 30" in said
+    got = client.run(
+        ["sh", "-c", f"redis-cli -h {address} --raw get k009 | head -c {len(content)} | sha256sum"]
+    )
+    assert got.stdout.split()[0] == hashlib.sha256(content).hexdigest()
+    redis.kill()
+    iperf = server.start(["iperf3", "-s", "-1"])
+    server.wait_listening(5201)
+    client.run(["iperf3", "-c", address, "-t", "4", "--bidir"], timeout=120)
+    assert iperf.wait(60) == 0
+    time.sleep(1.5)
+    after = rdma(hosts[0])
+    assert after.device is not None
+    assert (after.device.name, after.device.kind) == ("rxe0", "RoCE v2")
+    assert after.granted > before.granted
+    assert after.relay["bytes_out"] > 2_000_000
+    assert after.relay["bytes_in"] > 0
+    assert (after.relay["copied"], after.broken) == (0, 0)
+
+
+def test_torture(hosts: list[Host], tmp_path: Path) -> None:
+    """No byte is wrong with many threads on one connection, forks, signals and kills, at both ends."""
+    seconds = 120 if LONG else 8
+    program = compile_c(TOP / "tests/dataplane/torture.c", tmp_path / "torture")
+    for host in hosts:
+        host.guest.push(program, "/opt/torture")
+    a, b = (host.containers[0] for host in hosts)
+    server = b.start(["/opt/torture", "server", str(b.ipv4), "7000"])
+    b.wait_listening(7000)
+    client = a.start(["/opt/torture", "client", str(b.ipv4), "7000", str(seconds), "42", "6", "2"])
+    codes = (client.wait(seconds + 120), server.wait(60))
+    assert codes == (0, 0), client.output + server.output
+    assert rdma(hosts[0]).broken == 0
+
+
+def test_cable_pulled(hosts: list[Host]) -> None:
+    """A link that is down for some seconds: connections go on or are reset, none is cut short; then all is as before."""
+    streams = Streams(hosts, 15)
+    hosts[1].guest.set_carrier(False)
+    time.sleep(3)
+    hosts[1].guest.set_carrier(True)
+    assert set(streams.ends()) <= {"whole", "reset"}
+    moves_again(hosts)
+
+
+def test_device_removed(hosts: list[Host]) -> None:
+    """Without its device a host's connections end over the session or as by a reset, and new ones stay on TCP; then it's back."""
+    streams = Streams(hosts, 25)
+    guest = hosts[1].guest
+    guest.run(["rdma", "link", "delete", "rxe0"])
+    wait_until("no RDMA", lambda: bool(rdma(hosts[1]).why), 120)
+    assert set(streams.ends()) <= {"whole", "reset"}
+    a, b = (host.containers[0] for host in hosts)
+    iperf = b.start(["iperf3", "-s", "-1"])
+    b.wait_listening(5201)
+    a.run(["iperf3", "-c", str(b.ipv4), "-n", "2M"])
+    assert iperf.wait(60) == 0
+    guest.run(["rdma", "link", "add", "rxe0", "type", "rxe", "netdev", "eth0"])
+    moves_again(hosts)
+
+
+def test_relay_killed(hosts: list[Host]) -> None:
+    """A relay that is killed resets its connections, at both ends; the next one carries new ones."""
+    streams = Streams(hosts, 60)
+    hosts[1].guest.run(["pkill", "-KILL", "-x", "freeflow-relay"])
+    assert set(streams.ends(60)) == {"reset"}
+    moves_again(hosts)
+
+
+@pytest.mark.skipif(not LONG, reason="RDMA_LONG is not set")
+def test_router_killed(hosts: list[Host]) -> None:
+    """A router that is killed: its relay brings connections back to TCP, or resets what doesn't get there in its two seconds."""
+    streams = Streams(hosts, 15)
+    hosts[1].kill_router()
+    assert set(streams.ends()) <= {"whole", "reset"}
+    hosts[1].start_router()
+    moves_again(hosts)
+
+
+@pytest.mark.skipif(not LONG, reason="RDMA_LONG is not set")
+def test_postgresql(hosts: list[Host]) -> None:
+    """PostgreSQL over RDMA: pgbench counts no failed transaction."""
+    a, b = (host.containers[0] for host in hosts)
+    b.guest.sh(
+        "rm -rf /opt/pg; mkdir /opt/pg; chown postgres /opt/pg; su postgres -c '$(ls -d /usr/lib/postgresql/*/bin)/initdb -A trust -D /opt/pg'; "
+        "echo 'host all all 10.78.0.0/16 trust' >>/opt/pg/pg_hba.conf",
+        timeout=300,
+    )
+    inside = f"exec $(ls -d /usr/lib/postgresql/*/bin)/postgres -D /opt/pg -k /tmp -h {b.ipv4}"
+    server = b.start(["setpriv", "--reuid=postgres", "--clear-groups", "sh", "-c", inside])
+    b.wait_listening(5432)
+    where = ["-h", str(b.ipv4), "-U", "postgres", "postgres"]
+    a.run(["pgbench", "-i", "-q", *where], timeout=300)
+    said = a.run(["pgbench", "-c", "4", "-T", "10", *where], timeout=300).stdout
+    assert "number of failed transactions: 0" in said
+    server.kill()
+
+
+@pytest.mark.skipif(not LONG, reason="RDMA_LONG is not set")
+def test_a_thousand_connections(hosts: list[Host]) -> None:
+    """A thousand connections share one queue pair, whole."""
+    before = rdma(hosts[0]).granted
+    a, b = (host.containers[0] for host in hosts)
+    python, where = ["python3", "-ES", STREAM], [str(b.ipv4), str(PORT)]
+    server = b.start([*python, "server", *where, "1000"])
+    b.wait_listening(PORT)
+    client = a.start([*python, "client", *where, "60", "1000"])
+    wait_until("a thousand", lambda: rdma(hosts[0]).granted - before >= 1000, 500)
+    for end in (client, server):
+        end.wait(500)
+        words = [line.split()[0] for line in end.output.splitlines() if line != "listening"]
+        assert words == ["whole"] * 1000
+
+
+def test_host_gone(hosts: list[Host]) -> None:
+    """A host that is switched off: the other's connections are reset, after a while, and its memory is free again."""
+    streams = Streams(hosts, 300)
+    hosts[1].guest.power_off()
+    assert set(Streams._words(streams.client, 120)) == {"reset"}
+    wait_until("no memory", lambda: not rdma(hosts[0]).registered, 60)
+    assert rdma(hosts[0]).broken >= 2
