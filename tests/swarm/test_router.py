@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dataplane.router import wire
+from dataplane.router.reasons import Reason
 from tests.dataplane.library import Library, cookie_of, dial, listen
 from tests.swarm.conftest import (
     REDIS,
@@ -105,7 +106,7 @@ def _connects(host: Host, client: str, to: str, port: int = 6379) -> bool:
 
 
 def test_a_peer_on_another_host(bed: Bed, manager: Host) -> None:
-    """A connection to another host's container is refused as remote, and listed so."""
+    """A connection to another host's container is refused as remote; the list says what for: hosts here have no RDMA."""
     network = make_network(manager)
     one, other = run_container(manager, network), run_container(bed.hosts[1], network)
     target = address(bed.hosts[1], other, network)
@@ -123,9 +124,9 @@ def test_a_peer_on_another_host(bed: Bed, manager: Host) -> None:
     library, _ = process_in(manager, one)
     library.ask(connections[0])
     refuse, _ = library.hear(wire.Refuse)
-    assert refuse.cookie == cookie_of(connections[0])
+    assert (refuse.cookie, refuse.reason) == (cookie_of(connections[0]), Reason.REMOTE)
     listed = json.loads(manager.freeflow("connections", "--json"))["connections"]
-    assert {each["reason"] for each in listed if each["container"] == one} == {"remote"}
+    assert {each["reason"] for each in listed if each["container"] == one} == {"no-rdma"}
     assert "another host" in manager.freeflow("connections")
     listener.close()
 
