@@ -55,9 +55,10 @@ def test_every_program_is_accepted_and_the_stages_are_known(
 
 
 @pytest.mark.skipif(not OBJECT.exists(), reason=f"missing: {OBJECT} (make ebpf)")
-@pytest.mark.parametrize("name", KERNELS)
+# From 6.6 on it is what the tests in namespaces have, which take seconds where this takes a minute.
+@pytest.mark.parametrize("name", [each for each in KERNELS if each != "6.12"])
 def test_packets_take_the_shorter_way(by_kernel: dict[str, Guest | str], name: str) -> None:
-    """On each kernel bytes arrive over the highest stage that it can run, between containers of one host and of two."""
+    """On each older kernel bytes arrive over the highest stage that it can run, between containers of one host and of two."""
     guest = by_kernel[name]
     if isinstance(guest, str):
         pytest.skip(f"kernel {name}: {guest}")
