@@ -70,7 +70,7 @@ guests: setup ## make what virtual machines boot
 	@$(PYTHON) -m tests.testbed.vm build
 
 test: setup library ebpf relay plugin guests lint ## set up what is missing and run all tests
-	$(PYTHON) -m pytest
+	@tests/run.sh $(PYTHON)
 
 unit: venv ## tests without root
 	$(PYTHON) -m pytest tests/unit tests/contract -m 'not kernel'
