@@ -13,6 +13,8 @@ from tests.testbed.process import wait_until
 from tests.testbed.vm import Guest
 from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, Container, Host, cluster
 
+ECHO = "/src/tests/vm/programs/echo.py"
+SIZE = 2_000_003
 REDIS = ("redis-server", "--protected-mode", "no", "--save", "", "--port", "6379")
 
 pytestmark = pytest.mark.skipif(
@@ -68,16 +70,40 @@ def test_redis_within_a_guest_moves_to_shared_memory(hosts: list[Host]) -> None:
     redis_over("shm", hosts[0], hosts[0])
 
 
+def moved_bytes(host: Host) -> tuple[int, int]:
+    """What its relay has sent and received; nothing was broken."""
+    rdma = host.router.statistics().rdma
+    assert rdma is not None
+    assert (rdma.broken, rdma.relay["corrupt"]) == (0, 0)
+    return rdma.relay["bytes_out"], rdma.relay["bytes_in"]
+
+
 def test_redis_across_guests_moves_to_rdma(hosts: list[Host]) -> None:
-    """Byte for byte, on `rdma` at both ends, in either direction; and the relays moved it."""
+    """Its connections are on `rdma` at both ends."""
     redis_over("rdma", *hosts)
-    redis_over("rdma", *hosts[::-1])
-    for host in hosts:
-        rdma = host.router.statistics().rdma
-        assert rdma is not None
-        assert rdma.relay["bytes_out"] > 0
-        assert rdma.relay["bytes_in"] > 0
-        assert (rdma.broken, rdma.relay["corrupt"]) == (0, 0)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_goes_over_rdma_is_the_same(hosts: list[Host], version: int) -> None:
+    """A stream in both directions at once, byte for byte, and it was the relays that moved it."""
+    one, other = hosts if version == 4 else hosts[::-1]
+    client, server = one.containers[0], other.containers[0]
+    address = str(server.ipv4 if version == 4 else server.ipv6)
+    before = moved_bytes(one)
+    started = server.start(["python3", ECHO, "server", address, "7200"])
+    server.wait_listening(7200)
+    arguments = ["client", address, "7200", str(SIZE), str(version)]
+    running = client.start(["python3", ECHO, *arguments], stdin=True)
+    wait_until(
+        "the connection on rdma",
+        lambda: held(one, client, "rdma") and held(other, server, "rdma"),
+        150,
+    )
+    running.write(b"now\n")
+    assert running.check(150) == "the same\n"
+    assert started.wait() == 0
+    after = moved_bytes(one)
+    assert min(now - then for now, then in zip(after, before, strict=True)) >= SIZE
 
 
 def test_the_containers_of_two_guests_reach_each_other(hosts: list[Host]) -> None:
