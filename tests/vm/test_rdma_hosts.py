@@ -12,23 +12,19 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from dataplane.control import RdmaFacts, Settings
 from tests.dataplane.places import compile_c
 from tests.testbed.images import TOP
 from tests.testbed.process import wait_until
-from tests.testbed.vm import Guest, Process
-from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, KEY, Host, cluster
+from tests.testbed.vm import Guest
+from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, Host, cluster
+from tests.vm.streams import PORT, SETTINGS, STREAM, Streams, linked, rdma
 
-STREAM: Final = "/src/tests/dataplane/programs/stream.py"
 LONG: Final = bool(os.environ.get("RDMA_LONG"))
-SETTINGS: Final = Settings(session_key=KEY, remote_ring=65536)
-PORT: Final = 7100
 
 pytestmark = [
     pytest.mark.skipif(
@@ -43,50 +39,6 @@ def hosts(pair: list[Guest]) -> Iterator[list[Host]]:
     with cluster(pair, settings=SETTINGS) as made:
         linked(made)
         yield made
-
-
-def rdma(host: Host) -> RdmaFacts:
-    return host.router.statistics().rdma
-
-
-def is_linked(host: Host) -> bool:
-    found = rdma(host)
-    return not found.why and [peer.link for peer in found.peers] == ["up"]
-
-
-def linked(hosts: list[Host]) -> None:
-    """Connections can move."""
-    for host in hosts:
-        wait_until(f"{host.guest.name}: a link", partial(is_linked, host), 120)
-
-
-def counts(host: Host, count: int) -> bool:
-    return rdma(host).connections == count
-
-
-class Streams:
-    """Numbers under way in both directions, in connections that have moved: see `stream.py`."""
-
-    def __init__(self, hosts: list[Host], seconds: float, count: int = 2) -> None:
-        self._hosts = hosts
-        a, b = (host.containers[0] for host in hosts)
-        python, where = ["python3", "-ES", STREAM], [str(b.ipv4), str(PORT)]
-        self.server = b.start([*python, "server", *where, str(count)])
-        b.wait_listening(PORT)
-        self.client = a.start([*python, "client", *where, str(seconds), str(count)])
-        # Of both ends at once: if one was granted, so is the other.
-        wait_until("rdma", partial(counts, hosts[0], count), 60)
-
-    @staticmethod
-    def _words(process: Process, patience: float) -> list[str]:
-        process.wait(patience)
-        lines = [line.split() for line in process.output.splitlines() if line != "listening"]
-        assert lines, process.errors
-        return [word for word, _ in lines]
-
-    def ends(self, patience: float = 120) -> list[str]:
-        """What each end of each connection says."""
-        return [word for end in (self.client, self.server) for word in self._words(end, patience)]
 
 
 def moves_again(hosts: list[Host]) -> None:
@@ -229,6 +181,6 @@ def test_host_gone(hosts: list[Host]) -> None:
     """A host that is switched off: the other's connections are reset, after a while, and its memory is free again."""
     streams = Streams(hosts, 300)
     hosts[1].guest.power_off()
-    assert set(Streams._words(streams.client, 120)) == {"reset"}
+    assert set(Streams.words(streams.client, 120)) == {"reset"}
     wait_until("no memory", lambda: not rdma(hosts[0]).registered, 60)
     assert rdma(hosts[0]).broken >= 2

@@ -1,0 +1,56 @@
+"""Numbers that run between containers of two hosts over RDMA, so that none that is lost, doubled or late goes unseen."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+from dataplane.control import RdmaFacts, Settings
+from tests.testbed.process import wait_until
+from tests.testbed.vm import Process
+from tests.vm.cluster import KEY, Host
+
+STREAM: Final = "/src/tests/dataplane/programs/stream.py"
+SETTINGS: Final = Settings(session_key=KEY, remote_ring=65536)
+PORT: Final = 7100
+
+
+def rdma(host: Host) -> RdmaFacts:
+    return host.router.statistics().rdma
+
+
+def is_linked(host: Host) -> bool:
+    found = rdma(host)
+    return not found.why and {peer.link for peer in found.peers} == {"up"}
+
+
+def linked(hosts: list[Host]) -> None:
+    """Connections can move."""
+    for host in hosts:
+        wait_until(f"{host.guest.name}: a link", partial(is_linked, host), 120)
+
+
+class Streams:
+    """Numbers under way in both directions, in connections that have moved: see `stream.py`."""
+
+    def __init__(self, hosts: list[Host], seconds: float, count: int = 2) -> None:
+        self._hosts = hosts
+        a, b = (host.containers[0] for host in hosts)
+        before = rdma(hosts[0]).granted
+        python, where = ["python3", "-ES", STREAM], [str(b.ipv4), str(PORT)]
+        self.server = b.start([*python, "server", *where, str(count)])
+        b.wait_listening(PORT)
+        self.client = a.start([*python, "client", *where, str(seconds), str(count)])
+        # Of both ends at once: if one was granted, so is the other.
+        wait_until("rdma", lambda: rdma(hosts[0]).granted - before >= count, 60)
+
+    @staticmethod
+    def words(process: Process, patience: float) -> list[str]:
+        process.wait(patience)
+        lines = [line.split() for line in process.output.splitlines() if line != "listening"]
+        assert lines, process.errors
+        return [word for word, _ in lines]
+
+    def ends(self, patience: float = 120) -> list[str]:
+        """What each end of each connection says."""
+        return [word for end in (self.client, self.server) for word in self.words(end, patience)]
