@@ -35,6 +35,8 @@ from bench.stats import FREEFLOW, FREEFLOW_PLAIN, HOST, LOCAL_SUBJECTS, Row
 from tests.testbed.process import BedInUseError, CommandError
 
 SUITES: Final = ("same-host", "cross-host", "control")
+RELAY: Final = "relay"
+"""Name of the relay's own rows in `cross-host`."""
 BUDGET: Final = 420.0
 """Seconds of a suite in which rounds may begin: with setting up and cleaning up, less than ten minutes."""
 LOCAL_BUDGET: Final = 500.0
@@ -94,7 +96,8 @@ def same_host(plan: Plan) -> Mapping[str, Row]:
 
 def cross_host(plan: Plan) -> Mapping[str, Row]:
     some = tuple(one for one in plan.subjects if one in stats.SUBJECTS)
-    names = pick(plan.patterns, crosshost.names())
+    names = pick(plan.patterns, [*crosshost.names(), RELAY])
+    more = (partial(relay.suite, min(plan.rounds, 5), 0.5, plan.say),) if RELAY in names else ()
     # The host's own network once: its servers have the host's ports.
     wanted = any(name.startswith(crosshost.LOCAL) for name in names)
     local = [one for one in some if wanted and one != HOST]
@@ -114,6 +117,7 @@ def cross_host(plan: Plan) -> Mapping[str, Row]:
             plan.order,
             plan.say,
             plan.enough(),
+            more=more,
         ).measure()
 
 

@@ -30,6 +30,7 @@ import click
 from bench import machine
 from bench.errors import BenchError
 from bench.report import columns, number
+from bench.stats import FREEFLOW, Case, Row, row
 from tests.relay import client
 
 ROOT: Final = Path(__file__).parents[1]
@@ -51,6 +52,8 @@ COMPILE: Final = (
     "-pthread",
 )
 MESSAGES: Final = (64, 1024, 16384, 65536)
+TOLD: Final = ("delay_64b", "stream_65536b")
+"""Cases whose counters `cross-host` prints too."""
 COUNTED: Final = ("writes", "posts", "polls", "completions", "calls", "sleeps", "bells")
 
 
@@ -241,15 +244,49 @@ def measure(binary: Path, tool: Path, rounds: int, seconds: float, say: Any) -> 
     return rows
 
 
+@contextlib.contextmanager
+def _built() -> Iterator[tuple[Path, Path, Path]]:
+    """The relay, the load on it, and an end for counting."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary, tool, end = (Path(folder, name) for name in ("freeflow-relay", "relayload", "end"))
+        subprocess.run([ROOT / "dataplane" / "relay" / "build.sh", binary], check=True)
+        for source, to in ((TOOL, tool), (ROOT / "tests" / "relay" / "end.c", end)):
+            subprocess.run([*COMPILE, str(source), "-o", str(to)], check=True)
+        yield binary, tool, end
+
+
+def suite(rounds: int, seconds: float, say: Any) -> dict[str, Row]:
+    """Rows for `cross-host`: what the relay adds to a device, and what one core of it carries. There is nothing to compare with.
+
+    Raises:
+        BenchError: the relay or its load failed.
+    """
+    with _built() as (binary, tool, _):
+        found = measure(binary, tool, rounds, seconds, say)
+    rows = {}
+    for name, one in found.items():
+        about = "the relay over shared memory in a device's place"
+        if name.startswith("delay"):
+            case, value = Case(f"relay_{name}", "us", False, f"{about}: one way"), one["value"]
+        else:
+            case = Case(f"relay_{name}_per_core", "Gbit/s", True, f"{about}: per second of its CPU")
+            value = one["per_core"]
+        rows[case.name] = row(case, {FREEFLOW: [value]})
+        for counter, count in one["per_message"].items() if name in TOLD else ():
+            of = Case(f"{case.name}_{counter}", "per message", False, f"{about}: counted by it")
+            rows[of.name] = row(of, {FREEFLOW: [count]})
+    return rows
+
+
 def table(rows: dict[str, Any]) -> str:
     """For people: figures, then what the relay counted."""
     header = ("case", "unit", "value", "p99 / per core", "best", *COUNTED)
     lines: list[tuple[str, ...]] = []
-    for name, row in rows.items():
-        other = row.get("p99", row.get("per_core"))
-        counts = (number(row["per_message"][one]) for one in COUNTED)
+    for name, one in rows.items():
+        other = one.get("p99", one.get("per_core"))
+        counts = (number(one["per_message"][counter]) for counter in COUNTED)
         lines.append(
-            (name, row["unit"], number(row["value"]), number(other), number(row["best"]), *counts)
+            (name, one["unit"], number(one["value"]), number(other), number(one["best"]), *counts)
         )
     return columns(header, lines)
 
@@ -265,11 +302,7 @@ def main(as_json: bool, rounds: int, seconds: float, valgrind: bool) -> None:
     def say(text: str) -> None:
         click.echo(f"{time.monotonic() - start:6.1f} s  {text}", err=True)
 
-    with tempfile.TemporaryDirectory() as folder:
-        binary, tool, end = (Path(folder, name) for name in ("freeflow-relay", "relayload", "end"))
-        subprocess.run([ROOT / "dataplane" / "relay" / "build.sh", binary], check=True)
-        for source, to in ((TOOL, tool), (ROOT / "tests" / "relay" / "end.c", end)):
-            subprocess.run([*COMPILE, str(source), "-o", str(to)], check=True)
+    with _built() as (binary, tool, end):
         try:
             rows = measure(binary, tool, rounds, seconds, say)
             counted = instructions(binary, end) if valgrind and shutil.which("valgrind") else None
