@@ -6,20 +6,15 @@ what it says here too.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import socket
 import struct
 from ipaddress import IPv4Address
 from typing import Final
 
-from dataplane.errors import KernelRefused
+from dataplane.router.netlink import netlink_in
 from dataplane.router.wire import Address
-from dataplane.threads import in_thread
 
 _NETLINK_NETFILTER: Final = 12
-_CLONE_NEWNET: Final = 0x40000000
-_TIMEOUT: Final = 1.0
 _BUFFER: Final = 1 << 14
 # linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h
 _GET: Final = 1 << 8 | 1
@@ -43,27 +38,13 @@ _NFGEN: Final = struct.Struct("!BBH")
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _PORT: Final = struct.Struct("!H")
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 class Conntrack:
     """Questions about the connections of one namespace. `namespace` is its descriptor, which stays the caller's."""
 
     def __init__(self, namespace: int) -> None:
         """Raises KernelRefused."""
-
-        def inside() -> socket.socket:
-            if _libc.setns(namespace, _CLONE_NEWNET) != 0:
-                raise KernelRefused(
-                    f"entering a container's network namespace: {os.strerror(ctypes.get_errno())}"
-                )
-            return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
-
-        try:
-            self._socket = in_thread(inside)
-        except OSError as error:
-            raise KernelRefused(f"opening a conntrack socket: {error.strerror}") from error
-        self._socket.settimeout(_TIMEOUT)
+        self._socket = netlink_in(namespace, _NETLINK_NETFILTER, "conntrack")
         self._sequence = 0
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ whole rest of pairing a connection, and importing it as long as the router's sta
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import socket
@@ -21,10 +20,9 @@ import msgspec
 
 from dataplane.errors import KernelRefused
 from dataplane.router.conntrack import Conntrack
+from dataplane.router.netlink import netlink_in
 from dataplane.router.wire import Address, ip_of
-from dataplane.threads import in_thread
 
-CLONE_NEWNET: Final = 0x40000000
 NETLINK_SOCK_DIAG: Final = 4
 SIOCGSKNS: Final = 0x894C
 """The network namespace of a socket, as a descriptor (linux/sockios.h)."""
@@ -44,7 +42,6 @@ _AF_INET6: Final = int(socket.AF_INET6)
 _IPPROTO_TCP: Final = int(socket.IPPROTO_TCP)
 
 _BUFFER: Final = 1 << 16
-_TIMEOUT: Final = 1.0
 _HEADER: Final = struct.Struct("=IHHII")
 # struct inet_diag_req_v2: family, protocol, extensions, padding, states; then struct inet_diag_sockid.
 _REQUEST: Final = struct.Struct("=BBBxI")
@@ -66,8 +63,6 @@ _OPEN_MASK: Final = sum(1 << state for state in OPEN)
 
 T = TypeVar("T")
 
-libc = ctypes.CDLL(None, use_errno=True)
-
 
 class TcpSocket(msgspec.Struct, frozen=True, gc=False):
     """A connected socket."""
@@ -85,19 +80,7 @@ class Diag:
 
     def __init__(self, namespace: int) -> None:
         """Raises KernelRefused."""
-
-        def inside() -> socket.socket:
-            if libc.setns(namespace, CLONE_NEWNET) != 0:
-                raise KernelRefused(
-                    f"entering a container's network namespace: {os.strerror(ctypes.get_errno())}"
-                )
-            return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
-
-        try:
-            self._socket = in_thread(inside)
-        except OSError as error:
-            raise KernelRefused(f"opening a sock_diag socket: {error.strerror}") from error
-        self._socket.settimeout(_TIMEOUT)
+        self._socket = netlink_in(namespace, NETLINK_SOCK_DIAG, "sock_diag")
         self._sequence = 0
 
     def close(self) -> None:

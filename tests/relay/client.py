@@ -28,6 +28,7 @@ from typing import Final
 
 from dataplane.router import layout
 from dataplane.router.memory import LinuxMemory
+from dataplane.router.relay_wire import COUNTERS
 
 VERBS: Final = 1
 MEMORY: Final = 2
@@ -72,32 +73,6 @@ KINDS: Final = {
     )
 }
 NAMES: Final = {number: name for name, number in KINDS.items()}
-COUNTERS: Final = [
-    "connections",
-    "bytes_out",
-    "bytes_in",
-    "messages_out",
-    "messages_in",
-    "blocks_out",
-    "blocks_in",
-    "writes",
-    "posts",
-    "polls",
-    "completions",
-    "calls",
-    "sleeps",
-    "bells",
-    "spins",
-    "copied",
-    "frames_out",
-    "frames_in",
-    "downs",
-    "resumed",
-    "broken",
-    "corrupt",
-    "registered",
-    "turns",
-]
 
 HEADER: Final = struct.Struct("=HH")
 OPEN: Final = struct.Struct("=HH64sBBHII")

@@ -7,6 +7,7 @@ import struct
 import subprocess
 from pathlib import Path
 
+from dataplane.router.relay_wire import COUNTERS
 from tests.dataplane.places import ROOT, compile_c
 from tests.relay import client
 from tests.relay.client import relays
@@ -51,7 +52,7 @@ def test_both_sides_mean_the_same_bytes(folder: Path) -> None:
     for kind, number in client.KINDS.items():
         lines.append(f'printf("%d\\n", R_{kind});')
         expected.append(number)
-    for number, counter in enumerate(client.COUNTERS):
+    for number, counter in enumerate(COUNTERS):
         lines.append(f'printf("%d\\n", COUNT_{counter.upper()});')
         expected.append(number)
     source = folder / "protocol.c"
