@@ -154,6 +154,13 @@ static void epoll_duplicate(int fd)
         get_pattern(fd, 1);
 }
 
+/* A bell that rang after its byte was taken may wake once more: then the inner instance has nothing, and it
+ * is over. */
+static bool says_nothing(int outer, int inner)
+{
+        return next_event(outer, 20) == 0 || (next_event(inner, 0) == 0 && next_event(outer, 20) == 0);
+}
+
 static void epoll_nested(int fd)
 {
         int inner = watched(fd, EPOLLIN), outer = watched(inner, EPOLLIN);
@@ -173,7 +180,7 @@ static void epoll_nested(int fd)
                 CHECK(next_event(inner, 0) == EPOLLIN);
                 get_pattern(fd, 1);
                 CHECK(next_event(inner, 0) == 0);
-                CHECK(next_event(outer, 20) == 0);
+                CHECK(says_nothing(outer, inner));
         }
 }
 
