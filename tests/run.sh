@@ -4,7 +4,7 @@
 #   run.sh PYTHON
 #
 # Tests on a real Swarm mostly wait: for gossip, the scheduler and time-outs. Virtual machines only compute. So they run beside
-# each other, the machines with what the Swarm leaves, and the whole takes no longer than without them.
+# each other, the machines with little more than what the Swarm leaves, and the whole takes no longer than without them.
 set -u
 
 python=${1:?usage: run.sh PYTHON}
@@ -13,7 +13,7 @@ beside=build/vm.txt
 
 "$python" -m pytest --ignore=tests/swarm --ignore=tests/vm
 alone=$?
-nice -n 19 "$python" -m pytest tests/vm >"$beside" 2>&1 &
+nice -n 10 "$python" -m pytest tests/vm >"$beside" 2>&1 &
 vm=$!
 trap 'kill "$vm" 2>/dev/null' INT TERM
 "$python" -m pytest tests/swarm

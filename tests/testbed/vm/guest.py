@@ -21,7 +21,7 @@ from tests.testbed.vm.channel import Channel, GuestGoneError, Process
 from tests.testbed.vm.images import DEFAULT_KERNEL, Kernel, kernel, root_image
 from tests.testbed.vm.wire import Wire
 
-_BOOT: Final = 120.0
+_BOOT: Final = 240.0
 SOURCES: Final = {"PYTHONPATH": "/src", "PYTHONDONTWRITEBYTECODE": "1"}
 """Environment of what runs the checkout's Python code."""
 MTU: Final = 4200
