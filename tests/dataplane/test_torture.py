@@ -13,7 +13,7 @@ from tests.dataplane.places import Places, compile_c, places
 
 SOURCE = Path(__file__).with_name("torture.c")
 BUILD = Path(__file__).parents[2] / "dataplane/library/build.sh"
-SECONDS = int(os.environ.get("TORTURE_SECONDS", "110"))
+SECONDS = int(os.environ.get("TORTURE_SECONDS", "80"))
 SANITIZED = int(os.environ.get("TORTURE_SECONDS", "15"))
 SEED = os.environ.get("TORTURE_SEED", "")
 

@@ -42,7 +42,7 @@ class Streams:
         b.wait_listening(PORT)
         self.client = a.start([*python, "client", *where, str(seconds), str(count)])
         # Of both ends at once: if one was granted, so is the other.
-        wait_until("rdma", lambda: rdma(hosts[0]).granted - before >= count, 60)
+        wait_until("rdma", lambda: rdma(hosts[0]).granted - before >= count, 120)
 
     @staticmethod
     def words(process: Process, patience: float) -> list[str]:
@@ -51,6 +51,6 @@ class Streams:
         assert lines, process.errors
         return [word for word, _ in lines]
 
-    def ends(self, patience: float = 120) -> list[str]:
+    def ends(self, patience: float = 240) -> list[str]:
         """What each end of each connection says."""
         return [word for end in (self.client, self.server) for word in self.words(end, patience)]

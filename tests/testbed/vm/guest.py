@@ -95,7 +95,8 @@ class Guest:
         disk = "format=raw,if=virtio,cache=unsafe"
         more = [f"file={self._disk},snapshot=on,{disk}"] if self._disk else []
         mac = f"52:54:00:99:00:{self.number:02x}"
-        words = f"console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr apparmor=0 freeflow.number={self.number}"
+        # no_timer_check: on a busy machine the kernel's trial of its timer fails, and it gives up.
+        words = f"console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr no_timer_check apparmor=0 freeflow.number={self.number}"
         return [
             # QEMU ends with the thread that has started it, also when that is killed.
             *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-M", "q35", *accelerator()),
