@@ -217,17 +217,21 @@ class Bed:
         """Tell the router what is true of this bed, but for `changes`: fields of `control.Learn`."""
         self.router.learn(self.facts(**changes))
 
+    def router_command(self) -> list[str]:
+        """How the router is started."""
+        return [
+            sys.executable,
+            "-m",
+            "dataplane.router",
+            f"--socket={self.shared / ROUTER}",
+            f"--control={self.folder / 'control.sock'}",
+            "--watch-stdin",
+        ]
+
     def start_router(self) -> None:
         """Start the router and tell it all."""
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "dataplane.router",
-                f"--socket={self.shared / ROUTER}",
-                f"--control={self.folder / 'control.sock'}",
-                "--watch-stdin",
-            ],
+            self.router_command(),
             stdin=subprocess.PIPE,
             stdout=(self.folder / "router.log").open("ab"),
         )

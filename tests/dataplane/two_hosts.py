@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +26,10 @@ from msgspec.structs import replace
 from pyroute2 import IPRoute
 
 from dataplane.control import Learn, PeerFact, Settings
-from dataplane.errors import RouterAway
 from driver.kernel import nft
 from driver.kernel.namespace import in_netns
 from driver.vip import render_new
-from tests.dataplane.bed import LIBRARY, ROUTER, Bed, Container, connect
+from tests.dataplane.bed import LIBRARY, Bed, Container, connect
 from tests.kernel.hosts import new_namespace
 
 KEY: Final = "a secret of two hosts that are one machine"
@@ -67,33 +64,15 @@ class HostBed(Bed):
             vip: tuple(self.everywhere[task] for task in tasks) for vip, tasks in self.vips.items()
         }
 
-    def start_router(self) -> None:
-        """Start the router and tell it all."""
-        self.process = subprocess.Popen(
-            [
-                "nsenter",
-                f"--net=/proc/{os.getpid()}/fd/{self.namespace}",
-                sys.executable,
-                "-m",
-                "dataplane.router",
-                f"--socket={self.shared / ROUTER}",
-                f"--control={self.folder / 'control.sock'}",
-                f"--relay={self.relay}",
-                "--memory-relay",
-                "--watch-stdin",
-            ],
-            stdin=subprocess.PIPE,
-            stdout=(self.folder / "router.log").open("ab"),
-        )
-        until = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                self.learn()
-                return
-            except RouterAway:
-                if time.monotonic() > until or self.process.poll() is not None:
-                    raise
-                time.sleep(0.02)
+    def router_command(self) -> list[str]:
+        """In the host's namespace, with a relay."""
+        return [
+            "nsenter",
+            f"--net=/proc/{os.getpid()}/fd/{self.namespace}",
+            *super().router_command(),
+            f"--relay={self.relay}",
+            "--memory-relay",
+        ]
 
     def peer(self) -> PeerFact:
         """What its router knows of the other host."""
