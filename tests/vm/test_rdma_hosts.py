@@ -1,8 +1,7 @@
 """Connections between containers of two hosts over real verbs: programs as they are, and each thing that can go wrong.
 
 Whatever is lost, bytes are delivered or the connection fails as by a reset; never does it end as if all were well. The order
-matters: the last test switches a guest off. With RDMA_LONG=1 also a killed
-router (`tests/dataplane/test_two_hosts.py` has it each time), PostgreSQL and a thousand connections.
+matters: the last test switches a guest off. RDMA_LONG=1 makes the torture longer.
 """
 
 from __future__ import annotations
@@ -133,7 +132,6 @@ def test_relay_killed(hosts: list[Host]) -> None:
     moves_again(hosts)
 
 
-@pytest.mark.skipif(not LONG, reason="RDMA_LONG is not set")
 def test_router_killed(hosts: list[Host]) -> None:
     """A router that is killed: its relay brings connections back to TCP, or resets what doesn't get there in its two seconds."""
     streams = Streams(hosts, 15)
@@ -143,7 +141,6 @@ def test_router_killed(hosts: list[Host]) -> None:
     moves_again(hosts)
 
 
-@pytest.mark.skipif(not LONG, reason="RDMA_LONG is not set")
 def test_postgresql(hosts: list[Host]) -> None:
     """PostgreSQL over RDMA: pgbench counts no failed transaction."""
     a, b = (host.containers[0] for host in hosts)
@@ -162,7 +159,6 @@ def test_postgresql(hosts: list[Host]) -> None:
     server.kill()
 
 
-@pytest.mark.skipif(not LONG, reason="RDMA_LONG is not set")
 def test_a_thousand_connections(hosts: list[Host]) -> None:
     """A thousand connections share one queue pair, and every answer is right."""
     before = rdma(hosts[0]).granted
