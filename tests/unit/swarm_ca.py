@@ -124,18 +124,22 @@ class Authority:
         return Node(pem(signed) + above, key)
 
 
+def files(root: str, node: Node, key: str | None = None) -> dict[str, str]:
+    """What an engine has in the folder `certificates` of its Swarm's."""
+    return {
+        "swarm-root-ca.crt": root,
+        "swarm-node.crt": node.chain,
+        "swarm-node.key": node.key_text() if key is None else key,
+    }
+
+
 def write(
     folder: Path, root: str, node: Node, *, key: str | None = None, only: tuple[str, ...] = ()
 ) -> None:
     """Put the files where an engine does, each by rename."""
     certificates = folder / "certificates"
     certificates.mkdir(parents=True, exist_ok=True)
-    files = {
-        "swarm-root-ca.crt": root,
-        "swarm-node.crt": node.chain,
-        "swarm-node.key": node.key_text() if key is None else key,
-    }
-    for file, text in files.items():
+    for file, text in files(root, node, key).items():
         if not only or file in only:
             beside = certificates / f".tmp-{file}"
             beside.write_text(text)

@@ -34,6 +34,8 @@ from tests.dataplane.places import ROOT
 from tests.testbed.process import CommandError, wait_until
 from tests.testbed.vm import Guest, GuestGoneError, Process
 from tests.testbed.vm.guest import MTU, SOURCES
+from tests.unit import swarm_ca
+from tests.unit.swarm_ca import Node
 
 BUILT_LIBRARY: Final = ROOT / "build/libfreeflow.so"
 BUILT_RELAY: Final = ROOT / "build/freeflow-relay"
@@ -41,9 +43,11 @@ LIBRARY: Final = "/run/freeflow/libfreeflow.so"
 RELAY: Final = "/usr/lib/freeflow/freeflow-relay"
 CONTROL: Final = "/run/freeflow-admin/router.sock"
 SOCKET: Final = "/run/freeflow/router.sock"
+SWARM: Final = "/run/freeflow-swarm"
+"""In a guest, where `Host.certify` puts certificates; for the router's option `--swarm`."""
 NETWORK: Final = "n1"
 KEY: Final = "the secret of the test's hosts"
-"""For sessions between routers: there is no Swarm here whose certificates they could use."""
+"""For sessions between routers whose hosts have no certificates."""
 PORT: Final = 4789
 _VNI: Final = 4242
 _HEADERS: Final = 50
@@ -223,6 +227,13 @@ class Host:
             return [peer.link for peer in rdma.peers].count("up") == len(self.peers)
 
         wait_until(f"{self.guest.name}: links to {', '.join(self.peers)}", linked, timeout, 0.3)
+
+    def certify(self, root: str, node: Node) -> None:
+        """Give it a certificate of a node, as its engine would: each file by rename."""
+        folder = f"{SWARM}/certificates"
+        for file, text in swarm_ca.files(root, node).items():
+            self.guest.push(text, f"{folder}/.tmp-{file}", 0o600)
+            self.guest.run(["mv", f"{folder}/.tmp-{file}", f"{folder}/{file}"])
 
     def kill_router(self) -> None:
         """As a crash does."""

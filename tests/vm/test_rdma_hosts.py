@@ -1,7 +1,8 @@
 """Connections between containers of two hosts over real verbs: programs as they are, and each thing that can go wrong.
 
 Whatever is lost, bytes are delivered or the connection fails as by a reset; never does it end as if all were well. The order
-matters: the last test switches a guest off. RDMA_LONG=1 makes the torture longer.
+matters: the last test switches a guest off. RDMA_LONG=1 makes the torture longer. The hosts are nodes of one Swarm, by their
+certificates; there is no engine.
 """
 
 from __future__ import annotations
@@ -11,19 +12,25 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import pytest
 
 from tests.dataplane.places import compile_c
 from tests.testbed.images import TOP
 from tests.testbed.process import wait_until
-from tests.testbed.vm import Guest
-from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, Host, cluster
+from tests.testbed.vm import Guest, Process
+from tests.unit.swarm_ca import Authority
+from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, SWARM, Host, cluster
 from tests.vm.streams import PORT, SETTINGS, Streams, linked, rdma
 
+ECHO: Final = "/src/tests/vm/programs/echo.py"
 MANY: Final = "/src/tests/vm/programs/many.py"
+SHORT: Final = timedelta(hours=6)
+"""What the second host's certificate lasts at first: longer than any run of these tests."""
 LONG: Final = bool(os.environ.get("RDMA_LONG"))
 
 pytestmark = [
@@ -35,8 +42,19 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def hosts(pair: list[Guest]) -> Iterator[list[Host]]:
-    with cluster(pair, settings=SETTINGS) as made:
+def authority() -> Authority:
+    return Authority()
+
+
+@pytest.fixture(scope="module")
+def hosts(pair: list[Guest], authority: Authority) -> Iterator[list[Host]]:
+    settings = msgspec.structs.replace(SETTINGS, session_key="")
+    options = [f"--swarm={SWARM}"]
+    with cluster(pair, settings=settings, options=options, routers=False) as made:
+        made[0].certify(authority.root, authority.node("node1"))
+        made[1].certify(authority.root, authority.node("node2", lasts=SHORT))
+        for host in made:
+            host.start_router()
         linked(made)
         yield made
 
@@ -138,6 +156,53 @@ def test_router_killed(hosts: list[Host]) -> None:
     hosts[1].kill_router()
     assert set(streams.ends()) <= {"whole", "reset"}
     hosts[1].start_router()
+    moves_again(hosts)
+
+
+def echo(hosts: list[Host], port: int) -> tuple[Process, Process]:
+    """A connection that waits to be told to send; client and server."""
+    a, b = (host.containers[0] for host in hosts)
+    where = [str(b.ipv4), str(port)]
+    server = b.start(["python3", "-ES", ECHO, "server", *where])
+    b.wait_listening(port)
+    return a.start(["python3", "-ES", ECHO, "client", *where, "2000003", "4"], stdin=True), server
+
+
+def paths(hosts: list[Host], port: int) -> list[tuple[str, str | None]]:
+    """Path and reason of each end of connections to this port."""
+    return [
+        (each.path, each.reason)
+        for host in hosts
+        for each in host.router.connections(host.containers[0].inode).connections
+        if f"{each.local} {each.remote} ".count(f":{port} ")
+    ]
+
+
+def test_certificate_expired(hosts: list[Host], authority: Authority) -> None:
+    """Without a session connections go on over RDMA, and new ones stay on TCP; with the renewed certificate all is as before."""
+    broken = [rdma(host).broken for host in hosts]
+    streams, kept = Streams(hosts, 25), echo(hosts, 7200)
+    wait_until("rdma", lambda: paths(hosts, 7200) == [("rdma", None)] * 2, 60)
+    assert [rdma(host).sessions for host in hosts] == ["", ""]
+    # That of the peer, by the first host's clock; then the second host's own, by its.
+    later = f"+{SHORT.total_seconds() + 60:.0f} seconds"
+    hosts[0].guest.run(["date", "-s", later])
+    wait_until("no session", lambda: "expired" in rdma(hosts[0]).peers[0].reason, 30)
+    hosts[1].guest.run(["date", "-s", later])
+    wait_until("no certificate", lambda: "expired" in rdma(hosts[1]).sessions, 30)
+    late = echo(hosts, 7201)
+    wait_until("why", lambda: paths(hosts, 7201) == [("overlay", "no-session")] * 2, 60)
+    assert paths(hosts, 7200) == [("rdma", None)] * 2
+    for client, server in (kept, late):
+        client.write(b"now\n")
+        assert client.check(120) == "the same\n"
+        assert server.wait(60) == 0
+    assert set(streams.ends()) == {"whole"}
+    assert [rdma(host).broken for host in hosts] == broken
+    assert [host.process.poll() for host in hosts if host.process is not None] == [None, None]
+    hosts[1].certify(authority.root, authority.node("node2"))
+    # Their link was never down.
+    wait_until("a session", lambda: all(rdma(host).peers[0].session for host in hosts), 60)
     moves_again(hosts)
 
 
