@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.testbed.host import PLUGIN
 from tests.testbed.images import TOP
 from tests.testbed.process import wait_until
-from tests.testbed.vm import guests
+from tests.testbed.vm import Process, guests
 from tests.testbed.vm.engine import IMAGE, MEMORY, RUN, Engine, engine_disk, make_swarm
 
 BUILT = TOP / "build/plugin"
+PROGRAMS = TOP / "tests/vm/programs"
+LIBRARY = (
+    *("--mount", "type=bind,src=/run/freeflow,dst=/run/freeflow"),
+    *("--env", "LD_PRELOAD=/run/freeflow/libfreeflow.so"),
+)
+"""Of a container, as docs/acceleration.md has it."""
+SIZE = 2_000_003
 WEB = "hostname >/tmp/index.html; exec busybox httpd -f -p 80 -h /tmp"
 
 pytestmark = [
@@ -82,3 +91,82 @@ def test_the_plugin_sees_the_hosts_rdma_device(swarm: list[Engine]) -> None:
         swarm[0].guest.sh(f"ls {plugin}/host/dev/infiniband {plugin}/sys/class/infiniband").split()
     )
     assert {"uverbs0", "rdma_cm", "rxe0"} <= set(listed)
+
+
+def test_the_plugin_says_which_rdma_device_it_uses(swarm: list[Engine]) -> None:
+    """`freeflow doctor`, on both hosts: the device, its GID, and that it reaches the other host's."""
+    manager = swarm[0]
+    for engine, other in (swarm, swarm[::-1]):
+        # Only managers know the names of others.
+        peer = other.guest.name if engine is manager else other.guest.address
+        link = f"rdma: {peer}: link up"
+
+        def linked(engine: Engine = engine, link: str = link) -> list[str]:
+            return said if link in (said := doctor_notes(engine)) else []
+
+        notes = wait_until(f"{engine.guest.name}: {link}", linked, 60, 1)
+        device = rf"rdma: rxe0 port 1, RoCE v2 {engine.guest.address} \(GID \d+\)"
+        assert any(re.fullmatch(device, note) for note in notes), notes
+
+
+def doctor_notes(engine: Engine) -> list[str]:
+    """What `freeflow doctor` notes beside what is wrong, which is nothing."""
+    report = json.loads(engine.freeflow("doctor", "--json"))
+    assert report["findings"] == []
+    notes: list[str] = report["notes"]
+    return notes
+
+
+def on_rdma(engine: Engine, remote: str) -> int:
+    """How many connections `freeflow connections` has on `rdma`, with such an address at the other end."""
+    found = json.loads(engine.freeflow("connections", "--json"))["connections"]
+    return sum(each["path"] == "rdma" and remote in each["remote"] for each in found)
+
+
+def relayed(engine: Engine) -> int:
+    """Bytes that its relay has moved, in both directions; nothing was broken."""
+    rdma = json.loads(engine.freeflow("status", "--json"))["router"]["rdma"]
+    assert rdma["broken"] == 0
+    moved: int = rdma["relay"]["bytes_out"] + rdma["relay"]["bytes_in"]
+    return moved
+
+
+def test_containers_of_two_hosts_speak_over_rdma(swarm: list[Engine]) -> None:
+    """Redis, and bytes that come back the same, by sessions of the Swarm's own certificates and no other setting."""
+    programs = ("--mount", f"type=bind,src=/src/{PROGRAMS.relative_to(TOP)},dst=/programs")
+
+    def container(engine: Engine) -> str:
+        name = f"on-{engine.guest.name}"
+        options = ("--network", "ours", *RUN, *LIBRARY, *programs)
+        engine.docker("run", "-d", "--name", name, *options, IMAGE, "sleep", "3600")
+        return name
+
+    def start(engine: Engine, name: str, *command: str) -> Process:
+        return engine.guest.start(["docker", "exec", "-i", name, *command], stdin=True)
+
+    with ThreadPoolExecutor(len(swarm)) as pool:
+        ours, theirs = pool.map(container, swarm)
+    one, other = swarm
+    here, there = (
+        engine.api(f"containers/{name}/json")["NetworkSettings"]["Networks"]["ours"]["IPAddress"]
+        for engine, name in ((one, ours), (other, theirs))
+    )
+    start(other, theirs, "redis-server", "--protected-mode", "no", "--save", "")
+    echo = start(other, theirs, "python3", "-ES", "/programs/echo.py", "server", there, "7200")
+    for port in (6379, 7200):
+        listening = f"until ss -Htln sport = :{port} | grep -q .; do sleep 0.2; done"
+        other.docker("exec", theirs, "sh", "-c", listening)
+    # Fifty a second: more would leave an emulated processor no time for the rest.
+    start(one, ours, *("redis-cli", "-h", there, "-r", "-1", "-i", "0.02", "incr", "asked"))
+    asking = ("client", there, "7200", str(SIZE), "7")
+    client = start(one, ours, "python3", "-ES", "/programs/echo.py", *asking)
+    wait_until("both on rdma", lambda: on_rdma(one, f"{there}:") == 2, 120, 1)
+    wait_until("their other ends", lambda: on_rdma(other, f"{here}:") == 2, 60, 1)
+    one.docker("exec", ours, "pkill", "-x", "redis-cli")
+    before = relayed(one)
+    client.write(b"now\n")
+    assert client.check(150) == "the same\n"
+    assert echo.wait(60) == 0
+    wait_until("what the relays say", lambda: relayed(one) - before >= 2 * SIZE, 30, 1)
+    for engine, name in ((one, ours), (other, theirs)):
+        engine.docker("rm", "-f", name)
