@@ -432,7 +432,8 @@ void arena_grieve(uint32_t arena)
         struct mapping *mapping = mapping_of(arena);
         uint32_t since = atomic_load_explicit(&mapping->deaf_at, memory_order_relaxed);
 
-        if (since && ticks() - since > GRACE)
+        /* Set to an odd moment, it may be the next one. */
+        if (since && (int32_t)(ticks() - since) > GRACE)
                 sever(mapping);
 }
 
