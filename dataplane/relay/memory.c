@@ -207,12 +207,19 @@ static int take(int process, int fd)
         return (int)got;
 }
 
+static bool poll_end(struct memory_end *end);
+
+/* What it said before it died has arrived, as a device's completions have. */
 static void on_death(struct watch *watch, uint32_t events)
 {
         struct memory_end *end = OF(watch, struct memory_end, peer_dies);
+        struct link *link = end->link;
 
         (void)events;
-        link_down(end->link, ECONNRESET, "the peer's relay is gone");
+        while (link->end == end && link->state == LINK_UP && poll_end(end))
+                continue;
+        if (link->end == end)
+                link_down(link, ECONNRESET, "the peer's relay is gone");
 }
 
 static int memory_connect(struct link *link, const struct wire_address *address, char *text)
