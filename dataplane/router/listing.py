@@ -21,7 +21,7 @@ from dataplane.control import (
 from dataplane.errors import KernelRefused
 from dataplane.router.away import RELAY
 from dataplane.router.knowledge import Knowledge, Network
-from dataplane.router.pairing import Container, Pairing, Waiting
+from dataplane.router.pairing import RELAY_SIDE, Container, Pairing, Waiting
 from dataplane.router.reasons import Reason
 from dataplane.router.sockets import Namespaces, TcpSocket
 
@@ -106,9 +106,12 @@ def _path(
     if container is not None:
         held = container.ends.get(tcp.cookie)
         if held is not None:
-            arena, slot, _ = held
-            path = RDMA if arena.ring else SHM
-            return path, None, now - arena.slots[slot].since
+            arena, number, _ = held
+            slot = arena.slots[number]
+            # The process keeps the slot until it closes: there may be something to read in it.
+            if slot.ends[RELAY_SIDE] is None if arena.ring else slot.left:
+                return OVERLAY, Reason.LEFT, None
+            return RDMA if arena.ring else SHM, None, now - slot.since
     if not network.accelerated:
         return OVERLAY, Reason.OFF, None
     local_peer = tcp.remote.ip in network.owners or network.tasks.get(tcp.remote.ip)

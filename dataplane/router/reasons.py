@@ -42,6 +42,7 @@ class Reason(IntEnum):
     PEER_NO_RDMA = 1007
     NO_SESSION = 1008
     NO_LINK = 1009
+    LEFT = 1010
 
     @property
     def word(self) -> str:
@@ -80,5 +81,6 @@ _SENTENCES: Final = {
     Reason.PEER_NO_RDMA: "the peer's host has no RDMA device that can be used",
     Reason.NO_SESSION: "the peer is on another host, with whose router there is no session",
     Reason.NO_LINK: "the RDMA devices of this host and the peer's don't reach each other",
+    Reason.LEFT: "it was on a faster path, and went back: the path was lost or turned off, or a router started anew",
     Reason.AMBIGUOUS: "several connections of the peer fit: one to a task and one to its service's VIP",
 }
