@@ -112,8 +112,7 @@ class Hosts:
         if not self._started:
             return
         self._look_around()
-        if self._relay.pid is not None:
-            self._relay.say(relay_wire.Number(relay_wire.Kind.COUNT))
+        self._relay.ask()
 
     def close(self) -> None:
         """The router ends; the relay finishes by itself."""

@@ -30,6 +30,8 @@ LEAST_PAUSE: Final = 0.5
 MOST_PAUSE: Final = 30.0
 """Seconds between two starts, doubled each time as long as none lasts."""
 LASTS: Final = 30.0
+PATIENCE: Final = 20
+"""Questions without an answer, after which it is taken for stuck. The router asks about once a second."""
 _AT_ONCE: Final = 64
 _BUFFER: Final = 1 << 20
 _ABOVE: Final = 10
@@ -72,6 +74,7 @@ class RelayProcess:
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
         self._pause = LEAST_PAUSE
         self._began = 0.0
+        self._unanswered = 0
         self._timer: Timer | None = None
         self.starts = 0
         self.why = ""
@@ -108,6 +111,20 @@ class RelayProcess:
         kept = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for each in descriptors]
         self._unsent.append((data, kept))
         self._loop.modify(self._socket.fileno(), select.EPOLLIN | select.EPOLLOUT)
+
+    def ask(self) -> None:
+        """Ask what it has counted. One that is stopped or stuck is ended: its connections hang, and then are reset.
+
+        Questions are counted, not seconds: a host that slept has not asked.
+        """
+        if not self._pid:
+            return
+        if self._unanswered < PATIENCE:
+            self._unanswered += 1
+            self.say(wire.Number(wire.Kind.COUNT))
+        elif self._socket is not None:
+            log.error("the relay doesn't answer; it is ended", pid=self._pid, questions=PATIENCE)
+            self._end()
 
     def close(self) -> None:
         """The router ends: the relay sees the end of its socket, and finishes by itself what can be finished."""
@@ -156,6 +173,7 @@ class RelayProcess:
         self._pid, self._socket, self._opened = pid, ours, wanted
         self._pidfd = os.pidfd_open(pid)
         self._began = self._loop.now()
+        self._unanswered = 0
         self.starts += 1
         self.why = ""
         self._loop.watch(ours.fileno(), select.EPOLLIN, self._serve)
@@ -236,6 +254,7 @@ class RelayProcess:
             log.error("the relay said what is no message", reason=str(error))
             self._end()
             return False
+        self._unanswered = 0
         try:
             self._owner.relay_said(message)
         except Exception:

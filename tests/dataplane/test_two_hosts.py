@@ -68,6 +68,11 @@ def on_rdma(host: HostBed) -> int:
     return sum(each.path == "rdma" for each in listed(host))
 
 
+def went_back(host: HostBed) -> bool:
+    """Whether all its connections go on over TCP, and it says so."""
+    return {(each.path, each.reason) for each in listed(host)} == {("overlay", "left")}
+
+
 class Streams:
     """Numbers under way between `a` of one host and `b` of the other."""
 
@@ -183,7 +188,7 @@ def test_router_killed(hosts: Hosts, dies: int) -> None:
     """A router that is killed costs no byte: its relay brings connections back to TCP. The next router starts anew."""
     with streams(hosts, 5) as made:
         hosts[dies].kill_router()
-        until(lambda: on_rdma(hosts[1 - dies]) == 0)
+        until(lambda: went_back(hosts[1 - dies]), 3)
         hosts[dies].start_router()
         assert made.ends() == ["whole"] * 8
     for host in hosts:
@@ -199,6 +204,18 @@ def test_relay_killed(hosts: Hosts, dies: int) -> None:
     with streams(hosts, 20) as made:
         os.kill(hosts[dies].relay_pid(), signal.SIGKILL)
         assert set(made.ends(30)) == {"reset"}
+    for host in hosts:
+        host.wait_linked()
+    with streams(hosts, 1, 1) as made:
+        assert made.ends() == ["whole"] * 2
+    nothing_left(hosts)
+
+
+def test_relay_stopped(hosts: Hosts) -> None:
+    """A relay that is stopped, or stuck, doesn't hang its connections for good: they are reset, and new ones move again."""
+    with streams(hosts, 60) as made:
+        os.kill(hosts[1].relay_pid(), signal.SIGSTOP)
+        assert set(made.ends(60)) == {"reset"}
     for host in hosts:
         host.wait_linked()
     with streams(hosts, 1, 1) as made:
