@@ -120,6 +120,15 @@ def nothing_left(hosts: Hosts) -> None:
         until(clean)
 
 
+def moves_again(hosts: Hosts) -> None:
+    """A new connection takes RDMA, and nothing is left of it or of others."""
+    for host in hosts:
+        host.wait_linked()
+    with streams(hosts, 1, 1) as made:
+        assert made.ends() == ["whole"] * 2
+    nothing_left(hosts)
+
+
 def test_bytes(hosts: Hosts) -> None:
     """Connections between two hosts move to RDMA, whole, and nothing is left of them; both hosts say so."""
     with streams(hosts) as made:
@@ -191,11 +200,7 @@ def test_router_killed(hosts: Hosts, dies: int) -> None:
         until(lambda: went_back(hosts[1 - dies]), 3)
         hosts[dies].start_router()
         assert made.ends() == ["whole"] * 8
-    for host in hosts:
-        host.wait_linked()
-    with streams(hosts, 1, 1) as made:
-        assert made.ends() == ["whole"] * 2
-    nothing_left(hosts)
+    moves_again(hosts)
 
 
 @pytest.mark.parametrize("dies", [0, 1])
@@ -204,11 +209,7 @@ def test_relay_killed(hosts: Hosts, dies: int) -> None:
     with streams(hosts, 20) as made:
         os.kill(hosts[dies].relay_pid(), signal.SIGKILL)
         assert set(made.ends(30)) == {"reset"}
-    for host in hosts:
-        host.wait_linked()
-    with streams(hosts, 1, 1) as made:
-        assert made.ends() == ["whole"] * 2
-    nothing_left(hosts)
+    moves_again(hosts)
 
 
 def test_relay_stopped(hosts: Hosts) -> None:
@@ -216,11 +217,7 @@ def test_relay_stopped(hosts: Hosts) -> None:
     with streams(hosts, 60) as made:
         os.kill(hosts[1].relay_pid(), signal.SIGSTOP)
         assert set(made.ends(60)) == {"reset"}
-    for host in hosts:
-        host.wait_linked()
-    with streams(hosts, 1, 1) as made:
-        assert made.ends() == ["whole"] * 2
-    nothing_left(hosts)
+    moves_again(hosts)
 
 
 def test_many() -> None:
