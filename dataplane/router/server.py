@@ -49,6 +49,10 @@ _BEAT: Final = 1.0
 _SWEEP: Final = 500
 _CONTROL_LINE: Final = 64 << 20
 _CONTROL_CHUNK: Final = 1 << 18
+_ANSWERS: Final = 1 << 19
+"""Bytes, which the kernel doubles: room for some 1,300 answers to a process that is busy with something else, in whose
+connections a burst moves. Who doesn't take them is cut off, and its connections stay on TCP."""
+_SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h
 _PEERCRED: Final = struct.Struct("=3i")
 _READ: Final = select.EPOLLIN | select.EPOLLRDHUP
 # Plain numbers: flags of the socket module are slow to combine, and this is done for each message.
@@ -250,6 +254,7 @@ class Server:
     def _admit(self, accepted: socket.socket) -> None:
         try:
             accepted.setblocking(False)
+            _enlarge(accepted)
             pid, _, _ = _PEERCRED.unpack(
                 accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
             )
@@ -521,6 +526,14 @@ class Server:
         del self._admins[admin.socket.fileno()]
         self._epoll.unregister(admin.socket)
         admin.socket.close()
+
+
+def _enlarge(accepted: socket.socket) -> None:
+    try:
+        accepted.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _ANSWERS)
+    except PermissionError:
+        # Without CAP_NET_ADMIN: as much as the host allows anyone.
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ANSWERS)
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
