@@ -25,6 +25,7 @@ from tests.dataplane.two_hosts import HostBed, cut, two_hosts
 HERE: Final = Path(__file__).parent
 TOP: Final = HERE.parents[1]
 STREAM: Final = HERE / "programs/stream.py"
+MANY: Final = HERE / "programs/many.py"
 RELAY: Final = TOP / "build/freeflow-relay"
 VIP: Final = "10.78.0.100"
 PORT: Final = 7100
@@ -220,7 +221,28 @@ def test_relay_stopped(hosts: Hosts) -> None:
     moves_again(hosts)
 
 
-def test_many() -> None:
+def test_a_thousand() -> None:
+    """A thousand connections share one link, and every answer is right."""
+    with two_hosts(library=LIBRARY, relay=RELAY, settings=Settings(remote_ring=65536)) as made:
+        a, b = made[0].containers["a"], made[1].containers["b"]
+        options: dict[str, Any] = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "text": True,
+        }
+        server = b.popen([sys.executable, str(MANY), "server", str(b.ipv4), str(PORT)], **options)
+        assert server.stdout is not None
+        assert server.stdout.readline() == "listening\n"
+        asking = [sys.executable, str(MANY), "client", str(b.ipv4), str(PORT), "1000"]
+        client = a.popen(asking, **options)
+        until(lambda: on_rdma(made[0]) == on_rdma(made[1]) == 1000, 120)
+        said, _ = client.communicate("now\n", timeout=60)
+        assert said == "whole 1000\n"
+        assert server.wait(30) == 0
+        nothing_left(made)
+
+
+def test_limit() -> None:
     """Past the memory that may be registered connections stay on TCP, and say so; all of them are whole."""
     allowed = Settings(remote_ring=65536, remote_memory=40 * (2 * 65536 + 2 * 4096))
     with two_hosts(library=LIBRARY, relay=RELAY, settings=allowed) as made:

@@ -81,7 +81,13 @@ def test_the_plugin_is_well_and_sees_its_peer(swarm: list[Engine]) -> None:
         status = json.loads(engine.freeflow("status", "--json"))
         assert [network["name"] for network in status["networks"]] == ["ours"]
         assert str(other.guest.address) in json.dumps(status["networks"][0]["peers"])
-        assert "nothing is wrong" in engine.freeflow("doctor")
+        # An engine that is emulated, on a busy machine, is late now and then, and doctor says so.
+        wait_until(
+            f"{engine.guest.name}: nothing is wrong",
+            lambda engine=engine: "nothing is wrong" in engine.freeflow("doctor", check=False),  # type: ignore[misc]
+            240,
+            2,
+        )
 
 
 def test_the_plugin_sees_the_hosts_rdma_device(swarm: list[Engine]) -> None:
@@ -101,20 +107,13 @@ def test_the_plugin_says_which_rdma_device_it_uses(swarm: list[Engine]) -> None:
         peer = other.guest.name if engine is manager else other.guest.address
         link = f"rdma: {peer}: link up"
 
-        def linked(engine: Engine = engine, link: str = link) -> list[str]:
-            return said if link in (said := doctor_notes(engine)) else []
-
-        notes = wait_until(f"{engine.guest.name}: {link}", linked, 60, 1)
         device = rf"rdma: rxe0 port 1, RoCE v2 {engine.guest.address} \(GID \d+\)"
-        assert any(re.fullmatch(device, note) for note in notes), notes
 
+        def said(engine: Engine = engine, link: str = link, device: str = device) -> bool:
+            notes = json.loads(engine.freeflow("doctor", "--json", check=False))["notes"]
+            return link in notes and any(re.fullmatch(device, note) for note in notes)
 
-def doctor_notes(engine: Engine) -> list[str]:
-    """What `freeflow doctor` notes beside what is wrong, which is nothing."""
-    report = json.loads(engine.freeflow("doctor", "--json"))
-    assert report["findings"] == []
-    notes: list[str] = report["notes"]
-    return notes
+        wait_until(f"{engine.guest.name}: {device}, {link}", said, 240, 2)
 
 
 def on_rdma(engine: Engine, remote: str) -> int:

@@ -17,6 +17,7 @@ QUESTION = struct.Struct("=QQ48x")
 
 def serve(address: str, port: int) -> None:
     listener = socket.create_server((address, port), backlog=4096)
+    print("listening", flush=True)
     listener.setblocking(False)
     waiting = selectors.DefaultSelector()
     waiting.register(listener, selectors.EVENT_READ)
