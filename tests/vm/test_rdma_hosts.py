@@ -227,17 +227,17 @@ def test_postgresql(hosts: list[Host]) -> None:
 def test_many_connections(hosts: list[Host]) -> None:
     """They share one queue pair, and every answer is right. With RDMA_LONG=1 a thousand, as `test_two_hosts.py` has each time."""
     count = 1000 if LONG else 200
-    before = rdma(hosts[0]).granted
+    before = rdma(hosts[0])
     a, b = (host.containers[0] for host in hosts)
     server = b.start(["python3", "-ES", MANY, "server", str(b.ipv4), str(PORT)])
     b.wait_listening(PORT)
     asking = ["python3", "-ES", MANY, "client", str(b.ipv4), str(PORT), str(count)]
     client = a.start(asking, stdin=True)
-    wait_until(f"{count} on rdma", lambda: rdma(hosts[0]).granted - before >= count, 400)
+    wait_until(f"{count} on rdma", lambda: rdma(hosts[0]).granted - before.granted >= count, 400)
     client.write(b"now\n")
     assert client.check(200) == f"whole {count}\n"
     assert server.wait(60) == 0
-    assert rdma(hosts[0]).broken == 0
+    assert rdma(hosts[0]).broken == before.broken
 
 
 def test_host_gone(hosts: list[Host]) -> None:
