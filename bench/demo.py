@@ -195,11 +195,10 @@ class Demo:
 
     def balanced(self, stack: Stack) -> str:
         """Requests to the virtual address are answered by tasks on both hosts."""
-        wait_until(
-            "the virtual address of web",
-            lambda: self.in_client(stack, "curl", "-sS", "--max-time", "1", "http://web/"),
-            10,
-        )
+        # A task runs, and is given connections, before its program listens.
+        urls = [f"http://{task}/" for found in stack.tasks["web"].values() for task in found]
+        asking = ("curl", "-sS", "--fail-early", "--max-time", "1", "http://web/", *urls)
+        wait_until("each task of web", lambda: self.in_client(stack, *asking), 20)
         script = "for i in $(seq 40); do curl -sS --max-time 5 http://web/ || exit 1; done"
         answers = Counter(self.in_client(stack, "sh", "-c", script).split())
         if set(answers) != {host.name for host in self.bed.hosts} or sum(answers.values()) != 40:
