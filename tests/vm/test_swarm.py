@@ -106,12 +106,12 @@ def test_the_plugin_says_which_rdma_device_it_uses(swarm: list[Engine]) -> None:
         # Only managers know the names of others.
         peer = other.guest.name if engine is manager else other.guest.address
         link = f"rdma: {peer}: link up"
-
         device = rf"rdma: rxe0 port 1, RoCE v2 {engine.guest.address} \(GID \d+\)"
 
         def said(engine: Engine = engine, link: str = link, device: str = device) -> bool:
-            notes = json.loads(engine.freeflow("doctor", "--json", check=False))["notes"]
-            return link in notes and any(re.fullmatch(device, note) for note in notes)
+            report = json.loads(engine.freeflow("doctor", "--json", check=False))
+            known = any(re.fullmatch(device, note) for note in report["notes"])
+            return report["findings"] == [] and link in report["notes"] and known
 
         wait_until(f"{engine.guest.name}: {device}, {link}", said, 240, 2)
 
