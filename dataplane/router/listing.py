@@ -109,7 +109,8 @@ def _path(
             arena, number, _ = held
             slot = arena.slots[number]
             # The process keeps the slot until it closes: there may be something to read in it.
-            if slot.ends[RELAY_SIDE] is None if arena.ring else slot.left:
+            left = slot.ends[RELAY_SIDE] is None if arena.ring else slot.left
+            if left:
                 return OVERLAY, Reason.LEFT, None
             return RDMA if arena.ring else SHM, None, now - slot.since
     if not network.accelerated:
