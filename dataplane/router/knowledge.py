@@ -42,8 +42,6 @@ class Network:
     """Address to its namespace, on this host."""
     tasks: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
     """VIP to those of its tasks that are on this host."""
-    away: frozenset[IPAddress] = frozenset()
-    """VIPs with tasks on other hosts."""
     vips: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
     """Task on this host to the VIPs that lead to it."""
     rdma: bool = True
@@ -150,20 +148,16 @@ def _with_vips(network: Network, vips: Mapping[str, tuple[str, ...]]) -> Network
     tasks: dict[IPAddress, tuple[IPAddress, ...]] = {}
     leading: defaultdict[IPAddress, list[IPAddress]] = defaultdict(list)
     everywhere: dict[IPAddress, tuple[IPAddress, ...]] = {}
-    away = set()
     for text, addresses in vips.items():
         vip = ip_address(text)
         every = [ip_address(address) for address in addresses]
         everywhere[vip] = tuple(every)
         tasks[vip] = tuple(address for address in every if address in network.owners)
-        if len(tasks[vip]) < len(every):
-            away.add(vip)
         for address in every:
             leading[address].append(vip)
     return replace(
         network,
         tasks=tasks,
-        away=frozenset(away),
         vips={task: tuple(of) for task, of in leading.items() if task in network.owners},
         everywhere=everywhere,
         own=tuple(sorted(map(str, network.owners))),

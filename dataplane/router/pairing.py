@@ -1,10 +1,11 @@
 """Who is paired with whom: asks, arenas, slots, bells, and what each container may have.
 
 The two ends of one connection ask, each for itself, and are matched by their addresses; if one is on another host, by
-`remote.py` behind the seam `away.py`. A client behind a VIP sees
-another address than its server, so for a server's ask every address that leads to it is looked at; and since one source
-port may serve two connections, one to a task and one to its VIP, the kernel is asked how many sockets fit: unless exactly
-one does, both stay on TCP.
+`remote.py` behind the seam `away.py`. A client that connects to a VIP sees another address than its server does. Only the
+connection tracking of the client's own namespace says which task such a connection leads to. A socket in a task's namespace
+proves nothing: the task's root can make one with any addresses. Without that answer the connection stays on TCP. One source
+port may also serve two connections, one to a task and one to its VIP: then the kernel can't say which is which, and both
+stay on TCP.
 
 No I/O but through the three seams. No request costs more than a look-up, or one per task of a service on this host.
 """
@@ -164,10 +165,17 @@ class Waiting:
     ambiguous: bool = False
     away: bool = False
     """Its other end is on another host."""
+    server: Address | None = None
+    """Where a client's connection to a VIP really leads; None: where its remote address says."""
 
     @property
     def key(self) -> Key:
         return self.network, self.ask.local, self.ask.remote
+
+    @property
+    def peer(self) -> Address:
+        """The address of its other end, as that end knows it."""
+        return self.server or self.ask.remote
 
 
 @dataclass(slots=True, eq=False)
@@ -404,9 +412,12 @@ class Pairing:
         if isinstance(found, Reason):
             self._refuse(process_id, ask, found)
             return
-        network, away = found
+        network, server = found
+        away = (server or ask.remote).ip not in network.owners
         self._replace(container, (network.id, ask.local, ask.remote), ask.cookie)
-        waiting = Waiting(process_id, process.namespace, ask, network.id, self._clock(), away=away)
+        waiting = Waiting(
+            process_id, process.namespace, ask, network.id, self._clock(), away=away, server=server
+        )
         self._wait(process, container, waiting)
         if away:
             self.away.wait(waiting, network)
@@ -415,31 +426,41 @@ class Pairing:
 
     def _admit(
         self, process: Process, container: Container, ask: Ask
-    ) -> tuple[Network, bool] | Reason:
-        """The network in which the connection may be upgraded, and whether its other end is away; or why not."""
+    ) -> tuple[Network, Address | None] | Reason:
+        """The network in which the connection may be upgraded, and where a VIP's connection leads; or why not."""
         network = self.knowledge.network_of(process.namespace, ask.local.ip)
         if network is None or not network.accelerated:
             return _why_not(network)
         if not container.asks.take(self._clock(), self.limits.asks):
             return Reason.LIMIT
-        away = False
-        if ask.remote.ip not in network.owners:
-            if ask.remote.ip not in network.tasks and ask.remote.ip not in network:
-                return Reason.FOREIGN
-            away = not network.tasks.get(ask.remote.ip)
-        if away and (reason := self.away.why_not(network)) is not None:
+        # First of all: the later answers would tell a process about addresses that it has no connection with.
+        if not self._kernel.is_open(process.namespace, ask.local, ask.remote, ask.cookie):
+            return Reason.NOT_FOUND
+        peer = ask.remote.ip
+        if peer not in network.everywhere and peer not in network.owners and peer not in network:
+            return Reason.FOREIGN
+        server = None
+        if peer in network.everywhere:
+            server = self._behind_vip(process.namespace, ask, network)
+            if server is None:
+                return Reason.UNTRACKED
+            peer = server.ip
+        if peer not in network.owners and (reason := self.away.why_not(network)) is not None:
             return reason
         if len(container.waiting) >= self.limits.waiting or self._is_full(container, 1):
             return Reason.LIMIT
         if ask.cookie in container.ends:
             return Reason.SHARED
-        if not self._kernel.is_open(process.namespace, ask.local, ask.remote, ask.cookie):
-            return Reason.NOT_FOUND
-        if not away and ask.remote.ip in network.away and not self._servers(ask, network):
-            if (reason := self.away.why_not(network)) is not None:
-                return reason
-            away = True
-        return network, away
+        return network, server
+
+    def _behind_vip(self, namespace: int, ask: Ask, network: Network) -> Address | None:
+        """Which task's address a client's connection to a VIP leads to, by the client's own connection tracking."""
+        found = self._kernel.translated(namespace, ask.local, ask.remote)
+        if found is None:
+            return None
+        server, client = found
+        is_task = server.ip in network.everywhere[ask.remote.ip] and server.port == ask.remote.port
+        return server if is_task and client == ask.local else None
 
     def is_full(self, namespace: int) -> bool:
         """Whether a container has as many connections in shared memory as it may."""
@@ -450,15 +471,6 @@ class Pairing:
         limits = self.limits
         return len(container.ends) + more > limits.connections or container.memory >= limits.memory
 
-    def _servers(self, ask: Ask, network: Network) -> list[Address]:
-        """Where, among a VIP's tasks on this host, its connection can end."""
-        found = []
-        for task in network.tasks[ask.remote.ip]:
-            local = Address(task, ask.remote.port)
-            if self._kernel.exists(network.owners[task], local, ask.local):
-                found.append(local)
-        return found
-
     def _clients(self, ask: Ask, network: Network) -> list[Address]:
         """What, of all that leads to this server, its client's socket can be connected to."""
         leading = [ask.local]
@@ -468,21 +480,11 @@ class Pairing:
 
     def _partners(self, waiting: Waiting, network: Network) -> Iterator[Waiting]:
         """Asks that fit."""
-        ask = waiting.ask
-        if ask.remote.ip in network.tasks:
-            keys = [
-                (network.id, Address(task, ask.remote.port), ask.local)
-                for task in network.tasks[ask.remote.ip]
-            ]
-        else:
-            keys = [(network.id, ask.remote, ask.local)]
-            keys += [
-                (network.id, ask.remote, Address(vip, ask.local.port))
-                for vip in network.vips.get(ask.local.ip, ())
-            ]
-        for key in keys:
-            partner = self._waiting.get(key)
-            if partner is not None and partner is not waiting:
+        local, peer = waiting.ask.local, waiting.peer
+        seen_as = [local, *(Address(vip, local.port) for vip in network.vips.get(local.ip, ()))]
+        for remote in seen_as:
+            partner = self._waiting.get((network.id, peer, remote))
+            if partner is not None and partner is not waiting and partner.peer == local:
                 yield partner
 
     def _match(self, waiting: Waiting, network: Network) -> None:
@@ -504,19 +506,12 @@ class Pairing:
 
     def _is_sure(self, one: Waiting, other: Waiting, network: Network) -> bool:
         """Whether two asks can only be the two ends of one connection."""
-        for client, server in ((one, other), (other, one)):
-            if (
-                server.ask.local.ip in network.vips
-                and server.ask.remote.ip in network.owners
-                and len(self._clients(server.ask, network)) > 1
-            ):
-                return False
-            if (
-                client.ask.remote.ip in network.tasks
-                and len(self._servers(client.ask, network)) > 1
-            ):
-                return False
-        return True
+        return all(
+            server.ask.local.ip not in network.vips
+            or server.ask.remote.ip not in network.owners
+            or len(self._clients(server.ask, network)) <= 1
+            for server in (one, other)
+        )
 
     def _replace(self, container: Container, key: Key, cookie: int) -> None:
         """An ask stands in place of older ones of the same socket, or of one that had its addresses before."""

@@ -43,6 +43,7 @@ class Reason(IntEnum):
     NO_SESSION = 1008
     NO_LINK = 1009
     LEFT = 1010
+    UNTRACKED = 1011
 
     @property
     def word(self) -> str:
@@ -82,5 +83,6 @@ _SENTENCES: Final = {
     Reason.NO_SESSION: "the peer is on another host, with whose router there is no session",
     Reason.NO_LINK: "the RDMA devices of this host and the peer's don't reach each other",
     Reason.LEFT: "it was on a faster path, and went back: the path was lost or turned off, or a router started anew",
+    Reason.UNTRACKED: "connection tracking in the container doesn't say to which task of the service it leads",
     Reason.AMBIGUOUS: "several connections of the peer fit: one to a task and one to its service's VIP",
 }

@@ -321,39 +321,26 @@ class Remotes:
 
     def wait(self, waiting: Waiting, network: Network) -> None:
         """See `Away`."""
-        server = self._server(waiting, network)
-        if server is None:
+        if not self._is_only_one(waiting, network):
             waiting.ambiguous = True
             self._pairing.refuse(waiting, Reason.AMBIGUOUS)
             return
-        ask = Ask(waiting, network.id, server)
+        ask = Ask(waiting, network.id, waiting.peer)
         self._asks[waiting] = ask
         if not self._settle(ask):
             self._wait_for_owner(ask)
 
-    def _server(self, waiting: Waiting, network: Network) -> Address | None:
-        """Where a connection really leads, if it's sure that no other of this container leads there from its port."""
-        ask, namespace = waiting.ask, waiting.namespace
-        server = ask.remote
-        tasks = network.everywhere.get(ask.remote.ip)
-        if tasks is not None:
-            found = self._kernel.translated(namespace, ask.local, ask.remote)
-            if found is not None:
-                server, client = found
-                if client != ask.local or server.ip not in tasks or server.port != ask.remote.port:
-                    return None
-            elif len(tasks) == 1:
-                server = Address(tasks[0], ask.remote.port)
-            else:
-                return None
-        vips = network.leading.get(server.ip, ())
-        leading = [server, *(Address(vip, server.port) for vip in vips)]
-        fitting = [
-            each
-            for each in leading
-            if each == ask.remote or self._kernel.exists(namespace, ask.local, each)
+    def _is_only_one(self, waiting: Waiting, network: Network) -> bool:
+        """Whether no other connection of this container leads from the same port to the same server."""
+        local, server = waiting.ask.local, waiting.peer
+        leading = [
+            server,
+            *(Address(vip, server.port) for vip in network.leading.get(server.ip, ())),
         ]
-        return server if len(fitting) == 1 else None
+        return not any(
+            each != waiting.ask.remote and self._kernel.exists(waiting.namespace, local, each)
+            for each in leading
+        )
 
     def _settle(self, ask: Ask) -> bool:
         """Give an ask to the host that has its other end; false if that isn't known."""

@@ -238,14 +238,14 @@ def test_somebody_elses_connection(pair: Pair) -> None:
     pair.one.ask(client, local=Address(local.ip, local.port ^ 1))
     reasons = [pair.one.hear(wire.Refuse)[0].reason for _ in range(3)]
     assert reasons == [Reason.NOT_FOUND] * 3
-    # An address that is the other container's; and one that is nobody's.
+    # A local address that is not its own. Of a remote one nothing is said unless there is a connection with it.
     pair.other.ask(client)
     pair.one.ask(client, local=Address(ip_address("10.78.0.99"), local.port))
     pair.one.ask(client, remote=Address(ip_address("10.99.0.9"), remote.port))
     pair.one.ask(client, remote=Address(ip_address("10.78.0.99"), remote.port))
     assert pair.other.hear(wire.Refuse)[0].reason == Reason.FOREIGN
     reasons = [pair.one.hear(wire.Refuse)[0].reason for _ in range(3)]
-    assert reasons == [Reason.FOREIGN, Reason.FOREIGN, Reason.REMOTE]
+    assert reasons == [Reason.FOREIGN, Reason.NOT_FOUND, Reason.NOT_FOUND]
 
 
 def test_a_listener_is_no_connection(pair: Pair) -> None:

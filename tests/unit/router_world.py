@@ -210,6 +210,10 @@ class World:
         self.kernel.sockets[namespace, at(local), at(remote)] = cookie
         return cookie
 
+    def translate(self, namespace: int, local: str, vip: str, server: str) -> None:
+        """Connection tracking knows where a connection to a VIP leads."""
+        self.kernel.translations[namespace, at(local), at(vip)] = at(server), at(local)
+
     def ask(self, process: int, cookie: int, local: str, remote: str) -> None:
         """A process asks."""
         ask = wire.Ask(next(self._numbers), cookie, at(local), at(remote))

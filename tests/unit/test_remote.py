@@ -109,11 +109,11 @@ def test_one_port_twice(world: World) -> None:
 
 
 def test_a_vip_that_the_kernel_does_not_explain(world: World) -> None:
-    """Without the kernel's word for where a VIP's connection leads, one of several tasks can't be told."""
+    """Without the kernel's word for where a VIP's connection leads, it stays on TCP."""
     tcp = world.connect(A, B, vip=True)
     world.hosts[0].kernel.translations.clear()
     world.ask(tcp, 0)
-    assert finer(world, tcp, 0) is Reason.AMBIGUOUS
+    assert finer(world, tcp, 0) is Reason.UNTRACKED
 
 
 def test_many_share_what_they_can(world: World) -> None:

@@ -223,6 +223,7 @@ def test_ipv6(world: World) -> None:
 def test_vip(world: World, server_first: bool) -> None:
     """A client that sees its service's VIP is matched with the task that sees the client."""
     a, b = world.process(1), world.process(3)
+    world.translate(1, "10.0.4.1:5000", f"{VIP}:80", "10.0.4.3:80")
     ends = [(a, "10.0.4.1:5000", f"{VIP}:80"), (b, "10.0.4.3:80", "10.0.4.1:5000")]
     for end in reversed(ends) if server_first else ends:
         world.open_and_ask(*end)
@@ -239,29 +240,66 @@ def test_vip_and_task_from_one_port(world: World) -> None:
     assert all(each.ambiguous for each in world.pairing.processes[a].waiting.values())
 
 
-def test_vip_of_which_two_tasks_fit(world: World) -> None:
-    """If two tasks see the client's address and port, one of them is another connection's: both stay."""
-    a, b = world.process(1), world.process(2)
-    world.socket(3, "10.0.4.3:80", "10.0.4.1:5000")
+@pytest.mark.parametrize("forger_first", [False, True])
+def test_a_task_with_a_forged_socket(world: World, forger_first: bool) -> None:
+    """A task that makes a socket with a client's address isn't given the client's connection to another task."""
+    a, forger, server = world.process(1), world.process(2), world.process(3)
+    world.translate(1, "10.0.4.1:5000", f"{VIP}:80", "10.0.4.3:80")
+    if forger_first:
+        world.open_and_ask(forger, "10.0.4.2:80", "10.0.4.1:5000")
     world.open_and_ask(a, "10.0.4.1:5000", f"{VIP}:80")
-    world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5000")
+    if not forger_first:
+        world.open_and_ask(forger, "10.0.4.2:80", "10.0.4.1:5000")
     assert not world.grants(a)
+    assert not world.grants(forger)
+    world.open_and_ask(server, "10.0.4.3:80", "10.0.4.1:5000")
+    assert len(world.grants(a)) == len(world.grants(server)) == 1
+    assert not world.grants(forger)
+
+
+def test_a_forged_socket_and_a_server_on_another_host(world: World) -> None:
+    """The same if the connection really leads to a task on another host: it is refused as remote."""
+    a, forger = world.process(1), world.process(2)
+    world.translate(1, "10.0.4.1:5000", f"{AWAY}:80", "10.0.4.66:80")
+    world.open_and_ask(forger, "10.0.4.2:80", "10.0.4.1:5000")
+    world.open_and_ask(a, "10.0.4.1:5000", f"{AWAY}:80")
+    assert world.refusals(a) == [Reason.REMOTE]
+    assert not world.grants(forger)
+
+
+def test_an_untracked_connection_to_a_vip(world: World) -> None:
+    """Where the kernel doesn't say to which task a connection to a VIP leads, it stays on TCP, and the reason says so."""
+    a, b = world.process(1), world.process(2)
+    world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5000")
+    cookie = world.open_and_ask(a, "10.0.4.1:5000", f"{VIP}:80")
+    assert not world.grants(a)
+    assert world.pairing.containers[1].notes[cookie][0] == Reason.UNTRACKED
 
 
 def test_vip_with_tasks_elsewhere(world: World) -> None:
-    """Of a VIP with tasks on several hosts, a connection is refused as remote unless a task here has its other end."""
+    """Of a VIP with tasks on several hosts, a connection moves if it leads to a task here, and is refused if it doesn't."""
     a, b = world.process(1), world.process(2)
+    world.translate(1, "10.0.4.1:5000", f"{AWAY}:80", "10.0.4.66:80")
     world.open_and_ask(a, "10.0.4.1:5000", f"{AWAY}:80")
     assert world.refusals(a) == [Reason.REMOTE]
-    world.socket(2, "10.0.4.2:80", "10.0.4.1:5001")
+    world.translate(1, "10.0.4.1:5001", f"{AWAY}:80", "10.0.4.2:80")
     world.open_and_ask(a, "10.0.4.1:5001", f"{AWAY}:80")
     world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5001")
     assert len(world.grants(a)) == 1
 
 
+@pytest.mark.parametrize("peer", ["10.0.4.2:80", "10.0.4.66:80", "8.8.8.8:80", f"{AWAY}:80"])
+def test_no_address_is_told_of_without_a_connection(world: World, peer: str) -> None:
+    """Which addresses are on this host, on the network or elsewhere can't be asked without a connection to them."""
+    a = world.process(1)
+    world.ask(a, 4711, "10.0.4.1:5000", peer)
+    assert world.refusals(a) == [Reason.NOT_FOUND]
+
+
 def test_no_other_port_of_a_vip(world: World) -> None:
     """A VIP leads to the same port of its tasks, and to no other."""
     a, b = world.process(1), world.process(2)
+    world.translate(1, "10.0.4.1:5000", f"{VIP}:80", "10.0.4.2:81")
     world.open_and_ask(a, "10.0.4.1:5000", f"{VIP}:80")
     world.open_and_ask(b, "10.0.4.2:81", "10.0.4.1:5000")
     assert not world.grants(a)
