@@ -45,10 +45,13 @@ LASTS: Final = 10.0
 COURTESY: Final = 1.0
 """Seconds that the host of the greater address leaves to the other, so that not both dial."""
 STRANGERS: Final = 64
-STRANGERS_EACH: Final = 4
-"""Incoming connections without a session, altogether and of one address."""
-HANDSHAKES: Final = 4.0
-"""Incoming connections per second of one address, and as many at once."""
+STRANGERS_EACH: Final = 16
+"""Incoming connections without a session, altogether and of one address. A newcomer takes the place of the oldest that hasn't
+sent a ClientHello, or whose handshake is slow. So those who share a host's address can't keep the host out by saying nothing."""
+SLOW: Final = 2.0
+"""Seconds after which a handshake is slow."""
+HANDSHAKES: Final = 16.0
+"""Handshakes that begin per second with one address, and as many at once. Each costs some milliseconds."""
 _AT_ONCE: Final = 32
 _BACKLOG: Final = 128
 _TELLING: Final = ("certificate", "protocol", "bug")
@@ -106,7 +109,8 @@ class _Source:
     """What comes from one address without being a session."""
 
     bucket: Bucket
-    strangers: set[Connection] = field(default_factory=set)
+    strangers: dict[Connection, None] = field(default_factory=dict)
+    """The oldest first."""
 
 
 class Sessions:
@@ -276,7 +280,7 @@ class Sessions:
             session = peer.session
             if session is None or session.is_over:
                 continue
-            session.silent += 1
+            session.silent += not session.is_resting
             if session.silent > SILENCE:
                 session.end("silent", f"nothing was heard for {SILENCE * BEAT:g} s")
             elif now >= session.expires:
@@ -413,7 +417,7 @@ class Sessions:
             return
         self._accepted += 1
         stranger = Connection(self._loop, self, self._identity, address, dialled=False)
-        self._sources[address].strangers.add(stranger)
+        self._sources[address].strangers[stranger] = None
         stranger.accept(accepted)
 
     def _too_many(self, address: IPAddress) -> str:
@@ -421,10 +425,24 @@ class Sessions:
         source = self._sources.get(address)
         if source is None:
             source = self._sources[address] = _Source(Bucket.full(HANDSHAKES, now))
-        if not source.bucket.take(now, HANDSHAKES):
-            return "rate"
-        everybody = sum(len(each.strangers) for each in self._sources.values())
-        return "limit" if len(source.strangers) >= STRANGERS_EACH or everybody >= STRANGERS else ""
+        if len(source.strangers) >= STRANGERS_EACH:
+            return "" if self._make_room(source, now) else "limit"
+        if sum(len(each.strangers) for each in self._sources.values()) >= STRANGERS:
+            most = max(self._sources.values(), key=lambda each: len(each.strangers))
+            return "" if self._make_room(most, now) else "limit"
+        return ""
+
+    def _make_room(self, source: _Source, now: float) -> bool:
+        """End the oldest connection of a source that says nothing, or whose handshake takes long."""
+        silent = (each for each in source.strangers if not each.has_opened)
+        slow = (each for each in source.strangers if now - each.since > SLOW)
+        oldest = next(silent, None) or next(slow, None)
+        if oldest is None:
+            return False
+        # The owner of its end hears of it later; its place is free now.
+        del source.strangers[oldest]
+        oldest.end("limit", "others have come from its address meanwhile")
+        return True
 
     def _forget_sources(self) -> None:
         now = self._loop.now()
@@ -433,6 +451,14 @@ class Sessions:
                 del self._sources[address]
 
     # --- what connections tell (`session.Owner`)
+
+    def opened(self, connection: Connection) -> bool:
+        """See `session.Owner`."""
+        source = self._sources.get(connection.peer)
+        if source is None or source.bucket.take(self._loop.now(), HANDSHAKES):
+            return True
+        connection.end("rate", f"more than {HANDSHAKES:g} handshakes per second of its address")
+        return False
 
     def authenticated(self, connection: Connection) -> None:
         """See `session.Owner`."""
@@ -465,7 +491,7 @@ class Sessions:
         self._ended[ending.word] += 1
         source = self._sources.get(connection.peer)
         if source is not None:
-            source.strangers.discard(connection)
+            source.strangers.pop(connection, None)
         peer = self._peers.get(connection.peer)
         if peer is None:
             return
@@ -547,7 +573,7 @@ class Sessions:
     def _take(self, peer: _Peer, connection: Connection, hello: Hello) -> None:
         source = self._sources.get(peer.address)
         if source is not None:
-            source.strangers.discard(connection)
+            source.strangers.pop(connection, None)
         if peer.timer is not None:
             peer.timer.cancel()
         dialled, peer.dialled = peer.dialled, None
@@ -568,8 +594,9 @@ class Sessions:
         self._check(connection, hello)
         if hello.instance != connection.instance:
             raise WrongMessage("the peer says that it is another router than it was")
-        peer.hello = hello
-        self._user.message(peer.address, hello)
+        if hello != peer.hello:
+            peer.hello = hello
+            self._user.message(peer.address, hello)
 
     def _tell_down(self, peer: _Peer, reason: str) -> None:
         peer.session = peer.hello = None

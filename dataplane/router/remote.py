@@ -1058,11 +1058,13 @@ class Remotes:
 
     def _owns(self, peer: Peer, message: peers.Owns) -> None:
         # Whether it may say so of a network is looked at where it's used: we may hear of the network later.
-        peer.owned = {
+        owned = {
             network: frozenset(map(peers.ip_of, texts))
             for network, texts in message.networks.items()
         }
-        self._resettle(peer)
+        if owned != peer.owned:
+            peer.owned = owned
+            self._resettle(peer)
 
     def _resettle(self, peer: Peer) -> None:
         """Asks whose address has moved, or has been claimed now."""

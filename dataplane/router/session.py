@@ -4,8 +4,10 @@
          └───────────┴──────────┴────────┴──► OVER
 
 The certificate is checked before a byte of the other side is looked at. Until its first message has come, a connection has a
-deadline, and what it may cost is bounded: OpenSSL's own buffers and one frame. Whatever goes wrong ends it with a reason, told
-from the loop and never from inside a call.
+deadline, and what it may cost is bounded: OpenSSL's own buffers and one frame. A handshake costs milliseconds, so an incoming
+one begins only when a whole ClientHello is there and the owner allows it. A session has a share of the loop's time; a peer that
+needs more is read more slowly, and TCP makes it wait. Whatever goes wrong ends it with a reason, told from the loop and never
+from inside a call.
 
 TLS works on memory here and not on the socket: Python's socket with TLS is one without it when the connection was lost at the
 wrong moment, and then hands over what the network says as if a peer had said it.
@@ -18,7 +20,9 @@ import os
 import select
 import socket
 import ssl
-from collections.abc import Callable
+import struct
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from enum import Enum
 from typing import Final, NamedTuple, Protocol
@@ -27,7 +31,8 @@ import structlog
 
 from dataplane.errors import NoIdentity, WrongMessage
 from dataplane.router.identity import PROTOCOL, Certified, Identity, certified
-from dataplane.router.loop import Loop
+from dataplane.router.limits import Share
+from dataplane.router.loop import Loop, Timer
 from dataplane.router.peer_wire import Frames, Hello, Message, pack
 from dataplane.router.wire import IPAddress
 
@@ -35,6 +40,14 @@ log = structlog.get_logger()
 
 DEADLINE: Final = 10.0
 """Seconds from the first packet to the first message."""
+OPENING: Final = 2.0
+"""Seconds from an incoming connection's first packet to its whole ClientHello."""
+SHARE: Final = 0.25
+"""Of the processor, for what one peer says,"""
+BURST: Final = 0.5
+"""and seconds of work that it may cause at once, if it has been quiet before."""
+TURN: Final = 0.005
+"""Seconds of work after which everybody else is served before more of this peer."""
 MOST_UNSENT: Final = 8 << 20
 """Bytes that wait for a peer; past them it is too slow to speak with."""
 MANY_UNSENT: Final = 1 << 20
@@ -44,6 +57,11 @@ FEW_UNSENT: Final = 256 << 10
 _CHUNK: Final = 1 << 16
 """Bytes read per event: it comes again if there are more."""
 _MOST_AT_ONCE: Final = 1 << 18
+_RECORD: Final = struct.Struct("!3xH")
+"""TLSPlaintext's head: type and version, length (RFC 8446, 5.1)."""
+_HANDSHAKE: Final = 22
+_CLIENT_HELLO: Final = 1
+_MOST_RECORD: Final = 1 << 14
 
 
 class State(Enum):
@@ -65,6 +83,9 @@ class Ending(NamedTuple):
 
 class Owner(Protocol):
     """Who is told."""
+
+    def opened(self, connection: Connection) -> bool:
+        """An incoming connection has sent a whole ClientHello; whether its handshake may begin."""
 
     def authenticated(self, connection: Connection) -> None:
         """The other side is a node of ours: `connection.node`."""
@@ -105,12 +126,18 @@ class Connection:
         self._outgoing = ssl.MemoryBIO()
         context = identity.client if dialled else identity.server
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=not dialled)
+        self._opening: bytearray | None = None if dialled else bytearray()
+        """An incoming connection's first record, until it is whole."""
         self._frames = Frames()
+        self._heard: Iterator[Message] = iter(())
+        """Messages that have come and were not handed over."""
+        self._share = Share.full(SHARE, BURST, loop.now())
+        self._resting: Timer | None = None
         self._unsent = bytearray()
         """Encrypted."""
         self._congested = False
         self._events = 0
-        self._deadline = loop.after(DEADLINE, self._late)
+        self._deadline = loop.after(DEADLINE if dialled else OPENING, self._late)
 
     # --- how it begins
 
@@ -172,6 +199,16 @@ class Connection:
         """Whether so much waits to be sent that more should wait elsewhere; `Owner.eased` tells the end of it."""
         return self._congested
 
+    @property
+    def has_opened(self) -> bool:
+        """Whether the other side has said as much as a whole ClientHello."""
+        return self._opening is None
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether the peer isn't read, since it has used up its share of this router's time."""
+        return self._resting is not None
+
     def came_up(self, instance: str) -> None:
         """The owner has taken it for a session."""
         self._deadline.cancel()
@@ -185,6 +222,9 @@ class Connection:
             return
         self.state = State.OVER
         self._deadline.cancel()
+        if self._resting is not None:
+            self._resting.cancel()
+            self._resting = None
         self._unsent.clear()
         if self._socket is not None:
             self._loop.forget(self._socket.fileno())
@@ -206,7 +246,8 @@ class Connection:
             self._loop.modify(self._socket.fileno(), events)
 
     def _late(self) -> None:
-        self.end("silent", f"no session within {DEADLINE:g} s: {self.state.value}")
+        seconds = DEADLINE if self.has_opened else OPENING
+        self.end("silent", f"no session within {seconds:g} s: {self.state.value}")
 
     def _guarded(self, events: int) -> None:
         self._guard(lambda: self._serve(events))
@@ -239,7 +280,10 @@ class Connection:
             self._shake()
         if events & select.EPOLLOUT:
             self._flush()
-        if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+        if self.is_resting:
+            if events & (select.EPOLLHUP | select.EPOLLERR):
+                raise OSError(errno.ECONNRESET, "closed by the peer")
+        elif events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
             self._read()
 
     def _connected(self) -> bool:
@@ -266,6 +310,13 @@ class Connection:
         if not data:
             raise OSError(errno.ECONNRESET, "closed by the peer")
         self.silent = 0
+        if self._opening is not None:
+            self._opening += data
+            if not self._has_client_hello(self._opening) or not self._owner.opened(self):
+                return
+            data, self._opening = bytes(self._opening), None
+            self._deadline.cancel()
+            self._deadline = self._loop.after(DEADLINE, self._late)
         self._incoming.write(data)
         if self.state is State.SHAKING:
             self._shake()
@@ -296,20 +347,56 @@ class Connection:
         self.state = State.GREETING
         self._owner.authenticated(self)
 
+    def _has_client_hello(self, data: bytearray) -> bool:
+        """Whether a TLS record with the start of a handshake is whole (RFC 8446, 5.1).
+
+        Raises:
+            WrongMessage: it is something else.
+        """
+        if data[0] != _HANDSHAKE or (
+            len(data) > _RECORD.size and data[_RECORD.size] != _CLIENT_HELLO
+        ):
+            raise WrongMessage("it doesn't begin with a ClientHello of TLS")
+        if len(data) < _RECORD.size:
+            return False
+        (length,) = _RECORD.unpack_from(data)
+        if length > _MOST_RECORD:
+            raise WrongMessage("its first record is longer than TLS allows")
+        return len(data) >= _RECORD.size + int(length)
+
     def _hear(self) -> None:
-        """All that is whole of what has come."""
+        """All that is whole of what has come, as far as the peer's share of time goes."""
+        begun = time.thread_time()
         while not self.is_over:
+            for message in self._heard:
+                self._owner.heard(self, message)
+                if self.is_over:
+                    return
+                spent = time.thread_time() - begun
+                if spent >= TURN:
+                    self._rest(spent)
+                    return
             try:
                 data = self._tls.read(_CHUNK)
             except ssl.SSLWantReadError:
                 break
             if not data:
                 raise OSError(errno.ECONNRESET, "closed by the peer")
-            for message in self._frames.feed(data):
-                self._owner.heard(self, message)
-                if self.is_over:
-                    return
+            self._heard = self._frames.feed(data)
+        self._share.spend(time.thread_time() - begun, self._loop.now())
         # TLS may have had something of its own to say.
+        self._flush()
+
+    def _rest(self, spent: float) -> None:
+        """The peer has had its turn: go on in the next round of the loop, or when its share allows it."""
+        self._share.spend(spent, self._loop.now())
+        self._resting = self._loop.after(self._share.pause(TURN), lambda: self._guard(self._go_on))
+        self._flush()
+
+    def _go_on(self) -> None:
+        self._resting = None
+        self.silent = 0
+        self._hear()
         self._flush()
 
     def _flush(self) -> None:
@@ -327,7 +414,7 @@ class Connection:
         if waiting > MOST_UNSENT + _CHUNK:
             self.end("slow", "doesn't take what it is sent")
             return
-        self._want(select.EPOLLIN | (select.EPOLLOUT if waiting else 0))
+        self._want((0 if self.is_resting else select.EPOLLIN) | (select.EPOLLOUT if waiting else 0))
         if waiting > MANY_UNSENT:
             self._congested = True
         elif self._congested and waiting <= FEW_UNSENT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 import struct
@@ -177,7 +178,8 @@ def test_silence(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_flood(world: World, host: Router) -> None:
-    """Hundreds of connections cost no more than a few at a time, a session that runs notices nothing, and a peer gets in."""
+    """Hundreds of connections cost no more than a few at a time; meanwhile a session that runs notices nothing, and a peer
+    with the same address gets in."""
     friend = world.routers[1]
     friend.sessions.want({host.address}, friend.address)
     world.until("a session", lambda: world.joined(host, friend))
@@ -194,17 +196,72 @@ def test_flood(world: World, host: Router) -> None:
     world.run(0.2)
     assert most == peers.STRANGERS_EACH
     counts = host.sessions.counts()
-    assert counts.ended["rate"] + counts.ended.get("limit", 0) >= 290
+    assert counts.ended["limit"] >= 280
     assert friend.sessions.send(host.address, Withdraw(5))
     world.until("a message", lambda: Withdraw(5) in host.user.all("message"))
     assert host.user.all("down") == []
-    for made in flood:
-        made.close()
-    world.run(1.2)
     tls = shaken(world)
     tls.send(pack(hello()))
     world.until("the peer", lambda: len(host.user.all("up")) == 2)
     tls.close()
+    for made in flood:
+        made.close()
+
+
+SIEGE = {
+    "silent": b"",
+    "garbage": bytes(range(200)),
+    "half a ClientHello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("what", SIEGE)
+def test_siege(world: World, host: Router, what: str) -> None:
+    """Who shares a host's address and connects without end can't keep the host from a session."""
+    stop = False
+    made: list[socket.socket] = []
+
+    def besiege() -> None:
+        while not stop:
+            one = socket.socket()
+            one.setblocking(False)
+            one.bind((ADDRESS, 0))
+            one.connect_ex(("127.0.0.1", world.port))
+            time.sleep(0.005)
+            with contextlib.suppress(OSError):
+                one.send(SIEGE[what])
+            made.append(one)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(besiege)
+        try:
+            world.run(1)
+            tls = shaken(world)
+            tls.send(pack(hello()))
+            world.until("the peer", lambda: host.user.all("up"))
+            tls.close()
+        finally:
+            stop = True
+            future.result()
+            for each in made:
+                each.close()
+
+
+def test_many_handshakes(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handshakes with one address that don't lead to a session begin at a bounded rate."""
+    monkeypatch.setattr(peers, "HANDSHAKES", 5.0)
+    context = _plain_context()
+
+    def shake() -> None:
+        for _ in range(40):
+            with contextlib.suppress(OSError), call(world) as made:
+                context.wrap_socket(made)
+
+    begin = time.monotonic()
+    during(world, shake)
+    ended = host.sessions.counts().ended
+    allowed = 5 + 5 * (time.monotonic() - begin)
+    assert 40 - allowed <= ended["rate"] < 40
 
 
 def test_many_sources(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,6 +527,36 @@ def test_a_flood_of_messages(world: World, host: Router) -> None:
         world.until("the flood's end", future.done)
     assert len(host.user.all("message")) == 20
     assert longest < 2
+    tls.close()
+
+
+def test_dear_messages(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer whose messages cost much gets its share of the router's time and no more, and nothing of what it said is lost."""
+    tls = shaken(world)
+    tls.send(pack(hello()))
+    world.until("the session", lambda: host.user.all("up"))
+    hear = host.user.message
+
+    def dear(peer: IPAddress, message: Message) -> None:
+        end = time.thread_time() + 0.01
+        while time.thread_time() < end:
+            pass
+        hear(peer, message)
+
+    monkeypatch.setattr(host.user, "message", dear)
+    tls.send(b"".join(pack(Withdraw(number)) for number in range(150)))
+    begin, cpu = time.monotonic(), time.thread_time()
+    longest = 0.0
+    while len(host.user.all("message")) < 150:
+        turn = time.thread_time()
+        world.round()
+        longest = max(longest, time.thread_time() - turn)
+        assert time.monotonic() - begin < 60
+    used = time.thread_time() - cpu
+    assert host.user.all("message") == [Withdraw(number) for number in range(150)]
+    assert longest < 0.1
+    assert used - session.BURST <= 1.2 * session.SHARE * (time.monotonic() - begin)
+    assert host.user.all("down") == []
     tls.close()
 
 
