@@ -1,11 +1,14 @@
 """VIPs: each container's own namespace translates a service's virtual address to one of its tasks.
 
 `table ip freeflow` there: one look-up of the destination leads to the service's own chain, which takes the tasks in turn
-(nft's numgen). Conntrack keeps a connection with its task. A service without tasks refuses new connections. What changes
+(numgen). Conntrack keeps a connection with its task. A service without tasks refuses new connections. What changes
 between two tables is one transaction, so there is no moment without rules.
 
 Conntrack also keeps what it should not: a flow that began before the VIP had rules stays untranslated while its packets
 go on, and a UDP flow stays with a task that left. Such flows are forgotten (`flows.py`); their next packet is a new one.
+
+The table is written by netlink messages of our own (`kernel/nf_tables.py`): a container may have any rules beside it. A
+change costs what it changes: each VIP's tasks are in a map of their own, numbered from 0.
 
 Not IPVS: it needs a module that many kernels lack, and a hidden endpoint per host and network.
 """
@@ -15,25 +18,30 @@ from __future__ import annotations
 import itertools
 import secrets
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 
 from driver.errors import KernelError
-from driver.kernel import flows, nft
+from driver.kernel import flows
+from driver.kernel import nf_tables as nf
 from driver.kernel.namespace import in_netns, is_namespace
+from driver.kernel.nf_tables import Batch, Hook
 from driver.locks import KeyedLocks
 from driver.model import VipTable
 
 log = structlog.get_logger()
 
-TABLE: Final = "ip freeflow"
+TABLE: Final = "freeflow"
 DATAGRAMS: Final = "datagrams"
 """Set of the VIPs that had flows which only their packets keep alive, since the table was made."""
+_MANY: Final = 65535
+"""So many VIPs that set takes."""
 
 REFUSER: Final = "127.66.66.66"
 """Where packets go for VIPs without tasks, to be refused: on the loopback device, and used by nobody."""
@@ -41,118 +49,168 @@ REFUSER: Final = "127.66.66.66"
 FEW: Final = 8
 """Up to so many VIPs are asked about one by one."""
 
-# The name `dstnat` is not known in output hooks by all versions of nft.
 _DSTNAT: Final = -100
 _FILTER: Final = 0
-
-_Tasks = tuple[IPv4Address, ...]
+_TCP: Final = bytes((nf.TCP,))
+_ORIGINAL: Final = b"\0"
+"""Direction of a connection's first packet."""
 
 
 def _chain(vip: IPv4Address) -> str:
     return f"vip_{str(vip).replace('.', '_')}"
 
 
-def _frame() -> list[str]:
+def _turns(vip: IPv4Address) -> str:
+    return f"tasks_{str(vip).replace('.', '_')}"
+
+
+class Changes(Protocol):
+    """Changes of our table that are made together. See `kernel.nf_tables.Batch`."""
+
+    def add_table(self) -> None: ...
+    def create_table(self) -> None: ...
+    def delete_table(self) -> None: ...
+    def add_chain(self, name: str, hook: Hook | None = None) -> None: ...
+    def delete_chain(self, name: str) -> None: ...
+    def flush_chain(self, name: str) -> None: ...
+    def add_rule(self, chain: str, *expressions: bytes) -> None: ...
+    def add_set(self, name: str) -> None: ...
+    def add_dynamic_set(self, name: str, size: int) -> None: ...
+    def add_verdicts(self, name: str) -> None: ...
+    def add_turns(self, name: str) -> None: ...
+    def delete_set(self, name: str) -> None: ...
+    def add_addresses(self, name: str, addresses: Iterable[IPv4Address]) -> None: ...
+    def delete_addresses(self, name: str, addresses: Iterable[IPv4Address]) -> None: ...
+    def add_gotos(self, name: str, chains: Iterable[tuple[IPv4Address, str]]) -> None: ...
+    def put_turns(self, name: str, targets: Iterable[tuple[int, IPv4Address]]) -> None: ...
+    def delete_turns(self, name: str, numbers: Iterable[int]) -> None: ...
+
+
+def _write_frame(batch: Changes) -> None:
     """The parts that don't depend on any VIP. Nothing is accepted or dropped that isn't for a VIP."""
-    nat = "type nat hook {} priority " + str(_DSTNAT)
-    check = "type filter hook {} priority " + str(_FILTER)
-    return [
-        f"add map {TABLE} vips {{ type ipv4_addr : verdict; }}",
-        f"add set {TABLE} down {{ type ipv4_addr; }}",
-        f"add set {TABLE} {DATAGRAMS} {{ type ipv4_addr; flags dynamic; size 65535; }}",
-        f"add chain {TABLE} refuse",
-        f"add rule {TABLE} refuse meta l4proto tcp reject with tcp reset",
-        f"add rule {TABLE} refuse reject with icmp type port-unreachable",
-        f"add chain {TABLE} output {{ {nat.format('output')}; policy accept; }}",
-        f"add rule {TABLE} output ip daddr vmap @vips",
-        # What is rejected in the output hook gives the sender "operation not permitted". On its way in it is refused.
-        f"add rule {TABLE} output ip daddr @down meta l4proto != tcp add @{DATAGRAMS} {{ ip daddr }}",
-        f"add rule {TABLE} output ip daddr @down dnat to {REFUSER}",
-        f"add chain {TABLE} input {{ {check.format('input')}; policy accept; }}",
-        f"add rule {TABLE} input ip daddr {REFUSER} goto refuse",
-        # For containers that route for others, such as Docker in Docker.
-        f"add chain {TABLE} prerouting {{ {nat.format('prerouting')}; policy accept; }}",
-        f"add rule {TABLE} prerouting ip daddr vmap @vips",
-        f"add chain {TABLE} forward {{ {check.format('forward')}; policy accept; }}",
-        f"add rule {TABLE} forward ip daddr @down ct direction original goto refuse",
-    ]
+    to, refuser = nf.destination(), IPv4Address(REFUSER).packed
+    not_tcp = (nf.protocol(), nf.differs(_TCP))
+    batch.add_verdicts("vips")
+    batch.add_set("down")
+    batch.add_dynamic_set(DATAGRAMS, _MANY)
+    batch.add_chain("refuse")
+    batch.add_rule("refuse", nf.protocol(), nf.equals(_TCP), nf.reset())
+    batch.add_rule("refuse", nf.unreachable())
+    batch.add_chain("output", Hook("nat", nf.OUTPUT, _DSTNAT))
+    batch.add_rule("output", to, nf.follow("vips"))
+    # What is rejected in the output hook gives the sender "operation not permitted". On its way in it is refused.
+    batch.add_rule("output", to, nf.among("down"), *not_tcp, to, nf.remember(DATAGRAMS))
+    batch.add_rule("output", to, nf.among("down"), nf.constant(refuser), nf.dnat())
+    batch.add_chain("input", Hook("filter", nf.INPUT, _FILTER))
+    batch.add_rule("input", to, nf.equals(refuser), nf.goto("refuse"))
+    # For containers that route for others, such as Docker in Docker.
+    batch.add_chain("prerouting", Hook("nat", nf.PREROUTING, _DSTNAT))
+    batch.add_rule("prerouting", to, nf.follow("vips"))
+    batch.add_chain("forward", Hook("filter", nf.FORWARD, _FILTER))
+    original = (nf.direction(), nf.equals(_ORIGINAL))
+    batch.add_rule("forward", to, nf.among("down"), *original, nf.goto("refuse"))
 
 
-def _rules(vip: IPv4Address, tasks: _Tasks, first: int) -> list[str]:
-    """The rules that send new connections to the tasks in turn, starting anywhere."""
-    chain = f"add rule {TABLE} {_chain(vip)}"
-    if len(tasks) == 1:
-        target = str(tasks[0])
-    else:
-        start = first % len(tasks)
-        order = (*tasks[start:], *tasks[:start])
-        turns = ", ".join(f"{turn} : {task}" for turn, task in enumerate(order))
-        target = f"numgen inc mod {len(tasks)} map {{ {turns} }}"
-    return [
-        f"{chain} meta l4proto != tcp add @{DATAGRAMS} {{ {vip} }}",
-        f"{chain} dnat to {target}",
-    ]
+def _write_rules(batch: Changes, vip: IPv4Address, count: int) -> None:
+    """The rules that send new connections to so many tasks in turn."""
+    remember = (nf.destination(), nf.remember(DATAGRAMS))
+    batch.add_rule(_chain(vip), nf.protocol(), nf.differs(_TCP), *remember)
+    batch.add_rule(_chain(vip), nf.turn(count), nf.translate(_turns(vip)), nf.dnat())
 
 
-def _elements(action: str, what: str, elements: list[str]) -> list[str]:
-    return [f"{action} element {TABLE} {what} {{ {', '.join(elements)} }}"] if elements else []
-
-
-def _additions(table: VipTable, first: int) -> list[str]:
+def _write_additions(batch: Changes, table: VipTable) -> None:
     up = {vip: tasks for vip, tasks in sorted(table.items()) if tasks}
-    lines = []
     for vip, tasks in up.items():
-        lines += [f"add chain {TABLE} {_chain(vip)}", *_rules(vip, tasks, first)]
-    lines += _elements("add", "vips", [f"{vip} : goto {_chain(vip)}" for vip in up])
-    return lines + _elements("add", "down", [str(vip) for vip in sorted(table) if not table[vip]])
+        batch.add_turns(_turns(vip))
+        batch.put_turns(_turns(vip), enumerate(tasks))
+        batch.add_chain(_chain(vip))
+        _write_rules(batch, vip, len(tasks))
+    batch.add_gotos("vips", [(vip, _chain(vip)) for vip in up])
+    batch.add_addresses("down", [vip for vip in sorted(table) if not table[vip]])
 
 
-def render_new(table: VipTable, first: int = 0) -> str:
-    """nft(8) commands for a namespace without rules of ours; they fail in another.
+def arrange(order: VipTable, table: VipTable, first: int = 0) -> VipTable:
+    """`table` with each VIP's tasks in the order of their turns: those that stay keep theirs in `order`, if they can.
 
-    `first` is where the turn starts: with the same everywhere, many short-lived clients would all begin with one task.
+    `first` is where a new VIP's turn starts: with the same everywhere, many short-lived clients would all begin with one
+    task.
     """
-    return "\n".join([f"create table {TABLE}", *_frame(), *_additions(table, first)]) + "\n"
+    made: VipTable = {}
+    for vip, tasks in table.items():
+        before, left = order.get(vip, ()), set(tasks)
+        if not before:
+            start = first % len(tasks) if tasks else 0
+            made[vip] = (*tasks[start:], *tasks[:start])
+            continue
+        known = set(before)
+        come = deque(task for task in tasks if task not in known)
+        row = [task if task in left else None for task in before]
+        holes = [number for number, task in enumerate(row) if task is None]
+        for number in holes[: len(come)]:
+            row[number] = come.popleft()
+        full: list[IPv4Address] = [task for task in row if task is not None]
+        # The last ones move into the holes that are left.
+        keep = row[: len(full)]
+        moved = (task for task in row[len(full) :] if task is not None)
+        made[vip] = (*(next(moved) if task is None else task for task in keep), *come)
+    return made
 
 
-def render_removal() -> str:
-    """nft(8) commands that remove our rules, if there are any."""
-    return f"add table {TABLE}\ndelete table {TABLE}\n"
+def write_new(batch: Changes, table: VipTable) -> None:
+    """Changes for a namespace without rules of ours; they fail in another. Turns are taken in the order of the tasks."""
+    batch.create_table()
+    _write_frame(batch)
+    _write_additions(batch, table)
 
 
-def render_change(old: VipTable, new: VipTable, first: int = 0) -> str:
-    """nft(8) commands that bring rules from those of `old` to those of `new`, neither of them empty."""
+def write_removal(batch: Changes) -> None:
+    """Changes that remove our rules, if there are any."""
+    batch.add_table()
+    batch.delete_table()
+
+
+def _write_turns(
+    batch: Changes, vip: IPv4Address, old: Sequence[IPv4Address], new: Sequence[IPv4Address]
+) -> None:
+    same = {number for number, pair in enumerate(zip(old, new, strict=False)) if pair[0] == pair[1]}
+    batch.delete_turns(_turns(vip), [n for n in range(len(old)) if n not in same])
+    batch.put_turns(_turns(vip), [(n, task) for n, task in enumerate(new) if n not in same])
+    if len(old) != len(new):
+        batch.flush_chain(_chain(vip))
+        _write_rules(batch, vip, len(new))
+
+
+def write_change(batch: Changes, old: VipTable, new: VipTable) -> None:
+    """Changes that bring rules from those of `old` to those of `new`, neither of them empty."""
     both = old.keys() & new.keys()
     # A VIP that gets its first task, or loses its last one, is removed and added.
     flipped = {vip for vip in both if bool(old[vip]) != bool(new[vip])}
     gone = sorted((old.keys() - new.keys()) | flipped)
     come = {vip: new[vip] for vip in new if vip not in old or vip in flipped}
     chains = [vip for vip in gone if old[vip]]
-    lines = _elements("delete", "vips", [f"{vip} : goto {_chain(vip)}" for vip in chains])
-    lines += _elements("delete", "down", [str(vip) for vip in gone if not old[vip]])
+    batch.delete_addresses("vips", chains)
+    batch.delete_addresses("down", [vip for vip in gone if not old[vip]])
     for vip in chains:
-        lines += [
-            f"flush chain {TABLE} {_chain(vip)}",
-            f"delete chain {TABLE} {_chain(vip)}",
-        ]
+        batch.flush_chain(_chain(vip))
+        batch.delete_chain(_chain(vip))
+        batch.delete_set(_turns(vip))
     for vip in sorted(both - flipped):
         if old[vip] != new[vip]:
-            lines += [
-                f"flush chain {TABLE} {_chain(vip)}",
-                *_rules(vip, new[vip], first),
-            ]
-    return "\n".join([*lines, *_additions(come, first)]) + "\n"
+            _write_turns(batch, vip, old[vip], new[vip])
+    _write_additions(batch, come)
 
 
 @dataclass(frozen=True, slots=True)
 class _Applied:
     """What a namespace has. The inode tells it from a later one under the same path.
 
-    `complete`: the set of datagram VIPs has been there from the namespace's first rule on.
+    `order`: the table's tasks in the order of their turns. `complete`: the set of datagram VIPs has been there from the
+    namespace's first rule on.
     """
 
     inode: int
     table: VipTable
+    order: VipTable
     complete: bool
 
 
@@ -185,13 +243,14 @@ class NftBalancer:
                 return False
             try:
                 first = next(self._turns)
-                complete = in_netns(sandbox, lambda: _bring(before, table, first))
+                order = arrange(before.order if before is not None else {}, table, first)
+                complete = in_netns(sandbox, lambda: _bring(before, order))
             except KernelError:
                 self._remember(sandbox, None)
                 if not is_namespace(sandbox):
                     return False
                 raise
-            self._remember(sandbox, _Applied(inode, dict(table), complete))
+            self._remember(sandbox, _Applied(inode, dict(table), order, complete))
         return True
 
     def forget(self, alive: Iterable[Path]) -> None:
@@ -208,9 +267,9 @@ class NftBalancer:
                 self._applied[sandbox] = applied
 
 
-def _bring(before: _Applied | None, new: VipTable, first: int) -> bool:
-    """Make the current namespace's rules those of `new`; returns `_Applied.complete`."""
-    old: VipTable = before.table if before is not None else {}
+def _bring(before: _Applied | None, new: VipTable) -> bool:
+    """Make the current namespace's rules those of `new`, whose tasks are in order; returns `_Applied.complete`."""
+    old: VipTable = before.order if before is not None else {}
     complete = before is None or before.complete
     # Read before it is removed or lost.
     departed = {
@@ -221,9 +280,13 @@ def _bring(before: _Applied | None, new: VipTable, first: int) -> bool:
     suspects = set(departed)
     if complete and len(departed) <= FEW:
         suspects = {vip for vip in departed if _had_datagrams(vip)}
-    if not _change(old, new, first):
+    if not _change(old, new):
         # A table that we don't know is there (the plugin was started again), or not what we left in it.
-        nft.run(render_removal() + (render_new(new, first) if new else ""))
+        batch = Batch(TABLE)
+        write_removal(batch)
+        if new:
+            write_new(batch, new)
+        batch.commit()
         complete = False
         suspects |= new.keys()
     else:
@@ -236,12 +299,17 @@ def _bring(before: _Applied | None, new: VipTable, first: int) -> bool:
     return complete or not new
 
 
-def _change(old: VipTable, new: VipTable, first: int) -> bool:
+def _change(old: VipTable, new: VipTable) -> bool:
     """Go from `old` to `new` if the namespace has what we think it has."""
     if not new:
-        return not old and not _has_table()
+        return not old and not nf.has_table(TABLE)
+    batch = Batch(TABLE)
+    if old:
+        write_change(batch, old, new)
+    else:
+        write_new(batch, new)
     try:
-        nft.run(render_change(old, new, first) if old else render_new(new, first))
+        batch.commit()
     except KernelError as error:
         if old:
             log.info("VIP rules not as left, made anew", reason=str(error))
@@ -249,18 +317,5 @@ def _change(old: VipTable, new: VipTable, first: int) -> bool:
     return True
 
 
-def _has_table() -> bool:
-    family, name = TABLE.split()
-    return any(
-        item.get("table", {}).get("name") == name and item["table"].get("family") == family
-        for item in nft.query(f"list tables {family}")
-    )
-
-
 def _had_datagrams(vip: IPv4Address) -> bool:
-    # Not by listing the set: nft up to 1.0 forgets the elements in some forms of output.
-    try:
-        nft.run(f"get element {TABLE} {DATAGRAMS} {{ {vip} }}")
-    except KernelError:
-        return False
-    return True
+    return nf.has_address(TABLE, DATAGRAMS, vip)

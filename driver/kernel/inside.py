@@ -3,30 +3,40 @@
 Packets that aren't cut yet keep the mark of a tunnel when the shorter way takes their header off. Who consumes them never
 sees it; but a device that they are sent on by may take it at its word. So what a container may pass on reaches it the
 kernel's own way. What isn't addressed to itself does that anyway.
+
+What is read here a container may have written: it is asked for by netlink, little of it is decoded, and a container with
+more than is worth reading passes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from driver.kernel import nf_tables
 from driver.kernel.namespace import in_netns
-from driver.kernel.nft import Session
+from driver.kernel.nf_tables import Chain
 
 _IPVS: Final = Path("/proc/thread-self/net/ip_vs")
 _IPVS_HEAD: Final = 3
 """Lines before the first service."""
 _LEGACY: Final = Path("/proc/thread-self/net/ip_tables_names")
-_OWN: Final = "freeflow"
+_HEAD: Final = 4096
+"""Bytes of such a file that are read."""
+_OWN: Final = (nf_tables.IPV4, b"freeflow")
 """Our VIPs: of what the container itself sends."""
+_TRIES: Final = 3
+"""So often rules are listed that change meanwhile."""
+_FEW: Final = 64
+"""Chains, and rules of a chain, that are looked through. Docker has one of each."""
 
 
 def passes_on(sandbox: Path | int) -> bool:
     """Whether it may: it has rules that rewrite addresses of what comes, or of what goes on.
 
     Raises:
-        KernelError: the namespace can't be entered, or its rules not be read.
+        KernelError: the namespace can't be entered.
     """
     return in_netns(sandbox, _look)
 
@@ -34,46 +44,63 @@ def passes_on(sandbox: Path | int) -> bool:
 def _look() -> bool:
     if len(_lines(_IPVS)) > _IPVS_HEAD or "nat" in _lines(_LEGACY):
         return True
-    session = Session()
-    try:
-        return rewrites(session.query("list ruleset"))
-    finally:
-        session.close()
+    for _ in range(_TRIES):
+        try:
+            return _rewrites()
+        except nf_tables.InterruptedDumpError:
+            continue
+        except (OSError, OverflowError, ValueError):
+            break
+    return True
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
-    except FileNotFoundError:
+        with path.open(errors="replace") as file:
+            return file.read(_HEAD).splitlines()
+    except OSError:
         return []
 
 
-def rewrites(objects: Iterable[dict[str, Any]]) -> bool:
-    """Whether a listing (libnftables-json(5)) has such rules, or hands packets from device to device."""
-    chains: set[tuple[str, str, str]] = set()
-    rules: list[dict[str, Any]] = []
-    for item in objects:
-        chain = item.get("chain")
-        if chain is not None and chain["table"] != _OWN:
-            if chain["family"] == "netdev":
-                return True
-            if chain.get("type") == "nat" and chain.get("hook") in ("prerouting", "postrouting"):
-                chains.add((chain["family"], chain["table"], chain["name"]))
-        elif "rule" in item:
-            rules.append(item["rule"])
+def _rewrites() -> bool:
+    """Whether there are rules that do, or that hand packets from device to device."""
+    suspects = []
+    for chain in nf_tables.chains():
+        if chain.family == nf_tables.NETDEV:
+            return True
+        if (
+            (chain.family, chain.table) != _OWN
+            and chain.kind == b"nat"
+            and chain.hook in (nf_tables.PREROUTING, nf_tables.POSTROUTING)
+        ):
+            suspects.append(chain)
+    return len(suspects) > _FEW or any(_has_rules(chain) for chain in suspects)
+
+
+def _has_rules(chain: Chain) -> bool:
+    """Whether it has others than Docker's own."""
     return any(
-        (rule["family"], rule["table"], rule["chain"]) in chains and not _is_of_dns(rule)
-        for rule in rules
+        number >= _FEW or not is_of_dns(rule) for number, rule in enumerate(nf_tables.rules(chain))
     )
 
 
-def _is_of_dns(rule: dict[str, Any]) -> bool:
-    """Docker's own, for its name server at 127.0.0.11: such packets go nowhere."""
+def is_of_dns(rule: list[tuple[bytes, dict[int, bytes]]]) -> bool:
+    """Whether it is Docker's own, for its name server at 127.0.0.11: such packets go nowhere."""
     return any(
-        "match" in each
-        and each["match"].get("op") == "=="
-        and each["match"].get("left") == {"payload": {"protocol": "ip", "field": "daddr"}}
-        and str(each["match"].get("right")).startswith("127.")
-        for each in rule.get("expr", ())
-        if isinstance(each, dict)
+        _is_destination(loaded) and _is_loopback(compared)
+        for loaded, compared in itertools.pairwise(rule)
     )
+
+
+def _is_destination(expression: tuple[bytes, dict[int, bytes]]) -> bool:
+    name, parts = expression
+    where = tuple(int.from_bytes(parts.get(key, b""), "big") for key in (2, 3, 4))
+    return name == b"payload" and where == (1, 16, 4)
+
+
+def _is_loopback(expression: tuple[bytes, dict[int, bytes]]) -> bool:
+    name, parts = expression
+    if name != b"cmp" or parts.get(2) != bytes(4):
+        return False
+    value = dict(nf_tables.attributes(parts.get(3, b""))).get(1, b"")
+    return len(value) == 4 and value[0] == 127

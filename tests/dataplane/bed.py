@@ -44,10 +44,8 @@ from pyroute2 import IPRoute
 from dataplane.client import RouterClient
 from dataplane.control import EndpointFact, Learn, NetworkFact, Settings
 from dataplane.errors import RouterAway
-from driver.kernel import nft
 from driver.kernel.namespace import in_netns
-from driver.vip import render_new
-from tests.kernel.hosts import new_namespace
+from tests.kernel.hosts import new_namespace, write_vips
 
 T = TypeVar("T")
 
@@ -330,7 +328,7 @@ def bed(
         }
         if table:
             for container in containers.values():
-                nft.run(render_new(table), container.namespace)
+                write_vips(container.namespace, table)
         if router:
             made.start_router()
         yield made

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,11 +27,9 @@ from msgspec.structs import replace
 from pyroute2 import IPRoute
 
 from dataplane.control import Learn, PeerFact, Settings
-from driver.kernel import nft
 from driver.kernel.namespace import in_netns
-from driver.vip import render_new
 from tests.dataplane.bed import LIBRARY, Bed, Container, connect
-from tests.kernel.hosts import new_namespace
+from tests.kernel.hosts import new_namespace, write_vips
 
 KEY: Final = "a secret of two hosts that are one machine"
 _PATIENCE: Final = 15.0
@@ -167,9 +166,10 @@ def two_hosts(
             for container in host.containers.values():
                 if vips:
                     table = {
-                        vip: tuple(every[task].ipv4 for task in of) for vip, of in vips.items()
+                        IPv4Address(vip): tuple(every[task].ipv4 for task in of)
+                        for vip, of in vips.items()
                     }
-                    nft.run(render_new(table), container.namespace)  # type: ignore[arg-type]
+                    write_vips(container.namespace, table)
             host.start_router()
         for host in made:
             host.wait_linked()

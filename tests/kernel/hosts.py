@@ -25,11 +25,12 @@ from typing import Final, TypeVar
 from pyroute2 import IPRoute
 
 from dataplane.threads import in_thread
-from driver import names
+from driver import names, vip
 from driver.kernel.linux import LinuxKernel
 from driver.kernel.namespace import CLONE_NEWNET, check, in_netns, libc
+from driver.kernel.nf_tables import Batch
 from driver.kernel.shortcut import Stage
-from driver.model import Endpoint, IPAddress, Network
+from driver.model import Endpoint, IPAddress, Network, VipTable
 from tests.kernel.ebpf_object import built
 
 T = TypeVar("T")
@@ -50,6 +51,17 @@ def new_namespace() -> int:
         return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
     return in_thread(make)
+
+
+def write_vips(namespace: Path | int, table: VipTable) -> None:
+    """Write VIP rules into a namespace that has none of ours."""
+
+    def write() -> None:
+        batch = Batch(vip.TABLE)
+        vip.write_new(batch, table)
+        batch.commit()
+
+    in_netns(namespace, write)
 
 
 def identifier(number: int) -> str:

@@ -1,18 +1,20 @@
-"""VIP rules as text: any change of a table brings the rules that a new namespace would have. On a kernel: `tests/kernel`."""
+"""VIP rules: any change of a table brings the rules that a new namespace would have. On a kernel: `tests/kernel`."""
 
 from __future__ import annotations
 
-import itertools
-import re
+from collections.abc import Iterable
 from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from driver.kernel import nf_tables as nf
+from driver.kernel.nf_tables import Hook
 from driver.model import VipTable
-from driver.vip import NftBalancer, render_change, render_new, render_removal
+from driver.vip import NftBalancer, arrange, write_change, write_new, write_removal
 
 VIP, VIP2 = IPv4Address("10.0.4.2"), IPv4Address("10.0.4.3")
 
@@ -22,89 +24,112 @@ def at(number: int) -> IPv4Address:
 
 
 class Rules:
-    """As much of nftables as our commands need, with its refusals: what exists can't be made, what doesn't can't be removed."""
+    """As much of nf_tables as our changes need, with its refusals: what exists can't be made, what doesn't can't be removed."""
 
     def __init__(self) -> None:
         self.table = False
-        self.chains: dict[str, list[str]] = {}
-        self.elements: dict[str, set[str]] = {}
+        self.chains: dict[str, list[tuple[bytes, ...]]] = {}
+        self.sets: dict[str, dict[object, object]] = {}
 
-    def run(self, commands: str) -> Rules:
-        for line in filter(None, commands.splitlines()):
-            verb, kind, _, table, *rest = line.split()
-            assert table == "freeflow"
-            getattr(self, f"_{verb}_{kind}")(*rest)
-        return self
+    def add_table(self) -> None:
+        self.table = True
 
-    def _create_table(self) -> None:
+    def create_table(self) -> None:
         assert not self.table
         self.table = True
 
-    def _add_table(self) -> None:
-        self.table = True
-
-    def _delete_table(self) -> None:
+    def delete_table(self) -> None:
         assert self.table
         self.__init__()  # type: ignore[misc]
 
-    def _add_set(self, name: str, *_: str) -> None:
-        assert self.table
-        self.elements.setdefault(name, set())
-
-    _add_map = _add_set
-
-    def _add_chain(self, name: str, *_: str) -> None:
+    def add_chain(self, name: str, hook: Hook | None = None) -> None:
         assert self.table
         self.chains.setdefault(name, [])
 
-    def _flush_chain(self, name: str) -> None:
+    def flush_chain(self, name: str) -> None:
         self.chains[name] = []
 
-    def _delete_chain(self, name: str) -> None:
+    def delete_chain(self, name: str) -> None:
         assert not self.chains.pop(name)
-        assert not any(element.endswith(f"goto {name}") for element in self.elements["vips"])
+        assert name not in self.sets["vips"].values()
 
-    def _add_rule(self, chain: str, *rule: str) -> None:
-        self.chains[chain].append(" ".join(rule))
+    def add_rule(self, chain: str, *expressions: bytes) -> None:
+        self.chains[chain].append(expressions)
 
-    def _listed(self, words: tuple[str, ...]) -> list[str]:
-        return [item.strip() for item in " ".join(words).strip("{} ").split(",")]
+    def add_set(self, name: str) -> None:
+        assert self.table
+        self.sets.setdefault(name, {})
 
-    def _add_element(self, name: str, *words: str) -> None:
-        for element in self._listed(words):
-            assert element not in self.elements[name]
-            if "goto" in element:
-                assert element.split()[-1] in self.chains
-            self.elements[name].add(element)
+    def add_dynamic_set(self, name: str, size: int) -> None:
+        self.add_set(name)
 
-    def _delete_element(self, name: str, *words: str) -> None:
-        for element in self._listed(words):
-            self.elements[name].remove(element)
+    add_verdicts = add_turns = add_set
+
+    def delete_set(self, name: str) -> None:
+        del self.sets[name]
+        assert not any(
+            nf.translate(name) in rule for rules in self.chains.values() for rule in rules
+        )
+
+    def _put(self, name: str, elements: Iterable[tuple[object, object]]) -> None:
+        for key, value in elements:
+            assert key not in self.sets[name]
+            self.sets[name][key] = value
+
+    def add_addresses(self, name: str, addresses: Iterable[IPv4Address]) -> None:
+        self._put(name, ((address, None) for address in addresses))
+
+    def delete_addresses(self, name: str, addresses: Iterable[IPv4Address]) -> None:
+        for address in addresses:
+            del self.sets[name][address]
+
+    def add_gotos(self, name: str, chains: Iterable[tuple[IPv4Address, str]]) -> None:
+        chains = list(chains)
+        assert all(chain in self.chains for _, chain in chains)
+        self._put(name, chains)
+
+    def put_turns(self, name: str, targets: Iterable[tuple[int, IPv4Address]]) -> None:
+        self._put(name, targets)
+
+    def delete_turns(self, name: str, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            del self.sets[name][number]
 
     # --- what they do
 
     def leads(self) -> VipTable:
-        """Where each VIP leads."""
-        found: VipTable = {IPv4Address(vip): () for vip in self.elements.get("down", ())}
-        for element in self.elements.get("vips", ()):
-            vip, _, verdict = element.partition(" : goto ")
-            assert IPv4Address(vip) not in found
-            (target,) = (rule for rule in self.chains[verdict] if rule.startswith("dnat to"))
-            tasks = re.findall(r"\d+\.\d+\.\d+\.\d+", target)
-            found[IPv4Address(vip)] = tuple(sorted(map(IPv4Address, tasks)))
-            turns = re.findall(r"(\d+) : ", target)
-            if len(tasks) > 1:
-                assert f"numgen inc mod {len(tasks)} map" in target
-                assert [int(turn) for turn in turns] == list(range(len(tasks)))
+        """Where each VIP leads, in the order of the turns."""
+        found: VipTable = dict.fromkeys(self.sets.get("down", ()), ())  # type: ignore[misc]
+        for vip, chain in self.sets.get("vips", {}).items():
+            assert isinstance(vip, IPv4Address)
+            assert vip not in found
+            turns = self.sets[f"tasks_{str(vip).replace('.', '_')}"]
+            assert sorted(turns) == list(range(len(turns)))  # type: ignore[type-var]
+            *_, last = self.chains[str(chain)]
+            assert last[0] == nf.turn(len(turns))
+            found[vip] = tuple(turns[number] for number in range(len(turns)))  # type: ignore[misc]
         return found
 
-    def __eq__(self, other: object) -> bool:
-        assert isinstance(other, Rules)
-        mine, others = (
-            (self.table, self.chains.keys(), self.elements, self.leads()),
-            (other.table, other.chains.keys(), other.elements, other.leads()),
-        )
-        return mine == others
+    def balances(self) -> VipTable:
+        """The same, sorted."""
+        return {vip: tuple(sorted(tasks)) for vip, tasks in self.leads().items()}
+
+
+def new(table: VipTable) -> Rules:
+    rules = Rules()
+    write_new(rules, table)
+    return rules
+
+
+def same(one: Rules, other: Rules) -> bool:
+    """Whether nothing tells them apart but the order of the turns."""
+    return (
+        one.table == other.table
+        and one.chains.keys() == other.chains.keys()
+        and one.sets.keys() == other.sets.keys()
+        and one.balances() == other.balances()
+        and all(sorted(one.chains[name]) == sorted(other.chains[name]) for name in one.chains)
+    )
 
 
 tables = st.dictionaries(
@@ -120,51 +145,87 @@ tables = st.dictionaries(
 @given(tables, st.integers(0, 100))
 def test_new_rules_lead_where_the_table_says(table: VipTable, first: int) -> None:
     """In a new namespace each VIP leads to its tasks in turn, wherever the turn begins; one without tasks refuses."""
-    rules = Rules().run(render_new(table, first))
-    assert rules.leads() == table
-    assert rules.elements["down"] == {str(vip) for vip, tasks in table.items() if not tasks}
+    rules = new(arrange({}, table, first))
+    assert rules.balances() == table
+    assert set(rules.sets["down"]) == {vip for vip, tasks in table.items() if not tasks}
 
 
 @given(tables, tables, st.integers(0, 100))
-def test_changed_rules_are_as_new_ones(old: VipTable, new: VipTable, first: int) -> None:
+def test_changed_rules_are_as_new_ones(old: VipTable, after: VipTable, first: int) -> None:
     """Any change of the table gives the rules that a new namespace would have; nothing is left over."""
-    changed = Rules().run(render_new(old)).run(render_change(old, new, first))
-    assert changed == Rules().run(render_new(new, first))
+    before = arrange({}, old, first)
+    changed = new(before)
+    write_change(changed, before, arrange(before, after, first))
+    assert same(changed, new(arrange({}, after)))
 
 
 @given(st.lists(tables, min_size=2, max_size=6))
 def test_a_row_of_changes(row: list[VipTable]) -> None:
     """Many changes after each other end as the last table says."""
-    rules = Rules().run(render_new(row[0]))
-    for old, new in itertools.pairwise(row):
-        rules.run(render_change(old, new))
-    assert rules == Rules().run(render_new(row[-1]))
+    order = arrange({}, row[0])
+    rules = new(order)
+    for table in row[1:]:
+        before, order = order, arrange(order, table)
+        write_change(rules, before, order)
+    assert same(rules, new(row[-1]))
+    assert rules.leads() == order
+
+
+@given(tables, tables)
+def test_who_stays_keeps_their_turn(old: VipTable, after: VipTable) -> None:
+    """A change touches the turns of those who come or go, and as many at the end as go: its cost isn't the table's."""
+    before = arrange({}, old)
+    order = arrange(before, after)
+    for vip in before.keys() & order.keys():
+        come = set(order[vip]) - set(before[vip])
+        gone = set(before[vip]) - set(order[vip])
+        moved = [
+            task
+            for number, task in enumerate(before[vip])
+            if task in order[vip] and order[vip].index(task) != number
+        ]
+        assert len(moved) <= max(0, len(gone) - len(come))
 
 
 def test_unchanged_vips_are_not_touched() -> None:
     """A change of one service says nothing of another's rules: its connections' turns go on."""
     old: VipTable = {VIP: (at(10),), VIP2: (at(20),)}
-    commands = render_change(old, old | {VIP: (at(10), at(11))})
-    assert "10_0_4_2" in commands
-    assert "10_0_4_3" not in commands
-    assert str(at(20)) not in commands
+
+    class Watching(Rules):
+        touched: ClassVar[set[str]] = set()
+
+        def __getattribute__(self, name: str) -> Any:
+            found = super().__getattribute__(name)
+            if not callable(found) or name.startswith("_"):
+                return found
+
+            def call(*arguments: Any) -> Any:
+                self.touched.update(map(str, arguments))
+                return found(*arguments)
+
+            return call
+
+    rules = Watching()
+    write_new(rules, old)
+    rules.touched.clear()
+    write_change(rules, old, old | {VIP: (at(10), at(11))})
+    assert any("10_0_4_2" in each for each in rules.touched)
+    assert not any("10_0_4_3" in each for each in rules.touched)
 
 
 @given(tables)
 def test_removal(table: VipTable) -> None:
     """Removal leaves nothing, and is no error where nothing is."""
-    assert not Rules().run(render_new(table)).run(render_removal()).table
-    assert not Rules().run(render_removal()).table
+    for rules in (new(table), Rules()):
+        write_removal(rules)
+        assert not rules.table
 
 
 def test_turns_begin_apart() -> None:
     """Clients that live for one connection don't all begin with the same task."""
     table: VipTable = {VIP: (at(10), at(11), at(12))}
-    starts = {
-        re.search(r"0 : (\S+?),", render_new(table, first))[1]  # type: ignore[index]
-        for first in range(3)
-    }
-    assert starts == {"10.0.4.10", "10.0.4.11", "10.0.4.12"}
+    starts = {arrange({}, table, first)[VIP][0] for first in range(3)}
+    assert starts == {at(10), at(11), at(12)}
 
 
 def test_namespace_that_is_not_there(tmp_path: Path) -> None:
@@ -180,4 +241,4 @@ def test_namespace_that_is_not_there(tmp_path: Path) -> None:
 def test_size_of_a_service(count: int) -> None:
     """A service may have one task or hundreds."""
     tasks = tuple(IPv4Address("10.1.0.0") + n for n in range(1, count + 1))
-    assert Rules().run(render_new({VIP: tasks})).leads() == {VIP: tasks}
+    assert new({VIP: tasks}).leads() == {VIP: tasks}

@@ -1,0 +1,497 @@
+"""nf_tables over netlink, without libnftables: for namespaces in which a container may have rules of its own.
+
+libnftables decodes every table, set and expression that it meets, and ends its process on some that the kernel accepts. What
+a container has written must not be able to do that to us. So rules are written by messages that we encode ourselves, of
+which the kernel says only whether it took them, and few facts are read: which chains there are, whether they have rules.
+Nothing read is trusted to be well-formed, and no more is read than `MOST` messages.
+
+All functions work in the calling thread's network namespace. Constants: linux/netfilter/nf_tables.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from typing import Final
+
+from driver.errors import KernelError
+
+MOST: Final = 4096
+"""Messages of one answer that are read; a container that has more of something is taken to have what was looked for."""
+
+IPV4: Final = 2
+NETDEV: Final = 5
+PREROUTING, INPUT, FORWARD, OUTPUT, POSTROUTING = range(5)
+TCP: Final = 6
+
+_NETLINK_NETFILTER: Final = 12
+_SO_SNDBUFFORCE: Final = 32
+_SUBSYSTEM: Final = 10 << 8
+_BATCH_BEGIN, _BATCH_END = 16, 17
+_NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _DELCHAIN = range(6)
+_NEWRULE, _GETRULE, _DELRULE, _NEWSET, _, _DELSET = range(6, 12)
+_NEWSETELEM, _GETSETELEM, _DELSETELEM = range(12, 15)
+_REQUEST, _ACK, _DUMP, _INTERRUPTED = 1, 4, 0x300, 0x10
+_CREATE, _EXCLUSIVE, _APPEND = 0x400, 0x200, 0x800
+_ERROR, _DONE = 2, 3
+_NESTED: Final = 1 << 15
+_TYPE_MASK: Final = 0x3FFF
+
+_HEADER: Final = struct.Struct("=IHHII")
+_FAMILY: Final = struct.Struct("!BBH")
+_ATTRIBUTE: Final = struct.Struct("=HH")
+
+_TYPE_INTEGER, _TYPE_ADDRESS = 4, 7
+_DATA_VERDICT: Final = 0xFFFFFF00
+_SET_MAP, _SET_DYNAMIC = 8, 0x20
+_GOTO: Final = -4
+_VERDICT_REGISTER, _REGISTER = 0, 1
+_META_L4PROTO, _CT_DIRECTION = 16, 1
+_EQUAL, _UNEQUAL = 0, 1
+_ELEMENTS_PER_MESSAGE: Final = 1000
+"""An attribute holds 64 KiB; an element takes some 40 bytes."""
+_HOST_ORDER: Final = bytes((0, 4)) + struct.pack("=I", 1)
+"""User data of a set (libnftnl): its key is in the byte order of this host. Only for those who list it."""
+
+
+class InterruptedDumpError(Exception):
+    """What was listed has changed meanwhile; the listing may lack something."""
+
+
+# --- attributes
+
+
+def _attribute(kind: int, data: bytes) -> bytes:
+    return _ATTRIBUTE.pack(4 + len(data), kind) + data + bytes(-len(data) % 4)
+
+
+def _text(kind: int, value: str) -> bytes:
+    return _attribute(kind, value.encode() + b"\0")
+
+
+def _number(kind: int, value: int) -> bytes:
+    return _attribute(kind, struct.pack("!I", value & 0xFFFFFFFF))
+
+
+def _nest(kind: int, *attributes: bytes) -> bytes:
+    return _attribute(kind | _NESTED, b"".join(attributes))
+
+
+def _value(kind: int, value: bytes) -> bytes:
+    return _nest(kind, _attribute(1, value))
+
+
+def _goto(kind: int, chain: str) -> bytes:
+    return _nest(kind, _nest(2, _number(1, _GOTO), _text(2, chain)))
+
+
+def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The attributes of a message or of a nest.
+
+    Raises:
+        ValueError: they don't fit where they stand.
+    """
+    offset = 0
+    while offset + _ATTRIBUTE.size <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        if length < _ATTRIBUTE.size or offset + length > len(data):
+            raise ValueError("an attribute runs past the end of its message")
+        yield kind & _TYPE_MASK, data[offset + _ATTRIBUTE.size : offset + length]
+        offset += (length + 3) & ~3
+
+
+# --- expressions of rules
+
+
+def _expression(name: str, *parts: bytes) -> bytes:
+    return _nest(1, _text(1, name), _nest(2, *parts))
+
+
+def destination() -> bytes:
+    """Load the packet's IPv4 destination."""
+    return _expression(
+        "payload", _number(1, _REGISTER), _number(2, 1), _number(3, 16), _number(4, 4)
+    )
+
+
+def protocol() -> bytes:
+    """Load the packet's transport protocol."""
+    return _expression("meta", _number(1, _REGISTER), _number(2, _META_L4PROTO))
+
+
+def direction() -> bytes:
+    """Load the packet's direction in its connection; 0 is that of the first packet."""
+    return _expression("ct", _number(1, _REGISTER), _number(2, _CT_DIRECTION))
+
+
+def constant(value: bytes) -> bytes:
+    """Load a constant."""
+    return _expression("immediate", _number(1, _REGISTER), _value(2, value))
+
+
+def turn(count: int) -> bytes:
+    """Load 0 to `count` - 1, the next one each time."""
+    return _expression("numgen", _number(1, _REGISTER), _number(2, count), _number(3, 0))
+
+
+def equals(value: bytes) -> bytes:
+    """Go on only if what was loaded is `value`."""
+    return _expression("cmp", _number(1, _REGISTER), _number(2, _EQUAL), _value(3, value))
+
+
+def differs(value: bytes) -> bytes:
+    """Go on only if what was loaded isn't `value`."""
+    return _expression("cmp", _number(1, _REGISTER), _number(2, _UNEQUAL), _value(3, value))
+
+
+def among(name: str) -> bytes:
+    """Go on only if what was loaded is in the set."""
+    return _expression("lookup", _text(1, name), _number(2, _REGISTER))
+
+
+def follow(name: str) -> bytes:
+    """Do what the map of verdicts says of what was loaded."""
+    return _expression(
+        "lookup", _text(1, name), _number(2, _REGISTER), _number(3, _VERDICT_REGISTER)
+    )
+
+
+def translate(name: str) -> bytes:
+    """Load what the map has for what was loaded."""
+    return _expression("lookup", _text(1, name), _number(2, _REGISTER), _number(3, _REGISTER))
+
+
+def remember(name: str) -> bytes:
+    """Put what was loaded into the set."""
+    return _expression("dynset", _text(1, name), _number(3, 0), _number(4, _REGISTER))
+
+
+def goto(chain: str) -> bytes:
+    return _expression("immediate", _number(1, _VERDICT_REGISTER), _goto(2, chain))
+
+
+def dnat() -> bytes:
+    """Send the connection to the address that was loaded."""
+    return _expression("nat", _number(1, 1), _number(2, IPV4), _number(3, _REGISTER))
+
+
+def reset() -> bytes:
+    """Refuse with a TCP reset."""
+    return _expression("reject", _number(1, 1), _attribute(2, b"\0"))
+
+
+def unreachable() -> bytes:
+    """Refuse with ICMP's "port unreachable"."""
+    return _expression("reject", _number(1, 0), _attribute(2, b"\3"))
+
+
+# --- messages
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """Where a base chain is called."""
+
+    kind: str
+    number: int
+    priority: int
+
+
+class Batch:
+    """Changes of one IPv4 table, made together or not at all."""
+
+    def __init__(self, table: str) -> None:
+        self._table = table
+        self._messages: list[bytes] = []
+        self._sets = 0
+
+    def _add(self, kind: int, flags: int, *parts: bytes) -> None:
+        body = _FAMILY.pack(IPV4, 0, 0) + _text(1, self._table) + b"".join(parts)
+        self._messages.append(_message(_SUBSYSTEM | kind, flags, len(self._messages) + 1, body))
+
+    def add_table(self) -> None:
+        """Have the table, if it is there or not."""
+        self._add(_NEWTABLE, _CREATE)
+
+    def create_table(self) -> None:
+        """Make the table, which must not be there."""
+        self._add(_NEWTABLE, _CREATE | _EXCLUSIVE)
+
+    def delete_table(self) -> None:
+        self._add(_DELTABLE, 0)
+
+    def add_chain(self, name: str, hook: Hook | None = None) -> None:
+        parts = [_text(3, name)]
+        if hook is not None:
+            place = (_number(1, hook.number), _number(2, hook.priority))
+            parts += [_nest(4, *place), _number(5, 1), _text(7, hook.kind)]
+        self._add(_NEWCHAIN, _CREATE, *parts)
+
+    def delete_chain(self, name: str) -> None:
+        """It has no rules and nothing leads there."""
+        self._add(_DELCHAIN, 0, _text(3, name))
+
+    def flush_chain(self, name: str) -> None:
+        """Delete its rules."""
+        self._add(_DELRULE, 0, _text(2, name))
+
+    def add_rule(self, chain: str, *expressions: bytes) -> None:
+        """At the end of the chain."""
+        self._add(_NEWRULE, _CREATE | _APPEND, _text(2, chain), _nest(4, *expressions))
+
+    def _add_set(self, name: str, key: int, flags: int, *parts: bytes) -> None:
+        self._sets += 1
+        self._add(
+            _NEWSET,
+            _CREATE,
+            _text(2, name),
+            _number(3, flags),
+            _number(4, key),
+            _number(5, 4),
+            *parts,
+            _number(10, self._sets),
+        )
+
+    def add_set(self, name: str) -> None:
+        """A set of addresses."""
+        self._add_set(name, _TYPE_ADDRESS, 0)
+
+    def add_dynamic_set(self, name: str, size: int) -> None:
+        """A set of addresses that rules fill."""
+        self._add_set(name, _TYPE_ADDRESS, _SET_DYNAMIC, _nest(9, _number(1, size)))
+
+    def add_verdicts(self, name: str) -> None:
+        """A map from addresses to chains."""
+        self._add_set(name, _TYPE_ADDRESS, _SET_MAP, _number(6, _DATA_VERDICT), _number(7, 0))
+
+    def add_turns(self, name: str) -> None:
+        """A map from numbers to addresses."""
+        data = (_number(6, _TYPE_ADDRESS), _number(7, 4))
+        self._add_set(name, _TYPE_INTEGER, _SET_MAP, *data, _attribute(13, _HOST_ORDER))
+
+    def delete_set(self, name: str) -> None:
+        """No rule uses it."""
+        self._add(_DELSET, 0, _text(2, name))
+
+    def _elements(self, kind: int, flags: int, name: str, elements: list[bytes]) -> None:
+        for start in range(0, len(elements), _ELEMENTS_PER_MESSAGE):
+            part = elements[start : start + _ELEMENTS_PER_MESSAGE]
+            self._add(kind, flags, _text(2, name), _nest(3, *part))
+
+    def add_addresses(self, name: str, addresses: Iterable[IPv4Address]) -> None:
+        made = [_nest(1, _value(1, address.packed)) for address in addresses]
+        self._elements(_NEWSETELEM, _CREATE | _EXCLUSIVE, name, made)
+
+    def delete_addresses(self, name: str, addresses: Iterable[IPv4Address]) -> None:
+        """Each must be there, in a set or a map."""
+        made = [_nest(1, _value(1, address.packed)) for address in addresses]
+        self._elements(_DELSETELEM, 0, name, made)
+
+    def add_gotos(self, name: str, chains: Iterable[tuple[IPv4Address, str]]) -> None:
+        made = [_nest(1, _value(1, address.packed), _goto(2, chain)) for address, chain in chains]
+        self._elements(_NEWSETELEM, _CREATE | _EXCLUSIVE, name, made)
+
+    def put_turns(self, name: str, targets: Iterable[tuple[int, IPv4Address]]) -> None:
+        made = [
+            _nest(1, _value(1, struct.pack("=I", number)), _value(2, address.packed))
+            for number, address in targets
+        ]
+        self._elements(_NEWSETELEM, _CREATE | _EXCLUSIVE, name, made)
+
+    def delete_turns(self, name: str, numbers: Iterable[int]) -> None:
+        """Each must be there."""
+        made = [_nest(1, _value(1, struct.pack("=I", number))) for number in numbers]
+        self._elements(_DELSETELEM, 0, name, made)
+
+    def commit(self) -> None:
+        """Have the kernel make the changes, all or none.
+
+        Raises:
+            KernelError: it refused.
+        """
+        if not self._messages:
+            return
+        *others, last = self._messages
+        # The kernel answers in the course of sending, to the last one and to what it refuses.
+        size, kind, flags, sequence, port = _HEADER.unpack_from(last)
+        last = _HEADER.pack(size, kind, flags | _ACK, sequence, port) + last[_HEADER.size :]
+        body = _FAMILY.pack(0, 0, 10)
+        begin = _message(_BATCH_BEGIN, 0, 0, body)
+        end = _message(_BATCH_END, 0, len(self._messages) + 1, body)
+        whole = b"".join((begin, *others, last, end))
+        try:
+            with _open() as channel:
+                channel.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 2 * len(whole) + 65536)
+                channel.send(whole)
+                refused, acknowledged = _errors(channel, sequence)
+        except OSError as error:
+            raise KernelError(f"nftables can't be changed: {error.strerror}") from error
+        if refused or not acknowledged:
+            reason = os.strerror(refused) if refused else "no answer"
+            raise KernelError(f"nftables refused a change of table ip {self._table}: {reason}")
+
+
+def _message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
+    return _HEADER.pack(_HEADER.size + len(body), kind, flags | _REQUEST, sequence, 0) + body
+
+
+def _open() -> socket.socket:
+    channel = socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
+    )
+    channel.setblocking(False)
+    return channel
+
+
+def _errors(channel: socket.socket, last: int) -> tuple[int, bool]:
+    """The first error that the kernel answered with, 0 if none; and whether it confirmed message `last`."""
+    refused, acknowledged = 0, False
+    while True:
+        try:
+            data = channel.recv(1 << 17)
+        except BlockingIOError:
+            return refused, acknowledged
+        for kind, sequence, _, body in _messages(data):
+            if kind == _ERROR and len(body) >= 4:
+                number = -struct.unpack_from("=i", body)[0]
+                refused = refused or number
+                acknowledged |= sequence == last and not number
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Type, sequence number, flags and body of each message of a datagram."""
+    offset = 0
+    while offset + _HEADER.size <= len(data):
+        length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
+        if length < _HEADER.size:
+            return
+        yield kind, sequence, flags, data[offset + _HEADER.size : offset + length]
+        offset += (length + 3) & ~3
+
+
+# --- questions
+
+
+def _listing(kind: int, family: int, *parts: bytes) -> Iterator[tuple[int, bytes]]:
+    """Family and attributes of each object that the kernel lists, of `MOST` at most; then OverflowError.
+
+    Raises:
+        InterruptedDumpError
+        OSError: the kernel can't be asked.
+        OverflowError: there are more.
+    """
+    with _open() as channel:
+        request = _FAMILY.pack(family, 0, 0) + b"".join(parts)
+        channel.send(_message(_SUBSYSTEM | kind, _DUMP, 1, request))
+        count = 0
+        while True:
+            # The first part is there when the request has been sent, each other when the one before was read.
+            for got, _, flags, body in _messages(channel.recv(1 << 17)):
+                if flags & _INTERRUPTED:
+                    raise InterruptedDumpError
+                if got == _DONE:
+                    return
+                if got == _ERROR:
+                    number = -struct.unpack_from("=i", body)[0]
+                    raise OSError(number, os.strerror(number))
+                count += 1
+                if count > MOST:
+                    raise OverflowError
+                yield body[0], body[_FAMILY.size :]
+
+
+def _ask(kind: int, family: int, *parts: bytes) -> bool:
+    """Whether the kernel has the one object that is asked for.
+
+    Raises:
+        OSError: the kernel can't be asked, or has another reason to refuse than that it doesn't.
+    """
+    with _open() as channel:
+        request = _FAMILY.pack(family, 0, 0) + b"".join(parts)
+        channel.send(_message(_SUBSYSTEM | kind, 0, 1, request))
+        for got, _, _, body in _messages(channel.recv(1 << 17)):
+            if got == _ERROR:
+                number = -struct.unpack_from("=i", body)[0]
+                if number == errno.ENOENT:
+                    return False
+                raise OSError(number, os.strerror(number))
+    return True
+
+
+def has_table(name: str) -> bool:
+    """Whether there is such an IPv4 table.
+
+    Raises:
+        KernelError: the kernel can't be asked.
+    """
+    try:
+        return _ask(_GETTABLE, IPV4, _text(1, name))
+    except OSError as error:
+        raise KernelError(f"nftables can't be asked for a table: {error.strerror}") from error
+
+
+def has_address(table: str, name: str, address: IPv4Address) -> bool:
+    """Whether a set of an IPv4 table has this address; not if there is no such set."""
+    element = _nest(3, _nest(1, _value(1, address.packed)))
+    try:
+        return _ask(_GETSETELEM, IPV4, _text(1, table), _text(2, name), element)
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain. `kind` and `hook` are those of a base chain."""
+
+    family: int
+    table: bytes
+    name: bytes
+    kind: bytes = b""
+    hook: int | None = None
+
+
+def _chain(family: int, data: bytes) -> Chain:
+    found = dict(attributes(data))
+    hook = dict(attributes(found.get(4, b""))).get(1, b"")
+    return Chain(
+        family,
+        found.get(1, b"").rstrip(b"\0"),
+        found.get(3, b"").rstrip(b"\0"),
+        found.get(7, b"").rstrip(b"\0"),
+        int.from_bytes(hook, "big") if hook else None,
+    )
+
+
+def chains() -> Iterator[Chain]:
+    """All chains of all families.
+
+    Raises:
+        InterruptedDumpError, OSError, OverflowError, ValueError: see `_listing`, `attributes`.
+    """
+    for family, data in _listing(_GETCHAIN, 0):
+        yield _chain(family, data)
+
+
+def rules(chain: Chain) -> Iterator[list[tuple[bytes, dict[int, bytes]]]]:
+    """Of each rule of the chain its expressions, by name and attributes.
+
+    Raises:
+        InterruptedDumpError, OSError, OverflowError, ValueError: see `_listing`, `attributes`.
+    """
+    where = (_attribute(1, chain.table + b"\0"), _attribute(2, chain.name + b"\0"))
+    for _, data in _listing(_GETRULE, chain.family, *where):
+        whole = dict(attributes(data))
+        # Kernels that don't know the filter list other chains' rules, too.
+        if (whole.get(1), whole.get(2)) != (chain.table + b"\0", chain.name + b"\0"):
+            continue
+        found = []
+        for _, each in attributes(whole.get(4, b"")):
+            parts = dict(attributes(each))
+            name = parts.get(1, b"").rstrip(b"\0")
+            found.append((name, dict(attributes(parts.get(2, b"")))))
+        yield found
