@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from plugin import host_command, library
 from plugin.admin import create_admin
 from plugin.app import create_app
 from plugin.calls import CallStatistics
+from plugin.deaths import ROUTER, Deaths
 from plugin.metrics import Exporter
 from plugin.paths import Shorter
 from plugin.ping import Ping
@@ -80,9 +82,14 @@ class Plugin:
 
 
 def compose(
-    paths: Paths, settings: Settings, bad_settings: tuple[SettingError, ...] = ()
+    paths: Paths,
+    settings: Settings,
+    bad_settings: tuple[SettingError, ...] = (),
+    deaths: Deaths | None = None,
 ) -> Plugin:
-    """Make all parts; nothing works yet."""
+    """Make all parts; nothing works yet. `deaths` of parts are noted there and shown in status."""
+    deaths = deaths or Deaths()
+    deaths.watch_threads()
     store = Store(paths.state)
     late: dict[str, Driver] = {}
 
@@ -194,6 +201,7 @@ def compose(
         failures=failures,
         started=time.monotonic(),
         clock=time.monotonic,
+        deaths=deaths,
     )
     return Plugin(
         app=create_app(
@@ -209,13 +217,17 @@ def compose(
         keeper=Keeper(kernel, sandboxes),
         exporter=Exporter(snapshot, settings.metrics_addr) if settings.metrics_addr else None,
         accelerator=accelerator,
-        router=_router(paths, settings, accelerator, failures),
+        router=_router(paths, settings, accelerator, failures, deaths),
         recover=run_recovery,
     )
 
 
 def _router(
-    paths: Paths, settings: Settings, accelerator: Accelerator, failures: list[str]
+    paths: Paths,
+    settings: Settings,
+    accelerator: Accelerator,
+    failures: list[str],
+    deaths: Deaths,
 ) -> RouterProcess | None:
     """The router's process; None where there is no folder for it, which is said in the log and in status."""
     if not paths.host_run.is_dir():
@@ -228,4 +240,12 @@ def _router(
         return None
     library.place(folder)
     command = router_command(paths.host_run, folder, settings.log_level, paths.swarm)
-    return RouterProcess(command, accelerator.router_started)
+    starts = itertools.count()
+
+    def started() -> None:
+        # Each but the first takes the place of one that ended.
+        if next(starts):
+            deaths.note(ROUTER)
+        accelerator.router_started()
+
+    return RouterProcess(command, started)

@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import start_http_server
 from prometheus_client.registry import Collector
 
+from plugin.deaths import PARTS
 from plugin.status import NetworkStatus, RdmaStatus, RouterStatus, Status
 
 log = structlog.get_logger()
@@ -72,6 +73,11 @@ def _per_network(value: Callable[[NetworkStatus], float]) -> Callable[[Status], 
 
 def _synced(status: Status) -> Iterable[Sample]:
     return [((title,), n.synced) for title, n in _titled(status) if n.synced is not None]
+
+
+def _deaths(status: Status) -> list[Sample]:
+    counts = dict.fromkeys(PARTS, 0) | {each.part: each.deaths for each in status.parts}
+    return [((part,), float(count)) for part, count in counts.items()]
 
 
 def _router(status: Status) -> RouterStatus:
@@ -223,6 +229,14 @@ METRICS: Final = (
         "",
         ("stage",),
         lambda status: [((status.shortcut.stage or "off",), 1.0)] if status.shortcut else [],
+    ),
+    MetricSpec(
+        "freeflow_deaths",
+        "counter",
+        "How often a part of the plugin has died: its worker, the router, a thread",
+        "",
+        ("part",),
+        _deaths,
     ),
     MetricSpec(
         "freeflow_router_up",

@@ -17,6 +17,7 @@ from typing import Any, Final
 from gunicorn.app.base import BaseApplication
 
 from plugin import logs
+from plugin.deaths import WORKER, Deaths
 from plugin.listening import listen
 from plugin.settings import read
 
@@ -79,10 +80,12 @@ def serve(listener: socket.socket, paths: Paths, environment: Mapping[str, str])
     settings, bad_settings = read(environment)
     logs.configure(settings.log_level)
 
+    deaths = Deaths()
+
     def load() -> WSGI:
         from plugin.composition import compose
 
-        plugin = compose(paths, settings, bad_settings)
+        plugin = compose(paths, settings, bad_settings, deaths)
         plugin.start()
         return _by_socket(plugin.app, plugin.admin)
 
@@ -107,6 +110,8 @@ def serve(listener: socket.socket, paths: Paths, environment: Mapping[str, str])
             "loglevel": "error",
             "errorlog": "-",
             "proc_name": "freeflow",
+            # In the master, which outlives it.
+            "child_exit": lambda _server, _worker: deaths.note(WORKER),
         },
         load,
     ).run()

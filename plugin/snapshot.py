@@ -17,6 +17,7 @@ from driver.kernel.shortcut import Stage
 from driver.model import Endpoint, Network
 from driver.sync import NetworkState
 from plugin.calls import CallStatistics
+from plugin.deaths import OFTEN, RECENT, ROUTER, THREAD, WORKER, Deaths, Died
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
 from plugin.paths import OVERLAY, SHORT, relabel
 from plugin.settings import HIDDEN, PLUGIN, SETTINGS, Settings
@@ -26,6 +27,7 @@ from plugin.status import (
     Finding,
     HostStatus,
     NetworkStatus,
+    PartStatus,
     PathStatus,
     PeerStatus,
     RdmaStatus,
@@ -98,6 +100,34 @@ def _with_sums(network: NetworkStatus, sums: Counts) -> NetworkStatus:
     return msgspec.structs.replace(network, rx_bytes=received, tx_bytes=sent, spoofed=dropped)
 
 
+def _is_news(died: Died) -> bool:
+    # A thread isn't started again.
+    return bool(died.recent) or died.part == THREAD
+
+
+def _death(died: Died) -> Finding:
+    times = "once" if died.recent == 1 else f"{died.recent} times"
+    last = f"the last time {died.ago:.0f} s ago"
+    severity = "error" if died.recent >= OFTEN else "warning"
+    if died.part == THREAD:
+        what = f"the plugin's thread {died.name} has ended by an error"
+        remedy = "freeflow bugreport; then docker plugin disable -f and enable"
+        return Finding(
+            "error", what, f"a bug, {last}; the log has it (journalctl -u docker)", remedy
+        )
+    what = f"the plugin's {died.part} died {times} in the last {RECENT / 60:.0f} minutes"
+    effect = {
+        WORKER: "Docker's calls wait for the next one, and the router starts anew",
+        ROUTER: "no connection is accelerated until the next one is up",
+    }[died.part]
+    return Finding(
+        severity,
+        what,
+        f"{last}; {effect}",
+        "journalctl -u docker has the reason; freeflow bugreport collects it",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Call it for a `Status`. `failures` are what went wrong at start; `started` and `clock` in seconds."""
@@ -112,6 +142,7 @@ class Snapshot:
     failures: list[str]
     started: float
     clock: Callable[[], float]
+    deaths: Deaths = field(default_factory=Deaths)
     totals: Totals = field(default_factory=lambda: Totals(3))
 
     def __call__(self) -> Status:
@@ -178,6 +209,10 @@ class Snapshot:
             path_counts=counts,
             router=router,
             shortcut=ShortcutStatus(stage.stage, stage.reason, list(stage.devices)),
+            parts=[
+                PartStatus(each.part, each.count, each.recent, round(each.ago, 1), each.name)
+                for each in self.deaths.all()
+            ],
         )
 
     def _router(self, now: float, problems: list[Finding], stage: Stage) -> RouterStatus:
@@ -333,7 +368,8 @@ class Snapshot:
         )
 
     def _problems(self, networks: list[NetworkStatus]) -> list[Finding]:
-        found = []
+        found: list[Finding] = []
+        found += [_death(died) for died in self.deaths.all() if _is_news(died)]
         for bad in self.bad_settings:
             cause, _, remedy = str(bad).partition("; ")
             found.append(Finding("error", "all changes are refused", cause, remedy))

@@ -164,6 +164,19 @@ class ShortcutStatus(msgspec.Struct, frozen=True):
     devices: list[str] = []
 
 
+class PartStatus(msgspec.Struct, frozen=True):
+    """A part of the plugin that has died: worker, router or thread (`name` says which).
+
+    `deaths` since the plugin's start, `recent` in the last ten minutes, `ago`: seconds since the last one.
+    """
+
+    part: str
+    deaths: int
+    recent: int
+    ago: float
+    name: str = ""
+
+
 class HostStatus(msgspec.Struct, frozen=True):
     """This host. `engine` is empty while the engine doesn't answer."""
 
@@ -200,3 +213,4 @@ class Status(msgspec.Struct, frozen=True):
     path_counts: dict[str, int] = {}
     router: RouterStatus | None = None
     shortcut: ShortcutStatus | None = None
+    parts: list[PartStatus] = []

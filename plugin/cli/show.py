@@ -36,6 +36,28 @@ def _host(status: Status) -> str:
     )
 
 
+def _parts(status: Status) -> str:
+    """What has died since the plugin's start; empty if nothing has."""
+    if not status.parts:
+        return ""
+    said = (
+        f"{each.part}{f' {each.name}' if each.name else ''} died {_times(each.deaths)}, "
+        f"last {_age(each.ago)} ago"
+        for each in status.parts
+    )
+    return f"since the plugin's start: {'; '.join(said)}\n"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _age(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
 def _router(status: Status) -> str:
     router = status.router
     if router is None or not router.up:
@@ -142,7 +164,8 @@ def findings(problems: Iterable[Finding]) -> str:
 
 def show_status(status: Status) -> str:
     """The whole page."""
-    parts = [verdict(status) + "\n", _host(status) + _router(status) + _shortcut(status)]
+    head = _host(status) + _router(status) + _shortcut(status) + _parts(status)
+    parts = [verdict(status) + "\n", head]
     parts += [_network(network) + _paths(status, network) for network in status.networks]
     if not status.networks:
         parts.append(

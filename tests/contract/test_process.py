@@ -72,6 +72,18 @@ def test_death_of_the_worker(own: RealPlace) -> None:
     assert own.links() == frozenset()
 
 
+def test_repeated_death_of_the_worker(own: RealPlace) -> None:
+    """A plugin whose worker dies again and again doesn't say that it is well: it says how often, and when."""
+    for _ in range(3):
+        os.kill(_worker(own), signal.SIGABRT)
+        assert own.admin().send("GET", "/admin/status").status == 200
+    status = own.admin().send("GET", "/admin/status").json
+    (worker,) = status["parts"]
+    assert (worker["part"], worker["deaths"], worker["recent"]) == ("worker", 3, 3)
+    assert any("worker died 3 times" in problem["what"] for problem in status["problems"])
+    assert not status["healthy"]
+
+
 def test_end(own: RealPlace) -> None:
     """Asked to end, the plugin ends within the ten seconds that Docker gives it, without an error."""
     begin = time.monotonic()

@@ -13,7 +13,8 @@ PLACEHOLDERS: Final = r"\\?(NAME|CONTAINER|COUNT|FEATURE|PORT|DEVICE|HOST|VERSIO
 def sayings() -> list[str]:
     """The first cells of the tables about `status` and `doctor`."""
     text = DOCUMENT.read_text().split("## Why a connection", maxsplit=1)[0]
-    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+    cells = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \|", text, re.MULTILINE)
+    return [saying for cell in cells for saying in re.findall(r"`([^`]+)`", cell)]
 
 
 def is_documented(what: str) -> bool:

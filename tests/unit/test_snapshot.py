@@ -15,6 +15,7 @@ from driver.kernel.underlay import Underlay
 from driver.model import LocalContainer, NetworkView, Peer, Service, Subnet, Task
 from driver.sync import NetworkState
 from plugin.calls import CallStatistics
+from plugin.deaths import ROUTER, THREAD, WORKER, Deaths
 from plugin.settings import SETTINGS, Settings, read
 from plugin.snapshot import STALE, Snapshot
 from plugin.status import NetworkStatus, Status
@@ -117,6 +118,31 @@ def test_well(world: World) -> None:
     assert status.host.hostname == "host1"
     assert (status.host.underlay, status.host.underlay_mtu) == ("eth0", 1500)
     assert status.host.address == "192.0.2.1"
+
+
+@pytest.mark.parametrize("part", [WORKER, ROUTER])
+def test_what_dies_is_said(world: World, part: str) -> None:
+    """A host whose worker or router has died isn't well: it says how often and when, and more often is worse."""
+    world.snapshot.deaths.note(part)
+    assert f"warning: the plugin's {part} died once in the last 10 minutes" in world.problem()
+    for _ in range(2):
+        world.snapshot.deaths.note(part)
+    assert f"error: the plugin's {part} died 3 times" in world.problem()
+    assert [(each.part, each.deaths) for each in world.status().parts] == [(part, 3)]
+
+
+def test_what_died_long_ago(world: World) -> None:
+    """A death of long ago is told, and is no problem any more; a thread that has ended stays one."""
+    now = [0.0]
+    deaths = Deaths(lambda: now[0])
+    world.snapshot = replace(world.snapshot, deaths=deaths)
+    deaths.note(WORKER)
+    now[0] = 3600.0
+    assert world.status().healthy
+    assert [each.ago for each in world.status().parts] == [3600.0]
+    deaths.note(THREAD, "sync")
+    now[0] = 9000.0
+    assert "error: the plugin's thread sync has ended by an error" in world.problem()
 
 
 def test_network(world: World) -> None:

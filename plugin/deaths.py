@@ -1,0 +1,88 @@
+"""Which parts of the plugin have died, and when: kept in memory that gunicorn's master shares with its workers.
+
+A worker that dies forgets that it did; what it was started by remembers. Each part has one process that writes about it:
+the master of workers, the worker of its router and threads.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+RECENT: Final = 600.0
+"""Seconds for which a death is news."""
+OFTEN: Final = 3
+"""So many recent deaths aren't an accident any more."""
+
+WORKER: Final = "worker"
+ROUTER: Final = "router"
+THREAD: Final = "thread"
+PARTS: Final = (WORKER, ROUTER, THREAD)
+
+_KEPT: Final = 64
+"""So many times of each part are kept."""
+_NAME: Final = 32
+_PART: Final = struct.Struct(f"=Q{_KEPT}d{_NAME}s")
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """How often a part has died: since the plugin's start, and recently; and how many seconds ago for the last time.
+
+    `name` tells which one of several it was.
+    """
+
+    part: str
+    count: int
+    recent: int
+    ago: float
+    name: str = ""
+
+
+class Deaths:
+    """Made before the workers are forked. `clock` must be one clock for all processes, as CLOCK_MONOTONIC is."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._memory = mmap.mmap(-1, _PART.size * len(PARTS))
+
+    def note(self, part: str, name: str = "") -> None:
+        """It has just died."""
+        offset = PARTS.index(part) * _PART.size
+        with self._lock:
+            count, *rest = _PART.unpack_from(self._memory, offset)
+            times = rest[:-1]
+            times[count % _KEPT] = self._clock()
+            encoded = name.encode()[:_NAME]
+            _PART.pack_into(self._memory, offset, count + 1, *times, encoded)
+
+    def all(self) -> list[Died]:
+        """Of those parts that have died."""
+        now = self._clock()
+        found = []
+        for number, part in enumerate(PARTS):
+            count, *rest = _PART.unpack_from(self._memory, number * _PART.size)
+            if not count:
+                continue
+            times = rest[: min(count, _KEPT)]
+            recent = sum(now - each <= RECENT for each in times)
+            name = rest[-1].rstrip(b"\0").decode(errors="replace")
+            found.append(Died(part, count, recent, max(0.0, now - max(times)), name))
+        return found
+
+    def watch_threads(self) -> None:
+        """From now on note which threads of this process end by an exception; it is said as before, too."""
+        before = threading.excepthook
+
+        def note(arguments: Any) -> None:
+            thread = arguments.thread
+            self.note(THREAD, thread.name if thread is not None else "")
+            before(arguments)
+
+        threading.excepthook = note

@@ -1,0 +1,77 @@
+"""What dies is remembered by those who outlive it, and said."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from plugin.deaths import RECENT, ROUTER, THREAD, WORKER, Deaths, Died
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_nothing_has_died() -> None:
+    """A plugin of which nothing has died has nothing to say."""
+    assert Deaths().all() == []
+
+
+def test_what_another_process_noted() -> None:
+    """What the master notes is known to workers that were forked before and after, and the other way round."""
+    deaths = Deaths()
+    deaths.note(WORKER)
+    child = os.fork()
+    if child == 0:
+        deaths.note(ROUTER)
+        os._exit(0 if deaths.all()[0].count == 1 else 1)
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+    assert [(each.part, each.count) for each in deaths.all()] == [(WORKER, 1), (ROUTER, 1)]
+
+
+def test_count_and_age() -> None:
+    """All deaths are counted, those of the last ten minutes besides, and the age is the last one's."""
+    clock = Clock()
+    deaths = Deaths(clock)
+    for _ in range(3):
+        deaths.note(WORKER)
+    clock.now += RECENT + 1
+    for _ in range(2):
+        deaths.note(WORKER)
+    clock.now += 5
+    assert deaths.all() == [Died(WORKER, 5, 2, 5.0)]
+
+
+def test_many() -> None:
+    """However often something dies, the last times are kept."""
+    clock = Clock()
+    deaths = Deaths(clock)
+    for _ in range(500):
+        clock.now += 3
+        deaths.note(ROUTER)
+    (found,) = deaths.all()
+    assert (found.count, found.ago) == (500, 0.0)
+    assert found.recent >= 60
+
+
+def test_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that ends by an exception is noted by its name; what said so before says so still."""
+    said: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    deaths = Deaths()
+    deaths.watch_threads()
+
+    def fail() -> None:
+        raise RuntimeError
+
+    thread = threading.Thread(target=fail, name="sync")
+    thread.start()
+    thread.join()
+    assert [(each.part, each.name) for each in deaths.all()] == [(THREAD, "sync")]
+    assert len(said) == 1
