@@ -10,7 +10,7 @@ from typing import Final
 from bench.place import run
 
 SOURCES: Final = Path(__file__).with_name("tools")
-NAMES: Final = ("pingpong", "stream", "ring", "memload")
+NAMES: Final = ("pingpong", "stream", "ring", "memload", "processes")
 CFLAGS: Final = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wshadow", "-Werror")
 
 

@@ -173,6 +173,15 @@ def _wrk(clients: int, file: str, *headers: str) -> Callable[[Call], Seen]:
     return call
 
 
+def _new_process(kind: str, about: str) -> Measure:
+    def call(it: Call) -> Seen:
+        made = parse.moved(it.tool("processes", kind, *it.at(), str(it.seconds)))
+        return Seen(made.seconds / made.count * MICRO, made.count, made.cpu_us)
+
+    case = Case(f"{kind}_us", "us", False, f"{about}, in a program with one connection")
+    return Measure(case, PINGPONG, call, "process", SOCKETS, upgraded=False)
+
+
 @dataclass(slots=True)
 class _Pgbench:
     """pgbench counts transactions or whole seconds: the last rate says how many fit in the time."""
@@ -336,6 +345,9 @@ def _plain() -> list[Measure]:
             upgraded=False,
             calibrate=True,
         ),
+        _new_process("fork", "fork() and the child's end"),
+        _new_process("exec", "fork() and exec() of a program without the library"),
+        _new_process("start", "posix_spawn() of a program, with the library where there is one"),
     ]
 
 

@@ -22,7 +22,7 @@ class RoundTrips:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What `stream` and `memload` did: bytes or requests, in what time, with how much CPU time of their own."""
+    """What `stream`, `memload` and `processes` did: bytes, requests or processes, in what time, with how much CPU time of their own."""
 
     count: int
     seconds: float
@@ -77,7 +77,7 @@ def pingpong(text: str) -> RoundTrips:
 
 
 def moved(text: str) -> Moved:
-    """The output of `stream` or `memload`."""
+    """The output of `stream`, `memload` or `processes`."""
     try:
         found = json.loads(text)
         count = found["bytes"] if "bytes" in found else found["count"]

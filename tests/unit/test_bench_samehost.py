@@ -28,6 +28,7 @@ WANTED = (
     *("stream_4k", "stream_16k", "stream_128k", "iperf3", "redis_p1_c1", "redis_p1_c50"),
     *("redis_p16_c50", "memcached_c50", "nginx_keepalive", "nginx_keepalive_100k"),
     *("pgbench_select_c1", "pgbench_select_c8", "connect_request_close", "pgbench_reconnect"),
+    *("fork_us", "exec_us", "start_us"),
     *("busy_redis", "cores2_memcached", "cores1_pingpong_64b_epoll"),
     *("idle_cpu", "idle_shared_memory", "stream_1", "tcp_rr_one_core"),
 )
@@ -112,9 +113,10 @@ def test_all_wanted_cases_are_in_the_suite() -> None:
 
 
 def test_short_connections_need_not_be_upgraded() -> None:
-    """The cases of short connections don't expect an upgrade, all others do."""
+    """The cases of short connections and of new processes don't expect an upgrade, all others do."""
     short = {one.case.name for one in measures() if not one.upgraded}
-    assert short == {"connect_request_close", "pgbench_reconnect"}
+    processes = {"fork_us", "exec_us", "start_us"}
+    assert short == {"connect_request_close", "pgbench_reconnect", *processes}
 
 
 def test_row_tells_ratios_to_plain_and_overlay() -> None:

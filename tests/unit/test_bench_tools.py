@@ -200,3 +200,13 @@ def test_nobody_there_is_an_error(tools: Path, tmp_path: Path) -> None:
         done = run(tool, *program[1:], "call", -1, tmp_path / "nobody", 0, 64, 0.1)
         assert done.returncode != 0
         assert "connect" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["fork", "exec", "start"])
+def test_processes_are_counted(tools: Path, kind: str) -> None:
+    """What a new process costs is told per process, with the CPU time of parent and children."""
+    with serving(tools / "pingpong", "stream") as where:
+        made = parse.moved(run(tools / "processes", kind, *where, 0.2).stdout)
+    assert made.count > 0
+    assert made.seconds >= 0.2
+    assert made.cpu_us > 0
