@@ -2,6 +2,7 @@
 #include "calls.h"
 
 #include "arena.h"
+#include "inherit.h"
 #include "poller.h"
 #include "protocol.h"
 #include "ready.h"
@@ -48,13 +49,24 @@ CALL int close(int fd)
         return real()->close(fd);
 }
 
+/* A descriptor is about to be duplicated. */
+static void doubling(int old)
+{
+        uint64_t key;
+        struct end *end = end_of(old, &key);
+
+        if (end && !call_is_ours())
+                inherit(old, end, key);
+}
+
 static int alias(int old, int new)
 {
         int saved = *__errno_location();
         uint64_t key;
         struct end *end;
 
-        if (new < 0 || !process.on || !call_is_ours())
+        if (new < 0 || !process.on || (unsigned)old >= DESCRIPTORS ||
+            !atomic_load_explicit(&process.fds[old], memory_order_relaxed) || !call_is_ours())
                 return new;
         end = end_of(old, &key);
         if (end) {
@@ -71,6 +83,7 @@ static int alias(int old, int new)
 
 CALL int dup(int fd)
 {
+        doubling(fd);
         return alias(fd, real()->dup(fd));
 }
 
@@ -85,6 +98,7 @@ CALL int dup3(int old, int new, int flags)
         /* Only what succeeds closes the other one. */
         if (old != new && (end_of(old, &key) || sys_2(SYS_fcntl, old, F_GETFD) >= 0))
                 going(new);
+        doubling(old);
         return alias(old, real()->dup3(old, new, flags));
 }
 
@@ -95,6 +109,7 @@ CALL int dup2(int old, int new)
                                               : real()->dup2(old, new);
         if (sys_2(SYS_fcntl, old, F_GETFD) >= 0)
                 going(new);
+        doubling(old);
         return alias(old, real()->dup2(old, new));
 }
 
@@ -102,7 +117,11 @@ static int control(int fd, int command, long argument)
 {
         uint64_t key;
         struct end *end = end_of(fd, &key);
-        int outcome =
+        int outcome;
+
+        if (end && (command == F_DUPFD || command == F_DUPFD_CLOEXEC))
+                doubling(fd);
+        outcome =
             real()->fcntl64 ? real()->fcntl64(fd, command, argument) : real()->fcntl(fd, command, argument);
 
         if (outcome < 0)

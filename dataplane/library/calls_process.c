@@ -1,122 +1,190 @@
-/* Another program takes over: what it inherits of our connections has to be plain TCP. */
+/* Processes are made, and end. */
 #include "calls.h"
 
-#include "protocol.h"
+#include "inherit.h"
+#include "poller.h"
+#include "settings.h"
 #include "sys.h"
 #include "upgrade.h"
 
-#include <fcntl.h>
-#include <spawn.h>
+#include <errno.h>
+#include <sched.h>
+#include <stdarg.h>
 
-/* Descriptors that stay open over exec. */
-static void leave_inherited(void)
+/* --- the end --- */
+
+static void each_end_before_exit(void (*leave)(int fd, struct end *end, uint64_t key))
 {
-        uint32_t high = process.on ? atomic_load(&process.high) : 0;
-        int saved = *__errno_location();
-
-        for (int pass = 0; pass < 2; pass++)
-                for (uint32_t fd = 0; fd < high; fd++) {
-                        uint64_t key;
-                        struct end *end = end_of((int)fd, &key);
-                        bool attached = end && atomic_load(&end->stage) == STAGE_ATTACHED;
-                        long flags = attached ? sys_2(SYS_fcntl, fd, F_GETFD) : -1;
-
-                        if (flags < 0 || flags & FD_CLOEXEC)
-                                continue;
-                        /* Peers on other hosts take a while: all of them at the same time. */
-                        if (pass == 0)
-                                upgrade_announce(end);
-                        else
-                                upgrade_hand_over((int)fd, end, key, REASON_PASSED);
-                }
-        *__errno_location() = saved;
-}
-
-/* As close() of all descriptors. */
-static void leave_the_world(void)
-{
-        uint32_t high = process.on && call_is_ours() ? atomic_load(&process.high) : 0;
+        uint32_t high = process.on && !process.gone && call_is_ours() ? atomic_load(&process.high) : 0;
 
         for (uint32_t fd = 0; fd < high; fd++) {
                 uint64_t key;
                 struct end *end = end_of((int)fd, &key);
 
                 if (end)
-                        upgrade_close((int)fd, end, key);
+                        leave((int)fd, end, key);
         }
+        if (high)
+                family_exit();
 }
 
+/* Other libraries may have something to say after us, when their destructors run. */
 __attribute__((destructor)) static void leaving(void)
 {
-        leave_the_world();
+        each_end_before_exit(upgrade_last_words);
+        settings.enabled = 0;
 }
 
+/* As close() of all descriptors. */
 CALL __attribute__((noreturn)) void _exit(int status)
 {
-        leave_the_world();
+        each_end_before_exit(upgrade_close);
         real()->_exit(status);
         __builtin_unreachable();
 }
 
 ALSO(_exit) __attribute__((noreturn)) void _Exit(int);
 
-CALL int execve(const char *path, char *const *arguments, char *const *variables)
+/* --- children with memory of their own --- */
+
+/* The C library calls our handler first, and doesn't tell it when there is no child after all. */
+CALL pid_t fork(void)
 {
-        leave_inherited();
-        return real()->execve(path, arguments, variables);
+        pid_t child = real()->fork();
+
+        if (child < 0)
+                family_fork_done(false);
+        return child;
 }
 
-CALL int execv(const char *path, char *const *arguments)
+CALL pid_t __fork(void)
 {
-        leave_inherited();
-        return real()->execv(path, arguments);
+        return fork();
 }
 
-CALL int execvp(const char *file, char *const *arguments)
+/* The one without handlers. */
+CALL pid_t _Fork(void)
 {
-        leave_inherited();
-        return real()->execvp(file, arguments);
+        pid_t child;
+
+        if (!real()->_Fork)
+                return (pid_t)result(-ENOSYS);
+        family_fork();
+        child = real()->_Fork();
+        if (child)
+                family_fork_done(child > 0);
+        return child;
 }
 
-CALL int execvpe(const char *file, char *const *arguments, char *const *variables)
+CALL int clone(int (*function)(void *), void *stack, int flags, void *argument, ...)
 {
-        leave_inherited();
-        return real()->execvpe(file, arguments, variables);
+        int (*next)(int (*)(void *), void *, int, void *, ...) = real_named("clone");
+        va_list list;
+        pid_t *parent, *child;
+        void *storage;
+        int made;
+
+        va_start(list, argument);
+        parent = va_arg(list, pid_t *);
+        storage = va_arg(list, void *);
+        child = va_arg(list, pid_t *);
+        va_end(list);
+        if (flags & CLONE_THREAD)
+                return next(function, stack, flags, argument, parent, storage, child);
+        if (flags & CLONE_VM)
+                guest_comes();
+        else
+                family_fork();
+        made = next(function, stack, flags, argument, parent, storage, child);
+        if (flags & CLONE_VM)
+                guest_left();
+        else
+                family_fork_done(made >= 0);
+        return made;
 }
 
-CALL int fexecve(int fd, char *const *arguments, char *const *variables)
+/* --- children in this memory --- */
+
+__attribute__((used)) void *vfork_begins(void);
+__attribute__((used)) long vfork_returned(long child);
+
+/* Before 2.25 glibc keeps the process ID, which its own vfork() takes care of: that one then. */
+static bool is_old(const char *version)
 {
-        leave_inherited();
-        return real()->fexecve(fd, arguments, variables);
+        int minor = 0;
+
+        for (version += 2; *version >= '0' && *version <= '9'; version++)
+                minor = minor * 10 + (*version - '0');
+        return minor < 25;
 }
 
-CALL int execveat(int directory, const char *path, char *const *arguments, char *const *variables, int flags)
+void *vfork_begins(void)
 {
-        leave_inherited();
-        return real()->execveat(directory, path, arguments, variables, flags);
+        if (real()->gnu_get_libc_version && is_old(real()->gnu_get_libc_version()))
+                return real_named("vfork");
+        guest_comes();
+        return NULL;
 }
 
-CALL int posix_spawn(pid_t *pid, const char *path, const posix_spawn_file_actions_t *actions,
-                     const posix_spawnattr_t *attributes, char *const *arguments, char *const *variables)
+/* In the parent, when the child has become another program or has gone. */
+long vfork_returned(long child)
 {
-        leave_inherited();
-        return real()->posix_spawn(pid, path, actions, attributes, arguments, variables);
+        guest_left();
+        return result(child);
 }
 
-CALL int posix_spawnp(pid_t *pid, const char *file, const posix_spawn_file_actions_t *actions,
-                      const posix_spawnattr_t *attributes, char *const *arguments, char *const *variables)
-{
-        leave_inherited();
-        return real()->posix_spawnp(pid, file, actions, attributes, arguments, variables);
-}
-
-/* The child will have the connection under a number that stays open. */
-CALL int posix_spawn_file_actions_adddup2(posix_spawn_file_actions_t *actions, int old, int new)
-{
-        uint64_t key;
-        struct end *end = end_of(old, &key);
-
-        if (end)
-                upgrade_hand_over(old, end, key, REASON_PASSED);
-        return real()->posix_spawn_file_actions_adddup2(actions, old, new);
-}
+/* The child returns from here first, and goes on on the same stack: so where to return to is in a register
+ * meanwhile, which the kernel keeps for the parent. */
+#if defined(__x86_64__)
+__asm__(".text\n"
+        ".globl vfork, __vfork\n"
+        ".type vfork, @function\n"
+        ".type __vfork, @function\n"
+        "vfork:\n"
+        "__vfork:\n"
+        "    sub $8, %rsp\n"
+        "    call vfork_begins\n"
+        "    add $8, %rsp\n"
+        "    test %rax, %rax\n"
+        "    jz 1f\n"
+        "    jmp *%rax\n"
+        "1:  pop %rdi\n"
+        "    mov $58, %eax\n" /* SYS_vfork */
+        "    syscall\n"
+        "    push %rdi\n"
+        "    test %rax, %rax\n"
+        "    jz 2f\n"
+        "    mov %rax, %rdi\n"
+        "    sub $8, %rsp\n"
+        "    call vfork_returned\n"
+        "    add $8, %rsp\n"
+        "2:  ret\n"
+        ".size vfork, . - vfork\n"
+        ".size __vfork, . - vfork\n");
+#elif defined(__aarch64__)
+__asm__(".text\n"
+        ".globl vfork, __vfork\n"
+        ".type vfork, %function\n"
+        ".type __vfork, %function\n"
+        "vfork:\n"
+        "__vfork:\n"
+        "    stp x29, x30, [sp, #-16]!\n"
+        "    bl vfork_begins\n"
+        "    ldp x29, x30, [sp], #16\n"
+        "    cbz x0, 1f\n"
+        "    br x0\n"
+        "1:  mov x0, #0x4111\n" /* CLONE_VFORK, CLONE_VM, SIGCHLD */
+        "    mov x1, #0\n"
+        "    mov x2, #0\n"
+        "    mov x3, #0\n"
+        "    mov x4, #0\n"
+        "    mov x8, #220\n" /* SYS_clone */
+        "    svc #0\n"
+        "    cbz x0, 2f\n"
+        "    stp x29, x30, [sp, #-16]!\n"
+        "    bl vfork_returned\n"
+        "    ldp x29, x30, [sp], #16\n"
+        "2:  ret\n"
+        ".size vfork, . - vfork\n"
+        ".size __vfork, . - vfork\n");
+#endif

@@ -15,8 +15,20 @@ struct family *family;
 struct process process;
 __thread uint32_t thread_id __attribute__((tls_model("initial-exec")));
 
-/* A child that was announced by fork's prepare handler and hasn't spoken yet. */
-#define CHILD_TO_BE (-1)
+enum {
+        NOBODY = 0,
+        CHILD_TO_BE = -1, /* announced by a parent, hasn't spoken yet */
+        FOR_EVER = -2,    /* lives in a namespace of its own: its ID means nothing here */
+        NO_NUMBER = -1,
+};
+
+/* Of an end's `holders`: somebody makes it, or takes it apart. */
+#define FREEING UINT32_MAX
+
+/* What the parent has given the child that it is about to make: 1 + its number, 0: NO_NUMBER. The child's
+ * copy says that it has been counted. */
+static __thread int32_t promised __attribute__((tls_model("initial-exec")));
+static __thread bool announced __attribute__((tls_model("initial-exec")));
 
 uint32_t thread_find_id(void)
 {
@@ -24,29 +36,52 @@ uint32_t thread_find_id(void)
         return thread_id;
 }
 
-static bool add_holder(struct end *end, int32_t pid)
+static _Atomic uint64_t *word_of(struct end *end, int32_t member)
 {
-        for (int i = 0; i < HOLDERS; i++) {
-                int32_t nobody = 0;
+        return &end->members[member / 64];
+}
 
-                if (atomic_compare_exchange_strong(&end->holders[i], &nobody, pid))
-                        return true;
-        }
+static uint64_t bit_of(int32_t member)
+{
+        return UINT64_C(1) << (member % 64);
+}
+
+static void hold(struct end *end, int32_t member)
+{
+        if (member >= 0 && atomic_fetch_or(word_of(end, member), bit_of(member)) & bit_of(member))
+                return;
+        atomic_fetch_add(&end->holders, 1);
+}
+
+/* One holder less; `last`: what is left when it was the last one. Returns whether it was. */
+static bool let_loose(struct end *end, int32_t member, uint32_t last)
+{
+        uint32_t holders = atomic_load(&end->holders);
+
+        if (member >= 0 && !(atomic_fetch_and(word_of(end, member), ~bit_of(member)) & bit_of(member)))
+                return false;
+        while (holders && holders != FREEING)
+                if (atomic_compare_exchange_weak(&end->holders, &holders, holders == 1 ? last : holders - 1))
+                        return holders == 1;
         return false;
 }
 
-/* Returns whether nobody holds it any more. */
-static bool remove_holder(struct end *end, int32_t pid)
+/* A number for one more process; NO_NUMBER. */
+static int32_t take_number(int32_t pid)
 {
-        bool last = true;
+        for (int32_t member = 0; member < MEMBERS; member++) {
+                int32_t nobody = NOBODY;
 
-        for (int i = 0; i < HOLDERS; i++) {
-                int32_t expected = pid;
-
-                if (!atomic_compare_exchange_strong(&end->holders[i], &expected, 0) && expected != 0)
-                        last = false;
+                if (atomic_load_explicit(&family->members[member], memory_order_relaxed) == NOBODY &&
+                    atomic_compare_exchange_strong(&family->members[member], &nobody, pid))
+                        return member;
         }
-        return last;
+        return NO_NUMBER;
+}
+
+static int32_t own_mark(void)
+{
+        return process.renamed ? FOR_EVER : atomic_load(&process.pid);
 }
 
 int end_next_descriptor(const struct end *end, int after)
@@ -66,18 +101,9 @@ int end_next_descriptor(const struct end *end, int after)
         return -1;
 }
 
-uint32_t end_holders(const struct end *end)
-{
-        uint32_t count = 0;
-
-        for (int i = 0; i < HOLDERS; i++)
-                count += atomic_load_explicit(&end->holders[i], memory_order_relaxed) != 0;
-        return count;
-}
-
 bool end_held_elsewhere(const struct end *end)
 {
-        return end_holders(end) > 1;
+        return atomic_load_explicit(&end->holders, memory_order_relaxed) > 1;
 }
 
 static bool is_first_alias(uint32_t fd, uint64_t key)
@@ -90,25 +116,48 @@ static bool is_first_alias(uint32_t fd, uint64_t key)
         return true;
 }
 
-/* fork is about to happen: what this process holds, the child will hold too. With all places taken, nobody
- * knows any more when the last one lets go: the end is never freed, which costs one of ENDS.
- */
-static void before_fork(void)
+/* The ends that this process holds, each once. */
+static void each_end(void (*visit)(struct end *end, int32_t member), int32_t member)
 {
         uint32_t high = atomic_load(&process.high);
 
-        if (!process.on)
-                return;
         for (uint32_t i = 0; i < high; i++) {
                 uint64_t key = atomic_load_explicit(&process.fds[i], memory_order_relaxed);
+                struct end *end = &family->ends[(uint32_t)key - 1];
 
-                if (fd_is_end(key) && is_first_alias(i, key))
-                        add_holder(&family->ends[(uint32_t)key - 1], CHILD_TO_BE);
+                if (fd_is_end(key) && end_is(end, key) && is_first_alias(i, key))
+                        visit(end, member);
         }
+}
+
+static void let_loose_kept(struct end *end, int32_t member)
+{
+        let_loose(end, member, 0);
+}
+
+/* What this process holds, the child will hold too: so it is counted before it can close anything. */
+void family_fork(void)
+{
+        if (!process.on || announced)
+                return;
+        promised = take_number(CHILD_TO_BE) + 1;
+        announced = true;
+        each_end(hold, promised - 1);
 }
 
 static void in_parent(void)
 {
+        announced = false;
+}
+
+void family_fork_done(bool made)
+{
+        announced = false;
+        if (made || !process.on)
+                return;
+        each_end(let_loose_kept, promised - 1);
+        if (promised)
+                atomic_store(&family->members[promised - 1], NOBODY);
 }
 
 static void in_child(void)
@@ -126,29 +175,59 @@ void family_forked(void)
         if (atomic_exchange(process.alive, 1))
                 return;
         thread_id = 0;
+        process.renamed = process.renamed || pid == 1;
         atomic_store(&process.pid, pid);
+        process.member = announced ? promised - 1 : take_number(own_mark());
+        if (announced && process.member >= 0)
+                atomic_store(&family->members[process.member], own_mark());
         for (uint32_t i = 0; i < high; i++) {
                 uint64_t key = atomic_load_explicit(&process.fds[i], memory_order_relaxed);
 
-                if (!fd_is_end(key))
-                        continue;
-                struct end *end = &family->ends[(uint32_t)key - 1];
-
-                if (!end_is(end, key)) {
+                if (fd_is_end(key) && !end_is(&family->ends[(uint32_t)key - 1], key))
                         atomic_store(&process.fds[i], 0);
-                        continue;
-                }
-                for (int h = 0; h < HOLDERS; h++) {
-                        int32_t announced = CHILD_TO_BE;
-
-                        if (atomic_load(&end->holders[h]) == pid ||
-                            atomic_compare_exchange_strong(&end->holders[h], &announced, pid))
-                                break;
-                }
         }
+        if (!announced)
+                each_end(hold, process.member);
+        announced = false;
         arena_forked();
         poller_forked();
         router_forked();
+}
+
+static void let_loose_shared(struct end *end, int32_t member)
+{
+        if (member >= 0 && end_held_elsewhere(end))
+                let_loose(end, member, 0);
+}
+
+/* What the new program has of a connection is no part of the family. What only this process holds ends with
+ * it, and the kernel says so. */
+void family_exec(void)
+{
+        if (process.on)
+                each_end(let_loose_shared, process.member);
+}
+
+static void hold_again(struct end *end, int32_t member)
+{
+        if (member >= 0)
+                hold(end, member);
+}
+
+void family_unexec(void)
+{
+        if (process.on)
+                each_end(hold_again, process.member);
+}
+
+void family_exit(void)
+{
+        if (process.gone)
+                return;
+        process.gone = true;
+        each_end(let_loose_kept, process.member);
+        if (process.member >= 0)
+                atomic_store(&family->members[process.member], NOBODY);
 }
 
 void family_start(void)
@@ -169,21 +248,30 @@ void family_start(void)
         sys_3(SYS_madvise, family, sizeof *family, MADV_DONTDUMP);
         atomic_store(process.alive, 1);
         atomic_store(&process.pid, (int32_t)sys_0(SYS_getpid));
+        process.member = take_number(atomic_load(&process.pid));
         if (functions->__register_atfork)
-                functions->__register_atfork(before_fork, in_parent, in_child, NULL);
+                functions->__register_atfork(family_fork, in_parent, in_child, NULL);
         else if (functions->pthread_atfork)
-                functions->pthread_atfork(before_fork, in_parent, in_child);
+                functions->pthread_atfork(family_fork, in_parent, in_child);
         process.on = true;
 }
 
-static void forget_holder_that_died(struct end *end)
+static bool is_dead(int32_t member)
 {
-        for (int i = 0; i < HOLDERS; i++) {
-                int32_t pid = atomic_load(&end->holders[i]);
+        int32_t pid = atomic_load(&family->members[member]);
 
-                if (pid > 0 && sys_2(SYS_kill, pid, 0) == -ESRCH)
-                        atomic_compare_exchange_strong(&end->holders[i], &pid, 0);
-        }
+        return pid > 0 && sys_2(SYS_kill, pid, 0) == -ESRCH;
+}
+
+void end_forget_dead(struct end *end)
+{
+        for (int word = 0; word < MEMBER_WORDS; word++)
+                for (uint64_t left = atomic_load(&end->members[word]); left; left &= left - 1) {
+                        int32_t member = word * 64 + __builtin_ctzll(left);
+
+                        if (member != process.member && is_dead(member))
+                                let_loose(end, member, 0);
+                }
 }
 
 void fd_set_word(int fd, uint64_t word)
@@ -198,7 +286,8 @@ void fd_set_word(int fd, uint64_t word)
         atomic_store_explicit(&process.fds[fd], word, memory_order_release);
 }
 
-/* A free end, made ours: its generation is odd afterwards. */
+/* A free end, or one that was left by processes that ended without closing, made ours: its generation is odd
+ * afterwards. */
 static struct end *take_end(uint32_t *generation)
 {
         /* The one freed last is still in the cache. */
@@ -206,23 +295,21 @@ static struct end *take_end(uint32_t *generation)
 
         for (uint32_t i = 0; i < ENDS; i++) {
                 struct end *end = &family->ends[(start + i) % ENDS];
-                uint32_t seen = atomic_load_explicit(&end->generation, memory_order_relaxed);
+                uint32_t seen = atomic_load_explicit(&end->generation, memory_order_acquire), nobody = 0;
 
-                if (seen & 1) {
-                        /* Left by processes that ended without closing. */
-                        if (i >= 64)
-                                forget_holder_that_died(end);
-                        if (i >= 64 && !end_holders(end)) {
-                                arena_release(end);
-                                atomic_compare_exchange_strong(&end->generation, &seen, seen + 1);
-                        }
+                if (seen & 1 && i >= 64)
+                        end_forget_dead(end);
+                if (!atomic_compare_exchange_strong(&end->holders, &nobody, FREEING))
                         continue;
-                }
-                if (atomic_compare_exchange_strong(&end->generation, &seen, seen + 1)) {
+                if (seen & 1)
+                        arena_release(end);
+                *generation = seen + 1 + (seen & 1);
+                if (atomic_compare_exchange_strong(&end->generation, &seen, *generation)) {
                         atomic_store_explicit(&family->next_end, end_number(end) + 1, memory_order_relaxed);
-                        *generation = seen + 1;
                         return end;
                 }
+                /* It was taken and freed meanwhile. */
+                atomic_store(&end->holders, 0);
         }
         return NULL;
 }
@@ -260,9 +347,12 @@ struct end *end_make(int fd, bool nonblocking)
         if (!end)
                 return NULL;
         atomic_store(&end->stage, STAGE_CLOSED);
-        for (int i = 0; i < HOLDERS; i++)
-                atomic_store_explicit(&end->holders[i], 0, memory_order_relaxed);
-        atomic_store_explicit(&end->holders[0], atomic_load(&process.pid), memory_order_relaxed);
+        for (int i = 0; i < MEMBER_WORDS; i++)
+                atomic_store_explicit(&end->members[i], 0, memory_order_relaxed);
+        if (process.member >= 0)
+                atomic_store_explicit(word_of(end, process.member), bit_of(process.member),
+                                      memory_order_relaxed);
+        atomic_store_explicit(&end->holders, 1, memory_order_relaxed);
         atomic_store_explicit(&end->operations, 0, memory_order_relaxed);
         atomic_store_explicit(&end->reason, 0, memory_order_relaxed);
         atomic_store_explicit(&end->nonblocking, nonblocking, memory_order_relaxed);
@@ -323,6 +413,7 @@ static void end_free(struct end *end)
         close_stage(end);
         arena_release(end);
         atomic_fetch_add(&end->generation, 1);
+        atomic_store_explicit(&end->holders, 0, memory_order_release);
         atomic_store_explicit(&family->next_end, end_number(end), memory_order_relaxed);
         lock_release(&end->tx.lock, tx);
         lock_release(&end->rx.lock, rx);
@@ -330,8 +421,8 @@ static void end_free(struct end *end)
 
 static void let_go(struct end *end)
 {
-        if (atomic_fetch_sub(&process.local[end_number(end)], 1) == 1 &&
-            remove_holder(end, atomic_load(&process.pid)))
+        if (atomic_fetch_sub(&process.local[end_number(end)], 1) == 1 && !process.gone &&
+            let_loose(end, process.member, FREEING))
                 end_free(end);
 }
 

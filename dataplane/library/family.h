@@ -8,8 +8,13 @@
  * Descriptors, mappings and epoll instances are a process's own: `struct process`.
  *
  * Life of an end: made by socket() or accept(); found through `process.fds`, which holds its number and
- * generation; held by up to HOLDERS processes; freed by the last one's last close, under both locks, with a
- * new generation. Whoever waited in between looks at the generation again before he touches anything.
+ * generation; held by any number of processes, which `holders` counts; freed by the last one's last close,
+ * under both locks, with a new generation. Whoever waited in between looks at the generation again before he
+ * touches anything.
+ *
+ * A process that is killed doesn't say that it holds an end no more. So each process has a number in the
+ * family, and an end has a bit for each number: what a dead process held is taken from it. Processes beyond
+ * MEMBERS have no number, and are counted alone: if one of those is killed, its ends are never freed.
  */
 #ifndef FREEFLOW_FAMILY_H
 #define FREEFLOW_FAMILY_H
@@ -22,8 +27,9 @@
 #include <sys/types.h>
 
 enum {
-        ENDS = 65536,          /* connections of one family; more stay on TCP */
-        HOLDERS = 4,           /* processes that hold one end; more: it is never freed, and never upgraded */
+        ENDS = 65536,  /* connections of one family; more stay on TCP */
+        MEMBERS = 256, /* processes of one family that have a number */
+        MEMBER_WORDS = MEMBERS / 64,
         ARENAS = 16384,        /* process pairs of one family */
         DESCRIPTORS = 1 << 20, /* descriptors above are not looked at */
 };
@@ -70,7 +76,7 @@ enum stage {
 struct end {
         _Atomic uint32_t generation; /* odd: in use */
         _Atomic uint32_t stage;
-        _Atomic int32_t holders[HOLDERS];
+        _Atomic uint32_t holders; /* processes that have descriptors of it */
         _Atomic uint32_t operations;
         _Atomic uint32_t reason; /* of the last thing that stood in the way */
         _Atomic uint32_t nonblocking;
@@ -85,6 +91,7 @@ struct end {
         _Atomic uint32_t arena; /* index into family.arenas */
         _Atomic uint16_t side;
         _Atomic uint16_t slot;
+        _Atomic uint64_t members[MEMBER_WORDS]; /* those of the holders that have a number */
         _Alignas(64) struct flow rx;
         _Alignas(64) struct flow tx;
 };
@@ -103,7 +110,8 @@ struct family {
         struct lock arenas_lock; /* an arena with no connection goes, and none gets its first one meanwhile */
         _Atomic uint32_t next_end;
         _Atomic uint32_t next_arena;
-        _Atomic uint64_t touched; /* bytes of bulk areas in use by our senders */
+        _Atomic uint64_t touched;         /* bytes of bulk areas in use by our senders */
+        _Atomic int32_t members[MEMBERS]; /* process IDs, 0: the number is free */
         struct arena_record arenas[ARENAS];
         struct end ends[ENDS];
 };
@@ -118,6 +126,9 @@ struct process {
         _Atomic uint32_t *alive; /* a page that is empty in a child: how we learn of a fork */
         _Atomic uint32_t high;   /* descriptors tracked were all below */
         _Atomic int32_t pid;
+        int32_t member;       /* its number in the family, negative: none */
+        bool gone;            /* it ends, and is counted no more */
+        bool renamed;         /* its ID is of another namespace than the family's */
         _Atomic bool touched; /* bulk areas may have something to give back */
         bool on;
         bool loopback; /* loopback connections too, for tests */
@@ -150,6 +161,14 @@ static inline uint32_t self(void)
 
 void family_start(void);
 void family_forked(void);
+/* A child that will have copies of all descriptors is about to be made. Afterwards, in the parent: was it? */
+void family_fork(void);
+void family_fork_done(bool made);
+/* The process is about to become another program, which holds nothing; and it didn't. */
+void family_exec(void);
+void family_unexec(void);
+/* The process ends: others may be the last ones now. */
+void family_exit(void);
 
 /* The end behind a descriptor and its generation, or NULL. */
 static inline struct end *end_of(int fd, uint64_t *key)
@@ -185,7 +204,8 @@ void end_forget(int fd);
 void end_leave(int fd, struct end *end, uint64_t key, uint32_t reason);
 /* The descriptors of an end in this process, one after the other, from -1 on; -1: no more. */
 int end_next_descriptor(const struct end *end, int after);
-uint32_t end_holders(const struct end *end);
 bool end_held_elsewhere(const struct end *end);
+/* Ask the kernel whether those who seem to hold it are alive. */
+void end_forget_dead(struct end *end);
 
 #endif

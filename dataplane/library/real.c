@@ -19,3 +19,8 @@ void real_find(void)
         REAL_FUNCTIONS(FIND)
 #undef FIND
 }
+
+void *real_named(const char *name)
+{
+        return dlsym ? dlsym(NEXT, name) : NULL;
+}

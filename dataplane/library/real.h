@@ -76,13 +76,17 @@
         F(int, posix_spawnp,                                                                                 \
           (pid_t *, const char *, const posix_spawn_file_actions_t *, const posix_spawnattr_t *,             \
            char *const *, char *const *))                                                                    \
-        F(int, posix_spawn_file_actions_adddup2, (posix_spawn_file_actions_t *, int, int))
+        F(int, posix_spawn_file_actions_adddup2, (posix_spawn_file_actions_t *, int, int))                   \
+        F(int, posix_spawn_file_actions_destroy, (posix_spawn_file_actions_t *))                             \
+        F(pid_t, fork, (void))                                                                               \
+        F(pid_t, _Fork, (void))
 
 /* What we only use. */
 #define USED_FUNCTIONS(F)                                                                                    \
         F(int, clock_gettime, (clockid_t, struct timespec *))                                                \
         F(int, sched_getcpu, (void))                                                                         \
         F(void, pthread_testcancel, (void))                                                                  \
+        F(const char *, gnu_get_libc_version, (void))                                                        \
         F(int, raise, (int))                                                                                 \
         F(int, __register_atfork, (void (*)(void), void (*)(void), void (*)(void), void *))                  \
         F(int, pthread_atfork, (void (*)(void), void (*)(void), void (*)(void)))
@@ -97,6 +101,8 @@ struct real {
 
 extern struct real real_functions;
 void real_find(void);
+/* One that isn't called often enough to be looked for at the start; NULL. */
+void *real_named(const char *name);
 
 /* Other libraries' constructors may call us before ours ran. */
 static inline struct real *real(void)

@@ -1,7 +1,9 @@
 #include "upgrade.h"
 
 #include "arena.h"
+#include "calls.h"
 #include "clock.h"
+#include "inherit.h"
 #include "poller.h"
 #include "protocol.h"
 #include "pump.h"
@@ -379,20 +381,65 @@ static bool take_rest(struct end *end, struct pump *pump)
         return true;
 }
 
-/* All descriptors of the end become the program's end of the pump. */
-static void replace_descriptors(struct end *end, uint64_t key, struct pump *pump)
+bool upgrade_is_behind(int fd, const struct end *end)
 {
-        long status = sys_2(SYS_fcntl, pump->tcp, F_GETFL);
+        uint64_t cookie = 0;
+        uint32_t size = sizeof cookie;
 
-        sys_3(SYS_fcntl, pump->program, F_SETFL, status & O_NONBLOCK);
+        return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_COOKIE, &cookie, &size) == 0 &&
+               cookie == atomic_load_explicit(&end->cookie, memory_order_relaxed);
+}
+
+/* All descriptors of the end become the program's end of the pump. A child in our memory may have changed
+ * what its numbers mean. */
+static void replace_descriptors(struct end *end, uint64_t key, int program)
+{
+        bool ours = call_is_ours();
+
         for (int fd = end_next_descriptor(end, -1); fd >= 0 && end_is(end, key);
              fd = end_next_descriptor(end, fd)) {
                 long flags = sys_2(SYS_fcntl, fd, F_GETFD);
 
-                poller_leave(fd, key);
-                sys_3(SYS_dup3, pump->program, fd, flags & FD_CLOEXEC ? O_CLOEXEC : 0);
+                if (flags < 0 || !upgrade_is_behind(fd, end))
+                        continue;
+                if (ours)
+                        poller_leave(fd, key);
+                sys_3(SYS_dup3, program, fd, flags & FD_CLOEXEC ? O_CLOEXEC : 0);
         }
-        sys_1(SYS_close, pump->program);
+}
+
+void upgrade_replace(int fd, struct end *end, uint64_t key, int program, uint32_t reason)
+{
+        replace_descriptors(end, key, program);
+        if (call_is_ours())
+                end_leave(fd, end, key, reason);
+        else
+                guest_tell(end, key, program);
+        sys_1(SYS_close, program);
+}
+
+void upgrade_refuse(struct end *end, uint64_t key, uint32_t reason)
+{
+        static const struct timespec nap = {.tv_nsec = 1000 * 1000};
+        enum taken rx = lock_take(&end->rx.lock, self()), tx = lock_take(&end->tx.lock, self());
+        uint32_t stage = atomic_load(&end->stage);
+
+        /* A thread that takes an answer is soon done with it. */
+        for (int i = 0; i < 100 && end_is(end, key); i++) {
+                if (stage == STAGE_ANSWERED)
+                        sys_2(SYS_nanosleep, &nap, 0);
+                else if (stage != STAGE_CANDIDATE && stage != STAGE_ASKED && stage != STAGE_GRANTED)
+                        break;
+                else if (atomic_compare_exchange_strong(&end->stage, &stage, STAGE_REFUSED)) {
+                        atomic_store(&end->reason, reason);
+                        if (stage == STAGE_GRANTED)
+                                arena_release(end);
+                        break;
+                }
+                stage = atomic_load(&end->stage);
+        }
+        lock_release(&end->tx.lock, tx);
+        lock_release(&end->rx.lock, rx);
 }
 
 /* A remote sender that may not have stopped. */
@@ -423,8 +470,10 @@ void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason)
         } else if (left && left_in_ring(end) > 0 && take_rest(end, &pump)) {
                 pumped = pump_start(&pump);
                 if (pumped) {
+                        long status = sys_2(SYS_fcntl, fd, F_GETFL);
                         struct view view = end_receives(end);
 
+                        sys_3(SYS_fcntl, pump.program, F_SETFL, status & O_NONBLOCK);
                         atomic_store(&end->rx.edge, atomic_load(&view.ring->tail));
                         atomic_store_explicit(&end->rx.phase, PHASE_OVER, memory_order_relaxed);
                 }
@@ -432,10 +481,8 @@ void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason)
         }
         lock_release(&end->tx.lock, tx);
         lock_release(&end->rx.lock, rx);
-        if (pumped) {
-                replace_descriptors(end, key, &pump);
-                end_leave(fd, end, key, reason);
-        }
+        if (pumped)
+                upgrade_replace(fd, end, key, pump.program, reason);
 }
 
 /* Is there anything that makes close() more than a FIN? */
@@ -456,7 +503,11 @@ void upgrade_close(int fd, struct end *end, uint64_t key)
         enum taken taken;
 
         if (!end_is(end, key) || atomic_load(&end->stage) != STAGE_ATTACHED ||
-            atomic_load(&process.local[end_number(end)]) != 1 || end_held_elsewhere(end))
+            atomic_load(&process.local[end_number(end)]) != 1)
+                return;
+        if (end_held_elsewhere(end))
+                end_forget_dead(end);
+        if (end_held_elsewhere(end))
                 return;
         if (ready_bytes(end) && !ready_end(end))
                 sys_5(SYS_setsockopt, fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
@@ -467,6 +518,30 @@ void upgrade_close(int fd, struct end *end, uint64_t key)
                 if (!closes_specially(fd, end))
                         sys_2(SYS_shutdown, fd, SHUT_WR);
                 upgrade_end_ring(end);
+        }
+        lock_release(&end->tx.lock, taken);
+}
+
+void upgrade_last_words(int fd, struct end *end, uint64_t key)
+{
+        struct linger at_once = {.l_onoff = 1, .l_linger = 0};
+        enum taken taken;
+
+        if (!end_is(end, key) || atomic_load(&end->stage) != STAGE_ATTACHED)
+                return;
+        if (end_held_elsewhere(end))
+                end_forget_dead(end);
+        if (end_held_elsewhere(end))
+                return;
+        if (ready_bytes(end) && !ready_end(end))
+                sys_5(SYS_setsockopt, fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
+        taken = lock_take(&end->tx.lock, self());
+        if (taken == LOCK_TAKEN && end_is(end, key) && may_end_ring(end)) {
+                upgrade_end_ring(end);
+                if (await_start(end))
+                        poller_sender_changed(end);
+                else
+                        upgrade_broken(fd, end, false);
         }
         lock_release(&end->tx.lock, taken);
 }

@@ -45,6 +45,16 @@ void upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason);
 /* The same for a descriptor that somebody reads who knows nothing of the ring: what is left there he gets too
  * (pump.h). */
 void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason);
+/* One that isn't attached stays on TCP: somebody got it whom we don't see. Each process of the family stops
+ * looking at it at its next call. */
+void upgrade_refuse(struct end *end, uint64_t key, uint32_t reason);
+/* Is the descriptor, of this process or of a child in its memory, one of this attached end? The kernel is
+ * asked. */
+bool upgrade_is_behind(int fd, const struct end *end);
+/* From now on `program`, which this takes over, is what the program reads and writes: pump.h. */
+void upgrade_replace(int fd, struct end *end, uint64_t key, int program, uint32_t reason);
+/* When the program ends: what it still sends goes over TCP, and comes after what is in the ring. */
+void upgrade_last_words(int fd, struct end *end, uint64_t key);
 /* Before the last close: the ring ends, and unread bytes make it a reset, as they do in TCP. */
 void upgrade_close(int fd, struct end *end, uint64_t key);
 /* The other side wrote nonsense: the connection ends as by a reset. */

@@ -1,0 +1,214 @@
+/* Another program takes over, here or in a child that the C library makes. */
+#include "calls.h"
+
+#include "inherit.h"
+#include "sys.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <wordexp.h>
+
+extern char **environ __attribute__((weak));
+
+/* This process becomes another program; whoever comes back from it wasn't given one. */
+static void leaving_for(void)
+{
+        inherit_all();
+        if (call_is_ours())
+                family_exec();
+}
+
+static int came_back(int outcome)
+{
+        int saved = *__errno_location();
+
+        if (call_is_ours())
+                family_unexec();
+        *__errno_location() = saved;
+        return outcome;
+}
+
+CALL int execve(const char *path, char *const *arguments, char *const *variables)
+{
+        leaving_for();
+        return came_back(real()->execve(path, arguments, variables));
+}
+
+CALL int execv(const char *path, char *const *arguments)
+{
+        leaving_for();
+        return came_back(real()->execv(path, arguments));
+}
+
+CALL int execvp(const char *file, char *const *arguments)
+{
+        leaving_for();
+        return came_back(real()->execvp(file, arguments));
+}
+
+CALL int execvpe(const char *file, char *const *arguments, char *const *variables)
+{
+        leaving_for();
+        return came_back(real()->execvpe(file, arguments, variables));
+}
+
+CALL int fexecve(int fd, char *const *arguments, char *const *variables)
+{
+        leaving_for();
+        return came_back(real()->fexecve(fd, arguments, variables));
+}
+
+CALL int execveat(int directory, const char *path, char *const *arguments, char *const *variables, int flags)
+{
+        leaving_for();
+        return came_back(real()->execveat(directory, path, arguments, variables, flags));
+}
+
+/* The forms with a list, on the stack as in the C library: they may be called in a signal handler. */
+#define COUNT_LIST(list, last, count)                                                                        \
+        do {                                                                                                 \
+                va_start(list, last);                                                                        \
+                for (count = 1; va_arg(list, char *); count++)                                               \
+                        ;                                                                                    \
+                va_end(list);                                                                                \
+        } while (0)
+#define TAKE_LIST(list, last, first, vector, count)                                                          \
+        do {                                                                                                 \
+                va_start(list, last);                                                                        \
+                vector[0] = (char *)(uintptr_t)(first);                                                      \
+                for (size_t i = 1; i <= count; i++)                                                          \
+                        vector[i] = va_arg(list, char *);                                                    \
+        } while (0)
+
+/* Programs may give none, whatever the declaration says. */
+static bool is_given(const char *first)
+{
+        return first != NULL;
+}
+
+CALL int execl(const char *path, const char *first, ...)
+{
+        size_t count = 0;
+        va_list list;
+
+        if (is_given(first))
+                COUNT_LIST(list, first, count);
+
+        char *arguments[count + 1];
+
+        TAKE_LIST(list, first, first, arguments, count);
+        va_end(list);
+        return execv(path, arguments);
+}
+
+CALL int execlp(const char *file, const char *first, ...)
+{
+        size_t count = 0;
+        va_list list;
+
+        if (is_given(first))
+                COUNT_LIST(list, first, count);
+
+        char *arguments[count + 1];
+
+        TAKE_LIST(list, first, first, arguments, count);
+        va_end(list);
+        return execvp(file, arguments);
+}
+
+CALL int execle(const char *path, const char *first, ...)
+{
+        char *const *variables;
+        size_t count = 0;
+        va_list list;
+
+        if (is_given(first))
+                COUNT_LIST(list, first, count);
+
+        char *arguments[count + 1];
+
+        TAKE_LIST(list, first, first, arguments, count);
+        variables = va_arg(list, char *const *);
+        va_end(list);
+        return execve(path, arguments, variables);
+}
+
+CALL int posix_spawn(pid_t *pid, const char *path, const posix_spawn_file_actions_t *actions,
+                     const posix_spawnattr_t *attributes, char *const *arguments, char *const *variables)
+{
+        inherit_spawned(actions);
+        return real()->posix_spawn(pid, path, actions, attributes, arguments, variables);
+}
+
+CALL int posix_spawnp(pid_t *pid, const char *file, const posix_spawn_file_actions_t *actions,
+                      const posix_spawnattr_t *attributes, char *const *arguments, char *const *variables)
+{
+        inherit_spawned(actions);
+        return real()->posix_spawnp(pid, file, actions, attributes, arguments, variables);
+}
+
+/* The child will have the connection under a number that stays open. */
+CALL int posix_spawn_file_actions_adddup2(posix_spawn_file_actions_t *actions, int old, int new)
+{
+        if (process.on)
+                spawned_duplicates(actions, old);
+        return real()->posix_spawn_file_actions_adddup2(actions, old, new);
+}
+
+CALL int posix_spawn_file_actions_destroy(posix_spawn_file_actions_t *actions)
+{
+        if (process.on)
+                spawned_forgets(actions);
+        return real()->posix_spawn_file_actions_destroy(actions);
+}
+
+/* glibc 2.39 and later. What isn't called often is looked for when it is. */
+#define SPAWN_BY_PIDFD(name)                                                                                 \
+        CALL int name(int *pidfd, const char *path, const posix_spawn_file_actions_t *actions,               \
+                      const posix_spawnattr_t *attributes, char *const *arguments, char *const *variables)   \
+        {                                                                                                    \
+                int (*next)(int *, const char *, const posix_spawn_file_actions_t *,                         \
+                            const posix_spawnattr_t *, char *const *, char *const *) = real_named(#name);    \
+                                                                                                             \
+                inherit_spawned(actions);                                                                    \
+                return next ? next(pidfd, path, actions, attributes, arguments, variables) : ENOSYS;         \
+        }
+
+SPAWN_BY_PIDFD(pidfd_spawn)
+SPAWN_BY_PIDFD(pidfd_spawnp)
+
+/* Those in which the C library itself makes a child. daemon() and forkpty() make theirs as fork() does. */
+CALL int system(const char *command)
+{
+        int (*next)(const char *) = real_named("system");
+
+        if (command)
+                inherit_all();
+        return next(command);
+}
+
+CALL FILE *popen(const char *command, const char *mode)
+{
+        FILE *(*next)(const char *, const char *) = real_named("popen");
+
+        inherit_all();
+        return next(command, mode);
+}
+
+CALL FILE *_IO_popen(const char *command, const char *mode)
+{
+        return popen(command, mode);
+}
+
+CALL int wordexp(const char *words, wordexp_t *result_of, int flags)
+{
+        int (*next)(const char *, wordexp_t *, int) = real_named("wordexp");
+        const char *at = words;
+
+        while (*at && *at != '$' && *at != '`')
+                at++;
+        /* A command of the words'; musl lets a shell do all of it. */
+        if ((*at && !(flags & WRDE_NOCMD)) || !real()->gnu_get_libc_version)
+                inherit_all();
+        return next(words, result_of, flags);
+}

@@ -1,0 +1,29 @@
+"""Children get a connection on a ring as they get one on TCP: as programs, through the C library's own children, and in numbers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.dataplane.places import SOURCES, Places
+from tests.dataplane.test_programs import PYTHON, check, serving
+
+SCENARIOS = re.findall(
+    r'\{"(\w+)", \w+, \w+, (?:true|false)\}', (SOURCES / "children.c").read_text()
+)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_children(both: Places, scenario: str) -> None:
+    """The child's words arrive, before those that its parent says afterwards, and the connection goes on."""
+    both.play("children", scenario)
+
+
+def test_commands(both: Places) -> None:
+    """A Python server's connection is a command's input and output in each way that subprocess, os and multiprocessing have."""
+    port = next(both.ports)
+    program = str(SOURCES / "commands.py")
+    with serving(both, [PYTHON, program, "server", str(port)], port):
+        check(both, "commands.py", "client", both.address, str(port))
+    both.upgraded(15)
