@@ -12,7 +12,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SCRIPTS := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv library ebpf relay plugin guests install uninstall push test unit kernel swarm vm torture lint demo bench clean
+.PHONY: help setup venv library ebpf relay plugin prepare install uninstall push test unit kernel swarm vm torture lint demo bench clean
 
 help: ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -66,10 +66,10 @@ push: plugin ## push the plugin to REGISTRY, tagged by version and architecture
 	docker plugin push $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 	docker plugin rm $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 
-guests: setup ## make what virtual machines boot
-	@$(PYTHON) -m tests.testbed.vm build
+prepare: setup ## make what tests run in: engines, the image of containers, what virtual machines boot
+	@$(PYTHON) -m tests.testbed.prepare $(ONLY)
 
-test: setup library ebpf relay plugin guests lint ## set up what is missing and run all tests
+test: setup library ebpf relay plugin prepare lint ## set up what is missing and run all tests
 	@tests/run.sh $(PYTHON)
 
 unit: venv ## tests without root
@@ -79,9 +79,11 @@ kernel: setup ebpf ## tests in fresh network namespaces
 	$(PYTHON) -m pytest tests/kernel tests/contract
 
 swarm: setup plugin ## scenarios on a real Swarm
+	@$(PYTHON) -m tests.testbed.prepare swarm
 	$(PYTHON) -m pytest tests/swarm
 
-vm: setup library ebpf relay plugin guests ## RDMA, kernels of several ages and IPVS, in virtual machines
+vm: setup library ebpf relay plugin ## RDMA, kernels of several ages and IPVS, in virtual machines
+	@$(PYTHON) -m tests.testbed.prepare vm
 	$(PYTHON) -m pytest tests/vm
 
 torture: setup library ## an hour of many threads on each connection, and as long under each sanitizer

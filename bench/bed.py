@@ -18,6 +18,7 @@ from bench.engine import Engine
 from bench.load import one_core
 from tests import testbed
 from tests.testbed.images import cache
+from tests.testbed.prepare import prepare
 
 PLUGIN: Final = "freeflow:latest"
 PLUGIN_DIR: Final = Path(__file__).resolve().parents[1] / "build/plugin"
@@ -50,6 +51,7 @@ def two_hosts(
     engine: str, plugin: Path | None, say: Callable[[str], None]
 ) -> Iterator[tuple[Host, Host]]:
     """A manager and a worker; without `plugin` there is only Docker's own `overlay`."""
+    prepare([f"engine-{engine}", "bench"], say)
     say(f"two hosts with engine {engine}")
     with testbed.Bed("bench", [engine, engine]) as bed:
         bed.swarm()

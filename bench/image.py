@@ -17,18 +17,15 @@ from typing import Final
 
 from bench import compiled, load
 from bench.place import TOOLS, run
+from tests.testbed.images import bootstrap, locked
 
 IMAGE: Final = "freeflow-bench:latest"
 PACKAGES: Final = (
     *("ca-certificates", "curl", "iperf3", "iproute2", "iputils-ping"),
     *("memcached", "nginx-light", "postgresql", "redis-server", "redis-tools", "wrk"),
 )
-MIRROR: Final = Path(__file__).resolve().parents[1] / "plugin/image/mirror.sh"
-"""Says which Debian archive this machine uses."""
 NEEDED: Final = {"mmdebstrap": ("mmdebstrap",), "gcc": ("gcc", "libc6-dev")}
 """Program -> Debian packages that bring it."""
-
-UNUSED: Final = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*")
 
 
 def need_programs() -> None:
@@ -50,17 +47,15 @@ def suite() -> str:
     return system.get("VERSION_CODENAME", "bookworm") if system["ID"] == "debian" else "bookworm"
 
 
-def make_base(to: Path) -> None:
-    """The file system of `PACKAGES` as a tar archive."""
-    partial = to.with_suffix(".part")
-    command = [
-        *("mmdebstrap", "--variant=minbase", "--format=tar", "--quiet"),
-        f"--include={','.join(PACKAGES)}",
-        *(f"--dpkgopt=path-exclude={path}" for path in UNUSED),
-        *(suite(), str(partial), run([str(MIRROR)], 10).strip()),
-    ]
-    run(command, 900)
-    partial.rename(to)
+def base(cache: Path) -> Path:
+    """The file system of `PACKAGES` as a tar archive; made if absent (about half a minute)."""
+    name = hashlib.sha256(" ".join((suite(), *PACKAGES)).encode()).hexdigest()[:12]
+    target = cache / f"bench-base-{name}.tar"
+    with locked("bench-base"):
+        if not target.exists():
+            need_programs()
+            bootstrap(suite(), ",".join(PACKAGES), target)
+    return target
 
 
 def add_files(archive: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
@@ -89,11 +84,8 @@ def archive(cache: Path, core: int) -> Path:
         f"{tools}/nginx.conf": (load.NGINX_CONF.encode(), 0o644),
         f"{tools}/www/index.html": (b"0123456789abcdef" * 64, 0o644),
     }
-    base_name = hashlib.sha256(" ".join((suite(), *PACKAGES, *UNUSED)).encode()).hexdigest()[:12]
-    base = cache / f"bench-base-{base_name}.tar"
-    if not base.exists():
-        make_base(base)
-    content = hashlib.sha256(base_name.encode())
+    found = base(cache)
+    content = hashlib.sha256(found.name.encode())
     for path, (data, mode) in sorted(files.items()):
         content.update(f"{path} {mode} {len(data)}\n".encode() + data)
     made = cache / f"bench-image-{content.hexdigest()[:12]}.tar"
@@ -101,7 +93,7 @@ def archive(cache: Path, core: int) -> Path:
         for old in cache.glob("bench-image-*.tar"):
             old.unlink()
         partial = made.with_suffix(".part")
-        shutil.copyfile(base, partial)
+        shutil.copyfile(found, partial)
         add_files(partial, files)
         partial.rename(made)
     return made

@@ -1,6 +1,7 @@
 """Root file systems from the Debian archive: one per engine version, and one for what runs in containers.
 
-Each is made once and kept in the cache (`FREEFLOW_CACHE`, default /var/cache/freeflow), by the content of its recipe.
+Each is made once, by `python -m tests.testbed.prepare`, and kept in the cache (`FREEFLOW_CACHE`, default /var/cache/freeflow) by the
+content of its recipe. Whoever uses one only looks whether it is there: making one takes longer than a test may.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from tests.testbed.process import run
+from tests.testbed.process import CommandError
 
 TOP: Final = Path(__file__).resolve().parents[2]
 
@@ -50,28 +52,26 @@ def locked(name: str) -> Iterator[None]:
         yield
 
 
-def mmdebstrap(suite: str, packages: str, target: Path) -> None:
-    """A root file system from the Debian archive, as a directory or a tar."""
-    mirror = run([str(TOP / "plugin/image/mirror.sh")]).strip()
-    run(
-        [
-            "mmdebstrap",
-            "--quiet",
-            "--variant=minbase",
-            f"--include={packages}",
-            # Suites that aren't released yet have a Release file that expires.
-            '--aptopt=Acquire::Check-Valid-Until "false"',
-            '--aptopt=APT::Install-Recommends "false"',
-            "--dpkgopt=path-exclude=/usr/share/doc/*",
-            "--dpkgopt=path-exclude=/usr/share/man/*",
-            "--dpkgopt=path-exclude=/usr/share/locale/*",
-            '--customize-hook=rm -rf "$1"/var/lib/apt/lists "$1"/var/cache/apt',
-            suite,
-            str(target),
-            mirror,
-        ],
-        timeout=900,
-    )
+def bootstrap(suite: str, packages: str, target: Path) -> None:
+    """Make a root file system from the Debian archive, as a directory or a tar; says how far it is.
+
+    No time-out: a slow machine takes its time, and what was downloaded is kept when it is interrupted.
+
+    Raises:
+        CommandError: it failed; what it said is on standard error.
+    """
+    command = [str(TOP / "plugin/image/bootstrap.sh"), suite, packages, str(target)]
+    environment = {**os.environ, "FREEFLOW_CACHE": str(cache())}
+    done = subprocess.run(command, stdout=sys.stderr, env=environment, check=False)
+    if done.returncode:
+        raise CommandError(command, done.returncode, "its words are above; `make prepare` goes on")
+
+
+class NotPreparedError(Exception):
+    """Something isn't in the cache that only `make prepare` makes."""
+
+    def __init__(self, what: str, path: Path) -> None:
+        super().__init__(f"{what} isn't there ({path}); run `make prepare`")
 
 
 def recipe_key(*parts: str) -> str:
@@ -79,29 +79,53 @@ def recipe_key(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def engine_root(version: str) -> Path:
-    """The root file system of an engine; made if absent (about half a minute)."""
+def _engine_path(version: str) -> Path:
     if version not in ENGINES:
         raise ValueError(f"engine {version} is none of {', '.join(ENGINES)}")
-    suite, packages = ENGINES[version]
-    target = cache() / f"engine-{version}-{recipe_key(suite, packages)}"
-    with locked(f"engine-{version}"):
-        if not target.exists():
-            temporary = target.with_suffix(".new")
-            shutil.rmtree(temporary, ignore_errors=True)
-            mmdebstrap(suite, packages, temporary)
-            temporary.rename(target)
+    return cache() / f"engine-{version}-{recipe_key(*ENGINES[version])}"
+
+
+def engine_root(version: str) -> Path:
+    """The root file system of an engine.
+
+    Raises:
+        NotPreparedError: it wasn't made.
+    """
+    target = _engine_path(version)
+    if not target.exists():
+        raise NotPreparedError(f"the root file system of engine {version}", target)
     return target
 
 
+def make_engine(version: str) -> Path:
+    """The root file system of an engine; made if absent (about half a minute)."""
+    target = _engine_path(version)
+    with locked(f"engine-{version}"):
+        if not target.exists():
+            bootstrap(*ENGINES[version], target)
+    return target
+
+
+def _workload_path() -> Path:
+    return cache() / f"workload-{recipe_key(*WORKLOAD)}.tar"
+
+
 def workload_tar() -> Path:
-    """The image that scenarios run in containers, as a tar for `docker import`."""
-    suite, packages = WORKLOAD
-    target = cache() / f"workload-{recipe_key(suite, packages)}.tar"
+    """The image that scenarios run in containers, as a tar for `docker import`.
+
+    Raises:
+        NotPreparedError: it wasn't made.
+    """
+    target = _workload_path()
+    if not target.exists():
+        raise NotPreparedError("the image that containers run", target)
+    return target
+
+
+def make_workload() -> Path:
+    """The image of scenarios; made if absent (about half a minute)."""
+    target = _workload_path()
     with locked("workload"):
         if not target.exists():
-            temporary = target.with_name("new-" + target.name)
-            temporary.unlink(missing_ok=True)
-            mmdebstrap(suite, packages, temporary)
-            temporary.rename(target)
+            bootstrap(*WORKLOAD, target)
     return target

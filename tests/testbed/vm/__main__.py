@@ -7,7 +7,6 @@ import os
 import select
 import sys
 import termios
-import time
 import tty
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import click
 
 from tests.testbed.vm.channel import Process
 from tests.testbed.vm.guest import MTU, guests
-from tests.testbed.vm.images import DEFAULT_KERNEL, KERNELS, KernelAbsentError, kernel, root_image
+from tests.testbed.vm.images import DEFAULT_KERNEL, KERNELS
 
 _kernel = click.option(
     "--kernel", "name", default=DEFAULT_KERNEL, show_default=True, type=click.Choice([*KERNELS])
@@ -26,21 +25,6 @@ _kernel = click.option(
 @click.group(help=__doc__)
 def main() -> None:
     pass
-
-
-@main.command()
-def build() -> None:
-    """Make what guests boot: the root file system and all kernels."""
-    start = time.monotonic()
-    click.echo(f"{root_image()}  {time.monotonic() - start:.0f} s")
-    for each in KERNELS:
-        start = time.monotonic()
-        try:
-            made = kernel(each)
-        except KernelAbsentError as error:
-            click.echo(f"kernel {each}: {error}", err=True)
-        else:
-            click.echo(f"{made.folder}  {made.version}  {time.monotonic() - start:.0f} s")
 
 
 @main.command()

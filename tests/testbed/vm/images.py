@@ -12,14 +12,14 @@ import shutil
 import stat
 import struct
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.testbed.images import TOP, cache, locked, mmdebstrap, recipe_key
+from tests.testbed.images import TOP, NotPreparedError, bootstrap, cache, locked, recipe_key
 from tests.testbed.process import CommandError, run
 
 KERNELS: Final = {"6.12": "trixie", "6.1": "bookworm", "5.10": "bullseye"}
@@ -185,7 +185,7 @@ def _packages() -> list[str]:
 
 def ext4(tree: Path, image: Path, room: int) -> None:
     """A disk for a guest with the content of a folder, and room for so many MB more."""
-    used = int(run(["du", "-sm", str(tree)]).split()[0])
+    used = int(run(["du", "-sm", str(tree)], timeout=None).split()[0])
     # No journal: a guest's disk is thrown away with it.
     options = ["-O", "^has_journal", "-m", "0", "-E", "lazy_itable_init=1"]
     run(
@@ -199,7 +199,8 @@ def ext4(tree: Path, image: Path, room: int) -> None:
             str(tree),
             str(image),
             f"{used * 5 // 4 + room}M",
-        ]
+        ],
+        timeout=None,
     )
 
 
@@ -210,51 +211,109 @@ def forget_others(keep: Path, pattern: str) -> None:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
+def _root_path() -> Path:
+    key = recipe_key(_SUITE, ",".join(_packages()), _VM_INIT, str(_ROOM))
+    return cache() / f"guest-{key}.ext4"
+
+
 def root_image() -> Path:
-    """The guests' root file system, an ext4 image; made if absent (about a minute)."""
-    packages = ",".join(_packages())
-    key = recipe_key(_SUITE, packages, _VM_INIT, str(_ROOM))
-    target = cache() / f"guest-{key}.ext4"
-    with locked(f"guest-{key}"):
+    """The guests' root file system, an ext4 image.
+
+    Raises:
+        NotPreparedError: it wasn't made.
+    """
+    target = _root_path()
+    if not target.exists():
+        raise NotPreparedError("the root file system of virtual machines", target)
+    return target
+
+
+@contextmanager
+def _workshop(target: Path) -> Iterator[Path]:
+    """An empty folder to make something in, for one process at a time; one that a killed process left is used again."""
+    with locked(target.name):
+        folder = cache() / f"new-{target.name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+
+def make_root_image() -> Path:
+    """The guests' root file system; made if absent (about a minute)."""
+    target = _root_path()
+    with _workshop(target) as folder:
         if not target.exists():
-            with tempfile.TemporaryDirectory(dir=cache(), prefix="new-guest-") as folder:
-                tree = Path(folder) / "root"
-                mmdebstrap(_SUITE, packages, tree)
-                for point in ("src", "usr/lib/modules"):
-                    (tree / point).mkdir(exist_ok=True)
-                (tree / "etc/resolv.conf").unlink(missing_ok=True)
-                init = tree / "sbin/vm-init"
-                init.write_text(_VM_INIT)
-                init.chmod(0o755)
-                ext4(tree, Path(folder) / "image", _ROOM)
-                (Path(folder) / "image").rename(target)
+            # By the target's name, so that downloads of another recipe aren't taken for this one's.
+            tree = folder / target.stem
+            bootstrap(_SUITE, ",".join(_packages()), tree)
+            for point in ("src", "usr/lib/modules"):
+                (tree / point).mkdir(exist_ok=True)
+            (tree / "etc/resolv.conf").unlink(missing_ok=True)
+            init = tree / "sbin/vm-init"
+            init.write_text(_VM_INIT)
+            init.chmod(0o755)
+            ext4(tree, folder / "image", _ROOM)
+            (folder / "image").rename(target)
         forget_others(target, "guest-*.ext4")
     return target
 
 
+def _kernel_path(name: str) -> Path:
+    if name not in KERNELS:
+        raise ValueError(f"kernel {name} is none of {', '.join(KERNELS)}")
+    key = recipe_key(KERNELS[name], *_MODULES, *_NO_MODULES, *_FOR_ROOT, _INIT)
+    return cache() / f"kernel-{name}-{key}"
+
+
+def _absence(target: Path) -> Path:
+    """The file that says why the archive has no such kernel."""
+    return target.with_name(f"{target.name}.absent")
+
+
 def kernel(name: str = DEFAULT_KERNEL) -> Kernel:
+    """A kernel of Debian's.
+
+    Raises:
+        KernelAbsentError: the archive had no such release when it was to be made.
+        NotPreparedError: it wasn't made.
+    """
+    target = _kernel_path(name)
+    if target.exists():
+        return Kernel(name, target)
+    if _absence(target).exists():
+        raise KernelAbsentError(_absence(target).read_text())
+    raise NotPreparedError(f"kernel {name} of virtual machines", target)
+
+
+def make_kernel(name: str) -> Kernel:
     """A kernel of Debian's; made if absent (about a quarter of a minute).
 
     Raises:
         KernelAbsentError: the archive has no such release (any more).
     """
-    if name not in KERNELS:
-        raise ValueError(f"kernel {name} is none of {', '.join(KERNELS)}")
-    key = recipe_key(KERNELS[name], *_MODULES, *_NO_MODULES, *_FOR_ROOT, _INIT)
-    target = cache() / f"kernel-{name}-{key}"
-    with locked(f"kernel-{name}-{key}"):
+    target = _kernel_path(name)
+    with _workshop(target) as folder:
         if not target.exists():
-            with tempfile.TemporaryDirectory(dir=cache(), prefix=f"new-kernel-{name}-") as folder:
-                made = Path(folder) / "made"
-                made.mkdir()
-                _make_kernel(KERNELS[name], Path(folder), made)
-                made.rename(target)
+            made = folder / "made"
+            made.mkdir()
+            fetched = cache() / "downloads" / target.name
+            _absence(target).unlink(missing_ok=True)
+            try:
+                _make_kernel(KERNELS[name], folder, fetched, made)
+            except KernelAbsentError as error:
+                _absence(target).write_text(str(error))
+                raise
+            made.rename(target)
+            shutil.rmtree(fetched)
         forget_others(target, f"kernel-{name}-*")
     return Kernel(name, target)
 
 
-def _make_kernel(suite: str, work: Path, made: Path) -> None:
-    unpacked = _download(suite, work)
+def _make_kernel(suite: str, work: Path, fetched: Path, made: Path) -> None:
+    unpacked = _download(suite, work, fetched)
     version = next(unpacked.glob("boot/vmlinuz-*")).name.removeprefix("vmlinuz-")
     (made / "version").write_text(version)
     # Uncompressed: an emulated processor takes three seconds to do it.
@@ -274,8 +333,8 @@ def _make_kernel(suite: str, work: Path, made: Path) -> None:
     (made / "initrd.img").write_bytes(_cpio(("bin", "dev", "modules", "root"), files))
 
 
-def _download(suite: str, work: Path) -> Path:
-    """A suite's kernel and busybox, unpacked; by apt with a configuration of its own."""
+def _download(suite: str, work: Path, fetched: Path) -> Path:
+    """A suite's kernel and busybox, unpacked; by apt with a configuration of its own. What is in `fetched` already isn't asked for again."""
     mirror = run([str(TOP / "plugin/image/mirror.sh")]).strip()
     keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
     (work / "sources.list").write_text(
@@ -298,7 +357,12 @@ def _download(suite: str, work: Path) -> Path:
     options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
     (work / "state/lists/partial").mkdir(parents=True)
     (work / "cache/archives/partial").mkdir(parents=True)
-    run(["apt-get", *options, "-qq", "update"], timeout=300)
+    try:
+        run(["apt-get", *options, "-qq", "update"], timeout=None)
+    except CommandError as error:
+        if "404" not in error.output:
+            raise
+        raise KernelAbsentError(f"the Debian archive serves no {suite}: {error}") from error
     try:
         depends = run(["apt-cache", *options, "depends", "linux-image-amd64"])
     except CommandError as error:
@@ -308,11 +372,13 @@ def _download(suite: str, work: Path) -> Path:
         for word in depends.split()
         if word.startswith("linux-image-") and word != "linux-image-amd64"
     )
+    fetched.mkdir(parents=True, exist_ok=True)
+    there = ["sh", "-c", 'cd "$0" && exec apt-get "$@"', str(fetched)]
+    run([*there, *options, "-qq", "download", image, "busybox-static"], timeout=None)
     unpacked = work / "unpacked"
-    fetched = ["sh", "-c", 'cd "$0" && exec apt-get "$@"', str(work)]
-    run([*fetched, *options, "-qq", "download", image, "busybox-static"], timeout=600)
-    for package in work.glob("*.deb"):
-        run(["dpkg", "-x", str(package), str(unpacked)])
+    for package in (image, "busybox-static"):
+        newest = max(fetched.glob(f"{package}_*.deb"), key=lambda path: path.stat().st_mtime)
+        run(["dpkg", "-x", str(newest), str(unpacked)], timeout=None)
     return unpacked
 
 
@@ -343,7 +409,7 @@ def _modules(source: Path, target: Path, version: str) -> None:
             if found.name == Path(wanted).name or found.name == f"{Path(wanted).name}.xz":
                 for path in [found, *found.rglob("*")]:
                     _copy_module(path, target / path.relative_to(source))
-    run(["depmod", "-b", str(target.parents[2]), version])
+    run(["depmod", "-b", str(target.parents[2]), version], timeout=None)
 
 
 def _copy_module(path: Path, target: Path) -> None:

@@ -1,0 +1,126 @@
+"""What test beds stand on is made before tests, in steps that an interruption doesn't undo. apt and mmdebstrap are played here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.patience import patience
+from tests.testbed import images
+from tests.testbed.images import NotPreparedError, engine_root, workload_tar
+from tests.testbed.prepare import GROUPS, THINGS
+from tests.testbed.process import CommandError
+from tests.testbed.vm import images as vm_images
+from tests.testbed.vm.images import KERNELS, KernelAbsentError, kernel, make_kernel, root_image
+
+BOOTSTRAP = Path(__file__).parents[2] / "plugin/image/bootstrap.sh"
+APT = """#!/bin/sh
+case " $* " in
+*" install "*)
+    debs=$(sed -n 's/^Dir::Cache::Archives "\\(.*\\)";/\\1/p' "$APT_CONFIG")
+    [ -e "$debs/a_1_all.deb" ] && echo kept >>"$SAID"
+    echo a >"$debs/a_1_all.deb"
+    ;;
+esac
+"""
+MMDEBSTRAP = """#!/bin/sh
+set -e
+for word; do before=$last last=$word; done
+mkdir "$before"
+echo begun >>"$SAID"
+[ -z "$HANGS" ] || exec sleep 600
+echo whole >"$before/content"
+"""
+
+
+class Machine:
+    """A machine with an empty cache whose apt and mmdebstrap are ours."""
+
+    def __init__(self, folder: Path) -> None:
+        self.said = folder / "said"
+        self.said.touch()
+        self.cache = folder / "cache"
+        self.target = self.cache / "engine-1"
+        tools = folder / "tools"
+        tools.mkdir()
+        for name, text in (("apt-get", APT), ("mmdebstrap", MMDEBSTRAP)):
+            (tools / name).write_text(text)
+            (tools / name).chmod(0o755)
+        self.environment = {
+            **os.environ,
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "FREEFLOW_CACHE": str(self.cache),
+            "SAID": str(self.said),
+        }
+
+    def start(self, hangs: str = "") -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [BOOTSTRAP, "trixie", "one,two", self.target],
+            env={**self.environment, "HANGS": hangs},
+            start_new_session=True,
+        )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
+    """A root file system that was interrupted isn't taken for whole; the next run goes on with what was downloaded."""
+    machine = Machine(tmp_path)
+    process = machine.start(hangs="yes")
+    deadline = time.monotonic() + patience(10)
+    while "begun" not in machine.said.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    assert process.wait(patience(10)) != 0
+    assert not machine.target.exists()
+    assert machine.start().wait(patience(10)) == 0
+    assert machine.said.read_text().split() == ["begun", "kept", "begun"]
+    assert (machine.target / "content").read_text() == "whole\n"
+    assert sorted(path.name for path in machine.cache.iterdir()) == ["downloads", "engine-1"]
+    assert not any((machine.cache / "downloads").iterdir())
+
+
+def test_who_uses_it_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What isn't there is made by no test: it says at once what is missing and which command makes it."""
+    monkeypatch.setenv("FREEFLOW_CACHE", str(tmp_path))
+    for look in (lambda: engine_root("26.1"), workload_tar, root_image, kernel):
+        with pytest.raises(NotPreparedError, match="run `make prepare`"):
+            look()
+
+
+def test_a_kernel_that_left_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel whose release the archive serves no more is known as absent afterwards, by its reason; and is tried again."""
+    monkeypatch.setenv("FREEFLOW_CACHE", str(tmp_path))
+
+    def absent(*_: object) -> None:
+        raise KernelAbsentError("the Debian archive serves no bullseye")
+
+    monkeypatch.setattr(vm_images, "_make_kernel", absent)
+    for _ in range(2):
+        with pytest.raises(KernelAbsentError):
+            make_kernel("5.10")
+        with pytest.raises(KernelAbsentError, match="serves no bullseye"):
+            kernel("5.10")
+
+
+def test_failure_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A root file system that can't be made is an error that names the command, and no file system."""
+    machine = Machine(tmp_path)
+    for name, value in machine.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SAID", "/nowhere/said")
+    with pytest.raises(CommandError, match=r"bootstrap\.sh"):
+        images.bootstrap("trixie", "one", machine.target)
+    assert not machine.target.exists()
+
+
+def test_all_that_tests_use_is_prepared() -> None:
+    """Every engine and every kernel that tests name is among the things that are prepared."""
+    assert {f"engine-{version}" for version in images.ENGINES} < set(GROUPS["swarm"])
+    assert {f"kernel-{name}" for name in KERNELS} < set(GROUPS["vm"])
+    assert {name for group in GROUPS.values() for name in group} <= set(THINGS)
