@@ -1,4 +1,4 @@
-"""What holds for all tests: random inputs are the same in every run, so that a failure is the change's own.
+"""What holds for all tests: random inputs are the same in every run, and a test has the more time the busier the machine is.
 
 `HYPOTHESIS_PROFILE=explore` looks further, with other inputs in each run.
 """
@@ -6,9 +6,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
+import pytest
 from hypothesis import settings
+
+from tests.patience import slowness
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.register_profile("explore", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test's time-out, pyproject's or its own, is that of a quiet machine: it ends a test that hangs, not one that is slow."""
+    marker = item.get_closest_marker("timeout")
+    given = dict(marker.kwargs) if marker else {}
+    if marker and marker.args:
+        given["timeout"] = marker.args[0]
+    seconds = float(given.pop("timeout", None) or item.config.getini("timeout") or 0)
+    if seconds and item.config.getoption("timeout", None) is None:
+        item.add_marker(pytest.mark.timeout(timeout=seconds * slowness(), **given), append=False)
+    return (yield)

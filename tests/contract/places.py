@@ -33,6 +33,7 @@ from driver.store import Store
 from plugin.app import create_app
 from plugin.calls import CallStatistics
 from plugin.settings import read
+from tests.patience import patience
 from tests.unit.steps import SteppedKernel, Steps
 
 TOP: Final = Path(__file__).parents[2]
@@ -132,7 +133,7 @@ class FakePlace:
 
 class _Connection(http.client.HTTPConnection):
     def __init__(self, path: Path) -> None:
-        super().__init__("plugin", timeout=30)
+        super().__init__("plugin", timeout=patience(30))
         self._path = path
 
     def connect(self) -> None:
@@ -170,7 +171,7 @@ class RealPlace:
             raise
 
     def _await(self) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + patience(30)
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 break
@@ -210,7 +211,9 @@ class RealPlace:
         """What a scraper of this machine gets."""
 
         def get() -> bytes:
-            with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
+            with urllib.request.urlopen(
+                f"http://{host}:{port}/metrics", timeout=patience(10)
+            ) as answer:
                 return bytes(answer.read())
 
         return in_netns(Path(f"/proc/{self.process.pid}/ns/net"), get)
@@ -233,7 +236,7 @@ class RealPlace:
         """Kill it: what it made goes with its namespaces."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(20)
+        self.process.wait(patience(20))
 
 
 def _link_names() -> set[str]:

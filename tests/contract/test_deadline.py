@@ -18,6 +18,7 @@ from plugin.app import create_app
 from plugin.calls import CallStatistics
 from tests.contract.golden import IDS
 from tests.contract.places import REAL, Places, Reply, call, temporary
+from tests.patience import patience, within
 from tests.unit.steps import SteppedKernel, Steps
 
 NET, EP = IDS["<net>"], IDS["<ep>"]
@@ -33,7 +34,7 @@ class SlowKernel(SteppedKernel):
         self.done = threading.Event()
 
     def attach(self, network: Network, endpoint: Endpoint) -> None:
-        assert self.may.wait(20)
+        assert self.may.wait(patience(20))
         super().attach(network, endpoint)
         self.done.set()
 
@@ -71,12 +72,12 @@ def test_deadline_then_repetition(slow: SlowPlace) -> None:
     assert call(slow, "CreateNetwork", {"NetworkID": NET}).status == 200
     begin = time.monotonic()
     late = call(slow, "CreateEndpoint", ENDPOINT)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < within(5)
     assert late.status == 500
     assert "CreateEndpoint was not done in 0.1 s and goes on" in late.json["Err"]
     assert "freeflow doctor" in late.json["Err"]
     slow.kernel.may.set()
-    assert slow.kernel.done.wait(10)
+    assert slow.kernel.done.wait(patience(10))
     assert call(slow, "CreateEndpoint", ENDPOINT).status == 200
     (created,) = [item for item in slow.statistics.summaries() if item.name == "CreateEndpoint"]
     assert (created.count, created.errors) == (2, 1)
@@ -106,6 +107,6 @@ def test_deadline_of_the_plugin(places: Places, kind: str) -> None:
         disk.execute("ROLLBACK")
     assert late.status == 500
     assert "CreateNetwork was not done in 1 s and goes on" in late.json["Err"]
-    assert 0.9 < took < 4
+    assert 0.9 < took < within(4)
     assert call(place, "CreateNetwork", {"NetworkID": NET}).json == {}
     assert call(place, "DeleteNetwork", {"NetworkID": NET}).json == {}

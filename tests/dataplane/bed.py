@@ -46,6 +46,7 @@ from dataplane.control import EndpointFact, Learn, NetworkFact, Settings
 from dataplane.errors import RouterAway
 from driver.kernel.namespace import in_netns
 from tests.kernel.hosts import new_namespace, write_vips
+from tests.patience import patience, slowness
 
 T = TypeVar("T")
 
@@ -131,13 +132,14 @@ class Container:
         return subprocess.run(
             self.command(_preloaded(arguments, self.shared) if accelerated else arguments),
             env=_environment(env),
-            timeout=timeout,
+            timeout=patience(timeout),
             **{"check": True, "text": True, "capture_output": True, **options},
         )
 
 
 def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
-    return {**{k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}, **(more or {})}
+    own = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    return {**own, "SLOWNESS": f"{slowness():.2f}", **(more or {})}
 
 
 def _preloaded(arguments: Sequence[str], shared: Path) -> list[str]:
@@ -233,7 +235,7 @@ class Bed:
             stdin=subprocess.PIPE,
             stdout=(self.folder / "router.log").open("ab"),
         )
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + patience(_PATIENCE)
         while True:
             try:
                 self.learn()

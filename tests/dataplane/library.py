@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 from dataplane.router import layout, wire
 from dataplane.router.wire import Address
 from driver.kernel.namespace import in_netns
+from tests.patience import patience
 
 SO_COOKIE: Final = 57
 M = TypeVar("M")
@@ -50,7 +51,7 @@ class Library:
             return made
 
         made = cls(make() if namespace is None else in_netns(namespace, make))
-        made.connection.settimeout(3)
+        made.connection.settimeout(patience(3))
         if hello:
             made.say(wire.Hello(wire.PROTOCOL_VERSION, layout.VERSION, "0123abcd"))
         return made
@@ -123,7 +124,9 @@ def listen(namespace: int | Path, address: str, port: int = 7700) -> socket.sock
 
 def dial(namespace: int | Path, address: str, port: int = 7700) -> socket.socket:
     """A TCP connection from a namespace."""
-    return in_netns(namespace, lambda: socket.create_connection((address, port), timeout=5))
+    return in_netns(
+        namespace, lambda: socket.create_connection((address, port), timeout=patience(5))
+    )
 
 
 def read_at(memory: int, offset: int, length: int) -> bytes:

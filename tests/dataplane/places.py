@@ -23,6 +23,7 @@ import pytest
 
 from dataplane.control import Rule, Settings
 from tests.dataplane.bed import ROUTER, Bed, Container, bed
+from tests.patience import patience
 
 ROOT: Final = Path(__file__).parents[2]
 LIBRARY: Final = Path(os.environ.get("FREEFLOW_LIBRARY", ROOT / "build" / "libfreeflow.so"))
@@ -115,7 +116,7 @@ class Places:
     def order(self, *orders: str) -> None:
         """Tell the relays what to do."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
-            control.settimeout(PATIENCE)
+            control.settimeout(patience(PATIENCE))
             control.connect(str(self.made.shared / ORDERS))
             for order in orders:
                 control.send(order.encode())
@@ -139,9 +140,9 @@ class Places:
         }
         said: dict[str, str] = {}
         try:
-            said["client"] = ends["client"].communicate(timeout=PATIENCE)[0]
+            said["client"] = ends["client"].communicate(timeout=patience(PATIENCE))[0]
             said["server"] = ends["server"].communicate(
-                timeout=PATIENCE if ends["client"].returncode == 0 else 1
+                timeout=patience(PATIENCE) if ends["client"].returncode == 0 else 1
             )[0]
         except subprocess.TimeoutExpired:
             where = {role: waits_in(end.pid) for role, end in ends.items()}
@@ -208,7 +209,7 @@ def relayed(
         sockets = [made.shared / ROUTER, made.shared / ORDERS]
         relay = subprocess.Popen([str(program), *map(str, sockets), *settings])
         try:
-            until = time.monotonic() + PATIENCE
+            until = time.monotonic() + patience(PATIENCE)
             while not sockets[0].exists():
                 assert relay.poll() is None
                 assert time.monotonic() < until

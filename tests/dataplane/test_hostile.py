@@ -31,6 +31,7 @@ from tests.dataplane.bed import Bed, bed
 from tests.dataplane.library import Library, dial
 from tests.dataplane.places import LIBRARY
 from tests.kernel.hosts import missing_tools
+from tests.patience import patience
 
 PROGRAM: Final = Path(__file__).parent / "programs" / "echo.py"
 PORT: Final = 7000
@@ -110,10 +111,10 @@ def granted(made: Bed) -> Iterator[tuple[socket.socket, mmap.mmap, tuple[Ring, R
     library = Library.connect(made.shared / "router.sock", container.namespace)
     try:
         library.hear(wire.Welcome)
-        tcp.settimeout(5)
+        tcp.settimeout(patience(5))
         library.ask(tcp)
         # The other end asks after some exchanges; later, if the router was too busy to be asked.
-        until = time.monotonic() + 20
+        until = time.monotonic() + patience(20)
         for number in itertools.count():
             tcp.sendall(b"hello")
             assert tcp.recv(100)
@@ -193,7 +194,7 @@ def served(way: str) -> Iterator[tuple[Bed, subprocess.Popen[str], subprocess.Po
             )
             try:
                 yield made, server, honest
-                said = honest.communicate("", timeout=30)[0]
+                said = honest.communicate("", timeout=patience(30))[0]
                 assert int(said) > 20, said
             finally:
                 if honest.poll() is None:
@@ -224,7 +225,7 @@ def test_nonsense_in_shared_memory(way: str) -> None:
             assert server.poll() is None, (seed, attacks)
             assert honest.poll() is None, (seed, attacks, honest.communicate()[0])
         assert attacks > 5, seed
-        said = honest.communicate("", timeout=30)[0]
+        said = honest.communicate("", timeout=patience(30))[0]
         assert int(said) > 20, (seed, said)
         assert rests(server), seed
 

@@ -20,6 +20,7 @@ from tests.dataplane.places import LIBRARY, ROOT, Counts, compile_c, counts_of
 from tests.dataplane.test_torture import SOURCE as TORTURE
 from tests.kernel.hosts import a_network, lab, missing_tools
 from tests.kernel.test_router_hosts import PORT, Router
+from tests.patience import patience
 from tests.testbed import wait_until
 from tests.unit.swarm_ca import Authority, write
 
@@ -79,7 +80,7 @@ class Hosts:
         said: dict[str, str] = {}
         try:
             for role in ("client", "server"):
-                said[role] = ends[role].communicate(timeout=seconds)[0]
+                said[role] = ends[role].communicate(timeout=patience(seconds))[0]
         except subprocess.TimeoutExpired:
             said["late"] = "not over in time"
         finally:
@@ -182,7 +183,7 @@ def test_dead_relay(hosts: Hosts) -> None:
             if b"freeflow-relay" in Path(f"/proc/{child}/cmdline").read_bytes():
                 os.kill(int(child), signal.SIGKILL)
     for end in (caller, listener):
-        assert "ConnectionResetError" in end.communicate(timeout=20)[0]
+        assert "ConnectionResetError" in end.communicate(timeout=patience(20))[0]
     wait_until("a link", lambda: hosts.client.linked() and hosts.server.linked(), 30)
     hosts.play(hosts.programs / "ends", "half_close")
 

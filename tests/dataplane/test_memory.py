@@ -13,6 +13,7 @@ import pytest
 
 from dataplane.control import Rule
 from tests.dataplane.places import LIBRARY, Places, places
+from tests.patience import patience
 
 PROGRAM = Path(__file__).parent / "programs" / "bulk.py"
 SIZE = 64 << 20
@@ -43,9 +44,9 @@ def stream(both: Places, port: int) -> Iterator[None]:
             assert client.stdout.readline() == "right\n"
             yield
         finally:
-            client.communicate(timeout=20)
+            client.communicate(timeout=patience(20))
         assert client.returncode == 0
-        server.communicate(timeout=20)
+        server.communicate(timeout=patience(20))
         assert server.returncode == 0
     finally:
         if server.poll() is None:
@@ -60,7 +61,7 @@ def used(both: Places) -> int:
 
 def becomes_idle(both: Places) -> bool:
     """Whether all but the first pages go back soon."""
-    until = time.monotonic() + 8
+    until = time.monotonic() + patience(8)
     while time.monotonic() < until:
         if 0 < used(both) <= IDLE:
             return True

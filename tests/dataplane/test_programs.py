@@ -19,6 +19,7 @@ from typing import Any, Final
 import pytest
 
 from tests.dataplane.places import SOURCES, Places
+from tests.patience import patience
 
 PYTHON = sys.executable
 
@@ -39,7 +40,7 @@ def serving(
         server = both.server.popen(
             command, env=both.environment(), stdout=out, stderr=out, stdin=subprocess.DEVNULL
         )
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + patience(20)
     while True:
         with contextlib.suppress(OSError):
             both.server.do(lambda: socket.create_connection((both.address, port), 5)).close()
@@ -52,7 +53,7 @@ def serving(
     finally:
         server.send_signal(stop)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(15)
+            server.wait(patience(15))
 
 
 def run(both: Places, *command: str, timeout: float = 60) -> str:
@@ -155,7 +156,7 @@ def test_iperf3(both: Places) -> None:
         time.sleep(0.5)
         client = ["iperf3", "-c", both.address, "-p", str(port), "-n", "500M", "-P", "2", "-J"]
         said = json.loads(run(both, *client, *reverse))
-        assert server.wait(10) == 0
+        assert server.wait(patience(10)) == 0
         sent, received = said["end"]["sum_sent"]["bytes"], said["end"]["sum_received"]["bytes"]
         assert sent >= 500 * 1024 * 1024
         # What is under way when the client says that it is over isn't read any more.
@@ -188,7 +189,9 @@ def test_java(both: Places) -> None:
     need("java", "javac")
     port = next(both.ports)
     subprocess.run(
-        ["javac", "-d", str(both.folder), str(SOURCES / "Echo.java")], check=True, timeout=120
+        ["javac", "-d", str(both.folder), str(SOURCES / "Echo.java")],
+        check=True,
+        timeout=patience(120),
     )
     java = ["java", "-Xmx256m", "-cp", str(both.folder), "Echo"]
     with serving(both, [*java, "server", both.address, str(port)], port):
@@ -221,7 +224,7 @@ def test_go(both: Places) -> None:
     subprocess.run(
         ["go", "build", "-o", str(binary), str(source)],
         check=True,
-        timeout=180,
+        timeout=patience(180),
         env={**os.environ, "CGO_ENABLED": "0", "GOCACHE": str(both.folder / "go")},
     )
     with serving(both, [str(binary), f"0.0.0.0:{port}"], port):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.dataplane.places import Places, compile_c, places
+from tests.patience import patience
 
 SOURCE = Path(__file__).with_name("torture.c")
 BUILD = Path(__file__).parents[2] / "dataplane/library/build.sh"
@@ -41,7 +42,7 @@ def torture(
     said: dict[str, str] = {}
     try:
         said["client"] = client.communicate(timeout=seconds + 60)[0]
-        said["server"] = server.communicate(timeout=20)[0]
+        said["server"] = server.communicate(timeout=patience(20))[0]
     except subprocess.TimeoutExpired:
         said["late"] = "not over in time"
     finally:

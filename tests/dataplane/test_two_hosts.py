@@ -21,6 +21,7 @@ import pytest
 from dataplane.control import Connection, Settings
 from tests.dataplane.places import LIBRARY, compile_c
 from tests.dataplane.two_hosts import HostBed, cut, two_hosts
+from tests.patience import patience, within
 
 HERE: Final = Path(__file__).parent
 TOP: Final = HERE.parents[1]
@@ -43,7 +44,7 @@ def hosts() -> Iterator[Hosts]:
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -62,7 +63,7 @@ def has_session(host: HostBed, wanted: bool) -> bool:
 
 
 def has_sent(host: HostBed, least: int) -> bool:
-    return host.router.statistics().rdma.relay["bytes_out"] > least
+    return host.router.statistics().rdma.relay.get("bytes_out", 0) > least
 
 
 def on_rdma(host: HostBed) -> int:
@@ -75,7 +76,7 @@ def went_back(host: HostBed) -> bool:
 
 
 class Streams:
-    """Numbers under way between `a` of one host and `b` of the other."""
+    """Numbers under way between `a` of one host and `b` of the other, until `ends` is called and for `seconds` more."""
 
     def __init__(self, hosts: Hosts, seconds: float, count: int, address: str = "") -> None:
         one, other = hosts
@@ -86,11 +87,15 @@ class Streams:
         assert self.server.stdout is not None
         assert self.server.stdout.readline() == "listening\n"
         where = [address or str(b.ipv4), str(PORT)]
-        self.client = a.popen([*python, "client", *where, str(seconds), str(count)], **options)
+        ask = [*python, "client", *where, str(seconds), str(count), "told"]
+        self.client = a.popen(ask, stdin=subprocess.PIPE, **options)
 
-    def ends(self, patience: float = 60) -> list[str]:
+    def ends(self, seconds: float = 60) -> list[str]:
         """What each end of each connection said, without the numbers; that some were moved is checked."""
-        said = [each.communicate(timeout=patience)[0] for each in (self.client, self.server)]
+        said = [
+            self.client.communicate("now\n", timeout=patience(seconds))[0],
+            self.server.communicate(timeout=patience(seconds))[0],
+        ]
         lines = [line.split() for line in "".join(said).splitlines() if line != "listening"]
         assert all(int(number) > 0 for _, number in lines), lines
         return [word for word, _ in lines]
@@ -98,13 +103,15 @@ class Streams:
 
 @contextlib.contextmanager
 def streams(
-    hosts: Hosts, seconds: float = 4, count: int = 4, address: str = ""
+    hosts: Hosts, seconds: float = 2, count: int = 4, address: str = ""
 ) -> Iterator[Streams]:
-    """Running, all on RDMA."""
+    """Running, all on RDMA, and all with bytes in their rings: until then an end may still go back to TCP."""
+    before = [host.router.statistics().rdma.relay.get("bytes_out", 0) for host in hosts]
     made = Streams(hosts, seconds, count, address)
-    for host in hosts:
+    for host, sent in zip(hosts, before, strict=True):
         try:
             until(partial(is_on_rdma, host, count))
+            until(partial(has_sent, host, sent + count * (2 << 20)))
         except AssertionError as error:
             raise AssertionError((listed(host), host.log())) from error
     yield made
@@ -155,7 +162,7 @@ def test_torture(hosts: Hosts, tmp_path: Path) -> None:
     client = a.popen(
         [program, "client", str(b.ipv4), "7000", str(seconds), "42", "16", "4"], **options
     )
-    said = [each.communicate(timeout=seconds + 60)[0] for each in (client, server)]
+    said = [each.communicate(timeout=seconds + patience(60))[0] for each in (client, server)]
     assert (client.returncode, server.returncode) == (0, 0), "\n".join(said)
     for host in hosts:
         assert host.router.statistics().rdma.granted > 20
@@ -173,7 +180,7 @@ def test_a_service(hosts: Hosts) -> None:
 
 def test_without_a_session(hosts: Hosts) -> None:
     """While the routers can't speak, connections go on, and new ones stay on the overlay; then they move again."""
-    with streams(hosts, 11, 2) as made:
+    with streams(hosts, 2, 2) as made:
         cut(hosts[0])
         for host in hosts:
             until(partial(has_session, host, False))
@@ -181,9 +188,9 @@ def test_without_a_session(hosts: Hosts) -> None:
         a, b = hosts[0].containers["a"], hosts[1].containers["b"]
         server = b.popen(["iperf3", "-s", "-1", "-p", "7300"])
         time.sleep(0.5)
-        client = a.popen(["iperf3", "-c", str(b.ipv4), "-p", "7300", "-t", "2"])
+        client = a.popen(["iperf3", "-c", str(b.ipv4), "-p", "7300", "-t", f"{within(2):.0f}"])
         until(lambda: any(each.reason == "no-session" for each in listed(hosts[0])))
-        assert (client.wait(20), server.wait(20)) == (0, 0)
+        assert (client.wait(patience(20)), server.wait(patience(20))) == (0, 0)
         assert on_rdma(hosts[0]) == 2
         cut(hosts[0], up=True)
         assert made.ends() == ["whole"] * 4
@@ -196,7 +203,7 @@ def test_without_a_session(hosts: Hosts) -> None:
 @pytest.mark.parametrize("dies", [0, 1])
 def test_router_killed(hosts: Hosts, dies: int) -> None:
     """A router that is killed costs no byte: its relay brings connections back to TCP. The next router starts anew."""
-    with streams(hosts, 5) as made:
+    with streams(hosts) as made:
         hosts[dies].kill_router()
         until(lambda: went_back(hosts[1 - dies]), 3)
         hosts[dies].start_router()
@@ -236,9 +243,9 @@ def test_a_thousand() -> None:
         asking = [sys.executable, str(MANY), "client", str(b.ipv4), str(PORT), "1000"]
         client = a.popen(asking, **options)
         until(lambda: on_rdma(made[0]) == on_rdma(made[1]) == 1000, 120)
-        said, _ = client.communicate("now\n", timeout=60)
+        said, _ = client.communicate("now\n", timeout=patience(60))
         assert said == "whole 1000\n"
-        assert server.wait(30) == 0
+        assert server.wait(patience(30)) == 0
         nothing_left(made)
 
 
@@ -246,7 +253,7 @@ def test_limit() -> None:
     """Past the memory that may be registered connections stay on TCP, and say so; all of them are whole."""
     allowed = Settings(remote_ring=65536, remote_memory=40 * (2 * 65536 + 2 * 4096))
     with two_hosts(library=LIBRARY, relay=RELAY, settings=allowed) as made:
-        running = Streams(made, 5, 60)
+        running = Streams(made, 2, 60)
         until(lambda: on_rdma(made[0]) == 40)
         until(lambda: sum(each.reason == "limit" for each in listed(made[0])) == 20)
         assert running.ends() == ["whole"] * 120

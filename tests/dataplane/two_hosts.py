@@ -30,6 +30,7 @@ from dataplane.control import Learn, PeerFact, Settings
 from driver.kernel.namespace import in_netns
 from tests.dataplane.bed import LIBRARY, Bed, Container, connect
 from tests.kernel.hosts import new_namespace, write_vips
+from tests.patience import patience
 
 KEY: Final = "a secret of two hosts that are one machine"
 _PATIENCE: Final = 15.0
@@ -80,7 +81,7 @@ class HostBed(Bed):
 
     def wait_linked(self) -> None:
         """Until connections can move."""
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + patience(_PATIENCE)
         while True:
             rdma = self.router.statistics().rdma
             if not rdma.why and any(peer.link == "up" for peer in rdma.peers):

@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
+from tests.patience import patience
+
 TOP: Final = Path(__file__).parents[2]
 SOURCES: Final = TOP / "dataplane/ebpf"
 
@@ -21,5 +23,5 @@ def built() -> Path:
     target = TOP / "build/overlay.bpf.o"
     sources = [*SOURCES.glob("*.[ch]"), SOURCES / "build.sh"]
     if not target.exists() or target.stat().st_mtime < max(one.stat().st_mtime for one in sources):
-        subprocess.run([SOURCES / "build.sh", target], check=True, timeout=60)
+        subprocess.run([SOURCES / "build.sh", target], check=True, timeout=patience(60))
     return target

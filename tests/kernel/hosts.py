@@ -32,6 +32,7 @@ from driver.kernel.nf_tables import Batch
 from driver.kernel.shortcut import Stage
 from driver.model import Endpoint, IPAddress, Network, VipTable
 from tests.kernel.ebpf_object import built
+from tests.patience import patience
 
 T = TypeVar("T")
 
@@ -245,7 +246,9 @@ class Container:
 
 
 def _run(command: tuple[str, ...], check: bool = True) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=patience(60), check=False
+    )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
     return done.stdout
@@ -461,6 +464,7 @@ def octets(mac: str) -> bytes:
 
 def eventually(what: str, condition: Callable[[], object], timeout: float = 5) -> None:
     """Wait until it holds."""
+    timeout = patience(timeout)
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:

@@ -15,6 +15,7 @@ from dataplane.ebpf.libbpf import Object
 from dataplane.ebpf.probe import PROGRAMS, STAGES, Found, find_out
 from dataplane.errors import KernelRefused
 from tests.kernel.ebpf_object import SOURCES, built
+from tests.patience import patience
 
 FOUR, SIX = IPv4Address("10.9.0.2"), IPv6Address("fd42:7::2")
 MAC = "02:42:0a:09:00:02"
@@ -113,7 +114,7 @@ def test_the_command_says_what_the_kernel_takes() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=patience(60),
     )
     answer = json.loads(done.stdout)
     names = [name for group in PROGRAMS.values() for name in group]
@@ -131,7 +132,7 @@ def test_a_file_that_is_no_object_is_refused(tmp_path: Path) -> None:
         [sys.executable, "-m", "dataplane.ebpf", wrong],
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=patience(60),
     )
     assert done.returncode == 2
 

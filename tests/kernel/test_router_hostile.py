@@ -18,6 +18,7 @@ from dataplane.control import Limits, Settings
 from dataplane.router import layout, wire
 from tests.dataplane.bed import Bed, bed
 from tests.dataplane.library import Library, dial, listen
+from tests.patience import patience
 from tests.unit.test_router_wire import EXAMPLES
 
 KINDS = st.sampled_from(["eventfd", "file", "socket", "directory"])
@@ -106,7 +107,7 @@ def test_anything(hostile: Bed, packets: list[tuple[bytes, list[str]]], hello: b
             os.close(each)
     library.close()
     assert hostile.router.statistics().learned
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + patience(3)
     # The namespace's own descriptors: held for a while after the last process.
     while descriptors_of(hostile) > before + 2:
         assert time.monotonic() < deadline

@@ -22,6 +22,7 @@ from dataplane.router import wire
 from tests.dataplane.library import Library, dial, listen
 from tests.dataplane.places import ROOT
 from tests.kernel.hosts import PREFIX6, Container, Host, Lab, a_network, lab
+from tests.patience import patience
 from tests.testbed import wait_until
 from tests.unit.swarm_ca import Authority, write
 
@@ -113,7 +114,7 @@ class Router:
     def process_inside(self) -> Library:
         """A process of the container, welcomed."""
         made = Library.connect(self.socket, self.box.namespace)
-        made.connection.settimeout(10)
+        made.connection.settimeout(patience(10))
         made.hear(wire.Welcome)
         return made
 
@@ -121,7 +122,7 @@ class Router:
         """As a crash does it."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(patience(10))
 
 
 @dataclass

@@ -38,6 +38,7 @@ from tests.kernel.hosts import (
     heard,
     lab,
 )
+from tests.patience import patience
 
 DATA = os.urandom(16 << 20)
 
@@ -356,7 +357,7 @@ def test_an_address_that_moves_is_followed_at_once() -> None:
         assert near.echoes(old.ipv4)
         made.hosts[1].remove(old)
         new = made.hosts[2].container(network, 3)
-        assert near.echoes(new.ipv4, tries=1, timeout=3)
+        assert near.echoes(new.ipv4, tries=1, timeout=patience(3))
         learned = made.hosts[0].do(
             lambda: made.hosts[0].kernel.locate(network.id, new.endpoint.mac)
         )
@@ -364,7 +365,7 @@ def test_an_address_that_moves_is_followed_at_once() -> None:
         # And to the host itself.
         made.hosts[2].remove(new)
         here = made.hosts[0].container(network, 3)
-        assert near.echoes(here.ipv4, tries=1, timeout=3)
+        assert near.echoes(here.ipv4, tries=1, timeout=patience(3))
         assert (
             made.hosts[0].do(lambda: made.hosts[0].kernel.locate(network.id, here.endpoint.mac))
             is None

@@ -29,6 +29,7 @@ from typing import Final
 from dataplane.router import layout
 from dataplane.router.memory import LinuxMemory
 from dataplane.router.relay_wire import COUNTERS
+from tests.patience import patience
 
 VERBS: Final = 1
 MEMORY: Final = 2
@@ -161,7 +162,7 @@ class Relay:
 
     def hear(self, *kinds: str, number: int | None = None, seconds: float = PATIENCE) -> Message:
         """The next message of one of these kinds, about this number."""
-        until = time.monotonic() + seconds
+        until = time.monotonic() + patience(seconds)
         while True:
             with self.reads:
                 for message in self.heard:
@@ -215,7 +216,7 @@ class Relay:
     def stop(self) -> int:
         """As when the router goes; its status."""
         self.socket.close()
-        return self.process.wait(10)
+        return self.process.wait(patience(10))
 
 
 @contextlib.contextmanager
@@ -233,7 +234,7 @@ def relay(binary: Path, **environment: str) -> Iterator[Relay]:
         try:
             yield Relay(process, ours)
             ours.close()
-            assert process.wait(10) in (0, -9)
+            assert process.wait(patience(10)) in (0, -9)
         finally:
             if process.poll() is None:
                 process.kill()

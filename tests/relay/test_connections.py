@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dataplane.router import layout
+from tests.patience import patience
 from tests.relay.client import (
     ARENA,
     BROKEN,
@@ -92,7 +93,7 @@ def test_a_process_that_sleeps_is_woken(binary: Path, end: Path) -> None:
         one, two = connect(a, b)
         trips = ("rounds=500", "message=100", "check=0")
         first, second = one.popen(end, *trips), two.popen(end, *trips, "server=1")
-        assert first.wait(30) == second.wait(30) == 0
+        assert first.wait(patience(30)) == second.wait(patience(30)) == 0
         assert b.counts()["bells"] > 100
 
 
@@ -115,7 +116,7 @@ def test_idle_connections_cost_nothing(binary: Path, end: Path) -> None:
         one, two = connect(a, b)
         trips = ("rounds=50", "message=100", "check=0")
         first, second = one.popen(end, *trips), two.popen(end, *trips, "server=1")
-        assert first.wait(30) == second.wait(30) == 0
+        assert first.wait(patience(30)) == second.wait(patience(30)) == 0
         time.sleep(0.3)
         before = [each.counts() for each in (a, b)]
         time.sleep(1)
@@ -152,7 +153,7 @@ def test_a_process_that_is_killed_ends_its_connection(binary: Path, end: Path) -
         one, two = connect(a, b)
         sender = one.popen(end, "send=1000000", "die_at=123456", "message=1000")
         taker = two.popen(end, "peer_seed=1")
-        assert sender.wait(10) == 9
+        assert sender.wait(patience(10)) == 9
         a.number("CLOSE", one.number)
         said = result(taker)
         assert (said["received"], said["over"], said["broken"]) == (123_000, 1, 0)
@@ -170,7 +171,7 @@ def test_what_nobody_will_read_holds_nothing_up(binary: Path, end: Path) -> None
             for each in (one, two)
         ]
         for process in stuck:
-            process.wait(20)
+            process.wait(patience(20))
         for each in (one, two):
             each.relay.number("CLOSE", each.number)
         for each in (one, two):
@@ -256,7 +257,7 @@ def test_a_relay_that_ends_loses_nothing(binary: Path, end: Path, by_signal: boo
         time.sleep(0.2)
         if by_signal:
             a.process.send_signal(signal.SIGTERM)
-            assert a.process.wait(5) == 0
+            assert a.process.wait(patience(5)) == 0
         else:
             assert a.stop() == 0
         left, right = result(first), result(second)

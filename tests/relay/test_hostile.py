@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import patience
 from tests.relay.client import (
     ARENA,
     BROKEN,
@@ -161,7 +162,7 @@ def test_a_router_that_speaks_nonsense_ends_its_relay(binary: Path) -> None:
     for nonsense in (b"x", struct.pack("=HH", 99, 4), NUMBER.pack(KINDS["LINK"], 9, 1, 0)):
         with contextlib.suppress(AssertionError), relay(binary) as a:
             a.raw(nonsense)
-            assert a.process.wait(5) == 1
+            assert a.process.wait(patience(5)) == 1
         assert a.process.returncode == 1
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from tests.dataplane.places import LIBRARY, ROOT, compile_c
 from tests.dataplane.two_hosts import HostBed, two_hosts
+from tests.patience import patience
 
 SENDER = """
 import hashlib, os, random, socket, sys, time
@@ -93,7 +94,7 @@ def before(hosts: tuple[HostBed, HostBed]) -> int:
 
 def wait_moved(hosts: tuple[HostBed, HostBed], size: int) -> None:
     """Until the router knows of so many."""
-    until = time.monotonic() + 20
+    until = time.monotonic() + patience(20)
     while moved(hosts) < size:
         assert time.monotonic() < until, moved(hosts)
         time.sleep(0.05)
@@ -104,8 +105,8 @@ def test_a_stream_is_whole_and_ends_as_it_should(
 ) -> None:
     """Half-closed by one end when all is sent, closed by the other when it has it all."""
     sender, taker = both(hosts, 40, "paced")
-    assert sender.communicate(timeout=60)[0] == ""
-    assert taker.communicate(timeout=20)[0].split() == [str(40 << 20), "end"]
+    assert sender.communicate(timeout=patience(60))[0] == ""
+    assert taker.communicate(timeout=patience(20))[0].split() == [str(40 << 20), "end"]
     wait_moved(hosts, before + (5 << 20))
 
 
@@ -114,8 +115,8 @@ def test_what_a_killed_program_had_sent_arrives(
 ) -> None:
     """All of it, and then the end, as over TCP."""
     sender, taker = both(hosts, 40, "paced, die")
-    sender.wait(60)
-    assert taker.communicate(timeout=20)[0].split() == [str(40 << 20), "end"]
+    sender.wait(patience(60))
+    assert taker.communicate(timeout=patience(20))[0].split() == [str(40 << 20), "end"]
     wait_moved(hosts, before + (5 << 20))
 
 
@@ -124,14 +125,14 @@ def test_redis_and_iperf3_run(hosts: tuple[HostBed, HostBed], before: int) -> No
     a, b = hosts[0].containers["a"], hosts[1].containers["b"]
     b.popen(["redis-server", "--save", "", "--protected-mode", "no", "--port", "6400"])
     server = b.popen(["iperf3", "-s", "-1"])
-    until = time.monotonic() + 20
+    until = time.monotonic() + patience(20)
     while b.run(["ss", "-Htln", "sport = :6400 or sport = :5201"]).stdout.count("LISTEN") < 2:
         assert time.monotonic() < until
         time.sleep(0.1)
     command = ["redis-benchmark", "-h", str(b.ipv4), "-p", "6400", "-c", "8", "-n", "4000"]
     assert "GET" in a.run([*command, "-t", "set,get", "-q"]).stdout
     assert "receiver" in a.run(["iperf3", "-c", str(b.ipv4), "-t", "2", "-P", "2"]).stdout
-    assert server.wait(20) == 0
+    assert server.wait(patience(20)) == 0
     wait_moved(hosts, before + 30_000_000)
 
 
@@ -145,6 +146,6 @@ def test_many_threads_on_each_connection_stay_whole(
     server = b.popen([program, "server", str(b.ipv4), "7400"], **pipes)
     time.sleep(0.3)
     client = a.popen([program, "client", str(b.ipv4), "7400", "2", "42", "8", "4"], **pipes)
-    said = client.communicate(timeout=90)[0], server.communicate(timeout=20)[0]
+    said = client.communicate(timeout=patience(90))[0], server.communicate(timeout=patience(20))[0]
     assert (client.returncode, server.returncode) == (0, 0), said
     wait_moved(hosts, before + 1_000_000)

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 
+from tests.patience import patience
 from tests.swarm.conftest import (
     NGINX,
     address,
@@ -259,7 +260,7 @@ def test_killed_in_the_middle_of_starts(bed: Bed, manager: Host) -> None:
         for pid in host.plugin_pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        start.wait(60)
+        start.wait(patience(60))
     wait_until("the plugin", lambda: plugin_answers(host), 30)
     box = wait_until("a container", lambda: run_container(host, network), 30)
     target = address(manager, run_container(manager, network), network)

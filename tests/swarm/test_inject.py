@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from tests.patience import patience
 from tests.swarm.conftest import unique
 from tests.testbed import Bed, Host, wait_until
 from tests.testbed.images import WORKLOAD_IMAGE
@@ -80,7 +81,7 @@ def test_injected_stack_is_accelerated(bed: Bed, manager: Host) -> None:
             wait_until("connections over shared memory", lambda: paths().count("shm") >= 2, 30)
         finally:
             load.kill()
-            load.wait(20)
+            load.wait(patience(20))
     finally:
         manager.docker("stack", "rm", name)
 

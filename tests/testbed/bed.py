@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from tests.patience import patience
 from tests.testbed.host import PLUGIN, Host, remove_cgroups
 from tests.testbed.images import engine_root, workload_tar
 from tests.testbed.process import BedInUseError, run, wait_until
@@ -121,7 +122,7 @@ class Bed:
         for process in (self._registry, self._underlay):
             if process is not None:
                 process.kill()
-                process.wait(10)
+                process.wait(patience(10))
         self._registry = self._underlay = None
         self.hosts = []
         run(["rm", "-rf", str(self.work)], check=False)
@@ -219,7 +220,7 @@ class Bed:
             )
             log.close()
             url = f"http://192.168.77.254:{REGISTRY_PORT}/v2/"
-            probe = f"import urllib.request; urllib.request.urlopen({url!r}, timeout=2)"
+            probe = f"import urllib.request; urllib.request.urlopen({url!r}, timeout=patience(2))"
             wait_until(
                 "the registry", lambda: not run(["nsenter", namespace, "python3", "-c", probe])
             )

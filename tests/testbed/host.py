@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from docker import DockerClient
 
+from tests.patience import patience
 from tests.testbed.images import WORKLOAD_IMAGE, engine_root
 from tests.testbed.process import CommandError, run, wait_until
 
@@ -163,7 +164,7 @@ class Host:
 
     def _wait_dockerd(self, timeout: float) -> None:
         if self._dockerd is not None:
-            self._dockerd.wait(timeout)
+            self._dockerd.wait(patience(timeout))
             self._dockerd = None
 
     def restart_dockerd(self) -> None:
@@ -181,10 +182,10 @@ class Host:
         for process in (self._outer, self._dockerd):
             if process is not None:
                 try:
-                    process.wait(20)
+                    process.wait(patience(20))
                 except subprocess.TimeoutExpired:
                     process.kill()
-                    process.wait(5)
+                    process.wait(patience(5))
         self._outer = self._dockerd = None
 
     def destroy(self) -> None:
@@ -228,7 +229,7 @@ class Host:
 
     def client(self) -> DockerClient:
         """The Docker SDK on this host's engine."""
-        return DockerClient(f"unix://{self.root}/run/docker.sock", timeout=60)
+        return DockerClient(f"unix://{self.root}/run/docker.sock", timeout=round(patience(60)))
 
     def exec(self, container: str, *command: str, timeout: float = 60, check: bool = True) -> str:
         """Run a command in a container of this host."""
@@ -282,7 +283,7 @@ class Host:
                 [*self._enter(), "docker", "import", "-", WORKLOAD_IMAGE],
                 stdin=stream,
                 capture_output=True,
-                timeout=300,
+                timeout=patience(300),
                 check=False,
             )
         if done.returncode:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from tests.patience import patience
+
 T = TypeVar("T")
 
 
@@ -26,14 +28,14 @@ class BedInUseError(Exception):
 def run(
     command: Sequence[str],
     *,
-    timeout: float = 120,
+    timeout: float | None = 120,
     check: bool = True,
     stdin: str | None = None,
 ) -> str:
-    """Run a command; its standard output.
+    """Run a command; its standard output. `timeout` is a quiet machine's.
 
     Raises:
-        CommandError: it failed (with `check`) or took longer than `timeout` seconds.
+        CommandError: it failed (with `check`) or took longer than `timeout` seconds, and more on a busy machine.
     """
     try:
         done = subprocess.run(
@@ -41,23 +43,24 @@ def run(
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=timeout,
+            timeout=None if timeout is None else patience(timeout),
             input=stdin if stdin is not None else "",
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise CommandError(command, -1, f"not done in {timeout:g} s") from error
+        raise CommandError(command, -1, f"not done in {error.timeout:g} s") from error
     if check and done.returncode != 0:
         raise CommandError(command, done.returncode, done.stdout + done.stderr)
     return done.stdout
 
 
 def wait_until(what: str, condition: Callable[[], T], timeout: float = 30, pause: float = 0.1) -> T:
-    """Call `condition` until it returns something true, and return that.
+    """Call `condition` until it returns something true, and return that; `timeout` is a quiet machine's.
 
     Raises:
         TimeoutError: naming `what` and the last failure.
     """
+    timeout = patience(timeout)
     deadline = time.monotonic() + timeout
     last: object = None
     while True:

@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 
+from tests.patience import patience
+
 HEADER = struct.Struct("!6H")
 
 
@@ -74,5 +76,5 @@ class DnsServer:
     def close(self) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stopper:
             stopper.sendto(b"stop", self.address)
-        self._thread.join(5)
+        self._thread.join(patience(5))
         self._socket.close()

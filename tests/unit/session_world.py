@@ -18,6 +18,7 @@ from dataplane.router.loop import EpollLoop
 from dataplane.router.peer_wire import Hello, Message, Withdraw
 from dataplane.router.peers import Sessions
 from dataplane.router.wire import IPAddress
+from tests.patience import patience
 from tests.unit.swarm_ca import Authority, Node, write
 
 _instances: Final = itertools.count(1)
@@ -168,7 +169,7 @@ class World:
 
     def until(self, what: str, true: Callable[[], object], seconds: float = 15) -> None:
         """Let time pass until something is true."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + patience(seconds)
         while not true():
             assert time.monotonic() < end, f"waited in vain for {what}: {self.state()}"
             self.round()

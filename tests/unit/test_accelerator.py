@@ -17,6 +17,7 @@ from driver.errors import RouterError
 from driver.members import NetworkState
 from driver.model import Endpoint, LocalContainer, Network, NetworkView, Peer, Service, Subnet, Task
 from driver.store import Store
+from tests.patience import patience
 
 NET, NET2 = "n" * 25, "m" * 25
 VIP = IPv4Address("10.0.4.2")
@@ -224,13 +225,13 @@ def test_a_sandbox_that_comes_late(world: World) -> None:
 def test_it_tells_by_itself(world: World) -> None:
     """A change is told soon, by a thread of its own."""
     world.accelerator.start()
-    assert world.router.heard.wait(5)
+    assert world.router.heard.wait(patience(5))
     world.router.heard.clear()
     world.store.put_network(a_network())
     world.store.put_endpoint(an_endpoint(7))
     world.sandboxes.inodes["s7"] = 5
     world.accelerator.wake()
-    assert world.router.heard.wait(5)
+    assert world.router.heard.wait(patience(5))
     assert world.router.told[-1].endpoints
 
 

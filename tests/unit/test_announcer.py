@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from driver.announcer import Announcer
 from driver.errors import KernelError
 from driver.model import Endpoint
+from tests.patience import patience
 from tests.unit.steps import SteppedKernel, Steps
 
 PATIENCE = 5.0
@@ -25,7 +26,7 @@ class GatedKernel(SteppedKernel):
 
     def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
         self.begun.release()
-        assert self.gate.acquire(timeout=PATIENCE)
+        assert self.gate.acquire(timeout=patience(PATIENCE))
         if network_id == "mute":
             raise KernelError("network is down")
         self.told.append((network_id, [endpoint.id for endpoint in endpoints]))
@@ -38,7 +39,7 @@ def _endpoint(name: str, network: str = "net") -> Endpoint:
 def _await_end(announcer: Announcer) -> None:
     thread = announcer._thread
     if thread is not None:
-        thread.join(PATIENCE)
+        thread.join(patience(PATIENCE))
     assert announcer._thread is None
 
 
@@ -47,7 +48,7 @@ def test_what_joins_meanwhile_is_announced_together() -> None:
     kernel = GatedKernel()
     announcer = Announcer(kernel)
     announcer.endpoint_joined(_endpoint("first"))
-    assert kernel.begun.acquire(timeout=PATIENCE)
+    assert kernel.begun.acquire(timeout=patience(PATIENCE))
     for name, network in (("a", "net"), ("b", "other"), ("c", "net")):
         announcer.endpoint_joined(_endpoint(name, network))
     kernel.gate.release(3)

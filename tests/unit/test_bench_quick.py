@@ -13,6 +13,7 @@ import pytest
 
 from bench.measures import measures
 from bench.quick import absent_programs
+from tests.patience import patience
 
 pytestmark = [
     pytest.mark.kernel,
@@ -41,7 +42,7 @@ def quick(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience(120),
         check=False,
     )
 

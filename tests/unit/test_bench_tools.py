@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench import compiled, parse
+from tests.patience import patience
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(*argv: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
     line = [str(word) for word in argv]
     return subprocess.run(
-        line, input=stdin, capture_output=True, text=True, timeout=30, check=False
+        line, input=stdin, capture_output=True, text=True, timeout=patience(30), check=False
     )
 
 
@@ -37,7 +38,7 @@ def serving(*argv: object) -> Iterator[tuple[str, str]]:
     line = [*(str(word) for word in argv), "serve", "-1", str(path), "0"]
     process = subprocess.Popen(line)
     try:
-        end = time.monotonic() + 10
+        end = time.monotonic() + patience(10)
         while not path.exists():
             assert process.poll() is None
             assert time.monotonic() < end

@@ -26,6 +26,7 @@ from dataplane.router.devices import (
 )
 from dataplane.router.finder import NO_ADDRESS, Finder, decode, offer_devices
 from dataplane.router.loop import EpollLoop
+from tests.patience import patience
 
 V4, V6 = ip_address("192.0.2.1"), ip_address("2001:db8::1")
 LOCAL = Gid(0, ROCE, IPv6Address("fe80::1"))
@@ -133,7 +134,7 @@ def test_what_it_prints_can_be_read() -> None:
 
 def run(loop: EpollLoop, epoll: select.epoll, seconds: float = 10.0) -> Iterator[None]:
     """The loop, a round at a time."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while time.monotonic() < deadline:
         for descriptor, events in epoll.poll(loop.timeout(0.05)):
             loop.serve(descriptor, events)

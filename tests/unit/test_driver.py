@@ -18,6 +18,7 @@ from driver.errors import Conflict, InvalidRequest, KernelError, NotFound
 from driver.locks import KeyedLocks
 from driver.model import Endpoint, Network, Subnet
 from driver.store import Store
+from tests.patience import patience
 from tests.unit.steps import Machine, SteppedKernel, Steps
 
 NET = "p3l8f1w0gk2c9d7h5m6n4b0aq"
@@ -479,7 +480,7 @@ class MeetingKernel(SteppedKernel):
 
     def __init__(self) -> None:
         super().__init__(Steps())
-        self.meeting = threading.Barrier(2, timeout=5)
+        self.meeting = threading.Barrier(2, timeout=patience(5))
 
     def attach(self, network: Network, endpoint: Endpoint) -> None:
         self.meeting.wait()

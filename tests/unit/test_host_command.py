@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from plugin.host_command import MARK, NAME, exists, install, plugin_id, remove, script
+from tests.patience import patience
 
 ID = "0123456789abcdef" * 4
 MOUNTS = f"""\
@@ -134,7 +135,7 @@ def test_removed(directory: Path, mounts: Path) -> None:
 
 def _run(command: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [command, *arguments], capture_output=True, text=True, timeout=30, check=False
+        [command, *arguments], capture_output=True, text=True, timeout=patience(30), check=False
     )
 
 
@@ -156,7 +157,7 @@ def test_command_of_another_plugin(directory: Path, mounts: Path) -> None:
         ["sh", "-c", old, directory / NAME, "status", "--json"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=patience(30),
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "new: status --json\n", "")
@@ -181,7 +182,7 @@ def test_another_plugin_meanwhile(directory: Path, mounts: Path, moment: str) ->
         [directory / NAME, "status"],
         env={"PATH": f"{tools}:{os.environ['PATH']}"},
         capture_output=True,
-        timeout=30,
+        timeout=patience(30),
         check=False,
     )
     assert (tools / "done").exists()

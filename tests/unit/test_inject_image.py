@@ -24,6 +24,7 @@ from plugin.cli.image import File, Start, judge, start_of
 from plugin.cli.inject import inject_stack
 from plugin.cli.place import VARIABLE
 from plugin.cli.program import Program, look
+from tests.patience import patience
 from tests.unit.sockets import served
 
 MACHINE = os.uname().machine
@@ -71,7 +72,7 @@ def test_compiled(tmp_path: Path, flag: str, dynamic: bool) -> None:
     """What the compiler links statically has no loader, position-independent or not."""
     source, program = tmp_path / "a.c", tmp_path / "a"
     source.write_text("int main(void) { return 0; }\n")
-    subprocess.run(["gcc", flag, "-o", program, source], check=True, timeout=60)
+    subprocess.run(["gcc", flag, "-o", program, source], check=True, timeout=patience(60))
     found = look(program.read_bytes())
     assert found is not None
     assert found.dynamic is dynamic
@@ -290,7 +291,7 @@ def test_the_users_place(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=patience(30),
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout.split() == ["host", "host", "host", "none", "own", "/"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from driver.keeper import Keeper
+from tests.patience import patience
 
 
 @dataclass
@@ -43,7 +44,7 @@ def test_it_outlives_what_a_look_meets() -> None:
     kernel = FakeKept(broken=1)
     made = Keeper(kernel, list, every=0.01)
     made.start()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + patience(5)
     while kernel.looks < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     made.stop()

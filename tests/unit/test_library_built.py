@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import patience
+
 TOP = Path(__file__).parents[2]
 BUILD = TOP / "dataplane/library/build.sh"
 ALLOWED = frozenset(
@@ -57,7 +59,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if missing:
         pytest.skip(f"{', '.join(missing)} missing")
     output = tmp_path_factory.mktemp("library") / "libfreeflow.so"
-    subprocess.run([BUILD, output], check=True, timeout=120)
+    subprocess.run([BUILD, output], check=True, timeout=patience(120))
     return output
 
 
@@ -67,14 +69,16 @@ def read(library: Path, *options: str) -> str:
         check=True,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=patience(30),
     ).stdout
 
 
 def build(output: Path, compiler: str) -> Path:
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} missing")
-    subprocess.run([BUILD, output], env={**os.environ, "CC": compiler}, check=True, timeout=120)
+    subprocess.run(
+        [BUILD, output], env={**os.environ, "CC": compiler}, check=True, timeout=patience(120)
+    )
     return output
 
 
@@ -131,14 +135,14 @@ def test_loads(library: Path, tmp_path: Path, compiler: str) -> None:
         pytest.skip(f"{compiler} missing")
     source, program = tmp_path / "program.c", tmp_path / "program"
     source.write_text(PROGRAM)
-    subprocess.run([compiler, "-O1", "-o", program, source], check=True, timeout=60)
+    subprocess.run([compiler, "-O1", "-o", program, source], check=True, timeout=patience(60))
     for preload, said in (("", "plain abc\n"), (str(library), "loaded abc\n")):
         result = subprocess.run(
             [program],
             env={**os.environ, "LD_PRELOAD": preload, "LD_BIND_NOW": "1"},
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=patience(30),
             check=False,
         )
         assert (result.returncode, result.stdout, result.stderr) == (0, said, "")
@@ -151,13 +155,15 @@ def test_static_program(library: Path, tmp_path: Path, compiler: str) -> None:
         pytest.skip(f"{compiler} missing")
     source, program = tmp_path / "program.c", tmp_path / "program"
     source.write_text(PROGRAM)
-    subprocess.run([compiler, "-O1", "-static", "-o", program, source], check=True, timeout=60)
+    subprocess.run(
+        [compiler, "-O1", "-static", "-o", program, source], check=True, timeout=patience(60)
+    )
     result = subprocess.run(
         [program],
         env={**os.environ, "LD_PRELOAD": str(library)},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=patience(30),
         check=False,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "plain abc\n", "")

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from plugin.metrics import METRICS, Exporter, render
 from plugin.status import Status
+from tests.patience import patience
 from tests.unit.statuses import NET, NET2, endpoint, finding, network, status
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -132,7 +133,9 @@ def test_exporter(host: str) -> None:
     exporter.start()
     try:
         where = f"[{host}]" if ":" in host else host
-        with urllib.request.urlopen(f"http://{where}:{port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(
+            f"http://{where}:{port}/metrics", timeout=patience(10)
+        ) as answer:
             assert answer.status == 200
             assert samples(answer.read().decode()) == rendered(status())
     finally:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from driver import dns
 from driver.model import Service, Task
 from driver.resolver import WINDOW, EmbeddedDns, ask
+from tests.patience import within
 from tests.unit.dns_server import DnsServer, answer
 
 VIP = IPv4Address("10.0.4.2")
@@ -72,7 +73,7 @@ def test_silence_is_bounded(server: DnsServer) -> None:
     begin = time.monotonic()
     with channel(server) as asking:
         assert ask(asking, sorted(server.silent), timeout=0.1) == {}
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < within(2)
 
 
 def test_cut_answers(server: DnsServer) -> None:
@@ -109,7 +110,7 @@ def test_no_server() -> None:
         begin = time.monotonic()
         with pytest.raises(OSError, match="refused"):
             ask(asking, ["a"], timeout=5)
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < within(2)
 
 
 QUERY = dns.encode_query(7, "tasks.web.backend")

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from plugin.router import RouterProcess, router_command, router_settings
 from plugin.settings import Settings
+from tests.patience import patience
 
 SLEEPER = [sys.executable, "-c", "import sys; sys.stdin.read()"]
 
 
 def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(10)
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -29,11 +30,11 @@ def test_it_is_started_again() -> None:
     process = RouterProcess(SLEEPER, lambda: heard.release())
     process.start()
     try:
-        assert heard.acquire(timeout=10)
+        assert heard.acquire(timeout=patience(10))
         first = process.pid
         assert first is not None
         kill(first, signal.SIGKILL)
-        assert heard.acquire(timeout=10)
+        assert heard.acquire(timeout=patience(10))
         _until(lambda: process.pid not in (None, first))
         assert process.starts == 2
     finally:

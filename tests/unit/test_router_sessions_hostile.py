@@ -29,6 +29,7 @@ from dataplane.router.peer_wire import (
     pack,
 )
 from dataplane.router.wire import IPAddress
+from tests.patience import patience, within
 from tests.unit.session_world import BUG, NONSENSE, Router, World
 from tests.unit.swarm_ca import Authority, Node
 
@@ -73,7 +74,7 @@ def identity_of(world: World, node: Node) -> Identity:
 def call(world: World) -> socket.socket:
     """A TCP connection from the address that is let in."""
     made = socket.socket()
-    made.settimeout(PATIENCE)
+    made.settimeout(patience(PATIENCE))
     made.bind((ADDRESS, 0))
     made.connect(("127.0.0.1", world.port))
     return made
@@ -173,7 +174,7 @@ def test_silence(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) ->
     during(world, drip)
     shy = shaken(world)
     assert during(world, lambda: listen_to(shy)) == []
-    assert 1.4 < time.monotonic() - begin < 6
+    assert 1.4 < time.monotonic() - begin < within(6)
     world.until("all to be counted", lambda: host.sessions.counts().ended["silent"] == 3)
 
 
@@ -526,7 +527,7 @@ def test_a_flood_of_messages(world: World, host: Router) -> None:
         stop = True
         world.until("the flood's end", future.done)
     assert len(host.user.all("message")) == 20
-    assert longest < 2
+    assert longest < within(2)
     tls.close()
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from plugin.listening import BACKLOG, listen
 from plugin.server import ADMIN_SOCKET, THREADS, Paths
+from tests.patience import patience
 
 TOP = Path(__file__).parents[2]
 
@@ -67,7 +68,7 @@ def test_connections_queue_up(tmp_path: Path) -> None:
     callers = [socket.socket(socket.AF_UNIX) for _ in range(min(BACKLOG, 50))]
     try:
         for caller in callers:
-            caller.settimeout(1)
+            caller.settimeout(patience(1))
             caller.connect(str(path))
             caller.sendall(b"POST / HTTP/1.1\r\n\r\n")
         first, _ = listener.accept()

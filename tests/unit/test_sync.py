@@ -27,6 +27,7 @@ from driver.model import (
 from driver.occasions import BEAT
 from driver.peers import REPAIR_EVERY
 from driver.sync import SETTLE, Syncer
+from tests.patience import patience
 from tests.unit.facts import engine_view
 from tests.unit.steps import Machine
 
@@ -535,7 +536,7 @@ def running(host: Host) -> Iterator[Host]:
 
 def soon(promise: Callable[[], bool], seconds: float = 10.0) -> None:
     """Wait until a promise holds."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not promise():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -570,7 +571,7 @@ def test_running_loop_survives_bugs(running: Host) -> None:
         raise ZeroDivisionError
 
     running.dns.tasks = fail  # type: ignore[method-assign, assignment]
-    assert broken.wait(10)
+    assert broken.wait(patience(10))
     running.dns.tasks = tasks  # type: ignore[method-assign]
     running.dns.active["web"] = frozenset({at(7)})
     soon(lambda: running.balancer.tables[sandbox] == {VIP: (at(7),)})
@@ -585,7 +586,7 @@ def test_slow_network_does_not_delay_others(running: Host) -> None:
 
     def slow(network_id: str, *, services: bool = False) -> NetworkView | None:
         if network_id == NET:
-            assert release.wait(20)
+            assert release.wait(patience(20))
         return network(network_id, services=services)
 
     running.engine.network = slow  # type: ignore[method-assign]

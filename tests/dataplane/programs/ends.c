@@ -181,7 +181,7 @@ static void see_no_reader(int fd, int (*wait)(int fd, int timeout), uint32_t fla
 {
         static char bytes[65536];
         struct epoll_event event = {.events = EPOLLOUT | flags};
-        double end = clock_now() + 10;
+        double end = clock_now() + within(10);
         ssize_t sent;
 
         instance_for_room = epoll_create1(0);
@@ -282,7 +282,7 @@ static void see_events(int fd)
 
         put(fd, "c");
         CHECK(epoll_ctl(instance, EPOLL_CTL_ADD, fd, &event) == 0);
-        CHECK(epoll_wait(instance, &event, 1, 5000) == 1);
+        CHECK(epoll_wait(instance, &event, 1, (int)within(5000)) == 1);
         CHECK(event.events == (EPOLLIN | EPOLLRDHUP));
         CHECK(ready(fd, POLLIN | POLLRDHUP, 0) == (POLLIN | POLLRDHUP));
         CHECK(shutdown(fd, SHUT_WR) == 0);

@@ -98,6 +98,14 @@ static inline double clock_now(void)
         return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
 }
 
+/* The promise `seconds` of a quiet machine, on this one as busy as it is: tests/patience.py says how busy. */
+static inline double within(double seconds)
+{
+        const char *slowness = getenv("SLOWNESS");
+
+        return seconds * (slowness ? atof(slowness) : 1);
+}
+
 static inline void put_all(int fd, const void *from, size_t size)
 {
         for (size_t done = 0; done < size;) {

@@ -1,9 +1,10 @@
 """Two ends that send each other numbers, and say what became of them.
 
     stream.py server ADDRESS PORT [CONNECTIONS]
-    stream.py client ADDRESS PORT SECONDS [CONNECTIONS]
+    stream.py client ADDRESS PORT SECONDS [CONNECTIONS [told]]
 
-Each end sends 0, 1, 2, … as eight bytes each until it's time, then END, and checks that it hears the same. What it prints, for each
+Each end sends 0, 1, 2, … as eight bytes each until it's time, then END, and checks that it hears the same. With `told` the client's
+SECONDS begin with a line of its input, or its end: so a test may take its time before, however busy the machine is. What it prints, for each
 connection: `whole N` (all came, the end included), `reset N` (the connection failed after N numbers, which were right), `gap N` (it
 ended as if all were well, and it isn't) or `wrong N`.
 """
@@ -21,12 +22,28 @@ RUN = 512
 """Numbers that are sent at once."""
 
 
+class End:
+    """When senders end."""
+
+    def __init__(self, seconds: float) -> None:
+        self.at = time.monotonic() + seconds
+
+    def when_told(self, seconds: float) -> None:
+        self.at = float("inf")
+
+        def listen() -> None:
+            sys.stdin.readline()
+            self.at = time.monotonic() + seconds
+
+        threading.Thread(target=listen, daemon=True).start()
+
+
 def send(
-    connection: socket.socket, until: float, stop: threading.Event, failed: threading.Event
+    connection: socket.socket, end: End, stop: threading.Event, failed: threading.Event
 ) -> None:
     position = 0
     try:
-        while time.monotonic() < until and not stop.is_set():
+        while time.monotonic() < end.at and not stop.is_set():
             connection.sendall(struct.pack(f"<{RUN}Q", *range(position, position + RUN)))
             position += RUN
             if position % (64 * RUN) == 0:
@@ -60,10 +77,10 @@ def receive(connection: socket.socket) -> str:
             expected += 1
 
 
-def both(connection: socket.socket, until: float, *, answers: bool) -> str:
+def both(connection: socket.socket, end: End, *, answers: bool) -> str:
     """Whoever answers ends when it has heard the end."""
     stop, failed = threading.Event(), threading.Event()
-    sender = threading.Thread(target=send, args=(connection, until, stop, failed), daemon=True)
+    sender = threading.Thread(target=send, args=(connection, end, stop, failed), daemon=True)
     sender.start()
     said = receive(connection)
     if answers or not said.startswith("whole"):
@@ -79,17 +96,17 @@ def main() -> None:
         count = int(more[0]) if more else 1
         listener = socket.create_server((address, int(port)), backlog=4096)
         print("listening", flush=True)
-        until = time.monotonic() + 3600
+        end = End(3600)
         connections = [listener.accept()[0] for _ in range(count)]
     else:
         count = int(more[1]) if len(more) > 1 else 1
-        until = time.monotonic() + float(more[0])
+        end = End(float(more[0]))
+        if more[2:] == ["told"]:
+            end.when_told(float(more[0]))
         connections = [socket.create_connection((address, int(port))) for _ in range(count)]
     said: list[str] = []
     threads = [
-        threading.Thread(
-            target=lambda c=each: said.append(both(c, until, answers=role == "server"))
-        )
+        threading.Thread(target=lambda c=each: said.append(both(c, end, answers=role == "server")))
         for each in connections
     ]
     for thread in threads:

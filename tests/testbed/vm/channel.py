@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from tests.patience import patience
 from tests.testbed.process import CommandError
 from tests.testbed.vm.agent import (
     END_OF_INPUT,
@@ -156,6 +157,7 @@ class Channel:
         timeout: float,
     ) -> re.Match[str] | None:
         """Until the condition holds; it is looked at when something has come from the guest."""
+        timeout = patience(timeout)
         until = time.monotonic() + timeout
         with self._changed:
             while not (value := condition()):

@@ -15,6 +15,7 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any, Final
 
+from tests.patience import patience
 from tests.testbed.images import TOP
 from tests.testbed.process import CommandError, wait_until
 from tests.testbed.vm.channel import Channel, GuestGoneError, Process
@@ -72,7 +73,7 @@ class Guest:
         # The socket of the agent, of the monitor, of the network.
         agent, agents = socket.socketpair()
         self._monitor, monitors = socket.socketpair()
-        self._monitor.settimeout(30)
+        self._monitor.settimeout(patience(30))
         network = self.wire.plug(self.number)
         ends = [agents, monitors, network]
         try:
@@ -145,7 +146,7 @@ class Guest:
         """Pull the plug; safe when it is out."""
         if self._qemu is not None:
             self._qemu.kill()
-            self._qemu.wait(30)
+            self._qemu.wait(patience(30))
             self._qemu = None
         self.wire.unplug(self.number)
         if self._channel is not None:

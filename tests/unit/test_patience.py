@@ -1,0 +1,41 @@
+"""Tests wait the longer the busier the machine is."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests import patience as module
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured yet, and the machine works fast."""
+    monkeypatch.setattr(module, "_measured", (float("-inf"), 1.0))
+    monkeypatch.setattr(module, "_work", lambda: 0.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+
+
+def test_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a quiet machine a promised time is that time, and what must happen at all may take some times longer."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.3, 0.0, 0.0))
+    assert module.within(2) == 2
+    assert module.patience(2) == 2 * module.GENEROUS
+
+
+def test_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With five programs for each core everything may take some times longer, but a hang still ends."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (10.0, 0.0, 0.0))
+    assert module.within(2) > 10
+    assert module.patience(2) > 10
+    monkeypatch.setattr(module, "_measured", (float("-inf"), 1.0))
+    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    assert module.patience(2) == 2 * module.MOST
+
+
+def test_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is slow without any load is seen by what work takes."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(module, "_work", lambda: 8 * module._REFERENCE)
+    assert module.within(2) == pytest.approx(16)
