@@ -21,6 +21,10 @@ SIZE: Final = 60000
 """What we say we take, in bytes: room for a thousand tasks, and below what a datagram on loopback can carry."""
 
 
+SMALLEST: Final = 512
+"""Bytes that are allowed for an answer of which nothing is known."""
+
+
 class BadNameError(ValueError):
     """The name can't be put in a question."""
 

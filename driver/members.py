@@ -19,7 +19,8 @@ class NetworkState:
     """What is known of a network. `view` is the last good one, `seen` when (the loop's clock), `error` why not newer.
 
     `table` is where its VIPs lead; those in `vanished` have no service any more, since when. `idle` are services whose
-    tasks all take no connections, since when. `unlisted` and `unknown`: see the functions.
+    tasks all take no connections, since when. `unlisted` and `unknown`: see the functions. Of the services
+    `by_list` only the engine's list says which tasks they have.
     """
 
     view: NetworkView | None = None
@@ -30,6 +31,7 @@ class NetworkState:
     idle: dict[Service, float] = field(default_factory=dict)
     unlisted: frozenset[IPv4Address] = frozenset()
     unknown: frozenset[str] = frozenset()
+    by_list: frozenset[str] = frozenset()
 
     def resting(self, before: float) -> frozenset[Service]:
         """Services with just these tasks that have been idle since before this time."""

@@ -15,6 +15,8 @@ FOLLOW_UPS: Final = (0.0, 0.5, 2.0)
 """Seconds after a hint at which the services are listed."""
 BEAT: Final = 60.0
 """Seconds after which they are listed without a hint."""
+LARGE_BEAT: Final = 2.0
+"""The same where the list alone says which tasks there are."""
 BUDGET: Final = 20.0
 """So many times they are listed in a row, however many hints there are; then once a second."""
 
@@ -32,6 +34,11 @@ class Occasions:
         # What is due first stays: hints that keep coming must not put it off for ever.
         earliest = self._due[:1]
         self._due = sorted({*earliest, *(now + after for after in FOLLOW_UPS)})
+
+    def within(self, seconds: float) -> None:
+        """The next time is no later than so long after the last one."""
+        if self._due[0] > self._counted + seconds:
+            self._due.insert(0, self._counted + seconds)
 
     def next(self) -> float:
         """When `take` will say yes."""

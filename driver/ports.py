@@ -107,13 +107,28 @@ class Directory(Protocol):
         """Docker's name of a container's namespace; None if it has none, or there is no such container."""
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What one container's DNS says of services.
+
+    `known`: by service name the addresses that it gives for the service's tasks; of those listed they take connections,
+    and the empty set is an answer, too. `silent`: it knows the service, and doesn't answer for its tasks. Of a service that is in
+    neither it knows nothing, can't be asked, or its answers were lost or cut short.
+    """
+
+    known: Mapping[str, frozenset[IPv4Address]]
+    silent: frozenset[str] = frozenset()
+
+
 class TaskResolver(Protocol):
     """Which tasks of a service take new connections, by the embedded DNS of one container."""
 
     def tasks(
-        self, sandbox: Path, network_name: str, services: Sequence[Service]
-    ) -> Mapping[str, frozenset[IPv4Address]]:
-        """By service name, the addresses that DNS gives for the service's tasks: of those listed, they take connections.
-
-        A service is absent if this container's DNS doesn't know it, or can't be asked.
-        """
+        self,
+        sandbox: Path,
+        network_name: str,
+        services: Sequence[Service],
+        *,
+        patient: bool = False,
+    ) -> Told:
+        """What this container's DNS says. `patient`: wait longer for what may be slow."""

@@ -8,6 +8,9 @@ leads to its VIP, but whose `tasks.` name leads nowhere, has no task that takes 
 What the embedded DNS doesn't know it forwards to the DNS servers of the outside, which may answer anything; and a
 container may have changed its namespace, so that somebody else answers. Hence an address counts only if the engine itself
 lists it for the service; that it doesn't yet is a hint to read the list again.
+
+An answer that doesn't come says nothing: it may be lost or late. Only an answer says that a service has no tasks. A service
+whose answer would be too large for a datagram isn't asked about: Docker would try record by record how many fit.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -27,28 +30,69 @@ from driver import dns
 from driver.errors import KernelError
 from driver.kernel.namespace import in_netns
 from driver.model import Service
+from driver.ports import Told
 
 SERVER: Final = ("127.0.0.11", 53)
 TIMEOUT: Final = 0.2
-"""Seconds. The embedded DNS itself answers within a millisecond; longer waits are for servers outside."""
+"""Seconds without an answer. The embedded DNS itself answers within a millisecond; longer waits are for servers outside."""
+PATIENCE: Final = 1.0
+"""The same for what has been silent before."""
+LONGEST: Final = 5.0
+"""So many times as long at most, however many answers come."""
 WINDOW: Final = 32
-"""Questions under way at once: their answers must fit the socket's buffer."""
+"""Questions under way at once."""
+BUFFER: Final = 8 << 20
+"""Bytes of the socket's buffer, in which all answers under way must fit. The usual size takes three large ones."""
+SMALL: Final = 8192
+"""Bytes of an answer that isn't late because of its size."""
+_SO_RCVBUFFORCE: Final = 33
+
+
+def question(service: Service, network_name: str) -> str:
+    """The name under which the embedded DNS has the addresses of a service's tasks."""
+    # Qualified by the network: a service may be on several networks of the container.
+    return f"tasks.{service.name}.{network_name}"
+
+
+def answer_size(service: Service, network_name: str) -> int:
+    """Bytes of the answer to that question: libnetwork writes the name again with each address."""
+    name = len(question(service, network_name)) + 2
+    return 64 + name + (name + 14) * len(service.tasks)
+
+
+def fits(service: Service, network_name: str) -> bool:
+    """Whether the answer fits a datagram."""
+    return answer_size(service, network_name) <= dns.SIZE
 
 
 Answers = dict[str, frozenset[IPv4Address] | None]
 """By name; None: more than fits an answer. A name without an answer is absent."""
 
 
-def ask(channel: socket.socket, names: Iterable[str], timeout: float = TIMEOUT) -> Answers:
-    """Ask for the A records of several names over a connected UDP socket.
+def ask(
+    channel: socket.socket,
+    names: Iterable[str],
+    timeout: float = TIMEOUT,
+    sizes: Mapping[str, int] | None = None,
+) -> Answers:
+    """Ask for the A records of several names over a connected UDP socket. `sizes` of their answers, where they are known.
 
     Raises:
         OSError: the server can't be reached.
     """
     answers: Answers = {}
-    todo = list(dict.fromkeys(names))
-    while todo:
-        window, todo = todo[:WINDOW], todo[WINDOW:]
+    # The kernel counts what it keeps beside the bytes, too: half of the buffer is enough for that.
+    room = channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 4
+    window: list[str] = []
+    expected = 0
+    for name in dict.fromkeys(names):
+        size = (sizes or {}).get(name, dns.SMALLEST)
+        if window and (len(window) == WINDOW or expected + size > room):
+            answers.update(_ask_window(channel, window, timeout))
+            window, expected = [], 0
+        window.append(name)
+        expected += size
+    if window:
         answers.update(_ask_window(channel, window, timeout))
     return answers
 
@@ -65,8 +109,9 @@ def _ask_window(channel: socket.socket, names: Sequence[str], timeout: float) ->
             continue
         channel.send(query)
         waiting[identifier] = name
-    deadline = time.monotonic() + timeout
-    while waiting and (left := deadline - time.monotonic()) > 0:
+    begin = time.monotonic()
+    last, deadline = begin, begin + LONGEST * timeout
+    while waiting and (left := min(last + timeout, deadline) - time.monotonic()) > 0:
         channel.settimeout(left)
         try:
             message = channel.recv(0xFFFF)
@@ -77,6 +122,7 @@ def _ask_window(channel: socket.socket, names: Sequence[str], timeout: float) ->
         with contextlib.suppress(dns.MalformedAnswerError):
             answers[name] = dns.decode_answer(message, name)
             del waiting[identifier]
+            last = time.monotonic()
     return answers
 
 
@@ -105,58 +151,59 @@ class EmbeddedDns:
         self._channels: dict[Path, _Channel] = {}
 
     def tasks(
-        self, sandbox: Path, network_name: str, services: Sequence[Service]
-    ) -> dict[str, frozenset[IPv4Address]]:
-        """See `ports.TaskResolver.tasks`."""
+        self,
+        sandbox: Path,
+        network_name: str,
+        services: Sequence[Service],
+        *,
+        patient: bool = False,
+    ) -> Told:
+        """See `ports.TaskResolver.tasks`. Services whose answer doesn't fit are left out."""
         try:
             channel = self._take(sandbox)
         except (OSError, KernelError):
-            return {}
+            return Told({})
         try:
-            # Qualified by the network: a service may be on several networks of the container.
-            return self._tasks(channel.socket, network_name, services)
+            asked = [service for service in services if fits(service, network_name)]
+            timeout = PATIENCE if patient else self._timeout
+            return self._tasks(channel.socket, network_name, asked, timeout)
         except OSError:
             channel.socket.close()
-            return {}
+            return Told({})
         finally:
             self._give_back(sandbox, channel)
 
+    @staticmethod
     def _tasks(
-        self, channel: socket.socket, network_name: str, services: Sequence[Service]
-    ) -> dict[str, frozenset[IPv4Address]]:
-        found: dict[str, frozenset[IPv4Address]] = {}
-        none = []
-        listed = {f"tasks.{item.name}.{network_name}": item for item in services}
-        answers = ask(channel, listed, self._timeout)
+        channel: socket.socket, network_name: str, services: Sequence[Service], timeout: float
+    ) -> Told:
+        listed = {question(item, network_name): item for item in services}
+        sizes = {name: answer_size(item, network_name) for name, item in listed.items()}
+        answers = ask(channel, listed, timeout, sizes)
+        known: dict[str, frozenset[IPv4Address]] = {}
+        doubtful = {}
         for name, service in listed.items():
             addresses = answers.get(name, frozenset())
             if addresses is None:
                 continue
             if addresses & {task.address for task in service.tasks}:
-                found[service.name] = addresses
-            else:
-                none.append(service)
-        if none:
-            self._confirm(channel, network_name, none, found)
-        return found
-
-    def _confirm(
-        self,
-        channel: socket.socket,
-        network_name: str,
-        services: Sequence[Service],
-        found: dict[str, frozenset[IPv4Address]],
-    ) -> None:
-        """Tell services without tasks from those that this container's DNS doesn't know, and from lost answers."""
-        names = [
-            f"{prefix}{item.name}.{network_name}" for item in services for prefix in ("", "tasks.")
-        ]
-        answers = ask(channel, names, self._timeout)
-        for service in services:
-            addresses = answers.get(f"tasks.{service.name}.{network_name}", frozenset())
-            own = answers.get(f"{service.name}.{network_name}")
-            if addresses is not None and own is not None and service.vip in own:
-                found[service.name] = addresses
+                known[service.name] = addresses
+            # What is large and late or lost isn't asked for twice.
+            elif name in answers or sizes[name] <= SMALL:
+                doubtful[name] = service
+        # Tell services without tasks from those that this container's DNS doesn't know.
+        own = {name: f"{service.name}.{network_name}" for name, service in doubtful.items()}
+        names = [each for pair in own.items() for each in pair]
+        answers = ask(channel, names, timeout, sizes) if names else {}
+        silent = set()
+        for name, service in doubtful.items():
+            if service.vip not in (answers.get(own[name]) or ()):
+                continue
+            if name not in answers:
+                silent.add(service.name)
+            elif (addresses := answers[name]) is not None:
+                known[service.name] = addresses
+        return Told(known, frozenset(silent))
 
     # --- the sockets
 
@@ -178,6 +225,9 @@ class EmbeddedDns:
     def _open(self) -> socket.socket:
         channel = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         try:
+            # Above the host's limit for others, for which we have the right.
+            with contextlib.suppress(OSError):
+                channel.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, BUFFER)
             channel.connect(self._server)
         except OSError:
             channel.close()

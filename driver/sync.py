@@ -33,7 +33,7 @@ from driver.driver import Driver
 from driver.errors import EngineError, FreeFlowError, KernelError, NotFound
 from driver.members import NetworkState, next_state, unknown, unlisted
 from driver.model import Endpoint, EngineView, Network, NetworkView, VipTable
-from driver.occasions import Occasions
+from driver.occasions import LARGE_BEAT, Occasions
 from driver.peers import REPAIR_EVERY, Peers
 from driver.ports import Balancer, Directory, TaskResolver
 
@@ -450,15 +450,28 @@ class Syncer:
             # Better all tasks at once than the right ones a little later.
             before = self._publish(network, view, {}, before)
             self._ring()
-        sandboxes = self._on_network(network.id)
-        answers = self._active.ask(view, before, sandboxes)
-        if self._is_news(network, view, answers, before) and self._may_list(network.id):
+        decision = self._active.ask(view, before, self._owners(network.id, endpoints, view))
+        if self._is_news(network, view, decision.tasks, before) and self._may_list(network.id):
             view = self._view(network.id, before, services=True)
-            answers = self._active.ask(view, before, sandboxes)
-        self._publish(network, view, answers, before)
+            decision = self._active.ask(view, before, self._owners(network.id, endpoints, view))
+        self._publish(network, view, decision.tasks, before, decision.by_list)
         own = {self._driver.self_address(), self._engine.node_address if self._engine else None}
         self._peers.set(network, view, endpoints, {item for item in own if item is not None})
         self._peers.tell_of_tasks(network, view, before.view, endpoints)
+
+    def _owners(
+        self, network_id: str, endpoints: tuple[Endpoint, ...], view: NetworkView
+    ) -> dict[Path, str]:
+        """The sandboxes on a network, each with whose it is: that of a service's task is the service's."""
+        services = {
+            task.endpoint_id: service.name for service in view.services for task in service.tasks
+        }
+        owners = {path: f"sandbox {path}" for path in self._on_network(network_id)}
+        for endpoint in endpoints:
+            path = self.sandbox(endpoint)
+            if path in owners and endpoint.id in services:
+                owners[path] = f"service {services[endpoint.id]}"
+        return owners
 
     # --- what the engine lists
 
@@ -506,14 +519,17 @@ class Syncer:
         view: NetworkView,
         answers: dict[str, frozenset[IPv4Address]],
         before: NetworkState,
+        by_list: frozenset[str] = frozenset(),
     ) -> NetworkState:
         now = self._clock()
-        state = next_state(network, view, answers, before, now)
+        state = replace(next_state(network, view, answers, before, now), by_list=by_list)
         with self._lock:
             schedule = self._schedules.get(network.id)
             if schedule is None:
                 return state
             self._states[network.id] = state
+            if by_list:
+                schedule.occasions.within(LARGE_BEAT)
             if state.table is not before.table or before.seen is None:
                 self._dirty |= set(self._on_network(network.id))
             changed = state.table is not before.table or view != before.view

@@ -318,7 +318,8 @@ class Snapshot:
                 tasks = [str(task.address) for task in service.tasks]
             else:
                 tasks = [str(address) for address in state.table.get(service.vip, ())]
-            services.append(ServiceStatus(service.name, str(service.vip or ""), tasks))
+            by_list = service.name in state.by_list
+            services.append(ServiceStatus(service.name, str(service.vip or ""), tasks, by_list))
         return NetworkStatus(
             id=network.id,
             name=view.name if view else "",

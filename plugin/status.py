@@ -38,11 +38,13 @@ class PeerStatus(msgspec.Struct, frozen=True):
 
 
 class ServiceStatus(msgspec.Struct, frozen=True):
-    """`vip` is empty with `dnsrr`. `tasks` take new connections."""
+    """`vip` is empty with `dnsrr`. `tasks` take new connections. `by_list`: Docker's DNS can't say which ones do (their answer is
+    too large, or doesn't come); those are shown that the engine lists."""
 
     name: str
     vip: str
     tasks: list[str]
+    by_list: bool = False
 
 
 class NetworkStatus(msgspec.Struct, frozen=True):

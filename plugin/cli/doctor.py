@@ -300,6 +300,18 @@ def rdma_notes(status: Status) -> list[str]:
     return notes
 
 
+def service_notes(status: Status) -> list[str]:
+    """Services of which Docker's DNS can't say which tasks take connections."""
+    return [
+        f"service {service.name} on network {network.name or network.id[:12]}: Docker's DNS doesn't answer for its "
+        f"{len(service.tasks)} tasks, so those that are being stopped get new connections until they have ended; "
+        "split it, or use --endpoint-mode dnsrr (docs/vips.md)"
+        for network in status.networks
+        for service in network.services
+        if service.by_list
+    ]
+
+
 def check_session_port(status: Status, connects: Callable[[str, int], bool]) -> list[Finding]:
     """Whether the routers of hosts that share a network can reach each other; `connects`: to an address and TCP port."""
     rdma = status.router.rdma if status.router else None
@@ -410,4 +422,6 @@ def examine(client: Client) -> Report:
     if status is not None and status.shortcut is not None:
         # That it is off or goes less far is no fault: what is the matter is said all the same.
         passed.append(_shorter(status.shortcut))
-    return Report(passed, findings, [] if status is None else rdma_notes(status))
+    return Report(
+        passed, findings, [] if status is None else rdma_notes(status) + service_notes(status)
+    )

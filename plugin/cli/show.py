@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from dataplane.control import Connections
 from plugin.cli.table import amount, table
 from plugin.status import Finding, NetworkStatus, RdmaStatus, Status
+
+_SHOWN: Final = 32
+"""So many tasks of a service; --json has them all."""
 
 
 def verdict(status: Status) -> str:
@@ -147,11 +151,16 @@ def _network(network: NetworkStatus) -> str:
     text += table(
         ("SERVICE", "VIP", "TASKS"),
         [
-            (service.name, service.vip or "dnsrr", ", ".join(service.tasks) or "none")
+            (service.name, service.vip or "dnsrr", _tasks(service.tasks))
             for service in network.services
         ],
     )
     return text
+
+
+def _tasks(tasks: list[str]) -> str:
+    rest = f" and {len(tasks) - _SHOWN} more" if len(tasks) > _SHOWN else ""
+    return (", ".join(tasks[:_SHOWN]) or "none") + rest
 
 
 def findings(problems: Iterable[Finding]) -> str:

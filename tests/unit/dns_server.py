@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -30,48 +31,104 @@ def name_of(query: bytes) -> str:
     return ".".join(labels)
 
 
-def answer(query: bytes, addresses: list[IPv4Address], *, flags: int = 0x8180) -> bytes:
-    """An answer with these addresses; none: there is no such name."""
+NO_NAME = 3
+
+
+def answer(
+    query: bytes,
+    addresses: list[IPv4Address],
+    *,
+    flags: int = 0x8180,
+    whole: bool = False,
+    refusal: int = NO_NAME,
+) -> bytes:
+    """An answer with these addresses; none: `refusal`, there is no such name. `whole`: with the name again in each record."""
     (identifier,) = struct.unpack_from("!H", query)
-    code = 0 if addresses else 3
+    code = 0 if addresses else refusal
     head = HEADER.pack(identifier, flags | code, 1, len(addresses), 0, 0)
+    end = question_end(query)
+    name = query[HEADER.size : end - 4] if whole else b"\xc0\x0c"
     records = b"".join(
-        struct.pack("!HHHIH", 0xC00C, 1, 1, 600, 4) + address.packed for address in addresses
+        name + struct.pack("!HHIH", 1, 1, 600, 4) + address.packed for address in addresses
     )
     return head + query[HEADER.size : question_end(query)] + records
 
 
 @dataclass
 class DnsServer:
-    """`records` by name. `silent`: names that get no answer; `truncated`: those whose answer is cut short."""
+    """`records` by name. `silent`: names that get no answer; `truncated`: those whose answer is cut short; `late`: seconds after
+    which those answers come. `burst`: answers come together when all questions have; as Docker's, they repeat the name.
+    """
 
     records: dict[str, list[IPv4Address]] = field(default_factory=dict)
     silent: set[str] = field(default_factory=set)
     truncated: set[str] = field(default_factory=set)
+    late: dict[str, float] = field(default_factory=dict)
+    burst: bool = False
+    refusal: int = NO_NAME
+    place: tuple[str, int] = ("127.0.0.1", 0)
     noise: list[bytes] = field(default_factory=list)
     delay: float = 0.0
     asked: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind(("127.0.0.1", 0))
+        self._socket.bind(self.place)
         self.address: tuple[str, int] = self._socket.getsockname()
+        self._held: list[tuple[bytes, tuple[str, int]]] = []
+        if self.burst:
+            self._socket.settimeout(0.02)
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
         while True:
-            query, peer = self._socket.recvfrom(4096)
-            if query == b"stop":
+            try:
+                query, peer = self._socket.recvfrom(4096)
+            except TimeoutError:
+                self._release()
+                continue
+            if query in (b"stop", b""):
                 return
             name = name_of(query)
             self.asked.append(name)
             time.sleep(self.delay)
             for junk in self.noise:
                 self._socket.sendto(junk, peer)
-            if name not in self.silent:
-                flags = 0x8380 if name in self.truncated else 0x8180
-                self._socket.sendto(answer(query, self.records.get(name, []), flags=flags), peer)
+            if name in self.silent:
+                continue
+            flags = 0x8380 if name in self.truncated else 0x8180
+            made = answer(
+                query,
+                self.records.get(name, []),
+                flags=flags,
+                whole=self.burst,
+                refusal=self.refusal,
+            )
+            if name in self.late:
+                timer = threading.Timer(self.late[name], self._send, (made, peer))
+                timer.daemon = True
+                timer.start()
+            elif self.burst:
+                self._held.append((made, peer))
+            else:
+                self._send(made, peer)
+
+    def _send(self, message: bytes, peer: tuple[str, int]) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.sendto(message, peer)
+
+    def _release(self) -> None:
+        for message, peer in self._held:
+            self._send(message, peer)
+        self._held.clear()
+
+    def end(self) -> None:
+        """Close it from anywhere: its address may be of another namespace."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
+        self._thread.join(5)
+        self._socket.close()
 
     def close(self) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stopper:

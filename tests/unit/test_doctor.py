@@ -8,8 +8,15 @@ import msgspec
 import pytest
 
 from plugin.cli.client import Client, Engine
-from plugin.cli.doctor import Link, check_clashes, check_engine, check_peers, check_plugin
-from plugin.status import Finding, PeerStatus, Status
+from plugin.cli.doctor import (
+    Link,
+    check_clashes,
+    check_engine,
+    check_peers,
+    check_plugin,
+    service_notes,
+)
+from plugin.status import Finding, PeerStatus, ServiceStatus, Status
 from tests.unit.documented import is_documented
 from tests.unit.sockets import engine, served
 from tests.unit.statuses import finding, host, network, status
@@ -149,3 +156,13 @@ def test_peer_without_a_name() -> None:
     """A peer whose name isn't known is named by its address alone."""
     facts = status(networks=[network(peers=[PeerStatus("", "192.0.2.9")])])
     assert "peer 192.0.2.9 does not" in only(check_peers(facts, lambda address, size: False)).what
+
+
+def test_services_too_large_for_dns() -> None:
+    """A service of which Docker's DNS can't say which tasks take connections is named, with what to do."""
+    large = ServiceStatus("web", "10.0.4.2", ["10.0.4.7"] * 3, by_list=True)
+    found = status(networks=[network(services=[large])])
+    (note,) = service_notes(found)
+    assert "service web on network backend" in note
+    assert "dnsrr" in note
+    assert service_notes(status()) == []

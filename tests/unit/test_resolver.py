@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from driver import dns
 from driver.model import Service, Task
-from driver.resolver import WINDOW, EmbeddedDns, ask
+from driver.ports import Told
+from driver.resolver import SMALL, WINDOW, EmbeddedDns, answer_size, ask, fits
 from tests.patience import within
 from tests.unit.dns_server import DnsServer, answer
 
@@ -184,21 +185,21 @@ def test_active_tasks(server: DnsServer, resolver: EmbeddedDns) -> None:
     """Of each service those addresses are told that DNS gives for its tasks, by the name of the network."""
     names(server, tasks_web=[at(7), at(8)], tasks_db=[at(9)])
     found = resolver.tasks(OWN, "backend", [service("web", 7, 8), service("db", 9)])
-    assert found == {"web": {at(7), at(8)}, "db": {at(9)}}
+    assert found.known == {"web": {at(7), at(8)}, "db": {at(9)}}
 
 
 @inside
 def test_service_without_tasks(server: DnsServer, resolver: EmbeddedDns) -> None:
     """A service whose own name leads to its VIP, but whose tasks' name leads nowhere, has no active task."""
     names(server, web=[VIP])
-    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == {"web": frozenset()}
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == Told({"web": frozenset()})
 
 
 @inside
 def test_service_that_dns_does_not_know(server: DnsServer, resolver: EmbeddedDns) -> None:
     """A service that this container's DNS doesn't know is absent: nothing is concluded."""
     names(server, other=[VIP])
-    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == {}
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == Told({})
 
 
 @inside
@@ -208,7 +209,7 @@ def test_names_known_outside_only(
 ) -> None:
     """What servers of the outside answer under a service's name isn't taken for its tasks."""
     names(server, tasks_web=[OUTSIDE], web=own)
-    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == {}
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == Told({})
 
 
 @inside
@@ -217,16 +218,91 @@ def test_lost_and_cut_answers(server: DnsServer, resolver: EmbeddedDns) -> None:
     names(server, tasks_cut=[at(7)])
     server.truncated = {"tasks.cut.backend"}
     server.silent = {"tasks.lost.backend", "lost.backend"}
-    assert resolver.tasks(OWN, "backend", [service("cut", 7), service("lost", 8)]) == {}
+    assert resolver.tasks(OWN, "backend", [service("cut", 7), service("lost", 8)]) == Told({})
+
+
+@inside
+@pytest.mark.parametrize("length", [17, 55])
+def test_many_large_answers_at_once(length: int) -> None:
+    """Thirty-two services of two hundred tasks each are understood at each look, when all answers come at once."""
+    many = [IPv4Address("10.1.0.0") + n for n in range(200)]
+    tasks = tuple(Task(f"t.{address}", address, "e") for address in many)
+    services = [Service(f"s{n}".ljust(length - 14, "x"), VIP, tasks) for n in range(32)]
+    server = DnsServer(burst=True)
+    made = EmbeddedDns(server.address)
+    try:
+        for item in services:
+            server.records[f"tasks.{item.name}.backend"] = many
+            server.records[f"{item.name}.backend"] = [VIP]
+        for _ in range(5):
+            found = made.tasks(OWN, "backend", services)
+            assert found.known == {item.name: frozenset(many) for item in services}
+    finally:
+        made.close()
+        server.close()
+
+
+@inside
+def test_large_answers_are_not_asked_for(server: DnsServer, resolver: EmbeddedDns) -> None:
+    """A service whose answer doesn't fit a datagram isn't asked about: nothing is concluded, and Docker isn't kept busy."""
+    tasks = tuple(Task("t", IPv4Address("10.1.0.0") + n, "e") for n in range(4000))
+    large = Service("web", VIP, tasks)
+    names(server, web=[VIP], tasks_web=[at(1)])
+    assert not fits(large, "backend")
+    assert resolver.tasks(OWN, "backend", [large]) == Told({})
+    assert server.asked == []
+
+
+def test_size_of_an_answer() -> None:
+    """The size of Docker's answer is known before it's asked for."""
+    tasks = tuple(Task("t", IPv4Address("10.1.0.0") + n, "e") for n in range(100))
+    item = Service("web", VIP, tasks)
+    query = dns.encode_query(1, "tasks.web.backend")
+    real = len(answer(query, [task.address for task in tasks], whole=True))
+    assert real <= answer_size(item, "backend") <= real + 100
+
+
+@inside
+@pytest.mark.parametrize("count", [3, 100, 400])
+def test_only_an_answer_says_none(server: DnsServer, resolver: EmbeddedDns, count: int) -> None:
+    """A service whose own name is answered, while the answer for its tasks is lost, isn't taken for one without tasks."""
+    item = service("web", *range(count)) if count < 200 else None
+    if item is None:
+        tasks = tuple(Task("t", IPv4Address("10.1.0.0") + n, "e") for n in range(count))
+        item = Service("web", VIP, tasks)
+    names(server, web=[VIP])
+    server.silent = {"tasks.web.backend"}
+    told = resolver.tasks(OWN, "backend", [item])
+    assert told.known == {}
+    assert told.silent == ({"web"} if answer_size(item, "backend") <= SMALL else frozenset())
+
+
+@inside
+def test_refusal_is_an_answer(server: DnsServer, resolver: EmbeddedDns) -> None:
+    """Docker's DNS says "server failure" of what it doesn't know itself when it can't ask outside: it has no tasks for that."""
+    names(server, web=[VIP])
+    server.refusal = 2
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == Told({"web": frozenset()})
+
+
+@inside
+def test_patience(server: DnsServer, resolver: EmbeddedDns) -> None:
+    """What was silent is waited for longer, and then its answer counts."""
+    names(server, tasks_web=[at(7)], web=[VIP])
+    server.late = {"tasks.web.backend": 0.5}
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]).known == {}
+    time.sleep(1.0)
+    told = resolver.tasks(OWN, "backend", [service("web", 7)], patient=True)
+    assert told.known == {"web": {at(7)}}
 
 
 @inside
 def test_namespace_that_is_gone(resolver: EmbeddedDns, tmp_path: Path) -> None:
     """A container that has ended, or whose namespace isn't mounted yet, knows nothing."""
-    assert resolver.tasks(tmp_path / "none", "backend", [service("web", 7)]) == {}
+    assert resolver.tasks(tmp_path / "none", "backend", [service("web", 7)]) == Told({})
     empty = tmp_path / "empty"
     empty.touch()
-    assert resolver.tasks(empty, "backend", [service("web", 7)]) == {}
+    assert resolver.tasks(empty, "backend", [service("web", 7)]) == Told({})
 
 
 @inside
@@ -234,11 +310,11 @@ def test_late_answers_are_not_mixed_up(server: DnsServer, resolver: EmbeddedDns)
     """An answer that comes too late isn't taken for the answer to a later question."""
     names(server, tasks_web=[at(7)])
     server.delay = 0.3
-    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == {}
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == Told({})
     time.sleep(1.0)
     server.delay = 0.0
     names(server, tasks_web=[at(8)])
-    assert resolver.tasks(OWN, "backend", [service("web", 8)]) == {"web": {at(8)}}
+    assert resolver.tasks(OWN, "backend", [service("web", 8)]) == Told({"web": frozenset({at(8)})})
 
 
 def _sockets() -> set[str]:

@@ -145,6 +145,13 @@ def test_what_died_long_ago(world: World) -> None:
     assert "error: the plugin's thread sync has ended by an error" in world.problem()
 
 
+def test_service_that_is_too_large_for_dns(world: World) -> None:
+    """A service of which only the engine's list says which tasks it has is told apart."""
+    assert not any(each.by_list for each in world.network().services)
+    world.change_state(by_list=frozenset({"web"}))
+    assert [each.name for each in world.network().services if each.by_list] == ["web"]
+
+
 def test_network(world: World) -> None:
     """A network shows its choices, and what Docker knows of it."""
     found = world.network()

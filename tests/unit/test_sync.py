@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
@@ -26,6 +26,7 @@ from driver.model import (
 )
 from driver.occasions import BEAT
 from driver.peers import REPAIR_EVERY
+from driver.ports import Told
 from driver.sync import SETTLE, Syncer
 from tests.patience import patience
 from tests.unit.facts import engine_view
@@ -94,13 +95,18 @@ class FakeDns:
         self.asked: list[tuple[Path, list[str]]] = []
 
     def tasks(
-        self, sandbox: Path, network_name: str, services: Sequence[Service]
-    ) -> Mapping[str, frozenset[IPv4Address]]:
+        self,
+        sandbox: Path,
+        network_name: str,
+        services: Sequence[Service],
+        *,
+        patient: bool = False,
+    ) -> Told:
         self.asked.append((sandbox, [item.name for item in services]))
         if self.knows is not None and sandbox not in self.knows:
-            return {}
+            return Told({})
         names = {item.name for item in services}
-        return {name: found for name, found in self.active.items() if name in names}
+        return Told({name: found for name, found in self.active.items() if name in names})
 
 
 class FakeBalancer:
@@ -351,7 +357,7 @@ def test_old_sandboxes_keep_their_rules_until_all_is_known(host: Host) -> None:
 
 
 def test_another_container_is_asked(host: Host) -> None:
-    """If one container's DNS doesn't know a service, another's is asked, and first next time."""
+    """If one container's DNS has never known anything, another's is asked, and first next time."""
     first, second = host.join(20), host.join(21)
     host.dns.knows = {second}
     host.dns.active["web"] = frozenset({at(8)})
@@ -372,6 +378,22 @@ def test_few_are_asked(host: Host) -> None:
     host.dns.asked.clear()
     host.look()
     assert len(host.dns.asked) == 3
+
+
+def test_the_list_is_read_often_for_large_services(host: Host) -> None:
+    """A service that is too large for DNS follows the engine's list, which is read every two seconds then."""
+    sandbox = host.join(20)
+    many = tuple(Task("t", IPv4Address("10.0.4.0") + n, endpoint_id(n)) for n in range(1, 4000))
+    host.list(NET, Service("web", VIP, many))
+    for _ in range(20):
+        host.look()
+    host.engine.asked.clear()
+    for _ in range(20):
+        host.look()
+    assert 9 <= sum(services for _, services in host.engine.asked) <= 11
+    assert len(host.balancer.tables[sandbox][VIP]) == len(
+        [task for task in many if task.address in POOL.pool]
+    )
 
 
 def test_idle_services_are_left_alone(host: Host) -> None:
@@ -566,7 +588,7 @@ def test_running_loop_survives_bugs(running: Host) -> None:
     soon(lambda: running.balancer.tables.get(sandbox) == BOTH)
     broken, tasks = threading.Event(), running.dns.tasks
 
-    def fail(*arguments: object) -> Mapping[str, frozenset[IPv4Address]]:
+    def fail(*arguments: object, patient: bool = False) -> Told:
         broken.set()
         raise ZeroDivisionError
 

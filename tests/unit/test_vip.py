@@ -99,7 +99,7 @@ class Rules:
 
     def leads(self) -> VipTable:
         """Where each VIP leads, in the order of the turns."""
-        found: VipTable = dict.fromkeys(self.sets.get("down", ()), ())  # type: ignore[misc]
+        found: VipTable = dict.fromkeys(self.sets.get("down", ()), ())  # type: ignore[arg-type]
         for vip, chain in self.sets.get("vips", {}).items():
             assert isinstance(vip, IPv4Address)
             assert vip not in found
