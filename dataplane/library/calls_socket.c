@@ -129,6 +129,9 @@ CALL int shutdown(int fd, int how)
         /* Behind a send that is under way in another thread: the kernel's FIN says that nothing more is in
          * the ring. */
         taken = lock_take(&end->tx.lock, self());
+        if (how != SHUT_RD && taken == LOCK_TAKEN && end_is(end, key) &&
+            atomic_load(&end->stage) == STAGE_ATTACHED)
+                upgrade_check_order(fd, end);
         /* Before the kernel knows: see remote_true(). */
         if (how != SHUT_RD)
                 atomic_fetch_or(&end->shut, 4u);

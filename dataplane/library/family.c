@@ -326,6 +326,8 @@ static void reset_flow(struct flow *flow)
         atomic_store_explicit(&flow->limit, UINT64_MAX, memory_order_relaxed);
         atomic_store_explicit(&flow->touched, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->seen, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->clean, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->sent, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->stopped, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->reserved, 0, memory_order_relaxed);
         flow->spinner = (struct spinner){0};

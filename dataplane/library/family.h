@@ -56,7 +56,9 @@ struct flow {
         _Atomic uint64_t reserved; /* sender: end of what is being put, 0: nothing is */
         _Atomic uint64_t touched;  /* sender: highest offset used since the bulk area was given back */
         _Atomic uint64_t seen;     /* sender: `edge` when memory.c last looked */
-        _Atomic uint32_t stopped;  /* sender: may not go on before the ring is empty */
+        _Atomic uint64_t clean; /* `edge` up to which, as we know, nothing went over TCP meanwhile (raw.h) */
+        _Atomic uint64_t sent;  /* sender: what the kernel had to send when the ring began */
+        _Atomic uint32_t stopped; /* sender: may not go on before the ring is empty */
         struct spinner spinner;
         _Atomic uint32_t checked; /* ready_stamp() at the last look at the kernel's state of the connection */
         _Atomic uint32_t full;    /* sender: times that there was no room */

@@ -32,7 +32,10 @@
  *      ready    w receiver (release)  r sender (acquire)     the receiver looks at the ring before every wait
  *      start    w sender (release)    r receiver (acquire)   1 + position in the connection of the ring's first byte
  *      end      w sender (release)    r receiver (acquire)   1 + tail at which the ring ended; TCP goes on from there
- *      leave    w receiver (seq_cst)  r sender (seq_cst)     the receiver asks the sender to end the ring
+ *      clean    w sender, before tail; r receiver after tail: up to this tail no byte had gone over TCP since the
+ *               move when it was put (raw.h)
+ *      leave    w receiver (seq_cst)  r sender (seq_cst)     the receiver asks the sender to end the ring; LEAVE_RAW:
+ *                                                            because bytes came over TCP
  *      busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between looking at `leave` and publishing
  *      waiters  w both (seq_cst)                             who of this direction sleeps: wait_begin(), wake()
  *
@@ -56,7 +59,7 @@
 #include <stdint.h>
 
 #define FREEFLOW_MAGIC UINT64_C(0x31776f6c66656572) /* "reeflow1" */
-#define FREEFLOW_VERSION 2
+#define FREEFLOW_VERSION 3
 
 enum {
         PAGE = 4096,
@@ -74,6 +77,9 @@ enum {
         SLOT_OFFSET = ARENA_PAGES * PAGE,
         BULK_OFFSET = 1024 * 1024, /* after the slots, on a boundary of its own */
 };
+
+/* What `leave` may say. */
+enum { LEAVE_ASKED = 1, LEAVE_RAW = 2 };
 
 #define ARENA_SIZE ((size_t)BULK_OFFSET + (size_t)SLOTS * SIDES * RING_SIZE)
 
@@ -98,6 +104,7 @@ struct ring {
         _Atomic uint32_t busy;
         _Atomic uint32_t sender_cpu; /* 1 + core on which the sender last was; 0: not known */
         _Atomic uint64_t stamp;      /* clock_stamp() at the first byte since the ring was empty */
+        _Atomic uint64_t clean;
         /* receiver's */
         _Alignas(64) _Atomic uint64_t head;
         _Atomic uint32_t ready;
@@ -118,6 +125,7 @@ struct ring {
 };
 
 _Static_assert(sizeof(struct ring) <= RING_HEADER, "the ring's header fits before its first bytes");
+_Static_assert(offsetof(struct ring, clean) == 48, "layout is part of the version");
 _Static_assert(offsetof(struct ring, head) == 64, "sender and receiver write different lines");
 _Static_assert(offsetof(struct ring, receivers) == 128, "waiters have lines of their own");
 _Static_assert(offsetof(struct ring, senders) == 192, "waiters have lines of their own");

@@ -77,6 +77,7 @@ __attribute__((destructor)) static void report(void)
         FIELD(sent);
         FIELD(retreats);
         FIELD(corrupt);
+        FIELD(past);
         FIELD(remote);
         FIELD(broken);
         FIELD(sleeps);

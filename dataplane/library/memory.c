@@ -2,6 +2,7 @@
 
 #include "arena.h"
 #include "clock.h"
+#include "raw.h"
 #include "sys.h"
 
 #include <fcntl.h>
@@ -108,6 +109,7 @@ int64_t memory_sleep(int64_t left)
 {
         uint64_t present, due;
 
+        raw_settle();
         if (__builtin_expect(!atomic_load_explicit(&process.touched, memory_order_relaxed), 1))
                 return left;
         present = now();

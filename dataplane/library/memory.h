@@ -19,7 +19,8 @@ extern uint64_t memory_budget;
 
 /* Read how much this container may have. */
 void memory_start(void);
-/* Before a sleep of so many ns, negative: for ever. Returns how long to sleep instead. */
+/* Before a sleep of so many ns, negative: for ever. Returns how long to sleep instead. It looks after what
+ * this thread has put, too (raw.h). */
 int64_t memory_sleep(int64_t left);
 /* The end's ring goes. */
 void memory_forget(struct flow *flow);

@@ -136,14 +136,16 @@ static inline unsigned char *ring_to_put(const struct flow *flow, const struct v
 }
 
 /* Something comes. Who waits for several rings hears of them in this order. */
-static inline void ring_stamp(const struct view *view, uint64_t tail)
+static inline void ring_stamp(const struct view *view, uint64_t tail, uint64_t stamp)
 {
         if (atomic_load_explicit(&view->ring->head, memory_order_relaxed) == tail)
-                atomic_store_explicit(&view->ring->stamp, clock_stamp(), memory_order_relaxed);
+                atomic_store_explicit(&view->ring->stamp, stamp, memory_order_relaxed);
 }
 
-/* Make bytes up to `tail + size` readable; false: a signal handler has put bytes there meanwhile. */
-static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t tail, size_t size)
+/* Make bytes up to `tail + size` readable; `stamp`: when they were put. False: a signal handler has put bytes
+ * there meanwhile. */
+static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t tail, size_t size,
+                            uint64_t stamp)
 {
         uint64_t end = (tail - atomic_load_explicit(&flow->base, memory_order_relaxed)) + size;
 
@@ -152,7 +154,11 @@ static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t
                 return false;
         if (!view_remote(view))
                 memory_touch(flow, end);
-        ring_stamp(view, tail);
+        ring_stamp(view, tail, stamp);
+        if (__builtin_expect(atomic_load_explicit(&flow->clean, memory_order_relaxed) == tail, 1)) {
+                atomic_store_explicit(&flow->clean, tail + size, memory_order_relaxed);
+                atomic_store_explicit(&view->ring->clean, tail + size, memory_order_relaxed);
+        }
         atomic_store_explicit(&view->ring->tail, tail + size, memory_order_release);
         return true;
 }

@@ -12,6 +12,7 @@ struct statistics {
         _Atomic uint64_t receivers, senders; /* directions that went to the ring */
         _Atomic uint64_t received, sent;     /* bytes through rings */
         _Atomic uint64_t retreats, corrupt;
+        _Atomic uint64_t past;           /* ends that found bytes which went past the library */
         _Atomic uint64_t remote, broken; /* ends in remote arenas; those whose path was lost */
         _Atomic uint64_t sleeps, spins;  /* waits that slept, waits that spinning ended */
         _Atomic uint64_t reasons[REASONS];

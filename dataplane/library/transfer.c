@@ -4,8 +4,10 @@
 #include "clock.h"
 #include "poller.h"
 #include "protocol.h"
+#include "raw.h"
 #include "ready.h"
 #include "remote.h"
+#include "router.h"
 #include "settings.h"
 #include "statistics.h"
 #include "sys.h"
@@ -15,6 +17,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -216,7 +220,7 @@ static long put_behind(struct operation *o, struct end *end, const struct view *
 /* Put what fits, up to PIECE. Returns bytes put, 0 if there is no room, or -errno; `*out`: the source has no
  * more. */
 static long put_piece(struct operation *o, struct end *end, const struct view *view, struct cursor *cursor,
-                      size_t done, bool *out)
+                      size_t done, uint64_t stamp, bool *out)
 {
         struct flow *flow = &end->tx;
         bool copies = o->call != CALL_SENDFILE && o->call != CALL_SPLICE_IN;
@@ -263,7 +267,7 @@ static long put_piece(struct operation *o, struct end *end, const struct view *v
                 last = copies ? atomic_load_explicit(&flow->reserved, memory_order_relaxed) : tail + put;
                 if (view_remote(view) && !tail && last)
                         upgrade_start(end, view);
-                ring_put(flow, view, tail, last - tail);
+                ring_put(flow, view, tail, last - tail, stamp);
                 tail = last;
                 if (!copies)
                         last = RESERVED_WHOLE;
@@ -290,6 +294,21 @@ static void pipe_error(const struct operation *o)
                 real()->raise(SIGPIPE);
 }
 
+/* The peer asked for it, or has closed. Under the lock. */
+static void go_back(int fd, struct end *end, const struct view *view)
+{
+        bool raw = atomic_load_explicit(&view->ring->leave, memory_order_relaxed) == LEAVE_RAW;
+
+        /* A receiver that asks for another reason doesn't know that something went past us. */
+        if (!raw && !view_remote(view) && raw_look(fd, end) == RAW_PAST) {
+                upgrade_past(fd, end);
+                return;
+        }
+        if (raw)
+                router_note(end, REASON_RAW);
+        retreat(fd, end, raw ? REASON_RAW : REASON_PEER_CLOSED);
+}
+
 ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
 {
         struct flow *flow = &end->tx;
@@ -302,6 +321,8 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                 enum taken taken = lock_take(&flow->lock, self());
                 struct view view;
                 uint32_t phase;
+                uint64_t stamp;
+                enum raw raw;
                 long put;
                 int outcome;
 
@@ -313,7 +334,7 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                 if (phase == PHASE_TCP &&
                     atomic_load_explicit(&end->stage, memory_order_relaxed) == STAGE_ATTACHED &&
                     taken == LOCK_TAKEN) {
-                        upgrade_sender(end);
+                        upgrade_sender(o->fd, end);
                         phase = atomic_load_explicit(&flow->phase, memory_order_relaxed);
                 }
                 if (phase == PHASE_TCP)
@@ -334,7 +355,7 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                 if (__builtin_expect(atomic_load_explicit(&view.ring->leave, memory_order_relaxed), 0) ||
                     peer_is_gone(o->fd, end, news)) {
                         atomic_store_explicit(&view.ring->busy, 0, memory_order_release);
-                        retreat(o->fd, end, REASON_PEER_CLOSED);
+                        go_back(o->fd, end, &view);
                         lock_release(&flow->lock, taken);
                         continue;
                 }
@@ -347,7 +368,21 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                         continue;
                 }
                 news = false;
-                put = o->size > done ? put_piece(o, end, &view, &cursor, done, &out) : 0;
+                stamp = clock_stamp();
+                raw = taken == LOCK_TAKEN ? raw_before_put(o->fd, end, stamp) : RAW_UNKNOWN;
+                if (__builtin_expect(raw == RAW_PAST || raw == RAW_LOST, 0)) {
+                        atomic_store_explicit(&view.ring->busy, 0, memory_order_release);
+                        if (raw == RAW_PAST)
+                                upgrade_past(o->fd, end);
+                        lock_release(&flow->lock, taken);
+                        if (raw == RAW_PAST)
+                                continue;
+                        end_forget(o->fd);
+                        return done ? (ssize_t)done : operation_native(o);
+                }
+                put = o->size > done ? put_piece(o, end, &view, &cursor, done, stamp, &out) : 0;
+                if (put > 0)
+                        raw_after_put(o->fd, end, stamp, (size_t)put);
                 atomic_store_explicit(&view.ring->sender_cpu, core(), memory_order_relaxed);
                 atomic_store_explicit(&view.ring->busy, 0, memory_order_release);
                 if (put == -EPROTO) {
@@ -417,6 +452,26 @@ static long look_at_remote(int fd, struct end *end, long got)
         return got;
 }
 
+/* Bytes that come before the ring may have been read past us: then they aren't waited for. */
+static bool taken_past(int fd, struct flow *flow, uint64_t last)
+{
+        struct tcp_info info;
+        uint32_t size = sizeof info;
+        int queued = 0;
+        uint64_t taken;
+
+        memset(&info, 0, sizeof info);
+        if (sys_3(SYS_ioctl, fd, FIONREAD, &queued) < 0 || queued ||
+            sys_5(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, &info, &size) < 0 ||
+            sys_3(SYS_ioctl, fd, FIONREAD, &queued) < 0 || queued)
+                return false;
+        taken = info.tcpi_bytes_received < last ? info.tcpi_bytes_received : last;
+        if (taken <= atomic_load_explicit(&flow->position, memory_order_relaxed))
+                return false;
+        atomic_store_explicit(&flow->position, taken, memory_order_relaxed);
+        return true;
+}
+
 /* Where bytes come from while a receiver is ready and hasn't reached the ring. Returns bytes, 0 for the end
  * of the connection, or -errno; -EAGAIN: nothing there now. Under the lock, never waits. */
 static long receive_before_ring(struct operation *o, struct end *end, const struct view *view,
@@ -473,6 +528,8 @@ static long receive_before_ring(struct operation *o, struct end *end, const stru
         }
         if (got > 0 && !(o->flags & MSG_PEEK && !is_splice(o)))
                 atomic_store_explicit(&flow->position, position + (uint64_t)got, memory_order_relaxed);
+        if (got == -EAGAIN && start && taken_past(o->fd, flow, start - 1))
+                return -EINPROGRESS;
         /* A splice's other errors are of the pipe. */
         if (view_remote(view) && got < 0 && (got == -EAGAIN || o->call != CALL_SPLICE_OUT))
                 return look_at_remote(o->fd, end, got);
@@ -563,16 +620,21 @@ static long look_behind_ring(int fd, struct end *end, const struct view *view, b
                 return -EAGAIN;
         atomic_store_explicit(&flow->checked, stamp, memory_order_relaxed);
         got = sys_6(SYS_recvfrom, fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT, 0, 0);
-        if (got == -EAGAIN || got == -EINTR)
+        if (got == -EAGAIN) {
+                atomic_store_explicit(&flow->clean, atomic_load_explicit(&flow->edge, memory_order_relaxed),
+                                      memory_order_relaxed);
                 return -EAGAIN;
+        }
+        if (got == -EINTR)
+                return -EAGAIN;
+        if (got == -EBADF || got == -ENOTSOCK)
+                return got;
         /* What the peer did before it closed or sent over TCP is visible now. */
         if (ring_ready(flow, view) || atomic_load_explicit(&view->ring->end, memory_order_acquire))
                 return -EINPROGRESS;
         if (view_remote(view))
                 return look_at_remote(fd, end, got);
-        if (got > 0)
-                return -EPROTO; /* bytes on TCP that no `end` announced */
-        return got;
+        return got > 0 ? upgrade_unannounced(fd, end) : got;
 }
 
 /* Senders that wait said how empty the ring must be for them. */
@@ -728,11 +790,16 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                                 continue;
                         return finish(done, -EAGAIN);
                 }
+                if (got == -EBADF || got == -ENOTSOCK) {
+                        /* Closed past us; the number is another file's, or nobody's. */
+                        end_forget(o->fd);
+                        return done ? (ssize_t)done : operation_native(o);
+                }
                 /* The end of the connection, or its error: the kernel says it only once, and we have asked.
                  */
                 look_again(end);
                 no_address(o);
-                if (got == -EPROTO || got == -ENOLINK)
+                if (got == -EPROTO || got == -ENOLINK || got == -EBADE)
                         got = -ECONNRESET;
                 if (done && got < 0)
                         atomic_store_explicit(&end->error, (uint32_t)-got, memory_order_relaxed);

@@ -7,6 +7,7 @@
 #include "poller.h"
 #include "protocol.h"
 #include "pump.h"
+#include "raw.h"
 #include "ready.h"
 #include "remote.h"
 #include "router.h"
@@ -14,6 +15,7 @@
 #include "statistics.h"
 #include "sys.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/membarrier.h>
 #include <linux/sockios.h>
@@ -181,6 +183,20 @@ bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
         return true;
 }
 
+/* Bytes went past us: the peer is to go back to TCP too. */
+static void past(struct end *end)
+{
+        uint32_t phase = atomic_load(&end->rx.phase);
+        struct view view = end_receives(end);
+
+        statistics_count(&statistics.past);
+        if (view_remote(&view) && (phase == PHASE_READY || phase == PHASE_RING))
+                remote_ask(end);
+        else if (!view_remote(&view))
+                atomic_store(&view.ring->leave, LEAVE_RAW);
+        router_note(end, REASON_RAW);
+}
+
 void upgrade_receiver(struct end *end)
 {
         struct view view = end_receives(end);
@@ -198,7 +214,7 @@ void upgrade_receiver(struct end *end)
         statistics_count(&statistics.receivers);
 }
 
-void upgrade_sender(struct end *end)
+void upgrade_sender(int fd, struct end *end)
 {
         struct view view = end_sends(end);
 
@@ -207,6 +223,12 @@ void upgrade_sender(struct end *end)
             atomic_load_explicit(&view.ring->leave, memory_order_relaxed) ||
             atomic_load_explicit(&end->shut, memory_order_relaxed) & 2 || ready_broken(end))
                 return;
+        if (!raw_begin(fd, end)) {
+                /* Since the counters were compared. */
+                past(end);
+                atomic_store_explicit(&end->tx.phase, PHASE_OVER, memory_order_relaxed);
+                return;
+        }
         atomic_store_explicit(&end->tx.phase, PHASE_RING, memory_order_relaxed);
         if (!view_remote(&view))
                 upgrade_start(end, &view);
@@ -226,12 +248,24 @@ bool may_end_ring(struct end *end)
         return phase == PHASE_RING || (phase == PHASE_TCP && end_is_remote(end));
 }
 
+static void reset(int fd, struct end *end, uint32_t reason);
+static void past(struct end *end);
+
+void upgrade_check_order(int fd, struct end *end)
+{
+        if (atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_RING ||
+            raw_look(fd, end) != RAW_PAST || raw_is_clean(&end->tx))
+                return;
+        past(end);
+        reset(fd, end, REASON_RAW);
+}
+
 void upgrade_end_ring(struct end *end)
 {
         struct view view = end_sends(end);
 
         atomic_store_explicit(&end->tx.phase, PHASE_OVER, memory_order_relaxed);
-        ring_stamp(&view, atomic_load(&end->tx.edge));
+        ring_stamp(&view, atomic_load(&end->tx.edge), clock_stamp());
         atomic_store_explicit(&view.ring->end, atomic_load(&end->tx.edge) + 1, memory_order_release);
         wake(&view.ring->receivers, end);
 }
@@ -287,7 +321,7 @@ static bool stop_remote_sender(struct end *end, const struct view *view)
 }
 
 /* Ask the other side to end its ring. False: it may still put bytes there. */
-static bool stop_sender(struct end *end)
+static bool stop_sender(struct end *end, uint32_t why)
 {
         enum { PATIENCE = 100 * 1000 * 1000 }; /* ns: a copy of a piece, and being preempted in it */
         static const struct timespec nap = {.tv_nsec = 20 * 1000 * 1000};
@@ -296,7 +330,7 @@ static bool stop_sender(struct end *end)
 
         if (view_remote(&view))
                 return stop_remote_sender(end, &view);
-        atomic_store(&view.ring->leave, 1);
+        atomic_store(&view.ring->leave, why);
         /* After this, a sender that isn't `busy` will see `leave` before it puts anything. Where the kernel
          * has no such barrier, what every core has done in the meantime must do. */
         if (sys_2(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0) < 0)
@@ -321,6 +355,7 @@ static bool leave(int fd, struct end *end, uint32_t reason)
 {
         uint32_t phase = atomic_load(&end->rx.phase);
 
+        upgrade_check_order(fd, end);
         if (may_end_ring(end))
                 retreat(fd, end, reason);
         atomic_store(&end->tx.phase, PHASE_OVER);
@@ -328,7 +363,7 @@ static bool leave(int fd, struct end *end, uint32_t reason)
                 atomic_store(&end->rx.phase, PHASE_OVER);
         if (phase != PHASE_READY && phase != PHASE_RING)
                 return true;
-        if (!stop_sender(end) || left_in_ring(end) != 0)
+        if (!stop_sender(end, LEAVE_ASKED) || left_in_ring(end) != 0)
                 return false;
         atomic_store_explicit(&end->rx.phase, PHASE_OVER, memory_order_relaxed);
         return true;
@@ -514,6 +549,8 @@ void upgrade_close(int fd, struct end *end, uint64_t key)
         /* A peer that is busy with other rings asks the kernel rarely. What this program says next on another
          * connection must not be heard before this end: the FIN first, then the word that it is there. */
         taken = lock_take(&end->tx.lock, self());
+        if (taken == LOCK_TAKEN && end_is(end, key))
+                upgrade_check_order(fd, end);
         if (taken == LOCK_TAKEN && end_is(end, key) && may_end_ring(end)) {
                 if (!closes_specially(fd, end))
                         sys_2(SYS_shutdown, fd, SHUT_WR);
@@ -557,6 +594,46 @@ static void reset(int fd, struct end *end, uint32_t reason)
         atomic_store(&end->rx.phase, PHASE_OVER);
         sys_3(SYS_connect, fd, &nowhere, sizeof nowhere);
         statistics_reason(reason);
+}
+
+void upgrade_past(int fd, struct end *end)
+{
+        past(end);
+        if (raw_is_clean(&end->tx))
+                retreat(fd, end, REASON_RAW);
+        else
+                reset(fd, end, REASON_RAW);
+}
+
+long upgrade_unannounced(int fd, struct end *end)
+{
+        struct view view = end_receives(end);
+        uint64_t head = atomic_load(&end->rx.edge);
+        enum taken taken;
+        bool known = atomic_load(&end->rx.clean) == head || atomic_load(&view.ring->clean) == head;
+
+        /* What a thread puts at the same moment may come first. */
+        if (known && stop_sender(end, LEAVE_RAW)) {
+                int64_t ready = left_in_ring(end);
+
+                if (ready && atomic_load(&view.ring->clean) == head + (uint64_t)ready)
+                        return -EINPROGRESS;
+                known = !ready;
+        } else {
+                known = false;
+        }
+        past(end);
+        if (!known) {
+                reset(fd, end, REASON_RAW);
+                return -EBADE;
+        }
+        atomic_store_explicit(&end->rx.phase, PHASE_OVER, memory_order_relaxed);
+        taken = lock_take(&end->tx.lock, self());
+        if (taken == LOCK_TAKEN && may_end_ring(end))
+                retreat(fd, end, REASON_RAW);
+        lock_release(&end->tx.lock, taken);
+        poller_sender_changed(end);
+        return -EINPROGRESS;
 }
 
 void upgrade_corrupt(int fd, struct end *end)

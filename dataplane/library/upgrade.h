@@ -30,10 +30,13 @@ uint32_t upgrade_timeout(const struct timeval *time);
  * connection: those who wait in the kernel in another one can't be told. */
 void upgrade_receiver(struct end *end);
 /* Under the sender's lock: go to the ring if that can be now. */
-void upgrade_sender(struct end *end);
+void upgrade_sender(int fd, struct end *end);
 /* Under the sender's lock: has the peer to be told that nothing more comes in the ring? A remote one waits
  * for that even if nothing ever came. */
 bool may_end_ring(struct end *end);
+/* Under the sender's lock, before the ring ends: reset the connection if bytes went past us and nobody knows
+ * where they belong. */
+void upgrade_check_order(int fd, struct end *end);
 /* Under the sender's lock: nothing more comes in the ring. */
 void upgrade_end_ring(struct end *end);
 /* The same, because bytes go over TCP again. */
@@ -57,6 +60,12 @@ void upgrade_replace(int fd, struct end *end, uint64_t key, int program, uint32_
 void upgrade_last_words(int fd, struct end *end, uint64_t key);
 /* Before the last close: the ring ends, and unread bytes make it a reset, as they do in TCP. */
 void upgrade_close(int fd, struct end *end, uint64_t key);
+/* Under the sender's lock: bytes went past the library. If they come after all that is in the ring, it ends
+ * and the connection is TCP again; else it is reset. */
+void upgrade_past(int fd, struct end *end);
+/* Under the receiver's lock, the ring being empty: there are bytes on TCP that no `end` announced. As
+ * receive_now(); -EBADE: nobody knows where they belong, the connection was reset. */
+long upgrade_unannounced(int fd, struct end *end);
 /* The other side wrote nonsense: the connection ends as by a reset. */
 void upgrade_corrupt(int fd, struct end *end);
 /* The path through the relays is lost: so does this one. Under a flow's lock; a sender leaves to its readers

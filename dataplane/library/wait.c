@@ -2,6 +2,7 @@
 
 #include "arena.h"
 #include "clock.h"
+#include "raw.h"
 #include "ready.h"
 #include "remote.h"
 #include "signals.h"
@@ -108,6 +109,10 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                         left = (int64_t)(*deadline - time_now);
                 }
                 withheld = want == WANT_BYTES && remote_withholds(end);
+                if (want == WANT_BYTES && !raw_tcp_is_empty(fd, end)) {
+                        *news = true;
+                        break;
+                }
                 polled[0].fd = withheld ? -1 : fd;
                 if (withheld && (left < 0 || left > REMOTE_NAP * INT64_C(1000000)))
                         left = REMOTE_NAP * INT64_C(1000000);

@@ -6,7 +6,7 @@ import struct
 from typing import Final
 
 MAGIC: Final = 0x31776F6C66656572
-VERSION: Final = 2
+VERSION: Final = 3
 
 PAGE: Final = 4096
 SLOTS: Final = 64

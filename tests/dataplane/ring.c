@@ -136,7 +136,7 @@ static size_t put(const unsigned char *bytes, size_t size, uint64_t limit)
                 size = (size_t)space;
         copy((void *)(uintptr_t)bytes, tail, size, true);
         if (size)
-                CHECK(ring_put(&sender, &view, tail, size));
+                CHECK(ring_put(&sender, &view, tail, size, clock_stamp()));
         return size;
 }
 

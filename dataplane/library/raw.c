@@ -1,0 +1,177 @@
+#include "raw.h"
+
+#include "arena.h"
+#include "sys.h"
+
+#include <errno.h>
+#include <linux/sockios.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+
+enum {
+        NEAR = 1000, /* ns: the kernel's quickest send on a connection with nothing under way takes 3000 */
+        PACE = 25 * 1000, /* ns for each question, which takes 500 */
+        SAVED = 1024,     /* questions that a thread may ask at once, if it has asked none for long */
+        LEAST = 1000000,  /* ns after which the clock's speed can be told */
+        STATE_ESTABLISHED = 1,
+        STATE_CLOSE = 7,
+        STATE_CLOSE_WAIT = 8,
+};
+
+#define NOT_CLEAN UINT64_MAX
+
+__thread struct raw_last raw_last __attribute__((tls_model("initial-exec")));
+_Atomic uint64_t raw_near = 24; /* until the clock's speed is known: of the slowest there are */
+
+static _Atomic uint64_t pace = PACE, first_ns, first_stamp;
+
+/* How fast clock_stamp() goes. */
+static void learn_speed(void)
+{
+        static _Atomic bool known;
+        uint64_t none = 0, ns, stamp, elapsed;
+
+        if (atomic_load_explicit(&known, memory_order_relaxed))
+                return;
+        ns = now();
+        stamp = clock_stamp();
+        if (atomic_compare_exchange_strong(&first_ns, &none, ns)) {
+                atomic_store(&first_stamp, stamp);
+                return;
+        }
+        elapsed = ns - none;
+        if (elapsed < LEAST || !atomic_load(&first_stamp))
+                return;
+        stamp = (stamp - atomic_load(&first_stamp)) * 1024 / elapsed;
+        atomic_store(&raw_near, stamp * NEAR / 1024);
+        atomic_store(&pace, stamp * PACE / 1024);
+        atomic_store(&known, true);
+}
+
+static uint64_t by_queue(int fd, const struct end *end, const struct tcp_info *info)
+{
+        int queued = 0;
+
+        sys_3(SYS_ioctl, fd, SIOCOUTQ, &queued);
+        return info->tcpi_bytes_acked + (uint64_t)queued - atomic_load(&end->active);
+}
+
+/* What the kernel was given to send since the connection began, and its state. 0 or -errno. */
+static long given(int fd, const struct end *end, uint64_t *bytes, struct tcp_info *info)
+{
+        uint32_t size = sizeof *info;
+        long status;
+
+        memset(info, 0, sizeof *info);
+        status = sys_5(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, info, &size);
+        if (status < 0)
+                return status;
+        if (size >= offsetof(struct tcp_info, tcpi_bytes_retrans) + sizeof info->tcpi_bytes_retrans)
+                *bytes = info->tcpi_bytes_sent - info->tcpi_bytes_retrans + info->tcpi_notsent_bytes;
+        else /* before Linux 4.19 */
+                *bytes = by_queue(fd, end, info);
+        return 0;
+}
+
+bool raw_begin(int fd, struct end *end)
+{
+        uint64_t bytes, ours = atomic_load(&end->tx.position);
+        struct tcp_info info;
+
+        learn_speed();
+        if (given(fd, end, &bytes, &info) < 0)
+                return false;
+        atomic_store_explicit(&end->tx.sent, bytes, memory_order_relaxed);
+        return bytes == ours || by_queue(fd, end, &info) == ours;
+}
+
+static void set_clean(struct end *end)
+{
+        struct view view = end_sends(end);
+        uint64_t edge = atomic_load_explicit(&end->tx.edge, memory_order_relaxed);
+
+        atomic_store_explicit(&end->tx.clean, edge, memory_order_relaxed);
+        atomic_store_explicit(&view.ring->clean, edge, memory_order_release);
+}
+
+/* By the program, and not by a call that we know of. */
+static bool is_shut(struct end *end, unsigned state)
+{
+        return state != STATE_ESTABLISHED && state != STATE_CLOSE_WAIT && !(atomic_load(&end->shut) & 6);
+}
+
+enum raw raw_look(int fd, struct end *end)
+{
+        struct tcp_info info;
+        uint64_t bytes;
+        long status = given(fd, end, &bytes, &info);
+
+        if (status < 0)
+                return status == -EBADF || status == -ENOTSOCK || status == -EOPNOTSUPP ||
+                               status == -ENOPROTOOPT
+                           ? RAW_LOST
+                           : RAW_UNKNOWN;
+        if (info.tcpi_state == STATE_CLOSE)
+                return RAW_NONE;
+        if (bytes != atomic_load_explicit(&end->tx.sent, memory_order_relaxed))
+                return RAW_PAST;
+        set_clean(end);
+        if (!is_shut(end, info.tcpi_state))
+                return RAW_NONE;
+        atomic_fetch_or(&end->shut, 2u);
+        return RAW_PAST;
+}
+
+enum raw raw_ask(int fd, struct end *end, uint64_t stamp)
+{
+        uint64_t each = atomic_load_explicit(&pace, memory_order_relaxed);
+        enum raw found;
+
+        if ((int64_t)(raw_last.spent - stamp) > (int64_t)(each * (SAVED - 1))) {
+                atomic_store_explicit(&end->tx.clean, NOT_CLEAN, memory_order_relaxed);
+                return RAW_UNKNOWN;
+        }
+        if ((int64_t)(raw_last.spent - stamp) < 0)
+                raw_last.spent = stamp;
+        raw_last.spent += each;
+        learn_speed();
+        found = raw_look(fd, end);
+        if (found == RAW_UNKNOWN)
+                atomic_store_explicit(&end->tx.clean, NOT_CLEAN, memory_order_relaxed);
+        return found;
+}
+
+void raw_settle_last(void)
+{
+        struct end *end = raw_last.end;
+        uint64_t key = 0;
+        enum taken taken;
+
+        raw_last.end = NULL;
+        if (end_of(raw_last.fd, &key) != end)
+                return;
+        taken = lock_take(&end->tx.lock, self());
+        if (taken == LOCK_TAKEN && end_is(end, key) &&
+            atomic_load_explicit(&end->tx.phase, memory_order_relaxed) == PHASE_RING &&
+            !raw_is_clean(&end->tx))
+                raw_look(raw_last.fd, end);
+        lock_release(&end->tx.lock, taken);
+}
+
+bool raw_tcp_is_empty(int fd, struct end *end)
+{
+        uint64_t edge = atomic_load_explicit(&end->rx.edge, memory_order_relaxed);
+        char byte;
+        long got;
+
+        if (atomic_load_explicit(&end->rx.clean, memory_order_relaxed) == edge ||
+            atomic_load_explicit(&end->rx.phase, memory_order_relaxed) != PHASE_RING)
+                return true;
+        got = sys_6(SYS_recvfrom, fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT, 0, 0);
+        if (got == -EAGAIN)
+                atomic_store_explicit(&end->rx.clean, edge, memory_order_relaxed);
+        return got == -EAGAIN || got == -EINTR;
+}

@@ -1,0 +1,63 @@
+"""System calls that go past the library after a connection has moved: no byte is lost, doubled or out of order."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dataplane.places import Places
+
+WRITES = (
+    "server_writes",
+    "client_writes",
+    "server_writes_between",
+    "client_writes_between",
+    "late_reader",
+    "server_writes_later",
+    "client_writes_later",
+    "server_writes_hot",
+    "client_writes_hot",
+    "hotter",
+    "often",
+    "full",
+    "blocked",
+    "poll",
+    "epoll",
+)
+RAW = 6
+"""REASON_RAW."""
+
+
+@pytest.mark.parametrize("scenario", WRITES)
+def test_raw_writes(both: Places, scenario: str) -> None:
+    """What is written past the library arrives where TCP would have it; both directions are TCP from then on."""
+    both.play("raw", scenario)
+    both.upgraded()
+    if both.accelerated:
+        counted = both.counted()
+        assert counted["past"] >= 1, counted
+        assert sum(row["reasons"][RAW] for row in counted.rows) >= 1, counted
+
+
+@pytest.mark.parametrize("scenario", ["server_reads", "client_reads"])
+def test_raw_reads(both: Places, scenario: str) -> None:
+    """A read past the library sees nothing of what is in shared memory, and takes nothing away."""
+    both.play("raw", scenario)
+    both.upgraded()
+
+
+def test_raw_shutdown(both: Places) -> None:
+    """A shutdown past the library is the end for the peer, and for what the program writes later."""
+    both.play("raw", "shutdown")
+    both.upgraded()
+
+
+def test_raw_close(both: Places) -> None:
+    """A file that gets the number of a connection closed past the library is read and written as itself."""
+    both.play("raw", "closed")
+    both.upgraded()
+
+
+def test_program_without_the_library(both: Places) -> None:
+    """What a static program writes to a connection that it got by raw calls comes between the library's own bytes."""
+    both.play("raw", "program", HELPER=str(both.programs / "static-cat"))
+    both.upgraded()
