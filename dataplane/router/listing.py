@@ -112,6 +112,10 @@ def _path(
             left = slot.ends[RELAY_SIDE] is None if arena.ring else slot.left
             if left:
                 return OVERLAY, Reason.LEFT, None
+            # A note about a connection that has a slot: its end has gone back to TCP since.
+            noted = container.notes.get(tcp.cookie)
+            if noted is not None:
+                return OVERLAY, Reason(noted[0]), None
             return RDMA if arena.ring else SHM, None, now - slot.since
     if not network.accelerated:
         return OVERLAY, Reason.OFF, None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
+
 import pytest
 
-from tests.dataplane.places import Places
+from tests.dataplane.places import PATIENCE, Places
 
 WRITES = (
     "server_writes",
@@ -61,3 +64,33 @@ def test_program_without_the_library(both: Places) -> None:
     """What a static program writes to a connection that it got by raw calls comes between the library's own bytes."""
     both.play("raw", "program", HELPER=str(both.programs / "static-cat"))
     both.upgraded()
+
+
+def test_listing(both: Places) -> None:
+    """`freeflow connections` says at both ends that the connection is TCP again, and why."""
+    if not both.accelerated:
+        both.play("raw", "stay")
+        return
+    port = str(next(both.ports))
+    file = str(both.programs / "raw")
+    server, client = (
+        container.popen(
+            [file, role, both.address, port, "stay"],
+            env=both.environment(),
+            stdin=subprocess.PIPE,
+        )
+        for role, container in (("server", both.server), ("client", both.client))
+    )
+    until = time.monotonic() + PATIENCE
+    while True:
+        found = [
+            (each.path, each.reason)
+            for each in both.made.router.connections().connections
+            if port in (each.local.rpartition(":")[2], each.remote.rpartition(":")[2])
+        ]
+        if found == [("overlay", "raw")] * 2:
+            break
+        assert time.monotonic() < until, found
+        time.sleep(0.05)
+    client.communicate()
+    assert (server.wait(PATIENCE), client.returncode) == (0, 0)

@@ -314,6 +314,25 @@ static void write_one_by_one(int fd)
         }
 }
 
+/* Until the other end has been looked at. */
+static void write_and_stay(int fd)
+{
+        char byte;
+
+        raw_put(fd, "past");
+        answer(fd);
+        CHECK(read(fd, &byte, 1) == 0);
+}
+
+static void read_and_stay(int fd)
+{
+        char byte;
+
+        get(fd, "past");
+        talk(fd);
+        CHECK(read(0, &byte, 1) >= 0);
+}
+
 /* --- reads --- */
 
 /* A raw read sees nothing of what is in shared memory, and takes nothing away. */
@@ -438,6 +457,7 @@ int main(int count, char **arguments)
             {"often", often_there, often_here, false},
             {"full", write_when_full, read_when_full, false},
             {"blocked", write_while_blocked, read_while_blocked, false},
+            {"stay", write_and_stay, read_and_stay, false},
             {"poll", write_one_by_one, read_by_poll, false},
             {"epoll", write_one_by_one, read_by_epoll, false},
             {"server_reads", read_past, write_past, false},
