@@ -1,6 +1,7 @@
 #include "arena.h"
 
 #include "clock.h"
+#include "io_uring.h"
 #include "protocol.h"
 #include "real.h"
 #include "router.h"
@@ -43,6 +44,7 @@ int own_descriptor(int fd)
 {
         struct rlimit limit = {.rlim_cur = 1024};
         long floor, moved;
+        int32_t high;
 
         if (fd < 0)
                 return -1;
@@ -59,6 +61,9 @@ int own_descriptor(int fd)
                 return -1;
         }
         fd_set_word((int)moved, FD_OWN);
+        high = atomic_load(&process.own_high);
+        while (moved >= high && !atomic_compare_exchange_weak(&process.own_high, &high, (int32_t)moved + 1))
+                ;
         return (int)moved;
 }
 
@@ -117,18 +122,6 @@ enum visited each_descriptor(int first, bool (*visit)(int fd, const char *link))
                 }
         sys_1(SYS_close, list);
         return !on ? VISITED_SOME : got < 0 ? VISITED_NONE : VISITED_ALL;
-}
-
-static bool is_other_than_io_uring(int fd, const char *link)
-{
-        (void)fd;
-        return strcmp(link, "anon_inode:[io_uring]") != 0;
-}
-
-/* What a program asks the kernel that way we don't see: it could wait there for what comes through a ring. */
-static bool asks_by_io_uring(void)
-{
-        return each_descriptor(0, is_other_than_io_uring) == VISITED_SOME;
 }
 
 static bool make_mappings(void)
@@ -205,8 +198,6 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
 
         if (before && atomic_load(&mapping->id) == id)
                 return REASON_NONE;
-        if (asks_by_io_uring())
-                return REASON_RAW;
         /* A file that could shrink would be a SIGBUS in the program. */
         seals = sys_2(SYS_fcntl, memfd, F_GET_SEALS);
         size = sys_3(SYS_lseek, memfd, 0, SEEK_END);
@@ -268,7 +259,7 @@ static uint32_t take_slot(uint64_t id, uint64_t token, uint32_t side, uint32_t s
                 return REASON_MEMORY;
         *arena = (uint32_t)found;
         record = &family->arenas[found];
-        reason = map(mapping_of(*arena), id, memfd);
+        reason = io_uring_is_there(0) ? REASON_RAW : map(mapping_of(*arena), id, memfd);
         if (!reason && side && atomic_load(&mapping_of(*arena)->remote))
                 reason = REASON_CORRUPT;
         for (uint32_t d = 0; !reason && d < SIDES; d++)
@@ -345,6 +336,17 @@ void arena_forked(void)
                         close_bells(&mappings[i], mappings[i].bells);
                         if (atomic_load(&family->arenas[i].id) != atomic_load(&mappings[i].id))
                                 unmap(i);
+                }
+}
+
+void arena_retire(void)
+{
+        uint32_t high = atomic_load(&family->next_arena);
+
+        for (uint32_t i = 0; mappings && i < high && i < ARENAS; i++)
+                if (atomic_load(&mappings[i].id)) {
+                        close_bells(&mappings[i], mappings[i].bells);
+                        close_bells(&mappings[i], mappings[i].peers);
                 }
 }
 

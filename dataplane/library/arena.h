@@ -73,6 +73,8 @@ uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t sid
 /* The end is done with its slot, if it has one. */
 void arena_release(struct end *end);
 void arena_forked(void);
+/* Close what this process has of bells. */
+void arena_retire(void);
 
 /* A bell for one wait of a thread, or one that an epoll instance keeps; -1: there is none to be had. */
 int bell_take(uint32_t arena);

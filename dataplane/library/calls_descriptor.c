@@ -91,6 +91,8 @@ CALL int dup3(int old, int new, int flags)
 {
         uint64_t key;
 
+        if (!process.on)
+                return real()->dup3(old, new, flags);
         if (is_own_descriptor(old))
                 return (int)result(-EBADF);
         if (is_own_descriptor(new))
@@ -104,6 +106,8 @@ CALL int dup3(int old, int new, int flags)
 
 CALL int dup2(int old, int new)
 {
+        if (!process.on)
+                return real()->dup2(old, new);
         if (old == new || is_own_descriptor(old) || is_own_descriptor(new))
                 return is_own_descriptor(new) ? (int)result(old == new ? -EBADF : -EBUSY)
                                               : real()->dup2(old, new);

@@ -3,6 +3,7 @@
 
 #include "arena.h"
 #include "clock.h"
+#include "io_uring.h"
 #include "poller.h"
 #include "ready.h"
 #include "remote.h"
@@ -61,7 +62,10 @@ static int64_t from_timespec(const struct timespec *time)
 CALL int epoll_wait(int epfd, struct epoll_event *events, int size, int timeout)
 {
         bool ours;
-        int count = poller_wait(epfd, events, size, from_ms(timeout), NULL, &ours);
+        int count;
+
+        io_uring_look();
+        count = poller_wait(epfd, events, size, from_ms(timeout), NULL, &ours);
 
         return ours ? count : real()->epoll_wait(epfd, events, size, timeout);
 }
@@ -69,7 +73,10 @@ CALL int epoll_wait(int epfd, struct epoll_event *events, int size, int timeout)
 CALL int epoll_pwait(int epfd, struct epoll_event *events, int size, int timeout, const sigset_t *mask)
 {
         bool ours;
-        int count = poller_wait(epfd, events, size, from_ms(timeout), mask, &ours);
+        int count;
+
+        io_uring_look();
+        count = poller_wait(epfd, events, size, from_ms(timeout), mask, &ours);
 
         return ours ? count : real()->epoll_pwait(epfd, events, size, timeout, mask);
 }

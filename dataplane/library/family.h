@@ -128,10 +128,11 @@ struct process {
         _Atomic uint32_t *alive; /* a page that is empty in a child: how we learn of a fork */
         _Atomic uint32_t high;   /* descriptors tracked were all below */
         _Atomic int32_t pid;
-        int32_t member;       /* its number in the family, negative: none */
-        bool gone;            /* it ends, and is counted no more */
-        bool renamed;         /* its ID is of another namespace than the family's */
-        _Atomic bool touched; /* bulk areas may have something to give back */
+        _Atomic int32_t own_high; /* the library's own descriptors were all below */
+        int32_t member;           /* its number in the family, negative: none */
+        bool gone;                /* it ends, and is counted no more */
+        bool renamed;             /* its ID is of another namespace than the family's */
+        _Atomic bool touched;     /* bulk areas may have something to give back */
         bool on;
         bool loopback; /* loopback connections too, for tests */
         bool eager;    /* upgrade at the first operation, and wait for the router, for tests */

@@ -617,7 +617,7 @@ static void forget(int fd, uint64_t key)
                 if (r->state != STATE_KERNEL && fd_is_end(r->key)) {
                         struct end *end = end_of_registration(r);
 
-                        if (!end || end_held_elsewhere(end) ||
+                        if (key || !end || end_held_elsewhere(end) ||
                             atomic_load(&process.local[end_number(end)]) > 1)
                                 to_kernel(poller, r);
                 }
@@ -651,6 +651,40 @@ void poller_forked(void)
 void poller_leave(int fd, uint64_t key)
 {
         forget(fd, key);
+}
+
+void poller_replace(int fd, uint64_t key, int file, int flags)
+{
+        uint32_t first = pollers && (unsigned)fd < DESCRIPTORS ? atomic_load(&of_fd[fd]) : 0;
+        enum taken outer;
+
+        if (!first) {
+                sys_3(SYS_dup3, file, fd, flags);
+                return;
+        }
+        outer = lock_take(&table, self());
+        first = atomic_load(&of_fd[fd]);
+        for (uint32_t i = first - 1; i != NONE; i = registrations[i].next_of_fd)
+                sys_4(SYS_epoll_ctl, pollers[registrations[i].poller].epfd - 1, EPOLL_CTL_DEL, fd, 0);
+        sys_3(SYS_dup3, file, fd, flags);
+        for (uint32_t i = first - 1; i != NONE;) {
+                struct registration *r = &registrations[i];
+                struct poller *poller = &pollers[r->poller];
+                struct epoll_event event = {.events = r->events, .data.u64 = r->data};
+                enum taken taken;
+
+                i = r->next_of_fd;
+                if (r->key != key)
+                        continue;
+                taken = lock_take(&poller->lock, self());
+                if (r->state == STATE_OFF)
+                        event.events &= EPOLLONESHOT;
+                if (!r->ghost)
+                        sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_ADD, fd, &event);
+                drop(poller, r);
+                lock_release(&poller->lock, taken);
+        }
+        lock_release(&table, outer);
 }
 
 void poller_closed(int fd)

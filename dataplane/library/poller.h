@@ -39,6 +39,8 @@ void poller_sender_changed(struct end *end);
 void poller_sender_full(struct end *end);
 /* The connection isn't looked at any more; the kernel's registrations stay. */
 void poller_leave(int fd, uint64_t key);
+/* The descriptor becomes one of another file, as by dup3(), which takes its place in all instances. */
+void poller_replace(int fd, uint64_t key, int file, int flags);
 /* The descriptor is about to be closed. */
 void poller_closed(int fd);
 void poller_forked(void);

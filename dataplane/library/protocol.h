@@ -56,6 +56,7 @@ enum reason {
         REASON_PEER_CLOSED = 13, /* the other end has closed its side */
         REASON_SHARED = 14,      /* several processes hold this end */
         REASON_BROKEN = 15,      /* the RDMA path was lost */
+        REASON_SANDBOX = 16,     /* the process confines itself to certain system calls */
 };
 
 struct message {

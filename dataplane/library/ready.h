@@ -36,8 +36,12 @@ static inline bool ready_broken(const struct end *end)
                 atomic_load_explicit(&end_sends(end).ring->broken, memory_order_acquire));
 }
 
-/* The ring has something for the receiver, its end included. False while bytes come over TCP: the kernel says
- * so then. */
+/* Of an end whose ring has ended and is empty: does the kernel have bytes, or the connection's end? A peer
+ * may have gone back to TCP and be silent there. */
+bool ready_behind(const struct end *end);
+
+/* The ring has something for the receiver, what comes behind its end included. False while bytes come over
+ * TCP: the kernel says so then. */
 static inline bool ready_bytes(struct end *end)
 {
         uint32_t phase = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
@@ -50,12 +54,15 @@ static inline bool ready_bytes(struct end *end)
                 uint64_t start = atomic_load_explicit(&view.ring->start, memory_order_acquire);
 
                 if (!start || start - 1 > atomic_load_explicit(&end->rx.position, memory_order_relaxed))
-                        return view_remote(&view) && ((!start && ready_over(&view)) || ready_broken(end));
+                        return view_remote(&view) &&
+                               ((!start && ready_over(&view) && ready_behind(end)) || ready_broken(end));
         }
         return atomic_load_explicit(&view.ring->tail, memory_order_acquire) !=
                    atomic_load_explicit(&end->rx.edge, memory_order_relaxed) ||
-               atomic_load_explicit(&view.ring->end, memory_order_relaxed) != 0 ||
-               (view_remote(&view) && (ready_over(&view) || ready_broken(end)));
+               (view_remote(&view) && ready_broken(end)) ||
+               ((atomic_load_explicit(&view.ring->end, memory_order_relaxed) ||
+                 (view_remote(&view) && ready_over(&view))) &&
+                ready_behind(end));
 }
 
 /* The ring has ended: a FIN that the kernel has belongs to the same event. */

@@ -1,6 +1,7 @@
 #include "router.h"
 
 #include "arena.h"
+#include "calls.h"
 #include "clock.h"
 #include "family.h"
 #include "lock.h"
@@ -154,7 +155,7 @@ void router_greet(void)
 {
         enum taken taken;
 
-        if (settings.welcomed || !enter(&taken))
+        if (!process.on || settings.welcomed || !call_is_ours() || !enter(&taken))
                 return;
         call();
         lock_release(&router.lock, taken);
@@ -525,4 +526,14 @@ void router_forked(void)
         router.fd = 0;
         router.failed = 0;
         atomic_fetch_add(&router.epoch, 1);
+}
+
+void router_retire(void)
+{
+        enum taken taken;
+
+        if (!enter(&taken))
+                return;
+        hang_up();
+        lock_release(&router.lock, taken);
 }

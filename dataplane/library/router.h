@@ -23,5 +23,6 @@ bool router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t bell, i
 int router_fetch(uint64_t arena, uint64_t token, uint32_t side, uint32_t bell);
 void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation);
 void router_forked(void);
+void router_retire(void);
 
 #endif

@@ -5,7 +5,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-enum { REASONS = 16 };
+enum { REASONS = 17 };
 
 struct statistics {
         _Atomic uint64_t tracked, asked, granted, refused;
@@ -32,6 +32,7 @@ static inline void statistics_count(_Atomic uint64_t *counter)
         statistics_add(counter, 1);
 }
 
+void statistics_report(void);
 void statistics_reason(uint32_t reason);
 
 #endif

@@ -10,6 +10,7 @@
 #include "raw.h"
 #include "ready.h"
 #include "remote.h"
+#include "retire.h"
 #include "router.h"
 #include "settings.h"
 #include "statistics.h"
@@ -21,6 +22,7 @@
 #include <linux/sockios.h>
 #include <linux/tcp.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -153,6 +155,7 @@ bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
                  asked = STAGE_ASKED;
 
         atomic_store_explicit(&end->operations, operations, memory_order_relaxed);
+        retire_now_if_due();
         switch (atomic_load_explicit(&end->stage, memory_order_relaxed)) {
         case STAGE_CANDIDATE:
                 if (!settings.welcomed)
@@ -234,6 +237,14 @@ void upgrade_sender(int fd, struct end *end)
                 upgrade_start(end, &view);
         poller_sender_changed(end);
         statistics_count(&statistics.senders);
+}
+
+bool ready_behind(const struct end *end)
+{
+        struct pollfd polled = {.fd = end_next_descriptor(end, -1), .events = POLLIN | POLLRDHUP};
+        struct timespec at_once = {0};
+
+        return polled.fd < 0 || sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) != 0;
 }
 
 void upgrade_start(struct end *end, const struct view *view)
@@ -438,8 +449,9 @@ static void replace_descriptors(struct end *end, uint64_t key, int program)
                 if (flags < 0 || !upgrade_is_behind(fd, end))
                         continue;
                 if (ours)
-                        poller_leave(fd, key);
-                sys_3(SYS_dup3, program, fd, flags & FD_CLOEXEC ? O_CLOEXEC : 0);
+                        poller_replace(fd, key, program, flags & FD_CLOEXEC ? O_CLOEXEC : 0);
+                else
+                        sys_3(SYS_dup3, program, fd, flags & FD_CLOEXEC ? O_CLOEXEC : 0);
         }
 }
 

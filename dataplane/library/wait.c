@@ -2,6 +2,7 @@
 
 #include "arena.h"
 #include "clock.h"
+#include "io_uring.h"
 #include "raw.h"
 #include "ready.h"
 #include "remote.h"
@@ -74,6 +75,9 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
         if (timeout && !*deadline)
                 *deadline = now() + timeout * UINT64_C(1000000);
         if (spin(end, flow, want))
+                return 0;
+        io_uring_look();
+        if (!end_is(end, key))
                 return 0;
         statistics_count(&statistics.sleeps);
         waiters = want == WANT_BYTES ? &end_receives(end).ring->receivers : &end_sends(end).ring->senders;

@@ -31,6 +31,7 @@ class Reason(IntEnum):
     PEER_CLOSED = 13
     SHARED = 14
     BROKEN = 15
+    SANDBOX = 16
     # What nobody tells: worked out.
     SHORT = 1000
     NO_LIBRARY = 1001
@@ -73,6 +74,7 @@ _SENTENCES: Final = {
     Reason.PEER_CLOSED: "the other end has closed its side",
     Reason.SHARED: "several processes hold this end",
     Reason.BROKEN: "the RDMA path to the peer's host was lost, and the connection with it",
+    Reason.SANDBOX: "the program confines itself to certain system calls (seccomp)",
     Reason.SHORT: "it is too short or too quiet for an upgrade so far",
     Reason.NO_LIBRARY: "no process of the container runs with the library, or this one doesn't",
     Reason.PEER_NO_LIBRARY: "the peer runs without the library",
