@@ -2,6 +2,7 @@
 #include "calls.h"
 
 #include "clock.h"
+#include "keep.h"
 #include "poller.h"
 #include "protocol.h"
 #include "router.h"
@@ -179,6 +180,8 @@ CALL int setsockopt(int fd, int level, int name, const void *value, socklen_t si
                 return real()->setsockopt(fd, level, name, value, size);
         }
         outcome = real()->setsockopt(fd, level, name, value, size);
+        if (outcome == 0)
+                keep_set(fd, end, level, name);
         if (outcome == 0 && level == SOL_SOCKET && (name == SO_RCVTIMEO || name == SO_SNDTIMEO) &&
             size >= sizeof(struct timeval)) {
                 struct timeval time;
@@ -187,6 +190,17 @@ CALL int setsockopt(int fd, int level, int name, const void *value, socklen_t si
                 atomic_store(name == SO_RCVTIMEO ? &end->rx.timeout : &end->tx.timeout,
                              upgrade_timeout(&time));
         }
+        return outcome;
+}
+
+CALL int getsockopt(int fd, int level, int name, void *value, socklen_t *size)
+{
+        uint64_t key;
+        struct end *end = end_of(fd, &key);
+        int outcome = real()->getsockopt(fd, level, name, value, size), number;
+
+        if (outcome == 0 && end && keep_get(end, level, name, &number))
+                memcpy(value, &number, *size < sizeof number ? *size : sizeof number);
         return outcome;
 }
 

@@ -363,6 +363,7 @@ struct end *end_make(int fd, bool nonblocking)
         atomic_store_explicit(&end->error, 0, memory_order_relaxed);
         atomic_store_explicit(&end->cookie, 0, memory_order_relaxed);
         atomic_store_explicit(&end->opened, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->kept, 0, memory_order_relaxed);
         reset_flow(&end->rx);
         reset_flow(&end->tx);
         poller_forget_end(end_number(end));

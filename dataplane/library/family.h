@@ -90,6 +90,8 @@ struct end {
         _Atomic uint64_t opened; /* ns */
         _Atomic uint64_t cookie;
         _Atomic uint64_t incarnation;
+        _Atomic uint32_t kept; /* the kernel's keepalive isn't what the program has set: keep.h */
+        _Atomic int32_t keep_on, keep_idle, keep_pause, keep_count;
         _Atomic uint32_t arena; /* index into family.arenas */
         _Atomic uint16_t side;
         _Atomic uint16_t slot;

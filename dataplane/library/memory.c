@@ -16,8 +16,7 @@ uint64_t memory_budget = UINT64_MAX;
 
 static _Atomic uint64_t next_look; /* ns */
 
-/* A number of one of the kernel's files; UINT64_MAX: there is none. */
-static uint64_t number_in(const char *path)
+uint64_t memory_number_in(const char *path)
 {
         char text[32];
         uint64_t number = 0;
@@ -36,10 +35,10 @@ static uint64_t number_in(const char *path)
 
 void memory_start(void)
 {
-        uint64_t limit = number_in("/sys/fs/cgroup/memory.max");
+        uint64_t limit = memory_number_in("/sys/fs/cgroup/memory.max");
 
         if (limit == UINT64_MAX)
-                limit = number_in("/sys/fs/cgroup/memory/memory.limit_in_bytes");
+                limit = memory_number_in("/sys/fs/cgroup/memory/memory.limit_in_bytes");
         if (limit != UINT64_MAX)
                 memory_budget = limit / SHARE;
 }

@@ -17,6 +17,8 @@ enum { EXTENT_LEAST = 64 * 1024 };
 /* Bytes that all rings together may use; set once. */
 extern uint64_t memory_budget;
 
+/* A number of one of the kernel's files; UINT64_MAX: there is none. */
+uint64_t memory_number_in(const char *path);
 /* Read how much this container may have. */
 void memory_start(void);
 /* Before a sleep of so many ns, negative: for ever. Returns how long to sleep instead. It looks after what

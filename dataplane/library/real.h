@@ -23,6 +23,7 @@
         F(int, listen, (int, int))                                                                           \
         F(int, shutdown, (int, int))                                                                         \
         F(int, setsockopt, (int, int, int, const void *, socklen_t))                                         \
+        F(int, getsockopt, (int, int, int, void *, socklen_t *))                                             \
         F(int, close, (int))                                                                                 \
         F(int, close_range, (unsigned, unsigned, int))                                                       \
         F(void, closefrom, (int))                                                                            \

@@ -4,6 +4,7 @@
 #include "calls.h"
 #include "clock.h"
 #include "inherit.h"
+#include "keep.h"
 #include "poller.h"
 #include "protocol.h"
 #include "pump.h"
@@ -139,6 +140,7 @@ static void attach(int fd, struct end *end, uint64_t key)
                 reason = REASON_OPTION;
         }
         if (verdict == EXACT) {
+                keep_begin(fd, end);
                 atomic_store(&end->stage, STAGE_ATTACHED);
         } else if (verdict == RAW) {
                 atomic_store(&end->reason, reason);
@@ -369,6 +371,7 @@ static bool leave(int fd, struct end *end, uint32_t reason)
         upgrade_check_order(fd, end);
         if (may_end_ring(end))
                 retreat(fd, end, reason);
+        keep_end(fd, end);
         atomic_store(&end->tx.phase, PHASE_OVER);
         if (phase == PHASE_TCP)
                 atomic_store(&end->rx.phase, PHASE_OVER);

@@ -1,0 +1,123 @@
+#include "keep.h"
+
+#include "clock.h"
+#include "memory.h"
+#include "sys.h"
+
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+
+enum {
+        SHARE = 4,     /* probes in the time after which a connection is forgotten */
+        LONGEST = 300, /* s */
+        MOST = 127,    /* probes: what the kernel takes */
+        FRESH = 10000, /* ms for which the container's time isn't read again */
+};
+
+static const char path[] = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established";
+
+/* Seconds between two probes. */
+static uint32_t interval(void)
+{
+        static _Atomic uint32_t known, read_at;
+        uint32_t time = atomic_load_explicit(&known, memory_order_relaxed), present = ticks();
+        uint64_t timeout;
+
+        if (time && present - atomic_load_explicit(&read_at, memory_order_relaxed) < FRESH)
+                return time;
+        timeout = memory_number_in(path) / SHARE;
+        time = timeout < 1 ? 1 : timeout < LONGEST ? (uint32_t)timeout : LONGEST;
+        atomic_store_explicit(&known, time, memory_order_relaxed);
+        atomic_store_explicit(&read_at, present, memory_order_relaxed);
+        return time;
+}
+
+static int get(int fd, int level, int name)
+{
+        uint32_t size = sizeof(int);
+        int value = -1;
+
+        return sys_5(SYS_getsockopt, fd, level, name, &value, &size) < 0 ? -1 : value;
+}
+
+static void set(int fd, int level, int name, int value)
+{
+        sys_5(SYS_setsockopt, fd, level, name, &value, sizeof value);
+}
+
+/* What the kernel is to do: the program's word, or more probes in the same time. */
+static void apply(int fd, struct end *end, bool ours)
+{
+        int on = atomic_load(&end->keep_on), idle = atomic_load(&end->keep_idle);
+        int pause = atomic_load(&end->keep_pause), count = atomic_load(&end->keep_count);
+        int most = (int)interval();
+
+        if (ours && (!on || idle > most || pause > most)) {
+                int64_t patience = on ? idle + (int64_t)pause * count : INT64_MAX;
+
+                idle = pause = most;
+                count = patience / most < MOST ? (int)(patience / most) : MOST;
+                on = 1;
+        }
+        set(fd, IPPROTO_TCP, TCP_KEEPIDLE, idle);
+        set(fd, IPPROTO_TCP, TCP_KEEPINTVL, pause);
+        set(fd, IPPROTO_TCP, TCP_KEEPCNT, count ? count : 1);
+        set(fd, SOL_SOCKET, SO_KEEPALIVE, on);
+}
+
+void keep_begin(int fd, struct end *end)
+{
+        int on = get(fd, SOL_SOCKET, SO_KEEPALIVE), idle = get(fd, IPPROTO_TCP, TCP_KEEPIDLE);
+        int pause = get(fd, IPPROTO_TCP, TCP_KEEPINTVL), count = get(fd, IPPROTO_TCP, TCP_KEEPCNT);
+
+        if (atomic_load(&end->kept) || on < 0 || idle <= 0 || pause <= 0 || count <= 0)
+                return;
+        atomic_store(&end->keep_on, on);
+        atomic_store(&end->keep_idle, idle);
+        atomic_store(&end->keep_pause, pause);
+        atomic_store(&end->keep_count, count);
+        atomic_store(&end->kept, 1);
+        apply(fd, end, true);
+}
+
+void keep_end(int fd, struct end *end)
+{
+        if (atomic_exchange(&end->kept, 0))
+                apply(fd, end, false);
+}
+
+/* Where the program's own value of an option is. */
+static _Atomic int32_t *place(struct end *end, int level, int name)
+{
+        if (level == SOL_SOCKET && name == SO_KEEPALIVE)
+                return &end->keep_on;
+        if (level != IPPROTO_TCP)
+                return NULL;
+        return name == TCP_KEEPIDLE    ? &end->keep_idle
+               : name == TCP_KEEPINTVL ? &end->keep_pause
+               : name == TCP_KEEPCNT   ? &end->keep_count
+                                       : NULL;
+}
+
+void keep_set(int fd, struct end *end, int level, int name)
+{
+        _Atomic int32_t *own = place(end, level, name);
+        int value;
+
+        if (!own || !atomic_load(&end->kept))
+                return;
+        value = get(fd, level, name);
+        if (value >= 0)
+                atomic_store(own, value);
+        apply(fd, end, true);
+}
+
+bool keep_get(const struct end *end, int level, int name, int *value)
+{
+        _Atomic int32_t *own = place((struct end *)(uintptr_t)end, level, name);
+
+        if (!own || !atomic_load(&end->kept))
+                return false;
+        *value = atomic_load(own);
+        return true;
+}
