@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-import msgspec
 
 from driver.errors import FreeFlowError
 from plugin.cli.client import Client, Engine, NotRunning
 from plugin.cli.place import users_place
+from plugin.cli.terminal import json_text, lines, say, say_json, shown, shown_all
 from plugin.version import VERSION
 
 UNUSABLE = 2
+TRACEBACK = "FREEFLOW_TRACEBACK"
+"""Set it to see where a command fails."""
 PROBLEMS = 1
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
-def _print_json(value: Any) -> None:
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
-
-
 def _stop(message: str, as_json: bool, code: int = UNUSABLE) -> NoReturn:
     if as_json:
-        _print_json({"error": message})
+        say_json({"error": message})
     else:
         cause, _, remedy = message.rpartition("; ")
-        click.echo(f"freeflow: {cause or remedy}")
+        say(f"freeflow: {shown(cause or remedy)}")
         if cause:
-            click.echo(f"    do: {remedy}")
+            say(f"    do: {shown(remedy)}")
     sys.exit(code)
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+class _Guarded(click.Group):
+    """A bug ends a command with one line that says what to do, not with a traceback, which may hold what others wrote."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except Exception as error:
+            if TRACEBACK in os.environ:
+                raise
+            reason = f"{type(error).__name__}: {error}"[:300]
+            say(f"freeflow: this command failed by a bug ({shown(reason)})", err=True)
+            say(f"    do: report it, with what {TRACEBACK}=1 freeflow … says", err=True)
+            ctx.exit(UNUSABLE)
+
+
+@click.group(
+    cls=_Guarded,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(VERSION, prog_name="freeflow")
 @click.option(
     "--socket",
@@ -83,9 +103,9 @@ def status(client: Client, as_json: bool = False) -> None:
     except FreeFlowError as error:
         _stop(str(error), as_json)
     if as_json:
-        _print_json(found)
+        say_json(found)
     else:
-        click.echo(show_status(found), nl=False)
+        say(show_status(found), newline=False)
     sys.exit(0 if found.healthy else PROBLEMS)
 
 
@@ -101,9 +121,9 @@ def peers(client: Client, as_json: bool) -> None:
     except FreeFlowError as error:
         _stop(str(error), as_json)
     if as_json:
-        _print_json({network.id: network.peers for network in found.networks})
+        say_json({network.id: network.peers for network in found.networks})
     else:
-        click.echo(show_peers(found), nl=False)
+        say(show_peers(found), newline=False)
 
 
 @cli.command()
@@ -122,9 +142,9 @@ def connections(client: Client, as_json: bool) -> None:
     except FreeFlowError as error:
         _stop(str(error), as_json)
     if as_json:
-        _print_json(found)
+        say_json(found)
     else:
-        click.echo(show_connections(found), nl=False)
+        say(show_connections(found), newline=False)
 
 
 @cli.command()
@@ -154,25 +174,26 @@ def ping(client: Client, address: str, count: int, as_json: bool) -> None:
     except FreeFlowError as error:
         _stop(str(error), as_json, PROBLEMS)
     if as_json:
-        _print_json(result)
+        say_json(result)
     else:
+        result = shown_all(result)
         times = result.round_trips_ms
         where = f"{result.host} ({'this host' if result.local else result.host_address})"
         behind = f", task {result.task}" if result.task else ""
-        click.echo(f"{result.address}{behind} on network {result.network}, from {result.source}")
-        click.echo(f"host {where if result.host else 'not found'}, path {result.path}")
+        say(f"{result.address}{behind} on network {result.network}, from {result.source}")
+        say(f"host {where if result.host else 'not found'}, path {result.path}")
         if result.tcp:
-            click.echo(
+            say(
                 f"TCP of programs with the library: {result.tcp}"
                 + (f" ({result.reason})" if result.reason else "")
             )
         if times:
-            click.echo(
+            say(
                 f"{len(times)} of {result.sent} answered, round trip {min(times):.3f} / "
                 f"{sorted(times)[len(times) // 2]:.3f} / {max(times):.3f} ms (least, median, most)"
             )
         else:
-            click.echo(f"0 of {result.sent} answered\n    do: freeflow doctor")
+            say(f"0 of {result.sent} answered\n    do: freeflow doctor")
     sys.exit(0 if result.round_trips_ms else PROBLEMS)
 
 
@@ -193,14 +214,14 @@ def doctor(client: Client, container: str | None, as_json: bool) -> None:
 
     report = examine(client) if container is None else examine_container(client, container)
     if as_json:
-        _print_json(report)
+        say_json(report)
     else:
         for check in report.passed:
-            click.echo(f"ok: {check}")
+            say(f"ok: {shown(check)}")
         for note in report.notes:
-            click.echo(f"note: {note}")
-        click.echo(findings(report.findings), nl=False)
-        click.echo("nothing is wrong" if not report.findings else f"{len(report.findings)} found")
+            say(f"note: {shown(note)}")
+        say(findings(report.findings), newline=False)
+        say("nothing is wrong" if not report.findings else f"{len(report.findings)} found")
     sys.exit(PROBLEMS if report.findings else 0)
 
 
@@ -222,17 +243,13 @@ def bugreport(client: Client, output: Path | None, as_json: bool) -> None:
     from plugin.cli.bugreport import collect, render
 
     report = collect(client)
-    text = (
-        msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
-        if as_json
-        else render(report)
-    )
+    text = json_text(report) if as_json else lines(render(report))
     if output is None:
-        click.echo(text)
+        say(text)
     else:
         with users_place():
             output.write_text(text)
-        click.echo(f"written to {output}")
+        say(f"written to {output}")
 
 
 @cli.command()
@@ -261,11 +278,11 @@ def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> Non
     except FreeFlowError as error:
         _stop(str(error), as_json)
     if as_json:
-        _print_json({"removed": removed})
+        say_json({"removed": removed})
     else:
         for name in removed:
-            click.echo(f"removed {name}")
-        click.echo("nothing was left over" if not removed else f"{len(removed)} removed")
+            say(f"removed {shown(name)}")
+        say("nothing was left over" if not removed else f"{len(removed)} removed")
 
 
 @cli.command()
@@ -300,13 +317,14 @@ def inject(client: Client, stack: str, output: str, services: tuple[str, ...]) -
         outcome = inject_file(client.engine, stack, output, services)
     except FreeFlowError as error:
         cause, _, remedy = str(error).rpartition("; ")
-        click.echo(f"freeflow: {cause or remedy}", err=True)
+        say(f"freeflow: {shown(cause or remedy)}", err=True)
         if cause:
-            click.echo(f"    do: {remedy}", err=True)
+            say(f"    do: {shown(remedy)}", err=True)
         sys.exit(UNUSABLE)
     for note in outcome.notes:
-        click.echo(f"freeflow: {note}", err=True)
-    click.echo(f"freeflow: the library was added to {', '.join(outcome.injected)}", err=True)
+        say(f"freeflow: {shown(note)}", err=True)
+    injected = shown(", ".join(outcome.injected))
+    say(f"freeflow: the library was added to {injected}", err=True)
 
 
 @cli.command()

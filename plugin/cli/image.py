@@ -31,6 +31,9 @@ _LAUNCHERS: Final = {
     "su-exec": 1,
 }
 """Programs that only start another one, and how many words of theirs stand before it."""
+_LONGEST_COMMAND: Final = 16384
+_FOLDERS: Final = 32
+"""So many folders of a PATH are looked through."""
 _LINKS: Final = 16
 _STEPS: Final = 8
 
@@ -68,6 +71,13 @@ class Verdict:
 Files = Callable[[str], File | None]
 
 
+def split_words(text: str) -> list[str]:
+    """As a shell does. Raises ValueError if it can't be split, or is longer than any command."""
+    if len(text) > _LONGEST_COMMAND:
+        raise ValueError("too long")
+    return shlex.split(text)
+
+
 def environment(config: dict[str, Any]) -> dict[str, str]:
     """An image's variables."""
     pairs = (str(each).partition("=") for each in config.get("Env") or ())
@@ -91,7 +101,8 @@ def start_of(
     start = Start(
         tuple(words), folder=folder or config.get("WorkingDir") or "/", user=user or config.get("User") or ""
     )  # fmt: skip
-    return Start(start.words, tuple(path.split(":")), start.folder, start.user) if path else start
+    folders = tuple(path.split(":", _FOLDERS)[:_FOLDERS])
+    return Start(start.words, folders, start.folder, start.user) if path else start
 
 
 def follow(files: Files, path: str) -> tuple[str, File] | None:
@@ -129,7 +140,7 @@ def _after_shell(words: Sequence[str]) -> list[str]:
     if any(character in text for character in "|&;<>()$`\n"):
         return []
     try:
-        rest = shlex.split(text)
+        rest = split_words(text)
     except ValueError:
         return []
     while rest and ("=" in rest[0] or rest[0] == "exec"):
@@ -173,7 +184,10 @@ def judge(files: Files, start: Start, machine: str) -> Verdict:
             by = posixpath.basename(program.words[0])
             rest = list(program.words)
             if by == "env":
-                rest = _after_launcher("env", [by, *shlex.split(" ".join(rest[1:]))])
+                try:
+                    rest = _after_launcher("env", [by, *split_words(" ".join(rest[1:]))])
+                except ValueError:
+                    rest = []
                 by = posixpath.basename(rest[0]) if rest else ""
             # A shell script that comes first usually ends by starting its arguments: exec "$@".
             words, origin = (words[1:] if by in SHELLS else rest), path

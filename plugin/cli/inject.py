@@ -6,21 +6,33 @@ changed is in `stack.py`; here all are plain values, as any YAML reader gives th
 
 from __future__ import annotations
 
-import shlex
+import errno
+import os
+import re
+import stat
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from driver.errors import EngineError, InvalidRequest
 from plugin.cli.client import Engine
-from plugin.cli.image import Start, Verdict, environment, examine_image, start_of
+from plugin.cli.image import Start, Verdict, environment, examine_image, split_words, start_of
 from plugin.cli.library import FOLDER, LIBRARY
 from plugin.cli.place import users_place
 from plugin.cli.stack import Wanted, inject, parse
+from plugin.cli.tree import LONGEST
 
 PRELOAD: Final = f"{FOLDER}/{LIBRARY}"
+_IMAGE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,511}", re.ASCII)
+_SHOWN: Final = 80
+_MOST_BYTES: Final = 4 * LONGEST
+"""Of a file: as many characters of UTF-8 as are read."""
+_PATIENCE: Final = 60.0
+"""Seconds in which images are looked at."""
 _OLD_FORMATS: Final = ("3", "3.0", "3.1")
 """Compose formats without mounts in long form."""
 
@@ -54,10 +66,14 @@ def inject_file(engine: Engine, stack: str, output: str, only: Sequence[str] = (
 
     def read(file: str) -> str:
         with users_place():
-            return (folder / file).read_bytes().decode()
+            return _read_file(folder / file)
 
     try:
-        text = sys.stdin.buffer.read().decode() if stack == "-" else read(Path(stack).name)
+        if stack == "-":
+            text = sys.stdin.buffer.read(_MOST_BYTES + 1).decode()
+        else:
+            with users_place(), Path(stack).open("rb") as file:
+                text = file.read(_MOST_BYTES + 1).decode()
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{stack} is no UTF-8 text ({error}); save it as UTF-8") from error
     except OSError as error:
@@ -79,6 +95,16 @@ def inject_file(engine: Engine, stack: str, output: str, only: Sequence[str] = (
     return outcome
 
 
+def _read_file(path: Path) -> str:
+    """What a stack names may be anything: only a plain file of usual size is read. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
+            raise OSError(errno.EINVAL, "no plain file, or too large")
+        return file.read(_MOST_BYTES).decode()
+
+
 def inject_stack(
     text: str,
     name: str,
@@ -92,13 +118,17 @@ def inject_stack(
     notes: list[str] = []
     chosen = _choose(stack, name, engine, only, notes)
     wanted = {}
+    until = time.monotonic() + _PATIENCE
     for service in chosen:
         content = services[service] or {}
         if not isinstance(content, dict):
             raise InvalidRequest(
                 f"{name}: service {service} is no mapping; write its image and networks below it"
             )
-        found = _look_at(engine, content)
+        if time.monotonic() < until:
+            found = _look_at(engine, content)
+        else:
+            found = _Look(missing="the images before it took all the time there was")
         notes += _remarks(service, content, found, read)
         preload = environment(found.config).get("LD_PRELOAD", "")
         wanted[service] = _wanted(stack, service, content, preload, name)
@@ -153,8 +183,7 @@ def _is_own(
     """None: not known."""
     if name in known:
         return known[name]
-    listed = stack.get("networks")
-    content = (listed.get(name) if isinstance(listed, dict) else None) or {}
+    content = _mapping(_mapping(stack.get("networks")).get(name))
     answer: bool | None
     external = content.get("external")
     if external:
@@ -167,14 +196,19 @@ def _is_own(
     return answer
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """What should be a mapping may be anything."""
+    return value if isinstance(value, dict) else {}
+
+
 def _driver_of(engine: Engine, network: str) -> bool | None:
     if "$" in network or "/" in network:
         return None
     try:
-        found = engine.find(f"/networks/{network}")
+        found = engine.find(f"/networks/{quote(network, safe='')}")
     except EngineError:
         return None
-    return None if found is None else is_freeflow(str(found.get("Driver")))
+    return None if found is None else is_freeflow(str(_mapping(found).get("Driver")))
 
 
 def _words(value: Any) -> list[str] | None:
@@ -184,7 +218,7 @@ def _words(value: Any) -> list[str] | None:
     if isinstance(value, list):
         return [str(each) for each in value]
     try:
-        return shlex.split(str(value))
+        return split_words(str(value))
     except ValueError:
         return [str(value)]
 
@@ -195,13 +229,15 @@ def _look_at(engine: Engine, service: Mapping[str, Any]) -> _Look:
         return _Look(missing="it names no image")
     if "$" in image:
         return _Look(missing=f"the name of its image, {image}, has a variable")
+    if not _IMAGE.fullmatch(image) or "//" in image or ".." in image:
+        return _Look(missing=f"{image[:_SHOWN]} is no name of an image")
     try:
-        found = engine.find(f"/images/{image}/json")
+        found = engine.find(f"/images/{quote(image, safe='/:@')}/json")
     except EngineError as error:
         return _Look(missing=str(error).rpartition("; ")[0])
     if found is None:
         return _Look(missing=f"{image} isn't on this host (docker pull {image} brings it)")
-    config = found.get("Config") or {}
+    config = dict(_mapping(_mapping(found).get("Config")))
     start = start_of(
         config,
         _words(service.get("entrypoint")),

@@ -24,6 +24,9 @@ LIBRARY: Final = "libfreeflow.so"
 PRELOAD: Final = f"LD_PRELOAD={FOLDER}/{LIBRARY}"
 MOUNT: Final = f"--mount type=bind,src={FOLDER},dst={FOLDER}"
 
+_MOST_BYTES: Final = 8 << 20
+"""Of what /proc says of one process; the kernel allows 65,530 mappings."""
+_MOST_PROCESSES: Final = 2000
 _MAPPED: Final = re.compile(
     rf"^\S+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) (\d+) +\S*/{re.escape(LIBRARY)}( \(deleted\))?$",
     re.MULTILINE,
@@ -40,18 +43,23 @@ class Loaded:
     library: tuple[int, int] | None
 
 
+def _read(path: Path) -> str:
+    """The beginning of a file that a container's process writes. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(_MOST_BYTES).decode(errors="backslashreplace")
+
+
 def look_at(pid: int, proc: Path = Path("/proc")) -> Loaded | None:
     """What the kernel says of a process; None if it has ended."""
     folder = proc / str(pid)
     try:
-        environment = (folder / "environ").read_bytes().split(b"\0")
-        name = (folder / "comm").read_text().strip()
-        mapped = _MAPPED.search((folder / "maps").read_text(errors="replace"))
-    except (FileNotFoundError, ProcessLookupError):
+        environment = _read(folder / "environ").split("\0")
+        # A process may call itself anything.
+        name = _read(folder / "comm").strip()
+        mapped = _MAPPED.search(_read(folder / "maps"))
+    except OSError:
         return None
-    preloads = any(
-        each.startswith(b"LD_PRELOAD=") and LIBRARY.encode() in each for each in environment
-    )
+    preloads = any(each.startswith("LD_PRELOAD=") and LIBRARY in each for each in environment)
     library = None
     if mapped is not None:
         device = os.makedev(int(mapped[1], 16), int(mapped[2], 16))
@@ -85,7 +93,7 @@ def _processes(engine: Engine, name: str, proc: Path) -> list[Loaded]:
     """Raises EngineError."""
     top = engine.get(f"/containers/{quote(name, safe='')}/top?ps_args=-eo%20pid")
     column = top["Titles"].index("PID")
-    found = (look_at(int(row[column]), proc) for row in top["Processes"])
+    found = (look_at(int(row[column]), proc) for row in top["Processes"][:_MOST_PROCESSES])
     return [each for each in found if each is not None]
 
 

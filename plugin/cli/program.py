@@ -12,6 +12,10 @@ from typing import Final
 
 HEAD: Final = 1 << 20
 """How much of a file is looked at: headers and notes stand at its beginning."""
+_HEADERS: Final = 64
+"""So many program headers are looked at; linkers make some ten."""
+_NOTES: Final = 4096
+"""Bytes of notes that are looked at."""
 _INTERPRETER: Final = 3
 _NOTE: Final = 4
 _GO_BUILD_ID: Final = 4
@@ -58,8 +62,11 @@ def _elf(head: bytes) -> Program:
     else:
         (table,) = struct.unpack_from(order + "I", head, 28)
         size, count = struct.unpack_from(order + "HH", head, 42)
+    if size < (56 if wide else 32):
+        # As linkers make them; the kernel starts no other.
+        count = 0
     dynamic = go = False
-    for number in range(count):
+    for number in range(min(count, _HEADERS)):
         at = table + number * size
         (kind,) = struct.unpack_from(order + "I", head, at)
         dynamic = dynamic or kind == _INTERPRETER
@@ -70,7 +77,7 @@ def _elf(head: bytes) -> Program:
             else:
                 (start,) = struct.unpack_from(order + "I", head, at + 4)
                 (length,) = struct.unpack_from(order + "I", head, at + 16)
-            go = go or _has_go_note(head[start : start + length], order)
+            go = go or _has_go_note(head[start : start + min(length, _NOTES)], order)
     name = _MACHINES.get(machine, f"machine {machine}")
     return Program(machine=name, dynamic=dynamic, go=go)
 

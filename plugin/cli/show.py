@@ -7,6 +7,7 @@ from typing import Final
 
 from dataplane.control import Connections
 from plugin.cli.table import amount, table
+from plugin.cli.terminal import shown_all
 from plugin.status import Finding, NetworkStatus, RdmaStatus, Status
 
 _SHOWN: Final = 32
@@ -167,12 +168,13 @@ def findings(problems: Iterable[Finding]) -> str:
     """What is wrong, why, and what to type."""
     return "".join(
         f"{problem.severity}: {problem.what}\n    cause: {problem.cause}\n    do:    {problem.remedy}\n"
-        for problem in problems
+        for problem in map(shown_all, problems)
     )
 
 
 def show_status(status: Status) -> str:
     """The whole page."""
+    status = shown_all(status)
     head = _host(status) + _router(status) + _shortcut(status) + _parts(status)
     parts = [verdict(status) + "\n", head]
     parts += [_network(network) + _paths(status, network) for network in status.networks]
@@ -207,6 +209,7 @@ def _paths(status: Status, network: NetworkStatus) -> str:
 
 def show_connections(found: Connections) -> str:
     """All connections, then what the words for their reasons mean."""
+    found = shown_all(found)
     if not found.connections:
         return "no connections: no container on a FreeFlow network of this host has one\n"
     text = table(
@@ -226,6 +229,7 @@ def show_connections(found: Connections) -> str:
 
 def show_peers(status: Status) -> str:
     """All peers with the networks that are shared with them."""
+    status = shown_all(status)
     shared: dict[tuple[str, str], list[str]] = {}
     for network in status.networks:
         for peer in network.peers:

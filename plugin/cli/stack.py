@@ -14,14 +14,12 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from driver.errors import InvalidRequest
-from plugin.cli.tree import Node, tree
+from plugin.cli.tree import Node, Plain, tree, values
 
 KEYS: Final = ("volumes", "environment")
 _ROUNDS: Final = 4
+_DASH: Final = re.compile(r"\n( *)-\s")
 _MEANING: Final = ("true", "false", "yes", "no", "on", "off", "null")
 
 
@@ -42,20 +40,7 @@ class _Edit:
 
 def parse(text: str, name: str) -> dict[str, Any]:
     """A stack's plain value, with services. Raises InvalidRequest."""
-    try:
-        documents = list(YAML(typ="safe", pure=True).load_all(text))
-    except (YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise InvalidRequest(
-            f"{name}{where} is no YAML: {problem}; mend it there, docker stack config -c {name} reads it too"
-        ) from error
-    if len(documents) != 1:
-        raise InvalidRequest(
-            f"{name} has {len(documents)} YAML documents; a stack is one: write each into a file of its own"
-        )
-    stack = documents[0]
+    stack = values(tree(text.removeprefix("\ufeff"), name), name)
     if not isinstance(stack, dict) or not isinstance(stack.get("services"), dict):
         raise InvalidRequest(
             f"{name} has no services; give a file as for docker stack deploy, with a mapping called services"
@@ -79,7 +64,7 @@ def inject(text: str, wanted: Mapping[str, Wanted], name: str) -> str:
         now = parse(text, name)
         if _same(now, expected):
             return mark + text
-        changed = _round(text, now, expected, frozenset(wanted), plain=number > 0)
+        changed = _round(text, name, now, expected, frozenset(wanted), plain=number > 0)
         if changed == text:
             break
         text = changed
@@ -133,6 +118,7 @@ def _same(now: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
 
 def _round(
     text: str,
+    name: str,
     now: Mapping[str, Any],
     expected: Mapping[str, Any],
     chosen: frozenset[str],
@@ -140,7 +126,7 @@ def _round(
     plain: bool,
 ) -> str:
     """One pass over what differs. `plain`: values are written out whole, where the first pass wasn't enough."""
-    root = tree(text)
+    root = tree(text, name)
     services = root.own("services")
     if services is None:
         return text
@@ -168,14 +154,34 @@ def _round(
                 # Two services may share a value; it is changed once.
                 if edit not in (same := edits.setdefault(edit.start, [])):
                     same.append(edit)
-    for start in sorted(edits, reverse=True):
-        end = max(edit.end for edit in edits[start])
-        text = text[:start] + "".join(edit.text for edit in edits[start]) + text[end:]
-    return text
+    return _edited(text, edits)
+
+
+def _edited(text: str, edits: Mapping[int, list[_Edit]]) -> str:
+    parts, at = [], 0
+    for start in sorted(edits):
+        # One that begins in what another one replaces comes in the next round.
+        if start < at:
+            continue
+        parts += [text[at:start], *(edit.text for edit in edits[start])]
+        at = max(edit.end for edit in edits[start])
+    return "".join([*parts, text[at:]])
+
+
+_AS_IT_IS: Final = re.compile(r"[\w./+-](?:[\w./+:@=-]*[\w./@=+-])?")
+"""What may stand without quotes in any place, and did."""
 
 
 def _json(value: Any) -> str:
-    """In JSON's form, which is YAML too, but for its way to write what is beyond 16 bits."""
+    """In JSON's form, which is YAML too, but for its way to write what is beyond 16 bits, and what had no quotes."""
+    if isinstance(value, dict):
+        return (
+            f"{{{', '.join(f'{_json(str(name))}: {_json(each)}' for name, each in value.items())}}}"
+        )
+    if isinstance(value, list):
+        return f"[{', '.join(map(_json, value))}]"
+    if isinstance(value, Plain) and _AS_IT_IS.fullmatch(value):
+        return str(value)
     text = json.dumps(value, ensure_ascii=False)
     return re.sub(
         r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda m: f"\\u{ord(m[0]):04x}", text
@@ -380,5 +386,5 @@ class _Writer:
         if self._text[node.start] == "-":
             return node.column
         # It begins with its anchor.
-        found = re.search(r"\n( *)-\s", self._text[node.start :])
+        found = _DASH.search(self._text, node.start)
         return len(found[1]) if found else node.column

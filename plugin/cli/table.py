@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from plugin.cli.terminal import shown
+
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], indent: str = "  ") -> str:
     """Aligned columns, two blanks between; empty without rows."""
-    lines = [[str(cell) for cell in row] for row in rows]
+    lines = [[shown(cell) for cell in row] for row in rows]
     if not lines:
         return ""
     widths = [max(len(line[i]) for line in [list(header), *lines]) for i in range(len(header))]

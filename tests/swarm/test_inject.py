@@ -86,6 +86,34 @@ def test_injected_stack_is_accelerated(bed: Bed, manager: Host) -> None:
         manager.docker("stack", "rm", name)
 
 
+AS_DOCKER_READS = {
+    "tabs": "services:\n  web:\n    image:\tnginx\t# a tab\n    networks: [\tb\t]\nnetworks:\n  b: {driver: freeflow:latest}\n",
+    "tags": "services:\n  web:\n    image: !x nginx\n    networks: !override [b]\nnetworks:\n  b: {driver: freeflow:latest}\n",
+    "words": "services:\n  on:\n    image: x\n    networks: [no, n]\n    environment: {A: 1.10, B: yes}\n"
+    "networks:\n  no: {driver: freeflow:latest}\n  n:\n",
+    "directive": "%YAML 1.1\n---\nservices:\n  web:\n    image: x\n    networks: [no]\nnetworks:\n  no: {driver: freeflow:latest}\n",
+}
+
+
+def test_what_docker_reads(bed: Bed) -> None:
+    """What Docker's reader takes `freeflow inject` takes, and Docker reads the same of it afterwards but for the library."""
+    host = bed.hosts[0]
+    for name, text in AS_DOCKER_READS.items():
+        before = host.run("docker", "stack", "config", "-c", "-", stdin=text)
+        out = host.run("sh", "-c", "freeflow inject - 2>/dev/null", stdin=text)
+        after = host.run("docker", "stack", "config", "-c", "-", stdin=out)
+        lines = [line for line in after.splitlines() if line not in before.splitlines()]
+        assert any("LD_PRELOAD" in line for line in lines), name
+        assert all(
+            any(
+                word in line
+                for word in ("LD_PRELOAD", "/run/freeflow", "bind", "volumes", "environment")
+            )
+            for line in lines
+        ), (name, lines)
+        assert [line for line in before.splitlines() if line not in after.splitlines()] == [], name
+
+
 def test_programs_that_cannot(manager: Host) -> None:
     """A Go program in an image of this host is found out and named."""
     image = unique("go") + ":1"

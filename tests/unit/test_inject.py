@@ -368,6 +368,74 @@ def test_whatever_a_writer_writes(content: Any, flow: bool, indent: int) -> None
         assert service.get("command") == before[name].get("command")
 
 
+PLAIN = f"services:\n  web:\n    image: nginx\n    networks: [n]\n    environment:\n      - A=1\n{NETWORKS}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("nginx", "nginx\t# a tab before a comment"),
+        ("nginx", "nginx\t"),
+        ("image: ", "image:\t"),
+        ("image:", "image\t:"),
+        ("- A=1", "- A=1\t# tab"),
+        ("[n]", "[\tn\t]\t# tabs in flow style"),
+        ("[n]", "!override [n]"),
+        ("[n]", "!reset\t[n]"),
+        ("nginx", "!custom nginx"),
+        ("nginx", "!!str nginx"),
+        ("nginx", "!<tag:example.com,2026:x> nginx"),
+        ("    environment:", "    environment: !override\t# tag, tab, comment"),
+        ("nginx", ">-\t# a tab after the indicator\n      nginx"),
+        ("nginx", "two\twords"),
+        ("nginx", "two\n\n      lines\t# tab"),
+        ("services", "%YAML 1.1\n---\t# tab\nservices"),
+        ("services", "%YAML 1.1\t# tab\n---\nservices"),
+        ("services", "---\t\nservices"),
+    ],
+)
+def test_what_docker_reads(old: str, new: str) -> None:
+    """Tabs between tokens, tags of other programs and old versions are Docker's to read: the library gets in beside them."""
+    text = PLAIN.replace(old, new, 1)
+    outcome = injected(text)
+    assert outcome.injected == ("web",)
+    lines = added(text, outcome.text)
+    assert len(lines) == 5
+    assert "LD_PRELOAD" in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    "name", ["n", "y", "on", "off", "yes", "no", "null", "~", "1", "1.0", "true"]
+)
+@pytest.mark.parametrize("version", ["", "%YAML 1.1\n---\n", "%YAML 1.2\n---\n"])
+def test_names_that_could_be_something_else(name: str, version: str) -> None:
+    """A network or service may be called `on`, `no` or `1`: a key is its text, whatever YAML's version makes of it."""
+    text = f"{version}services:\n  {name}:\n    image: x\n    networks: [{name}]\nnetworks:\n  {name}: {{driver: freeflow}}\n"
+    if name in ("null", "~", "true"):
+        text = text.replace(f"[{name}]", f"['{name}']")
+    assert injected(text).injected == (name,)
+
+
+def test_values_without_quotes_stay_without() -> None:
+    """Where a value has to be written anew, numbers and words stay as they were: 1.10 is neither 1.1 nor text."""
+    text = (
+        "x-e: &e {PORT: 5432, RATIO: 1.10, MODE: 0755, FLAG: on, NONE: , YES: true, T: 2001-01-01, S: '1'}\n"
+        "services:\n  a: {image: x, networks: [n], environment: *e}\n  b: {image: x, environment: *e}\n"
+        + NETWORKS
+    )
+    out = injected(text).text
+    for each in ("5432", "1.10", "0755", "on", "true", "2001-01-01"):
+        assert f'"{each}"' not in out
+    assert services(out)["a"]["environment"].keys() > services(out)["b"]["environment"].keys()
+
+
+@pytest.mark.parametrize("text", ["\tservices: {}", "services:\n\ta: {}", "services:\n  - \t- a"])
+def test_tabs_as_indentation(text: str) -> None:
+    """A tab that would indent is refused, as Docker does."""
+    with pytest.raises(InvalidRequest, match="is no YAML"):
+        injected(text)
+
+
 # --- the command
 
 

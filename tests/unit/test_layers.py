@@ -17,7 +17,7 @@ BEHIND = {
     "sqlite3": {"driver.store"},
     "prometheus_client": {"plugin.metrics"},
     "pyverbs": {"dataplane.router.devices"},
-    "ruamel": {"plugin.cli.stack", "plugin.cli.tree"},
+    "ruamel": {"plugin.cli.scan", "plugin.cli.tree"},
     "cryptography": {"dataplane.router.shared_key"},
 }
 """Third-party libraries, and the modules that alone know them."""

@@ -1,0 +1,147 @@
+"""ruamel.yaml's scanner, with the rules of libyaml where it is stricter: Docker's reader, go-yaml, is a translation of that.
+
+Tabs separate tokens, but don't indent; a tag's meaning is its program's; and what `%YAML` says changes nothing of how a text is
+cut into tokens. Where libyaml is the stricter one, Docker says so itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from ruamel.yaml.scanner import Scanner as Base
+from ruamel.yaml.scanner import ScannerError
+from ruamel.yaml.tokens import DirectiveToken, TagToken
+
+_BLANKS: Final = " \t"
+_BREAKS: Final = "\r\n\x85\u2028\u2029"
+_ENDS: Final = "\0" + _BREAKS
+_VERSION: Final = (1, 2)
+
+
+class Scanner(Base):
+    """Named and called by the base class, so the names are its."""
+
+    @property
+    def scanner_processing_version(self) -> Any:
+        return _VERSION
+
+    def scan_to_next_token(self) -> Any:
+        """Go past blanks, comments and line breaks."""
+        reader = self.reader
+        if reader.index == 0 and reader.peek() == "\ufeff":
+            reader.forward()
+        while True:
+            # Where a block could begin, a tab would be its indentation.
+            tabs = self.flow_level or not self.allow_simple_key
+            while reader.peek() == " " or (tabs and reader.peek() == "\t"):
+                reader.forward()
+            self._skip_comment()
+            if not self.scan_line_break():
+                return
+            if not self.flow_level:
+                self.allow_simple_key = True
+
+    def _skip_comment(self) -> None:
+        if self.reader.peek() == "#":
+            while self.reader.peek() not in _ENDS:
+                self.reader.forward()
+
+    def _skip_rest(self, what: str, start: Any) -> None:
+        """Go past blanks and a comment to the next line; anything else there is an error."""
+        while self.reader.peek() in _BLANKS:
+            self.reader.forward()
+        self._skip_comment()
+        if self.reader.peek() not in _ENDS:
+            raise ScannerError(
+                f"while scanning {what}",
+                start,
+                f"expected a comment or a line break, but found {self.reader.peek()!r}",
+                self.reader.get_mark(),
+            )
+        self.scan_line_break()
+
+    def scan_directive(self) -> Any:
+        """Of no directive anything is wanted."""
+        start = self.reader.get_mark()
+        length = 1
+        while self.reader.peek(length) not in _ENDS:
+            length += 1
+        self.reader.forward(length)
+        end = self.reader.get_mark()
+        self.scan_line_break()
+        return DirectiveToken("", None, start, end)
+
+    def scan_block_scalar_indicators(self, start_mark: Any) -> Any:
+        """Whether the last line breaks are kept (None: one), and how far it is indented (None: to be found out)."""
+        keep, indent = None, None
+        while (found := self.reader.peek()) in "+-123456789":
+            if found in "+-" and keep is None:
+                keep = found == "+"
+            elif found not in "+-" and indent is None:
+                indent = int(found)
+            else:
+                break
+            self.reader.forward()
+        return keep, indent
+
+    def scan_block_scalar_ignored_line(self, start_mark: Any) -> Any:
+        self._skip_rest("a block scalar", start_mark)
+
+    def scan_tag(self) -> Any:
+        """A tag as it is written, up to what ends it."""
+        reader = self.reader
+        start = reader.get_mark()
+        ends = _ENDS + _BLANKS + (",[]{}" if self.flow_level else "")
+        length = 1
+        while reader.peek(length) not in ends:
+            length += 1
+        text = reader.prefix(length)
+        reader.forward(length)
+        value: tuple[str | None, str]
+        if text.startswith("!<") and text.endswith(">"):
+            value = (None, text[2:-1])
+        elif text.startswith("!!"):
+            value = ("!!", text[2:])
+        else:
+            value = (None, text)
+        return TagToken(value, start, reader.get_mark())
+
+    def scan_plain_spaces(self, indent: Any, start_mark: Any) -> Any:
+        """What stands between two words of a plain scalar, folded; nothing at a document's end."""
+        reader = self.reader
+        length = 0
+        while reader.peek(length) in _BLANKS:
+            length += 1
+        blanks = reader.prefix(length)
+        reader.forward(length)
+        if reader.peek() not in _BREAKS:
+            return [blanks] if blanks else []
+        first = self.scan_line_break()
+        self.allow_simple_key = True
+        breaks: list[str] = []
+        while True:
+            if self._is_document_end():
+                return None
+            while reader.peek() in _BLANKS:
+                if reader.peek() == "\t" and reader.column < indent:
+                    raise ScannerError(
+                        "while scanning a plain scalar",
+                        start_mark,
+                        "found a tab character that violates indentation",
+                        reader.get_mark(),
+                    )
+                reader.forward()
+            if reader.peek() not in _BREAKS:
+                break
+            breaks.append(self.scan_line_break())
+        if first != "\n":
+            return [first, *breaks]
+        return breaks or [" "]
+
+    def _is_document_end(self) -> bool:
+        reader = self.reader
+        return (
+            reader.column == 0
+            and reader.prefix(3) in ("---", "...")
+            and reader.peek(3) in _ENDS + _BLANKS
+        )
