@@ -1,16 +1,23 @@
-"""The plugin's entry: listen first, then load everything else.
+"""The plugin's entry: make the containers' folder, listen, then load everything else.
 
 Docker dials the socket half a second after the start, then every three seconds, and disables a plugin that isn't there by
 9.5 s without a word. A listening socket queues what comes while the rest is imported.
+
+The folder comes before it: once the plugin can be dialled dockerd goes on, and starts containers. One that mounts the
+folder with `-v` before it is there would get it writable.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
 from typing import Final
 
+from driver.errors import FreeFlowError
+from driver.kernel import public
+from plugin import library
 from plugin.listening import listen
 
 SOCKET: Final = Path("/run/docker/plugins/freeflow.sock")
@@ -21,6 +28,10 @@ SWARM: Final = Path("/host/swarm")
 
 
 def main() -> int:
+    if HOST_RUN.is_dir():
+        # What fails here is tried again by `composition.compose`, which says why.
+        with contextlib.suppress(FreeFlowError, OSError):
+            library.place(public.make(HOST_RUN), quietly=True)
     try:
         listener = listen(SOCKET)
     except OSError as error:

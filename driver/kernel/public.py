@@ -2,13 +2,17 @@
 
 What is in it is loaded into programs of all containers that have the mount, so none of them may change it. It is a
 read-only mount of `freeflow-admin/public`, which only the host's root reaches; whoever binds it gets it read-only too.
-Unix sockets in it can be connected to all the same. The folder itself is never replaced: containers that run have it.
+Unix sockets in it can be connected to all the same. The mounted folder is never replaced: containers that run have it.
+
+A folder that stands there and isn't our mount was made by Docker, for a container that was started with `-v` before the
+plugin was: such containers can write into it. It is taken away whole; what they have of it shows nothing any more.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -19,6 +23,8 @@ from driver.kernel.namespace import check, libc
 VISIBLE: Final = Path("freeflow")
 """Below the host's /run, as is the next."""
 WRITABLE: Final = Path("freeflow-admin/public")
+
+_AWAY: Final = "taken-away-"
 
 _MS_RDONLY: Final = 1
 _MS_NOSUID: Final = 2
@@ -59,10 +65,12 @@ def make(host_run: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
         writable.parent.chmod(0o700)
         writable.chmod(0o755)
-        if "ro" in options_at(visible):
-            if visible.samefile(writable):
-                return writable
+        if "ro" in options_at(visible) and visible.samefile(writable):
+            return writable
+        while options_at(visible):
             check(libc.umount2(str(visible).encode(), _MNT_DETACH), f"unmounting {visible}")
+        _take_away(visible, writable.parent)
+        visible.mkdir()
         visible.chmod(0o755)
         # Read-only elsewhere first: what is made so afterwards is so in this mount namespace alone, not on the host.
         with tempfile.TemporaryDirectory(prefix="freeflow-") as text:
@@ -78,6 +86,24 @@ def make(host_run: Path) -> Path:
             f"{visible} can't be made: {error.strerror}; does the plugin have CAP_SYS_ADMIN?"
         ) from error
     return writable
+
+
+def _take_away(folder: Path, admin: Path) -> None:
+    """Remove a folder with whatever somebody has put into it, who may go on doing so."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+        return
+    # In one step out of everybody's way: emptying it may take long, and be raced.
+    away = Path(tempfile.mkdtemp(prefix=_AWAY, dir=admin))
+    folder.rename(away / folder.name)
+    # Not by Python: there may be more levels than it can go down.
+    subprocess.Popen(
+        ["rm", "-rf", "--one-file-system", *map(str, admin.glob(f"{_AWAY}*"))],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def remove(host_run: Path) -> bool:

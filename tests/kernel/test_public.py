@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from driver.kernel import public
-from tests.kernel.hosts import RUN, Lab
+from tests.kernel.hosts import RUN, Lab, eventually
 
 TOP = Path(__file__).parents[2]
 FOLDER = RUN / "freeflow"
@@ -72,6 +72,34 @@ def test_the_host_sees_it_read_only(one: Lab) -> None:
     assert said == ""
     assert inside(one, f"cat {FOLDER}/library") == "bytes"
     assert "Read-only file system" in inside(one, f"touch {FOLDER}/x")
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_what_stood_there_before_is_taken_away(one: Lab, mounted: bool) -> None:
+    """A folder that Docker made for a container before the plugin's start, with what that has put into it, isn't shown to
+    others: it is made anew, and the container's mount of the old one is empty and can't be written any more."""
+    if mounted:
+        # As an earlier plugin left it, whose own folder somebody has removed.
+        make(one)
+        inside(one, f"umount {FOLDER}; mount -t tmpfs x {FOLDER}")
+    inside(one, f"mkdir -p {FOLDER} /run/c; mount --bind {FOLDER} /run/c")
+    deep = "d/" * 1500
+    inside(
+        one,
+        f"mkdir -p /run/c/sub && cd /run/c/sub && for i in 1 2; do mkdir -p {deep}; cd {deep}; done",
+    )
+    inside(one, "echo evil > /run/c/libfreeflow.so; ln -s /etc /run/c/link")
+    assert "evil" in inside(one, f"cat {FOLDER}/libfreeflow.so")
+    where = make(one)
+    assert inside(one, f"ls -A {FOLDER}") == ""
+    assert inside(one, f"ls -d {FOLDER}/link 2>&1").startswith("ls: cannot access")
+    one.hosts[0].do(lambda: (where / "library").write_text("bytes"))
+    assert inside(one, f"cat {FOLDER}/library") == "bytes"
+    assert Path("/etc/hosts").exists()
+    if not mounted:
+        eventually("emptied", lambda: inside(one, "ls -A /run/c") == "", 30)
+        assert "nonexistent" in inside(one, "echo evil > /run/c/again")
+        eventually("gone", lambda: inside(one, "ls -A /run/freeflow-admin") == "public\n", 30)
 
 
 def test_removed(one: Lab) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from plugin.library import NAME, place
+from plugin.library import NAME, OWNER, place
 
 
 @pytest.fixture
@@ -100,3 +104,55 @@ def test_without_library(folder: Path, tmp_path: Path) -> None:
     (folder / NAME).write_bytes(b"earlier")
     assert not place(folder, tmp_path / "missing")
     assert (folder / NAME).read_bytes() == b"earlier"
+
+
+def _lease(path: Path) -> bool:
+    """Whether a lease that makes readers wait can be had on a file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def test_nobody_delays_a_start(folder: Path, shipped: Path) -> None:
+    """No lease that makes each program wait that opens the library can be had on it: not after it was replaced, nor after it
+    was found as it was."""
+    assert _lease(shipped)
+    for content in (b"first", b"second"):
+        shipped.write_bytes(content)
+        for _ in range(2):
+            assert place(folder, shipped)
+            assert not _lease(folder / NAME)
+
+
+def test_a_lease_does_not_delay_the_plugin(folder: Path, shipped: Path) -> None:
+    """Where somebody got a lease while no plugin ran, the one that starts doesn't wait for it, and replaces the file."""
+    (folder / NAME).write_bytes(b"first")
+    (folder / NAME).chmod(0o644)
+    descriptor = os.open(folder / NAME, os.O_RDONLY)
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        began = time.monotonic()
+        assert place(folder, shipped)
+        # The kernel's patience with a lease is 45 s (fs.lease-break-time).
+        assert time.monotonic() - began < 10
+        assert (folder / NAME).stat().st_ino != os.fstat(descriptor).st_ino
+        assert not _lease(folder / NAME)
+    finally:
+        os.close(descriptor)
+        signal.signal(signal.SIGIO, before)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_owned_by_nobody(folder: Path, shipped: Path) -> None:
+    """The library's owner is no user of a container, and one that root owns, as earlier versions made it, is replaced."""
+    (folder / NAME).write_bytes(b"first")
+    (folder / NAME).chmod(0o644)
+    assert place(folder, shipped)
+    assert (folder / NAME).stat().st_uid == OWNER
