@@ -101,6 +101,7 @@ def compose(
         settings.underlay,
         self_address,
         PROGRAMS if settings.ebpf == "on" else None,
+        sessions=settings.session_port or settings.vxlan_port,
     )
     statistics = CallStatistics()
     driver = Driver(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dataplane.control import Connections, Paths, Statistics
+from driver.kernel.guard import Guarded
 from driver.kernel.shortcut import Stage
 from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, EngineView, IPAddress
@@ -25,6 +26,8 @@ class KernelFacts(Protocol):
     def locate(self, network_id: str, mac: str) -> IPAddress | None: ...
 
     def stage(self) -> Stage: ...
+
+    def guarded(self) -> Guarded: ...
 
     def takes(self, network_id: str, mac: str) -> bool: ...
 

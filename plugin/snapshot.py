@@ -13,6 +13,7 @@ from dataplane.control import DeviceFact, RdmaFacts
 from driver import names
 from driver.driver import Driver
 from driver.errors import FreeFlowError, RouterError, SettingError
+from driver.kernel.guard import Guarded
 from driver.kernel.shortcut import Stage
 from driver.model import Endpoint, Network
 from driver.sync import NetworkState
@@ -25,6 +26,7 @@ from plugin.status import (
     CallStatus,
     EndpointStatus,
     Finding,
+    GuardStatus,
     HostStatus,
     NetworkStatus,
     PartStatus,
@@ -128,6 +130,20 @@ def _death(died: Died) -> Finding:
     )
 
 
+def _unguarded(guarded: Guarded) -> list[Finding]:
+    """What is wrong if the overlay's port stays open to everybody."""
+    if not guarded.reason or guarded.seconds < STALE:
+        return []
+    return [
+        Finding(
+            "warning",
+            "the overlay's UDP port takes frames from anybody",
+            guarded.reason,
+            "nft list table inet freeflow_guard; freeflow doctor",
+        )
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Call it for a `Status`. `failures` are what went wrong at start; `started` and `clock` in seconds."""
@@ -181,6 +197,8 @@ class Snapshot:
         )
         networks = [_with_sums(network, sums[network.id]) for network in networks]
         problems = self._problems(networks)
+        guarded = self.kernel.guarded()
+        problems += _unguarded(guarded)
         router = self._router(now, problems, stage)
         counts = dict.fromkeys(PATHS, 0)
         for each in router.paths:
@@ -209,6 +227,9 @@ class Snapshot:
             path_counts=counts,
             router=router,
             shortcut=ShortcutStatus(stage.stage, stage.reason, list(stage.devices)),
+            guard=GuardStatus(
+                list(guarded.ports), guarded.reason, [str(each) for each in guarded.strangers]
+            ),
             parts=[
                 PartStatus(each.part, each.count, each.recent, round(each.ago, 1), each.name)
                 for each in self.deaths.all()

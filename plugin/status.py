@@ -166,6 +166,17 @@ class ShortcutStatus(msgspec.Struct, frozen=True):
     devices: list[str] = []
 
 
+class GuardStatus(msgspec.Struct, frozen=True):
+    """UDP `ports` of the overlay that only peers may speak with; `reason`: why others may be spoken with by anybody.
+
+    `strangers`: addresses that sent to them lately, and are no peers.
+    """
+
+    ports: list[int] = []
+    reason: str = ""
+    strangers: list[str] = []
+
+
 class PartStatus(msgspec.Struct, frozen=True):
     """A part of the plugin that has died: worker, router or thread (`name` says which).
 
@@ -215,4 +226,5 @@ class Status(msgspec.Struct, frozen=True):
     path_counts: dict[str, int] = {}
     router: RouterStatus | None = None
     shortcut: ShortcutStatus | None = None
+    guard: GuardStatus | None = None
     parts: list[PartStatus] = []

@@ -43,7 +43,6 @@
 #define CE 3
 #define ECT0 2
 #define MOMENT 250000000LL /* ns: an address is noted as heard so often at most */
-#define MISSED 2000000000LL
 /* linux/bpf.h of Debian 12 is older than this. From Linux 6.3. */
 #define DECAP_L3_IPV6 (1ULL << 8)
 #define PUSH                                                                                                 \
@@ -378,7 +377,7 @@ int ff_nic(struct __sk_buff *skb)
         struct ethhdr inner;
         __u64 flags = POP, now;
         __u32 link, slot;
-        bool six;
+        bool six, odd;
 
         /* Nearly everything that isn't ours ends here. */
         if (skb->protocol != bpf_htons(ETH_P_IP) || skb->pkt_type != PACKET_HOST || skb->vlan_present ||
@@ -395,11 +394,13 @@ int ff_nic(struct __sk_buff *skb)
         net = bpf_map_lookup_elem(&networks, &wire);
         if (!net)
                 return NEXT;
-        /* What has been cut, has a checksum to be looked at, or met congestion: the kernel knows how. */
-        if (all->ip.frag_off & bpf_htons(0x3fff) || all->udp.check || (all->ip.tos & ECN) == CE ||
-            bpf_ntohs(all->ip.tot_len) + ETH_HLEN != skb->len ||
-            bpf_ntohs(all->udp.len) + sizeof(struct iphdr) != bpf_ntohs(all->ip.tot_len))
+        /* A later piece of a packet has no such header. */
+        if (all->ip.frag_off & bpf_htons(0x1fff))
                 return NEXT;
+        /* What has been cut, has a checksum to be looked at, or met congestion: the kernel knows how. */
+        odd = all->ip.frag_off & bpf_htons(0x3fff) || all->udp.check || (all->ip.tos & ECN) == CE ||
+              bpf_ntohs(all->ip.tot_len) + ETH_HLEN != skb->len ||
+              bpf_ntohs(all->udp.len) + sizeof(struct iphdr) != bpf_ntohs(all->ip.tot_len);
         from.net = *net;
         from.address = all->ip.saddr;
         peer = bpf_map_lookup_elem(&peers, &from);
@@ -413,7 +414,10 @@ int ff_nic(struct __sk_buff *skb)
         if (inner.h_source[0] & 1)
                 return NEXT;
         key_of(&key, *net, inner.h_source);
+        /* From each packet, also from one that isn't taken here: so nothing that peers send comes past. */
         learn(&key, from.address, now);
+        if (odd)
+                return NEXT;
 
         six = inner.h_proto == bpf_htons(ETH_P_IPV6);
         if (!six && inner.h_proto != bpf_htons(ETH_P_IP))
@@ -497,8 +501,10 @@ int ff_vxlan(struct __sk_buff *skb)
                  * would forget it. */
                 if (!(eth->h_source[0] & 1))
                         learn(&key, 0, now);
-        } else if (place && (__s64)(now - place->seen) > MISSED) {
-                /* It came past the NIC where it was learned: it may be behind another one now. */
+        } else if (place && (__s64)(now - place->seen) > (__s64)set->idle) {
+                /* Whose frame this is isn't known here: its outer source is gone. The NIC, which all packets
+                 * of peers pass, would have noted a move; so only what it hasn't heard for long makes room.
+                 */
                 bpf_map_delete_elem(&places, &key);
         }
         if (skb->vlan_present ||

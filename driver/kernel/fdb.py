@@ -7,23 +7,31 @@ An entry of the flood list is 00:00:00:00:00:00 → peer: frames to unknown or s
 from __future__ import annotations
 
 import errno
-import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
-from typing import Any, Final
+from typing import Final
 
-from pyroute2.netlink import NLM_F_DUMP, NLM_F_REQUEST
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.rtnl import RTM_GETNEIGH
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-
-from driver.kernel.netlink import Sockets, translate
+from driver.kernel.netlink import Sockets
+from driver.kernel.rtnl import (
+    NTF_MASTER,
+    NTF_SELF,
+    NUD_NOARP,
+    NUD_PERMANENT,
+    NUD_REACHABLE,
+    Neighbour,
+    refused,
+)
 from driver.model import IPAddress
 
 _ANY: Final = "00:00:00:00:00:00"
-_NTF_SELF: Final = 2
-_NTF_MASTER: Final = 4
+
+Trusted = Callable[[IPAddress], bool]
+
+
+def nobody(address: IPAddress) -> bool:
+    """No address but a peer's is trusted."""
+    del address
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +43,20 @@ class Entry:
 
 
 def entries(overlay: Sockets, index: int) -> list[Entry]:
-    """All entries of a VXLAN device with a destination."""
-    request = ifinfmsg()
-    request["family"] = socket.AF_BRIDGE
-    # By this form of request, an ifinfomsg, all kernels list one device only.
-    request["index"] = index
-    messages = overlay.dump(
-        lambda route: route.nlm_request(request, RTM_GETNEIGH, msg_flags=NLM_F_REQUEST | NLM_F_DUMP)
-    )
-    return list(_read(messages, index))
+    """All entries of a VXLAN device with a destination.
+
+    Raises:
+        KernelError: they can't be listed.
+    """
+    return [Entry(each.mac, each.peer) for each in _list(overlay, index) if each.peer is not None]
 
 
-def _read(messages: Iterable[Any], index: int) -> Iterator[Entry]:
-    for message in messages:
-        mac, peer = message.get_attr("NDA_LLADDR"), message.get_attr("NDA_DST")
-        if message["ifindex"] == index and mac and peer:
-            yield Entry(str(mac), ip_address(peer))
+def _list(overlay: Sockets, index: int) -> list[Neighbour]:
+    try:
+        with overlay.raw() as netlink:
+            return netlink.neighbours(index)
+    except OSError as error:
+        raise refused(error, "listing forwarding entries") from error
 
 
 def flood_list(overlay: Sockets, index: int) -> frozenset[IPAddress]:
@@ -72,16 +78,16 @@ def place(overlay: Sockets, port: int, vxlan: int | None, mac: str) -> None:
     Raises:
         KernelError: the bridge refuses.
     """
-    with overlay.take() as route:
-        try:
+    try:
+        with overlay.raw() as netlink:
             # Static, since a port takes no other entry before its other end is up; it moves all the same.
-            route.fdb("replace", ifindex=port, lladdr=mac, state="noarp", flags=_NTF_MASTER)
+            netlink.put_neighbour(port, mac, None, NUD_NOARP, NTF_MASTER)
             if vxlan is not None:
-                route.fdb("del", ifindex=vxlan, lladdr=mac, flags=_NTF_SELF)
-        except NetlinkError as error:
-            # Nothing was learned; or the port went meanwhile.
-            if error.code not in (errno.ENOENT, errno.ENODEV, errno.EINVAL):
-                raise translate(error, f"telling the bridge where {mac} is") from error
+                netlink.drop_neighbour(vxlan, mac, None, NTF_SELF)
+    except OSError as error:
+        # Nothing was learned; or the port went meanwhile.
+        if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EINVAL):
+            raise refused(error, f"telling the bridge where {mac} is") from error
 
 
 def remember(overlay: Sockets, index: int, where: dict[str, IPAddress]) -> None:
@@ -92,49 +98,52 @@ def remember(overlay: Sockets, index: int, where: dict[str, IPAddress]) -> None:
     Raises:
         KernelError: an entry is refused.
     """
-    request = ifinfmsg()
-    request["family"] = socket.AF_BRIDGE
-    request["index"] = index
     behind_peer: set[str] = set()
     behind_port: set[str] = set()
-    for message in overlay.dump(
-        lambda route: route.nlm_request(request, RTM_GETNEIGH, msg_flags=NLM_F_REQUEST | NLM_F_DUMP)
-    ):
-        if message["ifindex"] == index:
-            mac = message.get_attr("NDA_LLADDR")
-            (behind_peer if message.get_attr("NDA_DST") else behind_port).add(mac)
-    with overlay.take() as route:
+    for entry in _list(overlay, index):
+        (behind_port if entry.peer is None else behind_peer).add(entry.mac)
+    with overlay.raw() as netlink:
         for mac, peer in where.items():
-            # Reachable: it ages as what was learned does, and moves as that does.
-            state: dict[str, Any] = {"lladdr": mac, "state": "reachable"}
             try:
+                # Reachable: it ages as what was learned does, and moves as that does.
                 if mac not in behind_port:
-                    route.fdb("replace", ifindex=index, flags=_NTF_MASTER, **state)
+                    netlink.put_neighbour(index, mac, None, NUD_REACHABLE, NTF_MASTER)
                 if mac not in behind_peer and not peer.is_unspecified:
-                    route.fdb("replace", ifindex=index, dst=str(peer), flags=_NTF_SELF, **state)
-            except NetlinkError as error:
-                raise translate(error, f"telling the bridge where {mac} is") from error
+                    netlink.put_neighbour(index, mac, peer, NUD_REACHABLE, NTF_SELF)
+            except OSError as error:
+                raise refused(error, f"telling the bridge where {mac} is") from error
 
 
-def flood(overlay: Sockets, index: int, peers: frozenset[IPAddress]) -> frozenset[IPAddress]:
-    """Make the flood list exactly `peers`; returns those added.
+def set_peers(
+    overlay: Sockets, index: int, peers: frozenset[IPAddress], trusted: Trusted = nobody
+) -> frozenset[IPAddress]:
+    """Make the flood list exactly `peers`, and forget what was learned of hosts that are none; returns the peers added.
+
+    `trusted` tells of other addresses whether peers may send from them.
 
     Raises:
-        KernelError: the list can't be read, or a peer not be added; all others were.
+        KernelError: the list can't be read, or an entry be changed; all others were.
     """
-    present = flood_list(overlay, index)
-    refused = []
-    with overlay.take() as route:
-        for action, changed, fine in (
-            ("append", peers - present, errno.EEXIST),
-            ("del", present - peers, errno.ENOENT),
-        ):
-            for peer in sorted(changed, key=str):
+    present = entries(overlay, index)
+    flooded = frozenset(entry.peer for entry in present if entry.mac == _ANY)
+    refusals = []
+    with overlay.raw() as netlink:
+        for entry in present:
+            wrong = entry.peer not in peers
+            if wrong and (entry.mac == _ANY or not trusted(entry.peer)):
                 try:
-                    route.fdb(action, ifindex=index, lladdr=_ANY, dst=str(peer))
-                except NetlinkError as error:
-                    if error.code != fine:
-                        refused.append(translate(error, f"peer {peer}: {action} in the flood list"))
-    if refused:
-        raise refused[0]
-    return peers - present
+                    netlink.drop_neighbour(index, entry.mac, entry.peer, NTF_SELF)
+                except OSError as error:
+                    if error.errno != errno.ENOENT:
+                        refusals.append(
+                            refused(error, f"peer {entry.peer}: removing it from the flood list")
+                        )
+        for peer in sorted(peers - flooded, key=str):
+            try:
+                netlink.put_neighbour(index, _ANY, peer, NUD_PERMANENT, NTF_SELF, append=True)
+            except OSError as error:
+                if error.errno != errno.EEXIST:
+                    refusals.append(refused(error, f"peer {peer}: adding it to the flood list"))
+    if refusals:
+        raise refusals[0]
+    return peers - flooded

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from driver.errors import KernelError
+from driver.kernel import guard
 from driver.kernel.namespace import in_netns
 from driver.kernel.nft import Session
 
@@ -165,6 +166,9 @@ class _Rules:
         self._chains: list[dict[str, Any]] = []
         self._rules: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         for item in objects:
+            if guard.own(item):
+                # Of the packets in question it lets all pass.
+                continue
             if "chain" in item:
                 self._chains.append(item["chain"])
             elif "rule" in item:

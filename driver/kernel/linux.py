@@ -18,16 +18,20 @@ from pathlib import Path
 from typing import Final
 
 from driver import names
-from driver.errors import KernelError
-from driver.kernel import announce, fdb, filter, links, pin, underlay
+from driver.errors import FreeFlowError, KernelError
+from driver.kernel import announce, fdb, filter, guard, links, pin, underlay, ways
 from driver.kernel.arp import Heard
+from driver.kernel.guard import Guard, Guarded
 from driver.kernel.namespace import OVERLAY_PIN
 from driver.kernel.netlink import Sockets
 from driver.kernel.overlay import Overlay
 from driver.kernel.shortcut import Shortcut, Stage
-from driver.model import Endpoint, IPAddress, Network
+from driver.kernel.underlay import Underlay
+from driver.model import Endpoint, IPAddress, IPNetwork, Network
 from driver.ports import Inventory
 
+_WAYS_EVERY: Final = 10.0
+"""Seconds after which the devices that lead to peers are looked up again; sooner if links or routes have changed."""
 _INTERFACE_GONE: Final = (errno.ENODEV, errno.ENXIO, errno.ENETDOWN)
 
 
@@ -43,7 +47,8 @@ class LinuxKernel:
     """`ports.Kernel` of this host.
 
     `host_run` is the host's /run; `choice` the setting UNDERLAY; `hint` answers what Docker says this host's
-    address is, if it has said it. The host's namespace is the calling thread's.
+    address is, if it has said it; `sessions` the port of the routers' sessions. The host's namespace is the calling
+    thread's.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class LinuxKernel:
         programs: Path | None = None,
         *,
         tcx: bool = True,
+        sessions: int | None = None,
     ) -> None:
         self._host_run = host_run
         self._choice = choice
@@ -64,7 +70,10 @@ class LinuxKernel:
         self._making = threading.Lock()
         self._opened: Overlay | None = None
         self._made: dict[str, _Made] = {}
-        self._flooded: dict[str, tuple[int, frozenset[IPAddress]]] = {}
+        self._guard = Guard(self._host_namespace, sessions)
+        self._changes = ways.Changes(self._host_namespace)
+        self._ways_due = 0.0
+        self._near: frozenset[IPNetwork] = frozenset()
         self._shortcut = Shortcut(
             programs, host_run, self._host_namespace, self._host, self.underlay, tcx=tcx
         )
@@ -109,11 +118,10 @@ class LinuxKernel:
             self._opened.close()
             self._opened = None
         self._made.clear()
-        self._flooded.clear()
 
     # --- the underlay
 
-    def underlay(self) -> underlay.Underlay:
+    def underlay(self) -> Underlay:
         """Device, MTU and address that carry the overlay. Raises SettingError, KernelError."""
         return underlay.find(self._host, self._choice, self._hint())
 
@@ -126,6 +134,8 @@ class LinuxKernel:
     def attach(self, network: Network, endpoint: Endpoint) -> None:
         overlay = self._make_overlay()
         bridge = self._bridge(overlay, network)
+        if network.overlay:
+            self._guard.network(names.short(network.id), network.port)
         links.make_veth(self._host, overlay.links, self._host_namespace, network, endpoint, bridge)
         self._filter(overlay, filter.add(endpoint))
         self._shortcut.attach(network, endpoint)
@@ -170,7 +180,7 @@ class LinuxKernel:
 
     def remove_network(self, network_id: str) -> None:
         self._made.pop(names.short(network_id), None)
-        self._flooded.pop(names.short(network_id), None)
+        self._guard.forget(names.short(network_id))
         overlay = self._overlay()
         if overlay is not None:
             self._shortcut.remove_network(network_id)
@@ -180,15 +190,59 @@ class LinuxKernel:
     # --- peers
 
     def set_peers(self, network_id: str, peers: Iterable[IPAddress]) -> frozenset[IPAddress]:
-        overlay, wanted, short = self._overlay(), frozenset(peers), names.short(network_id)
+        overlay, wanted = self._overlay(), frozenset(peers)
         index = overlay.links.index(names.vxlan(network_id)) if overlay is not None else None
         self._shortcut.set_peers(network_id, wanted)
-        if overlay is None or index is None or self._flooded.get(short) == (index, wanted):
+        if overlay is None or index is None:
             return frozenset()
-        self._flooded.pop(short, None)
-        added = fdb.flood(overlay.links, index, wanted)
-        self._flooded[short] = (index, wanted)
-        return added
+        self._guard.peers(names.short(network_id), wanted)
+        try:
+            # Each time: somebody else may have changed the list, and strangers may have taught the device something.
+            return fdb.set_peers(overlay.links, index, wanted, self._trusted)
+        finally:
+            self._ways_due = 0.0
+            self._keep_guard()
+
+    # --- who may speak with the overlay's port
+
+    def _keep_guard(self) -> None:
+        """See that the host's rules about it say what is known now."""
+        now = time.monotonic()
+        if self._changes or now >= self._ways_due:
+            self._ways_due = now + _WAYS_EVERY
+            try:
+                found = self.underlay()
+            except FreeFlowError:
+                # Without an underlay there are no peers either: what is there stays.
+                return
+            peers = sorted(self._guard.everybody(), key=str)
+            reached = ways.devices(self._host, peers, found.address)
+            self._near = self._beside(found)
+            self._guard.reached(reached | {found.device}, self._near)
+        if self._guard.keep() or self._guard.failed:
+            self._unlearn()
+
+    def _beside(self, found: Underlay) -> frozenset[IPNetwork]:
+        """Networks from which peers may send besides from the addresses that Docker tells of them: where UNDERLAY is an
+        interface that Docker doesn't advertise, it is so for the other hosts, too."""
+        if not self._choice or found.address in (None, self._hint()):
+            return frozenset()
+        return underlay.networks(self._host, found.device)
+
+    def _trusted(self, address: IPAddress) -> bool:
+        return any(address in network for network in self._near)
+
+    def _unlearn(self) -> None:
+        """Make the VXLAN devices forget what hosts that are no peers have taught them."""
+        overlay = self._overlay()
+        for short, peers in self._guard.known().items():
+            index = overlay.links.index(names.VXLAN + short) if overlay is not None else None
+            if overlay is not None and index is not None:
+                fdb.set_peers(overlay.links, index, peers, self._trusted)
+
+    def guarded(self) -> Guarded:
+        """How far the overlay's port is closed to strangers."""
+        return self._guard.facts()
 
     def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
         overlay, endpoints = self._overlay(), list(endpoints)
@@ -234,8 +288,9 @@ class LinuxKernel:
     # --- the shorter way
 
     def keep(self) -> None:
-        """See `Shortcut.keep`."""
+        """Look at what may have changed by itself. To be called every second or so."""
         if self._overlay() is not None:
+            self._keep_guard()
             self._shortcut.keep()
 
     def look_inside(self, endpoint_id: str, sandbox: Path | int) -> None:
@@ -304,6 +359,8 @@ class LinuxKernel:
             # One by one: the namespace lives on while any process has it open.
             removed += [name for name in self.links() if overlay.links.delete(name)]
             overlay.nft.run(f"add table {filter.TABLE}\ndelete table {filter.TABLE}\n")
+        if self._guard.remove():
+            removed.append(f"nftables table {guard.TABLE}")
         with self._opening:
             self._forget()
         if pin.remove(self._host_run):
@@ -314,5 +371,7 @@ class LinuxKernel:
         """Close what this process has open; what is in the kernel stays. For the end of a process, and tests."""
         with self._opening:
             self._forget()
+        self._guard.close()
+        self._changes.close()
         self._host.close()
         os.close(self._host_namespace)

@@ -7,6 +7,7 @@ lock of all links.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import queue
@@ -26,6 +27,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from driver.errors import KernelError
 from driver.kernel.namespace import in_netns
+from driver.kernel.rtnl import Rtnl
 
 T = TypeVar("T")
 
@@ -75,6 +77,7 @@ class Sockets:
     def __init__(self, namespace: int) -> None:
         self._namespace = namespace
         self._spare: queue.LifoQueue[IPRoute] = queue.LifoQueue(_SPARE)
+        self._raw: queue.LifoQueue[Rtnl] = queue.LifoQueue(_SPARE)
         self._closed = False
         self._binding = threading.Lock()
         self._any = in_netns(namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
@@ -106,10 +109,41 @@ class Sockets:
                 pass
         route.close()
 
+    @contextmanager
+    def raw(self) -> Iterator[Rtnl]:
+        """The same for messages made by hand. What the kernel refuses is OSError."""
+        try:
+            route = self._raw.get_nowait()
+        except queue.Empty:
+            route = in_netns(self._namespace, Rtnl)
+        try:
+            yield route
+        except TimeoutError:
+            # Its answer may come yet.
+            route.close()
+            raise
+        except OSError:
+            self._keep(route)
+            raise
+        except BaseException:
+            route.close()
+            raise
+        self._keep(route)
+
+    def _keep(self, route: Rtnl) -> None:
+        if not self._closed:
+            with contextlib.suppress(queue.Full):
+                self._raw.put_nowait(route)
+                return
+        route.close()
+
     def close(self) -> None:
         """Close what no thread uses; the others when they come back."""
         self._closed = True
         self._any.close()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._raw.get_nowait().close()
         while True:
             try:
                 self._spare.get_nowait().close()

@@ -21,7 +21,9 @@ from driver.kernel.namespace import in_netns
 
 _LIBRARY: Final = "libnftables.so.1"
 _OUTPUT_JSON: Final = 1 << 4
-_OUTPUT_NUMERIC: Final = 1 << 11 | 0x3F << 5
+_OUTPUT_NUMERIC: Final = 0x3F << 5
+_OUTPUT_TERSE: Final = 1 << 11
+"""Without the elements of named sets."""
 
 
 @functools.cache
@@ -86,13 +88,15 @@ class Session:
         """
         self._execute(commands, 0)
 
-    def query(self, commands: str) -> list[dict[str, Any]]:
-        """Run a listing command; the objects of libnftables-json(5) without the metainfo.
+    def query(self, commands: str, *, elements: bool = False) -> list[dict[str, Any]]:
+        """Run a listing command; the objects of libnftables-json(5) without the metainfo, and without the elements of named
+        sets unless they are asked for.
 
         Raises:
             KernelError: with nft's own first line.
         """
-        text = self._execute(commands, _OUTPUT_JSON | _OUTPUT_NUMERIC)
+        terse = 0 if elements else _OUTPUT_TERSE
+        text = self._execute(commands, _OUTPUT_JSON | _OUTPUT_NUMERIC | terse)
         if not text.strip():
             return []
         objects: list[dict[str, Any]] = json.loads(text)["nftables"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from socket import AF_INET, AF_INET6
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from driver.errors import KernelError, SettingError
 from driver.kernel.netlink import Sockets, translate
-from driver.model import IPAddress
+from driver.model import IPAddress, IPNetwork
 
 OVERHEAD_IPV4: Final = 50
 """Outer IPv4 + UDP + VXLAN + inner Ethernet, in bytes (RFC 7348, figure 1)."""
@@ -51,6 +51,20 @@ def find(host: Sockets, choice: str, hint: IPAddress | None) -> Underlay:
             return found or _by_route(route) or _any(route)
         except NetlinkError as error:
             raise translate(error, "looking for the underlay") from error
+
+
+def networks(host: Sockets, device: str) -> frozenset[IPNetwork]:
+    """The networks that an interface is in by its addresses; none if it has gone."""
+    with host.take() as route:
+        try:
+            index = route.link("get", ifname=device)[0]["index"]
+            return frozenset(
+                ip_network((str(address), int(item["prefixlen"])), strict=False)
+                for item in route.get_addr(index=index)
+                if (address := item.get_attr("IFA_LOCAL") or item.get_attr("IFA_ADDRESS"))
+            )
+        except NetlinkError:
+            return frozenset()
 
 
 def _link(route: IPRoute, **match: Any) -> tuple[str, int]:

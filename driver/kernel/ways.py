@@ -6,20 +6,18 @@ an Ethernet device, since the frame is made for one, and from an IPv4 address.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import os
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, ip_address
+from ipaddress import IPv4Address
 from typing import Final
-
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
 
 from dataplane.ebpf import Way
 from driver.kernel.namespace import in_netns
 from driver.kernel.netlink import Sockets
+from driver.kernel.rtnl import Device, Rtnl
 from driver.model import IPAddress
 
 _ETHER: Final = 1
@@ -42,45 +40,61 @@ def to(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) -> Wa
     """The ways to these peers; `local` is the address that the overlay sends from, if that is said."""
     found: dict[IPv4Address, Way] = {}
     refused: dict[IPAddress, str] = {}
-    devices: dict[int, tuple[int, int]] = {}
-    with host.take() as route:
+    devices: dict[int, Device] = {}
+    with host.raw() as netlink:
         for peer in peers:
             if not isinstance(peer, IPv4Address):
                 refused[peer] = "its address is IPv6: the outer checksum would have to be made too"
                 continue
             try:
-                found[peer] = _way(route, peer, local, devices)
+                found[peer] = _way(netlink, peer, local, devices)
             except ValueError as error:
                 refused[peer] = str(error)
     return Ways(found, refused)
 
 
+def devices(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) -> set[str]:
+    """The names of the devices by which these peers are reached; one without a route is left out."""
+    found: set[int] = set()
+    reached: set[str] = set()
+    with host.raw() as netlink:
+        for peer in peers:
+            source = local if local is not None and local.version == peer.version else None
+            with contextlib.suppress(OSError):
+                found.add(netlink.route(peer, source).index)
+        for index in found - {0}:
+            # It may have gone.
+            with contextlib.suppress(OSError):
+                reached.add(netlink.link(index).name)
+    return reached - {"lo"}
+
+
 def _way(
-    route: IPRoute, peer: IPv4Address, local: IPAddress | None, devices: dict[int, tuple[int, int]]
+    netlink: Rtnl, peer: IPv4Address, local: IPAddress | None, devices: dict[int, Device]
 ) -> Way:
-    source = {"src": str(local)} if local is not None else {}
     try:
-        answer = route.route("get", dst=str(peer), **source)[0]
-    except NetlinkError as error:
-        raise ValueError(f"there is no route: {os.strerror(error.code)}") from error
-    index = answer.get_attr("RTA_OIF")
-    if answer["type"] != _UNICAST or index is None:
+        route = netlink.route(peer, local)
+    except OSError as error:
+        raise ValueError(f"there is no route: {error.strerror}") from error
+    if route.kind != _UNICAST or not route.index:
         raise ValueError("the route leads to no device")
-    if index not in devices:
-        link = route.link("get", index=index)[0]
-        devices[index] = (int(link["ifi_type"]), int(link.get_attr("IFLA_MTU")))
-    kind, mtu = devices[index]
-    if kind != _ETHER:
+    if route.index not in devices:
+        try:
+            devices[route.index] = netlink.link(route.index)
+        except OSError as error:
+            raise ValueError(f"its device has gone: {error.strerror}") from error
+    device = devices[route.index]
+    if device.kind != _ETHER:
         raise ValueError("the device is not Ethernet")
-    metrics = answer.get_attr("RTA_METRICS")
-    on_route = metrics.get_attr("RTAX_MTU") if metrics else None
-    own = ip_address(str(local) if local is not None else answer.get_attr("RTA_PREFSRC"))
+    own = local or route.source
     if not isinstance(own, IPv4Address):
         raise ValueError("this host's address is IPv6")
-    router = answer.get_attr("RTA_GATEWAY")
     # A router with an IPv6 address only: the kernel finds it for each packet.
-    through = IPv4Address(0) if answer.get_attr("RTA_VIA") else IPv4Address(str(router or peer))
-    return Way(index, own, min(mtu, int(on_route)) if on_route else mtu, through)
+    through = IPv4Address(0) if route.via else route.gateway or peer
+    if not isinstance(through, IPv4Address):
+        raise ValueError("its router's address is IPv6")
+    mtu = min(device.mtu, route.mtu) if route.mtu else device.mtu
+    return Way(route.index, own, mtu, through)
 
 
 class Changes:

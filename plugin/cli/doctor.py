@@ -17,7 +17,7 @@ from pyroute2 import IPRoute
 
 from driver import names
 from driver.errors import EngineError, FreeFlowError, KernelError
-from driver.kernel import nft
+from driver.kernel import guard, nft
 from driver.kernel.namespace import OVERLAY_PIN, in_netns, is_namespace, is_shared, isolated
 from plugin.cli.client import Client, Engine, host_run
 from plugin.settings import PLUGIN
@@ -209,6 +209,8 @@ def check_firewall(ports: set[int]) -> list[Finding]:
         objects = nft.query("list ruleset")
     except KernelError:
         return []
+    # Who may speak with the port, which is what the plugin's own table says, is not whether it is open.
+    objects = [item for item in objects if not guard.own(item)]
     text = str(objects)
     for item in objects:
         chain = item.get("chain", {})
@@ -225,6 +227,23 @@ def check_firewall(ports: set[int]) -> list[Finding]:
                     )
                 ]
     return []
+
+
+def check_guard(status: Status) -> list[Finding]:
+    """Who has sent to the overlay's port without being a peer."""
+    strangers = status.guard.strangers if status.guard is not None else []
+    if not strangers:
+        return []
+    more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+    return [
+        Finding(
+            "warning",
+            f"frames from {', '.join(strangers[:3])}{more} were dropped",
+            "they came to the overlay's UDP port in the last ten minutes, and the Swarm lists no host of a network of this host "
+            "at this address",
+            "if it is one of its hosts, set UNDERLAY on it to the address that Docker advertises; else find out who it is",
+        )
+    ]
 
 
 def _passes(address: str, size: int) -> bool:
@@ -413,6 +432,7 @@ def examine(client: Client) -> Report:
         check("the UDP port is free for VXLAN", lambda: check_port(ports - held))
     check("the firewall lets VXLAN in", lambda: check_firewall(ports))
     if status is not None:
+        check("only peers speak with the overlay's port", lambda: check_guard(status))
         check("peers answer, with packets of full size", lambda: check_peers(status))
         check(
             "routers of other hosts are reached, where there is RDMA",

@@ -2,7 +2,7 @@
 # Installs the Debian packages that building and testing need; quick when nothing is missing. No daemon is started.
 set -eu
 
-wanted="clang clang-format docker-compose docker-registry ethtool gcc iproute2 iptables libbpf-dev libc6-dev libibverbs-dev libnftables1 mmdebstrap musl-tools nftables procps \
+wanted="bpftool clang clang-format docker-compose docker-registry ethtool gcc iproute2 iptables libbpf-dev libc6-dev libibverbs-dev libnftables1 mmdebstrap musl-tools nftables procps \
 python3-venv shellcheck util-linux"
 # What virtual machines are made with.
 wanted="$wanted e2fsprogs kmod qemu-system-x86 zstd"

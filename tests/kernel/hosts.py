@@ -308,6 +308,8 @@ class Host:
         self.programs: Path | None = built()
         """What the plugin has in its image; None: EBPF=off."""
         self.tcx = True
+        self.sessions: int | None = None
+        """The port of the routers' sessions."""
         self.containers: list[Container] = []
         self._kernels: list[LinuxKernel] = []
         self._thread = ThreadPoolExecutor(1, f"host{number}")
@@ -337,7 +339,11 @@ class Host:
         """As a plugin that has just started has it."""
         made = self.do(
             lambda: LinuxKernel(
-                RUN, hint=lambda: self.address, programs=self.programs, tcx=self.tcx
+                RUN,
+                hint=lambda: self.address,
+                programs=self.programs,
+                tcx=self.tcx,
+                sessions=self.sessions,
             )
         )
         self._kernels.append(made)
@@ -445,6 +451,38 @@ def _address(host: Host) -> None:
         else:
             route.addr("add", index=eth0, address=str(host.address), prefixlen=64, flags=_NODAD)
         route.link("set", index=eth0, state="up")
+
+
+def put_on_the_wire(source: Host, to: Host, payload: bytes, *, tos: int = 0) -> None:
+    """Send a UDP packet between two hosts' VXLAN ports as the source's kernel does, past the rules for its programs."""
+    assert isinstance(source.address, IPv4Address)
+    macs = [_mac(host) for host in (to, source)]
+    length = 8 + len(payload)
+    header = struct.pack("!BBHHHBBH", 0x45, tos, 20 + length, 0, 0, 64, 17, 0)
+    addresses = source.address.packed + to.address.packed
+    total = sum(struct.unpack("!10H", header + addresses))
+    total = (total & 0xFFFF) + (total >> 16)
+    checksum = ~(total + (total >> 16)) & 0xFFFF
+    packet = header[:10] + struct.pack("!H", checksum) + addresses
+    packet += struct.pack("!HHHH", 50000, 4799, length, 0) + payload
+
+    def send() -> None:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as made:
+            made.bind(("eth0", 0x0800))
+            made.send(b"".join(macs) + b"\x08\0" + packet)
+
+    source.do(send)
+
+
+def _mac(host: Host) -> bytes:
+    """Of its device on the underlay."""
+
+    def look() -> bytes:
+        with IPRoute() as route:
+            link = route.link("get", ifname="eth0")[0]
+            return octets(str(link.get_attr("IFLA_ADDRESS")))
+
+    return host.do(look)
 
 
 def heard(packets: socket.socket) -> list[bytes]:

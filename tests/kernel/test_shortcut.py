@@ -37,6 +37,7 @@ from tests.kernel.hosts import (
     eventually,
     heard,
     lab,
+    put_on_the_wire,
 )
 from tests.patience import patience
 
@@ -249,14 +250,7 @@ def test_congestion_on_the_way_is_told(world: World) -> None:
     frame = ethernet(world.near.endpoint.mac, world.far.endpoint.mac, IPV4, bytes(packet))
     vxlan = struct.pack("!II", 0x08000000, world.network.vni << 8) + frame
 
-    def shout() -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
-            made.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 3)
-            # SO_NO_CHECK: a checksum would send it the kernel's way too.
-            made.setsockopt(socket.SOL_SOCKET, 11, 1)
-            made.sendto(vxlan, (str(world.lab.hosts[1].address), 4799))
-
-    host.do(shout)
+    put_on_the_wire(host, world.lab.hosts[1], vxlan, tos=3)
     # The sender knows nothing of it, and its refusal quotes it.
     (got,) = [each for each in heard(listening) if b"marked" in each and each[23] == 17]
     assert got[15] & 3 == 3
@@ -302,15 +296,11 @@ def test_a_stranger_teaches_nothing(fresh: World) -> None:
     )
 
     def shout(vni: int) -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
-            # SO_NO_CHECK: as VXLAN has it.
-            made.setsockopt(socket.SOL_SOCKET, 11, 1)
-            made.sendto(
-                struct.pack("!II", 0x08000000, vni << 8) + frame, (str(victim.address), 4799)
-            )
+        packet = struct.pack("!II", 0x08000000, vni << 8) + frame
+        put_on_the_wire(stranger, victim, packet)
 
     for vni in (fresh.network.vni, fresh.network.vni + 1):
-        stranger.do(lambda v=vni: shout(v))  # type: ignore[misc]
+        shout(vni)
     assert count(fresh.near).nic_packets == before.nic_packets
     assert "02:42:0a:09:00:09" not in victim.do(
         lambda: victim.kernel._shortcut.learned(fresh.network.id)
@@ -318,7 +308,7 @@ def test_a_stranger_teaches_nothing(fresh: World) -> None:
     # The same from a peer does.
     victim.set_peers(fresh.network, stranger)
     victim.keep()
-    stranger.do(lambda: shout(fresh.network.vni))
+    shout(fresh.network.vni)
     assert count(fresh.near).nic_packets == before.nic_packets + 1
     learned = victim.do(lambda: victim.kernel.learned(fresh.network.id))
     assert learned["02:42:0a:09:00:09"] == stranger.address
@@ -334,13 +324,7 @@ def test_nobody_takes_an_address_of_this_host(fresh: World) -> None:
         udp(fresh.beside.ipv4, fresh.near.ipv4, b"thief"),
     )
 
-    def shout() -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
-            made.setsockopt(socket.SOL_SOCKET, 11, 1)
-            packet = struct.pack("!II", 0x08000000, fresh.network.vni << 8) + frame
-            made.sendto(packet, (str(host.address), 4799))
-
-    peer.do(shout)
+    put_on_the_wire(peer, host, struct.pack("!II", 0x08000000, fresh.network.vni << 8) + frame)
     before = count(fresh.beside).local_packets
     assert fresh.near.echoes(fresh.beside.ipv4)
     assert count(fresh.beside).local_packets > before

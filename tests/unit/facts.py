@@ -9,6 +9,7 @@ from pathlib import Path
 from dataplane.control import Connections, ContainerCounts, PathCount, Paths, Statistics
 from driver import names
 from driver.errors import FreeFlowError, RouterError
+from driver.kernel.guard import Guarded
 from driver.kernel.shortcut import Stage
 from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, EngineView, IPAddress
@@ -35,8 +36,13 @@ class FakeKernelFacts:
     shorter: Stage = field(default_factory=Stage)
     taken: set[str] = field(default_factory=set)
 
+    guards: Guarded = field(default_factory=Guarded)
+
     def stage(self) -> Stage:
         return self.shorter
+
+    def guarded(self) -> Guarded:
+        return self.guards
 
     def takes(self, network_id: str, mac: str) -> bool:
         del network_id

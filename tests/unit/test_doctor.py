@@ -12,11 +12,12 @@ from plugin.cli.doctor import (
     Link,
     check_clashes,
     check_engine,
+    check_guard,
     check_peers,
     check_plugin,
     service_notes,
 )
-from plugin.status import Finding, PeerStatus, ServiceStatus, Status
+from plugin.status import Finding, GuardStatus, PeerStatus, ServiceStatus, Status
 from tests.unit.documented import is_documented
 from tests.unit.sockets import engine, served
 from tests.unit.statuses import finding, host, network, status
@@ -166,3 +167,19 @@ def test_services_too_large_for_dns() -> None:
     assert "service web on network backend" in note
     assert "dnsrr" in note
     assert service_notes(status()) == []
+
+
+# --- strangers at the overlay's port
+
+
+def test_strangers() -> None:
+    """Who sent to the overlay's port and is no peer is named, the first few of many."""
+    assert check_guard(status()) == []
+    assert check_guard(msgspec.structs.replace(status(), guard=GuardStatus([4799]))) == []
+    many = [f"192.0.2.{number}" for number in range(10)]
+    found = only(
+        check_guard(msgspec.structs.replace(status(), guard=GuardStatus([4799], "", many)))
+    )
+    assert "192.0.2.0" in found.what
+    assert "7 more" in found.what
+    assert "192.0.2.9" not in found.what

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from driver.kernel import guard
 from driver.kernel.firewall import Packets, obstacle
 
 PACKETS = Packets(
@@ -143,3 +144,16 @@ def test_hooks_that_it_does_not_pass() -> None:
     assert not obstacle([netdev], PACKETS)
     assert obstacle([base("ingress", "drop", family="netdev", dev="eth0")], PACKETS)
     assert obstacle([base("ingress", "drop", family="netdev", dev=["eth1", "eth0"])], PACKETS)
+
+
+def test_own_rules_are_no_obstacle() -> None:
+    """The plugin's own table about the overlay's port counts for nothing; one of the same name in another family does."""
+    own = [base("input", family="inet"), rule("input", DROP)]
+    own[1]["rule"]["family"] = "inet"
+    assert obstacle(own, PACKETS)
+    for item in own:
+        next(iter(item.values()))["table"] = guard.NAME
+    assert not obstacle(own, PACKETS)
+    for item in own:
+        next(iter(item.values()))["family"] = "ip"
+    assert obstacle(own, PACKETS)

@@ -11,6 +11,7 @@ import pytest
 from dataplane.control import PathCount
 from driver.driver import Driver
 from driver.errors import KernelError, SettingError
+from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
 from driver.model import LocalContainer, NetworkView, Peer, Service, Subnet, Task
 from driver.sync import NetworkState
@@ -355,3 +356,17 @@ def test_local_scope_in_a_swarm(world: World) -> None:
 def test_defaults() -> None:
     """A host that is well has the settings of the code."""
     assert read({}) == (Settings(), ())
+
+
+def test_an_open_port(world: World) -> None:
+    """An overlay's port that anybody may speak with is a problem once it has been so for a while, with the reason; which
+    ports are guarded, and who was turned away, is in the status."""
+    world.kernel.guards = Guarded((), "nftables refused", STALE - 1)
+    assert not world.status().problems
+    world.kernel.guards = Guarded((), "nftables refused", STALE + 1)
+    assert "takes frames from anybody" in world.problem()
+    world.kernel.guards = Guarded((4799,), strangers=(IPv4Address("192.0.2.9"),))
+    guarded = world.status().guard
+    assert guarded is not None
+    assert (guarded.ports, guarded.strangers) == ([4799], ["192.0.2.9"])
+    assert not world.status().problems
