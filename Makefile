@@ -96,7 +96,7 @@ lint: setup ## ruff, mypy, shellcheck, clang-format
 	shellcheck $(SCRIPTS)
 	clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
 
-demo: setup plugin ## two Docker hosts, a Swarm, a stack on FreeFlow, a table of what it does
+demo: setup plugin ## two Docker hosts, a Swarm, one stack on FreeFlow and on overlay: bars, a table, build/demo.svg
 	$(PYTHON) -m bench.demo
 
 bench: setup plugin ## measure beside Docker's overlay and the host network; build/bench.json and build/bench.txt

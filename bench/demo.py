@@ -1,38 +1,59 @@
 """`make demo`: a Swarm of two Docker hosts on this machine, a stack of real services on FreeFlow, and how fast it is.
 
+The same stack runs twice: on FreeFlow with its library, as `freeflow inject` writes it, and on Docker's `overlay`. What is shown to work
+is here, how fast it is in `demo_speed.py`.
+
 Everything happens in namespaces of its own; the machine's Docker, if any, isn't touched. Whatever happens, all is
 taken down at the end, unless KEEP=1. The exit code is 0 only if everything shown worked.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import platform
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from ipaddress import IPv4Address
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
-from bench import bed, parse
+from bench import bed
+from bench.chart import as_svg, in_terminal
+from bench.demo_speed import (
+    ECHO,
+    LIBRARY,
+    REDIS,
+    ROUNDS,
+    STREAM,
+    WEB,
+    Meter,
+    Row,
+    Subject,
+    Task,
+    best_first,
+    table,
+)
 from bench.errors import BenchError
 from bench.place import CONGESTION_CONTROL, Place, congestion_control_allowed
-from bench.report import columns, number, times
+from bench.report import times
 from bench.stats import FREEFLOW, OVERLAY
 from tests.testbed import Bed, BedInUseError, CommandError, Host, wait_until
+from tests.testbed.prepare import prepare
 
 TOP: Final = Path(__file__).resolve().parents[1]
 STACK_FILE: Final = Path(__file__).with_name("demo-stack.yml")
 NAME: Final = "demo"
-ROUNDS: Final = 3
-NETWORKS: Final = {FREEFLOW: bed.PLUGIN, OVERLAY: "overlay"}
+STACKS: Final = (FREEFLOW, OVERLAY)
+SERVICES: Final = ("web", "cache", "sink", "echo")
+PICTURE: Final = TOP / "build/demo.svg"
+MIB: Final = 64
+"""Of the large file."""
 
 
 class DemoError(Exception):
@@ -59,25 +80,21 @@ class Teller:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The stack on one network, as found on the hosts: service -> host -> containers' addresses."""
+    """The stack on one network, as found on the hosts."""
 
-    network: str
+    name: str
     client: str
+    """Its container."""
     client_place: Place
     places: list[Place]
-    tasks: dict[str, dict[str, list[str]]]
+    tasks: dict[str, list[Task]]
+    """By service."""
 
+    def addresses(self, service: str, host: Host) -> list[str]:
+        return [task.address for task in self.tasks[service] if task.host is host]
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One row of the final table; `measure` gives a figure for a client and an address."""
-
-    what: str
-    host: str
-    path: str
-    unit: str
-    measure: Callable[[Stack, str], float]
-    service: str
+    def subject(self, manager: Host) -> Subject:
+        return Subject(self.name, self.client_place, manager, self.tasks)
 
 
 class Demo:
@@ -115,62 +132,67 @@ class Demo:
             self.tell.command(host, "docker plugin enable freeflow:latest")
         self.bed.install_plugin(bed.PLUGIN_DIR)
 
-    def networks(self) -> None:
-        for name, driver in NETWORKS.items():
-            self.docker("network", "create", "-d", driver, "--attachable", f"on-{name}")
-
     def stacks(self) -> dict[str, Stack]:
         text = STACK_FILE.read_text()
         print("\n" + "".join(f"          | {line}\n" for line in text.splitlines()))
         inside = self.manager.root / "root/demo-stack.yml"
         inside.parent.mkdir(exist_ok=True)
         inside.write_text(text)
-        for name in NETWORKS:
-            self.docker(
-                *(
-                    "stack",
-                    "deploy",
-                    "--resolve-image",
-                    "never",
-                    "-c",
-                    "/root/demo-stack.yml",
-                    name,
-                ),
-                env=f"NETWORK=on-{name}",
-            )
-        self.tell.seen("waiting until all tasks run …")
-        wait_until("all tasks running", self._all_running, 120, 0.5)
+        deploy = "docker stack deploy --resolve-image never -c -"
+        for line in (
+            f"freeflow inject /root/demo-stack.yml | {deploy} {FREEFLOW}",
+            f"sed s/freeflow:latest/overlay/ /root/demo-stack.yml | {deploy} {OVERLAY}",
+        ):
+            self.tell.command(self.manager, line)
+            for said in self.manager.run("sh", "-c", f"{line} 2>&1").splitlines():
+                if said.startswith("freeflow:"):
+                    self.tell.seen(said)
+        self._wait_running()
         for line in self.manager.docker("service", "ls").splitlines():
             self.tell.seen(line)
-        return {name: self._find(name) for name in NETWORKS}
+        return {name: self._find(name) for name in STACKS}
 
-    def _all_running(self) -> bool:
-        said = self.manager.docker("service", "ls", "--format", "{{.Replicas}}").split()
-        return len(said) == 3 * len(NETWORKS) and all(len(set(n.split("/"))) == 1 for n in said)
+    def _wait_running(self) -> None:
+        told = ""
+
+        def all_running() -> bool:
+            nonlocal told
+            said = self.manager.docker("service", "ls", "--format", "{{.Replicas}}").split()
+            pairs = [tuple(int(n) for n in one.split("/")) for one in said]
+            now = f"{sum(one for one, _ in pairs)} of {sum(other for _, other in pairs)} tasks run"
+            if now != told:
+                self.tell.seen(now)
+                told = now
+            wanted = (len(SERVICES) + 1) * len(STACKS)
+            return len(pairs) == wanted and all(one == other for one, other in pairs)
+
+        wait_until("all tasks running", all_running, 120, 1)
 
     def _find(self, name: str) -> Stack:
-        network = f"on-{name}"
-        tasks: dict[str, dict[str, list[str]]] = {}
+        tasks: dict[str, list[Task]] = {}
         places: list[Place] = []
         clients: list[tuple[str, Place]] = []
-        for service in ("web", "cache", "client"):
+        library = LIBRARY if name == FREEFLOW else ""
+        for service in (*SERVICES, "client"):
             for host in self.bed.hosts:
                 label = f"label=com.docker.swarm.service.name={name}_{service}"
                 for identifier in host.docker("ps", "-q", "--filter", label).split():
                     found = host.inspect("inspect", identifier)
-                    where = found["NetworkSettings"]["Networks"][network]["IPAddress"]
-                    tasks.setdefault(service, {}).setdefault(host.name, []).append(where)
-                    process = host.root / "proc" / str(found["State"]["Pid"])
-                    places.append(Place(process, IPv4Address(where)))
+                    where = found["NetworkSettings"]["Networks"][f"{name}_default"]["IPAddress"]
+                    pid = int(found["State"]["Pid"])
+                    tasks.setdefault(service, []).append(Task(host, where, pid))
+                    process = host.root / "proc" / str(pid)
+                    places.append(Place(process, IPv4Address(where), library))
                     if service == "client":
                         clients.append((identifier, places[-1]))
         if len(clients) != 1:
             raise DemoError(f"stack {name} has {len(clients)} clients on its manager, not one")
         identifier, place = clients[0]
-        for service in ("web", "cache"):
-            if set(tasks.get(service, {})) != {host.name for host in self.bed.hosts}:
-                raise DemoError(f"{name}_{service} doesn't run on both hosts: {tasks.get(service)}")
-        return Stack(network, identifier, place, places, tasks)
+        for service in SERVICES:
+            on = {task.host.name for task in tasks.get(service, [])}
+            if on != {host.name for host in self.bed.hosts}:
+                raise DemoError(f"{name}_{service} doesn't run on both hosts, but on {sorted(on)}")
+        return Stack(name, identifier, place, places, tasks)
 
     # --- what is shown to work
 
@@ -186,7 +208,7 @@ class Demo:
             line.split()[0]
             for line in self.in_client(stack, "getent", "ahostsv4", "tasks.web").splitlines()
         }
-        running = {one for found in stack.tasks["web"].values() for one in found}
+        running = {task.address for task in stack.tasks["web"]}
         if every != running:
             raise DemoError(f"tasks.web are {sorted(every)}, but {sorted(running)} run")
         if len(vip) != 1 or vip & running:
@@ -196,7 +218,7 @@ class Demo:
     def balanced(self, stack: Stack) -> str:
         """Requests to the virtual address are answered by tasks on both hosts."""
         # A task runs, and is given connections, before its program listens.
-        urls = [f"http://{task}/" for found in stack.tasks["web"].values() for task in found]
+        urls = [f"http://{task.address}/" for task in stack.tasks["web"]]
         asking = ("curl", "-sS", "--fail-early", "--max-time", "1", "http://web/", *urls)
         wait_until("each task of web", lambda: self.in_client(stack, *asking), 20)
         script = "for i in $(seq 40); do curl -sS --max-time 5 http://web/ || exit 1; done"
@@ -218,7 +240,7 @@ class Demo:
     def intact(self, stack: Stack) -> str:
         """A large file from the other host arrives as it was sent."""
         other = self.bed.hosts[1]
-        where = stack.tasks["web"][other.name][0]
+        where = stack.addresses("web", other)[0]
         here = self.in_client(
             stack, "sh", "-c", f"curl -sS --max-time 30 http://{where}/big | sha256sum"
         ).split()[0]
@@ -228,8 +250,10 @@ class Demo:
             for identifier in other.docker("ps", "-q", "--filter", label).split()
         }
         if here not in there:
-            raise DemoError(f"128 MiB from {where} arrived as {here}, were sent as {sorted(there)}")
-        return f"128 MiB from a web on {other.name}: SHA-256 {here[:16]}… on both sides"
+            raise DemoError(
+                f"{MIB} MiB from {where} arrived as {here}, were sent as {sorted(there)}"
+            )
+        return f"{MIB} MiB from a web on {other.name}: SHA-256 {here[:16]}… on both sides"
 
     def healthy(self, _stack: Stack) -> str:
         verdicts = []
@@ -268,88 +292,41 @@ class Demo:
 
     # --- how fast it is
 
-    def path_to(self, address: str) -> str:
-        """Where `freeflow ping` finds an address, and over which path."""
-        found: dict[str, Any] = json.loads(self.manager.freeflow("ping", address, "--json"))
-        if not found["round_trips_ms"]:
-            raise DemoError(f"freeflow ping {address}: no answer")
-        if found["local"]:
-            return f"{found['path']}, one host"
-        return f"{found['path']}, to {found['host_address']}"
-
-    def table(self, stacks: dict[str, Stack]) -> str:
-        on_freeflow = stacks[FREEFLOW]
-        lines = []
-        for host in self.bed.hosts:
-            for service, unit, measure in (
-                ("web", "requests/s", _requests),
-                ("web", "Gbit/s, a file", _download),
-                ("cache", "GET/s", _gets),
-            ):
-                path = self.path_to(on_freeflow.tasks[service][host.name][0])
-                lines.append(
-                    Line(f"client on h1 → {service}", host.name, path, unit, measure, service)
-                )
-        body: list[tuple[str, ...]] = []
-        for line in lines:
-            figures: dict[str, list[float]] = {name: [] for name in stacks}
-            for _ in range(ROUNDS):
-                for name, stack in stacks.items():
-                    target = stack.tasks[line.service][line.host][0]
-                    figures[name].append(line.measure(stack, target))
-            ours, theirs = (statistics.median(figures[name]) for name in (FREEFLOW, OVERLAY))
-            figures_of = (number(ours), number(theirs), times(ours / theirs))
-            body.append((line.what, line.host, line.path, line.unit, *figures_of))
-            self.tell.seen(f"measured {line.what} on {line.host}, {line.unit}")
-        body.append(self._by_vip(stacks))
-        header = ("what talks to what", "host", "path", "how fast", "freeflow", "overlay", "ratio")
-        return columns(header, body, left=4)
-
-    def _by_vip(self, stacks: dict[str, Stack]) -> tuple[str, ...]:
-        """The line of the virtual address. Docker's own has none on a kernel without IPVS."""
-        ours = statistics.median(self._vip_rates(stacks[FREEFLOW]))
-        theirs: float | None
-        try:
-            theirs = statistics.median(self._vip_rates(stacks[OVERLAY]))
-        except DemoError:
-            theirs = None
-        self.tell.seen("measured client on h1 → web by its virtual address, requests/s")
-        return (
-            *("client on h1 → web", "all", "overlay, virtual address", "requests/s"),
-            *(number(ours), number(theirs) if theirs else "no answer"),
-            times(ours / theirs if theirs else None),
+    def rows(self, stacks: dict[str, Stack]) -> list[Row]:
+        """What is measured, in the order of the telling; best first is the table's."""
+        subjects = [stacks[name].subject(self.manager) for name in STACKS]
+        meter = Meter(subjects, self.tell.seen)
+        rows = []
+        for load in (REDIS, WEB, STREAM, ECHO):
+            near = meter.row(
+                load,
+                "one host",
+                lambda subject, load=load: subject.near(load.service).address,  # type: ignore[misc]
+                lambda subject, load=load: [subject.near(load.service)],  # type: ignore[misc]
+                "shm",
+            )
+            rows.append(near)
+        for load in (REDIS, WEB, STREAM):
+            far = meter.row(
+                load,
+                "two hosts",
+                lambda subject, load=load: subject.far(load.service).address,  # type: ignore[misc]
+                lambda subject, load=load: [subject.far(load.service)],  # type: ignore[misc]
+            )
+            rows.append(far)
+        vips = {name: self._vip(stack) for name, stack in stacks.items()}
+        rows.append(
+            meter.row(
+                replace(WEB, what="nginx by its VIP, 50 clients"),
+                "all tasks",
+                lambda subject: vips[subject.name],
+                lambda subject: subject.tasks["web"],
+            )
         )
-
-    def _vip_rates(self, stack: Stack) -> list[float]:
-        vip = self._vip(stack)
-        _run(stack, "curl", "-sS", "-o", "/dev/null", "--max-time", "2", f"http://{vip}/")
-        return [_requests(stack, vip) for _ in range(ROUNDS)]
+        return rows
 
     def _vip(self, stack: Stack) -> str:
         return self.in_client(stack, "getent", "hosts", "web").split()[0]
-
-
-def _run(stack: Stack, *command: str) -> str:
-    done = subprocess.run(
-        stack.client_place.enter(*command), capture_output=True, text=True, timeout=60, check=False
-    )
-    if done.returncode != 0:
-        raise DemoError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
-
-
-def _requests(stack: Stack, where: str) -> float:
-    return parse.wrk(_run(stack, "wrk", "-t", "2", "-c", "50", "-d", "1s", f"http://{where}:80/"))
-
-
-def _gets(stack: Stack, where: str) -> float:
-    load = ("redis-benchmark", "-h", where, "-t", "get", "-c", "50", "-n", "40000", "--csv")
-    return parse.redis_benchmark(_run(stack, *load))
-
-
-def _download(stack: Stack, where: str) -> float:
-    load = ("curl", "-sS", "-o", "/dev/null", "-w", "%{speed_download}", f"http://{where}/big")
-    return float(_run(stack, *load)) * 8 / 1e9
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -377,29 +354,48 @@ def play(testbed: Bed, tell: Teller) -> int:
         "a manager schedules on a worker once it has reported its plugins",
     )
     demo.plugin()
-    tell.step("Two networks", "the second one is Docker's own, to compare with")
-    demo.networks()
-    tell.step("One stack, deployed on each", "only the network differs")
+    tell.step(
+        "One stack, deployed twice",
+        "on FreeFlow with the library, which `freeflow inject` adds to each service; and on Docker's own overlay, to compare with",
+    )
     stacks = demo.stacks()
     tell.step("Does it work? On FreeFlow, from the client on h1:")
     failed = demo.checks(stacks[FREEFLOW])
     tell.step(
         "How fast is it?",
-        f"{ROUNDS} runs in turn on each network, medians; TCP {CONGESTION_CONTROL}",
+        f"{ROUNDS} runs in turn on each network, medians; TCP {CONGESTION_CONTROL}. `freeflow connections` says over what",
     )
     with congestion_control_allowed():
         for stack in stacks.values():
             for place in stack.places:
                 place.set_congestion_control()
-        table = demo.table(stacks)
-    print("\n" + table)
+        rows = best_first(demo.rows(stacks))
+    show(rows, testbed.hosts[0].engine)
     if failed:
         print(f"FAILED: {', '.join(failed)}")
         return 1
-    print(
-        "Everything shown worked. FreeFlow's connections all ran on its overlay (VXLAN); make bench measures properly."
-    )
+    print(f"Everything shown worked. The picture is {PICTURE}; `make bench` measures properly.")
     return 0
+
+
+def show(rows: list[Row], engine: str) -> None:
+    """The bars, the table and the picture."""
+    bars = [row.bar() for row in rows]
+    print("\n" + in_terminal(bars, FREEFLOW, OVERLAY))
+    print(table(rows))
+    shared = [row for row in rows if row.path == "shm"]
+    ratios = [row.ratio for row in shared if row.ratio]
+    print(
+        f"Within a host, through shared memory (shm): {times(min(ratios))} to {times(max(ratios))} of Docker's overlay, programs unchanged.\n"
+        "All else (two hosts without RDMA devices): TCP on the shorter way through the kernel, as the path says."
+    )
+    about = (
+        f"requests, bytes and round trips a second, medians of {ROUNDS} runs; engine {engine}, Linux {platform.release()}, "
+        f"{os.cpu_count()} cores, {datetime.now(UTC):%Y-%m-%d}"
+    )
+    PICTURE.parent.mkdir(exist_ok=True)
+    title = "FreeFlow beside Docker's overlay: the same programs"
+    PICTURE.write_text(as_svg(bars, title, about, FREEFLOW, OVERLAY))
 
 
 def main() -> int:
@@ -412,8 +408,13 @@ def main() -> int:
     try:
         need_plugin(tell)
         tell.step(
+            "What the hosts are made of, from the Debian archive",
+            "kept for the next time; the first time this takes a minute or two",
+        )
+        prepare([f"engine-{engine}", "bench"], tell.seen)
+        tell.step(
             f"Two Docker hosts with engine {engine}, in namespaces of their own",
-            "this machine's own Docker isn't touched; the first time their file systems are made, a minute or two",
+            "this machine's own Docker isn't touched",
         )
         testbed.up()
         code = play(testbed, tell)

@@ -1,0 +1,148 @@
+"""What `make demo` prints and draws of its measurements; nothing is measured here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, cast
+from xml.etree import ElementTree
+
+import pytest
+
+from bench import demo_speed
+from bench.chart import WIDTH, Bar, as_svg, bar, in_terminal
+from bench.demo_speed import REDIS, STREAM, WEB, Meter, Row, Run, Side, Subject, WrongPathError
+from bench.errors import ProgramError
+from bench.stats import FREEFLOW, OVERLAY
+
+BARS = [Bar("redis", "one host: shm", "GET/s", 400.0, 100.0), Bar("vip", "all", "r/s", 7.0, None)]
+
+
+def test_bars_are_as_long_as_figures() -> None:
+    """The longer bar of a row is full, the other one is its share; who doesn't answer has none, and it is said."""
+    lines = in_terminal(BARS, FREEFLOW, OVERLAY).splitlines()
+    assert lines[1] == f"  freeflow {'█' * WIDTH} 400 GET/s, 4.00x"
+    assert lines[2] == f"  overlay  {'█' * (WIDTH // 4)} 100 GET/s"
+    assert lines[4] == f"  freeflow {'█' * WIDTH} 7 r/s"
+    assert lines[5] == "  overlay  no answer"
+    assert bar(0.001) == "▏"
+    assert bar(0) == ""
+
+
+def test_picture_is_whole() -> None:
+    """The picture is well-formed, says each figure, and its bars have the lengths of the terminal's."""
+    tree = ElementTree.fromstring(as_svg(BARS, "a < b", "then & there", FREEFLOW, OVERLAY))  # noqa: S314
+    name = "{http://www.w3.org/2000/svg}"
+    words = [str(each.text) for each in tree.iter(f"{name}text")]
+    assert {"a < b", "then & there", "redis", "400 GET/s", "100 GET/s", "4.00x", "no answer"} < set(
+        words
+    )
+    widths = [float(each.get("width", "")) for each in tree.iter(f"{name}rect")][3:]
+    assert widths[0] == pytest.approx(4 * widths[1])
+    width, height = (float(tree.get(side, "")) for side in ("width", "height"))
+    for each in tree.iter():
+        assert float(each.get("x", 0)) <= width
+        assert float(each.get("y", 0)) <= height
+
+
+def _row(ratio: float | None, where: str = "one host") -> Row:
+    theirs = None if ratio is None else Side([100.0], [20.0])
+    return Row(REDIS, where, "shm", Side([100.0 * (ratio or 1)], [5.0]), theirs)
+
+
+def test_best_first() -> None:
+    """The table begins with what gains most; what can't be compared comes last."""
+    rows = demo_speed.best_first([_row(None), _row(1.2), _row(17.0), _row(4.0)])
+    assert [row.ratio for row in rows] == [17.0, 4.0, 1.2, None]
+    lines = demo_speed.table(rows).splitlines()
+    assert lines[2].split()[-7:] == ["GET/s", "1,700", "100", "17.00x", "us/GET", "5", "20"]
+    assert "no answer" in lines[-1]
+
+
+class FakeHost:
+    """A host whose `freeflow connections` says what it is given."""
+
+    def __init__(self, paths: list[str], port: str = "10.0.1.7:80") -> None:
+        self.listed = [{"remote": port, "path": path} for path in paths]
+        self.asked = 0
+
+    def spawn(self, *_command: str, **_options: Any) -> Any:
+        self.asked += 1
+        said = json.dumps({"connections": self.listed, "reasons": {}})
+
+        class Asking:
+            def __enter__(self) -> Any:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                return None
+
+            def poll(self) -> int:
+                return 0
+
+            def communicate(self, timeout: float) -> tuple[str, None]:
+                return said, None
+
+        return Asking()
+
+
+def _meter(host: FakeHost, load: Any, silent: str = "") -> tuple[Meter, Any, list[str]]:
+    """A meter of two subjects, the load that they are measured with, and what is said."""
+    rates = {FREEFLOW: 400.0, OVERLAY: 100.0}
+
+    def ask(client: Any, _where: str, _seconds: float, _rate: float) -> Run:
+        if client == silent:
+            raise ProgramError("no answer")
+        return Run(rates[client], 1000)
+
+    subjects = [Subject(name, cast("Any", name), cast("Any", host), {}) for name in rates]
+    told: list[str] = []
+    return Meter(subjects, told.append), dataclasses.replace(load, ask=ask), told
+
+
+def test_path_is_looked_at() -> None:
+    """A row has the path that most connections took while the load ran, and says how many."""
+    meter, load, told = _meter(FakeHost(["shm"] * 50), WEB)
+    row = meter.row(load, "one host", lambda _: "10.0.1.7", lambda _: [], "shm")
+    assert (row.path, row.ratio) == ("shm", 4.0)
+    assert any("50 of 50 on shm" in line for line in told)
+
+
+def test_wrong_path_is_no_row() -> None:
+    """A figure of connections that stayed TCP isn't shown as one of shared memory."""
+    meter, load, _ = _meter(FakeHost(["shm"] * 10 + ["overlay+ebpf"] * 40), WEB)
+    with pytest.raises(WrongPathError, match="40 of 50 on overlay"):
+        meter.row(load, "one host", lambda _: "10.0.1.7", lambda _: [], "shm")
+
+
+def test_connections_that_only_steer_are_left_aside() -> None:
+    """iperf3's second connection carries no load: it may stay TCP."""
+    meter, load, _ = _meter(FakeHost(["shm", "overlay+ebpf"]), STREAM)
+    assert meter.row(load, "one host", lambda _: "10.0.1.7", lambda _: [], "shm").path == "shm"
+
+
+def test_no_connection_is_no_path() -> None:
+    """Where no connection was seen, nothing is said of its path; it was looked for several times."""
+    host = FakeHost(["shm"], "10.0.1.99:80")
+    meter, load, _ = _meter(host, WEB)
+    with pytest.raises(WrongPathError, match="no connection"):
+        meter.row(load, "one host", lambda _: "10.0.1.7", lambda _: [], "shm")
+    assert host.asked > 1
+
+
+def test_who_does_not_answer() -> None:
+    """Docker's network may not answer, which is shown; FreeFlow must."""
+    meter, load, _ = _meter(FakeHost(["overlay+ebpf"]), WEB, silent=OVERLAY)
+    row = meter.row(load, "all tasks", lambda _: "10.0.1.7", lambda _: [])
+    assert (row.theirs, row.ratio) == (None, None)
+    meter, load, _ = _meter(FakeHost(["overlay+ebpf"]), WEB, silent=FREEFLOW)
+    with pytest.raises(ProgramError):
+        meter.row(load, "all tasks", lambda _: "10.0.1.7", lambda _: [])
+
+
+def test_stack_is_accelerated_by_inject() -> None:
+    """The stack's file has no word of the library: `freeflow inject` finds all its services by their network."""
+    text = (Path(demo_speed.__file__).with_name("demo-stack.yml")).read_text()
+    assert "LD_PRELOAD" not in text
+    assert text.count("freeflow:latest") == 1
