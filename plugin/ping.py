@@ -1,5 +1,7 @@
 """`freeflow ping`: from a container's namespace of this host to an overlay address, saying which host and which path.
 
+What is to be reached may be given by a name: see `lookup.py`.
+
 The echo leaves the namespace of a local container on the same network, so it takes the way that the container's own packets
 take, VIPs included. Where the address lives is what the kernel then knows: the task that conntrack has for the echo, the
 neighbour's MAC address, and the peer behind which the VXLAN device learned it. Read on in `echo.py`.
@@ -22,13 +24,14 @@ from driver.kernel.namespace import is_namespace
 from driver.model import Endpoint, IPAddress, Network
 from plugin.echo import Prober, probe
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
+from plugin.lookup import resolve
 from plugin.paths import OVERLAY, SHORT
 
 MAX_COUNT: Final = 20
 
 
 class PingRequest(msgspec.Struct, frozen=True):
-    """`address`: what to reach; `count`: echoes, 1 to 20."""
+    """`address`: what to reach, or a name of it; `count`: echoes, 1 to 20."""
 
     address: str
     count: int = 3
@@ -37,7 +40,7 @@ class PingRequest(msgspec.Struct, frozen=True):
 class PingResult(msgspec.Struct, frozen=True):
     """`round_trips_ms`: one per answered echo. `host` is empty if the address was not found anywhere.
 
-    `path` is the echoes'; `tcp` the one that connections of programs with the library can move to, and `reason` why no faster one.
+    `name` is what was asked for by its name, in full. `path` is the echoes'; `tcp` the one that connections of programs with the library can move to, and `reason` why no faster one.
     """
 
     address: str
@@ -53,6 +56,7 @@ class PingResult(msgspec.Struct, frozen=True):
     round_trips_ms: list[float]
     tcp: str = ""
     reason: str = ""
+    name: str = ""
 
 
 class Ping:
@@ -75,11 +79,9 @@ class Ping:
         self._router = router
 
     def __call__(self, wanted: PingRequest) -> PingResult:
-        """Raises InvalidRequest for what isn't an address or count, NotFound if no container here is on its network."""
-        try:
-            address = ip_address(wanted.address)
-        except ValueError as error:
-            raise InvalidRequest(f"ping: {error}; give an address of a FreeFlow network") from error
+        """Raises InvalidRequest for what is ambiguous or no count, NotFound if there is no such name, or no container here is on
+        its network."""
+        address, name = self._target(wanted.address)
         if not 1 <= wanted.count <= MAX_COUNT:
             raise InvalidRequest(f"ping: count {wanted.count} is not from 1 to {MAX_COUNT}")
         network, endpoint, sandbox = self._origin(address)
@@ -108,7 +110,16 @@ class Ping:
             round_trips_ms=probe.times,
             tcp=tcp,
             reason=reason,
+            name=name,
         )
+
+    def _target(self, wanted: str) -> tuple[IPAddress, str]:
+        """The address that is meant, and its name if it was meant by that."""
+        try:
+            return ip_address(wanted), ""
+        except ValueError:
+            found = resolve(wanted, self._syncer.state())
+            return found.address, found.name
 
     def _path(self, network: Network, mac: str) -> str:
         return SHORT if mac and self._kernel.takes(network.id, mac) else OVERLAY

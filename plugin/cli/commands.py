@@ -79,7 +79,7 @@ def cli(context: click.Context, socket: Path | None, engine: Path | None) -> Non
 
     \b
     freeflow                    is all well? networks, endpoints, peers, what to type next
-    freeflow ping 10.0.1.7      which host has this address, over which path, how fast
+    freeflow ping web           which host has this task, container or VIP, over which path, how fast
     freeflow doctor             look further when something doesn't work
     """
     context.obj = Client(socket, Engine(engine))
@@ -148,7 +148,7 @@ def connections(client: Client, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("address")
+@click.argument("target", metavar="NAME|ADDRESS")
 @click.option(
     "-c",
     "--count",
@@ -159,16 +159,19 @@ def connections(client: Client, as_json: bool) -> None:
 )
 @_json
 @click.pass_obj
-def ping(client: Client, address: str, count: int, as_json: bool) -> None:
-    """Reach ADDRESS from a container of this host: which host has it, over which path, how long it takes.
+def ping(client: Client, target: str, count: int, as_json: bool) -> None:
+    """Reach a container, task or service from a container of this host: which host has it, over which path, how fast.
 
-    ADDRESS may be a container's, a task's or a service's VIP. Exit code 1 if nothing answered.
+    NAME is that of a container of this host, of a task (web.1 is enough) or of a service anywhere, ADDRESS one of theirs or a
+    VIP. Where a name is on several networks: NAME.NETWORK. Exit code 1 if nothing answered.
 
     \b
+    freeflow ping web
+    freeflow ping web.1
     freeflow ping 10.0.1.7
     """
     try:
-        result = client.ping(address, count)
+        result = client.ping(target, count)
     except NotRunning as error:
         _stop(str(error), as_json)
     except FreeFlowError as error:
@@ -180,7 +183,8 @@ def ping(client: Client, address: str, count: int, as_json: bool) -> None:
         times = result.round_trips_ms
         where = f"{result.host} ({'this host' if result.local else result.host_address})"
         behind = f", task {result.task}" if result.task else ""
-        say(f"{result.address}{behind} on network {result.network}, from {result.source}")
+        who = f"{result.name}, {result.address}" if result.name else result.address
+        say(f"{who}{behind} on network {result.network}, from {result.source}")
         say(f"host {where if result.host else 'not found'}, path {result.path}")
         if result.tcp:
             say(

@@ -62,8 +62,12 @@ def test_ping_says_host_and_path(bed: Bed, manager: Host) -> None:
     assert result["host_address"] == str(far.address)
     assert result["path"] == "overlay+ebpf"
     assert not result["local"]
-    with pytest.raises(CommandError):
-        manager.freeflow("ping", "203.0.113.9")
+    name = far.docker("ps", "--format", "{{.Names}}", "--filter", f"network={network}").split()[0]
+    by_name = json.loads(far.freeflow("ping", "--json", name))
+    assert (by_name["address"], by_name["name"]) == (target, name)
+    for nobody in ("203.0.113.9", "nobody"):
+        with pytest.raises(CommandError):
+            manager.freeflow("ping", nobody)
 
 
 def test_doctor_finds_nothing_on_a_good_host(bed: Bed, manager: Host) -> None:

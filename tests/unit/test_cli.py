@@ -363,6 +363,14 @@ def test_ping(world: World) -> None:
     assert msgspec.convert(world.json("ping", "10.0.4.2"), PingResult) == PONG
 
 
+def test_ping_by_name(world: World) -> None:
+    """A ping by name says what it stands for."""
+    world.pong = msgspec.structs.replace(PONG, name="web")
+    done = world.run("ping", "web")
+    assert world.pinged == [PingRequest("web", 3)]
+    assert done.output.startswith("web, 10.0.4.2, task 10.0.4.8 on network backend")
+
+
 def test_ping_of_this_host(world: World) -> None:
     """An address of this host is said to be here."""
     world.pong = msgspec.structs.replace(PONG, local=True, task="")
@@ -472,7 +480,7 @@ def test_help_names_every_command() -> None:
     assert set(COMMANDS) == set(cli.commands)
     for command in COMMANDS:
         assert f"\n  {command} " in output
-    assert "freeflow ping 10.0.1.7" in output
+    assert "freeflow ping web" in output
 
 
 @pytest.mark.parametrize("command", COMMANDS)

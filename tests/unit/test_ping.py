@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, ip_address
 from pathlib import Path
 
 import pytest
 
 from driver.errors import InvalidRequest, NotFound
-from driver.model import IPAddress
+from driver.model import IPAddress, LocalContainer, Service, Task
 from plugin.echo import Probe
 from plugin.ping import MAX_COUNT, Ping, PingRequest, PingResult
 from tests.unit.facts import SANDBOXES, engine_view
 from tests.unit.statuses import EP, NET
-from tests.unit.test_snapshot import EP2, VIP, World
+from tests.unit.test_snapshot import EP2, VIEW, VIP, World
 
 MAC = "02:42:0a:00:04:08"
 OTHER = "02:42:0a:00:04:09"
@@ -147,11 +147,62 @@ def test_address_of_no_network(world: PingWorld) -> None:
         world.ping("203.0.113.1")
 
 
-@pytest.mark.parametrize("address", ["", "web", "10.0.4.0/24", "10.0.4.300"])
-def test_not_an_address(world: PingWorld, address: str) -> None:
-    """What isn't an address is refused."""
-    with pytest.raises(InvalidRequest, match="give an address"):
-        world.ping(address)
+@pytest.mark.parametrize("name", ["", "none", "we", "10.0.4.0/24", "10.0.4.300", "web.front", "."])
+def test_what_nothing_is_called(world: PingWorld, name: str) -> None:
+    """What is neither an address nor a name is refused, with where the names are."""
+    with pytest.raises(NotFound, match=r"is called .*; freeflow status"):
+        world.ping(name)
+    assert not world.prober.asked
+
+
+@pytest.mark.parametrize(
+    ("name", "full", "address"),
+    [
+        ("web", "web", "10.0.4.2"),
+        ("web.backend", "web", "10.0.4.2"),
+        ("web.2", "web.2", "10.0.4.8"),
+        ("web.1", "web.1", "10.0.4.7"),
+        ("web.1.abc", "web.1.abc", "10.0.4.7"),
+        ("web.1.abc.backend", "web.1.abc", "10.0.4.7"),
+        ("db", "db.1", "10.0.4.9"),
+        ("db.1", "db.1", "10.0.4.9"),
+        ("c0ffee", "box", "10.0.4.20"),
+        ("box", "box", "10.0.4.20"),
+    ],
+)
+def test_names(world: PingWorld, name: str, full: str, address: str) -> None:
+    """Services, tasks and containers of this host have names; a service without a VIP stands for its only task."""
+    box = LocalContainer("c0ffee" + "0" * 58, "box", EP2, IPv4Interface("10.0.4.20/24"))
+    world.change_state(view=replace(VIEW, containers=(*VIEW.containers, box)))
+    found = world.ping(name)
+    assert (found.name, found.address) == (full, address)
+    assert world.prober.asked[-1][1] == ip_address(address)
+    assert world.ping(address).name == ""
+
+
+def test_task_by_its_number(world: PingWorld) -> None:
+    """A task may be called as Docker lists it, without the rest of its name, which nobody types."""
+    tasks = tuple(Task(f"web.{n}.x5d8k2", IPv4Address(f"10.0.4.{n}"), "e") for n in (1, 10, 11))
+    world.change_state(view=replace(VIEW, services=(Service("web", VIP, tasks),), containers=()))
+    assert world.ping("web.1").address == "10.0.4.1"
+    assert world.ping("web.10").address == "10.0.4.10"
+
+
+def test_ambiguous_names(world: PingWorld) -> None:
+    """A name that stands for several addresses is refused with all of them, and what tells them apart."""
+    other = replace(
+        VIEW, id="other", name="front", services=(Service("web", IPv4Address("10.0.5.2"), ()),)
+    )
+    tasks = tuple(Task(f"db.{n}", IPv4Address(f"10.0.4.{n}"), "e") for n in range(30, 50))
+    world.sync.states["other"] = replace(world.sync.states[NET], view=other)
+    with pytest.raises(
+        InvalidRequest, match=r"web\.backend \(10\.0\.4\.2\), web\.front \(10\.0\.5\.2\); say"
+    ):
+        world.ping("web")
+    assert world.ping("web.backend").address == "10.0.4.2"
+    world.change_state(view=replace(VIEW, services=(Service("db", None, tasks),)))
+    with pytest.raises(InvalidRequest, match=r"db\.30\.backend .* and others; say"):
+        world.ping("db")
 
 
 @pytest.mark.parametrize("count", [0, -1, MAX_COUNT + 1])
