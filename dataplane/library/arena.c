@@ -5,6 +5,7 @@
 #include "protocol.h"
 #include "real.h"
 #include "router.h"
+#include "sparse.h"
 #include "statistics.h"
 #include "sys.h"
 
@@ -127,7 +128,7 @@ enum visited each_descriptor(int first, bool (*visit)(int fd, const char *link))
 static bool make_mappings(void)
 {
         if (!mappings)
-                mappings = reserve(ARENAS * sizeof *mappings, MAP_PRIVATE);
+                mappings = reserve_for_good(ARENAS * sizeof *mappings, MAP_PRIVATE);
         return mappings != NULL;
 }
 
@@ -206,16 +207,13 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
                 return REASON_CORRUPT;
         /* The place is as large for each: the next arena there may have other rings. */
         if (ring < RING_SIZE) {
-                got = sys_6(SYS_mmap, before, ARENA_SIZE, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (before ? MAP_FIXED : 0), -1, 0);
+                got = sparse_map(before, ARENA_SIZE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
                 if (got < 0 && got > -4096)
                         return REASON_MEMORY;
-                sys_3(SYS_madvise, got, ARENA_SIZE, MADV_NOHUGEPAGE);
                 before = (unsigned char *)got;
                 atomic_store_explicit(&mapping->base, before, memory_order_release);
         }
-        got = sys_6(SYS_mmap, before, size, PROT_READ | PROT_WRITE,
-                    MAP_SHARED | MAP_NORESERVE | (before ? MAP_FIXED : 0), memfd, 0);
+        got = sparse_map(before, (size_t)size, MAP_SHARED, memfd);
         if (got < 0 && got > -4096)
                 return REASON_MEMORY;
         sys_3(SYS_madvise, got, size, MADV_DONTDUMP);
@@ -241,8 +239,7 @@ static void unmap(uint32_t arena)
 
         if (!base || !atomic_exchange(&mapping->id, 0))
                 return;
-        sys_6(SYS_mmap, base, ARENA_SIZE, PROT_READ | PROT_WRITE,
-              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+        sparse_map(base, ARENA_SIZE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
         close_bells(mapping, mapping->bells);
         close_bells(mapping, mapping->peers);
 }

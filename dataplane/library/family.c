@@ -5,6 +5,7 @@
 #include "poller.h"
 #include "real.h"
 #include "router.h"
+#include "sparse.h"
 #include "sys.h"
 
 #include <errno.h>
@@ -236,10 +237,10 @@ void family_start(void)
 
         if (!functions->read || !functions->clock_gettime)
                 return;
-        family = reserve(sizeof *family, MAP_SHARED);
-        process.fds = reserve(DESCRIPTORS * sizeof *process.fds, MAP_PRIVATE);
-        process.local = reserve(ENDS * sizeof *process.local, MAP_PRIVATE);
-        process.fd_of = reserve(ENDS * sizeof *process.fd_of, MAP_PRIVATE);
+        family = reserve_for_good(sizeof *family, MAP_SHARED);
+        process.fds = reserve_for_good(DESCRIPTORS * sizeof *process.fds, MAP_PRIVATE);
+        process.local = reserve_for_good(ENDS * sizeof *process.local, MAP_PRIVATE);
+        process.fd_of = reserve_for_good(ENDS * sizeof *process.fd_of, MAP_PRIVATE);
         process.alive = reserve(PAGE, MAP_PRIVATE);
         if (!family || !process.fds || !process.local || !process.fd_of || !process.alive || !poller_start())
                 return;

@@ -6,6 +6,7 @@
 #include "ready.h"
 #include "real.h"
 #include "remote.h"
+#include "sparse.h"
 #include "spin.h"
 #include "statistics.h"
 #include "sys.h"
@@ -99,10 +100,11 @@ static uint32_t pollers_used; /* numbers below were ever in use */
 
 bool poller_start(void)
 {
-        registrations = reserve(REGISTRATIONS * sizeof *registrations, MAP_PRIVATE);
-        of_fd = reserve(DESCRIPTORS * sizeof *of_fd, MAP_PRIVATE);
-        only = reserve(ENDS * sizeof *only, MAP_PRIVATE);
-        pollers = registrations && of_fd && only ? reserve(POLLERS * sizeof *pollers, MAP_PRIVATE) : NULL;
+        registrations = reserve_for_good(REGISTRATIONS * sizeof *registrations, MAP_PRIVATE);
+        of_fd = reserve_for_good(DESCRIPTORS * sizeof *of_fd, MAP_PRIVATE);
+        only = reserve_for_good(ENDS * sizeof *only, MAP_PRIVATE);
+        pollers =
+            registrations && of_fd && only ? reserve_for_good(POLLERS * sizeof *pollers, MAP_PRIVATE) : NULL;
         return pollers != NULL;
 }
 

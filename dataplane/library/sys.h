@@ -63,18 +63,4 @@ static inline void relax(void)
 #define sys_1(n, a) sys_6(n, a, 0, 0, 0, 0, 0)
 #define sys_0(n) sys_6(n, 0, 0, 0, 0, 0, 0)
 
-/* Zeroed memory that costs nothing until it is touched; `kind` is MAP_PRIVATE or MAP_SHARED. NULL: there is
- * none. */
-static inline void *reserve(size_t size, int kind)
-{
-        long got =
-            sys_6(SYS_mmap, 0, size, PROT_READ | PROT_WRITE, kind | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-        if (got < 0 && got > -4096)
-                return NULL;
-        /* Hosts that make huge pages of everything would give two megabytes for the first byte touched. */
-        sys_3(SYS_madvise, got, size, MADV_NOHUGEPAGE);
-        return (void *)got;
-}
-
 #endif

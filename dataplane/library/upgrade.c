@@ -14,6 +14,7 @@
 #include "retire.h"
 #include "router.h"
 #include "settings.h"
+#include "sparse.h"
 #include "statistics.h"
 #include "sys.h"
 
