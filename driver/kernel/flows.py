@@ -9,21 +9,41 @@ look only for VIPs that have a reason.
 
 from __future__ import annotations
 
-import errno
 import socket
-from collections.abc import Collection, Iterable, Mapping
+import struct
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any, Final
-
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket
+from typing import Final
 
 from driver.errors import KernelError
+from driver.kernel.netfilter import (
+    IPV4,
+    NESTED,
+    InterruptedDumpError,
+    attribute,
+    attributes,
+    dump,
+    nest,
+    tell,
+)
 
 _CONNECTIONS: Final = (socket.IPPROTO_TCP, socket.IPPROTO_SCTP)
 """Protocols whose flows have an end of their own; others last as long as their packets."""
 
+_SUBSYSTEM: Final = 1 << 8
+_GET, _DELETE = _SUBSYSTEM | 1, _SUBSYSTEM | 2
+_ORIGINAL, _REPLY, _FILTER = 1, 2, 25
+_IP, _PROTOCOL = 1, 2
+_SOURCE, _DESTINATION = 1, 2
+_NUMBER, _ECHO = 1, 4
+_BY_DESTINATION: Final = struct.pack("=I", 1 << 1)
+MOST: Final = 65536
+"""Flows of a namespace that are read. A container can make any number of entries."""
+
+_HEAD: Final = 1 << 20
+"""Bytes of the list of neighbours that are read."""
 _NEIGHBOURS: Final = Path("/proc/thread-self/net/arp")
 
 
@@ -41,46 +61,72 @@ def tried(vips: Iterable[IPv4Address], neighbours: Path = _NEIGHBOURS) -> set[IP
     if not wanted:
         return set()
     try:
-        lines = neighbours.read_text(errors="replace").splitlines()[1:]
+        with neighbours.open(errors="replace") as file:
+            lines = file.read(_HEAD).splitlines()[1:]
     except OSError:
         return set(wanted.values())
     return {wanted[address] for line in lines if (address := line.split(maxsplit=1)[0]) in wanted}
 
 
-def _addresses(tuple_: Any) -> tuple[str, str, int]:
-    address = tuple_.get_attr("CTA_TUPLE_IP")
-    protocol = tuple_.get_attr("CTA_TUPLE_PROTO").get_attr("CTA_PROTO_NUM")
-    return (
-        address.get_attr("CTA_IP_V4_SRC"),
-        address.get_attr("CTA_IP_V4_DST"),
-        protocol,
-    )
+@dataclass(frozen=True, slots=True)
+class _Flow:
+    """An entry: where it was sent, who answers, which protocol, the number of a ping. `original` is as it was read."""
+
+    vip: str
+    task: str
+    protocol: int
+    echo: int
+    original: bytes
+
+
+def _flow(data: bytes) -> _Flow | None:
+    """None: it isn't of IPv4, or not understood."""
+    try:
+        entry = dict(attributes(data))
+        original, reply = dict(attributes(entry[_ORIGINAL])), dict(attributes(entry[_REPLY]))
+        to, protocol = dict(attributes(original[_IP])), dict(attributes(original[_PROTOCOL]))
+        answering = dict(attributes(reply[_IP]))
+        return _Flow(
+            str(IPv4Address(to[_DESTINATION])),
+            str(IPv4Address(answering[_SOURCE])),
+            protocol[_NUMBER][0],
+            int.from_bytes(protocol.get(_ECHO, b""), "big"),
+            entry[_ORIGINAL],
+        )
+    except (KeyError, ValueError, IndexError):
+        return None
+
+
+def _flows(only: str | None) -> Iterator[_Flow]:
+    """The flows of the namespace, of `MOST` at most; of one VIP alone where the kernel can choose (since 5.8).
+
+    Raises:
+        OSError: conntrack can't be read.
+    """
+    chosen = []
+    if only is not None:
+        to = nest(_IP, attribute(_DESTINATION, IPv4Address(only).packed))
+        flags = (attribute(1, _BY_DESTINATION), attribute(2, bytes(4)))
+        chosen = [nest(_ORIGINAL, to), nest(_FILTER, *flags)]
+    try:
+        for family, data in dump(_GET, IPV4, MOST, *chosen):
+            flow = _flow(data) if family == IPV4 else None
+            if flow is not None:
+                yield flow
+    except (OverflowError, InterruptedDumpError):
+        # Who has so many has made them; what is left over ends by itself.
+        return
 
 
 def _forget(rules: Mapping[str, frozenset[str]]) -> int:
-    forgotten = 0
-    # Kernels before 5.8 ignore the filter and send all.
-    only = NFCTAttrTuple(daddr=next(iter(rules))) if len(rules) == 1 else None
-    with NFCTSocket() as conntrack:
-        for entry in conntrack.dump(tuple_orig=only):
-            original, reply = (
-                entry.get_attr("CTA_TUPLE_ORIG"),
-                entry.get_attr("CTA_TUPLE_REPLY"),
-            )
-            if entry["nfgen_family"] != socket.AF_INET or original is None or reply is None:
-                continue
-            _, vip, protocol = _addresses(original)
-            task = _addresses(reply)[0]
-            if vip in rules and is_stale(protocol, vip, task, rules[vip]):
-                flow = NFCTAttrTuple.from_netlink(socket.AF_INET, original)
-                try:
-                    conntrack.entry("del", tuple_orig=flow)
-                    forgotten += 1
-                except NetlinkError as error:
-                    # It ended meanwhile.
-                    if error.code != errno.ENOENT:
-                        raise
-    return forgotten
+    only = next(iter(rules)) if len(rules) == 1 else None
+    stale = [
+        flow
+        for flow in _flows(only)
+        if flow.vip in rules and is_stale(flow.protocol, flow.vip, flow.task, rules[flow.vip])
+    ]
+    # One that has ended meanwhile isn't there any more.
+    return tell(_DELETE, IPV4, (attribute(_ORIGINAL | NESTED, flow.original) for flow in stale))
 
 
 def forget_stale(rules: Mapping[IPv4Address, Collection[IPv4Address]]) -> int:
@@ -94,26 +140,18 @@ def forget_stale(rules: Mapping[IPv4Address, Collection[IPv4Address]]) -> int:
     texts = {str(vip): frozenset(map(str, tasks)) for vip, tasks in rules.items()}
     try:
         return _forget(texts)
-    except (NetlinkError, OSError) as error:
-        raise KernelError(f"conntrack: {error}; is nf_conntrack_netlink available?") from error
+    except OSError as error:
+        raise KernelError(
+            f"conntrack: {error.strerror}; is nf_conntrack_netlink available?"
+        ) from error
 
 
 def answering(vip: IPv4Address, identifier: int) -> IPv4Address | None:
     """The task that conntrack has for the pings to this VIP with this identifier; None if it has none, or can't say."""
     try:
-        with NFCTSocket() as conntrack:
-            for entry in conntrack.dump(tuple_orig=NFCTAttrTuple(daddr=str(vip))):
-                original, reply = (
-                    entry.get_attr("CTA_TUPLE_ORIG"),
-                    entry.get_attr("CTA_TUPLE_REPLY"),
-                )
-                if entry["nfgen_family"] != socket.AF_INET or original is None or reply is None:
-                    continue
-                _, to, protocol = _addresses(original)
-                if (to, protocol) != (str(vip), socket.IPPROTO_ICMP):
-                    continue
-                if original.get_attr("CTA_TUPLE_PROTO").get_attr("CTA_PROTO_ICMP_ID") == identifier:
-                    return IPv4Address(_addresses(reply)[0])
-    except (NetlinkError, OSError):
+        for flow in _flows(str(vip)):
+            if (flow.vip, flow.protocol, flow.echo) == (str(vip), socket.IPPROTO_ICMP, identifier):
+                return IPv4Address(flow.task)
+    except OSError:
         return None
     return None

@@ -14,7 +14,7 @@ import itertools
 from pathlib import Path
 from typing import Final
 
-from driver.kernel import nf_tables
+from driver.kernel import netfilter, nf_tables
 from driver.kernel.namespace import in_netns
 from driver.kernel.nf_tables import Chain
 
@@ -24,7 +24,7 @@ _IPVS_HEAD: Final = 3
 _LEGACY: Final = Path("/proc/thread-self/net/ip_tables_names")
 _HEAD: Final = 4096
 """Bytes of such a file that are read."""
-_OWN: Final = (nf_tables.IPV4, b"freeflow")
+_OWN: Final = (netfilter.IPV4, b"freeflow")
 """Our VIPs: of what the container itself sends."""
 _TRIES: Final = 3
 """So often rules are listed that change meanwhile."""
@@ -47,7 +47,7 @@ def _look() -> bool:
     for _ in range(_TRIES):
         try:
             return _rewrites()
-        except nf_tables.InterruptedDumpError:
+        except netfilter.InterruptedDumpError:
             continue
         except (OSError, OverflowError, ValueError):
             break
@@ -102,5 +102,5 @@ def _is_loopback(expression: tuple[bytes, dict[int, bytes]]) -> bool:
     name, parts = expression
     if name != b"cmp" or parts.get(2) != bytes(4):
         return False
-    value = dict(nf_tables.attributes(parts.get(3, b""))).get(1, b"")
+    value = dict(netfilter.attributes(parts.get(3, b""))).get(1, b"")
     return len(value) == 4 and value[0] == 127

@@ -10,9 +10,7 @@ All functions work in the calling thread's network namespace. Constants: linux/n
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,31 +18,36 @@ from ipaddress import IPv4Address
 from typing import Final
 
 from driver.errors import KernelError
+from driver.kernel.netfilter import (
+    ACK,
+    ERROR,
+    FAMILY,
+    HEADER,
+    IPV4,
+    answers,
+    ask,
+    attribute,
+    attributes,
+    dump,
+    message,
+    nest,
+    number_of,
+    open_socket,
+)
 
 MOST: Final = 4096
 """Messages of one answer that are read; a container that has more of something is taken to have what was looked for."""
 
-IPV4: Final = 2
 NETDEV: Final = 5
 PREROUTING, INPUT, FORWARD, OUTPUT, POSTROUTING = range(5)
 TCP: Final = 6
 
-_NETLINK_NETFILTER: Final = 12
-_SO_SNDBUFFORCE: Final = 32
 _SUBSYSTEM: Final = 10 << 8
 _BATCH_BEGIN, _BATCH_END = 16, 17
 _NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _DELCHAIN = range(6)
 _NEWRULE, _GETRULE, _DELRULE, _NEWSET, _, _DELSET = range(6, 12)
 _NEWSETELEM, _GETSETELEM, _DELSETELEM = range(12, 15)
-_REQUEST, _ACK, _DUMP, _INTERRUPTED = 1, 4, 0x300, 0x10
 _CREATE, _EXCLUSIVE, _APPEND = 0x400, 0x200, 0x800
-_ERROR, _DONE = 2, 3
-_NESTED: Final = 1 << 15
-_TYPE_MASK: Final = 0x3FFF
-
-_HEADER: Final = struct.Struct("=IHHII")
-_FAMILY: Final = struct.Struct("!BBH")
-_ATTRIBUTE: Final = struct.Struct("=HH")
 
 _TYPE_INTEGER, _TYPE_ADDRESS = 4, 7
 _DATA_VERDICT: Final = 0xFFFFFF00
@@ -59,57 +62,30 @@ _HOST_ORDER: Final = bytes((0, 4)) + struct.pack("=I", 1)
 """User data of a set (libnftnl): its key is in the byte order of this host. Only for those who list it."""
 
 
-class InterruptedDumpError(Exception):
-    """What was listed has changed meanwhile; the listing may lack something."""
-
-
 # --- attributes
 
 
-def _attribute(kind: int, data: bytes) -> bytes:
-    return _ATTRIBUTE.pack(4 + len(data), kind) + data + bytes(-len(data) % 4)
-
-
 def _text(kind: int, value: str) -> bytes:
-    return _attribute(kind, value.encode() + b"\0")
+    return attribute(kind, value.encode() + b"\0")
 
 
 def _number(kind: int, value: int) -> bytes:
-    return _attribute(kind, struct.pack("!I", value & 0xFFFFFFFF))
-
-
-def _nest(kind: int, *attributes: bytes) -> bytes:
-    return _attribute(kind | _NESTED, b"".join(attributes))
+    return attribute(kind, struct.pack("!I", value & 0xFFFFFFFF))
 
 
 def _value(kind: int, value: bytes) -> bytes:
-    return _nest(kind, _attribute(1, value))
+    return nest(kind, attribute(1, value))
 
 
 def _goto(kind: int, chain: str) -> bytes:
-    return _nest(kind, _nest(2, _number(1, _GOTO), _text(2, chain)))
-
-
-def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The attributes of a message or of a nest.
-
-    Raises:
-        ValueError: they don't fit where they stand.
-    """
-    offset = 0
-    while offset + _ATTRIBUTE.size <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        if length < _ATTRIBUTE.size or offset + length > len(data):
-            raise ValueError("an attribute runs past the end of its message")
-        yield kind & _TYPE_MASK, data[offset + _ATTRIBUTE.size : offset + length]
-        offset += (length + 3) & ~3
+    return nest(kind, nest(2, _number(1, _GOTO), _text(2, chain)))
 
 
 # --- expressions of rules
 
 
 def _expression(name: str, *parts: bytes) -> bytes:
-    return _nest(1, _text(1, name), _nest(2, *parts))
+    return nest(1, _text(1, name), nest(2, *parts))
 
 
 def destination() -> bytes:
@@ -182,12 +158,12 @@ def dnat() -> bytes:
 
 def reset() -> bytes:
     """Refuse with a TCP reset."""
-    return _expression("reject", _number(1, 1), _attribute(2, b"\0"))
+    return _expression("reject", _number(1, 1), attribute(2, b"\0"))
 
 
 def unreachable() -> bytes:
     """Refuse with ICMP's "port unreachable"."""
-    return _expression("reject", _number(1, 0), _attribute(2, b"\3"))
+    return _expression("reject", _number(1, 0), attribute(2, b"\3"))
 
 
 # --- messages
@@ -211,8 +187,8 @@ class Batch:
         self._sets = 0
 
     def _add(self, kind: int, flags: int, *parts: bytes) -> None:
-        body = _FAMILY.pack(IPV4, 0, 0) + _text(1, self._table) + b"".join(parts)
-        self._messages.append(_message(_SUBSYSTEM | kind, flags, len(self._messages) + 1, body))
+        body = FAMILY.pack(IPV4, 0, 0) + _text(1, self._table) + b"".join(parts)
+        self._messages.append(message(_SUBSYSTEM | kind, flags, len(self._messages) + 1, body))
 
     def add_table(self) -> None:
         """Have the table, if it is there or not."""
@@ -229,7 +205,7 @@ class Batch:
         parts = [_text(3, name)]
         if hook is not None:
             place = (_number(1, hook.number), _number(2, hook.priority))
-            parts += [_nest(4, *place), _number(5, 1), _text(7, hook.kind)]
+            parts += [nest(4, *place), _number(5, 1), _text(7, hook.kind)]
         self._add(_NEWCHAIN, _CREATE, *parts)
 
     def delete_chain(self, name: str) -> None:
@@ -242,7 +218,7 @@ class Batch:
 
     def add_rule(self, chain: str, *expressions: bytes) -> None:
         """At the end of the chain."""
-        self._add(_NEWRULE, _CREATE | _APPEND, _text(2, chain), _nest(4, *expressions))
+        self._add(_NEWRULE, _CREATE | _APPEND, _text(2, chain), nest(4, *expressions))
 
     def _add_set(self, name: str, key: int, flags: int, *parts: bytes) -> None:
         self._sets += 1
@@ -263,7 +239,7 @@ class Batch:
 
     def add_dynamic_set(self, name: str, size: int) -> None:
         """A set of addresses that rules fill."""
-        self._add_set(name, _TYPE_ADDRESS, _SET_DYNAMIC, _nest(9, _number(1, size)))
+        self._add_set(name, _TYPE_ADDRESS, _SET_DYNAMIC, nest(9, _number(1, size)))
 
     def add_verdicts(self, name: str) -> None:
         """A map from addresses to chains."""
@@ -272,7 +248,7 @@ class Batch:
     def add_turns(self, name: str) -> None:
         """A map from numbers to addresses."""
         data = (_number(6, _TYPE_ADDRESS), _number(7, 4))
-        self._add_set(name, _TYPE_INTEGER, _SET_MAP, *data, _attribute(13, _HOST_ORDER))
+        self._add_set(name, _TYPE_INTEGER, _SET_MAP, *data, attribute(13, _HOST_ORDER))
 
     def delete_set(self, name: str) -> None:
         """No rule uses it."""
@@ -281,31 +257,31 @@ class Batch:
     def _elements(self, kind: int, flags: int, name: str, elements: list[bytes]) -> None:
         for start in range(0, len(elements), _ELEMENTS_PER_MESSAGE):
             part = elements[start : start + _ELEMENTS_PER_MESSAGE]
-            self._add(kind, flags, _text(2, name), _nest(3, *part))
+            self._add(kind, flags, _text(2, name), nest(3, *part))
 
     def add_addresses(self, name: str, addresses: Iterable[IPv4Address]) -> None:
-        made = [_nest(1, _value(1, address.packed)) for address in addresses]
+        made = [nest(1, _value(1, address.packed)) for address in addresses]
         self._elements(_NEWSETELEM, _CREATE | _EXCLUSIVE, name, made)
 
     def delete_addresses(self, name: str, addresses: Iterable[IPv4Address]) -> None:
         """Each must be there, in a set or a map."""
-        made = [_nest(1, _value(1, address.packed)) for address in addresses]
+        made = [nest(1, _value(1, address.packed)) for address in addresses]
         self._elements(_DELSETELEM, 0, name, made)
 
     def add_gotos(self, name: str, chains: Iterable[tuple[IPv4Address, str]]) -> None:
-        made = [_nest(1, _value(1, address.packed), _goto(2, chain)) for address, chain in chains]
+        made = [nest(1, _value(1, address.packed), _goto(2, chain)) for address, chain in chains]
         self._elements(_NEWSETELEM, _CREATE | _EXCLUSIVE, name, made)
 
     def put_turns(self, name: str, targets: Iterable[tuple[int, IPv4Address]]) -> None:
         made = [
-            _nest(1, _value(1, struct.pack("=I", number)), _value(2, address.packed))
+            nest(1, _value(1, struct.pack("=I", number)), _value(2, address.packed))
             for number, address in targets
         ]
         self._elements(_NEWSETELEM, _CREATE | _EXCLUSIVE, name, made)
 
     def delete_turns(self, name: str, numbers: Iterable[int]) -> None:
         """Each must be there."""
-        made = [_nest(1, _value(1, struct.pack("=I", number))) for number in numbers]
+        made = [nest(1, _value(1, struct.pack("=I", number))) for number in numbers]
         self._elements(_DELSETELEM, 0, name, made)
 
     def commit(self) -> None:
@@ -318,17 +294,20 @@ class Batch:
             return
         *others, last = self._messages
         # The kernel answers in the course of sending, to the last one and to what it refuses.
-        size, kind, flags, sequence, port = _HEADER.unpack_from(last)
-        last = _HEADER.pack(size, kind, flags | _ACK, sequence, port) + last[_HEADER.size :]
-        body = _FAMILY.pack(0, 0, 10)
-        begin = _message(_BATCH_BEGIN, 0, 0, body)
-        end = _message(_BATCH_END, 0, len(self._messages) + 1, body)
+        size, kind, flags, sequence, port = HEADER.unpack_from(last)
+        last = HEADER.pack(size, kind, flags | ACK, sequence, port) + last[HEADER.size :]
+        body = FAMILY.pack(0, 0, 10)
+        begin = message(_BATCH_BEGIN, 0, 0, body)
+        end = message(_BATCH_END, 0, len(self._messages) + 1, body)
         whole = b"".join((begin, *others, last, end))
+        refused, acknowledged = 0, False
         try:
-            with _open() as channel:
-                channel.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 2 * len(whole) + 65536)
+            with open_socket(len(whole)) as channel:
                 channel.send(whole)
-                refused, acknowledged = _errors(channel, sequence)
+                for got, number, answer in answers(channel):
+                    if got == ERROR:
+                        refused = refused or number_of(answer)
+                        acknowledged |= number == sequence and not number_of(answer)
         except OSError as error:
             raise KernelError(f"nftables can't be changed: {error.strerror}") from error
         if refused or not acknowledged:
@@ -336,91 +315,11 @@ class Batch:
             raise KernelError(f"nftables refused a change of table ip {self._table}: {reason}")
 
 
-def _message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
-    return _HEADER.pack(_HEADER.size + len(body), kind, flags | _REQUEST, sequence, 0) + body
-
-
-def _open() -> socket.socket:
-    channel = socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
-    )
-    channel.setblocking(False)
-    return channel
-
-
-def _errors(channel: socket.socket, last: int) -> tuple[int, bool]:
-    """The first error that the kernel answered with, 0 if none; and whether it confirmed message `last`."""
-    refused, acknowledged = 0, False
-    while True:
-        try:
-            data = channel.recv(1 << 17)
-        except BlockingIOError:
-            return refused, acknowledged
-        for kind, sequence, _, body in _messages(data):
-            if kind == _ERROR and len(body) >= 4:
-                number = -struct.unpack_from("=i", body)[0]
-                refused = refused or number
-                acknowledged |= sequence == last and not number
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Type, sequence number, flags and body of each message of a datagram."""
-    offset = 0
-    while offset + _HEADER.size <= len(data):
-        length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
-        if length < _HEADER.size:
-            return
-        yield kind, sequence, flags, data[offset + _HEADER.size : offset + length]
-        offset += (length + 3) & ~3
-
-
 # --- questions
 
 
 def _listing(kind: int, family: int, *parts: bytes) -> Iterator[tuple[int, bytes]]:
-    """Family and attributes of each object that the kernel lists, of `MOST` at most; then OverflowError.
-
-    Raises:
-        InterruptedDumpError
-        OSError: the kernel can't be asked.
-        OverflowError: there are more.
-    """
-    with _open() as channel:
-        request = _FAMILY.pack(family, 0, 0) + b"".join(parts)
-        channel.send(_message(_SUBSYSTEM | kind, _DUMP, 1, request))
-        count = 0
-        while True:
-            # The first part is there when the request has been sent, each other when the one before was read.
-            for got, _, flags, body in _messages(channel.recv(1 << 17)):
-                if flags & _INTERRUPTED:
-                    raise InterruptedDumpError
-                if got == _DONE:
-                    return
-                if got == _ERROR:
-                    number = -struct.unpack_from("=i", body)[0]
-                    raise OSError(number, os.strerror(number))
-                count += 1
-                if count > MOST:
-                    raise OverflowError
-                yield body[0], body[_FAMILY.size :]
-
-
-def _ask(kind: int, family: int, *parts: bytes) -> bool:
-    """Whether the kernel has the one object that is asked for.
-
-    Raises:
-        OSError: the kernel can't be asked, or has another reason to refuse than that it doesn't.
-    """
-    with _open() as channel:
-        request = _FAMILY.pack(family, 0, 0) + b"".join(parts)
-        channel.send(_message(_SUBSYSTEM | kind, 0, 1, request))
-        for got, _, _, body in _messages(channel.recv(1 << 17)):
-            if got == _ERROR:
-                number = -struct.unpack_from("=i", body)[0]
-                if number == errno.ENOENT:
-                    return False
-                raise OSError(number, os.strerror(number))
-    return True
+    return dump(_SUBSYSTEM | kind, family, MOST, *parts)
 
 
 def has_table(name: str) -> bool:
@@ -430,16 +329,16 @@ def has_table(name: str) -> bool:
         KernelError: the kernel can't be asked.
     """
     try:
-        return _ask(_GETTABLE, IPV4, _text(1, name))
+        return ask(_SUBSYSTEM | _GETTABLE, IPV4, _text(1, name))
     except OSError as error:
         raise KernelError(f"nftables can't be asked for a table: {error.strerror}") from error
 
 
 def has_address(table: str, name: str, address: IPv4Address) -> bool:
     """Whether a set of an IPv4 table has this address; not if there is no such set."""
-    element = _nest(3, _nest(1, _value(1, address.packed)))
+    element = nest(3, nest(1, _value(1, address.packed)))
     try:
-        return _ask(_GETSETELEM, IPV4, _text(1, table), _text(2, name), element)
+        return ask(_SUBSYSTEM | _GETSETELEM, IPV4, _text(1, table), _text(2, name), element)
     except OSError:
         return False
 
@@ -471,7 +370,7 @@ def chains() -> Iterator[Chain]:
     """All chains of all families.
 
     Raises:
-        InterruptedDumpError, OSError, OverflowError, ValueError: see `_listing`, `attributes`.
+        InterruptedDumpError, OSError, OverflowError, ValueError: see `netfilter.dump`, `netfilter.attributes`.
     """
     for family, data in _listing(_GETCHAIN, 0):
         yield _chain(family, data)
@@ -481,9 +380,9 @@ def rules(chain: Chain) -> Iterator[list[tuple[bytes, dict[int, bytes]]]]:
     """Of each rule of the chain its expressions, by name and attributes.
 
     Raises:
-        InterruptedDumpError, OSError, OverflowError, ValueError: see `_listing`, `attributes`.
+        InterruptedDumpError, OSError, OverflowError, ValueError: see `netfilter.dump`, `netfilter.attributes`.
     """
-    where = (_attribute(1, chain.table + b"\0"), _attribute(2, chain.name + b"\0"))
+    where = (attribute(1, chain.table + b"\0"), attribute(2, chain.name + b"\0"))
     for _, data in _listing(_GETRULE, chain.family, *where):
         whole = dict(attributes(data))
         # Kernels that don't know the filter list other chains' rules, too.

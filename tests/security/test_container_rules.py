@@ -11,12 +11,15 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from driver.kernel.namespace import in_netns
+from driver.vip import NftBalancer
 from tests.kernel.hosts import new_namespace
+from tests.kernel.vip_hosts import VIP, world
 
 PLUGIN = """
 import sys, resource
@@ -219,3 +222,20 @@ def test_huge_set(namespace: int, attacker: Attacker) -> None:
     before, after, memory = plugin(namespace)
     assert (before, after) == ("False", "False")
     assert int(memory) < 150_000
+
+
+def test_many_flows() -> None:
+    """A container with tens of thousands of flows to a VIP costs the plugin little when the VIP's tasks change."""
+    with world(2) as made:
+        balancer = NftBalancer()
+        assert balancer.apply(made.client.path, {VIP: made.addresses[:1]})
+
+        def flood() -> None:
+            for _ in range(20_000):
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                    sender.sendto(b"?", (str(VIP), 9))
+
+        in_netns(made.client.path, flood)
+        begin = time.process_time()
+        assert balancer.apply(made.client.path, {VIP: made.addresses[1:]})
+        assert time.process_time() - begin < 4
