@@ -45,6 +45,11 @@ LOOKERS: Final = 4
 """Threads that wait for the engine."""
 WRITERS: Final = 8
 """Threads that write VIP rules: enough for many namespaces while each waits some 20 ms for the kernel's grace period."""
+WRITE_GAP: Final = 0.5
+"""Seconds between two changes of a sandbox's rules, so that a rolling update's come together. A task has 2 s from leaving DNS to
+its stop signal."""
+WRITE_BURST: Final = 4
+"""So many come at once before."""
 COLLECT_EVERY: Final = 30.0
 COLLECT_SOON: Final = 5.0
 """After a change, which may be that Docker wants a network that we have lost."""
@@ -123,6 +128,8 @@ class Syncer:
         """Networks whose trouble is in the log."""
         self._dirty: set[Path] = set()
         self._applying: set[Path] = set()
+        self._written: dict[Path, float] = {}
+        """Up to when each sandbox's changes would last, had they come one by one."""
         self._awaited: dict[Path, float] = {}
         self._vip_errors: dict[Path, str] = {}
         self._repair_due = self._started + REPAIR_EVERY
@@ -264,8 +271,10 @@ class Syncer:
             roster_due = self._roster_read + REPAIR_EVERY
         with self._lock:
             looks = self._due_looks(now)
-            paths = self._dirty - self._applying
+            paths = {path for path in self._dirty - self._applying if now >= self._may_write(path)}
             self._dirty -= paths
+            for path in paths:
+                self._written[path] = max(now, self._written.get(path, now)) + WRITE_GAP
             self._applying |= paths
             ask_engine = now >= self._engine_due and not self._engine_busy
             self._engine_busy |= ask_engine
@@ -282,9 +291,14 @@ class Syncer:
         with self._lock:
             times = [roster_due, self._engine_due, self._repair_due]
             times += [schedule.due for schedule in self._schedules.values()]
+            times += [self._may_write(path) for path in self._dirty - self._applying]
             if self._awaited:
                 times.append(now + SANDBOX_RETRY)
         return max(0.005, min(times) - self._clock())
+
+    def _may_write(self, path: Path) -> float:
+        """From when on a sandbox's rules may be changed again."""
+        return self._written.get(path, float("-inf")) - WRITE_BURST * WRITE_GAP
 
     def _due_looks(self, now: float) -> list[str]:
         if now >= self._repair_due:
@@ -369,6 +383,8 @@ class Syncer:
                 self._peers.forget(gone)
                 self._active.forget(gone)
                 self._complained.discard(gone)
+            for path in self._written.keys() - homes.keys():
+                del self._written[path]
             for path in self._vip_errors.keys() - homes.keys():
                 del self._vip_errors[path]
             if woken:

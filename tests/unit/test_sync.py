@@ -27,7 +27,7 @@ from driver.model import (
 from driver.occasions import BEAT
 from driver.peers import REPAIR_EVERY
 from driver.ports import Told
-from driver.sync import SETTLE, Syncer
+from driver.sync import SETTLE, WRITE_BURST, WRITE_GAP, Syncer
 from tests.patience import patience
 from tests.unit.facts import engine_view
 from tests.unit.steps import Machine
@@ -571,6 +571,20 @@ def test_running_loop_follows(running: Host) -> None:
     running.dns.active["web"] = frozenset({at(8)})
     soon(lambda: running.balancer.tables[sandbox] == {VIP: (at(8),)})
     soon(lambda: running.collected > 0)
+
+
+def test_a_rolling_update_is_written_together(running: Host) -> None:
+    """When tasks change many times a second a container's rules are written twice a second, and end as they should."""
+    sandbox = running.join(20)
+    soon(lambda: running.balancer.tables.get(sandbox) == BOTH)
+    before, begin = running.balancer.writes, time.monotonic()
+    for number in range(60):
+        running.dns.active["web"] = frozenset({at(7 + number % 2)})
+        time.sleep(0.05)
+    running.dns.active["web"] = frozenset({at(8)})
+    soon(lambda: running.balancer.tables[sandbox] == {VIP: (at(8),)})
+    spent = time.monotonic() - begin
+    assert running.balancer.writes - before <= WRITE_BURST + 2 + spent / WRITE_GAP
 
 
 def test_running_loop_awaits_sandboxes(running: Host) -> None:
