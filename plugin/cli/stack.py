@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from driver.errors import InvalidRequest
-from plugin.cli.tree import Node, Plain, tree, values
+from plugin.cli.tree import BREAKS, Node, Plain, tree, values
 
 KEYS: Final = ("volumes", "environment")
 _ROUNDS: Final = 4
-_DASH: Final = re.compile(r"\n( *)-\s")
+_BREAK: Final = re.compile(f"[{BREAKS}]")
+_DASH: Final = re.compile(f"[{BREAKS}]( *)-\\s")
 _MEANING: Final = ("true", "false", "yes", "no", "on", "off", "null")
 
 
@@ -206,7 +207,8 @@ class _Writer:
         self._text = text
         self._chosen = chosen
         self._uses = uses
-        self._newline = "\r\n" if "\r\n" in text else "\n"
+        kinds = [each for each in ("\r\n", "\n", *BREAKS) if each in text]
+        self._newline = kinds[0] if kinds else "\n"
 
     def change(
         self,
@@ -373,10 +375,8 @@ class _Writer:
         return node.start + len(self._text[node.start : node.end].rstrip())
 
     def _line_end(self, at: int) -> int:
-        end = self._text.find("\n", at)
-        if end < 0:
-            return len(self._text)
-        return end - 1 if self._text[end - 1] == "\r" else end
+        found = _BREAK.search(self._text, at)
+        return found.start() if found else len(self._text)
 
     def _column(self, node: Node) -> int:
         return node.children[0].column

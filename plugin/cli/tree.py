@@ -43,6 +43,9 @@ _BOOLEANS: Final = {
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
 _MERGE: Final = "<<"
+BREAKS: Final = "\r\n\x85\u2028\u2029"
+"""What ends a line: all of YAML 1.1's, as Docker has it."""
+_AS_BREAKS: Final = dict.fromkeys(map(ord, BREAKS[2:]), "\n")
 
 
 class Plain(str):
@@ -110,7 +113,8 @@ def _events(text: str, where: str) -> Iterator[Any]:
     try:
         reader = YAML(typ="safe", pure=True)
         reader.Scanner = Scanner
-        yield from reader.parse(text)
+        # Character by character, so that places stay.
+        yield from reader.parse(text.translate(_AS_BREAKS))
     except (YAMLError, ValueError) as error:
         # Some of its errors have no place in the text.
         mark = getattr(error, "problem_mark", None)

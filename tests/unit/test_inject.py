@@ -404,6 +404,17 @@ def test_what_docker_reads(old: str, new: str) -> None:
     assert "LD_PRELOAD" in "".join(lines)
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r", "\x85", "\u2028", "\u2029"])
+def test_whatever_ends_a_line(newline: str) -> None:
+    """Lines may end as YAML lets them, which Docker's reader does too; those that are added end in the same way."""
+    outcome = injected(PLAIN.replace("\n", newline))
+    assert outcome.text.replace(newline, "\n") == injected(PLAIN).text
+    mixed = injected(
+        PLAIN.replace("nginx\n", f"nginx{newline}", 1).replace("web:\n", "web: &w\u2028", 1)
+    )
+    assert mixed.injected == ("web",)
+
+
 @pytest.mark.parametrize(
     "name", ["n", "y", "on", "off", "yes", "no", "null", "~", "1", "1.0", "true"]
 )
