@@ -231,19 +231,31 @@ void family_exit(void)
                 atomic_store(&family->members[process.member], NOBODY);
 }
 
+/* Of this process alone: tables that are touched as far as they are used. What every process touches comes
+ * first, within the 2 MiB that one page table maps: fork copies page tables. */
+static size_t own_memory(void)
+{
+        return PAGE + DESCRIPTORS * sizeof *process.fds + ENDS * sizeof *process.local +
+               ENDS * sizeof *process.fd_of + 4 * (size_t)PAGE + poller_memory();
+}
+
 void family_start(void)
 {
         struct real *functions = real();
+        char *place;
 
         if (!functions->read || !functions->clock_gettime)
                 return;
         family = reserve_for_good(sizeof *family, MAP_SHARED);
-        process.fds = reserve_for_good(DESCRIPTORS * sizeof *process.fds, MAP_PRIVATE);
-        process.local = reserve_for_good(ENDS * sizeof *process.local, MAP_PRIVATE);
-        process.fd_of = reserve_for_good(ENDS * sizeof *process.fd_of, MAP_PRIVATE);
-        process.alive = reserve(PAGE, MAP_PRIVATE);
-        if (!family || !process.fds || !process.local || !process.fd_of || !process.alive || !poller_start())
+        place = reserve_for_good(own_memory(), MAP_PRIVATE);
+        if (!family || !place)
                 return;
+        process.alive = take_part(&place, PAGE);
+        process.local = take_part(&place, ENDS * sizeof *process.local);
+        process.fd_of = take_part(&place, ENDS * sizeof *process.fd_of);
+        poller_start_ends(&place);
+        process.fds = take_part(&place, DESCRIPTORS * sizeof *process.fds);
+        poller_start(&place);
         /* Linux 4.14 and later; without it a child by raw clone isn't noticed, one by fork is. */
         sys_3(SYS_madvise, process.alive, PAGE, MADV_WIPEONFORK);
         sys_3(SYS_madvise, family, sizeof *family, MADV_DONTDUMP);

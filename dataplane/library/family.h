@@ -116,8 +116,8 @@ struct family {
         _Atomic uint32_t next_arena;
         _Atomic uint64_t touched;         /* bytes of bulk areas in use by our senders */
         _Atomic int32_t members[MEMBERS]; /* process IDs, 0: the number is free */
-        struct arena_record arenas[ARENAS];
         struct end ends[ENDS];
+        struct arena_record arenas[ARENAS];
 };
 
 extern struct family *family;

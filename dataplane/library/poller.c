@@ -98,14 +98,22 @@ static struct lock table;       /* chains, `only` and free list; taken before a 
 static uint32_t free_list = NONE, unused_from;
 static uint32_t pollers_used; /* numbers below were ever in use */
 
-bool poller_start(void)
+size_t poller_memory(void)
 {
-        registrations = reserve_for_good(REGISTRATIONS * sizeof *registrations, MAP_PRIVATE);
-        of_fd = reserve_for_good(DESCRIPTORS * sizeof *of_fd, MAP_PRIVATE);
-        only = reserve_for_good(ENDS * sizeof *only, MAP_PRIVATE);
-        pollers =
-            registrations && of_fd && only ? reserve_for_good(POLLERS * sizeof *pollers, MAP_PRIVATE) : NULL;
-        return pollers != NULL;
+        return REGISTRATIONS * sizeof *registrations + DESCRIPTORS * sizeof *of_fd + ENDS * sizeof *only +
+               POLLERS * sizeof *pollers + 4 * (size_t)PAGE;
+}
+
+void poller_start_ends(char **place)
+{
+        only = take_part(place, ENDS * sizeof *only);
+}
+
+void poller_start(char **place)
+{
+        of_fd = take_part(place, DESCRIPTORS * sizeof *of_fd);
+        registrations = take_part(place, REGISTRATIONS * sizeof *registrations);
+        pollers = take_part(place, POLLERS * sizeof *pollers);
 }
 
 static struct poller *poller_of(int epfd)

@@ -24,7 +24,10 @@
 #include <sys/epoll.h>
 
 /* Before any thread: false if there is no memory. */
-bool poller_start(void);
+/* How much zeroed memory it needs, and where to take it from: first the table that has one entry per end. */
+size_t poller_memory(void);
+void poller_start_ends(char **place);
+void poller_start(char **place);
 void poller_made(int epfd);
 void poller_alias(int old, int new);
 /* Does the call and keeps our part of it. */

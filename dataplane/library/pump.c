@@ -1,11 +1,13 @@
 #include "pump.h"
 
+#include "sparse.h"
 #include "sys.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 
 enum {
@@ -92,27 +94,29 @@ static void step(struct pump *pump, struct way *way)
         }
 }
 
-__attribute__((noreturn)) static void run(struct pump *pump, int ours)
+/* `ways`: one for each direction, zeroed. */
+__attribute__((noreturn)) static void run(struct pump *pump, int ours, struct way *ways)
 {
-        static struct way in, out;
+        struct way *in = &ways[0], *out = &ways[1];
         uint64_t all = UINT64_MAX;
 
         sys_4(SYS_rt_sigprocmask, 0 /* SIG_BLOCK */, &all, 0, sizeof all);
         keep_only(pump->tcp, ours);
-        in.from = out.to = pump->tcp;
-        in.to = out.from = ours;
+        in->from = out->to = pump->tcp;
+        in->to = out->from = ours;
         for (;;) {
                 struct pollfd polled[2] = {{.fd = pump->tcp}, {.fd = ours}};
 
-                step(pump, &in);
-                step(pump, &out);
-                if (in.over && out.over)
+                step(pump, in);
+                step(pump, out);
+                if (in->over && out->over)
                         sys_1(SYS_exit_group, 0);
-                if (!in.over)
-                        polled[in.first == in.last ? 0 : 1].events |= in.first == in.last ? POLLIN : POLLOUT;
-                if (!out.over)
-                        polled[out.first == out.last ? 1 : 0].events |=
-                            out.first == out.last ? POLLIN : POLLOUT;
+                if (!in->over)
+                        polled[in->first == in->last ? 0 : 1].events |=
+                            in->first == in->last ? POLLIN : POLLOUT;
+                if (!out->over)
+                        polled[out->first == out->last ? 1 : 0].events |=
+                            out->first == out->last ? POLLIN : POLLOUT;
                 /* One that only says that it has ended isn't waited for. */
                 for (int i = 0; i < 2; i++)
                         if (!polled[i].events)
@@ -123,15 +127,23 @@ __attribute__((noreturn)) static void run(struct pump *pump, int ours)
 
 bool pump_start(struct pump *pump)
 {
+        /* Not a static buffer: every program would have its pages between the library's own variables. */
+        const size_t size = 2 * sizeof(struct way);
+        struct way *ways = reserve(size, MAP_PRIVATE);
         int pair[2];
         long child;
 
-        if (sys_4(SYS_socketpair, AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
+        if (!ways)
                 return false;
+        if (sys_4(SYS_socketpair, AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0) {
+                sys_2(SYS_munmap, ways, size);
+                return false;
+        }
         /* Without a signal at its end: not one of the children that the program waits for. */
         child = sys_5(SYS_clone, 0, 0, 0, 0, 0);
         if (child == 0)
-                run(pump, pair[1]);
+                run(pump, pair[1], ways);
+        sys_2(SYS_munmap, ways, size);
         sys_1(SYS_close, pair[1]);
         if (child < 0) {
                 sys_1(SYS_close, pair[0]);
