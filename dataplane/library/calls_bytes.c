@@ -2,16 +2,32 @@
 #include "calls.h"
 
 #include "protocol.h"
-#include "statistics.h"
+#include "sys.h"
 #include "transfer.h"
 #include "upgrade.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <string.h>
 
-enum { LARGEST = 0x7ffff000 }; /* what the kernel moves at most in one call */
+enum {
+        LARGEST = 0x7ffff000, /* what the kernel moves at most in one call */
+        /* With these a send is like one without, or means what it means on a ring. */
+        SEND_FLAGS = MSG_DONTWAIT | MSG_NOSIGNAL | MSG_MORE | MSG_EOR | MSG_CONFIRM | MSG_DONTROUTE |
+                     MSG_WAITALL | MSG_TRUNC | MSG_CTRUNC | MSG_ZEROCOPY | MSG_CMSG_CLOEXEC | MSG_WAITFORONE,
+        RECEIVE_FLAGS = SEND_FLAGS | MSG_PEEK | MSG_OOB | MSG_ERRQUEUE,
+};
 
+/* Flags of preadv2() and pwritev2(): those that say nothing about a socket, and those that do. */
+#define RWF_NOTHING 0x37 /* HIPRI, DSYNC, SYNC, APPEND, NOAPPEND */
+#define RWF_WAITS_NOT 0x08
+#define RWF_SIGNALS_NOT 0x100
+
+#define SPLICE_FLAGS (SPLICE_F_MOVE | SPLICE_F_NONBLOCK | SPLICE_F_MORE | SPLICE_F_GIFT)
+
+/* The size of all buffers, as much of it as the kernel would move. False: it refuses them, and moves nothing.
+ */
 static bool total(struct operation *o)
 {
         size_t size = 0;
@@ -19,9 +35,11 @@ static bool total(struct operation *o)
         if (o->count < 0 || o->count > IOV_MAX)
                 return false;
         for (int i = 0; i < o->count; i++) {
-                if (o->vec[i].iov_len > LARGEST - size)
+                size_t more = o->vec[i].iov_len;
+
+                if ((ssize_t)more < 0)
                         return false;
-                size += o->vec[i].iov_len;
+                size = more < LARGEST - size ? size + more : LARGEST;
         }
         o->size = size;
         return true;
@@ -34,6 +52,12 @@ static void single(struct operation *o, const void *buffer, size_t size)
         o->count = 1;
 }
 
+/* The calls of sockets take any size and move LARGEST of it; read() and write() refuse what is negative. */
+static void single_of_socket(struct operation *o, const void *buffer, size_t size)
+{
+        single(o, buffer, size < LARGEST ? size : LARGEST);
+}
+
 static ssize_t receive(struct operation *o, struct end *end, uint64_t key)
 {
         uint32_t stage = atomic_load_explicit(&end->stage, memory_order_relaxed);
@@ -43,6 +67,9 @@ static ssize_t receive(struct operation *o, struct end *end, uint64_t key)
         if (__builtin_expect(stage != STAGE_ATTACHED, 0) &&
             (stage == STAGE_CLOSED || !upgrade_step(o->fd, end, key, 0)))
                 return operation_native(o);
+        /* What a flag that we don't know asks for, TCP may know. What is in the ring comes before. */
+        if (__builtin_expect(o->flags & ~RECEIVE_FLAGS, 0))
+                upgrade_leave(o->fd, end, key, REASON_OPTION);
         return transfer_receive(o, end, key);
 }
 
@@ -87,7 +114,7 @@ CALL ssize_t recv(int fd, void *buffer, size_t size, int flags)
 
         if (!end)
                 return real()->recv(fd, buffer, size, flags);
-        single(&o, buffer, size);
+        single_of_socket(&o, buffer, size);
         return receive(&o, end, key);
 }
 
@@ -104,7 +131,7 @@ CALL ssize_t recvfrom(int fd, void *buffer, size_t size, int flags, struct socka
 
         if (!end)
                 return real()->recvfrom(fd, buffer, size, flags, address, address_size);
-        single(&o, buffer, size);
+        single_of_socket(&o, buffer, size);
         return receive(&o, end, key);
 }
 
@@ -137,7 +164,7 @@ CALL ssize_t recvmsg(int fd, struct msghdr *message, int flags)
         struct end *end = end_of(fd, &key);
         struct operation o = {.call = CALL_RECVMSG, .fd = fd, .flags = flags, .message = message};
 
-        if (!end)
+        if (!end || !message)
                 return real()->recvmsg(fd, message, flags);
         o.vec = message->msg_iov;
         o.count = message->msg_iovlen > IOV_MAX ? -1 : (int)message->msg_iovlen;
@@ -161,7 +188,6 @@ CALL int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags, s
                 if (got < 0)
                         break;
                 messages[done].msg_len = (unsigned)got;
-                messages[done].msg_hdr.msg_flags = 0;
                 done++;
                 if (!got)
                         break;
@@ -194,11 +220,12 @@ CALL ssize_t send(int fd, const void *buffer, size_t size, int flags)
 {
         uint64_t key;
         struct end *end = end_of(fd, &key);
-        struct operation o = {.call = CALL_SEND, .fd = fd, .flags = flags};
+        struct operation o = {
+            .call = CALL_SEND, .fd = fd, .flags = flags, .by_kernel = (flags & ~SEND_FLAGS) != 0};
 
         if (!end)
                 return real()->send(fd, buffer, size, flags);
-        single(&o, buffer, size);
+        single_of_socket(&o, buffer, size);
         return send_out(&o, end, key);
 }
 
@@ -210,6 +237,7 @@ CALL ssize_t sendto(int fd, const void *buffer, size_t size, int flags, const st
         struct operation o = {.call = CALL_SENDTO,
                               .fd = fd,
                               .flags = flags,
+                              .by_kernel = (flags & ~SEND_FLAGS) != 0,
                               .address = (struct sockaddr *)(uintptr_t)address,
                               .size_of_address = address_size};
 
@@ -220,7 +248,7 @@ CALL ssize_t sendto(int fd, const void *buffer, size_t size, int flags, const st
         }
         if (!end)
                 return real()->sendto(fd, buffer, size, flags, address, address_size);
-        single(&o, buffer, size);
+        single_of_socket(&o, buffer, size);
         return send_out(&o, end, key);
 }
 
@@ -240,8 +268,12 @@ CALL ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
                         passing(message);
                 return real()->sendmsg(fd, message, flags);
         }
+        if (!message)
+                return real()->sendmsg(fd, message, flags);
         o.vec = message->msg_iov;
         o.count = message->msg_iovlen > IOV_MAX ? -1 : (int)message->msg_iovlen;
+        /* Control messages are the kernel's to judge. */
+        o.by_kernel = flags & ~SEND_FLAGS || (message->msg_control && message->msg_controllen);
         return send_out(&o, end, key);
 }
 
@@ -273,23 +305,59 @@ CALL int sendmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags)
         return done ? (int)done : -1;
 }
 
+/* preadv2() and pwritev2() on a socket: only offset -1 means anything, and then they are recvmsg() and
+ * sendmsg() with the flags' meaning. False: not ours. */
+static bool vectors(struct operation *o, struct msghdr *message, const struct iovec *vec, int count,
+                    off_t offset, int flags, uint64_t *key)
+{
+        struct end *end = offset == -1 ? end_of(o->fd, key) : NULL;
+
+        if (!end)
+                return false;
+        if (flags & ~(RWF_NOTHING | RWF_WAITS_NOT | RWF_SIGNALS_NOT)) {
+                upgrade_leave(o->fd, end, *key, REASON_OPTION);
+                if (o->call == CALL_SENDMSG || !end_has_rest(end))
+                        return false;
+        }
+        /* What the kernel refuses it refuses by the name that was called. */
+        if (count < 0 || count > IOV_MAX)
+                return false;
+        *message = (struct msghdr){.msg_iov = (struct iovec *)(uintptr_t)vec, .msg_iovlen = (size_t)count};
+        o->message = message;
+        o->vec = vec;
+        o->count = count;
+        o->flags = (flags & RWF_WAITS_NOT ? MSG_DONTWAIT : 0) | (flags & RWF_SIGNALS_NOT ? MSG_NOSIGNAL : 0);
+        return true;
+}
+
 CALL ssize_t preadv2(int fd, const struct iovec *vec, int count, off_t offset, int flags)
 {
+        struct operation o = {.call = CALL_RECVMSG, .fd = fd};
+        struct msghdr message;
         uint64_t key;
 
-        /* On a socket only offset -1 means anything, and then it's readv(). */
-        if (offset == -1 && !flags && end_of(fd, &key))
+        if (!flags && offset == -1)
                 return readv(fd, vec, count);
-        return real()->preadv2(fd, vec, count, offset, flags);
+        if (vectors(&o, &message, vec, count, offset, flags, &key))
+                return total(&o) && !o.size ? 0 : receive(&o, end_of(fd, &key), key);
+        if (real()->preadv2)
+                return real()->preadv2(fd, vec, count, offset, flags);
+        return result(sys_6(SYS_preadv2, fd, vec, count, offset, 0, flags));
 }
 
 CALL ssize_t pwritev2(int fd, const struct iovec *vec, int count, off_t offset, int flags)
 {
+        struct operation o = {.call = CALL_SENDMSG, .fd = fd};
+        struct msghdr message;
         uint64_t key;
 
-        if (offset == -1 && !flags && end_of(fd, &key))
+        if (!flags && offset == -1)
                 return writev(fd, vec, count);
-        return real()->pwritev2(fd, vec, count, offset, flags);
+        if (vectors(&o, &message, vec, count, offset, flags, &key))
+                return send_out(&o, end_of(fd, &key), key);
+        if (real()->pwritev2)
+                return real()->pwritev2(fd, vec, count, offset, flags);
+        return result(sys_6(SYS_pwritev2, fd, vec, count, offset, 0, flags));
 }
 
 CALL ssize_t sendfile(int out, int in, off_t *offset, size_t size)
@@ -297,34 +365,44 @@ CALL ssize_t sendfile(int out, int in, off_t *offset, size_t size)
         uint64_t key;
         struct end *end = end_of(out, &key);
         struct operation o = {.call = CALL_SENDFILE, .fd = out, .other = in, .offset = offset, .size = size};
+        ssize_t sent;
 
-        if (!end)
+        if (!end || (ssize_t)size <= 0)
                 return real()->sendfile(out, in, offset, size);
         if (size > LARGEST)
                 o.size = LARGEST;
-        return send_out(&o, end, key);
+        sent = send_out(&o, end, key);
+        if (o.ahead)
+                sys_2(SYS_munmap, o.ahead, AHEAD);
+        return sent;
 }
 
 CALL ssize_t splice(int in, off64_t *in_offset, int out, off64_t *out_offset, size_t size, unsigned flags)
 {
         struct operation o = {.flags = (int)flags, .size = size > LARGEST ? LARGEST : size};
         uint64_t key;
-        struct end *end = out_offset ? NULL : end_of(out, &key);
+        struct end *end = out_offset || in_offset ? NULL : end_of(out, &key);
+        bool sends = end != NULL;
 
-        if (end && !in_offset) {
-                o.call = CALL_SPLICE_IN;
-                o.fd = out;
-                o.other = in;
-                return send_out(&o, end, key);
+        if (!end && !out_offset && !in_offset)
+                end = end_of(in, &key);
+        if (end) {
+                o.fd = sends ? out : in;
+                o.other = sends ? in : out;
+                /* One must be a pipe, or the kernel refuses. */
+                if (sys_2(SYS_fcntl, o.other, F_GETPIPE_SZ) < 0 || !size || (ssize_t)size < 0)
+                        end = NULL;
         }
-        end = in_offset ? NULL : end_of(in, &key);
-        if (end && !out_offset) {
-                o.call = CALL_SPLICE_OUT;
-                o.fd = in;
-                o.other = out;
-                return receive(&o, end, key);
+        if (end && flags & ~SPLICE_FLAGS) {
+                upgrade_leave(o.fd, end, key, REASON_OPTION);
+                if (sends || !end_has_rest(end))
+                        end = NULL;
+                o.flags &= SPLICE_FLAGS;
         }
-        return real()->splice(in, in_offset, out, out_offset, size, flags);
+        if (!end)
+                return real()->splice(in, in_offset, out, out_offset, size, flags);
+        o.call = sends ? CALL_SPLICE_IN : CALL_SPLICE_OUT;
+        return sends ? send_out(&o, end, key) : receive(&o, end, key);
 }
 
 /* What _FORTIFY_SOURCE makes of the calls, after its check. */
@@ -362,3 +440,5 @@ ALSO(read) ssize_t __read(int, void *, size_t);
 ALSO(write) ssize_t __write(int, const void *, size_t);
 ALSO(send) ssize_t __send(int, const void *, size_t, int);
 ALSO(sendfile) ssize_t sendfile64(int, int, off64_t *, size_t);
+ALSO(preadv2) ssize_t preadv64v2(int, const struct iovec *, int, off64_t, int);
+ALSO(pwritev2) ssize_t pwritev64v2(int, const struct iovec *, int, off64_t, int);

@@ -5,8 +5,8 @@
 #include "inherit.h"
 #include "poller.h"
 #include "protocol.h"
-#include "ready.h"
 #include "sys.h"
+#include "transfer.h"
 #include "upgrade.h"
 
 #include <errno.h>
@@ -125,9 +125,11 @@ static int control(int fd, int command, long argument)
 
         if (end && (command == F_DUPFD || command == F_DUPFD_CLOEXEC))
                 doubling(fd);
+        /* The kernel signals what it hears of, which isn't what comes through a ring. */
+        if (end && command == F_SETFL && argument & O_ASYNC)
+                upgrade_leave(fd, end, key, REASON_OPTION);
         outcome =
             real()->fcntl64 ? real()->fcntl64(fd, command, argument) : real()->fcntl(fd, command, argument);
-
         if (outcome < 0)
                 return outcome;
         if (command == F_DUPFD || command == F_DUPFD_CLOEXEC)
@@ -151,22 +153,6 @@ CALL int fcntl(int fd, int command, ...)
 ALSO(fcntl) int fcntl64(int, int, ...);
 ALSO(fcntl) int __fcntl(int, int, ...);
 
-/* Bytes that a receiver could read: of TCP before the ring, and of the ring. */
-static int unread(struct end *end, int queued)
-{
-        enum taken taken = lock_take(&end->rx.lock, self());
-        uint32_t phase = atomic_load(&end->rx.phase);
-        int64_t ready = 0;
-
-        if (phase == PHASE_RING || (phase == PHASE_READY && ready_bytes(end))) {
-                struct view view = end_receives(end);
-
-                ready = ring_ready(&end->rx, &view);
-        }
-        lock_release(&end->rx.lock, taken);
-        return queued + (ready > 0 ? (int)ready : 0);
-}
-
 CALL int ioctl(int fd, unsigned long request, ...)
 {
         uint64_t key;
@@ -178,6 +164,10 @@ CALL int ioctl(int fd, unsigned long request, ...)
         va_start(list, request);
         argument = va_arg(list, void *);
         va_end(list);
+        end = end_of(fd, &key);
+        /* A bad address is the kernel's to refuse. */
+        if (end && request == FIOASYNC && argument)
+                upgrade_leave(fd, end, key, REASON_OPTION);
         outcome = real()->ioctl(fd, request, argument);
         end = outcome < 0 ? NULL : end_of(fd, &key);
         if (!end)
@@ -185,7 +175,10 @@ CALL int ioctl(int fd, unsigned long request, ...)
         if (request == FIONBIO)
                 atomic_store(&end->nonblocking, *(int *)argument != 0);
         if (request == FIONREAD)
-                *(int *)argument = unread(end, *(int *)argument);
+                *(int *)argument = transfer_unread(end, *(int *)argument);
+        /* What is left in a ring comes before TCP's mark. */
+        if (request == SIOCATMARK && *(int *)argument && transfer_unread(end, 0))
+                *(int *)argument = 0;
         return outcome;
 }
 

@@ -1,13 +1,17 @@
 /* Where connections begin and end. */
 #include "calls.h"
 
+#include "arena.h"
 #include "clock.h"
 #include "keep.h"
 #include "poller.h"
 #include "protocol.h"
+#include "ready.h"
 #include "router.h"
 #include "settings.h"
 #include "statistics.h"
+#include "sys.h"
+#include "transfer.h"
 #include "upgrade.h"
 
 #include <errno.h>
@@ -154,15 +158,151 @@ CALL int shutdown(int fd, int how)
         return outcome;
 }
 
-/* Options that rings can't carry. */
-static bool is_unfit(int level, int name, int value)
+/* What an option of a socket is to a connection in a ring. */
+enum fit {
+        FIT,     /* about packets, listeners or buffers: a ring has none, or its own */
+        UNFIT,   /* the kernel gives it a meaning that a ring can't */
+        UNKNOWN, /* as UNFIT, if the kernel takes it */
+};
+
+#define BIT(name) (UINT64_C(1) << (name))
+/* By number, since the names depend on the headers. What isn't listed is unknown: an option that a later
+ * kernel has may say what a read is, and TCP is right whatever it says. */
+enum {
+        RECENT_RCVTIMEO = 66, /* as SO_RCVTIMEO, on machines with two sizes of time */
+        RECENT_SNDTIMEO = 67,
+        RECENT_TIMESTAMP = 63,
+        RECENT_TIMESTAMPING = 65,
+        PACING_RATE = 47,
+        ATTACH_BPF = 50,
+        TX_TIME = 61,
+        PEEK_OFF = 42,
+        ZERO_COPY = 60,
+        INQ = 36,               /* of TCP */
+        ZERO_COPY_RECEIVE = 35, /* of TCP, and read like an option */
+        IP_POLICY = 16,         /* IP_IPSEC_POLICY, IP_XFRM_POLICY: 16, 17; of IPv6 34, 35 */
+        IP6_POLICY = 34,
+};
+
+static const uint64_t fit_of_socket[2] = {
+    /* DEBUG, REUSEADDR, DONTROUTE, BROADCAST, SNDBUF, RCVBUF, KEEPALIVE, NO_CHECK, PRIORITY, LINGER,
+     * BSDCOMPAT, REUSEPORT, PASSCRED, SNDLOWAT, BINDTODEVICE, DETACH_FILTER, SNDBUFFORCE, RCVBUFFORCE */
+    BIT(1) | BIT(2) | BIT(5) | BIT(6) | BIT(7) | BIT(8) | BIT(9) | BIT(11) | BIT(12) | BIT(13) | BIT(14) |
+        BIT(15) | BIT(16) | BIT(19) | BIT(25) | BIT(27) | BIT(32) | BIT(33) |
+        /* PASSSEC, MARK, RXQ_OVFL, WIFI_STATUS, NOFCS, LOCK_FILTER, SELECT_ERR_QUEUE, BUSY_POLL,
+         * INCOMING_CPU, ATTACH_REUSEPORT_CBPF, ATTACH_REUSEPORT_EBPF, CNX_ADVICE, BINDTOIFINDEX */
+        BIT(34) | BIT(36) | BIT(40) | BIT(41) | BIT(43) | BIT(44) | BIT(45) | BIT(46) | BIT(49) | BIT(51) |
+        BIT(52) | BIT(53) | BIT(62),
+    /* DETACH_REUSEPORT_BPF, PREFER_BUSY_POLL, BUSY_POLL_BUDGET, RESERVE_MEM, TXREHASH, RCVMARK, RCVPRIORITY
+     */
+    BIT(68 - 64) | BIT(69 - 64) | BIT(70 - 64) | BIT(73 - 64) | BIT(74 - 64) | BIT(75 - 64) | BIT(82 - 64),
+};
+
+/* NODELAY, MAXSEG, CORK, KEEPIDLE, KEEPINTVL, KEEPCNT, SYNCNT, LINGER2, DEFER_ACCEPT, WINDOW_CLAMP, QUICKACK,
+ * CONGESTION, THIN_LINEAR_TIMEOUTS, THIN_DUPACK, USER_TIMEOUT, FASTOPEN, NOTSENT_LOWAT, SAVE_SYN,
+ * FASTOPEN_KEY, FASTOPEN_NO_COOKIE, RTO_MAX_MS, RTO_MIN_US, DELACK_MAX_US */
+static const uint64_t fit_of_tcp = BIT(1) | BIT(2) | BIT(3) | BIT(4) | BIT(5) | BIT(6) | BIT(7) | BIT(8) |
+                                   BIT(9) | BIT(10) | BIT(12) | BIT(13) | BIT(16) | BIT(17) | BIT(18) |
+                                   BIT(23) | BIT(25) | BIT(27) | BIT(33) | BIT(34) | BIT(44) | BIT(45) |
+                                   BIT(46);
+
+static enum fit fit(int level, int name, int value)
 {
-        if (level == SOL_SOCKET)
-                return (name == SO_RCVLOWAT && value > 1) ||
-                       (value && (name == SO_ZEROCOPY || name == SO_OOBINLINE || name == SO_TIMESTAMP ||
-                                  name == SO_TIMESTAMPNS || name == SO_TIMESTAMPING || name == SO_PEEK_OFF));
-        return level == IPPROTO_TCP &&
-               (name == TCP_ULP || name == TCP_REPAIR || name == TCP_FASTOPEN_CONNECT);
+        if (level == SOL_SOCKET) {
+                switch (name) {
+                case SO_RCVLOWAT:
+                        return value < 0 || value > 1 ? UNFIT : FIT;
+                case PEEK_OFF:
+                        return value >= 0 ? UNFIT : FIT;
+                case SO_OOBINLINE:
+                case SO_TIMESTAMP:
+                case SO_TIMESTAMPNS:
+                case SO_TIMESTAMPING:
+                case RECENT_TIMESTAMP:
+                case RECENT_TIMESTAMP + 1:
+                case RECENT_TIMESTAMPING:
+                case ZERO_COPY:
+                        return value ? UNFIT : FIT;
+                case SO_RCVTIMEO:
+                case SO_SNDTIMEO:
+                case RECENT_RCVTIMEO:
+                case RECENT_SNDTIMEO:
+                        return FIT;
+                case SO_ATTACH_FILTER:
+                case ATTACH_BPF:
+                case PACING_RATE:
+                case TX_TIME:
+                        return UNFIT;
+                default:
+                        return name >= 0 && name < 128 && fit_of_socket[name / 64] & BIT(name % 64) ? FIT
+                                                                                                    : UNKNOWN;
+                }
+        }
+        /* About packets, but for what encrypts those of one socket. */
+        if (level == IPPROTO_IP)
+                return name == IP_POLICY || name == IP_POLICY + 1 ? UNFIT : FIT;
+        if (level == IPPROTO_IPV6)
+                return name == IP6_POLICY || name == IP6_POLICY + 1 ? UNFIT : FIT;
+        if (level != IPPROTO_TCP)
+                return UNKNOWN;
+        if (name == INQ)
+                return value ? UNFIT : FIT;
+        if (name == TCP_ULP || name == TCP_REPAIR || name == TCP_FASTOPEN_CONNECT)
+                return UNFIT;
+        return name >= 0 && name < 64 && fit_of_tcp & BIT(name) ? FIT : UNKNOWN;
+}
+
+/* A timeout that has passed before it begins: the kernel has it, and doesn't say so when it is asked. */
+static bool is_past(int level, int name, const void *value, socklen_t size)
+{
+        struct timeval time;
+
+        if (level != SOL_SOCKET || size < sizeof time ||
+            (name != SO_RCVTIMEO && name != SO_SNDTIMEO && name != RECENT_RCVTIMEO &&
+             name != RECENT_SNDTIMEO))
+                return false;
+        memcpy(&time, value, sizeof time);
+        return time.tv_sec < 0;
+}
+
+/* The library's part of an option that the kernel has taken. `rest`: there is something left in a ring that
+ * has ended, which comes before what the kernel has. */
+static void note(int fd, struct end *end, int level, int name, const void *value, socklen_t size, int number,
+                 bool rest)
+{
+        struct view view;
+        uint32_t length = sizeof number;
+
+        if (level == IPPROTO_TCP && name == INQ)
+                atomic_store(&end->inq, rest && number);
+        if (level != SOL_SOCKET)
+                return;
+        if (name == SO_RCVLOWAT) {
+                int64_t left = 0;
+
+                if (rest) {
+                        view = end_receives(end);
+                        left = ring_ready(&end->rx, &view);
+                        /* It has its own idea of how much that may be. */
+                        sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_RCVLOWAT, &number, &length);
+                }
+                rest = rest && number > 1 && left > 0 && upgrade_has_stopped(end);
+                atomic_store(&end->low, rest ? (uint32_t)number : 0);
+                if (rest)
+                        transfer_low_water(fd, (uint32_t)number, left);
+        }
+        if (name == PEEK_OFF)
+                atomic_store(&end->peeked, rest && number >= 0 ? (uint32_t)number + 1 : 0);
+        if ((name == SO_RCVTIMEO || name == SO_SNDTIMEO || name == RECENT_RCVTIMEO ||
+             name == RECENT_SNDTIMEO) &&
+            size >= sizeof(struct timeval)) {
+                struct timeval time;
+
+                memcpy(&time, value, sizeof time);
+                atomic_store(name == SO_RCVTIMEO || name == RECENT_RCVTIMEO ? &end->rx.timeout
+                                                                            : &end->tx.timeout,
+                             upgrade_timeout(&time));
+        }
 }
 
 CALL int setsockopt(int fd, int level, int name, const void *value, socklen_t size)
@@ -170,37 +310,56 @@ CALL int setsockopt(int fd, int level, int name, const void *value, socklen_t si
         uint64_t key;
         struct end *end = end_of(fd, &key);
         int outcome, number = 0;
+        enum fit fits;
 
         if (!end)
                 return real()->setsockopt(fd, level, name, value, size);
         if (value && size >= sizeof number)
                 memcpy(&number, value, sizeof number);
-        if (is_unfit(level, name, number)) {
+        fits = fit(level, name, number);
+        if (fits == FIT && value && is_past(level, name, value, size))
+                fits = UNFIT;
+        if (fits == UNFIT) {
                 upgrade_leave(fd, end, key, REASON_OPTION);
-                return real()->setsockopt(fd, level, name, value, size);
+                /* What is left in a ring can't be decrypted there: as where the kernel has no such module. */
+                if (level == IPPROTO_TCP && name == TCP_ULP && end_has_rest(end))
+                        return (int)result(-ENOENT);
         }
         outcome = real()->setsockopt(fd, level, name, value, size);
-        if (outcome == 0)
-                keep_set(fd, end, level, name);
-        if (outcome == 0 && level == SOL_SOCKET && (name == SO_RCVTIMEO || name == SO_SNDTIMEO) &&
-            size >= sizeof(struct timeval)) {
-                struct timeval time;
-
-                memcpy(&time, value, sizeof time);
-                atomic_store(name == SO_RCVTIMEO ? &end->rx.timeout : &end->tx.timeout,
-                             upgrade_timeout(&time));
-        }
+        if (outcome != 0)
+                return outcome;
+        keep_set(fd, end, level, name);
+        if (fits == UNKNOWN)
+                upgrade_leave(fd, end, key, REASON_OPTION);
+        if (end_is(end, key) && end_of(fd, &key) == end)
+                note(fd, end, level, name, value, size, number, fits == UNFIT && end_has_rest(end));
         return outcome;
 }
 
+/* A few options are questions to what is left in a ring, and one takes bytes. */
 CALL int getsockopt(int fd, int level, int name, void *value, socklen_t *size)
 {
         uint64_t key;
         struct end *end = end_of(fd, &key);
-        int outcome = real()->getsockopt(fd, level, name, value, size), number;
+        uint32_t low = end ? atomic_load(&end->low) : 0, peeked = end ? atomic_load(&end->peeked) : 0;
+        int outcome, number;
 
-        if (outcome == 0 && end && keep_get(end, level, name, &number))
-                memcpy(value, &number, *size < sizeof number ? *size : sizeof number);
+        if (end && level == IPPROTO_TCP && name == ZERO_COPY_RECEIVE) {
+                upgrade_leave(fd, end, key, REASON_OPTION);
+                /* It is done for what the kernel has: what comes before is to be read. */
+                if (end_has_rest(end))
+                        return (int)result(-EINVAL);
+        }
+        outcome = real()->getsockopt(fd, level, name, value, size);
+        if (outcome != 0 || !end)
+                return outcome;
+        if (level == SOL_SOCKET && name == SO_RCVLOWAT && low)
+                number = (int)low;
+        else if (level == SOL_SOCKET && name == PEEK_OFF && peeked)
+                number = (int)peeked - 1;
+        else if (!keep_get(end, level, name, &number))
+                return outcome;
+        memcpy(value, &number, *size < sizeof number ? *size : sizeof number);
         return outcome;
 }
 

@@ -374,6 +374,9 @@ struct end *end_make(int fd, bool nonblocking)
         atomic_store_explicit(&end->active, 0, memory_order_relaxed);
         atomic_store_explicit(&end->shut, 0, memory_order_relaxed);
         atomic_store_explicit(&end->error, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->low, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->peeked, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->inq, 0, memory_order_relaxed);
         atomic_store_explicit(&end->cookie, 0, memory_order_relaxed);
         atomic_store_explicit(&end->opened, 0, memory_order_relaxed);
         atomic_store_explicit(&end->kept, 0, memory_order_relaxed);

@@ -86,6 +86,10 @@ struct end {
         _Atomic uint32_t shut;   /* 1: SHUT_RD, 2: SHUT_WR was called; 4: SHUT_WR is being called */
         _Atomic uint32_t
             error; /* of the connection, which the kernel has said and the program hasn't heard */
+        /* Options that are the kernel's, and ours for what was left in the ring when they were set. */
+        _Atomic uint32_t low;    /* SO_RCVLOWAT; 0: the kernel knows it */
+        _Atomic uint32_t peeked; /* 1 + SO_PEEK_OFF; 0: off */
+        _Atomic uint32_t inq;    /* TCP_INQ */
         _Atomic uint32_t epoch;  /* router_epoch() when it was asked */
         _Atomic uint64_t opened; /* ns */
         _Atomic uint64_t cookie;
@@ -199,6 +203,15 @@ static inline uint32_t end_number(const struct end *end)
 static inline bool end_is(const struct end *end, uint64_t key)
 {
         return atomic_load_explicit(&end->generation, memory_order_acquire) == (uint32_t)(key >> 32);
+}
+
+/* Is there still something to be read that the kernel doesn't have? */
+static inline bool end_has_rest(const struct end *end)
+{
+        uint32_t phase = atomic_load_explicit(&end->rx.phase, memory_order_acquire);
+
+        return atomic_load_explicit(&end->stage, memory_order_relaxed) == STAGE_ATTACHED &&
+               (phase == PHASE_READY || phase == PHASE_RING);
 }
 
 struct end *end_make(int fd, bool nonblocking);

@@ -57,6 +57,11 @@ static inline bool ready_bytes(struct end *end)
                         return view_remote(&view) &&
                                ((!start && ready_over(&view) && ready_behind(end)) || ready_broken(end));
         }
+        /* The kernel has been told how much more is wanted than is left in a ring that has ended. */
+        if (__builtin_expect(atomic_load_explicit(&end->low, memory_order_relaxed), 0) && !ready_broken(end))
+                return atomic_load_explicit(&view.ring->tail, memory_order_acquire) -
+                           atomic_load_explicit(&end->rx.edge, memory_order_relaxed) >=
+                       atomic_load_explicit(&end->low, memory_order_relaxed);
         return atomic_load_explicit(&view.ring->tail, memory_order_acquire) !=
                    atomic_load_explicit(&end->rx.edge, memory_order_relaxed) ||
                (view_remote(&view) && ready_broken(end)) ||

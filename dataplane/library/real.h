@@ -2,6 +2,7 @@
 #ifndef FREEFLOW_REAL_H
 #define FREEFLOW_REAL_H
 
+#include <aio.h>
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
@@ -60,9 +61,17 @@
         F(int, epoll_pwait, (int, struct epoll_event *, int, int, const sigset_t *))                         \
         F(int, epoll_pwait2, (int, struct epoll_event *, int, const struct timespec *, const sigset_t *))    \
         F(FILE *, fdopen, (int, const char *))                                                               \
+        F(int, vdprintf, (int, const char *, va_list))                                                       \
+        F(int, __vdprintf_chk, (int, int, const char *, va_list))                                            \
+        F(int, aio_read, (struct aiocb *))                                                                   \
+        F(int, aio_write, (struct aiocb *))                                                                  \
+        F(int, lio_listio, (int, struct aiocb *const *, int, struct sigevent *))                             \
+        F(void, backtrace_symbols_fd, (void *const *, int, int))                                             \
         F(int, sigaction, (int, const struct sigaction *, struct sigaction *))                               \
         F(sighandler_t, signal, (int, sighandler_t))                                                         \
         F(sighandler_t, sysv_signal, (int, sighandler_t))                                                    \
+        F(sighandler_t, sigset, (int, sighandler_t))                                                         \
+        F(int, sigvec, (int, const void *, void *))                                                          \
         F(int, siginterrupt, (int, int))                                                                     \
         F(void, _exit, (int))                                                                                \
         F(int, execve, (const char *, char *const *, char *const *))                                         \
@@ -89,6 +98,8 @@
         F(void, pthread_testcancel, (void))                                                                  \
         F(const char *, gnu_get_libc_version, (void))                                                        \
         F(int, raise, (int))                                                                                 \
+        F(int, vsnprintf, (char *, size_t, const char *, va_list))                                           \
+        F(int, __vsnprintf_chk, (char *, size_t, int, size_t, const char *, va_list))                        \
         F(int, __register_atfork, (void (*)(void), void (*)(void), void (*)(void), void *))                  \
         F(int, pthread_atfork, (void (*)(void), void (*)(void), void (*)(void)))
 

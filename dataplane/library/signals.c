@@ -32,8 +32,6 @@ static void look(void)
         uint64_t fail = 0, restart = 0;
         struct sigaction action;
 
-        if (atomic_load_explicit(&known, memory_order_relaxed) == now_known)
-                return;
         for (int number = 1; number <= SIGNALS; number++) {
                 if (is_internal(number) || real()->sigaction(number, NULL, &action) < 0 ||
                     action.sa_handler == SIG_DFL || action.sa_handler == SIG_IGN)
@@ -65,7 +63,8 @@ void signals_prepare(struct signals *signals)
         uint64_t current = 0, fail;
         int saved = *__errno_location();
 
-        look();
+        if (atomic_load_explicit(&known, memory_order_relaxed) != atomic_load(&changes))
+                look();
         *__errno_location() = saved;
         fail = atomic_load_explicit(&failing, memory_order_relaxed);
         signals->mixed =
@@ -86,7 +85,15 @@ void signals_prepare(struct signals *signals)
 
 bool signals_restart(const struct signals *signals)
 {
-        return signals->mixed || !atomic_load_explicit(&failing, memory_order_relaxed);
+        uint64_t before = atomic_load(&failing);
+        int saved = *__errno_location();
+
+        /* A handler has run. Which there are the kernel says: some are set by calls that don't come by here,
+         * and some are gone once they have run. */
+        look();
+        *__errno_location() = saved;
+        /* Those that were blocked can't have been it. */
+        return signals->mixed ? !(atomic_load(&failing) & ~before) : !(atomic_load(&failing) | before);
 }
 
 /* The calls that change handlers: looked at from afar. */
@@ -120,10 +127,46 @@ CALL sighandler_t sysv_signal(int number, sighandler_t handler)
         return old;
 }
 
+CALL sighandler_t sigset(int number, sighandler_t handler)
+{
+        sighandler_t old = real()->sigset(number, handler);
+
+        changed();
+        return old;
+}
+
+CALL int sigvec(int number, const void *action, void *old)
+{
+        int outcome = real()->sigvec ? real()->sigvec(number, action, old) : (int)result(-ENOSYS);
+
+        changed();
+        return outcome;
+}
+
 CALL int siginterrupt(int number, int flag)
 {
         int outcome = real()->siginterrupt(number, flag);
 
         changed();
         return outcome;
+}
+
+CALL int __sigaction(int number, const struct sigaction *action, struct sigaction *old)
+{
+        return sigaction(number, action, old);
+}
+
+CALL sighandler_t bsd_signal(int number, sighandler_t handler)
+{
+        return signal(number, handler);
+}
+
+CALL sighandler_t ssignal(int number, sighandler_t handler)
+{
+        return signal(number, handler);
+}
+
+CALL sighandler_t __sysv_signal(int number, sighandler_t handler)
+{
+        return sysv_signal(number, handler);
 }

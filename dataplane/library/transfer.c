@@ -9,6 +9,7 @@
 #include "remote.h"
 #include "router.h"
 #include "settings.h"
+#include "signals.h"
 #include "statistics.h"
 #include "sys.h"
 #include "upgrade.h"
@@ -22,6 +23,10 @@
 #include <poll.h>
 #include <string.h>
 #include <sys/ioctl.h>
+
+#ifndef RWF_NOWAIT
+#define RWF_NOWAIT 8
+#endif
 
 enum {
         PIECE = 128 * 1024, /* bytes after which the other side may begin */
@@ -78,9 +83,8 @@ static bool may_wait(const struct operation *o, const struct end *end)
 {
         if (atomic_load_explicit(&end->nonblocking, memory_order_relaxed))
                 return false;
-        if (is_splice(o))
-                return !((unsigned)o->flags & SPLICE_F_NONBLOCK);
-        return !(o->flags & MSG_DONTWAIT);
+        /* SPLICE_F_NONBLOCK is about the pipe. */
+        return is_splice(o) || !(o->flags & MSG_DONTWAIT);
 }
 
 /* A call on a connection that is not in a ring, counted. */
@@ -96,6 +100,21 @@ static ssize_t native_counted(struct operation *o, struct flow *flow, bool count
         /* Whoever sees the counter at zero sees the position. */
         atomic_fetch_sub_explicit(&flow->kernel, 1, memory_order_release);
         return moved;
+}
+
+/* Under the lock: the phase of a call that begins now. */
+static uint32_t enter(int fd, struct end *end, struct flow *flow, enum taken taken)
+{
+        uint32_t phase = atomic_load_explicit(&flow->phase, memory_order_relaxed);
+
+        if (phase != PHASE_TCP || taken != LOCK_TAKEN ||
+            atomic_load_explicit(&end->stage, memory_order_relaxed) != STAGE_ATTACHED)
+                return phase;
+        if (flow == &end->rx)
+                upgrade_receiver(end);
+        else
+                upgrade_sender(fd, end);
+        return atomic_load_explicit(&flow->phase, memory_order_relaxed);
 }
 
 /* What the C library returns: bytes moved so far, or the error. */
@@ -125,25 +144,74 @@ static int shortened(const struct operation *o, const struct cursor *cursor, siz
         return count;
 }
 
-/* The rest of a call goes on over TCP after the ring has ended. */
-static ssize_t native_rest(struct operation *o, const struct cursor *cursor, size_t done, bool sending)
+static bool is_at_mark(int fd)
 {
+        int at = 0;
+
+        return sys_3(SYS_ioctl, fd, SIOCATMARK, &at) >= 0 && at;
+}
+
+static void skip(struct cursor *cursor, size_t size)
+{
+        while (size) {
+                size_t left = cursor->vec->iov_len - cursor->offset;
+                size_t part = left < size ? left : size;
+
+                size -= part;
+                cursor->offset += part;
+                if (cursor->offset == cursor->vec->iov_len) {
+                        cursor->vec++;
+                        cursor->offset = 0;
+                }
+        }
+}
+
+/* The rest of a call goes on over TCP after the ring has ended, up to `most` bytes of all. To the program it
+ * is one call: of an error after the first byte only the next one hears. */
+static ssize_t native_rest(struct operation *o, struct end *end, struct cursor *cursor, size_t done,
+                           size_t most, bool sending)
+{
+        int saved = *__errno_location(), flags = o->flags | (sending ? MSG_NOSIGNAL : MSG_WAITALL);
         struct iovec vec[VECTORS];
         struct msghdr message = {.msg_iov = vec};
-        ssize_t moved;
+        bool peek = !sending && flags & MSG_PEEK;
+        ssize_t moved, wanted;
 
         if (!done)
                 return operation_native(o);
         if (o->call == CALL_SENDFILE || is_splice(o)) {
+                flags = o->flags;
                 o->size -= done;
+                /* What the pipe has had is enough. */
+                o->flags |= is_splice(o) ? (int)SPLICE_F_NONBLOCK : 0;
                 moved = operation_native(o);
+                o->flags = flags;
                 o->size += done;
+                done += moved > 0 ? (size_t)moved : 0;
         } else {
-                message.msg_iovlen = (size_t)shortened(o, cursor, o->size - done, vec);
-                moved = sending ? real()->sendmsg(o->fd, &message, o->flags)
-                                : real()->recvmsg(o->fd, &message, o->flags);
+                do {
+                        if (!sending && is_at_mark(o->fd))
+                                break;
+                        message.msg_iovlen = (size_t)shortened(o, cursor, most - done, vec);
+                        wanted = 0;
+                        for (size_t i = 0; i < message.msg_iovlen; i++)
+                                wanted += (ssize_t)vec[i].iov_len;
+                        moved = sending ? real()->sendmsg(o->fd, &message, flags)
+                                        : real()->recvmsg(o->fd, &message, flags);
+                        if (moved < 0 && !sending && *__errno_location() != EAGAIN &&
+                            *__errno_location() != EINTR)
+                                atomic_store_explicit(&end->error, (uint32_t)*__errno_location(),
+                                                      memory_order_relaxed);
+                        if (moved <= 0)
+                                break;
+                        done += (size_t)moved;
+                        if (!(!sending && flags & MSG_TRUNC))
+                                skip(cursor, (size_t)moved);
+                        /* A second look would begin with the same bytes. */
+                } while (moved == wanted && done < most && !peek);
         }
-        return finish(done + (moved > 0 ? (size_t)moved : 0), 0);
+        *__errno_location() = saved;
+        return (ssize_t)done;
 }
 
 /* --- sending --- */
@@ -162,24 +230,89 @@ static bool peer_is_gone(int fd, struct end *end, bool news)
         return sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) > 0;
 }
 
+/* Where a pipe's reads and writes can't be told to return at once, it is asked before: Linux before 6.4. */
+static _Atomic bool pipes_wait;
+
+/* Read from, or write to, a pipe without waiting: others wait for the lock that we have. -EAGAIN: not now. */
+static long pipe_now(long call, int fd, short events, void *place, size_t size)
+{
+        struct iovec vec = {place, size};
+        struct pollfd polled = {.fd = fd, .events = events};
+        struct timespec at_once = {0};
+
+        if (!atomic_load_explicit(&pipes_wait, memory_order_relaxed)) {
+                long got =
+                    sys_6(call == SYS_read ? SYS_preadv2 : SYS_pwritev2, fd, &vec, 1, -1, -1, RWF_NOWAIT);
+
+                if (got >= 0 || got == -EAGAIN || got == -EPIPE || got == -EINTR || got == -EBADF)
+                        return got;
+                atomic_store_explicit(&pipes_wait, true, memory_order_relaxed);
+        }
+        if (sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) <= 0)
+                return -EAGAIN;
+        return sys_3(call, fd, place, call == SYS_write && size > PIPE_PAGE ? PIPE_PAGE : size);
+}
+
+static off_t place_in_file(const struct operation *o)
+{
+        return o->offset ? *o->offset : (off_t)sys_3(SYS_lseek, o->other, 0, SEEK_CUR);
+}
+
+static void move_in_file(const struct operation *o, off_t place)
+{
+        if (o->offset)
+                *o->offset = place;
+        else
+                sys_3(SYS_lseek, o->other, place, SEEK_SET);
+}
+
+/* From a file, of what is there without waiting for a disk or a network. -ENODATA: it isn't. */
+static long read_file(const struct operation *o, unsigned char *place, size_t size, off_t at)
+{
+        struct iovec vec = {place, size};
+        long got;
+
+        if (at >= o->ahead_at && at < o->ahead_at + (off_t)o->ahead_size) {
+                size_t left = o->ahead_size - (size_t)(at - o->ahead_at);
+
+                size = size < left ? size : left;
+                memcpy(place, o->ahead + (at - o->ahead_at), size);
+                return (long)size;
+        }
+        got = sys_6(SYS_preadv2, o->other, &vec, 1, at, 0, RWF_NOWAIT);
+        return got < 0 ? -ENODATA : got;
+}
+
+/* Wait for a file, without a lock: others can send meanwhile. Returns 0, or -errno; -ENODATA: it has ended.
+ */
+static long read_ahead(struct operation *o, size_t left)
+{
+        long got;
+
+        if (!o->ahead)
+                o->ahead = reserve(AHEAD, MAP_PRIVATE);
+        if (!o->ahead)
+                return -ENOMEM;
+        o->ahead_size = 0;
+        o->ahead_at = place_in_file(o);
+        got = sys_4(SYS_pread64, o->other, o->ahead, left < AHEAD ? left : AHEAD, o->ahead_at);
+        if (got > 0)
+                o->ahead_size = (size_t)got;
+        return got > 0 ? 0 : got < 0 ? got : -ENODATA;
+}
+
 /* Fill a piece of the ring from where the call takes its bytes. Returns bytes, 0 at the end of a file, or
- * -errno. */
+ * -errno; never waits. */
 static long fill(struct operation *o, struct cursor *cursor, unsigned char *place, size_t size, size_t ahead)
 {
+        long got;
+
         switch (o->call) {
         case CALL_SENDFILE:
-                if (o->offset)
-                        return sys_4(SYS_pread64, o->other, place, size, *o->offset + (off_t)ahead);
-                return sys_3(SYS_read, o->other, place, size);
-        case CALL_SPLICE_IN: {
-                struct pollfd polled = {.fd = o->other, .events = POLLIN};
-                struct timespec at_once = {0};
-
-                /* Never waits for the pipe under the lock. */
-                if (sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) <= 0)
-                        return ahead ? 0 : -ENOBUFS;
-                return sys_3(SYS_read, o->other, place, size);
-        }
+                return read_file(o, place, size, place_in_file(o) + (off_t)ahead);
+        case CALL_SPLICE_IN:
+                got = pipe_now(SYS_read, o->other, POLLIN, place, size);
+                return got == -EAGAIN ? (ahead ? 0 : -ENOBUFS) : got;
         default:
                 cursor_copy(cursor, place, size, true);
                 return (long)size;
@@ -230,6 +363,14 @@ static long put_piece(struct operation *o, struct end *end, const struct view *v
 
         if (atomic_load_explicit(&flow->reserved, memory_order_relaxed))
                 return put_behind(o, end, view, cursor, left);
+        /* What the kernel says of the two: a source that can't seek, as a pipe or a socket, it refuses. */
+        if (o->call == CALL_SENDFILE && !done) {
+                long refused = sys_4(SYS_sendfile, o->fd, o->other, o->offset, 0);
+
+                o->refused = refused < 0;
+                if (refused < 0)
+                        return refused;
+        }
         do {
                 tail = atomic_load_explicit(&flow->edge, memory_order_relaxed);
                 space = ring_space(flow, view, left, ring_limit(view));
@@ -255,7 +396,7 @@ static long put_piece(struct operation *o, struct end *end, const struct view *v
                                 return got;
                         }
                         /* What a pipe has now is enough; a file that ends has no more. */
-                        *out = true;
+                        *out = got != -ENODATA;
                         break;
                 }
                 put += (size_t)got;
@@ -275,17 +416,28 @@ static long put_piece(struct operation *o, struct end *end, const struct view *v
                                                             memory_order_relaxed))
                         break;
         }
-        if (o->call == CALL_SENDFILE && o->offset)
-                *o->offset += (off_t)put;
+        if (o->call == CALL_SENDFILE)
+                move_in_file(o, place_in_file(o) + (off_t)put);
         return (long)put;
 }
 
-/* Wait for the other descriptor of a splice. False: interrupted. */
-static bool await_pipe(const struct operation *o, short events)
+/* Wait for the pipe of a splice, whatever the socket's mode is. Returns 0 or -errno. */
+static long await_pipe(const struct operation *o, short events)
 {
-        struct pollfd polled = {.fd = o->other, .events = events};
+        struct pollfd polled[2] = {{.fd = o->other, .events = events}, {.fd = -1, .events = POLLIN}};
+        struct signals signals;
+        int saved = *__errno_location(), got;
 
-        return real()->poll(&polled, 1, -1) > 0;
+        if ((unsigned)o->flags & SPLICE_F_NONBLOCK || sys_2(SYS_fcntl, o->other, F_GETFL) & O_NONBLOCK)
+                return -EAGAIN;
+        signals_prepare(&signals);
+        if (signals.mixed)
+                polled[1].fd = signals.fd;
+        do
+                got = real()->ppoll(polled, 2, NULL, signals.mixed ? &signals.mask : NULL);
+        while (got < 0 && *__errno_location() == EINTR && signals_restart(&signals));
+        *__errno_location() = saved;
+        return got > 0 && polled[0].revents ? 0 : -EINTR;
 }
 
 static void pipe_error(const struct operation *o)
@@ -323,6 +475,7 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                 uint32_t phase;
                 uint64_t stamp;
                 enum raw raw;
+                bool is_full;
                 long put;
                 int outcome;
 
@@ -330,23 +483,17 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                         lock_release(&flow->lock, taken);
                         return done ? (ssize_t)done : operation_native(o);
                 }
-                phase = atomic_load_explicit(&flow->phase, memory_order_relaxed);
-                if (phase == PHASE_TCP &&
-                    atomic_load_explicit(&end->stage, memory_order_relaxed) == STAGE_ATTACHED &&
-                    taken == LOCK_TAKEN) {
-                        upgrade_sender(o->fd, end);
-                        phase = atomic_load_explicit(&flow->phase, memory_order_relaxed);
-                }
+                phase = enter(o->fd, end, flow, taken);
                 if (phase == PHASE_TCP)
                         return native_counted(o, flow, true, taken);
-                if (phase == PHASE_RING && ((o->flags & MSG_OOB && !is_splice(o)) ||
-                                            atomic_load_explicit(&end->shut, memory_order_relaxed) & 2)) {
+                if (phase == PHASE_RING &&
+                    (o->by_kernel || atomic_load_explicit(&end->shut, memory_order_relaxed) & 2)) {
                         retreat(o->fd, end, REASON_OPTION);
                         phase = PHASE_OVER;
                 }
                 if (phase == PHASE_OVER) {
                         lock_release(&flow->lock, taken);
-                        return native_rest(o, &cursor, done, true);
+                        return native_rest(o, end, &cursor, done, o->size, true);
                 }
                 view = end_sends(end);
                 atomic_store_explicit(&view.ring->busy, 1, memory_order_relaxed);
@@ -392,7 +539,8 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                                 pipe_error(o);
                         return finish(done, -ECONNRESET);
                 }
-                if (!put && o->size > done && !out)
+                is_full = !put && o->size > done && !out;
+                if (is_full)
                         poller_sender_full(end);
                 lock_release(&flow->lock, taken);
                 if (put > 0) {
@@ -403,13 +551,25 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                         break;
                 if (put > 0 || put == -EINTR)
                         continue;
-                if (put == -ENOBUFS && !done && may_wait(o, end) && await_pipe(o, POLLIN))
+                if (put == -ENOBUFS && !done)
+                        put = await_pipe(o, POLLIN);
+                else if (put == -ENODATA)
+                        put = read_ahead(o, o->size - done);
+                if (put == 0 && !is_full)
                         continue;
+                /* The source's end, or what only the kernel can read. */
+                if (put == -ENODATA)
+                        break;
+                if (put < 0 && put != -EAGAIN && o->call == CALL_SENDFILE && !done && !o->refused &&
+                    !o->by_kernel) {
+                        o->by_kernel = true;
+                        continue;
+                }
                 if (put < 0)
                         return finish(done, put == -ENOBUFS ? -EAGAIN : put);
                 if (!may_wait(o, end))
                         return finish(done, -EAGAIN);
-                outcome = wait_for(o->fd, end, key, WANT_SPACE, &deadline, &news);
+                outcome = wait_for(o->fd, end, key, WANT_SPACE, NULL, &deadline, &news);
                 if (outcome < 0)
                         return finish(done, outcome);
         }
@@ -423,6 +583,10 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
 static long leave_ring(struct end *end)
 {
         atomic_store_explicit(&end->rx.phase, PHASE_OVER, memory_order_relaxed);
+        /* move_options() has told the kernel of the last byte: from here on it knows them alone. */
+        atomic_store_explicit(&end->low, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->peeked, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->inq, 0, memory_order_relaxed);
         /* Those who sleep in epoll wait for the kernel's word now, if the other direction is over too. */
         poller_sender_changed(end);
         return -EINPROGRESS;
@@ -540,12 +704,9 @@ static long receive_before_ring(struct operation *o, struct end *end, const stru
 static long empty(struct operation *o, struct cursor *cursor, unsigned char *place, size_t size)
 {
         if (o->call == CALL_SPLICE_OUT) {
-                struct pollfd polled = {.fd = o->other, .events = POLLOUT};
-                struct timespec at_once = {0};
+                long put = pipe_now(SYS_write, o->other, POLLOUT, place, size);
 
-                if (sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) <= 0)
-                        return -ENOBUFS;
-                return sys_3(SYS_write, o->other, place, size < PIPE_PAGE ? size : PIPE_PAGE);
+                return put == -EAGAIN ? -ENOBUFS : put;
         }
         if (!(o->flags & MSG_TRUNC))
                 cursor_copy(cursor, place, size, false);
@@ -557,7 +718,6 @@ static long take_piece(struct operation *o, struct end *end, const struct view *
                        size_t left)
 {
         struct flow *flow = &end->rx;
-        bool peek = !is_splice(o) && o->flags & MSG_PEEK;
 
         for (;;) {
                 uint64_t head = atomic_load_explicit(&flow->edge, memory_order_relaxed);
@@ -568,7 +728,7 @@ static long take_piece(struct operation *o, struct end *end, const struct view *
                 if (ready <= 0)
                         return ready < 0 ? -EPROTO : 0;
                 wanted = left < (size_t)ready ? left : (size_t)ready;
-                if (wanted > PIECE && !peek)
+                if (wanted > PIECE)
                         wanted = PIECE;
                 while (taken < wanted) {
                         size_t run;
@@ -582,7 +742,7 @@ static long take_piece(struct operation *o, struct end *end, const struct view *
                         }
                         taken += (size_t)got;
                 }
-                if (peek || ring_take(flow, view, head, taken))
+                if (ring_take(flow, view, head, taken))
                         return (long)taken;
                 if (o->call == CALL_SPLICE_OUT)
                         return -EINTR;
@@ -652,38 +812,77 @@ static void wake_senders(struct end *end, const struct view *view)
                 ring_bells(senders, end);
 }
 
-static void no_address(struct operation *o)
+/* What recvmsg() says of bytes besides them, as the kernel's does of a stream's. */
+static void describe(struct operation *o, struct end *end)
 {
+        struct msghdr *message = o->message;
+        size_t room;
+        int unread = 0;
+
         if (o->call == CALL_RECVFROM && o->address && o->address_size)
                 *o->address_size = 0;
-        if (o->call == CALL_RECVMSG) {
-                o->message->msg_namelen = 0;
-                o->message->msg_controllen = 0;
-                o->message->msg_flags = 0;
+        if (o->call != CALL_RECVMSG)
+                return;
+        room = message->msg_control ? message->msg_controllen : 0;
+        if (message->msg_name)
+                message->msg_namelen = 0;
+        message->msg_controllen = 0;
+        message->msg_flags = o->flags & MSG_CMSG_CLOEXEC;
+        if (__builtin_expect(!atomic_load_explicit(&end->inq, memory_order_relaxed), 1))
+                return;
+        if (room < CMSG_LEN(sizeof unread)) {
+                message->msg_flags |= MSG_CTRUNC;
+                return;
         }
+        message->msg_controllen = room < CMSG_SPACE(sizeof unread) ? room : CMSG_SPACE(sizeof unread);
+        sys_3(SYS_ioctl, o->fd, FIONREAD, &unread);
+        unread = transfer_unread(end, unread);
+        *(struct cmsghdr *)message->msg_control = (struct cmsghdr){
+            .cmsg_len = CMSG_LEN(sizeof unread), .cmsg_level = IPPROTO_TCP, .cmsg_type = TCP_CM_INQ};
+        memcpy(CMSG_DATA((struct cmsghdr *)message->msg_control), &unread, sizeof unread);
 }
 
-static void skip(struct cursor *cursor, size_t size)
+int transfer_unread(struct end *end, int queued)
 {
-        while (size) {
-                size_t left = cursor->vec->iov_len - cursor->offset;
-                size_t part = left < size ? left : size;
+        enum taken taken = lock_take(&end->rx.lock, self());
+        uint32_t phase = atomic_load(&end->rx.phase);
+        int64_t ready = 0;
 
-                size -= part;
-                cursor->offset += part;
-                if (cursor->offset == cursor->vec->iov_len) {
-                        cursor->vec++;
-                        cursor->offset = 0;
-                }
+        if (phase == PHASE_RING || (phase == PHASE_READY && ready_bytes(end))) {
+                struct view view = end_receives(end);
+
+                ready = ring_ready(&end->rx, &view);
         }
+        lock_release(&end->rx.lock, taken);
+        return queued + (ready > 0 ? (int)ready : 0);
+}
+
+/* Options that the kernel keeps: of a ring that has ended it is told what is still to come before its bytes.
+ * Under the lock, after `taken` bytes. */
+static void move_options(int fd, struct end *end, const struct view *view, uint64_t taken)
+{
+        uint32_t low = atomic_load_explicit(&end->low, memory_order_relaxed);
+        uint32_t peeked = atomic_load_explicit(&end->peeked, memory_order_relaxed);
+
+        if (low)
+                transfer_low_water(fd, low, ring_ready(&end->rx, view));
+        if (peeked)
+                atomic_store_explicit(&end->peeked, peeked - 1 > taken ? peeked - (uint32_t)taken : 1,
+                                      memory_order_relaxed);
+}
+
+void transfer_low_water(int fd, uint32_t low, int64_t left)
+{
+        int of_kernel = left > 0 ? (low > left ? (int)(low - left) : 1) : (int)low;
+
+        sys_5(SYS_setsockopt, fd, SOL_SOCKET, SO_RCVLOWAT, &of_kernel, sizeof of_kernel);
 }
 
 /* Take what there is now, from TCP or the ring, under the lock. As receive_before_ring() and
  * look_behind_ring(). */
 static long receive_now(struct operation *o, struct end *end, const struct view *view, struct cursor *cursor,
-                        size_t done, uint32_t phase, bool news)
+                        size_t done, size_t least, uint32_t phase, bool news)
 {
-        bool all = !is_splice(o) && o->flags & MSG_WAITALL;
         size_t left = o->size - done;
         long got;
 
@@ -697,9 +896,14 @@ static long receive_now(struct operation *o, struct end *end, const struct view 
         }
         got = take_piece(o, end, view, cursor, left);
         atomic_store_explicit(&view->ring->receiver_cpu, core(), memory_order_relaxed);
-        if (got > 0)
+        if (got > 0) {
                 statistics_add(&statistics.received, (uint64_t)got);
-        if (got == 0 && done && !all)
+                if (__builtin_expect(atomic_load_explicit(&end->low, memory_order_relaxed) |
+                                         atomic_load_explicit(&end->peeked, memory_order_relaxed),
+                                     0))
+                        move_options(o->fd, end, view, (uint64_t)got);
+        }
+        if (got == 0 && done >= least)
                 return -EAGAIN;
         return got ? got : look_behind_ring(o->fd, end, view, news);
 }
@@ -710,17 +914,180 @@ static void look_again(struct end *end)
         atomic_store_explicit(&end->tx.checked, ready_stamp() - 1, memory_order_relaxed);
 }
 
+/* TCP's bytes ahead of those of the ring that haven't been peeked at; UINT64_MAX: it isn't known yet. */
+static uint64_t peeks_before_ring(int fd, struct end *end, const struct view *view, uint32_t peeked)
+{
+        uint64_t start = atomic_load_explicit(&view->ring->start, memory_order_acquire);
+        uint64_t position = atomic_load_explicit(&end->rx.position, memory_order_relaxed);
+        int offset = 0;
+        uint32_t size = sizeof offset;
+
+        if (!start || start - 1 <= position)
+                return UINT64_MAX;
+        if (peeked)
+                sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_PEEK_OFF, &offset, &size);
+        return offset > 0
+                   ? (start - 1 - position > (uint64_t)offset ? start - 1 - position - (uint64_t)offset : 0)
+                   : start - 1 - position;
+}
+
+/* Look at bytes, under the lock: those of TCP that come before the ring, and those in the ring. Returns as
+ * receive_now(). `*edge`: where the ring's bytes ended then. */
+static long peek_now(struct operation *o, struct end *end, const struct view *view, bool news, uint64_t *edge)
+{
+        uint64_t head = atomic_load_explicit(&end->rx.edge, memory_order_relaxed);
+        uint32_t peeked = atomic_load_explicit(&end->peeked, memory_order_relaxed),
+                 from = peeked ? peeked - 1 : 0;
+        struct cursor cursor = {.vec = o->vec};
+        size_t done = 0, seen = 0, wanted;
+        int64_t ready = ring_ready(&end->rx, view);
+
+        *edge = head + (ready > 0 ? (uint64_t)ready : 0);
+        if (ready < 0)
+                return -EPROTO;
+        if (atomic_load_explicit(&end->rx.phase, memory_order_relaxed) == PHASE_READY) {
+                uint64_t before = peeks_before_ring(o->fd, end, view, peeked);
+                long got =
+                    before ? receive_before_ring(o, end, view, &cursor, before < o->size ? before : o->size)
+                           : 0;
+
+                if (before && (got <= 0 || (uint64_t)got != before))
+                        return got;
+                done = (size_t)got;
+                if (!(o->flags & MSG_TRUNC))
+                        skip(&cursor, done);
+        }
+        if (from && from >= ready)
+                return done ? (long)done : ready_end(end) ? -ENODATA : -EAGAIN;
+        if (!ready)
+                return done ? (long)done : look_behind_ring(o->fd, end, view, news);
+        wanted = o->size - done < (size_t)ready - from ? o->size - done : (size_t)ready - from;
+        while (seen < wanted) {
+                size_t run;
+                unsigned char *place = ring_to_take(view, head + from + seen, &run);
+
+                run = run < wanted - seen ? run : wanted - seen;
+                if (!(o->flags & MSG_TRUNC))
+                        cursor_copy(&cursor, place, run, false);
+                seen += run;
+        }
+        if (peeked)
+                atomic_store_explicit(&end->peeked, peeked + (uint32_t)seen, memory_order_relaxed);
+        return (long)(done + seen);
+}
+
+/* Peeks beyond what has come through a ring that has ended go on in TCP. */
+static ssize_t peek_on(struct operation *o, struct end *end, size_t done)
+{
+        struct cursor cursor = {.vec = o->vec};
+
+        if (!(o->flags & MSG_TRUNC))
+                skip(&cursor, done);
+        return native_rest(o, end, &cursor, done, o->size, false);
+}
+
+static void peek_at_one(struct operation *o, char *byte)
+{
+        o->one = (struct iovec){byte, 1};
+        o->vec = &o->one;
+        o->count = 1;
+        o->size = 1;
+        o->flags |= MSG_PEEK;
+}
+
+/* A receive that takes nothing: with MSG_PEEK, or of no bytes, which waits all the same until there is one.
+ */
+static ssize_t transfer_peek(struct operation *o, struct end *end, uint64_t key)
+{
+        bool all =
+            o->flags & MSG_WAITALL && o->size && !atomic_load_explicit(&end->peeked, memory_order_relaxed);
+        bool news = false, last = false, left = false;
+        uint64_t deadline = 0, edge = 0;
+        struct operation one = *o;
+        long error = 0;
+        char byte;
+
+        if (!o->size)
+                peek_at_one(&one, &byte);
+        for (;;) {
+                enum taken taken = lock_take(&end->rx.lock, self());
+                bool is_now = end_is(end, key), over;
+                uint32_t phase;
+                struct view view;
+                long got;
+
+                phase = is_now ? enter(o->fd, end, &end->rx, taken) : PHASE_OVER;
+                if (phase == PHASE_TCP)
+                        return native_counted(o, &end->rx, false, taken);
+                if (phase == PHASE_OVER) {
+                        lock_release(&end->rx.lock, taken);
+                        error =
+                            is_now ? (long)atomic_exchange_explicit(&end->error, 0, memory_order_relaxed) : 0;
+                        return error ? finish(0, -error) : operation_native(o);
+                }
+                view = end_receives(end);
+                got = peek_now(&one, end, &view, news, &edge);
+                over = ready_end(end);
+                if (got == -EPROTO)
+                        upgrade_corrupt(o->fd, end);
+                if (got == -ENOLINK)
+                        upgrade_broken(o->fd, end, true);
+                lock_release(&end->rx.lock, taken);
+                if (got == -EINPROGRESS || got == -EINTR)
+                        continue;
+                if (got == -ENODATA)
+                        return operation_native(o);
+                if (got > 0)
+                        describe(o, end);
+                if (got > 0 && (!all || (size_t)got == one.size || last || (over && phase == PHASE_READY)))
+                        return o->size ? got : 0;
+                if (got > 0 && over)
+                        return peek_on(&one, end, (size_t)got);
+                if (got == -EBADF || got == -ENOTSOCK) {
+                        end_forget(o->fd);
+                        return operation_native(o);
+                }
+                if (got <= 0 && got != -EAGAIN) {
+                        look_again(end);
+                        describe(o, end);
+                        return finish(0,
+                                      got == -EPROTO || got == -ENOLINK || got == -EBADE ? -ECONNRESET : got);
+                }
+                if (atomic_load_explicit(&end->shut, memory_order_relaxed) & 1 && got < 0)
+                        return 0;
+                if (error || !may_wait(&one, end))
+                        return got > 0 ? got : finish(0, error ? error : -EAGAIN);
+                /* More than a ring may hold: TCP holds as much as it holds. */
+                if (got > 0 && !left && one.size > ring_limit(&view)) {
+                        left = true;
+                        upgrade_leave(o->fd, end, key, REASON_OPTION);
+                        continue;
+                }
+                news = false;
+                error = wait_for(o->fd, end, key, WANT_BYTES,
+                                 got > 0 || atomic_load_explicit(&end->peeked, memory_order_relaxed) ? &edge
+                                                                                                     : NULL,
+                                 &deadline, &news);
+                /* What was there before is still there: it is told once more, and what has come with it. */
+                last = error < 0 || (news && !view_remote(&view)) || ready_broken(end);
+        }
+}
+
 ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
 {
         struct flow *flow = &end->rx;
         struct cursor cursor = {.vec = o->vec};
         int flags = is_splice(o) ? 0 : o->flags;
-        bool all = flags & MSG_WAITALL, peek = flags & MSG_PEEK, news = false;
+        bool all = flags & MSG_WAITALL, news = false;
+        uint32_t low = atomic_load_explicit(&end->low, memory_order_relaxed);
         uint64_t deadline = 0;
-        size_t done = 0;
+        size_t done = 0, least = all ? o->size : !low ? 1 : low < o->size ? low : o->size;
 
         if (flags & (MSG_OOB | MSG_ERRQUEUE))
                 return operation_native(o);
+        if (__builtin_expect(flags & MSG_PEEK || !o->size, 0))
+                return o->size || (o->call != CALL_READ && o->call != CALL_READV) ? transfer_peek(o, end, key)
+                                                                                  : 0;
         for (;;) {
                 enum taken taken = lock_take(&flow->lock, self());
                 struct view view;
@@ -732,30 +1099,30 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                         lock_release(&flow->lock, taken);
                         return done ? (ssize_t)done : operation_native(o);
                 }
-                phase = atomic_load_explicit(&flow->phase, memory_order_relaxed);
-                if (phase == PHASE_TCP &&
-                    atomic_load_explicit(&end->stage, memory_order_relaxed) == STAGE_ATTACHED &&
-                    taken == LOCK_TAKEN) {
-                        upgrade_receiver(end);
-                        phase = atomic_load_explicit(&flow->phase, memory_order_relaxed);
-                }
+                phase = enter(o->fd, end, flow, taken);
                 if (phase == PHASE_TCP)
-                        return native_counted(o, flow, !peek, taken);
+                        return native_counted(o, flow, true, taken);
                 if (phase == PHASE_OVER) {
-                        uint32_t error = atomic_exchange_explicit(&end->error, 0, memory_order_relaxed);
+                        uint32_t error;
 
                         lock_release(&flow->lock, taken);
-                        if (done && !all)
+                        if (done && done >= least)
                                 return (ssize_t)done;
+                        error = atomic_exchange_explicit(&end->error, 0, memory_order_relaxed);
                         if (error)
                                 return finish(done, -(long)error);
-                        got = native_rest(o, &cursor, done, false);
+                        /* The kernel wakes nobody for less. */
+                        if (done && low)
+                                transfer_low_water(o->fd, (uint32_t)(least - done), 0);
+                        got = native_rest(o, end, &cursor, done, least, false);
+                        if (done && low)
+                                transfer_low_water(o->fd, low, 0);
                         if (!got)
                                 look_again(end);
                         return got;
                 }
                 view = end_receives(end);
-                got = receive_now(o, end, &view, &cursor, done, phase, news);
+                got = receive_now(o, end, &view, &cursor, done, least, phase, news);
                 news = false;
                 if (got == -EPROTO)
                         upgrade_corrupt(o->fd, end);
@@ -763,32 +1130,33 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                         upgrade_broken(o->fd, end, true);
                 lock_release(&flow->lock, taken);
                 if (got > 0) {
-                        if (phase == PHASE_RING && !peek)
+                        if (phase == PHASE_RING)
                                 wake_senders(end, &view);
                         done += (size_t)got;
-                        no_address(o);
-                        if (done == o->size || peek || (phase == PHASE_READY && !all))
+                        describe(o, end);
+                        if (done == o->size || (phase == PHASE_READY && done >= least))
                                 return (ssize_t)done;
                         continue;
                 }
                 if (got == -EINPROGRESS || got == -EINTR)
                         continue;
                 if (got == -EAGAIN) {
-                        if (done && !all)
+                        if (done && done >= least)
                                 return (ssize_t)done;
                         if (atomic_load_explicit(&end->shut, memory_order_relaxed) & 1)
                                 return (ssize_t)done;
                         if (!may_wait(o, end))
                                 return finish(done, -EAGAIN);
-                        outcome = wait_for(o->fd, end, key, WANT_BYTES, &deadline, &news);
+                        outcome = wait_for(o->fd, end, key, WANT_BYTES, NULL, &deadline, &news);
                         if (outcome < 0)
                                 return finish(done, outcome);
                         continue;
                 }
                 if (got == -ENOBUFS) {
-                        if (!done && may_wait(o, end) && await_pipe(o, POLLOUT))
+                        got = done ? -EAGAIN : await_pipe(o, POLLOUT);
+                        if (!got)
                                 continue;
-                        return finish(done, -EAGAIN);
+                        return finish(done, got);
                 }
                 if (got == -EBADF || got == -ENOTSOCK) {
                         /* Closed past us; the number is another file's, or nobody's. */
@@ -798,7 +1166,7 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                 /* The end of the connection, or its error: the kernel says it only once, and we have asked.
                  */
                 look_again(end);
-                no_address(o);
+                describe(o, end);
                 if (got == -EPROTO || got == -ENOLINK || got == -EBADE)
                         got = -ECONNRESET;
                 if (done && got < 0)

@@ -35,11 +35,23 @@ struct operation {
         socklen_t size_of_address;
         int other;
         off_t *offset;
-        size_t size; /* of all buffers, or to move */
+        size_t size;    /* of all buffers, or to move */
+        bool by_kernel; /* a ring can't carry it: the connection goes back to TCP first */
+        bool refused;   /* the kernel has said that it doesn't do it */
+        /* Of a file that has to be waited for: bytes that were read without a lock, and where they were. */
+        unsigned char *ahead;
+        size_t ahead_size;
+        off_t ahead_at;
 };
+
+enum { AHEAD = 64 * 1024 };
 
 ssize_t operation_native(const struct operation *operation);
 ssize_t transfer_send(struct operation *operation, struct end *end, uint64_t key);
 ssize_t transfer_receive(struct operation *operation, struct end *end, uint64_t key);
+/* Bytes that a receiver could read: so many of TCP, and those of the ring. */
+int transfer_unread(struct end *end, int queued);
+/* Tell the kernel what SO_RCVLOWAT is for it, while so many bytes come before its own. */
+void transfer_low_water(int fd, uint32_t low, int64_t left);
 
 #endif

@@ -30,6 +30,8 @@
 #include <sys/socket.h>
 #include <sys/time.h>
 
+enum { TCP_REPAIR_OF = 19, TCP_ULP_OF = 31, TCP_INQ_OF = 36, TCP_TX_DELAY_OF = 37 };
+
 static uint64_t moved(struct end *end)
 {
         return atomic_load_explicit(&end->rx.position, memory_order_relaxed) +
@@ -51,6 +53,39 @@ static bool is_worth_it(struct end *end, uint64_t bytes)
                                     settings.age * UINT64_C(1000);
 }
 
+/* Options that rings can't carry, as far as the kernel says which are set, and what it says when they aren't.
+ * By number: the names depend on the headers. See calls_socket.c. */
+static bool is_fit(int fd)
+{
+        static const struct {
+                int level, name, unset;
+        } unfit[] = {
+            {SOL_SOCKET, SO_ZEROCOPY, 0},      {SOL_SOCKET, SO_OOBINLINE, 0},
+            {SOL_SOCKET, SO_TIMESTAMP, 0},     {SOL_SOCKET, SO_TIMESTAMPNS, 0},
+            {SOL_SOCKET, SO_TIMESTAMPING, 0},  {SOL_SOCKET, SO_RCVLOWAT, 1},
+            {SOL_SOCKET, SO_PEEK_OFF, -1},     {SOL_SOCKET, SO_MAX_PACING_RATE, -1},
+            {IPPROTO_TCP, TCP_REPAIR_OF, 0},   {IPPROTO_TCP, TCP_INQ_OF, 0},
+            {IPPROTO_TCP, TCP_TX_DELAY_OF, 0},
+        };
+        uint32_t size = 0;
+        char protocol[16] = "";
+
+        for (size_t i = 0; i < sizeof unfit / sizeof *unfit; i++) {
+                int value = unfit[i].unset;
+
+                size = sizeof value;
+                if (sys_5(SYS_getsockopt, fd, unfit[i].level, unfit[i].name, &value, &size) == 0 &&
+                    value != unfit[i].unset)
+                        return false;
+        }
+        size = sizeof protocol;
+        if (sys_5(SYS_getsockopt, fd, IPPROTO_TCP, TCP_ULP_OF, protocol, &size) == 0 && size)
+                return false;
+        /* The number of a filter's instructions; an error: it has some that aren't shown. */
+        size = 0;
+        return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_GET_FILTER, 0, &size) == 0 && !size;
+}
+
 /* What the socket is like now: it may have been made, or inherited, without us. False: rings can't carry it.
  */
 static bool refresh(int fd, struct end *end)
@@ -58,13 +93,12 @@ static bool refresh(int fd, struct end *end)
         struct timeval time[2] = {{0}, {0}};
         const int names[2] = {SO_RCVTIMEO, SO_SNDTIMEO};
         struct flow *flows[2] = {&end->rx, &end->tx};
-        const int unfit[] = {SO_ZEROCOPY, SO_OOBINLINE, SO_TIMESTAMP, SO_TIMESTAMPNS, SO_TIMESTAMPING};
         int value = 0;
         uint32_t size = sizeof value;
         long flags = sys_2(SYS_fcntl, fd, F_GETFL);
 
-        if (flags < 0 || sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_PROTOCOL, &value, &size) < 0 ||
-            value != IPPROTO_TCP)
+        if (flags < 0 || flags & O_ASYNC ||
+            sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_PROTOCOL, &value, &size) < 0 || value != IPPROTO_TCP)
                 return false;
         atomic_store(&end->nonblocking, (flags & O_NONBLOCK) != 0);
         for (int i = 0; i < 2; i++) {
@@ -73,23 +107,16 @@ static bool refresh(int fd, struct end *end)
                         return false;
                 atomic_store(&flows[i]->timeout, upgrade_timeout(&time[i]));
         }
-        size = sizeof value;
-        if (sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_RCVLOWAT, &value, &size) < 0 || value > 1)
-                return false;
-        for (size_t i = 0; i < sizeof unfit / sizeof *unfit; i++) {
-                value = 0;
-                size = sizeof value;
-                if (sys_5(SYS_getsockopt, fd, SOL_SOCKET, unfit[i], &value, &size) == 0 && value)
-                        return false;
-        }
-        return true;
+        return is_fit(fd);
 }
 
 uint32_t upgrade_timeout(const struct timeval *time)
 {
-        uint64_t ms = (uint64_t)time->tv_sec * 1000 + ((uint64_t)time->tv_usec + 999) / 1000;
-
-        return ms < UINT32_MAX ? (uint32_t)ms : UINT32_MAX;
+        /* What the kernel takes for no end at all, or nearly: its clock's ticks are fewer than there are ms.
+         */
+        if (time->tv_sec < 0 || time->tv_sec > UINT32_MAX / 1000)
+                return time->tv_sec < 0 ? 1 : 0;
+        return (uint32_t)((uint64_t)time->tv_sec * 1000 + ((uint64_t)time->tv_usec + 999) / 1000);
 }
 
 /* Has every byte gone through us? While other calls are in the kernel the figures aren't exact, and wait. */
@@ -354,6 +381,16 @@ static bool stop_sender(struct end *end, uint32_t why)
                 if (now() - begin > PATIENCE)
                         return false;
         return true;
+}
+
+bool upgrade_has_stopped(struct end *end)
+{
+        struct view view = end_receives(end);
+
+        if (view_remote(&view))
+                return ready_over(&view);
+        return atomic_load(&view.ring->leave) &&
+               !atomic_load_explicit(&view.ring->busy, memory_order_acquire);
 }
 
 /* Bytes that only we can read; RING_CORRUPT. */

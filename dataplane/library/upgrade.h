@@ -45,6 +45,8 @@ void retreat(int fd, struct end *end, uint32_t reason);
 void upgrade_start(struct end *end, const struct view *view);
 /* Leave the ring, both ways. Bytes that are left in it are still ours to read. */
 void upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason);
+/* After it: can nothing more come into the ring, though the sender may not have said so yet? */
+bool upgrade_has_stopped(struct end *end);
 /* The same for a descriptor that somebody reads who knows nothing of the ring: what is left there he gets too
  * (pump.h). */
 void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason);

@@ -21,10 +21,14 @@ enum {
         LONGEST_BLIND = 16, /* ms, when there is no bell */
 };
 
-static bool is_there(struct end *end, enum want want)
+static bool is_there(struct end *end, enum want want, const uint64_t *beyond)
 {
+        if (want == WANT_BYTES && beyond)
+                return atomic_load_explicit(&end_receives(end).ring->tail, memory_order_acquire) != *beyond ||
+                       ready_end(end) || ready_broken(end);
         if (want == WANT_BYTES)
-                return ready_bytes(end);
+                return ready_bytes(end) ||
+                       (atomic_load_explicit(&end->low, memory_order_relaxed) && ready_end(end));
         /* Where there is no ring any more, TCP says whether there is room. */
         return atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_RING || ready_space(end);
 }
@@ -51,7 +55,7 @@ static bool spin(struct end *end, struct flow *flow, enum want want)
         do
                 for (int i = 0; i < SPIN_LOOKS && !found; i++) {
                         relax();
-                        found = is_there(end, want);
+                        found = is_there(end, want, NULL);
                 }
         while (!found && now() - start < budget);
         spin_learn(&flow->spinner, found, budget, now() - start);
@@ -60,7 +64,8 @@ static bool spin(struct end *end, struct flow *flow, enum want want)
         return found;
 }
 
-int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *deadline, bool *news)
+int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64_t *beyond,
+             uint64_t *deadline, bool *news)
 {
         struct flow *flow = want == WANT_BYTES ? &end->rx : &end->tx;
         uint32_t timeout = atomic_load_explicit(&flow->timeout, memory_order_relaxed);
@@ -74,14 +79,14 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
 
         if (timeout && !*deadline)
                 *deadline = now() + timeout * UINT64_C(1000000);
-        if (spin(end, flow, want))
+        if (!beyond && spin(end, flow, want))
                 return 0;
         io_uring_look();
         if (!end_is(end, key))
                 return 0;
         statistics_count(&statistics.sleeps);
         waiters = want == WANT_BYTES ? &end_receives(end).ring->receivers : &end_sends(end).ring->senders;
-        polled[0].events = want == WANT_BYTES ? POLLIN | POLLRDHUP : POLLRDHUP;
+        polled[0].events = want == WANT_BYTES && !beyond ? POLLIN | POLLRDHUP : POLLRDHUP;
         bell = bell_take(arena);
         if (bell >= 0)
                 polled[1].fd = bell_descriptor(arena, bell);
@@ -101,7 +106,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                         ready_ask(end);
                 if (bell >= 0)
                         wait_begin(waiters, bell);
-                if (is_there(end, want) || !end_is(end, key))
+                if (is_there(end, want, beyond) || !end_is(end, key))
                         break;
                 if (*deadline) {
                         uint64_t time_now = now();
@@ -130,6 +135,9 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                                 left = nap * INT64_C(1000000);
                         nap = nap * 2 < longest ? nap * 2 : longest;
                 }
+                /* The kernel can't be asked for more than it has already. */
+                if (beyond && (left < 0 || left > LONGEST_BLIND * INT64_C(1000000)))
+                        left = LONGEST_BLIND * INT64_C(1000000);
                 left = memory_sleep(left);
                 time.tv_sec = left / 1000000000;
                 time.tv_nsec = left % 1000000000;
@@ -142,6 +150,8 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *de
                         outcome = -*__errno_location();
                         break;
                 }
+                if (got == 0 && beyond)
+                        break;
                 if (got == 0 && !withheld)
                         continue;
                 if (polled[2].revents && !polled[0].revents && !polled[1].revents) {

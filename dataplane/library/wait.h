@@ -10,9 +10,11 @@
 enum want { WANT_BYTES, WANT_SPACE };
 
 /* Returns 0 when it's worth looking again, or a negative errno: -EINTR, -EAGAIN (the socket's timeout has
- * passed). `deadline`: 0 before the first wait of a call; kept by the caller. `news`: set when TCP has
- * something. */
-int wait_for(int fd, struct end *end, uint64_t key, enum want want, uint64_t *deadline, bool *news);
+ * passed). `beyond`: for bytes that
+ * come into the ring after those up to it; NULL. `deadline`: 0 before the first wait of a call; kept by the
+ * caller. `news`: set when TCP has something. */
+int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64_t *beyond,
+             uint64_t *deadline, bool *news);
 
 /* There is no bell for a reader: it looks now and then, until the sender has gone back to TCP, where the
  * kernel wakes. */
