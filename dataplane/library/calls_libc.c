@@ -11,6 +11,7 @@
 #include <stdarg.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
+#include <unistd.h>
 
 void *dlsym(void *handle, const char *name) __attribute__((weak));
 void *dlopen(const char *file, int mode) __attribute__((weak));
@@ -167,6 +168,28 @@ CALL void backtrace_symbols_fd(void *const *places, int count, int fd)
                 upgrade_leave(fd, end, key, REASON_STDIO);
         if (real()->backtrace_symbols_fd)
                 real()->backtrace_symbols_fd(places, count, fd);
+}
+
+CALL void __backtrace_symbols_fd(void *const *places, int count, int fd)
+{
+        backtrace_symbols_fd(places, count, fd);
+}
+
+/* A stream that gets its descriptor later, as old C++ libraries make them. */
+CALL void *_IO_file_attach(void *stream, int fd)
+{
+        uint64_t key;
+        struct end *end = end_of(fd, &key);
+
+        if (end)
+                upgrade_hand_over(fd, end, key, REASON_STDIO);
+        return real()->_IO_file_attach ? real()->_IO_file_attach(stream, fd) : NULL;
+}
+
+CALL int posix_close(int fd, int flags)
+{
+        (void)flags;
+        return close(fd);
 }
 
 CALL int sockatmark(int fd)

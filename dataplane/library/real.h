@@ -66,10 +66,12 @@
         F(int, aio_read, (struct aiocb *))                                                                   \
         F(int, aio_write, (struct aiocb *))                                                                  \
         F(int, lio_listio, (int, struct aiocb *const *, int, struct sigevent *))                             \
+        F(void *, _IO_file_attach, (void *, int))                                                            \
         F(void, backtrace_symbols_fd, (void *const *, int, int))                                             \
         F(int, sigaction, (int, const struct sigaction *, struct sigaction *))                               \
         F(sighandler_t, signal, (int, sighandler_t))                                                         \
         F(sighandler_t, sysv_signal, (int, sighandler_t))                                                    \
+        F(sighandler_t, __sysv_signal, (int, sighandler_t))                                                  \
         F(sighandler_t, sigset, (int, sighandler_t))                                                         \
         F(int, sigvec, (int, const void *, void *))                                                          \
         F(int, siginterrupt, (int, int))                                                                     \

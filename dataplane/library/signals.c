@@ -166,7 +166,11 @@ CALL sighandler_t ssignal(int number, sighandler_t handler)
         return signal(number, handler);
 }
 
+/* musl has it under this name alone, where it is signal(). */
 CALL sighandler_t __sysv_signal(int number, sighandler_t handler)
 {
-        return sysv_signal(number, handler);
+        sighandler_t old = real()->__sysv_signal(number, handler);
+
+        changed();
+        return old;
 }
