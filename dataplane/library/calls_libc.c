@@ -4,6 +4,7 @@
 #include "calls.h"
 
 #include "protocol.h"
+#include "sparse.h"
 #include "sys.h"
 #include "upgrade.h"
 

@@ -103,6 +103,8 @@ CALL int clone(int (*function)(void *), void *stack, int flags, void *argument, 
         return made;
 }
 
+ALSO(clone) __attribute__((nothrow, leaf)) int __clone(int (*)(void *), void *, int, void *, ...);
+
 /* --- children in this memory --- */
 
 __attribute__((used)) void *vfork_begins(void);

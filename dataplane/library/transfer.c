@@ -10,6 +10,7 @@
 #include "router.h"
 #include "settings.h"
 #include "signals.h"
+#include "sparse.h"
 #include "statistics.h"
 #include "sys.h"
 #include "upgrade.h"
