@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 
 static struct mapping *_Atomic mappings; /* ARENAS of them, touched as used */
 
@@ -190,6 +191,44 @@ static void close_bells(struct mapping *mapping, _Atomic int32_t *bells)
                 atomic_store(&mapping->idle[i], 0);
 }
 
+static void close_file(struct mapping *mapping)
+{
+        int32_t fd = atomic_exchange(&mapping->memfd, 0);
+
+        if (fd > 0)
+                close_own(fd - 1);
+}
+
+static uint64_t inode_of(int fd)
+{
+        struct stat status;
+
+        return sys_2(SYS_fstat, fd, &status) < 0 ? 0 : status.st_ino;
+}
+
+bool arena_copy(const struct end *end, const unsigned char *place, unsigned char *to, size_t size)
+{
+        struct mapping *mapping = mapping_of(atomic_load_explicit(&end->arena, memory_order_relaxed));
+        int fd = atomic_load(&mapping->memfd) - 1;
+        off_t offset = place - (unsigned char *)arena_header(mapping);
+
+        /* A program that closes descriptors past us may have another file there. */
+        if (fd < 0 || inode_of(fd) != atomic_load(&mapping->inode))
+                return false;
+        while (size) {
+                long got = sys_4(SYS_pread64, fd, to, size, offset);
+
+                if (got == -EINTR)
+                        continue;
+                if (got <= 0)
+                        return false;
+                to += got;
+                offset += got;
+                size -= (size_t)got;
+        }
+        return true;
+}
+
 static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
 {
         unsigned char *before = atomic_load(&mapping->base);
@@ -205,6 +244,15 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
         ring = ring_of_file(size);
         if (seals < 0 || (seals & wanted) != wanted || !ring)
                 return REASON_CORRUPT;
+        close_file(mapping);
+        if (ring == RING_SIZE) {
+                int file = own_descriptor((int)sys_3(SYS_fcntl, memfd, F_DUPFD_CLOEXEC, 0));
+
+                if (file < 0)
+                        return REASON_MEMORY;
+                atomic_store(&mapping->inode, inode_of(file));
+                atomic_store(&mapping->memfd, file + 1);
+        }
         /* The place is as large for each: the next arena there may have other rings. */
         if (ring < RING_SIZE) {
                 got = sparse_map(before, ARENA_SIZE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
@@ -240,6 +288,7 @@ static void unmap(uint32_t arena)
         if (!base || !atomic_exchange(&mapping->id, 0))
                 return;
         sparse_map(base, ARENA_SIZE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+        close_file(mapping);
         close_bells(mapping, mapping->bells);
         close_bells(mapping, mapping->peers);
 }
@@ -297,6 +346,21 @@ uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t sid
         return reason;
 }
 
+/* What reading may have made. The slot isn't another connection's yet, and nobody reads this one's bytes. */
+static void give_back_read(struct end *end)
+{
+        uint32_t arena = atomic_load(&end->arena) % ARENAS;
+        uint64_t read = atomic_load(&end->rx.touched);
+        struct view view;
+
+        if (read <= SMALL_SIZE || !mappings || !atomic_load(&mapping_of(arena)->id) ||
+            atomic_load(&mapping_of(arena)->id) != atomic_load(&family->arenas[arena].id) ||
+            end_is_remote(end))
+                return;
+        view = end_receives(end);
+        sys_3(SYS_madvise, view_bulk(&view), (read + PAGE - 1) / PAGE * PAGE, MADV_REMOVE);
+}
+
 void arena_release(struct end *end)
 {
         uint32_t arena = atomic_load(&end->arena), slot = atomic_load(&end->slot) % SLOTS;
@@ -307,6 +371,8 @@ void arena_release(struct end *end)
         if (!incarnation)
                 return;
         memory_forget(&end->tx);
+        give_back_read(end);
+        memory_forget_read(&end->rx);
         taken = lock_take(&family->arenas_lock, self());
         id = atomic_load(&record->id);
         token = atomic_load(&record->token);

@@ -24,6 +24,8 @@ struct mapping {
             shift; /* log2 of a ring's size; what the arena says about itself isn't believed twice */
         _Atomic bool remote; /* side 1 is the relay */
         _Atomic uint64_t id;
+        _Atomic int32_t memfd; /* 1 + descriptor of a local arena's file */
+        _Atomic uint64_t inode;
         _Atomic bool deaf;        /* bells can't be had from the router, or have been lost */
         _Atomic uint32_t deaf_at; /* of a remote arena: ticks() | 1 */
         _Atomic uint32_t refused; /* ms for which no bell is fetched after one that the router didn't know */
@@ -72,6 +74,8 @@ uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t sid
                       uint64_t incarnation, int memfd);
 /* The end is done with its slot, if it has one. */
 void arena_release(struct end *end);
+/* Copy bytes of a ring from its file instead of its mapping. False: the file can't be read. */
+bool arena_copy(const struct end *end, const unsigned char *place, unsigned char *to, size_t size);
 void arena_forked(void);
 /* Close what this process has of bells. */
 void arena_retire(void);

@@ -54,8 +54,10 @@ struct flow {
         _Atomic uint64_t base;     /* sender: where the ring began anew */
         _Atomic uint64_t limit;    /* receiver: position at which the ring begins, in PHASE_READY and later */
         _Atomic uint64_t reserved; /* sender: end of what is being put, 0: nothing is */
-        _Atomic uint64_t touched;  /* sender: highest offset used since the bulk area was given back */
-        _Atomic uint64_t seen;     /* sender: `edge` when memory.c last looked */
+        /* sender: highest offset used since the bulk area was given back; receiver: highest one read by its
+         * mapping */
+        _Atomic uint64_t touched;
+        _Atomic uint64_t seen;  /* sender: `edge` when memory.c last looked */
         _Atomic uint64_t clean; /* `edge` up to which, as we know, nothing went over TCP meanwhile (raw.h) */
         _Atomic uint64_t sent;  /* sender: what the kernel had to send when the ring began */
         _Atomic uint32_t stopped; /* sender: may not go on before the ring is empty */
@@ -119,6 +121,7 @@ struct family {
         _Atomic uint32_t next_end;
         _Atomic uint32_t next_arena;
         _Atomic uint64_t touched;         /* bytes of bulk areas in use by our senders */
+        _Atomic uint64_t read;            /* bytes of them that our receivers have read by their mappings */
         _Atomic int32_t members[MEMBERS]; /* process IDs, 0: the number is free */
         struct end ends[ENDS];
         struct arena_record arenas[ARENAS];

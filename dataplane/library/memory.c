@@ -6,11 +6,15 @@
 #include "sys.h"
 
 #include <fcntl.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #define SECOND UINT64_C(1000000000)
 
-enum { SHARE = 8 };
+enum {
+        SHARE = 8,
+        READ_MOST = 64 * 1024 * 1024,
+};
 
 uint64_t memory_budget = UINT64_MAX;
 
@@ -33,14 +37,84 @@ uint64_t memory_number_in(const char *path)
         return number;
 }
 
+/* The rest of the line of /proc/self/cgroup that begins with a number and `kind`; empty: there is none. */
+static const char *group_named(const char *text, const char *kind)
+{
+        for (size_t length = strlen(kind); *text; text += strcspn(text, "\n"), text += *text == '\n') {
+                const char *line = text + strspn(text, "0123456789");
+
+                if (strncmp(line, kind, length) == 0)
+                        return line + length;
+        }
+        return text;
+}
+
+static char *append(char *end, const char *last, const char *text, size_t length)
+{
+        if (length >= (size_t)(last - end))
+                length = (size_t)(last - end) - 1;
+        memcpy(end, text, length);
+        end[length] = 0;
+        return end + length;
+}
+
+/* A file of the process's own control group. Where the group's path can't be seen from inside, the file at
+ * the top is its own. */
+static uint64_t number_of_group(const char *top, const char *kind, const char *file)
+{
+        char path[1024], text[2048], *end, *last = path + sizeof path;
+        long fd = sys_4(SYS_openat, AT_FDCWD, "/proc/self/cgroup", O_RDONLY | O_CLOEXEC, 0), size = 0;
+        const char *group;
+        uint64_t number;
+
+        if (fd >= 0) {
+                size = sys_3(SYS_read, fd, text, sizeof text - 1);
+                sys_1(SYS_close, fd);
+        }
+        text[size > 0 ? size : 0] = 0;
+        group = group_named(text, kind);
+        end = append(path, last, top, strlen(top));
+        end = append(end, last, group, strcspn(group, "\n"));
+        append(end, last, file, strlen(file));
+        number = memory_number_in(path);
+        if (number != UINT64_MAX)
+                return number;
+        append(path + strlen(top), last, file, strlen(file));
+        return memory_number_in(path);
+}
+
 void memory_start(void)
 {
-        uint64_t limit = memory_number_in("/sys/fs/cgroup/memory.max");
+        uint64_t limit = number_of_group("/sys/fs/cgroup", "::", "/memory.max");
 
         if (limit == UINT64_MAX)
-                limit = memory_number_in("/sys/fs/cgroup/memory/memory.limit_in_bytes");
+                limit = number_of_group("/sys/fs/cgroup/memory", ":memory:", "/memory.limit_in_bytes");
         if (limit != UINT64_MAX)
                 memory_budget = limit / SHARE;
+}
+
+void memory_forget_read(struct flow *flow)
+{
+        uint64_t touched = atomic_exchange(&flow->touched, 0);
+
+        if (touched > SMALL_SIZE)
+                atomic_fetch_sub(&family->read, touched - SMALL_SIZE);
+}
+
+bool memory_read_more(struct flow *flow, uint64_t end)
+{
+        uint64_t before = atomic_load_explicit(&flow->touched, memory_order_relaxed), more;
+        uint64_t most = memory_budget < READ_MOST ? memory_budget : READ_MOST;
+
+        if (end <= SMALL_SIZE)
+                return true;
+        more = end - (before > SMALL_SIZE ? before : SMALL_SIZE);
+        if (atomic_fetch_add_explicit(&family->read, more, memory_order_relaxed) + more > most) {
+                atomic_fetch_sub_explicit(&family->read, more, memory_order_relaxed);
+                return false;
+        }
+        atomic_store_explicit(&flow->touched, end, memory_order_relaxed);
+        return true;
 }
 
 /* Under the sender's lock. */

@@ -5,6 +5,10 @@
  * in its first part. What was used goes back when a ring has been empty for a second: only the sender can
  * know that nobody writes there, so it is the sender that does it, before a thread of its process sleeps;
  * while there is something to give back, sleepers wake for it.
+ *
+ * A page that nobody has written is made by who reads it, and counts for the reader: a peer may say that
+ * bytes are there that it never wrote. So what all receivers have read of bulk areas is bounded too. Past
+ * that they read the file by system calls, which makes no pages.
  */
 #ifndef FREEFLOW_MEMORY_H
 #define FREEFLOW_MEMORY_H
@@ -24,8 +28,17 @@ void memory_start(void);
 /* Before a sleep of so many ns, negative: for ever. Returns how long to sleep instead. It looks after what
  * this thread has put, too (raw.h). */
 int64_t memory_sleep(int64_t left);
-/* The end's ring goes. */
+/* The end's rings go. */
 void memory_forget(struct flow *flow);
+void memory_forget_read(struct flow *flow);
+/* A receiver is going to read its ring up to this offset by the mapping. False: it must not. */
+bool memory_read_more(struct flow *flow, uint64_t end);
+
+static inline bool memory_may_read(struct flow *flow, uint64_t end)
+{
+        return __builtin_expect(end <= atomic_load_explicit(&flow->touched, memory_order_relaxed), 1) ||
+               memory_read_more(flow, end);
+}
 
 /* Offset in the ring that a sender doesn't go beyond. */
 static inline uint64_t memory_extent(const struct flow *flow)

@@ -714,6 +714,55 @@ static long empty(struct operation *o, struct cursor *cursor, unsigned char *pla
         return (long)size;
 }
 
+/* As cursor_copy() out of the ring, by arena_copy(). */
+static bool copy_from_file(const struct end *end, struct cursor *cursor, const unsigned char *place,
+                           size_t size)
+{
+        while (size) {
+                size_t left = cursor->vec->iov_len - cursor->offset, part = left < size ? left : size;
+
+                if (part &&
+                    !arena_copy(end, place, (unsigned char *)cursor->vec->iov_base + cursor->offset, part))
+                        return false;
+                place += part;
+                size -= part;
+                cursor->offset += part;
+                if (cursor->offset == cursor->vec->iov_len) {
+                        cursor->vec++;
+                        cursor->offset = 0;
+                }
+        }
+        return true;
+}
+
+/* Give a piece of the ring that must not be read by its mapping (memory.h) to whom the call gives its bytes.
+ */
+static long empty_from_file(struct operation *o, struct end *end, struct cursor *cursor, unsigned char *place,
+                            size_t size)
+{
+        unsigned char page[PIPE_PAGE];
+        struct cursor before = *cursor;
+
+        if (o->call == CALL_SPLICE_OUT) {
+                if (size > PIPE_PAGE)
+                        size = PIPE_PAGE;
+                return empty(o, cursor, arena_copy(end, place, page, size) ? page : place, size);
+        }
+        if (o->flags & MSG_TRUNC || copy_from_file(end, cursor, place, size))
+                return (long)size;
+        *cursor = before;
+        return empty(o, cursor, place, size);
+}
+
+static bool may_map(struct flow *flow, const struct view *view, const unsigned char *place, size_t size)
+{
+        /* The first bytes are in the slot's own page, which the router has made; a remote ring is all there.
+         */
+        uint64_t offset = (uint64_t)(place - view_bulk(view));
+
+        return offset >= view_size(view) || view_remote(view) || memory_may_read(flow, offset + size);
+}
+
 /* Take what is there. Returns bytes, 0 if the ring is empty, or -errno. */
 static long take_piece(struct operation *o, struct end *end, const struct view *view, struct cursor *cursor,
                        size_t left)
@@ -734,8 +783,12 @@ static long take_piece(struct operation *o, struct end *end, const struct view *
                 while (taken < wanted) {
                         size_t run;
                         unsigned char *place = ring_to_take(view, head + taken, &run);
-                        long got = empty(o, cursor, place, run < wanted - taken ? run : wanted - taken);
+                        long got;
 
+                        run = run < wanted - taken ? run : wanted - taken;
+                        got = __builtin_expect(may_map(flow, view, place, run), 1)
+                                  ? empty(o, cursor, place, run)
+                                  : empty_from_file(o, end, cursor, place, run);
                         if (got <= 0) {
                                 if (!taken)
                                         return got < 0 ? got : -EPIPE;

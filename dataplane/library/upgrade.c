@@ -458,7 +458,9 @@ static bool take_rest(struct end *end, struct pump *pump)
                 const unsigned char *place = ring_to_take(&view, head + copied, &run);
 
                 run = run < (size_t)left - copied ? run : (size_t)left - copied;
-                memcpy(bytes + copied, place, run);
+                /* What nobody wrote must not be made here. */
+                if (view_remote(&view) || !arena_copy(end, place, bytes + copied, run))
+                        memcpy(bytes + copied, place, run);
                 copied += run;
         }
         /* While it is ready, TCP's bytes come before the ring's. */

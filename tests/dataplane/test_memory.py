@@ -95,3 +95,9 @@ def test_ring_limit_holds(accelerated: None, tmp_path: Path) -> None:
             assert 0 < used(both) <= limit + IDLE
         both.upgraded(1)
         assert both.counted()["sent"] > SIZE / 2
+
+
+def test_reading_past_the_budget(both: Places) -> None:
+    """More bulk data than a process reads by its mappings is the same bytes, however it is read."""
+    both.play("reading", "much")
+    both.upgraded(20)
