@@ -1,4 +1,7 @@
-"""nftables through libnftables, in any network namespace, each call one atomic transaction.
+"""nftables through libnftables, each call one atomic transaction; not in containers' namespaces.
+
+libnftables reads what is there before it changes anything, and ends the process on some rulesets that the kernel accepts. So it
+is for namespaces in which only the host's root writes rules; for others there is `nf_tables.py`.
 
 The library opens its netlink socket in the calling thread's namespace when its context is made, and keeps it: a
 `Session` stays in the namespace where it was made, whichever thread uses it. Closing that socket makes the kernel wait

@@ -103,3 +103,11 @@ def test_no_call_can_ask_docker(module: str) -> None:
 def test_every_module_says_what_it_is(module: str) -> None:
     """Each module begins with its idea."""
     assert ast.get_docstring(SOURCES[module])
+
+
+@pytest.mark.parametrize("module", ["driver.vip", "driver.kernel.inside", "driver.kernel.flows"])
+def test_what_works_in_containers_is_without_libraries_that_parse(module: str) -> None:
+    """What runs in a container's namespace decodes nothing by libnftables or pyroute2: the container may have written it."""
+    found = reached(module)
+    assert not {each for each in found if each.startswith("pyroute2")}
+    assert "driver.kernel.nft" not in found
