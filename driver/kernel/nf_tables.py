@@ -49,7 +49,8 @@ _NEWRULE, _GETRULE, _DELRULE, _NEWSET, _, _DELSET = range(6, 12)
 _NEWSETELEM, _GETSETELEM, _DELSETELEM = range(12, 15)
 _CREATE, _EXCLUSIVE, _APPEND = 0x400, 0x200, 0x800
 
-_TYPE_INTEGER, _TYPE_ADDRESS = 4, 7
+# For nft(8) alone, which has no name for a number in this host's byte order but that of a mark.
+_TYPE_MARK, _TYPE_ADDRESS = 19, 7
 _DATA_VERDICT: Final = 0xFFFFFF00
 _SET_MAP, _SET_DYNAMIC = 8, 0x20
 _GOTO: Final = -4
@@ -248,7 +249,7 @@ class Batch:
     def add_turns(self, name: str) -> None:
         """A map from numbers to addresses."""
         data = (_number(6, _TYPE_ADDRESS), _number(7, 4))
-        self._add_set(name, _TYPE_INTEGER, _SET_MAP, *data, attribute(13, _HOST_ORDER))
+        self._add_set(name, _TYPE_MARK, _SET_MAP, *data, attribute(13, _HOST_ORDER))
 
     def delete_set(self, name: str) -> None:
         """No rule uses it."""
