@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <poll.h>
+#include <pthread.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -54,9 +55,12 @@ static int64_t from_ms(int ms)
         return ms < 0 ? -1 : ms * INT64_C(1000000);
 }
 
+/* What ns can't say, some hundred years, is for ever. */
 static int64_t from_timespec(const struct timespec *time)
 {
-        return time ? time->tv_sec * INT64_C(1000000000) + time->tv_nsec : -1;
+        return time && time->tv_sec < INT64_MAX / INT64_C(2000000000)
+                   ? time->tv_sec * INT64_C(1000000000) + time->tv_nsec
+                   : -1;
 }
 
 CALL int epoll_wait(int epfd, struct epoll_event *events, int size, int timeout)
@@ -346,18 +350,57 @@ static int both(struct pollfd *fds, nfds_t count, const struct pollfd *kernel)
         return found;
 }
 
-/* As ppoll(), with room for twice `count` descriptors in `copy` and for `count` bells in `of`; timeout in ns,
- * negative: for ever. */
-static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, struct one_bell *of, int64_t timeout,
+/* Calls in the kernel that don't look at the ring, for the connections that may get one: none may while they
+ * last. False: one has got one by now. */
+static bool blind_begin(const struct pollfd *fds, nfds_t count, uint64_t *keys)
+{
+        bool blind = true;
+
+        for (nfds_t i = 0; i < count; i++) {
+                uint64_t key;
+
+                keys[i] = fds[i].fd >= 0 && kind_of(fds[i].fd, &key) == KIND_COUNTED ? key : 0;
+                if (!keys[i])
+                        continue;
+                atomic_fetch_add(&family->ends[(uint32_t)key - 1].rx.kernel, 1);
+                /* Pairs with upgrade_receiver(). */
+                atomic_thread_fence(memory_order_seq_cst);
+                if (kind_of(fds[i].fd, &key) == KIND_RING)
+                        blind = false;
+        }
+        return blind;
+}
+
+static void blind_end(nfds_t count, const uint64_t *keys)
+{
+        for (nfds_t i = 0; i < count; i++)
+                if (keys[i]) {
+                        struct end *end = &family->ends[(uint32_t)keys[i] - 1];
+
+                        if (end_is(end, keys[i]))
+                                atomic_fetch_sub(&end->rx.kernel, 1);
+                }
+}
+
+/* What a wait() for `count` descriptors needs. */
+struct places {
+        struct pollfd *copy; /* twice as many */
+        struct one_bell *bells;
+        uint64_t *keys;
+};
+
+/* As ppoll(); timeout in ns, negative: for ever. */
+static int wait(struct pollfd *fds, nfds_t count, const struct places *places, int64_t timeout,
                 const sigset_t *mask)
 {
+        struct pollfd *copy = places->copy;
         uint64_t deadline = timeout > 0 ? now() + (uint64_t)timeout : 0;
         int64_t nap = FIRST_NAP * INT64_C(1000000);
         static const struct timespec at_once;
         bool spun = false;
 
         for (;;) {
-                struct bells bells = {.of = of};
+                struct bells bells = {.of = places->bells};
                 struct timespec time;
                 int64_t left = timeout;
                 struct end *end;
@@ -385,7 +428,8 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, struct on
                                 return found;
                 }
                 arm(fds, count, &bells);
-                if (look(fds, count)) {
+                if (!blind_begin(fds, count, places->keys) || look(fds, count)) {
+                        blind_end(count, places->keys);
                         disarm(fds, count, &bells);
                         continue;
                 }
@@ -414,6 +458,7 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, struct on
                 end = spinner(fds, count);
                 slept = now();
                 got = real()->ppoll(copy, count + (nfds_t)bells.count, left < 0 ? NULL : &time, mask);
+                blind_end(count, places->keys);
                 if (end)
                         spin_slept(&end->rx.spinner, now() - slept);
                 for (int b = 0; b < bells.count; b++)
@@ -432,23 +477,57 @@ static int wait(struct pollfd *fds, nfds_t count, struct pollfd *copy, struct on
         }
 }
 
-/* Room for calls with many descriptors: kept by the thread, and not used by a signal handler while the thread
- * does. */
+/* Room for calls with many descriptors: kept by the thread until it ends, and not used by a signal handler
+ * while the thread does. */
+enum which { ROOM_WAIT, ROOM_BLIND, ROOM_SELECT, ROOM_KEYS, ROOMS };
+
 struct room {
         void *place;
         size_t size;
         bool used;
 };
 
-static __thread struct room rooms[4] __attribute__((tls_model("initial-exec")));
+static __thread struct room rooms[ROOMS] __attribute__((tls_model("initial-exec")));
+static struct {
+        bool made;
+        pthread_key_t key;
+} ending;
+
+static void give_all_rooms(void *unused)
+{
+        (void)unused;
+        for (int i = 0; i < ROOMS; i++) {
+                if (rooms[i].place)
+                        sys_2(SYS_munmap, rooms[i].place, rooms[i].size);
+                rooms[i] = (struct room){0};
+        }
+}
+
+/* Before the program has keys of its own: with a small number, the C library has a place for it already. */
+__attribute__((constructor)) static void hear_of_endings(void)
+{
+        struct real *functions = real();
+
+        ending.made = functions->pthread_key_create && functions->pthread_setspecific &&
+                      functions->pthread_key_create(&ending.key, give_all_rooms) == 0;
+}
+
+/* A thread of whose end we hear, or the one that ends with the process. */
+static bool may_keep(void)
+{
+        return ending.made ? real()->pthread_setspecific(ending.key, rooms) == 0
+                           : self() == (uint32_t)atomic_load_explicit(&process.pid, memory_order_relaxed);
+}
 
 /* Returns NULL with errno set. */
-static void *take_room(int which, size_t size, struct room *own)
+static void *take_room(enum which which, size_t size, struct room *own)
 {
-        struct room *room = rooms[which].used ? own : &rooms[which];
+        struct room *room = &rooms[which];
         long got;
 
         *own = (struct room){0};
+        if (room->used || (room->size < size && !may_keep()))
+                room = own;
         room->used = true;
         if (room->size >= size)
                 return room->place;
@@ -465,36 +544,12 @@ static void *take_room(int which, size_t size, struct room *own)
         return room->place;
 }
 
-static void give_room(int which, struct room *own)
+static void give_room(enum which which, struct room *own)
 {
         if (own->place)
                 sys_2(SYS_munmap, own->place, own->size);
         else
                 rooms[which].used = false;
-}
-
-/* Calls in the kernel that don't look at the ring, for the connections that may get one: none may while they
- * last. */
-static void blind_begin(const struct pollfd *fds, nfds_t count, uint64_t *keys)
-{
-        for (nfds_t i = 0; i < count; i++) {
-                uint64_t key;
-
-                keys[i] = fds[i].fd >= 0 && kind_of(fds[i].fd, &key) == KIND_COUNTED ? key : 0;
-                if (keys[i])
-                        atomic_fetch_add(&family->ends[(uint32_t)key - 1].rx.kernel, 1);
-        }
-}
-
-static void blind_end(nfds_t count, const uint64_t *keys)
-{
-        for (nfds_t i = 0; i < count; i++)
-                if (keys[i]) {
-                        struct end *end = &family->ends[(uint32_t)keys[i] - 1];
-
-                        if (end_is(end, keys[i]))
-                                atomic_fetch_sub(&end->rx.kernel, 1);
-                }
 }
 
 enum interest { INTEREST_NONE, INTEREST_BLIND, INTEREST_RING };
@@ -520,20 +575,24 @@ static enum interest interest_in(const struct pollfd *fds, nfds_t count)
 
 static int wait_with_room(struct pollfd *fds, nfds_t count, int64_t timeout, const sigset_t *mask)
 {
-        struct pollfd few[2 * FEW], *copy = few;
-        struct one_bell few_bells[FEW], *of = few_bells;
+        struct pollfd few[2 * FEW];
+        struct one_bell few_bells[FEW];
+        uint64_t few_keys[FEW];
+        struct places places = {few, few_bells, few_keys};
         struct room own;
         int found;
 
         if (count > FEW) {
-                copy = take_room(0, count * (2 * sizeof *copy + sizeof *of), &own);
-                of = (struct one_bell *)(void *)(copy + 2 * count);
+                places.copy = take_room(
+                    ROOM_WAIT, count * (2 * sizeof *few + sizeof *few_bells + sizeof *few_keys), &own);
+                if (!places.copy)
+                        return -1;
+                places.keys = (uint64_t *)(void *)(places.copy + 2 * count);
+                places.bells = (struct one_bell *)(void *)(places.keys + count);
         }
-        if (!copy)
-                return -1;
-        found = wait(fds, count, copy, of, timeout, mask);
+        found = wait(fds, count, &places, timeout, mask);
         if (count > FEW)
-                give_room(0, &own);
+                give_room(ROOM_WAIT, &own);
         return found;
 }
 
@@ -548,18 +607,21 @@ static int call_blind(struct pollfd *fds, nfds_t count, int ms, const struct tim
 {
         uint64_t few[FEW], *keys = few;
         struct room own;
-        int found;
+        bool blind;
+        int found = 0;
 
         if (count > FEW)
-                keys = take_room(1, count * sizeof *keys, &own);
+                keys = take_room(ROOM_BLIND, count * sizeof *keys, &own);
         if (!keys)
                 return -1;
-        blind_begin(fds, count, keys);
-        found = precise ? real()->ppoll(fds, count, timeout, mask) : real()->poll(fds, count, ms);
+        blind = blind_begin(fds, count, keys);
+        if (blind)
+                found = precise ? real()->ppoll(fds, count, timeout, mask) : real()->poll(fds, count, ms);
         blind_end(count, keys);
         if (count > FEW)
-                give_room(1, &own);
-        return found;
+                give_room(ROOM_BLIND, &own);
+        return blind ? found
+                     : wait_with_room(fds, count, precise ? from_timespec(timeout) : from_ms(ms), mask);
 }
 
 CALL int ppoll(struct pollfd *fds, nfds_t count, const struct timespec *timeout, const sigset_t *mask)
@@ -656,29 +718,49 @@ static int to_sets(const struct pollfd *fds, nfds_t count, int size, fd_set *in,
         return found;
 }
 
-/* What a select() needs besides its sets; on the stack for sets of the usual size. */
+/* How many descriptors are in the sets. */
+static nfds_t marked(int size, const fd_set *in, const fd_set *out, const fd_set *except)
+{
+        const unsigned long *sets[] = {(const void *)in, (const void *)out, (const void *)except};
+        const int width = 8 * sizeof(long);
+        nfds_t count = 0;
+
+        for (int word = 0; word * width < size; word++) {
+                unsigned long all = 0;
+
+                for (int i = 0; i < 3; i++)
+                        all |= sets[i] ? sets[i][word] : 0;
+                if (size - word * width < width)
+                        all &= (1ul << (size - word * width)) - 1;
+                for (; all; all &= all - 1)
+                        count++;
+        }
+        return count;
+}
+
+/* What a select() needs besides its sets; on the stack, which may be small, if it isn't much. */
 struct selection {
-        struct pollfd *fds, few[FD_SETSIZE];
-        uint64_t *keys, few_keys[FD_SETSIZE];
+        struct pollfd *fds, few[FEW];
+        uint64_t *keys, few_keys[FEW];
         struct room own[2];
         bool rooms;
         nfds_t blind; /* descriptors that blind_begin() was called for */
 };
 
-static bool select_begin(struct selection *s, int size)
+static bool select_begin(struct selection *s, nfds_t count)
 {
         s->fds = s->few;
         s->keys = s->few_keys;
-        s->rooms = size > FD_SETSIZE;
+        s->rooms = count > FEW;
         s->blind = 0;
         if (!s->rooms)
                 return true;
-        s->fds = take_room(2, (size_t)size * sizeof *s->fds, &s->own[0]);
+        s->fds = take_room(ROOM_SELECT, count * sizeof *s->fds, &s->own[0]);
         if (!s->fds)
                 return false;
-        s->keys = take_room(3, (size_t)size * sizeof *s->keys, &s->own[1]);
+        s->keys = take_room(ROOM_KEYS, count * sizeof *s->keys, &s->own[1]);
         if (!s->keys)
-                give_room(2, &s->own[0]);
+                give_room(ROOM_SELECT, &s->own[0]);
         return s->keys;
 }
 
@@ -687,8 +769,8 @@ static void select_end(struct selection *s)
         blind_end(s->blind, s->keys);
         if (!s->rooms)
                 return;
-        give_room(2, &s->own[0]);
-        give_room(3, &s->own[1]);
+        give_room(ROOM_SELECT, &s->own[0]);
+        give_room(ROOM_KEYS, &s->own[1]);
 }
 
 /* True after doing the call, with its outcome in `*found`; otherwise the program's own is to be made now. */
@@ -698,43 +780,62 @@ static bool select_rings(struct selection *s, int size, fd_set *in, fd_set *out,
         nfds_t count = listed(size, in, out, except, s->fds);
 
         switch (interest_in(s->fds, count)) {
+        case INTEREST_BLIND:
+                s->blind = count;
+                if (blind_begin(s->fds, count, s->keys))
+                        return false;
+                blind_end(count, s->keys);
+                s->blind = 0;
+                /* fall through */
         case INTEREST_RING:
                 *found = wait_with_room(s->fds, count, timeout, mask);
                 if (*found >= 0)
                         *found = to_sets(s->fds, count, size, in, out, except);
                 return true;
-        case INTEREST_BLIND:
-                s->blind = count;
-                blind_begin(s->fds, count, s->keys);
-                return false;
         case INTEREST_NONE:
                 break;
         }
         return false;
 }
 
+/* Linux leaves there what is left. */
+static void leave_rest(struct timeval *timeout, uint64_t spent)
+{
+        int64_t s = (int64_t)(spent / 1000000000), us = (int64_t)(spent % 1000000000 / 1000);
+
+        timeout->tv_sec -= s;
+        timeout->tv_usec -= us;
+        if (timeout->tv_usec < 0) {
+                timeout->tv_usec += 1000000;
+                timeout->tv_sec--;
+        }
+        if (timeout->tv_sec < 0)
+                *timeout = (struct timeval){0};
+}
+
 CALL int select(int size, fd_set *in, fd_set *out, fd_set *except, struct timeval *timeout)
 {
-        int64_t left =
-            timeout ? timeout->tv_sec * INT64_C(1000000000) + timeout->tv_usec * INT64_C(1000) : -1;
+        struct timespec time = {0};
         struct selection s;
         uint64_t begin;
         int found;
 
-        if (!process.on || size <= 0 || (timeout && left < 0))
+        if (!process.on || size <= 0 || (timeout && (timeout->tv_sec < 0 || timeout->tv_usec < 0)))
                 return real()->select(size, in, out, except, timeout);
-        if (!select_begin(&s, size))
+        if (!select_begin(&s, marked(size, in, out, except)))
                 return -1;
+        if (timeout) {
+                time.tv_sec = timeout->tv_sec;
+                if (__builtin_add_overflow(time.tv_sec, timeout->tv_usec / 1000000, &time.tv_sec))
+                        time.tv_sec = LONG_MAX;
+                time.tv_nsec = timeout->tv_usec % 1000000 * 1000;
+        }
         begin = timeout ? now() : 0;
-        if (!select_rings(&s, size, in, out, except, left, NULL, &found)) {
+        if (!select_rings(&s, size, in, out, except, from_timespec(timeout ? &time : NULL), NULL, &found)) {
                 found = real()->select(size, in, out, except, timeout);
         } else if (timeout) {
-                /* Linux leaves there what is left. */
-                int64_t spent = (int64_t)(now() - begin);
-
-                left = spent < left ? left - spent : 0;
-                timeout->tv_sec = left / 1000000000;
-                timeout->tv_usec = left % 1000000000 / 1000;
+                *timeout = (struct timeval){time.tv_sec, time.tv_nsec / 1000};
+                leave_rest(timeout, now() - begin);
         }
         select_end(&s);
         return found;
@@ -748,7 +849,7 @@ CALL int pselect(int size, fd_set *in, fd_set *out, fd_set *except, const struct
 
         if (!process.on || size <= 0 || !is_timespec(timeout))
                 return real()->pselect(size, in, out, except, timeout, mask);
-        if (!select_begin(&s, size))
+        if (!select_begin(&s, marked(size, in, out, except)))
                 return -1;
         if (!select_rings(&s, size, in, out, except, from_timespec(timeout), mask, &found))
                 found = real()->pselect(size, in, out, except, timeout, mask);

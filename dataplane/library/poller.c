@@ -3,6 +3,7 @@
 #include "arena.h"
 #include "clock.h"
 #include "lock.h"
+#include "protocol.h"
 #include "ready.h"
 #include "real.h"
 #include "remote.h"
@@ -10,6 +11,7 @@
 #include "spin.h"
 #include "statistics.h"
 #include "sys.h"
+#include "upgrade.h"
 
 #include <errno.h>
 #include <string.h>
@@ -19,11 +21,12 @@
 enum {
         POLLERS = 4096,
         REGISTRATIONS = 1 << 18,
-        ASKED = 8,     /* times that the kernel is asked by one call */
-        LISTED = 256,  /* ring events of one call */
-        SHARE = 8,     /* calls with room for one event in which the rings come first */
-        QUIET = 64,    /* looks without an event before a registration is armed */
-        FIRST_NAP = 1, /* ms, while a bell isn't known to the other side: doubled each time */
+        GENERATIONS = 1 << 14, /* with a registration's number 32 bits */
+        ASKED = 8,             /* times that the kernel is asked by one call */
+        LISTED = 256,          /* ring events of one call */
+        SHARE = 8,             /* calls with room for one event in which the rings come first */
+        QUIET = 64,            /* looks without an event before a registration is armed */
+        FIRST_NAP = 1,         /* ms, while a bell isn't known to the other side: doubled each time */
         LONGEST_NAP = 1000,
         BATCH = 64,
         FULL_BELL =
@@ -37,16 +40,19 @@ enum state { STATE_KERNEL, STATE_ACTIVE, STATE_ARMED, STATE_OFF };
 /* What epoll says of our own descriptors: nothing that a program's pointers or numbers look like. */
 #define OURS UINT64_C(0xf4ee5bad00000000)
 #define OURS_MASK UINT64_C(0xffffffff00000000)
+/* Below it a registration's number and generation: see named(). */
 #define OURS_REGISTRATION UINT64_C(0xf4ee5bae00000000)
 #define NUDGE (OURS | 0xffffffff)
 
 _Atomic uint32_t ready_news;
 
 struct registration {
-        uint64_t key; /* of the end, 0: of an epoll instance */
+        /* These two are looked at without the lock of the poller that it belongs to. */
+        _Atomic uint32_t poller;     /* POLLERS: free */
+        _Atomic uint32_t generation; /* another one each time that the kernel is told something else */
+        uint64_t key;                /* of the end, 0: of an epoll instance */
         uint64_t data;
         uint32_t events; /* as the program wants them */
-        _Atomic uint32_t poller;
         int32_t fd;
         uint32_t state;
         uint32_t next_of_fd;     /* chain per descriptor; also of free ones */
@@ -62,6 +68,8 @@ struct registration {
         bool withheld;   /* the kernel has reported something that is too early (remote.h) */
         bool broken;     /* the path's loss has been reported */
         bool ghost;      /* the program has removed it; the kernel's part waits for it to come back */
+        bool named;      /* STATE_KERNEL: the kernel has our name for it in the place of the program's data */
+        bool fired;      /* such a one: EPOLLONESHOT has */
         uint32_t told;   /* poller.turn at the last report */
         uint32_t place;  /* in the program's list then */
         uint32_t next_nested;
@@ -69,20 +77,21 @@ struct registration {
 
 struct poller {
         struct lock lock;
-        int epfd;               /* 1 + descriptor, 0: free */
-        uint32_t active;        /* first of the list, NONE */
-        _Atomic uint32_t rings; /* registrations that aren't STATE_KERNEL */
-        uint32_t nested;        /* chain of epoll instances inside */
-        _Atomic uint32_t sleepers;
-        bool watched;     /* it is in another instance, or in a poll(): no bell may be left in it */
-        uint32_t aliases; /* descriptors for it, besides the first */
+        int epfd;                  /* 1 + descriptor, 0: free */
+        uint32_t active;           /* first of the list, NONE */
+        _Atomic uint32_t rings;    /* registrations that aren't STATE_KERNEL */
+        _Atomic uint32_t nested;   /* chain of epoll instances inside */
+        _Atomic uint32_t sleepers; /* threads that sleep in it, or are about to */
+        _Atomic bool watched;      /* it is in another instance, or in a poll(): no bell may be left in it */
+        uint32_t aliases;          /* descriptors for it, besides the first */
         uint32_t turn;
         struct spinner spinner;
         int nudge;            /* 1 + eventfd that wakes a sleeper of this process */
+        bool nudged;          /* nobody has heard of it yet */
         bool unknown;         /* the other side of an active one can't ring yet */
         bool adrift;          /* the same, and TCP may not say anything either */
-        bool late;            /* answer_late() is to be called */
-        bool lost;            /* a bell is: all that are armed are to be looked at */
+        _Atomic bool late;    /* answer_late() is to be called */
+        _Atomic bool lost;    /* a bell is, or a signal handler came in between: all are to be looked at */
         uint32_t news[BATCH]; /* registrations of which the kernel has just told */
         uint32_t news_count;
         _Atomic uint32_t
@@ -130,9 +139,7 @@ static struct poller *poller_of(int epfd)
 
 bool poller_is(int fd)
 {
-        struct poller *poller = poller_of(fd);
-
-        return poller && (poller->rings || poller->nested != NONE);
+        return poller_of(fd) != NULL;
 }
 
 void poller_made(int epfd)
@@ -146,7 +153,8 @@ void poller_made(int epfd)
                 struct poller *poller = &pollers[i];
                 uint64_t *bells;
 
-                if (poller->epfd)
+                /* Who still sleeps in the one that was here before must not meet this one. */
+                if (poller->epfd || poller->sleepers)
                         continue;
                 if (i >= pollers_used)
                         pollers_used = i + 1;
@@ -174,13 +182,44 @@ void poller_alias(int old, int new)
 
 /* --- registrations --- */
 
-static struct registration *find(int epfd, int fd)
+static uint32_t number_of(const struct registration *r)
+{
+        return (uint32_t)(r - registrations);
+}
+
+static bool is_of(const struct poller *poller, const struct registration *r)
+{
+        return atomic_load_explicit(&r->poller, memory_order_relaxed) == (uint32_t)(poller - pollers);
+}
+
+static uint64_t name_of(const struct registration *r)
+{
+        return OURS_REGISTRATION |
+               atomic_load_explicit(&r->generation, memory_order_relaxed) % GENERATIONS * REGISTRATIONS |
+               number_of(r);
+}
+
+/* What the kernel has said and nobody has looked at yet isn't meant any more. */
+static void rename_it(struct registration *r)
+{
+        atomic_fetch_add_explicit(&r->generation, 1, memory_order_relaxed);
+}
+
+/* The registration that the kernel means, of this poller, whose lock is held. NULL: it has been changed since
+ * a thread fetched the event. Then the kernel was told so after that, and says again what still holds. */
+static struct registration *named(const struct poller *poller, uint64_t name)
+{
+        struct registration *r = &registrations[(uint32_t)name % REGISTRATIONS];
+
+        return is_of(poller, r) && name_of(r) == name ? r : NULL;
+}
+
+static struct registration *find(const struct poller *poller, int fd)
 {
         uint32_t i = (unsigned)fd < DESCRIPTORS ? atomic_load_explicit(&of_fd[fd], memory_order_relaxed) : 0;
-        uint32_t poller = (uint32_t)(poller_of(epfd) - pollers);
 
         for (i--; i != NONE; i = registrations[i].next_of_fd)
-                if (registrations[i].poller == poller)
+                if (is_of(poller, &registrations[i]))
                         return &registrations[i];
         return NULL;
 }
@@ -197,10 +236,10 @@ static struct registration *add(struct poller *poller, int fd, uint64_t key)
         else
                 return NULL;
         r = &registrations[number];
-        memset(r, 0, sizeof *r);
+        memset(&r->key, 0, sizeof *r - offsetof(struct registration, key));
         r->key = key;
         r->fd = fd;
-        r->poller = (uint32_t)(poller - pollers);
+        atomic_store(&r->poller, (uint32_t)(poller - pollers));
         r->next = r->previous = NONE;
         r->next_of_fd = atomic_load(&of_fd[fd]) - 1;
         atomic_store(&of_fd[fd], number + 1);
@@ -216,11 +255,6 @@ static struct registration *add(struct poller *poller, int fd, uint64_t key)
 void poller_forget_end(uint32_t number)
 {
         atomic_store_explicit(&only[number], 0, memory_order_relaxed);
-}
-
-static uint32_t number_of(const struct registration *r)
-{
-        return (uint32_t)(r - registrations);
 }
 
 static void activate(struct poller *poller, struct registration *r)
@@ -276,14 +310,18 @@ static void drop(struct poller *poller, struct registration *r)
                 uint32_t this = number + 1;
 
                 atomic_compare_exchange_strong(&only[(uint32_t)r->key - 1], &this, 0);
+        } else if (poller->nested == number) {
+                poller->nested = r->next_nested;
         } else {
-                uint32_t *link = &poller->nested;
+                uint32_t i = poller->nested;
 
-                while (*link != NONE && *link != number)
-                        link = &registrations[*link].next_nested;
-                if (*link == number)
-                        *link = r->next_nested;
+                while (i != NONE && registrations[i].next_nested != number)
+                        i = registrations[i].next_nested;
+                if (i != NONE)
+                        registrations[i].next_nested = r->next_nested;
         }
+        rename_it(r);
+        atomic_store(&r->poller, POLLERS);
         r->next_of_fd = free_list;
         free_list = number;
 }
@@ -342,19 +380,60 @@ static bool give_bell(struct poller *poller, uint32_t arena)
         return true;
 }
 
+/* With no descriptor to be had for an eventfd: a bell is asked about something that it can always do. */
+static void nudge_by_bell(const struct poller *poller)
+{
+        uint32_t high = atomic_load(&family->next_arena);
+
+        for (uint32_t arena = 0; poller->bells && arena < high && arena < ARENAS; arena++) {
+                int bell = bell_of(poller, arena);
+                struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET,
+                                            .data.u64 = OURS | arena << 8 | (uint32_t)bell};
+
+                if (bell >= 0 && sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD,
+                                       bell_descriptor(arena, bell), &event) >= 0)
+                        return;
+        }
+}
+
+/* Wakes one of those who sleep in the instance, or outside of it because of it. Under the lock. */
 static void nudge(struct poller *poller)
 {
         uint64_t one = 1;
 
+        if (poller->nudged)
+                return;
         if (!poller->nudge) {
                 struct epoll_event event = {.events = EPOLLIN, .data.u64 = NUDGE};
                 int fd = own_descriptor((int)sys_2(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK));
 
-                if (fd < 0 || sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_ADD, fd, &event) < 0)
+                if (fd >= 0 && sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_ADD, fd, &event) < 0) {
+                        close_own(fd);
+                        fd = -1;
+                }
+                if (fd < 0) {
+                        nudge_by_bell(poller);
                         return;
+                }
                 poller->nudge = fd + 1;
         }
+        poller->nudged = true;
         sys_3(SYS_write, poller->nudge - 1, &one, sizeof one);
+}
+
+/* Whoever takes a nudge does what it was for, or gives it on: watch(). */
+static void take_nudge(struct poller *poller)
+{
+        uint64_t drained;
+
+        if (poller->nudge)
+                sys_3(SYS_read, poller->nudge - 1, &drained, sizeof drained);
+        poller->nudged = false;
+}
+
+static bool is_slept_on(const struct poller *poller)
+{
+        return poller->sleepers || poller->watched;
 }
 
 /* All registrations of an end, whichever of its descriptors they were made with. Under the table's lock. */
@@ -384,12 +463,16 @@ static bool is_ring(struct end *end)
 }
 
 /* What we want to hear of: the connection's end, bytes of TCP, and its room while bytes still go there. */
-static bool tell_kernel(struct poller *poller, struct registration *r, struct end *end)
+static uint32_t mask_of(const struct registration *r, struct end *end)
 {
         bool room = r->events & (EPOLLOUT | EPOLLWRNORM) && atomic_load(&end->tx.phase) != PHASE_RING;
-        struct epoll_event event = {.events =
-                                        EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET | (room ? EPOLLOUT : 0u),
-                                    .data.u64 = OURS_REGISTRATION | number_of(r)};
+
+        return EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET | (room ? EPOLLOUT : 0u);
+}
+
+static bool tell_kernel(struct poller *poller, struct registration *r, struct end *end)
+{
+        struct epoll_event event = {.events = mask_of(r, end), .data.u64 = name_of(r)};
 
         if ((r->mask & event.events) == event.events)
                 return true;
@@ -397,45 +480,79 @@ static bool tell_kernel(struct poller *poller, struct registration *r, struct en
         return sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, r->fd, &event) >= 0;
 }
 
-/* From now on the ring is looked at for this registration. The kernel tells us, not the program, and each
- * thing once: then what the program changes about it, often with each request, needs no call. Under the
- * poller's lock. */
+/* From now on the ring is looked at for this registration, of which the kernel knows what mask_of() says.
+ * Under the poller's lock. */
+static void enter_ring(struct poller *poller, struct registration *r, struct end *end)
+{
+        poller->rings++;
+        r->kernel = 0;
+        r->edge = r->withheld = r->broken = false;
+        r->remote = end_is_remote(end);
+        r->seen = atomic_load(&end->rx.edge);
+        r->full = atomic_load(&end->tx.full);
+        if (r->fired)
+                r->state = STATE_OFF;
+        else
+                activate(poller, r);
+        r->named = r->fired = false;
+}
+
+/* The same for one of which the kernel has told the program so far. It tells us, and each thing once: then
+ * what the program changes about it, often with each request, needs no call. */
 static bool to_ring(struct poller *poller, struct registration *r, struct end *end)
 {
         if (r->state == STATE_KERNEL) {
+                uint32_t generation = atomic_load(&r->generation);
+
                 r->mask = 0;
-                if (!tell_kernel(poller, r, end))
+                rename_it(r);
+                if (!tell_kernel(poller, r, end)) {
+                        atomic_store(&r->generation, generation);
                         return false;
-                poller->rings++;
-                r->kernel = 0;
-                r->edge = r->withheld = r->broken = false;
-                r->remote = end_is_remote(end);
-                r->seen = atomic_load(&end->rx.edge);
-                r->full = atomic_load(&end->tx.full);
-        }
-        if (r->state != STATE_OFF && !r->ghost)
+                }
+                enter_ring(poller, r, end);
+        } else if (r->state != STATE_OFF && !r->ghost) {
                 activate(poller, r);
-        else if (r->state == STATE_KERNEL)
-                r->state = STATE_OFF;
-        if (poller->sleepers)
-                nudge(poller);
+        }
         return true;
 }
 
-/* Both rings have ended: the kernel tells the program again. */
-static void to_kernel(struct poller *poller, struct registration *r)
+/* The kernel is told what the program wants to hear. A one-shot event has to pass us all the same: whether it
+ * has fired the kernel doesn't say, and the ring must not say it again. */
+static struct epoll_event for_program(struct registration *r, bool last)
 {
         struct epoll_event event = {.events = r->events, .data.u64 = r->data};
 
-        if (r->state == STATE_OFF)
+        r->named = !last && r->events & EPOLLONESHOT;
+        if (r->named)
+                event.data.u64 = name_of(r);
+        return event;
+}
+
+/* Both rings have ended: the kernel tells the program again. `last`: we won't know of the registration any
+ * more. */
+static void to_kernel(struct poller *poller, struct registration *r, bool last)
+{
+        uint32_t generation = atomic_load(&r->generation);
+        struct epoll_event event;
+
+        rename_it(r);
+        event = for_program(r, last);
+        r->fired = r->state == STATE_OFF && !r->ghost;
+        if (r->fired)
                 event.events &= EPOLLONESHOT;
         deactivate(poller, r, STATE_KERNEL);
         poller->rings--;
-        if (r->ghost)
+        if (r->ghost) {
                 sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_DEL, r->fd, &event);
-        else
-                sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, r->fd, &event);
+        } else if (sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, r->fd, &event) < 0) {
+                /* It was made with a number that has been closed: the kernel goes on with what it knows. */
+                atomic_store(&r->generation, generation);
+                r->named = true;
+        }
 }
+
+static void watch(struct poller *poller);
 
 /* epoll_ctl() for a registration that the kernel reports to us. */
 static int change(struct poller *poller, struct registration *r, struct end *end, int operation,
@@ -452,8 +569,10 @@ static int change(struct poller *poller, struct registration *r, struct end *end
         }
         if (!event)
                 return (int)result(-EFAULT);
+        if (operation == EPOLL_CTL_MOD && event->events & EPOLLEXCLUSIVE)
+                return (int)result(-EINVAL);
         r->ghost = false;
-        r->events = event->events;
+        r->events = event->events & ~(uint32_t)EPOLLEXCLUSIVE;
         r->data = event->data.u64;
         r->first = 1;
         if (r->state == STATE_OFF)
@@ -471,24 +590,75 @@ static bool listens(int fd)
         return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size) == 0 && value;
 }
 
-int poller_control(int epfd, int operation, int fd, struct epoll_event *event)
+/* epoll_ctl() for a registration that the kernel reports to the program, or will report to us if the
+ * connection is in a ring by now. */
+static int tell(struct poller *poller, struct registration *r, struct end *end, int operation,
+                const struct epoll_event *event)
 {
-        struct poller *poller = poller_of(epfd);
-        struct poller *inner = poller ? poller_of(fd) : NULL;
-        struct registration *r;
-        enum taken outer, taken;
-        struct end *end;
-        uint64_t key = 0;
+        /* What the kernel lets stand beside it; the rest it refuses. */
+        const uint32_t beside =
+            EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP | EPOLLWAKEUP | EPOLLET | EPOLLEXCLUSIVE;
+        const uint32_t events = r->events, generation = atomic_load(&r->generation);
+        const uint64_t data = r->data;
+        const bool was_named = r->named, ring = end && is_ring(end);
+        struct epoll_event told = *event;
         int outcome;
 
-        end = poller ? end_of(fd, &key) : NULL;
-        if (poller && operation == EPOLL_CTL_ADD)
-                atomic_fetch_add_explicit(&poller->added, 1, memory_order_relaxed);
-        if (!poller || (!end && !inner))
-                return real()->epoll_ctl(epfd, operation, fd, event);
-        outer = lock_take(&table, self());
-        taken = lock_take(&poller->lock, self());
-        r = find(epfd, fd);
+        /* Such a registration can't be changed, so not to_ring() either. All of a connection's waiters wake
+         * then, instead of one at least. */
+        if (operation == EPOLL_CTL_ADD && end && told.events & EPOLLEXCLUSIVE && !(told.events & ~beside) &&
+            !listens(r->fd))
+                told.events &= ~(uint32_t)EPOLLEXCLUSIVE;
+        rename_it(r);
+        r->events = (told.events & ~(uint32_t)EPOLLEXCLUSIVE) | EPOLLERR | EPOLLHUP;
+        r->data = told.data.u64;
+        if (ring && !(told.events & EPOLLEXCLUSIVE)) {
+                told = (struct epoll_event){.events = mask_of(r, end), .data.u64 = name_of(r)};
+        } else {
+                told.data = for_program(r, false).data;
+        }
+        outcome = real()->epoll_ctl(poller->epfd - 1, operation, r->fd, &told);
+        if (outcome < 0) {
+                r->events = events;
+                r->data = data;
+                r->named = was_named;
+                atomic_store(&r->generation, generation);
+                return outcome;
+        }
+        r->first = 1;
+        r->fired = false;
+        if (ring && !(told.events & EPOLLEXCLUSIVE)) {
+                r->mask = told.events;
+                enter_ring(poller, r, end);
+        }
+        return outcome;
+}
+
+/* One instance in another: who sleeps in the outer one has to be heard of by the inner one. */
+static void nest(struct poller *poller, struct registration *r, bool made)
+{
+        struct poller *inner = poller_of(r->fd);
+
+        if (made) {
+                r->next_nested = poller->nested;
+                poller->nested = number_of(r);
+        }
+        if (inner)
+                inner->watched = true;
+        if (is_slept_on(poller))
+                nudge(poller);
+}
+
+/* `*kept`: we know of the registration, if there is one now. */
+static int control(struct poller *poller, int operation, int fd, uint64_t key, struct epoll_event *event,
+                   bool *kept)
+{
+        struct end *end = key ? &family->ends[(uint32_t)key - 1] : NULL;
+        enum taken outer = lock_take(&table, self()), taken = lock_take(&poller->lock, self());
+        struct registration *r = find(poller, fd);
+        bool made = false;
+        int outcome;
+
         if (r && r->key != key) {
                 /* Left by a descriptor of this number that was closed behind our back. */
                 drop(poller, r);
@@ -496,50 +666,68 @@ int poller_control(int epfd, int operation, int fd, struct epoll_event *event)
         }
         if (r && r->state != STATE_KERNEL && end && is_ring(end)) {
                 outcome = change(poller, r, end, operation, event);
-                lock_release(&poller->lock, taken);
-                lock_release(&table, outer);
-                return outcome;
-        }
-        if (r && r->state != STATE_KERNEL)
-                to_kernel(poller, r);
-        if (r && r->ghost) {
-                drop(poller, r);
-                r = NULL;
-        }
-        if (operation == EPOLL_CTL_ADD && !r)
-                r = add(poller, fd, key);
-        if (operation == EPOLL_CTL_ADD && end && event && event->events & EPOLLEXCLUSIVE && !listens(fd)) {
-                /* Such a registration can't be changed, so not to_ring() either. All of a connection's
-                 * waiters wake then, instead of one at least. */
-                struct epoll_event plain = *event;
-
-                plain.events &= ~(uint32_t)EPOLLEXCLUSIVE;
-                outcome = real()->epoll_ctl(epfd, operation, fd, &plain);
         } else {
-                outcome = real()->epoll_ctl(epfd, operation, fd, event);
-        }
-        if (outcome < 0) {
-                /* What was there before is still there. */
-                if (operation == EPOLL_CTL_ADD && r && !r->events)
+                if (r && r->state != STATE_KERNEL)
+                        to_kernel(poller, r, false);
+                if (r && r->ghost) {
                         drop(poller, r);
-        } else if (r && operation == EPOLL_CTL_DEL) {
-                drop(poller, r);
-        } else if (r) {
-                r->events = (event->events & ~(uint32_t)EPOLLEXCLUSIVE) | EPOLLERR | EPOLLHUP;
-                r->data = event->data.u64;
-                r->first = 1;
-                if (inner)
-                        inner->watched = true;
-                if (operation == EPOLL_CTL_ADD && inner) {
-                        r->next_nested = poller->nested;
-                        poller->nested = number_of(r);
+                        r = NULL;
                 }
-                if (end && is_ring(end))
-                        to_ring(poller, r, end);
+                if (operation == EPOLL_CTL_ADD && !r) {
+                        r = add(poller, fd, key);
+                        made = *kept = r != NULL;
+                }
+                outcome = r && event && operation != EPOLL_CTL_DEL
+                              ? tell(poller, r, end, operation, event)
+                              : real()->epoll_ctl(poller->epfd - 1, operation, fd, event);
+                if (outcome < 0 ? made : r && operation == EPOLL_CTL_DEL)
+                        drop(poller, r);
+                else if (outcome >= 0 && r && !end)
+                        nest(poller, r, made);
         }
+        watch(poller);
         lock_release(&poller->lock, taken);
         lock_release(&table, outer);
         return outcome;
+}
+
+int poller_control(int epfd, int operation, int fd, struct epoll_event *event)
+{
+        struct poller *poller = poller_of(epfd), *inner = poller ? poller_of(fd) : NULL;
+        uint64_t key = 0;
+        struct end *end = end_of(fd, &key);
+        bool kept = poller != NULL;
+        int outcome;
+
+        if (poller && operation == EPOLL_CTL_ADD)
+                atomic_fetch_add_explicit(&poller->added, 1, memory_order_relaxed);
+        outcome = poller && (end || inner) ? control(poller, operation, fd, end ? key : 0, event, &kept)
+                                           : real()->epoll_ctl(epfd, operation, fd, event);
+        /* Who waits in an instance that we don't know would never hear of a ring. */
+        if (end && !kept && outcome >= 0 && operation == EPOLL_CTL_ADD)
+                upgrade_leave(fd, end, key, REASON_RAW);
+        return outcome;
+}
+
+/* A signal handler has come in the middle of its own thread's work on the lists: that work, or the next wait,
+ * looks at all of them again. */
+static void leave_for_later(struct poller *poller)
+{
+        uint64_t one = 1;
+
+        atomic_store(&poller->lost, true);
+        atomic_store(&poller->late, true);
+        if (poller->nudge)
+                sys_3(SYS_write, poller->nudge - 1, &one, sizeof one);
+        else
+                nudge_by_bell(poller);
+}
+
+static void leave_all_for_later(void)
+{
+        for (uint32_t i = 0; i < pollers_used; i++)
+                if (pollers[i].epfd)
+                        leave_for_later(&pollers[i]);
 }
 
 bool poller_attach(struct end *end)
@@ -554,35 +742,92 @@ bool poller_attach(struct end *end)
                 struct poller *poller = &pollers[r->poller];
                 enum taken taken = lock_take(&poller->lock, self());
 
-                all = give_bell(poller, atomic_load(&end->arena)) && to_ring(poller, r, end);
+                all = taken == LOCK_TAKEN && give_bell(poller, atomic_load(&end->arena)) &&
+                      to_ring(poller, r, end);
+                if (taken == LOCK_TAKEN)
+                        watch(poller);
                 lock_release(&poller->lock, taken);
         }
         lock_release(&table, outer);
         return all;
 }
 
+/* What the program is to hear of this registration may have changed. Under both locks. */
+static void look_over(struct poller *poller, struct registration *r, struct end *end)
+{
+        if (is_ring(end)) {
+                to_ring(poller, r, end);
+                tell_kernel(poller, r, end);
+        } else if (r->state != STATE_KERNEL) {
+                to_kernel(poller, r, false);
+        }
+}
+
 void poller_sender_changed(struct end *end)
 {
         enum taken outer = lock_take(&table, self());
 
+        if (outer == LOCK_NESTED) {
+                leave_all_for_later();
+                return;
+        }
         for (struct registration *r = next_of_end(end, NULL); r; r = next_of_end(end, r)) {
                 struct poller *poller = &pollers[r->poller];
                 enum taken taken = lock_take(&poller->lock, self());
 
-                if (is_ring(end)) {
-                        to_ring(poller, r, end);
-                        tell_kernel(poller, r, end);
-                } else if (r->state != STATE_KERNEL) {
-                        to_kernel(poller, r);
+                if (taken == LOCK_NESTED) {
+                        leave_for_later(poller);
+                } else {
+                        look_over(poller, r, end);
+                        watch(poller);
                 }
                 lock_release(&poller->lock, taken);
         }
         lock_release(&table, outer);
 }
 
+/* Nobody was to be called when there is room, as there was some. Under the poller's lock. */
+static void await_room(struct poller *poller, struct registration *r, enum taken taken)
+{
+        if (taken == LOCK_NESTED) {
+                leave_for_later(poller);
+        } else if (r->state == STATE_ARMED && r->events & EPOLLET && r->events & (EPOLLOUT | EPOLLWRNORM)) {
+                activate(poller, r);
+                watch(poller);
+        }
+}
+
 void poller_sender_full(struct end *end)
 {
+        uint32_t number = atomic_load_explicit(&only[end_number(end)], memory_order_relaxed);
+        enum taken outer, taken;
+        struct poller *poller;
+
         atomic_fetch_add_explicit(&end->tx.full, 1, memory_order_relaxed);
+        if (number && number != SEVERAL) {
+                struct registration *r = &registrations[number - 1];
+                uint32_t place = atomic_load_explicit(&r->poller, memory_order_relaxed);
+
+                if (place == POLLERS)
+                        return;
+                poller = &pollers[place];
+                taken = lock_take(&poller->lock, self());
+                if (is_of(poller, r) && atomic_load(&only[end_number(end)]) == number)
+                        await_room(poller, r, taken);
+                lock_release(&poller->lock, taken);
+        } else if (number) {
+                outer = lock_take(&table, self());
+                for (struct registration *r = outer == LOCK_NESTED ? NULL : next_of_end(end, NULL); r;
+                     r = next_of_end(end, r)) {
+                        poller = &pollers[r->poller];
+                        taken = lock_take(&poller->lock, self());
+                        await_room(poller, r, taken);
+                        lock_release(&poller->lock, taken);
+                }
+                if (outer == LOCK_NESTED)
+                        leave_all_for_later();
+                lock_release(&table, outer);
+        }
 }
 
 /* Under the table's lock. */
@@ -600,6 +845,22 @@ static bool move_to_alias(int fd, struct registration *r)
         r->next_of_fd = atomic_load(&of_fd[other]) - 1;
         atomic_store(&of_fd[other], number_of(r) + 1);
         return true;
+}
+
+/* The kernel keeps a registration as long as anybody has the file open, and our name for it means another one
+ * by then. `stays`: the descriptor does. Under both locks. */
+static void give_up(struct poller *poller, struct registration *r, bool stays)
+{
+        struct end *end = r->key ? end_of_registration(r) : NULL;
+        struct epoll_event event;
+
+        stays = stays || !end || end_held_elsewhere(end) || atomic_load(&process.local[end_number(end)]) > 1;
+        if (stays && r->state != STATE_KERNEL) {
+                to_kernel(poller, r, true);
+        } else if (stays && r->named && !r->fired) {
+                event = for_program(r, true);
+                sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, r->fd, &event);
+        }
 }
 
 /* All registrations of a descriptor are forgotten. The kernel's own stay or have gone with the descriptor. */
@@ -622,15 +883,7 @@ static void forget(int fd, uint64_t key)
                 if (!key && fd_is_end(r->key) && move_to_alias(fd, r))
                         continue;
                 taken = lock_take(&poller->lock, self());
-                /* The kernel keeps a registration as long as anybody has the file open; ours would come under
-                 * a number that means another one by then. */
-                if (r->state != STATE_KERNEL && fd_is_end(r->key)) {
-                        struct end *end = end_of_registration(r);
-
-                        if (key || !end || end_held_elsewhere(end) ||
-                            atomic_load(&process.local[end_number(end)]) > 1)
-                                to_kernel(poller, r);
-                }
+                give_up(poller, r, key != 0);
                 drop(poller, r);
                 lock_release(&poller->lock, taken);
         }
@@ -651,6 +904,7 @@ void poller_forked(void)
                 atomic_store(&poller->lock.word, 0);
                 poller->sleepers = 0;
                 poller->nudge = 0;
+                poller->nudged = false;
                 forget_bells(poller);
         }
         for (uint32_t i = 0; i < unused_from; i++)
@@ -716,8 +970,7 @@ void poller_closed(int fd)
         outer = lock_take(&table, self());
         taken = lock_take(&poller->lock, self());
         for (uint32_t i = 0; i < unused_from; i++)
-                if (&pollers[registrations[i].poller] == poller &&
-                    find(fd, registrations[i].fd) == &registrations[i])
+                if (is_of(poller, &registrations[i]))
                         drop(poller, &registrations[i]);
         if (poller->nudge)
                 close_own(poller->nudge - 1);
@@ -728,6 +981,7 @@ void poller_closed(int fd)
                 /* The memory is its successor's. */
                 forget_bells(poller);
         }
+        poller->nudge = 0;
         fd_set_word(fd, 0);
         poller->epfd = 0;
         lock_release(&poller->lock, taken);
@@ -829,7 +1083,91 @@ static uint32_t look(struct registration *r, struct end *end, bool take)
         return found;
 }
 
-static bool arm_one(struct poller *poller, struct registration *r, struct end *end);
+/* Let the bell ring for a registration, for all that may come and isn't there: the caller looks once more
+ * afterwards. False: the other side can't ring it yet. */
+static bool arm_one(struct poller *poller, struct registration *r, struct end *end)
+{
+        uint32_t arena = atomic_load(&end->arena);
+        int bell;
+
+        /* Another process that has the connection too may have ended the ring. */
+        tell_kernel(poller, r, end);
+        if (!give_bell(poller, arena))
+                return false;
+        bell = bell_of(poller, arena);
+        atomic_fetch_add_explicit(&mapping_of(arena)->armed[bell], 2, memory_order_relaxed);
+        /* Of a remote ring's end, and of its loss, the kernel doesn't tell. */
+        if (r->events & (EPOLLIN | EPOLLRDNORM) || r->remote)
+                wait_begin(&end_receives(end).ring->receivers, bell);
+        /* An edge-triggered one that has been told of room is asked for when a sender finds none
+         * (poller_sender_full()). All others are asked for now: another thread may take the room that is
+         * there before the caller looks. */
+        if (r->events & (EPOLLOUT | EPOLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING &&
+            (!(r->events & EPOLLET) || r->first || atomic_load(&end->tx.full) != r->full ||
+             !ready_space(end))) {
+                ready_ask(end);
+                wait_begin(&end_sends(end).ring->senders, bell);
+        }
+        return bell_is_known(arena, atomic_load(&end->side), bell);
+}
+
+/* An active registration is armed, if there is nothing to report. True: there is. */
+static bool arm_active(struct poller *poller, struct registration *r)
+{
+        struct end *end = end_of_registration(r);
+        bool known;
+
+        if (end && !is_ring(end)) {
+                to_kernel(poller, r, false);
+                return false;
+        }
+        known = !end || arm_one(poller, r, end);
+        if (end && look(r, end, false))
+                return true;
+        /* Nobody will ring: it stays on the list, and the sleep is a nap. */
+        if (!known) {
+                poller->unknown = true;
+                poller->adrift |= r->remote;
+        } else {
+                deactivate(poller, r, STATE_ARMED);
+        }
+        return false;
+}
+
+/* Before sleeping: all active registrations are armed. True: something is there by now. */
+static bool arm(struct poller *poller)
+{
+        bool found = false;
+
+        poller->unknown = poller->adrift = false;
+        for (uint32_t i = poller->active; i != NONE;) {
+                struct registration *r = &registrations[i];
+
+                i = r->next;
+                found = arm_active(poller, r) || found;
+        }
+        return found || poller->late;
+}
+
+/* See poller.h: whoever has put something on the active list, or leaves with it, while others
+ * sleep. */
+static void watch(struct poller *poller)
+{
+        bool due = false;
+
+        if (__builtin_expect(poller->active == NONE, 1) || !is_slept_on(poller))
+                return;
+        for (uint32_t i = poller->active; i != NONE && !due;) {
+                struct registration *r = &registrations[i];
+                struct end *end = end_of_registration(r);
+
+                i = r->next;
+                due = (end && is_ring(end) && look(r, end, false)) || arm_active(poller, r) ||
+                      r->state == STATE_ACTIVE;
+        }
+        if (due)
+                nudge(poller);
+}
 
 /* Slots in which something happened, as the other side says. */
 static _Atomic uint64_t *dirty_slots(uint32_t arena, int bell)
@@ -849,8 +1187,7 @@ static void note_news(struct poller *poller, const struct registration *r)
 /* A registration of another poller may change meanwhile; one of ours can't. */
 static void arouse(struct poller *poller, struct registration *r, uint32_t number)
 {
-        if (&pollers[atomic_load_explicit(&r->poller, memory_order_relaxed)] == poller &&
-            (uint32_t)r->key == number && r->state == STATE_ARMED) {
+        if (is_of(poller, r) && (uint32_t)r->key == number && r->state == STATE_ARMED) {
                 activate(poller, r);
                 note_news(poller, r);
         }
@@ -932,7 +1269,7 @@ static void harvest(struct poller *poller, struct list *list, int size, bool spi
                         continue;
                 }
                 if (!is_ring(end)) {
-                        to_kernel(poller, r);
+                        to_kernel(poller, r, false);
                         i = next;
                         continue;
                 }
@@ -960,56 +1297,6 @@ static void harvest(struct poller *poller, struct list *list, int size, bool spi
         }
 }
 
-/* Let the bell ring for a registration. False: the other side can't ring it yet. */
-static bool arm_one(struct poller *poller, struct registration *r, struct end *end)
-{
-        uint32_t arena = atomic_load(&end->arena);
-        int bell;
-
-        /* Another process that has the connection too may have ended the ring. */
-        tell_kernel(poller, r, end);
-        if (!give_bell(poller, arena))
-                return false;
-        bell = bell_of(poller, arena);
-        atomic_fetch_add_explicit(&mapping_of(arena)->armed[bell], 2, memory_order_relaxed);
-        /* Of a remote ring's end, and of its loss, the kernel doesn't tell. */
-        if (r->events & (EPOLLIN | EPOLLRDNORM) || r->remote)
-                wait_begin(&end_receives(end).ring->receivers, bell);
-        if (r->events & (EPOLLOUT | EPOLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING &&
-            !ready_space(end)) {
-                ready_ask(end);
-                wait_begin(&end_sends(end).ring->senders, bell);
-        }
-        return bell_is_known(arena, atomic_load(&end->side), bell);
-}
-
-/* Before sleeping: all active registrations are armed. True: something is there by now. */
-static bool arm(struct poller *poller)
-{
-        bool found = false;
-
-        poller->unknown = poller->adrift = false;
-        for (uint32_t i = poller->active; i != NONE;) {
-                struct registration *r = &registrations[i];
-                struct end *end = end_of_registration(r);
-                bool ring = end && is_ring(end), known = !ring || arm_one(poller, r, end);
-
-                i = r->next;
-                if (ring && look(r, end, false)) {
-                        found = true;
-                        continue;
-                }
-                /* Nobody will ring: it stays on the list, and the sleep is a nap. */
-                if (!known) {
-                        poller->unknown = true;
-                        poller->adrift |= r->remote;
-                } else {
-                        deactivate(poller, r, STATE_ARMED);
-                }
-        }
-        return found;
-}
-
 /* A bell of ours rang. */
 static void answer(struct poller *poller, uint32_t arena, int bell, uint32_t events)
 {
@@ -1035,11 +1322,19 @@ static void answer_late(struct poller *poller)
 {
         uint32_t high = atomic_load(&family->next_arena);
 
-        poller->late = false;
-        for (uint32_t i = 0; i < unused_from && poller->lost; i++)
-                if (fd_is_end(registrations[i].key))
-                        arouse(poller, &registrations[i], (uint32_t)registrations[i].key);
-        poller->lost = false;
+        bool lost;
+
+        atomic_store(&poller->late, false);
+        lost = atomic_exchange(&poller->lost, false);
+        for (uint32_t i = 0; i < unused_from && lost; i++) {
+                struct registration *r = &registrations[i];
+                struct end *end = is_of(poller, r) && r->key ? end_of_registration(r) : NULL;
+
+                if (end) {
+                        look_over(poller, r, end);
+                        arouse(poller, r, (uint32_t)r->key);
+                }
+        }
         for (uint32_t arena = 0; arena < high && arena < ARENAS; arena++) {
                 int bell = bell_of(poller, arena);
                 uint64_t dirty = bell < 0 ? 0 : atomic_exchange(dirty_slots(arena, bell), 0);
@@ -1054,6 +1349,17 @@ static void answer_late(struct poller *poller)
         }
 }
 
+/* The kernel's word for the program, by our name. Returns events. */
+static int translate(struct registration *r, uint32_t said, struct epoll_event *event)
+{
+        said &= r->events | EPOLLERR | EPOLLHUP;
+        if (!said)
+                return 0;
+        r->fired = (r->events & EPOLLONESHOT) != 0;
+        *event = (struct epoll_event){.events = said, .data.u64 = r->data};
+        return 1;
+}
+
 /* Take our own descriptors' events out of what the kernel returned. Returns how many are left. Under the
  * lock. */
 static int sort(struct poller *poller, struct epoll_event *events, int count)
@@ -1065,10 +1371,14 @@ static int sort(struct poller *poller, struct epoll_event *events, int count)
                 uint64_t data = events[i].data.u64;
 
                 if ((data & OURS_MASK) == OURS_REGISTRATION) {
-                        struct registration *r = &registrations[(uint32_t)data % REGISTRATIONS];
+                        struct registration *r = named(poller, data);
 
-                        if (&pollers[r->poller] != poller || r->state == STATE_KERNEL)
+                        if (!r || (r->state == STATE_KERNEL && r->fired))
                                 continue;
+                        if (r->state == STATE_KERNEL) {
+                                kept += translate(r, events[i].events, &events[kept]);
+                                continue;
+                        }
                         r->kernel |= events[i].events;
                         r->edge = true;
                         if (r->state == STATE_ARMED)
@@ -1078,9 +1388,7 @@ static int sort(struct poller *poller, struct epoll_event *events, int count)
                 } else if ((data & OURS_MASK) != OURS) {
                         events[kept++] = events[i];
                 } else if (data == NUDGE) {
-                        uint64_t drained;
-
-                        sys_3(SYS_read, poller->nudge - 1, &drained, sizeof drained);
+                        take_nudge(poller);
                 } else {
                         answer(poller, (uint32_t)(data >> 8) & (ARENAS - 1), (int)(data & 0xff),
                                events[i].events);
@@ -1160,6 +1468,12 @@ static bool may_spin(struct poller *poller)
         return found;
 }
 
+/* Has an instance inside another one something? */
+static bool has_nested(const struct registration *r)
+{
+        return r->events & EPOLLIN && !r->fired && poller_ready(r->fd);
+}
+
 bool poller_ready(int epfd)
 {
         struct poller *poller = poller_of(epfd);
@@ -1169,13 +1483,17 @@ bool poller_ready(int epfd)
         if (!poller)
                 return false;
         taken = lock_take(&poller->lock, self());
+        /* Otherwise the kernel would say that there is something. */
+        if (poller->nudged)
+                take_nudge(poller);
         for (uint32_t i = poller->active; i != NONE && !found; i = registrations[i].next) {
                 struct end *end = end_of_registration(&registrations[i]);
 
                 found = end && is_ring(end) && look(&registrations[i], end, false);
         }
         for (uint32_t i = poller->nested; i != NONE && !found; i = registrations[i].next_nested)
-                found = registrations[i].events & EPOLLIN && poller_ready(registrations[i].fd);
+                found = has_nested(&registrations[i]);
+        watch(poller);
         lock_release(&poller->lock, taken);
         return found;
 }
@@ -1191,7 +1509,7 @@ bool poller_arm(int epfd)
         taken = lock_take(&poller->lock, self());
         poller->watched = true;
         arm(poller);
-        adrift = poller->adrift;
+        adrift = poller->adrift || poller->late;
         for (uint32_t i = poller->nested; i != NONE; i = registrations[i].next_nested)
                 adrift = poller_arm(registrations[i].fd) || adrift;
         lock_release(&poller->lock, taken);
@@ -1203,10 +1521,21 @@ static int harvest_nested(struct poller *poller, struct epoll_event *events, int
 {
         int count = 0;
 
-        for (uint32_t i = poller->nested; i != NONE && count < size; i = registrations[i].next_nested)
-                if (registrations[i].events & EPOLLIN && poller_ready(registrations[i].fd))
-                        events[count++] =
-                            (struct epoll_event){.events = EPOLLIN, .data.u64 = registrations[i].data};
+        for (uint32_t i = poller->nested; i != NONE && count < size; i = registrations[i].next_nested) {
+                struct registration *r = &registrations[i];
+                struct epoll_event once = {.events = EPOLLONESHOT};
+
+                if (!has_nested(r))
+                        continue;
+                events[count++] = (struct epoll_event){.events = EPOLLIN, .data.u64 = r->data};
+                if (r->events & EPOLLONESHOT) {
+                        /* The kernel isn't to say it again. */
+                        rename_it(r);
+                        once.data.u64 = name_of(r);
+                        sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, r->fd, &once);
+                        r->fired = true;
+                }
+        }
         return count;
 }
 
@@ -1234,16 +1563,35 @@ static void catch_up(struct poller *poller, struct list *list, int size, uint32_
         }
 }
 
+/* Connections that have left their rings: the kernel tells the program of them again, at once if there is
+ * something. Under the lock. */
+static bool hand_back(struct poller *poller)
+{
+        bool any = false;
+
+        for (uint32_t i = 0; i < poller->news_count; i++) {
+                struct registration *r = &registrations[poller->news[i]];
+                struct end *end =
+                    is_of(poller, r) && r->state == STATE_ACTIVE ? end_of_registration(r) : NULL;
+
+                if (end && !is_ring(end)) {
+                        to_kernel(poller, r, false);
+                        any = true;
+                }
+        }
+        return any;
+}
+
 /* What the kernel's news means for the program. Under the lock. */
 static void look_at_news(struct poller *poller, struct list *list, int size, uint32_t turn)
 {
         for (uint32_t i = 0; i < poller->news_count; i++) {
                 struct registration *r = &registrations[poller->news[i]];
-                struct end *end = end_of_registration(r);
+                struct end *end =
+                    is_of(poller, r) && r->state == STATE_ACTIVE ? end_of_registration(r) : NULL;
                 uint32_t found;
 
-                if (r->state != STATE_ACTIVE || !end || !is_ring(end) ||
-                    (r->told != turn && list->count == size))
+                if (!end || !is_ring(end) || (r->told != turn && list->count == size))
                         continue;
                 found = look(r, end, true);
                 if (found && r->told == turn)
@@ -1266,7 +1614,8 @@ static int sort_all(struct poller *poller, struct epoll_event *events, int count
         return count;
 }
 
-/* What the kernel's events mean for the program, rings included. Not under the lock. */
+/* What the kernel's events mean for the program, rings included; 0: the next look finds all. Not under the
+ * lock. */
 static int told_by_kernel(struct poller *poller, struct epoll_event *events, int count, int size)
 {
         enum taken taken = lock_take(&poller->lock, self());
@@ -1277,8 +1626,7 @@ static int told_by_kernel(struct poller *poller, struct epoll_event *events, int
         poller->news_count = 0;
         count = sort_all(poller, events, count, &taken);
         if (!count && poller->rings > 1) {
-                /* Others may have something by now: the next look, which asks the kernel once more, finds
-                 * all. */
+                /* Others may have something by now: the kernel is asked once more. */
                 lock_release(&poller->lock, taken);
                 return 0;
         }
@@ -1287,11 +1635,11 @@ static int told_by_kernel(struct poller *poller, struct epoll_event *events, int
         look_at_news(poller, &list, size - count < LISTED ? size - count : LISTED, turn);
         catch_up(poller, &list, size - count < LISTED ? size - count : LISTED, turn);
         put_in_order(&list);
-        /* What lasts is for all who wait; the kernel has woken one. */
-        if (list.count && poller->sleepers && poller->active != NONE)
-                nudge(poller);
+        count += list.count;
+        if (count)
+                watch(poller);
         lock_release(&poller->lock, taken);
-        return count + list.count;
+        return count;
 }
 
 /* What there is now. Rings are looked at first, then the kernel is asked, then what it has news of is looked
@@ -1318,15 +1666,17 @@ static int collect(struct poller *poller, struct epoll_event *events, int size, 
             (list.count + count && atomic_load_explicit(&poller->added, memory_order_relaxed) > 1)) {
                 struct epoll_event of_kernel[BATCH];
                 int room = size - list.count - count, kernel = 0;
+                bool again = room > 0;
 
                 if (room > BATCH - count)
                         room = BATCH - count;
                 poller->news_count = 0;
                 /* What was only for us has taken the place of what may be behind it. */
-                for (int asked = 0, got = room; got == room && room > 0 && !kernel && asked < ASKED;
-                     asked++) {
-                        got = (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, of_kernel, room, 0, 0, 8);
+                for (int asked = 0; again && !kernel && asked < ASKED; asked++) {
+                        int got = (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, of_kernel, room, 0, 0, 8);
+
                         kernel = sort_all(poller, of_kernel, got > 0 ? got : 0, &taken);
+                        again = got == room || hand_back(poller);
                 }
                 /* Only instances inside this one are known in both ways. */
                 count = merge(others, count, of_kernel, kernel);
@@ -1341,10 +1691,16 @@ static int collect(struct poller *poller, struct epoll_event *events, int size, 
                 memcpy(events, others, (size_t)count * sizeof *events);
         }
         count += list.count;
-        if (count && poller->sleepers && poller->active != NONE)
-                nudge(poller);
+        if (count)
+                watch(poller);
         lock_release(&poller->lock, taken);
         return count;
+}
+
+/* Nobody has anything to look at here but the kernel. */
+static bool is_plain(const struct poller *poller)
+{
+        return !poller->rings && poller->nested == NONE && !poller->late;
 }
 
 /* No ring is registered here: the kernel's word alone, without our own descriptors' events. 0: a timeout, or
@@ -1353,14 +1709,18 @@ static int wait_plainly(struct poller *poller, int epfd, struct epoll_event *eve
                         int64_t timeout, const sigset_t *mask)
 {
         int64_t ms = timeout < 0 ? -1 : (timeout + 999999) / 1000000;
-        int count;
+        int count = 0;
 
-        atomic_fetch_add_explicit(&poller->sleepers, 1, memory_order_relaxed);
-        if (timeout > 0 && timeout % 1000000)
-                count = kernel_wait(epfd, events, size, timeout, mask);
-        else
-                count = real()->epoll_pwait(epfd, events, size, ms > INT32_MAX ? INT32_MAX : (int)ms, mask);
-        atomic_fetch_sub_explicit(&poller->sleepers, 1, memory_order_relaxed);
+        atomic_fetch_add(&poller->sleepers, 1);
+        /* Pairs with enter_ring(): either it sees the sleeper, or we see the ring. */
+        if (is_plain(poller)) {
+                if (timeout > 0 && timeout % 1000000)
+                        count = kernel_wait(epfd, events, size, timeout, mask);
+                else
+                        count = real()->epoll_pwait(epfd, events, size, ms > INT32_MAX ? INT32_MAX : (int)ms,
+                                                    mask);
+        }
+        atomic_fetch_sub(&poller->sleepers, 1);
         for (int i = 0; i < count; i++)
                 if ((events[i].data.u64 & OURS_MASK) == OURS ||
                     (events[i].data.u64 & OURS_MASK) == OURS_REGISTRATION) {
@@ -1380,11 +1740,70 @@ static int64_t remaining(int64_t timeout, uint64_t deadline)
         return present < deadline ? (int64_t)(deadline - present) : 0;
 }
 
+/* Looks for a while, if that pays. Returns events. */
+static int spin(struct poller *poller, struct epoll_event *events, int size)
+{
+        uint64_t budget = may_spin(poller) ? spin_budget(&poller->spinner) : 0, begin;
+        int count;
+
+        if (!budget)
+                return 0;
+        /* What the kernel has doesn't wait until we have spun. */
+        count = collect(poller, events, size, true, false);
+        if (count)
+                return count;
+        begin = now();
+        while (!count) {
+                for (int i = 0; i < SPIN_LOOKS && !count; i++) {
+                        relax();
+                        count = collect(poller, events, size, false, true);
+                }
+                if (!count && now() - begin >= budget)
+                        break;
+        }
+        spin_learn(&poller->spinner, count != 0, budget, now() - begin);
+        if (count)
+                statistics_count(&statistics.spins);
+        return count;
+}
+
+/* All that is looked at is armed, and the thread counted as a sleeper. False: there is something to look at.
+ * `*unknown`: something of which nobody tells. */
+static bool fall_asleep(struct poller *poller, bool *unknown)
+{
+        enum taken taken = lock_take(&poller->lock, self());
+        bool asleep = !arm(poller);
+
+        *unknown = poller->unknown;
+        for (uint32_t i = poller->nested; i != NONE; i = registrations[i].next_nested)
+                *unknown = poller_arm(registrations[i].fd) || *unknown;
+        for (uint32_t i = poller->nested; i != NONE && asleep; i = registrations[i].next_nested)
+                asleep = !has_nested(&registrations[i]);
+        if (asleep)
+                atomic_fetch_add(&poller->sleepers, 1);
+        lock_release(&poller->lock, taken);
+        return asleep;
+}
+
+/* The thread leaves without an event. What it has taken from the kernel is the others' now. */
+static int leave_without(struct poller *poller)
+{
+        enum taken taken;
+
+        /* Who falls asleep from now on arms all by himself. */
+        if (!is_slept_on(poller))
+                return 0;
+        taken = lock_take(&poller->lock, self());
+        watch(poller);
+        lock_release(&poller->lock, taken);
+        return 0;
+}
+
 int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout, const sigset_t *mask,
                 bool *ours)
 {
         struct poller *poller = poller_of(epfd);
-        uint64_t deadline = 0;
+        uint64_t deadline = 0, slept;
         int64_t nap = FIRST_NAP * INT64_C(1000000), left = timeout;
 
         *ours = poller && size > 0;
@@ -1393,64 +1812,28 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
         /* Also for a wait that begins in the kernel: rings may come meanwhile. */
         if (timeout > 0)
                 deadline = now() + (uint64_t)timeout;
-        for (;;) {
+        for (;; left = remaining(timeout, deadline), timeout = left ? timeout : 0) {
+                bool unknown;
                 int count;
-                uint64_t slept;
-                bool unknown, again;
-                enum taken taken;
 
-                if (!poller->rings && poller->nested == NONE) {
+                if (is_plain(poller)) {
                         count = wait_plainly(poller, epfd, events, size, left, mask);
-                        if (count || timeout == 0)
+                        if (count || (timeout == 0 && is_plain(poller)))
                                 return count;
-                        left = remaining(timeout, deadline);
-                        if (!left)
-                                timeout = 0;
                         continue;
                 }
+                if (poller->late)
+                        settle(poller);
                 count = collect(poller, events, size, timeout == 0, false);
-
-                if (count || timeout == 0)
+                if (count)
                         return count;
-                if (may_spin(poller)) {
-                        uint64_t budget = spin_budget(&poller->spinner), begin = 0;
-
-                        if (budget) {
-                                /* What the kernel has doesn't wait until we have spun. */
-                                count = collect(poller, events, size, true, false);
-                                if (count)
-                                        return count;
-                                begin = now();
-                        }
-                        while (budget && !count) {
-                                for (int i = 0; i < SPIN_LOOKS && !count; i++) {
-                                        relax();
-                                        count = collect(poller, events, size, false, true);
-                                }
-                                if (!count && now() - begin >= budget)
-                                        break;
-                        }
-                        if (budget)
-                                spin_learn(&poller->spinner, count != 0, budget, now() - begin);
-                        if (count) {
-                                statistics_count(&statistics.spins);
-                                return count;
-                        }
-                }
-                taken = lock_take(&poller->lock, self());
-                again = arm(poller);
-                unknown = poller->unknown;
-                for (uint32_t i = poller->nested; i != NONE; i = registrations[i].next_nested)
-                        unknown = poller_arm(registrations[i].fd) || unknown;
-                if (!again)
-                        atomic_fetch_add(&poller->sleepers, 1);
-                lock_release(&poller->lock, taken);
-                if (again)
+                if (timeout == 0)
+                        return leave_without(poller);
+                count = spin(poller, events, size);
+                if (count)
+                        return count;
+                if (!fall_asleep(poller, &unknown))
                         continue;
-                if (poller->nested != NONE && poller_ready(epfd)) {
-                        atomic_fetch_sub(&poller->sleepers, 1);
-                        continue;
-                }
                 left = remaining(timeout, deadline);
                 if (unknown && (left < 0 || left > nap)) {
                         left = nap;
@@ -1468,8 +1851,5 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                         count = told_by_kernel(poller, events, count, size);
                 if (count)
                         return count;
-                left = remaining(timeout, deadline);
-                if (!left)
-                        timeout = 0;
         }
 }

@@ -8,11 +8,33 @@
  *      ARMED    the instance's bell for this arena rings when something happens; then it is ACTIVE again
  *      OFF      EPOLLONESHOT has fired
  *
- * Nobody sleeps in the kernel while a registration is ACTIVE and not looked at: before a thread sleeps it
- * arms all, and who leaves with events while others sleep wakes one of them to do that.
- *
  * The bell is itself registered in the epoll instance, so an instance inside another one, or in poll(), wakes
  * those too.
+ *
+ * Several threads may wait in one instance, and others may use its connections meanwhile. No wake-up is lost,
+ * because of this: while a thread sleeps in an instance, or outside of it because of it, no registration of
+ * the instance is ACTIVE, unless
+ *
+ *      - a nudge is there (an eventfd in the instance, which wakes one sleeper), or
+ *      - a thread is awake in poller_wait() and hasn't returned to the program.
+ *
+ * All of it happens under the poller's lock, and this keeps it so:
+ *
+ *      - A thread that is about to sleep arms all that is ACTIVE, looks at each once more, and counts
+ *        itself as a sleeper before it lets the lock go. One that found no ring at all counts itself
+ *        first, then looks whether there is one.
+ *      - The kernel tells one thread of a bell, a nudge or news of TCP, even one that doesn't wait. What
+ *        that thread leaves ACTIVE when it returns, with events or without, it arms; if there is
+ *        something to report, or the other side can't ring yet, it nudges (watch()).
+ *      - So does whoever makes a registration ACTIVE: by epoll_ctl(), or because its connection has
+ *        moved, or left a ring.
+ *      - ARMED means that the bell will ring for all that the registration wants and that isn't there. An
+ *        edge-triggered one that has been told of room isn't to hear of it again before a sender has
+ *        found none: that sender makes it ACTIVE (poller_sender_full()).
+ *
+ * A thread may be late with what the kernel told it. By then the registration may have been changed, moved or
+ * replaced; each time it gets another name, and what comes under an old one is dropped. Nothing is lost by
+ * that: the change made the kernel look again.
  */
 #ifndef FREEFLOW_POLLER_H
 #define FREEFLOW_POLLER_H
@@ -35,10 +57,12 @@ int poller_control(int epfd, int operation, int fd, struct epoll_event *event);
 /* timeout in ns, negative: for ever. `*ours` false: not an instance that we know, nothing was done. */
 int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout, const sigset_t *mask,
                 bool *ours);
-/* Under the receiver's lock, before `ready`: all registrations of this end are looked at from now on. */
+/* Under the receiver's lock, after the phase and before `ready`: all registrations of this end are looked at
+ * from now on. False: that can't be. */
 bool poller_attach(struct end *end);
 /* A sender went to the ring or left it: whose word on EPOLLOUT counts has changed. */
 void poller_sender_changed(struct end *end);
+/* Under the sender's lock: a sender has found no room. */
 void poller_sender_full(struct end *end);
 /* The connection isn't looked at any more; the kernel's registrations stay. */
 void poller_leave(int fd, uint64_t key);

@@ -4,6 +4,7 @@
 
 #include <aio.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdarg.h>
@@ -99,6 +100,8 @@
         F(int, sched_getcpu, (void))                                                                         \
         F(void, pthread_testcancel, (void))                                                                  \
         F(const char *, gnu_get_libc_version, (void))                                                        \
+        F(int, pthread_key_create, (pthread_key_t *, void (*)(void *)))                                      \
+        F(int, pthread_setspecific, (pthread_key_t, const void *))                                           \
         F(int, raise, (int))                                                                                 \
         F(int, vsnprintf, (char *, size_t, const char *, va_list))                                           \
         F(int, __vsnprintf_chk, (char *, size_t, int, size_t, const char *, va_list))                        \

@@ -237,10 +237,15 @@ void upgrade_receiver(struct end *end)
         if (atomic_load_explicit(&end->rx.kernel, memory_order_acquire) || end_held_elsewhere(end) ||
             ready_broken(end))
                 return;
-        /* Those who wait in epoll must see the ring before the sender may use it. */
-        if (!poller_attach(end))
+        /* Pairs with blind_begin(): either it sees the phase, or we see its call. */
+        atomic_store(&end->rx.phase, PHASE_READY);
+        /* Those who wait in epoll must see the ring before the sender may use it; and the phase with it, or
+         * they would take it for one that has ended. */
+        if (atomic_load(&end->rx.kernel) || !poller_attach(end)) {
+                atomic_store(&end->rx.phase, PHASE_TCP);
+                poller_sender_changed(end);
                 return;
-        atomic_store_explicit(&end->rx.phase, PHASE_READY, memory_order_relaxed);
+        }
         atomic_store_explicit(&view.ring->ready, 1, memory_order_release);
         if (view_remote(&view))
                 wake(&view.ring->senders, end);
