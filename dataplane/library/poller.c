@@ -1035,8 +1035,11 @@ static uint32_t look_at_tcp(struct registration *r, struct end *end)
                 r->kernel |= now_of_tcp(r->fd, POLLRDHUP);
         if (__builtin_expect(!r->kernel, 1) && !(__builtin_expect(r->remote, 0) && ready_broken(end)))
                 return 0;
-        if (!out)
+        if (!out) {
                 r->kernel &= ~(uint32_t)(EPOLLOUT | EPOLLWRNORM);
+                /* When TCP's room counts again, the kernel has to say again that there is some. */
+                r->mask &= ~(uint32_t)EPOLLOUT;
+        }
         passing = r->kernel & wanted & ~lasting & ~(uint32_t)(in ? 0 : EPOLLIN | EPOLLRDNORM);
         if (passing) {
                 uint32_t true_now = now_of_tcp(r->fd, POLLIN | POLLOUT | POLLPRI);

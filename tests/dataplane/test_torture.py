@@ -14,7 +14,8 @@ from tests.patience import patience
 
 SOURCE = Path(__file__).with_name("torture.c")
 BUILD = Path(__file__).parents[2] / "dataplane/library/build.sh"
-SECONDS = int(os.environ.get("TORTURE_SECONDS", "80"))
+SECONDS = int(os.environ.get("TORTURE_SECONDS", "60"))
+LOOPS = int(os.environ.get("TORTURE_SECONDS", "20"))
 SANITIZED = int(os.environ.get("TORTURE_SECONDS", "15"))
 SEED = os.environ.get("TORTURE_SEED", "")
 
@@ -61,6 +62,24 @@ def test_torture(everywhere: Places) -> None:
     # Plain TCP is what the program itself is tried on.
     seconds = SECONDS if everywhere.accelerated else min(SECONDS, 20)
     said = torture(everywhere, (), seconds, SEED or str(int.from_bytes(os.urandom(4), "big")))
+    assert "operations" in said
+    everywhere.upgraded(20)
+
+
+@pytest.mark.timeout(LOOPS + 120)
+def test_torture_of_loops(everywhere: Places) -> None:
+    """No wake-up is lost among several threads in one epoll instance, whatever others do and while connections move."""
+    everywhere.forget()
+    seconds = LOOPS if everywhere.accelerated else 5
+    said = torture(
+        everywhere,
+        (),
+        seconds,
+        SEED or str(int.from_bytes(os.urandom(4), "big")),
+        TORTURE_LOOPS="1",
+        # So that they are full, and empty, all the time.
+        FREEFLOW_RING_LIMIT="65536",
+    )
     assert "operations" in said
     everywhere.upgraded(20)
 

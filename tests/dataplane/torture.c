@@ -11,6 +11,12 @@
  * In an ordered stream one thread at a time reads, others wait by other means meanwhile. In an unordered one
  * all read and write at once, and how often each byte came is counted. Waits have no end: a wake-up that is
  * lost is a stall, which ends both sides with a list of what each thread waits in.
+ *
+ * In a round of loops all connections of a worker are in one epoll instance, each level-triggered,
+ * edge-triggered or one-shot, and several threads wait there: for ever, for a moment, not at all, in an
+ * instance around it or in poll(). Helpers fill and drain the same connections, each time that a loop has
+ * had an event and never by themselves. So a wake-up that is lost leaves nobody who would move anything.
+ * Connections move to rings under all this. TORTURE_LOOPS=1: no other rounds.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -19,6 +25,7 @@
 #include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -45,6 +52,7 @@ enum {
         CHUNK = 256 * 1024, /* at most in one call */
         STOP = 0xffff,      /* number of a connection that says: no more rounds */
         LARGE = 1 << 20,
+        HELPERS = 2,
 };
 
 enum mode {
@@ -57,6 +65,7 @@ enum mode {
         MODE_DUP = 64,
         MODE_TOGGLE = 128, /* O_NONBLOCK changes while others wait */
         MODE_WARM = 256,   /* connections are used to and fro first, until the kernel sees no more of it */
+        MODE_LOOPS = 512,
 };
 
 struct header {
@@ -76,6 +85,9 @@ struct connection {
         struct header header;
         int fd;
         struct stream in, out;
+        /* In loops: both streams are over; a thread has its one-shot event; what epoll was told. */
+        _Atomic bool finished, handled;
+        uint32_t told;
 };
 
 struct waiter {
@@ -90,6 +102,7 @@ struct shared {
         struct waiter waiters[WAITERS];
         _Atomic uint32_t waiting;
         _Atomic uint64_t operations, bytes, stalled;
+        _Atomic uint32_t unfinished; /* connections of a round of loops that aren't over */
 };
 
 struct task {
@@ -524,7 +537,6 @@ static void *work(void *argument)
         int fd = connection->fd;
 
         CHECK(buffer);
-        atomic_store(&task->waiter->number, (int)connection->header.number);
         atomic_store(&task->waiter->thread, (pid_t)syscall(SYS_gettid));
         while (!atomic_load(&stream->over)) {
                 if (running.mode & MODE_DUP && any(&task->random, 8) == 0) {
@@ -557,6 +569,237 @@ static void *work(void *argument)
         return NULL;
 }
 
+/* --- loops: several threads in one epoll instance */
+
+static struct {
+        int instance, outer;
+        sem_t work; /* for the helpers */
+} loops;
+
+static bool is_finished(void)
+{
+        return running.mode & MODE_LOOPS && atomic_load(&shared->unfinished) == 0;
+}
+
+static uint32_t kind_number(const struct connection *connection)
+{
+        return mix(connection->header.seed + connection->header.number * 7 + connection->header.round * 77 +
+                   is_server) %
+               4;
+}
+
+static uint32_t kind_of(const struct connection *connection)
+{
+        static const uint32_t kinds[] = {0, EPOLLET, EPOLLONESHOT, EPOLLET | EPOLLONESHOT};
+
+        return kinds[kind_number(connection)];
+}
+
+static uint32_t interest(struct connection *connection)
+{
+        return kind_of(connection) | (atomic_load(&connection->in.over) ? 0u : EPOLLIN | EPOLLRDHUP) |
+               (atomic_load(&connection->out.over) ? 0u : EPOLLOUT);
+}
+
+/* One direction of a connection is over: the other threads hear of it if it was the last one. */
+static void finish(struct connection *connection, struct stream *stream)
+{
+        struct stream *other = stream == &connection->in ? &connection->out : &connection->in;
+        bool last;
+
+        if (atomic_exchange(&stream->over, true))
+                return;
+        progress(0);
+        CHECK(pthread_mutex_lock(&connection->in.turn) == 0);
+        last = atomic_load(&other->over) && !atomic_exchange(&connection->finished, true);
+        CHECK(pthread_mutex_unlock(&connection->in.turn) == 0);
+        if (last)
+                atomic_fetch_sub(&shared->unfinished, 1);
+}
+
+/* Reads once, or until there is nothing. */
+static void drain(struct task *task, struct connection *connection, uint8_t *buffer, bool all)
+{
+        struct stream *in = &connection->in;
+        bool over = false;
+        ssize_t got;
+
+        CHECK(pthread_mutex_lock(&in->turn) == 0);
+        do {
+                uint64_t place = atomic_load(&in->done);
+
+                if (atomic_load(&in->over))
+                        break;
+                got = read_some(task, connection->fd, buffer, 1 + any(&task->random, CHUNK), false);
+                if (got > 0) {
+                        compare(connection, place, buffer, (size_t)got, "loop");
+                        atomic_store(&in->done, place + (uint64_t)got);
+                        progress((uint64_t)got);
+                } else if (got == 0 || is_end(errno)) {
+                        over = true;
+                } else {
+                        CHECK(errno == EAGAIN || errno == EINTR);
+                }
+        } while (all && !over && (got > 0 || errno == EINTR));
+        CHECK(pthread_mutex_unlock(&in->turn) == 0);
+        if (over)
+                finish(connection, in);
+}
+
+/* Writes once, or until there is no room. */
+static void fill_up(struct task *task, struct connection *connection, uint8_t *buffer, bool all)
+{
+        struct stream *out = &connection->out;
+        uint64_t total = total_of(connection, true);
+        bool over = false;
+        ssize_t sent;
+
+        CHECK(pthread_mutex_lock(&out->turn) == 0);
+        do {
+                uint64_t place = atomic_load(&out->done);
+                size_t size = 1 + any(&task->random, any(&task->random, 2) ? CHUNK : 600);
+
+                if (atomic_load(&out->over) || place == total)
+                        break;
+                if (size > total - place)
+                        size = total - place;
+                fill(buffer, salt_of(connection, true), place, size);
+                sent = write_some(task, connection->fd, buffer, size, false);
+                if (sent > 0) {
+                        atomic_store(&out->done, place + (uint64_t)sent);
+                        progress((uint64_t)sent);
+                } else if (is_end(errno)) {
+                        over = true;
+                } else {
+                        CHECK(errno == EAGAIN || errno == EINTR);
+                }
+                over = over || atomic_load(&out->done) == total;
+        } while (all && !over && (sent > 0 || errno == EINTR));
+        if (over && !atomic_load(&out->over))
+                CHECK(shutdown(connection->fd, SHUT_WR) == 0 || is_end(errno) || errno == ENOTCONN);
+        CHECK(pthread_mutex_unlock(&out->turn) == 0);
+        if (over)
+                finish(connection, out);
+}
+
+static void handle(struct task *task, const struct epoll_event *event, uint8_t *buffer)
+{
+        struct connection *connection = &shared->connections[event->data.u32];
+        uint32_t kind = kind_of(connection);
+        struct epoll_event next = {.data.u32 = event->data.u32};
+        bool all = kind & EPOLLET;
+
+        sem_post(&loops.work);
+        if (kind & EPOLLONESHOT)
+                CHECK(!atomic_exchange(&connection->handled, true));
+        if (event->events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+                drain(task, connection, buffer, all);
+        if (event->events & (EPOLLOUT | EPOLLHUP | EPOLLERR))
+                fill_up(task, connection, buffer, all);
+        CHECK(pthread_mutex_lock(&connection->out.turn) == 0);
+        next.events = interest(connection);
+        if (kind & EPOLLONESHOT)
+                atomic_store(&connection->handled, false);
+        /* With nothing more to hear of, what the kernel says by itself would be said for ever. */
+        if (kind & EPOLLONESHOT || next.events != connection->told)
+                CHECK(epoll_ctl(loops.instance, next.events == kind ? EPOLL_CTL_DEL : EPOLL_CTL_MOD,
+                                connection->fd, &next) == 0 ||
+                      errno == ENOENT);
+        connection->told = next.events;
+        CHECK(pthread_mutex_unlock(&connection->out.turn) == 0);
+}
+
+static void *loop(void *argument)
+{
+        struct task *task = argument;
+        struct epoll_event events[8];
+        struct pollfd one = {.fd = loops.instance, .events = POLLIN};
+        uint8_t *buffer = malloc(CHUNK);
+
+        CHECK(buffer);
+        atomic_store(&task->waiter->thread, (pid_t)syscall(SYS_gettid));
+        while (!is_finished()) {
+                int size = any(&task->random, 3) ? 1 + (int)any(&task->random, 8) : 1, count = 0;
+
+                switch (any(&task->random, 12)) {
+                case 0:
+                        atomic_store(&task->waiter->what, "poll around the loop");
+                        (void)poll(&one, 1, -1);
+                        break;
+                case 1:
+                        atomic_store(&task->waiter->what, "instance around the loop");
+                        (void)epoll_wait(loops.outer, events, 1, -1);
+                        break;
+                case 2:
+                        atomic_store(&task->waiter->what, "loop, for a moment");
+                        count = epoll_wait(loops.instance, events, size, 1 + (int)any(&task->random, 3));
+                        break;
+                case 3:
+                case 4:
+                case 5:
+                case 6:
+                        count = epoll_wait(loops.instance, events, size, 0);
+                        break;
+                default:
+                        atomic_store(&task->waiter->what, "loop, for ever");
+                        count = epoll_wait(loops.instance, events, size, -1);
+                }
+                atomic_store(&task->waiter->what, "running");
+                CHECK(count >= 0 || errno == EINTR);
+                for (int i = 0; i < count; i++)
+                        handle(task, &events[i], buffer);
+        }
+        free(buffer);
+        atomic_store(&task->waiter->thread, 0);
+        return NULL;
+}
+
+static void *help(void *argument)
+{
+        struct task *task = argument;
+        uint8_t *buffer = malloc(CHUNK);
+
+        CHECK(buffer);
+        atomic_store(&task->waiter->thread, (pid_t)syscall(SYS_gettid));
+        for (;;) {
+                struct connection *connection = &shared->connections[any(&task->random, running.connections)];
+                bool all = any(&task->random, 2);
+
+                atomic_store(&task->waiter->what, "a helper's job");
+                if (sem_wait(&loops.work) != 0)
+                        CHECK(errno == EINTR);
+                if (is_finished())
+                        break;
+                atomic_store(&task->waiter->what, "helping");
+                if (any(&task->random, 2))
+                        drain(task, connection, buffer, all);
+                else
+                        fill_up(task, connection, buffer, all);
+        }
+        free(buffer);
+        atomic_store(&task->waiter->thread, 0);
+        return NULL;
+}
+
+static void start_loops(void)
+{
+        CHECK(sem_init(&loops.work, 0, 0) == 0);
+        CHECK((loops.instance = epoll_create1(EPOLL_CLOEXEC)) >= 0);
+        CHECK((loops.outer = epoll_create1(EPOLL_CLOEXEC)) >= 0);
+        CHECK(epoll_ctl(loops.outer, EPOLL_CTL_ADD, loops.instance,
+                        &(struct epoll_event){.events = EPOLLIN}) == 0);
+        atomic_store(&shared->unfinished, running.connections);
+        for (uint32_t i = 0; i < running.connections; i++) {
+                struct connection *connection = &shared->connections[i];
+                struct epoll_event event = {.events = interest(connection), .data.u32 = i};
+
+                connection->told = event.events;
+                atomic_store(&connection->finished, false);
+                atomic_store(&connection->handled, false);
+                CHECK(epoll_ctl(loops.instance, EPOLL_CTL_ADD, connection->fd, &event) == 0);
+        }
+}
+
 /* --- a worker */
 
 static void interrupted(int number)
@@ -566,13 +809,16 @@ static void interrupted(int number)
 
 static void list_waiters(void)
 {
+        static const char *const kinds[] = {" (level)", " (edge)", " (once)", " (edge, once)"};
+
         fprintf(stderr, "%s: nothing moved for %d s (seed %llu, round %u, mode %u)\n",
                 is_server ? "server" : "client", PATIENCE, (unsigned long long)running.seed, running.round,
                 running.mode);
         for (uint32_t i = 0; i < running.connections; i++) {
                 struct connection *connection = &shared->connections[i];
 
-                fprintf(stderr, "  connection %u: read %llu of %llu%s, wrote %llu of %llu%s\n", i,
+                fprintf(stderr, "  connection %u%s: read %llu of %llu%s, wrote %llu of %llu%s\n", i,
+                        running.mode & MODE_LOOPS ? kinds[kind_number(connection)] : "",
                         (unsigned long long)atomic_load(&connection->in.done),
                         (unsigned long long)total_of(connection, false),
                         atomic_load(&connection->in.over) ? " and the end" : "",
@@ -588,11 +834,36 @@ static void list_waiters(void)
                                 atomic_load(&shared->waiters[i].what));
 }
 
+static void start_thread(pthread_t *thread, struct task *task, void *(*run)(void *))
+{
+        uint32_t place = atomic_fetch_add(&shared->waiting, 1);
+
+        CHECK(place < WAITERS);
+        task->waiter = &shared->waiters[place];
+        atomic_store(&task->waiter->number, task->connection ? (int)task->connection->header.number : -1);
+        atomic_store(&task->waiter->what, "starting");
+        CHECK(pthread_create(thread, NULL, run, task) == 0);
+}
+
+static uint32_t most_threads(void)
+{
+        return running.mode & MODE_LOOPS ? running.threads + 1 + HELPERS
+                                         : running.connections * running.threads * 2;
+}
+
 /* Threads run when this returns. */
 static uint32_t start_threads(pthread_t *threads, struct task *tasks, uint64_t random)
 {
         uint32_t count = 0;
 
+        if (running.mode & MODE_LOOPS) {
+                start_loops();
+                for (; count < most_threads(); count++) {
+                        tasks[count] = (struct task){.random = mix(random + count)};
+                        start_thread(&threads[count], &tasks[count], count < HELPERS ? help : loop);
+                }
+                return count;
+        }
         for (uint32_t i = 0; i < running.connections; i++) {
                 struct connection *connection = &shared->connections[i];
                 struct epoll_event event = {.events = EPOLLIN};
@@ -601,17 +872,12 @@ static uint32_t start_threads(pthread_t *threads, struct task *tasks, uint64_t r
                 CHECK(common[i] >= 0);
                 CHECK(epoll_ctl(common[i], EPOLL_CTL_ADD, connection->fd, &event) == 0);
                 for (uint32_t j = 0; j < running.threads * 2; j++) {
-                        uint32_t place = atomic_fetch_add(&shared->waiting, 1);
-
-                        CHECK(place < WAITERS);
                         tasks[count] = (struct task){
                             .connection = connection,
-                            .waiter = &shared->waiters[place],
                             .random = mix(random + count),
                             .writes = j & 1,
                         };
-                        atomic_store(&tasks[count].waiter->what, "starting");
-                        CHECK(pthread_create(&threads[count], NULL, work, &tasks[count]) == 0);
+                        start_thread(&threads[count], &tasks[count], work);
                         count++;
                 }
         }
@@ -642,7 +908,11 @@ static void watch(pthread_t *threads, struct task *tasks, uint32_t count, uint64
                 }
                 if (dies && mortal-- == 0)
                         kill(getpid(), SIGKILL);
-                if (running.mode & MODE_SIGNALS) {
+                if (is_finished()) {
+                        for (uint32_t i = joined; i < count; i++)
+                                if (atomic_load(&tasks[i].waiter->thread))
+                                        pthread_kill(threads[i], SIGUSR1);
+                } else if (running.mode & MODE_SIGNALS) {
                         uint32_t chosen = joined + (uint32_t)any(&random, count - joined);
 
                         if (atomic_load(&tasks[chosen].waiter->thread))
@@ -694,7 +964,7 @@ static void prepare(struct stream *stream)
 
 static void run_worker(void)
 {
-        uint32_t most = running.connections * running.threads * 2;
+        uint32_t most = most_threads();
         pthread_t *threads = calloc(most, sizeof *threads);
         struct task *tasks = calloc(most, sizeof *tasks);
         uint64_t random = mix(running.seed ^ (is_server ? 77 : 99) ^ running.round);
@@ -888,13 +1158,18 @@ static struct header choose(uint64_t *random, uint64_t seed, uint32_t round, uin
         made.connections = 1 + (uint32_t)any(random, any(random, 2)    ? connections
                                                      : connections < 4 ? connections
                                                                        : 4);
-        for (uint32_t bit = MODE_FORK; bit <= MODE_WARM; bit <<= 1)
+        for (uint32_t bit = MODE_FORK; bit <= MODE_LOOPS; bit <<= 1)
                 if (any(random, bit == MODE_KILL_US || bit == MODE_KILL_THEM || bit == MODE_FORK ? 6 : 2) ==
                     0)
                         mode |= bit;
         /* A process that is killed would leave the others its turn to read, held for ever. */
         if (mode & (MODE_KILL_US | MODE_KILL_THEM))
                 mode &= ~(uint32_t)MODE_FORK;
+        if (getenv("TORTURE_LOOPS"))
+                mode |= MODE_LOOPS;
+        /* Nobody interrupts a wait there that has no end, nor waits otherwise. */
+        if (mode & MODE_LOOPS)
+                mode &= MODE_LOOPS | MODE_KILL_US | MODE_KILL_THEM | MODE_NONBLOCK | MODE_WARM;
         made.mode = mode;
         made.total[0] = 1 + any(random, sizes[any(random, 7)] + 1);
         made.total[1] = 1 + any(random, sizes[any(random, 7)] + 1);
