@@ -941,7 +941,7 @@ void poller_replace(int fd, uint64_t key, int file, int flags)
                 if (r->key != key)
                         continue;
                 taken = lock_take(&poller->lock, self());
-                if (r->state == STATE_OFF)
+                if (r->state == STATE_OFF || r->fired)
                         event.events &= EPOLLONESHOT;
                 if (!r->ghost)
                         sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_ADD, fd, &event);

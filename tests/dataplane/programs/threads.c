@@ -14,15 +14,14 @@ static void watch(int in, int fd, int operation, uint32_t events)
         CHECK(epoll_ctl(in, operation, fd, &event) == 0);
 }
 
-/* Uses a connection, and never waits for it, until it is on a ring. Bytes that come are the other end's
- * probes. */
+/* Uses a connection so that it may move; neither waits for it nor takes anything. */
 static void use(int fd, int milliseconds)
 {
         double end = clock_now() + milliseconds / 1000.0;
         char byte;
 
-        while (clock_now() < end) {
-                CHECK(recv(fd, &byte, 1, MSG_DONTWAIT) == -1 && errno == EAGAIN);
+        while (clock_now() < end && recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0) {
+                CHECK(errno == EAGAIN);
                 nap(2);
         }
 }
@@ -195,7 +194,7 @@ static void full_by_another(int fd)
         }
 }
 
-enum { LOOKED_AT = 40 };
+enum { LOOKED_AT = 150 };
 static int watching[LOOKED_AT];
 static _Atomic bool looks;
 
@@ -216,6 +215,7 @@ static void moves_while_looked_at(int unused)
 {
         struct epoll_event event;
         pthread_t thread;
+        int moved = 0;
 
         (void)unused;
         for (int round = 0; round < 4; round++) {
@@ -233,11 +233,12 @@ static void moves_while_looked_at(int unused)
                 CHECK(pthread_join(thread, NULL) == 0);
                 for (int i = 0; i < LOOKED_AT; i++)
                         CHECK(epoll_wait(watching[i], &event, 1, SOON) == 1 && event.events == EPOLLIN);
-                CHECK(!getenv("FREEFLOW_EXPECTED") || kernel_unread(fd) == 0);
+                moved += kernel_unread(fd) == 0;
                 for (int i = 0; i < LOOKED_AT; i++)
                         close(watching[i]);
                 close(fd);
         }
+        CHECK(!getenv("FREEFLOW_EXPECTED") || moved);
 }
 
 /* One thread sleeps; another takes what has come, and looks, and so takes what was to wake the first. */
