@@ -1165,8 +1165,11 @@ static void watch(struct poller *poller)
                 struct end *end = end_of_registration(r);
 
                 i = r->next;
-                due = (end && is_ring(end) && look(r, end, false)) || arm_active(poller, r) ||
-                      r->state == STATE_ACTIVE;
+                due = (end && is_ring(end) && look(r, end, false)) || arm_active(poller, r);
+                /* Nobody rings yet. Who sleeps in the instance naps then; who sleeps outside of it does so
+                 * only where nobody else would tell (poller_arm()). */
+                if (r->state == STATE_ACTIVE && (poller->sleepers || r->remote))
+                        due = true;
         }
         if (due)
                 nudge(poller);
