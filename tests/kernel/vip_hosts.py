@@ -18,6 +18,7 @@ from pathlib import Path
 from pyroute2 import IPRoute, netns
 
 from driver.kernel.namespace import in_netns
+from tests.patience import patience
 
 PORT = 80
 NETWORK = "10.77.0"
@@ -85,19 +86,19 @@ class Container:
 
         return in_netns(self.path, read)
 
-    def connect(self, to: IPv4Address, timeout: float = 2.0) -> socket.socket:
+    def connect(self, to: IPv4Address) -> socket.socket:
         """An open TCP connection from here."""
         return in_netns(
             self.path,
-            lambda: socket.create_connection((str(to), PORT), timeout=timeout),
+            lambda: socket.create_connection((str(to), PORT), timeout=patience(2)),
         )
 
-    def udp(self, to: IPv4Address, timeout: float = 1.0) -> socket.socket:
+    def udp(self, to: IPv4Address, timeout: float | None = None) -> socket.socket:
         """A connected UDP socket from here."""
 
         def make() -> socket.socket:
             datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            datagrams.settimeout(timeout)
+            datagrams.settimeout(patience(1) if timeout is None else timeout)
             datagrams.connect((str(to), PORT))
             return datagrams
 
