@@ -28,7 +28,7 @@ VOTERS: Final = 5
 AGREED: Final = 2
 """So many that say the same, and none that says otherwise, are enough."""
 MUTE_FOR: Final = 10.0
-"""Seconds for which a container that answered nothing is asked after the others."""
+"""Seconds for which a container that answered nothing, or slowly, is asked after the others."""
 REST_AFTER: Final = 5.0
 """Seconds after which a service without active tasks isn't asked about again until its list changes. Asking would make
 Docker's DNS ask outside, and a task that left doesn't come back: it is being stopped."""
@@ -158,7 +158,8 @@ class ActiveTasks:
             else:
                 changed.append(service)
         votes = {service.name: [told.known[service.name]] for service in changed}
-        others = [path for path in order if path != first and path not in memory.mute]
+        # Those before it have just answered nothing.
+        others = order[order.index(first) + 1 :]
         self._ask_others(view, changed, votes, others, memory)
         # A container that has never answered, such as one that is being started, isn't waited for.
         needed = min(AGREED, len({sandboxes[path] for path in memory.spoken}))
@@ -179,11 +180,9 @@ class ActiveTasks:
         for path in order[:ASKERS]:
             patient = any(memory.trouble[s.name].count for s in asked if s.name in memory.trouble)
             told = self._resolver.tasks(path, view.name, asked, patient=patient)
+            self._note(memory, path, told)
             if told.known or told.silent:
-                memory.mute.pop(path, None)
-                memory.spoken.add(path)
                 return path, told
-            memory.mute[path] = self._clock() + MUTE_FOR
             # Docker's DNS may be slow with large answers: it isn't asked for them once more.
             asked = [item for item in asked if answer_size(item, view.name) <= SMALL]
             if not asked:
@@ -216,11 +215,20 @@ class ActiveTasks:
             changed = [item for item in changed if not _agree(votes[item.name])]
             if not changed:
                 return
-            found = self._resolver.tasks(path, view.name, changed).known
-            if found:
-                memory.spoken.add(path)
-            for name, said in found.items():
+            told = self._resolver.tasks(path, view.name, changed)
+            self._note(memory, path, told)
+            for name, said in told.known.items():
                 votes[name].append(said)
+
+    def _note(self, memory: _Memory, path: Path, told: Told) -> None:
+        """Remember whether a container answers at all, and fast enough to be asked before others."""
+        answers = bool(told.known or told.silent)
+        if answers:
+            memory.spoken.add(path)
+        if told.slow or not answers:
+            memory.mute[path] = self._clock() + MUTE_FOR
+        else:
+            memory.mute.pop(path, None)
 
 
 def _agree(votes: list[Tasks]) -> bool:

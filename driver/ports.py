@@ -113,11 +113,12 @@ class Told:
 
     `known`: by service name the addresses that it gives for the service's tasks; of those listed they take connections,
     and the empty set is an answer, too. `silent`: it knows the service, and doesn't answer for its tasks. Of a service that is in
-    neither it knows nothing, can't be asked, or its answers were lost or cut short.
+    neither it knows nothing, can't be asked, or its answers were lost or cut short. `slow`: asking took all the time there is.
     """
 
     known: Mapping[str, frozenset[IPv4Address]]
     silent: frozenset[str] = frozenset()
+    slow: bool = False
 
 
 class TaskResolver(Protocol):

@@ -37,8 +37,8 @@ TIMEOUT: Final = 0.2
 """Seconds without an answer. The embedded DNS itself answers within a millisecond; longer waits are for servers outside."""
 PATIENCE: Final = 1.0
 """The same for what has been silent before."""
-LONGEST: Final = 5.0
-"""So many times as long at most, however many answers come."""
+LONGEST: Final = 1.0
+"""Seconds in which one container is done with, however many answers come, and however slowly; more with patience."""
 WINDOW: Final = 32
 """Questions under way at once."""
 BUFFER: Final = 8 << 20
@@ -74,8 +74,10 @@ def ask(
     names: Iterable[str],
     timeout: float = TIMEOUT,
     sizes: Mapping[str, int] | None = None,
+    until: float = float("inf"),
 ) -> Answers:
     """Ask for the A records of several names over a connected UDP socket. `sizes` of their answers, where they are known.
+    `until` is when to stop, by time.monotonic().
 
     Raises:
         OSError: the server can't be reached.
@@ -86,18 +88,22 @@ def ask(
     window: list[str] = []
     expected = 0
     for name in dict.fromkeys(names):
+        if time.monotonic() >= until:
+            return answers
         size = (sizes or {}).get(name, dns.SMALLEST)
         if window and (len(window) == WINDOW or expected + size > room):
-            answers.update(_ask_window(channel, window, timeout))
+            answers.update(_ask_window(channel, window, timeout, until))
             window, expected = [], 0
         window.append(name)
         expected += size
     if window:
-        answers.update(_ask_window(channel, window, timeout))
+        answers.update(_ask_window(channel, window, timeout, until))
     return answers
 
 
-def _ask_window(channel: socket.socket, names: Sequence[str], timeout: float) -> Answers:
+def _ask_window(
+    channel: socket.socket, names: Sequence[str], timeout: float, until: float
+) -> Answers:
     start = secrets.randbelow(1 << 16)
     waiting: dict[int, str] = {}
     answers: Answers = {}
@@ -109,9 +115,8 @@ def _ask_window(channel: socket.socket, names: Sequence[str], timeout: float) ->
             continue
         channel.send(query)
         waiting[identifier] = name
-    begin = time.monotonic()
-    last, deadline = begin, begin + LONGEST * timeout
-    while waiting and (left := min(last + timeout, deadline) - time.monotonic()) > 0:
+    last = time.monotonic()
+    while waiting and (left := min(last + timeout, until) - time.monotonic()) > 0:
         channel.settimeout(left)
         try:
             message = channel.recv(0xFFFF)
@@ -165,21 +170,20 @@ class EmbeddedDns:
             return Told({})
         try:
             asked = [service for service in services if fits(service, network_name)]
-            timeout = PATIENCE if patient else self._timeout
-            return self._tasks(channel.socket, network_name, asked, timeout)
+            return self._tasks(channel.socket, network_name, asked, patient)
         except OSError:
             channel.socket.close()
             return Told({})
         finally:
             self._give_back(sandbox, channel)
 
-    @staticmethod
     def _tasks(
-        channel: socket.socket, network_name: str, services: Sequence[Service], timeout: float
+        self, channel: socket.socket, network_name: str, services: Sequence[Service], patient: bool
     ) -> Told:
+        until = time.monotonic() + LONGEST
         listed = {question(item, network_name): item for item in services}
         sizes = {name: answer_size(item, network_name) for name, item in listed.items()}
-        answers = ask(channel, listed, timeout, sizes)
+        answers = ask(channel, listed, self._timeout, sizes, until)
         known: dict[str, frozenset[IPv4Address]] = {}
         doubtful = {}
         for name, service in listed.items():
@@ -194,7 +198,9 @@ class EmbeddedDns:
         # Tell services without tasks from those that this container's DNS doesn't know.
         own = {name: f"{service.name}.{network_name}" for name, service in doubtful.items()}
         names = [each for pair in own.items() for each in pair]
-        answers = ask(channel, names, timeout, sizes) if names else {}
+        timeout = PATIENCE if patient else self._timeout
+        until += timeout
+        answers = ask(channel, names, timeout, sizes, until) if names else {}
         silent = set()
         for name, service in doubtful.items():
             if service.vip not in (answers.get(own[name]) or ()):
@@ -203,7 +209,7 @@ class EmbeddedDns:
                 silent.add(service.name)
             elif (addresses := answers[name]) is not None:
                 known[service.name] = addresses
-        return Told(known, frozenset(silent))
+        return Told(known, frozenset(silent), slow=time.monotonic() >= until)
 
     # --- the sockets
 

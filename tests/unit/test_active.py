@@ -38,6 +38,7 @@ class World:
         self.truth: dict[str, frozenset[IPv4Address]] = {"web": BOTH}
         self.lies: dict[str, dict[str, frozenset[IPv4Address]]] = {}
         self.mute: set[str] = set()
+        self.slow: set[str] = set()
         self.silent: set[str] = set()
         self.lost: set[str] = set()
         self.asked: list[tuple[str, list[str]]] = []
@@ -68,7 +69,8 @@ class World:
         said = self.truth | self.lies.get(sandbox.name, {})
         gone = self.silent | self.lost
         known = {name: said[name] for name in names if name in said and name not in gone}
-        return Told(known, frozenset(name for name in names if name in self.silent))
+        silent = frozenset(name for name in names if name in self.silent)
+        return Told(known, silent, sandbox.name in self.slow)
 
     def look(self, after: float = 1.0) -> tuple[IPv4Address, ...]:
         """Where web's VIP leads after a look."""
@@ -165,6 +167,17 @@ def test_a_silenced_witness_is_waited_for(tmp_path: Path) -> None:
     world.lies["liar"] = {"web": frozenset()}
     for _ in range(8):
         assert world.look() == tuple(sorted(BOTH))
+
+
+def test_a_slow_container_is_asked_after_the_others(tmp_path: Path) -> None:
+    """A container whose DNS takes all the time there is holds up one look, and then none while others answer."""
+    world = World(tmp_path, "a", "slow", "c")
+    world.slow = {"slow"}
+    asked = []
+    for _ in range(9):
+        world.look()
+        asked.append(world.asked[0][0])
+    assert asked.count("slow") == 1
 
 
 def test_the_number_of_questions_is_bounded(tmp_path: Path) -> None:

@@ -297,6 +297,21 @@ def test_patience(server: DnsServer, resolver: EmbeddedDns) -> None:
 
 
 @inside
+def test_dripping_answers(server: DnsServer, resolver: EmbeddedDns) -> None:
+    """A server that answers one question after the other, each just in time, holds nobody up for long."""
+    services = [service(f"s{n}", 7) for n in range(100)]
+    for number, item in enumerate(services):
+        name = f"tasks.{item.name}.backend"
+        server.records[name] = [at(7)]
+        server.late[name] = 0.08 * (number % 32 + 1)
+    begin = time.monotonic()
+    told = resolver.tasks(OWN, "backend", services, patient=True)
+    assert time.monotonic() - begin < within(4)
+    assert told.slow
+    assert 0 < len(told.known) < 100
+
+
+@inside
 def test_namespace_that_is_gone(resolver: EmbeddedDns, tmp_path: Path) -> None:
     """A container that has ended, or whose namespace isn't mounted yet, knows nothing."""
     assert resolver.tasks(tmp_path / "none", "backend", [service("web", 7)]) == Told({})
