@@ -5,6 +5,7 @@
 #include "protocol.h"
 #include "real.h"
 #include "router.h"
+#include "signals.h"
 #include "sparse.h"
 #include "statistics.h"
 #include "sys.h"
@@ -79,6 +80,31 @@ void close_own(int fd)
 {
         fd_set_word(fd, 0);
         sys_1(SYS_close, fd);
+}
+
+static void forget_lost(_Atomic int32_t *bells)
+{
+        for (int i = 0; i < BELLS; i++) {
+                int32_t word = atomic_load(&bells[i]);
+
+                if (word > 0 && !is_own_descriptor(word - 1))
+                        atomic_compare_exchange_strong(&bells[i], &word, 0);
+        }
+}
+
+void own_lost(void)
+{
+        uint32_t high = atomic_load(&family->next_arena);
+
+        for (int fd = 0; fd < DESCRIPTORS && fd < atomic_load(&process.own_high); fd++)
+                if (is_own_descriptor(fd) && sys_2(SYS_fcntl, fd, F_GETFD) < 0)
+                        fd_set_word(fd, 0);
+        for (uint32_t i = 0; mappings && i < high && i < ARENAS; i++)
+                if (atomic_load(&mappings[i].id)) {
+                        forget_lost(mappings[i].bells);
+                        forget_lost(mappings[i].peers);
+                }
+        signals_lost();
 }
 
 /* linux/dirent.h isn't given to programs. */
@@ -458,18 +484,27 @@ int bell_take(uint32_t arena)
         for (int word = 0; word < BELL_WORDS; word++) {
                 uint64_t idle = atomic_load_explicit(&mapping->idle[word], memory_order_relaxed);
 
-                while (idle)
-                        if (atomic_compare_exchange_weak_explicit(&mapping->idle[word], &idle,
-                                                                  idle & (idle - 1), memory_order_acquire,
-                                                                  memory_order_relaxed))
-                                return word * 64 + __builtin_ctzll(idle);
+                while (idle) {
+                        int bell = word * 64 + __builtin_ctzll(idle);
+
+                        if (!atomic_compare_exchange_weak_explicit(&mapping->idle[word], &idle,
+                                                                   idle & (idle - 1), memory_order_acquire,
+                                                                   memory_order_relaxed))
+                                continue;
+                        /* One that has been lost isn't used again. */
+                        if (atomic_load_explicit(&mapping->bells[bell], memory_order_relaxed))
+                                return bell;
+                        idle &= idle - 1;
+                }
         }
         return make_bell(arena);
 }
 
 void bell_return(uint32_t arena, int bell)
 {
-        atomic_fetch_or_explicit(&mapping_of(arena)->idle[bell / 64], bit(bell), memory_order_release);
+        if (atomic_load_explicit(&mapping_of(arena)->bells[bell], memory_order_relaxed))
+                atomic_fetch_or_explicit(&mapping_of(arena)->idle[bell / 64], bit(bell),
+                                         memory_order_release);
 }
 
 bool bell_is_known(uint32_t arena, uint32_t side, int bell)
@@ -515,6 +550,13 @@ bool bell_silence(uint32_t arena, int bell)
         while ((got = sys_6(SYS_recvfrom, word - 1, bytes, sizeof bytes, MSG_DONTWAIT, 0, 0)) ==
                (long)sizeof bytes)
                 ;
+        if (got == -EBADF || got == -ENOTSOCK) {
+                own_lost();
+                /* A file of the program's may have got the number. The next wait gets a new bell. */
+                if (atomic_compare_exchange_strong(&mapping->bells[bell], &word, 0))
+                        fd_set_word(word - 1, 0);
+                return true;
+        }
         if (got)
                 return true;
         /* Nobody has the other end, nobody will ring: who waits for this arena looks now and then. */
@@ -573,6 +615,10 @@ static bool ring_once(int fd)
 {
         long sent = sys_6(SYS_sendto, fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, 0, 0);
 
+        if (sent == -EBADF || sent == -ENOTSOCK) {
+                own_lost();
+                fd_set_word(fd, 0);
+        }
         return sent >= 0 || sent == -EAGAIN;
 }
 
@@ -582,7 +628,7 @@ static void forget_peer_bell(uint32_t arena, uint32_t side, int bell, int fd)
         int32_t known = fd + 1;
 
         atomic_fetch_and(&arena_header(mapping)->sides[1 - side].known[bell / 64], ~bit(bell));
-        if (atomic_compare_exchange_strong(&mapping->peers[bell], &known, 0))
+        if (atomic_compare_exchange_strong(&mapping->peers[bell], &known, 0) && is_own_descriptor(fd))
                 close_own(fd);
 }
 

@@ -121,6 +121,9 @@ static inline void wake(struct waiters *waiters, const struct end *end)
  * can't. */
 int own_descriptor(int fd);
 bool is_own_descriptor(int fd);
+/* One of them has been closed by a call that nobody stands in front of: find the others that have. Their
+ * numbers may be given again, to us or to the program. */
+void own_lost(void);
 /* Close an own descriptor. */
 void close_own(int fd);
 /* Call `visit` with each open descriptor of the process from `first` on, and what it is a link to, until it

@@ -3,6 +3,7 @@
 
 #include "arena.h"
 #include "clock.h"
+#include "identity.h"
 #include "io_uring.h"
 #include "poller.h"
 #include "ready.h"
@@ -10,6 +11,7 @@
 #include "spin.h"
 #include "statistics.h"
 #include "sys.h"
+#include "upgrade.h"
 #include "wait.h"
 
 #include <errno.h>
@@ -47,6 +49,11 @@ CALL int epoll_create1(int flags)
 
 CALL int epoll_ctl(int epfd, int operation, int fd, struct epoll_event *event)
 {
+        uint64_t key;
+        struct end *end = operation == EPOLL_CTL_ADD ? end_of(fd, &key) : NULL;
+
+        if (end && atomic_load(&end->stage) == STAGE_ATTACHED && !upgrade_is_behind(fd, end))
+                identity_lost(fd);
         return poller_control(epfd, operation, fd, event);
 }
 
@@ -145,6 +152,10 @@ static short ring_events(const struct pollfd *polled)
                 found |= polled->events & (POLLOUT | POLLWRNORM);
         if (ready_broken(end))
                 found |= (short)remote_broken_events((uint16_t)polled->events);
+        if (found && !identity_holds(polled->fd, end)) {
+                identity_lost(polled->fd);
+                return 0;
+        }
         return found;
 }
 

@@ -139,6 +139,10 @@ void guest_comes(void)
         int32_t nothing = 0;
         int pair[2];
 
+        for (int i = 0; i < 2; i++)
+                if (atomic_load(&told[i]) && !is_own_descriptor(atomic_load(&told[i]) - 1))
+                        atomic_store(&told[i], 0);
+
         if (!has_attached() || atomic_load(&told[1]) || !call_is_ours())
                 return;
         if (sys_4(SYS_socketpair, AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) < 0)

@@ -375,6 +375,8 @@ static bool give_bell(struct poller *poller, uint32_t arena)
         event.data.u64 = OURS | arena << 8 | (uint32_t)bell;
         /* What came late for whoever had it before. */
         bell_silence(arena, bell);
+        if (bell_descriptor(arena, bell) < 0)
+                return give_bell(poller, arena);
         sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_ADD, bell_descriptor(arena, bell), &event);
         poller->bells[arena] = id << 9 | (uint32_t)(bell + 1);
         return true;

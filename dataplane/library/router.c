@@ -59,12 +59,18 @@ uint32_t router_epoch(void)
         return atomic_load_explicit(&router.epoch, memory_order_relaxed);
 }
 
-static void hang_up(void)
+static void hang_up(long why)
 {
-        if (router.fd)
+        /* Closed by a call that we didn't see: the number is whose it is now, and the router is there. */
+        bool lost = why == -EBADF || why == -ENOTSOCK;
+
+        if (router.fd && lost) {
+                own_lost();
+                fd_set_word(router.fd - 1, 0);
+        } else if (router.fd)
                 close_own(router.fd - 1);
         router.fd = 0;
-        router.failed = ticks() | 1;
+        router.failed = lost ? 0 : ticks() | 1;
         atomic_fetch_add(&router.epoch, 1);
 }
 
@@ -99,7 +105,7 @@ static int say_with(const void *message, size_t size, int fd, int patience)
                 if (sent == -EINTR)
                         continue;
                 if (sent != -EAGAIN) {
-                        hang_up();
+                        hang_up(sent);
                         return (int)-sent;
                 }
                 if (!patience || sys_5(SYS_ppoll, &room, 1, &time, 0, 0) <= 0)
@@ -142,6 +148,18 @@ static bool call(void)
         router.failed = 0;
         memcpy(hello.build, freeflow_build, sizeof hello.build);
         return say_with(&hello, sizeof hello, -1, 0) == 0;
+}
+
+/* What somebody waits for: a socket that has been lost is replaced. */
+static bool say_surely(const void *message, size_t size, int fd)
+{
+        for (int i = 0; i < 2; i++) {
+                int failed = call() ? say_with(message, size, fd, SEND_PATIENCE) : ENOTCONN;
+
+                if (failed != EBADF && failed != ENOTSOCK)
+                        return !failed;
+        }
+        return false;
 }
 
 /* A signal handler that comes while its thread is in here does without the router. */
@@ -387,7 +405,7 @@ static bool listen_once(struct fetched *fetched)
         if (got == -EAGAIN || got == -EINTR)
                 return false;
         if (got < (long)sizeof buffer.message) {
-                hang_up();
+                hang_up(got);
                 return false;
         }
         for (struct cmsghdr *part = CMSG_FIRSTHDR(&header); part; part = CMSG_NXTHDR(&header, part))
@@ -468,7 +486,7 @@ bool router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t index, 
 
         if (!enter(&taken))
                 return false;
-        sent = call() && say_with(&bell, sizeof bell, fd, SEND_PATIENCE) == 0;
+        sent = say_surely(&bell, sizeof bell, fd);
         lock_release(&router.lock, taken);
         return sent;
 }
@@ -486,7 +504,7 @@ int router_fetch(uint64_t arena, uint64_t token, uint32_t side, uint32_t index)
 
         if (!enter(&taken))
                 return -1;
-        if (call() && say_with(&bell, sizeof bell, -1, SEND_PATIENCE) == 0)
+        if (say_surely(&bell, sizeof bell, -1))
                 while (router.fd && !fetched.done) {
                         struct pollfd answer = {.fd = router.fd - 1, .events = POLLIN};
                         struct timespec time = {.tv_nsec = FETCH_PATIENCE * 1000000L};
@@ -534,6 +552,6 @@ void router_retire(void)
 
         if (!enter(&taken))
                 return;
-        hang_up();
+        hang_up(0);
         lock_release(&router.lock, taken);
 }

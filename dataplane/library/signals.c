@@ -58,6 +58,14 @@ static void look(void)
         atomic_store(&known, now_known);
 }
 
+void signals_lost(void)
+{
+        int fd = atomic_load(&signal_fd);
+
+        if (fd && !is_own_descriptor(fd - 1) && atomic_compare_exchange_strong(&signal_fd, &fd, 0))
+                atomic_store(&known, 0);
+}
+
 void signals_prepare(struct signals *signals)
 {
         uint64_t current = 0, fail;

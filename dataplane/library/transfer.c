@@ -2,6 +2,7 @@
 
 #include "arena.h"
 #include "clock.h"
+#include "identity.h"
 #include "poller.h"
 #include "protocol.h"
 #include "raw.h"
@@ -213,6 +214,21 @@ static ssize_t native_rest(struct operation *o, struct end *end, struct cursor *
         }
         *__errno_location() = saved;
         return (ssize_t)done;
+}
+
+/* The descriptor isn't the connection's any more: what it is now takes the call. */
+static ssize_t lost(struct operation *o, size_t done, bool sending)
+{
+        uint64_t key;
+        struct end *end;
+
+        identity_lost(o->fd);
+        if (done)
+                return (ssize_t)done;
+        end = end_of(o->fd, &key);
+        if (!end)
+                return operation_native(o);
+        return sending ? transfer_send(o, end, key) : transfer_receive(o, end, key);
 }
 
 /* --- sending --- */
@@ -520,13 +536,14 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                 raw = taken == LOCK_TAKEN ? raw_before_put(o->fd, end, stamp) : RAW_UNKNOWN;
                 if (__builtin_expect(raw == RAW_PAST || raw == RAW_LOST, 0)) {
                         atomic_store_explicit(&view.ring->busy, 0, memory_order_release);
+                        if (raw == RAW_PAST && !upgrade_is_behind(o->fd, end))
+                                raw = RAW_LOST;
                         if (raw == RAW_PAST)
                                 upgrade_past(o->fd, end);
                         lock_release(&flow->lock, taken);
                         if (raw == RAW_PAST)
                                 continue;
-                        end_forget(o->fd);
-                        return done ? (ssize_t)done : operation_native(o);
+                        return lost(o, done, true);
                 }
                 put = o->size > done ? put_piece(o, end, &view, &cursor, done, stamp, &out) : 0;
                 if (put > 0)
@@ -1175,9 +1192,18 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                                 look_again(end);
                         return got;
                 }
+                if (__builtin_expect(!identity_holds(o->fd, end), 0)) {
+                        lock_release(&flow->lock, taken);
+                        return lost(o, done, false);
+                }
                 view = end_receives(end);
                 got = receive_now(o, end, &view, &cursor, done, least, phase, news);
                 news = false;
+                if (__builtin_expect(got == -EBADF || got == -ENOTSOCK, 0) &&
+                    !upgrade_is_behind(o->fd, end)) {
+                        lock_release(&flow->lock, taken);
+                        return lost(o, done, false);
+                }
                 if (got == -EPROTO)
                         upgrade_corrupt(o->fd, end);
                 if (got == -ENOLINK)

@@ -8,7 +8,7 @@ python3-venv shellcheck util-linux"
 wanted="$wanted e2fsprogs kmod qemu-system-x86 zstd"
 # What the tests accelerate; Debian has Python's own tests apart.
 wanted="$wanted curl default-jdk-headless golang-go iperf3 $(basename "$(readlink -f /usr/bin/python3 || echo python3.11)" |
-    sed 's/python/libpython/')-testsuite memcached nginx-light nodejs postgresql redis-server rsync"
+    sed 's/python/libpython/')-testsuite haproxy memcached nginx-light nodejs postgresql redis-server rsync"
 missing=
 for package in $wanted; do
     dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' ||

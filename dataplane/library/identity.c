@@ -1,0 +1,57 @@
+#include "identity.h"
+
+#include "poller.h"
+#include "sys.h"
+#include "upgrade.h"
+
+#include <sys/socket.h>
+
+enum {
+        PACE = 5,     /* times raw_near for each question, which takes a tenth of it */
+        SAVED = 1024, /* questions that a thread may ask at once, if it has asked none for long */
+};
+
+__thread struct identity_last identity_last __attribute__((tls_model("initial-exec")));
+
+bool identity_ask(int fd, const struct end *end, uint64_t stamp)
+{
+        uint64_t each = atomic_load_explicit(&raw_near, memory_order_relaxed) * PACE;
+
+        identity_last.end = end;
+        identity_last.stamp = stamp;
+        if ((int64_t)(identity_last.spent - stamp) > (int64_t)(each * (SAVED - 1)))
+                return true;
+        if ((int64_t)(identity_last.spent - stamp) < 0)
+                identity_last.spent = stamp;
+        identity_last.spent += each;
+        return upgrade_is_behind(fd, end);
+}
+
+/* A connection that the table has under another number. */
+static int same_as(int fd)
+{
+        uint32_t high = atomic_load(&process.high), size = sizeof(uint64_t);
+        uint64_t cookie = 0, key;
+
+        if (sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_COOKIE, &cookie, &size) < 0 || !cookie)
+                return -1;
+        for (uint32_t other = 0; other < high; other++) {
+                struct end *end = end_of((int)other, &key);
+
+                if (end && atomic_load(&end->cookie) == cookie)
+                        return (int)other;
+        }
+        return -1;
+}
+
+void identity_lost(int fd)
+{
+        int other;
+
+        identity_last.end = NULL;
+        poller_closed(fd);
+        end_forget(fd);
+        other = same_as(fd);
+        if (other >= 0)
+                end_alias(other, fd);
+}

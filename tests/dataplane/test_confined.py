@@ -1,0 +1,81 @@
+"""HAProxy as Debian configures it, with a root of its own, is accelerated."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from tests.dataplane.bed import Container
+from tests.dataplane.places import Places
+from tests.dataplane.test_programs import check, need, serving
+
+LONG = 60.0
+"""Seconds that a server may take to listen on a busy machine."""
+
+
+def wait_for(container: Container, address: str, port: int) -> None:
+    until = time.monotonic() + LONG
+    while True:
+        try:
+            container.do(lambda: socket.create_connection((address, port), 5)).close()
+            return
+        except OSError:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def haproxy_configuration(folder: Path, port: int, behind: str) -> Path:
+    path = folder / "haproxy.cfg"
+    path.write_text(
+        f"""global
+    chroot /var/lib/haproxy
+    user haproxy
+    group haproxy
+    maxconn 200
+defaults
+    mode tcp
+    timeout connect 10s
+    timeout client 60s
+    timeout server 60s
+listen redis
+    bind 0.0.0.0:{port}
+    server one {behind}
+"""
+    )
+    return path
+
+
+def test_haproxy(both: Places) -> None:
+    """HAProxy with the chroot of Debian's configuration passes all bytes on, and both of its sides move."""
+    need("haproxy", "redis-server")
+    port, behind = next(both.ports), next(both.ports)
+    address = str(both.client.ipv4)
+    redis = both.client.popen(
+        [
+            "redis-server",
+            "--port",
+            str(behind),
+            "--bind",
+            "0.0.0.0",
+            "--save",
+            "",
+            "--protected-mode",
+            "no",
+            "--dir",
+            str(both.folder),
+        ],
+        env=both.environment(),
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(both.client, address, behind)
+        configuration = haproxy_configuration(both.folder, port, f"{address}:{behind}")
+        with serving(both, ["haproxy", "-db", "-f", str(configuration)], port):
+            check(both, "check_redis.py", both.address, str(port))
+    finally:
+        redis.terminate()
+        redis.wait(LONG)
+    # Of the client and of redis; HAProxy can't write its count from where it is.
+    both.upgraded(2)
