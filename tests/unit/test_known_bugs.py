@@ -86,6 +86,20 @@ REFERENCES = frozenset(
         "moby#34864",
         "moby#38575",
         "moby#36988",
+        "python/cpython#80004",
+        "python/cpython#11671",
+        "discourse/discourse#43767",
+        "brianmario/mysql2#1467",
+        "libuv#3979",
+        "libuv#4638",
+        "uvloop#752",
+        "file/file#179",
+        "memcached#444",
+        "gperftools#1275",
+        "php/php-src#10670",
+        "php/php-src#18612",
+        "systemd#20586",
+        "proxychains-ng#181",
     ]
 )
 """What users of network plugins reported, as far as it was collected. A new report is added here and there."""
