@@ -94,6 +94,8 @@ struct end {
         _Atomic uint32_t inq;    /* TCP_INQ */
         _Atomic uint32_t epoch;  /* router_epoch() when it was asked */
         _Atomic uint64_t opened; /* ns */
+        _Atomic uint64_t
+            asked; /* ns, when the router was asked first; 0: it wasn't, or that is accounted for */
         _Atomic uint64_t cookie;
         _Atomic uint64_t incarnation;
         _Atomic uint32_t kept; /* the kernel's keepalive isn't what the program has set: keep.h */
@@ -122,6 +124,7 @@ struct family {
         _Atomic uint32_t next_arena;
         _Atomic uint64_t touched;         /* bytes of bulk areas in use by our senders */
         _Atomic uint64_t read;            /* bytes of them that our receivers have read by their mappings */
+        _Atomic uint32_t unpaid;          /* how many of our last connections asked and soon ended */
         _Atomic int32_t members[MEMBERS]; /* process IDs, 0: the number is free */
         struct end ends[ENDS];
         struct arena_record arenas[ARENAS];
@@ -215,6 +218,14 @@ static inline bool end_has_rest(const struct end *end)
 
         return atomic_load_explicit(&end->stage, memory_order_relaxed) == STAGE_ATTACHED &&
                (phase == PHASE_READY || phase == PHASE_RING);
+}
+
+/* By how many binary digits more operations a connection needs than the settings say. */
+enum { UNPAID_STEP = 4, UNPAID_MOST = 20 };
+
+static inline uint32_t family_restraint(void)
+{
+        return atomic_load_explicit(&family->unpaid, memory_order_relaxed) / UNPAID_STEP;
 }
 
 struct end *end_make(int fd, bool nonblocking);

@@ -47,7 +47,7 @@ static bool is_worth_it(struct end *end, uint64_t bytes)
                 return true;
         if (bytes + moved(end) >= settings.bulk && operations > 1)
                 return true;
-        if (operations < settings.operations || moved(end) < settings.bytes)
+        if (operations < (uint64_t)settings.operations << family_restraint() || moved(end) < settings.bytes)
                 return false;
         return !settings.age || now() - atomic_load_explicit(&end->opened, memory_order_relaxed) >=
                                     settings.age * UINT64_C(1000);
@@ -190,8 +190,10 @@ bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
         case STAGE_CANDIDATE:
                 if (!settings.welcomed)
                         router_look(end);
-                if (settings.enabled && is_worth_it(end, bytes) && !end_held_elsewhere(end))
+                if (settings.enabled && is_worth_it(end, bytes) && !end_held_elsewhere(end)) {
                         router_ask(end, fd);
+                        atomic_store_explicit(&end->asked, now(), memory_order_relaxed);
+                }
                 if (!process.eager || atomic_load(&end->stage) != STAGE_ASKED)
                         break;
                 /* fall through */

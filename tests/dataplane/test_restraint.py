@@ -1,0 +1,51 @@
+"""Moving costs something. Programs whose connections end soon after they have moved are spared it, and long connections still move."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.dataplane.bed import Bed, bed
+from tests.dataplane.places import LIBRARY, counts_of
+from tests.patience import within
+from tests.testbed import wait_until
+
+PROGRAM = Path(__file__).parent / "programs/short.py"
+SHORT = 48
+
+
+@pytest.fixture
+def made() -> Iterator[Bed]:
+    with bed("server", "client", library=LIBRARY) as both:
+        yield both
+
+
+def _listens(address: str) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((address, 7300)) == 0
+
+
+def test_short_connections_stop_asking(made: Bed, tmp_path: Path) -> None:
+    """Of many connections that end right after they are old enough to move only some of the first ask; a long one moves all the same."""
+    # So old that a busy machine ends a connection before twice the age.
+    age = min(within(0.1), 1.0)
+    environment = {
+        "FREEFLOW_STATS": str(tmp_path / "statistics"),
+        "FREEFLOW_UPGRADE_AGE": f"{age * 1e6:.0f}",
+    }
+    server, client = made.containers["server"], made.containers["client"]
+    python, where = [sys.executable, str(PROGRAM)], [str(server.ipv4), "7300"]
+    server.popen([*python, "server", *where], env={**environment, "FREEFLOW_STATS": ""})
+    wait_until("the server", lambda: server.do(lambda: _listens(str(server.ipv4))))
+    arguments = [str(SHORT), f"{age * 1.05:.3f}", "400"]
+    said = client.run([*python, "client", *where, *arguments], env=environment)
+    assert said.stdout == "right\n"
+    counts = counts_of(tmp_path / "statistics")
+    assert counts["tracked"] > SHORT
+    assert 1 < counts["asked"] <= SHORT // 2
+    # The long one's second half, at the least.
+    assert counts["received"] > 100 * 8
