@@ -104,19 +104,24 @@ static ssize_t native_counted(struct operation *o, struct flow *flow, bool count
         return moved;
 }
 
-/* Under the lock: the phase of a call that begins now. */
-static uint32_t enter(int fd, struct end *end, struct flow *flow, enum taken taken)
+/* Under the lock: the phase of a call that begins now, which may be the one at which bytes go to the ring. */
+__attribute__((noinline)) static uint32_t enter_tcp(int fd, struct end *end, struct flow *flow,
+                                                    enum taken taken)
 {
-        uint32_t phase = atomic_load_explicit(&flow->phase, memory_order_relaxed);
-
-        if (phase != PHASE_TCP || taken != LOCK_TAKEN ||
-            atomic_load_explicit(&end->stage, memory_order_relaxed) != STAGE_ATTACHED)
-                return phase;
+        if (taken != LOCK_TAKEN || atomic_load_explicit(&end->stage, memory_order_relaxed) != STAGE_ATTACHED)
+                return PHASE_TCP;
         if (flow == &end->rx)
                 upgrade_receiver(end);
         else
                 upgrade_sender(fd, end);
         return atomic_load_explicit(&flow->phase, memory_order_relaxed);
+}
+
+static inline uint32_t enter(int fd, struct end *end, struct flow *flow, enum taken taken)
+{
+        uint32_t phase = atomic_load_explicit(&flow->phase, memory_order_relaxed);
+
+        return __builtin_expect(phase == PHASE_TCP, 0) ? enter_tcp(fd, end, flow, taken) : phase;
 }
 
 /* What the C library returns: bytes moved so far, or the error. */
@@ -170,8 +175,9 @@ static void skip(struct cursor *cursor, size_t size)
 
 /* The rest of a call goes on over TCP after the ring has ended, up to `most` bytes of all. To the program it
  * is one call: of an error after the first byte only the next one hears. */
-static ssize_t native_rest(struct operation *o, struct end *end, struct cursor *cursor, size_t done,
-                           size_t most, bool sending)
+__attribute__((noinline)) static ssize_t native_rest(struct operation *o, struct end *end,
+                                                     struct cursor cursor, size_t done, size_t most,
+                                                     bool sending)
 {
         int saved = *__errno_location(), flags = o->flags | (sending ? MSG_NOSIGNAL : MSG_WAITALL);
         struct iovec vec[VECTORS];
@@ -194,7 +200,7 @@ static ssize_t native_rest(struct operation *o, struct end *end, struct cursor *
                 do {
                         if (!sending && is_at_mark(o->fd))
                                 break;
-                        message.msg_iovlen = (size_t)shortened(o, cursor, most - done, vec);
+                        message.msg_iovlen = (size_t)shortened(o, &cursor, most - done, vec);
                         wanted = 0;
                         for (size_t i = 0; i < message.msg_iovlen; i++)
                                 wanted += (ssize_t)vec[i].iov_len;
@@ -208,7 +214,7 @@ static ssize_t native_rest(struct operation *o, struct end *end, struct cursor *
                                 break;
                         done += (size_t)moved;
                         if (!(!sending && flags & MSG_TRUNC))
-                                skip(cursor, (size_t)moved);
+                                skip(&cursor, (size_t)moved);
                         /* A second look would begin with the same bytes. */
                 } while (moved == wanted && done < most && !peek);
         }
@@ -510,7 +516,7 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                 }
                 if (phase == PHASE_OVER) {
                         lock_release(&flow->lock, taken);
-                        return native_rest(o, end, &cursor, done, o->size, true);
+                        return native_rest(o, end, cursor, done, o->size, true);
                 }
                 view = end_sends(end);
                 atomic_store_explicit(&view.ring->busy, 1, memory_order_relaxed);
@@ -602,7 +608,6 @@ static long leave_ring(struct end *end)
 {
         atomic_store_explicit(&end->rx.phase, PHASE_OVER, memory_order_relaxed);
         /* move_options() has told the kernel of the last byte: from here on it knows them alone. */
-        atomic_store_explicit(&end->low, 0, memory_order_relaxed);
         atomic_store_explicit(&end->peeked, 0, memory_order_relaxed);
         atomic_store_explicit(&end->inq, 0, memory_order_relaxed);
         /* Those who sleep in epoll wait for the kernel's word now, if the other direction is over too. */
@@ -884,7 +889,7 @@ static void wake_senders(struct end *end, const struct view *view)
 }
 
 /* What recvmsg() says of bytes besides them, as the kernel's does of a stream's. */
-static void describe(struct operation *o, struct end *end)
+__attribute__((noinline)) static void describe_message(struct operation *o, struct end *end)
 {
         struct msghdr *message = o->message;
         size_t room;
@@ -913,6 +918,12 @@ static void describe(struct operation *o, struct end *end)
         memcpy(CMSG_DATA((struct cmsghdr *)message->msg_control), &unread, sizeof unread);
 }
 
+static inline void describe(struct operation *o, struct end *end)
+{
+        if (o->call == CALL_RECVMSG || o->call == CALL_RECVFROM)
+                describe_message(o, end);
+}
+
 int transfer_unread(struct end *end, int queued)
 {
         enum taken taken = lock_take(&end->rx.lock, self());
@@ -930,7 +941,8 @@ int transfer_unread(struct end *end, int queued)
 
 /* Options that the kernel keeps: of a ring that has ended it is told what is still to come before its bytes.
  * Under the lock, after `taken` bytes. */
-static void move_options(int fd, struct end *end, const struct view *view, uint64_t taken)
+__attribute__((noinline)) static void move_options(int fd, struct end *end, const struct view *view,
+                                                   uint64_t taken)
 {
         uint32_t low = atomic_load_explicit(&end->low, memory_order_relaxed);
         uint32_t peeked = atomic_load_explicit(&end->peeked, memory_order_relaxed);
@@ -949,10 +961,43 @@ void transfer_low_water(int fd, uint32_t low, int64_t left)
         sys_5(SYS_setsockopt, fd, SOL_SOCKET, SO_RCVLOWAT, &of_kernel, sizeof of_kernel);
 }
 
+/* How much a call waits for. */
+__attribute__((noinline)) static size_t least_of(const struct operation *o, const struct end *end)
+{
+        uint32_t low = atomic_load_explicit(&end->low, memory_order_relaxed);
+
+        if (is_splice(o))
+                return 1;
+        if (o->flags & MSG_WAITALL)
+                return o->size;
+        return !low ? 1 : low < o->size ? low : o->size;
+}
+
+static bool is_enough(const struct operation *o, const struct end *end, size_t done)
+{
+        return done && done >= least_of(o, end);
+}
+
+/* The rest of a receive goes on over TCP. The kernel wakes nobody for less than SO_RCVLOWAT. */
+__attribute__((noinline)) static ssize_t receive_rest(struct operation *o, struct end *end,
+                                                      struct cursor cursor, size_t done)
+{
+        uint32_t low = atomic_load_explicit(&end->low, memory_order_relaxed);
+        size_t least = least_of(o, end);
+        ssize_t got;
+
+        if (done && low)
+                transfer_low_water(o->fd, (uint32_t)(least - done), 0);
+        got = native_rest(o, end, cursor, done, least, false);
+        if (done && low)
+                transfer_low_water(o->fd, low, 0);
+        return got;
+}
+
 /* Take what there is now, from TCP or the ring, under the lock. As receive_before_ring() and
  * look_behind_ring(). */
 static long receive_now(struct operation *o, struct end *end, const struct view *view, struct cursor *cursor,
-                        size_t done, size_t least, uint32_t phase, bool news)
+                        size_t done, uint32_t phase, bool news)
 {
         size_t left = o->size - done;
         long got;
@@ -974,7 +1019,7 @@ static long receive_now(struct operation *o, struct end *end, const struct view 
                                      0))
                         move_options(o->fd, end, view, (uint64_t)got);
         }
-        if (got == 0 && done >= least)
+        if (got == 0 && is_enough(o, end, done))
                 return -EAGAIN;
         return got ? got : look_behind_ring(o->fd, end, view, news);
 }
@@ -1054,7 +1099,7 @@ static ssize_t peek_on(struct operation *o, struct end *end, size_t done)
 
         if (!(o->flags & MSG_TRUNC))
                 skip(&cursor, done);
-        return native_rest(o, end, &cursor, done, o->size, false);
+        return native_rest(o, end, cursor, done, o->size, false);
 }
 
 static void peek_at_one(struct operation *o, char *byte)
@@ -1068,7 +1113,7 @@ static void peek_at_one(struct operation *o, char *byte)
 
 /* A receive that takes nothing: with MSG_PEEK, or of no bytes, which waits all the same until there is one.
  */
-static ssize_t transfer_peek(struct operation *o, struct end *end, uint64_t key)
+__attribute__((noinline)) static ssize_t transfer_peek(struct operation *o, struct end *end, uint64_t key)
 {
         bool all =
             o->flags & MSG_WAITALL && o->size && !atomic_load_explicit(&end->peeked, memory_order_relaxed);
@@ -1149,10 +1194,9 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
         struct flow *flow = &end->rx;
         struct cursor cursor = {.vec = o->vec};
         int flags = is_splice(o) ? 0 : o->flags;
-        bool all = flags & MSG_WAITALL, news = false;
-        uint32_t low = atomic_load_explicit(&end->low, memory_order_relaxed);
+        bool news = false;
         uint64_t deadline = 0;
-        size_t done = 0, least = all ? o->size : !low ? 1 : low < o->size ? low : o->size;
+        size_t done = 0;
 
         if (flags & (MSG_OOB | MSG_ERRQUEUE))
                 return operation_native(o);
@@ -1177,17 +1221,12 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                         uint32_t error;
 
                         lock_release(&flow->lock, taken);
-                        if (done && done >= least)
+                        if (is_enough(o, end, done))
                                 return (ssize_t)done;
                         error = atomic_exchange_explicit(&end->error, 0, memory_order_relaxed);
                         if (error)
                                 return finish(done, -(long)error);
-                        /* The kernel wakes nobody for less. */
-                        if (done && low)
-                                transfer_low_water(o->fd, (uint32_t)(least - done), 0);
-                        got = native_rest(o, end, &cursor, done, least, false);
-                        if (done && low)
-                                transfer_low_water(o->fd, low, 0);
+                        got = receive_rest(o, end, cursor, done);
                         if (!got)
                                 look_again(end);
                         return got;
@@ -1197,7 +1236,7 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                         return lost(o, done, false);
                 }
                 view = end_receives(end);
-                got = receive_now(o, end, &view, &cursor, done, least, phase, news);
+                got = receive_now(o, end, &view, &cursor, done, phase, news);
                 news = false;
                 if (__builtin_expect(got == -EBADF || got == -ENOTSOCK, 0) &&
                     !upgrade_is_behind(o->fd, end)) {
@@ -1214,14 +1253,14 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                                 wake_senders(end, &view);
                         done += (size_t)got;
                         describe(o, end);
-                        if (done == o->size || (phase == PHASE_READY && done >= least))
+                        if (done == o->size || (phase == PHASE_READY && is_enough(o, end, done)))
                                 return (ssize_t)done;
                         continue;
                 }
                 if (got == -EINPROGRESS || got == -EINTR)
                         continue;
                 if (got == -EAGAIN) {
-                        if (done && done >= least)
+                        if (is_enough(o, end, done))
                                 return (ssize_t)done;
                         if (atomic_load_explicit(&end->shut, memory_order_relaxed) & 1)
                                 return (ssize_t)done;

@@ -28,20 +28,26 @@ struct operation {
         int flags;
         const struct iovec *vec;
         int count;
-        struct iovec one; /* what `vec` is for calls with one buffer */
-        struct msghdr *message;
+        union {
+                struct iovec one; /* what `vec` is for calls with one buffer */
+                /* Of a file that has to be waited for: bytes that were read without a lock. */
+                struct {
+                        unsigned char *ahead;
+                        size_t ahead_size;
+                };
+        };
+        union {
+                struct msghdr *message;
+                off_t ahead_at; /* where those bytes were */
+        };
         struct sockaddr *address;
         socklen_t *address_size;
         socklen_t size_of_address;
         int other;
-        off_t *offset;
-        size_t size;    /* of all buffers, or to move */
         bool by_kernel; /* a ring can't carry it: the connection goes back to TCP first */
         bool refused;   /* the kernel has said that it doesn't do it */
-        /* Of a file that has to be waited for: bytes that were read without a lock, and where they were. */
-        unsigned char *ahead;
-        size_t ahead_size;
-        off_t ahead_at;
+        off_t *offset;
+        size_t size; /* of all buffers, or to move */
 };
 
 enum { AHEAD = 64 * 1024 };

@@ -14,7 +14,7 @@ import pytest
 from tests.dataplane.places import LIBRARY, SOURCES, Places, compile_c, places
 from tests.kernel.hosts import missing_tools
 
-PROGRAMS: Final = ("bytes", "connections", "ends", "processes", "waiting")
+PROGRAMS: Final = ("bytes", "connections", "ends", "processes", "semantics", "waiting")
 # The kernel's headers, behind musl's own.
 HEADERS: Final = ("-idirafter", "/usr/include", "-idirafter", "/usr/include/x86_64-linux-gnu")
 _ROW: Final = re.compile(r'\{"(\w+)", \w+, \w+, (?:true|false)\}')
@@ -26,6 +26,8 @@ SCENARIOS: Final = [
 OTHERS: Final = {
     "exec_static": "the program that it starts is the same",
     "range_at_exec": "musl has no close_range()",
+    "vectors_64": "musl has preadv2() from 1.2.5 on, and no other name for it",
+    "other_names": "musl has no other signal()",
     "high_descriptor": "needs more descriptors than some machines allow; tried with glibc",
 }
 
