@@ -65,7 +65,7 @@ _SENTENCES: Final = {
     Reason.LIMIT: "a limit of the container is reached, or of connections over RDMA",
     Reason.NOT_FOUND: "the kernel knows no such connection in the container",
     Reason.RAW: "bytes went past the library: io_uring or raw system calls",
-    Reason.STDIO: "the C library's streams use it, or it is a standard stream",
+    Reason.STDIO: "the C library reads or writes it by itself, or it is a standard stream",
     Reason.PASSED: "it was handed to another process or program",
     Reason.OPTION: "a socket option is set that shared memory can't carry",
     Reason.WAITERS: "the process has more waiters than there are bells",
