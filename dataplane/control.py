@@ -9,6 +9,8 @@ import msgspec
 
 DEFAULT_RING_LIMIT = 4 << 20
 DEFAULT_SESSION_PORT = 4799
+OWNED = 2500
+"""Addresses of this host that another host is told: what a message can carry, were they all of the longest."""
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,11 +16,9 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import docker
 import msgspec
-import requests
 
 from driver.answers import (
     items,
@@ -35,7 +33,25 @@ from driver.answers import (
 from driver.errors import EngineError
 from driver.model import EngineView, NetworkView
 
+if TYPE_CHECKING:
+    import docker
+
 T = TypeVar("T")
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What the SDK raises. It is imported when it is first used: that takes longer than all else between the plugin's start
+    and its first answer, which needs none of it."""
+    import docker
+    import requests
+
+    return docker.errors.DockerException, requests.RequestException, ValueError
+
+
+def _not_found() -> type[Exception]:
+    import docker
+
+    return docker.errors.NotFound
 
 
 class _Connection(http.client.HTTPConnection):
@@ -79,6 +95,8 @@ class DockerDirectory:
     def _client(self) -> docker.APIClient:
         client: docker.APIClient | None = getattr(self._local, "client", None)
         if client is None:
+            import docker
+
             client = docker.APIClient(
                 f"unix://{self._socket}", version="auto", timeout=int(max(1, self._timeout))
             )
@@ -88,7 +106,7 @@ class DockerDirectory:
     def _ask(self, what: str, question: Callable[[docker.APIClient], T]) -> T:
         try:
             return question(self._client())
-        except (docker.errors.DockerException, requests.RequestException, ValueError) as error:
+        except _failures() as error:
             self._drop()
             raise self._failure(what, error) from error
 
@@ -204,7 +222,7 @@ class DockerDirectory:
         try:
             for event in events:
                 yield text_of(items(event).get("id"))
-        except (docker.errors.DockerException, requests.RequestException, ValueError) as error:
+        except _failures() as error:
             raise self._failure("GET /events", error) from error
         finally:
             self._drop()
@@ -224,5 +242,5 @@ class DockerDirectory:
 def _found(question: Callable[[], T]) -> T | None:
     try:
         return question()
-    except docker.errors.NotFound:
+    except _not_found():
         return None

@@ -18,7 +18,6 @@ from werkzeug.exceptions import HTTPException
 
 from dataplane.control import Connections
 from driver.errors import FreeFlowError, InvalidRequest, NotFound
-from plugin.metrics import render
 from plugin.ping import PingRequest
 from plugin.status import Status
 
@@ -56,6 +55,9 @@ def create_admin(
 
     @app.get("/admin/metrics")
     def metrics() -> Response:
+        # Not at import: what it needs is the largest part that no call of Docker's does.
+        from plugin.metrics import render
+
         return Response(render(snapshot()), content_type="text/plain; version=0.0.4")
 
     def failure(error: Exception) -> Response:

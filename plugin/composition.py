@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
@@ -37,13 +37,15 @@ from plugin.admin import create_admin
 from plugin.app import create_app
 from plugin.calls import CallStatistics
 from plugin.deaths import ROUTER, Deaths
-from plugin.metrics import Exporter
 from plugin.paths import Shorter
 from plugin.ping import Ping
 from plugin.router import CONTROL, RouterProcess, router_command, router_settings
 from plugin.server import Paths
 from plugin.settings import Settings
 from plugin.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from plugin.metrics import Exporter
 
 log = structlog.get_logger()
 
@@ -216,11 +218,20 @@ def compose(
         syncer=syncer,
         hints=hints,
         keeper=Keeper(kernel, sandboxes),
-        exporter=Exporter(snapshot, settings.metrics_addr) if settings.metrics_addr else None,
+        exporter=_exporter(snapshot, settings),
         accelerator=accelerator,
         router=_router(paths, settings, accelerator, failures, deaths),
         recover=run_recovery,
     )
+
+
+def _exporter(snapshot: Snapshot, settings: Settings) -> Exporter | None:
+    if settings.metrics_addr is None:
+        return None
+    # Not at import: few have it on, and it takes a while.
+    from plugin.metrics import Exporter
+
+    return Exporter(snapshot, settings.metrics_addr)
 
 
 def _router(

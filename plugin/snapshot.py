@@ -9,7 +9,7 @@ from ipaddress import ip_address
 
 import msgspec
 
-from dataplane.control import DeviceFact, RdmaFacts
+from dataplane.control import OWNED, DeviceFact, RdmaFacts
 from driver import names
 from driver.driver import Driver
 from driver.errors import FreeFlowError, RouterError, SettingError
@@ -144,6 +144,39 @@ def _unguarded(guarded: Guarded) -> list[Finding]:
     ]
 
 
+def _untold(settings: Settings, networks: list[NetworkStatus]) -> list[Finding]:
+    """Addresses of which other hosts' routers aren't told."""
+    addresses = sum(
+        bool(endpoint.ipv4) + bool(endpoint.ipv6)
+        for network in networks
+        for endpoint in network.endpoints
+        if any(not peer.own for peer in network.peers)
+    )
+    if addresses <= OWNED or settings.rdma != "on" or settings.acceleration != "on":
+        return []
+    return [
+        Finding(
+            "warning",
+            f"other hosts are told of {OWNED} of this host's {addresses} addresses",
+            "connections to the others stay on the overlay, where RDMA would take them",
+            "fewer containers on this host, or RDMA=off",
+        )
+    ]
+
+
+def _full(stage: Stage) -> list[Finding]:
+    """What has no room in a table of the shorter way."""
+    return [
+        Finding(
+            "warning",
+            "a table of the shorter kernel path is full",
+            f"{what}; what isn't in it goes the ordinary way",
+            "fewer networks or hosts, or EBPF=off on this host",
+        )
+        for what in stage.full
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Call it for a `Status`. `failures` are what went wrong at start; `started` and `clock` in seconds."""
@@ -198,7 +231,7 @@ class Snapshot:
         networks = [_with_sums(network, sums[network.id]) for network in networks]
         problems = self._problems(networks)
         guarded = self.kernel.guarded()
-        problems += _unguarded(guarded)
+        problems += _unguarded(guarded) + _full(stage) + _untold(self.settings, networks)
         router = self._router(now, problems, stage)
         counts = dict.fromkeys(PATHS, 0)
         for each in router.paths:

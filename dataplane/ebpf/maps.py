@@ -44,19 +44,19 @@ class Maps:
 
     # --- links of this host
 
-    def take_slot(self, index: int) -> int:
-        """A container's link's slot of `counts`: the one that it has, or a free one, which counts from zero.
+    def slots(self) -> dict[int, int]:
+        """The slots of `counts` that links of containers have, by index."""
+        found = {
+            layout.INDEX.unpack(key)[0]: layout.unpack_slot(value)
+            for key, value in self.ports.items()
+        }
+        return {index: slot for index, slot in found.items() if slot}
 
-        Not for several threads at a time.
-        """
-        key = layout.INDEX.pack(index)
-        taken = {each: layout.unpack_slot(value) for each, value in self.ports.items()}
-        if taken.get(key):
-            return taken[key]
-        free = set(range(1, layout.SLOTS)) - set(taken.values())
-        if not free:
+    def take_slot(self, taken: set[int]) -> int:
+        """A slot of `counts` that isn't among those taken; it counts from zero."""
+        slot = next((each for each in range(1, layout.SLOTS) if each not in taken), 0)
+        if not slot:
             raise KernelRefused(f"more than {layout.SLOTS - 1} containers are counted apart")
-        slot = min(free)
         self.counts.put(layout.INDEX.pack(slot), bytes(self.counts.value_size))
         return slot
 
@@ -96,6 +96,18 @@ class Maps:
         for key, value in self.places.items():
             yield *layout.unpack_place_key(key), Place.unpack(value)
 
+    def places_used(self) -> int:
+        return len(self.places.keys())
+
+    def make_room(self) -> None:
+        """Drop the addresses elsewhere that were silent longest: an eighth of all."""
+        elsewhere = [
+            (place.seen, net, mac) for net, mac, place in self.all_places() if not place.index
+        ]
+        elsewhere.sort()
+        for _, net, mac in elsewhere[: self.places.capacity // 8]:
+            self.drop_place(net, mac)
+
     # --- networks and who else is in them
 
     def put_network(self, vni: int, udp_port: int, net: int) -> None:
@@ -116,16 +128,22 @@ class Maps:
 
     # --- all of it
 
-    def forget_networks(self, alive: set[int]) -> None:
-        """Drop what belongs to networks that aren't."""
+    def networks_but(self, alive: set[int]) -> set[int]:
+        """The networks that any map names, without those."""
+        found = {net for _, net in self.all_networks()} | {net for net, _ in self.all_peers()}
+        found |= {layout.unpack_place_key(key)[0] for key in self.places.keys()}  # noqa: SIM118
+        return found - alive
+
+    def forget_networks(self, gone: set[int]) -> None:
+        """Drop what belongs to these networks."""
         for key, net in self.all_networks():
-            if net not in alive:
+            if net in gone:
                 self.networks.delete(key)
         for net, address in self.all_peers():
-            if net not in alive:
+            if net in gone:
                 self.drop_peer(net, address)
         for net, mac, _ in self.all_places():
-            if net not in alive:
+            if net in gone:
                 self.drop_place(net, mac)
 
     def forget_ports(self, alive: set[int]) -> None:

@@ -28,6 +28,7 @@ from typing import Final, Protocol
 
 import structlog
 
+from dataplane.control import OWNED
 from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router import layout
 from dataplane.router import peer_wire as peers
@@ -58,8 +59,6 @@ ORPHAN_MOST: Final = 2.0
 """Seconds between two looks at whether anybody still has the socket of a process that has hung up."""
 _PER_SLOT: Final = layout.SIDES * layout.PAGE
 _REASONS: Final = frozenset(reason.value for reason in Reason)
-_OWNED: Final = 2500
-"""Addresses that are told: what a message can carry, were they all of the longest."""
 _REMEMBERED: Final = 65536
 
 Key = tuple[str, Address, Address]
@@ -292,13 +291,20 @@ class Remotes:
         if peer.hello is None:
             return
         own: dict[str, tuple[str, ...]] = {}
-        left = _OWNED
+        left, untold = OWNED, 0
         for network in self.knowledge.networks.values():
             if self._shares(network, peer):
                 own[network.id] = network.own[:left]
                 left -= len(own[network.id])
+                untold += len(network.own) - len(own[network.id])
         if own != peer.told and self._sessions.send(peer.address, peers.Owns(own)):
             peer.told = own
+            if untold:
+                log.warning(
+                    "a host isn't told of all addresses here; connections to the others stay on the overlay",
+                    host=str(peer.address),
+                    untold=untold,
+                )
 
     # --- asks (`away.Away`)
 

@@ -34,6 +34,7 @@ from dataplane.ebpf import (
     Port,
     Programs,
     Settings,
+    Way,
     find_out,
 )
 from dataplane.errors import KernelRefused
@@ -58,6 +59,11 @@ FORGET: Final = 600.0
 """Seconds after which it isn't kept any more."""
 WAYS_EVERY: Final = 10.0
 TIDY_EVERY: Final = 10.0
+QUIET: Final = 0.25
+"""Seconds without a new endpoint before programs are put on links: each takes the kernel's lock of all links for 10 ms
+(synchronize_rcu), for which starting containers wait, too."""
+PATIENCE: Final = 2.0
+"""Seconds after which it is done all the same."""
 _MTU: Final = 65535
 _UP: Final = 1
 _NO_ADDRESSES: Final = {
@@ -72,13 +78,15 @@ _TTL: Final = Path("/proc/sys/net/ipv4/ip_default_ttl")
 class Stage:
     """Which stage runs on this host (empty: none), and why no higher one does.
 
-    `devices` are the host's with a program; `networks` those whose packets may take it, by short ID.
+    `devices` are the host's with a program; `networks` those whose packets may take it, by short ID; `full`: what didn't fit
+    into its tables, and goes the ordinary way.
     """
 
     stage: str = ""
     reason: str = ""
     devices: tuple[str, ...] = ()
     networks: frozenset[str] = frozenset()
+    full: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -115,6 +123,16 @@ class _State:
     policies: Policies
     nets: dict[str, _Net] = field(default_factory=dict)
     endpoints: dict[str, _Endpoint] = field(default_factory=dict)
+    present: dict[tuple[int, IPv4Address], Way] = field(default_factory=dict)
+    """What the map of peers holds."""
+    slots: dict[int, int] = field(default_factory=dict)
+    """Which slot of the counters a link has."""
+    full: dict[str, str] = field(default_factory=dict)
+    """What didn't fit into a map, by the map's name."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Endpoints for which there was no room, and why."""
+    left: bool = False
+    """Whether a network has gone of which maps may hold something."""
     ways_due: float = 0.0
     tidy_due: float = 0.0
     reason: str = "not looked at yet"
@@ -163,6 +181,15 @@ class Shortcut:
         self._underlay = underlay
         self._clock = clock
         self._lock = threading.RLock()
+        """Never held while the kernel is asked for more than a few map entries: calls of Docker's wait for it."""
+        self._keeping = threading.RLock()
+        """Of whoever opens, closes or keeps it up; taken before the other."""
+        self._waiting = threading.Condition()
+        self._new: dict[int, str] = {}
+        self._gone: set[int] = set()
+        self._worker: threading.Thread | None = None
+        self._stirred = 0.0
+        self._peers: dict[str, frozenset[IPAddress]] = {}
         self._state: _State | None = None
         self._found: Found | None = None
         self._failure = "" if programs is not None else "setting EBPF=off"
@@ -172,7 +199,7 @@ class Shortcut:
 
     def open(self, overlay: Overlay) -> None:
         """Load the programs, and take over what an earlier process has left in this overlay namespace."""
-        with self._lock:
+        with self._keeping, self._lock:
             if self._programs is None:
                 with self._complaining("taking off what an earlier process attached"):
                     self._remove(overlay)
@@ -209,17 +236,23 @@ class Shortcut:
         if state.maps.current().inside != (overlay.links.index(names.INSIDE) or 0):
             # Of an earlier overlay namespace: its indexes mean other links here.
             state.maps.clear()
+        state.present = state.maps.all_peers()
+        state.slots = state.maps.slots()
 
     def forget(self) -> None:
         """Close what is open; what is in the kernel stays."""
-        with self._lock:
+        with self._keeping, self._lock:
+            with self._waiting:
+                self._new.clear()
+                self._gone.clear()
+                self._waiting.notify_all()
             if self._state is not None:
                 self._state.close()
                 self._state = None
 
     def remove(self, overlay: Overlay | None) -> list[str]:
         """Take everything of it out of the kernel; returns the names of what was removed."""
-        with self._lock:
+        with self._keeping, self._lock:
             return self._remove(overlay)
 
     def _remove(self, overlay: Overlay | None) -> list[str]:
@@ -264,7 +297,7 @@ class Shortcut:
     # --- endpoints and networks
 
     def attach(self, network: Network, endpoint: Endpoint) -> None:
-        """An endpoint's link is there: let its packets take the shorter way."""
+        """An endpoint's link is there: its packets may take the shorter way, those that it sends a moment later."""
         with self._lock, self._complaining(f"endpoint {endpoint.id}"):
             state = self._state
             if state is None:
@@ -277,19 +310,105 @@ class Shortcut:
             if not options.ebpf(network.options):
                 self._leave_alone(state, network, index)
                 return
-            self._know(state, network, bridge)
-            ipv4 = endpoint.ipv4.ip if endpoint.ipv4 is not None else None
-            ipv6 = endpoint.ipv6.ip if endpoint.ipv6 is not None else None
-            slot = state.maps.take_slot(index)
-            state.maps.put_port(
-                index, Port(bridge, network.vni, network.port, endpoint.mac, ipv4, ipv6, slot)
-            )
-            state.inner.attach(index, state.programs.descriptor("ff_port"))
-            known = state.endpoints.get(names.short(endpoint.id))
-            ends = known is None or known.place.ends
-            place = Place(index, NOWHERE, 0, ipv4, ipv6, slot, ends)
-            state.maps.put_place(bridge, endpoint.mac, place)
-            state.endpoints[names.short(endpoint.id)] = _Endpoint(bridge, endpoint.mac, place)
+            short = names.short(endpoint.id)
+            try:
+                self._write_endpoint(state, network, endpoint, bridge, index)
+            except KernelRefused as error:
+                # No room, most likely: what the maps don't have goes the ordinary way.
+                state.refused[short] = str(error)
+                state.maps.drop_port(index)
+                raise
+            state.refused.pop(short, None)
+            self._came(index, "ff_port")
+
+    def _write_endpoint(
+        self, state: _State, network: Network, endpoint: Endpoint, bridge: int, index: int
+    ) -> None:
+        self._know(state, network, bridge)
+        ipv4 = endpoint.ipv4.ip if endpoint.ipv4 is not None else None
+        ipv6 = endpoint.ipv6.ip if endpoint.ipv6 is not None else None
+        slot = self._take_slot(state, index)
+        port = Port(bridge, network.vni, network.port, endpoint.mac, ipv4, ipv6, slot)
+        state.maps.put_port(index, port)
+        known = state.endpoints.get(names.short(endpoint.id))
+        ends = known is None or known.place.ends
+        place = Place(index, NOWHERE, 0, ipv4, ipv6, slot, ends)
+        self._put_place(state, bridge, endpoint.mac, place)
+        state.endpoints[names.short(endpoint.id)] = _Endpoint(bridge, endpoint.mac, place)
+
+    def _came(self, index: int, program: str) -> None:
+        """A link is to get a program."""
+        with self._waiting:
+            self._gone.discard(index)
+            self._new[index] = program
+            self._stir()
+
+    def _went(self, index: int) -> None:
+        """A link is to be without one; or goes, and takes it with it."""
+        with self._waiting:
+            self._new.pop(index, None)
+            self._gone.add(index)
+            self._stir()
+
+    def _stir(self) -> None:
+        """See that what is to be done is done by itself. With `_waiting`."""
+        self._stirred = time.monotonic()
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._run, name="shortcut", daemon=True)
+            self._worker.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._waiting:
+                first = time.monotonic()
+                while (self._new or self._gone) and (now := time.monotonic()) < min(
+                    self._stirred + QUIET, first + PATIENCE
+                ):
+                    self._waiting.wait(self._stirred + QUIET - now)
+                if not self._new and not self._gone:
+                    self._worker = None
+                    return
+            self.settle()
+
+    def settle(self) -> None:
+        """Put programs on links that have come since, and take them off those that have gone."""
+        with self._keeping:
+            with self._waiting:
+                new, self._new = self._new, {}
+                gone, self._gone = self._gone, set()
+            state = self._state
+            if state is None:
+                return
+            for index in gone:
+                with self._complaining(f"device {index}"):
+                    state.inner.detach(index)
+            for index, program in new.items():
+                with self._complaining(f"device {index}"):
+                    state.inner.attach(index, state.programs.descriptor(program))
+            if state.left:
+                state.left = False
+                with self._lock:
+                    nets = {each.net for each in state.nets.values()}
+                with self._complaining("forgetting networks"):
+                    self._forget_networks(state, nets)
+
+    @staticmethod
+    def _take_slot(state: _State, index: int) -> int:
+        """A link's slot of the counters: the one that it has, or a free one."""
+        slot = state.slots.get(index)
+        if slot is None:
+            slot = state.maps.take_slot(set(state.slots.values()))
+            state.slots[index] = slot
+        return slot
+
+    @staticmethod
+    def _put_place(state: _State, net: int, mac: str, place: Place) -> None:
+        """A container of this host is more important than any that was heard elsewhere."""
+        try:
+            state.maps.put_place(net, mac, place)
+        except KernelRefused:
+            state.maps.make_room()
+            state.maps.put_place(net, mac, place)
 
     def look_inside(self, endpoint_id: str, sandbox: Path | int) -> None:
         """See whether a container passes packets on: those for it come the kernel's way then."""
@@ -320,32 +439,39 @@ class Shortcut:
         ):
             return
         if known is not None and known.net != bridge:
-            state.maps.forget_networks({each.net for each in state.nets.values()} - {known.net})
+            state.left = True
         if vxlan and "receive" in state.programs.found.stages:
             state.maps.put_vxlan(vxlan, bridge)
-            state.inner.attach(vxlan, state.programs.descriptor("ff_vxlan"))
+            self._came(vxlan, "ff_vxlan")
         if network.overlay:
             state.maps.put_network(network.vni, network.port, bridge)
-        peers = known.peers if known is not None else frozenset()
-        state.nets[short] = _Net(network, bridge, vxlan, peers)
+        state.nets[short] = _Net(network, bridge, vxlan, self._peers.get(short, frozenset()))
         state.ways_due = 0.0
 
     def _leave_alone(self, state: _State, network: Network, index: int) -> None:
         """A network without it: also after it had it."""
-        known = state.nets.pop(names.short(network.id), None)
-        state.inner.detach(index)
-        state.maps.drop_port(index)
         vxlan = state.overlay.links.index(names.vxlan(network.id))
-        if vxlan is not None:
-            state.inner.detach(vxlan)
-            state.maps.drop_port(vxlan)
-        if known is not None:
-            self._tidy(state)
+        for each in [index] if vxlan is None else [index, vxlan]:
+            state.maps.drop_port(each)
+            state.slots.pop(each, None)
+            self._went(each)
+        if state.nets.pop(names.short(network.id), None) is not None:
+            for short in [
+                short
+                for short, each in state.endpoints.items()
+                if each.net == state.overlay.links.index(names.bridge(network.id))
+            ]:
+                known = state.endpoints.pop(short)
+                state.maps.drop_port(known.index)
+                state.maps.drop_place(known.net, known.mac)
+            state.left = True
 
     def detach(self, endpoint_id: str) -> None:
         """An endpoint's link is about to go: no packet is to be sent to it any more."""
         with self._lock, self._complaining(f"endpoint {endpoint_id}"):
             state = self._state
+            if state is not None:
+                state.refused.pop(names.short(endpoint_id), None)
             known = state.endpoints.pop(names.short(endpoint_id), None) if state else None
             if state is None or known is None:
                 return
@@ -353,40 +479,59 @@ class Shortcut:
             if place is not None and place.index == known.index:
                 state.maps.drop_place(known.net, known.mac)
             state.maps.drop_port(known.index)
-            state.inner.detach(known.index)
+            state.slots.pop(known.index, None)
+            self._went(known.index)
 
     def remove_network(self, network_id: str) -> None:
         """A network's links are about to go."""
         with self._lock, self._complaining(f"network {network_id}"):
+            self._peers.pop(names.short(network_id), None)
             state = self._state
             known = state.nets.pop(names.short(network_id), None) if state else None
             if state is None or known is None:
                 return
             state.maps.drop_port(known.vxlan)
-            state.inner.detach(known.vxlan)
-            state.maps.forget_networks({each.net for each in state.nets.values()})
+            if known.vxlan:
+                self._went(known.vxlan)
+            state.left = True
+
+    def _forget_networks(self, state: _State, alive: set[int]) -> None:
+        """Drop what is about networks that aren't. With `_keeping`."""
+        # There may be very many entries: they are looked for without the lock, and what has come since stays.
+        stale = state.maps.networks_but(alive)
+        with self._lock:
+            stale -= {each.net for each in state.nets.values()}
+        if stale:
+            state.maps.forget_networks(stale)
+        for key in [key for key in state.present if key[0] in stale]:
+            del state.present[key]
 
     def set_peers(self, network_id: str, peers: frozenset[IPAddress]) -> None:
         """Who shares a network."""
-        with self._lock, self._complaining(f"network {network_id}"):
-            state = self._state
-            known = state.nets.get(names.short(network_id)) if state else None
-            if state is None or known is None or known.peers == peers:
-                return
-            known.peers = peers
+        with self._keeping, self._complaining(f"network {network_id}"):
+            with self._lock:
+                self._peers[names.short(network_id)] = peers
+                state = self._state
+                known = state.nets.get(names.short(network_id)) if state else None
+                if state is None or known is None or known.peers == peers:
+                    return
+                known.peers = peers
             self._write_peers(state)
 
     # --- what may change by itself
 
     def keep(self) -> None:
         """Look at what may have changed since, and act on it. To be called every second or so."""
-        with self._lock, self._complaining("keeping it up"):
+        self.settle()
+        with self._keeping, self._complaining("keeping it up"):
             state = self._state
             if state is None:
                 return
             now = self._clock()
             changed = bool(state.changes)
             if changed or now >= state.ways_due:
+                if now >= state.ways_due:
+                    state.present = state.maps.all_peers()
                 state.ways_due = now + WAYS_EVERY
                 state.sysctls = in_netns(self._host_namespace, _host_sysctls)
                 state.names = {link.index: link.name for link in self._host.links()}
@@ -401,35 +546,67 @@ class Shortcut:
                 log.info("tunnel of the shorter way", on=not state.reason, reason=state.reason)
 
     def _write_peers(self, state: _State) -> None:
-        """Where all peers are reached now."""
-        wanted = {peer for known in state.nets.values() for peer in known.peers}
+        """Where all peers are reached now. With `_keeping`."""
+        with self._lock:
+            members = [(known.net, known.peers) for known in state.nets.values()]
         try:
             local = self._underlay().address
         except FreeFlowError:
-            wanted, local = set(), None
+            members, local = [], None
+        wanted = {peer for _, peers in members for peer in peers}
         found = ways.to(self._host, sorted(wanted, key=str), local)
         state.missing = found.refused
-        present = state.maps.all_peers()
         should = {
-            (known.net, peer): found.found[peer]
-            for known in state.nets.values()
-            for peer in known.peers
+            (net, peer): found.found[peer]
+            for net, peers in members
+            for peer in peers
             if isinstance(peer, IPv4Address) and peer in found.found
         }
-        for (net, peer), way in should.items():
-            if present.get((net, peer)) != way:
-                state.maps.put_peer(net, peer, way)
-        for net, peer in present.keys() - should.keys():
-            state.maps.drop_peer(net, peer)
+        # Those that go make room for those that come.
+        for key in state.present.keys() - should.keys():
+            state.maps.drop_peer(*key)
+            del state.present[key]
+        left_out, why = 0, ""
+        for key, way in should.items():
+            if state.present.get(key) == way:
+                continue
+            try:
+                state.maps.put_peer(*key, way)
+                state.present[key] = way
+            except KernelRefused as error:
+                left_out, why = left_out + 1, str(error)
+        self._say_full(state, "peers", f"{left_out} peers of networks: {why}" if left_out else "")
+
+    @staticmethod
+    def _say_full(state: _State, table: str, what: str) -> None:
+        """Note what doesn't fit into a table; empty: all does."""
+        if not what:
+            state.full.pop(table, None)
+        elif state.full.get(table) != what:
+            state.full[table] = what
+            log.warning("a table of the shorter way is full", table=table, left_out=what)
 
     def _tidy(self, state: _State) -> None:
-        """Drop what is about links that the kernel doesn't have."""
+        """Drop what is about links that the kernel doesn't have. With `_keeping`."""
         alive = {link.index for link in state.overlay.links.links()}
         for index in state.inner.devices() - alive:
             state.inner.detach(index)
+        # What has come since stays.
+        with self._lock:
+            alive |= {known.index for known in state.endpoints.values()}
+            nets = {each.net for each in state.nets.values()} & alive
         state.maps.forget_ports(alive)
         state.maps.forget_silent(time.monotonic_ns() - int(FORGET * 1e9))
-        state.maps.forget_networks({each.net for each in state.nets.values()} & alive)
+        with self._lock:
+            for index in state.slots.keys() - alive:
+                del state.slots[index]
+        self._forget_networks(state, nets)
+        used = state.maps.places_used()
+        self._say_full(
+            state,
+            "places",
+            "addresses of containers elsewhere" if used >= state.maps.places.capacity else "",
+        )
 
     def _refresh(self, state: _State) -> None:
         """Tell bridges and VXLAN devices of addresses whose packets they don't see: what goes the ordinary way would be
@@ -439,7 +616,7 @@ class Shortcut:
         for net, mac, place in state.maps.all_places():
             if not place.index and now - place.seen < IDLE * 1e9:
                 live.setdefault(net, {})[mac] = place.peer
-        for known in state.nets.values():
+        for known in list(state.nets.values()):
             if known.vxlan and known.net in live:
                 fdb.remember(state.overlay.links, known.vxlan, live[known.net])
 
@@ -472,7 +649,7 @@ class Shortcut:
         lacking = state.programs.found.why_not.get("tunnel")
         if lacking:
             return lacking, set()
-        overlays = [known for known in state.nets.values() if known.vxlan]
+        overlays = [known for known in list(state.nets.values()) if known.vxlan]
         if not overlays:
             return "no network here has other hosts", set()
         underlay = self._underlay()
@@ -481,7 +658,7 @@ class Shortcut:
                 "the underlay's address is IPv6: the outer checksum would have to be made too",
                 set(),
             )
-        present = state.maps.all_peers()
+        present = state.present
         devices = {way.index for way in present.values()}
         if not devices:
             missing = next(iter(state.missing.items()), None)
@@ -555,16 +732,19 @@ class Shortcut:
             state = self._state
             if state is None:
                 return Stage("", self._failure or "no network here")
-            why_not = state.programs.found.why_not
-            on_host = tuple(
-                sorted(link.name for link in self._host.links() if link.index in state.attached)
-            )
-            if not state.reason:
-                return Stage("tunnel", "", on_host, frozenset(state.nets))
-            for stage in ("receive", "same-host"):
-                if stage not in why_not:
-                    return Stage(stage, state.reason, on_host, frozenset(state.nets))
-            return Stage("", state.reason)
+            why_not, reason = state.programs.found.why_not, state.reason
+            nets, attached = frozenset(state.nets), set(state.attached)
+            full = [f"{table}: {what}" for table, what in sorted(state.full.items())]
+            if state.refused:
+                why = next(iter(state.refused.values()))
+                full.append(f"{len(state.refused)} containers: {why}")
+        on_host = tuple(sorted(link.name for link in self._host.links() if link.index in attached))
+        if not reason:
+            return Stage("tunnel", "", on_host, nets, tuple(full))
+        for stage in ("receive", "same-host"):
+            if stage not in why_not:
+                return Stage(stage, reason, on_host, nets, tuple(full))
+        return Stage("", reason)
 
     def counts(self) -> dict[str, Count]:
         """What endpoints had of it, by the names of their links."""
@@ -587,14 +767,15 @@ class Shortcut:
             known = state.nets.get(names.short(network_id)) if state else None
             if state is None or known is None:
                 return {}
-            now = time.monotonic_ns()
-            found: dict[str, IPAddress] = {}
-            with self._complaining("reading places"):
-                for net, mac, place in state.maps.all_places():
-                    heard = not place.index and now - place.seen < IDLE * 1e9
-                    if net == known.net and heard and place.peer != NOWHERE:
-                        found[mac] = place.peer
-            return found
+            maps, own = state.maps, known.net
+        now = time.monotonic_ns()
+        found: dict[str, IPAddress] = {}
+        with self._complaining("reading places"):
+            for net, mac, place in maps.all_places():
+                heard = not place.index and now - place.seen < IDLE * 1e9
+                if net == own and heard and place.peer != NOWHERE:
+                    found[mac] = place.peer
+        return found
 
     def takes(self, network_id: str, mac: str) -> bool:
         """Whether packets from this host's containers to a MAC address take it now."""

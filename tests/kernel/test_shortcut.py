@@ -11,6 +11,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
@@ -19,8 +20,9 @@ from pathlib import Path
 import pytest
 from pyroute2 import IPRoute
 
-from dataplane.ebpf import Count, find_out
+from dataplane.ebpf import Count, Place, Way, find_out
 from dataplane.ebpf.layout import POP6, PUSH6
+from dataplane.errors import KernelRefused
 from driver import names
 from driver.kernel.bpffs import PINS
 from driver.kernel.shortcut import _State
@@ -225,9 +227,10 @@ def test_the_header_is_the_kernels_own(world: World, family: int, tos: int) -> N
 
 
 def _forget_peers(host: Host) -> None:
-    maps = state_of(host).maps
-    for net, address in maps.all_peers():
-        maps.drop_peer(net, address)
+    state = state_of(host)
+    for net, address in state.maps.all_peers():
+        state.maps.drop_peer(net, address)
+    state.present.clear()
 
 
 def _sum(data: bytes) -> int:
@@ -903,7 +906,100 @@ def test_an_endpoint_that_went_leaves_nothing(fresh: World) -> None:
     assert host.do(lambda: len(state.maps.port_indexes())) == 2
     host.remove(fresh.near)
     host.do(lambda: host.kernel.remove_network(fresh.network.id))
+    host.keep()
     assert host.do(lambda: list(state.maps.all_places())) == []
     assert host.do(state.maps.all_networks) == []
     assert host.do(state.maps.all_peers) == {}
     assert host.do(state.maps.port_indexes) == set()
+
+
+def _fill(host: Host, table: str) -> None:
+    """Fill a map with entries about networks that don't exist, of which the plugin knows nothing."""
+    maps = state_of(host).maps
+    with contextlib.suppress(KernelRefused):
+        for number in range(70_000):
+            if table == "peers":
+                maps.put_peer(
+                    9999, IPv4Address(number), Way(1, IPv4Address(1), 1500, IPv4Address(1))
+                )
+            elif table == "places":
+                mac = number.to_bytes(6, "big").hex(":")
+                maps.put_place(9999, mac, Place(0, IPv4Address(1), time.monotonic_ns()))
+            else:
+                maps.put_network(number, 1, 9999)
+
+
+def test_a_full_table_of_peers() -> None:
+    """A peer for which there is no room is reached the ordinary way, all others as before; status says how many, and why. With
+    room it takes the shorter way again."""
+    with lab(3) as made:
+        network = a_network()
+        near, far, third = (host.container(network, 2 + n) for n, host in enumerate(made.hosts))
+        made.mesh(network)
+        host = near.host
+        host.set_peers(network, far.host)
+        host.do(lambda: _fill(host, "peers"))
+        host.set_peers(network, far.host, third.host)
+        # What is done each second goes on.
+        state_of(host).reason = ""
+        state_of(host).tidy_due = time.monotonic() + 60
+        stage = host.keep()
+        assert stage.stage == "tunnel"
+        (said,) = stage.full
+        assert "1 peers" in said
+        assert near.echoes(third.ipv4)
+        before = count(near).sent_packets
+        assert near.echoes(far.ipv4)
+        assert count(near).sent_packets > before
+        state_of(host).ways_due = 0.0
+        assert host.keep().full == ()
+        assert near.echoes(third.ipv4)
+        assert host.do(lambda: host.kernel.takes(network.id, third.endpoint.mac))
+
+
+def test_a_full_table_of_addresses(fresh: World) -> None:
+    """Addresses elsewhere make room for a container of this host."""
+    host = fresh.lab.hosts[0]
+    host.do(lambda: _fill(host, "places"))
+    box = host.container(fresh.network, 9)
+    assert host.do(lambda: host.kernel.takes(fresh.network.id, box.endpoint.mac))
+    assert box.echoes(fresh.near.ipv4)
+
+
+def test_a_full_table_of_networks(fresh: World) -> None:
+    """A container for which there is no room is reached the ordinary way, and status says so until it has gone."""
+    host = fresh.lab.hosts[0]
+    host.do(lambda: _fill(host, "networks"))
+    other = a_network(2)
+    boxes = [each.container(other, 2 + n) for n, each in enumerate(fresh.lab.hosts)]
+    fresh.lab.mesh(other)
+    assert boxes[0].echoes(boxes[1].ipv4)
+    (said,) = host.keep().full
+    assert "1 containers" in said
+    host.remove(boxes[0])
+    assert host.keep().full == ()
+
+
+def test_containers_do_not_wait(fresh: World) -> None:
+    """While what is done each second takes long, a container comes and goes at once, and while programs are put on the links
+    of others, too."""
+    host = fresh.lab.hosts[0]
+    kernel, shortcut = host.kernel, host.kernel._shortcut
+    with shortcut._keeping:
+        began = time.monotonic()
+        endpoint = an_endpoint(fresh.network, 9)
+        host.do(lambda: kernel.attach(fresh.network, endpoint))
+        host.do(lambda: kernel.detach(fresh.network.id, endpoint.id))
+        assert time.monotonic() - began < 20
+    host.keep()
+
+
+def test_the_flood_list_is_mended(fresh: World) -> None:
+    """A peer that somebody took out of the flood list is back the next time that the same process sets the peers."""
+    host, other = fresh.lab.hosts
+    vxlan = names.vxlan(fresh.network.id)
+    host.in_overlay(
+        "bridge", "fdb", "del", "00:00:00:00:00:00", "dev", vxlan, "dst", str(other.address)
+    )
+    assert host.set_peers(fresh.network, other) == {other.address}
+    assert f"dst {other.address}" in host.in_overlay("bridge", "fdb", "show", "dev", vxlan)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dataplane.control import PathCount
+from dataplane.control import OWNED, PathCount
 from driver.driver import Driver
 from driver.errors import KernelError, SettingError
 from driver.kernel.guard import Guarded
+from driver.kernel.shortcut import Stage
 from driver.kernel.underlay import Underlay
 from driver.model import LocalContainer, NetworkView, Peer, Service, Subnet, Task
 from driver.sync import NetworkState
@@ -369,4 +370,22 @@ def test_an_open_port(world: World) -> None:
     guarded = world.status().guard
     assert guarded is not None
     assert (guarded.ports, guarded.strangers) == ([4799], ["192.0.2.9"])
+    assert not world.status().problems
+
+
+def test_full_tables(world: World) -> None:
+    """A table of the shorter way that is full is a problem, with what has no room."""
+    world.kernel.shorter = Stage("tunnel", full=("peers: 3 peers of networks: map peers",))
+    assert "is full" in world.problem()
+
+
+def test_more_addresses_than_are_told(world: World) -> None:
+    """A host with more addresses than other hosts can be told of says so, unless nobody would use them."""
+    known = world.driver.store.endpoint(EP)
+    assert known is not None
+    for number in range(OWNED):
+        address = IPv4Interface((int(IPv4Address("10.0.8.0")) + number, 24))
+        world.driver.store.put_endpoint(replace(known, id=f"{number:064x}"[::-1], ipv4=address))
+    assert f"told of {OWNED} of this host's {OWNED + 1}" in world.problem()
+    world.with_settings({"RDMA": "off"})
     assert not world.status().problems
