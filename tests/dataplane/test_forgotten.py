@@ -44,7 +44,7 @@ host, seconds = sys.argv[1], float(sys.argv[2])
 some = [socket.create_connection((host, 6600)) for _ in range(4)]
 def talk():
     for one in some:
-        one.settimeout(20)
+        one.settimeout(patience(20))
         one.sendall(b"x")
         assert one.recv(1) == b"x"
 until = time.monotonic() + seconds

@@ -20,6 +20,7 @@ from driver.kernel.namespace import in_netns
 from driver.vip import NftBalancer
 from tests.kernel.hosts import new_namespace
 from tests.kernel.vip_hosts import VIP, world
+from tests.patience import patience
 
 PLUGIN = """
 import sys, resource
@@ -128,7 +129,7 @@ def plugin(namespace: int) -> list[str]:
         pass_fds=[namespace],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patience(60),
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

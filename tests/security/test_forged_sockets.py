@@ -22,6 +22,7 @@ from dataplane.router import wire
 from driver.kernel.namespace import in_netns
 from tests.dataplane.bed import Bed, Container, bed
 from tests.dataplane.library import Library
+from tests.patience import patience
 
 VIP: Final = "10.78.0.100"
 PORT: Final = 7000
@@ -50,7 +51,7 @@ class Service:
         def dial() -> socket.socket:
             made = socket.socket()
             made.bind(("0.0.0.0", CLIENT_PORT))
-            made.settimeout(5)
+            made.settimeout(patience(5))
             made.connect((VIP, PORT))
             return made
 
@@ -84,7 +85,7 @@ def by_address(task: Container, client: str) -> tuple[socket.socket, Any]:
         other = socket.socket()
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind((client, CLIENT_PORT))
-        other.settimeout(5)
+        other.settimeout(patience(5))
         other.connect((str(task.ipv4), PORT))
         forged, _ = listener.accept()
         return forged, (listener, other)
@@ -102,10 +103,10 @@ def by_handshake(task: Container, client: str) -> tuple[socket.socket, Any]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
         listener.bind(("0.0.0.0", PORT))
         listener.listen()
-        listener.settimeout(5)
+        listener.settimeout(patience(5))
         tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
         tap.bind(("lo", 0x0800))
-        tap.settimeout(5)
+        tap.settimeout(patience(5))
         raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
         us = str(task.ipv4)

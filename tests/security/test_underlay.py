@@ -34,6 +34,7 @@ from tests.kernel.hosts import (
     new_namespace,
     put_on_the_wire,
 )
+from tests.patience import patience
 
 FORGED = b"forged"
 SESSIONS = 4801
@@ -228,9 +229,9 @@ def test_nobody_else_moves_an_address(scene: Scene, kind: str) -> None:
         try:
             time.sleep(0.2)
             # Past what the shorter way remembers without being told again.
-            assert [scene.near.echoes(scene.far.ipv4, tries=1, timeout=2) for _ in range(8)] == [
-                True
-            ] * 8
+            assert [
+                scene.near.echoes(scene.far.ipv4, tries=1, timeout=patience(2)) for _ in range(8)
+            ] == [True] * 8
         finally:
             stop.set()
             thread.join()
@@ -267,7 +268,9 @@ def test_a_place_that_the_card_has_heard_stays() -> None:
             while time.monotonic() < until:
                 _send(taking, scene.moving(), str(host.address))
                 time.sleep(0.01)
-            assert [near.echoes(far.ipv4, tries=1, timeout=2) for _ in range(4)] == [True] * 4
+            assert [near.echoes(far.ipv4, tries=1, timeout=patience(2)) for _ in range(4)] == [
+                True
+            ] * 4
 
 
 @pytest.mark.parametrize("change", ["chain", "rule", "element", "table"])
