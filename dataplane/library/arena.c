@@ -217,19 +217,19 @@ static void close_bells(struct mapping *mapping, _Atomic int32_t *bells)
                 atomic_store(&mapping->idle[i], 0);
 }
 
-static void close_file(struct mapping *mapping)
-{
-        int32_t fd = atomic_exchange(&mapping->memfd, 0);
-
-        if (fd > 0)
-                close_own(fd - 1);
-}
-
 static uint64_t inode_of(int fd)
 {
         struct stat status;
 
         return sys_2(SYS_fstat, fd, &status) < 0 ? 0 : status.st_ino;
+}
+
+static void close_file(struct mapping *mapping)
+{
+        int fd = atomic_exchange(&mapping->memfd, 0) - 1;
+
+        if (fd >= 0 && is_own_descriptor(fd) && inode_of(fd) == atomic_load(&mapping->inode))
+                close_own(fd);
 }
 
 bool arena_copy(const struct end *end, const unsigned char *place, unsigned char *to, size_t size)

@@ -60,6 +60,13 @@ def test_raw_close(both: Places) -> None:
     both.upgraded()
 
 
+@pytest.mark.parametrize("scenario", ["closed_all", "closed_all_there"])
+def test_raw_close_of_all(both: Places, scenario: str) -> None:
+    """A program that closes all that it doesn't know past the library goes on, and sleeps while it waits."""
+    both.play("raw", scenario)
+    both.upgraded()
+
+
 def test_program_without_the_library(both: Places) -> None:
     """What a static program writes to a connection that it got by raw calls comes between the library's own bytes."""
     both.play("raw", "program", HELPER=str(both.programs / "static-cat"))

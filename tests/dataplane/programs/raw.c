@@ -401,6 +401,36 @@ static void close_past(int fd)
         close(fd);
 }
 
+/* All that the program doesn't know is closed past the library, its own descriptors too. */
+static void close_all_past(int fd)
+{
+        clock_t before;
+
+        put(fd, "g");
+        get(fd, "abcdef");
+        CHECK(raw(SYS_close_range, fd + 1, ~0u, 0, 0, 0, 0) == 0);
+        before = clock();
+        put(fd, "k");
+        get(fd, "z");
+        put(fd, "y");
+        get(fd, "end");
+        /* Who waits sleeps. */
+        CHECK((double)(clock() - before) / CLOCKS_PER_SEC < 0.5);
+}
+
+static void told_to_close(int fd)
+{
+        get(fd, "g");
+        nap(100);
+        put(fd, "abcdef");
+        get(fd, "k");
+        nap(500);
+        put(fd, "z");
+        get(fd, "y");
+        nap(1000);
+        put(fd, "end");
+}
+
 static void is_closed(int fd)
 {
         get_end(fd);
@@ -464,6 +494,8 @@ int main(int count, char **arguments)
             {"client_reads", write_past, read_past, false},
             {"shutdown", shut_past, is_shut, false},
             {"closed", close_past, is_closed, false},
+            {"closed_all", close_all_past, told_to_close, false},
+            {"closed_all_there", told_to_close, close_all_past, false},
             {"program", run_past, read_all_of_it, false},
             {0},
         };
