@@ -475,7 +475,7 @@ static void go_back(int fd, struct end *end, const struct view *view)
         bool raw = atomic_load_explicit(&view->ring->leave, memory_order_relaxed) == LEAVE_RAW;
 
         /* A receiver that asks for another reason doesn't know that something went past us. */
-        if (!raw && !view_remote(view) && raw_look(fd, end) == RAW_PAST) {
+        if (!raw && raw_look(fd, end) == RAW_PAST) {
                 upgrade_past(fd, end);
                 return;
         }

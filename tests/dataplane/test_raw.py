@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.dataplane.places import PATIENCE, Places
+from tests.dataplane.places import LIBRARY, PATIENCE, Places, relayed
+from tests.kernel.hosts import missing_tools
 
 WRITES = (
     "server_writes",
@@ -39,6 +42,25 @@ def test_raw_writes(both: Places, scenario: str) -> None:
         counted = both.counted()
         assert counted["past"] >= 1, counted
         assert sum(row["reasons"][RAW] for row in counted.rows) >= 1, counted
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[Places]:
+    """Two hosts."""
+    if missing := missing_tools():
+        pytest.skip(f"missing: {missing}")
+    if not LIBRARY.exists():
+        pytest.skip(f"missing: {LIBRARY} (make library)")
+    with relayed(tmp_path_factory.mktemp("far"), programs) as made:
+        yield made
+
+
+@pytest.mark.parametrize("scenario", WRITES)
+def test_raw_writes_between_hosts(far: Places, scenario: str) -> None:
+    """What is written past the library waits for what the relays still bring."""
+    far.forget()
+    far.play("raw", scenario)
+    far.upgraded()
 
 
 @pytest.mark.parametrize("scenario", ["server_reads", "client_reads"])
