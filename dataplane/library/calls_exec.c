@@ -157,9 +157,12 @@ CALL int posix_spawn_file_actions_adddup2(posix_spawn_file_actions_t *actions, i
 
 CALL int posix_spawn_file_actions_destroy(posix_spawn_file_actions_t *actions)
 {
+        static int (*next)(posix_spawn_file_actions_t *);
+
         if (process.on)
                 spawned_forgets(actions);
-        return real()->posix_spawn_file_actions_destroy(actions);
+        next = next ? next : real_named("posix_spawn_file_actions_destroy");
+        return next(actions);
 }
 
 /* glibc 2.39 and later. What isn't called often is looked for when it is. */
@@ -208,7 +211,7 @@ CALL int wordexp(const char *words, wordexp_t *result_of, int flags)
         while (*at && *at != '$' && *at != '`')
                 at++;
         /* A command of the words'; musl lets a shell do all of it. */
-        if ((*at && !(flags & WRDE_NOCMD)) || !real()->gnu_get_libc_version)
+        if ((*at && !(flags & WRDE_NOCMD)) || !real_named("gnu_get_libc_version"))
                 inherit_all();
         return next(words, result_of, flags);
 }

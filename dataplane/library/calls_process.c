@@ -65,12 +65,14 @@ CALL pid_t __fork(void)
 /* The one without handlers. */
 CALL pid_t _Fork(void)
 {
+        static pid_t (*next)(void);
         pid_t child;
 
-        if (!real()->_Fork)
+        next = next ? next : real_named("_Fork");
+        if (!next)
                 return (pid_t)result(-ENOSYS);
         family_fork();
-        child = real()->_Fork();
+        child = next();
         if (child)
                 family_fork_done(child > 0);
         return child;
@@ -122,7 +124,14 @@ static bool is_old(const char *version)
 
 void *vfork_begins(void)
 {
-        if (real()->gnu_get_libc_version && is_old(real()->gnu_get_libc_version()))
+        static _Atomic int known; /* 1: another C library or a new one, 2: an old one */
+
+        if (!known) {
+                const char *(*version)(void) = real_named("gnu_get_libc_version");
+
+                known = version && is_old(version()) ? 2 : 1;
+        }
+        if (known == 2)
                 return real_named("vfork");
         guest_comes();
         return NULL;

@@ -22,6 +22,7 @@ enum {
         CHILD_TO_BE = -1, /* announced by a parent, hasn't spoken yet */
         FOR_EVER = -2,    /* lives in a namespace of its own: its ID means nothing here */
         NO_NUMBER = -1,
+        LATER = -2, /* without an end there is no need for one, and its memory isn't touched */
 };
 
 /* Of an end's `holders`: somebody makes it, or takes it apart. */
@@ -161,8 +162,11 @@ void family_fork(void)
 {
         if (!process.on || announced)
                 return;
-        promised = take_number(CHILD_TO_BE) + 1;
         announced = true;
+        promised = LATER + 1;
+        if (!atomic_load(&process.high))
+                return;
+        promised = take_number(CHILD_TO_BE) + 1;
         each_end(hold, promised - 1);
 }
 
@@ -177,7 +181,7 @@ void family_fork_done(bool made)
         if (made || !process.on)
                 return;
         each_end(let_loose_kept, promised - 1);
-        if (promised)
+        if (promised > 0)
                 atomic_store(&family->members[promised - 1], NOBODY);
 }
 
@@ -198,7 +202,7 @@ void family_forked(void)
         thread_id = 0;
         process.renamed = process.renamed || pid == 1;
         atomic_store(&process.pid, pid);
-        process.member = announced ? promised - 1 : take_number(own_mark());
+        process.member = announced ? promised - 1 : high ? take_number(own_mark()) : LATER;
         if (announced && process.member >= 0)
                 atomic_store(&family->members[process.member], own_mark());
         for (uint32_t i = 0; i < high; i++) {
@@ -281,7 +285,7 @@ void family_start(void)
         sys_3(SYS_madvise, family, sizeof *family, MADV_DONTDUMP);
         atomic_store(process.alive, 1);
         atomic_store(&process.pid, (int32_t)sys_0(SYS_getpid));
-        process.member = take_number(atomic_load(&process.pid));
+        process.member = LATER;
         if (functions->__register_atfork)
                 functions->__register_atfork(family_fork, in_parent, in_child, NULL);
         else if (functions->pthread_atfork)
@@ -369,6 +373,18 @@ static void reset_flow(struct flow *flow)
         atomic_store_explicit(&flow->timeout, 0, memory_order_relaxed);
 }
 
+static void number_oneself(void)
+{
+        int32_t later = LATER, number;
+
+        if (atomic_load_explicit(&process.member, memory_order_relaxed) != LATER)
+                return;
+        number = take_number(own_mark());
+        /* Another thread may have come first. */
+        if (!atomic_compare_exchange_strong(&process.member, &later, number) && number >= 0)
+                atomic_store(&family->members[number], NOBODY);
+}
+
 struct end *end_make(int fd, bool nonblocking)
 {
         uint32_t generation;
@@ -381,6 +397,7 @@ struct end *end_make(int fd, bool nonblocking)
         end = take_end(&generation);
         if (!end)
                 return NULL;
+        number_oneself();
         atomic_store(&end->stage, STAGE_CLOSED);
         for (int i = 0; i < MEMBER_WORDS; i++)
                 atomic_store_explicit(&end->members[i], 0, memory_order_relaxed);

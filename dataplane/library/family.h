@@ -141,7 +141,7 @@ struct process {
         _Atomic uint32_t high;   /* descriptors tracked were all below */
         _Atomic int32_t pid;
         _Atomic int32_t own_high; /* the library's own descriptors were all below */
-        int32_t member;           /* its number in the family, negative: none */
+        _Atomic int32_t member;   /* its number in the family, negative: none */
         bool gone;                /* it ends, and is counted no more */
         bool renamed;             /* its ID is of another namespace than the family's */
         _Atomic bool touched;     /* bulk areas may have something to give back */

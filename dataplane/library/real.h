@@ -90,16 +90,13 @@
           (pid_t *, const char *, const posix_spawn_file_actions_t *, const posix_spawnattr_t *,             \
            char *const *, char *const *))                                                                    \
         F(int, posix_spawn_file_actions_adddup2, (posix_spawn_file_actions_t *, int, int))                   \
-        F(int, posix_spawn_file_actions_destroy, (posix_spawn_file_actions_t *))                             \
-        F(pid_t, fork, (void))                                                                               \
-        F(pid_t, _Fork, (void))
+        F(pid_t, fork, (void))
 
 /* What we only use. */
 #define USED_FUNCTIONS(F)                                                                                    \
         F(int, clock_gettime, (clockid_t, struct timespec *))                                                \
         F(int, sched_getcpu, (void))                                                                         \
         F(void, pthread_testcancel, (void))                                                                  \
-        F(const char *, gnu_get_libc_version, (void))                                                        \
         F(int, pthread_key_create, (pthread_key_t *, void (*)(void *)))                                      \
         F(int, pthread_setspecific, (pthread_key_t, const void *))                                           \
         F(int, raise, (int))                                                                                 \
