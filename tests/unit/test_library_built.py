@@ -24,8 +24,10 @@ ALLOWED = frozenset(
         "memmove",
         "memset",
         "strcmp",
+        "strcspn",
         "strlen",
         "strncmp",
+        "strspn",
     )
 )
 """Both C libraries have these, without a version; __chk_fail is weak and only glibc's."""
