@@ -293,6 +293,10 @@ class LinuxKernel:
             self._keep_guard()
             self._shortcut.keep()
 
+    def settle(self) -> None:
+        """See `Shortcut.settle`."""
+        self._shortcut.settle()
+
     def look_inside(self, endpoint_id: str, sandbox: Path | int) -> None:
         """See `Shortcut.look_inside`."""
         self._shortcut.look_inside(endpoint_id, sandbox)

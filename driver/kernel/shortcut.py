@@ -62,7 +62,7 @@ TIDY_EVERY: Final = 10.0
 QUIET: Final = 0.25
 """Seconds without a new endpoint before programs are put on links: each takes the kernel's lock of all links for 10 ms
 (synchronize_rcu), for which starting containers wait, too."""
-PATIENCE: Final = 2.0
+PATIENCE: Final = 5.0
 """Seconds after which it is done all the same."""
 _MTU: Final = 65535
 _UP: Final = 1
@@ -371,7 +371,7 @@ class Shortcut:
             self.settle()
 
     def settle(self) -> None:
-        """Put programs on links that have come since, and take them off those that have gone."""
+        """Put programs on links that have come since, and take them off those that have gone; else done soon by itself."""
         with self._keeping:
             with self._waiting:
                 new, self._new = self._new, {}
@@ -522,7 +522,6 @@ class Shortcut:
 
     def keep(self) -> None:
         """Look at what may have changed since, and act on it. To be called every second or so."""
-        self.settle()
         with self._keeping, self._complaining("keeping it up"):
             state = self._state
             if state is None:

@@ -383,7 +383,8 @@ class Host:
         )
 
     def keep(self) -> Stage:
-        """What the plugin does every second; how far packets take the shorter way then."""
+        """What the plugin does every second, and after each start; how far packets take the shorter way then."""
+        self.do(self.kernel.settle)
         self.do(self.kernel.keep)
         return self.do(self.kernel.stage)
 
