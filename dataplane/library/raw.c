@@ -14,7 +14,7 @@
 enum {
         NEAR = 1000, /* ns: the kernel's quickest send on a connection with nothing under way takes 3000 */
         PACE = 25 * 1000, /* ns for each question, which takes 500 */
-        SAVED = 1024,     /* questions that a thread may ask at once, if it has asked none for long */
+        SAVED = 256,      /* questions that a thread may ask at once, if it has asked none for long */
         LEAST = 1000000,  /* ns after which the clock's speed can be told */
         STATE_ESTABLISHED = 1,
         STATE_CLOSE = 7,

@@ -112,7 +112,7 @@ static void read_later(int fd)
 /* After many quick messages; the kernel isn't asked about each. */
 static void write_when_hot(int fd)
 {
-        for (int i = 0; i < 500; i++)
+        for (int i = 0; i < 200; i++)
                 answer(fd);
         raw_put(fd, "past");
         answer(fd);
@@ -120,7 +120,7 @@ static void write_when_hot(int fd)
 
 static void read_when_hot(int fd)
 {
-        for (int i = 0; i < 500; i++)
+        for (int i = 0; i < 200; i++)
                 talk(fd);
         get(fd, "past");
         talk(fd);
