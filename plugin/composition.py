@@ -98,12 +98,17 @@ def compose(
     def self_address() -> IPAddress | None:
         return late["driver"].self_address()
 
+    def listed() -> IPAddress | None:
+        engine, _ = syncer.engine()
+        return engine.node_address if engine is not None else None
+
     kernel = LinuxKernel(
         paths.host_run,
         settings.underlay,
         self_address,
         PROGRAMS if settings.ebpf == "on" else None,
         sessions=settings.session_port or settings.vxlan_port,
+        listed=listed,
     )
     statistics = CallStatistics()
     driver = Driver(

@@ -126,6 +126,7 @@ def _both(rule: str) -> str:
 
 
 _TO_PEER: Final = "udp dport . % daddr @peers#"
+_TO_NEAR: Final = "udp dport @ports % daddr @near#"
 _TO_ROUTER: Final = "tcp dport @sessions % daddr @hosts#"
 _SUSPECT: Final = f"meta iifkind {_SUSPECTS} iifname != @underlay"
 # What this host's own kernel wraps comes from a VXLAN device of the overlay namespace, what it sends itself from none.
@@ -144,12 +145,15 @@ _CHAINS: Final = (
     " chain output {\n  type filter hook output priority -150; policy accept;\n"
     # True for each packet that has a socket in this namespace: others have no uid.
     + _both(f"{_TO_PEER} meta skuid >= 0 counter drop")
+    + _both(f"{_TO_NEAR} meta skuid >= 0 counter drop")
     + _both(f"{_TO_ROUTER} meta skuid != 0 counter drop")
     + " }\n chain forward {\n  type filter hook forward priority -150; policy accept;\n"
     + _both(f"{_SUSPECT} {_TO_PEER} % saddr @hosts# counter drop")
+    + _both(f"{_SUSPECT} {_TO_NEAR} % saddr @near# counter drop")
     + _both(f"{_SUSPECT} {_TO_ROUTER} % saddr @hosts# counter drop")
     + " }\n chain postrouting {\n  type filter hook postrouting priority 200; policy accept;\n"
     + _both(f"{_FORWARDED} ct status snat {_TO_PEER} counter drop")
+    + _both(f"{_FORWARDED} ct status snat {_TO_NEAR} counter drop")
     + _both(f"{_FORWARDED} ct status snat {_TO_ROUTER} counter drop")
     + " }\n"
 )

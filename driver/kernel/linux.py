@@ -47,8 +47,8 @@ class LinuxKernel:
     """`ports.Kernel` of this host.
 
     `host_run` is the host's /run; `choice` the setting UNDERLAY; `hint` answers what Docker says this host's
-    address is, if it has said it; `sessions` the port of the routers' sessions. The host's namespace is the calling
-    thread's.
+    address is, if it has said it; `listed` at which one other hosts are told of it, if that is another question;
+    `sessions` the port of the routers' sessions. The host's namespace is the calling thread's.
     """
 
     def __init__(
@@ -60,10 +60,12 @@ class LinuxKernel:
         *,
         tcx: bool = True,
         sessions: int | None = None,
+        listed: Callable[[], IPAddress | None] | None = None,
     ) -> None:
         self._host_run = host_run
         self._choice = choice
         self._hint = hint
+        self._listed = listed or hint
         self._host_namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._host = Sockets(self._host_namespace)
         self._opening = threading.Lock()
@@ -223,9 +225,10 @@ class LinuxKernel:
             self._unlearn()
 
     def _beside(self, found: Underlay) -> frozenset[IPNetwork]:
-        """Networks from which peers may send besides from the addresses that Docker tells of them: where UNDERLAY is an
-        interface that Docker doesn't advertise, it is so for the other hosts, too."""
-        if not self._choice or found.address in (None, self._hint()):
+        """Networks from which peers may send besides from the addresses at which the Swarm lists them: where this host's
+        overlay has another address than that (UNDERLAY, --data-path-addr), theirs have others, too, and nobody tells which.
+        """
+        if found.address is None or found.address == self._listed():
             return frozenset()
         return underlay.networks(self._host, found.device)
 

@@ -310,6 +310,8 @@ class Host:
         self.tcx = True
         self.sessions: int | None = None
         """The port of the routers' sessions."""
+        self.listed: IPAddress | None = None
+        """At which address the Swarm lists it, if it isn't its own."""
         self.containers: list[Container] = []
         self._kernels: list[LinuxKernel] = []
         self._thread = ThreadPoolExecutor(1, f"host{number}")
@@ -344,6 +346,7 @@ class Host:
                 programs=self.programs,
                 tcx=self.tcx,
                 sessions=self.sessions,
+                listed=lambda: self.listed or self.address,
             )
         )
         self._kernels.append(made)

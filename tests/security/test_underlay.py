@@ -414,6 +414,38 @@ def test_ipv6_underlay() -> None:
         assert not [frame for frame in _all(listening) if FORGED in frame]
 
 
+def test_another_address_than_the_swarm_lists() -> None:
+    """Hosts whose overlay has another address than Docker advertises (UNDERLAY, --data-path-addr) hear each other, and a host
+    that is in none of that interface's networks isn't heard; a container isn't either."""
+    with lab(3) as made:
+        network = a_network()
+        lists = {}
+        for host in made.hosts:
+            lists[host] = IPv4Address(f"10.2.0.{host.number}")
+            if host is not made.hosts[2]:
+                host.run("ip", "addr", "add", f"{lists[host]}/24", "dev", "eth0")
+        made.hosts[2].run("ip", "addr", "flush", "dev", "eth0")
+        made.hosts[2].run("ip", "addr", "add", "10.3.0.3/24", "dev", "eth0")
+        made.hosts[2].run("ip", "route", "add", "10.1.0.0/24", "dev", "eth0")
+        for host in made.hosts[:2]:
+            host.listed = lists[host]
+            host.kernel = host.new_kernel()
+            host.run("ip", "route", "add", "10.3.0.0/24", "dev", "eth0")
+        near, far = (host.container(network, 2 + n) for n, host in enumerate(made.hosts[:2]))
+        for host, other in (made.hosts[:2], made.hosts[1::-1]):
+            host.do(lambda h=host, o=other: h.kernel.set_peers(network.id, [lists[o]]))  # type: ignore[misc]
+            host.keep()
+        assert near.echoes(far.ipv4)
+        scene = Scene(made, network, near, far)
+        listening = far.packets()
+        with attacker(scene, "host") as send:
+            send(scene.forged(far), str(made.hosts[1].address))
+        with attacker(scene, "container") as send:
+            send(scene.forged(far), str(made.hosts[1].address))
+        assert not [frame for frame in _all(listening) if FORGED in frame]
+        assert near.echoes(far.ipv4)
+
+
 def test_cleanup_takes_the_rules_away() -> None:
     """`freeflow cleanup` leaves no rule, and neither does the last network that goes."""
     with lab(2) as made:
