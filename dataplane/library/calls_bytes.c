@@ -185,8 +185,14 @@ CALL int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags, s
                 int later = done && (flags & MSG_WAITFORONE || timeout) ? MSG_DONTWAIT : 0;
                 ssize_t got = recvmsg(fd, &messages[done].msg_hdr, (flags & ~MSG_WAITFORONE) | later);
 
-                if (got < 0)
+                if (got < 0) {
+                        /* The next call hears of it. */
+                        if (done && *__errno_location() != EAGAIN && *__errno_location() != EINTR &&
+                            end_is(end, key))
+                                atomic_store_explicit(&end->error, (uint32_t)*__errno_location(),
+                                                      memory_order_relaxed);
                         break;
+                }
                 messages[done].msg_len = (unsigned)got;
                 done++;
                 if (!got)

@@ -165,8 +165,7 @@ CALL int ioctl(int fd, unsigned long request, ...)
         argument = va_arg(list, void *);
         va_end(list);
         end = end_of(fd, &key);
-        /* A bad address is the kernel's to refuse. */
-        if (end && request == FIOASYNC && argument)
+        if (end && request == FIOASYNC && argument && *(int *)argument)
                 upgrade_leave(fd, end, key, REASON_OPTION);
         outcome = real()->ioctl(fd, request, argument);
         end = outcome < 0 ? NULL : end_of(fd, &key);

@@ -430,6 +430,8 @@ static bool leave(int fd, struct end *end, uint32_t reason)
 
 void upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
 {
+        enum { NAPS = 200 };
+        static const struct timespec nap = {.tv_nsec = 10 * 1000 * 1000};
         enum taken rx, tx;
 
         if (atomic_load(&end->stage) != STAGE_ATTACHED) {
@@ -443,6 +445,10 @@ void upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
                 leave(fd, end, reason);
         lock_release(&end->tx.lock, tx);
         lock_release(&end->rx.lock, rx);
+        /* Of a sender that was preempted in the middle of a piece: who asks counts on it that no byte
+         * follows. */
+        for (int i = 0; i < NAPS && end_is(end, key) && end_has_rest(end) && !upgrade_has_stopped(end); i++)
+                sys_2(SYS_nanosleep, &nap, 0);
 }
 
 /* Under both locks, after the sender has stopped: what is left in the ring, copied to memory of our own. */
