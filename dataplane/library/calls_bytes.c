@@ -68,7 +68,8 @@ static ssize_t receive(struct operation *o, struct end *end, uint64_t key)
             (stage == STAGE_CLOSED || !upgrade_step(o->fd, end, key, 0)))
                 return operation_native(o);
         /* What a flag that we don't know asks for, TCP may know. What is in the ring comes before. */
-        if (__builtin_expect(o->flags & ~RECEIVE_FLAGS, 0))
+        if (__builtin_expect(o->flags & ~RECEIVE_FLAGS, 0) &&
+            atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_OVER)
                 upgrade_leave(o->fd, end, key, REASON_OPTION);
         return transfer_receive(o, end, key);
 }

@@ -430,7 +430,7 @@ static bool leave(int fd, struct end *end, uint32_t reason)
 
 void upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
 {
-        enum { NAPS = 200 };
+        enum { NAPS = 50 };
         static const struct timespec nap = {.tv_nsec = 10 * 1000 * 1000};
         enum taken rx, tx;
 
