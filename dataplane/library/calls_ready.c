@@ -241,7 +241,7 @@ static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
                         ready_ask(end);
                         wait_begin(&end_sends(end).ring->senders, bell);
                 }
-                if (!bell_is_known(arena, atomic_load(&end->side), bell))
+                if (!bell_is_known(arena, atomic_load(&end->side), bell) || ready_between(end))
                         bells->all = false;
         }
 }

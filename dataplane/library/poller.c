@@ -754,10 +754,12 @@ bool poller_attach(struct end *end)
         return all;
 }
 
-/* What the program is to hear of this registration may have changed. Under both locks. */
-static void look_over(struct poller *poller, struct registration *r, struct end *end)
+/* What the program is to hear of this registration may have changed. `more`: also what it has heard already.
+ * Under both locks. */
+static void look_over(struct poller *poller, struct registration *r, struct end *end, bool more)
 {
         if (is_ring(end)) {
+                r->first |= more;
                 to_ring(poller, r, end);
                 tell_kernel(poller, r, end);
         } else if (r->state != STATE_KERNEL) {
@@ -765,7 +767,7 @@ static void look_over(struct poller *poller, struct registration *r, struct end 
         }
 }
 
-void poller_sender_changed(struct end *end)
+static void changed(struct end *end, bool more)
 {
         enum taken outer = lock_take(&table, self());
 
@@ -780,12 +782,22 @@ void poller_sender_changed(struct end *end)
                 if (taken == LOCK_NESTED) {
                         leave_for_later(poller);
                 } else {
-                        look_over(poller, r, end);
+                        look_over(poller, r, end, more);
                         watch(poller);
                 }
                 lock_release(&poller->lock, taken);
         }
         lock_release(&table, outer);
+}
+
+void poller_sender_changed(struct end *end)
+{
+        changed(end, false);
+}
+
+void poller_receiver_changed(struct end *end)
+{
+        changed(end, true);
 }
 
 /* Nobody was to be called when there is room, as there was some. Under the poller's lock. */
@@ -1339,7 +1351,7 @@ static void answer_late(struct poller *poller)
                 struct end *end = is_of(poller, r) && r->key ? end_of_registration(r) : NULL;
 
                 if (end) {
-                        look_over(poller, r, end);
+                        look_over(poller, r, end, true);
                         arouse(poller, r, (uint32_t)r->key);
                 }
         }

@@ -62,6 +62,9 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
 bool poller_attach(struct end *end);
 /* A sender went to the ring or left it: whose word on EPOLLOUT counts has changed. */
 void poller_sender_changed(struct end *end);
+/* A receiver has come to the ring's first byte, or behind its last: there may be more of which nobody tells
+ * any more, and a read has said that there is none. */
+void poller_receiver_changed(struct end *end);
 /* Under the sender's lock: a sender has found no room. */
 void poller_sender_full(struct end *end);
 /* The connection isn't looked at any more; the kernel's registrations stay. */

@@ -70,6 +70,20 @@ static inline bool ready_bytes(struct end *end)
                 ready_behind(end));
 }
 
+/* Bytes of TCP that come before the ring's are on their way, or another thread is just taking them, of whose
+ * being done nobody tells: a sleep is a nap. */
+static inline bool ready_between(struct end *end)
+{
+        struct view view;
+        uint64_t start;
+
+        if (atomic_load_explicit(&end->rx.phase, memory_order_relaxed) != PHASE_READY)
+                return false;
+        view = end_receives(end);
+        start = atomic_load_explicit(&view.ring->start, memory_order_acquire);
+        return start && start - 1 > atomic_load_explicit(&end->rx.position, memory_order_relaxed);
+}
+
 /* The ring has ended: a FIN that the kernel has belongs to the same event. */
 static inline bool ready_end(struct end *end)
 {

@@ -611,7 +611,7 @@ static long leave_ring(struct end *end)
         atomic_store_explicit(&end->peeked, 0, memory_order_relaxed);
         atomic_store_explicit(&end->inq, 0, memory_order_relaxed);
         /* Those who sleep in epoll wait for the kernel's word now, if the other direction is over too. */
-        poller_sender_changed(end);
+        poller_receiver_changed(end);
         return -EINPROGRESS;
 }
 
@@ -994,6 +994,22 @@ __attribute__((noinline)) static ssize_t receive_rest(struct operation *o, struc
         return got;
 }
 
+/* A read that returns less than it was asked for says that more will be told of. What lies beyond the last
+ * byte of TCP, or beyond the ring's, may have been told of already; or those who wait have looked while it
+ * couldn't be had yet. */
+static void tell_of_more(struct end *end, const struct view *view)
+{
+        bool ready = atomic_load_explicit(&end->rx.phase, memory_order_relaxed) == PHASE_READY;
+        uint64_t start;
+
+        /* Pairs with wait_begin(): either those see our position, or we see where the ring begins. */
+        atomic_thread_fence(memory_order_seq_cst);
+        start = atomic_load_explicit(&view->ring->start, memory_order_acquire);
+        if (ready ? start && start - 1 <= atomic_load_explicit(&end->rx.position, memory_order_relaxed)
+                  : ready_end(end) && !ring_ready(&end->rx, view))
+                poller_receiver_changed(end);
+}
+
 /* Take what there is now, from TCP or the ring, under the lock. As receive_before_ring() and
  * look_behind_ring(). */
 static long receive_now(struct operation *o, struct end *end, const struct view *view, struct cursor *cursor,
@@ -1008,12 +1024,17 @@ static long receive_now(struct operation *o, struct end *end, const struct view 
                 got = receive_before_ring(o, end, view, cursor, left);
                 if (got > 0 && o->call != CALL_SPLICE_OUT && !(o->flags & MSG_TRUNC))
                         skip(cursor, (size_t)got);
+                if (got > 0)
+                        tell_of_more(end, view);
                 return got;
         }
         got = take_piece(o, end, view, cursor, left);
         atomic_store_explicit(&view->ring->receiver_cpu, core(), memory_order_relaxed);
         if (got > 0) {
                 statistics_add(&statistics.received, (uint64_t)got);
+                if (__builtin_expect(
+                        view_remote(view) || atomic_load_explicit(&view->ring->end, memory_order_relaxed), 0))
+                        tell_of_more(end, view);
                 if (__builtin_expect(atomic_load_explicit(&end->low, memory_order_relaxed) |
                                          atomic_load_explicit(&end->peeked, memory_order_relaxed),
                                      0))

@@ -125,6 +125,9 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
                 polled[0].fd = withheld ? -1 : fd;
                 if (withheld && (left < 0 || left > REMOTE_NAP * INT64_C(1000000)))
                         left = REMOTE_NAP * INT64_C(1000000);
+                if (want == WANT_BYTES && ready_between(end) &&
+                    (left < 0 || left > FIRST_NAP * INT64_C(1000000)))
+                        left = FIRST_NAP * INT64_C(1000000);
                 if (bell < 0 || !bell_is_known(arena, side, bell)) {
                         int longest = bell < 0 ? LONGEST_BLIND : LONGEST_NAP;
 

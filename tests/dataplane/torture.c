@@ -617,10 +617,19 @@ static void finish(struct connection *connection, struct stream *stream)
                 atomic_fetch_sub(&shared->unfinished, 1);
 }
 
-/* Reads once, or until there is nothing. */
-static void drain(struct task *task, struct connection *connection, uint8_t *buffer, bool all)
+/* What says that there is no more for now: a call that moves less than it was asked to, as some programs take
+ * it, or nothing at all. */
+enum much { ONCE, UNTIL_SHORT, UNTIL_NOTHING };
+
+static bool goes_on(enum much much, ssize_t moved, size_t size)
+{
+        return much != ONCE && (moved > 0 ? much == UNTIL_NOTHING || (size_t)moved == size : errno == EINTR);
+}
+
+static void drain(struct task *task, struct connection *connection, uint8_t *buffer, enum much much)
 {
         struct stream *in = &connection->in;
+        size_t size;
         bool over = false;
         ssize_t got;
 
@@ -630,7 +639,8 @@ static void drain(struct task *task, struct connection *connection, uint8_t *buf
 
                 if (atomic_load(&in->over))
                         break;
-                got = read_some(task, connection->fd, buffer, 1 + any(&task->random, CHUNK), false);
+                size = 1 + any(&task->random, CHUNK);
+                got = read_some(task, connection->fd, buffer, size, false);
                 if (got > 0) {
                         compare(connection, place, buffer, (size_t)got, "loop");
                         atomic_store(&in->done, place + (uint64_t)got);
@@ -640,25 +650,25 @@ static void drain(struct task *task, struct connection *connection, uint8_t *buf
                 } else {
                         CHECK(errno == EAGAIN || errno == EINTR);
                 }
-        } while (all && !over && (got > 0 || errno == EINTR));
+        } while (!over && goes_on(much, got, size));
         CHECK(pthread_mutex_unlock(&in->turn) == 0);
         if (over)
                 finish(connection, in);
 }
 
-/* Writes once, or until there is no room. */
-static void fill_up(struct task *task, struct connection *connection, uint8_t *buffer, bool all)
+static void fill_up(struct task *task, struct connection *connection, uint8_t *buffer, enum much much)
 {
         struct stream *out = &connection->out;
         uint64_t total = total_of(connection, true);
         bool over = false;
         ssize_t sent;
+        size_t size;
 
         CHECK(pthread_mutex_lock(&out->turn) == 0);
         do {
                 uint64_t place = atomic_load(&out->done);
-                size_t size = 1 + any(&task->random, any(&task->random, 2) ? CHUNK : 600);
 
+                size = 1 + any(&task->random, any(&task->random, 2) ? CHUNK : 600);
                 if (atomic_load(&out->over) || place == total)
                         break;
                 if (size > total - place)
@@ -674,7 +684,7 @@ static void fill_up(struct task *task, struct connection *connection, uint8_t *b
                         CHECK(errno == EAGAIN || errno == EINTR);
                 }
                 over = over || atomic_load(&out->done) == total;
-        } while (all && !over && (sent > 0 || errno == EINTR));
+        } while (!over && goes_on(much, sent, size));
         if (over && !atomic_load(&out->over))
                 CHECK(shutdown(connection->fd, SHUT_WR) == 0 || is_end(errno) || errno == ENOTCONN);
         CHECK(pthread_mutex_unlock(&out->turn) == 0);
@@ -687,15 +697,18 @@ static void handle(struct task *task, const struct epoll_event *event, uint8_t *
         struct connection *connection = &shared->connections[event->data.u32];
         uint32_t kind = kind_of(connection);
         struct epoll_event next = {.data.u32 = event->data.u32};
-        bool all = kind & EPOLLET;
+        const uint32_t ended = EPOLLRDHUP | EPOLLHUP | EPOLLERR;
+        enum much much = !(kind & EPOLLET)                                ? ONCE
+                         : event->events & ended || any(&task->random, 2) ? UNTIL_NOTHING
+                                                                          : UNTIL_SHORT;
 
         sem_post(&loops.work);
         if (kind & EPOLLONESHOT)
                 CHECK(!atomic_exchange(&connection->handled, true));
         if (event->events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR))
-                drain(task, connection, buffer, all);
+                drain(task, connection, buffer, much);
         if (event->events & (EPOLLOUT | EPOLLHUP | EPOLLERR))
-                fill_up(task, connection, buffer, all);
+                fill_up(task, connection, buffer, much);
         CHECK(pthread_mutex_lock(&connection->out.turn) == 0);
         next.events = interest(connection);
         if (kind & EPOLLONESHOT)
@@ -763,7 +776,7 @@ static void *help(void *argument)
         atomic_store(&task->waiter->thread, (pid_t)syscall(SYS_gettid));
         for (;;) {
                 struct connection *connection = &shared->connections[any(&task->random, running.connections)];
-                bool all = any(&task->random, 2);
+                enum much much = any(&task->random, 2) ? UNTIL_NOTHING : ONCE;
 
                 atomic_store(&task->waiter->what, "a helper's job");
                 if (sem_wait(&loops.work) != 0)
@@ -772,9 +785,9 @@ static void *help(void *argument)
                         break;
                 atomic_store(&task->waiter->what, "helping");
                 if (any(&task->random, 2))
-                        drain(task, connection, buffer, all);
+                        drain(task, connection, buffer, much);
                 else
-                        fill_up(task, connection, buffer, all);
+                        fill_up(task, connection, buffer, much);
         }
         free(buffer);
         atomic_store(&task->waiter->thread, 0);
