@@ -7,7 +7,7 @@ python3-venv shellcheck util-linux"
 # What virtual machines are made with.
 wanted="$wanted e2fsprogs kmod qemu-system-x86 zstd"
 # What the tests accelerate; Debian has Python's own tests apart.
-wanted="$wanted curl default-jdk-headless golang-go iperf3 $(basename "$(readlink -f /usr/bin/python3 || echo python3.11)" |
+wanted="$wanted cargo curl default-jdk-headless g++ golang-go iperf3 libasio-dev librust-tokio-dev rustc $(basename "$(readlink -f /usr/bin/python3 || echo python3.11)" |
     sed 's/python/libpython/')-testsuite haproxy memcached nginx-light nodejs postgresql redis-server rsync"
 missing=
 for package in $wanted; do
