@@ -141,3 +141,18 @@ def test_idle(both: Places) -> None:
 def test_fortified(both: Places, scenario: str) -> None:
     """Programs built with the C library's checked calls (_FORTIFY_SOURCE) wait the same."""
     both.play("waiting-fortified", scenario)
+
+
+def test_wait_for_ages(both: Places) -> None:
+    """A time-out that is as long as its type allows is one that doesn't end the wait."""
+    both.play("waiting", "wait_for_ages")
+
+
+def test_small_stack(both: Places) -> None:
+    """A thread with the smallest stack may wait by select, poll and epoll."""
+    both.play("waiting", "small_stack")
+
+
+def test_thread_memory(both: Places) -> None:
+    """A thread that has waited for many descriptors leaves no memory behind when it ends."""
+    both.play("waiting", "thread_memory")

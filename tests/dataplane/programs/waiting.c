@@ -1,6 +1,8 @@
 /* Waiting for a connection whose bytes are in a ring: epoll, poll, select, time-outs, signals. */
 #include "pair.h"
 
+#include <limits.h>
+
 /* The server of all: sends what the client asks for, until it ends. */
 static void obey(int fd)
 {
@@ -699,6 +701,123 @@ static void idle(int fd)
         CHECK(after.tv_sec - before.tv_sec + (double)(after.tv_nsec - before.tv_nsec) / 1e9 < 0.05);
 }
 
+/* Time-outs that are longer than ns can say. */
+static void wait_for_ages(int fd)
+{
+        struct timespec age = {LONG_MAX, 999999999};
+        struct epoll_event event;
+        struct pollfd one = {.fd = fd, .events = POLLIN};
+        int instance = watched(fd, EPOLLIN);
+        struct timeval time;
+        fd_set set;
+
+        for (int i = 0; i < 6; i++) {
+                time = (struct timeval){i & 1 ? LONG_MAX : LONG_MAX / 1000000000 + i, 999999};
+                order(fd, 1);
+                FD_ZERO(&set);
+                FD_SET(fd, &set);
+                switch (i) {
+                case 0:
+                case 1:
+                        CHECK(select(fd + 1, &set, NULL, NULL, &time) == 1 && FD_ISSET(fd, &set));
+                        CHECK(time.tv_sec > LONG_MAX / 1000000000 - 60);
+                        break;
+                case 2:
+                        CHECK(pselect(fd + 1, &set, NULL, NULL, &age, NULL) == 1 && FD_ISSET(fd, &set));
+                        break;
+                case 3:
+                        CHECK(ppoll(&one, 1, &age, NULL) == 1 && one.revents == POLLIN);
+                        break;
+                case 4:
+                        CHECK(epoll_pwait2(instance, &event, 1, &age, NULL) == 1);
+                        break;
+                default:
+                        CHECK(epoll_wait(instance, &event, 1, INT_MAX) == 1);
+                }
+                get_pattern(fd, 1);
+        }
+}
+
+static int small_fd;
+
+/* Every way to wait, on as little stack as a thread may have. */
+static void *wait_in_little_room(void *unused)
+{
+        struct timeval soon = {0, 20 * 1000};
+        struct epoll_event event;
+        struct pollfd one = {.fd = small_fd, .events = POLLIN};
+        int instance = watched(small_fd, EPOLLIN);
+        fd_set set;
+
+        (void)unused;
+        FD_ZERO(&set);
+        FD_SET(small_fd, &set);
+        CHECK(select(small_fd + 1, &set, NULL, NULL, &soon) == 0);
+        CHECK(poll(&one, 1, 20) == 0);
+        CHECK(epoll_wait(instance, &event, 1, 20) == 0);
+        order(small_fd, 3);
+        FD_SET(small_fd, &set);
+        CHECK(select(small_fd + 1, &set, NULL, NULL, NULL) == 1);
+        CHECK(poll(&one, 1, -1) == 1);
+        CHECK(epoll_wait(instance, &event, 1, -1) == 1);
+        get_pattern(small_fd, 3);
+        return NULL;
+}
+
+static void small_stack(int fd)
+{
+        pthread_attr_t attributes;
+        pthread_t thread;
+
+        small_fd = fd;
+        CHECK(pthread_attr_init(&attributes) == 0);
+        CHECK(pthread_attr_setstacksize(&attributes, 16384) == 0);
+        CHECK(pthread_create(&thread, &attributes, wait_in_little_room, NULL) == 0);
+        CHECK(pthread_join(thread, NULL) == 0);
+}
+
+static void *poll_many(void *fd)
+{
+        struct pollfd many[100];
+        fd_set set;
+
+        for (int i = 0; i < 100; i++)
+                many[i] = (struct pollfd){.fd = *(int *)fd, .events = POLLIN};
+        CHECK(poll(many, 100, 0) == 0);
+        FD_ZERO(&set);
+        for (int i = 0; i < 3; i++)
+                FD_SET(i, &set);
+        FD_SET(*(int *)fd, &set);
+        CHECK(select(*(int *)fd + 1, NULL, NULL, &set, &(struct timeval){0}) == 0);
+        return NULL;
+}
+
+static long pages(void)
+{
+        FILE *file = fopen("/proc/self/statm", "r");
+        long size = 0;
+
+        CHECK(file && fscanf(file, "%ld", &size) == 1);
+        fclose(file);
+        return size;
+}
+
+/* Threads that have ended leave nothing behind. */
+static void thread_memory(int fd)
+{
+        long before = 0;
+
+        for (int i = 0; i < 500; i++) {
+                pthread_t thread;
+
+                if (i == 50)
+                        before = pages();
+                CHECK(pthread_create(&thread, NULL, poll_many, &fd) == 0);
+                CHECK(pthread_join(thread, NULL) == 0);
+        }
+        CHECK(pages() - before < 100);
+}
+
 int main(int count, char **arguments)
 {
         static const struct scenario scenarios[] = {
@@ -728,6 +847,9 @@ int main(int count, char **arguments)
             {"handler_writes", count_letters, handler_writes, false},
             {"many_wait", obey, many_wait, false},
             {"idle", obey, idle, false},
+            {"wait_for_ages", obey, wait_for_ages, false},
+            {"small_stack", obey, small_stack, false},
+            {"thread_memory", obey, thread_memory, false},
             {0},
         };
 
