@@ -14,7 +14,10 @@ import pytest
 from tests.dataplane.places import LIBRARY, SOURCES, Places, compile_c, places
 from tests.kernel.hosts import missing_tools
 
-PROGRAMS: Final = ("bytes", "connections", "ends", "processes", "semantics", "waiting")
+PROGRAMS: Final = (
+    *("bytes", "children", "connections", "ends", "lost", "processes", "semantics", "switches"),
+    "waiting",
+)
 # The kernel's headers, behind musl's own.
 HEADERS: Final = ("-idirafter", "/usr/include", "-idirafter", "/usr/include/x86_64-linux-gnu")
 _ROW: Final = re.compile(r'\{"(\w+)", \w+, \w+, (?:true|false)\}')
@@ -24,6 +27,9 @@ SCENARIOS: Final = [
     for name in _ROW.findall((SOURCES / f"{program}.c").read_text())
 ]
 OTHERS: Final = {
+    "deep_bind": "musl has no RTLD_DEEPBIND",
+    "own_space": "musl has no dlmopen()",
+    "last_words": "the library that it loads is built against glibc",
     "exec_static": "the program that it starts is the same",
     "range_at_exec": "musl has no close_range()",
     "vectors_64": "musl has preadv2() from 1.2.5 on, and no other name for it",

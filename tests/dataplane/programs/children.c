@@ -5,6 +5,12 @@
 #include <sched.h>
 #include <wordexp.h>
 
+#ifdef __GLIBC__
+#define GLIBC_IS(major, minor) __GLIBC_PREREQ(major, minor)
+#else
+#define GLIBC_IS(major, minor) 0
+#endif
+
 static char *hello[] = {"echo", "hello", NULL};
 
 static void finish(pid_t child)
@@ -238,7 +244,7 @@ static void spawn(int by, const posix_spawn_file_actions_t *actions, char **argu
                 CHECK(posix_spawn(&child, path, actions, NULL, arguments, environ) == 0);
         if (by == SPAWNP)
                 CHECK(posix_spawnp(&child, arguments[0], actions, NULL, arguments, environ) == 0);
-#if defined(__GLIBC__) && __GLIBC_PREREQ(2, 39)
+#if GLIBC_IS(2, 39)
         if (by == PIDFD)
                 CHECK(pidfd_spawn(&pidfd, path, actions, NULL, arguments, environ) == 0);
         if (by == PIDFDP)
@@ -351,7 +357,7 @@ static void spawn_replaced(int fd)
         snprintf(command, sizeof command, "echo no >&%d", fd);
         CHECK(posix_spawn_file_actions_init(&actions) == 0);
         CHECK(posix_spawn_file_actions_addopen(&actions, fd, "/dev/null", O_WRONLY, 0) == 0);
-#if defined(__GLIBC__) && __GLIBC_PREREQ(2, 34)
+#if GLIBC_IS(2, 34)
         CHECK(posix_spawn_file_actions_addclosefrom_np(&actions, fd + 1) == 0);
 #endif
         spawn(SPAWN, &actions, shell);
@@ -404,7 +410,7 @@ static void fork_execle(int fd)
 /* A child of _Fork() has no handlers run for it. */
 static void raw_fork(int fd)
 {
-#if defined(__GLIBC__) && __GLIBC_PREREQ(2, 34)
+#if GLIBC_IS(2, 34)
         pid_t child = _Fork();
 #else
         pid_t child = fork();

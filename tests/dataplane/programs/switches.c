@@ -10,6 +10,13 @@
 #include <stddef.h>
 #include <sys/prctl.h>
 
+#ifndef __GLIBC__
+/* musl knows neither. */
+#define RTLD_DEEPBIND 0
+#define LM_ID_NEWLM 0
+#define dlmopen(space, file, mode) dlopen(file, mode)
+#endif
+
 static void echo(int fd)
 {
         char bytes[4096];
