@@ -200,7 +200,8 @@ void family_forked(void)
         if (atomic_exchange(process.alive, 1))
                 return;
         thread_id = 0;
-        process.renamed = process.renamed || pid == 1;
+        /* A parent that can't be seen is in another namespace of process IDs. */
+        process.renamed = process.renamed || sys_0(SYS_getppid) == 0;
         atomic_store(&process.pid, pid);
         process.member = announced ? promised - 1 : high ? take_number(own_mark()) : LATER;
         if (announced && process.member >= 0)
@@ -297,7 +298,7 @@ static bool is_dead(int32_t member)
 {
         int32_t pid = atomic_load(&family->members[member]);
 
-        return pid > 0 && sys_2(SYS_kill, pid, 0) == -ESRCH;
+        return pid > 0 && !process.renamed && sys_2(SYS_kill, pid, 0) == -ESRCH;
 }
 
 void end_forget_dead(struct end *end)

@@ -46,9 +46,13 @@ static void inherit_some(bool (*does)(int fd))
                         uint64_t key;
                         struct end *end = end_of((int)fd, &key);
 
-                        if (!end || atomic_load(&end->stage) == STAGE_CLOSED || !does((int)fd))
+                        if (!end || atomic_load(&end->stage) == STAGE_CLOSED)
                                 continue;
                         /* Peers on other hosts take a while: all of them at the same time. */
+                        if (pass == 0 && (atomic_load(&end->stage) != STAGE_ATTACHED || !end_is_remote(end)))
+                                continue;
+                        if (!does((int)fd))
+                                continue;
                         if (pass == 0)
                                 upgrade_announce(end);
                         else

@@ -188,6 +188,9 @@ bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
         retire_now_if_due();
         switch (atomic_load_explicit(&end->stage, memory_order_relaxed)) {
         case STAGE_CANDIDATE:
+                /* Who makes himself a daemon leaves a parent behind that has ended without a word. */
+                if (end_held_elsewhere(end) && operations % 64 == 0)
+                        end_forget_dead(end);
                 if (!settings.welcomed)
                         router_look(end);
                 if (settings.enabled && is_worth_it(end, bytes) && !end_held_elsewhere(end)) {

@@ -604,6 +604,25 @@ static void made_daemon(int fd)
         finish(child);
 }
 
+/* A child that counts its processes anew closes its copy, and doesn't take its parent for dead. */
+static void counted_anew(int fd)
+{
+        pid_t child;
+
+        if (unshare(CLONE_NEWPID) < 0) {
+                fprintf(stderr, "missing: the right to have a namespace of process IDs\n");
+                _exit(77);
+        }
+        CHECK((child = fork()) >= 0);
+        if (!child) {
+                close(fd);
+                _exit(0);
+        }
+        finish(child);
+        put(fd, "hello\n");
+        go_on(fd);
+}
+
 int main(int count, char **arguments)
 {
         static const struct scenario scenarios[] = {
@@ -635,6 +654,7 @@ int main(int count, char **arguments)
             {"children8", echo, children8, false},
             {"children300", echo, children300, false},
             {"last_of_many", echo, last_of_many, false},
+            {"counted_anew", hear, counted_anew, false},
             {"made_daemon", hear, made_daemon, false},
             {0},
         };
