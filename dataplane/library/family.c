@@ -126,10 +126,9 @@ static void each_end(void (*visit)(struct end *end, int32_t member), int32_t mem
 
         for (uint32_t i = 0; i < high; i++) {
                 uint64_t key = atomic_load_explicit(&process.fds[i], memory_order_relaxed);
-                struct end *end = &family->ends[(uint32_t)key - 1];
 
-                if (fd_is_end(key) && end_is(end, key) && is_first_alias(i, key))
-                        visit(end, member);
+                if (fd_is_end(key) && end_is(&family->ends[(uint32_t)key - 1], key) && is_first_alias(i, key))
+                        visit(&family->ends[(uint32_t)key - 1], member);
         }
 }
 
