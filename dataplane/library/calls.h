@@ -11,6 +11,9 @@
 /* Other names of the same function that programs are linked with. */
 #define ALSO(name) __attribute__((visibility("default"), alias(#name)))
 
+/* Callers give as many arguments as the call that they mean has; more are taken, as the kernel does. */
+#define TAKES_MORE __attribute__((no_sanitize("address")))
+
 /* A child of vfork runs in our memory with descriptors of its own: it isn't ours to look at. */
 bool call_is_ours(void);
 /* The check of _FORTIFY_SOURCE: ends the program if `size` is more than there is room for. */

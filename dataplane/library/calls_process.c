@@ -78,7 +78,7 @@ CALL pid_t _Fork(void)
         return child;
 }
 
-CALL int clone(int (*function)(void *), void *stack, int flags, void *argument, ...)
+CALL TAKES_MORE int clone(int (*function)(void *), void *stack, int flags, void *argument, ...)
 {
         int (*next)(int (*)(void *), void *, int, void *, ...) = real_named("clone");
         va_list list;

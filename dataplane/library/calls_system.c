@@ -22,7 +22,7 @@ static void confine(void)
         retire(REASON_SANDBOX);
 }
 
-CALL int prctl(int option, ...)
+CALL TAKES_MORE int prctl(int option, ...)
 {
         unsigned long argument[4];
         va_list list;
@@ -127,7 +127,7 @@ static bool copies(long number, const long *a)
                (number == SYS_clone3 && a[1] >= (long)sizeof(uint64_t) && !(*(uint64_t *)a[0] & CLONE_VM));
 }
 
-CALL long syscall(long number, ...)
+CALL TAKES_MORE long syscall(long number, ...)
 {
         long a[6], outcome;
         bool copied;
