@@ -44,6 +44,7 @@ from bench.place import CONGESTION_CONTROL, Place, congestion_control_allowed
 from bench.report import times
 from bench.stats import FREEFLOW, OVERLAY
 from tests.testbed import Bed, BedInUseError, CommandError, Host, wait_until
+from tests.testbed.images import cache
 from tests.testbed.prepare import prepare
 
 TOP: Final = Path(__file__).resolve().parents[1]
@@ -441,7 +442,7 @@ def main() -> int:
         else:
             tell.step("Taking everything down")
             testbed.down()
-            tell.step("Done: nothing is left but what was built, in build/ and /var/cache/freeflow")
+            tell.step(f"Done: nothing is left but what was built, in build/ and {cache()}")
     return code
 
 
