@@ -31,6 +31,14 @@ class RouterClient:
         """Tell it what is true now. Raises DataplaneError."""
         self._ask(facts, control.Done)
 
+    def answers(self) -> bool:
+        """Whether it answers at all."""
+        try:
+            self._ask(control.AskLife(), control.Done)
+        except DataplaneError:
+            return False
+        return True
+
     def statistics(self) -> control.Statistics:
         """Counts. Raises DataplaneError."""
         return self._ask(control.AskStatistics(), control.Statistics)

@@ -105,6 +105,10 @@ class Learn(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):
     """This host's address on the underlay, if that is known."""
 
 
+class AskLife(msgspec.Struct, frozen=True, tag="life"):
+    """Whether it answers at all."""
+
+
 class AskStatistics(msgspec.Struct, frozen=True, tag="statistics"):
     """Counts."""
 
@@ -268,5 +272,5 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True, tag="paths"):
     paths: tuple[PathCount, ...]
 
 
-Request = Learn | AskStatistics | AskConnections | AskPaths
+Request = Learn | AskLife | AskStatistics | AskConnections | AskPaths
 Reply = Done | Failed | Statistics | Connections | Paths

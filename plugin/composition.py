@@ -265,4 +265,5 @@ def _router(
             deaths.note(ROUTER)
         accelerator.router_started()
 
-    return RouterProcess(command, started)
+    client = RouterClient(paths.host_run / CONTROL, timeout=2)
+    return RouterProcess(command, started, answers=client.answers)

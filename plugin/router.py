@@ -1,11 +1,13 @@
 """The router's process: a child of the plugin's worker, started again when it ends, ended when we do.
 
-It holds the read end of a pipe whose other end is ours alone: however the worker ends, the router notices. Nothing of this
+One that doesn't answer any more is killed, and followed by another. It holds the read end of a pipe whose other end is ours alone: however the worker ends, the router notices. Nothing of this
 delays the plugin's start or any answer to Docker.
 """
 
 from __future__ import annotations
 
+import os
+import select
 import subprocess
 import sys
 import threading
@@ -31,6 +33,10 @@ LEAST_PAUSE: Final = 0.1
 MOST_PAUSE: Final = 10.0
 """Seconds between two starts, doubled each time as long as none lasts."""
 LASTS: Final = 30.0
+QUESTIONS: Final = 10
+"""Without an answer, one after the other: then it is stuck. Questions and not seconds, since a host that slept has not asked."""
+PAUSE: Final = 1.0
+"""Seconds between two questions."""
 _END: Final = 3.0
 _MESSAGES_PER_ASK: Final = 5
 
@@ -83,14 +89,19 @@ def router_command(
 
 
 class RouterProcess:
-    """Keeps one running. `started` is called after each start, in a thread of its own."""
+    """Keeps one running. `started` is called after each start, in a thread of its own; `answers` asks it whether it lives."""
 
     def __init__(
         self,
         command: Sequence[str],
         started: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        answers: Callable[[], bool] = lambda: True,
+        pause: float = PAUSE,
     ) -> None:
+        self._answers = answers
+        self._pause = pause
         self._command = list(command)
         self._started = started
         self._clock = clock
@@ -146,7 +157,36 @@ class RouterProcess:
         if self._stopped.is_set():
             _end(process)
         self._started()
-        return process.wait()
+        self._attend(process)
+        try:
+            return process.wait(_END)
+        except subprocess.TimeoutExpired:
+            # The kernel doesn't let go of it. It has nothing that the next one needs.
+            log.error("the router can't be ended", pid=process.pid)
+            return None
+
+    def _attend(self, process: subprocess.Popen[bytes]) -> None:
+        """Until it has ended, or was killed because it doesn't answer."""
+        unanswered = 0
+        try:
+            descriptor = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            return
+        try:
+            ends = select.poll()
+            ends.register(descriptor, select.POLLIN)
+            while not ends.poll(self._pause * 1000):
+                unanswered = 0 if self._answers() else unanswered + 1
+                if unanswered >= QUESTIONS and not self._stopped.is_set():
+                    log.error(
+                        "the router doesn't answer; it is killed",
+                        pid=process.pid,
+                        questions=QUESTIONS,
+                    )
+                    process.kill()
+                    return
+        finally:
+            os.close(descriptor)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

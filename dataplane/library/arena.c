@@ -19,6 +19,25 @@
 
 static struct mapping *_Atomic mappings; /* ARENAS of them, touched as used */
 
+enum {
+        SPARE_BELLS = 2,       /* that may be kept of an arena's other side, and two for each connection */
+        FETCHES = 32,          /* at once, of an arena */
+        FETCH_PAUSE = 16,      /* ms, for each more */
+        ORDERS = SLOTS,        /* bells on order, of an arena */
+        ORDER_PATIENCE = 1000, /* ms */
+        RINGS = 2048,          /* bytes: more than honest rings put into a bell until it is emptied */
+};
+
+/* asm-generic/socket.h, since Linux 6.16. */
+#ifndef SO_PASSRIGHTS
+#define SO_PASSRIGHTS 83
+#endif
+
+/* Bells are emptied into this; nobody reads it. */
+static char rings[RINGS];
+/* A bell has come that takes descriptors. */
+static _Atomic bool unguarded;
+
 static uint64_t bit(int number)
 {
         return UINT64_C(1) << (number % 64);
@@ -176,7 +195,8 @@ static int64_t find_record(uint64_t id, uint64_t token, uint32_t side)
                         continue;
                 atomic_store(&record->token, token);
                 atomic_store(&record->side, side);
-                atomic_store(&record->bells, 0);
+                /* The first is the router's to give, with the grant. */
+                atomic_store(&record->bells, 1);
                 atomic_store(&record->connections, 0);
                 while (i >= high && !atomic_compare_exchange_weak(&family->next_arena, &high, i + 1))
                         ;
@@ -205,16 +225,93 @@ static bool is_what_it_should_be(const struct mapping *mapping)
                arena->remote == atomic_load(&mapping->remote);
 }
 
-static void close_bells(struct mapping *mapping, _Atomic int32_t *bells)
+/* Look into a bell without taking anything out. POISONED: there is a descriptor in it. */
+enum { POISONED = -4097 };
+static long peek(int fd)
+{
+        struct iovec vec = {.iov_base = rings, .iov_len = sizeof rings};
+        struct msghdr header = {.msg_iov = &vec, .msg_iovlen = 1};
+        long got = sys_3(SYS_recvmsg, fd, &header, MSG_PEEK | MSG_DONTWAIT);
+
+        /* There is no room for a descriptor in the header, so it would be cut off. */
+        return got >= 0 && header.msg_flags & MSG_CTRUNC ? POISONED : got;
+}
+
+/* Empty a bell, as far as one read goes. */
+static long read_rings(int fd)
+{
+        long size = RINGS;
+
+        if (atomic_load_explicit(&unguarded, memory_order_relaxed)) {
+                size = peek(fd);
+                /* No byte more than was seen: behind it there may be a descriptor by now. */
+                if (size <= 0)
+                        return size;
+        }
+        return sys_6(SYS_recvfrom, fd, rings, size, MSG_DONTWAIT, 0, 0);
+}
+
+static bool takes_descriptors(int fd)
+{
+        int takes = 1;
+        uint32_t size = sizeof takes;
+
+        return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_PASSRIGHTS, &takes, &size) < 0 || takes;
+}
+
+/* Can the last close() of this end that hears wait? What others hold too stays as it is. */
+static bool is_safe_to_close(int fd, bool others)
+{
+        long got = RINGS;
+
+        if (!atomic_load(&unguarded))
+                return true;
+        if (others)
+                return peek(fd) != POISONED;
+        sys_2(SYS_shutdown, fd, SHUT_RDWR);
+        /* A socket's queue has room for some hundred KiB. */
+        for (int i = 0; i < 1024 && (got = peek(fd)) > 0; i++)
+                sys_6(SYS_recvfrom, fd, rings, got, MSG_DONTWAIT, 0, 0);
+        return got <= 0 && got != POISONED;
+}
+
+/* One that can't be closed stays: the end of the process closes it without waiting. */
+static void close_hearing(int fd, bool others)
+{
+        if (is_safe_to_close(fd, others))
+                close_own(fd);
+}
+
+void bell_discard(int fd)
+{
+        long got = atomic_load(&unguarded) ? peek(fd) : 0;
+
+        if (got != POISONED)
+                sys_1(SYS_close, fd);
+}
+
+static void close_bells(struct mapping *mapping, bool others)
 {
         for (int i = 0; i < BELLS; i++) {
-                int32_t fd = atomic_exchange(&bells[i], 0);
+                int32_t hears = atomic_exchange(&mapping->bells[i], 0);
 
-                if (fd > 0)
-                        close_own(fd - 1);
+                if (hears > 0)
+                        close_hearing(hears - 1, others);
         }
         for (int i = 0; i < BELL_WORDS; i++)
                 atomic_store(&mapping->idle[i], 0);
+        atomic_store(&mapping->ordered, 0);
+}
+
+static void close_peers_bells(struct mapping *mapping)
+{
+        for (int i = 0; i < BELLS; i++) {
+                int32_t rings_it = atomic_exchange(&mapping->peers[i], 0);
+
+                if (rings_it > 0)
+                        close_own(rings_it - 1);
+        }
+        atomic_store(&mapping->kept, 0);
 }
 
 static uint64_t inode_of(int fd)
@@ -293,11 +390,12 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
         sys_3(SYS_madvise, got, size, MADV_DONTDUMP);
         for (int i = 0; i < SLOTS; i++)
                 atomic_store_explicit(&mapping->slots[i], 0, memory_order_relaxed);
-        close_bells(mapping, mapping->bells);
-        close_bells(mapping, mapping->peers);
+        close_bells(mapping, false);
+        close_peers_bells(mapping);
         atomic_store(&mapping->deaf, false);
         atomic_store(&mapping->deaf_at, 0);
-        atomic_store(&mapping->refused, 0);
+        atomic_store(&mapping->fetches, 0);
+        atomic_store(&mapping->attached, 0);
         atomic_store(&mapping->shift, (uint32_t)__builtin_ctz(ring));
         atomic_store(&mapping->remote, ring < RING_SIZE);
         atomic_store(&mapping->id, id);
@@ -315,13 +413,30 @@ static void unmap(uint32_t arena)
                 return;
         sparse_map(base, ARENA_SIZE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
         close_file(mapping);
-        close_bells(mapping, mapping->bells);
-        close_bells(mapping, mapping->peers);
+        close_bells(mapping, false);
+        close_peers_bells(mapping);
+}
+
+/* A bell of ours has come. */
+static void keep_bell(struct mapping *mapping, uint32_t bell, int *hears)
+{
+        int ours;
+
+        if (*hears < 0 || bell >= BELLS || atomic_load(&mapping->bells[bell]))
+                return;
+        if (takes_descriptors(*hears))
+                atomic_store(&unguarded, true);
+        ours = own_descriptor(*hears);
+        *hears = -1;
+        if (ours < 0)
+                return;
+        atomic_store(&mapping->bells[bell], ours + 1);
+        bell_return((uint32_t)(mapping - mappings), (int)bell);
 }
 
 /* Under the lock: the arena's record if it has this slot for us; a reason otherwise. */
 static uint32_t take_slot(uint64_t id, uint64_t token, uint32_t side, uint32_t slot, uint64_t incarnation,
-                          int memfd, uint32_t *arena)
+                          int memfd, int *hears, uint32_t *arena)
 {
         int64_t found = find_record(id, token, side);
         struct arena_record *record;
@@ -339,6 +454,8 @@ static uint32_t take_slot(uint64_t id, uint64_t token, uint32_t side, uint32_t s
                         reason = REASON_CORRUPT;
         if (!reason) {
                 atomic_fetch_add(&record->connections, 1);
+                atomic_fetch_add(&mapping_of(*arena)->attached, 1);
+                keep_bell(mapping_of(*arena), 0, hears);
         } else if (!atomic_load(&record->connections)) {
                 unmap(*arena);
                 atomic_store(&record->id, 0);
@@ -347,7 +464,7 @@ static uint32_t take_slot(uint64_t id, uint64_t token, uint32_t side, uint32_t s
 }
 
 uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t side, uint32_t slot,
-                      uint64_t incarnation, int memfd)
+                      uint64_t incarnation, int memfd, int *hears)
 {
         uint32_t arena, reason;
         enum taken taken;
@@ -358,7 +475,7 @@ uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t sid
                 return REASON_MEMORY;
         taken = lock_take(&family->arenas_lock, self());
         reason = taken == LOCK_NESTED ? REASON_MEMORY
-                                      : take_slot(id, token, side, slot, incarnation, memfd, &arena);
+                                      : take_slot(id, token, side, slot, incarnation, memfd, hears, &arena);
         if (!reason) {
                 atomic_store(&mapping_of(arena)->slots[slot], end_number(end) + 1);
                 atomic_store(&end->arena, arena);
@@ -402,8 +519,11 @@ void arena_release(struct end *end)
         taken = lock_take(&family->arenas_lock, self());
         id = atomic_load(&record->id);
         token = atomic_load(&record->token);
-        if (mappings)
+        if (mappings) {
                 atomic_store(&mapping_of(arena)->slots[slot], 0);
+                if (atomic_load(&mapping_of(arena)->attached))
+                        atomic_fetch_sub(&mapping_of(arena)->attached, 1);
+        }
         if (atomic_fetch_sub(&record->connections, 1) == 1) {
                 if (mappings)
                         unmap(arena);
@@ -422,7 +542,7 @@ void arena_forked(void)
 
         for (uint32_t i = 0; mappings && i < high && i < ARENAS; i++)
                 if (atomic_load(&mappings[i].id)) {
-                        close_bells(&mappings[i], mappings[i].bells);
+                        close_bells(&mappings[i], true);
                         if (atomic_load(&family->arenas[i].id) != atomic_load(&mappings[i].id))
                                 unmap(i);
                 }
@@ -434,8 +554,8 @@ void arena_retire(void)
 
         for (uint32_t i = 0; mappings && i < high && i < ARENAS; i++)
                 if (atomic_load(&mappings[i].id)) {
-                        close_bells(&mappings[i], mappings[i].bells);
-                        close_bells(&mappings[i], mappings[i].peers);
+                        close_bells(&mappings[i], false);
+                        close_peers_bells(&mappings[i]);
                 }
 }
 
@@ -444,43 +564,39 @@ int bell_descriptor(uint32_t arena, int bell)
         return atomic_load(&mapping_of(arena)->bells[bell]) - 1;
 }
 
-static int make_bell(uint32_t arena)
+bool bell_comes(uint32_t arena)
+{
+        struct mapping *mapping = mapping_of(arena);
+
+        return atomic_load(&mapping->ordered) && !atomic_load(&mapping->deaf) &&
+               ticks() - atomic_load(&mapping->ordered_at) <= ORDER_PATIENCE;
+}
+
+/* Ask for one more bell; it comes with what the router says next. */
+static void order_bell(uint32_t arena)
 {
         struct arena_record *record = &family->arenas[arena];
         struct mapping *mapping = mapping_of(arena);
-        uint32_t bell;
-        int pair[2], ours;
+        uint32_t bell, next;
 
-        if (atomic_load(&record->bells) >= BELLS)
-                return -1;
-        if (sys_4(SYS_socketpair, AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) < 0)
-                return -1;
+        if (!bell_comes(arena))
+                atomic_store(&mapping->ordered, 0);
+        if (atomic_load(&mapping->ordered) >= ORDERS || atomic_load(&record->bells) >= BELLS)
+                return;
         bell = atomic_fetch_add(&record->bells, 1);
-        ours = bell < BELLS ? own_descriptor(pair[0]) : -1;
-        if (ours >= 0 && router_bell(atomic_load(&record->id), atomic_load(&record->token),
-                                     atomic_load(&record->side), bell, pair[1])) {
-                atomic_store(&mapping->bells[bell], ours + 1);
+        next = bell + 1;
+        if (bell < BELLS && router_bell(atomic_load(&record->id), atomic_load(&record->token),
+                                        atomic_load(&record->side), bell)) {
+                atomic_store(&mapping->ordered_at, ticks());
+                atomic_fetch_add(&mapping->ordered, 1);
         } else {
-                uint32_t next = bell + 1;
-
-                if (ours >= 0)
-                        close_own(ours);
-                ours = -1;
                 /* The number is used again, unless somebody has taken the next one. */
                 atomic_compare_exchange_strong(&record->bells, &next, bell);
         }
-        sys_1(SYS_close, pair[1]);
-        return ours < 0 ? -1 : (int)bell;
 }
 
-int bell_take(uint32_t arena)
+static int idle_bell(struct mapping *mapping)
 {
-        struct mapping *mapping = mapping_of(arena);
-
-        if (atomic_load_explicit(&mapping->deaf, memory_order_relaxed)) {
-                arena_grieve(arena);
-                return -1;
-        }
         for (int word = 0; word < BELL_WORDS; word++) {
                 uint64_t idle = atomic_load_explicit(&mapping->idle[word], memory_order_relaxed);
 
@@ -497,7 +613,62 @@ int bell_take(uint32_t arena)
                         idle &= idle - 1;
                 }
         }
-        return make_bell(arena);
+        return -1;
+}
+
+/* The mapping of an arena of which this is our side, under the lock; NULL: none. */
+static struct mapping *mapping_named(uint64_t id, uint32_t side)
+{
+        uint32_t high = atomic_load(&family->next_arena);
+
+        for (uint32_t i = 0; mappings && id && i < high && i < ARENAS; i++)
+                if (atomic_load(&mappings[i].id) == id && atomic_load(&family->arenas[i].id) == id &&
+                    atomic_load(&family->arenas[i].side) == side)
+                        return &mappings[i];
+        return NULL;
+}
+
+void bell_heard(uint64_t id, uint32_t side, uint32_t bell, int *fd)
+{
+        enum taken taken = lock_take(&family->arenas_lock, self());
+        struct mapping *mapping = taken == LOCK_NESTED ? NULL : mapping_named(id, side);
+
+        if (mapping && atomic_load(&mapping->ordered))
+                atomic_fetch_sub(&mapping->ordered, 1);
+        if (mapping && *fd < 0)
+                /* None is to be had: who waits for this arena looks now and then. */
+                atomic_store(&mapping->deaf, true);
+        else if (mapping)
+                keep_bell(mapping, bell, fd);
+        lock_release(&family->arenas_lock, taken);
+}
+
+static int take_bell(uint32_t arena, bool more)
+{
+        struct mapping *mapping = mapping_of(arena);
+        int bell;
+
+        if (atomic_load_explicit(&mapping->deaf, memory_order_relaxed)) {
+                arena_grieve(arena);
+                return -1;
+        }
+        bell = idle_bell(mapping);
+        if (bell >= 0)
+                return bell;
+        if (more || !bell_comes(arena))
+                order_bell(arena);
+        router_hear();
+        return idle_bell(mapping);
+}
+
+int bell_take(uint32_t arena)
+{
+        return take_bell(arena, false);
+}
+
+int bell_want(uint32_t arena)
+{
+        return take_bell(arena, true);
 }
 
 void bell_return(uint32_t arena, int bell)
@@ -542,14 +713,11 @@ bool bell_silence(uint32_t arena, int bell)
         struct mapping *mapping = mapping_of(arena);
         int32_t word = atomic_load(&mapping->bells[bell]);
         uint32_t never = 0;
-        char bytes[64];
         long got;
 
         if (word <= 0)
                 return true;
-        while ((got = sys_6(SYS_recvfrom, word - 1, bytes, sizeof bytes, MSG_DONTWAIT, 0, 0)) ==
-               (long)sizeof bytes)
-                ;
+        got = read_rings(word - 1);
         if (got == -EBADF || got == -ENOTSOCK) {
                 own_lost();
                 /* A file of the program's may have got the number. The next wait gets a new bell. */
@@ -557,11 +725,12 @@ bool bell_silence(uint32_t arena, int bell)
                         fd_set_word(word - 1, 0);
                 return true;
         }
-        if (got)
+        if (got != POISONED && got != 0 && got < RINGS)
                 return true;
+        /* What is more than honest rings, or carries a descriptor, isn't heard any more. */
         /* Nobody has the other end, nobody will ring: who waits for this arena looks now and then. */
         atomic_store(&mapping->deaf, true);
-        if (atomic_load(&mapping->remote)) {
+        if (!got && atomic_load(&mapping->remote)) {
                 /* Where the relay had it, the relay is gone; otherwise it was the router, and that alone. */
                 if (bell_is_known(arena, 0, bell))
                         sever(mapping);
@@ -569,45 +738,69 @@ bool bell_silence(uint32_t arena, int bell)
                         atomic_compare_exchange_strong(&mapping->deaf_at, &never, ticks() | 1);
         }
         if (atomic_compare_exchange_strong(&mapping->bells[bell], &word, 0))
-                close_own(word - 1);
+                close_hearing(word - 1, false);
         return false;
 }
 
-/* Who names bells that don't exist makes us ask the router in vain, and wait for it: less and less often. */
-static int fetch(struct mapping *mapping, const struct arena_record *record, uint32_t side, uint32_t bell)
+void bell_fetched(uint64_t id, uint32_t side, uint32_t bell, int *fd)
 {
-        enum { FIRST_PAUSE = 64, LONGEST_PAUSE = 4096 };
-        uint32_t pause = atomic_load_explicit(&mapping->refused, memory_order_relaxed);
-        int fd;
+        enum taken taken = lock_take(&family->arenas_lock, self());
+        struct mapping *mapping = taken == LOCK_NESTED || side >= SIDES ? NULL : mapping_named(id, 1 - side);
 
-        if (pause && ticks() - atomic_load_explicit(&mapping->refused_at, memory_order_relaxed) < pause)
-                return -1;
-        fd = router_fetch(atomic_load(&record->id), atomic_load(&record->token), side, bell);
-        pause = fd >= 0 ? 0 : !pause ? FIRST_PAUSE : pause < LONGEST_PAUSE ? pause * 2 : pause;
-        atomic_store_explicit(&mapping->refused, pause, memory_order_relaxed);
-        atomic_store_explicit(&mapping->refused_at, ticks(), memory_order_relaxed);
-        return fd;
+        /* As many as an honest process waits with: the router rings the others. */
+        if (mapping && *fd >= 0 && bell < BELLS && !atomic_load(&mapping->peers[bell]) &&
+            atomic_load(&mapping->kept) < SPARE_BELLS + 2 * atomic_load(&mapping->attached)) {
+                int32_t none = 0;
+                int ours = own_descriptor(*fd);
+
+                *fd = -1;
+                if (ours >= 0 && atomic_compare_exchange_strong(&mapping->peers[bell], &none, ours + 1)) {
+                        atomic_fetch_add(&mapping->kept, 1);
+                        atomic_fetch_or(&arena_header(mapping)->sides[side].known[bell / 64], bit((int)bell));
+                } else if (ours >= 0) {
+                        close_own(ours);
+                }
+        }
+        lock_release(&family->arenas_lock, taken);
 }
 
-/* A descriptor that rings a bell of the other side; -1: it can't be had now. */
+/* Who names bells that don't exist makes us speak with the router in vain: so and so often, and never waited
+ * for. */
+static bool may_fetch(struct mapping *mapping)
+{
+        uint32_t time = ticks();
+        uint32_t over =
+            (time - atomic_load_explicit(&mapping->fetched_at, memory_order_relaxed)) / FETCH_PAUSE;
+        uint32_t fetches = atomic_load_explicit(&mapping->fetches, memory_order_relaxed);
+
+        if (over || !fetches) {
+                fetches = fetches > over ? fetches - over : 0;
+                atomic_store_explicit(&mapping->fetched_at, time, memory_order_relaxed);
+        }
+        if (fetches < FETCHES)
+                atomic_store_explicit(&mapping->fetches, fetches + 1, memory_order_relaxed);
+        else
+                atomic_store_explicit(&mapping->fetches, fetches, memory_order_relaxed);
+        return fetches < FETCHES;
+}
+
+/* A descriptor that rings a bell of the other side; -1: we have none, and the router rings it. */
 static int peer_bell(uint32_t arena, uint32_t side, int bell)
 {
         struct mapping *mapping = mapping_of(arena);
         struct arena_record *record = &family->arenas[arena];
         int32_t known = atomic_load_explicit(&mapping->peers[bell], memory_order_acquire);
-        int fd;
 
         if (known > 0)
                 return known - 1;
-        fd = own_descriptor(fetch(mapping, record, 1 - side, (uint32_t)bell));
-        if (fd < 0)
+        if (!may_fetch(mapping))
                 return -1;
-        if (!atomic_compare_exchange_strong(&mapping->peers[bell], &known, fd + 1)) {
-                close_own(fd);
+        router_hear();
+        known = atomic_load_explicit(&mapping->peers[bell], memory_order_acquire);
+        if (known > 0)
                 return known - 1;
-        }
-        atomic_fetch_or(&arena_header(mapping)->sides[1 - side].known[bell / 64], bit(bell));
-        return fd;
+        router_fetch(atomic_load(&record->id), atomic_load(&record->token), 1 - side, (uint32_t)bell);
+        return -1;
 }
 
 /* False: nobody is there any more. A bell that is full rings already. */
@@ -628,8 +821,11 @@ static void forget_peer_bell(uint32_t arena, uint32_t side, int bell, int fd)
         int32_t known = fd + 1;
 
         atomic_fetch_and(&arena_header(mapping)->sides[1 - side].known[bell / 64], ~bit(bell));
-        if (atomic_compare_exchange_strong(&mapping->peers[bell], &known, 0) && is_own_descriptor(fd))
-                close_own(fd);
+        if (atomic_compare_exchange_strong(&mapping->peers[bell], &known, 0)) {
+                if (is_own_descriptor(fd))
+                        close_own(fd);
+                atomic_fetch_sub(&mapping->kept, 1);
+        }
 }
 
 void ring_bells(struct waiters *waiters, const struct end *end)
@@ -647,20 +843,21 @@ void ring_bells(struct waiters *waiters, const struct end *end)
                         sleeping = atomic_exchange_explicit(&waiters->bells[word], 0, memory_order_acq_rel);
                 for (; sleeping; sleeping &= sleeping - 1) {
                         int bell = word * 64 + __builtin_ctzll(sleeping);
-                        int fd = peer_bell(arena, side, bell);
+                        int fd;
 
+                        /* First: the router may ring before we are back from asking it. */
                         atomic_fetch_or_explicit(&theirs->dirty[bell], UINT64_C(1) << slot,
                                                  memory_order_seq_cst);
+                        fd = peer_bell(arena, side, bell);
                         if (fd < 0 || ring_once(fd))
                                 continue;
                         /* The other side has let the arena go and got it again, with new bells under the old
                          * numbers. */
                         forget_peer_bell(arena, side, bell, fd);
-                        fd = peer_bell(arena, side, bell);
-                        if (fd >= 0)
-                                ring_once(fd);
-                        else if (atomic_load(&mapping_of(arena)->remote))
+                        if (atomic_load(&mapping_of(arena)->remote))
                                 sever(mapping_of(arena));
+                        else if ((fd = peer_bell(arena, side, bell)) >= 0)
+                                ring_once(fd);
                 }
         }
 }

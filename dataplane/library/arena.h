@@ -1,9 +1,15 @@
 /* The arenas that this process has mapped, and the bells with which waiters are woken.
  *
- * A bell is a pair of connected unix sockets, made by the waiter's side for one waiter and one arena: the
- * other side gets one end from the router and sends a byte into it. Not an eventfd: its two holders share one
- * file description, so either could make the other block in write(), or take the other's wake-ups away;
- * MSG_DONTWAIT is the call's own, and who fills or breaks his bell deafens nobody else.
+ * A bell is a pair of connected unix sockets for one waiter and one arena. The router makes it, and gives the
+ * waiter's side the end that hears, the other side the end that rings by sending a byte. Not an eventfd: its
+ * two holders share one file description, so either could make the other block in write(), or take the
+ * other's wake-ups away; MSG_DONTWAIT is the call's own, and who fills or breaks his bell deafens nobody
+ * else.
+ *
+ * A unix socket can carry descriptors, and the last close() of one that lingers waits. So nothing can be sent
+ * to the end that rings (the router has shut that direction down), and no descriptor to the end that hears
+ * (SO_PASSRIGHTS, Linux 6.16). Before Linux 6.16 a bell is looked into before it is read: one with a
+ * descriptor in it is never read, and never closed either.
  *
  * A mapping stays readable and writable memory when its arena goes (an anonymous one takes its place),
  * because waiters look at rings without a lock. Only what happens under a flow's lock, after the generation
@@ -26,10 +32,14 @@ struct mapping {
         _Atomic uint64_t id;
         _Atomic int32_t memfd; /* 1 + descriptor of a local arena's file */
         _Atomic uint64_t inode;
-        _Atomic bool deaf;        /* bells can't be had from the router, or have been lost */
-        _Atomic uint32_t deaf_at; /* of a remote arena: ticks() | 1 */
-        _Atomic uint32_t refused; /* ms for which no bell is fetched after one that the router didn't know */
-        _Atomic uint32_t refused_at;  /* ticks() */
+        _Atomic bool deaf;            /* bells can't be had from the router, or have been lost */
+        _Atomic uint32_t deaf_at;     /* of a remote arena: ticks() | 1 */
+        _Atomic uint32_t ordered;     /* bells that the router has been asked for and hasn't sent */
+        _Atomic uint32_t ordered_at;  /* ticks() */
+        _Atomic uint32_t fetches;     /* of the other side's bells, less what time has taken off */
+        _Atomic uint32_t fetched_at;  /* ticks() */
+        _Atomic uint32_t kept;        /* of the other side's bells */
+        _Atomic uint32_t attached;    /* connections that the arena has */
         _Atomic int32_t bells[BELLS]; /* 1 + receiving end of ours */
         _Atomic int32_t peers[BELLS]; /* 1 + sending end of the other side's */
         _Atomic uint32_t
@@ -69,9 +79,10 @@ static inline bool end_is_remote(const struct end *end)
             memory_order_relaxed);
 }
 
-/* Take what the router granted. Returns a reason, 0 if the end is attached. `memfd` stays the caller's. */
+/* Take what the router granted. Returns a reason, 0 if the end is attached. `memfd` stays the caller's;
+ * `hears` is bell 0 or -1, and becomes -1 if it is kept. */
 uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t side, uint32_t slot,
-                      uint64_t incarnation, int memfd);
+                      uint64_t incarnation, int memfd, int *hears);
 /* The end is done with its slot, if it has one. */
 void arena_release(struct end *end);
 /* Copy bytes of a ring from its file instead of its mapping. False: the file can't be read. */
@@ -80,13 +91,22 @@ void arena_forked(void);
 /* Close what this process has of bells. */
 void arena_retire(void);
 
-/* A bell for one wait of a thread, or one that an epoll instance keeps; -1: there is none to be had. */
+/* A bell for one wait of a thread, or one that an epoll instance keeps; -1: there is none now. */
 int bell_take(uint32_t arena);
+/* The same, and one more is ordered if there is none, whatever others have ordered. */
+int bell_want(uint32_t arena);
+/* After they had none: is one under way from the router? */
+bool bell_comes(uint32_t arena);
+/* What the router has sent: an end of a bell, -1 if there is none to be had. Kept ones become -1. */
+void bell_heard(uint64_t id, uint32_t side, uint32_t bell, int *fd);
+void bell_fetched(uint64_t id, uint32_t side, uint32_t bell, int *fd);
+/* Close a descriptor that the router has sent and nobody wants. */
+void bell_discard(int fd);
 void bell_return(uint32_t arena, int bell);
 int bell_descriptor(uint32_t arena, int bell);
 /* Has the other side said that it can ring it? */
 bool bell_is_known(uint32_t arena, uint32_t side, int bell);
-/* Take the bytes out of a bell that rings. False: nobody can ring it any more. */
+/* Take the bytes out of a bell that rings. False: it isn't to be heard any more. */
 bool bell_silence(uint32_t arena, int bell);
 /* For who naps because he has no bell: a remote arena that has been deaf for long is broken. */
 void arena_grieve(uint32_t arena);

@@ -231,7 +231,7 @@ static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
                 bell = bell_for(bells, arena);
                 if (bell < 0) {
                         bells->blind = true;
-                        if (fds[i].events & (POLLIN | POLLRDNORM))
+                        if (fds[i].events & (POLLIN | POLLRDNORM) && !bell_comes(arena))
                                 wait_elsewhere(end);
                         continue;
                 }

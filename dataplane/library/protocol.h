@@ -1,6 +1,10 @@
 /* What the library and the router say to each other, over a SOCK_SEQPACKET unix socket: one message per
- * packet, all integers in the host's order, sizes fixed. A message of another size, kind or version ends the
- * connection; the library then stays on TCP and tries again later.
+ * packet, all integers in the host's order, sizes fixed. A message of another size or kind ends the
+ * connection; the library then stays on TCP and tries again later. A library of another version is told so by
+ * a WELCOME that switches it off.
+ *
+ * Only the router sends descriptors. Whoever receives one may have to do its last close(), and close() can
+ * wait for as long as the sender likes: so nobody takes one from a container.
  *
  * The router learns who speaks from the kernel, never from a message. A process speaks over one socket; a
  * child that fork made opens its own, and shows that it inherited an arena by the token that came with it.
@@ -9,11 +13,14 @@
  *      HELLO version                  ->
  *                                     <-       WELCOME settings
  *      ASK connection                 ->       both ends must ask; until then there is no answer
- *                                     <-       GRANT arena, slot + memfd
+ *                                     <-       GRANT arena, slot + memfd; the first of an arena: + what hears
+ *                                                       bell 0, and soon RING with what rings the other
+ * side's
  *                                     <-       REFUSE reason
- *      BELL arena, index + socket     ->       no answer
- *      FETCH arena, index             ->
- *                                     <-       RING arena, index + socket; without: not known
+ *      BELL arena, index              ->       make a bell of the speaker's side
+ *                                     <-       HEAR arena, index + its hearing end; without: none to be had
+ *      FETCH arena, index             ->       ring a bell of the other side, and hand it out
+ *                                     <-       RING arena, index + its ringing end; without: not known
  *      RELEASE arena, slot            ->       this side is done with the slot; no answer
  *      NOTE connection, reason        ->       why a connection stays on TCP, for status; no answer
  */
@@ -23,7 +30,7 @@
 #include <stdint.h>
 
 #define ROUTER_SOCKET "/run/freeflow/router.sock"
-#define PROTOCOL_VERSION 1
+#define PROTOCOL_VERSION 2
 
 enum kind {
         HELLO = 1,
@@ -36,6 +43,7 @@ enum kind {
         RING = 8,
         RELEASE = 9,
         NOTE = 10,
+        HEAR = 11,
 };
 
 /* Why a connection is, or stays, on TCP. The names that people see are in dataplane/router/reasons.py. */
@@ -126,8 +134,8 @@ struct bell {
         struct message message;
         uint32_t index;
         uint64_t arena;
-        uint64_t token; /* of the side that speaks; RING: 0 */
-        uint32_t side;  /* whose bell it is: BELL the speaker's own side, FETCH and RING the other */
+        uint64_t token; /* of the side that speaks; HEAR, RING: 0 */
+        uint32_t side;  /* whose bell it is: BELL and HEAR the library's own side, FETCH and RING the other */
         uint32_t unused;
 };
 

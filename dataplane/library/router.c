@@ -20,11 +20,10 @@
 #include <sys/un.h>
 
 enum {
-        RETRY = 1000,         /* ms between attempts to reach a router that isn't there */
-        SEND_PATIENCE = 20,   /* ms that what must not be lost waits for room */
-        FETCH_PATIENCE = 100, /* ms */
-        EAGER_PATIENCE = 3,   /* ms */
-        LONGEST_SPIN = 1000,  /* us */
+        RETRY = 1000,        /* ms between attempts to reach a router that isn't there */
+        SEND_PATIENCE = 20,  /* ms that what must not be lost waits for room */
+        EAGER_PATIENCE = 3,  /* ms */
+        LONGEST_SPIN = 1000, /* us */
 };
 
 #define BUILD_ID_SIZE 32
@@ -46,12 +45,11 @@ static struct {
         _Atomic uint32_t looked;
 } router;
 
-/* An answer to router_fetch(). */
-struct fetched {
-        bool done;
-        int fd;
-        uint32_t bell;
-        uint64_t arena;
+/* Descriptors that came with a message: whoever keeps one puts -1 in its place. */
+enum { MOST_DESCRIPTORS = 4 };
+struct given {
+        int fds[MOST_DESCRIPTORS];
+        int count;
 };
 
 uint32_t router_epoch(void)
@@ -75,26 +73,13 @@ static void hang_up(long why)
 }
 
 /* Returns 0, or an errno. */
-static int say_with(const void *message, size_t size, int fd, int patience)
+static int say(const void *message, size_t size, int patience)
 {
-        union {
-                struct cmsghdr header;
-                char room[CMSG_SPACE(sizeof(int))];
-        } control;
         struct iovec vec = {.iov_base = (void *)(uintptr_t)message, .iov_len = size};
         struct msghdr header = {.msg_iov = &vec, .msg_iovlen = 1};
 
         if (!router.fd)
                 return ENOTCONN;
-        if (fd >= 0) {
-                memset(&control, 0, sizeof control);
-                control.header.cmsg_level = SOL_SOCKET;
-                control.header.cmsg_type = SCM_RIGHTS;
-                control.header.cmsg_len = CMSG_LEN(sizeof fd);
-                memcpy(CMSG_DATA(&control.header), &fd, sizeof fd);
-                header.msg_control = &control;
-                header.msg_controllen = sizeof control.room;
-        }
         for (;;) {
                 long sent = sys_3(SYS_sendmsg, router.fd - 1, &header, MSG_DONTWAIT | MSG_NOSIGNAL);
                 struct pollfd room = {.fd = router.fd - 1, .events = POLLOUT};
@@ -147,14 +132,14 @@ static bool call(void)
         router.fd = fd + 1;
         router.failed = 0;
         memcpy(hello.build, freeflow_build, sizeof hello.build);
-        return say_with(&hello, sizeof hello, -1, 0) == 0;
+        return say(&hello, sizeof hello, 0) == 0;
 }
 
 /* What somebody waits for: a socket that has been lost is replaced. */
-static bool say_surely(const void *message, size_t size, int fd)
+static bool say_surely(const void *message, size_t size)
 {
         for (int i = 0; i < 2; i++) {
-                int failed = call() ? say_with(message, size, fd, SEND_PATIENCE) : ENOTCONN;
+                int failed = call() ? say(message, size, 0) : ENOTCONN;
 
                 if (failed != EBADF && failed != ENOTSOCK)
                         return !failed;
@@ -241,7 +226,7 @@ bool router_ask(struct end *end, int fd)
                         atomic_store(&end->cookie, ask.cookie);
                         atomic_store(&end->epoch, atomic_load(&router.epoch));
                         asked = atomic_compare_exchange_strong(&end->stage, &stage, STAGE_ASKED) &&
-                                say_with(&ask, sizeof ask, -1, 0) == 0;
+                                say(&ask, sizeof ask, 0) == 0;
                         stage = STAGE_ASKED;
                         if (asked)
                                 statistics_count(&statistics.asked);
@@ -277,7 +262,7 @@ static void answered(struct end *end, uint32_t reason)
         statistics_count(reason ? &statistics.refused : &statistics.granted);
 }
 
-static void granted(const struct grant *grant, int memfd)
+static void granted(const struct grant *grant, struct given *given)
 {
         struct end *end = asked_for(grant->connection, grant->cookie);
         uint32_t reason;
@@ -285,9 +270,10 @@ static void granted(const struct grant *grant, int memfd)
         if (!end) {
                 reason = REASON_NOT_FOUND;
         } else {
-                reason = end_held_elsewhere(end) ? REASON_SHARED
-                                                 : arena_attach(end, grant->arena, grant->token, grant->side,
-                                                                grant->slot, grant->incarnation, memfd);
+                reason = end_held_elsewhere(end)
+                             ? REASON_SHARED
+                             : arena_attach(end, grant->arena, grant->token, grant->side, grant->slot,
+                                            grant->incarnation, given->fds[0], &given->fds[1]);
                 answered(end, reason);
         }
         if (reason) {
@@ -297,7 +283,7 @@ static void granted(const struct grant *grant, int memfd)
                                           .incarnation = grant->incarnation,
                                           .token = grant->token};
 
-                say_with(&release, sizeof release, -1, SEND_PATIENCE);
+                say(&release, sizeof release, SEND_PATIENCE);
         }
 }
 
@@ -320,7 +306,7 @@ static uint32_t chosen(const char *name, uint32_t given)
         return !text || !*text || number > UINT32_MAX ? given : (uint32_t)number;
 }
 
-static void take(const void *buffer, size_t size, int fd, struct fetched *fetched)
+static void take(const void *buffer, size_t size, struct given *given)
 {
         const struct message *message = buffer;
 
@@ -350,8 +336,8 @@ static void take(const void *buffer, size_t size, int fd, struct fetched *fetche
                 break;
         }
         case GRANT:
-                if (size == sizeof(struct grant))
-                        granted(buffer, fd);
+                if (size == sizeof(struct grant) && given->count)
+                        granted(buffer, given);
                 break;
         case REFUSE: {
                 const struct refuse *refuse = buffer;
@@ -362,30 +348,32 @@ static void take(const void *buffer, size_t size, int fd, struct fetched *fetche
                         answered(end, refuse->reason ? refuse->reason : REASON_OFF);
                 break;
         }
+        case HEAR:
         case RING: {
                 const struct bell *bell = buffer;
 
-                if (size == sizeof *bell && fetched && bell->arena == fetched->arena &&
-                    bell->index == fetched->bell) {
-                        fetched->done = true;
-                        fetched->fd = fd;
-                        return;
-                }
+                if (size != sizeof *bell)
+                        break;
+                if (message->kind == HEAR)
+                        bell_heard(bell->arena, bell->side, bell->index, &given->fds[0]);
+                else
+                        bell_fetched(bell->arena, bell->side, bell->index, &given->fds[0]);
                 break;
         }
         default:
                 break;
         }
-        if (fd >= 0)
-                sys_1(SYS_close, fd);
+        for (int i = 0; i < given->count; i++)
+                if (given->fds[i] >= 0)
+                        bell_discard(given->fds[i]);
 }
 
 /* Take one message; false: there is none. */
-static bool listen_once(struct fetched *fetched)
+static bool listen_once(void)
 {
         union {
                 struct cmsghdr header;
-                char room[CMSG_SPACE(4 * sizeof(int))];
+                char room[CMSG_SPACE(MOST_DESCRIPTORS * sizeof(int))];
         } control;
         union {
                 struct message message;
@@ -396,7 +384,7 @@ static bool listen_once(struct fetched *fetched)
         struct iovec vec = {.iov_base = &buffer, .iov_len = sizeof buffer};
         struct msghdr header = {
             .msg_iov = &vec, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
-        int fd = -1;
+        struct given given = {.fds = {-1, -1, -1, -1}};
         long got;
 
         if (!router.fd)
@@ -410,9 +398,14 @@ static bool listen_once(struct fetched *fetched)
         }
         for (struct cmsghdr *part = CMSG_FIRSTHDR(&header); part; part = CMSG_NXTHDR(&header, part))
                 if (part->cmsg_level == SOL_SOCKET && part->cmsg_type == SCM_RIGHTS &&
-                    part->cmsg_len >= CMSG_LEN(sizeof fd))
-                        memcpy(&fd, CMSG_DATA(part), sizeof fd);
-        take(&buffer, (size_t)got, fd, fetched);
+                    part->cmsg_len > CMSG_LEN(0)) {
+                        size_t bytes = part->cmsg_len - CMSG_LEN(0);
+
+                        bytes = bytes < sizeof given.fds ? bytes : sizeof given.fds;
+                        memcpy(given.fds, CMSG_DATA(part), bytes);
+                        given.count = (int)(bytes / sizeof(int));
+                }
+        take(&buffer, (size_t)got, &given);
         return true;
 }
 
@@ -428,7 +421,7 @@ static void look_eagerly(struct end *end)
                 struct pollfd answer = {.fd = router.fd - 1, .events = POLLIN};
                 struct timespec time = {.tv_nsec = 1000000};
 
-                if (listen_once(NULL))
+                if (listen_once())
                         continue;
                 if (now() >= deadline)
                         break;
@@ -454,7 +447,18 @@ void router_look(struct end *end)
         atomic_store_explicit(&router.looked, tick, memory_order_relaxed);
         if (!enter(&taken))
                 return;
-        while (listen_once(NULL))
+        while (listen_once())
+                ;
+        lock_release(&router.lock, taken);
+}
+
+void router_hear(void)
+{
+        enum taken taken;
+
+        if (!enter(&taken))
+                return;
+        while (listen_once())
                 ;
         lock_release(&router.lock, taken);
 }
@@ -470,13 +474,13 @@ void router_note(struct end *end, uint32_t reason)
         if (!note.cookie || !enter(&taken))
                 return;
         if (router.fd)
-                say_with(&note, sizeof note, -1, 0);
+                say(&note, sizeof note, 0);
         lock_release(&router.lock, taken);
 }
 
-bool router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t index, int fd)
+static bool say_bell(uint16_t kind, uint64_t arena, uint64_t token, uint32_t side, uint32_t index)
 {
-        struct bell bell = {.message = {.kind = BELL, .size = sizeof bell},
+        struct bell bell = {.message = {.kind = kind, .size = sizeof bell},
                             .index = index,
                             .arena = arena,
                             .token = token,
@@ -486,37 +490,19 @@ bool router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t index, 
 
         if (!enter(&taken))
                 return false;
-        sent = say_surely(&bell, sizeof bell, fd);
+        sent = say_surely(&bell, sizeof bell);
         lock_release(&router.lock, taken);
         return sent;
 }
 
-int router_fetch(uint64_t arena, uint64_t token, uint32_t side, uint32_t index)
+bool router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t index)
 {
-        struct bell bell = {.message = {.kind = FETCH, .size = sizeof bell},
-                            .index = index,
-                            .arena = arena,
-                            .token = token,
-                            .side = side};
-        struct fetched fetched = {.fd = -1, .bell = index, .arena = arena};
-        uint64_t deadline = now() + FETCH_PATIENCE * UINT64_C(1000000);
-        enum taken taken;
+        return say_bell(BELL, arena, token, side, index);
+}
 
-        if (!enter(&taken))
-                return -1;
-        if (say_surely(&bell, sizeof bell, -1))
-                while (router.fd && !fetched.done) {
-                        struct pollfd answer = {.fd = router.fd - 1, .events = POLLIN};
-                        struct timespec time = {.tv_nsec = FETCH_PATIENCE * 1000000L};
-
-                        if (listen_once(&fetched))
-                                continue;
-                        if (now() >= deadline || !router.fd)
-                                break;
-                        sys_5(SYS_ppoll, &answer, 1, &time, 0, 0);
-                }
-        lock_release(&router.lock, taken);
-        return fetched.fd;
+void router_fetch(uint64_t arena, uint64_t token, uint32_t side, uint32_t index)
+{
+        say_bell(FETCH, arena, token, side, index);
 }
 
 void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation)
@@ -531,7 +517,7 @@ void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t inca
         if (!enter(&taken))
                 return;
         if (router.fd)
-                say_with(&release, sizeof release, -1, SEND_PATIENCE);
+                say(&release, sizeof release, SEND_PATIENCE);
         lock_release(&router.lock, taken);
 }
 

@@ -1,4 +1,4 @@
-/* The process's talk with the router: never waited for, but in router_fetch(). */
+/* The process's talk with the router: never waited for. */
 #ifndef FREEFLOW_ROUTER_H
 #define FREEFLOW_ROUTER_H
 
@@ -17,10 +17,12 @@ void router_look(struct end *end);
 /* Changes when the router went and came: what was asked before has to be asked again. */
 uint32_t router_epoch(void);
 void router_note(struct end *end, uint32_t reason);
-/* False: it didn't get there. */
-bool router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t bell, int fd);
-/* The descriptor that rings a bell of the other side; -1. Waits for the answer, briefly. */
-int router_fetch(uint64_t arena, uint64_t token, uint32_t side, uint32_t bell);
+/* Take all that the router has answered. */
+void router_hear(void);
+/* Ask for a bell of our side: bell_heard() gets it. False: it can't be asked. */
+bool router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t bell);
+/* Have the router ring a bell of the other side, and send it: bell_fetched() gets it. */
+void router_fetch(uint64_t arena, uint64_t token, uint32_t side, uint32_t bell);
 void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation);
 void router_forked(void);
 void router_retire(void);

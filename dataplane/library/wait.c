@@ -75,6 +75,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
         struct waiters *waiters;
         struct pollfd polled[3] = {{.fd = fd}, {.fd = -1, .events = POLLIN}, {.fd = -1, .events = POLLIN}};
         struct signals signals;
+        bool elsewhere = false;
         int bell;
 
         if (timeout && !*deadline)
@@ -87,11 +88,9 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
         statistics_count(&statistics.sleeps);
         waiters = want == WANT_BYTES ? &end_receives(end).ring->receivers : &end_sends(end).ring->senders;
         polled[0].events = want == WANT_BYTES && !beyond ? POLLIN | POLLRDHUP : POLLRDHUP;
-        bell = bell_take(arena);
+        bell = bell_want(arena);
         if (bell >= 0)
                 polled[1].fd = bell_descriptor(arena, bell);
-        else if (want == WANT_BYTES)
-                wait_elsewhere(end);
         signals_prepare(&signals);
         if (signals.mixed)
                 polled[2].fd = signals.fd;
@@ -102,6 +101,15 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
                 bool withheld;
                 int got;
 
+                if (bell < 0) {
+                        bell = bell_take(arena);
+                        if (bell >= 0)
+                                polled[1].fd = bell_descriptor(arena, bell);
+                }
+                if (bell < 0 && want == WANT_BYTES && !elsewhere && !bell_comes(arena)) {
+                        wait_elsewhere(end);
+                        elsewhere = true;
+                }
                 if (want == WANT_SPACE)
                         ready_ask(end);
                 if (bell >= 0)

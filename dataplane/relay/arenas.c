@@ -12,7 +12,18 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { BUCKETS = 1024, SIDE = 1, PEER = 0 };
+enum {
+        BUCKETS = 1024,
+        SIDE = 1,
+        PEER = 0,
+        RINGS = 2048, /* bytes: more than honest rings put into a bell until it is emptied */
+        POISONED = -2,
+};
+
+/* asm-generic/socket.h, since Linux 6.16. */
+#ifndef SO_PASSRIGHTS
+#define SO_PASSRIGHTS 83
+#endif
 
 static struct node buckets[BUCKETS];
 static struct node deaf = LIST(deaf);
@@ -64,20 +75,44 @@ static bool hear(struct shared *shared)
         return any;
 }
 
+/* Look into a bell without taking anything out. POISONED: there is a descriptor in it. */
+static ssize_t peek(int fd, char *rings)
+{
+        struct iovec vec = {.iov_base = rings, .iov_len = RINGS};
+        struct msghdr header = {.msg_iov = &vec, .msg_iovlen = 1};
+        ssize_t got = recvmsg(fd, &header, MSG_PEEK | MSG_DONTWAIT);
+
+        /* There is no room for a descriptor in the header, so it would be cut off. */
+        return got >= 0 && header.msg_flags & MSG_CTRUNC ? POISONED : got;
+}
+
+/* Empty a bell, as far as one read goes. Whoever takes a descriptor out of it, or closes it with one in it,
+ * may wait in close() for as long as the sender likes. */
+static ssize_t read_rings(const struct shared *shared, int fd)
+{
+        char rings[RINGS];
+        ssize_t size = RINGS;
+
+        if (!shared->guarded) {
+                size = peek(fd, rings);
+                count(COUNT_CALLS, 1);
+                /* No byte more than was seen: behind it there may be a descriptor by now. */
+                if (size <= 0)
+                        return size;
+        }
+        count(COUNT_CALLS, 1);
+        return recv(fd, rings, (size_t)size, MSG_DONTWAIT);
+}
+
 static void rung(struct watch *watch, uint32_t events)
 {
         struct shared *shared = OF(watch, struct shared, bell);
-        char bytes[64];
-        ssize_t got;
+        ssize_t got = read_rings(shared, watch->fd);
 
         (void)events;
-        do {
-                got = recv(watch->fd, bytes, sizeof bytes, MSG_DONTWAIT);
-                count(COUNT_CALLS, 1);
-        } while (got == (ssize_t)sizeof bytes);
-        if (!got || (got < 0 && errno != EAGAIN && errno != EINTR)) {
-                /* Nobody has the other end any more. Who gets one later rings nothing: looked at now and
-                 * then. */
+        if (!got || got == POISONED || got == RINGS || (got < 0 && errno != EAGAIN && errno != EINTR)) {
+                /* Nobody has the other end any more, or who has it puts in what no honest process does. Who
+                 * gets one later rings nothing: looked at now and then. */
                 watch_remove(watch);
                 watch->call = NULL;
                 arena_waits(shared);
@@ -109,6 +144,31 @@ static bool map(struct shared *shared, char *text)
         return true;
 }
 
+static bool refuses_descriptors(int fd)
+{
+        int takes = 1;
+        socklen_t size = sizeof takes;
+
+        return getsockopt(fd, SOL_SOCKET, SO_PASSRIGHTS, &takes, &size) == 0 && !takes;
+}
+
+/* One that can't be closed without waiting stays open, until the relay ends. */
+static void close_bell(const struct shared *shared)
+{
+        char rings[RINGS];
+        ssize_t got = 0;
+
+        if (!shared->guarded) {
+                shutdown(shared->bell.fd, SHUT_RDWR);
+                /* A socket's queue has room for some hundred KiB. */
+                for (int i = 0; i < 1024 && (got = peek(shared->bell.fd, rings)) > 0; i++)
+                        if (recv(shared->bell.fd, rings, (size_t)got, MSG_DONTWAIT) < 0)
+                                break;
+        }
+        if (got != POISONED && got <= 0)
+                close(shared->bell.fd);
+}
+
 struct shared *arena_take(uint64_t id, uint32_t size_of_ring, int memory, int bell, char *text)
 {
         struct shared *shared = calloc(1, sizeof *shared);
@@ -123,6 +183,7 @@ struct shared *arena_take(uint64_t id, uint32_t size_of_ring, int memory, int be
         };
         list_init(&shared->same);
         list_init(&shared->deaf);
+        shared->guarded = refuses_descriptors(bell);
         for (int i = 0; i < BELLS; i++)
                 shared->bells[i] = -1;
         if (!map(shared, text) || !watch_add(&shared->bell, EPOLLIN)) {
@@ -182,7 +243,7 @@ void arena_discard(struct shared *shared)
                         mirror_abandon(shared->mirrors[i]);
         watch_remove(&shared->bell);
         if (shared->bell.fd >= 0)
-                close(shared->bell.fd);
+                close_bell(shared);
         for (uint32_t i = 0; i < BELLS; i++)
                 if (shared->bells[i] >= 0)
                         close(shared->bells[i]);

@@ -18,6 +18,7 @@ struct shared {
         struct node same;  /* in its hash bucket */
         struct node deaf;  /* nobody can ring the relay's bell yet */
         uint64_t id;
+        bool guarded; /* no descriptor can be put into the relay's bell */
         int memory;
         uint32_t size_of_ring;
         size_t size;

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import structlog
 
@@ -21,6 +22,9 @@ from dataplane.router.finder import offer_devices
 from dataplane.router.hosts import Equipment
 from dataplane.router.relay import SHIPPED
 from dataplane.router.server import Server
+
+DESCRIPTORS: Final = 1 << 20
+"""Three for an arena and one for a process: so many containers can have all that they may."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,8 +40,22 @@ def _parser() -> argparse.ArgumentParser:
         help="relays of this machine alone, without a device: for tests",
     )
     parser.add_argument("--watch-stdin", action="store_true", help="end when standard input does")
+    parser.add_argument(
+        "--no-guard",
+        action="store_true",
+        help="don't let sockets refuse descriptors, as before Linux 6.16: for tests",
+    )
     parser.add_argument("--log-level", default="info")
     return parser
+
+
+def _allow_descriptors() -> None:
+    """As many as a host's containers may need; if more than the hard limit isn't ours to allow, as many as that."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(hard, DESCRIPTORS),) * 2)
+    except (OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,12 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     # Containers of any user come to the public socket; the plugin's own mask is for root alone.
     os.umask(0o022)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _allow_descriptors()
     if given.devices is not None:
         offer_devices(given.devices)
     equipment = Equipment(given.swarm, given.relay, given.memory_relay)
-    server = Server(given.socket, given.control, equipment=equipment)
+    server = Server(given.socket, given.control, equipment=equipment, guard=not given.no_guard)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     if given.watch_stdin:

@@ -51,7 +51,9 @@ class Side:
     members: set[int] = field(default_factory=set)
     """Processes that were granted slots or have shown the token."""
     bells: dict[int, int] = field(default_factory=dict)
-    """Index to the sending end of its socket pair."""
+    """Index to the ringing end of its socket pair."""
+    hears: int | None = None
+    """The hearing end of bell 0, until its process has it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +73,8 @@ class Arena:
     """Bytes, when last looked."""
     orphaned: bool = False
     """A side's processes have hung up; what shares their memory may still use it."""
+    rung: bool = False
+    """Its processes have what rings bell 0 of the other side."""
     ring: int = 0
     """Bytes of its rings if it is a remote one."""
 

@@ -202,6 +202,6 @@ def _counts(container: Container, knowledge: Knowledge) -> ContainerCounts:
         waiting=len(container.waiting),
         shm=len(container.ends),
         bells=container.bells,
-        memory=container.memory,
+        memory=sum(container.memory.values()),
         builds=builds,
     )

@@ -23,6 +23,8 @@ _INCARNATION: Final = struct.Struct("=Q")
 _RING: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _YES: Final = struct.pack("=I", 1)
 
+SO_PASSRIGHTS: Final = 83  # asm-generic/socket.h, since Linux 6.16
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
@@ -37,20 +39,23 @@ def _is_ring(size: int, remote: bool) -> bool:
     return layout.REMOTE_RING_LEAST <= size <= layout.REMOTE_RING_MOST and not size & (size - 1)
 
 
-def is_bell(descriptor: int) -> bool:
-    """Whether a descriptor that a container sent is one end of a pair of unix stream sockets.
+def refuse_rights(guarded: socket.socket) -> bool:
+    """Have the kernel refuse descriptors that are sent to a unix socket; false if it can't.
 
-    Anything else could make the one who rings it wait, or do something by it.
+    Whoever receives a descriptor may have to do its last close(), and that can wait for as long as the sender likes.
     """
     try:
-        with socket.socket(fileno=os.dup(descriptor)) as given:
-            return given.family == socket.AF_UNIX and given.type == socket.SOCK_STREAM
+        guarded.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
     except OSError:
         return False
+    return True
 
 
 class LinuxMemory:
-    """`pairing.Memory` on memfds and sockets."""
+    """`pairing.Memory` on memfds and sockets. `guards=False`: as on kernels that don't refuse descriptors."""
+
+    def __init__(self, *, guards: bool = True) -> None:
+        self._guards = guards
 
     def make(self, ring_size: int = layout.RING_SIZE, remote: bool = False) -> int:
         """A new arena. A remote one's rings have from REMOTE_RING_LEAST to REMOTE_RING_MOST bytes.
@@ -119,13 +124,20 @@ class LinuxMemory:
             os.pwrite(memory, b"\xff" * (8 * layout.BELLS), layout.DIRTY_OFFSET)
 
     def make_bell(self) -> tuple[int, int]:
-        """A new bell: the end that hears, the end that rings. Raises KernelRefused."""
+        """A new bell: the end that hears, the end that rings. Raises KernelRefused.
+
+        Nothing can be sent to the end that rings, and no descriptor to the end that hears. Who has the latter can undo
+        that for himself; so the router has closed it before anybody gets the former.
+        """
         try:
             hears, rings = socket.socketpair(
                 socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK
             )
         except OSError as error:
             raise KernelRefused(f"making a bell: {error.strerror}") from error
+        rings.shutdown(socket.SHUT_RD)
+        if self._guards:
+            refuse_rights(hears)
         return hears.detach(), rings.detach()
 
     def close_hearing(self, descriptor: int) -> None:

@@ -35,6 +35,7 @@ from dataplane.router.wire import (
     Bell,
     Fetch,
     Grant,
+    Hear,
     Hello,
     IPAddress,
     Note,
@@ -46,14 +47,10 @@ from dataplane.router.wire import (
 
 RELAY_SIDE: Final = 1
 """Of a remote arena."""
-FETCH_PATIENCE: Final = 0.01
-"""Seconds that a Fetch waits for its bell: bell and fetch come over two sockets, in any order."""
 NOTES: Final = 16384
 """Per container: the oldest are forgotten."""
 EARLY: Final = 64
 """Asks per process that are kept until its container is known."""
-FETCHES: Final = layout.SIDES * layout.BELLS
-"""Per process, unanswered."""
 ASK_AGE: Final = 5.0
 """Seconds after which it is looked whether the socket of a waiting ask still lives."""
 SLOT_AGE: Final = 30.0
@@ -66,7 +63,7 @@ _TOLD: Final = frozenset(reason.value for reason in Reason if reason < STATUS_ON
 class Post(Protocol):
     """How answers reach processes."""
 
-    def send(self, process: int, answer: Answer, descriptor: int | None = None) -> bool:
+    def send(self, process: int, answer: Answer, *descriptors: int) -> bool:
         """Send now or never; false if the process can't take it. It is then gone soon, not yet."""
         ...
 
@@ -188,12 +185,13 @@ class Process:
     build: str | None = None
     """None until HELLO."""
     welcome: Welcome | None = None
+    other_version: bool = False
+    """Its library is older or newer than this router."""
     early: list[Ask] = field(default_factory=list)
     """Asks from before it was welcomed."""
     waiting: dict[int, Waiting] = field(default_factory=dict)
     """By cookie."""
     arenas: dict[int, Arena] = field(default_factory=dict)
-    fetches: set[tuple[int, int, int]] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
@@ -212,7 +210,15 @@ class Container:
     sides: int = 0
     """Of arenas. While it has one it is kept, with or without processes."""
     bells: int = 0
-    memory: int = 0
+    memory: Counter[int] = field(default_factory=Counter)
+    """Bytes of arenas, by the namespace at their other side."""
+
+    def holds(self, most: int) -> int:
+        """Bytes of arenas. Of what it shares with one other container half of the limit counts at most."""
+        return sum(
+            used if other == self.namespace else min(used, most // 2)
+            for other, used in self.memory.items()
+        )
 
 
 @dataclass(slots=True)
@@ -250,7 +256,6 @@ class Pairing:
         self._waiting: dict[Key, Waiting] = {}
         self._pairs: dict[tuple[int, int], dict[int, Arena]] = {}
         """Arenas of two processes that have a free slot."""
-        self._fetches: dict[tuple[int, int, int], dict[int, float]] = {}
         # Processes may still have arenas of a router before this one: no number of theirs comes again.
         self._ids = itertools.count(secret() >> 2)
         self._incarnations = itertools.count(1)
@@ -279,17 +284,16 @@ class Pairing:
     def hello(self, process_id: int, message: Hello) -> None:
         """Answer with the settings, or later: a container that just came may not be known yet.
 
+        A library of another version hears that it is to stay on TCP: its container was started with that of another plugin.
+
         Raises:
-            WrongMessage: another version, or a second HELLO.
+            WrongMessage: a second HELLO.
         """
         process = self.processes[process_id]
         if process.build is not None:
             raise WrongMessage("a second HELLO")
-        if (message.version, message.layout_version) != (PROTOCOL_VERSION, layout.VERSION):
-            raise WrongMessage(
-                f"HELLO of version {message.version}, layout {message.layout_version}; this router speaks "
-                f"{PROTOCOL_VERSION}, {layout.VERSION}: restart the container for the host's own library"
-            )
+        versions = (message.version, message.layout_version)
+        process.other_version = versions != (PROTOCOL_VERSION, layout.VERSION)
         process.build = message.build
         if self.knowledge.is_endpoint(process.namespace):
             self._welcome(process)
@@ -305,7 +309,7 @@ class Pairing:
         welcome = Welcome(
             version=PROTOCOL_VERSION,
             layout_version=layout.VERSION,
-            enabled=self.knowledge.enabled(process.namespace),
+            enabled=self.knowledge.enabled(process.namespace) and not process.other_version,
             operations=rule.operations,
             age=rule.age,
             bytes=rule.bytes,
@@ -363,11 +367,6 @@ class Pairing:
         del container.processes[process_id]
         for waiting in list(process.waiting.values()):
             self._forget(waiting)
-        for key in process.fetches:
-            of = self._fetches.get(key, {})
-            of.pop(process_id, None)
-            if not of:
-                self._fetches.pop(key, None)
         for arena in list(process.arenas.values()):
             if process_id in arena.pair:
                 self._pairs.pop(arena.pair, None)
@@ -404,6 +403,9 @@ class Pairing:
         process = self.processes[process_id]
         if process.build is None:
             raise WrongMessage("ASK before HELLO")
+        if process.other_version:
+            self._refuse(process_id, ask, Reason.OFF)
+            return
         if process.welcome is None and len(process.early) < EARLY:
             process.early.append(ask)
             return
@@ -447,7 +449,8 @@ class Pairing:
             peer = server.ip
         if peer not in network.owners and (reason := self.away.why_not(network)) is not None:
             return reason
-        if len(container.waiting) >= self.limits.waiting or self._is_full(container, 1):
+        # Whether there is room for a connection is looked at when both ends have asked, so that both are told.
+        if len(container.waiting) >= self.limits.waiting:
             return Reason.LIMIT
         if ask.cookie in container.ends:
             return Reason.SHARED
@@ -469,7 +472,14 @@ class Pairing:
     def _is_full(self, container: Container, more: int) -> bool:
         """Whether so many more connections in shared memory are too many."""
         limits = self.limits
-        return len(container.ends) + more > limits.connections or container.memory >= limits.memory
+        return (
+            len(container.ends) + more > limits.connections
+            or container.holds(limits.memory) >= limits.memory
+        )
+
+    def _share_is_used(self, one: int, other: int) -> bool:
+        """Whether two containers share as much memory as two may: half of what each may have."""
+        return one != other and self.containers[one].memory[other] >= self.limits.memory // 2
 
     def _clients(self, ask: Ask, network: Network) -> list[Address]:
         """What, of all that leads to this server, its client's socket can be connected to."""
@@ -497,7 +507,9 @@ class Pairing:
             return
         partner = partners[0]
         ends = Counter((waiting.namespace, partner.namespace))
-        if any(self._is_full(self.containers[each], more) for each, more in ends.items()):
+        if self._share_is_used(waiting.namespace, partner.namespace) or any(
+            self._is_full(self.containers[each], more) for each, more in ends.items()
+        ):
             for each in (waiting, partner):
                 self._forget(each)
                 self._refuse(each.process, each.ask, Reason.LIMIT)
@@ -527,6 +539,7 @@ class Pairing:
 
     def _forget(self, waiting: Waiting) -> None:
         cookie = waiting.ask.cookie
+        self._sweep_asks.forget(waiting)
         process = self.processes.get(waiting.process)
         if process is not None and process.waiting.get(cookie) is waiting:
             del process.waiting[cookie]
@@ -584,6 +597,10 @@ class Pairing:
             self.processes[waiting.process].arenas[arena.id] = arena
         for side, waiting in enumerate((one, other)):
             self._say_grant(waiting, arena, slot, side)
+        if not arena.rung:
+            arena.rung = True
+            for side, waiting in enumerate((other, one)):
+                self._hand_out(arena, side, waiting.process)
 
     def _hold(self, waiting: Waiting, arena: Arena, slot: int, side: int) -> None:
         container = self.containers[waiting.namespace]
@@ -601,7 +618,22 @@ class Pairing:
             slot=slot,
         )
         # With the memory each time: a process unmaps an arena with its last connection, and says so a moment later.
-        self._post.send(waiting.process, grant, arena.memory)
+        of_side = arena.sides[side]
+        bells = () if of_side.hears is None else (of_side.hears,)
+        self._post.send(waiting.process, grant, arena.memory, *bells)
+        self._deaf_now(of_side)
+
+    def _deaf_now(self, side: Side) -> None:
+        """The end that hears bell 0 is its process's alone from now on."""
+        if side.hears is not None:
+            self._memory.close_hearing(side.hears)
+            side.hears = None
+
+    def _hand_out(self, arena: Arena, side: int, process: int) -> None:
+        """Give a process what rings bell 0 of a side, once. Nobody has it before the router has closed the other end."""
+        descriptor = arena.sides[side].bells.get(0)
+        if descriptor is not None:
+            self._post.send(process, Ring(0, arena.id, side), descriptor)
 
     # --- what `remote.py` does here
 
@@ -633,6 +665,9 @@ class Pairing:
         self._hold(waiting, arena, slot, 0)
         self._sweep_slots.add((arena, slot, arena.slots[slot].incarnation), self._clock())
         self._say_grant(waiting, arena, slot, 0)
+        if not arena.rung:
+            arena.rung = True
+            self._hand_out(arena, RELAY_SIDE, waiting.process)
 
     def end(self, arena: Arena, slot: int, side: int) -> None:
         """A side of a remote arena is done with a slot."""
@@ -673,6 +708,9 @@ class Pairing:
         self.containers[RELAY].bells += 1
         sides[RELAY_SIDE].bells[0] = rings
         self.away.opened(arena, hears)
+        sides[0].hears = self._make_bell(sides[0], 0)
+        if sides[0].hears is not None:
+            self.away.bell(arena.id, 0, sides[0].bells[0])
         return arena
 
     def _arena(self, one: Waiting, other: Waiting) -> Arena:
@@ -686,6 +724,7 @@ class Pairing:
         self.arenas[arena.id] = arena
         for side in sides:
             self.containers[side.namespace].sides += 1
+            side.hears = self._make_bell(side, 0)
         self._pairs.setdefault(pair, {})[arena.id] = arena
         return arena
 
@@ -722,8 +761,10 @@ class Pairing:
         return side
 
     def _release(self, arena: Arena, number: int, side: int) -> None:
-        connection = arena.slots[number].connection
+        slot = arena.slots[number]
         end, free = arena.release(number, side)
+        if free:
+            self._sweep_slots.forget((arena, number, slot.incarnation))
         if arena.retired:
             self._withdraw(arena)
         elif free and all(each in self.processes or each < 0 for each in arena.pair):
@@ -733,7 +774,7 @@ class Pairing:
             if ends.get(end.cookie) == (arena, number, side):
                 del ends[end.cookie]
             if arena.ring:
-                self.away.released(connection)
+                self.away.released(slot.connection)
         if free and not arena.orphaned:
             self._memory.reclaim(arena.memory, number)
 
@@ -749,6 +790,8 @@ class Pairing:
             return
         del self.arenas[arena.id]
         self._withdraw(arena)
+        for side in arena.sides:
+            self._deaf_now(side)
         for side, descriptor in arena.bells():
             self._close_bell(side, descriptor)
         if arena.ring:
@@ -764,17 +807,31 @@ class Pairing:
 
     # --- bells
 
-    def bell(self, process_id: int, message: Bell, descriptor: int) -> bool:
-        """Keep a bell; false if it isn't kept, and the descriptor is still the caller's.
+    def _make_bell(self, side: Side, index: int) -> int | None:
+        """A new bell of a side: its hearing end; None if there is none to be had."""
+        container = self.containers[side.namespace]
+        if container.bells >= self.limits.bells:
+            return None
+        try:
+            hears, side.bells[index] = self._memory.make_bell()
+        except KernelRefused:
+            return None
+        container.bells += 1
+        return hears
+
+    def bell(self, process_id: int, message: Bell) -> None:
+        """Make a bell, in place of one that had its index.
 
         Raises:
             WrongMessage: no such index, or the token isn't that of the side.
         """
         if message.index >= layout.BELLS:
             raise WrongMessage(f"BELL {message.index}; a side has {layout.BELLS}")
+        answer = Hear(message.index, message.arena, message.side)
         arena = self.arenas.get(message.arena)
         if arena is None:
-            return False
+            self._post.send(process_id, answer)
+            return
         number = self._speaks(process_id, arena, message.token)
         if message.side != number:
             raise WrongMessage(f"arena {arena.id}: BELL of side {message.side} by side {number}")
@@ -782,21 +839,17 @@ class Pairing:
         old = side.bells.pop(message.index, None)
         if old is not None:
             self._close_bell(side, old)
-        container = self.containers[side.namespace]
-        if container.bells >= self.limits.bells:
-            return False
-        container.bells += 1
-        side.bells[message.index] = descriptor
+        hears = self._make_bell(side, message.index)
+        if hears is None:
+            self._post.send(process_id, answer)
+            return
+        self._post.send(process_id, answer, hears)
+        self._memory.close_hearing(hears)
         if arena.ring:
-            self.away.bell(arena.id, message.index, descriptor)
-        for waiting in self._fetches.pop((arena.id, number, message.index), {}):
-            self.processes[waiting].fetches.discard((arena.id, number, message.index))
-            ring = Ring(message.index, arena.id, number)
-            self._post.send(waiting, ring, descriptor)
-        return True
+            self.away.bell(arena.id, message.index, side.bells[message.index])
 
     def fetch(self, process_id: int, message: Fetch) -> None:
-        """Hand out a bell of the other side, now or as soon as it comes.
+        """Ring a bell of the other side, and hand it out. Its owner waits with no bell that isn't known here.
 
         Raises:
             WrongMessage: no such index, or the token isn't that of the bell's other side.
@@ -811,14 +864,12 @@ class Pairing:
         speaks = self._speaks(process_id, arena, message.token)
         if message.side != 1 - speaks:
             raise WrongMessage(f"arena {arena.id}: FETCH of side {message.side} by side {speaks}")
-        process = self.processes[process_id]
         descriptor = arena.sides[message.side].bells.get(message.index)
-        if descriptor is not None or len(process.fetches) >= FETCHES:
-            self._post.send(process_id, answer, descriptor)
+        if descriptor is None:
+            self._post.send(process_id, answer)
             return
-        key = (arena.id, message.side, message.index)
-        self._fetches.setdefault(key, {})[process_id] = self._clock() + FETCH_PATIENCE
-        process.fetches.add(key)
+        self._memory.ring(descriptor)
+        self._post.send(process_id, answer, descriptor)
 
     def _close_bell(self, side: Side, descriptor: int) -> None:
         self._memory.close_bell(descriptor)
@@ -845,32 +896,20 @@ class Pairing:
         else:
             self._remember(process, message.cookie, message.reason)
 
-    @property
-    def impatient(self) -> bool:
-        """Whether a Fetch waits, so that `answer_fetches` must be called soon."""
-        return bool(self._fetches)
-
-    def answer_fetches(self) -> None:
-        """Tell those who waited long enough that their bell isn't known."""
-        now = self._clock()
-        for key, of in list(self._fetches.items()):
-            for process_id in [each for each, deadline in of.items() if deadline <= now]:
-                del of[process_id]
-                self.processes[process_id].fetches.discard(key)
-                arena, side, index = key
-                self._post.send(process_id, Ring(index, arena, side))
-            if not of:
-                del self._fetches[key]
-
     def weigh(self) -> None:
         """See how much memory each container's arenas use. About once a second."""
         for arena in self.arenas.values():
-            self._account(arena, self._memory.used(arena.memory))
+            used = self._memory.used(arena.memory)
+            self._account(arena, used if arena.ring else min(used, _needed(arena)))
 
     def _account(self, arena: Arena, used: int) -> None:
         """Both containers bear it; an arena within one counts once."""
-        for namespace in {side.namespace for side in arena.sides}:
-            self.containers[namespace].memory += used - arena.used
+        namespaces = [side.namespace for side in arena.sides]
+        for namespace, other in {(namespaces[0], namespaces[1]), (namespaces[1], namespaces[0])}:
+            memory = self.containers[namespace].memory
+            memory[other] += used - arena.used
+            if not memory[other]:
+                del memory[other]
         arena.used = used
 
     def sweep(self, most: int) -> None:
@@ -918,6 +957,11 @@ def _end(waiting: Waiting) -> End:
     return End(
         waiting.process, waiting.namespace, ask.cookie, waiting.network, ask.local, ask.remote
     )
+
+
+def _needed(arena: Arena) -> int:
+    """Bytes that its slots in use and all headers can need. What a side writes elsewhere is in the books of its own cgroup alone."""
+    return layout.BULK_OFFSET + len(arena.slots) * layout.SIDES * layout.RING_SIZE
 
 
 def _why_not(network: Network | None) -> Reason:

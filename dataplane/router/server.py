@@ -11,6 +11,7 @@ import array
 import errno
 import fcntl
 import os
+import resource
 import select
 import socket
 import struct
@@ -28,11 +29,12 @@ from dataplane import control
 from dataplane.errors import DataplaneError, WrongMessage
 from dataplane.router import listing, sockets, wire
 from dataplane.router.bound import BoundSocket
+from dataplane.router.closing import Closer
 from dataplane.router.hosts import Equipment, Hosts
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.limits import Bucket
 from dataplane.router.loop import EpollLoop
-from dataplane.router.memory import LinuxMemory, is_bell
+from dataplane.router.memory import LinuxMemory
 from dataplane.router.pairing import Pairing
 from dataplane.router.sockets import LinuxKernel, Namespaces
 
@@ -40,10 +42,19 @@ log = structlog.get_logger()
 
 PATIENCE: Final = 2.0
 """Seconds that a process of an unknown namespace waits for its WELCOME: its container may just have come."""
+STRANGERS: Final = 64
+"""Processes in namespaces that are no endpoint's, together. The oldest makes place for a new one, after its patience."""
+UNREAD: Final = 16 << 20
+"""Bytes of kernel memory in answers that the processes of one container haven't read, as long as each may have its least."""
+UNREAD_MOST: Final = 64 << 10
+UNREAD_LEAST: Final = 4 << 10
+"""The same for one process: who has more isn't heard."""
+UNREAD_PATIENCE: Final = 10.0
+"""Seconds without taking anything, after which such a process loses its connection."""
+FULL: Final = 0.9
+"""Share of the descriptors from which on the container with the most processes gets no more."""
 _AT_ONCE: Final = 32
 """Messages of one client, and new clients, per round."""
-_DESCRIPTORS: Final = 4
-_SPACE: Final = socket.CMSG_SPACE(_DESCRIPTORS * 4)
 _BACKLOG: Final = 4096
 _BEAT: Final = 1.0
 _SWEEP: Final = 500
@@ -52,24 +63,18 @@ _CONTROL_CHUNK: Final = 1 << 18
 _ANSWERS: Final = 1 << 19
 """Bytes, which the kernel doubles: room for some 1,300 answers to a process that is busy with something else, in whose
 connections a burst moves. Who doesn't take them is cut off, and its connections stay on TCP."""
+_SIOCOUTQ: Final = 0x5411  # linux/sockios.h
+_GLANCE: Final = 0.05
+"""Seconds between two looks at processes that don't read."""
 _SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h
+_INT: Final = struct.Struct("=i")
 _PEERCRED: Final = struct.Struct("=3i")
 _READ: Final = select.EPOLLIN | select.EPOLLRDHUP
 # Plain numbers: flags of the socket module are slow to combine, and this is done for each message.
-_RECEIVE: Final = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_RECEIVE: Final = int(socket.MSG_DONTWAIT)
+_PEEK: Final = int(socket.MSG_DONTWAIT | socket.MSG_PEEK)
 _SEND: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-_CUT: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
-
-
-@dataclass(slots=True, eq=False)
-class Client:
-    """A process's connection."""
-
-    socket: socket.socket
-    process: int
-    namespace: int
-    pid: int
-    doomed: bool = False
+_CUT: Final = int(socket.MSG_CTRUNC)
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +88,23 @@ class Talk:
     logged: float = float("-inf")
     unsaid: int = 0
     """What went without a log line since the last."""
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """A process's connection."""
+
+    socket: socket.socket
+    process: int
+    namespace: int
+    pid: int
+    talk: Talk
+    since: float
+    doomed: bool = False
+    unread: int = 0
+    """Bytes of answers, when last looked, of one that isn't heard for that."""
+    took: float = 0
+    """When it last read something, as far as that is known."""
 
 
 @dataclass(slots=True, eq=False)
@@ -106,12 +128,18 @@ class Server:
         clock: Callable[[], float] = time.monotonic,
         secret: Callable[[], int] | None = None,
         equipment: Equipment | None = None,
+        guard: bool = True,
     ) -> None:
+        """`guard=False`: as on kernels before Linux 6.16, on which a socket can't refuse descriptors."""
         self._public = public
+        self._guard = guard
+        self._guarded = False
+        """Whether the public socket refuses descriptors."""
+        self._closer = Closer()
         self._clock = clock
         self._started = clock()
         self._namespaces = Namespaces(self._path_of, clock)
-        kernel, memory = LinuxKernel(self._namespaces), LinuxMemory()
+        kernel, memory = LinuxKernel(self._namespaces), LinuxMemory(guards=guard)
         self.pairing = Pairing(
             self,
             kernel,
@@ -126,6 +154,14 @@ class Server:
         self._by_process: dict[int, Client] = {}
         self._admins: dict[int, Admin] = {}
         self._talks: dict[int, Talk] = {}
+        self._foreign = Talk(Bucket.full(self.pairing.limits.messages, clock()))
+        """All namespaces that are no endpoint's talk as much as one container."""
+        self._strangers: dict[int, Client] = {}
+        """By process, the oldest first."""
+        self._stalled: dict[int, Client] = {}
+        """By process: those that don't read their answers."""
+        self._glance = clock()
+        self._descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._doomed: deque[Client] = deque()
         self._late: deque[tuple[float, int]] = deque()
         self._ids = 0
@@ -169,7 +205,10 @@ class Server:
         for admin in list(self._admins.values()):
             self._drop_admin(admin)
         if self._listener is not None:
-            self._listener.close()
+            # Connections that nobody has accepted may have descriptors in their queues.
+            self._listener.remove()
+            self._closer.give(self._listener.socket)
+        self._closer.work()
         self._control.close()
         self.hosts.close()
         self._namespaces.close()
@@ -181,8 +220,6 @@ class Server:
             self._bury()
         self.loop.fire()
         now = self._clock()
-        if self.pairing.impatient:
-            self.pairing.answer_fetches()
         while self._late and self._late[0][0] <= now:
             self.pairing.welcome_late(self._late.popleft()[1])
         for admin in list(self._admins.values()):
@@ -193,6 +230,7 @@ class Server:
             self.pairing.weigh()
             self.pairing.sweep(_SWEEP)
             self.hosts.beat()
+            self._closer.work()
             self._namespaces.tidy()
             self._forget_talks(now)
         self._bury()
@@ -200,10 +238,10 @@ class Server:
     def _timeout(self) -> float:
         if any(admin.work is not None for admin in self._admins.values()):
             return 0
-        if self.pairing.impatient:
-            return self.loop.timeout(0.01)
-        if any(talk.paused for talk in self._talks.values()):
+        if self._foreign.paused or any(talk.paused for talk in self._talks.values()):
             return self.loop.timeout(0.02)
+        if self._stalled:
+            return self.loop.timeout(_GLANCE)
         return self.loop.timeout(_BEAT)
 
     def _serve(self, descriptor: int, events: int) -> None:
@@ -224,11 +262,15 @@ class Server:
     def _resume(self, now: float) -> None:
         """Read again from containers that had talked too much, if time has filled their bucket."""
         rate = self.pairing.limits.messages
-        for talk in self._talks.values():
+        for talk in (self._foreign, *self._talks.values()):
             if talk.paused and not talk.messages.empty(now, rate):
                 for descriptor in talk.paused:
                     self._epoll.modify(descriptor, _READ)
                 talk.paused.clear()
+        if self._stalled and now - self._glance >= _GLANCE:
+            self._glance = now
+            for client in list(self._stalled.values()):
+                self._look_again(client, now)
         if self._resume_accept is not None and now >= self._resume_accept:
             self._resume_accept = None
             if self._listener is not None:
@@ -262,29 +304,94 @@ class Server:
             namespace = self._namespaces.hold(fcntl.ioctl(accepted, sockets.SIOCGSKNS))
         except OSError as error:
             log.error("a process can't be told from others", reason=error.strerror)
-            accepted.close()
+            self._close(accepted)
             return
-        talk = self._talks.get(namespace)
         now = self._clock()
-        if talk is None:
-            talk = self._talks[namespace] = Talk(Bucket.full(self.pairing.limits.messages, now))
+        talk = self._talk_of(namespace, now)
         self._ids += 1
-        if not talk.messages.take(now, self.pairing.limits.messages) or not self.pairing.connected(
-            self._ids, namespace, pid
+        if (
+            not talk.messages.take(now, self.pairing.limits.messages)
+            or not self._has_room(accepted, talk, now)
+            or not self.pairing.connected(self._ids, namespace, pid)
         ):
-            accepted.close()
+            self._close(accepted)
             self._namespaces.let_go(namespace)
             return
         talk.clients += 1
-        client = Client(accepted, self._ids, namespace, pid)
+        client = Client(accepted, self._ids, namespace, pid, talk, now)
         self._clients[accepted.fileno()] = self._by_process[client.process] = client
+        if talk is self._foreign:
+            self._strangers[client.process] = client
         self._epoll.register(accepted, _READ)
+
+    def _talk_of(self, namespace: int, now: float) -> Talk:
+        if not self.pairing.knowledge.is_endpoint(namespace):
+            return self._foreign
+        talk = self._talks.get(namespace)
+        if talk is None:
+            talk = self._talks[namespace] = Talk(Bucket.full(self.pairing.limits.messages, now))
+        return talk
+
+    def _has_room(self, accepted: socket.socket, talk: Talk, now: float) -> bool:
+        """Whether one more process may come. Descriptors have the lowest numbers that are free."""
+        if talk is self._foreign and len(self._strangers) >= STRANGERS:
+            oldest = next(iter(self._strangers.values()))
+            if now - oldest.since < PATIENCE:
+                return False
+            self._doom(oldest)
+            # The next one that comes finds another.
+            del self._strangers[oldest.process]
+        if accepted.fileno() < FULL * self._descriptors:
+            return True
+        most = max((each.clients for each in self._talks.values()), default=0)
+        return 2 * talk.clients < most
+
+    def _recognise(self) -> None:
+        """Processes whose container is known by now aren't strangers any more."""
+        now = self._clock()
+        for client in list(self._strangers.values()):
+            if not self.pairing.knowledge.is_endpoint(client.namespace):
+                continue
+            del self._strangers[client.process]
+            self._foreign.clients -= 1
+            if client.socket.fileno() in self._foreign.paused:
+                self._foreign.paused.remove(client.socket.fileno())
+                self._epoll.modify(client.socket, _READ)
+            client.talk = self._talk_of(client.namespace, now)
+            client.talk.clients += 1
+
+    # --- answers that nobody reads
+
+    def _is_stalled(self, client: Client) -> bool:
+        """Whether a process has so many unread answers that it isn't heard for now."""
+        unread = _unread(client.socket)
+        if unread <= _allowed(client.talk):
+            return False
+        client.unread, client.took = unread, self._clock()
+        self._stalled[client.process] = client
+        self._epoll.modify(client.socket, 0)
+        return True
+
+    def _look_again(self, client: Client, now: float) -> None:
+        """Hear it again if it has read, end it if it doesn't."""
+        unread = _unread(client.socket)
+        if unread <= _allowed(client.talk) // 2:
+            del self._stalled[client.process]
+            self._epoll.modify(client.socket, _READ)
+        elif unread < client.unread:
+            client.unread, client.took = unread, now
+        elif now - client.took > UNREAD_PATIENCE:
+            self._dropped += 1
+            why = f"it has read nothing for {UNREAD_PATIENCE:.0f} seconds"
+            self._blame(client, "a process doesn't take its answers", why)
 
     def _read(self, client: Client, events: int) -> None:
         if not events & select.EPOLLIN:
             self._doom(client)
             return
-        talk = self._talks[client.namespace]
+        talk = client.talk
+        if self._is_stalled(client):
+            return
         for _ in range(_AT_ONCE):
             if client.doomed:
                 return
@@ -293,40 +400,48 @@ class Server:
                 self._epoll.modify(client.socket, 0)
                 return
             try:
-                data, ancillary, flags, _ = client.socket.recvmsg(
-                    wire.MAX_MESSAGE + 1, _SPACE, _RECEIVE
-                )
+                data = self._receive(client)
             except BlockingIOError:
                 return
             except OSError:
                 self._doom(client)
                 return
-            received = _descriptors(ancillary)
-            try:
-                if not data and not received:
-                    # The end, or an empty packet, which is no message either.
-                    self._doom(client)
-                    return
-                if flags & _CUT:
-                    raise WrongMessage("a packet or its descriptors are too long")
-                self._handle(client, wire.unpack(data), received)
             except WrongMessage as error:
-                self._wrong += 1
-                self._blame(client, "wrong message", str(error))
+                self._accuse(client, error)
+                return
+            if not data:
+                # The end, or an empty packet, which is no message either.
+                self._doom(client)
+                return
+            try:
+                self._handle(client, wire.unpack(data))
+            except WrongMessage as error:
+                self._accuse(client, error)
                 return
             except Exception:
                 # A bug of ours costs one client its connection, not all.
                 log.exception("a bug in the router", pid=client.pid)
                 self._doom(client)
                 return
-            finally:
-                for descriptor in received:
-                    os.close(descriptor)
 
-    def _handle(self, client: Client, message: wire.Message, received: list[int]) -> None:
-        """Act on a message. Descriptors that are kept are taken from the list."""
-        if len(received) != isinstance(message, wire.Bell):
-            raise WrongMessage(f"{type(message).__name__} with {len(received)} descriptors")
+    def _receive(self, client: Client) -> bytes:
+        """A packet. No descriptor is ever received: whoever takes it out of the queue may have to do its last close().
+
+        Raises:
+            WrongMessage: a descriptor comes with the next packet; it stays in the queue.
+        """
+        if not self._guarded:
+            _, _, flags, _ = client.socket.recvmsg(1, 0, _PEEK)
+            if flags & _CUT:
+                raise WrongMessage("a packet with a descriptor")
+        return client.socket.recv(wire.MAX_MESSAGE + 1, _RECEIVE)
+
+    def _accuse(self, client: Client, error: WrongMessage) -> None:
+        self._wrong += 1
+        self._blame(client, "wrong message", str(error))
+
+    def _handle(self, client: Client, message: wire.Message) -> None:
+        """Act on a message."""
         pairing = self.pairing
         process = client.process
         match message:
@@ -337,10 +452,7 @@ class Server:
             case wire.Note():
                 pairing.note(process, message)
             case wire.Bell():
-                if not is_bell(received[0]):
-                    raise WrongMessage("BELL with a descriptor that isn't a unix stream socket")
-                if pairing.bell(process, message, received[0]):
-                    received.clear()
+                pairing.bell(process, message)
             case wire.Fetch():
                 pairing.fetch(process, message)
             case wire.Hello():
@@ -349,16 +461,13 @@ class Server:
             case _:
                 raise WrongMessage(f"{type(message).__name__} is for the router to say")
 
-    def send(self, process: int, answer: wire.Answer, descriptor: int | None = None) -> bool:
+    def send(self, process: int, answer: wire.Answer, *descriptors: int) -> bool:
         """`pairing.Post`: now or never."""
         client = self._by_process.get(process)
         if client is None or client.doomed:
             return False
-        ancillary = (
-            []
-            if descriptor is None
-            else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
-        )
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+        ancillary = [rights] if descriptors else []
         try:
             client.socket.sendmsg([wire.pack(answer)], ancillary, _SEND)
         except OSError as error:
@@ -371,7 +480,7 @@ class Server:
 
     def _blame(self, client: Client, what: str, why: str) -> None:
         """Say what a process has done wrong, at most once a second per container, and end its connection."""
-        talk = self._talks[client.namespace]
+        talk = client.talk
         now = self._clock()
         if now - talk.logged >= _BEAT:
             place = self.pairing.knowledge.places.get(client.namespace)
@@ -405,12 +514,20 @@ class Server:
         client.doomed = True
         del self._by_process[client.process]
         self._epoll.unregister(client.socket)
-        client.socket.close()
+        self._close(client.socket)
         self.pairing.gone(client.process)
         self._namespaces.let_go(client.namespace)
-        talk = self._talks[client.namespace]
-        talk.paused.discard(descriptor)
-        talk.clients -= 1
+        self._strangers.pop(client.process, None)
+        self._stalled.pop(client.process, None)
+        client.talk.paused.discard(descriptor)
+        client.talk.clients -= 1
+
+    def _close(self, connection: socket.socket) -> None:
+        """Without waiting, whatever is in its queue."""
+        if self._guarded:
+            connection.close()
+        else:
+            self._closer.close(connection)
 
     def _forget_talks(self, now: float) -> None:
         """Containers without processes whose silence has filled their bucket."""
@@ -468,7 +585,10 @@ class Server:
             case control.Learn():
                 self.pairing.learn(Knowledge(request))
                 self.hosts.learned()
+                self._recognise()
                 self._listen()
+                self._reply(admin, control.Done())
+            case control.AskLife():
                 self._reply(admin, control.Done())
             case control.AskStatistics():
                 self._reply(admin, self.statistics())
@@ -492,7 +612,10 @@ class Server:
 
     def _listen(self) -> None:
         if self._listener is None:
-            self._listener = BoundSocket(self._public, socket.SOCK_SEQPACKET, 0o666, _BACKLOG)
+            self._listener = BoundSocket(
+                self._public, socket.SOCK_SEQPACKET, 0o666, _BACKLOG, guard=self._guard
+            )
+            self._guarded = self._listener.guarded
             self._epoll.register(self._listener.socket, select.EPOLLIN)
             log.info("router listens", socket=str(self._public))
 
@@ -528,22 +651,23 @@ class Server:
         admin.socket.close()
 
 
+def _unread(connection: socket.socket) -> int:
+    """Bytes of kernel memory that answers take which the other end hasn't read."""
+    found = fcntl.ioctl(connection, _SIOCOUTQ, bytes(_INT.size))
+    return int(_INT.unpack(found)[0])
+
+
+def _allowed(talk: Talk) -> int:
+    """The same that one of a container's processes may have."""
+    return max(UNREAD_LEAST, min(UNREAD_MOST, UNREAD // max(talk.clients, 1)))
+
+
 def _enlarge(accepted: socket.socket) -> None:
     try:
         accepted.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _ANSWERS)
     except PermissionError:
         # Without CAP_NET_ADMIN: as much as the host allows anyone.
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ANSWERS)
-
-
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    found: list[int] = []
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            received = array.array("i")
-            received.frombytes(data[: len(data) - len(data) % received.itemsize])
-            found += received
-    return found
 
 
 def _secret() -> int:

@@ -16,7 +16,7 @@ import msgspec
 
 from dataplane.errors import WrongMessage
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_MESSAGE: Final = 64
 """Bytes of the longest message."""
 
@@ -42,6 +42,7 @@ class Kind(IntEnum):
     RING = 8
     RELEASE = 9
     NOTE = 10
+    HEAR = 11
 
 
 class _IPv4(IPv4Address):
@@ -102,6 +103,7 @@ SIZES: Final = {
     Kind.RING: _BELL.size,
     Kind.RELEASE: _RELEASE.size,
     Kind.NOTE: _NOTE.size,
+    Kind.HEAR: _BELL.size,
 }
 
 
@@ -137,7 +139,7 @@ class Ask(msgspec.Struct, frozen=True, gc=False):
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
-    """A slot of an arena. The arena's memfd comes with it."""
+    """A slot of an arena. The arena's memfd comes with it; with the first to a process also the end that hears bell 0."""
 
     connection: int
     cookie: int
@@ -157,7 +159,7 @@ class Refuse(msgspec.Struct, frozen=True, gc=False):
 
 
 class Bell(msgspec.Struct, frozen=True, gc=False):
-    """A bell of the speaker's own side; its sending end comes with it."""
+    """The speaker wants a bell of its own side."""
 
     index: int
     arena: int
@@ -166,7 +168,7 @@ class Bell(msgspec.Struct, frozen=True, gc=False):
 
 
 class Fetch(msgspec.Struct, frozen=True, gc=False):
-    """The speaker has to ring a bell of the other side, and hasn't got it."""
+    """The speaker has to ring a bell of the other side, and hasn't got it: the router is to ring it."""
 
     index: int
     arena: int
@@ -174,8 +176,16 @@ class Fetch(msgspec.Struct, frozen=True, gc=False):
     side: int
 
 
+class Hear(msgspec.Struct, frozen=True, gc=False):
+    """The answer to Bell, with the bell's hearing end, or without if there is none to be had."""
+
+    index: int
+    arena: int
+    side: int
+
+
 class Ring(msgspec.Struct, frozen=True, gc=False):
-    """The answer to Fetch, with the bell's sending end, or without if it isn't known."""
+    """The answer to Fetch, with the bell's ringing end, or without if it isn't known. For bell 0 it comes unasked."""
 
     index: int
     arena: int
@@ -199,7 +209,7 @@ class Note(msgspec.Struct, frozen=True, gc=False):
 
 
 Request = Hello | Ask | Bell | Fetch | Release | Note
-Answer = Welcome | Grant | Refuse | Ring
+Answer = Welcome | Grant | Refuse | Hear | Ring
 Message = Request | Answer
 
 
@@ -282,10 +292,9 @@ def pack(message: Message) -> bytes:
             return _BELL.pack(
                 kind, _BELL.size, message.index, message.arena, message.token, message.side, 0
             )
-        case Ring():
-            return _BELL.pack(
-                Kind.RING, _BELL.size, message.index, message.arena, 0, message.side, 0
-            )
+        case Hear() | Ring():
+            kind = Kind.HEAR if isinstance(message, Hear) else Kind.RING
+            return _BELL.pack(kind, _BELL.size, message.index, message.arena, 0, message.side, 0)
         case Release():
             return _RELEASE.pack(
                 Kind.RELEASE,
@@ -343,7 +352,7 @@ def _unpack(kind: int, data: bytes) -> Message:
             return Refuse(*_REFUSE.unpack(data)[2:5])
         case _:
             _, _, index, arena, _, side, _ = _BELL.unpack(data)
-            return Ring(index, arena, side)
+            return Hear(index, arena, side) if kind == Kind.HEAR else Ring(index, arena, side)
 
 
 def _build(raw: bytes) -> str:
