@@ -161,6 +161,8 @@ class Bed:
     """Container to network, where it isn't `NETWORK`."""
     loopback: bool = False
     """The first container's loopback addresses count as its own on the network."""
+    guard: bool = True
+    """Whether the router's sockets refuse descriptors, if the kernel can."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -226,6 +228,7 @@ class Bed:
             f"--socket={self.shared / ROUTER}",
             f"--control={self.folder / 'control.sock'}",
             "--watch-stdin",
+            *([] if self.guard else ["--no-guard"]),
         ]
 
     def start_router(self) -> None:
@@ -298,11 +301,13 @@ def bed(
     networks: Mapping[str, str] | None = None,
     loopback: bool = False,
     router: bool = True,
+    guard: bool = True,
 ) -> Iterator[Bed]:
     """Containers of these names, and a router that knows them.
 
     `vips`: address to names of containers, or to addresses of tasks on other hosts. `networks`: containers that aren't on the
     common network, and what network they are on. `router=False`: nobody listens, until `start_router`.
+    `guard=False`: as on kernels before Linux 6.16, on which a socket can't refuse descriptors.
     """
     folder = Path(tempfile.mkdtemp(prefix="freeflow-bed-"))
     shared = folder / "shared"
@@ -320,6 +325,7 @@ def bed(
         settings or Settings(),
         dict(networks or {}),
         loopback,
+        guard,
     )
     bridge = new_namespace()
     try:

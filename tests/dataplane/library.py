@@ -40,6 +40,10 @@ class Library:
     connection: socket.socket
     numbers: int = 0
     asked: dict[int, wire.Ask] = field(default_factory=dict)
+    hearing: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Arena and own side to what hears bell 0."""
+    ringing: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Arena and other side to what rings its bell 0."""
 
     @classmethod
     def connect(cls, path: Path, namespace: int | Path | None, *, hello: bool = True) -> Library:
@@ -67,12 +71,31 @@ class Library:
 
     def hear(self, kind: type[M]) -> tuple[M, int | None]:
         """The next message, which must be of this kind, and the descriptor that came with it."""
+        while True:
+            message, descriptors = self.hear_all()
+            if isinstance(message, wire.Grant) and len(descriptors) > 1:
+                self.hearing[message.arena, message.side] = descriptors.pop()
+            if isinstance(message, wire.Ring) and kind is not wire.Ring and not message.index:
+                # What rings bell 0 comes unasked.
+                self.ringing[message.arena, message.side] = descriptors[0]
+                continue
+            assert isinstance(message, kind), message
+            assert len(descriptors) <= 1
+            return message, descriptors[0] if descriptors else None
+
+    def hear_all(self) -> tuple[wire.Message, list[int]]:
+        """The next message, and the descriptors that came with it."""
         data, descriptors, _, _ = socket.recv_fds(self.connection, 256, 4)
         assert data, "the router has closed the connection"
-        message = wire.unpack(data)
-        assert isinstance(message, kind), message
-        assert len(descriptors) <= 1
-        return message, descriptors[0] if descriptors else None
+        return wire.unpack(data), descriptors
+
+    def rings(self, arena: int, side: int) -> int:
+        """What rings bell 0 of the other side, `side`."""
+        while (arena, side) not in self.ringing:
+            message, descriptors = self.hear_all()
+            assert isinstance(message, wire.Ring), message
+            self.ringing[message.arena, message.side] = descriptors[0]
+        return self.ringing[arena, side]
 
     def ask(self, tcp: socket.socket, **changes: object) -> int:
         """Ask for a connection; its number."""

@@ -80,6 +80,7 @@ struct relayed {
         uint64_t id, token; /* 0: free */
         uint32_t process;
         int memory, bell, given; /* the relay's bell, and the end of it that processes get */
+        bool rung;               /* its process has bell 0 and what rings the relay's */
         unsigned char *base;
         uint32_t ring;
         int bells[BELLS]; /* 1 + descriptor */
@@ -280,12 +281,14 @@ static void drop_arena(uint32_t number)
 
 /* --- the protocol */
 
-static void say(uint32_t process, const void *message, size_t size, int fd)
+static void say(uint32_t process, const void *message, size_t size, int fd, int more)
 {
         union {
                 struct cmsghdr header;
-                char room[CMSG_SPACE(sizeof(int))];
+                char room[CMSG_SPACE(2 * sizeof(int))];
         } control;
+        int fds[2] = {fd, more};
+        size_t bytes = more < 0 ? sizeof fd : sizeof fds;
         struct iovec vec = {(void *)(uintptr_t)message, size};
         struct msghdr header = {.msg_iov = &vec, .msg_iovlen = 1};
 
@@ -293,10 +296,10 @@ static void say(uint32_t process, const void *message, size_t size, int fd)
                 memset(&control, 0, sizeof control);
                 control.header.cmsg_level = SOL_SOCKET;
                 control.header.cmsg_type = SCM_RIGHTS;
-                control.header.cmsg_len = CMSG_LEN(sizeof fd);
-                memcpy(CMSG_DATA(&control.header), &fd, sizeof fd);
+                control.header.cmsg_len = CMSG_LEN(bytes);
+                memcpy(CMSG_DATA(&control.header), fds, bytes);
                 header.msg_control = &control;
-                header.msg_controllen = sizeof control.room;
+                header.msg_controllen = CMSG_SPACE(bytes);
         }
         /* Who doesn't listen hears nothing. */
         sendmsg(processes[process].fd, &header, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -313,7 +316,22 @@ static void welcome(uint32_t process)
                                   .spin = 50,
                                   .ring_limit = RING_SIZE};
 
-        say(process, &message, sizeof message, -1);
+        say(process, &message, sizeof message, -1, -1);
+}
+
+/* Make a bell of side 0; what hears it. */
+static int new_bell(struct relayed *arena, uint32_t index)
+{
+        int pair[2];
+
+        check(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) == 0, "bell");
+        if (arena->bells[index])
+                close(arena->bells[index] - 1);
+        arena->bells[index] = pair[1] + 1;
+        if (!set_to(BLIND))
+                atomic_fetch_or(&((struct arena *)(void *)arena->base)->sides[0].known[index / 64],
+                                UINT64_C(1) << index % 64);
+        return pair[0];
 }
 
 static void give(struct connection *connection, int number, uint32_t process, const struct ask *ask)
@@ -322,6 +340,8 @@ static void give(struct connection *connection, int number, uint32_t process, co
         uint32_t wanted = processes[process].arena;
         struct relayed *arena;
         struct grant grant = {.message = {GRANT, sizeof grant}};
+        struct bell ring = {.message = {RING, sizeof ring}, .side = 1};
+        int hears;
 
         if (!wanted || arenas[wanted - 1].retired || !arenas[wanted - 1].free)
                 wanted = processes[process].arena = make_arena(process) + 1;
@@ -342,7 +362,16 @@ static void give(struct connection *connection, int number, uint32_t process, co
         grant.incarnation = end->incarnation;
         grant.token = arena->token;
         grant.slot = end->slot;
-        say(process, &grant, sizeof grant, arena->memory);
+        if (arena->rung) {
+                say(process, &grant, sizeof grant, arena->memory, -1);
+                return;
+        }
+        arena->rung = true;
+        hears = new_bell(arena, 0);
+        say(process, &grant, sizeof grant, arena->memory, hears);
+        close(hears);
+        ring.arena = arena->id;
+        say(process, &ring, sizeof ring, arena->given, -1);
 }
 
 static void ask(uint32_t process, const struct ask *message)
@@ -384,22 +413,17 @@ static struct relayed *arena_named(uint64_t id, uint64_t token)
         return NULL;
 }
 
-static void keep_bell(const struct bell *message, int fd)
+static void make_bell(uint32_t process, const struct bell *message)
 {
         struct relayed *arena = arena_named(message->arena, message->token);
+        struct bell answer = *message;
+        int hears = arena && message->index < BELLS ? new_bell(arena, message->index) : -1;
 
-        if (!arena || message->index >= BELLS) {
-                close(fd);
-                return;
-        }
-        if (arena->bells[message->index])
-                close(arena->bells[message->index] - 1);
-        arena->bells[message->index] = fd + 1;
-        if (!set_to(BLIND))
-                atomic_fetch_or(&((struct arena *)(void *)arena->base)->sides[0].known[message->index / 64],
-                                UINT64_C(1) << message->index % 64);
-        /* It may have been wanted before it was there. */
-        send(fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+        answer.message.kind = HEAR;
+        answer.token = 0;
+        say(process, &answer, sizeof answer, hears, -1);
+        if (hears >= 0)
+                close(hears);
 }
 
 static void fetch(uint32_t process, const struct bell *message)
@@ -409,7 +433,7 @@ static void fetch(uint32_t process, const struct bell *message)
 
         answer.message.kind = RING;
         answer.token = 0;
-        say(process, &answer, sizeof answer, arena && message->index == 0 ? arena->given : -1);
+        say(process, &answer, sizeof answer, arena && message->index == 0 ? arena->given : -1, -1);
 }
 
 static void release_end(struct end *end)
@@ -467,10 +491,6 @@ static void gone(uint32_t process)
 static void hear(uint32_t process)
 {
         union {
-                struct cmsghdr header;
-                char room[CMSG_SPACE(sizeof(int))];
-        } control;
-        union {
                 struct message message;
                 struct ask ask;
                 struct bell bell;
@@ -478,10 +498,8 @@ static void hear(uint32_t process)
                 char bytes[512];
         } buffer;
         struct iovec vec = {&buffer, sizeof buffer};
-        struct msghdr header = {
-            .msg_iov = &vec, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
-        int fd = -1;
-        ssize_t got = recvmsg(processes[process].fd, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        struct msghdr header = {.msg_iov = &vec, .msg_iovlen = 1};
+        ssize_t got = recvmsg(processes[process].fd, &header, MSG_DONTWAIT);
 
         if (got < 0 && errno == EAGAIN)
                 return;
@@ -490,8 +508,6 @@ static void hear(uint32_t process)
                 return;
         }
         check(!(header.msg_flags & MSG_CTRUNC), "a descriptor");
-        if (CMSG_FIRSTHDR(&header))
-                memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&header)), sizeof fd);
         switch (buffer.message.kind) {
         case HELLO:
                 welcome(process);
@@ -500,7 +516,7 @@ static void hear(uint32_t process)
                 ask(process, &buffer.ask);
                 break;
         case BELL:
-                keep_bell(&buffer.bell, fd);
+                make_bell(process, &buffer.bell);
                 break;
         case FETCH:
                 fetch(process, &buffer.bell);

@@ -36,6 +36,7 @@ from tests.relay.client import (
     relays,
     result,
 )
+from tests.security.lingering import filled, lingering, send
 
 WORDS = {
     "tail": (0, 8),
@@ -64,6 +65,52 @@ def ring_it(end: End) -> None:
     os.pwrite(end.memory, struct.pack("=Q", (1 << 64) - 1), 64 + 2112 + 64)
     assert end.rings_relay is not None
     end.rings_relay.send(b"x")
+
+
+def test_a_bell_that_is_kept_full(binary: Path, end: Path) -> None:
+    """A process that fills the relay's bell faster than it can be emptied keeps it from nobody else's connection."""
+    with relays(binary) as (a, b):
+        link(a, b)
+        good, well = connect(a, b)
+        bad, _ = connect(a, b)
+        assert bad.rings_relay is not None
+        before = a.counts()["calls"]
+        with filled(bad.rings_relay):
+            options = ("send=300000", "message=3000", "pace=200")
+            first = good.popen(end, *options, "seed=1", "peer_seed=2")
+            second = well.popen(end, *options, "seed=2", "peer_seed=1")
+            assert result(first)["received"] == result(second)["received"] == 300_000
+            # Those of the honest connection.
+            assert a.counts()["calls"] - before < 20_000
+
+
+def test_a_bell_with_a_descriptor_in_it(binary: Path, end: Path) -> None:
+    """A descriptor whose close waits doesn't stop the relay: neither in a bell that rings, nor in one that is closed."""
+    namespace = os.open("/proc/self/ns/net", os.O_RDONLY)
+    with relays(binary) as (a, b):
+        link(a, b)
+        good, well = connect(a, b)
+        for closes in (False, True):
+            bad, victim = connect(a, b)
+            poison = lingering(namespace)
+            try:
+                assert bad.rings_relay is not None
+                assert send(bad.rings_relay, b"x", poison.closes.fileno())
+                poison.let_go(sent=True)
+                if not closes:
+                    ring_it(bad)
+                    time.sleep(0.1)
+                drop(bad)
+                drop(victim)
+                a.raw(ARENA.pack(KINDS["DISCARD"], ARENA.size, 0, bad.arena))
+                assert a.counts()["connections"] == 1
+            finally:
+                poison.close()
+        options = ("send=300000", "message=3000", "pace=200")
+        first = good.popen(end, *options, "seed=1", "peer_seed=2")
+        second = well.popen(end, *options, "seed=2", "peer_seed=1")
+        assert result(first)["received"] == result(second)["received"] == 300_000
+    os.close(namespace)
 
 
 @pytest.mark.parametrize("seed", range(3))

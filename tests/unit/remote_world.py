@@ -334,7 +334,7 @@ class Host:
         for container in CONTAINERS:
             process = self.processes[container] = next(numbers)
             assert self.pairing.connected(process, self.namespace(container), 4000 + process)
-            self.pairing.hello(process, wire.Hello(1, layout.VERSION, "ab"))
+            self.pairing.hello(process, wire.Hello(wire.PROTOCOL_VERSION, layout.VERSION, "ab"))
         self.remotes.device("")
 
     def tell_relay(
@@ -643,7 +643,7 @@ class World:
         host.pairing.gone(host.processes[container])
         host.processes[container] = process = max(host.processes.values()) + 100
         assert host.pairing.connected(process, host.namespace(container), process)
-        host.pairing.hello(process, wire.Hello(1, layout.VERSION, "ab"))
+        host.pairing.hello(process, wire.Hello(wire.PROTOCOL_VERSION, layout.VERSION, "ab"))
 
     # --- what can be seen
 

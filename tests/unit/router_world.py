@@ -35,10 +35,10 @@ class FakePost:
     sent: dict[int, list[tuple[Answer, int | None]]] = field(default_factory=dict)
     full: set[int] = field(default_factory=set)
 
-    def send(self, process: int, answer: Answer, descriptor: int | None = None) -> bool:
+    def send(self, process: int, answer: Answer, *descriptors: int) -> bool:
         if process in self.full:
             return False
-        self.sent.setdefault(process, []).append((answer, descriptor))
+        self.sent.setdefault(process, []).append((answer, descriptors[0] if descriptors else None))
         return True
 
 
@@ -73,6 +73,7 @@ class FakeMemory:
     """Arenas are numbers from 1000 on, bells what tests say; what is closed twice or never shows."""
 
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1000))
+    bell_numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(50_000))
     arenas: set[int] = field(default_factory=set)
     prepared: list[tuple[int, int, int]] = field(default_factory=list)
     reclaimed: list[tuple[int, int]] = field(default_factory=list)
@@ -82,6 +83,8 @@ class FakeMemory:
     finished: list[tuple[int, int]] = field(default_factory=list)
     alarmed: list[int] = field(default_factory=list)
     rung: list[int] = field(default_factory=list)
+    handed: set[int] = field(default_factory=set)
+    """Hearing ends that the router has closed."""
     weight: int = 12288
     refuses: bool = False
 
@@ -118,12 +121,13 @@ class FakeMemory:
         self.alarmed.append(memory)
 
     def make_bell(self) -> tuple[int, int]:
-        number = next(self.numbers)
+        number = next(self.bell_numbers)
         self.bells.add(number)
         return -number, number
 
     def close_hearing(self, descriptor: int) -> None:
         assert -descriptor in self.bells
+        self.handed.add(descriptor)
 
     def ring(self, descriptor: int) -> None:
         assert descriptor in self.bells
@@ -201,7 +205,7 @@ class World:
         number = next(self._processes)
         assert self.pairing.connected(number, namespace, 4000 + number)
         if hello:
-            self.pairing.hello(number, wire.Hello(1, layout.VERSION, "ab"))
+            self.pairing.hello(number, wire.Hello(wire.PROTOCOL_VERSION, layout.VERSION, "ab"))
         return number
 
     def socket(self, namespace: int, local: str, remote: str) -> int:

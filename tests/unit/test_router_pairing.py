@@ -10,7 +10,7 @@ from dataplane.errors import DataplaneError, WrongMessage
 from dataplane.router import layout, wire
 from dataplane.router.agenda import Agenda
 from dataplane.router.knowledge import Knowledge
-from dataplane.router.pairing import ASK_AGE, EARLY, FETCH_PATIENCE, NOTES, SLOT_AGE
+from dataplane.router.pairing import ASK_AGE, EARLY, NOTES, SLOT_AGE
 from dataplane.router.reasons import Reason
 from tests.unit.router_world import AWAY, VIP, World, at, facts, knowledge
 
@@ -87,12 +87,16 @@ def test_new_settings_reach_processes(world: World) -> None:
     assert found == [(True, 4), (True, 9), (False, 4)]
 
 
-@pytest.mark.parametrize("hello", [wire.Hello(2, layout.VERSION), wire.Hello(1, 99)])
-def test_other_versions(world: World, hello: wire.Hello) -> None:
-    """A library of another version is no client: it stays on TCP."""
-    process = world.process(1, hello=False)
-    with pytest.raises(WrongMessage, match="version"):
-        world.pairing.hello(process, hello)
+@pytest.mark.parametrize("hello", [wire.Hello(1, layout.VERSION), wire.Hello(2, 99)])
+def test_another_version(world: World, hello: wire.Hello) -> None:
+    """A library of another version is told to stay on TCP, whatever is set later, and its asks are refused at once."""
+    assert world.pairing.connected(300, 1, 1)
+    world.pairing.hello(300, hello)
+    world.pairing.learn(world.pairing.knowledge)
+    ((welcome, _),) = world.heard(300, wire.Welcome)
+    assert (welcome.version, welcome.enabled) == (wire.PROTOCOL_VERSION, False)
+    world.open_and_ask(300, "10.0.4.1:5000", "10.0.4.2:80")
+    assert world.refusals(300) == [Reason.OFF]
 
 
 def test_order_of_messages(world: World) -> None:
@@ -101,7 +105,7 @@ def test_order_of_messages(world: World) -> None:
     with pytest.raises(WrongMessage, match="before HELLO"):
         world.ask(process, 1, "10.0.4.1:5000", "10.0.4.2:80")
     with pytest.raises(WrongMessage, match="second HELLO"):
-        world.pairing.hello(world.process(1), wire.Hello(1, layout.VERSION))
+        world.pairing.hello(world.process(1), wire.Hello(wire.PROTOCOL_VERSION, layout.VERSION))
 
 
 def test_rules_of_several_networks() -> None:
@@ -572,58 +576,67 @@ def ring(world: World, process: int) -> list[tuple[int, int | None]]:
     return [(each.index, descriptor) for each, descriptor in world.heard(process, wire.Ring)]
 
 
-def test_bells(world: World) -> None:
-    """A bell of one side is handed to the other, as often as it is fetched, and closed with the arena."""
+def hear(world: World, process: int) -> list[tuple[int, int | None]]:
+    return [(each.index, descriptor) for each, descriptor in world.heard(process, wire.Hear)]
+
+
+def test_bell_0(world: World) -> None:
+    """The first grant of an arena brings bell 0 of either side, and nobody can ring one before the router has closed what hears."""
     a, b, one, other = the_pair(world)
-    world.memory.bells = {501}
-    assert world.pairing.bell(a, wire.Bell(3, one.arena, one.token, one.side), 501)
+    (first,), (second,) = ring(world, a), ring(world, b)
+    assert {first[1], second[1]} == world.memory.bells
+    assert {-each for each in world.memory.bells} == world.memory.handed
+    for process in (a, b):
+        kinds = [type(message) for message, _ in world.post.sent[process]]
+        assert kinds.index(wire.Grant) < kinds.index(wire.Ring)
+    assert one.arena == other.arena
+
+
+def test_bells(world: World) -> None:
+    """A bell is made for one side; the other has it rung and gets it, as often as it asks; it is closed with the arena."""
+    a, b, one, other = the_pair(world)
+    world.pairing.bell(a, wire.Bell(3, one.arena, one.token, one.side))
+    ((index, hears),) = hear(world, a)
+    assert index == 3
+    assert hears is not None
+    assert hears in world.memory.handed
     fetch = wire.Fetch(3, other.arena, other.token, one.side)
     world.pairing.fetch(b, fetch)
     world.pairing.fetch(b, fetch)
-    assert ring(world, b) == [(3, 501), (3, 501)]
+    assert ring(world, b)[1:] == [(3, -hears)] * 2
+    assert world.memory.rung == [-hears] * 2
     world.pairing.gone(a)
     world.pairing.gone(b)
     assert not world.memory.bells
 
 
-def test_a_bell_that_comes_late(world: World) -> None:
-    """FETCH waits a little for a BELL that is under way on another socket."""
-    a, b, one, other = the_pair(world)
-    world.pairing.fetch(b, wire.Fetch(3, other.arena, other.token, one.side))
-    assert world.pairing.impatient
-    world.memory.bells = {501}
-    world.pairing.bell(a, wire.Bell(3, one.arena, one.token, one.side), 501)
-    assert ring(world, b) == [(3, 501)]
-    assert not world.pairing.impatient
-
-
-def test_a_bell_that_never_comes(world: World) -> None:
-    """A FETCH for an unknown bell is answered without one after a while; at once if the arena is unknown."""
-    _, b, one, other = the_pair(world)
-    world.pairing.fetch(b, wire.Fetch(3, other.arena, other.token, one.side))
-    world.pairing.answer_fetches()
-    assert ring(world, b) == []
-    world.now += FETCH_PATIENCE
-    world.pairing.answer_fetches()
-    assert ring(world, b) == [(3, None)]
+def test_an_unknown_bell(world: World) -> None:
+    """Who asks for a bell that isn't there hears so at once; so does who wants one of an arena that isn't there."""
+    a, b, _, other = the_pair(world)
+    world.pairing.fetch(b, wire.Fetch(3, other.arena, other.token, 1 - other.side))
     world.pairing.fetch(b, wire.Fetch(4, 99, 1, 0))
-    assert ring(world, b)[1:] == [(4, None)]
-    assert not world.pairing.impatient
+    assert ring(world, b)[1:] == [(3, None), (4, None)]
+    world.pairing.bell(a, wire.Bell(5, 99, 1, 0))
+    assert hear(world, a) == [(5, None)]
 
 
 def test_a_bell_is_replaced(world: World) -> None:
-    """A side may give a bell's index to another waiter; the old one is closed."""
+    """A side may ask for a bell of an index again; the old one is closed."""
     a, _, one, _ = the_pair(world)
-    world.memory.bells = {501, 502}
-    for descriptor in (501, 502):
-        world.pairing.bell(a, wire.Bell(3, one.arena, one.token, one.side), descriptor)
-    assert world.memory.bells == {502}
-    assert world.pairing.containers[1].bells == 1
+    before = set(world.memory.bells)
+    for _ in range(2):
+        world.pairing.bell(a, wire.Bell(3, one.arena, one.token, one.side))
+    (_, first), (_, second) = hear(world, a)
+    assert first is not None
+    assert second is not None
+    assert world.memory.bells == before | {-second}
+    assert world.pairing.containers[1].bells == 2
 
 
 def test_nobody_rings_for_another(world: World) -> None:
     """BELL and FETCH need the side's token, the right side, and an index that there is."""
     a, b, one, other = the_pair(world)
+    heard = len(world.heard(b, wire.Ring))
     wrong: list[tuple[int, wire.Bell]] = [
         (a, wire.Bell(layout.BELLS, one.arena, one.token, one.side)),
         (a, wire.Bell(0, one.arena, one.token, other.side)),
@@ -632,7 +645,7 @@ def test_nobody_rings_for_another(world: World) -> None:
     ]
     for process, bell in wrong:
         with pytest.raises(WrongMessage):
-            world.pairing.bell(process, bell, 501)
+            world.pairing.bell(process, bell)
     for fetch in (
         wire.Fetch(layout.BELLS, one.arena, one.token, other.side),
         wire.Fetch(0, one.arena, one.token, one.side),
@@ -641,17 +654,7 @@ def test_nobody_rings_for_another(world: World) -> None:
     ):
         with pytest.raises(WrongMessage):
             world.pairing.fetch(a, fetch)
-    assert not world.heard(b, wire.Ring)
-
-
-def test_a_fetch_ends_with_its_process(world: World) -> None:
-    """Nobody answers a process that has ended."""
-    a, b, one, other = the_pair(world)
-    world.pairing.fetch(b, wire.Fetch(3, other.arena, other.token, one.side))
-    world.pairing.gone(b)
-    assert not world.pairing.impatient
-    world.pairing.bell(a, wire.Bell(3, one.arena, one.token, one.side), 501)
-    assert not ring(world, b)
+    assert len(world.heard(b, wire.Ring)) == heard
 
 
 # --- limits
@@ -692,18 +695,65 @@ def test_limit_of_waiting_asks() -> None:
 def test_limit_of_memory() -> None:
     """Shared memory that is really used counts, for both containers, and goes back when it is freed."""
     world = World(Limits(memory=20_000))
-    a, b, c = world.process(1), world.process(2), world.process(3)
+    a, b, c, d = (world.process(each) for each in (1, 2, 3, 4))
     world.connect(a, b, 5000)
-    world.memory.weight = 20_000
+    world.connect(a, d, 5001)
+    world.memory.weight = 10_000
     world.pairing.weigh()
-    assert [world.pairing.containers[n].memory for n in (1, 2)] == [20_000, 20_000]
-    world.connect(a, c, 5001)
-    assert world.refusals(a) == [Reason.LIMIT]
+    assert [world.pairing.containers[n].holds(20_000) for n in (1, 2, 4)] == [
+        20_000,
+        10_000,
+        10_000,
+    ]
+    world.connect(a, c, 5002)
+    # Both ends are told.
+    assert world.refusals(a) == world.refusals(c) == [Reason.LIMIT]
     world.pairing.gone(b)
-    world.release(a, world.grants(a)[0])
-    assert world.pairing.containers[1].memory == 0
+    world.pairing.gone(d)
+    for grant in world.grants(a):
+        world.release(a, grant)
+    assert world.pairing.containers[1].holds(20_000) == 0
+    world.connect(a, c, 5003)
+    assert len(world.grants(c)) == 1
+
+
+def test_share_of_memory() -> None:
+    """What two containers share counts half of the limit at most for others; then these two share no more."""
+    world = World(Limits(memory=20_000))
+    a, b, c = (world.process(each) for each in (1, 2, 3))
+    world.connect(a, b, 5000)
+    world.memory.weight = 10_000_000
+    world.pairing.weigh()
+    world.connect(a, b, 5001)
+    assert world.refusals(a) == world.refusals(b) == [Reason.LIMIT]
+    world.memory.weight = 4096
     world.connect(a, c, 5002)
     assert len(world.grants(c)) == 1
+
+
+def test_memory_of_slots_in_use() -> None:
+    """What somebody writes into slots that carry no connection isn't billed to the other side."""
+    world = World()
+    a, b = world.process(1), world.process(2)
+    world.connect(a, b, 5000)
+    world.memory.weight = layout.ARENA_SIZE
+    world.pairing.weigh()
+    most = layout.BULK_OFFSET + 2 * layout.RING_SIZE
+    assert [world.pairing.containers[n].holds(1 << 30) for n in (1, 2)] == [most, most]
+
+
+def test_agendas_are_bounded() -> None:
+    """A process that asks for one connection again and again, or opens and releases, leaves nothing behind."""
+    world = World(Limits(asks=1 << 20))
+    a, b = world.process(1), world.process(2)
+    for _ in range(1000):
+        world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
+    assert len(world.pairing._sweep_asks) < 100
+    for _ in range(300):
+        world.connect(a, b, 5001)
+        world.release(a, world.grants(a)[-1])
+        world.release(b, world.grants(b)[-1])
+    assert len(world.pairing._sweep_slots) < 100
 
 
 def test_limit_of_asks_per_second() -> None:
@@ -729,12 +779,17 @@ def test_limit_of_processes() -> None:
 
 
 def test_limit_of_bells() -> None:
-    """A bell over the limit isn't kept: its descriptor stays the caller's."""
-    world = World(Limits(bells=1))
+    """A bell over the limit isn't made, and its process hears that; connections do without."""
+    world = World(Limits(bells=2))
     a, _, one, _ = the_pair(world)
-    world.memory.bells = {501}
-    assert world.pairing.bell(a, wire.Bell(0, one.arena, one.token, one.side), 501)
-    assert not world.pairing.bell(a, wire.Bell(1, one.arena, one.token, one.side), 502)
+    world.pairing.bell(a, wire.Bell(1, one.arena, one.token, one.side))
+    world.pairing.bell(a, wire.Bell(2, one.arena, one.token, one.side))
+    (made, none) = hear(world, a)
+    assert made[1] is not None
+    assert none == (2, None)
+    world = World(Limits(bells=0))
+    a, _, one, _ = the_pair(world)
+    assert not world.memory.bells
 
 
 def test_notes_are_bounded(world: World) -> None:

@@ -42,6 +42,26 @@ def test_it_is_started_again() -> None:
     assert process.pid is None
 
 
+def test_one_that_does_not_answer() -> None:
+    """A router that is stopped, or waits for ever, is killed and followed by another; one that answers isn't."""
+    stuck = threading.Event()
+    process = RouterProcess(SLEEPER, lambda: None, answers=lambda: not stuck.is_set(), pause=0.01)
+    process.start()
+    try:
+        _until(lambda: process.pid is not None)
+        time.sleep(0.3)
+        first = process.pid
+        assert process.starts == 1
+        assert first is not None
+        kill(first, signal.SIGSTOP)
+        stuck.set()
+        _until(lambda: process.starts == 2)
+        stuck.clear()
+        _until(lambda: process.pid not in (None, first))
+    finally:
+        process.stop()
+
+
 def test_one_that_never_lasts_is_not_started_all_the_time() -> None:
     """Starts that fail at once become rarer."""
     process = RouterProcess([sys.executable, "-c", "raise SystemExit(1)"], lambda: None)

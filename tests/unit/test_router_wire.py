@@ -63,6 +63,10 @@ EXAMPLES: Final[list[tuple[wire.Message, str]]] = [
         f"struct bell m = {{.message = {{RING, sizeof m}}, .index = {N32}, .arena = {N64}u, .side = 1}}",
     ),
     (
+        wire.Hear(N32, N64, 1),
+        f"struct bell m = {{.message = {{HEAR, sizeof m}}, .index = {N32}, .arena = {N64}u, .side = 1}}",
+    ),
+    (
         wire.Release(63, N64, M64, K64),
         f"struct release m = {{.message = {{RELEASE, sizeof m}}, .slot = 63, .arena = {N64}u, .incarnation = {M64}u, "
         f".token = {K64}u}}",
