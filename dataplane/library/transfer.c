@@ -928,12 +928,21 @@ int transfer_unread(struct end *end, int queued)
 {
         enum taken taken = lock_take(&end->rx.lock, self());
         uint32_t phase = atomic_load(&end->rx.phase);
+        uint64_t before = UINT64_MAX; /* bytes of TCP that are still to come before those of the ring */
         int64_t ready = 0;
 
-        if (phase == PHASE_RING || (phase == PHASE_READY && ready_bytes(end))) {
+        if (phase == PHASE_READY || phase == PHASE_RING) {
                 struct view view = end_receives(end);
+                uint64_t start = atomic_load_explicit(&view.ring->start, memory_order_acquire);
+                uint64_t position = atomic_load_explicit(&end->rx.position, memory_order_relaxed);
 
-                ready = ring_ready(&end->rx, &view);
+                if (phase == PHASE_RING)
+                        before = 0;
+                else if (start)
+                        before = start - 1 > position ? start - 1 - position : 0;
+                /* As peek_now(): the ring's bytes can be read once all of those are there. */
+                if (queued >= 0 && before <= (uint64_t)queued)
+                        ready = ring_ready(&end->rx, &view);
         }
         lock_release(&end->rx.lock, taken);
         return queued + (ready > 0 ? (int)ready : 0);

@@ -580,6 +580,41 @@ static void ping_before(int listener)
         put_when_told(fd);
 }
 
+enum { UNREAD = 300 };
+
+/* Bytes come, over TCP and then through a ring, of which none is read. */
+static void peek_while_moving(int listener)
+{
+        int fd = accept(listener, NULL, NULL), unread = 0;
+        char bytes[UNREAD + 1];
+
+        CHECK(fd >= 0);
+        for (ssize_t got = 0; got < UNREAD; nap(1)) {
+                got = recv(fd, bytes, sizeof bytes, MSG_PEEK | MSG_DONTWAIT);
+                CHECK(got > 0 || errno == EAGAIN);
+                CHECK(ioctl(fd, FIONREAD, &unread) == 0);
+                CHECK(unread >= got);
+                put_all(fd, "k", 1);
+        }
+        put_all(fd, "x", 1);
+        get_pattern(fd, UNREAD);
+}
+
+static void put_while_moving(int listener)
+{
+        int fd = dial();
+        char byte = 0;
+
+        (void)listener;
+        for (int i = 0; i < UNREAD; i++) {
+                byte = (char)pattern((uint64_t)i);
+                put_all(fd, &byte, 1);
+                nap(1);
+        }
+        while (byte != 'x')
+                get_all(fd, &byte, 1);
+}
+
 struct raw_action {
         void (*handler)(int);
         unsigned long flags;
@@ -995,6 +1030,7 @@ int main(int count, char **arguments)
             {"send_oddly", receive_oddly, send_oddly, false},
             {"receive_nothing", receive_nothing, put_late, false},
             {"peek_all", peek_all, put_parts, false},
+            {"peek_while_moving", peek_while_moving, put_while_moving, true},
             {"peek_interrupted", peek_interrupted, put_six, false},
             {"refused_sources", refused_sources, get_inside, false},
             {"slow_files", slow_files, get_slow_files, false},
