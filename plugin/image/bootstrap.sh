@@ -43,6 +43,7 @@ apt() { APT_CONFIG="$downloads/apt.conf" apt-get -qq -y "$@"; }
 
 # Says every ten seconds how far WHAT is, until told to stop.
 watcher=
+isolated=
 watch() { # WHAT
     (
         seconds=0
@@ -68,10 +69,12 @@ apt install --download-only '?essential' '?priority(required)' $(echo "$packages
 unwatch
 
 watch "unpacking $suite"
-rm -rf "$temporary"
+rm -rf --one-file-system "$temporary"
+# In a mount namespace of its own: what it mounts in there (/proc, /sys) goes with it, also when it is killed.
+[ "$(id -u)" != 0 ] || isolated="unshare --mount"
 # Documentation and locales are no use here. mmdebstrap expands its hooks itself.
-# shellcheck disable=SC2016
-TMPDIR=$downloads mmdebstrap --quiet --variant=minbase --include="$packages" \
+# shellcheck disable=SC2016,SC2086
+TMPDIR=$downloads $isolated mmdebstrap --quiet --variant=minbase --include="$packages" \
     --aptopt='Acquire::Check-Valid-Until "false"' \
     --aptopt='APT::Install-Recommends "false"' \
     --dpkgopt='path-exclude=/usr/share/doc/*' \
@@ -84,4 +87,4 @@ TMPDIR=$downloads mmdebstrap --quiet --variant=minbase --include="$packages" \
     "$@" "$suite" "$temporary" "$mirror"
 unwatch
 mv "$temporary" "$target"
-rm -rf "$downloads"
+rm -rf --one-file-system "$downloads"
