@@ -1000,6 +1000,8 @@ static void run_worker(void)
         }
         count = start_threads(threads, tasks, random);
         watch(threads, tasks, count, random);
+        free(threads);
+        free(tasks);
         if (running.mode & MODE_FORK) {
                 if (!second)
                         exit(0);
