@@ -7,8 +7,8 @@
 #include <sys/socket.h>
 
 enum {
-        PACE = 5,     /* times raw_near for each question, which takes a tenth of it */
-        SAVED = 1024, /* questions that a thread may ask at once, if it has asked none for long */
+        PACE = 25,   /* times raw_near for each question, which takes a quarter of it */
+        SAVED = 256, /* questions that a thread may ask at once, if it has asked none for long */
 };
 
 __thread struct identity_last identity_last __attribute__((tls_model("initial-exec")));

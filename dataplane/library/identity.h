@@ -5,7 +5,7 @@
  * The kernel is asked whenever something doesn't fit: an error that a connection doesn't have, a registration
  * that should be known. And before bytes or readiness of a ring are given to a descriptor: not if the same
  * thread did so for the same connection less than `raw_near` ago, since nobody closes and opens that fast,
- * and for 2 % of its time at most.
+ * and for 1 % of its time at most.
  */
 #ifndef FREEFLOW_IDENTITY_H
 #define FREEFLOW_IDENTITY_H

@@ -127,18 +127,27 @@ enum raw raw_look(int fd, struct end *end)
         return RAW_PAST;
 }
 
-enum raw raw_ask(int fd, struct end *end, uint64_t stamp)
+/* Whether the thread's share of time allows one more question. */
+static bool may_ask(uint64_t stamp)
 {
         uint64_t each = atomic_load_explicit(&pace, memory_order_relaxed);
-        enum raw found;
 
-        if ((int64_t)(raw_last.spent - stamp) > (int64_t)(each * (SAVED - 1))) {
-                atomic_store_explicit(&end->tx.clean, NOT_CLEAN, memory_order_relaxed);
-                return RAW_UNKNOWN;
-        }
+        if ((int64_t)(raw_last.spent - stamp) > (int64_t)(each * (SAVED - 1)))
+                return false;
         if ((int64_t)(raw_last.spent - stamp) < 0)
                 raw_last.spent = stamp;
         raw_last.spent += each;
+        return true;
+}
+
+enum raw raw_ask(int fd, struct end *end, uint64_t stamp)
+{
+        enum raw found;
+
+        if (!may_ask(stamp)) {
+                atomic_store_explicit(&end->tx.clean, NOT_CLEAN, memory_order_relaxed);
+                return RAW_UNKNOWN;
+        }
         learn_speed();
         found = raw_look(fd, end);
         if (found == RAW_UNKNOWN)
@@ -153,7 +162,7 @@ void raw_settle_last(void)
         enum taken taken;
 
         raw_last.end = NULL;
-        if (end_of(raw_last.fd, &key) != end)
+        if (end_of(raw_last.fd, &key) != end || !may_ask(clock_stamp()))
                 return;
         taken = lock_take(&end->tx.lock, self());
         if (taken == LOCK_TAKEN && end_is(end, key) &&

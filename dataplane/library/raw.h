@@ -43,7 +43,7 @@ bool raw_begin(int fd, struct end *end);
 /* Under the sender's lock; what is found clean is said to the peer. */
 enum raw raw_look(int fd, struct end *end);
 enum raw raw_ask(int fd, struct end *end, uint64_t stamp);
-/* The thread is about to sleep: look after what it has put without asking. */
+/* The thread is about to sleep: look after what it has put without asking, if its share of time allows. */
 void raw_settle_last(void);
 /* A receiver is about to sleep. False: there is something on TCP. */
 bool raw_tcp_is_empty(int fd, struct end *end);
