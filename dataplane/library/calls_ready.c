@@ -52,7 +52,7 @@ CALL int epoll_ctl(int epfd, int operation, int fd, struct epoll_event *event)
         uint64_t key;
         struct end *end = operation == EPOLL_CTL_ADD ? end_of(fd, &key) : NULL;
 
-        if (end && atomic_load(&end->stage) == STAGE_ATTACHED && !upgrade_is_behind(fd, end))
+        if (end && atomic_load(&end->stage) == STAGE_ATTACHED && !identity_holds(fd, end))
                 identity_lost(fd);
         return poller_control(epfd, operation, fd, event);
 }

@@ -302,7 +302,8 @@ static long read_file(const struct operation *o, unsigned char *place, size_t si
                 memcpy(place, o->ahead + (at - o->ahead_at), size);
                 return (long)size;
         }
-        got = sys_6(SYS_preadv2, o->other, &vec, 1, at, 0, RWF_NOWAIT);
+        /* -1 would mean the file's own place, and take bytes of a pipe. */
+        got = at < 0 ? -ESPIPE : sys_6(SYS_preadv2, o->other, &vec, 1, at, 0, RWF_NOWAIT);
         return got < 0 ? -ENODATA : got;
 }
 
@@ -373,6 +374,16 @@ static long put_behind(struct operation *o, struct end *end, const struct view *
         return (long)put;
 }
 
+/* A source that couldn't be read. What the kernel says of the two, if it refuses: a pipe and a socket can't
+ * seek. Reading at an offset has taken nothing of those. */
+static long refusal(struct operation *o, long error)
+{
+        long refused = o->call == CALL_SENDFILE ? sys_4(SYS_sendfile, o->fd, o->other, o->offset, 0) : 0;
+
+        o->refused = refused < 0;
+        return refused < 0 ? refused : error;
+}
+
 /* Put what fits, up to PIECE. Returns bytes put, 0 if there is no room, or -errno; `*out`: the source has no
  * more. */
 static long put_piece(struct operation *o, struct end *end, const struct view *view, struct cursor *cursor,
@@ -386,19 +397,13 @@ static long put_piece(struct operation *o, struct end *end, const struct view *v
 
         if (atomic_load_explicit(&flow->reserved, memory_order_relaxed))
                 return put_behind(o, end, view, cursor, left);
-        /* What the kernel says of the two: a source that can't seek, as a pipe or a socket, it refuses. */
-        if (o->call == CALL_SENDFILE && !done) {
-                long refused = sys_4(SYS_sendfile, o->fd, o->other, o->offset, 0);
-
-                o->refused = refused < 0;
-                if (refused < 0)
-                        return refused;
-        }
         do {
                 tail = atomic_load_explicit(&flow->edge, memory_order_relaxed);
                 space = ring_space(flow, view, left, ring_limit(view));
-                if (space <= 0)
-                        return space < 0 ? -EPROTO : 0;
+                if (space < 0)
+                        return -EPROTO;
+                if (!space)
+                        return done ? 0 : refusal(o, 0);
                 wanted = left < (size_t)space ? left : (size_t)space;
                 if (wanted > PIECE)
                         wanted = PIECE;
@@ -416,7 +421,7 @@ static long put_piece(struct operation *o, struct end *end, const struct view *v
                 if (got <= 0) {
                         if (!put && got < 0) {
                                 atomic_store_explicit(&flow->reserved, 0, memory_order_relaxed);
-                                return got;
+                                return done ? got : refusal(o, got);
                         }
                         /* What a pipe has now is enough; a file that ends has no more. */
                         *out = got != -ENODATA;
