@@ -2,10 +2,10 @@
  * replaced it by a system call that nobody stands in front of, or another process has that shares its
  * descriptors.
  *
- * The kernel is asked whenever something doesn't fit: an error that a connection doesn't have. And before bytes
- * or readiness of a ring are given to a descriptor, and before it is registered with epoll: not if the same
- * thread did so for the same connection less than `raw_near` ago, since nobody closes and opens that fast,
- * and for 1 % of its time at most.
+ * The kernel is asked whenever something doesn't fit: an error that a connection doesn't have. And before
+ * bytes or readiness of a ring are given to a descriptor, and before it is registered with epoll: not if the
+ * same thread did so for the same connection less than `raw_near` ago, since nobody closes and opens that
+ * fast, and for 1 % of its time at most.
  */
 #ifndef FREEFLOW_IDENTITY_H
 #define FREEFLOW_IDENTITY_H
