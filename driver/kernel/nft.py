@@ -6,6 +6,9 @@ is for namespaces in which only the host's root writes rules; for others there i
 The library opens its netlink socket in the calling thread's namespace when its context is made, and keeps it: a
 `Session` stays in the namespace where it was made, whichever thread uses it. Closing that socket makes the kernel wait
 for everything that was removed before (10 ms and more), so whoever changes rules often keeps a session.
+
+The library counts references to its data types without atomics, also to those that all contexts share: two threads in it at
+the same time, even with a context each, make it abort the process. So one thread at a time is in it, whatever the session.
 Interface: libnftables(3), libnftables-json(5); syntax: nft(8).
 """
 
@@ -27,6 +30,8 @@ _OUTPUT_JSON: Final = 1 << 4
 _OUTPUT_NUMERIC: Final = 0x3F << 5
 _OUTPUT_TERSE: Final = 1 << 11
 """Without the elements of named sets."""
+_one_at_a_time: Final = threading.RLock()
+"""Reentrant: the garbage collector may free a session in a thread that is between two calls."""
 
 
 @functools.cache
@@ -54,22 +59,21 @@ class Session:
 
     def __init__(self) -> None:
         self._library = _library()
-        self._context = self._library.nft_ctx_new(0)
-        if not self._context:
-            raise KernelError("nftables: no context; does the kernel have nf_tables?")
-        self._library.nft_ctx_buffer_output(self._context)
-        self._library.nft_ctx_buffer_error(self._context)
-        self._lock = threading.Lock()
-        self._free = weakref.finalize(self, self._library.nft_ctx_free, self._context)
+        with _one_at_a_time:
+            self._context = self._library.nft_ctx_new(0)
+            if not self._context:
+                raise KernelError("nftables: no context; does the kernel have nf_tables?")
+            self._library.nft_ctx_buffer_output(self._context)
+            self._library.nft_ctx_buffer_error(self._context)
+        self._free = weakref.finalize(self, _free, self._library, self._context)
 
     def close(self) -> None:
         """Free the context; not while another thread uses it."""
-        with self._lock:
-            self._free()
+        self._free()
 
     def _execute(self, commands: str, flags: int) -> str:
         library = self._library
-        with self._lock:
+        with _one_at_a_time:
             if not self._free.alive:
                 raise KernelError("nftables: the namespace was removed meanwhile; try again")
             library.nft_ctx_output_set_flags(self._context, flags)
@@ -104,6 +108,11 @@ class Session:
             return []
         objects: list[dict[str, Any]] = json.loads(text)["nftables"]
         return [item for item in objects if "metainfo" not in item]
+
+
+def _free(library: ctypes.CDLL, context: int) -> None:
+    with _one_at_a_time:
+        library.nft_ctx_free(context)
 
 
 def run(commands: str, netns: Path | int | None = None) -> None:

@@ -15,6 +15,7 @@ from dataplane.control import Rule, Settings
 from tests.dataplane.bed import Bed, bed
 from tests.dataplane.places import LIBRARY, PATIENCE, Places
 from tests.kernel.hosts import missing_tools
+from tests.patience import patience
 
 VIP: Final = "10.78.0.100"
 FORGETS: Final = 4
@@ -44,7 +45,7 @@ host, seconds = sys.argv[1], float(sys.argv[2])
 some = [socket.create_connection((host, 6600)) for _ in range(4)]
 def talk():
     for one in some:
-        one.settimeout(patience(20))
+        one.settimeout(float(sys.argv[3]))
         one.sendall(b"x")
         assert one.recv(1) == b"x"
 until = time.monotonic() + seconds
@@ -88,7 +89,7 @@ def test_busy_connections_to_a_vip(forgetful: Bed) -> None:
         assert each.stdout is not None
         assert each.stdout.readline() == "listens\n"
     client = forgetful.containers["client"].popen(
-        [sys.executable, "-c", CLIENT, VIP, str(TALKS)],
+        [sys.executable, "-c", CLIENT, VIP, str(TALKS), str(patience(20))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
