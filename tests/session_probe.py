@@ -23,7 +23,6 @@ from dataplane.router.loop import EpollLoop
 from dataplane.router.peer_wire import Hello, Message, Withdraw
 from dataplane.router.peers import Sessions
 from dataplane.router.wire import IPAddress
-from tests.patience import patience
 
 
 class Probe:
@@ -64,7 +63,7 @@ class Probe:
     def end(self) -> None:
         """Kill it."""
         self._process.kill()
-        self._process.wait(patience(10))
+        self._process.wait(60)
 
 
 class Greeter:

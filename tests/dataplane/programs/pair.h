@@ -45,7 +45,9 @@ extern char **environ;
 static inline int epoll_pwait2(int epfd, struct epoll_event *events, int size, const struct timespec *time,
                                const sigset_t *mask)
 {
-        int ms = time ? (int)(time->tv_sec * 1000 + (time->tv_nsec + 999999) / 1000000) : -1;
+        int ms = time && time->tv_sec < 1000000
+                     ? (int)(time->tv_sec * 1000 + (time->tv_nsec + 999999) / 1000000)
+                     : -1;
 
         return epoll_pwait(epfd, events, size, ms, mask);
 }
