@@ -220,7 +220,7 @@ class Bed:
             )
             log.close()
             url = f"http://192.168.77.254:{REGISTRY_PORT}/v2/"
-            probe = f"import urllib.request; urllib.request.urlopen({url!r}, timeout=patience(2))"
+            probe = f"import urllib.request; urllib.request.urlopen({url!r}, timeout=5)"
             wait_until(
                 "the registry", lambda: not run(["nsenter", namespace, "python3", "-c", probe])
             )
