@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import os
 import threading
 import weakref
 from pathlib import Path
@@ -30,6 +31,8 @@ _OUTPUT_JSON: Final = 1 << 4
 _OUTPUT_NUMERIC: Final = 0x3F << 5
 _OUTPUT_TERSE: Final = 1 << 11
 """Without the elements of named sets."""
+_MOST_DESCRIPTORS: Final = 1024
+"""FD_SETSIZE: the library waits with select(), and aborts the process if its socket has a larger number."""
 _one_at_a_time: Final = threading.RLock()
 """Reentrant: the garbage collector may free a session in a thread that is between two calls."""
 
@@ -60,6 +63,7 @@ class Session:
     def __init__(self) -> None:
         self._library = _library()
         with _one_at_a_time:
+            _check_descriptors()
             self._context = self._library.nft_ctx_new(0)
             if not self._context:
                 raise KernelError("nftables: no context; does the kernel have nf_tables?")
@@ -108,6 +112,17 @@ class Session:
             return []
         objects: list[dict[str, Any]] = json.loads(text)["nftables"]
         return [item for item in objects if "metainfo" not in item]
+
+
+def _check_descriptors() -> None:
+    """Raise KernelError if the next socket would have too large a number."""
+    number = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    os.close(number)
+    if number >= _MOST_DESCRIPTORS - 1:
+        raise KernelError(
+            f"nftables: this process has {number} descriptors open, and libnftables can't work with more than"
+            f" {_MOST_DESCRIPTORS}; restart the plugin, and report it with `freeflow bugreport`"
+        )
 
 
 def _free(library: ctypes.CDLL, context: int) -> None:

@@ -1,4 +1,4 @@
-"""libnftables from several threads: it isn't made for that, and ends a process in which two are in it at once."""
+"""What ends a process that uses libnftables: two threads in it at once, and sockets with large numbers."""
 
 from __future__ import annotations
 
@@ -50,3 +50,38 @@ def test_many_threads_with_rules_of_their_own() -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr[-2000:]
+
+
+_DESCRIPTORS: Final = """
+import os, resource
+from driver.errors import KernelError
+from driver.kernel import nft
+from driver.kernel.namespace import in_netns
+from tests.kernel.hosts import new_namespace
+
+namespace = new_namespace()
+kept = in_netns(namespace, nft.Session)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3000, 3000))
+for _ in range(1500):
+    os.open("/", os.O_RDONLY)
+kept.run("add table ip one")
+try:
+    nft.run("add table ip two", namespace)
+except KernelError as error:
+    assert "descriptors" in str(error)
+else:
+    raise AssertionError("no error")
+"""
+
+
+def test_many_descriptors() -> None:
+    """In a process with very many descriptors a new session is refused with a reason; one that was there before goes on."""
+    done = subprocess.run(
+        [sys.executable, "-c", _DESCRIPTORS],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        timeout=patience(60),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -154,3 +154,5 @@ def test_an_owner_that_lies_about_its_slots(hostile: Bed) -> None:
         seen.add((answer.arena, answer.slot))
         for _ in range(3):
             one.say(wire.Release(grant.slot, grant.arena, grant.incarnation, grant.token))
+    for library in (one, other):
+        library.discard()
