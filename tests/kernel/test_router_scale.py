@@ -22,7 +22,7 @@ from tests.patience import patience, within
 PROCESSES = 1000
 CONNECTIONS = 10_000
 PER_PAIR = CONNECTIONS // (PROCESSES // 2)
-NEEDED = CONNECTIONS + 3 * PROCESSES
+NEEDED = CONNECTIONS + 6 * PROCESSES
 
 
 @pytest.fixture
