@@ -103,6 +103,7 @@ def granted(library: Library) -> tuple[int, int]:
     grant, memory = library.hear(wire.Grant)
     assert memory is not None
     os.close(memory)
+    library.received.remove(memory)
     return grant.arena, grant.slot
 
 
@@ -137,7 +138,7 @@ def test_a_full_host(descriptors: None) -> None:
         assert len(listed) == 2 * CONNECTIONS
         assert {each.path for each in listed} == {"shm"}
         for library in (*clients, *servers):
-            library.close()
+            library.discard()
         deadline = time.monotonic() + patience(10)
         while made.router.statistics().processes or made.router.statistics().arenas:
             assert time.monotonic() < deadline
