@@ -60,7 +60,7 @@ def test_commands_are_those_of_the_guest() -> None:
         assert (done.returncode, done.stdout, done.stderr) == (3, "in\n", "oops\n")
         with pytest.raises(CommandError, match="no-such-program"):
             guest.run(["no-such-program"])
-        with pytest.raises(CommandError, match=r"waited 0\.2 s"):
+        with pytest.raises(CommandError, match=r"waited [\d.]+ s"):
             guest.run(["sleep", "60"], timeout=0.2)
         content = random.Random(1).randbytes(3_000_000)
         guest.push(content, "/root/new/file", 0o640)
