@@ -60,7 +60,8 @@ class Machine:
 
     def start(self, hangs: str = "") -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [BOOTSTRAP, "trixie", "one,two", self.target],
+            # Where this run is in the background, its shell has SIGINT ignored.
+            ["env", "--default-signal=INT", BOOTSTRAP, "trixie", "one,two", self.target],
             env={**self.environment, "HANGS": hangs},
             start_new_session=True,
         )
