@@ -38,18 +38,23 @@ assert len(ended) == len(threads)
 """
 
 
+def ends_well(program: str) -> None:
+    """Run a program in a process of its own, which it may end."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        timeout=patience(60),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_many_threads_with_rules_of_their_own() -> None:
     """Threads that write and list rules at the same time, each in its own namespace, don't end the process."""
     for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", _THREADS],
-            cwd=TOP,
-            capture_output=True,
-            text=True,
-            timeout=patience(60),
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+        ends_well(_THREADS)
 
 
 _DESCRIPTORS: Final = """
@@ -76,12 +81,4 @@ else:
 
 def test_many_descriptors() -> None:
     """In a process with very many descriptors a new session is refused with a reason; one that was there before goes on."""
-    done = subprocess.run(
-        [sys.executable, "-c", _DESCRIPTORS],
-        cwd=TOP,
-        capture_output=True,
-        text=True,
-        timeout=patience(60),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    ends_well(_DESCRIPTORS)
