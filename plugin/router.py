@@ -33,8 +33,11 @@ LEAST_PAUSE: Final = 0.1
 MOST_PAUSE: Final = 10.0
 """Seconds between two starts, doubled each time as long as none lasts."""
 LASTS: Final = 30.0
-QUESTIONS: Final = 10
-"""Without an answer, one after the other: then it is stuck. Questions and not seconds, since a host that slept has not asked."""
+QUESTIONS: Final = 30
+"""So many unanswered questions in a row mean that the router is stuck. Questions and not seconds, since a host that slept has not
+asked. A stuck router costs new connections their acceleration; a kill for nothing costs all connections theirs."""
+FIRST_QUESTIONS: Final = 180
+"""The same, before its first answer: Python and its modules load slowly on a busy host."""
 PAUSE: Final = 1.0
 """Seconds between two questions."""
 _END: Final = 3.0
@@ -167,7 +170,7 @@ class RouterProcess:
 
     def _attend(self, process: subprocess.Popen[bytes]) -> None:
         """Until it has ended, or was killed because it doesn't answer."""
-        unanswered = 0
+        unanswered, limit = 0, FIRST_QUESTIONS
         try:
             descriptor = os.pidfd_open(process.pid)
         except ProcessLookupError:
@@ -176,12 +179,15 @@ class RouterProcess:
             ends = select.poll()
             ends.register(descriptor, select.POLLIN)
             while not ends.poll(self._pause * 1000):
-                unanswered = 0 if self._answers() else unanswered + 1
-                if unanswered >= QUESTIONS and not self._stopped.is_set():
+                if self._answers():
+                    unanswered, limit = 0, QUESTIONS
+                    continue
+                unanswered += 1
+                if unanswered >= limit and not self._stopped.is_set():
                     log.error(
                         "the router doesn't answer; it is killed",
                         pid=process.pid,
-                        questions=QUESTIONS,
+                        questions=unanswered,
                     )
                     process.kill()
                     return

@@ -13,7 +13,7 @@ beside=build/vm.txt
 
 "$python" -m pytest --ignore=tests/swarm --ignore=tests/vm
 alone=$?
-nice -n 10 "$python" -m pytest tests/vm >"$beside" 2>&1 &
+nice -n 5 "$python" -m pytest tests/vm >"$beside" 2>&1 &
 vm=$!
 trap 'kill "$vm" 2>/dev/null' INT TERM
 "$python" -m pytest tests/swarm

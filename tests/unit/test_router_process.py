@@ -10,7 +10,7 @@ from collections.abc import Callable
 from os import kill
 from pathlib import Path
 
-from plugin.router import RouterProcess, router_command, router_settings
+from plugin.router import QUESTIONS, RouterProcess, router_command, router_settings
 from plugin.settings import Settings
 from tests.patience import patience
 
@@ -58,6 +58,24 @@ def test_one_that_does_not_answer() -> None:
         _until(lambda: process.starts == 2)
         stuck.clear()
         _until(lambda: process.pid not in (None, first))
+    finally:
+        process.stop()
+
+
+def test_a_slow_start_is_waited_for() -> None:
+    """A router that hasn't answered yet gets more time than one that has stopped answering."""
+    asked = 0
+
+    def answers() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 2 * QUESTIONS
+
+    process = RouterProcess(SLEEPER, lambda: None, answers=answers, pause=0.01)
+    process.start()
+    try:
+        _until(lambda: asked > 3 * QUESTIONS)
+        assert process.starts == 1
     finally:
         process.stop()
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -116,10 +117,23 @@ def test_the_plugin_says_which_rdma_device_it_uses(swarm: list[Engine]) -> None:
         wait_until(f"{engine.guest.name}: {device}, {link}", said, 240, 2)
 
 
-def on_rdma(engine: Engine, remote: str) -> int:
-    """How many connections `freeflow connections` has on `rdma`, with such an address at the other end."""
-    found = json.loads(engine.freeflow("connections", "--json"))["connections"]
-    return sum(each["path"] == "rdma" and remote in each["remote"] for each in found)
+def wait_for_rdma(engine: Engine, remote: str, count: int) -> None:
+    """Until `freeflow connections` has so many connections on `rdma`, with such an address at the other end."""
+
+    def listed() -> list[dict[str, Any]]:
+        found = json.loads(engine.freeflow("connections", "--json"))["connections"]
+        return [each for each in found if remote in each["remote"]]
+
+    try:
+        wait_until(
+            f"{engine.guest.name}: {count} on rdma",
+            lambda: sum(each["path"] == "rdma" for each in listed()) == count,
+            120,
+            1,
+        )
+    except TimeoutError as error:
+        report = engine.freeflow("doctor", "--json", check=False)
+        raise TimeoutError(f"{error}\n{json.dumps(listed())}\n{report}") from error
 
 
 def relayed(engine: Engine) -> int:
@@ -159,8 +173,8 @@ def test_containers_of_two_hosts_speak_over_rdma(swarm: list[Engine]) -> None:
     start(one, ours, *("redis-cli", "-h", there, "-r", "-1", "-i", "0.02", "incr", "asked"))
     asking = ("client", there, "7200", str(SIZE), "7")
     client = start(one, ours, "python3", "-ES", "/programs/echo.py", *asking)
-    wait_until("both on rdma", lambda: on_rdma(one, f"{there}:") == 2, 120, 1)
-    wait_until("their other ends", lambda: on_rdma(other, f"{here}:") == 2, 60, 1)
+    wait_for_rdma(one, f"{there}:", 2)
+    wait_for_rdma(other, f"{here}:", 2)
     one.docker("exec", ours, "pkill", "-x", "redis-cli")
     before = relayed(one)
     client.write(b"now\n")
