@@ -67,7 +67,7 @@ push: plugin ## push the plugin to REGISTRY, tagged by version and architecture
 	docker plugin rm $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 
 prepare: setup ## make what tests run in: engines, the image of containers, what virtual machines boot
-	@$(PYTHON) -m tests.testbed.prepare $(ONLY)
+	@$(PYTHON) -m testbed.prepare $(ONLY)
 
 test: setup library ebpf relay plugin prepare lint ## set up what is missing and run all tests
 	@tests/run.sh $(PYTHON)
@@ -79,20 +79,20 @@ kernel: setup ebpf ## tests in fresh network namespaces
 	$(PYTHON) -m pytest tests/kernel tests/contract
 
 swarm: setup plugin ## scenarios on a real Swarm
-	@$(PYTHON) -m tests.testbed.prepare swarm
+	@$(PYTHON) -m testbed.prepare swarm
 	$(PYTHON) -m pytest tests/swarm
 
 vm: setup library ebpf relay plugin ## RDMA, kernels of several ages and IPVS, in virtual machines
-	@$(PYTHON) -m tests.testbed.prepare vm
+	@$(PYTHON) -m testbed.prepare vm
 	$(PYTHON) -m pytest tests/vm
 
 torture: setup library ## an hour of many threads on each connection, and as long under each sanitizer
 	TORTURE_SECONDS=$${TORTURE_SECONDS:-3600} $(PYTHON) -m pytest tests/dataplane/test_torture.py -k 'accelerated or library' -o faulthandler_timeout=0
 
 lint: setup ## ruff, mypy, shellcheck, clang-format
-	.venv/bin/ruff check plugin driver dataplane bench tests
-	.venv/bin/ruff format --check plugin driver dataplane bench tests
-	.venv/bin/mypy --no-error-summary plugin driver dataplane bench tests
+	.venv/bin/ruff check plugin driver dataplane bench testbed tests
+	.venv/bin/ruff format --check plugin driver dataplane bench testbed tests
+	.venv/bin/mypy --no-error-summary plugin driver dataplane bench testbed tests
 	shellcheck $(SCRIPTS)
 	clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
 
@@ -103,5 +103,5 @@ bench: setup plugin ## measure beside Docker's overlay and the host network; bui
 	$(PYTHON) -m bench all --out build/bench.json --table build/bench.txt
 
 clean: ## remove what was built, and beds that were left
-	-$(PYTHON) -m tests.testbed down
+	-$(PYTHON) -m testbed down
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache

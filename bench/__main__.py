@@ -32,7 +32,7 @@ from bench.choice import pick
 from bench.errors import BenchError
 from bench.place import CONGESTION_CONTROL, congestion_control_allowed
 from bench.stats import FREEFLOW, FREEFLOW_PLAIN, HOST, LOCAL_SUBJECTS, Row
-from tests.testbed.process import BedInUseError, CommandError
+from testbed.process import BedInUseError, CommandError
 
 SUITES: Final = ("same-host", "cross-host", "control")
 RELAY: Final = "relay"

@@ -1,6 +1,6 @@
 """What the measurements stand on: two hosts in one Swarm, the plugin installed, the bench's image loaded.
 
-The rest of `bench` sees only `Host`; how hosts are made is the test bed's (`tests/testbed`).
+The rest of `bench` sees only `Host`; how hosts are made is the test bed's (`testbed`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
+import testbed
 from bench import image
 from bench.engine import Engine
 from bench.load import one_core
-from tests import testbed
-from tests.testbed.images import cache
-from tests.testbed.prepare import prepare
+from testbed.images import cache
+from testbed.prepare import prepare
 
 PLUGIN: Final = "freeflow:latest"
 PLUGIN_DIR: Final = Path(__file__).resolve().parents[1] / "build/plugin"

@@ -43,9 +43,9 @@ from bench.errors import BenchError
 from bench.place import CONGESTION_CONTROL, Place, congestion_control_allowed
 from bench.report import times
 from bench.stats import FREEFLOW, OVERLAY
-from tests.testbed import Bed, BedInUseError, CommandError, Host, wait_until
-from tests.testbed.images import cache
-from tests.testbed.prepare import prepare
+from testbed import Bed, BedInUseError, CommandError, Host, wait_until
+from testbed.images import cache
+from testbed.prepare import prepare
 
 TOP: Final = Path(__file__).resolve().parents[1]
 STACK_FILE: Final = Path(__file__).with_name("demo-stack.yml")
@@ -438,7 +438,7 @@ def main() -> int:
                     f"nsenter -t {host.pid} -m -u -n -p bash    # {host.name}, then: freeflow status"
                 )
             tell.seen("To take it down:")
-            tell.seen(f"cd {TOP} && {sys.executable} -m tests.testbed down --name {NAME}")
+            tell.seen(f"cd {TOP} && {sys.executable} -m testbed down --name {NAME}")
         else:
             tell.step("Taking everything down")
             testbed.down()

@@ -20,7 +20,7 @@ from bench.errors import BenchError, ProgramError
 from bench.place import CONGESTION_CONTROL, TOOLS, Place, run
 from bench.report import columns, number, times
 from bench.stats import FREEFLOW, OVERLAY
-from tests.testbed import Host
+from testbed import Host
 
 ROUNDS: Final = 3
 LONG: Final = 3.0

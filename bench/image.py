@@ -17,7 +17,7 @@ from typing import Final
 
 from bench import compiled, load
 from bench.place import TOOLS, run
-from tests.testbed.images import bootstrap, locked
+from testbed.images import bootstrap, locked
 
 IMAGE: Final = "freeflow-bench:latest"
 PACKAGES: Final = (

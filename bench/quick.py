@@ -43,7 +43,7 @@ from bench.sampling import Sample, sample
 from bench.servers import Servers
 from bench.stats import Case, spread
 from dataplane.control import Rule, Settings
-from tests.dataplane.bed import LIBRARY, Container, bed
+from testbed.namespaces import LIBRARY, Container, bed
 
 PLAIN: Final = "tcp"
 FREEFLOW: Final = "freeflow"

@@ -31,7 +31,7 @@ from bench import machine
 from bench.errors import BenchError
 from bench.report import columns, number
 from bench.stats import FREEFLOW, Case, Row, row
-from tests.relay import client
+from testbed import relays as client
 
 ROOT: Final = Path(__file__).parents[1]
 TOOL: Final = Path(__file__).with_name("tools") / "relayload.c"

@@ -33,7 +33,7 @@ from driver.store import Store
 from plugin.app import create_app
 from plugin.calls import CallStatistics
 from plugin.settings import read
-from tests.patience import patience
+from testbed.patience import patience
 from tests.unit.steps import SteppedKernel, Steps
 
 TOP: Final = Path(__file__).parents[2]

@@ -16,9 +16,9 @@ from driver.model import Endpoint, Network
 from driver.store import FILE, Store
 from plugin.app import create_app
 from plugin.calls import CallStatistics
+from testbed.patience import patience, within
 from tests.contract.golden import IDS
 from tests.contract.places import REAL, Places, Reply, call, temporary
-from tests.patience import patience, within
 from tests.unit.steps import SteppedKernel, Steps
 
 NET, EP = IDS["<net>"], IDS["<ep>"]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from testbed.patience import patience, within
 from tests.contract.golden import IDS
 from tests.contract.places import RealPlace, call, temporary
-from tests.patience import patience, within
 
 pytestmark = [
     pytest.mark.kernel,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from testbed.kernel_hosts import missing_tools
 from tests.dataplane.places import LIBRARY, SOURCES, Places, compile_c, places
-from tests.kernel.hosts import missing_tools
 
 HERE = Path(__file__).parent
 

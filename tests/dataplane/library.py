@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 from dataplane.router import layout, wire
 from dataplane.router.wire import Address
 from driver.kernel.namespace import in_netns
-from tests.patience import patience
+from testbed.patience import patience
 
 SO_COOKIE: Final = 57
 M = TypeVar("M")

@@ -22,8 +22,8 @@ from typing import Any, Final
 import pytest
 
 from dataplane.control import Rule, Settings
-from tests.dataplane.bed import ROUTER, Bed, Container, bed
-from tests.patience import patience
+from testbed.namespaces import ROUTER, Bed, Container, bed
+from testbed.patience import patience
 
 ROOT: Final = Path(__file__).parents[2]
 LIBRARY: Final = Path(os.environ.get("FREEFLOW_LIBRARY", ROOT / "build" / "libfreeflow.so"))

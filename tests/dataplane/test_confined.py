@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.dataplane.bed import Container
+from testbed.namespaces import Container
 from tests.dataplane.places import Places
 from tests.dataplane.test_programs import check, need, serving
 

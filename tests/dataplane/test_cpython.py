@@ -18,9 +18,9 @@ from typing import Final
 import pytest
 
 from dataplane.control import Rule, Settings
-from tests.dataplane.bed import bed
+from testbed.kernel_hosts import missing_tools
+from testbed.namespaces import bed
 from tests.dataplane.places import LIBRARY, Counts, counts_of
-from tests.kernel.hosts import missing_tools
 
 QUICK: Final = (
     "test_select",

@@ -12,10 +12,10 @@ from typing import Final
 import pytest
 
 from dataplane.control import Rule, Settings
-from tests.dataplane.bed import Bed, bed
+from testbed.kernel_hosts import missing_tools
+from testbed.namespaces import Bed, bed
+from testbed.patience import patience
 from tests.dataplane.places import LIBRARY, PATIENCE, Places
-from tests.kernel.hosts import missing_tools
-from tests.patience import patience
 
 VIP: Final = "10.78.0.100"
 FORGETS: Final = 4

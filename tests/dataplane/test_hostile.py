@@ -27,11 +27,11 @@ import pytest
 
 from dataplane.control import Rule, Settings
 from dataplane.router import layout, wire
-from tests.dataplane.bed import Bed, bed
+from testbed.kernel_hosts import missing_tools
+from testbed.namespaces import Bed, bed
+from testbed.patience import patience
 from tests.dataplane.library import Library, dial
 from tests.dataplane.places import LIBRARY
-from tests.kernel.hosts import missing_tools
-from tests.patience import patience
 
 PROGRAM: Final = Path(__file__).parent / "programs" / "echo.py"
 PORT: Final = 7000

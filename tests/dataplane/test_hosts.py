@@ -16,12 +16,12 @@ from typing import Final
 import pytest
 
 from dataplane.control import Rule, Settings
+from testbed import wait_until
+from testbed.kernel_hosts import a_network, lab, missing_tools
+from testbed.patience import patience
 from tests.dataplane.places import LIBRARY, ROOT, Counts, compile_c, counts_of
 from tests.dataplane.test_torture import SOURCE as TORTURE
-from tests.kernel.hosts import a_network, lab, missing_tools
 from tests.kernel.test_router_hosts import PORT, Router
-from tests.patience import patience
-from tests.testbed import wait_until
 from tests.unit.swarm_ca import Authority, write
 
 SECONDS: Final = int(os.environ.get("TORTURE_SECONDS", "10"))

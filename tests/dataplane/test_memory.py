@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dataplane.control import Rule
+from testbed.patience import patience
 from tests.dataplane.places import LIBRARY, Places, places
-from tests.patience import patience
 
 PROGRAM = Path(__file__).parent / "programs" / "bulk.py"
 SIZE = 64 << 20

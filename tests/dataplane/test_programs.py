@@ -18,8 +18,8 @@ from typing import Any, Final
 
 import pytest
 
+from testbed.patience import patience
 from tests.dataplane.places import SOURCES, Places
-from tests.patience import patience
 
 PYTHON = sys.executable
 

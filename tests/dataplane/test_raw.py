@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from testbed.kernel_hosts import missing_tools
 from tests.dataplane.places import LIBRARY, PATIENCE, Places, relayed
-from tests.kernel.hosts import missing_tools
 
 WRITES = (
     "server_writes",

@@ -14,9 +14,9 @@ from typing import Final
 
 import pytest
 
+from testbed.kernel_hosts import missing_tools
 from tests.dataplane.places import LIBRARY, SOURCES, Places, places, relayed
 from tests.dataplane.test_torture import torture
-from tests.kernel.hosts import missing_tools
 
 SECONDS: Final = int(os.environ.get("TORTURE_SECONDS", "16"))
 SEED: Final = os.environ.get("TORTURE_SEED", "")

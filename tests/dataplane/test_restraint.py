@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.dataplane.bed import Bed, bed
+from testbed import wait_until
+from testbed.namespaces import Bed, bed
+from testbed.patience import within
 from tests.dataplane.places import LIBRARY, counts_of
-from tests.patience import within
-from tests.testbed import wait_until
 
 PROGRAM = Path(__file__).parent / "programs/short.py"
 SHORT = 32

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from testbed.patience import patience
 from tests.dataplane.places import Places, compile_c, places
-from tests.patience import patience
 
 SOURCE = Path(__file__).with_name("torture.c")
 BUILD = Path(__file__).parents[2] / "dataplane/library/build.sh"

@@ -19,9 +19,9 @@ from typing import Any, Final
 import pytest
 
 from dataplane.control import Connection, Settings
+from testbed.patience import patience, within
 from tests.dataplane.places import LIBRARY, compile_c
 from tests.dataplane.two_hosts import HostBed, cut, two_hosts
-from tests.patience import patience, within
 
 HERE: Final = Path(__file__).parent
 TOP: Final = HERE.parents[1]

@@ -28,9 +28,9 @@ from pyroute2 import IPRoute
 
 from dataplane.control import Learn, PeerFact, Settings
 from driver.kernel.namespace import in_netns
-from tests.dataplane.bed import LIBRARY, Bed, Container, connect
-from tests.kernel.hosts import new_namespace, write_vips
-from tests.patience import patience
+from testbed.kernel_hosts import new_namespace, write_vips
+from testbed.namespaces import LIBRARY, Bed, Container, connect
+from testbed.patience import patience
 
 KEY: Final = "a secret of two hosts that are one machine"
 _PATIENCE: Final = 15.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.hosts import Lab, lab, missing_tools
+from testbed.kernel_hosts import Lab, lab, missing_tools
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

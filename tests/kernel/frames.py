@@ -7,7 +7,7 @@ import struct
 from ipaddress import IPv4Address, IPv6Address
 
 from driver.model import IPAddress
-from tests.kernel.hosts import UDP_PORT, octets
+from testbed.kernel_hosts import UDP_PORT, octets
 
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 ALL_NODES = IPv6Address("ff02::1")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from driver import names
 from driver.kernel.addresses import LIFETIME, exchange
+from testbed.kernel_hosts import Container, Host, Lab, a_network, an_endpoint, eventually, heard
 from tests.kernel.frames import ALL_NODES_MAC, IPV6, advertisement, ethernet, send
-from tests.kernel.hosts import Container, Host, Lab, a_network, an_endpoint, eventually, heard
 
 COUNTED = IPv6Interface("fd42:7::2/64")
 FOREVER = 0xFFFFFFFF

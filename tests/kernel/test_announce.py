@@ -8,8 +8,8 @@ from ipaddress import IPv6Address
 
 from driver import names
 from driver.kernel.announce import gratuitous_arp, unsolicited_advertisement
+from testbed.kernel_hosts import Container, Host, Lab, a_network, heard, identifier
 from tests.kernel.frames import ADVERTISEMENT, ARP, BROADCAST, IPV6, REQUEST, arp, ethernet
-from tests.kernel.hosts import Container, Host, Lab, a_network, heard, identifier
 
 NEW_MAC = "02:42:0a:09:00:aa"
 

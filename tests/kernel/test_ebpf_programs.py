@@ -14,8 +14,8 @@ from dataplane.ebpf import layout
 from dataplane.ebpf.libbpf import Object
 from dataplane.ebpf.probe import PROGRAMS, STAGES, Found, find_out
 from dataplane.errors import KernelRefused
-from tests.kernel.ebpf_object import SOURCES, built
-from tests.patience import patience
+from testbed.ebpf_object import SOURCES, built
+from testbed.patience import patience
 
 FOUR, SIX = IPv4Address("10.9.0.2"), IPv6Address("fd42:7::2")
 MAC = "02:42:0a:09:00:02"

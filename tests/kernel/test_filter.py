@@ -11,6 +11,7 @@ import pytest
 
 from driver import names
 from driver.kernel.filter import link_local
+from testbed.kernel_hosts import Container, Lab, a_network, heard, lab, octets
 from tests.kernel.frames import (
     ALL_NODES_MAC,
     ARP,
@@ -29,7 +30,6 @@ from tests.kernel.frames import (
     solicitation,
     udp,
 )
-from tests.kernel.hosts import Container, Lab, a_network, heard, lab, octets
 
 OTHER_MAC = "02:42:0a:09:00:63"
 OTHER4 = IPv4Address("10.9.0.99")

@@ -8,7 +8,7 @@ from ipaddress import IPv4Address
 from driver import names
 from driver.kernel import announce
 from driver.kernel.arp import Heard
-from tests.kernel.hosts import Host, Lab, a_network
+from testbed.kernel_hosts import Host, Lab, a_network
 
 NOBODY = IPv4Address("10.9.0.99")
 

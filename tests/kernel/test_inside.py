@@ -13,7 +13,7 @@ import pytest
 from driver.kernel import nf_tables, nft
 from driver.kernel.inside import passes_on
 from driver.kernel.namespace import in_netns
-from tests.kernel.hosts import new_namespace, write_vips
+from testbed.kernel_hosts import new_namespace, write_vips
 
 DOCKER = (
     "add table ip nat\n"

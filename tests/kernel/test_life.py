@@ -15,7 +15,7 @@ from pyroute2 import IPRoute
 
 from driver import names
 from driver.errors import KernelError
-from tests.kernel.hosts import RUN, Host, Lab, a_network, an_endpoint, eventually
+from testbed.kernel_hosts import RUN, Host, Lab, a_network, an_endpoint, eventually
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -180,7 +180,7 @@ import os, signal, sys, time
 from ipaddress import ip_address
 from pathlib import Path
 from driver.kernel.linux import LinuxKernel
-from tests.kernel.hosts import a_network, an_endpoint
+from testbed.kernel_hosts import a_network, an_endpoint
 network = a_network()
 kernel = LinuxKernel(Path("/run"), hint=lambda: ip_address(sys.argv[1]))
 kernel.attach(network, an_endpoint(network, 2))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from tests.patience import patience
+from testbed.patience import patience
 
 TOP: Final = Path(__file__).parents[2]
 _THREADS: Final = """
@@ -16,7 +16,7 @@ from ipaddress import ip_address
 from driver.kernel import nft
 from driver.kernel.guard import TABLE, Wanted
 from driver.kernel.namespace import in_netns
-from tests.kernel.hosts import new_namespace
+from testbed.kernel_hosts import new_namespace
 
 peers = frozenset(ip_address(f"10.0.0.{number}") for number in range(1, 60))
 wanted = Wanted({4799: peers}, frozenset({"eth0"}), 4799)
@@ -62,7 +62,7 @@ import os, resource
 from driver.errors import KernelError
 from driver.kernel import nft
 from driver.kernel.namespace import in_netns
-from tests.kernel.hosts import new_namespace
+from testbed.kernel_hosts import new_namespace
 
 namespace = new_namespace()
 kept = in_netns(namespace, nft.Session)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from driver.kernel import public
-from tests.kernel.hosts import RUN, Lab, eventually
+from testbed.kernel_hosts import RUN, Lab, eventually
 
 TOP = Path(__file__).parents[2]
 FOLDER = RUN / "freeflow"

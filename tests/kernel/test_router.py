@@ -21,9 +21,9 @@ from dataplane.control import Connection, Limits, Settings
 from dataplane.router import layout, wire
 from dataplane.router.reasons import Reason
 from dataplane.router.wire import Address
-from tests.dataplane.bed import Bed, bed
+from testbed.namespaces import Bed, bed
+from testbed.patience import patience, within
 from tests.dataplane.library import Library, addresses_of, cookie_of, dial, listen
-from tests.patience import patience, within
 
 VIP: Final = "10.78.0.100"
 WAIT: Final = 5.0

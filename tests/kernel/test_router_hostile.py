@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from dataplane.control import Limits, Settings
 from dataplane.router import layout, wire
-from tests.dataplane.bed import Bed, bed
+from testbed.namespaces import Bed, bed
+from testbed.patience import patience
 from tests.dataplane.library import Library, dial, listen
-from tests.patience import patience
 from tests.unit.test_router_wire import EXAMPLES
 
 KINDS = st.sampled_from(["eventfd", "file", "socket", "directory"])

@@ -19,11 +19,11 @@ from dataplane.client import RouterClient
 from dataplane.control import EndpointFact, Learn, NetworkFact, RdmaFacts, Settings
 from dataplane.errors import DataplaneError
 from dataplane.router import wire
+from testbed import wait_until
+from testbed.kernel_hosts import PREFIX6, Container, Host, Lab, a_network, lab
+from testbed.patience import patience
 from tests.dataplane.library import Library, dial, listen
 from tests.dataplane.places import ROOT
-from tests.kernel.hosts import PREFIX6, Container, Host, Lab, a_network, lab
-from tests.patience import patience
-from tests.testbed import wait_until
 from tests.unit.swarm_ca import Authority, write
 
 PORT: Final = 4799

@@ -15,9 +15,9 @@ import pytest
 
 from dataplane.control import Limits, Settings
 from dataplane.router import wire
-from tests.dataplane.bed import Bed, Container, bed
+from testbed.namespaces import Bed, Container, bed
+from testbed.patience import patience, within
 from tests.dataplane.library import SO_COOKIE, Library, addresses_of
-from tests.patience import patience, within
 
 PROCESSES = 1000
 CONNECTIONS = 10_000

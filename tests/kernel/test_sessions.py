@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.kernel.hosts import Host, Lab, lab
+from testbed import wait_until
+from testbed.kernel_hosts import Host, Lab, lab
 from tests.session_probe import Probe
-from tests.testbed import wait_until
 from tests.unit.swarm_ca import Authority, write
 
 PORT = 4799

@@ -27,9 +27,8 @@ from driver import names
 from driver.kernel.bpffs import PINS
 from driver.kernel.shortcut import _State
 from driver.model import Network
-from tests.kernel.ebpf_object import SOURCES, built
-from tests.kernel.frames import IPV4, IPV6, VLAN, ethernet, send, udp
-from tests.kernel.hosts import (
+from testbed.ebpf_object import SOURCES, built
+from testbed.kernel_hosts import (
     RUN,
     Container,
     Host,
@@ -41,7 +40,8 @@ from tests.kernel.hosts import (
     lab,
     put_on_the_wire,
 )
-from tests.patience import patience
+from testbed.patience import patience
+from tests.kernel.frames import IPV4, IPV6, VLAN, ethernet, send, udp
 
 DATA = os.urandom(16 << 20)
 

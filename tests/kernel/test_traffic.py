@@ -15,7 +15,7 @@ from pyroute2 import IPRoute
 from driver import names
 from driver.kernel.namespace import OVERLAY_PIN
 from driver.model import Endpoint, IPAddress
-from tests.kernel.hosts import (
+from testbed.kernel_hosts import (
     RUN,
     TCP_PORT,
     Container,
@@ -28,7 +28,7 @@ from tests.kernel.hosts import (
     lab,
     octets,
 )
-from tests.patience import patience, within
+from testbed.patience import patience, within
 
 SIZES = (0, 1, 64, 1000, 1300)
 UNDERLAYS = ((1500, False), (9000, False), (1500, True), (9000, True))

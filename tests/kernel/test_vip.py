@@ -17,8 +17,8 @@ from driver.kernel import nft
 from driver.kernel.namespace import in_netns
 from driver.model import VipTable
 from driver.vip import NftBalancer
+from testbed.patience import patience, within
 from tests.kernel.vip_hosts import PORT, VIP, Container, World, address, ask, world
-from tests.patience import patience, within
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from pyroute2 import IPRoute, netns
 
 from driver.kernel.namespace import in_netns
-from tests.patience import patience
+from testbed.patience import patience
 
 PORT = 80
 NETWORK = "10.77.0"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.relay import client
+from testbed import relays as client
 
 
 class Host:

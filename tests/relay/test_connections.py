@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dataplane.router import layout
-from tests.patience import patience
-from tests.relay.client import (
+from testbed.patience import patience
+from testbed.relays import (
     ARENA,
     BROKEN,
     KINDS,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import patience, within
-from tests.relay.client import (
+from testbed.patience import patience, within
+from testbed.relays import (
     FRAME,
     KINDS,
     WHOLE,

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import patience
-from tests.relay.client import (
+from testbed.patience import patience
+from testbed.relays import (
     ARENA,
     BROKEN,
     FRAME,

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from testbed.patience import patience
 from tests.dataplane.places import LIBRARY, ROOT, compile_c
 from tests.dataplane.two_hosts import HostBed, two_hosts
-from tests.patience import patience
 
 SENDER = """
 import hashlib, os, random, socket, sys, time

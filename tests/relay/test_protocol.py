@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 from dataplane.router.relay_wire import COUNTERS
+from testbed import relays as client
+from testbed.relays import relays
 from tests.dataplane.places import ROOT, compile_c
-from tests.relay import client
-from tests.relay.client import relays
 
 HEADER = ROOT / "dataplane" / "relay" / "protocol.h"
 STRUCTS: dict[str, tuple[struct.Struct, str]] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.hosts import missing_tools
+from testbed.kernel_hosts import missing_tools
 
 HERE = Path(__file__).parent
 

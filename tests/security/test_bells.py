@@ -26,7 +26,8 @@ import pytest
 
 from dataplane.control import Rule, Settings
 from dataplane.router import layout, wire
-from tests.dataplane.bed import Bed, bed
+from testbed.namespaces import Bed, bed
+from testbed.patience import patience, within
 from tests.dataplane.library import Library, dial
 from tests.dataplane.places import LIBRARY
 from tests.dataplane.test_hostile import (
@@ -41,7 +42,6 @@ from tests.dataplane.test_hostile import (
     Ring,
     processor_time,
 )
-from tests.patience import patience, within
 from tests.security.lingering import filled, lingering, send
 
 SIDE: Final = 64 + 8 * layout.BELLS

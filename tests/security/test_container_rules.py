@@ -18,9 +18,9 @@ import pytest
 
 from driver.kernel.namespace import in_netns
 from driver.vip import NftBalancer
-from tests.kernel.hosts import new_namespace
+from testbed.kernel_hosts import new_namespace
+from testbed.patience import patience
 from tests.kernel.vip_hosts import VIP, world
-from tests.patience import patience
 
 PLUGIN = """
 import sys

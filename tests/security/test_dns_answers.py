@@ -18,7 +18,7 @@ from pyroute2 import IPRoute
 from driver.kernel.namespace import in_netns
 from driver.resolver import SERVER, EmbeddedDns
 from driver.sync import Syncer
-from tests.kernel.hosts import new_namespace
+from testbed.kernel_hosts import new_namespace
 from tests.unit.dns_server import DnsServer
 from tests.unit.test_sync import BOTH, NET, VIP, Host, at, service
 

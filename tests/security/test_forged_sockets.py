@@ -20,9 +20,9 @@ import pytest
 from dataplane.control import Rule, Settings
 from dataplane.router import wire
 from driver.kernel.namespace import in_netns
-from tests.dataplane.bed import Bed, Container, bed
+from testbed.namespaces import Bed, Container, bed
+from testbed.patience import patience
 from tests.dataplane.library import Library
-from tests.patience import patience
 
 VIP: Final = "10.78.0.100"
 PORT: Final = 7000

@@ -16,10 +16,10 @@ import pytest
 from dataplane.control import Limits, Settings
 from dataplane.router import wire
 from dataplane.router.server import PATIENCE, STRANGERS
-from tests.dataplane.bed import Bed, bed
+from testbed.kernel_hosts import new_namespace
+from testbed.namespaces import Bed, bed
+from testbed.patience import patience
 from tests.dataplane.library import Library, cookie_of, dial, listen
-from tests.kernel.hosts import new_namespace
-from tests.patience import patience
 from tests.security.lingering import Lingering, lingering, refuses, send
 
 NOTE = wire.pack(wire.Note(5, 1))

@@ -23,8 +23,7 @@ from driver import names
 from driver.kernel import guard
 from driver.kernel.namespace import in_netns
 from driver.model import Network
-from tests.kernel.frames import IPV4, ethernet, udp
-from tests.kernel.hosts import (
+from testbed.kernel_hosts import (
     Container,
     Host,
     Lab,
@@ -34,7 +33,8 @@ from tests.kernel.hosts import (
     new_namespace,
     put_on_the_wire,
 )
-from tests.patience import patience
+from testbed.patience import patience
+from tests.kernel.frames import IPV4, ethernet, udp
 
 FORGED = b"forged"
 SESSIONS = 4801

@@ -21,11 +21,11 @@ import pytest
 
 from dataplane.control import Rule, Settings
 from dataplane.router import layout, wire
-from tests.dataplane.bed import Bed, bed
+from testbed.namespaces import Bed, bed
+from testbed.patience import patience
 from tests.dataplane.library import Library, dial
 from tests.dataplane.places import LIBRARY
 from tests.dataplane.test_hostile import HEAD, READY, START, TAIL, Ring
-from tests.patience import patience
 
 PORT: Final = 7000
 CONNECTIONS: Final = 24

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.testbed import Bed, Host, wait_until
-from tests.testbed.images import WORKLOAD_IMAGE
-from tests.testbed.process import CommandError
+from testbed import Bed, Host, wait_until
+from testbed.images import WORKLOAD_IMAGE
+from testbed.process import CommandError
 
 PLUGIN = Path(__file__).resolve().parents[2] / "build/plugin"
 ENGINES = ("28.5", "20.10", "26.1", "28.5")

@@ -7,6 +7,8 @@ import time
 from functools import partial
 from typing import Any
 
+from testbed import Bed, Host, wait_until
+from testbed.host import PLUGIN
 from tests.swarm.conftest import (
     LIBRARY,
     NGINX,
@@ -19,8 +21,6 @@ from tests.swarm.conftest import (
     wait_running,
 )
 from tests.swarm.test_services import LOAD
-from tests.testbed import Bed, Host, wait_until
-from tests.testbed.host import PLUGIN
 
 FILE = "head -c 5000000 /dev/urandom > /var/www/html/file; "
 DIGEST = "curl -sf -m 20 http://{0}/file http://{0}/file http://{0}/file | sha256sum"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from testbed import Bed, Host, wait_until
+from testbed.images import WORKLOAD_IMAGE
 from tests.swarm.conftest import address, make_network, run_container, unique
-from tests.testbed import Bed, Host, wait_until
-from tests.testbed.images import WORKLOAD_IMAGE
 
 CLAIM = """
 import socket, sys, time

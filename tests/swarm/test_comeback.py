@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from testbed import Bed, Host, wait_until
+from testbed.host import PLUGIN
 from tests.swarm.conftest import (
     LIBRARY,
     address,
@@ -15,8 +17,6 @@ from tests.swarm.conftest import (
     plugin_answers,
     run_container,
 )
-from tests.testbed import Bed, Host, wait_until
-from tests.testbed.host import PLUGIN
 
 PREFIX = IPv6Network("fd95::/64")
 

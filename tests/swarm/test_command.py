@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from testbed import Bed, CommandError, Host, wait_until
 from tests.swarm.conftest import NGINX, address, make_network, make_service, run_container
-from tests.testbed import Bed, CommandError, Host, wait_until
 
 
 def test_status_is_well_and_complete(bed: Bed, manager: Host) -> None:

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from testbed import Bed, CommandError, Host, wait_until
 from tests.swarm.conftest import address, logged, make_network, run_container, unique
-from tests.testbed import Bed, CommandError, Host, wait_until
 
 
 def _reaches(host: Host, container: str, target: str, *options: str) -> bool:

@@ -7,7 +7,9 @@ import os
 import signal
 import time
 
-from tests.patience import patience
+from testbed import Bed, Host, wait_until
+from testbed.host import PLUGIN
+from testbed.patience import patience
 from tests.swarm.conftest import (
     NGINX,
     address,
@@ -18,8 +20,6 @@ from tests.swarm.conftest import (
     run_container,
     wait_running,
 )
-from tests.testbed import Bed, Host, wait_until
-from tests.testbed.host import PLUGIN
 
 
 def _reaches(host: Host, container: str, target: str) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from tests.patience import patience
+from testbed import Bed, Host, wait_until
+from testbed.images import WORKLOAD_IMAGE
+from testbed.patience import patience
 from tests.swarm.conftest import NGINX, make_network, make_service, run_container
-from tests.testbed import Bed, Host, wait_until
-from tests.testbed.images import WORKLOAD_IMAGE
 
 NETLINK = r"""
 import socket, struct

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from tests.patience import patience
+from testbed import Bed, Host, wait_until
+from testbed.images import WORKLOAD_IMAGE
+from testbed.patience import patience
 from tests.swarm.conftest import unique
-from tests.testbed import Bed, Host, wait_until
-from tests.testbed.images import WORKLOAD_IMAGE
 
 STACK = """\
 # A stack as people write it

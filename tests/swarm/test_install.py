@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from testbed import Bed, CommandError, Host, wait_until
+from testbed.process import run
 from tests.swarm.conftest import address, run_container
-from tests.testbed import Bed, CommandError, Host, wait_until
-from tests.testbed.process import run
 
 NAME = "freeflow:latest"
 

@@ -7,6 +7,7 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network
 
 import pytest
 
+from testbed import Bed, Host, wait_until
 from tests.swarm.conftest import (
     NGINX,
     address,
@@ -15,7 +16,6 @@ from tests.swarm.conftest import (
     make_service,
     run_container,
 )
-from tests.testbed import Bed, Host, wait_until
 
 PREFIX = IPv6Network("fd91::/64")
 

@@ -12,6 +12,7 @@ import pytest
 
 from dataplane.router import wire
 from dataplane.router.reasons import Reason
+from testbed import Bed, Host, wait_until
 from tests.dataplane.library import Library, cookie_of, dial, listen
 from tests.swarm.conftest import (
     REDIS,
@@ -21,7 +22,6 @@ from tests.swarm.conftest import (
     plugin_answers,
     run_container,
 )
-from tests.testbed import Bed, Host, wait_until
 
 PORT = 7700
 PLUGIN = "freeflow:latest"

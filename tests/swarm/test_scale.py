@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+from testbed import Bed, Host, wait_until
 from tests.swarm.conftest import address, make_network, run_container
-from tests.testbed import Bed, Host, wait_until
 
 MANY = 200
 

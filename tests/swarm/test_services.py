@@ -6,7 +6,8 @@ import subprocess
 import time
 from collections import Counter
 
-from tests.patience import patience, within
+from testbed import Bed, Host, wait_until
+from testbed.patience import patience, within
 from tests.swarm.conftest import (
     NGINX,
     REDIS,
@@ -15,7 +16,6 @@ from tests.swarm.conftest import (
     run_container,
     wait_running,
 )
-from tests.testbed import Bed, Host, wait_until
 
 LOAD = """
 failed=0; done=0

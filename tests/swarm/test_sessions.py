@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from testbed import Bed, Host, wait_until
 from tests.session_probe import Probe
 from tests.swarm.conftest import make_network, run_container
-from tests.testbed import Bed, Host, wait_until
 
 PORT = 4999
 """Not the router's own."""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from testbed import Bed, Host, wait_until
+from testbed.process import run
 from tests.swarm.conftest import unique
-from tests.testbed import Bed, Host, wait_until
-from tests.testbed.process import run
 
 STACK = """
 version: "3.8"

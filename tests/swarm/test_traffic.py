@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from testbed import Bed, Host, wait_until
 from tests.swarm.conftest import address, make_network, run_container
-from tests.testbed import Bed, Host, wait_until
 
 SEND = """
 import hashlib, os, socket, sys

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 
-from tests.patience import patience
+from testbed.patience import patience
 
 HEADER = struct.Struct("!6H")
 

@@ -18,7 +18,7 @@ from dataplane.router.loop import EpollLoop
 from dataplane.router.peer_wire import Hello, Message, Withdraw
 from dataplane.router.peers import Sessions
 from dataplane.router.wire import IPAddress
-from tests.patience import patience
+from testbed.patience import patience
 from tests.unit.swarm_ca import Authority, Node, write
 
 _instances: Final = itertools.count(1)

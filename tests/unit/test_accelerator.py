@@ -17,7 +17,7 @@ from driver.errors import RouterError
 from driver.members import NetworkState
 from driver.model import Endpoint, LocalContainer, Network, NetworkView, Peer, Service, Subnet, Task
 from driver.store import Store
-from tests.patience import patience
+from testbed.patience import patience
 
 NET, NET2 = "n" * 25, "m" * 25
 VIP = IPv4Address("10.0.4.2")

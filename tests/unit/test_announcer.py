@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from driver.announcer import Announcer
 from driver.errors import KernelError
 from driver.model import Endpoint
-from tests.patience import patience
+from testbed.patience import patience
 from tests.unit.steps import SteppedKernel, Steps
 
 PATIENCE = 5.0

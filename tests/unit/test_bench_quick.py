@@ -13,7 +13,7 @@ import pytest
 
 from bench.measures import measures
 from bench.quick import absent_programs
-from tests.patience import patience
+from testbed.patience import patience
 
 pytestmark = [
     pytest.mark.kernel,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench import compiled, parse
-from tests.patience import patience
+from testbed.patience import patience
 
 
 @pytest.fixture(scope="module")

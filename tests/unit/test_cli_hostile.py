@@ -26,7 +26,7 @@ from plugin.cli.inject import inject_stack
 from plugin.cli.program import look
 from plugin.cli.tree import LONGEST
 from plugin.status import Finding
-from tests.patience import within
+from testbed.patience import within
 from tests.unit.statuses import LISTED, finding, status
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\u200b\r\n\ud800\x00"

@@ -26,7 +26,7 @@ from dataplane.router.devices import (
 )
 from dataplane.router.finder import NO_ADDRESS, Finder, decode, offer_devices
 from dataplane.router.loop import EpollLoop
-from tests.patience import patience
+from testbed.patience import patience
 
 V4, V6 = ip_address("192.0.2.1"), ip_address("2001:db8::1")
 LOCAL = Gid(0, ROCE, IPv6Address("fe80::1"))

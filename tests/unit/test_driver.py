@@ -18,7 +18,7 @@ from driver.errors import Conflict, InvalidRequest, KernelError, NotFound
 from driver.locks import KeyedLocks
 from driver.model import Endpoint, Network, Subnet
 from driver.store import Store
-from tests.patience import patience
+from testbed.patience import patience
 from tests.unit.steps import Machine, SteppedKernel, Steps
 
 NET = "p3l8f1w0gk2c9d7h5m6n4b0aq"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from plugin.host_command import MARK, NAME, exists, install, plugin_id, remove, script
-from tests.patience import patience
+from testbed.patience import patience
 
 ID = "0123456789abcdef" * 4
 MOUNTS = f"""\

@@ -24,7 +24,7 @@ from plugin.cli.image import File, Start, judge, start_of
 from plugin.cli.inject import inject_stack
 from plugin.cli.place import VARIABLE
 from plugin.cli.program import Program, look
-from tests.patience import patience
+from testbed.patience import patience
 from tests.unit.sockets import served
 
 MACHINE = os.uname().machine

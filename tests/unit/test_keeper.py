@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from driver.keeper import Keeper
-from tests.patience import patience
+from testbed.patience import patience
 
 
 @dataclass

@@ -111,3 +111,23 @@ def test_what_works_in_containers_is_without_libraries_that_parse(module: str) -
     found = reached(module)
     assert not {each for each in found if each.startswith("pyroute2")}
     assert "driver.kernel.nft" not in found
+
+
+def _imported(folder: str) -> set[str]:
+    """The top-level packages of ours that the files of a folder import."""
+    found: set[str] = set()
+    for path in sorted((TOP / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.partition(".")[0])
+    return found & {"plugin", "driver", "dataplane", "bench", "testbed", "tests"}
+
+
+def test_nothing_imports_the_tests() -> None:
+    """Tests are the top layer; the benchmarks and the tests share the test bed."""
+    assert "tests" not in _imported("testbed")
+    assert "tests" not in _imported("bench")
+    for folder in ("plugin", "driver", "dataplane"):
+        assert not _imported(folder) & {"testbed", "tests", "bench"}

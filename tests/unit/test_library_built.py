@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import patience
+from testbed.patience import patience
 
 TOP = Path(__file__).parents[2]
 BUILD = TOP / "dataplane/library/build.sh"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from plugin.library import NAME, OWNER, place
-from tests.patience import within
+from testbed.patience import within
 
 
 @pytest.fixture

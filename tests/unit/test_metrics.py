@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from plugin.metrics import METRICS, Exporter, render
 from plugin.status import Status
-from tests.patience import patience
+from testbed.patience import patience
 from tests.unit.statuses import NET, NET2, endpoint, finding, network, status
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests import patience as module
+from testbed import patience as module
 
 
 @pytest.fixture(autouse=True)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import patience
-from tests.testbed import images
-from tests.testbed.images import NotPreparedError, engine_root, workload_tar
-from tests.testbed.prepare import GROUPS, THINGS
-from tests.testbed.process import CommandError
-from tests.testbed.vm import images as vm_images
-from tests.testbed.vm.images import KERNELS, KernelAbsentError, kernel, make_kernel, root_image
+from testbed import images
+from testbed.images import NotPreparedError, engine_root, workload_tar
+from testbed.patience import patience
+from testbed.prepare import GROUPS, THINGS
+from testbed.process import CommandError
+from testbed.vm import images as vm_images
+from testbed.vm.images import KERNELS, KernelAbsentError, kernel, make_kernel, root_image
 
 BOOTSTRAP = Path(__file__).parents[2] / "plugin/image/bootstrap.sh"
 APT = """#!/bin/sh

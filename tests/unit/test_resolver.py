@@ -19,7 +19,7 @@ from driver import dns
 from driver.model import Service, Task
 from driver.ports import Told
 from driver.resolver import SMALL, WINDOW, EmbeddedDns, answer_size, ask, fits
-from tests.patience import within
+from testbed.patience import within
 from tests.unit.dns_server import DnsServer, answer
 
 VIP = IPv4Address("10.0.4.2")

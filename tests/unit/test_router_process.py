@@ -12,7 +12,7 @@ from pathlib import Path
 
 from plugin.router import QUESTIONS, RouterProcess, router_command, router_settings
 from plugin.settings import Settings
-from tests.patience import patience
+from testbed.patience import patience
 
 SLEEPER = [sys.executable, "-c", "import sys; sys.stdin.read()"]
 

@@ -29,7 +29,7 @@ from dataplane.router.peer_wire import (
     pack,
 )
 from dataplane.router.wire import IPAddress
-from tests.patience import patience, within
+from testbed.patience import patience, within
 from tests.unit.session_world import BUG, NONSENSE, Router, World
 from tests.unit.swarm_ca import Authority, Node
 

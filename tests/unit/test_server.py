@@ -12,7 +12,7 @@ import pytest
 
 from plugin.listening import BACKLOG, listen
 from plugin.server import ADMIN_SOCKET, THREADS, Paths
-from tests.patience import patience
+from testbed.patience import patience
 
 TOP = Path(__file__).parents[2]
 

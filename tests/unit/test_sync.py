@@ -28,7 +28,7 @@ from driver.occasions import BEAT
 from driver.peers import REPAIR_EVERY
 from driver.ports import Told
 from driver.sync import SETTLE, WRITE_BURST, WRITE_GAP, Syncer
-from tests.patience import patience
+from testbed.patience import patience
 from tests.unit.facts import engine_view
 from tests.unit.steps import Machine
 

@@ -30,10 +30,10 @@ import msgspec
 from dataplane import control
 from dataplane.control import EndpointFact, Learn, NetworkFact, Settings
 from dataplane.errors import DataplaneError, RouterAway
+from testbed.process import CommandError, wait_until
+from testbed.vm import Guest, GuestGoneError, Process
+from testbed.vm.guest import MTU, SOURCES
 from tests.dataplane.places import ROOT
-from tests.testbed.process import CommandError, wait_until
-from tests.testbed.vm import Guest, GuestGoneError, Process
-from tests.testbed.vm.guest import MTU, SOURCES
 from tests.unit import swarm_ca
 from tests.unit.swarm_ca import Node
 

@@ -1,4 +1,4 @@
-"""Tests in virtual machines need root and QEMU; a skip says what is missing. Rates are never asserted: see tests/testbed/vm."""
+"""Tests in virtual machines need root and QEMU; a skip says what is missing. Rates are never asserted: see testbed/vm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.testbed.vm import Guest, guests, missing_tools
+from testbed.vm import Guest, guests, missing_tools
 
 HERE = Path(__file__).parent
 

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Final
 
 from dataplane.control import RdmaFacts, Settings
-from tests.testbed.process import wait_until
-from tests.testbed.vm import Process
+from testbed.process import wait_until
+from testbed.vm import Process
 from tests.vm.cluster import KEY, Host
 
 STREAM: Final = "/src/tests/dataplane/programs/stream.py"

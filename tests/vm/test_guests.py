@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from tests.testbed.process import CommandError, wait_until
-from tests.testbed.vm import Guest, GuestGoneError, guests
+from testbed.process import CommandError, wait_until
+from testbed.vm import Guest, GuestGoneError, guests
 
 WRITE = "/src/tests/vm/programs/write.py"
 SIZE = 300_007  # Of no chunk's size.

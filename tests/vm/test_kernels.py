@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.testbed.images import TOP
-from tests.testbed.vm import KERNELS, Guest, KernelAbsentError, guests
-from tests.testbed.vm.guest import SOURCES
-from tests.testbed.vm.images import kernel
+from testbed.images import TOP
+from testbed.vm import KERNELS, Guest, KernelAbsentError, guests
+from testbed.vm.guest import SOURCES
+from testbed.vm.images import kernel
 
 OBJECT = TOP / "build/overlay.bpf.o"
 STAGES = {

@@ -19,10 +19,10 @@ from typing import Final
 import msgspec
 import pytest
 
+from testbed.images import TOP
+from testbed.process import wait_until
+from testbed.vm import Guest, Process
 from tests.dataplane.places import compile_c
-from tests.testbed.images import TOP
-from tests.testbed.process import wait_until
-from tests.testbed.vm import Guest, Process
 from tests.unit.swarm_ca import Authority
 from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, SWARM, Host, cluster
 from tests.vm.streams import PORT, SETTINGS, Streams, linked, rdma

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from testbed.patience import within
+from testbed.vm import Guest, Process
 from tests.dataplane.places import ROOT, compile_c
-from tests.patience import within
-from tests.testbed.vm import Guest, Process
 
 GID = 1
 """Index of the IPv4 one, with rdma_rxe."""

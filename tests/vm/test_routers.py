@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from dataplane.control import Connection
-from tests.testbed.process import wait_until
-from tests.testbed.vm import Guest
+from testbed.process import wait_until
+from testbed.vm import Guest
 from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, Container, Host, cluster
 
 ECHO = "/src/tests/vm/programs/echo.py"

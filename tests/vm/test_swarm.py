@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.testbed.host import PLUGIN
-from tests.testbed.images import TOP
-from tests.testbed.process import wait_until
-from tests.testbed.vm import Process, guests
-from tests.testbed.vm.engine import IMAGE, MEMORY, RUN, Engine, engine_disk, make_swarm
+from testbed.host import PLUGIN
+from testbed.images import TOP
+from testbed.process import wait_until
+from testbed.vm import Process, guests
+from testbed.vm.engine import IMAGE, MEMORY, RUN, Engine, engine_disk, make_swarm
 
 BUILT = TOP / "build/plugin"
 PROGRAMS = TOP / "tests/vm/programs"

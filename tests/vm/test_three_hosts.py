@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.testbed.process import wait_until
-from tests.testbed.vm import guests
+from testbed.process import wait_until
+from testbed.vm import guests
 from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, Host, cluster
 from tests.vm.streams import SETTINGS, Streams, linked, rdma
 

@@ -1,4 +1,4 @@
-"""`python -m tests.testbed`: a bed to play with, from a shell."""
+"""`python -m testbed`: a bed to play with, from a shell."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from tests.testbed.bed import HOME, Bed, remove_leftovers, take
-from tests.testbed.process import BedInUseError
+from testbed.bed import HOME, Bed, remove_leftovers, take
+from testbed.process import BedInUseError
 
 
 @click.group(help=__doc__)

@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-from tests.patience import patience
+from testbed.patience import patience
 
-TOP: Final = Path(__file__).parents[2]
+TOP: Final = Path(__file__).parents[1]
 SOURCES: Final = TOP / "dataplane/ebpf"
 
 

@@ -1,4 +1,4 @@
-"""`python -m tests.testbed.prepare [NAME…]`: make what test beds, virtual machines, demo and bench stand on, before they start.
+"""`python -m testbed.prepare [NAME…]`: make what test beds, virtual machines, demo and bench stand on, before they start.
 
 Each thing is made by itself and appears in the cache when it is whole. So a run that was interrupted is simply run again.
 """
@@ -13,9 +13,9 @@ from typing import Final
 import click
 
 from bench import image
-from tests.testbed.images import ENGINES, cache, make_engine, make_workload
-from tests.testbed.process import CommandError
-from tests.testbed.vm.images import KERNELS, KernelAbsentError, make_kernel, make_root_image
+from testbed.images import ENGINES, cache, make_engine, make_workload
+from testbed.process import CommandError
+from testbed.vm.images import KERNELS, KernelAbsentError, make_kernel, make_root_image
 
 THINGS: Final[dict[str, Callable[[], object]]] = {
     **{f"engine-{version}": lambda v=version: make_engine(v) for version in ENGINES},  # type: ignore[misc]

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from tests.patience import patience
-from tests.testbed.host import PLUGIN, Host, remove_cgroups
-from tests.testbed.images import engine_root, workload_tar
-from tests.testbed.process import BedInUseError, run, wait_until
+from testbed.host import PLUGIN, Host, remove_cgroups
+from testbed.images import engine_root, workload_tar
+from testbed.patience import patience
+from testbed.process import BedInUseError, run, wait_until
 
 HOME: Final = Path(os.environ.get("FREEFLOW_BEDS", "/var/lib/freeflow-testbed"))
 LOCKS: Final = Path("/run/lock")

@@ -10,12 +10,12 @@ A guest sees only the others: its network is a pair of sockets of this process, 
 `agent.py`, its process 1. The checkout is /src in each, read-only; what is built after the boot is better pushed. Where the
 processor can't virtualise, QEMU emulates it: everything is ten to thirty times slower, so no test asserts on a rate.
 
-`python -m tests.testbed.vm shell|run` does it from a shell. Start with `guest.py`; `images.py` makes what is booted.
+`python -m testbed.vm shell|run` does it from a shell. Start with `guest.py`; `images.py` makes what is booted.
 """
 
-from tests.testbed.vm.channel import GuestGoneError, Process
-from tests.testbed.vm.guest import Guest, guests
-from tests.testbed.vm.images import DEFAULT_KERNEL, KERNELS, KernelAbsentError, missing_tools
+from testbed.vm.channel import GuestGoneError, Process
+from testbed.vm.guest import Guest, guests
+from testbed.vm.images import DEFAULT_KERNEL, KERNELS, KernelAbsentError, missing_tools
 
 __all__ = [
     "DEFAULT_KERNEL",

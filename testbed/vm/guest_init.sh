@@ -39,4 +39,4 @@ ulimit -l unlimited
 ulimit -n 65536
 export HOME=/root LANG=C.UTF-8
 cd /root || exit
-exec python3 -E -S /src/tests/testbed/vm/agent.py
+exec python3 -E -S /src/testbed/vm/agent.py

@@ -31,8 +31,8 @@ from driver.kernel.namespace import CLONE_NEWNET, check, in_netns, libc
 from driver.kernel.nf_tables import Batch
 from driver.kernel.shortcut import Stage
 from driver.model import Endpoint, IPAddress, Network, VipTable
-from tests.kernel.ebpf_object import built
-from tests.patience import patience
+from testbed.ebpf_object import built
+from testbed.patience import patience
 
 T = TypeVar("T")
 

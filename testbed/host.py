@@ -18,9 +18,9 @@ from typing import Any, Final
 
 from docker import DockerClient
 
-from tests.patience import patience
-from tests.testbed.images import WORKLOAD_IMAGE, engine_root
-from tests.testbed.process import CommandError, run, wait_until
+from testbed.images import WORKLOAD_IMAGE, engine_root
+from testbed.patience import patience
+from testbed.process import CommandError, run, wait_until
 
 _INIT: Final = Path(__file__).with_name("host_init.sh")
 PLUGIN: Final = "freeflow:latest"

@@ -1,4 +1,4 @@
-"""`python -m tests.testbed.vm`: virtual machines to play with, from a shell."""
+"""`python -m testbed.vm`: virtual machines to play with, from a shell."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import click
 
-from tests.testbed.vm.channel import Process
-from tests.testbed.vm.guest import MTU, guests
-from tests.testbed.vm.images import DEFAULT_KERNEL, KERNELS
+from testbed.vm.channel import Process
+from testbed.vm.guest import MTU, guests
+from testbed.vm.images import DEFAULT_KERNEL, KERNELS
 
 _kernel = click.option(
     "--kernel", "name", default=DEFAULT_KERNEL, show_default=True, type=click.Choice([*KERNELS])

@@ -1,6 +1,6 @@
 """Root file systems from the Debian archive: one per engine version, and one for what runs in containers.
 
-Each is made once, by `python -m tests.testbed.prepare`, and kept in the cache (`FREEFLOW_CACHE`, default /var/cache/freeflow) by the
+Each is made once, by `python -m testbed.prepare`, and kept in the cache (`FREEFLOW_CACHE`, default /var/cache/freeflow) by the
 content of its recipe. Whoever uses one only looks whether it is there: making one takes longer than a test may.
 """
 
@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from tests.testbed.process import CommandError
+from testbed.process import CommandError
 
-TOP: Final = Path(__file__).resolve().parents[2]
+TOP: Final = Path(__file__).resolve().parents[1]
 
 _ENGINE_TOOLS: Final = "iptables,iproute2,procps,ca-certificates,kmod,nftables"
 ENGINES: Final = {

@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from tests.testbed.bed import Bed
-from tests.testbed.host import PLUGIN
-from tests.testbed.images import cache, locked, recipe_key
-from tests.testbed.process import wait_until
-from tests.testbed.vm.guest import Guest
-from tests.testbed.vm.images import ext4, forget_others
+from testbed.bed import Bed
+from testbed.host import PLUGIN
+from testbed.images import cache, locked, recipe_key
+from testbed.process import wait_until
+from testbed.vm.guest import Guest
+from testbed.vm.images import ext4, forget_others
 
 ENGINE: Final = "26.1"  # The one of the guests' Debian release.
 MEMORY: Final = 1536

@@ -29,7 +29,7 @@ from typing import Final
 from dataplane.router import layout
 from dataplane.router.memory import LinuxMemory
 from dataplane.router.relay_wire import COUNTERS
-from tests.patience import patience
+from testbed.patience import patience
 
 VERBS: Final = 1
 MEMORY: Final = 2

@@ -15,12 +15,12 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any, Final
 
-from tests.patience import patience
-from tests.testbed.images import TOP
-from tests.testbed.process import CommandError, wait_until
-from tests.testbed.vm.channel import Channel, GuestGoneError, Process
-from tests.testbed.vm.images import DEFAULT_KERNEL, Kernel, kernel, root_image
-from tests.testbed.vm.wire import Wire
+from testbed.images import TOP
+from testbed.patience import patience
+from testbed.process import CommandError, wait_until
+from testbed.vm.channel import Channel, GuestGoneError, Process
+from testbed.vm.images import DEFAULT_KERNEL, Kernel, kernel, root_image
+from testbed.vm.wire import Wire
 
 _BOOT: Final = 240.0
 SOURCES: Final = {"PYTHONPATH": "/src", "PYTHONDONTWRITEBYTECODE": "1"}

@@ -19,7 +19,7 @@ the library, and LD_PRELOAD is set if the bed has a library (`accelerated=False`
 
 A library that upgrades connections over loopback too, for test suites that know nothing else: `bed("a", loopback=True)`.
 
-By hand, from a shell: `python -m tests.dataplane.bed [--library FILE] [NAMES...]` makes one, says how to run programs in its
+By hand, from a shell: `python -m testbed.namespaces [--library FILE] [NAMES...]` makes one, says how to run programs in its
 containers, and removes it at the end of its input. What can be told the router again: `made.learn(settings=...)`.
 """
 
@@ -45,8 +45,8 @@ from dataplane.client import RouterClient
 from dataplane.control import EndpointFact, Learn, NetworkFact, Settings
 from dataplane.errors import RouterAway
 from driver.kernel.namespace import in_netns
-from tests.kernel.hosts import new_namespace, write_vips
-from tests.patience import patience, slowness
+from testbed.kernel_hosts import new_namespace, write_vips
+from testbed.patience import patience, slowness
 
 T = TypeVar("T")
 

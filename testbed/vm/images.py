@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.testbed.images import TOP, NotPreparedError, bootstrap, cache, locked, recipe_key
-from tests.testbed.process import CommandError, run
+from testbed.images import TOP, NotPreparedError, bootstrap, cache, locked, recipe_key
+from testbed.process import CommandError, run
 
 KERNELS: Final = {"6.12": "trixie", "6.1": "bookworm", "5.10": "bullseye"}
 """Kernel -> Debian suite that has it."""
@@ -138,7 +138,7 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc
 modprobe -a virtio_console virtio_net virtio_rng 9pnet_virtio 9p
 mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=262144,cache=loose src /src
-. /src/tests/testbed/vm/guest_init.sh
+. /src/testbed/vm/guest_init.sh
 """
 
 

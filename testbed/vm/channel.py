@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from tests.patience import patience
-from tests.testbed.process import CommandError
-from tests.testbed.vm.agent import (
+from testbed.patience import patience
+from testbed.process import CommandError
+from testbed.vm.agent import (
     END_OF_INPUT,
     ERRORS,
     EXIT,

@@ -5,11 +5,11 @@
         bed.install_plugin(Path("build/plugin"))
         bed.hosts[0].docker("network", "create", "-d", "freeflow:latest", "n")
 
-`python -m tests.testbed up|down|run` does it from a shell. Start with `bed.py`, then `host.py`.
+`python -m testbed up|down|run` does it from a shell. Start with `bed.py`, then `host.py`.
 """
 
-from tests.testbed.bed import Bed
-from tests.testbed.host import Host
-from tests.testbed.process import BedInUseError, CommandError, wait_until
+from testbed.bed import Bed
+from testbed.host import Host
+from testbed.process import BedInUseError, CommandError, wait_until
 
 __all__ = ["Bed", "BedInUseError", "CommandError", "Host", "wait_until"]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from tests.patience import patience
+from testbed.patience import patience
 
 T = TypeVar("T")
 
