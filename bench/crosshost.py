@@ -1,7 +1,7 @@
 """The suite `cross-host`: containers of two hosts, and beside it two of one host, none with the library.
 
 Subjects are `freeflow`, Docker's `overlay` and the hosts' own network, which is the limit. What is measured is the kernel's
-path (docs/kernel-path.md); `more` are suites of other paths between hosts, which add rows of their own: the relay's
+path (docs/fast-path.md); `more` are suites of other paths between hosts, which add rows of their own: the relay's
 (docs/rdma-model.md).
 """
 

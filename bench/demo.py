@@ -388,7 +388,7 @@ def show(rows: list[Row], engine: str) -> None:
     ratios = [row.ratio for row in shared if row.ratio]
     print(
         f"Within a host, through shared memory (shm): {times(min(ratios))} to {times(max(ratios))} of Docker's overlay, programs unchanged.\n"
-        "All else (two hosts without RDMA devices): TCP on the shorter way through the kernel, as the path says."
+        "All else (two hosts without RDMA devices): TCP on the eBPF fast path, as the path says."
     )
     about = (
         f"requests, bytes and round trips a second, medians of {ROUNDS} runs; engine {engine}, Linux {platform.release()}, "

@@ -31,9 +31,9 @@ from dataplane.errors import DataplaneError
 from driver import options
 from driver.errors import RouterError
 from driver.kernel.namespace import is_namespace
-from driver.members import NetworkState
 from driver.model import Endpoint, IPAddress, Network
 from driver.store import Store
+from driver.vip_table import NetworkState
 
 log = structlog.get_logger()
 

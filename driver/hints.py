@@ -6,7 +6,7 @@
   of its service, so this reaches every host that shares the network.
 - A container of this host starts or becomes healthy: Docker makes it part of its service then.
 
-A hint is only a hint: what follows is read from the engine. Containers can make up hints, hence `Occasions`.
+A hint is only a hint: what follows is read from the engine. Containers can make up hints, hence `RefreshBudget`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import structlog
 from driver import names
 from driver.errors import EngineError, KernelError
 from driver.kernel.arp import Heard
-from driver.members import NetworkState
 from driver.ports import Directory, Kernel
+from driver.vip_table import NetworkState
 
 log = structlog.get_logger()
 

@@ -27,7 +27,7 @@ USER_KEYS: Final = {
     "ipv6": "IPv6 besides IPv4: on, off, or the /64 to take addresses from",
     "acceleration": "on or off",
     "rdma": "on or off: connections to other hosts over RDMA",
-    "ebpf": "on or off: the shorter way through the kernel",
+    "ebpf": "on or off: the eBPF fast path",
     "upgrade_operations": "reads and writes after which a connection moves to shared memory",
 }
 MTU_ALIAS: Final = "com.docker.network.driver.mtu"
@@ -180,7 +180,7 @@ def upgrade_operations(options: Mapping[str, str]) -> int | None:
 
 
 def ebpf(options: Mapping[str, str]) -> bool:
-    """Whether a network's packets may take the shorter way through the kernel. Raises InvalidRequest."""
+    """Whether a network's packets may take the eBPF fast path. Raises InvalidRequest."""
     return _switch("ebpf", options.get("ebpf", "on"))
 
 

@@ -2,7 +2,7 @@
 
 Each network with endpoints here is looked at every interval: its peers become the flood list, its services become the VIP
 tables of the containers on it. Docker's DNS says at each look which tasks take connections; the list of services is read
-again when something hints that it has changed (`occasions.py`, `hints.py`). Invariants:
+again when something hints that it has changed (`refresh_budget.py`, `hints.py`). Invariants:
 
 - If the engine can't be asked, everything stays as it was: the last known peers and tasks are better than none.
 - One network is never looked at twice at a time, and a slow one doesn't delay others: looks run in a small pool.
@@ -27,15 +27,15 @@ from typing import Final
 
 import structlog
 
-from driver.active import ActiveTasks
 from driver.bell import Bell
+from driver.dns_tasks import DnsTasks
 from driver.driver import Driver
 from driver.errors import EngineError, FreeFlowError, KernelError, NotFound
-from driver.members import NetworkState, next_state, unknown, unlisted
+from driver.flood_list import REPAIR_EVERY, FloodLists
 from driver.model import Endpoint, EngineView, Network, NetworkView, VipTable
-from driver.occasions import LARGE_BEAT, Occasions
-from driver.peers import REPAIR_EVERY, Peers
 from driver.ports import Balancer, Directory, TaskResolver
+from driver.refresh_budget import LARGE_BEAT, RefreshBudget
+from driver.vip_table import NetworkState, next_state, unknown, unlisted
 
 __all__ = ["NetworkState", "Syncer"]
 
@@ -72,7 +72,7 @@ class _Schedule:
     """When a network is looked at."""
 
     due: float
-    occasions: Occasions
+    budget: RefreshBudget
     started: float = float("-inf")
     busy: bool = False
     eager_until: float = float("-inf")
@@ -101,8 +101,8 @@ class Syncer:
     ) -> None:
         self._driver = driver
         self._directory = directory
-        self._active = ActiveTasks(resolver, clock)
-        self._peers = Peers(driver.kernel, clock)
+        self._dns_tasks = DnsTasks(resolver, clock)
+        self._flood_lists = FloodLists(driver.kernel, clock)
         self._balancer = balancer
         self._sandboxes = sandboxes
         self._interval = interval
@@ -195,7 +195,7 @@ class Syncer:
                 if endpoint not in known:
                     self._endpoints[network_id] = (*known, endpoint)
                 schedule = self._schedule(network_id, now)
-                schedule.occasions.hint(now)
+                schedule.budget.hint(now)
                 schedule.eager_until = now + EAGER_FOR
                 schedule.hurry(now)
         if self._union(path):
@@ -209,7 +209,7 @@ class Syncer:
             schedule = self._schedules.get(network_id)
             if schedule is None:
                 return
-            schedule.occasions.hint(now)
+            schedule.budget.hint(now)
             schedule.hurry(now)
         self._ring()
 
@@ -318,7 +318,7 @@ class Syncer:
         return looks
 
     def _schedule(self, network_id: str, now: float) -> _Schedule:
-        return self._schedules.setdefault(network_id, _Schedule(now, Occasions(now)))
+        return self._schedules.setdefault(network_id, _Schedule(now, RefreshBudget(now)))
 
     def _pause(self, schedule: _Schedule, now: float) -> float:
         if now < schedule.eager_until:
@@ -326,7 +326,7 @@ class Syncer:
         pause = self._interval
         if now - schedule.changed > QUIET_AFTER:
             pause = max(QUIET_INTERVAL, self._interval)
-        return max(GAP, min(pause, schedule.occasions.next() - now))
+        return max(GAP, min(pause, schedule.budget.next() - now))
 
     def _collection_is_due(self, now: float) -> bool:
         return now >= self._collect_due and not self._collect_busy and self._engine_error is None
@@ -380,8 +380,8 @@ class Syncer:
             for gone in self._schedules.keys() - endpoints.keys():
                 del self._schedules[gone]
                 self._states.pop(gone, None)
-                self._peers.forget(gone)
-                self._active.forget(gone)
+                self._flood_lists.forget(gone)
+                self._dns_tasks.forget(gone)
                 self._complained.discard(gone)
             for path in self._written.keys() - homes.keys():
                 del self._written[path]
@@ -466,14 +466,14 @@ class Syncer:
             # Better all tasks at once than the right ones a little later.
             before = self._publish(network, view, {}, before)
             self._ring()
-        decision = self._active.ask(view, before, self._owners(network.id, endpoints, view))
+        decision = self._dns_tasks.ask(view, before, self._owners(network.id, endpoints, view))
         if self._is_news(network, view, decision.tasks, before) and self._may_list(network.id):
             view = self._view(network.id, before, services=True)
-            decision = self._active.ask(view, before, self._owners(network.id, endpoints, view))
+            decision = self._dns_tasks.ask(view, before, self._owners(network.id, endpoints, view))
         self._publish(network, view, decision.tasks, before, decision.by_list)
         own = {self._driver.self_address(), self._engine.node_address if self._engine else None}
-        self._peers.set(network, view, endpoints, {item for item in own if item is not None})
-        self._peers.tell_of_tasks(network, view, before.view, endpoints)
+        self._flood_lists.set(network, view, endpoints, {item for item in own if item is not None})
+        self._flood_lists.tell_of_tasks(network, view, before.view, endpoints)
 
     def _owners(
         self, network_id: str, endpoints: tuple[Endpoint, ...], view: NetworkView
@@ -508,13 +508,13 @@ class Syncer:
         now = self._clock()
         with self._lock:
             schedule = self._schedules.get(network_id)
-            return (schedule is not None and schedule.occasions.take(now)) or before.view is None
+            return (schedule is not None and schedule.budget.take(now)) or before.view is None
 
     def _may_list(self, network_id: str) -> bool:
         now = self._clock()
         with self._lock:
             schedule = self._schedules.get(network_id)
-            return schedule is not None and schedule.occasions.take_early(now)
+            return schedule is not None and schedule.budget.take_early(now)
 
     @staticmethod
     def _is_news(
@@ -545,7 +545,7 @@ class Syncer:
                 return state
             self._states[network.id] = state
             if by_list:
-                schedule.occasions.within(LARGE_BEAT)
+                schedule.budget.within(LARGE_BEAT)
             if state.table is not before.table or before.seen is None:
                 self._dirty |= set(self._on_network(network.id))
             changed = state.table is not before.table or view != before.view

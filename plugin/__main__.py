@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from driver.errors import FreeFlowError
-from driver.kernel import public
+from driver.kernel import shared_dir
 from plugin import library
 from plugin.listening import listen
 
@@ -31,7 +31,7 @@ def main() -> int:
     if HOST_RUN.is_dir():
         # What fails here is tried again by `composition.compose`, which says why.
         with contextlib.suppress(FreeFlowError, OSError):
-            library.place(public.make(HOST_RUN), quietly=True)
+            library.place(shared_dir.make(HOST_RUN), quietly=True)
     try:
         listener = listen(SOCKET)
     except OSError as error:

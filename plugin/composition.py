@@ -20,15 +20,15 @@ from driver.driver import Driver, DriverConfig
 from driver.engine import DockerDirectory
 from driver.errors import FreeFlowError, SettingError
 from driver.hints import Hints
-from driver.keeper import Keeper
-from driver.kernel import public
+from driver.ipv6_override import Ipv6Override
+from driver.kernel import shared_dir
 from driver.kernel.addresses import exchange
 from driver.kernel.linux import LinuxKernel
 from driver.kernel.namespace import is_namespace
+from driver.kernel_refresh import KernelRefresh
 from driver.model import Endpoint, EngineView, IPAddress
 from driver.recovery import Collector, Recovered, recover
 from driver.resolver import EmbeddedDns
-from driver.settle import Settler
 from driver.store import Store
 from driver.sync import Syncer
 from driver.vip import NftBalancer
@@ -37,7 +37,7 @@ from plugin.admin import create_admin
 from plugin.app import create_app
 from plugin.calls import CallStatistics
 from plugin.deaths import ROUTER, Deaths
-from plugin.paths import Shorter
+from plugin.paths import PathLabels
 from plugin.ping import Ping
 from plugin.router import CONTROL, RouterProcess, router_command, router_settings
 from plugin.server import Paths
@@ -63,7 +63,7 @@ class Plugin:
     driver: Driver
     syncer: Syncer
     hints: Hints
-    keeper: Keeper
+    kernel_refresh: KernelRefresh
     exporter: Exporter | None
     accelerator: Accelerator
     router: RouterProcess | None
@@ -75,7 +75,7 @@ class Plugin:
         self.recover()
         self.syncer.start()
         self.hints.start()
-        self.keeper.start()
+        self.kernel_refresh.start()
         if self.exporter is not None:
             self.exporter.start()
         if self.router is not None:
@@ -162,13 +162,13 @@ def compose(
         own=own,
     )
     hints = Hints(kernel, directory, syncer.state, syncer.hint, time.monotonic)
-    settler = Settler(exchange, syncer.sandbox)
+    ipv6_override = Ipv6Override(exchange, syncer.sandbox)
     announcer = Announcer(kernel)
 
     def joined(endpoint: Endpoint) -> None:
         announcer.endpoint_joined(endpoint)
         syncer.endpoint_joined(endpoint)
-        settler.endpoint_joined(endpoint)
+        ipv6_override.endpoint_joined(endpoint)
         accelerator.wake()
 
     def wake() -> None:
@@ -176,7 +176,7 @@ def compose(
         accelerator.wake()
 
     driver.on_change(wake, joined)
-    shorter = Shorter(driver, kernel, syncer)
+    labels = PathLabels(driver, kernel, syncer)
 
     def sandboxes() -> Iterator[tuple[str, Path]]:
         for endpoint in store.endpoints():
@@ -185,7 +185,7 @@ def compose(
                 yield endpoint.id, path
 
     def connections() -> Connections:
-        return shorter.connections(accelerator.connections())
+        return labels.connections(accelerator.connections())
 
     recovered: list[Recovered] = []
     failures: list[str] = []
@@ -193,7 +193,7 @@ def compose(
     def run_recovery() -> None:
         try:
             recovered.append(recover(driver, BOOT_ID.read_text().strip()))
-            settler.resume(store.endpoints())
+            ipv6_override.resume(store.endpoints())
         except FreeFlowError as error:
             failures.append(str(error))
             log.error("recovery failed", reason=str(error))
@@ -222,7 +222,7 @@ def compose(
         driver=driver,
         syncer=syncer,
         hints=hints,
-        keeper=Keeper(kernel, sandboxes),
+        kernel_refresh=KernelRefresh(kernel, sandboxes),
         exporter=_exporter(snapshot, settings),
         accelerator=accelerator,
         router=_router(paths, settings, accelerator, failures, deaths),
@@ -250,7 +250,7 @@ def _router(
     if not paths.host_run.is_dir():
         return None
     try:
-        folder = public.make(paths.host_run)
+        folder = shared_dir.make(paths.host_run)
     except FreeFlowError as error:
         failures.append(str(error))
         log.error("no connection can be accelerated", reason=str(error))

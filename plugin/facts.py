@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from dataplane.control import Connections, Paths, Statistics
+from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
-from driver.kernel.shortcut import Stage
 from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, EngineView, IPAddress
 from driver.sync import NetworkState

@@ -15,7 +15,7 @@ import structlog
 
 from driver.kernel.bpffs import PINS
 from driver.kernel.namespace import OVERLAY_PIN
-from driver.kernel.public import VISIBLE
+from driver.kernel.shared_dir import VISIBLE
 
 log = structlog.get_logger()
 

@@ -12,8 +12,8 @@ from ipaddress import IPv4Address
 from typing import Final
 
 from driver.errors import InvalidRequest, NotFound
-from driver.members import NetworkState
 from driver.model import NetworkView
+from driver.vip_table import NetworkState
 
 _LEAST: Final = 6
 """Characters of an ID that are enough."""

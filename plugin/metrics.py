@@ -223,12 +223,12 @@ METRICS: Final = (
         _per_network(lambda network: network.spoofed),
     ),
     MetricSpec(
-        "freeflow_shortcut",
+        "freeflow_fastpath",
         "gauge",
-        "1, with the stage of the shorter way through the kernel that runs as a label",
+        "1, with the stage of the eBPF fast path that runs as a label",
         "",
         ("stage",),
-        lambda status: [((status.shortcut.stage or "off",), 1.0)] if status.shortcut else [],
+        lambda status: [((status.fastpath.stage or "off",), 1.0)] if status.fastpath else [],
     ),
     MetricSpec(
         "freeflow_deaths",

@@ -1,6 +1,6 @@
-"""Which path packets take that aren't in shared memory: the overlay's ordinary way, or the shorter one (`overlay+ebpf`).
+"""Which path packets take that aren't in shared memory: the kernel path, or the fast path (`overlay+ebpf`).
 
-The router knows connections, the driver's `Shortcut` packets: here the two are joined. A connection is on the shorter way
+The router knows connections, the driver's `FastPath` packets: here the two are joined. A connection is on the fast path
 if packets from this host to the other end's MAC address take it now.
 """
 
@@ -25,8 +25,8 @@ _ELSEWHERE: Final = ("remote", "foreign")
 """Words of reasons: the other end is on another host; it is on no network of ours."""
 
 
-class Shorter:
-    """Tells which addresses are reached by the shorter way."""
+class PathLabels:
+    """Tells which addresses are reached by the fast path."""
 
     def __init__(self, driver: Driver, kernel: KernelFacts, syncer: SyncFacts) -> None:
         self._driver = driver
@@ -38,7 +38,7 @@ class Shorter:
         return SHORT if mac and self._kernel.takes(network.id, mac) else OVERLAY
 
     def connections(self, found: Connections) -> Connections:
-        """The router's list, with the shorter way told apart."""
+        """The router's list, with the fast path told apart."""
         networks = {network.id: network for network in self._driver.store.networks()}
         macs = self._macs()
         known: dict[tuple[str, str], bool] = {}
@@ -69,7 +69,7 @@ class Shorter:
     def _reached(
         self, network: Network, address: IPAddress, macs: dict[tuple[str, IPAddress], str]
     ) -> bool:
-        """Whether all that an address may be, if it is a VIP, is reached by the shorter way."""
+        """Whether all that an address may be, if it is a VIP, is reached by the fast path."""
         state = self._syncer.state().get(network.id)
         tasks: Iterable[IPAddress] = (address,)
         if state is not None and isinstance(address, IPv4Address):

@@ -25,7 +25,7 @@ from plugin.settings import Settings
 log = structlog.get_logger()
 
 PUBLIC: Final = "router.sock"
-"""In the folder that every container may see, see `driver/kernel/public.py`."""
+"""In the folder that every container may see, see `driver/kernel/shared_dir.py`."""
 CONTROL: Final = "freeflow-admin/router.sock"
 DEVICES: Final = "dev/infiniband"
 """Beside the host's /run, in the plugin."""

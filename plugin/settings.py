@@ -168,7 +168,7 @@ SETTINGS: Final = (
     Setting(
         "EBPF",
         "on",
-        "on or off: whether packets of the overlay may take the shorter way through the kernel",
+        "on or off: whether packets of the overlay may take the eBPF fast path",
         _choice("on", "off"),
     ),
     Setting(

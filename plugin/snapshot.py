@@ -13,8 +13,8 @@ from dataplane.control import OWNED, DeviceFact, RdmaFacts
 from driver import names
 from driver.driver import Driver
 from driver.errors import FreeFlowError, RouterError, SettingError
+from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
-from driver.kernel.shortcut import Stage
 from driver.model import Endpoint, Network
 from driver.sync import NetworkState
 from plugin.calls import CallStatistics
@@ -25,6 +25,7 @@ from plugin.settings import HIDDEN, PLUGIN, SETTINGS, Settings
 from plugin.status import (
     CallStatus,
     EndpointStatus,
+    FastPathStatus,
     Finding,
     GuardStatus,
     HostStatus,
@@ -37,7 +38,6 @@ from plugin.status import (
     RouterStatus,
     ServiceStatus,
     ShareStatus,
-    ShortcutStatus,
     Status,
 )
 from plugin.totals import Counts, Totals
@@ -165,11 +165,11 @@ def _untold(settings: Settings, networks: list[NetworkStatus]) -> list[Finding]:
 
 
 def _full(stage: Stage) -> list[Finding]:
-    """What has no room in a table of the shorter way."""
+    """What has no room in a table of the fast path."""
     return [
         Finding(
             "warning",
-            "a table of the shorter kernel path is full",
+            "a table of the fast path is full",
             f"{what}; what isn't in it goes the ordinary way",
             "fewer networks or hosts, or EBPF=off on this host",
         )
@@ -259,7 +259,7 @@ class Snapshot:
             ],
             path_counts=counts,
             router=router,
-            shortcut=ShortcutStatus(stage.stage, stage.reason, list(stage.devices)),
+            fastpath=FastPathStatus(stage.stage, stage.reason, list(stage.devices)),
             guard=GuardStatus(
                 list(guarded.ports), guarded.reason, [str(each) for each in guarded.strangers]
             ),
@@ -282,7 +282,7 @@ class Snapshot:
             return RouterStatus(up=False)
 
         def runs(network: str, elsewhere: bool) -> bool:
-            """Whether the shorter way is taken on a network."""
+            """Whether the fast path is taken on a network."""
             return names.short(network) in stage.networks and (
                 not elsewhere or stage.stage == "tunnel"
             )

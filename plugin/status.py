@@ -155,8 +155,8 @@ class RouterStatus(msgspec.Struct, frozen=True):
     rdma: RdmaStatus | None = None
 
 
-class ShortcutStatus(msgspec.Struct, frozen=True):
-    """The shorter way through the kernel. `stage`: same-host, receive or tunnel, each with those before; empty: off.
+class FastPathStatus(msgspec.Struct, frozen=True):
+    """The eBPF fast path. `stage`: same-host, receive or tunnel, each with those before; empty: off.
 
     `reason`: why no higher stage runs. `devices` of the host have a program of ours.
     """
@@ -225,6 +225,6 @@ class Status(msgspec.Struct, frozen=True):
     calls: list[CallStatus]
     path_counts: dict[str, int] = {}
     router: RouterStatus | None = None
-    shortcut: ShortcutStatus | None = None
+    fastpath: FastPathStatus | None = None
     guard: GuardStatus | None = None
     parts: list[PartStatus] = []

@@ -26,10 +26,10 @@ from pyroute2 import IPRoute
 
 from dataplane.threads import in_thread
 from driver import names, vip
+from driver.kernel.fastpath import Stage
 from driver.kernel.linux import LinuxKernel
 from driver.kernel.namespace import CLONE_NEWNET, check, in_netns, libc
 from driver.kernel.nf_tables import Batch
-from driver.kernel.shortcut import Stage
 from driver.model import Endpoint, IPAddress, Network, VipTable
 from testbed.ebpf_object import built
 from testbed.patience import patience
@@ -386,8 +386,8 @@ class Host:
         )
 
     def keep(self) -> Stage:
-        """What the plugin does every second, and after each start; how far packets take the shorter way then."""
-        self.do(self.kernel.settle)
+        """What the plugin does every second, and after each start; how far packets take the fast path then."""
+        self.do(self.kernel.attach_programs)
         self.do(self.kernel.keep)
         return self.do(self.kernel.stage)
 

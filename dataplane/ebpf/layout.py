@@ -185,7 +185,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What a container's link had of the shorter way (`struct ff_count`), all CPUs together."""
+    """What a container's link had of the fast path (`struct ff_count`), all CPUs together."""
 
     local_packets: int = 0
     local_bytes: int = 0

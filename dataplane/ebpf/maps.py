@@ -161,7 +161,7 @@ class Maps:
                 self.drop_place(net, mac)
 
     def clear(self) -> None:
-        """Nothing takes the shorter way any more."""
+        """Nothing takes the fast path any more."""
         self.settings.put(_ZERO, bytes(layout.SETTINGS.size))
         for each in (self.ports, self.places, self.networks, self.peers):
             for key in each.keys():  # noqa: SIM118

@@ -1,4 +1,4 @@
-/* The overlay's shorter way through the kernel.
+/* The overlay's eBPF fast path.
  *
  *   container ── ffh ─┬─ same host ────────────────────────► the other container's eth0
  *                     └─ header on ─► ffu pair ─► host's namespace: route, neighbour, NIC

@@ -1,4 +1,4 @@
-"""What the running kernel can do of the shorter way, found out by doing it: loading each program, running some once.
+"""What the running kernel can do of the fast path, found out by doing it: loading each program, running some once.
 
 Stages, each of which needs the one before it:
 

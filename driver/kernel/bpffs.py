@@ -1,4 +1,4 @@
-"""Where maps and links of the shorter way are pinned: a BPF file system of our own below the host's /run.
+"""Where maps and links of the fast path are pinned: a BPF file system of our own below the host's /run.
 
 Like the overlay namespace's pin (`pin.py`) it outlives the plugin's process. A pin that is removed lets its map or link
 go, once no program uses it; a file system that is only unmounted keeps them as long as any mount namespace has a copy.

@@ -1,6 +1,6 @@
 """Whether a rule of the host's firewall may mean the overlay's own packets: then they must go where it sees them.
 
-Packets that get or lose their header on the shorter way pass none of the hooks of the host's namespace. So the rules at
+Packets that get or lose their header on the fast path pass none of the hooks of the host's namespace. So the rules at
 these hooks are read: those of nftables, among which iptables' own are in all distributions of today, and those of
 iptables-legacy. A rule is harmless if one of its conditions can't hold for a UDP packet between this host and a peer on the
 overlay's port, or if it only counts. What isn't understood counts as harmful: better the ordinary way than past a rule.

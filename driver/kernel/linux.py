@@ -19,13 +19,13 @@ from typing import Final
 
 from driver import names
 from driver.errors import FreeFlowError, KernelError
-from driver.kernel import announce, fdb, filter, guard, links, pin, underlay, ways
+from driver.kernel import announce, fdb, filter, guard, links, pin, underlay, underlay_routes
 from driver.kernel.arp import Heard
+from driver.kernel.fastpath import FastPath, Stage
 from driver.kernel.guard import Guard, Guarded
 from driver.kernel.namespace import OVERLAY_PIN
 from driver.kernel.netlink import Sockets
 from driver.kernel.overlay import Overlay
-from driver.kernel.shortcut import Shortcut, Stage
 from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, IPAddress, IPNetwork, Network
 from driver.ports import Inventory
@@ -73,10 +73,10 @@ class LinuxKernel:
         self._opened: Overlay | None = None
         self._made: dict[str, _Made] = {}
         self._guard = Guard(self._host_namespace, sessions)
-        self._changes = ways.Changes(self._host_namespace)
+        self._changes = underlay_routes.Changes(self._host_namespace)
         self._ways_due = 0.0
         self._near: frozenset[IPNetwork] = frozenset()
-        self._shortcut = Shortcut(
+        self._fastpath = FastPath(
             programs, host_run, self._host_namespace, self._host, self.underlay, tcx=tcx
         )
 
@@ -98,7 +98,7 @@ class LinuxKernel:
             if identity is not None and self._opened is None:
                 opened = Overlay(self._host_run, identity)
                 opened.nft.run(filter.base())
-                self._shortcut.open(opened)
+                self._fastpath.open(opened)
                 self._opened = opened
             return self._opened
 
@@ -115,7 +115,7 @@ class LinuxKernel:
         return opened
 
     def _forget(self) -> None:
-        self._shortcut.forget()
+        self._fastpath.forget()
         if self._opened is not None:
             self._opened.close()
             self._opened = None
@@ -140,7 +140,7 @@ class LinuxKernel:
             self._guard.network(names.short(network.id), network.port)
         links.make_veth(self._host, overlay.links, self._host_namespace, network, endpoint, bridge)
         self._filter(overlay, filter.add(endpoint))
-        self._shortcut.attach(network, endpoint)
+        self._fastpath.attach(network, endpoint)
 
     @staticmethod
     def _filter(overlay: Overlay, commands: str) -> None:
@@ -174,7 +174,7 @@ class LinuxKernel:
     def detach(self, network_id: str, endpoint_id: str) -> None:
         overlay = self._overlay()
         if overlay is not None:
-            self._shortcut.detach(endpoint_id)
+            self._fastpath.detach(endpoint_id)
             overlay.links.delete(names.host_veth(endpoint_id))
             self._filter(overlay, filter.remove(endpoint_id))
         # Gone with its other end, unless that was in an earlier overlay namespace.
@@ -185,7 +185,7 @@ class LinuxKernel:
         self._guard.forget(names.short(network_id))
         overlay = self._overlay()
         if overlay is not None:
-            self._shortcut.remove_network(network_id)
+            self._fastpath.remove_network(network_id)
             overlay.links.delete(names.vxlan(network_id))
             overlay.links.delete(names.bridge(network_id))
 
@@ -194,7 +194,7 @@ class LinuxKernel:
     def set_peers(self, network_id: str, peers: Iterable[IPAddress]) -> frozenset[IPAddress]:
         overlay, wanted = self._overlay(), frozenset(peers)
         index = overlay.links.index(names.vxlan(network_id)) if overlay is not None else None
-        self._shortcut.set_peers(network_id, wanted)
+        self._fastpath.set_peers(network_id, wanted)
         if overlay is None or index is None:
             return frozenset()
         self._guard.peers(names.short(network_id), wanted)
@@ -218,7 +218,7 @@ class LinuxKernel:
                 # Without an underlay there are no peers either: what is there stays.
                 return
             peers = sorted(self._guard.everybody(), key=str)
-            reached = ways.devices(self._host, peers, found.address)
+            reached = underlay_routes.devices(self._host, peers, found.address)
             self._near = self._beside(found)
             self._guard.reached(reached | {found.device}, self._near)
         if self._guard.keep() or self._guard.failed:
@@ -276,41 +276,41 @@ class LinuxKernel:
             raise KernelError(f"listening to ARP: {error}") from error
 
     def learned(self, network_id: str) -> dict[str, IPAddress]:
-        """MAC address → the peer behind which it was learned: by the shorter way, which the VXLAN device sees nothing of,
+        """MAC address → the peer behind which it was learned: by the fast path, which the VXLAN device sees nothing of,
         or by that."""
         overlay = self._overlay()
         index = overlay.links.index(names.vxlan(network_id)) if overlay is not None else None
         if overlay is None or index is None:
             return {}
-        return fdb.learned(overlay.links, index) | self._shortcut.learned(network_id)
+        return fdb.learned(overlay.links, index) | self._fastpath.learned(network_id)
 
     def locate(self, network_id: str, mac: str) -> IPAddress | None:
         """The peer behind which a MAC address is; None: on this host, or not learned."""
         return self.learned(network_id).get(mac.lower())
 
-    # --- the shorter way
+    # --- the fast path
 
     def keep(self) -> None:
         """Look at what may have changed by itself. To be called every second or so."""
         if self._overlay() is not None:
             self._keep_guard()
-            self._shortcut.keep()
+            self._fastpath.keep()
 
-    def settle(self) -> None:
-        """See `Shortcut.settle`."""
-        self._shortcut.settle()
+    def attach_programs(self) -> None:
+        """See `FastPath.attach_programs`."""
+        self._fastpath.attach_programs()
 
-    def look_inside(self, endpoint_id: str, sandbox: Path | int) -> None:
-        """See `Shortcut.look_inside`."""
-        self._shortcut.look_inside(endpoint_id, sandbox)
+    def check_forwarding(self, endpoint_id: str, sandbox: Path | int) -> None:
+        """See `FastPath.check_forwarding`."""
+        self._fastpath.check_forwarding(endpoint_id, sandbox)
 
     def stage(self) -> Stage:
-        """How far packets take the shorter way on this host."""
-        return self._shortcut.stage()
+        """How far packets take the fast path on this host."""
+        return self._fastpath.stage()
 
     def takes(self, network_id: str, mac: str) -> bool:
-        """Whether packets from this host's containers to a MAC address take the shorter way now."""
-        return self._shortcut.takes(network_id, mac)
+        """Whether packets from this host's containers to a MAC address take the fast path now."""
+        return self._fastpath.takes(network_id, mac)
 
     # --- what exists
 
@@ -333,7 +333,7 @@ class LinuxKernel:
     def links(self) -> dict[str, dict[str, int]]:
         """Our links in the overlay namespace by name, with their counters: bytes, packets and drops each way.
 
-        What the shorter way brought to a container went past its link, and is counted with it all the same.
+        What the fast path brought to a container went past its link, and is counted with it all the same.
         """
         overlay = self._overlay()
         if overlay is None:
@@ -343,7 +343,7 @@ class LinuxKernel:
             for link in overlay.links.links()
             if link.name.startswith(names.PREFIXES)
         }
-        for name, count in self._shortcut.counts().items():
+        for name, count in self._fastpath.counts().items():
             if name in found:
                 found[name]["tx_packets"] += count.received_packets
                 found[name]["tx_bytes"] += count.received_bytes
@@ -361,7 +361,7 @@ class LinuxKernel:
             if link.name.startswith(names.CONTAINER_VETH) and self._host.delete(link.name)
         ]
         overlay = self._overlay()
-        removed += self._shortcut.remove(overlay)
+        removed += self._fastpath.remove(overlay)
         if overlay is not None:
             # One by one: the namespace lives on while any process has it open.
             removed += [name for name in self.links() if overlay.links.delete(name)]

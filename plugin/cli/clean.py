@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from driver.errors import FreeFlowError
-from driver.kernel import public
+from driver.kernel import shared_dir
 from driver.kernel.linux import LinuxKernel
 from driver.store import FILE
 from plugin import host_command
@@ -57,7 +57,7 @@ def clean(client: Client, *, everything: bool, force: bool) -> list[str]:
     run = host_run()
     removed = LinuxKernel(run).cleanup()
     if everything:
-        if public.remove(run):
+        if shared_dir.remove(run):
             removed.append("/run/freeflow")
         directory = run / ADMIN_DIRECTORY
         if directory.exists():

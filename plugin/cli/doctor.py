@@ -21,7 +21,7 @@ from driver.kernel import guard, nft
 from driver.kernel.namespace import OVERLAY_PIN, in_netns, is_namespace, is_shared, isolated
 from plugin.cli.client import Client, Engine, host_run
 from plugin.settings import PLUGIN
-from plugin.status import Finding, ShortcutStatus, Status
+from plugin.status import FastPathStatus, Finding, Status
 
 OTHER_OVERLAYS: Final = {
     "weave": "Weave Net",
@@ -357,9 +357,9 @@ def _connects(address: str, port: int) -> bool:
     return True
 
 
-def _shorter(found: ShortcutStatus) -> str:
+def _fastpath(found: FastPathStatus) -> str:
     why = f" ({found.reason})" if found.reason else ""
-    return f"the shorter way through the kernel: {found.stage or 'off'}{why}"
+    return f"the eBPF fast path: {found.stage or 'off'}{why}"
 
 
 def check_leftovers(run: Path, status: Status | None) -> list[Finding]:
@@ -439,9 +439,9 @@ def examine(client: Client) -> Report:
             lambda: check_session_port(status, _connects),
         )
     check("no links are left over", lambda: check_leftovers(run, status))
-    if status is not None and status.shortcut is not None:
+    if status is not None and status.fastpath is not None:
         # That it is off or goes less far is no fault: what is the matter is said all the same.
-        passed.append(_shorter(status.shortcut))
+        passed.append(_fastpath(status.fastpath))
     return Report(
         passed, findings, [] if status is None else rdma_notes(status) + service_notes(status)
     )

@@ -108,8 +108,8 @@ def _rdma(rdma: RdmaStatus | None) -> str:
     )
 
 
-def _shortcut(status: Status) -> str:
-    found = status.shortcut
+def _fastpath(status: Status) -> str:
+    found = status.fastpath
     if found is None:
         return ""
     why = f"; no more: {found.reason}" if found.reason else ""
@@ -175,7 +175,7 @@ def findings(problems: Iterable[Finding]) -> str:
 def show_status(status: Status) -> str:
     """The whole page."""
     status = shown_all(status)
-    head = _host(status) + _router(status) + _shortcut(status) + _parts(status)
+    head = _host(status) + _router(status) + _fastpath(status) + _parts(status)
     parts = [verdict(status) + "\n", head]
     parts += [_network(network) + _paths(status, network) for network in status.networks]
     if not status.networks:

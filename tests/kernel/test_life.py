@@ -156,7 +156,7 @@ def test_removal_of_what_never_was(one: Lab) -> None:
 def test_a_missing_part_is_made_again(two: Lab) -> None:
     """Whatever part of a network somebody removed, the next attach and set_peers bring traffic back."""
     host, other = two.hosts
-    # The shorter way doesn't need these links.
+    # The fast path doesn't need these links.
     host.ordinary()
     network = a_network()
     box, far = host.container(network, 2), other.container(network, 3)

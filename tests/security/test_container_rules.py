@@ -26,17 +26,17 @@ PLUGIN = """
 import sys
 from ipaddress import IPv4Address
 from pathlib import Path
-from driver.kernel.inside import passes_on
+from driver.kernel.forwarding_check import may_forward
 from driver.vip import NftBalancer
 path = Path(f"/proc/self/fd/{sys.argv[1]}")
 balancer, vip = NftBalancer(iter(range(100))), IPv4Address("10.0.0.2")
-print(passes_on(int(sys.argv[1])))
+print(may_forward(int(sys.argv[1])))
 for tasks in ((3,), (3, 4), (4,), ()):
     assert balancer.apply(path, {vip: tuple(IPv4Address(f"10.0.0.{n}") for n in tasks)})
 assert balancer.apply(path, {})
 # Not getrusage(): that starts with the memory of the process that has forked this one.
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-print(passes_on(int(sys.argv[1])), status["VmHWM"].split()[0])
+print(may_forward(int(sys.argv[1])), status["VmHWM"].split()[0])
 """
 
 CREATE, APPEND = 0x400, 0x800

@@ -1,6 +1,6 @@
 """Frames into the overlay's UDP port from those who are no peers: forged ones, and such that would move an address.
 
-Each attack is run over the ordinary way and with the shorter one, since each has its own memory of where addresses are.
+Each attack is run over the kernel path and over the fast path, since each has its own memory of where addresses are.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class Scene:
         return self.wrapped(frame)
 
 
-@pytest.fixture(scope="module", params=["ordinary", "shorter"])
+@pytest.fixture(scope="module", params=["kernel path", "fast path"])
 def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
     with lab(3) as made:
         network = a_network()
-        if request.param == "ordinary":
+        if request.param == "kernel path":
             for host in made.hosts:
                 host.ordinary()
         near, far = (host.container(network, 2 + n) for n, host in enumerate(made.hosts[:2]))
@@ -228,7 +228,7 @@ def test_nobody_else_moves_an_address(scene: Scene, kind: str) -> None:
         thread.start()
         try:
             time.sleep(0.2)
-            # Past what the shorter way remembers without being told again.
+            # Past what the fast path remembers without being told again.
             assert [
                 scene.near.echoes(scene.far.ipv4, tries=1, timeout=patience(2)) for _ in range(8)
             ] == [True] * 8

@@ -9,8 +9,8 @@ from pathlib import Path
 from dataplane.control import Connections, ContainerCounts, PathCount, Paths, Statistics
 from driver import names
 from driver.errors import FreeFlowError, RouterError
+from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
-from driver.kernel.shortcut import Stage
 from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, EngineView, IPAddress
 from driver.sync import NetworkState
@@ -33,13 +33,13 @@ class FakeKernelFacts:
         """What the container received and sent; the host's end of the pair counts the reverse."""
         self.counters[names.host_veth(endpoint_id)] = {"rx_bytes": sent, "tx_bytes": received}
 
-    shorter: Stage = field(default_factory=Stage)
+    fastpath: Stage = field(default_factory=Stage)
     taken: set[str] = field(default_factory=set)
 
     guards: Guarded = field(default_factory=Guarded)
 
     def stage(self) -> Stage:
-        return self.shorter
+        return self.fastpath
 
     def guarded(self) -> Guarded:
         return self.guards

@@ -10,6 +10,7 @@ from dataplane.control import Connection, Connections
 from plugin.status import (
     CallStatus,
     EndpointStatus,
+    FastPathStatus,
     Finding,
     HostStatus,
     NetworkStatus,
@@ -18,7 +19,6 @@ from plugin.status import (
     RouterStatus,
     ServiceStatus,
     ShareStatus,
-    ShortcutStatus,
     Status,
 )
 
@@ -123,7 +123,7 @@ def status(**fields: Any) -> Status:
         problems=[],
         calls=[CallStatus("Join", 7, 1, 1.5, 20.0)],
         path_counts={"overlay": 3, "shm": 2},
-        shortcut=ShortcutStatus("receive", "the host has IPsec policies", []),
+        fastpath=FastPathStatus("receive", "the host has IPsec policies", []),
         router=RouterStatus(
             up=True,
             uptime=10.0,

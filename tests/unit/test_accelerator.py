@@ -14,9 +14,9 @@ from dataplane.control import Connections, Learn, Paths, Rule, Settings, Statist
 from dataplane.errors import RouterAway
 from driver.accelerator import REPEAT, RETRY, SANDBOX_RETRY, Accelerator, Self, facts
 from driver.errors import RouterError
-from driver.members import NetworkState
 from driver.model import Endpoint, LocalContainer, Network, NetworkView, Peer, Service, Subnet, Task
 from driver.store import Store
+from driver.vip_table import NetworkState
 from testbed.patience import patience
 
 NET, NET2 = "n" * 25, "m" * 25

@@ -11,9 +11,9 @@ import pytest
 from driver.hints import FORGET, MEMORY, Hints
 from driver.kernel import announce, arp
 from driver.kernel.arp import Heard
-from driver.members import NetworkState
 from driver.model import LocalContainer, NetworkView, Service, Subnet, Task
-from driver.occasions import BEAT, BUDGET, FOLLOW_UPS, Occasions
+from driver.refresh_budget import BEAT, BUDGET, FOLLOW_UPS, RefreshBudget
+from driver.vip_table import NetworkState
 from tests.unit.steps import FakeDirectory, SteppedKernel, Steps
 
 NETWORK = "n" * 25
@@ -124,11 +124,11 @@ def test_other_frames_are_ignored(frame: bytes, interface: str) -> None:
     assert arp.parse(frame, interface) is None
 
 
-def _taken(occasions: Occasions, begin: float, end: float, step: float = 0.25) -> list[float]:
+def _taken(budget: RefreshBudget, begin: float, end: float, step: float = 0.25) -> list[float]:
     times = []
     now = begin
     while now < end:
-        if occasions.take(now):
+        if budget.take(now):
             times.append(now - begin)
         now += step
     return times
@@ -136,25 +136,25 @@ def _taken(occasions: Occasions, begin: float, end: float, step: float = 0.25) -
 
 def test_services_are_listed_at_once_and_then_rarely() -> None:
     """Without hints an engine is asked once a minute."""
-    assert _taken(Occasions(0.0), 0.0, 3 * BEAT - 1) == [0.0, BEAT, 2 * BEAT]
+    assert _taken(RefreshBudget(0.0), 0.0, 3 * BEAT - 1) == [0.0, BEAT, 2 * BEAT]
 
 
 def test_a_hint_is_followed_up() -> None:
     """Gossip that comes shortly after the hint is not missed."""
-    occasions = Occasions(0.0)
-    assert occasions.take(0.0)
-    occasions.hint(10.0)
-    assert _taken(occasions, 10.0, 20.0) == list(FOLLOW_UPS)
+    budget = RefreshBudget(0.0)
+    assert budget.take(0.0)
+    budget.hint(10.0)
+    assert _taken(budget, 10.0, 20.0) == list(FOLLOW_UPS)
 
 
 def test_hints_without_end_are_answered_at_a_bounded_rate() -> None:
     """A flood of hints neither starves the look that is due nor makes more than one a second for long."""
-    occasions = Occasions(0.0)
+    budget = RefreshBudget(0.0)
     times = []
     for tick in range(6000):
         now = tick / 100
-        occasions.hint(now)
-        if occasions.take(now):
+        budget.hint(now)
+        if budget.take(now):
             times.append(now)
     assert BUDGET + 50 < len(times) <= BUDGET + 61
     assert max(later - sooner for sooner, later in itertools.pairwise(times)) < 1.1
@@ -162,9 +162,9 @@ def test_hints_without_end_are_answered_at_a_bounded_rate() -> None:
 
 def test_what_dns_says_may_come_early() -> None:
     """A task that DNS knows is looked for in the list at once, within the same budget."""
-    occasions = Occasions(0.0)
-    assert occasions.take(0.0)
-    assert occasions.take_early(1.0)
-    assert not occasions.take(1.1)
-    allowed = sum(occasions.take_early(2.0) for _ in range(100))
+    budget = RefreshBudget(0.0)
+    assert budget.take(0.0)
+    assert budget.take_early(1.0)
+    assert not budget.take(1.1)
+    allowed = sum(budget.take_early(2.0) for _ in range(100))
     assert BUDGET - 2 <= allowed <= BUDGET

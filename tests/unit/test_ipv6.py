@@ -9,8 +9,8 @@ import pytest
 
 from driver.driver import Driver, DriverConfig
 from driver.errors import InvalidRequest, KernelError
+from driver.ipv6_override import PATIENCE, Ipv6Override
 from driver.model import Endpoint, Subnet
-from driver.settle import PATIENCE, Settler
 from driver.store import Store
 from tests.unit.steps import SteppedKernel, Steps
 
@@ -203,8 +203,8 @@ class Sandbox:
         return answer
 
 
-def _settler(sandbox: Sandbox, now: list[float]) -> Settler:
-    made = Settler(sandbox, lambda endpoint: Path("/x"), lambda: now[0])
+def _override(sandbox: Sandbox, now: list[float]) -> Ipv6Override:
+    made = Ipv6Override(sandbox, lambda endpoint: Path("/x"), lambda: now[0])
     # The test is the thread.
     made._thread = object()  # type: ignore[assignment]
     return made
@@ -224,29 +224,29 @@ COUNTED = Endpoint(
 def test_an_address_is_exchanged_when_it_comes() -> None:
     """The namespace is asked until the engine's address is there, errors included, and then left alone."""
     sandbox, now = Sandbox(False, KernelError("no such namespace"), True), [0.0]
-    settler = _settler(sandbox, now)
-    settler.endpoint_joined(COUNTED)
+    ipv6_override = _override(sandbox, now)
+    ipv6_override.endpoint_joined(COUNTED)
     for _ in range(5):
-        settler.once()
+        ipv6_override.once()
     assert sandbox.asked == 3
 
 
 def test_a_container_that_never_starts_is_given_up() -> None:
     """After a minute nobody asks any more."""
     sandbox, now = Sandbox(*[False] * 100), [0.0]
-    settler = _settler(sandbox, now)
-    settler.endpoint_joined(COUNTED)
-    settler.once()
+    ipv6_override = _override(sandbox, now)
+    ipv6_override.endpoint_joined(COUNTED)
+    ipv6_override.once()
     now[0] = PATIENCE + 1
-    settler.once()
-    settler.once()
+    ipv6_override.once()
+    ipv6_override.once()
     assert sandbox.asked == 2
 
 
 def test_other_endpoints_are_no_work() -> None:
     """An endpoint whose address nobody has to exchange isn't asked about."""
     sandbox, now = Sandbox(), [0.0]
-    settler = _settler(sandbox, now)
-    settler.resume([Endpoint(ENDPOINT, SWARM, "02:42:0a:5b:00:07", V4)])
-    settler.once()
+    ipv6_override = _override(sandbox, now)
+    ipv6_override.resume([Endpoint(ENDPOINT, SWARM, "02:42:0a:5b:00:07", V4)])
+    ipv6_override.once()
     assert sandbox.asked == 0

@@ -105,7 +105,9 @@ def test_every_module_says_what_it_is(module: str) -> None:
     assert ast.get_docstring(SOURCES[module])
 
 
-@pytest.mark.parametrize("module", ["driver.vip", "driver.kernel.inside", "driver.kernel.flows"])
+@pytest.mark.parametrize(
+    "module", ["driver.vip", "driver.kernel.forwarding_check", "driver.kernel.flows"]
+)
 def test_what_works_in_containers_is_without_libraries_that_parse(module: str) -> None:
     """What runs in a container's namespace decodes nothing by libnftables or pyroute2: the container may have written it."""
     found = reached(module)

@@ -9,10 +9,10 @@ import pytest
 from msgspec.structs import replace
 
 from dataplane.control import Connection, Connections
-from driver.kernel.shortcut import Stage
+from driver.kernel.fastpath import Stage
 from plugin.cli.show import show_status
-from plugin.paths import SHORT, Shorter, relabel
-from plugin.status import PathStatus, ShortcutStatus
+from plugin.paths import SHORT, PathLabels, relabel
+from plugin.status import FastPathStatus, PathStatus
 from tests.unit.facts import FakeKernelFacts
 from tests.unit.statuses import NET, network, status
 from tests.unit.test_snapshot import World
@@ -22,11 +22,11 @@ FAR_MAC = "02:42:0a:00:04:09"
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> tuple[Shorter, FakeKernelFacts]:
+def world(tmp_path: Path) -> tuple[PathLabels, FakeKernelFacts]:
     """An endpoint here, 10.0.4.7; a service with the VIP 10.0.4.2 whose task is elsewhere, 10.0.4.9."""
     made = World(tmp_path)
     made.change_state(table={IPv4Address("10.0.4.2"): (IPv4Address("10.0.4.9"),)})
-    return Shorter(made.driver, made.kernel, made.sync), made.kernel
+    return PathLabels(made.driver, made.kernel, made.sync), made.kernel
 
 
 def connection(remote: str, path: str = "overlay") -> Connection:
@@ -47,37 +47,37 @@ def connection(remote: str, path: str = "overlay") -> Connection:
     ],
 )
 def test_a_connection_is_where_its_packets_are(
-    world: tuple[Shorter, FakeKernelFacts], remote: str, taken: set[str], path: str
+    world: tuple[PathLabels, FakeKernelFacts], remote: str, taken: set[str], path: str
 ) -> None:
     """A connection's path is that of packets to its other end, by its address or its VIP; what is unknown is on overlay."""
-    shorter, kernel = world
+    labels, kernel = world
     kernel.taken = taken
-    found = shorter.connections(Connections(connections=(connection(remote),), reasons={}))
+    found = labels.connections(Connections(connections=(connection(remote),), reasons={}))
     assert [each.path for each in found.connections] == [path]
 
 
-def test_an_ipv6_address_is_its_ipv4_addresss(world: tuple[Shorter, FakeKernelFacts]) -> None:
+def test_an_ipv6_address_is_its_ipv4_addresss(world: tuple[PathLabels, FakeKernelFacts]) -> None:
     """The IPv6 address of another host's container has the MAC address of the IPv4 address in it."""
-    shorter, kernel = world
+    labels, kernel = world
     kernel.taken = {FAR_MAC}
-    prefix = shorter._driver.store.networks()[0].prefix6
+    prefix = labels._driver.store.networks()[0].prefix6
     remote = f"[{prefix[int(IPv4Address('10.0.4.9'))]}]:80"
-    found = shorter.connections(Connections(connections=(connection(remote),), reasons={}))
+    found = labels.connections(Connections(connections=(connection(remote),), reasons={}))
     assert found.connections[0].path == SHORT
 
 
-def test_what_is_faster_stays(world: tuple[Shorter, FakeKernelFacts]) -> None:
+def test_what_is_faster_stays(world: tuple[PathLabels, FakeKernelFacts]) -> None:
     """A connection on shared memory is said to be there, whatever its packets do."""
-    shorter, kernel = world
+    labels, kernel = world
     kernel.taken = {NEAR_MAC}
-    found = shorter.connections(
+    found = labels.connections(
         Connections(connections=(connection("10.0.4.7:80", "shm"),), reasons={})
     )
     assert found.connections[0].path == "shm"
 
 
 def test_counts_are_by_what_runs() -> None:
-    """Counts without addresses: ends on other hosts are on the shorter way if the tunnel runs, those on no network never."""
+    """Counts without addresses: ends on other hosts are on the fast path if the tunnel runs, those on no network never."""
     counts = [PathStatus(NET, "overlay", reason, 1) for reason in ("remote", "short", "foreign")]
     counts.append(PathStatus(NET, "shm", "", 1))
     local = relabel(counts, lambda network, elsewhere: not elsewhere)
@@ -88,19 +88,19 @@ def test_counts_are_by_what_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shortcut", "line"),
+    ("fastpath", "line"),
     [
-        (ShortcutStatus("tunnel", "", ["eth0"]), "overlay+ebpf tunnel on eth0"),
+        (FastPathStatus("tunnel", "", ["eth0"]), "overlay+ebpf tunnel on eth0"),
         (
-            ShortcutStatus("receive", "the host has IPsec"),
+            FastPathStatus("receive", "the host has IPsec"),
             "overlay+ebpf receive; no more: the host has IPsec",
         ),
-        (ShortcutStatus("", "setting EBPF=off"), "overlay+ebpf off: setting EBPF=off"),
+        (FastPathStatus("", "setting EBPF=off"), "overlay+ebpf off: setting EBPF=off"),
     ],
 )
-def test_status_says_which_stage_runs(shortcut: ShortcutStatus, line: str) -> None:
-    """`freeflow status` has a line that says how far the shorter way goes, and why no further."""
-    assert line in show_status(status(shortcut=shortcut)).splitlines()
+def test_status_says_which_stage_runs(fastpath: FastPathStatus, line: str) -> None:
+    """`freeflow status` has a line that says how far the fast path goes, and why no further."""
+    assert line in show_status(status(fastpath=fastpath)).splitlines()
 
 
 def test_status_counts_connections_by_path() -> None:

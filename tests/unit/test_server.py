@@ -38,7 +38,7 @@ def test_nothing_heavy_before_listening() -> None:
         "driver.errors",
         "driver.kernel",
         "driver.kernel.namespace",
-        "driver.kernel.public",
+        "driver.kernel.shared_dir",
     }
     assert ours == few | {"plugin", "plugin.__main__", "plugin.library", "plugin.listening"}
     assert not loaded & {"flask", "gunicorn", "pyroute2", "docker", "msgspec", "structlog"}

@@ -11,8 +11,8 @@ import pytest
 from dataplane.control import OWNED, PathCount
 from driver.driver import Driver
 from driver.errors import KernelError, SettingError
+from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
-from driver.kernel.shortcut import Stage
 from driver.kernel.underlay import Underlay
 from driver.model import LocalContainer, NetworkView, Peer, Service, Subnet, Task
 from driver.sync import NetworkState
@@ -374,8 +374,8 @@ def test_an_open_port(world: World) -> None:
 
 
 def test_full_tables(world: World) -> None:
-    """A table of the shorter way that is full is a problem, with what has no room."""
-    world.kernel.shorter = Stage("tunnel", full=("peers: 3 peers of networks: map peers",))
+    """A table of the fast path that is full is a problem, with what has no room."""
+    world.kernel.fastpath = Stage("tunnel", full=("peers: 3 peers of networks: map peers",))
     assert "is full" in world.problem()
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from driver.active import REST_AFTER
+from driver.dns_tasks import REST_AFTER
 from driver.errors import EngineError, KernelError, NotFound
+from driver.flood_list import REPAIR_EVERY
 from driver.model import (
     Endpoint,
     EngineView,
@@ -24,9 +25,8 @@ from driver.model import (
     Task,
     VipTable,
 )
-from driver.occasions import BEAT
-from driver.peers import REPAIR_EVERY
 from driver.ports import Told
+from driver.refresh_budget import BEAT
 from driver.sync import SETTLE, WRITE_BURST, WRITE_GAP, Syncer
 from testbed.patience import patience
 from tests.unit.facts import engine_view

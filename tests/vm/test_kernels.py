@@ -57,13 +57,13 @@ def test_every_program_is_accepted_and_the_stages_are_known(
 @pytest.mark.skipif(not OBJECT.exists(), reason=f"missing: {OBJECT} (make ebpf)")
 # From 6.6 on it is what the tests in namespaces have, which take seconds where this takes a minute.
 @pytest.mark.parametrize("name", [each for each in KERNELS if each != "6.12"])
-def test_packets_take_the_shorter_way(by_kernel: dict[str, Guest | str], name: str) -> None:
+def test_packets_take_the_fast_path(by_kernel: dict[str, Guest | str], name: str) -> None:
     """On each older kernel bytes arrive over the highest stage that it can run, between containers of one host and of two."""
     guest = by_kernel[name]
     if isinstance(guest, str):
         pytest.skip(f"kernel {name}: {guest}")
     guest.push(OBJECT, "/tmp/overlay.bpf.o")
-    chosen = "tests/kernel/test_shortcut.py::test_every_kernel_carries_all_bytes"
+    chosen = "tests/kernel/test_fastpath.py::test_every_kernel_carries_all_bytes"
     said = guest.run(
         ["python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", chosen],
         env={**SOURCES, "FREEFLOW_PROGRAMS": "/tmp/overlay.bpf.o"},

@@ -7,8 +7,15 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Network
 from hypothesis import given
 from hypothesis import strategies as st
 
-from driver.members import KEEP_REFUSING, NetworkState, next_state, own_addresses, unknown, unlisted
 from driver.model import LocalContainer, Network, NetworkView, Service, Subnet, Task
+from driver.vip_table import (
+    KEEP_REFUSING,
+    NetworkState,
+    next_state,
+    own_addresses,
+    unknown,
+    unlisted,
+)
 
 NET = "p3l8f1w0gk2c9d7h5m6n4b0aq"
 NETWORK = Network(

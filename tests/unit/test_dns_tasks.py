@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from driver.active import ASKERS, SILENCES, VOTERS, ActiveTasks
-from driver.members import NetworkState, next_state
+from driver.dns_tasks import ASKERS, SILENCES, VOTERS, DnsTasks
 from driver.model import Network, NetworkView, Service, Task
 from driver.ports import Told
+from driver.vip_table import NetworkState, next_state
 
 VIP = IPv4Address("10.0.4.2")
 NETWORK = Network("n", 1, 4799, 1450, IPv6Network("fd00::/64"))
@@ -45,7 +45,7 @@ class World:
         self.owners: dict[Path, str] = {}
         self.services: tuple[Service, ...] = (WEB,)
         self.state = NetworkState()
-        self.active = ActiveTasks(self, lambda: self.now)
+        self.active = DnsTasks(self, lambda: self.now)
         for name in containers:
             self.start(name)
 

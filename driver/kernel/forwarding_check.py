@@ -1,6 +1,6 @@
 """Whether a container passes on to another of its networks what is addressed to itself.
 
-Packets that aren't cut yet keep the mark of a tunnel when the shorter way takes their header off. Who consumes them never
+Packets that aren't cut yet keep the mark of a tunnel when the fast path takes their header off. Who consumes them never
 sees it; but a device that they are sent on by may take it at its word. So what a container may pass on reaches it the
 kernel's own way. What isn't addressed to itself does that anyway.
 
@@ -32,7 +32,7 @@ _FEW: Final = 64
 """Chains, and rules of a chain, that are looked through. Docker has one of each."""
 
 
-def passes_on(sandbox: Path | int) -> bool:
+def may_forward(sandbox: Path | int) -> bool:
     """Whether it may: it has rules that rewrite addresses of what comes, or of what goes on.
 
     Raises:

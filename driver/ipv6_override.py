@@ -28,7 +28,7 @@ PATIENCE: Final = 60.0
 Exchange = Callable[[Path, str, IPv6Interface, IPv6Interface], bool]
 
 
-class Settler:
+class Ipv6Override:
     """One thread, which works only while there is something to settle.
 
     `sandbox` tells where an endpoint's namespace is; `exchange` as `driver.kernel.addresses.exchange`.
@@ -59,7 +59,7 @@ class Settler:
                 if endpoint.engine_ipv6 is not None and endpoint.ipv6 is not None:
                     self._pending[endpoint.id] = (endpoint, until)
             if self._pending and self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="settle", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="ipv6-override", daemon=True)
                 self._thread.start()
 
     def _run(self) -> None:

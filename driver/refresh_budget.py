@@ -21,7 +21,7 @@ BUDGET: Final = 20.0
 """So many times they are listed in a row, however many hints there are; then once a second."""
 
 
-class Occasions:
+class RefreshBudget:
     """Of one network. All times in seconds of one clock. Not safe for several threads."""
 
     def __init__(self, now: float) -> None:

@@ -16,10 +16,10 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
-from driver.members import NetworkState
 from driver.model import NetworkView, Service
 from driver.ports import TaskResolver, Told
 from driver.resolver import SMALL, answer_size, fits
+from driver.vip_table import NetworkState
 
 ASKERS: Final = 3
 """So many containers are tried until one answers."""
@@ -72,7 +72,7 @@ class _Memory:
     turns: int = 0
 
 
-class ActiveTasks:
+class DnsTasks:
     """Asks, and remembers what was concluded. For one thread per network."""
 
     def __init__(self, resolver: TaskResolver, clock: Callable[[], float]) -> None:

@@ -1,4 +1,4 @@
-"""The shorter way of packets, put into the kernel beside bridge and VXLAN, which stay for all that it doesn't take.
+"""The fast path of packets, put into the kernel beside bridge and VXLAN, which stay for all that it doesn't take.
 
 Three stages, each with what the one before has (`dataplane/ebpf/probe.py`). Invariants:
 
@@ -40,7 +40,7 @@ from dataplane.ebpf import (
 from dataplane.errors import KernelRefused
 from driver import names, options
 from driver.errors import FreeFlowError, KernelError
-from driver.kernel import bpffs, fdb, inside, traffic, ways
+from driver.kernel import bpffs, fdb, forwarding_check, traffic, underlay_routes
 from driver.kernel.firewall import Firewall
 from driver.kernel.namespace import in_netns
 from driver.kernel.netlink import Sockets, translate
@@ -118,7 +118,7 @@ class _State:
     programs: Programs
     inner: traffic.Hooks
     outer: traffic.Hooks
-    changes: ways.Changes
+    changes: underlay_routes.Changes
     firewall: Firewall
     policies: Policies
     nets: dict[str, _Net] = field(default_factory=dict)
@@ -156,8 +156,8 @@ class _State:
         self.policies.close()
 
 
-class Shortcut:
-    """The shorter way on this host. `programs` is the object file; None: it is off, and what an earlier process left goes.
+class FastPath:
+    """The fast path on this host. `programs` is the object file; None: it is off, and what an earlier process left goes.
 
     `host` are sockets of the host's namespace; `tcx`: false to do without (Linux before 6.6 does). Methods are safe from any thread, and none but `open` raises.
     """
@@ -225,7 +225,7 @@ class Shortcut:
             programs,
             inner,
             outer,
-            ways.Changes(self._host_namespace),
+            underlay_routes.Changes(self._host_namespace),
             Firewall(self._host_namespace),
             Policies(self._host_namespace),
         )
@@ -297,7 +297,7 @@ class Shortcut:
     # --- endpoints and networks
 
     def attach(self, network: Network, endpoint: Endpoint) -> None:
-        """An endpoint's link is there: its packets may take the shorter way, those that it sends a moment later."""
+        """An endpoint's link is there: its packets may take the fast path, those that it sends a moment later."""
         with self._lock, self._complaining(f"endpoint {endpoint.id}"):
             state = self._state
             if state is None:
@@ -354,7 +354,7 @@ class Shortcut:
         """See that what is to be done is done by itself. With `_waiting`."""
         self._stirred = time.monotonic()
         if self._worker is None:
-            self._worker = threading.Thread(target=self._run, name="shortcut", daemon=True)
+            self._worker = threading.Thread(target=self._run, name="fast-path", daemon=True)
             self._worker.start()
 
     def _run(self) -> None:
@@ -368,9 +368,9 @@ class Shortcut:
                 if not self._new and not self._gone:
                     self._worker = None
                     return
-            self.settle()
+            self.attach_programs()
 
-    def settle(self) -> None:
+    def attach_programs(self) -> None:
         """Put programs on links that have come since, and take them off those that have gone; else done soon by itself."""
         with self._keeping:
             with self._waiting:
@@ -410,14 +410,14 @@ class Shortcut:
             state.maps.make_room()
             state.maps.put_place(net, mac, place)
 
-    def look_inside(self, endpoint_id: str, sandbox: Path | int) -> None:
+    def check_forwarding(self, endpoint_id: str, sandbox: Path | int) -> None:
         """See whether a container passes packets on: those for it come the kernel's way then."""
         with self._lock:
             if self._state is None or names.short(endpoint_id) not in self._state.endpoints:
                 return
         with self._complaining(f"endpoint {endpoint_id}"):
             # It may take a while: not under the lock.
-            ends = not inside.passes_on(sandbox)
+            ends = not forwarding_check.may_forward(sandbox)
             with self._lock:
                 state = self._state
                 known = state.endpoints.get(names.short(endpoint_id)) if state else None
@@ -542,7 +542,7 @@ class Shortcut:
             before = state.reason
             state.reason = self._decide(state)
             if state.reason != before and before != "not looked at yet":
-                log.info("tunnel of the shorter way", on=not state.reason, reason=state.reason)
+                log.info("tunnel of the fast path", on=not state.reason, reason=state.reason)
 
     def _write_peers(self, state: _State) -> None:
         """Where all peers are reached now. With `_keeping`."""
@@ -553,7 +553,7 @@ class Shortcut:
         except FreeFlowError:
             members, local = [], None
         wanted = {peer for _, peers in members for peer in peers}
-        found = ways.to(self._host, sorted(wanted, key=str), local)
+        found = underlay_routes.to(self._host, sorted(wanted, key=str), local)
         state.missing = found.refused
         should = {
             (net, peer): found.found[peer]
@@ -583,7 +583,7 @@ class Shortcut:
             state.full.pop(table, None)
         elif state.full.get(table) != what:
             state.full[table] = what
-            log.warning("a table of the shorter way is full", table=table, left_out=what)
+            log.warning("a table of the fast path is full", table=table, left_out=what)
 
     def _tidy(self, state: _State) -> None:
         """Drop what is about links that the kernel doesn't have. With `_keeping`."""

@@ -1,4 +1,4 @@
-"""The shorter way: every byte arrives, nothing takes it that shouldn't, and what runs is what status says.
+"""The fast path: every byte arrives, nothing takes it that shouldn't, and what runs is what status says.
 
 That all else works with it is said by the other tests here, whose hosts have it too.
 """
@@ -25,7 +25,7 @@ from dataplane.ebpf.layout import POP6, PUSH6
 from dataplane.errors import KernelRefused
 from driver import names
 from driver.kernel.bpffs import PINS
-from driver.kernel.shortcut import _State
+from driver.kernel.fastpath.fastpath import _State
 from driver.model import Network
 from testbed.ebpf_object import SOURCES, built
 from testbed.kernel_hosts import (
@@ -47,14 +47,14 @@ DATA = os.urandom(16 << 20)
 
 
 def count(container: Container) -> Count:
-    """What a container has had of the shorter way."""
+    """What a container has had of the fast path."""
     kernel = container.host.kernel
-    return container.host.do(kernel._shortcut.counts)[names.host_veth(container.endpoint.id)]
+    return container.host.do(kernel._fastpath.counts)[names.host_veth(container.endpoint.id)]
 
 
 def state_of(host: Host) -> _State:
     """What its plugin has open."""
-    state = host.kernel._shortcut._state
+    state = host.kernel._fastpath._state
     assert state is not None
     return state
 
@@ -123,7 +123,7 @@ def leaving(packets: socket.socket) -> list[bytes]:
 
 
 def test_the_whole_way_is_taken(world: World) -> None:
-    """TCP and UDP over IPv4 and IPv6, to another host and beside, arrive byte for byte, and go the shorter way: all of it that
+    """TCP and UDP over IPv4 and IPv6, to another host and beside, arrive byte for byte, and take the fast path: all of it that
     the kernel can do, which before 6.3 is IPv4 alone between hosts."""
     for host in world.lab.hosts:
         assert (host.keep().stage, host.keep().reason) == ("tunnel", "")
@@ -166,7 +166,7 @@ def test_every_kernel_carries_all_bytes() -> None:
 
 
 def test_fragments_of_every_size(world: World) -> None:
-    """Datagrams that the container's own kernel cuts arrive unchanged, and their fragments go the shorter way (IPv4)."""
+    """Datagrams that the container's own kernel cuts arrive unchanged, and their fragments take the fast path (IPv4)."""
     before = count(world.far).nic_packets
     for size in (1422, 1423, 9000, 65507):
         assert world.near.echoes(world.far.ipv4, size, whole=False), size
@@ -215,7 +215,7 @@ def test_the_header_is_the_kernels_own(world: World, family: int, tos: int) -> N
                 (packet,) = [each for each in leaving(packets) if b"x" * 100 in each]
             assert (count(world.near).sent_packets > before) == short
             seen.append(packet)
-        host.do(lambda: host.kernel._shortcut._write_peers(state_of(host)))
+        host.do(lambda: host.kernel._fastpath._write_peers(state_of(host)))
     made, ordinary = (each[:4] + each[6:10] + each[12:] for each in seen)
     # The inner packet is another one: its own identification and checksum differ in IPv4.
     inner = 42 if family == 4 else len(made)
@@ -262,7 +262,7 @@ def test_congestion_on_the_way_is_told(world: World) -> None:
 
 def test_forged_frames_go_nowhere(world: World) -> None:
     """A frame to a known address, beside or far, with another's MAC or IP address, or an IP packet wrapped in a VLAN, is
-    dropped by the filter and counted there, as without the shorter way."""
+    dropped by the filter and counted there, as without the fast path."""
     host = world.lab.hosts[0]
     other4, other6 = IPv4Address("10.9.0.99"), IPv6Address("fd42:7::99")
     own = world.near.endpoint.mac
@@ -286,7 +286,7 @@ def test_forged_frames_go_nowhere(world: World) -> None:
 
 def test_a_stranger_teaches_nothing(fresh: World) -> None:
     """A packet from a host that isn't a peer, or with another network's identifier, doesn't move an address, and doesn't go
-    the shorter way."""
+    the fast path."""
     victim, stranger = fresh.lab.hosts
     fresh.lab.hosts[0].set_peers(fresh.network)
     victim.keep()
@@ -306,7 +306,7 @@ def test_a_stranger_teaches_nothing(fresh: World) -> None:
         shout(vni)
     assert count(fresh.near).nic_packets == before.nic_packets
     assert "02:42:0a:09:00:09" not in victim.do(
-        lambda: victim.kernel._shortcut.learned(fresh.network.id)
+        lambda: victim.kernel._fastpath.learned(fresh.network.id)
     )
     # The same from a peer does.
     victim.set_peers(fresh.network, stranger)
@@ -360,7 +360,7 @@ def test_an_address_that_moves_is_followed_at_once() -> None:
 
 
 def test_what_is_not_heard_any_more_goes_the_ordinary_way(fresh: World) -> None:
-    """An address that wasn't heard for a minute is looked for by the kernel's way, and goes the shorter one again when it
+    """An address that wasn't heard for a minute is looked for by the kernel's way, and takes the fast path again when it
     has answered."""
     host = fresh.lab.hosts[0]
     assert fresh.near.echoes(fresh.far.ipv4)
@@ -404,7 +404,7 @@ def test_a_plugin_that_has_died_leaves_nothing_to_chance(fresh: World) -> None:
 
 @pytest.mark.parametrize("without", [0, 1])
 def test_a_peer_without_it(without: int) -> None:
-    """Where one of two hosts has EBPF=off, everything arrives both ways, and the other still goes the shorter way."""
+    """Where one of two hosts has EBPF=off, everything arrives both ways, and the other still takes the fast path."""
     with lab(2) as made:
         made.hosts[without].ordinary()
         found = _world(made)
@@ -427,19 +427,19 @@ def test_off_for_one_network(fresh: World) -> None:
     boxes = [each.container(other, 2 + n) for n, each in enumerate(fresh.lab.hosts)]
     fresh.lab.mesh(other)
     assert boxes[0].send(boxes[1].ipv4, DATA)
-    counts = host.do(host.kernel._shortcut.counts)
+    counts = host.do(host.kernel._fastpath.counts)
     assert names.host_veth(boxes[0].endpoint.id) not in counts
     assert not host.do(lambda: host.kernel.takes(other.id, boxes[1].endpoint.mac))
     switched = replace(fresh.network, options={"ebpf": "off"})
     for box in (fresh.near, fresh.beside):
         host.do(lambda b=box: host.kernel.attach(switched, b.endpoint))  # type: ignore[misc]
-    assert host.do(host.kernel._shortcut.counts) == {}
+    assert host.do(host.kernel._fastpath.counts) == {}
     assert fresh.near.send(fresh.far.ipv4, DATA)
     assert fresh.near.send(fresh.beside.ipv4, DATA)
 
 
 def test_an_ipv6_underlay_has_the_lower_stages() -> None:
-    """Over an IPv6 underlay packets are received the shorter way, and status says why no header is made."""
+    """Over an IPv6 underlay packets are received by the fast path, and status says why no header is made."""
     with lab(2, ipv6_underlay=True) as made:
         network = a_network(mtu=1430)
         near, far = (host.container(network, 2 + n) for n, host in enumerate(made.hosts))
@@ -456,7 +456,7 @@ def test_an_ipv6_underlay_has_the_lower_stages() -> None:
 
 
 def test_the_bridge_knows_what_passes_it_by(fresh: World) -> None:
-    """Where the kernel's bridge and VXLAN device have forgotten an address that is in use by the shorter way, they are told
+    """Where the kernel's bridge and VXLAN device have forgotten an address that is in use by the fast path, they are told
     again: what goes the ordinary way isn't flooded."""
     host = fresh.lab.hosts[0]
     device = names.vxlan(fresh.network.id)
@@ -464,7 +464,7 @@ def test_the_bridge_knows_what_passes_it_by(fresh: World) -> None:
     host.in_overlay("bridge", "fdb", "del", mac, "dev", device, "self")
     host.in_overlay("bridge", "fdb", "del", mac, "dev", device, "master")
     assert fresh.near.echoes(fresh.far.ipv4)
-    host.do(lambda: host.kernel._shortcut._refresh(state_of(host)))
+    host.do(lambda: host.kernel._fastpath._refresh(state_of(host)))
     shown = host.in_overlay("bridge", "fdb", "show", "dev", device)
     lines = [line for line in shown.splitlines() if line.startswith(mac)]
     assert any(str(fresh.lab.hosts[1].address) in line for line in lines)
@@ -562,7 +562,7 @@ def test_what_is_passed_on_comes_the_kernels_way(fresh: World) -> None:
     host, router = fresh.lab.hosts[0], fresh.near
 
     def look() -> None:
-        host.do(lambda: host.kernel.look_inside(router.endpoint.id, router.namespace))
+        host.do(lambda: host.kernel.check_forwarding(router.endpoint.id, router.namespace))
 
     def ways() -> tuple[int, int]:
         before = count(router)
@@ -634,7 +634,7 @@ RULES = {
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_that_may_mean_it_keeps_it_off(fresh: World, name: str) -> None:
     """A firewall's rule that may mean the overlay's packets sees them: no header is made or taken off past it, and it works
-    as without the shorter way; without the rule it is on again."""
+    as without the fast path; without the rule it is on again."""
     host = fresh.lab.hosts[0]
     base = (
         "add table ip t; add chain ip t in { type filter hook input priority 0; }; "
@@ -673,7 +673,7 @@ iptables -A INPUT -p udp --dport 53 -j DROP
 
 
 def test_dockers_rules_are_no_obstacle(fresh: World) -> None:
-    """With the rules of an engine and its DOCKER-USER, which see nothing of the overlay's packets either way, the shorter way
+    """With the rules of an engine and its DOCKER-USER, which see nothing of the overlay's packets either way, the fast path
     stays on."""
     host = fresh.lab.hosts[0]
     for line in DOCKER.strip().splitlines():
@@ -702,7 +702,7 @@ def test_a_device_that_is_not_ethernet(fresh: World) -> None:
 
 
 def test_another_device_is_followed(fresh: World) -> None:
-    """When the underlay's address moves to another device (here a bridge over the old one), the shorter way goes with it."""
+    """When the underlay's address moves to another device (here a bridge over the old one), the fast path goes with it."""
     host = fresh.lab.hosts[0]
     host.run("ip", "link", "add", "br0", "type", "bridge")
     host.run("ip", "link", "set", "br0", "up")
@@ -763,7 +763,7 @@ def test_a_program_that_was_taken_off_is_put_back(fresh: World) -> None:
 
 
 def test_it_outlives_the_plugin(fresh: World) -> None:
-    """A connection goes on the shorter way while the plugin is dead; the next one takes over what was learned and counted."""
+    """A connection goes on the fast path while the plugin is dead; the next one takes over what was learned and counted."""
     host = fresh.lab.hosts[0]
     with fresh.near.connect(fresh.far.ipv4) as stream:
         stream.sendall(b"one ")
@@ -931,7 +931,7 @@ def _fill(host: Host, table: str) -> None:
 
 def test_a_full_table_of_peers() -> None:
     """A peer for which there is no room is reached the ordinary way, all others as before; status says how many, and why. With
-    room it takes the shorter way again."""
+    room it takes the fast path again."""
     with lab(3) as made:
         network = a_network()
         near, far, third = (host.container(network, 2 + n) for n, host in enumerate(made.hosts))
@@ -984,8 +984,8 @@ def test_containers_do_not_wait(fresh: World) -> None:
     """While what is done each second takes long, a container comes and goes at once, and while programs are put on the links
     of others, too."""
     host = fresh.lab.hosts[0]
-    kernel, shortcut = host.kernel, host.kernel._shortcut
-    with shortcut._keeping:
+    kernel, fastpath = host.kernel, host.kernel._fastpath
+    with fastpath._keeping:
         began = time.monotonic()
         endpoint = an_endpoint(fresh.network, 9)
         host.do(lambda: kernel.attach(fresh.network, endpoint))

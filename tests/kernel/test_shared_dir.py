@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from driver.kernel import public
+from driver.kernel import shared_dir
 from testbed.kernel_hosts import RUN, Lab, eventually
 
 TOP = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ def inside(lab: Lab, script: str) -> str:
 
 
 def make(lab: Lab) -> Path:
-    return lab.hosts[0].do(lambda: public.make(RUN))
+    return lab.hosts[0].do(lambda: shared_dir.make(RUN))
 
 
 def test_nobody_changes_it(one: Lab) -> None:
@@ -65,7 +65,7 @@ def test_the_host_sees_it_read_only(one: Lab) -> None:
     """Made in the plugin's mount namespace, the folder is on the host, and read-only there as well."""
     plugin = (
         f"import sys; sys.path.insert(0, {str(TOP)!r}); from pathlib import Path; "
-        "from driver.kernel import public; public.make(Path('/run')).joinpath('library').write_text('bytes')"
+        "from driver.kernel import shared_dir; shared_dir.make(Path('/run')).joinpath('library').write_text('bytes')"
     )
     inside(one, "mount --make-shared /run")
     said = inside(one, f'unshare --mount --propagation unchanged {sys.executable} -c "{plugin}"')
@@ -107,10 +107,10 @@ def test_removed(one: Lab) -> None:
     where = make(one)
     one.hosts[0].do(lambda: (where / "library").write_text("bytes"))
     inside(one, f"mkdir /run/c && mount --bind {FOLDER} /run/c")
-    assert one.hosts[0].do(lambda: public.remove(RUN))
+    assert one.hosts[0].do(lambda: shared_dir.remove(RUN))
     assert "No such file" in inside(one, f"ls {FOLDER}")
     assert inside(one, "cat /run/c/library") == "bytes"
-    assert not one.hosts[0].do(lambda: public.remove(RUN))
+    assert not one.hosts[0].do(lambda: shared_dir.remove(RUN))
 
 
 def test_a_socket_in_it(one: Lab) -> None:
@@ -132,8 +132,8 @@ def test_options_are_those_of_the_mount(tmp_path: Path) -> None:
         "3 1 0:1 /b /run/freeflow ro,nodev - tmpfs tmpfs rw\n"
         "4 1 0:1 /c /run/freeflow/x rw - tmpfs tmpfs rw\n"
     )
-    assert public.options_at(Path("/run/freeflow"), table) == {"ro", "nodev"}
-    assert public.options_at(Path("/run/free"), table) == set()
+    assert shared_dir.options_at(Path("/run/freeflow"), table) == {"ro", "nodev"}
+    assert shared_dir.options_at(Path("/run/free"), table) == set()
 
 
 @pytest.mark.parametrize("what", ["freeflow", "freeflow-admin"])

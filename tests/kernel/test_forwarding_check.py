@@ -11,7 +11,7 @@ from ipaddress import IPv4Address
 import pytest
 
 from driver.kernel import nf_tables, nft
-from driver.kernel.inside import passes_on
+from driver.kernel.forwarding_check import may_forward
 from driver.kernel.namespace import in_netns
 from testbed.kernel_hosts import new_namespace, write_vips
 
@@ -36,11 +36,11 @@ def namespace() -> Iterator[int]:
 
 def test_what_every_container_has_is_nothing(namespace: int) -> None:
     """Docker's rules for its name server and our own for VIPs rewrite nothing that comes from outside."""
-    assert not passes_on(namespace)
+    assert not may_forward(namespace)
     nft.run(DOCKER, namespace)
-    assert not passes_on(namespace)
+    assert not may_forward(namespace)
     write_vips(namespace, {IPv4Address("10.0.0.2"): (IPv4Address("10.0.0.3"),)})
-    assert not passes_on(namespace)
+    assert not may_forward(namespace)
     nft.run(
         "add table inet a\n"
         "add chain inet a pre { type nat hook prerouting priority 0; }\n"
@@ -48,7 +48,7 @@ def test_what_every_container_has_is_nothing(namespace: int) -> None:
         "add rule inet a in counter\n",
         namespace,
     )
-    assert not passes_on(namespace)
+    assert not may_forward(namespace)
 
 
 @pytest.mark.parametrize("tool", ["iptables-nft", "iptables-legacy"])
@@ -65,9 +65,9 @@ def test_docker_rules_by_iptables(namespace: int, tool: str) -> None:
     in_netns(
         namespace, lambda: run("-I", "POSTROUTING", "-d", "127.0.0.11", "-j", "DOCKER_POSTROUTING")
     )
-    assert passes_on(namespace) == (tool == "iptables-legacy")
+    assert may_forward(namespace) == (tool == "iptables-legacy")
     in_netns(namespace, lambda: run("-A", "POSTROUTING", "-j", "MASQUERADE"))
-    assert passes_on(namespace)
+    assert may_forward(namespace)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,13 @@ def test_docker_rules_by_iptables(namespace: int, tool: str) -> None:
 def test_who_rewrites_passes_on(namespace: int, rules: str) -> None:
     """Rules at prerouting or postrouting rewrite what comes from outside, or its answers; a netdev chain may forward it."""
     nft.run("add table ip t\n" + rules, namespace)
-    assert passes_on(namespace)
+    assert may_forward(namespace)
 
 
 def test_more_than_is_read_passes_on(namespace: int) -> None:
     """Of a container that has more chains than are worth reading nothing is concluded: it passes on."""
     chains = "".join(f"add chain ip t c{n}\n" for n in range(nf_tables.MOST + 1))
     nft.run("add table ip t\n", namespace)
-    assert not passes_on(namespace)
+    assert not may_forward(namespace)
     nft.run(chains, namespace)
-    assert passes_on(namespace)
+    assert may_forward(namespace)

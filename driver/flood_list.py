@@ -22,7 +22,7 @@ def _task_addresses(services: Collection[Service]) -> set[IPv4Address]:
     return {task.address for service in services for task in service.tasks}
 
 
-class Peers:
+class FloodLists:
     """What was last set for each network is remembered. For one thread per network."""
 
     def __init__(self, kernel: Kernel, clock: Callable[[], float]) -> None:

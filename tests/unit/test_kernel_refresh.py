@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from driver.keeper import Keeper
+from driver.kernel_refresh import KernelRefresh
 from testbed.patience import patience
 
 
@@ -23,7 +23,7 @@ class FakeKept:
         if self.looks <= self.broken:
             raise RuntimeError("a bug")
 
-    def look_inside(self, endpoint_id: str, sandbox: Path) -> None:
+    def check_forwarding(self, endpoint_id: str, sandbox: Path) -> None:
         self.inside.append((endpoint_id, sandbox))
 
 
@@ -31,7 +31,7 @@ def test_containers_are_looked_into_now_and_then() -> None:
     """Every look is at the host, only one in ten seconds into containers."""
     now = [0.0]
     kernel = FakeKept()
-    made = Keeper(kernel, lambda: [("e", Path("/n"))], lambda: now[0])
+    made = KernelRefresh(kernel, lambda: [("e", Path("/n"))], lambda: now[0])
     for _ in range(21):
         made.once()
         now[0] += 1
@@ -42,7 +42,7 @@ def test_containers_are_looked_into_now_and_then() -> None:
 def test_it_outlives_what_a_look_meets() -> None:
     """A look that fails is followed by the next; `stop` ends it."""
     kernel = FakeKept(broken=1)
-    made = Keeper(kernel, list, every=0.01)
+    made = KernelRefresh(kernel, list, every=0.01)
     made.start()
     deadline = time.monotonic() + patience(5)
     while kernel.looks < 3 and time.monotonic() < deadline:

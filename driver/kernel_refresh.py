@@ -17,20 +17,20 @@ EVERY: Final = 1.0
 INSIDE_EVERY: Final = 10.0
 
 
-class Kept(Protocol):
+class RefreshedKernel(Protocol):
     """See `driver.kernel.linux.LinuxKernel`."""
 
     def keep(self) -> None: ...
 
-    def look_inside(self, endpoint_id: str, sandbox: Path) -> None: ...
+    def check_forwarding(self, endpoint_id: str, sandbox: Path) -> None: ...
 
 
-class Keeper:
+class KernelRefresh:
     """The thread that does. `sandboxes`: endpoints' IDs, and where their namespaces are. `clock` in seconds."""
 
     def __init__(
         self,
-        kernel: Kept,
+        kernel: RefreshedKernel,
         sandboxes: Callable[[], Iterable[tuple[str, Path]]],
         clock: Callable[[], float] = time.monotonic,
         every: float = EVERY,
@@ -44,7 +44,7 @@ class Keeper:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="kernel-refresh", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -59,7 +59,7 @@ class Keeper:
         if now - self._looked >= INSIDE_EVERY:
             self._looked = now
             for endpoint_id, sandbox in self._sandboxes():
-                self._kernel.look_inside(endpoint_id, sandbox)
+                self._kernel.check_forwarding(endpoint_id, sandbox)
 
     def _run(self) -> None:
         failing = False
