@@ -1,21 +1,53 @@
-"""What can go wrong in the data plane, as one tree; `dataplane/client.py` hands its users nothing else.
+"""The root of all errors of the project, and the errors of the data plane.
 
-DataplaneError
- ├── WrongMessage      a client or peer sent what the protocol doesn't have; its connection ends
- ├── KernelRefused     the kernel refused or lacks something
- ├── RouterAway        the router doesn't answer: it is starting, or has died
- └── NoIdentity        there is no certificate for sessions with other hosts, or a peer's isn't right
+    FreeFlowError          driver/errors.py has the other branches
+     └── DataplaneError
+          ├── WrongMessage      a client or peer sent a message that the protocol doesn't have
+          ├── KernelRefused     the kernel refused an operation or lacks a feature
+          ├── RouterAway        the router doesn't answer: it is starting, or it has died
+          └── NoIdentity        a certificate for sessions between hosts is missing or invalid
+
+An error says what failed, why, and what the user can do about it, as three attributes. They are
+joined to one sentence only here, in `str()`.
 """
 
 from __future__ import annotations
 
 
-class DataplaneError(Exception):
-    """Root of the tree; never raised itself."""
+class FreeFlowError(Exception):
+    """Something that failed; the root of the tree, never raised itself.
+
+    `what` names the object and what happened to it, `cause` says why, `remedy` is the next step:
+    a command to type, where there is one. `cause` and `remedy` may be empty. `str()` is what
+    Docker's users see: "what: cause; remedy".
+    """
+
+    def __init__(self, what: str, *, cause: str = "", remedy: str = "") -> None:
+        if not cause and not remedy:
+            # For errors that are still raised with one string, "what: cause; remedy".
+            head, _, tail = what.rpartition("; ")
+            if head:
+                what, remedy = head, tail
+        super().__init__(what)
+        self.what = what
+        self.cause = cause
+        self.remedy = remedy
+
+    @property
+    def reason(self) -> str:
+        """What failed and why, without the remedy."""
+        return f"{self.what}: {self.cause}" if self.cause else self.what
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.remedy}" if self.remedy else self.reason
+
+
+class DataplaneError(FreeFlowError):
+    """The data plane failed; never raised itself outside `client.py`."""
 
 
 class WrongMessage(DataplaneError):
-    """Bytes that are no message of the protocol."""
+    """Bytes that are no message of the protocol. The connection they came from is closed."""
 
 
 class KernelRefused(DataplaneError):
@@ -27,4 +59,4 @@ class RouterAway(DataplaneError):
 
 
 class NoIdentity(DataplaneError):
-    """No certificate to speak with other hosts, or a peer's isn't what it must be."""
+    """There is no certificate for sessions between hosts, or a peer's certificate is invalid."""

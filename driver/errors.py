@@ -1,23 +1,19 @@
-"""Everything that can go wrong, as one tree; adapters translate foreign exceptions into it.
+"""Everything that can fail in driver and plugin, as one tree; adapters translate foreign exceptions.
 
-    FreeFlowError
-     ├── InvalidRequest    the caller's input is wrong: an option, an address, an ID
-     ├── NotFound          the named network or endpoint is not known here
-     ├── Conflict          the request contradicts what is already promised
-     ├── SettingError      a plugin setting is wrong; the message ends with the line that mends it
-     ├── StateError        what is stored on this host can't be read or written
-     ├── KernelError       the kernel refused or lacks something
-     ├── EngineError       Docker's API did not answer, or not usefully
-     └── RouterError       the router of accelerated connections did not answer, or not usefully
-
-A message names the object, the cause and the next step.
+FreeFlowError          dataplane/errors.py, with `what`, `cause` and `remedy`
+ ├── InvalidRequest    the caller's input is wrong: an option, an address, an ID
+ ├── NotFound          the named network or endpoint is not known here
+ ├── Conflict          the request contradicts an earlier promise to Docker
+ ├── SettingError      a plugin setting is wrong; the remedy is the command that corrects it
+ ├── StateError        the state stored on this host can't be read or written
+ ├── KernelError       the kernel refused an operation or lacks a feature
+ ├── EngineError       Docker's API did not answer, or its answer was not usable
+ └── RouterError       the router of accelerated connections did not answer usably
 """
 
 from __future__ import annotations
 
-
-class FreeFlowError(Exception):
-    """Root of the tree; never raised itself."""
+from dataplane.errors import FreeFlowError as FreeFlowError
 
 
 class InvalidRequest(FreeFlowError):
@@ -29,15 +25,15 @@ class NotFound(FreeFlowError):
 
 
 class Conflict(FreeFlowError):
-    """The request contradicts what is already promised to Docker."""
+    """The request contradicts an earlier promise to Docker."""
 
 
 class SettingError(FreeFlowError):
-    """A plugin setting is wrong; the message ends with the `docker plugin set` line that mends it."""
+    """A plugin setting is wrong; the remedy is the `docker plugin set` line that corrects it."""
 
 
 class StateError(FreeFlowError):
-    """What is stored on this host can't be read or written."""
+    """The state stored on this host can't be read or written."""
 
 
 class KernelError(FreeFlowError):
@@ -45,8 +41,8 @@ class KernelError(FreeFlowError):
 
 
 class EngineError(FreeFlowError):
-    """Docker's API did not answer, or not usefully."""
+    """Docker's API did not answer, or its answer was not usable."""
 
 
 class RouterError(FreeFlowError):
-    """The router of accelerated connections did not answer, or not usefully."""
+    """The router of accelerated connections did not answer, or its answer was not usable."""

@@ -19,7 +19,7 @@ from werkzeug.exceptions import HTTPException
 from dataplane.control import Connections
 from driver.errors import FreeFlowError, InvalidRequest, NotFound
 from plugin.ping import PingRequest
-from plugin.status import Status
+from plugin.status import Status, explanation
 
 log = structlog.get_logger()
 
@@ -33,7 +33,7 @@ def create_admin(
     ping: Callable[[PingRequest], Any],
     connections: Callable[[], Connections],
 ) -> Flask:
-    """The app; errors are `{"error": text}`."""
+    """The app. Errors are `{"error": text}`; FreeFlow's own also have what, cause and remedy."""
     app = Flask("freeflow-admin", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = 4096
 
@@ -46,7 +46,9 @@ def create_admin(
         try:
             wanted = msgspec.json.decode(request.get_data(), type=PingRequest)
         except msgspec.DecodeError as error:
-            raise InvalidRequest(f"ping: {error}") from error
+            raise InvalidRequest(
+                "ping", cause=str(error), remedy="freeflow ping --help shows the arguments"
+            ) from error
         return _json(ping(wanted))
 
     @app.get("/admin/connections")
@@ -63,11 +65,11 @@ def create_admin(
     def failure(error: Exception) -> Response:
         if isinstance(error, HTTPException):
             return _json({"error": str(error.description)}, error.code or 500)
-        if isinstance(error, FreeFlowError):
-            statuses = {InvalidRequest: 400, NotFound: 404}
-            return _json({"error": str(error)}, statuses.get(type(error), 500))
-        log.exception("a bug in FreeFlow", path=request.path, exc_info=error)
-        return _json({"error": f"{type(error).__name__}: {error}; run: freeflow bugreport"}, 500)
+        if not isinstance(error, FreeFlowError):
+            log.exception("a bug in FreeFlow", path=request.path, exc_info=error)
+            what = f"{type(error).__name__}: {error}"
+            error = FreeFlowError(what, remedy="run: freeflow bugreport")
+        return _json(explanation(error), {InvalidRequest: 400, NotFound: 404}.get(type(error), 500))
 
     app.register_error_handler(Exception, failure)
     return app

@@ -145,7 +145,9 @@ def _discovered(body: bytes) -> wire.NodeAddress | None:
     try:
         return msgspec.convert(call.DiscoveryData, wire.NodeAddress)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"DiscoveryData: {error}; is the caller Docker?") from error
+        raise InvalidRequest(
+            "DiscoveryData", cause=str(error), remedy="is the caller Docker?"
+        ) from error
 
 
 def _discover_new(driver: Driver, body: bytes) -> Answer:
@@ -247,7 +249,8 @@ def create_app(
             if future.done():
                 raise
             raise DeadlineExceeded(
-                f"{name} was not done in {deadline:g} s and goes on; repeat the command; if it stays: freeflow doctor"
+                f"{name} was not done in {deadline:g} s and goes on",
+                remedy="repeat the command; if it stays: freeflow doctor",
             ) from error
 
     def serve(name: str) -> Response:

@@ -74,8 +74,9 @@ def resolve(name: str, states: dict[str, NetworkState]) -> Found:
             every += _meant(view, short)
     if not every:
         raise NotFound(
-            f"ping: no container of this host, task or service on its FreeFlow networks is called {name}; "
-            "freeflow status lists them"
+            "ping",
+            cause=f"no container of this host, task or service on its FreeFlow networks is called {name}",
+            remedy="freeflow status lists them",
         )
     best = min(each.rank for each in every)
     fitting = {each.address: each for each in every if each.rank == best}
@@ -83,4 +84,4 @@ def resolve(name: str, states: dict[str, NetworkState]) -> Found:
         return next(iter(fitting.values()))
     listed = ", ".join(str(each) for each in list(fitting.values())[:_SHOWN])
     more = " and others" if len(fitting) > _SHOWN else ""
-    raise InvalidRequest(f"ping: {name} may be {listed}{more}; say which one")
+    raise InvalidRequest("ping", cause=f"{name} may be {listed}{more}", remedy="say which one")

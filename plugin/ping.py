@@ -83,7 +83,11 @@ class Ping:
         its network."""
         address, name = self._target(wanted.address)
         if not 1 <= wanted.count <= MAX_COUNT:
-            raise InvalidRequest(f"ping: count {wanted.count} is not from 1 to {MAX_COUNT}")
+            raise InvalidRequest(
+                "ping",
+                cause=f"count {wanted.count} is not from 1 to {MAX_COUNT}",
+                remedy="freeflow ping --count 3 sends three echoes",
+            )
         network, endpoint, sandbox = self._origin(address)
         tasks = self._tasks(network, address)
         probe = self._probe(sandbox, address, wanted.count, bool(tasks))
@@ -160,12 +164,16 @@ class Ping:
                     if sandbox is not None and self._is_there(sandbox):
                         return network, endpoint, sandbox
         if matching:
+            name = self._name(matching[0])
             raise NotFound(
-                f"ping: no container of this host is on network {self._name(matching[0])}; "
-                f"docker run -d --network {self._name(matching[0])} IMAGE, or ping from a host that has one"
+                "ping",
+                cause=f"no container of this host is on network {name}",
+                remedy=f"docker run -d --network {name} IMAGE, or ping from a host that has one",
             )
         raise NotFound(
-            f"ping: {address} is in no FreeFlow network of this host; freeflow status lists them"
+            "ping",
+            cause=f"{address} is in no FreeFlow network of this host",
+            remedy="freeflow status lists them",
         )
 
     def _name(self, network: Network) -> str:

@@ -327,7 +327,9 @@ def read(environment: Mapping[str, str]) -> tuple[Settings, tuple[SettingError, 
             shown = HIDDEN if setting.secret else text[:80]
             errors.append(
                 SettingError(
-                    f"setting {setting.name}={shown}: {error}; {_mend(setting.name, setting.default)}"
+                    f"setting {setting.name}={shown}",
+                    cause=str(error),
+                    remedy=_mend(setting.name, setting.default),
                 )
             )
     known = {setting.name for setting in SETTINGS}
@@ -335,8 +337,9 @@ def read(environment: Mapping[str, str]) -> tuple[Settings, tuple[SettingError, 
         if name not in known and name not in _FOREIGN and not name.startswith(_FOREIGN_PREFIXES):
             errors.append(
                 SettingError(
-                    f"setting {name[:80]} is unknown; FreeFlow has {', '.join(sorted(known))}; after a downgrade it stays "
-                    f"until the plugin is installed anew: docker plugin rm -f {PLUGIN}, then docker plugin install"
+                    f"setting {name[:80]} is unknown; FreeFlow has {', '.join(sorted(known))}",
+                    remedy="after a downgrade it stays until the plugin is installed anew: "
+                    f"docker plugin rm -f {PLUGIN}, then docker plugin install",
                 )
             )
     return Settings(**values), tuple(errors)

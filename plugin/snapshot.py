@@ -12,7 +12,7 @@ import msgspec
 from dataplane.control import OWNED, DeviceFact, RdmaFacts
 from driver import names
 from driver.driver import Driver
-from driver.errors import FreeFlowError, RouterError, SettingError
+from driver.errors import FreeFlowError, KernelError, RouterError, SettingError
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.model import Endpoint, Network
@@ -276,9 +276,8 @@ class Snapshot:
             paths = self.router.paths().paths
         except RouterError as error:
             if now - self.started > ROUTER_PATIENCE:
-                cause, _, remedy = str(error).rpartition("; ")
                 what = "the router does not answer; new connections stay on the overlay"
-                problems.append(Finding("warning", what, cause, remedy))
+                problems.append(Finding.of("warning", what, error))
             return RouterStatus(up=False)
 
         def runs(network: str, elsewhere: bool) -> bool:
@@ -425,9 +424,7 @@ class Snapshot:
     def _problems(self, networks: list[NetworkStatus]) -> list[Finding]:
         found: list[Finding] = []
         found += [_death(died) for died in self.deaths.all() if _is_news(died)]
-        for bad in self.bad_settings:
-            cause, _, remedy = str(bad).partition("; ")
-            found.append(Finding("error", "all changes are refused", cause, remedy))
+        found += [Finding.of("error", "all changes are refused", bad) for bad in self.bad_settings]
         for failure in self.failures:
             found.append(
                 Finding("error", "FreeFlow could not recover at start", failure, "freeflow doctor")
@@ -435,8 +432,7 @@ class Snapshot:
         try:
             underlay = self.kernel.underlay()
         except FreeFlowError as error:
-            cause, _, remedy = str(error).partition("; ")
-            found.append(Finding("error", "there is no underlay", cause, remedy))
+            found.append(Finding.of("error", "there is no underlay", error))
         else:
             found += [
                 Finding(
@@ -504,12 +500,8 @@ class Snapshot:
             sandbox = self.syncer.sandbox(endpoint)
             if sandbox is not None and sandbox in errors:
                 who = names_of.get(endpoint.id) or endpoint.id[:12]
-                cause, _, remedy = errors[sandbox].partition("; ")
                 # One container may have several endpoints.
-                found[sandbox] = Finding(
-                    "error",
-                    f"VIPs of {who} could not be written",
-                    cause,
-                    remedy or "freeflow doctor",
+                found[sandbox] = Finding.of(
+                    "error", f"VIPs of {who} could not be written", KernelError(errors[sandbox])
                 )
         return list(found.values())

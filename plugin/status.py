@@ -7,14 +7,34 @@ from __future__ import annotations
 
 import msgspec
 
+from driver.errors import FreeFlowError
+
 
 class Finding(msgspec.Struct, frozen=True):
-    """Something that is wrong. `severity`: error (something doesn't work), warning (it may). `remedy`: what to type."""
+    """A problem. `severity` is error (something doesn't work) or warning (something may not work).
+
+    `remedy` is the next step: a command to type, where there is one.
+    """
 
     severity: str
     what: str
     cause: str
     remedy: str
+
+    @classmethod
+    def of(cls, severity: str, what: str, error: FreeFlowError, remedy: str = "") -> Finding:
+        """A problem whose cause is an error; `remedy` takes the place of a missing one."""
+        return cls(severity, what, error.reason, error.remedy or remedy or "freeflow doctor")
+
+
+def explanation(error: FreeFlowError) -> dict[str, str]:
+    """An error as JSON: the whole text, and its parts."""
+    return {
+        "error": str(error),
+        "what": error.what,
+        "cause": error.cause,
+        "remedy": error.remedy,
+    }
 
 
 class EndpointStatus(msgspec.Struct, frozen=True):

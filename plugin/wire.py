@@ -106,14 +106,17 @@ def decode(body: bytes, kind: type[T]) -> T:
     """
     if not body.strip():
         raise InvalidRequest(
-            "the request has no body; Docker repeats a request without its body when the first answer got lost; "
-            "repeat the command"
+            "the request has no body; Docker repeats a request without its body when the first answer "
+            "got lost",
+            remedy="repeat the command",
         )
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(
-            f"the request's body can't be understood: {error}; is the caller Docker?"
+            "the request's body can't be understood",
+            cause=str(error),
+            remedy="is the caller Docker?",
         ) from error
 
 
@@ -127,7 +130,7 @@ def address(name: str, text: str) -> IPInterface | None:
         return ip_interface(text)
     except ValueError as error:
         raise InvalidRequest(
-            f"{name} {text!r}: {error}; expected an address such as 10.0.4.7/24"
+            f"{name} {text!r}", cause=str(error), remedy="expected an address such as 10.0.4.7/24"
         ) from error
 
 

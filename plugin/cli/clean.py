@@ -6,20 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from driver.errors import FreeFlowError
 from driver.kernel import shared_dir
 from driver.kernel.linux import LinuxKernel
 from driver.store import FILE
 from plugin import host_command
-from plugin.cli.client import Client, NotRunning, host_run
+from plugin.cli.client import Client, InUse, NotRunning, host_run
 
 STATE: Final = Path("/state")
 ADMIN_DIRECTORY: Final = "freeflow-admin"
 HOST_BINS: Final = (Path("/host/bin"), Path("/usr/local/bin"))
-
-
-class InUse(FreeFlowError):
-    """Containers of this host are on FreeFlow networks."""
 
 
 def in_use(client: Client) -> list[str]:
@@ -52,7 +47,9 @@ def clean(client: Client, *, everything: bool, force: bool) -> list[str]:
         used = in_use(client)
         if used:
             raise InUse(
-                f"containers of this host use FreeFlow networks: {', '.join(used[:10])}; stop them, or freeflow cleanup --force"
+                "containers of this host use FreeFlow networks",
+                cause=", ".join(used[:10]),
+                remedy="stop them, or freeflow cleanup --force",
             )
     run = host_run()
     removed = LinuxKernel(run).cleanup()

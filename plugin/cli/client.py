@@ -24,10 +24,16 @@ HOST_RUNS: Final = (Path("/host/run"), Path("/run"))
 ADMIN: Final = "freeflow-admin/admin.sock"
 _SLOW: Final = 60.0
 """Seconds for what the engine does on a disk."""
+_LOOK: Final = "systemctl status docker"
+_INSTALL: Final = "docker plugin install --alias freeflow:latest REGISTRY/freeflow:latest"
 
 
 class NotRunning(FreeFlowError):
-    """The plugin doesn't answer; the message ends with what to type."""
+    """The plugin doesn't answer."""
+
+
+class InUse(FreeFlowError):
+    """Containers of this host are on FreeFlow networks."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -71,13 +77,11 @@ class Engine:
         try:
             status, body = _ask(self._path, "GET", url, None, self._timeout)
             if status != http.HTTPStatus.OK:
-                raise EngineError(
-                    f"the engine answered {url} with {status}; systemctl status docker"
-                )
+                raise EngineError(f"the engine answered {url} with {status}", remedy=_LOOK)
             return msgspec.json.decode(body)
         except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
             raise EngineError(
-                f"the engine does not answer on {self._path}: {error}; systemctl status docker"
+                f"the engine does not answer on {self._path}", cause=str(error), remedy=_LOOK
             ) from error
 
     def find(self, url: str) -> Any | None:
@@ -86,7 +90,7 @@ class Engine:
         if status == http.HTTPStatus.NOT_FOUND:
             return None
         if status != http.HTTPStatus.OK:
-            raise EngineError(f"the engine answered {url} with {status}; systemctl status docker")
+            raise EngineError(f"the engine answered {url} with {status}", remedy=_LOOK)
         return msgspec.json.decode(body)
 
     @contextmanager
@@ -102,7 +106,9 @@ class Engine:
         if status != http.HTTPStatus.CREATED:
             reason = body.decode(errors="replace").strip()[:300]
             raise EngineError(
-                f"the engine made no container of {image} ({status}): {reason}; docker run --rm {image} true"
+                f"the engine made no container of {image} ({status})",
+                cause=reason,
+                remedy=f"docker run --rm {image} true",
             )
         container = str(msgspec.json.decode(body)["Id"])
         try:
@@ -123,7 +129,7 @@ class Engine:
             yield response if response.status == http.HTTPStatus.OK else None
         except (OSError, http.client.HTTPException) as error:
             raise EngineError(
-                f"the engine does not hand out {path} ({error}); systemctl status docker"
+                f"the engine does not hand out {path} ({error})", remedy=_LOOK
             ) from error
         finally:
             connection.close()
@@ -134,22 +140,40 @@ class Engine:
             return _ask(self._path, method, url, body, timeout)
         except (OSError, http.client.HTTPException) as error:
             raise EngineError(
-                f"the engine does not answer on {self._path}: {error}; systemctl status docker"
+                f"the engine does not answer on {self._path}", cause=str(error), remedy=_LOOK
             ) from error
 
-    def plugin_state(self) -> str:
-        """Why the plugin may not answer, as the engine sees it, and what to type."""
+    def plugin_state(self) -> tuple[str, str]:
+        """Why the plugin may not answer, as the engine sees it, and the next step."""
         try:
             plugins = self.get("/plugins")
         except EngineError as error:
-            return str(error)
+            return error.reason, error.remedy
         own = [item for item in plugins or () if "freeflow" in str(item.get("Name"))]
         if not own:
-            return "it is not installed; docker plugin install --alias freeflow:latest REGISTRY/freeflow:latest"
+            return "it is not installed", _INSTALL
         name = own[0]["Name"]
         if not own[0].get("Enabled"):
-            return f"it is disabled; docker plugin enable {name}"
-        return f"it is enabled but silent; docker plugin disable -f {name} && docker plugin enable {name}"
+            return "it is disabled", f"docker plugin enable {name}"
+        restart = f"docker plugin disable -f {name} && docker plugin enable {name}"
+        return "it is enabled but silent", restart
+
+
+class _Refusal(msgspec.Struct):
+    """The admin API's answer to a request that failed."""
+
+    error: str
+    what: str = ""
+    cause: str = ""
+    remedy: str = ""
+
+
+def _refusal(answer: bytes) -> FreeFlowError:
+    try:
+        found = msgspec.json.decode(answer, type=_Refusal)
+    except msgspec.DecodeError:
+        return FreeFlowError(answer.decode(errors="replace")[:500])
+    return FreeFlowError(found.what or found.error, cause=found.cause, remedy=found.remedy)
 
 
 class Client:
@@ -166,15 +190,12 @@ class Client:
         try:
             status, answer = _ask(self._path, method, url, body, self._timeout)
         except (OSError, http.client.HTTPException) as error:
+            cause, remedy = self.engine.plugin_state()
             raise NotRunning(
-                f"the plugin does not answer on {self._path} ({error}): {self.engine.plugin_state()}"
+                f"the plugin does not answer on {self._path} ({error})", cause=cause, remedy=remedy
             ) from error
         if status != http.HTTPStatus.OK:
-            try:
-                text = str(msgspec.json.decode(answer)["error"])
-            except (msgspec.DecodeError, KeyError, TypeError):
-                text = answer.decode(errors="replace")[:500]
-            raise FreeFlowError(text)
+            raise _refusal(answer)
         return answer
 
     def _value(self, kind: type[T], method: str, url: str, body: bytes | None = None) -> T:
@@ -183,8 +204,9 @@ class Client:
             return msgspec.json.decode(answer, type=kind)
         except msgspec.DecodeError as error:
             raise FreeFlowError(
-                f"the plugin answered {url} with something else ({error}): it is of another version than this command; "
-                "docker plugin disable -f and enable it, which puts its own command here"
+                f"the plugin answered {url} with something else ({error})",
+                cause="it is of another version than this command",
+                remedy="docker plugin disable -f and enable it, which puts its own command here",
             ) from error
 
     def status(self) -> Status:

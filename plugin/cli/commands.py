@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ParamSpec
 
 import click
 
 from driver.errors import FreeFlowError
-from plugin.cli.client import Client, Engine, NotRunning
+from plugin.cli.client import Client, Engine, InUse, NotRunning
 from plugin.cli.place import users_place
 from plugin.cli.terminal import json_text, lines, say, say_json, shown, shown_all
+from plugin.status import explanation
 from plugin.version import VERSION
+
+P = ParamSpec("P")
 
 UNUSABLE = 2
 TRACEBACK = "FREEFLOW_TRACEBACK"
@@ -23,15 +28,32 @@ PROBLEMS = 1
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
-def _stop(message: str, as_json: bool, code: int = UNUSABLE) -> NoReturn:
-    if as_json:
-        say_json({"error": message})
-    else:
-        cause, _, remedy = message.rpartition("; ")
-        say(f"freeflow: {shown(cause or remedy)}")
-        if cause:
-            say(f"    do: {shown(remedy)}")
-    sys.exit(code)
+def _explained(
+    *, problems: tuple[type[FreeFlowError], ...] = (), err: bool = False
+) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """A command whose errors end it with what failed, why, and what to type.
+
+    The exit code is 1 after one of `problems`, otherwise 2. `err`: they go to stderr.
+    """
+
+    def decorate(command: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(command)
+        def run(*args: P.args, **options: P.kwargs) -> None:
+            try:
+                command(*args, **options)
+            except FreeFlowError as error:
+                if options.get("as_json"):
+                    say_json(explanation(error))
+                else:
+                    say(f"freeflow: {shown(error.reason)}", err=err)
+                    if error.remedy:
+                        say(f"    do: {shown(error.remedy)}", err=err)
+                expected = isinstance(error, problems) and not isinstance(error, NotRunning)
+                sys.exit(PROBLEMS if expected else UNUSABLE)
+
+        return run
+
+    return decorate
 
 
 class _Guarded(click.Group):
@@ -90,6 +112,7 @@ def cli(context: click.Context, socket: Path | None, engine: Path | None) -> Non
 @cli.command()
 @_json
 @click.pass_obj
+@_explained()
 def status(client: Client, as_json: bool = False) -> None:
     """Say whether all is well, then show networks, endpoints and peers.
 
@@ -98,10 +121,7 @@ def status(client: Client, as_json: bool = False) -> None:
     """
     from plugin.cli.show import show_status
 
-    try:
-        found = client.status()
-    except FreeFlowError as error:
-        _stop(str(error), as_json)
+    found = client.status()
     if as_json:
         say_json(found)
     else:
@@ -112,14 +132,12 @@ def status(client: Client, as_json: bool = False) -> None:
 @cli.command()
 @_json
 @click.pass_obj
+@_explained()
 def peers(client: Client, as_json: bool) -> None:
     """List the other hosts, and the networks shared with them."""
     from plugin.cli.show import show_peers
 
-    try:
-        found = client.status()
-    except FreeFlowError as error:
-        _stop(str(error), as_json)
+    found = client.status()
     if as_json:
         say_json({network.id: network.peers for network in found.networks})
     else:
@@ -129,6 +147,7 @@ def peers(client: Client, as_json: bool) -> None:
 @cli.command()
 @_json
 @click.pass_obj
+@_explained()
 def connections(client: Client, as_json: bool) -> None:
     """List TCP connections of this host's containers: overlay, shm or rdma, and why.
 
@@ -137,10 +156,7 @@ def connections(client: Client, as_json: bool) -> None:
     """
     from plugin.cli.show import show_connections
 
-    try:
-        found = client.connections()
-    except FreeFlowError as error:
-        _stop(str(error), as_json)
+    found = client.connections()
     if as_json:
         say_json(found)
     else:
@@ -159,6 +175,7 @@ def connections(client: Client, as_json: bool) -> None:
 )
 @_json
 @click.pass_obj
+@_explained(problems=(FreeFlowError,))
 def ping(client: Client, target: str, count: int, as_json: bool) -> None:
     """Reach a container, task or service from a container of this host: which host has it, over which path, how fast.
 
@@ -170,12 +187,7 @@ def ping(client: Client, target: str, count: int, as_json: bool) -> None:
     freeflow ping web.1
     freeflow ping 10.0.1.7
     """
-    try:
-        result = client.ping(target, count)
-    except NotRunning as error:
-        _stop(str(error), as_json)
-    except FreeFlowError as error:
-        _stop(str(error), as_json, PROBLEMS)
+    result = client.ping(target, count)
     if as_json:
         say_json(result)
     else:
@@ -268,19 +280,15 @@ def bugreport(client: Client, output: Path | None, as_json: bool) -> None:
 )
 @_json
 @click.pass_obj
+@_explained(problems=(InUse,))
 def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> None:
     """Remove what FreeFlow made on this host and nothing uses: links, rules, namespaces, files.
 
     Refuses while a container of this host is on a FreeFlow network, and names them. Works with the plugin disabled.
     """
-    from plugin.cli.clean import InUse, clean
+    from plugin.cli.clean import clean
 
-    try:
-        removed = clean(client, everything=everything, force=force)
-    except InUse as error:
-        _stop(str(error), as_json, PROBLEMS)
-    except FreeFlowError as error:
-        _stop(str(error), as_json)
+    removed = clean(client, everything=everything, force=force)
     if as_json:
         say_json({"removed": removed})
     else:
@@ -306,6 +314,7 @@ def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> Non
     help="This service, whatever its networks; may be given several times.",
 )
 @click.pass_obj
+@_explained(err=True)
 def inject(client: Client, stack: str, output: str, services: tuple[str, ...]) -> None:
     """Write the stack with the library's mount and LD_PRELOAD added to its services.
 
@@ -317,14 +326,7 @@ def inject(client: Client, stack: str, output: str, services: tuple[str, ...]) -
     """
     from plugin.cli.inject import inject_file
 
-    try:
-        outcome = inject_file(client.engine, stack, output, services)
-    except FreeFlowError as error:
-        cause, _, remedy = str(error).rpartition("; ")
-        say(f"freeflow: {shown(cause or remedy)}", err=True)
-        if cause:
-            say(f"    do: {shown(remedy)}", err=True)
-        sys.exit(UNUSABLE)
+    outcome = inject_file(client.engine, stack, output, services)
     for note in outcome.notes:
         say(f"freeflow: {shown(note)}", err=True)
     injected = shown(", ".join(outcome.injected))

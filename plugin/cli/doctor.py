@@ -47,8 +47,7 @@ def check_plugin(client: Client, found: dict[str, Status]) -> list[Finding]:
     try:
         found["status"] = client.status()
     except FreeFlowError as error:
-        cause, _, remedy = str(error).rpartition("; ")
-        return [Finding("error", "the plugin is not running", cause, remedy)]
+        return [Finding.of("error", "the plugin is not running", error)]
     return list(found["status"].problems)
 
 
@@ -70,8 +69,7 @@ def check_engine(engine: Engine) -> list[Finding]:
     try:
         version = str(engine.get("/version").get("Version", ""))
     except EngineError as error:
-        cause, _, remedy = str(error).rpartition("; ")
-        return [Finding("error", "the engine does not answer", cause, remedy)]
+        return [Finding.of("error", "the engine does not answer", error)]
     if BAD_ENGINES.match(version):
         return [
             Finding(

@@ -234,7 +234,7 @@ def _look_at(engine: Engine, service: Mapping[str, Any]) -> _Look:
     try:
         found = engine.find(f"/images/{quote(image, safe='/:@')}/json")
     except EngineError as error:
-        return _Look(missing=str(error).rpartition("; ")[0])
+        return _Look(missing=error.reason)
     if found is None:
         return _Look(missing=f"{image} isn't on this host (docker pull {image} brings it)")
     config = dict(_mapping(_mapping(found).get("Config")))
@@ -248,7 +248,7 @@ def _look_at(engine: Engine, service: Mapping[str, Any]) -> _Look:
     try:
         return _Look(config, _with_variables(start) or examine_image(engine, image, start))
     except EngineError as error:
-        return _Look(config, missing=str(error).rpartition("; ")[0])
+        return _Look(config, missing=error.reason)
 
 
 def _with_variables(start: Start) -> Verdict | None:

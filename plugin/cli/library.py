@@ -80,10 +80,8 @@ def _container(engine: Engine, name: str) -> dict[str, Any] | Finding:
     try:
         found: dict[str, Any] = engine.get(f"/containers/{quote(name, safe='')}/json")
     except EngineError as error:
-        cause, _, _ = str(error).rpartition("; ")
-        return Finding(
-            "error", f"{name} can't be looked at", cause, "docker ps, on the host that runs it"
-        )
+        remedy = "docker ps, on the host that runs it"
+        return Finding("error", f"{name} can't be inspected", error.reason, remedy)
     if not found.get("State", {}).get("Running"):
         return Finding("error", f"{name} isn't running", "it has ended", f"docker start {name}")
     return found
@@ -226,8 +224,7 @@ def examine_container(
     try:
         processes = _processes(client.engine, name, proc)
     except EngineError as error:
-        cause, _, remedy = str(error).rpartition("; ")
-        findings.append(Finding("warning", "not checked: its processes", cause, remedy))
+        findings.append(Finding.of("warning", "not checked: its processes", error))
     else:
         loaded = sum(each.library is not None for each in processes)
         what = f"{loaded} of {len(processes)} processes have this host's library"
@@ -235,8 +232,7 @@ def examine_container(
     try:
         status = client.status()
     except FreeFlowError as error:
-        cause, _, remedy = str(error).rpartition("; ")
-        findings.append(Finding("error", "the plugin is not running", cause, remedy))
+        findings.append(Finding.of("error", "the plugin is not running", error))
         return Report(passed, findings)
     add("a network of it is accelerated", check_network(name, status))
     router = status.router

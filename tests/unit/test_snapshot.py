@@ -260,8 +260,7 @@ def test_failed_recovery(world: World) -> None:
 def test_no_underlay(world: World, error: KernelError | SettingError) -> None:
     """A host without underlay says why, and the rest of the status is there."""
     world.kernel.found = error
-    cause, _, remedy = str(error).partition("; ")
-    assert world.problem() == f"error: there is no underlay; {cause}; {remedy}"
+    assert world.problem() == f"error: there is no underlay; {error.reason}; {error.remedy}"
     assert world.status().host.underlay == ""
     assert world.network().name == "backend"
 
