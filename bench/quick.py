@@ -42,7 +42,7 @@ from bench.report import columns, number, percent, times
 from bench.sampling import Sample, sample
 from bench.servers import Servers
 from bench.stats import Case, spread
-from dataplane.control import Rule, Settings
+from dataplane.control import RouterSettings, Rule
 from testbed.namespaces import LIBRARY, Container, bed
 
 PLAIN: Final = "tcp"
@@ -232,9 +232,9 @@ def run_cases(
             yield found
 
 
-def _rule(text: str | None) -> Settings:
+def _rule(text: str | None) -> RouterSettings:
     given = json.loads(text) if text else {}
-    return Settings(rule=Rule(**given))
+    return RouterSettings(rule=Rule(**given))
 
 
 @click.command(help=__doc__)

@@ -1,6 +1,6 @@
 """What the driver and the router say to each other: one line of JSON per message, on a socket for root alone.
 
-The driver sends what is true now (`Learn`, whole, never a difference) and asks; the router answers each with one line.
+The driver sends what is true now (`RouterSnapshot`, whole, never a difference) and asks; the router answers each with one line.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of shared memory that are really used."""
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What can be set for a host."""
 
     acceleration: bool = True
@@ -95,31 +95,31 @@ class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
     """Addresses of the other hosts that share it."""
 
 
-class Learn(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):
+class RouterSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):
     """All that the driver knows, in place of what it said before."""
 
     endpoints: tuple[EndpointFact, ...] = ()
     networks: tuple[NetworkFact, ...] = ()
-    settings: Settings = Settings()
+    settings: RouterSettings = RouterSettings()
     underlay: str = ""
     """This host's address on the underlay, if that is known."""
 
 
-class AskLife(msgspec.Struct, frozen=True, tag="life"):
+class LivenessRequest(msgspec.Struct, frozen=True, tag="life"):
     """Whether it answers at all."""
 
 
-class AskStatistics(msgspec.Struct, frozen=True, tag="statistics"):
+class StatisticsRequest(msgspec.Struct, frozen=True, tag="statistics"):
     """Counts."""
 
 
-class AskConnections(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
+class ConnectionsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
     """The list of connections; of one namespace, or all."""
 
     namespace: int | None = None
 
 
-class AskPaths(msgspec.Struct, frozen=True, tag="paths"):
+class PathsRequest(msgspec.Struct, frozen=True, tag="paths"):
     """How many connections take which path, and why."""
 
 
@@ -233,7 +233,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True, tag="statistics"):
     rdma: RdmaFacts = RdmaFacts()
 
 
-class Connection(msgspec.Struct, frozen=True, kw_only=True):
+class ConnectionFact(msgspec.Struct, frozen=True, kw_only=True):
     """One end of a TCP connection in a container on a freeflow network."""
 
     namespace: int
@@ -250,9 +250,9 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Connections(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
-    """Answer to AskConnections."""
+    """Answer to ConnectionsRequest."""
 
-    connections: tuple[Connection, ...]
+    connections: tuple[ConnectionFact, ...]
     reasons: dict[str, str]
     """Word to sentence, of those that appear."""
 
@@ -266,11 +266,13 @@ class PathCount(msgspec.Struct, frozen=True, kw_only=True):
     count: int
 
 
-class Paths(msgspec.Struct, frozen=True, kw_only=True, tag="paths"):
-    """Answer to AskPaths."""
+class PathCounts(msgspec.Struct, frozen=True, kw_only=True, tag="paths"):
+    """Answer to PathsRequest."""
 
     paths: tuple[PathCount, ...]
 
 
-Request = Learn | AskLife | AskStatistics | AskConnections | AskPaths
-Reply = Done | Failed | Statistics | Connections | Paths
+ControlRequest = (
+    RouterSnapshot | LivenessRequest | StatisticsRequest | ConnectionsRequest | PathsRequest
+)
+ControlReply = Done | Failed | Statistics | Connections | PathCounts

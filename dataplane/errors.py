@@ -43,7 +43,7 @@ class FreeFlowError(Exception):
 
 
 class DataplaneError(FreeFlowError):
-    """The data plane failed; never raised itself outside `client.py`."""
+    """The data plane failed; never raised itself outside `router_client.py`."""
 
 
 class WrongMessage(DataplaneError):

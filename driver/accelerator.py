@@ -20,11 +20,11 @@ from msgspec.structs import replace
 from dataplane.control import (
     Connections,
     EndpointFact,
-    Learn,
     NetworkFact,
-    Paths,
+    PathCounts,
+    RouterSettings,
+    RouterSnapshot,
     Rule,
-    Settings,
     Statistics,
 )
 from dataplane.errors import DataplaneError
@@ -52,15 +52,15 @@ SANDBOX_PATIENCE: Final = 30.0
 
 
 class Router(Protocol):
-    """See `dataplane.client.RouterClient`. All raise DataplaneError."""
+    """See `dataplane.router_client.RouterClient`. All raise DataplaneError."""
 
-    def learn(self, facts: Learn) -> None: ...
+    def learn(self, facts: RouterSnapshot) -> None: ...
 
     def statistics(self) -> Statistics: ...
 
     def connections(self, namespace: int | None = None) -> Connections: ...
 
-    def paths(self) -> Paths: ...
+    def paths(self) -> PathCounts: ...
 
 
 class Sandboxes(Protocol):
@@ -92,9 +92,9 @@ def facts(
     endpoints: Iterable[Endpoint],
     states: Mapping[str, NetworkState],
     homes: Mapping[str, tuple[Path, int]],
-    settings: Settings,
+    settings: RouterSettings,
     own: Self | None = None,
-) -> Learn:
+) -> RouterSnapshot:
     """What is true. `homes`: where each endpoint's namespace is, and its inode; those without are left out."""
     own = own or Self()
     names = {
@@ -105,7 +105,7 @@ def facts(
     }
     here = sorted((each for each in endpoints if each.id in homes), key=lambda each: each.id)
     used = {endpoint.network_id for endpoint in here}
-    return Learn(
+    return RouterSnapshot(
         endpoints=tuple(
             EndpointFact(
                 id=endpoint.id,
@@ -175,7 +175,7 @@ class Accelerator:
         store: Store,
         sandboxes: Sandboxes,
         router: Router,
-        settings: Settings,
+        settings: RouterSettings,
         clock: Callable[[], float] = time.monotonic,
         inode: Callable[[Path], int | None] = inode_of,
         own: Callable[[], Self] = Self,
@@ -187,7 +187,7 @@ class Accelerator:
         self._clock = clock
         self._inode = inode
         self._own = own
-        self._told: Learn | None = None
+        self._told: RouterSnapshot | None = None
         self._told_at = float("-inf")
         self._anew = False
         self._missing: dict[str, float] = {}
@@ -259,7 +259,7 @@ class Accelerator:
             self._complained = True
             log.warning("the router doesn't answer; connections stay on TCP", reason=str(error))
 
-    def _look(self, now: float) -> Learn:
+    def _look(self, now: float) -> RouterSnapshot:
         homes: dict[str, tuple[Path, int]] = {}
         missing: dict[str, float] = {}
         endpoints = list(self._store.endpoints())
@@ -292,7 +292,7 @@ class Accelerator:
         """Which path each connection takes. Raises RouterError."""
         return _answer(self._router.connections)
 
-    def paths(self) -> Paths:
+    def paths(self) -> PathCounts:
         """How many take which. Raises RouterError."""
         return _answer(self._router.paths)
 

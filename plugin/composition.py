@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from dataplane.client import RouterClient
 from dataplane.control import Connections
+from dataplane.router_client import RouterClient
 from driver.accelerator import Accelerator, Self
 from driver.announcer import Announcer
 from driver.driver import Driver, DriverConfig

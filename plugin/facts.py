@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from dataplane.control import Connections, Paths, Statistics
+from dataplane.control import Connections, PathCounts, Statistics
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
@@ -39,7 +39,7 @@ class RouterFacts(Protocol):
 
     def connections(self) -> Connections: ...
 
-    def paths(self) -> Paths: ...
+    def paths(self) -> PathCounts: ...
 
 
 class SyncFacts(Protocol):

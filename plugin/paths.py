@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from dataplane.control import Connection, Connections
+from dataplane.control import ConnectionFact, Connections
 from driver import allocate
 from driver.driver import Driver
 from driver.model import IPAddress, Network
@@ -43,7 +43,7 @@ class PathLabels:
         macs = self._macs()
         known: dict[tuple[str, str], bool] = {}
 
-        def relabel(each: Connection) -> Connection:
+        def relabel(each: ConnectionFact) -> ConnectionFact:
             network = networks.get(each.network)
             if each.path != OVERLAY or network is None:
                 return each

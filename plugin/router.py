@@ -18,8 +18,7 @@ from typing import Final
 
 import structlog
 
-from dataplane.control import Limits, Rule
-from dataplane.control import Settings as RouterSettings
+from dataplane.control import Limits, RouterSettings, Rule
 from plugin.settings import Settings
 
 log = structlog.get_logger()

@@ -41,9 +41,9 @@ from typing import Any, Final, TypeVar
 
 from pyroute2 import IPRoute
 
-from dataplane.client import RouterClient
-from dataplane.control import EndpointFact, Learn, NetworkFact, Settings
+from dataplane.control import EndpointFact, NetworkFact, RouterSettings, RouterSnapshot
 from dataplane.errors import RouterAway
+from dataplane.router_client import RouterClient
 from driver.kernel.namespace import in_netns
 from testbed.kernel_hosts import new_namespace, write_vips
 from testbed.patience import patience, slowness
@@ -156,7 +156,7 @@ class Bed:
     folder: Path
     containers: dict[str, Container]
     vips: dict[str, tuple[str, ...]]
-    settings: Settings = field(default_factory=Settings)
+    settings: RouterSettings = field(default_factory=RouterSettings)
     networks: dict[str, str] = field(default_factory=dict)
     """Container to network, where it isn't `NETWORK`."""
     loopback: bool = False
@@ -174,7 +174,7 @@ class Bed:
         """To ask and tell it."""
         return RouterClient(self.folder / "control.sock")
 
-    def facts(self, **changes: Any) -> Learn:
+    def facts(self, **changes: Any) -> RouterSnapshot:
         """What is true of this bed."""
         networks = sorted({NETWORK, *self.networks.values()})
         known = {
@@ -209,14 +209,14 @@ class Bed:
             ),
             "settings": self.settings,
         }
-        return Learn(**{**known, **changes})
+        return RouterSnapshot(**{**known, **changes})
 
     def _loopback(self, container: Container) -> tuple[str, ...]:
         first = next(iter(self.containers.values()))
         return ("127.0.0.1", "::1") if self.loopback and container is first else ()
 
     def learn(self, **changes: Any) -> None:
-        """Tell the router what is true of this bed, but for `changes`: fields of `control.Learn`."""
+        """Tell the router what is true of this bed, but for `changes`: fields of `control.RouterSnapshot`."""
         self.router.learn(self.facts(**changes))
 
     def router_command(self) -> list[str]:
@@ -296,7 +296,7 @@ def connect(containers: Sequence[Container], bridge: int) -> None:
 def bed(
     *names: str,
     vips: Mapping[str, Sequence[str]] | None = None,
-    settings: Settings | None = None,
+    settings: RouterSettings | None = None,
     library: Path | None = None,
     networks: Mapping[str, str] | None = None,
     loopback: bool = False,
@@ -322,7 +322,7 @@ def bed(
         folder,
         containers,
         {vip: tuple(tasks) for vip, tasks in (vips or {}).items()},
-        settings or Settings(),
+        settings or RouterSettings(),
         dict(networks or {}),
         loopback,
         guard,

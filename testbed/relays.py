@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from dataplane.router import layout
-from dataplane.router.memory import LinuxMemory
+from dataplane.router.arena_memory import LinuxArenaMemory
 from dataplane.router.relay_wire import COUNTERS
 from testbed.patience import patience
 
@@ -330,7 +330,7 @@ def result(process: subprocess.Popen[str], seconds: float = 60) -> dict[str, flo
 
 def give_arena(relay: Relay, ring: int = RING) -> End:
     """A new arena with nothing in it; the end of its slot 0."""
-    memory = LinuxMemory().make(ring_size=ring, remote=True)
+    memory = LinuxArenaMemory().make(ring_size=ring, remote=True)
     arena = next(_numbers)
     end = End(relay, 0, memory, arena=arena, ring=ring)
     receives, end.rings_relay = socket.socketpair()
@@ -352,7 +352,7 @@ def give_bells(end: End, count: int = 2) -> None:
 def place(end: End, link: int = 1) -> Message:
     """Have its slot registered."""
     incarnation = next(_numbers)
-    LinuxMemory().prepare(end.memory, end.slot, incarnation)
+    LinuxArenaMemory().prepare(end.memory, end.slot, incarnation)
     end.number = next(_numbers)
     end.relay.raw(
         SLOT.pack(KINDS["SLOT"], SLOT.size, end.number, link, end.slot, end.arena, incarnation)

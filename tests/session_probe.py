@@ -18,11 +18,11 @@ from typing import Any
 
 import structlog
 
-from dataplane.router.identity import choose
+from dataplane.router.identities import choose
+from dataplane.router.library_wire import IPAddress
 from dataplane.router.loop import EpollLoop
-from dataplane.router.peer_wire import Hello, Message, Withdraw
+from dataplane.router.peer_wire import Message, PeerHello, Withdraw
 from dataplane.router.peers import Sessions
-from dataplane.router.wire import IPAddress
 
 
 class Probe:
@@ -73,7 +73,7 @@ class Greeter:
         self.sessions: Sessions | None = None
         self.greeted: set[IPAddress] = set()
 
-    def up(self, peer: IPAddress, hello: Hello) -> None:
+    def up(self, peer: IPAddress, hello: PeerHello) -> None:
         assert self.sessions is not None
         self.sessions.send(peer, Withdraw(len(hello.node)))
 

@@ -1,6 +1,6 @@
 """The router as a program: `python -m dataplane.router --socket PATH --control PATH [--watch-stdin]`.
 
-It listens on the public socket once it has learned a snapshot over the control socket, see `dataplane/client.py`. With
+It listens on the public socket once it has learned a snapshot over the control socket, see `dataplane/router_client.py`. With
 `--watch-stdin` it ends when its standard input does: whoever started it holds the other end.
 """
 

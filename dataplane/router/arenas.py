@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dataplane.router.layout import SIDES, SLOTS
-from dataplane.router.wire import Address
+from dataplane.router.library_wire import Address
 
 
 @dataclass(slots=True, eq=False)
-class End:
+class ConnectionEnd:
     """One end of a connection that has a slot."""
 
     process: int
@@ -33,7 +33,7 @@ class Slot:
 
     incarnation: int
     since: float
-    ends: list[End | None]
+    ends: list[ConnectionEnd | None]
     lost: bool = False
     """The kernel knew neither socket when last asked."""
     left: bool = False
@@ -78,7 +78,9 @@ class Arena:
     ring: int = 0
     """Bytes of its rings if it is a remote one."""
 
-    def take(self, incarnation: int, since: float, ends: tuple[End, End]) -> int:
+    def take(
+        self, incarnation: int, since: float, ends: tuple[ConnectionEnd, ConnectionEnd]
+    ) -> int:
         """Put a connection in a free slot; there must be one."""
         number = self.free.pop()
         self.slots[number] = Slot(incarnation, since, list(ends))
@@ -94,7 +96,7 @@ class Arena:
                 return number
         return None
 
-    def release(self, number: int, side: int) -> tuple[End | None, bool]:
+    def release(self, number: int, side: int) -> tuple[ConnectionEnd | None, bool]:
         """One side is done with a slot. What end that was, and whether the slot is free now."""
         slot = self.slots[number]
         end, slot.ends[side] = slot.ends[side], None

@@ -9,7 +9,7 @@ from dataplane.router.reasons import Reason
 if TYPE_CHECKING:
     from dataplane.router.arenas import Arena
     from dataplane.router.knowledge import Network
-    from dataplane.router.pairing import Waiting
+    from dataplane.router.pair_requests import PairRequest
 
 RELAY: Final = 0
 """The relay in place of a container's namespace: no namespace has this inode."""
@@ -21,10 +21,10 @@ class Away(Protocol):
     def why_not(self, network: Network) -> Reason | None:
         """Why no connection of a network can get a path to another host; None: some may."""
 
-    def wait(self, waiting: Waiting, network: Network) -> None:
+    def wait(self, waiting: PairRequest, network: Network) -> None:
         """An ask waits for an end on another host. It is granted or refused at any time from now on, also at once."""
 
-    def forgotten(self, waiting: Waiting) -> None:
+    def forgotten(self, waiting: PairRequest) -> None:
         """It doesn't wait any more: its process has taken it back, or has ended."""
 
     def released(self, connection: int) -> None:
@@ -53,10 +53,10 @@ class Nowhere:
         """See `Away`."""
         return Reason.REMOTE
 
-    def wait(self, waiting: Waiting, network: Network) -> None:
+    def wait(self, waiting: PairRequest, network: Network) -> None:
         """See `Away`."""
 
-    def forgotten(self, waiting: Waiting) -> None:
+    def forgotten(self, waiting: PairRequest) -> None:
         """See `Away`."""
 
     def released(self, connection: int) -> None:

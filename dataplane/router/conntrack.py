@@ -11,8 +11,8 @@ import struct
 from ipaddress import IPv4Address
 from typing import Final
 
-from dataplane.router.netlink import netlink_in
-from dataplane.router.wire import Address
+from dataplane.router.library_wire import Address
+from dataplane.router.netlink_socket import netlink_in
 
 _NETLINK_NETFILTER: Final = 12
 _BUFFER: Final = 1 << 14

@@ -14,16 +14,18 @@ from typing import Final
 import structlog
 
 from dataplane import control
-from dataplane.router import identity, relay_wire
+from dataplane.router import relay_wire
 from dataplane.router.devices import Device, Found
 from dataplane.router.finder import Finder
+from dataplane.router.identities import NoIdentities, choose
+from dataplane.router.library_wire import IPAddress
 from dataplane.router.loop import Loop
-from dataplane.router.pairing import Kernel, Memory, Pairing
-from dataplane.router.peer_wire import Hello, Message
+from dataplane.router.pairing import Pairing
+from dataplane.router.peer_wire import Message, PeerHello
 from dataplane.router.peers import Sessions
 from dataplane.router.relay import SHIPPED, RelayProcess
 from dataplane.router.remote import Phase, Remotes, words
-from dataplane.router.wire import IPAddress
+from dataplane.router.seams import ArenaMemory, SocketTable
 
 log = structlog.get_logger()
 
@@ -50,8 +52,8 @@ class Hosts:
         self,
         pairing: Pairing,
         loop: Loop,
-        kernel: Kernel,
-        memory: Memory,
+        kernel: SocketTable,
+        memory: ArenaMemory,
         equipment: Equipment,
     ) -> None:
         self._pairing = pairing
@@ -66,7 +68,7 @@ class Hosts:
         self._relay = RelayProcess(loop, equipment.relay, self)
         self.sessions = Sessions(
             loop,
-            identity.NoIdentities("nothing is known of networks yet"),
+            NoIdentities("nothing is known of networks yet"),
             self,
             instance=os.urandom(16).hex(),
             port=control.DEFAULT_SESSION_PORT,
@@ -90,7 +92,7 @@ class Hosts:
         settings = knowledge.settings
         if settings.session_key != self._key:
             self._key = settings.session_key
-            self.sessions.use(identity.choose(self._equipment.swarm, settings.session_key))
+            self.sessions.use(choose(self._equipment.swarm, settings.session_key))
         self.sessions.listen(settings.session_port)
         if not self._started:
             self._started = True
@@ -189,7 +191,7 @@ class Hosts:
         match message:
             case relay_wire.Opened():
                 self._device_opened(message)
-            case relay_wire.Counts():
+            case relay_wire.RelayCounters():
                 self._counters = message.counters
             case _:
                 self.remotes.relay_said(message)
@@ -205,25 +207,25 @@ class Hosts:
             log.info("RDMA", device="" if opened is None else opened.device, mtu=message.mtu)
             self.remotes.device("")
 
-    # --- sessions (`peers.User`)
+    # --- sessions (`peers.SessionUser`)
 
-    def up(self, peer: IPAddress, hello: Hello) -> None:
-        """See `peers.User`."""
+    def up(self, peer: IPAddress, hello: PeerHello) -> None:
+        """See `peers.SessionUser`."""
         self.remotes.up(peer, hello)
         self._decide()
 
     def down(self, peer: IPAddress, reason: str) -> None:
-        """See `peers.User`."""
+        """See `peers.SessionUser`."""
         self.remotes.down(peer, reason)
 
     def message(self, peer: IPAddress, message: Message) -> None:
-        """See `peers.User`."""
+        """See `peers.SessionUser`."""
         self.remotes.message(peer, message)
-        if isinstance(message, Hello):
+        if isinstance(message, PeerHello):
             self._decide()
 
     def eased(self, peer: IPAddress) -> None:
-        """See `peers.User`."""
+        """See `peers.SessionUser`."""
         self.remotes.eased(peer)
 
     # --- what can be seen

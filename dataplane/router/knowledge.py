@@ -14,9 +14,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
-from dataplane.control import Learn, Rule, Settings
+from dataplane.control import RouterSettings, RouterSnapshot, Rule
 from dataplane.errors import DataplaneError
-from dataplane.router.wire import IPAddress
+from dataplane.router.library_wire import IPAddress
 
 _RULE_FIELDS: Final = tuple(Rule.__struct_fields__)
 
@@ -62,11 +62,11 @@ class Network:
 class Knowledge:
     """Endpoints, networks, VIPs and settings."""
 
-    def __init__(self, learned: Learn | None = None) -> None:
+    def __init__(self, learned: RouterSnapshot | None = None) -> None:
         """Raises DataplaneError for a snapshot that contradicts itself."""
-        facts = learned or Learn()
+        facts = learned or RouterSnapshot()
         self.learned = learned is not None
-        self.settings: Settings = facts.settings
+        self.settings: RouterSettings = facts.settings
         self.networks: dict[str, Network] = {}
         self.places: dict[int, Place] = {}
         self._local: dict[tuple[int, IPAddress], Network] = {}
@@ -77,7 +77,7 @@ class Knowledge:
         except (ValueError, KeyError) as error:
             raise DataplaneError(f"the snapshot can't be used: {error!r}") from error
 
-    def _read(self, facts: Learn) -> None:
+    def _read(self, facts: RouterSnapshot) -> None:
         for fact in facts.networks:
             self.networks[fact.id] = Network(
                 id=fact.id,

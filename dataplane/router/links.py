@@ -18,10 +18,10 @@ from typing import Final, Protocol
 import structlog
 
 from dataplane.router import relay_wire as relay
+from dataplane.router.library_wire import IPAddress
 from dataplane.router.loop import Loop, Timer
-from dataplane.router.peer_wire import Frame, LinkAnswer, LinkOffer, LinkRefused, Message
-from dataplane.router.relay_wire import Kind
-from dataplane.router.wire import IPAddress
+from dataplane.router.peer_wire import LinkAnswer, LinkOffer, LinkRefused, Message, PeerFrame
+from dataplane.router.relay_wire import RelayKind
 
 log = structlog.get_logger()
 
@@ -219,9 +219,9 @@ class Links:
             self._send(link.peer, LinkOffer(link.number, message.words, link.again))
         else:
             self._await(link, "connected")
-            self._say(relay.Accept(Kind.CONNECT, link.number, 0, link.address))
+            self._say(relay.RelayAccept(RelayKind.CONNECT, link.number, 0, link.address))
 
-    def connected(self, message: relay.Outcome) -> None:
+    def connected(self, message: relay.RelayOutcome) -> None:
         """Both ends know each other, or can't."""
         link = self._numbers.get(message.number)
         if link is None or link.awaited != "connected":
@@ -238,7 +238,7 @@ class Links:
         self._set(link, State.UP)
         self._owner.link_up(link.peer)
 
-    def down(self, message: relay.Outcome) -> None:
+    def down(self, message: relay.RelayOutcome) -> None:
         """It doesn't work any more."""
         link = self._numbers.get(message.number)
         if link is None or link.state in (State.NONE, State.DOWN, State.STREAM):
@@ -252,7 +252,7 @@ class Links:
         self._break(link, message.text)
         self._mend(link, shared)
 
-    def frame(self, message: relay.Frame) -> None:
+    def frame(self, message: relay.RelayFrame) -> None:
         """Bytes for the peer's relay."""
         link = self._numbers.get(message.link)
         if link is not None and link.state is State.STREAM:
@@ -265,7 +265,7 @@ class Links:
 
     def _flush(self, link: Link) -> None:
         while link.frames and not self._sessions.congested(link.peer):
-            self._send(link.peer, Frame(link.shared, link.frames.popleft()))
+            self._send(link.peer, PeerFrame(link.shared, link.frames.popleft()))
 
     # --- what the peer's router says
 
@@ -292,7 +292,7 @@ class Links:
         link = self.link(peer)
         if link.awaited == "answer" and message.link == link.number:
             self._await(link, "connected")
-            self._say(relay.Accept(Kind.CONNECT, link.number, 0, message.address))
+            self._say(relay.RelayAccept(RelayKind.CONNECT, link.number, 0, message.address))
 
     def refused(self, peer: IPAddress, message: LinkRefused) -> None:
         """The follower has no end of the link, or one that doesn't work."""
@@ -317,14 +317,14 @@ class Links:
             self._break(link, message.text)
             self._mend(link)
 
-    def framed(self, peer: IPAddress, message: Frame) -> None:
+    def framed(self, peer: IPAddress, message: PeerFrame) -> None:
         """Bytes of the peer's relay: it has given up RDMA."""
         link = self.link(peer)
         if not link.number or message.link != link.shared:
             return
         if link.state is not State.STREAM:
             self._stream(link)
-        self._say(relay.Frame(link.number, message.data))
+        self._say(relay.RelayFrame(link.number, message.data))
 
     # --- making one
 
@@ -344,7 +344,7 @@ class Links:
         link.unanswered += 1
         self._set(link, State.MAKING)
         self._await(link, "linked")
-        self._say(relay.Number(Kind.LINK, link.number))
+        self._say(relay.Number(RelayKind.LINK, link.number))
 
     def _await(self, link: Link, what: str) -> None:
         self._cancel(link)
@@ -413,7 +413,7 @@ class Links:
         self._cancel(link)
         log.warning("no RDMA: connections go back to TCP", peer=str(link.peer), reason=link.reason)
         self._set(link, State.STREAM)
-        self._say(relay.Number(Kind.STREAM, link.number))
+        self._say(relay.Number(RelayKind.STREAM, link.number))
         self._owner.link_failed(link.peer)
         self._owner.link_leaves(link.peer)
 
@@ -431,7 +431,7 @@ class Links:
 
     def _unlink(self, link: Link) -> None:
         if link.number:
-            self._say(relay.Number(Kind.UNLINK, link.number))
+            self._say(relay.Number(RelayKind.UNLINK, link.number))
             self._forget_number(link)
         self._set(link, State.NONE)
 

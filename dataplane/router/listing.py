@@ -10,20 +10,21 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from dataplane.control import (
-    Connection,
+    ConnectionFact,
     Connections,
     ContainerCounts,
     PathCount,
-    Paths,
+    PathCounts,
     RdmaFacts,
     Statistics,
 )
 from dataplane.errors import KernelRefused
 from dataplane.router.away import RELAY
 from dataplane.router.knowledge import Knowledge, Network
-from dataplane.router.pairing import RELAY_SIDE, Container, Pairing, Waiting
+from dataplane.router.pair_requests import PairRequest
+from dataplane.router.pairing import RELAY_SIDE, Container, Pairing
 from dataplane.router.reasons import Reason
-from dataplane.router.sockets import Namespaces, TcpSocket
+from dataplane.router.socket_table import Namespaces, TcpSocket
 
 OVERLAY: Final = "overlay"
 SHM: Final = "shm"
@@ -34,7 +35,7 @@ def connections(
     pairing: Pairing, namespaces: Namespaces, clock: Callable[[], float], only: int | None
 ) -> Iterator[Connections | None]:
     """The list, last; a None before each step, where the caller may do something else."""
-    found: list[Connection] = []
+    found: list[ConnectionFact] = []
     for namespace in list(pairing.knowledge.places) if only is None else [only]:
         for each in _sockets(namespaces, namespace):
             if each is None:
@@ -48,7 +49,7 @@ def connections(
     yield Connections(connections=tuple(found), reasons=sentences)
 
 
-def paths(pairing: Pairing, namespaces: Namespaces) -> Iterator[Paths | None]:
+def paths(pairing: Pairing, namespaces: Namespaces) -> Iterator[PathCounts | None]:
     """The counts, last; like `connections`, without saying which."""
     counts: Counter[tuple[str, str, str | None]] = Counter()
     for namespace in list(pairing.knowledge.places):
@@ -61,7 +62,7 @@ def paths(pairing: Pairing, namespaces: Namespaces) -> Iterator[Paths | None]:
                 container = pairing.containers.get(namespace)
                 path, reason, _ = _path(pairing, container, network, each, 0.0)
                 counts[network.id, path, None if reason is None else reason.word] += 1
-    yield Paths(
+    yield PathCounts(
         paths=tuple(
             PathCount(network=network, path=path, reason=reason, count=count)
             for (network, path, reason), count in counts.items()
@@ -78,7 +79,7 @@ def _sockets(namespaces: Namespaces, namespace: int) -> Iterator[TcpSocket | Non
         return
 
 
-def _entry(pairing: Pairing, namespace: int, tcp: TcpSocket, now: float) -> Connection | None:
+def _entry(pairing: Pairing, namespace: int, tcp: TcpSocket, now: float) -> ConnectionFact | None:
     knowledge = pairing.knowledge
     network = knowledge.network_of(namespace, tcp.local.ip)
     place = knowledge.places.get(namespace)
@@ -87,7 +88,7 @@ def _entry(pairing: Pairing, namespace: int, tcp: TcpSocket, now: float) -> Conn
         return None
     container = pairing.containers.get(namespace)
     path, reason, age = _path(pairing, container, network, tcp, now)
-    return Connection(
+    return ConnectionFact(
         namespace=namespace,
         container=place.name,
         network=network.id,
@@ -152,7 +153,7 @@ def _peer_has_library(pairing: Pairing, network: Network, tcp: TcpSocket) -> boo
     return False
 
 
-def _why_waiting(pairing: Pairing, network: Network, waiting: Waiting) -> Reason:
+def _why_waiting(pairing: Pairing, network: Network, waiting: PairRequest) -> Reason:
     if waiting.ambiguous:
         return Reason.AMBIGUOUS
     if waiting.away:

@@ -16,22 +16,18 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 from dataplane.control import Limits
 from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router import layout
 from dataplane.router.agenda import Agenda
-from dataplane.router.arenas import Arena, End, Side
+from dataplane.router.arenas import Arena, ConnectionEnd, Side
 from dataplane.router.away import RELAY, Away, Nowhere
 from dataplane.router.knowledge import Knowledge, Network
-from dataplane.router.limits import Bucket
-from dataplane.router.reasons import STATUS_ONLY, Reason
-from dataplane.router.wire import (
+from dataplane.router.library_wire import (
     PROTOCOL_VERSION,
     Address,
-    Answer,
-    Ask,
     Bell,
     Fetch,
     Grant,
@@ -41,9 +37,14 @@ from dataplane.router.wire import (
     Note,
     Refuse,
     Release,
+    Request,
     Ring,
     Welcome,
 )
+from dataplane.router.limits import Bucket
+from dataplane.router.pair_requests import Key, PairRequest
+from dataplane.router.reasons import STATUS_ONLY, Reason
+from dataplane.router.seams import ArenaMemory, Outbox, SocketTable
 
 RELAY_SIDE: Final = 1
 """Of a remote arena."""
@@ -60,121 +61,6 @@ RARELY: Final = 300.0
 _TOLD: Final = frozenset(reason.value for reason in Reason if reason < STATUS_ONLY)
 
 
-class Post(Protocol):
-    """How answers reach processes."""
-
-    def send(self, process: int, answer: Answer, *descriptors: int) -> bool:
-        """Send now or never; false if the process can't take it. It is then gone soon, not yet."""
-        ...
-
-
-class Kernel(Protocol):
-    """What the kernel knows of a container's sockets."""
-
-    def is_open(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
-        """Whether this very socket is connected."""
-        ...
-
-    def exists(self, namespace: int, local: Address, remote: Address) -> bool:
-        """Whether there is any socket of these addresses, in any state."""
-        ...
-
-    def is_held(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
-        """Whether some process still has this very socket."""
-        ...
-
-    def translated(
-        self, namespace: int, local: Address, remote: Address
-    ) -> tuple[Address, Address] | None:
-        """Where a connection of this namespace really leads, and as whom it comes there; None: not known."""
-        ...
-
-
-class Memory(Protocol):
-    """Arenas' memory."""
-
-    def make(self, ring_size: int = layout.RING_SIZE, remote: bool = False) -> int:
-        """A new arena. Raises KernelRefused."""
-        ...
-
-    def prepare(self, memory: int, slot: int, incarnation: int) -> None:
-        """Make a slot new: nothing of its last connection is left. Raises KernelRefused."""
-        ...
-
-    def leave(self, memory: int, slot: int) -> None:
-        """Ask both ends of the slot's connection to go on over TCP."""
-        ...
-
-    def sever(self, memory: int, slot: int) -> None:
-        """Say to the ends of a remote slot's connection that nothing can be delivered any more."""
-        ...
-
-    def finish(self, memory: int, slot: int) -> None:
-        """Say to the end of a remote slot's connection that nothing comes in the ring, and that it is to use TCP."""
-        ...
-
-    def alarm(self, memory: int) -> None:
-        """Have the process look at all slots of a remote arena when its bells are rung."""
-        ...
-
-    def make_bell(self) -> tuple[int, int]:
-        """A new bell: the end that hears, the end that rings. Raises KernelRefused."""
-        ...
-
-    def ring(self, descriptor: int) -> None:
-        """Ring a bell."""
-        ...
-
-    def close_hearing(self, descriptor: int) -> None:
-        """The end of a bell that hears is its owner's alone now."""
-        ...
-
-    def reclaim(self, memory: int, slot: int) -> bool:
-        """Give the pages of a slot back; false if that fails."""
-        ...
-
-    def used(self, memory: int) -> int:
-        """Bytes that it costs."""
-        ...
-
-    def close(self, memory: int) -> None:
-        """The router's hold on it ends; the processes keep theirs."""
-        ...
-
-    def close_bell(self, descriptor: int) -> None:
-        """A bell isn't needed any more."""
-        ...
-
-
-Key = tuple[str, Address, Address]
-"""Network, local, remote."""
-
-
-@dataclass(slots=True, eq=False)
-class Waiting:
-    """An ask whose other end hasn't asked."""
-
-    process: int
-    namespace: int
-    ask: Ask
-    network: str
-    since: float
-    ambiguous: bool = False
-    away: bool = False
-    """Its other end is on another host."""
-    server: Address | None = None
-    """Where a client's connection to a VIP really leads; None: where its remote address says."""
-
-    @property
-    def key(self) -> Key:
-        return self.network, self.ask.local, self.ask.remote
-
-    @property
-    def peer(self) -> Address:
-        """The address of its other end, as that end knows it."""
-        return self.server or self.ask.remote
-
-
 @dataclass(slots=True, eq=False)
 class Process:
     """One connection to the router."""
@@ -187,9 +73,9 @@ class Process:
     welcome: Welcome | None = None
     other_version: bool = False
     """Its library is older or newer than this router."""
-    early: list[Ask] = field(default_factory=list)
+    early: list[Request] = field(default_factory=list)
     """Asks from before it was welcomed."""
-    waiting: dict[int, Waiting] = field(default_factory=dict)
+    waiting: dict[int, PairRequest] = field(default_factory=dict)
     """By cookie."""
     arenas: dict[int, Arena] = field(default_factory=dict)
 
@@ -201,7 +87,7 @@ class Container:
     namespace: int
     asks: Bucket
     processes: dict[int, Process] = field(default_factory=dict)
-    waiting: dict[int, Waiting] = field(default_factory=dict)
+    waiting: dict[int, PairRequest] = field(default_factory=dict)
     """By cookie."""
     ends: dict[int, tuple[Arena, int, int]] = field(default_factory=dict)
     """Cookie to arena, slot and side."""
@@ -222,7 +108,7 @@ class Container:
 
 
 @dataclass(slots=True)
-class Counts:
+class PairingCounts:
     """Since the start."""
 
     granted: int = 0
@@ -235,9 +121,9 @@ class Pairing:
 
     def __init__(
         self,
-        post: Post,
-        kernel: Kernel,
-        memory: Memory,
+        post: Outbox,
+        kernel: SocketTable,
+        memory: ArenaMemory,
         *,
         clock: Callable[[], float],
         secret: Callable[[], int],
@@ -251,15 +137,15 @@ class Pairing:
         self.processes: dict[int, Process] = {}
         self.containers: dict[int, Container] = {}
         self.arenas: dict[int, Arena] = {}
-        self.counts = Counts()
+        self.counts = PairingCounts()
         self.away: Away = Nowhere()
-        self._waiting: dict[Key, Waiting] = {}
+        self._waiting: dict[Key, PairRequest] = {}
         self._pairs: dict[tuple[int, int], dict[int, Arena]] = {}
         """Arenas of two processes that have a free slot."""
         # Processes may still have arenas of a router before this one: no number of theirs comes again.
         self._ids = itertools.count(secret() >> 2)
         self._incarnations = itertools.count(1)
-        self._sweep_asks: Agenda[Waiting] = Agenda(ASK_AGE, RARELY)
+        self._sweep_asks: Agenda[PairRequest] = Agenda(ASK_AGE, RARELY)
         self._sweep_slots: Agenda[tuple[Arena, int, int]] = Agenda(SLOT_AGE, RARELY)
 
     # --- processes
@@ -398,7 +284,7 @@ class Pairing:
 
     # --- asks
 
-    def ask(self, process_id: int, ask: Ask) -> None:
+    def ask(self, process_id: int, ask: Request) -> None:
         """Match an ask, let it wait, or refuse it."""
         process = self.processes[process_id]
         if process.build is None:
@@ -417,7 +303,7 @@ class Pairing:
         network, server = found
         away = (server or ask.remote).ip not in network.owners
         self._replace(container, (network.id, ask.local, ask.remote), ask.cookie)
-        waiting = Waiting(
+        waiting = PairRequest(
             process_id, process.namespace, ask, network.id, self._clock(), away=away, server=server
         )
         self._wait(process, container, waiting)
@@ -427,7 +313,7 @@ class Pairing:
             self._match(waiting, network)
 
     def _admit(
-        self, process: Process, container: Container, ask: Ask
+        self, process: Process, container: Container, ask: Request
     ) -> tuple[Network, Address | None] | Reason:
         """The network in which the connection may be upgraded, and where a VIP's connection leads; or why not."""
         network = self.knowledge.network_of(process.namespace, ask.local.ip)
@@ -456,7 +342,7 @@ class Pairing:
             return Reason.SHARED
         return network, server
 
-    def _behind_vip(self, namespace: int, ask: Ask, network: Network) -> Address | None:
+    def _behind_vip(self, namespace: int, ask: Request, network: Network) -> Address | None:
         """Which task's address a client's connection to a VIP leads to, by the client's own connection tracking."""
         found = self._kernel.translated(namespace, ask.local, ask.remote)
         if found is None:
@@ -481,14 +367,14 @@ class Pairing:
         """Whether two containers share as much memory as two may: half of what each may have."""
         return one != other and self.containers[one].memory[other] >= self.limits.memory // 2
 
-    def _clients(self, ask: Ask, network: Network) -> list[Address]:
+    def _clients(self, ask: Request, network: Network) -> list[Address]:
         """What, of all that leads to this server, its client's socket can be connected to."""
         leading = [ask.local]
         leading += [Address(vip, ask.local.port) for vip in network.vips.get(ask.local.ip, ())]
         namespace = network.owners[ask.remote.ip]
         return [remote for remote in leading if self._kernel.exists(namespace, ask.remote, remote)]
 
-    def _partners(self, waiting: Waiting, network: Network) -> Iterator[Waiting]:
+    def _partners(self, waiting: PairRequest, network: Network) -> Iterator[PairRequest]:
         """Asks that fit."""
         local, peer = waiting.ask.local, waiting.peer
         seen_as = [local, *(Address(vip, local.port) for vip in network.vips.get(local.ip, ()))]
@@ -497,7 +383,7 @@ class Pairing:
             if partner is not None and partner is not waiting and partner.peer == local:
                 yield partner
 
-    def _match(self, waiting: Waiting, network: Network) -> None:
+    def _match(self, waiting: PairRequest, network: Network) -> None:
         partners = list(self._partners(waiting, network))
         if not partners:
             return
@@ -516,7 +402,7 @@ class Pairing:
             return
         self._grant(waiting, partner)
 
-    def _is_sure(self, one: Waiting, other: Waiting, network: Network) -> bool:
+    def _is_sure(self, one: PairRequest, other: PairRequest, network: Network) -> bool:
         """Whether two asks can only be the two ends of one connection."""
         return all(
             server.ask.local.ip not in network.vips
@@ -531,13 +417,13 @@ class Pairing:
             if old is not None:
                 self._forget(old)
 
-    def _wait(self, process: Process, container: Container, waiting: Waiting) -> None:
+    def _wait(self, process: Process, container: Container, waiting: PairRequest) -> None:
         self._waiting[waiting.key] = waiting
         process.waiting[waiting.ask.cookie] = waiting
         container.waiting[waiting.ask.cookie] = waiting
         self._sweep_asks.add(waiting, waiting.since)
 
-    def _forget(self, waiting: Waiting) -> None:
+    def _forget(self, waiting: PairRequest) -> None:
         cookie = waiting.ask.cookie
         self._sweep_asks.forget(waiting)
         process = self.processes.get(waiting.process)
@@ -551,13 +437,13 @@ class Pairing:
         if waiting.away:
             self.away.forgotten(waiting)
 
-    def refuse(self, waiting: Waiting, reason: Reason) -> None:
+    def refuse(self, waiting: PairRequest, reason: Reason) -> None:
         """An ask that waited for another host doesn't any more."""
         self._forget(waiting)
         if waiting.process in self.processes:
             self._refuse(waiting.process, waiting.ask, reason)
 
-    def _refuse(self, process_id: int, ask: Ask, reason: Reason) -> None:
+    def _refuse(self, process_id: int, ask: Request, reason: Reason) -> None:
         self.counts.refused[reason] += 1
         self._remember(self.processes[process_id], ask.cookie, reason)
         told = reason if reason < STATUS_ONLY else Reason.REMOTE
@@ -572,7 +458,7 @@ class Pairing:
 
     # --- grants
 
-    def _grant(self, one: Waiting, other: Waiting) -> None:
+    def _grant(self, one: PairRequest, other: PairRequest) -> None:
         self._forget(one)
         self._forget(other)
         if other.process < one.process:
@@ -602,12 +488,12 @@ class Pairing:
             for side, waiting in enumerate((other, one)):
                 self._hand_out(arena, side, waiting.process)
 
-    def _hold(self, waiting: Waiting, arena: Arena, slot: int, side: int) -> None:
+    def _hold(self, waiting: PairRequest, arena: Arena, slot: int, side: int) -> None:
         container = self.containers[waiting.namespace]
         container.ends[waiting.ask.cookie] = (arena, slot, side)
         container.notes.pop(waiting.ask.cookie, None)
 
-    def _say_grant(self, waiting: Waiting, arena: Arena, slot: int, side: int) -> None:
+    def _say_grant(self, waiting: PairRequest, arena: Arena, slot: int, side: int) -> None:
         grant = Grant(
             connection=waiting.ask.connection,
             cookie=waiting.ask.cookie,
@@ -637,7 +523,7 @@ class Pairing:
 
     # --- what `remote.py` does here
 
-    def place(self, waiting: Waiting, ring: int, connection: int) -> tuple[Arena, int]:
+    def place(self, waiting: PairRequest, ring: int, connection: int) -> tuple[Arena, int]:
         """A slot for a connection to another host, whose process doesn't hear of it yet.
 
         Raises:
@@ -648,7 +534,9 @@ class Pairing:
         arena = next(reversed(of_pair.values())) if of_pair else self._remote_arena(waiting, ring)
         incarnation = next(self._incarnations)
         self._memory.prepare(arena.memory, arena.free[-1], incarnation)
-        relay = End(RELAY, RELAY, 0, waiting.network, waiting.ask.local, waiting.ask.remote)
+        relay = ConnectionEnd(
+            RELAY, RELAY, 0, waiting.network, waiting.ask.local, waiting.ask.remote
+        )
         slot = arena.take(incarnation, self._clock(), (_end(waiting), relay))
         arena.slots[slot].connection = connection
         if not arena.free:
@@ -657,7 +545,7 @@ class Pairing:
         self.processes[waiting.process].arenas[arena.id] = arena
         return arena, slot
 
-    def grant(self, waiting: Waiting, arena: Arena, slot: int) -> None:
+    def grant(self, waiting: PairRequest, arena: Arena, slot: int) -> None:
         """Its process may use the slot."""
         waiting.away = False
         self._forget(waiting)
@@ -689,7 +577,7 @@ class Pairing:
             self._close_bell(side, descriptor)
         side.bells.clear()
 
-    def _remote_arena(self, waiting: Waiting, ring: int) -> Arena:
+    def _remote_arena(self, waiting: PairRequest, ring: int) -> Arena:
         """A new arena of a process and the relay. Raises KernelRefused."""
         sides = (Side(self._secret(), waiting.namespace), Side(self._secret(), RELAY))
         memory = self._memory.make(ring, True)
@@ -713,7 +601,7 @@ class Pairing:
             self.away.bell(arena.id, 0, sides[0].bells[0])
         return arena
 
-    def _arena(self, one: Waiting, other: Waiting) -> Arena:
+    def _arena(self, one: PairRequest, other: PairRequest) -> Arena:
         """The arena of two processes that has a free slot. Raises KernelRefused."""
         pair = (one.process, other.process)
         of_pair = self._pairs.get(pair)
@@ -918,7 +806,7 @@ class Pairing:
         self._sweep_asks.look(now, most, self._still_waits)
         self._sweep_slots.look(now, most, self._still_used)
 
-    def _still_waits(self, waiting: Waiting) -> bool:
+    def _still_waits(self, waiting: PairRequest) -> bool:
         if self._waiting.get(waiting.key) is not waiting:
             return False
         ask = waiting.ask
@@ -952,9 +840,9 @@ class Pairing:
         return False
 
 
-def _end(waiting: Waiting) -> End:
+def _end(waiting: PairRequest) -> ConnectionEnd:
     ask = waiting.ask
-    return End(
+    return ConnectionEnd(
         waiting.process, waiting.namespace, ask.cookie, waiting.network, ask.local, ask.remote
     )
 

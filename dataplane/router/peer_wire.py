@@ -16,13 +16,13 @@ import msgspec
 from msgspec import Meta
 
 from dataplane.errors import WrongMessage
-from dataplane.router.wire import Address, IPAddress
+from dataplane.router.library_wire import Address, IPAddress
 
 PEER_VERSION: Final = 1
 MAX_FRAME: Final = 128 << 10
 """Bytes of the longest message, without its length."""
 MAX_DATA: Final = 60_000
-"""Bytes that one `Frame` carries."""
+"""Bytes that one `PeerFrame` carries."""
 MAX_BLOB: Final = 128
 """Bytes of a relay's place or address."""
 
@@ -39,7 +39,7 @@ Text = Annotated[str, Meta(pattern=r"^[ -~]{0,200}\Z")]
 """Goes into logs and tables."""
 
 
-class Hello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+class PeerHello(msgspec.Struct, frozen=True, tag="Hello", kw_only=True):
     """The first message of each side, and again when something in it has changed."""
 
     version: U32 = PEER_VERSION
@@ -85,7 +85,7 @@ class Decline(msgspec.Struct, frozen=True, tag=True):
     reason: U32
 
 
-class Place(msgspec.Struct, frozen=True, tag=True):
+class Placement(msgspec.Struct, frozen=True, tag="Place"):
     """Leader to follower: an offer is taken; `connection` and `place` are the leader's."""
 
     offer: U63
@@ -93,8 +93,8 @@ class Place(msgspec.Struct, frozen=True, tag=True):
     place: Blob
 
 
-class Accept(msgspec.Struct, frozen=True, tag=True):
-    """Follower to leader: the answer to Place; `connection` and `place` are the follower's."""
+class PeerAccept(msgspec.Struct, frozen=True, tag="Accept"):
+    """Follower to leader: the answer to Placement; `connection` and `place` are the follower's."""
 
     offer: U63
     connection: U32
@@ -102,7 +102,7 @@ class Accept(msgspec.Struct, frozen=True, tag=True):
 
 
 class Paired(msgspec.Struct, frozen=True, tag=True):
-    """Leader to follower: the answer to Accept; both ends have a path now. `connection` is the hearer's."""
+    """Leader to follower: the answer to PeerAccept; both ends have a path now. `connection` is the hearer's."""
 
     connection: U32
 
@@ -136,37 +136,37 @@ class Drop(msgspec.Struct, frozen=True, tag=True):
     reason: U32
 
 
-class Frame(msgspec.Struct, frozen=True, tag=True):
+class PeerFrame(msgspec.Struct, frozen=True, tag="Frame"):
     """Bytes from one relay to the other."""
 
     link: U32
     data: Annotated[bytes, Meta(max_length=MAX_DATA)]
 
 
-class Ping(msgspec.Struct, frozen=True, tag=True):
+class PeerPing(msgspec.Struct, frozen=True, tag="Ping"):
     """The speaker lives."""
 
 
-class Pong(msgspec.Struct, frozen=True, tag=True):
-    """The answer to Ping."""
+class PeerPong(msgspec.Struct, frozen=True, tag="Pong"):
+    """The answer to PeerPing."""
 
 
 Message = (
-    Hello
+    PeerHello
     | Owns
     | Offer
     | Withdraw
     | Decline
-    | Place
-    | Accept
+    | Placement
+    | PeerAccept
     | Paired
     | LinkOffer
     | LinkAnswer
     | LinkRefused
     | Drop
-    | Frame
-    | Ping
-    | Pong
+    | PeerFrame
+    | PeerPing
+    | PeerPong
 )
 
 _encoder: Final = msgspec.msgpack.Encoder()

@@ -24,12 +24,13 @@ import msgspec
 import structlog
 
 from dataplane.errors import WrongMessage
-from dataplane.router.identity import Identities, Identity
+from dataplane.router.identities import Identities
+from dataplane.router.library_wire import IPAddress
 from dataplane.router.limits import Bucket
 from dataplane.router.loop import Loop, Timer
-from dataplane.router.peer_wire import PEER_VERSION, Hello, Message, Ping, Pong, ip_of
-from dataplane.router.session import DEADLINE, Connection, Ending
-from dataplane.router.wire import IPAddress
+from dataplane.router.node_identity import Identity
+from dataplane.router.peer_wire import PEER_VERSION, Message, PeerHello, PeerPing, PeerPong, ip_of
+from dataplane.router.session import DEADLINE, Ending, PeerConnection
 
 log = structlog.get_logger()
 
@@ -59,10 +60,10 @@ _TELLING: Final = ("certificate", "protocol", "bug")
 _RESET: Final = struct.pack("ii", 1, 0)
 
 
-class User(Protocol):
+class SessionUser(Protocol):
     """Who needs the sessions. It's called from the loop, never from inside a call to `Sessions`."""
 
-    def up(self, peer: IPAddress, hello: Hello) -> None:
+    def up(self, peer: IPAddress, hello: PeerHello) -> None:
         """There is a session. The node is the certificate's; the rest is the peer's word."""
 
     def down(self, peer: IPAddress, reason: str) -> None:
@@ -92,11 +93,11 @@ class SessionCounts(msgspec.Struct, frozen=True, kw_only=True):
 class _Peer:
     address: IPAddress
     pause: float = LEAST_PAUSE
-    session: Connection | None = None
-    hello: Hello | None = None
+    session: PeerConnection | None = None
+    hello: PeerHello | None = None
     told: bool = False
     """Whether the user has heard of the session."""
-    dialled: Connection | None = None
+    dialled: PeerConnection | None = None
     any_source: bool = False
     """Whether the next dial leaves it to the kernel from which of this host's addresses it goes out."""
     timer: Timer | None = None
@@ -109,7 +110,7 @@ class _Source:
     """What comes from one address without being a session."""
 
     bucket: Bucket
-    strangers: dict[Connection, None] = field(default_factory=dict)
+    strangers: dict[PeerConnection, None] = field(default_factory=dict)
     """The oldest first."""
 
 
@@ -120,7 +121,7 @@ class Sessions:
         self,
         loop: Loop,
         identities: Identities,
-        user: User,
+        user: SessionUser,
         *,
         instance: str,
         port: int,
@@ -136,7 +137,7 @@ class Sessions:
         self._bind = bind
         self._wall = wall
         self._jitter = jitter
-        self._said = Hello(instance=instance, node="0", data_path="", rdma=False, build=build)
+        self._said = PeerHello(instance=instance, node="0", data_path="", rdma=False, build=build)
         self._identity: Identity | None = None
         self._source: IPAddress | None = None
         self._peers: dict[IPAddress, _Peer] = {}
@@ -237,18 +238,18 @@ class Sessions:
             return self._identities.reason or "the identity isn't read yet"
         return self._not_listening
 
-    def session(self, peer: IPAddress) -> Connection | None:
+    def session(self, peer: IPAddress) -> PeerConnection | None:
         """The session with a peer, if one is up."""
         found = self._peers.get(peer)
         session = None if found is None else found.session
         return None if session is None or session.is_over else session
 
-    def hello(self, peer: IPAddress) -> Hello | None:
+    def hello(self, peer: IPAddress) -> PeerHello | None:
         """What a peer with a session has told of itself."""
         return None if self.session(peer) is None else self._peers[peer].hello
 
     def congested(self, peer: IPAddress) -> bool:
-        """Whether what can wait should: `User.eased` tells when not any more."""
+        """Whether what can wait should: `SessionUser.eased` tells when not any more."""
         session = self.session(peer)
         return session is not None and session.congested
 
@@ -286,7 +287,7 @@ class Sessions:
             elif now >= session.expires:
                 session.end("certificate", "the peer's certificate has expired")
             else:
-                session.send(Ping())
+                session.send(PeerPing())
         self._forget_sources()
 
     def _recognise(self) -> None:
@@ -309,7 +310,7 @@ class Sessions:
             self._dial_in(peer, self._courtesy(peer.address))
         self._listen_or_not()
 
-    def _connections(self) -> list[Connection]:
+    def _connections(self) -> list[PeerConnection]:
         """All that aren't over."""
         found = [stranger for source in self._sources.values() for stranger in source.strangers]
         for peer in self._peers.values():
@@ -335,7 +336,7 @@ class Sessions:
         if self._identity is None or peer.session is not None or peer.dialled is not None:
             return
         self._dialled += 1
-        peer.dialled = Connection(self._loop, self, self._identity, peer.address, dialled=True)
+        peer.dialled = PeerConnection(self._loop, self, self._identity, peer.address, dialled=True)
         peer.dialled.dial(self._port, None if peer.any_source else self._source)
 
     def _dial_again(self, peer: _Peer) -> None:
@@ -416,7 +417,7 @@ class Sessions:
             accepted.close()
             return
         self._accepted += 1
-        stranger = Connection(self._loop, self, self._identity, address, dialled=False)
+        stranger = PeerConnection(self._loop, self, self._identity, address, dialled=False)
         self._sources[address].strangers[stranger] = None
         stranger.accept(accepted)
 
@@ -450,44 +451,44 @@ class Sessions:
             if not source.strangers and source.bucket.full_by(now, HANDSHAKES):
                 del self._sources[address]
 
-    # --- what connections tell (`session.Owner`)
+    # --- what connections tell (`session.SessionOwner`)
 
-    def opened(self, connection: Connection) -> bool:
-        """See `session.Owner`."""
+    def opened(self, connection: PeerConnection) -> bool:
+        """See `session.SessionOwner`."""
         source = self._sources.get(connection.peer)
         if source is None or source.bucket.take(self._loop.now(), HANDSHAKES):
             return True
         connection.end("rate", f"more than {HANDSHAKES:g} handshakes per second of its address")
         return False
 
-    def authenticated(self, connection: Connection) -> None:
-        """See `session.Owner`."""
+    def authenticated(self, connection: PeerConnection) -> None:
+        """See `session.SessionOwner`."""
         if self.node > connection.node:
             self._say_hello(connection)
 
-    def heard(self, connection: Connection, message: Message) -> None:
-        """See `session.Owner`."""
+    def heard(self, connection: PeerConnection, message: Message) -> None:
+        """See `session.SessionOwner`."""
         peer = self._peers.get(connection.peer)
         if peer is None:
             return
         if connection is not peer.session:
-            if not isinstance(message, Hello):
+            if not isinstance(message, PeerHello):
                 raise WrongMessage("its first message is no Hello")
             self._greeted(peer, connection, message)
-        elif isinstance(message, Ping):
-            connection.send(Pong())
-        elif isinstance(message, Hello):
+        elif isinstance(message, PeerPing):
+            connection.send(PeerPong())
+        elif isinstance(message, PeerHello):
             self._changed(peer, connection, message)
-        elif not isinstance(message, Pong):
+        elif not isinstance(message, PeerPong):
             self._user.message(connection.peer, message)
 
-    def eased(self, connection: Connection) -> None:
-        """See `session.Owner`."""
+    def eased(self, connection: PeerConnection) -> None:
+        """See `session.SessionOwner`."""
         if self.session(connection.peer) is connection:
             self._user.eased(connection.peer)
 
-    def over(self, connection: Connection, ending: Ending) -> None:
-        """See `session.Owner`."""
+    def over(self, connection: PeerConnection, ending: Ending) -> None:
+        """See `session.SessionOwner`."""
         self._ended[ending.word] += 1
         source = self._sources.get(connection.peer)
         if source is not None:
@@ -526,11 +527,11 @@ class Sessions:
 
     # --- how a session begins and ends
 
-    def _say_hello(self, connection: Connection) -> None:
+    def _say_hello(self, connection: PeerConnection) -> None:
         if connection.said != self._said and connection.send(self._said):
             connection.said = self._said
 
-    def _check(self, connection: Connection, hello: Hello) -> None:
+    def _check(self, connection: PeerConnection, hello: PeerHello) -> None:
         if hello.version != PEER_VERSION:
             raise WrongMessage(
                 f"the peer speaks version {hello.version}, this host {PEER_VERSION}: run one version of the plugin on all hosts"
@@ -540,7 +541,7 @@ class Sessions:
         if hello.data_path:
             ip_of(hello.data_path)
 
-    def _greeted(self, peer: _Peer, connection: Connection, hello: Hello) -> None:
+    def _greeted(self, peer: _Peer, connection: PeerConnection, hello: PeerHello) -> None:
         self._check(connection, hello)
         for other in self._peers.values():
             session = self.session(other.address)
@@ -562,7 +563,7 @@ class Sessions:
             self._tell_down(peer, text)
         self._take(peer, connection, hello)
 
-    def _is_better(self, last: Connection, late: Connection, hello: Hello) -> bool:
+    def _is_better(self, last: PeerConnection, late: PeerConnection, hello: PeerHello) -> bool:
         """Whether the session that is there goes before the one that has come: both hosts dialled at once.
 
         Who dialled the first, or dials when both could have known of it, has lost it.
@@ -570,7 +571,7 @@ class Sessions:
         young = self._loop.now() - last.since < DEADLINE
         return hello.instance == last.instance and last.dialled != late.dialled and young
 
-    def _take(self, peer: _Peer, connection: Connection, hello: Hello) -> None:
+    def _take(self, peer: _Peer, connection: PeerConnection, hello: PeerHello) -> None:
         source = self._sources.get(peer.address)
         if source is not None:
             source.strangers.pop(connection, None)
@@ -590,7 +591,7 @@ class Sessions:
         peer.told = True
         self._user.up(peer.address, hello)
 
-    def _changed(self, peer: _Peer, connection: Connection, hello: Hello) -> None:
+    def _changed(self, peer: _Peer, connection: PeerConnection, hello: PeerHello) -> None:
         self._check(connection, hello)
         if hello.instance != connection.instance:
             raise WrongMessage("the peer says that it is another router than it was")

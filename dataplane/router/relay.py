@@ -121,7 +121,7 @@ class RelayProcess:
             return
         if self._unanswered < PATIENCE:
             self._unanswered += 1
-            self.say(wire.Number(wire.Kind.COUNT))
+            self.say(wire.Number(wire.RelayKind.COUNT))
         elif self._socket is not None:
             log.error("the relay doesn't answer; it is ended", pid=self._pid, questions=PATIENCE)
             self._end()

@@ -56,7 +56,7 @@ COUNTERS: Final = (
 """enum relay_counter, in its order."""
 
 
-class Kind(IntEnum):
+class RelayKind(IntEnum):
     """What a message is."""
 
     OPEN = 1
@@ -103,23 +103,23 @@ MAX_MESSAGE: Final = _FRAME.size + MAX_FRAME
 
 _NUMBERS: Final = frozenset(
     {
-        Kind.LINK,
-        Kind.UNLINK,
-        Kind.STREAM,
-        Kind.CLOSE,
-        Kind.FINISHED,
-        Kind.LEAVE,
-        Kind.LEFT,
-        Kind.DROP,
-        Kind.DROPPED,
-        Kind.COUNT,
-        Kind.ENDED,
+        RelayKind.LINK,
+        RelayKind.UNLINK,
+        RelayKind.STREAM,
+        RelayKind.CLOSE,
+        RelayKind.FINISHED,
+        RelayKind.LEAVE,
+        RelayKind.LEFT,
+        RelayKind.DROP,
+        RelayKind.DROPPED,
+        RelayKind.COUNT,
+        RelayKind.ENDED,
     }
 )
-_OUTCOMES: Final = frozenset({Kind.CONNECTED, Kind.DOWN, Kind.PAIRED})
-_OFFERS: Final = frozenset({Kind.LINKED, Kind.PLACED})
-_ACCEPTS: Final = frozenset({Kind.CONNECT, Kind.PAIR})
-_ARENAS: Final = frozenset({Kind.ARENA, Kind.BELL, Kind.DISCARD})
+_OUTCOMES: Final = frozenset({RelayKind.CONNECTED, RelayKind.DOWN, RelayKind.PAIRED})
+_OFFERS: Final = frozenset({RelayKind.LINKED, RelayKind.PLACED})
+_ACCEPTS: Final = frozenset({RelayKind.CONNECT, RelayKind.PAIR})
+_ARENAS: Final = frozenset({RelayKind.ARENA, RelayKind.BELL, RelayKind.DISCARD})
 
 
 class Open(msgspec.Struct, frozen=True):
@@ -149,7 +149,7 @@ class Number(msgspec.Struct, frozen=True):
     state: int = WHOLE
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class RelayOutcome(msgspec.Struct, frozen=True):
     """What became of a link or a connection."""
 
     kind: int
@@ -168,7 +168,7 @@ class Offered(msgspec.Struct, frozen=True):
     words: bytes
 
 
-class Accept(msgspec.Struct, frozen=True):
+class RelayAccept(msgspec.Struct, frozen=True):
     """The peer's address or place."""
 
     kind: int
@@ -177,7 +177,7 @@ class Accept(msgspec.Struct, frozen=True):
     words: bytes
 
 
-class Arena(msgspec.Struct, frozen=True):
+class RelayArena(msgspec.Struct, frozen=True):
     """An arena: its ring's size, the index of a bell, or 0."""
 
     kind: int
@@ -185,7 +185,7 @@ class Arena(msgspec.Struct, frozen=True):
     value: int = 0
 
 
-class Slot(msgspec.Struct, frozen=True):
+class RelaySlot(msgspec.Struct, frozen=True):
     """A connection's place in memory."""
 
     connection: int
@@ -195,20 +195,31 @@ class Slot(msgspec.Struct, frozen=True):
     incarnation: int
 
 
-class Frame(msgspec.Struct, frozen=True):
+class RelayFrame(msgspec.Struct, frozen=True):
     """Bytes of a link that has no RDMA."""
 
     link: int
     data: bytes
 
 
-class Counts(msgspec.Struct, frozen=True):
+class RelayCounters(msgspec.Struct, frozen=True):
     """By the names of `COUNTERS`."""
 
     counters: dict[str, int]
 
 
-Message = Open | Opened | Number | Outcome | Offered | Accept | Arena | Slot | Frame | Counts
+Message = (
+    Open
+    | Opened
+    | Number
+    | RelayOutcome
+    | Offered
+    | RelayAccept
+    | RelayArena
+    | RelaySlot
+    | RelayFrame
+    | RelayCounters
+)
 
 
 def pack(message: Message) -> bytes:
@@ -216,16 +227,16 @@ def pack(message: Message) -> bytes:
     match message:
         case Number():
             return _NUMBER.pack(message.kind, _NUMBER.size, message.number, message.state)
-        case Accept():
+        case RelayAccept():
             words = message.words
             return _ACCEPT.pack(
                 message.kind, _ACCEPT.size, message.number, message.peer, len(words), 0, words
             )
-        case Arena():
+        case RelayArena():
             return _ARENA.pack(message.kind, _ARENA.size, message.value, message.arena)
-        case Slot():
+        case RelaySlot():
             return _SLOT.pack(
-                Kind.SLOT,
+                RelayKind.SLOT,
                 _SLOT.size,
                 message.connection,
                 message.link,
@@ -233,12 +244,12 @@ def pack(message: Message) -> bytes:
                 message.arena,
                 message.incarnation,
             )
-        case Frame():
+        case RelayFrame():
             size = _FRAME.size + len(message.data)
-            return _FRAME.pack(Kind.FRAME, size, message.link) + message.data
+            return _FRAME.pack(RelayKind.FRAME, size, message.link) + message.data
         case Open():
             return _OPEN.pack(
-                Kind.OPEN,
+                RelayKind.OPEN,
                 _OPEN.size,
                 message.device.encode(),
                 message.port,
@@ -249,9 +260,9 @@ def pack(message: Message) -> bytes:
             )
         case Opened():
             return _OPENED.pack(
-                Kind.OPENED, _OPENED.size, message.error, message.text.encode(), message.mtu
+                RelayKind.OPENED, _OPENED.size, message.error, message.text.encode(), message.mtu
             )
-        case Outcome():
+        case RelayOutcome():
             return _OUTCOME.pack(
                 message.kind, _OUTCOME.size, message.number, message.error, message.text.encode()
             )
@@ -266,9 +277,9 @@ def pack(message: Message) -> bytes:
                 0,
                 message.words,
             )
-        case Counts():
+        case RelayCounters():
             values = (message.counters.get(name, 0) for name in COUNTERS)
-            return _COUNTS.pack(Kind.COUNTS, _COUNTS.size, 0, *values)
+            return _COUNTS.pack(RelayKind.COUNTS, _COUNTS.size, 0, *values)
 
 
 def unpack(data: bytes) -> Message:
@@ -293,26 +304,26 @@ def _unpack(kind: int, data: bytes) -> Message:
         return Number(kind, *_NUMBER.unpack(data)[2:])
     if kind in _OUTCOMES:
         _, _, number, error, text = _OUTCOME.unpack(data)
-        return Outcome(kind, number, error, _text(text))
+        return RelayOutcome(kind, number, error, _text(text))
     if kind in _OFFERS:
         _, _, number, error, text, length, _, words = _OFFER.unpack(data)
         return Offered(kind, number, error, _text(text), _words(length, words))
-    if kind == Kind.FRAME and _FRAME.size <= len(data) <= MAX_MESSAGE:
-        return Frame(_FRAME.unpack_from(data)[2], data[_FRAME.size :])
-    if kind == Kind.OPENED:
+    if kind == RelayKind.FRAME and _FRAME.size <= len(data) <= MAX_MESSAGE:
+        return RelayFrame(_FRAME.unpack_from(data)[2], data[_FRAME.size :])
+    if kind == RelayKind.OPENED:
         _, _, error, text, mtu = _OPENED.unpack(data)
         return Opened(error, _text(text), mtu)
-    if kind == Kind.COUNTS:
-        return Counts(dict(zip(COUNTERS, _COUNTS.unpack(data)[3:], strict=True)))
+    if kind == RelayKind.COUNTS:
+        return RelayCounters(dict(zip(COUNTERS, _COUNTS.unpack(data)[3:], strict=True)))
     if kind in _ACCEPTS:
         _, _, number, peer, length, _, words = _ACCEPT.unpack(data)
-        return Accept(kind, number, peer, _words(length, words))
+        return RelayAccept(kind, number, peer, _words(length, words))
     if kind in _ARENAS:
         _, _, value, arena = _ARENA.unpack(data)
-        return Arena(kind, arena, value)
-    if kind == Kind.SLOT:
-        return Slot(*_SLOT.unpack(data)[2:5], *_SLOT.unpack(data)[5:])
-    if kind == Kind.OPEN:
+        return RelayArena(kind, arena, value)
+    if kind == RelayKind.SLOT:
+        return RelaySlot(*_SLOT.unpack(data)[2:5], *_SLOT.unpack(data)[5:])
+    if kind == RelayKind.OPEN:
         _, _, device, port, version, gid_index, transport, spin = _OPEN.unpack(data)
         return Open(_text(device), port, gid_index, transport, spin, version)
     raise WrongMessage(f"message of kind {kind} with {len(data)} bytes")

@@ -33,14 +33,16 @@ from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router import layout
 from dataplane.router import peer_wire as peers
 from dataplane.router import relay_wire as relay
-from dataplane.router.arenas import Arena, End
+from dataplane.router.arenas import Arena, ConnectionEnd
 from dataplane.router.knowledge import Knowledge, Network
+from dataplane.router.library_wire import Address, IPAddress
 from dataplane.router.links import Links, State
 from dataplane.router.loop import Loop, Timer
-from dataplane.router.pairing import Kernel, Memory, Pairing, Waiting
+from dataplane.router.pair_requests import PairRequest
+from dataplane.router.pairing import Pairing
 from dataplane.router.reasons import Reason
-from dataplane.router.relay_wire import Kind
-from dataplane.router.wire import Address, IPAddress
+from dataplane.router.relay_wire import RelayKind
+from dataplane.router.seams import ArenaMemory, SocketTable
 
 log = structlog.get_logger()
 
@@ -99,8 +101,8 @@ class Remote:
     peer: Peer
     leads: bool
     offer: int
-    waiting: Waiting
-    end: End
+    waiting: PairRequest
+    end: ConnectionEnd
     arena: Arena
     slot: int
     peer_number: int = 0
@@ -129,7 +131,7 @@ class Remote:
 class Ask:
     """An ask that waits here for an end elsewhere."""
 
-    waiting: Waiting
+    waiting: PairRequest
     network: str
     server: Address
     """Where it really leads."""
@@ -148,7 +150,7 @@ class Peer:
     """Another host."""
 
     address: IPAddress
-    hello: peers.Hello | None = None
+    hello: peers.PeerHello | None = None
     """While there is a session."""
     instance: str = ""
     node: str = ""
@@ -184,7 +186,7 @@ class Counts:
 
 
 class Remotes:
-    """`away.Away`, `peers.User` and `links.Owner` in one: the registry of connections to other hosts."""
+    """`away.Away`, `peers.SessionUser` and `links.Owner` in one: the registry of connections to other hosts."""
 
     def __init__(
         self,
@@ -192,8 +194,8 @@ class Remotes:
         loop: Loop,
         sessions: Peers,
         say: Callable[..., None],
-        kernel: Kernel,
-        memory: Memory,
+        kernel: SocketTable,
+        memory: ArenaMemory,
         node: Callable[[], str],
     ) -> None:
         """`say`: tells the relay, `relay.RelayProcess.say`. `node`: this host's node ID, "" without one."""
@@ -212,8 +214,8 @@ class Remotes:
         """Bytes."""
         self.why = "it is being looked for"
         """Why the relay has no device; "" if it has one."""
-        self._asks: dict[Waiting, Ask] = {}
-        self._homeless: dict[Waiting, Ask] = {}
+        self._asks: dict[PairRequest, Ask] = {}
+        self._homeless: dict[PairRequest, Ask] = {}
         """Asks for addresses that no host has claimed."""
         self._lent: set[int] = set()
         """Arenas that the relay has."""
@@ -243,7 +245,7 @@ class Remotes:
         }
         return frozenset(sharing | {each.address for each in self.peers.values() if each.remotes})
 
-    def hellos(self) -> list[peers.Hello]:
+    def hellos(self) -> list[peers.PeerHello]:
         """What those say of themselves with whom there are sessions."""
         return [peer.hello for peer in self.peers.values() if peer.hello is not None]
 
@@ -325,7 +327,7 @@ class Remotes:
             return Reason.NO_SESSION
         return None if any(hello.rdma for hello in known) else Reason.PEER_NO_RDMA
 
-    def wait(self, waiting: Waiting, network: Network) -> None:
+    def wait(self, waiting: PairRequest, network: Network) -> None:
         """See `Away`."""
         if not self._is_only_one(waiting, network):
             waiting.ambiguous = True
@@ -336,7 +338,7 @@ class Remotes:
         if not self._settle(ask):
             self._wait_for_owner(ask)
 
-    def _is_only_one(self, waiting: Waiting, network: Network) -> bool:
+    def _is_only_one(self, waiting: PairRequest, network: Network) -> bool:
         """Whether no other connection of this container leads from the same port to the same server."""
         local, server = waiting.ask.local, waiting.peer
         leading = [
@@ -379,7 +381,7 @@ class Remotes:
         self.counts.refused[reason] += 1
         self._pairing.refuse(ask.waiting, reason)
 
-    def forgotten(self, waiting: Waiting) -> None:
+    def forgotten(self, waiting: PairRequest) -> None:
         """See `Away`."""
         ask = self._asks.pop(waiting, None)
         if ask is None:
@@ -520,10 +522,10 @@ class Remotes:
         self._await(remote)
         link = self.links.link(peer.address).number
         incarnation = arena.slots[slot].incarnation
-        self._say(relay.Slot(connection, link, slot, arena.id, incarnation))
+        self._say(relay.RelaySlot(connection, link, slot, arena.id, incarnation))
         return None
 
-    def _is_open(self, waiting: Waiting) -> bool:
+    def _is_open(self, waiting: PairRequest) -> bool:
         ask = waiting.ask
         return self._kernel.is_open(waiting.namespace, ask.local, ask.remote, ask.cookie)
 
@@ -547,10 +549,10 @@ class Remotes:
     def _ask_again(self, remote: Remote) -> None:
         self._await(remote)
         if remote.peer.hello is not None:
-            message = peers.Accept(remote.offer, remote.number, remote.place)
+            message = peers.PeerAccept(remote.offer, remote.number, remote.place)
             self._sessions.send(remote.peer.address, message)
 
-    def _accepted(self, peer: Peer, message: peers.Accept) -> None:
+    def _accepted(self, peer: Peer, message: peers.PeerAccept) -> None:
         remote = peer.taken.get(message.offer)
         if remote is None or remote.phase is Phase.DROPPING:
             reason = Reason.BROKEN if message.offer in peer.broken else Reason.NOT_FOUND
@@ -567,11 +569,11 @@ class Remotes:
             self._sessions.send(peer.address, peers.Paired(message.connection))
 
     def _pair(self, remote: Remote, place: bytes) -> None:
-        self._say(relay.Accept(Kind.PAIR, remote.number, remote.peer_number, place))
+        self._say(relay.RelayAccept(RelayKind.PAIR, remote.number, remote.peer_number, place))
 
     # --- pairing: the follower
 
-    def _placed_there(self, peer: Peer, message: peers.Place) -> None:
+    def _placed_there(self, peer: Peer, message: peers.Placement) -> None:
         ask = peer.by_offer.get(message.offer)
         reason: Reason | None = Reason.NOT_FOUND
         if ask is not None and ask.remote is None:
@@ -601,17 +603,17 @@ class Remotes:
     def relay_said(self, message: relay.Message) -> None:
         """See `relay.Owner`."""
         match message:
-            case relay.Offered(kind=Kind.PLACED):
+            case relay.Offered(kind=RelayKind.PLACED):
                 self._placed(message)
             case relay.Offered():
                 self.links.linked(message)
-            case relay.Outcome(kind=Kind.PAIRED):
+            case relay.RelayOutcome(kind=RelayKind.PAIRED):
                 self._paired(message)
-            case relay.Outcome(kind=Kind.DOWN):
+            case relay.RelayOutcome(kind=RelayKind.DOWN):
                 self.links.down(message)
-            case relay.Outcome():
+            case relay.RelayOutcome():
                 self.links.connected(message)
-            case relay.Frame():
+            case relay.RelayFrame():
                 self.links.frame(message)
             case relay.Number():
                 self._over(message)
@@ -626,7 +628,7 @@ class Remotes:
         elif remote.leads:
             remote.phase = Phase.OFFERED
             self._await(remote)
-            place = peers.Place(remote.offer, remote.number, message.words)
+            place = peers.Placement(remote.offer, remote.number, message.words)
             self._sessions.send(remote.peer.address, place)
         else:
             theirs, remote.place = remote.place, message.words
@@ -634,7 +636,7 @@ class Remotes:
             self._await(remote)
             self._pair(remote, theirs)
 
-    def _paired(self, message: relay.Outcome) -> None:
+    def _paired(self, message: relay.RelayOutcome) -> None:
         remote = self.remotes.get(message.number)
         if remote is None or remote.phase is not Phase.PAIRING:
             return
@@ -650,7 +652,7 @@ class Remotes:
             if not self._is_open(remote.waiting):
                 self._fail(remote, Reason.NOT_FOUND)
                 return
-            answer = peers.Accept(remote.offer, remote.number, remote.place)
+            answer = peers.PeerAccept(remote.offer, remote.number, remote.place)
         if not self._sessions.send(peer, answer) and not remote.leads:
             # The leader never hears of it.
             self._fail(remote, Reason.NO_SESSION)
@@ -677,21 +679,21 @@ class Remotes:
         remote = self.remotes.get(message.number)
         if remote is None:
             return
-        if message.kind == Kind.DROPPED:
+        if message.kind == RelayKind.DROPPED:
             self._dropped(remote)
         elif remote.phase is Phase.DROPPING:
             return
-        elif message.kind == Kind.LEFT:
+        elif message.kind == RelayKind.LEFT:
             self.counts.left += not (remote.closed or remote.ended)
             remote.confirmed = True
             self._drop(remote)
-        elif message.kind in (Kind.ENDED, Kind.FINISHED):
+        elif message.kind in (RelayKind.ENDED, RelayKind.FINISHED):
             # Only a peer's end that was granted says so.
             remote.confirmed = True
             if message.state == relay.BROKEN and not (remote.ended and remote.finished):
                 self._count_broken(remote)
                 remote.ended = remote.finished = True
-            elif message.kind == Kind.ENDED:
+            elif message.kind == RelayKind.ENDED:
                 remote.ended = True
             else:
                 remote.finished = True
@@ -712,7 +714,7 @@ class Remotes:
         if remote.ended and remote.finished:
             self._drop(remote)
         else:
-            self._say(relay.Number(Kind.CLOSE, connection))
+            self._say(relay.Number(RelayKind.CLOSE, connection))
 
     def orphaned(self, connection: int) -> None:
         """See `Away`."""
@@ -741,20 +743,20 @@ class Remotes:
             return
         remote.leaves = True
         if remote.phase is Phase.GRANTED:
-            self._say(relay.Number(Kind.LEAVE, connection))
+            self._say(relay.Number(RelayKind.LEAVE, connection))
         elif remote.phase is not Phase.DROPPING:
             self._fail(remote, Reason.RDMA_OFF)
 
     def bell(self, arena: int, index: int, descriptor: int) -> None:
         """See `Away`."""
         if arena in self._lent:
-            self._say(relay.Arena(Kind.BELL, arena, index), (descriptor,))
+            self._say(relay.RelayArena(RelayKind.BELL, arena, index), (descriptor,))
 
     def opened(self, arena: Arena, bell: int) -> None:
         """See `Away`."""
         try:
             self._lent.add(arena.id)
-            self._say(relay.Arena(Kind.ARENA, arena.id, arena.ring), (arena.memory, bell))
+            self._say(relay.RelayArena(RelayKind.ARENA, arena.id, arena.ring), (arena.memory, bell))
         finally:
             self._memory.close_hearing(bell)
 
@@ -762,7 +764,7 @@ class Remotes:
         """See `Away`."""
         if arena.id in self._lent:
             self._lent.remove(arena.id)
-            self._say(relay.Arena(Kind.DISCARD, arena.id))
+            self._say(relay.RelayArena(RelayKind.DISCARD, arena.id))
 
     # --- what goes wrong
 
@@ -820,7 +822,7 @@ class Remotes:
         remote.phase = Phase.DROPPING
         if remote.leads and remote.peer.taken.get(remote.offer) is remote:
             del remote.peer.taken[remote.offer]
-        self._say(relay.Number(Kind.DROP, remote.number, state))
+        self._say(relay.Number(RelayKind.DROP, remote.number, state))
 
     def _dropped(self, remote: Remote) -> None:
         """The relay has let go of it."""
@@ -958,10 +960,10 @@ class Remotes:
         for ask in [each for each in peer.asks.values() if each.remote is None]:
             self._refuse(ask, reason)
 
-    # --- sessions (`peers.User`)
+    # --- sessions (`peers.SessionUser`)
 
-    def up(self, address: IPAddress, hello: peers.Hello) -> None:
-        """See `peers.User`."""
+    def up(self, address: IPAddress, hello: peers.PeerHello) -> None:
+        """See `peers.SessionUser`."""
         peer = self.peers.get(address)
         if peer is None:
             peer = self.peers[address] = Peer(address)
@@ -983,7 +985,7 @@ class Remotes:
         self.links.wake(address)
 
     def down(self, address: IPAddress, reason: str) -> None:
-        """See `peers.User`."""
+        """See `peers.SessionUser`."""
         peer = self.peers.get(address)
         if peer is None or peer.hello is None:
             return
@@ -1020,7 +1022,7 @@ class Remotes:
                 self._break(remote)
 
     def message(self, address: IPAddress, message: peers.Message) -> None:
-        """See `peers.User`."""
+        """See `peers.SessionUser`."""
         peer = self.peers.get(address)
         if peer is None or peer.hello is None:
             return
@@ -1031,9 +1033,9 @@ class Remotes:
                 self._withdrawn(peer, message)
             case peers.Decline():
                 self._declined(peer, message)
-            case peers.Place():
+            case peers.Placement():
                 self._placed_there(peer, message)
-            case peers.Accept():
+            case peers.PeerAccept():
                 self._accepted(peer, message)
             case peers.Paired():
                 self._paired_there(peer, message)
@@ -1041,7 +1043,7 @@ class Remotes:
                 self._dropped_there(peer, message)
             case peers.Owns():
                 self._owns(peer, message)
-            case peers.Hello():
+            case peers.PeerHello():
                 self._changed(peer, message)
             case peers.LinkOffer():
                 self.links.offered(address, message)
@@ -1049,14 +1051,14 @@ class Remotes:
                 self.links.answered(address, message)
             case peers.LinkRefused():
                 self.links.refused(address, message)
-            case peers.Frame():
+            case peers.PeerFrame():
                 self.links.framed(address, message)
 
     def eased(self, address: IPAddress) -> None:
-        """See `peers.User`."""
+        """See `peers.SessionUser`."""
         self.links.eased(address)
 
-    def _changed(self, peer: Peer, hello: peers.Hello) -> None:
+    def _changed(self, peer: Peer, hello: peers.PeerHello) -> None:
         peer.hello = hello
         if not hello.rdma:
             self._refuse_all(peer, Reason.PEER_NO_RDMA)

@@ -27,16 +27,17 @@ import structlog
 
 from dataplane import control
 from dataplane.errors import DataplaneError, WrongMessage
-from dataplane.router import listing, sockets, wire
-from dataplane.router.bound import BoundSocket
-from dataplane.router.closing import Closer
+from dataplane.router import library_wire as wire
+from dataplane.router import listing
+from dataplane.router.arena_memory import LinuxArenaMemory
 from dataplane.router.hosts import Equipment, Hosts
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.limits import Bucket
 from dataplane.router.loop import EpollLoop
-from dataplane.router.memory import LinuxMemory
 from dataplane.router.pairing import Pairing
-from dataplane.router.sockets import LinuxKernel, Namespaces
+from dataplane.router.socket_closer import Closer
+from dataplane.router.socket_table import SIOCGSKNS, LinuxSocketTable, Namespaces
+from dataplane.router.unix_listener import BoundSocket
 
 log = structlog.get_logger()
 
@@ -78,7 +79,7 @@ _CUT: Final = int(socket.MSG_CTRUNC)
 
 
 @dataclass(slots=True, eq=False)
-class Talk:
+class RateState:
     """How much a container talks."""
 
     messages: Bucket
@@ -91,14 +92,14 @@ class Talk:
 
 
 @dataclass(slots=True, eq=False)
-class Client:
+class ClientConnection:
     """A process's connection."""
 
     socket: socket.socket
     process: int
     namespace: int
     pid: int
-    talk: Talk
+    talk: RateState
     since: float
     doomed: bool = False
     unread: int = 0
@@ -108,13 +109,13 @@ class Client:
 
 
 @dataclass(slots=True, eq=False)
-class Admin:
+class ControlConnection:
     """A connection of the driver."""
 
     socket: socket.socket
     received: bytearray = field(default_factory=bytearray)
     unsent: bytearray = field(default_factory=bytearray)
-    work: Iterator[control.Connections | control.Paths | None] | None = None
+    work: Iterator[control.Connections | control.PathCounts | None] | None = None
 
 
 class Server:
@@ -139,7 +140,7 @@ class Server:
         self._clock = clock
         self._started = clock()
         self._namespaces = Namespaces(self._path_of, clock)
-        kernel, memory = LinuxKernel(self._namespaces), LinuxMemory(guards=guard)
+        kernel, memory = LinuxSocketTable(self._namespaces), LinuxArenaMemory(guards=guard)
         self.pairing = Pairing(
             self,
             kernel,
@@ -150,19 +151,19 @@ class Server:
         self._epoll = select.epoll()
         self.loop = EpollLoop(self._epoll, clock)
         self.hosts = Hosts(self.pairing, self.loop, kernel, memory, equipment or Equipment())
-        self._clients: dict[int, Client] = {}
-        self._by_process: dict[int, Client] = {}
-        self._admins: dict[int, Admin] = {}
-        self._talks: dict[int, Talk] = {}
-        self._foreign = Talk(Bucket.full(self.pairing.limits.messages, clock()))
+        self._clients: dict[int, ClientConnection] = {}
+        self._by_process: dict[int, ClientConnection] = {}
+        self._admins: dict[int, ControlConnection] = {}
+        self._talks: dict[int, RateState] = {}
+        self._foreign = RateState(Bucket.full(self.pairing.limits.messages, clock()))
         """All namespaces that are no endpoint's talk as much as one container."""
-        self._strangers: dict[int, Client] = {}
+        self._strangers: dict[int, ClientConnection] = {}
         """By process, the oldest first."""
-        self._stalled: dict[int, Client] = {}
+        self._stalled: dict[int, ClientConnection] = {}
         """By process: those that don't read their answers."""
         self._glance = clock()
         self._descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._doomed: deque[Client] = deque()
+        self._doomed: deque[ClientConnection] = deque()
         self._late: deque[tuple[float, int]] = deque()
         self._ids = 0
         self._beat = clock()
@@ -301,7 +302,7 @@ class Server:
                 accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
             )
             # The accepted end of a unix socket belongs to the namespace of the connecting one.
-            namespace = self._namespaces.hold(fcntl.ioctl(accepted, sockets.SIOCGSKNS))
+            namespace = self._namespaces.hold(fcntl.ioctl(accepted, SIOCGSKNS))
         except OSError as error:
             log.error("a process can't be told from others", reason=error.strerror)
             self._close(accepted)
@@ -318,21 +319,23 @@ class Server:
             self._namespaces.let_go(namespace)
             return
         talk.clients += 1
-        client = Client(accepted, self._ids, namespace, pid, talk, now)
+        client = ClientConnection(accepted, self._ids, namespace, pid, talk, now)
         self._clients[accepted.fileno()] = self._by_process[client.process] = client
         if talk is self._foreign:
             self._strangers[client.process] = client
         self._epoll.register(accepted, _READ)
 
-    def _talk_of(self, namespace: int, now: float) -> Talk:
+    def _talk_of(self, namespace: int, now: float) -> RateState:
         if not self.pairing.knowledge.is_endpoint(namespace):
             return self._foreign
         talk = self._talks.get(namespace)
         if talk is None:
-            talk = self._talks[namespace] = Talk(Bucket.full(self.pairing.limits.messages, now))
+            talk = self._talks[namespace] = RateState(
+                Bucket.full(self.pairing.limits.messages, now)
+            )
         return talk
 
-    def _has_room(self, accepted: socket.socket, talk: Talk, now: float) -> bool:
+    def _has_room(self, accepted: socket.socket, talk: RateState, now: float) -> bool:
         """Whether one more process may come. Descriptors have the lowest numbers that are free."""
         if talk is self._foreign and len(self._strangers) >= STRANGERS:
             oldest = next(iter(self._strangers.values()))
@@ -362,7 +365,7 @@ class Server:
 
     # --- answers that nobody reads
 
-    def _is_stalled(self, client: Client) -> bool:
+    def _is_stalled(self, client: ClientConnection) -> bool:
         """Whether a process has so many unread answers that it isn't heard for now."""
         unread = _unread(client.socket)
         if unread <= _allowed(client.talk):
@@ -372,7 +375,7 @@ class Server:
         self._epoll.modify(client.socket, 0)
         return True
 
-    def _look_again(self, client: Client, now: float) -> None:
+    def _look_again(self, client: ClientConnection, now: float) -> None:
         """Hear it again if it has read, end it if it doesn't."""
         unread = _unread(client.socket)
         if unread <= _allowed(client.talk) // 2:
@@ -385,7 +388,7 @@ class Server:
             why = f"it has read nothing for {UNREAD_PATIENCE:.0f} seconds"
             self._blame(client, "a process doesn't take its answers", why)
 
-    def _read(self, client: Client, events: int) -> None:
+    def _read(self, client: ClientConnection, events: int) -> None:
         if not events & select.EPOLLIN:
             self._doom(client)
             return
@@ -424,7 +427,7 @@ class Server:
                 self._doom(client)
                 return
 
-    def _receive(self, client: Client) -> bytes:
+    def _receive(self, client: ClientConnection) -> bytes:
         """A packet. No descriptor is ever received: whoever takes it out of the queue may have to do its last close().
 
         Raises:
@@ -436,16 +439,16 @@ class Server:
                 raise WrongMessage("a packet with a descriptor")
         return client.socket.recv(wire.MAX_MESSAGE + 1, _RECEIVE)
 
-    def _accuse(self, client: Client, error: WrongMessage) -> None:
+    def _accuse(self, client: ClientConnection, error: WrongMessage) -> None:
         self._wrong += 1
         self._blame(client, "wrong message", str(error))
 
-    def _handle(self, client: Client, message: wire.Message) -> None:
+    def _handle(self, client: ClientConnection, message: wire.Message) -> None:
         """Act on a message."""
         pairing = self.pairing
         process = client.process
         match message:
-            case wire.Ask():
+            case wire.Request():
                 pairing.ask(process, message)
             case wire.Release():
                 pairing.release(process, message)
@@ -462,7 +465,7 @@ class Server:
                 raise WrongMessage(f"{type(message).__name__} is for the router to say")
 
     def send(self, process: int, answer: wire.Answer, *descriptors: int) -> bool:
-        """`pairing.Post`: now or never."""
+        """`pairing.Outbox`: now or never."""
         client = self._by_process.get(process)
         if client is None or client.doomed:
             return False
@@ -478,7 +481,7 @@ class Server:
             return False
         return True
 
-    def _blame(self, client: Client, what: str, why: str) -> None:
+    def _blame(self, client: ClientConnection, what: str, why: str) -> None:
         """Say what a process has done wrong, at most once a second per container, and end its connection."""
         talk = client.talk
         now = self._clock()
@@ -497,7 +500,7 @@ class Server:
             talk.unsaid += 1
         self._doom(client)
 
-    def _doom(self, client: Client) -> None:
+    def _doom(self, client: ClientConnection) -> None:
         """Its connection ends as soon as nobody is in the middle of something."""
         if not client.doomed:
             client.doomed = True
@@ -507,7 +510,7 @@ class Server:
         while self._doomed:
             self._drop(self._doomed.popleft())
 
-    def _drop(self, client: Client) -> None:
+    def _drop(self, client: ClientConnection) -> None:
         descriptor = client.socket.fileno()
         if self._clients.pop(descriptor, None) is None:
             return
@@ -548,10 +551,10 @@ class Server:
         if _PEERCRED.unpack(credentials)[1] != os.geteuid():
             accepted.close()
             return
-        self._admins[accepted.fileno()] = Admin(accepted)
+        self._admins[accepted.fileno()] = ControlConnection(accepted)
         self._epoll.register(accepted, select.EPOLLIN)
 
-    def _serve_admin(self, admin: Admin, events: int) -> None:
+    def _serve_admin(self, admin: ControlConnection, events: int) -> None:
         if events & select.EPOLLOUT:
             self._flush(admin)
         if not events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
@@ -568,36 +571,36 @@ class Server:
         admin.received += data
         self._answer_lines(admin)
 
-    def _answer_lines(self, admin: Admin) -> None:
+    def _answer_lines(self, admin: ControlConnection) -> None:
         while admin.work is None:
             line, newline, rest = admin.received.partition(b"\n")
             if not newline:
                 return
             admin.received = rest
             try:
-                request = msgspec.json.decode(line, type=control.Request)
+                request = msgspec.json.decode(line, type=control.ControlRequest)
                 self._do(admin, request)
             except (msgspec.MsgspecError, DataplaneError) as error:
                 self._reply(admin, control.Failed(message=str(error)))
 
-    def _do(self, admin: Admin, request: control.Request) -> None:
+    def _do(self, admin: ControlConnection, request: control.ControlRequest) -> None:
         match request:
-            case control.Learn():
+            case control.RouterSnapshot():
                 self.pairing.learn(Knowledge(request))
                 self.hosts.learned()
                 self._recognise()
                 self._listen()
                 self._reply(admin, control.Done())
-            case control.AskLife():
+            case control.LivenessRequest():
                 self._reply(admin, control.Done())
-            case control.AskStatistics():
+            case control.StatisticsRequest():
                 self._reply(admin, self.statistics())
-            case control.AskConnections():
+            case control.ConnectionsRequest():
                 admin.work = listing.connections(
                     self.pairing, self._namespaces, self._clock, request.namespace
                 )
 
-            case control.AskPaths():
+            case control.PathsRequest():
                 admin.work = listing.paths(self.pairing, self._namespaces)
 
     def statistics(self) -> control.Statistics:
@@ -619,7 +622,7 @@ class Server:
             self._epoll.register(self._listener.socket, select.EPOLLIN)
             log.info("router listens", socket=str(self._public))
 
-    def _work(self, admin: Admin) -> None:
+    def _work(self, admin: ControlConnection) -> None:
         """One step of a list."""
         if admin.work is None:
             return
@@ -629,11 +632,11 @@ class Server:
             self._reply(admin, found)
             self._answer_lines(admin)
 
-    def _reply(self, admin: Admin, reply: control.Reply) -> None:
+    def _reply(self, admin: ControlConnection, reply: control.ControlReply) -> None:
         admin.unsent += msgspec.json.encode(reply) + b"\n"
         self._flush(admin)
 
-    def _flush(self, admin: Admin) -> None:
+    def _flush(self, admin: ControlConnection) -> None:
         try:
             sent = admin.socket.send(admin.unsent, _SEND)
             del admin.unsent[:sent]
@@ -645,7 +648,7 @@ class Server:
         more = select.EPOLLOUT if admin.unsent else 0
         self._epoll.modify(admin.socket, select.EPOLLIN | more)
 
-    def _drop_admin(self, admin: Admin) -> None:
+    def _drop_admin(self, admin: ControlConnection) -> None:
         del self._admins[admin.socket.fileno()]
         self._epoll.unregister(admin.socket)
         admin.socket.close()
@@ -657,7 +660,7 @@ def _unread(connection: socket.socket) -> int:
     return int(_INT.unpack(found)[0])
 
 
-def _allowed(talk: Talk) -> int:
+def _allowed(talk: RateState) -> int:
     """The same that one of a container's processes may have."""
     return max(UNREAD_LEAST, min(UNREAD_MOST, UNREAD // max(talk.clients, 1)))
 

@@ -30,11 +30,11 @@ from typing import Final, NamedTuple, Protocol
 import structlog
 
 from dataplane.errors import NoIdentity, WrongMessage
-from dataplane.router.identity import PROTOCOL, Certified, Identity, certified
+from dataplane.router.library_wire import IPAddress
 from dataplane.router.limits import Share
 from dataplane.router.loop import Loop, Timer
-from dataplane.router.peer_wire import Frames, Hello, Message, pack
-from dataplane.router.wire import IPAddress
+from dataplane.router.node_identity import PROTOCOL, Certified, Identity, certified
+from dataplane.router.peer_wire import Frames, Message, PeerHello, pack
 
 log = structlog.get_logger()
 
@@ -64,7 +64,7 @@ _CLIENT_HELLO: Final = 1
 _MOST_RECORD: Final = 1 << 14
 
 
-class State(Enum):
+class SessionState(Enum):
     """What is being waited for."""
 
     CONNECTING = "connecting"
@@ -81,42 +81,42 @@ class Ending(NamedTuple):
     text: str
 
 
-class Owner(Protocol):
+class SessionOwner(Protocol):
     """Who is told."""
 
-    def opened(self, connection: Connection) -> bool:
+    def opened(self, connection: PeerConnection) -> bool:
         """An incoming connection has sent a whole ClientHello; whether its handshake may begin."""
 
-    def authenticated(self, connection: Connection) -> None:
+    def authenticated(self, connection: PeerConnection) -> None:
         """The other side is a node of ours: `connection.node`."""
 
-    def heard(self, connection: Connection, message: Message) -> None:
+    def heard(self, connection: PeerConnection, message: Message) -> None:
         """A message has come; the first is a Hello."""
 
-    def eased(self, connection: Connection) -> None:
+    def eased(self, connection: PeerConnection) -> None:
         """Much had been waiting to be sent, and little is now."""
 
-    def over(self, connection: Connection, ending: Ending) -> None:
+    def over(self, connection: PeerConnection, ending: Ending) -> None:
         """Once, as the last."""
 
 
-class Connection:
+class PeerConnection:
     """Made by `dial` or `accept`. `send` and `end` may be called in any state."""
 
     def __init__(
-        self, loop: Loop, owner: Owner, identity: Identity, peer: IPAddress, *, dialled: bool
+        self, loop: Loop, owner: SessionOwner, identity: Identity, peer: IPAddress, *, dialled: bool
     ) -> None:
         self.peer = peer
         self.dialled = dialled
         self.identity = identity
-        self.state = State.CONNECTING
+        self.state = SessionState.CONNECTING
         self.node = ""
         self.expires = 0.0
         self.since = loop.now()
         """When it began, then when it came up."""
         self.silent = 0
         """Beats without a byte of the peer; counted by the owner."""
-        self.said: Hello | None = None
+        self.said: PeerHello | None = None
         """What the owner has told of itself."""
         self.instance = ""
         self._loop = loop
@@ -167,7 +167,7 @@ class Connection:
         try:
             accepted.setblocking(False)
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.state = State.SHAKING
+            self.state = SessionState.SHAKING
             self._watch(select.EPOLLIN)
         except OSError as error:
             self.end("lost", f"the connection is lost: {error.strerror}")
@@ -176,7 +176,7 @@ class Connection:
 
     def send(self, message: Message) -> bool:
         """Send, now or as soon as the peer takes it; false if it won't be. A slow peer loses its connection."""
-        if self.state not in (State.GREETING, State.UP):
+        if self.state not in (SessionState.GREETING, SessionState.UP):
             return False
         data = pack(message)
         if len(self._unsent) + len(data) > MOST_UNSENT:
@@ -192,11 +192,11 @@ class Connection:
     @property
     def is_over(self) -> bool:
         """Whether it has ended; the owner may not have heard of it yet."""
-        return self.state is State.OVER
+        return self.state is SessionState.OVER
 
     @property
     def congested(self) -> bool:
-        """Whether so much waits to be sent that more should wait elsewhere; `Owner.eased` tells the end of it."""
+        """Whether so much waits to be sent that more should wait elsewhere; `SessionOwner.eased` tells the end of it."""
         return self._congested
 
     @property
@@ -212,7 +212,7 @@ class Connection:
     def came_up(self, instance: str) -> None:
         """The owner has taken it for a session."""
         self._deadline.cancel()
-        self.state = State.UP
+        self.state = SessionState.UP
         self.instance = instance
         self.since = self._loop.now()
 
@@ -220,7 +220,7 @@ class Connection:
         """Close it; the owner hears of it from the loop."""
         if self.is_over:
             return
-        self.state = State.OVER
+        self.state = SessionState.OVER
         self._deadline.cancel()
         if self._resting is not None:
             self._resting.cancel()
@@ -262,8 +262,8 @@ class Connection:
             self.end("tls", _said(error))
         except OSError as error:
             word, text = _LOST[self.state]
-            if error.errno == errno.ECONNRESET and self.state is State.CONNECTING:
-                word, text = _LOST[State.SHAKING]
+            if error.errno == errno.ECONNRESET and self.state is SessionState.CONNECTING:
+                word, text = _LOST[SessionState.SHAKING]
             self.end(word, f"{text}: {error.strerror or error}")
         except WrongMessage as error:
             self.end("protocol", str(error))
@@ -273,10 +273,10 @@ class Connection:
             self.end("bug", "a bug of this host's router; see its log")
 
     def _serve(self, events: int) -> None:
-        if self.state is State.CONNECTING:
+        if self.state is SessionState.CONNECTING:
             if not self._connected():
                 return
-            self.state = State.SHAKING
+            self.state = SessionState.SHAKING
             self._shake()
         if events & select.EPOLLOUT:
             self._flush()
@@ -318,9 +318,9 @@ class Connection:
             self._deadline.cancel()
             self._deadline = self._loop.after(DEADLINE, self._late)
         self._incoming.write(data)
-        if self.state is State.SHAKING:
+        if self.state is SessionState.SHAKING:
             self._shake()
-        if self.state in (State.GREETING, State.UP):
+        if self.state in (SessionState.GREETING, SessionState.UP):
             self._hear()
 
     def _shake(self) -> None:
@@ -344,7 +344,7 @@ class Connection:
         self.identity.check(found)
         self.node = found.node
         self.expires = found.expires
-        self.state = State.GREETING
+        self.state = SessionState.GREETING
         self._owner.authenticated(self)
 
     def _has_client_hello(self, data: bytearray) -> bool:
@@ -422,7 +422,7 @@ class Connection:
             self._loop.after(0, self._ease)
 
     def _ease(self) -> None:
-        if self.state is State.UP and not self._congested:
+        if self.state is SessionState.UP and not self._congested:
             self._guard(lambda: self._owner.eased(self))
 
 
@@ -430,11 +430,11 @@ _HUNG_UP: Final = (
     "the peer hung up before it said a word: it may not share a network with this host"
 )
 _LOST: Final = {
-    State.CONNECTING: ("unreachable", "can't be reached"),
-    State.SHAKING: ("refused", _HUNG_UP),
-    State.GREETING: ("refused", _HUNG_UP),
-    State.UP: ("lost", "the connection is lost"),
-    State.OVER: ("lost", "the connection is lost"),
+    SessionState.CONNECTING: ("unreachable", "can't be reached"),
+    SessionState.SHAKING: ("refused", _HUNG_UP),
+    SessionState.GREETING: ("refused", _HUNG_UP),
+    SessionState.UP: ("lost", "the connection is lost"),
+    SessionState.OVER: ("lost", "the connection is lost"),
 }
 # What OpenSSL calls an alert of the other side, in words that say whose fault it is.
 _ALERTS: Final = {

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from dataplane.router.identity import Identity, make
+from dataplane.router.node_identity import Identity, make
 
 ROLE: Final = "freeflow-host"
 _SALT: Final = b"freeflow session key 1"

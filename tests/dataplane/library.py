@@ -10,8 +10,9 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final, TypeVar
 
-from dataplane.router import layout, wire
-from dataplane.router.wire import Address
+from dataplane.router import layout
+from dataplane.router import library_wire as wire
+from dataplane.router.library_wire import Address
 from driver.kernel.namespace import in_netns
 from testbed.patience import patience
 
@@ -39,7 +40,7 @@ class Library:
 
     connection: socket.socket
     numbers: int = 0
-    asked: dict[int, wire.Ask] = field(default_factory=dict)
+    asked: dict[int, wire.Request] = field(default_factory=dict)
     hearing: dict[tuple[int, int], int] = field(default_factory=dict)
     """Arena and own side to what hears bell 0."""
     ringing: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -111,7 +112,7 @@ class Library:
             "remote": remote,
             **changes,
         }
-        self.say(wire.Ask(**fields))  # type: ignore[arg-type]
+        self.say(wire.Request(**fields))  # type: ignore[arg-type]
         return self.numbers
 
     def silent(self, seconds: float = 0.15) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import pytest
 
-from dataplane.control import Rule, Settings
+from dataplane.control import RouterSettings, Rule
 from testbed.namespaces import ROUTER, Bed, Container, bed
 from testbed.patience import patience
 
@@ -187,7 +187,7 @@ def places(
         "server",
         "client",
         library=library if accelerated else None,
-        settings=Settings(rule=rule or Rule(operations=2, age=0)),
+        settings=RouterSettings(rule=rule or Rule(operations=2, age=0)),
         router=accelerated,
     ) as made:
         yield Places(made, accelerated, folder, programs)

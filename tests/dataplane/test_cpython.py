@@ -17,7 +17,7 @@ from typing import Final
 
 import pytest
 
-from dataplane.control import Rule, Settings
+from dataplane.control import RouterSettings, Rule
 from testbed.kernel_hosts import missing_tools
 from testbed.namespaces import bed
 from tests.dataplane.places import LIBRARY, Counts, counts_of
@@ -74,7 +74,7 @@ def run_tests(module: str, folder: Path, *, accelerated: bool) -> tuple[set[str]
         "alone",
         library=LIBRARY if accelerated else None,
         loopback=True,
-        settings=Settings(rule=Rule(operations=1, age=0)),
+        settings=RouterSettings(rule=Rule(operations=1, age=0)),
         router=accelerated,
     ) as made:
         done = made.containers["alone"].run(

@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from dataplane.control import Rule, Settings
+from dataplane.control import RouterSettings, Rule
 from testbed.kernel_hosts import missing_tools
 from testbed.namespaces import Bed, bed
 from testbed.patience import patience
@@ -69,7 +69,7 @@ def forgetful() -> Iterator[Bed]:
         pytest.skip(f"missing: {missing}")
     if not LIBRARY.exists():
         pytest.skip(f"missing: {LIBRARY} (make library)")
-    settings = Settings(rule=Rule(operations=2, age=0))
+    settings = RouterSettings(rule=Rule(operations=2, age=0))
     with bed(
         "client", "s1", "s2", vips={VIP: ("s1", "s2")}, library=LIBRARY, settings=settings
     ) as made:

@@ -25,8 +25,9 @@ from typing import Final
 
 import pytest
 
-from dataplane.control import Rule, Settings
-from dataplane.router import layout, wire
+from dataplane.control import RouterSettings, Rule
+from dataplane.router import layout
+from dataplane.router import library_wire as wire
 from testbed.kernel_hosts import missing_tools
 from testbed.namespaces import Bed, bed
 from testbed.patience import patience
@@ -176,7 +177,7 @@ def served(way: str) -> Iterator[tuple[Bed, subprocess.Popen[str], subprocess.Po
         pytest.skip(f"missing: {missing}")
     if not LIBRARY.exists():
         pytest.skip(f"missing: {LIBRARY} (make library)")
-    settings = Settings(rule=Rule(operations=2, age=0))
+    settings = RouterSettings(rule=Rule(operations=2, age=0))
     with bed("server", "client", "stranger", library=LIBRARY, settings=settings) as made:
         address = [str(made.containers["server"].ipv4), str(PORT)]
         server = made.containers["server"].popen(

@@ -15,7 +15,7 @@ from typing import Final
 
 import pytest
 
-from dataplane.control import Rule, Settings
+from dataplane.control import RouterSettings, Rule
 from testbed import wait_until
 from testbed.kernel_hosts import a_network, lab, missing_tools
 from testbed.patience import patience
@@ -106,7 +106,9 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[
     subprocess.run([ROOT / "dataplane/relay/build.sh", relay], check=True, capture_output=True)
     authority, network = Authority(), a_network()
     # Small rings, so that much of what is sent waits for room.
-    settings = Settings(session_port=PORT, rule=Rule(operations=2, age=0), remote_ring=64 << 10)
+    settings = RouterSettings(
+        session_port=PORT, rule=Rule(operations=2, age=0), remote_ring=64 << 10
+    )
     with lab(2) as made:
         boxes = [host.container(network, number) for number, host in enumerate(made.hosts, 1)]
         made.mesh(network)

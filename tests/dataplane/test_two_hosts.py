@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import pytest
 
-from dataplane.control import Connection, Settings
+from dataplane.control import ConnectionFact, RouterSettings
 from testbed.patience import patience, within
 from tests.dataplane.places import LIBRARY, compile_c
 from tests.dataplane.two_hosts import HostBed, cut, two_hosts
@@ -50,7 +50,7 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
         time.sleep(0.05)
 
 
-def listed(host: HostBed) -> list[Connection]:
+def listed(host: HostBed) -> list[ConnectionFact]:
     return list(host.router.connections().connections)
 
 
@@ -142,7 +142,7 @@ def test_bytes(hosts: Hosts) -> None:
     with streams(hosts) as made:
         one, other = (host.router.statistics().rdma for host in hosts)
         assert (one.connections, other.connections) == (4, 4)
-        assert one.registered == 4 * (2 * Settings().remote_ring + 2 * 4096)
+        assert one.registered == 4 * (2 * RouterSettings().remote_ring + 2 * 4096)
         (peer,) = one.peers
         assert (peer.session, peer.rdma, peer.link, peer.connections) == (True, True, "up", 4)
         assert made.ends() == ["whole"] * 8
@@ -230,7 +230,9 @@ def test_relay_stopped(hosts: Hosts) -> None:
 
 def test_a_thousand() -> None:
     """A thousand connections share one link, and every answer is right."""
-    with two_hosts(library=LIBRARY, relay=RELAY, settings=Settings(remote_ring=65536)) as made:
+    with two_hosts(
+        library=LIBRARY, relay=RELAY, settings=RouterSettings(remote_ring=65536)
+    ) as made:
         a, b = made[0].containers["a"], made[1].containers["b"]
         options: dict[str, Any] = {
             "stdin": subprocess.PIPE,
@@ -251,7 +253,7 @@ def test_a_thousand() -> None:
 
 def test_limit() -> None:
     """Past the memory that may be registered connections stay on TCP, and say so; all of them are whole."""
-    allowed = Settings(remote_ring=65536, remote_memory=40 * (2 * 65536 + 2 * 4096))
+    allowed = RouterSettings(remote_ring=65536, remote_memory=40 * (2 * 65536 + 2 * 4096))
     with two_hosts(library=LIBRARY, relay=RELAY, settings=allowed) as made:
         running = Streams(made, 2, 60)
         until(lambda: on_rdma(made[0]) == 40)

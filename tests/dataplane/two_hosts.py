@@ -26,7 +26,7 @@ from typing import Any, Final
 from msgspec.structs import replace
 from pyroute2 import IPRoute
 
-from dataplane.control import Learn, PeerFact, Settings
+from dataplane.control import PeerFact, RouterSettings, RouterSnapshot
 from driver.kernel.namespace import in_netns
 from testbed.kernel_hosts import new_namespace, write_vips
 from testbed.namespaces import LIBRARY, Bed, Container, connect
@@ -50,7 +50,7 @@ class HostBed(Bed):
     def address(self) -> str:
         return f"192.0.2.{self.number}"
 
-    def facts(self, **changes: Any) -> Learn:
+    def facts(self, **changes: Any) -> RouterSnapshot:
         """What is true of this host."""
         made = super().facts()
         networks = tuple(
@@ -141,12 +141,12 @@ def two_hosts(
     library: Path | None = None,
     relay: Path,
     vips: Mapping[str, Sequence[str]] | None = None,
-    settings: Settings | None = None,
+    settings: RouterSettings | None = None,
 ) -> Iterator[tuple[HostBed, HostBed]]:
     """Two hosts with containers of these names; linked when it begins."""
     folder = Path(tempfile.mkdtemp(prefix="freeflow-hosts-"))
     folder.chmod(0o755)
-    wanted = replace(settings or Settings(), session_key=KEY)
+    wanted = replace(settings or RouterSettings(), session_key=KEY)
     made: list[HostBed] = []
     bridge = new_namespace()
     numbers = iter(range(2, 250))

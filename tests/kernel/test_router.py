@@ -17,10 +17,11 @@ from typing import Final
 
 import pytest
 
-from dataplane.control import Connection, Limits, Settings
-from dataplane.router import layout, wire
+from dataplane.control import ConnectionFact, Limits, RouterSettings
+from dataplane.router import layout
+from dataplane.router import library_wire as wire
+from dataplane.router.library_wire import Address
 from dataplane.router.reasons import Reason
-from dataplane.router.wire import Address
 from testbed.namespaces import Bed, bed
 from testbed.patience import patience, within
 from tests.dataplane.library import Library, addresses_of, cookie_of, dial, listen
@@ -64,7 +65,9 @@ def process_in(made: Bed, name: str) -> Library:
 
 
 @contextlib.contextmanager
-def a_pair(*more: str, settings: Settings | None = None, guard: bool = True) -> Iterator[Pair]:
+def a_pair(
+    *more: str, settings: RouterSettings | None = None, guard: bool = True
+) -> Iterator[Pair]:
     with bed("a", "b", *more, vips={VIP: ("b",)}, settings=settings, guard=guard) as made:
         listener = listen(made.containers["b"].namespace, "0.0.0.0")
         yield Pair(made, process_in(made, "a"), process_in(made, "b"), listener)
@@ -83,7 +86,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def listed(made: Bed, container: str) -> list[Connection]:
+def listed(made: Bed, container: str) -> list[ConnectionFact]:
     """The connections of one container."""
     found = made.router.connections(made.containers[container].inode)
     return list(found.connections)
@@ -309,7 +312,7 @@ def test_no_container_at_all(pair: Pair) -> None:
 def test_acceleration_off(pair: Pair) -> None:
     """Switched off while they run, processes hear it and asks are refused; switched on again, they hear that too."""
     client, _ = pair.connection()
-    pair.bed.learn(settings=Settings(acceleration=False))
+    pair.bed.learn(settings=RouterSettings(acceleration=False))
     assert not pair.one.hear(wire.Welcome)[0].enabled
     pair.one.ask(client)
     assert pair.one.hear(wire.Refuse)[0].reason == Reason.OFF
@@ -374,7 +377,7 @@ def test_a_process_that_takes_no_answers(pair: Pair) -> None:
 
 def test_a_container_that_floods() -> None:
     """A container that sends all it can waits; another container's connection is granted at once meanwhile."""
-    settings = Settings(limits=Limits(messages=1000))
+    settings = RouterSettings(limits=Limits(messages=1000))
     with a_pair("c", settings=settings) as made:
         flooders = [process_in(made.bed, "c") for _ in range(4)]
         note = wire.pack(wire.Note(5, 1))
@@ -399,7 +402,7 @@ def test_a_container_that_floods() -> None:
 
 def test_limit_of_processes() -> None:
     """A container's connections over the limit are closed at once; another container's aren't."""
-    with a_pair(settings=Settings(limits=Limits(processes=3))) as made:
+    with a_pair(settings=RouterSettings(limits=Limits(processes=3))) as made:
         more = [process_in(made.bed, "a") for _ in range(2)]
         refused = Library.connect(
             made.bed.shared / "router.sock", made.bed.containers["a"].namespace, hello=False
@@ -413,7 +416,7 @@ def test_limit_of_processes() -> None:
 
 def test_limit_of_memory() -> None:
     """A container that has touched more shared memory than it may gets no more, until it gives it back."""
-    with a_pair(settings=Settings(limits=Limits(memory=1 << 20))) as made:
+    with a_pair(settings=RouterSettings(limits=Limits(memory=1 << 20))) as made:
         grant, answer, memory = made.upgraded()
         assert memory is not None
         with mmap.mmap(memory, layout.ARENA_SIZE) as mapped:

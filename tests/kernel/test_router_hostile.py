@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dataplane.control import Limits, Settings
-from dataplane.router import layout, wire
+from dataplane.control import Limits, RouterSettings
+from dataplane.router import layout
+from dataplane.router import library_wire as wire
 from testbed.namespaces import Bed, bed
 from testbed.patience import patience
 from tests.dataplane.library import Library, dial, listen
@@ -26,7 +27,7 @@ KINDS = st.sampled_from(["eventfd", "file", "socket", "directory"])
 
 @pytest.fixture(scope="module", params=[True, False], ids=["guarded", "unguarded"])
 def hostile(request: pytest.FixtureRequest) -> Iterator[Bed]:
-    limits = Settings(limits=Limits(asks=1 << 19, messages=1 << 20))
+    limits = RouterSettings(limits=Limits(asks=1 << 19, messages=1 << 20))
     with bed("a", "b", settings=limits, guard=request.param) as made:
         yield made
 
@@ -54,7 +55,7 @@ def plausible(draw: st.DrawFn) -> bytes:
     )
     message = draw(
         st.one_of(
-            st.builds(wire.Ask, small, small, address, address),
+            st.builds(wire.Request, small, small, address, address),
             st.builds(wire.Release, small, small, small, token),
             st.builds(wire.Bell, small, small, token, small),
             st.builds(wire.Fetch, small, small, token, small),

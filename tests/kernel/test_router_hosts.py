@@ -15,10 +15,10 @@ from typing import Final
 
 import pytest
 
-from dataplane.client import RouterClient
-from dataplane.control import EndpointFact, Learn, NetworkFact, RdmaFacts, Settings
+from dataplane.control import EndpointFact, NetworkFact, RdmaFacts, RouterSettings, RouterSnapshot
 from dataplane.errors import DataplaneError
-from dataplane.router import wire
+from dataplane.router import library_wire as wire
+from dataplane.router_client import RouterClient
 from testbed import wait_until
 from testbed.kernel_hosts import PREFIX6, Container, Host, Lab, a_network, lab
 from testbed.patience import patience
@@ -48,7 +48,7 @@ class Router:
     box: Container
     folder: Path
     relay: Path
-    settings: Settings = field(default_factory=lambda: Settings(session_port=PORT))
+    settings: RouterSettings = field(default_factory=lambda: RouterSettings(session_port=PORT))
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -77,9 +77,9 @@ class Router:
             return False
         return True
 
-    def facts(self) -> Learn:
+    def facts(self) -> RouterSnapshot:
         box = self.box
-        return Learn(
+        return RouterSnapshot(
             endpoints=(
                 EndpointFact(
                     id=box.endpoint.id,
@@ -279,7 +279,7 @@ def test_a_renewed_certificate(
 def test_a_secret(pair: Pair) -> None:
     """A secret that is set in place of certificates makes other nodes of the hosts; they soon pair connections again."""
     for router in (pair.one, pair.other):
-        router.settings = Settings(session_port=PORT, session_key="s" * 32)
+        router.settings = RouterSettings(session_port=PORT, session_key="s" * 32)
         router.client.learn(router.facts())
     nodes = ("node1", "node2")
 

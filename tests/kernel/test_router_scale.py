@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dataplane.control import Limits, Settings
-from dataplane.router import wire
+from dataplane.control import Limits, RouterSettings
+from dataplane.router import library_wire as wire
 from testbed.namespaces import Bed, Container, bed
 from testbed.patience import patience, within
 from tests.dataplane.library import SO_COOKIE, Library, addresses_of
@@ -110,7 +110,7 @@ def granted(library: Library) -> tuple[int, int]:
 def test_a_full_host(descriptors: None) -> None:
     """A thousand processes upgrade ten thousand connections; then the router idles, and at the end it has nothing."""
     limits = Limits(asks=100_000, messages=1 << 20)
-    with bed("a", "b", settings=Settings(limits=limits)) as made:
+    with bed("a", "b", settings=RouterSettings(limits=limits)) as made:
         a, b = made.containers.values()
         ends = connections(a, b)
         clients, servers = processes(made, a), processes(made, b)
@@ -119,7 +119,7 @@ def test_a_full_host(descriptors: None) -> None:
             pair = number // PER_PAIR
             clients[pair].ask(client)
             local, remote = addresses_of(client)
-            servers[pair].say(wire.Ask(number, cookie, remote, local))
+            servers[pair].say(wire.Request(number, cookie, remote, local))
             assert granted(clients[pair]) == granted(servers[pair])
         spent = cpu_seconds(made) - before
         found = made.router.statistics()

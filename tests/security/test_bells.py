@@ -24,8 +24,9 @@ from typing import Final
 
 import pytest
 
-from dataplane.control import Rule, Settings
-from dataplane.router import layout, wire
+from dataplane.control import RouterSettings, Rule
+from dataplane.router import layout
+from dataplane.router import library_wire as wire
 from testbed.namespaces import Bed, bed
 from testbed.patience import patience, within
 from tests.dataplane.library import Library, dial
@@ -128,7 +129,7 @@ def served(way: str, *, guard: bool = True) -> Iterator[tuple[Bed, subprocess.Po
     """An echo server that waits so."""
     if not LIBRARY.exists():
         pytest.skip(f"missing: {LIBRARY} (make library)")
-    settings = Settings(rule=Rule(operations=2, age=0))
+    settings = RouterSettings(rule=Rule(operations=2, age=0))
     with bed(
         "server", "client", "stranger", library=LIBRARY, settings=settings, guard=guard
     ) as made:

@@ -17,8 +17,8 @@ from typing import Any, Final
 import msgspec
 import pytest
 
-from dataplane.control import Rule, Settings
-from dataplane.router import wire
+from dataplane.control import RouterSettings, Rule
+from dataplane.router import library_wire as wire
 from driver.kernel.namespace import in_netns
 from testbed.namespaces import Bed, Container, bed
 from testbed.patience import patience
@@ -62,7 +62,7 @@ class Service:
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    settings = Settings(rule=Rule(operations=2, age=0))
+    settings = RouterSettings(rule=Rule(operations=2, age=0))
     with bed("client", "hostile", "far", vips={VIP: ("far",)}, settings=settings) as made:
         hostile, far = made.containers["hostile"], made.containers["far"]
         facts = made.facts()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dataplane.control import Limits, Settings
-from dataplane.router import wire
+from dataplane.control import Limits, RouterSettings
+from dataplane.router import library_wire as wire
 from dataplane.router.server import PATIENCE, STRANGERS
 from testbed.kernel_hosts import new_namespace
 from testbed.namespaces import Bed, bed
@@ -257,7 +257,7 @@ def test_who_reads_again_is_heard_again() -> None:
 
 def test_asks_that_repeat_themselves() -> None:
     """A process that asks for one connection without end makes the router's memory no larger."""
-    limits = Settings(limits=Limits(asks=1 << 19, messages=1 << 20))
+    limits = RouterSettings(limits=Limits(asks=1 << 19, messages=1 << 20))
     with bed("hostile", "other", settings=limits) as made:
         assert made.process is not None
         listener = listen(made.containers["other"].namespace, "0.0.0.0")

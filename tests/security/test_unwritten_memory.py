@@ -19,8 +19,9 @@ from typing import Final
 
 import pytest
 
-from dataplane.control import Rule, Settings
-from dataplane.router import layout, wire
+from dataplane.control import RouterSettings, Rule
+from dataplane.router import layout
+from dataplane.router import library_wire as wire
 from testbed.namespaces import Bed, bed
 from testbed.patience import patience
 from tests.dataplane.library import Library, dial
@@ -140,7 +141,7 @@ def test_bytes_that_nobody_wrote() -> None:
     """24 connections of 4 MiB each cost the server no more than its share, and give even that back when they end."""
     if not LIBRARY.exists():
         pytest.skip(f"missing: {LIBRARY} (make library)")
-    settings = Settings(rule=Rule(operations=2, age=0))
+    settings = RouterSettings(rule=Rule(operations=2, age=0))
     with group() as limited, bed("server", "stranger", library=LIBRARY, settings=settings) as made:
         enter = f"echo $$ > {limited}/cgroup.procs; " if limited else ""
         server = made.containers["server"].popen(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dataplane.router import wire
+from dataplane.router import library_wire as wire
 from dataplane.router.reasons import Reason
 from testbed import Bed, Host, wait_until
 from tests.dataplane.library import Library, cookie_of, dial, listen

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from dataplane.control import Connections, ContainerCounts, PathCount, Paths, Statistics
+from dataplane.control import Connections, ContainerCounts, PathCount, PathCounts, Statistics
 from driver import names
 from driver.errors import FreeFlowError, RouterError
 from driver.kernel.fastpath import Stage
@@ -79,8 +79,8 @@ class FakeRouterFacts:
     def connections(self) -> Connections:
         return Connections(connections=(), reasons={})
 
-    def paths(self) -> Paths:
-        return Paths(paths=self.counts)
+    def paths(self) -> PathCounts:
+        return PathCounts(paths=self.counts)
 
 
 def router_statistics(**fields: object) -> Statistics:

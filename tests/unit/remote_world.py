@@ -10,14 +10,15 @@ from functools import partial
 from ipaddress import IPv4Address, ip_address
 from typing import Any, Final
 
-from dataplane.control import EndpointFact, Learn, Limits, NetworkFact, Settings
-from dataplane.router import layout, peer_wire, relay_wire, wire
+from dataplane.control import EndpointFact, Limits, NetworkFact, RouterSettings, RouterSnapshot
+from dataplane.router import layout, peer_wire, relay_wire
+from dataplane.router import library_wire as wire
 from dataplane.router.knowledge import Knowledge
+from dataplane.router.library_wire import Address, IPAddress
 from dataplane.router.loop import Timer
 from dataplane.router.pairing import Pairing
-from dataplane.router.relay_wire import Kind
+from dataplane.router.relay_wire import RelayKind
 from dataplane.router.remote import Phase, Remote, Remotes
-from dataplane.router.wire import Address, IPAddress
 from tests.unit.router_world import FakeKernel, FakeMemory, FakePost, at
 
 NET: Final = "n1"
@@ -121,38 +122,38 @@ class FakeRelay:
 
     def hear(self, message: relay_wire.Message) -> None:
         match message:
-            case relay_wire.Arena(kind=Kind.ARENA):
+            case relay_wire.RelayArena(kind=RelayKind.ARENA):
                 self.arenas.add(message.arena)
-            case relay_wire.Arena(kind=Kind.DISCARD):
+            case relay_wire.RelayArena(kind=RelayKind.DISCARD):
                 assert all(each.arena != message.arena for each in self.lent.values())
                 self.arenas.remove(message.arena)
-            case relay_wire.Arena():
+            case relay_wire.RelayArena():
                 assert message.arena in self.arenas
-            case relay_wire.Slot():
+            case relay_wire.RelaySlot():
                 self.slot(message)
-            case relay_wire.Accept(kind=Kind.CONNECT):
+            case relay_wire.RelayAccept(kind=RelayKind.CONNECT):
                 self.connect(message)
-            case relay_wire.Accept():
+            case relay_wire.RelayAccept():
                 lent = self.lent[message.number]
                 assert not lent.paired
                 lent.paired, lent.peer = True, message.peer
-                self.answer(relay_wire.Outcome(Kind.PAIRED, message.number, 0, ""))
+                self.answer(relay_wire.RelayOutcome(RelayKind.PAIRED, message.number, 0, ""))
                 self.world.gossip()
             case relay_wire.Number():
                 self.number(message)
-            case relay_wire.Frame():
+            case relay_wire.RelayFrame():
                 assert self.links[message.link].stream
 
-    def slot(self, message: relay_wire.Slot) -> None:
+    def slot(self, message: relay_wire.RelaySlot) -> None:
         assert message.arena in self.arenas
         used = {(each.arena, each.slot) for each in self.lent.values()}
         assert (message.arena, message.slot) not in used, "memory that a relay still has"
         self.lent[message.connection] = Lent(
             message.connection, message.link, message.arena, message.slot
         )
-        self.answer(relay_wire.Offered(Kind.PLACED, message.connection, 0, "", b"place"))
+        self.answer(relay_wire.Offered(RelayKind.PLACED, message.connection, 0, "", b"place"))
 
-    def connect(self, message: relay_wire.Accept) -> None:
+    def connect(self, message: relay_wire.RelayAccept) -> None:
         host, link, generation = (int(each) for each in message.words.split(b","))
         mine = self.links.get(message.number)
         if mine is None:
@@ -160,33 +161,35 @@ class FakeRelay:
         mine.other = (host, link, generation)
         error = 5 if self.world.cut else 0
         self.answer(
-            relay_wire.Outcome(Kind.CONNECTED, message.number, error, "cut" if error else "")
+            relay_wire.RelayOutcome(
+                RelayKind.CONNECTED, message.number, error, "cut" if error else ""
+            )
         )
         self.world.gossip()
 
     def number(self, message: relay_wire.Number) -> None:
         number = message.number
         match message.kind:
-            case Kind.LINK:
+            case RelayKind.LINK:
                 generation = next(self.generations)
                 self.links[number] = Wire(generation)
                 words = f"{self.host.number},{number},{generation}".encode()
-                self.answer(relay_wire.Offered(Kind.LINKED, number, 0, "", words))
-            case Kind.UNLINK:
+                self.answer(relay_wire.Offered(RelayKind.LINKED, number, 0, "", words))
+            case RelayKind.UNLINK:
                 self.links.pop(number, None)
                 for lent in [each for each in self.lent.values() if each.link == number]:
                     assert lent.dropping, "a link goes with connections on it"
                     self.dropped(lent)
-            case Kind.STREAM:
+            case RelayKind.STREAM:
                 self.links[number].stream = True
-                self.answer(relay_wire.Frame(number, b"hello"))
-            case Kind.CLOSE:
+                self.answer(relay_wire.RelayFrame(number, b"hello"))
+            case RelayKind.CLOSE:
                 self.lent[number].closed = True
-            case Kind.LEAVE:
+            case RelayKind.LEAVE:
                 self.lent[number].leaves = True
-            case Kind.DROP if number not in self.lent:
-                self.answer(relay_wire.Number(Kind.DROPPED, number))
-            case Kind.DROP:
+            case RelayKind.DROP if number not in self.lent:
+                self.answer(relay_wire.Number(RelayKind.DROPPED, number))
+            case RelayKind.DROP:
                 lent = self.lent[number]
                 assert not lent.dropping, "dropped twice"
                 lent.dropping = True
@@ -197,7 +200,7 @@ class FakeRelay:
 
     def dropped(self, lent: Lent) -> None:
         del self.lent[lent.number]
-        self.answer(relay_wire.Number(Kind.DROPPED, lent.number))
+        self.answer(relay_wire.Number(RelayKind.DROPPED, lent.number))
 
     def reaches(self, lent: Lent) -> FakeRelay | None:
         """The peer's relay, if the link works."""
@@ -242,7 +245,7 @@ class FakeRelay:
                 if not peer.broken:
                     other.break_it(peer)
             else:
-                for kind in (Kind.FINISHED, Kind.ENDED):
+                for kind in (RelayKind.FINISHED, RelayKind.ENDED):
                     other.answer(relay_wire.Number(kind, peer.number))
             return True
         if lent.broken and not peer.broken:
@@ -251,23 +254,23 @@ class FakeRelay:
         if lent.closed and not lent.finished and not lent.broken:
             lent.finished = True
             peer.ended = True
-            self.answer(relay_wire.Number(Kind.FINISHED, lent.number))
-            other.answer(relay_wire.Number(Kind.ENDED, peer.number))
+            self.answer(relay_wire.Number(RelayKind.FINISHED, lent.number))
+            other.answer(relay_wire.Number(RelayKind.ENDED, peer.number))
             return True
         if lent.leaves and not peer.leaves:
             peer.leaves = True
             return True
         if lent.leaves and peer.leaves and peer.paired and not lent.left and not lent.closed:
             lent.left = peer.left = True
-            self.answer(relay_wire.Number(Kind.LEFT, lent.number))
-            other.answer(relay_wire.Number(Kind.LEFT, peer.number))
+            self.answer(relay_wire.Number(RelayKind.LEFT, lent.number))
+            other.answer(relay_wire.Number(RelayKind.LEFT, peer.number))
             return True
         return False
 
     def break_it(self, lent: Lent) -> None:
         lent.broken = True
         self.host.severed.add((lent.arena, lent.slot))
-        for kind in (Kind.FINISHED, Kind.ENDED):
+        for kind in (RelayKind.FINISHED, RelayKind.ENDED):
             self.answer(relay_wire.Number(kind, lent.number, relay_wire.BROKEN))
 
 
@@ -350,13 +353,13 @@ class Host:
     def ip(self, container: int) -> str:
         return f"10.0.4.{(self.number + 1) * 10 + container}"
 
-    def facts(self) -> Learn:
+    def facts(self) -> RouterSnapshot:
         every = tuple(
             f"10.0.4.{(host + 1) * 10 + container}"
             for host in range(self.world.size)
             for container in CONTAINERS
         )
-        return Learn(
+        return RouterSnapshot(
             endpoints=tuple(
                 EndpointFact(
                     id=f"e{container}",
@@ -376,14 +379,14 @@ class Host:
                     ),
                 ),
             ),
-            settings=Settings(
+            settings=RouterSettings(
                 remote_ring=RING, limits=Limits(connections=1000), **self.world.settings
             ),
             underlay=str(self.address),
         )
 
-    def hello(self) -> peer_wire.Hello:
-        return peer_wire.Hello(
+    def hello(self) -> peer_wire.PeerHello:
+        return peer_wire.PeerHello(
             instance=self.instance,
             node=self.node,
             data_path=str(self.address),
@@ -549,7 +552,9 @@ class World:
         for number, mine in host.relay.links.items():
             if mine.other is not None and mine.other[0] == peer and not mine.dead:
                 mine.dead = True
-                host.relay.answer(relay_wire.Outcome(Kind.DOWN, number, 5, "retries exceeded"))
+                host.relay.answer(
+                    relay_wire.RelayOutcome(RelayKind.DOWN, number, 5, "retries exceeded")
+                )
         self.gossip()
 
     def break_link(self, a: Host, b: Host) -> None:
@@ -573,7 +578,7 @@ class World:
                 and not peer.left
             ):
                 peer.leaves = peer.left = True
-                reached.answer(relay_wire.Number(Kind.LEFT, peer.number))
+                reached.answer(relay_wire.Number(RelayKind.LEFT, peer.number))
             else:
                 host.severed.add((lent.arena, lent.slot))
         old.alive = False
@@ -611,7 +616,7 @@ class World:
         if not tcp.open[side] or tcp.asked[side]:
             return
         tcp.asked[side] = True
-        host.pairing.ask(host.processes[container], wire.Ask(cookie, cookie, local, remote))
+        host.pairing.ask(host.processes[container], wire.Request(cookie, cookie, local, remote))
 
     def close(self, tcp: Tcp, side: int) -> None:
         """The program closes its end, and its library says so."""

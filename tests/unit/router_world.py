@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Final, TypeVar
 
-from dataplane.control import EndpointFact, Learn, Limits, NetworkFact, Settings
+from dataplane.control import EndpointFact, Limits, NetworkFact, RouterSettings, RouterSnapshot
 from dataplane.errors import KernelRefused
-from dataplane.router import layout, wire
+from dataplane.router import layout
+from dataplane.router import library_wire as wire
 from dataplane.router.knowledge import Knowledge
+from dataplane.router.library_wire import Address, Answer
 from dataplane.router.pairing import Pairing
-from dataplane.router.wire import Address, Answer
 
 M = TypeVar("M", bound=Answer)
 
@@ -144,12 +145,12 @@ class FakeMemory:
         self.bells.remove(descriptor)
 
 
-def knowledge(settings: Settings | None = None, *, off: bool = False) -> Knowledge:
+def knowledge(settings: RouterSettings | None = None, *, off: bool = False) -> Knowledge:
     """See `facts`."""
     return Knowledge(facts(settings, off=off))
 
 
-def facts(settings: Settings | None = None, *, off: bool = False) -> Learn:
+def facts(settings: RouterSettings | None = None, *, off: bool = False) -> RouterSnapshot:
     """Containers 1 to 4 on network n1 as 10.0.4.1 to .4 and fd00::1 to ::4, container 1 also on n2 as 10.0.5.1.
 
     VIP leads to 2 and 3; AWAY to 2, and to 10.0.4.66, which is on another host.
@@ -163,7 +164,7 @@ def facts(settings: Settings | None = None, *, off: bool = False) -> Learn:
         VIP: ("10.0.4.2", "10.0.4.3"),
         AWAY: ("10.0.4.2", "10.0.4.66"),
     }
-    return Learn(
+    return RouterSnapshot(
         endpoints=tuple(endpoints),
         networks=(
             NetworkFact(
@@ -174,7 +175,7 @@ def facts(settings: Settings | None = None, *, off: bool = False) -> Learn:
             ),
             NetworkFact(id=OTHER, subnets=("10.0.5.0/24",)),
         ),
-        settings=settings or Settings(),
+        settings=settings or RouterSettings(),
     )
 
 
@@ -194,7 +195,7 @@ class World:
             clock=lambda: self.now,
             secret=lambda: next(secrets),
         )
-        self.facts = facts(Settings(limits=limits or Limits()))
+        self.facts = facts(RouterSettings(limits=limits or Limits()))
         self.pairing.learn(Knowledge(self.facts))
         self._processes = itertools.count(1)
         self._cookies = itertools.count(50_000)
@@ -220,7 +221,7 @@ class World:
 
     def ask(self, process: int, cookie: int, local: str, remote: str) -> None:
         """A process asks."""
-        ask = wire.Ask(next(self._numbers), cookie, at(local), at(remote))
+        ask = wire.Request(next(self._numbers), cookie, at(local), at(remote))
         self.pairing.ask(process, ask)
 
     def open_and_ask(self, process: int, local: str, remote: str) -> int:

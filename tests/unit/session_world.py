@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Final
 
 from dataplane.errors import WrongMessage
-from dataplane.router.identity import Identities, SwarmIdentity
+from dataplane.router.identities import Identities, SwarmIdentity
+from dataplane.router.library_wire import IPAddress
 from dataplane.router.loop import EpollLoop
-from dataplane.router.peer_wire import Hello, Message, Withdraw
+from dataplane.router.peer_wire import Message, PeerHello, Withdraw
 from dataplane.router.peers import Sessions
-from dataplane.router.wire import IPAddress
 from testbed.patience import patience
 from tests.unit.swarm_ca import Authority, Node, write
 
@@ -35,7 +35,7 @@ class Recorder:
     told: list[tuple[str, IPAddress, object]] = field(default_factory=list)
     sessions: set[IPAddress] = field(default_factory=set)
 
-    def up(self, peer: IPAddress, hello: Hello) -> None:
+    def up(self, peer: IPAddress, hello: PeerHello) -> None:
         assert peer not in self.sessions
         self.sessions.add(peer)
         self.told.append(("up", peer, hello))

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from dataplane.control import Connection, Connections
+from dataplane.control import ConnectionFact, Connections
 from plugin.status import (
     CallStatus,
     EndpointStatus,
@@ -29,7 +29,7 @@ EP = "9f0c12ab34de" + "e" * 52
 
 LISTED = Connections(
     connections=(
-        Connection(
+        ConnectionFact(
             namespace=4026532177,
             container="web.1.abc",
             network=NET,
@@ -38,7 +38,7 @@ LISTED = Connections(
             path="overlay",
             reason="remote",
         ),
-        Connection(
+        ConnectionFact(
             namespace=4026532177,
             container="web.1.abc",
             network=NET,

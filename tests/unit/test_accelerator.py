@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from dataplane.control import Connections, Learn, Paths, Rule, Settings, Statistics
+from dataplane.control import (
+    Connections,
+    PathCounts,
+    RouterSettings,
+    RouterSnapshot,
+    Rule,
+    Statistics,
+)
 from dataplane.errors import RouterAway
 from driver.accelerator import REPEAT, RETRY, SANDBOX_RETRY, Accelerator, Self, facts
 from driver.errors import RouterError
@@ -65,11 +72,11 @@ def a_state() -> NetworkState:
 class FakeRouter:
     """Remembers what it was told; can be away."""
 
-    told: list[Learn] = field(default_factory=list)
+    told: list[RouterSnapshot] = field(default_factory=list)
     away: bool = False
     heard: threading.Event = field(default_factory=threading.Event)
 
-    def learn(self, facts: Learn) -> None:
+    def learn(self, facts: RouterSnapshot) -> None:
         if self.away:
             raise RouterAway("nobody there")
         self.told.append(facts)
@@ -81,7 +88,7 @@ class FakeRouter:
     def connections(self, namespace: int | None = None) -> Connections:
         raise RouterAway("nobody there")
 
-    def paths(self) -> Paths:
+    def paths(self) -> PathCounts:
         raise RouterAway("nobody there")
 
 
@@ -116,7 +123,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     store = Store(tmp_path)
     router, sandboxes, now = FakeRouter(), FakeSandboxes(), [0.0]
     accelerator = Accelerator(
-        store, sandboxes, router, Settings(), clock=lambda: now[0], inode=sandboxes.inode
+        store, sandboxes, router, RouterSettings(), clock=lambda: now[0], inode=sandboxes.inode
     )
     yield World(store, router, sandboxes, accelerator, now)
     accelerator.stop()
@@ -129,7 +136,7 @@ def test_facts() -> None:
         [an_endpoint(7), an_endpoint(9)],
         {NET: a_state()},
         {an_endpoint(7).id: (Path("/netns/s7"), 4711)},
-        Settings(acceleration=False),
+        RouterSettings(acceleration=False),
     )
     (endpoint,) = told.endpoints
     assert endpoint.addresses == ("10.0.4.7", "fd00:1:2:3::7")
@@ -139,14 +146,14 @@ def test_facts() -> None:
     assert network.subnets == ("10.0.4.0/24", "fd00:1:2:3::/64")
     # The second takes no new connections; those that it has count.
     assert network.vips == {"10.0.4.2": ("10.0.4.7", "10.0.4.8")}
-    assert told.settings == Settings(acceleration=False)
+    assert told.settings == RouterSettings(acceleration=False)
 
 
 def test_a_networks_own_rule() -> None:
     """-o upgrade_operations changes the rule of that network alone, and nothing else of it."""
     own = a_network(options={"upgrade_operations": "9"})
     homes = {each.id: (Path("/netns/s"), 1) for each in (an_endpoint(7), an_endpoint(8, NET2))}
-    settings = Settings(rule=Rule(operations=3, spin=7))
+    settings = RouterSettings(rule=Rule(operations=3, spin=7))
     told = facts(
         [own, a_network(NET2)], [an_endpoint(7), an_endpoint(8, NET2)], {}, homes, settings
     )
@@ -167,11 +174,11 @@ def test_other_hosts() -> None:
         frozenset({IPv4Address("192.0.2.1"), IPv4Address("10.9.9.1")}), IPv4Address("10.9.9.1")
     )
     network = a_network(options={"rdma": "off"})
-    told = facts([network], [an_endpoint(7)], known, homes, Settings(), own)
+    told = facts([network], [an_endpoint(7)], known, homes, RouterSettings(), own)
     assert told.networks[0].peers == ("192.0.2.2", "192.0.2.3")
     assert not told.networks[0].rdma
     assert told.underlay == "10.9.9.1"
-    told = facts([a_network()], [an_endpoint(7)], known, homes, Settings())
+    told = facts([a_network()], [an_endpoint(7)], known, homes, RouterSettings())
     assert (told.networks[0].peers, told.networks[0].rdma, told.underlay) == ((), True, "")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from dataplane.control import Connection, Connections
+from dataplane.control import ConnectionFact, Connections
 from driver.kernel.fastpath import Stage
 from plugin.cli.show import show_status
 from plugin.paths import SHORT, PathLabels, relabel
@@ -29,8 +29,8 @@ def world(tmp_path: Path) -> tuple[PathLabels, FakeKernelFacts]:
     return PathLabels(made.driver, made.kernel, made.sync), made.kernel
 
 
-def connection(remote: str, path: str = "overlay") -> Connection:
-    return Connection(
+def connection(remote: str, path: str = "overlay") -> ConnectionFact:
+    return ConnectionFact(
         namespace=1, container="c", network=NET, local="10.0.4.7:1", remote=remote, path=path
     )
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dataplane.errors import WrongMessage
 from dataplane.router import relay_wire as wire
-from dataplane.router.relay_wire import Kind
+from dataplane.router.relay_wire import RelayKind
 
 HEADER: Final = Path(__file__).parents[2] / "dataplane/relay/protocol.h"
 N32, M32 = 0x01020304, 0x0A0B0C0D
@@ -23,7 +23,7 @@ N64, M64 = 0x0102030405060708, 0x1112131415161718
 SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
     "number": (lambda kind: wire.Number(kind, N32, 1), f".number = {N32}, .state = 1"),
     "outcome": (
-        lambda kind: wire.Outcome(kind, N32, -5, "lost"),
+        lambda kind: wire.RelayOutcome(kind, N32, -5, "lost"),
         f'.number = {N32}, .error = -5, .text = "lost"',
     ),
     "offer": (
@@ -31,10 +31,10 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
         f'.number = {N32}, .error = 7, .text = "no", .size = 3, .words = {{1, 2, 3}}',
     ),
     "accept": (
-        lambda kind: wire.Accept(kind, N32, M32, b"\x01\x02\x03"),
+        lambda kind: wire.RelayAccept(kind, N32, M32, b"\x01\x02\x03"),
         f".number = {N32}, .peer = {M32}, .size = 3, .words = {{1, 2, 3}}",
     ),
-    "arena": (lambda kind: wire.Arena(kind, N64, M32), f".arena = {N64}u, .value = {M32}"),
+    "arena": (lambda kind: wire.RelayArena(kind, N64, M32), f".arena = {N64}u, .value = {M32}"),
     "open": (
         lambda _: wire.Open("mlx5_0", 2, 0x0304, wire.VERBS, N32),
         f'.device = "mlx5_0", .port = 2, .version = RELAY_VERSION, .gid_index = 0x0304, .transport = RELAY_VERBS, '
@@ -42,11 +42,11 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
     ),
     "opened": (lambda _: wire.Opened(-2, "none", 4096), '.error = -2, .text = "none", .mtu = 4096'),
     "slot": (
-        lambda _: wire.Slot(N32, M32, 63, N64, M64),
+        lambda _: wire.RelaySlot(N32, M32, 63, N64, M64),
         f".connection = {N32}, .link = {M32}, .slot = 63, .arena = {N64}u, .incarnation = {M64}u",
     ),
     "counts": (
-        lambda _: wire.Counts({name: 1000 + n for n, name in enumerate(wire.COUNTERS)}),
+        lambda _: wire.RelayCounters({name: 1000 + n for n, name in enumerate(wire.COUNTERS)}),
         ".counters = {" + ", ".join(str(1000 + n) for n in range(len(wire.COUNTERS))) + "}",
     ),
 }
@@ -56,10 +56,10 @@ OF_KIND: Final = {
     **dict.fromkeys(wire._OFFERS, "offer"),
     **dict.fromkeys(wire._ACCEPTS, "accept"),
     **dict.fromkeys(wire._ARENAS, "arena"),
-    Kind.OPEN: "open",
-    Kind.OPENED: "opened",
-    Kind.SLOT: "slot",
-    Kind.COUNTS: "counts",
+    RelayKind.OPEN: "open",
+    RelayKind.OPENED: "opened",
+    RelayKind.SLOT: "slot",
+    RelayKind.COUNTS: "counts",
 }
 EXAMPLES: Final[list[tuple[str, wire.Message, str]]] = [
     (
@@ -69,7 +69,7 @@ EXAMPLES: Final[list[tuple[str, wire.Message, str]]] = [
     )
     for kind, shape in sorted(OF_KIND.items())
 ]
-FRAME: Final = wire.Frame(N32, b"\x01\x02")
+FRAME: Final = wire.RelayFrame(N32, b"\x01\x02")
 NUMBERS: Final = {
     "RELAY_VERSION": wire.RELAY_VERSION,
     "RELAY_SOCKET": wire.RELAY_SOCKET,
@@ -81,7 +81,7 @@ NUMBERS: Final = {
     "RELAY_MEMORY": wire.MEMORY,
     "RELAY_WHOLE": wire.WHOLE,
     "RELAY_BROKEN": wire.BROKEN,
-    **{f"R_{kind.name}": kind.value for kind in Kind},
+    **{f"R_{kind.name}": kind.value for kind in RelayKind},
     **{f"COUNT_{name.upper()}": number for number, name in enumerate(wire.COUNTERS)},
 }
 
@@ -133,7 +133,7 @@ def test_frames(said: dict[str, str]) -> None:
     data = bytes.fromhex(said["FRAME"])
     assert wire.pack(FRAME) == data
     assert wire.unpack(data) == FRAME
-    longest = wire.Frame(1, b"x" * wire.MAX_FRAME)
+    longest = wire.RelayFrame(1, b"x" * wire.MAX_FRAME)
     assert wire.unpack(wire.pack(longest)) == longest
 
 
@@ -141,8 +141,8 @@ def test_no_kind_is_missing() -> None:
     """Each kind of the header is known, and each is tried here."""
     body = re.search(r"enum relay_kind {(.*?)};", HEADER.read_text(), re.DOTALL)
     assert body is not None
-    assert set(re.findall(r"R_(\w+) =", body[1])) == set(Kind.__members__)
-    assert {name for name, *_ in EXAMPLES} | {"FRAME"} == set(Kind.__members__)
+    assert set(re.findall(r"R_(\w+) =", body[1])) == set(RelayKind.__members__)
+    assert {name for name, *_ in EXAMPLES} | {"FRAME"} == set(RelayKind.__members__)
     counters = re.search(r"enum relay_counter {(.*?)};", HEADER.read_text(), re.DOTALL)
     assert counters is not None
     assert [name.lower() for name in re.findall(r"COUNT_(\w+)", counters[1])] == list(wire.COUNTERS)

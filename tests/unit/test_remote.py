@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dataplane.router import wire
+from dataplane.router import library_wire as wire
 from dataplane.router.links import GIVE_UP, State
 from dataplane.router.reasons import STATUS_ONLY, Reason
 from dataplane.router.remote import CONNECTIONS, OWNER_PATIENCE, SESSION_PATIENCE, Phase
@@ -445,11 +445,11 @@ def test_words_about_others() -> None:
     third = world.hosts[2].address
     for message in (
         peer_wire.Drop(remote.number, 0),
-        peer_wire.Accept(remote.offer, 1, b""),
+        peer_wire.PeerAccept(remote.offer, 1, b""),
         peer_wire.Paired(remote.number),
         peer_wire.Decline(remote.offer, 0),
         peer_wire.Withdraw(remote.offer),
-        peer_wire.Place(remote.offer, 1, b""),
+        peer_wire.Placement(remote.offer, 1, b""),
     ):
         world.hosts[0].remotes.message(third, message)
     world.loop.run(1)

@@ -14,8 +14,10 @@ import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from dataplane.errors import NoIdentity
-from dataplane.router import identity as module
-from dataplane.router.identity import Certified, Identity, SwarmIdentity, certified, choose
+from dataplane.router import identities as module
+from dataplane.router import node_identity
+from dataplane.router.identities import SwarmIdentity, choose
+from dataplane.router.node_identity import Certified, Identity, certified
 from tests.unit.swarm_ca import CLUSTER, Authority, Node, write
 
 
@@ -26,7 +28,7 @@ def authority() -> Authority:
 
 def meet(one: Identity, other: Identity) -> Certified:
     """What one hears of the other in a handshake. Raises `ssl.SSLError`."""
-    return module._shake_hands(other.server, one.client)
+    return node_identity._shake_hands(other.server, one.client)
 
 
 def found(origin: module.Identities) -> Identity:
@@ -52,7 +54,7 @@ def test_headers_matter(authority: Authority) -> None:
     """The header lines are what OpenSSL refuses: what is taken off is taken off for a reason."""
     node = authority.node("node1")
     with pytest.raises((ssl.SSLError, ValueError)):
-        module.make(authority.root, node.chain, node.key_text(), module.SWARM_ROLES)
+        node_identity.make(authority.root, node.chain, node.key_text(), module.SWARM_ROLES)
     plain = module.plain_key(node.key_text())
     assert plain == node.key_text(headers=False)
     assert module.plain_key(plain) == plain

@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from dataplane.control import Limits
 from dataplane.errors import WrongMessage
-from dataplane.router import wire
+from dataplane.router import library_wire as wire
 from dataplane.router.pairing import RARELY
 from tests.unit.router_world import VIP, World, at
 

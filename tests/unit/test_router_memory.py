@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from dataplane.router import layout
-from dataplane.router.memory import LinuxMemory
+from dataplane.router.arena_memory import LinuxArenaMemory
 
 KINDS = [
     (layout.RING_SIZE, False),
@@ -21,7 +21,7 @@ KINDS = [
 
 @contextlib.contextmanager
 def arena(ring_size: int, remote: bool) -> Iterator[int]:
-    memory = LinuxMemory().make(ring_size, remote)
+    memory = LinuxArenaMemory().make(ring_size, remote)
     try:
         yield memory
     finally:
@@ -51,14 +51,14 @@ def test_says_what_it_is(ring_size: int, remote: bool) -> None:
 def test_no_other_kinds(ring_size: int, remote: bool) -> None:
     """What the library would refuse isn't made."""
     with pytest.raises(ValueError, match=str(ring_size)):
-        LinuxMemory().make(ring_size, remote)
+        LinuxArenaMemory().make(ring_size, remote)
 
 
 @pytest.mark.parametrize(("ring_size", "remote"), KINDS)
 def test_reclaim(ring_size: int, remote: bool) -> None:
     """A slot's pages go back, all of them and no others."""
     with arena(ring_size, remote) as memory:
-        made = LinuxMemory()
+        made = LinuxArenaMemory()
         before = made.used(memory)
         for direction in range(layout.SIDES):
             os.pwrite(memory, b"x", layout.ring_offset(5, direction))
@@ -76,7 +76,7 @@ def test_reclaim(ring_size: int, remote: bool) -> None:
 def test_sever() -> None:
     """Both rings of the slot say that they are broken, and no other slot's do."""
     with arena(*KINDS[1]) as memory:
-        LinuxMemory().sever(memory, 7)
+        LinuxArenaMemory().sever(memory, 7)
         for slot, broken in ((6, 0), (7, 1), (8, 0)):
             for direction in range(layout.SIDES):
                 place = layout.ring_offset(slot, direction) + layout.BROKEN_OFFSET

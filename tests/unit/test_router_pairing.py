@@ -5,9 +5,17 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from dataplane.control import EndpointFact, Learn, Limits, NetworkFact, Rule, Settings
+from dataplane.control import (
+    EndpointFact,
+    Limits,
+    NetworkFact,
+    RouterSettings,
+    RouterSnapshot,
+    Rule,
+)
 from dataplane.errors import DataplaneError, WrongMessage
-from dataplane.router import layout, wire
+from dataplane.router import layout
+from dataplane.router import library_wire as wire
 from dataplane.router.agenda import Agenda
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.pairing import ASK_AGE, EARLY, NOTES, SLOT_AGE
@@ -51,7 +59,7 @@ def test_welcome_of_strangers(world: World) -> None:
 def test_a_container_that_just_came(world: World) -> None:
     """A process that said HELLO before the driver told of its container is welcomed when it does."""
     process = world.process(9)
-    facts = Learn(
+    facts = RouterSnapshot(
         endpoints=(EndpointFact(id="e", network="n", addresses=("10.1.1.1",), namespace=9),),
         networks=(NetworkFact(id="n", subnets=("10.1.1.0/24",)),),
     )
@@ -81,7 +89,7 @@ def test_new_settings_reach_processes(world: World) -> None:
     """A changed rule, and acceleration going off, are told to those whom it concerns, once."""
     process = world.process(2)
     for _ in range(2):
-        world.pairing.learn(knowledge(Settings(rule=Rule(operations=9))))
+        world.pairing.learn(knowledge(RouterSettings(rule=Rule(operations=9))))
     world.pairing.learn(knowledge(off=True))
     found = [(each.enabled, each.operations) for each, _ in world.heard(process, wire.Welcome)]
     assert found == [(True, 4), (True, 9), (False, 4)]
@@ -119,7 +127,7 @@ def test_rules_of_several_networks() -> None:
         EndpointFact(id=n, network=n, addresses=(f"10.0.{i}.1",), namespace=1)
         for i, n in enumerate("abc")
     )
-    rule = Knowledge(Learn(networks=networks, endpoints=endpoints)).rule(1)
+    rule = Knowledge(RouterSnapshot(networks=networks, endpoints=endpoints)).rule(1)
     assert (rule.operations, rule.age, rule.spin) == (8, 900, 0)
 
 
@@ -127,9 +135,9 @@ def test_a_snapshot_that_contradicts_itself() -> None:
     """An endpoint of an unknown network, or what is no address, is refused as a whole."""
     endpoint = EndpointFact(id="e", network="n", addresses=("10.0.0.1",), namespace=1)
     with pytest.raises(DataplaneError):
-        Knowledge(Learn(endpoints=(endpoint,)))
+        Knowledge(RouterSnapshot(endpoints=(endpoint,)))
     with pytest.raises(DataplaneError):
-        Knowledge(Learn(networks=(NetworkFact(id="n", vips={"x": ()}),)))
+        Knowledge(RouterSnapshot(networks=(NetworkFact(id="n", vips={"x": ()}),)))
 
 
 def test_a_container_leaves_its_network() -> None:
@@ -140,7 +148,7 @@ def test_a_container_leaves_its_network() -> None:
     world.connect(a, c, 5001, to=81)
     (grant, memory), _ = world.heard(a, wire.Grant)
     whole = facts()
-    part = Learn(
+    part = RouterSnapshot(
         endpoints=tuple(each for each in whole.endpoints if each.namespace != 2),
         networks=whole.networks,
         settings=whole.settings,
@@ -351,7 +359,7 @@ def test_nobody_asks_for_another(world: World) -> None:
 
 def test_networks_are_apart(world: World) -> None:
     """The same addresses on another network are other addresses."""
-    facts = Learn(
+    facts = RouterSnapshot(
         endpoints=tuple(
             EndpointFact(id=f"{n}{i}", network=n, addresses=(f"10.0.4.{i}",), namespace=space)
             for n, i, space in (("a", 1, 11), ("a", 2, 12), ("b", 1, 21), ("b", 2, 22))

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from dataplane.errors import WrongMessage
 from dataplane.router import peer_wire as pw
-from dataplane.router.wire import Address
+from dataplane.router.library_wire import Address
 
 INSTANCE: Final = "0123456789abcdef" * 2
 EXAMPLES: Final[list[pw.Message]] = [
-    pw.Hello(
+    pw.PeerHello(
         instance=INSTANCE,
         node="8x2q",
         data_path="192.0.2.7",
@@ -27,16 +27,16 @@ EXAMPLES: Final[list[pw.Message]] = [
     pw.Offer(1 << 62, "n1", "10.0.4.1:80", "[fd00::2]:40000"),
     pw.Withdraw(0),
     pw.Decline(7, 1004),
-    pw.Place(7, (1 << 32) - 1, bytes(range(128))),
-    pw.Accept(7, 3, b""),
+    pw.Placement(7, (1 << 32) - 1, bytes(range(128))),
+    pw.PeerAccept(7, 3, b""),
     pw.Paired(3),
     pw.LinkOffer(1, b"gid", again=True),
     pw.LinkAnswer(1, b"gid"),
     pw.LinkRefused(1, "no device"),
     pw.Drop(3, 15),
-    pw.Frame(1, bytes(pw.MAX_DATA)),
-    pw.Ping(),
-    pw.Pong(),
+    pw.PeerFrame(1, bytes(pw.MAX_DATA)),
+    pw.PeerPing(),
+    pw.PeerPong(),
 ]
 
 
@@ -138,7 +138,7 @@ def test_later_versions() -> None:
     """Fields that a later version has added are skipped; its number can be read, whatever else is in it."""
     content = msgspec.to_builtins(EXAMPLES[0]) | {"version": 2, "more": [1, 2]}
     (hello,) = pw.Frames().feed(framed(msgspec.msgpack.encode(content)))
-    assert isinstance(hello, pw.Hello)
+    assert isinstance(hello, pw.PeerHello)
     assert hello.version == 2
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from dataplane.router import peers
-from dataplane.router.identity import choose
-from dataplane.router.peer_wire import Frame, Hello, Offer, Owns, Ping, Withdraw
+from dataplane.router.identities import choose
+from dataplane.router.peer_wire import Offer, Owns, PeerFrame, PeerHello, PeerPing, Withdraw
 from dataplane.router.peers import Sessions
 from tests.unit.session_world import Recorder, World, free_port
 from tests.unit.swarm_ca import Authority, write
@@ -34,7 +34,7 @@ def test_a_session(world: World) -> None:
     world.run(0.3)
     assert one.sessions.counts().up == other.sessions.counts().up == 1
     (hello,) = one.user.all("up")
-    assert isinstance(hello, Hello)
+    assert isinstance(hello, PeerHello)
     assert (hello.node, hello.data_path, hello.rdma) == ("node2", "127.0.0.2", True)
     assert hello.instance == other.sessions.instance
     assert one.sessions.hello(other.address) == hello
@@ -79,7 +79,7 @@ def test_both_dial(world: World, monkeypatch: pytest.MonkeyPatch, courtesy: floa
 def test_messages(world: World) -> None:
     """Messages arrive whole, once and in order, both ways at once, in any size that is allowed."""
     one, other = world.pair()
-    sent = [Frame(1, bytes([n % 256]) * (n * 977 % 60_000)) for n in range(150)]
+    sent = [PeerFrame(1, bytes([n % 256]) * (n * 977 % 60_000)) for n in range(150)]
     back = [Offer(n, "n1", "10.0.0.1:1", "10.0.0.2:2") for n in range(2000)]
     for message in sent:
         assert one.sessions.send(other.address, message)
@@ -97,7 +97,7 @@ def test_nobody_there(world: World) -> None:
     one = world.router(1)
     nobody = IPv4Address("127.0.0.99")
     one.sessions.want({nobody}, one.address)
-    assert not one.sessions.send(nobody, Ping())
+    assert not one.sessions.send(nobody, PeerPing())
     world.until("a try", lambda: "refused" in one.sessions.reasons()[nobody])
     world.skip(300)
     assert 8 <= one.sessions.counts().dialled <= 20
@@ -126,8 +126,8 @@ def test_a_router_that_starts_again(world: World) -> None:
     kinds = [kind for kind, _, _ in one.user.told]
     assert kinds == ["up", "down", "up"]
     first, second = one.user.all("up")
-    assert isinstance(first, Hello)
-    assert isinstance(second, Hello)
+    assert isinstance(first, PeerHello)
+    assert isinstance(second, PeerHello)
     assert first.instance != second.instance
     assert first.node == second.node
 
@@ -177,7 +177,7 @@ def test_unwanted(world: World) -> None:
     """A peer that shares no network any more loses its session, and the port is closed when nobody is left."""
     one, other = world.pair()
     one.sessions.want(set(), one.address)
-    assert not one.sessions.send(other.address, Ping())
+    assert not one.sessions.send(other.address, PeerPing())
     world.until("the end", lambda: one.user.all("down") and other.user.all("down"))
     world.skip(5)
     assert one.sessions.session(other.address) is None
@@ -298,7 +298,7 @@ def test_leaving_the_swarm(world: World) -> None:
     world.skip(40)
     world.until("a session", lambda: world.joined(one, other))
     assert one.sessions.reason == ""
-    assert [hello.node for hello in other.user.all("up") if isinstance(hello, Hello)] == [
+    assert [hello.node for hello in other.user.all("up") if isinstance(hello, PeerHello)] == [
         "node1",
         "node7",
     ]
@@ -375,7 +375,7 @@ def test_introduction(world: World) -> None:
     one.sessions.introduce(data_path="192.0.2.1", rdma=False)
     world.until("news", lambda: other.user.all("message"))
     (hello,) = other.user.all("message")
-    assert isinstance(hello, Hello)
+    assert isinstance(hello, PeerHello)
     assert (hello.data_path, hello.rdma) == ("192.0.2.1", False)
     assert other.sessions.hello(one.address) == hello
 

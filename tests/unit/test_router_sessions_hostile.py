@@ -15,20 +15,20 @@ from typing import TypeVar
 import msgspec
 import pytest
 
-from dataplane.router import identity, peers, session
-from dataplane.router.identity import Identity
+from dataplane.router import identities, node_identity, peers, session
+from dataplane.router.library_wire import IPAddress
+from dataplane.router.node_identity import Identity
 from dataplane.router.peer_wire import (
     MAX_FRAME,
-    Frame,
     Frames,
-    Hello,
     Message,
-    Ping,
-    Pong,
+    PeerFrame,
+    PeerHello,
+    PeerPing,
+    PeerPong,
     Withdraw,
     pack,
 )
-from dataplane.router.wire import IPAddress
 from testbed.patience import patience, within
 from tests.unit.session_world import BUG, NONSENSE, Router, World
 from tests.unit.swarm_ca import Authority, Node
@@ -66,8 +66,11 @@ def during(world: World, do: Callable[[], T]) -> T:
 
 
 def identity_of(world: World, node: Node) -> Identity:
-    return identity.make(
-        world.authority.root, node.chain, identity.plain_key(node.key_text()), identity.SWARM_ROLES
+    return node_identity.make(
+        world.authority.root,
+        node.chain,
+        identities.plain_key(node.key_text()),
+        identities.SWARM_ROLES,
     )
 
 
@@ -86,9 +89,9 @@ def shaken(world: World, node: Node | None = None) -> ssl.SSLSocket:
     return during(world, lambda: who.client.wrap_socket(call(world)))
 
 
-def hello(**other: object) -> Hello:
+def hello(**other: object) -> PeerHello:
     """A node's first message, with some of it as given."""
-    base = Hello(instance="a" * 32, node="node2", data_path="192.0.2.2", rdma=True)
+    base = PeerHello(instance="a" * 32, node="node2", data_path="192.0.2.2", rdma=True)
     return msgspec.structs.replace(base, **other)
 
 
@@ -302,7 +305,7 @@ def _plain_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    context.set_alpn_protocols([identity.PROTOCOL])
+    context.set_alpn_protocols([node_identity.PROTOCOL])
     return context
 
 
@@ -359,7 +362,7 @@ def test_another_swarm(world: World, host: Router) -> None:
 
 
 FIRST: dict[str, bytes] = {
-    "no Hello": pack(Ping()),
+    "no Hello": pack(PeerPing()),
     "no message": struct.pack(">I", 3) + b"abc",
     "no frame": bytes(4),
     "too long": struct.pack(">I", MAX_FRAME + 1),
@@ -439,7 +442,7 @@ def test_hello_again(world: World, host: Router) -> None:
 def test_cut_in_the_middle(world: World, host: Router) -> None:
     """Half a message is none."""
     tls = shaken(world)
-    whole = pack(Frame(1, bytes(50_000)))
+    whole = pack(PeerFrame(1, bytes(50_000)))
     tls.send(pack(hello()) + whole[:30_000])
     world.until("the session", lambda: host.user.all("up"))
     tls.close()
@@ -456,7 +459,7 @@ def test_who_does_not_read(world: World, host: Router, monkeypatch: pytest.Monke
     kept = host.sessions.session(_ip(ADDRESS))
     assert kept is not None
     sent = most = 0
-    while host.sessions.send(_ip(ADDRESS), Frame(1, bytes(60_000))):
+    while host.sessions.send(_ip(ADDRESS), PeerFrame(1, bytes(60_000))):
         world.round(0)
         sent += 1
         most = max(most, len(kept._unsent))
@@ -476,7 +479,7 @@ def test_congestion(world: World, host: Router) -> None:
     world.until("the session", lambda: host.user.all("up"))
     sent = 0
     while not host.sessions.congested(_ip(ADDRESS)):
-        assert host.sessions.send(_ip(ADDRESS), Frame(sent, bytes(60_000)))
+        assert host.sessions.send(_ip(ADDRESS), PeerFrame(sent, bytes(60_000)))
         sent += 1
     assert host.user.all("eased") == []
     # Nothing else shall wake what waits.
@@ -484,12 +487,12 @@ def test_congestion(world: World, host: Router) -> None:
     frames, heard = Frames(), list[Message]()
 
     def read() -> None:
-        while sum(isinstance(each, Frame) for each in heard) < sent:
+        while sum(isinstance(each, PeerFrame) for each in heard) < sent:
             heard.extend(frames.feed(tls.recv(1 << 16)))
 
     during(world, read)
     world.until("ease", lambda: host.user.all("eased"))
-    assert [each.link for each in heard if isinstance(each, Frame)] == list(range(sent))
+    assert [each.link for each in heard if isinstance(each, PeerFrame)] == list(range(sent))
     assert len(host.user.all("eased")) == 1
     assert not host.sessions.congested(_ip(ADDRESS))
     tls.close()
@@ -506,7 +509,7 @@ def test_a_flood_of_messages(world: World, host: Router) -> None:
     stop = False
 
     def flood() -> None:
-        data = (pack(Ping()) + pack(Pong())) * 2000
+        data = (pack(PeerPing()) + pack(PeerPong())) * 2000
         try:
             while not stop:
                 tls.send(data)

@@ -17,8 +17,8 @@ from typing import Final
 
 import pytest
 
-from dataplane.router.peer_wire import Frame, Hello, Message
-from dataplane.router.wire import IPAddress
+from dataplane.router.library_wire import IPAddress
+from dataplane.router.peer_wire import Message, PeerFrame, PeerHello
 from tests.unit.session_world import Recorder, Router, World
 from tests.unit.swarm_ca import write
 
@@ -33,7 +33,7 @@ class Listener(Recorder):
     said: dict[IPAddress, int] = field(default_factory=dict)
     heard: dict[IPAddress, int] = field(default_factory=dict)
 
-    def up(self, peer: IPAddress, hello: Hello) -> None:
+    def up(self, peer: IPAddress, hello: PeerHello) -> None:
         super().up(peer, hello)
         self.said[peer] = self.heard[peer] = 0
 
@@ -43,7 +43,7 @@ class Listener(Recorder):
 
     def message(self, peer: IPAddress, message: Message) -> None:
         assert peer in self.sessions
-        if isinstance(message, Frame):
+        if isinstance(message, PeerFrame):
             assert message.link == self.heard[peer]
             self.heard[peer] += 1
 
@@ -77,7 +77,7 @@ class Life:
         for peer in list(listener.sessions):
             for _ in range(self.random.randrange(1, 12)):
                 data = bytes(self.random.choice((0, 10, 2000, 60_000)))
-                if host.sessions.send(peer, Frame(listener.said[peer], data)):
+                if host.sessions.send(peer, PeerFrame(listener.said[peer], data)):
                     listener.said[peer] += 1
 
     def cut(self, host: Router) -> None:

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataplane.errors import WrongMessage
-from dataplane.router import layout, reasons, wire
+from dataplane.router import layout, reasons
+from dataplane.router import library_wire as wire
+from dataplane.router.library_wire import Address, MessageKind
 from dataplane.router.reasons import Reason
-from dataplane.router.wire import Address, Kind
 
 LIBRARY: Final = Path(__file__).parents[2] / "dataplane/library"
 A = Address(IPv4Address("10.0.4.7"), 0x1234)
@@ -36,7 +37,7 @@ EXAMPLES: Final[list[tuple[wire.Message, str]]] = [
         ".operations = 3, .age = 4, .bytes = 5, .bulk = 6, .spin = 7, .ring_limit = 8}",
     ),
     (
-        wire.Ask(N32, N64, A, B),
+        wire.Request(N32, N64, A, B),
         f"struct ask m = {{.message = {{ASK, sizeof m}}, .connection = {N32}, .cookie = {N64}u, "
         ".local = {.bytes = {10, 0, 4, 7}, .family = AF_INET, .port = 0x1234}, "
         ".remote = {.bytes = {0xfd, [15] = 9}, .family = AF_INET6, .port = 0xfedc}}",
@@ -172,8 +173,10 @@ def _enumeration(name: str) -> dict[str, int]:
 
 def test_kinds() -> None:
     """Kinds of messages have the header's numbers, all of them, and each is tried here."""
-    assert _enumeration("kind") == {kind.name: kind.value for kind in Kind}
-    assert {type(message).__name__.upper() for message, _ in EXAMPLES} == set(Kind.__members__)
+    assert _enumeration("kind") == {kind.name: kind.value for kind in MessageKind}
+    assert {type(message).__name__.upper() for message, _ in EXAMPLES} == set(
+        MessageKind.__members__
+    )
 
 
 def test_reasons() -> None:
@@ -201,8 +204,8 @@ def test_every_reason_is_documented() -> None:
 def test_mapped_addresses_are_ipv4() -> None:
     """A dual-stack socket's IPv4 connection is one: its address is not IPv6."""
     mapped = Address(IPv6Address("::ffff:10.0.4.7"), 80)
-    message = wire.unpack(wire.pack(wire.Ask(1, 1, mapped, mapped)))
-    assert isinstance(message, wire.Ask)
+    message = wire.unpack(wire.pack(wire.Request(1, 1, mapped, mapped)))
+    assert isinstance(message, wire.Request)
     assert message.local == Address(IPv4Address("10.0.4.7"), 80)
 
 
@@ -213,7 +216,7 @@ def test_garbage(data: bytes) -> None:
         message = wire.unpack(data)
     except WrongMessage:
         return
-    assert wire.SIZES[Kind[type(message).__name__.upper()]] == len(data)
+    assert wire.SIZES[MessageKind[type(message).__name__.upper()]] == len(data)
 
 
 @given(

@@ -28,7 +28,7 @@ from typing import Any, Final
 import msgspec
 
 from dataplane import control
-from dataplane.control import EndpointFact, Learn, NetworkFact, Settings
+from dataplane.control import EndpointFact, NetworkFact, RouterSettings, RouterSnapshot
 from dataplane.errors import DataplaneError, RouterAway
 from testbed.process import CommandError, wait_until
 from testbed.vm import Guest, GuestGoneError, Process
@@ -68,36 +68,36 @@ sys.stdout.buffer.write(answer)
 
 
 class Router:
-    """A guest's router, asked over its control socket; as `dataplane.client` does on the router's own host."""
+    """A guest's router, asked over its control socket; as `dataplane.router_client` does on the router's own host."""
 
     def __init__(self, guest: Guest) -> None:
         self._guest = guest
 
-    def learn(self, facts: Learn) -> None:
+    def learn(self, facts: RouterSnapshot) -> None:
         self._ask(facts)
 
     def statistics(self) -> control.Statistics:
-        answer = self._ask(control.AskStatistics())
+        answer = self._ask(control.StatisticsRequest())
         assert isinstance(answer, control.Statistics)
         return answer
 
     def connections(self, namespace: int | None = None) -> control.Connections:
-        answer = self._ask(control.AskConnections(namespace=namespace))
+        answer = self._ask(control.ConnectionsRequest(namespace=namespace))
         assert isinstance(answer, control.Connections)
         return answer
 
-    def paths(self) -> control.Paths:
-        answer = self._ask(control.AskPaths())
-        assert isinstance(answer, control.Paths)
+    def paths(self) -> control.PathCounts:
+        answer = self._ask(control.PathsRequest())
+        assert isinstance(answer, control.PathCounts)
         return answer
 
-    def _ask(self, request: control.Request) -> control.Reply:
+    def _ask(self, request: control.ControlRequest) -> control.ControlReply:
         line = msgspec.json.encode(request) + b"\n"
         try:
             done = self._guest.run(["python3", "-ESc", _ASK, CONTROL], stdin=line)
         except CommandError as error:
             raise RouterAway(f"{self._guest.name}: {error}") from error
-        reply: control.Reply = msgspec.json.decode(done.stdout, type=control.Reply)
+        reply: control.ControlReply = msgspec.json.decode(done.stdout, type=control.ControlReply)
         if isinstance(reply, control.Failed):
             raise DataplaneError(f"{self._guest.name}: {reply.message}")
         return reply
@@ -161,7 +161,7 @@ class Host:
     containers: list[Container]
     peers: tuple[str, ...]
     """The other hosts."""
-    settings: Settings
+    settings: RouterSettings
     options: tuple[str, ...] = ()
     """More of the router's."""
     process: Process | None = None
@@ -170,8 +170,8 @@ class Host:
     def router(self) -> Router:
         return Router(self.guest)
 
-    def facts(self, **changes: Any) -> Learn:
-        """What is true of this host, but for `changes`: fields of `control.Learn`."""
+    def facts(self, **changes: Any) -> RouterSnapshot:
+        """What is true of this host, but for `changes`: fields of `control.RouterSnapshot`."""
         known: dict[str, Any] = {
             "endpoints": tuple(
                 EndpointFact(
@@ -195,7 +195,7 @@ class Host:
             "settings": self.settings,
             "underlay": str(self.guest.address),
         }
-        return Learn(**{**known, **changes})
+        return RouterSnapshot(**{**known, **changes})
 
     def learn(self, **changes: Any) -> None:
         self.router.learn(self.facts(**changes))
@@ -287,7 +287,7 @@ def cluster(
     made: Sequence[Guest],
     *,
     containers: int = 1,
-    settings: Settings | None = None,
+    settings: RouterSettings | None = None,
     files: Mapping[str, Path] | None = None,
     options: Sequence[str] = (),
     routers: bool = True,
@@ -302,7 +302,7 @@ def cluster(
             guest,
             [Container(guest, number) for number in range(1, containers + 1)],
             tuple(str(other.address) for other in made if other is not guest),
-            settings or Settings(session_key=KEY),
+            settings or RouterSettings(session_key=KEY),
             tuple(options),
         )
         for guest in made

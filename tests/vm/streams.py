@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Final
 
-from dataplane.control import RdmaFacts, Settings
+from dataplane.control import RdmaFacts, RouterSettings
 from testbed.process import wait_until
 from testbed.vm import Process
 from tests.vm.cluster import KEY, Host
 
 STREAM: Final = "/src/tests/dataplane/programs/stream.py"
-SETTINGS: Final = Settings(session_key=KEY, remote_ring=65536)
+SETTINGS: Final = RouterSettings(session_key=KEY, remote_ring=65536)
 PORT: Final = 7100
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dataplane.control import Connection
+from dataplane.control import ConnectionFact
 from testbed.process import wait_until
 from testbed.vm import Guest
 from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, Container, Host, cluster
@@ -32,7 +32,7 @@ def hosts(pair: list[Guest]) -> Iterator[list[Host]]:
         yield made
 
 
-def held(host: Host, container: Container, path: str) -> list[Connection]:
+def held(host: Host, container: Container, path: str) -> list[ConnectionFact]:
     """Connections of a container that are on a path now."""
     found = host.router.connections(container.inode).connections
     return [each for each in found if each.path == path]

@@ -17,7 +17,7 @@ from dataplane.errors import DataplaneError, RouterAway
 CONTROL: Final = Path("/run/freeflow-admin/router.sock")
 
 _CHUNK: Final = 1 << 18
-R = TypeVar("R", control.Done, control.Statistics, control.Connections, control.Paths)
+R = TypeVar("R", control.Done, control.Statistics, control.Connections, control.PathCounts)
 
 
 class RouterClient:
@@ -27,31 +27,31 @@ class RouterClient:
         self._path = path
         self._timeout = timeout
 
-    def learn(self, facts: control.Learn) -> None:
+    def learn(self, facts: control.RouterSnapshot) -> None:
         """Tell it what is true now. Raises DataplaneError."""
         self._ask(facts, control.Done)
 
     def answers(self) -> bool:
         """Whether it answers at all."""
         try:
-            self._ask(control.AskLife(), control.Done)
+            self._ask(control.LivenessRequest(), control.Done)
         except DataplaneError:
             return False
         return True
 
     def statistics(self) -> control.Statistics:
         """Counts. Raises DataplaneError."""
-        return self._ask(control.AskStatistics(), control.Statistics)
+        return self._ask(control.StatisticsRequest(), control.Statistics)
 
     def connections(self, namespace: int | None = None) -> control.Connections:
         """The list of connections; of one namespace, or all. Raises DataplaneError."""
-        return self._ask(control.AskConnections(namespace=namespace), control.Connections)
+        return self._ask(control.ConnectionsRequest(namespace=namespace), control.Connections)
 
-    def paths(self) -> control.Paths:
+    def paths(self) -> control.PathCounts:
         """How many connections take which path, and why. Raises DataplaneError."""
-        return self._ask(control.AskPaths(), control.Paths)
+        return self._ask(control.PathsRequest(), control.PathCounts)
 
-    def _ask(self, request: control.Request, kind: type[R]) -> R:
+    def _ask(self, request: control.ControlRequest, kind: type[R]) -> R:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(self._timeout)
@@ -61,7 +61,7 @@ class RouterClient:
         except OSError as error:
             raise RouterAway(f"the router at {self._path} doesn't answer: {error}") from error
         try:
-            reply = msgspec.json.decode(line, type=control.Reply)
+            reply = msgspec.json.decode(line, type=control.ControlReply)
         except msgspec.MsgspecError as error:
             raise DataplaneError(
                 f"the router at {self._path} said what is no answer: {error}"

@@ -51,8 +51,8 @@ def refuse_rights(guarded: socket.socket) -> bool:
     return True
 
 
-class LinuxMemory:
-    """`pairing.Memory` on memfds and sockets. `guards=False`: as on kernels that don't refuse descriptors."""
+class LinuxArenaMemory:
+    """`pairing.ArenaMemory` on memfds and sockets. `guards=False`: as on kernels that don't refuse descriptors."""
 
     def __init__(self, *, guards: bool = True) -> None:
         self._guards = guards

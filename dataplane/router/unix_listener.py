@@ -9,7 +9,7 @@ import os
 import socket
 from pathlib import Path
 
-from dataplane.router.memory import refuse_rights
+from dataplane.router.arena_memory import refuse_rights
 
 
 class BoundSocket:

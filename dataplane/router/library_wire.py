@@ -29,7 +29,7 @@ _AF_INET: Final = int(socket.AF_INET)
 _AF_INET6: Final = int(socket.AF_INET6)
 
 
-class Kind(IntEnum):
+class MessageKind(IntEnum):
     """What a message is."""
 
     HELLO = 1
@@ -93,17 +93,17 @@ _RELEASE: Final = struct.Struct("=HHIQQQ")
 _NOTE: Final = struct.Struct("=HHIQ")
 
 SIZES: Final = {
-    Kind.HELLO: _HELLO.size,
-    Kind.WELCOME: _WELCOME.size,
-    Kind.ASK: _ASK.size,
-    Kind.GRANT: _GRANT.size,
-    Kind.REFUSE: _REFUSE.size,
-    Kind.BELL: _BELL.size,
-    Kind.FETCH: _BELL.size,
-    Kind.RING: _BELL.size,
-    Kind.RELEASE: _RELEASE.size,
-    Kind.NOTE: _NOTE.size,
-    Kind.HEAR: _BELL.size,
+    MessageKind.HELLO: _HELLO.size,
+    MessageKind.WELCOME: _WELCOME.size,
+    MessageKind.ASK: _ASK.size,
+    MessageKind.GRANT: _GRANT.size,
+    MessageKind.REFUSE: _REFUSE.size,
+    MessageKind.BELL: _BELL.size,
+    MessageKind.FETCH: _BELL.size,
+    MessageKind.RING: _BELL.size,
+    MessageKind.RELEASE: _RELEASE.size,
+    MessageKind.NOTE: _NOTE.size,
+    MessageKind.HEAR: _BELL.size,
 }
 
 
@@ -129,7 +129,7 @@ class Welcome(msgspec.Struct, frozen=True, gc=False):
     ring_limit: int
 
 
-class Ask(msgspec.Struct, frozen=True, gc=False):
+class Request(msgspec.Struct, frozen=True, gc=False):
     """A process wants shared memory for a connection. `connection` is its own number, which the answer repeats."""
 
     connection: int
@@ -208,9 +208,9 @@ class Note(msgspec.Struct, frozen=True, gc=False):
     cookie: int
 
 
-Request = Hello | Ask | Bell | Fetch | Release | Note
+FromProcess = Hello | Request | Bell | Fetch | Release | Note
 Answer = Welcome | Grant | Refuse | Hear | Ring
-Message = Request | Answer
+Message = FromProcess | Answer
 
 
 def _pack_address(address: Address) -> bytes:
@@ -245,11 +245,11 @@ def pack(message: Message) -> bytes:
         case Hello():
             build = message.build.encode("ascii")
             return _HELLO.pack(
-                Kind.HELLO, _HELLO.size, message.version, message.layout_version, 0, build
+                MessageKind.HELLO, _HELLO.size, message.version, message.layout_version, 0, build
             )
         case Welcome():
             return _WELCOME.pack(
-                Kind.WELCOME,
+                MessageKind.WELCOME,
                 _WELCOME.size,
                 message.version,
                 message.layout_version,
@@ -262,9 +262,9 @@ def pack(message: Message) -> bytes:
                 message.ring_limit,
                 0,
             )
-        case Ask():
+        case Request():
             return _ASK.pack(
-                Kind.ASK,
+                MessageKind.ASK,
                 _ASK.size,
                 message.connection,
                 message.cookie,
@@ -273,7 +273,7 @@ def pack(message: Message) -> bytes:
             )
         case Grant():
             return _GRANT.pack(
-                Kind.GRANT,
+                MessageKind.GRANT,
                 _GRANT.size,
                 message.connection,
                 message.cookie,
@@ -285,19 +285,24 @@ def pack(message: Message) -> bytes:
             )
         case Refuse():
             return _REFUSE.pack(
-                Kind.REFUSE, _REFUSE.size, message.connection, message.cookie, message.reason, 0
+                MessageKind.REFUSE,
+                _REFUSE.size,
+                message.connection,
+                message.cookie,
+                message.reason,
+                0,
             )
         case Bell() | Fetch():
-            kind = Kind.BELL if isinstance(message, Bell) else Kind.FETCH
+            kind = MessageKind.BELL if isinstance(message, Bell) else MessageKind.FETCH
             return _BELL.pack(
                 kind, _BELL.size, message.index, message.arena, message.token, message.side, 0
             )
         case Hear() | Ring():
-            kind = Kind.HEAR if isinstance(message, Hear) else Kind.RING
+            kind = MessageKind.HEAR if isinstance(message, Hear) else MessageKind.RING
             return _BELL.pack(kind, _BELL.size, message.index, message.arena, 0, message.side, 0)
         case Release():
             return _RELEASE.pack(
-                Kind.RELEASE,
+                MessageKind.RELEASE,
                 _RELEASE.size,
                 message.slot,
                 message.arena,
@@ -305,7 +310,7 @@ def pack(message: Message) -> bytes:
                 message.token,
             )
         case Note():
-            return _NOTE.pack(Kind.NOTE, _NOTE.size, message.reason, message.cookie)
+            return _NOTE.pack(MessageKind.NOTE, _NOTE.size, message.reason, message.cookie)
 
 
 def unpack(data: bytes) -> Message:
@@ -322,37 +327,39 @@ def unpack(data: bytes) -> Message:
         raise WrongMessage(f"message of unknown kind {kind}")
     if size != len(data) or size != expected:
         raise WrongMessage(
-            f"{Kind(kind).name} of {len(data)} bytes that says {size}; it has {expected}"
+            f"{MessageKind(kind).name} of {len(data)} bytes that says {size}; it has {expected}"
         )
     return _unpack(kind, data)
 
 
 def _unpack(kind: int, data: bytes) -> Message:
     match kind:
-        case Kind.ASK:
+        case MessageKind.ASK:
             _, _, connection, cookie, local, remote = _ASK.unpack(data)
-            return Ask(connection, cookie, _address(local), _address(remote))
-        case Kind.RELEASE:
+            return Request(connection, cookie, _address(local), _address(remote))
+        case MessageKind.RELEASE:
             return Release(*_RELEASE.unpack(data)[2:])
-        case Kind.NOTE:
+        case MessageKind.NOTE:
             return Note(*_NOTE.unpack(data)[2:])
-        case Kind.BELL:
+        case MessageKind.BELL:
             return Bell(*_BELL.unpack(data)[2:6])
-        case Kind.FETCH:
+        case MessageKind.FETCH:
             return Fetch(*_BELL.unpack(data)[2:6])
-        case Kind.HELLO:
+        case MessageKind.HELLO:
             _, _, version, layout, _, build = _HELLO.unpack(data)
             return Hello(version, layout, _build(build))
-        case Kind.WELCOME:
+        case MessageKind.WELCOME:
             _, _, version, layout, enabled, *rule, _ = _WELCOME.unpack(data)
             return Welcome(version, layout, bool(enabled), *rule)
-        case Kind.GRANT:
+        case MessageKind.GRANT:
             return Grant(*_GRANT.unpack(data)[2:])
-        case Kind.REFUSE:
+        case MessageKind.REFUSE:
             return Refuse(*_REFUSE.unpack(data)[2:5])
         case _:
             _, _, index, arena, _, side, _ = _BELL.unpack(data)
-            return Hear(index, arena, side) if kind == Kind.HEAR else Ring(index, arena, side)
+            return (
+                Hear(index, arena, side) if kind == MessageKind.HEAR else Ring(index, arena, side)
+            )
 
 
 def _build(raw: bytes) -> str:

@@ -20,8 +20,8 @@ import msgspec
 
 from dataplane.errors import KernelRefused
 from dataplane.router.conntrack import Conntrack
-from dataplane.router.netlink import netlink_in
-from dataplane.router.wire import Address, ip_of
+from dataplane.router.library_wire import Address, ip_of
+from dataplane.router.netlink_socket import netlink_in
 
 NETLINK_SOCK_DIAG: Final = 4
 SIOCGSKNS: Final = 0x894C
@@ -287,8 +287,8 @@ class Namespaces:
         self._held.clear()
 
 
-class LinuxKernel:
-    """`pairing.Kernel`: what can't be asked isn't there."""
+class LinuxSocketTable:
+    """`pairing.SocketTable`: what can't be asked isn't there."""
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
