@@ -27,7 +27,7 @@ class RouterClient:
         self._path = path
         self._timeout = timeout
 
-    def learn(self, facts: control.RouterSnapshot) -> None:
+    def replace_snapshot(self, facts: control.RouterSnapshot) -> None:
         """Tell it what is true now. Raises DataplaneError."""
         self._ask(facts, control.Done)
 

@@ -54,7 +54,7 @@ SANDBOX_PATIENCE: Final = 30.0
 class Router(Protocol):
     """See `dataplane.router_client.RouterClient`. All raise DataplaneError."""
 
-    def learn(self, facts: RouterSnapshot) -> None: ...
+    def replace_snapshot(self, facts: RouterSnapshot) -> None: ...
 
     def statistics(self) -> Statistics: ...
 
@@ -241,7 +241,7 @@ class Accelerator:
         # Now and then in any case: a router may have told us of its start before another's end.
         if anew or known != self._told or now - self._told_at >= REPEAT:
             try:
-                self._router.learn(known)
+                self._router.replace_snapshot(known)
             except DataplaneError as error:
                 self._failed(now, error)
                 return RETRY

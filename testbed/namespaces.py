@@ -217,7 +217,7 @@ class Bed:
 
     def learn(self, **changes: Any) -> None:
         """Tell the router what is true of this bed, but for `changes`: fields of `control.RouterSnapshot`."""
-        self.router.learn(self.facts(**changes))
+        self.router.replace_snapshot(self.facts(**changes))
 
     def router_command(self) -> list[str]:
         """How the router is started."""

@@ -12,7 +12,7 @@
  *      library                                router
  *      HELLO version                  ->
  *                                     <-       WELCOME settings
- *      ASK connection                 ->       both ends must ask; until then there is no answer
+ *      REQUEST connection             ->       answered once both ends have sent theirs
  *                                     <-       GRANT arena, slot + memfd; the first of an arena: + what hears
  *                                                       bell 0, and soon RING with what rings the other
  * side's
@@ -35,7 +35,7 @@
 enum kind {
         HELLO = 1,
         WELCOME = 2,
-        ASK = 3,
+        REQUEST = 3,
         GRANT = 4,
         REFUSE = 5,
         BELL = 6,
@@ -103,7 +103,7 @@ struct address {
         uint32_t unused;
 };
 
-struct ask {
+struct request {
         struct message message;
         uint32_t connection; /* the library's number of it, which the answer repeats */
         uint64_t cookie;     /* SO_COOKIE of the socket */

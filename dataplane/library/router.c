@@ -206,8 +206,9 @@ static bool is_loopback(const struct address *name)
 
 bool router_ask(struct end *end, int fd)
 {
-        struct ask ask = {.message = {.kind = ASK, .size = sizeof ask}, .connection = end_number(end)};
-        uint32_t size = sizeof ask.cookie;
+        struct request request = {.message = {.kind = REQUEST, .size = sizeof request},
+                                  .connection = end_number(end)};
+        uint32_t size = sizeof request.cookie;
         enum taken taken;
         bool asked = false;
 
@@ -215,18 +216,18 @@ bool router_ask(struct end *end, int fd)
                 return false;
         /* Two threads may have come this far: asked twice, the two ends could be given different slots. */
         if (atomic_load(&end->stage) == STAGE_CANDIDATE && call() &&
-            name_of(fd, SYS_getsockname, &ask.local) && name_of(fd, SYS_getpeername, &ask.remote) &&
-            sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_COOKIE, &ask.cookie, &size) == 0) {
+            name_of(fd, SYS_getsockname, &request.local) && name_of(fd, SYS_getpeername, &request.remote) &&
+            sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_COOKIE, &request.cookie, &size) == 0) {
                 uint32_t stage = STAGE_CANDIDATE;
 
-                if (is_loopback(&ask.remote) && !process.loopback) {
+                if (is_loopback(&request.remote) && !process.loopback) {
                         atomic_store(&end->reason, REASON_FOREIGN);
                         atomic_compare_exchange_strong(&end->stage, &stage, STAGE_REFUSED);
                 } else {
-                        atomic_store(&end->cookie, ask.cookie);
+                        atomic_store(&end->cookie, request.cookie);
                         atomic_store(&end->epoch, atomic_load(&router.epoch));
                         asked = atomic_compare_exchange_strong(&end->stage, &stage, STAGE_ASKED) &&
-                                say(&ask, sizeof ask, 0) == 0;
+                                say(&request, sizeof request, 0) == 0;
                         stage = STAGE_ASKED;
                         if (asked)
                                 statistics_count(&statistics.asked);

@@ -34,7 +34,7 @@ class MessageKind(IntEnum):
 
     HELLO = 1
     WELCOME = 2
-    ASK = 3
+    REQUEST = 3
     GRANT = 4
     REFUSE = 5
     BELL = 6
@@ -85,7 +85,7 @@ _HEAD: Final = struct.Struct("=HH")
 _HELLO: Final = struct.Struct("=HHIII32s")
 _WELCOME: Final = struct.Struct("=HHIIIIIIIIII")
 _ADDRESS: Final = struct.Struct("=16sHHI")
-_ASK: Final = struct.Struct("=HHIQ24s24s")
+_REQUEST: Final = struct.Struct("=HHIQ24s24s")
 _GRANT: Final = struct.Struct("=HHIQQQQII")
 _REFUSE: Final = struct.Struct("=HHIQII")
 _BELL: Final = struct.Struct("=HHIQQII")
@@ -95,7 +95,7 @@ _NOTE: Final = struct.Struct("=HHIQ")
 SIZES: Final = {
     MessageKind.HELLO: _HELLO.size,
     MessageKind.WELCOME: _WELCOME.size,
-    MessageKind.ASK: _ASK.size,
+    MessageKind.REQUEST: _REQUEST.size,
     MessageKind.GRANT: _GRANT.size,
     MessageKind.REFUSE: _REFUSE.size,
     MessageKind.BELL: _BELL.size,
@@ -263,9 +263,9 @@ def pack(message: Message) -> bytes:
                 0,
             )
         case Request():
-            return _ASK.pack(
-                MessageKind.ASK,
-                _ASK.size,
+            return _REQUEST.pack(
+                MessageKind.REQUEST,
+                _REQUEST.size,
                 message.connection,
                 message.cookie,
                 _pack_address(message.local),
@@ -334,8 +334,8 @@ def unpack(data: bytes) -> Message:
 
 def _unpack(kind: int, data: bytes) -> Message:
     match kind:
-        case MessageKind.ASK:
-            _, _, connection, cookie, local, remote = _ASK.unpack(data)
+        case MessageKind.REQUEST:
+            _, _, connection, cookie, local, remote = _REQUEST.unpack(data)
             return Request(connection, cookie, _address(local), _address(remote))
         case MessageKind.RELEASE:
             return Release(*_RELEASE.unpack(data)[2:])

@@ -156,9 +156,9 @@ def _peer_has_library(pairing: Pairing, network: Network, tcp: TcpSocket) -> boo
 def _why_waiting(pairing: Pairing, network: Network, waiting: PairRequest) -> Reason:
     if waiting.ambiguous:
         return Reason.AMBIGUOUS
-    if waiting.away:
+    if waiting.is_remote:
         return pairing.away.why_not(network) or Reason.PEER_SHORT
-    tcp = TcpSocket(waiting.ask.local, waiting.ask.remote, 0, 0, 0, 0)
+    tcp = TcpSocket(waiting.request.local, waiting.request.remote, 0, 0, 0, 0)
     has = _peer_has_library(pairing, network, tcp)
     return Reason.PEER_SHORT if has else Reason.PEER_NO_LIBRARY
 

@@ -12,24 +12,24 @@ Key = tuple[str, Address, Address]
 
 @dataclass(slots=True, eq=False)
 class PairRequest:
-    """An ask whose other end hasn't asked."""
+    """A request whose connection's other end has sent none yet."""
 
     process: int
     namespace: int
-    ask: Request
+    request: Request
     network: str
     since: float
     ambiguous: bool = False
-    away: bool = False
+    is_remote: bool = False
     """Its other end is on another host."""
     server: Address | None = None
     """Where a client's connection to a VIP really leads; None: where its remote address says."""
 
     @property
     def key(self) -> Key:
-        return self.network, self.ask.local, self.ask.remote
+        return self.network, self.request.local, self.request.remote
 
     @property
     def peer(self) -> Address:
         """The address of its other end, as that end knows it."""
-        return self.server or self.ask.remote
+        return self.server or self.request.remote

@@ -207,10 +207,10 @@ class Pairing:
             process.welcome = welcome
             self._post.send(process.id, welcome)
         early, process.early = process.early, []
-        for ask in early:
-            self.ask(process.id, ask)
+        for request in early:
+            self.request(process.id, request)
 
-    def learn(self, knowledge: Knowledge) -> None:
+    def replace_snapshot(self, knowledge: Knowledge) -> None:
         """The driver knows something new: tell those whom it concerns."""
         before, self.knowledge = self.knowledge, knowledge
         if before.accelerated - knowledge.accelerated or before.remote - knowledge.remote:
@@ -221,10 +221,10 @@ class Pairing:
             if process.welcome is not None or knowledge.is_endpoint(process.namespace):
                 self._welcome(process)
         for waiting in list(self._waiting.values()):
-            network = knowledge.network_of(waiting.namespace, waiting.ask.local.ip)
+            network = knowledge.network_of(waiting.namespace, waiting.request.local.ip)
             if network is None or network.id != waiting.network or not network.accelerated:
                 self._forget(waiting)
-                self._refuse(waiting.process, waiting.ask, _why_not(network))
+                self._refuse(waiting.process, waiting.request, _why_not(network))
 
     def _part(self) -> None:
         """Connections whose containers aren't on an accelerated network any more go on over TCP, where that leads."""
@@ -284,27 +284,33 @@ class Pairing:
 
     # --- asks
 
-    def ask(self, process_id: int, ask: Request) -> None:
+    def request(self, process_id: int, request: Request) -> None:
         """Match an ask, let it wait, or refuse it."""
         process = self.processes[process_id]
         if process.build is None:
-            raise WrongMessage("ASK before HELLO")
+            raise WrongMessage("REQUEST before HELLO")
         if process.other_version:
-            self._refuse(process_id, ask, Reason.OFF)
+            self._refuse(process_id, request, Reason.OFF)
             return
         if process.welcome is None and len(process.early) < EARLY:
-            process.early.append(ask)
+            process.early.append(request)
             return
         container = self.containers[process.namespace]
-        found = self._admit(process, container, ask)
+        found = self._admit(process, container, request)
         if isinstance(found, Reason):
-            self._refuse(process_id, ask, found)
+            self._refuse(process_id, request, found)
             return
         network, server = found
-        away = (server or ask.remote).ip not in network.owners
-        self._replace(container, (network.id, ask.local, ask.remote), ask.cookie)
+        away = (server or request.remote).ip not in network.owners
+        self._replace(container, (network.id, request.local, request.remote), request.cookie)
         waiting = PairRequest(
-            process_id, process.namespace, ask, network.id, self._clock(), away=away, server=server
+            process_id,
+            process.namespace,
+            request,
+            network.id,
+            self._clock(),
+            is_remote=away,
+            server=server,
         )
         self._wait(process, container, waiting)
         if away:
@@ -313,23 +319,25 @@ class Pairing:
             self._match(waiting, network)
 
     def _admit(
-        self, process: Process, container: Container, ask: Request
+        self, process: Process, container: Container, request: Request
     ) -> tuple[Network, Address | None] | Reason:
         """The network in which the connection may be upgraded, and where a VIP's connection leads; or why not."""
-        network = self.knowledge.network_of(process.namespace, ask.local.ip)
+        network = self.knowledge.network_of(process.namespace, request.local.ip)
         if network is None or not network.accelerated:
             return _why_not(network)
         if not container.asks.take(self._clock(), self.limits.asks):
             return Reason.LIMIT
         # First of all: the later answers would tell a process about addresses that it has no connection with.
-        if not self._kernel.is_open(process.namespace, ask.local, ask.remote, ask.cookie):
+        if not self._kernel.is_open(
+            process.namespace, request.local, request.remote, request.cookie
+        ):
             return Reason.NOT_FOUND
-        peer = ask.remote.ip
+        peer = request.remote.ip
         if peer not in network.everywhere and peer not in network.owners and peer not in network:
             return Reason.FOREIGN
         server = None
         if peer in network.everywhere:
-            server = self._behind_vip(process.namespace, ask, network)
+            server = self._behind_vip(process.namespace, request, network)
             if server is None:
                 return Reason.UNTRACKED
             peer = server.ip
@@ -338,18 +346,21 @@ class Pairing:
         # Whether there is room for a connection is looked at when both ends have asked, so that both are told.
         if len(container.waiting) >= self.limits.waiting:
             return Reason.LIMIT
-        if ask.cookie in container.ends:
+        if request.cookie in container.ends:
             return Reason.SHARED
         return network, server
 
-    def _behind_vip(self, namespace: int, ask: Request, network: Network) -> Address | None:
+    def _behind_vip(self, namespace: int, request: Request, network: Network) -> Address | None:
         """Which task's address a client's connection to a VIP leads to, by the client's own connection tracking."""
-        found = self._kernel.translated(namespace, ask.local, ask.remote)
+        found = self._kernel.translated(namespace, request.local, request.remote)
         if found is None:
             return None
         server, client = found
-        is_task = server.ip in network.everywhere[ask.remote.ip] and server.port == ask.remote.port
-        return server if is_task and client == ask.local else None
+        is_task = (
+            server.ip in network.everywhere[request.remote.ip]
+            and server.port == request.remote.port
+        )
+        return server if is_task and client == request.local else None
 
     def is_full(self, namespace: int) -> bool:
         """Whether a container has as many connections in shared memory as it may."""
@@ -367,16 +378,20 @@ class Pairing:
         """Whether two containers share as much memory as two may: half of what each may have."""
         return one != other and self.containers[one].memory[other] >= self.limits.memory // 2
 
-    def _clients(self, ask: Request, network: Network) -> list[Address]:
+    def _clients(self, request: Request, network: Network) -> list[Address]:
         """What, of all that leads to this server, its client's socket can be connected to."""
-        leading = [ask.local]
-        leading += [Address(vip, ask.local.port) for vip in network.vips.get(ask.local.ip, ())]
-        namespace = network.owners[ask.remote.ip]
-        return [remote for remote in leading if self._kernel.exists(namespace, ask.remote, remote)]
+        leading = [request.local]
+        leading += [
+            Address(vip, request.local.port) for vip in network.vips.get(request.local.ip, ())
+        ]
+        namespace = network.owners[request.remote.ip]
+        return [
+            remote for remote in leading if self._kernel.exists(namespace, request.remote, remote)
+        ]
 
     def _partners(self, waiting: PairRequest, network: Network) -> Iterator[PairRequest]:
         """Asks that fit."""
-        local, peer = waiting.ask.local, waiting.peer
+        local, peer = waiting.request.local, waiting.peer
         seen_as = [local, *(Address(vip, local.port) for vip in network.vips.get(local.ip, ()))]
         for remote in seen_as:
             partner = self._waiting.get((network.id, peer, remote))
@@ -398,16 +413,16 @@ class Pairing:
         ):
             for each in (waiting, partner):
                 self._forget(each)
-                self._refuse(each.process, each.ask, Reason.LIMIT)
+                self._refuse(each.process, each.request, Reason.LIMIT)
             return
         self._grant(waiting, partner)
 
     def _is_sure(self, one: PairRequest, other: PairRequest, network: Network) -> bool:
         """Whether two asks can only be the two ends of one connection."""
         return all(
-            server.ask.local.ip not in network.vips
-            or server.ask.remote.ip not in network.owners
-            or len(self._clients(server.ask, network)) <= 1
+            server.request.local.ip not in network.vips
+            or server.request.remote.ip not in network.owners
+            or len(self._clients(server.request, network)) <= 1
             for server in (one, other)
         )
 
@@ -419,12 +434,12 @@ class Pairing:
 
     def _wait(self, process: Process, container: Container, waiting: PairRequest) -> None:
         self._waiting[waiting.key] = waiting
-        process.waiting[waiting.ask.cookie] = waiting
-        container.waiting[waiting.ask.cookie] = waiting
+        process.waiting[waiting.request.cookie] = waiting
+        container.waiting[waiting.request.cookie] = waiting
         self._sweep_asks.add(waiting, waiting.since)
 
     def _forget(self, waiting: PairRequest) -> None:
-        cookie = waiting.ask.cookie
+        cookie = waiting.request.cookie
         self._sweep_asks.forget(waiting)
         process = self.processes.get(waiting.process)
         if process is not None and process.waiting.get(cookie) is waiting:
@@ -434,20 +449,20 @@ class Pairing:
             del container.waiting[cookie]
         if self._waiting.get(waiting.key) is waiting:
             del self._waiting[waiting.key]
-        if waiting.away:
+        if waiting.is_remote:
             self.away.forgotten(waiting)
 
     def refuse(self, waiting: PairRequest, reason: Reason) -> None:
         """An ask that waited for another host doesn't any more."""
         self._forget(waiting)
         if waiting.process in self.processes:
-            self._refuse(waiting.process, waiting.ask, reason)
+            self._refuse(waiting.process, waiting.request, reason)
 
-    def _refuse(self, process_id: int, ask: Request, reason: Reason) -> None:
+    def _refuse(self, process_id: int, request: Request, reason: Reason) -> None:
         self.counts.refused[reason] += 1
-        self._remember(self.processes[process_id], ask.cookie, reason)
+        self._remember(self.processes[process_id], request.cookie, reason)
         told = reason if reason < STATUS_ONLY else Reason.REMOTE
-        self._post.send(process_id, Refuse(ask.connection, ask.cookie, told))
+        self._post.send(process_id, Refuse(request.connection, request.cookie, told))
 
     def _remember(self, process: Process, cookie: int, reason: int) -> None:
         notes = self.containers[process.namespace].notes
@@ -468,8 +483,8 @@ class Pairing:
             arena = self._arena(one, other)
             self._memory.prepare(arena.memory, arena.free[-1], incarnation)
         except KernelRefused:
-            self._refuse(one.process, one.ask, Reason.MEMORY)
-            self._refuse(other.process, other.ask, Reason.MEMORY)
+            self._refuse(one.process, one.request, Reason.MEMORY)
+            self._refuse(other.process, other.request, Reason.MEMORY)
             return
         ends = (_end(one), _end(other))
         slot = arena.take(incarnation, self._clock(), ends)
@@ -490,13 +505,13 @@ class Pairing:
 
     def _hold(self, waiting: PairRequest, arena: Arena, slot: int, side: int) -> None:
         container = self.containers[waiting.namespace]
-        container.ends[waiting.ask.cookie] = (arena, slot, side)
-        container.notes.pop(waiting.ask.cookie, None)
+        container.ends[waiting.request.cookie] = (arena, slot, side)
+        container.notes.pop(waiting.request.cookie, None)
 
     def _say_grant(self, waiting: PairRequest, arena: Arena, slot: int, side: int) -> None:
         grant = Grant(
-            connection=waiting.ask.connection,
-            cookie=waiting.ask.cookie,
+            connection=waiting.request.connection,
+            cookie=waiting.request.cookie,
             arena=arena.id,
             incarnation=arena.slots[slot].incarnation,
             token=arena.sides[side].token,
@@ -535,7 +550,7 @@ class Pairing:
         incarnation = next(self._incarnations)
         self._memory.prepare(arena.memory, arena.free[-1], incarnation)
         relay = ConnectionEnd(
-            RELAY, RELAY, 0, waiting.network, waiting.ask.local, waiting.ask.remote
+            RELAY, RELAY, 0, waiting.network, waiting.request.local, waiting.request.remote
         )
         slot = arena.take(incarnation, self._clock(), (_end(waiting), relay))
         arena.slots[slot].connection = connection
@@ -547,7 +562,7 @@ class Pairing:
 
     def grant(self, waiting: PairRequest, arena: Arena, slot: int) -> None:
         """Its process may use the slot."""
-        waiting.away = False
+        waiting.is_remote = False
         self._forget(waiting)
         self.counts.granted += 1
         self._hold(waiting, arena, slot, 0)
@@ -809,8 +824,8 @@ class Pairing:
     def _still_waits(self, waiting: PairRequest) -> bool:
         if self._waiting.get(waiting.key) is not waiting:
             return False
-        ask = waiting.ask
-        if self._kernel.is_open(waiting.namespace, ask.local, ask.remote, ask.cookie):
+        request = waiting.request
+        if self._kernel.is_open(waiting.namespace, request.local, request.remote, request.cookie):
             return True
         self._forget(waiting)
         return False
@@ -841,9 +856,14 @@ class Pairing:
 
 
 def _end(waiting: PairRequest) -> ConnectionEnd:
-    ask = waiting.ask
+    request = waiting.request
     return ConnectionEnd(
-        waiting.process, waiting.namespace, ask.cookie, waiting.network, ask.local, ask.remote
+        waiting.process,
+        waiting.namespace,
+        request.cookie,
+        waiting.network,
+        request.local,
+        request.remote,
     )
 
 

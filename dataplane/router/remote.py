@@ -142,7 +142,7 @@ class Ask:
 
     @property
     def key(self) -> Key:
-        return self.network, self.waiting.ask.local, self.server
+        return self.network, self.waiting.request.local, self.server
 
 
 @dataclass(slots=True, eq=False)
@@ -340,13 +340,13 @@ class Remotes:
 
     def _is_only_one(self, waiting: PairRequest, network: Network) -> bool:
         """Whether no other connection of this container leads from the same port to the same server."""
-        local, server = waiting.ask.local, waiting.peer
+        local, server = waiting.request.local, waiting.peer
         leading = [
             server,
             *(Address(vip, server.port) for vip in network.leading.get(server.ip, ())),
         ]
         return not any(
-            each != waiting.ask.remote and self._kernel.exists(waiting.namespace, local, each)
+            each != waiting.request.remote and self._kernel.exists(waiting.namespace, local, each)
             for each in leading
         )
 
@@ -415,7 +415,7 @@ class Remotes:
     def _offer(self, peer: Peer, ask: Ask) -> None:
         ask.offer = next(self._offer_numbers)
         peer.by_offer[ask.offer] = ask
-        local, server = ask.waiting.ask.local, ask.server
+        local, server = ask.waiting.request.local, ask.server
         message = peers.Offer(ask.offer, ask.network, str(local), str(server))
         self._sessions.send(peer.address, message)
 
@@ -526,7 +526,7 @@ class Remotes:
         return None
 
     def _is_open(self, waiting: PairRequest) -> bool:
-        ask = waiting.ask
+        ask = waiting.request
         return self._kernel.is_open(waiting.namespace, ask.local, ask.remote, ask.cookie)
 
     def _await(self, remote: Remote) -> None:

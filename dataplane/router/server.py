@@ -449,7 +449,7 @@ class Server:
         process = client.process
         match message:
             case wire.Request():
-                pairing.ask(process, message)
+                pairing.request(process, message)
             case wire.Release():
                 pairing.release(process, message)
             case wire.Note():
@@ -586,7 +586,7 @@ class Server:
     def _do(self, admin: ControlConnection, request: control.ControlRequest) -> None:
         match request:
             case control.RouterSnapshot():
-                self.pairing.learn(Knowledge(request))
+                self.pairing.replace_snapshot(Knowledge(request))
                 self.hosts.learned()
                 self._recognise()
                 self._listen()

@@ -118,7 +118,7 @@ struct connection {
 
 struct waiting {
         uint32_t process, connection; /* process: 1 + number, 0: free */
-        struct ask ask;
+        struct request request;
 };
 
 static struct process processes[PROCESSES];
@@ -334,7 +334,7 @@ static int new_bell(struct relayed *arena, uint32_t index)
         return pair[0];
 }
 
-static void give(struct connection *connection, int number, uint32_t process, const struct ask *ask)
+static void give(struct connection *connection, int number, uint32_t process, const struct request *request)
 {
         struct end *end = &connection->ends[number];
         uint32_t wanted = processes[process].arena;
@@ -350,14 +350,14 @@ static void give(struct connection *connection, int number, uint32_t process, co
         end->slot = (uint32_t)__builtin_ctzll(arena->free);
         arena->free &= arena->free - 1;
         end->incarnation = numbers++;
-        end->local = ask->local;
-        end->remote = ask->remote;
+        end->local = request->local;
+        end->remote = request->remote;
         for (int d = 0; d < SIDES; d++) {
                 memset((void *)ring_of(end, d), 0, RING_HEADER);
                 atomic_store(&ring_of(end, d)->incarnation, end->incarnation);
         }
-        grant.connection = ask->connection;
-        grant.cookie = ask->cookie;
+        grant.connection = request->connection;
+        grant.cookie = request->cookie;
         grant.arena = arena->id;
         grant.incarnation = end->incarnation;
         grant.token = arena->token;
@@ -374,7 +374,7 @@ static void give(struct connection *connection, int number, uint32_t process, co
         say(process, &ring, sizeof ring, arena->given, -1);
 }
 
-static void ask(uint32_t process, const struct ask *message)
+static void receive_request(uint32_t process, const struct request *message)
 {
         struct waiting *place = NULL;
 
@@ -383,8 +383,8 @@ static void ask(uint32_t process, const struct ask *message)
 
                 if (!other->process) {
                         place = place ? place : other;
-                } else if (memcmp(&other->ask.local, &message->remote, sizeof message->remote) == 0 &&
-                           memcmp(&other->ask.remote, &message->local, sizeof message->local) == 0) {
+                } else if (memcmp(&other->request.local, &message->remote, sizeof message->remote) == 0 &&
+                           memcmp(&other->request.remote, &message->local, sizeof message->local) == 0) {
                         uint32_t number = 0;
 
                         while (number < CONNECTIONS && connections[number].used)
@@ -394,7 +394,7 @@ static void ask(uint32_t process, const struct ask *message)
                                 connections_used = number + 1;
                         memset(&connections[number], 0, sizeof connections[number]);
                         connections[number].used = true;
-                        give(&connections[number], 0, other->process - 1, &other->ask);
+                        give(&connections[number], 0, other->process - 1, &other->request);
                         give(&connections[number], 1, process, message);
                         other->process = 0;
                         return;
@@ -402,7 +402,7 @@ static void ask(uint32_t process, const struct ask *message)
         }
         check(place != NULL, "waiting");
         place->process = process + 1;
-        place->ask = *message;
+        place->request = *message;
 }
 
 static struct relayed *arena_named(uint64_t id, uint64_t token)
@@ -492,7 +492,7 @@ static void hear(uint32_t process)
 {
         union {
                 struct message message;
-                struct ask ask;
+                struct request request;
                 struct bell bell;
                 struct release release;
                 char bytes[512];
@@ -512,8 +512,8 @@ static void hear(uint32_t process)
         case HELLO:
                 welcome(process);
                 break;
-        case ASK:
-                ask(process, &buffer.ask);
+        case REQUEST:
+                receive_request(process, &buffer.request);
                 break;
         case BELL:
                 make_bell(process, &buffer.bell);

@@ -72,7 +72,7 @@ class Router:
 
     def _tell(self) -> bool:
         try:
-            self.client.learn(self.facts())
+            self.client.replace_snapshot(self.facts())
         except DataplaneError:
             return False
         return True
@@ -280,7 +280,7 @@ def test_a_secret(pair: Pair) -> None:
     """A secret that is set in place of certificates makes other nodes of the hosts; they soon pair connections again."""
     for router in (pair.one, pair.other):
         router.settings = RouterSettings(session_port=PORT, session_key="s" * 32)
-        router.client.learn(router.facts())
+        router.client.replace_snapshot(router.facts())
     nodes = ("node1", "node2")
 
     def others() -> bool:

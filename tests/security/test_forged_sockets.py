@@ -70,7 +70,9 @@ def service() -> Iterator[Service]:
             facts.networks[0], vips={VIP: (str(hostile.ipv4), str(far.ipv4))}
         )
         here = tuple(each for each in facts.endpoints if each.container != "far")
-        made.router.learn(msgspec.structs.replace(facts, endpoints=here, networks=(network,)))
+        made.router.replace_snapshot(
+            msgspec.structs.replace(facts, endpoints=here, networks=(network,))
+        )
         listener = in_netns(far.namespace, lambda: socket.create_server(("0.0.0.0", PORT)))
         yield Service(made, listener)
         listener.close()

@@ -330,7 +330,7 @@ class Host:
             lambda: self.node,
         )
         self.remotes.granted, self.remotes.own = self.world.granted, self.instance
-        self.pairing.learn(Knowledge(self.facts()))
+        self.pairing.replace_snapshot(Knowledge(self.facts()))
         self.remotes.learned()
         self.processes = {}
         numbers = itertools.count(1)
@@ -616,7 +616,7 @@ class World:
         if not tcp.open[side] or tcp.asked[side]:
             return
         tcp.asked[side] = True
-        host.pairing.ask(host.processes[container], wire.Request(cookie, cookie, local, remote))
+        host.pairing.request(host.processes[container], wire.Request(cookie, cookie, local, remote))
 
     def close(self, tcp: Tcp, side: int) -> None:
         """The program closes its end, and its library says so."""

@@ -196,7 +196,7 @@ class World:
             secret=lambda: next(secrets),
         )
         self.facts = facts(RouterSettings(limits=limits or Limits()))
-        self.pairing.learn(Knowledge(self.facts))
+        self.pairing.replace_snapshot(Knowledge(self.facts))
         self._processes = itertools.count(1)
         self._cookies = itertools.count(50_000)
         self._numbers = itertools.count(1)
@@ -222,7 +222,7 @@ class World:
     def ask(self, process: int, cookie: int, local: str, remote: str) -> None:
         """A process asks."""
         ask = wire.Request(next(self._numbers), cookie, at(local), at(remote))
-        self.pairing.ask(process, ask)
+        self.pairing.request(process, ask)
 
     def open_and_ask(self, process: int, local: str, remote: str) -> int:
         """One end: its socket, and its ask."""

@@ -76,7 +76,7 @@ class FakeRouter:
     away: bool = False
     heard: threading.Event = field(default_factory=threading.Event)
 
-    def learn(self, facts: RouterSnapshot) -> None:
+    def replace_snapshot(self, facts: RouterSnapshot) -> None:
         if self.away:
             raise RouterAway("nobody there")
         self.told.append(facts)

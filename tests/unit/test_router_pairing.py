@@ -63,7 +63,7 @@ def test_a_container_that_just_came(world: World) -> None:
         endpoints=(EndpointFact(id="e", network="n", addresses=("10.1.1.1",), namespace=9),),
         networks=(NetworkFact(id="n", subnets=("10.1.1.0/24",)),),
     )
-    world.pairing.learn(Knowledge(facts))
+    world.pairing.replace_snapshot(Knowledge(facts))
     world.pairing.welcome_late(process)
     ((welcome, _),) = world.heard(process, wire.Welcome)
     assert welcome.enabled
@@ -79,7 +79,7 @@ def test_asks_before_the_container_is_known(world: World) -> None:
     assert world.refusals(early) == [Reason.FOREIGN]
     came = EndpointFact(id="e9", network="n1", addresses=("10.0.4.9",), namespace=9)
     facts = world.facts
-    world.pairing.learn(Knowledge(replace(facts, endpoints=(*facts.endpoints, came))))
+    world.pairing.replace_snapshot(Knowledge(replace(facts, endpoints=(*facts.endpoints, came))))
     world.open_and_ask(other, "10.0.4.2:80", "10.0.4.9:5000")
     assert len(world.grants(early)) == 1
     assert len(world.pairing.processes[early].waiting) == EARLY - 1
@@ -89,8 +89,8 @@ def test_new_settings_reach_processes(world: World) -> None:
     """A changed rule, and acceleration going off, are told to those whom it concerns, once."""
     process = world.process(2)
     for _ in range(2):
-        world.pairing.learn(knowledge(RouterSettings(rule=Rule(operations=9))))
-    world.pairing.learn(knowledge(off=True))
+        world.pairing.replace_snapshot(knowledge(RouterSettings(rule=Rule(operations=9))))
+    world.pairing.replace_snapshot(knowledge(off=True))
     found = [(each.enabled, each.operations) for each, _ in world.heard(process, wire.Welcome)]
     assert found == [(True, 4), (True, 9), (False, 4)]
 
@@ -100,7 +100,7 @@ def test_another_version(world: World, hello: wire.Hello) -> None:
     """A library of another version is told to stay on TCP, whatever is set later, and its asks are refused at once."""
     assert world.pairing.connected(300, 1, 1)
     world.pairing.hello(300, hello)
-    world.pairing.learn(world.pairing.knowledge)
+    world.pairing.replace_snapshot(world.pairing.knowledge)
     ((welcome, _),) = world.heard(300, wire.Welcome)
     assert (welcome.version, welcome.enabled) == (wire.PROTOCOL_VERSION, False)
     world.open_and_ask(300, "10.0.4.1:5000", "10.0.4.2:80")
@@ -153,10 +153,10 @@ def test_a_container_leaves_its_network() -> None:
         networks=whole.networks,
         settings=whole.settings,
     )
-    world.pairing.learn(Knowledge(part))
-    world.pairing.learn(Knowledge(part))
+    world.pairing.replace_snapshot(Knowledge(part))
+    world.pairing.replace_snapshot(Knowledge(part))
     assert world.memory.left == [(memory, grant.slot)]
-    world.pairing.learn(knowledge(off=True))
+    world.pairing.replace_snapshot(knowledge(off=True))
     assert len(world.memory.left) == 2
 
 
@@ -339,7 +339,7 @@ def test_refused_when_off(world: World) -> None:
     """On a network without acceleration every ask is refused, those that wait too."""
     a = world.process(1)
     world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
-    world.pairing.learn(knowledge(off=True))
+    world.pairing.replace_snapshot(knowledge(off=True))
     world.open_and_ask(a, "10.0.4.1:5001", "10.0.4.2:80")
     assert world.refusals(a) == [Reason.OFF, Reason.OFF]
     assert world.pairing.counts.refused[Reason.OFF] == 2
@@ -366,7 +366,7 @@ def test_networks_are_apart(world: World) -> None:
         ),
         networks=tuple(NetworkFact(id=n, subnets=("10.0.4.0/24",)) for n in "ab"),
     )
-    world.pairing.learn(Knowledge(facts))
+    world.pairing.replace_snapshot(Knowledge(facts))
     a, b = world.process(11), world.process(22)
     world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
     world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5000")
@@ -430,7 +430,7 @@ def test_an_ask_ends_with_its_socket(world: World) -> None:
     world.now += ASK_AGE + 1
     world.pairing.sweep(10)
     (left,) = world.pairing.processes[a].waiting.values()
-    assert left.ask.local.port == 5001
+    assert left.request.local.port == 5001
 
 
 # --- slots

@@ -38,7 +38,7 @@ EXAMPLES: Final[list[tuple[wire.Message, str]]] = [
     ),
     (
         wire.Request(N32, N64, A, B),
-        f"struct ask m = {{.message = {{ASK, sizeof m}}, .connection = {N32}, .cookie = {N64}u, "
+        f"struct request m = {{.message = {{REQUEST, sizeof m}}, .connection = {N32}, .cookie = {N64}u, "
         ".local = {.bytes = {10, 0, 4, 7}, .family = AF_INET, .port = 0x1234}, "
         ".remote = {.bytes = {0xfd, [15] = 9}, .family = AF_INET6, .port = 0xfedc}}",
     ),

@@ -73,7 +73,7 @@ class Router:
     def __init__(self, guest: Guest) -> None:
         self._guest = guest
 
-    def learn(self, facts: RouterSnapshot) -> None:
+    def replace_snapshot(self, facts: RouterSnapshot) -> None:
         self._ask(facts)
 
     def statistics(self) -> control.Statistics:
@@ -198,7 +198,7 @@ class Host:
         return RouterSnapshot(**{**known, **changes})
 
     def learn(self, **changes: Any) -> None:
-        self.router.learn(self.facts(**changes))
+        self.router.replace_snapshot(self.facts(**changes))
 
     def start_router(self) -> None:
         """Start the router and tell it all."""
