@@ -1,24 +1,27 @@
-"""The messages of `dataplane/relay/protocol.h`, byte for byte; a test compares both.
+"""The messages of `dataplane/relay/protocol.h`, between the router and its relay.
 
-Several kinds share a shape, here as there. The relay is our own child: what it sends wrong is a bug of ours, and it is ended.
+The bytes are those of the header; a test compares both. Several kinds share a struct, here as
+there. The relay is the router's child: a wrong message from it is a bug, and the router ends it.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from enum import IntEnum
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
 from dataplane.errors import WrongMessage
+from dataplane.router.codec import I32, U32, U64, Codec, WireField
 
 RELAY_VERSION: Final = 1
 RELAY_SOCKET: Final = 3
 """The relay's descriptor."""
 MAX_TEXT: Final = 96
 MAX_WORDS: Final = 128
-"""Bytes of a place or an address."""
+"""Bytes of a memory location or a link address."""
 MAX_FRAME: Final = 60_000
 VERBS: Final = 1
 MEMORY: Final = 2
@@ -87,125 +90,156 @@ class RelayKind(IntEnum):
     ENDED = 26
 
 
-_HEAD: Final = struct.Struct("=HH")
-_OPEN: Final = struct.Struct("=HH64sBBHII")
-_OPENED: Final = struct.Struct(f"=HHi{MAX_TEXT}sI")
-_NUMBER: Final = struct.Struct("=HHII")
-_OUTCOME: Final = struct.Struct(f"=HHIi{MAX_TEXT}s")
-_OFFER: Final = struct.Struct(f"=HHIi{MAX_TEXT}sHH{MAX_WORDS}s")
-_ACCEPT: Final = struct.Struct(f"=HHIIHH{MAX_WORDS}s")
-_ARENA: Final = struct.Struct("=HHIQ")
-_SLOT: Final = struct.Struct("=HHIIIQQ")
-_FRAME: Final = struct.Struct("=HHI")
-_COUNTS: Final = struct.Struct(f"=HHI{len(COUNTERS)}Q")
+codec: Final = Codec()
 
-MAX_MESSAGE: Final = _FRAME.size + MAX_FRAME
+_WORDS: Final = struct.Struct(f"=H2x{MAX_WORDS}s")
+_COUNTS: Final = struct.Struct(f"={len(COUNTERS)}Q")
+_HEAD_SIZE: Final = 8
+"""Bytes of a frame before its data."""
+MAX_MESSAGE: Final = _HEAD_SIZE + MAX_FRAME
 
-_NUMBERS: Final = frozenset(
-    {
-        RelayKind.LINK,
-        RelayKind.UNLINK,
-        RelayKind.STREAM,
-        RelayKind.CLOSE,
-        RelayKind.FINISHED,
-        RelayKind.LEAVE,
-        RelayKind.LEFT,
-        RelayKind.DROP,
-        RelayKind.DROPPED,
-        RelayKind.COUNT,
-        RelayKind.ENDED,
-    }
+
+def _pack_words(words: bytes) -> bytes:
+    return _WORDS.pack(len(words), words)
+
+
+def _unpack_words(raw: bytes) -> bytes:
+    length, words = _WORDS.unpack(raw)
+    if length > MAX_WORDS:
+        raise WrongMessage(f"{length} words; {MAX_WORDS} are the most")
+    return bytes(words[:length])
+
+
+def _text(raw: bytes) -> str:
+    return raw.partition(b"\0")[0].decode(errors="replace")
+
+
+def _pack_counters(counters: dict[str, int]) -> bytes:
+    return _COUNTS.pack(*(counters.get(name, 0) for name in COUNTERS))
+
+
+def _unpack_counters(raw: bytes) -> dict[str, int]:
+    return dict(zip(COUNTERS, _COUNTS.unpack(raw), strict=True))
+
+
+_U8 = Annotated[int, WireField("B")]
+_U16 = Annotated[int, WireField("H")]
+_Name = Annotated[str, WireField("64s", str.encode, _text)]
+_Text = Annotated[str, WireField(f"{MAX_TEXT}s", str.encode, _text)]
+_Words = Annotated[bytes, WireField(f"{_WORDS.size}s", _pack_words, _unpack_words)]
+_Counters = Annotated[
+    dict[str, int], WireField(f"4x{_COUNTS.size}s", _pack_counters, _unpack_counters)
+]
+
+
+@codec.message(
+    RelayKind.OPEN, order=("device", "port", "version", "gid_index", "transport", "spin")
 )
-_OUTCOMES: Final = frozenset({RelayKind.CONNECTED, RelayKind.DOWN, RelayKind.PAIRED})
-_OFFERS: Final = frozenset({RelayKind.LINKED, RelayKind.PLACED})
-_ACCEPTS: Final = frozenset({RelayKind.CONNECT, RelayKind.PAIR})
-_ARENAS: Final = frozenset({RelayKind.ARENA, RelayKind.BELL, RelayKind.DISCARD})
-
-
 class Open(msgspec.Struct, frozen=True):
-    """Which device. `spin` in microseconds."""
+    """The device to open. `spin` is in microseconds."""
 
-    device: str
-    port: int
-    gid_index: int
-    transport: int
-    spin: int
-    version: int = RELAY_VERSION
+    device: _Name
+    port: _U8
+    gid_index: _U16
+    transport: U32
+    spin: U32
+    version: _U8 = RELAY_VERSION
 
 
+@codec.message(RelayKind.OPENED)
 class Opened(msgspec.Struct, frozen=True):
-    """`error` is an errno, 0: it is open."""
+    """The answer to Open. `error` is an errno; 0: the device is open."""
 
-    error: int
-    text: str
-    mtu: int
+    error: I32
+    text: _Text
+    mtu: U32
 
 
+@codec.message(
+    RelayKind.LINK,
+    RelayKind.UNLINK,
+    RelayKind.STREAM,
+    RelayKind.CLOSE,
+    RelayKind.FINISHED,
+    RelayKind.LEAVE,
+    RelayKind.LEFT,
+    RelayKind.DROP,
+    RelayKind.DROPPED,
+    RelayKind.COUNT,
+    RelayKind.ENDED,
+)
 class Number(msgspec.Struct, frozen=True):
-    """A link or a connection, by its kind."""
+    """A link or a connection, depending on the kind."""
 
     kind: int
-    number: int = 0
-    state: int = WHOLE
+    number: U32 = 0
+    state: U32 = WHOLE
 
 
+@codec.message(RelayKind.CONNECTED, RelayKind.DOWN, RelayKind.PAIRED)
 class RelayOutcome(msgspec.Struct, frozen=True):
     """What became of a link or a connection."""
 
     kind: int
-    number: int
-    error: int
-    text: str
+    number: U32
+    error: I32
+    text: _Text
 
 
+@codec.message(RelayKind.LINKED, RelayKind.PLACED)
 class Offered(msgspec.Struct, frozen=True):
-    """A link's address or a connection's place."""
+    """The address of a link, or the memory location of a connection."""
 
     kind: int
-    number: int
-    error: int
-    text: str
-    words: bytes
+    number: U32
+    error: I32
+    text: _Text
+    words: _Words
 
 
+@codec.message(RelayKind.CONNECT, RelayKind.PAIR)
 class RelayAccept(msgspec.Struct, frozen=True):
-    """The peer's address or place."""
+    """The peer's link address, or memory location."""
 
     kind: int
-    number: int
-    peer: int
-    words: bytes
+    number: U32
+    peer: U32
+    words: _Words
 
 
+@codec.message(RelayKind.ARENA, RelayKind.BELL, RelayKind.DISCARD, order=("value", "arena"))
 class RelayArena(msgspec.Struct, frozen=True):
-    """An arena: its ring's size, the index of a bell, or 0."""
+    """An arena. `value` is the size of its rings, the index of a bell, or 0, by the kind."""
 
     kind: int
-    arena: int
-    value: int = 0
+    arena: U64
+    value: U32 = 0
 
 
+@codec.message(RelayKind.SLOT)
 class RelaySlot(msgspec.Struct, frozen=True):
-    """A connection's place in memory."""
+    """The slot of a connection."""
 
-    connection: int
-    link: int
-    slot: int
-    arena: int
-    incarnation: int
+    connection: U32
+    link: U32
+    slot: U32
+    arena: U64
+    incarnation: U64
 
 
+@codec.message(RelayKind.FRAME, tail=MAX_FRAME)
 class RelayFrame(msgspec.Struct, frozen=True):
-    """Bytes of a link that has no RDMA."""
+    """Bytes of a link that is carried over the session instead of RDMA."""
 
-    link: int
+    link: U32
     data: bytes
 
 
+@codec.message(RelayKind.COUNTS)
 class RelayCounters(msgspec.Struct, frozen=True):
-    """By the names of `COUNTERS`."""
+    """The relay's counters, by the names of `COUNTERS`."""
 
-    counters: dict[str, int]
+    counters: _Counters
 
 
 Message = (
@@ -221,119 +255,12 @@ Message = (
     | RelayCounters
 )
 
+pack: Final[Callable[[Message], bytes]] = codec.pack
+"""A message as bytes."""
 
-def pack(message: Message) -> bytes:
-    """A message as bytes."""
-    match message:
-        case Number():
-            return _NUMBER.pack(message.kind, _NUMBER.size, message.number, message.state)
-        case RelayAccept():
-            words = message.words
-            return _ACCEPT.pack(
-                message.kind, _ACCEPT.size, message.number, message.peer, len(words), 0, words
-            )
-        case RelayArena():
-            return _ARENA.pack(message.kind, _ARENA.size, message.value, message.arena)
-        case RelaySlot():
-            return _SLOT.pack(
-                RelayKind.SLOT,
-                _SLOT.size,
-                message.connection,
-                message.link,
-                message.slot,
-                message.arena,
-                message.incarnation,
-            )
-        case RelayFrame():
-            size = _FRAME.size + len(message.data)
-            return _FRAME.pack(RelayKind.FRAME, size, message.link) + message.data
-        case Open():
-            return _OPEN.pack(
-                RelayKind.OPEN,
-                _OPEN.size,
-                message.device.encode(),
-                message.port,
-                message.version,
-                message.gid_index,
-                message.transport,
-                message.spin,
-            )
-        case Opened():
-            return _OPENED.pack(
-                RelayKind.OPENED, _OPENED.size, message.error, message.text.encode(), message.mtu
-            )
-        case RelayOutcome():
-            return _OUTCOME.pack(
-                message.kind, _OUTCOME.size, message.number, message.error, message.text.encode()
-            )
-        case Offered():
-            return _OFFER.pack(
-                message.kind,
-                _OFFER.size,
-                message.number,
-                message.error,
-                message.text.encode(),
-                len(message.words),
-                0,
-                message.words,
-            )
-        case RelayCounters():
-            values = (message.counters.get(name, 0) for name in COUNTERS)
-            return _COUNTS.pack(RelayKind.COUNTS, _COUNTS.size, 0, *values)
+unpack: Final[Callable[[bytes], Message]] = codec.unpack
+"""The message in a packet.
 
-
-def unpack(data: bytes) -> Message:
-    """The message in a packet.
-
-    Raises:
-        WrongMessage: the packet isn't exactly one known message.
-    """
-    if len(data) < _HEAD.size:
-        raise WrongMessage(f"packet of {len(data)} bytes; a message has at least {_HEAD.size}")
-    kind, size = _HEAD.unpack_from(data)
-    if size != len(data):
-        raise WrongMessage(f"packet of {len(data)} bytes that says {size}")
-    try:
-        return _unpack(kind, data)
-    except struct.error as error:
-        raise WrongMessage(f"message of kind {kind} with {size} bytes: {error}") from error
-
-
-def _unpack(kind: int, data: bytes) -> Message:
-    if kind in _NUMBERS:
-        return Number(kind, *_NUMBER.unpack(data)[2:])
-    if kind in _OUTCOMES:
-        _, _, number, error, text = _OUTCOME.unpack(data)
-        return RelayOutcome(kind, number, error, _text(text))
-    if kind in _OFFERS:
-        _, _, number, error, text, length, _, words = _OFFER.unpack(data)
-        return Offered(kind, number, error, _text(text), _words(length, words))
-    if kind == RelayKind.FRAME and _FRAME.size <= len(data) <= MAX_MESSAGE:
-        return RelayFrame(_FRAME.unpack_from(data)[2], data[_FRAME.size :])
-    if kind == RelayKind.OPENED:
-        _, _, error, text, mtu = _OPENED.unpack(data)
-        return Opened(error, _text(text), mtu)
-    if kind == RelayKind.COUNTS:
-        return RelayCounters(dict(zip(COUNTERS, _COUNTS.unpack(data)[3:], strict=True)))
-    if kind in _ACCEPTS:
-        _, _, number, peer, length, _, words = _ACCEPT.unpack(data)
-        return RelayAccept(kind, number, peer, _words(length, words))
-    if kind in _ARENAS:
-        _, _, value, arena = _ARENA.unpack(data)
-        return RelayArena(kind, arena, value)
-    if kind == RelayKind.SLOT:
-        return RelaySlot(*_SLOT.unpack(data)[2:5], *_SLOT.unpack(data)[5:])
-    if kind == RelayKind.OPEN:
-        _, _, device, port, version, gid_index, transport, spin = _OPEN.unpack(data)
-        return Open(_text(device), port, gid_index, transport, spin, version)
-    raise WrongMessage(f"message of kind {kind} with {len(data)} bytes")
-
-
-def _text(raw: bytes) -> str:
-    return raw.partition(b"\0")[0].decode(errors="replace")
-
-
-def _words(length: int, words: bytes) -> bytes:
-    if length > MAX_WORDS:
-        raise WrongMessage(f"{length} words; {MAX_WORDS} are the most")
-    return words[:length]
+Raises:
+    WrongMessage: the packet isn't exactly one known message.
+"""

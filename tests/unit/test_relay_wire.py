@@ -50,16 +50,19 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
         ".counters = {" + ", ".join(str(1000 + n) for n in range(len(wire.COUNTERS))) + "}",
     ),
 }
+STRUCTS: Final[dict[type, str]] = {
+    wire.Number: "number",
+    wire.RelayOutcome: "outcome",
+    wire.Offered: "offer",
+    wire.RelayAccept: "accept",
+    wire.RelayArena: "arena",
+    wire.Open: "open",
+    wire.Opened: "opened",
+    wire.RelaySlot: "slot",
+    wire.RelayCounters: "counts",
+}
 OF_KIND: Final = {
-    **dict.fromkeys(wire._NUMBERS, "number"),
-    **dict.fromkeys(wire._OUTCOMES, "outcome"),
-    **dict.fromkeys(wire._OFFERS, "offer"),
-    **dict.fromkeys(wire._ACCEPTS, "accept"),
-    **dict.fromkeys(wire._ARENAS, "arena"),
-    RelayKind.OPEN: "open",
-    RelayKind.OPENED: "opened",
-    RelayKind.SLOT: "slot",
-    RelayKind.COUNTS: "counts",
+    kind: STRUCTS[wire.codec.class_of(kind)] for kind in RelayKind if kind != RelayKind.FRAME
 }
 EXAMPLES: Final[list[tuple[str, wire.Message, str]]] = [
     (

@@ -55,6 +55,61 @@ def test_there_and_back(message: pw.Message) -> None:
     assert list(pw.Frames().feed(pw.pack(message))) == [message]
 
 
+BYTES: Final[list[tuple[pw.Message, bytes]]] = [
+    (
+        pw.PeerHello(
+            instance="0f" * 16, node="n1", data_path="192.0.2.1", rdma=True, ring=65536, build="b"
+        ),
+        b"\x88\xa4type\xa5Hello\xa7version\x01\xa8instance\xd9 0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f"
+        b"\xa4node\xa2n1\xa9data_path\xa9192.0.2.1\xa4rdma\xc3\xa4ring\xce\x00\x01\x00\x00"
+        b"\xa5build\xa1b",
+    ),
+    (
+        pw.Owns({"net": ("10.0.1.2",)}),
+        b"\x82\xa4type\xa4Owns\xa8networks\x81\xa3net\x91\xa810.0.1.2",
+    ),
+    (
+        pw.Offer(7, "net", "10.0.1.2:80", "[fd00::2]:5"),
+        b"\x85\xa4type\xa5Offer\xa5offer\x07\xa7network\xa3net"
+        b"\xa5local\xab10.0.1.2:80\xa6remote\xab[fd00::2]:5",
+    ),
+    (pw.Withdraw(7), b"\x82\xa4type\xa8Withdraw\xa5offer\x07"),
+    (pw.Decline(7, 4), b"\x83\xa4type\xa7Decline\xa5offer\x07\xa6reason\x04"),
+    (
+        pw.Placement(7, 3, b"\1\2"),
+        b"\x84\xa4type\xa5Place\xa5offer\x07\xaaconnection\x03\xa5place\xc4\x02\x01\x02",
+    ),
+    (
+        pw.PeerAccept(7, 3, b""),
+        b"\x84\xa4type\xa6Accept\xa5offer\x07\xaaconnection\x03\xa5place\xc4\x00",
+    ),
+    (pw.Paired(3), b"\x82\xa4type\xa6Paired\xaaconnection\x03"),
+    (
+        pw.LinkOffer(1, b"a", again=True),
+        b"\x84\xa4type\xa9LinkOffer\xa4link\x01\xa7address\xc4\x01a\xa5again\xc3",
+    ),
+    (pw.LinkAnswer(1, b"a"), b"\x83\xa4type\xaaLinkAnswer\xa4link\x01\xa7address\xc4\x01a"),
+    (pw.LinkRefused(1, "no"), b"\x83\xa4type\xabLinkRefused\xa4link\x01\xa4text\xa2no"),
+    (pw.Drop(3, 15), b"\x83\xa4type\xa4Drop\xaaconnection\x03\xa6reason\x0f"),
+    (pw.PeerFrame(1, b"xy"), b"\x83\xa4type\xa5Frame\xa4link\x01\xa4data\xc4\x02xy"),
+    (pw.PeerPing(), b"\x81\xa4type\xa4Ping"),
+    (pw.PeerPong(), b"\x81\xa4type\xa4Pong"),
+]
+"""Messages, and their bytes as the first version of the plugin sent them."""
+
+
+def test_every_message_has_its_bytes() -> None:
+    """The bytes of all messages are fixed."""
+    assert {type(message) for message, _ in BYTES} == set(pw.Message.__args__)
+
+
+@pytest.mark.parametrize(("message", "data"), BYTES, ids=lambda m: type(m).__name__)
+def test_bytes(message: pw.Message, data: bytes) -> None:
+    """A message has the bytes that routers of other versions send and expect."""
+    assert pw.pack(message) == framed(data)
+    assert list(pw.Frames().feed(framed(data))) == [message]
+
+
 @given(st.lists(st.sampled_from(EXAMPLES), max_size=6), st.data())
 def test_pieces(messages: list[pw.Message], data: st.DataObject) -> None:
     """However the stream is cut, the same messages come out, in order."""
