@@ -379,8 +379,7 @@ CALL ssize_t sendfile(int out, int in, off_t *offset, size_t size)
         if (size > LARGEST)
                 o.size = LARGEST;
         sent = send_out(&o, end, key);
-        if (o.ahead)
-                sys_2(SYS_munmap, o.ahead, AHEAD);
+        transfer_end_ahead(&o);
         return sent;
 }
 

@@ -290,7 +290,7 @@ static void move_in_file(const struct operation *o, off_t place)
 }
 
 /* From a file, of what is there without waiting for a disk or a network. -ENODATA: it isn't. */
-static long read_file(const struct operation *o, unsigned char *place, size_t size, off_t at)
+static long read_file(struct operation *o, unsigned char *place, size_t size, off_t at)
 {
         struct iovec vec = {place, size};
         long got;
@@ -303,8 +303,34 @@ static long read_file(const struct operation *o, unsigned char *place, size_t si
                 return (long)size;
         }
         /* -1 would mean the file's own place, and take bytes of a pipe. */
-        got = at < 0 ? -ESPIPE : sys_6(SYS_preadv2, o->other, &vec, 1, at, 0, RWF_NOWAIT);
+        if (at < 0 || o->file_waits)
+                return -ENODATA;
+        got = sys_6(SYS_preadv2, o->other, &vec, 1, at, 0, RWF_NOWAIT);
+        /* overlayfs, the root of most containers, can't say whether a read would wait. */
+        o->file_waits = got == -EOPNOTSUPP;
         return got < 0 ? -ENODATA : got;
+}
+
+/* Memory that one call after the other reads files into: mapping it anew for each would cost more than the
+ * read. */
+static _Atomic(unsigned char *) spare_ahead;
+
+static unsigned char *take_ahead(void)
+{
+        unsigned char *place = atomic_exchange_explicit(&spare_ahead, NULL, memory_order_acquire);
+
+        return place ? place : reserve(AHEAD, MAP_PRIVATE);
+}
+
+void transfer_end_ahead(struct operation *o)
+{
+        unsigned char *place = o->ahead;
+
+        if (place)
+                place = atomic_exchange_explicit(&spare_ahead, place, memory_order_release);
+        if (place)
+                sys_2(SYS_munmap, place, AHEAD);
+        o->ahead = NULL;
 }
 
 /* Wait for a file, without a lock: others can send meanwhile. Returns 0, or -errno; -ENODATA: it has ended.
@@ -314,7 +340,7 @@ static long read_ahead(struct operation *o, size_t left)
         long got;
 
         if (!o->ahead)
-                o->ahead = reserve(AHEAD, MAP_PRIVATE);
+                o->ahead = take_ahead();
         if (!o->ahead)
                 return -ENOMEM;
         o->ahead_size = 0;

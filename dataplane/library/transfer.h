@@ -44,14 +44,17 @@ struct operation {
         socklen_t *address_size;
         socklen_t size_of_address;
         int other;
-        bool by_kernel; /* a ring can't carry it: the connection goes back to TCP first */
-        bool refused;   /* the kernel has said that it doesn't do it */
+        bool by_kernel;  /* a ring can't carry it: the connection goes back to TCP first */
+        bool refused;    /* the kernel has said that it doesn't do it */
+        bool file_waits; /* its file system can't read without waiting */
         off_t *offset;
         size_t size; /* of all buffers, or to move */
 };
 
 enum { AHEAD = 64 * 1024 };
 
+/* A sendfile() is over: what it read ahead of the connection goes to the next one. */
+void transfer_end_ahead(struct operation *operation);
 ssize_t operation_native(const struct operation *operation);
 ssize_t transfer_send(struct operation *operation, struct end *end, uint64_t key);
 ssize_t transfer_receive(struct operation *operation, struct end *end, uint64_t key);
