@@ -10,9 +10,10 @@ BASE ?=
 ARCH := $(shell dpkg --print-architecture 2>/dev/null || uname -m)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SCRIPTS := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
+PYTHON_FOLDERS := plugin driver dataplane bench testbed tests tools
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv library ebpf relay plugin prepare install uninstall push test unit kernel swarm vm torture lint demo bench clean
+.PHONY: help setup venv library ebpf relay plugin prepare install uninstall push test unit kernel swarm vm torture lint pictures demo bench clean
 
 help: ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -89,12 +90,19 @@ vm: setup library ebpf relay plugin ## RDMA, kernels of several ages and IPVS, i
 torture: setup library ## an hour of many threads on each connection, and as long under each sanitizer
 	TORTURE_SECONDS=$${TORTURE_SECONDS:-3600} $(PYTHON) -m pytest tests/dataplane/test_torture.py -k 'accelerated or library' -o faulthandler_timeout=0
 
-lint: setup ## ruff, mypy, shellcheck, clang-format
-	.venv/bin/ruff check plugin driver dataplane bench testbed tests
-	.venv/bin/ruff format --check plugin driver dataplane bench testbed tests
-	.venv/bin/mypy --no-error-summary plugin driver dataplane bench testbed tests
+lint: setup ## ruff, mypy, shellcheck, clang-format; width of prose, subjects of commits
+	.venv/bin/ruff check $(PYTHON_FOLDERS)
+	.venv/bin/ruff format --check $(PYTHON_FOLDERS)
+	.venv/bin/mypy --no-error-summary $(PYTHON_FOLDERS)
 	shellcheck $(SCRIPTS)
 	clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
+	$(PYTHON) -m tools.prose
+	$(PYTHON) -m tools.subjects
+
+pictures: venv ## draw the documentation's pictures and charts again, and list the source files
+	@plugin/image/setup.sh graphviz
+	$(PYTHON) -m tools.pictures
+	$(PYTHON) -m tools.files
 
 demo: setup plugin ## two Docker hosts, a Swarm, one stack on FreeFlow and on overlay: bars, a table, build/demo.svg
 	$(PYTHON) -m bench.demo

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs the Debian packages that building and testing need; quick when nothing is missing. No daemon is started.
+# Installs the Debian packages that building and testing need, and those that are named as arguments. It is quick when
+# nothing is missing, and starts no daemon.
 set -eu
 
 wanted="bpftool clang clang-format docker-compose docker-registry ethtool gcc iproute2 iptables libbpf-dev libc6-dev libibverbs-dev libnftables1 mmdebstrap musl-tools nftables procps \
@@ -10,7 +11,7 @@ wanted="$wanted e2fsprogs kmod qemu-system-x86 zstd"
 wanted="$wanted cargo curl default-jdk-headless g++ golang-go iperf3 libasio-dev librust-tokio-dev rustc $(basename "$(readlink -f /usr/bin/python3 || echo python3.11)" |
     sed 's/python/libpython/')-testsuite haproxy memcached nginx-light nodejs postgresql redis-server rsync"
 missing=
-for package in $wanted; do
+for package in $wanted "$@"; do
     dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' ||
         missing="$missing $package"
 done

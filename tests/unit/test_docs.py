@@ -1,0 +1,149 @@
+"""The documentation: its paths, links, pictures, numbers and lists agree with the repository."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tools import files, pictures, prose, subjects
+
+TOP: Final = Path(__file__).parents[2]
+TEXTS: Final = {path: path.read_text() for path in prose.documents()}
+RESULTS: Final = json.loads((TOP / "docs/data/same-host.json").read_text())["results"]
+README: Final = TEXTS[TOP / "README.md"]
+SUFFIXES: Final = r"py|c|h|sh|md|svg|dot|json|toml|yml|txt"
+WRITTEN: Final = ("build/", "tests/x/")
+"""Files that only exist once something has made them."""
+
+
+def _paths(text: str) -> set[str]:
+    """What stands in backticks and is a file or a folder of the repository."""
+    words = re.findall(rf"`([\w.-]+(?:/[\w.-]+)*(?:/|\.(?:{SUFFIXES})))`", text)
+    return {word for word in words if not word.startswith(WRITTEN)}
+
+
+def _slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def _anchors(text: str) -> set[str]:
+    return {_slug(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_every_named_path_exists(name: str) -> None:
+    """A file or folder that these documents name is in the repository, by its path or by its name."""
+    tracked = [path for path in TOP.rglob("*") if ".venv" not in path.parts]
+    names = {path.name for path in tracked}
+    missing = {
+        path
+        for path in _paths(TEXTS[TOP / name])
+        if not (TOP / path).exists() and path.rstrip("/") not in names
+    }
+    assert not missing
+
+
+@pytest.mark.parametrize("document", TEXTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    """Every link to another document finds the file and, where it names one, the heading."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[document]):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = document.parent / path if path else document
+        assert file.exists(), target
+        if anchor:
+            assert anchor in _anchors(file.read_text()), target
+
+
+def test_every_document_is_in_the_readme() -> None:
+    """A reader of README finds each page in docs/, directly or from Architecture."""
+    linked = README + TEXTS[TOP / "ARCHITECTURE.md"]
+    for path in (TOP / "docs").glob("*.md"):
+        assert f"(docs/{path.name})" in linked
+
+
+@pytest.mark.parametrize("source", pictures.sources(), ids=lambda path: path.stem)
+def test_pictures_are_drawn_from_their_sources(source: Path) -> None:
+    """Each picture was drawn from the source beside it, in the present style."""
+    assert pictures.stored_hash(source.with_suffix(".svg")) == pictures.source_hash(source)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "case"),
+    [
+        (r"memcached with 50 connections serves ([\d.]+) times", "memcached_c50"),
+        (r"pgbench with one client ([\d.]+) times", "pgbench_select_c1"),
+        (r"([\d.]+) times with 1 KiB files", "nginx_keepalive"),
+        (r"([\d.]+) times with 100 KiB files", "nginx_keepalive_100k"),
+    ],
+)
+def test_numbers_in_the_readme_are_measured(pattern: str, case: str) -> None:
+    """README's ratios are those of the stored result that its chart shows."""
+    said = re.search(pattern, " ".join(README.split()))
+    assert said is not None
+    decimals = len(said[1].partition(".")[2])
+    assert said[1] == f"{RESULTS[case]['ratio_to_overlay']:.{decimals}f}"
+
+
+def test_tables_in_the_readme_are_short() -> None:
+    """No table of README has more than ten rows; longer ones are in docs/."""
+    for table in re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE):
+        assert table.count("\n") - 2 <= 10
+
+
+def test_the_list_of_files_is_complete() -> None:
+    """docs/files.md lists every source file with its first sentence; `make pictures` writes it."""
+    assert files.LIST.read_text() == files.make_list()
+
+
+def test_prose_is_wrapped() -> None:
+    """Prose in Markdown has at most 100 columns; tables, links and code may have more."""
+    long = [
+        f"{path.name}:{number}" for path in TEXTS for number, _ in prose.long_lines(TEXTS[path])
+    ]
+    assert not long
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("x " * 60, [1]),
+        ("| " + "x " * 60, []),
+        ("```\n" + "x " * 60 + "\n```\n" + "y " * 60, [4]),
+        ("[x](y) " + "x " * 60, []),
+    ],
+)
+def test_only_prose_is_wrapped(text: str, numbers: list[int]) -> None:
+    """The check finds long prose, and leaves tables, code and links alone."""
+    assert [number for number, _ in prose.long_lines(text)] == numbers
+
+
+@pytest.mark.parametrize(
+    "subject",
+    ["library: move the sleep into one file", "Embed the style sheet", "ci: need no network"],
+)
+def test_good_subjects(subject: str) -> None:
+    """An imperative of at most 72 characters passes, with an area or without."""
+    assert subjects.complaint(subject) is None
+
+
+@pytest.mark.parametrize(
+    "subject",
+    ["library: moved the sleep", "Adding a test", "relay: close the link.", "relay: " + "x" * 66],
+)
+def test_bad_subjects(subject: str) -> None:
+    """A past tense, a gerund, a full stop at the end, and more than 72 characters are refused."""
+    assert subjects.complaint(subject) is not None
+
+
+def test_subjects_without_a_history(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the history is missing, as in a shallow clone, the check says so and passes."""
+    if subjects.subjects() is None:
+        assert subjects.main() == 0
+        assert "not checked" in capsys.readouterr().out

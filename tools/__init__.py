@@ -1,0 +1,1 @@
+"""Scripts for this repository: pictures, the list of files, checks of prose and of commit subjects."""
