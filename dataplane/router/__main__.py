@@ -21,7 +21,7 @@ import structlog
 from dataplane.router.finder import offer_devices
 from dataplane.router.hosts import Equipment
 from dataplane.router.relay import SHIPPED
-from dataplane.router.server import Server
+from dataplane.router.router_server import RouterServer
 
 DESCRIPTORS: Final = 1 << 20
 """Three for an arena and one for a process: so many containers can have all that they may."""
@@ -76,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.devices is not None:
         offer_devices(given.devices)
     equipment = Equipment(given.swarm, given.relay, given.memory_relay)
-    server = Server(given.socket, given.control, equipment=equipment, guard=not given.no_guard)
+    server = RouterServer(
+        given.socket, given.control, equipment=equipment, guard=not given.no_guard
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     if given.watch_stdin:

@@ -15,7 +15,7 @@ import pytest
 
 from dataplane.control import Limits, RouterSettings
 from dataplane.router import library_wire as wire
-from dataplane.router.server import PATIENCE, STRANGERS
+from dataplane.router.clients import PATIENCE, UNKNOWN
 from testbed.kernel_hosts import new_namespace
 from testbed.namespaces import Bed, bed
 from testbed.patience import patience
@@ -168,13 +168,13 @@ def test_strangers_are_few() -> None:
         before = len(list(folder.iterdir()))
         kept = []
         try:
-            for _ in range(STRANGERS):
+            for _ in range(UNKNOWN):
                 for namespace in namespaces:
                     with contextlib.suppress(OSError):
                         kept.append(Library.connect(path, namespace))
             hear_welcome(made)
-            assert made.router.statistics().processes <= STRANGERS + 1
-            assert len(list(folder.iterdir())) < before + STRANGERS + 20
+            assert made.router.statistics().processes <= UNKNOWN + 1
+            assert len(list(folder.iterdir())) < before + UNKNOWN + 20
             # A container that comes now finds place, as soon as the patience of the others has passed.
             time.sleep(PATIENCE + 0.2)
             late = Library.connect(path, namespaces[0])
