@@ -13,6 +13,8 @@ from typing import Final, Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
+RARELY: Final = 300.0
+"""Seconds between two checks of something that has lasted long."""
 SLACK: Final = 64
 """Entries of forgotten items that are left in the heap, besides as many as there are items."""
 

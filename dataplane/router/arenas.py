@@ -8,11 +8,14 @@ and keeps it until it is told otherwise. No I/O: descriptors are numbers here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from dataplane.router.layout import SIDES, SLOTS
 from dataplane.router.library_wire import Address
+
+RELAY_SIDE: Final = 1
+"""The relay's side of a remote arena; side 0 is the process's."""
 
 
 @dataclass(slots=True, eq=False)
@@ -114,9 +117,3 @@ class Arena:
         """Nothing is in it, and nothing will come."""
         users = self.sides[:1] if self.ring else self.sides
         return not self.slots and (self.retired or not all(side.members for side in users))
-
-    def bells(self) -> Iterator[tuple[Side, int]]:
-        """All bells."""
-        for side in self.sides:
-            for descriptor in side.bells.values():
-                yield side, descriptor

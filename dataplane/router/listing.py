@@ -19,11 +19,13 @@ from dataplane.control import (
     Statistics,
 )
 from dataplane.errors import KernelRefused
-from dataplane.router.away import RELAY
+from dataplane.router.arenas import RELAY_SIDE
 from dataplane.router.knowledge import Knowledge, Network
 from dataplane.router.pair_requests import PairRequest
-from dataplane.router.pairing import RELAY_SIDE, Container, Pairing
+from dataplane.router.pairing import Pairing
 from dataplane.router.reasons import Reason
+from dataplane.router.registry import Container
+from dataplane.router.remote_pairing import RELAY
 from dataplane.router.socket_table import Namespaces, TcpSocket
 
 OVERLAY: Final = "overlay"
@@ -121,10 +123,10 @@ def _path(
     if not network.accelerated:
         return OVERLAY, Reason.OFF, None
     local_peer = tcp.remote.ip in network.owners or network.tasks.get(tcp.remote.ip)
-    away = tcp.remote.ip in network or tcp.remote.ip in network.tasks
-    if not local_peer and not away:
+    is_remote = tcp.remote.ip in network or tcp.remote.ip in network.tasks
+    if not local_peer and not is_remote:
         return OVERLAY, Reason.FOREIGN, None
-    if not local_peer and (why := pairing.away.why_not(network)) is not None:
+    if not local_peer and (why := pairing.remote.why_not(network)) is not None:
         return OVERLAY, why, None
     if container is None or not _has_library(container):
         return OVERLAY, Reason.NO_LIBRARY, None
@@ -157,7 +159,7 @@ def _why_waiting(pairing: Pairing, network: Network, waiting: PairRequest) -> Re
     if waiting.ambiguous:
         return Reason.AMBIGUOUS
     if waiting.is_remote:
-        return pairing.away.why_not(network) or Reason.PEER_SHORT
+        return pairing.remote.why_not(network) or Reason.PEER_SHORT
     tcp = TcpSocket(waiting.request.local, waiting.request.remote, 0, 0, 0, 0)
     has = _peer_has_library(pairing, network, tcp)
     return Reason.PEER_SHORT if has else Reason.PEER_NO_LIBRARY

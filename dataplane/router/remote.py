@@ -186,7 +186,7 @@ class Counts:
 
 
 class Remotes:
-    """`away.Away`, `peers.SessionUser` and `links.Owner` in one: the registry of connections to other hosts."""
+    """`remote_pairing.RemotePairing`, `peers.SessionUser` and `links.Owner` in one: the registry of connections to other hosts."""
 
     def __init__(
         self,
@@ -221,7 +221,7 @@ class Remotes:
         """Arenas that the relay has."""
         self._numbers = itertools.count(1)
         self._offer_numbers = itertools.count(1)
-        pairing.away = self
+        pairing.use_remote(self)
 
     # --- what is known
 
@@ -308,10 +308,10 @@ class Remotes:
                     untold=untold,
                 )
 
-    # --- asks (`away.Away`)
+    # --- asks (`remote_pairing.RemotePairing`)
 
     def why_not(self, network: Network) -> Reason | None:
-        """See `Away`."""
+        """See `RemotePairing`."""
         if not network.rdma:
             return Reason.RDMA_OFF
         if not network.peers:
@@ -327,8 +327,8 @@ class Remotes:
             return Reason.NO_SESSION
         return None if any(hello.rdma for hello in known) else Reason.PEER_NO_RDMA
 
-    def wait(self, waiting: PairRequest, network: Network) -> None:
-        """See `Away`."""
+    def pair(self, waiting: PairRequest, network: Network) -> None:
+        """See `RemotePairing`."""
         if not self._is_only_one(waiting, network):
             waiting.ambiguous = True
             self._pairing.refuse(waiting, Reason.AMBIGUOUS)
@@ -381,8 +381,8 @@ class Remotes:
         self.counts.refused[reason] += 1
         self._pairing.refuse(ask.waiting, reason)
 
-    def forgotten(self, waiting: PairRequest) -> None:
-        """See `Away`."""
+    def cancel(self, waiting: PairRequest) -> None:
+        """See `RemotePairing`."""
         ask = self._asks.pop(waiting, None)
         if ask is None:
             return
@@ -706,7 +706,7 @@ class Remotes:
     # --- the ends of connections
 
     def released(self, connection: int) -> None:
-        """See `Away`."""
+        """See `RemotePairing`."""
         remote = self.remotes.get(connection)
         if remote is None or remote.phase is not Phase.GRANTED or remote.closed:
             return
@@ -717,7 +717,7 @@ class Remotes:
             self._say(relay.Number(RelayKind.CLOSE, connection))
 
     def orphaned(self, connection: int) -> None:
-        """See `Away`."""
+        """See `RemotePairing`."""
         remote = self.remotes.get(connection)
         if remote is not None:
             self._look_at_orphan(remote, ORPHAN_LEAST)
@@ -736,8 +736,8 @@ class Remotes:
         if slot is not None and slot.connection == remote.number and slot.ends[0] is remote.end:
             self._pairing.end(remote.arena, remote.slot, 0)
 
-    def part(self, connection: int) -> None:
-        """See `Away`."""
+    def leave(self, connection: int) -> None:
+        """See `RemotePairing`."""
         remote = self.remotes.get(connection)
         if remote is None or remote.leaves:
             return
@@ -747,21 +747,21 @@ class Remotes:
         elif remote.phase is not Phase.DROPPING:
             self._fail(remote, Reason.RDMA_OFF)
 
-    def bell(self, arena: int, index: int, descriptor: int) -> None:
-        """See `Away`."""
+    def bell_made(self, arena: int, index: int, descriptor: int) -> None:
+        """See `RemotePairing`."""
         if arena in self._lent:
             self._say(relay.RelayArena(RelayKind.BELL, arena, index), (descriptor,))
 
-    def opened(self, arena: Arena, bell: int) -> None:
-        """See `Away`."""
+    def arena_made(self, arena: Arena, bell: int) -> None:
+        """See `RemotePairing`."""
         try:
             self._lent.add(arena.id)
             self._say(relay.RelayArena(RelayKind.ARENA, arena.id, arena.ring), (arena.memory, bell))
         finally:
             self._memory.close_hearing(bell)
 
-    def closed(self, arena: Arena) -> None:
-        """See `Away`."""
+    def arena_closed(self, arena: Arena) -> None:
+        """See `RemotePairing`."""
         if arena.id in self._lent:
             self._lent.remove(arena.id)
             self._say(relay.RelayArena(RelayKind.DISCARD, arena.id))
@@ -954,7 +954,7 @@ class Remotes:
         """See `links.Owner`."""
         found = self.peers.get(peer)
         for remote in [] if found is None else list(found.remotes.values()):
-            self.part(remote.number)
+            self.leave(remote.number)
 
     def _refuse_all(self, peer: Peer, reason: Reason) -> None:
         for ask in [each for each in peer.asks.values() if each.remote is None]:

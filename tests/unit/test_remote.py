@@ -261,8 +261,8 @@ def test_leaving(world: World) -> None:
     tcp = upgraded(world)
     remote = world.remote(tcp, 0)
     assert remote is not None
-    world.hosts[0].pairing.away.part(remote.number)
-    world.hosts[0].pairing.away.part(remote.number)
+    world.hosts[0].pairing.remote.leave(remote.number)
+    world.hosts[0].pairing.remote.leave(remote.number)
     world.loop.run(1)
     assert world.remote(tcp, 0) is None
     assert world.remote(tcp, 1) is None
@@ -565,6 +565,6 @@ def step(world: World, what: str, x: int, y: int) -> None:
         case "part" if tcp is not None:
             remote = world.remote(tcp, y % 2)
             if remote is not None:
-                tcp.ends[y % 2][0].remotes.part(remote.number)
+                tcp.ends[y % 2][0].remotes.leave(remote.number)
         case "wait":
             world.loop.run(y / 10)

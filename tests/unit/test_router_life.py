@@ -11,7 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from dataplane.control import Limits
 from dataplane.errors import WrongMessage
 from dataplane.router import library_wire as wire
-from dataplane.router.pairing import RARELY
+from dataplane.router.agenda import RARELY
 from tests.unit.router_world import VIP, World, at
 
 PORTS = st.integers(5000, 5006)
@@ -110,16 +110,21 @@ class Life(RuleBasedStateMachine):
                 end = arena.slots[slot].ends[side]
                 assert end is not None
                 assert (end.cookie, end.namespace) == (cookie, container.namespace)
-        waiting = {id(each) for each in pairing._waiting.values()}
+        waiting = {id(each) for each in pairing.requests}
         assert waiting == {
             id(each) for process in pairing.processes.values() for each in process.waiting.values()
         }
         assert {arena.memory for arena in pairing.arenas.values()} == self.world.memory.arenas
-        for pair, arenas in pairing._pairs.items():
+        for pair, arenas in pairing.arena_table.with_room.items():
             assert arenas
             assert set(pair) <= pairing.processes.keys()
             assert all(arena.free and not arena.retired for arena in arenas.values())
-        held = {each for arena in pairing.arenas.values() for _, each in arena.bells()}
+        held = {
+            each
+            for arena in pairing.arenas.values()
+            for side in arena.sides
+            for each in side.bells.values()
+        }
         assert held == self.world.memory.bells
         # The router keeps no end that hears: whatever is in its queue is its process's.
         assert {-each for each in held} <= self.world.memory.handed
@@ -139,8 +144,8 @@ class Life(RuleBasedStateMachine):
             pairing.gone(process)
         assert not pairing.containers
         assert not pairing.arenas
-        assert not pairing._waiting
-        assert not pairing._pairs
+        assert not list(pairing.requests)
+        assert not pairing.arena_table.with_room
         assert not self.world.memory.arenas
         assert not self.world.memory.bells
 

@@ -17,9 +17,12 @@ from dataplane.errors import DataplaneError, WrongMessage
 from dataplane.router import layout
 from dataplane.router import library_wire as wire
 from dataplane.router.agenda import Agenda
+from dataplane.router.arena_table import SLOT_AGE
 from dataplane.router.knowledge import Knowledge
-from dataplane.router.pairing import ASK_AGE, EARLY, NOTES, SLOT_AGE
+from dataplane.router.pairing import EARLY
 from dataplane.router.reasons import Reason
+from dataplane.router.registry import NOTES
+from dataplane.router.request_table import REQUEST_AGE
 from tests.unit.router_world import AWAY, VIP, World, at, facts, knowledge
 
 
@@ -427,7 +430,7 @@ def test_an_ask_ends_with_its_socket(world: World) -> None:
     del world.kernel.sockets[1, at("10.0.4.1:5000"), at("10.0.4.2:80")]
     world.pairing.sweep(10)
     assert len(world.pairing.processes[a].waiting) == 2
-    world.now += ASK_AGE + 1
+    world.now += REQUEST_AGE + 1
     world.pairing.sweep(10)
     (left,) = world.pairing.processes[a].waiting.values()
     assert left.request.local.port == 5001
@@ -756,12 +759,12 @@ def test_agendas_are_bounded() -> None:
     a, b = world.process(1), world.process(2)
     for _ in range(1000):
         world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
-    assert len(world.pairing._sweep_asks) < 100
+    assert world.pairing.requests.checks < 100
     for _ in range(300):
         world.connect(a, b, 5001)
         world.release(a, world.grants(a)[-1])
         world.release(b, world.grants(b)[-1])
-    assert len(world.pairing._sweep_slots) < 100
+    assert world.pairing.arena_table.checks < 100
 
 
 def test_limit_of_asks_per_second() -> None:

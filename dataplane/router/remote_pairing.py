@@ -1,0 +1,81 @@
+"""What the registry of this host's connections needs of the one for connections to other hosts.
+
+`remote.py` implements it. Without `remote.py` there are no other hosts: `NoRemotePairing`.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+from dataplane.router.arenas import Arena
+from dataplane.router.knowledge import Network
+from dataplane.router.pair_requests import PairRequest
+from dataplane.router.reasons import Reason
+
+RELAY: Final = 0
+"""The relay, in place of a container's namespace: no namespace has this inode."""
+
+
+class RemotePairing(Protocol):
+    """Pairs ends of this host with ends of other hosts. Connections have the relay's numbers."""
+
+    def why_not(self, network: Network) -> Reason | None:
+        """Why no connection of a network can get a path to another host; None: some may."""
+
+    def pair(self, request: PairRequest, network: Network) -> None:
+        """Take a request whose other end is on another host.
+
+        `Pairing.grant` or `Pairing.refuse` is called for it at any time from now on, also at once.
+        """
+
+    def cancel(self, request: PairRequest) -> None:
+        """A request doesn't wait any more: its process has taken it back, or has ended."""
+
+    def released(self, connection: int) -> None:
+        """No process of this host has the end any more."""
+
+    def orphaned(self, connection: int) -> None:
+        """The end's process has hung up. Processes that share its socket may still use it."""
+
+    def leave(self, connection: int) -> None:
+        """Bring the connection back to TCP."""
+
+    def bell_made(self, arena: int, index: int, descriptor: int) -> None:
+        """A process has a bell, and `descriptor` rings it. It stays the caller's."""
+
+    def arena_made(self, arena: Arena, bell: int) -> None:
+        """There is a new arena. `bell` hears the relay's bell 0, and is the callee's from now on."""
+
+    def arena_closed(self, arena: Arena) -> None:
+        """Nothing is in the arena any more."""
+
+
+class NoRemotePairing:
+    """There are no other hosts, so `pair` is never called."""
+
+    def why_not(self, network: Network) -> Reason | None:
+        return Reason.REMOTE
+
+    def pair(self, request: PairRequest, network: Network) -> None:
+        pass
+
+    def cancel(self, request: PairRequest) -> None:
+        pass
+
+    def released(self, connection: int) -> None:
+        pass
+
+    def orphaned(self, connection: int) -> None:
+        pass
+
+    def leave(self, connection: int) -> None:
+        pass
+
+    def bell_made(self, arena: int, index: int, descriptor: int) -> None:
+        pass
+
+    def arena_made(self, arena: Arena, bell: int) -> None:
+        pass
+
+    def arena_closed(self, arena: Arena) -> None:
+        pass
