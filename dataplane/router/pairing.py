@@ -2,12 +2,7 @@
 
 Each end of a connection sends a request to its own host's router. The router matches two requests
 by their addresses; if the other end is on another host, `remote.py` does, behind the interface of
-`remote_pairing.py`. A client that connects to a VIP sees another address than its server does.
-Only the connection tracking of the client's own namespace says which task such a connection leads
-to: a socket in a task's namespace proves nothing, since the task's root can make one with any
-addresses. Without that answer the connection stays on TCP. One source port may also serve two
-connections, one to a task and one to its VIP. Then the kernel can't tell them apart, and both stay
-on TCP.
+`remote_pairing.py`. Which requests may be paired is in `admission.py`.
 
 There is no I/O except through the interfaces in `seams.py`. No request costs more than a look-up,
 or one look-up per task of a service on this host.
@@ -22,13 +17,13 @@ from typing import Final
 from dataplane.control import Limits
 from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router import layout
+from dataplane.router.admission import Admission, why_not
 from dataplane.router.arena_table import ArenaTable
 from dataplane.router.arenas import RELAY_SIDE, Arena, ConnectionEnd
 from dataplane.router.bells import Bells
 from dataplane.router.knowledge import Knowledge, Network
 from dataplane.router.library_wire import (
     PROTOCOL_VERSION,
-    Address,
     Bell,
     Fetch,
     Grant,
@@ -40,7 +35,7 @@ from dataplane.router.library_wire import (
 )
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.reasons import STATUS_ONLY, Reason
-from dataplane.router.registry import Container, Process, Registry
+from dataplane.router.registry import Process, Registry
 from dataplane.router.remote_pairing import RELAY, RemotePairing
 from dataplane.router.request_table import RequestTable
 from dataplane.router.seams import ArenaMemory, Outbox, SocketTable
@@ -64,9 +59,9 @@ class Pairing:
         secret: Callable[[], int],
     ) -> None:
         self._outbox = outbox
-        self._sockets = sockets
         self._clock = clock
         self._registry = Registry(outbox, clock)
+        self._admission = Admission(self._registry, sockets)
         self.requests = RequestTable(self._registry, sockets)
         self._bells = Bells(self._registry, memory)
         self.arena_table = ArenaTable(self._registry, self._bells, sockets, memory, secret)
@@ -157,7 +152,7 @@ class Pairing:
         for waiting in self.requests:
             network = knowledge.network_of(waiting.namespace, waiting.request.local.ip)
             if network is None or network.id != waiting.network or not network.accelerated:
-                self.refuse(waiting, _why_not(network))
+                self.refuse(waiting, why_not(network))
 
     def gone(self, process_id: int) -> None:
         """A process has closed its connection: it has ended, or sent something invalid."""
@@ -185,7 +180,7 @@ class Pairing:
         if process.welcome is None and len(process.early) < EARLY:
             process.early.append(request)
             return
-        admitted = self._admit(process, self.containers[process.namespace], request)
+        admitted = self._admission.admit(process, request)
         if isinstance(admitted, Reason):
             self._registry.refuse(process_id, request, admitted)
             return
@@ -205,59 +200,12 @@ class Pairing:
         else:
             self._match(waiting, network)
 
-    def _admit(
-        self, process: Process, container: Container, request: Request
-    ) -> tuple[Network, Address | None] | Reason:
-        """The network of the connection, and its server if it leads to a VIP; or why it is refused."""
-        network = self.knowledge.network_of(process.namespace, request.local.ip)
-        if network is None or not network.accelerated:
-            return _why_not(network)
-        if not container.asks.take(self._clock(), self.limits.asks):
-            return Reason.LIMIT
-        # First: later answers would tell the process about addresses that it has no connection to.
-        if not self._sockets.is_open(
-            process.namespace, request.local, request.remote, request.cookie
-        ):
-            return Reason.NOT_FOUND
-        peer = request.remote.ip
-        if peer not in network.everywhere and peer not in network.owners and peer not in network:
-            return Reason.FOREIGN
-        server = None
-        if peer in network.everywhere:
-            server = self._behind_vip(process.namespace, request, network)
-            if server is None:
-                return Reason.UNTRACKED
-            peer = server.ip
-        if peer not in network.owners and (reason := self.remote.why_not(network)) is not None:
-            return reason
-        # The limit of connections is checked when both ends have sent requests, so that both hear.
-        if len(container.waiting) >= self.limits.waiting:
-            return Reason.LIMIT
-        if request.cookie in container.ends:
-            return Reason.SHARED
-        return network, server
-
-    def _behind_vip(self, namespace: int, request: Request, network: Network) -> Address | None:
-        """The task that a client's connection to a VIP leads to.
-
-        The connection tracking of the client's own namespace says so; None: it does not.
-        """
-        translated = self._sockets.translated(namespace, request.local, request.remote)
-        if translated is None:
-            return None
-        server, client = translated
-        is_task = (
-            server.ip in network.everywhere[request.remote.ip]
-            and server.port == request.remote.port
-        )
-        return server if is_task and client == request.local else None
-
     def _match(self, waiting: PairRequest, network: Network) -> None:
         """Grant a request and its partner, if there is one that can only be the other end."""
         partners = list(self.requests.partners(waiting, network))
         if not partners:
             return
-        if len(partners) > 1 or not self._is_sure(waiting, partners[0], network):
+        if len(partners) > 1 or not self._admission.is_sure(waiting, partners[0], network):
             for each in (waiting, *partners):
                 each.ambiguous = True
             return
@@ -270,24 +218,6 @@ class Pairing:
             self.refuse(partner, Reason.LIMIT)
             return
         self._grant(waiting, partner)
-
-    def _is_sure(self, one: PairRequest, other: PairRequest, network: Network) -> bool:
-        """Whether two requests can only be the two ends of one connection."""
-        return all(
-            server.request.local.ip not in network.vips
-            or server.request.remote.ip not in network.owners
-            or self._clients(server.request, network) <= 1
-            for server in (one, other)
-        )
-
-    def _clients(self, request: Request, network: Network) -> int:
-        """How many sockets of the client lead to this server, by its address or by a VIP."""
-        leading = [request.local]
-        leading += [
-            Address(vip, request.local.port) for vip in network.vips.get(request.local.ip, ())
-        ]
-        namespace = network.owners[request.remote.ip]
-        return sum(self._sockets.exists(namespace, request.remote, remote) for remote in leading)
 
     def refuse(self, waiting: PairRequest, reason: Reason) -> None:
         """End a request's wait: the connection stays on TCP."""
@@ -483,7 +413,3 @@ def _end(waiting: PairRequest) -> ConnectionEnd:
         request.local,
         request.remote,
     )
-
-
-def _why_not(network: Network | None) -> Reason:
-    return Reason.FOREIGN if network is None else Reason.OFF

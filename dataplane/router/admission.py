@@ -1,0 +1,97 @@
+"""Which requests may be paired, and where a connection to a VIP leads.
+
+A client that connects to a VIP sees another address than its server does. Only the connection
+tracking of the client's own namespace says which task such a connection leads to: a socket in a
+task's namespace proves nothing, since the task's root can make one with any addresses. Without that
+answer the connection stays on TCP. One source port may also serve two connections, one to a task
+and one to its VIP. Then the kernel can't tell them apart, and both stay on TCP.
+"""
+
+from __future__ import annotations
+
+from dataplane.router.knowledge import Network
+from dataplane.router.library_wire import Address, Request
+from dataplane.router.pair_requests import PairRequest
+from dataplane.router.reasons import Reason
+from dataplane.router.registry import Process, Registry
+from dataplane.router.seams import SocketTable
+
+
+class Admission:
+    """Checks requests with the snapshot, the container's limits and the kernel."""
+
+    def __init__(self, registry: Registry, sockets: SocketTable) -> None:
+        self._registry = registry
+        self._sockets = sockets
+
+    def admit(self, process: Process, request: Request) -> tuple[Network, Address | None] | Reason:
+        """The network of the connection, and its server if it leads to a VIP; or why it is refused."""
+        container = self._registry.containers[process.namespace]
+        network = self._registry.knowledge.network_of(process.namespace, request.local.ip)
+        if network is None or not network.accelerated:
+            return why_not(network)
+        if not container.asks.take(self._registry.clock(), self._registry.limits.asks):
+            return Reason.LIMIT
+        # First: later answers would tell the process about addresses that it has no connection to.
+        if not self._sockets.is_open(
+            process.namespace, request.local, request.remote, request.cookie
+        ):
+            return Reason.NOT_FOUND
+        peer = request.remote.ip
+        if peer not in network.everywhere and peer not in network.owners and peer not in network:
+            return Reason.FOREIGN
+        server = None
+        if peer in network.everywhere:
+            server = self._behind_vip(process.namespace, request, network)
+            if server is None:
+                return Reason.UNTRACKED
+            peer = server.ip
+        if (
+            peer not in network.owners
+            and (reason := self._registry.remote.why_not(network)) is not None
+        ):
+            return reason
+        # The limit of connections is checked when both ends have sent requests, so that both hear.
+        if len(container.waiting) >= self._registry.limits.waiting:
+            return Reason.LIMIT
+        if request.cookie in container.ends:
+            return Reason.SHARED
+        return network, server
+
+    def _behind_vip(self, namespace: int, request: Request, network: Network) -> Address | None:
+        """The task that a client's connection to a VIP leads to.
+
+        The connection tracking of the client's own namespace says so; None: it does not.
+        """
+        translated = self._sockets.translated(namespace, request.local, request.remote)
+        if translated is None:
+            return None
+        server, client = translated
+        is_task = (
+            server.ip in network.everywhere[request.remote.ip]
+            and server.port == request.remote.port
+        )
+        return server if is_task and client == request.local else None
+
+    def is_sure(self, one: PairRequest, other: PairRequest, network: Network) -> bool:
+        """Whether two requests can only be the two ends of one connection."""
+        return all(
+            server.request.local.ip not in network.vips
+            or server.request.remote.ip not in network.owners
+            or self._clients(server.request, network) <= 1
+            for server in (one, other)
+        )
+
+    def _clients(self, request: Request, network: Network) -> int:
+        """How many sockets of the client lead to this server, by its address or by a VIP."""
+        leading = [request.local]
+        leading += [
+            Address(vip, request.local.port) for vip in network.vips.get(request.local.ip, ())
+        ]
+        namespace = network.owners[request.remote.ip]
+        return sum(self._sockets.exists(namespace, request.remote, remote) for remote in leading)
+
+
+def why_not(network: Network | None) -> Reason:
+    """Why a connection in a network that is not accelerated stays on TCP; None: in no network."""
+    return Reason.FOREIGN if network is None else Reason.OFF
