@@ -1,7 +1,7 @@
-"""What the router of accelerated connections is told: endpoints, networks and VIPs of this host, whenever they change.
+"""Tells the router of accelerated connections about this host: endpoints, networks and VIPs.
 
-The whole truth each time, so a router that has just started is told no less. Nothing waits for it: who is away learns
-later, and knows until then what it was told last.
+Each message is a full snapshot, so a router that has just started gets everything. Nobody waits for
+the router. While it doesn't answer, it works with the last snapshot that it received.
 """
 
 from __future__ import annotations
@@ -34,25 +34,26 @@ from driver.kernel.namespace import is_namespace
 from driver.model import Endpoint, IPAddress, Network
 from driver.store import Store
 from driver.vip_table import NetworkState
+from driver.worker import Worker
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
 
 GATHER: Final = 0.05
-"""Seconds for which changes are gathered: many come together."""
+"""Seconds for which changes are collected: many come together."""
 REPEAT: Final = 30.0
-"""Seconds after which the truth is looked at, whoever has forgotten to say that it changed."""
+"""Seconds after which the snapshot is sent again, in case nobody called `wake` for a change."""
 RETRY: Final = 0.1
 AWAY: Final = 5.0
-"""Seconds after which a router that doesn't answer is worth a line in the log."""
+"""Seconds after which a router that doesn't answer is logged."""
 SANDBOX_RETRY: Final = 0.05
 SANDBOX_PATIENCE: Final = 30.0
 """Docker up to 27 mounts a container's namespace some time after Join."""
 
 
 class Router(Protocol):
-    """See `dataplane.router_client.RouterClient`. All raise DataplaneError."""
+    """Implemented by `dataplane.router_client.RouterClient`. All methods raise DataplaneError."""
 
     def replace_snapshot(self, facts: RouterSnapshot) -> None: ...
 
@@ -64,7 +65,7 @@ class Router(Protocol):
 
 
 class Sandboxes(Protocol):
-    """See `driver.sync.Syncer`."""
+    """Implemented by `driver.sync.Syncer`."""
 
     def sandbox(self, endpoint: Endpoint) -> Path | None: ...
 
@@ -72,15 +73,19 @@ class Sandboxes(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Self:
-    """This host. Docker may advertise one address and have the overlay on another (`--data-path-addr`): `underlay`."""
+class ThisHost:
+    """Addresses by which other hosts know this one, and the one that its overlay sends from.
+
+    The two differ where Docker advertises one address and has the overlay on another
+    (`--data-path-addr`).
+    """
 
     addresses: frozenset[IPAddress] = frozenset()
     underlay: IPAddress | None = None
 
 
 def inode_of(sandbox: Path) -> int | None:
-    """A namespace's number; None if there is none at this path yet, or any more."""
+    """The inode of a namespace; None if no namespace is mounted at this path."""
     try:
         return sandbox.stat().st_ino if is_namespace(sandbox) else None
     except OSError:
@@ -93,17 +98,17 @@ def facts(
     states: Mapping[str, NetworkState],
     homes: Mapping[str, tuple[Path, int]],
     settings: RouterSettings,
-    own: Self | None = None,
+    own: ThisHost | None = None,
 ) -> RouterSnapshot:
-    """What is true. `homes`: where each endpoint's namespace is, and its inode; those without are left out."""
-    own = own or Self()
+    """The snapshot. `homes`: path and inode of each endpoint's namespace; endpoints without are left out."""
+    own = own or ThisHost()
     names = {
         item.endpoint_id: item.name
         for state in states.values()
         if state.view is not None
         for item in state.view.containers
     }
-    here = sorted((each for each in endpoints if each.id in homes), key=lambda each: each.id)
+    here = sorted((item for item in endpoints if item.id in homes), key=lambda item: item.id)
     used = {endpoint.network_id for endpoint in here}
     return RouterSnapshot(
         endpoints=tuple(
@@ -111,7 +116,7 @@ def facts(
                 id=endpoint.id,
                 network=endpoint.network_id,
                 addresses=tuple(
-                    str(each.ip) for each in (endpoint.ipv4, endpoint.ipv6) if each is not None
+                    str(item.ip) for item in (endpoint.ipv4, endpoint.ipv6) if item is not None
                 ),
                 namespace=homes[endpoint.id][1],
                 path=str(homes[endpoint.id][0]),
@@ -121,7 +126,7 @@ def facts(
         ),
         networks=tuple(
             _network(network, states.get(network.id, NetworkState()), settings.rule, own)
-            for network in sorted(networks, key=lambda each: each.id)
+            for network in sorted(networks, key=lambda item: item.id)
             if network.id in used
         ),
         settings=settings,
@@ -129,7 +134,7 @@ def facts(
     )
 
 
-def _network(network: Network, state: NetworkState, rule: Rule, own: Self) -> NetworkFact:
+def _network(network: Network, state: NetworkState, rule: Rule, own: ThisHost) -> NetworkFact:
     operations = options.upgrade_operations(network.options)
     subnets = [str(subnet.pool) for subnet in network.subnets]
     if network.ipv6:
@@ -150,8 +155,8 @@ def _network(network: Network, state: NetworkState, rule: Rule, own: Self) -> Ne
     )
 
 
-def _peers(state: NetworkState, own: Self) -> tuple[str, ...]:
-    """The other hosts. None while nothing says which of them is this one."""
+def _peers(state: NetworkState, own: ThisHost) -> tuple[str, ...]:
+    """The other hosts; empty while it isn't known which of the peers is this host."""
     if state.view is None or not own.addresses:
         return ()
     others = {peer.address for peer in state.view.peers} - own.addresses
@@ -159,7 +164,7 @@ def _peers(state: NetworkState, own: Self) -> tuple[str, ...]:
 
 
 def _tasks(state: NetworkState) -> dict[IPv4Address, set[IPv4Address]]:
-    """By VIP. A task that takes no new connections still has old ones."""
+    """All tasks of each VIP: one that takes no new connections may still have old ones."""
     found = {vip: set(tasks) for vip, tasks in state.table.items()}
     for service in state.view.services if state.view is not None else ():
         if service.vip is not None:
@@ -168,7 +173,7 @@ def _tasks(state: NetworkState) -> dict[IPv4Address, set[IPv4Address]]:
 
 
 class Accelerator:
-    """Tells the router, and asks it. `router` may be away at any time."""
+    """Sends snapshots to the router, and queries it. `router` may be unreachable at any time."""
 
     def __init__(
         self,
@@ -178,7 +183,7 @@ class Accelerator:
         settings: RouterSettings,
         clock: Callable[[], float] = time.monotonic,
         inode: Callable[[Path], int | None] = inode_of,
-        own: Callable[[], Self] = Self,
+        own: Callable[[], ThisHost] = ThisHost,
     ) -> None:
         self._store = store
         self._sandboxes = sandboxes
@@ -191,54 +196,43 @@ class Accelerator:
         self._told_at = float("-inf")
         self._anew = False
         self._missing: dict[str, float] = {}
-        """Endpoints whose namespace isn't there, and until when it is waited for."""
+        """Endpoints whose namespace isn't there, each with the time until which it is awaited."""
         self._failing: float | None = None
         self._complained = False
         self._woken = threading.Event()
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._worker = Worker(
+            "accelerator", self.once, retry=AWAY, sleep=self._sleep, wake=self._woken.set
+        )
 
-    # --- telling
+    # --- snapshots
 
     def wake(self) -> None:
-        """Something may have changed."""
+        """Send a snapshot soon: something may have changed."""
         self._woken.set()
 
     def router_started(self) -> None:
-        """A new router knows nothing."""
+        """Send a snapshot to a new router, whatever the earlier one has received."""
         self._anew = True
         self._woken.set()
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="accelerator", daemon=True)
         self._woken.set()
-        self._thread.start()
+        self._worker.start(after=GATHER)
 
     def stop(self) -> None:
-        self._stopped.set()
-        self._woken.set()
-        if self._thread is not None:
-            self._thread.join(timeout=5)
+        self._worker.stop()
 
-    def _run(self) -> None:
-        pause = 0.0
-        while not self._stopped.is_set():
-            if self._woken.wait(pause):
-                self._stopped.wait(GATHER)
-            try:
-                pause = self.once()
-            except Exception:
-                # Whatever one look meets, the next starts from facts again.
-                log.exception("the router isn't told")
-                pause = AWAY
+    def _sleep(self, seconds: float) -> None:
+        if self._woken.wait(seconds):
+            self._worker.stopped.wait(GATHER)
 
     def once(self) -> float:
-        """Tell the router what it doesn't know; returns for how long there will be nothing, unless woken."""
+        """Send a snapshot if it differs from the last; returns the seconds until the next check."""
         self._woken.clear()
         anew, self._anew = self._anew, False
         now = self._clock()
-        known = self._look(now)
-        # Now and then in any case: a router may have told us of its start before another's end.
+        known = self._snapshot(now)
+        # Regularly in any case: `router_started` may have come before the earlier router's end.
         if anew or known != self._told or now - self._told_at >= REPEAT:
             try:
                 self._router.replace_snapshot(known)
@@ -257,9 +251,9 @@ class Accelerator:
             self._failing = now
         elif now - self._failing > AWAY and not self._complained:
             self._complained = True
-            log.warning("the router doesn't answer; connections stay on TCP", reason=str(error))
+            log.warning("the router does not answer; connections stay on TCP", reason=str(error))
 
-    def _look(self, now: float) -> RouterSnapshot:
+    def _snapshot(self, now: float) -> RouterSnapshot:
         homes: dict[str, tuple[Path, int]] = {}
         missing: dict[str, float] = {}
         endpoints = list(self._store.endpoints())
@@ -282,18 +276,18 @@ class Accelerator:
             self._own(),
         )
 
-    # --- asking
+    # --- queries
 
     def statistics(self) -> Statistics:
-        """The router's counts. Raises RouterError."""
+        """The router's counters. Raises RouterError."""
         return _answer(self._router.statistics)
 
     def connections(self) -> Connections:
-        """Which path each connection takes. Raises RouterError."""
+        """The path of each connection. Raises RouterError."""
         return _answer(self._router.connections)
 
     def paths(self) -> PathCounts:
-        """How many take which. Raises RouterError."""
+        """How many connections take each path. Raises RouterError."""
         return _answer(self._router.paths)
 
 
@@ -301,4 +295,6 @@ def _answer(ask: Callable[[], T]) -> T:
     try:
         return ask()
     except DataplaneError as error:
-        raise RouterError(f"{error}; journalctl -u docker | grep router says why") from error
+        raise RouterError(
+            error.reason, remedy=error.remedy or "read why: journalctl -u docker | grep router"
+        ) from error

@@ -1,17 +1,17 @@
-"""What hints that a network's services have changed, heard without asking: ARP on the network, events of the engine.
+"""Hints that a network's services may have changed, from ARP on the network and the engine's events.
 
-- Something here asks for an address that nobody has: it may be a VIP that has just been made. The answer comes before
-  the connection's second packet does.
-- An endpoint announces itself: it may be a new task. The host of a task announces it again when Docker has made it part
-  of its service, so this reaches every host that shares the network.
-- A container of this host starts or becomes healthy: Docker makes it part of its service then.
+- A container here requests an address that nobody has: a VIP that was just made, perhaps. The reply
+  comes before the connection's second packet.
+- An endpoint announces itself: a new task, perhaps. A task's host announces it again once Docker
+  has added it to its service, so every host that shares the network gets this hint.
+- A container of this host starts or becomes healthy: Docker adds it to its service then.
 
-A hint is only a hint: what follows is read from the engine. Containers can make up hints, hence `RefreshBudget`.
+A hint is only a hint: the facts are read from the engine. Containers can forge hints, therefore
+`RefreshBudget` limits their cost.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from ipaddress import IPv4Address
 from typing import Final
@@ -20,26 +20,31 @@ import structlog
 
 from driver import names
 from driver.errors import EngineError, KernelError
-from driver.kernel.arp import Heard
+from driver.model import ArpFrame
 from driver.ports import Directory, Kernel
 from driver.vip_table import NetworkState
+from driver.worker import Worker
 
 log = structlog.get_logger()
 
-SETTLE: Final = 0.05
-"""Seconds of rest after what was heard, in which more may come: bounds the work that a flood of ARP makes."""
+PAUSE: Final = 0.05
+"""Seconds between two reads of ARP. Limits the work that a flood of ARP causes."""
 PATIENCE: Final = 1.0
-"""Seconds for which is listened at a time."""
+"""Seconds for which one read waits for ARP."""
 RETRY: Final = 2.0
 """Seconds after which the engine is asked for events again."""
 FORGET: Final = 300.0
-"""Seconds for which an address that nobody has is no news."""
+"""Seconds for which further requests for an address that nobody has are no hints."""
 MEMORY: Final = 4096
-"""So many such addresses are remembered."""
+"""Number of such addresses that are remembered."""
 
 
 class Hints:
-    """Two threads that listen. `states` is what is known by network ID, `hint` is called with the ID of a network."""
+    """Two threads: one reads ARP, one the engine's events.
+
+    `states` are the networks' last known states by network ID; `hint` is called with the ID of a
+    network whose services may have changed.
+    """
 
     def __init__(
         self,
@@ -54,52 +59,55 @@ class Hints:
         self._states = states
         self._hint = hint
         self._clock = clock
+        self._failure = ""
         self._asked: dict[tuple[str, IPv4Address], float] = {}
-        self._stop = threading.Event()
+        self._workers = (
+            Worker("hints-arp", self._read_arp, retry=PATIENCE),
+            Worker("hints-engine", self._read_events, retry=RETRY),
+        )
 
     def start(self) -> None:
-        for body in (self._listen_to_arp, self._listen_to_engine):
-            threading.Thread(target=body, name="hints", daemon=True).start()
+        for worker in self._workers:
+            worker.start()
 
     def stop(self) -> None:
-        """The threads end with their present wait, or with the process."""
-        self._stop.set()
+        """Ask the threads to end. Each does so after its present read, or with the process."""
+        for worker in self._workers:
+            worker.stop(wait=False)
 
     # --- ARP
 
-    def _listen_to_arp(self) -> None:
-        trouble = ""
-        while not self._stop.is_set():
-            try:
-                heard = self._kernel.hear(PATIENCE)
-                trouble = ""
-            except KernelError as error:
-                if str(error) != trouble:
-                    trouble = str(error)
-                    log.warning("ARP not heard, new services may be seen late", reason=trouble)
-                heard = frozenset()
-                self._stop.wait(PATIENCE)
-            if heard:
-                self.heard(heard)
-                self._stop.wait(SETTLE)
+    def _read_arp(self) -> float:
+        try:
+            frames = self._kernel.hear(PATIENCE)
+            self._failure = ""
+        except KernelError as error:
+            if str(error) != self._failure:
+                self._failure = str(error)
+                log.warning("no ARP is read, new services may be found late", reason=str(error))
+            return PATIENCE
+        if not frames:
+            return 0.0
+        self.heard(frames)
+        return PAUSE
 
-    def heard(self, frames: frozenset[Heard]) -> None:
-        """Hint at each network on which a frame is about an address that nobody is known to have."""
+    def heard(self, frames: frozenset[ArpFrame]) -> None:
+        """Hint at each network on which a frame names an address without a known owner."""
         states = {names.short(key): (key, state) for key, state in self._states().items()}
         now = self._clock()
         for short in {frame.network for frame in frames} & states.keys():
             network_id, state = states[short]
             known = known_addresses(state)
             about = [frame for frame in frames if frame.network == short]
-            if any(self._is_news(network_id, frame, known, now) for frame in about):
+            if any(self._is_hint(network_id, frame, known, now) for frame in about):
                 self._hint(network_id)
 
-    def _is_news(
-        self, network_id: str, frame: Heard, known: frozenset[IPv4Address], now: float
+    def _is_hint(
+        self, network_id: str, frame: ArpFrame, known: frozenset[IPv4Address], now: float
     ) -> bool:
         if frame.target in known:
             return False
-        if frame.announcement:
+        if frame.is_announcement:
             return True
         key = (network_id, frame.target)
         asked = self._asked.pop(key, None)
@@ -113,15 +121,14 @@ class Hints:
 
     # --- the engine
 
-    def _listen_to_engine(self) -> None:
-        while not self._stop.is_set():
-            try:
-                for container_id in self._directory.changed_containers():
-                    self.container_changed(container_id)
-            except EngineError as error:
-                # That the engine doesn't answer is said by the sync loop.
-                log.debug("no events of the engine", reason=str(error))
-            self._stop.wait(RETRY)
+    def _read_events(self) -> float:
+        try:
+            for container_id in self._directory.changed_containers():
+                self.container_changed(container_id)
+        except EngineError as error:
+            # The sync loop reports that the engine doesn't answer.
+            log.debug("no events of the engine", reason=str(error))
+        return RETRY
 
     def container_changed(self, container_id: str) -> None:
         """Hint at each network that the container is on."""
@@ -132,7 +139,7 @@ class Hints:
 
 
 def known_addresses(state: NetworkState) -> frozenset[IPv4Address]:
-    """All addresses on a network of which is known whose they are."""
+    """The addresses of a network whose owners are known."""
     view = state.view
     if view is None:
         return frozenset()

@@ -148,5 +148,19 @@ class EngineView:
     hostnames: dict[IPAddress, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class ArpFrame:
+    """An ARP frame on a network, given by its short ID (see `names.short`)."""
+
+    network: str
+    sender: IPv4Address
+    target: IPv4Address
+
+    @property
+    def is_announcement(self) -> bool:
+        """Whether it tells where an address is, rather than asks (RFC 5227, section 3)."""
+        return self.sender == self.target
+
+
 VipTable = dict[IPv4Address, tuple[IPv4Address, ...]]
 """VIP -> addresses of the tasks that take new connections, sorted. Empty tuple: a service without tasks."""

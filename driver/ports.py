@@ -11,8 +11,8 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Protocol
 
-from driver.kernel.arp import Heard
 from driver.model import (
+    ArpFrame,
     Endpoint,
     EngineView,
     IPAddress,
@@ -63,7 +63,7 @@ class Kernel(Protocol):
     def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
         """Send gratuitous ARP (RFC 5227) and unsolicited NA (RFC 4861) for the endpoints into the network."""
 
-    def hear(self, seconds: float) -> frozenset[Heard]:
+    def hear(self, seconds: float) -> frozenset[ArpFrame]:
         """ARP frames that reached the networks since the last call; waits so long for the first."""
 
     def inventory(self) -> Inventory:

@@ -14,7 +14,7 @@ import structlog
 
 from dataplane.control import Connections
 from dataplane.router_client import RouterClient
-from driver.accelerator import Accelerator, Self
+from driver.accelerator import Accelerator, ThisHost
 from driver.announcer import Announcer
 from driver.driver import Driver, DriverConfig
 from driver.engine import DockerDirectory
@@ -145,14 +145,14 @@ def compose(
         changed=lambda: accelerator.wake(),
     )
 
-    def own() -> Self:
+    def own() -> ThisHost:
         engine, _ = syncer.engine()
         known = {self_address(), engine.node_address if engine else None} - {None}
         try:
             underlay = kernel.underlay().address
         except FreeFlowError:
             underlay = None
-        return Self(frozenset(each for each in known if each), underlay or self_address())
+        return ThisHost(frozenset(each for each in known if each), underlay or self_address())
 
     accelerator = Accelerator(
         store,

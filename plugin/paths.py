@@ -35,7 +35,7 @@ class PathLabels:
 
     def path(self, network: Network, mac: str) -> str:
         """The path to a MAC address of a network."""
-        return SHORT if mac and self._kernel.takes(network.id, mac) else OVERLAY
+        return SHORT if mac and self._kernel.uses_fastpath(network.id, mac) else OVERLAY
 
     def connections(self, found: Connections) -> Connections:
         """The router's list, with the fast path told apart."""
@@ -87,7 +87,7 @@ class PathLabels:
                     return False
                 address = IPv4Address(int(address) & 0xFFFFFFFF)
             mac = allocate.mac_for(address)
-        return self._kernel.takes(network.id, mac)
+        return self._kernel.uses_fastpath(network.id, mac)
 
 
 def relabel(counts: Iterable[PathStatus], runs: Callable[[str, bool], bool]) -> list[PathStatus]:

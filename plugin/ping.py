@@ -126,7 +126,7 @@ class Ping:
             return found.address, found.name
 
     def _path(self, network: Network, mac: str) -> str:
-        return SHORT if mac and self._kernel.takes(network.id, mac) else OVERLAY
+        return SHORT if mac and self._kernel.uses_fastpath(network.id, mac) else OVERLAY
 
     def _tcp(self, network: Network, host: str, local: bool) -> tuple[str, str]:
         """The path that connections can move to, and why no faster one."""

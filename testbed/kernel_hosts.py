@@ -385,10 +385,10 @@ class Host:
             lambda: self.kernel.set_peers(network.id, [other.address for other in others])
         )
 
-    def keep(self) -> Stage:
+    def refresh(self) -> Stage:
         """What the plugin does every second, and after each start; how far packets take the fast path then."""
         self.do(self.kernel.attach_programs)
-        self.do(self.kernel.keep)
+        self.do(self.kernel.refresh)
         return self.do(self.kernel.stage)
 
     def close(self) -> None:
@@ -409,7 +409,7 @@ class Lab:
         """Every host is every other's peer."""
         for host in self.hosts:
             host.set_peers(network, *(other for other in self.hosts if other is not host))
-            host.keep()
+            host.refresh()
 
     def link(self, host: Host, state: str) -> None:
         """Pull a host's cable ("down") or plug it in ("up")."""

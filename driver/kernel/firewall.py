@@ -272,7 +272,7 @@ class Firewall:
         self._session: Session | None = None
         self._packets: Packets | None = None
         self._said = ""
-        self._due = 0.0
+        self.due = 0.0
 
     def obstacle(
         self,
@@ -285,12 +285,12 @@ class Firewall:
         """Why the overlay's packets must stay where the firewall sees them; empty if they needn't."""
         packets = Packets(frozenset(ports), devices, frozenset(own), frozenset(peers))
         now = time.monotonic()
-        if packets == self._packets and now < self._due:
+        if packets == self._packets and now < self.due:
             return self._said
         self._said = self._look(packets)
         self._packets = packets
         took = time.monotonic() - now
-        self._due = now + max(LEAST, took * SHARE)
+        self.due = now + max(LEAST, took * SHARE)
         return self._said
 
     def _look(self, packets: Packets) -> str:

@@ -20,14 +20,13 @@ from typing import Final
 from driver import names
 from driver.errors import FreeFlowError, KernelError
 from driver.kernel import announce, fdb, filter, guard, links, pin, underlay, underlay_routes
-from driver.kernel.arp import Heard
 from driver.kernel.fastpath import FastPath, Stage
 from driver.kernel.guard import Guard, Guarded
 from driver.kernel.namespace import OVERLAY_PIN
 from driver.kernel.netlink import Sockets
 from driver.kernel.overlay import Overlay
 from driver.kernel.underlay import Underlay
-from driver.model import Endpoint, IPAddress, IPNetwork, Network
+from driver.model import ArpFrame, Endpoint, IPAddress, IPNetwork, Network
 from driver.ports import Inventory
 
 _WAYS_EVERY: Final = 10.0
@@ -76,7 +75,7 @@ class LinuxKernel:
         self._changes = underlay_routes.Changes(self._host_namespace)
         self._ways_due = 0.0
         self._near: frozenset[IPNetwork] = frozenset()
-        self._fastpath = FastPath(
+        self.fastpath = FastPath(
             programs, host_run, self._host_namespace, self._host, self.underlay, tcx=tcx
         )
 
@@ -98,7 +97,7 @@ class LinuxKernel:
             if identity is not None and self._opened is None:
                 opened = Overlay(self._host_run, identity)
                 opened.nft.run(filter.base())
-                self._fastpath.open(opened)
+                self.fastpath.open(opened)
                 self._opened = opened
             return self._opened
 
@@ -115,7 +114,7 @@ class LinuxKernel:
         return opened
 
     def _forget(self) -> None:
-        self._fastpath.forget()
+        self.fastpath.close()
         if self._opened is not None:
             self._opened.close()
             self._opened = None
@@ -140,7 +139,7 @@ class LinuxKernel:
             self._guard.network(names.short(network.id), network.port)
         links.make_veth(self._host, overlay.links, self._host_namespace, network, endpoint, bridge)
         self._filter(overlay, filter.add(endpoint))
-        self._fastpath.attach(network, endpoint)
+        self.fastpath.attach(network, endpoint)
 
     @staticmethod
     def _filter(overlay: Overlay, commands: str) -> None:
@@ -174,7 +173,7 @@ class LinuxKernel:
     def detach(self, network_id: str, endpoint_id: str) -> None:
         overlay = self._overlay()
         if overlay is not None:
-            self._fastpath.detach(endpoint_id)
+            self.fastpath.detach(endpoint_id)
             overlay.links.delete(names.host_veth(endpoint_id))
             self._filter(overlay, filter.remove(endpoint_id))
         # Gone with its other end, unless that was in an earlier overlay namespace.
@@ -185,7 +184,7 @@ class LinuxKernel:
         self._guard.forget(names.short(network_id))
         overlay = self._overlay()
         if overlay is not None:
-            self._fastpath.remove_network(network_id)
+            self.fastpath.remove_network(network_id)
             overlay.links.delete(names.vxlan(network_id))
             overlay.links.delete(names.bridge(network_id))
 
@@ -194,7 +193,7 @@ class LinuxKernel:
     def set_peers(self, network_id: str, peers: Iterable[IPAddress]) -> frozenset[IPAddress]:
         overlay, wanted = self._overlay(), frozenset(peers)
         index = overlay.links.index(names.vxlan(network_id)) if overlay is not None else None
-        self._fastpath.set_peers(network_id, wanted)
+        self.fastpath.set_peers(network_id, wanted)
         if overlay is None or index is None:
             return frozenset()
         self._guard.peers(names.short(network_id), wanted)
@@ -264,7 +263,7 @@ class LinuxKernel:
                     f"announcing endpoints of network {network_id}: {error.strerror}"
                 ) from error
 
-    def hear(self, seconds: float) -> frozenset[Heard]:
+    def hear(self, seconds: float) -> frozenset[ArpFrame]:
         overlay = self._overlay()
         if overlay is None:
             time.sleep(seconds)
@@ -282,7 +281,7 @@ class LinuxKernel:
         index = overlay.links.index(names.vxlan(network_id)) if overlay is not None else None
         if overlay is None or index is None:
             return {}
-        return fdb.learned(overlay.links, index) | self._fastpath.learned(network_id)
+        return fdb.learned(overlay.links, index) | self.fastpath.learned(network_id)
 
     def locate(self, network_id: str, mac: str) -> IPAddress | None:
         """The peer behind which a MAC address is; None: on this host, or not learned."""
@@ -290,27 +289,27 @@ class LinuxKernel:
 
     # --- the fast path
 
-    def keep(self) -> None:
+    def refresh(self) -> None:
         """Look at what may have changed by itself. To be called every second or so."""
         if self._overlay() is not None:
             self._keep_guard()
-            self._fastpath.keep()
+            self.fastpath.refresh()
 
     def attach_programs(self) -> None:
         """See `FastPath.attach_programs`."""
-        self._fastpath.attach_programs()
+        self.fastpath.attach_programs()
 
     def check_forwarding(self, endpoint_id: str, sandbox: Path | int) -> None:
         """See `FastPath.check_forwarding`."""
-        self._fastpath.check_forwarding(endpoint_id, sandbox)
+        self.fastpath.check_forwarding(endpoint_id, sandbox)
 
     def stage(self) -> Stage:
         """How far packets take the fast path on this host."""
-        return self._fastpath.stage()
+        return self.fastpath.stage()
 
-    def takes(self, network_id: str, mac: str) -> bool:
+    def uses_fastpath(self, network_id: str, mac: str) -> bool:
         """Whether packets from this host's containers to a MAC address take the fast path now."""
-        return self._fastpath.takes(network_id, mac)
+        return self.fastpath.carries(network_id, mac)
 
     # --- what exists
 
@@ -343,7 +342,7 @@ class LinuxKernel:
             for link in overlay.links.links()
             if link.name.startswith(names.PREFIXES)
         }
-        for name, count in self._fastpath.counts().items():
+        for name, count in self.fastpath.counts().items():
             if name in found:
                 found[name]["tx_packets"] += count.received_packets
                 found[name]["tx_bytes"] += count.received_bytes
@@ -361,7 +360,7 @@ class LinuxKernel:
             if link.name.startswith(names.CONTAINER_VETH) and self._host.delete(link.name)
         ]
         overlay = self._overlay()
-        removed += self._fastpath.remove(overlay)
+        removed += self.fastpath.remove(overlay)
         if overlay is not None:
             # One by one: the namespace lives on while any process has it open.
             removed += [name for name in self.links() if overlay.links.delete(name)]

@@ -11,6 +11,7 @@ from driver.kernel import arp
 from driver.kernel.namespace import OVERLAY_PIN, in_netns
 from driver.kernel.netlink import Sockets
 from driver.kernel.nft import Session
+from driver.model import ArpFrame
 
 
 class Overlay:
@@ -26,7 +27,7 @@ class Overlay:
             self.namespace, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         )
 
-    def hear(self, seconds: float) -> frozenset[arp.Heard]:
+    def hear(self, seconds: float) -> frozenset[ArpFrame]:
         """See `ports.Kernel.hear`. OSError, ValueError: closed."""
         poll = select.poll()
         poll.register(self.arp, select.POLLIN)

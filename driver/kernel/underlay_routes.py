@@ -29,14 +29,14 @@ _GROUPS: Final = 0x1 | 0x10 | 0x40
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
+class Routes:
     """`found` by peer; `refused`: why others have none."""
 
     found: dict[IPv4Address, Way] = field(default_factory=dict)
     refused: dict[IPAddress, str] = field(default_factory=dict)
 
 
-def to(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) -> Ways:
+def find(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) -> Routes:
     """The ways to these peers; `local` is the address that the overlay sends from, if that is said."""
     found: dict[IPv4Address, Way] = {}
     refused: dict[IPAddress, str] = {}
@@ -50,7 +50,7 @@ def to(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) -> Wa
                 found[peer] = _way(netlink, peer, local, devices)
             except ValueError as error:
                 refused[peer] = str(error)
-    return Ways(found, refused)
+    return Routes(found, refused)
 
 
 def devices(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) -> set[str]:

@@ -20,12 +20,12 @@ from pathlib import Path
 import pytest
 from pyroute2 import IPRoute
 
-from dataplane.ebpf import Count, Place, Way, find_out
+from dataplane.ebpf import Count, Maps, Place, Way, find_out
 from dataplane.ebpf.layout import POP6, PUSH6
 from dataplane.errors import KernelRefused
 from driver import names
 from driver.kernel.bpffs import PINS
-from driver.kernel.fastpath.fastpath import _State
+from driver.kernel.fastpath.fastpath import Opened
 from driver.model import Network
 from testbed.ebpf_object import SOURCES, built
 from testbed.kernel_hosts import (
@@ -49,14 +49,18 @@ DATA = os.urandom(16 << 20)
 def count(container: Container) -> Count:
     """What a container has had of the fast path."""
     kernel = container.host.kernel
-    return container.host.do(kernel._fastpath.counts)[names.host_veth(container.endpoint.id)]
+    return container.host.do(kernel.fastpath.counts)[names.host_veth(container.endpoint.id)]
 
 
-def state_of(host: Host) -> _State:
-    """What its plugin has open."""
-    state = host.kernel._fastpath._state
-    assert state is not None
-    return state
+def opened(host: Host) -> Opened:
+    """The parts of its plugin's fast path."""
+    parts = host.kernel.fastpath.opened()
+    assert parts is not None
+    return parts
+
+
+def maps_of(host: Host) -> Maps:
+    return opened(host).programs.maps
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,8 @@ def test_the_whole_way_is_taken(world: World) -> None:
     """TCP and UDP over IPv4 and IPv6, to another host and beside, arrive byte for byte, and take the fast path: all of it that
     the kernel can do, which before 6.3 is IPv4 alone between hosts."""
     for host in world.lab.hosts:
-        assert (host.keep().stage, host.keep().reason) == ("tunnel", "")
-    flags = state_of(world.lab.hosts[0]).programs.found.flags
+        assert (host.refresh().stage, host.refresh().reason) == ("tunnel", "")
+    flags = opened(world.lab.hosts[0]).programs.found.flags
     before = [count(each) for each in (world.near, world.beside, world.far)]
     for target in (world.far, world.beside):
         for address in (target.ipv4, target.ipv6):
@@ -151,7 +155,7 @@ def test_every_kernel_carries_all_bytes() -> None:
     with lab(2) as made:
         found = _world(made)
         best = find_out(built()).stages[-1]
-        assert [host.keep().stage for host in made.hosts] == [best, best]
+        assert [host.refresh().stage for host in made.hosts] == [best, best]
         for target in (found.far, found.beside):
             for address in (target.ipv4, target.ipv6):
                 assert found.near.send(address, data)
@@ -215,7 +219,7 @@ def test_the_header_is_the_kernels_own(world: World, family: int, tos: int) -> N
                 (packet,) = [each for each in leaving(packets) if b"x" * 100 in each]
             assert (count(world.near).sent_packets > before) == short
             seen.append(packet)
-        host.do(lambda: host.kernel._fastpath._write_peers(state_of(host)))
+        host.do(opened(host).neighbours.write)
     made, ordinary = (each[:4] + each[6:10] + each[12:] for each in seen)
     # The inner packet is another one: its own identification and checksum differ in IPv4.
     inner = 42 if family == 4 else len(made)
@@ -227,10 +231,10 @@ def test_the_header_is_the_kernels_own(world: World, family: int, tos: int) -> N
 
 
 def _forget_peers(host: Host) -> None:
-    state = state_of(host)
-    for net, address in state.maps.all_peers():
-        state.maps.drop_peer(net, address)
-    state.present.clear()
+    maps = maps_of(host)
+    for net, address in maps.all_peers():
+        maps.drop_peer(net, address)
+    opened(host).neighbours.routes.clear()
 
 
 def _sum(data: bytes) -> int:
@@ -289,7 +293,7 @@ def test_a_stranger_teaches_nothing(fresh: World) -> None:
     the fast path."""
     victim, stranger = fresh.lab.hosts
     fresh.lab.hosts[0].set_peers(fresh.network)
-    victim.keep()
+    victim.refresh()
     before = count(fresh.near)
     frame = ethernet(
         "02:42:0a:09:00:09",
@@ -306,11 +310,11 @@ def test_a_stranger_teaches_nothing(fresh: World) -> None:
         shout(vni)
     assert count(fresh.near).nic_packets == before.nic_packets
     assert "02:42:0a:09:00:09" not in victim.do(
-        lambda: victim.kernel._fastpath.learned(fresh.network.id)
+        lambda: victim.kernel.fastpath.learned(fresh.network.id)
     )
     # The same from a peer does.
     victim.set_peers(fresh.network, stranger)
-    victim.keep()
+    victim.refresh()
     shout(fresh.network.vni)
     assert count(fresh.near).nic_packets == before.nic_packets + 1
     learned = victim.do(lambda: victim.kernel.learned(fresh.network.id))
@@ -366,13 +370,13 @@ def test_what_is_not_heard_any_more_goes_the_ordinary_way(fresh: World) -> None:
     assert fresh.near.echoes(fresh.far.ipv4)
 
     def age() -> None:
-        maps = state_of(host).maps
+        maps = maps_of(host)
         for net, mac, place in maps.all_places():
             if not place.index:
                 maps.put_place(net, mac, replace(place, seen=max(0, place.seen - 61 * 10**9)))
 
     host.do(age)
-    assert not host.do(lambda: host.kernel.takes(fresh.network.id, fresh.far.endpoint.mac))
+    assert not host.do(lambda: host.kernel.uses_fastpath(fresh.network.id, fresh.far.endpoint.mac))
     before = count(fresh.near).sent_packets
     with fresh.near.udp(fresh.far.ipv4) as datagrams:
         datagrams.send(b"first")
@@ -389,7 +393,7 @@ def test_a_plugin_that_has_died_leaves_nothing_to_chance(fresh: World) -> None:
     host = fresh.lab.hosts[0]
 
     def expire() -> None:
-        maps = state_of(host).maps
+        maps = maps_of(host)
         maps.decide(replace(maps.current(), lease=1))
 
     host.do(expire)
@@ -397,7 +401,7 @@ def test_a_plugin_that_has_died_leaves_nothing_to_chance(fresh: World) -> None:
     assert fresh.near.send(fresh.far.ipv4, DATA)
     now = count(fresh.near)
     assert now == before
-    host.keep()
+    host.refresh()
     assert fresh.near.send(fresh.far.ipv4, DATA)
     assert count(fresh.near).sent_packets > now.sent_packets
 
@@ -413,8 +417,8 @@ def test_a_peer_without_it(without: int) -> None:
             assert one.send(other.ipv6, DATA)
             assert one.echoes(other.ipv4, 30000, whole=False)
         plain, short = made.hosts[without], made.hosts[1 - without]
-        assert plain.keep().stage == ""
-        assert short.keep().stage == "tunnel"
+        assert plain.refresh().stage == ""
+        assert short.refresh().stage == "tunnel"
         box = found.far if without == 0 else found.near
         assert count(box).sent_bytes > len(DATA)
         assert count(box).nic_bytes > len(DATA)
@@ -427,13 +431,13 @@ def test_off_for_one_network(fresh: World) -> None:
     boxes = [each.container(other, 2 + n) for n, each in enumerate(fresh.lab.hosts)]
     fresh.lab.mesh(other)
     assert boxes[0].send(boxes[1].ipv4, DATA)
-    counts = host.do(host.kernel._fastpath.counts)
+    counts = host.do(host.kernel.fastpath.counts)
     assert names.host_veth(boxes[0].endpoint.id) not in counts
-    assert not host.do(lambda: host.kernel.takes(other.id, boxes[1].endpoint.mac))
+    assert not host.do(lambda: host.kernel.uses_fastpath(other.id, boxes[1].endpoint.mac))
     switched = replace(fresh.network, options={"ebpf": "off"})
     for box in (fresh.near, fresh.beside):
         host.do(lambda b=box: host.kernel.attach(switched, b.endpoint))  # type: ignore[misc]
-    assert host.do(host.kernel._fastpath.counts) == {}
+    assert host.do(host.kernel.fastpath.counts) == {}
     assert fresh.near.send(fresh.far.ipv4, DATA)
     assert fresh.near.send(fresh.beside.ipv4, DATA)
 
@@ -445,7 +449,7 @@ def test_an_ipv6_underlay_has_the_lower_stages() -> None:
         near, far = (host.container(network, 2 + n) for n, host in enumerate(made.hosts))
         beside = made.hosts[0].container(network, 4)
         made.mesh(network)
-        stage = made.hosts[0].keep()
+        stage = made.hosts[0].refresh()
         assert stage.stage == "receive"
         assert "IPv6" in stage.reason
         assert near.send(far.ipv4, DATA)
@@ -464,7 +468,7 @@ def test_the_bridge_knows_what_passes_it_by(fresh: World) -> None:
     host.in_overlay("bridge", "fdb", "del", mac, "dev", device, "self")
     host.in_overlay("bridge", "fdb", "del", mac, "dev", device, "master")
     assert fresh.near.echoes(fresh.far.ipv4)
-    host.do(lambda: host.kernel._fastpath._refresh(state_of(host)))
+    host.do(opened(host).neighbours.refresh_bridges)
     shown = host.in_overlay("bridge", "fdb", "show", "dev", device)
     lines = [line for line in shown.splitlines() if line.startswith(mac)]
     assert any(str(fresh.lab.hosts[1].address) in line for line in lines)
@@ -597,10 +601,9 @@ def test_what_is_passed_on_comes_the_kernels_way(fresh: World) -> None:
 
 
 def _reason(host: Host) -> str:
-    """After a look that asks anew."""
-    state = state_of(host)
-    state.firewall._due = 0.0
-    return host.keep().reason
+    """Why the tunnel is off after a refresh that reads the firewall's rules again."""
+    opened(host).tunnel.firewall.due = 0.0
+    return host.refresh().reason
 
 
 def test_ipsec_keeps_headers_the_kernels(fresh: World) -> None:
@@ -691,11 +694,11 @@ def test_a_device_that_is_not_ethernet(fresh: World) -> None:
     host.run("ip", "tuntap", "add", "t0", "mode", "tun")
     host.run("ip", "link", "set", "t0", "up")
     host.run("ip", "route", "add", f"{fresh.lab.hosts[1].address}/32", "dev", "t0")
-    stage = host.keep()
+    stage = host.refresh()
     assert (stage.stage, stage.devices) == ("receive", ())
     assert "not Ethernet" in stage.reason
     host.run("ip", "link", "del", "t0")
-    assert host.keep().stage == "tunnel"
+    assert host.refresh().stage == "tunnel"
 
 
 # --- what may change
@@ -709,7 +712,7 @@ def test_another_device_is_followed(fresh: World) -> None:
     host.run("ip", "addr", "flush", "dev", "eth0")
     host.run("ip", "link", "set", "eth0", "master", "br0")
     host.run("ip", "addr", "add", f"{host.address}/24", "dev", "br0")
-    assert host.keep().devices == ("br0",)
+    assert host.refresh().devices == ("br0",)
     fresh.lab.hosts[1].run("ip", "neigh", "flush", "all")
     eventually("the other host", lambda: fresh.near.echoes(fresh.far.ipv4, tries=1))
     before = count(fresh.near)
@@ -725,7 +728,7 @@ def test_a_smaller_mtu_of_the_underlay(fresh: World) -> None:
     ordinary way, where its sender is told."""
     host = fresh.lab.hosts[0]
     host.run("ip", "link", "set", "eth0", "mtu", "1400")
-    host.keep()
+    host.refresh()
     before = count(fresh.near).sent_packets
     assert fresh.near.send(fresh.far.ipv4, DATA)
     assert fresh.near.send(fresh.far.ipv6, DATA)
@@ -736,7 +739,7 @@ def test_the_pair_is_made_again(fresh: World) -> None:
     """When somebody has removed the pair between the namespaces, it is back with the next look."""
     host = fresh.lab.hosts[0]
     host.run("ip", "link", "del", names.OUTSIDE)
-    host.keep()
+    host.refresh()
     before = count(fresh.near).sent_packets
     assert fresh.near.send(fresh.far.ipv4, DATA)
     assert count(fresh.near).sent_packets > before
@@ -745,15 +748,15 @@ def test_the_pair_is_made_again(fresh: World) -> None:
 def test_a_program_that_was_taken_off_is_put_back(fresh: World) -> None:
     """When somebody has taken all programs off the host's device, ours is back some seconds later; until then all arrives."""
     host = fresh.lab.hosts[0]
-    state = state_of(host)
-    pin = RUN / PINS / "links-host" / str(next(iter(state.attached)))
+    attached = opened(host).tunnel.attached
+    pin = RUN / PINS / "links-host" / str(next(iter(attached)))
     if host.run("ls", str(pin), check=False):
         host.run("bpftool", "link", "detach", "pinned", str(pin))
     else:
         host.run("tc", "qdisc", "del", "dev", "eth0", "clsact")
     assert fresh.far.send(fresh.near.ipv4, DATA)
-    state.attached = dict.fromkeys(state.attached, float("-inf"))
-    host.keep()
+    attached.update(dict.fromkeys(attached, float("-inf")))
+    host.refresh()
     before = count(fresh.near).nic_packets
     assert fresh.far.send(fresh.near.ipv4, DATA)
     assert count(fresh.near).nic_packets > before
@@ -778,7 +781,7 @@ def test_it_outlives_the_plugin(fresh: World) -> None:
             host.do(lambda b=box: second.attach(fresh.network, b.endpoint))  # type: ignore[misc]
         host.set_peers(fresh.network, fresh.lab.hosts[1])
         assert count(fresh.near).sent_bytes > len(DATA)
-        assert host.keep().stage == "tunnel"
+        assert host.refresh().stage == "tunnel"
         before = count(fresh.near).sent_bytes
         stream.sendall(DATA)
         stream.shutdown(socket.SHUT_WR)
@@ -814,7 +817,7 @@ def test_an_upgrade_is_not_felt(fresh: World, tmp_path: Path, change: str) -> No
         for box in (fresh.near, fresh.beside):
             host.do(lambda b=box: host.kernel.attach(fresh.network, b.endpoint))  # type: ignore[misc]
         host.set_peers(fresh.network, fresh.lab.hosts[1])
-        assert host.keep().stage == "tunnel"
+        assert host.refresh().stage == "tunnel"
         assert fresh.near.echoes(fresh.far.ipv4)
         before = count(fresh.near).sent_bytes
         stream.sendall(DATA)
@@ -825,8 +828,7 @@ def test_an_upgrade_is_not_felt(fresh: World, tmp_path: Path, change: str) -> No
 
 
 def _places(host: Host) -> list[object]:
-    state = state_of(host)
-    return [place for _, _, place in state.maps.all_places() if not place.index]
+    return [place for _, _, place in maps_of(host).all_places() if not place.index]
 
 
 def test_switched_off_it_leaves_nothing(fresh: World) -> None:
@@ -835,7 +837,7 @@ def test_switched_off_it_leaves_nothing(fresh: World) -> None:
     with fresh.near.connect(fresh.far.ipv4) as stream:
         stream.sendall(DATA)
         host.ordinary()
-        stage = host.keep()
+        stage = host.refresh()
         assert (stage.stage, stage.reason) == ("", "setting EBPF=off")
         stream.sendall(DATA)
         stream.shutdown(socket.SHUT_WR)
@@ -901,21 +903,21 @@ def _nothing_is_left(host: Host, qdisc: str = "") -> None:
 def test_an_endpoint_that_went_leaves_nothing(fresh: World) -> None:
     """With its last endpoint a network leaves the maps, and with each endpoint its entries."""
     host = fresh.lab.hosts[0]
-    state = state_of(host)
+    maps = maps_of(host)
     host.remove(fresh.beside)
-    assert host.do(lambda: len(state.maps.port_indexes())) == 2
+    assert host.do(lambda: len(maps.port_indexes())) == 2
     host.remove(fresh.near)
     host.do(lambda: host.kernel.remove_network(fresh.network.id))
-    host.keep()
-    assert host.do(lambda: list(state.maps.all_places())) == []
-    assert host.do(state.maps.all_networks) == []
-    assert host.do(state.maps.all_peers) == {}
-    assert host.do(state.maps.port_indexes) == set()
+    host.refresh()
+    assert host.do(lambda: list(maps.all_places())) == []
+    assert host.do(maps.all_networks) == []
+    assert host.do(maps.all_peers) == {}
+    assert host.do(maps.port_indexes) == set()
 
 
 def _fill(host: Host, table: str) -> None:
     """Fill a map with entries about networks that don't exist, of which the plugin knows nothing."""
-    maps = state_of(host).maps
+    maps = maps_of(host)
     with contextlib.suppress(KernelRefused):
         for number in range(70_000):
             if table == "peers":
@@ -941,9 +943,8 @@ def test_a_full_table_of_peers() -> None:
         host.do(lambda: _fill(host, "peers"))
         host.set_peers(network, far.host, third.host)
         # What is done each second goes on.
-        state_of(host).reason = ""
-        state_of(host).tidy_due = time.monotonic() + 60
-        stage = host.keep()
+        opened(host).cleaner.due = time.monotonic() + 60
+        stage = host.refresh()
         assert stage.stage == "tunnel"
         (said,) = stage.full
         assert "1 peers" in said
@@ -951,10 +952,10 @@ def test_a_full_table_of_peers() -> None:
         before = count(near).sent_packets
         assert near.echoes(far.ipv4)
         assert count(near).sent_packets > before
-        state_of(host).ways_due = 0.0
-        assert host.keep().full == ()
+        opened(host).neighbours.refresh_soon()
+        assert host.refresh().full == ()
         assert near.echoes(third.ipv4)
-        assert host.do(lambda: host.kernel.takes(network.id, third.endpoint.mac))
+        assert host.do(lambda: host.kernel.uses_fastpath(network.id, third.endpoint.mac))
 
 
 def test_a_full_table_of_addresses(fresh: World) -> None:
@@ -962,7 +963,7 @@ def test_a_full_table_of_addresses(fresh: World) -> None:
     host = fresh.lab.hosts[0]
     host.do(lambda: _fill(host, "places"))
     box = host.container(fresh.network, 9)
-    assert host.do(lambda: host.kernel.takes(fresh.network.id, box.endpoint.mac))
+    assert host.do(lambda: host.kernel.uses_fastpath(fresh.network.id, box.endpoint.mac))
     assert box.echoes(fresh.near.ipv4)
 
 
@@ -974,24 +975,24 @@ def test_a_full_table_of_networks(fresh: World) -> None:
     boxes = [each.container(other, 2 + n) for n, each in enumerate(fresh.lab.hosts)]
     fresh.lab.mesh(other)
     assert boxes[0].echoes(boxes[1].ipv4)
-    (said,) = host.keep().full
+    (said,) = host.refresh().full
     assert "1 containers" in said
     host.remove(boxes[0])
-    assert host.keep().full == ()
+    assert host.refresh().full == ()
 
 
 def test_containers_do_not_wait(fresh: World) -> None:
     """While what is done each second takes long, a container comes and goes at once, and while programs are put on the links
     of others, too."""
     host = fresh.lab.hosts[0]
-    kernel, fastpath = host.kernel, host.kernel._fastpath
-    with fastpath._keeping:
+    kernel = host.kernel
+    with kernel.fastpath.upkeep:
         began = time.monotonic()
         endpoint = an_endpoint(fresh.network, 9)
         host.do(lambda: kernel.attach(fresh.network, endpoint))
         host.do(lambda: kernel.detach(fresh.network.id, endpoint.id))
         assert time.monotonic() - began < 20
-    host.keep()
+    host.refresh()
 
 
 def test_the_flood_list_is_mended(fresh: World) -> None:

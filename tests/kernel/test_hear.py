@@ -7,17 +7,17 @@ from ipaddress import IPv4Address
 
 from driver import names
 from driver.kernel import announce
-from driver.kernel.arp import Heard
+from driver.model import ArpFrame
 from testbed.kernel_hosts import Host, Lab, a_network
 
 NOBODY = IPv4Address("10.9.0.99")
 
 
-def _hear(host: Host, seconds: float) -> frozenset[Heard]:
+def _hear(host: Host, seconds: float) -> frozenset[ArpFrame]:
     return host.do(lambda: host.kernel.hear(seconds))
 
 
-def _heard(host: Host, wanted: Heard, seconds: float = 3.0) -> bool:
+def _heard(host: Host, wanted: ArpFrame, seconds: float = 3.0) -> bool:
     """Whether this is heard in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -36,8 +36,8 @@ def test_a_question_for_an_address_that_nobody_has_is_heard_on_its_host(two: Lab
     for host in two.hosts:
         _hear(host, 0.2)
     assert not near.echoes(NOBODY, tries=1)
-    question = Heard(names.short(network.id), near.ipv4, NOBODY)
-    assert not question.announcement
+    question = ArpFrame(names.short(network.id), near.ipv4, NOBODY)
+    assert not question.is_announcement
     assert _heard(two.hosts[0], question)
     assert _heard(two.hosts[1], question)
     del far
@@ -52,7 +52,7 @@ def test_an_announcement_is_heard_on_other_hosts(two: Lab) -> None:
     two.mesh(network)
     _hear(two.hosts[1], 0.2)
     two.hosts[0].do(lambda: two.hosts[0].kernel.announce(network.id, [near.endpoint]))
-    assert _heard(two.hosts[1], Heard(names.short(network.id), near.ipv4, near.ipv4))
+    assert _heard(two.hosts[1], ArpFrame(names.short(network.id), near.ipv4, near.ipv4))
 
 
 def test_an_announcement_for_others_is_not_heard(one: Lab) -> None:
@@ -61,7 +61,7 @@ def test_an_announcement_for_others_is_not_heard(one: Lab) -> None:
     box = one.hosts[0].container(network, 2)
     _hear(one.hosts[0], 0.2)
     box.packets().send(announce.gratuitous_arp(box.endpoint.mac, NOBODY))
-    assert not _heard(one.hosts[0], Heard(names.short(network.id), NOBODY, NOBODY), 0.6)
+    assert not _heard(one.hosts[0], ArpFrame(names.short(network.id), NOBODY, NOBODY), 0.6)
 
 
 def test_hearing_outlives_a_cleanup(one: Lab) -> None:
@@ -73,4 +73,4 @@ def test_hearing_outlives_a_cleanup(one: Lab) -> None:
     network = a_network(2)
     box = host.container(network, 3)
     assert not box.echoes(NOBODY, tries=1)
-    assert _heard(host, Heard(names.short(network.id), box.ipv4, NOBODY))
+    assert _heard(host, ArpFrame(names.short(network.id), box.ipv4, NOBODY))

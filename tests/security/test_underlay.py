@@ -57,7 +57,7 @@ class Scene:
         first, second = self.lab.hosts[:2]
         for one, other in ((first, second), (second, first)):
             one.set_peers(self.network, other)
-            one.keep()
+            one.refresh()
 
     def wrapped(self, frame: bytes) -> bytes:
         return struct.pack("!II", 0x08000000, self.network.vni << 8) + frame
@@ -246,7 +246,7 @@ def test_what_a_stranger_taught_is_forgotten(scene: Scene) -> None:
     with attacker(scene, "host") as send:
         send(scene.moving(), str(first.address))
         eventually("learned", lambda: scene.stranger.address in _learned(first, scene))
-    first.keep()
+    first.refresh()
     assert _learned(first, scene) <= {second.address}
     assert scene.near.echoes(scene.far.ipv4)
     assert guard.NAME in first.run("nft", "list", "tables")
@@ -294,7 +294,7 @@ def test_rules_that_somebody_changes_come_back(change: str) -> None:
             }[change],
         )
         assert _rules(host) != before
-        eventually("back", lambda: host.keep() and _rules(host) == before)
+        eventually("back", lambda: host.refresh() and _rules(host) == before)
         assert "table inet mine" in host.run("nft", "list", "tables")
 
 
@@ -337,7 +337,7 @@ def test_they_outlive_the_plugin() -> None:
         host.kernel = host.new_kernel()
         host.do(host.kernel.prepare)
         host.do(lambda: host.kernel.attach(network, near.endpoint))
-        host.keep()
+        host.refresh()
         assert host.do(host.kernel.guarded).ports == (4799,)
         assert near.echoes(far.ipv4)
         host.set_peers(network, made.hosts[1])
@@ -351,7 +351,7 @@ def test_nothing_is_cut_off_while_peers_are_unknown() -> None:
         network = a_network()
         near, far = (host.container(network, 2 + n) for n, host in enumerate(made.hosts))
         made.hosts[1].set_peers(network, made.hosts[0])
-        made.hosts[0].keep()
+        made.hosts[0].refresh()
         said = made.hosts[0].do(made.hosts[0].kernel.guarded)
         assert (said.ports, "isn't known yet" in said.reason) == ((), True)
         assert far.echoes(near.ipv4)
@@ -434,7 +434,7 @@ def test_another_address_than_the_swarm_lists() -> None:
         near, far = (host.container(network, 2 + n) for n, host in enumerate(made.hosts[:2]))
         for host, other in (made.hosts[:2], made.hosts[1::-1]):
             host.do(lambda h=host, o=other: h.kernel.set_peers(network.id, [lists[o]]))  # type: ignore[misc]
-            host.keep()
+            host.refresh()
         assert near.echoes(far.ipv4)
         scene = Scene(made, network, near, far)
         listening = far.packets()
@@ -458,7 +458,7 @@ def test_cleanup_takes_the_rules_away() -> None:
         host = made.hosts[0]
         host.remove(near)
         host.do(lambda: host.kernel.remove_network(network.id))
-        host.keep()
+        host.refresh()
         assert guard.NAME not in host.run("nft", "list", "ruleset")
 
 

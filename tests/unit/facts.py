@@ -44,7 +44,7 @@ class FakeKernelFacts:
     def guarded(self) -> Guarded:
         return self.guards
 
-    def takes(self, network_id: str, mac: str) -> bool:
+    def uses_fastpath(self, network_id: str, mac: str) -> bool:
         del network_id
         return mac in self.taken
 

@@ -14,8 +14,7 @@ from typing import Any
 from driver import names
 from driver.driver import Driver, DriverConfig
 from driver.errors import EngineError, KernelError
-from driver.kernel.arp import Heard
-from driver.model import Endpoint, EngineView, IPAddress, Network, NetworkView
+from driver.model import ArpFrame, Endpoint, EngineView, IPAddress, Network, NetworkView
 from driver.ports import Inventory
 from driver.recovery import Recovered, recover
 from driver.store import Store
@@ -132,7 +131,7 @@ class SteppedKernel:
         self.steps()
         self.announced += [endpoint.id for endpoint in endpoints]
 
-    def hear(self, seconds: float) -> frozenset[Heard]:
+    def hear(self, seconds: float) -> frozenset[ArpFrame]:
         return frozenset()
 
     def inventory(self) -> Inventory:

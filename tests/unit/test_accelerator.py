@@ -19,7 +19,7 @@ from dataplane.control import (
     Statistics,
 )
 from dataplane.errors import RouterAway
-from driver.accelerator import REPEAT, RETRY, SANDBOX_RETRY, Accelerator, Self, facts
+from driver.accelerator import REPEAT, RETRY, SANDBOX_RETRY, Accelerator, ThisHost, facts
 from driver.errors import RouterError
 from driver.model import Endpoint, LocalContainer, Network, NetworkView, Peer, Service, Subnet, Task
 from driver.store import Store
@@ -170,7 +170,7 @@ def test_other_hosts() -> None:
     assert state.view is not None
     known = {NET: replace(state, view=replace(state.view, peers=peers))}
     homes = {an_endpoint(7).id: (Path("/netns/s"), 1)}
-    own = Self(
+    own = ThisHost(
         frozenset({IPv4Address("192.0.2.1"), IPv4Address("10.9.9.1")}), IPv4Address("10.9.9.1")
     )
     network = a_network(options={"rdma": "off"})
@@ -249,5 +249,5 @@ def test_questions_are_ours_to_fail(world: World) -> None:
         world.accelerator.connections,
         world.accelerator.paths,
     ):
-        with pytest.raises(RouterError, match="nobody there; journalctl"):
+        with pytest.raises(RouterError, match="nobody there; read why: journalctl"):
             ask()

@@ -37,10 +37,7 @@ def _endpoint(name: str, network: str = "net") -> Endpoint:
 
 
 def _await_end(announcer: Announcer) -> None:
-    thread = announcer._thread
-    if thread is not None:
-        thread.join(patience(PATIENCE))
-    assert announcer._thread is None
+    assert announcer.worker.join(patience(PATIENCE))
 
 
 def test_what_joins_meanwhile_is_announced_together() -> None:

@@ -10,9 +10,8 @@ import pytest
 
 from driver.hints import FORGET, MEMORY, Hints
 from driver.kernel import announce, arp
-from driver.kernel.arp import Heard
-from driver.model import LocalContainer, NetworkView, Service, Subnet, Task
-from driver.refresh_budget import BEAT, BUDGET, FOLLOW_UPS, RefreshBudget
+from driver.model import ArpFrame, LocalContainer, NetworkView, Service, Subnet, Task
+from driver.refresh_budget import BUDGET, FOLLOW_UPS, INTERVAL, RefreshBudget
 from driver.vip_table import NetworkState
 from tests.unit.steps import FakeDirectory, SteppedKernel, Steps
 
@@ -48,7 +47,7 @@ class Listener:
     def hears(self, sender: IPv4Address, target: IPv4Address, network: str = SHORT) -> int:
         """How many hints this frame makes."""
         before = len(self.hinted)
-        self.hints.heard(frozenset({Heard(network, sender, target)}))
+        self.hints.heard(frozenset({ArpFrame(network, sender, target)}))
         return len(self.hinted) - before
 
 
@@ -104,10 +103,10 @@ def test_a_container_of_the_network_that_changes_is_a_hint(listener: Listener) -
 def test_an_announcement_is_understood_as_such() -> None:
     """What one host announces is what another hears."""
     frame = announce.gratuitous_arp("02:42:0a:01:00:07", NOBODY)[14:]
-    assert arp.parse(frame, f"ffb{SHORT}") == Heard(SHORT, NOBODY, NOBODY)
+    assert arp.parse(frame, f"ffb{SHORT}") == ArpFrame(SHORT, NOBODY, NOBODY)
     heard = arp.parse(frame, f"ffb{SHORT}")
     assert heard is not None
-    assert heard.announcement
+    assert heard.is_announcement
 
 
 @pytest.mark.parametrize(
@@ -136,7 +135,7 @@ def _taken(budget: RefreshBudget, begin: float, end: float, step: float = 0.25) 
 
 def test_services_are_listed_at_once_and_then_rarely() -> None:
     """Without hints an engine is asked once a minute."""
-    assert _taken(RefreshBudget(0.0), 0.0, 3 * BEAT - 1) == [0.0, BEAT, 2 * BEAT]
+    assert _taken(RefreshBudget(0.0), 0.0, 3 * INTERVAL - 1) == [0.0, INTERVAL, 2 * INTERVAL]
 
 
 def test_a_hint_is_followed_up() -> None:

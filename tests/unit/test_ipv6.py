@@ -204,10 +204,8 @@ class Sandbox:
 
 
 def _override(sandbox: Sandbox, now: list[float]) -> Ipv6Override:
-    made = Ipv6Override(sandbox, lambda endpoint: Path("/x"), lambda: now[0])
     # The test is the thread.
-    made._thread = object()  # type: ignore[assignment]
-    return made
+    return Ipv6Override(sandbox, lambda endpoint: Path("/x"), lambda: now[0], background=False)
 
 
 COUNTED = Endpoint(

@@ -18,7 +18,7 @@ class FakeKept:
     inside: list[tuple[str, Path]] = field(default_factory=list)
     broken: int = 0
 
-    def keep(self) -> None:
+    def refresh(self) -> None:
         self.looks += 1
         if self.looks <= self.broken:
             raise RuntimeError("a bug")

@@ -1,5 +1,12 @@
-"""The eBPF fast path of the overlay's packets, beside bridge and VXLAN device."""
+"""The eBPF fast path: forwards the overlay's packets past bridge, VXLAN device and netfilter.
 
-from driver.kernel.fastpath.fastpath import FastPath, Stage
+`fastpath.py` opens it and holds the locks, `endpoints.py` writes the map entries of this host's
+containers, `attachments.py` attaches their programs, `neighbours.py` keeps peers and learned
+addresses, `tunnel.py` turns encapsulation on and off, `status.py` reports. The programs and the
+maps themselves are in `dataplane/ebpf`.
+"""
+
+from driver.kernel.fastpath.fastpath import FastPath
+from driver.kernel.fastpath.status import Stage
 
 __all__ = ["FastPath", "Stage"]

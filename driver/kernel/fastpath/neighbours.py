@@ -1,0 +1,193 @@
+"""Peers and the addresses behind them: the map of peers, the map of places, and the kernel's FDB.
+
+All methods are called under the upkeep lock (see `fastpath.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from ipaddress import IPv4Address
+from typing import Final
+
+import structlog
+
+from dataplane.ebpf import Maps, Way
+from dataplane.errors import KernelRefused
+from driver.errors import FreeFlowError
+from driver.kernel import fdb, traffic, underlay_routes
+from driver.kernel.fastpath.endpoints import Endpoints
+from driver.kernel.netlink import Sockets
+from driver.kernel.underlay import Underlay
+from driver.model import IPAddress
+
+log = structlog.get_logger()
+
+IDLE: Final = 60.0
+"""Seconds after which an address that sent nothing is looked up on the kernel path again."""
+FORGET: Final = 600.0
+"""Seconds after which it is dropped."""
+ROUTES_EVERY: Final = 10.0
+"""Seconds after which routes to peers are read again, even if the kernel reports no change."""
+CLEAN_EVERY: Final = 10.0
+
+
+class FullTables:
+    """Which maps have no room left, and what they lack; a change is logged once."""
+
+    def __init__(self) -> None:
+        self._lacking: dict[str, str] = {}
+
+    def note(self, table: str, left_out: str) -> None:
+        """`left_out` is what didn't fit; empty: everything did."""
+        if not left_out:
+            self._lacking.pop(table, None)
+        elif self._lacking.get(table) != left_out:
+            self._lacking[table] = left_out
+            log.warning("a table of the fast path is full", table=table, left_out=left_out)
+
+    def lines(self) -> list[str]:
+        return [f"{table}: {left_out}" for table, left_out in sorted(self._lacking.items())]
+
+
+class Neighbours:
+    """Which peers the programs encapsulate for, and where addresses on other hosts are.
+
+    `host` are sockets of the host's namespace, `overlay` those of the overlay namespace.
+    """
+
+    def __init__(
+        self,
+        maps: Maps,
+        endpoints: Endpoints,
+        host: Sockets,
+        overlay: Sockets,
+        changes: underlay_routes.Changes,
+        underlay: Callable[[], Underlay],
+        full: FullTables,
+    ) -> None:
+        self._maps = maps
+        self._endpoints = endpoints
+        self._host = host
+        self._overlay = overlay
+        self._changes = changes
+        self._underlay = underlay
+        self._full = full
+        self._due = 0.0
+        self.routes: dict[tuple[int, IPv4Address], Way] = maps.all_peers()
+        """Content of the map of peers: network and peer, and how the underlay reaches it."""
+        self.unreachable: dict[IPAddress, str] = {}
+        """Peers for which the programs can't encapsulate, and why."""
+
+    def refresh_soon(self) -> None:
+        """Read the routes at the next refresh."""
+        self._due = 0.0
+
+    def are_due(self, now: float) -> bool:
+        """Whether routes have to be read again; the caller then calls `write`."""
+        new_network, changed = self._endpoints.take_new_network(), bool(self._changes)
+        if new_network or now >= self._due:
+            # Another process may have changed the map.
+            self.routes = self._maps.all_peers()
+        elif not changed:
+            return False
+        self._due = now + ROUTES_EVERY
+        return True
+
+    def write(self) -> None:
+        """Make the map of peers say how each peer is reached now."""
+        members = self._endpoints.peers_by_bridge()
+        try:
+            local = self._underlay().address
+        except FreeFlowError:
+            members, local = [], None
+        wanted = {peer for _, peers in members for peer in peers}
+        read = underlay_routes.find(self._host, sorted(wanted, key=str), local)
+        self.unreachable = read.refused
+        routes = {
+            (bridge, peer): read.found[peer]
+            for bridge, peers in members
+            for peer in peers
+            if isinstance(peer, IPv4Address) and peer in read.found
+        }
+        # Old entries first: they make room for new ones.
+        for key in self.routes.keys() - routes.keys():
+            self._maps.drop_peer(*key)
+            del self.routes[key]
+        left_out, why = 0, ""
+        for key, way in routes.items():
+            if self.routes.get(key) == way:
+                continue
+            try:
+                self._maps.put_peer(*key, way)
+                self.routes[key] = way
+            except KernelRefused as error:
+                left_out, why = left_out + 1, str(error)
+        self._full.note("peers", f"{left_out} peers of networks: {why}" if left_out else "")
+
+    def forget_networks(self, bridges: set[int]) -> None:
+        """Forget the peers of networks whose map entries are gone."""
+        for key in [key for key in self.routes if key[0] in bridges]:
+            del self.routes[key]
+
+    def refresh_bridges(self) -> None:
+        """Renew the FDB entries of addresses whose packets bridge and VXLAN device don't see.
+
+        Without them, packets that take the kernel path would be flooded.
+        """
+        now = time.monotonic_ns()
+        live: dict[int, dict[str, IPAddress]] = {}
+        for bridge, mac, place in self._maps.all_places():
+            if not place.index and now - place.seen < IDLE * 1e9:
+                live.setdefault(bridge, {})[mac] = place.peer
+        for local in self._endpoints.networks().values():
+            if local.vxlan and local.bridge in live:
+                fdb.remember(self._overlay, local.vxlan, live[local.bridge])
+
+    def close(self) -> None:
+        self._changes.close()
+
+
+class Cleaner:
+    """Drops map entries of links and networks that are gone, and of addresses that are silent."""
+
+    def __init__(
+        self,
+        maps: Maps,
+        endpoints: Endpoints,
+        neighbours: Neighbours,
+        overlay: Sockets,
+        hooks: traffic.Hooks,
+        full: FullTables,
+    ) -> None:
+        self._maps = maps
+        self._endpoints = endpoints
+        self._neighbours = neighbours
+        self._overlay = overlay
+        self._hooks = hooks
+        self._full = full
+        self.due = 0.0
+
+    def clean(self, now: float) -> None:
+        self.due = now + CLEAN_EVERY
+        alive = {link.index for link in self._overlay.links()}
+        for index in self._hooks.devices() - alive:
+            self._hooks.detach(index)
+        # Links that came after the listing stay.
+        alive |= self._endpoints.links()
+        bridges = self._endpoints.bridges() & alive
+        self._maps.forget_ports(alive)
+        self._maps.forget_silent(time.monotonic_ns() - int(FORGET * 1e9))
+        self._endpoints.free_slots(alive)
+        self.drop_networks_except(bridges)
+        is_full = self._maps.places_used() >= self._maps.places.capacity
+        self._full.note("places", "addresses of containers elsewhere" if is_full else "")
+
+    def drop_networks_except(self, bridges: set[int]) -> None:
+        """Drop the entries of all other networks."""
+        # There may be very many entries. They are searched without the endpoints' lock, so a
+        # network that has come meanwhile is taken out afterwards.
+        stale = self._maps.networks_but(bridges) - self._endpoints.bridges()
+        if stale:
+            self._maps.forget_networks(stale)
+        self._neighbours.forget_networks(stale)
