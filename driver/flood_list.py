@@ -66,7 +66,7 @@ class FloodLists:
             self._kernel.announce(network.id, endpoints)
         self._done[network.id] = (wanted, now)
 
-    def tell_of_tasks(
+    def announce_tasks(
         self,
         network: Network,
         view: NetworkView,

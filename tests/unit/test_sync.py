@@ -26,8 +26,10 @@ from driver.model import (
     VipTable,
 )
 from driver.ports import Told
-from driver.refresh_budget import BEAT
-from driver.sync import SETTLE, WRITE_BURST, WRITE_GAP, Syncer
+from driver.refresh_budget import INTERVAL
+from driver.schedule import WRITE_BURST, WRITE_GAP
+from driver.sync import Syncer
+from driver.sync_state import START_PATIENCE
 from testbed.patience import patience
 from tests.unit.facts import engine_view
 from tests.unit.steps import Machine
@@ -280,7 +282,7 @@ def test_new_services_are_found_by_hints(host: Host) -> None:
     host.look()
     assert host.balancer.tables[sandbox] == more
     host.list(NET, service("api", at(3), 30))
-    host.look(BEAT)
+    host.look(INTERVAL)
     assert host.balancer.tables[sandbox] == {VIP: (), at(3): (at(30),)}
 
 
@@ -349,7 +351,7 @@ def test_old_sandboxes_keep_their_rules_until_all_is_known(host: Host) -> None:
     del host.engine.views[NET2]
     host.look()
     assert host.balancer.tables[sandbox] == both
-    host.look(SETTLE)
+    host.look(START_PATIENCE)
     assert host.balancer.tables[sandbox] == BOTH
 
 
@@ -456,7 +458,7 @@ def test_network_that_the_engine_does_not_know(host: Host) -> None:
     host.look()
     state = host.syncer.state()[NET]
     assert state.view == known
-    assert "does not know network" in (state.error or "")
+    assert "the engine does not know" in (state.error or "")
 
 
 def test_engine_is_told_of(host: Host) -> None:

@@ -1,0 +1,59 @@
+"""Writes the VIP rules of a sandbox: those of all its networks together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from driver.errors import KernelError
+from driver.ports import Balancer
+from driver.sync_state import SyncState
+
+log = structlog.get_logger()
+
+
+class VipWriter:
+    """`changed` is called when a sandbox that was awaited is there."""
+
+    def __init__(self, state: SyncState, balancer: Balancer, changed: Callable[[], None]) -> None:
+        self._state = state
+        self._balancer = balancer
+        self._changed = changed
+        self._errors: dict[Path, str] = {}
+
+    def errors(self) -> dict[Path, str]:
+        """Sandboxes whose rules could not be written, and why."""
+        with self._state.lock:
+            return dict(self._errors)
+
+    def forget_others(self, alive: set[Path]) -> None:
+        """Forget sandboxes that aren't in `alive`."""
+        with self._state.lock:
+            for path in self._errors.keys() - alive:
+                del self._errors[path]
+            in_use = self._state.schedule.forget_sandboxes(alive)
+        self._balancer.forget(in_use)
+
+    def write(self, path: Path) -> None:
+        """Write what is known now, if enough is."""
+        state = self._state
+        table = state.vip_table(path)
+        if table is None:
+            return
+        try:
+            there = self._balancer.apply(path, table)
+        except KernelError as error:
+            with state.lock:
+                is_new = self._errors.get(path) != str(error)
+                self._errors[path] = str(error)
+                state.schedule.awaited.pop(path, None)
+            if is_new:
+                log.error("VIP rules not written", sandbox=str(path), reason=str(error))
+            return
+        with state.lock:
+            self._errors.pop(path, None)
+            appeared = there and state.schedule.awaited.pop(path, None) is not None
+        if appeared:
+            self._changed()
