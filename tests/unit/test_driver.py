@@ -333,7 +333,7 @@ def test_endpoint_with_other_values(machine: Machine) -> None:
 def test_unknown_network(machine: Machine) -> None:
     """An endpoint on a network that was forgotten is refused with the remedy, and the loss is looked into."""
     wakes = machine.wakes
-    with pytest.raises(NotFound, match=f"network {NET2} .*create it anew"):
+    with pytest.raises(NotFound, match=f"network {NET2}: .*create it anew"):
         machine.driver.create_endpoint(NET2, EP, ipv4=address(7))
     assert machine.wakes > wakes
 
