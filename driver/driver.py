@@ -116,6 +116,12 @@ def _check_ids(network_id: str, endpoint_id: str) -> None:
     _check_id("endpoint", endpoint_id)
 
 
+def self_address(store: Store) -> IPAddress | None:
+    """This host's address on the underlay, as Docker last told it."""
+    known = store.fact(_SELF_ADDRESS)
+    return ip_address(known) if known else None
+
+
 class Driver:
     """The driver of one host. Methods are safe from any thread."""
 
@@ -170,9 +176,7 @@ class Driver:
         self._wake()
 
     def self_address(self) -> IPAddress | None:
-        """This host's address on the underlay, as Docker last reported it."""
-        known = self.store.fact(_SELF_ADDRESS)
-        return ip_address(known) if known else None
+        return self_address(self.store)
 
     def snapshot(self) -> DriverSnapshot:
         """Everything in the store."""

@@ -37,9 +37,10 @@ def main() -> int:
     except OSError as error:
         print(f"FreeFlow can't listen on {SOCKET}: {error}; is this run by Docker as a plugin?")
         return 1
-    from plugin.server import Paths, serve
+    from plugin.host_paths import HostPaths
+    from plugin.server import serve
 
-    paths = Paths(host_run=HOST_RUN, host_bin=HOST_BIN, state=STATE, swarm=SWARM)
+    paths = HostPaths(host_run=HOST_RUN, host_bin=HOST_BIN, state=STATE, swarm=SWARM)
     serve(listener, paths, dict(os.environ))
     return 0
 

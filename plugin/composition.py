@@ -1,22 +1,24 @@
-"""The composition root: the one place where the real parts are made and put together."""
+"""The composition root: the one place where the real parts are made and put together.
+
+Parts don't know each other where they only need to hear of a change. `Changes` is made first and
+passes each change on to the parts that listen.
+"""
 
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 import structlog
 
-from dataplane.control import Connections
 from dataplane.router_client import RouterClient
 from driver.accelerator import Accelerator, ThisHost
 from driver.announcer import Announcer
-from driver.driver import Driver, DriverConfig
+from driver.driver import Driver, DriverConfig, self_address
 from driver.engine import DockerDirectory
 from driver.errors import FreeFlowError, SettingError
 from driver.hints import Hints
@@ -27,7 +29,7 @@ from driver.kernel.linux import LinuxKernel
 from driver.kernel.namespace import is_namespace
 from driver.kernel_refresh import KernelRefresh
 from driver.model import Endpoint, EngineView, IPAddress
-from driver.recovery import Collector, Recovered, recover
+from driver.recovery import Collector, recover
 from driver.resolver import EmbeddedDns
 from driver.store import Store
 from driver.sync import Syncer
@@ -37,15 +39,12 @@ from plugin.admin import create_admin
 from plugin.app import create_app
 from plugin.calls import CallStatistics
 from plugin.deaths import ROUTER, Deaths
+from plugin.host_paths import HostPaths
 from plugin.paths import PathLabels
 from plugin.ping import Ping
 from plugin.router import CONTROL, RouterProcess, router_command, router_settings
-from plugin.server import Paths
 from plugin.settings import Settings
 from plugin.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from plugin.metrics import Exporter
 
 log = structlog.get_logger()
 
@@ -54,37 +53,104 @@ PROGRAMS: Final = Path("/usr/lib/freeflow/overlay.bpf.o")
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
-@dataclass(slots=True)
+class Part(Protocol):
+    """A part that works in the background."""
+
+    def start(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
 class Plugin:
-    """The running plugin: two WSGI apps, and what works in the background."""
+    """The plugin: two WSGI apps, and the parts that work in the background, in their order."""
 
     app: Any
     admin: Any
-    driver: Driver
-    syncer: Syncer
-    hints: Hints
-    kernel_refresh: KernelRefresh
-    exporter: Exporter | None
-    accelerator: Accelerator
-    router: RouterProcess | None
     recover: Callable[[], None]
-    notes: list[str] = field(default_factory=list)
+    parts: tuple[Part, ...]
 
     def start(self) -> None:
-        """Recover, then work in the background. What fails here is said in the log and in status, and doesn't stop us."""
+        """Recover, then start the background work.
+
+        Failures are in the log and in `freeflow status`; they don't stop the plugin.
+        """
         self.recover()
-        self.syncer.start()
-        self.hints.start()
-        self.kernel_refresh.start()
-        if self.exporter is not None:
-            self.exporter.start()
-        if self.router is not None:
-            self.accelerator.start()
-            self.router.start()
+        for part in self.parts:
+            part.start()
+
+
+@dataclass(slots=True)
+class Changes:
+    """Passes changes on to those who listen; the lists are complete before anything works."""
+
+    on_wake: list[Callable[[], None]] = field(default_factory=list)
+    """Networks or endpoints have changed."""
+    on_joined: list[Callable[[Endpoint], None]] = field(default_factory=list)
+    """A container is about to get this endpoint."""
+    on_synced: list[Callable[[], None]] = field(default_factory=list)
+    """Peers, services or VIPs have changed."""
+
+    def wake(self) -> None:
+        for listener in self.on_wake:
+            listener()
+
+    def joined(self, endpoint: Endpoint) -> None:
+        for listener in self.on_joined:
+            listener(endpoint)
+
+    def synced(self) -> None:
+        for listener in self.on_synced:
+            listener()
+
+
+@dataclass(slots=True)
+class Host:
+    """This host's addresses, as Docker tells them; and the command, which needs Docker's root."""
+
+    store: Store
+    command: Path | None
+    listed: IPAddress | None = None
+    """Address at which the engine lists this node."""
+    _installed: bool = False
+
+    def advertised(self) -> IPAddress | None:
+        return self_address(self.store)
+
+    def own(self, kernel: LinuxKernel) -> ThisHost:
+        known = {self.advertised(), self.listed}
+        try:
+            underlay = kernel.underlay().address
+        except FreeFlowError:
+            underlay = None
+        addresses = frozenset(address for address in known if address is not None)
+        return ThisHost(addresses, underlay or self.advertised())
+
+    def engine_seen(self, driver: Driver, view: EngineView) -> None:
+        """The engine has answered; called by the sync loop."""
+        self.listed = view.node_address
+        if view.node_address is not None and self.advertised() is None:
+            driver.discover_new(str(view.node_address), is_self=True)
+        # Installed again when it is missing: the command of a removed plugin removes itself, and
+        # somebody may have removed ours.
+        command = self.command
+        if command is not None and not (self._installed and host_command.exists(command)):
+            self._installed = True
+            host_command.install(command, view.root)
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """The parts that most others need."""
+
+    host: Host
+    kernel: LinuxKernel
+    driver: Driver
+    directory: DockerDirectory
+    syncer: Syncer
+    accelerator: Accelerator
 
 
 def compose(
-    paths: Paths,
+    paths: HostPaths,
     settings: Settings,
     bad_settings: tuple[SettingError, ...] = (),
     deaths: Deaths | None = None,
@@ -92,117 +158,24 @@ def compose(
     """Make all parts; nothing works yet. `deaths` of parts are noted there and shown in status."""
     deaths = deaths or Deaths()
     deaths.watch_threads()
-    store = Store(paths.state)
-    late: dict[str, Driver] = {}
-
-    def self_address() -> IPAddress | None:
-        return late["driver"].self_address()
-
-    def listed() -> IPAddress | None:
-        engine, _ = syncer.engine()
-        return engine.node_address if engine is not None else None
-
-    kernel = LinuxKernel(
-        paths.host_run,
-        settings.underlay,
-        self_address,
-        PROGRAMS if settings.ebpf == "on" else None,
-        sessions=settings.session_port or settings.vxlan_port,
-        listed=listed,
-    )
+    changes = Changes()
+    core = _core(paths, settings, changes)
+    ipv6_override = Ipv6Override(exchange, core.syncer.sandbox)
+    _subscribe(changes, core, ipv6_override)
+    failures: list[FreeFlowError] = []
+    router = _router(paths, settings, core.accelerator, failures, deaths)
     statistics = CallStatistics()
-    driver = Driver(
-        store,
-        kernel,
-        DriverConfig(settings.scope, settings.vxlan_port, settings.mtu),
-        clock=time.time,
+    app = create_app(
+        core.driver,
+        deadline=settings.request_deadline,
+        statistics=statistics,
+        bad_settings=bad_settings,
     )
-    late["driver"] = driver
-    directory = DockerDirectory(paths.engine_socket)
-    collector = Collector(driver, directory, time.monotonic)
-    installed = threading.Event()
-
-    def engine_seen(view: EngineView) -> None:
-        if view.node_address is not None and driver.self_address() is None:
-            driver.discover_new(str(view.node_address), is_self=True)
-        # Again when it is missing: that of a removed plugin removes itself, and somebody may have removed ours.
-        if paths.host_bin is not None and (
-            not installed.is_set() or not host_command.exists(paths.host_bin)
-        ):
-            installed.set()
-            host_command.install(paths.host_bin, view.root)
-
-    syncer = Syncer(
-        driver,
-        directory,
-        EmbeddedDns(),
-        NftBalancer(),
-        sandboxes=paths.sandboxes,
-        interval=settings.sync_interval,
-        clock=time.monotonic,
-        collect=collector.collect,
-        engine_seen=engine_seen,
-        changed=lambda: accelerator.wake(),
-    )
-
-    def own() -> ThisHost:
-        engine, _ = syncer.engine()
-        known = {self_address(), engine.node_address if engine else None} - {None}
-        try:
-            underlay = kernel.underlay().address
-        except FreeFlowError:
-            underlay = None
-        return ThisHost(frozenset(each for each in known if each), underlay or self_address())
-
-    accelerator = Accelerator(
-        store,
-        syncer,
-        RouterClient(paths.host_run / CONTROL),
-        router_settings(settings),
-        own=own,
-    )
-    hints = Hints(kernel, directory, syncer.state, syncer.hint, time.monotonic)
-    ipv6_override = Ipv6Override(exchange, syncer.sandbox)
-    announcer = Announcer(kernel)
-
-    def joined(endpoint: Endpoint) -> None:
-        announcer.endpoint_joined(endpoint)
-        syncer.endpoint_joined(endpoint)
-        ipv6_override.endpoint_joined(endpoint)
-        accelerator.wake()
-
-    def wake() -> None:
-        syncer.wake()
-        accelerator.wake()
-
-    driver.on_change(wake, joined)
-    labels = PathLabels(driver, kernel, syncer)
-
-    def sandboxes() -> Iterator[tuple[str, Path]]:
-        for endpoint in store.endpoints():
-            path = syncer.sandbox(endpoint)
-            if path is not None and is_namespace(path):
-                yield endpoint.id, path
-
-    def connections() -> Connections:
-        return labels.connections(accelerator.connections())
-
-    recovered: list[Recovered] = []
-    failures: list[str] = []
-
-    def run_recovery() -> None:
-        try:
-            recovered.append(recover(driver, BOOT_ID.read_text().strip()))
-            ipv6_override.resume(store.endpoints())
-        except FreeFlowError as error:
-            failures.append(str(error))
-            log.error("recovery failed", reason=str(error))
-
     snapshot = Snapshot(
-        driver=driver,
-        kernel=kernel,
-        syncer=syncer,
-        router=accelerator,
+        driver=core.driver,
+        kernel=core.kernel,
+        syncer=core.syncer,
+        router=core.accelerator,
         statistics=statistics,
         settings=settings,
         bad_settings=bad_settings,
@@ -212,47 +185,112 @@ def compose(
         deaths=deaths,
     )
     return Plugin(
-        app=create_app(
-            driver,
-            deadline=settings.request_deadline,
-            statistics=statistics,
-            bad_settings=bad_settings,
-        ),
-        admin=create_admin(snapshot, Ping(driver, kernel, syncer, router=accelerator), connections),
-        driver=driver,
-        syncer=syncer,
-        hints=hints,
-        kernel_refresh=KernelRefresh(kernel, sandboxes),
-        exporter=_exporter(snapshot, settings),
-        accelerator=accelerator,
-        router=_router(paths, settings, accelerator, failures, deaths),
-        recover=run_recovery,
+        app=app,
+        admin=_admin(core, snapshot),
+        recover=lambda: _recover(core.driver, ipv6_override, failures),
+        parts=tuple(_parts(core, settings, snapshot, router)),
     )
 
 
-def _exporter(snapshot: Snapshot, settings: Settings) -> Exporter | None:
-    if settings.metrics_addr is None:
-        return None
-    # Not at import: few have it on, and it takes a while.
-    from plugin.metrics import Exporter
+def _core(paths: HostPaths, settings: Settings, changes: Changes) -> Core:
+    host = Host(Store(paths.state), paths.host_bin)
+    kernel = LinuxKernel(
+        paths.host_run,
+        settings.underlay,
+        host.advertised,
+        PROGRAMS if settings.ebpf == "on" else None,
+        sessions=settings.session_port or settings.vxlan_port,
+        listed=lambda: host.listed,
+    )
+    config = DriverConfig(settings.scope, settings.vxlan_port, settings.mtu)
+    driver = Driver(host.store, kernel, config, clock=time.time)
+    directory = DockerDirectory(paths.engine_socket)
+    syncer = Syncer(
+        driver,
+        directory,
+        EmbeddedDns(),
+        NftBalancer(),
+        sandboxes=paths.sandboxes,
+        interval=settings.sync_interval,
+        clock=time.monotonic,
+        collect=Collector(driver, directory, time.monotonic).collect,
+        engine_seen=lambda view: host.engine_seen(driver, view),
+        changed=changes.synced,
+    )
+    client = RouterClient(paths.host_run / CONTROL)
+    accelerator = Accelerator(
+        host.store, syncer, client, router_settings(settings), own=lambda: host.own(kernel)
+    )
+    return Core(host, kernel, driver, directory, syncer, accelerator)
 
-    return Exporter(snapshot, settings.metrics_addr)
+
+def _subscribe(changes: Changes, core: Core, ipv6_override: Ipv6Override) -> None:
+    core.driver.on_change(changes.wake, changes.joined)
+    changes.on_wake += [core.syncer.wake, core.accelerator.wake]
+    changes.on_synced += [core.accelerator.wake]
+    changes.on_joined += [
+        Announcer(core.kernel).endpoint_joined,
+        core.syncer.endpoint_joined,
+        ipv6_override.endpoint_joined,
+        lambda _endpoint: core.accelerator.wake(),
+    ]
+
+
+def _admin(core: Core, snapshot: Snapshot) -> Any:
+    ping = Ping(core.driver, core.kernel, core.syncer, router=core.accelerator)
+    labels = PathLabels(core.driver, core.kernel, core.syncer)
+    return create_admin(snapshot, ping, lambda: labels.connections(core.accelerator.connections()))
+
+
+def _parts(
+    core: Core, settings: Settings, snapshot: Snapshot, router: RouterProcess | None
+) -> Iterator[Part]:
+    """What works in the background, in the order of its start."""
+    syncer = core.syncer
+    yield syncer
+    yield Hints(core.kernel, core.directory, syncer.state, syncer.hint, time.monotonic)
+    yield KernelRefresh(core.kernel, lambda: _sandboxes(core.host.store, syncer))
+    if settings.metrics_addr is not None:
+        # Not imported at the top: few have it on, and the import takes a while.
+        from plugin.metrics import Exporter
+
+        yield Exporter(snapshot, settings.metrics_addr)
+    if router is not None:
+        yield core.accelerator
+        yield router
+
+
+def _sandboxes(store: Store, syncer: Syncer) -> Iterator[tuple[str, Path]]:
+    """IDs of endpoints and where the namespaces of their containers are."""
+    for endpoint in store.endpoints():
+        path = syncer.sandbox(endpoint)
+        if path is not None and is_namespace(path):
+            yield endpoint.id, path
+
+
+def _recover(driver: Driver, ipv6_override: Ipv6Override, failures: list[FreeFlowError]) -> None:
+    try:
+        recover(driver, BOOT_ID.read_text().strip())
+        ipv6_override.resume(driver.store.endpoints())
+    except FreeFlowError as error:
+        failures.append(error)
+        log.error("recovery failed", reason=str(error))
 
 
 def _router(
-    paths: Paths,
+    paths: HostPaths,
     settings: Settings,
     accelerator: Accelerator,
-    failures: list[str],
+    failures: list[FreeFlowError],
     deaths: Deaths,
 ) -> RouterProcess | None:
-    """The router's process; None where there is no folder for it, which is said in the log and in status."""
+    """The router's process; None if there is no folder for it, which log and status report."""
     if not paths.host_run.is_dir():
         return None
     try:
         folder = shared_dir.make(paths.host_run)
     except FreeFlowError as error:
-        failures.append(str(error))
+        failures.append(error)
         log.error("no connection can be accelerated", reason=str(error))
         return None
     library.place(folder)
@@ -260,7 +298,7 @@ def _router(
     starts = itertools.count()
 
     def started() -> None:
-        # Each but the first takes the place of one that ended.
+        # Each start but the first replaces a router that ended.
         if next(starts):
             deaths.note(ROUTER)
         accelerator.router_started()

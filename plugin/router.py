@@ -19,13 +19,14 @@ from typing import Final
 import structlog
 
 from dataplane.control import Limits, RouterSettings, Rule
+from plugin.host_paths import ADMIN_DIRECTORY
 from plugin.settings import Settings
 
 log = structlog.get_logger()
 
 PUBLIC: Final = "router.sock"
 """In the folder that every container may see, see `driver/kernel/shared_dir.py`."""
-CONTROL: Final = "freeflow-admin/router.sock"
+CONTROL: Final = f"{ADMIN_DIRECTORY}/router.sock"
 DEVICES: Final = "dev/infiniband"
 """Beside the host's /run, in the plugin."""
 LEAST_PAUSE: Final = 0.1

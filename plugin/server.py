@@ -10,44 +10,19 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from gunicorn.app.base import BaseApplication
 
 from plugin import logs
 from plugin.deaths import WORKER, Deaths
+from plugin.host_paths import ADMIN_SOCKET, HostPaths
 from plugin.listening import listen
 from plugin.settings import read
 
 THREADS: Final = 16
-ADMIN_DIRECTORY: Final = "freeflow-admin"
-ADMIN_SOCKET: Final = f"{ADMIN_DIRECTORY}/admin.sock"
 
 WSGI = Callable[[dict[str, Any], Any], Iterable[bytes]]
-
-
-@dataclass(frozen=True, slots=True)
-class Paths:
-    """Where the host is visible: its /run, a directory in its PATH (or None), where state is kept, the engine's Swarm."""
-
-    host_run: Path
-    host_bin: Path | None
-    state: Path
-    swarm: Path | None = None
-
-    @property
-    def admin_socket(self) -> Path:
-        return self.host_run / ADMIN_SOCKET
-
-    @property
-    def sandboxes(self) -> Path:
-        return self.host_run / "docker/netns"
-
-    @property
-    def engine_socket(self) -> Path:
-        return self.host_run / "docker.sock"
 
 
 class _Server(BaseApplication):  # type: ignore[misc]
@@ -75,7 +50,7 @@ def _by_socket(docker: WSGI, admin: WSGI) -> WSGI:
     return dispatch
 
 
-def serve(listener: socket.socket, paths: Paths, environment: Mapping[str, str]) -> None:
+def serve(listener: socket.socket, paths: HostPaths, environment: Mapping[str, str]) -> None:
     """Serve until SIGTERM. Never returns: gunicorn ends the process."""
     settings, bad_settings = read(environment)
     logs.configure(settings.log_level)
@@ -83,6 +58,7 @@ def serve(listener: socket.socket, paths: Paths, environment: Mapping[str, str])
     deaths = Deaths()
 
     def load() -> WSGI:
+        # Not imported at the top: the plugin is loaded in the worker, not in gunicorn's master.
         from plugin.composition import compose
 
         plugin = compose(paths, settings, bad_settings, deaths)

@@ -188,7 +188,7 @@ class Snapshot:
     statistics: CallStatistics
     settings: Settings
     bad_settings: tuple[SettingError, ...]
-    failures: list[str]
+    failures: list[FreeFlowError]
     started: float
     clock: Callable[[], float]
     deaths: Deaths = field(default_factory=Deaths)
@@ -425,10 +425,10 @@ class Snapshot:
         found: list[Finding] = []
         found += [_death(died) for died in self.deaths.all() if _is_news(died)]
         found += [Finding.of("error", "all changes are refused", bad) for bad in self.bad_settings]
-        for failure in self.failures:
-            found.append(
-                Finding("error", "FreeFlow could not recover at start", failure, "freeflow doctor")
-            )
+        found += [
+            Finding.of("error", "FreeFlow could not recover at start", failure)
+            for failure in self.failures
+        ]
         try:
             underlay = self.kernel.underlay()
         except FreeFlowError as error:

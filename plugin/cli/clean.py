@@ -11,9 +11,9 @@ from driver.kernel.linux import LinuxKernel
 from driver.store import FILE
 from plugin import host_command
 from plugin.cli.client import Client, InUse, NotRunning, host_run
+from plugin.host_paths import ADMIN_DIRECTORY
 
 STATE: Final = Path("/state")
-ADMIN_DIRECTORY: Final = "freeflow-admin"
 HOST_BINS: Final = (Path("/host/bin"), Path("/usr/local/bin"))
 
 

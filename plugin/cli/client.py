@@ -14,6 +14,7 @@ import msgspec
 
 from dataplane.control import Connections
 from driver.errors import EngineError, FreeFlowError
+from plugin.host_paths import ADMIN_SOCKET
 from plugin.ping import PingRequest, PingResult
 from plugin.status import Status
 
@@ -21,7 +22,6 @@ T = TypeVar("T")
 
 HOST_RUNS: Final = (Path("/host/run"), Path("/run"))
 """The host's /run: from inside the plugin's root file system, and on the host itself."""
-ADMIN: Final = "freeflow-admin/admin.sock"
 _SLOW: Final = 60.0
 """Seconds for what the engine does on a disk."""
 _LOOK: Final = "systemctl status docker"
@@ -183,7 +183,7 @@ class Client:
         self, path: Path | None = None, engine: Engine | None = None, timeout: float = 30.0
     ) -> None:
         self.engine = engine or Engine()
-        self._path = path or host_run() / ADMIN
+        self._path = path or host_run() / ADMIN_SOCKET
         self._timeout = timeout
 
     def _call(self, method: str, url: str, body: bytes | None = None) -> bytes:

@@ -60,10 +60,11 @@ def main(directory: Path, parent: int) -> None:
     run.mkdir()
     machine(run)
     listener = listen(directory / "freeflow.sock")
-    from plugin.server import Paths, serve
+    from plugin.host_paths import HostPaths
+    from plugin.server import serve
 
     environment = {name: value for name, value in os.environ.items() if name != "PATH"}
-    serve(listener, Paths(host_run=run, host_bin=None, state=directory / "state"), environment)
+    serve(listener, HostPaths(host_run=run, host_bin=None, state=directory / "state"), environment)
 
 
 if __name__ == "__main__":

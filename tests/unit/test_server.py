@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from plugin.host_paths import ADMIN_SOCKET, HostPaths
 from plugin.listening import BACKLOG, listen
-from plugin.server import ADMIN_SOCKET, THREADS, Paths
+from plugin.server import THREADS
 from testbed.patience import patience
 
 TOP = Path(__file__).parents[2]
@@ -115,7 +116,7 @@ def test_no_directory(tmp_path: Path) -> None:
 
 def test_paths_are_below_the_hosts_run() -> None:
     """The host is seen below one mount point."""
-    paths = Paths(Path("/host/run"), None, Path("/state"))
+    paths = HostPaths(Path("/host/run"), None, Path("/state"))
     assert paths.admin_socket == Path("/host/run") / ADMIN_SOCKET
     assert paths.sandboxes == Path("/host/run/docker/netns")
     assert paths.engine_socket == Path("/host/run/docker.sock")

@@ -10,7 +10,7 @@ import pytest
 
 from dataplane.control import OWNED, PathCount
 from driver.driver import Driver
-from driver.errors import KernelError, SettingError
+from driver.errors import KernelError, SettingError, StateError
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
@@ -79,7 +79,7 @@ class World:
             statistics=self.statistics,
             settings=settings,
             bad_settings=bad,
-            failures=list(failures),
+            failures=[StateError(failure) for failure in failures],
             started=40.0,
             clock=lambda: 100.0,
         )
