@@ -13,7 +13,7 @@ SCRIPTS := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
 PYTHON_FOLDERS := plugin driver dataplane bench testbed tests tools
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv library ebpf relay plugin prepare install uninstall push test unit kernel swarm vm torture lint pictures demo bench clean
+.PHONY: help setup venv library ebpf relay plugin prepare install uninstall push test unit kernel swarm vm torture lint pictures demo bench settings clean
 
 help: ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -109,6 +109,9 @@ demo: setup plugin ## two Docker hosts, a Swarm, one stack on FreeFlow and on ov
 
 bench: setup plugin ## measure beside Docker's overlay and the host network; build/bench.json and build/bench.txt
 	$(PYTHON) -m bench all --out build/bench.json --table build/bench.txt
+
+settings: venv ## write config.json and docs/options.md anew from the settings in the code
+	$(PYTHON) -m plugin.settings_files
 
 clean: ## remove what was built, and beds that were left
 	-$(PYTHON) -m testbed down

@@ -1,19 +1,25 @@
-"""The plugin's settings: what `docker plugin set` can change, each with its default here.
+"""The plugin's settings: what `docker plugin set` can change.
 
-The defaults must be in code: an upgrade keeps the old settings and doesn't add new ones, so a new setting is absent then.
-`config.json` lists the same; a test holds them together. Bad settings are collected, not fatal: a plugin that dies at
-start is disabled by Docker without a word.
+Each is described once, as a field of `Settings`: its values, default and text. `config.json` and
+the tables of docs/options.md are generated from that (`make settings`), and a test compares them.
+
+The defaults must be in code: an upgrade keeps the old settings and doesn't add new ones, so a new
+setting is absent then. Bad settings are collected and not fatal: Docker silently disables a plugin
+that dies at start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from ipaddress import ip_address
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar, cast
 
+from dataplane import control
 from driver.errors import SettingError
 from driver.options import MTU_RANGE, PORT_RANGE
+
+T = TypeVar("T")
 
 PLUGIN: Final = "freeflow:latest"
 LEAST_KEY: Final = 32
@@ -21,26 +27,58 @@ LEAST_KEY: Final = 32
 MOST_KEY: Final = 512
 HIDDEN: Final = "(not shown)"
 
+_ROUTER: Final = control.Settings()
+_KEY_LENGTH: Final = f"{LEAST_KEY} to {MOST_KEY} printable characters"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[T]):
+    """The values that a setting can have. `parse` raises ValueError with what would be right."""
+
+    parse: Callable[[str], T]
+    values: str
+    """For people."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting. `parse` raises ValueError with what would be right."""
+    """One setting.
 
-    name: str
+    `text` says what it does, `details` is for the documentation alone; both are Markdown.
+    `empty` is the meaning of an empty value. `tuning`: few users, if any, need to change it. The value of
+    a `secret` is never shown.
+    """
+
+    kind: Kind[Any]
     default: str
-    description: str
-    parse: Callable[[str], Any]
+    text: str
+    empty: str = ""
+    details: str = ""
+    tuning: bool = False
     secret: bool = False
-    """Its value is never shown."""
+    name: str = ""
+
+    @property
+    def description(self) -> str:
+        """In plain text."""
+        text = f"{self.text}; empty: {self.empty}" if self.empty else self.text
+        return text.replace("`", "")
 
 
-def _choice(*allowed: str) -> Callable[[str], str]:
+def _setting(kind: Kind[T], default: object, text: str, **rest: Any) -> T:
+    """The field of a setting."""
+    found = Setting(kind, str(default), text, **rest)
+    value = kind.parse(found.default)
+    return cast("T", field(default=value, repr=not found.secret, metadata={"setting": found}))
+
+
+def _choice(*allowed: str) -> Kind[str]:
     def parse(text: str) -> str:
         if text not in allowed:
             raise ValueError(f"must be {' or '.join(allowed)}")
         return text
 
-    return parse
+    return Kind(parse, ", ".join(f"`{word}`" for word in allowed))
 
 
 def _number(text: str) -> int:
@@ -48,18 +86,21 @@ def _number(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else -1
 
 
-def _whole(allowed: range, *, optional: bool = False) -> Callable[[str], int | None]:
-    def parse(text: str) -> int | None:
-        if not text and optional:
-            return None
-        if _number(text) not in allowed:
-            raise ValueError(f"must be a whole number from {allowed.start} to {allowed.stop - 1}")
-        return int(text)
+def _whole(least: int, most: int) -> Kind[int]:
+    def parse(text: str) -> int:
+        number = _number(text)
+        if not least <= number <= most:
+            raise ValueError(f"must be a whole number from {least} to {most}")
+        return number
 
-    return parse
+    return Kind(parse, f"{least} to {most}")
 
 
-def _seconds(least: float, most: float) -> Callable[[str], float]:
+def _optional(kind: Kind[T]) -> Kind[T | None]:
+    return Kind(lambda text: kind.parse(text) if text else None, kind.values)
+
+
+def _seconds(least: float, most: float) -> Kind[float]:
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -69,12 +110,20 @@ def _seconds(least: float, most: float) -> Callable[[str], float]:
             raise ValueError(f"must be seconds from {least:g} to {most:g}")
         return value
 
-    return parse
+    return Kind(parse, f"{least:g} to {most:g}")
 
 
-def _listen(text: str) -> tuple[str, int] | None:
-    if not text:
-        return None
+def _power(least: int, most: int) -> Kind[int]:
+    def parse(text: str) -> int:
+        number = _number(text)
+        if not least <= number <= most or number & (number - 1):
+            raise ValueError(f"must be a power of two from {least} to {most}")
+        return number
+
+    return Kind(parse, f"a power of two, {least} to {most}")
+
+
+def _parse_address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     number = _number(port)
     try:
@@ -89,25 +138,13 @@ def _listen(text: str) -> tuple[str, int] | None:
     return str(address), number
 
 
-def _power(least: int, most: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        number = _number(text)
-        if not least <= number <= most or number & (number - 1):
-            raise ValueError(f"must be a power of two from {least} to {most}")
-        return number
-
-    return parse
-
-
-def _key(text: str) -> str:
+def _parse_key(text: str) -> str:
     if text and not (LEAST_KEY <= len(text) <= MOST_KEY and text.isascii() and text.isprintable()):
-        raise ValueError(
-            f"must be {LEAST_KEY} to {MOST_KEY} printable characters, the same on all hosts: openssl rand -hex 32"
-        )
+        raise ValueError(f"must be {_KEY_LENGTH}, the same on all hosts: openssl rand -hex 32")
     return text
 
 
-def _underlay(text: str) -> str:
+def _parse_underlay(text: str) -> str:
     if text and (
         len(text) > 45 or any(character.isspace() or character == "/" for character in text)
     ):
@@ -115,159 +152,182 @@ def _underlay(text: str) -> str:
     return text
 
 
-SETTINGS: Final = (
-    Setting(
-        "SCOPE",
-        "global",
-        "global: networks of the Swarm; local: of this host alone, outside a Swarm",
+_PORT: Final = _whole(PORT_RANGE.start, PORT_RANGE.stop - 1)
+_BYTES: Final = _whole(0, 10**11 - 1)
+_SWITCH: Final = _choice("on", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Checked settings. Bytes, seconds and microseconds as their texts say."""
+
+    scope: str = _setting(
         _choice("global", "local"),
-    ),
-    Setting("VXLAN_PORT", "4799", "UDP port of the overlay on the underlay", _whole(PORT_RANGE)),
-    Setting(
-        "UNDERLAY",
+        "global",
+        "`global`: networks of the Swarm; `local`: networks of this host alone, outside a Swarm",
+    )
+    vxlan_port: int = _setting(
+        _PORT,
+        4799,
+        "UDP port of the overlay on the underlay",
+        details="The manager's value is used for each new network.",
+    )
+    underlay: str = _setting(
+        Kind(_parse_underlay, "an interface or an address"),
         "",
-        "interface or address that carries the overlay; empty: what Docker advertises",
-        _underlay,
-    ),
-    Setting(
-        "MTU",
+        "interface or address that carries the overlay",
+        empty="the address that Docker advertises",
+        details="Docker advertises `--data-path-addr`, or else `--advertise-addr`.",
+    )
+    mtu: int | None = _setting(
+        _optional(_whole(MTU_RANGE.start, MTU_RANGE.stop - 1)),
         "",
-        "MTU of new networks that set none; empty: from the underlay",
-        _whole(MTU_RANGE, optional=True),
-    ),
-    Setting(
-        "METRICS_ADDR",
+        "MTU of new networks that don't set one",
+        empty="derived from the underlay",
+    )
+    metrics_addr: tuple[str, int] | None = _setting(
+        _optional(Kind(_parse_address, "`ADDRESS:PORT`")),
         "",
-        "ADDRESS:PORT that serves Prometheus metrics; empty: off",
-        _listen,
-    ),
-    Setting(
-        "LOG_LEVEL",
-        "info",
-        "debug, info, warning or error",
+        "`ADDRESS:PORT` that serves Prometheus metrics",
+        empty="off",
+        details="For example `127.0.0.1:9477`.",
+    )
+    log_level: str = _setting(
         _choice("debug", "info", "warning", "error"),
-    ),
-    Setting(
-        "SYNC_INTERVAL",
-        "0.5",
-        "seconds between two looks at peers and services",
+        "info",
+        "least severity of logged events: debug, info, warning or error",
+        details="The log is dockerd's (`journalctl -u docker`).",
+    )
+    sync_interval: float = _setting(
         _seconds(0.1, 60),
-    ),
-    Setting(
-        "REQUEST_DEADLINE",
-        "10",
-        "seconds after which a request of Docker is answered with an error",
+        0.5,
+        "seconds between two refreshes of the peers and services of networks in use",
+        tuning=True,
+    )
+    request_deadline: float = _setting(
         _seconds(1, 300),
-    ),
-    Setting(
-        "ACCELERATION",
+        10,
+        "seconds after which a request of Docker is answered with an error",
+        tuning=True,
+    )
+    acceleration: str = _setting(
+        _SWITCH, "on", "`off`: no connection of this host moves to shared memory or RDMA"
+    )
+    ebpf: str = _setting(
+        _SWITCH,
         "on",
-        "on or off: whether connections between containers may move to shared memory, and to RDMA",
-        _choice("on", "off"),
-    ),
-    Setting(
-        "EBPF",
+        "`off`: all packets stay on the kernel path",
+        details="See [The fast path](fast-path.md).",
+    )
+    rdma: str = _setting(
+        _SWITCH,
         "on",
-        "on or off: whether packets of the overlay may take the eBPF fast path",
-        _choice("on", "off"),
-    ),
-    Setting(
-        "RDMA",
-        "on",
-        "on or off: whether connections to containers of other hosts may move to RDMA",
-        _choice("on", "off"),
-    ),
-    Setting(
-        "SESSION_PORT",
+        "`off`: no connection to a container of another host moves to RDMA",
+        details="Connections within the host still move to shared memory. See [RDMA](rdma.md).",
+    )
+    session_port: int | None = _setting(
+        _optional(_PORT),
         "",
-        "TCP port on which the hosts' routers speak with each other; empty: the number of VXLAN_PORT",
-        _whole(PORT_RANGE, optional=True),
-    ),
-    Setting(
-        "SESSION_KEY",
+        "TCP port of the sessions between the hosts' routers, the same on all hosts",
+        empty="the number of `VXLAN_PORT`",
+        details="Only hosts that share a network connect to it.",
+    )
+    session_key: str = _setting(
+        Kind(_parse_key, _KEY_LENGTH),
         "",
-        "secret of the hosts that share networks, in place of the Swarm's certificates; empty: those",
-        _key,
+        "secret with which the hosts' routers authenticate each other, the same on all hosts",
+        empty="the Swarm's certificates",
+        details="`openssl rand -hex 32` makes one. FreeFlow never shows it, but whoever may run "
+        "`docker plugin inspect` can read it.",
         secret=True,
-    ),
-    Setting(
-        "REMOTE_RING",
-        "262144",
-        "bytes that may be under way in one direction of a connection over RDMA, a power of two",
+    )
+    remote_ring: int = _setting(
         _power(64 << 10, 2 << 20),
-    ),
-    Setting(
-        "REMOTE_MEMORY",
-        "1073741824",
-        "bytes of memory that connections over RDMA may have altogether; more stay on the overlay",
-        _whole(range(10**11)),
-    ),
-    Setting(
-        "UPGRADE_OPERATIONS",
-        "4",
-        "reads and writes after which a connection moves, if UPGRADE_AGE and UPGRADE_BYTES are reached too",
-        _whole(range(1, 1 << 31)),
-    ),
-    Setting(
-        "UPGRADE_AGE",
-        "10000",
-        "microseconds since it began after which a connection moves",
-        _whole(range(1 << 31)),
-    ),
-    Setting(
-        "UPGRADE_BYTES",
-        "0",
-        "bytes, of both directions together, after which a connection moves",
-        _whole(range(1 << 31)),
-    ),
-    Setting(
-        "UPGRADE_BULK",
-        "1048576",
+        _ROUTER.remote_ring,
+        "bytes in flight in one direction of a connection over RDMA",
+        details="Two hosts use the smaller of their values.",
+        tuning=True,
+    )
+    remote_memory: int = _setting(
+        _BYTES,
+        _ROUTER.remote_memory,
+        "bytes of memory for all connections over RDMA; at the limit, new ones stay on the overlay",
+        details="The memory is locked, so that the device can reach it.",
+    )
+    upgrade_operations: int = _setting(
+        _whole(1, (1 << 31) - 1),
+        _ROUTER.rule.operations,
+        "reads and writes after which a connection moves, once `UPGRADE_AGE` and `UPGRADE_BYTES` "
+        "are reached too",
+        tuning=True,
+    )
+    upgrade_age: int = _setting(
+        _whole(0, (1 << 31) - 1),
+        _ROUTER.rule.age,
+        "microseconds of a connection's life after which it moves",
+        tuning=True,
+    )
+    upgrade_bytes: int = _setting(
+        _whole(0, (1 << 31) - 1),
+        _ROUTER.rule.bytes,
+        "bytes in both directions together after which a connection moves",
+        tuning=True,
+    )
+    upgrade_bulk: int = _setting(
+        _whole(1, (1 << 31) - 1),
+        _ROUTER.rule.bulk,
         "bytes after which a connection moves whatever the other rules say",
-        _whole(range(1, 1 << 31)),
-    ),
-    Setting(
-        "SPIN",
-        "50",
-        "microseconds to look for a message before sleeping, while the peer runs on another core",
-        _whole(range(1001)),
-    ),
-    Setting(
-        "RING_LIMIT",
-        "4194304",
-        "bytes that may be under way in one direction of a connection",
-        _whole(range(4096, (4 << 20) + 1)),
-    ),
-    Setting(
-        "SHM_LIMIT",
-        "1073741824",
-        "bytes of shared memory that one container may have in use; more connections stay on TCP",
-        _whole(range(10**11)),
-    ),
-    Setting(
-        "CONNECTIONS_LIMIT",
-        "16384",
-        "connections of one container in shared memory, and as many that wait for it",
-        _whole(range(1 << 20)),
-    ),
-    Setting(
-        "PROCESSES_LIMIT",
-        "2048",
-        "processes of one container that may speak with the router",
-        _whole(range(1 << 16)),
-    ),
-    Setting(
-        "ASKS_LIMIT",
-        "5000",
-        "connections per second for which one container may ask",
-        _whole(range(1, 1 << 20)),
-    ),
-    Setting(
-        "BELLS_LIMIT",
-        "16384",
-        "wake-up descriptors of one container that the router keeps",
-        _whole(range(1 << 20)),
-    ),
+        tuning=True,
+    )
+    spin: int = _setting(
+        _whole(0, 1000),
+        _ROUTER.rule.spin,
+        "microseconds for which a reader spins before it sleeps, while its peer runs on another "
+        "core",
+        details="`0`: it never spins.",
+        tuning=True,
+    )
+    ring_limit: int = _setting(
+        _whole(4096, control.DEFAULT_RING_LIMIT),
+        _ROUTER.rule.ring_limit,
+        "bytes in flight in one direction of a connection in shared memory",
+        tuning=True,
+    )
+    shm_limit: int = _setting(
+        _BYTES,
+        _ROUTER.limits.memory,
+        "bytes of shared memory that one container may use; at the limit, new connections stay on "
+        "TCP",
+        details="At most half of it is for connections with any one other container.",
+    )
+    connections_limit: int = _setting(
+        _whole(0, (1 << 20) - 1),
+        _ROUTER.limits.connections,
+        "connections of one container in shared memory, and as many that wait for their peer",
+        tuning=True,
+    )
+    processes_limit: int = _setting(
+        _whole(0, (1 << 16) - 1),
+        _ROUTER.limits.processes,
+        "processes of one container that may connect to the router",
+        tuning=True,
+    )
+    asks_limit: int = _setting(
+        _whole(1, (1 << 20) - 1),
+        _ROUTER.limits.asks,
+        "requests for shared memory per second of one container",
+        tuning=True,
+    )
+    bells_limit: int = _setting(
+        _whole(0, (1 << 20) - 1),
+        _ROUTER.limits.bells,
+        "bells (sockets for waking threads) of one container that the router keeps",
+        tuning=True,
+    )
+
+
+SETTINGS: Final[tuple[Setting, ...]] = tuple(
+    replace(item.metadata["setting"], name=item.name.upper()) for item in fields(Settings)
 )
 
 # What the runtime gives every process; all else in a plugin's environment is a setting.
@@ -275,39 +335,7 @@ _FOREIGN: Final = ("PATH", "HOME", "HOSTNAME", "TERM", "LANG", "PWD", "SHLVL", "
 _FOREIGN_PREFIXES: Final = ("LC_", "PYTHON", "GUNICORN_")
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Checked settings; units as in `SETTINGS`."""
-
-    scope: str = "global"
-    vxlan_port: int = 4799
-    underlay: str = ""
-    mtu: int | None = None
-    metrics_addr: tuple[str, int] | None = None
-    log_level: str = "info"
-    sync_interval: float = 0.5
-    request_deadline: float = 10.0
-    acceleration: str = "on"
-    ebpf: str = "on"
-    rdma: str = "on"
-    session_port: int | None = None
-    session_key: str = field(default="", repr=False)
-    remote_ring: int = 256 << 10
-    remote_memory: int = 1 << 30
-    upgrade_operations: int = 4
-    upgrade_age: int = 10_000
-    upgrade_bytes: int = 0
-    upgrade_bulk: int = 1 << 20
-    spin: int = 50
-    ring_limit: int = 4 << 20
-    shm_limit: int = 1 << 30
-    connections_limit: int = 16384
-    processes_limit: int = 2048
-    asks_limit: int = 5000
-    bells_limit: int = 16384
-
-
-def _mend(name: str, value: str) -> str:
+def _correction(name: str, value: str) -> str:
     return (
         f"docker plugin disable -f {PLUGIN} && docker plugin set {PLUGIN} {name}={value} && "
         f"docker plugin enable {PLUGIN}"
@@ -315,31 +343,31 @@ def _mend(name: str, value: str) -> str:
 
 
 def read(environment: Mapping[str, str]) -> tuple[Settings, tuple[SettingError, ...]]:
-    """The settings in an environment, defaults in place of bad ones, and what is wrong, each with what mends it."""
+    """The settings in an environment, with defaults in place of bad ones, and what is wrong."""
     values: dict[str, Any] = {}
     errors = []
     for setting in SETTINGS:
         text = environment.get(setting.name, setting.default)
         try:
-            values[setting.name.lower()] = setting.parse(text.strip())
+            values[setting.name.lower()] = setting.kind.parse(text.strip())
         except ValueError as error:
-            values[setting.name.lower()] = setting.parse(setting.default)
             shown = HIDDEN if setting.secret else text[:80]
             errors.append(
                 SettingError(
                     f"setting {setting.name}={shown}",
                     cause=str(error),
-                    remedy=_mend(setting.name, setting.default),
+                    remedy=_correction(setting.name, setting.default),
                 )
             )
     known = {setting.name for setting in SETTINGS}
-    for name in sorted(environment):
-        if name not in known and name not in _FOREIGN and not name.startswith(_FOREIGN_PREFIXES):
-            errors.append(
-                SettingError(
-                    f"setting {name[:80]} is unknown; FreeFlow has {', '.join(sorted(known))}",
-                    remedy="after a downgrade it stays until the plugin is installed anew: "
-                    f"docker plugin rm -f {PLUGIN}, then docker plugin install",
-                )
-            )
+    errors += [
+        SettingError(
+            f"setting {name[:80]} is unknown",
+            cause=f"FreeFlow has {', '.join(sorted(known))}",
+            remedy="after a downgrade it stays until the plugin is installed anew: "
+            f"docker plugin rm -f {PLUGIN}, then docker plugin install",
+        )
+        for name in sorted(environment)
+        if name not in known and name not in _FOREIGN and not name.startswith(_FOREIGN_PREFIXES)
+    ]
     return Settings(**values), tuple(errors)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plugin import settings_files
 from plugin.settings import SETTINGS, Settings, read
 
 TOP = Path(__file__).parents[2]
@@ -21,6 +22,13 @@ NAMES = [setting.name for setting in SETTINGS]
 def config() -> dict[str, Any]:
     found: dict[str, Any] = json.loads((TOP / "config.json").read_text())
     return found
+
+
+def test_generated_files_are_up_to_date() -> None:
+    """config.json and docs/options.md are what `make settings` writes."""
+    text = (TOP / settings_files.CONFIG).read_text()
+    assert settings_files.config(text) == text
+    assert settings_files.document(DOCUMENT) == DOCUMENT
 
 
 def test_config_lists_the_settings_of_the_code() -> None:
