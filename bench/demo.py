@@ -139,10 +139,10 @@ class Demo:
         inside = self.manager.root / "root/demo-stack.yml"
         inside.parent.mkdir(exist_ok=True)
         inside.write_text(text)
-        deploy = "docker stack deploy --resolve-image never -c -"
+        stack, deploy = "/root/demo-stack.yml", "docker stack deploy --resolve-image never"
         for line in (
-            f"freeflow inject /root/demo-stack.yml | {deploy} {FREEFLOW}",
-            f"sed s/freeflow:latest/overlay/ /root/demo-stack.yml | {deploy} {OVERLAY}",
+            f"freeflow inject {stack} | {deploy} -c {stack} -c - {FREEFLOW}",
+            f"sed s/freeflow:latest/overlay/ {stack} | {deploy} -c - {OVERLAY}",
         ):
             self.tell.command(self.manager, line)
             for said in self.manager.run("sh", "-c", f"{line} 2>&1").splitlines():

@@ -304,25 +304,26 @@ def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> Non
     "--output",
     metavar="OUT",
     default="-",
-    help="Write here instead of printing; may be STACK.yml itself.",
+    help="Write the second file here instead of printing it.",
 )
 @click.option(
     "--service",
     "services",
     multiple=True,
     metavar="NAME",
-    help="This service, whatever its networks; may be given several times.",
+    help="Only this service, whatever its networks; may be given several times.",
 )
 @click.pass_obj
 @_explained(err=True)
 def inject(client: Client, stack: str, output: str, services: tuple[str, ...]) -> None:
-    """Write the stack with the library's mount and LD_PRELOAD added to its services.
+    """Write a second compose file that adds the library's mount and LD_PRELOAD to a stack's services.
 
-    STACK.yml is as for docker stack deploy, `-` is what comes on stdin. Services on a FreeFlow network get the library, and
-    those of which this host can't say. For which it can't work is said on stderr, as far as their images are on this host.
+    STACK.yml is as for docker stack deploy; `-` is stdin. Services on a FreeFlow network get the
+    library, and services on networks whose driver this host doesn't know. Warnings about programs
+    that can't be accelerated go to stderr, as far as their images are on this host.
 
     \b
-    freeflow inject stack.yml | docker stack deploy -c - mystack
+    freeflow inject stack.yml | docker stack deploy -c stack.yml -c - mystack
     """
     from plugin.cli.inject import inject_file
 
@@ -330,7 +331,7 @@ def inject(client: Client, stack: str, output: str, services: tuple[str, ...]) -
     for note in outcome.notes:
         say(f"freeflow: {shown(note)}", err=True)
     injected = shown(", ".join(outcome.injected))
-    say(f"freeflow: the library was added to {injected}", err=True)
+    say(f"freeflow: the library is added to {injected}", err=True)
 
 
 @cli.command()

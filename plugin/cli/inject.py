@@ -1,12 +1,16 @@
-"""`freeflow inject`: which services of a stack get the library, what they get, and what is to be said of each.
+"""`freeflow inject`: writes a second compose file that adds the library to services of a stack.
 
-A service gets it if it is on a network of FreeFlow, or on one of which this host can't say whose it is. How the text is
-changed is in `stack.py`; here all are plain values, as any YAML reader gives them.
+    docker stack deploy -c stack.yml -c freeflow.yml mystack
+
+Docker merges the two: volumes by their target, variables by their name (docker/cli,
+cli/compose/loader/merge.go). So the stack itself stays as it is. A service gets the library if it
+is on a FreeFlow network, or on one whose driver this host doesn't know.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
@@ -23,8 +27,7 @@ from plugin.cli.client import Engine
 from plugin.cli.image import Start, Verdict, environment, examine_image, split_words, start_of
 from plugin.cli.library import FOLDER, LIBRARY
 from plugin.cli.place import users_place
-from plugin.cli.stack import Wanted, inject, parse
-from plugin.cli.tree import LONGEST
+from plugin.cli.stack_file import LONGEST, read_stack
 
 PRELOAD: Final = f"{FOLDER}/{LIBRARY}"
 _IMAGE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,511}", re.ASCII)
@@ -32,14 +35,22 @@ _SHOWN: Final = 80
 _MOST_BYTES: Final = 4 * LONGEST
 """Of a file: as many characters of UTF-8 as are read."""
 _PATIENCE: Final = 60.0
-"""Seconds in which images are looked at."""
+"""Seconds for the examination of images."""
 _OLD_FORMATS: Final = ("3", "3.0", "3.1")
 """Compose formats without mounts in long form."""
+_LONG: Final = f"""\
+      - type: bind
+        source: {FOLDER}
+        target: {FOLDER}
+"""
+_SHORT: Final = f"      - {FOLDER}:{FOLDER}\n"
+_UNSAFE: Final = re.compile(r"[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
+"""Characters that JSON takes in a string and YAML doesn't."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`injected` names services; `notes` are for the user, one line each."""
+    """`text` is the second file; `injected` names services; `notes` are for the user, a line each."""
 
     text: str
     injected: tuple[str, ...]
@@ -47,12 +58,20 @@ class Outcome:
 
 
 @dataclass(slots=True)
-class _Look:
-    """What is known of an image: its configuration, and what it starts."""
+class _Examined:
+    """What is known of an image: its configuration, and what kind of program it starts."""
 
     config: dict[str, Any] = field(default_factory=dict)
     verdict: Verdict = field(default_factory=Verdict)
     missing: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Addition:
+    """What the second file gives a service; `preload` is None if its LD_PRELOAD stays."""
+
+    mount: bool
+    preload: str | None
 
 
 def is_freeflow(driver: str) -> bool:
@@ -61,7 +80,11 @@ def is_freeflow(driver: str) -> bool:
 
 
 def inject_file(engine: Engine, stack: str, output: str, only: Sequence[str] = ()) -> Outcome:
-    """From a file to a file, `-` being stdin and stdout; nothing is written if anything is wrong. Raises InvalidRequest."""
+    """From a file to a file, `-` being stdin and stdout. If anything is wrong nothing is written.
+
+    Raises:
+        InvalidRequest: the stack can't be used, or the output not be written.
+    """
     folder = Path() if stack == "-" else Path(stack).parent
 
     def read(file: str) -> str:
@@ -75,10 +98,13 @@ def inject_file(engine: Engine, stack: str, output: str, only: Sequence[str] = (
             with users_place(), Path(stack).open("rb") as file:
                 text = file.read(_MOST_BYTES + 1).decode()
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{stack} is no UTF-8 text ({error}); save it as UTF-8") from error
+        raise InvalidRequest(
+            f"{stack} is no UTF-8 text ({error})", remedy="save it as UTF-8"
+        ) from error
     except OSError as error:
         raise InvalidRequest(
-            f"{stack} can't be read ({error.strerror}); name the file given to docker stack deploy -c"
+            f"{stack} can't be read ({error.strerror})",
+            remedy="name the file given to docker stack deploy -c",
         ) from error
     outcome = inject_stack(text, "stdin" if stack == "-" else stack, engine, only, read)
     try:
@@ -87,16 +113,31 @@ def inject_file(engine: Engine, stack: str, output: str, only: Sequence[str] = (
             sys.stdout.buffer.flush()
         else:
             with users_place():
+                _refuse_same(stack, output)
                 Path(output).write_bytes(outcome.text.encode())
     except OSError as error:
         raise InvalidRequest(
-            f"{output} can't be written ({error.strerror}); name another file with -o"
+            f"{output} can't be written ({error.strerror})", remedy="name another file with -o"
         ) from error
     return outcome
 
 
+def _refuse_same(stack: str, output: str) -> None:
+    """The output is a file besides the stack, not in its place."""
+    if stack != "-" and Path(output).exists() and Path(output).samefile(stack):
+        raise InvalidRequest(
+            f"{output} is the stack itself",
+            cause="what is written is a second file for docker stack deploy",
+            remedy="name another file with -o",
+        )
+
+
 def _read_file(path: Path) -> str:
-    """What a stack names may be anything: only a plain file of usual size is read. Raises OSError."""
+    """A file that a stack names may be anything: only a plain file of usual size is read.
+
+    Raises:
+        OSError: it can't be read, or isn't one.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         found = os.fstat(descriptor)
@@ -112,27 +153,58 @@ def inject_stack(
     only: Sequence[str] = (),
     read: Callable[[str], str] | None = None,
 ) -> Outcome:
-    """Raises InvalidRequest. `name` is the file's, for messages; `read` reads a file beside it."""
-    stack = parse(text, name)
+    """The second file for a stack's text.
+
+    `name` is the file's, for messages; `only` names services; `read` reads a file beside the stack.
+
+    Raises:
+        InvalidRequest: the stack can't be read, or no service is to get the library.
+    """
+    stack = read_stack(text, name)
     services: dict[str, Any] = stack["services"]
     notes: list[str] = []
     chosen = _choose(stack, name, engine, only, notes)
-    wanted = {}
+    additions = {}
     until = time.monotonic() + _PATIENCE
     for service in chosen:
         content = services[service] or {}
         if not isinstance(content, dict):
             raise InvalidRequest(
-                f"{name}: service {service} is no mapping; write its image and networks below it"
+                f"{name}: service {service} is no mapping",
+                remedy="write its image and networks below it",
             )
         if time.monotonic() < until:
-            found = _look_at(engine, content)
+            found = _examine(engine, content)
         else:
-            found = _Look(missing="the images before it took all the time there was")
+            found = _Examined(missing="the images before it took all the time there was")
         notes += _remarks(service, content, found, read)
         preload = environment(found.config).get("LD_PRELOAD", "")
-        wanted[service] = _wanted(stack, service, content, preload, name)
-    return Outcome(inject(text, wanted, name), tuple(chosen), tuple(notes))
+        additions[service] = _addition(service, content, preload, name)
+    return Outcome(_second_file(stack.get("version"), additions), tuple(chosen), tuple(notes))
+
+
+def _second_file(version: Any, additions: Mapping[str, _Addition]) -> str:
+    """Docker merges only files of the same `version`."""
+    lines = "# For docker stack deploy, with a second -c after the stack's own.\n"
+    if version is not None:
+        lines += f"version: {_quoted(str(version))}\n"
+    services = ""
+    for service, addition in additions.items():
+        entry = ""
+        if addition.mount:
+            entry += "    volumes:\n" + (_SHORT if str(version) in _OLD_FORMATS else _LONG)
+        if addition.preload is not None:
+            entry += f"    environment:\n      LD_PRELOAD: {_quoted(addition.preload)}\n"
+        if entry:
+            services += f"  {_quoted(service)}:\n{entry}"
+    return f"{lines}services:\n{services}" if services else f"{lines}services: {{}}\n"
+
+
+def _quoted(text: str) -> str:
+    """A scalar in double quotes, of which JSON's are a part but for some characters."""
+    return _UNSAFE.sub(
+        lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False)
+    )
 
 
 def _choose(
@@ -142,7 +214,7 @@ def _choose(
     missing = [each for each in only if each not in services]
     if missing:
         raise InvalidRequest(
-            f"{name} has no service {', '.join(missing)}; it has {', '.join(services)}"
+            f"{name} has no service {', '.join(missing)}", remedy=f"it has {', '.join(services)}"
         )
     known: dict[str, bool | None] = {}
     chosen = []
@@ -156,15 +228,15 @@ def _choose(
             chosen.append(service)
         if not own and doubtful:
             notes.append(
-                f"{service}: this host doesn't know whose network {', '.join(doubtful)} is; the library was added, and is "
-                "of use on a FreeFlow network alone (--service NAME chooses services)"
+                f"{service}: this host doesn't know the driver of network {', '.join(doubtful)}; the library was "
+                "added, and has an effect on a FreeFlow network alone (--service NAME chooses services)"
             )
         elif not own and only:
-            notes.append(f"{service}: is on no FreeFlow network; there the library does nothing")
+            notes.append(f"{service}: is on no FreeFlow network, where the library does nothing")
     if not chosen:
         raise InvalidRequest(
-            f"{name}: no service is on a FreeFlow network; write driver: freeflow:latest below the network, or choose "
-            "services with --service NAME"
+            f"{name}: no service is on a FreeFlow network",
+            remedy="write driver: freeflow:latest below the network, or choose services with --service NAME",
         )
     return chosen
 
@@ -223,20 +295,20 @@ def _words(value: Any) -> list[str] | None:
         return [str(value)]
 
 
-def _look_at(engine: Engine, service: Mapping[str, Any]) -> _Look:
+def _examine(engine: Engine, service: Mapping[str, Any]) -> _Examined:
     image = str(service.get("image") or "")
     if not image:
-        return _Look(missing="it names no image")
+        return _Examined(missing="it names no image")
     if "$" in image:
-        return _Look(missing=f"the name of its image, {image}, has a variable")
+        return _Examined(missing=f"the name of its image, {image}, has a variable")
     if not _IMAGE.fullmatch(image) or "//" in image or ".." in image:
-        return _Look(missing=f"{image[:_SHOWN]} is no name of an image")
+        return _Examined(missing=f"{image[:_SHOWN]} is no name of an image")
     try:
         found = engine.find(f"/images/{quote(image, safe='/:@')}/json")
     except EngineError as error:
-        return _Look(missing=error.reason)
+        return _Examined(missing=error.reason)
     if found is None:
-        return _Look(missing=f"{image} isn't on this host (docker pull {image} brings it)")
+        return _Examined(missing=f"{image} isn't on this host (docker pull {image} brings it)")
     config = dict(_mapping(_mapping(found).get("Config")))
     start = start_of(
         config,
@@ -246,9 +318,9 @@ def _look_at(engine: Engine, service: Mapping[str, Any]) -> _Look:
         str(service.get("working_dir") or ""),
     )
     try:
-        return _Look(config, _with_variables(start) or examine_image(engine, image, start))
+        return _Examined(config, _with_variables(start) or examine_image(engine, image, start))
     except EngineError as error:
-        return _Look(config, missing=error.reason)
+        return _Examined(config, missing=error.reason)
 
 
 def _with_variables(start: Start) -> Verdict | None:
@@ -260,7 +332,7 @@ def _with_variables(start: Start) -> Verdict | None:
 def _remarks(
     service: str,
     content: Mapping[str, Any],
-    found: _Look,
+    found: _Examined,
     read: Callable[[str], str] | None,
 ) -> list[str]:
     notes = [
@@ -273,7 +345,7 @@ def _remarks(
     ]
     if found.missing:
         notes.append(
-            f"{service}: not looked at: {found.missing}; static and Go programs can't be accelerated"
+            f"{service}: its image was not examined: {found.missing}; static and Go programs can't be accelerated"
         )
     variables = pairs(content.get("environment"))
     if variables.get("FREEFLOW") == "off":
@@ -315,35 +387,32 @@ def _preload(before: str | None) -> str:
     return f"{before}:{PRELOAD}" if before.strip() else PRELOAD
 
 
-def _wanted(
-    stack: Mapping[str, Any], service: str, content: Mapping[str, Any], preload: str, name: str
-) -> Wanted:
-    """What the service must have. Raises InvalidRequest."""
+def _addition(service: str, content: Mapping[str, Any], preload: str, name: str) -> _Addition:
+    """What the service lacks; `preload` is its image's LD_PRELOAD. Raises InvalidRequest."""
     volumes, variables = content.get("volumes"), content.get("environment")
     if not isinstance(volumes, list | None):
         raise InvalidRequest(
-            f"{name}: volumes of service {service} is no list; write each mount on a line of its own, with a dash"
+            f"{name}: volumes of service {service} is no list",
+            remedy="write each mount on a line of its own, with a dash",
         )
     if not isinstance(variables, list | dict | None):
         raise InvalidRequest(
-            f"{name}: environment of service {service} is neither a mapping nor a list; write NAME: VALUE lines"
+            f"{name}: environment of service {service} is neither a mapping nor a list",
+            remedy="write NAME: VALUE lines",
         )
-    mount: Any = {"type": "bind", "source": FOLDER, "target": FOLDER}
-    if str(stack.get("version", "")) in _OLD_FORMATS:
-        mount = f"{FOLDER}:{FOLDER}"
-    for each in volumes or ():
-        source, target = _ends(each)
+    mount = True
+    for source, target in map(_ends, volumes or ()):
         if target.rstrip("/") == FOLDER:
             if source.rstrip("/") != FOLDER:
                 raise InvalidRequest(
-                    f"{name}: service {service} has {source or 'a volume'} at {FOLDER}, where the library must be; mount "
-                    "that elsewhere, or leave the service out with --service"
+                    f"{name}: service {service} has {source or 'a volume'} at {FOLDER}, where the library must be",
+                    remedy="mount that elsewhere, or leave the service out with --service",
                 )
-            mount = None
+            mount = False
     before = pairs(variables)
     # A dollar sign would begin a variable of the file.
     value = _preload(before.get("LD_PRELOAD", preload.replace("$", "$$")))
-    return Wanted(mount, None if before.get("LD_PRELOAD") == value else value)
+    return _Addition(mount, None if before.get("LD_PRELOAD") == value else value)
 
 
 def _ends(mount: Any) -> tuple[str, str]:

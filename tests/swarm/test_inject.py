@@ -54,11 +54,12 @@ def test_injected_stack_is_accelerated(bed: Bed, manager: Host) -> None:
     containers = manager.docker("ps", "-aq")
     manager.run("sh", "-c", f"cd {folder} && freeflow inject stack.yml -o out.yml 2>remarks")
     remarks = manager.run("cat", f"{folder}/remarks")
-    assert remarks == "freeflow: the library was added to cache, clients\n"
+    assert remarks == "freeflow: the library is added to cache, clients\n"
     assert manager.docker("ps", "-aq") == containers
     by_stdin = manager.run("sh", "-c", "freeflow inject - 2>/dev/null", stdin=text)
     assert by_stdin == manager.run("cat", f"{folder}/out.yml")
-    manager.docker("stack", "deploy", "-c", f"{folder}/out.yml", name)
+    files = ("-c", f"{folder}/stack.yml", "-c", f"{folder}/out.yml")
+    manager.docker("stack", "deploy", *files, name)
     try:
 
         def clients() -> str:
@@ -100,8 +101,11 @@ def test_what_docker_reads(bed: Bed) -> None:
     host = bed.hosts[0]
     for name, text in AS_DOCKER_READS.items():
         before = host.run("docker", "stack", "config", "-c", "-", stdin=text)
-        out = host.run("sh", "-c", "freeflow inject - 2>/dev/null", stdin=text)
-        after = host.run("docker", "stack", "config", "-c", "-", stdin=out)
+        script = (
+            "cat >/root/read.yml; freeflow inject /root/read.yml 2>/dev/null | "
+            "docker stack config -c /root/read.yml -c -"
+        )
+        after = host.run("sh", "-c", script, stdin=text)
         lines = [line for line in after.splitlines() if line not in before.splitlines()]
         assert any("LD_PRELOAD" in line for line in lines), name
         assert all(

@@ -24,7 +24,7 @@ from plugin.cli.client import Engine
 from plugin.cli.commands import cli
 from plugin.cli.inject import inject_stack
 from plugin.cli.program import look
-from plugin.cli.tree import LONGEST
+from plugin.cli.stack_file import LONGEST
 from plugin.status import Finding
 from testbed.patience import within
 from tests.unit.statuses import LISTED, finding, status

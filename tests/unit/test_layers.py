@@ -17,7 +17,7 @@ BEHIND = {
     "sqlite3": {"driver.store"},
     "prometheus_client": {"plugin.metrics"},
     "pyverbs": {"dataplane.router.devices"},
-    "ruamel": {"plugin.cli.scan", "plugin.cli.tree"},
+    "ruamel": {"plugin.cli.stack_file", "plugin.cli.yaml_scanner"},
     "cryptography": {"dataplane.router.shared_key"},
 }
 """Third-party libraries, and the modules that alone know them."""

@@ -1,7 +1,8 @@
-"""ruamel.yaml's scanner, with the rules of libyaml where it is stricter: Docker's reader, go-yaml, is a translation of that.
+"""ruamel.yaml's scanner with the rules of libyaml, of which Docker's reader, go-yaml, is a port.
 
-Tabs separate tokens, but don't indent; a tag's meaning is its program's; and what `%YAML` says changes nothing of how a text is
-cut into tokens. Where libyaml is the stricter one, Docker says so itself.
+Where ruamel.yaml is stricter, libyaml's rules apply: tabs separate tokens but don't indent, tags
+have no meaning here, and `%YAML` doesn't change how a text is split into tokens. Where libyaml is
+stricter, Docker reports the error itself.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ _VERSION: Final = (1, 2)
 
 
 class Scanner(Base):
-    """Named and called by the base class, so the names are its."""
+    """The base class calls these methods by their names."""
 
     @property
     def scanner_processing_version(self) -> Any:
         return _VERSION
 
     def scan_to_next_token(self) -> Any:
-        """Go past blanks, comments and line breaks."""
+        """Skip blanks, comments and line breaks."""
         reader = self.reader
         if reader.index == 0 and reader.peek() == "\ufeff":
             reader.forward()
@@ -47,7 +48,7 @@ class Scanner(Base):
                 self.reader.forward()
 
     def _skip_rest(self, what: str, start: Any) -> None:
-        """Go past blanks and a comment to the next line; anything else there is an error."""
+        """Skip blanks and a comment up to the next line; anything else there is an error."""
         while self.reader.peek() in _BLANKS:
             self.reader.forward()
         self._skip_comment()
@@ -61,7 +62,7 @@ class Scanner(Base):
         self.scan_line_break()
 
     def scan_directive(self) -> Any:
-        """Of no directive anything is wanted."""
+        """Directives are ignored."""
         start = self.reader.get_mark()
         length = 1
         while self.reader.peek(length) not in _ENDS:
@@ -72,7 +73,7 @@ class Scanner(Base):
         return DirectiveToken("", None, start, end)
 
     def scan_block_scalar_indicators(self, start_mark: Any) -> Any:
-        """Whether the last line breaks are kept (None: one), and how far it is indented (None: to be found out)."""
+        """Whether trailing line breaks are kept (None: one), and the indentation (None: unknown)."""
         keep, indent = None, None
         while (found := self.reader.peek()) in "+-123456789":
             if found in "+-" and keep is None:
@@ -88,7 +89,7 @@ class Scanner(Base):
         self._skip_rest("a block scalar", start_mark)
 
     def scan_tag(self) -> Any:
-        """A tag as it is written, up to what ends it."""
+        """A tag as it is written."""
         reader = self.reader
         start = reader.get_mark()
         ends = _ENDS + _BLANKS + (",[]{}" if self.flow_level else "")
@@ -107,7 +108,7 @@ class Scanner(Base):
         return TagToken(value, start, reader.get_mark())
 
     def scan_plain_spaces(self, indent: Any, start_mark: Any) -> Any:
-        """What stands between two words of a plain scalar, folded; nothing at a document's end."""
+        """The folded space between two words of a plain scalar; None at a document's end."""
         reader = self.reader
         length = 0
         while reader.peek(length) in _BLANKS:
