@@ -27,7 +27,7 @@ LEAST_KEY: Final = 32
 MOST_KEY: Final = 512
 HIDDEN: Final = "(not shown)"
 
-_ROUTER: Final = control.Settings()
+_ROUTER: Final = control.RouterSettings()
 _KEY_LENGTH: Final = f"{LEAST_KEY} to {MOST_KEY} printable characters"
 
 
