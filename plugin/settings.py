@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from ipaddress import ip_address
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar
 
 from dataplane import control
 from driver.errors import SettingError
@@ -69,7 +69,8 @@ def _setting(kind: Kind[T], default: object, text: str, **rest: Any) -> T:
     """The field of a setting."""
     found = Setting(kind, str(default), text, **rest)
     value = kind.parse(found.default)
-    return cast("T", field(default=value, repr=not found.secret, metadata={"setting": found}))
+    # dataclasses.field claims to return the type of its default.
+    return field(default=value, repr=not found.secret, metadata={"setting": found})
 
 
 def _choice(*allowed: str) -> Kind[str]:

@@ -105,7 +105,7 @@ def test_well(world: World) -> None:
 def test_no_container(world: World) -> None:
     """A container that the engine doesn't know is the only finding."""
     assert [finding.what for finding in world.report("nobody").findings] == [
-        "nobody can't be looked at"
+        "nobody can't be inspected"
     ]
 
 

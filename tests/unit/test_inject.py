@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
+from ruamel.yaml.parser import ParserError
 
 from driver.errors import InvalidRequest
 from plugin.cli.client import Engine
@@ -399,7 +400,12 @@ def test_whatever_a_writer_writes(content: Any, flow: bool, indent: int) -> None
     stream = io.StringIO()
     writer.dump({"services": content, "networks": {"n": {"driver": "freeflow:latest"}}}, stream)
     text = stream.getvalue()
-    before, after = services(text), merged(text, injected(text).text)
+    try:
+        before = services(text)
+    except ParserError:
+        # ruamel.yaml writes plain scalars in flow style that it can't read, such as `:0`.
+        reject()
+    after = merged(text, injected(text).text)
     for name, service in after.items():
         assert MOUNT in service["volumes"]
         assert pairs(service["environment"])["LD_PRELOAD"] is not None
@@ -438,7 +444,7 @@ PLAIN = f"services:\n  web:\n    image: nginx\n    networks: [n]\n    environmen
 def test_what_docker_reads(old: str, new: str) -> None:
     """Tabs between tokens, tags of other programs and old versions are Docker's to read: the library gets in beside them."""
     text = PLAIN.replace(old, new, 1)
-    assert injected(text) == injected(PLAIN)
+    assert injected(text).text == injected(PLAIN).text
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r", "\x85", "\u2028", "\u2029"])
@@ -469,7 +475,7 @@ def test_names_that_could_be_something_else(name: str, version: str) -> None:
 def test_whatever_a_service_is_called(name: str) -> None:
     """The second file names a service by the very characters of the stack, whatever they are."""
     stack = {"services": {name: {"image": "x", "networks": ["n"]}}, "networks": {"n": {"driver": "freeflow"}}}  # fmt: skip
-    text = json.dumps(stack)
+    text = json.dumps(stack, ensure_ascii=False)
     try:
         outcome = injected(text)
     except InvalidRequest:
