@@ -111,7 +111,7 @@ bench: setup plugin ## measure beside Docker's overlay and the host network; bui
 	$(PYTHON) -m bench all --out build/bench.json --table build/bench.txt
 
 settings: venv ## write config.json and docs/options.md anew from the settings in the code
-	$(PYTHON) -m plugin.settings_files
+	$(PYTHON) -m tools.settings
 
 clean: ## remove what was built, and beds that were left
 	-$(PYTHON) -m testbed down

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plugin import settings_files
 from plugin.settings import SETTINGS, Settings, read
+from tools import settings as settings_files
 
 TOP = Path(__file__).parents[2]
 DOCUMENT = (TOP / "docs/options.md").read_text()
