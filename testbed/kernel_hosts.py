@@ -14,11 +14,18 @@ import socket
 import struct
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, IPv6Network
+from functools import partial
+from ipaddress import (
+    IPv4Address,
+    IPv4Interface,
+    IPv6Address,
+    IPv6Interface,
+    IPv6Network,
+    ip_interface,
+)
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -33,6 +40,7 @@ from driver.kernel.nf_tables import Batch
 from driver.model import Endpoint, IPAddress, Network, VipTable
 from testbed.ebpf_object import built
 from testbed.patience import patience
+from testbed.process import wait_until
 
 T = TypeVar("T")
 
@@ -52,6 +60,34 @@ def new_namespace() -> int:
         return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
     return in_thread(make)
+
+
+def set_up(device: str, *addresses: IPv4Interface | IPv6Interface) -> None:
+    """Give a device of the calling thread's namespace its addresses; set it and `lo` up.
+
+    IPv6 addresses are usable at once, without duplicate address detection.
+    """
+    with IPRoute() as route:
+        index = route.link_lookup(ifname=device)[0]
+        for address in addresses:
+            route.addr(
+                "add",
+                index=index,
+                address=str(address.ip),
+                prefixlen=address.network.prefixlen,
+                flags=_NODAD if address.version == 6 else 0,
+            )
+        for one in (index, route.link_lookup(ifname="lo")[0]):
+            route.link("set", index=one, state="up")
+
+
+def checksum(data: bytes) -> int:
+    """The Internet checksum of RFC 1071."""
+    data += b"\0" * (len(data) % 2)
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
 
 
 def write_vips(namespace: Path | int, table: VipTable) -> None:
@@ -133,18 +169,8 @@ class Container:
             with IPRoute() as route:
                 index = route.link_lookup(ifname=link)[0]
                 route.link("set", index=index, ifname="eth0")
-                for address, flags in ((self.endpoint.ipv4, 0), (self.endpoint.ipv6, _NODAD)):
-                    if address is not None:
-                        prefix = address.network.prefixlen
-                        route.addr(
-                            "add",
-                            index=index,
-                            address=str(address.ip),
-                            prefixlen=prefix,
-                            flags=flags,
-                        )
-                for each in (index, route.link_lookup(ifname="lo")[0]):
-                    route.link("set", index=each, state="up")
+            addresses = (self.endpoint.ipv4, self.endpoint.ipv6)
+            set_up("eth0", *(address for address in addresses if address is not None))
 
         self.host.do(move)
         self.do(configure)
@@ -258,11 +284,9 @@ def _ping(raw: socket.socket, to: IPAddress, number: int) -> bool:
     """One echo request and its reply (RFC 792, RFC 4443)."""
     v4 = to.version == 4
     data = struct.pack("!HH", os.getpid() & 0xFFFF, number) + os.urandom(56)
-    total = sum(struct.unpack("!30H", data)) + (8 << 8)
-    total = (total & 0xFFFF) + (total >> 16)
     # The kernel fills in ICMPv6's checksum.
-    checksum = ~(total + (total >> 16)) & 0xFFFF if v4 else 0
-    raw.sendto(struct.pack("!BBH", 8 if v4 else 128, 0, checksum) + data, (str(to), 0))
+    total = checksum(struct.pack("!BBH", 8, 0, 0) + data) if v4 else 0
+    raw.sendto(struct.pack("!BBH", 8 if v4 else 128, 0, total) + data, (str(to), 0))
     with contextlib.suppress(TimeoutError):
         while True:
             packet, peer = raw.recvfrom(2048)
@@ -439,22 +463,14 @@ def lab(hosts: int = 2, *, mtu: int = 1500, ipv6_underlay: bool = False) -> Iter
                     state="up",
                     peer={"ifname": "eth0", "mtu": mtu, "net_ns_fd": host.namespace},
                 )
-                _address(host)
+                prefix = 24 if host.address.version == 4 else 64
+                address = ip_interface((host.address, prefix))
+                in_netns(host.namespace, partial(set_up, "eth0", address))
         yield made
     finally:
         for host in made.hosts:
             host.close()
         os.close(made.underlay)
-
-
-def _address(host: Host) -> None:
-    with in_netns(host.namespace, IPRoute) as route:
-        eth0 = route.link_lookup(ifname="eth0")[0]
-        if host.address.version == 4:
-            route.addr("add", index=eth0, address=str(host.address), prefixlen=24)
-        else:
-            route.addr("add", index=eth0, address=str(host.address), prefixlen=64, flags=_NODAD)
-        route.link("set", index=eth0, state="up")
 
 
 def put_on_the_wire(source: Host, to: Host, payload: bytes, *, tos: int = 0) -> None:
@@ -464,10 +480,7 @@ def put_on_the_wire(source: Host, to: Host, payload: bytes, *, tos: int = 0) -> 
     length = 8 + len(payload)
     header = struct.pack("!BBHHHBBH", 0x45, tos, 20 + length, 0, 0, 64, 17, 0)
     addresses = source.address.packed + to.address.packed
-    total = sum(struct.unpack("!10H", header + addresses))
-    total = (total & 0xFFFF) + (total >> 16)
-    checksum = ~(total + (total >> 16)) & 0xFFFF
-    packet = header[:10] + struct.pack("!H", checksum) + addresses
+    packet = header[:10] + struct.pack("!H", checksum(header + addresses)) + addresses
     packet += struct.pack("!HHHH", 50000, 4799, length, 0) + payload
 
     def send() -> None:
@@ -505,13 +518,8 @@ def octets(mac: str) -> bytes:
 
 
 def eventually(what: str, condition: Callable[[], object], timeout: float = 5) -> None:
-    """Wait until it holds."""
-    timeout = patience(timeout)
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not within {timeout:g} s")
-        time.sleep(0.02)
+    """Wait until a condition holds that changes soon; see `wait_until`."""
+    wait_until(what, condition, timeout, 0.02)
 
 
 def missing_tools() -> str:

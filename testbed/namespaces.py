@@ -35,9 +35,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address
+from functools import partial
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from pyroute2 import IPRoute
 
@@ -45,7 +46,7 @@ from dataplane.control import EndpointFact, NetworkFact, RouterSettings, RouterS
 from dataplane.errors import RouterAway
 from dataplane.router_client import RouterClient
 from driver.kernel.namespace import in_netns
-from testbed.kernel_hosts import new_namespace, write_vips
+from testbed.kernel_hosts import new_namespace, set_up, write_vips
 from testbed.patience import patience, slowness
 
 T = TypeVar("T")
@@ -55,7 +56,6 @@ SUBNET6: Final = "fd78::"
 NETWORK: Final = "n1"
 ROUTER: Final = "router.sock"
 LIBRARY: Final = "libfreeflow.so"
-_NODAD: Final = 0x02
 _PATIENCE: Final = 10.0
 
 # /run of its own, so that nothing appears on the host's.
@@ -149,6 +149,33 @@ def _preloaded(arguments: Sequence[str], shared: Path) -> list[str]:
     return ["env", f"LD_PRELOAD=/run/freeflow/{LIBRARY}", *arguments]
 
 
+class AnyContainer(Protocol):
+    """A container of a test bed, on this machine or in a virtual one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def ipv4(self) -> IPv4Address: ...
+    @property
+    def ipv6(self) -> IPv6Address: ...
+    @property
+    def inode(self) -> int: ...
+    @property
+    def path(self) -> str: ...
+
+
+def endpoint_fact(container: AnyContainer, network: str, more: Sequence[str] = ()) -> EndpointFact:
+    """A container's endpoint as the driver describes it to the router; `more` are further addresses."""
+    return EndpointFact(
+        id=f"{container.name:0<12}",
+        network=network,
+        addresses=(str(container.ipv4), str(container.ipv6), *more),
+        namespace=container.inode,
+        path=container.path,
+        container=container.name,
+    )
+
+
 @dataclass(eq=False)
 class Bed:
     """Containers by name, and their router."""
@@ -179,17 +206,10 @@ class Bed:
         networks = sorted({NETWORK, *self.networks.values()})
         known = {
             "endpoints": tuple(
-                EndpointFact(
-                    id=f"{container.name:0<12}",
-                    network=self.networks.get(container.name, NETWORK),
-                    addresses=(
-                        str(container.ipv4),
-                        str(container.ipv6),
-                        *self._loopback(container),
-                    ),
-                    namespace=container.inode,
-                    path=container.path,
-                    container=container.name,
+                endpoint_fact(
+                    container,
+                    self.networks.get(container.name, NETWORK),
+                    self._loopback(container),
                 )
                 for container in self.containers.values()
             ),
@@ -278,18 +298,9 @@ def connect(containers: Sequence[Container], bridge: int) -> None:
                 route.link("set", index=index, master=route.link_lookup(ifname="br0")[0])
                 route.link("set", index=index, state="up")
 
-        def configure(container: Container = container) -> None:
-            with IPRoute() as route:
-                eth0 = route.link_lookup(ifname="eth0")[0]
-                route.addr("add", index=eth0, address=str(container.ipv4), prefixlen=24)
-                route.addr(
-                    "add", index=eth0, address=str(container.ipv6), prefixlen=64, flags=_NODAD
-                )
-                for index in (eth0, route.link_lookup(ifname="lo")[0]):
-                    route.link("set", index=index, state="up")
-
+        addresses = (IPv4Interface((container.ipv4, 24)), IPv6Interface((container.ipv6, 64)))
         in_netns(bridge, plug)
-        container.do(configure)
+        container.do(partial(set_up, "eth0", *addresses))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import struct
 from ipaddress import IPv4Address, IPv6Address
 
 from driver.model import IPAddress
-from testbed.kernel_hosts import UDP_PORT, octets
+from testbed.kernel_hosts import UDP_PORT, checksum, octets
 
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 ALL_NODES = IPv6Address("ff02::1")
@@ -19,15 +19,6 @@ IPV4, ARP, IPV6, VLAN = 0x0800, 0x0806, 0x86DD, 0x8100
 
 def ethernet(source: str, to: str, kind: int, payload: bytes) -> bytes:
     return octets(to) + octets(source) + struct.pack("!H", kind) + payload
-
-
-def checksum(data: bytes) -> int:
-    """RFC 1071."""
-    data += b"\0" * (len(data) % 2)
-    total = int(sum(struct.unpack(f"!{len(data) // 2}H", data)))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return int(~total & 0xFFFF)
 
 
 def udp(source: IPAddress, to: IPAddress, data: bytes) -> bytes:

@@ -18,6 +18,7 @@ from pathlib import Path
 from pyroute2 import IPRoute, netns
 
 from driver.kernel.namespace import in_netns
+from testbed.kernel_hosts import checksum
 from testbed.patience import patience
 
 PORT = 80
@@ -110,12 +111,10 @@ class Container:
         def make() -> socket.socket:
             return socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
 
-        header = struct.pack("!BBHHH", 8, 0, 0, identifier, 1)
-        total = sum(struct.unpack("!4H", header))
-        checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+        total = checksum(struct.pack("!BBHHH", 8, 0, 0, identifier, 1))
         with in_netns(self.path, make) as raw:
             raw.settimeout(timeout)
-            raw.sendto(struct.pack("!BBHHH", 8, 0, checksum, identifier, 1), (str(to), 0))
+            raw.sendto(struct.pack("!BBHHH", 8, 0, total, identifier, 1), (str(to), 0))
             with contextlib.suppress(TimeoutError):
                 while True:
                     packet, peer = raw.recvfrom(256)

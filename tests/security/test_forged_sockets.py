@@ -20,6 +20,7 @@ import pytest
 from dataplane.control import RouterSettings, Rule
 from dataplane.router import library_wire as wire
 from driver.kernel.namespace import in_netns
+from testbed.kernel_hosts import checksum
 from testbed.namespaces import Bed, Container, bed
 from testbed.patience import patience
 from tests.dataplane.library import Library
@@ -150,14 +151,6 @@ def segment(source: str, destination: str, sequence: int, acknowledged: int, fla
     tcp = tcp[:16] + struct.pack("!H", checksum(pseudo + tcp)) + tcp[18:]
     header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 1, 0, 64, socket.IPPROTO_TCP, 0)
     return header + ends + tcp
-
-
-def checksum(data: bytes) -> int:
-    """The Internet checksum (RFC 1071) of an even number of bytes."""
-    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total >> 16) + (total & 0xFFFF)
-    return ~total & 0xFFFF
 
 
 @pytest.mark.parametrize("forge", [by_address, by_handshake])

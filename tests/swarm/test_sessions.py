@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -15,8 +15,8 @@ from testbed import Bed, Host, wait_until
 from tests.session_probe import Probe
 from tests.swarm.conftest import make_network, run_container
 
-PORT = 4999
-"""Not the router's own."""
+PORT: Final = 4999
+"""Another port than the router's."""
 
 
 class HostProbe(Probe):
@@ -36,7 +36,7 @@ class HostProbe(Probe):
 
 @pytest.fixture
 def probes(bed: Bed, tmp_path: Path) -> Iterator[list[HostProbe]]:
-    """One on each host, all wanting each other."""
+    """One probe on each host, each of which wants sessions with all others."""
     made = [HostProbe(host, bed.hosts, tmp_path) for host in bed.hosts]
     yield made
     for probe in made:
@@ -63,9 +63,9 @@ def wait_joined(what: str, probes: list[HostProbe], timeout: float = 30) -> None
 
 
 def routers_with_sessions(host: Host) -> set[str]:
-    """The addresses of the hosts with which a host's router says to have a session."""
-    found = host.status()["router"]["rdma"]["hosts"]
-    return {each["address"] for each in found if each["session"]}
+    """The addresses of the hosts with which a host's router reports a session."""
+    peers = host.status()["router"]["rdma"]["hosts"]
+    return {peer["address"] for peer in peers if peer["session"]}
 
 
 def listens(host: Host) -> bool:
@@ -92,42 +92,32 @@ def test_routers_of_the_plugin(bed: Bed, manager: Host) -> None:
         wait_until(f"{host.name} to be quiet", lambda h=host: not listens(h), 30)  # type: ignore[misc]
 
 
-def test_a_life_of_certificates(bed: Bed, manager: Host, probes: list[HostProbe]) -> None:
-    """Through all that befalls a node the identity is the engine's word for it, and sessions come back by themselves.
+ROLES: Final = ("manager", "manager", "manager", "worker")
+"""Of the probes' nodes, at the beginning and at the end."""
 
-    Managers and a worker, engines old and new; demoted and promoted; the Swarm locked and unlocked; left and joined
-    again; the root certificate replaced.
-    """
-    begin = time.monotonic()
+
+def has_role(probe: HostProbe, manager: Host, role: str) -> bool:
+    """Whether a probe's identity is its node's certificate for a role in the manager's Swarm."""
     cluster = manager.docker("info", "-f", "{{.Swarm.Cluster.ID}}").strip()
+    said = probe.says()
+    identity = (said["node"], said["cluster"], said["role"])
+    return identity == (node_of(probe.host), cluster, f"swarm-{role}")
 
-    def took(what: str) -> None:
-        print(f"{time.monotonic() - begin:5.1f} s: {what}")
 
-    def is_node(probe: HostProbe, node: str, role: str) -> bool:
-        said = probe.says()
-        return (said["node"], said["cluster"], said["role"]) == (node, cluster, f"swarm-{role}")
-
-    wait_joined("of all", probes)
-    roles = ["manager", "manager", "manager", "worker"]
-    for probe, role in zip(probes, roles, strict=True):
-        assert is_node(probe, node_of(probe.host), role)
-        assert probe.says()["reason"] == ""
-    took("joined")
-
-    # Another role is another certificate.
-    second = probes[1]
-    node = node_of(second.host)
+def change_roles(manager: Host, probes: list[HostProbe]) -> None:
+    """Another role is another certificate."""
+    probe = probes[1]
+    node = node_of(probe.host)
     manager.docker("node", "demote", node)
-    wait_until("a worker", lambda: is_node(second, node, "worker"), 30)
+    wait_until("a worker", lambda: has_role(probe, manager, "worker"), 30)
     wait_joined("of a worker", probes)
-    took("demoted")
     manager.docker("node", "promote", node)
-    wait_until("a manager", lambda: is_node(second, node, "manager"), 30)
+    wait_until("a manager", lambda: has_role(probe, manager, "manager"), 30)
     wait_joined("of a manager", probes)
-    took("promoted")
 
-    # Of a locked Swarm only managers' keys are encrypted.
+
+def lock_and_unlock(manager: Host, probes: list[HostProbe]) -> None:
+    """A locked Swarm encrypts its managers' keys, and no worker's."""
     manager.docker("swarm", "update", "--autolock=true")
     for probe in probes[:3]:
         wait_until(
@@ -135,42 +125,56 @@ def test_a_life_of_certificates(bed: Bed, manager: Host, probes: list[HostProbe]
             lambda p=probe: "autolocked" in p.says()["reason"],  # type: ignore[misc]
             30,
         )
-    assert is_node(probes[3], node_of(probes[3].host), "worker")
-    took("locked")
+    assert has_role(probes[3], manager, "worker")
     manager.docker("swarm", "update", "--autolock=false")
     wait_joined("of an unlocked Swarm", probes, 45)
-    took("unlocked")
 
-    # Who leaves has no identity; who joins again has another.
+
+def leave_and_join(manager: Host, probes: list[HostProbe]) -> None:
+    """A host that leaves has no identity; when it joins again it has another one."""
     last = probes[3]
     node = node_of(last.host)
     token = manager.docker("swarm", "join-token", "-q", "worker").strip()
     last.host.docker("swarm", "leave")
     wait_until("no identity", lambda: "join it to one" in last.says()["reason"], 15)
     assert last.says()["node"] == ""
-    took("left")
     last.host.docker(
         *("swarm", "join", "--advertise-addr", str(last.host.address)),
         *("--token", token, f"{manager.address}:2377"),
     )
     assert node_of(last.host) != node
-    wait_until("the new identity", lambda: is_node(last, node_of(last.host), "worker"), 15)
+    wait_until("the new identity", lambda: has_role(last, manager, "worker"), 15)
     wait_joined("of a new node", probes, 45)
     manager.docker("node", "rm", "--force", node)
-    took("joined again")
 
-    # Each node gets a certificate of the new root, one after the other, and then trusts that alone.
+
+def replace_root(manager: Host, probes: list[HostProbe]) -> None:
+    """Each node gets a certificate of the new root, one after the other, and then trusts that alone."""
     begun = [probe.says()["begun"] for probe in probes]
     root = manager.docker("swarm", "ca")
     manager.docker("swarm", "ca", "--rotate", "--quiet", timeout=120)
     assert manager.docker("swarm", "ca") != root
-    took("rotated")
     for probe, before in zip(probes, begun, strict=True):
         wait_until("new sessions", lambda p=probe, b=before: p.says()["begun"] > b, 30)  # type: ignore[misc]
     wait_joined("of the new root", probes, 45)
-    took("joined by the new root")
-    for probe, role in zip(probes, roles, strict=True):
-        assert is_node(probe, node_of(probe.host), role)
+
+
+def test_a_life_of_certificates(bed: Bed, manager: Host, probes: list[HostProbe]) -> None:
+    """Whatever happens to a node, its identity is the engine's certificate, and sessions are restored.
+
+    Managers and a worker, engines old and new; demoted and promoted; the Swarm locked and unlocked;
+    left and joined again; the root certificate replaced.
+    """
+    begin = time.monotonic()
+    wait_joined("of all", probes)
+    for probe, role in zip(probes, ROLES, strict=True):
+        assert has_role(probe, manager, role)
+        assert probe.says()["reason"] == ""
+    for step in (change_roles, lock_and_unlock, leave_and_join, replace_root):
+        step(manager, probes)
+        print(f"{time.monotonic() - begin:5.1f} s: {step.__name__}")
+    for probe, role in zip(probes, ROLES, strict=True):
+        assert has_role(probe, manager, role)
     assert not [
         said for probe in probes for said in probe.all() if "can't be used" in said["reason"]
     ]

@@ -28,8 +28,9 @@ from typing import Any, Final
 import msgspec
 
 from dataplane import control
-from dataplane.control import EndpointFact, NetworkFact, RouterSettings, RouterSnapshot
+from dataplane.control import NetworkFact, RouterSettings, RouterSnapshot
 from dataplane.errors import DataplaneError, RouterAway
+from testbed.namespaces import endpoint_fact
 from testbed.process import CommandError, wait_until
 from testbed.vm import Guest, GuestGoneError, Process
 from testbed.vm.guest import MTU, SOURCES
@@ -173,17 +174,7 @@ class Host:
     def facts(self, **changes: Any) -> RouterSnapshot:
         """What is true of this host, but for `changes`: fields of `control.RouterSnapshot`."""
         known: dict[str, Any] = {
-            "endpoints": tuple(
-                EndpointFact(
-                    id=f"{container.name:0<12}",
-                    network=NETWORK,
-                    addresses=(str(container.ipv4), str(container.ipv6)),
-                    namespace=container.inode,
-                    path=container.path,
-                    container=container.name,
-                )
-                for container in self.containers
-            ),
+            "endpoints": tuple(endpoint_fact(container, NETWORK) for container in self.containers),
             "networks": (
                 NetworkFact(
                     id=NETWORK,
