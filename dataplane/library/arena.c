@@ -392,8 +392,8 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
                 atomic_store_explicit(&mapping->slots[i], 0, memory_order_relaxed);
         close_bells(mapping, false);
         close_peers_bells(mapping);
-        atomic_store(&mapping->deaf, false);
-        atomic_store(&mapping->deaf_at, 0);
+        atomic_store(&mapping->unreachable, false);
+        atomic_store(&mapping->unreachable_since, 0);
         atomic_store(&mapping->fetches, 0);
         atomic_store(&mapping->attached, 0);
         atomic_store(&mapping->shift, (uint32_t)__builtin_ctz(ring));
@@ -564,11 +564,11 @@ int bell_descriptor(uint32_t arena, int bell)
         return atomic_load(&mapping_of(arena)->bells[bell]) - 1;
 }
 
-bool bell_comes(uint32_t arena)
+bool bell_is_ordered(uint32_t arena)
 {
         struct mapping *mapping = mapping_of(arena);
 
-        return atomic_load(&mapping->ordered) && !atomic_load(&mapping->deaf) &&
+        return atomic_load(&mapping->ordered) && !atomic_load(&mapping->unreachable) &&
                ticks() - atomic_load(&mapping->ordered_at) <= ORDER_PATIENCE;
 }
 
@@ -579,7 +579,7 @@ static void order_bell(uint32_t arena)
         struct mapping *mapping = mapping_of(arena);
         uint32_t bell, next;
 
-        if (!bell_comes(arena))
+        if (!bell_is_ordered(arena))
                 atomic_store(&mapping->ordered, 0);
         if (atomic_load(&mapping->ordered) >= ORDERS || atomic_load(&record->bells) >= BELLS)
                 return;
@@ -628,7 +628,7 @@ static struct mapping *mapping_named(uint64_t id, uint32_t side)
         return NULL;
 }
 
-void bell_heard(uint64_t id, uint32_t side, uint32_t bell, int *fd)
+void bell_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
 {
         enum taken taken = lock_take(&family->arenas_lock, self());
         struct mapping *mapping = taken == LOCK_NESTED ? NULL : mapping_named(id, side);
@@ -637,7 +637,7 @@ void bell_heard(uint64_t id, uint32_t side, uint32_t bell, int *fd)
                 atomic_fetch_sub(&mapping->ordered, 1);
         if (mapping && *fd < 0)
                 /* None is to be had: who waits for this arena looks now and then. */
-                atomic_store(&mapping->deaf, true);
+                atomic_store(&mapping->unreachable, true);
         else if (mapping)
                 keep_bell(mapping, bell, fd);
         lock_release(&family->arenas_lock, taken);
@@ -648,16 +648,16 @@ static int take_bell(uint32_t arena, bool more)
         struct mapping *mapping = mapping_of(arena);
         int bell;
 
-        if (atomic_load_explicit(&mapping->deaf, memory_order_relaxed)) {
-                arena_grieve(arena);
+        if (atomic_load_explicit(&mapping->unreachable, memory_order_relaxed)) {
+                arena_break_if_unreachable(arena);
                 return -1;
         }
         bell = idle_bell(mapping);
         if (bell >= 0)
                 return bell;
-        if (more || !bell_comes(arena))
+        if (more || !bell_is_ordered(arena))
                 order_bell(arena);
-        router_hear();
+        router_receive();
         return idle_bell(mapping);
 }
 
@@ -666,7 +666,7 @@ int bell_take(uint32_t arena)
         return take_bell(arena, false);
 }
 
-int bell_want(uint32_t arena)
+int bell_take_or_order(uint32_t arena)
 {
         return take_bell(arena, true);
 }
@@ -686,7 +686,7 @@ bool bell_is_known(uint32_t arena, uint32_t side, int bell)
 }
 
 /* The relay is no more, and can't say so: our connections through it are broken. */
-static void sever(struct mapping *mapping)
+static void break_connections(struct mapping *mapping)
 {
         uint32_t arena = (uint32_t)(mapping - mappings);
 
@@ -696,19 +696,19 @@ static void sever(struct mapping *mapping)
                                               memory_order_release);
 }
 
-void arena_grieve(uint32_t arena)
+void arena_break_if_unreachable(uint32_t arena)
 {
         /* ms: a relay whose router has gone takes 2 s to bring all that is under way to its end. */
         enum { GRACE = 4000 };
         struct mapping *mapping = mapping_of(arena);
-        uint32_t since = atomic_load_explicit(&mapping->deaf_at, memory_order_relaxed);
+        uint32_t since = atomic_load_explicit(&mapping->unreachable_since, memory_order_relaxed);
 
         /* Set to an odd moment, it may be the next one. */
         if (since && (int32_t)(ticks() - since) > GRACE)
-                sever(mapping);
+                break_connections(mapping);
 }
 
-bool bell_silence(uint32_t arena, int bell)
+bool bell_drain(uint32_t arena, int bell)
 {
         struct mapping *mapping = mapping_of(arena);
         int32_t word = atomic_load(&mapping->bells[bell]);
@@ -729,20 +729,20 @@ bool bell_silence(uint32_t arena, int bell)
                 return true;
         /* What is more than honest rings, or carries a descriptor, isn't heard any more. */
         /* Nobody has the other end, nobody will ring: who waits for this arena looks now and then. */
-        atomic_store(&mapping->deaf, true);
+        atomic_store(&mapping->unreachable, true);
         if (!got && atomic_load(&mapping->remote)) {
                 /* Where the relay had it, the relay is gone; otherwise it was the router, and that alone. */
                 if (bell_is_known(arena, 0, bell))
-                        sever(mapping);
+                        break_connections(mapping);
                 else
-                        atomic_compare_exchange_strong(&mapping->deaf_at, &never, ticks() | 1);
+                        atomic_compare_exchange_strong(&mapping->unreachable_since, &never, ticks() | 1);
         }
         if (atomic_compare_exchange_strong(&mapping->bells[bell], &word, 0))
                 close_hearing(word - 1, false);
         return false;
 }
 
-void bell_fetched(uint64_t id, uint32_t side, uint32_t bell, int *fd)
+void bell_ringer_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
 {
         enum taken taken = lock_take(&family->arenas_lock, self());
         struct mapping *mapping = taken == LOCK_NESTED || side >= SIDES ? NULL : mapping_named(id, 1 - side);
@@ -795,7 +795,7 @@ static int peer_bell(uint32_t arena, uint32_t side, int bell)
                 return known - 1;
         if (!may_fetch(mapping))
                 return -1;
-        router_hear();
+        router_receive();
         known = atomic_load_explicit(&mapping->peers[bell], memory_order_acquire);
         if (known > 0)
                 return known - 1;
@@ -855,7 +855,7 @@ void ring_bells(struct waiters *waiters, const struct end *end)
                          * numbers. */
                         forget_peer_bell(arena, side, bell, fd);
                         if (atomic_load(&mapping_of(arena)->remote))
-                                sever(mapping_of(arena));
+                                break_connections(mapping_of(arena));
                         else if ((fd = peer_bell(arena, side, bell)) >= 0)
                                 ring_once(fd);
                 }

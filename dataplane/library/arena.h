@@ -32,8 +32,8 @@ struct mapping {
         _Atomic uint64_t id;
         _Atomic int32_t memfd; /* 1 + descriptor of a local arena's file */
         _Atomic uint64_t inode;
-        _Atomic bool deaf;            /* bells can't be had from the router, or have been lost */
-        _Atomic uint32_t deaf_at;     /* of a remote arena: ticks() | 1 */
+        _Atomic bool unreachable;            /* bells can't be had from the router, or have been lost */
+        _Atomic uint32_t unreachable_since;     /* of a remote arena: ticks() | 1 */
         _Atomic uint32_t ordered;     /* bells that the router has been asked for and hasn't sent */
         _Atomic uint32_t ordered_at;  /* ticks() */
         _Atomic uint32_t fetches;     /* of the other side's bells, less what time has taken off */
@@ -94,12 +94,12 @@ void arena_retire(void);
 /* A bell for one wait of a thread, or one that an epoll instance keeps; -1: there is none now. */
 int bell_take(uint32_t arena);
 /* The same, and one more is ordered if there is none, whatever others have ordered. */
-int bell_want(uint32_t arena);
+int bell_take_or_order(uint32_t arena);
 /* After they had none: is one under way from the router? */
-bool bell_comes(uint32_t arena);
+bool bell_is_ordered(uint32_t arena);
 /* What the router has sent: an end of a bell, -1 if there is none to be had. Kept ones become -1. */
-void bell_heard(uint64_t id, uint32_t side, uint32_t bell, int *fd);
-void bell_fetched(uint64_t id, uint32_t side, uint32_t bell, int *fd);
+void bell_received(uint64_t id, uint32_t side, uint32_t bell, int *fd);
+void bell_ringer_received(uint64_t id, uint32_t side, uint32_t bell, int *fd);
 /* Close a descriptor that the router has sent and nobody wants. */
 void bell_discard(int fd);
 void bell_return(uint32_t arena, int bell);
@@ -107,9 +107,9 @@ int bell_descriptor(uint32_t arena, int bell);
 /* Has the other side said that it can ring it? */
 bool bell_is_known(uint32_t arena, uint32_t side, int bell);
 /* Take the bytes out of a bell that rings. False: it isn't to be heard any more. */
-bool bell_silence(uint32_t arena, int bell);
+bool bell_drain(uint32_t arena, int bell);
 /* For who naps because he has no bell: a remote arena that has been deaf for long is broken. */
-void arena_grieve(uint32_t arena);
+void arena_break_if_unreachable(uint32_t arena);
 
 /* Say that this bell's waiter is about to sleep. The caller looks at the ring once more afterwards. */
 static inline void wait_begin(struct waiters *waiters, int bell)

@@ -65,12 +65,12 @@ static ssize_t receive(struct operation *o, struct end *end, uint64_t key)
         if (o->vec && !total(o))
                 return operation_native(o);
         if (__builtin_expect(stage != STAGE_ATTACHED, 0) &&
-            (stage == STAGE_CLOSED || !upgrade_step(o->fd, end, key, 0)))
+            (stage == STAGE_CLOSED || !attach_step(o->fd, end, key, 0)))
                 return operation_native(o);
         /* What a flag that we don't know asks for, TCP may know. What is in the ring comes before. */
         if (__builtin_expect(o->flags & ~RECEIVE_FLAGS, 0) &&
             atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_OVER)
-                upgrade_leave(o->fd, end, key, REASON_OPTION);
+                fall_back(o->fd, end, key, REASON_OPTION);
         return transfer_receive(o, end, key);
 }
 
@@ -81,7 +81,7 @@ static ssize_t send_out(struct operation *o, struct end *end, uint64_t key)
         if (o->vec && !total(o))
                 return operation_native(o);
         if (__builtin_expect(stage != STAGE_ATTACHED, 0) &&
-            (stage == STAGE_CLOSED || !upgrade_step(o->fd, end, key, o->size)))
+            (stage == STAGE_CLOSED || !attach_step(o->fd, end, key, o->size)))
                 return operation_native(o);
         return transfer_send(o, end, key);
 }
@@ -154,7 +154,7 @@ static void passing(const struct msghdr *message)
                         memcpy(&fd, CMSG_DATA(part) + at, sizeof fd);
                         end = end_of(fd, &key);
                         if (end)
-                                upgrade_hand_over(fd, end, key, REASON_PASSED);
+                                hand_over(fd, end, key, REASON_PASSED);
                 }
         }
 }
@@ -250,7 +250,7 @@ CALL ssize_t sendto(int fd, const void *buffer, size_t size, int flags, const st
 
         if (end && flags & MSG_FASTOPEN) {
                 /* Opens the connection with bytes that we'd have to count before it is one. */
-                upgrade_leave(fd, end, key, REASON_OPTION);
+                fall_back(fd, end, key, REASON_OPTION);
                 end = NULL;
         }
         if (!end)
@@ -267,7 +267,7 @@ CALL ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
             .call = CALL_SENDMSG, .fd = fd, .flags = flags, .message = (struct msghdr *)(uintptr_t)message};
 
         if (end && flags & MSG_FASTOPEN) {
-                upgrade_leave(fd, end, key, REASON_OPTION);
+                fall_back(fd, end, key, REASON_OPTION);
                 end = NULL;
         }
         if (!end) {
@@ -322,7 +322,7 @@ static bool vectors(struct operation *o, struct msghdr *message, const struct io
         if (!end)
                 return false;
         if (flags & ~(RWF_NOTHING | RWF_WAITS_NOT | RWF_SIGNALS_NOT)) {
-                upgrade_leave(o->fd, end, *key, REASON_OPTION);
+                fall_back(o->fd, end, *key, REASON_OPTION);
                 if (o->call == CALL_SENDMSG || !end_has_rest(end))
                         return false;
         }
@@ -400,7 +400,7 @@ CALL ssize_t splice(int in, off64_t *in_offset, int out, off64_t *out_offset, si
                         end = NULL;
         }
         if (end && flags & ~SPLICE_FLAGS) {
-                upgrade_leave(o.fd, end, key, REASON_OPTION);
+                fall_back(o.fd, end, key, REASON_OPTION);
                 if (sends || !end_has_rest(end))
                         end = NULL;
                 o.flags &= SPLICE_FLAGS;

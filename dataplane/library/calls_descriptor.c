@@ -16,7 +16,7 @@
 #include <stdarg.h>
 #include <sys/ioctl.h>
 
-bool call_is_ours(void)
+bool in_this_process(void)
 {
         return process.on &&
                (int32_t)sys_0(SYS_getpid) == atomic_load_explicit(&process.pid, memory_order_relaxed);
@@ -32,10 +32,10 @@ static void going(int fd)
             !atomic_load_explicit(&process.fds[fd], memory_order_relaxed))
                 return;
         end = end_of(fd, &key);
-        if (!call_is_ours())
+        if (!in_this_process())
                 return;
         if (end)
-                upgrade_close(fd, end, key);
+                close_ring(fd, end, key);
         poller_closed(fd);
         if (end)
                 end_forget(fd);
@@ -55,7 +55,7 @@ static void doubling(int old)
         uint64_t key;
         struct end *end = end_of(old, &key);
 
-        if (end && !call_is_ours())
+        if (end && !in_this_process())
                 inherit(old, end, key);
 }
 
@@ -66,14 +66,14 @@ static int alias(int old, int new)
         struct end *end;
 
         if (new < 0 || !process.on || (unsigned)old >= DESCRIPTORS ||
-            !atomic_load_explicit(&process.fds[old], memory_order_relaxed) || !call_is_ours())
+            !atomic_load_explicit(&process.fds[old], memory_order_relaxed) || !in_this_process())
                 return new;
         end = end_of(old, &key);
         if (end) {
                 end_alias(old, new);
                 /* The standard streams are read and written by the C library without us. */
                 if (new <= 2)
-                        upgrade_hand_over(new, end, key, REASON_STDIO);
+                        hand_over(new, end, key, REASON_STDIO);
         } else {
                 poller_alias(old, new);
         }
@@ -127,7 +127,7 @@ static int control(int fd, int command, long argument)
                 doubling(fd);
         /* The kernel signals what it hears of, which isn't what comes through a ring. */
         if (end && command == F_SETFL && argument & O_ASYNC)
-                upgrade_leave(fd, end, key, REASON_OPTION);
+                fall_back(fd, end, key, REASON_OPTION);
         outcome =
             real()->fcntl64 ? real()->fcntl64(fd, command, argument) : real()->fcntl(fd, command, argument);
         if (outcome < 0)
@@ -166,7 +166,7 @@ CALL int ioctl(int fd, unsigned long request, ...)
         va_end(list);
         end = end_of(fd, &key);
         if (end && request == FIOASYNC && argument && *(int *)argument)
-                upgrade_leave(fd, end, key, REASON_OPTION);
+                fall_back(fd, end, key, REASON_OPTION);
         outcome = real()->ioctl(fd, request, argument);
         end = outcome < 0 ? NULL : end_of(fd, &key);
         if (!end)
@@ -241,7 +241,7 @@ CALL FILE *fdopen(int fd, const char *mode)
         struct end *end = end_of(fd, &key);
 
         if (end)
-                upgrade_hand_over(fd, end, key, REASON_STDIO);
+                hand_over(fd, end, key, REASON_STDIO);
         return real()->fdopen(fd, mode);
 }
 

@@ -14,7 +14,7 @@ extern char **environ __attribute__((weak));
 static void leaving_for(void)
 {
         inherit_all();
-        if (call_is_ours())
+        if (in_this_process())
                 family_exec();
 }
 
@@ -22,7 +22,7 @@ static int came_back(int outcome)
 {
         int saved = *__errno_location();
 
-        if (call_is_ours())
+        if (in_this_process())
                 family_unexec();
         *__errno_location() = saved;
         return outcome;

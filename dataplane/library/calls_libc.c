@@ -114,7 +114,7 @@ static void by_others(const struct aiocb *block)
         struct end *end = block ? end_of(block->aio_fildes, &key) : NULL;
 
         if (end)
-                upgrade_hand_over(block->aio_fildes, end, key, REASON_STDIO);
+                hand_over(block->aio_fildes, end, key, REASON_STDIO);
 }
 
 CALL int aio_read(struct aiocb *block)
@@ -166,7 +166,7 @@ CALL void backtrace_symbols_fd(void *const *places, int count, int fd)
         struct end *end = end_of(fd, &key);
 
         if (end)
-                upgrade_leave(fd, end, key, REASON_STDIO);
+                fall_back(fd, end, key, REASON_STDIO);
         if (real()->backtrace_symbols_fd)
                 real()->backtrace_symbols_fd(places, count, fd);
 }
@@ -183,7 +183,7 @@ CALL void *_IO_file_attach(void *stream, int fd)
         struct end *end = end_of(fd, &key);
 
         if (end)
-                upgrade_hand_over(fd, end, key, REASON_STDIO);
+                hand_over(fd, end, key, REASON_STDIO);
         return real()->_IO_file_attach ? real()->_IO_file_attach(stream, fd) : NULL;
 }
 

@@ -15,7 +15,7 @@
 
 static void each_end_before_exit(void (*leave)(int fd, struct end *end, uint64_t key))
 {
-        uint32_t high = process.on && !process.gone && call_is_ours() ? atomic_load(&process.high) : 0;
+        uint32_t high = process.on && !process.gone && in_this_process() ? atomic_load(&process.high) : 0;
 
         for (uint32_t fd = 0; fd < high; fd++) {
                 uint64_t key;
@@ -31,14 +31,14 @@ static void each_end_before_exit(void (*leave)(int fd, struct end *end, uint64_t
 /* Other libraries may have something to say after us, when their destructors run. */
 __attribute__((destructor)) static void leaving(void)
 {
-        each_end_before_exit(upgrade_last_words);
+        each_end_before_exit(close_at_exit);
         settings.enabled = 0;
 }
 
 /* As close() of all descriptors. */
 CALL __attribute__((noreturn)) void _exit(int status)
 {
-        each_end_before_exit(upgrade_close);
+        each_end_before_exit(close_ring);
         real()->_exit(status);
         __builtin_unreachable();
 }

@@ -75,7 +75,7 @@ CALL int epoll_wait(int epfd, struct epoll_event *events, int size, int timeout)
         bool ours;
         int count;
 
-        io_uring_look();
+        io_uring_check();
         count = poller_wait(epfd, events, size, from_ms(timeout), NULL, &ours);
 
         return ours ? count : real()->epoll_wait(epfd, events, size, timeout);
@@ -86,7 +86,7 @@ CALL int epoll_pwait(int epfd, struct epoll_event *events, int size, int timeout
         bool ours;
         int count;
 
-        io_uring_look();
+        io_uring_check();
         count = poller_wait(epfd, events, size, from_ms(timeout), mask, &ours);
 
         return ours ? count : real()->epoll_pwait(epfd, events, size, timeout, mask);
@@ -231,7 +231,7 @@ static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
                 bell = bell_for(bells, arena);
                 if (bell < 0) {
                         bells->blind = true;
-                        if (fds[i].events & (POLLIN | POLLRDNORM) && !bell_comes(arena))
+                        if (fds[i].events & (POLLIN | POLLRDNORM) && !bell_is_ordered(arena))
                                 wait_elsewhere(end);
                         continue;
                 }
@@ -322,7 +322,7 @@ static bool copy_for_kernel(const struct pollfd *fds, nfds_t count, struct pollf
                         copy[i].events = (short)((copy[i].events & ~(POLLOUT | POLLWRNORM)) | POLLRDHUP);
                 if (end && remote_is_early(end))
                         copy[i].events |= POLLRDHUP;
-                if (end && asleep && remote_withholds(end)) {
+                if (end && asleep && remote_defers(end)) {
                         leave_out(&copy[i], end);
                         withheld = true;
                 }
@@ -345,7 +345,7 @@ static int both(struct pollfd *fds, nfds_t count, const struct pollfd *kernel)
                 /* An instance of ours may only have had a bell: epoll_wait() would tell. */
                 if (end) {
                         news = true;
-                        more = (short)remote_true(end, fds[i].fd, (uint16_t)raw);
+                        more = (short)remote_visible(end, fds[i].fd, (uint16_t)raw);
                 }
                 /* A peer that has closed its side may never read the ring: the next send goes back to TCP,
                  * where there is room, or an error. */
@@ -460,8 +460,8 @@ static int wait(struct pollfd *fds, nfds_t count, const struct places *places, i
                         nap = nap * 2 < LONGEST_NAP * INT64_C(1000000) ? nap * 2
                                                                        : LONGEST_NAP * INT64_C(1000000);
                 }
-                if (withheld && (left < 0 || left > REMOTE_NAP * INT64_C(1000000)))
-                        left = REMOTE_NAP * INT64_C(1000000);
+                if (withheld && (left < 0 || left > REMOTE_SLEEP * INT64_C(1000000)))
+                        left = REMOTE_SLEEP * INT64_C(1000000);
                 left = memory_sleep(left);
                 time.tv_sec = left / 1000000000;
                 time.tv_nsec = left % 1000000000;
@@ -474,7 +474,7 @@ static int wait(struct pollfd *fds, nfds_t count, const struct places *places, i
                         spin_slept(&end->rx.spinner, now() - slept);
                 for (int b = 0; b < bells.count; b++)
                         if (got > 0 && copy[count + (nfds_t)b].revents)
-                                bell_silence(bells.of[b].arena, bells.of[b].bell);
+                                bell_drain(bells.of[b].arena, bells.of[b].bell);
                 disarm(fds, count, &bells);
                 if (got < 0)
                         return got;

@@ -60,9 +60,9 @@ static void opened(int fd, struct end *end, bool active)
         atomic_compare_exchange_strong(&end->stage, &closed, STAGE_CANDIDATE);
         statistics_count(&statistics.tracked);
         if (!settings.welcomed)
-                router_greet();
+                router_connect();
         if (process.eager)
-                router_ask(end, fd);
+                router_request(end, fd);
 }
 
 CALL int connect(int fd, const struct sockaddr *address, socklen_t size)
@@ -74,7 +74,7 @@ CALL int connect(int fd, const struct sockaddr *address, socklen_t size)
         if (!end)
                 return real()->connect(fd, address, size);
         if (!address || size < sizeof address->sa_family || !is_far(address)) {
-                upgrade_leave(fd, end, key, REASON_FOREIGN);
+                fall_back(fd, end, key, REASON_FOREIGN);
                 return real()->connect(fd, address, size);
         }
         outcome = real()->connect(fd, address, size);
@@ -139,8 +139,8 @@ CALL int shutdown(int fd, int how)
         taken = lock_take(&end->tx.lock, self());
         if (how != SHUT_RD && taken == LOCK_TAKEN && end_is(end, key) &&
             atomic_load(&end->stage) == STAGE_ATTACHED)
-                upgrade_check_order(fd, end);
-        /* Before the kernel knows: see remote_true(). */
+                fallback_check_order(fd, end);
+        /* Before the kernel knows: see remote_visible(). */
         if (how != SHUT_RD)
                 atomic_fetch_or(&end->shut, 4u);
         outcome = real()->shutdown(fd, how);
@@ -148,10 +148,10 @@ CALL int shutdown(int fd, int how)
                 atomic_fetch_and(&end->shut, ~4u);
         if (outcome == 0)
                 atomic_fetch_or(&end->shut, how == SHUT_RD ? 1u : how == SHUT_WR ? 2u : 3u);
-        /* Not only the kernel says so: see upgrade_close(). */
+        /* Not only the kernel says so: see close_ring(). */
         if (outcome == 0 && how != SHUT_RD && taken == LOCK_TAKEN && end_is(end, key) &&
-            atomic_load(&end->stage) == STAGE_ATTACHED && may_end_ring(end)) {
-                upgrade_end_ring(end);
+            atomic_load(&end->stage) == STAGE_ATTACHED && fallback_may_end_ring(end)) {
+                fallback_end_ring(end);
                 poller_sender_changed(end);
         }
         lock_release(&end->tx.lock, taken);
@@ -286,7 +286,7 @@ static void note(int fd, struct end *end, int level, int name, const void *value
                         /* It has its own idea of how much that may be. */
                         sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_RCVLOWAT, &number, &length);
                 }
-                rest = rest && number > 1 && left > 0 && upgrade_has_stopped(end);
+                rest = rest && number > 1 && left > 0 && fallback_sender_stopped(end);
                 atomic_store(&end->low, rest ? (uint32_t)number : 0);
                 if (rest)
                         transfer_low_water(fd, (uint32_t)number, left);
@@ -301,7 +301,7 @@ static void note(int fd, struct end *end, int level, int name, const void *value
                 memcpy(&time, value, sizeof time);
                 atomic_store(name == SO_RCVTIMEO || name == RECENT_RCVTIMEO ? &end->rx.timeout
                                                                             : &end->tx.timeout,
-                             upgrade_timeout(&time));
+                             attach_timeout(&time));
         }
 }
 
@@ -320,7 +320,7 @@ CALL int setsockopt(int fd, int level, int name, const void *value, socklen_t si
         if (fits == FIT && value && is_past(level, name, value, size))
                 fits = UNFIT;
         if (fits == UNFIT) {
-                upgrade_leave(fd, end, key, REASON_OPTION);
+                fall_back(fd, end, key, REASON_OPTION);
                 /* What is left in a ring can't be decrypted there: as where the kernel has no such module. */
                 if (level == IPPROTO_TCP && name == TCP_ULP && end_has_rest(end))
                         return (int)result(-ENOENT);
@@ -330,7 +330,7 @@ CALL int setsockopt(int fd, int level, int name, const void *value, socklen_t si
                 return outcome;
         keep_set(fd, end, level, name);
         if (fits == UNKNOWN)
-                upgrade_leave(fd, end, key, REASON_OPTION);
+                fall_back(fd, end, key, REASON_OPTION);
         if (end_is(end, key) && end_of(fd, &key) == end)
                 note(fd, end, level, name, value, size, number, fits == UNFIT && end_has_rest(end));
         return outcome;
@@ -345,7 +345,7 @@ CALL int getsockopt(int fd, int level, int name, void *value, socklen_t *size)
         int outcome, number;
 
         if (end && level == IPPROTO_TCP && name == ZERO_COPY_RECEIVE) {
-                upgrade_leave(fd, end, key, REASON_OPTION);
+                fall_back(fd, end, key, REASON_OPTION);
                 /* It is done for what the kernel has: what comes before is to be read. */
                 if (end_has_rest(end))
                         return (int)result(-EINVAL);

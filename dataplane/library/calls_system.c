@@ -39,21 +39,21 @@ CALL TAKES_MORE int prctl(int option, ...)
 /* The path to the router is gone afterwards: so it is called before. */
 CALL int chroot(const char *path)
 {
-        router_greet();
+        router_connect();
         return (int)result(sys_1(SYS_chroot, path));
 }
 
 CALL int unshare(int flags)
 {
         if (flags & CLONE_NEWNS)
-                router_greet();
+                router_connect();
         return (int)result(sys_1(SYS_unshare, flags));
 }
 
 CALL int setns(int fd, int flags)
 {
         if (!flags || flags & CLONE_NEWNS)
-                router_greet();
+                router_connect();
         return (int)result(sys_2(SYS_setns, fd, flags));
 }
 
@@ -147,7 +147,7 @@ CALL TAKES_MORE long syscall(long number, ...)
                 confine();
         if (number == SYS_chroot || number == SYS_pivot_root ||
             ((number == SYS_unshare && a[0] & CLONE_NEWNS) || number == SYS_setns))
-                router_greet();
+                router_connect();
         copied = copies(number, a);
         if (copied)
                 family_fork();

@@ -57,7 +57,7 @@ static void hold(struct end *end, int32_t member)
 }
 
 /* One holder less; `last`: what is left when it was the last one. Returns whether it was. */
-static bool let_loose(struct end *end, int32_t member, uint32_t last)
+static bool drop_holder(struct end *end, int32_t member, uint32_t last)
 {
         uint32_t holders = atomic_load(&end->holders);
 
@@ -150,9 +150,9 @@ static void account(struct end *end)
         atomic_store_explicit(&family->unpaid, unpaid, memory_order_relaxed);
 }
 
-static void let_loose_kept(struct end *end, int32_t member)
+static void drop_holder_for_good(struct end *end, int32_t member)
 {
-        if (let_loose(end, member, 0))
+        if (drop_holder(end, member, 0))
                 account(end);
 }
 
@@ -179,7 +179,7 @@ void family_fork_done(bool made)
         announced = false;
         if (made || !process.on)
                 return;
-        each_end(let_loose_kept, promised - 1);
+        each_end(drop_holder_for_good, promised - 1);
         if (promised > 0)
                 atomic_store(&family->members[promised - 1], NOBODY);
 }
@@ -219,10 +219,10 @@ void family_forked(void)
         router_forked();
 }
 
-static void let_loose_shared(struct end *end, int32_t member)
+static void drop_shared_holder(struct end *end, int32_t member)
 {
         if (member >= 0 && end_held_elsewhere(end))
-                let_loose(end, member, 0);
+                drop_holder(end, member, 0);
 }
 
 /* What the new program has of a connection is no part of the family. What only this process holds ends with
@@ -230,7 +230,7 @@ static void let_loose_shared(struct end *end, int32_t member)
 void family_exec(void)
 {
         if (process.on)
-                each_end(let_loose_shared, process.member);
+                each_end(drop_shared_holder, process.member);
 }
 
 static void hold_again(struct end *end, int32_t member)
@@ -250,7 +250,7 @@ void family_exit(void)
         if (process.gone)
                 return;
         process.gone = true;
-        each_end(let_loose_kept, process.member);
+        each_end(drop_holder_for_good, process.member);
         if (process.member >= 0)
                 atomic_store(&family->members[process.member], NOBODY);
 }
@@ -307,7 +307,7 @@ void end_forget_dead(struct end *end)
                         int32_t member = word * 64 + __builtin_ctzll(left);
 
                         if (member != process.member && is_dead(member))
-                                let_loose(end, member, 0);
+                                drop_holder(end, member, 0);
                 }
 }
 
@@ -356,7 +356,7 @@ static void reset_flow(struct flow *flow)
         /* Not the lock: somebody may hold it for a moment and then see the new generation. */
         atomic_store_explicit(&flow->phase, PHASE_TCP, memory_order_relaxed);
         atomic_store_explicit(&flow->kernel, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->withheld, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->deferred, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->position, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->edge, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->base, 0, memory_order_relaxed);
@@ -447,7 +447,7 @@ static void close_stage(struct end *end)
         for (int i = 0; i < LOOKS + NAPS; i++) {
                 uint32_t stage = atomic_load(&end->stage);
 
-                if (stage != STAGE_ANSWERED) {
+                if (stage != STAGE_ANSWERING) {
                         if (atomic_compare_exchange_strong(&end->stage, &stage, STAGE_CLOSED))
                                 return;
                 } else if (i < LOOKS) {
@@ -477,10 +477,10 @@ static void end_free(struct end *end)
         lock_release(&end->rx.lock, rx);
 }
 
-static void let_go(struct end *end)
+static void drop_descriptor(struct end *end)
 {
         if (atomic_fetch_sub(&process.local[end_number(end)], 1) == 1 && !process.gone &&
-            let_loose(end, process.member, FREEING))
+            drop_holder(end, process.member, FREEING))
                 end_free(end);
 }
 
@@ -498,7 +498,7 @@ void end_forget(int fd)
                 if (other >= 0)
                         atomic_store(&process.fd_of[end_number(end)], other);
         }
-        let_go(end);
+        drop_descriptor(end);
 }
 
 void end_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
@@ -509,7 +509,7 @@ void end_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
                 uint64_t expected = key;
 
                 if (atomic_compare_exchange_strong(&process.fds[fd], &expected, 0))
-                        let_go(end);
+                        drop_descriptor(end);
                 fd = end_is(end, key) ? end_next_descriptor(end, -1) : -1;
         }
 }

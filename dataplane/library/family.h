@@ -48,7 +48,7 @@ struct flow {
         struct lock lock;
         _Atomic uint32_t phase;
         _Atomic uint32_t kernel;   /* calls in the kernel that don't look at the ring */
-        _Atomic uint32_t withheld; /* receiver: TCP has news that the program mustn't hear yet (remote.h) */
+        _Atomic uint32_t deferred; /* receiver: TCP has news that the program mustn't hear yet (remote.h) */
         _Atomic uint64_t position; /* bytes over TCP so far, while PHASE_TCP or PHASE_READY */
         _Atomic uint64_t edge;     /* sender: tail, receiver: head; the ring's words only publish it */
         _Atomic uint64_t base;     /* sender: where the ring began anew */
@@ -70,8 +70,8 @@ struct flow {
 enum stage {
         STAGE_CLOSED,    /* a socket without a connection yet, or none any more */
         STAGE_CANDIDATE, /* connected, counted */
-        STAGE_ASKED,     /* the router knows; no answer yet */
-        STAGE_ANSWERED,  /* a thread takes the answer: until it has done so, the end stays */
+        STAGE_REQUESTED,     /* the router knows; no answer yet */
+        STAGE_ANSWERING,  /* a thread takes the answer: until it has done so, the end stays */
         STAGE_REFUSED,   /* it said no: the next call on the connection stops looking at it */
         STAGE_GRANTED,   /* there is a slot; the next call on the connection checks its counters */
         STAGE_ATTACHED,  /* the flows' phases say the rest */

@@ -13,7 +13,7 @@ enum {
 
 __thread struct identity_last identity_last __attribute__((tls_model("initial-exec")));
 
-bool identity_ask(int fd, const struct end *end, uint64_t stamp)
+bool identity_check(int fd, const struct end *end, uint64_t stamp)
 {
         uint64_t each = atomic_load_explicit(&raw_near, memory_order_relaxed) * PACE;
 
@@ -24,7 +24,7 @@ bool identity_ask(int fd, const struct end *end, uint64_t stamp)
         if ((int64_t)(identity_last.spent - stamp) < 0)
                 identity_last.spent = stamp;
         identity_last.spent += each;
-        return upgrade_is_behind(fd, end);
+        return end_is_behind(fd, end);
 }
 
 /* A connection that the table has under another number. */

@@ -21,7 +21,7 @@ struct identity_last {
 
 extern __thread struct identity_last identity_last __attribute__((tls_model("initial-exec")));
 
-bool identity_ask(int fd, const struct end *end, uint64_t stamp);
+bool identity_check(int fd, const struct end *end, uint64_t stamp);
 /* The table's entry of this descriptor goes, and what epoll instances had of it; nothing happens to the
  * connection. Without a lock. If it is another connection's, the table says so then. */
 void identity_lost(int fd);
@@ -37,7 +37,7 @@ static inline bool identity_holds(int fd, const struct end *end)
                 identity_last.stamp = stamp;
                 return true;
         }
-        return identity_ask(fd, end, stamp);
+        return identity_check(fd, end, stamp);
 }
 
 #endif

@@ -31,9 +31,9 @@ void inherit(int fd, struct end *end, uint64_t key)
         if (!end_is(end, key))
                 return;
         if (atomic_load(&end->stage) != STAGE_ATTACHED)
-                upgrade_refuse(end, key, REASON_PASSED);
-        if (atomic_load(&end->stage) == STAGE_ATTACHED && upgrade_is_behind(fd, end))
-                upgrade_hand_over(fd, end, key, REASON_PASSED);
+                stage_refuse(end, key, REASON_PASSED);
+        if (atomic_load(&end->stage) == STAGE_ATTACHED && end_is_behind(fd, end))
+                hand_over(fd, end, key, REASON_PASSED);
 }
 
 static void inherit_some(bool (*does)(int fd))
@@ -54,7 +54,7 @@ static void inherit_some(bool (*does)(int fd))
                         if (!does((int)fd))
                                 continue;
                         if (pass == 0)
-                                upgrade_announce(end);
+                                fallback_announce(end);
                         else
                                 inherit((int)fd, end, key);
                 }
@@ -147,7 +147,7 @@ void guest_comes(void)
                 if (atomic_load(&told[i]) && !is_own_descriptor(atomic_load(&told[i]) - 1))
                         atomic_store(&told[i], 0);
 
-        if (!has_attached() || atomic_load(&told[1]) || !call_is_ours())
+        if (!has_attached() || atomic_load(&told[1]) || !in_this_process())
                 return;
         if (sys_4(SYS_socketpair, AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) < 0)
                 return;
@@ -189,7 +189,7 @@ void guest_left(void)
         int32_t from = atomic_load(&told[0]);
         int saved = *__errno_location();
 
-        while (from && call_is_ours()) {
+        while (from && in_this_process()) {
                 struct news news;
                 union {
                         struct cmsghdr header;
@@ -211,7 +211,7 @@ void guest_left(void)
                 end = &family->ends[news.number % ENDS];
                 fd = end_next_descriptor(end, -1);
                 if (fd >= 0 && end_is(end, news.key))
-                        upgrade_replace(fd, end, news.key, program, REASON_PASSED);
+                        hand_over_to(fd, end, news.key, program, REASON_PASSED);
                 else
                         sys_1(SYS_close, program);
         }

@@ -40,7 +40,7 @@ bool io_uring_is_there(uint64_t pause)
         return atomic_load(&found);
 }
 
-void io_uring_look(void)
+void io_uring_check(void)
 {
         uint32_t tick;
 

@@ -12,6 +12,6 @@
  * with it. Who finds one has the process retire, at the next call on a connection. */
 bool io_uring_is_there(uint64_t pause);
 /* Before a thread sleeps, without a lock: now and then the same, and retire. */
-void io_uring_look(void);
+void io_uring_check(void);
 
 #endif

@@ -374,7 +374,7 @@ static bool give_bell(struct poller *poller, uint32_t arena)
                 return false;
         event.data.u64 = OURS | arena << 8 | (uint32_t)bell;
         /* What came late for whoever had it before. */
-        bell_silence(arena, bell);
+        bell_drain(arena, bell);
         if (bell_descriptor(arena, bell) < 0)
                 return give_bell(poller, arena);
         sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_ADD, bell_descriptor(arena, bell), &event);
@@ -707,7 +707,7 @@ int poller_control(int epfd, int operation, int fd, struct epoll_event *event)
                                            : real()->epoll_ctl(epfd, operation, fd, event);
         /* Who waits in an instance that we don't know would never hear of a ring. */
         if (end && !kept && outcome >= 0 && operation == EPOLL_CTL_ADD)
-                upgrade_leave(fd, end, key, REASON_RAW);
+                fall_back(fd, end, key, REASON_RAW);
         return outcome;
 }
 
@@ -1024,8 +1024,8 @@ static uint32_t look_at_remote(struct registration *r, struct end *end)
                         r->broken = r->edge = true;
                 return remote_broken_events(r->events) | r->kernel;
         }
-        told = remote_true(end, r->fd, r->kernel);
-        if (told != r->kernel && !atomic_load_explicit(&end->rx.withheld, memory_order_relaxed))
+        told = remote_visible(end, r->fd, r->kernel);
+        if (told != r->kernel && !atomic_load_explicit(&end->rx.deferred, memory_order_relaxed))
                 /* Bytes that have been read since. */
                 r->kernel &= told | EPOLLRDHUP | EPOLLHUP;
         if (told != r->kernel) {
@@ -1330,7 +1330,7 @@ static void answer(struct poller *poller, uint32_t arena, int bell, uint32_t eve
         if (events & (EPOLLHUP | EPOLLERR) ||
             atomic_load_explicit(&mapping->armed[bell], memory_order_relaxed) > FULL_BELL) {
                 atomic_store_explicit(&mapping->armed[bell], 0, memory_order_relaxed);
-                if (!bell_silence(arena, bell) && atomic_load(&mapping->remote))
+                if (!bell_drain(arena, bell) && atomic_load(&mapping->remote))
                         /* Of a relay's end TCP says nothing. */
                         poller->late = poller->lost = true;
         }

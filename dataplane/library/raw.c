@@ -103,7 +103,7 @@ static bool is_shut(struct end *end, unsigned state)
         return state != STATE_ESTABLISHED && state != STATE_CLOSE_WAIT && !(atomic_load(&end->shut) & 6);
 }
 
-enum raw raw_look(int fd, struct end *end)
+enum raw raw_check(int fd, struct end *end)
 {
         struct tcp_info info;
         uint64_t bytes;
@@ -119,12 +119,12 @@ enum raw raw_look(int fd, struct end *end)
         /* A retransmission that failed may have been counted in part: the other count has none of them. */
         if (bytes != atomic_load_explicit(&end->tx.sent, memory_order_relaxed) &&
             by_queue(fd, end, &info) != atomic_load(&end->tx.position))
-                return RAW_PAST;
+                return RAW_BYPASSED;
         set_clean(end);
         if (!is_shut(end, info.tcpi_state))
                 return RAW_NONE;
         atomic_fetch_or(&end->shut, 2u);
-        return RAW_PAST;
+        return RAW_BYPASSED;
 }
 
 /* Whether the thread's share of time allows one more question. */
@@ -140,7 +140,7 @@ static bool may_ask(uint64_t stamp)
         return true;
 }
 
-enum raw raw_ask(int fd, struct end *end, uint64_t stamp)
+enum raw raw_check_in_share(int fd, struct end *end, uint64_t stamp)
 {
         enum raw found;
 
@@ -149,7 +149,7 @@ enum raw raw_ask(int fd, struct end *end, uint64_t stamp)
                 return RAW_UNKNOWN;
         }
         learn_speed();
-        found = raw_look(fd, end);
+        found = raw_check(fd, end);
         if (found == RAW_UNKNOWN)
                 atomic_store_explicit(&end->tx.clean, NOT_CLEAN, memory_order_relaxed);
         return found;
@@ -168,7 +168,7 @@ void raw_settle_last(void)
         if (taken == LOCK_TAKEN && end_is(end, key) &&
             atomic_load_explicit(&end->tx.phase, memory_order_relaxed) == PHASE_RING &&
             !raw_is_clean(&end->tx))
-                raw_look(raw_last.fd, end);
+                raw_check(raw_last.fd, end);
         lock_release(&end->tx.lock, taken);
 }
 

@@ -34,15 +34,15 @@ extern _Atomic uint64_t raw_near; /* in units of clock_stamp() */
 enum raw {
         RAW_NONE,    /* nothing went past us */
         RAW_UNKNOWN, /* not looked at */
-        RAW_PAST,    /* something did, or the program has shut down its side */
+        RAW_BYPASSED,    /* something did, or the program has shut down its side */
         RAW_LOST,    /* the descriptor isn't this connection any more */
 };
 
 /* A connection's first byte in a ring: what the kernel has counted until then. False: not by us. */
 bool raw_begin(int fd, struct end *end);
 /* Under the sender's lock; what is found clean is said to the peer. */
-enum raw raw_look(int fd, struct end *end);
-enum raw raw_ask(int fd, struct end *end, uint64_t stamp);
+enum raw raw_check(int fd, struct end *end);
+enum raw raw_check_in_share(int fd, struct end *end, uint64_t stamp);
 /* The thread is about to sleep: look after what it has put without asking, if its share of time allows. */
 void raw_settle_last(void);
 /* A receiver is about to sleep. False: there is something on TCP. */
@@ -58,7 +58,7 @@ static inline enum raw raw_before_put(int fd, struct end *end, uint64_t stamp)
                                      atomic_load_explicit(&end->tx.edge, memory_order_relaxed),
                              1))
                 return RAW_NONE;
-        return raw_ask(fd, end, stamp);
+        return raw_check_in_share(fd, end, stamp);
 }
 
 static inline void raw_after_put(int fd, struct end *end, uint64_t stamp, size_t size)

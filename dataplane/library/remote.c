@@ -8,7 +8,7 @@
 
 #define NEWS ((uint32_t)(POLLIN | POLLRDNORM | POLLRDBAND | POLLRDHUP | POLLHUP))
 
-void remote_ask(struct end *end)
+void remote_request_fallback(struct end *end)
 {
         struct view view = end_receives(end);
 
@@ -16,10 +16,10 @@ void remote_ask(struct end *end)
                 wake(&view.ring->senders, end);
 }
 
-void remote_withhold(struct end *end)
+void remote_defer(struct end *end)
 {
-        if (!atomic_exchange_explicit(&end->rx.withheld, 1, memory_order_relaxed))
-                remote_ask(end);
+        if (!atomic_exchange_explicit(&end->rx.deferred, 1, memory_order_relaxed))
+                remote_request_fallback(end);
 }
 
 uint64_t remote_before(const struct end *end, uint64_t queued)
@@ -43,7 +43,7 @@ static uint64_t queued_in_tcp(int fd)
         return queued > 0 ? (uint64_t)queued : 0;
 }
 
-uint32_t remote_true(struct end *end, int fd, uint32_t bits)
+uint32_t remote_visible(struct end *end, int fd, uint32_t bits)
 {
         uint32_t shut = atomic_load_explicit(&end->shut, memory_order_relaxed);
         struct pollfd polled = {.fd = fd, .events = POLLIN | POLLRDHUP};
@@ -54,14 +54,14 @@ uint32_t remote_true(struct end *end, int fd, uint32_t bits)
         if (!(bits & NEWS) || !remote_is_early(end) || shut & 1 || bits & POLLERR ||
             (bits & POLLHUP && !(shut & 6)))
                 return bits;
-        if (atomic_load_explicit(&end->rx.withheld, memory_order_relaxed))
+        if (atomic_load_explicit(&end->rx.deferred, memory_order_relaxed))
                 return bits & ~NEWS;
         if (remote_before(end, queued_in_tcp(fd)))
                 return bits & ~(uint32_t)(POLLRDHUP | POLLHUP);
         if (!remote_before(end, 1) || bits & (POLLRDHUP | POLLHUP)) {
                 /* All that came before the ring has been taken. What is there now comes after it. */
                 if (sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) > 0)
-                        remote_withhold(end);
+                        remote_defer(end);
                 return bits & ~NEWS;
         }
         /* Another thread has just taken what was there. */

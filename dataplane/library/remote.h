@@ -15,7 +15,7 @@
 
 #include "ready.h"
 
-enum { REMOTE_NAP = 10 }; /* ms, while TCP's descriptor is left out of a sleep */
+enum { REMOTE_SLEEP = 10 }; /* ms, while TCP's descriptor is left out of a sleep */
 
 /* A receiver for which TCP's news may be too early. */
 static inline bool remote_is_early(struct end *end)
@@ -29,20 +29,20 @@ static inline bool remote_is_early(struct end *end)
         return view_remote(&view) && !ready_over(&view) && !ready_broken(end);
 }
 
-/* Is news held back now? Then TCP's descriptor is left out of sleeps, which last REMOTE_NAP at most. */
-static inline bool remote_withholds(struct end *end)
+/* Is news held back now? Then TCP's descriptor is left out of sleeps, which last REMOTE_SLEEP at most. */
+static inline bool remote_defers(struct end *end)
 {
-        return __builtin_expect(atomic_load_explicit(&end->rx.withheld, memory_order_relaxed), 0) &&
+        return __builtin_expect(atomic_load_explicit(&end->rx.deferred, memory_order_relaxed), 0) &&
                remote_is_early(end);
 }
 
 /* Ask the sender to leave the ring. */
-void remote_ask(struct end *end);
+void remote_request_fallback(struct end *end);
 /* Hold news of TCP back from now on. */
-void remote_withhold(struct end *end);
+void remote_defer(struct end *end);
 /* What the program may hear of what the kernel has just said of the connection, in poll's bits: POLLRDHUP
  * must have been asked for. */
-uint32_t remote_true(struct end *end, int fd, uint32_t bits);
+uint32_t remote_visible(struct end *end, int fd, uint32_t bits);
 /* What it is to be told when the path is broken: as of a connection that was reset. */
 static inline uint32_t remote_broken_events(uint32_t wanted)
 {

@@ -14,7 +14,7 @@ static _Atomic uint32_t due; /* a reason */
 /* A connection that isn't on a ring any more. The table's other entries of it go too. */
 static void give_up(int fd, struct end *end, uint64_t key, uint32_t reason)
 {
-        upgrade_hand_over(fd, end, key, reason);
+        hand_over(fd, end, key, reason);
         /* A pump has taken its place otherwise. */
         if (end_of(fd, &key) == end) {
                 for (int each = end_next_descriptor(end, -1); each >= 0 && end_is(end, key);
@@ -37,7 +37,7 @@ void retire(uint32_t reason)
         int saved = *__errno_location();
         uint32_t high;
 
-        if (!process.on || !call_is_ours() || atomic_exchange(&began, true))
+        if (!process.on || !in_this_process() || atomic_exchange(&began, true))
                 return;
         settings.enabled = 0;
         high = atomic_load(&process.high);
@@ -47,7 +47,7 @@ void retire(uint32_t reason)
                         struct end *end = end_of((int)fd, &key);
 
                         if (end && pass == 0)
-                                upgrade_announce(end);
+                                fallback_announce(end);
                         else if (end)
                                 give_up((int)fd, end, key, reason);
                 }
@@ -76,6 +76,6 @@ void retire_heirs(void)
         static char off[] = "FREEFLOW=off";
         int (*put)(char *) = real_named("putenv");
 
-        if (put && process.on && call_is_ours())
+        if (put && process.on && in_this_process())
                 put(off);
 }

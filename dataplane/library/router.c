@@ -57,7 +57,7 @@ uint32_t router_epoch(void)
         return atomic_load_explicit(&router.epoch, memory_order_relaxed);
 }
 
-static void hang_up(long why)
+static void disconnect(long why)
 {
         /* Closed by a call that we didn't see: the number is whose it is now, and the router is there. */
         bool lost = why == -EBADF || why == -ENOTSOCK;
@@ -90,7 +90,7 @@ static int say(const void *message, size_t size, int patience)
                 if (sent == -EINTR)
                         continue;
                 if (sent != -EAGAIN) {
-                        hang_up(sent);
+                        disconnect(sent);
                         return (int)-sent;
                 }
                 if (!patience || sys_5(SYS_ppoll, &room, 1, &time, 0, 0) <= 0)
@@ -154,11 +154,11 @@ static bool enter(enum taken *taken)
         return *taken == LOCK_TAKEN;
 }
 
-void router_greet(void)
+void router_connect(void)
 {
         enum taken taken;
 
-        if (!process.on || settings.welcomed || !call_is_ours() || !enter(&taken))
+        if (!process.on || settings.welcomed || !in_this_process() || !enter(&taken))
                 return;
         call();
         lock_release(&router.lock, taken);
@@ -204,7 +204,7 @@ static bool is_loopback(const struct address *name)
         return name->family == AF_INET ? name->bytes[0] == 127 : memcmp(name->bytes, one, sizeof one) == 0;
 }
 
-bool router_ask(struct end *end, int fd)
+bool router_request(struct end *end, int fd)
 {
         struct request request = {.message = {.kind = REQUEST, .size = sizeof request},
                                   .connection = end_number(end)};
@@ -226,9 +226,9 @@ bool router_ask(struct end *end, int fd)
                 } else {
                         atomic_store(&end->cookie, request.cookie);
                         atomic_store(&end->epoch, atomic_load(&router.epoch));
-                        asked = atomic_compare_exchange_strong(&end->stage, &stage, STAGE_ASKED) &&
+                        asked = atomic_compare_exchange_strong(&end->stage, &stage, STAGE_REQUESTED) &&
                                 say(&request, sizeof request, 0) == 0;
-                        stage = STAGE_ASKED;
+                        stage = STAGE_REQUESTED;
                         if (asked)
                                 statistics_count(&statistics.asked);
                         else
@@ -239,24 +239,24 @@ bool router_ask(struct end *end, int fd)
         return asked;
 }
 
-/* The end that an answer is for, STAGE_ANSWERED; NULL: there is none any more. */
+/* The end that an answer is for, STAGE_ANSWERING; NULL: there is none any more. */
 static struct end *asked_for(uint32_t connection, uint64_t cookie)
 {
         struct end *end = connection < ENDS ? &family->ends[connection] : NULL;
-        uint32_t asked = STAGE_ASKED, answered = STAGE_ANSWERED;
+        uint32_t asked = STAGE_REQUESTED, answered = STAGE_ANSWERING;
 
-        if (!end || !atomic_compare_exchange_strong(&end->stage, &asked, STAGE_ANSWERED))
+        if (!end || !atomic_compare_exchange_strong(&end->stage, &asked, STAGE_ANSWERING))
                 return NULL;
         /* Now it stays what it is: but what is it? */
         if (atomic_load(&end->generation) & 1 && atomic_load(&end->cookie) == cookie)
                 return end;
-        atomic_compare_exchange_strong(&end->stage, &answered, STAGE_ASKED);
+        atomic_compare_exchange_strong(&end->stage, &answered, STAGE_REQUESTED);
         return NULL;
 }
 
 static void answered(struct end *end, uint32_t reason)
 {
-        uint32_t stage = STAGE_ANSWERED;
+        uint32_t stage = STAGE_ANSWERING;
 
         atomic_store(&end->reason, reason);
         atomic_compare_exchange_strong(&end->stage, &stage, reason ? STAGE_REFUSED : STAGE_GRANTED);
@@ -356,9 +356,9 @@ static void take(const void *buffer, size_t size, struct given *given)
                 if (size != sizeof *bell)
                         break;
                 if (message->kind == HEAR)
-                        bell_heard(bell->arena, bell->side, bell->index, &given->fds[0]);
+                        bell_received(bell->arena, bell->side, bell->index, &given->fds[0]);
                 else
-                        bell_fetched(bell->arena, bell->side, bell->index, &given->fds[0]);
+                        bell_ringer_received(bell->arena, bell->side, bell->index, &given->fds[0]);
                 break;
         }
         default:
@@ -394,7 +394,7 @@ static bool listen_once(void)
         if (got == -EAGAIN || got == -EINTR)
                 return false;
         if (got < (long)sizeof buffer.message) {
-                hang_up(got);
+                disconnect(got);
                 return false;
         }
         for (struct cmsghdr *part = CMSG_FIRSTHDR(&header); part; part = CMSG_NXTHDR(&header, part))
@@ -418,7 +418,7 @@ static void look_eagerly(struct end *end)
 
         if (!enter(&taken))
                 return;
-        while (router.fd && atomic_load(&end->stage) == STAGE_ASKED) {
+        while (router.fd && atomic_load(&end->stage) == STAGE_REQUESTED) {
                 struct pollfd answer = {.fd = router.fd - 1, .events = POLLIN};
                 struct timespec time = {.tv_nsec = 1000000};
 
@@ -431,7 +431,7 @@ static void look_eagerly(struct end *end)
         lock_release(&router.lock, taken);
 }
 
-void router_look(struct end *end)
+void router_poll(struct end *end)
 {
         uint32_t tick = ticks();
         enum taken taken;
@@ -453,7 +453,7 @@ void router_look(struct end *end)
         lock_release(&router.lock, taken);
 }
 
-void router_hear(void)
+void router_receive(void)
 {
         enum taken taken;
 
@@ -539,6 +539,6 @@ void router_retire(void)
 
         if (!enter(&taken))
                 return;
-        hang_up(0);
+        disconnect(0);
         lock_release(&router.lock, taken);
 }

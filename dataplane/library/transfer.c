@@ -506,13 +506,13 @@ static void go_back(int fd, struct end *end, const struct view *view)
         bool raw = atomic_load_explicit(&view->ring->leave, memory_order_relaxed) == LEAVE_RAW;
 
         /* A receiver that asks for another reason doesn't know that something went past us. */
-        if (!raw && raw_look(fd, end) == RAW_PAST) {
-                upgrade_past(fd, end);
+        if (!raw && raw_check(fd, end) == RAW_BYPASSED) {
+                fallback_bypassed(fd, end);
                 return;
         }
         if (raw)
                 router_note(end, REASON_RAW);
-        retreat(fd, end, raw ? REASON_RAW : REASON_PEER_CLOSED);
+        fallback_sender(fd, end, raw ? REASON_RAW : REASON_PEER_CLOSED);
 }
 
 ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
@@ -542,7 +542,7 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                         return native_counted(o, flow, true, taken);
                 if (phase == PHASE_RING &&
                     (o->by_kernel || atomic_load_explicit(&end->shut, memory_order_relaxed) & 2)) {
-                        retreat(o->fd, end, REASON_OPTION);
+                        fallback_sender(o->fd, end, REASON_OPTION);
                         phase = PHASE_OVER;
                 }
                 if (phase == PHASE_OVER) {
@@ -562,7 +562,7 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                 }
                 if (view_remote(&view) && ready_broken(end)) {
                         atomic_store_explicit(&view.ring->busy, 0, memory_order_release);
-                        upgrade_broken(o->fd, end, false);
+                        reset_broken(o->fd, end, false);
                         lock_release(&flow->lock, taken);
                         if (done)
                                 return (ssize_t)done;
@@ -571,14 +571,14 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                 news = false;
                 stamp = clock_stamp();
                 raw = taken == LOCK_TAKEN ? raw_before_put(o->fd, end, stamp) : RAW_UNKNOWN;
-                if (__builtin_expect(raw == RAW_PAST || raw == RAW_LOST, 0)) {
+                if (__builtin_expect(raw == RAW_BYPASSED || raw == RAW_LOST, 0)) {
                         atomic_store_explicit(&view.ring->busy, 0, memory_order_release);
-                        if (raw == RAW_PAST && !upgrade_is_behind(o->fd, end))
+                        if (raw == RAW_BYPASSED && !end_is_behind(o->fd, end))
                                 raw = RAW_LOST;
-                        if (raw == RAW_PAST)
-                                upgrade_past(o->fd, end);
+                        if (raw == RAW_BYPASSED)
+                                fallback_bypassed(o->fd, end);
                         lock_release(&flow->lock, taken);
-                        if (raw == RAW_PAST)
+                        if (raw == RAW_BYPASSED)
                                 continue;
                         return lost(o, done, true);
                 }
@@ -588,7 +588,7 @@ ssize_t transfer_send(struct operation *o, struct end *end, uint64_t key)
                 atomic_store_explicit(&view.ring->sender_cpu, core(), memory_order_relaxed);
                 atomic_store_explicit(&view.ring->busy, 0, memory_order_release);
                 if (put == -EPROTO) {
-                        upgrade_corrupt(o->fd, end);
+                        reset_corrupt(o->fd, end);
                         lock_release(&flow->lock, taken);
                         if (!done)
                                 pipe_error(o);
@@ -662,7 +662,7 @@ static long look_at_remote(int fd, struct end *end, long got)
                           !(atomic_load_explicit(&end->shut, memory_order_relaxed) & 6))))
                 return 0;
         if (got >= 0) {
-                remote_withhold(end);
+                remote_defer(end);
                 return -EAGAIN;
         }
         if (got != -EAGAIN && got != -EINTR)
@@ -901,7 +901,7 @@ static long look_behind_ring(int fd, struct end *end, const struct view *view, b
                 return -EINPROGRESS;
         if (view_remote(view))
                 return look_at_remote(fd, end, got);
-        return got > 0 ? upgrade_unannounced(fd, end) : got;
+        return got > 0 ? fallback_unannounced(fd, end) : got;
 }
 
 /* Senders that wait said how empty the ring must be for them. */
@@ -1206,9 +1206,9 @@ __attribute__((noinline)) static ssize_t transfer_peek(struct operation *o, stru
                 got = peek_now(&one, end, &view, news, &edge);
                 over = ready_end(end);
                 if (got == -EPROTO)
-                        upgrade_corrupt(o->fd, end);
+                        reset_corrupt(o->fd, end);
                 if (got == -ENOLINK)
-                        upgrade_broken(o->fd, end, true);
+                        reset_broken(o->fd, end, true);
                 lock_release(&end->rx.lock, taken);
                 if (got == -EINPROGRESS || got == -EINTR)
                         continue;
@@ -1237,7 +1237,7 @@ __attribute__((noinline)) static ssize_t transfer_peek(struct operation *o, stru
                 /* More than a ring may hold: TCP holds as much as it holds. */
                 if (got > 0 && !left && one.size > ring_limit(&view)) {
                         left = true;
-                        upgrade_leave(o->fd, end, key, REASON_OPTION);
+                        fall_back(o->fd, end, key, REASON_OPTION);
                         continue;
                 }
                 news = false;
@@ -1300,14 +1300,14 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                 got = receive_now(o, end, &view, &cursor, done, phase, news);
                 news = false;
                 if (__builtin_expect(got == -EBADF || got == -ENOTSOCK, 0) &&
-                    !upgrade_is_behind(o->fd, end)) {
+                    !end_is_behind(o->fd, end)) {
                         lock_release(&flow->lock, taken);
                         return lost(o, done, false);
                 }
                 if (got == -EPROTO)
-                        upgrade_corrupt(o->fd, end);
+                        reset_corrupt(o->fd, end);
                 if (got == -ENOLINK)
-                        upgrade_broken(o->fd, end, true);
+                        reset_broken(o->fd, end, true);
                 lock_release(&flow->lock, taken);
                 if (got > 0) {
                         if (phase == PHASE_RING)

@@ -105,12 +105,12 @@ static bool refresh(int fd, struct end *end)
                 size = sizeof time[i];
                 if (sys_5(SYS_getsockopt, fd, SOL_SOCKET, names[i], &time[i], &size) < 0)
                         return false;
-                atomic_store(&flows[i]->timeout, upgrade_timeout(&time[i]));
+                atomic_store(&flows[i]->timeout, attach_timeout(&time[i]));
         }
         return is_fit(fd);
 }
 
-uint32_t upgrade_timeout(const struct timeval *time)
+uint32_t attach_timeout(const struct timeval *time)
 {
         /* What the kernel takes for no end at all, or nearly: its clock's ticks are fewer than there are ms.
          */
@@ -179,10 +179,10 @@ static void attach(int fd, struct end *end, uint64_t key)
         lock_release(&end->rx.lock, rx);
 }
 
-bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
+bool attach_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
 {
         uint32_t operations = atomic_load_explicit(&end->operations, memory_order_relaxed) + 1,
-                 asked = STAGE_ASKED;
+                 asked = STAGE_REQUESTED;
 
         atomic_store_explicit(&end->operations, operations, memory_order_relaxed);
         retire_now_if_due();
@@ -192,19 +192,19 @@ bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
                 if (end_held_elsewhere(end) && operations % 64 == 0)
                         end_forget_dead(end);
                 if (!settings.welcomed)
-                        router_look(end);
+                        router_poll(end);
                 if (settings.enabled && is_worth_it(end, bytes) && !end_held_elsewhere(end)) {
-                        router_ask(end, fd);
+                        router_request(end, fd);
                         atomic_store_explicit(&end->asked, now(), memory_order_relaxed);
                 }
-                if (!process.eager || atomic_load(&end->stage) != STAGE_ASKED)
+                if (!process.eager || atomic_load(&end->stage) != STAGE_REQUESTED)
                         break;
                 /* fall through */
-        case STAGE_ASKED:
+        case STAGE_REQUESTED:
                 if (atomic_load_explicit(&end->epoch, memory_order_relaxed) != router_epoch())
                         atomic_compare_exchange_strong(&end->stage, &asked, STAGE_CANDIDATE);
                 else
-                        router_look(end);
+                        router_poll(end);
                 if (atomic_load(&end->stage) == STAGE_GRANTED)
                         attach(fd, end, key);
                 break;
@@ -229,7 +229,7 @@ static void past(struct end *end)
 
         statistics_count(&statistics.past);
         if (view_remote(&view) && (phase == PHASE_READY || phase == PHASE_RING))
-                remote_ask(end);
+                remote_request_fallback(end);
         else if (!view_remote(&view))
                 atomic_store(&view.ring->leave, LEAVE_RAW);
         router_note(end, REASON_RAW);
@@ -292,7 +292,7 @@ void upgrade_start(struct end *end, const struct view *view)
         atomic_store_explicit(&view->ring->start, atomic_load(&end->tx.position) + 1, memory_order_release);
 }
 
-bool may_end_ring(struct end *end)
+bool fallback_may_end_ring(struct end *end)
 {
         uint32_t phase = atomic_load_explicit(&end->tx.phase, memory_order_relaxed);
 
@@ -302,16 +302,16 @@ bool may_end_ring(struct end *end)
 static void reset(int fd, struct end *end, uint32_t reason);
 static void past(struct end *end);
 
-void upgrade_check_order(int fd, struct end *end)
+void fallback_check_order(int fd, struct end *end)
 {
         if (atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_RING ||
-            raw_look(fd, end) != RAW_PAST || raw_is_clean(&end->tx))
+            raw_check(fd, end) != RAW_BYPASSED || raw_is_clean(&end->tx))
                 return;
         past(end);
         reset(fd, end, REASON_RAW);
 }
 
-void upgrade_end_ring(struct end *end)
+void fallback_end_ring(struct end *end)
 {
         struct view view = end_sends(end);
 
@@ -342,11 +342,11 @@ static bool await_start(struct end *end)
         return true;
 }
 
-void retreat(int fd, struct end *end, uint32_t reason)
+void fallback_sender(int fd, struct end *end, uint32_t reason)
 {
-        upgrade_end_ring(end);
+        fallback_end_ring(end);
         if (!await_start(end)) {
-                upgrade_broken(fd, end, false);
+                reset_broken(fd, end, false);
                 return;
         }
         atomic_store(&end->reason, reason);
@@ -362,7 +362,7 @@ static bool stop_remote_sender(struct end *end, const struct view *view)
         static const struct timespec nap = {.tv_nsec = 500 * 1000};
         uint64_t begin = now();
 
-        remote_ask(end);
+        remote_request_fallback(end);
         while (!ready_over(view)) {
                 if (ready_broken(end) || now() - begin > PATIENCE)
                         return false;
@@ -393,7 +393,7 @@ static bool stop_sender(struct end *end, uint32_t why)
         return true;
 }
 
-bool upgrade_has_stopped(struct end *end)
+bool fallback_sender_stopped(struct end *end)
 {
         struct view view = end_receives(end);
 
@@ -416,9 +416,9 @@ static bool leave(int fd, struct end *end, uint32_t reason)
 {
         uint32_t phase = atomic_load(&end->rx.phase);
 
-        upgrade_check_order(fd, end);
-        if (may_end_ring(end))
-                retreat(fd, end, reason);
+        fallback_check_order(fd, end);
+        if (fallback_may_end_ring(end))
+                fallback_sender(fd, end, reason);
         keep_end(fd, end);
         atomic_store(&end->tx.phase, PHASE_OVER);
         if (phase == PHASE_TCP)
@@ -431,7 +431,7 @@ static bool leave(int fd, struct end *end, uint32_t reason)
         return true;
 }
 
-void upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
+void fall_back(int fd, struct end *end, uint64_t key, uint32_t reason)
 {
         enum { NAPS = 50 };
         static const struct timespec nap = {.tv_nsec = 10 * 1000 * 1000};
@@ -450,7 +450,7 @@ void upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
         lock_release(&end->rx.lock, rx);
         /* Of a sender that was preempted in the middle of a piece: who asks counts on it that no byte
          * follows. */
-        for (int i = 0; i < NAPS && end_is(end, key) && end_has_rest(end) && !upgrade_has_stopped(end); i++)
+        for (int i = 0; i < NAPS && end_is(end, key) && end_has_rest(end) && !fallback_sender_stopped(end); i++)
                 sys_2(SYS_nanosleep, &nap, 0);
 }
 
@@ -486,7 +486,7 @@ static bool take_rest(struct end *end, struct pump *pump)
         return true;
 }
 
-bool upgrade_is_behind(int fd, const struct end *end)
+bool end_is_behind(int fd, const struct end *end)
 {
         uint64_t cookie = 0;
         uint32_t size = sizeof cookie;
@@ -499,13 +499,13 @@ bool upgrade_is_behind(int fd, const struct end *end)
  * what its numbers mean. */
 static void replace_descriptors(struct end *end, uint64_t key, int program)
 {
-        bool ours = call_is_ours();
+        bool ours = in_this_process();
 
         for (int fd = end_next_descriptor(end, -1); fd >= 0 && end_is(end, key);
              fd = end_next_descriptor(end, fd)) {
                 long flags = sys_2(SYS_fcntl, fd, F_GETFD);
 
-                if (flags < 0 || !upgrade_is_behind(fd, end))
+                if (flags < 0 || !end_is_behind(fd, end))
                         continue;
                 if (ours)
                         poller_replace(fd, key, program, flags & FD_CLOEXEC ? O_CLOEXEC : 0);
@@ -514,17 +514,17 @@ static void replace_descriptors(struct end *end, uint64_t key, int program)
         }
 }
 
-void upgrade_replace(int fd, struct end *end, uint64_t key, int program, uint32_t reason)
+void hand_over_to(int fd, struct end *end, uint64_t key, int program, uint32_t reason)
 {
         replace_descriptors(end, key, program);
-        if (call_is_ours())
+        if (in_this_process())
                 end_leave(fd, end, key, reason);
         else
                 guest_tell(end, key, program);
         sys_1(SYS_close, program);
 }
 
-void upgrade_refuse(struct end *end, uint64_t key, uint32_t reason)
+void stage_refuse(struct end *end, uint64_t key, uint32_t reason)
 {
         static const struct timespec nap = {.tv_nsec = 1000 * 1000};
         enum taken rx = lock_take(&end->rx.lock, self()), tx = lock_take(&end->tx.lock, self());
@@ -532,9 +532,9 @@ void upgrade_refuse(struct end *end, uint64_t key, uint32_t reason)
 
         /* A thread that takes an answer is soon done with it. */
         for (int i = 0; i < 100 && end_is(end, key); i++) {
-                if (stage == STAGE_ANSWERED)
+                if (stage == STAGE_ANSWERING)
                         sys_2(SYS_nanosleep, &nap, 0);
-                else if (stage != STAGE_CANDIDATE && stage != STAGE_ASKED && stage != STAGE_GRANTED)
+                else if (stage != STAGE_CANDIDATE && stage != STAGE_REQUESTED && stage != STAGE_GRANTED)
                         break;
                 else if (atomic_compare_exchange_strong(&end->stage, &stage, STAGE_REFUSED)) {
                         atomic_store(&end->reason, reason);
@@ -557,14 +557,14 @@ static bool is_unanswered(struct end *end)
         return view_remote(&view) && (phase == PHASE_READY || phase == PHASE_RING) && !ready_over(&view);
 }
 
-void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason)
+void hand_over(int fd, struct end *end, uint64_t key, uint32_t reason)
 {
         struct pump pump = {.tcp = fd};
         bool pumped = false, left;
         enum taken rx, tx;
 
         if (atomic_load(&end->stage) != STAGE_ATTACHED) {
-                upgrade_leave(fd, end, key, reason);
+                fall_back(fd, end, key, reason);
                 return;
         }
         rx = lock_take(&end->rx.lock, self());
@@ -572,7 +572,7 @@ void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason)
         left = end_is(end, key) && !leave(fd, end, reason);
         if (left && is_unanswered(end)) {
                 /* What may still come nobody would read, and what comes after it must not be taken for it. */
-                upgrade_broken(fd, end, true);
+                reset_broken(fd, end, true);
         } else if (left && left_in_ring(end) > 0 && take_rest(end, &pump)) {
                 pumped = pump_start(&pump);
                 if (pumped) {
@@ -588,7 +588,7 @@ void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason)
         lock_release(&end->tx.lock, tx);
         lock_release(&end->rx.lock, rx);
         if (pumped)
-                upgrade_replace(fd, end, key, pump.program, reason);
+                hand_over_to(fd, end, key, pump.program, reason);
 }
 
 /* Is there anything that makes close() more than a FIN? */
@@ -603,7 +603,7 @@ static bool closes_specially(int fd, struct end *end)
         return linger.l_onoff || unread || ready_bytes(end);
 }
 
-void upgrade_close(int fd, struct end *end, uint64_t key)
+void close_ring(int fd, struct end *end, uint64_t key)
 {
         struct linger at_once = {.l_onoff = 1, .l_linger = 0};
         enum taken taken;
@@ -621,16 +621,16 @@ void upgrade_close(int fd, struct end *end, uint64_t key)
          * connection must not be heard before this end: the FIN first, then the word that it is there. */
         taken = lock_take(&end->tx.lock, self());
         if (taken == LOCK_TAKEN && end_is(end, key))
-                upgrade_check_order(fd, end);
-        if (taken == LOCK_TAKEN && end_is(end, key) && may_end_ring(end)) {
+                fallback_check_order(fd, end);
+        if (taken == LOCK_TAKEN && end_is(end, key) && fallback_may_end_ring(end)) {
                 if (!closes_specially(fd, end))
                         sys_2(SYS_shutdown, fd, SHUT_WR);
-                upgrade_end_ring(end);
+                fallback_end_ring(end);
         }
         lock_release(&end->tx.lock, taken);
 }
 
-void upgrade_last_words(int fd, struct end *end, uint64_t key)
+void close_at_exit(int fd, struct end *end, uint64_t key)
 {
         struct linger at_once = {.l_onoff = 1, .l_linger = 0};
         enum taken taken;
@@ -644,12 +644,12 @@ void upgrade_last_words(int fd, struct end *end, uint64_t key)
         if (ready_bytes(end) && !ready_end(end))
                 sys_5(SYS_setsockopt, fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
         taken = lock_take(&end->tx.lock, self());
-        if (taken == LOCK_TAKEN && end_is(end, key) && may_end_ring(end)) {
-                upgrade_end_ring(end);
+        if (taken == LOCK_TAKEN && end_is(end, key) && fallback_may_end_ring(end)) {
+                fallback_end_ring(end);
                 if (await_start(end))
                         poller_sender_changed(end);
                 else
-                        upgrade_broken(fd, end, false);
+                        reset_broken(fd, end, false);
         }
         lock_release(&end->tx.lock, taken);
 }
@@ -667,16 +667,16 @@ static void reset(int fd, struct end *end, uint32_t reason)
         statistics_reason(reason);
 }
 
-void upgrade_past(int fd, struct end *end)
+void fallback_bypassed(int fd, struct end *end)
 {
         past(end);
         if (raw_is_clean(&end->tx))
-                retreat(fd, end, REASON_RAW);
+                fallback_sender(fd, end, REASON_RAW);
         else
                 reset(fd, end, REASON_RAW);
 }
 
-long upgrade_unannounced(int fd, struct end *end)
+long fallback_unannounced(int fd, struct end *end)
 {
         struct view view = end_receives(end);
         uint64_t head = atomic_load(&end->rx.edge);
@@ -700,14 +700,14 @@ long upgrade_unannounced(int fd, struct end *end)
         }
         atomic_store_explicit(&end->rx.phase, PHASE_OVER, memory_order_relaxed);
         taken = lock_take(&end->tx.lock, self());
-        if (taken == LOCK_TAKEN && may_end_ring(end))
-                retreat(fd, end, REASON_RAW);
+        if (taken == LOCK_TAKEN && fallback_may_end_ring(end))
+                fallback_sender(fd, end, REASON_RAW);
         lock_release(&end->tx.lock, taken);
         poller_sender_changed(end);
         return -EINPROGRESS;
 }
 
-void upgrade_corrupt(int fd, struct end *end)
+void reset_corrupt(int fd, struct end *end)
 {
         reset(fd, end, REASON_CORRUPT);
         statistics_count(&statistics.corrupt);
@@ -725,7 +725,7 @@ static bool is_unread(int fd, struct end *end)
         return left_in_ring(end) > 0 || (queued > 0 && remote_before(end, (uint64_t)queued));
 }
 
-void upgrade_broken(int fd, struct end *end, bool receiver)
+void reset_broken(int fd, struct end *end, bool receiver)
 {
         int error;
         uint32_t size = sizeof error;
@@ -746,11 +746,11 @@ void upgrade_broken(int fd, struct end *end, bool receiver)
         poller_sender_changed(end);
 }
 
-void upgrade_announce(struct end *end)
+void fallback_announce(struct end *end)
 {
         uint32_t phase = atomic_load(&end->rx.phase);
 
         if (atomic_load(&end->stage) == STAGE_ATTACHED && (phase == PHASE_READY || phase == PHASE_RING) &&
             end_is_remote(end))
-                remote_ask(end);
+                remote_request_fallback(end);
 }

@@ -22,10 +22,10 @@ struct view;
 
 /* Once per call on a connection that isn't attached yet: count, ask, look for the answer. Returns false if
  * the connection isn't ours to look at any more. */
-bool upgrade_step(int fd, struct end *end, uint64_t key, uint64_t bytes);
+bool attach_step(int fd, struct end *end, uint64_t key, uint64_t bytes);
 struct timeval;
 /* Of a socket option, in ms; 0: none. */
-uint32_t upgrade_timeout(const struct timeval *time);
+uint32_t attach_timeout(const struct timeval *time);
 /* Under the receiver's lock: become ready if that can be now. Not while several processes have the
  * connection: those who wait in the kernel in another one can't be told. */
 void upgrade_receiver(struct end *end);
@@ -33,48 +33,48 @@ void upgrade_receiver(struct end *end);
 void upgrade_sender(int fd, struct end *end);
 /* Under the sender's lock: has the peer to be told that nothing more comes in the ring? A remote one waits
  * for that even if nothing ever came. */
-bool may_end_ring(struct end *end);
+bool fallback_may_end_ring(struct end *end);
 /* Under the sender's lock, before the ring ends: reset the connection if bytes went past us and nobody knows
  * where they belong. */
-void upgrade_check_order(int fd, struct end *end);
+void fallback_check_order(int fd, struct end *end);
 /* Under the sender's lock: nothing more comes in the ring. */
-void upgrade_end_ring(struct end *end);
+void fallback_end_ring(struct end *end);
 /* The same, because bytes go over TCP again. */
-void retreat(int fd, struct end *end, uint32_t reason);
+void fallback_sender(int fd, struct end *end, uint32_t reason);
 /* Under the sender's lock: before the first byte is published. */
 void upgrade_start(struct end *end, const struct view *view);
 /* Leave the ring, both ways. Bytes that are left in it are still ours to read. */
-void upgrade_leave(int fd, struct end *end, uint64_t key, uint32_t reason);
+void fall_back(int fd, struct end *end, uint64_t key, uint32_t reason);
 /* After it: can nothing more come into the ring, though the sender may not have said so yet? */
-bool upgrade_has_stopped(struct end *end);
+bool fallback_sender_stopped(struct end *end);
 /* The same for a descriptor that somebody reads who knows nothing of the ring: what is left there he gets too
  * (pump.h). */
-void upgrade_hand_over(int fd, struct end *end, uint64_t key, uint32_t reason);
+void hand_over(int fd, struct end *end, uint64_t key, uint32_t reason);
 /* One that isn't attached stays on TCP: somebody got it whom we don't see. Each process of the family stops
  * looking at it at its next call. */
-void upgrade_refuse(struct end *end, uint64_t key, uint32_t reason);
+void stage_refuse(struct end *end, uint64_t key, uint32_t reason);
 /* Is the descriptor, of this process or of a child in its memory, one of this attached end? The kernel is
  * asked. */
-bool upgrade_is_behind(int fd, const struct end *end);
+bool end_is_behind(int fd, const struct end *end);
 /* From now on `program`, which this takes over, is what the program reads and writes: pump.h. */
-void upgrade_replace(int fd, struct end *end, uint64_t key, int program, uint32_t reason);
+void hand_over_to(int fd, struct end *end, uint64_t key, int program, uint32_t reason);
 /* When the program ends: what it still sends goes over TCP, and comes after what is in the ring. */
-void upgrade_last_words(int fd, struct end *end, uint64_t key);
+void close_at_exit(int fd, struct end *end, uint64_t key);
 /* Before the last close: the ring ends, and unread bytes make it a reset, as they do in TCP. */
-void upgrade_close(int fd, struct end *end, uint64_t key);
+void close_ring(int fd, struct end *end, uint64_t key);
 /* Under the sender's lock: bytes went past the library. If they come after all that is in the ring, it ends
  * and the connection is TCP again; else it is reset. */
-void upgrade_past(int fd, struct end *end);
+void fallback_bypassed(int fd, struct end *end);
 /* Under the receiver's lock, the ring being empty: there are bytes on TCP that no `end` announced. As
  * receive_now(); -EBADE: nobody knows where they belong, the connection was reset. */
-long upgrade_unannounced(int fd, struct end *end);
+long fallback_unannounced(int fd, struct end *end);
 /* The other side wrote nonsense: the connection ends as by a reset. */
-void upgrade_corrupt(int fd, struct end *end);
+void reset_corrupt(int fd, struct end *end);
 /* The path through the relays is lost: so does this one. Under a flow's lock; a sender leaves to its readers
  * what has come before. */
-void upgrade_broken(int fd, struct end *end, bool receiver);
+void reset_broken(int fd, struct end *end, bool receiver);
 /* Ask the peers of all connections that are to be handed over to leave their rings, before each is waited
  * for. */
-void upgrade_announce(struct end *end);
+void fallback_announce(struct end *end);
 
 #endif

@@ -82,13 +82,13 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
                 *deadline = now() + timeout * UINT64_C(1000000);
         if (!beyond && spin(end, flow, want))
                 return 0;
-        io_uring_look();
+        io_uring_check();
         if (!end_is(end, key))
                 return 0;
         statistics_count(&statistics.sleeps);
         waiters = want == WANT_BYTES ? &end_receives(end).ring->receivers : &end_sends(end).ring->senders;
         polled[0].events = want == WANT_BYTES && !beyond ? POLLIN | POLLRDHUP : POLLRDHUP;
-        bell = bell_want(arena);
+        bell = bell_take_or_order(arena);
         if (bell >= 0)
                 polled[1].fd = bell_descriptor(arena, bell);
         signals_prepare(&signals);
@@ -106,7 +106,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
                         if (bell >= 0)
                                 polled[1].fd = bell_descriptor(arena, bell);
                 }
-                if (bell < 0 && want == WANT_BYTES && !elsewhere && !bell_comes(arena)) {
+                if (bell < 0 && want == WANT_BYTES && !elsewhere && !bell_is_ordered(arena)) {
                         wait_elsewhere(end);
                         elsewhere = true;
                 }
@@ -125,14 +125,14 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
                         }
                         left = (int64_t)(*deadline - time_now);
                 }
-                withheld = want == WANT_BYTES && remote_withholds(end);
+                withheld = want == WANT_BYTES && remote_defers(end);
                 if (want == WANT_BYTES && !raw_tcp_is_empty(fd, end)) {
                         *news = true;
                         break;
                 }
                 polled[0].fd = withheld ? -1 : fd;
-                if (withheld && (left < 0 || left > REMOTE_NAP * INT64_C(1000000)))
-                        left = REMOTE_NAP * INT64_C(1000000);
+                if (withheld && (left < 0 || left > REMOTE_SLEEP * INT64_C(1000000)))
+                        left = REMOTE_SLEEP * INT64_C(1000000);
                 if (want == WANT_BYTES && ready_between(end) &&
                     (left < 0 || left > FIRST_NAP * INT64_C(1000000)))
                         left = FIRST_NAP * INT64_C(1000000);
@@ -140,7 +140,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
                         int longest = bell < 0 ? LONGEST_BLIND : LONGEST_NAP;
 
                         if (bell < 0)
-                                arena_grieve(arena);
+                                arena_break_if_unreachable(arena);
 
                         if (left < 0 || left > nap * INT64_C(1000000))
                                 left = nap * INT64_C(1000000);
@@ -170,7 +170,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
                         break;
                 }
                 if (polled[1].revents)
-                        bell_silence(arena, bell);
+                        bell_drain(arena, bell);
                 /* TCP isn't heard meanwhile, and may have been reset. */
                 if (polled[0].revents || withheld)
                         *news = true;

@@ -23,7 +23,7 @@ static inline void wait_elsewhere(struct end *end)
         struct view view = end_receives(end);
 
         if (view_remote(&view))
-                remote_ask(end);
+                remote_request_fallback(end);
         else
                 atomic_store(&view.ring->leave, 1);
 }
