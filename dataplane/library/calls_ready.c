@@ -7,6 +7,7 @@
 #include "io_uring.h"
 #include "poller.h"
 #include "ready.h"
+#include "reclaim.h"
 #include "remote.h"
 #include "spin.h"
 #include "statistics.h"
@@ -462,7 +463,7 @@ static int wait(struct pollfd *fds, nfds_t count, const struct places *places, i
                 }
                 if (withheld && (left < 0 || left > REMOTE_SLEEP * INT64_C(1000000)))
                         left = REMOTE_SLEEP * INT64_C(1000000);
-                left = memory_sleep(left);
+                left = reclaim_before_sleep(left);
                 time.tv_sec = left / 1000000000;
                 time.tv_nsec = left % 1000000000;
                 statistics_count(&statistics.sleeps);

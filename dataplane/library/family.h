@@ -57,7 +57,7 @@ struct flow {
         /* sender: highest offset used since the bulk area was given back; receiver: highest one read by its
          * mapping */
         _Atomic uint64_t touched;
-        _Atomic uint64_t seen;  /* sender: `edge` when memory.c last looked */
+        _Atomic uint64_t seen;  /* sender: `edge` at the last scan of reclaim.c */
         _Atomic uint64_t clean; /* `edge` up to which, as we know, nothing went over TCP meanwhile (raw.h) */
         _Atomic uint64_t sent;  /* sender: what the kernel had to send when the ring began */
         _Atomic uint32_t stopped; /* sender: may not go on before the ring is empty */

@@ -1,7 +1,7 @@
 #include "keep.h"
 
 #include "clock.h"
-#include "memory.h"
+#include "kernel_file.h"
 #include "sys.h"
 
 #include <netinet/in.h>
@@ -25,7 +25,7 @@ static uint32_t interval(void)
 
         if (time && present - atomic_load_explicit(&read_at, memory_order_relaxed) < FRESH)
                 return time;
-        timeout = memory_number_in(path) / SHARE;
+        timeout = kernel_file_number(path) / SHARE;
         time = timeout < 1 ? 1 : timeout < LONGEST ? (uint32_t)timeout : LONGEST;
         atomic_store_explicit(&known, time, memory_order_relaxed);
         atomic_store_explicit(&read_at, present, memory_order_relaxed);

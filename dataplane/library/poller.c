@@ -6,6 +6,7 @@
 #include "protocol.h"
 #include "ready.h"
 #include "real.h"
+#include "reclaim.h"
 #include "remote.h"
 #include "sparse.h"
 #include "spin.h"
@@ -1860,7 +1861,7 @@ int poller_wait(int epfd, struct epoll_event *events, int size, int64_t timeout,
                         nap = nap * 2 < LONGEST_NAP * INT64_C(1000000) ? nap * 2
                                                                        : LONGEST_NAP * INT64_C(1000000);
                 }
-                left = memory_sleep(left);
+                left = reclaim_before_sleep(left);
                 statistics_count(&statistics.sleeps);
                 slept = now();
                 count = kernel_wait(epfd, events, size, left, mask);

@@ -16,10 +16,10 @@
 #ifndef FREEFLOW_RING_H
 #define FREEFLOW_RING_H
 
+#include "budget.h"
 #include "clock.h"
 #include "family.h"
 #include "layout.h"
-#include "memory.h"
 
 #include <string.h>
 #include <sys/uio.h>
@@ -88,7 +88,7 @@ static inline uint64_t ring_limit(const struct view *view)
 /* Offset in the ring that the sender doesn't go beyond. */
 static inline uint64_t ring_extent(const struct flow *flow, const struct view *view)
 {
-        return view_remote(view) ? view_size(view) : memory_extent(flow);
+        return view_remote(view) ? view_size(view) : budget_extent(flow);
 }
 
 /* The ring is empty: begin at its first byte again. */
@@ -153,7 +153,7 @@ static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t
                                                      memory_order_relaxed))
                 return false;
         if (!view_remote(view))
-                memory_touch(flow, end);
+                budget_touch(flow, end);
         ring_stamp(view, tail, stamp);
         if (__builtin_expect(atomic_load_explicit(&flow->clean, memory_order_relaxed) == tail, 1)) {
                 atomic_store_explicit(&flow->clean, tail + size, memory_order_relaxed);

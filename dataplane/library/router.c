@@ -1,11 +1,11 @@
 #include "router.h"
 
 #include "arena.h"
+#include "budget.h"
 #include "calls.h"
 #include "clock.h"
 #include "family.h"
 #include "lock.h"
-#include "memory.h"
 #include "protocol.h"
 #include "settings.h"
 #include "statistics.h"
@@ -321,7 +321,7 @@ static void take(const void *buffer, size_t size, struct given *given)
                         break;
                 }
                 if (!settings.welcomed)
-                        memory_start();
+                        budget_start();
                 settings.welcomed = true;
                 settings.enabled = welcome->enabled;
                 settings.operations = chosen("FREEFLOW_UPGRADE_OPERATIONS", welcome->operations);

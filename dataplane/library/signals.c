@@ -1,7 +1,7 @@
 #include "signals.h"
 
-#include "arena.h"
 #include "calls.h"
+#include "own.h"
 #include "real.h"
 #include "sys.h"
 
@@ -58,7 +58,9 @@ static void look(void)
         atomic_store(&known, now_known);
 }
 
-void signals_lost(void)
+/* The descriptor may have been closed by a call that the library doesn't see: then the next look makes
+ * another. */
+static void check_descriptor(void)
 {
         int fd = atomic_load(&signal_fd);
 
@@ -71,6 +73,7 @@ void signals_prepare(struct signals *signals)
         uint64_t current = 0, fail;
         int saved = *__errno_location();
 
+        check_descriptor();
         if (atomic_load_explicit(&known, memory_order_relaxed) != atomic_load(&changes))
                 look();
         *__errno_location() = saved;

@@ -23,7 +23,4 @@ void signals_prepare(struct signals *signals);
 /* After a wait that failed with EINTR: go on waiting? */
 bool signals_restart(const struct signals *signals);
 
-/* Its descriptor may be one of those that have been closed: see own_lost(). */
-void signals_lost(void);
-
 #endif

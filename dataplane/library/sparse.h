@@ -1,9 +1,9 @@
-/* Address space that is large and touched only in part, in programs that lock their memory.
+/* Large address space of which only a part is touched, in programs that lock their memory.
  *
- * mlockall() would have every page of it made: hundreds of MiB for a program of two. So our own mappings are
- * never locked. A program that has asked for its future memory to be locked gets them without: they are made
- * inaccessible, unlocked, and only then made accessible. And mlockall() of what there is locks everything
- * else (sparse.c).
+ * mlockall() would make every page of it: hundreds of MiB for a program of two. So the library's mappings are
+ * never locked. In a program that has locked its future memory, a new mapping is made inaccessible, is
+ * unlocked, and only then becomes accessible. mlockall() of the present memory locks everything but the
+ * library's mappings (calls_mlock.c).
  */
 #ifndef FREEFLOW_SPARSE_H
 #define FREEFLOW_SPARSE_H
@@ -11,14 +11,15 @@
 #include "layout.h"
 
 #include <stddef.h>
+#include <stdint.h>
 
-/* Zeroed memory that costs nothing until it is touched; `kind` is MAP_PRIVATE or MAP_SHARED. NULL: there is
- * none. */
+/* Zeroed memory that costs nothing until it is touched. `kind` is MAP_PRIVATE or MAP_SHARED. Returns NULL if
+ * there is none. */
 void *reserve(size_t size, int kind);
-/* The same for large memory that stays as long as the process. */
+/* The same, for large memory that stays as long as the process. */
 void *reserve_for_good(size_t size, int kind);
 
-/* The next part of what was reserved as a whole: each mapping costs something at every fork, exec and exit.
+/* Take the next part of memory that was reserved as a whole: each mapping has a cost at fork, exec and exit.
  */
 static inline void *take_part(char **place, size_t size)
 {
@@ -28,8 +29,15 @@ static inline void *take_part(char **place, size_t size)
         return part;
 }
 
-/* A mapping of a file, or of nothing (-1), that nobody locks. It takes the place of `before` at once, so that
- * who looks there sees the one or the other; NULL: any place, which is kept for good. -errno. */
+/* An unlocked mapping of a file, or of zeroed memory if `fd` is -1. It replaces the mapping at `before` in
+ * one step, so that a concurrent reader sees one or the other. If `before` is NULL it gets a new address,
+ * which stays the library's for good. Returns the address or -errno. */
 long sparse_map(void *before, size_t size, int flags, int fd);
+
+/* Call `visit` with the parts of a range of addresses that aren't the library's. */
+void sparse_each_outside(uintptr_t first, uintptr_t last, void (*visit)(uintptr_t, uintptr_t, void *),
+                         void *data);
+/* Unlock all of the library's mappings. */
+void sparse_unlock(void);
 
 #endif

@@ -788,7 +788,7 @@ static bool copy_from_file(const struct end *end, struct cursor *cursor, const u
         return true;
 }
 
-/* Give a piece of the ring that must not be read by its mapping (memory.h) to whom the call gives its bytes.
+/* Give a piece of the ring that must not be read by its mapping (budget.h) to whom the call gives its bytes.
  */
 static long empty_from_file(struct operation *o, struct end *end, struct cursor *cursor, unsigned char *place,
                             size_t size)
@@ -813,7 +813,7 @@ static bool may_map(struct flow *flow, const struct view *view, const unsigned c
          */
         uint64_t offset = (uint64_t)(place - view_bulk(view));
 
-        return offset >= view_size(view) || view_remote(view) || memory_may_read(flow, offset + size);
+        return offset >= view_size(view) || view_remote(view) || budget_may_read(flow, offset + size);
 }
 
 /* Take what is there. Returns bytes, 0 if the ring is empty, or -errno. */

@@ -5,6 +5,7 @@
 #include "io_uring.h"
 #include "raw.h"
 #include "ready.h"
+#include "reclaim.h"
 #include "remote.h"
 #include "signals.h"
 #include "spin.h"
@@ -149,7 +150,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
                 /* The kernel can't be asked for more than it has already. */
                 if (beyond && (left < 0 || left > LONGEST_BLIND * INT64_C(1000000)))
                         left = LONGEST_BLIND * INT64_C(1000000);
-                left = memory_sleep(left);
+                left = reclaim_before_sleep(left);
                 time.tv_sec = left / 1000000000;
                 time.tv_nsec = left % 1000000000;
                 slept = now();

@@ -24,7 +24,7 @@ enum { CHUNK = 256 * 1024, PATIENCE = 10 };
 struct family *family;
 struct process process;
 struct settings settings;
-uint64_t memory_budget = UINT64_MAX;
+uint64_t budget_limit = UINT64_MAX;
 
 static struct view view;
 static struct flow sender, receiver;
@@ -92,7 +92,7 @@ static void sleep_for(int bell)
                         fail("a wake-up was lost", __LINE__);
 }
 
-/* What memory.c does with a ring that has been empty for a while. */
+/* What reclaim.c does with a ring that has been empty for a while. */
 static void give_back(void)
 {
         uint64_t edge = atomic_load_explicit(&sender.edge, memory_order_relaxed);
@@ -170,7 +170,7 @@ static void *send_all(void *unused)
                 uint64_t limit = any(&random, 4) ? view_size(&view) : 1 + any(&random, view_size(&view));
 
                 if (any(&random, 64) == 0)
-                        memory_budget = any(&random, 2) ? UINT64_MAX : any(&random, RING_SIZE);
+                        budget_limit = any(&random, 2) ? UINT64_MAX : any(&random, RING_SIZE);
                 if (any(&random, 64) == 0)
                         give_back();
                 for (size_t i = 0; i < size; i++)

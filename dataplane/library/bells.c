@@ -1,0 +1,455 @@
+#include "bells.h"
+
+#include "clock.h"
+#include "own.h"
+#include "router.h"
+#include "sys.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/socket.h>
+
+enum {
+        SPARE_BELLS = 2,       /* that may be kept of an arena's other side, and two for each connection */
+        FETCHES = 32,          /* at once, of an arena */
+        FETCH_PAUSE = 16,      /* ms, for each more */
+        ORDERS = SLOTS,        /* bells on order, of an arena */
+        ORDER_PATIENCE = 1000, /* ms */
+        RINGS = 2048,          /* bytes: more than honest rings put into a bell until it is emptied */
+};
+
+/* asm-generic/socket.h, since Linux 6.16. */
+#ifndef SO_PASSRIGHTS
+#define SO_PASSRIGHTS 83
+#endif
+
+/* Bells are emptied into this; nobody reads it. */
+static char rings[RINGS];
+/* A bell has come that takes descriptors. */
+static _Atomic bool unguarded;
+
+static uint64_t bit(int number)
+{
+        return UINT64_C(1) << (number % 64);
+}
+
+static void forget_lost(_Atomic int32_t *bells)
+{
+        for (int i = 0; i < BELLS; i++) {
+                int32_t word = atomic_load(&bells[i]);
+
+                if (word > 0 && !is_own_descriptor(word - 1))
+                        atomic_compare_exchange_strong(&bells[i], &word, 0);
+        }
+}
+
+void own_lost(void)
+{
+        uint32_t high = atomic_load(&family->next_arena);
+
+        for (int fd = 0; fd < DESCRIPTORS && fd < atomic_load(&process.own_high); fd++)
+                if (is_own_descriptor(fd) && sys_2(SYS_fcntl, fd, F_GETFD) < 0)
+                        fd_set_word(fd, 0);
+        for (uint32_t i = 0; mappings && i < high && i < ARENAS; i++)
+                if (atomic_load(&mappings[i].id)) {
+                        forget_lost(mappings[i].bells);
+                        forget_lost(mappings[i].peers);
+                }
+}
+
+/* Look into a bell without taking anything out. POISONED: there is a descriptor in it. */
+enum { POISONED = -4097 };
+static long peek(int fd)
+{
+        struct iovec vec = {.iov_base = rings, .iov_len = sizeof rings};
+        struct msghdr header = {.msg_iov = &vec, .msg_iovlen = 1};
+        long got = sys_3(SYS_recvmsg, fd, &header, MSG_PEEK | MSG_DONTWAIT);
+
+        /* There is no room for a descriptor in the header, so it would be cut off. */
+        return got >= 0 && header.msg_flags & MSG_CTRUNC ? POISONED : got;
+}
+
+/* Empty a bell, as far as one read goes. */
+static long read_rings(int fd)
+{
+        long size = RINGS;
+
+        if (atomic_load_explicit(&unguarded, memory_order_relaxed)) {
+                size = peek(fd);
+                /* No byte more than was seen: behind it there may be a descriptor by now. */
+                if (size <= 0)
+                        return size;
+        }
+        return sys_6(SYS_recvfrom, fd, rings, size, MSG_DONTWAIT, 0, 0);
+}
+
+static bool takes_descriptors(int fd)
+{
+        int takes = 1;
+        uint32_t size = sizeof takes;
+
+        return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_PASSRIGHTS, &takes, &size) < 0 || takes;
+}
+
+/* Can the last close() of this end that hears wait? What others hold too stays as it is. */
+static bool is_safe_to_close(int fd, bool others)
+{
+        long got = RINGS;
+
+        if (!atomic_load(&unguarded))
+                return true;
+        if (others)
+                return peek(fd) != POISONED;
+        sys_2(SYS_shutdown, fd, SHUT_RDWR);
+        /* A socket's queue has room for some hundred KiB. */
+        for (int i = 0; i < 1024 && (got = peek(fd)) > 0; i++)
+                sys_6(SYS_recvfrom, fd, rings, got, MSG_DONTWAIT, 0, 0);
+        return got <= 0 && got != POISONED;
+}
+
+/* One that can't be closed stays: the end of the process closes it without waiting. */
+static void close_hearing(int fd, bool others)
+{
+        if (is_safe_to_close(fd, others))
+                close_own(fd);
+}
+
+void bell_discard(int fd)
+{
+        long got = atomic_load(&unguarded) ? peek(fd) : 0;
+
+        if (got != POISONED)
+                sys_1(SYS_close, fd);
+}
+
+void bells_close(struct mapping *mapping, bool others)
+{
+        for (int i = 0; i < BELLS; i++) {
+                int32_t hears = atomic_exchange(&mapping->bells[i], 0);
+
+                if (hears > 0)
+                        close_hearing(hears - 1, others);
+        }
+        for (int i = 0; i < BELL_WORDS; i++)
+                atomic_store(&mapping->idle[i], 0);
+        atomic_store(&mapping->ordered, 0);
+}
+
+void bells_close_peers(struct mapping *mapping)
+{
+        for (int i = 0; i < BELLS; i++) {
+                int32_t rings_it = atomic_exchange(&mapping->peers[i], 0);
+
+                if (rings_it > 0)
+                        close_own(rings_it - 1);
+        }
+        atomic_store(&mapping->kept, 0);
+}
+
+/* A bell of ours has come. */
+void bells_keep(struct mapping *mapping, uint32_t bell, int *hears)
+{
+        int ours;
+
+        if (*hears < 0 || bell >= BELLS || atomic_load(&mapping->bells[bell]))
+                return;
+        if (takes_descriptors(*hears))
+                atomic_store(&unguarded, true);
+        ours = own_descriptor(*hears);
+        *hears = -1;
+        if (ours < 0)
+                return;
+        atomic_store(&mapping->bells[bell], ours + 1);
+        bell_return(mapping_number(mapping), (int)bell);
+}
+
+int bell_descriptor(uint32_t arena, int bell)
+{
+        return atomic_load(&mapping_of(arena)->bells[bell]) - 1;
+}
+
+bool bell_is_ordered(uint32_t arena)
+{
+        struct mapping *mapping = mapping_of(arena);
+
+        return atomic_load(&mapping->ordered) && !atomic_load(&mapping->unreachable) &&
+               ticks() - atomic_load(&mapping->ordered_at) <= ORDER_PATIENCE;
+}
+
+/* Ask for one more bell; it comes with what the router says next. */
+static void order_bell(uint32_t arena)
+{
+        struct arena_record *record = &family->arenas[arena];
+        struct mapping *mapping = mapping_of(arena);
+        uint32_t bell, next;
+
+        if (!bell_is_ordered(arena))
+                atomic_store(&mapping->ordered, 0);
+        if (atomic_load(&mapping->ordered) >= ORDERS || atomic_load(&record->bells) >= BELLS)
+                return;
+        bell = atomic_fetch_add(&record->bells, 1);
+        next = bell + 1;
+        if (bell < BELLS && router_bell(atomic_load(&record->id), atomic_load(&record->token),
+                                        atomic_load(&record->side), bell)) {
+                atomic_store(&mapping->ordered_at, ticks());
+                atomic_fetch_add(&mapping->ordered, 1);
+        } else {
+                /* The number is used again, unless somebody has taken the next one. */
+                atomic_compare_exchange_strong(&record->bells, &next, bell);
+        }
+}
+
+static int idle_bell(struct mapping *mapping)
+{
+        for (int word = 0; word < BELL_WORDS; word++) {
+                uint64_t idle = atomic_load_explicit(&mapping->idle[word], memory_order_relaxed);
+
+                while (idle) {
+                        int bell = word * 64 + __builtin_ctzll(idle);
+
+                        if (!atomic_compare_exchange_weak_explicit(&mapping->idle[word], &idle,
+                                                                   idle & (idle - 1), memory_order_acquire,
+                                                                   memory_order_relaxed))
+                                continue;
+                        /* One that has been lost isn't used again. */
+                        if (atomic_load_explicit(&mapping->bells[bell], memory_order_relaxed))
+                                return bell;
+                        idle &= idle - 1;
+                }
+        }
+        return -1;
+}
+
+void bell_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
+{
+        enum taken taken = lock_take(&family->arenas_lock, self());
+        struct mapping *mapping = taken == LOCK_NESTED ? NULL : mapping_find(id, side);
+
+        if (mapping && atomic_load(&mapping->ordered))
+                atomic_fetch_sub(&mapping->ordered, 1);
+        if (mapping && *fd < 0)
+                /* None is to be had: who waits for this arena looks now and then. */
+                atomic_store(&mapping->unreachable, true);
+        else if (mapping)
+                bells_keep(mapping, bell, fd);
+        lock_release(&family->arenas_lock, taken);
+}
+
+static int take_bell(uint32_t arena, bool more)
+{
+        struct mapping *mapping = mapping_of(arena);
+        int bell;
+
+        if (atomic_load_explicit(&mapping->unreachable, memory_order_relaxed)) {
+                arena_break_if_unreachable(arena);
+                return -1;
+        }
+        bell = idle_bell(mapping);
+        if (bell >= 0)
+                return bell;
+        if (more || !bell_is_ordered(arena))
+                order_bell(arena);
+        router_receive();
+        return idle_bell(mapping);
+}
+
+int bell_take(uint32_t arena)
+{
+        return take_bell(arena, false);
+}
+
+int bell_take_or_order(uint32_t arena)
+{
+        return take_bell(arena, true);
+}
+
+void bell_return(uint32_t arena, int bell)
+{
+        if (atomic_load_explicit(&mapping_of(arena)->bells[bell], memory_order_relaxed))
+                atomic_fetch_or_explicit(&mapping_of(arena)->idle[bell / 64], bit(bell),
+                                         memory_order_release);
+}
+
+bool bell_is_known(uint32_t arena, uint32_t side, int bell)
+{
+        struct side *ours = &arena_header(mapping_of(arena))->sides[side];
+
+        return atomic_load_explicit(&ours->known[bell / 64], memory_order_relaxed) & bit(bell);
+}
+
+/* The relay is no more, and can't say so: our connections through it are broken. */
+static void break_connections(struct mapping *mapping)
+{
+        uint32_t arena = mapping_number(mapping);
+
+        for (uint32_t slot = 0; slot < SLOTS; slot++)
+                for (uint32_t d = 0; d < SIDES && atomic_load(&mapping->slots[slot]); d++)
+                        atomic_store_explicit(&arena_view(arena, slot, d).ring->broken, 1,
+                                              memory_order_release);
+}
+
+void arena_break_if_unreachable(uint32_t arena)
+{
+        /* ms: a relay whose router has gone takes 2 s to bring all that is under way to its end. */
+        enum { GRACE = 4000 };
+        struct mapping *mapping = mapping_of(arena);
+        uint32_t since = atomic_load_explicit(&mapping->unreachable_since, memory_order_relaxed);
+
+        /* Set to an odd moment, it may be the next one. */
+        if (since && (int32_t)(ticks() - since) > GRACE)
+                break_connections(mapping);
+}
+
+bool bell_drain(uint32_t arena, int bell)
+{
+        struct mapping *mapping = mapping_of(arena);
+        int32_t word = atomic_load(&mapping->bells[bell]);
+        uint32_t never = 0;
+        long got;
+
+        if (word <= 0)
+                return true;
+        got = read_rings(word - 1);
+        if (got == -EBADF || got == -ENOTSOCK) {
+                own_lost();
+                /* A file of the program's may have got the number. The next wait gets a new bell. */
+                if (atomic_compare_exchange_strong(&mapping->bells[bell], &word, 0))
+                        fd_set_word(word - 1, 0);
+                return true;
+        }
+        if (got != POISONED && got != 0 && got < RINGS)
+                return true;
+        /* What is more than honest rings, or carries a descriptor, isn't heard any more. */
+        /* Nobody has the other end, nobody will ring: who waits for this arena looks now and then. */
+        atomic_store(&mapping->unreachable, true);
+        if (!got && atomic_load(&mapping->remote)) {
+                /* Where the relay had it, the relay is gone; otherwise it was the router, and that alone. */
+                if (bell_is_known(arena, 0, bell))
+                        break_connections(mapping);
+                else
+                        atomic_compare_exchange_strong(&mapping->unreachable_since, &never, ticks() | 1);
+        }
+        if (atomic_compare_exchange_strong(&mapping->bells[bell], &word, 0))
+                close_hearing(word - 1, false);
+        return false;
+}
+
+void bell_ringer_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
+{
+        enum taken taken = lock_take(&family->arenas_lock, self());
+        struct mapping *mapping = taken == LOCK_NESTED || side >= SIDES ? NULL : mapping_find(id, 1 - side);
+
+        /* As many as an honest process waits with: the router rings the others. */
+        if (mapping && *fd >= 0 && bell < BELLS && !atomic_load(&mapping->peers[bell]) &&
+            atomic_load(&mapping->kept) < SPARE_BELLS + 2 * atomic_load(&mapping->attached)) {
+                int32_t none = 0;
+                int ours = own_descriptor(*fd);
+
+                *fd = -1;
+                if (ours >= 0 && atomic_compare_exchange_strong(&mapping->peers[bell], &none, ours + 1)) {
+                        atomic_fetch_add(&mapping->kept, 1);
+                        atomic_fetch_or(&arena_header(mapping)->sides[side].known[bell / 64], bit((int)bell));
+                } else if (ours >= 0) {
+                        close_own(ours);
+                }
+        }
+        lock_release(&family->arenas_lock, taken);
+}
+
+/* Who names bells that don't exist makes us speak with the router in vain: so and so often, and never waited
+ * for. */
+static bool may_fetch(struct mapping *mapping)
+{
+        uint32_t time = ticks();
+        uint32_t over =
+            (time - atomic_load_explicit(&mapping->fetched_at, memory_order_relaxed)) / FETCH_PAUSE;
+        uint32_t fetches = atomic_load_explicit(&mapping->fetches, memory_order_relaxed);
+
+        if (over || !fetches) {
+                fetches = fetches > over ? fetches - over : 0;
+                atomic_store_explicit(&mapping->fetched_at, time, memory_order_relaxed);
+        }
+        if (fetches < FETCHES)
+                atomic_store_explicit(&mapping->fetches, fetches + 1, memory_order_relaxed);
+        else
+                atomic_store_explicit(&mapping->fetches, fetches, memory_order_relaxed);
+        return fetches < FETCHES;
+}
+
+/* A descriptor that rings a bell of the other side; -1: we have none, and the router rings it. */
+static int peer_bell(uint32_t arena, uint32_t side, int bell)
+{
+        struct mapping *mapping = mapping_of(arena);
+        struct arena_record *record = &family->arenas[arena];
+        int32_t known = atomic_load_explicit(&mapping->peers[bell], memory_order_acquire);
+
+        if (known > 0)
+                return known - 1;
+        if (!may_fetch(mapping))
+                return -1;
+        router_receive();
+        known = atomic_load_explicit(&mapping->peers[bell], memory_order_acquire);
+        if (known > 0)
+                return known - 1;
+        router_fetch(atomic_load(&record->id), atomic_load(&record->token), 1 - side, (uint32_t)bell);
+        return -1;
+}
+
+/* False: nobody is there any more. A bell that is full rings already. */
+static bool ring_once(int fd)
+{
+        long sent = sys_6(SYS_sendto, fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, 0, 0);
+
+        if (sent == -EBADF || sent == -ENOTSOCK) {
+                own_lost();
+                fd_set_word(fd, 0);
+        }
+        return sent >= 0 || sent == -EAGAIN;
+}
+
+static void forget_peer_bell(uint32_t arena, uint32_t side, int bell, int fd)
+{
+        struct mapping *mapping = mapping_of(arena);
+        int32_t known = fd + 1;
+
+        atomic_fetch_and(&arena_header(mapping)->sides[1 - side].known[bell / 64], ~bit(bell));
+        if (atomic_compare_exchange_strong(&mapping->peers[bell], &known, 0)) {
+                if (is_own_descriptor(fd))
+                        close_own(fd);
+                atomic_fetch_sub(&mapping->kept, 1);
+        }
+}
+
+void ring_bells(struct waiters *waiters, const struct end *end)
+{
+        uint32_t arena = atomic_load_explicit(&end->arena, memory_order_relaxed);
+        uint32_t side = atomic_load_explicit(&end->side, memory_order_relaxed);
+        uint32_t slot = atomic_load_explicit(&end->slot, memory_order_relaxed);
+        struct side *theirs = &arena_header(mapping_of(arena))->sides[1 - side];
+
+        atomic_exchange_explicit(&waiters->any, 0, memory_order_acq_rel);
+        for (int word = 0; word < BELL_WORDS; word++) {
+                uint64_t sleeping = atomic_load_explicit(&waiters->bells[word], memory_order_relaxed);
+
+                if (sleeping)
+                        sleeping = atomic_exchange_explicit(&waiters->bells[word], 0, memory_order_acq_rel);
+                for (; sleeping; sleeping &= sleeping - 1) {
+                        int bell = word * 64 + __builtin_ctzll(sleeping);
+                        int fd;
+
+                        /* First: the router may ring before we are back from asking it. */
+                        atomic_fetch_or_explicit(&theirs->dirty[bell], UINT64_C(1) << slot,
+                                                 memory_order_seq_cst);
+                        fd = peer_bell(arena, side, bell);
+                        if (fd < 0 || ring_once(fd))
+                                continue;
+                        /* The other side has let the arena go and got it again, with new bells under the old
+                         * numbers. */
+                        forget_peer_bell(arena, side, bell, fd);
+                        if (atomic_load(&mapping_of(arena)->remote))
+                                break_connections(mapping_of(arena));
+                        else if ((fd = peer_bell(arena, side, bell)) >= 0)
+                                ring_once(fd);
+                }
+        }
+}

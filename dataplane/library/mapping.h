@@ -1,0 +1,85 @@
+/* The arenas that this process has mapped, and where the rings of an end are in them.
+ *
+ * A mapping stays readable and writable memory when its arena goes (an anonymous one takes its place),
+ * because waiters look at rings without a lock. Only what happens under a flow's lock, after the generation
+ * was compared, means anything.
+ */
+#ifndef FREEFLOW_MAPPING_H
+#define FREEFLOW_MAPPING_H
+
+#include "family.h"
+#include "ring.h"
+
+/* A process's own part of an arena. */
+struct mapping {
+        unsigned char *_Atomic base;
+        _Atomic uint32_t
+            shift; /* log2 of a ring's size; what the arena says about itself isn't believed twice */
+        _Atomic bool remote; /* side 1 is the relay */
+        _Atomic uint64_t id;
+        _Atomic int32_t memfd; /* 1 + descriptor of a local arena's file */
+        _Atomic uint64_t inode;
+        _Atomic bool unreachable;           /* bells can't be had from the router, or have been lost */
+        _Atomic uint32_t unreachable_since; /* of a remote arena: ticks() | 1 */
+        _Atomic uint32_t ordered;           /* bells that the router has been asked for and hasn't sent */
+        _Atomic uint32_t ordered_at;        /* ticks() */
+        _Atomic uint32_t fetches;           /* of the other side's bells, less what time has taken off */
+        _Atomic uint32_t fetched_at;        /* ticks() */
+        _Atomic uint32_t kept;              /* of the other side's bells */
+        _Atomic uint32_t attached;          /* connections that the arena has */
+        _Atomic int32_t bells[BELLS];       /* 1 + receiving end of ours */
+        _Atomic int32_t peers[BELLS];       /* 1 + sending end of the other side's */
+        _Atomic uint32_t
+            armed[BELLS]; /* of epoll instances: rings there may have been since it was emptied */
+        _Atomic uint64_t idle[BELL_WORDS]; /* bells of ours that no thread waits with */
+        _Atomic uint32_t slots[SLOTS];     /* 1 + number of the end in the slot */
+};
+
+/* ARENAS mappings, touched as they are used. NULL until the first grant. */
+extern struct mapping *_Atomic mappings;
+
+static inline struct mapping *mapping_of(uint32_t arena)
+{
+        return &mappings[arena % ARENAS];
+}
+
+static inline uint32_t mapping_number(const struct mapping *mapping)
+{
+        return (uint32_t)(mapping - mappings);
+}
+
+/* Reserve the table of mappings. Returns false if there is no memory. */
+bool mappings_make(void);
+/* The mapping of an arena of which `side` is ours, or NULL. Under family.arenas_lock. */
+struct mapping *mapping_find(uint64_t id, uint32_t side);
+
+static inline struct arena *arena_header(const struct mapping *mapping)
+{
+        return (struct arena *)atomic_load_explicit(&mapping->base, memory_order_acquire);
+}
+
+/* The ring of a direction in a slot. */
+static inline struct view arena_view(uint32_t arena, uint32_t slot, uint32_t direction)
+{
+        const struct mapping *mapping = mapping_of(arena);
+        unsigned char *base = (unsigned char *)arena_header(mapping);
+        uint32_t shift = atomic_load_explicit(&mapping->shift, memory_order_relaxed);
+        size_t number = (size_t)slot * SIDES + direction;
+
+        return view_of((struct ring *)(base + SLOT_OFFSET + number * PAGE),
+                       base + BULK_OFFSET + (number << shift), shift);
+}
+
+/* The rings of an attached end: the one it sends into, and the one it receives from. */
+struct view end_sends(const struct end *end);
+struct view end_receives(const struct end *end);
+
+/* Of an attached end: its peer is on another host. */
+static inline bool end_is_remote(const struct end *end)
+{
+        return atomic_load_explicit(
+            &mapping_of(atomic_load_explicit(&end->arena, memory_order_relaxed))->remote,
+            memory_order_relaxed);
+}
+
+#endif
