@@ -9,13 +9,19 @@
 #include "family.h"
 #include "settings.h"
 
-/* Raised when the kernel reported anything about descriptors that we may carry. */
-extern _Atomic uint32_t ready_news;
+/* How often the kernel has reported something about a descriptor whose connection uses a ring. */
+extern _Atomic uint32_t ready_kernel_reports;
+
+static inline void ready_kernel_reported(void)
+{
+        atomic_fetch_add_explicit(&ready_kernel_reports, 1, memory_order_relaxed);
+}
 
 /* While this doesn't change, the kernel isn't asked again whether a connection has ended. */
 static inline uint32_t ready_stamp(void)
 {
-        return ticks() + atomic_load_explicit(&ready_news, memory_order_relaxed) * UINT32_C(0x9e3779b1);
+        return ticks() +
+               atomic_load_explicit(&ready_kernel_reports, memory_order_relaxed) * UINT32_C(0x9e3779b1);
 }
 
 /* Of a remote ring: nothing more comes in it. The relay says it after the last byte and after `start`. */

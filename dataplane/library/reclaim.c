@@ -3,7 +3,6 @@
 #include "budget.h"
 #include "clock.h"
 #include "mapping.h"
-#include "raw.h"
 #include "sys.h"
 
 #include <sys/mman.h>
@@ -62,7 +61,6 @@ int64_t reclaim_before_sleep(int64_t left)
 {
         uint64_t present, due;
 
-        raw_settle();
         if (__builtin_expect(!atomic_load_explicit(&process.touched, memory_order_relaxed), 1))
                 return left;
         present = now();

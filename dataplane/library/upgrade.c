@@ -279,14 +279,6 @@ void upgrade_sender(int fd, struct end *end)
         statistics_count(&statistics.senders);
 }
 
-bool ready_behind(const struct end *end)
-{
-        struct pollfd polled = {.fd = end_next_descriptor(end, -1), .events = POLLIN | POLLRDHUP};
-        struct timespec at_once = {0};
-
-        return polled.fd < 0 || sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) != 0;
-}
-
 void upgrade_start(struct end *end, const struct view *view)
 {
         atomic_store_explicit(&view->ring->start, atomic_load(&end->tx.position) + 1, memory_order_release);

@@ -1,28 +1,38 @@
 #include "wait.h"
 
-#include "arena.h"
-#include "clock.h"
+#include "bells.h"
 #include "io_uring.h"
 #include "raw.h"
 #include "ready.h"
-#include "reclaim.h"
 #include "remote.h"
 #include "signals.h"
-#include "spin.h"
+#include "sleep.h"
 #include "statistics.h"
-#include "sys.h"
 
 #include <errno.h>
 #include <poll.h>
-#include <time.h>
 
-enum {
-        FIRST_NAP = 1,      /* ms, while nobody can ring: doubled each time */
-        LONGEST_NAP = 1000, /* ms, when a bell is there and the other side hasn't fetched it */
-        LONGEST_BLIND = 16, /* ms, when there is no bell */
+enum { ON_TCP, ON_BELL, ON_SIGNAL, POLLED };
+
+enum { SLEEP_AGAIN = 1 };
+
+struct wait {
+        int fd;
+        struct end *end;
+        uint64_t key;
+        enum want want;
+        const uint64_t *beyond;
+        struct flow *flow;
+        uint32_t arena, side;
+        struct waiters *waiters; /* of the ring at the beginning: the end may be another connection by then */
+        int bell;                /* -1: none yet */
+        bool without;            /* sleep_without_bell() was called */
+        struct sleep sleep;
+        struct signals signals;
+        struct pollfd polled[POLLED];
 };
 
-static bool is_there(struct end *end, enum want want, const uint64_t *beyond)
+static int is_there(struct end *end, enum want want, const uint64_t *beyond)
 {
         if (want == WANT_BYTES && beyond)
                 return atomic_load_explicit(&end_receives(end).ring->tail, memory_order_acquire) != *beyond ||
@@ -30,12 +40,22 @@ static bool is_there(struct end *end, enum want want, const uint64_t *beyond)
         if (want == WANT_BYTES)
                 return ready_bytes(end) ||
                        (atomic_load_explicit(&end->low, memory_order_relaxed) && ready_end(end));
-        /* Where there is no ring any more, TCP says whether there is room. */
+        /* Without a ring, TCP says whether there is room. */
         return atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_RING || ready_space(end);
 }
 
-/* On the peer's own core, spinning keeps it from what we wait for. */
-static bool is_elsewhere(const struct end *end, enum want want)
+static int are_bytes_there(void *end)
+{
+        return is_there(end, WANT_BYTES, NULL);
+}
+
+static int is_space_there(void *end)
+{
+        return is_there(end, WANT_SPACE, NULL);
+}
+
+/* On the peer's own core, spinning would keep the peer from doing what we wait for. */
+static bool peer_is_on_another_core(const struct end *end, enum want want)
 {
         struct view view = want == WANT_BYTES ? end_receives(end) : end_sends(end);
         uint32_t peer = want == WANT_BYTES
@@ -47,22 +67,105 @@ static bool is_elsewhere(const struct end *end, enum want want)
 
 static bool spin(struct end *end, struct flow *flow, enum want want)
 {
-        uint64_t budget = is_elsewhere(end, want) ? spin_budget(&flow->spinner) : 0, start;
-        bool found = false;
+        uint64_t budget = peer_is_on_another_core(end, want) ? spin_budget(&flow->spinner) : 0;
+        bool found = want == WANT_BYTES ? spin_until(&flow->spinner, budget, are_bytes_there, end)
+                                        : spin_until(&flow->spinner, budget, is_space_there, end);
 
-        if (!budget)
-                return false;
-        start = now();
-        do
-                for (int i = 0; i < SPIN_LOOKS && !found; i++) {
-                        relax();
-                        found = is_there(end, want, NULL);
-                }
-        while (!found && now() - start < budget);
-        spin_learn(&flow->spinner, found, budget, now() - start);
         if (found)
                 statistics_count(&statistics.spins);
         return found;
+}
+
+static void use_bell(struct wait *w, int bell)
+{
+        w->bell = bell;
+        if (bell >= 0)
+                w->polled[ON_BELL].fd = bell_descriptor(w->arena, bell);
+}
+
+static void prepare(struct wait *w, uint64_t deadline)
+{
+        bool bytes = w->want == WANT_BYTES;
+
+        w->arena = atomic_load_explicit(&w->end->arena, memory_order_relaxed);
+        w->side = atomic_load_explicit(&w->end->side, memory_order_relaxed);
+        w->waiters = bytes ? &end_receives(w->end).ring->receivers : &end_sends(w->end).ring->senders;
+        w->without = false;
+        w->polled[ON_TCP] =
+            (struct pollfd){.fd = w->fd, .events = bytes && !w->beyond ? POLLIN | POLLRDHUP : POLLRDHUP};
+        w->polled[ON_BELL] = w->polled[ON_SIGNAL] = (struct pollfd){.fd = -1, .events = POLLIN};
+        use_bell(w, bell_take_or_order(w->arena));
+        signals_prepare(&w->signals);
+        if (w->signals.mixed)
+                w->polled[ON_SIGNAL].fd = w->signals.fd;
+        sleep_start(&w->sleep, deadline);
+}
+
+static void arm(struct wait *w)
+{
+        if (w->bell < 0)
+                use_bell(w, bell_take(w->arena));
+        if (w->bell < 0 && w->want == WANT_BYTES && !w->without)
+                w->without = sleep_without_bell(w->end, w->arena);
+        if (w->want == WANT_SPACE)
+                ready_ask(w->end);
+        if (w->bell >= 0)
+                wait_begin(w->waiters, w->bell);
+}
+
+static unsigned short_sleep_reasons(const struct wait *w, bool deferred)
+{
+        unsigned reasons = deferred ? SLEEP_DEFERRED : 0;
+
+        if (w->want == WANT_BYTES && ready_between(w->end))
+                reasons |= SLEEP_BETWEEN;
+        if (w->bell < 0)
+                reasons |= SLEEP_NO_BELL;
+        else if (!bell_is_known(w->arena, w->side, w->bell))
+                reasons |= SLEEP_UNRINGABLE;
+        return w->beyond ? reasons | SLEEP_BEYOND : reasons;
+}
+
+/* One sleep, unless it is there by now. Returns as wait_for(), or SLEEP_AGAIN. */
+static int sleep_once(struct wait *w, bool *news)
+{
+        int64_t left;
+        bool deferred;
+        int got;
+
+        arm(w);
+        if (is_there(w->end, w->want, w->beyond) || !end_is(w->end, w->key))
+                return 0;
+        left = sleep_left(&w->sleep);
+        if (!left)
+                return -EAGAIN;
+        deferred = w->want == WANT_BYTES && remote_defers(w->end);
+        if (w->want == WANT_BYTES && !raw_tcp_is_empty(w->fd, w->end)) {
+                *news = true;
+                return 0;
+        }
+        w->polled[ON_TCP].fd = deferred ? -1 : w->fd;
+        left = sleep_duration(&w->sleep, left, short_sleep_reasons(w, deferred));
+        got = sleep_in_poll(w->polled, POLLED, left, w->signals.mixed ? &w->signals.mask : NULL,
+                            &w->flow->spinner);
+        if (got < 0) {
+                int error = *__errno_location();
+
+                return error == EINTR && !w->sleep.deadline && signals_restart(&w->signals) ? SLEEP_AGAIN
+                                                                                            : -error;
+        }
+        if (got == 0 && w->beyond)
+                return 0;
+        if (got == 0 && !deferred)
+                return SLEEP_AGAIN;
+        if (w->polled[ON_SIGNAL].revents && !w->polled[ON_TCP].revents && !w->polled[ON_BELL].revents)
+                return -EINTR;
+        if (w->polled[ON_BELL].revents)
+                bell_drain(w->arena, w->bell);
+        /* TCP isn't polled while its events are deferred, and may have been reset. */
+        if (w->polled[ON_TCP].revents || deferred)
+                *news = true;
+        return 0;
 }
 
 int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64_t *beyond,
@@ -70,116 +173,29 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
 {
         struct flow *flow = want == WANT_BYTES ? &end->rx : &end->tx;
         uint32_t timeout = atomic_load_explicit(&flow->timeout, memory_order_relaxed);
-        uint32_t arena = atomic_load_explicit(&end->arena, memory_order_relaxed);
-        uint32_t side = atomic_load_explicit(&end->side, memory_order_relaxed);
-        int nap = FIRST_NAP, outcome = 0, saved = *__errno_location();
-        struct waiters *waiters;
-        struct pollfd polled[3] = {{.fd = fd}, {.fd = -1, .events = POLLIN}, {.fd = -1, .events = POLLIN}};
-        struct signals signals;
-        bool elsewhere = false;
-        int bell;
+        struct wait w;
+        int outcome, saved = *__errno_location();
 
         if (timeout && !*deadline)
-                *deadline = now() + timeout * UINT64_C(1000000);
+                *deadline = sleep_deadline(timeout * INT64_C(1000000));
         if (!beyond && spin(end, flow, want))
                 return 0;
         io_uring_check();
         if (!end_is(end, key))
                 return 0;
-        statistics_count(&statistics.sleeps);
-        waiters = want == WANT_BYTES ? &end_receives(end).ring->receivers : &end_sends(end).ring->senders;
-        polled[0].events = want == WANT_BYTES && !beyond ? POLLIN | POLLRDHUP : POLLRDHUP;
-        bell = bell_take_or_order(arena);
-        if (bell >= 0)
-                polled[1].fd = bell_descriptor(arena, bell);
-        signals_prepare(&signals);
-        if (signals.mixed)
-                polled[2].fd = signals.fd;
-        for (;;) {
-                int64_t left = -1; /* ns; -1: for ever */
-                struct timespec time;
-                uint64_t slept;
-                bool withheld;
-                int got;
-
-                if (bell < 0) {
-                        bell = bell_take(arena);
-                        if (bell >= 0)
-                                polled[1].fd = bell_descriptor(arena, bell);
-                }
-                if (bell < 0 && want == WANT_BYTES && !elsewhere && !bell_is_ordered(arena)) {
-                        wait_elsewhere(end);
-                        elsewhere = true;
-                }
-                if (want == WANT_SPACE)
-                        ready_ask(end);
-                if (bell >= 0)
-                        wait_begin(waiters, bell);
-                if (is_there(end, want, beyond) || !end_is(end, key))
-                        break;
-                if (*deadline) {
-                        uint64_t time_now = now();
-
-                        if (time_now >= *deadline) {
-                                outcome = -EAGAIN;
-                                break;
-                        }
-                        left = (int64_t)(*deadline - time_now);
-                }
-                withheld = want == WANT_BYTES && remote_defers(end);
-                if (want == WANT_BYTES && !raw_tcp_is_empty(fd, end)) {
-                        *news = true;
-                        break;
-                }
-                polled[0].fd = withheld ? -1 : fd;
-                if (withheld && (left < 0 || left > REMOTE_SLEEP * INT64_C(1000000)))
-                        left = REMOTE_SLEEP * INT64_C(1000000);
-                if (want == WANT_BYTES && ready_between(end) &&
-                    (left < 0 || left > FIRST_NAP * INT64_C(1000000)))
-                        left = FIRST_NAP * INT64_C(1000000);
-                if (bell < 0 || !bell_is_known(arena, side, bell)) {
-                        int longest = bell < 0 ? LONGEST_BLIND : LONGEST_NAP;
-
-                        if (bell < 0)
-                                arena_break_if_unreachable(arena);
-
-                        if (left < 0 || left > nap * INT64_C(1000000))
-                                left = nap * INT64_C(1000000);
-                        nap = nap * 2 < longest ? nap * 2 : longest;
-                }
-                /* The kernel can't be asked for more than it has already. */
-                if (beyond && (left < 0 || left > LONGEST_BLIND * INT64_C(1000000)))
-                        left = LONGEST_BLIND * INT64_C(1000000);
-                left = reclaim_before_sleep(left);
-                time.tv_sec = left / 1000000000;
-                time.tv_nsec = left % 1000000000;
-                slept = now();
-                got = real()->ppoll(polled, 3, left < 0 ? NULL : &time, signals.mixed ? &signals.mask : NULL);
-                spin_slept(&flow->spinner, now() - slept);
-                if (got < 0) {
-                        if (*__errno_location() == EINTR && !*deadline && signals_restart(&signals))
-                                continue;
-                        outcome = -*__errno_location();
-                        break;
-                }
-                if (got == 0 && beyond)
-                        break;
-                if (got == 0 && !withheld)
-                        continue;
-                if (polled[2].revents && !polled[0].revents && !polled[1].revents) {
-                        outcome = -EINTR;
-                        break;
-                }
-                if (polled[1].revents)
-                        bell_drain(arena, bell);
-                /* TCP isn't heard meanwhile, and may have been reset. */
-                if (polled[0].revents || withheld)
-                        *news = true;
-                break;
-        }
-        if (bell >= 0) {
-                wait_end(waiters, bell);
-                bell_return(arena, bell);
+        w.fd = fd;
+        w.end = end;
+        w.key = key;
+        w.want = want;
+        w.beyond = beyond;
+        w.flow = flow;
+        prepare(&w, *deadline);
+        do
+                outcome = sleep_once(&w, news);
+        while (outcome == SLEEP_AGAIN);
+        if (w.bell >= 0) {
+                wait_end(w.waiters, w.bell);
+                bell_return(w.arena, w.bell);
         }
         *__errno_location() = saved;
         return outcome;
