@@ -70,8 +70,8 @@ struct flow {
 enum stage {
         STAGE_CLOSED,    /* a socket without a connection yet, or none any more */
         STAGE_CANDIDATE, /* connected, counted */
-        STAGE_REQUESTED,     /* the router knows; no answer yet */
-        STAGE_ANSWERING,  /* a thread takes the answer: until it has done so, the end stays */
+        STAGE_REQUESTED, /* the router knows; no answer yet */
+        STAGE_ANSWERING, /* a thread takes the answer: until it has done so, the end stays */
         STAGE_REFUSED,   /* it said no: the next call on the connection stops looking at it */
         STAGE_GRANTED,   /* there is a slot; the next call on the connection checks its counters */
         STAGE_ATTACHED,  /* the flows' phases say the rest */

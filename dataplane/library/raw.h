@@ -32,10 +32,10 @@ extern __thread struct raw_last raw_last __attribute__((tls_model("initial-exec"
 extern _Atomic uint64_t raw_near; /* in units of clock_stamp() */
 
 enum raw {
-        RAW_NONE,    /* nothing went past us */
-        RAW_UNKNOWN, /* not looked at */
-        RAW_BYPASSED,    /* something did, or the program has shut down its side */
-        RAW_LOST,    /* the descriptor isn't this connection any more */
+        RAW_NONE,     /* nothing went past us */
+        RAW_UNKNOWN,  /* not looked at */
+        RAW_BYPASSED, /* something did, or the program has shut down its side */
+        RAW_LOST,     /* the descriptor isn't this connection any more */
 };
 
 /* A connection's first byte in a ring: what the kernel has counted until then. False: not by us. */

@@ -1299,8 +1299,7 @@ ssize_t transfer_receive(struct operation *o, struct end *end, uint64_t key)
                 view = end_receives(end);
                 got = receive_now(o, end, &view, &cursor, done, phase, news);
                 news = false;
-                if (__builtin_expect(got == -EBADF || got == -ENOTSOCK, 0) &&
-                    !end_is_behind(o->fd, end)) {
+                if (__builtin_expect(got == -EBADF || got == -ENOTSOCK, 0) && !end_is_behind(o->fd, end)) {
                         lock_release(&flow->lock, taken);
                         return lost(o, done, false);
                 }

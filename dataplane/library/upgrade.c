@@ -442,7 +442,8 @@ void fall_back(int fd, struct end *end, uint64_t key, uint32_t reason)
         lock_release(&end->rx.lock, rx);
         /* Of a sender that was preempted in the middle of a piece: who asks counts on it that no byte
          * follows. */
-        for (int i = 0; i < NAPS && end_is(end, key) && end_has_rest(end) && !fallback_sender_stopped(end); i++)
+        for (int i = 0; i < NAPS && end_is(end, key) && end_has_rest(end) && !fallback_sender_stopped(end);
+             i++)
                 sys_2(SYS_nanosleep, &nap, 0);
 }
 
