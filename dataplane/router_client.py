@@ -1,6 +1,6 @@
-"""Speaking to the router: what the driver tells it, and what people ask it. Blocking, with a limit in time.
+"""The client of the router's control socket. Calls block, with a time limit.
 
-One request, one connection: the router may be another one next time.
+Each request has a connection of its own, since the router may have been restarted meanwhile.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class RouterClient:
         self._timeout = timeout
 
     def replace_snapshot(self, facts: control.RouterSnapshot) -> None:
-        """Tell it what is true now. Raises DataplaneError."""
+        """Replace the router's snapshot. Raises DataplaneError."""
         self._ask(facts, control.Done)
 
     def answers(self) -> bool:
-        """Whether it answers at all."""
+        """Whether the router answers at all."""
         try:
             self._ask(control.LivenessRequest(), control.Done)
         except DataplaneError:
@@ -40,11 +40,11 @@ class RouterClient:
         return True
 
     def statistics(self) -> control.Statistics:
-        """Counts. Raises DataplaneError."""
+        """The router's counters. Raises DataplaneError."""
         return self._ask(control.StatisticsRequest(), control.Statistics)
 
     def connections(self, namespace: int | None = None) -> control.Connections:
-        """The list of connections; of one namespace, or all. Raises DataplaneError."""
+        """The connections of one namespace, or of all. Raises DataplaneError."""
         return self._ask(control.ConnectionsRequest(namespace=namespace), control.Connections)
 
     def paths(self) -> control.PathCounts:
@@ -59,18 +59,25 @@ class RouterClient:
                 connection.sendall(msgspec.json.encode(request) + b"\n")
                 line = _line(connection)
         except OSError as error:
-            raise RouterAway(f"the router at {self._path} doesn't answer: {error}") from error
+            raise RouterAway(
+                f"the router at {self._path} doesn't answer",
+                cause=str(error),
+                remedy="the plugin restarts it; the plugin's log says why it ended",
+            ) from error
         try:
             reply = msgspec.json.decode(line, type=control.ControlReply)
         except msgspec.MsgspecError as error:
             raise DataplaneError(
-                f"the router at {self._path} said what is no answer: {error}"
+                f"the router at {self._path} sent an invalid reply", cause=str(error)
             ) from error
         if isinstance(reply, control.Failed):
-            raise DataplaneError(f"the router at {self._path} refused: {reply.message}")
+            raise DataplaneError(
+                f"the router at {self._path} refused a request", cause=reply.message
+            )
         if not isinstance(reply, kind):
             raise DataplaneError(
-                f"the router at {self._path} answered {type(reply).__name__}, not {kind.__name__}"
+                f"the router at {self._path} sent an invalid reply",
+                cause=f"{type(reply).__name__} instead of {kind.__name__}",
             )
         return reply
 
@@ -80,6 +87,6 @@ def _line(connection: socket.socket) -> bytes:
     while not received.endswith(b"\n"):
         data = connection.recv(_CHUNK)
         if not data:
-            raise ConnectionResetError("it closed the connection before its answer")
+            raise ConnectionResetError("it closed the connection before it replied")
         received += data
     return bytes(received)

@@ -1,4 +1,4 @@
-"""Running code in a thread of its own."""
+"""Runs code in a thread of its own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 def in_thread(function: Callable[[], T]) -> T:
-    """Run `function` in a thread of its own and return or raise what it does.
+    """Run `function` in a new thread; return its result, or raise its exception.
 
-    Namespaces are a thread's property in Linux: a thread that changed one must not serve anything else.
+    In Linux each thread has its own namespaces. A thread that changed one must not do other work.
     """
     outcome: list[T] = []
     failure: list[BaseException] = []

@@ -22,7 +22,7 @@ from dataplane.router.identities import choose
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.loop import EpollLoop
 from dataplane.router.peer_wire import Message, PeerHello, Withdraw
-from dataplane.router.peers import Sessions
+from dataplane.router.sessions import Sessions
 
 
 class Probe:

@@ -1,7 +1,8 @@
-"""What is to be looked at again: soon at first, then ever more rarely.
+"""A schedule of checks: soon at first, then less and less often.
 
-Thousands of connections that wait or run for hours cost next to nothing; those that ended without a word go soon. An item that
-is forgotten leaves at once, or with the next clean-up: there are never many more entries than items.
+Thousands of connections that wait or run for hours cost next to nothing, and those that ended
+unnoticed are found soon. The entry of a forgotten item is removed when it is due, or by the next
+clean-up, so there are never many more entries than items.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ T = TypeVar("T", bound=Hashable)
 RARELY: Final = 300.0
 """Seconds between two checks of something that has lasted long."""
 SLACK: Final = 64
-"""Entries of forgotten items that are left in the heap, besides as many as there are items."""
+"""Entries of forgotten items that may stay in the heap, besides as many as there are items."""
 
 
 class Agenda(Generic[T]):
-    """Items with times. `first` and `most`: seconds between two looks, doubled from one to the next."""
+    """Items to check, with times.
+
+    The pause between two checks of an item is `first` seconds, doubled each time, up to `most`.
+    """
 
     def __init__(self, first: float, most: float) -> None:
         self._first = first
@@ -28,22 +32,22 @@ class Agenda(Generic[T]):
         self._heap: list[tuple[float, int, float, T]] = []
         self._numbers = itertools.count()
         self._current: dict[T, int] = {}
-        """Item to the number of its entry; an entry of another number is of no use any more."""
+        """Item to the number of its entry; entries with other numbers are obsolete."""
 
     def __len__(self) -> int:
         return len(self._heap)
 
     def add(self, item: T, now: float) -> None:
-        """Look at it after the shortest time."""
+        """Check an item, `first` seconds from now for the first time."""
         self._push(item, now, self._first)
 
     def forget(self, item: T) -> None:
-        """Don't look at it any more."""
+        """Don't check an item any more."""
         self._current.pop(item, None)
         self._clean_up()
 
-    def look(self, now: float, most: int, keep: Callable[[T], bool]) -> None:
-        """Look at what is due, at so many items at most; what isn't to be kept goes."""
+    def check(self, now: float, most: int, keep: Callable[[T], bool]) -> None:
+        """Check the items that are due, `most` at most. An item for which `keep` is false goes."""
         for _ in range(most):
             if not self._heap or self._heap[0][0] > now:
                 return
@@ -61,8 +65,8 @@ class Agenda(Generic[T]):
         self._clean_up()
 
     def _clean_up(self) -> None:
-        """Rarely, so that an item costs its share of it at most."""
+        """Remove obsolete entries; rarely, so that the cost per item stays constant."""
         if len(self._heap) <= 2 * len(self._current) + SLACK:
             return
-        self._heap = [each for each in self._heap if self._current.get(each[3]) == each[1]]
+        self._heap = [entry for entry in self._heap if self._current.get(entry[3]) == entry[1]]
         heapq.heapify(self._heap)

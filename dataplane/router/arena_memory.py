@@ -71,7 +71,9 @@ class LinuxArenaMemory:
         try:
             memory = os.memfd_create("freeflow", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
-            raise KernelRefused(f"making an arena: {error.strerror}") from error
+            raise KernelRefused(
+                "cannot make an arena", cause=error.strerror or str(error)
+            ) from error
         try:
             os.ftruncate(memory, layout.arena_size(ring_size))
             header = layout.HEADER.pack(layout.MAGIC, layout.VERSION, ring_size, remote)
@@ -80,7 +82,9 @@ class LinuxArenaMemory:
             fcntl.fcntl(memory, fcntl.F_ADD_SEALS, seals)
         except OSError as error:
             os.close(memory)
-            raise KernelRefused(f"making an arena: {error.strerror}") from error
+            raise KernelRefused(
+                "cannot make an arena", cause=error.strerror or str(error)
+            ) from error
         return memory
 
     def prepare(self, memory: int, slot: int, incarnation: int) -> None:
@@ -95,7 +99,9 @@ class LinuxArenaMemory:
             for direction in range(layout.SIDES):
                 os.pwrite(memory, header, layout.ring_offset(slot, direction))
         except OSError as error:
-            raise KernelRefused(f"preparing a slot: {error.strerror}") from error
+            raise KernelRefused(
+                "cannot prepare a slot", cause=error.strerror or str(error)
+            ) from error
 
     def leave(self, memory: int, slot: int) -> None:
         """Ask both ends to go on over TCP."""
@@ -134,7 +140,7 @@ class LinuxArenaMemory:
                 socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK
             )
         except OSError as error:
-            raise KernelRefused(f"making a bell: {error.strerror}") from error
+            raise KernelRefused("cannot make a bell", cause=error.strerror or str(error)) from error
         rings.shutdown(socket.SHUT_RD)
         if self._guards:
             refuse_rights(hears)

@@ -284,7 +284,7 @@ class ArenaTable:
 
     def sweep(self, now: float, most: int) -> None:
         """Free slots whose sockets are gone without a word; check so many at most."""
-        self._checks.look(now, most, self._still_used)
+        self._checks.check(now, most, self._still_used)
 
     def _still_used(self, slot_of: tuple[Arena, int, int]) -> bool:
         arena, number, incarnation = slot_of

@@ -1,7 +1,7 @@
-"""Where a connection of a container really leads: what the container's own connection tracking made of a VIP.
+"""Where a container's connection to a VIP leads, by the container's own connection tracking.
 
-ctnetlink, by hand as in `sockets.py`: one question, one answer. A kernel without nf_conntrack_netlink knows nothing, which is
-what it says here too.
+It speaks ctnetlink directly, for the reason given in `socket_table.py`: one request, one reply.
+Without nf_conntrack_netlink in the kernel no connection is found.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PORT: Final = struct.Struct("!H")
 
 
 class Conntrack:
-    """Questions about the connections of one namespace. `namespace` is its descriptor, which stays the caller's."""
+    """Looks up the connections of one namespace. Its descriptor stays the caller's."""
 
     def __init__(self, namespace: int) -> None:
         """Raises KernelRefused."""
@@ -48,13 +48,13 @@ class Conntrack:
         self._sequence = 0
 
     def close(self) -> None:
-        """Let go of the namespace."""
+        """Release the namespace."""
         self._socket.close()
 
     def translated(self, local: Address, remote: Address) -> tuple[Address, Address] | None:
         """The server that a TCP connection over IPv4 leads to, and the client as that server sees it.
 
-        None: the kernel doesn't track it.
+        None: the kernel does not track the connection.
         """
         if local.ip.version != 4:
             return None
@@ -88,8 +88,8 @@ class Conntrack:
                 continue
             if kind != _NEW:
                 return None
-            found = _attributes(data[_HEADER.size + _NFGEN.size : size])
-            reply = _attributes(found[_TUPLE_REPLY])
+            attributes = _attributes(data[_HEADER.size + _NFGEN.size : size])
+            reply = _attributes(attributes[_TUPLE_REPLY])
             ip, proto = _attributes(reply[_TUPLE_IP]), _attributes(reply[_TUPLE_PROTO])
             # The reply goes from the server to the client.
             return (
@@ -108,12 +108,12 @@ def _nested(kind: int, *inner: bytes) -> bytes:
 
 
 def _attributes(data: bytes) -> dict[int, bytes]:
-    found = {}
+    values = {}
     offset = 0
     while offset + _ATTRIBUTE.size <= len(data):
         size, kind = _ATTRIBUTE.unpack_from(data, offset)
         if size < _ATTRIBUTE.size:
             break
-        found[kind & ~_NESTED] = data[offset + _ATTRIBUTE.size : offset + size]
+        values[kind & ~_NESTED] = data[offset + _ATTRIBUTE.size : offset + size]
         offset += (size + 3) & ~3
-    return found
+    return values

@@ -1,6 +1,6 @@
 """Other hosts, put together: sessions with their routers, this host's RDMA device, its relay, and the connections over it.
 
-What each of them is in is in `peers.py`, `finder.py`, `relay.py` and `remote.py`; here is when which of them is started. A host
+What each of them is in is in `sessions.py`, `finder.py`, `relay.py` and `remote.py`; here is when which of them is started. A host
 says that it has RDMA when it has a device; its relay runs as soon as another one has one too.
 """
 
@@ -22,10 +22,10 @@ from dataplane.router.library_wire import IPAddress
 from dataplane.router.loop import Loop
 from dataplane.router.pairing import Pairing
 from dataplane.router.peer_wire import Message, PeerHello
-from dataplane.router.peers import Sessions
 from dataplane.router.relay import SHIPPED, RelayProcess
 from dataplane.router.remote import Phase, Remotes, words
 from dataplane.router.seams import ArenaMemory, SocketTable
+from dataplane.router.sessions import Sessions
 
 log = structlog.get_logger()
 
@@ -207,25 +207,25 @@ class Hosts:
             log.info("RDMA", device="" if opened is None else opened.device, mtu=message.mtu)
             self.remotes.device("")
 
-    # --- sessions (`peers.SessionUser`)
+    # --- sessions (`sessions.SessionUser`)
 
     def up(self, peer: IPAddress, hello: PeerHello) -> None:
-        """See `peers.SessionUser`."""
+        """See `sessions.SessionUser`."""
         self.remotes.up(peer, hello)
         self._decide()
 
     def down(self, peer: IPAddress, reason: str) -> None:
-        """See `peers.SessionUser`."""
+        """See `sessions.SessionUser`."""
         self.remotes.down(peer, reason)
 
     def message(self, peer: IPAddress, message: Message) -> None:
-        """See `peers.SessionUser`."""
+        """See `sessions.SessionUser`."""
         self.remotes.message(peer, message)
         if isinstance(message, PeerHello):
             self._decide()
 
     def eased(self, peer: IPAddress) -> None:
-        """See `peers.SessionUser`."""
+        """See `sessions.SessionUser`."""
         self.remotes.eased(peer)
 
     # --- what can be seen

@@ -1,7 +1,8 @@
-"""Where this host's identity comes from: the Swarm's certificates, or a secret that all hosts share.
+"""Where this host's identity comes from: the Swarm's certificates, or a secret of all hosts.
 
-The Swarm's files are read again when they change (renewal, another role, another Swarm) and are only taken if a TLS handshake
-of the identity with itself succeeds, so a half-written or expired set is never used.
+The Swarm's files are read again when they change (renewal, another role, another Swarm). They are
+used only if a TLS handshake of the identity with itself succeeds, so that a half-written or expired
+set is never used.
 """
 
 from __future__ import annotations
@@ -30,43 +31,49 @@ _HELP: Final = "or set SESSION_KEY to one secret on all hosts"
 
 
 class Identities(Protocol):
-    """Where the identity comes from."""
+    """A source of this host's identity."""
 
     @property
     def reason(self) -> str:
-        """Why there is none; "" if there is one."""
+        """Why there is no identity; "" if there is one."""
 
-    def look(self) -> Identity | None:
-        """The identity now: the same object as long as nothing has changed. Cheap."""
+    def current(self) -> Identity | None:
+        """The current identity: the same object as long as nothing has changed. Cheap."""
 
 
 def choose(
     folder: Path | None, secret: str = "", wall: Callable[[], float] = time.time
 ) -> Identities:
-    """A secret goes before the Swarm; `folder` is the engine's folder of the Swarm, if it can be had."""
+    """A secret has priority over the Swarm.
+
+    `folder` is the engine's folder of the Swarm, if it is mounted.
+    """
     if secret:
-        # Loaded by those who need it: it is large.
+        # Loaded only if needed: the cryptography library is large.
         from dataplane.router import shared_key
 
         return shared_key.KeyIdentity(secret)
     if folder is None:
-        return NoIdentities(f"the Swarm's certificates aren't mounted: mount them, {_HELP}")
+        reason = NoIdentity(
+            "the Swarm's certificates aren't mounted", remedy=f"mount them, {_HELP}"
+        )
+        return NoIdentities(str(reason))
     return SwarmIdentity(folder, wall)
 
 
 @dataclass(frozen=True, slots=True)
 class NoIdentities:
-    """There is none, and there won't be."""
+    """There is no identity, and there will be none."""
 
     reason: str
 
-    def look(self) -> None:
+    def current(self) -> None:
         """See `Identities`."""
         return
 
 
 class SwarmIdentity:
-    """The node's certificate, as the engine keeps it in `certificates` in the Swarm's folder."""
+    """The node's certificate, which the engine keeps in `certificates` in the Swarm's folder."""
 
     def __init__(self, folder: Path, wall: Callable[[], float] = time.time) -> None:
         self._folder = folder / "certificates"
@@ -77,7 +84,7 @@ class SwarmIdentity:
         self._made_of = ""
         self.reason = "not read yet"
 
-    def look(self) -> Identity | None:
+    def current(self) -> Identity | None:
         """See `Identities`."""
         seen = [_stamp(self._folder / name) for name in _NAMES]
         if seen != self._seen or self._unfit is not None:
@@ -85,9 +92,11 @@ class SwarmIdentity:
             self._seen = seen
         identity = self._identity
         if identity is not None and self._wall() >= identity.own.expires:
-            self._drop(
-                "the node's certificate has expired: see whether the engine reaches a manager"
+            reason = NoIdentity(
+                "the node's certificate has expired",
+                remedy="check whether the engine reaches a manager",
             )
+            self._drop(str(reason))
             # The clock may have been wrong.
             self._seen = None
         return self._identity
@@ -116,15 +125,18 @@ class SwarmIdentity:
             root, certificate, key = (_content(self._folder / name) for name in _NAMES)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NoIdentity(
-                f"this host has no certificate of a Swarm: join it to one, {_HELP}"
+                "this host has no certificate of a Swarm", remedy=f"join it to one, {_HELP}"
             ) from error
         except OSError as error:
             raise NoIdentity(
-                f"{error.filename} can't be read: {error.strerror}; see the mount, {_HELP}"
+                f"{error.filename} can't be read",
+                cause=error.strerror or str(error),
+                remedy=f"check the mount, {_HELP}",
             ) from error
         try:
             plain = plain_key(key)
-            # Managers often write the key's headers anew, and an engine that starts again its files: that changes nothing.
+            # Managers often rewrite the key's headers, and an engine rewrites its files when it
+            # starts: the identity is the same.
             made_of = hashlib.sha256("\0".join([root, certificate, plain]).encode()).hexdigest()
             if self._identity is None or made_of != self._made_of:
                 made = make(root, certificate, plain, SWARM_ROLES)
@@ -133,20 +145,20 @@ class SwarmIdentity:
             return self._identity
         except (OSError, ValueError) as error:
             raise _UnfitError(
-                f"the certificates in {self._folder} can't be used: {error}"
+                f"the certificates in {self._folder} can't be used", cause=str(error)
             ) from error
 
 
 class _UnfitError(NoIdentity):
-    """The files are there and don't fit together: perhaps they are just being replaced."""
+    """The files don't fit together: the engine may be replacing them just now."""
 
 
 def plain_key(text: str) -> str:
-    """A key without the header lines that the Swarm adds and OpenSSL doesn't take.
+    """A PEM key without the header lines that the Swarm adds and OpenSSL refuses.
 
     Raises:
         NoIdentity: it is encrypted.
-        ValueError: it is none.
+        ValueError: the text has no key.
     """
     for label, inside in _BLOCK.findall(text):
         if not label.endswith("PRIVATE KEY"):
@@ -155,12 +167,13 @@ def plain_key(text: str) -> str:
         headers = [line for line in lines if ":" in line]
         if label.startswith("ENCRYPTED") or any("ENCRYPTED" in line for line in headers):
             raise NoIdentity(
-                "the node's key is encrypted, as the Swarm is autolocked and this host is a manager: "
-                f"docker swarm update --autolock=false, {_HELP}"
+                "the node's key is encrypted",
+                cause="the Swarm is autolocked and this host is a manager",
+                remedy=f"docker swarm update --autolock=false, {_HELP}",
             )
         body = [line.strip() for line in lines if ":" not in line and line.strip()]
         return "\n".join([f"-----BEGIN {label}-----", *body, f"-----END {label}-----", ""])
-    raise ValueError("there is no key in the key's file")
+    raise ValueError("the key's file has no key")
 
 
 def _stamp(path: Path) -> tuple[int, int, int, int] | None:
@@ -174,5 +187,5 @@ def _stamp(path: Path) -> tuple[int, int, int, int] | None:
 def _content(path: Path) -> str:
     with path.open("rb") as file:
         data = file.read(_MOST)
-    # What isn't ASCII is in no part that counts.
+    # Text that isn't ASCII is outside the PEM blocks.
     return data.decode("ascii", "replace")

@@ -1,4 +1,4 @@
-"""Rate limits: a bucket of events, and a share of the processor. Time fills both."""
+"""Rate limits: a token bucket for events, and a share of the processor. Time refills both."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Bucket:
-    """Allows `rate` per second on average, and as many at once. Time comes from outside."""
+    """A token bucket: `rate` events per second on average, and as many at once."""
 
     rate: float
     level: float
@@ -15,11 +15,11 @@ class Bucket:
 
     @classmethod
     def full(cls, rate: float, now: float) -> Bucket:
-        """A bucket from which nothing was taken."""
+        """A full bucket."""
         return cls(rate, rate, now)
 
     def take(self, now: float, rate: float) -> bool:
-        """Take one; false if there is none. `rate` is what is set by now."""
+        """Take one token; false if there is none. `rate` is the current setting."""
         self._fill(now, rate)
         if self.level < 1:
             return False
@@ -27,12 +27,12 @@ class Bucket:
         return True
 
     def empty(self, now: float, rate: float) -> bool:
-        """Whether there is nothing to take."""
+        """Whether there is no token."""
         self._fill(now, rate)
         return self.level < 1
 
     def full_by(self, now: float, rate: float) -> bool:
-        """Whether as much as possible is in it."""
+        """Whether the bucket is full."""
         self._fill(now, rate)
         return self.level >= rate
 
@@ -44,9 +44,10 @@ class Bucket:
 
 @dataclass(slots=True)
 class Share:
-    """A share of the processor: `rate` seconds of work per second, and at most `most` seconds of work at once.
+    """A share of the processor: `rate` seconds of work per second, `most` seconds at once.
 
-    Work is known only after it was done, so `left` may be negative: then the next work waits until that is paid off.
+    The cost of work is known only afterwards, so `left` may be negative. The next work then waits
+    until it is positive again.
     """
 
     rate: float
@@ -56,14 +57,14 @@ class Share:
 
     @classmethod
     def full(cls, rate: float, most: float, now: float) -> Share:
-        """A share of which nothing was used."""
+        """An unused share."""
         return cls(rate, most, most, now)
 
     def spend(self, seconds: float, now: float) -> None:
-        """Work was done."""
+        """Account for work that was done."""
         self.left = min(self.most, self.left + max(0.0, now - self.at) * self.rate) - seconds
         self.at = now
 
     def pause(self, least: float) -> float:
-        """Seconds to wait until there is as much as `least`; 0 if there is."""
+        """Seconds until `least` seconds of work are left; 0 if they are."""
         return max(0.0, (least - self.left) / self.rate)

@@ -1,7 +1,8 @@
-"""The seam between the router's loop and what has descriptors or times of its own in it.
+"""The router's event loop, as its parts see it: callbacks for descriptors and timers.
 
-One thread: a callback must not wait. Its descriptor may have been closed, and its number given to another, by a callback before
-it in the same round; so events are hints, and who is called looks at the descriptor itself.
+There is one thread, so a callback must not wait. An earlier callback of the same round may have
+closed the descriptor and its number may have been used again. So an event is a hint: the callback
+checks the descriptor itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 
 
 class Timer:
-    """Something to be done later, once."""
+    """A callback that runs once, later."""
 
     __slots__ = ("_do", "due")
 
@@ -25,41 +26,41 @@ class Timer:
 
     @property
     def pending(self) -> bool:
-        """Whether it is still to be done."""
+        """Whether it has neither run nor been cancelled."""
         return self._do is not None
 
     def cancel(self) -> None:
-        """Don't; also after it was done."""
+        """Don't run it. May be called at any time."""
         self._do = None
 
     def fire(self) -> None:
-        """Do it now, unless it was done or cancelled."""
+        """Run it now, unless it has run or was cancelled."""
         do, self._do = self._do, None
         if do is not None:
             do()
 
 
 class Loop(Protocol):
-    """What the parts of the router see of its loop."""
+    """What parts of the router may ask of the loop."""
 
     def watch(self, descriptor: int, events: int, callback: Callable[[int], None]) -> None:
-        """Call with the events (`select.EPOLLIN`, …) of a descriptor, until it is forgotten. Level-triggered."""
+        """Call with the events (`select.EPOLLIN`, …) of a descriptor. Level-triggered."""
 
     def modify(self, descriptor: int, events: int) -> None:
-        """Other events; 0 leaves EPOLLHUP and EPOLLERR."""
+        """Change the events; with 0 only EPOLLHUP and EPOLLERR remain."""
 
     def forget(self, descriptor: int) -> None:
-        """To be called before it is closed."""
+        """Don't watch a descriptor any more; to be called before it is closed."""
 
     def now(self) -> float:
         """Monotonic seconds."""
 
     def after(self, seconds: float, callback: Callable[[], None]) -> Timer:
-        """Call once, not before that time."""
+        """Call once, after so many seconds or a little later."""
 
 
 class EpollLoop:
-    """`Loop` on an epoll instance that its owner waits on."""
+    """A `Loop` on an epoll instance. Its owner waits on that."""
 
     def __init__(self, epoll: select.epoll, clock: Callable[[], float] = time.monotonic) -> None:
         self._epoll = epoll
@@ -95,7 +96,7 @@ class EpollLoop:
     # --- for the owner of the epoll instance
 
     def serve(self, descriptor: int, events: int) -> bool:
-        """Hand over an event; false if nobody watches the descriptor."""
+        """Pass on an event; false if nobody watches the descriptor."""
         callback = self._callbacks.get(descriptor)
         if callback is None:
             return False
@@ -103,7 +104,7 @@ class EpollLoop:
         return True
 
     def fire(self) -> None:
-        """Do what is due. What becomes due by that waits for the next round, so that a round ends."""
+        """Run the timers that are due. Timers that become due meanwhile wait for the next round."""
         now = self._clock()
         due = []
         while self._timers and self._timers[0][0] <= now:
@@ -112,7 +113,7 @@ class EpollLoop:
             timer.fire()
 
     def timeout(self, most: float) -> float:
-        """Seconds until something is due, `most` at most."""
+        """Seconds until the next timer is due, `most` at most."""
         while self._timers and not self._timers[0][2].pending:
             heapq.heappop(self._timers)
         if not self._timers:

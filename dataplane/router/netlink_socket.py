@@ -1,4 +1,4 @@
-"""A netlink socket of a container's namespace: it belongs to where it was made, whoever uses it then."""
+"""Netlink sockets in containers' namespaces. A socket belongs to the namespace it was made in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def netlink_in(namespace: int, protocol: int, what: str) -> socket.socket:
-    """A netlink socket of the namespace behind a descriptor, which stays the caller's. `what` it is for is said in errors.
+    """A netlink socket in the namespace of a descriptor, which stays the caller's.
+
+    Args:
+        namespace: descriptor of the namespace.
+        protocol: NETLINK_… of linux/netlink.h.
+        what: the socket's purpose, for errors.
 
     Raises:
         KernelRefused: the namespace can't be entered, or has no such socket.
@@ -26,13 +31,16 @@ def netlink_in(namespace: int, protocol: int, what: str) -> socket.socket:
     def inside() -> socket.socket:
         if _libc.setns(namespace, _CLONE_NEWNET) != 0:
             raise KernelRefused(
-                f"entering a container's network namespace: {os.strerror(ctypes.get_errno())}"
+                "cannot enter a container's network namespace",
+                cause=os.strerror(ctypes.get_errno()),
             )
         return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
 
     try:
         made = in_thread(inside)
     except OSError as error:
-        raise KernelRefused(f"opening a {what} socket: {error.strerror}") from error
+        raise KernelRefused(
+            f"cannot open a {what} socket", cause=error.strerror or str(error)
+        ) from error
     made.settimeout(_TIMEOUT)
     return made

@@ -186,7 +186,7 @@ class Counts:
 
 
 class Remotes:
-    """`remote_pairing.RemotePairing`, `peers.SessionUser` and `links.Owner` in one: the registry of connections to other hosts."""
+    """`remote_pairing.RemotePairing`, `sessions.SessionUser` and `links.Owner` in one: the registry of connections to other hosts."""
 
     def __init__(
         self,
@@ -960,10 +960,10 @@ class Remotes:
         for ask in [each for each in peer.asks.values() if each.remote is None]:
             self._refuse(ask, reason)
 
-    # --- sessions (`peers.SessionUser`)
+    # --- sessions (`sessions.SessionUser`)
 
     def up(self, address: IPAddress, hello: peers.PeerHello) -> None:
-        """See `peers.SessionUser`."""
+        """See `sessions.SessionUser`."""
         peer = self.peers.get(address)
         if peer is None:
             peer = self.peers[address] = Peer(address)
@@ -985,7 +985,7 @@ class Remotes:
         self.links.wake(address)
 
     def down(self, address: IPAddress, reason: str) -> None:
-        """See `peers.SessionUser`."""
+        """See `sessions.SessionUser`."""
         peer = self.peers.get(address)
         if peer is None or peer.hello is None:
             return
@@ -1022,7 +1022,7 @@ class Remotes:
                 self._break(remote)
 
     def message(self, address: IPAddress, message: peers.Message) -> None:
-        """See `peers.SessionUser`."""
+        """See `sessions.SessionUser`."""
         peer = self.peers.get(address)
         if peer is None or peer.hello is None:
             return
@@ -1055,7 +1055,7 @@ class Remotes:
                 self.links.framed(address, message)
 
     def eased(self, address: IPAddress) -> None:
-        """See `peers.SessionUser`."""
+        """See `sessions.SessionUser`."""
         self.links.eased(address)
 
     def _changed(self, peer: Peer, hello: peers.PeerHello) -> None:

@@ -71,7 +71,7 @@ class RequestTable:
 
     def sweep(self, now: float, most: int) -> None:
         """Remove requests whose sockets are gone; check so many at most."""
-        self._checks.look(now, most, self._still_waits)
+        self._checks.check(now, most, self._still_waits)
 
     def _still_waits(self, waiting: PairRequest) -> bool:
         if self._requests.get(waiting.key) is not waiting:

@@ -1,16 +1,14 @@
-"""One TLS connection to another router, from the first packet to its end; never waits.
+"""One connection to another router, from the first packet to its end. It never waits.
 
-    CONNECTING ─► SHAKING ─► GREETING ─► UP
-         └───────────┴──────────┴────────┴──► OVER
+    CONNECTING ─► HANDSHAKE ─► GREETING ─► UP
+         └────────────┴───────────┴────────┴──► OVER
 
-The certificate is checked before a byte of the other side is looked at. Until its first message has come, a connection has a
-deadline, and what it may cost is bounded: OpenSSL's own buffers and one frame. A handshake costs milliseconds, so an incoming
-one begins only when a whole ClientHello is there and the owner allows it. A session has a share of the loop's time; a peer that
-needs more is read more slowly, and TCP makes it wait. Whatever goes wrong ends it with a reason, told from the loop and never
-from inside a call.
-
-TLS works on memory here and not on the socket: Python's socket with TLS is one without it when the connection was lost at the
-wrong moment, and then hands over what the network says as if a peer had said it.
+The peer's certificate is checked before any of its messages is read. Until its first message has
+come, a connection has a deadline, and what it may cost is bounded: OpenSSL's own buffers and one
+frame. A handshake costs milliseconds, so an incoming one begins only when a complete ClientHello is
+there and the owner allows it. A session has a share of the loop's time: a peer that needs more is
+read more slowly, and TCP makes it wait. Every error ends the connection with a reason. The owner is
+told from the loop, never from inside a call.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import os
 import select
 import socket
 import ssl
-import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -33,42 +30,38 @@ from dataplane.errors import NoIdentity, WrongMessage
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.limits import Share
 from dataplane.router.loop import Loop, Timer
-from dataplane.router.node_identity import PROTOCOL, Certified, Identity, certified
+from dataplane.router.node_identity import Identity
 from dataplane.router.peer_wire import Frames, Message, PeerHello, pack
+from dataplane.router.tls_stream import TlsStream, describe, has_client_hello
 
 log = structlog.get_logger()
 
 DEADLINE: Final = 10.0
 """Seconds from the first packet to the first message."""
 OPENING: Final = 2.0
-"""Seconds from an incoming connection's first packet to its whole ClientHello."""
+"""Seconds from an incoming connection's first packet to its complete ClientHello."""
 SHARE: Final = 0.25
-"""Of the processor, for what one peer says,"""
+"""Share of the processor for the messages of one peer,"""
 BURST: Final = 0.5
 """and seconds of work that it may cause at once, if it has been quiet before."""
 TURN: Final = 0.005
 """Seconds of work after which everybody else is served before more of this peer."""
 MOST_UNSENT: Final = 8 << 20
-"""Bytes that wait for a peer; past them it is too slow to speak with."""
+"""Bytes that wait for a peer. A peer with more is too slow and loses its session."""
 MANY_UNSENT: Final = 1 << 20
-"""Past them it is better to wait with what can wait,"""
+"""Bytes from which on a session is congested: what can wait should wait,"""
 FEW_UNSENT: Final = 256 << 10
-"""until there are no more than these."""
+"""until no more than these are left."""
 _CHUNK: Final = 1 << 16
-"""Bytes read per event: it comes again if there are more."""
+"""Bytes read per event: the event comes again if there are more."""
 _MOST_AT_ONCE: Final = 1 << 18
-_RECORD: Final = struct.Struct("!3xH")
-"""TLSPlaintext's head: type and version, length (RFC 8446, 5.1)."""
-_HANDSHAKE: Final = 22
-_CLIENT_HELLO: Final = 1
-_MOST_RECORD: Final = 1 << 14
 
 
 class SessionState(Enum):
-    """What is being waited for."""
+    """What the connection waits for."""
 
     CONNECTING = "connecting"
-    SHAKING = "shaking hands"
+    HANDSHAKE = "shaking hands"
     GREETING = "waiting for the peer's first message"
     UP = "up"
     OVER = "over"
@@ -82,22 +75,22 @@ class Ending(NamedTuple):
 
 
 class SessionOwner(Protocol):
-    """Who is told."""
+    """The owner of connections hears what happens to them."""
 
     def opened(self, connection: PeerConnection) -> bool:
-        """An incoming connection has sent a whole ClientHello; whether its handshake may begin."""
+        """An incoming connection has sent a complete ClientHello. May its handshake begin?"""
 
     def authenticated(self, connection: PeerConnection) -> None:
-        """The other side is a node of ours: `connection.node`."""
+        """The peer's certificate is that of a node: `connection.node`."""
 
     def heard(self, connection: PeerConnection, message: Message) -> None:
         """A message has come; the first is a Hello."""
 
     def eased(self, connection: PeerConnection) -> None:
-        """Much had been waiting to be sent, and little is now."""
+        """The connection was congested and is no longer."""
 
     def over(self, connection: PeerConnection, ending: Ending) -> None:
-        """Once, as the last."""
+        """The connection is over. Comes once, after everything else."""
 
 
 class PeerConnection:
@@ -113,28 +106,27 @@ class PeerConnection:
         self.node = ""
         self.expires = 0.0
         self.since = loop.now()
-        """When it began, then when it came up."""
+        """When it began; once it is up, when it came up."""
         self.silent = 0
-        """Beats without a byte of the peer; counted by the owner."""
+        """Ticks without a byte of the peer; counted by the owner."""
         self.said: PeerHello | None = None
-        """What the owner has told of itself."""
+        """The last Hello that the owner has sent."""
         self.instance = ""
         self._loop = loop
         self._owner = owner
         self._socket: socket.socket | None = None
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
         context = identity.client if dialled else identity.server
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=not dialled)
+        self._tls = TlsStream(context, server_side=not dialled)
         self._opening: bytearray | None = None if dialled else bytearray()
-        """An incoming connection's first record, until it is whole."""
+        """An incoming connection's first record, until it is complete."""
         self._frames = Frames()
         self._heard: Iterator[Message] = iter(())
-        """Messages that have come and were not handed over."""
+        """Messages that have come and were not handed over yet."""
         self._share = Share.full(SHARE, BURST, loop.now())
         self._resting: Timer | None = None
+        """Runs while the peer is not read, since it has used up its share."""
         self._unsent = bytearray()
-        """Encrypted."""
+        """Encrypted bytes."""
         self._congested = False
         self._events = 0
         self._deadline = loop.after(DEADLINE if dialled else OPENING, self._late)
@@ -142,7 +134,7 @@ class PeerConnection:
     # --- how it begins
 
     def dial(self, port: int, source: IPAddress | None) -> None:
-        """Connect to the peer."""
+        """Connect to the peer, from an address of this host."""
         family = socket.AF_INET if self.peer.version == 4 else socket.AF_INET6
         try:
             made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -167,15 +159,18 @@ class PeerConnection:
         try:
             accepted.setblocking(False)
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.state = SessionState.SHAKING
+            self.state = SessionState.HANDSHAKE
             self._watch(select.EPOLLIN)
         except OSError as error:
             self.end("lost", f"the connection is lost: {error.strerror}")
 
-    # --- what others ask for
+    # --- for the owner
 
     def send(self, message: Message) -> bool:
-        """Send, now or as soon as the peer takes it; false if it won't be. A slow peer loses its connection."""
+        """Send, now or as soon as the peer takes it; false if that can't be.
+
+        A peer that takes too little loses its connection.
+        """
         if self.state not in (SessionState.GREETING, SessionState.UP):
             return False
         data = pack(message)
@@ -191,33 +186,33 @@ class PeerConnection:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended; the owner may not have heard of it yet."""
+        """Whether it has ended; the owner may not have been told yet."""
         return self.state is SessionState.OVER
 
     @property
     def congested(self) -> bool:
-        """Whether so much waits to be sent that more should wait elsewhere; `SessionOwner.eased` tells the end of it."""
+        """Whether so much waits to be sent that more should wait elsewhere, until `eased`."""
         return self._congested
 
     @property
     def has_opened(self) -> bool:
-        """Whether the other side has said as much as a whole ClientHello."""
+        """Whether the peer has sent a complete ClientHello."""
         return self._opening is None
 
     @property
     def is_resting(self) -> bool:
-        """Whether the peer isn't read, since it has used up its share of this router's time."""
+        """Whether the peer is not read, since it has used up its share of this router's time."""
         return self._resting is not None
 
     def came_up(self, instance: str) -> None:
-        """The owner has taken it for a session."""
+        """The owner has made it the session with its peer."""
         self._deadline.cancel()
         self.state = SessionState.UP
         self.instance = instance
         self.since = self._loop.now()
 
     def end(self, word: str, text: str) -> None:
-        """Close it; the owner hears of it from the loop."""
+        """Close it. The owner is told from the loop."""
         if self.is_over:
             return
         self.state = SessionState.OVER
@@ -228,7 +223,7 @@ class PeerConnection:
         self._unsent.clear()
         if self._socket is not None:
             self._loop.forget(self._socket.fileno())
-            # Not a word of farewell: it could have to wait.
+            # Without close_notify, which might have to wait.
             self._socket.close()
         ending = Ending(word, text)
         self._loop.after(0, lambda: self._owner.over(self, ending))
@@ -253,17 +248,17 @@ class PeerConnection:
         self._guard(lambda: self._serve(events))
 
     def _guard(self, do: Callable[[], None]) -> None:
-        """What the other side does can end its connection, and nothing else."""
+        """Whatever the peer does can end its own connection, and nothing else."""
         try:
             do()
         except (ssl.SSLCertVerificationError, NoIdentity) as error:
-            self.end("certificate", _said(error))
+            self.end("certificate", describe(error))
         except ssl.SSLError as error:
-            self.end("tls", _said(error))
+            self.end("tls", describe(error))
         except OSError as error:
             word, text = _LOST[self.state]
             if error.errno == errno.ECONNRESET and self.state is SessionState.CONNECTING:
-                word, text = _LOST[SessionState.SHAKING]
+                word, text = _LOST[SessionState.HANDSHAKE]
             self.end(word, f"{text}: {error.strerror or error}")
         except WrongMessage as error:
             self.end("protocol", str(error))
@@ -276,8 +271,8 @@ class PeerConnection:
         if self.state is SessionState.CONNECTING:
             if not self._connected():
                 return
-            self.state = SessionState.SHAKING
-            self._shake()
+            self.state = SessionState.HANDSHAKE
+            self._shake_hands()
         if events & select.EPOLLOUT:
             self._flush()
         if self.is_resting:
@@ -296,7 +291,7 @@ class PeerConnection:
             plain.getpeername()
         except OSError as error:
             if error.errno == errno.ENOTCONN:
-                # Not our event.
+                # The event was for an earlier socket of this number.
                 return False
             raise
         return True
@@ -312,60 +307,37 @@ class PeerConnection:
         self.silent = 0
         if self._opening is not None:
             self._opening += data
-            if not self._has_client_hello(self._opening) or not self._owner.opened(self):
+            if not has_client_hello(self._opening) or not self._owner.opened(self):
                 return
             data, self._opening = bytes(self._opening), None
             self._deadline.cancel()
             self._deadline = self._loop.after(DEADLINE, self._late)
-        self._incoming.write(data)
-        if self.state is SessionState.SHAKING:
-            self._shake()
+        self._tls.feed(data)
+        if self.state is SessionState.HANDSHAKE:
+            self._shake_hands()
         if self.state in (SessionState.GREETING, SessionState.UP):
             self._hear()
 
-    def _shake(self) -> None:
+    def _shake_hands(self) -> None:
         try:
-            self._tls.do_handshake()
-        except ssl.SSLWantReadError:
-            self._flush()
-            return
+            done = self._tls.shake_hands()
         except ssl.SSLError:
             with suppress(OSError):
-                # What TLS says to the other side of it.
+                # The alert that tells the peer.
                 self._flush()
             raise
         self._flush()
-        if self._tls.selected_alpn_protocol() != PROTOCOL:
-            raise WrongMessage(f"it speaks another protocol than {PROTOCOL}")
-        try:
-            found: Certified = certified(self._tls.getpeercert())
-        except ValueError as error:
-            raise NoIdentity(str(error)) from error
-        self.identity.check(found)
-        self.node = found.node
-        self.expires = found.expires
+        if not done:
+            return
+        peer = self._tls.peer()
+        self.identity.check(peer)
+        self.node = peer.node
+        self.expires = peer.expires
         self.state = SessionState.GREETING
         self._owner.authenticated(self)
 
-    def _has_client_hello(self, data: bytearray) -> bool:
-        """Whether a TLS record with the start of a handshake is whole (RFC 8446, 5.1).
-
-        Raises:
-            WrongMessage: it is something else.
-        """
-        if data[0] != _HANDSHAKE or (
-            len(data) > _RECORD.size and data[_RECORD.size] != _CLIENT_HELLO
-        ):
-            raise WrongMessage("it doesn't begin with a ClientHello of TLS")
-        if len(data) < _RECORD.size:
-            return False
-        (length,) = _RECORD.unpack_from(data)
-        if length > _MOST_RECORD:
-            raise WrongMessage("its first record is longer than TLS allows")
-        return len(data) >= _RECORD.size + int(length)
-
     def _hear(self) -> None:
-        """All that is whole of what has come, as far as the peer's share of time goes."""
+        """Hand over all complete messages that have come, as far as the peer's share allows."""
         begun = time.thread_time()
         while not self.is_over:
             for message in self._heard:
@@ -376,19 +348,18 @@ class PeerConnection:
                 if spent >= TURN:
                     self._rest(spent)
                     return
-            try:
-                data = self._tls.read(_CHUNK)
-            except ssl.SSLWantReadError:
+            data = self._tls.read(_CHUNK)
+            if data is None:
                 break
             if not data:
                 raise OSError(errno.ECONNRESET, "closed by the peer")
             self._heard = self._frames.feed(data)
         self._share.spend(time.thread_time() - begun, self._loop.now())
-        # TLS may have had something of its own to say.
+        # TLS may have something of its own to send.
         self._flush()
 
     def _rest(self, spent: float) -> None:
-        """The peer has had its turn: go on in the next round of the loop, or when its share allows it."""
+        """Go on with the peer in the next round of the loop, or when its share allows it."""
         self._share.spend(spent, self._loop.now())
         self._resting = self._loop.after(self._share.pause(TURN), lambda: self._guard(self._go_on))
         self._flush()
@@ -402,10 +373,10 @@ class PeerConnection:
     def _flush(self) -> None:
         if self.is_over or self._socket is None:
             return
-        self._unsent += self._outgoing.read()
+        self._unsent += self._tls.take()
         try:
             while self._unsent:
-                # Nothing may view the buffer when bytes are taken off it.
+                # A copy: no view of the buffer may exist when bytes are removed from it.
                 sent = self._socket.send(bytes(self._unsent[:_MOST_AT_ONCE]))
                 del self._unsent[:sent]
         except BlockingIOError:
@@ -431,28 +402,8 @@ _HUNG_UP: Final = (
 )
 _LOST: Final = {
     SessionState.CONNECTING: ("unreachable", "can't be reached"),
-    SessionState.SHAKING: ("refused", _HUNG_UP),
+    SessionState.HANDSHAKE: ("refused", _HUNG_UP),
     SessionState.GREETING: ("refused", _HUNG_UP),
     SessionState.UP: ("lost", "the connection is lost"),
     SessionState.OVER: ("lost", "the connection is lost"),
 }
-# What OpenSSL calls an alert of the other side, in words that say whose fault it is.
-_ALERTS: Final = {
-    "CERTIFICATE_REQUIRED": "the peer wants a certificate",
-    "UNKNOWN_CA": "the peer doesn't trust this host's certificate: is it in the same Swarm?",
-    "CERTIFICATE_EXPIRED": "the peer takes this host's certificate for expired: compare the clocks",
-    "BAD_CERTIFICATE": "the peer doesn't take this host's certificate",
-}
-
-
-def _said(error: Exception) -> str:
-    """OpenSSL's errors without the line numbers of its source."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the peer's certificate isn't good: {error.verify_message}"
-    if isinstance(error, ssl.SSLError):
-        name = error.reason or ""
-        for alert, text in _ALERTS.items():
-            if name.endswith(f"ALERT_{alert}"):
-                return text
-        return f"TLS failed: {name.lower().replace('_', ' ') or 'for no reason that it tells'}"
-    return str(error)

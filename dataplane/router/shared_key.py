@@ -40,7 +40,7 @@ class KeyIdentity:
         number = int.from_bytes(stretched, "big") % (_ORDER - 1) + 1
         self._identity = _identity(ec.derive_private_key(number, ec.SECP256R1()))
 
-    def look(self) -> Identity:
+    def current(self) -> Identity:
         """See `Identities`."""
         return self._identity
 

@@ -1,8 +1,9 @@
-"""Closing containers' sockets without waiting.
+"""Closes containers' sockets without waiting.
 
-A unix socket that is closed drops what is still in its queue. Descriptors may be among that, and the last close() of one, say
-of a TCP socket with SO_LINGER, waits for as long as its sender likes. So a socket that may have some in its queue is closed by
-the end of another process: what ends is never made to linger.
+When a unix socket closes, the kernel drops what is still in its queue. There may be descriptors in
+it, and the last close() of one, for example of a TCP socket with SO_LINGER, can wait for as long as
+its sender likes. So a socket that may have descriptors in its queue is given to another process,
+which is then killed: the sockets of a process that ends don't linger.
 """
 
 from __future__ import annotations
@@ -18,33 +19,33 @@ import structlog
 log = structlog.get_logger()
 
 MOST: Final = 512
-"""Sockets that wait to be closed."""
+"""Sockets that may wait to be closed."""
 _LOOK: Final = int(socket.MSG_DONTWAIT | socket.MSG_PEEK)
 _WAITS: Final = (sys.executable, "-I", "-S", "-c", "import os; os.read(0, 1)")
 
 
 class Closer:
-    """Closes sockets of SOCK_SEQPACKET, now or with the next `work`."""
+    """Closes SOCK_SEQPACKET sockets, at once or at the next call of `work`."""
 
     def __init__(self) -> None:
         self._pending: list[int] = []
         self._children: list[subprocess.Popen[bytes]] = []
 
     def close(self, connection: socket.socket) -> None:
-        """Close it now if nothing is in its queue and nothing can come."""
+        """Close a socket, at once if its queue is empty and nothing more can come."""
         if _is_empty(connection):
             connection.close()
         else:
             self.give(connection)
 
     def give(self, connection: socket.socket) -> None:
-        """Close it with the next `work`, whatever is in it."""
+        """Close a socket at the next call of `work`, whatever is in its queue."""
         self._pending.append(connection.detach())
         if len(self._pending) >= MOST:
             self.work()
 
     def work(self) -> None:
-        """Give away what waits, and end the process that got it. To be called now and then."""
+        """Close the sockets that wait, by the end of a process. To be called regularly."""
         self._children = [child for child in self._children if child.poll() is None]
         if not self._pending:
             return
@@ -57,9 +58,9 @@ class Closer:
                 pass_fds=self._pending,
             )
         except OSError as error:
-            log.error("sockets can't be closed for now", reason=str(error))
+            log.error("cannot close sockets for now", reason=str(error))
             return
-        # The child has them: ours isn't the last close.
+        # The child has them, so this is not the last close.
         for descriptor in self._pending:
             os.close(descriptor)
         self._pending.clear()
@@ -70,9 +71,10 @@ class Closer:
 
 
 def _is_empty(connection: socket.socket) -> bool:
-    """Whether nothing is in the queue. Nothing can be sent to it from now on.
+    """Whether the queue is empty. Nothing can be sent to the socket from now on.
 
-    With SO_PASSCRED even an empty packet has a control message, for which there is no room: so the end can be told from it.
+    With SO_PASSCRED even an empty packet has a control message. There is no room for it here, so
+    MSG_CTRUNC tells an empty packet from the end of the connection.
     """
     try:
         connection.shutdown(socket.SHUT_RDWR)

@@ -116,7 +116,9 @@ class Diag:
                 # ESTALE: there is one, with another cookie.
                 if number in (errno.ENOENT, errno.ESTALE):
                     return None
-                raise KernelRefused(f"asking for {local} → {remote}: {os.strerror(number)}")
+                raise KernelRefused(
+                    f"cannot look up the socket {local} → {remote}", cause=os.strerror(number)
+                )
         return None
 
     def connected(self) -> Iterator[TcpSocket | None]:
@@ -146,13 +148,13 @@ class Diag:
         try:
             self._socket.send(header + request)
         except OSError as error:
-            raise KernelRefused(f"asking for TCP sockets: {error.strerror}") from error
+            raise KernelRefused("cannot list TCP sockets", cause=str(error)) from error
 
     def _messages(self) -> Iterator[tuple[int, bytes]]:
         try:
             data = self._socket.recv(_BUFFER)
         except OSError as error:
-            raise KernelRefused(f"the kernel doesn't tell its TCP sockets: {error}") from error
+            raise KernelRefused("cannot list TCP sockets", cause=str(error)) from error
         offset = 0
         while offset + _HEADER.size <= len(data):
             size, kind, _, sequence, _ = _HEADER.unpack_from(data, offset)
@@ -253,14 +255,20 @@ class Namespaces:
             return kind(held[0])
         path = self._path_of(inode)
         if path is None:
-            raise KernelRefused(f"namespace {inode} isn't known; has its container ended?")
+            raise KernelRefused(
+                f"namespace {inode} is unknown", cause="its container may have ended"
+            )
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise KernelRefused(f"namespace {path}: {error.strerror}") from error
+            raise KernelRefused(
+                f"cannot open the namespace {path}", cause=error.strerror or str(error)
+            ) from error
         try:
             if os.fstat(descriptor).st_ino != inode:
-                raise KernelRefused(f"namespace {path} is another one by now")
+                raise KernelRefused(
+                    f"cannot open the namespace {path}", cause="it is another one by now"
+                )
             return kind(descriptor)
         finally:
             os.close(descriptor)

@@ -1,6 +1,7 @@
-"""Unix sockets at well-known paths: bound beside and moved into place, so that there is never none, nor two.
+"""Listening unix sockets at well-known paths.
 
-What a dead router left is replaced; on leaving only what is still ours is removed.
+A socket is bound at a temporary path and then renamed, so that it replaces the one of an earlier
+router at once. When it closes, its path is removed only if no other router has replaced it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from dataplane.router.arena_memory import refuse_rights
 
 
 class BoundSocket:
-    """A listening unix socket at a path. With `guard` it refuses descriptors, if the kernel can: `guarded`."""
+    """A listening unix socket at a path.
+
+    With `guard` it refuses descriptors, if the kernel can do that; `guarded` says whether it does.
+    """
 
     def __init__(
         self, path: Path, kind: int, mode: int, backlog: int, *, guard: bool = True
@@ -23,7 +27,7 @@ class BoundSocket:
         beside.unlink(missing_ok=True)
         self._path = path
         self.socket = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
-        # Before anybody can connect: accepted sockets inherit it.
+        # Before anybody can connect: accepted sockets inherit the option.
         self.guarded = guard and refuse_rights(self.socket)
         self.socket.bind(str(beside))
         beside.chmod(mode)
@@ -32,12 +36,12 @@ class BoundSocket:
         beside.rename(path)
 
     def close(self) -> None:
-        """Stop listening; the path goes if nobody has replaced it."""
+        """Stop listening, and remove the path unless it was replaced."""
         self.remove()
         self.socket.close()
 
     def remove(self) -> None:
-        """The path goes if nobody has replaced it."""
+        """Remove the path unless it was replaced."""
         try:
             if self._path.lstat().st_ino == self._inode:
                 self._path.unlink()

@@ -17,7 +17,7 @@ from dataplane.router.identities import Identities, SwarmIdentity
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.loop import EpollLoop
 from dataplane.router.peer_wire import Message, PeerHello, Withdraw
-from dataplane.router.peers import Sessions
+from dataplane.router.sessions import Sessions
 from testbed.patience import patience
 from tests.unit.swarm_ca import Authority, Node, write
 

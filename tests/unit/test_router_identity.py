@@ -33,7 +33,7 @@ def meet(one: Identity, other: Identity) -> Certified:
 
 def found(origin: module.Identities) -> Identity:
     """The identity, which there is."""
-    identity = origin.look()
+    identity = origin.current()
     assert identity is not None, origin.reason
     return identity
 
@@ -47,7 +47,7 @@ def test_a_node(tmp_path: Path, authority: Authority, role: str) -> None:
     assert (own.node, own.cluster, own.role) == ("node1", CLUSTER, role)
     assert own.expires == pytest.approx(time.time() + 90 * 86400, abs=60)
     assert origin.reason == ""
-    assert origin.look() is origin.look()
+    assert origin.current() is origin.look()
 
 
 def test_headers_matter(authority: Authority) -> None:
@@ -66,7 +66,7 @@ def test_no_swarm(tmp_path: Path) -> None:
     """No folder, an empty one, and a node that has left: no identity, and what to do."""
     for folder in (tmp_path / "nowhere", tmp_path):
         origin = SwarmIdentity(folder)
-        assert origin.look() is None
+        assert origin.current() is None
         assert "join it to one" in origin.reason
         assert "SESSION_KEY" in origin.reason
 
@@ -78,12 +78,12 @@ def test_autolock(tmp_path: Path, authority: Authority) -> None:
     for key in (node.key_text(b"secret"), old):
         write(tmp_path, authority.root, node, key=key)
         origin = SwarmIdentity(tmp_path)
-        assert origin.look() is None
+        assert origin.current() is None
         assert "--autolock=false" in origin.reason
     write(tmp_path, authority.root, node)
-    assert origin.look() is not None
+    assert origin.current() is not None
     write(tmp_path, authority.root, node, key=node.key_text(b"secret"))
-    assert origin.look() is None
+    assert origin.current() is None
 
 
 def test_unreadable(tmp_path: Path, authority: Authority) -> None:
@@ -93,7 +93,7 @@ def test_unreadable(tmp_path: Path, authority: Authority) -> None:
     key.unlink()
     key.mkdir()
     origin = SwarmIdentity(tmp_path)
-    assert origin.look() is None
+    assert origin.current() is None
     assert "swarm-node.key can't be read: Is a directory" in origin.reason
 
 
@@ -108,7 +108,7 @@ def test_renewal_and_roles(tmp_path: Path, authority: Authority) -> None:
     write(tmp_path, authority.root, authority.node("node1", "swarm-manager"))
     assert found(origin).own.role == "swarm-manager"
     shutil.rmtree(tmp_path / "certificates")
-    assert origin.look() is None
+    assert origin.current() is None
     other = Authority()
     write(tmp_path, other.root, other.node("node2", cluster="another"))
     assert found(origin).own.cluster == "another"
@@ -121,10 +121,10 @@ def test_nothing_new(tmp_path: Path, authority: Authority) -> None:
     origin = SwarmIdentity(tmp_path)
     before = found(origin)
     write(tmp_path, authority.root, node)
-    assert origin.look() is before
+    assert origin.current() is before
     more = node.key_text().replace("kek-version: 17", "kek-version: 18\nraft-dek-pending: abc")
     write(tmp_path, authority.root, node, key=more)
-    assert origin.look() is before
+    assert origin.current() is before
     write(tmp_path, authority.root + Authority().root, node)
     assert found(origin) is not before
 
@@ -138,16 +138,16 @@ def test_files_are_replaced_one_by_one(
     before = found(origin)
     new = authority.node("node1", "swarm-manager")
     write(tmp_path, authority.root, new, only=("swarm-node.key",))
-    assert origin.look() is before
+    assert origin.current() is before
     write(tmp_path, authority.root, new, only=("swarm-node.crt",))
     assert found(origin).own.role == "swarm-manager"
     write(tmp_path, authority.root, authority.node("node1"), only=("swarm-node.key",))
-    assert origin.look() is not None
+    assert origin.current() is not None
     monkeypatch.setattr(module, "PATIENCE", 0.0)
-    assert origin.look() is None
+    assert origin.current() is None
     assert "can't be used" in origin.reason
     write(tmp_path, authority.root, new)
-    assert origin.look() is not None
+    assert origin.current() is not None
 
 
 Breaker = Callable[[Authority, Node], tuple[str, str, str]]
@@ -173,7 +173,7 @@ def test_broken_files(tmp_path: Path, authority: Authority, what: str) -> None:
     for file, text in zip(module._NAMES, (root, chain, key), strict=True):
         (folder / file).write_text(text, "latin-1")
     origin = SwarmIdentity(tmp_path)
-    assert origin.look() is None
+    assert origin.current() is None
     assert "can't be used" in origin.reason
 
 
@@ -181,17 +181,17 @@ def test_expiry(tmp_path: Path, authority: Authority) -> None:
     """An expired certificate is no identity: neither one that is found so, nor one that becomes so."""
     write(tmp_path, authority.root, authority.node("node1", lasts=timedelta(hours=-1)))
     origin = SwarmIdentity(tmp_path)
-    assert origin.look() is None
+    assert origin.current() is None
     assert "expired" in origin.reason
     write(tmp_path, authority.root, authority.node("node1", lasts=timedelta(hours=1)))
     now = [time.time()]
     origin = SwarmIdentity(tmp_path, lambda: now[0])
-    assert origin.look() is not None
+    assert origin.current() is not None
     now[0] += 3601
-    assert origin.look() is None
+    assert origin.current() is None
     assert "expired" in origin.reason
     now[0] -= 3601
-    assert origin.look() is not None
+    assert origin.current() is not None
 
 
 def test_rotation_of_the_root(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_uses(tmp_path: Path, authority: Authority, use: ExtendedKeyUsageOID) ->
     """A certificate for one direction alone is none of a node: theirs are for both."""
     write(tmp_path, authority.root, authority.node("node1", uses=(use,)))  # type: ignore[arg-type]
     origin = SwarmIdentity(tmp_path)
-    assert origin.look() is None
+    assert origin.current() is None
 
 
 def test_a_secret() -> None:
@@ -297,7 +297,7 @@ def test_a_secret_goes_before_the_swarm(tmp_path: Path, authority: Authority) ->
     assert found(choose(tmp_path)).own.node == "node1"
     assert found(choose(tmp_path, "s" * 32)).own.role == "freeflow-host"
     neither = choose(None)
-    assert neither.look() is None
+    assert neither.current() is None
     assert "SESSION_KEY" in neither.reason
 
 
@@ -307,7 +307,7 @@ def test_nothing_is_left_open(tmp_path: Path, authority: Authority) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     found(SwarmIdentity(tmp_path))
     write(tmp_path, authority.root, authority.node("node1"), key="x")
-    assert SwarmIdentity(tmp_path).look() is None
+    assert SwarmIdentity(tmp_path).current() is None
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(
         module._NAMES

@@ -547,9 +547,9 @@ def test_looks_become_rare(world: World) -> None:
     agenda: Agenda[int] = Agenda(first=5, most=40)
     agenda.add(1, now=0)
     for now in range(200):
-        agenda.look(now, 10, lambda _, at=now: looks.append(at) or True)  # type: ignore[misc, func-returns-value]
+        agenda.check(now, 10, lambda _, at=now: looks.append(at) or True)  # type: ignore[misc, func-returns-value]
     assert looks == [5, 15, 35, 75, 115, 155, 195]
-    agenda.look(300, 10, lambda _: False)
+    agenda.check(300, 10, lambda _: False)
     assert len(agenda) == 0
 
 
@@ -558,7 +558,7 @@ def test_not_all_at_once(world: World) -> None:
     agenda: Agenda[int] = Agenda(first=5, most=40)
     for number in range(10):
         agenda.add(number, now=0)
-    agenda.look(6, 3, lambda _: False)
+    agenda.check(6, 3, lambda _: False)
     assert len(agenda) == 7
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from dataplane.router import peers
+from dataplane.router import sessions
 from dataplane.router.identities import choose
 from dataplane.router.peer_wire import Offer, Owns, PeerFrame, PeerHello, PeerPing, Withdraw
-from dataplane.router.peers import Sessions
+from dataplane.router.sessions import Sessions
 from tests.unit.session_world import Recorder, World, free_port
 from tests.unit.swarm_ca import Authority, write
 
@@ -59,7 +59,7 @@ def test_who_dials(world: World) -> None:
 @pytest.mark.parametrize("courtesy", [0.0, 1.0])
 def test_both_dial(world: World, monkeypatch: pytest.MonkeyPatch, courtesy: float) -> None:
     """However the dials of both cross, both end with the same one session and neither is told of two."""
-    monkeypatch.setattr(peers, "COURTESY", courtesy)
+    monkeypatch.setattr(sessions, "DIAL_DELAY", courtesy)
     made = [world.router(number) for number in (1, 2, 3, 4)]
     world.acquaint(*made)
     world.until("all sessions", lambda: world.joined(*made))
@@ -140,7 +140,7 @@ def test_a_host_that_lost_its_power(world: World, numbers: tuple[int, int]) -> N
     assert lost is not None
     # As if its packets went nowhere from now on.
     world.loop.forget(lost._socket.fileno())  # type: ignore[union-attr]
-    other.sessions._stop_listening()
+    other.sessions.listener.close()
     other.sessions._peers.clear()
     again = world.router(numbers[1])
     again.sessions.want({one.address}, again.address)
@@ -157,7 +157,7 @@ def test_a_dead_peer(world: World) -> None:
     stuck = other.sessions.session(one.address)
     assert stuck is not None
     world.loop.forget(stuck._socket.fileno())  # type: ignore[union-attr]
-    other.sessions._beat.cancel()  # type: ignore[union-attr]
+    other.sessions._ticks.cancel()  # type: ignore[union-attr]
     world.skip(8)
     assert "nothing was heard" in str(one.user.all("down")[0])
 
@@ -213,7 +213,7 @@ def test_another_address_of_this_host(world: World) -> None:
     # The kernel's choice is 127.0.0.1.
     one.sessions.want({other.address}, IPv4Address("127.0.0.77"))
     other.sessions.want({one.address}, IPv4Address("127.0.0.66"))
-    one.sessions._stop_listening()
+    one.sessions.listener.close()
     world.skip(6)
     world.until("a session", lambda: world.joined(one, other))
     assert other.sessions.counts().ended["foreign"] > 0
@@ -254,7 +254,7 @@ def test_certificates_that_are_not_taken(
     folder = world.folder / "host2"
     write(folder, authority.root, node)
     origin = choose(folder)
-    kept = origin.look()
+    kept = origin.current()
     assert kept is not None
     if what == "expired":
         time.sleep(1.1)

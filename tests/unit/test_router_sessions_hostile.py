@@ -15,7 +15,8 @@ from typing import TypeVar
 import msgspec
 import pytest
 
-from dataplane.router import identities, node_identity, peers, session
+from dataplane.errors import WrongMessage
+from dataplane.router import identities, node_identity, session, session_listener
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.node_identity import Identity
 from dataplane.router.peer_wire import (
@@ -54,7 +55,7 @@ def host(world: World) -> Router:
 
 
 def _ip(text: str) -> IPAddress:
-    return peers._plain(text)
+    return session_listener.plain_address(text)
 
 
 def during(world: World, do: Callable[[], T]) -> T:
@@ -146,7 +147,7 @@ def test_garbage(world: World, host: Router, what: str) -> None:
             made.close()
 
     during(world, send)
-    world.until("its end", lambda: not host.sessions._sources[_ip(ADDRESS)].strangers)
+    world.until("its end", lambda: not host.sessions.listener.sources[_ip(ADDRESS)].connections)
     assert host.user.told == []
 
 
@@ -196,9 +197,9 @@ def test_flood(world: World, host: Router) -> None:
         made.connect_ex(("127.0.0.1", world.port))
         flood.append(made)
         world.round(0)
-        most = max(most, len(host.sessions._sources[_ip(ADDRESS)].strangers))
+        most = max(most, len(host.sessions.listener.sources[_ip(ADDRESS)].connections))
     world.run(0.2)
-    assert most == peers.STRANGERS_EACH
+    assert most == session_listener.UNAUTHENTICATED_EACH
     counts = host.sessions.counts()
     assert counts.ended["limit"] >= 280
     assert friend.sessions.send(host.address, Withdraw(5))
@@ -253,7 +254,7 @@ def test_siege(world: World, host: Router, what: str) -> None:
 
 def test_many_handshakes(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) -> None:
     """Handshakes with one address that don't lead to a session begin at a bounded rate."""
-    monkeypatch.setattr(peers, "HANDSHAKES", 5.0)
+    monkeypatch.setattr(session_listener, "HANDSHAKES", 5.0)
     context = _plain_context()
 
     def shake() -> None:
@@ -270,7 +271,7 @@ def test_many_handshakes(world: World, host: Router, monkeypatch: pytest.MonkeyP
 
 def test_many_sources(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """All strangers together are bounded too."""
-    monkeypatch.setattr(peers, "STRANGERS", 6)
+    monkeypatch.setattr(session_listener, "UNAUTHENTICATED", 6)
     host = world.router(1)
     host.sessions.want({_ip(f"127.0.1.{n}") for n in range(1, 20)}, None)
     calls = []
@@ -281,7 +282,7 @@ def test_many_sources(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         made.connect_ex(("127.0.0.1", world.port))
         calls.append(made)
     world.run(0.2)
-    assert sum(len(each.strangers) for each in host.sessions._sources.values()) == 6
+    assert sum(len(each.connections) for each in host.sessions.listener.sources.values()) == 6
     assert host.sessions.counts().ended["limit"] == 13
     for made in calls:
         made.close()
@@ -419,7 +420,7 @@ def test_dropped(world: World, host: Router) -> None:
 
     def drop(peer: IPAddress, message: Message) -> None:
         told(peer, message)
-        host.sessions.drop(peer, "lies")
+        raise WrongMessage("lies")
 
     host.user.message = drop  # type: ignore[method-assign]
     tls.send(pack(Withdraw(1)) * 100)
@@ -483,7 +484,7 @@ def test_congestion(world: World, host: Router) -> None:
         sent += 1
     assert host.user.all("eased") == []
     # Nothing else shall wake what waits.
-    host.sessions._beat.cancel()  # type: ignore[union-attr]
+    host.sessions._ticks.cancel()  # type: ignore[union-attr]
     frames, heard = Frames(), list[Message]()
 
     def read() -> None:
@@ -595,7 +596,7 @@ def test_two_nodes_at_one_address(world: World, host: Router) -> None:
 
 def test_no_descriptors(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a descriptor for a new connection the router goes on, and takes it when there is one again."""
-    listener = host.sessions._listener
+    listener = host.sessions.listener._socket
     assert listener is not None
 
     class Exhausted:
@@ -608,11 +609,11 @@ def test_no_descriptors(world: World, host: Router, monkeypatch: pytest.MonkeyPa
             assert listener is not None
             return listener.fileno()
 
-    monkeypatch.setattr(host.sessions, "_listener", Exhausted())
+    monkeypatch.setattr(host.sessions.listener, "_socket", Exhausted())
     waiting = call(world)
     world.run(0.1)
     assert host.sessions.counts().accepted == 0
-    monkeypatch.setattr(host.sessions, "_listener", listener)
+    monkeypatch.setattr(host.sessions.listener, "_socket", listener)
     world.skip(2)
     world.until("it", lambda: host.sessions.counts().accepted == 1)
     waiting.close()

@@ -1,23 +1,18 @@
-"""Sessions with the routers of other hosts: at most one for each peer's address, come back by themselves.
+"""Sessions with the routers of other hosts: one for each peer's address at most.
 
-Both hosts may dial. The one with the smaller node ID chooses: the other says Hello as soon as it trusts the certificate, the
-chooser only on the connection that it takes; so both always mean the same one. Only the addresses of hosts that share a
-network with this one are dialled or let in, and what they may cost before they have shown a certificate is bounded.
+Both hosts may dial. The one with the smaller node ID chooses: the other says Hello as soon as it
+trusts the certificate, the chooser only on the connection that it takes. So both always mean the
+same connection. A session that is lost comes back by itself. Only the addresses of hosts that share
+a network with this one are dialled or let in.
 """
 
 from __future__ import annotations
 
-import errno
 import random
-import select
-import socket
-import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Set
-from contextlib import suppress
-from dataclasses import dataclass, field
-from ipaddress import ip_address
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import msgspec
@@ -26,54 +21,48 @@ import structlog
 from dataplane.errors import WrongMessage
 from dataplane.router.identities import Identities
 from dataplane.router.library_wire import IPAddress
-from dataplane.router.limits import Bucket
 from dataplane.router.loop import Loop, Timer
 from dataplane.router.node_identity import Identity
 from dataplane.router.peer_wire import PEER_VERSION, Message, PeerHello, PeerPing, PeerPong, ip_of
 from dataplane.router.session import DEADLINE, Ending, PeerConnection
+from dataplane.router.session_listener import SessionListener
 
 log = structlog.get_logger()
 
-BEAT: Final = 1.0
+TICK: Final = 1.0
+"""Seconds between two pings of a peer."""
 SILENCE: Final = 5
-"""Beats without a word of the peer after which a session is dead. Beats, not seconds: a router that was stopped for a while
-reads first what has come, and judges then."""
+"""Ticks without a byte of the peer after which a session is dead. Ticks, not seconds: a router that
+was stopped for a while first reads what has come, and judges then."""
 LEAST_PAUSE: Final = 1.0
 MOST_PAUSE: Final = 30.0
 """Seconds between two dials of a peer, doubled each time."""
-LASTS: Final = 10.0
+STABLE: Final = 10.0
 """Seconds after which a session counts as good: its loss is no failed dial."""
-COURTESY: Final = 1.0
-"""Seconds that the host of the greater address leaves to the other, so that not both dial."""
-STRANGERS: Final = 64
-STRANGERS_EACH: Final = 16
-"""Incoming connections without a session, altogether and of one address. A newcomer takes the place of the oldest that hasn't
-sent a ClientHello, or whose handshake is slow. So those who share a host's address can't keep the host out by saying nothing."""
-SLOW: Final = 2.0
-"""Seconds after which a handshake is slow."""
-HANDSHAKES: Final = 16.0
-"""Handshakes that begin per second with one address, and as many at once. Each costs some milliseconds."""
-_AT_ONCE: Final = 32
-_BACKLOG: Final = 128
-_TELLING: Final = ("certificate", "protocol", "bug")
-"""What an incoming connection that came to nothing tells of its peer; the rest may be anybody's."""
-_RESET: Final = struct.pack("ii", 1, 0)
+DIAL_DELAY: Final = 1.0
+"""Seconds that the host with the greater address waits before it dials, so that not both dial."""
+_INFORMATIVE: Final = ("certificate", "protocol", "bug")
+"""Words of an incoming connection's end that say something about its peer. Other failures may be
+anybody's."""
 
 
 class SessionUser(Protocol):
-    """Who needs the sessions. It's called from the loop, never from inside a call to `Sessions`."""
+    """The user of the sessions is called from the loop, never from inside a call to `Sessions`."""
 
     def up(self, peer: IPAddress, hello: PeerHello) -> None:
         """There is a session. The node is the certificate's; the rest is the peer's word."""
 
     def down(self, peer: IPAddress, reason: str) -> None:
-        """It's gone: once for each `up`. What was sent last may not have arrived."""
+        """The session is gone: once for each `up`. What was sent last may not have arrived."""
 
     def message(self, peer: IPAddress, message: Message) -> None:
-        """Something was said; a Hello if `data_path` or `rdma` has changed. WrongMessage ends the session."""
+        """A message has come; a Hello if `data_path`, `rdma` or `ring` has changed.
+
+        WrongMessage ends the session.
+        """
 
     def eased(self, peer: IPAddress) -> None:
-        """The session was congested and isn't any more."""
+        """The session was congested and is no longer."""
 
 
 class SessionCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,26 +85,17 @@ class _Peer:
     session: PeerConnection | None = None
     hello: PeerHello | None = None
     told: bool = False
-    """Whether the user has heard of the session."""
+    """Whether the user has been told of the session."""
     dialled: PeerConnection | None = None
     any_source: bool = False
-    """Whether the next dial leaves it to the kernel from which of this host's addresses it goes out."""
+    """Whether the kernel chooses the address of this host from which the next dial goes out."""
     timer: Timer | None = None
     """The next dial."""
     reason: str = "not dialled yet"
 
 
-@dataclass(slots=True)
-class _Source:
-    """What comes from one address without being a session."""
-
-    bucket: Bucket
-    strangers: dict[PeerConnection, None] = field(default_factory=dict)
-    """The oldest first."""
-
-
 class Sessions:
-    """See the module. `start` it, tell it whom to `want`, and `introduce` this host."""
+    """`start` it, tell it which peers to `want`, and `introduce` this host."""
 
     def __init__(
         self,
@@ -133,26 +113,28 @@ class Sessions:
         self._loop = loop
         self._identities = identities
         self._user = user
-        self._port = port
-        self._bind = bind
         self._wall = wall
         self._jitter = jitter
         self._said = PeerHello(instance=instance, node="0", data_path="", rdma=False, build=build)
         self._identity: Identity | None = None
         self._source: IPAddress | None = None
         self._peers: dict[IPAddress, _Peer] = {}
-        self._sources: dict[IPAddress, _Source] = {}
-        self._listener: socket.socket | None = None
-        self._not_listening = ""
-        self._paused: Timer | None = None
-        self._beat: Timer | None = None
-        self._dialled = self._accepted = self._begun = 0
+        self._ticks: Timer | None = None
+        self._dialled = self._begun = 0
         self._ended: Counter[str] = Counter()
+        self.listener = SessionListener(
+            loop,
+            self,
+            lambda address: address in self._peers,
+            port=port,
+            bind=bind,
+            ended=self._ended,
+        )
 
     # --- what the user says
 
     def start(self) -> None:
-        """Read the identity, and begin to beat."""
+        """Read the identity, and begin to tick."""
         self._tick()
 
     def introduce(self, *, data_path: str, rdma: bool, ring: int = 0) -> None:
@@ -173,14 +155,14 @@ class Sessions:
         for address in peers:
             if address not in self._peers and address != source:
                 peer = self._peers[address] = _Peer(address)
-                self._dial_in(peer, self._courtesy(address))
+                self._dial_in(peer, self._dial_delay(address))
         self._listen_or_not()
 
     def listen(self, port: int) -> None:
         """Another port, of all hosts."""
-        if port != self._port:
-            self._port = port
-            self._stop_listening()
+        if port != self.listener.port:
+            self.listener.close()
+            self.listener.port = port
             self._listen_or_not()
 
     def use(self, identities: Identities) -> None:
@@ -199,18 +181,11 @@ class Sessions:
             log.error("a message can't be sent", peer=str(peer), reason=str(error))
             return False
 
-    def drop(self, peer: IPAddress, reason: str) -> None:
-        """End a session whose peer talks nonsense."""
-        session = self.session(peer)
-        if session is not None:
-            session.end("protocol", reason)
-
     def close(self) -> None:
         """End all. Nobody is told."""
-        self._stop_listening()
-        for timer in (self._beat, self._paused):
-            if timer is not None:
-                timer.cancel()
+        self.listener.close()
+        if self._ticks is not None:
+            self._ticks.cancel()
         for peer in self._peers.values():
             peer.told = False
             if peer.timer is not None:
@@ -236,7 +211,7 @@ class Sessions:
         """Why there are no sessions at all; "" if there may be."""
         if self._identity is None:
             return self._identities.reason or "the identity isn't read yet"
-        return self._not_listening
+        return self.listener.reason
 
     def session(self, peer: IPAddress) -> PeerConnection | None:
         """The session with a peer, if one is up."""
@@ -265,7 +240,7 @@ class Sessions:
         return SessionCounts(
             up=sum(self.session(address) is not None for address in self._peers),
             dialled=self._dialled,
-            accepted=self._accepted,
+            accepted=self.listener.accepted,
             begun=self._begun,
             ended=dict(self._ended),
         )
@@ -273,7 +248,7 @@ class Sessions:
     # --- each second
 
     def _tick(self) -> None:
-        self._beat = self._loop.after(BEAT, self._tick)
+        self._ticks = self._loop.after(TICK, self._tick)
         self._recognise()
         self._listen_or_not()
         now = self._wall()
@@ -283,16 +258,16 @@ class Sessions:
                 continue
             session.silent += not session.is_resting
             if session.silent > SILENCE:
-                session.end("silent", f"nothing was heard for {SILENCE * BEAT:g} s")
+                session.end("silent", f"nothing was heard for {SILENCE * TICK:g} s")
             elif now >= session.expires:
                 session.end("certificate", "the peer's certificate has expired")
             else:
                 session.send(PeerPing())
-        self._forget_sources()
+        self.listener.tick()
 
     def _recognise(self) -> None:
         """Take over what has become of this host's identity; sessions of another one end, and are dialled anew."""
-        identity = self._identities.look()
+        identity = self._identities.current()
         if identity is self._identity:
             return
         self._identity = identity
@@ -301,31 +276,38 @@ class Sessions:
             connection.end("identity", text)
         if identity is None:
             log.warning("no sessions with other hosts", reason=self._identities.reason)
-            self._stop_listening()
+            self.listener.close()
             return
         log.info("sessions with other hosts", node=identity.own.node, role=identity.own.role)
         self._said = msgspec.structs.replace(self._said, node=identity.own.node)
         for peer in self._peers.values():
             peer.pause = LEAST_PAUSE
-            self._dial_in(peer, self._courtesy(peer.address))
+            self._dial_in(peer, self._dial_delay(peer.address))
         self._listen_or_not()
 
     def _connections(self) -> list[PeerConnection]:
         """All that aren't over."""
-        found = [stranger for source in self._sources.values() for stranger in source.strangers]
+        connections = list(self.listener.connections())
         for peer in self._peers.values():
-            found += [each for each in (peer.session, peer.dialled) if each is not None]
-        return found
+            connections += [each for each in (peer.session, peer.dialled) if each is not None]
+        return connections
+
+    def _listen_or_not(self) -> None:
+        """The port is open only while there are peers."""
+        if self._identity is None or not self._peers:
+            self.listener.close()
+        else:
+            self.listener.open(self._identity)
 
     # --- dialling
 
-    def _courtesy(self, address: IPAddress) -> float:
+    def _dial_delay(self, address: IPAddress) -> float:
         source = self._source
         first = source is None or (source.version, source.packed) < (
             address.version,
             address.packed,
         )
-        return 0.0 if first else COURTESY
+        return 0.0 if first else DIAL_DELAY
 
     def _dial_in(self, peer: _Peer, seconds: float) -> None:
         if peer.timer is not None:
@@ -337,7 +319,7 @@ class Sessions:
             return
         self._dialled += 1
         peer.dialled = PeerConnection(self._loop, self, self._identity, peer.address, dialled=True)
-        peer.dialled.dial(self._port, None if peer.any_source else self._source)
+        peer.dialled.dial(self.listener.port, None if peer.any_source else self._source)
 
     def _dial_again(self, peer: _Peer) -> None:
         """After a failure."""
@@ -351,115 +333,17 @@ class Sessions:
         for connection in (peer.session, peer.dialled):
             if connection is not None:
                 connection.end("unwanted", "no network is shared any more")
-        source = self._sources.get(peer.address)
-        for connection in [] if source is None else list(source.strangers):
+        for connection in self.listener.connections_of(peer.address):
             connection.end("unwanted", "no network is shared any more")
         if peer.session is not None:
             # Its end finds the peer gone, or another of the same address.
             self._loop.after(0, lambda: self._tell_down(peer, "no network is shared any more"))
 
-    # --- being dialled
-
-    def _listen_or_not(self) -> None:
-        """The port is open only for somebody."""
-        if self._identity is None or not self._peers:
-            self._stop_listening()
-            return
-        if self._listener is not None:
-            return
-        try:
-            self._listener = _listener(self._bind, self._port)
-        except OSError as error:
-            reason = f"TCP port {self._port} can't be listened on: {error.strerror or error}; see SESSION_PORT"
-            if reason != self._not_listening:
-                log.error("sessions can't be accepted", reason=reason)
-            self._not_listening = reason
-            return
-        self._not_listening = ""
-        self._loop.watch(self._listener.fileno(), select.EPOLLIN, lambda _: self._accept())
-
-    def _stop_listening(self) -> None:
-        self._not_listening = ""
-        if self._listener is not None:
-            self._loop.forget(self._listener.fileno())
-            self._listener.close()
-            self._listener = None
-
-    def _accept(self) -> None:
-        for _ in range(_AT_ONCE):
-            if self._listener is None:
-                return
-            try:
-                accepted, address = self._listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                    log.error("no descriptor for a session", reason=error.strerror)
-                    self._loop.modify(self._listener.fileno(), 0)
-                    self._paused = self._loop.after(BEAT, self._accept_again)
-                    return
-                continue
-            self._admit(accepted, str(address[0]))
-
-    def _accept_again(self) -> None:
-        if self._listener is not None:
-            self._loop.modify(self._listener.fileno(), select.EPOLLIN)
-
-    def _admit(self, accepted: socket.socket, text: str) -> None:
-        address = _plain(text)
-        word = "foreign" if address not in self._peers else self._too_many(address)
-        if word or self._identity is None:
-            self._ended[word] += 1
-            # No state is left of it, on either host.
-            with suppress(OSError):
-                accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            accepted.close()
-            return
-        self._accepted += 1
-        stranger = PeerConnection(self._loop, self, self._identity, address, dialled=False)
-        self._sources[address].strangers[stranger] = None
-        stranger.accept(accepted)
-
-    def _too_many(self, address: IPAddress) -> str:
-        now = self._loop.now()
-        source = self._sources.get(address)
-        if source is None:
-            source = self._sources[address] = _Source(Bucket.full(HANDSHAKES, now))
-        if len(source.strangers) >= STRANGERS_EACH:
-            return "" if self._make_room(source, now) else "limit"
-        if sum(len(each.strangers) for each in self._sources.values()) >= STRANGERS:
-            most = max(self._sources.values(), key=lambda each: len(each.strangers))
-            return "" if self._make_room(most, now) else "limit"
-        return ""
-
-    def _make_room(self, source: _Source, now: float) -> bool:
-        """End the oldest connection of a source that says nothing, or whose handshake takes long."""
-        silent = (each for each in source.strangers if not each.has_opened)
-        slow = (each for each in source.strangers if now - each.since > SLOW)
-        oldest = next(silent, None) or next(slow, None)
-        if oldest is None:
-            return False
-        # The owner of its end hears of it later; its place is free now.
-        del source.strangers[oldest]
-        oldest.end("limit", "others have come from its address meanwhile")
-        return True
-
-    def _forget_sources(self) -> None:
-        now = self._loop.now()
-        for address, source in list(self._sources.items()):
-            if not source.strangers and source.bucket.full_by(now, HANDSHAKES):
-                del self._sources[address]
-
     # --- what connections tell (`session.SessionOwner`)
 
     def opened(self, connection: PeerConnection) -> bool:
         """See `session.SessionOwner`."""
-        source = self._sources.get(connection.peer)
-        if source is None or source.bucket.take(self._loop.now(), HANDSHAKES):
-            return True
-        connection.end("rate", f"more than {HANDSHAKES:g} handshakes per second of its address")
-        return False
+        return self.listener.may_handshake(connection)
 
     def authenticated(self, connection: PeerConnection) -> None:
         """See `session.SessionOwner`."""
@@ -490,14 +374,12 @@ class Sessions:
     def over(self, connection: PeerConnection, ending: Ending) -> None:
         """See `session.SessionOwner`."""
         self._ended[ending.word] += 1
-        source = self._sources.get(connection.peer)
-        if source is not None:
-            source.strangers.pop(connection, None)
+        self.listener.release(connection)
         peer = self._peers.get(connection.peer)
         if peer is None:
             return
         if connection is peer.session:
-            if self._loop.now() - connection.since >= LASTS:
+            if self._loop.now() - connection.since >= STABLE:
                 peer.pause = LEAST_PAUSE
             self._tell_down(peer, ending.text)
         elif peer.session is not None:
@@ -511,7 +393,7 @@ class Sessions:
                 peer.any_source = not peer.any_source
             self._explain(peer, ending.text)
         else:
-            if ending.word in _TELLING:
+            if ending.word in _INFORMATIVE:
                 self._explain(peer, ending.text)
             return
         if ending.word == "identity":
@@ -572,9 +454,7 @@ class Sessions:
         return hello.instance == last.instance and last.dialled != late.dialled and young
 
     def _take(self, peer: _Peer, connection: PeerConnection, hello: PeerHello) -> None:
-        source = self._sources.get(peer.address)
-        if source is not None:
-            source.strangers.pop(connection, None)
+        self.listener.release(connection)
         if peer.timer is not None:
             peer.timer.cancel()
         dialled, peer.dialled = peer.dialled, None
@@ -612,42 +492,3 @@ class Sessions:
             # The session is gone whatever becomes of this.
             self._ended["bug"] += 1
             log.exception("a bug in the router", peer=str(peer.address))
-
-
-def _plain(text: str) -> IPAddress:
-    """As `want` has it: IPv4 in IPv6's clothes is IPv4."""
-    ip = ip_address(text)
-    if ip.version == 6 and ip.ipv4_mapped is not None:
-        return ip.ipv4_mapped
-    return ip
-
-
-def _listener(bind: str, port: int) -> socket.socket:
-    """Of both families, where the kernel has both."""
-    family = socket.AF_INET6 if not bind or ":" in bind else socket.AF_INET
-    try:
-        made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    except OSError as error:
-        if bind or error.errno != errno.EAFNOSUPPORT:
-            raise
-        family = socket.AF_INET
-        made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        try:
-            made.bind((bind, port))
-        except OSError as error:
-            if bind or family != socket.AF_INET6 or error.errno != errno.EADDRNOTAVAIL:
-                raise
-            # IPv6 is compiled in and turned off.
-            made.close()
-            made = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind(("", port))
-        made.listen(_BACKLOG)
-    except BaseException:
-        made.close()
-        raise
-    return made
