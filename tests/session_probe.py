@@ -106,7 +106,7 @@ def main() -> None:
         for descriptor, events in epoll.poll(loop.timeout(1), 64):
             loop.serve(descriptor, events)
         loop.fire()
-        identity = identities.look()
+        identity = identities.current()
         said = json.dumps(
             {
                 "node": identity.own.node if identity else "",

