@@ -5,9 +5,7 @@ Only what the measurements need: networks and containers, JSON in and out.
 
 from __future__ import annotations
 
-import http.client
 import json
-import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -15,17 +13,7 @@ from typing import Any, cast
 from urllib.parse import quote
 
 from bench.errors import EngineRefusedError
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout: float) -> None:
-        super().__init__("docker", timeout=timeout)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
+from driver.unix_http import UnixConnection
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +25,7 @@ class Engine:
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         """The answer's JSON, None where it has no body. Raises `EngineRefusedError` from status 400 on."""
-        connection = _UnixConnection(self.socket, self.timeout)
+        connection = UnixConnection(self.socket, self.timeout)
         try:
             data = None if body is None else json.dumps(body)
             connection.request(method, path, data, {"Content-Type": "application/json"})
@@ -59,7 +47,7 @@ class Engine:
     def import_image(self, archive: Path, name: str) -> None:
         """Make an image of a tar archive of a file system, as `docker import` does."""
         path = f"/images/create?fromSrc=-&repo={quote(name)}"
-        connection = _UnixConnection(self.socket, self.timeout)
+        connection = UnixConnection(self.socket, self.timeout)
         try:
             with archive.open("rb") as body:
                 size = str(archive.stat().st_size)

@@ -10,7 +10,6 @@ costs five times the CPU. The SDK negotiates the API's version and asks everythi
 from __future__ import annotations
 
 import http.client
-import socket
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from driver.answers import (
 )
 from driver.errors import EngineError
 from driver.model import EngineView, NetworkView
+from driver.unix_http import UnixConnection
 
 if TYPE_CHECKING:
     import docker
@@ -52,19 +52,6 @@ def _not_found() -> type[Exception]:
     import docker
 
     return docker.errors.NotFound
-
-
-class _Connection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: Path, timeout: float) -> None:
-        super().__init__("docker", timeout=timeout)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
 
 
 class DockerDirectory:
@@ -118,7 +105,7 @@ class DockerDirectory:
     def _drop(self) -> None:
         """Forget this thread's connections: the engine may come back with another version."""
         client: docker.APIClient | None = getattr(self._local, "client", None)
-        connection: _Connection | None = getattr(self._local, "connection", None)
+        connection: UnixConnection | None = getattr(self._local, "connection", None)
         self._local.client = self._local.connection = None
         if client is not None:
             client.close()
@@ -130,8 +117,8 @@ class DockerDirectory:
     def _get(self, path: str) -> tuple[int, bytes]:
         """One GET over the kept connection; once more over a new one if the engine has closed it."""
         version = self._ask("GET /version", lambda client: client.api_version)
-        kept: _Connection | None = getattr(self._local, "connection", None)
-        connection = kept or _Connection(self._socket, self._timeout)
+        kept: UnixConnection | None = getattr(self._local, "connection", None)
+        connection = kept or UnixConnection(self._socket, self._timeout)
         self._local.connection = connection
         try:
             connection.request("GET", f"/v{version}{path}")

@@ -27,7 +27,7 @@ import structlog
 
 from driver.bell import Bell
 from driver.driver import Driver
-from driver.errors import FreeFlowError
+from driver.errors import FreeFlowError, KernelError
 from driver.model import Endpoint, EngineView
 from driver.network_poll import EngineWatch, NetworkPoll
 from driver.ports import Balancer, Directory, TaskResolver
@@ -92,7 +92,7 @@ class Syncer:
         with self._state.lock:
             return dict(self._state.states)
 
-    def vip_errors(self) -> dict[Path, str]:
+    def vip_errors(self) -> dict[Path, KernelError]:
         """Sandboxes whose VIP rules could not be written, and why."""
         return self._writer.errors()
 

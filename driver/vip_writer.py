@@ -21,9 +21,9 @@ class VipWriter:
         self._state = state
         self._balancer = balancer
         self._changed = changed
-        self._errors: dict[Path, str] = {}
+        self._errors: dict[Path, KernelError] = {}
 
-    def errors(self) -> dict[Path, str]:
+    def errors(self) -> dict[Path, KernelError]:
         """Sandboxes whose rules could not be written, and why."""
         with self._state.lock:
             return dict(self._errors)
@@ -46,8 +46,9 @@ class VipWriter:
             there = self._balancer.apply(path, table)
         except KernelError as error:
             with state.lock:
-                is_new = self._errors.get(path) != str(error)
-                self._errors[path] = str(error)
+                before = self._errors.get(path)
+                is_new = before is None or str(before) != str(error)
+                self._errors[path] = error
                 state.schedule.awaited.pop(path, None)
             if is_new:
                 log.error("VIP rules not written", sandbox=str(path), reason=str(error))

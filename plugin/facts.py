@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dataplane.control import Connections, PathCounts, Statistics
+from driver.errors import KernelError
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
@@ -49,6 +50,6 @@ class SyncFacts(Protocol):
 
     def engine(self) -> tuple[EngineView | None, str | None]: ...
 
-    def vip_errors(self) -> Mapping[Path, str]: ...
+    def vip_errors(self) -> Mapping[Path, KernelError]: ...
 
     def sandbox(self, endpoint: Endpoint) -> Path | None: ...

@@ -6,22 +6,25 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
 
 import msgspec
 
-from dataplane.control import OWNED, DeviceFact, RdmaFacts
+from dataplane.control import DeviceFact, RdmaFacts
 from driver import names
 from driver.driver import Driver
-from driver.errors import FreeFlowError, KernelError, RouterError, SettingError
+from driver.errors import FreeFlowError, RouterError, SettingError
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
+from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, Network
 from driver.sync import NetworkState
+from plugin import problems
 from plugin.calls import CallStatistics
-from plugin.deaths import OFTEN, RECENT, ROUTER, THREAD, WORKER, Deaths, Died
+from plugin.deaths import Deaths
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
 from plugin.paths import OVERLAY, SHORT, relabel
-from plugin.settings import HIDDEN, PLUGIN, SETTINGS, Settings
+from plugin.settings import HIDDEN, SETTINGS, Settings
 from plugin.status import (
     CallStatus,
     EndpointStatus,
@@ -46,8 +49,6 @@ from plugin.version import VERSION
 ROUTER_PATIENCE = 10.0
 """Seconds after the start in which a router that doesn't answer is still being started."""
 PATHS = ("overlay", "shm")
-STALE = 10.0
-"""Seconds after which a network that can't be synced is a problem, not a hiccup."""
 
 
 def _setting_text(value: object) -> str:
@@ -102,81 +103,6 @@ def _with_sums(network: NetworkStatus, sums: Counts) -> NetworkStatus:
     return msgspec.structs.replace(network, rx_bytes=received, tx_bytes=sent, spoofed=dropped)
 
 
-def _is_news(died: Died) -> bool:
-    # A thread isn't started again.
-    return bool(died.recent) or died.part == THREAD
-
-
-def _death(died: Died) -> Finding:
-    times = "once" if died.recent == 1 else f"{died.recent} times"
-    last = f"the last time {died.ago:.0f} s ago"
-    severity = "error" if died.recent >= OFTEN else "warning"
-    if died.part == THREAD:
-        what = f"the plugin's thread {died.name} has ended by an error"
-        remedy = "freeflow bugreport; then docker plugin disable -f and enable"
-        return Finding(
-            "error", what, f"a bug, {last}; the log has it (journalctl -u docker)", remedy
-        )
-    what = f"the plugin's {died.part} died {times} in the last {RECENT / 60:.0f} minutes"
-    effect = {
-        WORKER: "Docker's calls wait for the next one, and the router starts anew",
-        ROUTER: "no connection is accelerated until the next one is up",
-    }[died.part]
-    return Finding(
-        severity,
-        what,
-        f"{last}; {effect}",
-        "journalctl -u docker has the reason; freeflow bugreport collects it",
-    )
-
-
-def _unguarded(guarded: Guarded) -> list[Finding]:
-    """What is wrong if the overlay's port stays open to everybody."""
-    if not guarded.reason or guarded.seconds < STALE:
-        return []
-    return [
-        Finding(
-            "warning",
-            "the overlay's UDP port takes frames from anybody",
-            guarded.reason,
-            "nft list table inet freeflow_guard; freeflow doctor",
-        )
-    ]
-
-
-def _untold(settings: Settings, networks: list[NetworkStatus]) -> list[Finding]:
-    """Addresses of which other hosts' routers aren't told."""
-    addresses = sum(
-        bool(endpoint.ipv4) + bool(endpoint.ipv6)
-        for network in networks
-        for endpoint in network.endpoints
-        if any(not peer.own for peer in network.peers)
-    )
-    if addresses <= OWNED or settings.rdma != "on" or settings.acceleration != "on":
-        return []
-    return [
-        Finding(
-            "warning",
-            f"other hosts are told of {OWNED} of this host's {addresses} addresses",
-            "connections to the others stay on the overlay, where RDMA would take them",
-            "fewer containers on this host, or RDMA=off",
-        )
-    ]
-
-
-def _full(stage: Stage) -> list[Finding]:
-    """What has no room in a table of the fast path."""
-    return [
-        Finding(
-            "warning",
-            "a table of the fast path is full",
-            f"{what}; what isn't in it goes the ordinary way",
-            "fewer networks or hosts, or EBPF=off on this host",
-        )
-        for what in stage.full
-    ]
-
-
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Call it for a `Status`. `failures` are what went wrong at start; `started` and `clock` in seconds."""
@@ -229,16 +155,15 @@ class Snapshot:
             }
         )
         networks = [_with_sums(network, sums[network.id]) for network in networks]
-        problems = self._problems(networks)
         guarded = self.kernel.guarded()
-        problems += _unguarded(guarded) + _full(stage) + _untold(self.settings, networks)
-        router = self._router(now, problems, stage)
+        found = self._problems(networks, stage, guarded)
+        router = self._router(now, found, stage)
         counts = dict.fromkeys(PATHS, 0)
         for each in router.paths:
             counts[each.path] = counts.get(each.path, 0) + each.count
         return Status(
             version=VERSION,
-            healthy=not problems,
+            healthy=not found,
             uptime=round(now - self.started, 1),
             host=self._host(),
             settings={
@@ -246,7 +171,7 @@ class Snapshot:
                 for setting in SETTINGS
             },
             networks=networks,
-            problems=problems,
+            problems=found,
             calls=[
                 CallStatus(
                     item.name,
@@ -402,12 +327,11 @@ class Snapshot:
 
     def _host(self) -> HostStatus:
         engine, _ = self.syncer.engine()
-        try:
-            underlay = self.kernel.underlay()
-            device, mtu = underlay.device, underlay.mtu
-            address = str(underlay.address or "")
-        except FreeFlowError:
+        underlay = self._underlay()
+        if isinstance(underlay, FreeFlowError):
             device, mtu, address = "", 0, ""
+        else:
+            device, mtu, address = underlay.device, underlay.mtu, str(underlay.address or "")
         uname = os.uname()
         return HostStatus(
             hostname=engine.hostname if engine else uname.nodename,
@@ -421,87 +345,37 @@ class Snapshot:
             kernel=uname.release,
         )
 
-    def _problems(self, networks: list[NetworkStatus]) -> list[Finding]:
-        found: list[Finding] = []
-        found += [_death(died) for died in self.deaths.all() if _is_news(died)]
-        found += [Finding.of("error", "all changes are refused", bad) for bad in self.bad_settings]
-        found += [
-            Finding.of("error", "FreeFlow could not recover at start", failure)
-            for failure in self.failures
-        ]
-        try:
-            underlay = self.kernel.underlay()
-        except FreeFlowError as error:
-            found.append(Finding.of("error", "there is no underlay", error))
-        else:
-            found += [
-                Finding(
-                    "error",
-                    f"network {network.name or network.id}: its MTU of {network.mtu} doesn't fit the underlay",
-                    f"{underlay.device} carries packets of {underlay.mtu} bytes, of which {underlay.overhead} are overhead",
-                    f"recreate it with -o mtu={underlay.mtu - underlay.overhead}, or raise the MTU of {underlay.device}",
-                )
-                for network in networks
-                if network.endpoints
-                and network.mtu > underlay.mtu - underlay.overhead
-                # Networks of one host alone don't use it.
-                and self.settings.scope == "global"
-            ]
+    def _problems(
+        self, networks: list[NetworkStatus], stage: Stage, guarded: Guarded
+    ) -> list[Finding]:
         _, engine_error = self.syncer.engine()
-        if engine_error:
-            found.append(
-                Finding(
-                    "warning",
-                    "the engine does not answer; peers and VIPs stay as they were",
-                    engine_error,
-                    "systemctl status docker",
-                )
-            )
-        for network in networks:
-            late = network.synced is None or network.synced > STALE
-            if network.error and network.endpoints and late and not engine_error:
-                found.append(
-                    Finding(
-                        "warning",
-                        f"network {network.name or network.id}: peers and VIPs stay as they were",
-                        network.error,
-                        f"docker network inspect {network.name or network.id}; freeflow doctor",
-                    )
-                )
-            for endpoint in network.endpoints:
-                if endpoint.spoofed:
-                    found.append(
-                        Finding(
-                            "warning",
-                            f"{endpoint.container or endpoint.id[:12]} sent {endpoint.spoofed} frames that were dropped",
-                            "their source address was not the container's own",
-                            f"see docs/troubleshooting.md; restart {endpoint.container or 'the container'} if it is compromised",
-                        )
-                    )
-        found += self._vip_problems(networks)
-        if self.settings.scope == "local" and any(n.peers for n in networks):
-            found.append(
-                Finding(
-                    "warning",
-                    "SCOPE=local on a host of a Swarm",
-                    "networks of this scope reach no other host",
-                    f"docker plugin disable -f {PLUGIN} && docker plugin set {PLUGIN} SCOPE=global && docker plugin enable {PLUGIN}",
-                )
-            )
-        return found
+        return [
+            *problems.dead_parts(self.deaths.all()),
+            *problems.start(self.bad_settings, self.failures),
+            *problems.underlay(self._underlay(), self.settings, networks),
+            *problems.engine(engine_error),
+            # A silent engine is one problem, however many networks can't be synced for it.
+            *([] if engine_error else problems.stale_networks(networks)),
+            *problems.spoofed_frames(networks),
+            *problems.vips(self.syncer.vip_errors(), self._sandboxes(networks)),
+            *problems.scope(self.settings, networks),
+            *problems.open_port(guarded),
+            *problems.full_tables(stage),
+            *problems.unannounced_addresses(self.settings, networks),
+        ]
 
-    def _vip_problems(self, networks: list[NetworkStatus]) -> list[Finding]:
-        errors = self.syncer.vip_errors()
-        if not errors:
-            return []
+    def _underlay(self) -> Underlay | FreeFlowError:
+        try:
+            return self.kernel.underlay()
+        except FreeFlowError as error:
+            return error
+
+    def _sandboxes(self, networks: list[NetworkStatus]) -> dict[Path, str]:
+        """Whose sandbox it is; a container may have several endpoints."""
         names_of = {item.id: item.container for network in networks for item in network.endpoints}
         found = {}
         for endpoint in self.driver.store.endpoints():
             sandbox = self.syncer.sandbox(endpoint)
-            if sandbox is not None and sandbox in errors:
-                who = names_of.get(endpoint.id) or endpoint.id[:12]
-                # One container may have several endpoints.
-                found[sandbox] = Finding.of(
-                    "error", f"VIPs of {who} could not be written", KernelError(errors[sandbox])
-                )
-        return list(found.values())
+            if sandbox is not None:
+                found[sandbox] = names_of.get(endpoint.id) or endpoint.id[:12]
+        return found

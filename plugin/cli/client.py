@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ import msgspec
 
 from dataplane.control import Connections
 from driver.errors import EngineError, FreeFlowError
+from driver.unix_http import UnixConnection
 from plugin.host_paths import ADMIN_SOCKET
 from plugin.ping import PingRequest, PingResult
 from plugin.status import Status
@@ -36,17 +36,6 @@ class InUse(FreeFlowError):
     """Containers of this host are on FreeFlow networks."""
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
 def host_run() -> Path:
     """Where the host's /run is seen from here."""
     return next((path for path in HOST_RUNS if (path / "docker").exists()), HOST_RUNS[-1])
@@ -55,7 +44,7 @@ def host_run() -> Path:
 def _ask(
     path: Path, method: str, url: str, body: bytes | None, timeout: float
 ) -> tuple[int, bytes]:
-    connection = _UnixConnection(path, timeout)
+    connection = UnixConnection(path, timeout)
     try:
         headers = {"Content-Type": "application/json"} if body is not None else {}
         connection.request(method, url, body, headers)
@@ -74,24 +63,22 @@ class Engine:
 
     def get(self, url: str) -> Any:
         """An answer of the engine's API. Raises EngineError."""
-        try:
-            status, body = _ask(self._path, "GET", url, None, self._timeout)
-            if status != http.HTTPStatus.OK:
-                raise EngineError(f"the engine answered {url} with {status}", remedy=_LOOK)
-            return msgspec.json.decode(body)
-        except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
-            raise EngineError(
-                f"the engine does not answer on {self._path}", cause=str(error), remedy=_LOOK
-            ) from error
+        return self._decoded(url, *self._ask("GET", url))
 
     def find(self, url: str) -> Any | None:
         """As `get`; None if there is no such thing. Raises EngineError."""
         status, body = self._ask("GET", url)
-        if status == http.HTTPStatus.NOT_FOUND:
-            return None
+        return None if status == http.HTTPStatus.NOT_FOUND else self._decoded(url, status, body)
+
+    def _decoded(self, url: str, status: int, body: bytes) -> Any:
         if status != http.HTTPStatus.OK:
             raise EngineError(f"the engine answered {url} with {status}", remedy=_LOOK)
-        return msgspec.json.decode(body)
+        try:
+            return msgspec.json.decode(body)
+        except msgspec.DecodeError as error:
+            raise EngineError(
+                f"the engine's answer to {url} is no JSON", cause=str(error), remedy=_LOOK
+            ) from error
 
     @contextmanager
     def created(self, image: str) -> Iterator[str]:
@@ -120,7 +107,7 @@ class Engine:
     @contextmanager
     def archive(self, container: str, path: str) -> Iterator[IO[bytes] | None]:
         """A file of a container as a tar stream, links not followed; None if there is none. Raises EngineError."""
-        connection = _UnixConnection(self._path, _SLOW)
+        connection = UnixConnection(self._path, _SLOW)
         try:
             connection.request(
                 "GET", f"/containers/{container}/archive?path={quote(path, safe='')}"

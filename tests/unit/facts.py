@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataplane.control import Connections, ContainerCounts, PathCount, PathCounts, Statistics
 from driver import names
-from driver.errors import FreeFlowError, RouterError
+from driver.errors import FreeFlowError, KernelError, RouterError
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
@@ -112,7 +112,7 @@ class FakeSyncFacts:
     states: dict[str, NetworkState] = field(default_factory=dict)
     view: EngineView | None = None
     error: str | None = None
-    vips_failed: dict[Path, str] = field(default_factory=dict)
+    vips_failed: dict[Path, KernelError] = field(default_factory=dict)
 
     def state(self) -> dict[str, NetworkState]:
         return self.states
@@ -120,7 +120,7 @@ class FakeSyncFacts:
     def engine(self) -> tuple[EngineView | None, str | None]:
         return self.view, self.error
 
-    def vip_errors(self) -> dict[Path, str]:
+    def vip_errors(self) -> dict[Path, KernelError]:
         return self.vips_failed
 
     def sandbox(self, endpoint: Endpoint) -> Path | None:

@@ -18,8 +18,9 @@ from driver.model import LocalContainer, NetworkView, Peer, Service, Subnet, Tas
 from driver.sync import NetworkState
 from plugin.calls import CallStatistics
 from plugin.deaths import ROUTER, THREAD, WORKER, Deaths
+from plugin.problems import STALE
 from plugin.settings import SETTINGS, Settings, read
-from plugin.snapshot import STALE, Snapshot
+from plugin.snapshot import Snapshot
 from plugin.status import NetworkStatus, Status
 from tests.unit.documented import is_documented
 from tests.unit.facts import (
@@ -307,7 +308,8 @@ def test_spoofed_frames(world: World) -> None:
 
 def test_vips_that_could_not_be_written(world: World) -> None:
     """A container without its VIPs is named, with the kernel's reason; one that went isn't."""
-    world.sync.vips_failed[SANDBOXES / "abc"] = "nftables: no such file; modprobe nft_nat"
+    error = KernelError("nftables: no such file", remedy="modprobe nft_nat")
+    world.sync.vips_failed[SANDBOXES / "abc"] = error
     assert world.problem() == (
         "error: VIPs of web.1.abc could not be written; nftables: no such file; modprobe nft_nat"
     )
