@@ -1,4 +1,4 @@
-"""`python -m testbed`: a bed to play with, from a shell."""
+"""`python -m testbed`: a test bed for experiments, from a shell."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main() -> None:
     "--plugin", type=click.Path(exists=True, path_type=Path), help="Install the plugin from here."
 )
 def up(name: str, hosts: str, plugin: Path | None) -> None:
-    """Bring up hosts in one Swarm and stay until Ctrl-C, which takes them down."""
+    """Start hosts in one Swarm, and wait for Ctrl-C, which stops and removes them."""
     with Bed(name, hosts.split(",")) as bed:
         bed.swarm()
         bed.load_workload()
@@ -37,16 +37,18 @@ def up(name: str, hosts: str, plugin: Path | None) -> None:
                 f"{host.name}  {host.address}  engine {host.engine}  "
                 f"nsenter -t {host.pid} -m -u -n -p bash"
             )
-        click.echo("Ctrl-C takes it down")
+        click.echo("Ctrl-C removes the hosts")
         signal.pause()
 
 
 @main.command()
 @click.option(
-    "--name", default="", help="This bed, also if it is in use; by default all that aren't."
+    "--name",
+    default="",
+    help="Remove this bed, even if it is in use; by default, all that are not in use.",
 )
 def down(name: str) -> None:
-    """Take down what beds left that could not do it themselves."""
+    """Remove what killed beds have left behind."""
     for work in sorted(HOME.glob(name or "*")):
         if not name:
             try:
@@ -55,7 +57,7 @@ def down(name: str) -> None:
                 click.echo(str(error))
                 continue
         remove_leftovers(work.name)
-        click.echo(f"{work.name} is down")
+        click.echo(f"{work.name} is removed")
 
 
 if __name__ == "__main__":

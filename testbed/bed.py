@@ -1,7 +1,7 @@
-"""A bed: hosts on one underlay, a Swarm over them, and everything taken down at the end.
+"""A test bed: hosts on one underlay, a Swarm over them, and their removal at the end.
 
-The underlay is a bridge in a network namespace of its own, so that nothing of the machine's firewall is on the way and
-several beds can stand side by side.
+The underlay is a bridge in its own network namespace. So the machine's firewall does not see its
+packets, and several beds can exist side by side.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ REGISTRY_PORT: Final = 5000
 
 
 def in_parallel(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Run all; raise the first failure after all are done."""
+    """Run all calls at the same time; when all have ended, raise the first exception."""
     with ThreadPoolExecutor(max(len(calls), 1)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 def take(name: str) -> int:
-    """Take the name of a bed for this process, as a descriptor that holds it; it goes with the process.
+    """Lock the name of a bed for this process; the returned descriptor holds the lock.
 
     Raises:
-        BedInUseError: another process has it.
+        BedInUseError: another process holds it.
     """
     LOCKS.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(LOCKS / f"freeflow-testbed-{name}", os.O_RDWR | os.O_CREAT, 0o600)
@@ -80,7 +80,7 @@ class Bed:
         self.down()
 
     def up(self) -> None:
-        """Make underlay and hosts, in parallel. Raises `BedInUseError` if another process has this bed up."""
+        """Make underlay and hosts. Raises BedInUseError if another process uses this bed."""
         self._lock = take(self.name)
         remove_leftovers(self.name)
         in_parallel([lambda v=version: engine_root(v) for version in set(self._engines)])  # type: ignore[misc]
@@ -93,7 +93,7 @@ class Bed:
         own = os.readlink("/proc/self/ns/net")
         wait_until("the underlay's namespace", lambda: os.readlink(f"/proc/{pid}/ns/net") != own)
         inside = ["nsenter", f"--net=/proc/{pid}/ns/net"]
-        # Bridged frames of the underlay are nobody's business to filter; absent without br_netfilter.
+        # netfilter must not see the underlay's frames. The setting is absent without br_netfilter.
         run([*inside, "sysctl", "-qw", "net.bridge.bridge-nf-call-iptables=0"], check=False)
         run([*inside, "ip", "link", "add", "underlay", "type", "bridge", "mcast_snooping", "0"])
         run([*inside, "ip", "addr", "add", "192.168.77.254/24", "dev", "underlay"])
@@ -108,12 +108,12 @@ class Bed:
         in_parallel([host.start_dockerd for host in self.hosts])
 
     def _remember(self, hosts: list[Host]) -> None:
-        """For whoever takes down what this process leaves when it is killed."""
+        """Store the hosts' process IDs for `remove_leftovers`, if this process is killed."""
         with (self.work / "pids").open("a") as pids:
             pids.writelines(f"{host.pid}\n" for host in hosts)
 
     def down(self) -> None:
-        """Take everything down; safe at any stage, and twice."""
+        """Remove everything. Safe at any stage, and when it is called twice."""
         if self._lock is None:
             return
         for host in self.hosts:
@@ -132,7 +132,7 @@ class Bed:
     # --- a Swarm
 
     def swarm(self, managers: int = 1) -> None:
-        """One Swarm over all hosts; the first `managers` of them manage."""
+        """Make one Swarm of all hosts; the first `managers` of them are managers."""
         first = self.hosts[0]
         first.docker("swarm", "init", "--advertise-addr", str(first.address))
         tokens = {
@@ -156,12 +156,12 @@ class Bed:
         in_parallel([lambda h=host: h.load_workload(archive) for host in self.hosts])  # type: ignore[misc]
 
     def install_plugin(self, plugin: Path, settings: dict[str, str] | None = None) -> None:
-        """Install the plugin on every host and wait until the manager may schedule on all of them."""
+        """Install the plugin on every host; wait until the manager schedules on all of them."""
         in_parallel([lambda h=host: h.install_plugin(plugin, settings) for host in self.hosts])  # type: ignore[misc]
         self.wait_plugin_reported()
 
     def wait_plugin_reported(self) -> None:
-        """Workers report their plugins every 20 s."""
+        """Wait until the manager knows the plugin of every node; workers report every 20 s."""
         manager = self.hosts[0]
 
         def all_report() -> bool:
@@ -176,11 +176,12 @@ class Bed:
         wait_until("the plugin reported by every node", all_report, 45, 0.5)
 
     def reboot(self, host: Host) -> None:
-        """Pull the plug, then start again: namespaces, links and /run are new, /var/lib/docker is the old one.
+        """Power a host off and on: namespaces, links and /run are new, /var/lib/docker is kept.
 
-        Real hosts are away for longer than the Swarm takes to notice, 8 to 17 s. One that is back sooner is taken for its
-        former self: its engine's gossip may be broken until the next restart ("unknown to memberlist"), and its node
-        may be declared lost just after it has reported again.
+        A real host is away for longer than the Swarm needs to notice, 8 to 17 s. If it is back
+        sooner, its peers believe that it never left: its engine's gossip may be broken until the
+        next restart ("unknown to memberlist"), and its node may be declared lost just after it has
+        reported again.
         """
         manager = next(other for other in self.hosts if other is not host)
         node = host.docker("info", "--format", "{{.Swarm.NodeID}}").strip()
@@ -201,7 +202,7 @@ class Bed:
 
     @property
     def registry(self) -> str:
-        """Address of the bed's registry, which is started when first asked for."""
+        """The address of the bed's registry, which starts at the first access."""
         if self._registry is None:
             assert self._underlay is not None
             config = self.work / "registry.yml"
@@ -228,13 +229,13 @@ class Bed:
 
 
 def remove_leftovers(name: str) -> None:
-    """Take down what a bed of this name left that was killed before it could."""
+    """Remove what a killed bed of this name has left behind."""
     work = HOME / name
     pids = work / "pids"
     if pids.exists():
         for line in pids.read_text().split():
             command = Path(f"/proc/{line}/cmdline")
-            # PIDs are reused: only what is ours by its command line.
+            # PIDs are reused, so the command line must be that of a bed's process.
             text = command.read_bytes() if command.exists() else b""
             if str(work).encode() in text or text.startswith(b"sleep\0infinity"):
                 os.kill(int(line), signal.SIGKILL)

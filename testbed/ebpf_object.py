@@ -1,4 +1,4 @@
-"""The programs that the kernel runs, built once per test run if their sources have changed."""
+"""The eBPF programs, built once per test run if their sources have changed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ SOURCES: Final = TOP / "dataplane/ebpf"
 
 @functools.cache
 def built() -> Path:
-    """The object file; in a virtual machine, which has no compiler, the one that FREEFLOW_PROGRAMS names."""
+    """The object file. FREEFLOW_PROGRAMS names another one, for guests without a compiler."""
     given = os.environ.get("FREEFLOW_PROGRAMS")
     if given:
         return Path(given)
     target = TOP / "build/overlay.bpf.o"
     sources = [*SOURCES.glob("*.[ch]"), SOURCES / "build.sh"]
-    if not target.exists() or target.stat().st_mtime < max(one.stat().st_mtime for one in sources):
+    if not target.exists() or target.stat().st_mtime < max(
+        source.stat().st_mtime for source in sources
+    ):
         subprocess.run([SOURCES / "build.sh", target], check=True, timeout=patience(60))
     return target

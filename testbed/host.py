@@ -1,7 +1,7 @@
-"""One Docker host: an engine of some version, in mount, PID, UTS and network namespaces of its own.
+"""One Docker host: an engine of some version, in its own mount, PID, UTS and network namespaces.
 
-Process 1 of the host's PID namespace holds it all: when it is killed the kernel kills every process of the host and
-takes down its mounts, which is as near to pulling the plug as one gets. What is on disk stays: `Bed.reboot` uses that.
+When process 1 of the host's PID namespace is killed, the kernel kills every process of the host and
+removes its mounts, which is almost a power failure. Files on disk stay; `Bed.reboot` uses that.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Host:
         self.run("ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
         self.run("ip", "addr", "add", f"fd77::{self.number}/64", "dev", "eth0", "nodad")
         self.run("ip", "link", "set", "eth0", "up")
-        # Docker wants a default route to find its address by.
+        # Docker finds its own address by the default route.
         self.run("ip", "route", "add", "default", "via", "192.168.77.254", "dev", "eth0")
 
     def start_dockerd(self, timeout: float = 60) -> None:
@@ -127,11 +127,10 @@ class Host:
                 f"--cgroup-parent={self.cgroup}",
                 "--exec-opt=native.cgroupdriver=cgroupfs",
                 f"--bip=172.30.{self.number}.1/24",
-                # Room for hundreds of containers on docker_gwbridge.
+                # Large enough for hundreds of containers on docker_gwbridge.
                 "--default-address-pool=base=172.24.0.0/14,size=21",
                 "--insecure-registry=192.168.77.0/24",
                 "--storage-driver=overlay2",
-                # Every host keeps its images in its own directory on one disk: say so less often.
                 "--log-level=info",
             ],
             stdin=subprocess.DEVNULL,
@@ -152,12 +151,12 @@ class Host:
         return int((self.root / "run/docker.pid").read_text())
 
     def stop_dockerd(self, timeout: float = 60) -> None:
-        """As `systemctl stop docker`: SIGTERM, and wait."""
+        """Stop dockerd as `systemctl stop docker` does: SIGTERM, and wait."""
         self.run("kill", "-TERM", str(self.dockerd_pid()))
         self._wait_dockerd(timeout)
 
     def kill_dockerd(self) -> None:
-        """SIGKILL to dockerd alone: containers and their shims live on."""
+        """Send SIGKILL to dockerd alone; containers and their shims continue."""
         self.run("kill", "-KILL", str(self.dockerd_pid()))
         self._wait_dockerd(10)
         (self.root / "run/docker.pid").unlink(missing_ok=True)
@@ -172,7 +171,7 @@ class Host:
         self.start_dockerd()
 
     def power_off(self) -> None:
-        """Kill every process of the host at once; what is on disk stays."""
+        """Kill every process of the host at once; files on disk stay."""
         if self.pid:
             try:
                 os.kill(self.pid, signal.SIGKILL)
@@ -189,7 +188,7 @@ class Host:
         self._outer = self._dockerd = None
 
     def destroy(self) -> None:
-        """Power off and remove what is on disk."""
+        """Power the host off and remove its files."""
         self.power_off()
         run(
             ["nsenter", f"--net=/proc/{self.underlay_pid}/ns/net", "ip", "link", "del", self.port],
@@ -224,7 +223,7 @@ class Host:
         return self.run("docker", *arguments, timeout=timeout, check=check, stdin=stdin)
 
     def inspect(self, *arguments: str) -> Any:
-        """The first object of a `docker … inspect`."""
+        """The first object that a `docker … inspect` prints."""
         return json.loads(self.docker(*arguments))[0]
 
     def client(self) -> DockerClient:
@@ -297,11 +296,11 @@ class Host:
         self.docker("plugin", "enable", PLUGIN)
 
     def create_plugin(self, plugin: Path) -> None:
-        """`docker plugin create`: the plugin is there, but doesn't run."""
+        """`docker plugin create`: afterwards the plugin is installed and not enabled."""
         inside = self.work / "upper/tmp/plugin"
         if inside.exists():
             shutil.rmtree(inside)
-        # Through the host's own root: dockerd must see it, and it is packed from there.
+        # Through the host's own root, because dockerd packs the plugin from there.
         target = self.root / "tmp/plugin"
         run(["cp", "-a", str(plugin), str(target)])
         self.docker("plugin", "create", PLUGIN, "/tmp/plugin", timeout=180)
@@ -323,7 +322,7 @@ class Host:
         return sorted(own)
 
     def kill_plugin(self) -> None:
-        """SIGKILL to every process of the plugin."""
+        """Send SIGKILL to every process of the plugin."""
         for pid in self.plugin_pids():
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -341,7 +340,8 @@ def remove_cgroups(name: str, patience: float = 2.0) -> None:
     root = Path("/sys/fs/cgroup")
     end = time.monotonic() + patience
     while True:
-        # One hierarchy (version 2), or one for each controller. Not `**`: other beds' groups come and go.
+        # One hierarchy (version 2), or one per controller. Not `**`, because other beds' groups
+        # appear and disappear meanwhile.
         tops = [top for top in (root / name, *root.glob(f"*/{name}")) if top.exists()]
         for top in tops:
             for path, _, _ in os.walk(top, topdown=False):

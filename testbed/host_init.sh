@@ -1,5 +1,6 @@
 #!/bin/sh
-# Process 1 of a test-bed host, in fresh mount, PID, UTS and network namespaces: makes the host's file system and waits.
+# Process 1 of a host of the test bed, in new mount, PID, UTS and network namespaces. It makes the
+# host's file system and waits.
 #
 #   host_init.sh NAME ENGINE_ROOT WORK
 set -eu
@@ -18,11 +19,11 @@ mount -t sysfs sysfs "$root/sys"
 if [ -e /sys/fs/cgroup/cgroup.controllers ]; then
     mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
 else
-    # Version 1 for the controllers; one that is mounted nowhere isn't needed here either.
+    # Version 1 for the controllers. A controller that is mounted nowhere is not needed here either.
     mount -t tmpfs tmpfs "$root/sys/fs/cgroup"
     grep ' - cgroup ' /proc/self/mountinfo | while read -r _ _ _ _ point _ rest; do
         [ "${point#/sys/fs/cgroup/}" != "$point" ] || continue
-        # The last field: the hierarchy's own options, such as rw,cpu or rw,name=systemd.
+        # The last field has the hierarchy's own options, such as rw,cpu or rw,name=systemd.
         options=${rest##* }
         mkdir -p "$root$point"
         mount -t cgroup -o "${options#rw,}" cgroup "$root$point"
@@ -31,7 +32,7 @@ fi
 [ ! -d /sys/fs/bpf ] || mount -t bpf bpf "$root/sys/fs/bpf" || true
 mount --rbind /dev "$root/dev"
 mount --make-rslave "$root/dev"
-# A test bed in a container's world has no /dev/shm of its own to lose.
+# /dev, with /dev/shm, is the machine's; /run is the host's own.
 mount -t tmpfs tmpfs "$root/run"
 mkdir -p "$root/run/lock"
 mount --bind "$work/docker" "$root/var/lib/docker"
@@ -41,7 +42,7 @@ printf '127.0.0.1 localhost\n127.0.1.1 %s\n::1 localhost\n' "$name" >"$root/etc/
 cd "$root"
 pivot_root . old
 umount -l /old
-# As systemd does: mounts of dockerd reach the plugin, and those of the plugin the host.
+# As systemd does, so that dockerd's mounts reach the plugin, and the plugin's the host.
 mount --make-rshared /
 ip link set lo up
 : >/run/host-is-up

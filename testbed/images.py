@@ -1,7 +1,8 @@
-"""Root file systems from the Debian archive: one per engine version, and one for what runs in containers.
+"""Root file systems from the Debian archive: one per engine version, and one for containers.
 
-Each is made once, by `python -m testbed.prepare`, and kept in the cache (`FREEFLOW_CACHE`, default /var/cache/freeflow) by the
-content of its recipe. Whoever uses one only looks whether it is there: making one takes longer than a test may.
+`python -m testbed.prepare` makes each of them once. The cache (`FREEFLOW_CACHE`, default
+/var/cache/freeflow) keeps them, named by the content of their recipe. Tests only check that they
+exist, because making one takes longer than a test may.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ENGINES: Final = {
     "26.1": ("trixie", f"docker.io,docker-cli,{_ENGINE_TOOLS}"),
     "28.5": ("forky", f"docker.io,docker-cli,{_ENGINE_TOOLS}"),
 }
-"""Engine version -> Debian suite that has it, and packages."""
+"""Engine version to the Debian suite that has it, and its packages."""
 
 WORKLOAD: Final = (
     "bookworm",
@@ -38,7 +39,7 @@ WORKLOAD_IMAGE: Final = "workload:latest"
 
 
 def cache() -> Path:
-    """Where root file systems are kept."""
+    """The directory in which root file systems are kept."""
     path = Path(os.environ.get("FREEFLOW_CACHE", "/var/cache/freeflow"))
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -46,16 +47,17 @@ def cache() -> Path:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """One process at a time makes what is kept under this name."""
+    """Hold the lock with which only one process at a time makes something of this name."""
     with (cache() / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def bootstrap(suite: str, packages: str, target: Path) -> None:
-    """Make a root file system from the Debian archive, as a directory or a tar; says how far it is.
+    """Make a root file system from the Debian archive, as a directory or a tar; print the progress.
 
-    No time-out: a slow machine takes its time, and what was downloaded is kept when it is interrupted.
+    There is no time-out: a slow machine needs long. Downloaded packages are kept when it is
+    interrupted.
 
     Raises:
         CommandError: it failed; what it said is on standard error.
@@ -68,14 +70,14 @@ def bootstrap(suite: str, packages: str, target: Path) -> None:
 
 
 class NotPreparedError(Exception):
-    """Something isn't in the cache that only `make prepare` makes."""
+    """The cache lacks something that only `make prepare` makes."""
 
     def __init__(self, what: str, path: Path) -> None:
         super().__init__(f"{what} isn't there ({path}); run `make prepare`")
 
 
 def recipe_key(*parts: str) -> str:
-    """Names what is made from a recipe."""
+    """The name of what is made from a recipe: a hash of its parts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -89,7 +91,7 @@ def engine_root(version: str) -> Path:
     """The root file system of an engine.
 
     Raises:
-        NotPreparedError: it wasn't made.
+        NotPreparedError: it does not exist.
     """
     target = _engine_path(version)
     if not target.exists():
@@ -98,7 +100,7 @@ def engine_root(version: str) -> Path:
 
 
 def make_engine(version: str) -> Path:
-    """The root file system of an engine; made if absent (about half a minute)."""
+    """The root file system of an engine; makes it if it is absent (about half a minute)."""
     target = _engine_path(version)
     with locked(f"engine-{version}"):
         if not target.exists():
@@ -111,10 +113,10 @@ def _workload_path() -> Path:
 
 
 def workload_tar() -> Path:
-    """The image that scenarios run in containers, as a tar for `docker import`.
+    """The image of the tests' containers, as a tar for `docker import`.
 
     Raises:
-        NotPreparedError: it wasn't made.
+        NotPreparedError: it does not exist.
     """
     target = _workload_path()
     if not target.exists():
@@ -123,7 +125,7 @@ def workload_tar() -> Path:
 
 
 def make_workload() -> Path:
-    """The image of scenarios; made if absent (about half a minute)."""
+    """The image of the tests' containers; makes it if it is absent (about half a minute)."""
     target = _workload_path()
     with locked("workload"):
         if not target.exists():

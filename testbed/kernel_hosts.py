@@ -1,7 +1,8 @@
-"""Hosts with an underlay between them, and containers on them: the world that `driver/kernel` lives in.
+"""Hosts with an underlay between them and containers on them, for tests of `driver/kernel`.
 
-A host is a thread in a mount and a network namespace of its own: what that thread starts inherits them. Nothing is
-pinned outside, so all of it goes with the test's process, however that ends.
+A host is a thread in its own mount and network namespace, which the programs that it starts
+inherit. Nothing is pinned outside, so everything disappears with the test's process, however that
+ends.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _NODAD: Final = 0x02
 
 
 def new_namespace() -> int:
-    """A descriptor of a network namespace that lives as long as it is open."""
+    """Make a network namespace that exists as long as the returned descriptor is open."""
 
     def make() -> int:
         check(libc.unshare(CLONE_NEWNET), "making a network namespace")
@@ -91,7 +92,7 @@ def checksum(data: bytes) -> int:
 
 
 def write_vips(namespace: Path | int, table: VipTable) -> None:
-    """Write VIP rules into a namespace that has none of ours."""
+    """Write VIP rules into a namespace that has no FreeFlow rules yet."""
 
     def write() -> None:
         batch = Batch(vip.TABLE)
@@ -102,7 +103,7 @@ def write_vips(namespace: Path | int, table: VipTable) -> None:
 
 
 def identifier(number: int) -> str:
-    """Docker's manner of ID, 64 hexadecimal characters, different from the first on."""
+    """An ID like Docker's, of 64 hexadecimal characters; IDs differ in their first characters."""
     return hashlib.sha256(str(number).encode()).hexdigest()
 
 
@@ -130,7 +131,7 @@ def an_endpoint(network: Network, number: int, mac: str = "") -> Endpoint:
 
 @dataclass(eq=False)
 class Container:
-    """A namespace that an endpoint's link was moved into, as Docker does it."""
+    """A network namespace with an endpoint's veth in it, as Docker makes it."""
 
     host: Host
     network: Network
@@ -149,15 +150,15 @@ class Container:
         return self.endpoint.ipv6.ip
 
     def do(self, function: Callable[[], T]) -> T:
-        """Run inside."""
+        """Call a function inside the namespace."""
         return in_netns(self.namespace, function)
 
     def run(self, *command: str, check: bool = True) -> str:
-        """Run a program inside; its output."""
+        """Run a program inside the namespace and return its output."""
         return self.do(lambda: _run(command, check))
 
     def plug_in(self) -> None:
-        """What dockerd does after Join: move the link, name it, give it its addresses, set it up."""
+        """Do what dockerd does after Join: move, name, address and set up the veth."""
         link = names.container_veth(self.endpoint.id)
 
         def move() -> None:
@@ -176,7 +177,7 @@ class Container:
         self.do(configure)
 
     def serve(self) -> None:
-        """Answer TCP with the hash of what came, UDP with the same datagram; IPv4 and IPv6."""
+        """Answer TCP with the hash of its bytes, UDP with the same datagram; IPv4 and IPv6."""
 
         def listen() -> tuple[socket.socket, socket.socket]:
             stream = socket.create_server(
@@ -184,7 +185,7 @@ class Container:
             )
             datagrams = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
             datagrams.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            # Answers may be fragmented.
+            # IP_MTU_DISCOVER, IPV6_MTU_DISCOVER: answers may be fragmented.
             datagrams.setsockopt(socket.IPPROTO_IP, 10, 0)
             datagrams.setsockopt(socket.IPPROTO_IPV6, 23, 0)
             datagrams.bind(("::", UDP_PORT))
@@ -192,11 +193,11 @@ class Container:
 
         stream, datagrams = self.do(listen)
         self.sockets += [stream, datagrams]
-        for target, each in ((_hash_streams, stream), (_echo, datagrams)):
-            threading.Thread(target=target, args=(each,), daemon=True).start()
+        for target, served in ((_hash_streams, stream), (_echo, datagrams)):
+            threading.Thread(target=target, args=(served,), daemon=True).start()
 
     def send(self, to: IPAddress, data: bytes, timeout: float = 30) -> bool:
-        """Send by TCP; whether the other end got exactly this."""
+        """Send by TCP; return whether the peer received exactly these bytes."""
         with self.connect(to, timeout) as stream:
             stream.sendall(data)
             stream.shutdown(socket.SHUT_WR)
@@ -206,7 +207,7 @@ class Container:
         return self.do(lambda: socket.create_connection((str(to), TCP_PORT), timeout=timeout))
 
     def udp(self, to: IPAddress, timeout: float = 1.0, *, whole: bool = True) -> socket.socket:
-        """A connected socket; with `whole` it never fragments (ip(7), ipv6(7): PMTUDISC_DO)."""
+        """A connected socket. With `whole` it never fragments (ip(7), ipv6(7): PMTUDISC_DO)."""
 
         def make() -> socket.socket:
             family = socket.AF_INET if to.version == 4 else socket.AF_INET6
@@ -231,7 +232,7 @@ class Container:
         *,
         whole: bool = True,
     ) -> bool:
-        """Whether a datagram of random bytes comes back the same."""
+        """Whether a datagram of random bytes returns unchanged."""
         data = os.urandom(size)
         with self.udp(to, timeout, whole=whole) as datagrams:
             for _ in range(tries):
@@ -242,7 +243,7 @@ class Container:
         return False
 
     def pings(self, to: IPAddress, count: int = 3, timeout: float = 1.0) -> bool:
-        """Whether every one of `count` pings is answered, with the data that it carried."""
+        """Whether each of `count` pings is answered with its own data."""
         v4 = to.version == 4
         family = socket.AF_INET if v4 else socket.AF_INET6
         protocol = socket.IPPROTO_ICMP if v4 else socket.IPPROTO_ICMPV6
@@ -251,7 +252,7 @@ class Container:
             return all(_ping(raw, to, number) for number in range(1, count + 1))
 
     def packets(self) -> socket.socket:
-        """A raw packet socket on eth0: what it sends leaves as it is, what it hears came from outside."""
+        """A packet socket on eth0: sends frames unchanged, receives those from outside."""
 
         def make() -> socket.socket:
             made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
@@ -264,10 +265,10 @@ class Container:
         return made
 
     def close(self) -> None:
-        for each in self.sockets:
+        for opened in self.sockets:
             with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
+                opened.shutdown(socket.SHUT_RDWR)
+            opened.close()
         os.close(self.namespace)
 
 
@@ -321,7 +322,7 @@ def _echo(listener: socket.socket) -> None:
 
 
 class Host:
-    """A host on the underlay: 10.1.0.`number` and fd01::`number` on its eth0, and an empty, shared /run."""
+    """A host with 10.1.0.`number` or fd01::`number` on its eth0, and an empty, shared /run."""
 
     def __init__(self, number: int, mtu: int, ipv6_underlay: bool) -> None:
         self.number = number
@@ -330,12 +331,12 @@ class Host:
         )
         self.mtu = mtu
         self.programs: Path | None = built()
-        """What the plugin has in its image; None: EBPF=off."""
+        """The eBPF object file; None: EBPF=off."""
         self.tcx = True
         self.sessions: int | None = None
         """The port of the routers' sessions."""
         self.listed: IPAddress | None = None
-        """At which address the Swarm lists it, if it isn't its own."""
+        """The address at which the Swarm lists the host, if it is not its own."""
         self.containers: list[Container] = []
         self._kernels: list[LinuxKernel] = []
         self._thread = ThreadPoolExecutor(1, f"host{number}")
@@ -352,7 +353,7 @@ class Host:
         _run(("ip", "link", "set", "lo", "up"))
 
     def do(self, function: Callable[[], T]) -> T:
-        """Run on the host. Not from within `function` again: a host has one thread."""
+        """Call a function on the host. `function` must not call this: a host has one thread."""
         return self._thread.submit(function).result(120)
 
     def run(self, *command: str, check: bool = True) -> str:
@@ -362,7 +363,7 @@ class Host:
         return self.run("nsenter", f"--net={RUN}/freeflow-admin/netns/overlay", *command)
 
     def new_kernel(self) -> LinuxKernel:
-        """As a plugin that has just started has it."""
+        """A kernel adapter like that of a plugin that has just started."""
         made = self.do(
             lambda: LinuxKernel(
                 RUN,
@@ -377,18 +378,18 @@ class Host:
         return made
 
     def ordinary(self) -> None:
-        """From here on as with EBPF=off: all packets go by bridge and VXLAN device."""
+        """Continue as with EBPF=off: all packets take the kernel path."""
         self.programs = None
         self.kernel = self.new_kernel()
         self.do(self.kernel.prepare)
 
     def without_tcx(self) -> None:
-        """From here on as on a kernel before 6.6."""
+        """Continue as on a kernel before 6.6."""
         self.tcx = False
         self.kernel = self.new_kernel()
 
     def container(self, network: Network, number: int, mac: str = "") -> Container:
-        """A container with endpoint `number` of a network, attached, announced and plugged in; it serves."""
+        """A container with endpoint `number` of a network: attached, announced and serving."""
         made = Container(self, network, an_endpoint(network, number, mac))
         self.containers.append(made)
         self.do(lambda: self.kernel.attach(network, made.endpoint))
@@ -398,7 +399,7 @@ class Host:
         return made
 
     def remove(self, container: Container) -> None:
-        """As when Docker removes a container."""
+        """Remove a container as Docker does."""
         self.containers.remove(container)
         container.close()
         endpoint = container.endpoint
@@ -410,7 +411,7 @@ class Host:
         )
 
     def refresh(self) -> Stage:
-        """What the plugin does every second, and after each start; how far packets take the fast path then."""
+        """Do what the plugin does after a start and every second; return the stage."""
         self.do(self.kernel.attach_programs)
         self.do(self.kernel.refresh)
         return self.do(self.kernel.stage)
@@ -430,13 +431,13 @@ class Lab:
     underlay: int
 
     def mesh(self, network: Network) -> None:
-        """Every host is every other's peer."""
+        """Make every host a peer of every other host."""
         for host in self.hosts:
             host.set_peers(network, *(other for other in self.hosts if other is not host))
             host.refresh()
 
     def link(self, host: Host, state: str) -> None:
-        """Pull a host's cable ("down") or plug it in ("up")."""
+        """Set the underlay's end of a host's link "down" or "up"."""
         in_netns(
             self.underlay,
             lambda: _run(("ip", "link", "set", f"u{host.number}", state)),
@@ -445,7 +446,7 @@ class Lab:
 
 @contextlib.contextmanager
 def lab(hosts: int = 2, *, mtu: int = 1500, ipv6_underlay: bool = False) -> Iterator[Lab]:
-    """Hosts on one underlay; gone afterwards whatever happens."""
+    """Hosts on one underlay, which are removed at the end in any case."""
     made = Lab([], new_namespace())
     try:
         with in_netns(made.underlay, IPRoute) as route:
@@ -474,7 +475,10 @@ def lab(hosts: int = 2, *, mtu: int = 1500, ipv6_underlay: bool = False) -> Iter
 
 
 def put_on_the_wire(source: Host, to: Host, payload: bytes, *, tos: int = 0) -> None:
-    """Send a UDP packet between two hosts' VXLAN ports as the source's kernel does, past the rules for its programs."""
+    """Send a UDP packet between two hosts' VXLAN ports as the source's kernel does.
+
+    It bypasses the rules for the source's programs.
+    """
     assert isinstance(source.address, IPv4Address)
     macs = [_mac(host) for host in (to, source)]
     length = 8 + len(payload)
@@ -492,7 +496,7 @@ def put_on_the_wire(source: Host, to: Host, payload: bytes, *, tos: int = 0) -> 
 
 
 def _mac(host: Host) -> bytes:
-    """Of its device on the underlay."""
+    """The MAC address of a host's device on the underlay."""
 
     def look() -> bytes:
         with IPRoute() as route:
@@ -503,7 +507,7 @@ def _mac(host: Host) -> bytes:
 
 
 def heard(packets: socket.socket) -> list[bytes]:
-    """All frames that have come, once no more come for a moment."""
+    """All frames that have arrived, once no more arrive for a moment."""
     frames = []
     with contextlib.suppress(TimeoutError):
         while True:
@@ -523,7 +527,7 @@ def eventually(what: str, condition: Callable[[], object], timeout: float = 5) -
 
 
 def missing_tools() -> str:
-    """What these tests need and this machine lacks."""
+    """The programs that these tests need and this machine lacks; empty if none."""
     if os.geteuid() != 0:
         return "root"
     return ", ".join(

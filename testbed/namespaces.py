@@ -1,7 +1,8 @@
-"""Containers on one host and a router, without Docker: what the library and the router are tested in.
+"""Containers on one host and a router, without Docker, for tests of the library and the router.
 
-A container is a network namespace with an address; all are on one bridge. The router is the real one, a process of its own,
-that has been told of them. Nothing is pinned outside and nothing is mounted on the host: all goes with the test's process.
+A container is a network namespace with an address; all containers are on one bridge. The router is
+the real one, in its own process, and knows the containers. Nothing is pinned outside and nothing is
+mounted on the host, so everything disappears with the test's process.
 
 In a test::
 
@@ -9,18 +10,20 @@ In a test::
         a, b = made.containers.values()
         server = b.popen(["iperf3", "-s", "-1"])
         print(a.run(["iperf3", "-c", str(b.ipv4)]).stdout)
-        for each in made.router.connections().connections:
-            print(each.local, each.remote, each.path, each.reason)
+        for connection in made.router.connections().connections:
+            print(connection.local, connection.remote, connection.path, connection.reason)
 
-`popen` and `run` start programs as in a container that has the mount: `/run/freeflow` is there with the router's socket and
-the library, and LD_PRELOAD is set if the bed has a library (`accelerated=False`: neither). With VIPs::
+`popen` and `run` start programs as in a container with the mount: `/run/freeflow` has the router's
+socket and the library, and LD_PRELOAD is set if the bed has a library (unless `accelerated=False`).
+With VIPs::
 
     with bed("client", "s1", "s2", vips={"10.78.0.100": ("s1", "s2")}) as made: ...
 
-A library that upgrades connections over loopback too, for test suites that know nothing else: `bed("a", loopback=True)`.
+With `bed("a", loopback=True)` connections over loopback are upgraded too, for test suites that use
+nothing else. `made.learn(settings=...)` sends the router a new snapshot.
 
-By hand, from a shell: `python -m testbed.namespaces [--library FILE] [NAMES...]` makes one, says how to run programs in its
-containers, and removes it at the end of its input. What can be told the router again: `made.learn(settings=...)`.
+From a shell, `python -m testbed.namespaces [--library FILE] [NAMES...]` makes a bed, prints how to
+run programs in its containers, and removes it at the end of its input.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ ROUTER: Final = "router.sock"
 LIBRARY: Final = "libfreeflow.so"
 _PATIENCE: Final = 10.0
 
-# /run of its own, so that nothing appears on the host's.
+# Its own /run, so that nothing appears in the host's.
 _INSIDE: Final = (
     "set -e; mount -t tmpfs tmpfs /run; mkdir -p /run/freeflow /run/lock; "
     'mount --bind "$0" /run/freeflow; exec "$@"'
@@ -72,7 +75,7 @@ class Container:
     name: str
     number: int
     shared: Path
-    """What it sees as /run/freeflow."""
+    """The folder that the container sees as /run/freeflow."""
     namespace: int = field(default_factory=new_namespace)
     started: list[subprocess.Popen[Any]] = field(default_factory=list)
 
@@ -90,15 +93,15 @@ class Container:
 
     @property
     def path(self) -> str:
-        """Of the namespace, for `nsenter --net=`."""
+        """The path of the namespace, for `nsenter --net=`."""
         return f"/proc/{os.getpid()}/fd/{self.namespace}"
 
     def do(self, function: Callable[[], T]) -> T:
-        """Run inside its network namespace."""
+        """Call a function inside the container's network namespace."""
         return in_netns(self.namespace, function)
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """A command that runs another inside, with /run/freeflow."""
+        """A command that runs another one inside the container, with /run/freeflow."""
         inside = ["unshare", "--mount", "sh", "-c", _INSIDE, str(self.shared), *arguments]
         return ["nsenter", f"--net={self.path}", *inside]
 
@@ -110,7 +113,7 @@ class Container:
         env: Mapping[str, str] | None = None,
         **options: Any,
     ) -> subprocess.Popen[Any]:
-        """Start a program inside; it is killed with the bed."""
+        """Start a program inside the container; it is killed with the bed."""
         started = subprocess.Popen(
             self.command(_preloaded(arguments, self.shared) if accelerated else arguments),
             env=_environment(env),
@@ -128,7 +131,7 @@ class Container:
         timeout: float = 60,
         **options: Any,
     ) -> subprocess.CompletedProcess[Any]:
-        """Run a program inside to its end; text in and out."""
+        """Run a program inside the container to its end; input and output are text."""
         return subprocess.run(
             self.command(_preloaded(arguments, self.shared) if accelerated else arguments),
             env=_environment(env),
@@ -143,7 +146,7 @@ def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _preloaded(arguments: Sequence[str], shared: Path) -> list[str]:
-    """The program alone gets LD_PRELOAD, not the ones that start it."""
+    """A command that sets LD_PRELOAD for the program alone, not for the programs that start it."""
     if not (shared / LIBRARY).exists():
         return list(arguments)
     return ["env", f"LD_PRELOAD=/run/freeflow/{LIBRARY}", *arguments]
@@ -165,7 +168,9 @@ class AnyContainer(Protocol):
 
 
 def endpoint_fact(container: AnyContainer, network: str, more: Sequence[str] = ()) -> EndpointFact:
-    """A container's endpoint as the driver describes it to the router; `more` are further addresses."""
+    """A container's endpoint as the driver describes it to the router; `more` are further
+    addresses.
+    """
     return EndpointFact(
         id=f"{container.name:0<12}",
         network=network,
@@ -185,7 +190,7 @@ class Bed:
     vips: dict[str, tuple[str, ...]]
     settings: RouterSettings = field(default_factory=RouterSettings)
     networks: dict[str, str] = field(default_factory=dict)
-    """Container to network, where it isn't `NETWORK`."""
+    """Container to network, for those that are not on `NETWORK`."""
     loopback: bool = False
     """The first container's loopback addresses count as its own on the network."""
     guard: bool = True
@@ -198,11 +203,11 @@ class Bed:
 
     @property
     def router(self) -> RouterClient:
-        """To ask and tell it."""
+        """A client of the router's control socket."""
         return RouterClient(self.folder / "control.sock")
 
     def facts(self, **changes: Any) -> RouterSnapshot:
-        """What is true of this bed."""
+        """The current state of this bed, but for `changes`: fields of RouterSnapshot."""
         networks = sorted({NETWORK, *self.networks.values()})
         known = {
             "endpoints": tuple(
@@ -236,11 +241,11 @@ class Bed:
         return ("127.0.0.1", "::1") if self.loopback and container is first else ()
 
     def learn(self, **changes: Any) -> None:
-        """Tell the router what is true of this bed, but for `changes`: fields of `control.RouterSnapshot`."""
+        """Send the router the current state of this bed; see `facts` for `changes`."""
         self.router.replace_snapshot(self.facts(**changes))
 
     def router_command(self) -> list[str]:
-        """How the router is started."""
+        """The command that starts the router."""
         return [
             sys.executable,
             "-m",
@@ -252,7 +257,7 @@ class Bed:
         ]
 
     def start_router(self) -> None:
-        """Start the router and tell it all."""
+        """Start the router and send it a snapshot."""
         self.process = subprocess.Popen(
             self.router_command(),
             stdin=subprocess.PIPE,
@@ -269,14 +274,14 @@ class Bed:
                 time.sleep(0.02)
 
     def kill_router(self) -> None:
-        """As a crash does."""
+        """Kill the router, as a crash does."""
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
             self.process = None
 
     def log(self) -> str:
-        """What the router has said."""
+        """The router's log."""
         return (self.folder / "router.log").read_text()
 
 
@@ -316,9 +321,10 @@ def bed(
 ) -> Iterator[Bed]:
     """Containers of these names, and a router that knows them.
 
-    `vips`: address to names of containers, or to addresses of tasks on other hosts. `networks`: containers that aren't on the
-    common network, and what network they are on. `router=False`: nobody listens, until `start_router`.
-    `guard=False`: as on kernels before Linux 6.16, on which a socket can't refuse descriptors.
+    `vips` maps an address to names of containers, or to addresses of tasks on other hosts.
+    `networks` maps containers that are not on the common network to their network. With
+    `router=False` no router runs until `start_router`. With `guard=False` the router's sockets
+    accept descriptors, as on kernels before Linux 6.16.
     """
     folder = Path(tempfile.mkdtemp(prefix="freeflow-bed-"))
     shared = folder / "shared"
@@ -365,14 +371,14 @@ def bed(
 
 
 def main() -> None:
-    """A bed until the end of input."""
+    """Keep a bed until the end of input."""
     parser = argparse.ArgumentParser(description="Containers and a router, without Docker.")
     parser.add_argument("names", nargs="*", default=["a", "b"])
     parser.add_argument("--library", type=Path)
     parser.add_argument("--loopback", action="store_true")
     parser.add_argument("--vip", action="append", default=[], help="ADDRESS=NAME,NAME")
     given = parser.parse_args()
-    vips = {vip: tasks.split(",") for vip, _, tasks in (each.partition("=") for each in given.vip)}
+    vips = {vip: tasks.split(",") for vip, _, tasks in (word.partition("=") for word in given.vip)}
     with bed(*given.names, vips=vips, library=given.library, loopback=given.loopback) as made:
         print(f"router's log: {made.folder / 'router.log'}")
         print(f"router's control socket: {made.folder / 'control.sock'}")
@@ -380,7 +386,7 @@ def main() -> None:
             inside = f"unshare --mount sh -c '{_INSIDE}' {container.shared}"
             print(f"{container.name} {container.ipv4} {container.ipv6}:")
             print(f"  nsenter --net={container.path} {inside} PROGRAM...")
-        print("end of input ends it", flush=True)
+        print("the end of input removes the bed", flush=True)
         sys.stdin.read()
 
 

@@ -1,7 +1,8 @@
-"""How long tests wait. They know how long a thing takes on a quiet machine; this module knows how busy this machine is.
+"""How long tests wait: a test knows the time on a quiet machine, this module how busy this one is.
 
-`patience` is for what must happen sooner or later: it is generous, since only a test that fails waits so long. `within` is for
-promises that name a time: on a quiet machine it is that time, and longer only as far as other programs take the processor.
+`patience` is for events that must happen at some time. It is generous, because only a failing test
+waits so long. `within` is for promises that name a time: on a quiet machine it is that time, and it
+is longer only as far as other programs use the processor.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from typing import Final
 
 GENEROUS: Final = 4.0
-"""How much longer than on a quiet machine we wait at least."""
+"""`patience` waits at least this many times as long as on a quiet machine."""
 MOST: Final = 25.0
 _REFERENCE: Final = 0.006
 """Seconds that `_work` takes on a slow machine that has nothing else to do."""
@@ -33,25 +34,26 @@ def _work() -> float:
 
 
 def slowness() -> float:
-    """How many times longer than on a quiet machine things take now; at least 1.
+    """How many times as long as on a quiet machine things take now; at least 1.
 
-    The load counts all that wants a processor; the work tells a machine that is slow for another reason.
+    The load counts all processes that want a processor. The piece of work detects a machine that is
+    slow for another reason.
     """
     global _measured
     with _lock:
         if time.monotonic() - _measured[0] > _FRESH:
             load = os.getloadavg()[0] / (os.cpu_count() or 1)
-            # Somebody who waits is woken late twice: he, and the one that he waits for.
+            # Waiting is delayed twice: the waiter and the process that it waits for are both late.
             worst = max(1.0, 2 * load - 1, _work() / _REFERENCE)
             _measured = (time.monotonic(), min(worst, MOST))
         return _measured[1]
 
 
 def patience(seconds: float) -> float:
-    """A time-out for what takes up to `seconds` on a quiet machine."""
+    """A time-out for something that takes up to `seconds` on a quiet machine."""
     return seconds * max(GENEROUS, slowness())
 
 
 def within(seconds: float) -> float:
-    """The promise `seconds` of a quiet machine, on this one as busy as it is."""
+    """What a promise of `seconds` on a quiet machine means on this machine now."""
     return seconds * slowness()

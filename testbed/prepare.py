@@ -1,6 +1,7 @@
-"""`python -m testbed.prepare [NAME…]`: make what test beds, virtual machines, demo and bench stand on, before they start.
+"""`python -m testbed.prepare [NAME…]`: make what test beds, guests, demo and benchmarks need.
 
-Each thing is made by itself and appears in the cache when it is whole. So a run that was interrupted is simply run again.
+Each part is made separately, and appears in the cache when it is complete. So an interrupted run is
+simply repeated.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ GROUPS: Final = {
 
 
 def prepare(names: Iterable[str], say: Callable[[str], None]) -> None:
-    """Make what is absent of these things, one after another.
+    """Make the absent ones of these parts, one after another.
 
     Raises:
-        CommandError: one can't be made.
+        CommandError: one of them could not be made.
     """
     for name in names:
         start = time.monotonic()
@@ -42,10 +43,10 @@ def prepare(names: Iterable[str], say: Callable[[str], None]) -> None:
         try:
             THINGS[name]()
         except KernelAbsentError as error:
-            # Old releases leave the archive at some time. Tests on this kernel say so.
+            # The archive drops old releases at some time. Tests on this kernel say so.
             say(f"{name}: {error}")
         else:
-            say(f"{name}: there, after {time.monotonic() - start:.0f} s")
+            say(f"{name}: ready, after {time.monotonic() - start:.0f} s")
 
 
 @click.command(help=__doc__)

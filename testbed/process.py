@@ -1,4 +1,4 @@
-"""Running commands and waiting, with errors that say what was tried."""
+"""Runs commands and waits for conditions, with errors that name the command or the condition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class CommandError(Exception):
-    """A command failed: what, with which code, and the end of what it printed."""
+    """A command failed; the message has its exit code and the end of its output."""
 
     def __init__(self, command: Sequence[str], code: int, output: str) -> None:
         super().__init__(f"{' '.join(command)}: exit code {code}\n{output[-4000:]}")
@@ -22,7 +22,7 @@ class CommandError(Exception):
 
 
 class BedInUseError(Exception):
-    """Another process has hosts of the same bed up."""
+    """Another process uses the hosts of the same bed."""
 
 
 def run(
@@ -32,10 +32,11 @@ def run(
     check: bool = True,
     stdin: str | None = None,
 ) -> str:
-    """Run a command; its standard output. `timeout` is a quiet machine's.
+    """Run a command and return its standard output.
 
     Raises:
-        CommandError: it failed (with `check`) or took longer than `timeout` seconds, and more on a busy machine.
+        CommandError: it failed (with `check`), or took longer than `timeout` seconds, which are
+            those of a quiet machine.
     """
     try:
         done = subprocess.run(
@@ -55,10 +56,11 @@ def run(
 
 
 def wait_until(what: str, condition: Callable[[], T], timeout: float = 30, pause: float = 0.1) -> T:
-    """Call `condition` until it returns something true, and return that; `timeout` is a quiet machine's.
+    """Call `condition` until it returns something true, and return that.
 
     Raises:
-        TimeoutError: naming `what` and the last failure.
+        TimeoutError: after `timeout` seconds of a quiet machine; it names `what` and the last
+        failure.
     """
     timeout = patience(timeout)
     deadline = time.monotonic() + timeout

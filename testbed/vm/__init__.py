@@ -1,4 +1,6 @@
-"""Small virtual machines on one wire: real kernels of several ages, real RDMA verbs (rdma_rxe), nothing of it on this machine.
+"""Small virtual machines on one wire: kernels of several ages, and RDMA verbs (rdma_rxe).
+
+Nothing of them touches this machine's own kernel or network.
 
     with guests(2) as (a, b):
         a.rxe_up(), b.rxe_up()
@@ -6,11 +8,13 @@
         b.run(["rping", "-c", "-a", str(a.address), "-C", "5"])
         server.wait()
 
-A guest sees only the others: its network is a pair of sockets of this process, `wire.py`. Commands go through a serial port to
-`agent.py`, its process 1. The checkout is /src in each, read-only; what is built after the boot is better pushed. Where the
-processor can't virtualise, QEMU emulates it: everything is ten to thirty times slower, so no test asserts on a rate.
+A guest sees only other guests: its network is a pair of sockets of this process (`wire.py`).
+Commands go through a serial port to `agent.py`, its process 1. Each guest has the checkout as /src,
+read-only. Push files that are built after the boot. Where the processor cannot virtualise, QEMU
+emulates it. Everything is then ten to thirty times slower, so no test asserts a rate.
 
-`python -m testbed.vm shell|run` does it from a shell. Start with `guest.py`; `images.py` makes what is booted.
+`python -m testbed.vm shell` and `run` do it from a shell. Read `guest.py` first; `images.py` makes
+what guests boot.
 """
 
 from testbed.vm.channel import GuestGoneError, Process

@@ -1,4 +1,4 @@
-"""`python -m testbed.vm`: virtual machines to play with, from a shell."""
+"""`python -m testbed.vm`: virtual machines for experiments, from a shell."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main() -> None:
 @click.option("--memory", default=768, show_default=True, help="MB")
 @click.option("--mtu", default=MTU, show_default=True)
 def shell(name: str, memory: int, mtu: int) -> None:
-    """A shell in one guest, with RDMA; its end is the guest's."""
+    """Open a shell in one guest, with RDMA; the guest ends with the shell."""
     with guests(kernels=[name], memory=memory, mtu=mtu) as (guest,):
         guest.rxe_up()
         click.echo(f"{guest.name}  {guest.address}  {guest.release}  the checkout is /src")
@@ -45,7 +45,7 @@ def shell(name: str, memory: int, mtu: int) -> None:
 
 @contextlib.contextmanager
 def _raw_terminal() -> Iterator[None]:
-    """Keys go to the guest as they are; nothing to do where the input is no terminal."""
+    """Set the terminal to raw mode, so that the guest gets every key, if there is one."""
     if not sys.stdin.isatty():
         yield
         return
@@ -80,7 +80,10 @@ def _converse(process: Process) -> None:
 @click.option("--count", default=2, show_default=True, help="Guests.")
 @_kernel
 def run(script: Path, count: int, name: str) -> None:
-    """Run a shell script in guests with RDMA; $NUMBER, $ADDRESS and $PEER, the next one's address, tell them apart."""
+    """Run a shell script in guests with RDMA.
+
+    $NUMBER, $ADDRESS and $PEER (the next guest's address) differ in each guest.
+    """
     with guests(kernels=[name] * count) as made:
         started = []
         for guest in made:

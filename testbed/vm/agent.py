@@ -1,7 +1,10 @@
-"""In the guest: runs commands for the test, over a virtio serial port. Process 1, so it also buries orphans.
+"""The guest's agent: runs commands for the test, over a virtio serial port.
 
-A frame is a header (kind, process, length) and its content; `channel.py` is the other end. The agent never waits for a
-program: what one doesn't read is kept until it does. It imports little, since an emulated processor needs seconds for more.
+It is process 1, so it also reaps orphans.
+
+A frame is a header (kind, process, length) and its content; `channel.py` is the other end. The
+agent never waits for a program: it keeps input until the program reads it. It imports little,
+because imports take seconds on an emulated processor.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ class Program:
 
 
 class Agent:
-    """Serves the port that it is given."""
+    """Serves the commands that arrive on a port."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -42,11 +45,11 @@ class Agent:
         self.poll = select.poll()
         self.poll.register(port, select.POLLIN)
         self.programs: dict[int, Program] = {}
-        """By the test's number."""
+        """The running programs, by the number that the test gave them."""
         self.outputs: dict[int, tuple[Program, int]] = {}
         """Descriptor to (program, kind)."""
         self.inputs: dict[int, Program] = {}
-        """Descriptor to program, those that have something unwritten."""
+        """Descriptor to program, for programs with unwritten input."""
         self.woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.poll.register(self.woken, select.POLLIN)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -61,7 +64,7 @@ class Agent:
                 select.select([], [self.port], [])
 
     def run(self) -> None:
-        """Until the test's end of the port is closed."""
+        """Serve until the test closes its end of the port."""
         self.send(HELLO, 0, os.uname().release.encode())
         while True:
             for descriptor, events in self.poll.poll():
@@ -115,7 +118,7 @@ class Agent:
         if cwd is not None:
             command = ["env", "-C", cwd, *command]
         try:
-            # Not fork: to copy this process' page tables is slow when the processor is emulated.
+            # Not fork: copying this process's page tables is slow on an emulated processor.
             pid = os.posix_spawnp(
                 command[0],
                 command,
@@ -125,7 +128,7 @@ class Agent:
                 setsigdef=[signal.SIGPIPE],
             )
         except OSError as error:
-            # As a shell says it.
+            # The same message and code as a shell's.
             self.send(ERRORS, number, f"{command[0]}: {error.strerror}\n".encode())
             self.send(EXIT, number, b"127")
             for descriptor in (*into, *out, *errors):
@@ -144,7 +147,7 @@ class Agent:
             self.poll.register(descriptor, select.POLLIN)
 
     def forward(self, descriptor: int) -> bool:
-        """Send on what a program has written; whether that was anything."""
+        """Forward a program's output; return whether there was any."""
         program, kind = self.outputs[descriptor]
         try:
             data = os.read(descriptor, CHUNK)
@@ -159,7 +162,7 @@ class Agent:
         return bool(data)
 
     def feed(self, program: Program) -> None:
-        """Write what a program takes of its input."""
+        """Write as much of a program's input as it accepts now."""
         if program.stdin is None:
             return
         try:
@@ -192,8 +195,8 @@ class Agent:
                     self.ended(program, os.waitstatus_to_exitcode(status))
 
     def ended(self, program: Program, code: int) -> None:
-        # Its own last words come before its end; what its children say later still comes.
-        for descriptor in [each for each, (whose, _) in self.outputs.items() if whose is program]:
+        # Its own output precedes its end. Output of its children may still follow.
+        for descriptor in [fd for fd, (owner, _) in self.outputs.items() if owner is program]:
             while self.forward(descriptor):
                 pass
         del self.programs[program.number]
@@ -210,7 +213,7 @@ def main() -> None:
     try:
         Agent(os.open(ports[0], os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)).run()
     finally:
-        # The test is gone, or this is broken: so is the guest.
+        # The test has ended, or this agent has failed: switch the guest off.
         with open("/proc/sysrq-trigger", "w") as trigger:  # noqa: PTH123
             trigger.write("o")
         time.sleep(10)

@@ -1,4 +1,7 @@
-"""The test's end of a guest's agent: commands go out, their outputs come back, any number at once. See `agent.py`."""
+"""The test's end of a guest's agent: sends commands and receives their output, many at once.
+
+The other end is `agent.py`.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class GuestGoneError(Exception):
 
 
 class Process:
-    """A program in a guest. It is in a session of its own, and signals go to all of that."""
+    """A program in a guest. It has its own session, and signals go to the whole session."""
 
     def __init__(self, channel: Channel, number: int, command: Sequence[str]) -> None:
         self.command = list(command)
@@ -45,17 +48,17 @@ class Process:
 
     @property
     def output(self) -> str:
-        """What it has written to its standard output so far."""
+        """Its standard output so far."""
         return self._output[OUTPUT].decode(errors="replace")
 
     @property
     def errors(self) -> str:
-        """… and to its standard error."""
+        """Its standard error so far."""
         return self._output[ERRORS].decode(errors="replace")
 
     @property
     def raw(self) -> bytes:
-        """Its standard output, byte for byte."""
+        """Its standard output so far, as bytes."""
         return bytes(self._output[OUTPUT])
 
     def poll(self) -> int | None:
@@ -63,19 +66,19 @@ class Process:
         return self._code
 
     def wait(self, timeout: float = 60) -> int:
-        """Its exit code. Raises TimeoutError, or GuestGoneError."""
+        """Wait for its end and return its exit code. Raises TimeoutError, or GuestGoneError."""
         self._channel.wait(self._says("end"), lambda: self._code is not None, timeout)
         assert self._code is not None
         return self._code
 
     def check(self, timeout: float = 60) -> str:
-        """Wait for its end; its standard output. Raises CommandError if it failed."""
+        """Wait for its end and return its standard output. Raises CommandError if it failed."""
         if self.wait(timeout) != 0:
             raise CommandError(self.command, self._code or -1, self.output + self.errors)
         return self.output
 
     def wait_for(self, pattern: str, timeout: float = 60) -> re.Match[str]:
-        """Wait until its outputs have something that matches. Raises TimeoutError, or CommandError if it ends before."""
+        """Wait until its output matches. Raises TimeoutError, or CommandError if it ends before."""
 
         def found() -> re.Match[str] | None:
             ended = self._code is not None
@@ -89,7 +92,7 @@ class Process:
         return match
 
     def write(self, data: bytes) -> None:
-        """Give it input; it was started with `stdin=True`."""
+        """Send it input; it must have been started with `stdin=True`."""
         for start in range(0, len(data), _FRAME):
             self._channel.send(INPUT, self._number, data[start : start + _FRAME])
 
@@ -97,11 +100,11 @@ class Process:
         self._channel.send(END_OF_INPUT, self._number)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal to it and its children; not an error if they have ended."""
+        """Send a signal to it and its children; it is no error if they have ended."""
         self._channel.send(KILL, self._number, json.dumps(int(number)).encode())
 
     def take(self, kind: int, content: bytes) -> None:
-        """A frame of the guest's about this program."""
+        """Handle a frame from the guest about this program."""
         if kind == EXIT:
             self._code = json.loads(content)
         else:
@@ -114,7 +117,7 @@ class Process:
 
 
 class Channel:
-    """One guest's programs. `why_gone` adds to an error what is known of a guest's end."""
+    """One guest's programs. `why_gone` explains the end of a guest, for errors."""
 
     def __init__(self, end: socket.socket, why_gone: Callable[[], str]) -> None:
         self._socket = end
@@ -129,8 +132,8 @@ class Channel:
         self._reader.start()
 
     def hello(self, timeout: float) -> str:
-        """Wait until the agent is there; the kernel's release."""
-        self.wait(lambda: "the agent to say hello", lambda: bool(self._release), timeout)
+        """Wait until the agent answers; return the kernel's release."""
+        self.wait(lambda: "the agent's first message", lambda: bool(self._release), timeout)
         return self._release
 
     def start(
@@ -156,7 +159,7 @@ class Channel:
         condition: Callable[[], bool | re.Match[str] | None],
         timeout: float,
     ) -> re.Match[str] | None:
-        """Until the condition holds; it is looked at when something has come from the guest."""
+        """Wait until a condition holds; check it whenever a frame arrives from the guest."""
         timeout = patience(timeout)
         until = time.monotonic() + timeout
         with self._changed:
@@ -171,7 +174,7 @@ class Channel:
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
-            pass  # The guest was first.
+            pass  # The guest has closed it before.
         self._reader.join()
         self._socket.close()
 

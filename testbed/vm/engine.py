@@ -1,8 +1,8 @@
-"""Docker in guests: an engine each, with the plugin installed, in one Swarm.
+"""Docker in guests: one engine each, with the plugin installed, in one Swarm.
 
-What an emulated processor would take minutes for is done before, on this machine: a host of the test bed with the same engine
-creates the plugin, and its /var/lib/docker becomes a disk of the guests. Containers there are of one image that has nothing in
-it: they see the guest's own /usr.
+Work that takes an emulated processor minutes is done before, on this machine: a host of the test
+bed with the same engine creates the plugin, and its /var/lib/docker becomes a disk of the guests.
+The guests have one empty image, whose containers use the guest's own /usr.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from testbed.process import wait_until
 from testbed.vm.guest import Guest
 from testbed.vm.images import ext4, forget_others
 
-ENGINE: Final = "26.1"  # The one of the guests' Debian release.
+ENGINE: Final = "26.1"  # The version in the guests' Debian release.
 MEMORY: Final = 1536
 IMAGE: Final = "guest:latest"
 RUN: Final = ("--mount", "type=bind,src=/usr,dst=/usr,readonly")
@@ -43,7 +43,10 @@ _MODULES: Final = (
 
 
 def engine_disk(plugin: Path) -> Path:
-    """An engine's /var/lib/docker with the built plugin, not enabled yet; made if absent (about half a minute)."""
+    """An engine's /var/lib/docker with the built plugin, not enabled; makes it if it is absent.
+
+    That takes about half a minute.
+    """
     # Each build writes config.json last.
     built = (plugin / "config.json").stat()
     key = recipe_key(str(plugin), str(built.st_mtime_ns), Path(__file__).read_text())
@@ -92,7 +95,7 @@ class Engine:
         wait_until(f"{self.guest.name}: the engine", lambda: self.api("version"), timeout, 0.5)
 
     def api(self, path: str) -> Any:
-        """Ask the engine; where the docker command would take a second, which it does to start."""
+        """Read from the engine's API, because the docker command takes a second to start here."""
         command = ["curl", "-sfg", "--unix-socket", "/run/docker.sock", f"http://engine/{path}"]
         return json.loads(self.guest.run(command).stdout)
 
@@ -101,34 +104,34 @@ class Engine:
         return self.guest.run(["docker", *arguments], timeout=timeout, check=check).stdout
 
     def freeflow(self, *arguments: str, check: bool = True) -> str:
-        """Run the `freeflow` command, which an enabled plugin has put there. Raises CommandError."""
+        """Run the `freeflow` command of an enabled plugin. Raises CommandError."""
         return self.guest.run(["freeflow", *arguments], check=check).stdout
 
     def enable_plugin(self) -> None:
         self.docker("plugin", "enable", PLUGIN, timeout=300)
 
     def containers(self) -> list[str]:
-        """IDs of its containers that run."""
-        return [each["Id"] for each in self.api("containers/json")]
+        """The IDs of its running containers."""
+        return [container["Id"] for container in self.api("containers/json")]
 
     def tasks(self, service: str) -> list[Any]:
-        """The tasks of a service that run; of a manager."""
+        """The running tasks of a service; only on a manager."""
         wanted = json.dumps(
             {"service": [service], "desired-state": ["running"]}, separators=(",", ":")
         )
-        found = self.api(f"tasks?filters={wanted}")
-        return [task for task in found if task["Status"]["State"] == "running"]
+        tasks = self.api(f"tasks?filters={wanted}")
+        return [task for task in tasks if task["Status"]["State"] == "running"]
 
     def log(self) -> str:
-        """What dockerd has said."""
+        """dockerd's log."""
         return self.guest.pull("/tmp/dockerd.log").decode(errors="replace")
 
 
 def make_swarm(engines: list[Engine]) -> None:
-    """Start all engines, enable their plugins and join them; the first manages."""
+    """Start all engines, enable their plugins, and make one Swarm; the first is its manager."""
     with ThreadPoolExecutor(len(engines)) as pool:
         list(pool.map(Engine.start, engines))
-        # Before they join: a node tells the managers its plugins then, and later only every 20 s.
+        # Before they join: a joining node reports its plugins at once, later only every 20 s.
         list(pool.map(Engine.enable_plugin, engines))
     first = engines[0]
     first.docker("swarm", "init", "--advertise-addr", str(first.guest.address))

@@ -1,4 +1,4 @@
-"""One guest: a QEMU process with a kernel, a disk that is thrown away, the wire, and an agent to run commands by."""
+"""One guest: QEMU with a kernel, a temporary disk, the wire, and an agent for commands."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ from testbed.vm.wire import Wire
 
 _BOOT: Final = 240.0
 SOURCES: Final = {"PYTHONPATH": "/src", "PYTHONDONTWRITEBYTECODE": "1"}
-"""Environment of what runs the checkout's Python code."""
+"""The environment of programs that run the checkout's Python code."""
 MTU: Final = 4200
-"""The largest for RoCE, 4096, and its headers."""
+"""RoCE's largest MTU, 4096, and room for its headers."""
 
 
 def accelerator() -> list[str]:
-    """How QEMU is to run guests; a /dev/kvm alone may be one that only runs kernels made for it."""
+    """QEMU's options for acceleration. /dev/kvm alone is not enough: it may only run special
+    kernels.
+    """
     flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     if os.access("/dev/kvm", os.W_OK) and flags and {"vmx", "svm"} & set(flags[1].split()):
         return ["-accel", "kvm", "-cpu", "host"]
-    # A newer one has more to emulate: vectors of 256 bits above all, which the C library then uses.
+    # Emulating a newer processor is slower, mostly for vectors of 256 bits in the C library.
     return ["-accel", "tcg,thread=multi", "-cpu", "Nehalem"]
 
 
 class Guest:
-    """A guest of `guests`: 10.99.0.`number`, fd99::`number`."""
+    """A guest with the addresses 10.99.0.`number` and fd99::`number`; made by `guests`."""
 
     def __init__(
         self,
@@ -69,8 +71,8 @@ class Guest:
     # --- life
 
     def switch_on(self) -> None:
-        """Start QEMU; `wait_up` waits until the guest is up. Its disk is new each time."""
-        # The socket of the agent, of the monitor, of the network.
+        """Start QEMU with a new disk; `wait_up` waits until the guest is up."""
+        # The sockets of the agent, of the monitor and of the network.
         agent, agents = socket.socketpair()
         self._monitor, monitors = socket.socketpair()
         self._monitor.settimeout(patience(30))
@@ -84,7 +86,7 @@ class Guest:
                 stdout=(self._work / "qemu.log").open("ab"),
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # Its disk's changes are a file in there, without a name.
+                # QEMU writes the disk's changes to an unnamed file in there.
                 env={**os.environ, "TMPDIR": str(self._work)},
             )
         finally:
@@ -96,10 +98,10 @@ class Guest:
         disk = "format=raw,if=virtio,cache=unsafe"
         more = [f"file={self._disk},snapshot=on,{disk}"] if self._disk else []
         mac = f"52:54:00:99:00:{self.number:02x}"
-        # no_timer_check: on a busy machine the kernel's trial of its timer fails, and it gives up.
+        # no_timer_check: on a busy machine the kernel's check of its timer fails, and it panics.
         words = f"console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr no_timer_check apparmor=0 freeflow.number={self.number}"
         return [
-            # QEMU ends with the thread that has started it, also when that is killed.
+            # QEMU ends with the thread that has started it, even when that is killed.
             *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-M", "q35", *accelerator()),
             *(
                 "-smp",
@@ -115,7 +117,7 @@ class Guest:
             *("-append", f"{words} freeflow.mtu={self._mtu}"),
             *("-drive", f"file={root_image()},snapshot=on,{disk}"),
             *("-drive", f"file={self.kernel.modules},readonly=on,{disk}"),
-            *(word for each in more for word in ("-drive", each)),
+            *(word for drive in more for word in ("-drive", drive)),
             *(
                 "-virtfs",
                 f"local,path={TOP},mount_tag=src,security_model=none,readonly=on,multidevs=remap",
@@ -143,7 +145,7 @@ class Guest:
         self.release = self._channel.hello(timeout)
 
     def power_off(self) -> None:
-        """Pull the plug; safe when it is out."""
+        """Power the guest off; no error if it is off."""
         if self._qemu is not None:
             self._qemu.kill()
             self._qemu.wait(patience(30))
@@ -157,7 +159,7 @@ class Guest:
         self._negotiated = False
 
     def reboot(self) -> None:
-        """Pull the plug and start again, from a new disk."""
+        """Power the guest off and on again, with a new disk."""
         self.power_off()
         self.switch_on()
         self.wait_up()
@@ -170,7 +172,7 @@ class Guest:
 
     @property
     def console(self) -> str:
-        """What the kernel has said, since the guest was first switched on."""
+        """The kernel's messages since the guest was first switched on."""
         log = self._work / "console.log"
         return log.read_text(errors="replace") if log.exists() else ""
 
@@ -203,7 +205,7 @@ class Guest:
         timeout: float = 120,
         check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program to its end; its exit code and outputs.
+        """Run a program to its end; return its exit code and output.
 
         Raises:
             CommandError: it failed (with `check`) or took longer than `timeout` seconds.
@@ -222,16 +224,18 @@ class Guest:
         return subprocess.CompletedProcess(list(command), code, program.output, program.errors)
 
     def sh(self, script: str, *, timeout: float = 120, check: bool = True) -> str:
-        """Run a shell script; its standard output."""
+        """Run a shell script and return its standard output."""
         return self.run(["sh", "-euc", script], timeout=timeout, check=check).stdout
 
     def pytest(self, *arguments: str, timeout: float = 300) -> str:
-        """Run tests of the project in the guest, on its kernel; what pytest says. Raises CommandError if one fails."""
+        """Run tests of the project in the guest; return pytest's output. Raises CommandError if one
+        fails.
+        """
         command = ["python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
         return self.run(command, env=SOURCES, cwd="/src", timeout=timeout).stdout
 
     def push(self, content: bytes | str | Path, path: str, mode: int = 0o755) -> None:
-        """Write a file in the guest: this content, or that of a file of this machine."""
+        """Write a file in the guest, with this content or that of a file on this machine."""
         data = content.encode() if isinstance(content, str) else content
         data = data.read_bytes() if isinstance(data, Path) else data
         command = f'mkdir -p "$(dirname {shlex.quote(path)})"; cat >{shlex.quote(path)}; chmod {mode:o} {shlex.quote(path)}'
@@ -241,13 +245,15 @@ class Guest:
         program.check(120)
 
     def pull(self, path: str) -> bytes:
-        """The content of a file of the guest."""
+        """The content of a file in the guest."""
         program = self.start(["cat", path])
         program.check(120)
         return program.raw
 
     def wait_listening(self, port: int, namespace: str = "", timeout: float = 60) -> None:
-        """Wait until something listens on a TCP port, in a network namespace by name if one is given."""
+        """Wait until a program listens on a TCP port, in the named network namespace if one is
+        given.
+        """
         there = f"ip netns exec {namespace} " if namespace else ""
         self.sh(
             f"until {there}ss -Htln sport = :{port} | grep -q .; do sleep 0.05; done",
@@ -257,14 +263,14 @@ class Guest:
     # --- the underlay
 
     def cut_underlay(self) -> None:
-        """Lose all frames from and to the guest, which isn't told."""
+        """Drop all frames from and to the guest, without its knowledge."""
         self.wire.cut(self.number)
 
     def heal_underlay(self) -> None:
         self.wire.heal(self.number)
 
     def set_carrier(self, up: bool) -> None:
-        """Pull or plug in the network cable: the guest's card sees it."""
+        """Set the carrier of the guest's NIC up or down."""
         self.monitor("set_link", name="wire", up=up)
         wait_until(
             f"{self.name}: eth0's carrier",
@@ -275,14 +281,14 @@ class Guest:
         )
 
     def monitor(self, command: str, **arguments: Any) -> Any:
-        """Tell QEMU something in its machine protocol; its answer."""
+        """Send QEMU a command in its machine protocol (QMP) and return its answer."""
         assert self._monitor is not None
         if not self._negotiated:
             self._negotiated = True
             self.monitor("qmp_capabilities")
         self._monitor.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
         with self._monitor.makefile() as answers:
-            # Its greeting and its events come between.
+            # Its greeting and its events come first.
             for line in answers:
                 answer = json.loads(line)
                 if "error" in answer:
@@ -294,7 +300,7 @@ class Guest:
     # --- RDMA
 
     def rxe_up(self, device: str = "rxe0", link: str = "eth0") -> None:
-        """Make an RDMA device of a network card, which has its address and MTU by now."""
+        """Make an RDMA device of a NIC, which must have its address and MTU."""
         self.run(["modprobe", "-a", "rdma_rxe", "ib_uverbs", "rdma_ucm"])
         self.run(["rdma", "link", "add", device, "type", "rxe", "netdev", link])
 
@@ -309,10 +315,12 @@ def guests(
     mtu: int = MTU,
     disk: Path | None = None,
 ) -> Iterator[list[Guest]]:
-    """Guests on one wire, up; by default of the default kernel, or one for each of `kernels`.
+    """Running guests on one wire, with the default kernel, or one guest for each of `kernels`.
 
-    `cpus` of each: more than the machine has in all make everything slower, verbs above all, since their users spin.
-    `memory` in MB: an engine needs 1536. `disk` is one more for each, /dev/vdc, an image that stays as it is.
+    Each has `cpus` processors. More than the machine has in all make everything slower, most of all
+    verbs, because their users spin.
+    `memory` is in MB; an engine needs 1536. `disk` is the image of one more disk for each guest,
+    /dev/vdc, and is not changed.
     """
     wire = Wire()
     made: list[Guest] = []

@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# What a guest does before its agent runs; read by /sbin/vm-init of the image, as process 1. See images.py.
+# A guest runs this before its agent; /sbin/vm-init of the image sources it, as process 1 (images.py).
 mount -t sysfs sys /sys
 mount -t tmpfs -o mode=755 run /run
 mount -t tmpfs -o mode=1777 tmp /tmp
@@ -8,10 +8,10 @@ mount -t devpts devpts /dev/pts
 mount -t tmpfs -o mode=1777 shm /dev/shm
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
-# As systemd does: mounts of dockerd reach the plugin, and those of the plugin the host.
+# As systemd does, so that dockerd's mounts reach the plugin, and the plugin's the host.
 mount --make-rshared /
 
-# Of the kernel's command line: freeflow.number=2 freeflow.mtu=4200
+# From the kernel's command line: freeflow.number=2 freeflow.mtu=4200
 number=1
 mtu=1500
 read -r words </proc/cmdline

@@ -1,7 +1,8 @@
-"""What guests boot: one root file system for all, and a kernel with its modules for each Debian release.
+"""What guests boot: one root file system, and a kernel with modules for each Debian release.
 
-Kernel packages are downloaded and unpacked, never installed. All is made once and kept in the cache beside the engines'
-root file systems, by its recipe: the lists of packages and of modules, and what is run first.
+Kernel packages are downloaded and unpacked, never installed. Everything is made once and kept in
+the cache beside the engines' root file systems, named by its recipe: the lists of packages and
+modules, and the first program.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from testbed.images import TOP, NotPreparedError, bootstrap, cache, locked, reci
 from testbed.process import CommandError, run
 
 KERNELS: Final = {"6.12": "trixie", "6.1": "bookworm", "5.10": "bullseye"}
-"""Kernel -> Debian suite that has it."""
+"""Kernel to the Debian suite that has it."""
 DEFAULT_KERNEL: Final = "6.12"
 HOST_TOOLS: Final = ("qemu-system-x86_64", "mmdebstrap", "mke2fs", "depmod", "zstd", "dpkg")
 
@@ -40,7 +41,7 @@ _PACKAGES: Final = (
         "rdmacm-utils",
     ),
     *("bpftool", "iptables", "iputils-ping", "libbpf1", "nftables", "openssl", "tcpdump"),
-    # The project's own tests run in a guest as well, on its kernel.
+    # The project's own tests run in guests too.
     *("python3-hypothesis", "python3-pytest", "python3-pytest-timeout"),
     *("docker-cli", "docker.io", "ipvsadm"),
     *(
@@ -54,7 +55,7 @@ _PACKAGES: Final = (
     ),
 )
 _ROOM: Final = 1024
-"""MB that guests can write; sparse, so it costs nothing."""
+"""MB that guests can write. The file is sparse, so this costs nothing."""
 
 _MODULES: Final = (
     *("arch/x86/crypto", "crypto", "lib", "net"),
@@ -88,7 +89,7 @@ _MODULES: Final = (
     ),
     *("fs/netfs", "fs/nls", "fs/overlayfs"),
 )
-"""What a test of networks can want, of some 4,000."""
+"""The modules that tests of networks may need, out of some 4,000."""
 _NO_MODULES: Final = (
     *(
         "6lowpan",
@@ -131,7 +132,7 @@ $bb mount -t ext4 -o ro /dev/vdb /root/usr/lib/modules
 $bb mount --move /dev /root/dev
 exec $bb switch_root /root /sbin/vm-init
 """
-# What is more than this comes from the checkout, so that a change there needs no new image.
+# Everything else comes from the checkout, so a change there needs no new image.
 _VM_INIT: Final = """\
 #!/bin/sh
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
@@ -143,12 +144,12 @@ mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=262144,cache=loose src /sr
 
 
 class KernelAbsentError(Exception):
-    """The archive doesn't serve this kernel's release any more."""
+    """The archive no longer has this kernel's release."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What QEMU needs to boot a kernel."""
+    """The files that QEMU needs to boot a kernel."""
 
     name: str
     folder: Path
@@ -167,12 +168,12 @@ class Kernel:
 
     @property
     def version(self) -> str:
-        """As `uname -r` says it."""
+        """The kernel's release, as `uname -r` prints it."""
         return (self.folder / "version").read_text()
 
 
 def missing_tools() -> str:
-    """Programs that guests need and the machine lacks; empty if none."""
+    """The programs that guests need and the machine lacks; empty if none."""
     if os.geteuid() != 0:
         return "root"
     absent = [tool for tool in HOST_TOOLS if shutil.which(tool) is None]
@@ -184,9 +185,9 @@ def _packages() -> list[str]:
 
 
 def ext4(tree: Path, image: Path, room: int) -> None:
-    """A disk for a guest with the content of a folder, and room for so many MB more."""
+    """Make a guest's disk with the content of a folder and this many MB of free space."""
     used = int(run(["du", "-sm", str(tree)], timeout=None).split()[0])
-    # No journal: a guest's disk is thrown away with it.
+    # No journal, because a guest's disk is removed with the guest.
     options = ["-O", "^has_journal", "-m", "0", "-E", "lazy_itable_init=1"]
     run(
         [
@@ -205,7 +206,7 @@ def ext4(tree: Path, image: Path, room: int) -> None:
 
 
 def forget_others(keep: Path, pattern: str) -> None:
-    """Remove what other recipes made more than a day ago: a root file system is large."""
+    """Remove results of other recipes that are older than a day, because they are large."""
     for old in cache().glob(pattern):
         if old != keep and time.time() - old.stat().st_mtime > 86400:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -230,7 +231,10 @@ def root_image() -> Path:
 
 @contextmanager
 def _workshop(target: Path) -> Iterator[Path]:
-    """An empty folder to make something in, for one process at a time; one that a killed process left is used again."""
+    """A folder to make something in, for one process at a time.
+
+    A folder that a killed process has left behind is used again.
+    """
     with locked(target.name):
         folder = cache() / f"new-{target.name}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -242,11 +246,11 @@ def _workshop(target: Path) -> Iterator[Path]:
 
 
 def make_root_image() -> Path:
-    """The guests' root file system; made if absent (about a minute)."""
+    """The guests' root file system; makes it if it is absent (about a minute)."""
     target = _root_path()
     with _workshop(target) as folder:
         if not target.exists():
-            # By the target's name, so that downloads of another recipe aren't taken for this one's.
+            # Named like the target, so that downloads of another recipe are not used for this one.
             tree = folder / target.stem
             bootstrap(_SUITE, ",".join(_packages()), tree)
             for point in ("src", "usr/lib/modules"):
@@ -269,12 +273,12 @@ def _kernel_path(name: str) -> Path:
 
 
 def _absence(target: Path) -> Path:
-    """The file that says why the archive has no such kernel."""
+    """The file with the reason why the archive has no such kernel."""
     return target.with_name(f"{target.name}.absent")
 
 
 def kernel(name: str = DEFAULT_KERNEL) -> Kernel:
-    """A kernel of Debian's.
+    """A kernel of Debian.
 
     Raises:
         KernelAbsentError: the archive had no such release when it was to be made.
@@ -289,7 +293,7 @@ def kernel(name: str = DEFAULT_KERNEL) -> Kernel:
 
 
 def make_kernel(name: str) -> Kernel:
-    """A kernel of Debian's; made if absent (about a quarter of a minute).
+    """A kernel of Debian; makes it if it is absent (about a quarter of a minute).
 
     Raises:
         KernelAbsentError: the archive has no such release (any more).
@@ -316,7 +320,7 @@ def _make_kernel(suite: str, work: Path, fetched: Path, made: Path) -> None:
     unpacked = _download(suite, work, fetched)
     version = next(unpacked.glob("boot/vmlinuz-*")).name.removeprefix("vmlinuz-")
     (made / "version").write_text(version)
-    # Uncompressed: an emulated processor takes three seconds to do it.
+    # Uncompressed, because an emulated processor needs three seconds to decompress it.
     (made / "vmlinux").write_bytes(_vmlinux((unpacked / f"boot/vmlinuz-{version}").read_bytes()))
     tree = work / "modules"
     _modules(
@@ -334,7 +338,10 @@ def _make_kernel(suite: str, work: Path, fetched: Path, made: Path) -> None:
 
 
 def _download(suite: str, work: Path, fetched: Path) -> Path:
-    """A suite's kernel and busybox, unpacked; by apt with a configuration of its own. What is in `fetched` already isn't asked for again."""
+    """Download and unpack a suite's kernel and busybox, by apt with its own configuration.
+
+    Packages that are in `fetched` are not downloaded again.
+    """
     mirror = run([str(TOP / "plugin/image/mirror.sh")]).strip()
     keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
     (work / "sources.list").write_text(
@@ -383,12 +390,14 @@ def _download(suite: str, work: Path, fetched: Path) -> Path:
 
 
 def _vmlinux(bzimage: bytes) -> bytes:
-    """The ELF file in a bzImage (the kernel's Documentation/arch/x86/boot.rst: setup_sects, payload_offset, payload_length)."""
+    """The ELF file in a bzImage (Linux, Documentation/arch/x86/boot.rst: payload_offset and
+    others).
+    """
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
     start = ((bzimage[0x1F1] or 4) + 1) * 512 + offset
     payload = bzimage[start : start + length]
     if payload.startswith(b"\xfd7zXZ\0"):
-        # The size follows the stream: a file's reader would take it for another stream.
+        # The size follows the stream, and a reader of files would take it for another stream.
         found = lzma.LZMADecompressor().decompress(payload)
     else:
         done = subprocess.run(["zstd", "-dcq"], input=payload, capture_output=True, check=False)
@@ -399,12 +408,12 @@ def _vmlinux(bzimage: bytes) -> bytes:
 
 
 def _modules(source: Path, target: Path, version: str) -> None:
-    """Copy what guests can want, unpacked, for the same reason as the kernel."""
+    """Copy the modules that guests may need, decompressed for the same reason as the kernel."""
     target.mkdir(parents=True)
     for name in ("modules.builtin", "modules.builtin.modinfo", "modules.order"):
         shutil.copy(source / name, target / name)
     for wanted in _MODULES:
-        # A module for one kernel is built in, or a folder, in another.
+        # What is a module in one kernel is built in, or a folder, in another.
         for found in sorted((source / "kernel").glob(f"{wanted}*")):
             if found.name == Path(wanted).name or found.name == f"{Path(wanted).name}.xz":
                 for path in [found, *found.rglob("*")]:
@@ -426,7 +435,7 @@ def _copy_module(path: Path, target: Path) -> None:
 
 
 def _load_order(tree: Path, version: str, modules: Iterable[str]) -> list[Path]:
-    """The files to load for some modules, what they depend on first; those that are built in need none."""
+    """The files to load for some modules, dependencies first; built-in modules have none."""
     found: dict[Path, None] = {}
     for module in modules:
         shown = run(["modprobe", "-d", str(tree), "-S", version, "--show-depends", module])
@@ -437,7 +446,7 @@ def _load_order(tree: Path, version: str, modules: Iterable[str]) -> list[Path]:
 
 
 def _cpio(folders: Iterable[str], files: dict[str, bytes]) -> bytes:
-    """An archive that the kernel unpacks as its first root (its Documentation/driver-api/early-userspace/buffer-format.rst)."""
+    """An initramfs (Linux, Documentation/driver-api/early-userspace/buffer-format.rst)."""
     members = [(name, stat.S_IFDIR | 0o755, b"") for name in folders]
     members += [(name, stat.S_IFREG | 0o755, content) for name, content in files.items()]
     members.append(("TRAILER!!!", 0, b""))

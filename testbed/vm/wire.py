@@ -1,7 +1,8 @@
-"""The wire between guests: a switch in this process. It learns which address is where, as any does, and can be cut.
+"""The wire between guests: a learning switch in this process, which can drop a guest's frames.
 
-A guest's network card is one end of a pair of datagram sockets, so no frame can leave for anywhere else. A frame waits while
-its receiver's queue is full; past `_QUEUE` frames it is lost, as in a real switch.
+A guest's NIC is one end of a pair of datagram sockets, so no frame can leave for anywhere else. A
+frame waits while its receiver's queue is full; past `_QUEUE` frames it is lost, as in a real
+switch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final
 
 _QUEUE: Final = 4096
 _FRAME: Final = 1 << 17
-"""More than virtio's largest, 64 KiB with segmentation left to the card."""
+"""More than virtio's largest frame: 64 KiB with segmentation offload."""
 
 
 @dataclass(eq=False)
@@ -26,7 +27,7 @@ class _Port:
 
 
 class Wire:
-    """Connects guests by their numbers."""
+    """A switch whose ports have the guests' numbers."""
 
     def __init__(self) -> None:
         self._ports: dict[int, _Port] = {}
@@ -42,7 +43,9 @@ class Wire:
         self._thread.start()
 
     def plug(self, number: int) -> socket.socket:
-        """A guest's end, for QEMU; the caller closes it. What was plugged in under this number before is out."""
+        """Connect a guest; return its end for QEMU, which the caller closes. It replaces an older
+        one.
+        """
         mine, guest = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         mine.setblocking(False)
         for end in (mine, guest):
@@ -59,7 +62,7 @@ class Wire:
             self._unplug(number)
 
     def cut(self, number: int) -> None:
-        """Lose all frames from and to a guest, which isn't told."""
+        """Drop all frames from and to a guest, without its knowledge."""
         self._cut |= {number}
 
     def heal(self, number: int) -> None:
@@ -100,7 +103,7 @@ class Wire:
             try:
                 frame = port.end.recv(_FRAME)
             except OSError:
-                return  # No more; or the guest was switched off.
+                return  # There is no more, or the guest was switched off.
             if not frame:
                 return
             self._learned[frame[6:12]] = port.number
