@@ -29,7 +29,7 @@ def vni_for(network_id: str, taken: Collection[int]) -> int:
         vni = (start + step) % ((1 << 24) - 1) + 1
         if vni not in taken:
             return vni
-    raise Conflict(f"network {network_id}: every VNI is taken; remove a network")
+    raise Conflict(f"network {network_id}", cause="every VNI is taken", remedy="remove a network")
 
 
 def prefix6_for(network_id: str) -> IPv6Network:
@@ -57,9 +57,11 @@ def check_subnets(network_id: str, subnets: Collection[Subnet]) -> None:
     for item in subnets:
         if item.pool.version == 6 and item.gateway is not None and numbered_by_hosts(network_id):
             raise InvalidRequest(
-                f"network {network_id}: with the IPv6 subnet {item.pool} Docker's Swarm would give containers on "
-                "different hosts the same address; create the network without --ipv6 and without that --subnet, with "
-                f"-o ipv6={item.pool if item.pool.prefixlen == 64 else 'on'}"
+                f"network {network_id}",
+                cause=f"with the IPv6 subnet {item.pool} Docker's Swarm would give containers on "
+                "different hosts the same address",
+                remedy="create the network without --ipv6 and without that --subnet, with "
+                f"-o ipv6={item.pool if item.pool.prefixlen == 64 else 'on'}",
             )
 
 
@@ -105,7 +107,9 @@ def network(
     vni = parsed.own_vni or parsed.vni
     if vni in others and parsed.own_vni is None:
         raise Conflict(
-            f"network {network_id}: option vni={vni} is taken by network {others[vni]}; choose another"
+            f"network {network_id}",
+            cause=f"option vni={vni} is taken by network {others[vni]}",
+            remedy="choose another",
         )
     return Network(
         id=network_id,

@@ -15,7 +15,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import docker
 
 T = TypeVar("T")
+
+_READ_LOG: Final = "read the engine's log: journalctl -u docker"
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -99,7 +101,9 @@ class DockerDirectory:
 
     def _failure(self, what: str, error: Exception) -> EngineError:
         return EngineError(
-            f"the engine did not answer {what} on {self._socket}: {error}; is dockerd running?"
+            f"the engine did not answer {what} on {self._socket}",
+            cause=str(error),
+            remedy="check that dockerd runs: systemctl status docker",
         )
 
     def _drop(self) -> None:
@@ -164,8 +168,9 @@ class DockerDirectory:
         if not names:
             # Not "no networks": what isn't listed is taken for removed.
             raise EngineError(
-                f"the engine on {self._socket} lists no plugin that is this one; "
-                "does the plugin's mount of docker.sock belong to the engine that runs it?"
+                f"the engine on {self._socket}",
+                cause="it lists no plugin that is this one",
+                remedy="check that the plugin's mount of docker.sock is of the engine that runs it",
             )
         return names
 
@@ -182,14 +187,20 @@ class DockerDirectory:
             return None
         if status != http.HTTPStatus.OK:
             raise EngineError(
-                f"the engine answered GET {path} with {status}: {body[:200].decode(errors='replace')}"
+                f"the engine answered GET {path} with {status}",
+                cause=body[:200].decode(errors="replace"),
+                remedy=_READ_LOG,
             )
         try:
             answer = msgspec.json.decode(body)
         except ValueError as error:
             raise self._failure(f"GET {path}", error) from error
         if not isinstance(answer, dict):
-            raise EngineError(f"the engine answered GET {path} with something else than an object")
+            raise EngineError(
+                f"the engine answered GET {path}",
+                cause="its answer is not an object",
+                remedy=_READ_LOG,
+            )
         plain = ordered(answer)
         known = self._known.get(question)
         if known is not None and known[0] == plain:

@@ -13,7 +13,13 @@ FreeFlowError          dataplane/errors.py, with `what`, `cause` and `remedy`
 
 from __future__ import annotations
 
+from typing import Final
+
 from dataplane.errors import FreeFlowError as FreeFlowError
+
+DOCTOR: Final = "run: freeflow doctor"
+"""The remedy where the kernel refuses without saying what it lacks."""
+TRY_AGAIN: Final = "try again"
 
 
 class InvalidRequest(FreeFlowError):

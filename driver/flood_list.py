@@ -52,7 +52,11 @@ class FloodLists:
         if not network.overlay or not view.peers:
             return
         if not own:
-            raise EngineError("this host's own address among the peers isn't known yet")
+            raise EngineError(
+                "the peers are not set",
+                cause="this host's own address among them isn't known yet",
+                remedy="check the engine: docker info",
+            )
         peers = frozenset(peer.address for peer in view.peers) - frozenset(own)
         # A network's device is made anew with its first endpoint: with other endpoints all is set again.
         wanted = (peers, frozenset(endpoints))

@@ -51,7 +51,6 @@ VNI: Final = "freeflow.vni"
 PORT: Final = "freeflow.port"
 MTU: Final = "freeflow.mtu"
 PREFIX6: Final = "freeflow.prefix6"
-OWN_KEYS: Final = (FORMAT, VNI, PORT, MTU, PREFIX6)
 _SWITCH: Final = {
     "on": True,
     "true": True,
@@ -86,15 +85,20 @@ def _integer(key: str, value: str, allowed: range) -> int:
     # Not int(): it takes "9_000", " 9000 " and digits of other scripts.
     if not (value.isascii() and value.isdecimal() and len(value) < 12) or int(value) not in allowed:
         raise InvalidRequest(
-            f"option {key}={value}: not a number from {allowed.start} to {allowed.stop - 1}; "
-            f"for example -o {key}={_EXAMPLES.get(key, allowed.start)}"
+            f"option {key}={value}",
+            cause=f"not a number from {allowed.start} to {allowed.stop - 1}",
+            remedy=f"for example -o {key}={_EXAMPLES.get(key, allowed.start)}",
         )
     return int(value)
 
 
 def _switch(key: str, value: str) -> bool:
     if value.lower() not in _SWITCH:
-        raise InvalidRequest(f"option {key}={value}: neither on nor off; for example -o {key}=off")
+        raise InvalidRequest(
+            f"option {key}={value}",
+            cause="neither on nor off",
+            remedy=f"for example -o {key}=off",
+        )
     return _SWITCH[value.lower()]
 
 
@@ -106,16 +110,21 @@ def _ipv6(value: str) -> tuple[bool, IPv6Network | None]:
         prefix = IPv6Network(value)
     except ValueError as error:
         raise InvalidRequest(
-            f"option ipv6={value}: neither on nor off nor an IPv6 prefix ({error}); "
-            "for example -o ipv6=on or -o ipv6=fd00:1:2:3::/64"
+            f"option ipv6={value}",
+            cause=f"neither on nor off nor an IPv6 prefix ({error})",
+            remedy="for example -o ipv6=on or -o ipv6=fd00:1:2:3::/64",
         ) from error
     if prefix.prefixlen != 64:
         raise InvalidRequest(
-            f"option ipv6={value}: not a /64; for example -o ipv6={prefix.network_address}/64"
+            f"option ipv6={value}",
+            cause="not a /64",
+            remedy=f"for example -o ipv6={prefix.network_address}/64",
         )
     if not (prefix.is_global or prefix.is_private) or prefix.is_link_local or prefix.is_multicast:
         raise InvalidRequest(
-            f"option ipv6={value}: hosts can't have addresses of this kind; for example -o ipv6=fd00:1:2:3::/64"
+            f"option ipv6={value}",
+            cause="hosts can't have addresses of this kind",
+            remedy="for example -o ipv6=fd00:1:2:3::/64",
         )
     return True, prefix
 
@@ -125,11 +134,15 @@ def _prefix6(value: str) -> IPv6Network:
         network = IPv6Network(value)
     except ValueError as error:
         raise InvalidRequest(
-            f"option {PREFIX6}={value}: {error}; remove it, it is chosen by FreeFlow"
+            f"option {PREFIX6}={value}",
+            cause=str(error),
+            remedy="remove it, it is chosen by FreeFlow",
         ) from error
     if network.prefixlen != 64:
         raise InvalidRequest(
-            f"option {PREFIX6}={value}: not a /64; remove it, it is chosen by FreeFlow"
+            f"option {PREFIX6}={value}",
+            cause="not a /64",
+            remedy="remove it, it is chosen by FreeFlow",
         )
     return network
 
@@ -152,13 +165,15 @@ def _refuse_unknown(options: Mapping[str, str]) -> None:
         return
     if unknown[0].startswith(OWN_PREFIX):
         raise InvalidRequest(
-            f"option {', '.join(unknown)}: chosen by FreeFlow, not by the user; networks have: {_known()}; "
-            "for example -o mtu=9000"
+            f"option {', '.join(unknown)}",
+            cause=f"chosen by FreeFlow, not by the user; networks have: {_known()}",
+            remedy="for example -o mtu=9000",
         )
     hints = "".join(f" ({HINTS[key]})" for key in unknown if key in HINTS)
     raise InvalidRequest(
-        f"unknown option {', '.join(unknown)}{hints}; FreeFlow networks have: {_known()}; "
-        "for example -o mtu=9000"
+        f"unknown option {', '.join(unknown)}{hints}",
+        cause=f"FreeFlow networks have: {_known()}",
+        remedy="for example -o mtu=9000",
     )
 
 
@@ -168,7 +183,9 @@ def _mtu(options: Mapping[str, str]) -> int | None:
     }
     if len(set(given.values())) > 1:
         raise InvalidRequest(
-            f"options mtu={options['mtu']} and {MTU_ALIAS}={options[MTU_ALIAS]} contradict each other; give one"
+            f"options mtu={options['mtu']} and {MTU_ALIAS}={options[MTU_ALIAS]}",
+            cause="they contradict each other",
+            remedy="give one",
         )
     return given.get("mtu", given.get(MTU_ALIAS))
 
@@ -198,8 +215,9 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
     own_format = _integer(FORMAT, options[FORMAT], range(1, 1 << 16)) if FORMAT in options else None
     if own_format is not None and own_format > SPOKEN:
         raise InvalidRequest(
-            f"option {FORMAT}={own_format}: allocated by a later FreeFlow, this host's speaks {SPOKEN}; "
-            "upgrade the plugin on this host (docker plugin upgrade)"
+            f"option {FORMAT}={own_format}",
+            cause=f"allocated by a later FreeFlow, this host's speaks {SPOKEN}",
+            remedy="upgrade the plugin on this host (docker plugin upgrade)",
         )
     _refuse_unknown(options)
     ipv6, prefix6 = _ipv6(options.get("ipv6", "off"))
@@ -229,8 +247,9 @@ def parse_endpoint(options: Mapping[str, object]) -> IPv6Address | None:
     unknown = sorted(key for key in options if key != IP6 and not key.startswith(ENDPOINT_PREFIX))
     if unknown:
         raise InvalidRequest(
-            f"unknown driver-opt {', '.join(unknown)}: containers have {IP6} (IPv6 address); remove it "
-            f"(options of a network are: {_known()})"
+            f"unknown driver-opt {', '.join(unknown)}",
+            cause=f"containers have {IP6} (IPv6 address)",
+            remedy=f"remove it (options of a network are: {_known()})",
         )
     if IP6 not in options:
         return None
@@ -238,5 +257,7 @@ def parse_endpoint(options: Mapping[str, object]) -> IPv6Address | None:
         return IPv6Address(str(options[IP6]))
     except ValueError as error:
         raise InvalidRequest(
-            f"driver-opt {IP6}={options[IP6]}: {error}; for example driver-opt={IP6}=fd00:1:2:3::1:5"
+            f"driver-opt {IP6}={options[IP6]}",
+            cause=str(error),
+            remedy=f"for example driver-opt={IP6}=fd00:1:2:3::1:5",
         ) from error

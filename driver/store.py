@@ -85,10 +85,10 @@ class Store:
 
     def _failed(self, error: Exception) -> StateError:
         if isinstance(error, sqlite3.Error) and _unreadable(error):
-            step = "disable and enable the plugin: it then starts anew from what Docker says"
+            remedy = "disable and enable the plugin: it then reads its state from Docker again"
         else:
-            step = "look at the file system's free space and rights"
-        return StateError(f"state in {self.path}: {error}; {step}")
+            remedy = "check the file system's free space and permissions"
+        return StateError(f"state in {self.path}", cause=str(error), remedy=remedy)
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(
@@ -125,9 +125,11 @@ class Store:
             found = int(connection.execute("PRAGMA user_version").fetchone()[0])
             if found > len(self._migrations):
                 raise StateError(
-                    f"state in {self.path} was written by a newer FreeFlow (schema {found}, this version has "
-                    f"{len(self._migrations)}); upgrade the plugin to that version again, or remove and install it "
-                    "to start without state"
+                    f"state in {self.path}",
+                    cause=f"written by a newer FreeFlow (schema {found}, this version has "
+                    f"{len(self._migrations)})",
+                    remedy="upgrade the plugin to that version again, or remove and install it to "
+                    "start without state",
                 )
             for number in range(found, len(self._migrations)):
                 connection.executescript(

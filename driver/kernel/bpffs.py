@@ -11,7 +11,7 @@ import ctypes
 from pathlib import Path
 from typing import Final
 
-from driver.errors import KernelError
+from driver.errors import DOCTOR, KernelError
 from driver.kernel.namespace import check, filesystem, libc
 
 PINS: Final = Path("freeflow-admin/bpf")
@@ -35,7 +35,9 @@ def make(host_run: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         path.parent.chmod(0o700)
     except OSError as error:
-        raise KernelError(f"{path} can't be made: {error.strerror}") from error
+        raise KernelError(
+            f"{path} can't be made", cause=str(error.strerror), remedy=DOCTOR
+        ) from error
     result = libc.mount(b"bpf", str(path).encode(), b"bpf", ctypes.c_ulong(_FLAGS), b"mode=0700")
     check(result, f"mounting {path}")
     return path

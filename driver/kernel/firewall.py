@@ -24,7 +24,6 @@ _IN: Final = ("ingress", "prerouting", "input")
 _OUT: Final = ("output", "postrouting", "egress")
 _FAMILIES: Final = ("ip", "inet", "netdev")
 _DEEPEST: Final = 16
-_UDP: Final = ("udp", 17)
 _HARMLESS: Final = ("counter", "comment")
 _LEGACY: Final = Path("/proc/thread-self/net/ip_tables_names")
 SHARE: Final = 20

@@ -18,16 +18,8 @@ from pathlib import Path
 from typing import Final
 
 from driver.errors import KernelError
-from driver.kernel.netfilter import (
-    IPV4,
-    NESTED,
-    InterruptedDumpError,
-    attribute,
-    attributes,
-    dump,
-    nest,
-    tell,
-)
+from driver.kernel.netfilter import IPV4, InterruptedDumpError, dump, send_each
+from driver.kernel.nlmsg import NESTED, attribute, attributes, nest
 
 _CONNECTIONS: Final = (socket.IPPROTO_TCP, socket.IPPROTO_SCTP)
 """Protocols whose flows have an end of their own; others last as long as their packets."""
@@ -126,7 +118,9 @@ def _forget(rules: Mapping[str, frozenset[str]]) -> int:
         if flow.vip in rules and is_stale(flow.protocol, flow.vip, flow.task, rules[flow.vip])
     ]
     # One that has ended meanwhile isn't there any more.
-    return tell(_DELETE, IPV4, (attribute(_ORIGINAL | NESTED, flow.original) for flow in stale))
+    return send_each(
+        _DELETE, IPV4, (attribute(_ORIGINAL | NESTED, flow.original) for flow in stale)
+    )
 
 
 def forget_stale(rules: Mapping[IPv4Address, Collection[IPv4Address]]) -> int:
@@ -142,7 +136,9 @@ def forget_stale(rules: Mapping[IPv4Address, Collection[IPv4Address]]) -> int:
         return _forget(texts)
     except OSError as error:
         raise KernelError(
-            f"conntrack: {error.strerror}; is nf_conntrack_netlink available?"
+            "connection tracking",
+            cause=str(error.strerror),
+            remedy="modprobe nf_conntrack_netlink",
         ) from error
 
 

@@ -17,6 +17,7 @@ from typing import Final
 from driver.kernel import netfilter, nf_tables
 from driver.kernel.namespace import in_netns
 from driver.kernel.nf_tables import Chain
+from driver.kernel.nlmsg import attributes
 
 _IPVS: Final = Path("/proc/thread-self/net/ip_vs")
 _IPVS_HEAD: Final = 3
@@ -102,5 +103,5 @@ def _is_loopback(expression: tuple[bytes, dict[int, bytes]]) -> bool:
     name, parts = expression
     if name != b"cmp" or parts.get(2) != bytes(4):
         return False
-    value = dict(netfilter.attributes(parts.get(3, b""))).get(1, b"")
+    value = dict(attributes(parts.get(3, b""))).get(1, b"")
     return len(value) == 4 and value[0] == 127

@@ -17,7 +17,6 @@ better. A port without complete knowledge isn't guarded: a peer that is cut off 
 from __future__ import annotations
 
 import socket
-import struct
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -28,9 +27,11 @@ from typing import Any, Final
 import structlog
 
 from driver import names
-from driver.errors import KernelError
+from driver.errors import DOCTOR, KernelError
 from driver.kernel.namespace import in_netns
+from driver.kernel.netfilter import FAMILY as FAMILY_HEADER
 from driver.kernel.nft import Session
+from driver.kernel.nlmsg import attributes, message, messages
 from driver.model import IPAddress
 
 log = structlog.get_logger()
@@ -54,7 +55,6 @@ _SUSPECTS: Final = '{ "bridge", "veth", "netkit", "vxlan", "geneve", "dummy" }'
 _GET_GENERATION: Final = 10 << 8 | 16
 _NETFILTER: Final = 12
 """NETLINK_NETFILTER, linux/netlink.h."""
-_NLMSG: Final = struct.Struct("=IHHII")
 _GENERATION: Final = 1
 
 
@@ -363,14 +363,16 @@ class Guard:
     def _now(self) -> int:
         """The generation of this namespace's rules, which changes with each transaction."""
         assert self._generations is not None
-        self._generations.send(_NLMSG.pack(20, _GET_GENERATION, 1, 0, 0) + bytes(4))
+        self._generations.send(message(_GET_GENERATION, 0, 0, FAMILY_HEADER.pack(0, 0, 0)))
         answer = self._generations.recv(1 << 12)
-        if _NLMSG.unpack_from(answer)[1] != _GET_GENERATION - 1:
-            raise KernelError("nftables: the kernel doesn't tell the generation of its rules")
-        length, kind = struct.unpack_from("=HH", answer, 20)
-        if kind & 0x3FFF != _GENERATION or length < 8:
-            raise KernelError("nftables: the kernel doesn't tell the generation of its rules")
-        return int.from_bytes(answer[24:28], "big")
+        for kind, _, _, body in messages(answer):
+            if kind == _GET_GENERATION - 1:
+                generation = dict(attributes(body, FAMILY_HEADER.size)).get(_GENERATION)
+                if generation:
+                    return int.from_bytes(generation, "big")
+        raise KernelError(
+            "nftables", cause="the kernel doesn't tell the generation of its rules", remedy=DOCTOR
+        )
 
     def facts(self) -> Guarded:
         """For status."""

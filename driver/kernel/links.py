@@ -14,7 +14,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from driver import names
-from driver.errors import KernelError
+from driver.errors import TRY_AGAIN, KernelError
 from driver.kernel.namespace import OVERLAY_PIN
 from driver.kernel.netlink import Sockets, translate
 from driver.kernel.underlay import Underlay
@@ -54,7 +54,9 @@ def make_bridge(overlay: Sockets, network: Network) -> int:
                     raise translate(error, f"making bridge {name}") from error
         index = overlay.index(name)
         if index is None:
-            raise KernelError(f"bridge {name} vanished while it was made; try again")
+            raise KernelError(
+                f"bridge {name}", cause="it was removed while it was made", remedy=TRY_AGAIN
+            )
     else:
         with overlay.take() as route:
             _check_kind(route.link("get", index=index)[0], "bridge")
@@ -71,8 +73,9 @@ def _check_kind(link: Any, wanted: str) -> None:
     if kind != wanted:
         name = link.get_attr("IFLA_IFNAME")
         raise KernelError(
-            f"interface {name} in the overlay namespace is a {kind} device that FreeFlow didn't make, where its "
-            f"{wanted} belongs; remove it: nsenter --net=/run/{OVERLAY_PIN} ip link del {name}"
+            f"interface {name} in the overlay namespace",
+            cause=f"it is a {kind} device that FreeFlow didn't make, in the place of its {wanted}",
+            remedy=f"remove it: nsenter --net=/run/{OVERLAY_PIN} ip link del {name}",
         )
 
 
@@ -148,14 +151,17 @@ def _vxlan_refused(
     if error.code == errno.EEXIST:
         same = [name for name, vni in others if vni == network.vni]
         return KernelError(
-            f"network {network.id}: VNI {network.vni} on UDP port {network.port} is taken by another VXLAN device "
-            f"of this host, {same[0] if same else 'in a namespace that FreeFlow does not see'}; remove that one, or "
-            "create the network with another -o vni="
+            f"network {network.id}",
+            cause=f"VNI {network.vni} on UDP port {network.port} is taken by another VXLAN device "
+            f"of this host, {same[0] if same else 'in a namespace that FreeFlow does not see'}",
+            remedy="remove that device, or create the network with another -o vni=",
         )
-    who = f"VXLAN device {others[0][0]}" if others else "another program (ss -ulpn shows which)"
+    user = f"VXLAN device {others[0][0]}" if others else "another program (ss -ulpn shows which)"
     return KernelError(
-        f"network {network.id}: UDP port {network.port} is in use on this host by {who}; remove that, or "
-        "docker plugin set freeflow:latest VXLAN_PORT=PORT on all hosts and create the network again"
+        f"network {network.id}",
+        cause=f"UDP port {network.port} is in use on this host by {user}",
+        remedy="remove that, or docker plugin set freeflow:latest VXLAN_PORT=PORT on all hosts and "
+        "create the network again",
     )
 
 

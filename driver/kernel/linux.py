@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from driver import names
-from driver.errors import FreeFlowError, KernelError
+from driver.errors import DOCTOR, TRY_AGAIN, FreeFlowError, KernelError
 from driver.kernel import announce, fdb, filter, guard, links, pin, underlay, underlay_routes
 from driver.kernel.fastpath import FastPath, Stage
 from driver.kernel.guard import Guard, Guarded
@@ -109,7 +109,9 @@ class LinuxKernel:
             opened = self._overlay()
         if opened is None:
             raise KernelError(
-                f"{self._host_run / OVERLAY_PIN} vanished while it was made; try again"
+                f"overlay namespace {self._host_run / OVERLAY_PIN}",
+                cause="it was removed while it was made",
+                remedy=TRY_AGAIN,
             )
         return opened
 
@@ -260,7 +262,9 @@ class LinuxKernel:
         except OSError as error:
             if error.errno not in _INTERFACE_GONE:
                 raise KernelError(
-                    f"announcing endpoints of network {network_id}: {error.strerror}"
+                    f"announcing endpoints of network {network_id}",
+                    cause=str(error.strerror),
+                    remedy=DOCTOR,
                 ) from error
 
     def hear(self, seconds: float) -> frozenset[ArpFrame]:
@@ -272,7 +276,7 @@ class LinuxKernel:
             return overlay.hear(seconds)
         except (OSError, ValueError) as error:
             # Closed meanwhile, by a cleanup.
-            raise KernelError(f"listening to ARP: {error}") from error
+            raise KernelError("reading ARP", cause=str(error), remedy=DOCTOR) from error
 
     def learned(self, network_id: str) -> dict[str, IPAddress]:
         """MAC address → the peer behind which it was learned: by the fast path, which the VXLAN device sees nothing of,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from dataplane.threads import in_thread
-from driver.errors import KernelError
+from driver.errors import DOCTOR, KernelError
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def check(result: int, what: str) -> None:
     """Raise KernelError with errno's text if a C call failed."""
     if result != 0:
         number = ctypes.get_errno()
-        raise KernelError(f"{what}: {os.strerror(number)}")
+        raise KernelError(what, cause=os.strerror(number), remedy=DOCTOR)
 
 
 def enter(namespace: int) -> None:
@@ -54,7 +54,9 @@ def in_netns(namespace: Path | int, function: Callable[[], T]) -> T:
             descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise KernelError(
-                f"network namespace {namespace} can't be opened: {error.strerror}; has its container ended?"
+                f"network namespace {namespace} can't be opened",
+                cause=str(error.strerror),
+                remedy="check that its container runs",
             ) from error
 
     def body() -> T:

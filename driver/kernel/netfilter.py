@@ -7,66 +7,33 @@ thread's network namespace. Constants: linux/netfilter/nfnetlink.h.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+from driver.kernel.nlmsg import (
+    ACK,
+    DONE,
+    DUMP,
+    ERROR,
+    INTERRUPTED,
+    check,
+    error_number,
+    message,
+    messages,
+)
+
 IPV4: Final = 2
-REQUEST, ACK, DUMP, INTERRUPTED = 1, 4, 0x300, 0x10
-ERROR, DONE = 2, 3
-NESTED: Final = 1 << 15
-HEADER: Final = struct.Struct("=IHHII")
 FAMILY: Final = struct.Struct("!BBH")
 
 _NETLINK_NETFILTER: Final = 12
 _SO_SNDBUFFORCE: Final = 32
-_TYPE_MASK: Final = 0x3FFF
 _LARGEST: Final = 1 << 17
-_ATTRIBUTE: Final = struct.Struct("=HH")
 
 
 class InterruptedDumpError(Exception):
     """What was listed has changed meanwhile; the listing may lack something."""
-
-
-def attribute(kind: int, data: bytes) -> bytes:
-    return _ATTRIBUTE.pack(4 + len(data), kind) + data + bytes(-len(data) % 4)
-
-
-def nest(kind: int, *attributes: bytes) -> bytes:
-    return attribute(kind | NESTED, b"".join(attributes))
-
-
-def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The attributes of a message or of a nest.
-
-    Raises:
-        ValueError: they don't fit where they stand.
-    """
-    offset = 0
-    while offset + _ATTRIBUTE.size <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        if length < _ATTRIBUTE.size or offset + length > len(data):
-            raise ValueError("an attribute runs past the end of its message")
-        yield kind & _TYPE_MASK, data[offset + _ATTRIBUTE.size : offset + length]
-        offset += (length + 3) & ~3
-
-
-def message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
-    return HEADER.pack(HEADER.size + len(body), kind, flags | REQUEST, sequence, 0) + body
-
-
-def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Type, sequence number, flags and body of each message of a datagram."""
-    offset = 0
-    while offset + HEADER.size <= len(data):
-        length, kind, flags, sequence, _ = HEADER.unpack_from(data, offset)
-        if length < HEADER.size:
-            return
-        yield kind, sequence, flags, data[offset + HEADER.size : offset + length]
-        offset += (length + 3) & ~3
 
 
 def open_socket(room: int = 0) -> socket.socket:
@@ -91,11 +58,6 @@ def answers(channel: socket.socket) -> Iterator[tuple[int, int, bytes]]:
             yield kind, sequence, body
 
 
-def number_of(body: bytes) -> int:
-    """The error's number in an error message; 0 if it says that all went well."""
-    return -int(struct.unpack_from("=i", body)[0])
-
-
 def dump(kind: int, family: int, most: int, *parts: bytes) -> Iterator[tuple[int, bytes]]:
     """Family and attributes of each object that the kernel lists, of `most` at most; then OverflowError.
 
@@ -116,14 +78,14 @@ def dump(kind: int, family: int, most: int, *parts: bytes) -> Iterator[tuple[int
                 if got == DONE:
                     return
                 if got == ERROR:
-                    raise OSError(number_of(body), os.strerror(number_of(body)))
+                    check(body)
                 count += 1
                 if count > most:
                     raise OverflowError
                 yield body[0], body[FAMILY.size :]
 
 
-def tell(kind: int, family: int, requests: Iterable[bytes]) -> int:
+def send_each(kind: int, family: int, requests: Iterable[bytes]) -> int:
     """Send requests of one kind, each its attributes; how many were done. Of the others there is no such thing.
 
     Raises:
@@ -136,17 +98,17 @@ def tell(kind: int, family: int, requests: Iterable[bytes]) -> int:
             for got, _, body in answers(channel):
                 if got != ERROR:
                     continue
-                refused = number_of(body)
-                if refused not in (0, errno.ENOENT):
-                    raise OSError(refused, os.strerror(refused))
+                refused = error_number(body)
+                if refused != errno.ENOENT:
+                    check(body)
                 done += not refused
     return done
 
 
-def ask(kind: int, family: int, *parts: bytes) -> bool:
+def exists(kind: int, family: int, *parts: bytes) -> bool:
     """Whether the kernel has the one object that is asked for.
 
     Raises:
         OSError: the kernel can't be asked, or has another reason to refuse than that there is no such thing.
     """
-    return tell(kind, family, [b"".join(parts)]) == 1
+    return send_each(kind, family, [b"".join(parts)]) == 1

@@ -25,7 +25,7 @@ from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_NEWLINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
-from driver.errors import KernelError
+from driver.errors import DOCTOR, TRY_AGAIN, KernelError
 from driver.kernel.namespace import in_netns
 from driver.kernel.rtnl import Rtnl
 
@@ -58,8 +58,9 @@ _STATS: Final = struct.Struct("=8Q")
 
 
 def translate(error: NetlinkError, what: str) -> KernelError:
-    """Our exception for the kernel's refusal of `what`."""
-    return KernelError(f"{what}: {os.strerror(error.code) if error.code > 0 else error}")
+    """Our exception for a request that the kernel refused; `what` names the request."""
+    cause = os.strerror(error.code) if error.code > 0 else str(error)
+    return KernelError(what, cause=cause, remedy=DOCTOR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,9 @@ class Sockets:
             except OSError as error:
                 if error.errno in _GONE:
                     return None
-                raise KernelError(f"looking up {name}: {error.strerror}") from error
+                raise KernelError(
+                    f"looking up {name}", cause=str(error.strerror), remedy=DOCTOR
+                ) from error
 
     def delete(self, name: str) -> bool:
         """Remove an interface; false if there is none of this name."""
@@ -209,7 +212,11 @@ class Sockets:
                     continue
                 except NetlinkError as error:
                     raise translate(error, "listing links or forwarding entries") from error
-        raise KernelError("the host's links change faster than they can be listed; try again")
+        raise KernelError(
+            "listing links",
+            cause="they change faster than they can be listed",
+            remedy=TRY_AGAIN,
+        )
 
 
 def _link(data: bytes, offset: int, end: int) -> Link:

@@ -17,22 +17,20 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Final
 
-from driver.errors import KernelError
-from driver.kernel.netfilter import (
+from driver.errors import DOCTOR, KernelError
+from driver.kernel.netfilter import FAMILY, IPV4, answers, dump, exists, open_socket
+from driver.kernel.nlmsg import (
     ACK,
+    APPEND,
+    CREATE,
     ERROR,
-    FAMILY,
+    EXCLUSIVE,
     HEADER,
-    IPV4,
-    answers,
-    ask,
     attribute,
     attributes,
-    dump,
+    error_number,
     message,
     nest,
-    number_of,
-    open_socket,
 )
 
 MOST: Final = 4096
@@ -47,7 +45,6 @@ _BATCH_BEGIN, _BATCH_END = 16, 17
 _NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _DELCHAIN = range(6)
 _NEWRULE, _GETRULE, _DELRULE, _NEWSET, _, _DELSET = range(6, 12)
 _NEWSETELEM, _GETSETELEM, _DELSETELEM = range(12, 15)
-_CREATE, _EXCLUSIVE, _APPEND = 0x400, 0x200, 0x800
 
 # For nft(8) alone, which has no name for a number in this host's byte order but that of a mark.
 _TYPE_MARK, _TYPE_ADDRESS = 19, 7
@@ -193,11 +190,11 @@ class Batch:
 
     def add_table(self) -> None:
         """Have the table, if it is there or not."""
-        self._add(_NEWTABLE, _CREATE)
+        self._add(_NEWTABLE, CREATE)
 
     def create_table(self) -> None:
         """Make the table, which must not be there."""
-        self._add(_NEWTABLE, _CREATE | _EXCLUSIVE)
+        self._add(_NEWTABLE, CREATE | EXCLUSIVE)
 
     def delete_table(self) -> None:
         self._add(_DELTABLE, 0)
@@ -207,7 +204,7 @@ class Batch:
         if hook is not None:
             place = (_number(1, hook.number), _number(2, hook.priority))
             parts += [nest(4, *place), _number(5, 1), _text(7, hook.kind)]
-        self._add(_NEWCHAIN, _CREATE, *parts)
+        self._add(_NEWCHAIN, CREATE, *parts)
 
     def delete_chain(self, name: str) -> None:
         """It has no rules and nothing leads there."""
@@ -219,13 +216,13 @@ class Batch:
 
     def add_rule(self, chain: str, *expressions: bytes) -> None:
         """At the end of the chain."""
-        self._add(_NEWRULE, _CREATE | _APPEND, _text(2, chain), nest(4, *expressions))
+        self._add(_NEWRULE, CREATE | APPEND, _text(2, chain), nest(4, *expressions))
 
     def _add_set(self, name: str, key: int, flags: int, *parts: bytes) -> None:
         self._sets += 1
         self._add(
             _NEWSET,
-            _CREATE,
+            CREATE,
             _text(2, name),
             _number(3, flags),
             _number(4, key),
@@ -262,7 +259,7 @@ class Batch:
 
     def add_addresses(self, name: str, addresses: Iterable[IPv4Address]) -> None:
         made = [nest(1, _value(1, address.packed)) for address in addresses]
-        self._elements(_NEWSETELEM, _CREATE | _EXCLUSIVE, name, made)
+        self._elements(_NEWSETELEM, CREATE | EXCLUSIVE, name, made)
 
     def delete_addresses(self, name: str, addresses: Iterable[IPv4Address]) -> None:
         """Each must be there, in a set or a map."""
@@ -271,14 +268,14 @@ class Batch:
 
     def add_gotos(self, name: str, chains: Iterable[tuple[IPv4Address, str]]) -> None:
         made = [nest(1, _value(1, address.packed), _goto(2, chain)) for address, chain in chains]
-        self._elements(_NEWSETELEM, _CREATE | _EXCLUSIVE, name, made)
+        self._elements(_NEWSETELEM, CREATE | EXCLUSIVE, name, made)
 
     def put_turns(self, name: str, targets: Iterable[tuple[int, IPv4Address]]) -> None:
         made = [
             nest(1, _value(1, struct.pack("=I", number)), _value(2, address.packed))
             for number, address in targets
         ]
-        self._elements(_NEWSETELEM, _CREATE | _EXCLUSIVE, name, made)
+        self._elements(_NEWSETELEM, CREATE | EXCLUSIVE, name, made)
 
     def delete_turns(self, name: str, numbers: Iterable[int]) -> None:
         """Each must be there."""
@@ -307,13 +304,17 @@ class Batch:
                 channel.send(whole)
                 for got, number, answer in answers(channel):
                     if got == ERROR:
-                        refused = refused or number_of(answer)
-                        acknowledged |= number == sequence and not number_of(answer)
+                        refused = refused or error_number(answer)
+                        acknowledged |= number == sequence and not error_number(answer)
         except OSError as error:
-            raise KernelError(f"nftables can't be changed: {error.strerror}") from error
+            raise KernelError(
+                "nftables can't be changed", cause=str(error.strerror), remedy=DOCTOR
+            ) from error
         if refused or not acknowledged:
             reason = os.strerror(refused) if refused else "no answer"
-            raise KernelError(f"nftables refused a change of table ip {self._table}: {reason}")
+            raise KernelError(
+                f"nftables refused a change of table ip {self._table}", cause=reason, remedy=DOCTOR
+            )
 
 
 # --- questions
@@ -330,16 +331,18 @@ def has_table(name: str) -> bool:
         KernelError: the kernel can't be asked.
     """
     try:
-        return ask(_SUBSYSTEM | _GETTABLE, IPV4, _text(1, name))
+        return exists(_SUBSYSTEM | _GETTABLE, IPV4, _text(1, name))
     except OSError as error:
-        raise KernelError(f"nftables can't be asked for a table: {error.strerror}") from error
+        raise KernelError(
+            "nftables can't be read", cause=str(error.strerror), remedy=DOCTOR
+        ) from error
 
 
 def has_address(table: str, name: str, address: IPv4Address) -> bool:
     """Whether a set of an IPv4 table has this address; not if there is no such set."""
     element = nest(3, nest(1, _value(1, address.packed)))
     try:
-        return ask(_SUBSYSTEM | _GETSETELEM, IPV4, _text(1, table), _text(2, name), element)
+        return exists(_SUBSYSTEM | _GETSETELEM, IPV4, _text(1, table), _text(2, name), element)
     except OSError:
         return False
 

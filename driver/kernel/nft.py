@@ -23,7 +23,7 @@ import weakref
 from pathlib import Path
 from typing import Any, Final
 
-from driver.errors import KernelError
+from driver.errors import DOCTOR, TRY_AGAIN, KernelError
 from driver.kernel.namespace import in_netns
 
 _LIBRARY: Final = "libnftables.so.1"
@@ -42,7 +42,9 @@ def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(_LIBRARY)
     except OSError as error:
-        raise KernelError(f"{_LIBRARY} can't be loaded: {error}; install libnftables1") from error
+        raise KernelError(
+            f"{_LIBRARY} can't be loaded", cause=str(error), remedy="install libnftables1"
+        ) from error
     library.nft_ctx_new.restype = ctypes.c_void_p
     library.nft_ctx_new.argtypes = [ctypes.c_uint32]
     library.nft_ctx_free.argtypes = [ctypes.c_void_p]
@@ -66,7 +68,9 @@ class Session:
             _check_descriptors()
             self._context = self._library.nft_ctx_new(0)
             if not self._context:
-                raise KernelError("nftables: no context; does the kernel have nf_tables?")
+                raise KernelError(
+                    "nftables", cause="libnftables can't be opened", remedy="modprobe nf_tables"
+                )
             self._library.nft_ctx_buffer_output(self._context)
             self._library.nft_ctx_buffer_error(self._context)
         self._free = weakref.finalize(self, _free, self._library, self._context)
@@ -79,7 +83,9 @@ class Session:
         library = self._library
         with _one_at_a_time:
             if not self._free.alive:
-                raise KernelError("nftables: the namespace was removed meanwhile; try again")
+                raise KernelError(
+                    "nftables", cause="the namespace was removed meanwhile", remedy=TRY_AGAIN
+                )
             library.nft_ctx_output_set_flags(self._context, flags)
             result = library.nft_run_cmd_from_buffer(self._context, commands.encode())
             # Reading a buffer also empties it.
@@ -88,7 +94,7 @@ class Session:
         if result != 0:
             lines = error.decode(errors="replace").splitlines()
             first = next((line for line in lines if line.strip()), "no reason given")
-            raise KernelError(f"nftables refused: {first.strip()}")
+            raise KernelError("nftables refused", cause=first.strip(), remedy=DOCTOR)
         return bytes(output).decode()
 
     def run(self, commands: str) -> None:
@@ -120,8 +126,10 @@ def _check_descriptors() -> None:
     os.close(number)
     if number >= _MOST_DESCRIPTORS - 1:
         raise KernelError(
-            f"nftables: this process has {number} descriptors open, and libnftables can't work with more than"
-            f" {_MOST_DESCRIPTORS}; restart the plugin, and report it with `freeflow bugreport`"
+            "nftables",
+            cause=f"this process has {number} descriptors open, and libnftables can't work with "
+            f"more than {_MOST_DESCRIPTORS}",
+            remedy="restart the plugin, and report it with `freeflow bugreport`",
         )
 
 

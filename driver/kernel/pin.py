@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from dataplane.threads import in_thread
-from driver.errors import KernelError
+from driver.errors import DOCTOR, KernelError
 from driver.kernel.namespace import (
     CLONE_NEWNET,
     OVERLAY_PIN,
@@ -95,7 +95,9 @@ def quiet(namespace: int) -> None:
         in_netns(namespace, _mend_sysctls)
     except OSError as error:
         raise KernelError(
-            f"overlay namespace: {error.filename}: {error.strerror}; does the plugin have CAP_SYS_ADMIN?"
+            f"overlay namespace: writing {error.filename}",
+            cause=str(error.strerror),
+            remedy="check that the plugin has CAP_SYS_ADMIN",
         ) from error
 
 
@@ -110,15 +112,19 @@ def make(host_run: Path) -> None:
         return
     if not is_shared(host_run):
         raise KernelError(
-            f"{host_run} is not a shared mount, so container networks would die with the plugin; "
-            "on the host: mount --make-rshared /run, then docker plugin disable -f and enable"
+            f"{host_run} is not a shared mount",
+            cause="container networks would die with the plugin",
+            remedy="on the host: mount --make-rshared /run, then docker plugin disable -f and "
+            "enable",
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.parent.parent.chmod(0o700)
         path.touch(mode=0o400)
     except OSError as error:
-        raise KernelError(f"{path} can't be made: {error.strerror}") from error
+        raise KernelError(
+            f"{path} can't be made", cause=str(error.strerror), remedy=DOCTOR
+        ) from error
 
     def pin() -> None:
         check(libc.unshare(CLONE_NEWNET), "making the overlay namespace")
@@ -142,7 +148,10 @@ def remove(host_run: Path) -> bool:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise KernelError(
-            f"{path} can't be removed: {error.strerror}; is it mounted a second time here?"
+            f"{path} can't be removed",
+            cause=str(error.strerror),
+            remedy=f"unmount it where it is mounted a second time: grep {path.name} "
+            "/proc/*/mountinfo",
         ) from error
     with contextlib.suppress(OSError):
         path.parent.rmdir()

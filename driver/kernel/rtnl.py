@@ -1,39 +1,45 @@
-"""Netlink messages made and read by hand, for what is asked once per peer or per address.
+"""Routes, links and forwarding entries (rtnetlink), asked once per peer or per address.
 
-pyroute2 takes a fifth of a millisecond and more for each message that it encodes or decodes; on a host with a thousand peers
-that is seconds. Here a message costs some microseconds. Numbers and layouts: linux/rtnetlink.h, linux/neighbour.h.
+Numbers and layouts: linux/rtnetlink.h, linux/neighbour.h. Messages are packed by hand (`nlmsg.py`):
+on a host with a thousand peers pyroute2 would take seconds.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
 
-from driver.errors import KernelError
+from driver.errors import DOCTOR, KernelError
+from driver.kernel.nlmsg import (
+    ACK,
+    APPEND,
+    CREATE,
+    DONE,
+    DUMP,
+    ERROR,
+    INTERRUPTED,
+    REPLACE,
+    attribute,
+    attributes,
+    check,
+    message,
+    messages,
+)
 from driver.model import IPAddress
 
-_HEADER: Final = struct.Struct("=IHHII")
-_ATTRIBUTE: Final = struct.Struct("=HH")
 _ROUTE: Final = struct.Struct("=8BI")
 _NEIGHBOUR: Final = struct.Struct("=BxxxiHBB")
 _LINK: Final = struct.Struct("=BxHiII")
-_ERROR: Final = struct.Struct("=i")
 
-_REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
-_INTERRUPTED: Final = 0x10
-"""NLM_F_DUMP_INTR: what was listed changed meanwhile."""
-_ERROR_MESSAGE, _DONE = 2, 3
 _NEW_LINK, _GET_LINK = 16, 18
 _NEW_ROUTE, _GET_ROUTE = 24, 26
 _NEW_NEIGHBOUR, _DELETE_NEIGHBOUR, _GET_NEIGHBOUR = 28, 29, 30
-_CREATE, _REPLACE, _APPEND = 0x400, 0x100, 0x800
 
 _IFLA_IFNAME, _IFLA_MTU = 3, 4
 _RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC, _RTA_METRICS, _RTA_VIA = (
@@ -66,7 +72,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How the kernel would send to an address."""
+    """How the kernel would send to an address: `kind` is RTN_…, `index` the device, `via` a gateway of the other family."""
 
     kind: int
     index: int
@@ -78,7 +84,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """An entry of a forwarding table: `peer` None is one of a bridge."""
+    """An FDB entry; `peer` is None in those of a bridge."""
 
     index: int
     mac: str
@@ -86,23 +92,11 @@ class Neighbour:
     state: int
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
-    return _ATTRIBUTE.pack(4 + len(value), kind) + value + bytes(-len(value) % 4)
-
-
-def _attributes(data: bytes, offset: int) -> Mapping[int, bytes]:
-    found = {}
-    while offset + 4 <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        if length < 4:
-            break
-        found[kind & 0x3FFF] = data[offset + 4 : offset + length]
-        offset += (length + 3) & ~3
-    return found
-
-
 class Rtnl:
-    """One netlink socket in the calling thread's namespace; for one thread at a time. Refusals are OSError."""
+    """A netlink socket in the calling thread's namespace, for one thread at a time.
+
+    A request that the kernel refuses raises OSError.
+    """
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
@@ -115,69 +109,58 @@ class Rtnl:
 
     def _send(self, kind: int, flags: int, body: bytes) -> int:
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        header = _HEADER.pack(_HEADER.size + len(body), kind, flags | _REQUEST, self._sequence, 0)
-        self._socket.send(header + body)
+        self._socket.send(message(kind, flags, self._sequence, body))
         return self._sequence
 
     def _messages(self, sequence: int) -> Iterator[tuple[int, int, bytes]]:
-        """Kind, flags and body of each message of an answer; without end."""
+        """Type, flags and body of each message of an answer; without end."""
         while True:
-            data = self._socket.recv(_RECEIVE)
-            offset = 0
-            while offset + _HEADER.size <= len(data):
-                length, kind, flags, number, _ = _HEADER.unpack_from(data, offset)
+            for kind, number, flags, body in messages(self._socket.recv(_RECEIVE)):
                 if number == sequence:
-                    yield kind, flags, data[offset + _HEADER.size : offset + length]
-                offset += max((length + 3) & ~3, _HEADER.size)
-
-    @staticmethod
-    def _check(body: bytes) -> None:
-        code = -_ERROR.unpack_from(body)[0]
-        if code:
-            raise OSError(code, os.strerror(code))
+                    yield kind, flags, body
 
     def change(self, kind: int, flags: int, body: bytes) -> None:
-        """Send a request that has no answer but whether it was done."""
-        sequence = self._send(kind, flags | _ACK, body)
+        """Send a request that is answered by an acknowledgement only."""
+        sequence = self._send(kind, flags | ACK, body)
         for found, _, answer in self._messages(sequence):
-            if found == _ERROR_MESSAGE:
-                self._check(answer)
+            if found == ERROR:
+                check(answer)
                 return
 
     def get(self, kind: int, body: bytes) -> bytes:
         """The one message that answers a request."""
         sequence = self._send(kind, 0, body)
         for found, _, answer in self._messages(sequence):
-            if found == _ERROR_MESSAGE:
-                self._check(answer)
+            if found == ERROR:
+                check(answer)
                 continue
             return answer
         raise AssertionError("unreachable: the messages have no end")
 
     def dump(self, kind: int, body: bytes) -> list[bytes]:
-        """All messages of a listing, from one moment."""
+        """All messages of a consistent listing."""
         for _ in range(_TRIES):
-            sequence = self._send(kind, _DUMP, body)
+            sequence = self._send(kind, DUMP, body)
             listed: list[bytes] = []
             whole = True
             for found, flags, answer in self._messages(sequence):
-                whole &= not flags & _INTERRUPTED
-                if found == _DONE:
+                whole &= not flags & INTERRUPTED
+                if found == DONE:
                     break
-                if found == _ERROR_MESSAGE:
-                    self._check(answer)
+                if found == ERROR:
+                    check(answer)
                     break
                 listed.append(answer)
             if whole:
                 return listed
-        raise OSError(errno.EAGAIN, "what is listed changes faster than it can be listed")
+        raise OSError(errno.EAGAIN, "the list changes faster than it can be read")
 
     # --- links and routes
 
     def link(self, index: int) -> Device:
         """A device of this namespace."""
         answer = self.get(_GET_LINK, _LINK.pack(0, 0, index, 0, 0))
-        found = _attributes(answer, _LINK.size)
+        found = dict(attributes(answer, _LINK.size))
         return Device(
             name=found.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace"),
             kind=int(_LINK.unpack_from(answer)[1]),
@@ -185,16 +168,16 @@ class Rtnl:
         )
 
     def route(self, to: IPAddress, source: IPAddress | None = None) -> Route:
-        """How a packet to an address would go, from `source` if that is said."""
+        """The route of a packet to an address, from `source` if given."""
         family = socket.AF_INET if to.version == 4 else socket.AF_INET6
         bits = to.max_prefixlen
         body = _ROUTE.pack(family, bits, bits if source else 0, 0, 0, 0, 0, 0, 0)
-        body += _attribute(_RTA_DST, to.packed)
+        body += attribute(_RTA_DST, to.packed)
         if source is not None:
-            body += _attribute(_RTA_SRC, source.packed)
+            body += attribute(_RTA_SRC, source.packed)
         answer = self.get(_GET_ROUTE, body)
-        found = _attributes(answer, _ROUTE.size)
-        metrics = _attributes(found.get(_RTA_METRICS, b""), 0)
+        found = dict(attributes(answer, _ROUTE.size))
+        metrics = dict(attributes(found.get(_RTA_METRICS, b"")))
 
         def address(kind: int) -> IPAddress | None:
             return ip_address(found[kind]) if kind in found else None
@@ -211,15 +194,14 @@ class Rtnl:
     # --- forwarding entries
 
     def neighbours(self, index: int) -> list[Neighbour]:
-        """What a port of a bridge has: its bridge's entries about it, and its own if it is a VXLAN device."""
+        """The FDB entries of a bridge port: its bridge's, and its own if it is a VXLAN device."""
         # By this form of request, an ifinfomsg, all kernels list one device only.
         body = _LINK.pack(socket.AF_BRIDGE, 0, index, 0, 0)
         found = []
         for answer in self.dump(_GET_NEIGHBOUR, body):
             _, device, state, _, _ = _NEIGHBOUR.unpack_from(answer)
-            attributes = _attributes(answer, _NEIGHBOUR.size)
-            mac = attributes.get(_NDA_LLADDR)
-            peer = attributes.get(_NDA_DST)
+            entry = dict(attributes(answer, _NEIGHBOUR.size))
+            mac, peer = entry.get(_NDA_LLADDR), entry.get(_NDA_DST)
             if device == index and mac:
                 found.append(
                     Neighbour(index, mac.hex(":"), ip_address(peer) if peer else None, state)
@@ -236,8 +218,8 @@ class Rtnl:
         *,
         append: bool = False,
     ) -> None:
-        """Make an entry, in place of another of this MAC address, or (`append`) beside them."""
-        mode = _CREATE | (_APPEND if append else _REPLACE)
+        """Make an entry that replaces others of this MAC address, or (`append`) joins them."""
+        mode = CREATE | (APPEND if append else REPLACE)
         self.change(_NEW_NEIGHBOUR, mode, _entry(index, mac, peer, state, flags))
 
     def drop_neighbour(self, index: int, mac: str, peer: IPAddress | None, flags: int) -> None:
@@ -246,10 +228,10 @@ class Rtnl:
 
 def _entry(index: int, mac: str, peer: IPAddress | None, state: int, flags: int) -> bytes:
     body = _NEIGHBOUR.pack(socket.AF_BRIDGE, index, state, flags, 0)
-    body += _attribute(_NDA_LLADDR, bytes.fromhex(mac.replace(":", "")))
-    return body + (_attribute(_NDA_DST, peer.packed) if peer is not None else b"")
+    body += attribute(_NDA_LLADDR, bytes.fromhex(mac.replace(":", "")))
+    return body + (attribute(_NDA_DST, peer.packed) if peer is not None else b"")
 
 
 def refused(error: OSError, what: str) -> KernelError:
-    """Our exception for the kernel's refusal of `what`."""
-    return KernelError(f"{what}: {error.strerror or error}")
+    """Our exception for a request that the kernel refused; `what` names the request."""
+    return KernelError(what, cause=str(error.strerror or error), remedy=DOCTOR)

@@ -83,7 +83,9 @@ def make(host_run: Path) -> Path:
                 libc.umount2(str(private).encode(), _MNT_DETACH)
     except OSError as error:
         raise KernelError(
-            f"{visible} can't be made: {error.strerror}; does the plugin have CAP_SYS_ADMIN?"
+            f"{visible} can't be made",
+            cause=str(error.strerror),
+            remedy="check that the plugin has CAP_SYS_ADMIN",
         ) from error
     return writable
 

@@ -18,7 +18,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from dataplane.ebpf import detach_link, link_device, pin, pinned, update_link
-from driver.errors import KernelError
+from driver.errors import DOCTOR, KernelError
 from driver.kernel.namespace import in_netns
 from driver.kernel.netlink import Sockets, translate
 
@@ -73,7 +73,9 @@ class Hooks:
         except OSError as error:
             if error.errno not in _NO_TCX:
                 raise KernelError(
-                    f"linking a program to device {index}: {os.strerror(error.errno or 0)}"
+                    f"linking a program to device {index}",
+                    cause=os.strerror(error.errno or 0),
+                    remedy=DOCTOR,
                 ) from error
             self._attach_filter(index, program)
             return

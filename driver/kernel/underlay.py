@@ -80,8 +80,9 @@ def _chosen(route: IPRoute, choice: str, hint: IPAddress | None) -> Underlay:
     found = _by_address(route, wanted)
     if found is None:
         raise SettingError(
-            f"setting UNDERLAY={choice}: no interface of this host has this address; "
-            "docker plugin set freeflow:latest UNDERLAY=INTERFACE"
+            f"setting UNDERLAY={choice}",
+            cause="no interface of this host has this address",
+            remedy="docker plugin set freeflow:latest UNDERLAY=INTERFACE",
         )
     return found
 
@@ -100,8 +101,9 @@ def _by_name(route: IPRoute, name: str, hint: IPAddress | None) -> Underlay:
         index = route.link("get", ifname=name)[0]["index"]
     except NetlinkError as error:
         raise SettingError(
-            f"setting UNDERLAY={name}: this host has no such interface; "
-            "docker plugin set freeflow:latest UNDERLAY=INTERFACE"
+            f"setting UNDERLAY={name}",
+            cause="this host has no such interface",
+            remedy="docker plugin set freeflow:latest UNDERLAY=INTERFACE",
         ) from error
     device, mtu = _link(route, index=index)
     # IPv4 comes first in the list.
@@ -137,7 +139,9 @@ def _any(route: IPRoute) -> Underlay:
     ]
     if not links:
         raise KernelError(
-            "no network interface is up: FreeFlow has no underlay; bring one up or set UNDERLAY"
+            "FreeFlow has no underlay",
+            cause="no network interface is up",
+            remedy="bring one up or set UNDERLAY",
         )
     mtu, device = max(links)
     return Underlay(device, mtu, None)
