@@ -1,6 +1,6 @@
-"""What holds for all tests: random inputs are the same in every run, and a test has the more time the busier the machine is.
+"""Settings for all tests: random inputs repeat in every run, and a busy machine gets more time.
 
-`HYPOTHESIS_PROFILE=explore` looks further, with other inputs in each run.
+`HYPOTHESIS_PROFILE=explore` uses other random inputs in each run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """A test's time-out, pyproject's or its own, is that of a quiet machine: it ends a test that hangs, not one that is slow."""
+    """Scale each test's time-out by the machine's load.
+
+    A time-out, in pyproject.toml or at a test, is that of a quiet machine. It must end a test that
+    hangs, and not one that is slow.
+    """
     marker = item.get_closest_marker("timeout")
     given = dict(marker.kwargs) if marker else {}
     if marker and marker.args:

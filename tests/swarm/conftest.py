@@ -1,4 +1,6 @@
-"""One Swarm for all scenarios: four hosts, three of them managers, engines 28.5 (twice), 20.10 and 26.1."""
+"""One Swarm for all scenarios: four hosts, three of them managers, engines 28.5 (twice), 20.10 and
+26.1.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,7 @@ def manager(bed: Bed) -> Host:
 
 @pytest.fixture(autouse=True)
 def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever a scenario leaves is removed, and its failure shows the engines' logs."""
+    """Remove whatever a scenario leaves behind, and show the engines' logs if it fails."""
     yield
     if "bed" not in request.fixturenames:
         return
@@ -80,7 +82,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def remove_containers(host: Host) -> None:
-    """Remove all containers of a host, also those that Docker is removing already, which it refuses to be asked again."""
+    """Remove all containers of a host, also those whose removal is in progress.
+
+    Docker refuses to remove the latter again.
+    """
 
     def removed() -> bool:
         left = host.docker("ps", "-aq").split()
@@ -125,22 +130,25 @@ def remove_everything(bed: Bed) -> None:
 
 
 def logged(bed: Bed, text: str) -> bool:
-    """Whether some engine's log has it: a leader's does, and scenarios before may have moved the leader."""
+    """Whether some engine's log contains a text.
+
+    The text may be in the log of any leader, because earlier scenarios may have moved the leader.
+    """
     return any(text in host.log_tail(2000) for host in bed.hosts)
 
 
 def plugin_answers(host: Host) -> bool:
-    """Whether the plugin runs and its command is on the host."""
+    """Whether the plugin runs and its command is installed on the host."""
     return '"version"' in host.freeflow("status", "--json", check=False)
 
 
 def unique(prefix: str) -> str:
-    """A name that no other scenario has."""
+    """A name that no other scenario uses."""
     return f"{prefix}{next(_numbers)}"
 
 
 def make_network(host: Host, *options: str, driver: str = "freeflow:latest") -> str:
-    """A network of the Swarm; attachable. Returns its name."""
+    """Make an attachable network of the Swarm and return its name."""
     name = unique("net")
     host.docker("network", "create", "-d", driver, "--attachable", *options, name)
     wait_until(
@@ -152,16 +160,17 @@ def make_network(host: Host, *options: str, driver: str = "freeflow:latest") -> 
 
 
 def not_attached(error: str) -> bool:
-    """Whether this is Docker's word for a container that the Swarm hasn't attached in the 20 s that the engine waits.
+    """Whether an error means that the Swarm has not attached a container within 20 s.
 
-    So it is for a minute after some power failures, and at times on a busy machine, with any driver. Asked again in the
-    moment when the Swarm takes back the late attachment, the engine says the second of these.
+    The engine waits no longer. It happens for a minute after some power failures, and at times on a
+    busy machine, with any driver. If the request is repeated just when the Swarm withdraws the late
+    attachment, the engine reports the second of these errors.
     """
     return "attaching to network failed" in error or ("network" in error and "not found" in error)
 
 
 def run_container(host: Host, network: str, *options: str, command: str = "sleep infinity") -> str:
-    """A container of the workload image on a network; returns its name."""
+    """Start a container of the workload image on a network and return its name."""
     name = unique("box")
     try:
         host.docker(
@@ -192,7 +201,7 @@ LIBRARY = (
     *("--mount", "type=bind,src=/run/freeflow,dst=/run/freeflow"),
     *("--env", "LD_PRELOAD=/run/freeflow/libfreeflow.so"),
 )
-"""Options of a container, or of a service, that is to be accelerated."""
+"""The options of an accelerated container or service."""
 
 NGINX = "hostname > /var/www/html/index.html; exec nginx -g 'daemon off;'"
 REDIS = "exec redis-server --protected-mode no --bind 0.0.0.0 --save ''"
@@ -201,11 +210,11 @@ REDIS = "exec redis-server --protected-mode no --bind 0.0.0.0 --save ''"
 def make_service(
     manager: Host, network: str, command: str, *options: str, replicas: int = 3, wait: bool = True
 ) -> str:
-    """A service of the workload image, running; returns its name."""
+    """Start a service of the workload image and return its name."""
     name = unique("svc")
     manager.docker(
         *("service", "create", "-d", "--no-resolve-image", "--name", name, "--network", network),
-        # What has no handler for SIGTERM is killed soon.
+        # A program without a handler for SIGTERM is killed soon.
         *("--replicas", str(replicas), "--stop-grace-period", "2s", *options),
         *(WORKLOAD_IMAGE, "sh", "-c", command),
     )

@@ -1,4 +1,6 @@
-"""Containers that preload the library, on real engines: their connections run over shared memory, and nothing else changes."""
+"""Containers that preload the library, on real engines: their connections use shared memory, and
+nothing else changes.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ print("over" if not answer else "right", count)
 
 
 def on(host: Host) -> tuple[str, ...]:
-    """That a service's tasks shall be on this host, and accelerated."""
+    """Options for a service whose tasks run on this host, accelerated."""
     return ("--constraint", f"node.hostname=={host.name}", *LIBRARY)
 
 
@@ -54,14 +56,14 @@ def connections(host: Host) -> list[dict[str, Any]]:
 
 
 def on_shm(host: Host, container: str) -> int:
-    """Its connections in shared memory."""
+    """A container's connections in shared memory."""
     return sum(
         each["container"] == container and each["path"] == "shm" for each in connections(host)
     )
 
 
 def talk(host: Host, client: str, to: str, seconds: float) -> str:
-    """Start TALK in a container; the file that will have its verdict."""
+    """Start TALK in a container; return the file that will contain its verdict."""
     file = f"/tmp/talk-{time.monotonic_ns()}"
     script = f"python3 -c '{TALK}' {to} {seconds} > {file} 2>&1"
     host.docker("exec", "-d", client, "sh", "-c", script)
@@ -69,14 +71,16 @@ def talk(host: Host, client: str, to: str, seconds: float) -> str:
 
 
 def verdict(host: Host, client: str, file: str, timeout: float = 20) -> str:
-    """What TALK has said at its end."""
+    """The verdict of TALK at its end."""
     return wait_until(
         "the end of the talk", lambda: host.exec(client, "cat", file).strip(), timeout, 0.2
     )
 
 
 def test_a_service_behind_its_vip(bed: Bed, manager: Host) -> None:
-    """Bytes from a service's tasks on this host are right and come over shared memory, on every engine; doctor is content."""
+    """Bytes from a service's tasks on this host arrive unchanged over shared memory, on every
+    engine, and doctor finds nothing.
+    """
     network = make_network(manager)
     for host in bed.hosts[:3]:
         service = make_service(manager, network, FILE + NGINX, *on(host), replicas=1)
@@ -93,7 +97,7 @@ def test_a_service_behind_its_vip(bed: Bed, manager: Host) -> None:
             lambda h=host, c=client, s=service: h.exec(c, "curl", "-sf", s, check=False),  # type: ignore[misc]
         )
         assert host.exec(client, "sh", "-c", DIGEST.format(service)) == wanted, host.engine
-        # Long enough for a machine on which asking alone takes seconds.
+        # Long enough for a machine on which a single request takes seconds.
         script = f"curl -s --limit-rate 1M 'http://{service}/file?[1-6]' >/dev/null"
         host.docker("exec", "-d", client, "sh", "-c", script)
         wait_until("shared memory", lambda h=host, c=client: on_shm(h, c) == 1, 25, 0.1)  # type: ignore[misc]
@@ -101,7 +105,9 @@ def test_a_service_behind_its_vip(bed: Bed, manager: Host) -> None:
 
 
 def test_a_rolling_update_under_load(manager: Host) -> None:
-    """A service is updated while accelerated clients ask it: as on TCP no request fails, and each answer is right."""
+    """During an update of a service with accelerated clients no request fails, as on TCP, and each
+    answer is right.
+    """
     network = make_network(manager)
     service = make_service(
         manager,
@@ -125,8 +131,9 @@ def test_a_rolling_update_under_load(manager: Host) -> None:
 
 
 def test_the_plugin_goes_and_comes_back(bed: Bed, manager: Host) -> None:
-    """A connection in shared memory goes on without the plugin and after its return; new ones meanwhile are on TCP, and
-    later ones in shared memory again, from containers that were there before too."""
+    """A connection in shared memory continues without the plugin and after its return. New ones use
+    TCP meanwhile, and shared memory again afterwards, also from older containers.
+    """
     network = make_network(manager)
     host = bed.hosts[1]
     server = run_container(host, network, *LIBRARY, command=REDIS)
@@ -147,7 +154,7 @@ def test_the_plugin_goes_and_comes_back(bed: Bed, manager: Host) -> None:
 
 
 def test_the_server_is_killed(manager: Host) -> None:
-    """A client hears of its server's death at once, as on TCP."""
+    """A client notices its server's death at once, as on TCP."""
     network = make_network(manager)
     server = run_container(manager, network, *LIBRARY, command=REDIS)
     client = run_container(manager, network, *LIBRARY)
@@ -158,8 +165,9 @@ def test_the_server_is_killed(manager: Host) -> None:
 
 
 def test_who_gets_nothing(bed: Bed, manager: Host) -> None:
-    """A container without the library, one on another network, one whose network is off, one on another host: all are
-    served over TCP, and the list says why."""
+    """A container without the library, one on another network, one whose network is off, and one on
+    another host use TCP, and the list gives the reason.
+    """
     network, off = make_network(manager), make_network(manager, "-o", "acceleration=off")
     host = bed.hosts[0]
     server = run_container(host, network, *LIBRARY, command=REDIS)
@@ -187,7 +195,9 @@ def test_who_gets_nothing(bed: Bed, manager: Host) -> None:
 
 
 def test_a_hardened_container(manager: Host) -> None:
-    """Read-only root, another user, no capabilities, no new privileges: accelerated all the same."""
+    """Acceleration works with a read-only root, another user, no capabilities and no new
+    privileges.
+    """
     network = make_network(manager)
     server = run_container(manager, network, *LIBRARY, command=REDIS)
     client = run_container(
@@ -200,7 +210,7 @@ def test_a_hardened_container(manager: Host) -> None:
 
 
 def test_a_container_is_disconnected(manager: Host) -> None:
-    """`docker network disconnect` ends an accelerated connection's traffic as it ends TCP's."""
+    """`docker network disconnect` stops an accelerated connection as it stops TCP."""
     network = make_network(manager)
     server = run_container(manager, network, *LIBRARY, command=REDIS)
     client = run_container(manager, network, *LIBRARY)

@@ -1,4 +1,4 @@
-"""Containers that are on no FreeFlow network, and have no capability, against those that are."""
+"""Containers without a FreeFlow network and without capabilities attack containers that have one."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ print("taken", taken)
 def test_a_container_of_another_network_takes_nothing_over(
     bed: Bed, manager: Host, side: str
 ) -> None:
-    """While a container without a capability on Docker's bridge says to a node that a remote container's address is at its
-    own, that container is reached all the time, and none of its traffic comes to the attacker."""
+    """A container on Docker's bridge, without capabilities, that claims a remote container's
+    address towards a node gets none of its traffic, and the remote container stays reachable.
+    """
     other = next(host for host in bed.hosts if host is not manager)
     network = make_network(manager)
     near, far = run_container(manager, network), run_container(other, network)

@@ -1,4 +1,6 @@
-"""Containers that Docker brings back: after a reboot, and when the plugin was removed and installed anew under them."""
+"""Containers that Docker starts again: after a reboot, and after the plugin was removed and
+installed.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def _lasting(host: Host, network: str) -> Box:
 
 
 def _reaches(near: Box, far: Box) -> bool:
-    """Over IPv4 and IPv6, at the address that the other has now."""
+    """Ping another container over IPv4 and IPv6, at its current addresses."""
     ipv4 = address(*far)
     if not ipv4:
         return False
@@ -61,8 +63,9 @@ def _links(host: Host) -> list[str]:
 
 @pytest.mark.timeout(600)
 def test_containers_come_back_after_a_reboot(bed: Bed, manager: Host) -> None:
-    """A container with a restart policy is back after its host's reboot, on every engine, reaches other hosts and is
-    reached, can be accelerated, and the host has no link of before."""
+    """A container with a restart policy returns after its host's reboot, on every engine. It
+    reaches other hosts and is reached, can be accelerated, and no old link is left.
+    """
     network = _network(manager)
     boxes = {host.name: _lasting(host, network) for host in bed.hosts}
     own = boxes[manager.name]
@@ -79,10 +82,11 @@ def test_containers_come_back_after_a_reboot(bed: Bed, manager: Host) -> None:
                 0.5,
             )
         wait_until("one link", lambda h=host: len(_links(h)) == 1, 30)  # type: ignore[misc]
-        # What it mounts is the folder of the plugin that runs now, and its programs load the library.
+        # It mounts the folder of the running plugin, and its programs load the library.
         host.exec(box[1], "test", "-S", "/run/freeflow/router.sock")
         assert "libfreeflow.so" in host.exec(box[1], "cat", "/proc/self/maps")
-        # While it starts, the engine doesn't answer the plugin, and the verdict says so until the next look.
+        # While the engine starts it does not answer the plugin, and the verdict says so until the
+        # next refresh.
         wait_until("a healthy verdict", lambda h=host: h.status()["healthy"], 30)  # type: ignore[misc]
     bed.wait_plugin_reported()
 
@@ -90,8 +94,10 @@ def test_containers_come_back_after_a_reboot(bed: Bed, manager: Host) -> None:
 def test_the_plugin_is_removed_and_installed_under_containers(
     bed: Bed, manager: Host, plugin: Path
 ) -> None:
-    """`plugin disable -f`, `plugin rm -f` and a new install, with all state lost: connections go on all the while, the new
-    plugin knows the containers again, and they can be restarted and removed without a trace."""
+    """After `plugin disable -f`, `plugin rm -f` and a new install, with all state lost, connections
+    have continued, the new plugin knows the containers, and they can be restarted and removed
+    without a trace.
+    """
     network = _network(manager)
     boxes = {host.name: _lasting(host, network) for host in bed.hosts}
     own = boxes[manager.name]
@@ -112,7 +118,7 @@ def test_the_plugin_is_removed_and_installed_under_containers(
         )
         assert _links(host) == before
         assert _reaches(box, own)
-    # Attaching needs the plugin in the manager's list of what the node has.
+    # The manager must know the node's plugin before it attaches a container.
     bed.wait_plugin_reported()
     for host in bed.hosts[1:]:
         box = boxes[host.name]

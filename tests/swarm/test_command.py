@@ -1,4 +1,4 @@
-"""The `freeflow` command on real hosts: what root sees and types."""
+"""The `freeflow` command on real hosts, as root runs it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.swarm.conftest import NGINX, address, make_network, make_service, run
 
 
 def test_status_is_well_and_complete(bed: Bed, manager: Host) -> None:
-    """status says that all is well (exit code 0) and shows network, container, peer, service and VIP."""
+    """status has a clean verdict (exit code 0) and shows network, container, peer, service and VIP."""
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=4)
     box = run_container(manager, network)
@@ -24,7 +24,9 @@ def test_status_is_well_and_complete(bed: Bed, manager: Host) -> None:
 
 
 def test_status_finds_a_wrong_setting(bed: Bed) -> None:
-    """A bad setting refuses changes, shows in status with the line that mends it, and that line mends it."""
+    """With an invalid setting the plugin refuses changes, and status shows the line that corrects
+    it.
+    """
     host = bed.hosts[3]
     host.docker("plugin", "disable", "-f", "freeflow:latest")
     host.docker("plugin", "set", "freeflow:latest", "VXLAN_PORT=many")
@@ -45,7 +47,7 @@ def test_status_finds_a_wrong_setting(bed: Bed) -> None:
 
 
 def test_ping_says_host_and_path(bed: Bed, manager: Host) -> None:
-    """ping names the host that has an address, the path and the round trip; for a VIP the task too."""
+    """ping names the host of an address, the path and the round trip; for a VIP the task too."""
     network = make_network(manager)
     run_container(manager, network)
     far = bed.hosts[2]
@@ -71,7 +73,7 @@ def test_ping_says_host_and_path(bed: Bed, manager: Host) -> None:
 
 
 def test_doctor_finds_nothing_on_a_good_host(bed: Bed, manager: Host) -> None:
-    """doctor finds nothing wrong where nothing is, on every engine."""
+    """doctor finds nothing on a healthy host, on every engine."""
     network = make_network(manager)
     for host in bed.hosts:
         run_container(host, network)
@@ -89,7 +91,7 @@ def test_doctor_finds_nothing_on_a_good_host(bed: Bed, manager: Host) -> None:
 
 
 def test_peers_bugreport_completion_and_help(bed: Bed, manager: Host) -> None:
-    """The other commands work on a real host, and the bug report holds no secret of the Swarm."""
+    """The other commands work on a real host, and the bug report contains no secret of the Swarm."""
     network = make_network(manager)
     run_container(manager, network)
     run_container(bed.hosts[1], network)
@@ -104,7 +106,9 @@ def test_peers_bugreport_completion_and_help(bed: Bed, manager: Host) -> None:
 
 
 def test_cleanup_refuses_while_in_use_and_leaves_nothing(bed: Bed, manager: Host) -> None:
-    """cleanup names the containers in use; without any it removes all links and namespaces of ours."""
+    """cleanup names the containers in use; without any it removes all of FreeFlow's links and
+    namespaces.
+    """
     network = make_network(manager)
     box = run_container(manager, network)
     with pytest.raises(CommandError) as caught:
@@ -115,7 +119,7 @@ def test_cleanup_refuses_while_in_use_and_leaves_nothing(bed: Bed, manager: Host
     assert "ff" not in "".join(
         line.split()[0][:2] for line in manager.run("ip", "-br", "link").splitlines()
     )
-    # And the next container works as if nothing had been.
+    # The next container works as before.
     other = run_container(bed.hosts[1], network)
     late = run_container(manager, network)
     target = address(bed.hosts[1], other, network)
@@ -127,7 +131,7 @@ def test_cleanup_refuses_while_in_use_and_leaves_nothing(bed: Bed, manager: Host
 
 
 def test_metrics_are_served_where_asked(bed: Bed, manager: Host) -> None:
-    """METRICS_ADDR serves the metrics; without it nothing listens."""
+    """With METRICS_ADDR the plugin serves metrics; without it, it does not listen."""
     host = bed.hosts[3]
     host.docker("plugin", "disable", "-f", "freeflow:latest")
     host.docker("plugin", "set", "freeflow:latest", "METRICS_ADDR=127.0.0.1:9477")

@@ -1,4 +1,6 @@
-"""Containers on attachable networks: addresses, several networks, connect and disconnect, isolation, published ports."""
+"""Containers on attachable networks: addresses, several networks, connect and disconnect,
+isolation, published ports.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ def _reaches(host: Host, container: str, target: str, *options: str) -> bool:
 
 
 def test_containers_of_all_engines_reach_each_other(bed: Bed, manager: Host) -> None:
-    """Every container reaches every other by name and by address, whatever engine its host has."""
+    """Every container reaches every other one by name and by address, whatever engine its host has."""
     network = make_network(manager)
     boxes = [(host, run_container(host, network)) for host in bed.hosts]
     addresses = [address(host, box, network) for host, box in boxes]
@@ -81,7 +83,9 @@ def test_connect_and_disconnect_while_running(bed: Bed, manager: Host) -> None:
 
 
 def test_networks_are_apart(bed: Bed, manager: Host) -> None:
-    """Containers of different networks don't reach each other, even with the other's route put in by hand."""
+    """Containers of different networks do not reach each other, even with the other's route added
+    by hand.
+    """
     first, second = make_network(manager), make_network(manager)
     box = run_container(manager, first, "--cap-add", "NET_ADMIN")
     target = address(manager, run_container(manager, second), second)
@@ -101,7 +105,9 @@ def test_internal_network_has_no_way_out(bed: Bed, manager: Host) -> None:
 
 
 def test_egress_and_published_ports(bed: Bed, manager: Host) -> None:
-    """A container that isn't internal reaches the outside, and its published ports are reached from there."""
+    """A container on a normal network reaches the outside, and its published ports are reachable
+    from there.
+    """
     network = make_network(manager)
     server = "echo served > /var/www/html/index.html; exec nginx -g 'daemon off;'"
     box = run_container(manager, network, "-p", "8088:80", command=server)
@@ -116,7 +122,9 @@ def test_egress_and_published_ports(bed: Bed, manager: Host) -> None:
 
 
 def test_names_that_look_like_ids(manager: Host) -> None:
-    """A network whose name is the start of another's ID is told apart (TestSwarmNetworkCreateIssue27866)."""
+    """A network whose name is the beginning of another's ID is not confused with it
+    (TestSwarmNetworkCreateIssue27866).
+    """
     first = make_network(manager)
     identifier = manager.docker("network", "inspect", "-f", "{{.Id}}", first).strip()
     manager.docker("network", "create", "-d", "freeflow:latest", "--attachable", identifier[:2])
@@ -125,7 +133,7 @@ def test_names_that_look_like_ids(manager: Host) -> None:
 
 
 def test_a_name_is_given_once(manager: Host) -> None:
-    """A second network of the same name is refused by Docker (TestSwarmNetworkCreateDup)."""
+    """Docker refuses a second network of the same name (TestSwarmNetworkCreateDup)."""
     network = make_network(manager)
     with pytest.raises(CommandError):
         manager.docker("network", "create", "-d", "freeflow:latest", network)
@@ -140,7 +148,9 @@ def test_attach_by_network_id(bed: Bed, manager: Host) -> None:
 
 
 def test_the_same_address_again_after_a_container_moved(bed: Bed, manager: Host) -> None:
-    """An address that moves to another host is reached there at once: the move is announced."""
+    """An address that moves to another host is reachable there at once, because the move is
+    announced.
+    """
     network = make_network(manager, "--subnet", "10.79.0.0/24")
     client = run_container(manager, network)
     for host in (*bed.hosts[1:], bed.hosts[1]):
@@ -152,7 +162,7 @@ def test_the_same_address_again_after_a_container_moved(bed: Bed, manager: Host)
 
 
 def test_options_of_a_network(manager: Host) -> None:
-    """-o mtu and vni reach every host; the manager's choices show in docker network inspect."""
+    """-o mtu and vni apply on every host; docker network inspect shows the manager's choices."""
     network = make_network(manager, "-o", "mtu=1400", "-o", "vni=4242", "-o", "acceleration=off")
     options = manager.inspect("network", "inspect", network)["Options"]
     assert options["freeflow.vni"] == "4242"
@@ -162,7 +172,9 @@ def test_options_of_a_network(manager: Host) -> None:
 
 
 def test_an_unknown_option_is_refused_by_name(bed: Bed, manager: Host) -> None:
-    """An unknown -o leaves the network without a driver, and the leader's log names option and remedy."""
+    """An unknown -o leaves the network without a driver, and the leader's log names option and
+    remedy.
+    """
     name = unique("bad")
     manager.docker(
         "network", "create", "-d", "freeflow:latest", "-o", "mtuu=9000", name, check=False
@@ -172,7 +184,7 @@ def test_an_unknown_option_is_refused_by_name(bed: Bed, manager: Host) -> None:
 
 
 def test_spoofed_frames_are_dropped_and_counted(bed: Bed, manager: Host) -> None:
-    """A container that takes another address is not heard, and status says so."""
+    """A container that takes another address cannot send from it, and status says so."""
     network = make_network(manager, "--subnet", "10.80.0.0/24")
     honest = run_container(bed.hosts[1], network, "--ip", "10.80.0.10")
     liar = run_container(manager, network, "--ip", "10.80.0.20", "--cap-add", "NET_ADMIN")

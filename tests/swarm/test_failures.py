@@ -1,4 +1,4 @@
-"""What goes wrong on real hosts: the plugin, the engine, the host, the underlay, the leader."""
+"""Failures on real hosts: of the plugin, the engine, the host, the underlay, the leader."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _reaches(host: Host, container: str, target: str) -> bool:
 
 
 def _ours(host: Host) -> list[str]:
-    """Links of ours on a host, in its own and in the overlay namespace."""
+    """FreeFlow's links on a host, in its own and in the overlay namespace."""
     text = host.run("ip", "-br", "link")
     if "overlay" in host.run("ls", "/run/freeflow-admin/netns", check=False):
         text += host.in_overlay("ip", "-br", "link")
@@ -41,7 +41,9 @@ def _ours(host: Host) -> list[str]:
 
 
 def test_killing_the_plugin_cuts_nothing_and_is_recovered_from(bed: Bed, manager: Host) -> None:
-    """With the plugin killed connections go on; it comes back by itself, and new containers join."""
+    """When the plugin is killed, connections continue; it restarts automatically, and new
+    containers join.
+    """
     network = make_network(manager)
     for host in bed.hosts[:3]:
         other = run_container(bed.hosts[3], network)
@@ -57,7 +59,7 @@ def test_killing_the_plugin_cuts_nothing_and_is_recovered_from(bed: Bed, manager
 
 
 def test_a_service_follows_changes_after_the_plugin_was_killed(bed: Bed, manager: Host) -> None:
-    """VIPs are followed again once the plugin is back."""
+    """VIPs follow changes again once the plugin is back."""
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=1)
     client = run_container(bed.hosts[1], network)
@@ -74,7 +76,9 @@ def test_a_service_follows_changes_after_the_plugin_was_killed(bed: Bed, manager
 
 
 def test_disable_and_enable_with_containers_running(bed: Bed, manager: Host) -> None:
-    """`docker plugin disable -f` leaves running containers connected; status says what to type; enabling recovers."""
+    """`docker plugin disable -f` leaves running containers connected; status says what to type;
+    enabling recovers.
+    """
     network = make_network(manager)
     host = bed.hosts[1]
     box = run_container(host, network)
@@ -91,7 +95,9 @@ def test_disable_and_enable_with_containers_running(bed: Bed, manager: Host) -> 
 
 
 def test_restart_of_the_engine(bed: Bed, manager: Host) -> None:
-    """After a clean restart of dockerd containers with a restart policy come back and reach each other; nothing leaks."""
+    """After a clean restart of dockerd, containers with a restart policy return and reach each
+    other; no link leaks.
+    """
     network = make_network(manager)
     for host in (bed.hosts[1], bed.hosts[3]):
         box = run_container(host, network, "--restart", "always")
@@ -107,7 +113,7 @@ def test_restart_of_the_engine(bed: Bed, manager: Host) -> None:
 
 
 def test_kill_of_the_engine(bed: Bed, manager: Host) -> None:
-    """After kill -9 of dockerd tasks come back on it, and the old endpoints' links are gone."""
+    """After kill -9 of dockerd its tasks return, and the old endpoints' links are gone."""
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=4)
     host = bed.hosts[3]
@@ -138,7 +144,9 @@ def test_kill_of_the_engine(bed: Bed, manager: Host) -> None:
 
 
 def test_reboot_of_a_host(bed: Bed, manager: Host) -> None:
-    """A host that loses power comes back with its tasks and reaches the others; its old endpoints are forgotten."""
+    """A host that loses power returns with its tasks and reaches the others; its old endpoints are
+    forgotten.
+    """
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=4)
     host = bed.hosts[3]
@@ -154,7 +162,9 @@ def test_reboot_of_a_host(bed: Bed, manager: Host) -> None:
 
 
 def test_a_cut_underlay_heals(bed: Bed, manager: Host) -> None:
-    """When a host's underlay is cut and comes back, its containers are reached again, without a restart of anything."""
+    """When a host's underlay fails and returns, its containers are reachable again without any
+    restart.
+    """
     network = make_network(manager)
     host = bed.hosts[3]
     box = run_container(host, network)
@@ -169,7 +179,9 @@ def test_a_cut_underlay_heals(bed: Bed, manager: Host) -> None:
 
 
 def test_loss_and_return_of_a_worker(bed: Bed, manager: Host) -> None:
-    """Tasks of a lost worker are replaced elsewhere and the VIP works meanwhile; the worker comes back into use."""
+    """Swarm replaces the tasks of a lost worker, the VIP works meanwhile, and the worker is used
+    again when it returns.
+    """
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=4)
     client = run_container(manager, network)
@@ -189,7 +201,9 @@ def test_loss_and_return_of_a_worker(bed: Bed, manager: Host) -> None:
 
 
 def test_a_change_of_leader_keeps_networks_as_they_are(bed: Bed, manager: Host) -> None:
-    """After the leader is demoted the next one gives every network the same VNI and prefix, and makes new ones."""
+    """After the leader is demoted, the next leader gives every network the same VNI and prefix, and
+    makes new networks.
+    """
     network = make_network(manager)
     before = manager.inspect("network", "inspect", network)["Options"]
     box = run_container(bed.hosts[3], network)
@@ -236,7 +250,7 @@ def test_a_change_of_leader_keeps_networks_as_they_are(bed: Bed, manager: Host) 
 
 
 def test_a_network_removed_while_the_plugin_was_down(bed: Bed, manager: Host) -> None:
-    """What Docker removed while the plugin was down is removed by it later."""
+    """Whatever Docker removed while the plugin was down, the plugin removes later."""
     network = make_network(manager)
     host = bed.hosts[1]
     box = run_container(host, network)
@@ -249,7 +263,9 @@ def test_a_network_removed_while_the_plugin_was_down(bed: Bed, manager: Host) ->
 
 
 def test_killed_in_the_middle_of_starts(bed: Bed, manager: Host) -> None:
-    """Killed again and again while containers start, the plugin leaves no link behind, and the last container works."""
+    """A plugin that is killed repeatedly while containers start leaves no link behind, and the last
+    container works.
+    """
     network = make_network(manager)
     host = bed.hosts[3]
     for pause in (0.05, 0.15, 0.3, 0.5, 0.8):

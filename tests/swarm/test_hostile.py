@@ -1,4 +1,4 @@
-"""What a hostile container does to the plugin and to other containers of its host: nothing."""
+"""A hostile container affects neither the plugin nor other containers of its host."""
 
 from __future__ import annotations
 
@@ -80,12 +80,14 @@ def _deaths(host: Host) -> dict[str, int]:
 
 
 def test_rules_that_end_libnftables(bed: Bed, manager: Host) -> None:
-    """A container with NET_ADMIN whose nf_tables end libnftables ends no part of the plugin, and other containers start."""
+    """A container with NET_ADMIN whose nf_tables end libnftables ends no part of the plugin, and
+    other containers start.
+    """
     network = make_network(manager)
     hostile = run_container(manager, network, "--cap-add", "NET_ADMIN")
     before = _deaths(manager)
     manager.exec(hostile, "python3", "-c", DEADLY)
-    # Each container is looked into every ten seconds.
+    # The plugin checks each container every ten seconds.
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
         manager.docker("run", "--rm", "--network", network, WORKLOAD_IMAGE, "true")
@@ -94,7 +96,7 @@ def test_rules_that_end_libnftables(bed: Bed, manager: Host) -> None:
 
 
 def _failures(host: Host, client: str, service: str) -> int:
-    """Of six requests."""
+    """The results of six requests."""
     script = (
         f"for n in 1 2 3 4 5 6; do curl -s -m 2 -o /dev/null http://{service}/ || echo failed; done"
     )
@@ -102,7 +104,9 @@ def _failures(host: Host, client: str, service: str) -> int:
 
 
 def test_forged_answers_of_dns(bed: Bed, manager: Host) -> None:
-    """A container that answers for Docker's DNS in its own namespace that a service has no tasks takes it from nobody else."""
+    """A container that forges DNS answers in its own namespace, by which a service has no tasks,
+    removes the service for nobody else.
+    """
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=2)
     liar = run_container(manager, network, "--cap-add", "NET_ADMIN")

@@ -1,4 +1,6 @@
-"""`freeflow inject` on a real host: what it writes is deployed, and its services' connections run over shared memory."""
+"""`freeflow inject` on a real host: what it writes is deployed, and its services' connections run
+over shared memory.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ networks:
 
 
 def test_injected_stack_is_accelerated(bed: Bed, manager: Host) -> None:
-    """A stack goes in by a file beside the user or by stdin, is deployed, and its connections move; nothing is left behind."""
+    """A stack goes in by a file beside the user or by stdin, is deployed, and its connections move;
+    nothing is left behind.
+    """
     name, folder = unique("stack"), "/root/stacks"
     text = 'version: "3.8"\n' + STACK.format(host=manager.name, image=WORKLOAD_IMAGE)
     manager.run("sh", "-c", f"mkdir -p {folder} && cat >{folder}/stack.yml", stdin=text)
@@ -97,7 +101,9 @@ AS_DOCKER_READS = {
 
 
 def test_what_docker_reads(bed: Bed) -> None:
-    """What Docker's reader takes `freeflow inject` takes, and Docker reads the same of it afterwards but for the library."""
+    """What Docker's reader takes `freeflow inject` takes, and Docker reads the same of it
+    afterwards but for the library.
+    """
     host = bed.hosts[0]
     for name, text in AS_DOCKER_READS.items():
         before = host.run("docker", "stack", "config", "-c", "-", stdin=text)
@@ -119,9 +125,9 @@ def test_what_docker_reads(bed: Bed) -> None:
 
 
 def test_programs_that_cannot(manager: Host) -> None:
-    """A Go program in an image of this host is found out and named."""
+    """A Go program in an image of this host is detected and named."""
     image = unique("go") + ":1"
-    # The docker command itself is one.
+    # The docker command itself is a Go program.
     manager.run(
         "sh",
         "-c",

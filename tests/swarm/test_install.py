@@ -1,4 +1,4 @@
-"""Installing, upgrading and removing the plugin on hosts of their own; a host outside a Swarm."""
+"""Installing, upgrading and removing the plugin on separate hosts; a host outside a Swarm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = "freeflow:latest"
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[Bed]:
-    """Two hosts that are in no Swarm: an old engine and a new one."""
+    """Two hosts outside a Swarm: an old engine and a new one."""
     with Bed(f"alone{os.getpid()}", ["28.5", "20.10"]) as bed:
         bed.load_workload()
         yield bed
@@ -30,7 +30,7 @@ def _answers(host: Host) -> bool:
 
 
 def _changed(plugin: Path, work: Path) -> Path:
-    """The same plugin as another version: engines refuse two with the same content."""
+    """Give the same plugin another version, because engines refuse two with the same content."""
     target = work / "changed"
     shutil.rmtree(target, ignore_errors=True)
     run(["cp", "-a", str(plugin), str(target)])
@@ -39,7 +39,9 @@ def _changed(plugin: Path, work: Path) -> Path:
 
 
 def test_push_install_upgrade_and_remove(alone: Bed, plugin: Path) -> None:
-    """From a registry: push, install under an alias with settings, upgrade with state and settings kept, remove; nothing stays."""
+    """From a registry: push, install under an alias with settings, upgrade with state and settings
+    kept, remove; nothing is left.
+    """
     host = alone.hosts[0]
     reference = f"{alone.registry}/freeflow:0.1.0"
     newer = f"{alone.registry}/freeflow:0.1.1"
@@ -84,7 +86,9 @@ def test_push_install_upgrade_and_remove(alone: Bed, plugin: Path) -> None:
 
 
 def test_local_scope_outside_a_swarm(alone: Bed, plugin: Path) -> None:
-    """With SCOPE=local: a network of one host, names, isolation, options refused at once, survives a restart of the engine."""
+    """With SCOPE=local: a network of one host has names and isolation, refuses options at once, and
+    survives a restart of the engine.
+    """
     for host in alone.hosts:
         host.install_plugin(plugin, {"SCOPE": "local"})
         wait_until("the plugin", lambda h=host: _answers(h), 20)  # type: ignore[misc]
@@ -113,7 +117,9 @@ def test_local_scope_outside_a_swarm(alone: Bed, plugin: Path) -> None:
 
 
 def test_the_plugin_listens_within_half_a_second(alone: Bed) -> None:
-    """Docker's first dial, half a second after the start, finds the plugin listening: enabling takes less than the second dial."""
+    """At Docker's first connection attempt, half a second after the start, the plugin listens:
+    enabling takes less time than the second attempt.
+    """
     for host in alone.hosts:
         listed = host.docker("plugin", "ls", "--format", "{{.Name}}")
         if NAME not in listed:
@@ -122,5 +128,5 @@ def test_the_plugin_listens_within_half_a_second(alone: Bed) -> None:
         begin = host.run("date", "+%s.%N")
         host.docker("plugin", "enable", NAME)
         end = host.run("date", "+%s.%N")
-        # The second dial is 3.5 s after the start.
+        # The second attempt is 3.5 s after the start.
         assert float(end) - float(begin) < 3.4

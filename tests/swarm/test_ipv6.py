@@ -1,4 +1,6 @@
-"""IPv6 in a Swarm whose engines don't number it together: one address per container, the same rule on every host."""
+"""IPv6 in a Swarm whose engines do not allocate it together: one address per container, by the same
+rule on every host.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ print("same" if s.makefile().read() == h.hexdigest() else "different")
 
 
 def _preferred(host: Host, box: str) -> list[IPv6Address]:
-    """The container's global IPv6 addresses that connections may take."""
+    """The container's global IPv6 addresses that connections may use."""
     links = json.loads(host.exec(box, "ip", "-j", "-6", "addr", "show", "eth0"))
     return [
         IPv6Address(item["local"])
@@ -64,8 +66,9 @@ def _prefix(host: Host, network: str) -> IPv6Network:
 
 
 def test_all_engines_reach_each_other(bed: Bed, manager: Host) -> None:
-    """With -o ipv6=PREFIX every container has the prefix and its IPv4 address, docker inspect says so, and every pair of
-    engines exchanges pings and TCP, data checked by hash."""
+    """With -o ipv6=PREFIX every container has the prefix with its IPv4 address, docker inspect
+    shows it, and every pair of engines exchanges pings and TCP data, checked by hash.
+    """
     network = make_network(manager, "-o", f"ipv6={PREFIX}", "--subnet", "10.91.0.0/24")
     boxes = [
         (host, run_container(host, network, command=f"exec python3 -c '{RECEIVE}'"))
@@ -91,7 +94,9 @@ def test_all_engines_reach_each_other(bed: Bed, manager: Host) -> None:
 
 
 def test_the_networks_own_prefix(bed: Bed, manager: Host) -> None:
-    """With -o ipv6=on the prefix is a unique local one, chosen once: tasks of a service have addresses of it on all hosts."""
+    """With -o ipv6=on the prefix is a unique local one, chosen once: tasks of a service have
+    addresses in it on all hosts.
+    """
     network = make_network(manager, "-o", "ipv6=on")
     service = make_service(manager, network, NGINX, replicas=8)
     prefix = _prefix(manager, network)
@@ -106,7 +111,7 @@ def test_the_networks_own_prefix(bed: Bed, manager: Host) -> None:
     client = run_container(bed.hosts[2], network)
     for _, _, own in found:
         wait_until(f"{own}", lambda t=own: _pings(bed.hosts[2], client, t), 15)  # type: ignore[misc]
-    # The VIP is IPv4's, and goes on working beside.
+    # The VIP is IPv4 and continues to work.
     wait_until(
         "the VIP",
         lambda: bed.hosts[2].exec(client, "curl", "-s", "-m3", f"http://{service}/", check=False),
@@ -115,8 +120,9 @@ def test_the_networks_own_prefix(bed: Bed, manager: Host) -> None:
 
 
 def test_dockers_own_flag(bed: Bed, manager: Host) -> None:
-    """With --ipv6 engines since 28 take addresses from a subnet of their own; the containers get the network's instead, keep
-    no other, and reach each other."""
+    """With --ipv6, engines since 28 allocate addresses from a subnet of their own. The containers
+    get the network's instead, keep no other, and reach each other.
+    """
     network = make_network(manager, "--ipv6")
     prefix = _prefix(manager, network)
     hosts = [host for host in bed.hosts if host.engine.startswith("28")]
@@ -134,12 +140,14 @@ def test_dockers_own_flag(bed: Bed, manager: Host) -> None:
         return listed.count("inet6") == 1
 
     wait_until("the engine's address to go", only_own, 30, 1)
-    # What the engine announces of its address meanwhile isn't taken for an attack.
+    # The engine's announcement of its own address is not reported as an attack.
     assert manager.status()["problems"] == []
 
 
 def test_dockers_own_flag_with_a_restart(bed: Bed, manager: Host) -> None:
-    """A container that is started again, and one whose plugin was killed while it started, have the same rule's address."""
+    """A container that is started again, and one whose plugin was killed while it started, have the
+    address of the same rule.
+    """
     network = make_network(manager, "--ipv6")
     prefix = _prefix(manager, network)
     box = run_container(manager, network)
@@ -165,7 +173,9 @@ def test_an_address_of_ones_own(bed: Bed, manager: Host) -> None:
 
 
 def test_the_largest_packet(bed: Bed, manager: Host) -> None:
-    """A packet of exactly the MTU passes over IPv6 between hosts; one byte more doesn't leave unfragmented."""
+    """A packet of exactly the MTU passes over IPv6 between hosts; one byte more is not sent
+    unfragmented.
+    """
     network = make_network(manager, "-o", "ipv6=on")
     near, far = run_container(manager, network), run_container(bed.hosts[2], network)
     target = _derived(_prefix(manager, network), address(bed.hosts[2], far, network))
@@ -175,7 +185,7 @@ def test_the_largest_packet(bed: Bed, manager: Host) -> None:
 
 
 def test_an_address_that_moves(bed: Bed, manager: Host) -> None:
-    """An address that comes to another host is reached there at once."""
+    """An address that moves to another host is reachable there at once."""
     network = make_network(manager, "-o", f"ipv6={PREFIX}", "--subnet", "10.94.0.0/24")
     client = run_container(manager, network)
     target = _derived(PREFIX, "10.94.0.50")
@@ -186,7 +196,9 @@ def test_an_address_that_moves(bed: Bed, manager: Host) -> None:
 
 
 def test_names_are_of_ipv4(bed: Bed, manager: Host) -> None:
-    """Docker's DNS answers for a Swarm's network with IPv4 addresses only, at once: no program waits for an AAAA record."""
+    """Docker's DNS answers for a Swarm's network with IPv4 addresses only, and at once: no program
+    waits for an AAAA record.
+    """
     network = make_network(manager, "-o", "ipv6=on")
     for host in bed.hosts:
         box, other = run_container(host, network), run_container(bed.hosts[0], network)
@@ -201,7 +213,7 @@ def test_names_are_of_ipv4(bed: Bed, manager: Host) -> None:
 
 @pytest.mark.parametrize("value", ["fd91::/48", "yes"])
 def test_a_bad_prefix(bed: Bed, manager: Host, value: str) -> None:
-    """A bad -o ipv6 leaves the network unallocated; the leader's log shows what a good one looks like."""
+    """An invalid -o ipv6 leaves the network unallocated; the leader's log shows a valid example."""
     name = f"bad-{value[:2]}-{len(value)}"
     manager.docker(
         *("network", "create", "-d", "freeflow:latest", "-o", f"ipv6={value}", name), check=False

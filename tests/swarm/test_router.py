@@ -1,4 +1,6 @@
-"""The router as the plugin runs it, with Docker's own containers: a process of each plays the library."""
+"""The router as the plugin runs it, with Docker's own containers; a process in each acts as the
+library.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def router_socket(host: Host) -> Path:
 
 
 def process_in(host: Host, container: str) -> tuple[Library, wire.Welcome]:
-    """A process of a container, welcomed."""
+    """A process of a container that the router has welcomed."""
     library = Library.connect(router_socket(host), namespace(host, container))
     return library, library.hear(wire.Welcome)[0]
 
@@ -50,7 +52,9 @@ def vip_of(manager: Host, service: str) -> str:
 
 
 def pair(host: Host, client: str, server: str, to: str, port: int = PORT) -> tuple[str, str]:
-    """What both ends of a new connection hear: the kinds of the answers, or the refusal's reason."""
+    """What both ends of a new connection receive: the kinds of the answers, or the refusal's
+    reason.
+    """
     (one, _), (other, _) = process_in(host, client), process_in(host, server)
     listener = listen(namespace(host, server), "0.0.0.0", port)
     try:
@@ -70,12 +74,16 @@ def pair(host: Host, client: str, server: str, to: str, port: int = PORT) -> tup
 
 @pytest.fixture
 def both_engines(bed: Bed) -> list[Host]:
-    """A host of the newest engine and one of the oldest: they make namespaces at different moments."""
+    """A host of the newest engine and one of the oldest, because they make namespaces at different
+    moments.
+    """
     return [bed.hosts[0], bed.hosts[1]]
 
 
 def test_containers_of_one_host(both_engines: list[Host], manager: Host) -> None:
-    """Two containers that have just been started are paired, on every engine; the command names them."""
+    """Two containers that have just started are paired, on every engine, and the command names
+    them.
+    """
     network = make_network(manager)
     for host in both_engines:
         one, other = run_container(host, network), run_container(host, network)
@@ -84,7 +92,7 @@ def test_containers_of_one_host(both_engines: list[Host], manager: Host) -> None
 
 
 def test_behind_a_vip(manager: Host) -> None:
-    """A client of a service's VIP is paired with the task that its connection goes to."""
+    """A client of a service's VIP is paired with the task to which its connection leads."""
     network = make_network(manager)
     node = manager.docker("info", "-f", "{{.Name}}").strip()
     service = make_service(
@@ -106,7 +114,9 @@ def _connects(host: Host, client: str, to: str, port: int = 6379) -> bool:
 
 
 def test_a_peer_on_another_host(bed: Bed, manager: Host) -> None:
-    """A connection to another host's container is refused as remote; the list says what for: hosts here have no RDMA."""
+    """A connection to another host's container is refused as remote, and the list gives the reason:
+    the hosts have no RDMA.
+    """
     network = make_network(manager)
     one, other = run_container(manager, network), run_container(bed.hosts[1], network)
     target = address(bed.hosts[1], other, network)
@@ -132,14 +142,14 @@ def test_a_peer_on_another_host(bed: Bed, manager: Host) -> None:
 
 
 def test_a_network_without_acceleration(manager: Host) -> None:
-    """-o acceleration=off: processes hear that there is nothing to ask for."""
+    """With -o acceleration=off the router tells processes to send no requests."""
     network = make_network(manager, "-o", "acceleration=off")
     _, welcome = process_in(manager, run_container(manager, network))
     assert not welcome.enabled
 
 
 def test_what_containers_see(manager: Host) -> None:
-    """A container with the mount reaches the router as any user, and can change nothing there."""
+    """Every user of a container with the mount reaches the router, and can change nothing there."""
     network = make_network(manager)
     mount = "type=bind,src=/run/freeflow,dst=/run/freeflow"
     box = run_container(manager, network, "--mount", mount, "--user", "1000:1000")
@@ -162,7 +172,9 @@ def test_what_containers_see(manager: Host) -> None:
 
 
 def test_doctor_of_a_container(both_engines: list[Host], manager: Host) -> None:
-    """The doctor tells a container with mount and variable from one without, on every engine."""
+    """The doctor distinguishes a container with mount and variable from one without, on every
+    engine.
+    """
     network = make_network(manager)
     for host in both_engines:
         without = run_container(host, network)
@@ -183,7 +195,7 @@ def test_doctor_of_a_container(both_engines: list[Host], manager: Host) -> None:
 
 @pytest.fixture
 def disabled(bed: Bed) -> Iterator[Host]:
-    """A host whose plugin is disabled; enabled again afterwards."""
+    """A host whose plugin is disabled during the test."""
     host = bed.hosts[3]
     host.docker("plugin", "disable", "-f", PLUGIN)
     yield host
@@ -193,7 +205,7 @@ def disabled(bed: Bed) -> Iterator[Host]:
 
 
 def test_the_router_ends_with_the_plugin(bed: Bed, disabled: Host) -> None:
-    """Of a disabled plugin no router is left; enabled again, it pairs containers that were there before."""
+    """A disabled plugin leaves no router; enabled again, its router pairs older containers."""
     assert not [
         line
         for line in disabled.run("ps", "-eo", "args").splitlines()
@@ -205,7 +217,7 @@ def test_the_router_ends_with_the_plugin(bed: Bed, disabled: Host) -> None:
 
 
 def test_death_of_the_plugin(bed: Bed, manager: Host) -> None:
-    """A plugin that is killed comes back with a router that knows the containers that were there before."""
+    """A killed plugin returns with a router that knows the older containers."""
     host = bed.hosts[3]
     network = make_network(manager)
     one, other = run_container(host, network), run_container(host, network)

@@ -1,4 +1,4 @@
-"""Many containers on one host, and many at once."""
+"""Many containers on one host, started at the same time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ MANY = 200
 
 
 def test_two_hundred_containers_on_one_host(bed: Bed, manager: Host) -> None:
-    """Two hundred containers join one network on one host, a far container reaches the last, no call of Docker's failed."""
+    """Two hundred containers join one network on one host, a container of another host reaches the
+    last, and no call of Docker fails.
+    """
     network = make_network(manager, "--subnet", "10.90.0.0/22")
     host = bed.hosts[3]
     before = {call["name"]: call for call in host.status()["calls"]}

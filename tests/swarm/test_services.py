@@ -1,4 +1,6 @@
-"""Services on a FreeFlow network, as on Docker's own overlay: VIP, dnsrr, DNS, TCP, UDP, ping, scaling, updates."""
+"""Services on a FreeFlow network, as on Docker's own overlay: VIP, dnsrr, DNS, TCP, UDP, ping,
+scaling, updates.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def _answers(host: Host, client: str, service: str, count: int) -> Counter[str]:
 
 
 def test_a_vip_reaches_every_task_of_all_hosts_evenly(bed: Bed, manager: Host) -> None:
-    """A service's VIP spreads connections evenly over its tasks on all hosts, from clients on every engine version."""
+    """A service's VIP spreads connections evenly over its tasks on all hosts, from clients on every
+    engine version.
+    """
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=4)
     for host in bed.hosts:
@@ -45,11 +49,12 @@ def test_a_vip_reaches_every_task_of_all_hosts_evenly(bed: Bed, manager: Host) -
 
 
 def test_a_client_that_starts_reaches_a_vip_at_once(bed: Bed, manager: Host) -> None:
-    """A container's first act may be a connection to a VIP: it must not hang, on any engine."""
+    """A container may connect to a VIP first of all: the connection must not hang, on any engine."""
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=2)
     for host in bed.hosts:
-        # The first container brings the network to the host; gossip needs a moment then, on overlay too.
+        # With the first container the network comes to the host, and gossip needs a moment then, on
+        # overlay too.
         run_container(host, network)
         time.sleep(2)
         text = host.docker(
@@ -70,9 +75,11 @@ def test_a_client_that_starts_reaches_a_vip_at_once(bed: Bed, manager: Host) -> 
 
 
 def test_a_new_service_is_reached_from_a_host_without_its_tasks(bed: Bed, manager: Host) -> None:
-    """The first connection to a service that came long after the client succeeds at once, from every engine.
+    """The first connection to a service that is much younger than the client succeeds at once, on
+    every engine.
 
-    No API tells the client's host that the service is there; an engine that were asked all the time would fill its log.
+    No API tells the client's host about the service, and frequent requests would fill the engine's
+    log.
     """
     network = make_network(manager)
     clients = [(host, run_container(host, network)) for host in bed.hosts[1:]]
@@ -90,7 +97,9 @@ def test_a_new_service_is_reached_from_a_host_without_its_tasks(bed: Bed, manage
 
 
 def test_dns_round_robin_and_task_names(bed: Bed, manager: Host) -> None:
-    """With dnsrr a service's name lists its tasks, and tasks.NAME does for any service; connections work to each."""
+    """With dnsrr a service's name lists its tasks, and tasks.NAME does for any service; connections
+    work to each.
+    """
     network = make_network(manager)
     service = make_service(manager, network, NGINX, "--endpoint-mode", "dnsrr", replicas=3)
     client = run_container(bed.hosts[1], network)
@@ -147,7 +156,7 @@ def test_redis_through_a_vip(bed: Bed, manager: Host) -> None:
 
 
 def test_scaling_is_followed_within_two_seconds(bed: Bed, manager: Host) -> None:
-    """New tasks get connections, and removed ones get none any more, two seconds after Docker knows."""
+    """New tasks get connections, and removed ones get none two seconds after Docker knows."""
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=1)
     client = run_container(manager, network)
@@ -165,7 +174,7 @@ def test_scaling_is_followed_within_two_seconds(bed: Bed, manager: Host) -> None
 
 
 def test_a_rolling_update_under_load_fails_no_request(bed: Bed, manager: Host) -> None:
-    """During a rolling update, from clients on every host, no request fails."""
+    """During a rolling update no request fails, from clients on every host."""
     network = make_network(manager)
     service = make_service(
         manager,
@@ -216,7 +225,7 @@ def test_a_killed_task_leaves_the_vip_within_two_seconds(bed: Bed, manager: Host
 
 
 def test_a_service_without_tasks_refuses(bed: Bed, manager: Host) -> None:
-    """With all tasks gone a connection to the VIP fails at once instead of hanging."""
+    """Without any task, a connection to the VIP fails at once instead of hanging."""
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=1)
     client = run_container(manager, network)

@@ -1,4 +1,4 @@
-"""Sessions with the certificates that real engines keep, read where the plugin reads them."""
+"""Sessions with the certificates of real engines, read where the plugin reads them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def listens(host: Host) -> bool:
 
 
 def test_routers_of_the_plugin(bed: Bed, manager: Host) -> None:
-    """The routers of hosts that share a network have sessions, whatever their engines; without a network the port is closed."""
+    """The routers of hosts that share a network have sessions, whatever their engines; on a host
+    without a shared network the port is closed.
+    """
     assert not any(listens(host) for host in bed.hosts)
     network = make_network(manager)
     sharing = [bed.hosts[0], bed.hosts[1], bed.hosts[3]]
@@ -93,7 +95,7 @@ def test_routers_of_the_plugin(bed: Bed, manager: Host) -> None:
 
 
 ROLES: Final = ("manager", "manager", "manager", "worker")
-"""Of the probes' nodes, at the beginning and at the end."""
+"""The roles of the probes' nodes, at the beginning and at the end."""
 
 
 def has_role(probe: HostProbe, manager: Host, role: str) -> bool:
@@ -149,7 +151,9 @@ def leave_and_join(manager: Host, probes: list[HostProbe]) -> None:
 
 
 def replace_root(manager: Host, probes: list[HostProbe]) -> None:
-    """Each node gets a certificate of the new root, one after the other, and then trusts that alone."""
+    """Each node gets a certificate of the new root, one after the other, and then trusts that
+    alone.
+    """
     begun = [probe.says()["begun"] for probe in probes]
     root = manager.docker("swarm", "ca")
     manager.docker("swarm", "ca", "--rotate", "--quiet", timeout=120)
@@ -160,7 +164,8 @@ def replace_root(manager: Host, probes: list[HostProbe]) -> None:
 
 
 def test_a_life_of_certificates(bed: Bed, manager: Host, probes: list[HostProbe]) -> None:
-    """Whatever happens to a node, its identity is the engine's certificate, and sessions are restored.
+    """Whatever happens to a node, its identity is the engine's certificate, and sessions are
+    restored.
 
     Managers and a worker, engines old and new; demoted and promoted; the Swarm locked and unlocked;
     left and joined again; the root certificate replaced.
@@ -178,5 +183,5 @@ def test_a_life_of_certificates(bed: Bed, manager: Host, probes: list[HostProbe]
     assert not [
         said for probe in probes for said in probe.all() if "can't be used" in said["reason"]
     ]
-    # Scenarios after this one have tasks on the new node.
+    # Later scenarios start tasks on the new node.
     bed.wait_plugin_reported()

@@ -1,4 +1,4 @@
-"""A stack that comes up on Docker's overlay comes up on FreeFlow with only the driver's name changed."""
+"""A stack that works on Docker's overlay works on FreeFlow with only the driver's name changed."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ networks:
 """
 
 
-# IPVS, which overlay's VIPs need, isn't in every kernel: there the stack runs with dnsrr.
+# Not every kernel has IPVS, which overlay's VIPs need: there the stack uses dnsrr.
 @pytest.mark.parametrize(("driver", "mode"), [("freeflow:latest", "vip"), ("overlay", "dnsrr")])
 def test_the_same_stack_on_both_drivers(bed: Bed, manager: Host, driver: str, mode: str) -> None:
-    """All services of the stack run, and the client reaches the web by its short name and the cache by its own."""
+    """All services of the stack run, and the client reaches the web server and the cache by their
+    short names.
+    """
     name = unique("stack")
     manager.docker(
         *("stack", "deploy", "--resolve-image", "never", "-c", "-", name),
@@ -99,7 +101,9 @@ networks:
 
 @pytest.mark.skipif(shutil.which("docker-compose") is None, reason="needs docker-compose")
 def test_compose(manager: Host, tmp_path: Path) -> None:
-    """`docker-compose up` works with the driver's name and an option; services reach each other by name."""
+    """`docker-compose up` works with the driver's name and an option; services reach each other by
+    name.
+    """
     file = tmp_path / "docker-compose.yml"
     file.write_text(COMPOSE)
     project = unique("compose")

@@ -1,4 +1,4 @@
-"""Bytes: large transfers, datagrams of every size, MTU edges."""
+"""Large transfers, datagrams of every size, sizes around the MTU."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def _pair(bed: Bed, network: str, server: str, *options: str) -> tuple[Host, str
 
 
 def test_a_large_transfer_arrives_byte_for_byte(bed: Bed, manager: Host) -> None:
-    """256 MiB across hosts have the hash that was sent."""
+    """256 MiB between hosts arrive with the hash that was sent."""
     network = make_network(manager)
     near, client, _, _, target = _pair(bed, network, RECEIVE)
     assert near.exec(client, "python3", "-c", SEND, target, "4096", timeout=120).strip() == "same"
 
 
 def test_a_large_transfer_on_one_host(bed: Bed, manager: Host) -> None:
-    """The same between two containers of one host."""
+    """256 MiB between two containers of one host arrive with the hash that was sent."""
     network = make_network(manager)
     server = run_container(manager, network, command=f"exec python3 -c '{RECEIVE}'")
     client = run_container(manager, network)
@@ -83,14 +83,16 @@ def test_a_large_transfer_on_one_host(bed: Bed, manager: Host) -> None:
 
 
 def test_datagrams_of_every_size(bed: Bed, manager: Host) -> None:
-    """UDP from empty to 60,000 bytes, fragments included, comes back as it was sent."""
+    """UDP datagrams of 0 to 60,000 bytes, fragments included, return unchanged."""
     network = make_network(manager)
     near, client, _, _, target = _pair(bed, network, ECHO)
     assert near.exec(client, "python3", "-c", DATAGRAMS, target).strip() == "bad []"
 
 
 def test_mtu_edges(bed: Bed, manager: Host) -> None:
-    """A packet of exactly the MTU passes unfragmented between hosts, one byte more is refused by the sender's own link."""
+    """A packet of exactly the MTU passes unfragmented between hosts; the sender's own link refuses
+    one byte more.
+    """
     network = make_network(manager)
     near, client, _, _, target = _pair(bed, network, ECHO)
     mtu = int(near.exec(client, "cat", "/sys/class/net/eth0/mtu"))
