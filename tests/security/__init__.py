@@ -1,1 +1,1 @@
-"""What a hostile container, process or host tries, and what it must not get."""
+"""Attacks of hostile containers, processes and hosts, and what they must not achieve."""

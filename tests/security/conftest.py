@@ -1,4 +1,4 @@
-"""Attacks run in fresh network namespaces and need root; a skip says what is missing."""
+"""Attacks run in fresh network namespaces and need root; a skip names what is missing."""
 
 from __future__ import annotations
 

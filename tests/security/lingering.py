@@ -1,4 +1,6 @@
-"""What hostile processes put into the sockets of others: descriptors whose last close() waits, and more than can be read."""
+"""Data that hostile processes put into others' sockets: descriptors whose last close() waits, and
+more bytes than can be read.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +16,36 @@ from typing import Final
 from driver.kernel.namespace import in_netns
 
 SECONDS: Final = 600
-"""For which close() waits."""
+"""The time in seconds for which close() waits."""
 
 
 @dataclass
 class Lingering:
-    """A TCP connection whose closing end has bytes that nobody reads. Who closes `closes` last waits."""
+    """A TCP connection whose closing end has unread bytes.
+
+    The last process that closes `closes` waits.
+    """
 
     listener: socket.socket
     reader: socket.socket
     closes: socket.socket
 
     def let_go(self, *, sent: bool) -> None:
-        """Close our end: if it was sent to somebody, his close is the last."""
+        """Close this process's end; if it was sent to another process, that one closes last."""
         if not sent:
             self.closes.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.closes.close()
 
     def close(self) -> None:
-        """Leave nothing that could make anybody wait."""
-        # The reset ends the waiting of whoever closed the other end.
+        """Leave nothing that could make a process wait."""
+        # The reset ends the wait of the process that closed the other end.
         self.reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         for each in (self.reader, self.listener):
             each.close()
 
 
 def lingering(namespace: int) -> Lingering:
-    """One, in a namespace."""
+    """Make such a connection in a namespace."""
 
     def make() -> Lingering:
         listener = socket.create_server(("127.0.0.1", 0))
@@ -57,7 +62,7 @@ def lingering(namespace: int) -> Lingering:
 
 
 def send(through: socket.socket, data: bytes, *descriptors: int) -> bool:
-    """Send descriptors along; false if the kernel refuses them."""
+    """Send descriptors; return false if the kernel refuses them."""
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
     try:
         through.sendmsg([data], [rights], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -68,7 +73,7 @@ def send(through: socket.socket, data: bytes, *descriptors: int) -> bool:
 
 @contextlib.contextmanager
 def filled(bell: socket.socket, writers: int = 2) -> Iterator[None]:
-    """Programs that put bytes into it as fast as it takes them."""
+    """Start programs that fill a socket as fast as it is emptied."""
     bell.setblocking(True)
     many = [
         subprocess.Popen(["cat", "/dev/zero"], stdout=bell.fileno(), stderr=subprocess.DEVNULL)

@@ -1,7 +1,8 @@
-"""A client that does with bells what no honest one does: the server's program goes on serving others.
+"""A client that misuses bells: the server's program continues to serve others.
 
-The hostile end speaks the protocol as the library does, gets its connection into shared memory, and has what rings the server's
-bells. It can send into that what it likes, as often as it likes, and name bells that there aren't.
+The hostile end speaks the protocol as the library does. It gets its connection into shared memory,
+and holds the ends that ring the server's bells. It can send anything to them, as often as it likes,
+and name bells that do not exist.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from tests.dataplane.test_hostile import (
 from tests.security.lingering import filled, lingering, send
 
 SIDE: Final = 64 + 8 * layout.BELLS
-"""Bytes of struct side."""
+"""The size of struct side in bytes."""
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Hostile:
     grant: wire.Grant
     memory: mmap.mmap
     bell: socket.socket
-    """What rings bell 0 of the server."""
+    """The end that rings bell 0 of the server."""
     sends: Ring = field(init=False)
     receives: Ring = field(init=False)
     sent: int = 0
@@ -70,14 +71,16 @@ class Hostile:
         )
 
     def ask(self, bells: tuple[int, ...] = ()) -> None:
-        """A request of one byte, for whose answer the server is to ring these bells; the last answer is taken."""
+        """Send a request of one byte, whose answer must ring these bells, and receive the last
+        answer.
+        """
         waiters = self.receives.offset + WAITERS[0]
         for bell in bells:
             place = waiters + 8 + bell // 64 * 8
             word = struct.unpack_from("=Q", self.memory, place)[0]
             struct.pack_into("=Q", self.memory, place, word | 1 << bell % 64)
         struct.pack_into("=I", self.memory, waiters, bool(bells))
-        # The server takes all of it each time: its ring begins anew at 0.
+        # The server reads everything each time, so its ring starts again at 0.
         self.receives.put(HEAD, self.receives.word(TAIL))
         self.memory[self.sends.offset + FIRST_BYTES + self.sent % 3000] = 65
         self.sent += 1
@@ -94,7 +97,7 @@ class Hostile:
 
 
 def attach(made: Bed) -> Hostile:
-    """Behave until bytes go through the rings."""
+    """Behave correctly until bytes go through the rings."""
     container = made.containers["stranger"]
     tcp = dial(container.namespace, str(made.containers["server"].ipv4), PORT)
     tcp.settimeout(patience(5))
@@ -119,14 +122,14 @@ def attach(made: Bed) -> Hostile:
         tcp.sendall(b"more")
         time.sleep(0.01)
     made_.sends.put(START, count * 5 + 4 * 4 + 1)
-    # The server's library says so in the same way.
+    # The server's library announces it in the same way.
     struct.pack_into("=Q", memory, 64 + (1 - grant.side) * SIDE + 8, 1)
     return made_
 
 
 @contextlib.contextmanager
 def served(way: str, *, guard: bool = True) -> Iterator[tuple[Bed, subprocess.Popen[str]]]:
-    """An echo server that waits so."""
+    """An echo server that waits in the given way."""
     if not LIBRARY.exists():
         pytest.skip(f"missing: {LIBRARY} (make library)")
     settings = RouterSettings(rule=Rule(operations=2, age=0))
@@ -151,7 +154,7 @@ def descriptors_of(process: subprocess.Popen[str]) -> int:
 
 
 def exchange(made: Bed, count: int) -> float:
-    """Exchanges of an honest client without the library; the median of their seconds."""
+    """Exchange bytes with a correct client without the library; return the median time in seconds."""
     container = made.containers["client"]
     times = []
     with dial(container.namespace, str(made.containers["server"].ipv4), PORT) as client:
@@ -168,7 +171,9 @@ def exchange(made: Bed, count: int) -> float:
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "unguarded"])
 @pytest.mark.parametrize("way", ["epoll", "poll", "threads"])
 def test_a_bell_with_a_descriptor_in_it(way: str, guard: bool) -> None:
-    """A lingering descriptor in a bell of the server doesn't stop it: neither when the bell rings, nor when it is closed."""
+    """A lingering descriptor in a bell does not block the server, neither when the bell rings nor
+    when it is closed.
+    """
     with served(way, guard=guard) as (made, server):
         exchange(made, 20)
         for closes in (False, True):
@@ -195,7 +200,9 @@ def test_a_bell_with_a_descriptor_in_it(way: str, guard: bool) -> None:
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "unguarded"])
 @pytest.mark.parametrize("way", ["epoll", "select"])
 def test_a_bell_that_is_kept_full(way: str, guard: bool) -> None:
-    """A client that fills the server's bell faster than it can be emptied doesn't keep the server from its other clients."""
+    """A client that fills the server's bell faster than it can be emptied does not keep the server
+    from its other clients.
+    """
     with served(way, guard=guard) as (made, server):
         exchange(made, 20)
         hostile = attach(made)
@@ -212,12 +219,14 @@ def test_a_bell_that_is_kept_full(way: str, guard: bool) -> None:
 
 
 def test_bells_that_are_not_there() -> None:
-    """A client that names bells which nobody has doesn't make the server wait for the router at its sends."""
+    """A client that names bells that do not exist does not make the server wait for the router in
+    its sends.
+    """
     with served("epoll") as (made, server):
         exchange(made, 20)
         everyone = [attach(made) for _ in range(6)]
         assert made.process is not None
-        # While the router is stopped nothing that is asked of it is answered.
+        # A stopped router answers nothing.
         ends = threading.Event()
 
         def run() -> None:
@@ -230,7 +239,8 @@ def test_bells_that_are_not_there() -> None:
         thread.start()
         try:
             os.kill(made.process.pid, signal.SIGSTOP)
-            # 6 clients every 10 ms: if the server waited 10 ms for each there would be no time for others.
+            # 6 clients every 10 ms: if the server waited 10 ms for each, it would have no time for
+            # others.
             median = exchange(made, 150)
         finally:
             os.kill(made.process.pid, signal.SIGCONT)
@@ -243,7 +253,7 @@ def test_bells_that_are_not_there() -> None:
 
 
 def test_bells_without_number() -> None:
-    """A client that has the server fetch all bells that there are takes few of its descriptors."""
+    """A client that makes the server fetch all existing bells uses few of its descriptors."""
     with served("epoll") as (made, server):
         hostile = attach(made)
         for index in range(1, layout.BELLS):

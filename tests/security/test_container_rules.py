@@ -1,6 +1,7 @@
-"""What a container with NET_ADMIN puts into its own nf_tables, and what that does to the plugin: nothing.
+"""Rules that a container with NET_ADMIN puts into its own nf_tables do nothing to the plugin.
 
-The plugin's part runs in a process of its own here, as it does on a host: if what it reads can end it, only that ends.
+The plugin's part runs in its own process here, as it does on a host: if reading the rules could end
+it, only that process would end.
 """
 
 from __future__ import annotations
@@ -68,7 +69,10 @@ def element(key: bytes) -> bytes:
 
 
 class Attacker:
-    """Writes into the nf_tables of a namespace what no tool writes. `taken` of what it wrote the kernel has."""
+    """Writes into the nf_tables of a namespace what no tool writes.
+
+    The kernel has accepted `taken` of the messages.
+    """
 
     def __init__(self, namespace: int, family: int = 10) -> None:
         def make() -> socket.socket:
@@ -88,7 +92,7 @@ class Attacker:
         return struct.pack("=IHHII", length, kind, flags | 1, 1, 0) + head + body
 
     def batch(self, *messages: tuple[int, bytes]) -> bool:
-        """Whether the kernel took all of them."""
+        """Whether the kernel accepted all messages."""
         middle = [
             self._message(kind, CREATE | (APPEND if kind == RULE else 0), body)
             for kind, body in messages
@@ -125,7 +129,7 @@ def attacker(namespace: int) -> Iterator[Attacker]:
 
 
 def plugin(namespace: int) -> list[str]:
-    """What the plugin finds in the container, and its memory in KiB; it must live."""
+    """Let the plugin read the container; return its result and its memory in KiB. It must survive."""
     ended = subprocess.run(
         [sys.executable, "-c", PLUGIN, str(namespace)],
         pass_fds=[namespace],
@@ -139,7 +143,9 @@ def plugin(namespace: int) -> list[str]:
 
 
 def test_a_set_that_ends_libnftables(namespace: int, attacker: Attacker) -> None:
-    """A set of keys of two types in four bytes, one of them unknown, ends libnftables and not the plugin."""
+    """A set with keys of two types in four bytes, one of them unknown, ends libnftables and not the
+    plugin.
+    """
     table = text(1, "t")
     name = text(2, "__set%d")
     load = expression("payload", number(1, 1), number(2, 2), number(3, 0), number(4, 4))
@@ -196,7 +202,9 @@ def _random_expression(dice: random.Random) -> bytes:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_rules(namespace: int, attacker: Attacker, seed: int) -> None:
-    """Random sets and rules of which the kernel takes many do nothing to the plugin, and VIPs work beside them."""
+    """Random sets and rules, many of which the kernel accepts, do nothing to the plugin, and VIPs
+    work beside them.
+    """
     dice = random.Random(seed)
     attacker.batch(
         (
@@ -216,7 +224,9 @@ def test_random_rules(namespace: int, attacker: Attacker, seed: int) -> None:
 
 
 def test_huge_set(namespace: int, attacker: Attacker) -> None:
-    """A set of three hundred thousand elements isn't read: it costs the plugin no memory."""
+    """The plugin does not read a set of three hundred thousand elements, so the set costs it no
+    memory.
+    """
     table, name = text(1, "t"), text(2, "big")
     assert attacker.batch((SET, table + name + number(4, 7) + number(5, 4) + number(10, 9)))
     for start in range(0, 300_000, 2000):
@@ -228,7 +238,9 @@ def test_huge_set(namespace: int, attacker: Attacker) -> None:
 
 
 def test_many_flows() -> None:
-    """A container with tens of thousands of flows to a VIP costs the plugin little when the VIP's tasks change."""
+    """For a container with tens of thousands of flows to a VIP, a change of the VIP's tasks costs
+    the plugin little.
+    """
     with world(2) as made:
         balancer = NftBalancer()
         assert balancer.apply(made.client.path, {VIP: made.addresses[:1]})

@@ -1,7 +1,8 @@
-"""A container answers the plugin's questions for Docker's DNS in its own namespace: other containers' VIPs don't change.
+"""A container forges answers of Docker's DNS in its own namespace: other containers' VIPs do not
+change.
 
-A container with NET_RAW can be faster than Docker's DNS on its own loopback device, one with NET_ADMIN can take its place. Here
-the attacker's namespace has a name server of its own.
+A container with NET_RAW can answer faster than Docker's DNS on its own loopback device. One with
+NET_ADMIN can replace it. Here the attacker's namespace has its own name server.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tests.unit.test_sync import BOTH, NET, VIP, Host, at, service
 
 
 def name_server(namespace: int) -> DnsServer:
-    """One in the place of Docker's."""
+    """A name server that replaces Docker's."""
 
     def make() -> DnsServer:
         with IPRoute() as route:
@@ -35,7 +36,7 @@ def name_server(namespace: int) -> DnsServer:
 
 
 class Attacked(Host):
-    """A host whose containers have namespaces and name servers, by the number of the container."""
+    """A host whose containers have namespaces and name servers, by container number."""
 
     def __init__(self, directory: Path) -> None:
         self.namespaces: list[int] = []
@@ -65,7 +66,7 @@ class Attacked(Host):
 
     def close(self) -> None:
         for server in self.servers.values():
-            # From inside: its address is of its namespace.
+            # From inside, because its address belongs to its namespace.
             server.end()
         for namespace in self.namespaces:
             os.close(namespace)
@@ -83,14 +84,14 @@ LIES = {"no tasks": [], "one of them": [at(8)], "its own": [at(200)]}
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
 @pytest.mark.parametrize("attacker", [20, 21], ids=["first", "later"])
 def test_forged_answers(host: Attacked, attacker: int, lie: list[IPv4Address]) -> None:
-    """Forged answers in one container take no task from a VIP in the others, and add none."""
+    """Forged answers in one container neither remove a task from a VIP in the others nor add one."""
     sandboxes = [host.join(number) for number in (20, 21, 22)]
     host.servers[attacker].records["tasks.web.backend"] = lie
     for _ in range(6):
         host.look()
         for sandbox in sandboxes:
             assert host.balancer.tables[sandbox] == BOTH
-    # Nor does it keep one that leaves.
+    # They do not keep a task that leaves.
     for number, server in host.servers.items():
         if number != attacker:
             server.records["tasks.web.backend"] = [at(7)]
@@ -102,7 +103,7 @@ def test_forged_answers(host: Attacked, attacker: int, lie: list[IPv4Address]) -
 
 
 def test_forged_answers_to_one_other(host: Attacked) -> None:
-    """With the attacker and one other container alone on the host no task is taken from its VIP."""
+    """With only the attacker and one other container on the host, no task is removed from its VIP."""
     host.join(20)
     other = host.join(21)
     host.servers[20].records["tasks.web.backend"] = []
@@ -112,7 +113,7 @@ def test_forged_answers_to_one_other(host: Attacked) -> None:
 
 
 def test_silence_takes_nothing(host: Attacked) -> None:
-    """An attacker that doesn't answer, or cuts its answers short, changes nothing for others."""
+    """An attacker that does not answer, or truncates its answers, changes nothing for others."""
     host.join(20)
     other = host.join(21)
     host.list(NET, service("web", VIP, 7, 8))

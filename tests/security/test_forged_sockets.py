@@ -1,8 +1,10 @@
-"""A task makes a socket that looks like the end of somebody else's connection, and asks the router for that connection.
+"""A task forges a socket with the addresses of another process's connection, and requests that
+connection from the router.
 
-A client connects to a service's virtual address (VIP), and is led to a task on another host. A hostile task of the same
-service on the client's host forges a socket with the addresses of that connection. It needs NET_ADMIN (the client's address
-on its own loopback device) or just NET_RAW, which Docker gives by default (a handshake forged on its loopback device).
+A client connects to a service's virtual address (VIP), which leads to a task on another host. A
+hostile task of the same service on the client's host forges a socket with the addresses of that
+connection. It needs NET_ADMIN (to put the client's address on its own loopback device), or only
+NET_RAW, which Docker grants by default (to forge a handshake on its loopback device).
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ _CAPABILITY_VERSION: Final = 0x20080522
 
 @dataclass
 class Service:
-    """A client, a hostile task on its host, and an honest one that the router knows to be on another host."""
+    """A client, a hostile task on its host, and a correct task that the router knows on another
+    host.
+    """
 
     bed: Bed
     listener: socket.socket
@@ -47,7 +51,7 @@ class Service:
         return made
 
     def connection(self) -> socket.socket:
-        """The client's end of a connection to the VIP, which leads to the honest task."""
+        """The client's end of a connection to the VIP, which leads to the correct task."""
 
         def dial() -> socket.socket:
             made = socket.socket()
@@ -80,7 +84,7 @@ def service() -> Iterator[Service]:
 
 
 def by_address(task: Container, client: str) -> tuple[socket.socket, Any]:
-    """With NET_ADMIN: the client's address on the task's own loopback device."""
+    """With NET_ADMIN: put the client's address on the task's own loopback device."""
     task.run(["ip", "address", "add", f"{client}/32", "dev", "lo"], check=True)
 
     def make() -> tuple[socket.socket, Any]:
@@ -97,7 +101,7 @@ def by_address(task: Container, client: str) -> tuple[socket.socket, Any]:
 
 
 def by_handshake(task: Container, client: str) -> tuple[socket.socket, Any]:
-    """With NET_RAW alone: a listener and a handshake bound to the task's loopback device."""
+    """With NET_RAW alone: a listener and a handshake, bound to the task's loopback device."""
 
     def make() -> tuple[socket.socket, Any]:
         keep_only(CAP_NET_RAW)
@@ -160,7 +164,9 @@ def test_a_forged_socket_gets_no_connection_of_another_task(
     forge: Callable[[Container, str], tuple[socket.socket, Any]],
     forger_first: bool,
 ) -> None:
-    """A socket that a task has forged doesn't bring it a client's connection to a task of another host."""
+    """A socket that a task has forged does not give it a client's connection to a task of another
+    host.
+    """
     client = service.connection()
     forged, kept = forge(
         service.bed.containers["hostile"], str(service.bed.containers["client"].ipv4)

@@ -1,4 +1,4 @@
-"""The router against containers that want to stop it, or to use up what it has: the others are served all the while."""
+"""Containers try to block the router, or to exhaust it: it continues to serve others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOTE = wire.pack(wire.Note(5, 1))
 
 @pytest.fixture(params=[True, False], ids=["guarded", "unguarded"])
 def attacked(request: pytest.FixtureRequest) -> Iterator[Bed]:
-    """With what the kernel has against descriptors, and without, as on kernels before Linux 6.16."""
+    """A bed whose router refuses descriptors by the kernel, and one as before Linux 6.16."""
     with bed("hostile", "honest", guard=request.param) as made:
         yield made
 
@@ -52,7 +52,10 @@ WAYS = ("alone", "behind messages", "behind an empty packet", "in a socket's que
 
 
 def put(way: str, connection: socket.socket, poison: Lingering) -> bool:
-    """Get the descriptor into the router's queue, so that the router's close would be the last; false if that is refused."""
+    """Put the descriptor into the router's queue, so that the router would close it last.
+
+    Return false if that is refused.
+    """
     number = poison.closes.fileno()
     match way:
         case "alone":
@@ -70,7 +73,7 @@ def put(way: str, connection: socket.socket, poison: Lingering) -> bool:
                 send(one, b"x", number)
                 if send(connection, NOTE, other.fileno()):
                     return True
-                # Out again.
+                # Remove it again.
                 _, descriptors, _, _ = socket.recv_fds(other, 1, 1)
                 os.close(descriptors[0])
                 return False
@@ -81,7 +84,9 @@ def put(way: str, connection: socket.socket, poison: Lingering) -> bool:
 
 
 def test_descriptors_whose_close_waits(attacked: Bed) -> None:
-    """A descriptor that lingers for minutes, however it is sent, doesn't stop the router: others are welcomed at once."""
+    """A descriptor that lingers for minutes, however it is sent, does not block the router: it
+    welcomes others at once.
+    """
     hear_welcome(attacked).close()
     poisons: list[Lingering] = []
     try:
@@ -97,7 +102,7 @@ def test_descriptors_whose_close_waits(attacked: Bed) -> None:
                 poison.let_go(sent=sent)
             hear_welcome(attacked).close()
         begin = time.monotonic()
-        # The router looks at everything within a second or two.
+        # The router checks everything within a second or two.
         while time.monotonic() - begin < 2.2:
             hear_welcome(attacked).close()
             time.sleep(0.1)
@@ -108,7 +113,9 @@ def test_descriptors_whose_close_waits(attacked: Bed) -> None:
 
 
 def test_no_descriptor_stays(attacked: Bed) -> None:
-    """Whatever descriptors are sent, the router has as many of its own as before, and no process of it is left."""
+    """Whatever descriptors are sent, the router has as many of its own as before, and leaves no
+    process behind.
+    """
     process = attacked.process
     assert process is not None
     hear_welcome(attacked).close()
@@ -129,7 +136,9 @@ def test_no_descriptor_stays(attacked: Bed) -> None:
 
 
 def test_the_kernel_refuses_descriptors() -> None:
-    """Where the kernel can refuse descriptors for the router, it does, from the first moment of a connection."""
+    """Where the kernel can refuse descriptors for the router, it does so from the first moment of a
+    connection.
+    """
     if not refuses():
         pytest.skip("missing: SO_PASSRIGHTS (Linux 6.16)")
     with bed("hostile") as made:
@@ -138,7 +147,9 @@ def test_the_kernel_refuses_descriptors() -> None:
 
 
 def test_an_old_library(attacked: Bed) -> None:
-    """A process with the library of before hears that it is to stay on TCP; so do its asks. The others go on."""
+    """The router tells a process with an older library to stay on TCP, and refuses its requests.
+    Others continue.
+    """
     listener = listen(attacked.containers["honest"].namespace, "0.0.0.0")
     tcp = dial(attacked.containers["hostile"].namespace, str(attacked.containers["honest"].ipv4))
     server, _ = listener.accept()
@@ -159,7 +170,9 @@ def test_an_old_library(attacked: Bed) -> None:
 
 
 def test_strangers_are_few() -> None:
-    """Namespaces that are no container's have few connections in all, however many namespaces somebody makes."""
+    """Processes in namespaces of no container have few connections together, however many
+    namespaces exist.
+    """
     with bed("honest") as made:
         path = made.shared / "router.sock"
         namespaces = [new_namespace() for _ in range(4)]
@@ -175,7 +188,7 @@ def test_strangers_are_few() -> None:
             hear_welcome(made)
             assert made.router.statistics().processes <= UNKNOWN + 1
             assert len(list(folder.iterdir())) < before + UNKNOWN + 20
-            # A container that comes now finds place, as soon as the patience of the others has passed.
+            # A container that connects now gets a place, once the time of the others has passed.
             time.sleep(PATIENCE + 0.2)
             late = Library.connect(path, namespaces[0])
             late.connection.settimeout(patience(5))
@@ -188,7 +201,9 @@ def test_strangers_are_few() -> None:
 
 
 def test_a_stranger_becomes_known() -> None:
-    """A process that came before its container was known counts for that from then on."""
+    """A process that connected before its container was known counts for the container from then
+    on.
+    """
     with bed("one", "two") as made:
         known = made.facts()
         made.learn(endpoints=known.endpoints[:1])
@@ -202,7 +217,7 @@ def test_a_stranger_becomes_known() -> None:
 
 
 def kernel_memory(process: subprocess.Popen[bytes]) -> int:
-    """Bytes of answers in the sockets of a process, by the kernel's word."""
+    """The bytes of answers in the sockets of a process, as the kernel reports them."""
     said = subprocess.run(
         ["ss", "-xpm", "state", "connected"], capture_output=True, text=True, check=True
     ).stdout
@@ -214,7 +229,9 @@ def kernel_memory(process: subprocess.Popen[bytes]) -> int:
 
 
 def test_answers_that_nobody_reads() -> None:
-    """Processes that ask and read nothing cost the router's host little memory, and lose their connection after a while."""
+    """Processes that send requests and read no answers cost the router's host little memory, and
+    lose their connection after a while.
+    """
     with bed("hostile", "honest") as made:
         assert made.process is not None
         path, namespace = made.shared / "router.sock", made.containers["hostile"].namespace
@@ -238,7 +255,7 @@ def test_answers_that_nobody_reads() -> None:
 
 
 def test_who_reads_again_is_heard_again() -> None:
-    """A process that was busy with something else gets all its answers when it reads."""
+    """A process that was busy gets all its answers when it reads."""
     with bed("a") as made:
         process = Library.connect(made.shared / "router.sock", made.containers["a"].namespace)
         process.connection.settimeout(patience(5))
@@ -256,7 +273,7 @@ def test_who_reads_again_is_heard_again() -> None:
 
 
 def test_asks_that_repeat_themselves() -> None:
-    """A process that asks for one connection without end makes the router's memory no larger."""
+    """A process that requests the same connection endlessly does not make the router's memory grow."""
     limits = RouterSettings(limits=Limits(asks=1 << 19, messages=1 << 20))
     with bed("hostile", "other", settings=limits) as made:
         assert made.process is not None
@@ -275,18 +292,20 @@ def test_asks_that_repeat_themselves() -> None:
 
 
 def resident(process: subprocess.Popen[bytes]) -> int:
-    """Bytes of memory of a process."""
+    """The memory of a process in bytes."""
     text = Path(f"/proc/{process.pid}/status").read_text()
     line = next(line for line in text.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) << 10
 
 
 def test_a_host_without_descriptors() -> None:
-    """With few descriptors left the container with the most processes gets no more, and others are still served."""
+    """When descriptors are few, the container with the most processes gets no more, and others are
+    still served.
+    """
     with bed("hostile", "honest") as made:
         assert made.process is not None
         most = f"--nofile={len(list(Path(f'/proc/{made.process.pid}/fd').iterdir())) + 100}"
-        # It may not allow itself more, as in the plugin.
+        # It may not raise its own limit, as in the plugin.
         limited = ["prlimit", most, "setpriv", "--bounding-set=-sys_resource"]
         made.kill_router()
         command = made.router_command()

@@ -1,6 +1,8 @@
-"""Frames into the overlay's UDP port from those who are no peers: forged ones, and such that would move an address.
+"""Frames to the overlay's UDP port from senders that are no peers: forged frames, and frames that
+would move an address.
 
-Each attack is run over the kernel path and over the fast path, since each has its own memory of where addresses are.
+Each attack is run over the kernel path and over the fast path, because each path has its own table
+of addresses.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ SESSIONS = 4801
 
 @dataclass
 class Scene:
-    """Two peers with a container each, and a host that is none."""
+    """Two peers with a container each, and a host that is no peer."""
 
     lab: Lab
     network: Network
@@ -63,13 +65,13 @@ class Scene:
         return struct.pack("!II", 0x08000000, self.network.vni << 8) + frame
 
     def forged(self, to: Container) -> bytes:
-        """A datagram to one of the containers, as if from the other."""
+        """A datagram to one of the containers, with the other's address as its source."""
         source = self.near if to is self.far else self.far
         inner = udp(source.ipv4, to.ipv4, FORGED)
         return self.wrapped(ethernet(source.endpoint.mac, to.endpoint.mac, IPV4, inner))
 
     def moving(self) -> bytes:
-        """A frame that says: the far container's address is where I am."""
+        """A frame that claims the far container's address for its sender."""
         frame = ethernet(self.far.endpoint.mac, "02:99:00:00:00:01", 0x88B5, bytes(46))
         return self.wrapped(frame)
 
@@ -91,7 +93,9 @@ def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
 
 @contextlib.contextmanager
 def alien(host: Host) -> Iterator[int]:
-    """The namespace of a container of another network, as Docker's bridge has it: it gets out with its host's address."""
+    """The namespace of a container of another network, as Docker's bridge makes it: it reaches the
+    outside with its host's address.
+    """
     namespace = new_namespace()
     try:
         host.run("ip", "link", "add", "docker0", "type", "bridge")
@@ -101,7 +105,7 @@ def alien(host: Host) -> Iterator[int]:
         host.run("ip", "link", "add", "v0", "type", "veth", "peer", "name", "eth0", "netns", link)
         host.run("ip", "link", "set", "v0", "master", "docker0", "up")
         host.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
-        # As on hosts that check no sources themselves.
+        # As on hosts that do not check sources.
         for where in ("all", "docker0"):
             host.run("sysctl", "-qw", f"net.ipv4.conf.{where}.rp_filter=0")
         host.run(
@@ -131,12 +135,12 @@ def alien(host: Host) -> Iterator[int]:
 
 
 Sender = Callable[[bytes, str], None]
-"""Sends a datagram to the overlay's port of an address."""
+"""Sends a datagram to the overlay's port at an address."""
 
 
 def _socket(source: str = "") -> socket.socket:
     made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    # As VXLAN has it: no checksum (SO_NO_CHECK).
+    # Like VXLAN, without a checksum (SO_NO_CHECK).
     made.setsockopt(socket.SOL_SOCKET, 11, 1)
     if source:
         made.setsockopt(socket.IPPROTO_IP, socket.IP_TRANSPARENT, 1)
@@ -146,7 +150,7 @@ def _socket(source: str = "") -> socket.socket:
 
 @contextlib.contextmanager
 def attacker(scene: Scene, kind: str) -> Iterator[Sender]:
-    """Somebody who is no peer, and has an ordinary socket."""
+    """A sender that is no peer and has an ordinary socket."""
     near_host = scene.lab.hosts[0]
     with contextlib.ExitStack() as stack:
         if kind == "container":
@@ -198,8 +202,9 @@ ALIENS = ["container", "container as a peer", "user 65534", "user 0", "host"]
 
 @pytest.mark.parametrize("kind", ALIENS)
 def test_nobody_else_puts_frames_into_a_network(scene: Scene, kind: str) -> None:
-    """A frame that a container of another network, a user of the host or a host that is no peer sends to the overlay's port,
-    of its own host or of another, reaches no container."""
+    """A frame to the overlay's port of any host reaches no container if it comes from a container
+    of another network, a user of a host, or a host that is no peer.
+    """
     targets = (scene.near, scene.far)
     listening = [each.packets() for each in targets]
     with attacker(scene, kind) as send:
@@ -208,14 +213,16 @@ def test_nobody_else_puts_frames_into_a_network(scene: Scene, kind: str) -> None
                 send(scene.forged(target), str(target.host.address))
     seen = [frame for each in listening for frame in _all(each) if FORGED in frame]
     assert not seen
-    # A peer's own kernel is heard, so the frame is one that arrives.
+    # The same frame from a peer's own kernel arrives, so the frame is valid.
     put_on_the_wire(scene.near.host, scene.far.host, scene.forged(scene.far))
     assert [frame for frame in _all(listening[1]) if FORGED in frame]
 
 
 @pytest.mark.parametrize("kind", ALIENS)
 def test_nobody_else_moves_an_address(scene: Scene, kind: str) -> None:
-    """While such a one says all the time that a remote container's address is at his own, it is reached where it is."""
+    """While such a sender claims a remote container's address all the time, that container stays
+    reachable where it is.
+    """
     near_host = scene.lab.hosts[0]
     stop = threading.Event()
     with attacker(scene, kind) as send:
@@ -228,7 +235,7 @@ def test_nobody_else_moves_an_address(scene: Scene, kind: str) -> None:
         thread.start()
         try:
             time.sleep(0.2)
-            # Past what the fast path remembers without being told again.
+            # Longer than the fast path keeps an entry without new packets.
             assert [
                 scene.near.echoes(scene.far.ipv4, tries=1, timeout=patience(2)) for _ in range(8)
             ] == [True] * 8
@@ -239,8 +246,9 @@ def test_nobody_else_moves_an_address(scene: Scene, kind: str) -> None:
 
 
 def test_what_a_stranger_taught_is_forgotten(scene: Scene) -> None:
-    """Where the rules were taken away, what the device learned meanwhile of a stranger goes when they are back, within a
-    look of the plugin; they are back at the first."""
+    """When the rules were removed, the next refresh restores them, and the one after it removes
+    what the device learned from other senders meanwhile.
+    """
     first, second = scene.lab.hosts[:2]
     first.run("nft", "flush", "ruleset")
     with attacker(scene, "host") as send:
@@ -253,8 +261,9 @@ def test_what_a_stranger_taught_is_forgotten(scene: Scene) -> None:
 
 
 def test_a_place_that_the_card_has_heard_stays() -> None:
-    """Without any rule, frames past the network card don't take away what it has heard of a peer a moment ago: packets go on
-    to that peer."""
+    """Without any rule, frames that do not pass the NIC do not replace what it has just learned
+    from a peer: packets go on to that peer.
+    """
     with lab(3) as made:
         network = a_network()
         near, far = (host.container(network, 2 + n) for n, host in enumerate(made.hosts[:2]))
@@ -275,7 +284,9 @@ def test_a_place_that_the_card_has_heard_stays() -> None:
 
 @pytest.mark.parametrize("change", ["chain", "rule", "element", "table"])
 def test_rules_that_somebody_changes_come_back(change: str) -> None:
-    """Whatever part of the table is taken away, the next look puts it back; another program's rules stay."""
+    """Whatever part of the table is removed, the next refresh restores it, and rules of other
+    programs stay.
+    """
     with lab(2) as made:
         network = a_network()
         near = made.hosts[0].container(network, 2)
@@ -299,7 +310,9 @@ def test_rules_that_somebody_changes_come_back(change: str) -> None:
 
 
 def test_hosts_come_and_go() -> None:
-    """Who becomes a peer is heard at once, who is none any more isn't, and two networks on one port have both their peers."""
+    """A new peer is admitted at once, a former peer is not, and two networks on one port have the
+    peers of both.
+    """
     with lab(3) as made:
         one, two = a_network(1), a_network(2)
         first, second, third = made.hosts
@@ -324,7 +337,9 @@ def test_hosts_come_and_go() -> None:
 
 
 def test_they_outlive_the_plugin() -> None:
-    """While no plugin runs the rules stay, and one that starts leaves them as they are until it knows the peers itself."""
+    """While no plugin runs, the rules stay, and a plugin that starts keeps them until it knows the
+    peers itself.
+    """
     with lab(3) as made:
         network = a_network()
         near, far = made.hosts[0].container(network, 2), made.hosts[1].container(network, 3)
@@ -346,7 +361,7 @@ def test_they_outlive_the_plugin() -> None:
 
 
 def test_nothing_is_cut_off_while_peers_are_unknown() -> None:
-    """A port isn't guarded, and that is said, before all that share its networks are known."""
+    """A port is not guarded, and status says so, before all peers of its networks are known."""
     with lab(2) as made:
         network = a_network()
         near, far = (host.container(network, 2 + n) for n, host in enumerate(made.hosts))
@@ -358,7 +373,7 @@ def test_nothing_is_cut_off_while_peers_are_unknown() -> None:
 
 
 def test_who_was_turned_away_is_said(scene: Scene) -> None:
-    """Addresses that sent to the port and are no peers are listed for status."""
+    """Status lists addresses that have sent to the port and are no peers."""
     with attacker(scene, "host") as send:
         send(scene.moving(), str(scene.lab.hosts[0].address))
     host = scene.lab.hosts[0]
@@ -366,8 +381,10 @@ def test_who_was_turned_away_is_said(scene: Scene) -> None:
 
 
 def test_the_session_port_is_no_containers() -> None:
-    """A container that gets its host's address by masquerading, or an unprivileged user, doesn't reach the port of another
-    host's router; the host's root does, and containers reach that host's other ports."""
+    """A container that gets its host's address by masquerading, or an unprivileged user, does not
+    reach the port of another host's router; the host's root does, and containers reach other ports
+    of that host.
+    """
     with lab(2) as made:
         network = a_network()
         for host in made.hosts:
@@ -415,8 +432,10 @@ def test_ipv6_underlay() -> None:
 
 
 def test_another_address_than_the_swarm_lists() -> None:
-    """Hosts whose overlay has another address than Docker advertises (UNDERLAY, --data-path-addr) hear each other, and a host
-    that is in none of that interface's networks isn't heard; a container isn't either."""
+    """Hosts whose overlay has another address than Docker advertises (UNDERLAY, --data-path-addr)
+    reach each other; a host in none of that interface's networks does not, and neither does a
+    container.
+    """
     with lab(3) as made:
         network = a_network()
         lists = {}
@@ -447,7 +466,7 @@ def test_another_address_than_the_swarm_lists() -> None:
 
 
 def test_cleanup_takes_the_rules_away() -> None:
-    """`freeflow cleanup` leaves no rule, and neither does the last network that goes."""
+    """`freeflow cleanup` leaves no rule, and neither does the removal of the last network."""
     with lab(2) as made:
         network = a_network()
         near = made.hosts[0].container(network, 2)
@@ -475,7 +494,7 @@ def _rules(host: Host) -> str:
 
 
 def _learned(host: Host, scene: Scene) -> set[IPv4Address]:
-    """Where the VXLAN device has the far container's address."""
+    """The host at which the VXLAN device has the far container's address."""
     lines = host.in_overlay(
         "bridge", "fdb", "show", "dev", names.vxlan(scene.network.id)
     ).splitlines()

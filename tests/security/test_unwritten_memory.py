@@ -1,6 +1,8 @@
-"""A client says that bytes are in its rings which it never wrote: reading them costs the server next to nothing.
+"""A client claims bytes in its rings that it never wrote: reading them costs the server next to
+nothing.
 
-A page that nobody has written is made by who reads it, and counts for the reader's container.
+The kernel creates a page that nobody has written for its first reader, and charges the reader's
+container.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ from tests.dataplane.test_hostile import HEAD, READY, START, TAIL, Ring
 PORT: Final = 7000
 CONNECTIONS: Final = 24
 LIMIT: Final = 64 << 20
-"""Of the server's control group, where one can be made."""
+"""The memory limit of the server's control group, where one can be made."""
 READ_MOST: Final = 64 << 20
-"""What a process's receivers read by their mappings at most; an eighth of its limit if that is less."""
+"""The bytes that a process's receivers read by their mappings at most; an eighth of its limit if
+that is less.
+"""
 SLACK: Final = 2 << 20
 GROUPS: Final = (
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
@@ -70,7 +74,7 @@ while True:
 
 @contextlib.contextmanager
 def group() -> Iterator[Path | None]:
-    """A control group with a memory limit; None where this machine lets nobody make one."""
+    """A control group with a memory limit; None where this machine allows none."""
     for top, name in GROUPS:
         made = top / f"freeflow-test-{os.getpid()}"
         try:
@@ -101,7 +105,7 @@ class Client:
         self.kept: list[tuple[socket.socket, Ring]] = []
 
     def connect(self) -> Ring:
-        """A connection in whose ring all is said to be there, and nothing was written."""
+        """A connection whose ring claims to be full, although nothing was written."""
         tcp = dial(self.container.namespace, str(self.made.containers["server"].ipv4), PORT)
         tcp.settimeout(patience(5))
         self.library.ask(tcp)
@@ -133,12 +137,14 @@ class Client:
         return one
 
     def used(self) -> int:
-        """Bytes of the arena that exist."""
+        """The bytes of the arena that exist."""
         return os.fstat(self.memory).st_blocks * 512
 
 
 def test_bytes_that_nobody_wrote() -> None:
-    """24 connections of 4 MiB each cost the server no more than its share, and give even that back when they end."""
+    """24 connections of 4 MiB each cost the server no more than its share, which it reclaims when
+    they end.
+    """
     if not LIBRARY.exists():
         pytest.skip(f"missing: {LIBRARY} (make library)")
     settings = RouterSettings(rule=Rule(operations=2, age=0))
@@ -162,7 +168,7 @@ def test_bytes_that_nobody_wrote() -> None:
         assert client.used() < most + SLACK
         for tcp, _ in client.kept:
             tcp.close()
-        # The client keeps its slots, and says nothing to the router.
+        # The client keeps its slots and does not release them.
         while client.used() > SLACK:
             assert time.monotonic() < until, client.used()
             time.sleep(0.02)

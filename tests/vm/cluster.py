@@ -1,17 +1,20 @@
-"""Hosts with routers and containers, without Docker: each guest has namespaces on one VXLAN network, and the real router.
+"""Hosts with routers and containers, without Docker.
+
+Each guest has containers, which are namespaces on one VXLAN network, and the real router.
 
     with cluster(pair, containers=2) as (one, other):
         a, b = one.containers[0], other.containers[0]
         server = b.start(["iperf3", "-s", "-1"])
         b.wait_listening(5201)
         a.run(["iperf3", "-c", str(b.ipv4), "-n", "10M"])
-        for each in one.router.connections(a.inode).connections:
-            print(each.local, each.remote, each.path, each.reason)
+        for connection in one.router.connections(a.inode).connections:
+            print(connection.local, connection.remote, connection.path)
 
-The network is the kernel's own, as a host without the eBPF programs has it. Containers share the guest's files: the router's
-socket and the library are in /run/freeflow. `start` and `run` preload the library unless told not to. The router is told all
-when it is started; `learn` tells it anew, `kill_router` is its crash.
-With `wait_linked` on each host, connections between hosts go over RDMA.
+The network is the kernel's own, as a host without the eBPF programs has it. Containers share the
+guest's files: the router's socket and the library are in /run/freeflow. `start` and `run` preload
+the library unless told not to. The router gets a snapshot when it starts, and another one by
+`learn`; `kill_router` acts as its crash. After `wait_linked` on each host, connections between
+hosts use RDMA.
 """
 
 from __future__ import annotations
@@ -45,10 +48,12 @@ RELAY: Final = "/usr/lib/freeflow/freeflow-relay"
 CONTROL: Final = "/run/freeflow-admin/router.sock"
 SOCKET: Final = "/run/freeflow/router.sock"
 SWARM: Final = "/run/freeflow-swarm"
-"""In a guest, where `Host.certify` puts certificates; for the router's option `--swarm`."""
+"""The folder in a guest in which `Host.certify` puts certificates; for the router's option
+`--swarm`.
+"""
 NETWORK: Final = "n1"
 KEY: Final = "the secret of the test's hosts"
-"""For sessions between routers whose hosts have no certificates."""
+"""The key for sessions between routers whose hosts have no certificates."""
 PORT: Final = 4789
 _VNI: Final = 4242
 _HEADERS: Final = 50
@@ -69,7 +74,7 @@ sys.stdout.buffer.write(answer)
 
 
 class Router:
-    """A guest's router, asked over its control socket; as `dataplane.router_client` does on the router's own host."""
+    """A client of a guest's router; like `dataplane.router_client` on the router's own host."""
 
     def __init__(self, guest: Guest) -> None:
         self._guest = guest
@@ -106,11 +111,11 @@ class Router:
 
 @dataclass(eq=False)
 class Container:
-    """A network namespace of a guest, on the network of all hosts."""
+    """A network namespace in a guest, on the network of all hosts."""
 
     guest: Guest
     number: int
-    """Of all on its host, from 1."""
+    """The number on its host, from 1."""
     inode: int = 0
     started: list[Process] = field(default_factory=list)
 
@@ -128,18 +133,18 @@ class Container:
 
     @property
     def path(self) -> str:
-        """Of the namespace, in the guest."""
+        """The path of the namespace in the guest."""
         return f"/run/netns/{self.name}"
 
     def command(self, arguments: Sequence[str], accelerated: bool = True) -> list[str]:
-        """A command that runs another inside; the program alone gets LD_PRELOAD, not the ones that start it."""
+        """A command that runs another one inside; it sets LD_PRELOAD for the program alone."""
         preloaded = ["env", f"LD_PRELOAD={LIBRARY}"] if accelerated else []
         return ["nsenter", f"--net={self.path}", *preloaded, *arguments]
 
     def start(
         self, arguments: Sequence[str], *, accelerated: bool = True, **options: Any
     ) -> Process:
-        """Start a program inside; it is killed with the cluster."""
+        """Start a program inside the container; it is killed with the cluster."""
         process = self.guest.start(self.command(arguments, accelerated), **options)
         self.started.append(process)
         return process
@@ -147,7 +152,7 @@ class Container:
     def run(
         self, arguments: Sequence[str], *, accelerated: bool = True, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program inside to its end; options as `Guest.run`."""
+        """Run a program inside the container to its end; the options are those of `Guest.run`."""
         return self.guest.run(self.command(arguments, accelerated), **options)
 
     def wait_listening(self, port: int) -> None:
@@ -161,10 +166,10 @@ class Host:
     guest: Guest
     containers: list[Container]
     peers: tuple[str, ...]
-    """The other hosts."""
+    """The addresses of the other hosts."""
     settings: RouterSettings
     options: tuple[str, ...] = ()
-    """More of the router's."""
+    """Further options of the router."""
     process: Process | None = None
 
     @property
@@ -172,7 +177,7 @@ class Host:
         return Router(self.guest)
 
     def facts(self, **changes: Any) -> RouterSnapshot:
-        """What is true of this host, but for `changes`: fields of `control.RouterSnapshot`."""
+        """The current state of this host, but for `changes`: fields of RouterSnapshot."""
         known: dict[str, Any] = {
             "endpoints": tuple(endpoint_fact(container, NETWORK) for container in self.containers),
             "networks": (
@@ -192,7 +197,7 @@ class Host:
         self.router.replace_snapshot(self.facts(**changes))
 
     def start_router(self) -> None:
-        """Start the router and tell it all."""
+        """Start the router and send it a snapshot."""
         sockets = [f"--socket={SOCKET}", f"--control={CONTROL}"]
         command = ["python3", "-m", "dataplane.router", *sockets, *self.options]
         self.process = process = self.guest.start(command, env=SOURCES)
@@ -210,7 +215,7 @@ class Host:
         wait_until(f"{self.guest.name}: the router", learned, 60)
 
     def wait_linked(self, timeout: float = 60) -> None:
-        """Wait until it has a link to each of the other hosts."""
+        """Wait until this host has a link to each of the other hosts."""
 
         def linked() -> bool:
             rdma = self.router.statistics().rdma
@@ -220,25 +225,25 @@ class Host:
         wait_until(f"{self.guest.name}: links to {', '.join(self.peers)}", linked, timeout, 0.3)
 
     def certify(self, root: str, node: Node) -> None:
-        """Give it a certificate of a node, as its engine would: each file by rename."""
+        """Install a node's certificate as its engine does: each file by rename."""
         folder = f"{SWARM}/certificates"
         for file, text in swarm_ca.files(root, node).items():
             self.guest.push(text, f"{folder}/.tmp-{file}", 0o600)
             self.guest.run(["mv", f"{folder}/.tmp-{file}", f"{folder}/{file}"])
 
     def kill_router(self) -> None:
-        """As a crash does."""
+        """Kill the router, as a crash does."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None
 
     def log(self) -> str:
-        """What the router has said since it was started."""
+        """The router's log since its start."""
         return self.process.output + self.process.errors if self.process is not None else ""
 
     def make_network(self) -> None:
-        """The VXLAN device, a bridge, and the containers on it."""
+        """Make the VXLAN device, a bridge, and the containers on it."""
         own = self.guest.address
         mtu = MTU - _HEADERS
         lines = [
@@ -259,7 +264,7 @@ class Host:
                 f"-n {name} link set eth0 up",
             ]
         script = [f"ip {line}" for line in lines]
-        # What it doesn't know, and here that is all, goes to every host.
+        # Frames for unknown addresses, which are all here, go to every host.
         script += [f"bridge fdb append 00:00:00:00:00:00 dev vx0 dst {peer}" for peer in self.peers]
         paths = " ".join(container.path for container in self.containers)
         inodes = self.guest.sh("; ".join([*script, f"stat -Lc %i {paths}"])).split()
@@ -283,10 +288,11 @@ def cluster(
     options: Sequence[str] = (),
     routers: bool = True,
 ) -> Iterator[list[Host]]:
-    """Guests as hosts of one network, so many containers on each.
+    """Guests as hosts of one network, each with this many containers.
 
-    The library and the relay are those that are built; `files`: more or others for each guest, by path. `options`: the
-    router's. `routers=False`: nobody listens, until `start_router`. Guests with an RDMA device get links; see `wait_linked`.
+    They get the built library and relay, and `files`: further or other files, by path. `options`
+    are the router's. With `routers=False` no router runs until `start_router`. Guests with an RDMA
+    device get links; see `wait_linked`.
     """
     hosts = [
         Host(
@@ -311,7 +317,7 @@ def cluster(
         yield hosts
     finally:
         for host in hosts:
-            # Guests that were switched off have none of this any more.
+            # Guests that were switched off have nothing left to remove.
             with contextlib.suppress(GuestGoneError):
                 for container in host.containers:
                     for process in container.started:

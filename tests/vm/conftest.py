@@ -1,4 +1,7 @@
-"""Tests in virtual machines need root and QEMU; a skip says what is missing. Rates are never asserted: see testbed/vm."""
+"""Tests in virtual machines need root and QEMU; a skip names what is missing.
+
+No test asserts a rate: see testbed/vm.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Numbers that run between containers of two hosts over RDMA, so that none that is lost, doubled or late goes unseen."""
+"""Streams of numbers between containers of two hosts over RDMA.
+
+A number that is lost, duplicated or late is noticed.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,13 @@ def is_linked(host: Host) -> bool:
 
 
 def linked(hosts: list[Host]) -> None:
-    """Connections can move."""
+    """Wait until connections can move."""
     for host in hosts:
         wait_until(f"{host.guest.name}: a link", partial(is_linked, host), 120)
 
 
 class Streams:
-    """Numbers under way in both directions, in connections that have moved: see `stream.py`."""
+    """Streams of numbers in both directions, in connections that have moved: see `stream.py`."""
 
     def __init__(self, hosts: list[Host], seconds: float, count: int = 2) -> None:
         self._hosts = hosts
@@ -41,7 +44,7 @@ class Streams:
         self.server = b.start([*python, "server", *where, str(count)])
         b.wait_listening(PORT)
         self.client = a.start([*python, "client", *where, str(seconds), str(count)])
-        # Of both ends at once: if one was granted, so is the other.
+        # Both ends at once: if one was granted, so is the other.
         wait_until("rdma", lambda: rdma(hosts[0]).granted - before >= count, 120)
 
     @staticmethod
@@ -52,5 +55,5 @@ class Streams:
         return [word for word, _ in lines]
 
     def ends(self, patience: float = 240) -> list[str]:
-        """What each end of each connection says."""
+        """The verdict of each end of each connection."""
         return [word for end in (self.client, self.server) for word in self.words(end, patience)]

@@ -1,4 +1,6 @@
-"""The virtual machines themselves: what runs in them is real RDMA, and what they are cut off from they can't reach."""
+"""The virtual machines themselves: they have real RDMA, and reach nothing from which they are cut
+off.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ from testbed.process import CommandError, wait_until
 from testbed.vm import Guest, GuestGoneError, guests
 
 WRITE = "/src/tests/vm/programs/write.py"
-SIZE = 300_007  # Of no chunk's size.
+SIZE = 300_007  # No multiple of a chunk's size.
 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_memory_is_written_across_guests_byte_for_byte(pair: list[Guest], version: int) -> None:
-    """RDMA WRITE between two guests, over RoCE v2 with addresses of both versions."""
+    """RDMA WRITE works between two guests, over RoCE v2 with addresses of both versions."""
     a, b = pair
     content = random.Random(version).randbytes(SIZE)
     mine, theirs = (str(g.address if version == 4 else g.address6) for g in pair)
@@ -27,7 +29,7 @@ def test_memory_is_written_across_guests_byte_for_byte(pair: list[Guest], versio
 
 
 def test_the_tools_of_rdma_work_between_guests(pair: list[Guest]) -> None:
-    """`ibv_rc_pingpong` with events, and `rping` by the connection manager."""
+    """`ibv_rc_pingpong` with events works, and so does `rping` with the connection manager."""
     a, b = pair
     pingpong = ["ibv_rc_pingpong", "-e", "-d", "rxe0", "-g", "1", "-n", "50"]
     server = a.start(pingpong)
@@ -40,7 +42,7 @@ def test_the_tools_of_rdma_work_between_guests(pair: list[Guest]) -> None:
 
 
 def test_a_cut_guest_is_unreachable_until_healed(pair: list[Guest]) -> None:
-    """Frames are lost while the underlay is cut, and the card's carrier can be taken."""
+    """Frames are lost while the underlay is cut, and the NIC's carrier can be removed."""
     a, b = pair
     ping = ["ping", "-c", "1", "-W", "1", str(b.address)]
     a.cut_underlay()
@@ -54,7 +56,9 @@ def test_a_cut_guest_is_unreachable_until_healed(pair: list[Guest]) -> None:
 
 
 def test_commands_are_those_of_the_guest() -> None:
-    """Exit codes, outputs, input, signals and files go through whole; a guest that is off says so, and comes back empty."""
+    """Exit codes, output, input, signals and files pass unchanged; a guest that is off says so, and
+    returns empty.
+    """
     with guests(1) as (guest,):
         done = guest.run(["sh", "-c", "cat; echo oops >&2; exit 3"], stdin="in\n", check=False)
         assert (done.returncode, done.stdout, done.stderr) == (3, "in\n", "oops\n")

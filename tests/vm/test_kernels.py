@@ -1,4 +1,7 @@
-"""The eBPF programs on kernels of several ages; the machine's own is tried by `tests/kernel/test_ebpf_programs.py`."""
+"""The eBPF programs on kernels of several ages.
+
+`tests/kernel/test_ebpf_programs.py` tries the machine's own kernel.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def by_kernel() -> Iterator[dict[str, Guest | str]]:
-    """A guest for each kernel, or why there is none."""
+    """A guest for each kernel, or the reason why there is none."""
     absent: dict[str, Guest | str] = {}
     for name in KERNELS:
         try:
@@ -39,12 +42,12 @@ def by_kernel() -> Iterator[dict[str, Guest | str]]:
 def test_every_program_is_accepted_and_the_stages_are_known(
     by_kernel: dict[str, Guest | str], name: str
 ) -> None:
-    """The verifier takes every program, and trying says which stages the kernel can run."""
+    """The verifier accepts every program, and trying them says which stages the kernel supports."""
     guest = by_kernel[name]
     if isinstance(guest, str):
         pytest.skip(f"kernel {name}: {guest}")
     assert guest.release.startswith(f"{name}.")
-    # As it is now, not as it was when the guests began to look.
+    # The current file, not the one that the guests saw when they booted.
     guest.push(OBJECT, "/tmp/overlay.bpf.o")
     command = ["python3", "-m", "dataplane.ebpf", "/tmp/overlay.bpf.o"]
     done = guest.run(command, env=SOURCES, check=False)
@@ -55,10 +58,12 @@ def test_every_program_is_accepted_and_the_stages_are_known(
 
 
 @pytest.mark.skipif(not OBJECT.exists(), reason=f"missing: {OBJECT} (make ebpf)")
-# From 6.6 on it is what the tests in namespaces have, which take seconds where this takes a minute.
+# From 6.6 on, the tests in namespaces cover this in seconds; here it takes a minute.
 @pytest.mark.parametrize("name", [each for each in KERNELS if each != "6.12"])
 def test_packets_take_the_fast_path(by_kernel: dict[str, Guest | str], name: str) -> None:
-    """On each older kernel bytes arrive over the highest stage that it can run, between containers of one host and of two."""
+    """On each older kernel bytes arrive over the highest stage that it supports, between containers
+    of one host and of two.
+    """
     guest = by_kernel[name]
     if isinstance(guest, str):
         pytest.skip(f"kernel {name}: {guest}")

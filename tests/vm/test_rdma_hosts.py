@@ -1,8 +1,10 @@
-"""Connections between containers of two hosts over real verbs: programs as they are, and each thing that can go wrong.
+"""Connections between containers of two hosts over real verbs, with ordinary programs and every
+failure.
 
-Whatever is lost, bytes are delivered or the connection fails as by a reset; never does it end as if all were well. The order
-matters: the last test switches a guest off. RDMA_LONG=1 makes the torture longer, and many
-connections more. The hosts are nodes of one Swarm, by their certificates; there is no engine.
+Whatever is lost, bytes are delivered or the connection fails as by a reset. It never ends as if
+nothing had happened. The order matters, because the last test switches a guest off. RDMA_LONG=1
+makes the torture test longer, and many connections more. The hosts are nodes of one Swarm, by their
+certificates; there is no engine.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from tests.vm.streams import PORT, SETTINGS, Streams, linked, rdma
 ECHO: Final = "/src/tests/vm/programs/echo.py"
 MANY: Final = "/src/tests/dataplane/programs/many.py"
 SHORT: Final = timedelta(hours=6)
-"""What the second host's certificate lasts at first: longer than any run of these tests."""
+"""The lifetime of the second host's first certificate: longer than any run of these tests."""
 LONG: Final = bool(os.environ.get("RDMA_LONG"))
 
 pytestmark = [
@@ -60,7 +62,7 @@ def hosts(pair: list[Guest], authority: Authority) -> Iterator[list[Host]]:
 
 
 def moves_again(hosts: list[Host]) -> None:
-    """New connections take RDMA, and nothing is left of them or of others."""
+    """Check that new connections use RDMA, and that nothing is left of them or of others."""
     linked(hosts)
     assert Streams(hosts, 5, 1).ends() == ["whole"] * 2
     for host in hosts:
@@ -68,7 +70,9 @@ def moves_again(hosts: list[Host]) -> None:
 
 
 def test_programs(hosts: list[Host]) -> None:
-    """redis and iperf3, as they are, between two hosts: their bytes are written by the device, none by the processor."""
+    """Unchanged redis and iperf3 run between two hosts: the device writes their bytes, and the
+    processor copies none.
+    """
     client, server = (host.containers[0] for host in hosts)
     before = rdma(hosts[0])
     redis = server.start(["redis-server", "--protected-mode", "no", "--save", ""])
@@ -95,14 +99,14 @@ def test_programs(hosts: list[Host]) -> None:
     assert after.device is not None
     assert (after.device.name, after.device.kind) == ("rxe0", "RoCE v2")
     assert after.granted > before.granted
-    # How fast it is says nothing here.
+    # The rate means nothing here.
     assert after.relay["bytes_out"] > 100_000
     assert after.relay["bytes_in"] > 0
     assert (after.relay["copied"], after.broken) == (0, 0)
 
 
 def test_torture(hosts: list[Host], tmp_path: Path) -> None:
-    """No byte is wrong with many threads on one connection, forks, signals and kills, at both ends."""
+    """No byte is wrong with many threads on one connection, forks, signals and kills at both ends."""
     seconds = 120 if LONG else 8
     program = compile_c(TOP / "tests/dataplane/torture.c", tmp_path / "torture")
     for host in hosts:
@@ -117,7 +121,9 @@ def test_torture(hosts: list[Host], tmp_path: Path) -> None:
 
 
 def test_cable_pulled(hosts: list[Host]) -> None:
-    """A link that is down for some seconds: connections go on or are reset, none is cut short; then all is as before."""
+    """After a link was down for some seconds, connections continue or are reset, none is cut short,
+    and new ones work as before.
+    """
     streams = Streams(hosts, 15)
     hosts[1].guest.set_carrier(False)
     time.sleep(3)
@@ -127,7 +133,9 @@ def test_cable_pulled(hosts: list[Host]) -> None:
 
 
 def test_device_removed(hosts: list[Host]) -> None:
-    """Without its device a host's connections end over the session or as by a reset, and new ones stay on TCP; then it's back."""
+    """When a host loses its device, its connections end over the session or as by a reset, and new
+    ones stay on TCP until the device is back.
+    """
     streams = Streams(hosts, 25)
     guest = hosts[1].guest
     guest.run(["rdma", "link", "delete", "rxe0"])
@@ -143,7 +151,9 @@ def test_device_removed(hosts: list[Host]) -> None:
 
 
 def test_relay_killed(hosts: list[Host]) -> None:
-    """A relay that is killed resets its connections, at both ends; the next one carries new ones."""
+    """When a relay is killed, its connections are reset at both ends, and the next relay carries
+    new ones.
+    """
     streams = Streams(hosts, 60)
     hosts[1].guest.run(["pkill", "-KILL", "-x", "freeflow-relay"])
     assert set(streams.ends(60)) == {"reset"}
@@ -151,7 +161,9 @@ def test_relay_killed(hosts: list[Host]) -> None:
 
 
 def test_router_killed(hosts: list[Host]) -> None:
-    """A router that is killed: its relay brings connections back to TCP, or resets what doesn't get there in its two seconds."""
+    """When a router is killed, its relay makes connections fall back to TCP, and resets those that
+    take longer than two seconds.
+    """
     streams = Streams(hosts, 15)
     hosts[1].kill_router()
     assert set(streams.ends()) <= {"whole", "reset"}
@@ -160,7 +172,7 @@ def test_router_killed(hosts: list[Host]) -> None:
 
 
 def echo(hosts: list[Host], port: int) -> tuple[Process, Process]:
-    """A connection that waits to be told to send; client and server."""
+    """Start a client and a server whose connection waits for a command to send."""
     a, b = (host.containers[0] for host in hosts)
     where = [str(b.ipv4), str(port)]
     server = b.start(["python3", "-ES", ECHO, "server", *where])
@@ -169,7 +181,7 @@ def echo(hosts: list[Host], port: int) -> tuple[Process, Process]:
 
 
 def paths(hosts: list[Host], port: int) -> list[tuple[str, str | None]]:
-    """Path and reason of each end of connections to this port."""
+    """Path and reason of each end of the connections to this port."""
     return [
         (each.path, each.reason)
         for host in hosts
@@ -179,12 +191,14 @@ def paths(hosts: list[Host], port: int) -> list[tuple[str, str | None]]:
 
 
 def test_certificate_expired(hosts: list[Host], authority: Authority) -> None:
-    """Without a session connections go on over RDMA, and new ones stay on TCP; with the renewed certificate all is as before."""
+    """Without a session, connections continue over RDMA and new ones stay on TCP; with the renewed
+    certificate everything works as before.
+    """
     broken = [rdma(host).broken for host in hosts]
     streams, kept = Streams(hosts, 25), echo(hosts, 7200)
     wait_until("rdma", lambda: paths(hosts, 7200) == [("rdma", None)] * 2, 60)
     assert [rdma(host).sessions for host in hosts] == ["", ""]
-    # That of the peer, by the first host's clock; then the second host's own, by its.
+    # The peer's certificate, by the first host's clock; then the second host's own, by its clock.
     later = f"+{SHORT.total_seconds() + 60:.0f} seconds"
     hosts[0].guest.run(["date", "-s", later])
     wait_until("no session", lambda: "expired" in rdma(hosts[0]).peers[0].reason, 30)
@@ -201,13 +215,13 @@ def test_certificate_expired(hosts: list[Host], authority: Authority) -> None:
     assert [rdma(host).broken for host in hosts] == broken
     assert [host.process.poll() for host in hosts if host.process is not None] == [None, None]
     hosts[1].certify(authority.root, authority.node("node2"))
-    # Their link was never down.
+    # The link was never down.
     wait_until("a session", lambda: all(rdma(host).peers[0].session for host in hosts), 60)
     moves_again(hosts)
 
 
 def test_postgresql(hosts: list[Host]) -> None:
-    """PostgreSQL over RDMA: pgbench counts no failed transaction."""
+    """pgbench over RDMA counts no failed transaction of PostgreSQL."""
     a, b = (host.containers[0] for host in hosts)
     b.guest.sh(
         "rm -rf /opt/pg; mkdir /opt/pg; chown postgres /opt/pg; su postgres -c '$(ls -d /usr/lib/postgresql/*/bin)/initdb -A trust -D /opt/pg'; "
@@ -225,7 +239,10 @@ def test_postgresql(hosts: list[Host]) -> None:
 
 
 def test_many_connections(hosts: list[Host]) -> None:
-    """They share one queue pair, and every answer is right. With RDMA_LONG=1 a thousand, as `test_two_hosts.py` has each time."""
+    """Many connections share one queue pair, and every answer is right.
+
+    With RDMA_LONG=1 there are a thousand, as in `test_two_hosts.py`.
+    """
     count = 1000 if LONG else 200
     before = rdma(hosts[0])
     a, b = (host.containers[0] for host in hosts)
@@ -241,7 +258,9 @@ def test_many_connections(hosts: list[Host]) -> None:
 
 
 def test_host_gone(hosts: list[Host]) -> None:
-    """A host that is switched off: the other's connections are reset, after a while, and its memory is free again."""
+    """When a host is switched off, the other host's connections are reset after a while, and its
+    memory is free again.
+    """
     streams = Streams(hosts, 300)
     hosts[1].guest.power_off()
     assert set(Streams.words(streams.client, 120)) == {"reset"}

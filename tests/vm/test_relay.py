@@ -1,4 +1,4 @@
-"""The relay on real verbs: rings across two guests, and each way in which a link between them can fail."""
+"""The relay on real verbs: rings across two guests, and every way in which a link can fail."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from testbed.vm import Guest, Process
 from tests.dataplane.places import ROOT, compile_c
 
 GID = 1
-"""Index of the IPv4 one, with rdma_rxe."""
+"""The index of the GID with an IPv4 address, with rdma_rxe."""
 KEYS = 24 + 16
-"""Where the keys are in a place."""
+"""The position of the keys in a place."""
 
 
 class Host:
@@ -32,7 +32,7 @@ class Host:
         self.answers = 0
 
     def ask(self, what: str, *arguments: Any, timeout: float = 120) -> Any:
-        """Do it there; what came of it."""
+        """Run a command there and return its result."""
         self.tell(what, *arguments)
         return self.answer(timeout)
 
@@ -48,14 +48,14 @@ class Host:
         return said["is"]
 
     def well(self, what: str, *arguments: Any) -> Any:
-        """Do what answers with an error, a text, and more."""
+        """Run a command whose answer has an error, a text, and more."""
         error, text, *more = self.ask(what, *arguments)
         assert not error, text
         return more
 
 
 def link(a: Host, b: Host) -> None:
-    """Connect the link's two ends, for the first time or again."""
+    """Connect the link's two ends, the first time or again."""
     (mine,) = a.well("link")
     (theirs,) = b.well("link")
     b.well("connect", mine)
@@ -63,7 +63,7 @@ def link(a: Host, b: Host) -> None:
 
 
 def connection(a: Host, b: Host) -> int:
-    """A connection between new arenas; the index of its ends."""
+    """Make a connection between new arenas; return the index of its ends."""
     index, number, place = a.well("place")
     other, peer, peers = b.well("place")
     assert index == other
@@ -74,7 +74,7 @@ def connection(a: Host, b: Host) -> int:
 
 @pytest.fixture(scope="module")
 def equipped(pair: list[Guest], tmp_path_factory: pytest.TempPathFactory) -> list[Guest]:
-    """Guests with what they run, built by this machine's compiler."""
+    """Guests with the programs that they run, built by this machine's compiler."""
     folder = tmp_path_factory.mktemp("relay")
     build = ROOT / "dataplane" / "relay" / "build.sh"
     subprocess.run([build, folder / "freeflow-relay"], check=True)
@@ -100,14 +100,14 @@ def hosts(equipped: list[Guest]) -> Iterator[tuple[Host, Host]]:
 
 
 def stream(a: Host, b: Host, end: int, size: int, **options: int) -> None:
-    """Start both ways of a connection."""
+    """Start both directions of a connection."""
     more = [f"{name}={value}" for name, value in {"patience": 60_000, **options}.items()]
     a.ask("start", end, f"send={size}", "seed=1", "peer_seed=2", *more)
     b.ask("start", end, f"send={size // 2}", "seed=2", "peer_seed=1", *more)
 
 
 def whole(a: Host, b: Host, end: int, size: int) -> None:
-    """Both have all that the other has sent."""
+    """Wait until both ends have everything that the other one has sent."""
     a.tell("result", end)
     b.tell("result", end)
     assert a.answer(300)["received"] == size // 2
@@ -115,7 +115,9 @@ def whole(a: Host, b: Host, end: int, size: int) -> None:
 
 
 def test_rings_are_mirrored_byte_for_byte(hosts: tuple[Host, Host]) -> None:
-    """Both ways at once, by RDMA WRITE: the relay's processor copies nothing."""
+    """Bytes pass in both directions at once by RDMA WRITE, and the relay's processor copies
+    nothing.
+    """
     a, b = hosts
     end = connection(a, b)
     stream(a, b, end, 3_000_000)
@@ -136,7 +138,9 @@ def test_rings_are_mirrored_byte_for_byte(hosts: tuple[Host, Host]) -> None:
 
 
 def test_links_of_a_device_are_many_but_not_without_end(hosts: tuple[Host, Host]) -> None:
-    """Its completion queue grows with them, while what is under way goes on; then the answer is a reason."""
+    """The completion queue grows with the links, while traffic continues; at its limit the answer
+    is a reason.
+    """
     a, b = hosts
     end = connection(a, b)
     stream(a, b, end, 2_000_000, pace=20_000)
@@ -150,7 +154,9 @@ def test_links_of_a_device_are_many_but_not_without_end(hosts: tuple[Host, Host]
 
 
 def test_a_cut_wire_is_noticed_and_nothing_is_lost(hosts: tuple[Host, Host]) -> None:
-    """The link is down in a few seconds; made again, the connection goes on where it was."""
+    """A broken link is down within a few seconds, and when it is made again the connection
+    continues where it was.
+    """
     a, b = hosts
     end = connection(a, b)
     stream(a, b, end, 4_000_000, pace=60_000)
@@ -169,7 +175,7 @@ def test_a_cut_wire_is_noticed_and_nothing_is_lost(hosts: tuple[Host, Host]) -> 
 
 
 def test_a_card_without_carrier_is_noticed(hosts: tuple[Host, Host]) -> None:
-    """The device says so itself, before anything is sent."""
+    """A port without a carrier takes the link down before anything is sent."""
     a, b = hosts
     end = connection(a, b)
     a.guest.set_carrier(False)
@@ -182,7 +188,9 @@ def test_a_card_without_carrier_is_noticed(hosts: tuple[Host, Host]) -> None:
 
 
 def test_a_killed_relay_breaks_what_it_carried(hosts: tuple[Host, Host]) -> None:
-    """The other side's link goes down when it sends next, and its router can end the connection."""
+    """When a relay is killed, the peer's link goes down at its next send, and its router can end
+    the connection.
+    """
     a, b = hosts
     end = connection(a, b)
     stream(a, b, end, 100_000_000, pace=10_000)
@@ -195,7 +203,9 @@ def test_a_killed_relay_breaks_what_it_carried(hosts: tuple[Host, Host]) -> None
 
 
 def test_a_place_that_the_peer_may_not_write_costs_the_link(hosts: tuple[Host, Host]) -> None:
-    """The queue pair fails; without the connection that did it, a new one carries the others on."""
+    """A write to a place that the peer may not write makes the queue pair fail; without that
+    connection, a new queue pair carries the others on.
+    """
     a, b = hosts
     good = connection(a, b)
     index, number, place = a.well("place")
@@ -215,7 +225,9 @@ def test_a_place_that_the_peer_may_not_write_costs_the_link(hosts: tuple[Host, H
 
 
 def test_a_removed_device_is_noticed_and_let_go(hosts: tuple[Host, Host]) -> None:
-    """`rdma link del` in the middle of a stream ends, for the relay gives the device back; a new one is a new start."""
+    """`rdma link del` during a stream returns, because the relay releases the device; a new device
+    works.
+    """
     a, b = hosts
     end = connection(a, b)
     stream(a, b, end, 100_000_000, pace=20_000)

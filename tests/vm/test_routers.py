@@ -33,13 +33,15 @@ def hosts(pair: list[Guest]) -> Iterator[list[Host]]:
 
 
 def held(host: Host, container: Container, path: str) -> list[ConnectionFact]:
-    """Connections of a container that are on a path now."""
+    """The connections of a container that are on a path now."""
     found = host.router.connections(container.inode).connections
     return [each for each in found if each.path == path]
 
 
 def redis_over(path: str, one: Host, other: Host) -> None:
-    """A client of one host and redis on another, or the same: all bytes are right, and its connections move to a path."""
+    """A client and redis on two hosts, or on one, exchange the right bytes, and their connections
+    move to a path.
+    """
     client, server = one.containers[0], other.containers[-1]
     started = server.start(REDIS)
     server.wait_listening(6379)
@@ -55,7 +57,7 @@ def redis_over(path: str, one: Host, other: Host) -> None:
     gets = "; ".join(get.format(address, i, len(content)) for i in (0, 7))
     got = client.run(["sh", "-c", gets]).stdout.split()[::2]
     assert got == [hashlib.sha256(content).hexdigest()] * 2
-    # Fifty a second each: more would leave an emulated processor no time for the rest.
+    # Fifty requests a second each, because more would leave an emulated processor no time.
     asking = ["redis-cli", "-h", address, "-r", "-1", "-i", "0.02", "incr", "asked"]
     running = [client.start(asking) for _ in range(4)]
 
@@ -68,12 +70,12 @@ def redis_over(path: str, one: Host, other: Host) -> None:
 
 
 def test_redis_within_a_guest_moves_to_shared_memory(hosts: list[Host]) -> None:
-    """Byte for byte, and on `shm`."""
+    """Within a host, bytes arrive unchanged over `shm`."""
     redis_over("shm", hosts[0], hosts[0])
 
 
 def moved_bytes(host: Host) -> tuple[int, int]:
-    """What its relay says that it has sent and received; nothing was broken."""
+    """The bytes that a host's relay has sent and received; nothing was broken."""
     rdma = host.router.statistics().rdma
     assert rdma is not None
     assert (rdma.broken, rdma.relay.get("corrupt", 0)) == (0, 0)
@@ -81,12 +83,12 @@ def moved_bytes(host: Host) -> tuple[int, int]:
 
 
 def moved_since(host: Host, before: tuple[int, int], size: int) -> bool:
-    """Whether its relay has moved so many bytes in either direction."""
+    """Whether a host's relay has moved this many bytes in each direction."""
     return all(now - then >= size for now, then in zip(moved_bytes(host), before, strict=True))
 
 
 def settled(host: Host) -> tuple[int, int]:
-    """The same, once what earlier connections have moved is in it: relays report once a second."""
+    """The same count, once it includes earlier connections: relays report once a second."""
     last = moved_bytes(host)
     for _ in range(30):
         time.sleep(1.5)
@@ -98,13 +100,13 @@ def settled(host: Host) -> tuple[int, int]:
 
 
 def test_redis_across_guests_moves_to_rdma(hosts: list[Host]) -> None:
-    """Its connections are on `rdma` at both ends."""
+    """Wait until a container's connections are on `rdma` at both ends."""
     redis_over("rdma", *hosts)
 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_what_goes_over_rdma_is_the_same(hosts: list[Host], version: int) -> None:
-    """A stream in both directions at once, byte for byte, and it was the relays that moved it."""
+    """A stream in both directions at once arrives unchanged, and the relays have moved it."""
     one, other = hosts if version == 4 else hosts[::-1]
     client, server = one.containers[0], other.containers[0]
     address = str(server.ipv4 if version == 4 else server.ipv6)
@@ -113,7 +115,7 @@ def test_what_goes_over_rdma_is_the_same(hosts: list[Host], version: int) -> Non
     server.wait_listening(7200)
     arguments = ["client", address, "7200", str(SIZE), str(version)]
     running = client.start(["python3", ECHO, *arguments], stdin=True)
-    # Its path is known a moment before its ends change over.
+    # Its path is known a moment before its ends switch.
     wait_until(
         "the connection on rdma",
         lambda: (
@@ -131,7 +133,7 @@ def test_what_goes_over_rdma_is_the_same(hosts: list[Host], version: int) -> Non
 
 
 def test_the_containers_of_two_guests_reach_each_other(hosts: list[Host]) -> None:
-    """Over the overlay, with frames of full size, whatever their routers say to each other."""
+    """Frames of full size pass over the overlay, whatever the routers say to each other."""
     one, other = hosts
     client, server = one.containers[0], other.containers[0]
     started = server.start(["iperf3", "-s", "-1"])
@@ -142,7 +144,9 @@ def test_the_containers_of_two_guests_reach_each_other(hosts: list[Host]) -> Non
 
 
 def test_a_router_that_crashed_is_another_one(hosts: list[Host]) -> None:
-    """Of a router that was killed and started again, connections move to shared memory and to RDMA as before."""
+    """After a router was killed and started again, connections move to shared memory and to RDMA as
+    before.
+    """
     host = hosts[1]
     host.kill_router()
     host.start_router()

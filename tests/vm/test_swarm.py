@@ -1,4 +1,4 @@
-"""A Swarm of two virtual machines: what the kernel of the test bed lacks, RDMA and IPVS, beside the installed plugin."""
+"""A Swarm of two virtual machines, with what the test bed's kernel lacks: RDMA and IPVS."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIBRARY = (
     *("--mount", "type=bind,src=/run/freeflow,dst=/run/freeflow"),
     *("--env", "LD_PRELOAD=/run/freeflow/libfreeflow.so"),
 )
-"""Of a container, as docs/acceleration.md has it."""
+"""The options of an accelerated container, as in docs/acceleration.md."""
 SIZE = 2_000_003
 WEB = "hostname >/tmp/index.html; exec busybox httpd -f -p 80 -h /tmp"
 
@@ -34,7 +34,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def swarm() -> Iterator[list[Engine]]:
-    """A manager and a worker with RDMA devices, and a service `web`, a task on each, on a network of either driver."""
+    """A manager and a worker with RDMA devices, and a service `web` on a network of each driver,
+    with a task on each host.
+    """
     with guests(2, memory=MEMORY, disk=engine_disk(BUILT)) as made:
         for guest in made:
             guest.rxe_up()
@@ -52,7 +54,7 @@ def swarm() -> Iterator[list[Engine]]:
 
 
 def vips(manager: Engine) -> dict[str, str]:
-    """The service's VIP on each network, by the network's driver."""
+    """The service's VIP on each network, by driver."""
     found = {}
     for each in manager.api("services/web")["Endpoint"]["VirtualIPs"]:
         network = manager.api(f"networks/{each['NetworkID']}")
@@ -61,7 +63,9 @@ def vips(manager: Engine) -> dict[str, str]:
 
 
 def test_a_service_on_two_hosts_is_answered_from_both_beside_ipvs(swarm: list[Engine]) -> None:
-    """From a task of each host: FreeFlow's VIP, and that of Docker's own overlay, which is IPVS', reach both tasks."""
+    """From a task of each host, FreeFlow's VIP and that of Docker's overlay, by IPVS, reach both
+    tasks.
+    """
     addresses = vips(swarm[0])
     assert set(addresses) == {PLUGIN, "overlay"}
     tasks = {each[:12] for engine in swarm for each in engine.containers()}
@@ -77,12 +81,12 @@ def test_a_service_on_two_hosts_is_answered_from_both_beside_ipvs(swarm: list[En
 
 
 def test_the_plugin_is_well_and_sees_its_peer(swarm: list[Engine]) -> None:
-    """`freeflow status` and `doctor`, on both hosts."""
+    """`freeflow status` and `doctor` find nothing, on both hosts."""
     for engine, other in (swarm, swarm[::-1]):
         status = json.loads(engine.freeflow("status", "--json"))
         assert [network["name"] for network in status["networks"]] == ["ours"]
         assert str(other.guest.address) in json.dumps(status["networks"][0]["peers"])
-        # An engine that is emulated, on a busy machine, is late now and then, and doctor says so.
+        # An emulated engine on a busy machine is late now and then, and doctor says so.
         wait_until(
             f"{engine.guest.name}: nothing is wrong",
             lambda engine=engine: "nothing is wrong" in engine.freeflow("doctor", check=False),  # type: ignore[misc]
@@ -92,7 +96,7 @@ def test_the_plugin_is_well_and_sees_its_peer(swarm: list[Engine]) -> None:
 
 
 def test_the_plugin_sees_the_hosts_rdma_device(swarm: list[Engine]) -> None:
-    """Its container has the device as the host has it, of any number that the host gives it later."""
+    """The plugin's container has the host's device, whatever number the host gives it later."""
     plugin = "/proc/$(pgrep -o -f 'python3 -P -m plugin')/root"
     listed = (
         swarm[0].guest.sh(f"ls {plugin}/host/dev/infiniband {plugin}/sys/class/infiniband").split()
@@ -101,10 +105,12 @@ def test_the_plugin_sees_the_hosts_rdma_device(swarm: list[Engine]) -> None:
 
 
 def test_the_plugin_says_which_rdma_device_it_uses(swarm: list[Engine]) -> None:
-    """`freeflow doctor`, on both hosts: the device, its GID, and that it reaches the other host's."""
+    """`freeflow doctor` on both hosts names the device and its GID, and reaches the other host's
+    device.
+    """
     manager = swarm[0]
     for engine, other in (swarm, swarm[::-1]):
-        # Only managers know the names of others.
+        # Only managers know the names of other nodes.
         peer = other.guest.name if engine is manager else other.guest.address
         link = f"rdma: {peer}: link up"
         device = rf"rdma: rxe0 port 1, RoCE v2 {engine.guest.address} \(GID \d+\)"
@@ -118,7 +124,7 @@ def test_the_plugin_says_which_rdma_device_it_uses(swarm: list[Engine]) -> None:
 
 
 def wait_for_rdma(engine: Engine, remote: str, count: int) -> None:
-    """Until `freeflow connections` has so many connections on `rdma`, with such an address at the other end."""
+    """Wait until `freeflow connections` shows this many connections on `rdma` to an address."""
 
     def listed() -> list[dict[str, Any]]:
         found = json.loads(engine.freeflow("connections", "--json"))["connections"]
@@ -137,7 +143,7 @@ def wait_for_rdma(engine: Engine, remote: str, count: int) -> None:
 
 
 def relayed(engine: Engine) -> int:
-    """Bytes that its relay has moved, in both directions; nothing was broken."""
+    """The bytes that a host's relay has moved in both directions; nothing was broken."""
     rdma = json.loads(engine.freeflow("status", "--json"))["router"]["rdma"]
     assert rdma["broken"] == 0
     moved: int = rdma["relay"]["bytes_out"] + rdma["relay"]["bytes_in"]
@@ -145,7 +151,9 @@ def relayed(engine: Engine) -> int:
 
 
 def test_containers_of_two_hosts_speak_over_rdma(swarm: list[Engine]) -> None:
-    """Redis, and bytes that come back the same, by sessions of the Swarm's own certificates and no other setting."""
+    """redis and echoed bytes use RDMA, with sessions of the Swarm's own certificates and no other
+    setting.
+    """
     programs = ("--mount", f"type=bind,src=/src/{PROGRAMS.relative_to(TOP)},dst=/programs")
 
     def container(engine: Engine) -> str:
@@ -169,7 +177,7 @@ def test_containers_of_two_hosts_speak_over_rdma(swarm: list[Engine]) -> None:
     for port in (6379, 7200):
         listening = f"until ss -Htln sport = :{port} | grep -q .; do sleep 0.2; done"
         other.docker("exec", theirs, "sh", "-c", listening)
-    # Fifty a second: more would leave an emulated processor no time for the rest.
+    # Fifty requests a second, because more would leave an emulated processor no time.
     start(one, ours, *("redis-cli", "-h", there, "-r", "-1", "-i", "0.02", "incr", "asked"))
     asking = ("client", there, "7200", str(SIZE), "7")
     client = start(one, ours, "python3", "-ES", "/programs/echo.py", *asking)

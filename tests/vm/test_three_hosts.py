@@ -1,6 +1,7 @@
-"""Three hosts over real verbs, each with a link to each other one: what one pair has and loses is none of the third's business.
+"""Three hosts over real verbs, each with a link to each other one: the traffic and the failures of
+one pair do not affect the third host.
 
-The order matters: the last test switches a guest off.
+The order matters, because the last test switches a guest off.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def hosts() -> Iterator[list[Host]]:
 
 
 def test_a_ring_of_three(hosts: list[Host]) -> None:
-    """Each host has connections with both others at once, over two links, and every byte arrives once and in order."""
+    """Each host has connections to both others at once, over two links, and every byte arrives once
+    and in order.
+    """
     one, two, three = hosts
     assert [len(rdma(host).peers) for host in hosts] == [2, 2, 2]
     streams = [Streams(pair, 20) for pair in ([one, two], [two, three], [three, one])]
@@ -45,7 +48,9 @@ def test_a_ring_of_three(hosts: list[Host]) -> None:
 
 
 def test_a_third_host_goes(hosts: list[Host]) -> None:
-    """A host that is switched off takes its own connections along; those of the two others don't notice."""
+    """A host that is switched off ends its own connections; those between the two others are not
+    affected.
+    """
     one, two, three = hosts
     kept = Streams([one, two], 50)
     lost = Streams([two, three], 300)

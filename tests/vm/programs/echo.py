@@ -1,7 +1,7 @@
 """One connection that lives long enough to move, and then carries much, in both directions at once.
 
-echo.py server ADDRESS PORT               returns what it gets, of one connection
-echo.py client ADDRESS PORT BYTES SEED    when it gets input, sends random bytes, and fails unless the same come back
+echo.py server ADDRESS PORT returns what it gets, of one connection echo.py client ADDRESS PORT
+BYTES SEED when it gets input, sends random bytes, and fails unless the same come back
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def server(address: str, port: int) -> None:
 
 def client(address: str, port: int, size: int, seed: int) -> None:
     with socket.create_connection((address, port)) as connection:
-        # To and fro until the test says that it has moved.
+        # Exchange bytes until the test says that the connection has moved.
         while not select.select([sys.stdin], [], [], 0.02)[0]:
             connection.sendall(b"ping")
             assert connection.recv(4, socket.MSG_WAITALL) == b"ping"
@@ -39,7 +39,7 @@ def client(address: str, port: int, size: int, seed: int) -> None:
         sender = threading.Thread(target=send)
         sender.start()
         received = bytearray()
-        # Neither end is closed before: what is left of a connection with one closed end may go over TCP.
+        # Neither end is closed before, because the rest of a half-closed connection may use TCP.
         while len(received) < size and (data := connection.recv(65536)):
             received += data
         sender.join()

@@ -3,8 +3,8 @@
 write.py DEVICE ADDRESS SIZE         waits for the writer, prints the SHA-256 of its memory
 write.py DEVICE ADDRESS SIZE PEER    writes what it gets as input
 
-ADDRESS is the guest's own, IPv4 or IPv6, and says which GID of the device to use. They tell each other where over TCP, a
-line of JSON each.
+ADDRESS is the guest's own, IPv4 or IPv6, and says which GID of the device to use. They tell each
+other where over TCP, a line of JSON each.
 """
 
 from __future__ import annotations
