@@ -18,9 +18,9 @@ from typing import Final
 
 import structlog
 
-from dataplane.router.finder import offer_devices
-from dataplane.router.hosts import Equipment
-from dataplane.router.relay import SHIPPED
+from dataplane.router.device_scanner import offer_devices
+from dataplane.router.interhost import Equipment
+from dataplane.router.relay_process import SHIPPED
 from dataplane.router.router_server import RouterServer
 
 DESCRIPTORS: Final = 1 << 20

@@ -1,9 +1,10 @@
-"""Which RDMA device of this host carries the underlay, or why none does: `devices.py --address IP` prints it as JSON.
+"""Scans for the RDMA device of the underlay: `devices.py --address IP` prints it, or why there is none,
+as JSON.
 
-A process of its own, because libibverbs is C code that opens devices: what it does to a process must not be the router's
-trouble, and finding nothing must cost nothing. It needs pyverbs and the standard library, nothing else. The device is the one
-with a GID that is the underlay's address: RoCE v2, where the GID is the IP address; or InfiniBand, where the address is that
-of an IPoIB interface, whose hardware address ends in the port's GID.
+It runs in a process of its own, because libibverbs is C code that opens devices: a crash or a hang
+there must not reach the router. It needs only pyverbs and the standard library. The device has a GID
+that belongs to the underlay's address. With RoCE v2 the GID is the IP address. With InfiniBand the
+address is that of an IPoIB interface, whose hardware address ends in the port's GID.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ _GID: Final = 16
 # linux/rtnetlink.h, linux/if_addr.h
 _RTM_NEWADDR: Final = 20
 _RTM_GETADDR: Final = 22
-_NLMSG_DONE: Final = 3
 _NLM_F_DUMP: Final = 0x301
 _IFA_ADDRESS: Final = 1
 _IFA_LOCAL: Final = 2
@@ -47,7 +47,7 @@ _ATTRIBUTE: Final = struct.Struct("=HH")
 
 @dataclass(frozen=True)
 class Gid:
-    """An address of a port."""
+    """An entry of a port's GID table."""
 
     index: int
     kind: str
@@ -56,7 +56,7 @@ class Gid:
 
 @dataclass(frozen=True)
 class Port:
-    """A port of a device that could be opened. `mtu` in bytes."""
+    """A port of a device that can be opened. `mtu` is in bytes."""
 
     device: str
     number: int
@@ -77,7 +77,7 @@ class Unusable:
 
 @dataclass(frozen=True)
 class Device:
-    """What the relay opens."""
+    """The device that the relay opens. `mtu` is in bytes."""
 
     name: str
     port: int
@@ -89,7 +89,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Found:
-    """The answer. `why` is empty if there is a device."""
+    """The result of a scan. `why` is empty if there is a device. `looked`: the others, if any."""
 
     device: Device | None
     why: str
@@ -99,7 +99,7 @@ class Found:
 def choose(
     address: IPAddress, ports: Iterable[Port | Unusable], ipoib: frozenset[bytes] = frozenset()
 ) -> Found:
-    """The port that has the underlay's address. `ipoib`: GIDs of InfiniBand interfaces that have it."""
+    """The first port with the underlay's address. `ipoib`: the GIDs of IPoIB interfaces with it."""
     device: Device | None = None
     looked: list[Unusable] = []
     for port in ports:
@@ -141,7 +141,11 @@ def _gid(address: IPAddress, port: Port, ipoib: frozenset[bytes]) -> tuple[Gid |
 
 
 def _ports() -> Iterator[Port | Unusable]:
-    """What libibverbs knows. Raises ImportError."""
+    """The ports of all devices.
+
+    Raises:
+        ImportError: pyverbs is not installed.
+    """
     import pyverbs.device as verbs
     from pyverbs.pyverbs_error import PyverbsError
 
@@ -154,9 +158,9 @@ def _ports() -> Iterator[Port | Unusable]:
     try:
         devices = verbs.get_device_list()
     except PyverbsError:
-        # Also how a kernel without InfiniBand looks. What the kernel has and libibverbs doesn't is said below.
+        # Also raised if the kernel has no InfiniBand. Devices that only the kernel knows are added below.
         devices = []
-    names = [each.name.decode() for each in devices]
+    names = [device.name.decode() for device in devices]
     for name in names:
         try:
             context = verbs.Context(name=name)
@@ -166,14 +170,14 @@ def _ports() -> Iterator[Port | Unusable]:
         try:
             yield from _of_device(name, context, enums)
         except PyverbsError as error:
-            yield Unusable(name, 0, f"it can't be asked ({_short(error)})")
+            yield Unusable(name, 0, f"it can't be queried ({_short(error)})")
         finally:
             context.close()
-    for missing in sorted(_kernels() - set(names)):
+    for missing in sorted(_in_kernel() - set(names)):
         yield Unusable(
             missing,
             0,
-            "the kernel has it, libibverbs doesn't: is ib_uverbs loaded, is there a provider?",
+            "the kernel has it, libibverbs doesn't: load ib_uverbs, install its libibverbs provider",
         )
 
 
@@ -185,7 +189,7 @@ def _of_device(name: str, context: Any, enums: Any) -> Iterator[Port]:
     }
     ports = range(1, context.query_device().phys_port_cnt + 1)
     attributes = {number: context.query_port(number) for number in ports}
-    most = sum(each.gid_tbl_len for each in attributes.values())
+    most = sum(attribute.gid_tbl_len for attribute in attributes.values())
     gids = context.query_gid_table(most) if most else []
     for number, attribute in attributes.items():
         yield Port(
@@ -194,9 +198,9 @@ def _of_device(name: str, context: Any, enums: Any) -> Iterator[Port]:
             attribute.state == enums.IBV_PORT_ACTIVE,
             128 << attribute.active_mtu,
             tuple(
-                Gid(each.gid_index, kinds[each.gid_type], IPv6Address(each.gid_str()))
-                for each in gids
-                if each.port_num == number and each.gid_type in kinds
+                Gid(gid.gid_index, kinds[gid.gid_type], IPv6Address(gid.gid_str()))
+                for gid in gids
+                if gid.port_num == number and gid.gid_type in kinds
             ),
         )
 
@@ -205,16 +209,16 @@ def _short(error: BaseException) -> str:
     return str(error).splitlines()[0].rstrip(". ")[:120]
 
 
-def _kernels() -> set[str]:
+def _in_kernel() -> set[str]:
     try:
-        return {each.name for each in _SYSFS.iterdir()}
+        return {entry.name for entry in _SYSFS.iterdir()}
     except OSError:
         return set()
 
 
 def ipoib_gids(address: IPAddress, sysfs: Path = Path("/sys/class/net")) -> frozenset[bytes]:
-    """GIDs of the InfiniBand interfaces of this namespace that have an address."""
-    found = set()
+    """The GIDs of the IPoIB interfaces in this network namespace that have an address."""
+    gids = set()
     for index in _interfaces(address):
         try:
             folder = sysfs / socket.if_indextoname(index)
@@ -223,14 +227,17 @@ def ipoib_gids(address: IPAddress, sysfs: Path = Path("/sys/class/net")) -> froz
             hardware = bytes.fromhex((folder / "address").read_text().strip().replace(":", ""))
         except (OSError, ValueError):
             continue
-        found.add(hardware[-_GID:])
-    return frozenset(found)
+        gids.add(hardware[-_GID:])
+    return frozenset(gids)
 
 
 def _interfaces(address: IPAddress) -> set[int]:
-    """Indices of the interfaces that have an address: rtnetlink(7), by hand, since this process has no library for it."""
+    """The indices of the interfaces that have an address.
+
+    Speaks rtnetlink(7) by hand, since this process has no library for it.
+    """
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    found = set()
+    indices = set()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as route:
         size = _MESSAGE.size + _IFADDR.size
         route.send(
@@ -242,28 +249,28 @@ def _interfaces(address: IPAddress) -> set[int]:
             while offset + _MESSAGE.size <= len(data):
                 length, kind, *_ = _MESSAGE.unpack_from(data, offset)
                 if kind == _RTM_NEWADDR and address in _addresses(data[offset : offset + length]):
-                    found.add(_IFADDR.unpack_from(data, offset + _MESSAGE.size)[4])
+                    indices.add(_IFADDR.unpack_from(data, offset + _MESSAGE.size)[4])
                 elif kind != _RTM_NEWADDR:
                     # NLMSG_DONE, or an error.
-                    return found
+                    return indices
                 offset += max(_MESSAGE.size, (length + 3) & ~3)
 
 
 def _addresses(message: bytes) -> set[IPAddress]:
-    found: set[IPAddress] = set()
+    addresses: set[IPAddress] = set()
     offset = _MESSAGE.size + _IFADDR.size
     while offset + _ATTRIBUTE.size <= len(message):
         length, kind = _ATTRIBUTE.unpack_from(message, offset)
         if length < _ATTRIBUTE.size:
             break
         if kind in (_IFA_ADDRESS, _IFA_LOCAL):
-            found.add(ip_address(message[offset + _ATTRIBUTE.size : offset + length]))
+            addresses.add(ip_address(message[offset + _ATTRIBUTE.size : offset + length]))
         offset += (length + 3) & ~3
-    return found
+    return addresses
 
 
 def find(address: IPAddress, ports: Callable[[], Iterable[Port | Unusable]] = _ports) -> Found:
-    """Look."""
+    """Scan for the device of an address."""
     try:
         return choose(address, ports(), ipoib_gids(address))
     except ImportError:
@@ -271,14 +278,18 @@ def find(address: IPAddress, ports: Callable[[], Iterable[Port | Unusable]] = _p
 
 
 def encode(found: Found) -> str:
-    """As the router reads it."""
+    """A result as JSON, which `device_scanner.decode` reads."""
     return json.dumps(dataclasses.asdict(found))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what was found."""
-    parser = argparse.ArgumentParser(prog="freeflow-devices", description="Looks for RDMA devices.")
-    parser.add_argument("--address", required=True, type=ip_address, help="the underlay's")
+    """Print the result of a scan."""
+    parser = argparse.ArgumentParser(
+        prog="freeflow-devices", description="Scan for the RDMA device of an address."
+    )
+    parser.add_argument(
+        "--address", required=True, type=ip_address, help="the underlay's IP address"
+    )
     print(encode(find(parser.parse_args(arguments).address)))
     return 0
 

@@ -1,9 +1,11 @@
 """The links between this host's relay and those of its peers: one per peer, made again when it breaks.
 
-Both relays must have made their end, so the routers exchange what the relays say of themselves. Of two hosts the leader (the
-smaller node ID) offers, the follower answers; so both never mean different ends. A link that broke is made again under the
-same number, and its connections go on where they were. If that can't be had, the relays' bytes go over the session until
-every connection is back on TCP. No I/O but through the seams.
+Each relay makes its end of a link, and the routers exchange the addresses of the two ends. The
+leader, of two hosts the one with the smaller node ID, offers its end, and the follower answers with
+its own. So both always mean the same two ends. A link that broke is made again under the same
+number, and its connections go on where they were. If that fails, the relays' bytes go over the
+session until every connection is back on TCP. No I/O except through the interfaces that the
+constructor takes.
 """
 
 from __future__ import annotations
@@ -20,108 +22,102 @@ import structlog
 from dataplane.router import relay_wire as relay
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.loop import Loop, Timer
-from dataplane.router.peer_wire import LinkAnswer, LinkOffer, LinkRefused, Message, PeerFrame
+from dataplane.router.peer_wire import LinkAnswer, LinkOffer, LinkRefused, PeerFrame
 from dataplane.router.relay_wire import RelayKind
+from dataplane.router.remote_hosts import PeerSessions
 
 log = structlog.get_logger()
 
 STEP: Final = 5.0
-"""Seconds that each step of making a link may take."""
+"""Seconds for each step of making a link."""
 AGAIN: Final = (0.0, 1.0, 2.0)
 """Seconds before each attempt to make a broken link again."""
 LEAST_PAUSE: Final = 1.0
 MOST_PAUSE: Final = 60.0
-"""Seconds before a link without connections is tried again, doubled each time."""
+"""Seconds between attempts at a link without connections, doubled each time."""
 GIVE_UP: Final = 30.0
-"""Seconds after which the connections of a link that can't be had are given up."""
+"""Seconds without a link after which its connections are reset."""
 NOTHING: Final = 0
-"""In place of a link's number: the speaker has none."""
+"""In place of a link's number: the sender has no link."""
 
 
-class State(Enum):
+class LinkState(Enum):
     """What a link is."""
 
     NONE = "none"
     MAKING = "being made"
     UP = "up"
     DOWN = "down"
+    """It is made again if its connections need it."""
     STREAM = "over the session"
+    """Without RDMA: only until its connections are back on TCP."""
 
 
-class Sessions(Protocol):
-    """See `peers.Sessions`."""
-
-    def send(self, peer: IPAddress, message: Message) -> bool:
-        """Whether it's on its way."""
-
-    def congested(self, peer: IPAddress) -> bool:
-        """Whether what can wait should."""
-
-
-class Owner(Protocol):
-    """Who has connections on links."""
+class LinkOwner(Protocol):
+    """Has the connections on the links, and decides whether there may be one: `remote.Remotes`."""
 
     def has_session(self, peer: IPAddress) -> bool:
-        """Whether the two routers speak with each other."""
+        """Whether the two routers can talk."""
 
     def may_link(self, peer: IPAddress) -> bool:
-        """Whether both hosts have what a link needs, and a session."""
+        """Whether both hosts have a device, and there is a session."""
 
     def leads(self, peer: IPAddress) -> bool:
-        """Whether it's this host that offers."""
+        """Whether this host makes the link."""
 
     def has_connections(self, peer: IPAddress) -> bool:
-        """Whether there are any on the link."""
+        """Whether there are connections on the link."""
 
     def link_up(self, peer: IPAddress) -> None:
         """Connections can be paired."""
 
     def link_failed(self, peer: IPAddress) -> None:
-        """None can be for now; those that wait for it needn't."""
+        """Connections can't be paired for now: refuse the requests that wait for the link."""
 
     def link_lost(self, peer: IPAddress) -> None:
-        """Its connections can't go on: they are to be dropped before this returns."""
+        """The connections can't go on: drop all of them before this returns."""
 
     def link_leaves(self, peer: IPAddress) -> None:
-        """All its connections are to go back to TCP."""
+        """Bring all connections back to TCP."""
 
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """One link. `number` is this host's relay's, `shared` the leader's, by which routers speak of it."""
+    """One link. `number` is that of this host's relay, `shared` that of the leader's relay, which the
+    routers use in their messages."""
 
     peer: IPAddress
     number: int = NOTHING
     shared: int = NOTHING
-    state: State = State.NONE
+    state: LinkState = LinkState.NONE
     awaited: str = ""
-    """What is awaited while it is being made: linked, answer or connected."""
+    """The next message while it is being made: "linked", "answer" or "connected"."""
     again: bool = False
     own: bytes = b""
     address: bytes = b""
     unanswered: int = 0
-    """Times that the relay was told to make its end: the last answer counts."""
+    """How often the relay was told to make its end, without an answer yet. Only the last counts."""
     tries: int = 0
     reason: str = ""
     timer: Timer | None = None
     frames: deque[bytes] = field(default_factory=deque)
-    """That wait for a session with room."""
+    """Wait until the session has room."""
     deadline: Timer | None = None
-    """When its connections are given up."""
+    """When its connections are reset."""
 
 
 class Links:
-    """All of them."""
+    """The table of links."""
 
     def __init__(
         self,
         loop: Loop,
-        say: Callable[[relay.Message], None],
-        sessions: Sessions,
-        owner: Owner,
+        tell_relay: Callable[[relay.Message], None],
+        sessions: PeerSessions,
+        owner: LinkOwner,
     ) -> None:
         self._loop = loop
-        self._say = say
+        self._tell_relay = tell_relay
         self._sessions = sessions
         self._send = sessions.send
         self._owner = owner
@@ -130,80 +126,90 @@ class Links:
         self._next = itertools.count(1)
 
     def link(self, peer: IPAddress) -> Link:
-        """A peer's, whatever there is of it."""
+        """The link to a peer, in whatever state."""
         found = self._links.get(peer)
         if found is None:
             found = self._links[peer] = Link(peer)
         return found
 
+    def is_up(self, peer: IPAddress) -> bool:
+        """Whether connections with a peer can be paired."""
+        return self.link(peer).state is LinkState.UP
+
+    def has_failed(self, peer: IPAddress) -> bool:
+        """Whether there is no link, after at least two attempts."""
+        link = self.link(peer)
+        return link.state is not LinkState.UP and link.tries > 1
+
     @property
     def idle(self) -> bool:
-        """Whether the relay has none."""
+        """Whether the relay has no links."""
         return not self._numbers
 
     @property
     def works(self) -> bool:
-        """Whether any is up."""
-        return any(link.state is State.UP for link in self._links.values())
+        """Whether at least one link is up."""
+        return any(link.state is LinkState.UP for link in self._links.values())
 
     @property
     def tries(self) -> int:
-        """Attempts at the one that is the hardest to have."""
+        """The most failed attempts at one link."""
         return max((link.tries for link in self._links.values()), default=0)
 
-    # --- what happens around them
+    # --- sessions, devices, connections
 
     def wake(self, peer: IPAddress) -> None:
-        """A session is up, or both hosts have what is needed now: see that there is a link."""
+        """A session is up, or both hosts have a device: make a link if there is none."""
         link = self.link(peer)
         if not self._owner.has_session(peer):
             return
-        if link.state is State.DOWN:
+        if link.state is LinkState.DOWN:
             link.tries = 0
             self._recover(link)
-        elif link.state is State.NONE and self._owner.may_link(peer):
+        elif link.state is LinkState.NONE and self._owner.may_link(peer):
             if self._owner.leads(peer):
                 link.tries = 0
                 self._make(link)
             else:
-                # For a leader that takes it for up.
+                # The leader may take the link for up.
                 self._send(peer, LinkRefused(NOTHING, "there is no link"))
 
     def session_down(self, peer: IPAddress) -> None:
-        """What was under way comes to nothing; what works goes on working."""
+        """A link that is being made fails. A link that is up stays up."""
         link = self.link(peer)
         self._cancel(link)
-        if link.state is State.STREAM:
-            # What was on its way over the session is lost.
+        if link.state is LinkState.STREAM:
+            # The bytes that were under way over the session are lost.
             self._lose(link, "the session was lost, and there was no RDMA")
-        elif link.state is State.MAKING:
+        elif link.state is LinkState.MAKING:
             self._break(link, "the session was lost")
 
     def relay_died(self) -> None:
-        """There are no links any more, nor connections."""
+        """All links are gone, with their connections."""
         for link in self._links.values():
             self._cancel(link)
             self._forget_number(link)
-            self._set(link, State.NONE)
+            self._set(link, LinkState.NONE)
             link.reason = "the relay ended"
 
     def forget(self, peer: IPAddress) -> None:
-        """No network is shared with the peer, or its router knows nothing of the link: it goes, with its connections."""
+        """Delete a link with its connections: no network is shared with the peer any more, or its
+        router has started anew and doesn't know the link."""
         link = self.link(peer)
         self._lose(link, "")
         del self._links[peer]
 
     def emptied(self, peer: IPAddress) -> None:
-        """No connection is on the link any more."""
+        """The last connection on a link is gone."""
         link = self.link(peer)
-        if link.state in (State.STREAM, State.DOWN):
+        if link.state in (LinkState.STREAM, LinkState.DOWN):
             self._unlink(link)
             self._retry(link)
 
-    # --- what the relay says
+    # --- what the relay reports
 
     def linked(self, message: relay.Offered) -> None:
-        """Its end is made, or can't be."""
+        """The relay has made its end, or can't."""
         link = self._numbers.get(message.number)
         if link is None:
             return
@@ -219,10 +225,10 @@ class Links:
             self._send(link.peer, LinkOffer(link.number, message.words, link.again))
         else:
             self._await(link, "connected")
-            self._say(relay.RelayAccept(RelayKind.CONNECT, link.number, 0, link.address))
+            self._tell_relay(relay.RelayAccept(RelayKind.CONNECT, link.number, 0, link.address))
 
     def connected(self, message: relay.RelayOutcome) -> None:
-        """Both ends know each other, or can't."""
+        """The relay has connected its end with the peer's, or can't."""
         link = self._numbers.get(message.number)
         if link is None or link.awaited != "connected":
             return
@@ -235,16 +241,16 @@ class Links:
         self._cancel(link)
         link.tries = 0
         link.reason = ""
-        self._set(link, State.UP)
+        self._set(link, LinkState.UP)
         self._owner.link_up(link.peer)
 
     def down(self, message: relay.RelayOutcome) -> None:
-        """It doesn't work any more."""
+        """The relay can't reach the peer's relay any more."""
         link = self._numbers.get(message.number)
-        if link is None or link.state in (State.NONE, State.DOWN, State.STREAM):
+        if link is None or link.state in (LinkState.NONE, LinkState.DOWN, LinkState.STREAM):
             return
         log.warning("link down", peer=str(link.peer), reason=message.text)
-        if link.state is State.MAKING:
+        if link.state is LinkState.MAKING:
             self._failed(link, message.text)
             return
         link.tries = 0
@@ -253,28 +259,28 @@ class Links:
         self._mend(link, shared)
 
     def frame(self, message: relay.RelayFrame) -> None:
-        """Bytes for the peer's relay."""
+        """The relay has bytes for the peer's relay, to be sent over the session."""
         link = self._numbers.get(message.link)
-        if link is not None and link.state is State.STREAM:
+        if link is not None and link.state is LinkState.STREAM:
             link.frames.append(message.data)
             self._flush(link)
 
     def eased(self, peer: IPAddress) -> None:
-        """Its session has room again."""
+        """The session with a peer has room again."""
         self._flush(self.link(peer))
 
     def _flush(self, link: Link) -> None:
         while link.frames and not self._sessions.congested(link.peer):
             self._send(link.peer, PeerFrame(link.shared, link.frames.popleft()))
 
-    # --- what the peer's router says
+    # --- what the peer's router reports
 
     def offered(self, peer: IPAddress, message: LinkOffer) -> None:
-        """The leader's relay has made its end."""
+        """Follower: the leader's relay has made its end."""
         link = self.link(peer)
         if self._owner.leads(peer):
             return
-        known = link.number and link.shared == message.link and link.state is not State.STREAM
+        known = link.number and link.shared == message.link and link.state is not LinkState.STREAM
         if message.again and not known:
             self._send(peer, LinkRefused(NOTHING, "there is no such link"))
             return
@@ -288,48 +294,49 @@ class Links:
         self._link(link)
 
     def answered(self, peer: IPAddress, message: LinkAnswer) -> None:
-        """The follower's has too, and knows ours."""
+        """Leader: the follower's relay has made its end, and knows ours."""
         link = self.link(peer)
         if link.awaited == "answer" and message.link == link.number:
             self._await(link, "connected")
-            self._say(relay.RelayAccept(RelayKind.CONNECT, link.number, 0, message.address))
+            self._tell_relay(relay.RelayAccept(RelayKind.CONNECT, link.number, 0, message.address))
 
     def refused(self, peer: IPAddress, message: LinkRefused) -> None:
-        """The follower has no end of the link, or one that doesn't work."""
+        """Leader: the follower has no end of the link, or one that doesn't work."""
         link = self.link(peer)
         if not self._owner.leads(peer):
             return
-        if message.link == NOTHING and link.state is State.NONE:
-            # It has what it needs by now.
+        if message.link == NOTHING and link.state is LinkState.NONE:
+            # The follower has a device now.
             self.wake(peer)
         elif message.link == NOTHING:
-            if link.state in (State.UP, State.DOWN, State.STREAM) or (
-                link.state is State.MAKING and link.again
+            if link.state in (LinkState.UP, LinkState.DOWN, LinkState.STREAM) or (
+                link.state is LinkState.MAKING and link.again
             ):
                 self._lose(link, message.text)
                 self._retry(link)
         elif message.link != link.number:
             return
-        elif link.awaited == "answer":
+        elif link.awaited in ("answer", "connected"):
+            # After the answer too: the follower's new end may fail at once.
             self._failed(link, message.text)
-        elif link.state is State.UP:
+        elif link.state is LinkState.UP:
             link.tries = 0
             self._break(link, message.text)
             self._mend(link)
 
     def framed(self, peer: IPAddress, message: PeerFrame) -> None:
-        """Bytes of the peer's relay: it has given up RDMA."""
+        """Bytes of the peer's relay, which has given up RDMA."""
         link = self.link(peer)
         if not link.number or message.link != link.shared:
             return
-        if link.state is not State.STREAM:
+        if link.state is not LinkState.STREAM:
             self._stream(link)
-        self._say(relay.RelayFrame(link.number, message.data))
+        self._tell_relay(relay.RelayFrame(link.number, message.data))
 
     # --- making one
 
     def _make(self, link: Link) -> None:
-        """The leader's first step."""
+        """Leader: make our end."""
         link.again = bool(link.number) and self._owner.has_connections(link.peer)
         if not link.again:
             self._unlink(link)
@@ -342,18 +349,20 @@ class Links:
             self._numbers[link.number] = link
             link.unanswered = 0
         link.unanswered += 1
-        self._set(link, State.MAKING)
+        self._set(link, LinkState.MAKING)
         self._await(link, "linked")
-        self._say(relay.Number(RelayKind.LINK, link.number))
+        self._tell_relay(relay.Number(RelayKind.LINK, link.number))
 
     def _await(self, link: Link, what: str) -> None:
         self._cancel(link)
         link.awaited = what
-        link.timer = self._loop.after(STEP, lambda: self._failed(link, f"no word of it: {what}"))
+        link.timer = self._loop.after(
+            STEP, lambda: self._failed(link, f"no answer within {STEP:g} s: {what}")
+        )
 
     def _mend(self, link: Link, shared: int = NOTHING) -> None:
-        """After `_break`. `shared`: what the leader called it."""
-        if link.state is State.DOWN:
+        """After `_break`: make the link again. `shared`: the leader's number for it."""
+        if link.state is LinkState.DOWN:
             self._recover(link)
         elif self._owner.leads(link.peer):
             self._retry(link)
@@ -361,7 +370,8 @@ class Links:
             self._send(link.peer, LinkRefused(shared, _plain(link.reason)))
 
     def _recover(self, link: Link) -> None:
-        """Another attempt for a link with connections, or the end of attempts. Without a session: not now."""
+        """A link with connections: try again, or give RDMA up after the last attempt. Without a
+        session: do nothing until there is one."""
         if not self._owner.has_session(link.peer):
             return
         if not self._owner.leads(link.peer):
@@ -377,19 +387,19 @@ class Links:
     def _make_if_possible(self, link: Link) -> None:
         if self._owner.may_link(link.peer):
             self._make(link)
-        elif link.state is State.DOWN:
+        elif link.state is LinkState.DOWN:
             self._recover(link)
 
     def _failed(self, link: Link, text: str) -> None:
         if text != link.reason:
-            log.info("no link", peer=str(link.peer), reason=text)
+            log.info("link can't be made", peer=str(link.peer), reason=text)
         shared = link.shared
         self._break(link, text)
         self._owner.link_failed(link.peer)
         self._mend(link, shared)
 
     def _retry(self, link: Link) -> None:
-        """A link that carries nothing has time."""
+        """A link without connections: try again later."""
         if not self._owner.leads(link.peer):
             return
         pause = min(LEAST_PAUSE * 2.0**link.tries, MOST_PAUSE)
@@ -400,53 +410,62 @@ class Links:
     # --- losing one
 
     def _break(self, link: Link, text: str) -> None:
-        """It doesn't work; if it has connections it may be made again."""
+        """A link doesn't work. It keeps its number if it has connections."""
         self._cancel(link)
         link.reason = text
         if self._owner.has_connections(link.peer):
-            self._set(link, State.DOWN)
+            self._set(link, LinkState.DOWN)
         else:
             self._unlink(link)
 
     def _stream(self, link: Link) -> None:
-        """Finish without RDMA."""
+        """Bring the connections back to TCP, with the session in place of RDMA."""
         self._cancel(link)
-        log.warning("no RDMA: connections go back to TCP", peer=str(link.peer), reason=link.reason)
-        self._set(link, State.STREAM)
-        self._say(relay.Number(RelayKind.STREAM, link.number))
+        log.warning(
+            "link can't be made again; its connections go back to TCP",
+            peer=str(link.peer),
+            reason=link.reason,
+        )
+        self._set(link, LinkState.STREAM)
+        self._tell_relay(relay.Number(RelayKind.STREAM, link.number))
         self._owner.link_failed(link.peer)
         self._owner.link_leaves(link.peer)
 
     def _lose(self, link: Link, text: str) -> None:
-        """Its connections go with it."""
+        """Delete a link, with its connections."""
         self._cancel(link)
         link.reason = text or link.reason
         self._owner.link_lost(link.peer)
         self._unlink(link)
 
     def _give_up(self, link: Link) -> None:
-        log.error("link given up", peer=str(link.peer), reason=link.reason)
+        log.error(
+            "link can't be made again; its connections are reset",
+            peer=str(link.peer),
+            reason=link.reason,
+            seconds=GIVE_UP,
+        )
         self._lose(link, link.reason)
         self._retry(link)
 
     def _unlink(self, link: Link) -> None:
         if link.number:
-            self._say(relay.Number(RelayKind.UNLINK, link.number))
+            self._tell_relay(relay.Number(RelayKind.UNLINK, link.number))
             self._forget_number(link)
-        self._set(link, State.NONE)
+        self._set(link, LinkState.NONE)
 
     def _forget_number(self, link: Link) -> None:
         self._numbers.pop(link.number, None)
         link.number = link.shared = NOTHING
 
-    def _set(self, link: Link, state: State) -> None:
+    def _set(self, link: Link, state: LinkState) -> None:
         link.state = state
-        if state is not State.STREAM:
+        if state is not LinkState.STREAM:
             link.frames.clear()
-        if state is not State.MAKING:
+        if state is not LinkState.MAKING:
             link.awaited = ""
-        broken = state in (State.DOWN, State.STREAM)
-        if state in (State.NONE, State.UP) and link.deadline is not None:
+        broken = state in (LinkState.DOWN, LinkState.STREAM)
+        if state in (LinkState.NONE, LinkState.UP) and link.deadline is not None:
             link.deadline.cancel()
             link.deadline = None
         elif broken and link.deadline is None:
@@ -460,5 +479,5 @@ class Links:
 
 
 def _plain(text: str) -> str:
-    """As a message may have it."""
+    """A reason, with the characters and the length that a message may have."""
     return "".join(each if " " <= each <= "~" else "?" for each in text)[:200]

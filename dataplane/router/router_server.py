@@ -18,7 +18,7 @@ from dataplane.router import listing
 from dataplane.router.arena_memory import LinuxArenaMemory
 from dataplane.router.clients import Clients
 from dataplane.router.control_socket import ControlSocket, Steps
-from dataplane.router.hosts import Equipment, Hosts
+from dataplane.router.interhost import Equipment, InterHost
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.loop import EpollLoop
 from dataplane.router.pairing import Pairing
@@ -62,7 +62,9 @@ class RouterServer:
             guard=guard,
         )
         self.pairing = self._clients.pairing
-        self.hosts = Hosts(self.pairing, self.loop, sockets, memory, equipment or Equipment())
+        self.interhost = InterHost(
+            self.pairing, self.loop, sockets, memory, equipment or Equipment()
+        )
         self._control = ControlSocket(self.loop, admin, self._answer)
 
     def _path_of(self, namespace: int) -> Path | None:
@@ -93,7 +95,7 @@ class RouterServer:
         """Release everything."""
         self._clients.close()
         self._control.close()
-        self.hosts.close()
+        self.interhost.close()
         self._namespaces.close()
         self._epoll.close()
 
@@ -109,7 +111,7 @@ class RouterServer:
             self._ticked = now
             self.pairing.weigh()
             self.pairing.sweep(_SWEEP)
-            self.hosts.beat()
+            self.interhost.tick()
             self._namespaces.tidy()
             self._clients.tick()
         self._clients.close_scheduled()
@@ -127,7 +129,7 @@ class RouterServer:
         match request:
             case control.RouterSnapshot():
                 self.pairing.replace_snapshot(Knowledge(request))
-                self.hosts.learned()
+                self.interhost.learned()
                 self._clients.snapshot_replaced()
                 self._clients.listen(self._public)
                 return control.Done()
@@ -149,7 +151,7 @@ class RouterServer:
             uptime=self._clock() - self._started,
             wrong_messages=self._clients.wrong_messages,
             dropped=self._clients.dropped,
-            rdma=self.hosts.facts(),
+            rdma=self.interhost.facts(),
         )
 
 

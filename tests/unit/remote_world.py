@@ -18,7 +18,10 @@ from dataplane.router.library_wire import Address, IPAddress
 from dataplane.router.loop import Timer
 from dataplane.router.pairing import Pairing
 from dataplane.router.relay_wire import RelayKind
-from dataplane.router.remote import Phase, Remote, Remotes
+from dataplane.router.remote import Remotes
+from dataplane.router.remote_connections import RemoteConnection
+from dataplane.router.remote_end import Invalid, rule_for
+from dataplane.router.remote_events import LIVE, Action, Do, EndState, Event
 from tests.unit.router_world import FakeKernel, FakeMemory, FakePost, at
 
 NET: Final = "n1"
@@ -81,6 +84,8 @@ class Lent:
     dropping: bool = False
     gone: bool = False
     """The peer's relay has dropped it."""
+    told: set[RelayKind] = field(default_factory=set)
+    """Reports that come once."""
 
 
 @dataclass
@@ -184,7 +189,10 @@ class FakeRelay:
                 self.links[number].stream = True
                 self.answer(relay_wire.RelayFrame(number, b"hello"))
             case RelayKind.CLOSE:
-                self.lent[number].closed = True
+                lent = self.lent[number]
+                lent.closed = True
+                if not lent.paired or lent.gone or lent.broken:
+                    self.report_finished(lent)
             case RelayKind.LEAVE:
                 self.lent[number].leaves = True
             case RelayKind.DROP if number not in self.lent:
@@ -245,8 +253,8 @@ class FakeRelay:
                 if not peer.broken:
                     other.break_it(peer)
             else:
-                for kind in (RelayKind.FINISHED, RelayKind.ENDED):
-                    other.answer(relay_wire.Number(kind, peer.number))
+                other.report(RelayKind.ENDED, peer)
+                other.report_finished(peer)
             return True
         if lent.broken and not peer.broken:
             other.break_it(peer)
@@ -254,8 +262,8 @@ class FakeRelay:
         if lent.closed and not lent.finished and not lent.broken:
             lent.finished = True
             peer.ended = True
-            self.answer(relay_wire.Number(RelayKind.FINISHED, lent.number))
-            other.answer(relay_wire.Number(RelayKind.ENDED, peer.number))
+            self.report_finished(lent)
+            other.report(RelayKind.ENDED, peer)
             return True
         if lent.leaves and not peer.leaves:
             peer.leaves = True
@@ -270,26 +278,20 @@ class FakeRelay:
     def break_it(self, lent: Lent) -> None:
         lent.broken = True
         self.host.severed.add((lent.arena, lent.slot))
-        for kind in (RelayKind.FINISHED, RelayKind.ENDED):
-            self.answer(relay_wire.Number(kind, lent.number, relay_wire.BROKEN))
+        self.report(RelayKind.ENDED, lent)
+        self.report_finished(lent)
 
+    def report(self, kind: RelayKind, lent: Lent) -> None:
+        """Once."""
+        if kind not in lent.told:
+            lent.told.add(kind)
+            state = relay_wire.BROKEN if lent.broken else relay_wire.WHOLE
+            self.answer(relay_wire.Number(kind, lent.number, state))
 
-class Watched(Remotes):
-    """Notes which ends were granted with which, and that none of them is ever taken for alone."""
-
-    granted: set[tuple[str, int]]
-    """Router and number of the ends whose other end was granted."""
-    own: str
-
-    def _grant(self, remote: Remote) -> None:
-        super()._grant(remote)
-        if remote.leads:
-            self.granted.add((remote.peer.instance, remote.peer_number))
-
-    def _undo(self, remote: Remote) -> None:
-        if remote.phase is Phase.GRANTED:
-            assert (self.own, remote.number) not in self.granted, "bytes may be in its ring"
-        super()._undo(remote)
+    def report_finished(self, lent: Lent) -> None:
+        """The end of a direction, once our end is closed."""
+        if lent.closed:
+            self.report(RelayKind.FINISHED, lent)
 
 
 class Host:
@@ -320,16 +322,17 @@ class Host:
             clock=self.world.loop.now,
             secret=lambda: next(self.secrets),
         )
-        self.remotes = Watched(
+        self.remotes = Remotes(
             self.pairing,
             self.world.loop,
-            Line(self.world, self, self.instance),
+            lambda _: Line(self.world, self, self.instance),
             partial(self.tell_relay, self.instance),
             self.kernel,
             self.memory,
-            lambda: self.node,
+            lambda: None,
+            partial(self.trace, self.instance),
         )
-        self.remotes.granted, self.remotes.own = self.world.granted, self.instance
+        self.pairing.use_remote(self.remotes)
         self.pairing.replace_snapshot(Knowledge(self.facts()))
         self.remotes.learned()
         self.processes = {}
@@ -339,6 +342,23 @@ class Host:
             assert self.pairing.connected(process, self.namespace(container), 4000 + process)
             self.pairing.hello(process, wire.Hello(wire.PROTOCOL_VERSION, layout.VERSION, "ab"))
         self.remotes.device("")
+
+    def trace(
+        self,
+        instance: str,
+        connection: RemoteConnection,
+        before: EndState,
+        event: Event,
+        actions: tuple[Action, ...],
+    ) -> None:
+        """No event is invalid, and no end goes back to TCP alone whose peer was granted."""
+        assert not isinstance(rule_for(before.phase, event.on), Invalid), (before.phase, event)
+        if Do.GRANT in actions and connection.leads:
+            peer = (connection.host.instance, connection.state.peer_number)
+            self.world.granted.add(peer)
+        if Do.UNDO_GRANT in actions:
+            own = (instance, connection.number)
+            assert own not in self.world.granted, "bytes may be in its ring"
 
     def tell_relay(
         self, instance: str, message: relay_wire.Message, descriptors: tuple[int, ...] = ()
@@ -397,11 +417,15 @@ class Host:
 
 @dataclass
 class Line:
-    """`remote.Peers` of one host."""
+    """The `PeerSessions` of one host."""
 
     world: World
     host: Host
     instance: str
+
+    @property
+    def node(self) -> str:
+        return self.host.node
 
     def congested(self, peer: IPAddress) -> bool:
         return False
@@ -669,12 +693,12 @@ class World:
             if isinstance(answer, wire.Refuse) and answer.cookie == cookie
         ]
 
-    def remote(self, tcp: Tcp, side: int) -> Remote | None:
+    def remote(self, tcp: Tcp, side: int) -> RemoteConnection | None:
         """The registry's end of it, while it runs."""
         host, *_, cookie = tcp.ends[side]
-        for each in host.remotes.remotes.values():
-            if each.end.cookie == cookie and each.phase is Phase.GRANTED:
-                return each
+        for connection in host.remotes.connections:
+            if connection.end.cookie == cookie and connection.state.phase in LIVE:
+                return connection
         return None
 
     def check(self) -> None:
@@ -683,16 +707,18 @@ class World:
             end[4]: (tcp, side) for tcp in self.connections for side, end in enumerate(tcp.ends)
         }
         for host in self.hosts:
-            for remote in host.remotes.remotes.values():
-                if remote.phase is not Phase.GRANTED or not remote.peer_number:
+            connections = host.remotes.connections
+            for one in connections:
+                if one.state.phase not in LIVE or not one.state.peer_number:
                     continue
-                tcp, side = by_cookie[remote.end.cookie]
+                tcp, side = by_cookie[one.end.cookie]
                 there = tcp.ends[1 - side][0]
-                assert remote.peer.address == there.address
-                if remote.peer.instance != there.instance:
+                assert one.host.address == there.address
+                if one.host.instance != there.instance:
                     continue
-                other = there.remotes.remotes.get(remote.peer_number)
-                if other is not None and other.peer_number == remote.number:
-                    assert other.end.cookie == tcp.ends[1 - side][4], "two ends of two connections"
-            registered = sum(each.bytes for each in host.remotes.remotes.values())
-            assert host.remotes.registered == registered
+                number = one.state.peer_number
+                for other in there.remotes.connections:
+                    if other.number == number and other.state.peer_number == one.number:
+                        expected = tcp.ends[1 - side][4]
+                        assert other.end.cookie == expected, "two ends of two connections"
+            assert connections.registered == sum(each.bytes for each in connections)

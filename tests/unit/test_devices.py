@@ -1,4 +1,4 @@
-"""Which RDMA device is taken, and what is said where none can be: with devices that are made up."""
+"""Which RDMA device is used, and why none is, where none can be: with fake devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dataplane.router import devices, finder
+from dataplane.router import device_scanner, devices
+from dataplane.router.device_scanner import NO_ADDRESS, DeviceScanner, decode, offer_devices
 from dataplane.router.devices import (
     INFINIBAND,
     NO_DEVICE,
@@ -24,7 +25,6 @@ from dataplane.router.devices import (
     Unusable,
     choose,
 )
-from dataplane.router.finder import NO_ADDRESS, Finder, decode, offer_devices
 from dataplane.router.loop import EpollLoop
 from testbed.patience import patience
 
@@ -49,14 +49,14 @@ def port(*gids: Gid, name: str = "mlx5_0", number: int = 1, active: bool = True)
     ],
 )
 def test_roce(address: devices.IPAddress, gids: tuple[Gid, ...], index: int) -> None:
-    """The GID that is the underlay's address is taken, for RoCE v2, never its twin for v1."""
+    """The GID with the underlay's address is used for RoCE v2, never that for RoCE v1."""
     found = choose(address, [port(*gids)])
     assert found.device is not None
     assert (found.device.gid_index, found.device.kind, found.why) == (index, ROCE, "")
 
 
 def test_infiniband() -> None:
-    """On InfiniBand, the port is taken whose GID the interface with the underlay's address has."""
+    """On InfiniBand, the port is used whose GID the interface with the underlay's address has."""
     ports = [
         port(gid(0, "fe80::a", INFINIBAND)),
         port(gid(0, "fe80::b", INFINIBAND), name="mlx5_1"),
@@ -83,7 +83,7 @@ def test_infiniband() -> None:
     ],
 )
 def test_why_not(ports: tuple[Port | Unusable, ...], why: str) -> None:
-    """Where no device can be used it is said why; each that was looked at has its own reason."""
+    """Where no device can be used, the result says why, and for each device that was checked."""
     found = choose(V4, ports)
     assert (found.device, found.why) == (None, why)
     assert len(found.looked) == len(ports)
@@ -108,7 +108,7 @@ def test_without_pyverbs() -> None:
 
 
 def test_interfaces_of_an_address(tmp_path: Path) -> None:
-    """An InfiniBand interface is told by its type and its address; others have no GID."""
+    """An InfiniBand interface is recognised by its type and its address. Others have no GID."""
     folder = tmp_path / "lo"
     folder.mkdir()
     (folder / "type").write_text("32\n")
@@ -121,7 +121,7 @@ def test_interfaces_of_an_address(tmp_path: Path) -> None:
 
 
 def test_what_it_prints_can_be_read() -> None:
-    """The router reads what the process prints, whatever it found; anything else is a reason, not an error."""
+    """The router reads each result that a scan prints. An invalid one gives a reason, not an error."""
     for found in (
         choose(V4, [port(gid(1, "::ffff:192.0.2.1")), Unusable("rxe0", 0, "why")]),
         Found(None, NO_DEVICE),
@@ -143,35 +143,35 @@ def run(loop: EpollLoop, epoll: select.epoll, seconds: float = 10.0) -> Iterator
     raise AssertionError("nothing came of it")
 
 
-def test_finder() -> None:
-    """The finder says what a real process found, and asks again only for another address."""
+def test_scanner() -> None:
+    """The scanner reports what a real process found, and scans at once only for another address."""
     epoll = select.epoll()
     loop = EpollLoop(epoll)
     changes: list[Found] = []
-    made = Finder(loop, lambda: changes.append(made.found))
+    made = DeviceScanner(loop, lambda: changes.append(made.found))
     assert made.found == NO_ADDRESS
-    made.look_for(V4)
+    made.use(V4)
     for _ in run(loop, epoll):
         if len(changes) == 2:
             break
-    # What this machine has, nobody knows; that the process answered is what counts.
+    # The devices of this machine are unknown. What counts is that the process answered.
     assert made.found.device is not None or made.found.why
-    made.look_for(V4)
+    made.use(V4)
     assert len(changes) == 2
-    made.look_for(None)
+    made.use(None)
     assert made.found == NO_ADDRESS
     made.close()
 
 
 @pytest.mark.parametrize("script", ["import time; time.sleep(60)", "raise SystemExit(1)"])
-def test_a_finder_that_fails(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that hangs is killed, one that dies is a reason; neither makes the loop wait."""
-    monkeypatch.setattr(finder, "PATIENCE", 0.2)
+def test_a_scan_that_fails(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan that hangs is killed, and one that fails gives a reason. Neither makes the loop wait."""
+    monkeypatch.setattr(device_scanner, "PATIENCE", 0.2)
     epoll = select.epoll()
     loop = EpollLoop(epoll)
     changes: list[Found] = []
-    made = Finder(loop, lambda: changes.append(made.found), [sys.executable, "-c", script])
-    made.look_for(V4)
+    made = DeviceScanner(loop, lambda: changes.append(made.found), [sys.executable, "-c", script])
+    made.use(V4)
     for _ in run(loop, epoll):
         if len(changes) == 2:
             break
@@ -181,7 +181,7 @@ def test_a_finder_that_fails(script: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_devices_of_the_host(tmp_path: Path) -> None:
-    """The plugin's /dev/infiniband is the host's, also when that comes later; one that is there stays."""
+    """The plugin's /dev/infiniband is the host's, even if that appears later. An existing one stays."""
     host, own = tmp_path / "host/infiniband", tmp_path / "dev/infiniband"
     own.parent.mkdir()
     offer_devices(host, own)

@@ -11,9 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataplane.router import library_wire as wire
-from dataplane.router.links import GIVE_UP, State
+from dataplane.router.links import GIVE_UP
 from dataplane.router.reasons import STATUS_ONLY, Reason
-from dataplane.router.remote import CONNECTIONS, OWNER_PATIENCE, SESSION_PATIENCE, Phase
+from dataplane.router.remote import SESSION_PATIENCE
+from dataplane.router.remote_connections import CONNECTIONS
+from dataplane.router.remote_events import Phase
+from dataplane.router.remote_hosts import RemoteHost
+from dataplane.router.remote_requests import OWNER_PATIENCE
 from tests.unit.remote_world import CONTAINERS, RING, Tcp, World
 
 A, B, C = (0, 1), (1, 1), (2, 1)
@@ -45,12 +49,19 @@ def finer(world: World, tcp: Tcp, side: int) -> Reason | None:
     return None if note is None else Reason(note[0])
 
 
+def peer_of(world: World, host: int, other: int) -> RemoteHost:
+    """What a host knows of another."""
+    found = world.hosts[host].remotes.hosts.get(world.hosts[other].address)
+    assert found is not None
+    return found
+
+
 def empty(world: World) -> None:
     """Nothing is left of any connection, anywhere."""
     for host in world.hosts:
-        assert not host.remotes.remotes
-        assert not host.remotes.registered
-        assert not host.remotes._asks
+        assert not list(host.remotes.connections)
+        assert not host.remotes.connections.registered
+        assert not len(host.remotes.requests)
         assert not [each for each in host.pairing.arenas.values() if each.ring]
         assert not host.memory.arenas
         assert not host.memory.bells
@@ -77,9 +88,8 @@ def test_two_ends(
     one, other = world.remote(tcp, 0), world.remote(tcp, 1)
     assert one is not None
     assert other is not None
-    assert (one.number, one.peer_number) == (other.peer_number, other.number)
-    assert one.confirmed
-    assert other.confirmed
+    assert (one.number, one.state.peer_number) == (other.state.peer_number, other.number)
+    assert (one.state.phase, other.state.phase) == (Phase.GRANTED, Phase.GRANTED)
     world.check()
     for side in (0, 1):
         world.close(tcp, side)
@@ -154,7 +164,7 @@ def test_reasons_at_once() -> None:
 def test_nobodys_address(world: World) -> None:
     """An address that no host claims gets some time, for its container may just have come; then the ask is refused."""
     tcp = world.connect(A, B)
-    world.hosts[0].remotes.peers[world.hosts[1].address].owned = {}
+    peer_of(world, 0, 1).owned = {}
     world.ask(tcp, 0)
     world.loop.run(OWNER_PATIENCE / 2)
     assert world.refusals(tcp, 0) == []
@@ -165,14 +175,14 @@ def test_nobodys_address(world: World) -> None:
 def test_an_address_that_is_claimed_late(world: World) -> None:
     """An ask that came before the peer had said that it has the address is paired as soon as it has."""
     tcp = world.connect(B, A)
-    peer = world.hosts[1].remotes.peers[world.hosts[0].address]
+    peer = peer_of(world, 1, 0)
     owned, peer.owned = peer.owned, {}
     for side in (0, 1):
         world.ask(tcp, side)
     world.loop.run(0.5)
     assert world.grant(tcp, 0) is None
     peer.owned = owned
-    world.hosts[1].remotes._resettle(peer)
+    world.hosts[1].remotes.reassign(peer)
     world.loop.run(0.5)
     assert world.grant(tcp, 0)
     assert world.grant(tcp, 1)
@@ -184,8 +194,7 @@ def test_an_address_that_two_hosts_claim() -> None:
     world.connect_all()
     world.loop.run(1)
     tcp = world.connect(A, B)
-    known = world.hosts[0].remotes.peers
-    known[world.hosts[2].address].owned = known[world.hosts[1].address].owned
+    peer_of(world, 0, 2).owned = peer_of(world, 0, 1).owned
     world.ask(tcp, 0)
     world.loop.run(OWNER_PATIENCE + 0.1)
     assert finer(world, tcp, 0) is Reason.REMOTE
@@ -338,7 +347,7 @@ def test_link_lost(world: World) -> None:
     tcp = upgraded(world)
     world.break_link(*world.hosts)
     world.loop.run(5)
-    assert world.hosts[0].remotes.links.link(world.hosts[1].address).state is State.UP
+    assert world.hosts[0].remotes.links.is_up(world.hosts[1].address)
     assert world.remote(tcp, 0)
     assert world.remote(tcp, 1)
     assert not world.hosts[0].severed
@@ -357,7 +366,7 @@ def test_link_gone(world: World) -> None:
     assert world.remote(tcp, 1) is None
     assert not world.hosts[0].severed
     assert not world.hosts[1].severed
-    assert world.hosts[0].remotes.counts.left == 1
+    assert world.hosts[0].remotes.connections.counts.left == 1
     world.loop.run(60)
     late = world.connect(A, B)
     for side in (0, 1):
@@ -423,7 +432,7 @@ def test_router_dies(world: World, dies: int) -> None:
 def test_offers_of_what_is_not_its_own(world: World) -> None:
     """A peer that offers an end which isn't its own gets nothing."""
     tcp = world.connect(B, A)
-    peer = world.hosts[0].remotes.peers[world.hosts[1].address]
+    peer = peer_of(world, 0, 1)
     world.ask(tcp, 1)
     peer.owned = {}
     world.ask(tcp, 0)
@@ -454,7 +463,7 @@ def test_words_about_others() -> None:
         world.hosts[0].remotes.message(third, message)
     world.loop.run(1)
     assert world.remote(tcp, 0) is remote
-    assert remote.phase is Phase.GRANTED
+    assert remote.state.phase is Phase.GRANTED
 
 
 # --- all of it at random

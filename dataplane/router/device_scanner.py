@@ -1,7 +1,7 @@
-"""Looks for the RDMA device that carries the underlay, now and then, in a process that the router doesn't wait for.
+"""Scans for the RDMA device of the underlay's address, every 20 s, in a process of its own.
 
-Devices come and go while we run: a driver is loaded, a card is reset, `rdma link delete`. What `devices.py` says is remembered
-until it says something else.
+Devices come and go while the router runs: a driver is loaded, a NIC is reset, `rdma link delete`. The
+result of a scan by `devices.py` holds until the next. The router never waits for a scan.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from dataplane.router.devices import Device, Found, IPAddress, Unusable
 from dataplane.router.loop import Loop, Timer
 
 EVERY: Final = 20.0
-"""Seconds between two looks."""
+"""Seconds between two scans."""
 PATIENCE: Final = 30.0
-"""Seconds that one may take: opening a device that is being reset can."""
+"""Seconds for one scan: opening a device that is being reset takes time."""
 _MOST: Final = 1 << 20
+"""Bytes of its result."""
 
-NOT_YET: Final = Found(None, "it is being looked for")
+NOT_YET: Final = Found(None, "scanning for RDMA devices")
 NO_ADDRESS: Final = Found(None, "the underlay's address isn't known yet")
-TOO_LONG: Final = Found(None, f"looking for devices took longer than {PATIENCE:.0f} s")
+TOO_LONG: Final = Found(None, f"the scan for RDMA devices took longer than {PATIENCE:.0f} s")
 
 
 def command() -> list[str]:
-    """How `devices.py` is run: by the system's own Python, for which pyverbs is packaged."""
+    """The command of a scan. The system's own Python runs `devices.py`: pyverbs is packaged for it."""
     python = "/usr/bin/python3"
     return [python if os.access(python, os.X_OK) else sys.executable, "-P", devices.__file__]
 
 
 def decode(text: str) -> Found:
-    """What `devices.encode` wrote; what can't be read is a reason too."""
+    """The result of a scan, as `devices.encode` wrote it. An invalid text gives a reason, too."""
     try:
         made = json.loads(text)
         device = made["device"]
@@ -49,11 +50,11 @@ def decode(text: str) -> Found:
             tuple(Unusable(**each) for each in made["looked"]),
         )
     except (ValueError, KeyError, TypeError):
-        return Found(None, "looking for devices failed; the plugin's log may say why")
+        return Found(None, "the scan for RDMA devices failed; see the plugin's log")
 
 
-class Finder:
-    """`found` is what is known; `changed` is called when that is something else."""
+class DeviceScanner:
+    """`found` is the last result. `changed` is called when it is another one than before."""
 
     def __init__(
         self, loop: Loop, changed: Callable[[], None], start: Sequence[str] | None = None
@@ -67,17 +68,17 @@ class Finder:
         self._timer: Timer | None = None
         self.found = NO_ADDRESS
 
-    def look_for(self, address: IPAddress | None) -> None:
-        """The underlay's address, or None: nothing is to be looked for."""
+    def use(self, address: IPAddress | None) -> None:
+        """Scan for a device with this address, the underlay's. None: don't scan."""
         if address == self._address:
             return
         self._address = address
         self._end()
         self._set(NO_ADDRESS if address is None else NOT_YET)
-        self.look()
+        self.scan()
 
-    def look(self) -> None:
-        """Look now: something was heard of a device. Two looks are never under way at once."""
+    def scan(self) -> None:
+        """Scan now: a device may have changed. Only one scan runs at a time."""
         if self._process is not None or self._address is None:
             return
         self._cancel()
@@ -87,15 +88,15 @@ class Finder:
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
             )
         except OSError as error:
-            self._set(Found(None, f"looking for devices: {error.strerror}"))
-            self._timer = self._loop.after(EVERY, self.look)
+            self._set(Found(None, f"the scan for RDMA devices can't be started: {error.strerror}"))
+            self._timer = self._loop.after(EVERY, self.scan)
             return
         self._text.clear()
         self._timer = self._loop.after(PATIENCE, self._too_long)
         self._loop.watch(self._descriptor(), select.EPOLLIN, lambda _: self._read())
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop scanning."""
         self._address = None
         self._end()
 
@@ -118,7 +119,7 @@ class Finder:
         self._again(TOO_LONG)
 
     def _again(self, found: Found) -> None:
-        self._timer = self._loop.after(EVERY, self.look)
+        self._timer = self._loop.after(EVERY, self.scan)
         self._set(found)
 
     def _set(self, found: Found) -> None:
@@ -139,13 +140,13 @@ class Finder:
         assert process.stdout is not None
         self._loop.forget(process.stdout.fileno())
         process.stdout.close()
-        # It may hang in the kernel, whose answer we don't wait for: `poll` collects it later.
+        # It may hang in a system call. We don't wait for its end: a later `poll` of Popen's reaps it.
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
 
 
 def offer_devices(host: Path, own: Path = Path("/dev/infiniband")) -> None:
-    """libibverbs looks into /dev/infiniband: in the plugin that is the host's, which may come later."""
+    """Make /dev/infiniband, which libibverbs reads, a link to the host's, which may appear later."""
     if host.parent.is_dir() and not own.exists() and not own.is_symlink():
         with contextlib.suppress(OSError):
             own.symlink_to(host)

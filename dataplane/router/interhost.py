@@ -1,13 +1,17 @@
-"""Other hosts, put together: sessions with their routers, this host's RDMA device, its relay, and the connections over it.
+"""Connects containers of this host with those of other hosts: sessions between routers, an RDMA device,
+a relay, and the connections.
 
-What each of them is in is in `sessions.py`, `finder.py`, `relay.py` and `remote.py`; here is when which of them is started. A host
-says that it has RDMA when it has a device; its relay runs as soon as another one has one too.
+The parts are in `sessions.py`, `device_scanner.py`, `relay_process.py` and `remote.py`. This module
+decides when each of them is started. A host announces RDMA when it has a device. Its relay is
+started when another host announces RDMA too.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -15,15 +19,16 @@ import structlog
 
 from dataplane import control
 from dataplane.router import relay_wire
+from dataplane.router.device_scanner import DeviceScanner
 from dataplane.router.devices import Device, Found
-from dataplane.router.finder import Finder
 from dataplane.router.identities import NoIdentities, choose
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.loop import Loop
 from dataplane.router.pairing import Pairing
-from dataplane.router.peer_wire import Message, PeerHello
-from dataplane.router.relay import SHIPPED, RelayProcess
-from dataplane.router.remote import Phase, Remotes, words
+from dataplane.router.reasons import Reason
+from dataplane.router.relay_process import SHIPPED, RelayProcess
+from dataplane.router.remote import Remotes
+from dataplane.router.remote_events import LIVE
 from dataplane.router.seams import ArenaMemory, SocketTable
 from dataplane.router.sessions import Sessions
 
@@ -32,27 +37,28 @@ log = structlog.get_logger()
 OPEN_AGAIN: Final = 10.0
 """Seconds between two times that the relay opens a device."""
 STUCK: Final = 3
-"""Attempts at a link after which the device is opened again: it may be another one of the same name by now."""
+"""Attempts at a link after which the device is opened again: it may have been replaced by another
+one of the same name."""
 IN_MEMORY: Final = Device("", 0, 0, "::", "memory", 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Equipment:
-    """What there is on this host. `memory`: relays of one machine, in place of a device, for tests."""
+    """What this host has. `memory`: for tests, relays of one machine use memory instead of a device."""
 
     swarm: Path | None = None
     relay: Path = SHIPPED
     memory: bool = False
 
 
-class Hosts:
-    """See the module."""
+class InterHost:
+    """See the module. A `RelayOwner`."""
 
     def __init__(
         self,
         pairing: Pairing,
         loop: Loop,
-        kernel: SocketTable,
+        sockets: SocketTable,
         memory: ArenaMemory,
         equipment: Equipment,
     ) -> None:
@@ -62,32 +68,33 @@ class Hosts:
         self._key: str | None = None
         self._opened_at = float("-inf")
         self._fresh = False
-        """The device that the relay has opened was there all the time."""
+        """The device has been there since the relay opened it."""
         self._counters: dict[str, int] = {}
-        self._finder = Finder(loop, self._decide)
+        self._scanner = DeviceScanner(loop, self._decide)
         self._relay = RelayProcess(loop, equipment.relay, self)
-        self.sessions = Sessions(
-            loop,
-            NoIdentities("nothing is known of networks yet"),
-            self,
-            instance=os.urandom(16).hex(),
-            port=control.DEFAULT_SESSION_PORT,
-        )
         self.remotes = Remotes(
             pairing,
             loop,
-            self.sessions,
+            partial(
+                Sessions,
+                loop,
+                NoIdentities("no snapshot of networks yet"),
+                instance=os.urandom(16).hex(),
+                port=control.DEFAULT_SESSION_PORT,
+            ),
             self._relay.say,
-            kernel,
+            sockets,
             memory,
-            lambda: self.sessions.node,
+            self._decide,
         )
+        self.sessions = self.remotes.sessions
+        pairing.use_remote(self.remotes)
         self._started = False
 
-    # --- what the server says
+    # --- called by the server
 
     def learned(self) -> None:
-        """The driver knows something new."""
+        """The driver has sent a snapshot."""
         knowledge = self._pairing.knowledge
         settings = knowledge.settings
         if settings.session_key != self._key:
@@ -97,29 +104,29 @@ class Hosts:
         if not self._started:
             self._started = True
             self.sessions.start()
-        self._look_around()
+        self._refresh()
 
-    def _look_around(self) -> None:
-        """Which hosts are needed, and what for."""
+    def _refresh(self) -> None:
+        """Find out which hosts are needed, and for what."""
         knowledge = self._pairing.knowledge
         wanted = self.remotes.wanted()
         self.sessions.want(wanted, knowledge.underlay)
         if not self._equipment.memory:
-            self._finder.look_for(knowledge.underlay if wanted else None)
+            self._scanner.use(knowledge.underlay if wanted else None)
         self.remotes.learned()
         self._decide()
 
-    def beat(self) -> None:
-        """About once a second."""
+    def tick(self) -> None:
+        """To be called about once a second."""
         if not self._started:
             return
-        self._look_around()
-        self._relay.ask()
+        self._refresh()
+        self._relay.poll()
 
     def close(self) -> None:
-        """The router ends; the relay finishes by itself."""
+        """The router ends. The relay finishes by itself."""
         self.sessions.close()
-        self._finder.close()
+        self._scanner.close()
         self._relay.close()
 
     # --- the device and the relay
@@ -127,10 +134,10 @@ class Hosts:
     @property
     def found(self) -> Found:
         """This host's device, or why there is none."""
-        return Found(IN_MEMORY, "") if self._equipment.memory else self._finder.found
+        return Found(IN_MEMORY, "") if self._equipment.memory else self._scanner.found
 
     def _decide(self) -> None:
-        """Say what this host has, and have the relay run if somebody can use it."""
+        """Announce what this host has, and start the relay if another host can use it."""
         device = self.found.device
         knowledge = self._pairing.knowledge
         self.sessions.introduce(
@@ -149,19 +156,19 @@ class Hosts:
             if self._relay.pid is None:
                 self.remotes.device(self._relay.why or "no other host has RDMA")
         elif wanted == self._relay.opened and self.remotes.links.works:
-            # Whatever was said of it meanwhile.
+            # Whatever was reported about it meanwhile.
             self._fresh = True
             self.remotes.device("")
         elif wanted != self._relay.opened or not self._fresh or self._is_stuck():
-            # Connections of the device that was there go first.
-            self.remotes.device("the device is opened anew")
+            # First the connections over the device as it was have to end.
+            self.remotes.device("the device is opened again")
             if self.remotes.links.idle and self._loop.now() - self._opened_at > OPEN_AGAIN:
-                self._finder.look()
+                self._scanner.scan()
                 self._relay.want(wanted)
                 self._opening()
 
     def _is_stuck(self) -> bool:
-        """Whether links don't come up: the device may be another one of the same name."""
+        """Whether links fail: the device may have been replaced by one of the same name."""
         links = self.remotes.links
         return (
             links.idle and links.tries > STUCK and self._loop.now() - self._opened_at > OPEN_AGAIN
@@ -177,17 +184,17 @@ class Hosts:
         self._fresh = True
 
     def relay_started(self) -> None:
-        """See `relay.Owner`."""
+        """The relay runs, and opens the device."""
         self._opening()
         self.remotes.device("the device is being opened")
 
     def relay_died(self) -> None:
-        """See `relay.Owner`."""
+        """The relay has ended."""
         self._counters = {}
         self.remotes.relay_died()
 
     def relay_said(self, message: relay_wire.Message) -> None:
-        """See `relay.Owner`."""
+        """The relay reports something about the device, or about links and connections."""
         match message:
             case relay_wire.Opened():
                 self._device_opened(message)
@@ -198,41 +205,23 @@ class Hosts:
 
     def _device_opened(self, message: relay_wire.Opened) -> None:
         if message.error:
-            why = f"{message.text or os.strerror(message.error)}"
-            log.error("the relay can't open the device", reason=why)
+            why = message.text or os.strerror(message.error)
+            log.error("relay can't open the RDMA device; connections stay on TCP", reason=why)
             self._fresh = False
             self.remotes.device(why)
         elif self._fresh:
             opened = self._relay.opened
-            log.info("RDMA", device="" if opened is None else opened.device, mtu=message.mtu)
+            log.info(
+                "RDMA device open", device="" if opened is None else opened.device, mtu=message.mtu
+            )
             self.remotes.device("")
 
-    # --- sessions (`sessions.SessionUser`)
-
-    def up(self, peer: IPAddress, hello: PeerHello) -> None:
-        """See `sessions.SessionUser`."""
-        self.remotes.up(peer, hello)
-        self._decide()
-
-    def down(self, peer: IPAddress, reason: str) -> None:
-        """See `sessions.SessionUser`."""
-        self.remotes.down(peer, reason)
-
-    def message(self, peer: IPAddress, message: Message) -> None:
-        """See `sessions.SessionUser`."""
-        self.remotes.message(peer, message)
-        if isinstance(message, PeerHello):
-            self._decide()
-
-    def eased(self, peer: IPAddress) -> None:
-        """See `sessions.SessionUser`."""
-        self.remotes.eased(peer)
-
-    # --- what can be seen
+    # --- for statistics
 
     def facts(self) -> control.RdmaFacts:
-        """For statistics."""
+        """What `freeflow status` and metrics show of it."""
         found, remotes = self.found, self.remotes
+        counts = remotes.connections.counts
         device = found.device
         return control.RdmaFacts(
             on=self._pairing.knowledge.settings.rdma,
@@ -258,28 +247,32 @@ class Hosts:
             peers=tuple(
                 self._peer(*each) for each in sorted(self.sessions.reasons().items(), key=str)
             ),
-            connections=sum(remote.phase is Phase.GRANTED for remote in remotes.remotes.values()),
-            registered=remotes.registered,
-            granted=remotes.counts.granted,
-            broken=remotes.counts.broken,
-            left=remotes.counts.left,
-            refused=words(remotes.counts.refused.items()),
+            connections=sum(each.state.phase in LIVE for each in remotes.connections),
+            registered=remotes.connections.registered,
+            granted=counts.granted,
+            broken=counts.broken,
+            left=counts.left,
+            refused=_by_word(remotes.requests.refused),
             relay=self._counters,
             relay_starts=self._relay.starts,
         )
 
     def _peer(self, address: IPAddress, reason: str) -> control.PeerFact:
-        peer = self.remotes.peers.get(address)
+        host = self.remotes.hosts.get(address)
         link = self.remotes.links.link(address)
-        hello = None if peer is None else peer.hello
+        hello = None if host is None else host.hello
         return control.PeerFact(
             address=str(address),
-            node="" if peer is None else peer.node,
+            node="" if host is None else host.node,
             session=hello is not None,
             reason=reason,
             rdma=hello is not None and hello.rdma,
             data_path="" if hello is None else hello.data_path,
             link=link.state.value,
             link_reason=link.reason,
-            connections=0 if peer is None else len(peer.remotes),
+            connections=0 if host is None else len(self.remotes.connections.of(host)),
         )
+
+
+def _by_word(counts: Mapping[int, int]) -> dict[str, int]:
+    return {Reason(number).word: count for number, count in counts.items()}

@@ -1,7 +1,9 @@
-"""The relay's process: started when there is a device, spoken to without waiting, started again when it dies.
+"""The relay's process: started when there is a device, and again when it ends. The router never waits
+for it.
 
-It is a child that believes us and whom we don't follow into its grave: what it says wrong, or its silence at the end, ends
-it, and `died` says so once nothing of it runs any more: only then nothing writes into the rings that it had.
+The relay is a child process that trusts the router. The router survives its crashes, and kills it if
+it sends an invalid message or doesn't answer. `RelayOwner.relay_died` is called only after the kernel
+has reported its end: from then on nothing writes to the rings that it had.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ log = structlog.get_logger()
 
 LEAST_PAUSE: Final = 0.5
 MOST_PAUSE: Final = 30.0
-"""Seconds between two starts, doubled each time as long as none lasts."""
+"""Seconds between two starts, doubled after each relay that doesn't last."""
 LASTS: Final = 30.0
 PATIENCE: Final = 20
-"""Questions without an answer, after which it is taken for stuck. The router asks about once a second."""
+"""Requests without an answer, after which the relay counts as stuck. There is about one a second."""
 _AT_ONCE: Final = 64
 _BUFFER: Final = 1 << 20
 _ABOVE: Final = 10
-"""Descriptors of ours that a child's are made from, clear of its own."""
+"""Lowest number for a descriptor that a child is to get, above those that it has itself."""
 _SEND: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _RECEIVE: Final = int(socket.MSG_DONTWAIT)
 
@@ -43,24 +45,28 @@ SHIPPED: Final = Path("/usr/lib/freeflow/freeflow-relay")
 """Where `plugin/image` puts it."""
 
 
-class Owner(Protocol):
-    """Who hears of it."""
+class RelayOwner(Protocol):
+    """Is told what the relay's process does."""
 
     def relay_said(self, message: wire.Message) -> None:
-        """A message has come."""
+        """The relay has sent a message."""
 
     def relay_started(self) -> None:
-        """It runs, and has been told which device to open."""
+        """The relay runs, and was told which device to open."""
 
     def relay_died(self) -> None:
-        """It has ended, with all that it had."""
+        """The relay has ended, with all of its links and connections."""
 
 
 class RelayProcess:
-    """Keeps one running while one is wanted."""
+    """Keeps a relay running while one is wanted."""
 
     def __init__(
-        self, loop: Loop, program: Path, owner: Owner, environment: Mapping[str, str] | None = None
+        self,
+        loop: Loop,
+        program: Path,
+        owner: RelayOwner,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._loop = loop
         self._program = program
@@ -78,20 +84,20 @@ class RelayProcess:
         self._timer: Timer | None = None
         self.starts = 0
         self.why = ""
-        """Why none runs, if one should."""
+        """Why no relay runs, if one is wanted."""
 
     @property
     def pid(self) -> int | None:
-        """Of the one that runs."""
+        """Of the relay that runs."""
         return self._pid or None
 
     @property
     def opened(self) -> wire.Open | None:
-        """What the one that runs was told to open."""
+        """The device that the running relay was told to open."""
         return self._opened
 
     def want(self, device: wire.Open) -> None:
-        """Run, and have this device open. One that runs is to have no links: it closes what it had open."""
+        """Have a relay run with this device. A relay that runs must have no links: it closes its device."""
         self._wanted = device
         if self._pid:
             self._opened = device
@@ -100,7 +106,10 @@ class RelayProcess:
             self._start()
 
     def say(self, message: wire.Message, descriptors: Sequence[int] = ()) -> None:
-        """Send now or as soon as it takes it; to nobody if none runs. Descriptors stay the caller's."""
+        """Send a message, now or when the socket has room. Dropped if no relay runs.
+
+        Descriptors stay the caller's.
+        """
         if self._socket is None:
             return
         data = wire.pack(message)
@@ -112,10 +121,11 @@ class RelayProcess:
         self._unsent.append((data, kept))
         self._loop.modify(self._socket.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
-    def ask(self) -> None:
-        """Ask what it has counted. One that is stopped or stuck is ended: its connections hang, and then are reset.
+    def poll(self) -> None:
+        """Request the relay's counters. A relay that is stopped or stuck is killed: its connections
+        hang, and are reset by that.
 
-        Questions are counted, not seconds: a host that slept has not asked.
+        Unanswered requests are counted instead of seconds: during a suspend of the host there are none.
         """
         if not self._pid:
             return
@@ -123,11 +133,11 @@ class RelayProcess:
             self._unanswered += 1
             self.say(wire.Number(wire.RelayKind.COUNT))
         elif self._socket is not None:
-            log.error("the relay doesn't answer; it is ended", pid=self._pid, questions=PATIENCE)
-            self._end()
+            log.error("relay doesn't answer; it is killed", pid=self._pid, requests=PATIENCE)
+            self._kill()
 
     def close(self) -> None:
-        """The router ends: the relay sees the end of its socket, and finishes by itself what can be finished."""
+        """The router ends. The relay sees its socket closed, brings connections back to TCP, and ends."""
         self._wanted = None
         self._cancel()
         self._hang_up()
@@ -137,7 +147,7 @@ class RelayProcess:
             self._pidfd = -1
         self._pid = 0
 
-    # --- its life
+    # --- start and end
 
     def _start(self) -> None:
         self._cancel()
@@ -159,13 +169,13 @@ class RelayProcess:
                     (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
                     (os.POSIX_SPAWN_DUP2, moved, wire.RELAY_SOCKET),
                 ],
-                # Who kills us and all of our group is not to take it along: it has connections to bring back to TCP.
+                # A signal to our process group must not reach it: it has to bring connections back to TCP.
                 setsid=True,
             )
         except OSError as error:
             ours.close()
             self.why = f"{self._program} can't be started: {error.strerror}"
-            log.error("the relay can't be started", reason=self.why)
+            log.error("relay can't be started; connections stay on TCP", reason=self.why)
             self._later()
             return
         finally:
@@ -177,12 +187,12 @@ class RelayProcess:
         self.starts += 1
         self.why = ""
         self._loop.watch(ours.fileno(), select.EPOLLIN, self._serve)
-        self._loop.watch(self._pidfd, select.EPOLLIN, lambda _: self._buried())
+        self._loop.watch(self._pidfd, select.EPOLLIN, lambda _: self._ended())
         self.say(wanted)
         self._owner.relay_started()
 
-    def _end(self) -> None:
-        """End it, and hear of its death from the kernel."""
+    def _kill(self) -> None:
+        """Kill it. The kernel reports its end to `_ended`."""
         self._hang_up()
         if self._pid:
             with contextlib.suppress(ProcessLookupError):
@@ -197,8 +207,8 @@ class RelayProcess:
             _close(descriptors)
         self._unsent.clear()
 
-    def _buried(self) -> None:
-        """It has ended. Its last words may not have been read."""
+    def _ended(self) -> None:
+        """The process has ended. Its last messages may not have been read."""
         while self._socket is not None and self._receive():
             pass
         self._hang_up()
@@ -211,7 +221,7 @@ class RelayProcess:
         code = os.waitstatus_to_exitcode(status)
         if self._wanted is not None:
             self.why = f"the relay ended with code {code}; it is started again"
-            log.error("the relay ended; it is started again", code=code, seconds=self._pause)
+            log.error("relay ended; it is started again", code=code, seconds=self._pause)
             self._later()
         self._owner.relay_died()
 
@@ -236,7 +246,7 @@ class RelayProcess:
                 return
 
     def _receive(self) -> bool:
-        """Take one message; false if there is none."""
+        """Read one message; false if there is none."""
         assert self._socket is not None
         try:
             data = self._socket.recv(wire.MAX_MESSAGE + 1, _RECEIVE)
@@ -245,21 +255,21 @@ class RelayProcess:
         except OSError:
             data = b""
         if not data:
-            # It has ended or is about to; without its socket it is of no use.
-            self._end()
+            # It has ended or is about to. Without its socket it is of no use.
+            self._kill()
             return False
         try:
             message = wire.unpack(data)
         except WrongMessage as error:
-            log.error("the relay said what is no message", reason=str(error))
-            self._end()
+            log.error("relay sent an invalid message; it is killed", reason=str(error))
+            self._kill()
             return False
         self._unanswered = 0
         try:
             self._owner.relay_said(message)
         except Exception:
-            # A bug of ours; the loop goes on.
-            log.exception("a bug in the router", message=type(message).__name__)
+            # A bug of ours must not end the loop.
+            log.exception("bug in the router", message=type(message).__name__)
         return True
 
     def _send(self, data: bytes, descriptors: Sequence[int]) -> bool:
@@ -270,7 +280,7 @@ class RelayProcess:
         except BlockingIOError:
             return False
         except OSError:
-            # Its end is seen by the next read.
+            # The next read reports its end.
             return True
         return True
 

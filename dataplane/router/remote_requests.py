@@ -1,0 +1,351 @@
+"""Requests that wait for an end on another host, and their match with the requests of that host.
+
+Each end sends a request to its own router. The follower offers its requests to the leader, which
+matches them with its own: they belong together if their addresses are each other's. A match is
+returned to the caller, which begins a connection (`remote_connections.py`).
+
+A request waits for `OWNER_PATIENCE` until a host claims its peer's address, and for the peer's
+request as long as the session lasts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from dataplane.errors import WrongMessage
+from dataplane.router import peer_wire
+from dataplane.router.knowledge import Network
+from dataplane.router.library_wire import Address, IPAddress
+from dataplane.router.links import Links
+from dataplane.router.loop import Loop, Timer
+from dataplane.router.pair_requests import Key, PairRequest
+from dataplane.router.pairing import Pairing
+from dataplane.router.reasons import Reason
+from dataplane.router.remote_hosts import PeerSessions, RemoteHost, RemoteHosts
+from dataplane.router.seams import SocketTable
+
+OFFERS: Final = 65536
+"""Of one host, that wait for a request of this one."""
+OWNER_PATIENCE: Final = 2.0
+"""Seconds for which a request waits until a host claims its peer's address: the peer's container
+may have just started."""
+_REASONS: Final = frozenset(reason.value for reason in Reason)
+
+
+def reason_of(number: int) -> Reason:
+    """A peer's reason. A later version may have more of them."""
+    return Reason(number) if number in _REASONS else Reason.REMOTE
+
+
+@dataclass(slots=True, eq=False)
+class RemoteRequest:
+    """A request of this host for a connection to another host."""
+
+    local: PairRequest
+    network: str
+    server: Address
+    """The address of the peer: where a connection to a VIP leads."""
+    host: RemoteHost | None = None
+    """Has the peer. None: no host claims its address."""
+    offer: int = 0
+    """Follower: the number under which the leader knows it."""
+    connection: int = 0
+    """The connection that was begun for it; 0: none."""
+    timer: Timer | None = None
+
+    @property
+    def key(self) -> Key:
+        """Network and addresses, this host's first."""
+        return self.network, self.local.request.local, self.server
+
+
+class Match(NamedTuple):
+    """The requests of both ends of a connection. `offer` is the follower's number of its request."""
+
+    host: RemoteHost
+    request: RemoteRequest
+    offer: int
+
+
+@dataclass(slots=True, eq=False)
+class _OfHost:
+    """The requests of this host and of one other, for connections between the two."""
+
+    requests: dict[Key, RemoteRequest] = field(default_factory=dict)
+    """This host's."""
+    offered: dict[int, RemoteRequest] = field(default_factory=dict)
+    """Follower: this host's, by offer."""
+    offers: dict[Key, int] = field(default_factory=dict)
+    keys: dict[int, Key] = field(default_factory=dict)
+    """Leader: the other host's, both ways. Keys have this host's address first."""
+
+    def take(self, offer: int) -> None:
+        """An offer isn't open any more."""
+        key = self.keys.pop(offer, None)
+        if key is not None and self.offers.get(key) == offer:
+            del self.offers[key]
+
+
+class RemoteRequests:
+    """See the module."""
+
+    def __init__(
+        self,
+        pairing: Pairing,
+        loop: Loop,
+        sessions: PeerSessions,
+        hosts: RemoteHosts,
+        links: Links,
+        sockets: SocketTable,
+    ) -> None:
+        self._pairing = pairing
+        self._loop = loop
+        self._sessions = sessions
+        self._hosts = hosts
+        self._links = links
+        self._sockets = sockets
+        self.refused: Counter[int] = Counter()
+        """Requests that were refused since the start, by reason."""
+        self._requests: dict[PairRequest, RemoteRequest] = {}
+        self._unowned: dict[PairRequest, RemoteRequest] = {}
+        """Those whose peer's address no host claims."""
+        self._of: dict[IPAddress, _OfHost] = {}
+        self._numbers = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    # --- requests of this host
+
+    def add(self, local: PairRequest, network: Network) -> Match | None:
+        """Let a request wait, match it at once, or refuse it."""
+        if not self._is_unique(local, network):
+            local.ambiguous = True
+            self._pairing.refuse(local, Reason.AMBIGUOUS)
+            return None
+        request = RemoteRequest(local, network.id, local.peer)
+        self._requests[local] = request
+        if not self._assign(request):
+            self._wait_for_owner(request)
+        return self._match_of(request)
+
+    def _is_unique(self, local: PairRequest, network: Network) -> bool:
+        """Whether no other connection of the container leads from the same port to the same server."""
+        server = local.peer
+        leading = [
+            server,
+            *(Address(vip, server.port) for vip in network.leading.get(server.ip, ())),
+        ]
+        return not any(
+            remote != local.request.remote
+            and self._sockets.exists(local.namespace, local.request.local, remote)
+            for remote in leading
+        )
+
+    def _assign(self, request: RemoteRequest) -> bool:
+        """Assign a request to the host that owns its peer's address; false if none does."""
+        host = self._hosts.owner(request.network, request.server.ip)
+        if host is None:
+            return False
+        assert host.hello is not None
+        self._unowned.pop(request.local, None)
+        self._stop_timer(request)
+        if not host.hello.rdma:
+            self.refuse(request, Reason.PEER_NO_RDMA)
+        elif self._links.has_failed(host.address):
+            self.refuse(request, Reason.NO_LINK)
+        else:
+            request.host = host
+            self._with(host).requests[request.key] = request
+            if not self._hosts.leads(host):
+                self._offer(host, request)
+        return True
+
+    def _wait_for_owner(self, request: RemoteRequest) -> None:
+        self._unowned[request.local] = request
+        request.timer = self._loop.after(
+            OWNER_PATIENCE, lambda: self.refuse(request, Reason.REMOTE)
+        )
+
+    def refuse(self, request: RemoteRequest, reason: Reason) -> None:
+        """Answer a request: its connection stays on TCP."""
+        self.refused[reason] += 1
+        self._pairing.refuse(request.local, reason)
+
+    def cancel(self, local: PairRequest) -> int:
+        """A request doesn't wait any more. The connection that was begun for it, or 0."""
+        request = self._requests.pop(local, None)
+        if request is None:
+            return 0
+        connection = request.connection
+        self._detach(request)
+        return connection
+
+    def refuse_all(self, condition: Callable[[RemoteRequest], bool], reason: Reason) -> None:
+        """Refuse requests for which no connection was begun."""
+        for request in list(self._requests.values()):
+            if not request.connection and condition(request):
+                self.refuse(request, reason)
+
+    # --- requests with a connection
+
+    def fail(self, local: PairRequest, reason: Reason) -> None:
+        """A connection comes to nothing. Its request may be gone."""
+        request = self._requests.pop(local, None)
+        if request is not None:
+            self._detach(request)
+            self.refuse(request, reason)
+
+    def retry(self, local: PairRequest) -> None:
+        """A connection comes to nothing, and its request goes on waiting."""
+        request = self._requests.get(local)
+        if request is not None:
+            request.connection = request.offer = 0
+
+    def grant(self, local: PairRequest) -> None:
+        """A connection is granted: its request has its answer."""
+        request = self._requests.pop(local)
+        if request.host is not None:
+            # It was accepted, not withdrawn.
+            self._with(request.host).offered.pop(request.offer, None)
+        self._detach(request)
+
+    def _detach(self, request: RemoteRequest) -> None:
+        """Take a request from the host to which it was assigned."""
+        self._stop_timer(request)
+        self._unowned.pop(request.local, None)
+        request.connection = 0
+        host, request.host = request.host, None
+        if host is not None:
+            of_host = self._with(host)
+            if of_host.requests.get(request.key) is request:
+                del of_host.requests[request.key]
+            offered = of_host.offered.pop(request.offer, None) is not None
+            if offered and host.hello is not None:
+                self._sessions.send(host.address, peer_wire.Withdraw(request.offer))
+            request.offer = 0
+
+    def _stop_timer(self, request: RemoteRequest) -> None:
+        if request.timer is not None:
+            request.timer.cancel()
+            request.timer = None
+
+    # --- offers
+
+    def _offer(self, host: RemoteHost, request: RemoteRequest) -> None:
+        request.offer = next(self._numbers)
+        self._with(host).offered[request.offer] = request
+        local, server = request.local.request.local, request.server
+        message = peer_wire.Offer(request.offer, request.network, str(local), str(server))
+        self._sessions.send(host.address, message)
+
+    def offered(self, host: RemoteHost, offer: int) -> RemoteRequest | None:
+        """Follower: the request that was offered under a number."""
+        return self._with(host).offered.get(offer)
+
+    def take_offer(
+        self, host: RemoteHost, message: peer_wire.Offer, reason: Reason | None
+    ) -> Match | None:
+        """Leader: keep an offer, and match it if possible. `reason`: decline it.
+
+        Raises:
+            WrongMessage: the host is not the follower, or an address is invalid.
+        """
+        if not self._hosts.leads(host):
+            raise WrongMessage("the leader sends no offers")
+        of_host = self._with(host)
+        key = (
+            message.network,
+            peer_wire.end_of(message.remote),
+            peer_wire.end_of(message.local),
+        )
+        if reason is None and self._links.has_failed(host.address):
+            reason = Reason.NO_LINK
+        elif reason is None and len(of_host.keys) >= OFFERS:
+            reason = Reason.LIMIT
+        if reason is not None:
+            self._sessions.send(host.address, peer_wire.Decline(message.offer, reason))
+            return None
+        old = of_host.offers.get(key)
+        if old is not None:
+            of_host.keys.pop(old, None)
+        of_host.offers[key] = message.offer
+        of_host.keys[message.offer] = key
+        return self._match(host, key)
+
+    def withdrawn(self, host: RemoteHost, offer: int) -> None:
+        """Leader: an offer isn't open any more."""
+        self._with(host).take(offer)
+
+    def decline_all(self, host: RemoteHost, reason: Reason) -> None:
+        """Leader: no offer of a host can be had."""
+        of_host = self._with(host)
+        for offer in list(of_host.keys):
+            of_host.take(offer)
+            self._sessions.send(host.address, peer_wire.Decline(offer, reason))
+
+    # --- matches (leader)
+
+    def _match_of(self, request: RemoteRequest) -> Match | None:
+        return None if request.host is None else self._match(request.host, request.key)
+
+    def _match(self, host: RemoteHost, key: Key) -> Match | None:
+        """The requests of both hosts for one connection, if there are both."""
+        of_host = self._with(host)
+        request, offer = of_host.requests.get(key), of_host.offers.get(key)
+        if request is None or offer is None or request.connection:
+            return None
+        network, _, server = key
+        if not self._hosts.owns(host, network, server.ip):
+            return None
+        if not self._links.is_up(host.address):
+            return None
+        of_host.take(offer)
+        return Match(host, request, offer)
+
+    def matches(self, host: RemoteHost) -> Iterator[Match]:
+        """What can be matched by now: a link is up, or the host has claimed addresses."""
+        for key in list(self._with(host).requests):
+            match = self._match(host, key)
+            if match is not None:
+                yield match
+
+    def reassign(self, host: RemoteHost) -> Iterator[Match]:
+        """A host claims other addresses than before. Matches that are possible now."""
+        for request in list(self._with(host).requests.values()):
+            claimed = host.owned.get(request.network, ())
+            if not request.connection and request.server.ip not in claimed:
+                self._detach(request)
+                self._wait_for_owner(request)
+        for request in list(self._unowned.values()):
+            self._assign(request)
+            match = self._match_of(request)
+            if match is not None:
+                yield match
+        yield from self.matches(host)
+
+    # --- sessions
+
+    def session_up(self, host: RemoteHost) -> None:
+        """The leader of a new session knows no offers."""
+        if not self._hosts.leads(host):
+            for request in list(self._with(host).requests.values()):
+                self._offer(host, request)
+
+    def session_down(self, host: RemoteHost) -> None:
+        """Offers end with the session; requests wait for the next."""
+        of_host = self._with(host)
+        of_host.offers.clear()
+        of_host.keys.clear()
+        of_host.offered.clear()
+
+    def forget(self, host: RemoteHost) -> None:
+        """No network is shared with the host any more."""
+        self._of.pop(host.address, None)
+
+    def _with(self, host: RemoteHost) -> _OfHost:
+        return self._of.setdefault(host.address, _OfHost())
