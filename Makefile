@@ -1,4 +1,4 @@
-# make help says what there is.
+# make help lists the targets.
 SHELL := /bin/sh
 PYTHON := .venv/bin/python
 PLUGIN := build/plugin
@@ -6,7 +6,7 @@ NAME := freeflow:latest
 REGISTRY ?=
 # A public Debian image to build the plugin from with docker build; empty: from the Debian archive, with mmdebstrap.
 BASE ?=
-# A plugin can't have a manifest for several architectures: the tag says which.
+# A plugin cannot have a manifest for several architectures, so the tag names the architecture.
 ARCH := $(shell dpkg --print-architecture 2>/dev/null || uname -m)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SCRIPTS := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
@@ -15,7 +15,7 @@ CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -typ
 
 .PHONY: help setup venv library ebpf relay plugin prepare install uninstall push test unit kernel swarm vm torture lint pictures demo bench settings clean
 
-help: ## say what there is
+help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 setup: ## install what is missing: Debian packages and the virtual environment
@@ -35,13 +35,13 @@ build/libfreeflow.so: $(wildcard dataplane/library/*)
 	@plugin/image/setup.sh
 	dataplane/library/build.sh $@
 
-ebpf: build/overlay.bpf.o ## build the programs that the kernel runs
+ebpf: build/overlay.bpf.o ## build the eBPF programs of the fast path
 
 build/overlay.bpf.o: $(wildcard dataplane/ebpf/*.[ch] dataplane/ebpf/build.sh)
 	@plugin/image/setup.sh
 	dataplane/ebpf/build.sh $@
 
-relay: build/freeflow-relay ## build the process that moves rings to other hosts
+relay: build/freeflow-relay ## build the relay, which moves rings to other hosts by RDMA
 
 build/freeflow-relay: $(wildcard dataplane/relay/* dataplane/library/*.h)
 	@plugin/image/setup.sh
@@ -67,10 +67,10 @@ push: plugin ## push the plugin to REGISTRY, tagged by version and architecture
 	docker plugin push $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 	docker plugin rm $(REGISTRY)/freeflow:$(VERSION)-$(ARCH)
 
-prepare: setup ## make what tests run in: engines, the image of containers, what virtual machines boot
+prepare: setup ## make what tests run in: root file systems of engines and guests, container images
 	@$(PYTHON) -m testbed.prepare $(ONLY)
 
-test: setup library ebpf relay plugin prepare lint ## set up what is missing and run all tests
+test: setup library ebpf relay plugin prepare lint ## install what is missing and run all tests
 	@tests/run.sh $(PYTHON)
 
 unit: venv ## tests without root
@@ -83,14 +83,14 @@ swarm: setup plugin ## scenarios on a real Swarm
 	@$(PYTHON) -m testbed.prepare swarm
 	$(PYTHON) -m pytest tests/swarm
 
-vm: setup library ebpf relay plugin ## RDMA, kernels of several ages and IPVS, in virtual machines
+vm: setup library ebpf relay plugin ## tests in virtual machines: RDMA, kernels of several ages, IPVS
 	@$(PYTHON) -m testbed.prepare vm
 	$(PYTHON) -m pytest tests/vm
 
-torture: setup library ## an hour of many threads on each connection, and as long under each sanitizer
+torture: setup library ## the torture test for an hour, and for an hour with each sanitizer
 	TORTURE_SECONDS=$${TORTURE_SECONDS:-3600} $(PYTHON) -m pytest tests/dataplane/test_torture.py -k 'accelerated or library' -o faulthandler_timeout=0
 
-lint: setup ## ruff, mypy, shellcheck, clang-format; width of prose, subjects of commits
+lint: setup ## ruff, mypy, shellcheck, clang-format; the width of prose, the subjects of commits
 	.venv/bin/ruff check $(PYTHON_FOLDERS)
 	.venv/bin/ruff format --check $(PYTHON_FOLDERS)
 	.venv/bin/mypy --no-error-summary $(PYTHON_FOLDERS)
@@ -99,20 +99,20 @@ lint: setup ## ruff, mypy, shellcheck, clang-format; width of prose, subjects of
 	$(PYTHON) -m tools.prose
 	$(PYTHON) -m tools.subjects
 
-pictures: venv ## draw the documentation's pictures and charts again, and list the source files
+pictures: venv ## make the documentation's pictures, charts and list of source files
 	@plugin/image/setup.sh graphviz
 	$(PYTHON) -m tools.pictures
 	$(PYTHON) -m tools.files
 
-demo: setup plugin ## two Docker hosts, a Swarm, one stack on FreeFlow and on overlay: bars, a table, build/demo.svg
+demo: setup plugin ## compare one stack on FreeFlow and on overlay, on two Docker hosts; build/demo.svg
 	$(PYTHON) -m bench.demo
 
-bench: setup plugin ## measure beside Docker's overlay and the host network; build/bench.json and build/bench.txt
+bench: setup plugin ## measure beside Docker's overlay and the host network; build/bench.json, build/bench.txt
 	$(PYTHON) -m bench all --out build/bench.json --table build/bench.txt
 
 settings: venv ## write config.json and docs/options.md anew from the settings in the code
 	$(PYTHON) -m tools.settings
 
-clean: ## remove what was built, and beds that were left
+clean: ## remove what was built, and leftovers of test beds
 	-$(PYTHON) -m testbed down
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache

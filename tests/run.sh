@@ -1,10 +1,11 @@
 #!/bin/sh
-# All tests, as `make test` runs them.
+# Runs all tests; `make test` calls it.
 #
 #   run.sh PYTHON
 #
-# Tests on a real Swarm mostly wait: for gossip, the scheduler and time-outs. Virtual machines only compute. So they run beside
-# each other, the machines with little more than what the Swarm leaves, and the whole takes no longer than without them.
+# Tests on a real Swarm mostly wait for gossip, the scheduler and time-outs. Virtual machines only
+# compute. So both run at the same time, the virtual machines with a lower priority, and the whole
+# takes no longer than without them.
 set -u
 
 python=${1:?usage: run.sh PYTHON}

@@ -1,11 +1,13 @@
 #!/bin/sh
-# Makes a root file system from the Debian archive, a directory or a tar; needs root.
+# Makes a root file system from the Debian archive, as a directory or a tar. Needs root.
 #
 #   bootstrap.sh SUITE PACKAGES TARGET [MMDEBSTRAP-OPTION...]
-#       PACKAGES: names with commas between     FREEFLOW_CACHE: where downloads are kept (default /var/cache/freeflow)
+#       PACKAGES         names, separated by commas
+#       FREEFLOW_CACHE   the directory for downloads (default /var/cache/freeflow)
 #
-# TARGET appears when it is whole. Packages are downloaded first and kept until then, so a run that was interrupted
-# doesn't download them again. There is no time-out, but a line every ten seconds.
+# TARGET appears when it is complete. Packages are downloaded first and kept until then, so an
+# interrupted run does not download them again. There is no time-out; a line every ten seconds shows
+# the progress.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -16,7 +18,7 @@ shift 3
 mirror=$("$here/mirror.sh")
 downloads=${FREEFLOW_CACHE:-/var/cache/freeflow}/downloads/$(basename "$target")
 debs=$downloads/debs
-# The suffix tells mmdebstrap what to make.
+# mmdebstrap chooses the format by the suffix.
 temporary=$(dirname "$target")/new-$(basename "$target")
 
 mkdir -p "$debs/partial" "$downloads/lists/partial" "$downloads/none"
@@ -41,7 +43,7 @@ CONF
 
 apt() { APT_CONFIG="$downloads/apt.conf" apt-get -qq -y "$@"; }
 
-# Says every ten seconds how far WHAT is, until told to stop.
+# Prints the progress of WHAT every ten seconds, until it is told to stop.
 watcher=
 isolated=
 watch() { # WHAT
@@ -63,16 +65,16 @@ trap 'exit 130' INT TERM
 
 watch "downloading packages of $suite"
 apt update
-# What mmdebstrap's minbase takes beside the packages.
+# These are the packages of mmdebstrap's minbase, and the given ones.
 # shellcheck disable=SC2046
 apt install --download-only '?essential' '?priority(required)' $(echo "$packages" | tr , ' ') >/dev/null
 unwatch
 
 watch "unpacking $suite"
 rm -rf --one-file-system "$temporary"
-# In a mount namespace of its own: what it mounts in there (/proc, /sys) goes with it, also when it is killed.
+# In its own mount namespace, so that its mounts (/proc, /sys) disappear even if it is killed.
 [ "$(id -u)" != 0 ] || isolated="unshare --mount"
-# Documentation and locales are no use here. mmdebstrap expands its hooks itself.
+# Documentation and locales are not needed. mmdebstrap expands its hooks itself.
 # shellcheck disable=SC2016,SC2086
 TMPDIR=$downloads $isolated mmdebstrap --quiet --variant=minbase --include="$packages" \
     --aptopt='Acquire::Check-Valid-Until "false"' \

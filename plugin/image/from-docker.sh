@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes the plugin (config.json and rootfs/) in a directory with `docker build`, from a public Debian image.
+# Makes the plugin (config.json and rootfs/) in a directory by `docker build`, from a public Debian
+# image.
 #
 #   from-docker.sh OUTPUT       BASE: the image (default debian:trixie-slim)
 set -eu

@@ -15,7 +15,7 @@ for package in plugin driver dataplane; do
         (cd "$top/$package" && tar -cf - -T -) | tar -xf - -C "$target/$package"
 done
 find "$target/plugin" "$target/driver" "$target/dataplane" -name __pycache__ -prune -exec rm -rf {} +
-# Hash-based and unchecked: the file system's times don't matter, and nothing is compiled at start.
+# Hash-based and unchecked: the file system's times do not matter, and nothing is compiled at start.
 compile="-m compileall -q --invalidation-mode unchecked-hash /usr/lib/python3/dist-packages"
 if [ "$root" = / ] || [ -z "$root" ]; then
     # shellcheck disable=SC2086

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs a built plugin into this machine's own Docker, in place of an older one.
+# Installs a built plugin into this machine's own Docker, and replaces an older one.
 #
 #   install.sh PLUGIN_DIRECTORY NAME
 set -eu
@@ -12,8 +12,9 @@ if ! docker version >/dev/null 2>&1; then
     exit 1
 fi
 if docker plugin inspect "$name" >/dev/null 2>&1; then
-    # Without a registry there is no upgrade in place: containers keep their packets, the state is learned anew.
-    echo "replacing the plugin that is installed"
+    # Without a registry there is no upgrade in place. The kernel carries the packets of containers
+    # meanwhile, and the new plugin recovers its state from Docker and the kernel.
+    echo "replacing the installed plugin"
     docker plugin disable -f "$name" >/dev/null 2>&1 || true
     docker plugin rm -f "$name" >/dev/null
 fi

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prints the Debian archive that this machine's own apt uses, so that a mirror or a cache serves us too.
+# Prints the URL of the Debian archive that this machine's own apt uses, which may be a mirror.
 set -eu
 found=$(sed -n 's/^URIs: *//p; s/^deb \(\[[^]]*\] \)\{0,1\}\([^ ]*\) .*/\2/p' \
     /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list 2>/dev/null |

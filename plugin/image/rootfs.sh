@@ -1,9 +1,11 @@
 #!/bin/sh
-# Makes the plugin (config.json and rootfs/) in a directory, from the Debian archive alone; needs root, and no Docker.
+# Makes the plugin (config.json and rootfs/) in a directory, from the Debian archive alone. Needs root,
+# and no Docker.
 #
-#   rootfs.sh OUTPUT        FREEFLOW_CACHE: where base systems are kept (default /var/cache/freeflow)
+#   rootfs.sh OUTPUT
+#       FREEFLOW_CACHE   the directory for base systems (default /var/cache/freeflow)
 #
-# The base system is made once per list of packages; what changes with the code is copied over it.
+# The base system is made once per list of packages. FreeFlow's code is then copied into it.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)

@@ -1,13 +1,13 @@
 #!/bin/sh
-# Installs the Debian packages that building and testing need, and those that are named as arguments. It is quick when
-# nothing is missing, and starts no daemon.
+# Installs the Debian packages that building and testing need, and those named as arguments. It is
+# quick when nothing is missing, and starts no daemon.
 set -eu
 
 wanted="bpftool clang clang-format docker-compose docker-registry ethtool gcc iproute2 iptables libbpf-dev libc6-dev libibverbs-dev libnftables1 mmdebstrap musl-tools nftables procps \
 python3-venv shellcheck util-linux"
-# What virtual machines are made with.
+# For virtual machines.
 wanted="$wanted e2fsprogs kmod qemu-system-x86 zstd"
-# What the tests accelerate; Debian has Python's own tests apart.
+# Programs that the tests accelerate. Debian has Python's own tests in a package of their own.
 wanted="$wanted cargo curl default-jdk-headless g++ golang-go iperf3 libasio-dev librust-tokio-dev rustc $(basename "$(readlink -f /usr/bin/python3 || echo python3.11)" |
     sed 's/python/libpython/')-testsuite haproxy memcached nginx-light nodejs postgresql redis-server rsync"
 missing=
@@ -21,7 +21,7 @@ if [ "$(id -u)" != 0 ]; then
     exit 1
 fi
 echo "installing:$missing"
-# Packages with a daemon ask this file before they start it.
+# Packages with a daemon run this file before they start it.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e "$policy" ]; then
     printf '#!/bin/sh\nexit 101\n' >"$policy"
