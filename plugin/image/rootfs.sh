@@ -14,7 +14,8 @@ output=${1:?usage: rootfs.sh OUTPUT}
 cache=${FREEFLOW_CACHE:-/var/cache/freeflow}
 suite=trixie
 
-key=$(cat "$here/packages.txt" "$0" "$here/bootstrap.sh" | sha256sum | cut -c1-16)
+# Comments are no part of the recipe.
+key=$(cat "$here/packages.txt" "$0" "$here/bootstrap.sh" | sed '/^ *#/d' | sha256sum | cut -c1-16)
 base="$cache/plugin-$suite-$key.tar"
 
 if [ ! -e "$base" ]; then
