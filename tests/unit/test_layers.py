@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,22 @@ def test_the_router_is_spoken_to(module: str) -> None:
     said = {"dataplane", "dataplane.router_client", "dataplane.control", "dataplane.errors"}
     # Programs of the kernel are the driver's to attach; their parts stay behind the package's own names.
     assert known <= said | {"dataplane.threads", "dataplane.ebpf"}
+
+
+def _used(module: str) -> set[str]:
+    """The modules of ours that a module uses, those that only its type annotations name included."""
+    used = imports(module) & set(SOURCES)
+    # `from package import module` uses the module, not the package's own names.
+    return used - {name.rpartition(".")[0] for name in used} - {module}
+
+
+def test_no_import_circle() -> None:
+    """Modules can be read bottom up: none needs one that needs it, at run time or for its types."""
+    graph = {module: _used(module) for module in SOURCES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
 
 
 @pytest.mark.parametrize("library", BEHIND)
