@@ -1,6 +1,7 @@
-"""What the driver and the router say to each other: one line of JSON per message, on a socket for root alone.
+"""The messages between the driver and the router: one line of JSON each, on a socket of root.
 
-The driver sends what is true now (`RouterSnapshot`, whole, never a difference) and asks; the router answers each with one line.
+The driver sends the complete current state (`RouterSnapshot`, never a difference) and requests for
+information. The router replies to each with one line.
 """
 
 from __future__ import annotations
@@ -10,59 +11,60 @@ import msgspec
 DEFAULT_RING_LIMIT = 4 << 20
 DEFAULT_SESSION_PORT = 4799
 OWNED = 2500
-"""Addresses of this host that another host is told: what a message can carry, were they all of the longest."""
+"""Addresses of this host that another host is told, at most: as many as fit into a message if all are
+of the longest."""
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
-    """When a connection is upgraded, and how it waits: see `struct welcome` in `library/protocol.h`."""
+    """When a connection is upgraded, and how it waits; `struct welcome` in `library/protocol.h`."""
 
     operations: int = 4
-    """Reads and writes,"""
+    """After so many reads and writes,"""
     age: int = 10_000
-    """and microseconds since it began: what most short connections don't live to,"""
+    """and microseconds since the connection began, which most short connections don't reach,"""
     bytes: int = 0
     """and bytes in both directions;"""
     bulk: int = 1 << 20
-    """or so many bytes, whatever the rest."""
+    """or after so many bytes alone."""
     spin: int = 50
-    """Microseconds."""
+    """Microseconds of spinning before a sleep."""
     ring_limit: int = DEFAULT_RING_LIMIT
     """Bytes of a ring that may be used."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one container may have."""
+    """Limits of one container."""
 
     processes: int = 2048
     waiting: int = 16384
-    """Connections that asked and whose other end hasn't."""
+    """Requests that wait for the other end of their connection."""
     connections: int = 16384
     """Connections in shared memory."""
     asks: int = 5000
-    """Per second."""
+    """Requests per second."""
     messages: int = 25000
-    """Per second; past it the container waits, and nobody else."""
+    """Messages per second. A container that sends more waits, and nobody else."""
     bells: int = 16384
     memory: int = 1 << 30
-    """Bytes of shared memory that are really used."""
+    """Bytes of shared memory that are in use, not only reserved."""
 
 
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What can be set for a host."""
+    """The settings of a host."""
 
     acceleration: bool = True
     rule: Rule = Rule()
     limits: Limits = Limits()
     rdma: bool = True
-    """Whether connections to other hosts may move to RDMA."""
+    """Whether connections to other hosts may be upgraded to RDMA."""
     session_port: int = DEFAULT_SESSION_PORT
-    """TCP port on which routers speak with each other."""
+    """TCP port of sessions between routers."""
     session_key: str = ""
-    """A secret that the hosts share, where there is no Swarm whose certificates they could use."""
+    """A secret that the hosts share, where there are no certificates of a Swarm."""
     remote_ring: int = 256 << 10
-    """Bytes of one direction of a connection to another host; a power of two."""
+    """Bytes of a ring (one direction) of a connection to another host; a power of two."""
     remote_memory: int = 1 << 30
-    """Bytes registered with the RDMA device, of all connections together."""
+    """Bytes registered with the RDMA device, for all connections together."""
 
 
 class EndpointFact(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,11 +74,11 @@ class EndpointFact(msgspec.Struct, frozen=True, kw_only=True):
     network: str
     addresses: tuple[str, ...]
     namespace: int
-    """Inode of its container's network namespace."""
+    """Inode of the container's network namespace."""
     path: str = ""
-    """A path of that namespace, as the router sees it."""
+    """A path of that namespace, in the router's mount namespace."""
     container: str = ""
-    """What people call the container, if that is known."""
+    """The container's name, if that is known."""
 
 
 class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,15 +90,15 @@ class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
     rdma: bool = True
     subnets: tuple[str, ...] = ()
     vips: dict[str, tuple[str, ...]] = {}
-    """VIP to the addresses of its tasks, on whatever host."""
+    """VIP to the addresses of its tasks, on all hosts."""
     rule: Rule | None = None
-    """If it isn't the host's."""
+    """If it differs from the host's."""
     peers: tuple[str, ...] = ()
     """Addresses of the other hosts that share it."""
 
 
 class RouterSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):
-    """All that the driver knows, in place of what it said before."""
+    """Everything that the driver knows. It replaces the snapshot before."""
 
     endpoints: tuple[EndpointFact, ...] = ()
     networks: tuple[NetworkFact, ...] = ()
@@ -106,21 +108,21 @@ class RouterSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):
 
 
 class LivenessRequest(msgspec.Struct, frozen=True, tag="life"):
-    """Whether it answers at all."""
+    """Does the router answer at all?"""
 
 
 class StatisticsRequest(msgspec.Struct, frozen=True, tag="statistics"):
-    """Counts."""
+    """Requests the router's counters."""
 
 
 class ConnectionsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
-    """The list of connections; of one namespace, or all."""
+    """Requests the connections of one namespace, or of all."""
 
     namespace: int | None = None
 
 
 class PathsRequest(msgspec.Struct, frozen=True, tag="paths"):
-    """How many connections take which path, and why."""
+    """Requests the number of connections on each path, and why."""
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
@@ -128,13 +130,13 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """What was asked for can't be had."""
+    """The request can't be fulfilled."""
 
     message: str
 
 
 class ContainerCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """One container's share."""
+    """The counters of one container."""
 
     namespace: int
     container: str
@@ -144,11 +146,11 @@ class ContainerCounts(msgspec.Struct, frozen=True, kw_only=True):
     bells: int = 0
     memory: int = 0
     builds: dict[str, int] = {}
-    """Processes by the build id of their library."""
+    """Processes, by the build ID of their library."""
 
 
 class DeviceFact(msgspec.Struct, frozen=True, kw_only=True):
-    """The RDMA device that is used."""
+    """The RDMA device that is in use."""
 
     name: str
     port: int
@@ -160,7 +162,7 @@ class DeviceFact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PeerFact(msgspec.Struct, frozen=True, kw_only=True):
-    """Another host that shares a network."""
+    """Another host that shares a network with this one."""
 
     address: str
     node: str = ""
@@ -168,7 +170,7 @@ class PeerFact(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     """Why there is no session."""
     rdma: bool = False
-    """Whether it has a device."""
+    """Whether it has an RDMA device."""
     data_path: str = ""
     link: str = "none"
     """none, being made, up, down, or over the session."""
@@ -182,11 +184,11 @@ class RdmaFacts(msgspec.Struct, frozen=True, kw_only=True):
     on: bool = True
     device: DeviceFact | None = None
     why: str = ""
-    """Why no connection of this host can use RDMA; empty if one can."""
+    """Why no connection of this host can use RDMA; "" if one can."""
     looked: tuple[str, ...] = ()
-    """Devices that aren't used, and why."""
+    """Devices that are not used, and why."""
     sessions: str = ""
-    """Why there are no sessions with any host."""
+    """Why there are no sessions at all; "" if there may be."""
     node: str = ""
     peers: tuple[PeerFact, ...] = ()
     connections: int = 0
@@ -195,13 +197,13 @@ class RdmaFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of memory, now."""
     granted: int = 0
     broken: int = 0
-    """Ended as by a reset, since bytes could not be delivered."""
+    """Connections that were reset because bytes could not be delivered."""
     left: int = 0
-    """Went back to TCP."""
+    """Connections that fell back to TCP."""
     refused: dict[str, int] = {}
-    """By reason's word."""
+    """By the reason's word."""
     relay: dict[str, int] = {}
-    """The relay's own counters."""
+    """The relay's own counters, by name."""
     relay_starts: int = 0
 
 
@@ -210,25 +212,25 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True, tag="statistics"):
 
     uptime: float
     learned: bool
-    """Whether a snapshot has come."""
+    """Whether the driver has sent a snapshot."""
     processes: int
     """Now."""
     waiting: int
     """Now."""
     shm: int
-    """Connections with a slot now; both ends on one host count as one."""
+    """Connections with a slot now; the two ends on one host count as one."""
     arenas: int
     """Now."""
     memory: int
-    """Bytes of shared memory used now."""
+    """Bytes of shared memory in use now."""
     granted: int
     refused: dict[str, int]
-    """By reason's word."""
+    """By the reason's word."""
     noted: dict[str, int]
-    """By reason's word."""
+    """By the reason's word."""
     wrong_messages: int
     dropped: int
-    """Clients that didn't take their answers."""
+    """Clients that did not read their answers."""
     containers: tuple[ContainerCounts, ...] = ()
     rdma: RdmaFacts = RdmaFacts()
 
@@ -244,9 +246,9 @@ class ConnectionFact(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     """overlay, shm or rdma."""
     reason: str | None = None
-    """Word of the reason, if it is on overlay."""
+    """The reason's word, if the path is overlay."""
     age: float | None = None
-    """Seconds on shm or rdma, or since it asked."""
+    """Seconds on shm or rdma, or since the request."""
 
 
 class Connections(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
@@ -254,11 +256,11 @@ class Connections(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
 
     connections: tuple[ConnectionFact, ...]
     reasons: dict[str, str]
-    """Word to sentence, of those that appear."""
+    """Word to sentence, of the reasons that appear."""
 
 
 class PathCount(msgspec.Struct, frozen=True, kw_only=True):
-    """So many ends of connections in containers of this host."""
+    """The number of connections' ends in this host's containers, by network, path and reason."""
 
     network: str
     path: str

@@ -1,7 +1,8 @@
-"""The router as a program: `python -m dataplane.router --socket PATH --control PATH [--watch-stdin]`.
+"""The router's program: `python -m dataplane.router --socket PATH --control PATH [--watch-stdin]`.
 
-It listens on the public socket once it has learned a snapshot over the control socket, see `dataplane/router_client.py`. With
-`--watch-stdin` it ends when its standard input does: whoever started it holds the other end.
+It listens on the public socket once it has a snapshot from the control socket, see
+`dataplane/router_client.py`. With `--watch-stdin` it ends when its standard input ends: the process
+that started it holds the other end.
 """
 
 from __future__ import annotations
@@ -24,33 +25,37 @@ from dataplane.router.relay_process import SHIPPED
 from dataplane.router.router_server import RouterServer
 
 DESCRIPTORS: Final = 1 << 20
-"""Three for an arena and one for a process: so many containers can have all that they may."""
+"""Descriptors: three per arena and one per process, so that many containers can reach their limits."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="freeflow-router", description="Pairs connections.")
+    parser = argparse.ArgumentParser(
+        prog="freeflow-router", description="Pairs the connections of this host's containers."
+    )
     parser.add_argument("--socket", type=Path, default=Path("/run/freeflow/router.sock"))
     parser.add_argument("--control", type=Path, default=Path("/run/freeflow-admin/router.sock"))
-    parser.add_argument("--swarm", type=Path, help="the engine's folder of the Swarm")
-    parser.add_argument("--devices", type=Path, help="where the host's /dev/infiniband is")
+    parser.add_argument(
+        "--swarm", type=Path, help="the engine's folder with the Swarm's certificates"
+    )
+    parser.add_argument("--devices", type=Path, help="path of the host's /dev/infiniband")
     parser.add_argument("--relay", type=Path, default=SHIPPED, help="the relay's program")
     parser.add_argument(
         "--memory-relay",
         action="store_true",
-        help="relays of this machine alone, without a device: for tests",
+        help="connect relays of this machine through memory, without a device: for tests",
     )
-    parser.add_argument("--watch-stdin", action="store_true", help="end when standard input does")
+    parser.add_argument("--watch-stdin", action="store_true", help="end when standard input ends")
     parser.add_argument(
         "--no-guard",
         action="store_true",
-        help="don't let sockets refuse descriptors, as before Linux 6.16: for tests",
+        help="let sockets accept descriptors, as before Linux 6.16: for tests",
     )
     parser.add_argument("--log-level", default="info")
     return parser
 
 
 def _allow_descriptors() -> None:
-    """As many as a host's containers may need; if more than the hard limit isn't ours to allow, as many as that."""
+    """Allow the descriptors that a host's containers may need, or as many as the hard limit allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(hard, DESCRIPTORS),) * 2)
@@ -70,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrapper_class=structlog.make_filtering_bound_logger(given.log_level),
         logger_factory=structlog.WriteLoggerFactory(sys.stdout),
     )
-    # Containers of any user come to the public socket; the plugin's own mask is for root alone.
+    # Containers' processes of any user connect to the public socket; the plugin's umask is root's.
     os.umask(0o022)
     _allow_descriptors()
     if given.devices is not None:
@@ -84,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.watch_stdin:
         os.set_blocking(sys.stdin.fileno(), False)
         server.watch(sys.stdin.fileno())
-    # What is made at start stays: no collection has to look at it.
+    # Objects made at start stay for ever: the garbage collector needn't traverse them.
     gc.freeze()
     server.run()
     return 0

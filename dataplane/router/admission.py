@@ -13,7 +13,7 @@ from dataplane.router.knowledge import Network
 from dataplane.router.library_wire import Address, Request
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.reasons import Reason
-from dataplane.router.registry import Process, Registry
+from dataplane.router.registry import ProcessRecord, Registry
 from dataplane.router.seams import SocketTable
 
 
@@ -24,7 +24,9 @@ class Admission:
         self._registry = registry
         self._sockets = sockets
 
-    def admit(self, process: Process, request: Request) -> tuple[Network, Address | None] | Reason:
+    def admit(
+        self, process: ProcessRecord, request: Request
+    ) -> tuple[Network, Address | None] | Reason:
         """The network of the connection, and its server if it leads to a VIP; or why it is refused."""
         container = self._registry.containers[process.namespace]
         network = self._registry.knowledge.network_of(process.namespace, request.local.ip)

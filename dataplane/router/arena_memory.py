@@ -1,7 +1,8 @@
-"""Arenas as memfds: of fixed size, so that no process can shrink what another has mapped.
+"""Arenas as memfds of a fixed size, so that no process can shrink memory that another has mapped.
 
-Pages cost nothing until they are touched. A slot's pages go back as soon as its connection has ended; its headers are
-written anew before it is used again, for either side can still write there.
+Pages cost nothing until they are touched. A slot's pages are reclaimed as soon as its connection
+has ended. Its headers are cleared again before the next connection uses it, since either side can
+still write there.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ def _is_ring(size: int, remote: bool) -> bool:
 
 
 def refuse_rights(guarded: socket.socket) -> bool:
-    """Have the kernel refuse descriptors that are sent to a unix socket; false if it can't.
+    """Make the kernel refuse descriptors that are sent to a unix socket; false if it can't.
 
-    Whoever receives a descriptor may have to do its last close(), and that can wait for as long as the sender likes.
+    The receiver of a descriptor may have to do its last close(), which can wait for as long as the
+    sender likes.
     """
     try:
         guarded.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
@@ -52,17 +54,20 @@ def refuse_rights(guarded: socket.socket) -> bool:
 
 
 class LinuxArenaMemory:
-    """`pairing.ArenaMemory` on memfds and sockets. `guards=False`: as on kernels that don't refuse descriptors."""
+    """`ArenaMemory` on memfds and sockets.
+
+    `guards=False`: as on kernels that can't refuse descriptors.
+    """
 
     def __init__(self, *, guards: bool = True) -> None:
         self._guards = guards
 
     def make(self, ring_size: int = layout.RING_SIZE, remote: bool = False) -> int:
-        """A new arena. A remote one's rings have from REMOTE_RING_LEAST to REMOTE_RING_MOST bytes.
+        """A new arena. A remote arena's rings have REMOTE_RING_LEAST to REMOTE_RING_MOST bytes.
 
         Raises:
             KernelRefused: the kernel has no memory or descriptor for it.
-            ValueError: no arena of this kind has such rings.
+            ValueError: an arena of this kind can't have such rings.
         """
         if not _is_ring(ring_size, remote):
             raise ValueError(
@@ -88,10 +93,10 @@ class LinuxArenaMemory:
         return memory
 
     def prepare(self, memory: int, slot: int, incarnation: int) -> None:
-        """Zero the headers of a slot's rings and name its new incarnation. Raises KernelRefused.
+        """Clear the headers of a slot's rings and write its new incarnation. Raises KernelRefused.
 
-        The bytes behind the headers may be what a process wrote after the slot was given back: nobody reads them before
-        the sender has put others there.
+        The bytes after the headers may be what a process wrote after the slot was released. They
+        are not read before the sender has overwritten them.
         """
         header = bytearray(layout.RING_HEADER)
         _INCARNATION.pack_into(header, layout.INCARNATION_OFFSET, incarnation)
@@ -104,36 +109,37 @@ class LinuxArenaMemory:
             ) from error
 
     def leave(self, memory: int, slot: int) -> None:
-        """Ask both ends to go on over TCP."""
+        """See `ArenaMemory`."""
         for direction in range(layout.SIDES):
             with contextlib.suppress(OSError):
                 os.pwrite(memory, _YES, layout.ring_offset(slot, direction) + layout.LEAVE_OFFSET)
 
     def sever(self, memory: int, slot: int) -> None:
-        """Say to the ends of a remote slot's connection that nothing can be delivered any more."""
+        """See `ArenaMemory`."""
         for direction in range(layout.SIDES):
             with contextlib.suppress(OSError):
                 os.pwrite(memory, _YES, layout.ring_offset(slot, direction) + layout.BROKEN_OFFSET)
 
     def finish(self, memory: int, slot: int) -> None:
-        """Say to the end of a remote slot's connection that nothing comes in the ring, and that it is to use TCP."""
+        """See `ArenaMemory`."""
         self.leave(memory, slot)
         with contextlib.suppress(OSError):
             os.pwrite(memory, _YES, layout.ring_offset(slot, 1) + layout.OVER_OFFSET)
 
     def alarm(self, memory: int) -> None:
-        """Have the process look at all slots of a remote arena when its bells are rung.
+        """Have the process check all slots of a remote arena when its bells ring.
 
-        All bits at once: setting one would take away what others set meanwhile.
+        All bits are set: setting one would overwrite bits that are set meanwhile.
         """
         with contextlib.suppress(OSError):
             os.pwrite(memory, b"\xff" * (8 * layout.BELLS), layout.DIRTY_OFFSET)
 
     def make_bell(self) -> tuple[int, int]:
-        """A new bell: the end that hears, the end that rings. Raises KernelRefused.
+        """A new bell: its hearing end and its ringing end. Raises KernelRefused.
 
-        Nothing can be sent to the end that rings, and no descriptor to the end that hears. Who has the latter can undo
-        that for himself; so the router has closed it before anybody gets the former.
+        Nothing can be sent to the ringing end, and no descriptors to the hearing end. A process
+        that has the hearing end can undo the latter. So the router closes its own copy before
+        anybody gets the ringing end.
         """
         try:
             hears, rings = socket.socketpair(
@@ -147,29 +153,29 @@ class LinuxArenaMemory:
         return hears.detach(), rings.detach()
 
     def close_hearing(self, descriptor: int) -> None:
-        """The end of a bell that hears is its owner's alone now."""
+        """See `ArenaMemory`."""
         os.close(descriptor)
 
     def ring(self, descriptor: int) -> None:
-        """Ring a bell. One that is full rings already."""
+        """Ring a bell. A bell whose buffer is full has been rung already."""
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as bell:
             bell.send(b"!", _RING)
 
     def reclaim(self, memory: int, slot: int) -> bool:
-        """Give the pages of a slot back; false if the kernel can't. Not while a device has them registered."""
+        """Reclaim the pages of a slot; false if the kernel can't, as while a device has them registered."""
         size = layout.ring_size_of(os.fstat(memory).st_size)
         return _punch(memory, layout.ring_offset(slot, 0), layout.SIDES * layout.PAGE) and _punch(
             memory, layout.bulk_offset(slot, 0, size), layout.SIDES * size
         )
 
     def used(self, memory: int) -> int:
-        """Bytes that it costs."""
+        """See `ArenaMemory`."""
         return os.fstat(memory).st_blocks * 512
 
     def close(self, memory: int) -> None:
-        """Let go of it; its pages go when the last process that has it mapped does: connections may still use them."""
+        """Close the memfd. Its pages stay until no process has them mapped: connections may use them."""
         os.close(memory)
 
     def close_bell(self, descriptor: int) -> None:
-        """A bell isn't needed any more."""
+        """See `ArenaMemory`."""
         os.close(descriptor)

@@ -18,7 +18,7 @@ from dataplane.router.arenas import RELAY_SIDE, Arena, ConnectionEnd, Side
 from dataplane.router.bells import Bells
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.pair_requests import PairRequest
-from dataplane.router.registry import Process, Registry
+from dataplane.router.registry import ProcessRecord, Registry
 from dataplane.router.remote_pairing import RELAY
 from dataplane.router.seams import ArenaMemory, SocketTable
 
@@ -135,7 +135,7 @@ class ArenaTable:
             self._withdraw(arena)
         return slot
 
-    def join(self, process: Process, arena: Arena, side: int) -> None:
+    def join(self, process: ProcessRecord, arena: Arena, side: int) -> None:
         """A process is one of a side."""
         arena.sides[side].members.add(process.id)
         process.arenas[arena.id] = arena
@@ -217,7 +217,7 @@ class ArenaTable:
             self._withdraw(arena)
             self.close_if_done(arena)
 
-    def process_gone(self, process: Process) -> None:
+    def process_gone(self, process: ProcessRecord) -> None:
         """A process has closed its connection to the router."""
         for arena in list(process.arenas.values()):
             if process.id in arena.pair:

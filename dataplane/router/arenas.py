@@ -1,9 +1,11 @@
-"""Arenas as the router keeps them: which slot carries which connection, who may speak for a side, whose bells there are.
+"""Arenas as the router keeps them: their slots, the processes of each side, and their bells.
 
-An arena belongs to two processes. A slot is free again when both sides have released it; a side without processes has
-released all. When a side holds no slot any more the arena is retired: that process has unmapped it and closed its bells,
-and the next connection of the two gets another. A remote arena belongs to one process and the host's relay, which is side 1
-and keeps it until it is told otherwise. No I/O: descriptors are numbers here.
+An arena belongs to two processes. A slot is free again when both sides have released it; a side
+without processes has released all of its slots. When a side holds no slot any more the arena is
+retired: the process has unmapped it and closed its bells, and the next connection of the two
+processes gets another arena. A remote arena belongs to one process and the host's relay. The relay
+is side 1 and keeps the arena until the router discards it. There is no I/O: descriptors are only
+numbers here.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ RELAY_SIDE: Final = 1
 
 @dataclass(slots=True, eq=False)
 class ConnectionEnd:
-    """One end of a connection that has a slot."""
+    """A process's end of a connection that has a slot."""
 
     process: int
     namespace: int
@@ -32,17 +34,17 @@ class ConnectionEnd:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A slot in use. An end that has released it is None."""
+    """A slot in use. An end that has released the slot is None."""
 
     incarnation: int
     since: float
     ends: list[ConnectionEnd | None]
     lost: bool = False
-    """The kernel knew neither socket when last asked."""
+    """The last check found neither socket in the kernel."""
     left: bool = False
-    """Both ends were asked to go on over TCP."""
+    """Both ends were told to fall back to TCP."""
     connection: int = 0
-    """The relay's number of it, in a remote arena."""
+    """The relay's number of the connection, in a remote arena."""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +58,7 @@ class Side:
     bells: dict[int, int] = field(default_factory=dict)
     """Index to the ringing end of its socket pair."""
     hears: int | None = None
-    """The hearing end of bell 0, until its process has it."""
+    """The hearing end of bell 0, until the process has it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -73,18 +75,18 @@ class Arena:
     """Slots that each side holds."""
     retired: bool = False
     used: int = 0
-    """Bytes, when last looked."""
+    """Bytes, at the last measurement."""
     orphaned: bool = False
-    """A side's processes have hung up; what shares their memory may still use it."""
+    """A side's processes have hung up. Others that share their memory may still use the arena."""
     rung: bool = False
-    """Its processes have what rings bell 0 of the other side."""
+    """Its processes have the ringing end of bell 0 of the other side."""
     ring: int = 0
-    """Bytes of its rings if it is a remote one."""
+    """Bytes of each ring of a remote arena; 0: the arena isn't remote."""
 
     def take(
         self, incarnation: int, since: float, ends: tuple[ConnectionEnd, ConnectionEnd]
     ) -> int:
-        """Put a connection in a free slot; there must be one."""
+        """Put a connection into a free slot, which there must be. The slot's number."""
         number = self.free.pop()
         self.slots[number] = Slot(incarnation, since, list(ends))
         for side in range(SIDES):
@@ -92,7 +94,7 @@ class Arena:
         return number
 
     def side_of(self, token: int, namespace: int) -> int | None:
-        """The side that a token is of, if the container is that side's."""
+        """The side with this token, if it is one of this container."""
         for number in range(SIDES):
             side = self.sides[number]
             if side.token == token and side.namespace == namespace:
@@ -100,7 +102,7 @@ class Arena:
         return None
 
     def release(self, number: int, side: int) -> tuple[ConnectionEnd | None, bool]:
-        """One side is done with a slot. What end that was, and whether the slot is free now."""
+        """One side is done with a slot. Its end, and whether the slot is free now."""
         slot = self.slots[number]
         end, slot.ends[side] = slot.ends[side], None
         if end is not None:
@@ -114,6 +116,6 @@ class Arena:
 
     @property
     def done(self) -> bool:
-        """Nothing is in it, and nothing will come."""
+        """Whether nothing is in the arena and nothing will come into it."""
         users = self.sides[:1] if self.ring else self.sides
         return not self.slots and (self.retired or not all(side.members for side in users))

@@ -258,7 +258,7 @@ class Clients:
             or not self.pairing.connected(self._ids, namespace, pid)
         ):
             self._close_socket(accepted)
-            self._namespaces.let_go(namespace)
+            self._namespaces.release(namespace)
             return
         rate.clients += 1
         client = ClientConnection(accepted, self._ids, namespace, pid, rate, now)
@@ -475,7 +475,7 @@ class Clients:
         self._loop.forget(descriptor)
         self._close_socket(client.socket)
         self.pairing.gone(client.process)
-        self._namespaces.let_go(client.namespace)
+        self._namespaces.release(client.namespace)
         self._unknown.pop(client.process, None)
         self._stalled.pop(client.process, None)
         client.rate.paused.discard(descriptor)

@@ -94,15 +94,17 @@ class Codec:
             WrongMessage: the packet isn't exactly one known message.
         """
         if len(data) < _HEAD.size:
-            raise WrongMessage(f"packet of {len(data)} bytes; a message has at least {_HEAD.size}")
+            raise WrongMessage(
+                f"packet of {len(data)} bytes", cause=f"a message has at least {_HEAD.size}"
+            )
         kind, size = _HEAD.unpack_from(data)
         layout = self._by_kind.get(kind)
         if layout is None:
             raise WrongMessage(f"message of unknown kind {kind}")
         if size != len(data) or not 0 <= size - layout.form.size <= layout.tail:
             raise WrongMessage(
-                f"{layout.name(kind)} of {len(data)} bytes that says {size}; "
-                f"it has {layout.form.size}"
+                f"{layout.name(kind)} of {len(data)} bytes that says {size}",
+                cause=f"it has {layout.form.size}",
             )
         return layout.unpack(kind, data)
 

@@ -1,4 +1,4 @@
-"""Where things are in an arena: the numbers of `dataplane/library/layout.h`; a test compares both."""
+"""The layout of an arena: the numbers of `dataplane/library/layout.h`. A test compares both."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SLOTS: Final = 64
 SIDES: Final = 2
 BELLS: Final = 256
 RING_SIZE: Final = 4 << 20
-"""Of arenas whose sides are both processes of this host."""
+"""In arenas whose sides are both processes of this host."""
 REMOTE_RING_LEAST: Final = 64 << 10
 REMOTE_RING_MOST: Final = RING_SIZE // 2
-"""Of arenas whose side 1 is the host's relay: the size says which kind it is."""
+"""In arenas whose side 1 is the host's relay: the size tells the two kinds apart."""
 RING_HEADER: Final = 384
 SLOT_OFFSET: Final = 2 * PAGE
 BULK_OFFSET: Final = 1 << 20
@@ -28,12 +28,12 @@ OVER_OFFSET: Final = 268
 LEFT_OFFSET: Final = 272
 BROKEN_OFFSET: Final = 276
 RECEIVED_OFFSET: Final = 280
-"""Of struct ring."""
+"""Offsets in struct ring."""
 DIRTY_OFFSET: Final = 128
-"""Of struct arena: which slots the waiters of side 0 have to look at, a word for each bell."""
+"""Offset in struct arena: the slots that the waiters of side 0 have to check, a word per bell."""
 
 HEADER: Final = struct.Struct("=QIII")
-"""The beginning of struct arena: magic, version, size_of_ring, remote."""
+"""The first fields of struct arena: magic, version, size_of_ring, remote."""
 
 
 def arena_size(ring_size: int) -> int:
@@ -42,15 +42,15 @@ def arena_size(ring_size: int) -> int:
 
 
 def ring_size_of(size: int) -> int:
-    """The rings of an arena of so many bytes."""
+    """Bytes of each ring of an arena of so many bytes."""
     return (size - BULK_OFFSET) // (SLOTS * SIDES)
 
 
 def ring_offset(slot: int, direction: int) -> int:
-    """Where the page of a ring is: its header and first bytes."""
+    """Offset of a ring's page, which has its header and first bytes."""
     return SLOT_OFFSET + (slot * SIDES + direction) * PAGE
 
 
 def bulk_offset(slot: int, direction: int = 0, ring_size: int = RING_SIZE) -> int:
-    """Where the bulk area of a ring is."""
+    """Offset of a ring's bulk area."""
     return BULK_OFFSET + (slot * SIDES + direction) * ring_size

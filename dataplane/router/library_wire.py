@@ -102,7 +102,7 @@ def ip_of(family: int, raw: bytes) -> IPAddress:
     if family == _AF_INET:
         return _IPv4(raw[:4])
     if family != _AF_INET6:
-        raise WrongMessage(f"address family {family}; AF_INET and AF_INET6 are known")
+        raise WrongMessage(f"address family {family}", cause="AF_INET and AF_INET6 are known")
     ip = _IPv6(raw)
     mapped = ip.ipv4_mapped
     return ip if mapped is None else _IPv4(mapped.packed)

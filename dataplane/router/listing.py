@@ -1,6 +1,7 @@
-"""Which path each connection takes, and why: the kernel's list of a container's sockets, joined with the registry.
+"""The path of each connection, and why: the kernel's sockets of a container, joined with the registry.
 
-A grant counts as shm, or as rdma to another host: that both ends got one is what the router knows, when each direction switches is theirs.
+A granted connection counts as shm, or as rdma to another host. The router knows that both ends were
+granted a slot, but not when each direction switches to it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataplane.router.knowledge import Knowledge, Network
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.pairing import Pairing
 from dataplane.router.reasons import Reason
-from dataplane.router.registry import Container
+from dataplane.router.registry import ContainerRecord
 from dataplane.router.remote_pairing import RELAY
 from dataplane.router.socket_table import Namespaces, TcpSocket
 
@@ -36,33 +37,33 @@ RDMA: Final = "rdma"
 def connections(
     pairing: Pairing, namespaces: Namespaces, clock: Callable[[], float], only: int | None
 ) -> Iterator[Connections | None]:
-    """The list, last; a None before each step, where the caller may do something else."""
-    found: list[ConnectionFact] = []
+    """The list, as the last item; a None after each step, where the caller may do other work."""
+    entries: list[ConnectionFact] = []
     for namespace in list(pairing.knowledge.places) if only is None else [only]:
-        for each in _sockets(namespaces, namespace):
-            if each is None:
+        for tcp in _sockets(namespaces, namespace):
+            if tcp is None:
                 yield None
                 continue
-            entry = _entry(pairing, namespace, each, clock())
+            entry = _entry(pairing, namespace, tcp, clock())
             if entry is not None:
-                found.append(entry)
-    words = {entry.reason for entry in found}
+                entries.append(entry)
+    words = {entry.reason for entry in entries}
     sentences = {reason.word: reason.sentence for reason in Reason if reason.word in words}
-    yield Connections(connections=tuple(found), reasons=sentences)
+    yield Connections(connections=tuple(entries), reasons=sentences)
 
 
 def paths(pairing: Pairing, namespaces: Namespaces) -> Iterator[PathCounts | None]:
-    """The counts, last; like `connections`, without saying which."""
+    """The counts, as the last item; a None after each step, as in `connections`."""
     counts: Counter[tuple[str, str, str | None]] = Counter()
     for namespace in list(pairing.knowledge.places):
-        for each in _sockets(namespaces, namespace):
-            if each is None:
+        for tcp in _sockets(namespaces, namespace):
+            if tcp is None:
                 yield None
                 continue
-            network = pairing.knowledge.network_of(namespace, each.local.ip)
-            if network is not None and each.inode:
+            network = pairing.knowledge.network_of(namespace, tcp.local.ip)
+            if network is not None and tcp.inode:
                 container = pairing.containers.get(namespace)
-                path, reason, _ = _path(pairing, container, network, each, 0.0)
+                path, reason, _ = _path(pairing, container, network, tcp, 0.0)
                 counts[network.id, path, None if reason is None else reason.word] += 1
     yield PathCounts(
         paths=tuple(
@@ -77,7 +78,7 @@ def _sockets(namespaces: Namespaces, namespace: int) -> Iterator[TcpSocket | Non
         with namespaces.list(namespace) as diag:
             yield from diag.connected()
     except KernelRefused:
-        # The container has ended meanwhile.
+        # The container may have ended meanwhile.
         return
 
 
@@ -85,7 +86,7 @@ def _entry(pairing: Pairing, namespace: int, tcp: TcpSocket, now: float) -> Conn
     knowledge = pairing.knowledge
     network = knowledge.network_of(namespace, tcp.local.ip)
     place = knowledge.places.get(namespace)
-    # Without an inode: no process has it any more, the kernel alone says goodbye.
+    # A socket without an inode belongs to no process any more: the kernel is closing it.
     if network is None or place is None or not tcp.inode:
         return None
     container = pairing.containers.get(namespace)
@@ -103,19 +104,23 @@ def _entry(pairing: Pairing, namespace: int, tcp: TcpSocket, now: float) -> Conn
 
 
 def _path(
-    pairing: Pairing, container: Container | None, network: Network, tcp: TcpSocket, now: float
+    pairing: Pairing,
+    container: ContainerRecord | None,
+    network: Network,
+    tcp: TcpSocket,
+    now: float,
 ) -> tuple[str, Reason | None, float | None]:
-    """Path, reason, age."""
+    """The connection's path, the reason for TCP, and its age in seconds."""
     if container is not None:
         held = container.ends.get(tcp.cookie)
         if held is not None:
             arena, number, _ = held
             slot = arena.slots[number]
-            # The process keeps the slot until it closes: there may be something to read in it.
+            # The process keeps the slot until it closes: the ring may still have bytes to read.
             left = slot.ends[RELAY_SIDE] is None if arena.ring else slot.left
             if left:
                 return OVERLAY, Reason.LEFT, None
-            # A note about a connection that has a slot: its end has gone back to TCP since.
+            # A note about a connection that has a slot: its end has fallen back to TCP since.
             noted = container.notes.get(tcp.cookie)
             if noted is not None:
                 return OVERLAY, Reason(noted[0]), None
@@ -141,12 +146,12 @@ def _path(
     return OVERLAY, Reason.SHORT, None
 
 
-def _has_library(container: Container) -> bool:
+def _has_library(container: ContainerRecord) -> bool:
     return any(process.build is not None for process in container.processes.values())
 
 
 def _peer_has_library(pairing: Pairing, network: Network, tcp: TcpSocket) -> bool:
-    """Whether any container that may be at the other end has a process with the library."""
+    """Whether a container that may have the other end has a process with the library."""
     ip = tcp.remote.ip
     for address in network.tasks.get(ip, (ip,)):
         peer = pairing.containers.get(network.owners.get(address, -1))
@@ -168,13 +173,13 @@ def _why_waiting(pairing: Pairing, network: Network, waiting: PairRequest) -> Re
 def statistics(
     pairing: Pairing, *, uptime: float, wrong_messages: int, dropped: int, rdma: RdmaFacts
 ) -> Statistics:
-    """Counts."""
+    """The counters of the router and of each container."""
     counts = pairing.counts
     return Statistics(
         uptime=uptime,
         learned=pairing.knowledge.learned,
         processes=len(pairing.processes),
-        waiting=sum(len(each.waiting) for each in pairing.containers.values()),
+        waiting=sum(len(container.waiting) for container in pairing.containers.values()),
         shm=sum(len(arena.slots) for arena in pairing.arenas.values() if not arena.ring),
         arenas=len(pairing.arenas),
         memory=sum(arena.used for arena in pairing.arenas.values()),
@@ -192,7 +197,7 @@ def statistics(
     )
 
 
-def _counts(container: Container, knowledge: Knowledge) -> ContainerCounts:
+def _counts(container: ContainerRecord, knowledge: Knowledge) -> ContainerCounts:
     place = knowledge.places.get(container.namespace)
     builds: dict[str, int] = {}
     for process in container.processes.values():

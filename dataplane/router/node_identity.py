@@ -21,7 +21,7 @@ PROTOCOL: Final = "freeflow/1"
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """What a certificate that was checked says of its owner."""
+    """The owner of a certificate that was verified."""
 
     node: str
     cluster: str
@@ -32,19 +32,19 @@ class Certified:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Identity:
-    """What it takes to open and to accept sessions."""
+    """What is needed to open and to accept sessions."""
 
     own: Certified
     roles: frozenset[str]
-    """Those that a peer may have."""
+    """Roles that a peer may have."""
     server: ssl.SSLContext
     client: ssl.SSLContext
 
     def check(self, peer: Certified) -> None:
-        """Whether a peer, whose certificate is signed by our root, is one that we speak with.
+        """Check that a peer, whose certificate our root has signed, may have a session.
 
         Raises:
-            NoIdentity: it isn't.
+            NoIdentity: it may not.
         """
         if peer.cluster != self.own.cluster:
             raise NoIdentity("the peer is of another Swarm")
@@ -57,10 +57,10 @@ class Identity:
 
 
 def make(root: str, certificate: str, key: str, roles: frozenset[str]) -> Identity:
-    """An identity of PEM texts that accepts itself.
+    """An identity of PEM texts, whose handshake with itself succeeds.
 
     Raises:
-        ValueError, OSError: it doesn't.
+        ValueError, OSError: the handshake fails.
     """
     server = _context(ssl.PROTOCOL_TLS_SERVER, root, certificate, key)
     client = _context(ssl.PROTOCOL_TLS_CLIENT, root, certificate, key)
@@ -68,19 +68,19 @@ def make(root: str, certificate: str, key: str, roles: frozenset[str]) -> Identi
 
 
 def certified(peer: Mapping[str, object] | None) -> Certified:
-    """What TLS says of the other side's certificate (`getpeercert()`).
+    """The owner of a peer's certificate, from `SSLObject.getpeercert()`.
 
     Raises:
-        ValueError: it isn't one of a node.
+        ValueError: it isn't the certificate of a node.
     """
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     subject = (peer or {}).get("subject", ())
     assert isinstance(subject, tuple)
     for parts in subject:
         for name, value in parts:
-            found.setdefault(name, []).append(value)
+            names.setdefault(name, []).append(value)
     once = [
-        found.get(name, []) for name in ("commonName", "organizationName", "organizationalUnitName")
+        names.get(name, []) for name in ("commonName", "organizationName", "organizationalUnitName")
     ]
     if peer is None or any(len(values) != 1 for values in once):
         raise ValueError("the certificate doesn't name one node, one role and one Swarm")
@@ -95,9 +95,9 @@ def _context(protocol: int, root: str, certificate: str, key: str) -> ssl.SSLCon
     made.minimum_version = ssl.TLSVersion.TLSv1_3
     made.check_hostname = False
     made.verify_mode = ssl.CERT_REQUIRED
-    # As the engine does it: each certificate of the root's file is trusted by itself, self-signed or not.
+    # As the engine does: each certificate in the root's file is trusted, self-signed or not.
     made.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    # Resuming would go past the check of the certificate.
+    # A resumed session would bypass the check of the certificate.
     made.options |= ssl.OP_NO_TICKET
     if protocol == ssl.PROTOCOL_TLS_SERVER:
         made.num_tickets = 0
@@ -106,7 +106,7 @@ def _context(protocol: int, root: str, certificate: str, key: str) -> ssl.SSLCon
     files = [_anonymous(certificate), _anonymous(key)]
     try:
         paths = [f"/proc/self/fd/{file}" for file in files]
-        # A password that is asked for would be asked of a terminal.
+        # Without it OpenSSL would ask for the password of an encrypted key on a terminal.
         made.load_cert_chain(paths[0], paths[1], password=lambda: b"")
     finally:
         for file in files:
@@ -123,7 +123,7 @@ def _anonymous(text: str) -> int:
 
 
 def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> Certified:
-    """Both ends of one handshake: whether key, certificate and roots fit, and what the certificate says."""
+    """Shake hands with itself: key, certificate and roots fit together. The certificate's owner."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(to_client, to_server),
@@ -139,4 +139,4 @@ def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> Certified:
             waiting.remove(end)
         if not waiting:
             return certified(ends[0].getpeercert())
-    raise ValueError("a handshake with itself doesn't end")
+    raise ValueError("a handshake with itself does not finish")

@@ -35,7 +35,7 @@ from dataplane.router.library_wire import (
 )
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.reasons import STATUS_ONLY, Reason
-from dataplane.router.registry import Process, Registry
+from dataplane.router.registry import ProcessRecord, Registry
 from dataplane.router.remote_pairing import RELAY, RemotePairing
 from dataplane.router.request_table import RequestTable
 from dataplane.router.seams import ArenaMemory, Outbox, SocketTable
@@ -119,7 +119,7 @@ class Pairing:
         if process is not None and process.build is not None and process.welcome is None:
             self._welcome(process)
 
-    def _welcome(self, process: Process) -> None:
+    def _welcome(self, process: ProcessRecord) -> None:
         rule = self.knowledge.rule(process.namespace)
         welcome = Welcome(
             version=PROTOCOL_VERSION,
@@ -362,7 +362,7 @@ class Pairing:
         """The arena, if it is known. `across`: 1 if the bell has to be one of the other side."""
         kind = type(message).__name__.upper()
         if message.index >= layout.BELLS:
-            raise WrongMessage(f"{kind} {message.index}; a side has {layout.BELLS}")
+            raise WrongMessage(f"{kind} {message.index}", cause=f"a side has {layout.BELLS} bells")
         arena = self.arenas.get(message.arena)
         if arena is None:
             return None

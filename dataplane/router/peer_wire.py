@@ -1,8 +1,10 @@
-"""What routers of two hosts say to each other: a length of four bytes, then one message in MessagePack.
+"""The messages between routers of two hosts: a length of four bytes, then a message in MessagePack.
 
-A peer is a host of our own Swarm and may be hostile all the same: each field has a limit here, and a frame that is no message
-ends the session. What fields mean is checked where they are used. Unknown fields are skipped, so that a later version can
-add some; unknown messages aren't.
+A peer is a host of our own Swarm, but it may be hostile. So each field has a limit here, and an
+invalid frame ends the session. What fields mean is checked where they are used. Unknown fields are
+ignored, so that a later version can add some; unknown messages are invalid.
+
+A message's tag and its fields' names are on the wire: they don't follow the names of classes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ MAX_FRAME: Final = 128 << 10
 MAX_DATA: Final = 60_000
 """Bytes that one `PeerFrame` carries."""
 MAX_BLOB: Final = 128
-"""Bytes of a relay's place or address."""
+"""Bytes of a relay's memory location or link address."""
 
 _LENGTH: Final = struct.Struct(">I")
 
@@ -36,26 +38,27 @@ AddressText = Annotated[str, Meta(max_length=45)]
 EndText = Annotated[str, Meta(max_length=53)]
 Blob = Annotated[bytes, Meta(max_length=MAX_BLOB)]
 Text = Annotated[str, Meta(pattern=r"^[ -~]{0,200}\Z")]
-"""Goes into logs and tables."""
+"""Text that goes into logs and tables."""
 
 
 class PeerHello(msgspec.Struct, frozen=True, tag="Hello", kw_only=True):
-    """The first message of each side, and again when something in it has changed."""
+    """The first message of each side; sent again when a field has changed."""
 
     version: U32 = PEER_VERSION
     instance: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
-    """Random, anew at each start of a router: another one means that the peer knows nothing of what was before."""
+    """A random number of the router's start. Another one means that the peer's router has been restarted
+    and has no state of before."""
     node: NodeId
     data_path: AddressText
-    """The address at which its RDMA device is reached; "" if it has none to tell."""
+    """The address of its RDMA device; "" if there is none."""
     rdma: bool
     ring: U32 = 0
-    """Bytes of a ring for connections between hosts; the two use the smaller of theirs."""
+    """Bytes of a ring for connections between hosts. Both hosts use the smaller of their sizes."""
     build: Annotated[str, Meta(pattern=r"^[0-9A-Za-z.+_-]{0,64}\Z")] = ""
 
 
 class Owns(msgspec.Struct, frozen=True, tag=True):
-    """The addresses of the speaker's endpoints by network, of the networks that both share. Whole each time."""
+    """The addresses of the sender's endpoints, by the networks that both hosts share. Always complete."""
 
     networks: Annotated[
         dict[NetworkId, Annotated[tuple[AddressText, ...], Meta(max_length=8192)]],
@@ -64,7 +67,7 @@ class Owns(msgspec.Struct, frozen=True, tag=True):
 
 
 class Offer(msgspec.Struct, frozen=True, tag=True):
-    """A process of the speaker's has asked for a connection; `local` and `remote` as that process sees them."""
+    """A process of the sender has requested a path. `local` and `remote` are as that process sees them."""
 
     offer: U63
     network: NetworkId
@@ -73,20 +76,23 @@ class Offer(msgspec.Struct, frozen=True, tag=True):
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True):
-    """The speaker's offer doesn't stand any more."""
+    """The sender withdraws its offer."""
 
     offer: U63
 
 
 class Decline(msgspec.Struct, frozen=True, tag=True):
-    """The hearer's offer can't be had; `reason` is a `Reason`."""
+    """The sender declines the receiver's offer; `reason` is a `Reason`."""
 
     offer: U63
     reason: U32
 
 
 class Placement(msgspec.Struct, frozen=True, tag="Place"):
-    """Leader to follower: an offer is taken; `connection` and `place` are the leader's."""
+    """Leader to follower: an offer is taken.
+
+    `connection` is the leader's number of the connection, `place` its relay's memory location.
+    """
 
     offer: U63
     connection: U32
@@ -94,7 +100,7 @@ class Placement(msgspec.Struct, frozen=True, tag="Place"):
 
 
 class PeerAccept(msgspec.Struct, frozen=True, tag="Accept"):
-    """Follower to leader: the answer to Placement; `connection` and `place` are the follower's."""
+    """Follower to leader: the answer to Placement, with the follower's `connection` and `place`."""
 
     offer: U63
     connection: U32
@@ -102,13 +108,16 @@ class PeerAccept(msgspec.Struct, frozen=True, tag="Accept"):
 
 
 class Paired(msgspec.Struct, frozen=True, tag=True):
-    """Leader to follower: the answer to PeerAccept; both ends have a path now. `connection` is the hearer's."""
+    """Leader to follower: the answer to PeerAccept. Both ends have a path now.
+
+    `connection` is the receiver's number.
+    """
 
     connection: U32
 
 
 class LinkOffer(msgspec.Struct, frozen=True, tag=True):
-    """The speaker's relay has made its end of a link. `again`: in place of one that broke."""
+    """The sender's relay has made its end of a link. `again`: in place of one that was lost."""
 
     link: U32
     address: Blob
@@ -116,35 +125,35 @@ class LinkOffer(msgspec.Struct, frozen=True, tag=True):
 
 
 class LinkAnswer(msgspec.Struct, frozen=True, tag=True):
-    """The hearer's link has another end now."""
+    """The receiver's link has its other end now."""
 
     link: U32
     address: Blob
 
 
 class LinkRefused(msgspec.Struct, frozen=True, tag=True):
-    """There is no other end for the hearer's link."""
+    """There will be no other end for the receiver's link."""
 
     link: U32
     text: Text
 
 
 class Drop(msgspec.Struct, frozen=True, tag=True):
-    """A connection, by the hearer's number, is given up."""
+    """The sender drops a connection, which has the receiver's number here."""
 
     connection: U32
     reason: U32
 
 
 class PeerFrame(msgspec.Struct, frozen=True, tag="Frame"):
-    """Bytes from one relay to the other."""
+    """Bytes of a relay for the other relay."""
 
     link: U32
     data: Annotated[bytes, Meta(max_length=MAX_DATA)]
 
 
 class PeerPing(msgspec.Struct, frozen=True, tag="Ping"):
-    """The speaker lives."""
+    """The sender is alive."""
 
 
 class PeerPong(msgspec.Struct, frozen=True, tag="Pong"):
@@ -177,27 +186,27 @@ def pack(message: Message) -> bytes:
     """A message as a frame.
 
     Raises:
-        WrongMessage: it is longer than a frame may be.
+        WrongMessage: the message is longer than a frame may be.
     """
     data = _encoder.encode(message)
     if len(data) > MAX_FRAME:
         raise WrongMessage(
-            f"{type(message).__name__} of {len(data)} bytes; a peer takes {MAX_FRAME}"
+            f"{type(message).__name__} of {len(data)} bytes", cause=f"a peer takes {MAX_FRAME}"
         )
     return _LENGTH.pack(len(data)) + data
 
 
 class Frames:
-    """Puts messages together from pieces of a stream; holds no more than one frame and one piece."""
+    """Splits a stream into messages. It holds one frame and one piece of the stream at most."""
 
     def __init__(self) -> None:
         self._held = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Message]:
-        """The messages that are whole with this piece. To be taken to the end before the next piece.
+        """The messages that are complete with this piece. To be exhausted before the next piece.
 
         Raises:
-            WrongMessage: what came is no message.
+            WrongMessage: a frame is invalid.
         """
         held = self._held
         held += data
@@ -206,7 +215,9 @@ class Frames:
             while len(held) - at >= _LENGTH.size:
                 (length,) = _LENGTH.unpack_from(held, at)
                 if not 0 < length <= MAX_FRAME:
-                    raise WrongMessage(f"a frame of {length} bytes; 1 to {MAX_FRAME} are allowed")
+                    raise WrongMessage(
+                        f"a frame of {length} bytes", cause=f"1 to {MAX_FRAME} are allowed"
+                    )
                 start = at + _LENGTH.size
                 if len(held) - start < length:
                     return
@@ -220,15 +231,15 @@ def _message(data: bytes) -> Message:
     try:
         message: Message = _decoder.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise WrongMessage(f"a frame that is no message: {str(error)[:200]!r}") from error
+        raise WrongMessage(f"an invalid frame: {str(error)[:200]!r}") from error
     return message
 
 
 def ip_of(text: str) -> IPAddress:
-    """An address in a message. IPv4 in IPv6's clothes is IPv4.
+    """An address in a message. IPv4-mapped IPv6 addresses are IPv4.
 
     Raises:
-        WrongMessage: it is none.
+        WrongMessage: the text is no address.
     """
     try:
         ip = ipaddress.ip_address(text)
@@ -243,10 +254,10 @@ def ip_of(text: str) -> IPAddress:
 
 
 def end_of(text: str) -> Address:
-    """One end of a connection in a message, as `str(Address)` writes it: 10.0.1.2:80 or [fd00::2]:80.
+    """An address and port in a message, as in `str(Address)`: 10.0.1.2:80 or [fd00::2]:80.
 
     Raises:
-        WrongMessage: it is none.
+        WrongMessage: the text is something else.
     """
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or len(port) > 5:

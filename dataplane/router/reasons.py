@@ -1,7 +1,7 @@
-"""Why a connection runs over TCP: one word for tables and metrics, one sentence for people.
+"""Why a connection runs over TCP: a word for tables and metrics, a sentence for people.
 
-Numbers below `STATUS_ONLY` are those of `enum reason` in `dataplane/library/protocol.h`, which a test compares; the others
-are what the router works out for `freeflow connections`.
+Numbers below `STATUS_ONLY` are those of `enum reason` in `dataplane/library/protocol.h`; a test
+compares them. The router works out the others for `freeflow connections`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Reason(IntEnum):
     SHARED = 14
     BROKEN = 15
     SANDBOX = 16
-    # What nobody tells: worked out.
+    # Worked out by the router; no process notes them.
     SHORT = 1000
     NO_LIBRARY = 1001
     PEER_NO_LIBRARY = 1002

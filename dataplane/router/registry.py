@@ -25,7 +25,7 @@ NOTES: Final = 16384
 
 
 @dataclass(slots=True, eq=False)
-class Process:
+class ProcessRecord:
     """A process that is connected to the router."""
 
     id: int
@@ -44,13 +44,13 @@ class Process:
 
 
 @dataclass(slots=True, eq=False)
-class Container:
+class ContainerRecord:
     """What the processes of one network namespace have."""
 
     namespace: int
     asks: Bucket
     """The requests that it may still send."""
-    processes: dict[int, Process] = field(default_factory=dict)
+    processes: dict[int, ProcessRecord] = field(default_factory=dict)
     waiting: dict[int, PairRequest] = field(default_factory=dict)
     """Requests that wait, by cookie."""
     ends: dict[int, tuple[Arena, int, int]] = field(default_factory=dict)
@@ -88,8 +88,8 @@ class Registry:
         self.clock = clock
         self.knowledge = Knowledge()
         self.remote: RemotePairing = NoRemotePairing()
-        self.processes: dict[int, Process] = {}
-        self.containers: dict[int, Container] = {}
+        self.processes: dict[int, ProcessRecord] = {}
+        self.containers: dict[int, ContainerRecord] = {}
         self.counts = PairingCounts()
 
     @property
@@ -104,17 +104,17 @@ class Registry:
             container = self.add_container(namespace, self.limits.asks)
         elif len(container.processes) >= self.limits.processes:
             return False
-        process = Process(process_id, namespace, pid)
+        process = ProcessRecord(process_id, namespace, pid)
         self.processes[process_id] = container.processes[process_id] = process
         return True
 
-    def add_container(self, namespace: int, requests: float) -> Container:
+    def add_container(self, namespace: int, requests: float) -> ContainerRecord:
         """Add a container that may send so many requests per second."""
-        container = Container(namespace, Bucket.full(requests, self.clock()))
+        container = ContainerRecord(namespace, Bucket.full(requests, self.clock()))
         self.containers[namespace] = container
         return container
 
-    def remove(self, process_id: int) -> Process:
+    def remove(self, process_id: int) -> ProcessRecord:
         """Remove a process. Its container stays until `forget_if_unused`."""
         process = self.processes.pop(process_id)
         del self.containers[process.namespace].processes[process_id]
@@ -133,7 +133,7 @@ class Registry:
         told = reason if reason < STATUS_ONLY else Reason.REMOTE
         self.outbox.send(process_id, Refuse(request.connection, request.cookie, told))
 
-    def note(self, process: Process, cookie: int, reason: int) -> None:
+    def note(self, process: ProcessRecord, cookie: int, reason: int) -> None:
         """Remember why a connection is on TCP."""
         notes = self.containers[process.namespace].notes
         notes.pop(cookie, None)

@@ -106,7 +106,7 @@ def _pack_words(words: bytes) -> bytes:
 def _unpack_words(raw: bytes) -> bytes:
     length, words = _WORDS.unpack(raw)
     if length > MAX_WORDS:
-        raise WrongMessage(f"{length} words; {MAX_WORDS} are the most")
+        raise WrongMessage(f"{length} words", cause=f"{MAX_WORDS} are the most")
     return bytes(words[:length])
 
 

@@ -12,64 +12,67 @@ from dataplane.router.library_wire import Address, Answer
 
 
 class Outbox(Protocol):
-    """How answers reach processes."""
+    """Sends answers to processes."""
 
     def send(self, process: int, answer: Answer, *descriptors: int) -> bool:
-        """Send now or never; false if the process can't take it. It is then gone soon, not yet."""
+        """Send now or never. False: the process can't take it, and its connection will be closed."""
         ...
 
 
 class SocketTable(Protocol):
-    """What the kernel knows of a container's sockets."""
+    """The kernel's table of a container's sockets."""
 
     def is_open(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
-        """Whether this very socket is connected."""
+        """Whether the socket with this cookie is connected."""
         ...
 
     def exists(self, namespace: int, local: Address, remote: Address) -> bool:
-        """Whether there is any socket of these addresses, in any state."""
+        """Whether there is any socket with these addresses, in any state."""
         ...
 
     def is_held(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
-        """Whether some process still has this very socket."""
+        """Whether a process still has the socket with this cookie."""
         ...
 
     def translated(
         self, namespace: int, local: Address, remote: Address
     ) -> tuple[Address, Address] | None:
-        """Where a connection of this namespace really leads, and as whom it comes there; None: not known."""
+        """The server that a connection leads to, and the client as that server sees it.
+
+        None: unknown.
+        """
         ...
 
 
 class ArenaMemory(Protocol):
-    """Arenas' memory."""
+    """The memory and the bells of arenas. Arenas and bells are descriptors."""
 
     def make(self, ring_size: int = layout.RING_SIZE, remote: bool = False) -> int:
         """A new arena. Raises KernelRefused."""
         ...
 
     def prepare(self, memory: int, slot: int, incarnation: int) -> None:
-        """Make a slot new: nothing of its last connection is left. Raises KernelRefused."""
+        """Clear a slot for its next connection. Raises KernelRefused."""
         ...
 
     def leave(self, memory: int, slot: int) -> None:
-        """Request both ends of the slot's connection to go on over TCP."""
+        """Ask both ends of a slot's connection to fall back to TCP."""
         ...
 
     def sever(self, memory: int, slot: int) -> None:
-        """Say to the ends of a remote slot's connection that nothing can be delivered any more."""
+        """Tell the ends of a remote slot's connection that nothing can be delivered any more."""
         ...
 
     def finish(self, memory: int, slot: int) -> None:
-        """Say to the end of a remote slot's connection that nothing comes in the ring, and that it is to use TCP."""
+        """Tell the end of a remote slot's connection that its ring is empty for good: use TCP."""
         ...
 
     def alarm(self, memory: int) -> None:
-        """Have the process look at all slots of a remote arena when its bells are rung."""
+        """Have the process check all slots of a remote arena when its bells ring."""
         ...
 
     def make_bell(self) -> tuple[int, int]:
-        """A new bell: the end that hears, the end that rings. Raises KernelRefused."""
+        """A new bell: its hearing end and its ringing end. Raises KernelRefused."""
         ...
 
     def ring(self, descriptor: int) -> None:
@@ -77,21 +80,21 @@ class ArenaMemory(Protocol):
         ...
 
     def close_hearing(self, descriptor: int) -> None:
-        """The end of a bell that hears is its owner's alone now."""
+        """Close the router's copy of a hearing end: only its process has it now."""
         ...
 
     def reclaim(self, memory: int, slot: int) -> bool:
-        """Give the pages of a slot back; false if that fails."""
+        """Reclaim the pages of a slot; false if that fails."""
         ...
 
     def used(self, memory: int) -> int:
-        """Bytes that it costs."""
+        """Bytes of memory that an arena uses."""
         ...
 
     def close(self, memory: int) -> None:
-        """The router's hold on it ends; the processes keep theirs."""
+        """Close the router's descriptor of an arena; processes keep theirs."""
         ...
 
     def close_bell(self, descriptor: int) -> None:
-        """A bell isn't needed any more."""
+        """Close the router's copy of a ringing end."""
         ...

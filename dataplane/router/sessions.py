@@ -131,14 +131,14 @@ class Sessions:
             ended=self._ended,
         )
 
-    # --- what the user says
+    # --- the user's calls
 
     def start(self) -> None:
         """Read the identity, and begin to tick."""
         self._tick()
 
     def introduce(self, *, data_path: str, rdma: bool, ring: int = 0) -> None:
-        """What peers are told of this host from now on, those of running sessions too."""
+        """Set what peers are told of this host; those with sessions are told at once."""
         said = msgspec.structs.replace(self._said, data_path=data_path, rdma=rdma, ring=ring)
         if said == self._said:
             return
@@ -148,7 +148,7 @@ class Sessions:
                 self._say_hello(peer.session)
 
     def want(self, peers: Set[IPAddress], source: IPAddress | None = None) -> None:
-        """The addresses with which there shall be sessions: all of them, each time. `source`: this host's own among them."""
+        """Set the addresses with which there shall be sessions; `source` is this host's own."""
         self._source = source
         for address in [each for each in self._peers if each not in peers]:
             self._forget(self._peers.pop(address))
@@ -156,22 +156,26 @@ class Sessions:
             if address not in self._peers and address != source:
                 peer = self._peers[address] = _Peer(address)
                 self._dial_in(peer, self._dial_delay(address))
-        self._listen_or_not()
+        self._open_or_close_port()
 
     def listen(self, port: int) -> None:
-        """Another port, of all hosts."""
+        """Set the port, which is the same on all hosts."""
         if port != self.listener.port:
             self.listener.close()
             self.listener.port = port
-            self._listen_or_not()
+            self._open_or_close_port()
 
     def use(self, identities: Identities) -> None:
-        """Another origin of identities."""
+        """Set the source of this host's identity."""
         self._identities = identities
-        self._recognise()
+        self._apply_identity()
 
     def send(self, peer: IPAddress, message: Message) -> bool:
-        """Whether it's on its way. False: there is no session, or it's lost by this (`down` comes then), or it's too long."""
+        """Send a message. Whether it is on its way.
+
+        False: there is no session, or the message is too long, or the peer is too slow; in the last
+        case the session ends and `down` is called.
+        """
         session = self.session(peer)
         if session is None:
             return False
@@ -182,7 +186,7 @@ class Sessions:
             return False
 
     def close(self) -> None:
-        """End all. Nobody is told."""
+        """End everything. The user is not called any more."""
         self.listener.close()
         if self._ticks is not None:
             self._ticks.cancel()
@@ -194,7 +198,7 @@ class Sessions:
             connection.end("local", "this host's router ends")
         self._peers.clear()
 
-    # --- what the user asks
+    # --- the state of sessions
 
     @property
     def node(self) -> str:
@@ -203,7 +207,7 @@ class Sessions:
 
     @property
     def instance(self) -> str:
-        """This router's."""
+        """A random number of this router's start."""
         return self._said.instance
 
     @property
@@ -215,28 +219,28 @@ class Sessions:
 
     def session(self, peer: IPAddress) -> PeerConnection | None:
         """The session with a peer, if one is up."""
-        found = self._peers.get(peer)
-        session = None if found is None else found.session
+        known = self._peers.get(peer)
+        session = None if known is None else known.session
         return None if session is None or session.is_over else session
 
     def hello(self, peer: IPAddress) -> PeerHello | None:
-        """What a peer with a session has told of itself."""
+        """The last Hello of a peer with a session."""
         return None if self.session(peer) is None else self._peers[peer].hello
 
     def congested(self, peer: IPAddress) -> bool:
-        """Whether what can wait should: `SessionUser.eased` tells when not any more."""
+        """Whether messages that can wait should, until `SessionUser.eased`."""
         session = self.session(peer)
         return session is not None and session.congested
 
     def reasons(self) -> dict[IPAddress, str]:
-        """The wanted peers, and for each why there is no session with it; "" if there is one."""
+        """For each wanted peer why there is no session; "" if there is one."""
         return {
             address: "" if self.session(address) is not None else self.reason or peer.reason
             for address, peer in self._peers.items()
         }
 
     def counts(self) -> SessionCounts:
-        """For statistics."""
+        """The counters of sessions and connections."""
         return SessionCounts(
             up=sum(self.session(address) is not None for address in self._peers),
             dialled=self._dialled,
@@ -249,8 +253,8 @@ class Sessions:
 
     def _tick(self) -> None:
         self._ticks = self._loop.after(TICK, self._tick)
-        self._recognise()
-        self._listen_or_not()
+        self._apply_identity()
+        self._open_or_close_port()
         now = self._wall()
         for peer in list(self._peers.values()):
             session = peer.session
@@ -265,8 +269,8 @@ class Sessions:
                 session.send(PeerPing())
         self.listener.tick()
 
-    def _recognise(self) -> None:
-        """Take over what has become of this host's identity; sessions of another one end, and are dialled anew."""
+    def _apply_identity(self) -> None:
+        """Apply a new identity of this host: sessions of the old one end, and peers are dialled again."""
         identity = self._identities.current()
         if identity is self._identity:
             return
@@ -283,16 +287,16 @@ class Sessions:
         for peer in self._peers.values():
             peer.pause = LEAST_PAUSE
             self._dial_in(peer, self._dial_delay(peer.address))
-        self._listen_or_not()
+        self._open_or_close_port()
 
     def _connections(self) -> list[PeerConnection]:
-        """All that aren't over."""
+        """All connections that are not over."""
         connections = list(self.listener.connections())
         for peer in self._peers.values():
             connections += [each for each in (peer.session, peer.dialled) if each is not None]
         return connections
 
-    def _listen_or_not(self) -> None:
+    def _open_or_close_port(self) -> None:
         """The port is open only while there are peers."""
         if self._identity is None or not self._peers:
             self.listener.close()
@@ -322,12 +326,12 @@ class Sessions:
         peer.dialled.dial(self.listener.port, None if peer.any_source else self._source)
 
     def _dial_again(self, peer: _Peer) -> None:
-        """After a failure."""
+        """Dial once more after a failure, with a pause that doubles each time."""
         self._dial_in(peer, peer.pause * (0.75 + self._jitter() / 2))
         peer.pause = min(peer.pause * 2, MOST_PAUSE)
 
     def _forget(self, peer: _Peer) -> None:
-        """It isn't wanted any more."""
+        """End everything with a peer that is not wanted any more."""
         if peer.timer is not None:
             peer.timer.cancel()
         for connection in (peer.session, peer.dialled):
@@ -336,29 +340,29 @@ class Sessions:
         for connection in self.listener.connections_of(peer.address):
             connection.end("unwanted", "no network is shared any more")
         if peer.session is not None:
-            # Its end finds the peer gone, or another of the same address.
+            # When the connection's end is reported, the peer is unknown, or is another one of this address.
             self._loop.after(0, lambda: self._tell_down(peer, "no network is shared any more"))
 
-    # --- what connections tell (`session.SessionOwner`)
+    # --- events of connections
 
     def opened(self, connection: PeerConnection) -> bool:
-        """See `session.SessionOwner`."""
+        """See `SessionOwner`."""
         return self.listener.may_handshake(connection)
 
     def authenticated(self, connection: PeerConnection) -> None:
-        """See `session.SessionOwner`."""
+        """See `SessionOwner`."""
         if self.node > connection.node:
             self._say_hello(connection)
 
     def heard(self, connection: PeerConnection, message: Message) -> None:
-        """See `session.SessionOwner`."""
+        """See `SessionOwner`."""
         peer = self._peers.get(connection.peer)
         if peer is None:
             return
         if connection is not peer.session:
             if not isinstance(message, PeerHello):
                 raise WrongMessage("its first message is no Hello")
-            self._greeted(peer, connection, message)
+            self._take_or_end(peer, connection, message)
         elif isinstance(message, PeerPing):
             connection.send(PeerPong())
         elif isinstance(message, PeerHello):
@@ -367,12 +371,12 @@ class Sessions:
             self._user.message(connection.peer, message)
 
     def eased(self, connection: PeerConnection) -> None:
-        """See `session.SessionOwner`."""
+        """See `SessionOwner`."""
         if self.session(connection.peer) is connection:
             self._user.eased(connection.peer)
 
     def over(self, connection: PeerConnection, ending: Ending) -> None:
-        """See `session.SessionOwner`."""
+        """See `SessionOwner`."""
         self._ended[ending.word] += 1
         self.listener.release(connection)
         peer = self._peers.get(connection.peer)
@@ -389,7 +393,8 @@ class Sessions:
         elif connection is peer.dialled:
             peer.dialled = None
             if ending.word == "refused":
-                # The peer lets in the address that its engine has been told, which need not be the one that we know.
+                # The peer admits the address that its engine knows of this host, which may differ from
+                # the one that this host knows.
                 peer.any_source = not peer.any_source
             self._explain(peer, ending.text)
         else:
@@ -397,7 +402,7 @@ class Sessions:
                 self._explain(peer, ending.text)
             return
         if ending.word == "identity":
-            # The other host doesn't know that it's worth it.
+            # The other host doesn't know that a dial may succeed now.
             self._dial_in(peer, 0)
         else:
             self._dial_again(peer)
@@ -413,18 +418,8 @@ class Sessions:
         if connection.said != self._said and connection.send(self._said):
             connection.said = self._said
 
-    def _check(self, connection: PeerConnection, hello: PeerHello) -> None:
-        if hello.version != PEER_VERSION:
-            raise WrongMessage(
-                f"the peer speaks version {hello.version}, this host {PEER_VERSION}: run one version of the plugin on all hosts"
-            )
-        if hello.node != connection.node:
-            raise WrongMessage("the peer says that it is another node than its certificate does")
-        if hello.data_path:
-            ip_of(hello.data_path)
-
-    def _greeted(self, peer: _Peer, connection: PeerConnection, hello: PeerHello) -> None:
-        self._check(connection, hello)
+    def _take_or_end(self, peer: _Peer, connection: PeerConnection, hello: PeerHello) -> None:
+        _check(connection, hello)
         for other in self._peers.values():
             session = self.session(other.address)
             if other is not peer and session is not None and session.node == connection.node:
@@ -446,9 +441,10 @@ class Sessions:
         self._take(peer, connection, hello)
 
     def _is_better(self, last: PeerConnection, late: PeerConnection, hello: PeerHello) -> bool:
-        """Whether the session that is there goes before the one that has come: both hosts dialled at once.
+        """Whether the present session is kept in favour of a new one: both hosts dialled at once.
 
-        Who dialled the first, or dials when both could have known of it, has lost it.
+        If the same host dialled both, or the session is older than a handshake may take, the other
+        host has lost it.
         """
         young = self._loop.now() - last.since < DEADLINE
         return hello.instance == last.instance and last.dialled != late.dialled and young
@@ -463,7 +459,7 @@ class Sessions:
         peer.session, peer.hello, peer.reason = connection, hello, ""
         connection.came_up(hello.instance)
         self._begun += 1
-        # The chooser's choice; or news, if something has changed since it was said.
+        # The chooser's Hello is its choice. The other host sends one if it has changed meanwhile.
         self._say_hello(connection)
         if connection.is_over:
             return
@@ -472,9 +468,9 @@ class Sessions:
         self._user.up(peer.address, hello)
 
     def _changed(self, peer: _Peer, connection: PeerConnection, hello: PeerHello) -> None:
-        self._check(connection, hello)
+        _check(connection, hello)
         if hello.instance != connection.instance:
-            raise WrongMessage("the peer says that it is another router than it was")
+            raise WrongMessage("the peer's Hello names another start of its router than before")
         if hello != peer.hello:
             peer.hello = hello
             self._user.message(peer.address, hello)
@@ -489,6 +485,19 @@ class Sessions:
         try:
             self._user.down(peer.address, reason)
         except Exception:
-            # The session is gone whatever becomes of this.
+            # A bug of the user must not keep the session alive.
             self._ended["bug"] += 1
             log.exception("a bug in the router", peer=str(peer.address))
+
+
+def _check(connection: PeerConnection, hello: PeerHello) -> None:
+    """Check a Hello. Raises WrongMessage."""
+    if hello.version != PEER_VERSION:
+        raise WrongMessage(
+            f"the peer speaks version {hello.version}, this host {PEER_VERSION}",
+            remedy="run one version of the plugin on all hosts",
+        )
+    if hello.node != connection.node:
+        raise WrongMessage("the peer's Hello and its certificate name different nodes")
+    if hello.data_path:
+        ip_of(hello.data_path)

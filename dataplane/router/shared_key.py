@@ -1,8 +1,8 @@
-"""Certificates out of a secret that all hosts know, for hosts without a Swarm: the rest of TLS is then the same.
+"""Certificates derived from a secret that all hosts share, for hosts without a Swarm.
 
-The secret makes the key of a certificate authority, the same on each host; each router signs itself a certificate of its own.
-Whoever knows the secret can be any host. It is stretched, so that a short one can't be found out at once by who
-sees such a certificate.
+The secret is the seed of a certificate authority's key, the same on each host; each router signs a
+certificate for itself. Whoever knows the secret can pose as any host. The secret is stretched
+(scrypt), so that an attacker who sees such a certificate can't guess a short one at once.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dataplane.router.node_identity import Identity, make
 ROLE: Final = "freeflow-host"
 _SALT: Final = b"freeflow session key 1"
 _ORDER: Final = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
-# The secret has no end, so nor have these; clocks of hosts outside a Swarm may be wrong.
+# The secret never expires, so the certificates don't either: clocks outside a Swarm may be wrong.
 _BEGIN: Final = datetime(2000, 1, 1, tzinfo=UTC)
 _END: Final = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 
 
 class KeyIdentity:
-    """An identity of one secret. The node's ID is random: a router that starts again is another node."""
+    """The identity of a secret. The node ID is random: a restarted router is another node."""
 
     reason: Final = ""
 
@@ -36,7 +36,7 @@ class KeyIdentity:
         stretched = hashlib.scrypt(
             secret.encode(), salt=_SALT, n=1 << 15, r=8, p=1, maxmem=1 << 26, dklen=48
         )
-        # 384 bits modulo 256: all keys are as likely.
+        # 384 bits modulo a number of 256: all keys are equally likely.
         number = int.from_bytes(stretched, "big") % (_ORDER - 1) + 1
         self._identity = _identity(ec.derive_private_key(number, ec.SECP256R1()))
 

@@ -1,8 +1,9 @@
-"""What the kernel knows of a container's TCP sockets: sock_diag(7), asked inside the container's namespace.
+"""The kernel's table of a container's TCP sockets, by sock_diag(7) in the container's namespace.
 
-A netlink socket belongs to the namespace that it was made in, so one is kept per namespace for a while; not for long,
-since it keeps a namespace alive whose container has ended. No pyroute2: decoding one answer with it takes longer than the
-whole rest of pairing a connection, and importing it as long as the router's start.
+A netlink socket belongs to the namespace that it was made in, so one is kept per namespace. It is
+closed after a while without use, since it keeps the namespace of an ended container alive. pyroute2
+isn't used: decoding one reply with it takes longer than the rest of pairing a connection, and
+importing it as long as the router's start.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ NLMSG_ERROR: Final = 2
 NLMSG_DONE: Final = 3
 SOCK_DIAG_BY_FAMILY: Final = 20
 
-# Plain numbers: those of the socket module are slow to compute with.
+# Plain numbers: calculating with the socket module's is slow.
 _AF_INET: Final = int(socket.AF_INET)
 _AF_INET6: Final = int(socket.AF_INET6)
 _IPPROTO_TCP: Final = int(socket.IPPROTO_TCP)
@@ -58,7 +59,7 @@ FIN_WAIT2: Final = 5
 CLOSE_WAIT: Final = 8
 LISTEN: Final = 10
 OPEN: Final = frozenset({ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT})
-"""States (net/tcp_states.h) in which bytes still move in a direction."""
+"""States (net/tcp_states.h) in which bytes may still move in one direction."""
 _OPEN_MASK: Final = sum(1 << state for state in OPEN)
 
 T = TypeVar("T")
@@ -76,7 +77,7 @@ class TcpSocket(msgspec.Struct, frozen=True, gc=False):
 
 
 class Diag:
-    """Questions about the sockets of one namespace. `namespace` is its descriptor, which stays the caller's."""
+    """Looks up the sockets of one namespace. Its descriptor stays the caller's."""
 
     def __init__(self, namespace: int) -> None:
         """Raises KernelRefused."""
@@ -84,24 +85,26 @@ class Diag:
         self._sequence = 0
 
     def close(self) -> None:
-        """Let go of the namespace."""
+        """Release the namespace."""
         self._socket.close()
 
     def state(self, local: Address, remote: Address, cookie: int | None = None) -> int | None:
-        """The state of the socket with these addresses, and this cookie if it is given; None if there is none.
+        """The state of the socket with these addresses, and this cookie if one is given.
+
+        None: there is no such socket.
 
         Raises:
-            KernelRefused: the kernel can't say.
+            KernelRefused: the kernel doesn't answer.
         """
         body = self._body(local, remote, _NO_COOKIE if cookie is None else cookie)
         # A listener answers for addresses that no connection has.
         return None if body is None or body[1] == LISTEN else body[1]
 
     def is_held(self, local: Address, remote: Address, cookie: int) -> bool:
-        """Whether a process has the socket; if none has, the kernel alone says goodbye.
+        """Whether a process has the socket. If none has, the kernel is closing it.
 
         Raises:
-            KernelRefused: the kernel can't say.
+            KernelRefused: the kernel doesn't answer.
         """
         body = self._body(local, remote, cookie)
         return body is not None and bool(_read(body).inode)
@@ -113,7 +116,7 @@ class Diag:
                 return body
             if kind == NLMSG_ERROR:
                 number = -_ERROR.unpack_from(body)[0]
-                # ESTALE: there is one, with another cookie.
+                # ESTALE: there is a socket with another cookie.
                 if number in (errno.ENOENT, errno.ESTALE):
                     return None
                 raise KernelRefused(
@@ -122,10 +125,10 @@ class Diag:
         return None
 
     def connected(self) -> Iterator[TcpSocket | None]:
-        """All connected TCP sockets; a None now and then, where the caller may do something else.
+        """All connected TCP sockets; a None now and then, where the caller may do other work.
 
         Raises:
-            KernelRefused: the kernel can't say.
+            KernelRefused: the kernel doesn't answer.
         """
         for family in (socket.AF_INET, socket.AF_INET6):
             request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, _OPEN_MASK) + bytes(48)
@@ -193,7 +196,7 @@ def _read(body: bytes) -> TcpSocket:
 
 
 class Namespaces:
-    """Namespaces by inode: a descriptor for each that has clients, and netlink sockets for those asked about."""
+    """Namespaces by inode: a descriptor of each that has clients, and netlink sockets in them."""
 
     def __init__(self, path_of: Callable[[int], Path | None], clock: Callable[[], float]) -> None:
         self._path_of = path_of
@@ -203,7 +206,7 @@ class Namespaces:
         self._tracks: dict[int, tuple[Conntrack, float]] = {}
 
     def hold(self, descriptor: int) -> int:
-        """Take a namespace's descriptor over; its inode. To be let go of as often as it was held."""
+        """Take over a namespace's descriptor. Its inode, to be released as often as it was held."""
         inode = os.fstat(descriptor).st_ino
         held = self._held.get(inode)
         if held is None:
@@ -213,8 +216,8 @@ class Namespaces:
             os.close(descriptor)
         return inode
 
-    def let_go(self, inode: int) -> None:
-        """The last one closes it."""
+    def release(self, inode: int) -> None:
+        """Release a namespace; the last release closes it."""
         held = self._held[inode]
         held[1] -= 1
         if not held[1]:
@@ -223,15 +226,15 @@ class Namespaces:
             self._drop(inode)
 
     def diag(self, inode: int) -> Diag:
-        """Questions about a namespace. Raises KernelRefused if it can't be had."""
+        """The sockets of a namespace. Raises KernelRefused."""
         return self._kept(self._diags, inode, Diag)
 
     @contextlib.contextmanager
     def list(self, inode: int) -> Iterator[Diag]:
-        """For a list, which is taken in steps: in between, `diag` is asked about single sockets, and for other lists.
+        """A netlink socket for one list. A list is read in steps, and `diag` is used in between.
 
         Raises:
-            KernelRefused: the namespace can't be had.
+            KernelRefused: the namespace can't be entered.
         """
         diag = self._open(inode, Diag)
         try:
@@ -240,14 +243,14 @@ class Namespaces:
             diag.close()
 
     def conntrack(self, inode: int) -> Conntrack:
-        """Questions about a namespace's translated connections. Raises KernelRefused if it can't be had."""
+        """The translated connections of a namespace. Raises KernelRefused."""
         return self._kept(self._tracks, inode, Conntrack)
 
     def _kept(self, of: dict[int, tuple[T, float]], inode: int, kind: Callable[[int], T]) -> T:
         known = of.get(inode)
-        found = known[0] if known is not None else self._open(inode, kind)
-        of[inode] = (found, self._clock())
-        return found
+        opened = known[0] if known is not None else self._open(inode, kind)
+        of[inode] = (opened, self._clock())
+        return opened
 
     def _open(self, inode: int, kind: Callable[[int], T]) -> T:
         held = self._held.get(inode)
@@ -280,14 +283,14 @@ class Namespaces:
                 known[0].close()
 
     def tidy(self) -> None:
-        """Let go of namespaces that nobody asked about for a while."""
+        """Close netlink sockets that were not used for a while."""
         limit = self._clock() - KEEP
         for of in (self._diags, self._tracks):
-            for inode in [each for each, (_, used) in of.items() if used < limit]:
+            for inode in [inode for inode, (_, used) in of.items() if used < limit]:
                 of.pop(inode)[0].close()
 
     def close(self) -> None:
-        """Let go of all."""
+        """Close everything."""
         for inode in [*self._diags, *self._tracks]:
             self._drop(inode)
         for descriptor, _ in self._held.values():
@@ -296,21 +299,21 @@ class Namespaces:
 
 
 class LinuxSocketTable:
-    """`pairing.SocketTable`: what can't be asked isn't there."""
+    """The `SocketTable` of this kernel. If the kernel doesn't answer, there is no socket."""
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
 
     def is_open(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
-        """Whether this very socket is connected."""
+        """See `SocketTable`."""
         return self._state(namespace, local, remote, cookie) in OPEN
 
     def exists(self, namespace: int, local: Address, remote: Address) -> bool:
-        """Whether there is any socket of these addresses, in any state."""
+        """See `SocketTable`."""
         return self._state(namespace, local, remote, None) is not None
 
     def is_held(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
-        """Whether some process still has this very socket."""
+        """See `SocketTable`."""
         if local.ip.version != remote.ip.version or cookie == _NO_COOKIE:
             return False
         try:
@@ -321,7 +324,7 @@ class LinuxSocketTable:
     def translated(
         self, namespace: int, local: Address, remote: Address
     ) -> tuple[Address, Address] | None:
-        """Where a connection really leads, and as whom it comes there; None: not known."""
+        """See `SocketTable`."""
         try:
             return self._namespaces.conntrack(namespace).translated(local, remote)
         except KernelRefused:

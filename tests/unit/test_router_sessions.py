@@ -258,7 +258,7 @@ def test_certificates_that_are_not_taken(
     assert kept is not None
     if what == "expired":
         time.sleep(1.1)
-        monkeypatch.setattr(origin, "look", lambda: kept)
+        monkeypatch.setattr(origin, "current", lambda: kept)
     other = world.router(2, identities=origin)
     world.acquaint(one, other)
     world.skip(12)
