@@ -123,7 +123,7 @@ class Agent:
                 command[0],
                 command,
                 {**os.environ, **env},
-                file_actions=[(os.POSIX_SPAWN_DUP2, each, to) for to, each in enumerate(given)],
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in enumerate(given)],
                 setsid=True,
                 setsigdef=[signal.SIGPIPE],
             )

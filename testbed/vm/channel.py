@@ -80,14 +80,14 @@ class Process:
     def wait_for(self, pattern: str, timeout: float = 60) -> re.Match[str]:
         """Wait until its output matches. Raises TimeoutError, or CommandError if it ends before."""
 
-        def found() -> re.Match[str] | None:
+        def matched() -> re.Match[str] | None:
             ended = self._code is not None
             match = re.search(pattern, self.output + self.errors)
             if match is None and ended:
                 raise CommandError(self.command, self._code or 0, self.output + self.errors)
             return match
 
-        match = self._channel.wait(self._says(f"write {pattern!r}"), found, timeout)
+        match = self._channel.wait(self._says(f"write {pattern!r}"), matched, timeout)
         assert match is not None
         return match
 

@@ -398,13 +398,13 @@ def _vmlinux(bzimage: bytes) -> bytes:
     payload = bzimage[start : start + length]
     if payload.startswith(b"\xfd7zXZ\0"):
         # The size follows the stream, and a reader of files would take it for another stream.
-        found = lzma.LZMADecompressor().decompress(payload)
+        kernel_file = lzma.LZMADecompressor().decompress(payload)
     else:
         done = subprocess.run(["zstd", "-dcq"], input=payload, capture_output=True, check=False)
-        found = done.stdout
-    if not found.startswith(b"\x7fELF"):
+        kernel_file = done.stdout
+    if not kernel_file.startswith(b"\x7fELF"):
         raise ValueError(f"a kernel packed in an unknown way: it begins with {payload[:4].hex()}")
-    return found
+    return kernel_file
 
 
 def _modules(source: Path, target: Path, version: str) -> None:
@@ -414,9 +414,9 @@ def _modules(source: Path, target: Path, version: str) -> None:
         shutil.copy(source / name, target / name)
     for wanted in _MODULES:
         # What is a module in one kernel is built in, or a folder, in another.
-        for found in sorted((source / "kernel").glob(f"{wanted}*")):
-            if found.name == Path(wanted).name or found.name == f"{Path(wanted).name}.xz":
-                for path in [found, *found.rglob("*")]:
+        for module in sorted((source / "kernel").glob(f"{wanted}*")):
+            if module.name == Path(wanted).name or module.name == f"{Path(wanted).name}.xz":
+                for path in [module, *module.rglob("*")]:
                     _copy_module(path, target / path.relative_to(source))
     run(["depmod", "-b", str(target.parents[2]), version], timeout=None)
 
@@ -436,13 +436,13 @@ def _copy_module(path: Path, target: Path) -> None:
 
 def _load_order(tree: Path, version: str, modules: Iterable[str]) -> list[Path]:
     """The files to load for some modules, dependencies first; built-in modules have none."""
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     for module in modules:
         shown = run(["modprobe", "-d", str(tree), "-S", version, "--show-depends", module])
         for line in shown.splitlines():
             if line.startswith("insmod "):
-                found[Path(line.split()[1])] = None
-    return list(found)
+                files[Path(line.split()[1])] = None
+    return list(files)
 
 
 def _cpio(folders: Iterable[str], files: dict[str, bytes]) -> bytes:

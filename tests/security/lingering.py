@@ -40,8 +40,8 @@ class Lingering:
         """Leave nothing that could make a process wait."""
         # The reset ends the wait of the process that closed the other end.
         self.reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        for each in (self.reader, self.listener):
-            each.close()
+        for opened in (self.reader, self.listener):
+            opened.close()
 
 
 def lingering(namespace: int) -> Lingering:
@@ -82,9 +82,9 @@ def filled(bell: socket.socket, writers: int = 2) -> Iterator[None]:
     try:
         yield
     finally:
-        for each in many:
-            each.kill()
-            each.wait()
+        for program in many:
+            program.kill()
+            program.wait()
 
 
 def refuses() -> bool:

@@ -98,7 +98,7 @@ class Hostile:
 
 def attach(made: Bed) -> Hostile:
     """Behave correctly until bytes go through the rings."""
-    container = made.containers["stranger"]
+    container = made.containers["hostile"]
     tcp = dial(container.namespace, str(made.containers["server"].ipv4), PORT)
     tcp.settimeout(patience(5))
     library = Library.connect(made.shared / "router.sock", container.namespace)
@@ -134,7 +134,7 @@ def served(way: str, *, guard: bool = True) -> Iterator[tuple[Bed, subprocess.Po
         pytest.skip(f"missing: {LIBRARY} (make library)")
     settings = RouterSettings(rule=Rule(operations=2, age=0))
     with bed(
-        "server", "client", "stranger", library=LIBRARY, settings=settings, guard=guard
+        "server", "client", "hostile", library=LIBRARY, settings=settings, guard=guard
     ) as made:
         address = [str(made.containers["server"].ipv4), str(PORT)]
         server = made.containers["server"].popen(
@@ -181,7 +181,7 @@ def test_a_bell_with_a_descriptor_in_it(way: str, guard: bool) -> None:
             for _ in range(70):
                 hostile.ask()
                 time.sleep(0.001)
-            poison = lingering(made.containers["stranger"].namespace)
+            poison = lingering(made.containers["hostile"].namespace)
             try:
                 sent = False
                 with contextlib.suppress(BrokenPipeError):
@@ -231,8 +231,8 @@ def test_bells_that_are_not_there() -> None:
 
         def run() -> None:
             while not ends.is_set():
-                for each in everyone:
-                    each.ask((3, 70, 200))
+                for one in everyone:
+                    one.ask((3, 70, 200))
                 time.sleep(0.01)
 
         thread = threading.Thread(target=run)
@@ -246,8 +246,8 @@ def test_bells_that_are_not_there() -> None:
             os.kill(made.process.pid, signal.SIGCONT)
             ends.set()
             thread.join()
-        for each in everyone:
-            each.close()
+        for one in everyone:
+            one.close()
         assert median < within(0.05)
         assert server.poll() is None
 

@@ -74,7 +74,7 @@ def service() -> Iterator[Service]:
         network = msgspec.structs.replace(
             facts.networks[0], vips={VIP: (str(hostile.ipv4), str(far.ipv4))}
         )
-        here = tuple(each for each in facts.endpoints if each.container != "far")
+        here = tuple(endpoint for endpoint in facts.endpoints if endpoint.container != "far")
         made.router.replace_snapshot(
             msgspec.structs.replace(facts, endpoints=here, networks=(network,))
         )
@@ -173,8 +173,8 @@ def test_a_forged_socket_gets_no_connection_of_another_task(
     )
     service.kept += [forged, kept]
     honest, hostile = service.library("client"), service.library("hostile")
-    asks = [(hostile, forged), (honest, client)]
-    for library, tcp in asks if forger_first else reversed(asks):
+    requests = [(hostile, forged), (honest, client)]
+    for library, tcp in requests if forger_first else reversed(requests):
         library.ask(tcp)
     honest.hear(wire.Refuse)
     assert hostile.silent(0.5)

@@ -169,7 +169,7 @@ def test_an_old_library(attacked: Bed) -> None:
 # --- what one can use up
 
 
-def test_strangers_are_few() -> None:
+def test_unauthenticated_peers_are_few() -> None:
     """Processes in namespaces of no container have few connections together, however many
     namespaces exist.
     """
@@ -194,13 +194,13 @@ def test_strangers_are_few() -> None:
             late.connection.settimeout(patience(5))
             assert not late.hear(wire.Welcome)[0].enabled
         finally:
-            for each in kept:
-                each.close()
+            for opened in kept:
+                opened.close()
             for namespace in namespaces:
                 os.close(namespace)
 
 
-def test_a_stranger_becomes_known() -> None:
+def test_an_unauthenticated_peer_becomes_known() -> None:
     """A process that connected before its container was known counts for the container from then
     on.
     """
@@ -221,11 +221,11 @@ def kernel_memory(process: subprocess.Popen[bytes]) -> int:
     said = subprocess.run(
         ["ss", "-xpm", "state", "connected"], capture_output=True, text=True, check=True
     ).stdout
-    found = 0
+    queued = 0
     for line in said.splitlines():
         if f"pid={process.pid}," in line:
-            found += int(line.partition(",t")[2].partition(",")[0])
-    return found
+            queued += int(line.partition(",t")[2].partition(",")[0])
+    return queued
 
 
 def test_answers_that_nobody_reads() -> None:
@@ -237,14 +237,14 @@ def test_answers_that_nobody_reads() -> None:
         path, namespace = made.shared / "router.sock", made.containers["hostile"].namespace
         fetch = wire.pack(wire.Fetch(0, 1, 1, 0))
         many = [Library.connect(path, namespace) for _ in range(60)]
-        for each in many:
-            each.connection.setblocking(False)
+        for process in many:
+            process.connection.setblocking(False)
         begin = time.monotonic()
         while time.monotonic() - begin < 3:
-            for each in many:
+            for process in many:
                 with contextlib.suppress(BlockingIOError):
                     for _ in range(20):
-                        each.connection.send(fetch)
+                        process.connection.send(fetch)
         assert kernel_memory(made.process) < len(many) * (160 << 10)
         hear_welcome(made).close()
         until = time.monotonic() + patience(25)
@@ -320,5 +320,5 @@ def test_a_host_without_descriptors() -> None:
         assert made.router.statistics().processes < 110
         hear_welcome(made)
         hear_welcome(made)
-        for each in kept:
-            each.close()
+        for opened in kept:
+            opened.close()

@@ -52,7 +52,7 @@ class Scene:
     far: Container
 
     @property
-    def stranger(self) -> Host:
+    def outsider(self) -> Host:
         return self.lab.hosts[2]
 
     def mesh(self) -> None:
@@ -165,7 +165,7 @@ def attacker(scene: Scene, kind: str) -> Iterator[Sender]:
             )
             made = stack.enter_context(in_netns(namespace, lambda: _socket(peer)))
         elif kind == "host":
-            made = stack.enter_context(scene.stranger.do(_socket))
+            made = stack.enter_context(scene.outsider.do(_socket))
         else:
             made = stack.enter_context(near_host.do(_socket))
         if kind.startswith("user"):
@@ -206,12 +206,12 @@ def test_nobody_else_puts_frames_into_a_network(scene: Scene, kind: str) -> None
     of another network, a user of a host, or a host that is no peer.
     """
     targets = (scene.near, scene.far)
-    listening = [each.packets() for each in targets]
+    listening = [tap.packets() for tap in targets]
     with attacker(scene, kind) as send:
         for target in targets:
             for _ in range(3):
                 send(scene.forged(target), str(target.host.address))
-    seen = [frame for each in listening for frame in _all(each) if FORGED in frame]
+    seen = [frame for tap in listening for frame in _all(tap) if FORGED in frame]
     assert not seen
     # The same frame from a peer's own kernel arrives, so the frame is valid.
     put_on_the_wire(scene.near.host, scene.far.host, scene.forged(scene.far))
@@ -245,7 +245,7 @@ def test_nobody_else_moves_an_address(scene: Scene, kind: str) -> None:
         assert _learned(near_host, scene) <= {scene.lab.hosts[1].address}
 
 
-def test_what_a_stranger_taught_is_forgotten(scene: Scene) -> None:
+def test_what_an_outsider_taught_is_forgotten(scene: Scene) -> None:
     """When the rules were removed, the next refresh restores them, and the one after it removes
     what the device learned from other senders meanwhile.
     """
@@ -253,7 +253,7 @@ def test_what_a_stranger_taught_is_forgotten(scene: Scene) -> None:
     first.run("nft", "flush", "ruleset")
     with attacker(scene, "host") as send:
         send(scene.moving(), str(first.address))
-        eventually("learned", lambda: scene.stranger.address in _learned(first, scene))
+        eventually("learned", lambda: scene.outsider.address in _learned(first, scene))
     first.refresh()
     assert _learned(first, scene) <= {second.address}
     assert scene.near.echoes(scene.far.ipv4)
@@ -377,7 +377,7 @@ def test_who_was_turned_away_is_said(scene: Scene) -> None:
     with attacker(scene, "host") as send:
         send(scene.moving(), str(scene.lab.hosts[0].address))
     host = scene.lab.hosts[0]
-    eventually("listed", lambda: scene.stranger.address in host.do(host.kernel.guarded).strangers)
+    eventually("listed", lambda: scene.outsider.address in host.do(host.kernel.guarded).strangers)
 
 
 def test_the_session_port_is_no_containers() -> None:
@@ -406,8 +406,8 @@ def test_the_session_port_is_no_containers() -> None:
         program = f"import os, socket, encodings.idna; os.setuid(65534); socket.create_connection(('{to}', {SESSIONS}), 1)"
         with pytest.raises(AssertionError, match=r"PermissionError|TimeoutError|timed out"):
             host.run(sys.executable, "-c", program)
-        for each in listeners:
-            each.close()
+        for listener in listeners:
+            listener.close()
 
 
 def test_ipv6_underlay() -> None:

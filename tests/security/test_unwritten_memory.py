@@ -98,7 +98,7 @@ class Client:
 
     def __init__(self, made: Bed) -> None:
         self.made = made
-        self.container = made.containers["stranger"]
+        self.container = made.containers["hostile"]
         self.library = Library.connect(made.shared / "router.sock", self.container.namespace)
         self.library.hear(wire.Welcome)
         self.memory = -1
@@ -148,7 +148,7 @@ def test_bytes_that_nobody_wrote() -> None:
     if not LIBRARY.exists():
         pytest.skip(f"missing: {LIBRARY} (make library)")
     settings = RouterSettings(rule=Rule(operations=2, age=0))
-    with group() as limited, bed("server", "stranger", library=LIBRARY, settings=settings) as made:
+    with group() as limited, bed("server", "hostile", library=LIBRARY, settings=settings) as made:
         enter = f"echo $$ > {limited}/cgroup.procs; " if limited else ""
         server = made.containers["server"].popen(
             ["sh", "-c", f'{enter}exec "$@"', "sh", sys.executable, "-c", SERVER, str(PORT)],

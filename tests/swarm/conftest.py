@@ -121,9 +121,9 @@ def remove_everything(bed: Bed) -> None:
         ]
 
     def removed() -> bool:
-        found = networks()
-        if found:
-            manager.docker("network", "rm", *found, check=False)
+        left = networks()
+        if left:
+            manager.docker("network", "rm", *left, check=False)
         return not networks()
 
     wait_until("networks to be removed", removed, 60, 0.5)

@@ -27,7 +27,7 @@ from tests.swarm.test_services import LOAD
 FILE = "head -c 5000000 /dev/urandom > /var/www/html/file; "
 DIGEST = "curl -sf -m 20 http://{0}/file http://{0}/file http://{0}/file | sha256sum"
 
-TALK = """
+CLIENT = """
 import socket, sys, time
 connection = socket.create_connection((sys.argv[1], 6379))
 count, key = 0, b"counter-%d" % time.monotonic_ns()
@@ -58,22 +58,23 @@ def connections(host: Host) -> list[dict[str, Any]]:
 def on_shm(host: Host, container: str) -> int:
     """A container's connections in shared memory."""
     return sum(
-        each["container"] == container and each["path"] == "shm" for each in connections(host)
+        connection["container"] == container and connection["path"] == "shm"
+        for connection in connections(host)
     )
 
 
-def talk(host: Host, client: str, to: str, seconds: float) -> str:
-    """Start TALK in a container; return the file that will contain its verdict."""
-    file = f"/tmp/talk-{time.monotonic_ns()}"
-    script = f"python3 -c '{TALK}' {to} {seconds} > {file} 2>&1"
+def start_client(host: Host, client: str, to: str, seconds: float) -> str:
+    """Start CLIENT in a container; return the file that will contain its verdict."""
+    file = f"/tmp/client-{time.monotonic_ns()}"
+    script = f"python3 -c '{CLIENT}' {to} {seconds} > {file} 2>&1"
     host.docker("exec", "-d", client, "sh", "-c", script)
     return file
 
 
 def verdict(host: Host, client: str, file: str, timeout: float = 20) -> str:
-    """The verdict of TALK at its end."""
+    """The verdict of CLIENT at its end."""
     return wait_until(
-        "the end of the talk", lambda: host.exec(client, "cat", file).strip(), timeout, 0.2
+        "the end of the client", lambda: host.exec(client, "cat", file).strip(), timeout, 0.2
     )
 
 
@@ -140,13 +141,13 @@ def test_the_plugin_goes_and_comes_back(bed: Bed, manager: Host) -> None:
     client = run_container(host, network, *LIBRARY)
     other = run_container(host, network, *LIBRARY, command=REDIS)
     target, second = address(host, server, network), address(host, other, network)
-    file = talk(host, client, target, 30)
+    file = start_client(host, client, target, 30)
     wait_until("shared memory", lambda: on_shm(host, client) == 1, 10, 0.1)
     host.docker("plugin", "disable", "-f", PLUGIN)
-    assert verdict(host, client, talk(host, client, second, 2)).startswith("right")
+    assert verdict(host, client, start_client(host, client, second, 2)).startswith("right")
     host.docker("plugin", "enable", PLUGIN)
     wait_until("the plugin", lambda: plugin_answers(host), 20)
-    late = talk(host, client, second, 8)
+    late = start_client(host, client, second, 8)
     wait_until("shared memory again", lambda: on_shm(host, client) >= 1, 10, 0.1)
     assert verdict(host, client, late).startswith("right")
     assert verdict(host, client, file, 40).startswith("right")
@@ -158,7 +159,7 @@ def test_the_server_is_killed(manager: Host) -> None:
     network = make_network(manager)
     server = run_container(manager, network, *LIBRARY, command=REDIS)
     client = run_container(manager, network, *LIBRARY)
-    file = talk(manager, client, address(manager, server, network), 60)
+    file = start_client(manager, client, address(manager, server, network), 60)
     wait_until("shared memory", lambda: on_shm(manager, client) == 1, 10, 0.1)
     manager.docker("kill", server)
     assert "over" in (said := verdict(manager, client, file, 5)) or "ConnectionReset" in said
@@ -178,17 +179,21 @@ def test_who_gets_nothing(bed: Bed, manager: Host) -> None:
         "the other host",
         lambda: "PONG" in bed.hosts[1].exec(far, "redis-cli", "-h", target, "ping", check=False),
     )
-    talks = [(bed.hosts[1], far, talk(bed.hosts[1], far, target, 3))]
-    assert verdict(*talks[0]).startswith("right")
-    last = talk(host, plain, target, 3)
+    clients = [(bed.hosts[1], far, start_client(bed.hosts[1], far, target, 3))]
+    assert verdict(*clients[0]).startswith("right")
+    last = start_client(host, plain, target, 3)
     time.sleep(1.5)
-    reasons = {each["reason"] for each in connections(host) if each["container"] == server}
+    reasons = {
+        connection["reason"]
+        for connection in connections(host)
+        if connection["container"] == server
+    }
     assert reasons
-    assert "shm" not in {each["path"] for each in connections(host)}
+    assert "shm" not in {connection["path"] for connection in connections(host)}
     assert verdict(host, plain, last).startswith("right")
     apart = run_container(host, off, *LIBRARY, command=REDIS)
     client = run_container(host, off, *LIBRARY)
-    file = talk(host, client, address(host, apart, off), 3)
+    file = start_client(host, client, address(host, apart, off), 3)
     time.sleep(1.5)
     assert not on_shm(host, client)
     assert verdict(host, client, file).startswith("right")
@@ -204,7 +209,7 @@ def test_a_hardened_container(manager: Host) -> None:
         *(manager, network, *LIBRARY, "--read-only", "--tmpfs", "/tmp", "--user", "1000:1000"),
         *("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--memory", "64m"),
     )
-    file = talk(manager, client, address(manager, server, network), 4)
+    file = start_client(manager, client, address(manager, server, network), 4)
     wait_until("shared memory", lambda: on_shm(manager, client) == 1, 4, 0.1)
     assert verdict(manager, client, file).startswith("right")
 
@@ -214,7 +219,7 @@ def test_a_container_is_disconnected(manager: Host) -> None:
     network = make_network(manager)
     server = run_container(manager, network, *LIBRARY, command=REDIS)
     client = run_container(manager, network, *LIBRARY)
-    talk(manager, client, address(manager, server, network), 60)
+    start_client(manager, client, address(manager, server, network), 60)
     wait_until("shared memory", partial(on_shm, manager, client), 10, 0.1)
 
     def count() -> str:

@@ -41,14 +41,14 @@ def test_a_container_of_another_network_takes_nothing_over(
     target = address(other, far, network)
     wait_until("the other host", lambda: _pings(manager, near, target), 30)
     status = manager.status()
-    (found,) = [each for each in status["networks"] if each["name"] == network]
+    (own,) = [shown for shown in status["networks"] if shown["name"] == network]
     mac = other.inspect("inspect", far)["NetworkSettings"]["Networks"][network]["MacAddress"]
     place = manager if side == "own host" else other
     alien = unique("alien")
     place.docker(
         *("run", "-d", "--name", alien, "--network", "bridge", "--cap-drop", "ALL"),
         *("--user", "65534", WORKLOAD_IMAGE, "python3", "-c", CLAIM),
-        *(manager.status()["host"]["address"], str(found["vni"]), mac),
+        *(manager.status()["host"]["address"], str(own["vni"]), mac),
     )
     lost = 0
     for _ in range(12):

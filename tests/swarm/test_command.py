@@ -80,10 +80,10 @@ def test_doctor_finds_nothing_on_a_good_host(bed: Bed, manager: Host) -> None:
     for host in bed.hosts:
 
         def findings(on: Host = host) -> list[object]:
-            found: list[object] = json.loads(on.freeflow("doctor", "--json", check=False))[
+            reported: list[object] = json.loads(on.freeflow("doctor", "--json", check=False))[
                 "findings"
             ]
-            return found
+            return reported
 
         wait_until(f"nothing to find on {host.name}", lambda ask=findings: not ask(), 20, 1)  # type: ignore[misc]
         report = json.loads(host.freeflow("doctor", "--json"))

@@ -44,17 +44,17 @@ def test_addresses_as_asked_for(manager: Host) -> None:
     link = json.loads(manager.exec(box, "ip", "-j", "addr", "show", "eth0"))[0]
     assert link["address"] == "02:42:aa:bb:cc:dd"
     assert link["addr_info"][0]["local"] == "10.77.0.99"
-    found = manager.inspect("inspect", box)["NetworkSettings"]["Networks"][network]
-    assert found["MacAddress"] == "02:42:aa:bb:cc:dd"
+    endpoint = manager.inspect("inspect", box)["NetworkSettings"]["Networks"][network]
+    assert endpoint["MacAddress"] == "02:42:aa:bb:cc:dd"
 
 
 def test_inspect_shows_the_derived_mac_address(manager: Host) -> None:
     """The MAC address that the driver chose shows in docker inspect (TestDockerNetworkMacInspect)."""
     network = make_network(manager)
     box = run_container(manager, network)
-    found = manager.inspect("inspect", box)["NetworkSettings"]["Networks"][network]
-    assert found["MacAddress"].startswith("02:42:")
-    assert manager.exec(box, "cat", "/sys/class/net/eth0/address").strip() == found["MacAddress"]
+    endpoint = manager.inspect("inspect", box)["NetworkSettings"]["Networks"][network]
+    assert endpoint["MacAddress"].startswith("02:42:")
+    assert manager.exec(box, "cat", "/sys/class/net/eth0/address").strip() == endpoint["MacAddress"]
 
 
 def test_several_subnets_of_one_network(bed: Bed, manager: Host) -> None:

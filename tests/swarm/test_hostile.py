@@ -76,7 +76,7 @@ while True:
 
 
 def _deaths(host: Host) -> dict[str, int]:
-    return {each["part"]: each["deaths"] for each in host.status()["parts"]}
+    return {part["part"]: part["deaths"] for part in host.status()["parts"]}
 
 
 def test_rules_that_end_libnftables(bed: Bed, manager: Host) -> None:

@@ -81,7 +81,11 @@ def test_injected_stack_is_accelerated(bed: Bed, manager: Host) -> None:
 
             def paths() -> list[str]:
                 listed = json.loads(manager.freeflow("connections", "--json"))["connections"]
-                return [each["path"] for each in listed if each["remote"].endswith(":6379")]
+                return [
+                    connection["path"]
+                    for connection in listed
+                    if connection["remote"].endswith(":6379")
+                ]
 
             wait_until("connections over shared memory", lambda: paths().count("shm") >= 2, 30)
         finally:

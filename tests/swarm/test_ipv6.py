@@ -78,8 +78,8 @@ def test_all_engines_reach_each_other(bed: Bed, manager: Host) -> None:
     for host, box in boxes:
         own = _derived(PREFIX, address(host, box, network))
         assert _preferred(host, box) == [own], host.engine
-        found = host.inspect("inspect", box)["NetworkSettings"]["Networks"][network]
-        assert IPv6Address(found["GlobalIPv6Address"]) == own, host.engine
+        endpoint = host.inspect("inspect", box)["NetworkSettings"]["Networks"][network]
+        assert IPv6Address(endpoint["GlobalIPv6Address"]) == own, host.engine
         addresses.append(own)
     assert len(set(addresses)) == len(boxes)
     for host, box in boxes:
@@ -101,15 +101,15 @@ def test_the_networks_own_prefix(bed: Bed, manager: Host) -> None:
     service = make_service(manager, network, NGINX, replicas=8)
     prefix = _prefix(manager, network)
     assert prefix.subnet_of(IPv6Network("fd00::/8"))
-    found = []
+    tasks = []
     for host in bed.hosts:
         for box in host.docker("ps", "-q", "-f", f"name={service}").split():
             own = _derived(prefix, address(host, box, network))
             assert _preferred(host, box) == [own], host.engine
-            found.append((host, box, own))
-    assert len({own for _, _, own in found}) == 8
+            tasks.append((host, box, own))
+    assert len({own for _, _, own in tasks}) == 8
     client = run_container(bed.hosts[2], network)
-    for _, _, own in found:
+    for _, _, own in tasks:
         wait_until(f"{own}", lambda t=own: _pings(bed.hosts[2], client, t), 15)  # type: ignore[misc]
     # The VIP is IPv4 and continues to work.
     wait_until(

@@ -47,8 +47,8 @@ def process_in(host: Host, container: str) -> tuple[Library, wire.Welcome]:
 
 def vip_of(manager: Host, service: str) -> str:
     """A service's first VIP."""
-    (found,) = manager.inspect("service", "inspect", service)["Endpoint"]["VirtualIPs"]
-    return str(found["Addr"]).partition("/")[0]
+    (address,) = manager.inspect("service", "inspect", service)["Endpoint"]["VirtualIPs"]
+    return str(address["Addr"]).partition("/")[0]
 
 
 def pair(host: Host, client: str, server: str, to: str, port: int = PORT) -> tuple[str, str]:
@@ -66,7 +66,7 @@ def pair(host: Host, client: str, server: str, to: str, port: int = PORT) -> tup
         assert memory is not None
         assert grant.incarnation == answer.incarnation
         listed = json.loads(host.freeflow("connections", "--json"))["connections"]
-        ends = [each for each in listed if each["path"] == "shm"]
+        ends = [connection for connection in listed if connection["path"] == "shm"]
         return ends[0]["container"], ends[1]["container"]
     finally:
         listener.close()
@@ -136,7 +136,9 @@ def test_a_peer_on_another_host(bed: Bed, manager: Host) -> None:
     refuse, _ = library.hear(wire.Refuse)
     assert (refuse.cookie, refuse.reason) == (cookie_of(connections[0]), Reason.REMOTE)
     listed = json.loads(manager.freeflow("connections", "--json"))["connections"]
-    assert {each["reason"] for each in listed if each["container"] == one} == {"no-rdma"}
+    assert {connection["reason"] for connection in listed if connection["container"] == one} == {
+        "no-rdma"
+    }
     assert "another host" in manager.freeflow("connections")
     listener.close()
 

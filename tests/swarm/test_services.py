@@ -213,9 +213,9 @@ def test_a_killed_task_leaves_the_vip_within_two_seconds(bed: Bed, manager: Host
     client = run_container(bed.hosts[1], network)
     wait_until("all three", lambda: len(_answers(bed.hosts[1], client, service, 9)) == 3)
     host, victim = next(
-        (host, found[0])
+        (host, running[0])
         for host in bed.hosts
-        if (found := host.docker("ps", "-q", "-f", f"name={service}").split())
+        if (running := host.docker("ps", "-q", "-f", f"name={service}").split())
     )
     host.docker("kill", victim)
     time.sleep(2)

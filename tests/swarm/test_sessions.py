@@ -30,7 +30,7 @@ class HostProbe(Probe):
             inside += ["--mount", "--net", "--pid", "--root", "--wd"]
             return subprocess.Popen([*inside, *command], **options)
 
-        peers = [each.address for each in hosts if each is not host]
+        peers = [other.address for other in hosts if other is not host]
         super().__init__(host.name, folder, start, "/host/swarm", PORT, host.address, *peers)
 
 

@@ -58,9 +58,9 @@ def test_the_same_stack_on_both_drivers(bed: Bed, manager: Host, driver: str, mo
 
         wait_until("all services", complete, 90, 0.5)
         host, client = next(
-            (host, found[0])
+            (host, running[0])
             for host in bed.hosts
-            if (found := host.docker("ps", "-q", "-f", f"name={name}_client").split())
+            if (running := host.docker("ps", "-q", "-f", f"name={name}_client").split())
         )
         page = wait_until(
             "the web",

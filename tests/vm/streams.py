@@ -23,8 +23,8 @@ def rdma(host: Host) -> RdmaFacts:
 
 
 def is_linked(host: Host) -> bool:
-    found = rdma(host)
-    return not found.why and {peer.link for peer in found.peers} == {"up"}
+    facts = rdma(host)
+    return not facts.why and {peer.link for peer in facts.peers} == {"up"}
 
 
 def linked(hosts: list[Host]) -> None:

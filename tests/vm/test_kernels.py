@@ -32,9 +32,9 @@ def by_kernel() -> Iterator[dict[str, Guest | str]]:
             kernel(name)
         except KernelAbsentError as error:
             absent[name] = str(error)
-    found = [name for name in KERNELS if name not in absent]
-    with guests(kernels=found, memory=512) as made:
-        yield absent | dict(zip(found, made, strict=True))
+    present = [name for name in KERNELS if name not in absent]
+    with guests(kernels=present, memory=512) as made:
+        yield absent | dict(zip(present, made, strict=True))
 
 
 @pytest.mark.skipif(not OBJECT.exists(), reason=f"missing: {OBJECT} (make ebpf)")
@@ -52,14 +52,14 @@ def test_every_program_is_accepted_and_the_stages_are_known(
     command = ["python3", "-m", "dataplane.ebpf", "/tmp/overlay.bpf.o"]
     done = guest.run(command, env=SOURCES, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    assert set(found["programs"].values()) == {"accepted"}
-    assert found["stages"] == STAGES[name]
+    probed = json.loads(done.stdout)
+    assert set(probed["programs"].values()) == {"accepted"}
+    assert probed["stages"] == STAGES[name]
 
 
 @pytest.mark.skipif(not OBJECT.exists(), reason=f"missing: {OBJECT} (make ebpf)")
 # From 6.6 on, the tests in namespaces cover this in seconds; here it takes a minute.
-@pytest.mark.parametrize("name", [each for each in KERNELS if each != "6.12"])
+@pytest.mark.parametrize("name", [kernel for kernel in KERNELS if kernel != "6.12"])
 def test_packets_take_the_fast_path(by_kernel: dict[str, Guest | str], name: str) -> None:
     """On each older kernel bytes arrive over the highest stage that it supports, between containers
     of one host and of two.

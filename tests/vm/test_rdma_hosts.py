@@ -183,10 +183,10 @@ def echo(hosts: list[Host], port: int) -> tuple[Process, Process]:
 def paths(hosts: list[Host], port: int) -> list[tuple[str, str | None]]:
     """Path and reason of each end of the connections to this port."""
     return [
-        (each.path, each.reason)
+        (connection.path, connection.reason)
         for host in hosts
-        for each in host.router.connections(host.containers[0].inode).connections
-        if f"{each.local} {each.remote} ".count(f":{port} ")
+        for connection in host.router.connections(host.containers[0].inode).connections
+        if f"{connection.local} {connection.remote} ".count(f":{port} ")
     ]
 
 

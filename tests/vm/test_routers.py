@@ -34,8 +34,8 @@ def hosts(pair: list[Guest]) -> Iterator[list[Host]]:
 
 def held(host: Host, container: Container, path: str) -> list[ConnectionFact]:
     """The connections of a container that are on a path now."""
-    found = host.router.connections(container.inode).connections
-    return [each for each in found if each.path == path]
+    listed = host.router.connections(container.inode).connections
+    return [connection for connection in listed if connection.path == path]
 
 
 def redis_over(path: str, one: Host, other: Host) -> None:
@@ -65,8 +65,8 @@ def redis_over(path: str, one: Host, other: Host) -> None:
         return all(len(held(h, c, path)) >= 4 for h, c in ((one, client), (other, server)))
 
     wait_until(f"connections on {path}", moved, 150)
-    for each in [*running, started]:
-        each.kill()
+    for process in [*running, started]:
+        process.kill()
 
 
 def test_redis_within_a_guest_moves_to_shared_memory(hosts: list[Host]) -> None:
@@ -151,6 +151,6 @@ def test_a_router_that_crashed_is_another_one(hosts: list[Host]) -> None:
     host.kill_router()
     host.start_router()
     redis_over("shm", host, host)
-    for each in hosts:
-        each.wait_linked()
+    for host in hosts:
+        host.wait_linked()
     redis_over("rdma", *hosts)

@@ -55,11 +55,11 @@ def swarm() -> Iterator[list[Engine]]:
 
 def vips(manager: Engine) -> dict[str, str]:
     """The service's VIP on each network, by driver."""
-    found = {}
-    for each in manager.api("services/web")["Endpoint"]["VirtualIPs"]:
-        network = manager.api(f"networks/{each['NetworkID']}")
-        found[network["Driver"]] = each["Addr"].split("/")[0]
-    return found
+    addresses = {}
+    for vip in manager.api("services/web")["Endpoint"]["VirtualIPs"]:
+        network = manager.api(f"networks/{vip['NetworkID']}")
+        addresses[network["Driver"]] = vip["Addr"].split("/")[0]
+    return addresses
 
 
 def test_a_service_on_two_hosts_is_answered_from_both_beside_ipvs(swarm: list[Engine]) -> None:
@@ -68,7 +68,7 @@ def test_a_service_on_two_hosts_is_answered_from_both_beside_ipvs(swarm: list[En
     """
     addresses = vips(swarm[0])
     assert set(addresses) == {PLUGIN, "overlay"}
-    tasks = {each[:12] for engine in swarm for each in engine.containers()}
+    tasks = {container[:12] for engine in swarm for container in engine.containers()}
     for engine in swarm:
         container = engine.containers()[0]
         for driver, vip in addresses.items():
@@ -127,13 +127,13 @@ def wait_for_rdma(engine: Engine, remote: str, count: int) -> None:
     """Wait until `freeflow connections` shows this many connections on `rdma` to an address."""
 
     def listed() -> list[dict[str, Any]]:
-        found = json.loads(engine.freeflow("connections", "--json"))["connections"]
-        return [each for each in found if remote in each["remote"]]
+        connections = json.loads(engine.freeflow("connections", "--json"))["connections"]
+        return [connection for connection in connections if remote in connection["remote"]]
 
     try:
         wait_until(
             f"{engine.guest.name}: {count} on rdma",
-            lambda: sum(each["path"] == "rdma" for each in listed()) == count,
+            lambda: sum(connection["path"] == "rdma" for connection in listed()) == count,
             120,
             1,
         )

@@ -40,8 +40,8 @@ def test_a_ring_of_three(hosts: list[Host]) -> None:
     one, two, three = hosts
     assert [len(rdma(host).peers) for host in hosts] == [2, 2, 2]
     streams = [Streams(pair, 20) for pair in ([one, two], [two, three], [three, one])]
-    for each in streams:
-        assert each.ends() == ["whole"] * 4
+    for stream in streams:
+        assert stream.ends() == ["whole"] * 4
     for host in hosts:
         wait_until(f"{host.guest.name}: no memory", lambda host=host: not rdma(host).registered, 60)  # type: ignore[misc]
         assert rdma(host).broken == 0
