@@ -1,10 +1,11 @@
 """The plugin's entry: make the containers' folder, listen, then load everything else.
 
-Docker dials the socket half a second after the start, then every three seconds, and disables a plugin that isn't there by
-9.5 s without a word. A listening socket queues what comes while the rest is imported.
+Docker connects to the socket half a second after the start, then every three seconds, and silently
+disables a plugin that doesn't listen by 9.5 s. A listening socket queues requests while the rest is
+imported.
 
-The folder comes before it: once the plugin can be dialled dockerd goes on, and starts containers. One that mounts the
-folder with `-v` before it is there would get it writable.
+The folder is made first: as soon as the plugin listens, dockerd starts containers, and one that
+mounts the folder with `-v` before it exists would get it writable.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ SWARM: Final = Path("/host/swarm")
 
 def main() -> int:
     if HOST_RUN.is_dir():
-        # What fails here is tried again by `composition.compose`, which says why.
+        # `composition.compose` tries again, and reports the error.
         with contextlib.suppress(FreeFlowError, OSError):
             library.place(shared_dir.make(HOST_RUN), quietly=True)
     try:
         listener = listen(SOCKET)
     except OSError as error:
-        print(f"FreeFlow can't listen on {SOCKET}: {error}; is this run by Docker as a plugin?")
+        print(f"FreeFlow can't listen on {SOCKET}: {error}; was it started by Docker as a plugin?")
         return 1
     from plugin.host_paths import HostPaths
     from plugin.server import serve

@@ -1,4 +1,4 @@
-"""The admin API: what the `freeflow` command asks, on a socket that only root reaches.
+"""The admin API of the `freeflow` command, on a socket that only root can open.
 
 GET  /admin/status    `status.Status` as JSON
 POST /admin/ping      {"address": …, "count": …} → `ping.PingResult`
@@ -57,7 +57,7 @@ def create_admin(
 
     @app.get("/admin/metrics")
     def metrics() -> Response:
-        # Not at import: what it needs is the largest part that no call of Docker's does.
+        # Not imported at the top: no call of Docker needs it, and its imports are large.
         from plugin.metrics import render
 
         return Response(render(snapshot()), content_type="text/plain; version=0.0.4")

@@ -1,8 +1,9 @@
-"""The libnetwork remote API (moby, `libnetwork/docs/remote.md`) as a Flask app: HTTP in, driver calls out.
+"""The libnetwork remote API (moby, `libnetwork/docs/remote.md`) as a Flask app: HTTP to driver calls.
 
-Each call is a row of `CALLS`: decode, call the driver, encode. Every call has its own deadline, since after a restart of
-the daemon Docker has none: past it Docker gets an error, the work goes on, and Docker's repetition finds it done (all calls
-are idempotent). One place turns exceptions into answers. Read on in `driver/driver.py`.
+Each call is a row of `CALLS`: decode, call the driver, encode. Each call has a deadline, since
+Docker has none after a restart of its daemon. Past the deadline Docker gets an error, the work goes
+on, and Docker's repetition finds it done, since all calls are idempotent. One place turns exceptions
+into answers. Read on in `driver/driver.py`.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def _capabilities(driver: Driver, body: bytes) -> Answer:
 
 
 def _gateway_check(driver: Driver, body: bytes) -> Answer:
-    # IPv4's is reserved by the Swarm's manager in any case. That IPv6's isn't tells a subnet which the engine chose for
-    # itself from one that the user did: see allocate.own_subnet6.
+    # The Swarm's manager always reserves IPv4's gateway. IPv6's is skipped, which distinguishes a
+    # subnet that the engine chose from one of the user: see allocate.own_subnet6.
     return {"SkipIPv4": False, "SkipIPv6": True}
 
 
@@ -130,14 +131,14 @@ def _leave(driver: Driver, body: bytes) -> Answer:
 
 
 def _external_connectivity(driver: Driver, body: bytes) -> Answer:
-    # Only for an endpoint that is its container's gateway; ours never is, docker_gwbridge publishes its ports.
+    # For endpoints that are a container's gateway; ours never are: docker_gwbridge publishes ports.
     wire.decode(body, wire.ExternalConnectivity)
     return {}
 
 
 def _discovered(body: bytes) -> wire.NodeAddress | None:
     if not body.strip():
-        # A repeated notice without its body: a notice less, peers are asked for anyway.
+        # A repeated notice without its body can be ignored: peers are polled anyway.
         return None
     call = wire.decode(body, wire.Discovery)
     if call.DiscoveryType != NODE_DISCOVERY:
@@ -182,7 +183,7 @@ CALLS: Final[dict[str, Callable[[Driver, bytes], Answer]]] = {
     "DiscoverDelete": _discover_delete,
 }
 
-# These promise nothing new, so they work whatever the settings say: a network must be removable.
+# These promise nothing new, so they work with bad settings, too: a network must be removable.
 _ALWAYS: Final = frozenset(
     {
         "GetCapabilities",
@@ -197,7 +198,7 @@ _ALWAYS: Final = frozenset(
 
 
 class DeadlineExceeded(FreeFlowError):
-    """The work isn't done yet; Docker gets this answer, and asks again or gives up."""
+    """The work isn't done yet. Docker gets this error, and repeats the call or gives up."""
 
 
 def _reply(value: Answer, status: int = 200) -> Response:
@@ -205,14 +206,14 @@ def _reply(value: Answer, status: int = 200) -> Response:
 
 
 def _short(text: str) -> str:
-    """An error may quote what the caller sent."""
+    """Limit the length: an error may quote the request."""
     return text if len(text) <= MAX_ERROR else text[:MAX_ERROR] + "…"
 
 
 def _failure(error: Exception) -> Response:
     """The one place where an exception becomes an answer."""
     if isinstance(error, NotFoundPath):
-        # 404 is Docker's word for "not implemented"; anything else fails a container's start.
+        # For Docker 404 means "not implemented"; other errors fail a container's start.
         return _reply({"Err": f"{request.path[1:81]} is not a call that FreeFlow knows"}, 404)
     if isinstance(error, HTTPException):
         return _reply(
@@ -235,7 +236,7 @@ def create_app(
     statistics: CallStatistics,
     bad_settings: tuple[SettingError, ...] = (),
 ) -> Flask:
-    """The app. `deadline` in seconds; with `bad_settings` every call that would promise something is refused."""
+    """The app. `deadline` in seconds; with `bad_settings` it refuses calls that promise something."""
     app = Flask("freeflow", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False

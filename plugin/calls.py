@@ -1,4 +1,4 @@
-"""How long Docker's calls take and how many fail: for `freeflow status` and the metrics."""
+"""Durations and failures of Docker's calls, for `freeflow status` and the metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEPT: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class CallSummary:
-    """Of one call: totals since the start; percentiles in seconds over the last `KEPT`."""
+    """A call: totals since the start; percentiles in seconds over the last `KEPT`."""
 
     name: str
     count: int
@@ -24,7 +24,7 @@ class CallSummary:
 
 
 def _percentile(values: list[float], percent: int) -> float:
-    """The least of the sorted values that is not exceeded by so many per cent of them (nearest rank)."""
+    """The percentile of sorted values, by the nearest-rank method."""
     return values[(len(values) * percent + 99) // 100 - 1]
 
 

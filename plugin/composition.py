@@ -80,7 +80,7 @@ class Plugin:
 
 @dataclass(slots=True)
 class Changes:
-    """Passes changes on to those who listen; the lists are complete before anything works."""
+    """Passes changes on to listeners. All of them are added before any part is started."""
 
     on_wake: list[Callable[[], None]] = field(default_factory=list)
     """Networks or endpoints have changed."""
@@ -104,7 +104,7 @@ class Changes:
 
 @dataclass(slots=True)
 class Host:
-    """This host's addresses, as Docker tells them; and the command, which needs Docker's root."""
+    """This host's addresses as Docker reports them, and its `freeflow` command."""
 
     store: Store
     command: Path | None
@@ -129,8 +129,8 @@ class Host:
         self.listed = view.node_address
         if view.node_address is not None and self.advertised() is None:
             driver.discover_new(str(view.node_address), is_self=True)
-        # Installed again when it is missing: the command of a removed plugin removes itself, and
-        # somebody may have removed ours.
+        # Installed again when it is missing: a user may have removed it, or the command of another
+        # plugin took its place and removed itself together with that plugin.
         command = self.command
         if command is not None and not (self._installed and host_command.exists(command)):
             self._installed = True

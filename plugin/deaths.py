@@ -1,7 +1,8 @@
-"""Which parts of the plugin have died, and when: kept in memory that gunicorn's master shares with its workers.
+"""Records which parts of the plugin have died, and when.
 
-A worker that dies forgets that it did; what it was started by remembers. Each part has one process that writes about it:
-the master of workers, the worker of its router and threads.
+The record is in memory that gunicorn's master shares with its workers, so that it outlives a worker.
+One process writes about each part: the master about workers, the worker about its router and
+threads.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 RECENT: Final = 600.0
-"""Seconds for which a death is news."""
+"""Seconds for which a death counts as recent."""
 OFTEN: Final = 3
-"""So many recent deaths aren't an accident any more."""
+"""This many recent deaths are an error, fewer a warning."""
 
 WORKER: Final = "worker"
 ROUTER: Final = "router"
@@ -25,16 +26,16 @@ THREAD: Final = "thread"
 PARTS: Final = (WORKER, ROUTER, THREAD)
 
 _KEPT: Final = 64
-"""So many times of each part are kept."""
+"""Times of deaths that are kept of each part."""
 _NAME: Final = 32
 _PART: Final = struct.Struct(f"=Q{_KEPT}d{_NAME}s")
 
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """How often a part has died: since the plugin's start, and recently; and how many seconds ago for the last time.
+    """Deaths of a part: `count` since the plugin's start, `recent` ones, seconds since the last one.
 
-    `name` tells which one of several it was.
+    `name` is the thread's.
     """
 
     part: str
@@ -45,7 +46,10 @@ class Died:
 
 
 class Deaths:
-    """Made before the workers are forked. `clock` must be one clock for all processes, as CLOCK_MONOTONIC is."""
+    """The record; made before the workers are forked.
+
+    `clock` must be the same for all processes, as CLOCK_MONOTONIC is.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -53,7 +57,7 @@ class Deaths:
         self._memory = mmap.mmap(-1, _PART.size * len(PARTS))
 
     def note(self, part: str, name: str = "") -> None:
-        """It has just died."""
+        """Record that a part has just died."""
         offset = PARTS.index(part) * _PART.size
         with self._lock:
             count, *rest = _PART.unpack_from(self._memory, offset)
@@ -63,7 +67,7 @@ class Deaths:
             _PART.pack_into(self._memory, offset, count + 1, *times, encoded)
 
     def all(self) -> list[Died]:
-        """Of those parts that have died."""
+        """All parts that have died."""
         now = self._clock()
         found = []
         for number, part in enumerate(PARTS):
@@ -77,7 +81,10 @@ class Deaths:
         return found
 
     def watch_threads(self) -> None:
-        """From now on note which threads of this process end by an exception; it is said as before, too."""
+        """From now on record threads of this process that end by an exception.
+
+        The exception is still reported as before.
+        """
         before = threading.excepthook
 
         def note(arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Echo requests (RFC 792, RFC 4443) from inside a container's namespace, and what the kernel there knows afterwards."""
+"""Echo requests (RFC 792, RFC 4443) from a container's namespace, and its neighbour table afterwards."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from driver.kernel.namespace import in_netns
 from driver.model import IPAddress
 
 WAIT: Final = 1.0
-"""Seconds for one answer."""
+"""Seconds to wait for an answer."""
 PATTERN: Final = b"freeflow" * 7
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Round trips in ms, one per answer; neighbours, address → MAC; for a VIP the task that answered, if it is known."""
+    """Round trips in ms, one per answer; neighbours, address → MAC; the task behind a VIP, if known."""
 
     times: list[float]
     neighbours: dict[str, str]
@@ -34,7 +34,7 @@ class Probe:
 
 
 Prober = Callable[[Path, IPAddress, int, bool], Probe]
-"""Of a namespace, an address, how many echoes, and whether the address is a VIP."""
+"""Called with a namespace, an address, the number of echoes, and whether the address is a VIP."""
 
 
 def _checksum(data: bytes) -> int:
@@ -45,7 +45,10 @@ def _checksum(data: bytes) -> int:
 
 
 def echo(address: IPAddress, count: int, identifier: int) -> list[float]:
-    """Send `count` echoes from the calling thread's namespace; the round trips in ms of those answered."""
+    """Send `count` echo requests from the calling thread's namespace.
+
+    Returns the round trips of the answered ones, in ms.
+    """
     six = address.version == 6
     family, protocol = (
         (socket.AF_INET6, socket.IPPROTO_ICMPV6) if six else (socket.AF_INET, socket.IPPROTO_ICMP)
@@ -84,7 +87,11 @@ def _neighbours() -> dict[str, str]:
 
 
 def probe(namespace: Path, address: IPAddress, count: int, vip: bool) -> Probe:
-    """Send echoes from a namespace and look around in it. Raises KernelError if it is gone."""
+    """Send echo requests from a namespace, and read its neighbours and flows afterwards.
+
+    Raises:
+        KernelError: the namespace is gone.
+    """
     identifier = int.from_bytes(os.urandom(2), "big")
 
     def run() -> Probe:

@@ -1,4 +1,7 @@
-"""What status and ping ask of the kernel, of the sync loop and of the router. Each has one real implementation, and a fake in tests."""
+"""Interfaces of the parts whose facts status and ping need: kernel, sync loop and router.
+
+Each has one implementation, and a fake in tests.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def exported(spec: MetricSpec) -> str:
 
 
 def query(spec: MetricSpec) -> str:
-    """What a panel asks: a gauge as it is, a counter's rate."""
+    """A panel's query: a gauge itself, the rate of a counter."""
     selected = f"{exported(spec)}{{{HOSTS}}}"
     return f"rate({selected}[$__rate_interval])" if spec.kind == "counter" else selected
 
@@ -41,8 +41,8 @@ def _is_figure(spec: MetricSpec) -> bool:
 def _mappings(spec: MetricSpec) -> list[dict[str, Any]]:
     if not spec.help.startswith("1 if"):
         return []
-    said = {"0": {"text": "no", "color": "red"}, "1": {"text": "yes", "color": "green"}}
-    return [{"type": "value", "options": said}]
+    texts = {"0": {"text": "no", "color": "red"}, "1": {"text": "yes", "color": "green"}}
+    return [{"type": "value", "options": texts}]
 
 
 def _panel(number: int, spec: MetricSpec, place: dict[str, int]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _panel(number: int, spec: MetricSpec, place: dict[str, int]) -> dict[str, An
         ],
     }
     if _is_figure(spec):
-        # A name says more than a metric whose value is always 1.
+        # The labels matter: the metric's value is always 1.
         text = "name" if spec.name.endswith("_info") else "value_and_name"
         panel["options"] = {"textMode": text, "reduceOptions": {"calcs": ["lastNotNull"]}}
     return panel

@@ -1,7 +1,8 @@
-"""Puts the `freeflow` command on the host: a small script that runs the one in the plugin's root file system.
+"""Installs the `freeflow` command on the host: a script that runs the plugin's command.
 
-The host needs no Python. The script makes a mount namespace of its own, binds the host's /run, /proc and /sys into the
-plugin's root file system and changes root there: so it works too while the plugin is disabled, and leaves nothing behind.
+The host needs no Python. The script makes a mount namespace, binds the host's /run, /proc and /sys
+into the plugin's root file system and changes its root to that. So it also works while the plugin is
+disabled, and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ exec unshare --mount sh -c '
     if [ -d "$root/../propagated-mount" ]; then
         mkdir -p "$root/state" && mount --bind "$root/../propagated-mount" "$root/state" || exit 2
     fi
-    # Files that the user names are opened where the user stands: plugin/cli/place.py.
+    # Files that the user names are opened where the user stands: plugin/cli/user_files.py.
     [ -r . ] || cd / || exit 2
     FREEFLOW_PLACE=8:9 exec chroot "$root" /usr/bin/python3 -P -m plugin.cli "$@" 8<. 9</
 ' freeflow "$root" "$here" "$@"

@@ -1,8 +1,8 @@
-"""Puts the library that containers preload into the folder that they mount, from the plugin's own root file system.
+"""Installs the library that containers preload into the folder that they mount.
 
-It always has the same name there, and is replaced by renaming: a program that starts meanwhile gets a whole file, old or
-new, and one that runs keeps the file that it has mapped. The same bytes are left as they are, so that a restart of the
-plugin makes no running program look outdated.
+The library always has the same name there, and is replaced by renaming: a program that starts
+meanwhile gets a complete file, old or new, and a running one keeps the file that it has mapped. An
+identical file is kept, so that no running program appears outdated after a restart of the plugin.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ NAME: Final = "libfreeflow.so"
 SHIPPED: Final = Path("/usr/lib/freeflow") / NAME
 """Where `plugin/image` puts it."""
 OWNER: Final = 0x7FFFFFFE
-"""A user that nobody is. The owner of a file may take leases on it, which make everybody wait who opens it (fcntl(2))."""
+"""An unused user ID. A file's owner may take a lease on it, which delays all who open it (fcntl(2))."""
 
 _held: dict[Path, int] = {}
-"""Descriptors: while a file is open for reading, nobody gets a lease that makes readers wait."""
+"""Open descriptors: while a file is open for reading, nobody gets a lease that delays readers."""
 
 
 def place(folder: Path, shipped: Path = SHIPPED, *, quietly: bool = False) -> bool:
-    """Put it into `folder`; false if it can't be, which is only logged: connections then stay on the overlay."""
+    """Install it in `folder`. If that fails, log it and return False: connections stay on the overlay."""
     target = folder / NAME
     try:
         wanted = shipped.read_bytes()
@@ -34,18 +34,18 @@ def place(folder: Path, shipped: Path = SHIPPED, *, quietly: bool = False) -> bo
     except OSError as error:
         if not quietly:
             _log().error(
-                "the library can't be put where containers find it",
+                "the library can't be installed for containers",
                 library=str(target),
                 reason=str(error),
             )
         return False
     if not quietly:
-        _log().info("the library was put where containers find it", bytes=len(wanted))
+        _log().info("the library was installed for containers", bytes=len(wanted))
     return True
 
 
 def _log() -> Any:
-    # Not at import: this module is loaded before the plugin listens.
+    # Not imported at the top: this module is loaded before the plugin listens.
     import structlog
 
     return structlog.get_logger()
@@ -53,16 +53,16 @@ def _log() -> Any:
 
 def _replace(target: Path, wanted: bytes) -> None:
     temporary = target.with_name(f".{NAME}.new")
-    # Anew each time: what a plugin that was killed has left may be half a file.
+    # A plugin that was killed may have left a part of a file.
     temporary.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     writing = os.open(temporary, flags, 0o600)
     try:
         with os.fdopen(os.dup(writing), "wb") as file:
             file.write(wanted)
-        # Before it is closed for writing: there is no moment in which nobody has it open.
+        # Opened before the other descriptor is closed, so that the file is always open.
         reading = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        # Not everywhere allowed.
+        # Some file systems don't allow it.
         with contextlib.suppress(OSError):
             os.fchown(writing, OWNER, -1)
         os.fchmod(writing, 0o644)
@@ -84,9 +84,9 @@ def _hold(target: Path, descriptor: int) -> None:
 
 
 def _same(target: Path, wanted: bytes) -> bool:
-    """Whether the file is there as it is wanted; it is held open then."""
+    """Whether the file is there with the wanted content; if so, it is held open."""
     try:
-        # Where somebody has a lease on it, this fails instead of waiting: the file is replaced then.
+        # With a lease on the file this fails instead of waiting; the file is replaced then.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         descriptor = os.open(target, flags)
     except OSError:
@@ -102,5 +102,5 @@ def _same(target: Path, wanted: bytes) -> bool:
 
 
 def _owned(uid: int) -> bool:
-    """Whether a file's owner is who it is to be; where that can't be had, anybody."""
+    """Whether a file has the right owner; without root any owner is right."""
     return uid == OWNER or os.geteuid() != 0

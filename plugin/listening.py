@@ -1,4 +1,4 @@
-"""Listening unix sockets, made before anything heavy is imported: this module imports nothing but the standard library."""
+"""Listening unix sockets. They are made before the rest is imported, so only with the standard library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ BACKLOG: Final = 128
 
 
 def listen(path: Path, mode: int = 0o600) -> socket.socket:
-    """A listening unix socket at `path`, in place of a stale one. OSError if the directory isn't there."""
+    """A listening unix socket at `path`; a stale one is replaced.
+
+    Raises:
+        OSError: the directory doesn't exist.
+    """
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o777 & ~mode)

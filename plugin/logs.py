@@ -1,4 +1,4 @@
-"""Logging: events with fields, one line of JSON each, to stdout. The daemon logs a plugin's stderr as errors."""
+"""Logging: events with fields as lines of JSON, to stdout; dockerd logs a plugin's stderr as errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 import structlog
 
 FIELD_LIMIT: Final = 8_000
-"""Characters of one field: a line has few long ones, and the daemon splits lines over 64 KiB."""
+"""Characters of one field. A line has few long ones, and dockerd splits lines over 64 KiB."""
 
 
 def _bounded(

@@ -1,7 +1,8 @@
-"""Names that people know, as addresses: of a container of this host, of a task or a service anywhere on a network of this host.
+"""Resolves names of containers, tasks and services to addresses, for `freeflow ping`.
 
-As in Docker's DNS, a name may be followed by a dot and the network's name. A task may be called by service and number alone,
-a container of this host by the first characters of its ID.
+Containers are those of this host; tasks and services may be on any host of a network of this host.
+As in Docker's DNS, a name may be followed by a dot and the network's name. A task may be given by
+service and number, a container by the first characters of its ID.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from driver.model import NetworkView
 from driver.vip_table import NetworkState
 
 _LEAST: Final = 6
-"""Characters of an ID that are enough."""
+"""Characters of an ID that suffice."""
 _SHOWN: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a name means on one network. `rank`: how well it fits, 0 is best."""
+    """A match of a name on one network. `rank`: how well it fits, 0 is best."""
 
     rank: int
     name: str
@@ -34,7 +35,7 @@ class Found:
 
 
 def _meant(view: NetworkView, name: str) -> Iterator[Found]:
-    """What `name` may mean on a network."""
+    """Matches of `name` on a network."""
 
     def found(rank: int, full: str, address: IPv4Address) -> Found:
         return Found(rank, full, view.name or view.id[:12], address)
@@ -60,8 +61,8 @@ def resolve(name: str, states: dict[str, NetworkState]) -> Found:
     """The address that a name means. `states` by network ID.
 
     Raises:
-        NotFound: nothing is called so.
-        InvalidRequest: several are; the message lists them.
+        NotFound: nothing matches.
+        InvalidRequest: several addresses match equally well; the message lists them.
     """
     every: list[Found] = []
     for state in states.values():
@@ -84,4 +85,6 @@ def resolve(name: str, states: dict[str, NetworkState]) -> Found:
         return next(iter(fitting.values()))
     listed = ", ".join(str(each) for each in list(fitting.values())[:_SHOWN])
     more = " and others" if len(fitting) > _SHOWN else ""
-    raise InvalidRequest("ping", cause=f"{name} may be {listed}{more}", remedy="say which one")
+    raise InvalidRequest(
+        "ping", cause=f"{name} may be {listed}{more}", remedy="give one of these names"
+    )

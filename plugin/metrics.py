@@ -1,6 +1,6 @@
-"""Prometheus metrics, made from the same `Status` that the command shows. `METRICS` is the one list of them.
+"""Prometheus metrics, made from the same `Status` that the command shows.
 
-The exporter, the documentation and the Grafana board are made from it, so they can't differ.
+`METRICS` is the one list of them; exporter, documentation and Grafana board are made from it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Sample = tuple[tuple[str, ...], float]
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
-    """One metric. `kind` is counter or gauge, `unit` what a sample counts; `samples` reads them off a status."""
+    """A metric. `kind` is counter or gauge; `samples` gives the values of a status, in `unit`."""
 
     name: str
     kind: str
@@ -54,7 +54,7 @@ class MetricSpec:
 
 
 def _titled(status: Status) -> list[tuple[str, NetworkStatus]]:
-    """Networks with a label of their own each: Prometheus refuses everything if two samples have the same labels."""
+    """Networks by unique labels: Prometheus rejects all samples if two have the same labels."""
     names = Counter(network.name for network in status.networks)
     return [
         (
@@ -121,7 +121,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_healthy",
         "gauge",
-        "1 if freeflow status finds nothing wrong",
+        "1 if freeflow status finds no problem",
         "",
         (),
         lambda status: [((), float(status.healthy))],
@@ -129,7 +129,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_problems",
         "gauge",
-        "What freeflow status finds wrong, by severity",
+        "Problems that freeflow status finds, by severity",
         "",
         ("severity",),
         lambda status: [
@@ -140,7 +140,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_engine_up",
         "gauge",
-        "1 if the engine's API answered last time",
+        "1 if the engine's API answered the last request",
         "",
         (),
         lambda status: [((), float(bool(status.host.engine)))],
@@ -233,7 +233,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_deaths",
         "counter",
-        "How often a part of the plugin has died: its worker, the router, a thread",
+        "Deaths of parts of the plugin: its worker, the router, a thread",
         "",
         ("part",),
         _deaths,
@@ -249,7 +249,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_connections",
         "gauge",
-        "Ends of TCP connections of this host's containers, by path, and why overlay",
+        "Ends of TCP connections of this host's containers, by path and reason for overlay",
         "",
         ("network", "path", "reason"),
         _paths,
@@ -257,7 +257,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_router_processes",
         "gauge",
-        "Processes that run with the library",
+        "Processes that have loaded the library",
         "",
         (),
         lambda status: [((), float(_router(status).processes))],
@@ -273,7 +273,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_upgrades",
         "counter",
-        "Connections that got shared memory",
+        "Connections that moved to shared memory",
         "",
         (),
         lambda status: [((), float(_router(status).granted))],
@@ -289,7 +289,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_retreats",
         "counter",
-        "Connections whose library stays on TCP or went back to it, by reason",
+        "Connections that the library keeps on TCP or moved back to it, by reason",
         "",
         ("reason",),
         lambda status: _reasons(_router(status).noted),
@@ -297,7 +297,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_wrong_messages",
         "counter",
-        "Messages to the router that aren't in the protocol",
+        "Messages to the router that the protocol doesn't have",
         "",
         (),
         lambda status: [((), float(_router(status).wrong_messages))],
@@ -313,7 +313,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_sessions",
         "gauge",
-        "Other hosts with whose router there is a session",
+        "Other hosts whose router has a session with this host's",
         "",
         (),
         lambda status: [((), float(sum(host.session for host in _rdma(status).hosts)))],
@@ -332,7 +332,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_rdma_memory_bytes",
         "gauge",
-        "Memory that is registered with the RDMA device",
+        "Memory registered with the RDMA device",
         "bytes",
         (),
         lambda status: [((), float(_rdma(status).memory))],
@@ -348,7 +348,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_rdma_broken",
         "counter",
-        "Ends of connections that were reset, since the other host could not be reached any more",
+        "Ends of connections that were reset because the other host became unreachable",
         "",
         (),
         lambda status: [((), float(_rdma(status).broken))],
@@ -356,7 +356,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_rdma_returned",
         "counter",
-        "Ends of connections that went back from RDMA to TCP",
+        "Ends of connections that moved back from RDMA to TCP",
         "",
         (),
         lambda status: [((), float(_rdma(status).left))],
@@ -388,7 +388,7 @@ METRICS: Final = (
     MetricSpec(
         "freeflow_request_errors",
         "counter",
-        "Calls of Docker answered with an error",
+        "Calls of Docker that were answered with an error",
         "",
         ("call",),
         lambda status: [((item.name,), float(item.errors)) for item in status.calls],
@@ -443,7 +443,7 @@ def render(status: Status) -> bytes:
 
 
 class Exporter:
-    """Serves the metrics on `address`; a taken port is said in the log and stops nothing else."""
+    """Serves the metrics on `address`; if that fails, the log says so and the plugin goes on."""
 
     def __init__(self, snapshot: Callable[[], Status], address: tuple[str, int]) -> None:
         self._snapshot = snapshot

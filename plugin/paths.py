@@ -1,7 +1,7 @@
-"""Which path packets take that aren't in shared memory: the kernel path, or the fast path (`overlay+ebpf`).
+"""The path of packets that aren't in shared memory: kernel path or fast path (`overlay+ebpf`).
 
-The router knows connections, the driver's `FastPath` packets: here the two are joined. A connection is on the fast path
-if packets from this host to the other end's MAC address take it now.
+The router knows connections, the driver's `FastPath` knows packets; this module joins the two. A
+connection is on the fast path if packets from this host to its peer's MAC address take it now.
 """
 
 from __future__ import annotations
@@ -20,25 +20,21 @@ from plugin.facts import KernelFacts, SyncFacts
 from plugin.status import PathStatus
 
 OVERLAY: Final = "overlay"
-SHORT: Final = "overlay+ebpf"
+FAST: Final = "overlay+ebpf"
 _ELSEWHERE: Final = ("remote", "foreign")
-"""Words of reasons: the other end is on another host; it is on no network of ours."""
+"""Words of reasons: the peer is on another host; it is on no FreeFlow network."""
 
 
 class PathLabels:
-    """Tells which addresses are reached by the fast path."""
+    """Tells which addresses are reached over the fast path."""
 
     def __init__(self, driver: Driver, kernel: KernelFacts, syncer: SyncFacts) -> None:
         self._driver = driver
         self._kernel = kernel
         self._syncer = syncer
 
-    def path(self, network: Network, mac: str) -> str:
-        """The path to a MAC address of a network."""
-        return SHORT if mac and self._kernel.uses_fastpath(network.id, mac) else OVERLAY
-
     def connections(self, found: Connections) -> Connections:
-        """The router's list, with the fast path told apart."""
+        """The router's list, with `overlay+ebpf` as the path of connections on the fast path."""
         networks = {network.id: network for network in self._driver.store.networks()}
         macs = self._macs()
         known: dict[tuple[str, str], bool] = {}
@@ -51,7 +47,7 @@ class PathLabels:
             key = (network.id, str(address))
             if key not in known:
                 known[key] = self._reached(network, address, macs)
-            return msgspec.structs.replace(each, path=SHORT) if known[key] else each
+            return msgspec.structs.replace(each, path=FAST) if known[key] else each
 
         return msgspec.structs.replace(
             found, connections=tuple(relabel(each) for each in found.connections)
@@ -69,7 +65,7 @@ class PathLabels:
     def _reached(
         self, network: Network, address: IPAddress, macs: dict[tuple[str, IPAddress], str]
     ) -> bool:
-        """Whether all that an address may be, if it is a VIP, is reached by the fast path."""
+        """Whether an address, or all tasks if it is a VIP, are reached over the fast path."""
         state = self._syncer.state().get(network.id)
         tasks: Iterable[IPAddress] = (address,)
         if state is not None and isinstance(address, IPv4Address):
@@ -81,7 +77,7 @@ class PathLabels:
     ) -> bool:
         mac = macs.get((network.id, address))
         if mac is None:
-            # Of other hosts' endpoints it is derived, unless the user chose one: then it isn't found.
+            # MAC addresses on other hosts are derived, unless the user chose one: it isn't found.
             if isinstance(address, IPv6Address):
                 if address not in network.prefix6:
                     return False
@@ -91,9 +87,13 @@ class PathLabels:
 
 
 def relabel(counts: Iterable[PathStatus], runs: Callable[[str, bool], bool]) -> list[PathStatus]:
-    """The router's counts, which name no addresses: by what runs on a network, for ends on this host and on others."""
+    """The router's counts, with `overlay+ebpf` as the path where the fast path runs.
+
+    Counts have no addresses, so `runs(network, elsewhere)` decides: by network, and by whether the
+    peer is on another host.
+    """
     return [
-        msgspec.structs.replace(each, path=SHORT)
+        msgspec.structs.replace(each, path=FAST)
         if each.path == OVERLAY
         and each.reason != _ELSEWHERE[1]
         and runs(each.network, each.reason == _ELSEWHERE[0])

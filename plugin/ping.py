@@ -1,10 +1,11 @@
-"""`freeflow ping`: from a container's namespace of this host to an overlay address, saying which host and which path.
+"""`freeflow ping`: pings an overlay address from a container's namespace, and finds host and path.
 
-What is to be reached may be given by a name: see `lookup.py`.
+The target may be given by a name: see `lookup.py`.
 
-The echo leaves the namespace of a local container on the same network, so it takes the way that the container's own packets
-take, VIPs included. Where the address lives is what the kernel then knows: the task that conntrack has for the echo, the
-neighbour's MAC address, and the peer behind which the VXLAN device learned it. Read on in `echo.py`.
+The echo request leaves the namespace of a local container on the same network, so it takes the path
+of the container's own packets, VIPs included. Afterwards the kernel knows where the address is: the
+task in conntrack's entry of the echo, the neighbour's MAC address, and the peer behind which the
+VXLAN device learned that. Read on in `echo.py`.
 """
 
 from __future__ import annotations
@@ -25,22 +26,23 @@ from driver.model import Endpoint, IPAddress, Network
 from plugin.echo import Prober, probe
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
 from plugin.lookup import resolve
-from plugin.paths import OVERLAY, SHORT
+from plugin.paths import FAST, OVERLAY
 
 MAX_COUNT: Final = 20
 
 
 class PingRequest(msgspec.Struct, frozen=True):
-    """`address`: what to reach, or a name of it; `count`: echoes, 1 to 20."""
+    """`address`: an address or a name; `count`: echo requests, 1 to 20."""
 
     address: str
     count: int = 3
 
 
 class PingResult(msgspec.Struct, frozen=True):
-    """`round_trips_ms`: one per answered echo. `host` is empty if the address was not found anywhere.
+    """`round_trips_ms`: one per answered echo. `host` is empty if the address was not found.
 
-    `name` is what was asked for by its name, in full. `path` is the echoes'; `tcp` the one that connections of programs with the library can move to, and `reason` why no faster one.
+    `name` is the target's full name, if it was given by name. `path` is the echoes'; `tcp` is the
+    path to which connections of programs with the library can move, `reason` why no faster one.
     """
 
     address: str
@@ -79,8 +81,12 @@ class Ping:
         self._router = router
 
     def __call__(self, wanted: PingRequest) -> PingResult:
-        """Raises InvalidRequest for what is ambiguous or no count, NotFound if there is no such name, or no container here is on
-        its network."""
+        """Ping a target.
+
+        Raises:
+            InvalidRequest: the name is ambiguous, or the count out of range.
+            NotFound: there is no such name, or no container of this host is on its network.
+        """
         address, name = self._target(wanted.address)
         if not 1 <= wanted.count <= MAX_COUNT:
             raise InvalidRequest(
@@ -118,7 +124,7 @@ class Ping:
         )
 
     def _target(self, wanted: str) -> tuple[IPAddress, str]:
-        """The address that is meant, and its name if it was meant by that."""
+        """The target's address, and its name if it was given by name."""
         try:
             return ip_address(wanted), ""
         except ValueError:
@@ -126,16 +132,16 @@ class Ping:
             return found.address, found.name
 
     def _path(self, network: Network, mac: str) -> str:
-        return SHORT if mac and self._kernel.uses_fastpath(network.id, mac) else OVERLAY
+        return FAST if mac and self._kernel.uses_fastpath(network.id, mac) else OVERLAY
 
     def _tcp(self, network: Network, host: str, local: bool) -> tuple[str, str]:
-        """The path that connections can move to, and why no faster one."""
+        """The path to which connections can move, and why no faster one."""
         if self._router is None:
             return "", ""
         try:
             rdma = self._router.statistics().rdma
         except RouterError:
-            return "overlay", "the router doesn't answer"
+            return "overlay", "the router does not answer"
         if not network.acceleration:
             return "overlay", "acceleration is off for the network"
         if local:

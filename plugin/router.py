@@ -1,7 +1,8 @@
-"""The router's process: a child of the plugin's worker, started again when it ends, ended when we do.
+"""Starts and supervises the router, a child process of the plugin's worker.
 
-One that doesn't answer any more is killed, and followed by another. It holds the read end of a pipe whose other end is ours alone: however the worker ends, the router notices. Nothing of this
-delays the plugin's start or any answer to Docker.
+A router that ends is started again, and one that doesn't answer is killed first. It holds the read
+end of a pipe whose write end only the worker has, so it ends with the worker, however that ends.
+Supervision delays neither the plugin's start nor an answer to Docker.
 """
 
 from __future__ import annotations
@@ -25,27 +26,28 @@ from plugin.settings import Settings
 log = structlog.get_logger()
 
 PUBLIC: Final = "router.sock"
-"""In the folder that every container may see, see `driver/kernel/shared_dir.py`."""
+"""In the folder that containers mount: see `driver/kernel/shared_dir.py`."""
 CONTROL: Final = f"{ADMIN_DIRECTORY}/router.sock"
 DEVICES: Final = "dev/infiniband"
-"""Beside the host's /run, in the plugin."""
+"""In the plugin, beside the host's /run."""
 LEAST_PAUSE: Final = 0.1
 MOST_PAUSE: Final = 10.0
-"""Seconds between two starts, doubled each time as long as none lasts."""
+"""Seconds between two starts; doubled after each router that ran for less than `LASTS`."""
 LASTS: Final = 30.0
-QUESTIONS: Final = 30
-"""So many unanswered questions in a row mean that the router is stuck. Questions and not seconds, since a host that slept has not
-asked. A stuck router costs new connections their acceleration; a kill for nothing costs all connections theirs."""
-FIRST_QUESTIONS: Final = 180
-"""The same, before its first answer: Python and its modules load slowly on a busy host."""
+CHECKS: Final = 30
+"""After so many failed checks in a row the router counts as stuck. Checks, not seconds: a host that
+was suspended made none. A stuck router costs new connections their acceleration; a needless kill
+costs all connections theirs."""
+FIRST_CHECKS: Final = 180
+"""The same before its first answer: Python and its modules load slowly on a busy host."""
 PAUSE: Final = 1.0
-"""Seconds between two questions."""
+"""Seconds between two checks."""
 _END: Final = 3.0
 _MESSAGES_PER_ASK: Final = 5
 
 
 def router_settings(settings: Settings) -> RouterSettings:
-    """What the plugin's settings mean for the router."""
+    """The router's settings, from the plugin's."""
     return RouterSettings(
         acceleration=settings.acceleration == "on",
         rule=Rule(
@@ -76,7 +78,10 @@ def router_settings(settings: Settings) -> RouterSettings:
 def router_command(
     host_run: Path, folder: Path, log_level: str, swarm: Path | None = None
 ) -> list[str]:
-    """How the router is started. `folder`: where /run/freeflow is written; `swarm`: the engine's, for certificates."""
+    """The router's command line.
+
+    `folder` is where /run/freeflow is written, `swarm` the engine's directory of certificates.
+    """
     return [
         sys.executable,
         "-P",
@@ -92,7 +97,10 @@ def router_command(
 
 
 class RouterProcess:
-    """Keeps one running. `started` is called after each start, in a thread of its own; `answers` asks it whether it lives."""
+    """Keeps a router running.
+
+    `started` is called after each start, in a thread of its own; `answers` checks it.
+    """
 
     def __init__(
         self,
@@ -115,12 +123,12 @@ class RouterProcess:
 
     @property
     def starts(self) -> int:
-        """How often it was started."""
+        """Number of starts."""
         return self._starts
 
     @property
     def pid(self) -> int | None:
-        """Of the one that runs."""
+        """The running router's, None without one."""
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
@@ -129,7 +137,7 @@ class RouterProcess:
         self._thread.start()
 
     def stop(self) -> None:
-        """End it, and wait until it has ended."""
+        """Stop the router, and wait until it has ended."""
         self._stopped.set()
         process = self._process
         if process is not None:
@@ -145,11 +153,11 @@ class RouterProcess:
             if self._stopped.is_set():
                 return
             pause = LEAST_PAUSE if self._clock() - begin > LASTS else min(pause * 2, MOST_PAUSE)
-            log.error("the router ended; it is started again", code=code, seconds=pause)
+            log.error("the router ended; it will be started again", code=code, seconds=pause)
             self._stopped.wait(pause)
 
     def _once(self) -> int | None:
-        """Start it and wait for its end; its exit code, None if it can't be started."""
+        """Start the router and wait for its end; returns its exit code, None without one."""
         try:
             process = subprocess.Popen(self._command, stdin=subprocess.PIPE)
         except OSError as error:
@@ -160,17 +168,17 @@ class RouterProcess:
         if self._stopped.is_set():
             _end(process)
         self._started()
-        self._attend(process)
+        self._supervise(process)
         try:
             return process.wait(_END)
         except subprocess.TimeoutExpired:
-            # The kernel doesn't let go of it. It has nothing that the next one needs.
-            log.error("the router can't be ended", pid=process.pid)
+            # It is stuck in the kernel, but holds nothing that the next one needs.
+            log.error("the router can't be killed", pid=process.pid)
             return None
 
-    def _attend(self, process: subprocess.Popen[bytes]) -> None:
-        """Until it has ended, or was killed because it doesn't answer."""
-        unanswered, limit = 0, FIRST_QUESTIONS
+    def _supervise(self, process: subprocess.Popen[bytes]) -> None:
+        """Return once it has ended, or was killed because it didn't answer."""
+        unanswered, limit = 0, FIRST_CHECKS
         try:
             descriptor = os.pidfd_open(process.pid)
         except ProcessLookupError:
@@ -180,14 +188,14 @@ class RouterProcess:
             ends.register(descriptor, select.POLLIN)
             while not ends.poll(self._pause * 1000):
                 if self._answers():
-                    unanswered, limit = 0, QUESTIONS
+                    unanswered, limit = 0, CHECKS
                     continue
                 unanswered += 1
                 if unanswered >= limit and not self._stopped.is_set():
                     log.error(
-                        "the router doesn't answer; it is killed",
+                        "the router does not answer; it is killed",
                         pid=process.pid,
-                        questions=unanswered,
+                        checks=unanswered,
                     )
                     process.kill()
                     return

@@ -1,8 +1,9 @@
 """gunicorn on two unix sockets: Docker's, and root's for the `freeflow` command.
 
-One worker process, because networks are locked in memory; threads, because joins of different containers are parallel.
-Keep-alive is off: an idle connection of Docker's would hold a thread. If the worker dies gunicorn starts another on the
-same sockets; if gunicorn is killed the worker notices and ends, and Docker starts the plugin again.
+There is one worker process, because networks are locked in memory, and it has threads, because
+joins of different containers are parallel. Keep-alive is off: an idle connection of Docker would
+hold a thread. If the worker dies, gunicorn starts another one on the same sockets. If gunicorn is
+killed, the worker notices and ends, and Docker starts the plugin again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class _Server(BaseApplication):  # type: ignore[misc]
 
 
 def _by_socket(docker: WSGI, admin: WSGI) -> WSGI:
-    """The admin app answers on its own socket only: Docker's socket speaks libnetwork and nothing else."""
+    """The admin app answers on its own socket only, the libnetwork app on Docker's only."""
 
     def dispatch(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         local: socket.socket = environ["gunicorn.socket"]
@@ -73,20 +74,20 @@ def serve(listener: socket.socket, paths: HostPaths, environment: Mapping[str, s
         listeners.append(listen(paths.admin_socket))
     _Server(
         {
-            # Descriptors only: given one, gunicorn forgets addresses that stand beside it.
+            # Descriptors only: with one of them gunicorn ignores addresses in the same list.
             "bind": [f"fd://{os.dup(each.fileno())}" for each in listeners],
             "workers": 1,
             "worker_class": "gthread",
             "threads": THREADS,
             "keepalive": 0,
-            # Docker's own deadline, if any, is longer; ours is in the app, so a worker is never shot for slowness.
+            # No worker is killed for slowness: the app has its own deadline, shorter than Docker's.
             "timeout": 0,
             "graceful_timeout": 8,
             "umask": 0o077,
             "loglevel": "error",
             "errorlog": "-",
             "proc_name": "freeflow",
-            # In the master, which outlives it.
+            # Runs in the master, which outlives the worker.
             "child_exit": lambda _server, _worker: deaths.note(WORKER),
         },
         load,

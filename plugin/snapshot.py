@@ -1,4 +1,4 @@
-"""Taking stock: the status of FreeFlow on this host, put together from driver, kernel and sync loop."""
+"""Makes the status of FreeFlow on this host from the facts of driver, kernel, sync loop and router."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from plugin import problems
 from plugin.calls import CallStatistics
 from plugin.deaths import Deaths
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
-from plugin.paths import OVERLAY, SHORT, relabel
+from plugin.paths import FAST, OVERLAY, relabel
 from plugin.settings import HIDDEN, SETTINGS, Settings
 from plugin.status import (
     CallStatus,
@@ -47,7 +47,7 @@ from plugin.totals import Counts, Totals
 from plugin.version import VERSION
 
 ROUTER_PATIENCE = 10.0
-"""Seconds after the start in which a router that doesn't answer is still being started."""
+"""Seconds after the start; until then a router that doesn't answer is still being started."""
 PATHS = ("overlay", "shm")
 
 
@@ -75,11 +75,11 @@ def _shown(secret: bool, value: object) -> str:
 def _counts(
     endpoint: Endpoint, links: dict[str, dict[str, int]], spoofed: dict[str, int]
 ) -> Counts | None:
-    """Bytes received and sent, frames dropped; None without its link."""
+    """Bytes received and sent, frames dropped; None if the endpoint has no link."""
     link = links.get(names.host_veth(endpoint.id))
     if link is None:
         return None
-    # The host's end of the pair: what it receives the container sent.
+    # Counters of the host's end of the veth pair: it receives the bytes that the container sent.
     return link["tx_bytes"], link["rx_bytes"], spoofed.get(names.short(endpoint.id), 0)
 
 
@@ -105,7 +105,7 @@ def _with_sums(network: NetworkStatus, sums: Counts) -> NetworkStatus:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Call it for a `Status`. `failures` are what went wrong at start; `started` and `clock` in seconds."""
+    """Call it for a `Status`. `failures` are errors of the start; `started` and `clock` in seconds."""
 
     driver: Driver
     kernel: KernelFacts
@@ -148,7 +148,7 @@ class Snapshot:
             )
             for network, endpoints in known
         ]
-        sums = self.totals.look(
+        sums = self.totals.update(
             {
                 network.id: {endpoint.id: counts for endpoint, counts in endpoints}
                 for network, endpoints in known
@@ -308,7 +308,7 @@ class Snapshot:
             subnets=[str(subnet.pool) for subnet in network.subnets],
             internal=network.internal,
             ipv6=network.ipv6,
-            path=SHORT if names.short(network.id) in stage.networks else OVERLAY,
+            path=FAST if names.short(network.id) in stage.networks else OVERLAY,
             acceleration=network.acceleration,
             endpoints=[
                 _endpoint(endpoint, containers.get(endpoint.id, ""), counts)

@@ -1,6 +1,7 @@
-"""The state of FreeFlow on this host as one value: what `/admin/status` answers and the `freeflow` command shows.
+"""The status of FreeFlow on this host as one value: `/admin/status` answers it, `freeflow` shows it.
 
-The JSON of `freeflow status --json` is this, field by field: a field may be added, never renamed or given another unit.
+`freeflow status --json` prints it field by field: a field may be added, but never renamed or given
+another unit.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class EndpointStatus(msgspec.Struct, frozen=True):
 
 
 class PeerStatus(msgspec.Struct, frozen=True):
-    """`name` is the host's; empty where it isn't known: only managers know the names of others."""
+    """A host of a network. `name` is empty if it isn't known: only managers know other hosts' names."""
 
     name: str
     address: str
@@ -58,8 +59,11 @@ class PeerStatus(msgspec.Struct, frozen=True):
 
 
 class ServiceStatus(msgspec.Struct, frozen=True):
-    """`vip` is empty with `dnsrr`. `tasks` take new connections. `by_list`: Docker's DNS can't say which ones do (their answer is
-    too large, or doesn't come); those are shown that the engine lists."""
+    """A service of a network. `vip` is empty with `dnsrr`. `tasks` take new connections.
+
+    `by_list`: Docker's DNS doesn't tell which tasks do, since its answer is too large or doesn't
+    come; `tasks` are those that the engine lists.
+    """
 
     name: str
     vip: str
@@ -68,9 +72,10 @@ class ServiceStatus(msgspec.Struct, frozen=True):
 
 
 class NetworkStatus(msgspec.Struct, frozen=True):
-    """`path` is how its connections run; `synced` seconds since peers and services were last read, null: not yet.
+    """A network of this host. `path` is its packets': overlay or overlay+ebpf.
 
-    `rx_bytes`, `tx_bytes` and `spoofed` are of all its endpoints here, those that have gone included, and only grow.
+    `synced`: seconds since peers and services were last read; null: not yet. `rx_bytes`, `tx_bytes`
+    and `spoofed` are sums over all its endpoints on this host, past ones included, and only grow.
     """
 
     id: str
@@ -187,9 +192,10 @@ class FastPathStatus(msgspec.Struct, frozen=True):
 
 
 class GuardStatus(msgspec.Struct, frozen=True):
-    """UDP `ports` of the overlay that only peers may speak with; `reason`: why others may be spoken with by anybody.
+    """UDP `ports` of the overlay that accept packets from peers only.
 
-    `strangers`: addresses that sent to them lately, and are no peers.
+    `reason`: why other ports accept them from any address. `strangers`: addresses that sent to the
+    ports lately and belong to no peer.
     """
 
     ports: list[int] = []
@@ -198,9 +204,10 @@ class GuardStatus(msgspec.Struct, frozen=True):
 
 
 class PartStatus(msgspec.Struct, frozen=True):
-    """A part of the plugin that has died: worker, router or thread (`name` says which).
+    """A part of the plugin that has died: worker, router, or thread (`name` is the thread's).
 
-    `deaths` since the plugin's start, `recent` in the last ten minutes, `ago`: seconds since the last one.
+    `deaths` since the plugin's start, `recent` ones in the last ten minutes, `ago`: seconds since the
+    last one.
     """
 
     part: str
@@ -225,7 +232,7 @@ class HostStatus(msgspec.Struct, frozen=True):
 
 
 class CallStatus(msgspec.Struct, frozen=True):
-    """One call of Docker's: totals since the start, percentiles of the last 1024 in milliseconds."""
+    """A call of Docker: totals since the start, percentiles of the last 1024 in milliseconds."""
 
     name: str
     count: int

@@ -1,8 +1,9 @@
-"""Sums that only grow, over endpoints that come and go.
+"""Sums of counters that only grow, though endpoints come and go.
 
-The kernel counts per link, and a link's counters go with it; but Prometheus takes a sum that falls for a restart, and all of it
-for new traffic. So what each endpoint has counted since the last look is added to its network's sum. What an endpoint counts
-between the last look and its end is lost.
+The kernel counts per link, and a link's counters disappear with it. Prometheus would take a falling
+sum for a restart, and the whole sum for new traffic. So each update adds the growth of each
+endpoint's counters to its network's sum. Traffic between the last update and an endpoint's end is
+lost.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ Counts = tuple[int, ...]
 
 
 def _growth(now: Counts, before: Counts) -> Counts:
-    # Counters that fell belong to a link that was made anew, and began at zero.
+    # Counters that fell belong to a new link, which began at zero.
     return tuple(n - b if n >= b else n for n, b in zip(now, before, strict=True))
 
 
@@ -27,8 +28,11 @@ class Totals:
         self._sums: dict[str, Counts] = {}
         self._last: dict[str, Counts] = {}
 
-    def look(self, counts: Mapping[str, Mapping[str, Counts | None]]) -> dict[str, Counts]:
-        """The sums after a look: network → endpoint → its counters, None where they can't be read now."""
+    def update(self, counts: Mapping[str, Mapping[str, Counts | None]]) -> dict[str, Counts]:
+        """Add the growth since the last update; returns the sums by network.
+
+        `counts`: network → endpoint → its counters, None if they can't be read now.
+        """
         with self._lock:
             sums = {}
             last = {}

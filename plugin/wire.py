@@ -1,7 +1,8 @@
-"""Docker's JSON, as structs with Go's field names (libnetwork `drivers/remote/api`); past here there are only values.
+"""Docker's JSON, as structs with Go's field names (libnetwork `drivers/remote/api`).
 
-Decoding is from raw bytes, Docker sends no content type. Unknown fields are ignored, as Go does; null stands for an
-empty list or map. A field that can't be understood raises InvalidRequest with the field's name.
+All other modules use checked values only. Requests are decoded from raw bytes, since Docker sends no
+content type. Unknown fields are ignored, as in Go; null means an empty list or map. An invalid field
+raises InvalidRequest with its name.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ GENERIC: Final = "com.docker.network.generic"
 ENABLE_IPV6: Final = "com.docker.network.enable_ipv6"
 INTERNAL: Final = "com.docker.network.internal"
 NAME_MAX: Final = 255
-"""Bytes of a file's name (limits.h)."""
+"""Bytes of a file name (limits.h)."""
 _MAC: Final = re.compile(r"([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}")
 
 
@@ -137,14 +138,18 @@ def address(name: str, text: str) -> IPInterface | None:
 def ipv4(name: str, text: str) -> IPv4Interface | None:
     value = address(name, text)
     if isinstance(value, IPv6Interface):
-        raise InvalidRequest(f"{name} {text!r} is not an IPv4 address")
+        raise InvalidRequest(
+            f"{name} {text!r} is not an IPv4 address", remedy="expected one such as 10.0.4.7/24"
+        )
     return value
 
 
 def ipv6(name: str, text: str) -> IPv6Interface | None:
     value = address(name, text)
     if isinstance(value, IPv4Interface):
-        raise InvalidRequest(f"{name} {text!r} is not an IPv6 address")
+        raise InvalidRequest(
+            f"{name} {text!r} is not an IPv6 address", remedy="expected one such as fd00::7/64"
+        )
     return value
 
 
@@ -153,18 +158,27 @@ def mac(name: str, text: str) -> str | None:
     if not text:
         return None
     if not _MAC.fullmatch(text):
-        raise InvalidRequest(f"{name} {text!r} is not a MAC address such as 02:42:0a:00:04:07")
+        raise InvalidRequest(
+            f"{name} {text!r} is not a MAC address", remedy="expected one such as 02:42:0a:00:04:07"
+        )
     if int(text[:2], 16) & 1:
-        raise InvalidRequest(f"{name} {text!r} is a group address; a container needs a unicast one")
+        raise InvalidRequest(
+            f"{name} {text!r} is a group address", remedy="a container needs a unicast address"
+        )
     return text.lower()
 
 
 def sandbox(text: str) -> str:
-    """Docker's name of a container's namespace; empty: none. Raises InvalidRequest for what no file can be named."""
+    """The path of a container's namespace; empty: none.
+
+    Raises:
+        InvalidRequest: no file can have this name.
+    """
     name = text.rpartition("/")[2]
     if text and (not name.strip(".") or "\0" in text or len(name.encode()) > NAME_MAX):
         raise InvalidRequest(
-            f"SandboxKey {text!r:.200} is not the path of a namespace such as /var/run/docker/netns/1a2b3c4d5e6f"
+            f"SandboxKey {text!r:.200} is not the path of a namespace",
+            remedy="expected one such as /var/run/docker/netns/1a2b3c4d5e6f",
         )
     return text
 
@@ -176,7 +190,9 @@ def subnets(*groups: list[IPData] | None) -> tuple[Subnet, ...]:
         try:
             pool: IPNetwork = ip_network(item.Pool)
         except ValueError as error:
-            raise InvalidRequest(f"Pool {item.Pool!r}: {error}") from error
+            raise InvalidRequest(
+                f"Pool {item.Pool!r}", cause=str(error), remedy="expected one such as 10.0.4.0/24"
+            ) from error
         result.append(Subnet(pool, address("Gateway", item.Gateway or "")))
     return tuple(result)
 
@@ -189,7 +205,11 @@ def generic(options: dict[str, Any] | None) -> dict[str, str]:
     if not isinstance(found, dict) or not all(
         isinstance(key, str) and isinstance(value, str) for key, value in found.items()
     ):
-        raise InvalidRequest(f"{GENERIC} is not a map of strings: {found!r:.200}")
+        raise InvalidRequest(
+            f"{GENERIC} is not a map of strings",
+            cause=f"it is {found!r:.200}",
+            remedy="is the caller Docker?",
+        )
     return found
 
 
@@ -200,4 +220,8 @@ def flag(options: dict[str, Any] | None, name: str) -> bool:
         return bool(value)
     if value in ("true", "false"):
         return bool(value == "true")
-    raise InvalidRequest(f"{name} is neither true nor false: {value!r:.80}")
+    raise InvalidRequest(
+        f"{name} is neither true nor false",
+        cause=f"it is {value!r:.80}",
+        remedy="is the caller Docker?",
+    )

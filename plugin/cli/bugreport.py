@@ -1,4 +1,4 @@
-"""`freeflow bugreport`: what is needed to find a bug, and no secrets."""
+"""`freeflow bugreport`: the facts that are needed to find a bug, without secrets."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def _plugin(engine: Engine) -> list[dict[str, Any]]:
 
 
 def _shown(line: str) -> str:
-    """NAME=VALUE of a setting, without the value if that is a secret."""
+    """NAME=VALUE of a setting; the value of a secret is hidden."""
     name, _, value = line.partition("=")
     return f"{name}={HIDDEN}" if value and name in _SECRETS else line
 
 
 def collect(client: Client) -> dict[str, Any]:
-    """Everything, by heading; a part that can't be had says why."""
+    """All parts of the report by heading; a part that can't be read has the reason instead."""
     pin = host_run() / OVERLAY_PIN
     parts: dict[str, Callable[[], Any]] = {
         "status": lambda: msgspec.to_builtins(client.status()),
@@ -84,12 +84,12 @@ def collect(client: Client) -> dict[str, Any]:
         try:
             report[heading] = part()
         except (FreeFlowError, OSError) as error:
-            report[heading] = f"not to be had: {error}"
+            report[heading] = f"not available: {error}"
     return report
 
 
 def render(report: dict[str, Any]) -> str:
-    """As text, a part after the other."""
+    """The report as text."""
     parts = []
     for heading, value in report.items():
         body = (

@@ -1,4 +1,4 @@
-"""`freeflow cleanup`: everything of ours off this host, unless it is in use."""
+"""`freeflow cleanup`: removes everything of FreeFlow from this host, unless it is in use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOST_BINS: Final = (Path("/host/bin"), Path("/usr/local/bin"))
 
 
 def in_use(client: Client) -> list[str]:
-    """Names of this host's containers on FreeFlow networks, asked of the plugin, else of the engine."""
+    """Names of this host's containers on FreeFlow networks, from the plugin or else the engine."""
     try:
         status = client.status()
     except NotRunning:
@@ -38,10 +38,10 @@ def in_use(client: Client) -> list[str]:
 
 
 def clean(client: Client, *, everything: bool, force: bool) -> list[str]:
-    """Remove what is left over; returns what was removed.
+    """Remove what FreeFlow has made; returns the names of what was removed.
 
     Raises:
-        InUse: and nothing was removed.
+        InUse: containers use it; nothing was removed.
     """
     if not force:
         used = in_use(client)

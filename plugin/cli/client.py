@@ -1,4 +1,4 @@
-"""Asking the running plugin (admin socket) and the engine (its own socket), with errors that say what to type."""
+"""Clients of the running plugin (its admin socket) and of the engine (its API socket)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from plugin.status import Status
 T = TypeVar("T")
 
 HOST_RUNS: Final = (Path("/host/run"), Path("/run"))
-"""The host's /run: from inside the plugin's root file system, and on the host itself."""
+"""The host's /run, as seen inside the plugin's root file system and on the host itself."""
 _SLOW: Final = 60.0
-"""Seconds for what the engine does on a disk."""
+"""Seconds for requests that make the engine work on its disk."""
 _LOOK: Final = "systemctl status docker"
 _INSTALL: Final = "docker plugin install --alias freeflow:latest REGISTRY/freeflow:latest"
 
@@ -37,7 +37,7 @@ class InUse(FreeFlowError):
 
 
 def host_run() -> Path:
-    """Where the host's /run is seen from here."""
+    """Where this process sees the host's /run."""
     return next((path for path in HOST_RUNS if (path / "docker").exists()), HOST_RUNS[-1])
 
 
@@ -82,10 +82,10 @@ class Engine:
 
     @contextmanager
     def created(self, image: str) -> Iterator[str]:
-        """A container of this image that is never started: its files can be read. Raises EngineError."""
+        """A container of this image, for reading its files; it is never started. Raises EngineError."""
         wanted = {
             "Image": image,
-            "Entrypoint": ["freeflow-looks-at-files"],
+            "Entrypoint": ["freeflow-reads-files"],
             "Labels": {"freeflow.inject": ""},
             "HostConfig": {"NetworkMode": "none"},
         }
@@ -93,7 +93,7 @@ class Engine:
         if status != http.HTTPStatus.CREATED:
             reason = body.decode(errors="replace").strip()[:300]
             raise EngineError(
-                f"the engine made no container of {image} ({status})",
+                f"the engine did not create a container of {image} ({status})",
                 cause=reason,
                 remedy=f"docker run --rm {image} true",
             )
@@ -106,7 +106,10 @@ class Engine:
 
     @contextmanager
     def archive(self, container: str, path: str) -> Iterator[IO[bytes] | None]:
-        """A file of a container as a tar stream, links not followed; None if there is none. Raises EngineError."""
+        """A file of a container as a tar stream, None without it. Links aren't followed.
+
+        Raises EngineError.
+        """
         connection = UnixConnection(self._path, _SLOW)
         try:
             connection.request(
@@ -115,9 +118,7 @@ class Engine:
             response = connection.getresponse()
             yield response if response.status == http.HTTPStatus.OK else None
         except (OSError, http.client.HTTPException) as error:
-            raise EngineError(
-                f"the engine does not hand out {path} ({error})", remedy=_LOOK
-            ) from error
+            raise EngineError(f"the engine does not send {path} ({error})", remedy=_LOOK) from error
         finally:
             connection.close()
 
@@ -143,7 +144,7 @@ class Engine:
         if not own[0].get("Enabled"):
             return "it is disabled", f"docker plugin enable {name}"
         restart = f"docker plugin disable -f {name} && docker plugin enable {name}"
-        return "it is enabled but silent", restart
+        return "it is enabled but does not answer", restart
 
 
 class _Refusal(msgspec.Struct):
@@ -191,9 +192,9 @@ class Client:
             return msgspec.json.decode(answer, type=kind)
         except msgspec.DecodeError as error:
             raise FreeFlowError(
-                f"the plugin answered {url} with something else ({error})",
-                cause="it is of another version than this command",
-                remedy="docker plugin disable -f and enable it, which puts its own command here",
+                f"the plugin's answer to {url} can't be decoded ({error})",
+                cause="the plugin and this command have different versions",
+                remedy="docker plugin disable -f and enable it, which installs its own command",
             ) from error
 
     def status(self) -> Status:

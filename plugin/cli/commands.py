@@ -1,4 +1,4 @@
-"""The commands and their options. What they print is made in `show.py`, what they find in `doctor.py`."""
+"""The commands and their options. `show.py` formats what they print, `doctor.py` has the checks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import click
 
 from driver.errors import FreeFlowError
 from plugin.cli.client import Client, Engine, InUse, NotRunning
-from plugin.cli.place import users_place
 from plugin.cli.terminal import json_text, lines, say, say_json, shown, shown_all
+from plugin.cli.user_files import users_root
 from plugin.status import explanation
 from plugin.version import VERSION
 
@@ -22,7 +22,7 @@ P = ParamSpec("P")
 
 UNUSABLE = 2
 TRACEBACK = "FREEFLOW_TRACEBACK"
-"""Set it to see where a command fails."""
+"""If this variable is set, a bug ends a command with its traceback."""
 PROBLEMS = 1
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -57,7 +57,7 @@ def _explained(
 
 
 class _Guarded(click.Group):
-    """A bug ends a command with one line that says what to do, not with a traceback, which may hold what others wrote."""
+    """Reports a bug in one line, without a traceback: that may hold text of containers or hosts."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -68,8 +68,8 @@ class _Guarded(click.Group):
             if TRACEBACK in os.environ:
                 raise
             reason = f"{type(error).__name__}: {error}"[:300]
-            say(f"freeflow: this command failed by a bug ({shown(reason)})", err=True)
-            say(f"    do: report it, with what {TRACEBACK}=1 freeflow … says", err=True)
+            say(f"freeflow: this command failed because of a bug ({shown(reason)})", err=True)
+            say(f"    do: report it, with the output of {TRACEBACK}=1 freeflow …", err=True)
             ctx.exit(UNUSABLE)
 
 
@@ -95,14 +95,14 @@ class _Guarded(click.Group):
 )
 @click.pass_context
 def cli(context: click.Context, socket: Path | None, engine: Path | None) -> None:
-    """Look at FreeFlow, the network plugin for Docker Swarm, on this host.
+    """Show and check FreeFlow, the network plugin for Docker Swarm, on this host.
 
     Without a command: status.
 
     \b
-    freeflow                    is all well? networks, endpoints, peers, what to type next
-    freeflow ping web           which host has this task, container or VIP, over which path, how fast
-    freeflow doctor             look further when something doesn't work
+    freeflow                    what is wrong, if anything; networks, endpoints, peers
+    freeflow ping web           which host runs this task, container or VIP, path and round trips
+    freeflow doctor             more checks, for when something doesn't work
     """
     context.obj = Client(socket, Engine(engine))
     if context.invoked_subcommand is None:
@@ -114,10 +114,10 @@ def cli(context: click.Context, socket: Path | None, engine: Path | None) -> Non
 @click.pass_obj
 @_explained()
 def status(client: Client, as_json: bool = False) -> None:
-    """Say whether all is well, then show networks, endpoints and peers.
+    """Show whether everything works, then networks, endpoints and peers.
 
-    Exit code: 0 all is well, 1 something is wrong (the last lines say what, and what to type), 2 the plugin is not running or
-    can't be used.
+    Exit code: 0 everything works, 1 something is wrong (the last lines say what, and what to type),
+    2 the plugin is not running or can't be used.
     """
     from plugin.cli.show import show_status
 
@@ -134,7 +134,7 @@ def status(client: Client, as_json: bool = False) -> None:
 @click.pass_obj
 @_explained()
 def peers(client: Client, as_json: bool) -> None:
-    """List the other hosts, and the networks shared with them."""
+    """List the other hosts, and the networks that this host shares with them."""
     from plugin.cli.show import show_peers
 
     found = client.status()
@@ -149,10 +149,11 @@ def peers(client: Client, as_json: bool) -> None:
 @click.pass_obj
 @_explained()
 def connections(client: Client, as_json: bool) -> None:
-    """List TCP connections of this host's containers: overlay, shm or rdma, and why.
+    """List TCP connections of this host's containers, each with its path and the reason for it.
 
-    Both ends are listed where both are here. shm: the bytes go through shared memory, not through the kernel's TCP; rdma: they
-    are written into the other host's memory by the RDMA device.
+    A connection between two containers of this host is listed twice, once for each end. shm: the
+    bytes go through shared memory instead of the kernel's TCP. rdma: the RDMA device writes them
+    into the other host's memory.
     """
     from plugin.cli.show import show_connections
 
@@ -171,16 +172,17 @@ def connections(client: Client, as_json: bool) -> None:
     default=3,
     show_default=True,
     type=click.IntRange(1, 20),
-    help="How many echoes.",
+    help="Number of echo requests.",
 )
 @_json
 @click.pass_obj
 @_explained(problems=(FreeFlowError,))
 def ping(client: Client, target: str, count: int, as_json: bool) -> None:
-    """Reach a container, task or service from a container of this host: which host has it, over which path, how fast.
+    """Ping a container, task or service from a container of this host.
 
-    NAME is that of a container of this host, of a task (web.1 is enough) or of a service anywhere, ADDRESS one of theirs or a
-    VIP. Where a name is on several networks: NAME.NETWORK. Exit code 1 if nothing answered.
+    Shows which host has the target, the path, and the round-trip times. NAME is a container of this
+    host, or a task (web.1 is enough) or service of any host; ADDRESS is an address of one of them,
+    or a VIP. If a name is on several networks, write NAME.NETWORK. Exit code 1 if nothing answered.
 
     \b
     freeflow ping web
@@ -218,11 +220,13 @@ def ping(client: Client, target: str, count: int, as_json: bool) -> None:
 @_json
 @click.pass_obj
 def doctor(client: Client, container: str | None, as_json: bool) -> None:
-    """Look for what keeps FreeFlow from working: ports, MTU, kernel, stale state, clashes with other overlays.
+    """Check what can keep FreeFlow from working: ports, MTU, kernel, stale state, other overlays.
 
-    With CONTAINER: whether the library is in it, loaded by its processes, and the one that this host has.
+    With CONTAINER: whether the library is mounted in it, whether its processes have loaded it, and
+    whether it is this host's version.
 
-    Each finding has its cause and what to type. Works with the plugin disabled too. Exit code 1 if something was found.
+    Each finding has a cause and a remedy. Works with the plugin disabled, too. Exit code 1 if
+    something was found.
     """
     from plugin.cli.doctor import examine
     from plugin.cli.library import examine_container
@@ -252,9 +256,9 @@ def doctor(client: Client, container: str | None, as_json: bool) -> None:
 @_json
 @click.pass_obj
 def bugreport(client: Client, output: Path | None, as_json: bool) -> None:
-    """Collect what a bug report needs, without secrets: status, doctor's findings, links, rules, versions.
+    """Collect what a bug report needs: status, findings, links, rules, versions. No secrets.
 
-    It holds names and addresses of containers, networks and hosts: read it before you send it.
+    The report has names and addresses of containers, networks and hosts: read it before you send it.
     """
     from plugin.cli.bugreport import collect, render
 
@@ -263,7 +267,7 @@ def bugreport(client: Client, output: Path | None, as_json: bool) -> None:
     if output is None:
         say(text)
     else:
-        with users_place():
+        with users_root():
             output.write_text(text)
         say(f"written to {output}")
 
@@ -273,18 +277,21 @@ def bugreport(client: Client, output: Path | None, as_json: bool) -> None:
     "--all",
     "everything",
     is_flag=True,
-    help="Also state, /run/freeflow* and this command: before docker plugin rm.",
+    help="Also remove state, /run/freeflow* and this command; use it before docker plugin rm.",
 )
 @click.option(
-    "--force", is_flag=True, help="Also while containers use FreeFlow networks: cuts them off."
+    "--force",
+    is_flag=True,
+    help="Do it even if containers use FreeFlow networks; they lose their connections.",
 )
 @_json
 @click.pass_obj
 @_explained(problems=(InUse,))
 def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> None:
-    """Remove what FreeFlow made on this host and nothing uses: links, rules, namespaces, files.
+    """Remove what FreeFlow has made on this host: links, rules, namespaces, files.
 
-    Refuses while a container of this host is on a FreeFlow network, and names them. Works with the plugin disabled.
+    Refuses, with their names, while containers of this host are on FreeFlow networks. Works with the
+    plugin disabled, too.
     """
     from plugin.cli.clean import clean
 
@@ -294,7 +301,7 @@ def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> Non
     else:
         for name in removed:
             say(f"removed {shown(name)}")
-        say("nothing was left over" if not removed else f"{len(removed)} removed")
+        say(f"{len(removed)} removed" if removed else "nothing to remove")
 
 
 @cli.command()

@@ -1,4 +1,4 @@
-"""`freeflow doctor`: each check is a function from facts to findings; an empty answer means that it passed."""
+"""`freeflow doctor`: each check is a function from facts to findings; no finding means it passed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BAD_ENGINES: Final = re.compile(r"29\.0\.[0-2](\D|$)")
 
 
 class Report(msgspec.Struct, frozen=True):
-    """`passed`: what was looked at and is well; `notes`: what is neither well nor wrong."""
+    """`passed`: checks without findings; `notes`: facts that are neither good nor bad."""
 
     passed: list[str]
     findings: list[Finding]
@@ -52,14 +52,14 @@ def check_plugin(client: Client, found: dict[str, Status]) -> list[Finding]:
 
 
 def check_run_shared() -> list[Finding]:
-    # Process 1's view: the command itself runs in a mount namespace of its own, where nothing is shared.
+    # In process 1's namespace: the command's own mount namespace has no shared mounts.
     if is_shared(Path("/run"), Path("/proc/1/mountinfo")):
         return []
     return [
         Finding(
             "error",
             "/run is not a shared mount",
-            "the overlay namespace would go with the plugin's process, and sandboxes can't be seen",
+            "the overlay namespace would end with the plugin's process, and sandboxes are not visible",
             f"mount --make-rshared /run && docker plugin disable -f {PLUGIN} && docker plugin enable {PLUGIN}",
         )
     ]
@@ -101,7 +101,7 @@ _LINKS: Final[dict[str, dict[str, Any]]] = {
 
 
 def check_kernel() -> list[Finding]:
-    """Try each feature for real, in a namespace that goes with the thread."""
+    """Try each feature in a network namespace that ends with its thread."""
 
     def probe() -> list[Finding]:
         missing = []
@@ -120,7 +120,7 @@ def check_kernel() -> list[Finding]:
                 except Exception as error:
                     module = str(attributes["kind"])
                     missing.append(
-                        (feature, str(error), f"modprobe {module}, or a kernel that has it")
+                        (feature, str(error), f"modprobe {module}, or use a kernel that has it")
                     )
         return [
             Finding("error", f"the kernel lacks {feature}", cause, remedy)
@@ -132,7 +132,7 @@ def check_kernel() -> list[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """An interface of this host; `port` is a VXLAN device's."""
+    """An interface of this host; `port` is a VXLAN device's UDP port."""
 
     name: str
     kind: str = ""
@@ -153,7 +153,7 @@ def links() -> list[Link]:
 
 
 def check_clashes(ports: set[int], present: Iterable[Link]) -> list[Finding]:
-    """Other overlays among the interfaces, and VXLAN devices that have our UDP ports."""
+    """Interfaces of other overlays, and other VXLAN devices on FreeFlow's UDP ports."""
     findings = []
     for link in present:
         other = next(
@@ -183,7 +183,7 @@ def check_clashes(ports: set[int], present: Iterable[Link]) -> list[Finding]:
 
 
 def check_port(ports: set[int]) -> list[Finding]:
-    """UDP ports that somebody else holds; `ports` are those that no VXLAN device of ours holds now."""
+    """UDP ports that another program holds; `ports` are those without a VXLAN device of ours."""
     findings = []
     for port in sorted(ports):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -194,20 +194,20 @@ def check_port(ports: set[int]) -> list[Finding]:
                     Finding(
                         "error",
                         f"a program holds FreeFlow's UDP port {port}",
-                        "VXLAN devices can't be made then",
-                        f"ss -ulpn 'sport = :{port}' says which; stop it, or set VXLAN_PORT",
+                        "no VXLAN device can be made on it",
+                        f"ss -ulpn 'sport = :{port}' shows it; stop it, or set VXLAN_PORT",
                     )
                 )
     return findings
 
 
 def check_firewall(ports: set[int]) -> list[Finding]:
-    """An input chain that drops by default and names none of our ports."""
+    """An input chain that drops by default and has no rule for our ports."""
     try:
         objects = nft.query("list ruleset")
     except KernelError:
         return []
-    # Who may speak with the port, which is what the plugin's own table says, is not whether it is open.
+    # The plugin's own table admits peers to the port; it doesn't open the host's firewall.
     objects = [item for item in objects if not guard.own(item)]
     text = str(objects)
     for item in objects:
@@ -228,7 +228,7 @@ def check_firewall(ports: set[int]) -> list[Finding]:
 
 
 def check_guard(status: Status) -> list[Finding]:
-    """Who has sent to the overlay's port without being a peer."""
+    """Addresses that sent to the overlay's port and belong to no peer."""
     strangers = status.guard.strangers if status.guard is not None else []
     if not strangers:
         return []
@@ -237,15 +237,16 @@ def check_guard(status: Status) -> list[Finding]:
         Finding(
             "warning",
             f"frames from {', '.join(strangers[:3])}{more} were dropped",
-            "they came to the overlay's UDP port in the last ten minutes, and the Swarm lists no host of a network of this host "
-            "at this address",
-            "if it is one of its hosts, set UNDERLAY on it to the address that Docker advertises; else find out who it is",
+            "they came to the overlay's UDP port in the last ten minutes, and the Swarm lists no host "
+            "at this address that shares a network with this one",
+            "if it is a host of this Swarm, set its UNDERLAY to the address that Docker advertises; "
+            "otherwise find out whose address it is",
         )
     ]
 
 
 def _passes(address: str, size: int) -> bool:
-    """Whether an IPv4 echo of `size` bytes gets through unfragmented; True if nothing can be said."""
+    """Whether an IPv4 echo request of `size` bytes is answered without fragmentation."""
     payload = b"\0" * (size - 28)
     head = struct.pack("!BBHHH", 8, 0, 0, os.getpid() & 0xFFFF, 1)
     total = sum(struct.unpack(f"!{len(head + payload) // 2}H", head + payload))
@@ -263,7 +264,10 @@ def _passes(address: str, size: int) -> bool:
 
 
 def check_peers(status: Status, passes: Callable[[str, int], bool] = _passes) -> list[Finding]:
-    """Small and full-size packets to each peer on the underlay; `passes`: whether one of so many bytes does."""
+    """Small and full-size packets to each peer on the underlay.
+
+    `passes(address, size)`: whether a packet of `size` bytes reaches the address.
+    """
     findings = []
     addresses = {
         peer.address: f"{peer.name} ({peer.address})" if peer.name else peer.address
@@ -277,7 +281,7 @@ def check_peers(status: Status, passes: Callable[[str, int], bool] = _passes) ->
                 Finding(
                     "warning",
                     f"peer {name} does not answer a ping on the underlay",
-                    "the host is down, the network is cut, or ICMP is filtered",
+                    "the host is down or unreachable, or ICMP is filtered",
                     f"ping {address}; docker node ls",
                 )
             )
@@ -286,15 +290,15 @@ def check_peers(status: Status, passes: Callable[[str, int], bool] = _passes) ->
                 Finding(
                     "error",
                     f"packets of {status.host.underlay_mtu} bytes don't reach peer {name}",
-                    f"something between has a smaller MTU than {status.host.underlay}",
-                    f"docker plugin set {PLUGIN} MTU=…, smaller by what is missing, and recreate the networks",
+                    f"a link on the way has a smaller MTU than {status.host.underlay}",
+                    f"docker plugin set {PLUGIN} MTU=…, with a smaller value, and recreate the networks",
                 )
             )
     return findings
 
 
 def rdma_notes(status: Status) -> list[str]:
-    """Which RDMA device is used, or why none; it's no fault of a host to have none."""
+    """Which RDMA device is used, or why none is; a host without one has no problem."""
     from plugin.cli.show import rdma_device
 
     rdma = status.router.rdma if status.router else None
@@ -318,11 +322,11 @@ def rdma_notes(status: Status) -> list[str]:
 
 
 def service_notes(status: Status) -> list[str]:
-    """Services of which Docker's DNS can't say which tasks take connections."""
+    """Services for which Docker's DNS doesn't tell which tasks take connections."""
     return [
-        f"service {service.name} on network {network.name or network.id[:12]}: Docker's DNS doesn't answer for its "
-        f"{len(service.tasks)} tasks, so those that are being stopped get new connections until they have ended; "
-        "split it, or use --endpoint-mode dnsrr (docs/vips.md)"
+        f"service {service.name} on network {network.name or network.id[:12]}: Docker's DNS doesn't "
+        f"answer for its {len(service.tasks)} tasks, so tasks get new connections until they have "
+        "ended; split the service, or use --endpoint-mode dnsrr (docs/vips.md)"
         for network in status.networks
         for service in network.services
         if service.by_list
@@ -330,7 +334,10 @@ def service_notes(status: Status) -> list[str]:
 
 
 def check_session_port(status: Status, connects: Callable[[str, int], bool]) -> list[Finding]:
-    """Whether the routers of hosts that share a network can reach each other; `connects`: to an address and TCP port."""
+    """Whether the routers of hosts that share a network can reach each other.
+
+    `connects(address, port)`: whether a TCP connection can be made.
+    """
     rdma = status.router.rdma if status.router else None
     if rdma is None or not rdma.on or not rdma.device or rdma.no_sessions:
         return []
@@ -340,7 +347,7 @@ def check_session_port(status: Status, connects: Callable[[str, int], bool]) -> 
             "warning",
             f"the router of {host.name or host.address} can't be reached on TCP port {port}",
             host.reason or "no connection",
-            f"let TCP port {port} through between the hosts (docs/rdma.md), or set RDMA=off on both",
+            f"open TCP port {port} between the hosts (docs/rdma.md), or set RDMA=off on both",
         )
         for host in rdma.hosts
         if not host.session and not connects(host.address, port)
@@ -361,7 +368,7 @@ def _fastpath(found: FastPathStatus) -> str:
 
 
 def check_leftovers(run: Path, status: Status | None) -> list[Finding]:
-    """Links of ours that no endpoint has."""
+    """Veth links of ours without an endpoint."""
     if status is None:
         return []
     known = {names.short(e.id) for network in status.networks for e in network.endpoints}
@@ -404,7 +411,7 @@ def examine(client: Client) -> Report:
         try:
             result = function()
         except Exception as error:
-            # One check that can't be made must not hide what the others find.
+            # A check that fails must not hide the findings of the others.
             result = [
                 Finding(
                     "warning",
@@ -424,21 +431,21 @@ def examine(client: Client) -> Report:
     status = found.get("status")
     ports = {network.port for network in status.networks} if status else set()
     ports.add(int(status.settings.get("VXLAN_PORT") or DEFAULT_PORT) if status else DEFAULT_PORT)
-    check("no other overlay is in the way", lambda: check_clashes(ports, links()))
+    check("no other overlay conflicts", lambda: check_clashes(ports, links()))
     held = {network.port for network in status.networks if network.endpoints} if status else set()
     if status is not None:
         check("the UDP port is free for VXLAN", lambda: check_port(ports - held))
     check("the firewall lets VXLAN in", lambda: check_firewall(ports))
     if status is not None:
-        check("only peers speak with the overlay's port", lambda: check_guard(status))
-        check("peers answer, with packets of full size", lambda: check_peers(status))
+        check("only peers send to the overlay's port", lambda: check_guard(status))
+        check("peers answer packets of full size", lambda: check_peers(status))
         check(
-            "routers of other hosts are reached, where there is RDMA",
+            "routers of other hosts can be reached, where there is RDMA",
             lambda: check_session_port(status, _connects),
         )
     check("no links are left over", lambda: check_leftovers(run, status))
     if status is not None and status.fastpath is not None:
-        # That it is off or goes less far is no fault: what is the matter is said all the same.
+        # Shown though it is no problem if the fast path is off or does less.
         passed.append(_fastpath(status.fastpath))
     return Report(
         passed, findings, [] if status is None else rdma_notes(status) + service_notes(status)

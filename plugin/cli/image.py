@@ -1,7 +1,8 @@
-"""Which programs an image starts, and whether a library can be preloaded into them; found without starting anything.
+"""Finds which program an image starts, and whether a library can be preloaded into it.
 
-A container is created, never started, and removed: only so does the engine hand out files of an image. Launchers and
-shells are looked through, since they hand the variable on; what a script does is not known.
+Nothing is started. A container is created and removed, because the engine sends an image's files
+only that way. Launchers and shells are followed to the programs that they start, since these
+inherit the variable; what a script does is not known.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from plugin.cli.client import Engine
-from plugin.cli.program import HEAD, look
+from plugin.cli.program import HEAD, identify
 
 SHELLS: Final = ("sh", "bash", "dash", "ash", "zsh", "ksh")
 _LAUNCHERS: Final = {
@@ -30,10 +31,10 @@ _LAUNCHERS: Final = {
     "gosu": 1,
     "su-exec": 1,
 }
-"""Programs that only start another one, and how many words of theirs stand before it."""
+"""Programs that only start another one, and how many arguments precede it."""
 _LONGEST_COMMAND: Final = 16384
 _FOLDERS: Final = 32
-"""So many folders of a PATH are looked through."""
+"""Limit of the folders of a PATH that are searched."""
 _LINKS: Final = 16
 _STEPS: Final = 8
 
@@ -52,7 +53,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How a container begins. `user` as in an image: empty is root."""
+    """What a container runs first. `user` as in an image: empty is root."""
 
     words: tuple[str, ...]
     path: tuple[str, ...] = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")  # fmt: skip
@@ -62,7 +63,7 @@ class Start:
 
 @dataclass(slots=True)
 class Verdict:
-    """`hindered`: programs that can't be accelerated, and why. `unknown`: what could not be found out."""
+    """`hindered`: programs that can't be accelerated, and why. `unknown`: what prevents an answer."""
 
     hindered: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -72,7 +73,7 @@ Files = Callable[[str], File | None]
 
 
 def split_words(text: str) -> list[str]:
-    """As a shell does. Raises ValueError if it can't be split, or is longer than any command."""
+    """Split as a shell does. Raises ValueError if that fails, or the text is too long."""
     if len(text) > _LONGEST_COMMAND:
         raise ValueError("too long")
     return shlex.split(text)
@@ -91,7 +92,10 @@ def start_of(
     user: str = "",
     folder: str = "",
 ) -> Start:
-    """What an image starts, after what the service says instead. As with Docker, an own entrypoint drops the image's command."""
+    """What an image starts, with the service's own words in place of the image's.
+
+    As in Docker, a service's entrypoint also replaces the image's command.
+    """
     words = list(entrypoint if entrypoint is not None else config.get("Entrypoint") or ())
     if command is not None:
         words += command
@@ -149,7 +153,7 @@ def _after_shell(words: Sequence[str]) -> list[str]:
 
 
 def _privileged(file: File, user: str) -> bool:
-    """Whether the loader ignores the variable: the program gets more rights than who starts it has."""
+    """Whether the loader ignores LD_PRELOAD, since the program gets more rights than its user has."""
     root = user.partition(":")[0] in ("", "0", "root")
     if file.mode & 0o4000 and not (root and file.owner == 0):
         return str(file.owner) != user.partition(":")[0]
@@ -159,13 +163,16 @@ def _privileged(file: File, user: str) -> bool:
 
 
 def judge(files: Files, start: Start, machine: str) -> Verdict:
-    """Follow what a container starts to the programs that will speak. `machine` is the host's."""
+    """Follow what a container starts to the program that will use the network.
+
+    `machine` is the host's architecture.
+    """
     verdict = Verdict()
     words: list[str] = list(start.words)
     origin = ""
     for _ in range(_STEPS):
         if not words:
-            verdict.unknown.append(f"what {origin} starts" if origin else "it names no program")
+            verdict.unknown.append(_not_followed(origin) if origin else "it names no program")
             return verdict
         name = posixpath.basename(words[0])
         if name == "exec":
@@ -173,10 +180,11 @@ def judge(files: Files, start: Start, machine: str) -> Verdict:
             continue
         found = _find(files, words[0], start)
         if found is None:
-            verdict.unknown.append(f"what {origin} starts" if origin else f"no program {words[0]}")
+            missing = f"it has no program {words[0]}"
+            verdict.unknown.append(_not_followed(origin) if origin else missing)
             return verdict
         path, file = found
-        program = look(file.head)
+        program = identify(file.head)
         if program is None:
             verdict.unknown.append(f"{path} is neither an ELF program nor a script")
             return verdict
@@ -201,17 +209,23 @@ def judge(files: Files, start: Start, machine: str) -> Verdict:
         if program.machine != machine:
             verdict.hindered.append(f"{path} is for {program.machine}, this host is {machine}")
         elif program.go:
-            verdict.hindered.append(f"{path} is a Go program, which makes its system calls itself")
+            verdict.hindered.append(
+                f"{path} is a Go program, which doesn't make system calls through the C library"
+            )
         elif not program.dynamic:
-            verdict.hindered.append(f"{path} is static, so that nothing can be preloaded")
+            verdict.hindered.append(f"{path} is statically linked, so no library can be preloaded")
         elif _privileged(file, start.user):
             verdict.hindered.append(
                 f"{path} gets more rights than its user has (setuid, setgid or capabilities), so that its loader "
                 "ignores LD_PRELOAD"
             )
         return verdict
-    verdict.unknown.append(f"what {origin} starts")
+    verdict.unknown.append(_not_followed(origin))
     return verdict
+
+
+def _not_followed(origin: str) -> str:
+    return f"the program that {origin} starts is unknown"
 
 
 def _read(engine: Engine, container: str, path: str) -> File | None:
@@ -238,6 +252,6 @@ def _read(engine: Engine, container: str, path: str) -> File | None:
 
 
 def examine_image(engine: Engine, image: str, start: Start) -> Verdict:
-    """Look into an image of this host. Raises EngineError."""
+    """Examine an image of this host. Raises EngineError."""
     with engine.created(image) as container:
         return judge(lambda path: _read(engine, container, path), start, os.uname().machine)

@@ -26,8 +26,8 @@ from driver.errors import EngineError, InvalidRequest
 from plugin.cli.client import Engine
 from plugin.cli.image import Start, Verdict, environment, examine_image, split_words, start_of
 from plugin.cli.library import FOLDER, LIBRARY
-from plugin.cli.place import users_place
 from plugin.cli.stack_file import LONGEST, read_stack
+from plugin.cli.user_files import users_root
 
 PRELOAD: Final = f"{FOLDER}/{LIBRARY}"
 _IMAGE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,511}", re.ASCII)
@@ -75,7 +75,7 @@ class _Addition:
 
 
 def is_freeflow(driver: str) -> bool:
-    """Whether a network driver's name is that of FreeFlow, from whichever registry and of whichever tag."""
+    """Whether a network driver is FreeFlow, from any registry and with any tag."""
     return driver.rpartition("/")[2].partition(":")[0] == "freeflow"
 
 
@@ -88,14 +88,14 @@ def inject_file(engine: Engine, stack: str, output: str, only: Sequence[str] = (
     folder = Path() if stack == "-" else Path(stack).parent
 
     def read(file: str) -> str:
-        with users_place():
+        with users_root():
             return _read_file(folder / file)
 
     try:
         if stack == "-":
             text = sys.stdin.buffer.read(_MOST_BYTES + 1).decode()
         else:
-            with users_place(), Path(stack).open("rb") as file:
+            with users_root(), Path(stack).open("rb") as file:
                 text = file.read(_MOST_BYTES + 1).decode()
     except UnicodeDecodeError as error:
         raise InvalidRequest(
@@ -112,7 +112,7 @@ def inject_file(engine: Engine, stack: str, output: str, only: Sequence[str] = (
             sys.stdout.buffer.write(outcome.text.encode())
             sys.stdout.buffer.flush()
         else:
-            with users_place():
+            with users_root():
                 _refuse_same(stack, output)
                 Path(output).write_bytes(outcome.text.encode())
     except OSError as error:
@@ -176,7 +176,7 @@ def inject_stack(
         if time.monotonic() < until:
             found = _examine(engine, content)
         else:
-            found = _Examined(missing="the images before it took all the time there was")
+            found = _Examined(missing="the time for examining images is over")
         notes += _remarks(service, content, found, read)
         preload = environment(found.config).get("LD_PRELOAD", "")
         additions[service] = _addition(service, content, preload, name)
@@ -242,7 +242,7 @@ def _choose(
 
 
 def networks_of(service: Any) -> list[str]:
-    """The names of a service's networks in the file; without any it is on `default`."""
+    """The names of a service's networks in the file; `default` if it has none."""
     found = service.get("networks") if isinstance(service, dict) else None
     return (
         [str(each) for each in found] if isinstance(found, list | dict) and found else ["default"]
@@ -269,7 +269,7 @@ def _is_own(
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
-    """What should be a mapping may be anything."""
+    """The value if it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
@@ -284,7 +284,7 @@ def _driver_of(engine: Engine, network: str) -> bool | None:
 
 
 def _words(value: Any) -> list[str] | None:
-    """An entrypoint or a command; None if there is none. One string is split as a shell does, as Docker does."""
+    """An entrypoint or a command as words, None without it. Docker splits a string like a shell."""
     if value is None:
         return None
     if isinstance(value, list):
@@ -325,7 +325,7 @@ def _examine(engine: Engine, service: Mapping[str, Any]) -> _Examined:
 
 def _with_variables(start: Start) -> Verdict | None:
     if start.words and "$" in start.words[0]:
-        return Verdict(unknown=[f"what {start.words[0]} is"])
+        return Verdict(unknown=[f"the value of {start.words[0]} is unknown"])
     return None
 
 
@@ -336,12 +336,12 @@ def _remarks(
     read: Callable[[str], str] | None,
 ) -> list[str]:
     notes = [
-        f"{service}: can't be accelerated: {each}; it runs as before"
-        for each in found.verdict.hindered
+        f"{service}: can't be accelerated: {obstacle}; it runs as before"
+        for obstacle in found.verdict.hindered
     ]
     notes += [
-        f"{service}: not known whether it can be accelerated: {each}; freeflow doctor CONTAINER says, once it runs"
-        for each in found.verdict.unknown
+        f"{service}: it is not known whether it can be accelerated: {question}; freeflow doctor CONTAINER tells once it runs"
+        for question in found.verdict.unknown
     ]
     if found.missing:
         notes.append(
@@ -349,7 +349,7 @@ def _remarks(
         )
     variables = pairs(content.get("environment"))
     if variables.get("FREEFLOW") == "off":
-        notes.append(f"{service}: FREEFLOW=off keeps it from being accelerated")
+        notes.append(f"{service}: is not accelerated, because it sets FREEFLOW=off")
     files = content.get("env_file")
     for file in [files] if isinstance(files, str) else files if isinstance(files, list) else ():
         if "LD_PRELOAD" not in variables and _sets_preload(str(file), read):
@@ -368,7 +368,10 @@ def _sets_preload(file: str, read: Callable[[str], str] | None) -> bool:
 
 
 def pairs(value: Any) -> dict[str, str | None]:
-    """Variables, from either form; None: the value comes from the environment of `docker stack deploy`."""
+    """Variables by name, from a list or a mapping.
+
+    None: the value comes from the environment of `docker stack deploy`.
+    """
     if isinstance(value, dict):
         return {str(name): None if each is None else str(each) for name, each in value.items()}
     found: dict[str, str | None] = {}
@@ -379,7 +382,7 @@ def pairs(value: Any) -> dict[str, str | None]:
 
 
 def _preload(before: str | None) -> str:
-    """The variable's new value. The loader takes blanks for colons."""
+    """LD_PRELOAD with the library at its end. The loader accepts blanks as well as colons."""
     if before is None:
         before = "${LD_PRELOAD-}"
     if PRELOAD in before.replace(":", " ").split():

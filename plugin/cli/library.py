@@ -1,7 +1,7 @@
-"""`freeflow doctor CONTAINER`: is the library in, is it loaded, and is it this host's?
+"""`freeflow doctor CONTAINER`: whether the library is mounted, loaded, and this host's version.
 
-The kernel's word on each process, in /proc: its environment, and which file it has mapped. A library that was replaced
-since is another file, whatever its name.
+/proc shows the environment of each process and the files that it has mapped. A library that was
+replaced since is another file with the same name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PRELOAD: Final = f"LD_PRELOAD={FOLDER}/{LIBRARY}"
 MOUNT: Final = f"--mount type=bind,src={FOLDER},dst={FOLDER}"
 
 _MOST_BYTES: Final = 8 << 20
-"""Of what /proc says of one process; the kernel allows 65,530 mappings."""
+"""Limit of a file in /proc; the kernel allows 65,530 mappings."""
 _MOST_PROCESSES: Final = 2000
 _MAPPED: Final = re.compile(
     rf"^\S+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) (\d+) +\S*/{re.escape(LIBRARY)}( \(deleted\))?$",
@@ -44,17 +44,17 @@ class Loaded:
 
 
 def _read(path: Path) -> str:
-    """The beginning of a file that a container's process writes. Raises OSError."""
+    """The beginning of a file whose content a container's process controls. Raises OSError."""
     with path.open("rb") as file:
         return file.read(_MOST_BYTES).decode(errors="backslashreplace")
 
 
-def look_at(pid: int, proc: Path = Path("/proc")) -> Loaded | None:
-    """What the kernel says of a process; None if it has ended."""
+def inspect_process(pid: int, proc: Path = Path("/proc")) -> Loaded | None:
+    """A process, as the kernel shows it; None if it has ended."""
     folder = proc / str(pid)
     try:
         environment = _read(folder / "environ").split("\0")
-        # A process may call itself anything.
+        # A process may give itself any name.
         name = _read(folder / "comm").strip()
         mapped = _MAPPED.search(_read(folder / "maps"))
     except OSError:
@@ -91,12 +91,12 @@ def _processes(engine: Engine, name: str, proc: Path) -> list[Loaded]:
     """Raises EngineError."""
     top = engine.get(f"/containers/{quote(name, safe='')}/top?ps_args=-eo%20pid")
     column = top["Titles"].index("PID")
-    found = (look_at(int(row[column]), proc) for row in top["Processes"][:_MOST_PROCESSES])
+    found = (inspect_process(int(row[column]), proc) for row in top["Processes"][:_MOST_PROCESSES])
     return [each for each in found if each is not None]
 
 
 def check_mount(name: str, container: dict[str, Any]) -> list[Finding]:
-    """Whether the container has the directory of library and router."""
+    """Whether the directory of library and router is mounted in the container."""
     mounts = container.get("Mounts") or ()
     if any(str(mount.get("Destination")).rstrip("/") == FOLDER for mount in mounts):
         return []
@@ -104,7 +104,7 @@ def check_mount(name: str, container: dict[str, Any]) -> list[Finding]:
         Finding(
             "error",
             f"{name} has no {FOLDER}",
-            "library and router aren't visible in it",
+            "library and router are not visible in the container",
             f"start it with {MOUNT} --env {PRELOAD}",
         )
     ]
@@ -122,7 +122,7 @@ def check_network(name: str, status: Status) -> list[Finding]:
             Finding(
                 "error",
                 f"{name} is on no FreeFlow network",
-                "nothing else is accelerated",
+                "only FreeFlow networks are accelerated",
                 f"docker network connect NETWORK {name}",
             )
         ]
@@ -161,7 +161,7 @@ def check_processes(
             Finding(
                 "error",
                 f"this host has no {FOLDER}/{LIBRARY}",
-                "the plugin puts it there when it starts",
+                "the plugin should have put it there at its start",
                 "docker plugin disable -f freeflow:latest && docker plugin enable freeflow:latest",
             )
         ]
@@ -170,7 +170,7 @@ def check_processes(
             Finding(
                 "error",
                 f"no process of {name} loads the library",
-                "LD_PRELOAD isn't in their environment",
+                "LD_PRELOAD is not in their environment",
                 f"start it with {MOUNT} --env {PRELOAD}",
             )
         ]
@@ -188,7 +188,7 @@ def check_processes(
                 f"{len(without)} of {len(processes)} processes of {name} can't load the library",
                 f"{_names(without)}: a static or Go program, one with more privileges than its user, or of another "
                 "architecture",
-                "nothing: their connections stay on the overlay",
+                "nothing can be done: their connections stay on the overlay",
             )
         )
     old = [each for each in processes if each.library is not None and each.library != own]
@@ -207,7 +207,7 @@ def check_processes(
 def examine_container(
     client: Client, name: str, *, run: Path | None = None, proc: Path = Path("/proc")
 ) -> Report:
-    """All that can be said of one container's library."""
+    """All checks of one container's library."""
     container = _container(client.engine, name)
     if isinstance(container, Finding):
         return Report([], [container])
@@ -226,7 +226,7 @@ def examine_container(
     except EngineError as error:
         findings.append(Finding.of("warning", "not checked: its processes", error))
     else:
-        loaded = sum(each.library is not None for each in processes)
+        loaded = sum(process.library is not None for process in processes)
         what = f"{loaded} of {len(processes)} processes have this host's library"
         add(what, check_processes(name, processes, own_library(run or host_run())))
     try:
@@ -241,7 +241,7 @@ def examine_container(
             Finding(
                 "warning",
                 "the router does not answer; new connections stay on the overlay",
-                "it is being started, or can't be",
+                "it is being started, or it can't be started",
                 "journalctl -u docker | grep router",
             )
         )

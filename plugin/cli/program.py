@@ -1,7 +1,7 @@
-"""What kind of program a file holds, by its first bytes alone: nothing is run, and no word of it is trusted with a length.
+"""Identifies the program in a file by its first bytes; nothing is run, and no length is trusted.
 
-A library can be preloaded only where a dynamic loader starts the program (PT_INTERP), and only sees calls that go through
-the C library, which Go's don't, also where Go's linker made a dynamic program.
+A library can be preloaded only if a dynamic loader starts the program (PT_INTERP), and it sees only
+calls that go through the C library. Go programs make system calls themselves, even dynamic ones.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Final
 
 HEAD: Final = 1 << 20
-"""How much of a file is looked at: headers and notes stand at its beginning."""
+"""Bytes of a file that are read: headers and notes are at its beginning."""
 _HEADERS: Final = 64
-"""So many program headers are looked at; linkers make some ten."""
+"""Limit of the program headers that are read; linkers make about ten."""
 _NOTES: Final = 4096
-"""Bytes of notes that are looked at."""
+"""Limit of the bytes of notes that are read."""
 _INTERPRETER: Final = 3
 _NOTE: Final = 4
 _GO_BUILD_ID: Final = 4
@@ -32,7 +32,7 @@ _MACHINES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """`machine` is as `uname -m` says it; `words` is the first line of a script, without `#!`."""
+    """`machine` is as in `uname -m`; `words` is the first line of a script, without `#!`."""
 
     machine: str = ""
     dynamic: bool = False
@@ -40,7 +40,7 @@ class Program:
     words: tuple[str, ...] = ()
 
 
-def look(head: bytes) -> Program | None:
+def identify(head: bytes) -> Program | None:
     """None: neither an ELF file nor a script."""
     if head.startswith(b"#!"):
         line = head[2:256].partition(b"\n")[0].decode(errors="replace")
@@ -63,7 +63,7 @@ def _elf(head: bytes) -> Program:
         (table,) = struct.unpack_from(order + "I", head, 28)
         size, count = struct.unpack_from(order + "HH", head, 42)
     if size < (56 if wide else 32):
-        # As linkers make them; the kernel starts no other.
+        # The kernel starts no program with other sizes.
         count = 0
     dynamic = go = False
     for number in range(min(count, _HEADERS)):

@@ -1,4 +1,7 @@
-"""`status` and `peers` as text. The first line is the verdict; what is wrong, and what to type, comes last."""
+"""`status`, `peers` and `connections` as text.
+
+The first line of a status is the verdict; problems and their remedies come last.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from plugin.cli.terminal import shown_all
 from plugin.status import Finding, NetworkStatus, RdmaStatus, Status
 
 _SHOWN: Final = 32
-"""So many tasks of a service; --json has them all."""
+"""Limit of the tasks shown for a service; --json has them all."""
 
 
 def verdict(status: Status) -> str:
-    """One line: is all well?"""
+    """One line: whether everything works."""
     endpoints = sum(len(network.endpoints) for network in status.networks)
     scale = f"{_count(len(status.networks), 'network')}, {_count(endpoints, 'endpoint')}"
     errors = sum(problem.severity == "error" for problem in status.problems)
@@ -42,7 +45,7 @@ def _host(status: Status) -> str:
 
 
 def _parts(status: Status) -> str:
-    """What has died since the plugin's start; empty if nothing has."""
+    """Parts that have died since the plugin's start; empty without any."""
     if not status.parts:
         return ""
     said = (
@@ -165,7 +168,7 @@ def _tasks(tasks: list[str]) -> str:
 
 
 def findings(problems: Iterable[Finding]) -> str:
-    """What is wrong, why, and what to type."""
+    """Problems, each with its cause and remedy."""
     return "".join(
         f"{problem.severity}: {problem.what}\n    cause: {problem.cause}\n    do:    {problem.remedy}\n"
         for problem in map(shown_all, problems)
@@ -188,7 +191,7 @@ def show_status(status: Status) -> str:
 
 
 def _paths(status: Status, network: NetworkStatus) -> str:
-    """How its connections run; empty if there are none, or nobody knows."""
+    """A network's connections by path; empty if there are none, or the router doesn't answer."""
     router = status.router
     counts = [each for each in router.paths if each.network == network.id] if router else []
     if not counts:
@@ -208,7 +211,7 @@ def _paths(status: Status, network: NetworkStatus) -> str:
 
 
 def show_connections(found: Connections) -> str:
-    """All connections, then what the words for their reasons mean."""
+    """All connections, then an explanation of the reasons' words."""
     found = shown_all(found)
     if not found.connections:
         return "no connections: no container on a FreeFlow network of this host has one\n"
@@ -228,7 +231,7 @@ def show_connections(found: Connections) -> str:
 
 
 def show_peers(status: Status) -> str:
-    """All peers with the networks that are shared with them."""
+    """All peers, with the networks that they share with this host."""
     status = shown_all(status)
     shared: dict[tuple[str, str], list[str]] = {}
     for network in status.networks:

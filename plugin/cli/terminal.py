@@ -1,8 +1,9 @@
-"""What reaches the terminal: names come from containers, images, stacks and other hosts, and may hold anything.
+"""Output to the terminal. Names come from containers, images, stacks and other hosts.
 
-`shown` is for one name or sentence, `shown_all` for all in a value: whatever isn't printable stands there as Python writes it in
-a string, so that it can't move the cursor, change colours, or pretend to be another line. All that a command prints goes through `say`, which does the
-same to each line.
+They may hold anything. `shown` is for one name or sentence, `shown_all` for all texts in a value:
+characters that aren't printable are replaced by their escapes, so that they can't move the cursor,
+change colours, or look like another line. All output of a command goes through `say`, which does
+the same for each line.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _CONTROLS: Final = re.compile(r"[^ -~]")
 
 
 def shown(text: object) -> str:
-    """On one line, with nothing that a terminal obeys: no control, no character without a width, no change of direction."""
+    """One line without control characters, zero-width characters or changes of direction."""
     return _CONTROLS.sub(lambda found: _escaped(found[0]), str(text))
 
 
@@ -30,7 +31,7 @@ def _escaped(character: str) -> str:
 
 
 def shown_all(value: T) -> T:
-    """A value whose every text is one that can be shown."""
+    """The value with each text as in `shown`."""
     return cast("T", _all(value))
 
 
@@ -46,7 +47,7 @@ def _all(value: Any) -> Any:
 
 
 def lines(text: str) -> str:
-    """The same for a text of several lines."""
+    """`shown` for each line of a text."""
     return "\n".join(map(shown, text.split("\n")))
 
 
@@ -54,13 +55,13 @@ def say(text: str, *, newline: bool = True, err: bool = False) -> None:
     """Print lines."""
     stream = click.get_text_stream("stderr" if err else "stdout")
     encoding = stream.encoding or "utf-8"
-    # A terminal that can't show a letter gets its number.
+    # Characters that the terminal's encoding lacks become escapes.
     safe = lines(text).encode(encoding, "backslashreplace").decode(encoding)
     click.echo(safe, nl=newline, err=err)
 
 
 def json_text(value: Any) -> str:
-    """JSON, which is the same with a letter's number in the letter's place."""
+    """JSON in which characters that aren't printable are escaped."""
     text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
     return re.sub(r"[^\n -~]", lambda found: _in_json(found[0]), text)
 

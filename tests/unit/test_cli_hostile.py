@@ -23,7 +23,7 @@ from plugin.cli import image, library, show, terminal
 from plugin.cli.client import Engine
 from plugin.cli.commands import cli
 from plugin.cli.inject import inject_stack
-from plugin.cli.program import look
+from plugin.cli.program import identify
 from plugin.cli.stack_file import LONGEST
 from plugin.status import Finding
 from testbed.patience import within
@@ -131,7 +131,7 @@ def _process(folder: Path, name: bytes) -> None:
 def test_names_of_processes(tmp_path: Path, name: bytes) -> None:
     """A process may call itself anything: doctor looks at it, and shows its name in print."""
     _process(tmp_path, name)
-    found = library.look_at(7, tmp_path)
+    found = library.inspect_process(7, tmp_path)
     assert found is not None
     assert found.preloads
     (said,) = library.check_processes("box", [found], (1, 1))
@@ -161,7 +161,7 @@ def _elf(count: int, size: int, length: int) -> bytes:
 def test_headers_without_end(size: int) -> None:
     """A program that claims 65,535 headers, of which each is a MiB of notes, is looked at as fast as any."""
     begin = time.process_time()
-    assert look(_elf(65535, size, 1 << 20)) is not None
+    assert identify(_elf(65535, size, 1 << 20)) is not None
     assert time.process_time() - begin < SOON
 
 

@@ -15,7 +15,7 @@ from dataplane.control import Connections
 from plugin.admin import create_admin
 from plugin.cli.client import Client, Engine
 from plugin.cli.doctor import Report
-from plugin.cli.library import LIBRARY, examine_container, look_at, own_library
+from plugin.cli.library import LIBRARY, examine_container, inspect_process, own_library
 from plugin.status import Status
 from tests.unit.documented import is_documented
 from tests.unit.sockets import engine, served
@@ -206,12 +206,12 @@ def test_a_real_process(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdin is not None
         assert process.stdout.readline() == b"ready\n"
-        found = look_at(process.pid)
+        found = inspect_process(process.pid)
         assert found is not None
         assert (found.preloads, found.library) == (True, own_library(tmp_path))
         (folder / LIBRARY).unlink()
-        found = look_at(process.pid)
+        found = inspect_process(process.pid)
         assert found is not None
         assert found.library is not None
         process.stdin.close()
-    assert look_at(process.pid) is None
+    assert inspect_process(process.pid) is None

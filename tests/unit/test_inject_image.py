@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from plugin.cli.client import Engine
 from plugin.cli.image import File, Start, judge, start_of
 from plugin.cli.inject import inject_stack
-from plugin.cli.place import VARIABLE
-from plugin.cli.program import Program, look
+from plugin.cli.program import Program, identify
+from plugin.cli.user_files import VARIABLE
 from testbed.patience import patience
 from tests.unit.sockets import served
 
@@ -54,12 +54,12 @@ GOOD = elf()
 @pytest.mark.parametrize("go", [True, False])
 def test_elf(wide: bool, dynamic: bool, go: bool) -> None:
     """Loader and Go's note are found in 32 and 64 bits."""
-    assert look(elf(dynamic=dynamic, go=go, wide=wide, machine=183)) == Program("aarch64", dynamic, go)  # fmt: skip
+    assert identify(elf(dynamic=dynamic, go=go, wide=wide, machine=183)) == Program("aarch64", dynamic, go)  # fmt: skip
 
 
 def test_own_python() -> None:
     """A real program of this machine is what it is."""
-    found = look(Path(sys.executable).read_bytes()[: 1 << 20])
+    found = identify(Path(sys.executable).read_bytes()[: 1 << 20])
     assert found is not None
     assert (found.machine, found.go) == (MACHINE, False)
 
@@ -73,7 +73,7 @@ def test_compiled(tmp_path: Path, flag: str, dynamic: bool) -> None:
     source, program = tmp_path / "a.c", tmp_path / "a"
     source.write_text("int main(void) { return 0; }\n")
     subprocess.run(["gcc", flag, "-o", program, source], check=True, timeout=patience(60))
-    found = look(program.read_bytes())
+    found = identify(program.read_bytes())
     assert found is not None
     assert found.dynamic is dynamic
 
@@ -83,8 +83,8 @@ def test_any_bytes(noise: bytes, at: int) -> None:
     """No content of a file is too odd: there is an answer, and it is one of a program or none."""
     head = bytearray(elf(go=True))
     head[at : at + len(noise)] = noise
-    assert isinstance(look(bytes(head)), Program | None)
-    assert isinstance(look(noise), Program | None)
+    assert isinstance(identify(bytes(head)), Program | None)
+    assert isinstance(identify(noise), Program | None)
 
 
 FILES = {
@@ -163,10 +163,10 @@ def test_rights_that_are_more(program: str) -> None:
     [
         ((), "it names no program"),
         (("none",), "no program none"),
-        (("/entry.sh",), "what /entry.sh starts"),
-        (("/entry.sh", "--option"), "what /entry.sh starts"),
-        (("sh", "-c", "a && b"), "what /usr/bin/dash starts"),
-        (("sh",), "what /usr/bin/dash starts"),
+        (("/entry.sh",), "the program that /entry.sh starts"),
+        (("/entry.sh", "--option"), "the program that /entry.sh starts"),
+        (("sh", "-c", "a && b"), "the program that /usr/bin/dash starts"),
+        (("sh",), "the program that /usr/bin/dash starts"),
         (("loop",), "no program loop"),
         (("data",), "/usr/bin/data is neither"),
     ],
@@ -248,7 +248,7 @@ def test_image_is_looked_into(tmp_path: Path) -> None:
     assert docker.made == 1
     good = Docker({"Cmd": ["good"], "Env": ["PATH=/bin"]}, {"/bin/good": File(head=elf(machine=native))})  # fmt: skip
     assert _stack(good, tmp_path)[1] == ""
-    assert "what $P is" in _stack(good, tmp_path, "    entrypoint: ['$P']\n")[1]
+    assert "the value of $P is unknown" in _stack(good, tmp_path, "    entrypoint: ['$P']\n")[1]
     capable = {"/bin/good": File(capabilities=True, head=elf(machine=native))}
     user = Docker({"Cmd": ["good"], "Env": ["PATH=/bin"], "User": "7"}, capable)
     assert "more rights than its user" in _stack(user, tmp_path)[1]
@@ -262,7 +262,7 @@ def test_what_the_image_preloads_stays(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for chroot")
 @pytest.mark.kernel
-def test_the_users_place(tmp_path: Path) -> None:
+def test_the_users_root(tmp_path: Path) -> None:
     """In another root, files are those of the user's directory and root, links included, and then the own ones again."""
     (tmp_path / "host/home").mkdir(parents=True)
     (tmp_path / "own").mkdir()
@@ -272,13 +272,13 @@ def test_the_users_place(tmp_path: Path) -> None:
     script = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from plugin.cli.place import users_place\n"
+        "from plugin.cli.user_files import users_root\n"
         "host, own = sys.argv[1:]\n"
         "os.chdir(host + '/home')\n"
         "there, root = os.open('.', 0), os.open(host, 0)\n"
         "os.chroot(own)\n"
         "os.chdir('/')\n"
-        f"with users_place({{'{VARIABLE}': f'{{there}}:{{root}}'}}):\n"
+        f"with users_root({{'{VARIABLE}': f'{{there}}:{{root}}'}}):\n"
         "    found = [Path(p).read_text() for p in ('link', '../real', '/real')]\n"
         "    try:\n"
         "        open('missing')\n"

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from dataplane.control import ConnectionFact, Connections
 from driver.kernel.fastpath import Stage
 from plugin.cli.show import show_status
-from plugin.paths import SHORT, PathLabels, relabel
+from plugin.paths import FAST, PathLabels, relabel
 from plugin.status import FastPathStatus, PathStatus
 from tests.unit.facts import FakeKernelFacts
 from tests.unit.statuses import NET, network, status
@@ -38,10 +38,10 @@ def connection(remote: str, path: str = "overlay") -> ConnectionFact:
 @pytest.mark.parametrize(
     ("remote", "taken", "path"),
     [
-        ("10.0.4.7:80", {NEAR_MAC}, SHORT),
-        ("10.0.4.9:80", {FAR_MAC}, SHORT),
+        ("10.0.4.7:80", {NEAR_MAC}, FAST),
+        ("10.0.4.9:80", {FAR_MAC}, FAST),
         ("10.0.4.9:80", set(), "overlay"),
-        ("10.0.4.2:80", {FAR_MAC}, SHORT),
+        ("10.0.4.2:80", {FAR_MAC}, FAST),
         ("10.0.4.2:80", {NEAR_MAC}, "overlay"),
         ("[2001:db8::1]:80", {NEAR_MAC, FAR_MAC}, "overlay"),
     ],
@@ -63,7 +63,7 @@ def test_an_ipv6_address_is_its_ipv4_addresss(world: tuple[PathLabels, FakeKerne
     prefix = labels._driver.store.networks()[0].prefix6
     remote = f"[{prefix[int(IPv4Address('10.0.4.9'))]}]:80"
     found = labels.connections(Connections(connections=(connection(remote),), reasons={}))
-    assert found.connections[0].path == SHORT
+    assert found.connections[0].path == FAST
 
 
 def test_what_is_faster_stays(world: tuple[PathLabels, FakeKernelFacts]) -> None:
@@ -81,9 +81,9 @@ def test_counts_are_by_what_runs() -> None:
     counts = [PathStatus(NET, "overlay", reason, 1) for reason in ("remote", "short", "foreign")]
     counts.append(PathStatus(NET, "shm", "", 1))
     local = relabel(counts, lambda network, elsewhere: not elsewhere)
-    assert [each.path for each in local] == ["overlay", SHORT, "overlay", "shm"]
+    assert [each.path for each in local] == ["overlay", FAST, "overlay", "shm"]
     both = relabel(counts, lambda network, elsewhere: True)
-    assert [each.path for each in both] == [SHORT, SHORT, "overlay", "shm"]
+    assert [each.path for each in both] == [FAST, FAST, "overlay", "shm"]
     assert relabel(counts, lambda network, elsewhere: False) == counts
 
 
@@ -107,7 +107,7 @@ def test_status_counts_connections_by_path() -> None:
     """The line of a network's connections names each path once."""
     made = status(networks=[network()])
     assert made.router is not None
-    router = replace(made.router, paths=[PathStatus(NET, SHORT, "remote", 3)])
+    router = replace(made.router, paths=[PathStatus(NET, FAST, "remote", 3)])
     assert "0 on shm, 3 on overlay+ebpf, 0 on overlay (remote 3)" in show_status(
         replace(made, router=router)
     )

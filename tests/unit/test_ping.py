@@ -196,12 +196,12 @@ def test_ambiguous_names(world: PingWorld) -> None:
     tasks = tuple(Task(f"db.{n}", IPv4Address(f"10.0.4.{n}"), "e") for n in range(30, 50))
     world.sync.states["other"] = replace(world.sync.states[NET], view=other)
     with pytest.raises(
-        InvalidRequest, match=r"web\.backend \(10\.0\.4\.2\), web\.front \(10\.0\.5\.2\); say"
+        InvalidRequest, match=r"web\.backend \(10\.0\.4\.2\), web\.front \(10\.0\.5\.2\); give"
     ):
         world.ping("web")
     assert world.ping("web.backend").address == "10.0.4.2"
     world.change_state(view=replace(VIEW, services=(Service("db", None, tasks),)))
-    with pytest.raises(InvalidRequest, match=r"db\.30\.backend .* and others; say"):
+    with pytest.raises(InvalidRequest, match=r"db\.30\.backend .* and others; give"):
         world.ping("db")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from os import kill
 from pathlib import Path
 
-from plugin.router import QUESTIONS, RouterProcess, router_command, router_settings
+from plugin.router import CHECKS, RouterProcess, router_command, router_settings
 from plugin.settings import Settings
 from testbed.patience import patience
 
@@ -69,12 +69,12 @@ def test_a_slow_start_is_waited_for() -> None:
     def answers() -> bool:
         nonlocal asked
         asked += 1
-        return asked > 2 * QUESTIONS
+        return asked > 2 * CHECKS
 
     process = RouterProcess(SLEEPER, lambda: None, answers=answers, pause=0.01)
     process.start()
     try:
-        _until(lambda: asked > 3 * QUESTIONS)
+        _until(lambda: asked > 3 * CHECKS)
         assert process.starts == 1
     finally:
         process.stop()

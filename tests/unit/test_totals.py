@@ -11,33 +11,33 @@ from plugin.totals import Counts, Totals
 def test_sums_outlive_endpoints() -> None:
     """What an endpoint that went has counted stays in its network's sum."""
     totals = Totals(2)
-    assert totals.look({"n": {"a": (100, 1), "b": (10, 1)}}) == {"n": (110, 2)}
-    assert totals.look({"n": {"b": (15, 1)}}) == {"n": (115, 2)}
-    assert totals.look({"n": {}}) == {"n": (115, 2)}
-    assert totals.look({"n": {"a": (7, 0)}}) == {"n": (122, 2)}
+    assert totals.update({"n": {"a": (100, 1), "b": (10, 1)}}) == {"n": (110, 2)}
+    assert totals.update({"n": {"b": (15, 1)}}) == {"n": (115, 2)}
+    assert totals.update({"n": {}}) == {"n": (115, 2)}
+    assert totals.update({"n": {"a": (7, 0)}}) == {"n": (122, 2)}
 
 
 def test_a_link_made_anew() -> None:
     """Counters that begin again at zero add what they have, and take nothing away."""
     totals = Totals(1)
-    totals.look({"n": {"a": (100,)}})
-    assert totals.look({"n": {"a": (5,)}}) == {"n": (105,)}
+    totals.update({"n": {"a": (100,)}})
+    assert totals.update({"n": {"a": (5,)}}) == {"n": (105,)}
 
 
 def test_counters_that_cannot_be_read() -> None:
     """An endpoint whose counters can't be read for a while isn't counted twice afterwards."""
     totals = Totals(1)
-    totals.look({"n": {"a": (100,)}})
-    assert totals.look({"n": {"a": None}}) == {"n": (100,)}
-    assert totals.look({"n": {"a": (101,)}}) == {"n": (101,)}
+    totals.update({"n": {"a": (100,)}})
+    assert totals.update({"n": {"a": None}}) == {"n": (100,)}
+    assert totals.update({"n": {"a": (101,)}}) == {"n": (101,)}
 
 
 def test_networks_are_apart_and_forgotten() -> None:
     """Each network has its own sum, and one that went begins anew."""
     totals = Totals(1)
-    assert totals.look({"m": {"a": (1,)}, "n": {"b": (2,)}}) == {"m": (1,), "n": (2,)}
-    assert totals.look({"n": {"b": (2,)}}) == {"n": (2,)}
-    assert totals.look({"m": {}, "n": {"b": (3,)}}) == {"m": (0,), "n": (3,)}
+    assert totals.update({"m": {"a": (1,)}, "n": {"b": (2,)}}) == {"m": (1,), "n": (2,)}
+    assert totals.update({"n": {"b": (2,)}}) == {"n": (2,)}
+    assert totals.update({"m": {}, "n": {"b": (3,)}}) == {"m": (0,), "n": (3,)}
 
 
 looks = st.lists(
@@ -54,6 +54,6 @@ def test_sums_never_fall(rounds: list[dict[str, Counts | None]]) -> None:
     totals = Totals(2)
     before: Counts = (0, 0)
     for endpoints in rounds:
-        after = totals.look({"n": endpoints})["n"]
+        after = totals.update({"n": endpoints})["n"]
         assert all(new >= old for new, old in zip(after, before, strict=True))
         before = after

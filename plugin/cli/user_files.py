@@ -1,7 +1,9 @@
-"""Files as the user of the command sees them, though it runs inside the plugin's root file system.
+"""Files as the user of the command sees them.
 
-The script on the host leaves two descriptors open, of the user's directory and of the host's root; their numbers stand in
-a variable. Going there and back is for as long as a file is opened: whatever is imported later comes from the plugin again.
+The command runs inside the plugin's root file system. The script on the host leaves two descriptors
+open, of the user's directory and of the host's root, and puts their numbers into a variable. The
+command changes its root only while it opens a file: modules that are imported later must come from
+the plugin again.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ from contextlib import contextmanager
 from typing import Final
 
 VARIABLE: Final = "FREEFLOW_PLACE"
-"""`DIRECTORY:ROOT`, two descriptors' numbers."""
+"""`DIRECTORY:ROOT`, the numbers of two descriptors."""
 
 
 @contextmanager
-def users_place(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Paths inside mean what they mean to the user. Only for a program with one thread."""
+def users_root(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Within it, paths are the user's. Only for a process with one thread."""
     numbers = environment.get(VARIABLE, "")
     if not numbers:
         yield
