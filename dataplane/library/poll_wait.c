@@ -13,18 +13,23 @@
 
 enum kind { KIND_PLAIN, KIND_COUNTED, KIND_RING, KIND_POLLER };
 
-static enum kind kind_of(int fd, uint64_t *key)
+static enum kind kind_of_end(const struct end *end)
 {
-        struct end *end = fd < 0 ? NULL : end_of(fd, key);
-        uint32_t rx, tx;
+        uint32_t rx = atomic_load_explicit(&end->rx.phase, memory_order_acquire);
+        uint32_t tx = atomic_load_explicit(&end->tx.phase, memory_order_acquire);
 
-        if (!end)
-                return fd >= 0 && poller_is(fd) ? KIND_POLLER : KIND_PLAIN;
-        rx = atomic_load_explicit(&end->rx.phase, memory_order_acquire);
-        tx = atomic_load_explicit(&end->tx.phase, memory_order_acquire);
         if (rx == PHASE_READY || rx == PHASE_RING || tx == PHASE_RING)
                 return KIND_RING;
         return rx == PHASE_TCP ? KIND_COUNTED : KIND_PLAIN;
+}
+
+static enum kind kind_of(int fd, uint64_t *key)
+{
+        struct end *end = fd < 0 ? NULL : end_of(fd, key);
+
+        if (!end)
+                return fd >= 0 && poller_is(fd) ? KIND_POLLER : KIND_PLAIN;
+        return kind_of_end(end);
 }
 
 static struct end *ring_end(int fd)
@@ -32,7 +37,7 @@ static struct end *ring_end(int fd)
         uint64_t key;
         struct end *end = end_of(fd, &key);
 
-        return end && end_is(end, key) && kind_of(fd, &key) == KIND_RING ? end : NULL;
+        return end && end_is(end, key) && kind_of_end(end) == KIND_RING ? end : NULL;
 }
 
 enum poll_needs poll_needs(struct pollfd *fds, nfds_t count)

@@ -196,12 +196,10 @@ bool poller_arm_all(struct poller *poller)
         return ready || poller->settle_due;
 }
 
-void poller_pass_on(struct poller *poller)
+void poller_pass_on_active(struct poller *poller)
 {
         bool due = false;
 
-        if (__builtin_expect(poller->active == NONE, 1) || !poller_is_slept_on(poller))
-                return;
         for (uint32_t i = poller->active; i != NONE && !due;) {
                 struct registration *r = &registrations[i];
                 struct end *end = registration_end(r);

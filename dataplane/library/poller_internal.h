@@ -178,14 +178,22 @@ void poller_take_wakeup(struct poller *poller);
 bool registration_arm(struct poller *poller, struct registration *r, struct end *end);
 /* Before a sleep: arm all ACTIVE registrations. Returns whether there is something to report by now. */
 bool poller_arm_all(struct poller *poller);
-/* Whoever has made a registration ACTIVE, or leaves with one, while others sleep: arm them, or wake one. */
-void poller_pass_on(struct poller *poller);
 /* Has an epoll instance inside this one something to report? */
 bool registration_nested_ready(const struct registration *r);
 
 static inline bool poller_is_slept_on(const struct poller *poller)
 {
         return poller->sleepers || poller->polled;
+}
+
+void poller_pass_on_active(struct poller *poller);
+
+/* For a thread that has made a registration ACTIVE, or leaves with one, while others sleep: arm them all, or
+ * wake a sleeper. */
+static inline void poller_pass_on(struct poller *poller)
+{
+        if (__builtin_expect(poller->active != NONE, 0) && poller_is_slept_on(poller))
+                poller_pass_on_active(poller);
 }
 
 /* poller_harvest.c */
