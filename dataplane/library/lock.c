@@ -8,9 +8,9 @@
 #include <stddef.h>
 #include <time.h>
 
-enum { TRIES = 200 };
+enum { TRIES = 200 }; /* before a waiter sleeps */
 
-/* How long a waiter sleeps before it looks whether the holder is alive. */
+/* How long a waiter sleeps before it checks whether the holder is alive. */
 static const struct timespec PATIENCE = {.tv_nsec = 20 * 1000 * 1000};
 
 static bool is_dead(uint32_t tid)
@@ -41,7 +41,7 @@ enum taken lock_wait(struct lock *lock, uint32_t me)
                     !atomic_compare_exchange_weak_explicit(&lock->word, &seen, seen | LOCK_WAITERS,
                                                            memory_order_relaxed, memory_order_relaxed))
                         continue;
-                /* Others may wait as well: whoever takes it keeps saying so. */
+                /* Others may wait as well: the next holder keeps the flag. */
                 waiters = LOCK_WAITERS;
                 if (sys_4(SYS_futex, &lock->word, FUTEX_WAIT, seen | LOCK_WAITERS, &PATIENCE) == -ETIMEDOUT &&
                     is_dead(seen & ~LOCK_WAITERS)) {

@@ -1,10 +1,12 @@
-/* A lock over one direction of one connection, held for a copy at most, never while waiting.
+/* A lock over one direction of one connection. It is held for a copy at most, never during a wait.
  *
- * Holders may be threads of several processes (fork), may be killed, and may be interrupted by a signal
- * handler that uses the same connection. So the word says who: a handler finds its own thread's lock and goes
- * on inside it (LOCK_NESTED; what it did is found by the outer call, which commits by compare-and-swap and
- * begins again); a waiter looks now and then whether the holder still lives, and takes the lock over from a
- * dead one. That is safe because everything under such a lock is committed by a single store.
+ * Its holders may be threads of several processes (fork), may be killed, and may be interrupted by a signal
+ * handler that uses the same connection. So the lock's word names the holder:
+ *
+ *      - A handler that finds its own thread's lock goes on inside it (LOCK_NESTED). The interrupted call
+ *        commits by compare-and-swap, finds what the handler did, and begins again.
+ *      - A waiter checks now and then whether the holder is alive, and takes the lock over from a dead one.
+ *        That is safe because each critical section commits by a single store.
  */
 #ifndef FREEFLOW_LOCK_H
 #define FREEFLOW_LOCK_H
@@ -21,6 +23,7 @@ struct lock {
 
 enum taken { LOCK_TAKEN, LOCK_NESTED };
 
+/* The slow paths of lock_take() and lock_release(). `me` is the thread's id. */
 enum taken lock_wait(struct lock *lock, uint32_t me);
 void lock_wake(struct lock *lock);
 

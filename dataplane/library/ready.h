@@ -1,5 +1,6 @@
-/* Is there something to read, room to write? Looked at without a lock: an answer that has just ceased to be
- * true costs a look, one that has just become true is followed by a bell (arena.h).
+/* Is there something to read, or room to write? These functions take no lock. If the answer is out of date, a
+ * caller that reads "yes" finds nothing and tries again, and a caller that reads "no" is woken by a bell,
+ * since it has armed one before (sleep.h).
  */
 #ifndef FREEFLOW_READY_H
 #define FREEFLOW_READY_H
@@ -17,14 +18,15 @@ static inline void ready_kernel_reported(void)
         atomic_fetch_add_explicit(&ready_kernel_reports, 1, memory_order_relaxed);
 }
 
-/* While this doesn't change, the kernel isn't asked again whether a connection has ended. */
+/* While this doesn't change, the kernel isn't asked again whether a connection has ended. It changes with
+ * each tick, and when the kernel has reported something. */
 static inline uint32_t ready_stamp(void)
 {
         return ticks() +
                atomic_load_explicit(&ready_kernel_reports, memory_order_relaxed) * UINT32_C(0x9e3779b1);
 }
 
-/* Of a remote ring: nothing more comes in it. The relay says it after the last byte and after `start`. */
+/* Nothing more comes in this remote ring. The relay writes that after the last byte and after `start`. */
 static inline bool ready_over(const struct view *view)
 {
         return atomic_load_explicit(&view->ring->end, memory_order_acquire) ||
@@ -32,7 +34,7 @@ static inline bool ready_over(const struct view *view)
                atomic_load_explicit(&view->ring->left, memory_order_acquire);
 }
 
-/* Of an attached end: its connection goes through a relay, and can't go on. */
+/* The connection of this attached end goes through a relay, and its path is lost. */
 static inline bool ready_broken(const struct end *end)
 {
         struct view view = end_receives(end);
@@ -42,12 +44,12 @@ static inline bool ready_broken(const struct end *end)
                 atomic_load_explicit(&end_sends(end).ring->broken, memory_order_acquire));
 }
 
-/* Of an end whose ring has ended and is empty: does the kernel have bytes, or the connection's end? A peer
- * may have gone back to TCP and be silent there. */
+/* The end's ring has ended and is empty: does the kernel have bytes, or the connection's end? The peer may
+ * have fallen back to TCP without sending anything yet. */
 bool ready_behind(const struct end *end);
 
-/* The ring has something for the receiver, what comes behind its end included. False while bytes come over
- * TCP: the kernel says so then. */
+/* The receiver can read something: bytes of the ring, or what comes after the ring's end. False while bytes
+ * come over TCP, since the kernel reports those. */
 static inline bool ready_bytes(struct end *end)
 {
         uint32_t phase = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
@@ -63,7 +65,8 @@ static inline bool ready_bytes(struct end *end)
                         return view_remote(&view) &&
                                ((!start && ready_over(&view) && ready_behind(end)) || ready_broken(end));
         }
-        /* The kernel has been told how much more is wanted than is left in a ring that has ended. */
+        /* SO_RCVLOWAT. Of a ring that has ended, the kernel has been told how many bytes are wanted after it.
+         */
         if (__builtin_expect(atomic_load_explicit(&end->low, memory_order_relaxed), 0) && !ready_broken(end))
                 return atomic_load_explicit(&view.ring->tail, memory_order_acquire) -
                            atomic_load_explicit(&end->rx.edge, memory_order_relaxed) >=
@@ -76,8 +79,8 @@ static inline bool ready_bytes(struct end *end)
                 ready_behind(end));
 }
 
-/* Bytes of TCP that come before the ring's are on their way, or another thread is just taking them, of whose
- * being done nobody tells: a sleep is a nap. */
+/* Bytes of TCP that come before the ring's are on their way, or another thread is just reading them. Nothing
+ * reports that it has read the last of them, so a sleep must be short. */
 static inline bool ready_between(struct end *end)
 {
         struct view view;
@@ -103,7 +106,8 @@ static inline bool ready_end(struct end *end)
                (view_remote(&view) && ready_over(&view));
 }
 
-/* Bytes in the ring at which a sender that found no room is called: as in TCP, when a third is free. */
+/* A sender that found no room is woken when the ring holds no more than so many bytes: as in TCP, when a
+ * third is free. */
 static inline uint32_t ready_threshold(const struct flow *flow, const struct view *view)
 {
         return atomic_load_explicit(&flow->stopped, memory_order_relaxed)
@@ -111,7 +115,7 @@ static inline uint32_t ready_threshold(const struct flow *flow, const struct vie
                    : (uint32_t)ring_limit(view) / 3 * 2;
 }
 
-/* Say so to the one who takes bytes out: before wait_begin(). */
+/* Tell the receiver that threshold, before wait_begin(). */
 static inline void ready_ask(struct end *end)
 {
         struct view view = end_sends(end);

@@ -15,18 +15,18 @@
 enum { SIGNALS = 64, SET_SIZE = SIGNALS / 8 };
 
 static _Atomic uint32_t changes = 1; /* calls that may have changed a handler */
-static _Atomic uint32_t known;       /* `changes` when we last looked */
-static _Atomic uint64_t failing;     /* handlers without SA_RESTART */
-static _Atomic uint64_t restarting;  /* and with */
+static _Atomic uint32_t known;       /* `changes` when the handlers were last read */
+static _Atomic uint64_t failing;     /* signals whose handlers have no SA_RESTART */
+static _Atomic uint64_t restarting;  /* signals whose handlers have it */
 static _Atomic int signal_fd;        /* 1 + descriptor for `failing` */
 
-/* Signals the C library uses for itself, restarted always. */
+/* Signals that the C library uses for itself. Calls are always restarted after them. */
 static bool is_internal(int number)
 {
         return number == 32 || number == 33 || number == 34;
 }
 
-static void look(void)
+static void read_handlers(void)
 {
         uint32_t now_known = atomic_load(&changes);
         uint64_t fail = 0, restart = 0;
@@ -58,8 +58,8 @@ static void look(void)
         atomic_store(&known, now_known);
 }
 
-/* The descriptor may have been closed by a call that the library doesn't see: then the next look makes
- * another. */
+/* The program may have closed the descriptor by a call that the library doesn't see. Then the next
+ * read_handlers() makes another. */
 static void check_descriptor(void)
 {
         int fd = atomic_load(&signal_fd);
@@ -75,7 +75,7 @@ void signals_prepare(struct signals *signals)
 
         check_descriptor();
         if (atomic_load_explicit(&known, memory_order_relaxed) != atomic_load(&changes))
-                look();
+                read_handlers();
         *__errno_location() = saved;
         fail = atomic_load_explicit(&failing, memory_order_relaxed);
         signals->mixed =
@@ -83,7 +83,7 @@ void signals_prepare(struct signals *signals)
         if (!signals->mixed)
                 return;
         sys_4(SYS_rt_sigprocmask, SIG_BLOCK, 0, &current, SET_SIZE);
-        /* What the thread has blocked anyway would make the descriptor ready without a handler to run. */
+        /* A signal that the thread has blocked itself would end the wait without a handler to run. */
         if (current & fail) {
                 signals->mixed = false;
                 return;
@@ -99,15 +99,15 @@ bool signals_restart(const struct signals *signals)
         uint64_t before = atomic_load(&failing);
         int saved = *__errno_location();
 
-        /* A handler has run. Which there are the kernel says: some are set by calls that don't come by here,
-         * and some are gone once they have run. */
-        look();
+        /* A handler has run. The kernel knows which handlers there are now: some are installed by calls that
+         * the library doesn't see, and some are removed once they have run. */
+        read_handlers();
         *__errno_location() = saved;
-        /* Those that were blocked can't have been it. */
+        /* It can't have been one of those that were blocked. */
         return signals->mixed ? !(atomic_load(&failing) & ~before) : !(atomic_load(&failing) | before);
 }
 
-/* The calls that change handlers: looked at from afar. */
+/* A call may have changed a handler. */
 static void changed(void)
 {
         atomic_fetch_add_explicit(&changes, 1, memory_order_relaxed);

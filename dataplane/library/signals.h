@@ -1,9 +1,10 @@
-/* Would the kernel have gone on with a blocking call after the signal that has just been handled?
+/* Would the kernel have restarted a blocking call after the signal that has just been handled?
  *
- * read() and its kin go on if the handler was installed with SA_RESTART, and fail with EINTR if not. We wait
- * in ppoll(), which always fails, and can't see which handler ran. If all handlers agree, that doesn't
- * matter. If they don't, the signals of those without SA_RESTART are blocked while we wait and a signalfd
- * wakes us instead: then the handler runs as soon as the wait is over, and the call fails.
+ * The kernel restarts read() and similar calls if the handler was installed with SA_RESTART; otherwise they
+ * fail with EINTR. The library waits in ppoll(), which always fails, and can't see which handler ran. If all
+ * handlers have the flag, or none has, that doesn't matter. Otherwise the library blocks the signals without
+ * SA_RESTART while it waits, and a signalfd ends the wait instead: the handler runs as soon as the wait is
+ * over, and the call fails.
  */
 #ifndef FREEFLOW_SIGNALS_H
 #define FREEFLOW_SIGNALS_H
@@ -13,14 +14,14 @@
 #include <stdbool.h>
 
 struct signals {
-        bool mixed; /* `polled` and `mask` are to be used */
+        bool mixed; /* some handlers have SA_RESTART and some don't: use `mask` and `fd` */
         sigset_t mask;
         int fd;
 };
 
 /* Before a wait. */
 void signals_prepare(struct signals *signals);
-/* After a wait that failed with EINTR: go on waiting? */
+/* After a wait that failed with EINTR: would the kernel have restarted the call? */
 bool signals_restart(const struct signals *signals);
 
 #endif

@@ -1,10 +1,13 @@
-/* How long to spin before sleeping, learned from what spinning and sleeping have brought.
+/* How long to spin before sleeping, learned from how long earlier spins and sleeps took.
  *
- * Spinning pays while the other side answers faster than a sleeper wakes. Two sides that both sleep stay out
- * of step for ever: by the time that one is awake the other has stopped looking. So after a row of misses a
- * waiter sleeps at once, but every `patience` waits it spins as long as it last slept, if that was short:
- * long enough to see the answer of one who has to wake. Then it looks a little at each of the next waits; if
- * the other side does the same meanwhile, both are in step. Where that leads nowhere, patience doubles.
+ * Spinning pays while the other side answers faster than a sleeper wakes. If both sides sleep at each wait,
+ * they stay out of step for ever: by the time that one is awake, the other has stopped spinning. So:
+ *
+ *      - After a row of misses a waiter sleeps at once.
+ *      - But every `patience` waits it spins for as long as it last slept, if that was short: long enough to
+ * see the answer of a peer that has to wake first.
+ *      - If that finds something, it spins for a short time at each of the next waits. If the other side does
+ * the same meanwhile, both are in step. If not, `patience` doubles.
  */
 #ifndef FREEFLOW_SPIN_H
 #define FREEFLOW_SPIN_H
@@ -17,16 +20,16 @@
 
 enum {
         SPIN_MISSES = 4,    /* in a row, after which a waiter sleeps at once */
-        SPIN_LONGEST = 400, /* us: who sleeps longer than this isn't waiting for somebody's waking */
-        SPIN_LOOKS = 8,     /* looks at the ring between looks at the clock */
+        SPIN_LONGEST = 400, /* us: a longer sleep didn't wait for a peer that had to wake */
+        SPIN_LOOKS = 8,     /* checks between readings of the clock */
         SPIN_PATIENCE = 8,  /* waits */
         SPIN_PATIENCE_MOST = 256,
         SPIN_WINDOW = 64,      /* waits with a short spin after a long one that found something, at most */
-        SPIN_REACH_MOST = 100, /* us: answers that take longer aren't spun for each time */
+        SPIN_REACH_MOST = 100, /* us: no spin at each wait for answers that take longer */
         SPIN_IN_STEP = 16,     /* hits in a row after which patience is forgotten */
 };
 
-/* Threads may share one; what a race between them loses is a guess. */
+/* Threads may share one. A race between them costs no more than a wrong guess. */
 struct spinner {
         _Atomic uint16_t misses; /* left until a waiter sleeps at once, counted down from a window */
         _Atomic uint16_t hits, patience, left;
