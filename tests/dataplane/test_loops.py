@@ -1,6 +1,6 @@
-"""Real programs whose threads share an event loop, at both ends: every byte is right, and goes over rings.
+"""Real programs whose threads share an event loop at both ends: every byte is right, and goes through rings.
 
-Each client sends a stream on several connections and compares what comes back; see `programs/loops.*` and `Loops.java`.
+Each client sends a stream on several connections and compares the echo; see `programs/loops.*` and `Loops.java`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.dataplane.places import ROOT, SOURCES, Places
 from tests.dataplane.test_programs import need, serving
 
 BUILT: Final = ROOT / "build" / "programs"
-"""Compilers take longer than the tests: what they made is kept."""
+"""Compilers take longer than the tests, so what they build is kept."""
 REGISTRY: Final = Path("/usr/share/cargo/registry")
 MANIFEST: Final = """[package]
 name = "loops"
@@ -41,11 +41,11 @@ replace-with = "debian"
 directory = "{REGISTRY}"
 """
 DEBIANS: Final = {**os.environ, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
-"""Another tool chain, of somebody's own, wouldn't know what Debian has packaged."""
+"""A tool chain of the user's own would not find the packages of Debian."""
 
 
 def folder_for(source: Path, *more: str) -> Path:
-    """A folder for what is made of a source, which changes with it."""
+    """A folder for what is built from a source; another source gets another folder."""
     digest = hashlib.sha256(source.read_bytes() + "".join(more).encode()).hexdigest()[:16]
     folder = BUILT / f"{source.name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def folder_for(source: Path, *more: str) -> Path:
 
 
 def make(command: list[str], made: Path, cwd: Path | None = None) -> None:
-    """Unless it is there."""
+    """Build it, unless it is there."""
     if not made.exists():
         done = subprocess.run(command, cwd=cwd, env=DEBIANS, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -119,11 +119,11 @@ def test_loops(
         while client.poll() is None and time.monotonic() < deadline:
             if both.accelerated:
                 listed = both.made.router.connections().connections
-                shared = max(shared, sum(each.path == "shm" for each in listed))
+                shared = max(shared, sum(connection.path == "shm" for connection in listed))
             time.sleep(0.05)
         if client.poll() is None:
             client.kill()
-        said = client.communicate()[0]
-        assert client.returncode == 0, said
+        output = client.communicate()[0]
+        assert client.returncode == 0, output
     assert shared or not both.accelerated
     both.upgraded(connections)

@@ -23,7 +23,7 @@ SEED = os.environ.get("TORTURE_SEED", "")
 def torture(
     both: Places, options: Sequence[str], seconds: int, seed: str, **environment: str
 ) -> str:
-    """Both ends to their end; what they said."""
+    """Run both ends until they end. Returns the client's output."""
     port = 7000
     program = str(compile_c(SOURCE, both.folder / "torture", *options))
     server = both.server.popen(
@@ -59,7 +59,7 @@ def torture(
 def test_torture(everywhere: Places) -> None:
     """No byte is wrong and nothing stalls, with many threads on one connection, forks, signals and kills."""
     everywhere.forget()
-    # Plain TCP is what the program itself is tried on.
+    # Plain TCP only shows that the program itself is right.
     seconds = SECONDS if everywhere.accelerated else min(SECONDS, 20)
     said = torture(everywhere, (), seconds, SEED or str(int.from_bytes(os.urandom(4), "big")))
     assert "operations" in said
@@ -68,7 +68,7 @@ def test_torture(everywhere: Places) -> None:
 
 @pytest.mark.timeout(LOOPS + 120)
 def test_torture_of_loops(everywhere: Places) -> None:
-    """No wake-up is lost among several threads in one epoll instance, whatever others do and while connections move."""
+    """No wake-up is lost among several threads in one epoll instance while connections move to rings."""
     everywhere.forget()
     seconds = LOOPS if everywhere.accelerated else 5
     said = torture(
@@ -77,7 +77,7 @@ def test_torture_of_loops(everywhere: Places) -> None:
         seconds,
         SEED or str(int.from_bytes(os.urandom(4), "big")),
         TORTURE_LOOPS="1",
-        # So that they are full, and empty, all the time.
+        # Small rings are full, and empty, all the time.
         FREEFLOW_RING_LIMIT="65536",
     )
     assert "operations" in said
@@ -87,7 +87,7 @@ def test_torture_of_loops(everywhere: Places) -> None:
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_torture_itself(tmp_path: Path, sanitizer: str) -> None:
-    """The torture program has no fault of its own that a sanitizer finds."""
+    """No sanitizer finds an error in the torture program itself."""
     with places(accelerated=False, folder=tmp_path, programs=tmp_path) as plain:
         torture(plain, (f"-fsanitize={sanitizer}",), 12, "7")
 
@@ -95,7 +95,7 @@ def test_torture_itself(tmp_path: Path, sanitizer: str) -> None:
 @pytest.mark.timeout(SANITIZED + 120)
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_torture_of_the_library(tmp_path: Path, sanitizer: str) -> None:
-    """No sanitizer finds anything in the library while it is tortured."""
+    """No sanitizer finds an error in the library during the torture test."""
     library = tmp_path / "libfreeflow.so"
     subprocess.run(["sh", str(BUILD), str(library), sanitizer], check=True)
     found = f"log_path={tmp_path}/found"
@@ -105,7 +105,7 @@ def test_torture_of_the_library(tmp_path: Path, sanitizer: str) -> None:
             (f"-fsanitize={sanitizer}",),
             SANITIZED,
             SEED or str(int.from_bytes(os.urandom(4), "big")),
-            # The library stands before the sanitizer's own functions. Workers are killed in the middle: no leak is one.
+            # The library is loaded before the sanitizer. Workers are killed, so leaks mean nothing.
             ASAN_OPTIONS=f"{found}:verify_asan_link_order=0:detect_leaks=0",
             UBSAN_OPTIONS=f"{found}:print_stacktrace=1",
             TSAN_OPTIONS=f"{found}:history_size=4:report_signal_unsafe=0",

@@ -1,4 +1,4 @@
-"""Waiting for a connection on a ring is as on TCP, by every means, through signals and cancellation."""
+"""A wait for a connection on a ring behaves as on TCP, by every call, with signals and cancellation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def test_epoll_level(both: Places) -> None:
 
 
 def test_epoll_edge(both: Places) -> None:
-    """Edge-triggered epoll reports once per arrival, and not what was left unread."""
+    """Edge-triggered epoll reports each arrival once, and does not report what was left unread."""
     both.play("waiting", "epoll_edge")
 
 
 def test_epoll_edge_both(both: Places) -> None:
-    """Edge-triggered epoll for both directions tells both when bytes arrive."""
+    """Edge-triggered epoll for both directions reports both when bytes arrive."""
     both.play("waiting", "epoll_edge_both")
 
 
@@ -53,7 +53,7 @@ def test_epoll_timed(both: Places) -> None:
 
 
 def test_epoll_before(both: Places) -> None:
-    """What was registered before connect holds after the connection has moved to a ring."""
+    """A registration made before connect is valid after the connection has moved to a ring."""
     both.play("waiting", "epoll_before")
 
 
@@ -68,22 +68,22 @@ def test_poll_and_select(both: Places) -> None:
 
 
 def test_poll_among_others(both: Places) -> None:
-    """poll counts pipes, unused places and bad descriptors beside a connection."""
+    """poll counts pipes, negative and invalid descriptors beside a connection."""
     both.play("waiting", "poll_among_others")
 
 
 def test_high_descriptor(both: Places) -> None:
-    """Descriptors above 1024 and above 65536 are like others."""
+    """Descriptors above 1024 and above 65536 work like others."""
     both.play("waiting", "high_descriptor")
 
 
 def test_back_pressure(both: Places) -> None:
-    """A full connection is EAGAIN and not writable, and is writable when the other end has read."""
+    """A write to a full connection fails with EAGAIN; the connection is writable again when the peer has read."""
     both.play("waiting", "back_pressure")
 
 
 def test_timeout_later(both: Places) -> None:
-    """A wait in epoll that began before its connection was upgraded still ends in time."""
+    """A wait in epoll that began before its connection was upgraded still ends at its time-out."""
     both.play("waiting", "timeout_later")
 
 
@@ -103,22 +103,22 @@ def test_interrupted(both: Places) -> None:
 
 
 def test_restarted(both: Places) -> None:
-    """With SA_RESTART a read goes on after the signal."""
+    """With SA_RESTART a read continues after the signal."""
     both.play("waiting", "restarted")
 
 
 def test_masked(both: Places) -> None:
-    """ppoll lets signals in that its mask lets in."""
+    """ppoll delivers the signals that its mask permits."""
     both.play("waiting", "masked")
 
 
 def test_jumped(both: Places) -> None:
-    """A handler that jumps out of a read or a poll leaves a connection that works."""
+    """A connection works after a handler has jumped out of a read or a poll."""
     both.play("waiting", "jumped")
 
 
 def test_cancelled(both: Places) -> None:
-    """A thread is cancelled in read and poll, and the connection works for others."""
+    """A thread can be cancelled in read and poll, and the connection works for others."""
     both.play("waiting", "cancelled")
 
 
@@ -128,7 +128,7 @@ def test_handler_writes(both: Places) -> None:
 
 
 def test_many_wait(both: Places) -> None:
-    """One byte wakes all threads that wait, each by other means."""
+    """One byte wakes all waiting threads, whichever call each of them uses."""
     both.play("waiting", "many_wait")
 
 
@@ -144,7 +144,7 @@ def test_fortified(both: Places, scenario: str) -> None:
 
 
 def test_wait_for_ages(both: Places) -> None:
-    """A time-out that is as long as its type allows is one that doesn't end the wait."""
+    """The longest time-out that a type can express does not end the wait."""
     both.play("waiting", "wait_for_ages")
 
 
@@ -154,5 +154,5 @@ def test_small_stack(both: Places) -> None:
 
 
 def test_thread_memory(both: Places) -> None:
-    """A thread that has waited for many descriptors leaves no memory behind when it ends."""
+    """A thread that has waited for many descriptors frees its memory when it ends."""
     both.play("waiting", "thread_memory")

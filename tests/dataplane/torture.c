@@ -1,22 +1,22 @@
-/* Bytes of many connections between two processes, in every way that a program can wait for them and move
- * them.
+/* Bytes of many connections between two processes, by every call with which a program can wait, read and
+ * write.
  *
  *      torture server ADDRESS PORT
  *      torture client ADDRESS PORT SECONDS SEED CONNECTIONS THREADS
  *
  * The client plays rounds until its time is over. In a round each side forks a worker; the two workers have
  * some connections, on each of which several threads (of several processes, if the round says so) read and
- * write at once. What is at which place of a stream follows from the seed, so every reader knows every byte.
+ * write at once. The seed determines each byte of a stream, so every reader knows what to expect.
  *
- * In an ordered stream one thread at a time reads, others wait by other means meanwhile. In an unordered one
- * all read and write at once, and how often each byte came is counted. Waits have no end: a wake-up that is
- * lost is a stall, which ends both sides with a list of what each thread waits in.
+ * In an ordered stream one thread at a time reads, while others wait in other calls. In an unordered one all
+ * read and write at once, and the readers count how often each byte value came. Waits have no time limit, so
+ * a lost wake-up is a stall. A stall ends both sides with a list of the calls that the threads wait in.
  *
  * In a round of loops all connections of a worker are in one epoll instance, each level-triggered,
- * edge-triggered or one-shot, and several threads wait there: for ever, for a moment, not at all, in an
- * instance around it or in poll(). Helpers fill and drain the same connections, each time that a loop has
- * had an event and never by themselves. So a wake-up that is lost leaves nobody who would move anything.
- * Connections move to rings under all this. TORTURE_LOOPS=1: no other rounds.
+ * edge-triggered or one-shot, and several threads wait there: without a time limit, for a moment, not at all,
+ * in an outer instance or in poll(). Helpers fill and drain the same connections, each time that a loop has
+ * had an event and never by themselves. So after a lost wake-up no thread moves any bytes. Connections move
+ * to rings meanwhile. TORTURE_LOOPS=1: no other rounds.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -64,7 +64,7 @@ enum mode {
         MODE_NONBLOCK = 32,
         MODE_DUP = 64,
         MODE_TOGGLE = 128, /* O_NONBLOCK changes while others wait */
-        MODE_WARM = 256,   /* connections are used to and fro first, until the kernel sees no more of it */
+        MODE_WARM = 256,   /* ping-pong first, until the connections are on rings */
         MODE_LOOPS = 512,
 };
 
@@ -85,7 +85,8 @@ struct connection {
         struct header header;
         int fd;
         struct stream in, out;
-        /* In loops: both streams are over; a thread has its one-shot event; what epoll was told. */
+        /* In loops: both streams are over; a thread has the one-shot event; the events registered with epoll.
+         */
         _Atomic bool finished, handled;
         uint32_t told;
 };
@@ -190,7 +191,7 @@ static void wait_own_epoll(int fd, bool out, uint32_t flags)
         close(instance);
 }
 
-/* An epoll instance that is looked at by poll, or by another one. */
+/* An epoll instance in poll(), or in another instance. */
 static void wait_nested(int fd, bool out, bool by_poll)
 {
         struct epoll_event event = {.events = out ? EPOLLOUT : EPOLLIN};
@@ -468,7 +469,7 @@ static bool read_unordered(struct task *task, int fd, uint8_t *buffer, bool wait
         return false;
 }
 
-/* All of it, whatever the way: other threads must not come in between if the stream is ordered. */
+/* Send all of it, by any call. If the stream is ordered, no other thread may send in between. */
 static bool write_whole(struct task *task, int fd, const uint8_t *from, size_t size)
 {
         struct stream *out = &task->connection->out;
@@ -601,7 +602,7 @@ static uint32_t interest(struct connection *connection)
                (atomic_load(&connection->out.over) ? 0u : EPOLLOUT);
 }
 
-/* One direction of a connection is over: the other threads hear of it if it was the last one. */
+/* One direction of a connection is over. If it was the last one, tell the other threads. */
 static void finish(struct connection *connection, struct stream *stream)
 {
         struct stream *other = stream == &connection->in ? &connection->out : &connection->in;
@@ -617,8 +618,7 @@ static void finish(struct connection *connection, struct stream *stream)
                 atomic_fetch_sub(&shared->unfinished, 1);
 }
 
-/* What says that there is no more for now: a call that moves less than it was asked to, as some programs take
- * it, or nothing at all. */
+/* There is no more for now: a call has moved nothing, or less than requested, as some programs conclude. */
 enum much { ONCE, UNTIL_SHORT, UNTIL_NOTHING };
 
 static bool goes_on(enum much much, ssize_t moved, size_t size)
@@ -713,7 +713,7 @@ static void handle(struct task *task, const struct epoll_event *event, uint8_t *
         next.events = interest(connection);
         if (kind & EPOLLONESHOT)
                 atomic_store(&connection->handled, false);
-        /* With nothing more to hear of, what the kernel says by itself would be said for ever. */
+        /* With no event left to wait for, EPOLLHUP and EPOLLERR would be reported for ever. */
         if (kind & EPOLLONESHOT || next.events != connection->told)
                 CHECK(epoll_ctl(loops.instance, next.events == kind ? EPOLL_CTL_DEL : EPOLL_CTL_MOD,
                                 connection->fd, &next) == 0 ||
@@ -897,7 +897,7 @@ static uint32_t start_threads(pthread_t *threads, struct task *tasks, uint64_t r
         return count;
 }
 
-/* Waits for all threads; interrupts them; ends everything when nothing moves. */
+/* Wait for all threads, interrupt them, and end everything when no byte moves. */
 static void watch(pthread_t *threads, struct task *tasks, uint32_t count, uint64_t random)
 {
         uint64_t last = UINT64_MAX;
@@ -1016,7 +1016,7 @@ static void run_worker(void)
         exit(0);
 }
 
-/* Ends with the worker's own verdict, unless its death was part of the play. */
+/* End with the worker's status, unless the round had it killed. */
 static void wait_worker(pid_t worker)
 {
         bool dies = running.mode & (is_server ? MODE_KILL_THEM : MODE_KILL_US);
@@ -1177,12 +1177,12 @@ static struct header choose(uint64_t *random, uint64_t seed, uint32_t round, uin
                 if (any(random, bit == MODE_KILL_US || bit == MODE_KILL_THEM || bit == MODE_FORK ? 6 : 2) ==
                     0)
                         mode |= bit;
-        /* A process that is killed would leave the others its turn to read, held for ever. */
+        /* A killed process would hold its turn to read for ever. */
         if (mode & (MODE_KILL_US | MODE_KILL_THEM))
                 mode &= ~(uint32_t)MODE_FORK;
         if (getenv("TORTURE_LOOPS"))
                 mode |= MODE_LOOPS;
-        /* Nobody interrupts a wait there that has no end, nor waits otherwise. */
+        /* No thread interrupts a wait without a time limit there, or waits in another call. */
         if (mode & MODE_LOOPS)
                 mode &= MODE_LOOPS | MODE_KILL_US | MODE_KILL_THEM | MODE_NONBLOCK | MODE_WARM;
         made.mode = mode;

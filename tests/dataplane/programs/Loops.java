@@ -12,8 +12,8 @@ import java.util.concurrent.ExecutorService;
 import java.util.concurrent.Executors;
 
 /**
- * Several threads with a selector each, and a pool that moves the bytes and changes what the selectors wait for, at
- * both ends: server|client ADDRESS PORT. Each client sends a stream and compares what comes back.
+ * Several threads with a selector each, and a pool that reads and writes and changes the selectors'
+ * interest, at both ends: server|client ADDRESS PORT. Each client sends a stream and compares the echo.
  */
 public class Loops {
     static final int LOOPS = 3, CONNECTIONS = 12, TURNS = 200, TOTAL = 2_000_000;
@@ -29,7 +29,7 @@ public class Loops {
         System.exit(1);
     }
 
-    /** A thread that waits, and hands on what is ready. */
+    /** A thread that waits, and passes ready connections to workers. */
     static class Loop extends Thread {
         final Selector selector;
         final Queue<Runnable> asked = new ConcurrentLinkedQueue<>();
@@ -67,7 +67,7 @@ public class Loops {
                     for (SelectionKey key : selector.selectedKeys()) {
                         if (!key.isValid()) continue;
                         End end = (End) key.attachment();
-                        // As with a one-shot event: nobody else has it until it is given back.
+                        // As with a one-shot event: no other worker has it until this one has finished.
                         key.interestOps(0);
                         pool.execute(end::move);
                     }
@@ -85,7 +85,7 @@ public class Loops {
 
         void begin() throws IOException {}
 
-        /** Moves what can be moved. Returns what it waits for, 0 at the end. */
+        /** Reads and writes what is possible. Returns the operations to wait for, 0 at the end. */
         abstract int step(SocketChannel channel) throws IOException;
 
         void move() {
@@ -137,7 +137,7 @@ public class Loops {
 
         @Override
         int step(SocketChannel channel) throws IOException {
-            // To and fro first, which is when it moves; then all at once.
+            // First ping-pong, while the connections move; then all at once.
             allowed = received >= TURNS * 100L ? TOTAL : received + 100;
             while (true) {
                 if (!out.hasRemaining() && sent < allowed) {

@@ -1,5 +1,5 @@
 /* Asio's event loop with four threads in it, at both ends: server|client ADDRESS PORT. Each client sends a
- * stream and compares what comes back.
+ * stream and compares the echo.
  */
 #include <asio.hpp>
 
@@ -28,7 +28,7 @@ static uint8_t byte_at(unsigned number, size_t place)
         return static_cast<uint8_t>(((place + number * 77) * UINT64_C(0x9e3779b97f4a7c15)) >> 56);
 }
 
-/* Gives back what it gets. */
+/* Sends back what it receives. */
 struct Echo : std::enable_shared_from_this<Echo> {
         explicit Echo(tcp::socket taken) : socket(std::move(taken)), buffer(20000)
         {
@@ -57,7 +57,7 @@ struct Echo : std::enable_shared_from_this<Echo> {
         std::vector<uint8_t> buffer;
 };
 
-/* First to and fro, which is when the connection moves; then both ways at once. */
+/* First ping-pong, while the connection moves; then both directions at once. */
 struct Call : std::enable_shared_from_this<Call> {
         Call(asio::io_context &context, unsigned which)
             : socket(context), number(which), out(90000), in(50000)

@@ -1,5 +1,5 @@
-//! tokio's runtime of several threads at both ends: server|client ADDRESS PORT. Each client sends a stream and compares what
-//! comes back.
+//! tokio's runtime of several threads at both ends: server|client ADDRESS PORT. Each client sends
+//! a stream and compares the echo.
 
 use std::env;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -36,7 +36,7 @@ async fn serve(address: String) {
 async fn call(address: String, number: u64) {
     let stream = TcpStream::connect(address).await.unwrap();
     let (mut read, mut write) = stream.into_split();
-    // To and fro first, which is when it moves; then both ways at once.
+    // First ping-pong, while the connection moves; then both directions at once.
     for turn in 0..200 {
         write.write_all(&[turn as u8; 100]).await.unwrap();
         let mut got = [0; 100];

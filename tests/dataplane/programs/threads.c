@@ -1,20 +1,20 @@
 /* Several threads wait in one epoll instance, or for one connection, while others fill it, drain it, change
- * what is waited for, and move it to a ring.
+ * the registration, and move the connection to a ring.
  */
 #include "pair.h"
 
-enum { SOON = 10000 /* ms that nothing takes, on however busy a machine */ };
+enum { SOON = 10000 /* ms: more than anything takes on a busy machine */ };
 
 static int instance;
 
-static void watch(int in, int fd, int operation, uint32_t events)
+static void control(int in, int fd, int operation, uint32_t events)
 {
         struct epoll_event event = {.events = events, .data.fd = fd};
 
         CHECK(epoll_ctl(in, operation, fd, &event) == 0);
 }
 
-/* Uses a connection so that it may move; neither waits for it nor takes anything. */
+/* Use a connection, so that it may move, without waiting for it or reading from it. */
 static void use(int fd, int milliseconds)
 {
         double end = clock_now() + milliseconds / 1000.0;
@@ -26,8 +26,8 @@ static void use(int fd, int milliseconds)
         }
 }
 
-/* The server of most: does what it is told. */
-static void obey(int fd)
+/* The server of most scenarios: carries out orders. */
+static void carry_out(int fd)
 {
         static char bytes[1 << 16];
         uint32_t what[2];
@@ -49,11 +49,11 @@ static void obey(int fd)
                                 nap(10);
                         }
                         break;
-                case 'u': /* use it as use() does, then send */
+                case 'u': /* use(), then send */
                         use(fd, (int)what[1]);
                         put(fd, "u");
                         break;
-                case 't': /* to and fro */
+                case 't': /* ping-pong */
                         for (uint32_t i = 0; i < what[1]; i++) {
                                 get(fd, "p");
                                 put(fd, "q");
@@ -65,14 +65,14 @@ static void obey(int fd)
         }
 }
 
-static void *obey_another(void *fd)
+static void *carry_out_in_thread(void *fd)
 {
-        obey((int)(intptr_t)fd);
+        carry_out((int)(intptr_t)fd);
         close((int)(intptr_t)fd);
         return NULL;
 }
 
-/* As many connections as the client makes, until the last one has ended. */
+/* Serve this many connections, until the last one has ended. */
 static void serve(int listener, int connections, bool warm)
 {
         pthread_t threads[8];
@@ -83,7 +83,7 @@ static void serve(int listener, int connections, bool warm)
                 CHECK(fd >= 0);
                 if (warm && i == 0)
                         warm_up_server(fd);
-                CHECK(pthread_create(&threads[i], NULL, obey_another, (void *)(intptr_t)fd) == 0);
+                CHECK(pthread_create(&threads[i], NULL, carry_out_in_thread, (void *)(intptr_t)fd) == 0);
         }
         for (int i = 0; i < connections; i++)
                 CHECK(pthread_join(threads[i], NULL) == 0);
@@ -125,8 +125,8 @@ static void tell(int fd, uint32_t order, uint32_t argument)
         put_all(fd, what, sizeof what);
 }
 
-/* What a thread has been told of. */
-static _Atomic uint32_t told_in, told_out;
+/* Events that the waiting thread has got. */
+static _Atomic uint32_t reported_in, reported_out;
 
 static void *wait_for_ever(void *unused)
 {
@@ -139,10 +139,10 @@ static void *wait_for_ever(void *unused)
                 CHECK(count > 0);
                 for (int i = 0; i < count; i++) {
                         if (events[i].events & EPOLLIN) {
-                                told_in++;
+                                reported_in++;
                         }
                         if (events[i].events & EPOLLOUT)
-                                told_out++;
+                                reported_out++;
                 }
         }
         return NULL;
@@ -156,7 +156,7 @@ static void start(void *(*run)(void *), void *argument)
         CHECK(pthread_detach(thread) == 0);
 }
 
-static bool comes(_Atomic uint32_t *what, uint32_t wanted)
+static bool rises_to(_Atomic uint32_t *what, uint32_t wanted)
 {
         double end = clock_now() + SOON / 1000.0;
 
@@ -174,44 +174,44 @@ static void fill(int fd)
         CHECK(errno == EAGAIN);
 }
 
-/* One thread sleeps, having been told that there is room; another takes all of it. */
+/* One thread sleeps after it was told that there is room; another uses up the room. */
 static void full_by_another(int fd)
 {
         instance = epoll_create1(0);
-        watch(instance, fd, EPOLL_CTL_ADD, EPOLLIN | EPOLLOUT | EPOLLET);
+        control(instance, fd, EPOLL_CTL_ADD, EPOLLIN | EPOLLOUT | EPOLLET);
         start(wait_for_ever, NULL);
-        CHECK(comes(&told_out, 1));
+        CHECK(rises_to(&reported_out, 1));
         nap(200);
         for (int i = 0; i < 3; i++) {
                 uint32_t before;
 
                 tell(fd, 'd', 0);
                 fill(fd);
-                before = told_out;
-                CHECK(comes(&told_out, before + 1));
+                before = reported_out;
+                CHECK(rises_to(&reported_out, before + 1));
                 /* Until the other end takes orders again. */
                 nap(500);
         }
 }
 
-enum { LOOKED_AT = 150 };
-static int watching[LOOKED_AT];
-static _Atomic bool looks;
+enum { POLLED = 150 };
+static int instances[POLLED];
+static _Atomic bool polling;
 
-static void *look_at_all(void *unused)
+static void *poll_all(void *unused)
 {
         struct epoll_event event;
 
         (void)unused;
-        while (looks)
-                for (int i = 0; i < LOOKED_AT; i++)
-                        CHECK(epoll_wait(watching[i], &event, 1, 0) >= 0);
+        while (polling)
+                for (int i = 0; i < POLLED; i++)
+                        CHECK(epoll_wait(instances[i], &event, 1, 0) >= 0);
         return NULL;
 }
 
-/* A connection moves while it is looked at, in many instances: attaching to them takes a while. This end only
- * receives. */
-static void moves_while_looked_at(int unused)
+/* A connection moves while threads poll many instances that have it: attaching it to all of them takes some
+ * time. This end only receives. */
+static void moves_while_polled(int unused)
 {
         struct epoll_event event;
         pthread_t thread;
@@ -221,34 +221,35 @@ static void moves_while_looked_at(int unused)
         for (int round = 0; round < 4; round++) {
                 int fd = dial();
 
-                for (int i = 0; i < LOOKED_AT; i++) {
-                        CHECK((watching[i] = epoll_create1(0)) >= 0);
-                        watch(watching[i], fd, EPOLL_CTL_ADD, EPOLLIN);
+                for (int i = 0; i < POLLED; i++) {
+                        CHECK((instances[i] = epoll_create1(0)) >= 0);
+                        control(instances[i], fd, EPOLL_CTL_ADD, EPOLLIN);
                 }
                 tell(fd, 'u', 500);
-                looks = true;
-                CHECK(pthread_create(&thread, NULL, look_at_all, NULL) == 0);
+                polling = true;
+                CHECK(pthread_create(&thread, NULL, poll_all, NULL) == 0);
                 use(fd, 300);
-                looks = false;
+                polling = false;
                 CHECK(pthread_join(thread, NULL) == 0);
-                for (int i = 0; i < LOOKED_AT; i++)
-                        CHECK(epoll_wait(watching[i], &event, 1, SOON) == 1 && event.events == EPOLLIN);
+                for (int i = 0; i < POLLED; i++)
+                        CHECK(epoll_wait(instances[i], &event, 1, SOON) == 1 && event.events == EPOLLIN);
                 moved += kernel_unread(fd) == 0;
-                for (int i = 0; i < LOOKED_AT; i++)
-                        close(watching[i]);
+                for (int i = 0; i < POLLED; i++)
+                        close(instances[i]);
                 close(fd);
         }
         CHECK(!getenv("FREEFLOW_EXPECTED") || moved);
 }
 
-/* One thread sleeps; another takes what has come, and looks, and so takes what was to wake the first. */
+/* One thread sleeps; another reads what has come, polls, and so consumes the event that was to wake the
+ * first. */
 static void woken_by_another(int fd)
 {
         struct epoll_event event;
         char byte;
 
         instance = epoll_create1(0);
-        watch(instance, fd, EPOLL_CTL_ADD, EPOLLIN | EPOLLET);
+        control(instance, fd, EPOLL_CTL_ADD, EPOLLIN | EPOLLET);
         start(wait_for_ever, NULL);
         for (int i = 0; i < 60; i++) {
                 uint32_t before;
@@ -260,14 +261,14 @@ static void woken_by_another(int fd)
                 for (int k = 0; k < 40; k++)
                         CHECK(epoll_wait(instance, &event, 1, 0) >= 0);
                 nap(1);
-                before = told_in;
+                before = reported_in;
                 tell(fd, 's', 1);
-                CHECK(comes(&told_in, before + 1));
+                CHECK(rises_to(&reported_in, before + 1));
                 get_all(fd, &byte, 1);
         }
 }
 
-/* A one-shot event that has been told isn't told again, although the connection has moved since. */
+/* A one-shot event that was reported isn't reported again, although the connection has moved since. */
 static void once_before_it_moves(int unused)
 {
         int fd = dial();
@@ -276,7 +277,7 @@ static void once_before_it_moves(int unused)
 
         (void)unused;
         instance = epoll_create1(0);
-        watch(instance, fd, EPOLL_CTL_ADD, EPOLLIN | EPOLLONESHOT);
+        control(instance, fd, EPOLL_CTL_ADD, EPOLLIN | EPOLLONESHOT);
         byte = 'c';
         put_all(fd, &byte, 1);
         CHECK(epoll_wait(instance, &event, 1, SOON) == 1 && event.data.fd == fd && event.events == EPOLLIN);
@@ -284,19 +285,19 @@ static void once_before_it_moves(int unused)
         warm_up(fd);
         tell(fd, 's', 1);
         CHECK(epoll_wait(instance, &event, 1, 300) == 0);
-        watch(instance, fd, EPOLL_CTL_MOD, EPOLLIN | EPOLLONESHOT);
+        control(instance, fd, EPOLL_CTL_MOD, EPOLLIN | EPOLLONESHOT);
         CHECK(epoll_wait(instance, &event, 1, SOON) == 1 && event.data.fd == fd && event.events == EPOLLIN);
         CHECK(epoll_wait(instance, &event, 1, 100) == 0);
         get_pattern(fd, 1);
-        /* One that hasn't been told is, once. */
-        watch(instance, fd, EPOLL_CTL_MOD, EPOLLIN | EPOLLONESHOT);
+        /* An event that wasn't reported yet is reported once. */
+        control(instance, fd, EPOLL_CTL_MOD, EPOLLIN | EPOLLONESHOT);
         CHECK(epoll_wait(instance, &event, 1, 50) == 0);
         tell(fd, 's', 1);
         CHECK(epoll_wait(instance, &event, 1, SOON) == 1);
         get_pattern(fd, 1);
 }
 
-/* --- those who already wait, by other means, when a connection moves that nobody reads meanwhile */
+/* --- threads that wait in poll, select or another instance while a connection moves that no thread reads */
 
 struct wait {
         int fds[2];
@@ -338,7 +339,7 @@ static void *wait_by_epoll(void *argument)
         return NULL;
 }
 
-/* `other`: a connection on a ring that is waited for as well, or -1. */
+/* `other`: another connection, on a ring, that the thread waits for too, or -1. */
 static void moves_under(int other, int fd, int waits_for, void *(*run)(void *))
 {
         struct wait *wait = calloc(1, sizeof *wait);
@@ -378,8 +379,8 @@ static void moves_under_instance(int unused)
         for (int i = 0; i < 4; i++) {
                 int fd = dial(), inner = epoll_create1(0), outer = epoll_create1(0);
 
-                watch(inner, fd, EPOLL_CTL_ADD, EPOLLIN | (i & 1 ? EPOLLET : 0u));
-                watch(outer, inner, EPOLL_CTL_ADD, EPOLLIN | (i & 1 ? EPOLLET : 0u));
+                control(inner, fd, EPOLL_CTL_ADD, EPOLLIN | (i & 1 ? EPOLLET : 0u));
+                control(outer, inner, EPOLL_CTL_ADD, EPOLLIN | (i & 1 ? EPOLLET : 0u));
                 if (i < 2)
                         moves_under(-1, fd, outer, wait_by_epoll);
                 else
@@ -390,15 +391,15 @@ static void moves_under_instance(int unused)
         }
 }
 
-/* An inner instance whose event comes once. */
+/* An inner instance that is reported once. */
 static void nested_once(int fd)
 {
         struct epoll_event event;
         int outer = epoll_create1(0);
 
         instance = epoll_create1(0);
-        watch(instance, fd, EPOLL_CTL_ADD, EPOLLIN);
-        watch(outer, instance, EPOLL_CTL_ADD, EPOLLIN | EPOLLONESHOT);
+        control(instance, fd, EPOLL_CTL_ADD, EPOLLIN);
+        control(outer, instance, EPOLL_CTL_ADD, EPOLLIN | EPOLLONESHOT);
         for (int i = 0; i < 3; i++) {
                 tell(fd, 's', 1);
                 if (i)
@@ -408,12 +409,12 @@ static void nested_once(int fd)
                 CHECK(epoll_wait(instance, &event, 1, 0) == 1 && event.data.fd == fd);
                 get_pattern(fd, 1);
                 CHECK(epoll_wait(instance, &event, 1, 0) == 0);
-                watch(outer, instance, EPOLL_CTL_MOD, EPOLLIN | EPOLLONESHOT);
+                control(outer, instance, EPOLL_CTL_MOD, EPOLLIN | EPOLLONESHOT);
                 CHECK(epoll_wait(outer, &event, 1, 50) == 0);
         }
 }
 
-/* An instance that was made past the library. */
+/* The library did not see the instance made. */
 static void unknown_instance(int unused)
 {
         int fd = dial();
@@ -422,7 +423,7 @@ static void unknown_instance(int unused)
         (void)unused;
         instance = (int)syscall(SYS_epoll_create1, 0);
         CHECK(instance >= 0);
-        watch(instance, fd, EPOLL_CTL_ADD, EPOLLIN);
+        control(instance, fd, EPOLL_CTL_ADD, EPOLLIN);
         tell(fd, 't', 50);
         for (int i = 0; i < 50; i++) {
                 put(fd, "p");
@@ -435,13 +436,13 @@ static void unknown_instance(int unused)
 int main(int count, char **arguments)
 {
         static const struct scenario scenarios[] = {
-            {"full_by_another", obey, full_by_another, false},
-            {"moves_while_looked_at", serve_four, moves_while_looked_at, true},
-            {"woken_by_another", obey, woken_by_another, false},
+            {"full_by_another", carry_out, full_by_another, false},
+            {"moves_while_polled", serve_four, moves_while_polled, true},
+            {"woken_by_another", carry_out, woken_by_another, false},
             {"once_before_it_moves", serve_once, once_before_it_moves, true},
             {"moves_under_poll", serve_warm, moves_under_poll, true},
             {"moves_under_instance", serve_four, moves_under_instance, true},
-            {"nested_once", obey, nested_once, false},
+            {"nested_once", carry_out, nested_once, false},
             {"unknown_instance", serve_one, unknown_instance, true},
             {0},
         };

@@ -1,9 +1,9 @@
-/* Waiting for a connection whose bytes are in a ring: epoll, poll, select, time-outs, signals. */
+/* Waiting for a connection on a ring: epoll, poll, select, time-outs, signals. */
 #include "pair.h"
 
 #include <limits.h>
 
-/* The server of all: sends what the client asks for, until it ends. */
+/* The server of most scenarios: sends as many bytes as the client requests, until the client ends. */
 static void obey(int fd)
 {
         uint32_t size;
@@ -35,7 +35,7 @@ static int watched(int fd, uint32_t events)
         return instance;
 }
 
-/* Events, 0 for none. */
+/* The events of the next report; 0: none. */
 static uint32_t next_event(int instance, int milliseconds)
 {
         struct epoll_event events[4];
@@ -142,7 +142,7 @@ static void epoll_twice(int fd)
         CHECK(next_event(other, 0) == EPOLLIN);
 }
 
-/* A registration lives as long as any descriptor of the connection. */
+/* A registration is valid as long as any descriptor of the connection is open. */
 static void epoll_duplicate(int fd)
 {
         int other = dup(fd), instance = watched(other, EPOLLIN);
@@ -156,8 +156,8 @@ static void epoll_duplicate(int fd)
         get_pattern(fd, 1);
 }
 
-/* A bell that rang after its byte was taken may wake once more: then the inner instance has nothing, and it
- * is over. */
+/* A bell that rang after its byte was read may wake once more. Then the inner instance has no event, and the
+ * outer one has none afterwards. */
 static bool says_nothing(int outer, int inner)
 {
         return next_event(outer, 20) == 0 || (next_event(inner, 0) == 0 && next_event(outer, 20) == 0);
@@ -205,7 +205,7 @@ static void epoll_timed(int fd)
         CHECK(event.events == EPOLLIN);
 }
 
-/* What was registered before there was a connection holds on. */
+/* A registration made before the connection stays valid. */
 static void serve_one(int listener)
 {
         int fd = accept(listener, NULL, NULL);
@@ -232,7 +232,7 @@ static void epoll_before(int unused)
         CHECK(next_event(instance, 0) == 0);
 }
 
-/* Sets for more descriptors than FD_SETSIZE, which the kernel takes. */
+/* Sets for more descriptors than FD_SETSIZE, which the kernel accepts. */
 static void select_large(int fd)
 {
         enum { NUMBER = 3000, WORDS = 4096 / 64 };
@@ -287,7 +287,7 @@ static void poll_and_select(int fd)
         CHECK(poll(&one, 1, 0) == 1 && one.revents == POLLOUT);
 }
 
-/* Beside descriptors that are no connections, and one that is none at all. */
+/* Beside descriptors that are no connections, and one that is invalid. */
 static void poll_among_others(int fd)
 {
         int ends[2];
@@ -355,7 +355,7 @@ static void drain_late(int fd)
         put_all(fd, &got, sizeof got);
 }
 
-/* Full means EAGAIN and no POLLOUT; room means both again. */
+/* A full connection: EAGAIN and no POLLOUT. With room again: writes succeed, and POLLOUT. */
 static void back_pressure(int fd)
 {
         static uint8_t bytes[100000];
@@ -399,7 +399,7 @@ static void *wait_a_second(void *instance)
         return NULL;
 }
 
-/* A wait that began on TCP ends in time on a ring. */
+/* A wait that began on TCP ends at its time-out on a ring. */
 static void timeout_later(int unused)
 {
         struct epoll_event event = {.events = EPOLLPRI};
@@ -671,7 +671,7 @@ static void *wait_by_peek(void *fd)
         return NULL;
 }
 
-/* A byte wakes all who wait, each by its own means. */
+/* A byte wakes all waiting threads, each in another call. */
 static void many_wait(int fd)
 {
         static void *(*const means[])(void *) = {wait_by_select, wait_by_poll, wait_by_epoll, wait_by_edge,
@@ -690,7 +690,7 @@ static void many_wait(int fd)
         }
 }
 
-/* Waiting costs nothing. */
+/* Waiting takes no CPU time. */
 static void idle(int fd)
 {
         struct timespec before, after;
@@ -701,7 +701,7 @@ static void idle(int fd)
         CHECK(after.tv_sec - before.tv_sec + (double)(after.tv_nsec - before.tv_nsec) / 1e9 < 0.05);
 }
 
-/* Time-outs that are longer than ns can say. */
+/* Time-outs too long to express in ns. */
 static void wait_for_ages(int fd)
 {
         struct timespec age = {LONG_MAX, 999999999};
@@ -740,7 +740,7 @@ static void wait_for_ages(int fd)
 
 static int small_fd;
 
-/* Every way to wait, on as little stack as a thread may have. */
+/* Each call that waits, on the smallest stack that a thread may have. */
 static void *wait_in_little_room(void *unused)
 {
         struct timeval soon = {0, 20 * 1000};
@@ -802,7 +802,7 @@ static long pages(void)
         return size;
 }
 
-/* Threads that have ended leave nothing behind. */
+/* Threads that have ended leave no memory behind. */
 static void thread_memory(int fd)
 {
         long before = 0;
