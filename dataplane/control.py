@@ -11,8 +11,8 @@ import msgspec
 DEFAULT_RING_LIMIT = 4 << 20
 DEFAULT_SESSION_PORT = 4799
 OWNED = 2500
-"""Addresses of this host that another host is told, at most: as many as fit into a message if all are
-of the longest."""
+"""The most addresses of this host that another host is told: as many as fit into a message if all
+are of the longest."""
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):

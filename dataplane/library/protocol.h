@@ -58,7 +58,6 @@ enum reason {
         REASON_STDIO = 7,        /* the C library's streams read or write it, or it is a standard stream */
         REASON_PASSED = 8,       /* handed to another process or program */
         REASON_OPTION = 9,       /* a socket option that rings can't carry */
-        REASON_WAITERS = 10,     /* more waiters than bells */
         REASON_MEMORY = 11,      /* no address space, no memory or no descriptor in the process */
         REASON_CORRUPT = 12,     /* the other side wrote nonsense into the ring */
         REASON_PEER_CLOSED = 13, /* the other end has closed its side */

@@ -25,7 +25,7 @@ from dataplane.router.relay_process import SHIPPED
 from dataplane.router.router_server import RouterServer
 
 DESCRIPTORS: Final = 1 << 20
-"""Descriptors: three per arena and one per process, so that many containers can reach their limits."""
+"""Descriptors: three per arena and one per process. Many containers can reach their limits."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _allow_descriptors() -> None:
-    """Allow the descriptors that a host's containers may need, or as many as the hard limit allows."""
+    """Allow as many descriptors as containers may need, or as the hard limit allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(hard, DESCRIPTORS),) * 2)

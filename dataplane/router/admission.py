@@ -27,7 +27,7 @@ class Admission:
     def admit(
         self, process: ProcessRecord, request: Request
     ) -> tuple[Network, Address | None] | Reason:
-        """The network of the connection, and its server if it leads to a VIP; or why it is refused."""
+        """The connection's network, and its server if it leads to a VIP; or why it is refused."""
         container = self._registry.containers[process.namespace]
         network = self._registry.knowledge.network_of(process.namespace, request.local.ip)
         if network is None or not network.accelerated:

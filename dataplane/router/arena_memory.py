@@ -162,7 +162,10 @@ class LinuxArenaMemory:
             bell.send(b"!", _RING)
 
     def reclaim(self, memory: int, slot: int) -> bool:
-        """Reclaim the pages of a slot; false if the kernel can't, as while a device has them registered."""
+        """Reclaim the pages of a slot; false if the kernel can't.
+
+        Not to be called while a device has them registered.
+        """
         size = layout.ring_size_of(os.fstat(memory).st_size)
         return _punch(memory, layout.ring_offset(slot, 0), layout.SIDES * layout.PAGE) and _punch(
             memory, layout.bulk_offset(slot, 0, size), layout.SIDES * size
@@ -173,7 +176,7 @@ class LinuxArenaMemory:
         return os.fstat(memory).st_blocks * 512
 
     def close(self, memory: int) -> None:
-        """Close the memfd. Its pages stay until no process has them mapped: connections may use them."""
+        """Close the memfd. Its pages stay as long as a process has them mapped."""
         os.close(memory)
 
     def close_bell(self, descriptor: int) -> None:

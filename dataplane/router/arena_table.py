@@ -236,7 +236,7 @@ class ArenaTable:
             self.close_if_done(arena)
 
     def _orphan_remote(self, arena: Arena) -> None:
-        """A process that shares the sockets of one that has hung up may go on with its connections."""
+        """Processes that share the sockets of one that has hung up may still use them."""
         for number, slot in list(arena.slots.items()):
             if slot.ends[RELAY_SIDE] is None:
                 self.release(arena, number, 0)

@@ -41,7 +41,7 @@ class Bells:
         self._registry.containers[side.namespace].bells += 1
 
     def answer(self, process_id: int, message: Bell, arena: Arena | None) -> None:
-        """Make the bell that a process wants for its own side, in place of one with the same index."""
+        """Make a bell of a process's own side, in place of one with the same index."""
         answer = Hear(message.index, message.arena, message.side)
         if arena is None:
             self._registry.outbox.send(process_id, answer)

@@ -1,4 +1,4 @@
-"""The connections of containers' processes: who may connect, how fast they are read, when they close.
+"""The connections of containers' processes: admission, rates, messages and the end.
 
 A client that sends an invalid message, or does not read its answers, loses its connection and
 nothing else. A container whose processes send too many messages is read later; nobody else waits.
@@ -307,7 +307,7 @@ class Clients:
             client.rate.clients += 1
 
     def _forget_rates(self, now: float) -> None:
-        """Forget containers that have no processes and have been silent until their bucket filled."""
+        """Forget containers without processes whose bucket is full again."""
         allowed = self.pairing.limits.messages
         for namespace, rate in list(self._rates.items()):
             if not rate.clients and rate.messages.full_by(now, allowed):
@@ -333,7 +333,7 @@ class Clients:
                 return
 
     def _serve_one(self, client: ClientConnection) -> bool:
-        """Receive and handle one message. False: there is none, or the connection will be closed."""
+        """Receive and handle one message. False: there is none, or the connection closes."""
         try:
             data = self._receive(client)
             if data is None:
@@ -425,7 +425,7 @@ class Clients:
         return True
 
     def _check_stalled(self, client: ClientConnection, now: float) -> None:
-        """Read a process again if it has read its answers; close its connection if it never does."""
+        """Read a process again if it has read its answers; close its connection if not."""
         unread = _unread_bytes(client.socket)
         if unread <= _allowed_unread(client.rate) // 2:
             del self._stalled[client.process]

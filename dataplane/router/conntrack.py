@@ -52,7 +52,7 @@ class Conntrack:
         self._socket.close()
 
     def translated(self, local: Address, remote: Address) -> tuple[Address, Address] | None:
-        """The server that a TCP connection over IPv4 leads to, and the client as that server sees it.
+        """The server that a TCP connection over IPv4 leads to, and the client as it is seen there.
 
         None: the kernel does not track the connection.
         """

@@ -210,7 +210,7 @@ class Bell(msgspec.Struct, frozen=True, gc=False):
 
 @codec.message(MessageKind.FETCH)
 class Fetch(msgspec.Struct, frozen=True, gc=False):
-    """The process has to ring a bell of the other side and does not have it: the router rings it."""
+    """The process has to ring a bell that it does not have: the router rings it."""
 
     index: U32
     arena: U64

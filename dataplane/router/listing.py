@@ -1,4 +1,4 @@
-"""The path of each connection, and why: the kernel's sockets of a container, joined with the registry.
+"""The path of each connection, and why: the kernel's sockets joined with the registry.
 
 A granted connection counts as shm, or as rdma to another host. The router knows that both ends were
 granted a slot, but not when each direction switches to it.

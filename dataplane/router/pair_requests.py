@@ -1,4 +1,4 @@
-"""A process's request for a path faster than TCP, while it waits for the request of the connection's other end."""
+"""A process's request for a path faster than TCP, while it waits for that of the other end."""
 
 from __future__ import annotations
 

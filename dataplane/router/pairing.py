@@ -140,7 +140,7 @@ class Pairing:
             self.request(process.id, request)
 
     def replace_snapshot(self, knowledge: Knowledge) -> None:
-        """Apply a new snapshot: welcome processes anew, refuse requests, bring connections to TCP."""
+        """Apply a new snapshot to processes, requests and connections."""
         before, self._registry.knowledge = self.knowledge, knowledge
         if before.accelerated - knowledge.accelerated or before.remote - knowledge.remote:
             self.arena_table.leave_networks()

@@ -46,8 +46,8 @@ class PeerHello(msgspec.Struct, frozen=True, tag="Hello", kw_only=True):
 
     version: U32 = PEER_VERSION
     instance: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
-    """A random number of the router's start. Another one means that the peer's router has been restarted
-    and has no state of before."""
+    """A random number of the router's start. A new one means that the peer's router has been
+    restarted and has no state of before."""
     node: NodeId
     data_path: AddressText
     """The address of its RDMA device; "" if there is none."""
@@ -58,7 +58,7 @@ class PeerHello(msgspec.Struct, frozen=True, tag="Hello", kw_only=True):
 
 
 class Owns(msgspec.Struct, frozen=True, tag=True):
-    """The addresses of the sender's endpoints, by the networks that both hosts share. Always complete."""
+    """The addresses of the sender's endpoints, by networks that both hosts share; all of them."""
 
     networks: Annotated[
         dict[NetworkId, Annotated[tuple[AddressText, ...], Meta(max_length=8192)]],
@@ -67,7 +67,7 @@ class Owns(msgspec.Struct, frozen=True, tag=True):
 
 
 class Offer(msgspec.Struct, frozen=True, tag=True):
-    """A process of the sender has requested a path. `local` and `remote` are as that process sees them."""
+    """A process of the sender has requested a path. `local` and `remote` are as it sees them."""
 
     offer: U63
     network: NetworkId

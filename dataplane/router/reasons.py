@@ -25,7 +25,6 @@ class Reason(IntEnum):
     STDIO = 7
     PASSED = 8
     OPTION = 9
-    WAITERS = 10
     MEMORY = 11
     CORRUPT = 12
     PEER_CLOSED = 13
@@ -64,13 +63,12 @@ _SENTENCES: Final = {
     Reason.FOREIGN: "an address isn't an endpoint of a freeflow network",
     Reason.LIMIT: "a limit of the container is reached, or of connections over RDMA",
     Reason.NOT_FOUND: "the kernel knows no such connection in the container",
-    Reason.RAW: "bytes went past the library: io_uring or raw system calls",
+    Reason.RAW: "bytes bypassed the library: io_uring or raw system calls",
     Reason.STDIO: "the C library reads or writes it by itself, or it is a standard stream",
     Reason.PASSED: "it was handed to another process or program",
     Reason.OPTION: "a socket option is set that shared memory can't carry",
-    Reason.WAITERS: "the process has more waiters than there are bells",
     Reason.MEMORY: "the process has no address space, memory or descriptor left",
-    Reason.CORRUPT: "the other side wrote nonsense into the shared memory",
+    Reason.CORRUPT: "the other side wrote invalid data into the shared memory",
     Reason.PEER_CLOSED: "the other end has closed its side",
     Reason.SHARED: "several processes hold this end",
     Reason.BROKEN: "the RDMA path to the peer's host was lost, and the connection with it",
@@ -78,13 +76,13 @@ _SENTENCES: Final = {
     Reason.SHORT: "it is too short or too quiet for an upgrade so far",
     Reason.NO_LIBRARY: "no process of the container runs with the library, or this one doesn't",
     Reason.PEER_NO_LIBRARY: "the peer runs without the library",
-    Reason.PEER_SHORT: "the peer hasn't asked yet: it has seen too few operations, or keeps to TCP",
+    Reason.PEER_SHORT: "the peer hasn't sent a request yet: it has seen too few operations, or stays on TCP",
     Reason.RDMA_OFF: "the peer is on another host, and RDMA is off for the network or this host",
     Reason.NO_RDMA: "the peer is on another host, and this host has no RDMA device that can be used",
     Reason.PEER_NO_RDMA: "the peer's host has no RDMA device that can be used",
     Reason.NO_SESSION: "the peer is on another host, with whose router there is no session",
     Reason.NO_LINK: "the RDMA devices of this host and the peer's don't reach each other",
-    Reason.LEFT: "it was on a faster path, and went back: the path was lost or turned off, or a router started anew",
+    Reason.LEFT: "it was on a faster path and fell back to TCP: the path was lost or turned off, or a router restarted",
     Reason.UNTRACKED: "connection tracking in the container doesn't say to which task of the service it leads",
     Reason.AMBIGUOUS: "several connections of the peer fit: one to a task and one to its service's VIP",
 }

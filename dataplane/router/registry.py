@@ -64,7 +64,7 @@ class ContainerRecord:
     """Bytes of arenas, by the namespace at their other side."""
 
     def holds(self, most: int) -> int:
-        """Bytes of arenas. What it shares with one other container counts up to half of the limit."""
+        """Bytes of arenas; those shared with one other container count up to half of the limit."""
         return sum(
             used if other == self.namespace else min(used, most // 2)
             for other, used in self.memory.items()

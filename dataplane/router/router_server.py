@@ -45,7 +45,7 @@ class RouterServer:
         equipment: Equipment | None = None,
         guard: bool = True,
     ) -> None:
-        """`guard=False`: as on kernels before Linux 6.16, where a socket can't refuse descriptors."""
+        """`guard=False`: as before Linux 6.16, where a socket can't refuse descriptors."""
         self._public = public
         self._clock = clock
         self._started = clock()

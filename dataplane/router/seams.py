@@ -1,4 +1,4 @@
-"""What the registry of connections needs from outside: processes, the kernel's sockets, the arenas' memory.
+"""What the registry of connections needs from outside: processes, sockets and memory.
 
 `pairing.py` does no I/O of its own: it calls these interfaces, and tests give it fakes of them.
 """
@@ -15,7 +15,7 @@ class Outbox(Protocol):
     """Sends answers to processes."""
 
     def send(self, process: int, answer: Answer, *descriptors: int) -> bool:
-        """Send now or never. False: the process can't take it, and its connection will be closed."""
+        """Send now or never. False: the process can't take it, and its connection closes."""
         ...
 
 

@@ -158,7 +158,7 @@ class SessionListener:
         connection.accept(accepted)
 
     def _has_room(self, address: IPAddress) -> bool:
-        """Whether one more connection of an address may come, in place of an older one if need be."""
+        """Whether one more connection may come, in place of an older one if need be."""
         now = self._loop.now()
         source = self.sources.get(address)
         if source is None:
@@ -171,7 +171,7 @@ class SessionListener:
         return True
 
     def _make_room(self, source: Source, now: float) -> bool:
-        """End the oldest connection of a source that has sent nothing, or whose handshake is slow."""
+        """End the oldest connection that has sent nothing, or whose handshake is slow."""
         silent = (each for each in source.connections if not each.has_opened)
         slow = (each for each in source.connections if now - each.since > SLOW)
         oldest = next(silent, None) or next(slow, None)
@@ -194,7 +194,7 @@ class SessionListener:
         return [] if source is None else list(source.connections)
 
     def may_handshake(self, connection: PeerConnection) -> bool:
-        """Whether the handshake of an accepted connection may begin. If not, the connection ends."""
+        """Whether a connection's handshake may begin. If not, the connection ends."""
         source = self.sources.get(connection.peer)
         if source is None or source.bucket.take(self._loop.now(), HANDSHAKES):
             return True

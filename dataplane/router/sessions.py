@@ -270,7 +270,7 @@ class Sessions:
         self.listener.tick()
 
     def _apply_identity(self) -> None:
-        """Apply a new identity of this host: sessions of the old one end, and peers are dialled again."""
+        """Apply a new identity: sessions of the old one end, and peers are dialled again."""
         identity = self._identities.current()
         if identity is self._identity:
             return
@@ -340,7 +340,7 @@ class Sessions:
         for connection in self.listener.connections_of(peer.address):
             connection.end("unwanted", "no network is shared any more")
         if peer.session is not None:
-            # When the connection's end is reported, the peer is unknown, or is another one of this address.
+            # When the connection's end is reported, the peer isn't known any more.
             self._loop.after(0, lambda: self._tell_down(peer, "no network is shared any more"))
 
     # --- events of connections
@@ -393,8 +393,8 @@ class Sessions:
         elif connection is peer.dialled:
             peer.dialled = None
             if ending.word == "refused":
-                # The peer admits the address that its engine knows of this host, which may differ from
-                # the one that this host knows.
+                # The peer admits the address that its engine knows of this host. It may differ
+                # from the one that this host knows.
                 peer.any_source = not peer.any_source
             self._explain(peer, ending.text)
         else:

@@ -44,7 +44,8 @@ _IPPROTO_TCP: Final = int(socket.IPPROTO_TCP)
 
 _BUFFER: Final = 1 << 16
 _HEADER: Final = struct.Struct("=IHHII")
-# struct inet_diag_req_v2: family, protocol, extensions, padding, states; then struct inet_diag_sockid.
+# struct inet_diag_req_v2: family, protocol, extensions, padding, states;
+# then struct inet_diag_sockid.
 _REQUEST: Final = struct.Struct("=BBBxI")
 _ID: Final = struct.Struct("!HH16s16s")
 _ID_REST: Final = struct.Struct("=IQ")
