@@ -21,6 +21,7 @@ from bench import (
     crosshost,
     image,
     machine,
+    plot,
     quick,
     relay,
     report,
@@ -219,10 +220,17 @@ def main(
     click.echo(report.as_json(made) if as_json else report.as_table(made), nl=False)
 
 
+COMMANDS: Final[dict[str, click.Command]] = {
+    "quick": quick.main,
+    "relay": relay.main,
+    "plot": plot.main,
+}
+"""Commands that need no two hosts; every other first word is a suite of `main`."""
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["quick"]:
-        quick.main(sys.argv[2:], prog_name="python -m bench quick")
-    elif sys.argv[1:2] == ["relay"]:
-        relay.main(sys.argv[2:], prog_name="python -m bench relay")
+    first = sys.argv[1] if len(sys.argv) > 1 else ""
+    if first in COMMANDS:
+        COMMANDS[first](sys.argv[2:], prog_name=f"python -m bench {first}")
     else:
         main()

@@ -1,7 +1,12 @@
-"""Bars of two subjects, row by row: in a terminal, and as an SVG file. The longer bar of a row has the full width."""
+"""Bar charts: of two subjects, row by row, in a terminal and as SVG; and of ratios with their spread, as SVG.
+
+A chart of two subjects scales each row by itself: the longer bar has the full width. A chart of ratios has one
+logarithmic axis for all rows, since 0.9 and 100 have to be read off the same picture.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,6 +24,14 @@ _ROW: Final = 62
 _BAR: Final = 18
 _TOP: Final = 96
 _FONT: Final = "font-family='Helvetica, Arial, sans-serif'"
+_BETTER: Final = "#0b7a75"
+_WORSE: Final = "#b8bfc6"
+_RATIO_ROW: Final = 44
+_RATIO_LEFT: Final = 440
+_RATIO_FULL: Final = 500
+_NOTE: Final = 76
+"""Characters of a note that fit beside the bars."""
+_TICKS: Final = (0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +106,26 @@ def _row(one: Bar, top: int, colours: tuple[str, str]) -> list[str]:
     return lines
 
 
-def as_svg(
-    bars: Sequence[Bar], title: str, about: str, ours: str, theirs: str, width: int = 1010
-) -> str:
+def _picture(width: int, height: int, title: str, about: str, body: Sequence[str]) -> str:
     """A picture by itself: no script, no font, no other file."""
-    colours = ("#0b7a75", "#b8bfc6")
-    height = _TOP + len(bars) * _ROW + 14
     lines = [
         f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' viewBox='0 0 {width} {height}' {_FONT}>",
         f"<rect width='{width}' height='{height}' fill='white'/>",
         _text(24, 36, 20, title, "font-weight='bold' fill='#111'"),
         _text(24, 58, 12, about, "fill='#666'"),
+        *body,
+        "</svg>",
     ]
+    return "\n".join(lines) + "\n"
+
+
+def as_svg(
+    bars: Sequence[Bar], title: str, about: str, ours: str, theirs: str, width: int = 1010
+) -> str:
+    """Both subjects of each row, with the ratio at the right."""
+    colours = (_BETTER, _WORSE)
+    height = _TOP + len(bars) * _ROW + 14
+    lines = []
     for place, (name, colour) in enumerate(zip((ours, theirs), colours, strict=True)):
         x = _LEFT + place * 130
         lines.append(
@@ -113,4 +134,76 @@ def as_svg(
         lines.append(_text(x + 18, _TOP - 15, 13, name, "fill='#333'"))
     for place, one in enumerate(bars):
         lines += _row(one, _TOP + place * _ROW, colours)
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    return _picture(width, height, title, about, lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A row of a chart of ratios: more than 1 is better; `low` and `high` are its interquartile range."""
+
+    what: str
+    note: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """A logarithmic axis from `low` to `high`, both more than 0, that has 1 on it."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratios: Sequence[Ratio]) -> _Axis:
+        values = [value for ratio in ratios for value in (ratio.value, ratio.low, ratio.high)]
+        low = min([0.5, *(value for value in values if value > 0)])
+        return cls(low / 1.1, max([2.0, *values]) * 1.1)
+
+    def x(self, value: float) -> float:
+        """Pixels from the left edge of the picture."""
+        share = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
+        return _RATIO_LEFT + share * _RATIO_FULL
+
+    def ticks(self) -> list[float]:
+        return [tick for tick in _TICKS if self.low <= tick <= self.high]
+
+
+def _ratio_row(ratio: Ratio, axis: _Axis, top: int) -> list[str]:
+    one, end = axis.x(1), axis.x(ratio.value)
+    middle = top + _BAR / 2
+    low, high = axis.x(ratio.low), axis.x(ratio.high)
+    right = "text-anchor='end'"
+    label = _RATIO_LEFT - 14
+    note = ratio.note if len(ratio.note) <= _NOTE else ratio.note[: _NOTE - 1] + "…"
+    lines = [
+        _text(label, top + 11, 13, ratio.what, f"{right} font-weight='bold' fill='#222'"),
+        _text(label, top + 26, 10, note, f"{right} fill='#666'"),
+        f"<rect x='{min(one, end):.1f}' y='{top}' width='{max(abs(end - one), 1):.1f}' height='{_BAR}' "
+        f"fill='{_BETTER if ratio.value >= 1 else _WORSE}'/>",
+        f"<line x1='{low:.1f}' y1='{middle:g}' x2='{high:.1f}' y2='{middle:g}' stroke='#222'/>",
+    ]
+    lines += [
+        f"<line x1='{x:.1f}' y1='{middle - 5:g}' x2='{x:.1f}' y2='{middle + 5:g}' stroke='#222'/>"
+        for x in (low, high)
+    ]
+    x = _RATIO_LEFT + _RATIO_FULL + 80
+    return [*lines, _text(x, top + 14, 15, times(ratio.value), f"{right} font-weight='bold'")]
+
+
+def ratios_as_svg(ratios: Sequence[Ratio], title: str, about: str) -> str:
+    """A bar from 1 to each ratio, its spread as a whisker, and the ratio in figures at the right."""
+    axis = _Axis.of(ratios)
+    bottom = _TOP + len(ratios) * _RATIO_ROW
+    lines = []
+    for tick in axis.ticks():
+        x = axis.x(tick)
+        colour = "#222" if tick == 1 else "#ddd"
+        lines.append(
+            f"<line x1='{x:.1f}' y1='{_TOP - 12}' x2='{x:.1f}' y2='{bottom}' stroke='{colour}'/>"
+        )
+        lines.append(_text(x, _TOP - 17, 11, f"{tick:g}", "text-anchor='middle' fill='#666'"))
+    for place, ratio in enumerate(ratios):
+        lines += _ratio_row(ratio, axis, _TOP + place * _RATIO_ROW)
+    return _picture(_RATIO_LEFT + _RATIO_FULL + 110, bottom + 14, title, about, lines)

@@ -1,0 +1,97 @@
+"""`python -m bench plot RESULT.json CHART.svg`: a chart of measured ratios from what `--out` of a suite has written.
+
+Nothing is measured here, so a chart can be drawn again from a stored result on any machine. Each bar is a ratio of
+medians; its whisker is the interquartile range that the spreads of both subjects amount to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import click
+
+from bench.chart import Ratio, ratios_as_svg
+from bench.choice import pick
+from bench.errors import BenchError
+from bench.report import Report
+from bench.stats import FREEFLOW, FREEFLOW_PLAIN, HOST, OVERLAY, Row
+
+BASES: Final = (OVERLAY, HOST, FREEFLOW_PLAIN)
+"""Subjects that `freeflow` can be compared with."""
+
+
+def load(path: Path) -> Report:
+    """The stored result of a suite.
+
+    Raises:
+        BenchError: the file can't be read, or is no such result.
+    """
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{path} is no result of a suite: {error}") from error
+    if not isinstance(stored, dict) or not stored.keys() >= {"machine", "results"}:
+        raise BenchError(
+            f"{path} has no machine and results; write it with `python -m bench SUITE --out FILE`"
+        )
+    return cast("Report", stored)
+
+
+def speedup(name: str, row: Row, base: str) -> Ratio | None:
+    """How many times better than `base` freeflow is; None if one of the two has no figure.
+
+    Where less is better the ratio is turned round, so that more than 1 is an improvement in every row. The spreads of
+    the two medians are independent: the ratio's relative spread is the root of the sum of their squares.
+    """
+    figures = cast("Mapping[str, Any]", row)
+    ours, theirs = figures[FREEFLOW], figures.get(base)
+    if not ours or not theirs:
+        return None
+    value = ours / theirs if row["better"] == "more" else theirs / ours
+    spreads = row["spread_of"]
+    spread = math.hypot(spreads.get(FREEFLOW) or 0.0, spreads.get(base) or 0.0)
+    return Ratio(
+        name, row["about"], value, value * max(1 - spread / 2, 0.0), value * (1 + spread / 2)
+    )
+
+
+def chart(report: Report, patterns: tuple[str, ...], base: str, title: str) -> str:
+    """The chart of the cases that fit a pattern, as SVG.
+
+    Raises:
+        BenchError: none of them was measured on both subjects.
+    """
+    results = report["results"]
+    ratios = [
+        ratio
+        for name in pick(patterns, list(results))
+        if (ratio := speedup(name, results[name], base)) is not None
+    ]
+    if not ratios:
+        raise BenchError(f"no case has figures of both freeflow and {base}; measure both subjects")
+    machine = report["machine"]
+    about = (
+        f"{machine['cores']} cores, {machine['cpu']}, Linux {machine['kernel']}, "
+        f"Docker {', '.join(machine['engines']) or '-'}, {machine['when'][:10]}; "
+        f"medians, whiskers: interquartile range"
+    )
+    return ratios_as_svg(ratios, title or f"FreeFlow compared with {base} (1 = equal)", about)
+
+
+@click.command(help=__doc__)
+@click.argument("result", type=click.Path(path_type=Path))
+@click.argument("picture", type=click.Path(path_type=Path))
+@click.option("--cases", default="*", show_default=True, help="Patterns, separated by commas.")
+@click.option("--to", "base", type=click.Choice(BASES), default=OVERLAY, show_default=True)
+@click.option("--title", default="", help="Title of the chart.")
+def main(result: Path, picture: Path, cases: str, base: str, title: str) -> None:
+    try:
+        text = chart(load(result), tuple(cases.split(",")), base, title)
+    except BenchError as error:
+        raise click.ClickException(str(error)) from error
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_text(text)
