@@ -1,7 +1,5 @@
 #include "arenas.h"
 
-#include "mirror.h"
-
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -16,8 +14,8 @@ enum {
         BUCKETS = 1024,
         SIDE = 1,
         PEER = 0,
-        RINGS = 2048, /* bytes: more than honest rings put into a bell until it is emptied */
-        POISONED = -2,
+        BELL_BYTES = 2048, /* more than an honest process puts into a bell before it is emptied */
+        HAS_DESCRIPTOR = -2,
 };
 
 /* asm-generic/socket.h, since Linux 6.16. */
@@ -26,10 +24,12 @@ enum {
 #endif
 
 static struct node buckets[BUCKETS];
-static struct node deaf = LIST(deaf);
+static struct node polled = LIST(polled);
+static void (*wake)(struct mirror *mirror);
 
-void arenas_start(void)
+void arenas_start(void (*woken)(struct mirror *mirror))
 {
+        wake = woken;
         for (int i = 0; i < BUCKETS; i++)
                 list_init(&buckets[i]);
 }
@@ -58,8 +58,8 @@ static struct arena *header_of(const struct shared *shared)
         return (struct arena *)(void *)shared->base;
 }
 
-/* Slots in which the process has done something. */
-static bool hear(struct shared *shared)
+/* Wakes the connections in whose slots the process has done something. True: there were some. */
+static bool take_dirty(struct shared *shared)
 {
         uint64_t dirty =
             atomic_exchange_explicit(&header_of(shared)->sides[SIDE].dirty[0], 0, memory_order_seq_cst);
@@ -69,34 +69,35 @@ static bool hear(struct shared *shared)
                 struct mirror *mirror = shared->mirrors[__builtin_ctzll(dirty)];
 
                 if (mirror)
-                        mirror_wake(mirror);
+                        wake(mirror);
                 any = any || mirror;
         }
         return any;
 }
 
-/* Look into a bell without taking anything out. POISONED: there is a descriptor in it. */
+/* Reads a bell without taking anything out. HAS_DESCRIPTOR: a process has sent a descriptor to it.
+ */
 static ssize_t peek(int fd, char *rings)
 {
-        struct iovec vec = {.iov_base = rings, .iov_len = RINGS};
+        struct iovec vec = {.iov_base = rings, .iov_len = BELL_BYTES};
         struct msghdr header = {.msg_iov = &vec, .msg_iovlen = 1};
         ssize_t got = recvmsg(fd, &header, MSG_PEEK | MSG_DONTWAIT);
 
-        /* There is no room for a descriptor in the header, so it would be cut off. */
-        return got >= 0 && header.msg_flags & MSG_CTRUNC ? POISONED : got;
+        /* The header has no room for a descriptor, so the kernel would truncate it. */
+        return got >= 0 && header.msg_flags & MSG_CTRUNC ? HAS_DESCRIPTOR : got;
 }
 
-/* Empty a bell, as far as one read goes. Whoever takes a descriptor out of it, or closes it with one in it,
- * may wait in close() for as long as the sender likes. */
-static ssize_t read_rings(const struct shared *shared, int fd)
+/* Empties a bell, as far as one read goes, and never receives a descriptor: closing one, or a
+ * socket that holds one, can block for as long as its sender likes. */
+static ssize_t empty_bell(const struct shared *shared, int fd)
 {
-        char rings[RINGS];
-        ssize_t size = RINGS;
+        char rings[BELL_BYTES];
+        ssize_t size = BELL_BYTES;
 
         if (!shared->guarded) {
                 size = peek(fd, rings);
                 count(COUNT_CALLS, 1);
-                /* No byte more than was seen: behind it there may be a descriptor by now. */
+                /* Not a byte more than was seen: the next one may carry a descriptor by now. */
                 if (size <= 0)
                         return size;
         }
@@ -104,20 +105,21 @@ static ssize_t read_rings(const struct shared *shared, int fd)
         return recv(fd, rings, (size_t)size, MSG_DONTWAIT);
 }
 
-static void rung(struct watch *watch, uint32_t events)
+static void on_bell(struct watch *watch, uint32_t events)
 {
         struct shared *shared = OF(watch, struct shared, bell);
-        ssize_t got = read_rings(shared, watch->fd);
+        ssize_t got = empty_bell(shared, watch->fd);
 
         (void)events;
-        if (!got || got == POISONED || got == RINGS || (got < 0 && errno != EAGAIN && errno != EINTR)) {
-                /* Nobody has the other end any more, or who has it puts in what no honest process does. Who
-                 * gets one later rings nothing: looked at now and then. */
+        if (!got || got == HAS_DESCRIPTOR || got == BELL_BYTES ||
+            (got < 0 && errno != EAGAIN && errno != EINTR)) {
+                /* No process has the sending end any more, or one that has it does what no honest
+                 * one does. This bell is not used again; the arena is polled from now on. */
                 watch_remove(watch);
                 watch->call = NULL;
-                arena_waits(shared);
+                arena_becomes_idle(shared);
         }
-        hear(shared);
+        take_dirty(shared);
 }
 
 static bool map(struct shared *shared, char *text)
@@ -130,7 +132,7 @@ static bool map(struct shared *shared, char *text)
 
         if (ring < REMOTE_RING_LEAST || ring > REMOTE_RING_MOST || ring & (ring - 1) || seals < 0 ||
             (seals & wanted) != wanted || size != (off_t)arena_size(ring)) {
-                snprintf(text, RELAY_TEXT, "the arena isn't a sealed one with rings of %u bytes", ring);
+                snprintf(text, RELAY_TEXT, "the arena is not a sealed memfd with rings of %u bytes", ring);
                 return false;
         }
         shared->size = (size_t)size;
@@ -152,49 +154,49 @@ static bool refuses_descriptors(int fd)
         return getsockopt(fd, SOL_SOCKET, SO_PASSRIGHTS, &takes, &size) == 0 && !takes;
 }
 
-/* One that can't be closed without waiting stays open, until the relay ends. */
+/* A bell that cannot be closed without blocking stays open until the relay ends. */
 static void close_bell(const struct shared *shared)
 {
-        char rings[RINGS];
+        char rings[BELL_BYTES];
         ssize_t got = 0;
 
         if (!shared->guarded) {
                 shutdown(shared->bell.fd, SHUT_RDWR);
-                /* A socket's queue has room for some hundred KiB. */
+                /* Bounded: a socket's queue holds some hundred KiB. */
                 for (int i = 0; i < 1024 && (got = peek(shared->bell.fd, rings)) > 0; i++)
                         if (recv(shared->bell.fd, rings, (size_t)got, MSG_DONTWAIT) < 0)
                                 break;
         }
-        if (got != POISONED && got <= 0)
+        if (got != HAS_DESCRIPTOR && got <= 0)
                 close(shared->bell.fd);
 }
 
-struct shared *arena_take(uint64_t id, uint32_t size_of_ring, int memory, int bell, char *text)
+struct shared *arena_add(uint64_t id, uint32_t size_of_ring, int memory, int bell, char *text)
 {
         struct shared *shared = calloc(1, sizeof *shared);
 
         if (!shared)
                 relay_die("memory for an arena", ENOMEM);
         *shared = (struct shared){
-            .bell = {.fd = bell, .call = rung},
+            .bell = {.fd = bell, .call = on_bell},
             .id = id,
             .memory = memory,
             .size_of_ring = size_of_ring,
         };
         list_init(&shared->same);
-        list_init(&shared->deaf);
+        list_init(&shared->polled);
         shared->guarded = refuses_descriptors(bell);
         for (int i = 0; i < BELLS; i++)
                 shared->bells[i] = -1;
         if (!map(shared, text) || !watch_add(&shared->bell, EPOLLIN)) {
-                arena_discard(shared);
+                arena_remove(shared);
                 return NULL;
         }
         list_add(bucket_of(id), &shared->same);
         return shared;
 }
 
-/* A bell that is full rings already. */
+/* False: no process has the receiving end. A full bell counts as rung. */
 static bool ring_once(int fd)
 {
         ssize_t sent = send(fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL);
@@ -203,12 +205,12 @@ static bool ring_once(int fd)
         return sent >= 0 || errno == EAGAIN;
 }
 
-static void know(struct shared *shared, uint32_t index, bool yes)
+static void set_known(struct shared *shared, uint32_t index, bool known)
 {
         _Atomic uint64_t *word = &header_of(shared)->sides[PEER].known[index / 64];
         uint64_t bit = UINT64_C(1) << (index % 64);
 
-        if (yes)
+        if (known)
                 atomic_fetch_or(word, bit);
         else
                 atomic_fetch_and(word, ~bit);
@@ -218,12 +220,12 @@ static void forget_bell(struct shared *shared, uint32_t index)
 {
         if (shared->bells[index] < 0)
                 return;
-        know(shared, index, false);
+        set_known(shared, index, false);
         close(shared->bells[index]);
         shared->bells[index] = -1;
 }
 
-void arena_bell(struct shared *shared, uint32_t index, int bell)
+void arena_set_bell(struct shared *shared, uint32_t index, int bell)
 {
         if (index >= BELLS) {
                 close(bell);
@@ -231,16 +233,13 @@ void arena_bell(struct shared *shared, uint32_t index, int bell)
         }
         forget_bell(shared, index);
         shared->bells[index] = bell;
-        know(shared, index, true);
-        /* It may have been wanted before it was there. */
+        set_known(shared, index, true);
+        /* A ring for it may have been due before it was known. */
         ring_once(bell);
 }
 
-void arena_discard(struct shared *shared)
+void arena_remove(struct shared *shared)
 {
-        for (uint32_t i = 0; i < SLOTS; i++)
-                if (shared->mirrors[i])
-                        mirror_abandon(shared->mirrors[i]);
         watch_remove(&shared->bell);
         if (shared->bell.fd >= 0)
                 close_bell(shared);
@@ -251,7 +250,7 @@ void arena_discard(struct shared *shared)
                 munmap(shared->base, shared->size);
         close(shared->memory);
         list_remove(&shared->same);
-        list_remove(&shared->deaf);
+        list_remove(&shared->polled);
         free(shared);
 }
 
@@ -270,8 +269,8 @@ void arena_ring_bells(struct shared *shared, struct waiters *waiters, uint32_t s
 
                         atomic_fetch_or_explicit(&theirs->dirty[bell], UINT64_C(1) << slot,
                                                  memory_order_seq_cst);
-                        /* Without one: the router sends it soon, or the waiter is gone; who waits with a bell
-                         * that isn't known looks now and then. */
+                        /* Unknown bell: the router will send it, or the waiter is gone. Until it is
+                         * known, the waiter polls. */
                         if (shared->bells[bell] < 0)
                                 continue;
                         if (ring_once(shared->bells[bell]))
@@ -282,34 +281,35 @@ void arena_ring_bells(struct shared *shared, struct waiters *waiters, uint32_t s
         }
 }
 
+/* Can the process ring the relay's bell? */
 static bool is_known(const struct shared *shared)
 {
         return shared->bell.call &&
                atomic_load_explicit(&header_of(shared)->sides[SIDE].known[0], memory_order_relaxed) & 1;
 }
 
-void arena_waits(struct shared *shared)
+void arena_becomes_idle(struct shared *shared)
 {
         if (!is_known(shared))
-                list_add(&deaf, &shared->deaf);
+                list_add(&polled, &shared->polled);
 }
 
-bool arenas_deaf(void)
+bool arenas_need_polls(void)
 {
-        return list_holds(&deaf);
+        return list_holds(&polled);
 }
 
-bool arenas_listen(void)
+bool arenas_poll(void)
 {
         bool any = false;
 
-        EACH(node, &deaf)
+        EACH(node, &polled)
         {
-                struct shared *shared = OF(node, struct shared, deaf);
+                struct shared *shared = OF(node, struct shared, polled);
 
                 if (is_known(shared))
                         list_remove(node);
-                any = hear(shared) || any;
+                any = take_dirty(shared) || any;
         }
         return any;
 }

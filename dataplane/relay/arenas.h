@@ -1,24 +1,25 @@
 /* The arenas of this host's processes that the relay has mapped, and their bells.
  *
- * The relay is side 1 of each: it receives direction 0, sends direction 1, and waits with bell 0 of side 1
- * for everything in the arena; which slot it was stands in `dirty`. Everything in an arena can be written by
- * the process at any time.
+ * The relay is side 1 of each arena: it receives direction 0 and sends direction 1. It waits for
+ * all slots of an arena with one bell, bell 0 of side 1; the bits in `dirty` say which slots a ring
+ * was for. The process can write anything anywhere in the arena at any time, so every value read
+ * from it is untrusted.
  */
 #ifndef FREEFLOW_RELAY_ARENAS_H
 #define FREEFLOW_RELAY_ARENAS_H
 
 #include "../library/layout.h"
+#include "context.h"
 #include "list.h"
-#include "relay.h"
 
 struct mirror;
 
 struct shared {
-        struct watch bell; /* receiving end of the relay's */
-        struct node same;  /* in its hash bucket */
-        struct node deaf;  /* nobody can ring the relay's bell yet */
+        struct watch bell;  /* receiving end of the relay's */
+        struct node same;   /* in its hash bucket */
+        struct node polled; /* in the list of those that cannot ring the relay's bell yet */
         uint64_t id;
-        bool guarded; /* no descriptor can be put into the relay's bell */
+        bool guarded; /* the kernel lets nobody send a descriptor to the relay's bell */
         int memory;
         uint32_t size_of_ring;
         size_t size;
@@ -27,17 +28,22 @@ struct shared {
         struct mirror *mirrors[SLOTS];
 };
 
-void arenas_start(void);
-/* R_ARENA; takes over both descriptors. NULL: it isn't a remote arena of this version, with a text. */
-struct shared *arena_take(uint64_t id, uint32_t size_of_ring, int memory, int bell, char *text);
+/* `woken` is called for each connection in whose slot a process has done something. */
+void arenas_start(void (*woken)(struct mirror *mirror));
+/* R_ARENA; takes over both descriptors. NULL: it is not a remote arena of this version; `text` says
+ * why. */
+struct shared *arena_add(uint64_t id, uint32_t size_of_ring, int memory, int bell, char *text);
 struct shared *arena_find(uint64_t id);
-void arena_bell(struct shared *shared, uint32_t index, int bell);
-void arena_discard(struct shared *shared);
-/* Those whose bell couldn't be rung until now are looked at. Did any have news? */
-bool arenas_listen(void);
-bool arenas_deaf(void);
-/* A connection in it waits from now on. */
-void arena_waits(struct shared *shared);
+/* R_BELL; takes over the descriptor. */
+void arena_set_bell(struct shared *shared, uint32_t index, int bell);
+/* No connection may be in it any more. */
+void arena_remove(struct shared *shared);
+/* Checks the arenas whose processes cannot ring yet. True: one of them had work. */
+bool arenas_poll(void);
+/* Has arenas_poll() anything to check? */
+bool arenas_need_polls(void);
+/* A connection in it is idle from now on: poll it if its process cannot ring. */
+void arena_becomes_idle(struct shared *shared);
 
 static inline struct ring *arena_ring(const struct shared *shared, uint32_t slot, uint32_t direction)
 {
@@ -50,9 +56,11 @@ static inline unsigned char *arena_bulk(const struct shared *shared, uint32_t sl
         return shared->base + BULK_OFFSET + ((size_t)slot * SIDES + direction) * shared->size_of_ring;
 }
 
+/* Rings the bells of all who wait here. */
 void arena_ring_bells(struct shared *shared, struct waiters *waiters, uint32_t slot);
 
-/* Something was published for those of side 0 who wait here. Pairs with wait_begin() of the library. */
+/* Wakes the threads of side 0 that wait here, after something was published for them. The fence
+ * pairs with wait_begin() of the library. */
 static inline void arena_wake(struct shared *shared, struct waiters *waiters, uint32_t slot)
 {
         atomic_thread_fence(memory_order_seq_cst);

@@ -1,23 +1,25 @@
 #include "link.h"
 
-#include "control.h"
+#include "answers.h"
 #include "mirror.h"
+#include "mirror_receive.h"
+#include "mirror_send.h"
 
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* A connection that the peer has dropped; it waits to hear that nothing is written there any more. */
-struct orphan {
+/* The peer has dropped this connection. We owe it WIRE_GONE: that we write there no more. */
+struct reply {
         uint32_t number;
         uint64_t cookie;
-        struct orphan *next;
+        struct reply *next;
 };
 
 enum {
-        ORPHANS = 4096,
-        SILENCE = 10000, /* ms in which a peer that lives has said that it writes no more */
+        REPLIES = 4096,
+        SILENCE = 10000, /* ms: a peer that lives answers WIRE_DROPPED sooner */
 };
 
 static struct node links = LIST(links);
@@ -34,7 +36,7 @@ struct link *link_find(uint32_t number)
         return NULL;
 }
 
-struct link *link_make(uint32_t number)
+struct link *link_add(uint32_t number)
 {
         struct link *link = calloc(1, sizeof *link);
 
@@ -43,29 +45,24 @@ struct link *link_make(uint32_t number)
         link->number = number;
         list_init(&link->all);
         list_init(&link->mirrors);
-        list_init(&link->ready);
-        list_init(&link->ending);
+        list_init(&link->queue);
+        list_init(&link->dropping);
         list_add(&links, &link->all);
         return link;
 }
 
-bool link_is_live(const struct link *link)
+static void drop_replies(struct link *link)
 {
-        return link->state == LINK_UP || link->state == LINK_STREAM;
-}
+        while (link->replies) {
+                struct reply *reply = link->replies;
 
-static void forget_orphans(struct link *link)
-{
-        while (link->orphans) {
-                struct orphan *orphan = link->orphans;
-
-                link->orphans = orphan->next;
-                free(orphan);
+                link->replies = reply->next;
+                free(reply);
         }
-        link->orphan_count = 0;
+        link->reply_count = 0;
 }
 
-/* The one place where a state changes, with what it means for the connections. */
+/* The one place where the state changes, with what that means for the link's connections. */
 static void become(struct link *link, enum link_state state)
 {
         bool was_live = link_is_live(link);
@@ -73,7 +70,7 @@ static void become(struct link *link, enum link_state state)
         link->state = state;
         if (was_live) {
                 link->lost = true;
-                forget_orphans(link);
+                drop_replies(link);
                 link->completed = link->batch;
                 EACH(node, &link->mirrors)
                 {
@@ -82,40 +79,41 @@ static void become(struct link *link, enum link_state state)
         }
         if (!link_is_live(link))
                 return;
-        link->sent = link->arrived = 0;
-        link->granted = link->told = link->transport->window;
+        link->sent = link->received = 0;
+        link->allowed = link->granted = link->transport->window;
         EACH(node, &link->mirrors)
         {
                 mirror_resume(OF(node, struct mirror, of_link));
         }
 }
 
-static void unmake(struct link *link)
+static void destroy_channel(struct link *link)
 {
         if (link->connecting)
-                link_connected(link, ECANCELED, "the link was given up before it was connected");
-        if (link->end)
-                link->transport->unmake(link);
-        link->end = NULL;
+                link_connected(link, ECANCELED, "the link was replaced before it was connected");
+        if (link->channel)
+                link->transport->destroy_channel(link);
+        link->channel = NULL;
 }
 
-int link_offer(struct link *link, struct wire_address *address, char *text)
+int link_prepare(struct link *link, struct wire_address *address, char *text)
 {
         int error;
 
         if (link->state == LINK_STREAM) {
-                snprintf(text, RELAY_TEXT, "the link goes over frames already");
+                snprintf(text, RELAY_TEXT, "the link already goes over frames");
                 return EINVAL;
         }
         EACH(node, &link->mirrors)
         {
-                if (mirror_is_lent(OF(node, struct mirror, of_link)))
+                if (mirror_is_registered(OF(node, struct mirror, of_link)))
                         continue;
                 snprintf(text, RELAY_TEXT,
-                         "connections of this link were a device's that is gone: go on over frames");
+                         "connections of this link used a device that is gone: it can only go over "
+                         "frames");
                 return ENODEV;
         }
-        unmake(link);
+        destroy_channel(link);
         become(link, LINK_NEW);
         link->transport = relay.transport;
         *address = (struct wire_address){
@@ -123,11 +121,11 @@ int link_offer(struct link *link, struct wire_address *address, char *text)
             .version = WIRE_VERSION,
             .transport = (uint16_t)link->transport->kind,
         };
-        error = link->transport->make(link, address, text);
+        error = link->transport->create_channel(link, address, text);
         if (!error)
                 become(link, LINK_MADE);
         else
-                unmake(link);
+                destroy_channel(link);
         return error;
 }
 
@@ -136,19 +134,19 @@ int link_connect(struct link *link, const struct wire_address *address, char *te
         int error;
 
         if (link->state != LINK_MADE) {
-                snprintf(text, RELAY_TEXT, "the link has no end that could be connected");
+                snprintf(text, RELAY_TEXT, "the link has no channel to connect");
                 return EINVAL;
         }
         if (address->magic != WIRE_MAGIC || address->version != WIRE_VERSION ||
             address->transport != link->transport->kind) {
-                snprintf(text, RELAY_TEXT, "the peer's relay speaks another version or transport");
+                snprintf(text, RELAY_TEXT, "the peer's relay has another version or transport");
                 return EPROTO;
         }
         if (link->connecting) {
-                snprintf(text, RELAY_TEXT, "the link is being connected");
+                snprintf(text, RELAY_TEXT, "the link is already being connected");
                 return EALREADY;
         }
-        error = link->transport->connect(link, address, text);
+        error = link->transport->connect_channel(link, address, text);
         link->connecting = error == EINPROGRESS;
         if (!error)
                 become(link, LINK_UP);
@@ -160,22 +158,22 @@ void link_connected(struct link *link, int error, const char *text)
         link->connecting = false;
         if (!error)
                 become(link, LINK_UP);
-        control_outcome(R_CONNECTED, link->number, error, text);
+        answer_outcome(R_CONNECTED, link->number, error, text);
 }
 
-void link_stream(struct link *link)
+void link_use_stream(struct link *link, const struct transport *stream)
 {
         if (link->state == LINK_STREAM)
                 return;
-        unmake(link);
+        destroy_channel(link);
         become(link, LINK_DOWN);
-        link->transport = &stream_transport;
+        link->transport = stream;
         become(link, LINK_STREAM);
 }
 
 void link_remove(struct link *link)
 {
-        unmake(link);
+        destroy_channel(link);
         become(link, LINK_DOWN);
         EACH(node, &link->mirrors)
         {
@@ -189,72 +187,65 @@ void link_down(struct link *link, int error, const char *text)
 {
         if (link->state != LINK_UP && link->state != LINK_MADE)
                 return;
-        unmake(link);
+        destroy_channel(link);
         become(link, LINK_DOWN);
         count(COUNT_DOWNS, 1);
-        control_outcome(R_DOWN, link->number, error, text);
+        answer_outcome(R_DOWN, link->number, error, text);
 }
 
-bool link_ready(struct link *link, struct mirror *mirror)
+/* --- sending --- */
+
+/* The peer has used half of what we have granted: a message is due even if it only grants. */
+static bool owes_grant(const struct link *link)
 {
-        if (!link_is_live(link))
-                return false;
-        list_add(&link->ready, &mirror->ready);
-        return true;
+        return link->received + link->transport->window - link->granted >= link->transport->window / 2;
 }
 
-/* --- out --- */
-
-static bool owes_credit(const struct link *link)
+/* May a message be sent now? The last granted one only if it has no blocks. */
+static bool may_send(struct link *link, bool with_blocks)
 {
-        return link->arrived + link->transport->window - link->told >= link->transport->window / 2;
+        return link->allowed - link->sent > (with_blocks ? 1 : 0) && link->transport->has_room(link, 0);
 }
 
-/* May a message go now? With news, the last one that is granted is left. */
-static bool may_send(struct link *link, bool news)
+static void add_replies(struct link *link, struct wire_message *message)
 {
-        return link->granted - link->sent > (news ? 1 : 0) && link->transport->room(link, 0);
-}
-
-static void take_orphans(struct link *link, struct wire_message *message)
-{
-        while (link->orphans && message->header.blocks < BLOCKS) {
-                struct orphan *orphan = link->orphans;
+        while (link->replies && message->header.blocks < BLOCKS) {
+                struct reply *reply = link->replies;
 
                 message->blocks[message->header.blocks++] = (struct wire_block){
-                    .connection = orphan->number,
-                    .cookie = orphan->cookie,
+                    .connection = reply->number,
+                    .cookie = reply->cookie,
                     .flags = WIRE_GONE,
                 };
-                link->orphans = orphan->next;
-                link->orphan_count--;
-                free(orphan);
+                link->replies = reply->next;
+                link->reply_count--;
+                free(reply);
         }
 }
 
 static void send_batch(struct link *link)
 {
         struct wire_message message;
-        /* Whoever lets memory go waits for completions, now or later. */
-        bool soon = link->orphans || list_holds(&link->ending) || relay.stop_at;
+        /* Memory is released after a completion, by us or by the peer. */
+        bool soon = link->replies || list_holds(&link->dropping) || relay.stop_at;
 
         message.header = (struct wire_header){.magic = WIRE_MAGIC};
         link->batch++;
-        take_orphans(link, &message);
-        for (unsigned writes = WRITES; list_holds(&link->ready) && message.header.blocks < BLOCKS &&
-                                       link->transport->room(link, writes);
+        add_replies(link, &message);
+        for (unsigned writes = WRITES; list_holds(&link->queue) && message.header.blocks < BLOCKS &&
+                                       link->transport->has_room(link, writes);
              writes += WRITES) {
-                struct mirror *mirror = OF(link->ready.after, struct mirror, ready);
+                struct mirror *mirror = OF(link->queue.after, struct mirror, queued);
 
-                list_remove(&mirror->ready);
-                if (!mirror_wants(mirror))
+                list_remove(&mirror->queued);
+                if (!mirror_has_work(mirror))
                         continue;
-                mirror_say(mirror, &message.blocks[message.header.blocks++], link->batch);
-                /* What is left comes after the others' turn. */
-                if (mirror_wants(mirror))
-                        list_add(&link->ready, &mirror->ready);
+                mirror_send(mirror, &message.blocks[message.header.blocks++], link->batch);
+                /* The rest waits until the others had their turn. */
+                if (mirror_has_work(mirror))
+                        list_add(&link->queue, &mirror->queued);
         }
-        message.header.granted = link->told = link->arrived + link->transport->window;
+        message.header.granted = link->granted = link->received + link->transport->window;
         link->sent++;
         count(COUNT_MESSAGES_OUT, 1);
         count(COUNT_BLOCKS_OUT, message.header.blocks);
@@ -269,11 +260,10 @@ static bool flush(struct link *link)
         bool any = false;
 
         while (link_is_live(link)) {
-                bool news = list_holds(&link->ready) || link->orphans;
+                bool work = list_holds(&link->queue) || link->replies;
 
-                /* Not more than there is room for, nor with the last grant, but to grant the peer more. */
-                if (!(news && may_send(link, true) && link->transport->room(link, WRITES)) &&
-                    !(owes_credit(link) && may_send(link, false)))
+                if (!(work && may_send(link, true) && link->transport->has_room(link, WRITES)) &&
+                    !(owes_grant(link) && may_send(link, false)))
                         break;
                 send_batch(link);
                 any = true;
@@ -289,36 +279,36 @@ bool links_flush(void)
         {
                 struct link *link = OF(node, struct link, all);
 
-                if (list_holds(&link->ready) || link->orphans || owes_credit(link))
+                if (list_holds(&link->queue) || link->replies || owes_grant(link))
                         any = flush(link) || any;
         }
         return any;
 }
 
-bool links_have_ends(void)
+bool links_have_channels(void)
 {
         EACH(node, &links)
         {
-                if (OF(node, struct link, all)->end)
+                if (OF(node, struct link, all)->channel)
                         return true;
         }
         return false;
 }
 
-bool links_quiet(void)
+bool links_are_idle(void)
 {
         EACH(node, &links)
         {
                 struct link *link = OF(node, struct link, all);
 
                 if (link_is_live(link) &&
-                    (link->completed != link->batch || list_holds(&link->ready) || link->orphans))
+                    (link->completed != link->batch || list_holds(&link->queue) || link->replies))
                         return false;
         }
         return true;
 }
 
-uint64_t links_beat(uint64_t present)
+uint64_t links_tick(uint64_t present)
 {
         uint64_t due = 0;
 
@@ -327,49 +317,49 @@ uint64_t links_beat(uint64_t present)
                 struct link *link = OF(node, struct link, all);
                 uint64_t last;
 
-                if (link->state != LINK_UP || !list_holds(&link->ending))
+                if (link->state != LINK_UP || !list_holds(&link->dropping))
                         continue;
-                last =
-                    OF(link->ending.after, struct mirror, ending)->dropped_at + SILENCE * UINT64_C(1000000);
+                last = OF(link->dropping.after, struct mirror, dropping)->dropped_at +
+                       SILENCE * UINT64_C(1000000);
                 if (present >= last)
-                        link_down(link, ETIMEDOUT, "the peer's relay doesn't answer");
+                        link_down(link, ETIMEDOUT, "the peer's relay does not answer");
                 else if (!due || last < due)
                         due = last;
         }
         return due;
 }
 
-/* --- in --- */
+/* --- receiving --- */
 
-static void remember_orphan(struct link *link, uint64_t number, uint64_t cookie)
+static void owe_reply(struct link *link, uint64_t number, uint64_t cookie)
 {
-        struct orphan *orphan;
+        struct reply *reply;
 
-        /* Its relay waits then until the link goes. */
-        if (link->orphan_count >= ORPHANS || !(orphan = malloc(sizeof *orphan)))
+        /* Without a reply the peer keeps the memory until the link goes down. */
+        if (link->reply_count >= REPLIES || !(reply = malloc(sizeof *reply)))
                 return;
-        *orphan = (struct orphan){.number = (uint32_t)number, .cookie = cookie, .next = link->orphans};
-        link->orphans = orphan;
-        link->orphan_count++;
+        *reply = (struct reply){.number = (uint32_t)number, .cookie = cookie, .next = link->replies};
+        link->replies = reply;
+        link->reply_count++;
 }
 
-void link_message(struct link *link, const void *data, size_t size)
+void link_receive(struct link *link, const void *data, size_t size)
 {
         struct wire_message message;
 
         if (size < sizeof message.header || size > sizeof message) {
-                link_down(link, EPROTO, "the peer sent a message of an impossible size");
+                link_down(link, EPROTO, "the peer sent a message of an invalid size");
                 return;
         }
         memcpy(&message, data, size);
         if (message.header.magic != WIRE_MAGIC || message.header.blocks > BLOCKS ||
             size != sizeof message.header + message.header.blocks * sizeof *message.blocks ||
-            message.header.granted - link->granted > link->transport->window) {
-                link_down(link, EPROTO, "the peer sent a message that isn't one");
+            message.header.granted - link->allowed > link->transport->window) {
+                link_down(link, EPROTO, "the peer sent an invalid message");
                 return;
         }
-        link->granted = message.header.granted;
-        link->arrived++;
+        link->allowed = message.header.granted;
+        link->received++;
         count(COUNT_MESSAGES_IN, 1);
         count(COUNT_BLOCKS_IN, message.header.blocks);
         for (int i = 0; i < message.header.blocks; i++) {
@@ -377,18 +367,18 @@ void link_message(struct link *link, const void *data, size_t size)
                 struct mirror *mirror = mirror_find(block->connection);
 
                 if (mirror && mirror->link == link && mirror->cookie == block->cookie)
-                        mirror_heard(mirror, block);
-                /* Known or not: nothing is written there from now on. */
+                        mirror_receive(mirror, block);
+                /* Whether we know the connection or not: nothing is written there from now on. */
                 if (block->flags & WIRE_DROPPED)
-                        remember_orphan(link, block->start, block->end);
+                        owe_reply(link, block->start, block->end);
         }
 }
 
 void link_completed(struct link *link, uint64_t batch)
 {
         link->completed = batch;
-        EACH(node, &link->ending)
+        EACH(node, &link->dropping)
         {
-                mirror_completed(OF(node, struct mirror, ending));
+                mirror_try_release(OF(node, struct mirror, dropping));
         }
 }

@@ -1,4 +1,5 @@
-/* Lists whose nodes lie in what they list. A node that is in no list points to itself. */
+/* Doubly linked lists with the nodes inside the listed structures. A node that is in no list points
+ * to itself. */
 #ifndef FREEFLOW_RELAY_LIST_H
 #define FREEFLOW_RELAY_LIST_H
 
@@ -20,6 +21,7 @@ static inline void list_init(struct node *node)
         node->before = node->after = node;
 }
 
+/* Of a list: has it nodes? Of a node: is it in a list? */
 static inline bool list_holds(const struct node *node)
 {
         return node->after != node;
@@ -32,7 +34,7 @@ static inline void list_remove(struct node *node)
         list_init(node);
 }
 
-/* At the end; nothing if it is in a list already. */
+/* Appends the node. Does nothing if it is in a list already. */
 static inline void list_add(struct node *list, struct node *node)
 {
         if (list_holds(node))
@@ -43,7 +45,7 @@ static inline void list_add(struct node *list, struct node *node)
         list->before = node;
 }
 
-/* Each node of a list; the one that is looked at may be removed. */
+/* Each node of a list; the current one may be removed. */
 #define EACH(node, list)                                                                                     \
         for (struct node *node = (list)->after, *node##_next = node->after; node != (list);                  \
              node = node##_next, node##_next = node->after)

@@ -1,129 +1,157 @@
-/* One connection: a ring here that a process fills, and its mirror at the peer; and the reverse.
+/* One connection: a ring here that a process fills and its mirror at the peer, and the reverse.
  *
- * Of direction 0, that the process here sends:
+ * Positions of direction 0, which the process here sends:
  *
- *      head <= acked <= sent <= tail       what the peer's process has taken; what its relay has made
- * readable; what has been given to the link; what the process has put
+ *      head <= acked <= sent <= tail
  *
- * Of direction 1, that the process here receives:
+ *      head      the peer's process has taken all below
+ *      acked     the peer's process can read all below
+ *      sent      all below was given to the link
+ *      tail      the process here has written all below
  *
- *      reported <= consumed <= got         the peer has heard that this is free; the process has taken it;
- * the process can have it
+ * Positions of direction 1, which the process here receives:
  *
- * Both rings of a direction have one size and the same `base`, so a byte lies at the same offset in both. The
- * peer's ring has room for all that is in ours: no receiver that doesn't read can make a relay wait.
+ *      reported <= consumed <= arrived
  *
- *      LENT      registered, the peer's place isn't known: what the peer says is heard, nothing is said
- *      PAIRED    the peer's place is known: news go both ways
- *      BROKEN    bytes are lost, or somebody wrote nonsense: `broken` is set, and nothing moves any more
- *      DROPPING  the router has dropped it; the memory is lent until the peer has said that it writes no
- * more, and our own writes are complete, or the link is down
+ *      reported  the peer knows that all below is free
+ *      consumed  the process here has taken all below
+ *      arrived   the process here can read all below
  *
- * Within PAIRED each direction ends by itself: `stopped` (the process can't or won't put more), then LEFT or
- * OVER is said with the last byte, then the peer has answered.
+ * Both rings of a direction have one size and the same `base`, so a byte has the same offset in
+ * both. The peer's ring has room for all that is in ours, so a receiver that does not read cannot
+ * block a relay.
  *
- * A link that was lost and comes again: nothing is sent before the peer has said on the new one what it has
- * (`resync`). Bytes at and above that are written again, at the same place with the same contents, for the
- * ring keeps them until the peer's process has taken them.
+ *      REGISTERED  the transport can reach the rings; the peer's place is not known: messages of
+ * the peer are handled, none is sent PAIRED      the peer's place is known: messages go both ways
+ *      BROKEN      bytes are lost, or a process or peer wrote invalid data: `broken` is set in the
+ * rings, and nothing moves any more DROPPING    the router has dropped it; the memory stays
+ * registered until the peer has promised to write no more and our own writes are complete, or the
+ * link is down
  *
- * A mirror that has had no news for a while rests: bits in the ring ask the process to ring. It costs nothing
- * then but for reporting what its process has taken meanwhile (`lazy`), once in a while.
+ * Within PAIRED each direction ends by itself: `stopped` (the process cannot or will not send
+ * more), then LEFT or OVER is sent with the last byte, then the peer confirms.
+ *
+ * After a link was lost and made again nothing is sent before the peer has said on the new one what
+ * it has
+ * (`resync`). Bytes from there on are written again, to the same offsets with the same contents:
+ * the ring keeps them until the peer's process has taken them.
+ *
+ * An idle mirror is not scanned. Bits in its rings ask the process to ring the relay's bell. It
+ * costs nothing but the reports of what its process has taken meanwhile (`lazy`), at growing
+ * intervals.
  */
 #ifndef FREEFLOW_RELAY_MIRROR_H
 #define FREEFLOW_RELAY_MIRROR_H
 
 #include "arenas.h"
-#include "link.h"
+#include "queue.h"
+#include "transport.h"
 
-enum mirror_state { MIRROR_LENT, MIRROR_PAIRED, MIRROR_BROKEN, MIRROR_DROPPING };
+enum mirror_state { MIRROR_REGISTERED, MIRROR_PAIRED, MIRROR_BROKEN, MIRROR_DROPPING };
 
 struct mirror {
-        struct node same;    /* in its hash bucket */
-        struct node of_link; /* all of a link */
-        struct node ready;   /* of the link: has something to say */
-        struct node active;  /* is looked at in every turn */
-        struct node lazy;    /* has taken bytes that the peer hasn't heard of */
-        struct node leaving; /* waits for the process to stop */
-        struct node ending;  /* of the link: dropped, and not free yet */
+        struct node same;     /* in its hash bucket */
+        struct node of_link;  /* in link->mirrors */
+        struct node queued;   /* in link->queue: has something to send */
+        struct node active;   /* in mirrors.active: scanned in every turn */
+        struct node lazy;     /* in mirrors.lazy: has taken bytes that the peer does not know of */
+        struct node stopping; /* in mirrors.stopping: waits for the process to stop sending */
+        struct node dropping; /* in link->dropping: dropped, and its memory is not free yet */
         uint32_t number, peer;
         uint64_t cookie, peer_cookie;
         struct link *link;
-        struct shared *shared;
+        struct shared *shared; /* NULL: the arena is gone */
         uint32_t slot;
-        uint32_t size;
+        uint32_t size;         /* of a ring */
         struct ring *out, *in; /* direction 0 and 1 */
         unsigned char *out_bulk, *in_bulk;
         enum mirror_state state;
-        /* The transport's own. */
-        const struct transport *lender;
-        void *lent, *reached;
-        uint64_t posted; /* last batch that reads our ring */
-        uint32_t quiet;  /* turns without news */
-        /* direction 0 */
+        const struct transport *transport; /* that has registered it */
+        void *registration, *target;       /* the transport's */
+        uint64_t last_batch;               /* the last one that reads our ring */
+        uint32_t idle_turns;
+        /* direction 0; `start` and `end` as in struct ring */
         uint64_t tail, base, start, end, sent, acked, head;
         /* direction 1 */
-        uint64_t got, in_base, in_start, in_end, consumed, reported;
-        uint64_t leave_at, dropped_at; /* ns */
-        uint32_t said, heard;          /* enum wire_flag: in the last block, and in all that came */
-        bool news;                     /* a block is due, whatever else */
-        bool report;                   /* `consumed` is due */
-        bool resync;                   /* where to go on isn't known */
-        bool in_ends;                  /* `in_end` is published */
-        bool said_end;
-        bool looks; /* the process here looks at direction 1 */
-        bool broken;
-        bool asked;              /* the process has asked for `leave` */
-        bool leaves;             /* the router, or the relay's own end, wants both directions to stop */
-        bool stopped;            /* nothing comes from the process any more */
-        bool closed;             /* the end is gone here */
-        bool muted;              /* the peer has dropped it: nothing is written any more */
-        bool gone;               /* the peer writes no more */
-        bool has_left, has_over; /* of direction 1: all is here */
-        bool told_finished, told_ended, told_left;
+        uint64_t arrived, in_base, in_start, in_end, consumed, reported;
+        uint64_t stop_due, dropped_at; /* ns */
+        uint32_t sent_flags;           /* enum wire_flag of the last block that was sent */
+        uint32_t peer_flags;           /* enum wire_flag of all blocks that have come */
+        bool block_due;                /* a block has to be sent even if nothing has changed */
+        bool report_due;               /* `consumed` has to be sent */
+        bool resync;                   /* the position to go on from is not known */
+        bool end_sent;
+        bool in_ended;           /* `in_end` is published in the ring */
+        bool process_ready;      /* the process here reads direction 1 from the ring */
+        bool broken;             /* its rings are marked as broken */
+        bool leave_requested;    /* the process here wants the peer to fall back to TCP */
+        bool leaves;             /* the router, or the relay's end, wants both directions on TCP */
+        bool stopped;            /* the process sends no more */
+        bool closed;             /* no process here has the connection's end any more */
+        bool peer_dropped;       /* the peer has dropped it: nothing is sent any more */
+        bool peer_gone;          /* the peer writes no more */
+        bool has_left, has_over; /* of direction 1: the peer has sent LEFT or OVER, and all bytes are here */
+        bool told_finished, told_ended, told_left; /* the router knows */
 };
+
+/* Lists that mirror_scan.c and mirror_end.c work on. */
+struct mirrors {
+        struct node active, lazy, stopping;
+};
+
+extern struct mirrors mirrors;
 
 void mirrors_start(void);
 struct mirror *mirror_find(uint32_t number);
-/* R_SLOT; NULL: it can't be, with a text. `place` is to be given to the peer. */
-struct mirror *mirror_make(const struct relay_slot *slot, struct link *link, struct shared *shared,
-                           struct wire_place *place, int32_t *error, char *text);
-/* R_PAIR. errno. */
+/* Calls `visit` for all connections in state PAIRED until it returns false; then returns false. */
+bool mirrors_visit_paired(bool (*visit)(struct mirror *mirror));
+/* R_SLOT. With an error, and a text, the connection exists all the same until it is dropped.
+ * `place` is for the peer. */
+struct mirror *mirror_add(const struct relay_slot *slot, struct link *link, struct shared *shared,
+                          struct wire_place *place, int32_t *error, char *text);
+/* R_PAIR; errno. */
 int mirror_pair(struct mirror *mirror, uint32_t peer, const struct wire_place *place, char *text);
-void mirror_close(struct mirror *mirror);
-void mirror_leave(struct mirror *mirror);
+/* R_DROP; `broken`: with a reset of both ends. May free it. */
 void mirror_drop(struct mirror *mirror, bool broken);
-/* Its link or arena goes. It stays, broken, until it is dropped. */
-void mirror_abandon(struct mirror *mirror);
-
-/* Something may have happened in its rings. */
-void mirror_wake(struct mirror *mirror);
-/* The peer has said something. */
-void mirror_heard(struct mirror *mirror, const struct wire_block *block);
-/* The link is up (again). */
-void mirror_resume(struct mirror *mirror);
+/* R_DISCARD: the arena goes. Its connections stay, broken, until they are dropped. */
+void mirrors_abandon(struct shared *shared);
 /* The link is down. */
 void mirror_suspend(struct mirror *mirror);
-/* Can its bytes go over the device that is open? */
-bool mirror_is_lent(const struct mirror *mirror);
-/* A batch that may have been the last one is complete. May free it. */
-void mirror_completed(struct mirror *mirror);
-/* Has it something to say that it can say now? */
-bool mirror_wants(const struct mirror *mirror);
-/* Give what it has to the link, and say so in the block. */
-void mirror_say(struct mirror *mirror, struct wire_block *block, uint64_t batch);
+/* The link is up, for the first time or again. */
+void mirror_resume(struct mirror *mirror);
+/* Can its bytes go over the transport that is open? */
+bool mirror_is_registered(const struct mirror *mirror);
+/* Deregisters all connections of a transport whose device is gone. */
+void mirrors_deregister(const struct transport *transport);
+/* Frees it if it is dropped, the peer can write into its memory no more, and nothing of ours is
+ * read any more. */
+void mirror_try_release(struct mirror *mirror);
 
-/* All that this transport was lent, which can't be reached by anybody any more. */
-void mirrors_take_back(const struct transport *lender);
-/* Look at all that are active. Did any have news? */
-bool mirrors_look(void);
-/* All active ones rest; false: one has news. */
-bool mirrors_rest(void);
-bool mirrors_active(void);
-/* What is due by time. Returns when to come again, 0: nothing waits. */
-uint64_t mirrors_beat(uint64_t present);
-/* The relay ends: ask all to leave; have all left; break those that haven't. */
-void mirrors_leave(void);
-bool mirrors_left(void);
-void mirrors_break(void);
+/* Scans it in the next turns: something may have happened in its rings. */
+void mirror_activate(struct mirror *mirror);
+/* Bytes are lost: both ends see a reset. */
+void mirror_break(struct mirror *mirror);
+/* A process or a peer wrote invalid data: as mirror_break(), and counted. */
+void mirror_corrupt(struct mirror *mirror);
+/* Tell the router, once, that the peer has all that was sent, or that nothing more comes. */
+void mirror_tell_finished(struct mirror *mirror, enum relay_state state);
+void mirror_tell_ended(struct mirror *mirror, enum relay_state state);
+
+/* Is the relay no longer needed for this connection? */
+static inline bool mirror_is_through(const struct mirror *m)
+{
+        return m->peer_flags & (WIRE_HAS_LEFT | WIRE_HAS_OVER) && (m->has_left || m->has_over);
+}
+
+static inline bool mirror_may_write(const struct mirror *m)
+{
+        return m->state == MIRROR_PAIRED && m->peer_flags & WIRE_READY && !(m->peer_flags & WIRE_CLOSED) &&
+               !m->resync && !m->peer_dropped;
+}
+
+/* The flags of its next block. */
+uint32_t mirror_flags(const struct mirror *mirror);
+/* Has it something to send that can be sent now? */
+bool mirror_has_work(const struct mirror *mirror);
 
 #endif

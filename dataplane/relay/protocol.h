@@ -1,42 +1,45 @@
-/* What the router and its relay say to each other, over the SOCK_SEQPACKET socket that the relay has as
- * descriptor 3: one message per packet, all integers in the host's order, sizes fixed but for R_FRAME. The
- * router is believed; a message of a wrong size or kind is a fault in one of the two, and the relay ends.
+/* Messages between the router and its relay, over the SOCK_SEQPACKET socket that the relay has as
+ * descriptor 3: one message per packet, integers in the host's order, sizes fixed except that
+ * of R_FRAME. The router is trusted. A message of a wrong size or kind is a bug in one of the two:
+ * the relay ends.
  *
- * Links, connections and arenas have numbers that the router gives, each once in the life of a relay. `place`
- * and `address` are words of one relay to another (wire.h), which the routers only carry.
+ * The router numbers links, connections and arenas, and uses each number once in the life of a
+ * relay. `address` and `place` are for the peer's relay (wire.h); the routers only carry them.
  *
- *      router                                      relay
- *      R_OPEN device                       ->
- *                                          <-      R_OPENED error, text, mtu
- *      R_LINK link                         ->      again: a new queue pair, the old one is destroyed first
- *                                          <-      R_LINKED link, error, text, address
- *      R_CONNECT link, peer's address      ->
- *                                          <-      R_CONNECTED link, error, text
- *                                          <-      R_DOWN link, error, text       (unasked: nothing goes any
- * more) R_STREAM link                       ->      no RDMA on this link any more: go on over frames R_FRAME
- * link, bytes                 <->     to and from the peer's relay, over the session, in order R_UNLINK link
- * ->      no answer; its connections must be gone, those that aren't break R_ARENA arena + memfd, bell -> no
- * answer; `bell`: receiving end of bell 0 of side 1 R_BELL arena, index + bell          ->      no answer;
- * sending end of a bell of side 0; replaces an older one R_DISCARD arena                     ->      no
- * answer; its slots must be dropped R_SLOT connection, link, arena, slot ->
- *                                          <-      R_PLACED connection, error, text, place
- *      R_PAIR connection, peer's place     ->
- *                                          <-      R_PAIRED connection, error, text
- *      R_CLOSE connection                  ->      no process here has the end any more
- *                                          <-      R_FINISHED connection, state   the peer has all that was
- * sent
- *                                          <-      R_ENDED connection, state      (unasked: nothing more
- * comes) R_LEAVE connection                  ->      both directions back to TCP
- *                                          <-      R_LEFT connection              nothing needs the relay any
- * more R_DROP connection, state            ->      state RELAY_BROKEN: both ends see a reset
- *                                          <-      R_DROPPED connection           the slot may be used again
- *      R_COUNT                             ->
- *                                          <-      R_COUNTS counters
+ *      router                                 relay
+ *      R_OPEN device                      ->
+ *                                         <-  R_OPENED error, text, mtu
+ *      R_LINK link                        ->  again: with a new channel, the old one is destroyed
+ *                                         <-  R_LINKED link, error, text, address
+ *      R_CONNECT link, peer's address     ->
+ *                                         <-  R_CONNECTED link, error, text
+ *                                         <-  R_DOWN link, error, text: unasked; channel lost
+ *      R_STREAM link                      ->  RDMA is gone for good on this link: use frames
+ *      R_FRAME link, bytes                <-> for or from the peer's relay, over the session
+ *      R_UNLINK link                      ->  no answer; connections that are left are reset
+ *      R_ARENA arena + memfd, bell        ->  no answer; `bell`: receiving end of bell 0 of side 1
+ *      R_BELL arena, index + bell         ->  no answer; sending end of a bell of side 0, which
+ *                                             replaces an older one
+ *      R_DISCARD arena                    ->  no answer; all its slots must be dropped
+ *      R_SLOT connection, link,           ->
+ *             arena, slot                 <-  R_PLACED connection, error, text, place
+ *      R_PAIR connection, peer's place    ->
+ *                                         <-  R_PAIRED connection, error, text
+ *      R_CLOSE connection                 ->  no process of this host has the connection any more
+ *                                         <-  R_FINISHED connection, state: the peer has all bytes
+ *                                         <-  R_ENDED connection, state: unasked; no more bytes
+ *      R_LEAVE connection                 ->  both directions have to fall back to TCP
+ *                                         <-  R_LEFT connection: the relay is not needed any more
+ *      R_DROP connection, state           ->  state RELAY_BROKEN: both ends see a reset
+ *                                         <-  R_DROPPED connection: the slot may be used again
+ *      R_COUNT                            ->
+ *                                         <-  R_COUNTS counters
  *
- * Every R_SLOT is followed, sooner or later, by one R_DROP, whatever its answer was. R_DROPPED may take as
- * long as the link needs to say that the peer writes no more, or to go down. R_LEFT comes unasked too, when
- * both processes have ended their rings or the peer's router wanted it; R_FINISHED, R_ENDED and R_LEFT come
- * once. A connection that breaks says so by R_ENDED, with RELAY_BROKEN, and by R_FINISHED if it is closed.
+ * Every R_SLOT is followed by one R_DROP, whatever the answer was. R_DROPPED comes when the peer
+ * has promised to write no more, or the link is down. R_LEFT also comes unasked, when both
+ * processes have ended their rings or the peer's router wants it. R_FINISHED, R_ENDED and R_LEFT
+ * come once. A connection that breaks is reported by R_ENDED with RELAY_BROKEN, and by R_FINISHED
+ * if it is closed.
  */
 #ifndef FREEFLOW_RELAY_PROTOCOL_H
 #define FREEFLOW_RELAY_PROTOCOL_H
@@ -48,8 +51,8 @@
 
 enum {
         RELAY_SOCKET = 3,
-        RELAY_TEXT = 96,     /* 0-terminated */
-        RELAY_WORDS = 128,   /* of a place or an address */
+        RELAY_TEXT = 96,     /* bytes of a text, 0-terminated */
+        RELAY_WORDS = 128,   /* bytes of a place or an address */
         RELAY_FRAME = 60000, /* bytes of a frame */
         RELAY_COUNTERS = 24,
 };
@@ -85,13 +88,13 @@ enum relay_kind {
 
 enum relay_transport {
         RELAY_VERBS = 1,
-        RELAY_MEMORY = 2, /* relays of one machine, for tests: peers name each other's descriptors */
+        RELAY_LOOPBACK = 2, /* relays of one machine, for tests (loopback.c) */
 };
 
 /* How a connection ended. */
 enum relay_state {
-        RELAY_WHOLE = 0,  /* all bytes have been delivered */
-        RELAY_BROKEN = 1, /* its ends see a reset */
+        RELAY_WHOLE = 0,  /* all bytes are delivered */
+        RELAY_BROKEN = 1, /* bytes are lost: both ends see a reset */
 };
 
 struct relay_message {
@@ -102,24 +105,24 @@ struct relay_message {
 /* R_OPEN */
 struct relay_open {
         struct relay_message message;
-        char device[64]; /* verbs: its name; memory: faults to make, see memory.c */
+        char device[64]; /* verbs: its name; loopback: empty */
         uint8_t port;
         uint8_t version; /* RELAY_VERSION */
         uint16_t gid_index;
         uint32_t transport;
-        uint32_t spin; /* microseconds, as for libraries; 0: never */
+        uint32_t spin; /* microseconds, as for libraries; 0: no spinning */
 };
 
 /* R_OPENED */
 struct relay_opened {
         struct relay_message message;
-        int32_t error; /* errno, 0: it is open */
+        int32_t error; /* errno; 0: the device is open */
         char text[RELAY_TEXT];
         uint32_t mtu;
 };
 
-/* R_LINK, R_UNLINK, R_STREAM: a link; R_CLOSE, R_LEAVE, R_LEFT, R_DROPPED: a connection; R_FINISHED, R_ENDED,
- * R_DROP: a connection and a state; R_COUNT: neither. */
+/* R_LINK, R_UNLINK, R_STREAM: a link; R_CLOSE, R_LEAVE, R_LEFT, R_DROPPED: a connection;
+ * R_FINISHED, R_ENDED, R_DROP: a connection and a state; R_COUNT: neither. */
 struct relay_number {
         struct relay_message message;
         uint32_t number;
@@ -145,7 +148,8 @@ struct relay_offer {
         uint8_t words[RELAY_WORDS];
 };
 
-/* R_CONNECT: a link and the peer's address; R_PAIR: a connection, the peer's number of it and its place */
+/* R_CONNECT: a link and the peer's address; R_PAIR: a connection, the peer's number of it and its
+ * place */
 struct relay_accept {
         struct relay_message message;
         uint32_t number;
@@ -181,30 +185,30 @@ struct relay_frame {
 
 /* R_COUNTS */
 enum relay_counter {
-        COUNT_CONNECTIONS, /* now */
+        COUNT_CONNECTIONS, /* present */
         COUNT_BYTES_OUT,   /* of connections */
         COUNT_BYTES_IN,
-        COUNT_MESSAGES_OUT, /* from relay to relay */
+        COUNT_MESSAGES_OUT, /* between relays */
         COUNT_MESSAGES_IN,
-        COUNT_BLOCKS_OUT, /* news of one connection each, in messages */
+        COUNT_BLOCKS_OUT, /* parts of messages, about one connection each */
         COUNT_BLOCKS_IN,
-        COUNT_WRITES, /* RDMA WRITEs */
-        COUNT_POSTS,  /* doorbells */
-        COUNT_POLLS,  /* looks at a completion queue */
-        COUNT_COMPLETIONS,
-        COUNT_CALLS, /* system calls */
+        COUNT_WRITES,      /* RDMA WRITEs */
+        COUNT_POSTS,       /* doorbells */
+        COUNT_POLLS,       /* of a completion queue */
+        COUNT_COMPLETIONS, /* entries of a completion queue */
+        COUNT_CALLS,       /* system calls */
         COUNT_SLEEPS,
         COUNT_BELLS,  /* rung */
-        COUNT_SPINS,  /* that found something */
-        COUNT_COPIED, /* bytes that the processor moved: none over RDMA */
+        COUNT_SPINS,  /* that found work */
+        COUNT_COPIED, /* bytes that the processor has copied: none over RDMA */
         COUNT_FRAMES_OUT,
         COUNT_FRAMES_IN,
         COUNT_DOWNS,      /* links lost */
-        COUNT_RESUMED,    /* connections that went on over a new link */
-        COUNT_BROKEN,     /* connections that were broken */
-        COUNT_CORRUPT,    /* of these: because a process or a peer wrote nonsense */
-        COUNT_REGISTERED, /* bytes that the device may reach, now */
-        COUNT_TURNS,      /* of the loop */
+        COUNT_RESUMED,    /* connections that went on over a new channel */
+        COUNT_BROKEN,     /* connections reset by the relay */
+        COUNT_CORRUPT,    /* of these: because a process or a peer wrote invalid data */
+        COUNT_REGISTERED, /* bytes of memory that the device can reach now */
+        COUNT_TURNS,      /* of the main loop */
 };
 
 struct relay_counts {
@@ -224,6 +228,6 @@ _Static_assert(sizeof(struct relay_arena) == 16, "sizes are part of the version"
 _Static_assert(sizeof(struct relay_slot) == 32, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_frame) == 8, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_counts) == 200, "sizes are part of the version");
-_Static_assert(COUNT_TURNS + 1 == RELAY_COUNTERS, "each counter has its place");
+_Static_assert(COUNT_TURNS + 1 == RELAY_COUNTERS, "there is room for each counter");
 
 #endif

@@ -1,12 +1,13 @@
-/* The transport `stream`: what RDMA would have done, as records in frames that the two routers carry over
- * their session, in order. A record of bytes is put into the ring by the processor of the peer's host, where
- * WIRE says; a message is what it is on any link.
+/* The transport `stream`: writes and messages become records (wire.h) in frames, which the two
+ * routers carry over their session, in order. The receiving relay copies a record's bytes into the
+ * ring, where RDMA would have written them; a message is handled as on any link.
  *
- * It isn't meant to be fast: connections leave for TCP while it lasts.
+ * It has no channel and is not meant to be fast: connections fall back to TCP while it is in use.
  */
 #include "stream.h"
 
-#include "control.h"
+#include "answers.h"
+#include "link.h"
 #include "mirror.h"
 
 #include <errno.h>
@@ -15,14 +16,15 @@
 
 enum { PIECE = 32 * 1024, STREAM_WINDOW = 8 };
 
-/* What isn't full yet; one for all links: a batch is ended before another link's begins. */
+/* The frame that is being filled. One for all links: a batch ends before one of another link
+ * begins. */
 static struct relay_frame *frame;
 static uint32_t filled;
 
 static void end_frame(void)
 {
         if (frame)
-                control_frame(frame, filled);
+                answer_frame(frame, filled);
         frame = NULL;
         filled = 0;
 }
@@ -32,11 +34,11 @@ static uint32_t rounded(uint32_t size)
         return (size + 7) & ~UINT32_C(7);
 }
 
-/* Where `size` bytes of a record go that has its header. */
+/* Adds a record's header. Returns where its `size` bytes go. */
 static uint8_t *add_record(const struct link *link, const struct wire_record *record)
 {
         uint32_t whole = (uint32_t)sizeof *record + rounded(record->size);
-        uint8_t *place;
+        uint8_t *at;
 
         if (frame && filled + whole > RELAY_FRAME)
                 end_frame();
@@ -46,10 +48,10 @@ static uint8_t *add_record(const struct link *link, const struct wire_record *re
                         relay_die("memory for a frame", ENOMEM);
                 frame->link = link->number;
         }
-        place = frame->data + filled;
-        memcpy(place, record, sizeof *record);
+        at = frame->data + filled;
+        memcpy(at, record, sizeof *record);
         filled += whole;
-        return place + sizeof *record;
+        return at + sizeof *record;
 }
 
 static void stream_write(struct link *link, struct mirror *m, uint32_t offset, uint32_t size)
@@ -77,20 +79,20 @@ static void stream_send(struct link *link, const void *message, uint32_t size, u
         link_completed(link, number);
 }
 
-static bool stream_room(struct link *link, unsigned writes)
+static bool stream_has_room(struct link *link, unsigned writes)
 {
         (void)link;
-        /* One batch at a time waits for the router. */
-        return writes <= WRITES ? control_has_room() : false;
+        /* Not more than one batch waits for the router. */
+        return writes <= WRITES ? answers_have_room() : false;
 }
 
-static void put_bytes(struct link *link, const struct wire_record *record, const uint8_t *bytes)
+static void receive_bytes(struct link *link, const struct wire_record *record, const uint8_t *bytes)
 {
         struct mirror *m = mirror_find(record->connection);
         uint32_t limit;
 
         if (!m || m->link != link || m->cookie != record->cookie ||
-            (m->state != MIRROR_PAIRED && m->state != MIRROR_LENT))
+            (m->state != MIRROR_PAIRED && m->state != MIRROR_REGISTERED))
                 return;
         limit = record->offset < SMALL_SIZE ? SMALL_SIZE : m->size;
         if (record->offset >= m->size || record->size > limit - record->offset)
@@ -100,7 +102,7 @@ static void put_bytes(struct link *link, const struct wire_record *record, const
         count(COUNT_COPIED, record->size);
 }
 
-void stream_frame(struct link *link, const uint8_t *data, size_t size)
+void stream_receive(struct link *link, const uint8_t *data, size_t size)
 {
         size_t at = 0;
 
@@ -109,27 +111,21 @@ void stream_frame(struct link *link, const uint8_t *data, size_t size)
 
                 memcpy(&record, data + at, sizeof record);
                 at += sizeof record;
-                /* Not one of a relay: the connections wait until the routers give the link up. */
+                /* Invalid: the link's connections wait until the routers remove it. */
                 if (record.size > size - at)
                         return;
                 if (record.connection)
-                        put_bytes(link, &record, data + at);
+                        receive_bytes(link, &record, data + at);
                 else
-                        link_message(link, data + at, record.size);
+                        link_receive(link, data + at, record.size);
                 at += rounded(record.size) < size - at ? rounded(record.size) : size - at;
         }
-}
-
-static void stream_unmake(struct link *link)
-{
-        (void)link;
 }
 
 const struct transport stream_transport = {
     .window = STREAM_WINDOW,
     .piece = PIECE,
-    .unmake = stream_unmake,
-    .room = stream_room,
+    .has_room = stream_has_room,
     .write = stream_write,
     .send = stream_send,
 };

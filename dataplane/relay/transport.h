@@ -1,9 +1,42 @@
-/* How bytes and messages get from one relay to the other.
+/* The contract between the relay and a transport, which carries bytes and messages from one relay
+ * to the other. A transport is a table of functions; there is one struct transport per kind
+ * (transports.h).
  *
- * A link is a pair of ends. Everything on one link arrives in the order in which it was given, once, or the
- * link is down; what a write has put is in the peer's ring before a later message of the link arrives. A
- * batch is any number of writes and the message behind them; only the message starts it, and the bytes that
- * are written must stay as they are until the batch is complete.
+ * Objects
+ *      channel         a link's end on this host, in link->channel. The peer's relay has the other
+ * end of it. registration    in mirror->registration: the peer may write into this connection's
+ * receiving ring, and the transport may read its sending ring target          in mirror->target:
+ * how writes reach the ring at the peer batch           any number of writes, at most WRITES per
+ * connection, and then exactly one send, which starts them; batches of a link are numbered without
+ * gaps
+ *
+ * A transport promises
+ *   - Messages of a channel arrive in the order of their sends, each once; else it calls
+ * link_down().
+ *   - The bytes of a batch are in the peer's ring before the message of that batch arrives.
+ *   - link_completed(n) means that nothing reads our rings for batches up to n any more. It does
+ * not mean that the peer has them. A batch may complete late, and together with later ones, unless
+ * `soon` was set.
+ *   - After destroy_channel() nothing of the channel is read or written any more, on this host, nor
+ * can the peer write into rings through it.
+ *   - After deregister() nothing reads or writes the connection's rings any more.
+ *   - No function blocks. All are called on the relay's one thread, and so have to be the calls of
+ * link_…() (link.h). These come from poll(), send(), tick() and handlers of the transport's own
+ * watches; never from create_channel(), connect_channel(), register_rings(), attach() or write().
+ *
+ * The relay promises
+ *   - It has no more than `window` messages on the way that the peer has not granted (link.c): a
+ * receiver always has a place for the next message.
+ *   - It gives a batch to a channel only while the link is up and has_room() has allowed as many
+ * writes.
+ *   - Bytes that were given to write() do not change before link_completed() of their batch,
+ * destroy_channel() or link_down().
+ *   - A connection's write() is only called between attach() and detach(), with rings that are
+ * registered.
+ *   - deregister() comes only when the peer has promised to write no more, or after
+ * destroy_channel().
+ *
+ * Errors are errno values with a text of at most RELAY_TEXT bytes; 0: success.
  */
 #ifndef FREEFLOW_RELAY_TRANSPORT_H
 #define FREEFLOW_RELAY_TRANSPORT_H
@@ -17,44 +50,52 @@ struct mirror;
 
 enum {
         WRITES = 4,   /* of one connection in one batch, at most */
-        WINDOW = 128, /* messages that may be on the way */
+        WINDOW = 128, /* messages on the way, at most */
 };
 
 struct transport {
         enum relay_transport kind;
-        uint32_t window; /* messages that the peer may have sent and we haven't seen */
-        uint32_t piece;  /* bytes of a connection in one batch, at most */
-        /* Errors are errno, with a text of RELAY_TEXT bytes; 0: it is done. Opening again is possible when no
-         * link has an end. */
-        int (*open)(const struct relay_open *open, uint32_t *mtu, char *text);
-        void (*close)(void);
-        /* The two halves of a link's end: made, and connected with the peer's; EINPROGRESS: link_connected()
-         * will be called, if it isn't unmade before. */
-        int (*make)(struct link *link, struct wire_address *address, char *text);
-        int (*connect)(struct link *link, const struct wire_address *address, char *text);
-        /* When it returns nothing of this end is read or written any more, by nobody. */
-        void (*unmake)(struct link *link);
-        /* Let the peer write into a connection's ring; the rest of `place` is filled in. */
-        int (*lend)(struct mirror *mirror, struct wire_place *place, char *text);
-        void (*take_back)(struct mirror *mirror);
-        /* The peer's ring, where writes of this connection go. */
-        int (*reach)(struct mirror *mirror, const struct wire_place *place, char *text);
-        void (*forget)(struct mirror *mirror);
-        /* May a batch with so many more writes be given now? */
-        bool (*room)(struct link *link, unsigned writes);
-        /* From the connection's ring of direction 0 to the peer's of direction 1; one run. */
-        void (*write)(struct link *link, struct mirror *mirror, uint32_t offset, uint32_t size);
-        /* Ends the batch. `number`: of the batch; link_completed() is told such numbers, those below
-         * included; `soon`: even if nothing else needs it. */
-        void (*send)(struct link *link, const void *message, uint32_t size, uint64_t number, bool soon);
-        /* Take what has come: calls link_message(), link_completed(), link_down(). Did anything? */
-        bool (*poll)(void);
-        /* From now on a descriptor in epoll says that something comes; false: something has. */
-        bool (*arm)(void);
-        /* What is due by time; when to come again, 0: nothing waits. NULL: nothing ever does. */
-        uint64_t (*beat)(uint64_t present);
-};
+        uint32_t window; /* messages that the peer may have sent before the relay grants more */
+        uint32_t piece;  /* bytes of one connection in one batch, at most */
 
-extern const struct transport verbs_transport, memory_transport, stream_transport;
+        /* Opens the device. Can be called again while no link has a channel; close() is called
+         * before. */
+        int (*open)(const struct relay_open *request, uint32_t *mtu, char *text);
+        void (*close)(void);
+
+        /* Makes the link's channel and fills in the address that the peer connects to. On an error
+         * that leaves link->channel set, destroy_channel() follows. */
+        int (*create_channel)(struct link *link, struct wire_address *address, char *text);
+        /* EINPROGRESS: link_connected() will be called, unless the channel is destroyed before. */
+        int (*connect_channel)(struct link *link, const struct wire_address *address, char *text);
+        void (*destroy_channel)(struct link *link);
+
+        /* Fills in the part of `place` that is the transport's own: what the peer's attach() needs.
+         */
+        int (*register_rings)(struct mirror *mirror, struct wire_place *place, char *text);
+        void (*deregister)(struct mirror *mirror);
+        int (*attach)(struct mirror *mirror, const struct wire_place *place, char *text);
+        void (*detach)(struct mirror *mirror);
+
+        /* Does a batch with this many more writes fit into the channel? */
+        bool (*has_room)(struct link *link, unsigned writes);
+        /* Adds a write to the batch: `size` bytes at `offset` of the connection's sending ring, to
+         * the same offset of the peer's receiving ring. They lie in one piece: all below
+         * SMALL_SIZE, or all above. */
+        void (*write)(struct link *link, struct mirror *mirror, uint32_t offset, uint32_t size);
+        /* Ends batch `number`. `soon`: report its completion even if the transport does not need
+         * to. */
+        void (*send)(struct link *link, const void *message, uint32_t size, uint64_t number, bool soon);
+
+        /* Handles what has arrived: calls link_receive(), link_completed(), link_down(). True:
+         * there was something. */
+        bool (*poll)(void);
+        /* Called before the thread sleeps: from now on something that arrives makes a descriptor in
+         * the relay's epoll instance readable. False: something has arrived already. */
+        bool (*arm)(void);
+        /* Does what is due by time. Returns when to call it again, 0: never. NULL: nothing is ever
+         * due. */
+        uint64_t (*tick)(uint64_t present);
+};
 
 #endif

@@ -1,24 +1,26 @@
-/* The transport `verbs`: one reliable connected queue pair per link, over whatever libibverbs has a device
- * for.
+/* The transport `verbs`: one reliable connected queue pair per link, on any device that libibverbs
+ * supports.
  *
- * A batch is a chain of RDMA WRITEs, unsignalled, and the SEND of its message behind them, given with one
- * doorbell. A SEND is signalled when a quarter of the queue or of the message buffers hasn't been heard of,
- * or when its completion is waited for, so the queue never runs full unnoticed. Every failure completes with
- * an error, signalled or not.
+ * A batch is a chain of unsignalled RDMA WRITEs and the SEND of its message, posted with one
+ * doorbell. A SEND is signalled when a quarter of the send queue or of the message buffers has been
+ * used since the last completion, or when its completion is waited for; so the queue never fills up
+ * unnoticed. An error completes even an unsignalled request.
  *
- * All links share one completion queue, with a place for everything that their queues can hold at one time:
- * it can't overrun. Completions name their queue pair by a number that is used once, so those of one that is
- * gone mean nothing.
+ * All links share one completion queue, with room for everything that their queue pairs can hold,
+ * so it cannot overrun. Work request IDs name a channel by a number that is used once: completions
+ * of a destroyed channel are recognised and ignored.
  *
- * What the peer may write: of a slot's two pages what lies behind the first ring's header, and both bulk
- * areas. That is its own connection's; headers there are words of a stranger in any case.
+ * The peer may write behind the first ring's header in a slot's two pages, and into both bulk
+ * areas. All of that belongs to its own connection; the header of direction 1 is in it, and is
+ * untrusted anyway.
  *
- * A connection is lost after RETRIES times 4.096 us << TIMEOUT without an answer: two seconds, and up to four
- * times as long with devices that round up. Receivers that aren't ready can't happen, for messages are
- * granted.
+ * A link is lost after RETRIES times 4.096 us << TIMEOUT without an acknowledgement: two seconds,
+ * and up to four times as long on devices that round up. Receiver-not-ready cannot happen, since
+ * messages are granted.
  */
 #include "link.h"
 #include "mirror.h"
+#include "transports.h"
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -32,23 +34,24 @@
 #include <unistd.h>
 
 enum {
-        ENDS = 1024,
-        QUEUE = 256,   /* work requests of a link */
-        MESSAGES = 64, /* of them SENDs whose buffers are in use */
+        CHANNELS = 1024,
+        QUEUE = 256,   /* work requests in a send queue */
+        MESSAGES = 64, /* buffers for SENDs */
         PER_LINK = QUEUE + WINDOW,
-        LINKS_FIRST = 32, /* the completion queue has room for so many; doubled when needed */
+        LINKS_FIRST = 32, /* that the completion queue has room for; doubled when needed */
         PIECE = 64 * 1024,
         TIMEOUT = 16,
-        RETRIES = 6,     /* rdma_rxe takes 7 for "for ever" */
-        RNR_RETRIES = 7, /* for ever */
+        RETRIES = 6,     /* rdma_rxe retries without end at 7 */
+        RNR_RETRIES = 7, /* without end */
         RNR_TIMER = 12,  /* 0.64 ms */
         HOPS = 64,
         POLLED = 32,
         ROUNDS = 4,
-        LOOK = 2000, /* ms between looks at whether the device is still there */
+        CHECK = 2000, /* ms between checks that the device is still there */
 };
 
-/* What is taken from libibverbs; the rest of its interface is inline, through the device's own functions. */
+/* The functions of libibverbs that are used; the others are inline and call the device's own
+ * functions. */
 #define FUNCTIONS(X)                                                                                         \
         X(struct ibv_device **, get_device_list, (int *))                                                    \
         X(void, free_device_list, (struct ibv_device **))                                                    \
@@ -82,12 +85,12 @@ static struct {
         FUNCTIONS(DECLARE)
 } verbs;
 
-/* Lives as long as links or lent memory need it: a device that was opened anew, or is gone, is let go last.
- */
+/* Exists as long as links or registrations use it. After another one was opened, or the device was
+ * removed, the last user frees it. */
 struct device {
         struct watch completions, events;
         unsigned users;
-        bool armed, named; /* the completion queue is armed; its name can be seen */
+        bool armed, named; /* the completion queue is armed; the device's name is visible in /dev */
         struct ibv_context *context;
         struct ibv_pd *domain;
         struct ibv_comp_channel *channel;
@@ -100,11 +103,11 @@ struct device {
         int most;                 /* entries that the device allows in it */
 };
 
-struct verbs_end {
+struct channel {
         struct device *device;
-        struct link *link; /* NULL: it goes as soon as it isn't being connected any more */
+        struct link *link; /* NULL: destroyed, but a thread still connects it */
         bool connecting;
-        /* messages that came before the end knew that it is connected */
+        /* messages that arrived before connecting was known to be complete */
         unsigned early_count;
         struct {
                 uint32_t buffer, size;
@@ -113,14 +116,15 @@ struct verbs_end {
         struct ibv_qp *pair;
         uint32_t inline_most;
         uint32_t sequence;
-        /* WINDOW messages that come, MESSAGES that go */
+        /* WINDOW to receive, MESSAGES to send */
         struct wire_message *buffers;
         struct ibv_mr *region;
-        /* work requests and messages given, and those that are complete; at batch % QUEUE what was given then
-         */
-        uint64_t given, done, said, heard, signalled_given, signalled_said;
+        /* Counts of work requests and messages: posted, complete, and posted up to the last
+         * signalled one. */
+        uint64_t posted, done, sent, sent_done, signalled_posted, signalled_sent;
+        /* at batch % QUEUE: `posted` and `sent` after that batch */
         struct {
-                uint64_t given, said;
+                uint64_t posted, sent;
         } marks[QUEUE];
         /* the batch that is being made */
         unsigned count;
@@ -128,33 +132,34 @@ struct verbs_end {
         struct ibv_sge pieces[BLOCKS * WRITES + 1];
 };
 
-struct lent {
+struct registration {
         struct device *device;
         struct ibv_mr *small, *bulk;
 };
 
-struct reached {
+struct target {
         uint64_t small, bulk;
         uint32_t small_key, bulk_key;
 };
 
-/* Connecting asks the kernel for the way to the peer, which takes seconds if there is none: a thread of its
- * own waits for that. Until it says so by `jobs`, nobody else touches the queue pair. */
+/* Connecting resolves the route to the peer in the kernel, which takes seconds if there is none. A
+ * thread of its own does that; until it reports through `jobs`, nobody else uses the queue pair. */
 struct job {
-        struct verbs_end *end;
+        struct channel *channel;
         struct ibv_qp_attr ready, sends;
         int error;
         const char *failed;
 };
 
-/* Work request ids: the end's number, what it is, and its buffer or batch. */
+/* Work request IDs: the channel's number, a bit for receives, and the number of the buffer or
+ * batch. */
 enum { ID_SHIFT = 40 };
 #define ID_RECEIVE (UINT64_C(1) << 39)
 #define ID_MASK (ID_RECEIVE - 1)
 
 static struct device *device;
-static struct verbs_end *ends[ENDS];
-static uint32_t next_end;
+static struct channel *channels[CHANNELS];
+static uint32_t next_channel;
 static int jobs[2] = {-1, -1};
 static struct watch job_done;
 
@@ -192,7 +197,7 @@ static int fail(char *text, const char *what)
 
 /* --- the device --- */
 
-static void let_go(struct device *d)
+static void put_device(struct device *d)
 {
         if (--d->users)
                 return;
@@ -211,21 +216,21 @@ static void let_go(struct device *d)
 
 static void all_down(const struct device *d, int error, const char *text)
 {
-        for (int i = 0; i < ENDS; i++)
-                if (ends[i] && ends[i]->device == d)
-                        link_down(ends[i]->link, error, text);
+        for (int i = 0; i < CHANNELS; i++)
+                if (channels[i] && channels[i]->device == d)
+                        link_down(channels[i]->link, error, text);
 }
 
-/* The kernel waits until nobody uses a device that is removed: everything of it is let go now. Connections
- * that have lent it memory can only go on over frames. */
+/* The device is being removed. The kernel waits for all its users, so everything of it is freed
+ * now. Links whose connections are registered with it can only go on over frames. */
 static void lose(struct device *d, const char *text)
 {
         all_down(d, ENODEV, text);
         if (d != device)
                 return;
-        mirrors_take_back(&verbs_transport);
+        mirrors_deregister(&verbs_transport);
         device = NULL;
-        let_go(d);
+        put_device(d);
 }
 
 static void on_completion(struct watch *watch, uint32_t events)
@@ -253,19 +258,19 @@ static void on_event(struct watch *watch, uint32_t events)
                 const struct ibv_qp *pair = event.element.qp;
                 const char *name = verbs.event_type_str(event.event_type);
 
-                /* Before the queue pair goes: that would wait for it. */
+                /* Before the queue pair is destroyed: that waits for it. */
                 verbs.ack_async_event(&event);
                 switch (event.event_type) {
                 case IBV_EVENT_QP_FATAL:
                 case IBV_EVENT_QP_REQ_ERR:
                 case IBV_EVENT_QP_ACCESS_ERR:
-                        for (int i = 0; i < ENDS; i++)
-                                if (ends[i] && ends[i]->pair == pair)
-                                        link_down(ends[i]->link, EIO, name);
+                        for (int i = 0; i < CHANNELS; i++)
+                                if (channels[i] && channels[i]->pair == pair)
+                                        link_down(channels[i]->link, EIO, name);
                         break;
                 case IBV_EVENT_DEVICE_FATAL:
                         lose(d, name);
-                        let_go(d);
+                        put_device(d);
                         return;
                 case IBV_EVENT_CQ_ERR:
                 case IBV_EVENT_PORT_ERR:
@@ -275,7 +280,7 @@ static void on_event(struct watch *watch, uint32_t events)
                         break;
                 }
         }
-        let_go(d);
+        put_device(d);
 }
 
 static bool nonblocking(int fd)
@@ -285,7 +290,7 @@ static bool nonblocking(int fd)
         return flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
 }
 
-static struct ibv_context *open_named(const char *name, char *text)
+static struct ibv_context *open_by_name(const char *name, char *text)
 {
         struct ibv_device **list = verbs.get_device_list(NULL);
         struct ibv_context *context = NULL;
@@ -306,20 +311,20 @@ static bool has_name(const struct device *d)
         return !access(d->context->device->dev_path, F_OK) || errno != ENOENT;
 }
 
-/* The device is there; what links need of it. */
+/* Makes what links need of an opened device. */
 static int set_up(struct device *d, const struct relay_open *open, char *text)
 {
         struct ibv_device_attr attributes;
 
         memset(&d->port, 0, sizeof d->port);
         if (verbs.query_device(d->context, &attributes) || verbs.query_port(d->context, open->port, &d->port))
-                return fail(text, "asking the RDMA device for its port");
+                return fail(text, "querying the RDMA device's port");
         if (d->port.state != IBV_PORT_ACTIVE) {
-                snprintf(text, RELAY_TEXT, "the RDMA device's port isn't active");
+                snprintf(text, RELAY_TEXT, "the RDMA device's port is not active");
                 return ENETDOWN;
         }
         if (verbs.query_gid(d->context, open->port, open->gid_index, &d->gid))
-                return fail(text, "asking the RDMA device for its GID");
+                return fail(text, "querying the RDMA device's GID");
         d->named = has_name(d);
         d->port_number = open->port;
         d->gid_index = open->gid_index;
@@ -332,7 +337,7 @@ static int set_up(struct device *d, const struct relay_open *open, char *text)
         d->queue =
             d->channel ? verbs.create_cq(d->context, (int)d->capacity * PER_LINK, NULL, d->channel, 0) : NULL;
         if (!d->queue || !d->capacity)
-                return fail(text, "a completion queue");
+                return fail(text, "creating a completion queue");
         d->completions = (struct watch){.fd = d->channel->fd, .call = on_completion};
         d->events = (struct watch){.fd = d->context->async_fd, .call = on_event};
         if (!nonblocking(d->channel->fd) || !nonblocking(d->context->async_fd) ||
@@ -352,7 +357,7 @@ static int verbs_open(const struct relay_open *open, uint32_t *mtu, char *text)
                 return ENOSYS;
         if (jobs[0] < 0) {
                 if (pipe2(jobs, O_CLOEXEC) < 0)
-                        return fail(text, "a pipe");
+                        return fail(text, "creating a pipe");
                 job_done = (struct watch){.fd = jobs[0], .call = on_job};
                 if (!watch_add(&job_done, EPOLLIN))
                         return fail(text, "waiting for threads");
@@ -362,10 +367,10 @@ static int verbs_open(const struct relay_open *open, uint32_t *mtu, char *text)
                 relay_die("memory for a device", ENOMEM);
         d->users = 1;
         d->completions.fd = d->events.fd = -1;
-        d->context = open_named(open->device, text);
+        d->context = open_by_name(open->device, text);
         error = d->context ? set_up(d, open, text) : ENODEV;
         if (error) {
-                let_go(d);
+                put_device(d);
                 return error;
         }
         device = d;
@@ -376,70 +381,70 @@ static int verbs_open(const struct relay_open *open, uint32_t *mtu, char *text)
 static void verbs_close(void)
 {
         if (device)
-                let_go(device);
+                put_device(device);
         device = NULL;
 }
 
-/* Devices that can't be taken from their users, as rdma_rxe's, are removed without an event: the name goes.
- */
-static uint64_t verbs_beat(uint64_t present)
+/* A device whose users the kernel cannot disconnect, such as rdma_rxe's, is removed without an
+ * event: only its name disappears. */
+static uint64_t verbs_tick(uint64_t present)
 {
-        static uint64_t looked_at;
+        static uint64_t checked_at;
 
         if (!device)
                 return 0;
-        if (present - looked_at >= LOOK * UINT64_C(1000000)) {
-                looked_at = present;
+        if (present - checked_at >= CHECK * UINT64_C(1000000)) {
+                checked_at = present;
                 count(COUNT_CALLS, 1);
                 if (device->named && !has_name(device)) {
                         lose(device, "the RDMA device was removed");
                         return 0;
                 }
         }
-        return looked_at + LOOK * UINT64_C(1000000);
+        return checked_at + CHECK * UINT64_C(1000000);
 }
 
 /* --- links --- */
 
-static struct verbs_end *end_numbered(uint32_t number)
+static struct channel *channel_numbered(uint32_t number)
 {
-        struct verbs_end *end = ends[number % ENDS];
+        struct channel *channel = channels[number % CHANNELS];
 
-        return end && end->number == number ? end : NULL;
+        return channel && channel->number == number ? channel : NULL;
 }
 
-static struct wire_message *buffer(struct verbs_end *end, uint64_t number)
+static struct wire_message *buffer(struct channel *channel, uint64_t number)
 {
-        return &end->buffers[number];
+        return &channel->buffers[number];
 }
 
-static bool post_receive(struct verbs_end *end, uint64_t number)
+static bool post_receive(struct channel *channel, uint64_t number)
 {
         struct ibv_sge piece = {
-            .addr = (uintptr_t)buffer(end, number),
-            .length = sizeof *end->buffers,
-            .lkey = end->region->lkey,
+            .addr = (uintptr_t)buffer(channel, number),
+            .length = sizeof *channel->buffers,
+            .lkey = channel->region->lkey,
         };
         struct ibv_recv_wr request =
                                {
-                                   .wr_id = (uint64_t)end->number << ID_SHIFT | ID_RECEIVE | number,
+                                   .wr_id = (uint64_t)channel->number << ID_SHIFT | ID_RECEIVE | number,
                                    .sg_list = &piece,
                                    .num_sge = 1,
                                },
                            *bad;
 
-        return ibv_post_recv(end->pair, &request, &bad) == 0;
+        return ibv_post_recv(channel->pair, &request, &bad) == 0;
 }
 
-/* With as much room for inline bytes as the device has. */
-static bool make_pair(struct verbs_end *end)
+/* Tries large sizes of inline data first. */
+static bool make_pair(struct channel *channel)
 {
         static const uint32_t inlines[] = {512, 220, 128, 60, 0};
 
-        for (size_t i = 0; i < sizeof inlines / sizeof *inlines && !end->pair; i++) {
+        for (size_t i = 0; i < sizeof inlines / sizeof *inlines && !channel->pair; i++) {
                 struct ibv_qp_init_attr wanted = {
-                    .send_cq = end->device->queue,
-                    .recv_cq = end->device->queue,
+                    .send_cq = channel->device->queue,
+                    .recv_cq = channel->device->queue,
                     .cap = {.max_send_wr = QUEUE,
                             .max_recv_wr = WINDOW,
                             .max_send_sge = 1,
@@ -448,32 +453,33 @@ static bool make_pair(struct verbs_end *end)
                     .qp_type = IBV_QPT_RC,
                 };
 
-                end->pair = verbs.create_qp(end->device->domain, &wanted);
-                end->inline_most = inlines[i];
+                channel->pair = verbs.create_qp(channel->device->domain, &wanted);
+                channel->inline_most = inlines[i];
         }
-        return end->pair;
+        return channel->pair;
 }
 
-static bool start_pair(struct verbs_end *end)
+static bool start_pair(struct channel *channel)
 {
         struct ibv_qp_attr attributes = {
             .qp_state = IBV_QPS_INIT,
-            .port_num = end->device->port_number,
+            .port_num = channel->device->port_number,
             .qp_access_flags = IBV_ACCESS_REMOTE_WRITE,
         };
-        size_t size = (WINDOW + MESSAGES) * sizeof *end->buffers;
+        size_t size = (WINDOW + MESSAGES) * sizeof *channel->buffers;
 
-        end->buffers = aligned_alloc(64, (size + 63) / 64 * 64);
-        if (!end->buffers)
+        channel->buffers = aligned_alloc(64, (size + 63) / 64 * 64);
+        if (!channel->buffers)
                 return false;
-        memset(end->buffers, 0, size);
-        end->region = verbs.reg_mr(end->device->domain, end->buffers, size, IBV_ACCESS_LOCAL_WRITE);
-        if (!end->region ||
-            (errno = verbs.modify_qp(end->pair, &attributes,
+        memset(channel->buffers, 0, size);
+        channel->region =
+            verbs.reg_mr(channel->device->domain, channel->buffers, size, IBV_ACCESS_LOCAL_WRITE);
+        if (!channel->region ||
+            (errno = verbs.modify_qp(channel->pair, &attributes,
                                      IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS)))
                 return false;
         for (uint64_t i = 0; i < WINDOW; i++)
-                if (!post_receive(end, i))
+                if (!post_receive(channel, i))
                         return false;
         return true;
 }
@@ -484,8 +490,8 @@ static bool has_completions(struct device *d)
 
         if (d->links < d->capacity)
                 return true;
-        if (most > ENDS)
-                most = ENDS;
+        if (most > CHANNELS)
+                most = CHANNELS;
         if (wanted > most)
                 wanted = most;
         if (wanted <= d->capacity || verbs.resize_cq(d->queue, (int)wanted * PER_LINK))
@@ -494,41 +500,42 @@ static bool has_completions(struct device *d)
         return true;
 }
 
-static int verbs_make(struct link *link, struct wire_address *address, char *text)
+static int verbs_create_channel(struct link *link, struct wire_address *address, char *text)
 {
-        struct verbs_end *end;
+        struct channel *channel;
         int tries = 0;
 
         if (!device) {
                 snprintf(text, RELAY_TEXT, "the RDMA device is gone");
                 return ENODEV;
         }
-        while (tries++ < ENDS && ends[next_end % ENDS])
-                next_end++;
-        if (ends[next_end % ENDS] || !has_completions(device)) {
-                snprintf(text, RELAY_TEXT, "the RDMA device has no completion queue for more links");
+        while (tries++ < CHANNELS && channels[next_channel % CHANNELS])
+                next_channel++;
+        if (channels[next_channel % CHANNELS] || !has_completions(device)) {
+                snprintf(text, RELAY_TEXT,
+                         "the RDMA device has no room for more links in a completion queue");
                 return ENOSPC;
         }
-        end = calloc(1, sizeof *end);
-        if (!end)
+        channel = calloc(1, sizeof *channel);
+        if (!channel)
                 relay_die("memory for a link", ENOMEM);
-        /* 24 bits of it are used. */
-        next_end &= 0xffffff;
-        end->number = next_end++;
-        end->device = device;
-        end->link = link;
-        end->sequence = (uint32_t)relay_random() & 0xffffff;
+        /* A work request ID has 24 bits for it. */
+        next_channel &= 0xffffff;
+        channel->number = next_channel++;
+        channel->device = device;
+        channel->link = link;
+        channel->sequence = (uint32_t)relay_random() & 0xffffff;
         device->users++;
         device->links++;
-        ends[end->number % ENDS] = end;
-        link->end = end;
+        channels[channel->number % CHANNELS] = channel;
+        link->channel = channel;
         errno = 0;
-        if (!make_pair(end))
-                return fail(text, "a queue pair");
-        if (!start_pair(end))
+        if (!make_pair(channel))
+                return fail(text, "creating a queue pair");
+        if (!start_pair(channel))
                 return fail(text, "starting a queue pair");
-        address->to.verbs.queue_pair = end->pair->qp_num;
-        address->to.verbs.sequence = end->sequence;
+        address->to.verbs.queue_pair = channel->pair->qp_num;
+        address->to.verbs.sequence = channel->sequence;
         address->to.verbs.mtu = (uint32_t)device->port.active_mtu;
         address->to.verbs.lid = device->port.lid;
         address->to.verbs.routed = device->port.link_layer == IBV_LINK_LAYER_ETHERNET;
@@ -536,49 +543,49 @@ static int verbs_make(struct link *link, struct wire_address *address, char *tex
         return 0;
 }
 
-static void destroy(struct verbs_end *end)
+static void destroy(struct channel *channel)
 {
-        if (end->pair)
-                verbs.destroy_qp(end->pair);
-        if (end->region)
-                verbs.dereg_mr(end->region);
-        free(end->buffers);
-        let_go(end->device);
-        free(end);
+        if (channel->pair)
+                verbs.destroy_qp(channel->pair);
+        if (channel->region)
+                verbs.dereg_mr(channel->region);
+        free(channel->buffers);
+        put_device(channel->device);
+        free(channel);
 }
 
 static void *connect_pair(void *given)
 {
         struct job *job = given;
 
-        job->failed = "connecting the queue pair (is the peer's GID reached?)";
-        job->error = verbs.modify_qp(job->end->pair, &job->ready,
+        job->failed = "connecting the queue pair (can this host reach the peer's GID?)";
+        job->error = verbs.modify_qp(job->channel->pair, &job->ready,
                                      IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN |
                                          IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER);
         if (!job->error) {
                 job->failed = "starting to send on the queue pair";
-                job->error = verbs.modify_qp(job->end->pair, &job->sends,
+                job->error = verbs.modify_qp(job->channel->pair, &job->sends,
                                              IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT |
                                                  IBV_QP_RNR_RETRY | IBV_QP_SQ_PSN | IBV_QP_MAX_QP_RD_ATOMIC);
         }
-        /* A pointer goes through a pipe whole. */
+        /* A pointer is written to a pipe atomically. */
         if (write(jobs[1], &job, sizeof job) != (ssize_t)sizeof job)
                 abort();
         return NULL;
 }
 
-static void hear_message(struct verbs_end *end, uint64_t number, uint32_t size)
+static void receive_message(struct channel *channel, uint64_t number, uint32_t size)
 {
-        struct link *link = end->link;
+        struct link *link = channel->link;
 
-        link_message(link, buffer(end, number), size);
-        if (link->end == end && !post_receive(end, number))
-                link_down(link, EIO, "the queue pair takes no buffer");
+        link_receive(link, buffer(channel, number), size);
+        if (link->channel == channel && !post_receive(channel, number))
+                link_down(link, EIO, "posting a receive buffer failed");
 }
 
 static void on_job(struct watch *watch, uint32_t events)
 {
-        struct verbs_end *end;
+        struct channel *channel;
         struct job *job;
         char text[RELAY_TEXT] = "";
 
@@ -586,23 +593,24 @@ static void on_job(struct watch *watch, uint32_t events)
         count(COUNT_CALLS, 1);
         if (read(watch->fd, &job, sizeof job) != (ssize_t)sizeof job)
                 return;
-        end = job->end;
-        end->connecting = false;
-        if (end->link) {
-                struct link *link = end->link;
+        channel = job->channel;
+        channel->connecting = false;
+        if (channel->link) {
+                struct link *link = channel->link;
 
                 if (job->error)
                         snprintf(text, sizeof text, "%s: %s", job->failed, strerror(job->error));
                 link_connected(link, job->error, text);
-                for (unsigned i = 0; i < WINDOW && link->end == end && i < end->early_count; i++)
-                        hear_message(end, end->early[i].buffer, end->early[i].size);
+                for (unsigned i = 0; i < WINDOW && link->channel == channel && i < channel->early_count; i++)
+                        receive_message(channel, channel->early[i].buffer, channel->early[i].size);
         } else {
-                destroy(end);
+                destroy(channel);
         }
         free(job);
 }
 
-static bool start_job(struct verbs_end *end, const struct ibv_qp_attr *ready, const struct ibv_qp_attr *sends)
+static bool start_job(struct channel *channel, const struct ibv_qp_attr *ready,
+                      const struct ibv_qp_attr *sends)
 {
         struct job *job = malloc(sizeof *job);
         pthread_attr_t attributes;
@@ -610,7 +618,7 @@ static bool start_job(struct verbs_end *end, const struct ibv_qp_attr *ready, co
 
         if (!job)
                 relay_die("memory to connect a link", ENOMEM);
-        *job = (struct job){.end = end, .ready = *ready, .sends = *sends};
+        *job = (struct job){.channel = channel, .ready = *ready, .sends = *sends};
         pthread_attr_init(&attributes);
         pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
         errno = pthread_create(&thread, &attributes, connect_pair, job);
@@ -620,10 +628,10 @@ static bool start_job(struct verbs_end *end, const struct ibv_qp_attr *ready, co
         return !errno;
 }
 
-static int verbs_connect(struct link *link, const struct wire_address *address, char *text)
+static int verbs_connect_channel(struct link *link, const struct wire_address *address, char *text)
 {
-        struct verbs_end *end = link->end;
-        struct device *d = end->device;
+        struct channel *channel = link->channel;
+        struct device *d = channel->device;
         bool ethernet = d->port.link_layer == IBV_LINK_LAYER_ETHERNET;
         uint32_t mtu = address->to.verbs.mtu;
         struct ibv_qp_attr ready = {
@@ -639,7 +647,7 @@ static int verbs_connect(struct link *link, const struct wire_address *address, 
         };
         struct ibv_qp_attr sends = {
             .qp_state = IBV_QPS_RTS,
-            .sq_psn = end->sequence,
+            .sq_psn = channel->sequence,
             .timeout = TIMEOUT,
             .retry_cnt = RETRIES,
             .rnr_retry = RNR_RETRIES,
@@ -647,51 +655,52 @@ static int verbs_connect(struct link *link, const struct wire_address *address, 
         };
 
         if (mtu < IBV_MTU_256 || mtu > IBV_MTU_4096 || ethernet != (address->to.verbs.routed == 1)) {
-                snprintf(text, RELAY_TEXT, "the peer's RDMA device is of another kind, or says nonsense");
+                snprintf(text, RELAY_TEXT,
+                         "the peer's RDMA device has another link layer, or its address is invalid");
                 return EPROTO;
         }
         ready.path_mtu = mtu < (uint32_t)d->port.active_mtu ? (enum ibv_mtu)mtu : d->port.active_mtu;
         memcpy(ready.ah_attr.grh.dgid.raw, address->to.verbs.gid, sizeof address->to.verbs.gid);
-        end->connecting = start_job(end, &ready, &sends);
-        if (!end->connecting)
-                return fail(text, "a thread to connect the queue pair");
+        channel->connecting = start_job(channel, &ready, &sends);
+        if (!channel->connecting)
+                return fail(text, "starting a thread that connects the queue pair");
         return EINPROGRESS;
 }
 
-static void verbs_unmake(struct link *link)
+static void verbs_destroy_channel(struct link *link)
 {
-        struct verbs_end *end = link->end;
+        struct channel *channel = link->channel;
 
-        ends[end->number % ENDS] = NULL;
-        end->device->links--;
-        end->link = NULL;
-        if (!end->connecting)
-                destroy(end);
+        channels[channel->number % CHANNELS] = NULL;
+        channel->device->links--;
+        channel->link = NULL;
+        if (!channel->connecting)
+                destroy(channel);
 }
 
-/* --- memory --- */
+/* --- memory registration --- */
 
-static void take_back(struct lent *lent)
+static void deregister(struct registration *registration)
 {
-        if (lent->small) {
-                relay.counters[COUNT_REGISTERED] -= lent->small->length;
-                verbs.dereg_mr(lent->small);
+        if (registration->small) {
+                relay.counters[COUNT_REGISTERED] -= registration->small->length;
+                verbs.dereg_mr(registration->small);
         }
-        if (lent->bulk) {
-                relay.counters[COUNT_REGISTERED] -= lent->bulk->length;
-                verbs.dereg_mr(lent->bulk);
+        if (registration->bulk) {
+                relay.counters[COUNT_REGISTERED] -= registration->bulk->length;
+                verbs.dereg_mr(registration->bulk);
         }
-        let_go(lent->device);
-        free(lent);
+        put_device(registration->device);
+        free(registration);
 }
 
-static void verbs_take_back(struct mirror *m)
+static void verbs_deregister(struct mirror *m)
 {
-        take_back(m->lent);
-        m->lent = NULL;
+        deregister(m->registration);
+        m->registration = NULL;
 }
 
-static struct ibv_mr *lend(void *from, size_t size)
+static struct ibv_mr *register_memory(void *from, size_t size)
 {
         struct ibv_mr *region =
             verbs.reg_mr(device->domain, from, size, IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE);
@@ -702,152 +711,153 @@ static struct ibv_mr *lend(void *from, size_t size)
         return region;
 }
 
-static int verbs_lend(struct mirror *m, struct wire_place *place, char *text)
+static int verbs_register_rings(struct mirror *m, struct wire_place *place, char *text)
 {
-        struct lent *lent = calloc(1, sizeof *lent);
+        struct registration *registration = calloc(1, sizeof *registration);
 
-        if (!lent)
-                relay_die("memory for a place", ENOMEM);
+        if (!registration)
+                relay_die("memory for a connection", ENOMEM);
         if (!device) {
-                free(lent);
+                free(registration);
                 snprintf(text, RELAY_TEXT, "the RDMA device is gone");
                 return ENODEV;
         }
-        lent->device = device;
+        registration->device = device;
         device->users++;
         errno = 0;
-        lent->small = lend((char *)m->out + RING_HEADER, SIDES * PAGE - RING_HEADER);
-        if (lent->small)
-                lent->bulk = lend(m->out_bulk, (size_t)SIDES * m->size);
-        if (!lent->bulk) {
+        registration->small = register_memory((char *)m->out + RING_HEADER, SIDES * PAGE - RING_HEADER);
+        if (registration->small)
+                registration->bulk = register_memory(m->out_bulk, (size_t)SIDES * m->size);
+        if (!registration->bulk) {
                 int error = fail(text, "registering the rings' memory (RLIMIT_MEMLOCK, CAP_IPC_LOCK?)");
 
-                take_back(lent);
+                deregister(registration);
                 return error;
         }
         place->to.verbs.small = (uintptr_t)m->in + RING_HEADER;
         place->to.verbs.bulk = (uintptr_t)m->in_bulk;
-        place->to.verbs.small_key = lent->small->rkey;
-        place->to.verbs.bulk_key = lent->bulk->rkey;
-        m->lent = lent;
+        place->to.verbs.small_key = registration->small->rkey;
+        place->to.verbs.bulk_key = registration->bulk->rkey;
+        m->registration = registration;
         return 0;
 }
 
-static int verbs_reach(struct mirror *m, const struct wire_place *place, char *text)
+static int verbs_attach(struct mirror *m, const struct wire_place *place, char *text)
 {
-        struct reached *reached = malloc(sizeof *reached);
+        struct target *target = malloc(sizeof *target);
 
         (void)text;
-        if (!reached)
-                relay_die("memory for a place", ENOMEM);
-        *reached = (struct reached){
+        if (!target)
+                relay_die("memory for a connection", ENOMEM);
+        *target = (struct target){
             .small = place->to.verbs.small,
             .bulk = place->to.verbs.bulk,
             .small_key = place->to.verbs.small_key,
             .bulk_key = place->to.verbs.bulk_key,
         };
-        m->reached = reached;
+        m->target = target;
         return 0;
 }
 
-static void verbs_forget(struct mirror *m)
+static void verbs_detach(struct mirror *m)
 {
-        free(m->reached);
-        m->reached = NULL;
+        free(m->target);
+        m->target = NULL;
 }
 
-/* --- bytes --- */
+/* --- writes, messages and completions --- */
 
-static bool verbs_room(struct link *link, unsigned writes)
+static bool verbs_has_room(struct link *link, unsigned writes)
 {
-        const struct verbs_end *end = link->end;
+        const struct channel *channel = link->channel;
 
-        return end->given - end->done + end->count + writes + 1 <= QUEUE && end->said - end->heard < MESSAGES;
+        return channel->posted - channel->done + channel->count + writes + 1 <= QUEUE &&
+               channel->sent - channel->sent_done < MESSAGES;
 }
 
-/* A work request of the batch, behind the others. */
-static struct ibv_send_wr *add(struct verbs_end *end, uintptr_t from, uint32_t size, uint32_t key)
+/* Adds a work request to the batch. */
+static struct ibv_send_wr *add_request(struct channel *channel, uintptr_t from, uint32_t size, uint32_t key)
 {
-        struct ibv_send_wr *request = &end->requests[end->count];
-        struct ibv_sge *piece = &end->pieces[end->count];
+        struct ibv_send_wr *request = &channel->requests[channel->count];
+        struct ibv_sge *piece = &channel->pieces[channel->count];
 
-        if (end->count)
-                end->requests[end->count - 1].next = request;
-        end->count++;
+        if (channel->count)
+                channel->requests[channel->count - 1].next = request;
+        channel->count++;
         *piece = (struct ibv_sge){.addr = from, .length = size, .lkey = key};
         *request = (struct ibv_send_wr){
-            .wr_id = (uint64_t)end->number << ID_SHIFT,
+            .wr_id = (uint64_t)channel->number << ID_SHIFT,
             .sg_list = piece,
             .num_sge = 1,
-            .send_flags = size <= end->inline_most ? IBV_SEND_INLINE : 0,
+            .send_flags = size <= channel->inline_most ? IBV_SEND_INLINE : 0,
         };
         return request;
 }
 
 static void verbs_write(struct link *link, struct mirror *m, uint32_t offset, uint32_t size)
 {
-        const struct reached *reached = m->reached;
-        const struct lent *lent = m->lent;
+        const struct target *target = m->target;
+        const struct registration *registration = m->registration;
         bool small = offset < SMALL_SIZE;
         uintptr_t from = (small ? (uintptr_t)m->out + RING_HEADER : (uintptr_t)m->out_bulk) + offset;
-        struct ibv_send_wr *request =
-            add(link->end, from, size, small ? lent->small->lkey : lent->bulk->lkey);
+        struct ibv_send_wr *request = add_request(
+            link->channel, from, size, small ? registration->small->lkey : registration->bulk->lkey);
 
         request->opcode = IBV_WR_RDMA_WRITE;
-        request->wr.rdma.remote_addr = (small ? reached->small : reached->bulk) + offset;
-        request->wr.rdma.rkey = small ? reached->small_key : reached->bulk_key;
+        request->wr.rdma.remote_addr = (small ? target->small : target->bulk) + offset;
+        request->wr.rdma.rkey = small ? target->small_key : target->bulk_key;
 }
 
 static void verbs_send(struct link *link, const void *message, uint32_t size, uint64_t number, bool soon)
 {
-        struct verbs_end *end = link->end;
-        struct wire_message *place = buffer(end, WINDOW + end->said % MESSAGES);
+        struct channel *channel = link->channel;
+        struct wire_message *place = buffer(channel, WINDOW + channel->sent % MESSAGES);
         struct ibv_send_wr *request, *bad;
         int error;
 
         memcpy(place, message, size);
-        request = add(end, (uintptr_t)place, size, end->region->lkey);
+        request = add_request(channel, (uintptr_t)place, size, channel->region->lkey);
         request->opcode = IBV_WR_SEND;
         request->wr_id |= number & ID_MASK;
-        end->given += end->count;
-        end->said++;
-        end->marks[number % QUEUE].given = end->given;
-        end->marks[number % QUEUE].said = end->said;
-        if (soon || end->given - end->signalled_given >= QUEUE / 4 ||
-            end->said - end->signalled_said >= MESSAGES / 4) {
+        channel->posted += channel->count;
+        channel->sent++;
+        channel->marks[number % QUEUE].posted = channel->posted;
+        channel->marks[number % QUEUE].sent = channel->sent;
+        if (soon || channel->posted - channel->signalled_posted >= QUEUE / 4 ||
+            channel->sent - channel->signalled_sent >= MESSAGES / 4) {
                 request->send_flags |= IBV_SEND_SIGNALED;
-                end->signalled_given = end->given;
-                end->signalled_said = end->said;
+                channel->signalled_posted = channel->posted;
+                channel->signalled_sent = channel->sent;
         }
-        end->count = 0;
+        channel->count = 0;
         count(COUNT_POSTS, 1);
-        error = ibv_post_send(end->pair, end->requests, &bad);
+        error = ibv_post_send(channel->pair, channel->requests, &bad);
         if (error)
-                link_down(link, error, "the queue pair takes no work");
+                link_down(link, error, "posting work requests failed");
 }
 
 static void complete(const struct ibv_wc *completion)
 {
-        struct verbs_end *end = end_numbered((uint32_t)(completion->wr_id >> ID_SHIFT));
+        struct channel *channel = channel_numbered((uint32_t)(completion->wr_id >> ID_SHIFT));
         uint64_t what = completion->wr_id & ID_MASK;
         struct link *link;
 
         count(COUNT_COMPLETIONS, 1);
-        if (!end)
+        if (!channel)
                 return;
-        link = end->link;
+        link = channel->link;
         if (completion->status != IBV_WC_SUCCESS) {
                 link_down(link, EIO, verbs.wc_status_str(completion->status));
         } else if (completion->wr_id & ID_RECEIVE) {
-                if (!end->connecting) {
-                        hear_message(end, what, completion->byte_len);
-                } else if (end->early_count < WINDOW) {
-                        end->early[end->early_count].buffer = (uint32_t)what;
-                        end->early[end->early_count++].size = completion->byte_len;
+                if (!channel->connecting) {
+                        receive_message(channel, what, completion->byte_len);
+                } else if (channel->early_count < WINDOW) {
+                        channel->early[channel->early_count].buffer = (uint32_t)what;
+                        channel->early[channel->early_count++].size = completion->byte_len;
                 }
         } else {
-                end->done = end->marks[what % QUEUE].given;
-                end->heard = end->marks[what % QUEUE].said;
+                channel->done = channel->marks[what % QUEUE].posted;
+                channel->sent_done = channel->marks[what % QUEUE].sent;
                 link_completed(link, what);
         }
 }
@@ -862,7 +872,7 @@ static bool verbs_poll(void)
                 got = ibv_poll_cq(device->queue, POLLED, completions);
                 count(COUNT_POLLS, 1);
                 if (got < 0)
-                        all_down(device, EIO, "the completion queue can't be read");
+                        all_down(device, EIO, "polling the completion queue failed");
                 for (int i = 0; i < got; i++)
                         complete(&completions[i]);
                 any = any || got > 0;
@@ -883,17 +893,17 @@ const struct transport verbs_transport = {
     .piece = PIECE,
     .open = verbs_open,
     .close = verbs_close,
-    .make = verbs_make,
-    .connect = verbs_connect,
-    .unmake = verbs_unmake,
-    .lend = verbs_lend,
-    .take_back = verbs_take_back,
-    .reach = verbs_reach,
-    .forget = verbs_forget,
-    .room = verbs_room,
+    .create_channel = verbs_create_channel,
+    .connect_channel = verbs_connect_channel,
+    .destroy_channel = verbs_destroy_channel,
+    .register_rings = verbs_register_rings,
+    .deregister = verbs_deregister,
+    .attach = verbs_attach,
+    .detach = verbs_detach,
+    .has_room = verbs_has_room,
     .write = verbs_write,
     .send = verbs_send,
     .poll = verbs_poll,
     .arm = verbs_arm,
-    .beat = verbs_beat,
+    .tick = verbs_tick,
 };

@@ -1,12 +1,13 @@
-/* What two relays say to each other: the words that the routers carry for them (an address per link, a place
- * per connection), and the messages on a link.
+/* What two relays tell each other: an address per link and a place per connection, which the
+ * routers carry for them, and the messages on a link.
  *
- * A message is a header and up to BLOCKS blocks. A block says how one connection stands at its sender, whole
- * each time: a block that is lost with its link is made good by the next one, and one that comes twice
- * changes nothing. Bytes themselves are never in a message: they are written into the peer's ring before it.
+ * A message is a header and up to BLOCKS blocks. A block is the complete state of one connection at
+ * its sender: a block that is lost with its link is made good by the next one, and one that comes
+ * twice changes nothing. Messages never contain a connection's bytes; these are written into the
+ * peer's ring before the message.
  *
- * Integers are in the host's order: a peer of the other order is found by the magic, and refused. Everything
- * here comes from another host and is checked by who reads it.
+ * Integers are in the host's byte order. A peer of the other order is recognised by the magic
+ * number, and refused. Everything here comes from another host: its reader checks it.
  */
 #ifndef FREEFLOW_RELAY_WIRE_H
 #define FREEFLOW_RELAY_WIRE_H
@@ -18,7 +19,7 @@
 
 enum { BLOCKS = 16 };
 
-/* Of a link: where its end can be reached. */
+/* Of a link: where its channel can be reached. */
 struct wire_address {
         uint32_t magic;
         uint16_t version;
@@ -29,28 +30,28 @@ struct wire_address {
                         uint32_t sequence; /* number of the first packet */
                         uint32_t mtu;      /* enum ibv_mtu */
                         uint16_t lid;
-                        uint16_t routed; /* 1: the GID is used */
+                        uint16_t routed; /* 1: Ethernet; the GID is used, not the LID */
                         uint8_t gid[16];
                 } verbs;
                 struct {
                         int32_t process;
-                        int32_t channel; /* its descriptor of the memory that messages are put into */
-                        int32_t bell;    /* its descriptor of what wakes it */
+                        int32_t channel; /* its descriptor of the inbox for messages */
+                        int32_t bell;    /* its descriptor of the eventfd that wakes it */
                         uint32_t unused;
-                        uint64_t cookie; /* of the channel */
-                } memory;
+                        uint64_t cookie; /* of the inbox */
+                } loopback;
                 uint8_t size[48];
         } to;
 };
 
-/* Of a connection: where the peer writes what this end shall receive. */
+/* Of a connection: where the peer writes the bytes that this end receives. */
 struct wire_place {
         uint32_t magic;
         uint16_t version;
         uint16_t transport;
         uint32_t size_of_ring;
         uint32_t unused;
-        uint64_t cookie; /* says in every block that this connection is meant, and not one with its number */
+        uint64_t cookie; /* of the connection, in every block: its number may have been used before */
         union {
                 struct {
                         uint64_t small; /* address of the ring's first byte in the slot's page */
@@ -63,7 +64,7 @@ struct wire_place {
                         int32_t arena; /* its descriptor */
                         uint32_t slot;
                         uint32_t unused;
-                } memory;
+                } loopback;
                 uint8_t size[48];
         } to;
 };
@@ -72,34 +73,34 @@ struct wire_header {
         uint32_t magic;
         uint16_t blocks;
         uint16_t unused;
-        uint64_t granted; /* messages that the peer may have sent on this link by now, all in all */
+        uint64_t granted; /* messages that the reader may have sent since the link came up */
 };
 
 enum wire_flag {
-        WIRE_READY = 1,     /* the process here looks at its ring: bytes may come */
-        WIRE_LEAVE = 2,     /* the peer's process shall stop sending */
+        WIRE_READY = 1,     /* the process here reads from its ring: bytes may come */
+        WIRE_LEAVE = 2,     /* the peer's process has to stop sending, and fall back to TCP */
         WIRE_LEFT = 4,      /* the process here has stopped: nothing comes above `tail` */
-        WIRE_HAS_LEFT = 8,  /* answer to LEFT */
-        WIRE_CLOSED = 16,   /* no process has the end here: what comes is thrown away */
-        WIRE_OVER = 32,     /* as LEFT, because the end is gone */
-        WIRE_HAS_OVER = 64, /* answer to OVER */
+        WIRE_HAS_LEFT = 8,  /* confirms LEFT */
+        WIRE_CLOSED = 16,   /* no process has this end any more: bytes for it are thrown away */
+        WIRE_OVER = 32,     /* as LEFT, because no process has this end any more */
+        WIRE_HAS_OVER = 64, /* confirms OVER */
         WIRE_BROKEN = 128,  /* bytes are lost: both ends see a reset */
-        WIRE_DROPPED = 256, /* the memory here goes: write no more, and say GONE */
-        WIRE_GONE = 512,    /* answer to DROPPED, after the last write; nothing else is said */
+        WIRE_DROPPED = 256, /* the memory here is released: write no more, and confirm */
+        WIRE_GONE = 512,    /* confirms DROPPED, after the last write; such a block has no positions */
 };
 
 struct wire_block {
         uint32_t connection; /* the reader's number of it */
         uint32_t flags;
         uint64_t cookie; /* from the reader's place */
-        /* of the ring that the writer of the block sends: as in struct ring */
-        uint64_t tail; /* all below it is in the reader's ring */
+        /* of the ring that this block's writer sends; as in struct ring */
+        uint64_t tail; /* the reader's ring has all below */
         uint64_t base;
         uint64_t start; /* DROPPED: the writer's number of the connection */
         uint64_t end;   /* DROPPED: the cookie of its place */
-        /* of the ring that the reader of the block sends */
+        /* of the ring that this block's reader sends */
         uint64_t head;     /* the process has taken all below */
-        uint64_t received; /* the process can have all below */
+        uint64_t received; /* the process can read all below */
 };
 
 struct wire_message {
@@ -107,9 +108,10 @@ struct wire_message {
         struct wire_block blocks[BLOCKS];
 };
 
-/* In frames: bytes that RDMA would have written, or a message. Each begins at a multiple of 8. */
+/* In frames: bytes that RDMA would have written, or a message. Each record begins at a multiple
+ * of 8. */
 struct wire_record {
-        uint32_t size;       /* of what follows */
+        uint32_t size;       /* of the data that follow */
         uint32_t connection; /* 0: a message */
         uint64_t cookie;
         uint32_t offset; /* in the ring */

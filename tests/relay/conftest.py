@@ -12,6 +12,7 @@ from tests.dataplane.places import ROOT, compile_c
 
 HERE = Path(__file__).parent
 BUILD = ROOT / "dataplane" / "relay" / "build.sh"
+FAULTS = HERE / "faults.c"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,9 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.kernel)
 
 
-def build(to: Path, *options: str) -> Path:
-    """A relay, with a sanitizer or without."""
-    subprocess.run([BUILD, to, *options], check=True, capture_output=True, text=True)
+def build(to: Path, sanitizer: str = "", *sources: Path) -> Path:
+    """A relay: with a sanitizer or without, as it is shipped or with further sources for tests."""
+    subprocess.run([BUILD, to, sanitizer, *sources], check=True, capture_output=True, text=True)
     return to
 
 
@@ -35,8 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def binary(folder: Path) -> Path:
-    """Checked by the address and undefined-behaviour sanitizers: what goes wrong in any test is found."""
-    return build(folder / "freeflow-relay", "address,undefined")
+    """Built for tests, with faults on request and the address and undefined-behaviour sanitizers."""
+    return build(folder / "freeflow-relay", "address,undefined", FAULTS)
+
+
+@pytest.fixture(scope="session")
+def shipped(folder: Path) -> Path:
+    """The relay as the plugin's image has it."""
+    return build(folder / "freeflow-relay-shipped")
 
 
 @pytest.fixture(scope="session")

@@ -210,3 +210,17 @@ def test_a_streamed_link_ends_with_its_relay(binary: Path, end: Path) -> None:
         assert one.word(0, 276, 4) == one.word(1, 276, 4) == 1
         assert first.wait(patience(10)) == 0
         two.started[0].kill()
+
+
+def test_the_shipped_relay_makes_no_faults(binary: Path, shipped: Path, end: Path) -> None:
+    """Fault injection is in builds for tests alone: the shipped binary neither knows its options nor its code."""
+    for word in (b"lose=", b"on purpose", b"faulty"):
+        assert word in binary.read_bytes()
+        assert word not in shipped.read_bytes()
+    with relays(shipped, "lose=1,delay=1000000") as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        first = one.popen(end, "send=300000")
+        assert result(two.popen(end, "peer_seed=1"))["received"] == 300_000
+        result(first)
+        assert a.counts()["downs"] == 0

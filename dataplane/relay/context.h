@@ -1,6 +1,7 @@
-/* The relay's one context: what it waits for, the clock, and what it counts. */
-#ifndef FREEFLOW_RELAY_H
-#define FREEFLOW_RELAY_H
+/* The relay's one context: its epoll instance, clock, settings and counters. The relay has one
+ * thread. */
+#ifndef FREEFLOW_RELAY_CONTEXT_H
+#define FREEFLOW_RELAY_CONTEXT_H
 
 #include "protocol.h"
 
@@ -10,7 +11,7 @@
 
 struct transport;
 
-/* A descriptor in the relay's epoll instance, and who is called when it has news. */
+/* A descriptor in the relay's epoll instance, and the function that handles its events. */
 struct watch {
         int fd; /* -1: none */
         void (*call)(struct watch *watch, uint32_t events);
@@ -18,8 +19,8 @@ struct watch {
 
 struct relay {
         int epoll;
-        uint32_t core;                     /* 1 + core that the thread is on; 0: not known */
-        const struct transport *transport; /* what R_OPEN asked for; NULL: nothing yet */
+        uint32_t core;                     /* 1 + core that the thread is on; 0: unknown */
+        const struct transport *transport; /* the one that R_OPEN named; NULL: none is open */
         uint64_t stop_at;                  /* ns; 0: not asked to stop */
         uint64_t counters[RELAY_COUNTERS];
 };
@@ -40,15 +41,21 @@ static inline uint64_t now(void)
         return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
 }
 
-/* False: the kernel has no memory for it. Events are those of epoll; a second call changes them. */
+void context_start(void);
+
+/* Events are those of epoll; a second call changes them. False: the kernel has no memory for it. */
 bool watch_add(struct watch *watch, uint32_t events);
-/* Also when it isn't there. Doesn't close the descriptor. */
+/* Does nothing if it is not being watched. Does not close the descriptor. */
 void watch_remove(struct watch *watch);
+/* Waits for events, up to `timeout` ms as in epoll_wait(), and handles them. True: there were some.
+ */
+bool watches_poll(int timeout);
+
 /* Microseconds to spin before a sleep, as libraries do; 0: never. */
-void relay_spin(uint32_t time);
-/* Ask all connections to go back to TCP, and end when they have. */
+void relay_set_spin(uint32_t time);
+/* From now on the relay brings all connections back to TCP, for DRAIN ms at most, and then ends. */
 void relay_stop(void);
-/* A fault that nothing can go on after. */
+/* Ends the process: an error after which the relay cannot work. */
 _Noreturn void relay_die(const char *what, int error);
 /* A random number that no peer can guess. */
 uint64_t relay_random(void);

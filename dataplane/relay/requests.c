@@ -1,11 +1,11 @@
-#include "control.h"
+#include "requests.h"
 
+#include "answers.h"
 #include "arenas.h"
 #include "link.h"
-#include "mirror.h"
-#include "relay.h"
+#include "mirror_end.h"
 #include "stream.h"
-#include "transport.h"
+#include "transports.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -20,115 +20,22 @@ enum {
         MESSAGES = 32,   /* in a row */
 };
 
-struct waiting {
-        struct waiting *next;
-        size_t size;
-        void *data;
-};
-
-static void readable(struct watch *watch, uint32_t events);
-
-static struct watch router = {.fd = RELAY_SOCKET, .call = readable};
-static bool gone;
-static struct waiting *first, **last = &first;
-
-/* --- out --- */
-
-static bool send_now(const void *data, size_t size)
+/* NULL: there is no such transport. */
+static const struct transport *transport_of(uint32_t kind)
 {
-        ssize_t sent = send(router.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL);
-
-        count(COUNT_CALLS, 1);
-        /* A router that is gone hears nothing; the next read says so. */
-        return sent >= 0 || (errno != EAGAIN && errno != EINTR && errno != ENOBUFS);
-}
-
-static void write_waiting(void)
-{
-        while (first && send_now(first->data, first->size)) {
-                struct waiting *done = first;
-
-                first = done->next;
-                free(done->data);
-                free(done);
+        switch (kind) {
+        case RELAY_VERBS:
+                return &verbs_transport;
+        case RELAY_LOOPBACK:
+#ifdef FREEFLOW_TEST
+                return &faulty_transport;
+#else
+                return &loopback_transport;
+#endif
+        default:
+                return NULL;
         }
-        if (first)
-                return;
-        last = &first;
-        watch_add(&router, EPOLLIN);
 }
-
-/* Takes over `data`. */
-static void send_or_wait(void *data, size_t size)
-{
-        struct waiting *waiting;
-
-        if (!first && send_now(data, size)) {
-                free(data);
-                return;
-        }
-        waiting = malloc(sizeof *waiting);
-        if (!waiting)
-                relay_die("memory for an answer", ENOMEM);
-        *waiting = (struct waiting){.size = size, .data = data};
-        if (!first)
-                watch_add(&router, EPOLLIN | EPOLLOUT);
-        *last = waiting;
-        last = &waiting->next;
-}
-
-bool control_is_there(void)
-{
-        return !gone;
-}
-
-bool control_has_room(void)
-{
-        return !first;
-}
-
-/* The first member of every message is struct relay_message. */
-static void say(const void *message, size_t size, enum relay_kind kind)
-{
-        struct relay_message *copy = malloc(size);
-
-        if (!copy)
-                relay_die("memory for an answer", ENOMEM);
-        memcpy(copy, message, size);
-        copy->kind = (uint16_t)kind;
-        copy->size = (uint16_t)size;
-        send_or_wait(copy, size);
-}
-
-void control_number(enum relay_kind kind, uint32_t number, uint32_t state)
-{
-        const struct relay_number message = {.number = number, .state = state};
-
-        say(&message, sizeof message, kind);
-}
-
-static void put_text(char *to, const char *text)
-{
-        snprintf(to, RELAY_TEXT, "%s", text);
-}
-
-void control_outcome(enum relay_kind kind, uint32_t number, int error, const char *text)
-{
-        struct relay_outcome message = {.number = number, .error = error};
-
-        put_text(message.text, text);
-        say(&message, sizeof message, kind);
-}
-
-void control_frame(struct relay_frame *frame, uint32_t size)
-{
-        frame->message.kind = R_FRAME;
-        frame->message.size = (uint16_t)(sizeof *frame + size);
-        count(COUNT_FRAMES_OUT, 1);
-        send_or_wait(frame, sizeof *frame + size);
-}
-
-/* --- in --- */
 
 static void do_open(const void *data, int *descriptors)
 {
@@ -139,14 +46,14 @@ static void do_open(const void *data, int *descriptors)
         (void)descriptors;
         memcpy(&open, data, sizeof open);
         open.device[sizeof open.device - 1] = 0;
-        transport = open.transport == RELAY_MEMORY ? &memory_transport : &verbs_transport;
+        transport = transport_of(open.transport);
         if (open.version != RELAY_VERSION) {
                 opened.error = EPROTO;
-                put_text(opened.text, "the router speaks another version to its relay");
-        } else if (open.transport != RELAY_MEMORY && open.transport != RELAY_VERBS) {
+                put_text(opened.text, "the router has another version than its relay");
+        } else if (!transport) {
                 opened.error = EINVAL;
-                put_text(opened.text, "no such transport");
-        } else if (links_have_ends()) {
+                put_text(opened.text, "there is no such transport");
+        } else if (links_have_channels()) {
                 opened.error = EBUSY;
                 put_text(opened.text, "links still use the device that is open");
         } else {
@@ -156,31 +63,31 @@ static void do_open(const void *data, int *descriptors)
                 opened.error = transport->open(&open, &opened.mtu, opened.text);
                 if (!opened.error) {
                         relay.transport = transport;
-                        relay_spin(open.spin);
+                        relay_set_spin(open.spin);
                 }
         }
-        say(&opened, sizeof opened, R_OPENED);
+        answer(&opened, sizeof opened, R_OPENED);
 }
 
 static void do_link(const void *data, int *descriptors)
 {
         const struct relay_number *message = data;
-        struct relay_offer answer = {.number = message->number};
+        struct relay_offer offer = {.number = message->number};
         struct wire_address address = {0};
         struct link *link = link_find(message->number);
 
         (void)descriptors;
         if (!relay.transport) {
-                answer.error = ENODEV;
-                put_text(answer.text, "no device is open");
+                offer.error = ENODEV;
+                put_text(offer.text, "no device is open");
         } else {
                 if (!link)
-                        link = link_make(message->number);
-                answer.error = link_offer(link, &address, answer.text);
-                answer.size = answer.error ? 0 : sizeof address;
-                memcpy(answer.words, &address, answer.size);
+                        link = link_add(message->number);
+                offer.error = link_prepare(link, &address, offer.text);
+                offer.size = offer.error ? 0 : sizeof address;
+                memcpy(offer.words, &address, offer.size);
         }
-        say(&answer, sizeof answer, R_LINKED);
+        answer(&offer, sizeof offer, R_LINKED);
 }
 
 static void do_connect(const void *data, int *descriptors)
@@ -198,7 +105,7 @@ static void do_connect(const void *data, int *descriptors)
                 error = link_connect(link, &address, text);
         }
         if (error != EINPROGRESS)
-                control_outcome(R_CONNECTED, message->number, error, text);
+                answer_outcome(R_CONNECTED, message->number, error, text);
 }
 
 static void do_unlink(const void *data, int *descriptors)
@@ -216,7 +123,7 @@ static void do_stream(const void *data, int *descriptors)
 
         (void)descriptors;
         if (link)
-                link_stream(link);
+                link_use_stream(link, &stream_transport);
 }
 
 static void do_arena(const void *data, int *descriptors)
@@ -227,12 +134,13 @@ static void do_arena(const void *data, int *descriptors)
         memcpy(&message, data, sizeof message);
         if (arena_find(message.arena))
                 relay_die("the router's arena", EEXIST);
-        /* They get lost where there is no room for more descriptors. A slot in it is refused then. */
+        /* The kernel drops them if the relay may open no more descriptors. Slots in the arena are
+         * refused then. */
         if (descriptors[0] < 0 || descriptors[1] < 0) {
                 fprintf(stderr, "freeflow-relay: an arena came without its descriptors\n");
                 return;
         }
-        if (!arena_take(message.arena, message.value, descriptors[0], descriptors[1], text))
+        if (!arena_add(message.arena, message.value, descriptors[0], descriptors[1], text))
                 fprintf(stderr, "freeflow-relay: %s\n", text);
         descriptors[0] = descriptors[1] = -1;
 }
@@ -246,7 +154,7 @@ static void do_bell(const void *data, int *descriptors)
         shared = arena_find(message.arena);
         if (!shared || descriptors[0] < 0)
                 return;
-        arena_bell(shared, message.value, descriptors[0]);
+        arena_set_bell(shared, message.value, descriptors[0]);
         descriptors[0] = -1;
 }
 
@@ -258,36 +166,38 @@ static void do_discard(const void *data, int *descriptors)
         (void)descriptors;
         memcpy(&message, data, sizeof message);
         shared = arena_find(message.arena);
-        if (shared)
-                arena_discard(shared);
+        if (!shared)
+                return;
+        mirrors_abandon(shared);
+        arena_remove(shared);
 }
 
 static void do_slot(const void *data, int *descriptors)
 {
         struct relay_slot message;
-        struct relay_offer answer = {0};
+        struct relay_offer offer = {0};
         struct wire_place place = {0};
         struct shared *shared;
         struct link *link;
 
         (void)descriptors;
         memcpy(&message, data, sizeof message);
-        answer.number = message.connection;
+        offer.number = message.connection;
         shared = arena_find(message.arena);
         link = link_find(message.link);
         if (!shared || !link || !relay.transport || message.slot >= SLOTS || shared->mirrors[message.slot] ||
             mirror_find(message.connection)) {
-                answer.error = EINVAL;
-                put_text(answer.text, !relay.transport ? "no device is open"
-                                      : !link          ? "no such link"
-                                      : !shared        ? "no such arena"
-                                                       : "the slot or the number is in use");
+                offer.error = EINVAL;
+                put_text(offer.text, !relay.transport ? "no device is open"
+                                     : !link          ? "no such link"
+                                     : !shared        ? "no such arena"
+                                                      : "the slot or the number is in use");
         } else {
-                mirror_make(&message, link, shared, &place, &answer.error, answer.text);
-                answer.size = answer.error ? 0 : sizeof place;
-                memcpy(answer.words, &place, answer.size);
+                mirror_add(&message, link, shared, &place, &offer.error, offer.text);
+                offer.size = offer.error ? 0 : sizeof place;
+                memcpy(offer.words, &place, offer.size);
         }
-        say(&answer, sizeof answer, R_PLACED);
+        answer(&offer, sizeof offer, R_PLACED);
 }
 
 static void do_pair(const void *data, int *descriptors)
@@ -304,7 +214,7 @@ static void do_pair(const void *data, int *descriptors)
                 text[0] = 0;
                 error = mirror_pair(mirror, message->peer, &place, text);
         }
-        control_outcome(R_PAIRED, message->number, error, text);
+        answer_outcome(R_PAIRED, message->number, error, text);
 }
 
 static void do_close(const void *data, int *descriptors)
@@ -316,7 +226,7 @@ static void do_close(const void *data, int *descriptors)
         if (mirror)
                 mirror_close(mirror);
         else
-                control_number(R_FINISHED, number, RELAY_BROKEN);
+                answer_number(R_FINISHED, number, RELAY_BROKEN);
 }
 
 static void do_leave(const void *data, int *descriptors)
@@ -337,7 +247,7 @@ static void do_drop(const void *data, int *descriptors)
         if (mirror)
                 mirror_drop(mirror, message->state == RELAY_BROKEN);
         else
-                control_number(R_DROPPED, message->number, 0);
+                answer_number(R_DROPPED, message->number, 0);
 }
 
 static void do_count(const void *data, int *descriptors)
@@ -347,10 +257,10 @@ static void do_count(const void *data, int *descriptors)
         (void)data;
         (void)descriptors;
         memcpy(counts.counters, relay.counters, sizeof counts.counters);
-        say(&counts, sizeof counts, R_COUNTS);
+        answer(&counts, sizeof counts, R_COUNTS);
 }
 
-/* A link that we believe in, while the peer goes over frames already, has no future. */
+/* The peer has given up the channel of this link and uses frames, so we do the same. */
 static void do_frame(const void *data, size_t size)
 {
         const struct relay_frame *frame = data;
@@ -359,8 +269,8 @@ static void do_frame(const void *data, size_t size)
         count(COUNT_FRAMES_IN, 1);
         if (!link)
                 return;
-        link_stream(link);
-        stream_frame(link, frame->data, size - sizeof *frame);
+        link_use_stream(link, &stream_transport);
+        stream_receive(link, frame->data, size - sizeof *frame);
 }
 
 static const struct {
@@ -421,7 +331,7 @@ static void take_descriptors(struct msghdr *header, int *descriptors)
 }
 
 /* False: there is nothing more to read now. */
-static bool read_one(void)
+static bool read_one(int router)
 {
         static _Alignas(uint64_t) uint8_t data[UINT16_MAX + 1];
         union {
@@ -436,14 +346,13 @@ static bool read_one(void)
             .msg_controllen = sizeof control,
         };
         int descriptors[DESCRIPTORS] = {-1, -1};
-        ssize_t got = recvmsg(router.fd, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        ssize_t got = recvmsg(router, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 
         count(COUNT_CALLS, 1);
         if (got < 0 && (errno == EAGAIN || errno == EINTR))
                 return false;
         if (got <= 0) {
-                watch_remove(&router);
-                gone = true;
+                answers_close();
                 relay_stop();
                 return false;
         }
@@ -457,15 +366,13 @@ static bool read_one(void)
 
 static void readable(struct watch *watch, uint32_t events)
 {
-        (void)watch;
         if (events & EPOLLOUT)
-                write_waiting();
-        for (int i = 0; i < MESSAGES && events & ~(uint32_t)EPOLLOUT && read_one(); i++)
+                answers_flush();
+        for (int i = 0; i < MESSAGES && events & ~(uint32_t)EPOLLOUT && read_one(watch->fd); i++)
                 ;
 }
 
-void control_start(void)
+void requests_start(void)
 {
-        if (!watch_add(&router, EPOLLIN))
-                relay_die("descriptor 3, the router's socket", errno);
+        answers_start(readable);
 }

@@ -1,0 +1,207 @@
+/* freeflow-relay: moves the rings of this host's processes to and from other hosts. There is one
+ * per host. It is a child of the router, which sends it requests on descriptor 3 (protocol.h).
+ *
+ * Each file includes only files further down:
+ *
+ *      main                            the loop
+ *      requests                        the router's requests
+ *      verbs, loopback, stream         transports
+ *      link                            the way to one peer's relay, and the messages on it
+ *      mirror_receive, mirror_send     what a message says about one connection, in and out
+ *      mirror_end                      how a connection ends or falls back to TCP
+ *      mirror_scan                     what the process does in its rings
+ *      mirror                          one connection: its state
+ *      queue.h, transport.h            a link as its connections see it; the contract of a
+ * transport arenas                          memory and bells that are shared with processes answers
+ * messages to the router context                         descriptors, clock, counters protocol.h,
+ * wire.h, list.h      messages of router and relay; of relay and relay
+ *
+ * One thread moves all bytes, in turns: receive what links have brought, scan the rings of active
+ * connections, send what they have. An idle connection costs nothing in a turn, and nothing in a
+ * turn blocks. When a turn finds no work the thread spins as the library's waiters do (spin.h),
+ * then makes all connections idle and sleeps in epoll: on the router's socket, the bells of arenas,
+ * and the transport's descriptors.
+ *
+ * When the router's socket closes, or on SIGTERM, all connections fall back to TCP. The relay
+ * delivers what they have sent as long as their links live; connections that are not done by then
+ * are reset.
+ */
+#include "../library/spin.h"
+#include "../library/sys.h"
+#include "arenas.h"
+#include "context.h"
+#include "link.h"
+#include "mirror_end.h"
+#include "mirror_scan.h"
+#include "requests.h"
+#include "transport.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/epoll.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+enum {
+        POLL_TURNS = 32, /* turns between polls of descriptors while there is work */
+        POLL_US = 16,    /* microseconds between them while spinning */
+        LINGER = 100,    /* ms for the last messages to arrive */
+};
+
+static struct spinner spinner;
+static bool leaving; /* all connections have been asked to fall back to TCP */
+
+static void on_signal(struct watch *watch, uint32_t events)
+{
+        struct signalfd_siginfo info;
+
+        (void)events;
+        if (read(watch->fd, &info, sizeof info) == (ssize_t)sizeof info)
+                relay_stop();
+}
+
+static void watch_signals(void)
+{
+        static struct watch signals = {.call = on_signal};
+        sigset_t set;
+
+        sigemptyset(&set);
+        sigaddset(&set, SIGTERM);
+        sigaddset(&set, SIGINT);
+        sigprocmask(SIG_BLOCK, &set, NULL);
+        signal(SIGPIPE, SIG_IGN);
+        signals.fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+        if (signals.fd < 0 || !watch_add(&signals, EPOLLIN))
+                relay_die("waiting for signals", errno);
+}
+
+/* True: there was work. */
+static bool turn(void)
+{
+        bool any = relay.transport && relay.transport->poll();
+
+        any = mirrors_scan() || any;
+        any = links_flush() || any;
+        count(COUNT_TURNS, 1);
+        return any;
+}
+
+/* Does what is due. Returns when the next tick is due; 0: none is. */
+static uint64_t tick(uint64_t present)
+{
+        const uint64_t all[] = {
+            mirrors_scan_tick(present),
+            mirrors_end_tick(present),
+            links_tick(present),
+            relay.transport && relay.transport->tick ? relay.transport->tick(present) : 0,
+        };
+        uint64_t first = 0;
+
+        for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+                if (all[i] && (!first || all[i] < first))
+                        first = all[i];
+        return first;
+}
+
+/* Takes turns without sleeping as long as that pays (spin.h). True: there was work. */
+static bool spin(void)
+{
+        uint64_t budget = mirrors_are_active() ? spin_budget(&spinner) : 0, start, present, polled;
+        bool found = false;
+
+        if (!budget)
+                return false;
+        start = present = polled = now();
+        do {
+                for (int i = 0; i < SPIN_LOOKS && !found; i++) {
+                        relax();
+                        found = turn();
+                }
+                present = now();
+                if (!found && present - polled >= POLL_US * 1000) {
+                        found = watches_poll(0);
+                        tick(present);
+                        polled = present;
+                }
+        } while (!found && present - start < budget);
+        spin_learn(&spinner, found, budget, present - start);
+        if (found)
+                count(COUNT_SPINS, 1);
+        return found;
+}
+
+static void sleep_now(void)
+{
+        uint64_t start = now(), due = tick(start);
+        int timeout = -1;
+
+        /* Work that arrived before bells and transport were armed would not wake us. */
+        if (!mirrors_make_idle() || (relay.transport && !relay.transport->arm()))
+                return;
+        if (relay.stop_at && (!due || due > start + 1000000))
+                due = start + 1000000;
+        if (due)
+                timeout = due > start ? (int)((due - start + 999999) / 1000000) : 0;
+        count(COUNT_SLEEPS, 1);
+        watches_poll(timeout);
+        spin_slept(&spinner, now() - start);
+}
+
+static void run(void)
+{
+        for (unsigned turns = 0;; turns++) {
+                bool any = turn();
+
+                relay.core = settings.spin ? (uint32_t)sched_getcpu() + 1 : 0;
+                if (any && turns % POLL_TURNS == 0) {
+                        watches_poll(0);
+                        tick(now());
+                }
+                if (!any && !spin())
+                        sleep_now();
+                if (!relay.stop_at)
+                        continue;
+                if (!leaving)
+                        mirrors_leave();
+                leaving = true;
+                if (mirrors_have_left() || now() >= relay.stop_at)
+                        return;
+        }
+}
+
+/* Resets what has not fallen back to TCP, and lets the last messages arrive. */
+static void finish(void)
+{
+        uint64_t until = now() + LINGER * UINT64_C(1000000);
+
+        mirrors_break();
+        while (!links_are_idle() && now() < until)
+                if (!turn())
+                        watches_poll(1);
+}
+
+/* Each bell of each process is a descriptor here. */
+static void allow_descriptors(void)
+{
+        struct rlimit limit;
+
+        if (getrlimit(RLIMIT_NOFILE, &limit))
+                return;
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+int main(void)
+{
+        context_start();
+        allow_descriptors();
+        mirrors_start();
+        arenas_start(mirror_activate);
+        watch_signals();
+        requests_start();
+        run();
+        finish();
+        return 0;
+}

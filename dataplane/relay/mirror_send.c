@@ -1,0 +1,50 @@
+#include "mirror_send.h"
+
+#include "mirror_scan.h"
+
+static void write_bytes(struct mirror *m, uint64_t batch)
+{
+        uint64_t budget = m->link->transport->piece;
+
+        for (int i = 0; i < WRITES && budget && m->sent != m->tail; i++) {
+                uint32_t offset = (uint32_t)(m->sent - m->base) & (m->size - 1);
+                uint64_t run = (offset < SMALL_SIZE ? SMALL_SIZE : m->size) - offset;
+
+                run = run < budget ? run : budget;
+                run = run < m->tail - m->sent ? run : m->tail - m->sent;
+                m->link->transport->write(m->link, m, offset, (uint32_t)run);
+                count(COUNT_WRITES, 1);
+                count(COUNT_BYTES_OUT, run);
+                m->sent += run;
+                m->last_batch = batch;
+                budget -= run;
+        }
+}
+
+void mirror_send(struct mirror *m, struct wire_block *block, uint64_t batch)
+{
+        if (m->state == MIRROR_PAIRED)
+                mirror_scan(m);
+        if (mirror_may_write(m))
+                write_bytes(m, batch);
+        *block =
+            (struct wire_block){.connection = m->peer, .flags = mirror_flags(m), .cookie = m->peer_cookie};
+        m->sent_flags = block->flags;
+        if (block->flags & WIRE_DROPPED) {
+                /* The peer confirms to this number even if it does not know the connection any
+                 * more. */
+                block->start = m->number;
+                block->end = m->cookie;
+                m->last_batch = batch;
+        } else if (!m->broken) {
+                block->tail = m->resync ? m->acked : m->sent;
+                block->base = m->base;
+                block->start = m->start;
+                block->end = m->end;
+                block->head = m->reported = m->consumed;
+                block->received = m->arrived;
+                m->end_sent = m->end != 0;
+                m->block_due = m->report_due = false;
+        }
+        mirror_activate(m);
+}

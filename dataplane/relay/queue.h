@@ -1,0 +1,56 @@
+/* A link as its connections see it: its state, its transport, and the queue of connections that
+ * have something to send. link.c alone changes the state.
+ *
+ *      NEW     it has a number
+ *      MADE    it has a channel; the channel's address goes to the peer
+ *      UP      the channel is connected
+ *      DOWN    the channel is lost: connections wait until the link is made again, or goes over
+ * frames STREAM  it goes over frames that the routers carry, for the rest of its life
+ */
+#ifndef FREEFLOW_RELAY_QUEUE_H
+#define FREEFLOW_RELAY_QUEUE_H
+
+#include "list.h"
+
+#include <stdint.h>
+
+struct transport;
+
+enum link_state { LINK_NEW, LINK_MADE, LINK_UP, LINK_DOWN, LINK_STREAM };
+
+struct link {
+        struct node all;
+        struct node mirrors;  /* its connections */
+        struct node queue;    /* of connections that have something to send */
+        struct node dropping; /* connections that are dropped, and whose memory is not free yet */
+        uint32_t number;
+        enum link_state state;
+        bool connecting; /* R_CONNECTED is owed to the router */
+        bool lost;       /* it has been down: connections that go on count as resumed */
+        const struct transport *transport;
+        void *channel;      /* the transport's */
+        uint64_t sent;      /* messages */
+        uint64_t allowed;   /* messages that we may have sent: the peer's last grant */
+        uint64_t received;  /* messages */
+        uint64_t granted;   /* messages that the peer may have sent: our last grant */
+        uint64_t batch;     /* number of the last one */
+        uint64_t completed; /* batches up to this one are complete */
+        struct reply *replies;
+        uint32_t reply_count;
+};
+
+static inline bool link_is_live(const struct link *link)
+{
+        return link->state == LINK_UP || link->state == LINK_STREAM;
+}
+
+/* A connection has something to send. False: the link is down. */
+static inline bool link_enqueue(struct link *link, struct node *connection)
+{
+        if (!link_is_live(link))
+                return false;
+        list_add(&link->queue, connection);
+        return true;
+}
+
+#endif
