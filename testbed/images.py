@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,11 @@ WORKLOAD: Final = (
     "procps,apache2-utils,postgresql,postgresql-contrib",
 )
 WORKLOAD_IMAGE: Final = "workload:latest"
+BENCH: Final = (
+    *("ca-certificates", "curl", "iperf3", "iproute2", "iputils-ping"),
+    *("memcached", "nginx-light", "postgresql", "redis-server", "redis-tools", "wrk"),
+)
+"""Debian packages of the image that benchmarks and the demo run."""
 
 
 def cache() -> Path:
@@ -130,4 +136,21 @@ def make_workload() -> Path:
     with locked("workload"):
         if not target.exists():
             bootstrap(*WORKLOAD, target)
+    return target
+
+
+def _bench_suite() -> str:
+    """The machine's own Debian, so that programs compiled here run in the image."""
+    system = platform.freedesktop_os_release()
+    return system.get("VERSION_CODENAME", "bookworm") if system["ID"] == "debian" else "bookworm"
+
+
+def make_bench_base() -> Path:
+    """The base of the benchmarks' image as a tar; made if absent (about half a minute)."""
+    suite = _bench_suite()
+    name = hashlib.sha256(" ".join((suite, *BENCH)).encode()).hexdigest()[:12]
+    target = cache() / f"bench-base-{name}.tar"
+    with locked("bench-base"):
+        if not target.exists():
+            bootstrap(suite, ",".join(BENCH), target)
     return target

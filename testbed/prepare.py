@@ -13,8 +13,7 @@ from typing import Final
 
 import click
 
-from bench import image
-from testbed.images import ENGINES, cache, make_engine, make_workload
+from testbed.images import ENGINES, make_bench_base, make_engine, make_workload
 from testbed.process import CommandError
 from testbed.vm.images import KERNELS, KernelAbsentError, make_kernel, make_root_image
 
@@ -23,7 +22,7 @@ THINGS: Final[dict[str, Callable[[], object]]] = {
     "workload": make_workload,
     "guest": make_root_image,
     **{f"kernel-{name}": lambda n=name: make_kernel(n) for name in KERNELS},  # type: ignore[misc]
-    "bench": lambda: image.base(cache()),
+    "bench": make_bench_base,
 }
 GROUPS: Final = {
     "swarm": [*(name for name in THINGS if name.startswith("engine-")), "workload"],
