@@ -32,7 +32,7 @@ from dataplane.router.relay_wire import COUNTERS
 from testbed.patience import patience
 
 VERBS: Final = 1
-MEMORY: Final = 2
+LOOPBACK: Final = 2
 WHOLE: Final = 0
 BROKEN: Final = 1
 VERSION: Final = 1
@@ -183,7 +183,7 @@ class Relay:
         self,
         device: str = "",
         *,
-        transport: int = MEMORY,
+        transport: int = LOOPBACK,
         gid_index: int = 0,
         port: int = 1,
         spin: int = 20,

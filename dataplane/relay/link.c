@@ -355,7 +355,7 @@ void link_receive(struct link *link, const void *data, size_t size)
         if (message.header.magic != WIRE_MAGIC || message.header.blocks > BLOCKS ||
             size != sizeof message.header + message.header.blocks * sizeof *message.blocks ||
             message.header.granted - link->allowed > link->transport->window) {
-                link_down(link, EPROTO, "the peer sent an invalid message");
+                link_down(link, EPROTO, "the peer sent a message that is invalid");
                 return;
         }
         link->allowed = message.header.granted;

@@ -176,7 +176,7 @@ class InterHost:
 
     def _message(self, device: Device) -> relay_wire.Open:
         spin = self._pairing.knowledge.settings.rule.spin
-        transport = relay_wire.MEMORY if self._equipment.memory else relay_wire.VERBS
+        transport = relay_wire.LOOPBACK if self._equipment.memory else relay_wire.VERBS
         return relay_wire.Open(device.name, device.port, device.gid_index, transport, spin)
 
     def _opening(self) -> None:

@@ -24,7 +24,7 @@ MAX_WORDS: Final = 128
 """Bytes of a memory location or a link address."""
 MAX_FRAME: Final = 60_000
 VERBS: Final = 1
-MEMORY: Final = 2
+LOOPBACK: Final = 2
 """Transports."""
 WHOLE: Final = 0
 BROKEN: Final = 1

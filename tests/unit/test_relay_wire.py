@@ -81,7 +81,7 @@ NUMBERS: Final = {
     "RELAY_FRAME": wire.MAX_FRAME,
     "RELAY_COUNTERS": len(wire.COUNTERS),
     "RELAY_VERBS": wire.VERBS,
-    "RELAY_MEMORY": wire.MEMORY,
+    "RELAY_LOOPBACK": wire.LOOPBACK,
     "RELAY_WHOLE": wire.WHOLE,
     "RELAY_BROKEN": wire.BROKEN,
     **{f"R_{kind.name}": kind.value for kind in RelayKind},
