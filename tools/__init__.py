@@ -1,1 +1,1 @@
-"""Scripts for this repository: pictures, the list of files, checks of prose and of commit subjects."""
+"""Scripts for this repository: pictures, lists of files and settings, checks of prose and commits."""
