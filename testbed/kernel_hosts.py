@@ -377,7 +377,7 @@ class Host:
         self._kernels.append(made)
         return made
 
-    def ordinary(self) -> None:
+    def without_fast_path(self) -> None:
         """Continue as with EBPF=off: all packets take the kernel path."""
         self.programs = None
         self.kernel = self.new_kernel()

@@ -410,7 +410,7 @@ def test_a_plugin_that_has_died_leaves_nothing_to_chance(fresh: World) -> None:
 def test_a_peer_without_it(without: int) -> None:
     """Where one of two hosts has EBPF=off, everything arrives both ways, and the other still takes the fast path."""
     with lab(2) as made:
-        made.hosts[without].ordinary()
+        made.hosts[without].without_fast_path()
         found = _world(made)
         for one, other in ((found.near, found.far), (found.far, found.near)):
             assert one.send(other.ipv4, DATA)
@@ -836,7 +836,7 @@ def test_switched_off_it_leaves_nothing(fresh: World) -> None:
     host = fresh.lab.hosts[0]
     with fresh.near.connect(fresh.far.ipv4) as stream:
         stream.sendall(DATA)
-        host.ordinary()
+        host.without_fast_path()
         stage = host.refresh()
         assert (stage.stage, stage.reason) == ("", "setting EBPF=off")
         stream.sendall(DATA)

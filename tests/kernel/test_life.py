@@ -157,7 +157,7 @@ def test_a_missing_part_is_made_again(two: Lab) -> None:
     """Whatever part of a network somebody removed, the next attach and set_peers bring traffic back."""
     host, other = two.hosts
     # The fast path doesn't need these links.
-    host.ordinary()
+    host.without_fast_path()
     network = a_network()
     box, far = host.container(network, 2), other.container(network, 3)
     two.mesh(network)

@@ -82,7 +82,7 @@ def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
         network = a_network()
         if request.param == "kernel path":
             for host in made.hosts:
-                host.ordinary()
+                host.without_fast_path()
         near, far = (host.container(network, 2 + n) for n, host in enumerate(made.hosts[:2]))
         scene = Scene(made, network, near, far)
         scene.mesh()
