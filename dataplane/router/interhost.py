@@ -174,10 +174,10 @@ class InterHost:
             links.idle and links.tries > STUCK and self._loop.now() - self._opened_at > OPEN_AGAIN
         )
 
-    def _message(self, device: Device) -> relay_wire.Open:
+    def _message(self, device: Device) -> relay_wire.RelayOpen:
         spin = self._pairing.knowledge.settings.rule.spin
         transport = relay_wire.LOOPBACK if self._equipment.memory else relay_wire.VERBS
-        return relay_wire.Open(device.name, device.port, device.gid_index, transport, spin)
+        return relay_wire.RelayOpen(device.name, device.port, device.gid_index, transport, spin)
 
     def _opening(self) -> None:
         self._opened_at = self._loop.now()
@@ -196,14 +196,14 @@ class InterHost:
     def relay_said(self, message: relay_wire.Message) -> None:
         """The relay reports something about the device, or about links and connections."""
         match message:
-            case relay_wire.Opened():
+            case relay_wire.RelayOpened():
                 self._device_opened(message)
             case relay_wire.RelayCounters():
                 self._counters = message.counters
             case _:
                 self.remotes.relay_said(message)
 
-    def _device_opened(self, message: relay_wire.Opened) -> None:
+    def _device_opened(self, message: relay_wire.RelayOpened) -> None:
         if message.error:
             why = message.text or os.strerror(message.error)
             log.error("relay can't open the RDMA device; connections stay on TCP", reason=why)

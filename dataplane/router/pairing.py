@@ -276,7 +276,7 @@ class Pairing:
         """Whether a container has as many connections in shared memory as it may."""
         return self._registry.is_full(namespace)
 
-    def place(self, waiting: PairRequest, ring: int, connection: int) -> tuple[Arena, int]:
+    def reserve(self, waiting: PairRequest, ring: int, connection: int) -> tuple[Arena, int]:
         """Take a slot for a connection to another host. Its process is not told yet.
 
         Raises:
@@ -303,7 +303,7 @@ class Pairing:
             arena.rung = True
             self._bells.hand_out_first(arena, RELAY_SIDE, waiting.process)
 
-    def end(self, arena: Arena, slot: int, side: int) -> None:
+    def release_end(self, arena: Arena, slot: int, side: int) -> None:
         """A side of a remote arena is done with a slot."""
         if slot in arena.slots:
             self.arena_table.release(arena, slot, side)
@@ -313,7 +313,7 @@ class Pairing:
         """The relay has ended: no connection gets a slot of an arena that it had mapped."""
         self.arena_table.retire_remote()
 
-    def deafen(self, arena: Arena) -> None:
+    def close_relay_bells(self, arena: Arena) -> None:
         """The relay that had this arena has ended: its bells can't be rung any more."""
         self._bells.close_side(arena.sides[RELAY_SIDE])
 

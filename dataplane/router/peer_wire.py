@@ -138,7 +138,7 @@ class LinkRefused(msgspec.Struct, frozen=True, tag=True):
     text: Text
 
 
-class Drop(msgspec.Struct, frozen=True, tag=True):
+class PeerDrop(msgspec.Struct, frozen=True, tag="Drop"):
     """The sender drops a connection, which has the receiver's number here."""
 
     connection: U32
@@ -172,7 +172,7 @@ Message = (
     | LinkOffer
     | LinkAnswer
     | LinkRefused
-    | Drop
+    | PeerDrop
     | PeerFrame
     | PeerPing
     | PeerPong

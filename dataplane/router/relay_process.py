@@ -72,8 +72,8 @@ class RelayProcess:
         self._program = program
         self._owner = owner
         self._environment = dict(os.environ if environment is None else environment)
-        self._wanted: wire.Open | None = None
-        self._opened: wire.Open | None = None
+        self._wanted: wire.RelayOpen | None = None
+        self._opened: wire.RelayOpen | None = None
         self._socket: socket.socket | None = None
         self._pid = 0
         self._pidfd = -1
@@ -92,11 +92,11 @@ class RelayProcess:
         return self._pid or None
 
     @property
-    def opened(self) -> wire.Open | None:
+    def opened(self) -> wire.RelayOpen | None:
         """The device that the running relay was told to open."""
         return self._opened
 
-    def want(self, device: wire.Open) -> None:
+    def want(self, device: wire.RelayOpen) -> None:
         """Have a relay run with this device. A relay that runs must have no links: it closes its device."""
         self._wanted = device
         if self._pid:

@@ -135,7 +135,7 @@ _Counters = Annotated[
 @codec.message(
     RelayKind.OPEN, order=("device", "port", "version", "gid_index", "transport", "spin")
 )
-class Open(msgspec.Struct, frozen=True):
+class RelayOpen(msgspec.Struct, frozen=True):
     """The device to open. `spin` is in microseconds."""
 
     device: _Name
@@ -147,8 +147,8 @@ class Open(msgspec.Struct, frozen=True):
 
 
 @codec.message(RelayKind.OPENED)
-class Opened(msgspec.Struct, frozen=True):
-    """The answer to Open. `error` is an errno; 0: the device is open."""
+class RelayOpened(msgspec.Struct, frozen=True):
+    """The answer to RelayOpen. `error` is an errno; 0: the device is open."""
 
     error: I32
     text: _Text
@@ -243,8 +243,8 @@ class RelayCounters(msgspec.Struct, frozen=True):
 
 
 Message = (
-    Open
-    | Opened
+    RelayOpen
+    | RelayOpened
     | Number
     | RelayOutcome
     | Offered

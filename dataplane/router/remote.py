@@ -219,7 +219,7 @@ class Remotes(Generic[SessionsT]):
         self._lent.clear()
         self.connections.relay_died()
         for arena in [each for each in self._pairing.arenas.values() if each.ring]:
-            self._pairing.deafen(arena)
+            self._pairing.close_relay_bells(arena)
         self.links.relay_died()
         self.connections.all_dropped()
         self._pairing.retire_remote()
@@ -326,7 +326,7 @@ class Remotes(Generic[SessionsT]):
                 self.connections.accepted(host, message)
             case peer_wire.Paired():
                 self.connections.step_number(message.connection, Event(On.CONFIRMED), host)
-            case peer_wire.Drop():
+            case peer_wire.PeerDrop():
                 self.connections.dropped(host, message)
             case peer_wire.Owns():
                 if self.hosts.claim(host, message):

@@ -200,7 +200,7 @@ class RemoteConnections:
             return Reason.NOT_FOUND
         number = next(self._numbers)
         try:
-            arena, slot = self._pairing.place(request.local, ring, number)
+            arena, slot = self._pairing.reserve(request.local, ring, number)
         except KernelRefused:
             return Reason.MEMORY
         end = arena.slots[slot].ends[0]
@@ -338,13 +338,13 @@ class RemoteConnections:
             and slot.connection == connection.number
             and slot.ends[0] is connection.end
         ):
-            self._pairing.end(connection.arena, connection.slot, 0)
+            self._pairing.release_end(connection.arena, connection.slot, 0)
 
     def _give_up(self, connection: RemoteConnection, told: Tell) -> None:
         if connection.host.hello is None:
             return
         if connection.state.peer_number:
-            self._send(connection, peer_wire.Drop(connection.state.peer_number, told.dropped))
+            self._send(connection, peer_wire.PeerDrop(connection.state.peer_number, told.dropped))
         elif told.declined is not None:
             self._send(connection, peer_wire.Decline(connection.offer, told.declined))
 
@@ -375,7 +375,7 @@ class RemoteConnections:
         self.registered -= connection.bytes
         of_host = self._of[connection.host.address]
         del of_host.connections[connection.number]
-        self._pairing.end(connection.arena, connection.slot, 1)
+        self._pairing.release_end(connection.arena, connection.slot, 1)
         if not of_host.connections:
             self._links.emptied(connection.host.address)
 
@@ -437,7 +437,7 @@ class RemoteConnections:
                 event = Event(On.FOLLOW, peer_number=message.connection, place=message.place)
                 reason = self.begin(Match(host, request, message.offer), event)
         if reason is not None:
-            self._sessions.send(host.address, peer_wire.Drop(message.connection, reason))
+            self._sessions.send(host.address, peer_wire.PeerDrop(message.connection, reason))
             if request is not None and not request.connection:
                 self._requests.refuse(request, reason)
 
@@ -447,7 +447,7 @@ class RemoteConnections:
         connection = of_host.taken.get(message.offer)
         if connection is None:
             reason = Reason.BROKEN if message.offer in of_host.broken else Reason.NOT_FOUND
-            self._sessions.send(host.address, peer_wire.Drop(message.connection, reason))
+            self._sessions.send(host.address, peer_wire.PeerDrop(message.connection, reason))
         else:
             self.step(
                 connection, Event(On.ACCEPTED, peer_number=message.connection, place=message.place)
@@ -469,7 +469,7 @@ class RemoteConnections:
             if connection.offer == message.offer and not connection.leads:
                 self.step(connection, Event(On.DECLINED))
 
-    def dropped(self, host: RemoteHost, message: peer_wire.Drop) -> None:
+    def dropped(self, host: RemoteHost, message: peer_wire.PeerDrop) -> None:
         """The peer has given up a connection."""
         self.step_number(
             message.connection, Event(On.PEER_DROPPED, reason=reason_of(message.reason)), host

@@ -36,11 +36,14 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
     ),
     "arena": (lambda kind: wire.RelayArena(kind, N64, M32), f".arena = {N64}u, .value = {M32}"),
     "open": (
-        lambda _: wire.Open("mlx5_0", 2, 0x0304, wire.VERBS, N32),
+        lambda _: wire.RelayOpen("mlx5_0", 2, 0x0304, wire.VERBS, N32),
         f'.device = "mlx5_0", .port = 2, .version = RELAY_VERSION, .gid_index = 0x0304, .transport = RELAY_VERBS, '
         f".spin = {N32}",
     ),
-    "opened": (lambda _: wire.Opened(-2, "none", 4096), '.error = -2, .text = "none", .mtu = 4096'),
+    "opened": (
+        lambda _: wire.RelayOpened(-2, "none", 4096),
+        '.error = -2, .text = "none", .mtu = 4096',
+    ),
     "slot": (
         lambda _: wire.RelaySlot(N32, M32, 63, N64, M64),
         f".connection = {N32}, .link = {M32}, .slot = 63, .arena = {N64}u, .incarnation = {M64}u",
@@ -56,8 +59,8 @@ STRUCTS: Final[dict[type, str]] = {
     wire.Offered: "offer",
     wire.RelayAccept: "accept",
     wire.RelayArena: "arena",
-    wire.Open: "open",
-    wire.Opened: "opened",
+    wire.RelayOpen: "open",
+    wire.RelayOpened: "opened",
     wire.RelaySlot: "slot",
     wire.RelayCounters: "counts",
 }

@@ -453,7 +453,7 @@ def test_words_about_others() -> None:
 
     third = world.hosts[2].address
     for message in (
-        peer_wire.Drop(remote.number, 0),
+        peer_wire.PeerDrop(remote.number, 0),
         peer_wire.PeerAccept(remote.offer, 1, b""),
         peer_wire.Paired(remote.number),
         peer_wire.Decline(remote.offer, 0),
