@@ -163,7 +163,7 @@ def mac(name: str, text: str) -> str | None:
         )
     if int(text[:2], 16) & 1:
         raise InvalidRequest(
-            f"{name} {text!r} is a group address", remedy="a container needs a unicast address"
+            f"{name} {text!r} is a group address", remedy="a container needs a unicast one"
         )
     return text.lower()
 
@@ -207,7 +207,7 @@ def generic(options: dict[str, Any] | None) -> dict[str, str]:
     ):
         raise InvalidRequest(
             f"{GENERIC} is not a map of strings",
-            cause=f"it is {found!r:.200}",
+            cause=f"{found!r:.200}",
             remedy="is the caller Docker?",
         )
     return found
@@ -222,6 +222,6 @@ def flag(options: dict[str, Any] | None, name: str) -> bool:
         return bool(value == "true")
     raise InvalidRequest(
         f"{name} is neither true nor false",
-        cause=f"it is {value!r:.80}",
+        cause=f"{value!r:.80}",
         remedy="is the caller Docker?",
     )
