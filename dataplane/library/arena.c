@@ -164,7 +164,7 @@ static void unmap(uint32_t arena)
 
 /* Under the lock: the arena's record if it has this slot for us; a reason otherwise. */
 static uint32_t take_slot(uint64_t id, uint64_t token, uint32_t side, uint32_t slot, uint64_t incarnation,
-                          int memfd, int *hears, uint32_t *arena)
+                          int memfd, int *receiving, uint32_t *arena)
 {
         int64_t found = find_record(id, token, side);
         struct arena_record *record;
@@ -183,7 +183,7 @@ static uint32_t take_slot(uint64_t id, uint64_t token, uint32_t side, uint32_t s
         if (!reason) {
                 atomic_fetch_add(&record->connections, 1);
                 atomic_fetch_add(&mapping_of(*arena)->attached, 1);
-                bells_keep(mapping_of(*arena), 0, hears);
+                bell_keep(mapping_of(*arena), 0, receiving);
         } else if (!atomic_load(&record->connections)) {
                 unmap(*arena);
                 atomic_store(&record->id, 0);
@@ -192,7 +192,7 @@ static uint32_t take_slot(uint64_t id, uint64_t token, uint32_t side, uint32_t s
 }
 
 uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t side, uint32_t slot,
-                      uint64_t incarnation, int memfd, int *hears)
+                      uint64_t incarnation, int memfd, int *receiving)
 {
         uint32_t arena, reason;
         enum taken taken;
@@ -202,8 +202,9 @@ uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t sid
         if (!mappings_make())
                 return REASON_MEMORY;
         taken = lock_take(&family->arenas_lock, self());
-        reason = taken == LOCK_NESTED ? REASON_MEMORY
-                                      : take_slot(id, token, side, slot, incarnation, memfd, hears, &arena);
+        reason = taken == LOCK_NESTED
+                     ? REASON_MEMORY
+                     : take_slot(id, token, side, slot, incarnation, memfd, receiving, &arena);
         if (!reason) {
                 atomic_store(&mapping_of(arena)->slots[slot], end_number(end) + 1);
                 atomic_store(&end->arena, arena);
@@ -276,7 +277,7 @@ void arena_forked(void)
                 }
 }
 
-void arena_retire(void)
+void arena_close_bells(void)
 {
         uint32_t high = atomic_load(&family->next_arena);
 

@@ -43,13 +43,10 @@ static void forget_lost(_Atomic int32_t *bells)
         }
 }
 
-void own_lost(void)
+void bells_lost(void)
 {
         uint32_t high = atomic_load(&family->next_arena);
 
-        for (int fd = 0; fd < DESCRIPTORS && fd < atomic_load(&process.own_high); fd++)
-                if (is_own_descriptor(fd) && sys_2(SYS_fcntl, fd, F_GETFD) < 0)
-                        fd_set_word(fd, 0);
         for (uint32_t i = 0; mappings && i < high && i < ARENAS; i++)
                 if (atomic_load(&mappings[i].id)) {
                         forget_lost(mappings[i].bells);
@@ -92,13 +89,13 @@ static bool takes_descriptors(int fd)
 }
 
 /* Can the last close() of this end that hears wait? What others hold too stays as it is. */
-static bool is_safe_to_close(int fd, bool others)
+static bool is_safe_to_close(int fd, bool shared)
 {
         long got = RINGS;
 
         if (!atomic_load(&unguarded))
                 return true;
-        if (others)
+        if (shared)
                 return peek(fd) != POISONED;
         sys_2(SYS_shutdown, fd, SHUT_RDWR);
         /* A socket's queue has room for some hundred KiB. */
@@ -108,9 +105,9 @@ static bool is_safe_to_close(int fd, bool others)
 }
 
 /* One that can't be closed stays: the end of the process closes it without waiting. */
-static void close_hearing(int fd, bool others)
+static void close_receiving(int fd, bool shared)
 {
-        if (is_safe_to_close(fd, others))
+        if (is_safe_to_close(fd, shared))
                 close_own(fd);
 }
 
@@ -122,13 +119,13 @@ void bell_discard(int fd)
                 sys_1(SYS_close, fd);
 }
 
-void bells_close(struct mapping *mapping, bool others)
+void bells_close(struct mapping *mapping, bool shared)
 {
         for (int i = 0; i < BELLS; i++) {
-                int32_t hears = atomic_exchange(&mapping->bells[i], 0);
+                int32_t fd = atomic_exchange(&mapping->bells[i], 0);
 
-                if (hears > 0)
-                        close_hearing(hears - 1, others);
+                if (fd > 0)
+                        close_receiving(fd - 1, shared);
         }
         for (int i = 0; i < BELL_WORDS; i++)
                 atomic_store(&mapping->idle[i], 0);
@@ -138,25 +135,24 @@ void bells_close(struct mapping *mapping, bool others)
 void bells_close_peers(struct mapping *mapping)
 {
         for (int i = 0; i < BELLS; i++) {
-                int32_t rings_it = atomic_exchange(&mapping->peers[i], 0);
+                int32_t fd = atomic_exchange(&mapping->peers[i], 0);
 
-                if (rings_it > 0)
-                        close_own(rings_it - 1);
+                if (fd > 0)
+                        close_own(fd - 1);
         }
         atomic_store(&mapping->kept, 0);
 }
 
-/* A bell of ours has come. */
-void bells_keep(struct mapping *mapping, uint32_t bell, int *hears)
+void bell_keep(struct mapping *mapping, uint32_t bell, int *fd)
 {
         int ours;
 
-        if (*hears < 0 || bell >= BELLS || atomic_load(&mapping->bells[bell]))
+        if (*fd < 0 || bell >= BELLS || atomic_load(&mapping->bells[bell]))
                 return;
-        if (takes_descriptors(*hears))
+        if (takes_descriptors(*fd))
                 atomic_store(&unguarded, true);
-        ours = own_descriptor(*hears);
-        *hears = -1;
+        ours = own_descriptor(*fd);
+        *fd = -1;
         if (ours < 0)
                 return;
         atomic_store(&mapping->bells[bell], ours + 1);
@@ -231,7 +227,7 @@ void bell_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
                 /* None is to be had: who waits for this arena looks now and then. */
                 atomic_store(&mapping->unreachable, true);
         else if (mapping)
-                bells_keep(mapping, bell, fd);
+                bell_keep(mapping, bell, fd);
         lock_release(&family->arenas_lock, taken);
 }
 
@@ -330,7 +326,7 @@ bool bell_drain(uint32_t arena, int bell)
                         atomic_compare_exchange_strong(&mapping->unreachable_since, &never, ticks() | 1);
         }
         if (atomic_compare_exchange_strong(&mapping->bells[bell], &word, 0))
-                close_hearing(word - 1, false);
+                close_receiving(word - 1, false);
         return false;
 }
 

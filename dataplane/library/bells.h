@@ -1,15 +1,15 @@
-/* Bells: how a waiter is woken.
+/* Bells: the wake-up sockets of threads and epoll instances that wait for rings.
  *
- * A bell is a pair of connected unix sockets for one waiter and one arena. The router makes it, and gives the
- * waiter's side the end that hears, the other side the end that rings by sending a byte. Not an eventfd: its
- * two holders share one file description, so either could make the other block in write(), or take the
- * other's wake-ups away; MSG_DONTWAIT is the call's own, and who fills or breaks his bell deafens nobody
- * else.
+ * A bell is a pair of connected unix sockets for one waiter and one arena. The router makes it. It gives one
+ * socket, the receiving end, to the waiter's side, and the other, the sending end, to the other side, which
+ * rings the bell by sending a byte. A bell isn't an eventfd, because the two holders of an eventfd share one
+ * file description: either could make the other block in write(), or take the other's wake-ups. With sockets,
+ * MSG_DONTWAIT belongs to the call, and a side that fills or breaks its bell harms only its own wake-ups.
  *
- * A unix socket can carry descriptors, and the last close() of one that lingers waits. So nothing can be sent
- * to the end that rings (the router has shut that direction down), and no descriptor to the end that hears
- * (SO_PASSRIGHTS, Linux 6.16). Before Linux 6.16 a bell is looked into before it is read: one with a
- * descriptor in it is never read, and never closed either.
+ * A unix socket can carry descriptors, and the last close() of a descriptor whose file lingers waits. So
+ * nothing can be sent to the sending end (the router has shut that direction down), and no descriptor to the
+ * receiving end (SO_PASSRIGHTS, Linux 6.16). Before Linux 6.16 a bell is peeked at before it is read: one
+ * that holds a descriptor is never read, and never closed either.
  */
 #ifndef FREEFLOW_BELLS_H
 #define FREEFLOW_BELLS_H
@@ -18,25 +18,35 @@
 
 /* A bell for one wait of a thread, or one that an epoll instance keeps; -1: there is none now. */
 int bell_take(uint32_t arena);
-/* The same, and one more is ordered if there is none, whatever others have ordered. */
+/* The same. If there is none, one more is ordered, no matter how many others have ordered. */
 int bell_take_or_order(uint32_t arena);
-/* After they had none: is one under way from the router? */
+/* Is a bell on its way from the router? */
 bool bell_is_ordered(uint32_t arena);
-/* What the router has sent: an end of a bell, -1 if there is none to be had. Kept ones become -1. */
+/* The router has sent one end of a bell, or -1 if it has none. A descriptor that is kept becomes -1.
+ * The receiving end of one of our bells: */
 void bell_received(uint64_t id, uint32_t side, uint32_t bell, int *fd);
+/* The sending end of one of the other side's: */
 void bell_ringer_received(uint64_t id, uint32_t side, uint32_t bell, int *fd);
-/* Close a descriptor that the router has sent and nobody wants. */
+/* Keep the receiving end of a bell of ours; it becomes -1. Under family.arenas_lock. */
+void bell_keep(struct mapping *mapping, uint32_t bell, int *fd);
+/* Close a descriptor that the router has sent and nobody keeps. */
 void bell_discard(int fd);
 void bell_return(uint32_t arena, int bell);
 int bell_descriptor(uint32_t arena, int bell);
 /* Has the other side said that it can ring it? */
 bool bell_is_known(uint32_t arena, uint32_t side, int bell);
-/* Take the bytes out of a bell that rings. False: it isn't to be heard any more. */
+/* Take the bytes out of a bell that rings. False: it can't be used any more. */
 bool bell_drain(uint32_t arena, int bell);
-/* For who naps because he has no bell: a remote arena that has been deaf for long is broken. */
+/* Close our bells; `shared`: another process holds them too. Close the other side's. */
+void bells_close(struct mapping *mapping, bool shared);
+void bells_close_peers(struct mapping *mapping);
+/* Own descriptors were closed by somebody else: forget the bells among them. */
+void bells_lost(void);
+/* Called while polling without a bell: marks the connections of a remote arena broken whose relay has been
+ * unreachable for more than 4 s. */
 void arena_break_if_unreachable(uint32_t arena);
 
-/* Say that this bell's waiter is about to sleep. The caller looks at the ring once more afterwards. */
+/* Say that this bell's waiter is about to sleep. The caller checks the ring once more afterwards. */
 static inline void wait_begin(struct waiters *waiters, int bell)
 {
         atomic_fetch_or_explicit(&waiters->bells[bell / 64], UINT64_C(1) << (bell % 64),
@@ -54,21 +64,12 @@ static inline void wait_end(struct waiters *waiters, int bell)
 
 void ring_bells(struct waiters *waiters, const struct end *end);
 
-/* Something was published in a ring of this end for those who wait here. */
+/* Something was published in a ring of this end for those who wait for it. */
 static inline void wake(struct waiters *waiters, const struct end *end)
 {
         atomic_thread_fence(memory_order_seq_cst);
         if (__builtin_expect(atomic_load_explicit(&waiters->any, memory_order_relaxed) != 0, 0))
                 ring_bells(waiters, end);
 }
-
-/* Of the mapping of an arena whose bells are of no use any more. `others`: another process has them too. */
-void bells_close(struct mapping *mapping, bool others);
-void bells_close_peers(struct mapping *mapping);
-/* A bell of ours has come from the router. `*hears` becomes -1 if it is kept. */
-void bells_keep(struct mapping *mapping, uint32_t bell, int *hears);
-/* An own descriptor has been closed by a call that nobody stands in front of: find the others that have.
- * Their numbers may be given again, to us or to the program. */
-void own_lost(void);
 
 #endif

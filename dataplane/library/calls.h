@@ -14,8 +14,6 @@
 /* Callers give as many arguments as the call that they mean has; more are taken, as the kernel does. */
 #define TAKES_MORE __attribute__((no_sanitize("address")))
 
-/* A child of vfork runs in our memory with descriptors of its own: it isn't ours to look at. */
-bool in_this_process(void);
 /* The check of _FORTIFY_SOURCE: ends the program if `size` is more than there is room for. */
 void call_check(size_t size, size_t room);
 

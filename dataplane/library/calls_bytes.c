@@ -1,10 +1,15 @@
 /* read(), write() and their kin. */
 #include "calls.h"
 
+#include "attach.h"
+#include "fallback.h"
+#include "file.h"
+#include "handover.h"
 #include "protocol.h"
+#include "receive.h"
+#include "retire.h"
+#include "send.h"
 #include "sys.h"
-#include "transfer.h"
-#include "upgrade.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -58,14 +63,22 @@ static void single_of_socket(struct operation *o, const void *buffer, size_t siz
         single(o, buffer, size < LARGEST ? size : LARGEST);
 }
 
+/* Of an end that isn't attached: does the call go through the library? */
+static bool is_tracked(struct operation *o, struct end *end, uint64_t key, uint32_t stage, size_t size)
+{
+        if (stage == STAGE_CLOSED)
+                return false;
+        retire_if_due();
+        return attach_step(o->fd, end, key, size);
+}
+
 static ssize_t receive(struct operation *o, struct end *end, uint64_t key)
 {
         uint32_t stage = atomic_load_explicit(&end->stage, memory_order_relaxed);
 
         if (o->vec && !total(o))
                 return operation_native(o);
-        if (__builtin_expect(stage != STAGE_ATTACHED, 0) &&
-            (stage == STAGE_CLOSED || !attach_step(o->fd, end, key, 0)))
+        if (__builtin_expect(stage != STAGE_ATTACHED, 0) && !is_tracked(o, end, key, stage, 0))
                 return operation_native(o);
         /* What a flag that we don't know asks for, TCP may know. What is in the ring comes before. */
         if (__builtin_expect(o->flags & ~RECEIVE_FLAGS, 0) &&
@@ -80,8 +93,7 @@ static ssize_t send_out(struct operation *o, struct end *end, uint64_t key)
 
         if (o->vec && !total(o))
                 return operation_native(o);
-        if (__builtin_expect(stage != STAGE_ATTACHED, 0) &&
-            (stage == STAGE_CLOSED || !attach_step(o->fd, end, key, o->size)))
+        if (__builtin_expect(stage != STAGE_ATTACHED, 0) && !is_tracked(o, end, key, stage, o->size))
                 return operation_native(o);
         return transfer_send(o, end, key);
 }
@@ -379,7 +391,7 @@ CALL ssize_t sendfile(int out, int in, off_t *offset, size_t size)
         if (size > LARGEST)
                 o.size = LARGEST;
         sent = send_out(&o, end, key);
-        transfer_end_ahead(&o);
+        file_end(&o);
         return sent;
 }
 

@@ -1,13 +1,16 @@
 /* What happens to descriptors as such. */
 #include "calls.h"
 
-#include "arena.h"
+#include "closing.h"
+#include "emulate.h"
+#include "ends.h"
+#include "fallback.h"
+#include "handover.h"
 #include "inherit.h"
+#include "own.h"
 #include "poller.h"
 #include "protocol.h"
 #include "sys.h"
-#include "transfer.h"
-#include "upgrade.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -15,12 +18,6 @@
 #include <linux/sockios.h>
 #include <stdarg.h>
 #include <sys/ioctl.h>
-
-bool in_this_process(void)
-{
-        return process.on &&
-               (int32_t)sys_0(SYS_getpid) == atomic_load_explicit(&process.pid, memory_order_relaxed);
-}
 
 /* The descriptor goes, by close() or because another takes its number. */
 static void going(int fd)
@@ -174,9 +171,9 @@ CALL int ioctl(int fd, unsigned long request, ...)
         if (request == FIONBIO)
                 atomic_store(&end->nonblocking, *(int *)argument != 0);
         if (request == FIONREAD)
-                *(int *)argument = transfer_unread(end, *(int *)argument);
+                *(int *)argument = emulate_unread(end, *(int *)argument);
         /* What is left in a ring comes before TCP's mark. */
-        if (request == SIOCATMARK && *(int *)argument && transfer_unread(end, 0))
+        if (request == SIOCATMARK && *(int *)argument && emulate_unread(end, 0))
                 *(int *)argument = 0;
         return outcome;
 }

@@ -1,12 +1,12 @@
 /* epoll: see poller.h. */
 #include "calls.h"
 
+#include "fallback.h"
 #include "identity.h"
-#include "io_uring.h"
 #include "poller.h"
 #include "protocol.h"
+#include "retire.h"
 #include "sleep.h"
-#include "upgrade.h"
 
 #include <errno.h>
 
@@ -50,7 +50,7 @@ CALL int epoll_wait(int epfd, struct epoll_event *events, int size, int timeout)
         bool ours;
         int count;
 
-        io_uring_check();
+        retire_if_io_uring();
         count = poller_wait(epfd, events, size, sleep_ms(timeout), NULL, &ours);
         return ours ? count : real()->epoll_wait(epfd, events, size, timeout);
 }
@@ -60,7 +60,7 @@ CALL int epoll_pwait(int epfd, struct epoll_event *events, int size, int timeout
         bool ours;
         int count;
 
-        io_uring_check();
+        retire_if_io_uring();
         count = poller_wait(epfd, events, size, sleep_ms(timeout), mask, &ours);
         return ours ? count : real()->epoll_pwait(epfd, events, size, timeout, mask);
 }

@@ -3,10 +3,11 @@
  */
 #include "calls.h"
 
+#include "fallback.h"
+#include "handover.h"
 #include "protocol.h"
 #include "sparse.h"
 #include "sys.h"
-#include "upgrade.h"
 
 #include <errno.h>
 #include <stdarg.h>

@@ -1,11 +1,11 @@
 /* Processes are made, and end. */
 #include "calls.h"
 
+#include "closing.h"
+#include "guest.h"
 #include "inherit.h"
-#include "poller.h"
 #include "settings.h"
 #include "sys.h"
-#include "upgrade.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -94,12 +94,12 @@ CALL TAKES_MORE int clone(int (*function)(void *), void *stack, int flags, void 
         if (flags & CLONE_THREAD)
                 return next(function, stack, flags, argument, parent, storage, child);
         if (flags & CLONE_VM)
-                guest_comes();
+                guest_prepare();
         else
                 family_fork();
         made = next(function, stack, flags, argument, parent, storage, child);
         if (flags & CLONE_VM)
-                guest_left();
+                inherit_from_guest();
         else
                 family_fork_done(made >= 0);
         return made;
@@ -133,14 +133,14 @@ void *vfork_begins(void)
         }
         if (known == 2)
                 return real_named("vfork");
-        guest_comes();
+        guest_prepare();
         return NULL;
 }
 
 /* In the parent, when the child has become another program or has gone. */
 long vfork_returned(long child)
 {
-        guest_left();
+        inherit_from_guest();
         return result(child);
 }
 

@@ -1,18 +1,21 @@
 /* Where connections begin and end. */
 #include "calls.h"
 
-#include "arena.h"
+#include "attach.h"
 #include "clock.h"
+#include "emulate.h"
+#include "ends.h"
+#include "fallback.h"
+#include "flow.h"
 #include "keep.h"
 #include "poller.h"
 #include "protocol.h"
 #include "ready.h"
+#include "requests.h"
 #include "router.h"
 #include "settings.h"
 #include "statistics.h"
 #include "sys.h"
-#include "transfer.h"
-#include "upgrade.h"
 
 #include <errno.h>
 #include <netinet/in.h>
@@ -51,18 +54,16 @@ static bool is_far(const struct sockaddr *address)
 
 static void opened(int fd, struct end *end, bool active)
 {
-        uint32_t closed = STAGE_CLOSED;
-
         if (atomic_load(&end->stage) != STAGE_CLOSED)
                 return;
         atomic_store_explicit(&end->active, active, memory_order_relaxed);
         atomic_store_explicit(&end->opened, now(), memory_order_relaxed);
-        atomic_compare_exchange_strong(&end->stage, &closed, STAGE_CANDIDATE);
+        stage_become(end, STAGE_CLOSED, STAGE_CANDIDATE);
         statistics_count(&statistics.tracked);
         if (!settings.welcomed)
                 router_connect();
         if (process.eager)
-                router_request(end, fd);
+                request_upgrade(end, fd);
 }
 
 CALL int connect(int fd, const struct sockaddr *address, socklen_t size)
@@ -142,12 +143,14 @@ CALL int shutdown(int fd, int how)
                 fallback_check_order(fd, end);
         /* Before the kernel knows: see remote_visible(). */
         if (how != SHUT_RD)
-                atomic_fetch_or(&end->shut, 4u);
+                atomic_fetch_or(&end->shut, SHUTTING_WRITE);
         outcome = real()->shutdown(fd, how);
         if (outcome != 0)
-                atomic_fetch_and(&end->shut, ~4u);
+                atomic_fetch_and(&end->shut, ~(uint32_t)SHUTTING_WRITE);
         if (outcome == 0)
-                atomic_fetch_or(&end->shut, how == SHUT_RD ? 1u : how == SHUT_WR ? 2u : 3u);
+                atomic_fetch_or(&end->shut, how == SHUT_RD   ? SHUT_READ
+                                            : how == SHUT_WR ? SHUT_WRITE
+                                                             : SHUT_READ | SHUT_WRITE);
         /* Not only the kernel says so: see close_ring(). */
         if (outcome == 0 && how != SHUT_RD && taken == LOCK_TAKEN && end_is(end, key) &&
             atomic_load(&end->stage) == STAGE_ATTACHED && fallback_may_end_ring(end)) {
@@ -289,7 +292,7 @@ static void note(int fd, struct end *end, int level, int name, const void *value
                 rest = rest && number > 1 && left > 0 && fallback_sender_stopped(end);
                 atomic_store(&end->low, rest ? (uint32_t)number : 0);
                 if (rest)
-                        transfer_low_water(fd, (uint32_t)number, left);
+                        emulate_low_water(fd, (uint32_t)number, left);
         }
         if (name == PEEK_OFF)
                 atomic_store(&end->peeked, rest && number >= 0 ? (uint32_t)number + 1 : 0);

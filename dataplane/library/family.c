@@ -1,10 +1,8 @@
 #include "family.h"
 
-#include "arena.h"
 #include "clock.h"
-#include "poller.h"
+#include "hooks.h"
 #include "real.h"
-#include "router.h"
 #include "settings.h"
 #include "sparse.h"
 #include "sys.h"
@@ -12,6 +10,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 
 struct family *family;
 struct process process;
@@ -24,9 +23,6 @@ enum {
         NO_NUMBER = -1,
         LATER = -2, /* without an end there is no need for one, and its memory isn't touched */
 };
-
-/* Of an end's `holders`: somebody makes it, or takes it apart. */
-#define FREEING UINT32_MAX
 
 /* What the parent has given the child that it is about to make: 1 + its number, 0: NO_NUMBER. The child's
  * copy says that it has been counted. */
@@ -63,7 +59,7 @@ static bool drop_holder(struct end *end, int32_t member, uint32_t last)
 
         if (member >= 0 && !(atomic_fetch_and(word_of(end, member), ~bit_of(member)) & bit_of(member)))
                 return false;
-        while (holders && holders != FREEING)
+        while (holders && holders != END_FREEING)
                 if (atomic_compare_exchange_weak(&end->holders, &holders, holders == 1 ? last : holders - 1))
                         return holders == 1;
         return false;
@@ -136,7 +132,7 @@ static void each_end(void (*visit)(struct end *end, int32_t member), int32_t mem
  * asked hasn't earned that. Programs that make such connections make more of them, so the next ones wait for
  * more operations, which long ones have soon. The counter is a guess: processes that change it at the same
  * time may lose a step. */
-static void account(struct end *end)
+void family_account(struct end *end)
 {
         uint64_t asked = atomic_exchange_explicit(&end->asked, 0, memory_order_relaxed);
         uint32_t unpaid = atomic_load_explicit(&family->unpaid, memory_order_relaxed);
@@ -153,7 +149,7 @@ static void account(struct end *end)
 static void drop_holder_for_good(struct end *end, int32_t member)
 {
         if (drop_holder(end, member, 0))
-                account(end);
+                family_account(end);
 }
 
 /* What this process holds, the child will hold too: so it is counted before it can close anything. */
@@ -214,9 +210,7 @@ void family_forked(void)
         if (!announced)
                 each_end(hold, process.member);
         announced = false;
-        arena_forked();
-        poller_forked();
-        router_forked();
+        hooks.forked();
 }
 
 static void drop_shared_holder(struct end *end, int32_t member)
@@ -255,44 +249,6 @@ void family_exit(void)
                 atomic_store(&family->members[process.member], NOBODY);
 }
 
-/* Of this process alone: tables that are touched as far as they are used. What every process touches comes
- * first, within the 2 MiB that one page table maps: fork copies page tables. */
-static size_t own_memory(void)
-{
-        return PAGE + DESCRIPTORS * sizeof *process.fds + ENDS * sizeof *process.local +
-               ENDS * sizeof *process.fd_of + 4 * (size_t)PAGE + poller_memory();
-}
-
-void family_start(void)
-{
-        struct real *functions = real();
-        char *place;
-
-        if (!functions->read || !functions->clock_gettime)
-                return;
-        family = reserve_for_good(sizeof *family, MAP_SHARED);
-        place = reserve_for_good(own_memory(), MAP_PRIVATE);
-        if (!family || !place)
-                return;
-        process.alive = take_part(&place, PAGE);
-        process.local = take_part(&place, ENDS * sizeof *process.local);
-        process.fd_of = take_part(&place, ENDS * sizeof *process.fd_of);
-        poller_start_ends(&place);
-        process.fds = take_part(&place, DESCRIPTORS * sizeof *process.fds);
-        poller_start(&place);
-        /* Linux 4.14 and later; without it a child by raw clone isn't noticed, one by fork is. */
-        sys_3(SYS_madvise, process.alive, PAGE, MADV_WIPEONFORK);
-        sys_3(SYS_madvise, family, sizeof *family, MADV_DONTDUMP);
-        atomic_store(process.alive, 1);
-        atomic_store(&process.pid, (int32_t)sys_0(SYS_getpid));
-        process.member = LATER;
-        if (functions->__register_atfork)
-                functions->__register_atfork(family_fork, in_parent, in_child, NULL);
-        else if (functions->pthread_atfork)
-                functions->pthread_atfork(family_fork, in_parent, in_child);
-        process.on = true;
-}
-
 static bool is_dead(int32_t member)
 {
         int32_t pid = atomic_load(&family->members[member]);
@@ -323,56 +279,6 @@ void fd_set_word(int fd, uint64_t word)
         atomic_store_explicit(&process.fds[fd], word, memory_order_release);
 }
 
-/* A free end, or one that was left by processes that ended without closing, made ours: its generation is odd
- * afterwards. */
-static struct end *take_end(uint32_t *generation)
-{
-        /* The one freed last is still in the cache. */
-        uint32_t start = atomic_load_explicit(&family->next_end, memory_order_relaxed);
-
-        for (uint32_t i = 0; i < ENDS; i++) {
-                struct end *end = &family->ends[(start + i) % ENDS];
-                uint32_t seen = atomic_load_explicit(&end->generation, memory_order_acquire), nobody = 0;
-
-                if (seen & 1 && i >= 64)
-                        end_forget_dead(end);
-                if (!atomic_compare_exchange_strong(&end->holders, &nobody, FREEING))
-                        continue;
-                if (seen & 1)
-                        arena_release(end);
-                *generation = seen + 1 + (seen & 1);
-                if (atomic_compare_exchange_strong(&end->generation, &seen, *generation)) {
-                        atomic_store_explicit(&family->next_end, end_number(end) + 1, memory_order_relaxed);
-                        return end;
-                }
-                /* It was taken and freed meanwhile. */
-                atomic_store(&end->holders, 0);
-        }
-        return NULL;
-}
-
-static void reset_flow(struct flow *flow)
-{
-        /* Not the lock: somebody may hold it for a moment and then see the new generation. */
-        atomic_store_explicit(&flow->phase, PHASE_TCP, memory_order_relaxed);
-        atomic_store_explicit(&flow->kernel, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->deferred, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->position, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->edge, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->base, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->limit, UINT64_MAX, memory_order_relaxed);
-        atomic_store_explicit(&flow->touched, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->seen, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->clean, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->sent, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->stopped, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->reserved, 0, memory_order_relaxed);
-        flow->spinner = (struct spinner){0};
-        atomic_store_explicit(&flow->checked, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->full, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->timeout, 0, memory_order_relaxed);
-}
-
 static void number_oneself(void)
 {
         int32_t later = LATER, number;
@@ -385,131 +291,71 @@ static void number_oneself(void)
                 atomic_store(&family->members[number], NOBODY);
 }
 
-struct end *end_make(int fd, bool nonblocking)
+void end_hold_first(struct end *end)
 {
-        uint32_t generation;
-        struct end *end;
-
-        if (!process.on || (unsigned)fd >= DESCRIPTORS)
-                return NULL;
-        if (!atomic_load_explicit(process.alive, memory_order_relaxed))
-                family_forked();
-        end = take_end(&generation);
-        if (!end)
-                return NULL;
         number_oneself();
-        atomic_store(&end->stage, STAGE_CLOSED);
         for (int i = 0; i < MEMBER_WORDS; i++)
                 atomic_store_explicit(&end->members[i], 0, memory_order_relaxed);
         if (process.member >= 0)
                 atomic_store_explicit(word_of(end, process.member), bit_of(process.member),
                                       memory_order_relaxed);
         atomic_store_explicit(&end->holders, 1, memory_order_relaxed);
-        atomic_store_explicit(&end->operations, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->reason, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->nonblocking, nonblocking, memory_order_relaxed);
-        atomic_store_explicit(&end->active, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->shut, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->error, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->low, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->peeked, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->inq, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->cookie, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->opened, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->asked, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->kept, 0, memory_order_relaxed);
-        reset_flow(&end->rx);
-        reset_flow(&end->tx);
-        poller_forget_end(end_number(end));
-        atomic_store(&process.local[end_number(end)], 1);
-        fd_set_word(fd, (uint64_t)generation << 32 | (end_number(end) + 1));
-        return end;
 }
 
-void end_alias(int old, int new)
+bool end_drop(struct end *end)
 {
-        uint64_t key;
-        struct end *end = end_of(old, &key);
-
-        if (!end || (unsigned)new >= DESCRIPTORS)
-                return;
-        atomic_fetch_add(&process.local[end_number(end)], 1);
-        fd_set_word(new, key);
+        return drop_holder(end, process.member, END_FREEING);
 }
 
-/* From now on no answer of the router is for this end. One that is just being taken is waited for, unless its
- * thread has been killed, or is the one that a signal handler interrupted which closes the connection. */
-static void close_stage(struct end *end)
+bool end_is_behind(int fd, const struct end *end)
 {
-        enum { LOOKS = 1000, NAPS = 100 };
-        static const struct timespec nap = {.tv_nsec = 1000 * 1000};
+        uint64_t cookie = 0;
+        uint32_t size = sizeof cookie;
 
-        for (int i = 0; i < LOOKS + NAPS; i++) {
-                uint32_t stage = atomic_load(&end->stage);
-
-                if (stage != STAGE_ANSWERING) {
-                        if (atomic_compare_exchange_strong(&end->stage, &stage, STAGE_CLOSED))
-                                return;
-                } else if (i < LOOKS) {
-                        relax();
-                } else {
-                        sys_2(SYS_nanosleep, &nap, 0);
-                }
-        }
-        atomic_store(&end->stage, STAGE_CLOSED);
+        return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_COOKIE, &cookie, &size) == 0 &&
+               cookie == atomic_load_explicit(&end->cookie, memory_order_relaxed);
 }
 
-/* Nobody holds the end any more. Whoever is inside a lock finishes first; whoever comes later sees the
- * generation. */
-static void end_free(struct end *end)
+/* What every process touches comes first, within the 2 MiB that one page table maps: fork copies page tables.
+ */
+char *family_reserve(size_t more)
 {
-        uint32_t me = self();
-        enum taken rx = lock_take(&end->rx.lock, me);
-        enum taken tx = lock_take(&end->tx.lock, me);
+        struct real *functions = real();
+        char *place;
 
-        close_stage(end);
-        account(end);
-        arena_release(end);
-        atomic_fetch_add(&end->generation, 1);
-        atomic_store_explicit(&end->holders, 0, memory_order_release);
-        atomic_store_explicit(&family->next_end, end_number(end), memory_order_relaxed);
-        lock_release(&end->tx.lock, tx);
-        lock_release(&end->rx.lock, rx);
+        if (!functions->read || !functions->clock_gettime)
+                return NULL;
+        family = reserve_for_good(sizeof *family, MAP_SHARED);
+        place = reserve_for_good(PAGE + DESCRIPTORS * sizeof *process.fds + ENDS * sizeof *process.local +
+                                     ENDS * sizeof *process.fd_of + 4 * (size_t)PAGE + more,
+                                 MAP_PRIVATE);
+        if (!family || !place)
+                return NULL;
+        process.alive = take_part(&place, PAGE);
+        process.local = take_part(&place, ENDS * sizeof *process.local);
+        process.fd_of = take_part(&place, ENDS * sizeof *process.fd_of);
+        return place;
 }
 
-static void drop_descriptor(struct end *end)
+void family_start(char **place)
 {
-        if (atomic_fetch_sub(&process.local[end_number(end)], 1) == 1 && !process.gone &&
-            drop_holder(end, process.member, FREEING))
-                end_free(end);
+        struct real *functions = real();
+
+        process.fds = take_part(place, DESCRIPTORS * sizeof *process.fds);
+        /* Linux 4.14 and later; without it a child by raw clone isn't noticed, one by fork is. */
+        sys_3(SYS_madvise, process.alive, PAGE, MADV_WIPEONFORK);
+        sys_3(SYS_madvise, family, sizeof *family, MADV_DONTDUMP);
+        atomic_store(process.alive, 1);
+        atomic_store(&process.pid, (int32_t)sys_0(SYS_getpid));
+        process.member = LATER;
+        if (functions->__register_atfork)
+                functions->__register_atfork(family_fork, in_parent, in_child, NULL);
+        else if (functions->pthread_atfork)
+                functions->pthread_atfork(family_fork, in_parent, in_child);
 }
 
-void end_forget(int fd)
+bool in_this_process(void)
 {
-        uint64_t key;
-        struct end *end = end_of(fd, &key);
-
-        if (!end || !atomic_compare_exchange_strong(&process.fds[fd], &key, 0))
-                return;
-        if (atomic_load(&process.local[end_number(end)]) > 1 &&
-            atomic_load(&process.fd_of[end_number(end)]) == fd) {
-                int other = end_next_descriptor(end, -1);
-
-                if (other >= 0)
-                        atomic_store(&process.fd_of[end_number(end)], other);
-        }
-        drop_descriptor(end);
-}
-
-void end_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
-{
-        atomic_store_explicit(&end->reason, reason, memory_order_relaxed);
-        router_note(end, reason);
-        while (fd >= 0) {
-                uint64_t expected = key;
-
-                if (atomic_compare_exchange_strong(&process.fds[fd], &expected, 0))
-                        drop_descriptor(end);
-                fd = end_is(end, key) ? end_next_descriptor(end, -1) : -1;
-        }
+        return process.on &&
+               (int32_t)sys_0(SYS_getpid) == atomic_load_explicit(&process.pid, memory_order_relaxed);
 }

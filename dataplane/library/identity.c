@@ -1,30 +1,23 @@
 #include "identity.h"
 
+#include "bucket.h"
+#include "ends.h"
 #include "poller.h"
 #include "sys.h"
-#include "upgrade.h"
 
 #include <sys/socket.h>
 
-enum {
-        PACE = 25,   /* times raw_near for each question, which takes a quarter of it */
-        SAVED = 256, /* questions that a thread may ask at once, if it has asked none for long */
-};
+enum { PACE = 25 }; /* times raw_near for each question, which takes a quarter of it */
 
 __thread struct identity_last identity_last __attribute__((tls_model("initial-exec")));
 
 bool identity_check(int fd, const struct end *end, uint64_t stamp)
 {
-        uint64_t each = atomic_load_explicit(&raw_near, memory_order_relaxed) * PACE;
+        uint64_t cost = atomic_load_explicit(&raw_near, memory_order_relaxed) * PACE;
 
         identity_last.end = end;
         identity_last.stamp = stamp;
-        if ((int64_t)(identity_last.spent - stamp) > (int64_t)(each * (SAVED - 1)))
-                return true;
-        if ((int64_t)(identity_last.spent - stamp) < 0)
-                identity_last.spent = stamp;
-        identity_last.spent += each;
-        return end_is_behind(fd, end);
+        return !bucket_take(&identity_last.spent, stamp, cost) || end_is_behind(fd, end);
 }
 
 /* A connection that the table has under another number. */

@@ -1,14 +1,15 @@
 #include "inherit.h"
 
-#include "arena.h"
-#include "calls.h"
+#include "attach.h"
+#include "fallback.h"
+#include "guest.h"
+#include "handover.h"
+#include "mapping.h"
 #include "protocol.h"
+#include "real.h"
 #include "sys.h"
-#include "upgrade.h"
 
 #include <fcntl.h>
-#include <string.h>
-#include <sys/socket.h>
 
 enum { SPAWNED = 64 };
 
@@ -23,15 +24,12 @@ static struct {
         } pairs[SPAWNED];
 } spawned;
 
-/* A pair of sockets, 1 + descriptor, in which a guest tells its host. */
-static _Atomic int32_t told[2];
-
 void inherit(int fd, struct end *end, uint64_t key)
 {
         if (!end_is(end, key))
                 return;
         if (atomic_load(&end->stage) != STAGE_ATTACHED)
-                stage_refuse(end, key, REASON_PASSED);
+                attach_refuse(end, key, REASON_PASSED);
         if (atomic_load(&end->stage) == STAGE_ATTACHED && end_is_behind(fd, end))
                 hand_over(fd, end, key, REASON_PASSED);
 }
@@ -116,102 +114,17 @@ void spawned_forgets(const posix_spawn_file_actions_t *actions)
         lock_release(&spawned.lock, taken);
 }
 
-/* --- guests --- */
-
-struct news {
+void inherit_from_guest(void)
+{
+        int saved = *__errno_location(), program;
+        struct end *end;
         uint64_t key;
-        uint32_t number;
-        uint32_t unused;
-};
 
-static bool has_attached(void)
-{
-        uint32_t high = process.on ? atomic_load(&process.high) : 0;
+        while (guest_receive(&end, &key, &program)) {
+                int fd = end_next_descriptor(end, -1);
 
-        for (uint32_t fd = 0; fd < high; fd++) {
-                uint64_t key;
-                struct end *end = end_of((int)fd, &key);
-
-                if (end && atomic_load_explicit(&end->stage, memory_order_relaxed) == STAGE_ATTACHED)
-                        return true;
-        }
-        return false;
-}
-
-void guest_comes(void)
-{
-        int32_t nothing = 0;
-        int pair[2];
-
-        for (int i = 0; i < 2; i++)
-                if (atomic_load(&told[i]) && !is_own_descriptor(atomic_load(&told[i]) - 1))
-                        atomic_store(&told[i], 0);
-
-        if (!has_attached() || atomic_load(&told[1]) || !in_this_process())
-                return;
-        if (sys_4(SYS_socketpair, AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) < 0)
-                return;
-        pair[0] = own_descriptor(pair[0]);
-        pair[1] = own_descriptor(pair[1]);
-        if (pair[0] >= 0 && pair[1] >= 0 && atomic_compare_exchange_strong(&told[0], &nothing, pair[0] + 1)) {
-                atomic_store(&told[1], pair[1] + 1);
-                return;
-        }
-        for (int i = 0; i < 2; i++)
-                if (pair[i] >= 0)
-                        close_own(pair[i]);
-}
-
-void guest_tell(struct end *end, uint64_t key, int program)
-{
-        struct news news = {.key = key, .number = end_number(end)};
-        union {
-                struct cmsghdr header;
-                char room[CMSG_SPACE(sizeof(int))];
-        } control;
-        struct iovec vec = {.iov_base = &news, .iov_len = sizeof news};
-        struct msghdr message = {
-            .msg_iov = &vec, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control.room};
-        int32_t fd = atomic_load(&told[1]);
-
-        if (!fd)
-                return;
-        memset(&control, 0, sizeof control);
-        control.header.cmsg_level = SOL_SOCKET;
-        control.header.cmsg_type = SCM_RIGHTS;
-        control.header.cmsg_len = CMSG_LEN(sizeof program);
-        memcpy(CMSG_DATA(&control.header), &program, sizeof program);
-        sys_3(SYS_sendmsg, fd - 1, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-}
-
-void guest_left(void)
-{
-        int32_t from = atomic_load(&told[0]);
-        int saved = *__errno_location();
-
-        while (from && in_this_process()) {
-                struct news news;
-                union {
-                        struct cmsghdr header;
-                        char room[CMSG_SPACE(sizeof(int))];
-                } control;
-                struct iovec vec = {.iov_base = &news, .iov_len = sizeof news};
-                struct msghdr message = {.msg_iov = &vec,
-                                         .msg_iovlen = 1,
-                                         .msg_control = &control,
-                                         .msg_controllen = sizeof control.room};
-                long got = sys_3(SYS_recvmsg, from - 1, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-                struct cmsghdr *part = got == (long)sizeof news ? CMSG_FIRSTHDR(&message) : NULL;
-                struct end *end;
-                int program, fd;
-
-                if (!part)
-                        break;
-                memcpy(&program, CMSG_DATA(part), sizeof program);
-                end = &family->ends[news.number % ENDS];
-                fd = end_next_descriptor(end, -1);
-                if (fd >= 0 && end_is(end, news.key))
-                        hand_over_to(fd, end, news.key, program, REASON_PASSED);
+                if (fd >= 0 && end_is(end, key))
+                        hand_over_to(fd, end, key, program, REASON_PASSED);
                 else
                         sys_1(SYS_close, program);
         }

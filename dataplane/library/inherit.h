@@ -23,10 +23,7 @@ void inherit_spawned(const posix_spawn_file_actions_t *actions);
 void spawned_duplicates(const posix_spawn_file_actions_t *actions, int fd);
 void spawned_forgets(const posix_spawn_file_actions_t *actions);
 
-/* A guest has given a connection to a pump: `program` is the connection from now on, for its host as well. */
-void guest_tell(struct end *end, uint64_t key, int program);
-/* In the host, before it makes a guest and after that has gone. */
-void guest_comes(void);
-void guest_left(void);
+/* In the host of a guest (guest.h), after that has gone: replace what it has handed over. */
+void inherit_from_guest(void);
 
 #endif

@@ -1,20 +1,15 @@
 #include "io_uring.h"
 
-#include "arena.h"
 #include "clock.h"
+#include "own.h"
 #include "protocol.h"
-#include "retire.h"
 
-#include <stdatomic.h>
 #include <string.h>
 
-#define SECOND UINT64_C(1000000000)
+enum { SHARE = 20 }; /* at most one part of the time is spent on scans */
 
-enum { SHARE = 20 }; /* of the time, at most one part is spent with it */
-
-static _Atomic uint64_t looked, took; /* ns: when the last look was over, and how long it took */
+static _Atomic uint64_t scanned, took; /* ns: when the last scan was over, and how long it took */
 static _Atomic bool found;
-static _Atomic uint32_t next; /* ticks() */
 
 static bool is_other(int fd, const char *link)
 {
@@ -24,7 +19,7 @@ static bool is_other(int fd, const char *link)
 
 bool io_uring_is_there(uint64_t pause)
 {
-        uint64_t begin = now(), last = atomic_load_explicit(&looked, memory_order_relaxed);
+        uint64_t begin = now(), last = atomic_load_explicit(&scanned, memory_order_relaxed);
         uint64_t rest = atomic_load_explicit(&took, memory_order_relaxed) * SHARE;
 
         if (atomic_load_explicit(&found, memory_order_relaxed))
@@ -33,24 +28,14 @@ bool io_uring_is_there(uint64_t pause)
                 return false;
         if (each_descriptor(0, is_other) == VISITED_SOME) {
                 atomic_store(&found, true);
-                retire_soon(REASON_RAW);
+                atomic_store(&process.retires, REASON_RAW);
         }
         atomic_store_explicit(&took, now() - begin, memory_order_relaxed);
-        atomic_store_explicit(&looked, now(), memory_order_relaxed);
+        atomic_store_explicit(&scanned, now(), memory_order_relaxed);
         return atomic_load(&found);
 }
 
-void io_uring_check(void)
+bool io_uring_matters(void)
 {
-        uint32_t tick;
-
-        /* Without a connection that has moved there is nothing to fear. */
-        if (__builtin_expect(!atomic_load_explicit(&looked, memory_order_relaxed), 1))
-                return;
-        tick = ticks();
-        if ((int32_t)(tick - atomic_load_explicit(&next, memory_order_relaxed)) < 0)
-                return;
-        atomic_store_explicit(&next, tick + 1000, memory_order_relaxed);
-        if (io_uring_is_there(SECOND))
-                retire_now_if_due();
+        return atomic_load_explicit(&scanned, memory_order_relaxed) != 0;
 }

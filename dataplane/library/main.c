@@ -1,112 +1,46 @@
 /* What happens when the library is loaded into a program, and when the program ends. */
+#include "arena.h"
 #include "family.h"
-#include "real.h"
+#include "hooks.h"
+#include "poller.h"
+#include "requests.h"
+#include "router.h"
 #include "settings.h"
 #include "statistics.h"
-#include "sys.h"
 
-#include <fcntl.h>
 #include <string.h>
 
-struct statistics statistics;
-
-extern const char freeflow_build[32];
-const char freeflow_build[32] = FREEFLOW_BUILD;
-
-extern char **environ __attribute__((weak));
-
-const char *environment(const char *name)
+static void forked(void)
 {
-        size_t length = strlen(name);
-
-        if (!&environ || !environ)
-                return NULL;
-        for (char **entry = environ; *entry; entry++)
-                if (strncmp(*entry, name, length) == 0 && (*entry)[length] == '=')
-                        return *entry + length + 1;
-        return NULL;
+        arena_forked();
+        poller_forked();
+        router_forked();
 }
 
-void statistics_reason(uint32_t reason)
-{
-        statistics_count(&statistics.reasons[reason < REASONS ? reason : 0]);
-}
-
-static char *put_text(char *place, const char *text)
-{
-        size_t length = strlen(text);
-
-        memcpy(place, text, length);
-        return place + length;
-}
-
-static char *put_number(char *place, uint64_t number)
-{
-        char digits[24];
-        int count = 0;
-
-        do
-                digits[count++] = (char)('0' + number % 10);
-        while (number /= 10);
-        while (count)
-                *place++ = digits[--count];
-        return place;
-}
-
-/* One line of JSON per process, for tests and measurements. */
-__attribute__((destructor)) void statistics_report(void)
-{
-        const char *path = environment("FREEFLOW_STATS");
-        char line[2048], *end = line;
-        long fd;
-
-        if (!path || !process.on)
-                return;
-#define FIELD(name)                                                                                          \
-        end = put_text(end, "\"" #name "\":");                                                               \
-        end = put_number(end, atomic_load(&statistics.name));                                                \
-        end = put_text(end, ",")
-        end = put_text(end, "{");
-        FIELD(tracked);
-        FIELD(asked);
-        FIELD(granted);
-        FIELD(refused);
-        FIELD(receivers);
-        FIELD(senders);
-        FIELD(received);
-        FIELD(sent);
-        FIELD(retreats);
-        FIELD(corrupt);
-        FIELD(past);
-        FIELD(remote);
-        FIELD(broken);
-        FIELD(sleeps);
-        FIELD(spins);
-#undef FIELD
-        end = put_text(end, "\"reasons\":[");
-        for (int i = 0; i < REASONS; i++) {
-                end = put_number(end, atomic_load(&statistics.reasons[i]));
-                end = put_text(end, i + 1 < REASONS ? "," : "],");
-        }
-        end = put_text(end, "\"pid\":");
-        end = put_number(end, (uint64_t)sys_0(SYS_getpid));
-        end = put_text(end, "}\n");
-        fd = sys_4(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-        if (fd < 0)
-                return;
-        sys_3(SYS_write, fd, line, end - line);
-        sys_1(SYS_close, fd);
-}
+const struct hooks hooks = {.forked = forked, .descriptors_lost = bells_lost, .received = request_received};
 
 __attribute__((constructor)) static void start(void)
 {
         const char *off = environment("FREEFLOW");
         const char *loopback = environment("FREEFLOW_LOOPBACK");
         const char *eager = environment("FREEFLOW_EAGER");
+        char *place;
 
         if (off && strcmp(off, "off") == 0)
                 return;
         process.eager = eager && strcmp(eager, "1") == 0;
         process.loopback = loopback && strcmp(loopback, "1") == 0;
-        family_start();
+        place = family_reserve(poller_memory());
+        if (!place)
+                return;
+        poller_start_ends(&place);
+        family_start(&place);
+        poller_start(&place);
+        process.on = true;
+}
+
+__attribute__((destructor)) static void end(void)
+{
+        if (process.on)
+                statistics_report();
 }

@@ -13,29 +13,26 @@
 /* A process's own part of an arena. */
 struct mapping {
         unsigned char *_Atomic base;
-        _Atomic uint32_t
-            shift; /* log2 of a ring's size; what the arena says about itself isn't believed twice */
-        _Atomic bool remote; /* side 1 is the relay */
-        _Atomic uint64_t id;
-        _Atomic int32_t memfd; /* 1 + descriptor of a local arena's file */
+        _Atomic uint32_t shift; /* log2 of a ring's size, checked once: the arena's own word isn't reread */
+        _Atomic bool remote;    /* side 1 is the relay */
+        _Atomic uint64_t id;    /* 0: nothing is mapped */
+        _Atomic int32_t memfd;  /* 1 + descriptor of a local arena's file */
         _Atomic uint64_t inode;
-        _Atomic bool unreachable;           /* bells can't be had from the router, or have been lost */
-        _Atomic uint32_t unreachable_since; /* of a remote arena: ticks() | 1 */
-        _Atomic uint32_t ordered;           /* bells that the router has been asked for and hasn't sent */
+        _Atomic bool unreachable;           /* the router has no bell for us, or one of ours has been lost */
+        _Atomic uint32_t unreachable_since; /* of a remote arena: ticks() | 1; 0: it isn't */
+        _Atomic uint32_t ordered;           /* bells requested from the router and not yet received */
         _Atomic uint32_t ordered_at;        /* ticks() */
         _Atomic uint32_t fetches;           /* of the other side's bells, less what time has taken off */
         _Atomic uint32_t fetched_at;        /* ticks() */
         _Atomic uint32_t kept;              /* of the other side's bells */
-        _Atomic uint32_t attached;          /* connections that the arena has */
+        _Atomic uint32_t attached;          /* connections in the arena */
         _Atomic int32_t bells[BELLS];       /* 1 + receiving end of ours */
         _Atomic int32_t peers[BELLS];       /* 1 + sending end of the other side's */
-        _Atomic uint32_t
-            armed[BELLS]; /* of epoll instances: rings there may have been since it was emptied */
+        _Atomic uint32_t armed[BELLS]; /* of epoll instances: wake-ups possibly sent since it was drained */
         _Atomic uint64_t idle[BELL_WORDS]; /* bells of ours that no thread waits with */
         _Atomic uint32_t slots[SLOTS];     /* 1 + number of the end in the slot */
 };
 
-/* ARENAS mappings, touched as they are used. NULL until the first grant. */
 extern struct mapping *_Atomic mappings;
 
 static inline struct mapping *mapping_of(uint32_t arena)

@@ -1,5 +1,6 @@
 #include "own.h"
 
+#include "hooks.h"
 #include "sys.h"
 
 #include <fcntl.h>
@@ -42,6 +43,14 @@ void close_own(int fd)
 {
         fd_set_word(fd, 0);
         sys_1(SYS_close, fd);
+}
+
+void own_lost(void)
+{
+        for (int fd = 0; fd < DESCRIPTORS && fd < atomic_load(&process.own_high); fd++)
+                if (is_own_descriptor(fd) && sys_2(SYS_fcntl, fd, F_GETFD) < 0)
+                        fd_set_word(fd, 0);
+        hooks.descriptors_lost();
 }
 
 /* linux/dirent.h isn't given to programs. */

@@ -1,6 +1,7 @@
 #include "raw.h"
 
-#include "arena.h"
+#include "bucket.h"
+#include "mapping.h"
 #include "sys.h"
 
 #include <errno.h>
@@ -14,7 +15,6 @@
 enum {
         NEAR = 1000, /* ns: the kernel's quickest send on a connection with nothing under way takes 3000 */
         PACE = 25 * 1000, /* ns for each question, which takes 500 */
-        SAVED = 256,      /* questions that a thread may ask at once, if it has asked none for long */
         LEAST = 1000000,  /* ns after which the clock's speed can be told */
         STATE_ESTABLISHED = 1,
         STATE_CLOSE = 7,
@@ -100,7 +100,8 @@ static void set_clean(struct end *end)
 /* By the program, and not by a call that we know of. */
 static bool is_shut(struct end *end, unsigned state)
 {
-        return state != STATE_ESTABLISHED && state != STATE_CLOSE_WAIT && !(atomic_load(&end->shut) & 6);
+        return state != STATE_ESTABLISHED && state != STATE_CLOSE_WAIT &&
+               !(atomic_load(&end->shut) & (SHUT_WRITE | SHUTTING_WRITE));
 }
 
 enum raw raw_check(int fd, struct end *end)
@@ -123,21 +124,13 @@ enum raw raw_check(int fd, struct end *end)
         set_clean(end);
         if (!is_shut(end, info.tcpi_state))
                 return RAW_NONE;
-        atomic_fetch_or(&end->shut, 2u);
+        atomic_fetch_or(&end->shut, SHUT_WRITE);
         return RAW_BYPASSED;
 }
 
-/* Whether the thread's share of time allows one more question. */
 static bool may_ask(uint64_t stamp)
 {
-        uint64_t each = atomic_load_explicit(&pace, memory_order_relaxed);
-
-        if ((int64_t)(raw_last.spent - stamp) > (int64_t)(each * (SAVED - 1)))
-                return false;
-        if ((int64_t)(raw_last.spent - stamp) < 0)
-                raw_last.spent = stamp;
-        raw_last.spent += each;
-        return true;
+        return bucket_take(&raw_last.spent, stamp, atomic_load_explicit(&pace, memory_order_relaxed));
 }
 
 enum raw raw_check_in_share(int fd, struct end *end, uint64_t stamp)

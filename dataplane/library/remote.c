@@ -1,6 +1,6 @@
 #include "remote.h"
 
-#include "arena.h"
+#include "bells.h"
 #include "sys.h"
 
 #include <poll.h>
@@ -51,8 +51,8 @@ uint32_t remote_visible(struct end *end, int fd, uint32_t bits)
 
         /* What the program itself has shut down says nothing of the peer. A connection that is gone without
          * both sides' FIN was reset, whoever heard of the error. */
-        if (!(bits & NEWS) || !remote_is_early(end) || shut & 1 || bits & POLLERR ||
-            (bits & POLLHUP && !(shut & 6)))
+        if (!(bits & NEWS) || !remote_is_early(end) || shut & SHUT_READ || bits & POLLERR ||
+            (bits & POLLHUP && !(shut & (SHUT_WRITE | SHUTTING_WRITE))))
                 return bits;
         if (atomic_load_explicit(&end->rx.deferred, memory_order_relaxed))
                 return bits & ~NEWS;

@@ -1,15 +1,19 @@
 #include "retire.h"
 
 #include "arena.h"
-#include "calls.h"
+#include "clock.h"
+#include "ends.h"
+#include "fallback.h"
+#include "handover.h"
+#include "io_uring.h"
 #include "poller.h"
 #include "router.h"
 #include "settings.h"
 #include "statistics.h"
-#include "upgrade.h"
+
+#define SECOND UINT64_C(1000000000)
 
 static _Atomic bool began;
-static _Atomic uint32_t due; /* a reason */
 
 /* A connection that isn't on a ring any more. The table's other entries of it go too. */
 static void give_up(int fd, struct end *end, uint64_t key, uint32_t reason)
@@ -17,9 +21,9 @@ static void give_up(int fd, struct end *end, uint64_t key, uint32_t reason)
         hand_over(fd, end, key, reason);
         /* A pump has taken its place otherwise. */
         if (end_of(fd, &key) == end) {
-                for (int each = end_next_descriptor(end, -1); each >= 0 && end_is(end, key);
-                     each = end_next_descriptor(end, each))
-                        poller_leave(each, key);
+                for (int other = end_next_descriptor(end, -1); other >= 0 && end_is(end, key);
+                     other = end_next_descriptor(end, other))
+                        poller_leave(other, key);
                 end_leave(fd, end, key, reason);
         }
 }
@@ -54,21 +58,26 @@ void retire(uint32_t reason)
         statistics_report();
         process.on = false;
         atomic_thread_fence(memory_order_seq_cst);
-        arena_retire();
-        router_retire();
+        arena_close_bells();
+        router_disconnect();
         close_all_own();
         *__errno_location() = saved;
 }
 
-void retire_soon(uint32_t reason)
+void retire_if_io_uring(void)
 {
-        atomic_store_explicit(&due, reason, memory_order_relaxed);
-}
+        static _Atomic uint32_t next; /* ticks() */
+        uint32_t tick;
 
-void retire_now_if_due(void)
-{
-        if (__builtin_expect(atomic_load_explicit(&due, memory_order_relaxed) != 0, 0))
-                retire(atomic_load(&due));
+        /* Without a connection that has moved there is nothing to fear. */
+        if (__builtin_expect(!io_uring_matters(), 1))
+                return;
+        tick = ticks();
+        if ((int32_t)(tick - atomic_load_explicit(&next, memory_order_relaxed)) < 0)
+                return;
+        atomic_store_explicit(&next, tick + 1000, memory_order_relaxed);
+        if (io_uring_is_there(SECOND))
+                retire_if_due();
 }
 
 void retire_heirs(void)

@@ -4,16 +4,24 @@
 #ifndef FREEFLOW_RETIRE_H
 #define FREEFLOW_RETIRE_H
 
-#include <stdbool.h>
-#include <stdint.h>
+#include "family.h"
 
 /* Bring all connections of this process back to TCP, and do nothing more: afterwards each call is the C
- * library's own. What the process and its family hold of the library is given back. */
+ * library's own. The process and its family release what they hold of the library. */
 void retire(uint32_t reason);
-/* The same as soon as no lock is held: the next call on a connection does it. */
-void retire_soon(uint32_t reason);
-void retire_now_if_due(void);
+/* Before a thread sleeps, without a lock: scan for an io_uring from time to time (io_uring.h), and retire if
+ * there is one. */
+void retire_if_io_uring(void);
 /* Programs that this one becomes or starts are confined as well. */
 void retire_heirs(void);
+
+/* Without a lock: retire if `process.retires` says so. */
+static inline void retire_if_due(void)
+{
+        uint32_t reason = atomic_load_explicit(&process.retires, memory_order_relaxed);
+
+        if (__builtin_expect(reason != 0, 0))
+                retire(reason);
+}
 
 #endif

@@ -1,30 +1,41 @@
-/* The process's talk with the router: never waited for. */
+/* The process's socket to the router. No call waits for the router's answer.
+ *
+ * One lock guards the socket. A signal handler that interrupts its own thread under this lock does without
+ * the router.
+ */
 #ifndef FREEFLOW_ROUTER_H
 #define FREEFLOW_ROUTER_H
 
-#include <stdbool.h>
-#include <stdint.h>
+#include "family.h"
 
-struct end;
+enum { ROUTER_PATIENCE = 20 }; /* ms that a message which must not be lost waits for room */
 
-/* Say hello, if nobody in this family of processes has yet: the answer says when connections are to be
- * upgraded. */
+/* Connect, unless some process of this family has received the router's WELCOME, which says when connections
+ * are to be upgraded. */
 void router_connect(void);
-/* Ask for a connection's upgrade; false: not now. */
-bool router_request(struct end *end, int fd);
-/* Take what the router has answered, if it's time to look. */
-void router_poll(struct end *end);
-/* Changes when the router went and came: what was asked before has to be asked again. */
+/* Changes when the router's socket is lost: what was requested before has to be requested again. */
 uint32_t router_epoch(void);
-void router_note(struct end *end, uint32_t reason);
-/* Take all that the router has answered. */
+/* Take all messages that have come: hooks.received() gets each. */
 void router_receive(void);
-/* Ask for a bell of our side: bell_received() gets it. False: it can't be asked. */
+/* For tests: receive for some milliseconds, for as long as `word` is `value`. */
+void router_await(const _Atomic uint32_t *word, uint32_t value);
+
+/* Take the lock. False: this thread has it already, and router_end() must not follow. */
+bool router_begin(void);
+void router_end(void);
+/* Under the lock: connect if there is no socket. False: there is no router now. */
+bool router_reach(void);
+/* Under the lock: send one message. `patience`: ms to wait for room. Returns 0 or an errno. */
+int router_send(const void *message, size_t size, int patience);
+
+/* Tell the router why a connection is, or stays, on TCP. */
+void router_note(struct end *end, uint32_t reason);
+/* Request a bell of our side: bell_received() gets it. False: the request can't be sent. */
 bool router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t bell);
-/* Have the router ring a bell of the other side, and send it: bell_ringer_received() gets it. */
+/* Have the router ring a bell of the other side and send it: bell_ringer_received() gets it. */
 void router_fetch(uint64_t arena, uint64_t token, uint32_t side, uint32_t bell);
 void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation);
 void router_forked(void);
-void router_retire(void);
+void router_disconnect(void);
 
 #endif

@@ -1,10 +1,10 @@
 #include "wait.h"
 
 #include "bells.h"
-#include "io_uring.h"
 #include "raw.h"
 #include "ready.h"
 #include "remote.h"
+#include "retire.h"
 #include "signals.h"
 #include "sleep.h"
 #include "statistics.h"
@@ -180,7 +180,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
                 *deadline = sleep_deadline(timeout * INT64_C(1000000));
         if (!beyond && spin(end, flow, want))
                 return 0;
-        io_uring_check();
+        retire_if_io_uring();
         if (!end_is(end, key))
                 return 0;
         w.fd = fd;

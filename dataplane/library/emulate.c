@@ -1,0 +1,94 @@
+#include "emulate.h"
+
+#include "mapping.h"
+#include "sys.h"
+
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <string.h>
+#include <sys/ioctl.h>
+
+void emulate_message(struct transfer *t)
+{
+        struct operation *o = t->o;
+        struct msghdr *message = o->message;
+        size_t room;
+        int unread = 0;
+
+        if (o->call == CALL_RECVFROM && o->address && o->address_size)
+                *o->address_size = 0;
+        if (o->call != CALL_RECVMSG)
+                return;
+        room = message->msg_control ? message->msg_controllen : 0;
+        if (message->msg_name)
+                message->msg_namelen = 0;
+        message->msg_controllen = 0;
+        message->msg_flags = o->flags & MSG_CMSG_CLOEXEC;
+        if (__builtin_expect(!atomic_load_explicit(&t->end->inq, memory_order_relaxed), 1))
+                return;
+        if (room < CMSG_LEN(sizeof unread)) {
+                message->msg_flags |= MSG_CTRUNC;
+                return;
+        }
+        message->msg_controllen = room < CMSG_SPACE(sizeof unread) ? room : CMSG_SPACE(sizeof unread);
+        sys_3(SYS_ioctl, o->fd, FIONREAD, &unread);
+        unread = emulate_unread(t->end, unread);
+        *(struct cmsghdr *)message->msg_control = (struct cmsghdr){
+            .cmsg_len = CMSG_LEN(sizeof unread), .cmsg_level = IPPROTO_TCP, .cmsg_type = TCP_CM_INQ};
+        memcpy(CMSG_DATA((struct cmsghdr *)message->msg_control), &unread, sizeof unread);
+}
+
+int emulate_unread(struct end *end, int queued)
+{
+        enum taken taken = lock_take(&end->rx.lock, self());
+        uint32_t phase = atomic_load(&end->rx.phase);
+        uint64_t before = UINT64_MAX; /* bytes of TCP that are still to come before those of the ring */
+        int64_t ready = 0;
+
+        if (phase == PHASE_READY || phase == PHASE_RING) {
+                struct view view = end_receives(end);
+                uint64_t start = atomic_load_explicit(&view.ring->start, memory_order_acquire);
+                uint64_t position = atomic_load_explicit(&end->rx.position, memory_order_relaxed);
+
+                if (phase == PHASE_RING)
+                        before = 0;
+                else if (start)
+                        before = start - 1 > position ? start - 1 - position : 0;
+                /* As a peek: the ring's bytes can be read once all of those are there. */
+                if (queued >= 0 && before <= (uint64_t)queued)
+                        ready = ring_ready(&end->rx, &view);
+        }
+        lock_release(&end->rx.lock, taken);
+        return queued + (ready > 0 ? (int)ready : 0);
+}
+
+void emulate_taken(struct transfer *t, uint64_t taken)
+{
+        struct end *end = t->end;
+        uint32_t low = atomic_load_explicit(&end->low, memory_order_relaxed);
+        uint32_t peeked = atomic_load_explicit(&end->peeked, memory_order_relaxed);
+
+        if (low)
+                emulate_low_water(t->o->fd, low, ring_ready(&end->rx, &t->view));
+        if (peeked)
+                atomic_store_explicit(&end->peeked, peeked - 1 > taken ? peeked - (uint32_t)taken : 1,
+                                      memory_order_relaxed);
+}
+
+void emulate_low_water(int fd, uint32_t low, int64_t left)
+{
+        int of_kernel = left > 0 ? (low > left ? (int)(low - left) : 1) : (int)low;
+
+        sys_5(SYS_setsockopt, fd, SOL_SOCKET, SO_RCVLOWAT, &of_kernel, sizeof of_kernel);
+}
+
+size_t emulate_least(const struct transfer *t)
+{
+        uint32_t low = atomic_load_explicit(&t->end->low, memory_order_relaxed);
+
+        if (operation_is_splice(t->o))
+                return 1;
+        if (t->o->flags & MSG_WAITALL)
+                return t->o->size;
+        return !low ? 1 : low < t->o->size ? low : t->o->size;
+}

@@ -1,0 +1,132 @@
+#include "ends.h"
+
+#include "arena.h"
+#include "flow.h"
+#include "poller.h"
+#include "router.h"
+
+/* A free end, or one that was left by processes that ended without closing, made ours: its generation is odd
+ * afterwards. */
+static struct end *take_end(uint32_t *generation)
+{
+        /* The one freed last is still in the cache. */
+        uint32_t start = atomic_load_explicit(&family->next_end, memory_order_relaxed);
+
+        for (uint32_t i = 0; i < ENDS; i++) {
+                struct end *end = &family->ends[(start + i) % ENDS];
+                uint32_t seen = atomic_load_explicit(&end->generation, memory_order_acquire), nobody = 0;
+
+                if (seen & 1 && i >= 64)
+                        end_forget_dead(end);
+                if (!atomic_compare_exchange_strong(&end->holders, &nobody, END_FREEING))
+                        continue;
+                if (seen & 1)
+                        arena_release(end);
+                *generation = seen + 1 + (seen & 1);
+                if (atomic_compare_exchange_strong(&end->generation, &seen, *generation)) {
+                        atomic_store_explicit(&family->next_end, end_number(end) + 1, memory_order_relaxed);
+                        return end;
+                }
+                /* It was taken and freed meanwhile. */
+                atomic_store(&end->holders, 0);
+        }
+        return NULL;
+}
+
+struct end *end_make(int fd, bool nonblocking)
+{
+        uint32_t generation;
+        struct end *end;
+
+        if (!process.on || (unsigned)fd >= DESCRIPTORS)
+                return NULL;
+        if (!atomic_load_explicit(process.alive, memory_order_relaxed))
+                family_forked();
+        end = take_end(&generation);
+        if (!end)
+                return NULL;
+        flow_begin(end);
+        atomic_store_explicit(&end->operations, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->reason, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->nonblocking, nonblocking, memory_order_relaxed);
+        atomic_store_explicit(&end->active, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->shut, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->error, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->low, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->peeked, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->inq, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->cookie, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->opened, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->asked, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->kept, 0, memory_order_relaxed);
+        poller_forget_end(end_number(end));
+        end_hold_first(end);
+        atomic_store(&process.local[end_number(end)], 1);
+        fd_set_word(fd, (uint64_t)generation << 32 | (end_number(end) + 1));
+        return end;
+}
+
+void end_alias(int old, int new)
+{
+        uint64_t key;
+        struct end *end = end_of(old, &key);
+
+        if (!end || (unsigned)new >= DESCRIPTORS)
+                return;
+        atomic_fetch_add(&process.local[end_number(end)], 1);
+        fd_set_word(new, key);
+}
+
+/* Nobody holds the end any more. Whoever is inside a lock finishes first; whoever comes later sees the
+ * generation. */
+static void end_free(struct end *end)
+{
+        uint32_t me = self();
+        enum taken rx = lock_take(&end->rx.lock, me);
+        enum taken tx = lock_take(&end->tx.lock, me);
+
+        stage_close(end);
+        family_account(end);
+        arena_release(end);
+        atomic_fetch_add(&end->generation, 1);
+        atomic_store_explicit(&end->holders, 0, memory_order_release);
+        atomic_store_explicit(&family->next_end, end_number(end), memory_order_relaxed);
+        lock_release(&end->tx.lock, tx);
+        lock_release(&end->rx.lock, rx);
+}
+
+static void drop_descriptor(struct end *end)
+{
+        if (atomic_fetch_sub(&process.local[end_number(end)], 1) == 1 && !process.gone && end_drop(end))
+                end_free(end);
+}
+
+void end_forget(int fd)
+{
+        uint64_t key;
+        struct end *end = end_of(fd, &key);
+
+        if (!end || !atomic_compare_exchange_strong(&process.fds[fd], &key, 0))
+                return;
+        if (atomic_load(&process.local[end_number(end)]) > 1 &&
+            atomic_load(&process.fd_of[end_number(end)]) == fd) {
+                int other = end_next_descriptor(end, -1);
+
+                if (other >= 0)
+                        atomic_store(&process.fd_of[end_number(end)], other);
+        }
+        drop_descriptor(end);
+}
+
+void end_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
+{
+        atomic_store_explicit(&end->reason, reason, memory_order_relaxed);
+        router_note(end, reason);
+        while (fd >= 0) {
+                uint64_t expected = key;
+
+                if (atomic_compare_exchange_strong(&process.fds[fd], &expected, 0))
+                        drop_descriptor(end);
+                fd = end_is(end, key) ? end_next_descriptor(end, -1) : -1;
+        }
+}

@@ -1,0 +1,99 @@
+#include "flow.h"
+
+#include "sys.h"
+
+#include <time.h>
+
+#define TO(state) (1u << (state))
+
+/* STAGE_CLOSED follows all of them: a program may close a socket at any time. */
+static const uint8_t next_stages[] = {
+    [STAGE_CLOSED] = TO(STAGE_CLOSED) | TO(STAGE_CANDIDATE),
+    /* Refused: the peer's address isn't one of ours, or the descriptor was passed to another program. */
+    [STAGE_CANDIDATE] = TO(STAGE_CLOSED) | TO(STAGE_REQUESTED) | TO(STAGE_REFUSED),
+    /* A candidate again: the request wasn't sent, or the router has gone. */
+    [STAGE_REQUESTED] = TO(STAGE_CLOSED) | TO(STAGE_CANDIDATE) | TO(STAGE_ANSWERING) | TO(STAGE_REFUSED),
+    /* Requested again: the answer was for an earlier connection with this number. */
+    [STAGE_ANSWERING] = TO(STAGE_CLOSED) | TO(STAGE_REQUESTED) | TO(STAGE_REFUSED) | TO(STAGE_GRANTED),
+    [STAGE_REFUSED] = TO(STAGE_CLOSED),
+    [STAGE_GRANTED] = TO(STAGE_CLOSED) | TO(STAGE_REFUSED) | TO(STAGE_ATTACHED),
+    [STAGE_ATTACHED] = TO(STAGE_CLOSED),
+};
+
+static const uint8_t next_phases[] = {
+    /* READY: a receiver. RING: a sender. */
+    [PHASE_TCP] = TO(PHASE_READY) | TO(PHASE_RING) | TO(PHASE_OVER),
+    /* TCP again: an epoll instance can't poll the ring, or a call that can't see it came at the same time. */
+    [PHASE_READY] = TO(PHASE_TCP) | TO(PHASE_RING) | TO(PHASE_OVER),
+    [PHASE_RING] = TO(PHASE_OVER),
+    [PHASE_OVER] = TO(PHASE_OVER),
+};
+
+bool stage_become(struct end *end, enum stage from, enum stage to)
+{
+        uint32_t expected = from;
+
+        return next_stages[from] & TO(to) && atomic_compare_exchange_strong(&end->stage, &expected, to);
+}
+
+void stage_close(struct end *end)
+{
+        enum { SPINS = 1000, SLEEPS = 100 };
+        static const struct timespec pause = {.tv_nsec = 1000 * 1000};
+
+        /* An answer that a thread is just taking is waited for, unless that thread was killed, or is the one
+         * that is interrupted by the signal handler which closes the connection. */
+        for (int i = 0; i < SPINS + SLEEPS; i++) {
+                uint32_t stage = atomic_load(&end->stage);
+
+                if (stage != STAGE_ANSWERING) {
+                        if (stage_become(end, stage, STAGE_CLOSED))
+                                return;
+                } else if (i < SPINS) {
+                        relax();
+                } else {
+                        sys_2(SYS_nanosleep, &pause, 0);
+                }
+        }
+        atomic_store(&end->stage, STAGE_CLOSED);
+}
+
+bool flow_become(struct flow *flow, enum phase to)
+{
+        uint32_t phase = atomic_load(&flow->phase);
+
+        /* Sequentially consistent: READY pairs with blind_begin() in calls_ready.c. */
+        do
+                if (!(next_phases[phase] & TO(to)))
+                        return false;
+        while (!atomic_compare_exchange_weak(&flow->phase, &phase, to));
+        return true;
+}
+
+static void begin(struct flow *flow)
+{
+        atomic_store_explicit(&flow->phase, PHASE_TCP, memory_order_relaxed);
+        atomic_store_explicit(&flow->kernel, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->deferred, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->position, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->edge, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->base, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->limit, UINT64_MAX, memory_order_relaxed);
+        atomic_store_explicit(&flow->touched, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->seen, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->clean, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->sent, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->stopped, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->reserved, 0, memory_order_relaxed);
+        flow->spinner = (struct spinner){0};
+        atomic_store_explicit(&flow->checked, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->full, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->timeout, 0, memory_order_relaxed);
+}
+
+void flow_begin(struct end *end)
+{
+        atomic_store(&end->stage, STAGE_CLOSED);
+        begin(&end->rx);
+        begin(&end->tx);
+}

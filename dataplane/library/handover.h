@@ -1,0 +1,14 @@
+/* A connection goes to code that knows nothing of the ring: another program, the C library's streams. It
+ * falls back to TCP, and what is left in its ring goes through a pump (pump.h).
+ */
+#ifndef FREEFLOW_HANDOVER_H
+#define FREEFLOW_HANDOVER_H
+
+#include "family.h"
+
+/* Like fall_back(), for a descriptor that is read without the library from now on. */
+void hand_over(int fd, struct end *end, uint64_t key, uint32_t reason);
+/* From now on `program`, which this takes over, is what the program reads and writes. */
+void hand_over_to(int fd, struct end *end, uint64_t key, int program, uint32_t reason);
+
+#endif

@@ -1,0 +1,221 @@
+#include "peek.h"
+
+#include "boundary.h"
+#include "emulate.h"
+#include "ends.h"
+#include "fallback.h"
+#include "protocol.h"
+#include "ready.h"
+#include "sys.h"
+#include "wait.h"
+
+#include <errno.h>
+
+/* TCP's bytes ahead of those of the ring that haven't been peeked at; UINT64_MAX: it isn't known yet. */
+static uint64_t before_ring(const struct transfer *t, uint32_t peeked)
+{
+        uint64_t start = atomic_load_explicit(&t->view.ring->start, memory_order_acquire);
+        uint64_t position = atomic_load_explicit(&t->flow->position, memory_order_relaxed), before;
+        int offset = 0;
+        uint32_t size = sizeof offset;
+
+        if (!start || start - 1 <= position)
+                return UINT64_MAX;
+        before = start - 1 - position;
+        if (peeked)
+                sys_5(SYS_getsockopt, t->o->fd, SOL_SOCKET, SO_PEEK_OFF, &offset, &size);
+        if (offset <= 0)
+                return before;
+        return before > (uint64_t)offset ? before - (uint64_t)offset : 0;
+}
+
+/* Copy `wanted` bytes of the ring from `position` on, and take none. */
+static void copy(struct transfer *t, uint64_t position, size_t wanted)
+{
+        for (size_t seen = 0; seen < wanted;) {
+                size_t run;
+                unsigned char *place = ring_to_take(&t->view, position + seen, &run);
+
+                run = run < wanted - seen ? run : wanted - seen;
+                if (!(t->o->flags & MSG_TRUNC))
+                        cursor_copy(&t->cursor, place, run, false);
+                seen += run;
+        }
+}
+
+/* Peek at bytes: those of TCP that come before the ring, and those in the ring. Returns as the functions of
+ * boundary.h; -ENODATA: the ring has ended, and all of it has been peeked at. `*edge`: where the ring's bytes
+ * ended. */
+static long peek_now(struct transfer *t, uint64_t *edge)
+{
+        struct operation *o = t->o;
+        struct end *end = t->end;
+        uint64_t head = atomic_load_explicit(&t->flow->edge, memory_order_relaxed);
+        uint32_t peeked = atomic_load_explicit(&end->peeked, memory_order_relaxed),
+                 from = peeked ? peeked - 1 : 0;
+        size_t done = 0, wanted;
+        int64_t ready = ring_ready(t->flow, &t->view);
+
+        t->cursor = (struct cursor){.vec = o->vec};
+        *edge = head + (ready > 0 ? (uint64_t)ready : 0);
+        if (ready < 0)
+                return -EPROTO;
+        if (atomic_load_explicit(&t->flow->phase, memory_order_relaxed) == PHASE_READY) {
+                uint64_t before = before_ring(t, peeked);
+                long got = before ? boundary_before(t, before < o->size ? before : o->size) : 0;
+
+                if (before && (got <= 0 || (uint64_t)got != before))
+                        return got;
+                done = (size_t)got;
+                if (!(o->flags & MSG_TRUNC))
+                        cursor_skip(&t->cursor, done);
+        }
+        if (from && from >= ready)
+                return done ? (long)done : ready_end(end) ? -ENODATA : -EAGAIN;
+        if (!ready)
+                return done ? (long)done : boundary_behind(t);
+        wanted = o->size - done < (size_t)ready - from ? o->size - done : (size_t)ready - from;
+        copy(t, head + from, wanted);
+        if (peeked)
+                atomic_store_explicit(&end->peeked, peeked + (uint32_t)wanted, memory_order_relaxed);
+        return (long)(done + wanted);
+}
+
+/* A call that peeks. */
+struct peek {
+        struct transfer t;
+        struct operation one; /* what is peeked at: of no bytes, one */
+        char byte;
+        bool all;      /* the call waits for all of its bytes */
+        bool last;     /* nothing more will come: what there is is the answer */
+        bool left;     /* the connection is falling back to TCP, as a ring can't hold so much */
+        bool over;     /* at the last step the ring had ended */
+        long error;    /* of the last wait */
+        uint64_t edge; /* where the ring's bytes ended at the last step */
+};
+
+/* Under the lock. */
+static enum outcome peek_step(struct peek *p, enum taken taken)
+{
+        struct transfer *t = &p->t;
+        enum outcome outcome = transfer_enter(t, taken);
+
+        if (outcome != OUTCOME_RING)
+                return outcome;
+        t->view = end_receives(t->end);
+        t->moved = peek_now(t, &p->edge);
+        p->over = ready_end(t->end);
+        if (t->moved == -EPROTO)
+                reset_corrupt(t->o->fd, t->end);
+        if (t->moved == -ENOLINK)
+                reset_broken(t->o->fd, t->end, true);
+        return outcome;
+}
+
+/* There are too few bytes. True: go on; false: the call returns `*answer`. */
+static bool await_more(struct peek *p, ssize_t *answer)
+{
+        struct transfer *t = &p->t;
+        struct end *end = t->end;
+        long got = t->moved;
+        bool beyond;
+
+        if (atomic_load_explicit(&end->shut, memory_order_relaxed) & SHUT_READ && got < 0) {
+                *answer = 0;
+                return false;
+        }
+        if (p->error || !transfer_may_wait(t)) {
+                *answer = got > 0 ? got : result(p->error ? p->error : -EAGAIN);
+                return false;
+        }
+        /* More than a ring may hold: TCP holds as much as it holds. */
+        if (got > 0 && !p->left && t->o->size > ring_limit(&t->view)) {
+                p->left = true;
+                fall_back(t->o->fd, end, t->key, REASON_OPTION);
+                return true;
+        }
+        t->event = false;
+        beyond = got > 0 || atomic_load_explicit(&end->peeked, memory_order_relaxed);
+        p->error =
+            wait_for(t->o->fd, end, t->key, WANT_BYTES, beyond ? &p->edge : NULL, &t->deadline, &t->event);
+        /* What was there before is still there: it is peeked at once more, with what has come. */
+        p->last = p->error < 0 || (t->event && !view_remote(&t->view)) || ready_broken(end);
+        return true;
+}
+
+/* After a step in the ring, without the lock. True: go on; false: the call returns `*answer`. */
+static bool goes_on(struct peek *p, struct operation *o, ssize_t *answer)
+{
+        struct transfer *t = &p->t;
+        long got = t->moved;
+
+        if (got == -EINPROGRESS || got == -EINTR)
+                return true;
+        if (got > 0)
+                emulate_description(t);
+        if (got > 0 &&
+            (!p->all || (size_t)got == t->o->size || p->last || (p->over && t->phase == PHASE_READY))) {
+                *answer = o->size ? got : 0;
+                return false;
+        }
+        if (got > 0 && p->over) {
+                /* Beyond what has come through a ring that has ended, peeks go on in TCP. */
+                t->done = (size_t)got;
+                t->cursor = (struct cursor){.vec = t->o->vec};
+                if (!(t->o->flags & MSG_TRUNC))
+                        cursor_skip(&t->cursor, t->done);
+                *answer = transfer_rest(t, t->o->size, false);
+                return false;
+        }
+        if (got > 0 || got == -EAGAIN)
+                return await_more(p, answer);
+        if (got == -EBADF || got == -ENOTSOCK)
+                end_forget(o->fd);
+        if (got == -EBADF || got == -ENOTSOCK || got == -ENODATA) {
+                *answer = operation_native(o);
+                return false;
+        }
+        boundary_closed(t->end);
+        emulate_description(t);
+        *answer = result(got == -EPROTO || got == -ENOLINK || got == -EBADE ? -ECONNRESET : got);
+        return false;
+}
+
+ssize_t transfer_peek(struct operation *o, struct end *end, uint64_t key)
+{
+        struct peek p = {.one = *o,
+                         .all = o->flags & MSG_WAITALL && o->size &&
+                                !atomic_load_explicit(&end->peeked, memory_order_relaxed)};
+        struct transfer *t = &p.t;
+        ssize_t answer;
+
+        *t = (struct transfer){.o = &p.one, .end = end, .key = key, .flow = &end->rx};
+        if (!o->size) {
+                p.one.one = (struct iovec){&p.byte, 1};
+                p.one.vec = &p.one.one;
+                p.one.count = 1;
+                p.one.size = 1;
+                p.one.flags |= MSG_PEEK;
+        }
+        for (;;) {
+                enum taken taken = lock_take(&t->flow->lock, self());
+                enum outcome outcome = peek_step(&p, taken);
+                uint32_t error;
+
+                lock_release(&t->flow->lock, taken);
+                switch (outcome) {
+                case OUTCOME_RING:
+                        if (!goes_on(&p, o, &answer))
+                                return answer;
+                        break;
+                case OUTCOME_TCP:
+                        t->o = o;
+                        return transfer_by_tcp(t, false);
+                case OUTCOME_OVER:
+                        error = atomic_exchange_explicit(&end->error, 0, memory_order_relaxed);
+                        return error ? result(-(long)error) : operation_native(o);
+                default:
+                        return operation_native(o);
+                }
+        }
+}

@@ -1,0 +1,242 @@
+#include "requests.h"
+
+#include "arena.h"
+#include "budget.h"
+#include "clock.h"
+#include "flow.h"
+#include "protocol.h"
+#include "router.h"
+#include "settings.h"
+#include "statistics.h"
+#include "sys.h"
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <string.h>
+#include <sys/socket.h>
+
+enum { LONGEST_SPIN = 1000 /* us */ };
+
+static bool name_of(int fd, long call_number, struct address *name)
+{
+        union {
+                struct sockaddr any;
+                struct sockaddr_in v4;
+                struct sockaddr_in6 v6;
+        } address;
+        uint32_t size = sizeof address;
+
+        if (sys_3(call_number, fd, &address, &size) < 0)
+                return false;
+        memset(name, 0, sizeof *name);
+        if (address.any.sa_family == AF_INET) {
+                memcpy(name->bytes, &address.v4.sin_addr, 4);
+                name->family = AF_INET;
+                name->port = ntohs(address.v4.sin_port);
+        } else if (address.any.sa_family == AF_INET6) {
+                static const uint8_t mapped[12] = {[10] = 0xff, [11] = 0xff};
+
+                name->port = ntohs(address.v6.sin6_port);
+                if (memcmp(&address.v6.sin6_addr, mapped, sizeof mapped) == 0) {
+                        memcpy(name->bytes, (const uint8_t *)&address.v6.sin6_addr + 12, 4);
+                        name->family = AF_INET;
+                } else {
+                        memcpy(name->bytes, &address.v6.sin6_addr, 16);
+                        name->family = AF_INET6;
+                }
+        } else {
+                return false;
+        }
+        return true;
+}
+
+static bool is_loopback(const struct address *name)
+{
+        static const uint8_t one[16] = {[15] = 1};
+
+        return name->family == AF_INET ? name->bytes[0] == 127 : memcmp(name->bytes, one, sizeof one) == 0;
+}
+
+/* Under the router's lock. */
+static bool request(struct end *end, struct request *message)
+{
+        /* Set first: the answer may be taken by another thread as soon as the message is sent. */
+        atomic_store(&end->cookie, message->cookie);
+        atomic_store(&end->epoch, router_epoch());
+        if (!stage_become(end, STAGE_CANDIDATE, STAGE_REQUESTED))
+                return false;
+        if (router_send(message, sizeof *message, 0) == 0) {
+                statistics_count(&statistics.asked);
+                return true;
+        }
+        stage_become(end, STAGE_REQUESTED, STAGE_CANDIDATE);
+        return false;
+}
+
+bool request_upgrade(struct end *end, int fd)
+{
+        struct request message = {.message = {.kind = REQUEST, .size = sizeof message},
+                                  .connection = end_number(end)};
+        uint32_t size = sizeof message.cookie;
+        bool requested = false;
+
+        if (!router_begin())
+                return false;
+        /* Two threads may have come this far: if both requested, the two ends could get different slots. */
+        if (atomic_load(&end->stage) == STAGE_CANDIDATE && router_reach() &&
+            name_of(fd, SYS_getsockname, &message.local) && name_of(fd, SYS_getpeername, &message.remote) &&
+            sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_COOKIE, &message.cookie, &size) == 0) {
+                if (is_loopback(&message.remote) && !process.loopback) {
+                        atomic_store(&end->reason, REASON_FOREIGN);
+                        stage_become(end, STAGE_CANDIDATE, STAGE_REFUSED);
+                } else {
+                        requested = request(end, &message);
+                }
+        }
+        router_end();
+        return requested;
+}
+
+/* The end that an answer is for, now STAGE_ANSWERING; NULL: it is gone. */
+static struct end *answered_end(uint32_t connection, uint64_t cookie)
+{
+        struct end *end = connection < ENDS ? &family->ends[connection] : NULL;
+
+        if (!end || !stage_become(end, STAGE_REQUESTED, STAGE_ANSWERING))
+                return NULL;
+        /* From here on the end can't be freed. Is it still the one that requested? */
+        if (atomic_load(&end->generation) & 1 && atomic_load(&end->cookie) == cookie)
+                return end;
+        stage_become(end, STAGE_ANSWERING, STAGE_REQUESTED);
+        return NULL;
+}
+
+static void answer(struct end *end, uint32_t reason)
+{
+        atomic_store(&end->reason, reason);
+        stage_become(end, STAGE_ANSWERING, reason ? STAGE_REFUSED : STAGE_GRANTED);
+        statistics_count(reason ? &statistics.refused : &statistics.granted);
+}
+
+static void granted(const struct grant *grant, int memfd, int *receiving)
+{
+        struct end *end = answered_end(grant->connection, grant->cookie);
+        uint32_t reason = REASON_NOT_FOUND;
+        struct release release = {.message = {.kind = RELEASE, .size = sizeof release},
+                                  .slot = grant->slot,
+                                  .arena = grant->arena,
+                                  .incarnation = grant->incarnation,
+                                  .token = grant->token};
+
+        if (end) {
+                reason = end_held_elsewhere(end)
+                             ? REASON_SHARED
+                             : arena_attach(end, grant->arena, grant->token, grant->side, grant->slot,
+                                            grant->incarnation, memfd, receiving);
+                answer(end, reason);
+        }
+        if (reason)
+                router_send(&release, sizeof release, ROUTER_PATIENCE);
+}
+
+static void refused(const struct refuse *refuse)
+{
+        struct end *end = answered_end(refuse->connection, refuse->cookie);
+
+        if (end)
+                answer(end, refuse->reason ? refuse->reason : REASON_OFF);
+}
+
+static uint32_t at_most(uint32_t value, uint32_t most)
+{
+        return value < most ? value : most;
+}
+
+/* The container's own choice, if its environment has one that is a number. */
+static uint32_t chosen(const char *name, uint32_t given)
+{
+        const char *text = environment(name);
+        uint64_t number = 0;
+
+        for (const char *digit = text; digit && *digit; digit++) {
+                if (*digit < '0' || *digit > '9' || number > UINT32_MAX)
+                        return given;
+                number = number * 10 + (uint64_t)(*digit - '0');
+        }
+        return !text || !*text || number > UINT32_MAX ? given : (uint32_t)number;
+}
+
+static void welcomed(const struct welcome *welcome)
+{
+        if (welcome->version != PROTOCOL_VERSION || welcome->layout_version != FREEFLOW_VERSION) {
+                settings.enabled = 0;
+                return;
+        }
+        if (!settings.welcomed)
+                budget_start();
+        settings.welcomed = true;
+        settings.enabled = welcome->enabled;
+        settings.operations = chosen("FREEFLOW_UPGRADE_OPERATIONS", welcome->operations);
+        settings.age = chosen("FREEFLOW_UPGRADE_AGE", welcome->age);
+        settings.bytes = chosen("FREEFLOW_UPGRADE_BYTES", welcome->bytes);
+        settings.bulk = chosen("FREEFLOW_UPGRADE_BULK", welcome->bulk);
+        settings.spin = at_most(chosen("FREEFLOW_SPIN", welcome->spin), LONGEST_SPIN);
+        /* A container may choose no more than the host allows. */
+        settings.ring_limit = at_most(chosen("FREEFLOW_RING_LIMIT", welcome->ring_limit),
+                                      at_most(welcome->ring_limit, RING_SIZE));
+        if (settings.ring_limit < PAGE)
+                settings.ring_limit = PAGE;
+}
+
+void request_received(const void *buffer, size_t size, int *descriptors, int count)
+{
+        const struct message *message = buffer;
+        const struct bell *bell = buffer;
+
+        switch (message->kind) {
+        case WELCOME:
+                if (size == sizeof(struct welcome))
+                        welcomed(buffer);
+                else
+                        settings.enabled = 0;
+                break;
+        case GRANT:
+                if (size == sizeof(struct grant) && count)
+                        granted(buffer, descriptors[0], &descriptors[1]);
+                break;
+        case REFUSE:
+                if (size == sizeof(struct refuse))
+                        refused(buffer);
+                break;
+        case HEAR:
+                if (size == sizeof *bell)
+                        bell_received(bell->arena, bell->side, bell->index, &descriptors[0]);
+                break;
+        case RING:
+                if (size == sizeof *bell)
+                        bell_ringer_received(bell->arena, bell->side, bell->index, &descriptors[0]);
+                break;
+        default:
+                break;
+        }
+        for (int i = 0; i < count; i++)
+                if (descriptors[i] >= 0)
+                        bell_discard(descriptors[i]);
+}
+
+void request_poll(struct end *end)
+{
+        static _Atomic uint32_t polled; /* ticks() */
+        uint32_t tick = ticks(), operations = atomic_load_explicit(&end->operations, memory_order_relaxed);
+
+        /* For tests: a request that is early gets its answer early, instead of some operations later. */
+        if (process.eager && operations < 4) {
+                router_await(&end->stage, STAGE_REQUESTED);
+                return;
+        }
+        /* At first after every few operations, then at each tick of the clock. */
+        if (atomic_load_explicit(&polled, memory_order_relaxed) == tick && operations % 8)
+                return;
+        atomic_store_explicit(&polled, tick, memory_order_relaxed);
+        router_receive();
+}

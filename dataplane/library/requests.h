@@ -1,0 +1,14 @@
+/* What the library requests of the router, and what it does with the answers. */
+#ifndef FREEFLOW_REQUESTS_H
+#define FREEFLOW_REQUESTS_H
+
+#include "family.h"
+
+/* Request a connection's upgrade; false: not now. */
+bool request_upgrade(struct end *end, int fd);
+/* Take the router's answers, if it is time to poll for them. */
+void request_poll(struct end *end);
+/* A message of the router: see hooks.received(). */
+void request_received(const void *message, size_t size, int *descriptors, int count);
+
+#endif
