@@ -29,7 +29,7 @@ static int64_t find_record(uint64_t id, uint64_t token, uint32_t side)
                         continue;
                 atomic_store(&record->token, token);
                 atomic_store(&record->side, side);
-                /* The first is the router's to give, with the grant. */
+                /* The router gives the first one with the grant. */
                 atomic_store(&record->bells, 1);
                 atomic_store(&record->connections, 0);
                 while (i >= high && !atomic_compare_exchange_weak(&family->next_arena, &high, i + 1))
@@ -39,7 +39,7 @@ static int64_t find_record(uint64_t id, uint64_t token, uint32_t side)
         return -1;
 }
 
-/* What rings a file of this size has, 0: it isn't an arena. */
+/* The size of the rings in a file of this size; 0: it isn't an arena. */
 static uint32_t ring_of_file(long size)
 {
         uint64_t ring = (uint64_t)(size - BULK_OFFSET) / (SLOTS * SIDES);
@@ -50,7 +50,7 @@ static uint32_t ring_of_file(long size)
                                                                                             : 0;
 }
 
-static bool is_what_it_should_be(const struct mapping *mapping)
+static bool is_valid(const struct mapping *mapping)
 {
         const struct arena *arena = arena_header(mapping);
 
@@ -80,7 +80,7 @@ bool arena_copy(const struct end *end, const unsigned char *place, unsigned char
         int fd = atomic_load(&mapping->memfd) - 1;
         off_t offset = place - (unsigned char *)arena_header(mapping);
 
-        /* A program that closes descriptors past us may have another file there. */
+        /* A program may have closed the descriptor unseen, and have another file there. */
         if (fd < 0 || inode_of(fd) != atomic_load(&mapping->inode))
                 return false;
         while (size) {
@@ -121,7 +121,7 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
                 atomic_store(&mapping->inode, inode_of(file));
                 atomic_store(&mapping->memfd, file + 1);
         }
-        /* The place is as large for each: the next arena there may have other rings. */
+        /* Each place has the same size: the next arena there may have other rings. */
         if (ring < RING_SIZE) {
                 got = sparse_map(before, ARENA_SIZE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
                 if (got < 0 && got > -4096)
@@ -145,10 +145,10 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
         atomic_store(&mapping->remote, ring < RING_SIZE);
         atomic_store(&mapping->id, id);
         atomic_store_explicit(&mapping->base, (unsigned char *)got, memory_order_release);
-        return is_what_it_should_be(mapping) ? REASON_NONE : REASON_CORRUPT;
+        return is_valid(mapping) ? REASON_NONE : REASON_CORRUPT;
 }
 
-/* Nobody here uses the arena any more. What still looks at it sees private memory. */
+/* No end uses the arena any more. A thread that still checks it sees private memory. */
 static void unmap(uint32_t arena)
 {
         struct mapping *mapping = mapping_of(arena);
@@ -162,7 +162,7 @@ static void unmap(uint32_t arena)
         bells_close_peers(mapping);
 }
 
-/* Under the lock: the arena's record if it has this slot for us; a reason otherwise. */
+/* Under the lock: take the slot, if the arena has it for us. Returns a reason, 0 if it has. */
 static uint32_t take_slot(uint64_t id, uint64_t token, uint32_t side, uint32_t slot, uint64_t incarnation,
                           int memfd, int *receiving, uint32_t *arena)
 {
@@ -218,8 +218,9 @@ uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t sid
         return reason;
 }
 
-/* What reading may have made. The slot isn't another connection's yet, and nobody reads this one's bytes. */
-static void give_back_read(struct end *end)
+/* Reclaim pages that reading may have made (budget.h). The slot isn't another connection's yet, and nobody
+ * reads this one's bytes. */
+static void reclaim_read(struct end *end)
 {
         uint32_t arena = atomic_load(&end->arena) % ARENAS;
         uint64_t read = atomic_load(&end->rx.touched);
@@ -243,7 +244,7 @@ void arena_release(struct end *end)
         if (!incarnation)
                 return;
         budget_forget_sender(&end->tx);
-        give_back_read(end);
+        reclaim_read(end);
         budget_forget_receiver(&end->rx);
         taken = lock_take(&family->arenas_lock, self());
         id = atomic_load(&record->id);
@@ -263,8 +264,8 @@ void arena_release(struct end *end)
         router_release(id, token, slot, incarnation);
 }
 
-/* A child shares the arenas, and needs bells of its own: a byte in a bell would wake whichever of the two
- * comes first. */
+/* A child shares the arenas, but needs bells of its own: a byte in a shared bell would wake whichever of the
+ * two processes reads it first. */
 void arena_forked(void)
 {
         uint32_t high = atomic_load(&family->next_arena);

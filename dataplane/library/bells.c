@@ -11,11 +11,11 @@
 
 enum {
         SPARE_BELLS = 2,       /* that may be kept of an arena's other side, and two for each connection */
-        FETCHES = 32,          /* at once, of an arena */
+        FETCHES = 32,          /* at once, for an arena */
         FETCH_PAUSE = 16,      /* ms, for each more */
         ORDERS = SLOTS,        /* bells on order, of an arena */
         ORDER_PATIENCE = 1000, /* ms */
-        RINGS = 2048,          /* bytes: more than honest rings put into a bell until it is emptied */
+        RINGS = 2048,          /* bytes: more than an honest peer sends to a bell until it is drained */
 };
 
 /* asm-generic/socket.h, since Linux 6.16. */
@@ -23,9 +23,9 @@ enum {
 #define SO_PASSRIGHTS 83
 #endif
 
-/* Bells are emptied into this; nobody reads it. */
+/* Bells are drained into this; nothing reads it. */
 static char rings[RINGS];
-/* A bell has come that takes descriptors. */
+/* One of our bells accepts descriptors. */
 static _Atomic bool unguarded;
 
 static uint64_t bit(int number)
@@ -54,7 +54,7 @@ void bells_lost(void)
                 }
 }
 
-/* Look into a bell without taking anything out. POISONED: there is a descriptor in it. */
+/* Peek at a bell's bytes. POISONED: there is a descriptor in it. */
 enum { POISONED = -4097 };
 static long peek(int fd)
 {
@@ -66,14 +66,14 @@ static long peek(int fd)
         return got >= 0 && header.msg_flags & MSG_CTRUNC ? POISONED : got;
 }
 
-/* Empty a bell, as far as one read goes. */
+/* Drain a bell, as far as one read goes. */
 static long read_rings(int fd)
 {
         long size = RINGS;
 
         if (atomic_load_explicit(&unguarded, memory_order_relaxed)) {
                 size = peek(fd);
-                /* No byte more than was seen: behind it there may be a descriptor by now. */
+                /* No byte more than the peek found: a descriptor may be behind it by now. */
                 if (size <= 0)
                         return size;
         }
@@ -88,7 +88,7 @@ static bool takes_descriptors(int fd)
         return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_PASSRIGHTS, &takes, &size) < 0 || takes;
 }
 
-/* Can the last close() of this end that hears wait? What others hold too stays as it is. */
+/* Is it certain that the last close() of this receiving end doesn't wait? A shared one isn't changed. */
 static bool is_safe_to_close(int fd, bool shared)
 {
         long got = RINGS;
@@ -104,7 +104,7 @@ static bool is_safe_to_close(int fd, bool shared)
         return got <= 0 && got != POISONED;
 }
 
-/* One that can't be closed stays: the end of the process closes it without waiting. */
+/* A bell that can't be closed stays open: the exit of the process closes it without waiting. */
 static void close_receiving(int fd, bool shared)
 {
         if (is_safe_to_close(fd, shared))
@@ -172,7 +172,7 @@ bool bell_is_ordered(uint32_t arena)
                ticks() - atomic_load(&mapping->ordered_at) <= ORDER_PATIENCE;
 }
 
-/* Ask for one more bell; it comes with what the router says next. */
+/* Request one more bell; it comes with the router's next messages. */
 static void order_bell(uint32_t arena)
 {
         struct arena_record *record = &family->arenas[arena];
@@ -190,7 +190,7 @@ static void order_bell(uint32_t arena)
                 atomic_store(&mapping->ordered_at, ticks());
                 atomic_fetch_add(&mapping->ordered, 1);
         } else {
-                /* The number is used again, unless somebody has taken the next one. */
+                /* The number is used again, unless another thread has taken the next one. */
                 atomic_compare_exchange_strong(&record->bells, &next, bell);
         }
 }
@@ -207,7 +207,7 @@ static int idle_bell(struct mapping *mapping)
                                                                    idle & (idle - 1), memory_order_acquire,
                                                                    memory_order_relaxed))
                                 continue;
-                        /* One that has been lost isn't used again. */
+                        /* A bell that has been lost isn't used again. */
                         if (atomic_load_explicit(&mapping->bells[bell], memory_order_relaxed))
                                 return bell;
                         idle &= idle - 1;
@@ -224,7 +224,7 @@ void bell_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
         if (mapping && atomic_load(&mapping->ordered))
                 atomic_fetch_sub(&mapping->ordered, 1);
         if (mapping && *fd < 0)
-                /* None is to be had: who waits for this arena looks now and then. */
+                /* There is none: threads that wait for this arena poll from now on. */
                 atomic_store(&mapping->unreachable, true);
         else if (mapping)
                 bell_keep(mapping, bell, fd);
@@ -273,7 +273,7 @@ bool bell_is_known(uint32_t arena, uint32_t side, int bell)
         return atomic_load_explicit(&ours->known[bell / 64], memory_order_relaxed) & bit(bell);
 }
 
-/* The relay is no more, and can't say so: our connections through it are broken. */
+/* The relay is gone and can't say so: our connections through it are broken. */
 static void break_connections(struct mapping *mapping)
 {
         uint32_t arena = mapping_number(mapping);
@@ -308,18 +308,18 @@ bool bell_drain(uint32_t arena, int bell)
         got = read_rings(word - 1);
         if (got == -EBADF || got == -ENOTSOCK) {
                 own_lost();
-                /* A file of the program's may have got the number. The next wait gets a new bell. */
+                /* The number may be a file of the program's now. The next wait gets a new bell. */
                 if (atomic_compare_exchange_strong(&mapping->bells[bell], &word, 0))
                         fd_set_word(word - 1, 0);
                 return true;
         }
         if (got != POISONED && got != 0 && got < RINGS)
                 return true;
-        /* What is more than honest rings, or carries a descriptor, isn't heard any more. */
-        /* Nobody has the other end, nobody will ring: who waits for this arena looks now and then. */
+        /* More than an honest peer sends, or a descriptor: the bell isn't used any more. The same at its end,
+         * when nobody has the sending end and nobody will ring. Threads that wait for this arena poll. */
         atomic_store(&mapping->unreachable, true);
         if (!got && atomic_load(&mapping->remote)) {
-                /* Where the relay had it, the relay is gone; otherwise it was the router, and that alone. */
+                /* If the relay had the sending end, the relay is gone; otherwise only the router is. */
                 if (bell_is_known(arena, 0, bell))
                         break_connections(mapping);
                 else
@@ -335,7 +335,7 @@ void bell_ringer_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
         enum taken taken = lock_take(&family->arenas_lock, self());
         struct mapping *mapping = taken == LOCK_NESTED || side >= SIDES ? NULL : mapping_find(id, 1 - side);
 
-        /* As many as an honest process waits with: the router rings the others. */
+        /* No more than an honest process waits with: the router rings the others. */
         if (mapping && *fd >= 0 && bell < BELLS && !atomic_load(&mapping->peers[bell]) &&
             atomic_load(&mapping->kept) < SPARE_BELLS + 2 * atomic_load(&mapping->attached)) {
                 int32_t none = 0;
@@ -352,8 +352,8 @@ void bell_ringer_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
         lock_release(&family->arenas_lock, taken);
 }
 
-/* Who names bells that don't exist makes us speak with the router in vain: so and so often, and never waited
- * for. */
+/* A peer that names bells which don't exist makes us send to the router in vain: so often at most, and we
+ * never wait for it. */
 static bool may_fetch(struct mapping *mapping)
 {
         uint32_t time = ticks();
@@ -372,7 +372,7 @@ static bool may_fetch(struct mapping *mapping)
         return fetches < FETCHES;
 }
 
-/* A descriptor that rings a bell of the other side; -1: we have none, and the router rings it. */
+/* The sending end of a bell of the other side; -1: we have none, and the router rings it. */
 static int peer_bell(uint32_t arena, uint32_t side, int bell)
 {
         struct mapping *mapping = mapping_of(arena);
@@ -391,7 +391,7 @@ static int peer_bell(uint32_t arena, uint32_t side, int bell)
         return -1;
 }
 
-/* False: nobody is there any more. A bell that is full rings already. */
+/* False: the receiving end is closed. A bell that is full rings already. */
 static bool ring_once(int fd)
 {
         long sent = sys_6(SYS_sendto, fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, 0, 0);
@@ -433,14 +433,14 @@ void ring_bells(struct waiters *waiters, const struct end *end)
                         int bell = word * 64 + __builtin_ctzll(sleeping);
                         int fd;
 
-                        /* First: the router may ring before we are back from asking it. */
+                        /* First: the router may ring before the request returns. */
                         atomic_fetch_or_explicit(&theirs->dirty[bell], UINT64_C(1) << slot,
                                                  memory_order_seq_cst);
                         fd = peer_bell(arena, side, bell);
                         if (fd < 0 || ring_once(fd))
                                 continue;
-                        /* The other side has let the arena go and got it again, with new bells under the old
-                         * numbers. */
+                        /* The other side has released the arena and got it again, with new bells under the
+                         * old numbers. */
                         forget_peer_bell(arena, side, bell, fd);
                         if (atomic_load(&mapping_of(arena)->remote))
                                 break_connections(mapping_of(arena));

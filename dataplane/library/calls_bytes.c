@@ -1,4 +1,4 @@
-/* read(), write() and their kin. */
+/* read(), write() and the other calls that move bytes. */
 #include "calls.h"
 
 #include "attach.h"
@@ -18,21 +18,21 @@
 
 enum {
         LARGEST = 0x7ffff000, /* what the kernel moves at most in one call */
-        /* With these a send is like one without, or means what it means on a ring. */
+        /* Flags that mean nothing on a stream, or the same on a ring. */
         SEND_FLAGS = MSG_DONTWAIT | MSG_NOSIGNAL | MSG_MORE | MSG_EOR | MSG_CONFIRM | MSG_DONTROUTE |
                      MSG_WAITALL | MSG_TRUNC | MSG_CTRUNC | MSG_ZEROCOPY | MSG_CMSG_CLOEXEC | MSG_WAITFORONE,
         RECEIVE_FLAGS = SEND_FLAGS | MSG_PEEK | MSG_OOB | MSG_ERRQUEUE,
 };
 
-/* Flags of preadv2() and pwritev2(): those that say nothing about a socket, and those that do. */
+/* Flags of preadv2() and pwritev2(): those that mean nothing for a socket, and those that do. */
 #define RWF_NOTHING 0x37 /* HIPRI, DSYNC, SYNC, APPEND, NOAPPEND */
 #define RWF_WAITS_NOT 0x08
 #define RWF_SIGNALS_NOT 0x100
 
 #define SPLICE_FLAGS (SPLICE_F_MOVE | SPLICE_F_NONBLOCK | SPLICE_F_MORE | SPLICE_F_GIFT)
 
-/* The size of all buffers, as much of it as the kernel would move. False: it refuses them, and moves nothing.
- */
+/* Compute the size of all buffers, as much of it as the kernel would move. False: it refuses them, and moves
+ * nothing. */
 static bool total(struct operation *o)
 {
         size_t size = 0;
@@ -57,7 +57,7 @@ static void single(struct operation *o, const void *buffer, size_t size)
         o->count = 1;
 }
 
-/* The calls of sockets take any size and move LARGEST of it; read() and write() refuse what is negative. */
+/* The calls of sockets take any size and move at most LARGEST; read() and write() refuse a negative size. */
 static void single_of_socket(struct operation *o, const void *buffer, size_t size)
 {
         single(o, buffer, size < LARGEST ? size : LARGEST);
@@ -80,7 +80,7 @@ static ssize_t receive(struct operation *o, struct end *end, uint64_t key)
                 return operation_native(o);
         if (__builtin_expect(stage != STAGE_ATTACHED, 0) && !is_tracked(o, end, key, stage, 0))
                 return operation_native(o);
-        /* What a flag that we don't know asks for, TCP may know. What is in the ring comes before. */
+        /* TCP may know a flag that the library doesn't. What is in the ring comes before. */
         if (__builtin_expect(o->flags & ~RECEIVE_FLAGS, 0) &&
             atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_OVER)
                 fall_back(o->fd, end, key, REASON_OPTION);
@@ -148,7 +148,7 @@ CALL ssize_t recvfrom(int fd, void *buffer, size_t size, int flags, struct socka
         return receive(&o, end, key);
 }
 
-/* A descriptor that another process gets is read there without what we know of it. */
+/* Another process that gets a descriptor reads it without the library's state. */
 static void passing(const struct msghdr *message)
 {
         struct msghdr *header = (struct msghdr *)(uintptr_t)message;
@@ -199,7 +199,7 @@ CALL int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags, s
                 ssize_t got = recvmsg(fd, &messages[done].msg_hdr, (flags & ~MSG_WAITFORONE) | later);
 
                 if (got < 0) {
-                        /* The next call hears of it. */
+                        /* The next call returns the error. */
                         if (done && *__errno_location() != EAGAIN && *__errno_location() != EINTR &&
                             end_is(end, key))
                                 atomic_store_explicit(&end->error, (uint32_t)*__errno_location(),
@@ -261,7 +261,7 @@ CALL ssize_t sendto(int fd, const void *buffer, size_t size, int flags, const st
                               .size_of_address = address_size};
 
         if (end && flags & MSG_FASTOPEN) {
-                /* Opens the connection with bytes that we'd have to count before it is one. */
+                /* It opens the connection with bytes, which would have to be counted before there is one. */
                 fall_back(fd, end, key, REASON_OPTION);
                 end = NULL;
         }
@@ -291,7 +291,7 @@ CALL ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
                 return real()->sendmsg(fd, message, flags);
         o.vec = message->msg_iov;
         o.count = message->msg_iovlen > IOV_MAX ? -1 : (int)message->msg_iovlen;
-        /* Control messages are the kernel's to judge. */
+        /* Control messages are for the kernel. */
         o.by_kernel = flags & ~SEND_FLAGS || (message->msg_control && message->msg_controllen);
         return send_out(&o, end, key);
 }
@@ -324,8 +324,8 @@ CALL int sendmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags)
         return done ? (int)done : -1;
 }
 
-/* preadv2() and pwritev2() on a socket: only offset -1 means anything, and then they are recvmsg() and
- * sendmsg() with the flags' meaning. False: not ours. */
+/* preadv2() and pwritev2() on a socket: only offset -1 is valid, and then they are recvmsg() and sendmsg()
+ * with the flags' meaning. False: the call is the C library's. */
 static bool vectors(struct operation *o, struct msghdr *message, const struct iovec *vec, int count,
                     off_t offset, int flags, uint64_t *key)
 {
@@ -338,7 +338,7 @@ static bool vectors(struct operation *o, struct msghdr *message, const struct io
                 if (o->call == CALL_SENDMSG || !end_has_rest(end))
                         return false;
         }
-        /* What the kernel refuses it refuses by the name that was called. */
+        /* The kernel refuses these itself. */
         if (count < 0 || count > IOV_MAX)
                 return false;
         *message = (struct msghdr){.msg_iov = (struct iovec *)(uintptr_t)vec, .msg_iovlen = (size_t)count};
@@ -423,7 +423,7 @@ CALL ssize_t splice(int in, off64_t *in_offset, int out, off64_t *out_offset, si
         return sends ? send_out(&o, end, key) : receive(&o, end, key);
 }
 
-/* What _FORTIFY_SOURCE makes of the calls, after its check. */
+/* The calls as _FORTIFY_SOURCE makes them, after its check. */
 void __chk_fail(void) __attribute__((weak, noreturn));
 
 void call_check(size_t size, size_t room)

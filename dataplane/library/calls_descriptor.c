@@ -1,4 +1,4 @@
-/* What happens to descriptors as such. */
+/* Calls that close, duplicate and control descriptors. */
 #include "calls.h"
 
 #include "closing.h"
@@ -19,7 +19,7 @@
 #include <stdarg.h>
 #include <sys/ioctl.h>
 
-/* The descriptor goes, by close() or because another takes its number. */
+/* The descriptor is about to be closed, by close() or because another one replaces it. */
 static void going(int fd)
 {
         uint64_t key;
@@ -68,7 +68,7 @@ static int alias(int old, int new)
         end = end_of(old, &key);
         if (end) {
                 end_alias(old, new);
-                /* The standard streams are read and written by the C library without us. */
+                /* The C library's standard streams read and write without the library. */
                 if (new <= 2)
                         hand_over(new, end, key, REASON_STDIO);
         } else {
@@ -94,7 +94,7 @@ CALL int dup3(int old, int new, int flags)
                 return (int)result(-EBADF);
         if (is_own_descriptor(new))
                 return (int)result(-EBUSY);
-        /* Only what succeeds closes the other one. */
+        /* Only a dup3() that succeeds closes the other one. */
         if (old != new && (end_of(old, &key) || sys_2(SYS_fcntl, old, F_GETFD) >= 0))
                 going(new);
         doubling(old);
@@ -122,7 +122,7 @@ static int control(int fd, int command, long argument)
 
         if (end && (command == F_DUPFD || command == F_DUPFD_CLOEXEC))
                 doubling(fd);
-        /* The kernel signals what it hears of, which isn't what comes through a ring. */
+        /* The kernel sends signals for its own events, and not for those of a ring. */
         if (end && command == F_SETFL && argument & O_ASYNC)
                 fall_back(fd, end, key, REASON_OPTION);
         outcome =
@@ -172,13 +172,14 @@ CALL int ioctl(int fd, unsigned long request, ...)
                 atomic_store(&end->nonblocking, *(int *)argument != 0);
         if (request == FIONREAD)
                 *(int *)argument = emulate_unread(end, *(int *)argument);
-        /* What is left in a ring comes before TCP's mark. */
+        /* Bytes that are left in a ring come before TCP's mark. */
         if (request == SIOCATMARK && *(int *)argument && emulate_unread(end, 0))
                 *(int *)argument = 0;
         return outcome;
 }
 
-/* Ours stay open: whoever closes all descriptors doesn't mean those that he doesn't know. */
+/* The library's own stay open: a program that closes all descriptors doesn't mean those that it doesn't know.
+ */
 static int close_all(unsigned first, unsigned last, int flags)
 {
         unsigned from = first;
@@ -231,7 +232,7 @@ CALL void closefrom(int first)
         *__errno_location() = saved;
 }
 
-/* The C library's streams read and write without us. */
+/* The C library's streams read and write without the library. */
 CALL FILE *fdopen(int fd, const char *mode)
 {
         uint64_t key;

@@ -1,4 +1,4 @@
-/* Another program takes over, here or in a child that the C library makes. */
+/* Calls that start another program, here or in a child that the C library makes. */
 #include "calls.h"
 
 #include "inherit.h"
@@ -10,7 +10,7 @@
 
 extern char **environ __attribute__((weak));
 
-/* This process becomes another program; whoever comes back from it wasn't given one. */
+/* Before exec, and after an exec that failed. */
 static void leaving_for(void)
 {
         inherit_all();
@@ -64,7 +64,8 @@ CALL int execveat(int directory, const char *path, char *const *arguments, char 
         return came_back(real()->execveat(directory, path, arguments, variables, flags));
 }
 
-/* The forms with a list, on the stack as in the C library: they may be called in a signal handler. */
+/* The calls with a list of arguments copy it to the stack, as the C library's do: they may be called in a
+ * signal handler. */
 #define COUNT_LIST(list, last, count)                                                                        \
         do {                                                                                                 \
                 va_start(list, last);                                                                        \
@@ -80,7 +81,7 @@ CALL int execveat(int directory, const char *path, char *const *arguments, char 
                         vector[i] = va_arg(list, char *);                                                    \
         } while (0)
 
-/* Programs may give none, whatever the declaration says. */
+/* Programs may pass NULL, whatever the declaration says. */
 static bool is_given(const char *first)
 {
         return first != NULL;
@@ -165,7 +166,7 @@ CALL int posix_spawn_file_actions_destroy(posix_spawn_file_actions_t *actions)
         return next(actions);
 }
 
-/* glibc 2.39 and later. What isn't called often is looked for when it is. */
+/* glibc 2.39 and later. Functions that aren't called often are looked up when they are. */
 #define SPAWN_BY_PIDFD(name)                                                                                 \
         CALL int name(int *pidfd, const char *path, const posix_spawn_file_actions_t *actions,               \
                       const posix_spawnattr_t *attributes, char *const *arguments, char *const *variables)   \
@@ -180,7 +181,7 @@ CALL int posix_spawn_file_actions_destroy(posix_spawn_file_actions_t *actions)
 SPAWN_BY_PIDFD(pidfd_spawn)
 SPAWN_BY_PIDFD(pidfd_spawnp)
 
-/* Those in which the C library itself makes a child. daemon() and forkpty() make theirs as fork() does. */
+/* Calls in which the C library itself makes a child. daemon() and forkpty() make theirs as fork() does. */
 CALL int system(const char *command)
 {
         int (*next)(const char *) = real_named("system");
@@ -210,7 +211,7 @@ CALL int wordexp(const char *words, wordexp_t *result_of, int flags)
 
         while (*at && *at != '$' && *at != '`')
                 at++;
-        /* A command of the words'; musl lets a shell do all of it. */
+        /* The words have a command; musl lets a shell expand all words. */
         if ((*at && !(flags & WRDE_NOCMD)) || !real_named("gnu_get_libc_version"))
                 inherit_all();
         return next(words, result_of, flags);

@@ -1,5 +1,5 @@
-/* Functions of the C library that use a caller's descriptor by themselves, past the calls that we stand in
- * front of. tests/dataplane/test_names.py knows every name that a C library exports.
+/* Functions of the C library that use a caller's descriptor by themselves, without the calls that the library
+ * wraps. tests/dataplane/test_names.py knows every name that a C library exports.
  */
 #include "calls.h"
 
@@ -97,7 +97,7 @@ CALL int __dprintf_chk(int fd, int flag, const char *format, ...)
 
 /* --- asynchronous I/O: threads of the C library read and write --- */
 
-/* Before glibc 2.34 these are in a library of their own, which may come later than we do. */
+/* Before glibc 2.34 these are in a library of their own, which may be loaded later than ours. */
 static void *late(const char *name)
 {
         enum { LAZY = 1, NOLOAD = 4 };
@@ -143,7 +143,7 @@ CALL int lio_listio(int mode, struct aiocb *const *blocks, int count, struct sig
         return function ? function(mode, blocks, count, event) : (int)result(-ENOSYS);
 }
 
-/* Offsets have 64 bits on all machines that we know. */
+/* Offsets have 64 bits on all machines that FreeFlow supports. */
 CALL int aio_read64(struct aiocb64 *block)
 {
         return aio_read((struct aiocb *)(void *)block);
@@ -159,7 +159,7 @@ CALL int lio_listio64(int mode, struct aiocb64 *const *blocks, int count, struct
         return lio_listio(mode, (struct aiocb *const *)(void *)(uintptr_t)blocks, count, event);
 }
 
-/* --- the others --- */
+/* --- others --- */
 
 CALL void backtrace_symbols_fd(void *const *places, int count, int fd)
 {
@@ -177,7 +177,7 @@ CALL void __backtrace_symbols_fd(void *const *places, int count, int fd)
         backtrace_symbols_fd(places, count, fd);
 }
 
-/* A stream that gets its descriptor later, as old C++ libraries make them. */
+/* A stream that gets its descriptor later, as in old C++ libraries. */
 CALL void *_IO_file_attach(void *stream, int fd)
 {
         uint64_t key;

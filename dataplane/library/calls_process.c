@@ -1,4 +1,4 @@
-/* Processes are made, and end. */
+/* Calls that make processes and end this one. */
 #include "calls.h"
 
 #include "closing.h"
@@ -28,7 +28,7 @@ static void each_end_before_exit(void (*leave)(int fd, struct end *end, uint64_t
                 family_exit();
 }
 
-/* Other libraries may have something to say after us, when their destructors run. */
+/* The destructors of other libraries may still send after this one. */
 __attribute__((destructor)) static void leaving(void)
 {
         each_end_before_exit(close_at_exit);
@@ -47,7 +47,7 @@ ALSO(_exit) __attribute__((noreturn)) void _Exit(int);
 
 /* --- children with memory of their own --- */
 
-/* The C library calls our handler first, and doesn't tell it when there is no child after all. */
+/* The C library calls our handler first, but doesn't tell it when there is no child after all. */
 CALL pid_t fork(void)
 {
         pid_t child = real()->fork();
@@ -62,7 +62,7 @@ CALL pid_t __fork(void)
         return fork();
 }
 
-/* The one without handlers. */
+/* The fork() without handlers. */
 CALL pid_t _Fork(void)
 {
         static pid_t (*next)(void);
@@ -112,7 +112,7 @@ ALSO(clone) __attribute__((nothrow, leaf)) int __clone(int (*)(void *), void *, 
 __attribute__((used)) void *vfork_begins(void);
 __attribute__((used)) long vfork_returned(long child);
 
-/* Before 2.25 glibc keeps the process ID, which its own vfork() takes care of: that one then. */
+/* Before 2.25 glibc caches the process ID, which its own vfork() handles: then that one is used. */
 static bool is_old(const char *version)
 {
         int minor = 0;
@@ -144,8 +144,8 @@ long vfork_returned(long child)
         return result(child);
 }
 
-/* The child returns from here first, and goes on on the same stack: so where to return to is in a register
- * meanwhile, which the kernel keeps for the parent. */
+/* The child returns from here first, and goes on on the same stack. So the return address is in a register
+ * meanwhile, which the kernel restores for the parent. */
 #if defined(__x86_64__)
 __asm__(".text\n"
         ".globl vfork, __vfork\n"

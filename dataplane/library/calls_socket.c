@@ -1,4 +1,4 @@
-/* Where connections begin and end. */
+/* Calls that open, shut down and configure connections. */
 #include "calls.h"
 
 #include "attach.h"
@@ -120,7 +120,7 @@ CALL int accept4(int fd, struct sockaddr *address, socklen_t *size, int flags)
 
 CALL int accept(int fd, struct sockaddr *address, socklen_t *size)
 {
-        /* A program may have confined itself to the one. */
+        /* A program with a seccomp filter may be allowed only this one. */
         if (!process.on)
                 return real()->accept(fd, address, size);
         return accept4(fd, address, size, 0);
@@ -135,13 +135,13 @@ CALL int shutdown(int fd, int how)
 
         if (!end)
                 return real()->shutdown(fd, how);
-        /* Behind a send that is under way in another thread: the kernel's FIN says that nothing more is in
-         * the ring. */
+        /* The lock waits for a send in progress in another thread: the kernel's FIN says that nothing more is
+         * in the ring. */
         taken = lock_take(&end->tx.lock, self());
         if (how != SHUT_RD && taken == LOCK_TAKEN && end_is(end, key) &&
             atomic_load(&end->stage) == STAGE_ATTACHED)
                 fallback_check_order(fd, end);
-        /* Before the kernel knows: see remote_visible(). */
+        /* Before the kernel shuts it down: see remote_visible(). */
         if (how != SHUT_RD)
                 atomic_fetch_or(&end->shut, SHUTTING_WRITE);
         outcome = real()->shutdown(fd, how);
@@ -151,7 +151,7 @@ CALL int shutdown(int fd, int how)
                 atomic_fetch_or(&end->shut, how == SHUT_RD   ? SHUT_READ
                                             : how == SHUT_WR ? SHUT_WRITE
                                                              : SHUT_READ | SHUT_WRITE);
-        /* Not only the kernel says so: see close_ring(). */
+        /* The ring's end says so as well: see close_ring(). */
         if (outcome == 0 && how != SHUT_RD && taken == LOCK_TAKEN && end_is(end, key) &&
             atomic_load(&end->stage) == STAGE_ATTACHED && fallback_may_end_ring(end)) {
                 fallback_end_ring(end);
@@ -161,16 +161,16 @@ CALL int shutdown(int fd, int how)
         return outcome;
 }
 
-/* What an option of a socket is to a connection in a ring. */
+/* Can a connection in a ring have an option? */
 enum fit {
-        FIT,     /* about packets, listeners or buffers: a ring has none, or its own */
-        UNFIT,   /* the kernel gives it a meaning that a ring can't */
-        UNKNOWN, /* as UNFIT, if the kernel takes it */
+        FIT,     /* yes: it is about packets, listeners or buffers, and a ring has none, or its own */
+        UNFIT,   /* no: a ring can't do what it means */
+        UNKNOWN, /* as UNFIT, if the kernel accepts it */
 };
 
 #define BIT(name) (UINT64_C(1) << (name))
-/* By number, since the names depend on the headers. What isn't listed is unknown: an option that a later
- * kernel has may say what a read is, and TCP is right whatever it says. */
+/* By number, since the names depend on the headers. Options that aren't listed are unknown: one of a later
+ * kernel may change what a read returns, and TCP is right whatever it does. */
 enum {
         RECENT_RCVTIMEO = 66, /* as SO_RCVTIMEO, on machines with two sizes of time */
         RECENT_SNDTIMEO = 67,
@@ -182,7 +182,7 @@ enum {
         PEEK_OFF = 42,
         ZERO_COPY = 60,
         INQ = 36,               /* of TCP */
-        ZERO_COPY_RECEIVE = 35, /* of TCP, and read like an option */
+        ZERO_COPY_RECEIVE = 35, /* of TCP: a getsockopt() that receives */
         IP_POLICY = 16,         /* IP_IPSEC_POLICY, IP_XFRM_POLICY: 16, 17; of IPv6 34, 35 */
         IP6_POLICY = 34,
 };
@@ -241,7 +241,7 @@ static enum fit fit(int level, int name, int value)
                                                                                                     : UNKNOWN;
                 }
         }
-        /* About packets, but for what encrypts those of one socket. */
+        /* About packets, except the policies that encrypt those of one socket. */
         if (level == IPPROTO_IP)
                 return name == IP_POLICY || name == IP_POLICY + 1 ? UNFIT : FIT;
         if (level == IPPROTO_IPV6)
@@ -255,7 +255,7 @@ static enum fit fit(int level, int name, int value)
         return name >= 0 && name < 64 && fit_of_tcp & BIT(name) ? FIT : UNKNOWN;
 }
 
-/* A timeout that has passed before it begins: the kernel has it, and doesn't say so when it is asked. */
+/* A negative time-out: the kernel has it, but getsockopt() doesn't return it. */
 static bool is_past(int level, int name, const void *value, socklen_t size)
 {
         struct timeval time;
@@ -268,8 +268,8 @@ static bool is_past(int level, int name, const void *value, socklen_t size)
         return time.tv_sec < 0;
 }
 
-/* The library's part of an option that the kernel has taken. `rest`: there is something left in a ring that
- * has ended, which comes before what the kernel has. */
+/* The library's part of an option that the kernel has accepted. `rest`: there are bytes left in a ring that
+ * has ended, which come before the kernel's. */
 static void note(int fd, struct end *end, int level, int name, const void *value, socklen_t size, int number,
                  bool rest)
 {
@@ -286,7 +286,7 @@ static void note(int fd, struct end *end, int level, int name, const void *value
                 if (rest) {
                         view = end_receives(end);
                         left = ring_ready(&end->rx, &view);
-                        /* It has its own idea of how much that may be. */
+                        /* The kernel may have limited it. */
                         sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_RCVLOWAT, &number, &length);
                 }
                 rest = rest && number > 1 && left > 0 && fallback_sender_stopped(end);
@@ -324,7 +324,8 @@ CALL int setsockopt(int fd, int level, int name, const void *value, socklen_t si
                 fits = UNFIT;
         if (fits == UNFIT) {
                 fall_back(fd, end, key, REASON_OPTION);
-                /* What is left in a ring can't be decrypted there: as where the kernel has no such module. */
+                /* What is left in a ring can't be decrypted there: the error of a kernel without such a
+                 * module. */
                 if (level == IPPROTO_TCP && name == TCP_ULP && end_has_rest(end))
                         return (int)result(-ENOENT);
         }
@@ -339,7 +340,7 @@ CALL int setsockopt(int fd, int level, int name, const void *value, socklen_t si
         return outcome;
 }
 
-/* A few options are questions to what is left in a ring, and one takes bytes. */
+/* A few options concern what is left in a ring, and one receives bytes. */
 CALL int getsockopt(int fd, int level, int name, void *value, socklen_t *size)
 {
         uint64_t key;
@@ -349,7 +350,7 @@ CALL int getsockopt(int fd, int level, int name, void *value, socklen_t *size)
 
         if (end && level == IPPROTO_TCP && name == ZERO_COPY_RECEIVE) {
                 fall_back(fd, end, key, REASON_OPTION);
-                /* It is done for what the kernel has: what comes before is to be read. */
+                /* The kernel would receive its own bytes: those of the ring have to be read before. */
                 if (end_has_rest(end))
                         return (int)result(-EINVAL);
         }

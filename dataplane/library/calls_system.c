@@ -1,4 +1,4 @@
-/* What changes how the whole process works: see retire.h. And system calls by their number. */
+/* Calls that change how the whole process works (retire.h), and system calls by number. */
 #include "calls.h"
 
 #include "inherit.h"
@@ -15,7 +15,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
-/* Not before: a filter that is refused is one of a program that wanted it. */
+/* Even if the kernel then refuses the filter: the program wants to confine itself. */
 static void confine(void)
 {
         retire_heirs();
@@ -36,7 +36,7 @@ CALL TAKES_MORE int prctl(int option, ...)
         return (int)result(sys_5(SYS_prctl, option, argument[0], argument[1], argument[2], argument[3]));
 }
 
-/* The path to the router is gone afterwards: so it is called before. */
+/* The router's path is gone afterwards, so the library connects before. */
 CALL int chroot(const char *path)
 {
         router_connect();
@@ -57,8 +57,8 @@ CALL int setns(int fd, int flags)
         return (int)result(sys_2(SYS_setns, fd, flags));
 }
 
-/* A library that is bound to the C library before it is to us, and one in a namespace of its own, which has a
- * C library of its own. The C library asks who calls, for the paths that are searched: so these are jumps. */
+/* A library that binds to the C library before it binds to us, and one in a namespace with a C library of its
+ * own. The C library takes its search paths from its caller, so these are jumps. */
 CALL void *dlopen(const char *file, int mode)
 {
         void *(*next)(const char *, int) = real_named("dlopen");
@@ -77,8 +77,8 @@ CALL void *dlmopen(Lmid_t space, const char *file, int mode)
         return next(space, file, mode);
 }
 
-/* Calls by number that our functions stand in front of because of what they do to descriptors, or to the
- * process. True: done, with its outcome. */
+/* System calls by number that the library wraps because of what they do to descriptors, or to the process.
+ * True: done, with its outcome. */
 static bool is_known(long number, const long *a, long *outcome)
 {
         switch (number) {

@@ -1,4 +1,4 @@
-/* Time, and the core that the thread runs on, as cheap as they can be had. */
+/* Time, and the core that the thread runs on, by the cheapest means. */
 #ifndef FREEFLOW_CLOCK_H
 #define FREEFLOW_CLOCK_H
 
@@ -16,7 +16,7 @@ static inline uint64_t now(void)
         return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
 }
 
-/* A counter that changes every 1 to 10 ms; reading it costs no more than a few loads. */
+/* Milliseconds of a clock that changes every 1 to 10 ms; reading it takes a few loads. */
 static inline uint32_t ticks(void)
 {
         struct timespec time;

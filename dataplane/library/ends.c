@@ -5,7 +5,7 @@
 #include "poller.h"
 #include "router.h"
 
-/* A free end, or one that was left by processes that ended without closing, made ours: its generation is odd
+/* Take a free end, or one that was left by processes that ended without closing. Its generation is odd
  * afterwards. */
 static struct end *take_end(uint32_t *generation)
 {
@@ -77,7 +77,7 @@ void end_alias(int old, int new)
         fd_set_word(new, key);
 }
 
-/* Nobody holds the end any more. Whoever is inside a lock finishes first; whoever comes later sees the
+/* No process holds the end any more. A thread that is inside a lock finishes first; a later one finds the new
  * generation. */
 static void end_free(struct end *end)
 {

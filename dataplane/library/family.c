@@ -18,10 +18,10 @@ __thread uint32_t thread_id __attribute__((tls_model("initial-exec")));
 
 enum {
         NOBODY = 0,
-        CHILD_TO_BE = -1, /* announced by a parent, hasn't spoken yet */
-        FOR_EVER = -2,    /* lives in a namespace of its own: its ID means nothing here */
+        CHILD_TO_BE = -1, /* announced by a parent, hasn't run yet */
+        FOR_EVER = -2,    /* it has a PID namespace of its own: its ID means nothing here */
         NO_NUMBER = -1,
-        LATER = -2, /* without an end there is no need for one, and its memory isn't touched */
+        LATER = -2, /* taken with the first end: so the family's memory isn't touched before */
 };
 
 /* What the parent has given the child that it is about to make: 1 + its number, 0: NO_NUMBER. The child's
@@ -52,7 +52,7 @@ static void hold(struct end *end, int32_t member)
         atomic_fetch_add(&end->holders, 1);
 }
 
-/* One holder less; `last`: what is left when it was the last one. Returns whether it was. */
+/* One holder less; `last`: the value of `holders` when it was the last one. Returns whether it was. */
 static bool drop_holder(struct end *end, int32_t member, uint32_t last)
 {
         uint32_t holders = atomic_load(&end->holders);
@@ -90,7 +90,7 @@ int end_next_descriptor(const struct end *end, int after)
         if (atomic_load_explicit(&process.local[number], memory_order_relaxed) == 1) {
                 int32_t only = atomic_load_explicit(&process.fd_of[number], memory_order_relaxed);
 
-                /* Another thread may just have closed the one that was noted. */
+                /* Another thread may just have closed the one in the table. */
                 if ((uint32_t)atomic_load_explicit(&process.fds[only], memory_order_relaxed) == number + 1)
                         return after < only ? only : -1;
         }
@@ -128,10 +128,10 @@ static void each_end(void (*visit)(struct end *end, int32_t member), int32_t mem
         }
 }
 
-/* To move costs what some dozens of operations on TCP cost. A connection that ends within the age at which it
- * asked hasn't earned that. Programs that make such connections make more of them, so the next ones wait for
- * more operations, which long ones have soon. The counter is a guess: processes that change it at the same
- * time may lose a step. */
+/* An upgrade costs as much as some dozens of operations on TCP. A connection that ends soon after its
+ * request, within the age of the rule, hasn't paid for it. Programs that make such connections make more of
+ * them, so the next ones wait for more operations, which long connections have soon. The counter is a guess:
+ * processes that change it at the same time may lose a step. */
 void family_account(struct end *end)
 {
         uint64_t asked = atomic_exchange_explicit(&end->asked, 0, memory_order_relaxed);
@@ -152,7 +152,7 @@ static void drop_holder_for_good(struct end *end, int32_t member)
                 family_account(end);
 }
 
-/* What this process holds, the child will hold too: so it is counted before it can close anything. */
+/* The child will hold what this process holds: it is counted before it can close anything. */
 void family_fork(void)
 {
         if (!process.on || announced)
@@ -195,7 +195,7 @@ void family_forked(void)
         if (atomic_exchange(process.alive, 1))
                 return;
         thread_id = 0;
-        /* A parent that can't be seen is in another namespace of process IDs. */
+        /* A parent that can't be seen is in another PID namespace. */
         process.renamed = process.renamed || sys_0(SYS_getppid) == 0;
         atomic_store(&process.pid, pid);
         process.member = announced ? promised - 1 : high ? take_number(own_mark()) : LATER;
@@ -219,8 +219,8 @@ static void drop_shared_holder(struct end *end, int32_t member)
                 drop_holder(end, member, 0);
 }
 
-/* What the new program has of a connection is no part of the family. What only this process holds ends with
- * it, and the kernel says so. */
+/* The new program is no part of the family. An end that only this process holds ends with it, and the peer's
+ * kernel says so. */
 void family_exec(void)
 {
         if (process.on)

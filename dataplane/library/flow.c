@@ -62,7 +62,7 @@ bool flow_become(struct flow *flow, enum phase to)
 {
         uint32_t phase = atomic_load(&flow->phase);
 
-        /* Sequentially consistent: READY pairs with blind_begin() in calls_ready.c. */
+        /* Sequentially consistent: READY pairs with the count of blind calls in poll_wait.c. */
         do
                 if (!(next_phases[phase] & TO(to)))
                         return false;

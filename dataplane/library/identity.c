@@ -20,7 +20,7 @@ bool identity_check(int fd, const struct end *end, uint64_t stamp)
         return !bucket_take(&identity_last.spent, stamp, cost) || end_is_behind(fd, end);
 }
 
-/* A connection that the table has under another number. */
+/* Another descriptor that the table has for the same connection; -1: none. */
 static int same_as(int fd)
 {
         uint32_t high = atomic_load(&process.high), size = sizeof(uint64_t);

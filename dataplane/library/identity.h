@@ -1,11 +1,11 @@
-/* Is a descriptor still the connection's that the table says? It isn't when the program has closed or
- * replaced it by a system call that nobody stands in front of, or another process has that shares its
- * descriptors.
+/* Does a descriptor still belong to the connection that the table has for it? It doesn't if the program has
+ * closed or replaced it by a system call that the library doesn't wrap, or if another process that shares its
+ * descriptors has.
  *
- * The kernel is asked whenever something doesn't fit: an error that a connection doesn't have. And before
- * bytes or readiness of a ring are given to a descriptor, and before it is registered with epoll: not if the
- * same thread did so for the same connection less than `raw_near` ago, since nobody closes and opens that
- * fast, and for 1 % of its time at most.
+ * The kernel is asked when a call fails with an error that a connection doesn't have. It is also asked before
+ * bytes or readiness of a ring are reported for a descriptor, and before it is registered with epoll; but not
+ * if the same thread asked about the same connection less than `raw_near` ago, since no close and open are
+ * that fast, and for at most 1 % of the thread's time.
  */
 #ifndef FREEFLOW_IDENTITY_H
 #define FREEFLOW_IDENTITY_H
@@ -16,14 +16,14 @@
 struct identity_last {
         const struct end *end;
         uint64_t stamp; /* clock_stamp() */
-        uint64_t spent; /* clock_stamp() until which the thread's share of questions is used up */
+        uint64_t spent; /* see bucket_take() */
 };
 
 extern __thread struct identity_last identity_last __attribute__((tls_model("initial-exec")));
 
 bool identity_check(int fd, const struct end *end, uint64_t stamp);
-/* The table's entry of this descriptor goes, and what epoll instances had of it; nothing happens to the
- * connection. Without a lock. If it is another connection's, the table says so then. */
+/* Without a lock: remove the table's entry of this descriptor, and its registrations with epoll. Nothing
+ * happens to the connection. If the descriptor is now another connection's, the table has that afterwards. */
 void identity_lost(int fd);
 
 static inline bool identity_holds(int fd, const struct end *end)

@@ -13,7 +13,7 @@
 
 enum { SPAWNED = 64 };
 
-/* Numbers that file actions duplicate. The actions themselves are the C library's secret. */
+/* Numbers that file actions duplicate. The actions themselves are opaque. */
 static struct {
         struct lock lock;
         bool full; /* some aren't known: any number may be one */
@@ -46,7 +46,8 @@ static void inherit_some(bool (*does)(int fd))
 
                         if (!end || atomic_load(&end->stage) == STAGE_CLOSED)
                                 continue;
-                        /* Peers on other hosts take a while: all of them at the same time. */
+                        /* Peers on other hosts take a while: the first pass requests their fallback, all at
+                         * the same time. */
                         if (pass == 0 && (atomic_load(&end->stage) != STAGE_ATTACHED || !end_is_remote(end)))
                                 continue;
                         if (!does((int)fd))
@@ -81,7 +82,7 @@ static bool is_duplicated(int fd)
 
 void inherit_spawned(const posix_spawn_file_actions_t *actions)
 {
-        /* Which of the actions were copied from others isn't known: all that are known count. */
+        /* Actions may be copies of others, which isn't known: all numbers that are known count. */
         inherit_some(actions ? is_duplicated : stays_open);
 }
 

@@ -10,7 +10,7 @@
 enum {
         SHARE = 4,     /* probes in the time after which a connection is forgotten */
         LONGEST = 300, /* s */
-        MOST = 127,    /* probes: what the kernel takes */
+        MOST = 127,    /* probes: the kernel's maximum */
         FRESH = 10000, /* ms for which the container's time isn't read again */
 };
 
@@ -45,7 +45,7 @@ static void set(int fd, int level, int name, int value)
         sys_5(SYS_setsockopt, fd, level, name, &value, sizeof value);
 }
 
-/* What the kernel is to do: the program's word, or more probes in the same time. */
+/* Set the kernel's values: the program's own, or ours, which are more probes in the same time. */
 static void apply(int fd, struct end *end, bool ours)
 {
         int on = atomic_load(&end->keep_on), idle = atomic_load(&end->keep_idle);
@@ -86,7 +86,7 @@ void keep_end(int fd, struct end *end)
                 apply(fd, end, false);
 }
 
-/* Where the program's own value of an option is. */
+/* Where the program's own value of an option is kept. */
 static _Atomic int32_t *place(struct end *end, int level, int name)
 {
         if (level == SOL_SOCKET && name == SO_KEEPALIVE)

@@ -2,20 +2,20 @@
  *
  * An arena is a sealed memfd that the router makes for two processes, one at each side, and that only their
  * families (the processes that fork from them) ever map. It has SLOTS slots; a slot carries one connection.
- * Both sides can write every word of it, so neither believes any of it: see `ring.h` for who keeps what in
- * memory of its own.
+ * Both sides can write every word of it, so neither trusts any of it: `ring.h` says what each side keeps in
+ * private memory.
  *
  * In a remote arena side 1 is this host's relay, and the connection's other end is a process of another host
  * that has such an arena too: what side 0 writes into direction 0 here, the relays write into direction 1
  * there, at the same offsets. Its rings are smaller than RING_SIZE: so the file's size, which is sealed, says
- * what kind of arena it is, whatever anybody writes into it.
+ * what kind of arena it is, whatever a process writes into it.
  */
 /* clang-format off */
 /*      page 0                   struct arena: magic, version, bells
  *      page 2 ..                SLOTS x 2 pages: for each slot and direction one struct ring and the ring's
  *                               first bytes
  *      BULK_OFFSET ..           SLOTS x 2 x size_of_ring: the rest of each ring, touched only as far as it is
- *                               used; in a remote arena registered with the RDMA device, and never given back
+ *                               used; in a remote arena registered with the RDMA device, and never reclaimed
  *
  * A ring is size_of_ring bytes of address space: RING_SIZE, or a power of two below it in a remote arena, from
  * REMOTE_RING_LEAST to REMOTE_RING_MOST. The bytes at offsets below SMALL_SIZE lie in the slot's own page,
@@ -29,15 +29,15 @@
  *      base     w sender, only while the ring is empty, before tail; r receiver after tail
  *      stamp    w sender, only while the ring is empty, before tail; r receiver: when its first byte came
  *      head     w receiver (release)  r sender (acquire)     bytes ever taken out
- *      ready    w receiver (release)  r sender (acquire)     the receiver looks at the ring before every wait
+ *      ready    w receiver (release)  r sender (acquire)     the receiver checks the ring before every wait
  *      start    w sender (release)    r receiver (acquire)   1 + position in the connection of the ring's first byte
  *      end      w sender (release)    r receiver (acquire)   1 + tail at which the ring ended; TCP goes on from there
  *      clean    w sender, before tail; r receiver after tail: up to this tail no byte had gone over TCP since the
  *               move when it was put (raw.h)
- *      leave    w receiver (seq_cst)  r sender (seq_cst)     the receiver asks the sender to end the ring; LEAVE_RAW:
+ *      leave    w receiver (seq_cst)  r sender (seq_cst)     the receiver requests that the ring ends; LEAVE_RAW:
  *                                                            because bytes came over TCP
- *      busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between looking at `leave` and publishing
- *      waiters  w both (seq_cst)                             who of this direction sleeps: wait_begin(), wake()
+ *      busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between checking `leave` and publishing
+ *      waiters  w both (seq_cst)                             this direction's sleepers: wait_begin(), wake()
  *
  * Of remote arenas only:
  *      over     w relay (release)     r receiver (acquire)   the sender's end is gone, what it put is below tail
@@ -78,7 +78,7 @@ enum {
         BULK_OFFSET = 1024 * 1024, /* after the slots, on a boundary of its own */
 };
 
-/* What `leave` may say. */
+/* Values of `leave`. */
 enum { LEAVE_ASKED = 1, LEAVE_RAW = 2 };
 
 #define ARENA_SIZE ((size_t)BULK_OFFSET + (size_t)SLOTS * SIDES * RING_SIZE)
@@ -88,7 +88,7 @@ static inline size_t arena_size(size_t size_of_ring)
         return (size_t)BULK_OFFSET + (size_t)SLOTS * SIDES * size_of_ring;
 }
 
-/* Which waiters sleep: `any` says whether to look at `bells`, so that the one who wakes loads one word. */
+/* Which waiters sleep. `any` says whether to check `bells`, so that waking nobody takes one load. */
 struct waiters {
         _Atomic uint32_t any;
         uint32_t unused;
@@ -110,12 +110,12 @@ struct ring {
         _Atomic uint32_t ready;
         _Atomic uint32_t leave;
         _Atomic uint32_t receiver_cpu;
-        /* who sleeps: receivers for bytes, senders for space */
+        /* sleepers: receivers for bytes, senders for space */
         _Alignas(64) struct waiters receivers;
         _Alignas(64) struct waiters senders;
-        /* what this ring is of: both sides compare it with what the router told them */
+        /* of the slot's connection: both sides compare it with the router's grant */
         _Alignas(64) _Atomic uint64_t incarnation;
-        /* w sender, before it says that it waits: bytes in the ring at which it wants to be woken; in a
+        /* w sender, before it announces that it waits: bytes in the ring at which it wants to be woken; in a
          * remote arena below which it wants to, 0: never */
         _Atomic uint32_t room;
         _Atomic uint32_t over;
@@ -136,10 +136,9 @@ _Static_assert(offsetof(struct ring, left) == 272, "layout is part of the versio
 _Static_assert(offsetof(struct ring, broken) == 276, "layout is part of the version");
 _Static_assert(offsetof(struct ring, received) == 280, "layout is part of the version");
 
-/* What the waiters of one side need from the other. */
+/* One side's bells, as both sides use them. */
 struct side {
-        /* w this side: bells that the router has from us: the other side may ask it for them */
-        _Atomic uint32_t published;
+        _Atomic uint32_t published; /* reserved: neither written nor read */
         uint32_t unused;
         /* w other side: it has these bells of ours and can ring them */
         _Atomic uint64_t known[BELL_WORDS];

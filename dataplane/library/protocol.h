@@ -1,26 +1,26 @@
-/* What the library and the router say to each other, over a SOCK_SEQPACKET unix socket: one message per
- * packet, all integers in the host's order, sizes fixed. A message of another size or kind ends the
- * connection; the library then stays on TCP and tries again later. A library of another version is told so by
- * a WELCOME that switches it off.
+/* The messages between the library and the router, over a SOCK_SEQPACKET unix socket: one message per packet,
+ * all integers in the host's order, sizes fixed. A message of another size or kind ends the connection; the
+ * library then stays on TCP and tries again later. The router tells a library of another version by a WELCOME
+ * that switches it off.
  *
- * Only the router sends descriptors. Whoever receives one may have to do its last close(), and close() can
- * wait for as long as the sender likes: so nobody takes one from a container.
+ * Only the router sends descriptors. The receiver of a descriptor may have to do its last close(), which can
+ * wait for as long as the sender likes, so the router takes none from a container.
  *
- * The router learns who speaks from the kernel, never from a message. A process speaks over one socket; a
- * child that fork made opens its own, and shows that it inherited an arena by the token that came with it.
+ * The router identifies a process by the kernel's word, never by a message. A process has one socket. A child
+ * of fork opens its own, and proves by the arena's token that it inherited the arena.
  *
  *      library                                router
  *      HELLO version                  ->
  *                                     <-       WELCOME settings
  *      REQUEST connection             ->       answered once both ends have sent theirs
- *                                     <-       GRANT arena, slot + memfd; the first of an arena: + what hears
- *                                                       bell 0, and soon RING with what rings the other
- * side's
+ *                                     <-       GRANT arena, slot + memfd; the first of an arena: + the
+ *                                                receiving end of bell 0, and soon RING with the sending
+ *                                                end of the other side's
  *                                     <-       REFUSE reason
- *      BELL arena, index              ->       make a bell of the speaker's side
- *                                     <-       HEAR arena, index + its hearing end; without: none to be had
+ *      BELL arena, index              ->       make a bell of the library's side
+ *                                     <-       HEAR arena, index + its receiving end; without: there is none
  *      FETCH arena, index             ->       ring a bell of the other side, and hand it out
- *                                     <-       RING arena, index + its ringing end; without: not known
+ *                                     <-       RING arena, index + its sending end; without: not known
  *      RELEASE arena, slot            ->       this side is done with the slot; no answer
  *      NOTE connection, reason        ->       why a connection stays on TCP, for status; no answer
  */
@@ -54,12 +54,12 @@ enum reason {
         REASON_FOREIGN = 3,      /* the address isn't an endpoint of a freeflow network */
         REASON_LIMIT = 4,        /* a limit of the container is reached */
         REASON_NOT_FOUND = 5,    /* the kernel knows no such connection there */
-        REASON_RAW = 6,          /* bytes went past the library: io_uring, raw system calls */
+        REASON_RAW = 6,          /* bytes bypassed the library: io_uring, raw system calls */
         REASON_STDIO = 7,        /* the C library's streams read or write it, or it is a standard stream */
         REASON_PASSED = 8,       /* handed to another process or program */
         REASON_OPTION = 9,       /* a socket option that rings can't carry */
         REASON_MEMORY = 11,      /* no address space, no memory or no descriptor in the process */
-        REASON_CORRUPT = 12,     /* the other side wrote nonsense into the ring */
+        REASON_CORRUPT = 12,     /* the other side wrote invalid words into the ring */
         REASON_PEER_CLOSED = 13, /* the other end has closed its side */
         REASON_SHARED = 14,      /* several processes hold this end */
         REASON_BROKEN = 15,      /* the RDMA path was lost */
@@ -133,7 +133,7 @@ struct bell {
         struct message message;
         uint32_t index;
         uint64_t arena;
-        uint64_t token; /* of the side that speaks; HEAR, RING: 0 */
+        uint64_t token; /* of the library's side; HEAR, RING: 0 */
         uint32_t side;  /* whose bell it is: BELL and HEAR the library's own side, FETCH and RING the other */
         uint32_t unused;
 };

@@ -19,7 +19,7 @@ enum {
 struct way {
         int from, to;
         size_t first, last; /* in `buffer` */
-        bool over;          /* the source has ended, and the other end knows */
+        bool over;          /* the source has ended, and the target has been shut down */
         unsigned char buffer[PIECE];
 };
 
@@ -31,7 +31,7 @@ static void close_between(unsigned first, unsigned last)
                 sys_1(SYS_close, fd);
 }
 
-/* Nobody may wait for the end of something because the pump has it open. */
+/* A descriptor that the pump keeps open would keep its file's other end waiting for a close. */
 static void keep_only(int one, int other)
 {
         unsigned low = (unsigned)(one < other ? one : other), high = (unsigned)(one < other ? other : one);
@@ -86,7 +86,7 @@ static void step(struct pump *pump, struct way *way)
                         return;
                 if (moved < 0) {
                         way->over = true;
-                        /* Who sends gets an error, as if the reader were gone. */
+                        /* The sender gets an error, as if the reader were gone. */
                         sys_2(SYS_shutdown, way->from, SHUT_RD);
                         return;
                 }
@@ -117,7 +117,7 @@ __attribute__((noreturn)) static void run(struct pump *pump, int ours, struct wa
                 if (!out->over)
                         polled[out->first == out->last ? 1 : 0].events |=
                             out->first == out->last ? POLLIN : POLLOUT;
-                /* One that only says that it has ended isn't waited for. */
+                /* A descriptor that would only report its end isn't polled. */
                 for (int i = 0; i < 2; i++)
                         if (!polled[i].events)
                                 polled[i].fd = -1;
@@ -127,7 +127,7 @@ __attribute__((noreturn)) static void run(struct pump *pump, int ours, struct wa
 
 bool pump_start(struct pump *pump)
 {
-        /* Not a static buffer: every program would have its pages between the library's own variables. */
+        /* Not a static buffer: its pages would lie between the library's variables in every program. */
         const size_t size = 2 * sizeof(struct way);
         struct way *ways = reserve(size, MAP_PRIVATE);
         int pair[2];
@@ -139,7 +139,7 @@ bool pump_start(struct pump *pump)
                 sys_2(SYS_munmap, ways, size);
                 return false;
         }
-        /* Without a signal at its end: not one of the children that the program waits for. */
+        /* Without a signal at its exit: it isn't one of the children that the program waits for. */
         child = sys_5(SYS_clone, 0, 0, 0, 0, 0);
         if (child == 0)
                 run(pump, pair[1], ways);

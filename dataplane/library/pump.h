@@ -1,8 +1,9 @@
-/* For a descriptor that somebody reads from now on who doesn't have the library, or doesn't know the
- * connection: another program, the C library's streams. What he would miss, because it is in a ring that has
- * ended, a process of our own gives him: it takes over the TCP connection, and the descriptor becomes a unix
- * socket to it. So it is only done when bytes would be lost otherwise; getpeername() and TCP's options don't
- * work any more then.
+/* A process of ours that forwards a connection, for a reader without the library or one that doesn't know the
+ * connection: another program, the C library's streams.
+ *
+ * Such a reader would miss what is left in a ring that has ended. So the pump takes over the TCP connection,
+ * and the reader's descriptor becomes a unix socket to the pump. getpeername() and TCP's options don't work
+ * on it any more, so this is only done where bytes would be lost otherwise.
  */
 #ifndef FREEFLOW_PUMP_H
 #define FREEFLOW_PUMP_H
@@ -11,7 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* What comes from the connection: `before` bytes of TCP, the bytes at `bytes`, and then the rest of TCP. */
+/* The connection's bytes: `before` bytes of TCP, the bytes at `bytes`, and then the rest of TCP. */
 struct pump {
         int tcp, program; /* descriptors: the connection, and the program's end of a pair of unix sockets */
         uint64_t before;

@@ -13,7 +13,7 @@
 #include <sys/socket.h>
 
 enum {
-        NEAR = 1000, /* ns: the kernel's quickest send on a connection with nothing under way takes 3000 */
+        NEAR = 1000, /* ns: the kernel's quickest send on a connection with nothing in flight takes 3000 */
         PACE = 25 * 1000, /* ns for each question, which takes 500 */
         LEAST = 1000000,  /* ns after which the clock's speed can be told */
         STATE_ESTABLISHED = 1,
@@ -24,11 +24,11 @@ enum {
 #define NOT_CLEAN UINT64_MAX
 
 __thread struct raw_last raw_last __attribute__((tls_model("initial-exec")));
-_Atomic uint64_t raw_near = 24; /* until the clock's speed is known: of the slowest there are */
+_Atomic uint64_t raw_near = 24; /* for the slowest clocks, until the speed of this one is known */
 
 static _Atomic uint64_t pace = PACE, first_ns, first_stamp;
 
-/* How fast clock_stamp() goes. */
+/* Measure the frequency of clock_stamp(). */
 static void learn_speed(void)
 {
         static _Atomic bool known;
@@ -171,7 +171,7 @@ bool raw_tcp_is_empty(int fd, struct end *end)
         char byte;
         long got;
 
-        /* What another host's TCP says is waited for elsewhere (remote.h). */
+        /* Events of another host's TCP are handled elsewhere (remote.h). */
         if (end_is_remote(end) || atomic_load_explicit(&end->rx.clean, memory_order_relaxed) == edge ||
             atomic_load_explicit(&end->rx.phase, memory_order_relaxed) != PHASE_RING)
                 return true;

@@ -1,4 +1,4 @@
-/* The C library's functions behind the ones that we stand in front of. */
+/* The C library's functions behind the calls that the library wraps, and those that it uses. */
 #ifndef FREEFLOW_REAL_H
 #define FREEFLOW_REAL_H
 

@@ -6,7 +6,7 @@
 #include <poll.h>
 #include <sys/ioctl.h>
 
-#define NEWS ((uint32_t)(POLLIN | POLLRDNORM | POLLRDBAND | POLLRDHUP | POLLHUP))
+#define DEFERRABLE ((uint32_t)(POLLIN | POLLRDNORM | POLLRDBAND | POLLRDHUP | POLLHUP))
 
 void remote_request_fallback(struct end *end)
 {
@@ -50,19 +50,19 @@ uint32_t remote_visible(struct end *end, int fd, uint32_t bits)
         struct timespec at_once = {0};
 
         /* What the program itself has shut down says nothing of the peer. A connection that is gone without
-         * both sides' FIN was reset, whoever heard of the error. */
-        if (!(bits & NEWS) || !remote_is_early(end) || shut & SHUT_READ || bits & POLLERR ||
+         * both sides' FIN was reset, whichever thread got the error. */
+        if (!(bits & DEFERRABLE) || !remote_is_early(end) || shut & SHUT_READ || bits & POLLERR ||
             (bits & POLLHUP && !(shut & (SHUT_WRITE | SHUTTING_WRITE))))
                 return bits;
         if (atomic_load_explicit(&end->rx.deferred, memory_order_relaxed))
-                return bits & ~NEWS;
+                return bits & ~DEFERRABLE;
         if (remote_before(end, queued_in_tcp(fd)))
                 return bits & ~(uint32_t)(POLLRDHUP | POLLHUP);
         if (!remote_before(end, 1) || bits & (POLLRDHUP | POLLHUP)) {
                 /* All that came before the ring has been taken. What is there now comes after it. */
                 if (sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) > 0)
                         remote_defer(end);
-                return bits & ~NEWS;
+                return bits & ~DEFERRABLE;
         }
         /* Another thread has just taken what was there. */
         return bits & ~(uint32_t)(POLLIN | POLLRDNORM | POLLRDBAND);

@@ -1,17 +1,16 @@
 /* One direction of a connection as bytes in shared memory: one sender, one receiver.
  *
  * Positions only grow: `tail` counts what was put in, `head` what was taken out. Each side keeps its own
- * index in memory of its own (`struct flow`.edge) and only publishes it in the ring; of the other side's
- * index it believes no more than that it is a number: tail - head must not exceed the ring's size, and the
- * offset into the ring is masked. So whatever the other side writes, nothing outside the ring is read or
- * written.
+ * index in private memory (`struct flow`.edge) and only publishes it in the ring. It checks the other side's
+ * index: tail - head must not exceed the ring's size, and the offset into the ring is masked. So whatever the
+ * other side writes, nothing outside the ring is read or written.
  *
  * Byte p lies at offset (p - base) mod size. The sender moves `base` to `tail` only while the ring is
  * empty, so a receiver that loads it after a tail that says "not empty" has the one that holds for these
  * bytes.
  *
- * All functions are called under the flow's lock. What a signal handler did inside it is found by the commit,
- * which compares: then the caller begins again.
+ * All functions are called under the flow's lock. A signal handler may have used the ring inside it: the
+ * commit compares the index, fails, and the caller begins again.
  */
 #ifndef FREEFLOW_RING_H
 #define FREEFLOW_RING_H
@@ -24,7 +23,7 @@
 #include <string.h>
 #include <sys/uio.h>
 
-/* Two words, so that it is handed on in registers. */
+/* Where a ring is. Two words, so that it is passed in registers. */
 struct view {
         struct ring *ring;
         uintptr_t bulk; /* address of the bulk area, which is a page's, and in the low bits log2 of the ring's
@@ -50,7 +49,7 @@ static inline unsigned char *view_bulk(const struct view *view)
         return (unsigned char *)(view->bulk & ~(uintptr_t)(PAGE - 1));
 }
 
-/* The other side is the relay: the size says so (layout.h). */
+/* Is the other side the relay? The size says so (layout.h). */
 static inline bool view_remote(const struct view *view)
 {
         return __builtin_expect((view->bulk & 63) != RING_SHIFT, 0);
@@ -78,8 +77,8 @@ static inline unsigned char *ring_at(const struct view *view, uint64_t offset, s
         return view_bulk(view) + offset;
 }
 
-/* Bytes of a ring that may be used. A remote one's memory is there already, and the relays report what has
- * been read when half of the ring has: who used less might wait for ever. */
+/* Bytes of a ring that may be used: all of a remote one. Its memory is there already, and the relays report
+ * what has been read in steps of half a ring: a sender that used less might wait for ever. */
 static inline uint64_t ring_limit(const struct view *view)
 {
         return view_remote(view) ? view_size(view) : settings.ring_limit;
@@ -91,7 +90,7 @@ static inline uint64_t ring_extent(const struct flow *flow, const struct view *v
         return view_remote(view) ? view_size(view) : budget_extent(flow);
 }
 
-/* The ring is empty: begin at its first byte again. */
+/* The ring is empty: start again at its first byte. */
 static inline void ring_restart(struct flow *flow, const struct view *view, uint64_t tail)
 {
         atomic_store_explicit(&flow->base, tail, memory_order_relaxed);
@@ -99,8 +98,8 @@ static inline void ring_restart(struct flow *flow, const struct view *view, uint
         atomic_store_explicit(&flow->stopped, 0, memory_order_relaxed);
 }
 
-/* How many of `space` bytes from `tail` on the sender may use: less than a whole ring goes round only by way
- * of empty. */
+/* How many of `space` bytes from `tail` on the sender may use. If it may not use the whole ring, it only
+ * starts again at the first byte when the ring is empty. */
 static inline uint64_t ring_within(struct flow *flow, const struct view *view, uint64_t tail, uint64_t space)
 {
         uint64_t extent = ring_extent(flow, view);
@@ -114,7 +113,7 @@ static inline uint64_t ring_within(struct flow *flow, const struct view *view, u
         return 0;
 }
 
-/* Bytes that may be put in now, for a message of `want`; RING_CORRUPT: the receiver's index is nonsense. */
+/* Bytes that may be put in now, for a message of `want`; RING_CORRUPT: the receiver's index is invalid. */
 static inline int64_t ring_space(struct flow *flow, const struct view *view, size_t want, uint64_t limit)
 {
         uint64_t tail = atomic_load_explicit(&flow->edge, memory_order_relaxed);
@@ -135,7 +134,8 @@ static inline unsigned char *ring_to_put(const struct flow *flow, const struct v
         return ring_at(view, tail - atomic_load_explicit(&flow->base, memory_order_relaxed), run);
 }
 
-/* Something comes. Who waits for several rings hears of them in this order. */
+/* Stamp an empty ring, before something is published: a thread that waits for several rings reports them in
+ * the order of their stamps. */
 static inline void ring_stamp(const struct view *view, uint64_t tail, uint64_t stamp)
 {
         if (atomic_load_explicit(&view->ring->head, memory_order_relaxed) == tail)
@@ -163,7 +163,7 @@ static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t
         return true;
 }
 
-/* Bytes that can be taken; RING_CORRUPT: the sender's index is nonsense. */
+/* Bytes that can be taken, or RING_CORRUPT: the sender's index is invalid. */
 static inline int64_t ring_ready(const struct flow *flow, const struct view *view)
 {
         uint64_t tail = atomic_load_explicit(&view->ring->tail, memory_order_acquire);
@@ -178,7 +178,7 @@ static inline unsigned char *ring_to_take(const struct view *view, uint64_t head
         return ring_at(view, head - atomic_load_explicit(&view->ring->base, memory_order_relaxed), run);
 }
 
-/* Give back the space below `head + size`; false: a signal handler has taken bytes meanwhile. */
+/* Release the space below `head + size`. False: a signal handler has taken bytes meanwhile. */
 static inline bool ring_take(struct flow *flow, const struct view *view, uint64_t head, size_t size)
 {
         if (!atomic_compare_exchange_strong_explicit(&flow->edge, &head, head + size, memory_order_relaxed,

@@ -1,13 +1,13 @@
-/* What the router said about how to work, and the environment's few words. */
+/* The router's settings, and the environment. */
 #ifndef FREEFLOW_SETTINGS_H
 #define FREEFLOW_SETTINGS_H
 
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Written by whichever thread hears from the router. */
+/* Written by the thread that takes the router's WELCOME. */
 struct settings {
-        _Atomic bool welcomed; /* the router has said all this */
+        _Atomic bool welcomed; /* the router's WELCOME has come */
         _Atomic uint32_t enabled;
         _Atomic uint32_t operations;
         _Atomic uint32_t age; /* us */

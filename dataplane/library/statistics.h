@@ -1,4 +1,5 @@
-/* What this process's connections did; written to FREEFLOW_STATS at exit, for tests and measurements. */
+/* Counters of this process's connections. For tests and measurements they are appended to the file
+ * FREEFLOW_STATS at exit, as one line of JSON per process. */
 #ifndef FREEFLOW_STATISTICS_H
 #define FREEFLOW_STATISTICS_H
 
@@ -12,7 +13,7 @@ struct statistics {
         _Atomic uint64_t receivers, senders; /* directions that went to the ring */
         _Atomic uint64_t received, sent;     /* bytes through rings */
         _Atomic uint64_t retreats, corrupt;
-        _Atomic uint64_t past;           /* ends that found bytes which went past the library */
+        _Atomic uint64_t past;           /* ends that found bytes which bypassed the library */
         _Atomic uint64_t remote, broken; /* ends in remote arenas; those whose path was lost */
         _Atomic uint64_t sleeps, spins;  /* waits that slept, waits that spinning ended */
         _Atomic uint64_t reasons[REASONS];
@@ -22,7 +23,7 @@ extern struct statistics statistics;
 
 static inline void statistics_add(_Atomic uint64_t *counter, uint64_t more)
 {
-        /* Not a locked instruction: a count that two threads raise at the same moment may miss one. */
+        /* Not a locked instruction: of two counts at the same moment one may be lost. */
         atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + more,
                               memory_order_relaxed);
 }

@@ -15,7 +15,7 @@ void upgrade_receiver(struct end *end)
         if (atomic_load_explicit(&end->rx.kernel, memory_order_acquire) || end_held_elsewhere(end) ||
             ready_broken(end))
                 return;
-        /* Pairs with blind_begin(): either it sees the phase, or we see its call. */
+        /* Pairs with poll_wait.c: either it sees the phase, or we see its call in `kernel`. */
         if (!flow_become(&end->rx, PHASE_READY))
                 return;
         /* Threads that wait in epoll must see the ring before the sender may use it; and the phase with it,

@@ -36,7 +36,7 @@ enum {
         WAITING = 4096,
         MARKS = 64,
         SPIN = 50 * 1000,           /* ns without anything to do, after which it sleeps */
-        LEAVING = 20 * 1000 * 1000, /* ns: see stop_sender() in upgrade.c */
+        LEAVING = 20 * 1000 * 1000, /* ns: see stop_sender() in fallback.c */
         ORPHANS = 20 * 1000 * 1000, /* ns between looks at sockets whose process has gone */
 };
 
