@@ -20,7 +20,7 @@
 #include <sys/ioctl.h>
 
 /* The descriptor is about to be closed, by close() or because another one replaces it. */
-static void going(int fd)
+static void before_close(int fd)
 {
         uint64_t key;
         struct end *end;
@@ -42,12 +42,12 @@ CALL int close(int fd)
 {
         if (__builtin_expect(is_own_descriptor(fd), 0))
                 return (int)result(-EBADF);
-        going(fd);
+        before_close(fd);
         return real()->close(fd);
 }
 
 /* A descriptor is about to be duplicated. */
-static void doubling(int old)
+static void before_dup(int old)
 {
         uint64_t key;
         struct end *end = end_of(old, &key);
@@ -80,7 +80,7 @@ static int alias(int old, int new)
 
 CALL int dup(int fd)
 {
-        doubling(fd);
+        before_dup(fd);
         return alias(fd, real()->dup(fd));
 }
 
@@ -96,8 +96,8 @@ CALL int dup3(int old, int new, int flags)
                 return (int)result(-EBUSY);
         /* Only a dup3() that succeeds closes the other one. */
         if (old != new && (end_of(old, &key) || sys_2(SYS_fcntl, old, F_GETFD) >= 0))
-                going(new);
-        doubling(old);
+                before_close(new);
+        before_dup(old);
         return alias(old, real()->dup3(old, new, flags));
 }
 
@@ -109,8 +109,8 @@ CALL int dup2(int old, int new)
                 return is_own_descriptor(new) ? (int)result(old == new ? -EBADF : -EBUSY)
                                               : real()->dup2(old, new);
         if (sys_2(SYS_fcntl, old, F_GETFD) >= 0)
-                going(new);
-        doubling(old);
+                before_close(new);
+        before_dup(old);
         return alias(old, real()->dup2(old, new));
 }
 
@@ -121,7 +121,7 @@ static int control(int fd, int command, long argument)
         int outcome;
 
         if (end && (command == F_DUPFD || command == F_DUPFD_CLOEXEC))
-                doubling(fd);
+                before_dup(fd);
         /* The kernel sends signals for its own events, and not for those of a ring. */
         if (end && command == F_SETFL && argument & O_ASYNC)
                 fall_back(fd, end, key, REASON_OPTION);
@@ -192,7 +192,7 @@ static int close_all(unsigned first, unsigned last, int flags)
                 if (!atomic_load_explicit(&process.fds[fd], memory_order_relaxed))
                         continue;
                 if (!is_own_descriptor((int)fd)) {
-                        going((int)fd);
+                        before_close((int)fd);
                         continue;
                 }
                 closed = fd > from ? sys_3(SYS_close_range, from, fd - 1, flags) : 0;

@@ -5,7 +5,7 @@
 
 enum {
         /* ms: after such a time every core has done what it had begun, which stands for a barrier
-         * (upgrade.c of the library) */
+         * (fallback.c of the library) */
         SETTLE = 20,
         AGAIN = 5, /* ms between checks of a process that is in the middle of a send */
 };

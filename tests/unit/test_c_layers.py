@@ -14,7 +14,9 @@ FOLDERS = ["library", "relay", "ebpf"]
 _NOISE = re.compile(r"/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|__attribute__\(\(.*?\)\)+", re.DOTALL)
 """Comments, strings and attributes."""
 _INCLUDE = re.compile(r'^#include "([^"/]+)\.h"', re.MULTILINE)
-_DEFINITION = re.compile(r"^ *(?!static\b|typedef\b)[A-Za-z_][\w \*()]*?\b(\w+)\([^;{}]*\)\n\{", re.MULTILINE)
+_DEFINITION = re.compile(
+    r"^ *(?!static\b|typedef\b)[A-Za-z_][\w \*()]*?\b(\w+)\([^;{}]*\)\n\{", re.MULTILINE
+)
 _CALL = re.compile(r"(?<![\w.>])(\w+)\(")
 
 
