@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).parents[2] / "dataplane"
-FOLDERS = ["library", "relay", "ebpf"]
+FOLDERS = ["library", "ebpf"]
 
 _NOISE = re.compile(r"/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|__attribute__\(\(.*?\)\)+", re.DOTALL)
 """Comments, strings and attributes."""
