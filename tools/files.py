@@ -50,6 +50,8 @@ def first_sentence(path: Path) -> str:
         text = ast.get_docstring(ast.parse(text)) or ""
     else:
         text = _comment(text, path.suffix)
+    if not text and path.suffix == ".c" and (TOP / path).with_suffix(".h").exists():
+        return f"The implementation of `{path.stem}.h`."
     paragraph = " ".join(text.split("\n\n", maxsplit=1)[0].split())
     match = re.match(r"(.*?[.?])(?= [A-Z`]|$)", paragraph)
     return (match[1] if match else paragraph).replace("|", "\\|")

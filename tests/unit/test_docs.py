@@ -100,6 +100,7 @@ def test_tables_in_the_readme_are_short() -> None:
 def test_the_list_of_files_is_complete() -> None:
     """docs/files.md lists every source file with its first sentence; `make pictures` writes it."""
     assert files.LIST.read_text() == files.make_list()
+    assert not re.findall(r"^\| (\S+) \|  \|$", files.make_list(), re.MULTILINE)
 
 
 def test_prose_is_wrapped() -> None:
