@@ -9,7 +9,10 @@ BASE ?=
 # A plugin cannot have a manifest for several architectures, so the tag names the architecture.
 ARCH := $(shell dpkg --print-architecture 2>/dev/null || uname -m)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-SCRIPTS := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
+# The files that lint checks: those that git tracks, or without a repository all that are there.
+SOURCES := $(or $(shell git ls-files 2>/dev/null),$(shell find . -type f -not -path './.venv/*' -not -path './build/*'))
+SCRIPTS := $(filter %.sh %.ci/run,$(SOURCES))
+C_FILES := $(filter %.c %.h,$(SOURCES))
 PYTHON_FOLDERS := plugin driver dataplane bench testbed tests tools
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
@@ -95,7 +98,7 @@ lint: setup ## ruff, mypy, shellcheck, clang-format; the width of prose, the sub
 	.venv/bin/ruff format --check $(PYTHON_FOLDERS)
 	.venv/bin/mypy --no-error-summary $(PYTHON_FOLDERS)
 	shellcheck $(SCRIPTS)
-	clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
+	clang-format --dry-run -Werror $(C_FILES)
 	$(PYTHON) -m tools.prose
 	$(PYTHON) -m tools.subjects
 
