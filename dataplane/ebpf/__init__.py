@@ -1,10 +1,10 @@
-"""The fast path of the overlay's packets through the kernel: programs, maps, and what the running kernel takes of it.
+"""The eBPF fast path of the overlay: programs, maps, and a probe of the running kernel.
 
-`overlay.bpf.c` is what runs per packet, `overlay.h` and `layout.py` what it shares with us. `probe.py` finds out what the
-kernel can do. What attaches the programs to devices is the driver's: `driver/kernel/fastpath/`.
+`overlay.bpf.c` has the programs, `overlay.h` and `layout.py` the maps' keys and values, `probe.py` the
+probe. The driver attaches the programs to devices: `driver/kernel/fastpath/`.
 """
 
-from dataplane.ebpf.layout import NOWHERE, Count, Place, Port, Settings, Way
+from dataplane.ebpf.layout import NOWHERE, Count, PeerRoute, Place, Port, Settings
 from dataplane.ebpf.libbpf import detach_link, link_device, pin, pinned, update_link
 from dataplane.ebpf.maps import Maps, Programs
 from dataplane.ebpf.probe import STAGES, Found, find_out
@@ -15,11 +15,11 @@ __all__ = [
     "Count",
     "Found",
     "Maps",
+    "PeerRoute",
     "Place",
     "Port",
     "Programs",
     "Settings",
-    "Way",
     "detach_link",
     "find_out",
     "link_device",

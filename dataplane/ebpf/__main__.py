@@ -1,6 +1,6 @@
-"""`python3 -m dataplane.ebpf OBJECT`: loads the programs on the running kernel and prints as JSON what it takes.
+"""`python3 -m dataplane.ebpf OBJECT`: prints as JSON which programs the kernel accepts.
 
-Exits with 0 if every program was accepted, with 1 if not, with 2 if it could not be tried.
+The exit code is 0 if it accepts all, 1 if it refuses one, and 2 if they could not be loaded.
 """
 
 from __future__ import annotations

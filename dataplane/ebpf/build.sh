@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds the programs that the kernel runs: one object for all kernels, from the kernel's public headers alone.
+# Builds the BPF programs: one object for all kernels, from the kernel's public headers alone.
 #
 #   build.sh OUTPUT
 set -eu
@@ -9,7 +9,7 @@ output=${1:?usage: build.sh OUTPUT}
 machine=$(gcc -dumpmachine)
 
 mkdir -p "$(dirname "$output")"
-# -mcpu=v2: the instructions that every kernel with these helpers has.
+# -mcpu=v2: the instruction set that every kernel with these helpers supports.
 clang -std=gnu11 -O2 -g -target bpf -mcpu=v2 -Wall -Wextra -Wshadow -Werror -I"/usr/include/$machine" \
     -c "$here/overlay.bpf.c" -o "$output.new"
 mv "$output.new" "$output"

@@ -1,6 +1,7 @@
-"""`overlay.h` in Python: keys and values of the maps, packed and unpacked. A test holds sizes and offsets together.
+"""`overlay.h` in Python: packs and unpacks keys and values of the maps. A test compares both.
 
-Addresses are `ipaddress` here and in network order there; a network is the index of its bridge.
+Addresses are `ipaddress` objects here and in network byte order there. A network is the ifindex of
+its bridge.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Final
 LAYOUT: Final = 1
 SLOTS: Final = 2048
 
-PUSH4, PUSH6, POP4, POP6 = 1, 2, 4, 8
-_IP4, _IP6, _VXLAN, _ENDS = 1, 2, 4, 8
+ENCAP4, ENCAP6, DECAP4, DECAP6 = 1, 2, 4, 8
+_IP4, _IP6, _VXLAN, _FINAL = 1, 2, 4, 8
 
 SETTINGS: Final = struct.Struct("=QQIIIHHB7x")
 PORT: Final = struct.Struct("=I4s4s2sH16s6s2xI")
@@ -68,7 +69,7 @@ def _flags(ipv4: IPv4Address | None, ipv6: IPv6Address | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A container's link (`struct ff_port`): what may come from it, and how that is wrapped for other hosts."""
+    """A container's link (`struct ff_port`): its addresses, and how to encapsulate its packets."""
 
     net: int
     vni: int
@@ -92,7 +93,7 @@ class Port:
 
 
 def pack_vxlan(net: int) -> bytes:
-    """The value in `ports` of a VXLAN device."""
+    """The value of a VXLAN device in `ports`."""
     return PORT.pack(net, bytes(4), _NO_IP4, bytes(2), _VXLAN, _NO_IP6, bytes(6), 0)
 
 
@@ -112,7 +113,7 @@ def unpack_place_key(data: bytes) -> tuple[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a MAC address is (`struct ff_place`): on this host behind link `index`, or at `peer`."""
+    """Where a MAC address is (`struct ff_place`): here behind link `index`, or on host `peer`."""
 
     index: int
     peer: IPv4Address
@@ -120,8 +121,8 @@ class Place:
     ipv4: IPv4Address | None = None
     ipv6: IPv6Address | None = None
     slot: int = 0
-    ends: bool = False
-    """Whether what is addressed to the container ends in it."""
+    final: bool = False
+    """The container is the final destination of packets to it: it forwards none."""
 
     def pack(self) -> bytes:
         return PLACE.pack(
@@ -129,7 +130,7 @@ class Place:
             self.index,
             self.peer.packed,
             self.ipv4.packed if self.ipv4 else _NO_IP4,
-            _flags(self.ipv4, self.ipv6) | (_ENDS if self.ends else 0),
+            _flags(self.ipv4, self.ipv6) | (_FINAL if self.final else 0),
             self.ipv6.packed if self.ipv6 else _NO_IP6,
             self.slot,
         )
@@ -144,7 +145,7 @@ class Place:
             IPv4Address(ipv4) if flags & _IP4 else None,
             IPv6Address(ipv6) if flags & _IP6 else None,
             slot,
-            bool(flags & _ENDS),
+            bool(flags & _FINAL),
         )
 
 
@@ -165,9 +166,11 @@ def unpack_peer_key(data: bytes) -> tuple[int, IPv4Address]:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """How a peer is reached (`struct ff_peer`): by device `index` from address `source`, in packets of `mtu` bytes, which
-    `next` takes on; 0.0.0.0: the host's routes say who that is."""
+class PeerRoute:
+    """The route to a peer (`struct ff_peer`): device, source address, path MTU and next hop.
+
+    A next hop of 0.0.0.0 leaves the look-up to the kernel.
+    """
 
     index: int
     source: IPv4Address
@@ -178,14 +181,14 @@ class Way:
         return PEER.pack(self.index, self.source.packed, self.mtu, self.next.packed)
 
     @classmethod
-    def unpack(cls, data: bytes) -> Way:
+    def unpack(cls, data: bytes) -> PeerRoute:
         index, source, mtu, following = PEER.unpack(data)
         return cls(index, IPv4Address(source), mtu, IPv4Address(following))
 
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What a container's link had of the fast path (`struct ff_count`), all CPUs together."""
+    """Packets and bytes of a container's link on the fast path (`struct ff_count`)."""
 
     local_packets: int = 0
     local_bytes: int = 0
@@ -206,6 +209,6 @@ class Count:
 
     @classmethod
     def unpack(cls, data: bytes) -> Count:
-        """From one value per CPU."""
-        each = [COUNT.unpack_from(data, at) for at in range(0, len(data), COUNT.size)]
-        return cls(*(sum(column) for column in zip(*each, strict=True)))
+        """The sum of one value per CPU."""
+        values = [COUNT.unpack_from(data, at) for at in range(0, len(data), COUNT.size)]
+        return cls(*(sum(column) for column in zip(*values, strict=True)))

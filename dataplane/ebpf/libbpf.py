@@ -1,7 +1,7 @@
-"""libbpf by ctypes: as much of it as loads an object, reads and writes maps, pins, and tries a program.
+"""libbpf by ctypes: loads an object, reads and writes maps, pins, and runs a program once.
 
-The library's version is the distribution's (1.1 in Debian 12, 1.5 in 13); nothing newer than 1.0 is called. Links to
-devices are made by its plain `bpf_link_create`, since the function for tcx came with 1.3.
+The library is the distribution's (1.1 in Debian 12, 1.5 in 13), and nothing newer than 1.0 is called.
+Links to devices are made by the plain `bpf_link_create`, since the function for tcx came with 1.3.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NOEXIST: Final = 1
 
 
 class _MapInfo(ctypes.Structure):
-    """The first fields of struct bpf_map_info."""
+    """The first fields of struct bpf_map_info (linux/bpf.h)."""
 
     _fields_ = tuple(
         (name, ctypes.c_uint32)
@@ -34,7 +34,7 @@ class _MapInfo(ctypes.Structure):
 
 
 class _TestRun(ctypes.Structure):
-    """struct bpf_test_run_opts, as far as it is used."""
+    """The fields of struct bpf_test_run_opts (bpf/bpf.h) that are used."""
 
     _fields_ = (
         ("sz", ctypes.c_size_t),
@@ -93,7 +93,7 @@ def _library() -> ctypes.CDLL:
     library.bpf_program__name.restype = ctypes.c_char_p
     library.bpf_map__name.restype = ctypes.c_char_p
     library.bpf_object__close.restype = None
-    # Its words would go to stderr; what matters comes as an exception.
+    # It would print to stderr; errors are raised as exceptions instead.
     library.libbpf_set_print(None)
     return library
 
@@ -104,7 +104,7 @@ def _refused(what: str, number: int | None = None) -> KernelRefused:
 
 
 def possible_cpus() -> int:
-    """How many values an element of a per-CPU map has."""
+    """The number of values in an element of a per-CPU map."""
     count = int(_library().libbpf_num_possible_cpus())
     if count < 1:
         raise _refused("counting CPUs", -count)
@@ -112,7 +112,7 @@ def possible_cpus() -> int:
 
 
 class Map:
-    """One map, by its descriptor, which it owns. Keys and values are bytes of its sizes."""
+    """One map; owns its descriptor. Keys and values are bytes of the map's sizes."""
 
     def __init__(self, name: str, descriptor: int) -> None:
         self.name = name
@@ -142,7 +142,7 @@ class Map:
         return None
 
     def put(self, key: bytes, value: bytes, flags: int = 0) -> bool:
-        """False if NOEXIST is asked for and there is one."""
+        """False if `flags` is NOEXIST and the key exists."""
         result = _library().bpf_map_update_elem(self.descriptor, key, value, ctypes.c_uint64(flags))
         if result == 0:
             return True
@@ -160,11 +160,11 @@ class Map:
         return False
 
     def keys(self) -> list[bytes]:
-        """The keys at about one moment: what comes and goes meanwhile may be among them or not."""
+        """All keys. Those that are added or deleted meanwhile may be among them or not."""
         found: dict[bytes, None] = {}
         last: bytes | None = None
         following = ctypes.create_string_buffer(self.key_size)
-        # If the last key has just gone, the kernel begins anew: bounded, and each key once.
+        # If the last key was just deleted, the kernel starts again: bounded, and each key once.
         for _ in range(2 * self.capacity + 1):
             if _library().bpf_map_get_next_key(self.descriptor, last, following):
                 break
@@ -203,7 +203,11 @@ def pinned(path: Path) -> int | None:
 
 
 def link_device(program: int, index: int, kind: int = TCX_INGRESS) -> int:
-    """A link of a program to a device of the calling thread's namespace; its descriptor. OSError if it is refused."""
+    """Attach a program to a device of the calling thread's namespace; the link's descriptor.
+
+    Raises:
+        OSError: the kernel refused it.
+    """
     descriptor = int(_library().bpf_link_create(program, index, kind, None))
     if descriptor < 0:
         raise OSError(ctypes.get_errno(), "linking a program to a device")
@@ -211,24 +215,27 @@ def link_device(program: int, index: int, kind: int = TCX_INGRESS) -> int:
 
 
 def update_link(link: int, program: int) -> None:
-    """Put another program in the place of a link's, without a moment between. OSError if it is refused."""
+    """Replace a link's program atomically. Raises OSError if the kernel refuses it."""
     if _library().bpf_link_update(link, program, None):
         raise OSError(ctypes.get_errno(), "replacing a link's program")
 
 
 def detach_link(link: int) -> None:
-    """Take a link off its device at once: without it that happens some time after the last descriptor and pin are gone."""
+    """Detach a link from its device at once.
+
+    Without that the kernel detaches it some time after its last descriptor and pin are gone.
+    """
     _library().bpf_link_detach(link)
 
 
 class Object:
-    """An object file: opened, then loaded, then asked for descriptors, which live as long as it is open."""
+    """An object file: opened, loaded, then a source of descriptors, valid as long as it is open."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._object = _library().bpf_object__open_file(str(path).encode(), None)
         if not self._object:
-            raise _refused(f"{path} can't be opened as a BPF object")
+            raise _refused(f"{path} cannot be opened as a BPF object")
         self._log = ctypes.create_string_buffer(_LOG)
 
     def _each(self, kind: str) -> Iterator[tuple[str, int]]:
@@ -244,15 +251,15 @@ class Object:
         return [name for name, _ in self._each("program")]
 
     def only(self, *wanted: str) -> None:
-        """Load these programs alone."""
+        """Load only these programs."""
         for name, item in self._each("program"):
             _library().bpf_program__set_autoload(item, name in wanted)
 
     def reuse(self, name: str, descriptor: int) -> bool:
-        """Take an existing map; false if it isn't of the same kind and size."""
+        """Use an existing map. False if it has another type or size."""
         library = _library()
-        for each, item in self._each("map"):
-            if each == name:
+        for listed, item in self._each("map"):
+            if listed == name:
                 present = Map(name, os.dup(descriptor))
                 try:
                     wanted = (
@@ -281,14 +288,14 @@ class Object:
             )
 
     def map(self, name: str) -> Map:
-        """A map with a descriptor of its own."""
-        for each, item in self._each("map"):
-            if each == name:
+        """A map, with a new descriptor."""
+        for listed, item in self._each("map"):
+            if listed == name:
                 return Map(name, os.dup(_library().bpf_map__fd(item)))
         raise KernelRefused(f"{self.path.name} has no map {name}")
 
     def program(self, name: str) -> int:
-        """A program's descriptor; it stays the object's."""
+        """A program's descriptor; the object closes it."""
         item = _library().bpf_object__find_program_by_name(self._object, name.encode())
         if not item:
             raise KernelRefused(f"{self.path.name} has no program {name}")
@@ -307,7 +314,7 @@ class Object:
 
 
 def run_once(program: int, frame: bytes) -> int:
-    """What a program answers to a made-up frame. OSError if it can't be run."""
+    """Run a program on a frame; its return value. Raises OSError if it cannot be run."""
     given = ctypes.create_string_buffer(frame, len(frame))
     taken = ctypes.create_string_buffer(len(frame) + 256)
     options = _TestRun(

@@ -1,7 +1,7 @@
-"""The programs once they are loaded, and their maps as Python sees them.
+"""The loaded programs, and their maps as Python sees them.
 
-Maps are pinned, so that programs that an earlier process attached and those of this one share them: what they have learned
-and counted stays. Another layout has other maps, in a folder of its own.
+Maps are pinned. So programs that an earlier process attached and those of this process share them,
+with learned addresses and counters. Each layout has maps of its own, in a folder of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from dataplane.ebpf import layout
-from dataplane.ebpf.layout import LAYOUT, Count, Place, Port, Settings, Way
+from dataplane.ebpf.layout import LAYOUT, Count, PeerRoute, Place, Port, Settings
 from dataplane.ebpf.libbpf import Map, Object, pinned
 from dataplane.ebpf.probe import PROGRAMS, Found
 from dataplane.errors import KernelRefused
@@ -25,7 +25,7 @@ _ZERO: Final = layout.INDEX.pack(0)
 
 @dataclass(frozen=True, slots=True)
 class Maps:
-    """Each method is one or a few system calls, and safe from any thread. All raise KernelRefused."""
+    """Methods make a few system calls, are safe from any thread, and may raise KernelRefused."""
 
     settings: Map
     ports: Map
@@ -45,7 +45,7 @@ class Maps:
     # --- links of this host
 
     def slots(self) -> dict[int, int]:
-        """The slots of `counts` that links of containers have, by index."""
+        """Ifindex of each container's link to its slot in `counts`."""
         found = {
             layout.INDEX.unpack(key)[0]: layout.unpack_slot(value)
             for key, value in self.ports.items()
@@ -53,10 +53,12 @@ class Maps:
         return {index: slot for index, slot in found.items() if slot}
 
     def take_slot(self, taken: set[int]) -> int:
-        """A slot of `counts` that isn't among those taken; it counts from zero."""
-        slot = next((each for each in range(1, layout.SLOTS) if each not in taken), 0)
+        """A free slot of `counts`, set to zero."""
+        slot = next((one for one in range(1, layout.SLOTS) if one not in taken), 0)
         if not slot:
-            raise KernelRefused(f"more than {layout.SLOTS - 1} containers are counted apart")
+            raise KernelRefused(
+                f"no counters are left: the fast path has {layout.SLOTS - 1} of them"
+            )
         self.counts.put(layout.INDEX.pack(slot), bytes(self.counts.value_size))
         return slot
 
@@ -100,42 +102,45 @@ class Maps:
         return len(self.places.keys())
 
     def make_room(self) -> None:
-        """Drop the addresses elsewhere that were silent longest: an eighth of all."""
-        elsewhere = [
+        """Drop the remote addresses that were not seen for longest: an eighth of all."""
+        remote = [
             (place.seen, net, mac) for net, mac, place in self.all_places() if not place.index
         ]
-        elsewhere.sort()
-        for _, net, mac in elsewhere[: self.places.capacity // 8]:
+        remote.sort()
+        for _, net, mac in remote[: self.places.capacity // 8]:
             self.drop_place(net, mac)
 
-    # --- networks and who else is in them
+    # --- networks and their peers
 
     def put_network(self, vni: int, udp_port: int, net: int) -> None:
         self.networks.put(layout.pack_network_key(vni, udp_port), layout.INDEX.pack(net))
 
     def all_networks(self) -> list[tuple[bytes, int]]:
-        """Keys as they are, and what they name."""
+        """Packed keys and the networks that they stand for."""
         return [(key, layout.INDEX.unpack(value)[0]) for key, value in self.networks.items()]
 
-    def put_peer(self, net: int, address: IPv4Address, way: Way) -> None:
-        self.peers.put(layout.pack_peer_key(net, address), way.pack())
+    def put_peer(self, net: int, address: IPv4Address, route: PeerRoute) -> None:
+        self.peers.put(layout.pack_peer_key(net, address), route.pack())
 
     def drop_peer(self, net: int, address: IPv4Address) -> None:
         self.peers.delete(layout.pack_peer_key(net, address))
 
-    def all_peers(self) -> dict[tuple[int, IPv4Address], Way]:
-        return {layout.unpack_peer_key(key): Way.unpack(value) for key, value in self.peers.items()}
+    def all_peers(self) -> dict[tuple[int, IPv4Address], PeerRoute]:
+        return {
+            layout.unpack_peer_key(key): PeerRoute.unpack(value)
+            for key, value in self.peers.items()
+        }
 
     # --- all of it
 
     def networks_but(self, alive: set[int]) -> set[int]:
-        """The networks that any map names, without those."""
+        """The networks in any map, without those that are alive."""
         found = {net for _, net in self.all_networks()} | {net for net, _ in self.all_peers()}
         found |= {layout.unpack_place_key(key)[0] for key in self.places.keys()}  # noqa: SIM118
         return found - alive
 
     def forget_networks(self, gone: set[int]) -> None:
-        """Drop what belongs to these networks."""
+        """Drop all entries of these networks."""
         for key, net in self.all_networks():
             if net in gone:
                 self.networks.delete(key)
@@ -147,7 +152,7 @@ class Maps:
                 self.drop_place(net, mac)
 
     def forget_ports(self, alive: set[int]) -> None:
-        """Drop what belongs to links that aren't there."""
+        """Drop all entries of links that do not exist any more."""
         for index in self.port_indexes() - alive:
             self.drop_port(index)
         for net, mac, place in self.all_places():
@@ -155,17 +160,17 @@ class Maps:
                 self.drop_place(net, mac)
 
     def forget_silent(self, since: int) -> None:
-        """Drop addresses elsewhere that weren't heard since then."""
+        """Drop remote addresses that were not seen since `since`, in ns of CLOCK_MONOTONIC."""
         for net, mac, place in self.all_places():
             if not place.index and place.seen < since:
                 self.drop_place(net, mac)
 
     def clear(self) -> None:
-        """Nothing takes the fast path any more."""
+        """Turn the fast path off: empty all maps but the counters."""
         self.settings.put(_ZERO, bytes(layout.SETTINGS.size))
-        for each in (self.ports, self.places, self.networks, self.peers):
-            for key in each.keys():  # noqa: SIM118
-                each.delete(key)
+        for table in (self.ports, self.places, self.networks, self.peers):
+            for key in table.keys():  # noqa: SIM118
+                table.delete(key)
 
     def close(self) -> None:
         for name in NAMES:
@@ -173,9 +178,10 @@ class Maps:
 
 
 class Programs:
-    """The object loaded into the kernel, with the maps that are pinned in `pins`; those that aren't are pinned there.
+    """The object, loaded with the maps that are pinned in `pins`; absent ones are pinned there.
 
-    Raises KernelRefused: nothing was attached then.
+    Raises:
+        KernelRefused: the kernel refused a program or a map. Nothing was attached.
     """
 
     def __init__(self, path: Path, pins: Path, found: Found) -> None:
@@ -194,9 +200,9 @@ class Programs:
             new = [name for name in NAMES if not self._reuse(name, folder / name)]
             self._object.load()
             for name in new:
-                each = self._object.map(name)
-                each.pin(folder / name)
-                each.close()
+                made = self._object.map(name)
+                made.pin(folder / name)
+                made.close()
             self.maps = Maps(*(self._object.map(name) for name in NAMES))
             _unpin_others(pins, folder)
         except BaseException:
@@ -212,22 +218,22 @@ class Programs:
                 return True
         finally:
             os.close(descriptor)
-        # Of another build, with another size. Its programs go on with it until they are replaced.
+        # Another build made it, with another size. Its programs use it until they are replaced.
         pin.unlink()
         return False
 
     def descriptor(self, name: str) -> int:
-        """A program's."""
+        """A program's descriptor; it stays this object's."""
         return self._object.program(name)
 
     def close(self) -> None:
-        """Let go of them; what is attached stays."""
+        """Close all descriptors. Attached programs stay attached."""
         self.maps.close()
         self._object.close()
 
 
 def _unpin_others(pins: Path, own: Path) -> None:
-    """Let maps of another layout go: each with the last attached program that uses it."""
+    """Unpin maps of other layouts. The kernel frees each with the last program that uses it."""
     for folder in pins.glob("v*"):
         if folder != own:
             for pin in folder.iterdir():

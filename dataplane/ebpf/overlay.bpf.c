@@ -1,23 +1,23 @@
 /* The overlay's eBPF fast path.
  *
- *   container ── ffh ─┬─ same host ────────────────────────► the other container's eth0
- *                     └─ header on ─► ffu pair ─► host's namespace: route, neighbour, NIC
- *   NIC ── header off ─► ffu pair ─► overlay namespace ────► the container's eth0
- *   VXLAN device ──────────────────────────────────────────► the container's eth0
+ *   container ── ffh ─┬─ same host ──────────────────────────► the other container's eth0
+ *                     └─ encapsulate ─► ffu pair ─► host's namespace: route, neighbour, NIC
+ *   NIC ── decapsulate ─► ffu pair ─► overlay namespace ─────► the container's eth0
+ *   VXLAN device ────────────────────────────────────────────► the container's eth0
  *
- * A packet takes it if everything about it is known and ordinary. Whatever else comes goes on to the bridge,
- * which knows ARP, multicast, unknown addresses and errors: each program ends with NEXT for it, and hasn't
- * changed a byte then. What is on the wire is VXLAN as the kernel makes it, so the other host needs none of
- * this.
+ * A packet takes the fast path if everything about it is known and ordinary. All other packets
+ * continue on the kernel path: each program returns NEXT for them, and has not changed a byte then.
+ * The bridge handles ARP, multicast, unknown addresses and errors. Packets on the wire are VXLAN
+ * (RFC 7348) as the kernel makes it, so the other host needs no fast path.
  *
- * A redirect looks its device up in the namespace where the packet is. So one veth pair leads from the
- * overlay namespace into the host's: a packet that is redirected to the peer of its one end is received at
- * the other at once, in the same run of the softirq. The mark, which nothing on this way changes, says where
- * it goes then.
+ * bpf_redirect() and its relatives look a device up in the namespace where the packet is. So one
+ * veth pair leads from the overlay namespace into the host's. A packet that is redirected to the
+ * peer of one end is received at the other end at once, in the same softirq. The mark, which
+ * nothing on this path changes, holds the device to which the packet goes from there.
  *
- * Programs at the hook tc ingress run before the source filter (driver/kernel/filter.py). Only what its first
- * rules accept leaves here: the container's own MAC with its own IPv4 address, or its own IPv6 address and
- * TCP or UDP.
+ * Programs at the tc ingress hook run before the source filter (driver/kernel/filter.py). They pass
+ * only packets that the filter's first rules would accept: from the container's own MAC address and
+ * either its own IPv4 address, or its own IPv6 address with TCP or UDP.
  */
 #include <stdbool.h>
 
@@ -35,28 +35,28 @@
 
 #include "overlay.h"
 
-#define NEXT TC_ACT_UNSPEC /* to whoever is attached behind us, and then the ordinary way */
+#define NEXT TC_ACT_UNSPEC /* to programs attached after this one, then to the kernel path */
 #define VXLAN_FLAGS bpf_htonl(0x08000000)
 #define OVERHEAD 50 /* outer IPv4, UDP, VXLAN, inner Ethernet */
 #define AF_INET 2
 #define ECN 3
 #define CE 3
 #define ECT0 2
-#define MOMENT 250000000LL /* ns: an address is noted as heard so often at most */
-/* linux/bpf.h of Debian 12 is older than this. From Linux 6.3. */
+#define MOMENT 250000000LL /* ns between updates of `seen` */
+/* From Linux 6.3; not in the linux/bpf.h of Debian 12. */
 #define DECAP_L3_IPV6 (1ULL << 8)
-#define PUSH                                                                                                 \
+#define ENCAP_FLAGS                                                                                          \
         (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |             \
          BPF_F_ADJ_ROOM_ENCAP_L2(ETH_HLEN) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH)
-/* Checksums are taken care of as VXLAN's own receive does: one level less is known to be right. */
-#define POP (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET)
+/* As in the kernel's VXLAN receive: the checksum level is decremented instead of reset. */
+#define DECAP_FLAGS (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET)
 
 struct vxlan {
         __be32 flags;
         __be32 vni;
 } __attribute__((packed));
 
-/* From the frame's first byte on, as it is on the underlay. */
+/* The headers of a frame on the underlay, from its first byte. */
 struct headers {
         struct ethhdr outer;
         struct iphdr ip;
@@ -65,7 +65,7 @@ struct headers {
         struct ethhdr inner;
 } __attribute__((packed, aligned(2)));
 
-_Static_assert(sizeof(struct headers) == ETH_HLEN + OVERHEAD, "no gaps");
+_Static_assert(sizeof(struct headers) == ETH_HLEN + OVERHEAD, "no padding");
 
 #define HASH(kind, key_type, value_type, size)                                                               \
         {                                                                                                    \
@@ -101,8 +101,8 @@ static __always_inline const struct ff_settings *the_settings(void)
         return bpf_map_lookup_elem(&settings, &zero);
 }
 
-/* Whether the packet has `length` bytes, and they can be read directly; pointers into it are to be taken
- * anew. */
+/* Makes the first `length` bytes readable by direct access. False: the packet is shorter. Pointers
+ * into the packet are invalid afterwards. */
 static __always_inline bool readable(struct __sk_buff *skb, __u32 length)
 {
         if ((void *)(long)skb->data + length <= (void *)(long)skb->data_end)
@@ -148,7 +148,7 @@ static __always_inline __be16 sum_of(const struct iphdr *ip)
 
 /* --- from a container */
 
-/* What of an inner packet its way depends on. */
+/* The properties of an inner packet that encapsulation needs. */
 struct inner {
         __u32 length; /* of its IP header */
         __u8 protocol;
@@ -156,8 +156,8 @@ struct inner {
         bool six;
 };
 
-/* Whether the packet, or each that it will be cut into, fits with its new header. Who doesn't hears of it
- * from the ordinary path. */
+/* Does the encapsulated packet, or each of its segments (GSO), fit the MTU? Oversized packets take
+ * the kernel path, which reports the error to the sender. */
 static __always_inline bool fits(struct __sk_buff *skb, const struct inner *inner, __u32 mtu)
 {
         __u32 whole = skb->len - ETH_HLEN + OVERHEAD, size = skb->gso_size;
@@ -176,9 +176,9 @@ static __always_inline bool fits(struct __sk_buff *skb, const struct inner *inne
                OVERHEAD + inner->length + sizeof(struct udphdr) + size <= mtu;
 }
 
-/* To another host. */
-static __always_inline int push(struct __sk_buff *skb, const struct ff_port *own,
-                                const struct ff_place *place, const struct inner *inner)
+/* Encapsulates a packet to another host and redirects it to the host's namespace. */
+static __always_inline int encapsulate(struct __sk_buff *skb, const struct ff_port *own,
+                                       const struct ff_place *place, const struct inner *inner)
 {
         const struct ff_settings *set = the_settings();
         struct ff_peer_key key = {.net = own->net, .address = place->peer};
@@ -188,13 +188,13 @@ static __always_inline int push(struct __sk_buff *skb, const struct ff_port *own
         __u64 now = bpf_ktime_get_ns();
         __u32 hash;
 
-        if (!set || !(set->flags & (inner->six ? FF_PUSH6 : FF_PUSH4)) || now >= set->lease ||
+        if (!set || !(set->flags & (inner->six ? FF_ENCAP6 : FF_ENCAP4)) || now >= set->lease ||
             (__s64)(now - place->seen) > (__s64)set->idle)
                 return NEXT;
         peer = bpf_map_lookup_elem(&peers, &key);
         if (!peer || !fits(skb, inner, peer->mtu))
                 return NEXT;
-        /* udp_flow_src_port() of the kernel: a packet that goes the other way has the same port. */
+        /* As the kernel's udp_flow_src_port(), so a flow has the same port on both paths. */
         hash = bpf_get_hash_recalc(skb);
         hash ^= hash << 16;
         new.udp.source =
@@ -203,10 +203,10 @@ static __always_inline int push(struct __sk_buff *skb, const struct ff_port *own
         new.udp.len = bpf_htons(skb->len + sizeof(struct udphdr) + sizeof(struct vxlan));
         ip.version = 4;
         ip.ihl = 5;
-        /* RFC 6040: congestion that was met inside isn't told again outside. */
+        /* RFC 6040: a CE mark of the inner packet is not copied to the outer one. */
         ip.tos = (inner->tos & ECN) == CE ? ECT0 : inner->tos & ECN;
         ip.tot_len = bpf_htons(skb->len - ETH_HLEN + OVERHEAD);
-        /* What is cut for a narrow link on the way is told apart by it. */
+        /* Fragments are reassembled by it, if a link of the underlay fragments the packet. */
         ip.id = (__be16)bpf_get_prandom_u32();
         ip.ttl = set->ttl;
         ip.protocol = IPPROTO_UDP;
@@ -218,14 +218,15 @@ static __always_inline int push(struct __sk_buff *skb, const struct ff_port *own
         new.vxlan.vni = own->vni;
         if (bpf_skb_load_bytes(skb, 0, &new.inner, ETH_HLEN))
                 return NEXT;
-        /* It is nobody's frame before `ff_out` takes it: of its addresses only this is read, and who is next.
-         */
+        /* Until `ff_out` redirects the packet, its outer Ethernet header is scratch space: the
+         * source address carries the next hop's IPv4 address. Apart from that only the first byte
+         * of the destination is read. */
         new.outer.h_dest[0] = 2;
         __builtin_memcpy(&new.outer.h_source[2], &peer->next, sizeof(peer->next));
         new.outer.h_proto = bpf_htons(ETH_P_IP);
-        /* Refused, with nothing changed, for packets that a tunnel inside the container has already wrapped.
-         */
-        if (bpf_skb_adjust_room(skb, OVERHEAD, BPF_ADJ_ROOM_MAC, PUSH))
+        /* The kernel refuses it, and changes nothing, for GSO packets that a tunnel inside the
+         * container has encapsulated already. */
+        if (bpf_skb_adjust_room(skb, OVERHEAD, BPF_ADJ_ROOM_MAC, ENCAP_FLAGS))
                 return NEXT;
         if (bpf_skb_store_bytes(skb, 0, &new, sizeof(new), 0))
                 return TC_ACT_SHOT;
@@ -271,7 +272,8 @@ int ff_port(struct __sk_buff *skb)
                         return NEXT;
                 if (!(own->flags & FF_IP6) || ip->version != 6 || !same_ip6(&ip->saddr, own->ip6))
                         return NEXT;
-                /* Neighbour discovery, and headers that may hide it, are the filter's to judge. */
+                /* Neighbour discovery, and extension headers that may hide it, are left to the
+                 * filter. */
                 if (ip->nexthdr != IPPROTO_TCP && ip->nexthdr != IPPROTO_UDP)
                         return NEXT;
                 inner.length = sizeof(struct ipv6hdr);
@@ -287,7 +289,7 @@ int ff_port(struct __sk_buff *skb)
                 return NEXT;
         if (!place->ifindex) {
                 __u32 length = skb->len;
-                int verdict = push(skb, own, place, &inner);
+                int verdict = encapsulate(skb, own, place, &inner);
 
                 if (verdict == TC_ACT_REDIRECT) {
                         count = bpf_map_lookup_elem(&counts, &own->slot);
@@ -304,13 +306,14 @@ int ff_port(struct __sk_buff *skb)
                 count->local_packets++;
                 count->local_bytes += skb->len;
         }
-        /* It was for another MAC address than the link's own. */
+        /* Its destination is not the MAC address of the link it came from: the kernel took it for
+         * PACKET_OTHERHOST. */
         bpf_skb_change_type(skb, PACKET_HOST);
         return bpf_redirect_peer(index, 0);
 }
 
-/* Our pair's end in the host's namespace: what comes has its header, the mark says which device leads on, and
- * the last bytes of the source address who is next there. */
+/* At our pair's end in the host's namespace: packets are encapsulated, the mark is the device to
+ * send them on, and the last four bytes of the source MAC address are the next hop. */
 SEC("tc")
 int ff_out(struct __sk_buff *skb)
 {
@@ -321,7 +324,7 @@ int ff_out(struct __sk_buff *skb)
         if (!device || (const void *)(eth + 1) > (const void *)(long)skb->data_end)
                 return TC_ACT_SHOT;
         __builtin_memcpy(&next.ipv4_nh, &eth->h_source[2], sizeof(next.ipv4_nh));
-        /* Nothing of ours is for rules that go by marks. */
+        /* The host's rules must not match our mark. */
         skb->mark = 0;
         if (!next.ipv4_nh)
                 return bpf_redirect_neigh(device, NULL, 0, 0);
@@ -330,7 +333,8 @@ int ff_out(struct __sk_buff *skb)
 
 /* --- from the underlay */
 
-/* The end in the overlay namespace: the header is off, and the mark says whose link it is. */
+/* At our pair's end in the overlay namespace: packets are decapsulated, and the mark is the
+ * container's link. */
 SEC("tc")
 int ff_in(struct __sk_buff *skb)
 {
@@ -342,7 +346,7 @@ int ff_in(struct __sk_buff *skb)
         return bpf_redirect_peer(device, 0);
 }
 
-/* What the kernel's VXLAN device and bridge do, too: an address is where its last packet came from. */
+/* Notes where an address is, as the kernel's VXLAN device does: where its last packet came from. */
 static __always_inline void learn(const struct ff_place_key *key, __be32 peer, __u64 now)
 {
         struct ff_place *place = bpf_map_lookup_elem(&places, key);
@@ -353,7 +357,7 @@ static __always_inline void learn(const struct ff_place_key *key, __be32 peer, _
                 bpf_map_update_elem(&places, key, &new, BPF_NOEXIST);
                 return;
         }
-        /* Nobody takes away an address of this host. */
+        /* A packet from outside never moves an address of this host. */
         if (place->ifindex)
                 return;
         if (place->peer != peer)
@@ -375,11 +379,11 @@ int ff_nic(struct __sk_buff *skb)
         const struct ff_peer *peer;
         const __u32 *net;
         struct ethhdr inner;
-        __u64 flags = POP, now;
+        __u64 flags = DECAP_FLAGS, now;
         __u32 link, slot;
         bool six, odd;
 
-        /* Nearly everything that isn't ours ends here. */
+        /* Nearly all packets that are not VXLAN end here. */
         if (skb->protocol != bpf_htons(ETH_P_IP) || skb->pkt_type != PACKET_HOST || skb->vlan_present ||
             !readable(skb, sizeof(struct headers)))
                 return NEXT;
@@ -394,10 +398,10 @@ int ff_nic(struct __sk_buff *skb)
         net = bpf_map_lookup_elem(&networks, &wire);
         if (!net)
                 return NEXT;
-        /* A later piece of a packet has no such header. */
+        /* Only the first fragment of a packet has these headers. */
         if (all->ip.frag_off & bpf_htons(0x1fff))
                 return NEXT;
-        /* What has been cut, has a checksum to be looked at, or met congestion: the kernel knows how. */
+        /* Fragments, packets with an outer checksum, and CE marks are left to the kernel. */
         odd = all->ip.frag_off & bpf_htons(0x3fff) || all->udp.check || (all->ip.tos & ECN) == CE ||
               bpf_ntohs(all->ip.tot_len) + ETH_HLEN != skb->len ||
               bpf_ntohs(all->udp.len) + sizeof(struct iphdr) != bpf_ntohs(all->ip.tot_len);
@@ -408,13 +412,13 @@ int ff_nic(struct __sk_buff *skb)
                 return NEXT;
         set = the_settings();
         now = bpf_ktime_get_ns();
-        if (!set || !(set->flags & FF_POP4) || now >= set->lease)
+        if (!set || !(set->flags & FF_DECAP4) || now >= set->lease)
                 return NEXT;
         inner = all->inner;
         if (inner.h_source[0] & 1)
                 return NEXT;
         key_of(&key, *net, inner.h_source);
-        /* From each packet, also from one that isn't taken here: so nothing that peers send comes past. */
+        /* From every packet of a peer, also from those that the kernel path handles. */
         learn(&key, from.address, now);
         if (odd)
                 return NEXT;
@@ -422,14 +426,15 @@ int ff_nic(struct __sk_buff *skb)
         six = inner.h_proto == bpf_htons(ETH_P_IPV6);
         if (!six && inner.h_proto != bpf_htons(ETH_P_IP))
                 return NEXT;
-        if (six && !(set->flags & FF_POP6))
+        if (six && !(set->flags & FF_DECAP6))
                 return NEXT;
         key_of(&key, *net, inner.h_dest);
         place = bpf_map_lookup_elem(&places, &key);
-        if (!place || !place->ifindex || !(place->flags & FF_ENDS))
+        if (!place || !place->ifindex || !(place->flags & FF_FINAL))
                 return NEXT;
-        /* Only what ends in the container: a packet that was cut by nobody yet keeps the mark of a tunnel,
-         * which a container that forwards it would hand to a device that takes it at its word. */
+        /* Only packets whose final destination is the container. GSO packets keep their tunnel GSO
+         * type after decapsulation, since no kernel lets a BPF program clear it. A container that
+         * forwarded such a packet would hand it to a device that segments it as a tunnel packet. */
         if (six) {
                 const struct ipv6hdr *ip;
 
@@ -468,7 +473,7 @@ int ff_nic(struct __sk_buff *skb)
         return bpf_redirect_peer(set->outside, 0);
 }
 
-/* What the kernel's VXLAN device has unwrapped. */
+/* At a VXLAN device: packets that the kernel has decapsulated. */
 SEC("tc")
 int ff_vxlan(struct __sk_buff *skb)
 {
@@ -488,23 +493,24 @@ int ff_vxlan(struct __sk_buff *skb)
                 return NEXT;
         set = the_settings();
         now = bpf_ktime_get_ns();
-        /* Without a plugin nobody tells the bridge what it doesn't see: then it is to see it. */
+        /* Without the plugin nobody refreshes the bridge's FDB, so the bridge has to see the
+         * packets. */
         if (!set || now >= set->lease)
                 return NEXT;
         key_of(&key, own->net, eth->h_source);
         place = bpf_map_lookup_elem(&places, &key);
-        /* An address of ours from outside: the bridge's to judge. */
+        /* A packet from outside with an address of this host: leave it to the bridge. */
         if (place && place->ifindex)
                 return NEXT;
-        if (!(set->flags & FF_POP4)) {
-                /* Nobody at the NIC sees who is where. That it is elsewhere is noted for the bridge, which
-                 * would forget it. */
+        if (!(set->flags & FF_DECAP4)) {
+                /* Nothing is learned at the NIC. Note that the address is remote, so that the
+                 * bridge's FDB is refreshed for it. */
                 if (!(eth->h_source[0] & 1))
                         learn(&key, 0, now);
         } else if (place && (__s64)(now - place->seen) > (__s64)set->idle) {
-                /* Whose frame this is isn't known here: its outer source is gone. The NIC, which all packets
-                 * of peers pass, would have noted a move; so only what it hasn't heard for long makes room.
-                 */
+                /* The outer source address is gone here, so the peer is unknown. ff_nic sees all
+                 * packets of peers and would have noted a move; so only an entry that it has not
+                 * seen for long is deleted. */
                 bpf_map_delete_elem(&places, &key);
         }
         if (skb->vlan_present ||
@@ -524,32 +530,32 @@ int ff_vxlan(struct __sk_buff *skb)
         return bpf_redirect_peer(index, 0);
 }
 
-/* --- run once, on packets that are made up: does this kernel do it, and does it know afterwards which packet
- * it has? */
+/* --- trials, run once on made-up packets: does this kernel change the headers, and set the
+ * protocol? */
 
 SEC("tc")
-int ff_try_push(struct __sk_buff *skb)
+int ff_try_encap(struct __sk_buff *skb)
 {
-        if (bpf_skb_adjust_room(skb, OVERHEAD, BPF_ADJ_ROOM_MAC, PUSH))
+        if (bpf_skb_adjust_room(skb, OVERHEAD, BPF_ADJ_ROOM_MAC, ENCAP_FLAGS))
                 return 1;
         return skb->protocol == bpf_htons(ETH_P_IP) ? 0 : 2;
 }
 
 SEC("tc")
-int ff_try_pop4(struct __sk_buff *skb)
+int ff_try_decap4(struct __sk_buff *skb)
 {
-        if (bpf_skb_adjust_room(skb, -OVERHEAD, BPF_ADJ_ROOM_MAC, POP))
+        if (bpf_skb_adjust_room(skb, -OVERHEAD, BPF_ADJ_ROOM_MAC, DECAP_FLAGS))
                 return 1;
         return skb->protocol == bpf_htons(ETH_P_IP) ? 0 : 2;
 }
 
 SEC("tc")
-int ff_try_pop6(struct __sk_buff *skb)
+int ff_try_decap6(struct __sk_buff *skb)
 {
-        if (bpf_skb_adjust_room(skb, -OVERHEAD, BPF_ADJ_ROOM_MAC, POP | DECAP_L3_IPV6))
+        if (bpf_skb_adjust_room(skb, -OVERHEAD, BPF_ADJ_ROOM_MAC, DECAP_FLAGS | DECAP_L3_IPV6))
                 return 1;
         return skb->protocol == bpf_htons(ETH_P_IPV6) ? 0 : 2;
 }
 
-/* No helper that is used here asks for another licence. */
+/* No helper used here is for GPL programs only. */
 char LICENSE[] SEC("license") = "Apache-2.0";

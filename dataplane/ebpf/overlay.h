@@ -1,9 +1,9 @@
-/* What the programs in the kernel and `layout.py` share: keys and values of the maps.
+/* Keys and values of the maps, which the programs in the kernel and `layout.py` share.
  *
- * FF_LAYOUT changes with any of them: maps of another layout are never opened, they go with the programs that
- * use them. Addresses and ports are in network order, as on the wire; all else is the host's. Times are
- * CLOCK_MONOTONIC, in nanoseconds. A network is named by the index of its bridge, which is the kernel's and
- * isn't used twice.
+ * FF_LAYOUT changes with any of them. Maps of another layout are never opened; they disappear with
+ * the programs that use them. Addresses and ports are in network byte order, everything else is in
+ * the host's. Times are CLOCK_MONOTONIC, in nanoseconds. A network is named by the ifindex of its
+ * bridge, which the kernel does not use again.
  */
 #ifndef FREEFLOW_OVERLAY_H
 #define FREEFLOW_OVERLAY_H
@@ -12,19 +12,20 @@
 
 #define FF_LAYOUT 1
 
-/* What the settings allow: each was tried on the running kernel first. */
-#define FF_PUSH4 1 /* packets to other hosts get their header here */
-#define FF_PUSH6 2 /* the same for IPv6 inside */
-#define FF_POP4 4  /* packets of other hosts lose their header at the NIC */
-#define FF_POP6 8
+/* What the settings allow. Each was tried on the running kernel first. */
+#define FF_ENCAP4 1 /* encapsulate packets to other hosts */
+#define FF_ENCAP6 2 /* with IPv6 inside */
+#define FF_DECAP4 4 /* decapsulate packets of other hosts at the NIC */
+#define FF_DECAP6 8
 
-/* The one element of `settings`. All zero: nothing leaves the ordinary path but what stays on the host. */
+/* The one element of `settings`. All zero: only packets that stay on the host take the fast path.
+ */
 struct ff_settings {
-        __u64 lease;   /* until when headers are put on and taken off: what was looked at then may be untrue
-                          later */
-        __u64 idle;    /* an address that wasn't heard for so long is looked for the ordinary way */
-        __u32 inside;  /* our pair: the end in the overlay namespace, and */
-        __u32 outside; /* the one in the host's */
+        __u64 lease;   /* encapsulate and decapsulate until then: the host's state was checked for so
+                          long */
+        __u64 idle;    /* an address not seen for so long takes the kernel path, which finds it again */
+        __u32 inside;  /* ifindex of our veth pair's end in the overlay namespace */
+        __u32 outside; /* ifindex of its end in the host's namespace */
         __u32 flags;
         __u16 port_low; /* UDP source ports, as the host's kernel chooses them */
         __u16 port_high;
@@ -32,15 +33,15 @@ struct ff_settings {
         __u8 zero[7];
 };
 
-/* `ports`, by the index of a link in the overlay namespace. */
+/* `ports`: links in the overlay namespace, by ifindex. */
 #define FF_IP4 1   /* a container's link, with this IPv4 address */
 #define FF_IP6 2   /* with this IPv6 address */
 #define FF_VXLAN 4 /* a VXLAN device */
-#define FF_ENDS 8  /* in `places`: what is addressed to the container ends in it */
+#define FF_FINAL 8 /* in `places`: the container is the final destination, it forwards nothing */
 
 struct ff_port {
         __u32 net;
-        __be32 vni; /* as in the header: eight bits further left */
+        __be32 vni; /* as in the VXLAN header: shifted left by eight bits */
         __be32 ip4;
         __be16 udp_port;
         __u16 flags;
@@ -50,7 +51,7 @@ struct ff_port {
         __u32 slot; /* of `counts`; 0 for a VXLAN device */
 };
 
-/* `places`: where a MAC address is. */
+/* `places`: where a MAC address is; the fast path's FDB. */
 struct ff_place_key {
         __u32 net;
         __u8 mac[6];
@@ -58,44 +59,45 @@ struct ff_place_key {
 };
 
 struct ff_place {
-        __u64 seen;    /* elsewhere: when the NIC heard it last */
-        __u32 ifindex; /* here: its link in the overlay namespace. 0: elsewhere, */
-        __be32 peer;   /* at this host */
-        __be32 ip4;    /* here: its addresses */
+        __u64 seen;    /* remote: when a packet from it came to the NIC last */
+        __u32 ifindex; /* local: its link in the overlay namespace; 0: remote */
+        __be32 peer;   /* remote: its host */
+        __be32 ip4;    /* local: its addresses */
         __u32 flags;
         __u8 ip6[16];
-        __u32 slot; /* here: of `counts` */
+        __u32 slot; /* local: of `counts` */
         __u32 zero;
 };
 
-/* `networks`: what a VXLAN header means; the value is the network. */
+/* `networks`: VNI and UDP port to network. */
 struct ff_network_key {
         __be32 vni;
         __be16 udp_port;
         __u16 zero;
 };
 
-/* `peers`: who may send to a network and is sent to. */
+/* `peers`: the hosts that share a network with this one. */
 struct ff_peer_key {
         __u32 net;
         __be32 address;
 };
 
 struct ff_peer {
-        __u32 ifindex; /* of the device that leads to it */
-        __be32 source; /* our address on the way */
-        __u32 mtu;     /* the largest packet on the way */
-        __be32 next;   /* who takes it there: a router, or the peer itself. 0: the host's routes say */
+        __u32 ifindex; /* of the device of the route to it */
+        __be32 source; /* our address on that route */
+        __u32 mtu;     /* path MTU */
+        __be32 next;   /* next hop: a router, or the peer itself; 0: look the route up */
 };
 
-/* `counts`, by slot; one per CPU. What is received so the link's own counters miss. */
+/* `counts`, by slot, per CPU. The link's own counters miss packets that are received by a redirect.
+ */
 #define FF_SLOTS 2048
 
 struct ff_count {
         __u64 local_packets, local_bytes; /* received from this host */
-        __u64 nic_packets, nic_bytes;     /* received from others, at the NIC */
-        __u64 vxlan_packets, vxlan_bytes; /* the same, at the VXLAN device */
-        __u64 sent_packets, sent_bytes;   /* sent to others */
+        __u64 nic_packets, nic_bytes;     /* received from other hosts, at the NIC */
+        __u64 vxlan_packets, vxlan_bytes; /* received from other hosts, at the VXLAN device */
+        __u64 sent_packets, sent_bytes;   /* sent to other hosts */
 };
 
 #endif

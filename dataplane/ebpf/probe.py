@@ -1,4 +1,4 @@
-"""What the running kernel can do of the fast path, found out by doing it: loading each program, running some once.
+"""Which parts of the fast path the running kernel supports: loads each program, and runs some once.
 
 Stages, each of which needs the one before it:
 
@@ -24,30 +24,33 @@ PROGRAMS: Final = {
     "tunnel": ("ff_out", "ff_in", "ff_nic"),
 }
 TRIALS: Final = {
-    "push4": ("ff_try_push", layout.PUSH4),
-    "push6": ("ff_try_push", layout.PUSH6),
-    "pop4": ("ff_try_pop4", layout.POP4),
-    "pop6": ("ff_try_pop6", layout.POP6),
+    "encap4": ("ff_try_encap", layout.ENCAP4),
+    "encap6": ("ff_try_encap", layout.ENCAP6),
+    "decap4": ("ff_try_decap4", layout.DECAP4),
+    "decap6": ("ff_try_decap6", layout.DECAP6),
 }
 _MACS: Final = bytes.fromhex("020000000001020000000002")
 _IP4: Final = bytes.fromhex("4500006400000000401100000a0000010a000002")
 _IP6: Final = bytes.fromhex("6000000000501140") + bytes(32)
 _VXLAN: Final = bytes.fromhex("8000 12bf 0050 0000 08000000 00000100")
 FRAMES: Final = {
-    "push4": _MACS + b"\x08\x00" + _IP4 + bytes(80),
-    "push6": _MACS + b"\x86\xdd" + _IP6 + bytes(80),
-    "pop4": _MACS + b"\x08\x00" + _IP4 + _VXLAN + _MACS + b"\x08\x00" + _IP4 + bytes(80),
-    "pop6": _MACS + b"\x08\x00" + _IP4 + _VXLAN + _MACS + b"\x86\xdd" + _IP6 + bytes(80),
+    "encap4": _MACS + b"\x08\x00" + _IP4 + bytes(80),
+    "encap6": _MACS + b"\x86\xdd" + _IP6 + bytes(80),
+    "decap4": _MACS + b"\x08\x00" + _IP4 + _VXLAN + _MACS + b"\x08\x00" + _IP4 + bytes(80),
+    "decap6": _MACS + b"\x08\x00" + _IP4 + _VXLAN + _MACS + b"\x86\xdd" + _IP6 + bytes(80),
 }
 _ANSWERS: Final = {
-    1: "the kernel does not make or remove the header",
-    2: "the kernel does not know afterwards which packet it has",
+    1: "the kernel does not encapsulate or decapsulate",
+    2: "the kernel does not set the packet's protocol afterwards",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """`refused`: programs by name and why not; `lacking`: trials by name and why not; `flags` as in `ff_settings`."""
+    """What the kernel supports.
+
+    `refused` maps programs and `lacking` maps trials to the reason; `flags` are those of `ff_settings`.
+    """
 
     refused: dict[str, str] = field(default_factory=dict)
     lacking: dict[str, str] = field(default_factory=dict)
@@ -55,14 +58,14 @@ class Found:
 
     @property
     def why_not(self) -> dict[str, str]:
-        """Stages that can't run, and why."""
+        """Stages that cannot be used, and why."""
         reasons: dict[str, str] = {}
         before = ""
         for stage in STAGES:
             missing = [self.refused[name] for name in PROGRAMS[stage] if name in self.refused]
             if stage == "tunnel":
                 missing += [
-                    self.lacking[name] for name in ("push4", "pop4") if name in self.lacking
+                    self.lacking[name] for name in ("encap4", "decap4") if name in self.lacking
                 ]
             if missing or before:
                 before = reasons[stage] = missing[0] if missing else before
@@ -74,14 +77,14 @@ class Found:
 
 
 def try_out(opened: Object) -> tuple[dict[str, str], int]:
-    """Run the trials of a loaded object; why those that fail do, and the flags of the others."""
+    """Run the trials of a loaded object: reasons of those that fail, flags of the others."""
     lacking: dict[str, str] = {}
     flags = 0
     for name, (program, flag) in TRIALS.items():
         try:
             answer = run_once(opened.program(program), FRAMES[name])
         except OSError as error:
-            lacking[name] = f"it can't be tried: {error.strerror}"
+            lacking[name] = f"the trial cannot run: {error.strerror}"
             continue
         if answer == 0:
             flags |= flag
@@ -91,10 +94,10 @@ def try_out(opened: Object) -> tuple[dict[str, str], int]:
 
 
 def find_out(path: Path) -> Found:
-    """Load every program by itself, and run the trials. Nothing stays in the kernel.
+    """Load each program alone, and run the trials. Nothing stays in the kernel.
 
     Raises:
-        KernelRefused: the file isn't a BPF object, or there is no libbpf.
+        KernelRefused: the file is not a BPF object, or libbpf is missing.
     """
     refused: dict[str, str] = {}
     lacking: dict[str, str] = {}

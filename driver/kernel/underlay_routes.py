@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from typing import Final
 
-from dataplane.ebpf import Way
+from dataplane.ebpf import PeerRoute
 from driver.kernel.namespace import in_netns
 from driver.kernel.netlink import Sockets
 from driver.kernel.rtnl import Device, Rtnl
@@ -32,13 +32,13 @@ _GROUPS: Final = 0x1 | 0x10 | 0x40
 class Routes:
     """`found` by peer; `refused`: why others have none."""
 
-    found: dict[IPv4Address, Way] = field(default_factory=dict)
+    found: dict[IPv4Address, PeerRoute] = field(default_factory=dict)
     refused: dict[IPAddress, str] = field(default_factory=dict)
 
 
 def find(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) -> Routes:
     """The ways to these peers; `local` is the address that the overlay sends from, if that is said."""
-    found: dict[IPv4Address, Way] = {}
+    found: dict[IPv4Address, PeerRoute] = {}
     refused: dict[IPAddress, str] = {}
     devices: dict[int, Device] = {}
     with host.raw() as netlink:
@@ -71,7 +71,7 @@ def devices(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) 
 
 def _way(
     netlink: Rtnl, peer: IPv4Address, local: IPAddress | None, devices: dict[int, Device]
-) -> Way:
+) -> PeerRoute:
     try:
         route = netlink.route(peer, local)
     except OSError as error:
@@ -94,7 +94,7 @@ def _way(
     if not isinstance(through, IPv4Address):
         raise ValueError("its router's address is IPv6")
     mtu = min(device.mtu, route.mtu) if route.mtu else device.mtu
-    return Way(route.index, own, mtu, through)
+    return PeerRoute(route.index, own, mtu, through)
 
 
 class Changes:

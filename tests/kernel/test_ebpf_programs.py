@@ -1,4 +1,4 @@
-"""The programs themselves: the running kernel takes them, and Python and C mean the same by their maps."""
+"""The BPF programs: the running kernel accepts them, and Python and C agree on their maps."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _PROGRAM = r"""
 int main(void)
 {
         struct ff_settings settings = {.lease = 1, .idle = 2, .inside = 3, .outside = 4,
-                                       .flags = FF_PUSH4 | FF_POP6, .port_low = 5, .port_high = 6, .ttl = 7};
+                                       .flags = FF_ENCAP4 | FF_DECAP6, .port_low = 5, .port_high = 6, .ttl = 7};
         struct ff_port port = {.net = 1, .vni = htonl(77 << 8), .ip4 = inet_addr("10.9.0.2"),
                                .udp_port = htons(4799), .flags = FF_IP4 | FF_IP6, .slot = 9};
         struct ff_port vxlan = {.net = 1, .flags = FF_VXLAN};
         struct ff_place_key place_key = {.net = 1};
         struct ff_place place = {.seen = 1, .ifindex = 2, .peer = inet_addr("10.1.0.2"),
-                                 .ip4 = inet_addr("10.9.0.2"), .flags = FF_IP4 | FF_IP6 | FF_ENDS, .slot = 9};
+                                 .ip4 = inet_addr("10.9.0.2"), .flags = FF_IP4 | FF_IP6 | FF_FINAL, .slot = 9};
         struct ff_network_key network = {.vni = htonl(77 << 8), .udp_port = htons(4799)};
         struct ff_peer_key peer_key = {.net = 1, .address = inet_addr("10.1.0.2")};
         struct ff_peer peer = {.ifindex = 1, .source = inet_addr("10.1.0.1"), .mtu = 1500, .next = inet_addr("10.1.0.9")};
@@ -69,15 +69,15 @@ int main(void)
 
 
 def test_python_and_c_mean_the_same(tmp_path: Path) -> None:
-    """Every key and value that Python packs is, byte by byte, what C has in memory, and is unpacked to the same."""
+    """Every key and value that Python packs has the bytes that C has in memory, and unpacks to the same."""
     source, program = tmp_path / "show.c", tmp_path / "show"
     source.write_text(_PROGRAM)
     subprocess.run(["gcc", "-Wall", "-Werror", f"-I{SOURCES}", source, "-o", program], check=True)
     output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     in_c = [bytes.fromhex(line) for line in output.split()]
-    settings = layout.Settings(1, 2, 3, 4, layout.PUSH4 | layout.POP6, (5, 6), 7)
+    settings = layout.Settings(1, 2, 3, 4, layout.ENCAP4 | layout.DECAP6, (5, 6), 7)
     place = layout.Place(2, IPv4Address("10.1.0.2"), 1, FOUR, SIX, 9, True)
-    way = layout.Way(1, IPv4Address("10.1.0.1"), 1500, IPv4Address("10.1.0.9"))
+    route = layout.PeerRoute(1, IPv4Address("10.1.0.1"), 1500, IPv4Address("10.1.0.9"))
     in_python = [
         settings.pack(),
         layout.Port(1, 77, 4799, MAC, FOUR, SIX, 9).pack(),
@@ -86,7 +86,7 @@ def test_python_and_c_mean_the_same(tmp_path: Path) -> None:
         place.pack(),
         layout.pack_network_key(77, 4799),
         layout.pack_peer_key(1, IPv4Address("10.1.0.2")),
-        way.pack(),
+        route.pack(),
         layout.COUNT.pack(*range(1, 9)),
         bytes([layout.LAYOUT]),
         layout.SLOTS.to_bytes(2, "big"),
@@ -96,7 +96,7 @@ def test_python_and_c_mean_the_same(tmp_path: Path) -> None:
     assert layout.unpack_place_key(in_c[3]) == (1, MAC)
     assert layout.Place.unpack(in_c[4]) == place
     assert layout.unpack_peer_key(in_c[6]) == (1, IPv4Address("10.1.0.2"))
-    assert layout.Way.unpack(in_c[7]) == way
+    assert layout.PeerRoute.unpack(in_c[7]) == route
     assert layout.Count.unpack(in_c[8] * 3) == layout.Count(3, 6, 9, 12, 15, 18, 21, 24)
 
 
@@ -108,7 +108,7 @@ def test_the_kernel_takes_every_program() -> None:
 
 
 def test_the_command_says_what_the_kernel_takes() -> None:
-    """`python -m dataplane.ebpf OBJECT` prints the same as JSON and exits with 0."""
+    """`python -m dataplane.ebpf OBJECT` prints what the kernel accepts as JSON and exits with 0."""
     done = subprocess.run(
         [sys.executable, "-m", "dataplane.ebpf", built()],
         capture_output=True,
@@ -123,7 +123,7 @@ def test_the_command_says_what_the_kernel_takes() -> None:
 
 
 def test_a_file_that_is_no_object_is_refused(tmp_path: Path) -> None:
-    """What isn't a BPF object is refused by name, and the command exits with 2."""
+    """A file that is not a BPF object is refused by name, and the command exits with 2."""
     wrong = tmp_path / "wrong.o"
     wrong.write_bytes(b"nothing of the kind")
     with pytest.raises(KernelRefused, match=r"wrong\.o"):
@@ -138,9 +138,9 @@ def test_a_file_that_is_no_object_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_stage_needs_the_one_before() -> None:
-    """Without a program its stage and those above are out, for the same reason; without a trial the tunnel alone."""
+    """A refused program disables its stage and all later ones; a failed trial disables only the tunnel."""
     assert Found().stages == STAGES
     assert Found(refused={"ff_port": "no"}).why_not == dict.fromkeys(STAGES, "no")
     assert Found(refused={"ff_vxlan": "no"}).stages == ("same-host",)
-    assert Found(lacking={"push4": "old"}).why_not == {"tunnel": "old"}
-    assert Found(lacking={"push6": "old"}).stages == STAGES
+    assert Found(lacking={"encap4": "old"}).why_not == {"tunnel": "old"}
+    assert Found(lacking={"encap6": "old"}).stages == STAGES

@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 from pyroute2 import IPRoute
 
-from dataplane.ebpf import Count, Maps, Place, Way, find_out
-from dataplane.ebpf.layout import POP6, PUSH6
+from dataplane.ebpf import Count, Maps, PeerRoute, Place, find_out
+from dataplane.ebpf.layout import DECAP6, ENCAP6
 from dataplane.errors import KernelRefused
 from driver import names
 from driver.kernel.bpffs import PINS
@@ -139,13 +139,13 @@ def test_the_whole_way_is_taken(world: World) -> None:
             assert all(world.near.echoes(address, size) for size in (1, 64, 1300))
     near, beside, far = (count(each) for each in (world.near, world.beside, world.far))
     for now, then, counted, families in (
-        (near, before[0], "sent_bytes", 1 + bool(flags & PUSH6)),
-        (far, before[2], "nic_bytes", 1 + bool(flags & POP6)),
+        (near, before[0], "sent_bytes", 1 + bool(flags & ENCAP6)),
+        (far, before[2], "nic_bytes", 1 + bool(flags & DECAP6)),
         (beside, before[1], "local_bytes", 2),
     ):
         assert getattr(now, counted) - getattr(then, counted) > families * len(DATA)
     assert near.nic_packets > before[0].nic_packets
-    assert (far.vxlan_packets == before[2].vxlan_packets) == bool(flags & POP6)
+    assert (far.vxlan_packets == before[2].vxlan_packets) == bool(flags & DECAP6)
 
 
 def test_every_kernel_carries_all_bytes() -> None:
@@ -922,7 +922,7 @@ def _fill(host: Host, table: str) -> None:
         for number in range(70_000):
             if table == "peers":
                 maps.put_peer(
-                    9999, IPv4Address(number), Way(1, IPv4Address(1), 1500, IPv4Address(1))
+                    9999, IPv4Address(number), PeerRoute(1, IPv4Address(1), 1500, IPv4Address(1))
                 )
             elif table == "places":
                 mac = number.to_bytes(6, "big").hex(":")

@@ -125,8 +125,8 @@ class Endpoints:
         port = Port(bridge, network.vni, network.port, endpoint.mac, ipv4, ipv6, slot)
         self._maps.put_port(index, port)
         before = self._endpoints.get(names.short(endpoint.id))
-        ends = before is None or before.place.ends
-        place = Place(index, NOWHERE, 0, ipv4, ipv6, slot, ends)
+        final = before is None or before.place.final
+        place = Place(index, NOWHERE, 0, ipv4, ipv6, slot, final)
         try:
             self._maps.put_place(bridge, endpoint.mac, place)
         except KernelRefused:
@@ -188,9 +188,9 @@ class Endpoints:
         """Note whether a container forwards packets that are addressed to it; true if that is new."""
         with self._lock:
             local = self._endpoints.get(names.short(endpoint_id))
-            if local is None or local.place.ends != forwards:
+            if local is None or local.place.final != forwards:
                 return False
-            local.place = replace(local.place, ends=not forwards)
+            local.place = replace(local.place, final=not forwards)
             self._maps.put_place(local.bridge, local.mac, local.place)
             return True
 

@@ -12,7 +12,7 @@ from typing import Final
 
 import structlog
 
-from dataplane.ebpf import Maps, Way
+from dataplane.ebpf import Maps, PeerRoute
 from dataplane.errors import KernelRefused
 from driver.errors import FreeFlowError
 from driver.kernel import fdb, traffic, underlay_routes
@@ -74,7 +74,7 @@ class Neighbours:
         self._underlay = underlay
         self._full = full
         self._due = 0.0
-        self.routes: dict[tuple[int, IPv4Address], Way] = maps.all_peers()
+        self.routes: dict[tuple[int, IPv4Address], PeerRoute] = maps.all_peers()
         """Content of the map of peers: network and peer, and how the underlay reaches it."""
         self.unreachable: dict[IPAddress, str] = {}
         """Peers for which the programs can't encapsulate, and why."""
