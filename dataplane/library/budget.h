@@ -4,7 +4,7 @@
  * use less than an eighth of the container's memory, a connection with bulk data may use all of its ring.
  * Past that, each connection stays in the first part of its ring. reclaim.h returns what was used.
  *
- * A page that nobody has written is made by the process that reads it, and counts for the reader: a peer may
+ * A page that was never written is made by the process that reads it, and counts for the reader: a peer may
  * announce bytes that it never wrote. So the bulk areas that all receivers have read are bounded too. Past
  * that bound a receiver reads the file by system calls, which make no pages.
  */

@@ -143,7 +143,8 @@ static bool is_all(const struct pollfd *fds, nfds_t count, int ready)
         return true;
 }
 
-/* The first end whose peer has been heard of and runs on another core. It knows whether spinning pays. */
+/* The first end that has received something from a peer on another core. Its spinner knows whether spinning
+ * pays. */
 static struct end *spinning_end(const struct pollfd *fds, nfds_t count)
 {
         uint32_t here = core();

@@ -14,6 +14,7 @@
 #include "poller_internal.h"
 
 #include "ready.h"
+#include "sleep.h"
 #include "sparse.h"
 #include "sys.h"
 
@@ -136,6 +137,7 @@ void poller_take_wakeup(struct poller *poller)
 bool registration_arm(struct poller *poller, struct registration *r, struct end *end)
 {
         uint32_t arena = atomic_load(&end->arena);
+        bool room;
         int bell;
 
         /* Another process that has the connection too may have ended the ring. */
@@ -144,18 +146,14 @@ bool registration_arm(struct poller *poller, struct registration *r, struct end 
                 return false;
         bell = poller_bell(poller, arena);
         atomic_fetch_add_explicit(&mapping_of(arena)->armed[bell], 2, memory_order_relaxed);
-        /* The kernel doesn't report a remote ring's end, nor its loss. */
-        if (r->events & (EPOLLIN | EPOLLRDNORM) || r->remote)
-                wait_begin(&end_receives(end).ring->receivers, bell);
         /* An edge-triggered registration that has reported room waits for a sender that finds none
          * (poller_sender_full()). All others wait for room now: another thread may take the room that is
          * there before the caller checks. */
-        if (r->events & (EPOLLOUT | EPOLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING &&
-            (!(r->events & EPOLLET) || r->unreported || atomic_load(&end->tx.full) != r->full_reported ||
-             !ready_space(end))) {
-                ready_ask(end);
-                wait_begin(&end_sends(end).ring->senders, bell);
-        }
+        room = r->events & (EPOLLOUT | EPOLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING &&
+               (!(r->events & EPOLLET) || r->unreported || atomic_load(&end->tx.full) != r->full_reported ||
+                !ready_space(end));
+        /* The kernel doesn't report a remote ring's end, nor its loss. */
+        sleep_arm(end, bell, r->events & (EPOLLIN | EPOLLRDNORM) || r->remote, room);
         return bell_is_known(arena, atomic_load(&end->side), bell);
 }
 

@@ -66,24 +66,24 @@ static int control_kernel(struct poller *poller, struct registration *r, struct 
         const uint32_t events = r->events, generation = atomic_load(&r->generation);
         const uint64_t data = r->data;
         const bool was_tagged = r->tagged, ring = end && end_uses_ring(end);
-        struct epoll_event told = *event;
+        struct epoll_event passed = *event;
         int outcome;
 
         /* An exclusive registration can't be changed, so it can't move to a ring either. Without the flag all
          * of a connection's waiters wake, instead of at least one. */
-        if (operation == EPOLL_CTL_ADD && end && told.events & EPOLLEXCLUSIVE &&
-            !(told.events & ~with_exclusive) && !listens(r->fd))
-                told.events &= ~(uint32_t)EPOLLEXCLUSIVE;
+        if (operation == EPOLL_CTL_ADD && end && passed.events & EPOLLEXCLUSIVE &&
+            !(passed.events & ~with_exclusive) && !listens(r->fd))
+                passed.events &= ~(uint32_t)EPOLLEXCLUSIVE;
         registration_retag(r);
-        r->events = (told.events & ~(uint32_t)EPOLLEXCLUSIVE) | EPOLLERR | EPOLLHUP;
-        r->data = told.data.u64;
-        if (ring && !(told.events & EPOLLEXCLUSIVE)) {
-                told = (struct epoll_event){.events = registration_mask(r, end),
-                                            .data.u64 = registration_tag(r)};
+        r->events = (passed.events & ~(uint32_t)EPOLLEXCLUSIVE) | EPOLLERR | EPOLLHUP;
+        r->data = passed.data.u64;
+        if (ring && !(passed.events & EPOLLEXCLUSIVE)) {
+                passed = (struct epoll_event){.events = registration_mask(r, end),
+                                              .data.u64 = registration_tag(r)};
         } else {
-                told.data = registration_for_program(r, false).data;
+                passed.data = registration_for_program(r, false).data;
         }
-        outcome = real()->epoll_ctl(poller->epfd - 1, operation, r->fd, &told);
+        outcome = real()->epoll_ctl(poller->epfd - 1, operation, r->fd, &passed);
         if (outcome < 0) {
                 r->events = events;
                 r->data = data;
@@ -93,8 +93,8 @@ static int control_kernel(struct poller *poller, struct registration *r, struct 
         }
         r->unreported = 1;
         r->fired = false;
-        if (ring && !(told.events & EPOLLEXCLUSIVE)) {
-                r->kernel_mask = told.events;
+        if (ring && !(passed.events & EPOLLEXCLUSIVE)) {
+                r->kernel_mask = passed.events;
                 registration_enter_ring(poller, r, end);
         }
         return outcome;

@@ -18,7 +18,7 @@ static uint32_t poll_tcp(int fd, short events)
         return (uint32_t)(uint16_t)polled.revents;
 }
 
-/* TCP's events that the program may hear of, for a connection whose peer is on another host. */
+/* TCP's events that the program may see, for a connection whose peer is on another host. */
 static uint32_t remote_events(struct registration *r, struct end *end)
 {
         uint32_t visible;

@@ -36,7 +36,7 @@ enum state { STATE_KERNEL, STATE_ACTIVE, STATE_ARMED, STATE_OFF };
 struct registration {
         /* These two are read without the lock of the poller that the registration belongs to. */
         _Atomic uint32_t poller;     /* POLLERS: free */
-        _Atomic uint32_t generation; /* changes each time that the kernel is told something else */
+        _Atomic uint32_t generation; /* changes each time that the kernel's registration is changed */
         uint64_t key;                /* of the end; 0: of an epoll instance */
         uint64_t data;
         uint32_t events; /* as the program wants them */
@@ -136,7 +136,7 @@ void registration_deactivate(struct poller *poller, struct registration *r, enum
 
 uint64_t registration_tag(const struct registration *r);
 /* The registration that a tag means, under the lock of its poller. NULL: it has been changed since a thread
- * fetched the event. Then the kernel was told after that, and reports again what still holds. */
+ * fetched the event. The change made the kernel check again, so it reports what still holds. */
 struct registration *registration_of_tag(const struct poller *poller, uint64_t tag);
 /* Give it another tag: what the kernel has reported under the old one is void. */
 void registration_retag(struct registration *r);
@@ -153,7 +153,7 @@ bool registration_to_ring(struct poller *poller, struct registration *r, struct 
 struct epoll_event registration_for_program(struct registration *r, bool last);
 /* Neither direction uses a ring any more: the kernel reports to the program again. */
 void registration_to_kernel(struct poller *poller, struct registration *r, bool last);
-/* What the program must hear of this registration may have changed. `again`: also what it has heard already.
+/* The events of this registration may have changed. `again`: report also those that were reported before.
  * Under both locks. */
 void registration_refresh(struct poller *poller, struct registration *r, struct end *end, bool again);
 

@@ -1,4 +1,4 @@
-/* The tables of epoll instances and registrations, and what the kernel is told about each registration.
+/* The tables of epoll instances and registrations, and the kernel's part of each registration.
  *
  * The kernel's registration of a connection that uses a ring has our tag instead of the program's data, and
  * is edge-triggered: the kernel reports each event to us, once. Then a change that the program makes, often

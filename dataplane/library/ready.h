@@ -65,7 +65,8 @@ static inline bool ready_bytes(struct end *end)
                         return view_remote(&view) &&
                                ((!start && ready_over(&view) && ready_behind(end)) || ready_broken(end));
         }
-        /* SO_RCVLOWAT. Of a ring that has ended, the kernel has been told how many bytes are wanted after it.
+        /* SO_RCVLOWAT. For a ring that has ended, the kernel has the low-water mark less what the ring still
+         * holds.
          */
         if (__builtin_expect(atomic_load_explicit(&end->low, memory_order_relaxed), 0) && !ready_broken(end))
                 return atomic_load_explicit(&view.ring->tail, memory_order_acquire) -

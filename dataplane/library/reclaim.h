@@ -1,7 +1,7 @@
 /* Returning the rings' memory to the kernel.
  *
  * What bulk data has touched is reclaimed when its ring has been empty for a second. Only the sender can know
- * that nobody writes there, so the sender does it, before a thread of its process sleeps. While there is
+ * that no thread writes there, so the sender does it, before a thread of its process sleeps. While there is
  * something to reclaim, sleepers wake for it.
  */
 #ifndef FREEFLOW_RECLAIM_H

@@ -127,7 +127,7 @@ static unsigned short_sleep_reasons(const struct wait *w, bool deferred)
 }
 
 /* One sleep, unless it is there by now. Returns as wait_for(), or SLEEP_AGAIN. */
-static int sleep_once(struct wait *w, bool *news)
+static int sleep_once(struct wait *w, bool *tcp_event)
 {
         int64_t left;
         bool deferred;
@@ -141,7 +141,7 @@ static int sleep_once(struct wait *w, bool *news)
                 return -EAGAIN;
         deferred = w->want == WANT_BYTES && remote_defers(w->end);
         if (w->want == WANT_BYTES && !raw_tcp_is_empty(w->fd, w->end)) {
-                *news = true;
+                *tcp_event = true;
                 return 0;
         }
         w->polled[ON_TCP].fd = deferred ? -1 : w->fd;
@@ -164,12 +164,12 @@ static int sleep_once(struct wait *w, bool *news)
                 bell_drain(w->arena, w->bell);
         /* TCP isn't polled while its events are deferred, and may have been reset. */
         if (w->polled[ON_TCP].revents || deferred)
-                *news = true;
+                *tcp_event = true;
         return 0;
 }
 
 int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64_t *beyond,
-             uint64_t *deadline, bool *news)
+             uint64_t *deadline, bool *tcp_event)
 {
         struct flow *flow = want == WANT_BYTES ? &end->rx : &end->tx;
         uint32_t timeout = atomic_load_explicit(&flow->timeout, memory_order_relaxed);
@@ -191,7 +191,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
         w.flow = flow;
         prepare(&w, *deadline);
         do
-                outcome = sleep_once(&w, news);
+                outcome = sleep_once(&w, tcp_event);
         while (outcome == SLEEP_AGAIN);
         if (w.bell >= 0) {
                 wait_end(w.waiters, w.bell);

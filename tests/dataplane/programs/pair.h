@@ -100,7 +100,7 @@ static inline double clock_now(void)
         return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
 }
 
-/* The promise `seconds` of a quiet machine, on this one as busy as it is: testbed/patience.py says how busy. */
+/* What takes `seconds` on a quiet machine, on this one: testbed/patience.py measures how busy it is. */
 static inline double within(double seconds)
 {
         const char *slowness = getenv("SLOWNESS");
