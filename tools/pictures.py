@@ -1,9 +1,12 @@
-"""Draws the pictures of the documentation: `python -m tools.pictures`.
+"""Draws the pictures and charts of the documentation: `python -m tools.pictures`.
 
 `docs/pictures/NAME.dot` becomes `docs/pictures/NAME.svg`, by Graphviz. Each SVG carries the hash of
 its source, so a test can tell without Graphviz whether it is up to date. Colours are not in the
 sources: a node has a class, and one style sheet gives each class a colour for light and for dark
 pages. The background is part of the picture, so text is readable on any page.
+
+`docs/data/NAME.json`, which a suite of `bench` wrote, becomes a chart in `docs/pictures` and a table
+in `docs/benchmarks.md`. Both depend on nothing but the JSON, so a test compares them.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from bench import plot
+from bench.report import Report
+
 DOCS: Final = Path(__file__).parents[1] / "docs"
 FOLDER: Final = DOCS / "pictures"
 BENCHMARKS: Final = DOCS / "benchmarks.md"
-CASES: Final = ("redis_*_c50", "memcached_c50", "nginx_*", "pgbench_*")
-"""Of the chart; the table has all cases."""
+PROGRAMS: Final = ("redis", "memcached", "nginx", "pgbench")
+"""Cases of the chart begin with one of these; the table has all cases."""
 TITLE: Final = (
     "FreeFlow with the library, compared with Docker's overlay (1 = equal, longer = better)"
 )
@@ -81,6 +87,50 @@ def draw(source: Path) -> str:
     return styled(done.stdout, source_hash(source))
 
 
+def results() -> list[Path]:
+    """All stored results of measurements, in the order of their names."""
+    return sorted((DOCS / "data").glob("*.json"))
+
+
+def draw_chart(result: Path) -> str:
+    """The chart of a stored result, as SVG."""
+    report = plot.load(result)
+    cases = [
+        name
+        for name in report["results"]
+        if name.startswith(PROGRAMS) and not name.endswith("_cpu")
+    ]
+    return plot.chart(report, tuple(cases), "overlay", TITLE)
+
+
+def _ratio(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "–"
+
+
+def make_table(report: Report) -> str:
+    """The table of a stored result, in Markdown, below a line about the machine."""
+    machine = report["machine"]
+    head = (
+        f"Ratios to Docker's `overlay`. Medians of {machine['rounds']} rounds on {machine['when'][:10]}: "
+        f"{machine['cores']} cores, {machine['cpu']},\nLinux {machine['kernel']}, engine "
+        f"{', '.join(machine['engines'])}, load before {machine['load']:.1f}.\n"
+    )
+    rows = [
+        f"| {name} | {row['about']} | {_ratio(row.get('ratio_to_overlay'))} | "
+        f"{_ratio(row.get('cpu_ratio_to_overlay'))} | {row['spread']:.0%} |"
+        for name, row in report["results"].items()
+    ]
+    titles = "| case | what | to `overlay` | CPU per unit of work | spread |\n| --- | --- | --- | --- | --- |"
+    return "\n".join([head, titles, *rows, ""])
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """A document with this table between the markers of a result."""
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+    before, rest = text.split(begin)
+    return f"{before}{begin}{table}{end}{rest.split(end, maxsplit=1)[1]}"
+
+
 def main() -> None:
     """Draw every picture whose source or style has changed; with an argument, all."""
     for source in sources():
@@ -88,6 +138,10 @@ def main() -> None:
         if sys.argv[1:] or not picture.exists() or stored_hash(picture) != source_hash(source):
             picture.write_text(draw(source))
             print(picture)
+    for result in results():
+        (FOLDER / f"{result.stem}.svg").write_text(draw_chart(result))
+        table = make_table(plot.load(result))
+        BENCHMARKS.write_text(with_table(BENCHMARKS.read_text(), result.stem, table))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Final
 
 import pytest
 
+from bench import plot
 from tools import files, pictures, prose, subjects
 
 TOP: Final = Path(__file__).parents[2]
@@ -72,6 +73,16 @@ def test_every_document_is_in_the_readme() -> None:
 def test_pictures_are_drawn_from_their_sources(source: Path) -> None:
     """Each picture was drawn from the source beside it, in the present style."""
     assert pictures.stored_hash(source.with_suffix(".svg")) == pictures.source_hash(source)
+
+
+@pytest.mark.parametrize("result", pictures.results(), ids=lambda path: path.stem)
+def test_charts_show_the_stored_results(result: Path) -> None:
+    """Each chart is what `bench plot` makes of the stored result, and so is the table."""
+    chart = pictures.FOLDER / f"{result.stem}.svg"
+    assert chart.read_text() == pictures.draw_chart(result)
+    text = pictures.BENCHMARKS.read_text()
+    table = pictures.make_table(plot.load(result))
+    assert pictures.with_table(text, result.stem, table) == text
 
 
 @pytest.mark.parametrize(
