@@ -446,10 +446,10 @@ class Clients:
         rate = client.rate
         now = self._loop.now()
         if now - rate.logged >= LOG_PAUSE:
-            place = self.pairing.knowledge.places.get(client.namespace)
+            sandbox = self.pairing.knowledge.sandboxes.get(client.namespace)
             log.warning(
                 event,
-                container="" if place is None else place.name,
+                container="" if sandbox is None else sandbox.name,
                 namespace=client.namespace,
                 pid=client.pid,
                 reason=reason,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from dataplane.router import devices
-from dataplane.router.devices import Device, Found, IPAddress, Unusable
+from dataplane.router.devices import Device, DeviceScan, IPAddress, Unusable
 from dataplane.router.loop import Loop, Timer
 
 EVERY: Final = 20.0
@@ -28,9 +28,9 @@ PATIENCE: Final = 30.0
 _MOST: Final = 1 << 20
 """Bytes of its result."""
 
-NOT_YET: Final = Found(None, "scanning for RDMA devices")
-NO_ADDRESS: Final = Found(None, "the underlay's address isn't known yet")
-TOO_LONG: Final = Found(None, f"the scan for RDMA devices took longer than {PATIENCE:.0f} s")
+NOT_YET: Final = DeviceScan(None, "scanning for RDMA devices")
+NO_ADDRESS: Final = DeviceScan(None, "the underlay's address isn't known yet")
+TOO_LONG: Final = DeviceScan(None, f"the scan for RDMA devices took longer than {PATIENCE:.0f} s")
 
 
 def command() -> list[str]:
@@ -39,22 +39,22 @@ def command() -> list[str]:
     return [python if os.access(python, os.X_OK) else sys.executable, "-P", devices.__file__]
 
 
-def decode(text: str) -> Found:
+def decode(text: str) -> DeviceScan:
     """The result of a scan, as `devices.encode` wrote it. An invalid text gives a reason, too."""
     try:
         made = json.loads(text)
         device = made["device"]
-        return Found(
+        return DeviceScan(
             None if device is None else Device(**device),
             str(made["why"]),
-            tuple(Unusable(**each) for each in made["looked"]),
+            tuple(Unusable(**entry) for entry in made["unusable"]),
         )
     except (ValueError, KeyError, TypeError):
-        return Found(None, "the scan for RDMA devices failed; see the plugin's log")
+        return DeviceScan(None, "the scan for RDMA devices failed; see the plugin's log")
 
 
 class DeviceScanner:
-    """`found` is the last result. `changed` is called when it is another one than before."""
+    """`result` is that of the last scan. `changed` is called when it is another one than before."""
 
     def __init__(
         self, loop: Loop, changed: Callable[[], None], start: Sequence[str] | None = None
@@ -66,7 +66,7 @@ class DeviceScanner:
         self._process: subprocess.Popen[bytes] | None = None
         self._text = bytearray()
         self._timer: Timer | None = None
-        self.found = NO_ADDRESS
+        self.result = NO_ADDRESS
 
     def use(self, address: IPAddress | None) -> None:
         """Scan for a device with this address, the underlay's. None: don't scan."""
@@ -88,7 +88,9 @@ class DeviceScanner:
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
             )
         except OSError as error:
-            self._set(Found(None, f"the scan for RDMA devices can't be started: {error.strerror}"))
+            self._set(
+                DeviceScan(None, f"the scan for RDMA devices can't be started: {error.strerror}")
+            )
             self._timer = self._loop.after(EVERY, self.scan)
             return
         self._text.clear()
@@ -118,13 +120,13 @@ class DeviceScanner:
         self._end()
         self._again(TOO_LONG)
 
-    def _again(self, found: Found) -> None:
+    def _again(self, result: DeviceScan) -> None:
         self._timer = self._loop.after(EVERY, self.scan)
-        self._set(found)
+        self._set(result)
 
-    def _set(self, found: Found) -> None:
-        if found != self.found:
-            self.found = found
+    def _set(self, result: DeviceScan) -> None:
+        if result != self.result:
+            self.result = result
             self._changed()
 
     def _cancel(self) -> None:

@@ -88,40 +88,40 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The result of a scan. `why` is empty if there is a device. `looked`: the others, if any."""
+class DeviceScan:
+    """The result of a scan. `why` is empty if there is a device. `unusable`: the others, if any."""
 
     device: Device | None
     why: str
-    looked: tuple[Unusable, ...] = ()
+    unusable: tuple[Unusable, ...] = ()
 
 
 def choose(
     address: IPAddress, ports: Iterable[Port | Unusable], ipoib: frozenset[bytes] = frozenset()
-) -> Found:
+) -> DeviceScan:
     """The first port with the underlay's address. `ipoib`: the GIDs of IPoIB interfaces with it."""
     device: Device | None = None
-    looked: list[Unusable] = []
+    unusable: list[Unusable] = []
     for port in ports:
         if isinstance(port, Unusable):
-            looked.append(port)
+            unusable.append(port)
             continue
         gid, why = _gid(address, port, ipoib)
         if gid is None:
-            looked.append(Unusable(port.device, port.number, why))
+            unusable.append(Unusable(port.device, port.number, why))
         elif device is not None:
-            looked.append(Unusable(port.device, port.number, f"{device.name} is used"))
+            unusable.append(Unusable(port.device, port.number, f"{device.name} is used"))
         else:
             device = Device(
                 port.device, port.number, gid.index, str(gid.address), gid.kind, port.mtu
             )
     if device is not None:
-        return Found(device, "", tuple(looked))
-    if not looked:
-        return Found(None, NO_DEVICE)
-    first = looked[0]
-    more = "" if len(looked) == 1 else f" ({len(looked) - 1} more: freeflow doctor)"
-    return Found(None, f"{first.device}: {first.why}{more}", tuple(looked))
+        return DeviceScan(device, "", tuple(unusable))
+    if not unusable:
+        return DeviceScan(None, NO_DEVICE)
+    first = unusable[0]
+    more = "" if len(unusable) == 1 else f" ({len(unusable) - 1} more: freeflow doctor)"
+    return DeviceScan(None, f"{first.device}: {first.why}{more}", tuple(unusable))
 
 
 def _gid(address: IPAddress, port: Port, ipoib: frozenset[bytes]) -> tuple[Gid | None, str]:
@@ -269,17 +269,17 @@ def _addresses(message: bytes) -> set[IPAddress]:
     return addresses
 
 
-def find(address: IPAddress, ports: Callable[[], Iterable[Port | Unusable]] = _ports) -> Found:
+def find(address: IPAddress, ports: Callable[[], Iterable[Port | Unusable]] = _ports) -> DeviceScan:
     """Scan for the device of an address."""
     try:
         return choose(address, ports(), ipoib_gids(address))
     except ImportError:
-        return Found(None, NO_PYVERBS)
+        return DeviceScan(None, NO_PYVERBS)
 
 
-def encode(found: Found) -> str:
+def encode(result: DeviceScan) -> str:
     """A result as JSON, which `device_scanner.decode` reads."""
-    return json.dumps(dataclasses.asdict(found))
+    return json.dumps(dataclasses.asdict(result))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ import structlog
 from dataplane import control
 from dataplane.router import relay_wire
 from dataplane.router.device_scanner import DeviceScanner
-from dataplane.router.devices import Device, Found
+from dataplane.router.devices import Device, DeviceScan
 from dataplane.router.identities import NoIdentities, choose
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.loop import Loop
@@ -132,13 +132,13 @@ class InterHost:
     # --- the device and the relay
 
     @property
-    def found(self) -> Found:
+    def scanned(self) -> DeviceScan:
         """This host's device, or why there is none."""
-        return Found(IN_MEMORY, "") if self._equipment.memory else self._scanner.found
+        return DeviceScan(IN_MEMORY, "") if self._equipment.memory else self._scanner.result
 
     def _decide(self) -> None:
         """Announce what this host has, and start the relay if another host can use it."""
-        device = self.found.device
+        device = self.scanned.device
         knowledge = self._pairing.knowledge
         self.sessions.introduce(
             data_path=str(knowledge.underlay or ""),
@@ -147,7 +147,7 @@ class InterHost:
         )
         if device is None:
             self._fresh = False
-            self.remotes.device(self.found.why)
+            self.remotes.device(self.scanned.why)
             return
         wanted = self._message(device)
         if self._relay.pid is None:
@@ -220,9 +220,9 @@ class InterHost:
 
     def facts(self) -> control.RdmaFacts:
         """What `freeflow status` and metrics show of it."""
-        found, remotes = self.found, self.remotes
+        scan, remotes = self.scanned, self.remotes
         counts = remotes.connections.counts
-        device = found.device
+        device = scan.device
         return control.RdmaFacts(
             on=self._pairing.knowledge.settings.rdma,
             device=None
@@ -237,17 +237,18 @@ class InterHost:
             ),
             why=remotes.why,
             looked=tuple(
-                f"{each.device} port {each.port}: {each.why}"
-                if each.port
-                else f"{each.device}: {each.why}"
-                for each in found.looked
+                f"{one.device} port {one.port}: {one.why}"
+                if one.port
+                else f"{one.device}: {one.why}"
+                for one in scan.unusable
             ),
             sessions=self.sessions.reason,
             node=self.sessions.node,
             peers=tuple(
-                self._peer(*each) for each in sorted(self.sessions.reasons().items(), key=str)
+                self._peer(address, reason)
+                for address, reason in sorted(self.sessions.reasons().items(), key=str)
             ),
-            connections=sum(each.state.phase in LIVE for each in remotes.connections),
+            connections=sum(one.state.phase in LIVE for one in remotes.connections),
             registered=remotes.connections.registered,
             granted=counts.granted,
             broken=counts.broken,

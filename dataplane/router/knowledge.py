@@ -1,6 +1,6 @@
-"""What the driver said, made ready for one look-up per question.
+"""The driver's snapshot of networks, endpoints and settings, indexed: each question is one look-up.
 
-A whole snapshot replaces the one before; while the driver is away the last one stays true.
+Each snapshot is complete and replaces the one before. While the driver is down, the last one holds.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _RULE_FIELDS: Final = tuple(Rule.__struct_fields__)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A container's network namespace."""
+class Sandbox:
+    """A container's network namespace, by its inode."""
 
     namespace: int
     path: Path
@@ -32,50 +32,56 @@ class Place:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Network:
-    """A network, and who of it is on this host."""
+    """A network, with its endpoints on this host and its services."""
 
     id: str
     accelerated: bool
     subnets: tuple[IPv4Network | IPv6Network, ...]
     rule: Rule
     owners: dict[IPAddress, int] = field(default_factory=dict)
-    """Address to its namespace, on this host."""
+    """Addresses of this host's endpoints, to their namespaces."""
     tasks: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
-    """VIP to those of its tasks that are on this host."""
+    """VIP to the addresses of its tasks on this host."""
     vips: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
-    """Task on this host to the VIPs that lead to it."""
+    """Address of a task on this host, to the VIPs of its services."""
     rdma: bool = True
     peers: frozenset[IPAddress] = frozenset()
-    """The hosts that share it."""
+    """The other hosts that share the network."""
     everywhere: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
-    """VIP to its tasks, on whatever host."""
+    """VIP to the addresses of its tasks on all hosts."""
     leading: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
-    """Task, on whatever host, to the VIPs that lead to it."""
-
+    """Address of a task on any host, to the VIPs of its services."""
     own: tuple[str, ...] = ()
-    """The addresses of `owners`, as peers are told them."""
+    """The addresses of `owners` as text, sorted: what peers are told."""
 
     def __contains__(self, address: IPAddress) -> bool:
         return any(address in subnet for subnet in self.subnets)
 
 
 class Knowledge:
-    """Endpoints, networks, VIPs and settings."""
+    """One snapshot. Immutable. Without one: no networks, default settings."""
 
     def __init__(self, learned: RouterSnapshot | None = None) -> None:
-        """Raises DataplaneError for a snapshot that contradicts itself."""
+        """
+        Raises:
+            DataplaneError: an address is invalid, or an endpoint's network is missing.
+        """
         facts = learned or RouterSnapshot()
         self.learned = learned is not None
         self.settings: RouterSettings = facts.settings
         self.networks: dict[str, Network] = {}
-        self.places: dict[int, Place] = {}
+        self.sandboxes: dict[int, Sandbox] = {}
         self._local: dict[tuple[int, IPAddress], Network] = {}
         self._of: defaultdict[int, list[Network]] = defaultdict(list)
         self.underlay: IPAddress | None = None
         try:
             self._read(facts)
         except (ValueError, KeyError) as error:
-            raise DataplaneError(f"the snapshot can't be used: {error!r}") from error
+            raise DataplaneError(
+                "snapshot refused",
+                cause=f"it is inconsistent ({error!r})",
+                remedy="the last one holds; see freeflow bugreport",
+            ) from error
 
     def _read(self, facts: RouterSnapshot) -> None:
         for fact in facts.networks:
@@ -90,10 +96,10 @@ class Knowledge:
         self.underlay = ip_address(facts.underlay) if facts.underlay else None
         for endpoint in facts.endpoints:
             network = self.networks[endpoint.network]
-            place = Place(
+            sandbox = Sandbox(
                 endpoint.namespace, Path(endpoint.path), endpoint.container or endpoint.id[:12]
             )
-            self.places[endpoint.namespace] = place
+            self.sandboxes[endpoint.namespace] = sandbox
             self._of[endpoint.namespace].append(network)
             for text in endpoint.addresses:
                 address = ip_address(text)
@@ -108,14 +114,14 @@ class Knowledge:
 
     @cached_property
     def remote(self) -> frozenset[tuple[int, IPAddress]]:
-        """Of these, those on networks whose connections may leave the host over RDMA."""
+        """The same, for networks whose connections to other hosts may use RDMA."""
         return frozenset(
             key for key, network in self._local.items() if network.accelerated and network.rdma
         )
 
     @cached_property
     def accelerated(self) -> frozenset[tuple[int, IPAddress]]:
-        """Namespaces and the addresses that they have on accelerated networks."""
+        """Namespaces, each with an address that it has on an accelerated network."""
         return frozenset(key for key, network in self._local.items() if network.accelerated)
 
     def network_of(self, namespace: int, address: IPAddress) -> Network | None:
@@ -127,15 +133,19 @@ class Knowledge:
         return self._of.get(namespace, [])
 
     def is_endpoint(self, namespace: int) -> bool:
-        """Whether a namespace is a container's on one of our networks."""
-        return namespace in self.places
+        """Whether a namespace is that of a container on a FreeFlow network."""
+        return namespace in self.sandboxes
 
     def enabled(self, namespace: int) -> bool:
-        """Whether a container has an accelerated network."""
+        """Whether a container is on an accelerated network."""
         return any(network.accelerated for network in self.networks_of(namespace))
 
     def rule(self, namespace: int) -> Rule:
-        """A container's rule: of several networks' the most patient, field by field; the shortest spin and ring."""
+        """When a container's connections are upgraded.
+
+        If its networks have different rules, each threshold is the greatest, and the spin time and the
+        ring limit are the smallest.
+        """
         rules = [network.rule for network in self.networks_of(namespace) if network.accelerated]
         if len(set(rules)) <= 1:
             return rules[0] if rules else self.settings.rule

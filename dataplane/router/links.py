@@ -127,10 +127,10 @@ class Links:
 
     def link(self, peer: IPAddress) -> Link:
         """The link to a peer, in whatever state."""
-        found = self._links.get(peer)
-        if found is None:
-            found = self._links[peer] = Link(peer)
-        return found
+        link = self._links.get(peer)
+        if link is None:
+            link = self._links[peer] = Link(peer)
+        return link
 
     def is_up(self, peer: IPAddress) -> bool:
         """Whether connections with a peer can be paired."""
@@ -480,4 +480,4 @@ class Links:
 
 def _plain(text: str) -> str:
     """A reason, with the characters and the length that a message may have."""
-    return "".join(each if " " <= each <= "~" else "?" for each in text)[:200]
+    return "".join(char if " " <= char <= "~" else "?" for char in text)[:200]

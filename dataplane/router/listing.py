@@ -39,7 +39,7 @@ def connections(
 ) -> Iterator[Connections | None]:
     """The list, as the last item; a None after each step, where the caller may do other work."""
     entries: list[ConnectionFact] = []
-    for namespace in list(pairing.knowledge.places) if only is None else [only]:
+    for namespace in list(pairing.knowledge.sandboxes) if only is None else [only]:
         for tcp in _sockets(namespaces, namespace):
             if tcp is None:
                 yield None
@@ -55,7 +55,7 @@ def connections(
 def paths(pairing: Pairing, namespaces: Namespaces) -> Iterator[PathCounts | None]:
     """The counts, as the last item; a None after each step, as in `connections`."""
     counts: Counter[tuple[str, str, str | None]] = Counter()
-    for namespace in list(pairing.knowledge.places):
+    for namespace in list(pairing.knowledge.sandboxes):
         for tcp in _sockets(namespaces, namespace):
             if tcp is None:
                 yield None
@@ -85,15 +85,15 @@ def _sockets(namespaces: Namespaces, namespace: int) -> Iterator[TcpSocket | Non
 def _entry(pairing: Pairing, namespace: int, tcp: TcpSocket, now: float) -> ConnectionFact | None:
     knowledge = pairing.knowledge
     network = knowledge.network_of(namespace, tcp.local.ip)
-    place = knowledge.places.get(namespace)
+    sandbox = knowledge.sandboxes.get(namespace)
     # A socket without an inode belongs to no process any more: the kernel is closing it.
-    if network is None or place is None or not tcp.inode:
+    if network is None or sandbox is None or not tcp.inode:
         return None
     container = pairing.containers.get(namespace)
     path, reason, age = _path(pairing, container, network, tcp, now)
     return ConnectionFact(
         namespace=namespace,
-        container=place.name,
+        container=sandbox.name,
         network=network.id,
         local=str(tcp.local),
         remote=str(tcp.remote),
@@ -198,14 +198,14 @@ def statistics(
 
 
 def _counts(container: ContainerRecord, knowledge: Knowledge) -> ContainerCounts:
-    place = knowledge.places.get(container.namespace)
+    sandbox = knowledge.sandboxes.get(container.namespace)
     builds: dict[str, int] = {}
     for process in container.processes.values():
         if process.build is not None:
             builds[process.build] = builds.get(process.build, 0) + 1
     return ContainerCounts(
         namespace=container.namespace,
-        container="" if place is None else place.name,
+        container="" if sandbox is None else sandbox.name,
         processes=len(container.processes),
         waiting=len(container.waiting),
         shm=len(container.ends),

@@ -117,7 +117,7 @@ class RelayProcess:
             return
         if self._socket is None:
             return
-        kept = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for each in descriptors]
+        kept = [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for one in descriptors]
         self._unsent.append((data, kept))
         self._loop.modify(self._socket.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
@@ -155,9 +155,9 @@ class RelayProcess:
         if wanted is None:
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for each in (ours, theirs):
+        for end in (ours, theirs):
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                each.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+                end.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
         moved = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
         theirs.close()
         try:
@@ -296,5 +296,5 @@ class RelayProcess:
 
 
 def _close(descriptors: Sequence[int]) -> None:
-    for each in descriptors:
-        os.close(each)
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -218,8 +218,9 @@ class Remotes(Generic[SessionsT]):
         self.device("the relay ended; it is started again")
         self._lent.clear()
         self.connections.relay_died()
-        for arena in [each for each in self._pairing.arenas.values() if each.ring]:
-            self._pairing.close_relay_bells(arena)
+        for arena in self._pairing.arenas.values():
+            if arena.ring:
+                self._pairing.close_relay_bells(arena)
         self.links.relay_died()
         self.connections.all_dropped()
         self._pairing.retire_remote()

@@ -176,7 +176,7 @@ class RemoteConnections:
 
     def are_on_link(self, host: RemoteHost) -> bool:
         """Whether a connection with a host is not about to be dropped."""
-        return any(each.state.phase is not Phase.DROPPING for each in self.of(host))
+        return any(one.state.phase is not Phase.DROPPING for one in self.of(host))
 
     # --- the start
 

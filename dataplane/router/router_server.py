@@ -68,8 +68,8 @@ class RouterServer:
         self._control = ControlSocket(self.loop, admin, self._answer)
 
     def _path_of(self, namespace: int) -> Path | None:
-        place = self.pairing.knowledge.places.get(namespace)
-        return None if place is None or place.path == Path() else place.path
+        sandbox = self.pairing.knowledge.sandboxes.get(namespace)
+        return None if sandbox is None or sandbox.path == Path() else sandbox.path
 
     def run(self) -> None:
         """Serve until `stop` is called or the watched descriptor ends."""

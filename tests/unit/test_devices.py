@@ -19,7 +19,7 @@ from dataplane.router.devices import (
     NO_PYVERBS,
     ROCE,
     ROCE_V1,
-    Found,
+    DeviceScan,
     Gid,
     Port,
     Unusable,
@@ -86,7 +86,7 @@ def test_why_not(ports: tuple[Port | Unusable, ...], why: str) -> None:
     """Where no device can be used, the result says why, and for each device that was checked."""
     found = choose(V4, ports)
     assert (found.device, found.why) == (None, why)
-    assert len(found.looked) == len(ports)
+    assert len(found.unusable) == len(ports)
 
 
 def test_one_of_two() -> None:
@@ -95,7 +95,7 @@ def test_one_of_two() -> None:
     found = choose(V4, both)
     assert found.device is not None
     assert found.device.port == 1
-    assert found.looked == (Unusable("mlx5_0", 2, "mlx5_0 is used"),)
+    assert found.unusable == (Unusable("mlx5_0", 2, "mlx5_0 is used"),)
 
 
 def test_without_pyverbs() -> None:
@@ -104,7 +104,7 @@ def test_without_pyverbs() -> None:
     def ports() -> Iterator[Port]:
         raise ImportError
 
-    assert devices.find(V4, ports) == Found(None, NO_PYVERBS)
+    assert devices.find(V4, ports) == DeviceScan(None, NO_PYVERBS)
 
 
 def test_interfaces_of_an_address(tmp_path: Path) -> None:
@@ -124,10 +124,10 @@ def test_what_it_prints_can_be_read() -> None:
     """The router reads each result that a scan prints. An invalid one gives a reason, not an error."""
     for found in (
         choose(V4, [port(gid(1, "::ffff:192.0.2.1")), Unusable("rxe0", 0, "why")]),
-        Found(None, NO_DEVICE),
+        DeviceScan(None, NO_DEVICE),
     ):
         assert decode(devices.encode(found)) == found
-    for text in ("", "[]", "{}", '{"device": {"name": 1}, "why": "", "looked": []}'):
+    for text in ("", "[]", "{}", '{"device": {"name": 1}, "why": "", "unusable": []}'):
         assert decode(text).device is None
         assert decode(text).why
 
@@ -147,19 +147,19 @@ def test_scanner() -> None:
     """The scanner reports what a real process found, and scans at once only for another address."""
     epoll = select.epoll()
     loop = EpollLoop(epoll)
-    changes: list[Found] = []
-    made = DeviceScanner(loop, lambda: changes.append(made.found))
-    assert made.found == NO_ADDRESS
+    changes: list[DeviceScan] = []
+    made = DeviceScanner(loop, lambda: changes.append(made.result))
+    assert made.result == NO_ADDRESS
     made.use(V4)
     for _ in run(loop, epoll):
         if len(changes) == 2:
             break
     # The devices of this machine are unknown. What counts is that the process answered.
-    assert made.found.device is not None or made.found.why
+    assert made.result.device is not None or made.result.why
     made.use(V4)
     assert len(changes) == 2
     made.use(None)
-    assert made.found == NO_ADDRESS
+    assert made.result == NO_ADDRESS
     made.close()
 
 
@@ -169,14 +169,14 @@ def test_a_scan_that_fails(script: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(device_scanner, "PATIENCE", 0.2)
     epoll = select.epoll()
     loop = EpollLoop(epoll)
-    changes: list[Found] = []
-    made = DeviceScanner(loop, lambda: changes.append(made.found), [sys.executable, "-c", script])
+    changes: list[DeviceScan] = []
+    made = DeviceScanner(loop, lambda: changes.append(made.result), [sys.executable, "-c", script])
     made.use(V4)
     for _ in run(loop, epoll):
         if len(changes) == 2:
             break
-    assert made.found.device is None
-    assert made.found.why
+    assert made.result.device is None
+    assert made.result.why
     made.close()
 
 
