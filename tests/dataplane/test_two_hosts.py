@@ -1,6 +1,6 @@
-"""Connections between containers of two hosts, with the real library, routers and relays; memory stands for the RDMA device.
+"""Connections between containers of two hosts, with the real library, routers and relays.
 
-What needs a real device is in `tests/vm/test_rdma_hosts.py`.
+Shared memory replaces the RDMA device. Tests with a device are in `tests/vm/test_rdma_hosts.py`.
 """
 
 from __future__ import annotations
@@ -71,12 +71,15 @@ def on_rdma(host: HostBed) -> int:
 
 
 def went_back(host: HostBed) -> bool:
-    """Whether all its connections go on over TCP, and it says so."""
+    """Whether all connections of a host went back to TCP, and the router reports it."""
     return {(each.path, each.reason) for each in listed(host)} == {("overlay", "left")}
 
 
 class Streams:
-    """Numbers under way between `a` of one host and `b` of the other, until `ends` is called and for `seconds` more."""
+    """Streams of numbers between `a` of one host and `b` of the other.
+
+    They end `seconds` after a call of `ends`.
+    """
 
     def __init__(self, hosts: Hosts, seconds: float, count: int, address: str = "") -> None:
         one, other = hosts
@@ -91,7 +94,7 @@ class Streams:
         self.client = a.popen(ask, stdin=subprocess.PIPE, **options)
 
     def ends(self, seconds: float = 60) -> list[str]:
-        """What each end of each connection said, without the numbers; that some were moved is checked."""
+        """The results of all ends, "whole" or "reset". Each must have moved some numbers."""
         said = [
             self.client.communicate("now\n", timeout=patience(seconds))[0],
             self.server.communicate(timeout=patience(seconds))[0],
@@ -105,7 +108,7 @@ class Streams:
 def streams(
     hosts: Hosts, seconds: float = 2, count: int = 4, address: str = ""
 ) -> Iterator[Streams]:
-    """Running, all on RDMA, and all with bytes in their rings: until then an end may still go back to TCP."""
+    """Streams that are all on RDMA and have bytes in their rings, so that no end returns to TCP alone."""
     before = [host.router.statistics().rdma.relay.get("bytes_out", 0) for host in hosts]
     made = Streams(hosts, seconds, count, address)
     for host, sent in zip(hosts, before, strict=True):
@@ -118,7 +121,7 @@ def streams(
 
 
 def nothing_left(hosts: Hosts) -> None:
-    """No memory is registered, no slot is held."""
+    """Wait until no memory is registered and no slot is used."""
     for host in hosts:
 
         def clean(host: HostBed = host) -> bool:
@@ -129,7 +132,7 @@ def nothing_left(hosts: Hosts) -> None:
 
 
 def moves_again(hosts: Hosts) -> None:
-    """A new connection takes RDMA, and nothing is left of it or of others."""
+    """A new connection moves to RDMA, and afterwards nothing is left of any connection."""
     for host in hosts:
         host.wait_linked()
     with streams(hosts, 1, 1) as made:
@@ -138,7 +141,7 @@ def moves_again(hosts: Hosts) -> None:
 
 
 def test_bytes(hosts: Hosts) -> None:
-    """Connections between two hosts move to RDMA, whole, and nothing is left of them; both hosts say so."""
+    """Connections between hosts move to RDMA without loss, and nothing is left of them."""
     with streams(hosts) as made:
         one, other = (host.router.statistics().rdma for host in hosts)
         assert (one.connections, other.connections) == (4, 4)
@@ -153,7 +156,7 @@ def test_bytes(hosts: Hosts) -> None:
 
 
 def test_torture(hosts: Hosts, tmp_path: Path) -> None:
-    """No byte is wrong with many threads on one connection, forks, signals and kills, at both ends."""
+    """No byte is wrong under many threads per connection, forks, signals and kills at both ends."""
     seconds = int(os.environ.get("TORTURE_SECONDS", "6"))
     program = str(compile_c(HERE / "torture.c", tmp_path / "torture"))
     a, b = hosts[0].containers["a"], hosts[1].containers["b"]
@@ -179,7 +182,7 @@ def test_a_service(hosts: Hosts) -> None:
 
 
 def test_without_a_session(hosts: Hosts) -> None:
-    """While the routers can't speak, connections go on, and new ones stay on the overlay; then they move again."""
+    """Without a session connections go on, and new ones stay on TCP until there is one again."""
     with streams(hosts, 2, 2) as made:
         cut(hosts[0])
         for host in hosts:
@@ -202,7 +205,7 @@ def test_without_a_session(hosts: Hosts) -> None:
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_router_killed(hosts: Hosts, dies: int) -> None:
-    """A router that is killed costs no byte: its relay brings connections back to TCP. The next router starts anew."""
+    """If a router is killed, its relay brings connections back to TCP without loss."""
     with streams(hosts) as made:
         hosts[dies].kill_router()
         until(lambda: went_back(hosts[1 - dies]), 3)
@@ -213,7 +216,7 @@ def test_router_killed(hosts: Hosts, dies: int) -> None:
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_relay_killed(hosts: Hosts, dies: int) -> None:
-    """A relay that is killed resets its connections, at both ends, and nothing is taken for whole; new ones move again."""
+    """If a relay is killed, its connections are reset at both ends. New connections move again."""
     with streams(hosts, 20) as made:
         os.kill(hosts[dies].relay_pid(), signal.SIGKILL)
         assert set(made.ends(30)) == {"reset"}
@@ -221,7 +224,7 @@ def test_relay_killed(hosts: Hosts, dies: int) -> None:
 
 
 def test_relay_stopped(hosts: Hosts) -> None:
-    """A relay that is stopped, or stuck, doesn't hang its connections for good: they are reset, and new ones move again."""
+    """If a relay is stopped, its connections are reset after a while. New connections move again."""
     with streams(hosts, 60) as made:
         os.kill(hosts[1].relay_pid(), signal.SIGSTOP)
         assert set(made.ends(60)) == {"reset"}
@@ -252,7 +255,7 @@ def test_a_thousand() -> None:
 
 
 def test_limit() -> None:
-    """Past the memory that may be registered connections stay on TCP, and say so; all of them are whole."""
+    """Beyond the limit of registered memory connections stay on TCP, and none loses a byte."""
     allowed = RouterSettings(remote_ring=65536, remote_memory=40 * (2 * 65536 + 2 * 4096))
     with two_hosts(library=LIBRARY, relay=RELAY, settings=allowed) as made:
         running = Streams(made, 2, 60)

@@ -1,7 +1,7 @@
-"""Two hosts on one machine: a router and a relay for each, and between them a cable; containers of both on one network.
+"""Two hosts on one machine, each with a router and a relay, and containers of both on one network.
 
-The hosts' routers run in network namespaces of their own, which a pair of devices joins: there they speak with each other. Their
-relays reach each other's memory, in place of an RDMA device (`--memory-relay`). What a container is, is in `bed.py`.
+The routers run in network namespaces of their own, with a veth pair between them for the session.
+The relays use each other's memory instead of an RDMA device (`--memory-relay`).
 
     with two_hosts(library=LIBRARY, relay=RELAY) as (one, other):
         a, b = one.containers["a"], other.containers["b"]
@@ -44,14 +44,14 @@ class HostBed(Bed):
     namespace: int = field(default_factory=new_namespace)
     relay: Path = Path()
     everywhere: dict[str, str] = field(default_factory=dict)
-    """Container to its address, of both hosts."""
+    """The containers of both hosts, with their addresses."""
 
     @property
     def address(self) -> str:
         return f"192.0.2.{self.number}"
 
     def facts(self, **changes: Any) -> RouterSnapshot:
-        """What is true of this host."""
+        """The snapshot of this host, for its router."""
         made = super().facts()
         networks = tuple(
             replace(network, peers=(f"192.0.2.{3 - self.number}",), vips=self._vips())
@@ -65,7 +65,7 @@ class HostBed(Bed):
         }
 
     def router_command(self) -> list[str]:
-        """In the host's namespace, with a relay."""
+        """The router's command, in the host's namespace and with a relay."""
         return [
             "nsenter",
             f"--net=/proc/{os.getpid()}/fd/{self.namespace}",
@@ -75,12 +75,12 @@ class HostBed(Bed):
         ]
 
     def peer(self) -> PeerFact:
-        """What its router knows of the other host."""
+        """What the router reports about the other host."""
         (found,) = self.router.statistics().rdma.peers
         return found
 
     def wait_linked(self) -> None:
-        """Until connections can move."""
+        """Wait until connections can move."""
         until = time.monotonic() + patience(_PATIENCE)
         while True:
             rdma = self.router.statistics().rdma
@@ -90,7 +90,7 @@ class HostBed(Bed):
             time.sleep(0.02)
 
     def relay_pid(self) -> int:
-        """Its relay's process, the router's only child of that name."""
+        """The process of the relay, the router's only child of that name."""
         assert self.process is not None
         router = self.process.pid
         children = Path(f"/proc/{router}/task/{router}/children").read_text().split()
@@ -103,7 +103,7 @@ class HostBed(Bed):
 
 
 def _join(one: HostBed, other: HostBed) -> None:
-    """A cable between two hosts."""
+    """Connect two hosts by a veth pair."""
 
     def make() -> None:
         with IPRoute() as route:
@@ -143,7 +143,7 @@ def two_hosts(
     vips: Mapping[str, Sequence[str]] | None = None,
     settings: RouterSettings | None = None,
 ) -> Iterator[tuple[HostBed, HostBed]]:
-    """Two hosts with containers of these names; linked when it begins."""
+    """Two hosts with containers of these names. The link between the relays is up."""
     folder = Path(tempfile.mkdtemp(prefix="freeflow-hosts-"))
     folder.chmod(0o755)
     wanted = replace(settings or RouterSettings(), session_key=KEY)

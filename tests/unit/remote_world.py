@@ -1,4 +1,4 @@
-"""Hosts whose registries are real and whose sessions, relays, kernels and time are made up."""
+"""Hosts with real registries, and with fake sessions, relays, kernels and time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RING: Final = 64 << 10
 
 
 class VirtualLoop:
-    """`loop.Loop` whose time passes when it is told to."""
+    """A `Loop` in virtual time."""
 
     def __init__(self) -> None:
         self.time = 100.0
@@ -67,7 +67,7 @@ class VirtualLoop:
 
 @dataclass
 class Lent:
-    """A slot in a relay's hands."""
+    """A slot that a relay has."""
 
     number: int
     link: int
@@ -85,7 +85,7 @@ class Lent:
     gone: bool = False
     """The peer's relay has dropped it."""
     told: set[RelayKind] = field(default_factory=set)
-    """Reports that come once."""
+    """Reports that were sent. Each is sent once."""
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Wire:
 
 
 class FakeRelay:
-    """What a relay promises, without bytes: answers, what ends say to each other, and when memory is free again."""
+    """A relay without bytes: its answers, what it tells the peer's relay, and when it drops slots."""
 
     def __init__(self, world: World, host: Host) -> None:
         self.world = world
@@ -143,7 +143,7 @@ class FakeRelay:
                 assert not lent.paired
                 lent.paired, lent.peer = True, message.peer
                 self.answer(relay_wire.RelayOutcome(RelayKind.PAIRED, message.number, 0, ""))
-                self.world.gossip()
+                self.world.exchange()
             case relay_wire.Number():
                 self.number(message)
             case relay_wire.RelayFrame():
@@ -170,7 +170,7 @@ class FakeRelay:
                 RelayKind.CONNECTED, message.number, error, "cut" if error else ""
             )
         )
-        self.world.gossip()
+        self.world.exchange()
 
     def number(self, message: relay_wire.Number) -> None:
         number = message.number
@@ -204,7 +204,7 @@ class FakeRelay:
                 lent.broken = lent.broken or message.state == relay_wire.BROKEN
                 if lent.broken:
                     self.host.severed.add((lent.arena, lent.slot))
-        self.world.gossip()
+        self.world.exchange()
 
     def dropped(self, lent: Lent) -> None:
         del self.lent[lent.number]
@@ -226,7 +226,7 @@ class FakeRelay:
         return other if theirs.generation == generation and theirs.other == back else None
 
     def turn(self) -> bool:
-        """News of one connection to its peer; whether there were any."""
+        """Pass on the state of one connection to the peer's relay; whether there was a change."""
         for lent in list(self.lent.values()):
             other = self.reaches(lent)
             if lent.dropping and (not lent.paired or lent.gone or self.links[lent.link].dead):
@@ -241,11 +241,11 @@ class FakeRelay:
                     self.dropped(lent)
                     return True
                 continue
-            if self.news(lent, peer, other):
+            if self.pass_on(lent, peer, other):
                 return True
         return False
 
-    def news(self, lent: Lent, peer: Lent, other: FakeRelay) -> bool:
+    def pass_on(self, lent: Lent, peer: Lent, other: FakeRelay) -> bool:
         if lent.dropping and not peer.gone:
             peer.gone = lent.gone = True
             over = (lent.left and peer.left) or (lent.finished and lent.ended)
@@ -282,20 +282,20 @@ class FakeRelay:
         self.report_finished(lent)
 
     def report(self, kind: RelayKind, lent: Lent) -> None:
-        """Once."""
+        """Report the end of a direction, once."""
         if kind not in lent.told:
             lent.told.add(kind)
             state = relay_wire.BROKEN if lent.broken else relay_wire.WHOLE
             self.answer(relay_wire.Number(kind, lent.number, state))
 
     def report_finished(self, lent: Lent) -> None:
-        """The end of a direction, once our end is closed."""
+        """Report the end of our direction, if our end is closed."""
         if lent.closed:
             self.report(RelayKind.FINISHED, lent)
 
 
 class Host:
-    """A host: its registry, with one process in each of two containers."""
+    """A host with its registry, and with one process in each of two containers."""
 
     def __init__(self, world: World, number: int) -> None:
         self.world = world
@@ -311,7 +311,7 @@ class Host:
         self.start()
 
     def start(self) -> None:
-        """A new router."""
+        """Start a new router."""
         self.instance = f"{self.number * 1000 + next(self.instances):032x}"
         self.post = FakePost()
         self.memory = FakeMemory()
@@ -363,7 +363,7 @@ class Host:
     def tell_relay(
         self, instance: str, message: relay_wire.Message, descriptors: tuple[int, ...] = ()
     ) -> None:
-        """Not from a router that is dead, whose times still come."""
+        """Pass a message to the relay, unless it comes from a timer of a dead router."""
         if instance == self.instance:
             self.relay.say(message, descriptors)
 
@@ -438,16 +438,16 @@ class Line:
 
 @dataclass(eq=False)
 class Tcp:
-    """A connection: both ends, and whether their programs still have it."""
+    """A TCP connection: both ends, and whether their programs have them open."""
 
     ends: tuple[tuple[Host, int, Address, Address, int], tuple[Host, int, Address, Address, int]]
     """Host, container, local, remote, cookie."""
     open: list[bool] = field(default_factory=lambda: [True, True])
-    asked: list[bool] = field(default_factory=lambda: [False, False])
+    requested: list[bool] = field(default_factory=lambda: [False, False])
 
 
 class World:
-    """Some hosts, and what is between them."""
+    """Some hosts, with the sessions and links between them."""
 
     def __init__(
         self, size: int = 2, delays: Callable[[], float] = lambda: 0.001, **settings: Any
@@ -457,9 +457,9 @@ class World:
         self.loop = VirtualLoop()
         self.delay = delays
         self.cut = False
-        """No link comes up."""
+        """No link can be made."""
         self.sessions: dict[frozenset[int], int] = {}
-        """Hosts with a session, and its number."""
+        """Pairs of hosts with a session, to its number."""
         self.clear_until: dict[tuple[int, int], float] = {}
         self._session_numbers = itertools.count(1)
         self._turning = False
@@ -481,7 +481,7 @@ class World:
             self.session(a, b)
 
     def session(self, a: Host, b: Host) -> None:
-        """One comes up, if there is none."""
+        """Start a session, if there is none."""
         pair = frozenset({a.number, b.number})
         if pair in self.sessions:
             return
@@ -499,7 +499,7 @@ class World:
         one.remotes.up(other.address, other.hello())
 
     def lose(self, a: Host, b: Host) -> None:
-        """What is on its way is lost."""
+        """Lose a session, with the messages that are under way."""
         pair = frozenset({a.number, b.number})
         if self.sessions.pop(pair, None) is None:
             return
@@ -515,7 +515,7 @@ class World:
         return True
 
     def _later(self, to: Host, of: Host, number: int, do: Callable[[], None]) -> None:
-        """In order, and only while that session lasts."""
+        """Deliver a message in order, if the session still exists."""
         pair = frozenset({to.number, of.number})
 
         def arrive() -> None:
@@ -525,46 +525,40 @@ class World:
         self.in_order((of.number, to.number), arrive)
 
     def in_order(self, way: tuple[int, int], do: Callable[[], None]) -> None:
-        """After a while, and after all that went this way before."""
+        """Do something later, and after everything before it in the same direction."""
         when = max(self.loop.now() + self.delay(), self.clear_until.get(way, 0.0) + 1e-6)
         self.clear_until[way] = when
         self.loop.after(when - self.loop.now(), do)
 
     def hello_again(self, host: Host) -> None:
-        """What `Sessions.introduce` does."""
+        """Send a Hello to all peers, as `Sessions.introduce` does."""
         for other in self.hosts:
             if other is not host:
                 self.carry(host, other, host.hello())
 
     # --- relays
 
-    def gossip(self) -> None:
-        """Relays tell each other, a little later."""
+    def exchange(self) -> None:
+        """Let relays exchange states, a little later."""
 
         def turn() -> None:
             self._turning = False
             if any(host.relay.alive and host.relay.turn() for host in self.hosts):
-                self.gossip()
+                self.exchange()
 
         if not self._turning:
             self._turning = True
             self.loop.after(self.delay(), turn)
 
     def kill_relay(self, host: Host) -> None:
-        """It dies, and another is started after a while."""
+        """A relay dies, and another is started after a while."""
         old, host.relay = host.relay, FakeRelay(self, host)
         old.alive = False
-        for lent in old.lent.values():
-            # What its peers were told of is lost with it.
-            self.lost_by(host, lent)
         host.remotes.relay_died()
         self.hello_again(host)
         self.loop.after(0.5, lambda: self.relay_is_back(host))
         for other in self.hosts:
             self.down_of(other, host.number)
-
-    def lost_by(self, host: Host, lent: Lent) -> None:
-        """Nothing to do: `Memory.sever` is the router's word for it."""
 
     def relay_is_back(self, host: Host) -> None:
         if not host.remotes.ready:
@@ -572,21 +566,21 @@ class World:
             self.hello_again(host)
 
     def down_of(self, host: Host, peer: int) -> None:
-        """A host's relay finds that its link with another is dead."""
+        """A host's relay reports that its link to another host is down."""
         for number, mine in host.relay.links.items():
             if mine.other is not None and mine.other[0] == peer and not mine.dead:
                 mine.dead = True
                 host.relay.answer(
                     relay_wire.RelayOutcome(RelayKind.DOWN, number, 5, "retries exceeded")
                 )
-        self.gossip()
+        self.exchange()
 
     def break_link(self, a: Host, b: Host) -> None:
         self.down_of(a, b.number)
         self.down_of(b, a.number)
 
     def restart_router(self, host: Host) -> None:
-        """It is killed. Its relay has all connections leave that it can, breaks the others and ends."""
+        """Kill a router. Its relay brings connections back to TCP, resets those it can't, and ends."""
         for other in self.hosts:
             if other is not host:
                 self.lose(host, other)
@@ -611,7 +605,7 @@ class World:
         for tcp in self.connections:
             for side in (0, 1):
                 if tcp.ends[side][0] is host:
-                    tcp.asked[side] = False
+                    tcp.requested[side] = False
         for other in self.hosts:
             self.down_of(other, host.number)
 
@@ -635,15 +629,15 @@ class World:
         self.connections.append(tcp)
         return tcp
 
-    def ask(self, tcp: Tcp, side: int) -> None:
+    def request(self, tcp: Tcp, side: int) -> None:
         host, container, local, remote, cookie = tcp.ends[side]
-        if not tcp.open[side] or tcp.asked[side]:
+        if not tcp.open[side] or tcp.requested[side]:
             return
-        tcp.asked[side] = True
+        tcp.requested[side] = True
         host.pairing.request(host.processes[container], wire.Request(cookie, cookie, local, remote))
 
     def close(self, tcp: Tcp, side: int) -> None:
-        """The program closes its end, and its library says so."""
+        """The program closes its end, and its library releases it."""
         if not tcp.open[side]:
             return
         tcp.open[side] = False
@@ -658,14 +652,14 @@ class World:
             host.pairing.note(process, wire.Note(0, cookie))
 
     def kill(self, host: Host, container: int, *, child: bool) -> None:
-        """A process dies, with or without its sockets; another takes its place."""
+        """A process ends; `child`: its sockets live on in one. Another process takes its place."""
         for tcp in self.connections:
             for side in (0, 1):
                 end = tcp.ends[side]
                 if end[0] is not host or end[1] != container or not tcp.open[side]:
                     continue
                 # Its child has no library, and asks for nothing.
-                tcp.asked[side] = False
+                tcp.requested[side] = False
                 if not child:
                     tcp.open[side] = False
                     del host.kernel.sockets[host.namespace(container), end[2], end[3]]
@@ -694,7 +688,7 @@ class World:
         ]
 
     def remote(self, tcp: Tcp, side: int) -> RemoteConnection | None:
-        """The registry's end of it, while it runs."""
+        """The registry's end of a connection, while it is live."""
         host, *_, cookie = tcp.ends[side]
         for connection in host.remotes.connections:
             if connection.end.cookie == cookie and connection.state.phase in LIVE:
@@ -702,7 +696,7 @@ class World:
         return None
 
     def check(self) -> None:
-        """What must be true at any time."""
+        """Assert what must hold at any time."""
         by_cookie = {
             end[4]: (tcp, side) for tcp in self.connections for side, end in enumerate(tcp.ends)
         }

@@ -1,4 +1,4 @@
-"""Connections between hosts: who is paired with whom, and what becomes of it when anything on the way is lost."""
+"""Connections between hosts: which ends are paired, and what happens when any part fails."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def world() -> World:
 
 
 def upgraded(world: World, client: tuple[int, int] = A, server: tuple[int, int] = B) -> Tcp:
-    """A connection whose ends have asked and were granted."""
+    """A connection whose ends have sent requests and were granted."""
     tcp = world.connect(client, server)
     for side in (0, 1):
-        world.ask(tcp, side)
+        world.request(tcp, side)
     world.loop.run(1)
     assert world.grant(tcp, 0)
     assert world.grant(tcp, 1)
@@ -43,21 +43,21 @@ def upgraded(world: World, client: tuple[int, int] = A, server: tuple[int, int] 
 
 
 def finer(world: World, tcp: Tcp, side: int) -> Reason | None:
-    """What the router remembers of a refusal."""
+    """The reason that the router notes for a refusal."""
     host, container, _, _, cookie = tcp.ends[side]
     note = host.pairing.containers[host.namespace(container)].notes.get(cookie)
     return None if note is None else Reason(note[0])
 
 
 def peer_of(world: World, host: int, other: int) -> RemoteHost:
-    """What a host knows of another."""
+    """What a host knows about another."""
     found = world.hosts[host].remotes.hosts.get(world.hosts[other].address)
     assert found is not None
     return found
 
 
 def empty(world: World) -> None:
-    """Nothing is left of any connection, anywhere."""
+    """Assert that nothing is left of any connection on any host."""
     for host in world.hosts:
         assert not list(host.remotes.connections)
         assert not host.remotes.connections.registered
@@ -77,11 +77,11 @@ def empty(world: World) -> None:
 def test_two_ends(
     world: World, client: tuple[int, int], server: tuple[int, int], first: int
 ) -> None:
-    """Both ends are granted a slot of their own host, whoever leads and whoever asks first; side 1 is the relay's."""
+    """Both ends are granted a slot on their own host, whichever leads and sends its request first."""
     tcp = world.connect(client, server)
     for side in (first, 1 - first):
         assert world.grant(tcp, 0) is None
-        world.ask(tcp, side)
+        world.request(tcp, side)
         world.loop.run(1)
     grants = [world.grant(tcp, side) for side in (0, 1)]
     assert [grant.side for grant in grants if grant] == [0, 0]
@@ -98,10 +98,10 @@ def test_two_ends(
 
 
 def test_behind_a_vip(world: World) -> None:
-    """A client that knows the VIP alone is paired with the task that its kernel chose."""
+    """A client that knows only the VIP is paired with the task that its kernel chose."""
     tcp = world.connect(A, (1, 2), vip=True)
     for side in (0, 1):
-        world.ask(tcp, side)
+        world.request(tcp, side)
     world.loop.run(1)
     assert world.grant(tcp, 0)
     assert world.grant(tcp, 1)
@@ -109,25 +109,25 @@ def test_behind_a_vip(world: World) -> None:
 
 
 def test_one_port_twice(world: World) -> None:
-    """A port that serves a task and its service's VIP at once stays on TCP: nobody can tell which is which."""
+    """A client port with connections to a task and to its VIP stays on TCP: they can't be told apart."""
     first = world.connect(A, B)
     host, container, local, remote, _ = first.ends[0]
     vip = wire.Address(world.connect(A, B, vip=True).ends[0][3].ip, remote.port)
     host.kernel.sockets[host.namespace(container), local, vip] = 1
-    world.ask(first, 0)
+    world.request(first, 0)
     assert finer(world, first, 0) is Reason.AMBIGUOUS
 
 
 def test_a_vip_that_the_kernel_does_not_explain(world: World) -> None:
-    """Without the kernel's word for where a VIP's connection leads, it stays on TCP."""
+    """A connection to a VIP stays on TCP if connection tracking doesn't say where it leads."""
     tcp = world.connect(A, B, vip=True)
     world.hosts[0].kernel.translations.clear()
-    world.ask(tcp, 0)
+    world.request(tcp, 0)
     assert finer(world, tcp, 0) is Reason.UNTRACKED
 
 
 def test_many_share_what_they_can(world: World) -> None:
-    """Connections of one process share its arena, whichever host they go to."""
+    """Connections of one process share its arena, whichever host they lead to."""
     made = World(3)
     made.connect_all()
     made.loop.run(1)
@@ -139,14 +139,14 @@ def test_many_share_what_they_can(world: World) -> None:
     assert first.slot != second.slot
 
 
-# --- why not
+# --- refusals
 
 
 def test_reasons_at_once() -> None:
-    """Who can't be helped is told so at once, and the router remembers the finer reason."""
+    """A request that can't be granted is refused at once, and the router notes the exact reason."""
     world = World()
     tcp = world.connect(A, B)
-    world.ask(tcp, 0)
+    world.request(tcp, 0)
     assert finer(world, tcp, 0) is Reason.NO_SESSION
     assert world.refusals(tcp, 0) == [Reason.REMOTE]
     assert all(reason < STATUS_ONLY for reason in world.refusals(tcp, 0))
@@ -157,15 +157,15 @@ def test_reasons_at_once() -> None:
     world.loop.run(1)
     for end, reason in ((A, Reason.PEER_NO_RDMA), (B, Reason.NO_RDMA)):
         tcp = world.connect(end, (1 - end[0], 1))
-        world.ask(tcp, 0)
+        world.request(tcp, 0)
         assert finer(world, tcp, 0) is reason
 
 
-def test_nobodys_address(world: World) -> None:
-    """An address that no host claims gets some time, for its container may just have come; then the ask is refused."""
+def test_an_address_that_no_host_claims(world: World) -> None:
+    """A request for an address that no host claims waits 2 s, for a container may have just started."""
     tcp = world.connect(A, B)
     peer_of(world, 0, 1).owned = {}
-    world.ask(tcp, 0)
+    world.request(tcp, 0)
     world.loop.run(OWNER_PATIENCE / 2)
     assert world.refusals(tcp, 0) == []
     world.loop.run(OWNER_PATIENCE)
@@ -173,12 +173,12 @@ def test_nobodys_address(world: World) -> None:
 
 
 def test_an_address_that_is_claimed_late(world: World) -> None:
-    """An ask that came before the peer had said that it has the address is paired as soon as it has."""
+    """A request is paired as soon as the peer's host claims the address."""
     tcp = world.connect(B, A)
     peer = peer_of(world, 1, 0)
     owned, peer.owned = peer.owned, {}
     for side in (0, 1):
-        world.ask(tcp, side)
+        world.request(tcp, side)
     world.loop.run(0.5)
     assert world.grant(tcp, 0) is None
     peer.owned = owned
@@ -189,19 +189,19 @@ def test_an_address_that_is_claimed_late(world: World) -> None:
 
 
 def test_an_address_that_two_hosts_claim() -> None:
-    """An address that two hosts say they have is nobody's."""
+    """An address that two hosts claim belongs to neither."""
     world = World(3)
     world.connect_all()
     world.loop.run(1)
     tcp = world.connect(A, B)
     peer_of(world, 0, 2).owned = peer_of(world, 0, 1).owned
-    world.ask(tcp, 0)
+    world.request(tcp, 0)
     world.loop.run(OWNER_PATIENCE + 0.1)
     assert finer(world, tcp, 0) is Reason.REMOTE
 
 
 def test_limit_of_memory() -> None:
-    """Past the memory that may be registered both ends stay on TCP, and what is given back can be used again."""
+    """Beyond the limit of registered memory both ends stay on TCP. Freed memory can be used again."""
     cost = 2 * RING + 2 * 4096
     world = World(remote_memory=2 * cost)
     world.connect_all()
@@ -209,7 +209,7 @@ def test_limit_of_memory() -> None:
     kept = [upgraded(world), upgraded(world)]
     late = world.connect(A, B)
     for side in (0, 1):
-        world.ask(late, side)
+        world.request(late, side)
     world.loop.run(1)
     assert [finer(world, late, side) for side in (0, 1)] == [Reason.LIMIT, Reason.LIMIT]
     for side in (0, 1):
@@ -223,7 +223,7 @@ def test_limit_of_memory() -> None:
 
 
 def test_memory_is_used_again_when_both_relays_have_let_go(world: World) -> None:
-    """A slot whose process has released it isn't anybody's before the relay is done with it."""
+    """A slot that its process has released isn't reused before the relay has dropped it."""
     tcp = upgraded(world)
     world.close(tcp, 0)
     world.loop.run(1)
@@ -237,7 +237,7 @@ def test_memory_is_used_again_when_both_relays_have_let_go(world: World) -> None
 
 
 def test_children_keep_a_connection(world: World) -> None:
-    """A process that hangs up while a child has its sockets: the connection lives as long as the socket."""
+    """If a process ends and a child has its socket, the connection lives as long as the socket."""
     tcp = upgraded(world)
     world.kill(world.hosts[0], 1, child=True)
     world.loop.run(20)
@@ -251,11 +251,11 @@ def test_children_keep_a_connection(world: World) -> None:
 
 
 def test_a_process_dies_while_its_connection_is_paired(world: World) -> None:
-    """Whatever step it dies at, nothing stays behind, and the other end isn't left in a ring."""
+    """Whichever step a process ends at, nothing is left, and its peer isn't left alone in a ring."""
     for steps in range(1, 12):
         tcp = world.connect(A, B)
         for side in (0, 1):
-            world.ask(tcp, side)
+            world.request(tcp, side)
         world.loop.run(steps * 0.001)
         world.kill(world.hosts[steps % 2], 1, child=False)
         world.loop.run(2)
@@ -266,7 +266,7 @@ def test_a_process_dies_while_its_connection_is_paired(world: World) -> None:
 
 
 def test_leaving(world: World) -> None:
-    """A container that is disconnected takes both ends back to TCP, over the relays, once."""
+    """The relays bring both ends back to TCP, once, if a container leaves the network."""
     tcp = upgraded(world)
     remote = world.remote(tcp, 0)
     assert remote is not None
@@ -286,11 +286,11 @@ def test_leaving(world: World) -> None:
 
 
 def test_session_lost(world: World) -> None:
-    """Without a session connections go on and no new ones begin; with it they do again."""
+    """Without a session connections go on, and no new ones begin until there is one again."""
     tcp = upgraded(world)
     world.lose(*world.hosts)
     late = world.connect(A, B)
-    world.ask(late, 0)
+    world.request(late, 0)
     assert finer(world, late, 0) is Reason.NO_SESSION
     world.loop.run(SESSION_PATIENCE * 3)
     assert world.remote(tcp, 0)
@@ -301,21 +301,21 @@ def test_session_lost(world: World) -> None:
         world.close(tcp, side)
 
 
-def test_asks_outlast_a_short_loss(world: World) -> None:
-    """An ask that waits when the session is lost is paired when it's back; if it doesn't come back it is refused."""
+def test_requests_outlast_a_short_loss(world: World) -> None:
+    """A waiting request survives a short loss of the session, and is refused after a long one."""
     tcp = world.connect(B, A)
-    world.ask(tcp, 0)
+    world.request(tcp, 0)
     world.loop.run(1)
     world.lose(*world.hosts)
     world.loop.run(5)
     world.connect_all()
     world.loop.run(1)
-    world.ask(tcp, 1)
+    world.request(tcp, 1)
     world.loop.run(1)
     assert world.grant(tcp, 0)
     assert world.grant(tcp, 1)
     other = world.connect(B, A)
-    world.ask(other, 0)
+    world.request(other, 0)
     world.loop.run(1)
     world.lose(*world.hosts)
     world.loop.run(SESSION_PATIENCE + 1)
@@ -323,11 +323,11 @@ def test_asks_outlast_a_short_loss(world: World) -> None:
 
 
 def test_session_lost_in_the_middle(world: World) -> None:
-    """Whatever step the session is lost at, both ends are granted or neither is, once it is back."""
+    """Whichever step the session is lost at, both ends are granted in the end, or neither is."""
     for steps in range(1, 14):
         tcp = world.connect(B, A)
         for side in (0, 1):
-            world.ask(tcp, side)
+            world.request(tcp, side)
         world.loop.run(steps * 0.001)
         world.lose(*world.hosts)
         world.loop.run(1)
@@ -343,7 +343,7 @@ def test_session_lost_in_the_middle(world: World) -> None:
 
 
 def test_link_lost(world: World) -> None:
-    """A link that breaks is made again, and its connections are on it."""
+    """A link that breaks is made again, with its connections."""
     tcp = upgraded(world)
     world.break_link(*world.hosts)
     world.loop.run(5)
@@ -356,8 +356,43 @@ def test_link_lost(world: World) -> None:
         world.close(tcp, side)
 
 
+def test_link_fails_again_on_one_host(world: World) -> None:
+    """A link that fails on one host while it is made again is made again on both, without a reset."""
+    tcp = upgraded(world)
+    for host in (0, 1):
+        for steps in range(12):
+            world.break_link(*world.hosts)
+            world.loop.run(steps * 0.001)
+            world.down_of(world.hosts[host], 1 - host)
+            world.loop.run(5)
+            assert not world.hosts[0].severed
+            for here, there in itertools.permutations(world.hosts):
+                assert here.remotes.links.is_up(there.address)
+    for side in (0, 1):
+        world.close(tcp, side)
+    world.loop.run(1)
+    empty(world)
+
+
+def test_link_lost_after_a_process(world: World) -> None:
+    """Nothing is left of a connection whose process and then whose link go away during pairing."""
+    links, there = world.hosts[0].remotes.links, world.hosts[1].address
+    for steps in range(1, 30):
+        tcp = world.connect(A, B)
+        for side in (0, 1):
+            world.request(tcp, side)
+        world.loop.run(steps * 0.0005)
+        world.kill(world.hosts[0], 1, child=False)
+        links.forget(there)
+        links.wake(there)
+        world.loop.run(2)
+        world.close(tcp, 1)
+        world.loop.run(5)
+        empty(world)
+
+
 def test_link_gone(world: World) -> None:
-    """A link that can't be made again: its connections go back to TCP over the session, whole; new ones stay there."""
+    """If a link can't be made again, its connections go back to TCP unharmed. New ones stay on TCP."""
     tcp = upgraded(world)
     world.cut = True
     world.break_link(*world.hosts)
@@ -370,7 +405,7 @@ def test_link_gone(world: World) -> None:
     world.loop.run(60)
     late = world.connect(A, B)
     for side in (0, 1):
-        world.ask(late, side)
+        world.request(late, side)
     world.loop.run(1)
     assert finer(world, late, 0) is Reason.NO_LINK
     world.cut = False
@@ -379,7 +414,7 @@ def test_link_gone(world: World) -> None:
 
 
 def test_link_and_session_gone(world: World) -> None:
-    """Without link and session nothing can be delivered: both ends see a reset, after a while."""
+    """Without link and session both ends are reset after a while: nothing can be delivered."""
     tcp = upgraded(world)
     world.lose(*world.hosts)
     world.break_link(*world.hosts)
@@ -396,7 +431,7 @@ def test_link_and_session_gone(world: World) -> None:
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_relay_dies(world: World, dies: int) -> None:
-    """A relay that dies resets its connections, at both ends; new ones find the next relay."""
+    """The end of a relay resets its connections at both ends. New ones use the next relay."""
     tcp = upgraded(world)
     here, there = world.hosts[dies], world.hosts[1 - dies]
     world.kill_relay(here)
@@ -414,7 +449,7 @@ def test_relay_dies(world: World, dies: int) -> None:
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_router_dies(world: World, dies: int) -> None:
-    """A router that is killed: its relay brings connections back to TCP; with the next router there are new ones."""
+    """If a router is killed, its relay brings connections back to TCP. The next router makes new ones."""
     tcp = upgraded(world)
     world.restart_router(world.hosts[dies])
     world.loop.run(2)
@@ -430,19 +465,19 @@ def test_router_dies(world: World, dies: int) -> None:
 
 
 def test_offers_of_what_is_not_its_own(world: World) -> None:
-    """A peer that offers an end which isn't its own gets nothing."""
+    """An offer for an address that its host doesn't own is not matched."""
     tcp = world.connect(B, A)
     peer = peer_of(world, 0, 1)
-    world.ask(tcp, 1)
+    world.request(tcp, 1)
     peer.owned = {}
-    world.ask(tcp, 0)
+    world.request(tcp, 0)
     world.loop.run(OWNER_PATIENCE / 2)
     assert world.grant(tcp, 0) is None
     assert world.grant(tcp, 1) is None
 
 
-def test_words_about_others() -> None:
-    """A peer's word about a connection with another host means nothing."""
+def test_messages_about_connections_of_others() -> None:
+    """A host can't affect a connection with another host."""
     world = World(3)
     world.connect_all()
     world.loop.run(1)
@@ -476,10 +511,10 @@ STEPS: Final = st.lists(
                 "connect",
                 "connect",
                 "vip",
-                "ask",
-                "ask",
-                "ask",
-                "ask",
+                "request",
+                "request",
+                "request",
+                "request",
                 "close",
                 "close",
                 "kill",
@@ -491,7 +526,7 @@ STEPS: Final = st.lists(
                 "mend",
                 "relay",
                 "router",
-                "part",
+                "leave",
                 "wait",
             ]
         ),
@@ -506,8 +541,8 @@ STEPS: Final = st.lists(
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(size=st.sampled_from([2, 3]), seed=st.integers(0, 1 << 20), steps=STEPS)
 def test_anything(size: int, seed: int, steps: list[tuple[str, int, int, int]]) -> None:
-    """Whatever happens and in whatever order: no two ends are paired that aren't one connection, no memory is used that
-    a relay still has, no end stays alone in a ring, every ask has an answer, and in the end nothing is left."""
+    """Whatever happens in whatever order: only ends of one connection are paired, no memory that a
+    relay has is reused, no end stays alone in a ring, every request is answered, nothing is left."""
     chance = random.Random(seed)
     world = World(size, lambda: chance.random() * 0.01)
     world.connect_all()
@@ -520,9 +555,11 @@ def test_anything(size: int, seed: int, steps: list[tuple[str, int, int, int]]) 
     world.connect_all()
     world.loop.run(200)
     for tcp in world.connections:
-        alive = [world.remote(tcp, side) is not None for side in (0, 1)]
+        ends = [world.remote(tcp, side) for side in (0, 1)]
+        # An open end has nothing left to send only if it was reset.
+        uses_ring = [end is not None and not end.state.sent for end in ends]
         if all(tcp.open):
-            assert alive[0] == alive[1], "one end is alone in a ring"
+            assert uses_ring[0] == uses_ring[1], "one end is alone in a ring"
         for side in (0, 1):
             answered = world.grant(tcp, side) or world.refusals(tcp, side)
             waits = (
@@ -530,7 +567,12 @@ def test_anything(size: int, seed: int, steps: list[tuple[str, int, int, int]]) 
                 .pairing.containers[tcp.ends[side][0].namespace(tcp.ends[side][1])]
                 .waiting.get(tcp.ends[side][4])
             )
-            if tcp.asked[side] and tcp.asked[1 - side] and all(tcp.open) and waits is not None:
+            if (
+                tcp.requested[side]
+                and tcp.requested[1 - side]
+                and all(tcp.open)
+                and waits is not None
+            ):
                 assert not answered
                 assert world.refusals(tcp, 1 - side) or world.grant(tcp, 1 - side)
     for tcp in world.connections:
@@ -550,11 +592,11 @@ def step(world: World, what: str, x: int, y: int) -> None:
     match what:
         case "connect" | "vip":
             made = world.connect((a.number, container), (b.number, 1 + x % 2), vip=what == "vip")
-            world.ask(made, y % 2)
+            world.request(made, y % 2)
             if y % 3:
-                world.ask(made, 1 - y % 2)
-        case "ask" if tcp is not None:
-            world.ask(tcp, y % 2)
+                world.request(made, 1 - y % 2)
+        case "request" if tcp is not None:
+            world.request(tcp, y % 2)
         case "close" if tcp is not None:
             world.close(tcp, y % 2)
         case "kill" | "child":
@@ -571,7 +613,7 @@ def step(world: World, what: str, x: int, y: int) -> None:
             world.kill_relay(a)
         case "router":
             world.restart_router(a)
-        case "part" if tcp is not None:
+        case "leave" if tcp is not None:
             remote = world.remote(tcp, y % 2)
             if remote is not None:
                 tcp.ends[y % 2][0].remotes.leave(remote.number)
