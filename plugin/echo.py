@@ -16,6 +16,7 @@ from typing import Final
 from pyroute2 import IPRoute
 
 from driver.kernel import flows
+from driver.kernel.checksum import internet_checksum
 from driver.kernel.namespace import in_netns
 from driver.model import IPAddress
 
@@ -37,13 +38,6 @@ Prober = Callable[[Path, IPAddress, int, bool], Probe]
 """Called with a namespace, an address, the number of echoes, and whether the address is a VIP."""
 
 
-def _checksum(data: bytes) -> int:
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return int(~total & 0xFFFF)
-
-
 def echo(address: IPAddress, count: int, identifier: int) -> list[float]:
     """Send `count` echo requests from the calling thread's namespace.
 
@@ -58,7 +52,7 @@ def echo(address: IPAddress, count: int, identifier: int) -> list[float]:
         for sequence in range(count):
             head = struct.pack("!BBH", 128 if six else 8, 0, 0)
             body = struct.pack("!HH", identifier, sequence) + PATTERN
-            checksum = 0 if six else _checksum(head + body)
+            checksum = 0 if six else internet_checksum(head + body)
             message = head[:2] + struct.pack("!H", checksum) + body
             begin = time.perf_counter()
             try:

@@ -34,6 +34,7 @@ from pyroute2 import IPRoute
 
 from dataplane.threads import in_thread
 from driver import names, vip
+from driver.kernel.checksum import internet_checksum
 from driver.kernel.fastpath import Stage
 from driver.kernel.linux import LinuxKernel
 from driver.kernel.namespace import CLONE_NEWNET, check, in_netns, libc
@@ -80,15 +81,6 @@ def set_up(device: str, *addresses: IPv4Interface | IPv6Interface) -> None:
             )
         for one in (index, route.link_lookup(ifname="lo")[0]):
             route.link("set", index=one, state="up")
-
-
-def checksum(data: bytes) -> int:
-    """The Internet checksum of RFC 1071."""
-    data += b"\0" * (len(data) % 2)
-    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
 
 
 def write_vips(namespace: Path | int, table: VipTable) -> None:
@@ -286,7 +278,7 @@ def _ping(raw: socket.socket, to: IPAddress, number: int) -> bool:
     v4 = to.version == 4
     data = struct.pack("!HH", os.getpid() & 0xFFFF, number) + os.urandom(56)
     # The kernel fills in ICMPv6's checksum.
-    total = checksum(struct.pack("!BBH", 8, 0, 0) + data) if v4 else 0
+    total = internet_checksum(struct.pack("!BBH", 8, 0, 0) + data) if v4 else 0
     raw.sendto(struct.pack("!BBH", 8 if v4 else 128, 0, total) + data, (str(to), 0))
     with contextlib.suppress(TimeoutError):
         while True:
@@ -484,7 +476,7 @@ def put_on_the_wire(source: Host, to: Host, payload: bytes, *, tos: int = 0) -> 
     length = 8 + len(payload)
     header = struct.pack("!BBHHHBBH", 0x45, tos, 20 + length, 0, 0, 64, 17, 0)
     addresses = source.address.packed + to.address.packed
-    packet = header[:10] + struct.pack("!H", checksum(header + addresses)) + addresses
+    packet = header[:10] + struct.pack("!H", internet_checksum(header + addresses)) + addresses
     packet += struct.pack("!HHHH", 50000, 4799, length, 0) + payload
 
     def send() -> None:

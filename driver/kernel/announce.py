@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
+from driver.kernel.checksum import internet_checksum
 from driver.model import Endpoint
 
 _BROADCAST: Final = b"\xff" * 6
@@ -32,20 +33,13 @@ def gratuitous_arp(mac: str, address: IPv4Address) -> bytes:
     return header + fixed + hardware + address.packed + b"\0" * 6 + address.packed
 
 
-def _checksum(data: bytes) -> int:
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return int(~total & 0xFFFF)
-
-
 def unsolicited_advertisement(mac: str, address: IPv6Address) -> bytes:
     """A neighbour advertisement to all nodes, override set, with the target's link-layer address; 86 bytes."""
     hardware = _octets(mac)
     body = struct.pack("!I", _OVERRIDE) + address.packed + b"\x02\x01" + hardware
     length = 4 + len(body)
     pseudo = address.packed + _ALL_NODES.packed + struct.pack("!II", length, 58)
-    checksum = _checksum(pseudo + struct.pack("!BBH", 136, 0, 0) + body)
+    checksum = internet_checksum(pseudo + struct.pack("!BBH", 136, 0, 0) + body)
     packet = struct.pack("!IHBB", 6 << 28, length, 58, 255) + address.packed + _ALL_NODES.packed
     header = _ALL_NODES_MAC + hardware + struct.pack("!H", 0x86DD)
     return header + packet + struct.pack("!BBH", 136, 0, checksum) + body

@@ -18,6 +18,7 @@ from pyroute2 import IPRoute
 from driver import names
 from driver.errors import EngineError, FreeFlowError, KernelError
 from driver.kernel import guard, nft
+from driver.kernel.checksum import internet_checksum
 from driver.kernel.namespace import OVERLAY_PIN, in_netns, is_namespace, is_shared, isolated
 from plugin.cli.client import Client, Engine, host_run
 from plugin.settings import PLUGIN
@@ -249,10 +250,7 @@ def _passes(address: str, size: int) -> bool:
     """Whether an IPv4 echo request of `size` bytes is answered without fragmentation."""
     payload = b"\0" * (size - 28)
     head = struct.pack("!BBHHH", 8, 0, 0, os.getpid() & 0xFFFF, 1)
-    total = sum(struct.unpack(f"!{len(head + payload) // 2}H", head + payload))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    message = head[:2] + struct.pack("!H", ~total & 0xFFFF) + head[4:] + payload
+    message = head[:2] + struct.pack("!H", internet_checksum(head + payload)) + head[4:] + payload
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:
         raw.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER, IP_PMTUDISC_DO (ip(7))
         try:

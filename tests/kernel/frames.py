@@ -6,8 +6,9 @@ import socket
 import struct
 from ipaddress import IPv4Address, IPv6Address
 
+from driver.kernel.checksum import internet_checksum
 from driver.model import IPAddress
-from testbed.kernel_hosts import UDP_PORT, checksum, octets
+from testbed.kernel_hosts import UDP_PORT, octets
 
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 ALL_NODES = IPv6Address("ff02::1")
@@ -28,10 +29,10 @@ def udp(source: IPAddress, to: IPAddress, data: bytes) -> bytes:
     if source.version == 4:
         bare = struct.pack("!BBHHHBBH", 0x45, 0, 20 + length, 0, 0, 64, 17, 0)
         addresses = source.packed + to.packed
-        total = checksum(bare + addresses)
+        total = internet_checksum(bare + addresses)
         return bare[:10] + struct.pack("!H", total) + addresses + header + data
     pseudo = source.packed + to.packed + struct.pack("!II", length, 17)
-    total = checksum(pseudo + header + data)
+    total = internet_checksum(pseudo + header + data)
     header = header[:6] + struct.pack("!H", total)
     return struct.pack("!IHBB", 6 << 28, length, 17, 64) + source.packed + to.packed + header + data
 
@@ -46,7 +47,7 @@ def icmpv6(
 ) -> bytes:
     """An ICMPv6 message; with `behind_options` after an extension header of hop-by-hop options."""
     pseudo = source.packed + to.packed + struct.pack("!II", 4 + len(body), 58)
-    total = checksum(pseudo + struct.pack("!BBH", kind, 0, 0) + body)
+    total = internet_checksum(pseudo + struct.pack("!BBH", kind, 0, 0) + body)
     message = struct.pack("!BBH", kind, 0, total) + body
     following = 58
     if behind_options:

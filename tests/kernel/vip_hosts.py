@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pyroute2 import IPRoute, netns
 
+from driver.kernel.checksum import internet_checksum
 from driver.kernel.namespace import in_netns
-from testbed.kernel_hosts import checksum
 from testbed.patience import patience
 
 PORT = 80
@@ -111,7 +111,7 @@ class Container:
         def make() -> socket.socket:
             return socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
 
-        total = checksum(struct.pack("!BBHHH", 8, 0, 0, identifier, 1))
+        total = internet_checksum(struct.pack("!BBHHH", 8, 0, 0, identifier, 1))
         with in_netns(self.path, make) as raw:
             raw.settimeout(timeout)
             raw.sendto(struct.pack("!BBHHH", 8, 0, total, identifier, 1), (str(to), 0))

@@ -21,8 +21,8 @@ import pytest
 
 from dataplane.control import RouterSettings, Rule
 from dataplane.router import library_wire as wire
+from driver.kernel.checksum import internet_checksum
 from driver.kernel.namespace import in_netns
-from testbed.kernel_hosts import checksum
 from testbed.namespaces import Bed, Container, bed
 from testbed.patience import patience
 from tests.dataplane.library import Library
@@ -152,7 +152,7 @@ def segment(source: str, destination: str, sequence: int, acknowledged: int, fla
         "!HHIIBBHHH", CLIENT_PORT, PORT, sequence, acknowledged, 5 << 4, flags, 65535, 0, 0
     )
     pseudo = ends + struct.pack("!BBH", 0, socket.IPPROTO_TCP, len(tcp))
-    tcp = tcp[:16] + struct.pack("!H", checksum(pseudo + tcp)) + tcp[18:]
+    tcp = tcp[:16] + struct.pack("!H", internet_checksum(pseudo + tcp)) + tcp[18:]
     header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 1, 0, 64, socket.IPPROTO_TCP, 0)
     return header + ends + tcp
 
