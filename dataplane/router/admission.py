@@ -78,9 +78,9 @@ class Admission:
     def is_sure(self, one: PairRequest, other: PairRequest, network: Network) -> bool:
         """Whether two requests can only be the two ends of one connection."""
         return all(
-            server.request.local.ip not in network.vips
-            or server.request.remote.ip not in network.owners
-            or self._clients(server.request, network) <= 1
+            server.message.local.ip not in network.vips
+            or server.message.remote.ip not in network.owners
+            or self._clients(server.message, network) <= 1
             for server in (one, other)
         )
 

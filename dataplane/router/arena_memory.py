@@ -109,19 +109,16 @@ class LinuxArenaMemory:
             ) from error
 
     def leave(self, memory: int, slot: int) -> None:
-        """See `ArenaMemory`."""
         for direction in range(layout.SIDES):
             with contextlib.suppress(OSError):
                 os.pwrite(memory, _YES, layout.ring_offset(slot, direction) + layout.LEAVE_OFFSET)
 
     def sever(self, memory: int, slot: int) -> None:
-        """See `ArenaMemory`."""
         for direction in range(layout.SIDES):
             with contextlib.suppress(OSError):
                 os.pwrite(memory, _YES, layout.ring_offset(slot, direction) + layout.BROKEN_OFFSET)
 
     def finish(self, memory: int, slot: int) -> None:
-        """See `ArenaMemory`."""
         self.leave(memory, slot)
         with contextlib.suppress(OSError):
             os.pwrite(memory, _YES, layout.ring_offset(slot, 1) + layout.OVER_OFFSET)
@@ -153,7 +150,6 @@ class LinuxArenaMemory:
         return hears.detach(), rings.detach()
 
     def close_hearing(self, descriptor: int) -> None:
-        """See `ArenaMemory`."""
         os.close(descriptor)
 
     def ring(self, descriptor: int) -> None:
@@ -172,7 +168,6 @@ class LinuxArenaMemory:
         )
 
     def used(self, memory: int) -> int:
-        """See `ArenaMemory`."""
         return os.fstat(memory).st_blocks * 512
 
     def close(self, memory: int) -> None:
@@ -180,5 +175,4 @@ class LinuxArenaMemory:
         os.close(memory)
 
     def close_bell(self, descriptor: int) -> None:
-        """See `ArenaMemory`."""
         os.close(descriptor)

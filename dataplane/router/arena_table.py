@@ -143,8 +143,8 @@ class ArenaTable:
     def hold(self, request: PairRequest, arena: Arena, slot: int, side: int) -> None:
         """A request's container has an end in a slot from now on."""
         container = self._registry.containers[request.namespace]
-        container.ends[request.request.cookie] = (arena, slot, side)
-        container.notes.pop(request.request.cookie, None)
+        container.ends[request.message.cookie] = (arena, slot, side)
+        container.notes.pop(request.message.cookie, None)
 
     def check_later(self, arena: Arena, slot: int) -> None:
         """Check now and then whether the sockets of a slot still exist."""

@@ -397,7 +397,6 @@ class Clients:
                 raise WrongMessage(f"{type(message).__name__} is sent only by the router")
 
     def send(self, process: int, answer: wire.Answer, *descriptors: int) -> bool:
-        """See `Outbox`."""
         client = self._by_process.get(process)
         if client is None or client.closing:
             return False

@@ -68,7 +68,6 @@ class NoIdentities:
     reason: str
 
     def current(self) -> None:
-        """See `Identities`."""
         return
 
 
@@ -85,7 +84,6 @@ class SwarmIdentity:
         self.reason = "not read yet"
 
     def current(self) -> Identity | None:
-        """See `Identities`."""
         seen = [_stamp(self._folder / name) for name in _NAMES]
         if seen != self._seen or self._unfit is not None:
             self._read()

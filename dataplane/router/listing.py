@@ -165,7 +165,7 @@ def _why_waiting(pairing: Pairing, network: Network, waiting: PairRequest) -> Re
         return Reason.AMBIGUOUS
     if waiting.is_remote:
         return pairing.remote.why_not(network) or Reason.PEER_SHORT
-    tcp = TcpSocket(waiting.request.local, waiting.request.remote, 0, 0, 0, 0)
+    tcp = TcpSocket(waiting.message.local, waiting.message.remote, 0, 0, 0, 0)
     has = _peer_has_library(pairing, network, tcp)
     return Reason.PEER_SHORT if has else Reason.PEER_NO_LIBRARY
 

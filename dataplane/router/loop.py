@@ -70,25 +70,20 @@ class EpollLoop:
         self._numbers = itertools.count()
 
     def watch(self, descriptor: int, events: int, callback: Callable[[int], None]) -> None:
-        """See `Loop`."""
         self._epoll.register(descriptor, events)
         self._callbacks[descriptor] = callback
 
     def modify(self, descriptor: int, events: int) -> None:
-        """See `Loop`."""
         self._epoll.modify(descriptor, events)
 
     def forget(self, descriptor: int) -> None:
-        """See `Loop`."""
         if self._callbacks.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
 
     def now(self) -> float:
-        """See `Loop`."""
         return self._clock()
 
     def after(self, seconds: float, callback: Callable[[], None]) -> Timer:
-        """See `Loop`."""
         timer = Timer(self._clock() + seconds, callback)
         heapq.heappush(self._timers, (timer.due, next(self._numbers), timer))
         return timer

@@ -16,20 +16,21 @@ class PairRequest:
 
     process: int
     namespace: int
-    request: Request
+    message: Request
     network: str
     since: float
     ambiguous: bool = False
     is_remote: bool = False
-    """Its other end is on another host."""
+    """The other end is on another host."""
     server: Address | None = None
-    """Where a client's connection to a VIP really leads; None: where its remote address says."""
+    """The task that a client's connection to a VIP leads to; None: it leads to its remote address."""
 
     @property
     def key(self) -> Key:
-        return self.network, self.request.local, self.request.remote
+        """By what the request is found."""
+        return self.network, self.message.local, self.message.remote
 
     @property
     def peer(self) -> Address:
-        """The address of its other end, as that end knows it."""
-        return self.server or self.request.remote
+        """The other end's own address."""
+        return self.server or self.message.remote

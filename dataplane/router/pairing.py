@@ -150,7 +150,7 @@ class Pairing:
             if process.welcome is not None or knowledge.is_endpoint(process.namespace):
                 self._welcome(process)
         for waiting in self.requests:
-            network = knowledge.network_of(waiting.namespace, waiting.request.local.ip)
+            network = knowledge.network_of(waiting.namespace, waiting.message.local.ip)
             if network is None or network.id != waiting.network or not network.accelerated:
                 self.refuse(waiting, why_not(network))
 
@@ -223,7 +223,7 @@ class Pairing:
         """End a request's wait: the connection stays on TCP."""
         self.requests.remove(waiting)
         if waiting.process in self.processes:
-            self._registry.refuse(waiting.process, waiting.request, reason)
+            self._registry.refuse(waiting.process, waiting.message, reason)
 
     # --- grants
 
@@ -238,7 +238,7 @@ class Pairing:
             incarnation = self.arena_table.prepare(arena)
         except KernelRefused:
             for each in (one, other):
-                self._registry.refuse(each.process, each.request, Reason.MEMORY)
+                self._registry.refuse(each.process, each.message, Reason.MEMORY)
             return
         slot = self.arena_table.take(arena, incarnation, (_end(one), _end(other)))
         self.arena_table.check_later(arena, slot)
@@ -256,8 +256,8 @@ class Pairing:
     def _send_grant(self, waiting: PairRequest, arena: Arena, slot: int, side: int) -> None:
         of_side = arena.sides[side]
         grant = Grant(
-            connection=waiting.request.connection,
-            cookie=waiting.request.cookie,
+            connection=waiting.message.connection,
+            cookie=waiting.message.cookie,
             arena=arena.id,
             incarnation=arena.slots[slot].incarnation,
             token=of_side.token,
@@ -284,7 +284,7 @@ class Pairing:
         """
         arena = self.arena_table.of_relay(waiting, ring)
         incarnation = self.arena_table.prepare(arena)
-        local, remote = waiting.request.local, waiting.request.remote
+        local, remote = waiting.message.local, waiting.message.remote
         relay = ConnectionEnd(RELAY, RELAY, 0, waiting.network, local, remote)
         slot = self.arena_table.take(arena, incarnation, (_end(waiting), relay))
         arena.slots[slot].connection = connection
@@ -404,7 +404,7 @@ class Pairing:
 
 
 def _end(waiting: PairRequest) -> ConnectionEnd:
-    request = waiting.request
+    request = waiting.message
     return ConnectionEnd(
         waiting.process,
         waiting.namespace,

@@ -302,7 +302,7 @@ class RemoteConnections:
         self._send(connection, peer_wire.Placement(connection.offer, connection.number, place))
 
     def _is_open(self, local: PairRequest) -> bool:
-        request = local.request
+        request = local.message
         return self._sockets.is_open(local.namespace, request.local, request.remote, request.cookie)
 
     def _check_socket(self, connection: RemoteConnection) -> None:

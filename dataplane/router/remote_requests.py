@@ -60,7 +60,7 @@ class RemoteRequest:
     @property
     def key(self) -> Key:
         """Network and addresses, this host's first."""
-        return self.network, self.local.request.local, self.server
+        return self.network, self.local.message.local, self.server
 
 
 class Match(NamedTuple):
@@ -141,8 +141,8 @@ class RemoteRequests:
             *(Address(vip, server.port) for vip in network.leading.get(server.ip, ())),
         ]
         return not any(
-            remote != local.request.remote
-            and self._sockets.exists(local.namespace, local.request.local, remote)
+            remote != local.message.remote
+            and self._sockets.exists(local.namespace, local.message.local, remote)
             for remote in leading
         )
 
@@ -239,7 +239,7 @@ class RemoteRequests:
     def _offer(self, host: RemoteHost, request: RemoteRequest) -> None:
         request.offer = next(self._numbers)
         self._with(host).offered[request.offer] = request
-        local, server = request.local.request.local, request.server
+        local, server = request.local.message.local, request.server
         message = peer_wire.Offer(request.offer, request.network, str(local), str(server))
         self._sessions.send(host.address, message)
 

@@ -35,7 +35,7 @@ class RequestTable:
 
     def add(self, request: PairRequest) -> None:
         """Let a request wait, in place of older ones of the same socket or the same addresses."""
-        cookie = request.request.cookie
+        cookie = request.message.cookie
         container = self._registry.containers[request.namespace]
         for old in (container.waiting.get(cookie), self._requests.get(request.key)):
             if old is not None:
@@ -47,7 +47,7 @@ class RequestTable:
 
     def remove(self, request: PairRequest) -> None:
         """A request does not wait any more."""
-        cookie = request.request.cookie
+        cookie = request.message.cookie
         self._checks.forget(request)
         process = self._registry.processes.get(request.process)
         if process is not None and process.waiting.get(cookie) is request:
@@ -62,7 +62,7 @@ class RequestTable:
 
     def partners(self, request: PairRequest, network: Network) -> Iterator[PairRequest]:
         """The requests that may come from the other end of the connection."""
-        local, peer = request.request.local, request.peer
+        local, peer = request.message.local, request.peer
         seen_as = [local, *(Address(vip, local.port) for vip in network.vips.get(local.ip, ()))]
         for remote in seen_as:
             partner = self._requests.get((network.id, peer, remote))
@@ -76,7 +76,7 @@ class RequestTable:
     def _still_waits(self, waiting: PairRequest) -> bool:
         if self._requests.get(waiting.key) is not waiting:
             return False
-        request = waiting.request
+        request = waiting.message
         if self._sockets.is_open(waiting.namespace, request.local, request.remote, request.cookie):
             return True
         self.remove(waiting)

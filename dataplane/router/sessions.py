@@ -346,16 +346,13 @@ class Sessions:
     # --- events of connections
 
     def opened(self, connection: PeerConnection) -> bool:
-        """See `SessionOwner`."""
         return self.listener.may_handshake(connection)
 
     def authenticated(self, connection: PeerConnection) -> None:
-        """See `SessionOwner`."""
         if self.node > connection.node:
             self._say_hello(connection)
 
     def heard(self, connection: PeerConnection, message: Message) -> None:
-        """See `SessionOwner`."""
         peer = self._peers.get(connection.peer)
         if peer is None:
             return
@@ -371,12 +368,10 @@ class Sessions:
             self._user.message(connection.peer, message)
 
     def eased(self, connection: PeerConnection) -> None:
-        """See `SessionOwner`."""
         if self.session(connection.peer) is connection:
             self._user.eased(connection.peer)
 
     def over(self, connection: PeerConnection, ending: Ending) -> None:
-        """See `SessionOwner`."""
         self._ended[ending.word] += 1
         self.listener.release(connection)
         peer = self._peers.get(connection.peer)

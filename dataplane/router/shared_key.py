@@ -41,7 +41,6 @@ class KeyIdentity:
         self._identity = _identity(ec.derive_private_key(number, ec.SECP256R1()))
 
     def current(self) -> Identity:
-        """See `Identities`."""
         return self._identity
 
 

@@ -306,15 +306,12 @@ class LinuxSocketTable:
         self._namespaces = namespaces
 
     def is_open(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
-        """See `SocketTable`."""
         return self._state(namespace, local, remote, cookie) in OPEN
 
     def exists(self, namespace: int, local: Address, remote: Address) -> bool:
-        """See `SocketTable`."""
         return self._state(namespace, local, remote, None) is not None
 
     def is_held(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
-        """See `SocketTable`."""
         if local.ip.version != remote.ip.version or cookie == _NO_COOKIE:
             return False
         try:
@@ -325,7 +322,6 @@ class LinuxSocketTable:
     def translated(
         self, namespace: int, local: Address, remote: Address
     ) -> tuple[Address, Address] | None:
-        """See `SocketTable`."""
         try:
             return self._namespaces.conntrack(namespace).translated(local, remote)
         except KernelRefused:

@@ -433,7 +433,7 @@ def test_an_ask_ends_with_its_socket(world: World) -> None:
     world.now += REQUEST_AGE + 1
     world.pairing.sweep(10)
     (left,) = world.pairing.processes[a].waiting.values()
-    assert left.request.local.port == 5001
+    assert left.message.local.port == 5001
 
 
 # --- slots
