@@ -1,5 +1,5 @@
-# The plugin's root file system from a public Debian image; plugin/image/rootfs.sh makes the same without one.
-# Debian 13: the first release whose archive holds all that FreeFlow needs.
+# The plugin's root file system from a public Debian image. plugin/image/rootfs.sh makes the same without
+# one. Debian 13 is the first release that has every package that FreeFlow needs.
 ARG BASE=debian:trixie-slim
 FROM ${BASE}
 COPY plugin/image/packages.txt /tmp/packages.txt

@@ -1,1 +1,1 @@
-"""Scripts for this repository: pictures, lists of files and settings, checks of prose and commits."""
+"""Scripts for this repository: pictures, lists of files and settings, checks of prose."""

@@ -5,8 +5,8 @@ its source, so a test can tell without Graphviz whether it is up to date. Colour
 sources: a node has a class, and one style sheet gives each class a colour for light and for dark
 pages. The background is part of the picture, so text is readable on any page.
 
-`docs/data/NAME.json`, which a suite of `bench` wrote, becomes a chart in `docs/pictures` and a table
-in `docs/benchmarks.md`. Both depend on nothing but the JSON, so a test compares them.
+`docs/data/NAME.json`, which a suite of `bench` wrote, becomes a chart in `docs/pictures` and a
+table in `docs/benchmarks.md`. Both depend on nothing but the JSON, so a test compares them.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def _git(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def subjects() -> list[tuple[str, str]] | None:
-    """Short name and subject of each commit since the rule; None without that part of the history."""
+    """Name and subject of each commit since the rule; None if the history lacks the rule."""
     try:
         known = _git("merge-base", "--is-ancestor", SINCE, "HEAD").returncode == 0
     except FileNotFoundError:

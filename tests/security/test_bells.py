@@ -154,7 +154,7 @@ def descriptors_of(process: subprocess.Popen[str]) -> int:
 
 
 def exchange(made: Bed, count: int) -> float:
-    """Exchange bytes with a correct client without the library; return the median time in seconds."""
+    """Exchange bytes with a correct client without the library; the median time in seconds."""
     container = made.containers["client"]
     times = []
     with dial(container.namespace, str(made.containers["server"].ipv4), PORT) as client:

@@ -129,7 +129,7 @@ def attacker(namespace: int) -> Iterator[Attacker]:
 
 
 def plugin(namespace: int) -> list[str]:
-    """Let the plugin read the container; return its result and its memory in KiB. It must survive."""
+    """Let the plugin read the container; its result and its memory in KiB. It must survive."""
     ended = subprocess.run(
         [sys.executable, "-c", PLUGIN, str(namespace)],
         pass_fds=[namespace],

@@ -84,7 +84,7 @@ LIES = {"no tasks": [], "one of them": [at(8)], "its own": [at(200)]}
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
 @pytest.mark.parametrize("attacker", [20, 21], ids=["first", "later"])
 def test_forged_answers(host: Attacked, attacker: int, lie: list[IPv4Address]) -> None:
-    """Forged answers in one container neither remove a task from a VIP in the others nor add one."""
+    """Forged answers in one container remove no task from a VIP elsewhere, and add none."""
     sandboxes = [host.join(number) for number in (20, 21, 22)]
     host.servers[attacker].records["tasks.web.backend"] = lie
     for _ in range(6):
@@ -103,7 +103,7 @@ def test_forged_answers(host: Attacked, attacker: int, lie: list[IPv4Address]) -
 
 
 def test_forged_answers_to_one_other(host: Attacked) -> None:
-    """With only the attacker and one other container on the host, no task is removed from its VIP."""
+    """With only the attacker and one other container, no task is removed from its VIP."""
     host.join(20)
     other = host.join(21)
     host.servers[20].records["tasks.web.backend"] = []

@@ -273,7 +273,7 @@ def test_who_reads_again_is_heard_again() -> None:
 
 
 def test_asks_that_repeat_themselves() -> None:
-    """A process that requests the same connection endlessly does not make the router's memory grow."""
+    """Endless requests for the same connection do not make the router's memory grow."""
     limits = RouterSettings(limits=Limits(asks=1 << 19, messages=1 << 20))
     with bed("hostile", "other", settings=limits) as made:
         assert made.process is not None

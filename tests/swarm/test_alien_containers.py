@@ -1,4 +1,4 @@
-"""Containers without a FreeFlow network and without capabilities attack containers that have one."""
+"""Containers without capabilities, on other networks, attack those on a FreeFlow network."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tests.swarm.conftest import NGINX, address, make_network, make_service, run
 
 
 def test_status_is_well_and_complete(bed: Bed, manager: Host) -> None:
-    """status has a clean verdict (exit code 0) and shows network, container, peer, service and VIP."""
+    """status has a clean verdict (exit code 0) and shows network, container, peer and VIP."""
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=4)
     box = run_container(manager, network)
@@ -91,7 +91,7 @@ def test_doctor_finds_nothing_on_a_good_host(bed: Bed, manager: Host) -> None:
 
 
 def test_peers_bugreport_completion_and_help(bed: Bed, manager: Host) -> None:
-    """The other commands work on a real host, and the bug report contains no secret of the Swarm."""
+    """The other commands work on a real host; the bug report has no secret of the Swarm."""
     network = make_network(manager)
     run_container(manager, network)
     run_container(bed.hosts[1], network)

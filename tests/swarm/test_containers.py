@@ -19,7 +19,7 @@ def _reaches(host: Host, container: str, target: str, *options: str) -> bool:
 
 
 def test_containers_of_all_engines_reach_each_other(bed: Bed, manager: Host) -> None:
-    """Every container reaches every other one by name and by address, whatever engine its host has."""
+    """Every container reaches every other one by name and address, on all engines."""
     network = make_network(manager)
     boxes = [(host, run_container(host, network)) for host in bed.hosts]
     addresses = [address(host, box, network) for host, box in boxes]
@@ -49,7 +49,7 @@ def test_addresses_as_asked_for(manager: Host) -> None:
 
 
 def test_inspect_shows_the_derived_mac_address(manager: Host) -> None:
-    """The MAC address that the driver chose shows in docker inspect (TestDockerNetworkMacInspect)."""
+    """docker inspect shows the driver's MAC address (TestDockerNetworkMacInspect)."""
     network = make_network(manager)
     box = run_container(manager, network)
     endpoint = manager.inspect("inspect", box)["NetworkSettings"]["Networks"][network]

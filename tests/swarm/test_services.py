@@ -49,7 +49,7 @@ def test_a_vip_reaches_every_task_of_all_hosts_evenly(bed: Bed, manager: Host) -
 
 
 def test_a_client_that_starts_reaches_a_vip_at_once(bed: Bed, manager: Host) -> None:
-    """A container may connect to a VIP first of all: the connection must not hang, on any engine."""
+    """A container may connect to a VIP first of all: that must not hang, on any engine."""
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=2)
     for host in bed.hosts:

@@ -106,7 +106,7 @@ def test_programs(hosts: list[Host]) -> None:
 
 
 def test_torture(hosts: list[Host], tmp_path: Path) -> None:
-    """No byte is wrong with many threads on one connection, forks, signals and kills at both ends."""
+    """No byte is wrong with many threads on a connection, forks, signals and kills."""
     seconds = 120 if LONG else 8
     program = compile_c(TOP / "tests/dataplane/torture.c", tmp_path / "torture")
     for host in hosts:
