@@ -1,7 +1,8 @@
-"""What all hosts must agree on for a network, chosen once: VNI, port, MTU, IPv6 prefix, format.
+"""Chooses what all hosts of a network must agree on: VNI, port, MTU, IPv6 prefix, format.
 
-On a Swarm the leader chooses, in AllocateNetwork, and Docker carries the answer to every host and back to the next
-leader. Choices are derived from the network's ID, so that two leaders that can't see each other's choose alike.
+On a Swarm the leader chooses once, in AllocateNetwork, and Docker passes the answer on to every
+host and to the next leader. The choices are derived from the network's ID, so two leaders choose
+the same even if neither knows the other's choices.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def _digest(network_id: str, purpose: str) -> bytes:
 
 
 def vni_for(network_id: str, taken: Collection[int]) -> int:
-    """A free VNI, 1 to 2^24-1: the ID's hash, or the next free one after it."""
+    """A free VNI, 1 to 2^24-1: the ID's hash, or the next free number after it. Raises Conflict."""
     start = int.from_bytes(_digest(network_id, "vni")[:3], "big")
     for step in range(1 << 24):
         vni = (start + step) % ((1 << 24) - 1) + 1
@@ -39,20 +40,23 @@ def prefix6_for(network_id: str) -> IPv6Network:
 
 
 def numbered_by_hosts(network_id: str) -> bool:
-    """Whether it is a Swarm's network: its IPv4 addresses come from the manager, IPv6 addresses from each host's engine,
-    which knows nothing of the others'."""
+    """Whether a network is a Swarm's.
+
+    Its manager numbers IPv4 addresses; each host's engine numbers IPv6 addresses by itself.
+    """
     return len(network_id) == _SWARM_ID_LENGTH
 
 
 def check_subnets(network_id: str, subnets: Collection[Subnet]) -> None:
-    """Refuse what Docker's Swarm can't number.
+    """Refuse IPv6 subnets that Docker's Swarm can't number.
 
-    Managers up to 26 take an IPv6 subnet for one more of IPv4: each task gets an address from either, and its host's engine
-    counts the other up for itself, so that containers of two hosts have the same IPv4 address. Later managers leave the
-    network unallocated. A subnet that an engine chose by itself has no gateway: we tell it so (GwAllocCheck, since 28).
+    Managers up to 26 treat an IPv6 subnet as another IPv4 one: each task gets an address from only
+    one of them, and its host's engine numbers the other by itself, so containers on two hosts get
+    the same IPv4 address. Later managers don't allocate the network. A subnet that an engine chose
+    by itself has no gateway, since we ask it not to reserve one (GwAllocCheck, since 28).
 
     Raises:
-        InvalidRequest: with what to use instead.
+        InvalidRequest: names the option to use instead.
     """
     for item in subnets:
         if item.pool.version == 6 and item.gateway is not None and numbered_by_hosts(network_id):
@@ -66,17 +70,17 @@ def check_subnets(network_id: str, subnets: Collection[Subnet]) -> None:
 
 
 def ipv6_for(prefix: IPv6Network, address: IPv4Address) -> IPv6Address:
-    """The IPv6 address that goes with an IPv4 address: it in the prefix's last 32 bits."""
+    """The IPv6 address derived from an IPv4 address, which is in its last 32 bits."""
     return prefix[int(address)]
 
 
 def mac_for(address: IPv4Address) -> str:
-    """The MAC address that goes with an IPv4 address, locally administered, so that neighbour entries don't age wrong."""
+    """The MAC address derived from an IPv4 address. A neighbour entry stays right when the address moves."""
     return "02:42:" + address.packed.hex(":")
 
 
 def mac_for_id(endpoint_id: str) -> str:
-    """The MAC address of an endpoint without IPv4 address (null IPAM, IPv6 only); its prefix is apart from `mac_for`'s."""
+    """The MAC address of an endpoint without an IPv4 address; its prefix differs from that of `mac_for`."""
     return "06:" + _digest(endpoint_id, "mac")[:5].hex(":")
 
 
@@ -92,14 +96,14 @@ def network(
     internal: bool = False,
     overlay: bool = True,
 ) -> Network:
-    """The network that these options make.
+    """The network with these options.
 
-    `generic` is what the user gave with -o, and what an earlier allocation added. `taken` maps VNIs in use to the
-    network that has them; `default_mtu` is asked only when no option says.
+    `generic` are the user's options (-o) and those that an earlier allocation added. `taken` maps
+    VNIs in use to their networks; `default_mtu` is called only if no option gives the MTU.
 
     Raises:
         InvalidRequest: see `options.parse` and `check_subnets`.
-        Conflict: the VNI asked for belongs to another network.
+        Conflict: another network has the VNI that the user chose.
     """
     check_subnets(network_id, subnets)
     parsed = opt.parse(generic)
@@ -128,7 +132,7 @@ def network(
 
 
 def choices(chosen: Network) -> dict[str, str]:
-    """What was chosen, as options."""
+    """The choices, as options."""
     return {
         opt.FORMAT: str(chosen.format),
         opt.VNI: str(chosen.vni),
@@ -139,5 +143,5 @@ def choices(chosen: Network) -> dict[str, str]:
 
 
 def answer(chosen: Network) -> dict[str, str]:
-    """AllocateNetwork's answer: the user's options and ours, for Docker replaces the former by what is returned."""
+    """AllocateNetwork's answer: the user's options and ours, since Docker replaces the options by it."""
     return {**chosen.options, **choices(chosen)}

@@ -1,4 +1,4 @@
-"""The engine's JSON answers, made into views of the driver's own. What isn't understood is left out.
+"""Parses the engine's JSON answers. Whatever has an unexpected form is left out.
 
 Shapes: Docker Engine API, recorded from engines 20.10 to 28.5 in `tests/unit/data`.
 """
@@ -29,7 +29,7 @@ from driver.model import (
 )
 
 PLUGIN_SOCKET: Final = "freeflow.sock"
-"""`interface.socket` in our config.json: by it our plugin is known when its ID isn't."""
+"""`interface.socket` of our config.json: identifies our plugin where its ID isn't known."""
 
 
 def _address(text: object) -> IPAddress | None:
@@ -70,7 +70,7 @@ def items(value: object) -> Mapping[str, Any]:
 
 
 def objects(value: object) -> list[Mapping[str, Any]]:
-    """Likewise for a list. Only its objects."""
+    """The objects in a list; Go sends null for an empty one."""
     found = value if isinstance(value, list) else []
     return [item for item in found if isinstance(item, Mapping)]
 
@@ -108,7 +108,7 @@ def _services(answer: Mapping[str, Any]) -> tuple[Service, ...]:
 
 
 def _others(answer: Mapping[str, Any]) -> frozenset[IPv4Address]:
-    # Containers of an attachable network that belong to no service stand under the empty name.
+    # Under the empty name: containers of an attachable network that belong to no service.
     tasks = objects(items(items(answer.get("Services")).get("")).get("Tasks"))
     return frozenset(a for task in tasks if (a := _ipv4(task.get("EndpointIP"))) is not None)
 
@@ -136,7 +136,7 @@ def _subnets(answer: Mapping[str, Any]) -> tuple[Subnet, ...]:
         try:
             network = ip_network(text_of(pool.get("Subnet")), strict=False)
             gateway = text_of(pool.get("Gateway"))
-            # With or without a prefix length, as the engine's version has it.
+            # With or without a prefix length, depending on the engine's version.
             plain = gateway.partition("/")[0]
             found.append(
                 Subnet(
@@ -150,7 +150,7 @@ def _subnets(answer: Mapping[str, Any]) -> tuple[Subnet, ...]:
 
 
 def parse_network(answer: Mapping[str, Any]) -> NetworkView:
-    """A view from `GET /networks/<id>`, with services if it was `?verbose=true`; what isn't understood is left out.
+    """The view of `GET /networks/<id>`, with services if the query was `?verbose=true`.
 
     It is the same for two answers that differ only in order: the engine lists tasks in random order.
     """
@@ -171,7 +171,7 @@ def parse_network(answer: Mapping[str, Any]) -> NetworkView:
 
 
 def parse_engine(info: Mapping[str, Any]) -> EngineView:
-    """A view from `GET /info`."""
+    """The view of `GET /info`."""
     swarm = items(info.get("Swarm"))
     return EngineView(
         version=text_of(info.get("ServerVersion")),
@@ -186,7 +186,7 @@ def parse_engine(info: Mapping[str, Any]) -> EngineView:
 
 
 def parse_hostnames(nodes: object) -> dict[IPAddress, str]:
-    """Host names by address, from `GET /nodes`."""
+    """Host names by address, of `GET /nodes`."""
     found = {}
     for node in objects(nodes):
         address = _address(items(node.get("Status")).get("Addr"))
@@ -199,7 +199,7 @@ def parse_hostnames(nodes: object) -> dict[IPAddress, str]:
 def parse_driver_names(
     plugins: object, plugin_id: str | None = None, socket_name: str = PLUGIN_SOCKET
 ) -> frozenset[str]:
-    """Under which names networks have our driver, from `GET /plugins`; the name carries the tag."""
+    """The names of our driver in networks, of `GET /plugins`; a name contains the tag."""
     names = set()
     for plugin in objects(plugins):
         interface = items(items(plugin.get("Config")).get("Interface"))
@@ -212,7 +212,7 @@ def parse_driver_names(
 
 
 def ordered(answer: dict[str, Any]) -> dict[str, Any]:
-    """The answer with each service's tasks in one order, so that equal means unchanged."""
+    """The answer with sorted tasks, so that equal answers mean an unchanged network."""
     for service in items(answer.get("Services")).values():
         tasks = service.get("Tasks") if isinstance(service, dict) else None
         if isinstance(tasks, list):

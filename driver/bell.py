@@ -1,7 +1,8 @@
-"""What the sync loop sleeps on: it wakes when somebody rings, or when a mount came or went.
+"""The sync loop's wake-up: by another thread, or by a change of the mount table.
 
-A container's namespace becomes usable when Docker mounts it, just before the container's first program runs. Mounts have
-no inotify event, but /proc/self/mountinfo can be polled for any change of the mount table (proc(5)).
+A container's namespace becomes usable when Docker mounts it, just before the container's first
+program runs. Mounts cause no inotify event, but /proc/self/mountinfo can be polled for changes of
+the mount table (proc(5)).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _MOUNTS: Final = Path("/proc/self/mountinfo")
 
 
 class Bell:
-    """`ring` may be called from any thread, `wait` from one."""
+    """`ring` may be called from any thread, `wait` from one thread only."""
 
     def __init__(self, mounts: Path = _MOUNTS) -> None:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -38,7 +39,7 @@ class Bell:
         os.eventfd_write(self._event, 1)
 
     def wait(self, seconds: float, *, mounts: bool = False) -> None:
-        """Sleep until rung, for so long at most; with `mounts` also until the mount table changes."""
+        """Sleep until rung, or for some seconds; with `mounts` also until the mount table changes."""
         poll = select.poll()
         poll.register(self._event, select.POLLIN)
         if mounts:

@@ -1,4 +1,4 @@
-"""As much of DNS as it takes to ask for A records (RFC 1035, EDNS size RFC 6891). An answer is hostile until checked."""
+"""Queries for A records (RFC 1035; EDNS size: RFC 6891). Answers are not trusted."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _TRUNCATED_BIT: Final = 0x0200
 _CODE_BITS: Final = 0x000F
 _HEADER: Final = struct.Struct("!6H")
 SIZE: Final = 60000
-"""What we say we take, in bytes: room for a thousand tasks, and below what a datagram on loopback can carry."""
+"""The EDNS size that we announce, in bytes: room for a thousand tasks in one datagram on loopback."""
 
 
 SMALLEST: Final = 512
-"""Bytes that are allowed for an answer of which nothing is known."""
+"""Bytes that are reserved for an answer of unknown size."""
 
 
 class BadNameError(ValueError):
-    """The name can't be put in a question."""
+    """The name can't be encoded."""
 
 
 class MalformedAnswerError(ValueError):
@@ -61,7 +61,7 @@ def encode_query(identifier: int, name: str) -> bytes:
 
 
 def identifier(message: bytes) -> int:
-    """Which query a message answers; -1 if it is too short to say."""
+    """The identifier of a message; -1: it is too short to have one."""
     return int.from_bytes(message[:2], "big") if len(message) >= 2 else -1
 
 
@@ -80,7 +80,7 @@ def _skip_name(message: bytes, offset: int) -> int:
 
 
 def decode_answer(message: bytes, name: str) -> frozenset[IPv4Address] | None:
-    """The addresses in an answer to a query for `name`, empty if the server found none; None if it has cut them short.
+    """The addresses in an answer to a query for `name`; None: the server has truncated the answer.
 
     Raises:
         MalformedAnswerError: not an answer to that query, or not DNS at all.

@@ -1,11 +1,13 @@
-"""Which tasks of a network's services take connections, by the DNS of the containers on the network.
+"""Decides which tasks take connections, by the DNS of the containers on a network.
 
-All containers of a host have the same DNS behind 127.0.0.11; but a container can put answers of its own in its place, and
-what is concluded holds for all of them. So one container, another one each time, is asked about everything; and when that
-changes what is believed, others are asked until most of them agree. Of containers of one service only one counts: whoever
-has broken into it has all of them. A container that is alone on its network decides for itself only.
+All containers of a host have the same DNS at 127.0.0.11, but a container can forge its answers, and
+the decision holds for all of them. So each time another container is queried about everything, and
+when its answers differ from the last decision, more are queried until most of them agree. Of the
+containers of a service only one counts: an attacker inside one has them all. A container that is
+alone on its network decides for itself only.
 
-An answer that doesn't come changes nothing. Where DNS can't say it, the engine's list has to: see `Decision.by_list`.
+A missing answer changes nothing. Where DNS can't answer, the engine's list decides: see
+`Decision.by_list`.
 """
 
 from __future__ import annotations
@@ -17,34 +19,36 @@ from pathlib import Path
 from typing import Final
 
 from driver.model import NetworkView, Service
-from driver.ports import TaskResolver, Told
+from driver.ports import TaskAnswers, TaskResolver
 from driver.resolver import SMALL, answer_size, fits
 from driver.vip_table import NetworkState
 
 ASKERS: Final = 3
-"""So many containers are tried until one answers."""
+"""Containers that are tried until one answers."""
 VOTERS: Final = 5
-"""So many are asked about what has changed, at most."""
+"""Containers that are queried about a change, at most."""
 AGREED: Final = 2
-"""So many that say the same, and none that says otherwise, are enough."""
+"""Equal answers that are enough if none differs."""
 MUTE_FOR: Final = 10.0
-"""Seconds for which a container that answered nothing, or slowly, is asked after the others."""
+"""Seconds for which a container that answered nothing, or slowly, is queried after the others."""
 REST_AFTER: Final = 5.0
-"""Seconds after which a service without active tasks isn't asked about again until its list changes. Asking would make
-Docker's DNS ask outside, and a task that left doesn't come back: it is being stopped."""
+"""Seconds after which a service without active tasks isn't queried again until its list changes.
+Docker's DNS would forward the query, and a task that left is being stopped and doesn't return."""
 SILENCES: Final = 3
-"""So many times in a row DNS has to know a service and not to answer for its tasks to mean that there are none: engines
-whose DNS servers outside don't answer don't either."""
+"""Times in a row that DNS must know a service and not answer for its tasks until that means that it
+has none. If the DNS servers outside don't answer, Docker's DNS doesn't either."""
 LONGEST_REST: Final = 30.0
-"""Seconds for which a service is left alone at most whose answers are lost or late; doubled from one on."""
+"""Most seconds between queries for a service whose answers are lost or late; doubled from one on."""
 
 Tasks = frozenset[IPv4Address]
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`tasks` by service name; services of which nothing is known are absent. `by_list`: DNS can't say it of these, because they
-    are too large or their answers don't come."""
+    """`tasks` by service name, without services of which nothing is known.
+
+    `by_list`: services that are too large for DNS, or for which no answers come.
+    """
 
     tasks: dict[str, Tasks]
     by_list: frozenset[str] = frozenset()
@@ -52,7 +56,7 @@ class Decision:
 
 @dataclass(slots=True)
 class _Trouble:
-    """A service whose answers don't come: how many times in a row, to whom, and until when it is left alone."""
+    """A service without answers: how often in a row, for which owners, until when it isn't queried."""
 
     count: int = 0
     silent: int = 0
@@ -62,7 +66,7 @@ class _Trouble:
 
 @dataclass(slots=True)
 class _Memory:
-    """Of a network: who was asked last, what is believed, what doesn't come, which containers have ever answered."""
+    """A network: the last queried owner, the last decision, missing answers, containers that answered."""
 
     last: str = ""
     believed: dict[str, Tasks] = field(default_factory=dict)
@@ -73,7 +77,7 @@ class _Memory:
 
 
 class DnsTasks:
-    """Asks, and remembers what was concluded. For one thread per network."""
+    """Queries containers and remembers the decisions. One thread per network at a time."""
 
     def __init__(self, resolver: TaskResolver, clock: Callable[[], float]) -> None:
         self._resolver = resolver
@@ -87,7 +91,7 @@ class DnsTasks:
     def ask(
         self, view: NetworkView, before: NetworkState, sandboxes: Mapping[Path, str]
     ) -> Decision:
-        """`sandboxes` are those on the network, each with its owner: containers of one owner count as one."""
+        """`sandboxes` are those on the network, each with its owner; those of one owner count as one."""
         now = self._clock()
         memory = self._memories.setdefault(view.id, _Memory())
         resting = before.resting(now - REST_AFTER)
@@ -103,17 +107,17 @@ class DnsTasks:
             if fits(item, view.name)
             and not (item.name in memory.trouble and memory.trouble[item.name].until > now)
         ]
-        order = self._in_order(memory, sandboxes, now)
+        order = self._order(memory, sandboxes, now)
         if asked and order:
             self._decide(view, asked, order, sandboxes, memory, decided)
         by_list = {item.name for item in awake if not fits(item, view.name)}
         by_list |= {name for name, each in memory.trouble.items() if each.count >= SILENCES}
         return Decision(decided, frozenset(by_list - decided.keys()))
 
-    # --- whom
+    # --- which containers are queried
 
-    def _in_order(self, memory: _Memory, sandboxes: Mapping[Path, str], now: float) -> list[Path]:
-        """One container of each owner, the owner after the last one first; those that are mute come last."""
+    def _order(self, memory: _Memory, sandboxes: Mapping[Path, str], now: float) -> list[Path]:
+        """One container of each owner, starting after the last owner; mute containers come last."""
         memory.spoken &= sandboxes.keys()
         memory.mute = {path: until for path, until in memory.mute.items() if until > now}
         memory.turns += 1
@@ -128,7 +132,7 @@ class DnsTasks:
             chosen.append(candidates[memory.turns % len(candidates)])
         return sorted(chosen, key=lambda path: path in memory.mute)
 
-    # --- what
+    # --- the decision
 
     def _decide(
         self,
@@ -139,8 +143,8 @@ class DnsTasks:
         memory: _Memory,
         decided: dict[str, Tasks],
     ) -> None:
-        """Add to `decided` what follows from the answers."""
-        first, told = self._first(view, asked, order, memory)
+        """Query containers and add to `decided`."""
+        first, answers = self._first(view, asked, order, memory)
         if first is None:
             return
         owner = memory.last = sandboxes[first]
@@ -148,20 +152,20 @@ class DnsTasks:
         changed = []
         for service in asked:
             name = service.name
-            if name not in told.known:
-                if self._is_silent(memory, name, owner, owners, name in told.silent):
+            if name not in answers.known:
+                if self._note_silence(memory, name, owner, owners, name in answers.silent):
                     memory.believed[name] = decided[name] = frozenset()
                 continue
             memory.trouble.pop(name, None)
-            if memory.believed.get(name) == told.known[name]:
-                decided[name] = told.known[name]
+            if memory.believed.get(name) == answers.known[name]:
+                decided[name] = answers.known[name]
             else:
                 changed.append(service)
-        votes = {service.name: [told.known[service.name]] for service in changed}
-        # Those before it have just answered nothing.
+        votes = {service.name: [answers.known[service.name]] for service in changed}
+        # Containers before it have just given no answer.
         others = order[order.index(first) + 1 :]
-        self._ask_others(view, changed, votes, others, memory)
-        # A container that has never answered, such as one that is being started, isn't waited for.
+        self._query_others(view, changed, votes, others, memory)
+        # Containers that have never answered, such as those that are starting, aren't needed.
         needed = min(AGREED, len({sandboxes[path] for path in memory.spoken}))
         for service in changed:
             before = memory.believed.get(service.name)
@@ -174,23 +178,25 @@ class DnsTasks:
 
     def _first(
         self, view: NetworkView, asked: list[Service], order: list[Path], memory: _Memory
-    ) -> tuple[Path | None, Told]:
-        """The first container that answers anything, and its answer."""
-        told = Told({})
+    ) -> tuple[Path | None, TaskAnswers]:
+        """The first container that answers, and its answers."""
+        answers = TaskAnswers({})
         for path in order[:ASKERS]:
             patient = any(memory.trouble[s.name].count for s in asked if s.name in memory.trouble)
-            told = self._resolver.tasks(path, view.name, asked, patient=patient)
-            self._note(memory, path, told)
-            if told.known or told.silent:
-                return path, told
-            # Docker's DNS may be slow with large answers: it isn't asked for them once more.
+            answers = self._resolver.tasks(path, view.name, asked, patient=patient)
+            self._note(memory, path, answers)
+            if answers.known or answers.silent:
+                return path, answers
+            # Docker's DNS may be slow with large answers: no second query for those.
             asked = [item for item in asked if answer_size(item, view.name) <= SMALL]
             if not asked:
                 break
-        return None, told
+        return None, answers
 
-    def _is_silent(self, memory: _Memory, name: str, owner: str, owners: int, known: bool) -> bool:
-        """Note that no answer came for a service; whether that means that it has no tasks."""
+    def _note_silence(
+        self, memory: _Memory, name: str, owner: str, owners: int, known: bool
+    ) -> bool:
+        """Note that a service got no answer; returns whether that means that it has no tasks."""
         trouble = memory.trouble.setdefault(name, _Trouble())
         trouble.count += 1
         trouble.silent = trouble.silent + 1 if known else 0
@@ -202,7 +208,7 @@ class DnsTasks:
             trouble.until = self._clock() + rest
         return False
 
-    def _ask_others(
+    def _query_others(
         self,
         view: NetworkView,
         changed: list[Service],
@@ -210,22 +216,22 @@ class DnsTasks:
         others: list[Path],
         memory: _Memory,
     ) -> None:
-        """Add to `votes` until two have said the same of a service and nobody otherwise, or enough were asked."""
+        """Add to `votes` until enough answers about each service agree, or enough containers were queried."""
         for path in others[: VOTERS - 1]:
             changed = [item for item in changed if not _agree(votes[item.name])]
             if not changed:
                 return
-            told = self._resolver.tasks(path, view.name, changed)
-            self._note(memory, path, told)
-            for name, said in told.known.items():
+            answers = self._resolver.tasks(path, view.name, changed)
+            self._note(memory, path, answers)
+            for name, said in answers.known.items():
                 votes[name].append(said)
 
-    def _note(self, memory: _Memory, path: Path, told: Told) -> None:
-        """Remember whether a container answers at all, and fast enough to be asked before others."""
-        answers = bool(told.known or told.silent)
-        if answers:
+    def _note(self, memory: _Memory, path: Path, answers: TaskAnswers) -> None:
+        """Remember whether a container answers, and fast enough to be queried before others."""
+        answered = bool(answers.known or answers.silent)
+        if answered:
             memory.spoken.add(path)
-        if told.slow or not answers:
+        if answers.slow or not answered:
             memory.mute[path] = self._clock() + MUTE_FOR
         else:
             memory.mute.pop(path, None)
@@ -236,7 +242,7 @@ def _agree(votes: list[Tasks]) -> bool:
 
 
 def _majority(votes: list[Tasks], before: Tasks) -> Tasks:
-    """What more than half say; of what half say, what was believed before."""
+    """Addresses in more than half of the votes; with exactly half, the earlier decision counts."""
     found = set()
     for address in frozenset().union(*votes):
         said = 2 * sum(address in vote for vote in votes)

@@ -1,10 +1,10 @@
-"""What the engine of this host says of itself, its networks, their peers, services and containers.
+"""Reads networks, peers, services and containers from the engine's API on this host.
 
-Only background work may use it: the engine does not serve its API while it starts, and holds locks while it waits for
-a request of ours (docker-net-dhcp#23, libnetwork#414).
+Only background work may use it: the engine does not serve its API while it starts, and holds locks
+while it waits for an answer of ours (docker-net-dhcp#23, libnetwork#414).
 
-Networks are asked for all the time, so those questions go straight over a kept connection: a request through the SDK
-costs five times the CPU. The SDK negotiates the API's version and asks everything else.
+Networks are polled all the time. Those requests use a connection of our own: through the SDK, each
+costs five times the CPU. The SDK negotiates the API's version and makes all other requests.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ _READ_LOG: Final = "read the engine's log: journalctl -u docker"
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What the SDK raises. It is imported when it is first used: that takes longer than all else between the plugin's start
-    and its first answer, which needs none of it."""
+    """The exceptions of the SDK.
+
+    The SDK is imported at its first use: the import takes longer than everything else between the
+    plugin's start and its first answer, which doesn't need it.
+    """
     import docker
     import requests
 
@@ -59,8 +62,8 @@ def _not_found() -> type[Exception]:
 class DockerDirectory:
     """`ports.Directory` over the engine's socket. Safe from any thread: each has its own connections.
 
-    `timeout` in seconds bounds each wait. `plugin_id` is our ID as a plugin, if known. `driver` is the driver's name
-    where we are no plugin of this engine's.
+    `timeout` bounds each wait, in seconds. `plugin_id` is our ID as a plugin, if known. `driver` is
+    the driver's name where we aren't a plugin of this engine.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class DockerDirectory:
         self._plugin_id = plugin_id
         self._driver = driver
         self._local = threading.local()
-        # The last answer for each question with its view: most answers say nothing new.
+        # The last answer to each request, with its view: most answers are equal to the last.
         self._known: dict[tuple[str, bool], tuple[object, NetworkView]] = {}
 
     # --- the SDK
@@ -116,10 +119,10 @@ class DockerDirectory:
         if connection is not None:
             connection.close()
 
-    # --- straight
+    # --- requests without the SDK
 
     def _get(self, path: str) -> tuple[int, bytes]:
-        """One GET over the kept connection; once more over a new one if the engine has closed it."""
+        """A GET over the kept connection, repeated over a new one if the engine has closed it."""
         version = self._ask("GET /version", lambda client: client.api_version)
         kept: UnixConnection | None = getattr(self._local, "connection", None)
         connection = kept or UnixConnection(self._socket, self._timeout)
@@ -140,19 +143,17 @@ class DockerDirectory:
     # --- ports.Directory
 
     def engine(self) -> EngineView:
-        """See `ports.Directory`."""
         view = parse_engine(self._ask("GET /info", lambda client: client.info()))
         if not view.manager:
             return view
         try:
             nodes = self._ask("GET /nodes", lambda client: client.nodes())
         except EngineError:
-            # A Swarm without a leader lists none; the names are only for the reader.
+            # A Swarm without a leader lists no nodes. Only people read the names.
             return view
         return replace(view, hostnames=parse_hostnames(nodes))
 
     def networks(self) -> frozenset[str]:
-        """See `ports.Directory`."""
         names = frozenset({self._driver}) if self._driver else self._driver_names()
         listed = self._ask("GET /networks", lambda client: client.networks())
         return frozenset(
@@ -166,7 +167,7 @@ class DockerDirectory:
         )
         names = parse_driver_names(plugins, self._plugin_id)
         if not names:
-            # Not "no networks": what isn't listed is taken for removed.
+            # Not an empty set: networks that aren't listed would be removed.
             raise EngineError(
                 f"the engine on {self._socket}",
                 cause="it lists no plugin that is this one",
@@ -175,7 +176,7 @@ class DockerDirectory:
         return names
 
     def network(self, network_id: str, *, services: bool = False) -> NetworkView | None:
-        """See `ports.Directory`. The same object as before if nothing has changed."""
+        """The engine's view of a network; the same object as before if nothing has changed."""
         path = f"/networks/{urllib.parse.quote(network_id, safe='')}"
         if services:
             path += "?verbose=true"
@@ -212,7 +213,6 @@ class DockerDirectory:
         return view
 
     def changed_containers(self) -> Iterator[str]:
-        """See `ports.Directory`."""
         filters = {"type": ["container"], "event": ["start", "health_status"]}
         events = self._ask(
             "GET /events", lambda client: client.events(filters=filters, decode=True)
@@ -226,10 +226,7 @@ class DockerDirectory:
             self._drop()
 
     def sandbox_key(self, container_id: str) -> str | None:
-        """Docker's name of a container's namespace; None if it has none, or there is no such container.
-
-        Waits while the container is being started or stopped.
-        """
+        """Docker's path of a container's namespace. Waits while the container starts or stops."""
         answer = self._ask(
             f"GET /containers/{container_id}/json",
             lambda client: _found(lambda: client.inspect_container(container_id)),

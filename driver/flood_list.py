@@ -1,4 +1,4 @@
-"""Who shares a network, brought into the kernel: the flood list, and what other hosts are told by announcements."""
+"""The flood list of each VXLAN device, from the peers that the engine lists; announcements to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from driver.ports import Kernel
 log = structlog.get_logger()
 
 REPAIR_EVERY: Final = 10.0
-"""Seconds after which an unchanged flood list is checked again, in case somebody else has changed it."""
+"""Seconds after which an unchanged flood list is checked again: others may have changed it."""
 
 
 def _task_addresses(services: Collection[Service]) -> set[IPv4Address]:
@@ -23,7 +23,7 @@ def _task_addresses(services: Collection[Service]) -> set[IPv4Address]:
 
 
 class FloodLists:
-    """What was last set for each network is remembered. For one thread per network."""
+    """The last setting of each network is remembered. One thread per network at a time."""
 
     def __init__(self, kernel: Kernel, clock: Callable[[], float]) -> None:
         self._kernel = kernel
@@ -43,12 +43,12 @@ class FloodLists:
     ) -> None:
         """Make the flood list the peers that the engine lists, without this host's `own` addresses.
 
-        New peers are told where this host's endpoints are.
+        New peers get announcements of this host's endpoints.
 
         Raises:
-            EngineError: `own` is empty, so this host can't be told from its peers.
+            EngineError: `own` is empty, so this host's own entry among the peers is not known.
         """
-        # No peers, not even this host: gossip has not begun.
+        # No peers, not even this host: gossip has not started.
         if not network.overlay or not view.peers:
             return
         if not own:
@@ -58,7 +58,7 @@ class FloodLists:
                 remedy="check the engine: docker info",
             )
         peers = frozenset(peer.address for peer in view.peers) - frozenset(own)
-        # A network's device is made anew with its first endpoint: with other endpoints all is set again.
+        # The first endpoint makes a new device, so a change of the endpoints sets the list again.
         wanted = (peers, frozenset(endpoints))
         now = self._clock()
         done = self._done.get(network.id)
@@ -77,7 +77,7 @@ class FloodLists:
         known: NetworkView | None,
         endpoints: Collection[Endpoint],
     ) -> None:
-        """Announce the endpoints that Docker has made part of a service since `known`: see `hints`."""
+        """Announce the endpoints that joined a service since `known`; to other hosts that is a hint."""
         listed = _task_addresses(view.services) - _task_addresses(known.services if known else ())
         ours = [item for item in endpoints if item.ipv4 is not None and item.ipv4.ip in listed]
         if ours:

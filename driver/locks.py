@@ -1,4 +1,4 @@
-"""One lock per name, which exists while somebody holds it or waits for it."""
+"""One lock per key, which exists only while a thread holds it or waits for it."""
 
 from __future__ import annotations
 

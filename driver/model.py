@@ -1,4 +1,4 @@
-"""The values that the driver speaks of. Frozen: a change is a new value, stored before it is promised."""
+"""The driver's values. They are frozen: a change is a new value, stored before it is promised."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ IPNetwork = IPv4Network | IPv6Network
 IPInterface = IPv4Interface | IPv6Interface
 
 FORMAT: Final = 1
-"""Version of what hosts must agree on (VXLAN, derived addresses); chosen at allocation, kept for life."""
+"""Version of the rules that all hosts of a network share (VXLAN, derived addresses), fixed when the
+network is allocated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subnet:
-    """One address pool of a network, with the gateway address that Docker reserved in it."""
+    """An address pool of a network, with the gateway address that Docker reserved in it."""
 
     pool: IPNetwork
     gateway: IPInterface | None = None
@@ -31,10 +32,11 @@ class Subnet:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A network as every host of the Swarm sees it.
+    """A network, the same on every host of the Swarm.
 
-    `mtu` is what containers see, in bytes. `prefix6` is the prefix from which IPv6 addresses are derived.
-    `port` is the VXLAN UDP port on the underlay. `overlay` is false where there are no other hosts (SCOPE=local).
+    `mtu` is that of the containers' interfaces, in bytes. IPv6 addresses are derived from `prefix6`.
+    `port` is the VXLAN UDP port on the underlay. `overlay` is false where there are no other hosts
+    (SCOPE=local).
     """
 
     id: str
@@ -55,8 +57,8 @@ class Network:
 class Endpoint:
     """One container's attachment to one network.
 
-    `sandbox_key` is Docker's name of the namespace, after Join. `engine_ipv6` is what the engine believes its IPv6 address
-    to be, where that isn't unique: in the container `ipv6` takes its place.
+    `sandbox_key` is Docker's path of the namespace, after Join. `engine_ipv6` is the IPv6 address that
+    the engine chose, where that isn't unique: in the container `ipv6` replaces it.
     """
 
     id: str
@@ -71,7 +73,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A host that shares a network. Gossip's name of it is an ID, not its host name."""
+    """A host that shares a network. `name` is its ID in the gossip, not its host name."""
 
     name: str
     address: IPAddress
@@ -79,7 +81,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One member of a service on a network, as Docker's gossip names it."""
+    """A task of a service on a network, as in Docker's gossip."""
 
     name: str
     address: IPv4Address
@@ -99,7 +101,7 @@ class Service:
 class LocalContainer:
     """A container of this host on a network, as the engine lists it.
 
-    `mac`, `ipv6` and `sandbox_key` are what an endpoint is rebuilt from when our own record of it is lost.
+    `mac`, `ipv6` and `sandbox_key` serve to restore an endpoint whose row is lost.
     """
 
     id: str
@@ -113,10 +115,11 @@ class LocalContainer:
 
 @dataclass(frozen=True, slots=True)
 class NetworkView:
-    """What the engine of this host says of one network at one moment.
+    """A network as the engine of this host lists it.
 
-    `scope` is the engine's word: "swarm" for networks that Swarm brings to the hosts. `others` are the addresses of
-    containers anywhere that belong to no service. `options`, `subnets`, `ipv6` and `internal` are what a network is rebuilt from when our own record of it is lost.
+    `scope` is the engine's: "swarm" for networks that Swarm distributes to the hosts. `others` are
+    addresses of containers, on any host, that belong to no service. `options`, `subnets`, `ipv6` and
+    `internal` serve to restore a network whose row is lost.
     """
 
     id: str
@@ -135,7 +138,7 @@ class NetworkView:
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """What the engine says of itself. `hostnames` of the Swarm's nodes: only managers know them."""
+    """The engine's description of itself. Only managers know the `hostnames` of the Swarm's nodes."""
 
     version: str
     hostname: str
@@ -163,4 +166,4 @@ class ArpFrame:
 
 
 VipTable = dict[IPv4Address, tuple[IPv4Address, ...]]
-"""VIP -> addresses of the tasks that take new connections, sorted. Empty tuple: a service without tasks."""
+"""VIP → addresses of the tasks that take new connections, sorted; empty: a service without tasks."""

@@ -1,6 +1,7 @@
-"""Names of what we make on a host, derived from Docker's IDs, so that removal needs no memory.
+"""Names of our objects on a host, derived from Docker's IDs, so that removal needs no memory.
 
-Interface names are a three-letter prefix and the first twelve characters of the ID: IFNAMSIZ leaves fifteen.
+An interface name is a three-letter prefix and the first twelve characters of the ID: IFNAMSIZ
+allows fifteen.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ PAIR: Final = "ffu"
 PREFIXES: Final = (BRIDGE, VXLAN, HOST_VETH, CONTAINER_VETH, PAIR)
 
 INSIDE: Final = PAIR + "0"
-"""The pair between the namespaces: the end in the overlay namespace,"""
+"""The veth pair between the namespaces: its end in the overlay namespace,"""
 OUTSIDE: Final = PAIR + "1"
-"""and the one in the host's."""
+"""and its end in the host's namespace."""
 
 SHORT_ID: Final = 12
 
 
 def short(identifier: str) -> str:
-    """The part of a network's or endpoint's ID that its interfaces carry."""
+    """The part of a network's or endpoint's ID that is in its interface names."""
     return identifier[:SHORT_ID]
 
 

@@ -1,8 +1,8 @@
-"""Options of a network (`-o KEY=VALUE`): checked once, by name; what isn't known is refused.
+"""Options of a network (`-o KEY=VALUE`). Unknown keys are refused.
 
-Keys of three kinds meet in one map: the user's, ours (`freeflow.*`, added by AllocateNetwork), and those that the
-engine itself consumes and passes on nevertheless. A key that another driver would obey is refused, not ignored: a user
-who asks for `encrypted` must not believe to have it.
+One map contains keys of three kinds: the user's, ours (`freeflow.*`, added by AllocateNetwork), and
+those that the engine consumes and passes on nevertheless. An option of another driver is refused
+rather than ignored: a user who requests `encrypted` must not believe that it is on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ENGINE_PREFIXES: Final = (
 )
 IP6: Final = "ip6"
 ENDPOINT_PREFIX: Final = "com.docker."
-"""At an endpoint the engine's own keys aren't told from the user's: port lists, DNS servers, MAC address."""
+"""Keys of the engine at an endpoint: port lists, DNS servers, MAC address."""
 HINTS: Final = {
     "encrypted": "FreeFlow does not encrypt; use Docker's overlay for a network that needs it",
     "com.docker.network.driver.overlay.vxlanid_list": "use -o vni=NUMBER",
@@ -64,7 +64,7 @@ _EXAMPLES: Final = {"mtu": 9000, MTU_ALIAS: 9000, "vni": 70012}
 
 @dataclass(frozen=True, slots=True)
 class NetworkOptions:
-    """The options of one network; None: not given. `own_*` are those that AllocateNetwork chose earlier."""
+    """The options of a network; None: not given. AllocateNetwork chose those named `own_*` earlier."""
 
     mtu: int | None = None
     vni: int | None = None
@@ -82,7 +82,7 @@ class NetworkOptions:
 
 
 def _integer(key: str, value: str, allowed: range) -> int:
-    # Not int(): it takes "9_000", " 9000 " and digits of other scripts.
+    # Not int(): it accepts "9_000", " 9000 " and digits of other scripts.
     if not (value.isascii() and value.isdecimal() and len(value) < 12) or int(value) not in allowed:
         raise InvalidRequest(
             f"option {key}={value}",
@@ -103,7 +103,7 @@ def _switch(key: str, value: str) -> bool:
 
 
 def _ipv6(value: str) -> tuple[bool, IPv6Network | None]:
-    """Whether there is IPv6, and the prefix if the user has chosen one."""
+    """Whether the network has IPv6, and the prefix that the user chose, if any."""
     if value.lower() in _SWITCH:
         return _SWITCH[value.lower()], None
     try:
@@ -158,7 +158,7 @@ def _refuse_unknown(options: Mapping[str, str]) -> None:
         if key not in USER_KEYS
         and key != MTU_ALIAS
         and not key.startswith(ENGINE_PREFIXES)
-        # With a format an earlier allocation wrote them; a later version may add more.
+        # An allocation, perhaps by a later version, wrote these if it wrote a format.
         and not (key.startswith(OWN_PREFIX) and FORMAT in options)
     )
     if not unknown:
@@ -191,7 +191,7 @@ def _mtu(options: Mapping[str, str]) -> int | None:
 
 
 def upgrade_operations(options: Mapping[str, str]) -> int | None:
-    """A network's own rule; None: the host's. Raises InvalidRequest."""
+    """The network's own number; None: the host's holds. Raises InvalidRequest."""
     key = "upgrade_operations"
     return _integer(key, options[key], UPGRADE_RANGE) if key in options else None
 
@@ -210,7 +210,7 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
     """Check the options of a network.
 
     Raises:
-        InvalidRequest: an unknown key, with the known ones listed, a bad value, or a format of a later version.
+        InvalidRequest: an unknown key, an invalid value, or a format of a later version.
     """
     own_format = _integer(FORMAT, options[FORMAT], range(1, 1 << 16)) if FORMAT in options else None
     if own_format is not None and own_format > SPOKEN:
@@ -239,10 +239,10 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
 
 
 def parse_endpoint(options: Mapping[str, object]) -> IPv6Address | None:
-    """Check per-endpoint options (`--network name=n,driver-opt=…`); the IPv6 address asked for, if any.
+    """Check the options of an endpoint (`--network name=n,driver-opt=…`); returns the IPv6 address, if any.
 
     Raises:
-        InvalidRequest: any key that isn't ours or the engine's own, or a bad address.
+        InvalidRequest: a key that is neither ours nor the engine's, or an invalid address.
     """
     unknown = sorted(key for key in options if key != IP6 and not key.startswith(ENDPOINT_PREFIX))
     if unknown:

@@ -1,6 +1,6 @@
-"""The seams of the driver: what it needs of the kernel, of Docker and of a container's namespace.
+"""The driver's interfaces to the kernel, to Docker and to a container's namespace.
 
-Each has one real implementation and one fake; the same contract tests run on both.
+Each has a real implementation and a fake, on which the same contract tests run.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from driver.model import (
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What of ours exists in the kernel, by short ID (see `names.short`).
+    """Our objects in the kernel, by short ID (see `names.short`).
 
-    `endpoints` have a host-side veth; of those in `filters` only the source filter is left.
+    `endpoints` have a host-side veth; `filters` are endpoints of which only the source filter is
+    left.
     """
 
     networks: frozenset[str]
@@ -36,9 +37,9 @@ class Inventory:
 
 
 class Kernel(Protocol):
-    """Bridges, VXLAN devices, veths and source filters of this host. Every call is idempotent.
+    """Bridges, VXLAN devices, veths and source filters of this host.
 
-    All raise `KernelError`.
+    Every call is idempotent and raises `KernelError`.
     """
 
     def prepare(self) -> None:
@@ -47,47 +48,47 @@ class Kernel(Protocol):
     def attach(self, network: Network, endpoint: Endpoint) -> None:
         """Make the network's bridge and VXLAN device if absent, then the endpoint's veth pair and filter.
 
-        Afterwards the container's end (`names.container_veth`) is in the host's namespace, the host's end is an
-        up port of the bridge.
+        Afterwards the container's end (`names.container_veth`) is in the host's namespace, and the
+        host's end is a port of the bridge and up.
         """
 
     def detach(self, network_id: str, endpoint_id: str) -> None:
-        """Remove the endpoint's veth pair and filter; absence is fine."""
+        """Remove the endpoint's veth pair and filter, if they exist."""
 
     def remove_network(self, network_id: str) -> None:
-        """Remove bridge and VXLAN device; absence is fine."""
+        """Remove bridge and VXLAN device, if they exist."""
 
     def set_peers(self, network_id: str, peers: Iterable[IPAddress]) -> frozenset[IPAddress]:
-        """Make the flood list of the VXLAN device exactly `peers`; returns those added. No device: nothing."""
+        """Make `peers` the flood list of the VXLAN device, if there is one; returns those added."""
 
     def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
         """Send gratuitous ARP (RFC 5227) and unsolicited NA (RFC 4861) for the endpoints into the network."""
 
     def hear(self, seconds: float) -> frozenset[ArpFrame]:
-        """ARP frames that reached the networks since the last call; waits so long for the first."""
+        """ARP frames that reached the networks since the last call; waits some seconds for the first."""
 
     def inventory(self) -> Inventory:
-        """What exists, whoever made it."""
+        """The objects that exist, whichever process made them."""
 
     def underlay_mtu(self) -> int:
-        """MTU in bytes that the underlay leaves for containers: its device's, less the overhead of VXLAN."""
+        """The containers' MTU in bytes: that of the underlay, less the overhead of VXLAN."""
 
     def cleanup(self) -> list[str]:
-        """Remove everything of ours from the kernel; returns the names of what was removed."""
+        """Remove all our objects from the kernel; returns their names."""
 
 
 class Balancer(Protocol):
     """VIPs in one container's network namespace. Raises `KernelError`."""
 
     def apply(self, sandbox: Path, table: VipTable) -> bool:
-        """Make the namespace's VIP rules those of `table`; false if the namespace is gone or not there yet."""
+        """Make the namespace have the VIP rules of `table`; false: there is no such namespace (yet)."""
 
     def forget(self, alive: Iterable[Path]) -> None:
-        """Drop what is remembered of namespaces that aren't in `alive`. Asks the kernel nothing."""
+        """Forget namespaces that aren't in `alive`, without any request to the kernel."""
 
 
 class Directory(Protocol):
-    """Docker's own facts, read from the engine of this host. Raises `EngineError`; never used inside a request."""
+    """The API of this host's engine. Raises `EngineError`; never used while a request of Docker waits."""
 
     def engine(self) -> EngineView: ...
 
@@ -101,19 +102,23 @@ class Directory(Protocol):
         """
 
     def changed_containers(self) -> Iterator[str]:
-        """IDs of this host's containers as they start, and become healthy or unhealthy; ends when the engine does."""
+        """IDs of this host's containers that start, or become healthy or unhealthy.
+
+        Ends when the engine does.
+        """
 
     def sandbox_key(self, container_id: str) -> str | None:
-        """Docker's name of a container's namespace; None if it has none, or there is no such container."""
+        """Docker's path of a container's namespace; None: it has none, or there is no such container."""
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What one container's DNS says of services.
+class TaskAnswers:
+    """The answers of one container's DNS about services.
 
-    `known`: by service name the addresses that it gives for the service's tasks; of those listed they take connections,
-    and the empty set is an answer, too. `silent`: it knows the service, and doesn't answer for its tasks. Of a service that is in
-    neither it knows nothing, can't be asked, or its answers were lost or cut short. `slow`: asking took all the time there is.
+    `known`: by service name, the addresses of the tasks that take connections; the empty set is an
+    answer, too. `silent`: services that it knows, but for whose tasks it gives no answer. About any
+    other service it knows nothing, can't be queried, or its answers were lost or truncated. `slow`:
+    the queries took all the time that was allowed.
     """
 
     known: Mapping[str, frozenset[IPv4Address]]
@@ -122,7 +127,7 @@ class Told:
 
 
 class TaskResolver(Protocol):
-    """Which tasks of a service take new connections, by the embedded DNS of one container."""
+    """Finds the tasks that take new connections, by the embedded DNS of one container."""
 
     def tasks(
         self,
@@ -131,5 +136,5 @@ class TaskResolver(Protocol):
         services: Sequence[Service],
         *,
         patient: bool = False,
-    ) -> Told:
-        """What this container's DNS says. `patient`: wait longer for what may be slow."""
+    ) -> TaskAnswers:
+        """Query this container's DNS. `patient`: wait longer for slow answers."""

@@ -1,7 +1,8 @@
 """Rows of the store: values of `model` as JSON, in a form that outlives changes of the model.
 
-Unknown fields are ignored and new ones have defaults, so that neighbouring versions read each other's rows.
-The same row is decoded once: while containers start by the hundred, all rows are read many times a second.
+Unknown fields are ignored and new ones have defaults, so that neighbouring versions can read each
+other's rows. Decoded rows are cached: while hundreds of containers start, all rows are read many
+times a second.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from driver.model import FORMAT, Endpoint, Network, Subnet
 T = TypeVar("T")
 
 KEPT: Final = 4096
-"""So many rows."""
+"""Number of decoded rows that are kept."""
 
 
 class _Subnet(msgspec.Struct):
@@ -88,7 +89,7 @@ def encode_network(network: Network) -> bytes:
 
 
 def decode_network(body: bytes) -> Network:
-    """Raises ValueError if the row makes no sense."""
+    """Decode a row. Raises ValueError."""
     row = _decode(body, _Network)
     return Network(
         id=row.id,
@@ -129,7 +130,7 @@ def encode_endpoint(endpoint: Endpoint) -> bytes:
 
 @lru_cache(KEPT)
 def decode_endpoint(body: bytes) -> Endpoint:
-    """Raises ValueError if the row makes no sense."""
+    """Decode a row. Raises ValueError."""
     row = _decode(body, _Endpoint)
     return Endpoint(
         id=row.id,

@@ -1,16 +1,17 @@
-"""Starting is recovering: what was promised, what the kernel has and what Docker says are made one again.
+"""Recovery: makes store, kernel and Docker agree again, at the start and while running.
 
-`recover` runs before the first request is served and needs only store and kernel. `Collector` runs in the background and
-asks Docker, since teardown calls are made once and never repeated, and since the store may have been lost:
+`recover` runs before the first request is served and needs only store and kernel. `Collector` runs
+in the background and asks Docker: Docker never repeats a teardown call that was lost, and the store
+may have been lost.
 
     row   link   Docker lists it
-    yes   no     -     the container's namespace is gone, or was never promised: drop the row           recover
-    yes   yes    yes   alive: make again what its network lacks                                         recover
-    yes   yes    no    its end went past us: remove, after the grace time                               collect
-    no    yes    yes   the store was lost: learn it again                                               collect
-    no    yes    no    nobody's: remove, after the grace time                                           collect
+    yes   no     -     the container's namespace is gone, or was never made: drop the row     recover
+    yes   yes    yes   alive: repair its links                                                recover
+    yes   yes    no    the call that deleted it was lost: remove it after the grace time      collect
+    no    yes    yes   the store was lost: store it again                                     collect
+    no    yes    no    an orphan: remove it after the grace time                              collect
 
-Nothing is removed that may be alive: if Docker can't be asked, everything stays.
+Nothing is removed that may be alive: if Docker doesn't answer, everything stays.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from driver.ports import Directory
 log = structlog.get_logger()
 
 GRACE: Final = 120.0
-"""Seconds for which an endpoint may be unknown to the engine: one that is being started isn't listed yet."""
+"""Seconds for which the engine may not list an endpoint: it lists none whose container is starting."""
 _BOOT_ID: Final = "boot_id"
 _LASTING_SCOPES: Final = ("local", "global")
 
 
 @dataclass(slots=True)
 class Recovered:
-    """What a pass changed, for log, status and metrics."""
+    """The changes of one pass, for log, status and metrics."""
 
     rebooted: bool = False
     endpoints_forgotten: list[str] = field(default_factory=list)
@@ -64,18 +65,20 @@ class Recovered:
 
 
 def _unclaimed(driver: Driver) -> frozenset[str]:
-    """Short IDs of endpoints with a link but no row. The kernel is asked first: a row is there before its link."""
+    """Short IDs of endpoints with a link but no row. The kernel is read first: rows precede links."""
     present = driver.kernel.inventory()
     return present.endpoints - {names.short(item.id) for item in driver.store.endpoints()}
 
 
 def recover(driver: Driver, boot_id: str) -> Recovered:
-    """Make store and kernel agree. `boot_id` is /proc/sys/kernel/random/boot_id: a new one means that no container lives.
+    """Make store and kernel agree.
 
-    One network that can't be repaired doesn't keep the others from it: see `failures`.
+    `boot_id` is /proc/sys/kernel/random/boot_id: if it is new, no container is alive. A network
+    that can't be repaired is added to `failures`; the others are repaired.
 
     Raises:
-        KernelError, StateError: nothing can be done; the plugin then serves requests, each of which will say why.
+        KernelError, StateError: nothing was repaired. The plugin serves requests all the same, and
+            each of them reports why.
     """
     result = Recovered()
     store, kernel = driver.store, driver.kernel
@@ -96,7 +99,7 @@ def recover(driver: Driver, boot_id: str) -> Recovered:
                 store.delete_endpoint(endpoint.id)
                 result.endpoints_forgotten.append(endpoint.id)
             elif network is None:
-                # Its network's row was lost: from here on like an endpoint whose own row was lost.
+                # Its network's row was lost: treated from here on as if its own row were lost.
                 store.delete_endpoint(endpoint.id)
             else:
                 kernel.attach(network, endpoint)
@@ -104,7 +107,7 @@ def recover(driver: Driver, boot_id: str) -> Recovered:
         except KernelError as error:
             result.failures.append(f"endpoint {endpoint.id}: {error}")
     unclaimed = _unclaimed(driver)
-    # Whose network they use isn't known before Docker is asked: no network's links may go until then.
+    # Only Docker knows which network they use: no network's links may go before it answers.
     driver.keep_links = bool(unclaimed)
     rows = {names.short(endpoint.id) for endpoint in store.endpoints()}
     for short_id in sorted(present.filters - rows):
@@ -127,7 +130,7 @@ def recover(driver: Driver, boot_id: str) -> Recovered:
 
 
 class Collector:
-    """Removes what Docker no longer knows, and learns again what we no longer know.
+    """Removes what Docker no longer lists, and stores again what our store has lost.
 
     `clock` in seconds, any origin; `grace` in seconds.
     """
@@ -150,12 +153,12 @@ class Collector:
         """One pass.
 
         Raises:
-            EngineError: Docker can't be asked; nothing was removed.
+            EngineError: Docker doesn't answer; nothing was removed.
         """
         result = Recovered()
         driver = self._driver
         unclaimed = _unclaimed(driver)
-        # All is read before anything is judged: half an answer is none.
+        # Everything is read before anything is removed: half an answer is worth nothing.
         listed = self._directory.networks()
         asked = ((network_id, self._directory.network(network_id)) for network_id in sorted(listed))
         views = {network_id: view for network_id, view in asked if view is not None}
@@ -187,7 +190,7 @@ class Collector:
         return result
 
     def _overdue(self, key: str, grace: float | None = None) -> bool:
-        """Whether this has been missing at every pass for the grace time."""
+        """Whether `key` has been missing in each pass for the grace time."""
         self._still_missing.add(key)
         now = self._clock()
         return now - self._missing_since.setdefault(key, now) >= (
@@ -205,7 +208,7 @@ class Collector:
     def _restore(self, view: NetworkView, unclaimed: frozenset[str], result: Recovered) -> None:
         lost = [item for item in view.containers if names.short(item.endpoint_id) in unclaimed]
         if self._driver.store.network(view.id) is None:
-            # What Swarm brings to a host comes with CreateNetwork when it is needed; other networks came only once.
+            # For a Swarm's network Docker repeats CreateNetwork when it is needed, for others not.
             if not lost and view.scope not in _LASTING_SCOPES:
                 return
             self._driver.restore_network(view)
@@ -218,7 +221,7 @@ class Collector:
     def _forget(self, network_id: str, view: NetworkView | None, result: Recovered) -> None:
         driver = self._driver
         listed = {item.endpoint_id for item in view.containers} if view else set()
-        # A veth pair goes with its container's namespace: without it the container is dead, or not yet made.
+        # A veth pair goes with its container's namespace. Without it the container is dead or new.
         living = driver.kernel.inventory().endpoints
         for endpoint in driver.store.endpoints(network_id):
             grace = self._grace if names.short(endpoint.id) in living else self._grace / 6

@@ -1,16 +1,18 @@
-"""Which tasks of a service take new connections: asked of Docker's embedded DNS, from inside a container's namespace.
+"""Finds the tasks that take new connections, by Docker's embedded DNS in a container's namespace.
 
-The engine's inspect lists a task until its container is gone, also while it is being stopped. The embedded DNS is exact:
-a task's address is under `tasks.<service>` from when it is healthy until Swarm disables its binding, two seconds before
-the stop signal (moby, `controller.Shutdown`). The service's own name keeps its VIP meanwhile; so a service whose name
-leads to its VIP, but whose `tasks.` name leads nowhere, has no task that takes connections.
+The engine's API lists a task until its container is gone, also while it is being stopped. The
+embedded DNS is exact: `tasks.<service>` contains a task's address from the moment it is healthy
+until Swarm disables its binding, two seconds before the stop signal (moby, `controller.Shutdown`).
+The service's own name keeps its VIP meanwhile. So a service whose name resolves to its VIP, and
+whose `tasks.` name doesn't exist, has no task that takes connections.
 
-What the embedded DNS doesn't know it forwards to the DNS servers of the outside, which may answer anything; and a
-container may have changed its namespace, so that somebody else answers. Hence an address counts only if the engine itself
-lists it for the service; that it doesn't yet is a hint to read the list again.
+The embedded DNS forwards names that it doesn't know to external servers, whose answers may be
+anything, and a container may redirect the queries in its namespace. Therefore an address counts only
+if the engine lists it for the service; if it doesn't list it yet, that is a hint to read the list.
 
-An answer that doesn't come says nothing: it may be lost or late. Only an answer says that a service has no tasks. A service
-whose answer would be too large for a datagram isn't asked about: Docker would try record by record how many fit.
+A missing answer means nothing: it may be lost or late. Only an answer says that a service has no
+tasks. A service whose answer would not fit a datagram isn't queried: Docker would try record by
+record how many fit.
 """
 
 from __future__ import annotations
@@ -30,43 +32,45 @@ from driver import dns
 from driver.errors import KernelError
 from driver.kernel.namespace import in_netns
 from driver.model import Service
-from driver.ports import Told
+from driver.ports import TaskAnswers
 
 SERVER: Final = ("127.0.0.11", 53)
 TIMEOUT: Final = 0.2
-"""Seconds without an answer. The embedded DNS itself answers within a millisecond; longer waits are for servers outside."""
+"""Seconds without an answer. The embedded DNS answers within a millisecond; external servers take
+longer."""
 PATIENCE: Final = 1.0
-"""The same for what has been silent before."""
+"""The same for services that had no answer before."""
 LONGEST: Final = 1.0
-"""Seconds in which one container is done with, however many answers come, and however slowly; more with patience."""
+"""Most seconds for one container, without `PATIENCE`, however many answers come."""
 WINDOW: Final = 32
-"""Questions under way at once."""
+"""Queries in flight at once."""
 BUFFER: Final = 8 << 20
-"""Bytes of the socket's buffer, in which all answers under way must fit. The usual size takes three large ones."""
+"""Bytes of the socket's buffer, for the answers to all queries in flight. The default has room for
+three large ones."""
 SMALL: Final = 8192
-"""Bytes of an answer that isn't late because of its size."""
+"""Bytes up to which an answer's size doesn't delay it."""
 _SO_RCVBUFFORCE: Final = 33
 
 
 def question(service: Service, network_name: str) -> str:
-    """The name under which the embedded DNS has the addresses of a service's tasks."""
-    # Qualified by the network: a service may be on several networks of the container.
+    """The name that the embedded DNS resolves to the addresses of a service's tasks."""
+    # With the network's name: the service may be on several networks of the container.
     return f"tasks.{service.name}.{network_name}"
 
 
 def answer_size(service: Service, network_name: str) -> int:
-    """Bytes of the answer to that question: libnetwork writes the name again with each address."""
+    """Bytes of the answer to that query: libnetwork repeats the name with each address."""
     name = len(question(service, network_name)) + 2
     return 64 + name + (name + 14) * len(service.tasks)
 
 
 def fits(service: Service, network_name: str) -> bool:
-    """Whether the answer fits a datagram."""
+    """Whether the answer to that query fits a datagram."""
     return answer_size(service, network_name) <= dns.SIZE
 
 
 Answers = dict[str, frozenset[IPv4Address] | None]
-"""By name; None: more than fits an answer. A name without an answer is absent."""
+"""By name, without names that got no answer; None: the answer was truncated."""
 
 
 def ask(
@@ -76,14 +80,16 @@ def ask(
     sizes: Mapping[str, int] | None = None,
     until: float = float("inf"),
 ) -> Answers:
-    """Ask for the A records of several names over a connected UDP socket. `sizes` of their answers, where they are known.
-    `until` is when to stop, by time.monotonic().
+    """Query the A records of several names over a connected UDP socket.
+
+    `sizes` are those of the answers, in bytes, where they are known. `until` is the time at which to
+    stop, by time.monotonic().
 
     Raises:
         OSError: the server can't be reached.
     """
     answers: Answers = {}
-    # The kernel counts what it keeps beside the bytes, too: half of the buffer is enough for that.
+    # The kernel also counts its own overhead: half of the buffer is enough for that.
     room = channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 4
     window: list[str] = []
     expected = 0
@@ -133,7 +139,7 @@ def _ask_window(
 
 @dataclass(slots=True)
 class _Channel:
-    """A socket in a container's namespace. The inode tells the namespace from a later one under the same path."""
+    """A socket in a namespace, whose inode tells it from a later one under the same path."""
 
     inode: int
     socket: socket.socket
@@ -143,8 +149,8 @@ class _Channel:
 class EmbeddedDns:
     """`ports.TaskResolver` over Docker's embedded DNS.
 
-    A socket belongs to the namespace that it was made in, whoever uses it: so one is kept per container asked, for
-    `KEEP` seconds at most, since a socket keeps its namespace alive.
+    A socket stays in the namespace in which it was made, so one per queried container is kept, for
+    `KEEP` seconds at most: a socket keeps its namespace alive.
     """
 
     KEEP: Final = 3.0
@@ -162,24 +168,24 @@ class EmbeddedDns:
         services: Sequence[Service],
         *,
         patient: bool = False,
-    ) -> Told:
-        """See `ports.TaskResolver.tasks`. Services whose answer doesn't fit are left out."""
+    ) -> TaskAnswers:
+        """Query a container; services whose answers don't fit a datagram are left out."""
         try:
             channel = self._take(sandbox)
         except (OSError, KernelError):
-            return Told({})
+            return TaskAnswers({})
         try:
             asked = [service for service in services if fits(service, network_name)]
             return self._tasks(channel.socket, network_name, asked, patient)
         except OSError:
             channel.socket.close()
-            return Told({})
+            return TaskAnswers({})
         finally:
-            self._give_back(sandbox, channel)
+            self._put_back(sandbox, channel)
 
     def _tasks(
         self, channel: socket.socket, network_name: str, services: Sequence[Service], patient: bool
-    ) -> Told:
+    ) -> TaskAnswers:
         until = time.monotonic() + LONGEST
         listed = {question(item, network_name): item for item in services}
         sizes = {name: answer_size(item, network_name) for name, item in listed.items()}
@@ -192,10 +198,10 @@ class EmbeddedDns:
                 continue
             if addresses & {task.address for task in service.tasks}:
                 known[service.name] = addresses
-            # What is large and late or lost isn't asked for twice.
+            # A large answer that is late or lost isn't requested again.
             elif name in answers or sizes[name] <= SMALL:
                 doubtful[name] = service
-        # Tell services without tasks from those that this container's DNS doesn't know.
+        # Distinguish services without tasks from those that this container's DNS doesn't know.
         own = {name: f"{service.name}.{network_name}" for name, service in doubtful.items()}
         names = [each for pair in own.items() for each in pair]
         timeout = PATIENCE if patient else self._timeout
@@ -209,7 +215,7 @@ class EmbeddedDns:
                 silent.add(service.name)
             elif (addresses := answers[name]) is not None:
                 known[service.name] = addresses
-        return Told(known, frozenset(silent), slow=time.monotonic() >= until)
+        return TaskAnswers(known, frozenset(silent), slow=time.monotonic() >= until)
 
     # --- the sockets
 
@@ -231,7 +237,7 @@ class EmbeddedDns:
     def _open(self) -> socket.socket:
         channel = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         try:
-            # Above the host's limit for others, for which we have the right.
+            # The plugin may exceed the host's limit.
             with contextlib.suppress(OSError):
                 channel.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, BUFFER)
             channel.connect(self._server)
@@ -242,7 +248,7 @@ class EmbeddedDns:
 
     @staticmethod
     def _drain(channel: socket.socket) -> bool:
-        """Drop late answers of the last time; false if the socket is of no use."""
+        """Discard late answers to earlier queries; false: the socket can't be used any more."""
         channel.setblocking(False)
         try:
             while True:
@@ -252,7 +258,7 @@ class EmbeddedDns:
         except OSError:
             return False
 
-    def _give_back(self, sandbox: Path, channel: _Channel) -> None:
+    def _put_back(self, sandbox: Path, channel: _Channel) -> None:
         if channel.socket.fileno() < 0:
             return
         channel.used = time.monotonic()

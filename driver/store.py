@@ -1,11 +1,11 @@
-"""What was promised to Docker, in SQLite: written before the answer goes out.
+"""The promises made to Docker, in SQLite: written before the answer goes out.
 
-Networks must survive a power failure, since Docker doesn't replay local ones: they are written with
-`synchronous=FULL`. Endpoints don't outlive a reboot, so `NORMAL` is enough for them: in WAL mode it survives any crash
-of the process (sqlite.org/pragma.html#pragma_synchronous).
+Networks must survive a power failure, since Docker doesn't repeat calls for local ones: they are
+written with `synchronous=FULL`. Endpoints don't outlive a reboot, so `NORMAL` is enough for them: in
+WAL mode it survives any crash of the process (sqlite.org/pragma.html#pragma_synchronous).
 
-A file that SQLite can't read is moved aside, not fatal: what it said comes back from Docker and the kernel
-(`recovery.py`). A file of a newer version is left alone and refused.
+A file that SQLite can't read is moved aside; its content is recovered from Docker and the kernel
+(`recovery.py`). A file of a newer version is refused and left unchanged.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def _unreadable(error: sqlite3.Error) -> bool:
 class Store:
     """The state of this host in `directory`. All methods are safe from any thread.
 
-    One connection writes and one reads, so that no reader waits for a writer's fsync. `moved_aside` is where an
-    unreadable file went at this start.
+    One connection writes and one reads, so that no reader waits for a writer's fsync. `moved_aside`
+    is where this start has moved an unreadable file, if it had to.
 
-    Raises StateError from every method.
+    Every method raises StateError.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Store:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._writer = self._open()
             self._reader = self._connect()
-            self._drop_senseless()
+            self._drop_undecodable()
         except (OSError, sqlite3.Error) as error:
             raise self._failed(error) from error
 
@@ -105,13 +105,13 @@ class Store:
             if not _unreadable(error):
                 raise
             reason = str(error)
-        # One file is kept for a bug report, not a growing heap of them.
+        # Only the last such file is kept, for a bug report.
         self.moved_aside = self.path.with_name(ASIDE)
         self.path.replace(self.moved_aside)
         for suffix in ("-wal", "-shm"):
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
         log.error(
-            "state unreadable, starting anew",
+            "state unreadable, started without it",
             moved_to=str(self.moved_aside),
             reason=reason,
         )
@@ -145,8 +145,8 @@ class Store:
             raise
         return connection
 
-    def _drop_senseless(self) -> None:
-        """A row that can't be decoded is as good as lost: recovery brings it back from Docker."""
+    def _drop_undecodable(self) -> None:
+        """Delete rows that can't be decoded: recovery reads their content from Docker again."""
         decoders: dict[str, Callable[[bytes], object]] = {
             "network": records.decode_network,
             "allocation": records.decode_network,
@@ -158,7 +158,7 @@ class Store:
                     decode(body)
                 except ValueError as error:
                     log.error(
-                        "row makes no sense, dropped",
+                        "invalid row dropped",
                         table=table,
                         id=identifier,
                         reason=str(error),
@@ -170,7 +170,7 @@ class Store:
             self._reader.close()
             self._writer.close()
 
-    # --- plumbing
+    # --- transactions
 
     @contextmanager
     def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
@@ -248,7 +248,7 @@ class Store:
             self._write("DELETE FROM allocation WHERE id=?", network_id, durable=True)
 
     def taken_vnis(self) -> dict[int, str]:
-        """VNI -> network ID, of networks here and of allocations."""
+        """VNI → network ID, of this host's networks and of allocations."""
         return dict(
             self._read(
                 "SELECT vni, id FROM allocation UNION SELECT vni, id FROM network ORDER BY 2"
@@ -278,17 +278,17 @@ class Store:
         return self._bodies(records.decode_endpoint, sql, network_id)
 
     def has_endpoints(self, network_id: str) -> bool:
-        """Whether a network has endpoints; its short ID will do."""
+        """Whether a network, given by its ID or short ID, has endpoints."""
         sql = "SELECT 1 FROM endpoint WHERE network_id GLOB ? LIMIT 1"
         return bool(self._read(sql, network_id + "*"))
 
     def endpoints_at(self, network_id: str, ipv4: IPv4Interface) -> list[Endpoint]:
-        """Endpoints of a network that have this address."""
+        """The endpoints of a network with this address."""
         sql = "SELECT body FROM endpoint WHERE network_id=? AND ipv4=?"
         return self._bodies(records.decode_endpoint, sql, network_id, str(ipv4.ip))
 
     def endpoint_ids(self, short_id: str) -> list[str]:
-        """IDs of the endpoints that begin so."""
+        """IDs of the endpoints whose short ID this is."""
         pattern = names.short(short_id) + "*"
         return [row[0] for row in self._read("SELECT id FROM endpoint WHERE id GLOB ?", pattern)]
 

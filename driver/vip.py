@@ -1,16 +1,19 @@
-"""VIPs: each container's own namespace translates a service's virtual address to one of its tasks.
+"""VIPs: rules in each container's namespace translate a service's virtual address to a task's.
 
-`table ip freeflow` there: one look-up of the destination leads to the service's own chain, which takes the tasks in turn
-(numgen). Conntrack keeps a connection with its task. A service without tasks refuses new connections. What changes
-between two tables is one transaction, so there is no moment without rules.
+`table ip freeflow` there has a chain per service, found by one lookup of the destination. The chain
+takes the tasks in turn (numgen), and conntrack keeps a connection with its task. A service without
+tasks refuses new connections. Each change of the table is one transaction, so a container is never
+without rules.
 
-Conntrack also keeps what it should not: a flow that began before the VIP had rules stays untranslated while its packets
-go on, and a UDP flow stays with a task that left. Such flows are forgotten (`flows.py`); their next packet is a new one.
+Conntrack also keeps entries that are wrong: a flow that began before the VIP had rules stays
+untranslated as long as it sends packets, and a UDP flow stays with a task that has left. Such
+entries are deleted (`flows.py`), and the flow's next packet meets the rules.
 
-The table is written by netlink messages of our own (`kernel/nf_tables.py`): a container may have any rules beside it. A
-change costs what it changes: each VIP's tasks are in a map of their own, numbered from 0.
+We pack the table's netlink messages ourselves (`kernel/nf_tables.py`), since a container may have
+any rules beside it. The cost of a change depends on the change alone: each VIP's tasks are in a map
+of their own, numbered from 0.
 
-Not IPVS: it needs a module that many kernels lack, and a hidden endpoint per host and network.
+Why not IPVS: it needs a module that many kernels lack, and a hidden endpoint per host and network.
 """
 
 from __future__ import annotations
@@ -39,15 +42,15 @@ log = structlog.get_logger()
 
 TABLE: Final = "freeflow"
 DATAGRAMS: Final = "datagrams"
-"""Set of the VIPs that had flows which only their packets keep alive, since the table was made."""
+"""Name of the set of VIPs that have had UDP flows, or others without an end, since the table was made."""
 _MANY: Final = 65535
-"""So many VIPs that set takes."""
+"""Capacity of that set."""
 
 REFUSER: Final = "127.66.66.66"
-"""Where packets go for VIPs without tasks, to be refused: on the loopback device, and used by nobody."""
+"""Destination of packets for VIPs without tasks, where they are refused: an unused loopback address."""
 
 FEW: Final = 8
-"""Up to so many VIPs are asked about one by one."""
+"""Number of VIPs up to which the set is queried for each of them."""
 
 _DSTNAT: Final = -100
 _FILTER: Final = 0
@@ -65,7 +68,7 @@ def _turns(vip: IPv4Address) -> str:
 
 
 class Changes(Protocol):
-    """Changes of our table that are made together. See `kernel.nf_tables.Batch`."""
+    """Changes of our table, made in one transaction. Implemented by `kernel.nf_tables.Batch`."""
 
     def add_table(self) -> None: ...
     def create_table(self) -> None: ...
@@ -87,7 +90,7 @@ class Changes(Protocol):
 
 
 def _write_frame(batch: Changes) -> None:
-    """The parts that don't depend on any VIP. Nothing is accepted or dropped that isn't for a VIP."""
+    """The parts that no VIP changes. They neither accept nor drop packets to other addresses."""
     to, refuser = nf.destination(), IPv4Address(REFUSER).packed
     not_tcp = (nf.protocol(), nf.differs(_TCP))
     batch.add_verdicts("vips")
@@ -98,7 +101,7 @@ def _write_frame(batch: Changes) -> None:
     batch.add_rule("refuse", nf.unreachable())
     batch.add_chain("output", Hook("nat", nf.OUTPUT, _DSTNAT))
     batch.add_rule("output", to, nf.follow("vips"))
-    # What is rejected in the output hook gives the sender "operation not permitted". On its way in it is refused.
+    # A reject in the output hook would give the sender EPERM. In the input hook it refuses.
     batch.add_rule("output", to, nf.among("down"), *not_tcp, to, nf.remember(DATAGRAMS))
     batch.add_rule("output", to, nf.among("down"), nf.constant(refuser), nf.dnat())
     batch.add_chain("input", Hook("filter", nf.INPUT, _FILTER))
@@ -112,7 +115,7 @@ def _write_frame(batch: Changes) -> None:
 
 
 def _write_rules(batch: Changes, vip: IPv4Address, count: int) -> None:
-    """The rules that send new connections to so many tasks in turn."""
+    """The rules that send new connections to `count` tasks in turn."""
     remember = (nf.destination(), nf.remember(DATAGRAMS))
     batch.add_rule(_chain(vip), nf.protocol(), nf.differs(_TCP), *remember)
     batch.add_rule(_chain(vip), nf.turn(count), nf.translate(_turns(vip)), nf.dnat())
@@ -130,10 +133,11 @@ def _write_additions(batch: Changes, table: VipTable) -> None:
 
 
 def arrange(order: VipTable, table: VipTable, first: int = 0) -> VipTable:
-    """`table` with each VIP's tasks in the order of their turns: those that stay keep theirs in `order`, if they can.
+    """`table` with each VIP's tasks in the order of their turns.
 
-    `first` is where a new VIP's turn starts: with the same everywhere, many short-lived clients would all begin with one
-    task.
+    Tasks that stay keep their turn in `order` where possible. `first` is where the turns of a new
+    VIP start: if they started alike everywhere, many short-lived clients would all begin with the
+    same task.
     """
     made: VipTable = {}
     for vip, tasks in table.items():
@@ -149,7 +153,7 @@ def arrange(order: VipTable, table: VipTable, first: int = 0) -> VipTable:
         for number in holes[: len(come)]:
             row[number] = come.popleft()
         full: list[IPv4Address] = [task for task in row if task is not None]
-        # The last ones move into the holes that are left.
+        # The last tasks move into the remaining holes.
         keep = row[: len(full)]
         moved = (task for task in row[len(full) :] if task is not None)
         made[vip] = (*(next(moved) if task is None else task for task in keep), *come)
@@ -157,14 +161,14 @@ def arrange(order: VipTable, table: VipTable, first: int = 0) -> VipTable:
 
 
 def write_new(batch: Changes, table: VipTable) -> None:
-    """Changes for a namespace without rules of ours; they fail in another. Turns are taken in the order of the tasks."""
+    """Changes for a namespace without our table; they fail where it exists. Tasks take turns in order."""
     batch.create_table()
     _write_frame(batch)
     _write_additions(batch, table)
 
 
 def write_removal(batch: Changes) -> None:
-    """Changes that remove our rules, if there are any."""
+    """Changes that remove our table, if there is one."""
     batch.add_table()
     batch.delete_table()
 
@@ -181,9 +185,9 @@ def _write_turns(
 
 
 def write_change(batch: Changes, old: VipTable, new: VipTable) -> None:
-    """Changes that bring rules from those of `old` to those of `new`, neither of them empty."""
+    """Changes from the rules of `old` to those of `new`, neither of which is empty."""
     both = old.keys() & new.keys()
-    # A VIP that gets its first task, or loses its last one, is removed and added.
+    # A VIP that gets its first task or loses its last one is removed and added again.
     flipped = {vip for vip in both if bool(old[vip]) != bool(new[vip])}
     gone = sorted((old.keys() - new.keys()) | flipped)
     come = {vip: new[vip] for vip in new if vip not in old or vip in flipped}
@@ -202,10 +206,10 @@ def write_change(batch: Changes, old: VipTable, new: VipTable) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Applied:
-    """What a namespace has. The inode tells it from a later one under the same path.
+    """The rules of a namespace. `inode` tells it from a later namespace under the same path.
 
-    `order`: the table's tasks in the order of their turns. `complete`: the set of datagram VIPs has been there from the
-    namespace's first rule on.
+    `order`: the table's tasks in the order of their turns. `complete`: the set `DATAGRAMS` has
+    existed since the namespace's first rule.
     """
 
     inode: int
@@ -215,17 +219,16 @@ class _Applied:
 
 
 class NftBalancer:
-    """`ports.Balancer`: remembers what each namespace has, so that an unchanged table costs nothing."""
+    """`ports.Balancer`. Remembers the rules of each namespace, so an unchanged table costs nothing."""
 
     def __init__(self, turns: Iterator[int] | None = None) -> None:
         self._guard = threading.Lock()
-        # Each namespace begins the turn one task further. Not with the same on all hosts.
+        # Each namespace starts one task further, and each host with another one.
         self._turns = itertools.count(secrets.randbelow(1 << 16)) if turns is None else turns
         self._locks = KeyedLocks()
         self._applied: dict[Path, _Applied] = {}
 
     def apply(self, sandbox: Path, table: VipTable) -> bool:
-        """See `ports.Balancer.apply`."""
         with self._locks.hold(str(sandbox)):
             before = self._applied.get(sandbox)
             try:
@@ -237,7 +240,7 @@ class NftBalancer:
                 before = None
             if before is not None and before.table == table:
                 return True
-            # Docker makes the file first and mounts the namespace on it later.
+            # Docker creates the file first and mounts the namespace there later.
             if not is_namespace(sandbox):
                 self._remember(sandbox, None)
                 return False
@@ -254,7 +257,6 @@ class NftBalancer:
         return True
 
     def forget(self, alive: Iterable[Path]) -> None:
-        """Drop what is remembered of namespaces that aren't in `alive`."""
         keep = set(alive)
         with self._guard:
             self._applied = {path: kept for path, kept in self._applied.items() if path in keep}
@@ -268,10 +270,10 @@ class NftBalancer:
 
 
 def _bring(before: _Applied | None, new: VipTable) -> bool:
-    """Make the current namespace's rules those of `new`, whose tasks are in order; returns `_Applied.complete`."""
+    """Make the calling thread's namespace have the rules of `new`; returns `_Applied.complete`."""
     old: VipTable = before.order if before is not None else {}
     complete = before is None or before.complete
-    # Read before it is removed or lost.
+    # VIPs whose flows may be stale; the set is read before the change may remove it.
     departed = {
         vip
         for vip in old
@@ -281,7 +283,7 @@ def _bring(before: _Applied | None, new: VipTable) -> bool:
     if complete and len(departed) <= FEW:
         suspects = {vip for vip in departed if _had_datagrams(vip)}
     if not _change(old, new):
-        # A table that we don't know is there (the plugin was started again), or not what we left in it.
+        # The table isn't as we left it, or the plugin has restarted and doesn't know it.
         batch = Batch(TABLE)
         write_removal(batch)
         if new:
@@ -294,13 +296,13 @@ def _bring(before: _Applied | None, new: VipTable) -> bool:
     try:
         flows.forget_stale({vip: new.get(vip, ()) for vip in suspects})
     except KernelError as error:
-        # The rules hold for new connections all the same.
-        log.warning("old flows to VIPs not forgotten", reason=str(error))
+        # The new rules hold for new connections in any case.
+        log.warning("stale flows to VIPs not deleted", reason=str(error))
     return complete or not new
 
 
 def _change(old: VipTable, new: VipTable) -> bool:
-    """Go from `old` to `new` if the namespace has what we think it has."""
+    """Change from `old` to `new`; false if the namespace doesn't have the rules of `old`."""
     if not new:
         return not old and not nf.has_table(TABLE)
     batch = Batch(TABLE)
@@ -312,7 +314,7 @@ def _change(old: VipTable, new: VipTable) -> bool:
         batch.commit()
     except KernelError as error:
         if old:
-            log.info("VIP rules not as left, made anew", reason=str(error))
+            log.info("VIP rules were changed by others, written again", reason=str(error))
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""From what the engine lists and what DNS says, to where a VIP leads."""
+"""Computes the tasks behind each VIP from the engine's list and the answers of DNS."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from typing import Final
 from driver.model import Network, NetworkView, Service, VipTable
 
 KEEP_REFUSING: Final = 60.0
-"""Seconds for which a VIP without a task is refused. A service without tasks vanishes from the engine's view, but clients
-have its address; later nobody should, and the address may become another's."""
+"""Seconds for which connections to a VIP without tasks are refused. The engine doesn't list such a
+service, but clients still have its address. Later the address may belong to another service."""
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkState:
-    """What is known of a network. `view` is the last good one, `seen` when (the loop's clock), `error` why not newer.
+    """The last known state of a network.
 
-    `table` is where its VIPs lead; those in `vanished` have no service any more, since when. `idle` are services whose
-    tasks all take no connections, since when. `unlisted` and `unknown`: see the functions. Of the services
-    `by_list` only the engine's list says which tasks they have.
+    `view` is the engine's last usable answer, `seen` its time (the loop's clock), `error` why there
+    is no newer one. `table` maps VIPs to tasks. `vanished` VIPs have no service any more, since the
+    given time. `idle` services have only tasks that take no connections, since the given time.
+    `unlisted` and `unknown`: see the functions. For services in `by_list` only the engine's list
+    names the tasks.
     """
 
     view: NetworkView | None = None
@@ -34,12 +36,12 @@ class NetworkState:
     by_list: frozenset[str] = frozenset()
 
     def resting(self, before: float) -> frozenset[Service]:
-        """Services with just these tasks that have been idle since before this time."""
+        """Services, with exactly these tasks, that have been idle since before a time."""
         return frozenset(service for service, since in self.idle.items() if since < before)
 
 
 def own_addresses(network: Network, addresses: Iterable[IPv4Address]) -> tuple[IPv4Address, ...]:
-    """Of these addresses those that belong to the network, sorted."""
+    """The addresses that belong to the network, sorted."""
     pools = [subnet.pool for subnet in network.subnets]
     return tuple(sorted({a for a in addresses if not pools or any(a in pool for pool in pools)}))
 
@@ -47,7 +49,7 @@ def own_addresses(network: Network, addresses: Iterable[IPv4Address]) -> tuple[I
 def unlisted(
     network: Network, view: NetworkView, answers: Mapping[str, frozenset[IPv4Address]]
 ) -> frozenset[IPv4Address]:
-    """Addresses of the network that DNS gave for tasks, and that the engine's list of tasks doesn't have."""
+    """Addresses of the network that DNS names as tasks and the engine's list doesn't have."""
     found: set[IPv4Address] = set()
     for service in view.services:
         active = own_addresses(network, answers.get(service.name, ()))
@@ -56,7 +58,7 @@ def unlisted(
 
 
 def unknown(view: NetworkView, answers: Mapping[str, object]) -> frozenset[str]:
-    """Services with a VIP that the engine lists, and that DNS doesn't know."""
+    """Services with a VIP that the engine lists and DNS doesn't know."""
     return frozenset(item.name for item in view.services if item.vip is not None) - answers.keys()
 
 
@@ -65,7 +67,7 @@ def _tasks(
 ) -> tuple[IPv4Address, ...]:
     listed = own_addresses(network, (task.address for task in service.tasks))
     if active is None:
-        # Nobody could be asked. What took no connections before doesn't now: tasks don't come back.
+        # DNS gave no answer. A task that took no connections before takes none now.
         active = frozenset(listed) - _inactive(service, before)
     return tuple(address for address in listed if address in active)
 
@@ -88,7 +90,7 @@ def next_state(
     before: NetworkState,
     now: float,
 ) -> NetworkState:
-    """The state that follows `before` when the engine shows `view` and DNS gave `answers` (see `ports.TaskResolver`)."""
+    """The state after `before`, when the engine lists `view` and DNS gives `answers`."""
     table: VipTable = {
         service.vip: _tasks(network, service, before, answers.get(service.name))
         for service in view.services

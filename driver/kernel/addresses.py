@@ -1,7 +1,8 @@
-"""IPv6 addresses of a container's interface: ours in place of the one that the engine counted.
+"""Replaces the IPv6 address that the engine gave a container's interface by ours.
 
-The engine's isn't removed at once: engines since 28 announce it in the first seconds, and fail the container's start if
-they can't. It gets a lifetime instead, after which the kernel removes it, and no connection takes it from now on.
+The engine's address isn't removed at once: engines since 28 announce it in the first seconds, and
+the container's start fails if they can't. It gets a lifetime instead, after which the kernel removes
+it, and is deprecated at once, so that no new connection uses it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LIFETIME: Final = 15
 """Seconds. Docker announces at most three times, at most two seconds apart."""
 _FOREVER: Final = 0xFFFFFFFF
 _NODAD: Final = 0x02
-"""IFA_F_NODAD: the address is unique by what it is derived from, and of use at once."""
+"""IFA_F_NODAD: a derived address is unique, and can be used at once."""
 
 
 def exchange(
@@ -31,9 +32,9 @@ def exchange(
     ours: IPv6Interface,
     lifetime: int = LIFETIME,
 ) -> bool:
-    """Replace the address on the interface with this MAC address; the engine's stays for a while, but isn't preferred.
+    """Replace the address of the interface with this MAC address.
 
-    True if it is done, now or earlier; false if there is no such namespace, interface or address yet.
+    False: there is no such namespace, interface or address yet. True: done, now or earlier.
 
     Raises:
         KernelError: the namespace can't be entered, or the kernel refuses.
@@ -57,7 +58,7 @@ def _exchange(mac: str, engines: IPv6Interface, ours: IPv6Interface, lifetime: i
             index = found.get(engines.ip)
             if index is None:
                 return ours.ip in found
-            # In this order: the first may give the subnet's route a lifetime too, the second takes it away again.
+            # In this order: the first may give the subnet's route a lifetime, the second removes that.
             _put(route, index, engines, lifetime)
             _put(route, index, ours)
         except NetlinkError as error:
@@ -72,7 +73,7 @@ def _put(route: IPRoute, index: int, address: IPv6Interface, lifetime: int | Non
         address=str(address.ip),
         prefixlen=address.network.prefixlen,
         flags=_NODAD,
-        # pyroute2 0.7 takes `preferred` and `valid` only so.
+        # The only form in which pyroute2 0.7 accepts `preferred` and `valid`.
         cacheinfo={
             "preferred": _FOREVER if lifetime is None else 0,
             "valid": _FOREVER if lifetime is None else lifetime,

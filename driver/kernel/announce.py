@@ -1,7 +1,7 @@
 """Announcing an endpoint: gratuitous ARP (RFC 5227, section 3) and unsolicited NA (RFC 4861, section 7.2.6).
 
-Frames leave through the network's bridge device, so they reach local ports and, by the flood list, every peer. Each
-bridge and VXLAN device on the way learns where the endpoint's MAC address is now.
+Frames leave through the network's bridge device, so they reach local ports and, by the flood list,
+every peer. Each bridge and VXLAN device on the path learns where the endpoint's MAC address is now.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def unsolicited_advertisement(mac: str, address: IPv6Address) -> bytes:
 
 
 def frames(endpoint: Endpoint) -> list[bytes]:
-    """What to send for an endpoint."""
+    """The announcements of an endpoint."""
     result = []
     if endpoint.ipv4 is not None:
         result.append(gratuitous_arp(endpoint.mac, endpoint.ipv4.ip))
@@ -56,7 +56,7 @@ def frames(endpoint: Endpoint) -> list[bytes]:
 
 
 def send(packets: socket.socket, interface: str, endpoints: Iterable[Endpoint]) -> int:
-    """Send the announcements through `interface`; returns how many frames. OSError if it is gone.
+    """Send the announcements through `interface`; returns the number of frames. OSError: it is gone.
 
     `packets` is a raw packet socket of the interface's namespace.
     """

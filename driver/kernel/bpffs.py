@@ -1,7 +1,8 @@
-"""Where maps and links of the fast path are pinned: a BPF file system of our own below the host's /run.
+"""The BPF file system below the host's /run, in which maps and links of the fast path are pinned.
 
-Like the overlay namespace's pin (`pin.py`) it outlives the plugin's process. A pin that is removed lets its map or link
-go, once no program uses it; a file system that is only unmounted keeps them as long as any mount namespace has a copy.
+Like the overlay namespace's pin (`pin.py`) it outlives the plugin's process. Removing a pin frees
+its map or link once no program uses it. A file system that is only unmounted keeps its pins as long
+as any mount namespace has a copy.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _FLAGS: Final = 2 | 4 | 8
 
 
 def make(host_run: Path) -> Path:
-    """Mount it if it isn't; returns where.
+    """Mount it unless it is mounted; returns its path.
 
     Raises:
         KernelError: it can't be mounted.
@@ -48,7 +49,7 @@ def is_there(host_run: Path) -> bool:
 
 
 def remove(host_run: Path) -> bool:
-    """Remove all pins, then the file system. False if there was none."""
+    """Remove all pins, then the file system. False: there was none."""
     path = host_run / PINS
     existed = is_there(host_run)
     if existed:
@@ -56,7 +57,7 @@ def remove(host_run: Path) -> bool:
             with contextlib.suppress(OSError):
                 each.rmdir() if each.is_dir() else each.unlink()
         libc.umount2(str(path).encode(), _MNT_DETACH)
-    # Other mount namespaces have copies of the mount: removing the directory unmounts them all (unlink(2)).
+    # Other mount namespaces have copies; removing the directory unmounts all (unlink(2)).
     with contextlib.suppress(OSError):
         path.rmdir()
     return existed

@@ -1,7 +1,7 @@
-"""The VXLAN device's forwarding entries: the flood list, which is ours, and what it learned, which is the kernel's.
+"""The forwarding database (FDB) of VXLAN devices: the flood list, and addresses that they learned.
 
-An entry of the flood list is 00:00:00:00:00:00 → peer: frames to unknown or several receivers go to each of them
-(head-end replication).
+An entry of the flood list is 00:00:00:00:00:00 → peer: broadcast, multicast and unknown unicast
+frames go to each of them (head-end replication).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Trusted = Callable[[IPAddress], bool]
 
 
 def nobody(address: IPAddress) -> bool:
-    """No address but a peer's is trusted."""
+    """Trusts no address but the peers' own."""
     del address
     return False
 
@@ -43,7 +43,7 @@ class Entry:
 
 
 def entries(overlay: Sockets, index: int) -> list[Entry]:
-    """All entries of a VXLAN device with a destination.
+    """The entries of a VXLAN device that have a destination.
 
     Raises:
         KernelError: they can't be listed.
@@ -65,35 +65,36 @@ def flood_list(overlay: Sockets, index: int) -> frozenset[IPAddress]:
 
 
 def learned(overlay: Sockets, index: int) -> dict[str, IPAddress]:
-    """MAC address → peer, as learned."""
+    """MAC address → peer, of the learned entries."""
     return {entry.mac: entry.peer for entry in entries(overlay, index) if entry.mac != _ANY}
 
 
 def place(overlay: Sockets, port: int, vxlan: int | None, mac: str) -> None:
-    """Say that `mac` is behind a port of the bridge now, not behind the VXLAN device.
+    """Set that `mac` is behind a port of the bridge now, not behind the VXLAN device.
 
-    A bridge learns from what comes in by its ports, so not from what is announced through itself: without this, what it
-    learned while the address was on another host holds until the endpoint sends, or for five minutes.
+    A bridge learns from frames that enter through its ports, not from announcements that it sends
+    itself. Without this, an entry from the time when the address was on another host would stay
+    until the endpoint sends, or for five minutes.
 
     Raises:
         KernelError: the bridge refuses.
     """
     try:
         with overlay.raw() as netlink:
-            # Static, since a port takes no other entry before its other end is up; it moves all the same.
+            # Static: a port accepts no other entry before its peer is up. The entry still moves.
             netlink.put_neighbour(port, mac, None, NUD_NOARP, NTF_MASTER)
             if vxlan is not None:
                 netlink.drop_neighbour(vxlan, mac, None, NTF_SELF)
     except OSError as error:
-        # Nothing was learned; or the port went meanwhile.
+        # Nothing was learned, or the port has gone.
         if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EINVAL):
-            raise refused(error, f"telling the bridge where {mac} is") from error
+            raise refused(error, f"setting the FDB entry of {mac}") from error
 
 
 def remember(overlay: Sockets, index: int, where: dict[str, IPAddress]) -> None:
-    """Put back what a VXLAN device and its bridge have forgotten: MAC addresses and the peers behind which they are.
+    """Restore entries that a VXLAN device and its bridge have forgotten: MAC address → peer.
 
-    An unspecified peer: the bridge's entry alone.
+    With an unspecified peer, only the bridge's entry.
 
     Raises:
         KernelError: an entry is refused.
@@ -105,24 +106,24 @@ def remember(overlay: Sockets, index: int, where: dict[str, IPAddress]) -> None:
     with overlay.raw() as netlink:
         for mac, peer in where.items():
             try:
-                # Reachable: it ages as what was learned does, and moves as that does.
+                # Reachable: the entry ages and moves like a learned one.
                 if mac not in behind_port:
                     netlink.put_neighbour(index, mac, None, NUD_REACHABLE, NTF_MASTER)
                 if mac not in behind_peer and not peer.is_unspecified:
                     netlink.put_neighbour(index, mac, peer, NUD_REACHABLE, NTF_SELF)
             except OSError as error:
-                raise refused(error, f"telling the bridge where {mac} is") from error
+                raise refused(error, f"setting the FDB entry of {mac}") from error
 
 
 def set_peers(
     overlay: Sockets, index: int, peers: frozenset[IPAddress], trusted: Trusted = nobody
 ) -> frozenset[IPAddress]:
-    """Make the flood list exactly `peers`, and forget what was learned of hosts that are none; returns the peers added.
+    """Make `peers` the flood list, and drop entries learned from other hosts; returns the peers added.
 
-    `trusted` tells of other addresses whether peers may send from them.
+    `trusted` tells whether peers may send from another address.
 
     Raises:
-        KernelError: the list can't be read, or an entry be changed; all others were.
+        KernelError: the list can't be read, or an entry can't be changed; all others were changed.
     """
     present = entries(overlay, index)
     flooded = frozenset(entry.peer for entry in present if entry.mac == _ANY)

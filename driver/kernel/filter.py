@@ -1,8 +1,8 @@
 """The source filter: a container sends only from its own MAC and IP addresses.
 
-`table netdev freeflow` in the overlay namespace has one chain per endpoint, hooked where frames of its veth come in:
-before the bridge learns from them, and on no other device's way. So a frame costs the rules of its own endpoint,
-however many there are, and frames from other hosts cost nothing: their host looked at them.
+`table netdev freeflow` in the overlay namespace has one chain per endpoint, at the ingress hook of
+its veth: before the bridge learns from its frames, and for no other device. So a frame passes only
+the rules of its own endpoint, and frames from other hosts pass none: their host has checked them.
 
     own MAC, own IPv4                      accept   nearly all frames end in these two rules
     own MAC, own IPv6, not ICMPv6          accept
@@ -13,7 +13,7 @@ however many there are, and frames from other hosts cost nothing: their host loo
     own MAC, not ARP, IP, or a tunnel      accept
     anything else                          drop, counted
 
-Single comparisons rather than sets in the rules: making an anonymous set costs the kernel a millisecond each.
+The rules compare single values: making an anonymous set costs the kernel a millisecond.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TABLE: Final = "netdev freeflow"
 _PREFIX: Final = "ep"
 
 _WRAPPED: Final = "ip, arp, ip6, 8021q, 8021ad, 0x8847, 0x8848, 0x8863, 0x8864, 0x894f"
-"""Types of frames in which a receiver finds an IP packet: VLAN, MPLS, PPPoE and NSH besides the plain ones."""
+"""Ethernet types that carry IP packets: plain, VLAN, MPLS, PPPoE and NSH."""
 
 _BASE: Final = f"""
 add table {TABLE}
@@ -67,7 +67,7 @@ def _rules(endpoint: Endpoint) -> list[str]:
         if source is not None
     ]
     if endpoint.engine_ipv6 is not None:
-        # The engine announces it, and the container may use it for a moment: no forgery.
+        # The engine announces it, and the container may use it for a moment: dropped, not counted.
         unused = endpoint.engine_ipv6.ip
         rules += [
             f"icmpv6 type nd-neighbor-advert @th,64,128 {int(unused):#034x} drop",
@@ -83,12 +83,12 @@ def _rules(endpoint: Endpoint) -> list[str]:
 
 
 def base() -> str:
-    """Commands that make the table; harmless when it is there."""
+    """Commands that make the table unless it exists."""
     return _BASE
 
 
 def add(endpoint: Endpoint) -> str:
-    """Commands that (re)make an endpoint's chain; its veth must be there."""
+    """Commands that make an endpoint's chain, or replace it; its veth must exist."""
     name, device = chain(endpoint.id), names.host_veth(endpoint.id)
     hook = f'type filter hook ingress device "{device}" priority 0; policy accept;'
     lines = [f"add chain {TABLE} {name} {{ {hook} }}", f"flush chain {TABLE} {name}"]
@@ -97,7 +97,7 @@ def add(endpoint: Endpoint) -> str:
 
 
 def remove(endpoint_id: str) -> str:
-    """Commands that remove an endpoint's chain, or do nothing if there is none.
+    """Commands that remove an endpoint's chain if there is one.
 
     Linux before 6.16 removes it together with the device, later ones keep it.
     """
@@ -117,7 +117,7 @@ def present(session: Session) -> set[str]:
 
 
 def dropped(session: Session) -> dict[str, int]:
-    """Frames dropped by the filter since the endpoint's rules were made, by the endpoint's short ID."""
+    """Dropped frames since the endpoint's rules were made, by the endpoint's short ID."""
     counts: dict[str, int] = {}
     for item in session.query(f"list table {TABLE}"):
         rule: dict[str, Any] = item.get("rule", {})

@@ -1,9 +1,15 @@
-"""Whether a rule of the host's firewall may mean the overlay's own packets: then they must go where it sees them.
+"""Checks whether a rule of the host's firewall may match the overlay's packets.
 
-Packets that get or lose their header on the fast path pass none of the hooks of the host's namespace. So the rules at
-these hooks are read: those of nftables, among which iptables' own are in all distributions of today, and those of
-iptables-legacy. A rule is harmless if one of its conditions can't hold for a UDP packet between this host and a peer on the
-overlay's port, or if it only counts. What isn't understood counts as harmful: better the ordinary way than past a rule.
+Packets that the fast path encapsulates or decapsulates bypass the hooks of the host's namespace. So
+we read the rules at these hooks: those of nftables, which include iptables' own in today's
+distributions, and the tables of iptables-legacy. A rule is harmless if one of its conditions can't
+hold for a UDP packet between this host and a peer on the overlay's port, or if it only counts. An
+unknown expression counts as harmful: the packets then stay on the kernel path.
+
+Why the conditions are evaluated, and not just "any rule but Docker's own": firewalld is on by
+default in the distributions of the Red Hat family, and ufw is common on Ubuntu. Both have rules and
+drop policies at these hooks that accept the overlay's port once it is opened. Without evaluation
+those hosts would lose the fast path to other hosts.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from driver.errors import KernelError
-from driver.kernel import guard
+from driver.kernel import guard_rules
 from driver.kernel.namespace import in_netns
 from driver.kernel.nft import Session
 
@@ -27,14 +33,14 @@ _DEEPEST: Final = 16
 _HARMLESS: Final = ("counter", "comment")
 _LEGACY: Final = Path("/proc/thread-self/net/ip_tables_names")
 SHARE: Final = 20
-"""So many times as long as reading the rules took is waited before they are read again."""
+"""The rules are read again after so many times as long as reading them took."""
 LEAST: Final = 2.0
-"""Seconds between two looks at the least."""
+"""Least seconds between two reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packets:
-    """The packets in question: UDP to `port`, by `devices`, between `own` addresses and `peers`."""
+    """The overlay's packets: UDP to `ports`, through `devices`, between `own` addresses and `peers`."""
 
     ports: frozenset[int]
     devices: Mapping[int, str]
@@ -46,7 +52,7 @@ class Packets:
 
 
 def _among(values: Iterable[object], right: Any) -> bool | None:
-    """Whether all, none or perhaps some of the values are what a rule names."""
+    """Whether a rule's operand equals all of the values (True), none (False), or perhaps some (None)."""
     found = {_is(value, right) for value in values}
     if found == {True}:
         return True
@@ -96,7 +102,7 @@ def _is_in(value: object, right: dict[str, Any]) -> bool | None:
 
 
 def _values(left: dict[str, Any], packets: Packets, hook: str) -> Iterable[object] | None:
-    """What the packets have where a rule looks; None: it can't be said; empty: they have no such thing."""
+    """The packets' values of a rule's operand; None: unknown; empty: they have no such field."""
     inward = packets.inward(hook)
     if "payload" in left:
         protocol, name = left["payload"].get("protocol"), left["payload"].get("field")
@@ -109,7 +115,7 @@ def _values(left: dict[str, Any], packets: Packets, hook: str) -> Iterable[objec
             }.get(str(name))
         if protocol in ("udp", "th"):
             return packets.ports if name == "dport" else None
-        # Bytes by offset may be anything; other protocols aren't in these packets.
+        # Raw bytes may be anything; the packets contain no other protocols.
         return None if protocol is None or protocol == "ether" else ()
     if "meta" in left:
         names = tuple(packets.devices.values())
@@ -127,7 +133,7 @@ _NUMBERS: Final = {17: "udp", "17": "udp", 2: "ipv4", "2": "ipv4", 0x800: "ip", 
 
 
 def _named(right: Any) -> Any:
-    """Protocols by name: listings have numbers here and there."""
+    """Protocols by name: listings contain some as numbers."""
     if isinstance(right, list):
         return [_named(each) for each in right]
     if isinstance(right, dict) and "set" in right:
@@ -142,7 +148,7 @@ def _matches(match: dict[str, Any], packets: Packets, hook: str) -> bool | None:
     if "ct" in left and left["ct"].get("key") == "state" and operator in ("==", "in"):
         states = right if isinstance(right, list) else [right]
         states = right["set"] if isinstance(right, dict) and "set" in right else states
-        # No packet of UDP is invalid, unless it is broken: then it isn't ours to hand on either.
+        # Only a malformed UDP packet is invalid, and the fast path doesn't take those.
         return False if set(map(str, states)) <= {"invalid", "untracked"} else None
     values = _values(left, packets, hook)
     if values is None:
@@ -152,21 +158,21 @@ def _matches(match: dict[str, Any], packets: Packets, hook: str) -> bool | None:
     if operator in ("==", "in"):
         return answer
     if operator == "!=":
-        # Packets without what is looked at match neither way.
+        # Packets without the field match neither way.
         return (None if answer is None else not answer) if values else False
     return None
 
 
 class _Rules:
-    """One listing, asked whether it lets the packets alone."""
+    """A listing of rules, checked for rules that may match the packets."""
 
     def __init__(self, objects: Iterable[dict[str, Any]], packets: Packets) -> None:
         self._packets = packets
         self._chains: list[dict[str, Any]] = []
         self._rules: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         for item in objects:
-            if guard.own(item):
-                # Of the packets in question it lets all pass.
+            if guard_rules.own(item):
+                # Our own table accepts all of these packets.
                 continue
             if "chain" in item:
                 self._chains.append(item["chain"])
@@ -176,7 +182,7 @@ class _Rules:
                 self._rules.setdefault(key, []).append(rule)
 
     def obstacle(self) -> str:
-        """The first rule or policy that may mean them; empty if there is none."""
+        """The first rule or policy that may drop or change the packets; empty if there is none."""
         for chain in self._chains:
             hook = str(chain.get("hook", ""))
             if chain["family"] not in _FAMILIES or hook not in (*_IN, *_OUT):
@@ -197,11 +203,11 @@ class _Rules:
         return bool(set(devices) & set(self._packets.devices.values()))
 
     def _walk(self, key: tuple[str, str, str], hook: str, depth: int) -> tuple[str, bool]:
-        """What may be done to the packets in a chain, and whether all of them surely end in it, accepted."""
+        """Why a chain may harm the packets, and whether it surely accepts all of them."""
         if depth > _DEEPEST:
             return "its chains are too deep", False
         for rule in self._rules.get(key, ()):
-            harm, ended, left = self._rule(rule, key, hook, depth)
+            harm, ended, left = self._check_rule(rule, key, hook, depth)
             if harm:
                 return harm, False
             if ended:
@@ -210,10 +216,10 @@ class _Rules:
                 return "", False
         return "", False
 
-    def _rule(
+    def _check_rule(
         self, rule: dict[str, Any], key: tuple[str, str, str], hook: str, depth: int
     ) -> tuple[str, bool, bool]:
-        """Harm; whether all packets surely are accepted here; whether all surely leave the chain here."""
+        """Why a rule may harm the packets; whether it surely accepts all; whether all surely leave here."""
         sure = True
         expressions = rule.get("expr", [])
         says_what = any(
@@ -241,7 +247,7 @@ class _Rules:
                 harm, ended = self._walk((*key[:2], body["target"]), hook, depth + 1)
                 return harm, sure and ended, sure and name == "goto"
             else:
-                return f"a rule with {name} may mean them", False, False
+                return f"a rule with {name} may match the overlay's packets", False, False
         return "", False, False
 
 
@@ -252,19 +258,19 @@ def _named_part(expression: Any) -> tuple[str, Any]:
 
 
 def _is_match(body: Any, says_what: bool) -> bool:
-    """Whether an expression of iptables that nft doesn't know is a condition, not what is done."""
+    """Whether an expression of iptables that nft doesn't know is a condition, not an action."""
     if isinstance(body, dict):
         return body.get("type") == "match"
     return says_what
 
 
 def obstacle(objects: Iterable[dict[str, Any]], packets: Packets) -> str:
-    """What of a listing (libnftables-json(5)) may mean the packets; empty if nothing does."""
+    """The rule of a listing (libnftables-json(5)) that may harm the packets; empty: there is none."""
     return _Rules(objects, packets).obstacle()
 
 
 class Firewall:
-    """The rules of a namespace, read no more often than they are worth."""
+    """The rules of a namespace, read at a rate that their number allows."""
 
     def __init__(self, namespace: int) -> None:
         self._namespace = namespace
@@ -281,18 +287,18 @@ class Firewall:
         own: set[IPv4Address],
         peers: set[IPv4Address],
     ) -> str:
-        """Why the overlay's packets must stay where the firewall sees them; empty if they needn't."""
+        """Why the overlay's packets must pass the firewall's hooks; empty: they needn't."""
         packets = Packets(frozenset(ports), devices, frozenset(own), frozenset(peers))
         now = time.monotonic()
         if packets == self._packets and now < self.due:
             return self._said
-        self._said = self._look(packets)
+        self._said = self._read(packets)
         self._packets = packets
         took = time.monotonic() - now
         self.due = now + max(LEAST, took * SHARE)
         return self._said
 
-    def _look(self, packets: Packets) -> str:
+    def _read(self, packets: Packets) -> str:
         try:
             legacy = in_netns(self._namespace, _legacy_tables)
             if legacy:

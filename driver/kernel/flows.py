@@ -1,10 +1,10 @@
-"""Conntrack entries that would keep a flow from what the VIP rules now say, found and forgotten.
+"""Deletes conntrack entries that contradict the present VIP rules.
 
-All functions work in the calling thread's network namespace. Nothing else is touched: a TCP connection stays with its
-task until it ends, also when the task takes no new ones.
+All functions work in the calling thread's network namespace. Other entries stay: a TCP connection
+keeps its task until it ends, even if the task takes no new connections.
 
-Looking is dear: the kernel walks the host's whole table, some 10 ms of CPU, whatever the namespace has in it. So callers
-look only for VIPs that have a reason.
+Listing is expensive: the kernel walks the host's whole table, some 10 ms of CPU, however few entries
+the namespace has. So callers list only for VIPs that may have stale entries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from driver.kernel.netfilter import IPV4, InterruptedDumpError, dump, send_each
 from driver.kernel.nlmsg import NESTED, attribute, attributes, nest
 
 _CONNECTIONS: Final = (socket.IPPROTO_TCP, socket.IPPROTO_SCTP)
-"""Protocols whose flows have an end of their own; others last as long as their packets."""
+"""Protocols whose connections end by themselves; other flows last as long as packets come."""
 
 _SUBSYSTEM: Final = 1 << 8
 _GET, _DELETE = _SUBSYSTEM | 1, _SUBSYSTEM | 2
@@ -32,15 +32,15 @@ _SOURCE, _DESTINATION = 1, 2
 _NUMBER, _ECHO = 1, 4
 _BY_DESTINATION: Final = struct.pack("=I", 1 << 1)
 MOST: Final = 65536
-"""Flows of a namespace that are read. A container can make any number of entries."""
+"""Entries that are read. A container can make any number of them."""
 
 _HEAD: Final = 1 << 20
-"""Bytes of the list of neighbours that are read."""
+"""Bytes that are read of the list of neighbours."""
 _NEIGHBOURS: Final = Path("/proc/thread-self/net/arp")
 
 
 def is_stale(protocol: int, vip: str, task: str, tasks: Collection[str]) -> bool:
-    """Whether a flow to `vip`, of which conntrack says that `task` answers, is against the rules `vip -> tasks`."""
+    """Whether an entry that sends a flow to `vip` to `task` contradicts the rules `vip` → `tasks`."""
     if task == vip:
         # It began before the VIP had rules.
         return True
@@ -48,7 +48,7 @@ def is_stale(protocol: int, vip: str, task: str, tasks: Collection[str]) -> bool
 
 
 def tried(vips: Iterable[IPv4Address], neighbours: Path = _NEIGHBOURS) -> set[IPv4Address]:
-    """Of VIPs that had no rules, those that something here sent packets to: the kernel asked who has the address."""
+    """The VIPs to which packets were sent before they had rules: the kernel requested their MAC address."""
     wanted = {str(vip): vip for vip in vips}
     if not wanted:
         return set()
@@ -62,7 +62,7 @@ def tried(vips: Iterable[IPv4Address], neighbours: Path = _NEIGHBOURS) -> set[IP
 
 @dataclass(frozen=True, slots=True)
 class _Flow:
-    """An entry: where it was sent, who answers, which protocol, the number of a ping. `original` is as it was read."""
+    """An entry: VIP, task, protocol, identifier of a ping. `original` are attributes as they were read."""
 
     vip: str
     task: str
@@ -72,7 +72,7 @@ class _Flow:
 
 
 def _flow(data: bytes) -> _Flow | None:
-    """None: it isn't of IPv4, or not understood."""
+    """Decode an entry; None: it isn't IPv4, or has an unknown form."""
     try:
         entry = dict(attributes(data))
         original, reply = dict(attributes(entry[_ORIGINAL])), dict(attributes(entry[_REPLY]))
@@ -90,7 +90,7 @@ def _flow(data: bytes) -> _Flow | None:
 
 
 def _flows(only: str | None) -> Iterator[_Flow]:
-    """The flows of the namespace, of `MOST` at most; of one VIP alone where the kernel can choose (since 5.8).
+    """The flows of the namespace, up to `MOST`; only those to one VIP where the kernel can filter (5.8).
 
     Raises:
         OSError: conntrack can't be read.
@@ -106,7 +106,7 @@ def _flows(only: str | None) -> Iterator[_Flow]:
             if flow is not None:
                 yield flow
     except (OverflowError, InterruptedDumpError):
-        # Who has so many has made them; what is left over ends by itself.
+        # A container with so many entries has made them on purpose; the rest expire.
         return
 
 
@@ -117,14 +117,14 @@ def _forget(rules: Mapping[str, frozenset[str]]) -> int:
         for flow in _flows(only)
         if flow.vip in rules and is_stale(flow.protocol, flow.vip, flow.task, rules[flow.vip])
     ]
-    # One that has ended meanwhile isn't there any more.
+    # Entries that have expired meanwhile don't matter.
     return send_each(
         _DELETE, IPV4, (attribute(_ORIGINAL | NESTED, flow.original) for flow in stale)
     )
 
 
 def forget_stale(rules: Mapping[IPv4Address, Collection[IPv4Address]]) -> int:
-    """Forget the flows to these VIPs that are against their rules; returns how many.
+    """Delete entries to these VIPs that contradict their rules; returns how many.
 
     Raises:
         KernelError: conntrack can't be read or changed.
@@ -143,7 +143,7 @@ def forget_stale(rules: Mapping[IPv4Address, Collection[IPv4Address]]) -> int:
 
 
 def answering(vip: IPv4Address, identifier: int) -> IPv4Address | None:
-    """The task that conntrack has for the pings to this VIP with this identifier; None if it has none, or can't say."""
+    """The task behind pings to this VIP with this identifier, by conntrack; None: no such entry."""
     try:
         for flow in _flows(str(vip)):
             if (flow.vip, flow.protocol, flow.echo) == (str(vip), socket.IPPROTO_ICMP, identifier):

@@ -1,11 +1,12 @@
-"""Whether a container passes on to another of its networks what is addressed to itself.
+"""Detects containers that forward packets addressed to themselves (DNAT, masquerade, IPVS).
 
-Packets that aren't cut yet keep the mark of a tunnel when the fast path takes their header off. Who consumes them never
-sees it; but a device that they are sent on by may take it at its word. So what a container may pass on reaches it the
-kernel's own way. What isn't addressed to itself does that anyway.
+GSO packets keep their tunnel GSO type when the fast path decapsulates them. A program that receives
+such a packet never notices, but a device through which the container forwards it may rely on the
+type. So packets for such a container take the kernel path. Packets that aren't addressed to the
+container take it in any case.
 
-What is read here a container may have written: it is asked for by netlink, little of it is decoded, and a container with
-more than is worth reading passes on.
+A container may have written what is read here. So it is read by netlink, little of it is decoded,
+and a container with too many rules counts as forwarding.
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ _IPVS_HEAD: Final = 3
 """Lines before the first service."""
 _LEGACY: Final = Path("/proc/thread-self/net/ip_tables_names")
 _HEAD: Final = 4096
-"""Bytes of such a file that are read."""
+"""Bytes that are read of such a file."""
 _OWN: Final = (netfilter.IPV4, b"freeflow")
-"""Our VIPs: of what the container itself sends."""
+"""Our VIP rules, which concern packets that the container itself sends."""
 _TRIES: Final = 3
-"""So often rules are listed that change meanwhile."""
+"""Attempts to list rules that change meanwhile."""
 _FEW: Final = 64
-"""Chains, and rules of a chain, that are looked through. Docker has one of each."""
+"""Chains, and rules of a chain, that are checked. Docker has one of each."""
 
 
 def may_forward(sandbox: Path | int) -> bool:
-    """Whether it may: it has rules that rewrite addresses of what comes, or of what goes on.
+    """Whether it has rules that rewrite addresses of received or forwarded packets.
 
     Raises:
         KernelError: the namespace can't be entered.
     """
-    return in_netns(sandbox, _look)
+    return in_netns(sandbox, _check)
 
 
-def _look() -> bool:
+def _check() -> bool:
     if len(_lines(_IPVS)) > _IPVS_HEAD or "nat" in _lines(_LEGACY):
         return True
     for _ in range(_TRIES):
@@ -64,7 +65,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _rewrites() -> bool:
-    """Whether there are rules that do, or that hand packets from device to device."""
+    """Whether there are such rules, or rules that move packets between devices."""
     suspects = []
     for chain in nf_tables.chains():
         if chain.family == nf_tables.NETDEV:
@@ -79,14 +80,14 @@ def _rewrites() -> bool:
 
 
 def _has_rules(chain: Chain) -> bool:
-    """Whether it has others than Docker's own."""
+    """Whether a chain has rules other than Docker's own."""
     return any(
         number >= _FEW or not is_of_dns(rule) for number, rule in enumerate(nf_tables.rules(chain))
     )
 
 
 def is_of_dns(rule: list[tuple[bytes, dict[int, bytes]]]) -> bool:
-    """Whether it is Docker's own, for its name server at 127.0.0.11: such packets go nowhere."""
+    """Whether a rule is Docker's own, for its DNS at 127.0.0.11: it forwards nothing."""
     return any(
         _is_destination(loaded) and _is_loopback(compared)
         for loaded, compared in itertools.pairwise(rule)

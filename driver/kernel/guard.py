@@ -1,17 +1,12 @@
-"""Rules in the host's namespace about who may speak with the overlay's port: this host's peers, and nobody else.
+"""Guards the overlay's UDP port on the host: only peers may send to it.
 
-VXLAN has no authentication, and the kernel's device takes frames from any address, learns from them, and then sends there.
-Containers of any network reach the port: of their own host directly, of others with their host's address (masquerading).
-So, for the ports that networks of this host use:
+VXLAN has no authentication: the kernel's device accepts frames from any address, learns from them,
+and then sends there. Containers of any network reach the port: their own host's directly, other
+hosts' with their host's address (masquerading). The rules are in `guard_rules.py`.
 
-- input: only from peers; nothing from this host itself, and nothing by a bridge, veth or tunnel by which no peer is reached.
-- output: nothing that a socket of this namespace sends to a peer's port. What the kernel's VXLAN device sends has no socket
-  here. So a process needs CAP_NET_RAW in the host's namespace (packet sockets pass no hook) to get past.
-- forward, postrouting: nothing of containers that has got this host's address, or comes with a peer's. The same for the port
-  of the routers' sessions, since a router takes calls from its peers' addresses alone.
-
-The table outlives the plugin's process, as the devices do. Another process takes over what it finds in it, until it knows
-better. A port without complete knowledge isn't guarded: a peer that is cut off would be worse.
+The table outlives the plugin's process, as the devices do. A new process takes over the peers that
+it finds there until it knows better. A port whose peers aren't all known isn't guarded: cutting off
+a peer would be worse.
 """
 
 from __future__ import annotations
@@ -19,15 +14,15 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Any, Final
 
 import structlog
 
-from driver import names
 from driver.errors import DOCTOR, KernelError
+from driver.kernel.guard_rules import TABLE, Wanted
 from driver.kernel.namespace import in_netns
 from driver.kernel.netfilter import FAMILY as FAMILY_HEADER
 from driver.kernel.nft import Session
@@ -36,20 +31,10 @@ from driver.model import IPAddress
 
 log = structlog.get_logger()
 
-FAMILY: Final = "inet"
-NAME: Final = "freeflow_guard"
-TABLE: Final = f"{FAMILY} {NAME}"
-
 SHARE: Final = 20
-"""So many times as long as looking took is waited before the next look."""
-STRANGERS: Final = 256
-"""Addresses of strangers that are remembered, for ten minutes."""
-
+"""The table is checked again after so many times as long as the last check took."""
 _FORMER: Final = 10_000
-"""Addresses of peers that are remembered."""
-
-_SUSPECTS: Final = '{ "bridge", "veth", "netkit", "vxlan", "geneve", "dummy" }'
-"""Kinds of devices behind which containers are. Where one of them leads to peers it is none of them."""
+"""Addresses of former peers that are remembered."""
 
 # linux/netfilter/nfnetlink.h, nf_tables.h
 _GET_GENERATION: Final = 10 << 8 | 16
@@ -60,103 +45,16 @@ _GENERATION: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Guarded:
-    """`ports` that are guarded; why others aren't, empty if all are, and for how many seconds now; addresses that were turned
-    away lately, without those of hosts that were peers."""
+    """What status reports.
+
+    `ports` are guarded; `reason` says why others aren't, empty if all are, and `seconds` for how
+    long. `strangers` are addresses whose packets were dropped lately, former peers excluded.
+    """
 
     ports: tuple[int, ...] = ()
     reason: str = ""
     seconds: float = 0.0
     strangers: tuple[IPAddress, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What the table is to say. `peers` by port; `devices` lead to them; `near` are networks all of whose hosts may speak."""
-
-    peers: Mapping[int, frozenset[IPAddress]] = field(default_factory=dict)
-    devices: frozenset[str] = frozenset()
-    sessions: int | None = None
-    near: frozenset[IPv4Network | IPv6Network] = frozenset()
-
-    def commands(self) -> str:
-        """The whole table, in place of one that is there: one transaction."""
-        pairs = [(port, peer) for port in sorted(self.peers) for peer in self.peers[port]]
-        hosts = {peer for _, peer in pairs}
-        lists: dict[str, list[str]] = {
-            "ports": [str(port) for port in sorted(self.peers)],
-            "sessions": [str(self.sessions)] if self.sessions and hosts else [],
-            "underlay": [f'"{name}"' for name in sorted(self.devices)],
-        }
-        for version in (4, 6):
-            lists[f"peers{version}"] = [
-                f"{port} . {peer}" for port, peer in pairs if peer.version == version
-            ]
-            lists[f"hosts{version}"] = [str(peer) for peer in hosts if peer.version == version]
-            lists[f"near{version}"] = [str(net) for net in self.near if net.version == version]
-        body = "".join(_set(name, _TYPES[name], lists.get(name, ())) for name in _TYPES)
-        return f"add table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n{body}{_CHAINS}}}\n"
-
-
-_TYPES: Final = {
-    "ports": "type inet_service;",
-    "sessions": "type inet_service;",
-    "underlay": "type ifname;",
-    "peers4": "type inet_service . ipv4_addr;",
-    "peers6": "type inet_service . ipv6_addr;",
-    "hosts4": "type ipv4_addr;",
-    "hosts6": "type ipv6_addr;",
-    "near4": "type ipv4_addr; flags interval; auto-merge;",
-    "near6": "type ipv6_addr; flags interval; auto-merge;",
-    "strangers4": f"type ipv4_addr; size {STRANGERS}; flags dynamic,timeout; timeout 10m;",
-    "strangers6": f"type ipv6_addr; size {STRANGERS}; flags dynamic,timeout; timeout 10m;",
-}
-
-
-def _set(name: str, kind: str, elements: Collection[str]) -> str:
-    values = f" elements = {{ {', '.join(elements)} }};" if elements else ""
-    return f" set {name} {{ {kind}{values} }}\n"
-
-
-def _both(rule: str) -> str:
-    """A rule for IPv4 and for IPv6: `%` stands for the protocol's name, `#` for its version."""
-    return "".join(
-        f"  {rule.replace('%', protocol).replace('#', version)}\n"
-        for protocol, version in (("ip", "4"), ("ip6", "6"))
-    )
-
-
-_TO_PEER: Final = "udp dport . % daddr @peers#"
-_TO_NEAR: Final = "udp dport @ports % daddr @near#"
-_TO_ROUTER: Final = "tcp dport @sessions % daddr @hosts#"
-_SUSPECT: Final = f"meta iifkind {_SUSPECTS} iifname != @underlay"
-# What this host's own kernel wraps comes from a VXLAN device of the overlay namespace, what it sends itself from none.
-_FORWARDED: Final = f'iif != 0 iifname != "{names.VXLAN}*"'
-_CHAINS: Final = (
-    " chain strangers {\n"
-    '  iifname "lo" counter drop\n'
-    f"  {_SUSPECT} counter drop\n"
-    + _both("udp dport . % saddr @peers# return")
-    + _both("% saddr @near# return")
-    # Apart from the drop: where the set is full the rule ends there.
-    + _both("add @strangers# { % saddr }")
-    + "  counter drop\n }\n"
-    " chain input {\n  type filter hook input priority -150; policy accept;\n"
-    "  udp dport @ports goto strangers\n }\n"
-    " chain output {\n  type filter hook output priority -150; policy accept;\n"
-    # True for each packet that has a socket in this namespace: others have no uid.
-    + _both(f"{_TO_PEER} meta skuid >= 0 counter drop")
-    + _both(f"{_TO_NEAR} meta skuid >= 0 counter drop")
-    + _both(f"{_TO_ROUTER} meta skuid != 0 counter drop")
-    + " }\n chain forward {\n  type filter hook forward priority -150; policy accept;\n"
-    + _both(f"{_SUSPECT} {_TO_PEER} % saddr @hosts# counter drop")
-    + _both(f"{_SUSPECT} {_TO_NEAR} % saddr @near# counter drop")
-    + _both(f"{_SUSPECT} {_TO_ROUTER} % saddr @hosts# counter drop")
-    + " }\n chain postrouting {\n  type filter hook postrouting priority 200; policy accept;\n"
-    + _both(f"{_FORWARDED} ct status snat {_TO_PEER} counter drop")
-    + _both(f"{_FORWARDED} ct status snat {_TO_NEAR} counter drop")
-    + _both(f"{_FORWARDED} ct status snat {_TO_ROUTER} counter drop")
-    + " }\n"
-)
 
 
 @dataclass(slots=True)
@@ -168,7 +66,11 @@ class _Known:
 
 
 class Guard:
-    """The table of one host. `sessions` is the port of the routers' sessions. Methods are safe from any thread."""
+    """The table of one host. `sessions` is the port of the routers' sessions.
+
+    Methods are safe from any thread. `_lock` guards what is known of networks and peers, `_writing`
+    the table and everything about it; a thread that needs both takes `_writing` first.
+    """
 
     def __init__(self, namespace: int, sessions: int | None = None) -> None:
         self._namespace = namespace
@@ -199,7 +101,7 @@ class Guard:
                 self._known[short] = _Known(port)
 
     def peers(self, short: str, peers: frozenset[IPAddress]) -> None:
-        """Who shares it."""
+        """Set the peers of a network."""
         with self._lock:
             if short in self._known:
                 if len(self._former) > _FORMER:
@@ -208,12 +110,12 @@ class Guard:
                 self._known[short].peers = peers
 
     def forget(self, short: str) -> None:
-        """Its device is gone."""
+        """Forget a network whose VXLAN device is gone."""
         with self._lock:
             self._known.pop(short, None)
 
     def known(self) -> dict[str, frozenset[IPAddress]]:
-        """The peers of each network of which they are known."""
+        """The peers of each network whose peers are known."""
         with self._lock:
             return {
                 short: known.peers
@@ -236,12 +138,12 @@ class Guard:
     def reached(
         self, devices: Iterable[str], near: Iterable[IPv4Network | IPv6Network] = ()
     ) -> None:
-        """By which devices of the host the peers are reached."""
+        """Set the host's devices that lead to peers, and the networks of `Wanted.near`."""
         with self._lock:
             self._devices, self._near = frozenset(devices), frozenset(near)
 
     def _wanted(self) -> tuple[Wanted, str]:
-        """What the table is to say, and why ports are missing in it."""
+        """The content that the table should have, and why ports are missing in it."""
         inherited = self._inherited or {}
         peers: dict[int, frozenset[IPAddress]] = {}
         waiting = set()
@@ -260,7 +162,8 @@ class Guard:
                 del inherited[port]
             wanted = Wanted(peers, self._devices, self._sessions, self._near)
         reason = (
-            f"who shares the networks on UDP port {', '.join(map(str, sorted(waiting)))} isn't known yet"
+            f"the peers of the networks on UDP port {', '.join(map(str, sorted(waiting)))} "
+            "aren't known yet"
             if waiting
             else ""
         )
@@ -268,14 +171,14 @@ class Guard:
 
     # --- the table
 
-    def keep(self) -> bool:
-        """Write the table if what it is to say has changed, or somebody has changed it; whether it was written.
+    def refresh(self) -> bool:
+        """Write the table if its content has to change, or somebody has changed it.
 
-        Never raises: see `facts`.
+        Returns whether it was written. Never raises: `facts` reports failures.
         """
         with self._writing:
             try:
-                return self._keep()
+                return self._refresh()
             except (KernelError, OSError) as error:
                 if str(error) != self._failure:
                     log.warning("the overlay's port isn't guarded", reason=str(error))
@@ -284,12 +187,12 @@ class Guard:
                 return False
 
     def _fail(self, reason: str) -> None:
-        """Note why a port isn't guarded; empty: all are."""
+        """Note why a port isn't guarded; an empty reason: all are."""
         if reason and not self._failure:
             self._failing_since = time.monotonic()
         self._failure = reason
 
-    def _keep(self) -> bool:
+    def _refresh(self) -> bool:
         if self._session is None:
             self._session = in_netns(self._namespace, Session)
             self._generations = in_netns(self._namespace, _generations)
@@ -304,13 +207,13 @@ class Guard:
             self._session.run(f"add table {TABLE}\ndelete table {TABLE}\n")
             self._proof = None
         else:
-            # Its own name alone: an element that is there twice would be refused.
+            # Elements are unique by construction: nft refuses one that is there twice.
             self._session.run(wanted.commands())
-            self._proof = self._look()
-        self._generation = self._now()
+            self._proof = self._content()
+        self._generation = self._current_generation()
         if self._written is not None and wanted == self._written:
             log.warning(
-                "somebody has changed the rules that guard the overlay's port; they are back"
+                "the rules that guard the overlay's port were changed by somebody; they are restored"
             )
         elif self._written is None or wanted.peers.keys() != self._written.peers.keys():
             log.info("the overlay's port is guarded", ports=sorted(wanted.peers))
@@ -322,10 +225,10 @@ class Guard:
         """Whether the table is as it was written."""
         if now < self._due:
             return True
-        generation = self._now()
+        generation = self._current_generation()
         if generation == self._generation:
             return True
-        found = self._look()
+        found = self._content()
         self._due = now + (time.monotonic() - now) * SHARE
         if found != self._proof:
             return False
@@ -341,12 +244,12 @@ class Guard:
                 return []
             raise
 
-    def _look(self) -> object:
-        """What the table says, without what changes by itself."""
+    def _content(self) -> object:
+        """The table as it is, without handles, counters and elements that packets add."""
         return [_lasting(item) for item in self._objects()]
 
     def _read(self) -> dict[int, frozenset[IPAddress]]:
-        """The peers by port that an earlier process has written."""
+        """The peers by port that an earlier process wrote."""
         found: dict[int, set[IPAddress]] = {}
         for item in self._objects():
             each = item.get("set", {})
@@ -360,8 +263,8 @@ class Guard:
                     found.setdefault(int(port), set()).add(ip_address(peer))
         return {port: frozenset(peers) for port, peers in found.items()}
 
-    def _now(self) -> int:
-        """The generation of this namespace's rules, which changes with each transaction."""
+    def _current_generation(self) -> int:
+        """The generation of this namespace's rules; each transaction changes it."""
         assert self._generations is not None
         self._generations.send(message(_GET_GENERATION, 0, 0, FAMILY_HEADER.pack(0, 0, 0)))
         answer = self._generations.recv(1 << 12)
@@ -398,7 +301,7 @@ class Guard:
         )
 
     def remove(self) -> bool:
-        """Take the table away; false if there is none."""
+        """Remove the table; false if there is none."""
         with self._writing:
             if self._session is None:
                 self._session = in_netns(self._namespace, Session)
@@ -433,7 +336,7 @@ def _element(value: Any) -> IPAddress:
 
 
 def _lasting(item: dict[str, Any]) -> object:
-    """An object of a listing without handles, counters and the elements that packets add."""
+    """An object of a listing without what changes by itself."""
     kind, body = next(iter(item.items()))
     kept = {name: value for name, value in body.items() if name != "handle"}
     if kind == "set" and str(body.get("name", "")).startswith("strangers"):
@@ -441,12 +344,3 @@ def _lasting(item: dict[str, Any]) -> object:
     if kind == "rule":
         kept["expr"] = [each for each in body.get("expr", ()) if "counter" not in (each or {})]
     return kind, kept
-
-
-def own(item: Mapping[str, Any]) -> bool:
-    """Whether an object of a listing (libnftables-json(5)) is of this table."""
-    body = next(iter(item.values()), None)
-    if not isinstance(body, Mapping):
-        return False
-    table = body.get("name") if "table" in item else body.get("table")
-    return body.get("family") == FAMILY and table == NAME

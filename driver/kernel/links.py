@@ -1,7 +1,7 @@
-"""Bridge and VXLAN device of a network, veth pair of an endpoint: each made whole by one request, or mended.
+"""Bridge and VXLAN device of a network, veth pair of an endpoint: each made by one request, or repaired.
 
-The VXLAN device is made from the host's namespace straight into the overlay namespace: its UDP socket stays where it was
-made, so its datagrams take the host's routes and its frames the overlay namespace's bridge.
+The VXLAN device is made from the host's namespace in the overlay namespace. Its UDP socket stays in
+the host's, so its datagrams take the host's routes, and its frames the overlay namespace's bridge.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UP: Final = 1
 
 
 def bridge_mac(network_id: str) -> str:
-    """A bridge's own MAC address: fixed, or it would change with its ports. Nothing is ever sent from it."""
+    """A bridge's own MAC address: fixed, since it would change with the ports. Never a sender."""
     digits = f"{int.from_bytes(names.short(network_id).encode(), 'big') & 0xFFFFFFFF:08x}"
     return "06:ff:" + ":".join(digits[i : i + 2] for i in range(0, 8, 2))
 
@@ -42,10 +42,10 @@ def make_bridge(overlay: Sockets, network: Network) -> int:
                     kind="bridge",
                     address=bridge_mac(network.id),
                     mtu=network.mtu,
-                    # One bridge and one VXLAN device per host can't make a loop.
+                    # One bridge and one VXLAN device per host can't form a loop.
                     br_stp_state=0,
                     br_forward_delay=0,
-                    # Flood multicast: no querier lives on an overlay, without one snooping loses groups.
+                    # Flood multicast: an overlay has no querier, without which snooping loses groups.
                     br_mcast_snooping=0,
                     state="up",
                 )
@@ -106,7 +106,7 @@ def _is_current(link: Any, network: Network, local: IPAddress | None) -> bool:
     return (
         data.get_attr("IFLA_VXLAN_ID") == network.vni
         and data.get_attr("IFLA_VXLAN_PORT") == network.port
-        # Where nothing says which address is ours, any will do.
+        # Any address is right where our own is not known.
         and (local is None or own == str(local))
     )
 
@@ -119,14 +119,14 @@ def make_vxlan(
     underlay: Underlay,
     bridge: int,
 ) -> None:
-    """Make the network's VXLAN device a port of its bridge; one with other properties is replaced."""
+    """Make the network's VXLAN device as a port of its bridge; one with other properties is replaced."""
     name = names.vxlan(network.id)
     index = overlay.index(name)
     if index is not None:
         with overlay.take() as route:
             link = route.link("get", index=index)[0]
             if _is_current(link, network, underlay.address):
-                _mend_port(route, link, bridge)
+                _repair_port(route, link, bridge)
                 return
         overlay.delete(name)
     with host.take() as route:
@@ -179,7 +179,7 @@ def _on_port(route: IPRoute, port: int) -> list[tuple[str, int]]:
     return found
 
 
-def _mend_port(route: IPRoute, link: Any, bridge: int) -> None:
+def _repair_port(route: IPRoute, link: Any, bridge: int) -> None:
     if link.get_attr("IFLA_MASTER") != bridge or not link["flags"] & _UP:
         try:
             route.link("set", index=link["index"], master=bridge, state="up")
@@ -196,9 +196,9 @@ def make_veth(
     endpoint: Endpoint,
     bridge: int,
 ) -> bool:
-    """Make the endpoint's veth pair: one end an up port of the bridge, the other in the host's namespace, down.
+    """Make the endpoint's veth pair: a bridge port that is up, and the other end down in the host's.
 
-    Returns false if there was one, which is mended.
+    Returns false if the pair exists; it is repaired then.
     """
     port, inner = names.host_veth(endpoint.id), names.container_veth(endpoint.id)
     index = overlay.index(port)
@@ -206,9 +206,9 @@ def make_veth(
         with overlay.take() as route:
             link = route.link("get", index=index)[0]
             _check_kind(link, "veth")
-            _mend_port(route, link, bridge)
+            _repair_port(route, link, bridge)
         return False
-    # The rest of a pair whose other end went with an earlier overlay namespace.
+    # Left of a pair whose other end went with an earlier overlay namespace.
     host.delete(inner)
     with overlay.take() as route:
         try:

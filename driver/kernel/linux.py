@@ -1,9 +1,9 @@
-"""The real kernel behind `ports.Kernel`: netlink and nftables, one overlay namespace.
+"""`ports.Kernel` of a real host: netlink and nftables in one overlay namespace.
 
-What exists is asked of the kernel, not remembered; what is remembered only saves questions, and is known by interface
-indexes, which the kernel doesn't use twice. `attach` makes bridge, VXLAN device, veth pair and filter; the container's end
-is down and in the host's namespace until the caller has answered, so no container ever has an unfiltered port. `detach` is
-the mirror. Every step tolerates that it was done before.
+The kernel is asked what exists. Cached facts only save requests, and are keyed by interface index,
+which the kernel doesn't reuse. `attach` makes bridge, VXLAN device, veth pair and filter. The
+container's end stays down and in the host's namespace until the caller has answered, so no
+container ever has an unfiltered port. `detach` is the mirror. Every step may be repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Final
 
 from driver import names
 from driver.errors import DOCTOR, TRY_AGAIN, FreeFlowError, KernelError
-from driver.kernel import announce, fdb, filter, guard, links, pin, underlay, underlay_routes
+from driver.kernel import announce, fdb, filter, guard_rules, links, pin, underlay, underlay_routes
 from driver.kernel.fastpath import FastPath, Stage
 from driver.kernel.guard import Guard, Guarded
 from driver.kernel.namespace import OVERLAY_PIN
@@ -29,14 +29,15 @@ from driver.kernel.underlay import Underlay
 from driver.model import ArpFrame, Endpoint, IPAddress, IPNetwork, Network
 from driver.ports import Inventory
 
-_WAYS_EVERY: Final = 10.0
-"""Seconds after which the devices that lead to peers are looked up again; sooner if links or routes have changed."""
+_ROUTES_EVERY: Final = 10.0
+"""Seconds after which the devices that lead to peers are read again; sooner if links or routes
+change."""
 _INTERFACE_GONE: Final = (errno.ENODEV, errno.ENXIO, errno.ENETDOWN)
 
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """The links of a network that this process has seen to; zero if it has no VXLAN device."""
+    """Indexes of a network's links that this process has made or checked; 0: no VXLAN device."""
 
     bridge: int
     vxlan: int
@@ -45,9 +46,10 @@ class _Made:
 class LinuxKernel:
     """`ports.Kernel` of this host.
 
-    `host_run` is the host's /run; `choice` the setting UNDERLAY; `hint` answers what Docker says this host's
-    address is, if it has said it; `listed` at which one other hosts are told of it, if that is another question;
-    `sessions` the port of the routers' sessions. The host's namespace is the calling thread's.
+    `host_run` is the host's /run; `choice` the setting UNDERLAY; `hint` returns this host's address
+    as Docker reported it, if it has; `listed` the address under which other hosts list it, by
+    default the same; `programs` the object file of the fast path, None: off; `sessions` the port of
+    the routers' sessions. The host's namespace is the calling thread's.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class LinuxKernel:
         self._made: dict[str, _Made] = {}
         self._guard = Guard(self._host_namespace, sessions)
         self._changes = underlay_routes.Changes(self._host_namespace)
-        self._ways_due = 0.0
+        self._routes_due = 0.0
         self._near: frozenset[IPNetwork] = frozenset()
         self.fastpath = FastPath(
             programs, host_run, self._host_namespace, self._host, self.underlay, tcx=tcx
@@ -85,14 +87,14 @@ class LinuxKernel:
         pin.quiet(self._make_overlay().namespace)
 
     def _overlay(self) -> Overlay | None:
-        """What is open in the overlay namespace, None if there is none."""
+        """The open overlay namespace, None if there is none."""
         identity = pin.identity(self._host_run)
         opened = self._opened
         if opened is not None and opened.identity == identity:
             return opened
         with self._opening:
             if self._opened is not None and self._opened.identity != identity:
-                # Somebody removed the namespace: freeflow cleanup, most likely.
+                # The namespace was removed: by `freeflow cleanup`, most likely.
                 self._forget()
             if identity is not None and self._opened is None:
                 opened = Overlay(self._host_run, identity)
@@ -125,7 +127,7 @@ class LinuxKernel:
     # --- the underlay
 
     def underlay(self) -> Underlay:
-        """Device, MTU and address that carry the overlay. Raises SettingError, KernelError."""
+        """Device, MTU and address of the underlay. Raises SettingError, KernelError."""
         return underlay.find(self._host, self._choice, self._hint())
 
     def underlay_mtu(self) -> int:
@@ -148,7 +150,7 @@ class LinuxKernel:
         try:
             overlay.nft.run(commands)
         except KernelError:
-            # Somebody removed our table (nft flush ruleset): with it, or for the reason that is said then.
+            # Our table may be gone (nft flush ruleset). Otherwise this fails for the same reason.
             overlay.nft.run(filter.base() + commands)
 
     def _bridge(self, overlay: Overlay, network: Network) -> int:
@@ -157,7 +159,7 @@ class LinuxKernel:
         if made is not None and made == self._present(overlay, network):
             return made.bridge
         with self._making:
-            # br_netfilter may have been loaded since the namespace was made, and filters in all namespaces then.
+            # br_netfilter may have been loaded since: it then filters in all namespaces.
             pin.quiet(overlay.namespace)
             bridge = links.make_bridge(overlay.links, network)
             if network.overlay:
@@ -178,7 +180,7 @@ class LinuxKernel:
             self.fastpath.detach(endpoint_id)
             overlay.links.delete(names.host_veth(endpoint_id))
             self._filter(overlay, filter.remove(endpoint_id))
-        # Gone with its other end, unless that was in an earlier overlay namespace.
+        # It went with its other end, unless that was in an earlier overlay namespace.
         self._host.delete(names.container_veth(endpoint_id))
 
     def remove_network(self, network_id: str) -> None:
@@ -200,34 +202,36 @@ class LinuxKernel:
             return frozenset()
         self._guard.peers(names.short(network_id), wanted)
         try:
-            # Each time: somebody else may have changed the list, and strangers may have taught the device something.
+            # Each time: others may have changed the list, or sent frames from which the device learned.
             return fdb.set_peers(overlay.links, index, wanted, self._trusted)
         finally:
-            self._ways_due = 0.0
-            self._keep_guard()
+            self._routes_due = 0.0
+            self._refresh_guard()
 
-    # --- who may speak with the overlay's port
+    # --- the guard of the overlay's port
 
-    def _keep_guard(self) -> None:
-        """See that the host's rules about it say what is known now."""
+    def _refresh_guard(self) -> None:
+        """Make the host's rules match the peers that are known now."""
         now = time.monotonic()
-        if self._changes or now >= self._ways_due:
-            self._ways_due = now + _WAYS_EVERY
+        if self._changes or now >= self._routes_due:
+            self._routes_due = now + _ROUTES_EVERY
             try:
                 found = self.underlay()
             except FreeFlowError:
-                # Without an underlay there are no peers either: what is there stays.
+                # Without an underlay there are no peers either: the rules stay.
                 return
             peers = sorted(self._guard.everybody(), key=str)
             reached = underlay_routes.devices(self._host, peers, found.address)
             self._near = self._beside(found)
             self._guard.reached(reached | {found.device}, self._near)
-        if self._guard.keep() or self._guard.failed:
+        if self._guard.refresh() or self._guard.failed:
             self._unlearn()
 
     def _beside(self, found: Underlay) -> frozenset[IPNetwork]:
-        """Networks from which peers may send besides from the addresses at which the Swarm lists them: where this host's
-        overlay has another address than that (UNDERLAY, --data-path-addr), theirs have others, too, and nobody tells which.
+        """Networks from which peers may send, besides their addresses in the Swarm's list.
+
+        Where this host's overlay uses another address than the listed one (UNDERLAY,
+        --data-path-addr), those of the peers do too, and no API tells which.
         """
         if found.address is None or found.address == self._listed():
             return frozenset()
@@ -237,7 +241,7 @@ class LinuxKernel:
         return any(address in network for network in self._near)
 
     def _unlearn(self) -> None:
-        """Make the VXLAN devices forget what hosts that are no peers have taught them."""
+        """Remove FDB entries that VXLAN devices learned from hosts that are no peers."""
         overlay = self._overlay()
         for short, peers in self._guard.known().items():
             index = overlay.links.index(names.VXLAN + short) if overlay is not None else None
@@ -245,7 +249,7 @@ class LinuxKernel:
                 fdb.set_peers(overlay.links, index, peers, self._trusted)
 
     def guarded(self) -> Guarded:
-        """How far the overlay's port is closed to strangers."""
+        """Which ports are guarded, and which addresses were refused."""
         return self._guard.facts()
 
     def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
@@ -275,12 +279,11 @@ class LinuxKernel:
         try:
             return overlay.hear(seconds)
         except (OSError, ValueError) as error:
-            # Closed meanwhile, by a cleanup.
+            # A cleanup has closed it.
             raise KernelError("reading ARP", cause=str(error), remedy=DOCTOR) from error
 
     def learned(self, network_id: str) -> dict[str, IPAddress]:
-        """MAC address → the peer behind which it was learned: by the fast path, which the VXLAN device sees nothing of,
-        or by that."""
+        """MAC address → the peer behind it, as learned by the VXLAN device or by the fast path."""
         overlay = self._overlay()
         index = overlay.links.index(names.vxlan(network_id)) if overlay is not None else None
         if overlay is None or index is None:
@@ -288,27 +291,27 @@ class LinuxKernel:
         return fdb.learned(overlay.links, index) | self.fastpath.learned(network_id)
 
     def locate(self, network_id: str, mac: str) -> IPAddress | None:
-        """The peer behind which a MAC address is; None: on this host, or not learned."""
+        """The peer behind a MAC address; None: it is on this host, or not learned."""
         return self.learned(network_id).get(mac.lower())
 
     # --- the fast path
 
     def refresh(self) -> None:
-        """Look at what may have changed by itself. To be called every second or so."""
+        """Check what may have changed outside the plugin. To be called every second."""
         if self._overlay() is not None:
-            self._keep_guard()
+            self._refresh_guard()
             self.fastpath.refresh()
 
     def attach_programs(self) -> None:
-        """See `FastPath.attach_programs`."""
+        """Attach the programs of new links now; otherwise a thread does so a moment later."""
         self.fastpath.attach_programs()
 
     def check_forwarding(self, endpoint_id: str, sandbox: Path | int) -> None:
-        """See `FastPath.check_forwarding`."""
+        """Check whether a container forwards packets that are addressed to it."""
         self.fastpath.check_forwarding(endpoint_id, sandbox)
 
     def stage(self) -> Stage:
-        """How far packets take the fast path on this host."""
+        """Which stage of the fast path runs on this host."""
         return self.fastpath.stage()
 
     def uses_fastpath(self, network_id: str, mac: str) -> bool:
@@ -336,7 +339,7 @@ class LinuxKernel:
     def links(self) -> dict[str, dict[str, int]]:
         """Our links in the overlay namespace by name, with their counters: bytes, packets and drops each way.
 
-        What the fast path brought to a container went past its link, and is counted with it all the same.
+        Packets of the fast path bypass the link's own counters; they are added here.
         """
         overlay = self._overlay()
         if overlay is None:
@@ -370,7 +373,7 @@ class LinuxKernel:
             removed += [name for name in self.links() if overlay.links.delete(name)]
             overlay.nft.run(f"add table {filter.TABLE}\ndelete table {filter.TABLE}\n")
         if self._guard.remove():
-            removed.append(f"nftables table {guard.TABLE}")
+            removed.append(f"nftables table {guard_rules.TABLE}")
         with self._opening:
             self._forget()
         if pin.remove(self._host_run):
@@ -378,7 +381,7 @@ class LinuxKernel:
         return removed
 
     def close(self) -> None:
-        """Close what this process has open; what is in the kernel stays. For the end of a process, and tests."""
+        """Close all descriptors; links and rules stay in the kernel. For the end of a process, and tests."""
         with self._opening:
             self._forget()
         self._guard.close()

@@ -1,6 +1,6 @@
-"""Network namespaces: running code inside one, and telling whether a path is one.
+"""Network namespaces: running code inside one, and checking whether a path is one.
 
-A thread that has changed its namespace never serves anything else: see `dataplane.threads`.
+A thread that has changed its namespace is never used for anything else: see `dataplane.threads`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check(result: int, what: str) -> None:
 
 
 def enter(namespace: int) -> None:
-    """Move the calling thread into the network namespace of this descriptor. For good: see `dataplane.threads`."""
+    """Move the calling thread into a network namespace, and never back: see `dataplane.threads`."""
     check(libc.setns(namespace, CLONE_NEWNET), "entering a network namespace failed")
 
 
@@ -70,7 +70,7 @@ def in_netns(namespace: Path | int, function: Callable[[], T]) -> T:
 
 
 def filesystem(path: Path) -> int | None:
-    """The kind of file system that `path` is on, by its magic number (statfs(2)); None if there is no such path."""
+    """The magic number of the file system of `path` (statfs(2)); None if there is no such path."""
     answer = _Statfs()
     if libc.statfs(str(path).encode(), ctypes.byref(answer)) != 0:
         return None
@@ -83,7 +83,7 @@ def is_namespace(path: Path) -> bool:
 
 
 def is_shared(path: Path, mountinfo: Path = Path("/proc/thread-self/mountinfo")) -> bool:
-    """Whether mounts made below `path` reach the host: its mount is in a peer group (mountinfo, proc(5))."""
+    """Whether mounts below `path` propagate to the host: its mount is in a peer group (proc(5))."""
     best, shared = -1, False
     resolved = str(path.resolve())
     for line in mountinfo.read_text(errors="replace").splitlines():
@@ -98,7 +98,7 @@ def is_shared(path: Path, mountinfo: Path = Path("/proc/thread-self/mountinfo"))
 
 
 def isolated(function: Callable[[], T]) -> T:
-    """Run `function` in a network namespace of its own that goes with it: to try a feature for real.
+    """Run `function` in a temporary network namespace, to try a feature of the kernel.
 
     Raises:
         KernelError: no namespace could be made.

@@ -1,7 +1,7 @@
-"""Netlink with the kernel's netfilter (nfnetlink), encoded and read here: for namespaces in which a container may have anything.
+"""Netlink with the kernel's netfilter (nfnetlink), in namespaces that a container may control.
 
-Nothing that is read is trusted to be well-formed, and no more is read than is asked for. All functions work in the calling
-thread's network namespace. Constants: linux/netfilter/nfnetlink.h.
+What is read isn't trusted, and its amount is limited. All functions work in the calling thread's
+network namespace. Constants: linux/netfilter/nfnetlink.h.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _LARGEST: Final = 1 << 17
 
 
 class InterruptedDumpError(Exception):
-    """What was listed has changed meanwhile; the listing may lack something."""
+    """The listed objects changed meanwhile; the listing may be incomplete."""
 
 
 def open_socket(room: int = 0) -> socket.socket:
-    """A socket that never waits: the kernel answers in the course of sending and reading. `room`: bytes to be sent at once."""
+    """A non-blocking socket: the kernel answers during the send. `room`: bytes to be sent at once."""
     channel = socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
     )
@@ -48,7 +48,7 @@ def open_socket(room: int = 0) -> socket.socket:
 
 
 def answers(channel: socket.socket) -> Iterator[tuple[int, int, bytes]]:
-    """All messages that are there: type, sequence number and body."""
+    """All received messages: type, sequence number and body."""
     while True:
         try:
             data = channel.recv(_LARGEST)
@@ -59,19 +59,19 @@ def answers(channel: socket.socket) -> Iterator[tuple[int, int, bytes]]:
 
 
 def dump(kind: int, family: int, most: int, *parts: bytes) -> Iterator[tuple[int, bytes]]:
-    """Family and attributes of each object that the kernel lists, of `most` at most; then OverflowError.
+    """Family and attributes of each object that the kernel lists, up to `most` of them.
 
     Raises:
-        InterruptedDumpError
-        OSError: the kernel can't be asked.
-        OverflowError: there are more.
+        InterruptedDumpError: the objects changed meanwhile.
+        OSError: the kernel refused.
+        OverflowError: there are more objects.
     """
     with open_socket() as channel:
         request = FAMILY.pack(family, 0, 0) + b"".join(parts)
         channel.send(message(kind, DUMP, 1, request))
         count = 0
         while True:
-            # The first part is there when the request has been sent, each other when the one before was read.
+            # The first part has arrived when the send returns, each other when its predecessor is read.
             for got, _, flags, body in messages(channel.recv(_LARGEST)):
                 if flags & INTERRUPTED:
                     raise InterruptedDumpError
@@ -86,10 +86,12 @@ def dump(kind: int, family: int, most: int, *parts: bytes) -> Iterator[tuple[int
 
 
 def send_each(kind: int, family: int, requests: Iterable[bytes]) -> int:
-    """Send requests of one kind, each its attributes; how many were done. Of the others there is no such thing.
+    """Send requests of one kind, given by their attributes; returns how many were carried out.
+
+    The objects of the others don't exist.
 
     Raises:
-        OSError: the kernel can't be asked, or has another reason to refuse.
+        OSError: the kernel refused for another reason.
     """
     done = 0
     with open_socket() as channel:
@@ -106,9 +108,9 @@ def send_each(kind: int, family: int, requests: Iterable[bytes]) -> int:
 
 
 def exists(kind: int, family: int, *parts: bytes) -> bool:
-    """Whether the kernel has the one object that is asked for.
+    """Whether an object exists.
 
     Raises:
-        OSError: the kernel can't be asked, or has another reason to refuse than that there is no such thing.
+        OSError: the kernel refused for another reason.
     """
     return send_each(kind, family, [b"".join(parts)]) == 1

@@ -1,8 +1,8 @@
-"""Netlink sockets that many threads share, and what all requests have in common.
+"""A pool of netlink sockets in one namespace, shared by threads.
 
-A pyroute2 socket serves one conversation at a time: `Sockets` hands each to one thread at a time and keeps a few
-open, since opening one in another namespace costs a thread. Looking up an index by name takes no netlink, hence not the
-lock of all links.
+A pyroute2 socket serves one request at a time: `Sockets` gives each to one thread at a time and
+keeps a few open, since opening one in another namespace costs a thread. `index` doesn't use netlink,
+so it doesn't wait for the kernel's lock of all links.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def translate(error: NetlinkError, what: str) -> KernelError:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """An interface. Its counters are bytes and packets since it was made, as the interface itself sees them."""
+    """An interface, with its own counters of bytes and packets since it was made."""
 
     index: int
     name: str
@@ -85,7 +85,7 @@ class Sockets:
 
     @contextmanager
     def take(self) -> Iterator[IPRoute]:
-        """A socket for the calling thread alone."""
+        """A socket, for the calling thread until the end of the block."""
         try:
             route = self._spare.get_nowait()
         except queue.Empty:
@@ -96,7 +96,7 @@ class Sockets:
             self._put_back(route)
             raise
         except BaseException:
-            # Half of an answer may still be in the socket.
+            # Part of an answer may still be in the socket.
             route.close()
             raise
         self._put_back(route)
@@ -112,7 +112,7 @@ class Sockets:
 
     @contextmanager
     def raw(self) -> Iterator[Rtnl]:
-        """The same for messages made by hand. What the kernel refuses is OSError."""
+        """The same for messages of `nlmsg`. A request that the kernel refuses raises OSError."""
         try:
             route = self._raw.get_nowait()
         except queue.Empty:
@@ -120,7 +120,7 @@ class Sockets:
         try:
             yield route
         except TimeoutError:
-            # Its answer may come yet.
+            # The answer may still come.
             route.close()
             raise
         except OSError:
@@ -152,8 +152,8 @@ class Sockets:
                 return
 
     def index(self, name: str) -> int | None:
-        """Index of an interface of the namespace; None if there is none of this name."""
-        # Not SIOCGIFINDEX: for a name that doesn't exist it starts modprobe (dev_load in the kernel's dev_ioctl.c).
+        """The index of an interface, None if there is none of this name."""
+        # Not SIOCGIFINDEX: for an unknown name it starts modprobe (dev_load in the kernel's dev_ioctl.c).
         with self._binding:
             try:
                 self._any.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, name.encode())
@@ -166,7 +166,7 @@ class Sockets:
                 ) from error
 
     def delete(self, name: str) -> bool:
-        """Remove an interface; false if there is none of this name."""
+        """Delete an interface; false if there is none of this name."""
         index = self.index(name)
         if index is None:
             return False
@@ -203,7 +203,7 @@ class Sockets:
         return self.dump(ask)
 
     def dump(self, ask: Callable[[IPRoute], T]) -> T:
-        """What `ask` lists, from one moment: again if what is listed changed meanwhile (NLM_F_DUMP_INTR)."""
+        """A consistent listing by `ask`: repeated if the objects change meanwhile (NLM_F_DUMP_INTR)."""
         for _ in range(_DUMP_TRIES):
             with self.take() as route:
                 try:
@@ -220,7 +220,7 @@ class Sockets:
 
 
 def _link(data: bytes, offset: int, end: int) -> Link:
-    """Read an RTM_NEWLINK message: pyroute2's own decoding costs a hundred times as much, with 200 links too much."""
+    """Decode RTM_NEWLINK. pyroute2's decoder costs a hundred times as much, too much for 200 links."""
     index = _IFINFO.unpack_from(data, offset)[2]
     offset += _IFINFO.size
     name, counters = "", dict.fromkeys(_COUNTERS, 0)

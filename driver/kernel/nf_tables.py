@@ -1,9 +1,9 @@
-"""nf_tables over netlink, without libnftables: for namespaces in which a container may have rules of its own.
+"""nf_tables over netlink without libnftables, for namespaces where a container may have own rules.
 
-libnftables decodes every table, set and expression that it meets, and ends its process on some that the kernel accepts. What
-a container has written must not be able to do that to us. So rules are written by messages that we encode ourselves, of
-which the kernel says only whether it took them, and few facts are read: which chains there are, whether they have rules.
-Nothing read is trusted to be well-formed, and no more is read than `MOST` messages.
+libnftables decodes every table, set and expression that it reads, and aborts the process on some
+that the kernel accepts. A container must not be able to do that to us. So we encode rules ourselves,
+the kernel only acknowledges them, and we read little: the chains, and whether they have rules. What
+we read isn't trusted, and is limited to `MOST` messages.
 
 All functions work in the calling thread's network namespace. Constants: linux/netfilter/nf_tables.h.
 """
@@ -34,7 +34,7 @@ from driver.kernel.nlmsg import (
 )
 
 MOST: Final = 4096
-"""Messages of one answer that are read; a container that has more of something is taken to have what was looked for."""
+"""Messages that are read of one answer. A container with more is treated as if it had a match."""
 
 NETDEV: Final = 5
 PREROUTING, INPUT, FORWARD, OUTPUT, POSTROUTING = range(5)
@@ -46,7 +46,7 @@ _NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _DELCHAIN = range(6)
 _NEWRULE, _GETRULE, _DELRULE, _NEWSET, _, _DELSET = range(6, 12)
 _NEWSETELEM, _GETSETELEM, _DELSETELEM = range(12, 15)
 
-# For nft(8) alone, which has no name for a number in this host's byte order but that of a mark.
+# Only for nft(8), whose single type for a number in host byte order is a mark.
 _TYPE_MARK, _TYPE_ADDRESS = 19, 7
 _DATA_VERDICT: Final = 0xFFFFFF00
 _SET_MAP, _SET_DYNAMIC = 8, 0x20
@@ -57,7 +57,7 @@ _EQUAL, _UNEQUAL = 0, 1
 _ELEMENTS_PER_MESSAGE: Final = 1000
 """An attribute holds 64 KiB; an element takes some 40 bytes."""
 _HOST_ORDER: Final = bytes((0, 4)) + struct.pack("=I", 1)
-"""User data of a set (libnftnl): its key is in the byte order of this host. Only for those who list it."""
+"""User data of a set (libnftnl): its key is in host byte order. Only listings use it."""
 
 
 # --- attributes
@@ -109,39 +109,39 @@ def constant(value: bytes) -> bytes:
 
 
 def turn(count: int) -> bytes:
-    """Load 0 to `count` - 1, the next one each time."""
+    """Load 0 to `count` - 1 in turn."""
     return _expression("numgen", _number(1, _REGISTER), _number(2, count), _number(3, 0))
 
 
 def equals(value: bytes) -> bytes:
-    """Go on only if what was loaded is `value`."""
+    """Continue only if the register equals `value`."""
     return _expression("cmp", _number(1, _REGISTER), _number(2, _EQUAL), _value(3, value))
 
 
 def differs(value: bytes) -> bytes:
-    """Go on only if what was loaded isn't `value`."""
+    """Continue only if the register differs from `value`."""
     return _expression("cmp", _number(1, _REGISTER), _number(2, _UNEQUAL), _value(3, value))
 
 
 def among(name: str) -> bytes:
-    """Go on only if what was loaded is in the set."""
+    """Continue only if the register is in the set."""
     return _expression("lookup", _text(1, name), _number(2, _REGISTER))
 
 
 def follow(name: str) -> bytes:
-    """Do what the map of verdicts says of what was loaded."""
+    """Take the verdict that the map has for the register."""
     return _expression(
         "lookup", _text(1, name), _number(2, _REGISTER), _number(3, _VERDICT_REGISTER)
     )
 
 
 def translate(name: str) -> bytes:
-    """Load what the map has for what was loaded."""
+    """Replace the register by its value in the map."""
     return _expression("lookup", _text(1, name), _number(2, _REGISTER), _number(3, _REGISTER))
 
 
 def remember(name: str) -> bytes:
-    """Put what was loaded into the set."""
+    """Add the register to the set."""
     return _expression("dynset", _text(1, name), _number(3, 0), _number(4, _REGISTER))
 
 
@@ -150,7 +150,7 @@ def goto(chain: str) -> bytes:
 
 
 def dnat() -> bytes:
-    """Send the connection to the address that was loaded."""
+    """Translate the connection's destination to the address in the register."""
     return _expression("nat", _number(1, 1), _number(2, IPV4), _number(3, _REGISTER))
 
 
@@ -169,7 +169,7 @@ def unreachable() -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """Where a base chain is called."""
+    """The hook of a base chain: its type, number and priority."""
 
     kind: str
     number: int
@@ -177,7 +177,7 @@ class Hook:
 
 
 class Batch:
-    """Changes of one IPv4 table, made together or not at all."""
+    """Changes of an IPv4 table in one transaction."""
 
     def __init__(self, table: str) -> None:
         self._table = table
@@ -189,11 +189,11 @@ class Batch:
         self._messages.append(message(_SUBSYSTEM | kind, flags, len(self._messages) + 1, body))
 
     def add_table(self) -> None:
-        """Have the table, if it is there or not."""
+        """Make the table unless it exists."""
         self._add(_NEWTABLE, CREATE)
 
     def create_table(self) -> None:
-        """Make the table, which must not be there."""
+        """Make the table; the transaction fails if it exists."""
         self._add(_NEWTABLE, CREATE | EXCLUSIVE)
 
     def delete_table(self) -> None:
@@ -207,15 +207,15 @@ class Batch:
         self._add(_NEWCHAIN, CREATE, *parts)
 
     def delete_chain(self, name: str) -> None:
-        """It has no rules and nothing leads there."""
+        """Delete a chain without rules, to which no rule leads."""
         self._add(_DELCHAIN, 0, _text(3, name))
 
     def flush_chain(self, name: str) -> None:
-        """Delete its rules."""
+        """Delete all rules of a chain."""
         self._add(_DELRULE, 0, _text(2, name))
 
     def add_rule(self, chain: str, *expressions: bytes) -> None:
-        """At the end of the chain."""
+        """Append a rule."""
         self._add(_NEWRULE, CREATE | APPEND, _text(2, chain), nest(4, *expressions))
 
     def _add_set(self, name: str, key: int, flags: int, *parts: bytes) -> None:
@@ -236,7 +236,7 @@ class Batch:
         self._add_set(name, _TYPE_ADDRESS, 0)
 
     def add_dynamic_set(self, name: str, size: int) -> None:
-        """A set of addresses that rules fill."""
+        """A set of addresses that rules add to."""
         self._add_set(name, _TYPE_ADDRESS, _SET_DYNAMIC, nest(9, _number(1, size)))
 
     def add_verdicts(self, name: str) -> None:
@@ -249,7 +249,7 @@ class Batch:
         self._add_set(name, _TYPE_MARK, _SET_MAP, *data, attribute(13, _HOST_ORDER))
 
     def delete_set(self, name: str) -> None:
-        """No rule uses it."""
+        """Delete a set or map that no rule uses."""
         self._add(_DELSET, 0, _text(2, name))
 
     def _elements(self, kind: int, flags: int, name: str, elements: list[bytes]) -> None:
@@ -262,7 +262,7 @@ class Batch:
         self._elements(_NEWSETELEM, CREATE | EXCLUSIVE, name, made)
 
     def delete_addresses(self, name: str, addresses: Iterable[IPv4Address]) -> None:
-        """Each must be there, in a set or a map."""
+        """Delete elements of a set or map; each must exist."""
         made = [nest(1, _value(1, address.packed)) for address in addresses]
         self._elements(_DELSETELEM, 0, name, made)
 
@@ -278,20 +278,20 @@ class Batch:
         self._elements(_NEWSETELEM, CREATE | EXCLUSIVE, name, made)
 
     def delete_turns(self, name: str, numbers: Iterable[int]) -> None:
-        """Each must be there."""
+        """Delete elements of a map; each must exist."""
         made = [nest(1, _value(1, struct.pack("=I", number))) for number in numbers]
         self._elements(_DELSETELEM, 0, name, made)
 
     def commit(self) -> None:
-        """Have the kernel make the changes, all or none.
+        """Make all changes in the kernel, or none.
 
         Raises:
-            KernelError: it refused.
+            KernelError: the kernel refused.
         """
         if not self._messages:
             return
         *others, last = self._messages
-        # The kernel answers in the course of sending, to the last one and to what it refuses.
+        # The kernel answers during the send: it acknowledges the last message, and reports refusals.
         size, kind, flags, sequence, port = HEADER.unpack_from(last)
         last = HEADER.pack(size, kind, flags | ACK, sequence, port) + last[HEADER.size :]
         body = FAMILY.pack(0, 0, 10)
@@ -317,7 +317,7 @@ class Batch:
             )
 
 
-# --- questions
+# --- queries
 
 
 def _listing(kind: int, family: int, *parts: bytes) -> Iterator[tuple[int, bytes]]:
@@ -328,7 +328,7 @@ def has_table(name: str) -> bool:
     """Whether there is such an IPv4 table.
 
     Raises:
-        KernelError: the kernel can't be asked.
+        KernelError: the kernel doesn't answer.
     """
     try:
         return exists(_SUBSYSTEM | _GETTABLE, IPV4, _text(1, name))
@@ -339,7 +339,7 @@ def has_table(name: str) -> bool:
 
 
 def has_address(table: str, name: str, address: IPv4Address) -> bool:
-    """Whether a set of an IPv4 table has this address; not if there is no such set."""
+    """Whether a set of an IPv4 table exists and has this address."""
     element = nest(3, nest(1, _value(1, address.packed)))
     try:
         return exists(_SUBSYSTEM | _GETSETELEM, IPV4, _text(1, table), _text(2, name), element)
@@ -349,7 +349,7 @@ def has_address(table: str, name: str, address: IPv4Address) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A chain. `kind` and `hook` are those of a base chain."""
+    """A chain. Only a base chain has `kind` and `hook`."""
 
     family: int
     table: bytes
@@ -374,22 +374,24 @@ def chains() -> Iterator[Chain]:
     """All chains of all families.
 
     Raises:
-        InterruptedDumpError, OSError, OverflowError, ValueError: see `netfilter.dump`, `netfilter.attributes`.
+        InterruptedDumpError, OSError, OverflowError: as `netfilter.dump`.
+        ValueError: as `nlmsg.attributes`.
     """
     for family, data in _listing(_GETCHAIN, 0):
         yield _chain(family, data)
 
 
 def rules(chain: Chain) -> Iterator[list[tuple[bytes, dict[int, bytes]]]]:
-    """Of each rule of the chain its expressions, by name and attributes.
+    """The expressions of each rule of a chain, as names and attributes.
 
     Raises:
-        InterruptedDumpError, OSError, OverflowError, ValueError: see `netfilter.dump`, `netfilter.attributes`.
+        InterruptedDumpError, OSError, OverflowError: as `netfilter.dump`.
+        ValueError: as `nlmsg.attributes`.
     """
     where = (attribute(1, chain.table + b"\0"), attribute(2, chain.name + b"\0"))
     for _, data in _listing(_GETRULE, chain.family, *where):
         whole = dict(attributes(data))
-        # Kernels that don't know the filter list other chains' rules, too.
+        # Kernels without this filter list the rules of other chains, too.
         if (whole.get(1), whole.get(2)) != (chain.table + b"\0", chain.name + b"\0"):
             continue
         found = []

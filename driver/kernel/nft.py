@@ -1,14 +1,15 @@
-"""nftables through libnftables, each call one atomic transaction; not in containers' namespaces.
+"""nftables through libnftables: each call is one transaction. Never used in containers' namespaces.
 
-libnftables reads what is there before it changes anything, and ends the process on some rulesets that the kernel accepts. So it
-is for namespaces in which only the host's root writes rules; for others there is `nf_tables.py`.
+libnftables reads the ruleset before it changes it, and aborts the process on some rulesets that the
+kernel accepts. So it is only for namespaces where only the host's root writes rules; `nf_tables.py`
+is for others.
 
-The library opens its netlink socket in the calling thread's namespace when its context is made, and keeps it: a
-`Session` stays in the namespace where it was made, whichever thread uses it. Closing that socket makes the kernel wait
-for everything that was removed before (10 ms and more), so whoever changes rules often keeps a session.
+A context opens its netlink socket in the calling thread's namespace and keeps it: a `Session` stays
+in the namespace where it was made, whichever thread uses it. Closing the socket makes the kernel
+wait until earlier removals are complete (10 ms and more), so frequent callers keep a session.
 
-The library counts references to its data types without atomics, also to those that all contexts share: two threads in it at
-the same time, even with a context each, make it abort the process. So one thread at a time is in it, whatever the session.
+The library counts references to shared data types without atomics: two threads in it at the same
+time, even with separate contexts, make it abort the process. So one lock covers all sessions.
 Interface: libnftables(3), libnftables-json(5); syntax: nft(8).
 """
 
@@ -30,11 +31,11 @@ _LIBRARY: Final = "libnftables.so.1"
 _OUTPUT_JSON: Final = 1 << 4
 _OUTPUT_NUMERIC: Final = 0x3F << 5
 _OUTPUT_TERSE: Final = 1 << 11
-"""Without the elements of named sets."""
+"""Omits the elements of named sets."""
 _MOST_DESCRIPTORS: Final = 1024
-"""FD_SETSIZE: the library waits with select(), and aborts the process if its socket has a larger number."""
+"""FD_SETSIZE: the library calls select(), and aborts the process if its descriptor is larger."""
 _one_at_a_time: Final = threading.RLock()
-"""Reentrant: the garbage collector may free a session in a thread that is between two calls."""
+"""Reentrant: the garbage collector may free a session in a thread that holds it."""
 
 
 @functools.cache
@@ -60,7 +61,7 @@ def _library() -> ctypes.CDLL:
 
 
 class Session:
-    """A context of the library, in the calling thread's namespace; usable from any thread."""
+    """A context of the library in the calling thread's namespace. Any thread may use it."""
 
     def __init__(self) -> None:
         self._library = _library()
@@ -88,7 +89,7 @@ class Session:
                 )
             library.nft_ctx_output_set_flags(self._context, flags)
             result = library.nft_run_cmd_from_buffer(self._context, commands.encode())
-            # Reading a buffer also empties it.
+            # Reading a buffer also clears it.
             output = library.nft_ctx_get_output_buffer(self._context) or b""
             error = library.nft_ctx_get_error_buffer(self._context) or b""
         if result != 0:
@@ -106,8 +107,9 @@ class Session:
         self._execute(commands, 0)
 
     def query(self, commands: str, *, elements: bool = False) -> list[dict[str, Any]]:
-        """Run a listing command; the objects of libnftables-json(5) without the metainfo, and without the elements of named
-        sets unless they are asked for.
+        """Run a listing command; returns the objects of libnftables-json(5) without the metainfo.
+
+        `elements`: include the elements of named sets.
 
         Raises:
             KernelError: with nft's own first line.
@@ -121,7 +123,7 @@ class Session:
 
 
 def _check_descriptors() -> None:
-    """Raise KernelError if the next socket would have too large a number."""
+    """Raise KernelError if the next descriptor would be too large."""
     number = os.open("/", os.O_PATH | os.O_CLOEXEC)
     os.close(number)
     if number >= _MOST_DESCRIPTORS - 1:

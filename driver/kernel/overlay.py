@@ -1,4 +1,4 @@
-"""What one plugin process keeps open in the overlay namespace, so that no call has to enter it."""
+"""The sockets that a plugin process keeps open in the overlay namespace, so no call has to enter it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Overlay:
         return arp.hear(self.arp)
 
     def close(self) -> None:
-        """Let the namespace go. Calls that are under way fail, or end in it."""
+        """Close all. Calls in progress fail, or complete in the old namespace."""
         self.links.close()
         self.nft.close()
         self.packets.close()

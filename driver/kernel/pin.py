@@ -1,8 +1,9 @@
-"""The overlay namespace: one network namespace per host that holds our bridges, VXLAN devices and host-side veths.
+"""The overlay namespace: the network namespace of our bridges, VXLAN devices and host-side veths.
 
-It is pinned by a bind mount in the host's /run, so that it outlives the plugin's process. That needs a shared
-mount underneath (mount_namespaces(7)): without one the pin would die with the plugin's own mount namespace, and every
-container's network with it; so it isn't made then. Nothing in it has an address: it is layer 2 only.
+A bind mount in the host's /run pins it, so that it outlives the plugin's process. That needs a
+shared mount underneath (mount_namespaces(7)). Without one the pin would go with the plugin's mount
+namespace, and every container's network with it, so the namespace isn't made then. It is layer 2
+only: nothing in it has an address.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _MNT_DETACH: Final = 2
 
 _OWN_PROC: Final = Path("/proc")
 _SYSCTLS: Final = {
-    # Docker has br_netfilter in the kernel: here nobody wants bridged frames to pass iptables.
+    # Docker loads br_netfilter. Here bridged frames must not pass iptables.
     "bridge/bridge-nf-call-iptables": "0",
     "bridge/bridge-nf-call-ip6tables": "0",
     "bridge/bridge-nf-call-arptables": "0",
@@ -58,10 +59,10 @@ def _mount(source: str, target: Path | str, kind: str | None, flags: int, what: 
 
 @contextlib.contextmanager
 def _writable_proc() -> Iterator[None]:
-    """A /proc that can be written: a plugin's own has /proc/sys read-only. For a thread of its own."""
+    """A writable /proc: that of a plugin has /proc/sys read-only. Only in a thread that then ends."""
     check(libc.unshare(_CLONE_NEWNS), "a private mount namespace")
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE, "a private mount namespace")
-    # Over the old one: no directory of ours is needed, and it goes with the thread.
+    # Mounted over the old one: that needs no directory, and it goes with the thread.
     _mount("proc", _OWN_PROC, "proc", 0, "mounting /proc for sysctls")
     yield
 
@@ -70,14 +71,14 @@ def _wrong_sysctls() -> dict[str, str]:
     net = _OWN_PROC / "sys/net"
     wrong = {}
     for name, value in _SYSCTLS.items():
-        # Absent where br_netfilter isn't loaded or IPv6 is off: then there is nothing to switch off.
+        # Absent without br_netfilter or IPv6: nothing to switch off then.
         with contextlib.suppress(FileNotFoundError):
             if (net / name).read_text().strip() != value:
                 wrong[name] = value
     return wrong
 
 
-def _mend_sysctls() -> None:
+def _write_sysctls() -> None:
     wrong = _wrong_sysctls()
     if wrong:
         with _writable_proc():
@@ -86,13 +87,15 @@ def _mend_sysctls() -> None:
 
 
 def quiet(namespace: int) -> None:
-    """Make the namespace layer 2 only. Again before each new bridge: br_netfilter may have come in the meantime.
+    """Make the namespace layer 2 only.
+
+    Repeat it before each new bridge: br_netfilter may have been loaded in the meantime.
 
     Raises:
         KernelError: a sysctl can't be written.
     """
     try:
-        in_netns(namespace, _mend_sysctls)
+        in_netns(namespace, _write_sysctls)
     except OSError as error:
         raise KernelError(
             f"overlay namespace: writing {error.filename}",
@@ -102,7 +105,7 @@ def quiet(namespace: int) -> None:
 
 
 def make(host_run: Path) -> None:
-    """Make the overlay namespace and pin it; if it is there, nothing.
+    """Make the overlay namespace and pin it, unless it exists.
 
     Raises:
         KernelError: the host's /run is not shared, or the kernel refuses.
@@ -134,7 +137,7 @@ def make(host_run: Path) -> None:
 
 
 def remove(host_run: Path) -> bool:
-    """Unpin: the namespace goes with all links in it, once nobody has it open. False if there was none.
+    """Unpin it: the namespace goes with its links once no process has it open. False: there was none.
 
     Raises:
         KernelError: the pin can't be removed.
@@ -144,7 +147,7 @@ def remove(host_run: Path) -> bool:
     if existed:
         libc.umount2(str(path).encode(), _MNT_DETACH)
     try:
-        # Other mount namespaces have copies of the pin: unlinking unmounts them all (unlink(2)).
+        # Other mount namespaces have copies of the pin; unlinking unmounts all (unlink(2)).
         path.unlink(missing_ok=True)
     except OSError as error:
         raise KernelError(
@@ -159,7 +162,7 @@ def remove(host_run: Path) -> bool:
 
 
 def identity(host_run: Path) -> tuple[int, int] | None:
-    """What tells this overlay namespace from a later one under the same path; None if there is none."""
+    """Identifies the overlay namespace among all that had this path; None if there is none."""
     path = host_run / OVERLAY_PIN
     if not is_namespace(path):
         return None

@@ -1,11 +1,12 @@
-"""The folder that every container may mount: /run/freeflow, read-only even for a container's root.
+"""The folder that containers mount: /run/freeflow, read-only even for a container's root.
 
-What is in it is loaded into programs of all containers that have the mount, so none of them may change it. It is a
-read-only mount of `freeflow-admin/public`, which only the host's root reaches; whoever binds it gets it read-only too.
-Unix sockets in it can be connected to all the same. The mounted folder is never replaced: containers that run have it.
+Programs in all containers with the mount load the library in it, so no container may change it. The
+folder is a read-only mount of `freeflow-admin/public`, which only the host's root reaches, and a
+bind mount of it is read-only too. Unix sockets in it still accept connections. We never replace the
+mounted folder: running containers have it.
 
-A folder that stands there and isn't our mount was made by Docker, for a container that was started with `-v` before the
-plugin was: such containers can write into it. It is taken away whole; what they have of it shows nothing any more.
+If a folder there is not our mount, Docker made it for a container that was started with `-v` before
+the plugin. Such containers can write to it. We move that folder away and empty it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ VISIBLE: Final = Path("freeflow")
 """Below the host's /run, as is the next."""
 WRITABLE: Final = Path("freeflow-admin/public")
 
-_AWAY: Final = "taken-away-"
+_MOVED: Final = "taken-away-"
 
 _MS_RDONLY: Final = 1
 _MS_NOSUID: Final = 2
@@ -47,13 +48,13 @@ def options_at(path: Path, mountinfo: Path = Path("/proc/thread-self/mountinfo")
     for line in mountinfo.read_text(errors="replace").splitlines():
         fields = line.split()
         if fields[4].replace("\\040", " ") == str(path):
-            # The last one covers those before.
+            # A later mount covers earlier ones.
             found = set(fields[5].split(","))
     return found
 
 
 def make(host_run: Path) -> Path:
-    """Make the folder if it isn't there; returns where it can be written.
+    """Make the folder unless it exists; returns the writable path of its content.
 
     Raises:
         KernelError: it can't be made.
@@ -69,10 +70,10 @@ def make(host_run: Path) -> Path:
             return writable
         while options_at(visible):
             check(libc.umount2(str(visible).encode(), _MNT_DETACH), f"unmounting {visible}")
-        _take_away(visible, writable.parent)
+        _move_away(visible, writable.parent)
         visible.mkdir()
         visible.chmod(0o755)
-        # Read-only elsewhere first: what is made so afterwards is so in this mount namespace alone, not on the host.
+        # Made read-only at another path first: a later remount would not propagate to the host.
         with tempfile.TemporaryDirectory(prefix="freeflow-") as text:
             private = Path(text)
             _mount(writable, private, 0)
@@ -90,17 +91,17 @@ def make(host_run: Path) -> Path:
     return writable
 
 
-def _take_away(folder: Path, admin: Path) -> None:
-    """Remove a folder with whatever somebody has put into it, who may go on doing so."""
+def _move_away(folder: Path, admin: Path) -> None:
+    """Remove a folder to which a container may write at the same time."""
     with contextlib.suppress(OSError):
         folder.rmdir()
         return
-    # In one step out of everybody's way: emptying it may take long, and be raced.
-    away = Path(tempfile.mkdtemp(prefix=_AWAY, dir=admin))
+    # Renamed first, in one step: emptying it may take long, with a container writing meanwhile.
+    away = Path(tempfile.mkdtemp(prefix=_MOVED, dir=admin))
     folder.rename(away / folder.name)
-    # Not by Python: there may be more levels than it can go down.
+    # Not in Python: the folder may be nested too deeply for it.
     subprocess.Popen(
-        ["rm", "-rf", "--one-file-system", *map(str, admin.glob(f"{_AWAY}*"))],
+        ["rm", "-rf", "--one-file-system", *map(str, admin.glob(f"{_MOVED}*"))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -109,11 +110,11 @@ def _take_away(folder: Path, admin: Path) -> None:
 
 
 def remove(host_run: Path) -> bool:
-    """Remove the folder from where containers find it; those that have it keep it. False if there was none."""
+    """Remove the mount; containers that have it keep it. False: there was none."""
     visible = host_run.resolve() / VISIBLE
     while options_at(visible) and libc.umount2(str(visible).encode(), _MNT_DETACH) == 0:
         pass
-    # Other mount namespaces have copies: removing the directory unmounts them all (unlink(2)).
+    # Other mount namespaces have copies; removing the folder unmounts all (unlink(2)).
     with contextlib.suppress(OSError):
         visible.rmdir()
         return True

@@ -1,9 +1,9 @@
-"""Programs on devices, at the hook where packets come in.
+"""eBPF programs on devices, at tc ingress.
 
-They are tcx links (Linux 6.6), pinned: a restarted plugin puts another program in their place without a moment between.
-Where there is no tcx, they are filters of a clsact qdisc, replaced in place too, and told from others' by their name. On a
-device that isn't ours alone ours comes last: what others attach sees every packet first, and what they keep or redirect
-never reaches ours; whatever isn't the overlay's goes on to those behind.
+They are pinned tcx links (Linux 6.6), whose program a restarted plugin replaces atomically. Without
+tcx they are filters of a clsact qdisc, replaced in place too, and identified by their name. On a
+device that isn't ours our program comes last: programs of others see every packet first, and packets
+that they consume or redirect never reach ours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _INGRESS: Final = 0xFFFFFFF2
 _EGRESS: Final = 0xFFFFFFF3
 _ETH_P_ALL: Final = 0x0003
 _PRIORITY: Final = 49999
-"""Behind all that others attach: tc(8) counts down from 49152 by itself."""
+"""After the filters of others: tc(8) assigns priorities from 49152 downwards."""
 _HANDLE: Final = 1
 _NO_TCX: Final = (errno.EINVAL, errno.EOPNOTSUPP)
 _INFO: Final = (_PRIORITY << 16) | (_ETH_P_ALL << 8)
@@ -37,7 +37,8 @@ _INFO: Final = (_PRIORITY << 16) | (_ETH_P_ALL << 8)
 class Hooks:
     """Our programs on the devices of one namespace.
 
-    `kind` names the namespace in pins: indexes of two namespaces are the same numbers. `tcx`: false to do without it.
+    `kind` names the namespace in pins, since two namespaces use the same indexes. `tcx`: false to do
+    without it.
     """
 
     def __init__(
@@ -47,11 +48,11 @@ class Hooks:
         self._sockets = sockets
         self._links = admin / "bpf" / f"links-{kind}"
         self._filters = admin / f"filters-{kind}"
-        """What a BPF file system can't hold: devices with a filter of ours, and whether their qdisc is ours too."""
+        """Devices with a filter of ours, and whether the qdisc is ours: a BPF file system can't hold that."""
         self._tcx = tcx
 
     def devices(self) -> set[int]:
-        """Indexes of the devices that have one, or had when they went."""
+        """Indexes of the devices with our program, or with one until they were deleted."""
         found: set[int] = set()
         for folder in (self._links, self._filters):
             if folder.is_dir():
@@ -59,16 +60,16 @@ class Hooks:
         return found
 
     def attach(self, index: int, program: int) -> None:
-        """Put a program on a device, in the place of an earlier one of ours.
+        """Attach a program to a device, in place of an earlier one of ours.
 
         Raises:
-            KernelError, KernelRefused: it can't be.
+            KernelError, KernelRefused: it can't be attached.
         """
         if self._update(index, program):
             return
         try:
             if not self._tcx:
-                raise OSError(errno.EOPNOTSUPP, "not to be used")
+                raise OSError(errno.EOPNOTSUPP, "tcx is turned off")
             link = in_netns(self._namespace, lambda: link_device(program, index))
         except OSError as error:
             if error.errno not in _NO_TCX:
@@ -94,7 +95,7 @@ class Hooks:
         try:
             update_link(link, program)
         except OSError:
-            # Its device has gone, or somebody has detached it.
+            # Its device is gone, or another process has detached it.
             pinned_at.unlink()
             return False
         finally:
@@ -125,7 +126,7 @@ class Hooks:
                 raise translate(error, f"attaching a program to device {index}") from error
 
     def detach(self, index: int) -> None:
-        """Take ours off a device, and the qdisc if we made it and nobody else uses it; absence is fine."""
+        """Detach our program, if there is one, and delete our qdisc if nobody else uses it."""
         self._detach_link(self._links / str(index))
         note = self._filters / str(index)
         if not note.exists():
@@ -151,7 +152,7 @@ class Hooks:
             pinned_at.unlink()
 
     def detach_all(self) -> list[int]:
-        """Take ours off all devices; their indexes."""
+        """Detach our programs from all devices; returns their indexes."""
         found = sorted(self.devices())
         for index in found:
             self.detach(index)

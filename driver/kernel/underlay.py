@@ -1,4 +1,4 @@
-"""The underlay: which device and address carry the overlay, and how large a packet may be on it."""
+"""The underlay: the device and address that carry the overlay, and the device's MTU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SCOPE_GLOBAL: Final = 0
 
 @dataclass(frozen=True, slots=True)
 class Underlay:
-    """The device that carries the overlay; `address` is None when nothing says which one of it to use."""
+    """The device that carries the overlay; `address` None: the routes decide."""
 
     device: str
     mtu: int
@@ -37,7 +37,7 @@ class Underlay:
 
 
 def find(host: Sockets, choice: str, hint: IPAddress | None) -> Underlay:
-    """The underlay by the setting UNDERLAY (interface or address), else by Docker's hint, else the default route's.
+    """The underlay by the setting UNDERLAY (interface or address), by Docker's hint, or by the default route.
 
     Raises:
         SettingError: UNDERLAY names no interface or address of this host.
@@ -50,11 +50,11 @@ def find(host: Sockets, choice: str, hint: IPAddress | None) -> Underlay:
             found = _by_address(route, hint) if hint is not None else None
             return found or _by_route(route) or _any(route)
         except NetlinkError as error:
-            raise translate(error, "looking for the underlay") from error
+            raise translate(error, "finding the underlay") from error
 
 
 def networks(host: Sockets, device: str) -> frozenset[IPNetwork]:
-    """The networks that an interface is in by its addresses; none if it has gone."""
+    """The networks of an interface's addresses; none if the interface is gone."""
     with host.take() as route:
         try:
             index = route.link("get", ifname=device)[0]["index"]
@@ -125,13 +125,13 @@ def _by_route(route: IPRoute) -> Underlay | None:
             continue
         device, mtu = _link(route, index=answer.get_attr("RTA_OIF"))
         source = answer.get_attr("RTA_PREFSRC")
-        # With IPv4 the routes say which address is best towards which peer.
+        # With IPv4 the routes give the best source address for each peer.
         return Underlay(device, mtu, ip_address(source) if family == AF_INET6 else None)
     return None
 
 
 def _any(route: IPRoute) -> Underlay:
-    """A host without a route has no peers: the largest device that is up."""
+    """The device with the largest MTU that is up: a host without a route has no peers."""
     links = [
         (int(link.get_attr("IFLA_MTU")), str(link.get_attr("IFLA_IFNAME")))
         for link in route.get_links()

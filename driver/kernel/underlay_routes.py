@@ -1,7 +1,7 @@
-"""How peers are reached over the underlay: by which device, from which address, in packets of which size.
+"""Routes to peers over the underlay: device, source address, next hop and MTU.
 
-It is what the kernel's own VXLAN would do for a packet to them. Headers of our making go only where that is plain: over
-an Ethernet device, since the frame is made for one, and from an IPv4 address.
+They are those that the kernel's VXLAN device would use. The fast path encapsulates only for simple
+ones: over an Ethernet device, since it makes an Ethernet header, and from an IPv4 address.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _GROUPS: Final = 0x1 | 0x10 | 0x40
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """`found` by peer; `refused`: why others have none."""
+    """`found`: the routes by peer; `refused`: why the fast path can't use those of other peers."""
 
     found: dict[IPv4Address, PeerRoute] = field(default_factory=dict)
     refused: dict[IPAddress, str] = field(default_factory=dict)
 
 
 def find(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) -> Routes:
-    """The ways to these peers; `local` is the address that the overlay sends from, if that is said."""
+    """The routes to these peers; `local` is the overlay's source address, if it is set."""
     found: dict[IPv4Address, PeerRoute] = {}
     refused: dict[IPAddress, str] = {}
     devices: dict[int, Device] = {}
     with host.raw() as netlink:
         for peer in peers:
             if not isinstance(peer, IPv4Address):
-                refused[peer] = "its address is IPv6: the outer checksum would have to be made too"
+                refused[peer] = "its address is IPv6, which needs an outer checksum"
                 continue
             try:
                 found[peer] = _way(netlink, peer, local, devices)
@@ -54,7 +54,7 @@ def find(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) -> 
 
 
 def devices(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) -> set[str]:
-    """The names of the devices by which these peers are reached; one without a route is left out."""
+    """The names of the devices that lead to these peers, as far as they have a route."""
     found: set[int] = set()
     reached: set[str] = set()
     with host.raw() as netlink:
@@ -63,7 +63,7 @@ def devices(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) 
             with contextlib.suppress(OSError):
                 found.add(netlink.route(peer, source).index)
         for index in found - {0}:
-            # It may have gone.
+            # The device may be gone.
             with contextlib.suppress(OSError):
                 reached.add(netlink.link(index).name)
     return reached - {"lo"}
@@ -82,23 +82,23 @@ def _way(
         try:
             devices[route.index] = netlink.link(route.index)
         except OSError as error:
-            raise ValueError(f"its device has gone: {error.strerror}") from error
+            raise ValueError(f"its device is gone: {error.strerror}") from error
     device = devices[route.index]
     if device.kind != _ETHER:
         raise ValueError("the device is not Ethernet")
     own = local or route.source
     if not isinstance(own, IPv4Address):
         raise ValueError("this host's address is IPv6")
-    # A router with an IPv6 address only: the kernel finds it for each packet.
+    # A next hop with an IPv6 address only: the kernel resolves it for each packet.
     through = IPv4Address(0) if route.via else route.gateway or peer
     if not isinstance(through, IPv4Address):
-        raise ValueError("its router's address is IPv6")
+        raise ValueError("its next hop's address is IPv6")
     mtu = min(device.mtu, route.mtu) if route.mtu else device.mtu
     return PeerRoute(route.index, own, mtu, through)
 
 
 class Changes:
-    """Whether links, addresses or routes of a namespace have changed since the last question."""
+    """True if links, addresses or routes of a namespace have changed since the last query."""
 
     def __init__(self, namespace: int) -> None:
         def open_socket() -> socket.socket:
@@ -117,7 +117,7 @@ class Changes:
             except BlockingIOError:
                 return changed
             except OSError as error:
-                # More has changed than the socket holds.
+                # More changes than the socket's buffer can hold.
                 if error.errno != errno.ENOBUFS:
                     raise
             changed = True

@@ -17,7 +17,7 @@ from pyroute2 import IPRoute
 
 from driver import names
 from driver.errors import EngineError, FreeFlowError, KernelError
-from driver.kernel import guard, nft
+from driver.kernel import guard_rules, nft
 from driver.kernel.checksum import internet_checksum
 from driver.kernel.namespace import OVERLAY_PIN, in_netns, is_namespace, is_shared, isolated
 from plugin.cli.client import Client, Engine, host_run
@@ -209,7 +209,7 @@ def check_firewall(ports: set[int]) -> list[Finding]:
     except KernelError:
         return []
     # The plugin's own table admits peers to the port; it doesn't open the host's firewall.
-    objects = [item for item in objects if not guard.own(item)]
+    objects = [item for item in objects if not guard_rules.own(item)]
     text = str(objects)
     for item in objects:
         chain = item.get("chain", {})

@@ -14,7 +14,7 @@ _THREADS: Final = """
 import threading
 from ipaddress import ip_address
 from driver.kernel import nft
-from driver.kernel.guard import TABLE, Wanted
+from driver.kernel.guard_rules import TABLE, Wanted
 from driver.kernel.namespace import in_netns
 from testbed.kernel_hosts import new_namespace
 

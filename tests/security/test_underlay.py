@@ -22,7 +22,7 @@ from ipaddress import IPv4Address
 import pytest
 
 from driver import names
-from driver.kernel import guard
+from driver.kernel import guard_rules
 from driver.kernel.namespace import in_netns
 from driver.model import Network
 from testbed.kernel_hosts import (
@@ -257,7 +257,7 @@ def test_what_an_outsider_taught_is_forgotten(scene: Scene) -> None:
     first.refresh()
     assert _learned(first, scene) <= {second.address}
     assert scene.near.echoes(scene.far.ipv4)
-    assert guard.NAME in first.run("nft", "list", "tables")
+    assert guard_rules.NAME in first.run("nft", "list", "tables")
 
 
 def test_a_place_that_the_card_has_heard_stays() -> None:
@@ -271,7 +271,7 @@ def test_a_place_that_the_card_has_heard_stays() -> None:
         scene.mesh()
         assert near.echoes(far.ipv4)
         host = made.hosts[0]
-        host.run("nft", "delete", "table", "inet", guard.NAME)
+        host.run("nft", "delete", "table", "inet", guard_rules.NAME)
         with alien(host) as namespace, in_netns(namespace, _socket) as taking:
             until = time.monotonic() + 3
             while time.monotonic() < until:
@@ -298,10 +298,10 @@ def test_rules_that_somebody_changes_come_back(change: str) -> None:
         host.run(
             "nft",
             {
-                "chain": f"flush chain inet {guard.NAME} strangers",
-                "rule": f"insert rule inet {guard.NAME} strangers accept",
-                "element": f"add element inet {guard.NAME} peers4 {{ 4799 . 10.1.0.3 }}",
-                "table": f"delete table inet {guard.NAME}",
+                "chain": f"flush chain inet {guard_rules.NAME} strangers",
+                "rule": f"insert rule inet {guard_rules.NAME} strangers accept",
+                "element": f"add element inet {guard_rules.NAME} peers4 {{ 4799 . 10.1.0.3 }}",
+                "table": f"delete table inet {guard_rules.NAME}",
             }[change],
         )
         assert _rules(host) != before
@@ -368,7 +368,7 @@ def test_nothing_is_cut_off_while_peers_are_unknown() -> None:
         made.hosts[1].set_peers(network, made.hosts[0])
         made.hosts[0].refresh()
         said = made.hosts[0].do(made.hosts[0].kernel.guarded)
-        assert (said.ports, "isn't known yet" in said.reason) == ((), True)
+        assert (said.ports, "aren't known yet" in said.reason) == ((), True)
         assert far.echoes(near.ipv4)
 
 
@@ -473,12 +473,12 @@ def test_cleanup_takes_the_rules_away() -> None:
         made.hosts[1].container(network, 3)
         made.mesh(network)
         made.hosts[1].do(made.hosts[1].kernel.cleanup)
-        assert guard.NAME not in made.hosts[1].run("nft", "list", "ruleset")
+        assert guard_rules.NAME not in made.hosts[1].run("nft", "list", "ruleset")
         host = made.hosts[0]
         host.remove(near)
         host.do(lambda: host.kernel.remove_network(network.id))
         host.refresh()
-        assert guard.NAME not in host.run("nft", "list", "ruleset")
+        assert guard_rules.NAME not in host.run("nft", "list", "ruleset")
 
 
 def _reaches(to: str, port: int) -> bool:
@@ -490,7 +490,7 @@ def _reaches(to: str, port: int) -> bool:
 
 
 def _rules(host: Host) -> str:
-    return host.run("nft", "-s", "list", "table", "inet", guard.NAME, check=False)
+    return host.run("nft", "-s", "list", "table", "inet", guard_rules.NAME, check=False)
 
 
 def _learned(host: Host, scene: Scene) -> set[IPv4Address]:

@@ -10,7 +10,7 @@ import pytest
 
 from driver.dns_tasks import ASKERS, SILENCES, VOTERS, DnsTasks
 from driver.model import Network, NetworkView, Service, Task
-from driver.ports import Told
+from driver.ports import TaskAnswers
 from driver.vip_table import NetworkState, next_state
 
 VIP = IPv4Address("10.0.4.2")
@@ -61,16 +61,16 @@ class World:
         services: Sequence[Service],
         *,
         patient: bool = False,
-    ) -> Told:
+    ) -> TaskAnswers:
         names = [each.name for each in services]
         self.asked.append((sandbox.name, names))
         if sandbox.name in self.mute:
-            return Told({})
+            return TaskAnswers({})
         said = self.truth | self.lies.get(sandbox.name, {})
         gone = self.silent | self.lost
         known = {name: said[name] for name in names if name in said and name not in gone}
         silent = frozenset(name for name in names if name in self.silent)
-        return Told(known, silent, sandbox.name in self.slow)
+        return TaskAnswers(known, silent, sandbox.name in self.slow)
 
     def look(self, after: float = 1.0) -> tuple[IPv4Address, ...]:
         """Where web's VIP leads after a look."""

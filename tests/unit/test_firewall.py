@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from driver.kernel import guard
+from driver.kernel import guard_rules
 from driver.kernel.firewall import Packets, obstacle
 
 PACKETS = Packets(
@@ -152,7 +152,7 @@ def test_own_rules_are_no_obstacle() -> None:
     own[1]["rule"]["family"] = "inet"
     assert obstacle(own, PACKETS)
     for item in own:
-        next(iter(item.values()))["table"] = guard.NAME
+        next(iter(item.values()))["table"] = guard_rules.NAME
     assert not obstacle(own, PACKETS)
     for item in own:
         next(iter(item.values()))["family"] = "ip"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from driver import dns
 from driver.model import Service, Task
-from driver.ports import Told
+from driver.ports import TaskAnswers
 from driver.resolver import SMALL, WINDOW, EmbeddedDns, answer_size, ask, fits
 from testbed.patience import within
 from tests.unit.dns_server import DnsServer, answer
@@ -192,14 +192,14 @@ def test_active_tasks(server: DnsServer, resolver: EmbeddedDns) -> None:
 def test_service_without_tasks(server: DnsServer, resolver: EmbeddedDns) -> None:
     """A service whose own name leads to its VIP, but whose tasks' name leads nowhere, has no active task."""
     names(server, web=[VIP])
-    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == Told({"web": frozenset()})
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == TaskAnswers({"web": frozenset()})
 
 
 @inside
 def test_service_that_dns_does_not_know(server: DnsServer, resolver: EmbeddedDns) -> None:
     """A service that this container's DNS doesn't know is absent: nothing is concluded."""
     names(server, other=[VIP])
-    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == Told({})
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == TaskAnswers({})
 
 
 @inside
@@ -209,7 +209,7 @@ def test_names_known_outside_only(
 ) -> None:
     """What servers of the outside answer under a service's name isn't taken for its tasks."""
     names(server, tasks_web=[OUTSIDE], web=own)
-    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == Told({})
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == TaskAnswers({})
 
 
 @inside
@@ -218,7 +218,9 @@ def test_lost_and_cut_answers(server: DnsServer, resolver: EmbeddedDns) -> None:
     names(server, tasks_cut=[at(7)])
     server.truncated = {"tasks.cut.backend"}
     server.silent = {"tasks.lost.backend", "lost.backend"}
-    assert resolver.tasks(OWN, "backend", [service("cut", 7), service("lost", 8)]) == Told({})
+    assert resolver.tasks(OWN, "backend", [service("cut", 7), service("lost", 8)]) == TaskAnswers(
+        {}
+    )
 
 
 @inside
@@ -249,7 +251,7 @@ def test_large_answers_are_not_asked_for(server: DnsServer, resolver: EmbeddedDn
     large = Service("web", VIP, tasks)
     names(server, web=[VIP], tasks_web=[at(1)])
     assert not fits(large, "backend")
-    assert resolver.tasks(OWN, "backend", [large]) == Told({})
+    assert resolver.tasks(OWN, "backend", [large]) == TaskAnswers({})
     assert server.asked == []
 
 
@@ -282,7 +284,7 @@ def test_refusal_is_an_answer(server: DnsServer, resolver: EmbeddedDns) -> None:
     """Docker's DNS says "server failure" of what it doesn't know itself when it can't ask outside: it has no tasks for that."""
     names(server, web=[VIP])
     server.refusal = 2
-    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == Told({"web": frozenset()})
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == TaskAnswers({"web": frozenset()})
 
 
 @inside
@@ -314,10 +316,10 @@ def test_dripping_answers(server: DnsServer, resolver: EmbeddedDns) -> None:
 @inside
 def test_namespace_that_is_gone(resolver: EmbeddedDns, tmp_path: Path) -> None:
     """A container that has ended, or whose namespace isn't mounted yet, knows nothing."""
-    assert resolver.tasks(tmp_path / "none", "backend", [service("web", 7)]) == Told({})
+    assert resolver.tasks(tmp_path / "none", "backend", [service("web", 7)]) == TaskAnswers({})
     empty = tmp_path / "empty"
     empty.touch()
-    assert resolver.tasks(empty, "backend", [service("web", 7)]) == Told({})
+    assert resolver.tasks(empty, "backend", [service("web", 7)]) == TaskAnswers({})
 
 
 @inside
@@ -325,11 +327,13 @@ def test_late_answers_are_not_mixed_up(server: DnsServer, resolver: EmbeddedDns)
     """An answer that comes too late isn't taken for the answer to a later question."""
     names(server, tasks_web=[at(7)])
     server.delay = 0.3
-    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == Told({})
+    assert resolver.tasks(OWN, "backend", [service("web", 7)]) == TaskAnswers({})
     time.sleep(1.0)
     server.delay = 0.0
     names(server, tasks_web=[at(8)])
-    assert resolver.tasks(OWN, "backend", [service("web", 8)]) == Told({"web": frozenset({at(8)})})
+    assert resolver.tasks(OWN, "backend", [service("web", 8)]) == TaskAnswers(
+        {"web": frozenset({at(8)})}
+    )
 
 
 def _sockets() -> set[str]:

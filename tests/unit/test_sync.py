@@ -25,7 +25,7 @@ from driver.model import (
     Task,
     VipTable,
 )
-from driver.ports import Told
+from driver.ports import TaskAnswers
 from driver.refresh_budget import INTERVAL
 from driver.schedule import WRITE_BURST, WRITE_GAP
 from driver.sync import Syncer
@@ -103,12 +103,12 @@ class FakeDns:
         services: Sequence[Service],
         *,
         patient: bool = False,
-    ) -> Told:
+    ) -> TaskAnswers:
         self.asked.append((sandbox, [item.name for item in services]))
         if self.knows is not None and sandbox not in self.knows:
-            return Told({})
+            return TaskAnswers({})
         names = {item.name for item in services}
-        return Told({name: found for name, found in self.active.items() if name in names})
+        return TaskAnswers({name: found for name, found in self.active.items() if name in names})
 
 
 class FakeBalancer:
@@ -605,7 +605,7 @@ def test_running_loop_survives_bugs(running: Host) -> None:
     soon(lambda: running.balancer.tables.get(sandbox) == BOTH)
     broken, tasks = threading.Event(), running.dns.tasks
 
-    def fail(*arguments: object, patient: bool = False) -> Told:
+    def fail(*arguments: object, patient: bool = False) -> TaskAnswers:
         broken.set()
         raise ZeroDivisionError
 
