@@ -218,8 +218,8 @@ uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t sid
         return reason;
 }
 
-/* Reclaim pages that reading may have made (budget.h). The slot isn't another connection's yet, and nobody
- * reads this one's bytes. */
+/* Reclaim pages that reading may have made (budget.h). The slot isn't another connection's yet, and
+ * nobody reads this one's bytes. */
 static void reclaim_read(struct end *end)
 {
         uint32_t arena = atomic_load(&end->arena) % ARENAS;
@@ -264,8 +264,8 @@ void arena_release(struct end *end)
         router_release(id, token, slot, incarnation);
 }
 
-/* A child shares the arenas, but needs bells of its own: a byte in a shared bell would wake whichever of the
- * two processes reads it first. */
+/* A child shares the arenas, but needs bells of its own: a byte in a shared bell would wake
+ * whichever of the two processes reads it first. */
 void arena_forked(void)
 {
         uint32_t high = atomic_load(&family->next_arena);

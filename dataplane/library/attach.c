@@ -30,7 +30,8 @@ static uint64_t moved(struct end *end)
                atomic_load_explicit(&end->tx.position, memory_order_relaxed);
 }
 
-/* The rule: enough operations, of some age, with enough bytes; or bulk. Short connections never get here. */
+/* The rule: enough operations, of some age, with enough bytes; or bulk. Short connections never get
+ * here. */
 static bool is_worth_it(struct end *end, uint64_t bytes)
 {
         uint32_t operations = atomic_load_explicit(&end->operations, memory_order_relaxed);
@@ -47,8 +48,8 @@ static bool is_worth_it(struct end *end, uint64_t bytes)
 
 /* --- is a ring the same as this socket? --- */
 
-/* Options that rings can't carry, as far as the kernel says which are set, and what it says when they aren't.
- * See calls_socket.c. */
+/* Options that rings can't carry, as far as the kernel says which are set, and what it says when
+ * they aren't. See calls_socket.c. */
 static bool is_fit(int fd)
 {
         static const struct {
@@ -75,13 +76,14 @@ static bool is_fit(int fd)
         size = sizeof protocol;
         if (sys_5(SYS_getsockopt, fd, IPPROTO_TCP, TCP_ULP_OF, protocol, &size) == 0 && size)
                 return false;
-        /* The number of a filter's instructions. An error means that it has some that aren't shown. */
+        /* The number of a filter's instructions. An error means that it has some that aren't shown.
+         */
         size = 0;
         return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_GET_FILTER, 0, &size) == 0 && !size;
 }
 
-/* Read the socket's mode and time-outs: it may have been made, or inherited, without us. False: rings can't
- * carry it. */
+/* Read the socket's mode and time-outs: it may have been made, or inherited, without us. False:
+ * rings can't carry it. */
 static bool refresh(int fd, struct end *end)
 {
         struct timeval time[2] = {{0}, {0}};
@@ -106,7 +108,8 @@ static bool refresh(int fd, struct end *end)
 
 uint32_t attach_timeout(const struct timeval *time)
 {
-        /* The kernel takes such times for none at all, or nearly: it has fewer clock ticks than there are ms.
+        /* The kernel takes such times for none at all, or nearly: it has fewer clock ticks than
+         * there are ms.
          */
         if (time->tv_sec < 0 || time->tv_sec > UINT32_MAX / 1000)
                 return time->tv_sec < 0 ? 1 : 0;
@@ -136,7 +139,8 @@ static enum verdict compare(int fd, struct end *end)
         sys_3(SYS_ioctl, fd, SIOCINQ, &unread);
         size = sizeof after;
         sys_5(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, &after, &size);
-        /* Established: in other states the queues count the FIN too, and there is nothing to gain. */
+        /* Established: in other states the queues count the FIN too, and there is nothing to gain.
+         */
         if (after.tcpi_state != 1 || before.tcpi_bytes_acked != after.tcpi_bytes_acked ||
             before.tcpi_bytes_received != after.tcpi_bytes_received)
                 return UNSURE;
@@ -183,7 +187,8 @@ static void attach(int fd, struct end *end, uint64_t key)
 
 static void request(int fd, struct end *end, uint64_t bytes, uint32_t operations)
 {
-        /* A process that makes itself a daemon leaves a parent behind that has ended without a word. */
+        /* A process that makes itself a daemon leaves a parent behind that has ended without a
+         * word. */
         if (end_held_elsewhere(end) && operations % 64 == 0)
                 end_forget_dead(end);
         if (!settings.welcomed)

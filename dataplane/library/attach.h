@@ -1,10 +1,10 @@
 /* The way of a connection to a slot: counted, requested, granted, compared.
  *
- * Every connection starts on TCP, and both directions count what goes over it. An end requests an upgrade
- * from the router once the rule is met (settings.h). When it has a slot, its counters are compared with the
- * kernel's: a difference means that bytes have bypassed the library (io_uring, raw system calls, the C
- * library's streams), and the connection stays on TCP. Otherwise the end is attached, and each direction
- * moves as upgrade.h says.
+ * Every connection starts on TCP, and both directions count what goes over it. An end requests an
+ * upgrade from the router once the rule is met (settings.h). When it has a slot, its counters are
+ * compared with the kernel's: a difference means that bytes have bypassed the library (io_uring,
+ * raw system calls, the C library's streams), and the connection stays on TCP. Otherwise the end is
+ * attached, and each direction moves as upgrade.h says.
  */
 #ifndef FREEFLOW_ATTACH_H
 #define FREEFLOW_ATTACH_H
@@ -13,11 +13,11 @@
 
 struct timeval;
 
-/* Once per call on a connection that isn't attached yet: count, request, take the answer. Returns false if
- * the connection isn't tracked any more. */
+/* Once per call on a connection that isn't attached yet: count, request, take the answer. Returns
+ * false if the connection isn't tracked any more. */
 bool attach_step(int fd, struct end *end, uint64_t key, uint64_t bytes);
-/* An end that isn't attached stays on TCP: another program got its descriptor. Each process of the family
- * untracks it at its next call. */
+/* An end that isn't attached stays on TCP: another program got its descriptor. Each process of the
+ * family untracks it at its next call. */
 void attach_refuse(struct end *end, uint64_t key, uint32_t reason);
 /* A socket option's time in ms; 0: none. */
 uint32_t attach_timeout(const struct timeval *time);

@@ -88,7 +88,8 @@ static bool takes_descriptors(int fd)
         return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_PASSRIGHTS, &takes, &size) < 0 || takes;
 }
 
-/* Is it certain that the last close() of this receiving end doesn't wait? A shared one isn't changed. */
+/* Is it certain that the last close() of this receiving end doesn't wait? A shared one isn't
+ * changed. */
 static bool is_safe_to_close(int fd, bool shared)
 {
         long got = RINGS;
@@ -315,11 +316,13 @@ bool bell_drain(uint32_t arena, int bell)
         }
         if (got != POISONED && got != 0 && got < RINGS)
                 return true;
-        /* More than an honest peer sends, or a descriptor: the bell isn't used any more. The same at its end,
-         * when nobody has the sending end and nobody will ring. Threads that wait for this arena poll. */
+        /* More than an honest peer sends, or a descriptor: the bell isn't used any more. The same
+         * at its end, when nobody has the sending end and nobody will ring. Threads that wait for
+         * this arena poll. */
         atomic_store(&mapping->unreachable, true);
         if (!got && atomic_load(&mapping->remote)) {
-                /* If the relay had the sending end, the relay is gone; otherwise only the router is. */
+                /* If the relay had the sending end, the relay is gone; otherwise only the router
+                 * is. */
                 if (bell_is_known(arena, 0, bell))
                         break_connections(mapping);
                 else
@@ -352,8 +355,8 @@ void bell_ringer_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
         lock_release(&family->arenas_lock, taken);
 }
 
-/* A peer that names bells which don't exist makes us send to the router in vain: so often at most, and we
- * never wait for it. */
+/* A peer that names bells which don't exist makes us send to the router in vain: so often at most,
+ * and we never wait for it. */
 static bool may_fetch(struct mapping *mapping)
 {
         uint32_t time = ticks();
@@ -439,8 +442,8 @@ void ring_bells(struct waiters *waiters, const struct end *end)
                         fd = peer_bell(arena, side, bell);
                         if (fd < 0 || ring_once(fd))
                                 continue;
-                        /* The other side has released the arena and got it again, with new bells under the
-                         * old numbers. */
+                        /* The other side has released the arena and got it again, with new bells
+                         * under the old numbers. */
                         forget_peer_bell(arena, side, bell, fd);
                         if (atomic_load(&mapping_of(arena)->remote))
                                 break_connections(mapping_of(arena));

@@ -1,15 +1,16 @@
 /* Bells: the wake-up sockets of threads and epoll instances that wait for rings.
  *
- * A bell is a pair of connected unix sockets for one waiter and one arena. The router makes it. It gives one
- * socket, the receiving end, to the waiter's side, and the other, the sending end, to the other side, which
- * rings the bell by sending a byte. A bell isn't an eventfd, because the two holders of an eventfd share one
- * file description: either could make the other block in write(), or take the other's wake-ups. With sockets,
- * MSG_DONTWAIT belongs to the call, and a side that fills or breaks its bell harms only its own wake-ups.
+ * A bell is a pair of connected unix sockets for one waiter and one arena. The router makes it. It
+ * gives one socket, the receiving end, to the waiter's side, and the other, the sending end, to the
+ * other side, which rings the bell by sending a byte. A bell isn't an eventfd, because the two
+ * holders of an eventfd share one file description: either could make the other block in write(),
+ * or take the other's wake-ups. With sockets, MSG_DONTWAIT belongs to the call, and a side that
+ * fills or breaks its bell harms only its own wake-ups.
  *
- * A unix socket can carry descriptors, and the last close() of a descriptor whose file lingers waits. So
- * nothing can be sent to the sending end (the router has shut that direction down), and no descriptor to the
- * receiving end (SO_PASSRIGHTS, Linux 6.16). Before Linux 6.16 a bell is peeked at before it is read: one
- * that holds a descriptor is never read, and never closed either.
+ * A unix socket can carry descriptors, and the last close() of a descriptor whose file lingers
+ * waits. So nothing can be sent to the sending end (the router has shut that direction down), and
+ * no descriptor to the receiving end (SO_PASSRIGHTS, Linux 6.16). Before Linux 6.16 a bell is
+ * peeked at before it is read: one that holds a descriptor is never read, and never closed either.
  */
 #ifndef FREEFLOW_BELLS_H
 #define FREEFLOW_BELLS_H
@@ -22,8 +23,8 @@ int bell_take(uint32_t arena);
 int bell_take_or_order(uint32_t arena);
 /* Is a bell on its way from the router? */
 bool bell_is_ordered(uint32_t arena);
-/* The router has sent one end of a bell, or -1 if it has none. A descriptor that is kept becomes -1.
- * The receiving end of one of our bells: */
+/* The router has sent one end of a bell, or -1 if it has none. A descriptor that is kept becomes
+ * -1. The receiving end of one of our bells: */
 void bell_received(uint64_t id, uint32_t side, uint32_t bell, int *fd);
 /* The sending end of one of the other side's: */
 void bell_ringer_received(uint64_t id, uint32_t side, uint32_t bell, int *fd);
@@ -42,11 +43,12 @@ void bells_close(struct mapping *mapping, bool shared);
 void bells_close_peers(struct mapping *mapping);
 /* Own descriptors were closed by somebody else: forget the bells among them. */
 void bells_lost(void);
-/* Called while polling without a bell: marks the connections of a remote arena broken whose relay has been
- * unreachable for more than 4 s. */
+/* Called while polling without a bell: marks the connections of a remote arena broken whose relay
+ * has been unreachable for more than 4 s. */
 void arena_break_if_unreachable(uint32_t arena);
 
-/* Say that this bell's waiter is about to sleep. The caller checks the ring once more afterwards. */
+/* Say that this bell's waiter is about to sleep. The caller checks the ring once more afterwards.
+ */
 static inline void wait_begin(struct waiters *waiters, int bell)
 {
         atomic_fetch_or_explicit(&waiters->bells[bell / 64], UINT64_C(1) << (bell % 64),

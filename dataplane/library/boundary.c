@@ -20,19 +20,23 @@
 static long leave_ring(struct end *end)
 {
         flow_become(&end->rx, PHASE_OVER);
-        /* emulate_taken() has told the kernel of the last byte: from here on it has the options alone. */
+        /* emulate_taken() has told the kernel of the last byte: from here on it has the options
+         * alone. */
         atomic_store_explicit(&end->peeked, 0, memory_order_relaxed);
         atomic_store_explicit(&end->inq, 0, memory_order_relaxed);
-        /* Threads that sleep in epoll wait for the kernel now, if the other direction is over too. */
+        /* Threads that sleep in epoll wait for the kernel now, if the other direction is over too.
+         */
         poller_receiver_changed(end);
         return -EINPROGRESS;
 }
 
-/* A remote ring is empty, and the kernel has returned `got`: 0 a FIN, more: bytes that come after the ring.
+/* A remote ring is empty, and the kernel has returned `got`: 0 a FIN, more: bytes that come after
+ * the ring.
  */
 static long check_remote(struct transfer *t, long got)
 {
-        /* A connection that is gone without both sides' FIN was reset, whichever thread got the error. */
+        /* A connection that is gone without both sides' FIN was reset, whichever thread got the
+         * error. */
         struct pollfd polled = {.fd = t->o->fd};
         struct timespec at_once = {0};
         uint32_t shut = atomic_load_explicit(&t->end->shut, memory_order_relaxed);
@@ -53,8 +57,8 @@ static long check_remote(struct transfer *t, long got)
         return got;
 }
 
-/* Bytes that come before the ring may have been read by calls that the library didn't see: then they aren't
- * waited for. */
+/* Bytes that come before the ring may have been read by calls that the library didn't see: then
+ * they aren't waited for. */
 static bool taken_unseen(int fd, struct flow *flow, uint64_t last)
 {
         struct tcp_info info;
@@ -87,8 +91,8 @@ static long take_tcp(struct transfer *t, size_t left)
         return sys_3(SYS_recvmsg, o->fd, &message, (o->flags & (MSG_PEEK | MSG_TRUNC)) | MSG_DONTWAIT);
 }
 
-/* There is no `start`, and `queued` bytes may be taken: all of them come before the ring. With none, the
- * kernel is asked for the connection's end. Returns 1 if there are some. */
+/* There is no `start`, and `queued` bytes may be taken: all of them come before the ring. With
+ * none, the kernel is asked for the connection's end. Returns 1 if there are some. */
 static long check_queue(struct transfer *t, int *queued, uint64_t *start)
 {
         char byte;
@@ -201,7 +205,8 @@ void boundary_tell(struct transfer *t)
         bool ready = atomic_load_explicit(&t->flow->phase, memory_order_relaxed) == PHASE_READY;
         uint64_t start;
 
-        /* Pairs with wait_begin(): either a waiter sees our position, or we see where the ring begins. */
+        /* Pairs with wait_begin(): either a waiter sees our position, or we see where the ring
+         * begins. */
         atomic_thread_fence(memory_order_seq_cst);
         start = atomic_load_explicit(&t->view.ring->start, memory_order_acquire);
         if (ready ? start && start - 1 <= atomic_load_explicit(&t->flow->position, memory_order_relaxed)

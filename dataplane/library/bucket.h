@@ -1,7 +1,7 @@
 /* A token bucket: a thread's share of time for questions to the kernel.
  *
- * Times are those of clock_stamp(). A question may be asked every `cost`, and up to BUCKET_SIZE of them at
- * once by a thread that has asked none for long.
+ * Times are those of clock_stamp(). A question may be asked every `cost`, and up to BUCKET_SIZE of
+ * them at once by a thread that has asked none for long.
  */
 #ifndef FREEFLOW_BUCKET_H
 #define FREEFLOW_BUCKET_H

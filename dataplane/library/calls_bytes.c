@@ -31,8 +31,8 @@ enum {
 
 #define SPLICE_FLAGS (SPLICE_F_MOVE | SPLICE_F_NONBLOCK | SPLICE_F_MORE | SPLICE_F_GIFT)
 
-/* Compute the size of all buffers, as much of it as the kernel would move. False: it refuses them, and moves
- * nothing. */
+/* Compute the size of all buffers, as much of it as the kernel would move. False: it refuses them,
+ * and moves nothing. */
 static bool total(struct operation *o)
 {
         size_t size = 0;
@@ -57,7 +57,8 @@ static void single(struct operation *o, const void *buffer, size_t size)
         o->count = 1;
 }
 
-/* The calls of sockets take any size and move at most LARGEST; read() and write() refuse a negative size. */
+/* The calls of sockets take any size and move at most LARGEST; read() and write() refuse a negative
+ * size. */
 static void single_of_socket(struct operation *o, const void *buffer, size_t size)
 {
         single(o, buffer, size < LARGEST ? size : LARGEST);
@@ -192,8 +193,9 @@ CALL int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags, s
 
         if (!end)
                 return real()->recvmmsg(fd, messages, count, flags, timeout);
-        /* A stream: the messages are filled one after the other. The timeout counts from message to message,
-         * as the kernel's does, and with it only what is there is taken after the first. */
+        /* A stream: the messages are filled one after the other. The timeout counts from message to
+         * message, as the kernel's does, and with it only what is there is taken after the first.
+         */
         while (done < count) {
                 int later = done && (flags & MSG_WAITFORONE || timeout) ? MSG_DONTWAIT : 0;
                 ssize_t got = recvmsg(fd, &messages[done].msg_hdr, (flags & ~MSG_WAITFORONE) | later);
@@ -261,7 +263,8 @@ CALL ssize_t sendto(int fd, const void *buffer, size_t size, int flags, const st
                               .size_of_address = address_size};
 
         if (end && flags & MSG_FASTOPEN) {
-                /* It opens the connection with bytes, which would have to be counted before there is one. */
+                /* It opens the connection with bytes, which would have to be counted before there
+                 * is one. */
                 fall_back(fd, end, key, REASON_OPTION);
                 end = NULL;
         }
@@ -324,8 +327,8 @@ CALL int sendmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags)
         return done ? (int)done : -1;
 }
 
-/* preadv2() and pwritev2() on a socket: only offset -1 is valid, and then they are recvmsg() and sendmsg()
- * with the flags' meaning. False: the call is the C library's. */
+/* preadv2() and pwritev2() on a socket: only offset -1 is valid, and then they are recvmsg() and
+ * sendmsg() with the flags' meaning. False: the call is the C library's. */
 static bool vectors(struct operation *o, struct msghdr *message, const struct iovec *vec, int count,
                     off_t offset, int flags, uint64_t *key)
 {

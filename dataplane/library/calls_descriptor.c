@@ -178,7 +178,8 @@ CALL int ioctl(int fd, unsigned long request, ...)
         return outcome;
 }
 
-/* The library's own stay open: a program that closes all descriptors doesn't mean those that it doesn't know.
+/* The library's own stay open: a program that closes all descriptors doesn't mean those that it
+ * doesn't know.
  */
 static int close_all(unsigned first, unsigned last, int flags)
 {

@@ -64,8 +64,8 @@ CALL int execveat(int directory, const char *path, char *const *arguments, char 
         return came_back(real()->execveat(directory, path, arguments, variables, flags));
 }
 
-/* The calls with a list of arguments copy it to the stack, as the C library's do: they may be called in a
- * signal handler. */
+/* The calls with a list of arguments copy it to the stack, as the C library's do: they may be
+ * called in a signal handler. */
 #define COUNT_LIST(list, last, count)                                                                        \
         do {                                                                                                 \
                 va_start(list, last);                                                                        \
@@ -181,7 +181,8 @@ CALL int posix_spawn_file_actions_destroy(posix_spawn_file_actions_t *actions)
 SPAWN_BY_PIDFD(pidfd_spawn)
 SPAWN_BY_PIDFD(pidfd_spawnp)
 
-/* Calls in which the C library itself makes a child. daemon() and forkpty() make theirs as fork() does. */
+/* Calls in which the C library itself makes a child. daemon() and forkpty() make theirs as fork()
+ * does. */
 CALL int system(const char *command)
 {
         int (*next)(const char *) = real_named("system");

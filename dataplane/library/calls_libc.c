@@ -1,5 +1,5 @@
-/* Functions of the C library that use a caller's descriptor by themselves, without the calls that the library
- * wraps. tests/dataplane/test_names.py knows every name that a C library exports.
+/* Functions of the C library that use a caller's descriptor by themselves, without the calls that
+ * the library wraps. tests/dataplane/test_names.py knows every name that a C library exports.
  */
 #include "calls.h"
 

@@ -144,8 +144,8 @@ long vfork_returned(long child)
         return result(child);
 }
 
-/* The child returns from here first, and goes on on the same stack. So the return address is in a register
- * meanwhile, which the kernel restores for the parent. */
+/* The child returns from here first, and goes on on the same stack. So the return address is in a
+ * register meanwhile, which the kernel restores for the parent. */
 #if defined(__x86_64__)
 __asm__(".text\n"
         ".globl vfork, __vfork\n"

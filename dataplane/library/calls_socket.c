@@ -135,8 +135,8 @@ CALL int shutdown(int fd, int how)
 
         if (!end)
                 return real()->shutdown(fd, how);
-        /* The lock waits for a send in progress in another thread: the kernel's FIN says that nothing more is
-         * in the ring. */
+        /* The lock waits for a send in progress in another thread: the kernel's FIN says that
+         * nothing more is in the ring. */
         taken = lock_take(&end->tx.lock, self());
         if (how != SHUT_RD && taken == LOCK_TAKEN && end_is(end, key) &&
             atomic_load(&end->stage) == STAGE_ATTACHED)
@@ -169,8 +169,8 @@ enum fit {
 };
 
 #define BIT(name) (UINT64_C(1) << (name))
-/* By number, since the names depend on the headers. Options that aren't listed are unknown: one of a later
- * kernel may change what a read returns, and TCP is right whatever it does. */
+/* By number, since the names depend on the headers. Options that aren't listed are unknown: one of
+ * a later kernel may change what a read returns, and TCP is right whatever it does. */
 enum {
         RECENT_RCVTIMEO = 66, /* as SO_RCVTIMEO, on machines with two sizes of time */
         RECENT_SNDTIMEO = 67,
@@ -188,22 +188,24 @@ enum {
 };
 
 static const uint64_t fit_of_socket[2] = {
-    /* DEBUG, REUSEADDR, DONTROUTE, BROADCAST, SNDBUF, RCVBUF, KEEPALIVE, NO_CHECK, PRIORITY, LINGER,
-     * BSDCOMPAT, REUSEPORT, PASSCRED, SNDLOWAT, BINDTODEVICE, DETACH_FILTER, SNDBUFFORCE, RCVBUFFORCE */
+    /* DEBUG, REUSEADDR, DONTROUTE, BROADCAST, SNDBUF, RCVBUF, KEEPALIVE, NO_CHECK, PRIORITY,
+     * LINGER, BSDCOMPAT, REUSEPORT, PASSCRED, SNDLOWAT, BINDTODEVICE, DETACH_FILTER, SNDBUFFORCE,
+     * RCVBUFFORCE */
     BIT(1) | BIT(2) | BIT(5) | BIT(6) | BIT(7) | BIT(8) | BIT(9) | BIT(11) | BIT(12) | BIT(13) | BIT(14) |
         BIT(15) | BIT(16) | BIT(19) | BIT(25) | BIT(27) | BIT(32) | BIT(33) |
         /* PASSSEC, MARK, RXQ_OVFL, WIFI_STATUS, NOFCS, LOCK_FILTER, SELECT_ERR_QUEUE, BUSY_POLL,
          * INCOMING_CPU, ATTACH_REUSEPORT_CBPF, ATTACH_REUSEPORT_EBPF, CNX_ADVICE, BINDTOIFINDEX */
         BIT(34) | BIT(36) | BIT(40) | BIT(41) | BIT(43) | BIT(44) | BIT(45) | BIT(46) | BIT(49) | BIT(51) |
         BIT(52) | BIT(53) | BIT(62),
-    /* DETACH_REUSEPORT_BPF, PREFER_BUSY_POLL, BUSY_POLL_BUDGET, RESERVE_MEM, TXREHASH, RCVMARK, RCVPRIORITY
+    /* DETACH_REUSEPORT_BPF, PREFER_BUSY_POLL, BUSY_POLL_BUDGET, RESERVE_MEM, TXREHASH, RCVMARK,
+     * RCVPRIORITY
      */
     BIT(68 - 64) | BIT(69 - 64) | BIT(70 - 64) | BIT(73 - 64) | BIT(74 - 64) | BIT(75 - 64) | BIT(82 - 64),
 };
 
-/* NODELAY, MAXSEG, CORK, KEEPIDLE, KEEPINTVL, KEEPCNT, SYNCNT, LINGER2, DEFER_ACCEPT, WINDOW_CLAMP, QUICKACK,
- * CONGESTION, THIN_LINEAR_TIMEOUTS, THIN_DUPACK, USER_TIMEOUT, FASTOPEN, NOTSENT_LOWAT, SAVE_SYN,
- * FASTOPEN_KEY, FASTOPEN_NO_COOKIE, RTO_MAX_MS, RTO_MIN_US, DELACK_MAX_US */
+/* NODELAY, MAXSEG, CORK, KEEPIDLE, KEEPINTVL, KEEPCNT, SYNCNT, LINGER2, DEFER_ACCEPT, WINDOW_CLAMP,
+ * QUICKACK, CONGESTION, THIN_LINEAR_TIMEOUTS, THIN_DUPACK, USER_TIMEOUT, FASTOPEN, NOTSENT_LOWAT,
+ * SAVE_SYN, FASTOPEN_KEY, FASTOPEN_NO_COOKIE, RTO_MAX_MS, RTO_MIN_US, DELACK_MAX_US */
 static const uint64_t fit_of_tcp = BIT(1) | BIT(2) | BIT(3) | BIT(4) | BIT(5) | BIT(6) | BIT(7) | BIT(8) |
                                    BIT(9) | BIT(10) | BIT(12) | BIT(13) | BIT(16) | BIT(17) | BIT(18) |
                                    BIT(23) | BIT(25) | BIT(27) | BIT(33) | BIT(34) | BIT(44) | BIT(45) |
@@ -268,8 +270,8 @@ static bool is_past(int level, int name, const void *value, socklen_t size)
         return time.tv_sec < 0;
 }
 
-/* The library's part of an option that the kernel has accepted. `rest`: there are bytes left in a ring that
- * has ended, which come before the kernel's. */
+/* The library's part of an option that the kernel has accepted. `rest`: there are bytes left in a
+ * ring that has ended, which come before the kernel's. */
 static void note(int fd, struct end *end, int level, int name, const void *value, socklen_t size, int number,
                  bool rest)
 {
@@ -324,8 +326,8 @@ CALL int setsockopt(int fd, int level, int name, const void *value, socklen_t si
                 fits = UNFIT;
         if (fits == UNFIT) {
                 fall_back(fd, end, key, REASON_OPTION);
-                /* What is left in a ring can't be decrypted there: the error of a kernel without such a
-                 * module. */
+                /* What is left in a ring can't be decrypted there: the error of a kernel without
+                 * such a module. */
                 if (level == IPPROTO_TCP && name == TCP_ULP && end_has_rest(end))
                         return (int)result(-ENOENT);
         }
@@ -350,7 +352,8 @@ CALL int getsockopt(int fd, int level, int name, void *value, socklen_t *size)
 
         if (end && level == IPPROTO_TCP && name == ZERO_COPY_RECEIVE) {
                 fall_back(fd, end, key, REASON_OPTION);
-                /* The kernel would receive its own bytes: those of the ring have to be read before. */
+                /* The kernel would receive its own bytes: those of the ring have to be read before.
+                 */
                 if (end_has_rest(end))
                         return (int)result(-EINVAL);
         }

@@ -57,8 +57,8 @@ CALL int setns(int fd, int flags)
         return (int)result(sys_2(SYS_setns, fd, flags));
 }
 
-/* A library that binds to the C library before it binds to us, and one in a namespace with a C library of its
- * own. The C library takes its search paths from its caller, so these are jumps. */
+/* A library that binds to the C library before it binds to us, and one in a namespace with a C
+ * library of its own. The C library takes its search paths from its caller, so these are jumps. */
 CALL void *dlopen(const char *file, int mode)
 {
         void *(*next)(const char *, int) = real_named("dlopen");
@@ -77,8 +77,8 @@ CALL void *dlmopen(Lmid_t space, const char *file, int mode)
         return next(space, file, mode);
 }
 
-/* System calls by number that the library wraps because of what they do to descriptors, or to the process.
- * True: done, with its outcome. */
+/* System calls by number that the library wraps because of what they do to descriptors, or to the
+ * process. True: done, with its outcome. */
 static bool is_known(long number, const long *a, long *outcome)
 {
         switch (number) {

@@ -10,8 +10,8 @@
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 
-/* Is this an attached end that no other process holds? Then the kernel will send a reset at its close if
- * there are unread bytes in its ring. */
+/* Is this an attached end that no other process holds? Then the kernel will send a reset at its
+ * close if there are unread bytes in its ring. */
 static bool closes_here(int fd, struct end *end, uint64_t key)
 {
         struct linger at_once = {.l_onoff = 1, .l_linger = 0};
@@ -50,9 +50,9 @@ void close_ring(int fd, struct end *end, uint64_t key)
         if (taken == LOCK_TAKEN && end_is(end, key))
                 fallback_check_order(fd, end);
         if (taken == LOCK_TAKEN && end_is(end, key) && fallback_may_end_ring(end)) {
-                /* A peer that is busy with other rings checks the kernel rarely. What this program sends next
-                 * on another connection must not arrive before this end: first the FIN, then the ring's end,
-                 * which tells of it. */
+                /* A peer that is busy with other rings checks the kernel rarely. What this program
+                 * sends next on another connection must not arrive before this end: first the FIN,
+                 * then the ring's end, which tells of it. */
                 if (!closes_specially(fd, end))
                         sys_2(SYS_shutdown, fd, SHUT_WR);
                 fallback_end_ring(end);

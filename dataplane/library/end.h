@@ -1,5 +1,5 @@
-/* What the library knows of one end of a connection, and of each of its two directions. flow.h changes their
- * stage and phases. */
+/* What the library knows of one end of a connection, and of each of its two directions. flow.h
+ * changes their stage and phases. */
 #ifndef FREEFLOW_END_H
 #define FREEFLOW_END_H
 
@@ -11,7 +11,8 @@ enum {
         MEMBER_WORDS = MEMBERS / 64,
 };
 
-/* Where one direction's bytes go. A receiver: TCP -> READY -> RING -> OVER; a sender: TCP -> RING -> OVER. */
+/* Where one direction's bytes go. A receiver: TCP -> READY -> RING -> OVER; a sender: TCP -> RING
+ * -> OVER. */
 enum phase {
         PHASE_TCP,   /* over TCP, and they are counted */
         PHASE_READY, /* receiver: still over TCP, but every wait checks the ring too */
@@ -31,8 +32,8 @@ struct flow {
         _Atomic uint64_t base;     /* sender: where the ring began anew */
         _Atomic uint64_t limit;    /* receiver: position at which the ring begins, in PHASE_READY and later */
         _Atomic uint64_t reserved; /* sender: end of what is being put, 0: nothing is */
-        /* sender: highest offset used since the bulk area was reclaimed; receiver: highest one read by its
-         * mapping */
+        /* sender: highest offset used since the bulk area was reclaimed; receiver: highest one read
+         * by its mapping */
         _Atomic uint64_t touched;
         _Atomic uint64_t seen;    /* sender: `edge` at the last scan of reclaim.c */
         _Atomic uint64_t clean;   /* `edge` up to which no byte is known to have bypassed the ring (raw.h) */
@@ -69,7 +70,8 @@ struct end {
         _Atomic uint32_t active; /* opened by connect(): its SYN counts as a byte acknowledged */
         _Atomic uint32_t shut;
         _Atomic uint32_t error; /* reported by the kernel, and not yet returned to the program */
-        /* Options that the kernel has, and that also hold for what was left in the ring when they were set.
+        /* Options that the kernel has, and that also hold for what was left in the ring when they
+         * were set.
          */
         _Atomic uint32_t low;    /* SO_RCVLOWAT; 0: the kernel has the program's own value */
         _Atomic uint32_t peeked; /* 1 + SO_PEEK_OFF; 0: off */

@@ -5,8 +5,8 @@
 #include "poller.h"
 #include "router.h"
 
-/* Take a free end, or one that was left by processes that ended without closing. Its generation is odd
- * afterwards. */
+/* Take a free end, or one that was left by processes that ended without closing. Its generation is
+ * odd afterwards. */
 static struct end *take_end(uint32_t *generation)
 {
         /* The one freed last is still in the cache. */
@@ -77,8 +77,8 @@ void end_alias(int old, int new)
         fd_set_word(new, key);
 }
 
-/* No process holds the end any more. A thread that is inside a lock finishes first; a later one finds the new
- * generation. */
+/* No process holds the end any more. A thread that is inside a lock finishes first; a later one
+ * finds the new generation. */
 static void end_free(struct end *end)
 {
         uint32_t me = self();

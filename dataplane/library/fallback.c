@@ -78,8 +78,8 @@ void reset_broken(int fd, struct end *end, bool receiver)
                 sys_2(SYS_shutdown, fd, SHUT_WR);
         } else {
                 reset(fd, end, REASON_BROKEN);
-                /* What follows the error is what follows one on TCP: the end, and EPIPE. A reader reports the
-                 * error itself. */
+                /* What follows the error is what follows one on TCP: the end, and EPIPE. A reader
+                 * reports the error itself. */
                 sys_2(SYS_shutdown, fd, SHUT_RDWR);
                 if (receiver)
                         sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_ERROR, &error, &size);
@@ -198,8 +198,8 @@ static bool stop_sender(struct end *end, uint32_t why)
         if (view_remote(&view))
                 return stop_remote_sender(end, &view);
         atomic_store(&view.ring->leave, why);
-        /* After this, a sender that isn't `busy` will see `leave` before it puts anything. Where the kernel
-         * has no such barrier, what every core has done in the meantime must do. */
+        /* After this, a sender that isn't `busy` will see `leave` before it puts anything. Where
+         * the kernel has no such barrier, what every core has done in the meantime must do. */
         if (sys_2(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0) < 0)
                 sys_2(SYS_nanosleep, &pause, 0);
         begin = now();
@@ -284,8 +284,8 @@ void fall_back(int fd, struct end *end, uint64_t key, uint32_t reason)
                 fallback_both(fd, end, reason);
         lock_release(&end->tx.lock, tx);
         lock_release(&end->rx.lock, rx);
-        /* For a sender that was preempted in the middle of a piece: the caller relies on it that no byte
-         * follows. */
+        /* For a sender that was preempted in the middle of a piece: the caller relies on it that no
+         * byte follows. */
         for (int i = 0; i < SLEEPS && end_is(end, key) && end_has_rest(end) && !fallback_sender_stopped(end);
              i++)
                 sys_2(SYS_nanosleep, &pause, 0);

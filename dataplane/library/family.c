@@ -24,8 +24,8 @@ enum {
         LATER = -2, /* taken with the first end: so the family's memory isn't touched before */
 };
 
-/* What the parent has given the child that it is about to make: 1 + its number, 0: NO_NUMBER. The child's
- * copy says that it has been counted. */
+/* What the parent has given the child that it is about to make: 1 + its number, 0: NO_NUMBER. The
+ * child's copy says that it has been counted. */
 static __thread int32_t promised __attribute__((tls_model("initial-exec")));
 static __thread bool announced __attribute__((tls_model("initial-exec")));
 
@@ -52,7 +52,8 @@ static void hold(struct end *end, int32_t member)
         atomic_fetch_add(&end->holders, 1);
 }
 
-/* One holder less; `last`: the value of `holders` when it was the last one. Returns whether it was. */
+/* One holder less; `last`: the value of `holders` when it was the last one. Returns whether it was.
+ */
 static bool drop_holder(struct end *end, int32_t member, uint32_t last)
 {
         uint32_t holders = atomic_load(&end->holders);
@@ -128,10 +129,10 @@ static void each_end(void (*visit)(struct end *end, int32_t member), int32_t mem
         }
 }
 
-/* An upgrade costs as much as some dozens of operations on TCP. A connection that ends soon after its
- * request, within the age of the rule, hasn't paid for it. Programs that make such connections make more of
- * them, so the next ones wait for more operations, which long connections have soon. The counter is a guess:
- * processes that change it at the same time may lose a step. */
+/* An upgrade costs as much as some dozens of operations on TCP. A connection that ends soon after
+ * its request, within the age of the rule, hasn't paid for it. Programs that make such connections
+ * make more of them, so the next ones wait for more operations, which long connections have soon.
+ * The counter is a guess: processes that change it at the same time may lose a step. */
 void family_account(struct end *end)
 {
         uint64_t asked = atomic_exchange_explicit(&end->asked, 0, memory_order_relaxed);
@@ -219,8 +220,8 @@ static void drop_shared_holder(struct end *end, int32_t member)
                 drop_holder(end, member, 0);
 }
 
-/* The new program is no part of the family. An end that only this process holds ends with it, and the peer's
- * kernel says so. */
+/* The new program is no part of the family. An end that only this process holds ends with it, and
+ * the peer's kernel says so. */
 void family_exec(void)
 {
         if (process.on)
@@ -316,7 +317,8 @@ bool end_is_behind(int fd, const struct end *end)
                cookie == atomic_load_explicit(&end->cookie, memory_order_relaxed);
 }
 
-/* What every process touches comes first, within the 2 MiB that one page table maps: fork copies page tables.
+/* What every process touches comes first, within the 2 MiB that one page table maps: fork copies
+ * page tables.
  */
 char *family_reserve(size_t more)
 {

@@ -1,16 +1,16 @@
 /* What the processes that share connections by fork share about them: the family's memory.
  *
- * A connection's end is a file description, which fork hands to children. So what an end has read and
- * written, and the locks that order it, live in memory that fork hands on as well: anonymous, shared, made by
- * the first process. Nothing in it is a pointer or a descriptor, and the other end of a connection never sees
- * it.
+ * A connection's end is a file description, which fork hands to children. So what an end has read
+ * and written, and the locks that order it, live in memory that fork hands on as well: anonymous,
+ * shared, made by the first process. Nothing in it is a pointer or a descriptor, and the other end
+ * of a connection never sees it.
  *
  * Descriptors, mappings and epoll instances are a process's own: `struct process`.
  *
- * `holders` counts the processes that have descriptors of an end. A process that is killed doesn't say that
- * it holds an end no more. So each process has a number in the family, and an end has a bit for each number:
- * what a dead process held is taken from it. Processes beyond MEMBERS have no number, and are only counted:
- * if one of those is killed, its ends are never freed.
+ * `holders` counts the processes that have descriptors of an end. A process that is killed doesn't
+ * say that it holds an end no more. So each process has a number in the family, and an end has a
+ * bit for each number: what a dead process held is taken from it. Processes beyond MEMBERS have no
+ * number, and are only counted: if one of those is killed, its ends are never freed.
  *
  * ends.h makes and frees ends.
  */
@@ -76,8 +76,8 @@ struct process {
 
 extern struct process process;
 
-/* The lower half of a word of `process.fds`: 1 + number of an end, FD_POLLER + number of an epoll instance,
- * FD_OWN. */
+/* The lower half of a word of `process.fds`: 1 + number of an end, FD_POLLER + number of an epoll
+ * instance, FD_OWN. */
 #define FD_POLLER UINT32_C(0x80000000)
 #define FD_OWN UINT32_C(0xffffffff)
 
@@ -98,15 +98,17 @@ static inline uint32_t self(void)
         return __builtin_expect(thread_id != 0, 1) ? thread_id : thread_find_id();
 }
 
-/* At the start: reserve memory, with `more` bytes for others. Returns where the next part is to be taken
- * from (take_part() of sparse.h), or NULL. The first parts are those that every process touches. */
+/* At the start: reserve memory, with `more` bytes for others. Returns where the next part is to be
+ * taken from (take_part() of sparse.h), or NULL. The first parts are those that every process
+ * touches. */
 char *family_reserve(size_t more);
 /* Take the rest. Afterwards `process.on` may be set. */
 void family_start(char **place);
 /* False in a child of vfork: it runs in our memory, but its descriptors are its own. */
 bool in_this_process(void);
 void family_forked(void);
-/* A child that will have copies of all descriptors is about to be made. Afterwards, in the parent: was it? */
+/* A child that will have copies of all descriptors is about to be made. Afterwards, in the parent:
+ * was it? */
 void family_fork(void);
 void family_fork_done(bool made);
 /* The process is about to become another program, which holds nothing; and it didn't. */
@@ -172,8 +174,8 @@ bool end_held_elsewhere(const struct end *end);
 void end_forget_dead(struct end *end);
 /* The descriptors of an end in this process, one after the other, from -1 on; -1: no more. */
 int end_next_descriptor(const struct end *end, int after);
-/* Is the descriptor, of this process or of a child in its memory, one of this end? The kernel is asked for
- * the socket's cookie. */
+/* Is the descriptor, of this process or of a child in its memory, one of this end? The kernel is
+ * asked for the socket's cookie. */
 bool end_is_behind(int fd, const struct end *end);
 
 #endif

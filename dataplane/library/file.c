@@ -47,8 +47,8 @@ long file_read(struct operation *o, unsigned char *place, size_t size, off_t pos
         return got < 0 ? -ENODATA : got;
 }
 
-/* Memory that one call after the other reads files into: mapping it anew for each would cost more than the
- * read. */
+/* Memory that one call after the other reads files into: mapping it anew for each would cost more
+ * than the read. */
 static _Atomic(unsigned char *) spare;
 
 static unsigned char *take_spare(void)

@@ -9,7 +9,8 @@
 /* STAGE_CLOSED follows all of them: a program may close a socket at any time. */
 static const uint8_t next_stages[] = {
     [STAGE_CLOSED] = TO(STAGE_CLOSED) | TO(STAGE_CANDIDATE),
-    /* Refused: the peer's address isn't one of ours, or the descriptor was passed to another program. */
+    /* Refused: the peer's address isn't one of ours, or the descriptor was passed to another
+     * program. */
     [STAGE_CANDIDATE] = TO(STAGE_CLOSED) | TO(STAGE_REQUESTED) | TO(STAGE_REFUSED),
     /* A candidate again: the request wasn't sent, or the router has gone. */
     [STAGE_REQUESTED] = TO(STAGE_CLOSED) | TO(STAGE_CANDIDATE) | TO(STAGE_ANSWERING) | TO(STAGE_REFUSED),
@@ -23,7 +24,8 @@ static const uint8_t next_stages[] = {
 static const uint8_t next_phases[] = {
     /* READY: a receiver. RING: a sender. */
     [PHASE_TCP] = TO(PHASE_READY) | TO(PHASE_RING) | TO(PHASE_OVER),
-    /* TCP again: an epoll instance can't poll the ring, or a call that can't see it came at the same time. */
+    /* TCP again: an epoll instance can't poll the ring, or a call that can't see it came at the
+     * same time. */
     [PHASE_READY] = TO(PHASE_TCP) | TO(PHASE_RING) | TO(PHASE_OVER),
     [PHASE_RING] = TO(PHASE_OVER),
     [PHASE_OVER] = TO(PHASE_OVER),
@@ -41,8 +43,8 @@ void stage_close(struct end *end)
         enum { SPINS = 1000, SLEEPS = 100 };
         static const struct timespec pause = {.tv_nsec = 1000 * 1000};
 
-        /* An answer that a thread is just taking is waited for, unless that thread was killed, or is the one
-         * that is interrupted by the signal handler which closes the connection. */
+        /* An answer that a thread is just taking is waited for, unless that thread was killed, or
+         * is the one that is interrupted by the signal handler which closes the connection. */
         for (int i = 0; i < SPINS + SLEEPS; i++) {
                 uint32_t stage = atomic_load(&end->stage);
 

@@ -1,12 +1,12 @@
 /* Every change of an end's stage and of a flow's phase: the state machine of a connection.
  *
- * A stage is what the end as a whole has reached on its way to shared memory; a phase, of an attached end, is
- * where one direction's bytes go. flow.c has the table of what may follow what, and is the only file that
- * writes either.
+ * A stage is what the end as a whole has reached on its way to shared memory; a phase, of an
+ * attached end, is where one direction's bytes go. flow.c has the table of what may follow what,
+ * and is the only file that writes either.
  *
- * Stages change by compare-and-swap, without a lock: of two threads that move an end on from the same stage
- * one succeeds. Phases change under the flow's lock, except that any thread may end a flow whose connection
- * was reset: so PHASE_OVER is final, whoever else writes at the same moment.
+ * Stages change by compare-and-swap, without a lock: of two threads that move an end on from the
+ * same stage one succeeds. Phases change under the flow's lock, except that any thread may end a
+ * flow whose connection was reset: so PHASE_OVER is final, whoever else writes at the same moment.
  */
 #ifndef FREEFLOW_FLOW_H
 #define FREEFLOW_FLOW_H
@@ -15,14 +15,15 @@
 
 #include <stdbool.h>
 
-/* From one stage to the next. False: the end isn't there (any more), or one doesn't follow the other. */
+/* From one stage to the next. False: the end isn't there (any more), or one doesn't follow the
+ * other. */
 bool stage_become(struct end *end, enum stage from, enum stage to);
 /* From now on no answer of the router is for this end. */
 void stage_close(struct end *end);
 /* From whatever phase it is in. False: the flow has ended. */
 bool flow_become(struct flow *flow, enum phase to);
-/* The end is a new socket's: both flows begin. Their locks stay as they are: somebody may hold one for a
- * moment, and then finds the new generation. */
+/* The end is a new socket's: both flows begin. Their locks stay as they are: somebody may hold one
+ * for a moment, and then finds the new generation. */
 void flow_begin(struct end *end);
 
 #endif

@@ -1,9 +1,9 @@
-/* A guest is a child of vfork, and any other that runs in its parent's memory with descriptors of its own.
- * The parent is its host.
+/* A guest is a child of vfork, and any other that runs in its parent's memory with descriptors of
+ * its own. The parent is its host.
  *
- * A guest that hands a connection over (handover.h) can't replace its host's descriptors. It sends its host
- * the pump's socket over a pair of unix sockets, which the host has made before, and the host replaces them
- * when the guest has gone.
+ * A guest that hands a connection over (handover.h) can't replace its host's descriptors. It sends
+ * its host the pump's socket over a pair of unix sockets, which the host has made before, and the
+ * host replaces them when the guest has gone.
  */
 #ifndef FREEFLOW_GUEST_H
 #define FREEFLOW_GUEST_H

@@ -14,7 +14,8 @@
 #include <fcntl.h>
 #include <string.h>
 
-/* Under both locks, after the sender has stopped: what is left in the ring, copied to memory of our own. */
+/* Under both locks, after the sender has stopped: what is left in the ring, copied to memory of our
+ * own. */
 static bool take_rest(struct end *end, struct pump *pump)
 {
         struct view view = end_receives(end);
@@ -34,7 +35,8 @@ static bool take_rest(struct end *end, struct pump *pump)
                 const unsigned char *place = ring_to_take(&view, head + copied, &run);
 
                 run = run < (size_t)left - copied ? run : (size_t)left - copied;
-                /* Reading a page of the mapping that nobody has written would make it (budget.h). */
+                /* Reading a page of the mapping that nobody has written would make it (budget.h).
+                 */
                 if (view_remote(&view) || !arena_copy(end, place, bytes + copied, run))
                         memcpy(bytes + copied, place, run);
                 copied += run;
@@ -46,8 +48,8 @@ static bool take_rest(struct end *end, struct pump *pump)
         return true;
 }
 
-/* All descriptors of the end become the program's end of the pump. A child in our memory may have changed
- * what its numbers mean. */
+/* All descriptors of the end become the program's end of the pump. A child in our memory may have
+ * changed what its numbers mean. */
 static void replace_descriptors(struct end *end, uint64_t key, int program)
 {
         bool ours = in_this_process();
@@ -83,13 +85,15 @@ static bool is_unanswered(struct end *end)
         return view_remote(&view) && end_has_rest(end) && !ready_over(&view);
 }
 
-/* Under both locks, after fallback_both() has left something: start a pump. False: there is none. */
+/* Under both locks, after fallback_both() has left something: start a pump. False: there is none.
+ */
 static bool pump_rest(int fd, struct end *end, struct pump *pump)
 {
         bool started;
 
         if (is_unanswered(end)) {
-                /* Nobody would read what may still come, and what comes after it must not be taken for it. */
+                /* Nobody would read what may still come, and what comes after it must not be taken
+                 * for it. */
                 reset_broken(fd, end, true);
                 return false;
         }

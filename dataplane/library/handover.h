@@ -1,5 +1,5 @@
-/* A connection goes to code that knows nothing of the ring: another program, the C library's streams. It
- * falls back to TCP, and what is left in its ring goes through a pump (pump.h).
+/* A connection goes to code that knows nothing of the ring: another program, the C library's
+ * streams. It falls back to TCP, and what is left in its ring goes through a pump (pump.h).
  */
 #ifndef FREEFLOW_HANDOVER_H
 #define FREEFLOW_HANDOVER_H

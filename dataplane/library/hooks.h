@@ -9,8 +9,8 @@ struct hooks {
         void (*forked)(void);
         /* Own descriptors were closed by somebody else (own.h): forget those. */
         void (*descriptors_lost)(void);
-        /* Under the router's lock: a message has come from the router, with these descriptors. A function
-         * that keeps one puts -1 in its place. */
+        /* Under the router's lock: a message has come from the router, with these descriptors. A
+         * function that keeps one puts -1 in its place. */
         void (*received)(const void *message, size_t size, int *descriptors, int count);
 };
 

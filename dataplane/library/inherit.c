@@ -46,8 +46,8 @@ static void inherit_some(bool (*does)(int fd))
 
                         if (!end || atomic_load(&end->stage) == STAGE_CLOSED)
                                 continue;
-                        /* Peers on other hosts take a while: the first pass requests their fallback, all at
-                         * the same time. */
+                        /* Peers on other hosts take a while: the first pass requests their
+                         * fallback, all at the same time. */
                         if (pass == 0 && (atomic_load(&end->stage) != STAGE_ATTACHED || !end_is_remote(end)))
                                 continue;
                         if (!does((int)fd))

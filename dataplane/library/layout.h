@@ -1,14 +1,14 @@
 /* The shared memory of two ends: the arena, its slots, and in each slot one ring per direction.
  *
- * An arena is a sealed memfd that the router makes for two processes, one at each side, and that only their
- * families (the processes that fork from them) ever map. It has SLOTS slots; a slot carries one connection.
- * Both sides can write every word of it, so neither trusts any of it: `ring.h` says what each side keeps in
- * private memory.
+ * An arena is a sealed memfd that the router makes for two processes, one at each side, and that
+ * only their families (the processes that fork from them) ever map. It has SLOTS slots; a slot
+ * carries one connection. Both sides can write every word of it, so neither trusts any of it:
+ * `ring.h` says what each side keeps in private memory.
  *
- * In a remote arena side 1 is this host's relay, and the connection's other end is a process of another host
- * that has such an arena too: what side 0 writes into direction 0 here, the relays write into direction 1
- * there, at the same offsets. Its rings are smaller than RING_SIZE: so the file's size, which is sealed, says
- * what kind of arena it is, whatever a process writes into it.
+ * In a remote arena side 1 is this host's relay, and the connection's other end is a process of
+ * another host that has such an arena too: what side 0 writes into direction 0 here, the relays
+ * write into direction 1 there, at the same offsets. Its rings are smaller than RING_SIZE: so the
+ * file's size, which is sealed, says what kind of arena it is, whatever a process writes into it.
  */
 /* clang-format off */
 /*      page 0                   struct arena: magic, version, bells
@@ -17,10 +17,11 @@
  *      BULK_OFFSET ..           SLOTS x 2 x size_of_ring: the rest of each ring, touched only as far as it is
  *                               used; in a remote arena registered with the RDMA device, and never reclaimed
  *
- * A ring is size_of_ring bytes of address space: RING_SIZE, or a power of two below it in a remote arena, from
- * REMOTE_RING_LEAST to REMOTE_RING_MOST. The bytes at offsets below SMALL_SIZE lie in the slot's own page,
- * the others at the same offset of the bulk area. Small messages restart at offset 0 whenever the ring is empty,
- * so a connection that only carries small messages costs its two pages and no more.
+ * A ring is size_of_ring bytes of address space: RING_SIZE, or a power of two below it in a remote
+ * arena, from REMOTE_RING_LEAST to REMOTE_RING_MOST. The bytes at offsets below SMALL_SIZE lie in
+ * the slot's own page, the others at the same offset of the bulk area. Small messages restart at
+ * offset 0 whenever the ring is empty, so a connection that only carries small messages costs its
+ * two pages and no more.
  *
  * Direction d of a slot is written by side d and read by side 1 - d.
  *
@@ -88,7 +89,8 @@ static inline size_t arena_size(size_t size_of_ring)
         return (size_t)BULK_OFFSET + (size_t)SLOTS * SIDES * size_of_ring;
 }
 
-/* Which waiters sleep. `any` says whether to check `bells`, so that waking nobody takes one load. */
+/* Which waiters sleep. `any` says whether to check `bells`, so that waking nobody takes one load.
+ */
 struct waiters {
         _Atomic uint32_t any;
         uint32_t unused;
@@ -115,8 +117,8 @@ struct ring {
         _Alignas(64) struct waiters senders;
         /* of the slot's connection: both sides compare it with the router's grant */
         _Alignas(64) _Atomic uint64_t incarnation;
-        /* w sender, before it announces that it waits: bytes in the ring at which it wants to be woken; in a
-         * remote arena below which it wants to, 0: never */
+        /* w sender, before it announces that it waits: bytes in the ring at which it wants to be
+         * woken; in a remote arena below which it wants to, 0: never */
         _Atomic uint32_t room;
         _Atomic uint32_t over;
         _Atomic uint32_t left;

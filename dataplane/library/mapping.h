@@ -1,8 +1,8 @@
 /* The arenas that this process has mapped, and where the rings of an end are in them.
  *
- * A mapping stays readable and writable memory when its arena goes (an anonymous one takes its place),
- * because waiters check rings without a lock. Only what a thread does under a flow's lock, after it has
- * compared the end's generation, counts.
+ * A mapping stays readable and writable memory when its arena goes (an anonymous one takes its
+ * place), because waiters check rings without a lock. Only what a thread does under a flow's lock,
+ * after it has compared the end's generation, counts.
  */
 #ifndef FREEFLOW_MAPPING_H
 #define FREEFLOW_MAPPING_H

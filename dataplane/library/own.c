@@ -15,8 +15,8 @@ int own_descriptor(int fd)
         if (fd < 0)
                 return -1;
         sys_4(SYS_prlimit64, 0, RLIMIT_NOFILE, 0, &limit);
-        /* Not at the very top of a large table: the kernel's table, which fork copies, reaches to the highest
-         * one. */
+        /* Not at the very top of a large table: the kernel's table, which fork copies, reaches to
+         * the highest one. */
         floor = limit.rlim_cur > 4096 ? 3072 : (long)limit.rlim_cur / 4 * 3;
         moved = sys_3(SYS_fcntl, fd, F_DUPFD_CLOEXEC, floor);
         sys_1(SYS_close, fd);

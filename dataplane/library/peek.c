@@ -11,7 +11,8 @@
 
 #include <errno.h>
 
-/* TCP's bytes ahead of those of the ring that haven't been peeked at; UINT64_MAX: it isn't known yet. */
+/* TCP's bytes ahead of those of the ring that haven't been peeked at; UINT64_MAX: it isn't known
+ * yet. */
 static uint64_t before_ring(const struct transfer *t, uint32_t peeked)
 {
         uint64_t start = atomic_load_explicit(&t->view.ring->start, memory_order_acquire);
@@ -43,9 +44,9 @@ static void copy(struct transfer *t, uint64_t position, size_t wanted)
         }
 }
 
-/* Peek at bytes: those of TCP that come before the ring, and those in the ring. Returns as the functions of
- * boundary.h; -ENODATA: the ring has ended, and all of it has been peeked at. `*edge`: where the ring's bytes
- * ended. */
+/* Peek at bytes: those of TCP that come before the ring, and those in the ring. Returns as the
+ * functions of boundary.h; -ENODATA: the ring has ended, and all of it has been peeked at. `*edge`:
+ * where the ring's bytes ended. */
 static long peek_now(struct transfer *t, uint64_t *edge)
 {
         struct operation *o = t->o;

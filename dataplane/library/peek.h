@@ -1,4 +1,5 @@
-/* Receives that take nothing: with MSG_PEEK, or of no bytes, which wait all the same until there is one. */
+/* Receives that take nothing: with MSG_PEEK, or of no bytes, which wait all the same until there is
+ * one. */
 #ifndef FREEFLOW_PEEK_H
 #define FREEFLOW_PEEK_H
 

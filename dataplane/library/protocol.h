@@ -1,13 +1,14 @@
-/* The messages between the library and the router, over a SOCK_SEQPACKET unix socket: one message per packet,
- * all integers in the host's order, sizes fixed. A message of another size or kind ends the connection; the
- * library then stays on TCP and tries again later. The router tells a library of another version by a WELCOME
- * that switches it off.
+/* The messages between the library and the router, over a SOCK_SEQPACKET unix socket: one message
+ * per packet, all integers in the host's order, sizes fixed. A message of another size or kind ends
+ * the connection; the library then stays on TCP and tries again later. The router tells a library
+ * of another version by a WELCOME that switches it off.
  *
- * Only the router sends descriptors. The receiver of a descriptor may have to do its last close(), which can
- * wait for as long as the sender likes, so the router takes none from a container.
+ * Only the router sends descriptors. The receiver of a descriptor may have to do its last close(),
+ * which can wait for as long as the sender likes, so the router takes none from a container.
  *
- * The router identifies a process by the kernel's word, never by a message. A process has one socket. A child
- * of fork opens its own, and proves by the arena's token that it inherited the arena.
+ * The router identifies a process by the kernel's word, never by a message. A process has one
+ * socket. A child of fork opens its own, and proves by the arena's token that it inherited the
+ * arena.
  *
  *      library                                router
  *      HELLO version                  ->
@@ -46,7 +47,8 @@ enum kind {
         HEAR = 11,
 };
 
-/* Why a connection is, or stays, on TCP. The names that people see are in dataplane/router/reasons.py. */
+/* Why a connection is, or stays, on TCP. The names that people see are in
+ * dataplane/router/reasons.py. */
 enum reason {
         REASON_NONE = 0,
         REASON_OFF = 1,          /* acceleration is off for the network or the container */
@@ -93,7 +95,8 @@ struct welcome {
         uint32_t unused;
 };
 
-/* An address as the kernel prints it: IPv4 in the first four bytes, IPv6 in all sixteen. Port in host order.
+/* An address as the kernel prints it: IPv4 in the first four bytes, IPv6 in all sixteen. Port in
+ * host order.
  */
 struct address {
         uint8_t bytes[16];

@@ -127,7 +127,8 @@ __attribute__((noreturn)) static void run(struct pump *pump, int ours, struct wa
 
 bool pump_start(struct pump *pump)
 {
-        /* Not a static buffer: its pages would lie between the library's variables in every program. */
+        /* Not a static buffer: its pages would lie between the library's variables in every
+         * program. */
         const size_t size = 2 * sizeof(struct way);
         struct way *ways = reserve(size, MAP_PRIVATE);
         int pair[2];

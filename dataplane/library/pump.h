@@ -1,9 +1,10 @@
-/* A process of ours that forwards a connection, for a reader without the library or one that doesn't know the
- * connection: another program, the C library's streams.
+/* A process of ours that forwards a connection, for a reader without the library or one that
+ * doesn't know the connection: another program, the C library's streams.
  *
- * Such a reader would miss what is left in a ring that has ended. So the pump takes over the TCP connection,
- * and the reader's descriptor becomes a unix socket to the pump. getpeername() and TCP's options don't work
- * on it any more, so this is only done where bytes would be lost otherwise.
+ * Such a reader would miss what is left in a ring that has ended. So the pump takes over the TCP
+ * connection, and the reader's descriptor becomes a unix socket to the pump. getpeername() and
+ * TCP's options don't work on it any more, so this is only done where bytes would be lost
+ * otherwise.
  */
 #ifndef FREEFLOW_PUMP_H
 #define FREEFLOW_PUMP_H

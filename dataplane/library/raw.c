@@ -117,7 +117,8 @@ enum raw raw_check(int fd, struct end *end)
                            : RAW_UNKNOWN;
         if (info.tcpi_state == STATE_CLOSE)
                 return RAW_NONE;
-        /* A retransmission that failed may have been counted in part: the other count has none of them. */
+        /* A retransmission that failed may have been counted in part: the other count has none of
+         * them. */
         if (bytes != atomic_load_explicit(&end->tx.sent, memory_order_relaxed) &&
             by_queue(fd, end, &info) != atomic_load(&end->tx.position))
                 return RAW_BYPASSED;

@@ -1,18 +1,21 @@
-/* Bytes that bypassed the library after the connection had moved: by a raw system call, an io_uring, a
- * function of the C library that the library doesn't wrap, a program that inherited the descriptor.
+/* Bytes that bypassed the library after the connection had moved: by a raw system call, an
+ * io_uring, a function of the C library that the library doesn't wrap, a program that inherited the
+ * descriptor.
  *
- * They are on the TCP connection, where nothing should be. The kernel counts what it was given to send, so
- * the sender finds them before it puts anything behind them in the ring: it ends the ring there, and all that
- * follows goes over TCP, in order. It doesn't ask the kernel before each put. A send by the kernel takes
- * longer than `raw_near`, so a thread whose last put went into the same ring less than that ago has sent
- * nothing in between. Otherwise it asks, for at most 2 % of its time. What it puts without having asked isn't
- * `clean`.
+ * They are on the TCP connection, where nothing should be. The kernel counts what it was given to
+ * send, so the sender finds them before it puts anything behind them in the ring: it ends the ring
+ * there, and all that follows goes over TCP, in order. It doesn't ask the kernel before each put. A
+ * send by the kernel takes longer than `raw_near`, so a thread whose last put went into the same
+ * ring less than that ago has sent nothing in between. Otherwise it asks, for at most 2 % of its
+ * time. What it puts without having asked isn't `clean`.
  *
- * A receiver that finds bytes on TCP which no `end` announced takes them for what comes next if the ring is
- * empty and has been empty since they may have been sent: either all that was in it was put clean, or TCP was
- * seen empty after the last byte was taken. Otherwise the order isn't known, and the connection is reset.
+ * A receiver that finds bytes on TCP which no `end` announced takes them for what comes next if the
+ * ring is empty and has been empty since they may have been sent: either all that was in it was put
+ * clean, or TCP was seen empty after the last byte was taken. Otherwise the order isn't known, and
+ * the connection is reset.
  *
- * `clean` is the peer's word. A peer that writes wrong values there spoils the order of its own stream.
+ * `clean` is the peer's word. A peer that writes wrong values there spoils the order of its own
+ * stream.
  */
 #ifndef FREEFLOW_RAW_H
 #define FREEFLOW_RAW_H
@@ -38,14 +41,15 @@ enum raw {
         RAW_LOST,     /* the descriptor is no longer this connection's */
 };
 
-/* Before a connection's first byte in a ring: note what the kernel has counted until then. False: not all of
- * it came from the library. */
+/* Before a connection's first byte in a ring: note what the kernel has counted until then. False:
+ * not all of it came from the library. */
 bool raw_begin(int fd, struct end *end);
 /* Under the sender's lock: ask the kernel. If the ring is clean, the peer is told. */
 enum raw raw_check(int fd, struct end *end);
 /* The same, if the thread's share of time allows. */
 enum raw raw_check_in_share(int fd, struct end *end, uint64_t stamp);
-/* The thread is about to sleep: ask about what it has put without asking, if its share of time allows. */
+/* The thread is about to sleep: ask about what it has put without asking, if its share of time
+ * allows. */
 void raw_settle_last(void);
 /* A receiver is about to sleep. False: there are bytes on TCP, or its end. */
 bool raw_tcp_is_empty(int fd, struct end *end);

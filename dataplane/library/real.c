@@ -2,7 +2,8 @@
 
 #include <stddef.h>
 
-/* dlsym's special handle for "the next one after us"; the same in all C libraries that we run under. */
+/* dlsym's special handle for "the next one after us"; the same in all C libraries that we run
+ * under. */
 #define NEXT ((void *)-1L)
 
 void *dlsym(void *handle, const char *name) __attribute__((weak));

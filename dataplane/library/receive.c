@@ -73,8 +73,8 @@ static long empty_from_file(struct operation *o, struct end *end, struct cursor 
 
 static bool may_map(struct flow *flow, const struct view *view, const unsigned char *place, size_t size)
 {
-        /* The first bytes are in the slot's own page, which the router has made; all of a remote ring is
-         * there. */
+        /* The first bytes are in the slot's own page, which the router has made; all of a remote
+         * ring is there. */
         uint64_t offset = (uint64_t)(place - view_bulk(view));
 
         return offset >= view_size(view) || view_remote(view) || budget_may_read(flow, offset + size);
@@ -250,13 +250,15 @@ static bool await_bytes(struct transfer *t, ssize_t *answer)
                 break;
         case -EBADF:
         case -ENOTSOCK:
-                /* Closed by a call that the library did not see; the number is another file's, or nobody's.
+                /* Closed by a call that the library did not see; the number is another file's, or
+                 * nobody's.
                  */
                 end_forget(o->fd);
                 *answer = transfer_native(t);
                 return false;
         default:
-                /* The end of the connection, or its error: the kernel reports it only once, and has done so.
+                /* The end of the connection, or its error: the kernel reports it only once, and has
+                 * done so.
                  */
                 boundary_closed(t->end);
                 emulate_description(t);
@@ -272,8 +274,8 @@ static bool await_bytes(struct transfer *t, ssize_t *answer)
         return status >= 0;
 }
 
-/* After a step that moved nothing, without the lock. True: take the next one; false: the call returns
- * `*answer`. */
+/* After a step that moved nothing, without the lock. True: take the next one; false: the call
+ * returns `*answer`. */
 static bool goes_on(struct transfer *t, enum outcome outcome, ssize_t *answer)
 {
         switch (outcome) {

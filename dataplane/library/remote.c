@@ -49,8 +49,8 @@ uint32_t remote_visible(struct end *end, int fd, uint32_t bits)
         struct pollfd polled = {.fd = fd, .events = POLLIN | POLLRDHUP};
         struct timespec at_once = {0};
 
-        /* What the program itself has shut down says nothing of the peer. A connection that is gone without
-         * both sides' FIN was reset, whichever thread got the error. */
+        /* What the program itself has shut down says nothing of the peer. A connection that is gone
+         * without both sides' FIN was reset, whichever thread got the error. */
         if (!(bits & DEFERRABLE) || !remote_is_early(end) || shut & SHUT_READ || bits & POLLERR ||
             (bits & POLLHUP && !(shut & (SHUT_WRITE | SHUTTING_WRITE))))
                 return bits;
@@ -59,7 +59,8 @@ uint32_t remote_visible(struct end *end, int fd, uint32_t bits)
         if (remote_before(end, queued_in_tcp(fd)))
                 return bits & ~(uint32_t)(POLLRDHUP | POLLHUP);
         if (!remote_before(end, 1) || bits & (POLLRDHUP | POLLHUP)) {
-                /* All that came before the ring has been taken. What is there now comes after it. */
+                /* All that came before the ring has been taken. What is there now comes after it.
+                 */
                 if (sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) > 0)
                         remote_defer(end);
                 return bits & ~DEFERRABLE;

@@ -82,7 +82,8 @@ bool request_upgrade(struct end *end, int fd)
 
         if (!router_begin())
                 return false;
-        /* Two threads may have come this far: if both requested, the two ends could get different slots. */
+        /* Two threads may have come this far: if both requested, the two ends could get different
+         * slots. */
         if (atomic_load(&end->stage) == STAGE_CANDIDATE && router_reach() &&
             name_of(fd, SYS_getsockname, &message.local) && name_of(fd, SYS_getpeername, &message.remote) &&
             sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_COOKIE, &message.cookie, &size) == 0) {
@@ -229,7 +230,8 @@ void request_poll(struct end *end)
         static _Atomic uint32_t polled; /* ticks() */
         uint32_t tick = ticks(), operations = atomic_load_explicit(&end->operations, memory_order_relaxed);
 
-        /* For tests: a request that is early gets its answer early, instead of some operations later. */
+        /* For tests: a request that is early gets its answer early, instead of some operations
+         * later. */
         if (process.eager && operations < 4) {
                 router_await(&end->stage, STAGE_REQUESTED);
                 return;

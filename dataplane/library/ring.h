@@ -1,16 +1,16 @@
 /* One direction of a connection as bytes in shared memory: one sender, one receiver.
  *
- * Positions only grow: `tail` counts what was put in, `head` what was taken out. Each side keeps its own
- * index in private memory (`struct flow`.edge) and only publishes it in the ring. It checks the other side's
- * index: tail - head must not exceed the ring's size, and the offset into the ring is masked. So whatever the
- * other side writes, nothing outside the ring is read or written.
+ * Positions only grow: `tail` counts what was put in, `head` what was taken out. Each side keeps
+ * its own index in private memory (`struct flow`.edge) and only publishes it in the ring. It checks
+ * the other side's index: tail - head must not exceed the ring's size, and the offset into the ring
+ * is masked. So whatever the other side writes, nothing outside the ring is read or written.
  *
- * Byte p lies at offset (p - base) mod size. The sender moves `base` to `tail` only while the ring is
- * empty, so a receiver that loads it after a tail that says "not empty" has the one that holds for these
- * bytes.
+ * Byte p lies at offset (p - base) mod size. The sender moves `base` to `tail` only while the ring
+ * is empty, so a receiver that loads it after a tail that says "not empty" has the one that holds
+ * for these bytes.
  *
- * All functions are called under the flow's lock. A signal handler may have used the ring inside it: the
- * commit compares the index, fails, and the caller begins again.
+ * All functions are called under the flow's lock. A signal handler may have used the ring inside
+ * it: the commit compares the index, fails, and the caller begins again.
  */
 #ifndef FREEFLOW_RING_H
 #define FREEFLOW_RING_H
@@ -77,8 +77,9 @@ static inline unsigned char *ring_at(const struct view *view, uint64_t offset, s
         return view_bulk(view) + offset;
 }
 
-/* Bytes of a ring that may be used: all of a remote one. Its memory is there already, and the relays report
- * what has been read in steps of half a ring: a sender that used less might wait for ever. */
+/* Bytes of a ring that may be used: all of a remote one. Its memory is there already, and the
+ * relays report what has been read in steps of half a ring: a sender that used less might wait for
+ * ever. */
 static inline uint64_t ring_limit(const struct view *view)
 {
         return view_remote(view) ? view_size(view) : settings.ring_limit;
@@ -98,8 +99,8 @@ static inline void ring_restart(struct flow *flow, const struct view *view, uint
         atomic_store_explicit(&flow->stopped, 0, memory_order_relaxed);
 }
 
-/* How many of `space` bytes from `tail` on the sender may use. If it may not use the whole ring, it only
- * starts again at the first byte when the ring is empty. */
+/* How many of `space` bytes from `tail` on the sender may use. If it may not use the whole ring, it
+ * only starts again at the first byte when the ring is empty. */
 static inline uint64_t ring_within(struct flow *flow, const struct view *view, uint64_t tail, uint64_t space)
 {
         uint64_t extent = ring_extent(flow, view);
@@ -113,7 +114,8 @@ static inline uint64_t ring_within(struct flow *flow, const struct view *view, u
         return 0;
 }
 
-/* Bytes that may be put in now, for a message of `want`; RING_CORRUPT: the receiver's index is invalid. */
+/* Bytes that may be put in now, for a message of `want`; RING_CORRUPT: the receiver's index is
+ * invalid. */
 static inline int64_t ring_space(struct flow *flow, const struct view *view, size_t want, uint64_t limit)
 {
         uint64_t tail = atomic_load_explicit(&flow->edge, memory_order_relaxed);
@@ -134,16 +136,16 @@ static inline unsigned char *ring_to_put(const struct flow *flow, const struct v
         return ring_at(view, tail - atomic_load_explicit(&flow->base, memory_order_relaxed), run);
 }
 
-/* Stamp an empty ring, before something is published: a thread that waits for several rings reports them in
- * the order of their stamps. */
+/* Stamp an empty ring, before something is published: a thread that waits for several rings reports
+ * them in the order of their stamps. */
 static inline void ring_stamp(const struct view *view, uint64_t tail, uint64_t stamp)
 {
         if (atomic_load_explicit(&view->ring->head, memory_order_relaxed) == tail)
                 atomic_store_explicit(&view->ring->stamp, stamp, memory_order_relaxed);
 }
 
-/* Make bytes up to `tail + size` readable; `stamp`: when they were put. False: a signal handler has put bytes
- * there meanwhile. */
+/* Make bytes up to `tail + size` readable; `stamp`: when they were put. False: a signal handler has
+ * put bytes there meanwhile. */
 static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t tail, size_t size,
                             uint64_t stamp)
 {
@@ -172,7 +174,8 @@ static inline int64_t ring_ready(const struct flow *flow, const struct view *vie
         return __builtin_expect(ready > view_size(view), 0) ? RING_CORRUPT : (int64_t)ready;
 }
 
-/* Where byte `head` is, and how many follow it in one piece. After ring_ready() said that there is one. */
+/* Where byte `head` is, and how many follow it in one piece. After ring_ready() said that there is
+ * one. */
 static inline unsigned char *ring_to_take(const struct view *view, uint64_t head, size_t *run)
 {
         return ring_at(view, head - atomic_load_explicit(&view->ring->base, memory_order_relaxed), run);

@@ -46,8 +46,8 @@ void router_end(void)
 
 static void disconnect(long why)
 {
-        /* Closed by a call that the library did not see: the number may be the program's now, and the router
-         * is still there. */
+        /* Closed by a call that the library did not see: the number may be the program's now, and
+         * the router is still there. */
         bool lost = why == -EBADF || why == -ENOTSOCK;
 
         if (router.fd && lost) {

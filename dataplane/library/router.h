@@ -1,7 +1,7 @@
 /* The process's socket to the router. No call waits for the router's answer.
  *
- * One lock guards the socket. A signal handler that interrupts its own thread under this lock does without
- * the router.
+ * One lock guards the socket. A signal handler that interrupts its own thread under this lock does
+ * without the router.
  */
 #ifndef FREEFLOW_ROUTER_H
 #define FREEFLOW_ROUTER_H
@@ -10,8 +10,8 @@
 
 enum { ROUTER_PATIENCE = 20 }; /* ms that a message which must not be lost waits for room */
 
-/* Connect, unless some process of this family has received the router's WELCOME, which says when connections
- * are to be upgraded. */
+/* Connect, unless some process of this family has received the router's WELCOME, which says when
+ * connections are to be upgraded. */
 void router_connect(void);
 /* Changes when the router's socket is lost: what was requested before has to be requested again. */
 uint32_t router_epoch(void);

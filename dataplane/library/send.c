@@ -23,8 +23,8 @@
 
 /* --- where a sender's bytes come from --- */
 
-/* Fill a piece of the ring from the call's source. Returns bytes, 0 at the end of a file, or -errno; never
- * waits. */
+/* Fill a piece of the ring from the call's source. Returns bytes, 0 at the end of a file, or
+ * -errno; never waits. */
 static long fill(struct operation *o, struct cursor *cursor, unsigned char *place, size_t size, size_t ahead)
 {
         long got;
@@ -41,8 +41,8 @@ static long fill(struct operation *o, struct cursor *cursor, unsigned char *plac
         }
 }
 
-/* A source can't be read: the kernel's own error for this source and socket, if it has one. A pipe and a
- * socket can't seek, and reading at an offset has taken nothing from them. */
+/* A source can't be read: the kernel's own error for this source and socket, if it has one. A pipe
+ * and a socket can't seek, and reading at an offset has taken nothing from them. */
 static long refusal(struct operation *o, long error)
 {
         long refused = o->call == CALL_SENDFILE ? sys_4(SYS_sendfile, o->fd, o->other, o->offset, 0) : 0;
@@ -53,8 +53,8 @@ static long refusal(struct operation *o, long error)
 
 /* --- putting --- */
 
-/* What a signal handler sends while its thread is in the middle of putting a piece comes behind that piece,
- * and is published with it. */
+/* What a signal handler sends while its thread is in the middle of putting a piece comes behind
+ * that piece, and is published with it. */
 static long put_behind(struct transfer *t, size_t left)
 {
         struct flow *flow = t->flow;
@@ -84,8 +84,8 @@ static long put_behind(struct transfer *t, size_t left)
         return (long)put;
 }
 
-/* Reserve a place in the ring for `left` bytes or fewer, so that handlers put theirs behind it. Returns its
- * size, 0 if there is no room, or -EPROTO; `*tail`: where it begins. */
+/* Reserve a place in the ring for `left` bytes or fewer, so that handlers put theirs behind it.
+ * Returns its size, 0 if there is no room, or -EPROTO; `*tail`: where it begins. */
 static inline long reserve_piece(struct flow *flow, const struct view *view, size_t left, bool copies,
                                  uint64_t *tail)
 {
@@ -116,7 +116,8 @@ static inline void publish(struct transfer *t, uint64_t tail, size_t put, bool c
         struct flow *flow = t->flow;
 
         atomic_signal_fence(memory_order_seq_cst);
-        /* While the reservation still stands: a handler that comes now goes behind it, and is published next.
+        /* While the reservation still stands: a handler that comes now goes behind it, and is
+         * published next.
          */
         for (;;) {
                 uint64_t last =
@@ -134,8 +135,8 @@ static inline void publish(struct transfer *t, uint64_t tail, size_t put, bool c
         }
 }
 
-/* Put what fits, up to PIECE. Returns bytes put, 0 if there is no room, or -errno; `*out`: the source has no
- * more. */
+/* Put what fits, up to PIECE. Returns bytes put, 0 if there is no room, or -errno; `*out`: the
+ * source has no more. */
 static long put_piece(struct transfer *t, uint64_t stamp, bool *out)
 {
         struct operation *o = t->o;
@@ -174,8 +175,8 @@ static long put_piece(struct transfer *t, uint64_t stamp, bool *out)
 
 /* --- steps --- */
 
-/* Has the peer closed, or the connection failed? The kernel is asked once per tick of the coarse clock, and
- * when it may have an event (ready.h). */
+/* Has the peer closed, or the connection failed? The kernel is asked once per tick of the coarse
+ * clock, and when it may have an event (ready.h). */
 static bool peer_is_gone(struct transfer *t)
 {
         uint32_t stamp = ready_stamp();
@@ -268,7 +269,8 @@ static inline enum outcome send_step(struct transfer *t, enum taken taken, bool 
         }
         t->view = end_sends(t->end);
         atomic_store_explicit(&t->view.ring->busy, 1, memory_order_relaxed);
-        /* Pairs with the barrier that a receiver which requests the fallback makes all cores execute. */
+        /* Pairs with the barrier that a receiver which requests the fallback makes all cores
+         * execute. */
         atomic_signal_fence(memory_order_seq_cst);
         outcome = put_now(t, taken, out);
         atomic_store_explicit(&t->view.ring->busy, 0, memory_order_release);
@@ -287,7 +289,8 @@ static ssize_t sent(const struct transfer *t)
         return (ssize_t)t->done;
 }
 
-/* Nothing could be put: wait for room, or for the source. True: go on; false: the call returns `*answer`. */
+/* Nothing could be put: wait for room, or for the source. True: go on; false: the call returns
+ * `*answer`. */
 static bool await_room(struct transfer *t, ssize_t *answer)
 {
         struct operation *o = t->o;
@@ -323,8 +326,8 @@ static bool await_room(struct transfer *t, ssize_t *answer)
         return status >= 0;
 }
 
-/* After a step that moved nothing, without the lock. True: take the next one; false: the call returns
- * `*answer`. */
+/* After a step that moved nothing, without the lock. True: take the next one; false: the call
+ * returns `*answer`. */
 static bool goes_on(struct transfer *t, enum outcome outcome, ssize_t *answer)
 {
         switch (outcome) {

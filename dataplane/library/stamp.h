@@ -1,5 +1,5 @@
-/* A clock that is the same on all cores of a host, used only to say what came first. The library and the
- * relay stamp the rings of one host with it.
+/* A clock that is the same on all cores of a host, used only to say what came first. The library
+ * and the relay stamp the rings of one host with it.
  */
 #ifndef FREEFLOW_STAMP_H
 #define FREEFLOW_STAMP_H

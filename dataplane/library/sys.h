@@ -1,6 +1,7 @@
-/* System calls without the C library: they don't touch errno, are no cancellation points, and can't be
- * interposed. Returns are the kernel's: -errno on failure. Used for what the library does for itself; what
- * the program asked for goes through the C library's own functions (real.h), which are cancellation points.
+/* System calls without the C library: they don't touch errno, are no cancellation points, and can't
+ * be interposed. Returns are the kernel's: -errno on failure. Used for what the library does for
+ * itself; what the program asked for goes through the C library's own functions (real.h), which are
+ * cancellation points.
  */
 #ifndef FREEFLOW_SYS_H
 #define FREEFLOW_SYS_H

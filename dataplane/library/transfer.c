@@ -208,7 +208,8 @@ ssize_t transfer_rest(struct transfer *t, size_t most, bool sending)
 
 /* --- pipes --- */
 
-/* Reads and writes of a pipe can't be told to return at once, so it is polled before: Linux before 6.4. */
+/* Reads and writes of a pipe can't be told to return at once, so it is polled before: Linux before
+ * 6.4. */
 static _Atomic bool pipes_wait;
 
 long pipe_now(long call, int fd, short events, void *place, size_t size)

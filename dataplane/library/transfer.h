@@ -1,9 +1,9 @@
-/* One call that moves bytes: what the program asked for, how far the call has come, and how it goes on where
- * there is no ring.
+/* One call that moves bytes: what the program asked for, how far the call has come, and how it goes
+ * on where there is no ring.
  *
- * A call is a row of steps. A step takes the flow's lock, does what can be done now without waiting, and says
- * how the call goes on (enum outcome); the caller releases the lock, waits if need be, and takes the next
- * step. send.c and receive.c have the steps.
+ * A call is a row of steps. A step takes the flow's lock, does what can be done now without
+ * waiting, and says how the call goes on (enum outcome); the caller releases the lock, waits if
+ * need be, and takes the next step. send.c and receive.c have the steps.
  */
 #ifndef FREEFLOW_TRANSFER_H
 #define FREEFLOW_TRANSFER_H
@@ -101,16 +101,16 @@ enum { PIPE_PAGE = 4096 };
 ssize_t operation_native(const struct operation *operation);
 bool operation_is_splice(const struct operation *operation);
 
-/* Under the sender's or the receiver's lock, in PHASE_TCP: the phase of a call that begins now, which may be
- * the one at which bytes go to the ring. */
+/* Under the sender's or the receiver's lock, in PHASE_TCP: the phase of a call that begins now,
+ * which may be the one at which bytes go to the ring. */
 uint32_t transfer_move(struct transfer *t, enum taken taken);
 /* After OUTCOME_TCP. `counts`: not for a receive that only peeks. */
 ssize_t transfer_by_tcp(struct transfer *t, bool counts);
-/* The rest of a call goes on over TCP after the ring has ended, up to `most` bytes of all. To the program it
- * is one call: an error after the first byte is only returned by the next one. */
+/* The rest of a call goes on over TCP after the ring has ended, up to `most` bytes of all. To the
+ * program it is one call: an error after the first byte is only returned by the next one. */
 ssize_t transfer_rest(struct transfer *t, size_t most, bool sending);
-/* After OUTCOME_LOST: is the descriptor another end's now, and has the call moved nothing? Then it begins
- * again there. False: transfer_native(). */
+/* After OUTCOME_LOST: is the descriptor another end's now, and has the call moved nothing? Then it
+ * begins again there. False: transfer_native(). */
 bool transfer_find(struct transfer *t);
 /* May this call wait for its socket? */
 bool transfer_may_wait(const struct transfer *t);
@@ -118,7 +118,8 @@ bool transfer_may_wait(const struct transfer *t);
 /* Buffers of the call from the cursor on, `size` bytes at most. Returns their number. */
 int transfer_buffers(const struct operation *o, const struct cursor *cursor, size_t size, struct iovec *vec);
 void cursor_skip(struct cursor *cursor, size_t size);
-/* Read from, or write to, a pipe without waiting, because other threads wait for our lock. -EAGAIN: not now.
+/* Read from, or write to, a pipe without waiting, because other threads wait for our lock. -EAGAIN:
+ * not now.
  */
 long pipe_now(long call, int fd, short events, void *place, size_t size);
 /* Wait for the pipe of a splice, whatever the socket's mode is. Returns 0 or -errno. */
@@ -133,7 +134,8 @@ static inline enum outcome transfer_enter(struct transfer *t, enum taken taken)
         if (__builtin_expect(t->phase == PHASE_TCP, 0))
                 t->phase = transfer_move(t, taken);
         if (t->phase == PHASE_TCP) {
-                /* Before the lock is released: nobody may move the flow while the call is in the kernel. */
+                /* Before the lock is released: nobody may move the flow while the call is in the
+                 * kernel. */
                 atomic_fetch_add_explicit(&t->flow->kernel, 1, memory_order_relaxed);
                 return OUTCOME_TCP;
         }
@@ -146,7 +148,8 @@ static inline ssize_t transfer_result(const struct transfer *t, long error)
         return t->done ? (ssize_t)t->done : result(error);
 }
 
-/* What the C library returns of a call that is the kernel's alone, unless it has moved bytes already. */
+/* What the C library returns of a call that is the kernel's alone, unless it has moved bytes
+ * already. */
 static inline ssize_t transfer_native(const struct transfer *t)
 {
         return t->done ? (ssize_t)t->done : operation_native(t->o);

@@ -18,8 +18,8 @@ void upgrade_receiver(struct end *end)
         /* Pairs with poll_wait.c: either it sees the phase, or we see its call in `kernel`. */
         if (!flow_become(&end->rx, PHASE_READY))
                 return;
-        /* Threads that wait in epoll must see the ring before the sender may use it; and the phase with it,
-         * or they would take it for a ring that has ended. */
+        /* Threads that wait in epoll must see the ring before the sender may use it; and the phase
+         * with it, or they would take it for a ring that has ended. */
         if (atomic_load(&end->rx.kernel) || !poller_attach(end)) {
                 flow_become(&end->rx, PHASE_TCP);
                 poller_sender_changed(end);
