@@ -195,7 +195,7 @@ static void request(int fd, struct end *end, uint64_t bytes, uint32_t operations
                 request_poll(end);
         if (settings.enabled && is_worth_it(end, bytes) && !end_held_elsewhere(end)) {
                 request_upgrade(end, fd);
-                atomic_store_explicit(&end->asked, now(), memory_order_relaxed);
+                atomic_store_explicit(&end->requested_at, now(), memory_order_relaxed);
         }
 }
 

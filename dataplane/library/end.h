@@ -73,12 +73,12 @@ struct end {
         /* Options that the kernel has, and that also hold for what was left in the ring when they
          * were set.
          */
-        _Atomic uint32_t low;    /* SO_RCVLOWAT; 0: the kernel has the program's own value */
-        _Atomic uint32_t peeked; /* 1 + SO_PEEK_OFF; 0: off */
-        _Atomic uint32_t inq;    /* TCP_INQ */
-        _Atomic uint32_t epoch;  /* router_epoch() at the request */
-        _Atomic uint64_t opened; /* ns */
-        _Atomic uint64_t asked;  /* ns of the first request; 0: none, or it has been accounted for */
+        _Atomic uint32_t low;          /* SO_RCVLOWAT; 0: the kernel has the program's own value */
+        _Atomic uint32_t peeked;       /* 1 + SO_PEEK_OFF; 0: off */
+        _Atomic uint32_t inq;          /* TCP_INQ */
+        _Atomic uint32_t epoch;        /* router_epoch() at the request */
+        _Atomic uint64_t opened;       /* ns */
+        _Atomic uint64_t requested_at; /* ns of the first request; 0: none, or it has been accounted for */
         _Atomic uint64_t cookie;
         _Atomic uint64_t incarnation;
         _Atomic uint32_t kept; /* the kernel's keepalive isn't what the program has set: keep.h */

@@ -57,7 +57,7 @@ struct end *end_make(int fd, bool nonblocking)
         atomic_store_explicit(&end->inq, 0, memory_order_relaxed);
         atomic_store_explicit(&end->cookie, 0, memory_order_relaxed);
         atomic_store_explicit(&end->opened, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->asked, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->requested_at, 0, memory_order_relaxed);
         atomic_store_explicit(&end->kept, 0, memory_order_relaxed);
         poller_forget_end(end_number(end));
         end_hold_first(end);

@@ -1,7 +1,7 @@
 /* From the ring back to TCP, and the reset of a connection that can't go back.
  *
  * The sender writes `end` into the ring and goes on over TCP; the receiver reads the ring up to
- * there. The sender does so when the other side asks for it (`leave`), when the program does
+ * there. The sender does so when the other side requests it (`leave`), when the program does
  * something that rings can't carry, or when the kernel says that the peer has closed its side, so
  * that errors and signals are the kernel's own.
  */
@@ -41,7 +41,7 @@ void fallback_sender(int fd, struct end *end, uint32_t reason);
 /* Bytes have bypassed the ring. If they come after all that is in it, it ends and the connection is
  * TCP again; else the connection is reset. */
 void fallback_bypassed(int fd, struct end *end);
-/* Bytes have bypassed the ring: the peer is to fall back too, and the router hears the reason. */
+/* Bytes have bypassed the ring: the peer is to fall back too, and the router gets the reason. */
 void fallback_report_bypass(struct end *end);
 
 /* Under the receiver's lock, the ring being empty: there are bytes on TCP that no `end` announced.

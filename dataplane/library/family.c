@@ -135,7 +135,7 @@ static void each_end(void (*visit)(struct end *end, int32_t member), int32_t mem
  * The counter is a guess: processes that change it at the same time may lose a step. */
 void family_account(struct end *end)
 {
-        uint64_t asked = atomic_exchange_explicit(&end->asked, 0, memory_order_relaxed);
+        uint64_t asked = atomic_exchange_explicit(&end->requested_at, 0, memory_order_relaxed);
         uint32_t unpaid = atomic_load_explicit(&family->unpaid, memory_order_relaxed);
 
         if (!asked)

@@ -6,7 +6,8 @@
  *
  * Stages change by compare-and-swap, without a lock: of two threads that move an end on from the
  * same stage one succeeds. Phases change under the flow's lock, except that any thread may end a
- * flow whose connection was reset: so PHASE_OVER is final, whoever else writes at the same moment.
+ * flow whose connection was reset: so PHASE_OVER is final, whatever else is written at the same
+ * moment.
  */
 #ifndef FREEFLOW_FLOW_H
 #define FREEFLOW_FLOW_H

@@ -115,7 +115,7 @@ struct real {
 
 extern struct real real_functions;
 void real_find(void);
-/* One that isn't called often enough to be looked for at the start; NULL. */
+/* A function that isn't called often enough to be looked up at the start; NULL. */
 void *real_named(const char *name);
 
 /* Other libraries' constructors may call us before ours ran. */

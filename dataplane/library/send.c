@@ -195,7 +195,8 @@ static void go_back(struct transfer *t)
         int fd = t->o->fd;
         bool raw = atomic_load_explicit(&t->view.ring->leave, memory_order_relaxed) == LEAVE_RAW;
 
-        /* A receiver that asks for another reason doesn't know that something bypassed the ring. */
+        /* A receiver that requests it for another reason doesn't know that something bypassed the
+         * ring. */
         if (!raw && raw_check(fd, t->end) == RAW_BYPASSED) {
                 fallback_bypassed(fd, t->end);
                 return;
