@@ -11,7 +11,7 @@ from tests.swarm.conftest import NGINX, address, make_network, make_service, run
 
 
 def test_status_is_well_and_complete(bed: Bed, manager: Host) -> None:
-    """status has a clean verdict (exit code 0) and shows network, container, peer and VIP."""
+    """status has a clean verdict (exit code 0) and shows network, container, peer, service, VIP."""
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=4)
     box = run_container(manager, network)

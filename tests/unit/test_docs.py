@@ -17,6 +17,11 @@ TEXTS: Final = {path: path.read_text() for path in prose.documents()}
 RESULTS: Final = json.loads((TOP / "docs/data/same-host.json").read_text())["results"]
 README: Final = TEXTS[TOP / "README.md"]
 SUFFIXES: Final = r"py|c|h|sh|md|svg|dot|json|toml|yml|txt"
+RETIRED: Final = (
+    r"short(?:er)? ?(?:cut|way)|ordinary way|nonsense|\bstrangers?|\bnaps?\b|\bdeaf|retreat|"
+    r"(?:hold|held|give|given) back|passed by|past the library|look(?:s|ed|ing)? at|\bbeats?\b"
+)
+"""Words that the glossary in ARCHITECTURE.md has replaced by those of the trade."""
 WRITTEN: Final = ("build/", "tests/x/")
 """Files that only exist once something has made them."""
 
@@ -120,6 +125,13 @@ def test_prose_is_wrapped() -> None:
         f"{path.name}:{number}" for path in TEXTS for number, _ in prose.long_lines(TEXTS[path])
     ]
     assert not long
+
+
+@pytest.mark.parametrize("document", TEXTS, ids=lambda path: path.name)
+def test_one_word_for_one_thing(document: Path) -> None:
+    """No document uses a word again that the glossary has replaced, except as code."""
+    prose_alone = re.sub(r"`[^`]*`|```.*?```", "", TEXTS[document], flags=re.DOTALL)
+    assert re.findall(RETIRED, prose_alone, re.IGNORECASE) == []
 
 
 @pytest.mark.parametrize(
