@@ -142,29 +142,20 @@ class ContainerCounts(msgspec.Struct, frozen=True, kw_only=True):
     container: str
     processes: int = 0
     waiting: int = 0
-    shm: int = 0
+    connections: int = 0
+    """Ends of connections in shared memory."""
     bells: int = 0
     memory: int = 0
     builds: dict[str, int] = {}
     """Processes, by the build ID of their library."""
 
 
-class DeviceFact(msgspec.Struct, frozen=True, kw_only=True):
-    """The RDMA device that is in use."""
-
-    name: str
-    port: int
-    gid_index: int
-    gid: str
-    kind: str
-    """RoCE v2 or InfiniBand."""
-    mtu: int
-
-
 class PeerFact(msgspec.Struct, frozen=True, kw_only=True):
     """Another host that shares a network with this one."""
 
     address: str
+    name: str = ""
+    """The host's name; not known to the router, the plugin adds it."""
     node: str = ""
     session: bool = False
     reason: str = ""
@@ -179,59 +170,64 @@ class PeerFact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RdmaFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Connections to other hosts. Counts since the start, unless they say now."""
+    """Connections to other hosts. Counts are since the router's start, unless they say now."""
 
     on: bool = True
-    device: DeviceFact | None = None
+    device: str = ""
+    """The device that is used, as text; empty if none is."""
     why: str = ""
-    """Why no connection of this host can use RDMA; "" if one can."""
-    looked: tuple[str, ...] = ()
-    """Devices that are not used, and why."""
-    sessions: str = ""
-    """Why there are no sessions at all; "" if there may be."""
+    """Why no connection of this host can use RDMA; empty if one can."""
+    skipped: tuple[str, ...] = ()
+    """Devices that aren't used, and why."""
+    no_sessions: str = ""
+    """Why there are no sessions with any host."""
     node: str = ""
-    peers: tuple[PeerFact, ...] = ()
+    hosts: tuple[PeerFact, ...] = ()
     connections: int = 0
     """Now."""
-    registered: int = 0
-    """Bytes of memory, now."""
+    memory: int = 0
+    """Bytes registered with the device, now."""
     granted: int = 0
     broken: int = 0
-    """Connections that were reset because bytes could not be delivered."""
+    """Ended as by a reset, since bytes could not be delivered."""
     left: int = 0
-    """Connections that fell back to TCP."""
+    """Moved back to TCP."""
     refused: dict[str, int] = {}
-    """By the reason's word."""
+    """By reason's word."""
     relay: dict[str, int] = {}
-    """The relay's own counters, by name."""
-    relay_starts: int = 0
+    """The relay's own counters."""
 
 
-class Statistics(msgspec.Struct, frozen=True, kw_only=True, tag="statistics"):
+class RouterCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Counts since the router's start, unless they say now."""
 
-    uptime: float
-    learned: bool
-    """Whether the driver has sent a snapshot."""
-    processes: int
+    uptime: float = 0.0
+    learned: bool = False
+    """Whether a snapshot has come."""
+    processes: int = 0
     """Now."""
-    waiting: int
+    waiting: int = 0
     """Now."""
-    shm: int
-    """Connections with a slot now; the two ends on one host count as one."""
-    arenas: int
+    connections: int = 0
+    """Connections with a slot now; both ends on one host count as one."""
+    arenas: int = 0
     """Now."""
-    memory: int
-    """Bytes of shared memory in use now."""
-    granted: int
-    refused: dict[str, int]
-    """By the reason's word."""
-    noted: dict[str, int]
-    """By the reason's word."""
-    wrong_messages: int
-    dropped: int
-    """Clients that did not read their answers."""
+    memory: int = 0
+    """Bytes of shared memory used now."""
+    granted: int = 0
+    refused: dict[str, int] = {}
+    """By reason's word."""
+    noted: dict[str, int] = {}
+    """Notes of libraries, by reason's word."""
+    wrong_messages: int = 0
+    dropped: int = 0
+    """Clients that didn't read their answers."""
     containers: tuple[ContainerCounts, ...] = ()
+
+
+class Statistics(RouterCounts, frozen=True, kw_only=True, tag="statistics"):
+    """Answer to StatisticsRequest."""
+
     rdma: RdmaFacts = RdmaFacts()
 
 
@@ -259,12 +255,16 @@ class Connections(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
     """Word to sentence, of the reasons that appear."""
 
 
-class PathCount(msgspec.Struct, frozen=True, kw_only=True):
-    """The number of connections' ends in this host's containers, by network, path and reason."""
+class PathCount(msgspec.Struct, frozen=True):
+    """The number of ends of connections in containers of this host that share path and reason.
+
+    `path` is overlay, shm or rdma; the plugin tells overlay+ebpf from overlay. `reason`: one word,
+    why it is neither shm nor rdma.
+    """
 
     network: str
     path: str
-    reason: str | None
+    reason: str
     count: int
 
 

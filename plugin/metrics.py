@@ -17,27 +17,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import start_http_server
 from prometheus_client.registry import Collector
 
+from dataplane.control import RdmaFacts
 from plugin.deaths import PARTS
-from plugin.status import NetworkStatus, RdmaStatus, RouterStatus, Status
+from plugin.status import NetworkStatus, RouterStatus, Status
 
 log = structlog.get_logger()
 
 LINK_STATES: Final = ("up", "being made", "down", "over the session")
-_NO_RDMA: Final = RdmaStatus(
-    on=False,
-    device="",
-    why="",
-    skipped=[],
-    no_sessions="",
-    hosts=[],
-    connections=0,
-    memory=0,
-    granted=0,
-    broken=0,
-    left=0,
-    relay={},
-)
-
 Sample = tuple[tuple[str, ...], float]
 
 
@@ -84,8 +70,8 @@ def _router(status: Status) -> RouterStatus:
     return status.router or RouterStatus(up=False)
 
 
-def _rdma(status: Status) -> RdmaStatus:
-    return _router(status).rdma or _NO_RDMA
+def _rdma(status: Status) -> RdmaFacts:
+    return _router(status).rdma or RdmaFacts(on=False)
 
 
 def _paths(status: Status) -> Iterable[Sample]:

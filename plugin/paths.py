@@ -12,15 +12,15 @@ from typing import Final
 
 import msgspec
 
-from dataplane.control import ConnectionFact, Connections
+from dataplane.control import ConnectionFact, Connections, PathCount
 from driver import allocate
 from driver.driver import Driver
 from driver.model import IPAddress, Network
 from plugin.facts import KernelFacts, SyncFacts
-from plugin.status import PathStatus
 
 OVERLAY: Final = "overlay"
 FAST: Final = "overlay+ebpf"
+PATHS: Final = (OVERLAY, FAST, "shm", "rdma")
 _ELSEWHERE: Final = ("remote", "foreign")
 """Words of reasons: the peer is on another host; it is on no FreeFlow network."""
 
@@ -86,7 +86,7 @@ class PathLabels:
         return self._kernel.uses_fastpath(network.id, mac)
 
 
-def relabel(counts: Iterable[PathStatus], runs: Callable[[str, bool], bool]) -> list[PathStatus]:
+def relabel(counts: Iterable[PathCount], runs: Callable[[str, bool], bool]) -> list[PathCount]:
     """The router's counts, with `overlay+ebpf` as the path where the fast path runs.
 
     Counts have no addresses, so `runs(network, elsewhere)` decides: by network, and by whether the

@@ -150,7 +150,7 @@ class Ping:
             return "overlay", "RDMA is off for the network or this host"
         if rdma.why:
             return "overlay", rdma.why
-        for peer in rdma.peers:
+        for peer in rdma.hosts:
             if peer.address == host or peer.data_path == host:
                 if not peer.session:
                     return "overlay", f"no session with its host: {peer.reason}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from pathlib import Path
 
 import msgspec
 
-from dataplane.control import DeviceFact, RdmaFacts
+from dataplane.control import RdmaFacts
 from driver import names
 from driver.driver import Driver
 from driver.errors import FreeFlowError, RouterError, SettingError
@@ -23,7 +23,7 @@ from plugin import problems
 from plugin.calls import CallStatistics
 from plugin.deaths import Deaths
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
-from plugin.paths import FAST, OVERLAY, relabel
+from plugin.paths import FAST, OVERLAY, PATHS, relabel
 from plugin.settings import HIDDEN, SETTINGS, Settings
 from plugin.status import (
     CallStatus,
@@ -34,13 +34,9 @@ from plugin.status import (
     HostStatus,
     NetworkStatus,
     PartStatus,
-    PathStatus,
     PeerStatus,
-    RdmaStatus,
-    RemoteHostStatus,
     RouterStatus,
     ServiceStatus,
-    ShareStatus,
     Status,
 )
 from plugin.totals import Counts, Totals
@@ -48,7 +44,6 @@ from plugin.version import VERSION
 
 ROUTER_PATIENCE = 10.0
 """Seconds after the start; until then a router that doesn't answer is still being started."""
-PATHS = ("overlay", "shm")
 
 
 def _setting_text(value: object) -> str:
@@ -58,14 +53,6 @@ def _setting_text(value: object) -> str:
         host, port = value
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _device(device: DeviceFact) -> str:
-    gid = ip_address(device.gid)
-    mapped = gid.ipv4_mapped if gid.version == 6 else None
-    return (
-        f"{device.name} port {device.port}, {device.kind} {mapped or gid} (GID {device.gid_index})"
-    )
 
 
 def _shown(secret: bool, value: object) -> str:
@@ -158,9 +145,9 @@ class Snapshot:
         guarded = self.kernel.guarded()
         found = self._problems(networks, stage, guarded)
         router = self._router(now, found, stage)
-        counts = dict.fromkeys(PATHS, 0)
+        counts = Counter(dict.fromkeys(PATHS, 0))
         for each in router.paths:
-            counts[each.path] = counts.get(each.path, 0) + each.count
+            counts[each.path] += each.count
         return Status(
             version=VERSION,
             healthy=not found,
@@ -182,7 +169,7 @@ class Snapshot:
                 )
                 for item in self.statistics.summaries()
             ],
-            path_counts=counts,
+            path_counts=dict(counts),
             router=router,
             fastpath=FastPathStatus(stage.stage, stage.reason, list(stage.devices)),
             guard=GuardStatus(
@@ -194,88 +181,41 @@ class Snapshot:
             ],
         )
 
-    def _router(self, now: float, problems: list[Finding], stage: Stage) -> RouterStatus:
-        """What the router says; if it says nothing, that is a problem, which is added."""
+    def _router(self, now: float, found: list[Finding], stage: Stage) -> RouterStatus:
+        """The router's own account; a finding is added if it doesn't answer."""
         try:
-            found = self.router.statistics()
-            paths = self.router.paths().paths
+            statistics = self.router.statistics()
+            counts = self.router.paths().paths
         except RouterError as error:
             if now - self.started > ROUTER_PATIENCE:
                 what = "the router does not answer; new connections stay on the overlay"
-                problems.append(Finding.of("warning", what, error))
+                found.append(Finding.of("warning", what, error))
             return RouterStatus(up=False)
 
         def runs(network: str, elsewhere: bool) -> bool:
-            """Whether the fast path is taken on a network."""
+            """Whether the fast path runs on a network."""
             return names.short(network) in stage.networks and (
                 not elsewhere or stage.stage == "tunnel"
             )
 
-        return RouterStatus(
-            up=True,
-            uptime=round(found.uptime, 1),
-            processes=found.processes,
-            waiting=found.waiting,
-            connections=found.shm,
-            memory=found.memory,
-            granted=found.granted,
-            refused=found.refused,
-            noted=found.noted,
-            wrong_messages=found.wrong_messages,
-            paths=sorted(
-                relabel(
-                    (
-                        PathStatus(each.network, each.path, each.reason or "", each.count)
-                        for each in paths
-                    ),
-                    runs,
-                ),
-                key=lambda each: (each.network, each.path, each.reason),
-            ),
-            containers=[
-                ShareStatus(
-                    each.container,
-                    each.processes,
-                    each.waiting,
-                    each.shm,
-                    each.memory,
-                    each.builds,
-                )
-                for each in found.containers
-                if each.container
-            ],
-            rdma=self._rdma(found.rdma),
+        facts = msgspec.structs.asdict(statistics) | {
+            "uptime": round(statistics.uptime, 1),
+            "containers": tuple(each for each in statistics.containers if each.container),
+            "rdma": self._with_names(statistics.rdma),
+        }
+        paths = sorted(
+            relabel(counts, runs), key=lambda each: (each.network, each.path, each.reason)
         )
+        return RouterStatus(up=True, paths=tuple(paths), **facts)
 
-    def _rdma(self, facts: RdmaFacts) -> RdmaStatus:
+    def _with_names(self, rdma: RdmaFacts) -> RdmaFacts:
+        """The same with the names of hosts, where they are known."""
         engine, _ = self.syncer.engine()
-        hostnames = {str(ip): name for ip, name in (engine.hostnames if engine else {}).items()}
-        return RdmaStatus(
-            on=facts.on,
-            device="" if facts.device is None else _device(facts.device),
-            why=facts.why,
-            skipped=list(facts.looked),
-            no_sessions=facts.sessions,
-            hosts=[
-                RemoteHostStatus(
-                    name=hostnames.get(each.address, ""),
-                    address=each.address,
-                    session=each.session,
-                    reason=each.reason,
-                    rdma=each.rdma,
-                    link=each.link,
-                    link_reason=each.link_reason,
-                    connections=each.connections,
-                )
-                for each in facts.peers
-            ],
-            connections=facts.connections,
-            memory=facts.registered,
-            granted=facts.granted,
-            broken=facts.broken,
-            left=facts.left,
-            relay=facts.relay,
+        known = {str(ip): name for ip, name in (engine.hostnames if engine else {}).items()}
+        hosts = tuple(
+            msgspec.structs.replace(host, name=known.get(host.address, "")) for host in rdma.hosts
         )
+        return msgspec.structs.replace(rdma, hosts=hosts)
 
     def _network(
         self,

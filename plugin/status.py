@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from dataplane.control import PathCount, RdmaFacts, RouterCounts
 from driver.errors import FreeFlowError
 
 
@@ -99,85 +100,16 @@ class NetworkStatus(msgspec.Struct, frozen=True):
     spoofed: int = 0
 
 
-class PathStatus(msgspec.Struct, frozen=True):
-    """Ends of connections of this host's containers. `path`: overlay, overlay+ebpf, shm or rdma; `reason`: why neither of the
-    last two, one word."""
+class RouterStatus(RouterCounts, frozen=True, kw_only=True):
+    """The router of accelerated connections, as it describes itself; `up`: whether it answers.
 
-    network: str
-    path: str
-    reason: str
-    count: int
-
-
-class ShareStatus(msgspec.Struct, frozen=True):
-    """What one container has of the router. `builds`: processes by the build of their library; `memory` in bytes."""
-
-    container: str
-    processes: int
-    waiting: int
-    connections: int
-    memory: int
-    builds: dict[str, int] = {}
-
-
-class RemoteHostStatus(msgspec.Struct, frozen=True):
-    """Another host, as this host's router knows it. `session`: whether the two routers speak with each other, `reason` why not.
-
-    `rdma`: it has a device. `link` between the two devices: none, being made, up, down or over the session.
+    `paths` are the ends of connections of this host's containers. Words of reasons are those of
+    `freeflow connections`. `rdma` is null if the router doesn't answer.
     """
 
-    name: str
-    address: str
-    session: bool
-    reason: str
-    rdma: bool
-    link: str
-    link_reason: str
-    connections: int
-
-
-class RdmaStatus(msgspec.Struct, frozen=True):
-    """Connections to other hosts over RDMA. `device` is empty if none is used, `why` says then why.
-
-    `skipped`: other devices, and why not they. `no_sessions`: why there are no sessions at all. `memory` in bytes, registered now.
-    `granted`, `broken` (ended as by a reset), `left` (went back to TCP) and `relay`, the relay's counters, only grow, but for
-    `connections` and `registered` of the last.
-    """
-
-    on: bool
-    device: str
-    why: str
-    skipped: list[str]
-    no_sessions: str
-    hosts: list[RemoteHostStatus]
-    connections: int
-    memory: int
-    granted: int
-    broken: int
-    left: int
-    relay: dict[str, int]
-
-
-class RouterStatus(msgspec.Struct, frozen=True):
-    """The router of accelerated connections. `connections` in shared memory now, `memory` in bytes.
-
-    `granted`, `refused`, `noted` (what libraries said of themselves) and `wrong_messages` only grow; words of reasons are those of
-    `freeflow connections`.
-    """
-
-    up: bool
-    uptime: float = 0.0
-    processes: int = 0
-    waiting: int = 0
-    connections: int = 0
-    memory: int = 0
-    granted: int = 0
-    refused: dict[str, int] = {}
-    noted: dict[str, int] = {}
-    wrong_messages: int = 0
-    paths: list[PathStatus] = []
-    containers: list[ShareStatus] = []
-    rdma: RdmaStatus | None = None
+    up: bool = False
+    paths: tuple[PathCount, ...] = ()
+    rdma: RdmaFacts | None = None
 
 
 class FastPathStatus(msgspec.Struct, frozen=True):

@@ -86,6 +86,11 @@ class Device:
     kind: str
     mtu: int
 
+    def __str__(self) -> str:
+        gid = ip_address(self.gid)
+        mapped = gid.ipv4_mapped if isinstance(gid, IPv6Address) else None
+        return f"{self.name} port {self.port}, {self.kind} {mapped or gid} (GID {self.gid_index})"
+
 
 @dataclass(frozen=True)
 class DeviceScan:

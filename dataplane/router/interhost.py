@@ -222,40 +222,29 @@ class InterHost:
         """What `freeflow status` and metrics show of it."""
         scan, remotes = self.scanned, self.remotes
         counts = remotes.connections.counts
-        device = scan.device
         return control.RdmaFacts(
             on=self._pairing.knowledge.settings.rdma,
-            device=None
-            if device is None
-            else control.DeviceFact(
-                name=device.name,
-                port=device.port,
-                gid_index=device.gid_index,
-                gid=device.gid,
-                kind=device.kind,
-                mtu=device.mtu,
-            ),
+            device="" if scan.device is None else str(scan.device),
             why=remotes.why,
-            looked=tuple(
+            skipped=tuple(
                 f"{one.device} port {one.port}: {one.why}"
                 if one.port
                 else f"{one.device}: {one.why}"
                 for one in scan.unusable
             ),
-            sessions=self.sessions.reason,
+            no_sessions=self.sessions.reason,
             node=self.sessions.node,
-            peers=tuple(
+            hosts=tuple(
                 self._peer(address, reason)
                 for address, reason in sorted(self.sessions.reasons().items(), key=str)
             ),
             connections=sum(one.state.phase in LIVE for one in remotes.connections),
-            registered=remotes.connections.registered,
+            memory=remotes.connections.registered,
             granted=counts.granted,
             broken=counts.broken,
             left=counts.left,
             refused=_by_word(remotes.requests.refused),
             relay=self._counters,
-            relay_starts=self._relay.starts,
         )
 
     def _peer(self, address: IPAddress, reason: str) -> control.PeerFact:

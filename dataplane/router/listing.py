@@ -54,7 +54,7 @@ def connections(
 
 def paths(pairing: Pairing, namespaces: Namespaces) -> Iterator[PathCounts | None]:
     """The counts, as the last item; a None after each step, as in `connections`."""
-    counts: Counter[tuple[str, str, str | None]] = Counter()
+    counts: Counter[tuple[str, str, str]] = Counter()
     for namespace in list(pairing.knowledge.sandboxes):
         for tcp in _sockets(namespaces, namespace):
             if tcp is None:
@@ -64,10 +64,10 @@ def paths(pairing: Pairing, namespaces: Namespaces) -> Iterator[PathCounts | Non
             if network is not None and tcp.inode:
                 container = pairing.containers.get(namespace)
                 path, reason, _ = _path(pairing, container, network, tcp, 0.0)
-                counts[network.id, path, None if reason is None else reason.word] += 1
+                counts[network.id, path, "" if reason is None else reason.word] += 1
     yield PathCounts(
         paths=tuple(
-            PathCount(network=network, path=path, reason=reason, count=count)
+            PathCount(network, path, reason, count)
             for (network, path, reason), count in counts.items()
         )
     )
@@ -180,7 +180,7 @@ def statistics(
         learned=pairing.knowledge.learned,
         processes=len(pairing.processes),
         waiting=sum(len(container.waiting) for container in pairing.containers.values()),
-        shm=sum(len(arena.slots) for arena in pairing.arenas.values() if not arena.ring),
+        connections=sum(len(arena.slots) for arena in pairing.arenas.values() if not arena.ring),
         arenas=len(pairing.arenas),
         memory=sum(arena.used for arena in pairing.arenas.values()),
         granted=counts.granted,
@@ -208,7 +208,7 @@ def _counts(container: ContainerRecord, knowledge: Knowledge) -> ContainerCounts
         container="" if sandbox is None else sandbox.name,
         processes=len(container.processes),
         waiting=len(container.waiting),
-        shm=len(container.ends),
+        connections=len(container.ends),
         bells=container.bells,
         memory=sum(container.memory.values()),
         builds=builds,

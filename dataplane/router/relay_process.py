@@ -82,7 +82,6 @@ class RelayProcess:
         self._began = 0.0
         self._unanswered = 0
         self._timer: Timer | None = None
-        self.starts = 0
         self.why = ""
         """Why no relay runs, if one is wanted."""
 
@@ -184,7 +183,6 @@ class RelayProcess:
         self._pidfd = os.pidfd_open(pid)
         self._began = self._loop.now()
         self._unanswered = 0
-        self.starts += 1
         self.why = ""
         self._loop.watch(ours.fileno(), select.EPOLLIN, self._serve)
         self._loop.watch(self._pidfd, select.EPOLLIN, lambda _: self._ended())

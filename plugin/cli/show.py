@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from dataplane.control import Connections
+from dataplane.control import Connections, RdmaFacts
 from plugin.cli.table import amount, table
 from plugin.cli.terminal import shown_all
-from plugin.status import Finding, NetworkStatus, RdmaStatus, Status
+from plugin.status import Finding, NetworkStatus, Status
 
 _SHOWN: Final = 32
 """Limit of the tasks shown for a service; --json has them all."""
@@ -77,7 +77,7 @@ def _router(status: Status) -> str:
     )
 
 
-def rdma_device(rdma: RdmaStatus) -> str:
+def rdma_device(rdma: RdmaFacts) -> str:
     """Which device is used, or why none."""
     if not rdma.on:
         return "off (RDMA=off)"
@@ -86,7 +86,7 @@ def rdma_device(rdma: RdmaStatus) -> str:
     return f"{rdma.device}; {rdma.why}" if rdma.why else rdma.device
 
 
-def _rdma(rdma: RdmaStatus | None) -> str:
+def _rdma(rdma: RdmaFacts | None) -> str:
     if rdma is None:
         return ""
     text = f"rdma {rdma_device(rdma)}"

@@ -131,7 +131,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[
 
 def nothing_left(hosts: Hosts) -> bool:
     """Whether the relays have let all memory go."""
-    return all(router.rdma().registered == 0 for router in (hosts.client, hosts.server))
+    return all(router.rdma().memory == 0 for router in (hosts.client, hosts.server))
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def nothing_left(hosts: Hosts) -> None:
 
         def clean(host: HostBed = host) -> bool:
             rdma = host.router.statistics().rdma
-            return not rdma.registered and not rdma.connections
+            return not rdma.memory and not rdma.connections
 
         until(clean)
 
@@ -145,8 +145,8 @@ def test_bytes(hosts: Hosts) -> None:
     with streams(hosts) as made:
         one, other = (host.router.statistics().rdma for host in hosts)
         assert (one.connections, other.connections) == (4, 4)
-        assert one.registered == 4 * (2 * RouterSettings().remote_ring + 2 * 4096)
-        (peer,) = one.peers
+        assert one.memory == 4 * (2 * RouterSettings().remote_ring + 2 * 4096)
+        (peer,) = one.hosts
         assert (peer.session, peer.rdma, peer.link, peer.connections) == (True, True, "up", 4)
         assert made.ends() == ["whole"] * 8
     nothing_left(hosts)

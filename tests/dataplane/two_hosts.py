@@ -76,7 +76,7 @@ class HostBed(Bed):
 
     def peer(self) -> PeerFact:
         """What the router reports about the other host."""
-        (found,) = self.router.statistics().rdma.peers
+        (found,) = self.router.statistics().rdma.hosts
         return found
 
     def wait_linked(self) -> None:
@@ -84,7 +84,7 @@ class HostBed(Bed):
         until = time.monotonic() + patience(_PATIENCE)
         while True:
             rdma = self.router.statistics().rdma
-            if not rdma.why and any(peer.link == "up" for peer in rdma.peers):
+            if not rdma.why and any(peer.link == "up" for peer in rdma.hosts):
                 return
             assert time.monotonic() < until, (rdma, self.log())
             time.sleep(0.02)

@@ -282,7 +282,7 @@ def test_a_third_container(pair: Pair) -> None:
             stranger.say(message)
             assert stranger.closed()
         assert "token is of neither side" in three.bed.log()
-        assert three.bed.router.statistics().shm == 1
+        assert three.bed.router.statistics().connections == 1
 
 
 def test_another_network() -> None:
@@ -538,7 +538,7 @@ def test_statistics(pair: Pair) -> None:
     pair.upgraded()
     until(lambda: pair.bed.router.statistics().memory > 0)
     found = pair.bed.router.statistics()
-    assert (found.processes, found.shm, found.granted, found.arenas) == (2, 1, 1, 1)
+    assert (found.processes, found.connections, found.granted, found.arenas) == (2, 1, 1, 1)
     by_name = {each.container: each for each in found.containers}
     assert by_name["a"].builds == {"0123abcd": 1}
     assert by_name["a"].memory == by_name["b"].memory == found.memory == 3 * layout.PAGE

@@ -109,7 +109,7 @@ class Router:
 
     def linked(self) -> bool:
         """Whether there is a link with the other host."""
-        return [(each.session, each.link) for each in self.rdma().peers] == [(True, "up")]
+        return [(each.session, each.link) for each in self.rdma().hosts] == [(True, "up")]
 
     def process_inside(self) -> Library:
         """A process of the container, welcomed."""
@@ -213,7 +213,7 @@ def test_a_connection_between_hosts(pair: Pair) -> None:
             assert [each.path for each in listed if each.path != "overlay"] == ["rdma"]
     wait_until(
         "nothing to be left",
-        lambda: pair.one.rdma().registered == pair.other.rdma().registered == 0,
+        lambda: pair.one.rdma().memory == pair.other.rdma().memory == 0,
         20,
     )
 
@@ -234,7 +234,7 @@ def kept(pair: Pair) -> Iterator[tuple[Library, Library]]:
         assert [router.rdma().broken for router in (pair.one, pair.other)] == before
     wait_until(
         "its end",
-        lambda: pair.one.rdma().registered == pair.other.rdma().registered == 0,
+        lambda: pair.one.rdma().memory == pair.other.rdma().memory == 0,
         20,
     )
 
@@ -246,7 +246,7 @@ def test_a_lost_session(pair: Pair, kept: tuple[Library, Library]) -> None:
     pair.lab.link(pair.one.host, "down")
     wait_until(
         "both to miss it",
-        lambda: not any(each.session for r in (pair.one, pair.other) for each in r.rdma().peers),
+        lambda: not any(each.session for r in (pair.one, pair.other) for each in r.rdma().hosts),
         20,
     )
     a.ask(later)
@@ -285,7 +285,7 @@ def test_a_secret(pair: Pair) -> None:
 
     def others() -> bool:
         return not any(
-            each.node in nodes for r in (pair.one, pair.other) for each in r.rdma().peers
+            each.node in nodes for r in (pair.one, pair.other) for each in r.rdma().hosts
         )
 
     wait_until("the other nodes", lambda: others() and pair.linked(), 30)

@@ -123,7 +123,7 @@ def test_a_full_host(descriptors: None) -> None:
             assert granted(clients[pair]) == granted(servers[pair])
         spent = cpu_seconds(made) - before
         found = made.router.statistics()
-        assert (found.processes, found.shm, found.waiting) == (PROCESSES, CONNECTIONS, 0)
+        assert (found.processes, found.connections, found.waiting) == (PROCESSES, CONNECTIONS, 0)
         # A pair of connections of one process pair shares an arena: a descriptor each, not one per connection.
         assert found.arenas == PROCESSES // 2
         assert spent / CONNECTIONS < 0.001

@@ -89,7 +89,7 @@ def router_statistics(**fields: object) -> Statistics:
         "learned": True,
         "processes": 3,
         "waiting": 1,
-        "shm": 2,
+        "connections": 2,
         "arenas": 1,
         "memory": 24576,
         "granted": 9,

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from dataplane.control import ConnectionFact, Connections
+from dataplane.control import ConnectionFact, Connections, ContainerCounts, PathCount
 from plugin.status import (
     CallStatus,
     EndpointStatus,
@@ -14,11 +14,9 @@ from plugin.status import (
     Finding,
     HostStatus,
     NetworkStatus,
-    PathStatus,
     PeerStatus,
     RouterStatus,
     ServiceStatus,
-    ShareStatus,
     Status,
 )
 
@@ -135,12 +133,22 @@ def status(**fields: Any) -> Status:
             refused={"remote": 6},
             noted={"option": 5},
             wrong_messages=7,
-            paths=[
-                PathStatus(NET, "overlay", "remote", 1),
-                PathStatus(NET, "overlay", "short", 2),
-                PathStatus(NET, "shm", "", 2),
-            ],
-            containers=[ShareStatus("web.1.abc", 4, 1, 2, 24576, {"0123abcd": 4})],
+            paths=(
+                PathCount(NET, "overlay", "remote", 1),
+                PathCount(NET, "overlay", "short", 2),
+                PathCount(NET, "shm", "", 2),
+            ),
+            containers=(
+                ContainerCounts(
+                    namespace=4026532177,
+                    container="web.1.abc",
+                    processes=4,
+                    waiting=1,
+                    connections=2,
+                    memory=24576,
+                    builds={"0123abcd": 4},
+                ),
+            ),
         ),
     )
     return msgspec.structs.replace(made, **fields)

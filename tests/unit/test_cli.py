@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from flask import Flask
 
-from dataplane.control import Connections
+from dataplane.control import Connections, ContainerCounts, PathCount
 from driver.errors import InvalidRequest, NotFound
 from plugin.admin import create_admin
 from plugin.cli.commands import cli
@@ -26,11 +26,9 @@ from plugin.status import (
     Finding,
     HostStatus,
     NetworkStatus,
-    PathStatus,
     PeerStatus,
     RouterStatus,
     ServiceStatus,
-    ShareStatus,
     Status,
 )
 from tests.unit.sockets import engine, served
@@ -258,8 +256,8 @@ def test_status_as_json(world: World) -> None:
         (value["networks"][0]["peers"][0], PeerStatus),
         (value["networks"][0]["services"][0], ServiceStatus),
         (value["router"], RouterStatus),
-        (value["router"]["paths"][0], PathStatus),
-        (value["router"]["containers"][0], ShareStatus),
+        (value["router"]["paths"][0], PathCount),
+        (value["router"]["containers"][0], ContainerCounts),
     ]
     for part, kind in shapes:
         assert set(part) == _fields(kind)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from dataplane.control import ConnectionFact, Connections
+from dataplane.control import ConnectionFact, Connections, PathCount
 from driver.kernel.fastpath import Stage
 from plugin.cli.show import show_status
 from plugin.paths import FAST, PathLabels, relabel
-from plugin.status import FastPathStatus, PathStatus
+from plugin.status import FastPathStatus
 from tests.unit.facts import FakeKernelFacts
 from tests.unit.statuses import NET, network, status
 from tests.unit.test_snapshot import World
@@ -78,8 +78,8 @@ def test_what_is_faster_stays(world: tuple[PathLabels, FakeKernelFacts]) -> None
 
 def test_counts_are_by_what_runs() -> None:
     """Counts without addresses: ends on other hosts are on the fast path if the tunnel runs, those on no network never."""
-    counts = [PathStatus(NET, "overlay", reason, 1) for reason in ("remote", "short", "foreign")]
-    counts.append(PathStatus(NET, "shm", "", 1))
+    counts = [PathCount(NET, "overlay", reason, 1) for reason in ("remote", "short", "foreign")]
+    counts.append(PathCount(NET, "shm", "", 1))
     local = relabel(counts, lambda network, elsewhere: not elsewhere)
     assert [each.path for each in local] == ["overlay", FAST, "overlay", "shm"]
     both = relabel(counts, lambda network, elsewhere: True)
@@ -107,7 +107,7 @@ def test_status_counts_connections_by_path() -> None:
     """The line of a network's connections names each path once."""
     made = status(networks=[network()])
     assert made.router is not None
-    router = replace(made.router, paths=[PathStatus(NET, FAST, "remote", 3)])
+    router = replace(made.router, paths=[PathCount(NET, FAST, "remote", 3)])
     assert "0 on shm, 3 on overlay+ebpf, 0 on overlay (remote 3)" in show_status(
         replace(made, router=router)
     )

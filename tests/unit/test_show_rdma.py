@@ -6,29 +6,31 @@ from pathlib import Path
 
 import msgspec
 
-from dataplane.control import DeviceFact, PeerFact, RdmaFacts
+from dataplane.control import PathCount, PeerFact, RdmaFacts
 from plugin.cli.doctor import check_session_port, rdma_notes
 from plugin.cli.show import show_status
 from plugin.metrics import render
-from plugin.status import PathStatus, RdmaStatus, RemoteHostStatus, Status
+from plugin.status import Status
 from tests.unit.documented import is_documented
 from tests.unit.statuses import NET, status
 from tests.unit.test_snapshot import World
 
 
-def host(**fields: object) -> RemoteHostStatus:
-    made = RemoteHostStatus("host2", "192.0.2.2", True, "", True, "up", "", 3)
+def host(**fields: object) -> PeerFact:
+    made = PeerFact(
+        name="host2", address="192.0.2.2", session=True, rdma=True, link="up", connections=3
+    )
     return msgspec.structs.replace(made, **fields)
 
 
-def with_rdma(*hosts: RemoteHostStatus, **fields: object) -> Status:
-    made = RdmaStatus(
+def with_rdma(*hosts: PeerFact, **fields: object) -> Status:
+    made = RdmaFacts(
         on=True,
         device="mlx5_0 port 1, RoCE v2 192.0.2.1 (GID 3)",
         why="",
-        skipped=["mlx5_1 port 1: port 1 is not active"],
+        skipped=("mlx5_1 port 1: port 1 is not active",),
         no_sessions="",
-        hosts=list(hosts),
+        hosts=hosts,
         connections=3,
         memory=3 << 20,
         granted=9,
@@ -41,7 +43,7 @@ def with_rdma(*hosts: RemoteHostStatus, **fields: object) -> Status:
     router = msgspec.structs.replace(
         known.router,
         rdma=msgspec.structs.replace(made, **fields),
-        paths=[*known.router.paths, PathStatus(NET, "rdma", "", 3)],
+        paths=(*known.router.paths, PathCount(NET, "rdma", "", 3)),
     )
     return msgspec.structs.replace(known, router=router)
 
@@ -118,10 +120,8 @@ def test_snapshot(tmp_path: Path) -> None:
     world = World(tmp_path)
     assert world.router.said is not None
     facts = RdmaFacts(
-        device=DeviceFact(
-            name="rxe0", port=1, gid_index=1, gid="::ffff:192.0.2.1", kind="RoCE v2", mtu=1024
-        ),
-        peers=(PeerFact(address="192.0.2.2", session=True, rdma=True, link="up"),),
+        device="rxe0 port 1, RoCE v2 192.0.2.1 (GID 1)",
+        hosts=(PeerFact(address="192.0.2.2", session=True, rdma=True, link="up"),),
         connections=2,
     )
     world.router.said = msgspec.structs.replace(world.router.said, rdma=facts)

@@ -320,12 +320,12 @@ def test_vips_that_could_not_be_written(world: World) -> None:
 def test_paths(world: World) -> None:
     """How many connections take which path, and why, is what the router says."""
     world.router.counts = (
-        PathCount(network=NET, path="shm", reason=None, count=2),
-        PathCount(network=NET, path="overlay", reason="remote", count=3),
-        PathCount(network=NET, path="overlay", reason="short", count=4),
+        PathCount(NET, "shm", "", 2),
+        PathCount(NET, "overlay", "remote", 3),
+        PathCount(NET, "overlay", "short", 4),
     )
     found = world.status()
-    assert found.path_counts == {"overlay": 7, "shm": 2}
+    assert found.path_counts == {"overlay": 7, "overlay+ebpf": 0, "shm": 2, "rdma": 0}
     assert found.router is not None
     assert (found.router.up, found.router.connections, found.router.processes) == (True, 2, 3)
     (share,) = found.router.containers
@@ -344,7 +344,7 @@ def test_router_that_does_not_answer(world: World) -> None:
     found = world.status()
     assert found.router is not None
     assert not found.router.up
-    assert found.path_counts == {"overlay": 0, "shm": 0}
+    assert found.path_counts == dict.fromkeys(("overlay", "overlay+ebpf", "shm", "rdma"), 0)
     world.snapshot = replace(world.snapshot, started=95.0)
     assert world.status().healthy
 

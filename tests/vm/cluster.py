@@ -220,7 +220,7 @@ class Host:
         def linked() -> bool:
             rdma = self.router.statistics().rdma
             assert rdma is not None
-            return [peer.link for peer in rdma.peers].count("up") == len(self.peers)
+            return [peer.link for peer in rdma.hosts].count("up") == len(self.peers)
 
         wait_until(f"{self.guest.name}: links to {', '.join(self.peers)}", linked, timeout, 0.3)
 

@@ -24,7 +24,7 @@ def rdma(host: Host) -> RdmaFacts:
 
 def is_linked(host: Host) -> bool:
     facts = rdma(host)
-    return not facts.why and {peer.link for peer in facts.peers} == {"up"}
+    return not facts.why and {peer.link for peer in facts.hosts} == {"up"}
 
 
 def linked(hosts: list[Host]) -> None:

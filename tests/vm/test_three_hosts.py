@@ -38,12 +38,12 @@ def test_a_ring_of_three(hosts: list[Host]) -> None:
     and in order.
     """
     one, two, three = hosts
-    assert [len(rdma(host).peers) for host in hosts] == [2, 2, 2]
+    assert [len(rdma(host).hosts) for host in hosts] == [2, 2, 2]
     streams = [Streams(pair, 20) for pair in ([one, two], [two, three], [three, one])]
     for stream in streams:
         assert stream.ends() == ["whole"] * 4
     for host in hosts:
-        wait_until(f"{host.guest.name}: no memory", lambda host=host: not rdma(host).registered, 60)  # type: ignore[misc]
+        wait_until(f"{host.guest.name}: no memory", lambda host=host: not rdma(host).memory, 60)  # type: ignore[misc]
         assert rdma(host).broken == 0
 
 
