@@ -1,7 +1,9 @@
-"""Sessions as the router has them, with nothing else, in a process on some host: `python3 session_probe.py FOLDER PORT SOURCE PEER…`.
+"""Sessions as the router has them, without the rest of it, in a process of some host: `python3
+session_probe.py FOLDER PORT SOURCE PEER…`.
 
-It prints a line of JSON whenever something has changed. In each session that comes up it says a word; "greeted" is who has
-heard the other's. It also runs inside the plugin, so it imports nothing of the tests.
+It prints a line of JSON whenever something has changed. It sends a number in each session that
+comes up; "greeted" lists the peers whose number has come. It also runs inside the plugin, so it
+imports nothing of the tests.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from dataplane.router.sessions import Sessions
 
 
 class Probe:
-    """Such a process, seen from outside. `start` starts a command where the probe shall run, with its output in files."""
+    """Such a process, seen from outside. `start` starts a command in the place of the probe, with
+    its output in files.
+    """
 
     def __init__(
         self,
@@ -46,17 +50,17 @@ class Probe:
             )
 
     def all(self) -> list[Any]:
-        """All that it has said."""
+        """All lines that it has printed."""
         lines = self._log.read_text().split("\n")
         return [json.loads(line) for line in lines[:-1]]
 
     def says(self) -> Any:
-        """Its last word."""
+        """Its last line."""
         said = self.all()
         return said[-1] if said else {"node": "", "reason": "nothing said yet", "peers": {}}
 
     def hears(self, *peers: object) -> bool:
-        """Whether messages have come from all of them, in the sessions that are up now."""
+        """Whether numbers have come from all of these peers, in their current sessions."""
         said = self.says()["peers"]
         return all(said.get(str(peer)) == "greeted" for peer in peers)
 
@@ -67,7 +71,7 @@ class Probe:
 
 
 class Greeter:
-    """Says a number to each peer that comes up, and remembers from whom it heard one."""
+    """Sends a number to each peer that comes up, and records the peers from which one has come."""
 
     def __init__(self) -> None:
         self.sessions: Sessions | None = None

@@ -1,4 +1,4 @@
-"""The real router between real containers: who gets shared memory, what it is, and who gets none."""
+"""The real router between real containers: which connections get shared memory, and which do not."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Pair:
 
 
 def process_in(made: Bed, name: str) -> Library:
-    """A process of a container, welcomed."""
+    """A process of a container that has been welcomed."""
     library = Library.connect(made.shared / "router.sock", made.containers[name].namespace)
     library.hear(wire.Welcome)
     return library
@@ -115,7 +115,7 @@ def test_two_ends_of_a_connection(pair: Pair) -> None:
 
 
 def test_the_memory(pair: Pair) -> None:
-    """The memory can't be resized by anybody, says what it is, and costs three pages."""
+    """No process can resize the memory; its header is right, and it costs three pages."""
     grant, _, memory = pair.upgraded()
     assert memory is not None
     seals = fcntl.fcntl(memory, fcntl.F_GET_SEALS)
@@ -136,7 +136,7 @@ def test_the_memory(pair: Pair) -> None:
 
 
 def test_a_slot_is_clean_when_it_is_used_again(pair: Pair) -> None:
-    """Nothing that a connection wrote is left for the next one in its slot, in pages mapped before either."""
+    """A connection finds no bytes of the slot's last connection, even in pages mapped before."""
     pair.upgraded()
     grant, answer, memory = pair.upgraded()
     assert memory is not None
@@ -170,7 +170,7 @@ def test_behind_a_vip(pair: Pair) -> None:
 
 
 def test_ipv6() -> None:
-    """IPv6 connections are paired; and IPv4 ones of a dual-stack listener."""
+    """IPv6 connections are paired, and IPv4 connections of a dual-stack listener as well."""
     with bed("a", "b") as made:
         a, b = made.containers.values()
         one, other = process_in(made, "a"), process_in(made, "b")
@@ -186,7 +186,7 @@ def test_ipv6() -> None:
 
 
 def test_within_a_container(pair: Pair) -> None:
-    """Two processes of one container, and one process with itself, are paired like others."""
+    """Two processes of one container, and one process with itself, are paired like any others."""
     b = pair.bed.containers["b"]
     second = process_in(pair.bed, "b")
     for asker in (second, pair.other):
@@ -201,7 +201,9 @@ def test_within_a_container(pair: Pair) -> None:
 
 
 def test_bells(pair: Pair) -> None:
-    """Bell 0 comes with the grant, others when they are asked for; the router rings for who has none, and hands it out."""
+    """Bell 0 comes with the grant, others on request. The router rings a bell for a process that
+    does not have it, and hands it out.
+    """
     grant, answer, _ = pair.upgraded()
     with socket.socket(fileno=pair.one.hearing[grant.arena, grant.side]) as bell:
         os.write(pair.other.rings(grant.arena, grant.side), b"x")
@@ -221,7 +223,9 @@ def test_bells(pair: Pair) -> None:
 
 
 def test_nothing_goes_the_other_way(pair: Pair) -> None:
-    """Who hears a bell can put nothing into the end that rings it: whoever closed that would close what is in it."""
+    """A process with the hearing end of a bell can put nothing into the ringing end, so closing the
+    ringing end never waits.
+    """
     grant, _, _ = pair.upgraded()
     with socket.socket(fileno=pair.one.hearing[grant.arena, grant.side]) as bell:
         with pytest.raises(BrokenPipeError):
@@ -231,7 +235,7 @@ def test_nothing_goes_the_other_way(pair: Pair) -> None:
 
 
 def test_an_unknown_bell(pair: Pair) -> None:
-    """Who asks for a bell that nobody has made hears so at once."""
+    """A request for a bell that does not exist is answered at once."""
     grant, answer, _ = pair.upgraded()
     pair.other.rings(grant.arena, grant.side)
     pair.other.say(wire.Fetch(9, answer.arena, answer.token, grant.side))
@@ -243,7 +247,9 @@ def test_an_unknown_bell(pair: Pair) -> None:
 
 
 def test_somebody_elses_connection(pair: Pair) -> None:
-    """Another's cookie, another's addresses, or the right ones from another container: the kernel doesn't know it there."""
+    """A request with another process's cookie or addresses, or from another container, is refused:
+    the kernel does not know the socket there.
+    """
     client, server = pair.connection()
     second, _ = pair.connection()
     pair.one.ask(client, cookie=cookie_of(second))
@@ -263,7 +269,7 @@ def test_somebody_elses_connection(pair: Pair) -> None:
 
 
 def test_a_listener_is_no_connection(pair: Pair) -> None:
-    """A listening socket's cookie doesn't stand for a connection to its port."""
+    """A listening socket's cookie does not stand for a connection to its port."""
     client, server = pair.connection()
     pair.other.ask(server, cookie=cookie_of(pair.listener))
     assert pair.other.hear(wire.Refuse)[0].reason == Reason.NOT_FOUND
@@ -271,7 +277,7 @@ def test_a_listener_is_no_connection(pair: Pair) -> None:
 
 
 def test_a_third_container(pair: Pair) -> None:
-    """A container with the mount but no end of the connection can't speak for its arena, whatever it knows."""
+    """A container without an end of the connection can't speak for its arena, whatever it knows."""
     with a_pair("c") as three:
         grant, answer, _ = three.upgraded()
         for message in (
@@ -286,7 +292,7 @@ def test_a_third_container(pair: Pair) -> None:
 
 
 def test_another_network() -> None:
-    """Containers of different networks get nothing of each other, though one bridge carries both."""
+    """Containers of different networks are not paired, even though one bridge carries both."""
     with bed("a", "b", networks={"b": "n2"}) as made:
         a, b = made.containers.values()
         listener = listen(b.namespace, "0.0.0.0")
@@ -300,7 +306,7 @@ def test_another_network() -> None:
 
 
 def test_no_container_at_all(pair: Pair) -> None:
-    """A process of the host is welcomed late, and only to hear that nothing is accelerated for it."""
+    """A process of the host is welcomed late, and told that nothing is accelerated for it."""
     stranger = Library.connect(pair.bed.shared / "router.sock", None)
     welcome, _ = stranger.hear(wire.Welcome)
     assert not welcome.enabled
@@ -310,7 +316,9 @@ def test_no_container_at_all(pair: Pair) -> None:
 
 
 def test_acceleration_off(pair: Pair) -> None:
-    """Switched off while they run, processes hear it and asks are refused; switched on again, they hear that too."""
+    """When acceleration is turned off, processes are told and requests are refused; when it is
+    turned on again, they are told that too.
+    """
     client, _ = pair.connection()
     pair.bed.learn(settings=RouterSettings(acceleration=False))
     assert not pair.one.hear(wire.Welcome)[0].enabled
@@ -324,7 +332,7 @@ def test_acceleration_off(pair: Pair) -> None:
 
 
 def test_wrong_messages_end_their_sender(pair: Pair) -> None:
-    """Whatever isn't in the protocol ends the connection that it came over, and no other."""
+    """An invalid message ends the connection that it came over, and no other."""
     note = wire.pack(wire.Note(5, 1))
     wrong: list[bytes] = [
         b"x",
@@ -346,7 +354,7 @@ def test_wrong_messages_end_their_sender(pair: Pair) -> None:
 
 
 def test_log_is_quiet(pair: Pair) -> None:
-    """A container that sends garbage all the time fills no log."""
+    """A container that sends invalid messages all the time does not fill the log."""
     for _ in range(100):
         bad = Library.connect(
             pair.bed.shared / "router.sock", pair.bed.containers["a"].namespace, hello=False
@@ -361,7 +369,7 @@ def test_log_is_quiet(pair: Pair) -> None:
 
 
 def test_a_process_that_takes_no_answers(pair: Pair) -> None:
-    """A process that asks and never reads loses its connection; others don't notice."""
+    """A process that sends requests and never reads loses its connection; others are not affected."""
     client, _ = pair.connection()
     bad = process_in(pair.bed, "a")
     bad.connection.setblocking(False)
@@ -376,7 +384,9 @@ def test_a_process_that_takes_no_answers(pair: Pair) -> None:
 
 
 def test_a_container_that_floods() -> None:
-    """A container that sends all it can waits; another container's connection is granted at once meanwhile."""
+    """A container that sends as much as it can has to wait; meanwhile another container's
+    connection is granted at once.
+    """
     settings = RouterSettings(limits=Limits(messages=1000))
     with a_pair("c", settings=settings) as made:
         flooders = [process_in(made.bed, "c") for _ in range(4)]
@@ -401,7 +411,9 @@ def test_a_container_that_floods() -> None:
 
 
 def test_limit_of_processes() -> None:
-    """A container's connections over the limit are closed at once; another container's aren't."""
+    """A container's connections to the router over the limit are closed at once; another
+    container's are not.
+    """
     with a_pair(settings=RouterSettings(limits=Limits(processes=3))) as made:
         more = [process_in(made.bed, "a") for _ in range(2)]
         refused = Library.connect(
@@ -415,7 +427,7 @@ def test_limit_of_processes() -> None:
 
 
 def test_limit_of_memory() -> None:
-    """A container that has touched more shared memory than it may gets no more, until it gives it back."""
+    """A container that uses more shared memory than it may gets no more until it has released some."""
     with a_pair(settings=RouterSettings(limits=Limits(memory=1 << 20))) as made:
         grant, answer, memory = made.upgraded()
         assert memory is not None
@@ -439,7 +451,7 @@ def test_limit_of_memory() -> None:
 
 
 def test_death_of_the_router(pair: Pair) -> None:
-    """A router that is killed and started anew pairs new connections; the memory of old ones is untouched."""
+    """A killed and restarted router pairs new connections; the memory of old ones is untouched."""
     before, _, memory = pair.upgraded()
     assert memory is not None
     os.pwrite(memory, b"alive", layout.ring_offset(0, 0) + layout.PAGE - 5)
@@ -455,7 +467,9 @@ def test_death_of_the_router(pair: Pair) -> None:
 
 
 def test_nobody_is_told_half(pair: Pair) -> None:
-    """A router that knows nothing yet doesn't listen, so nobody is told that nothing is accelerated."""
+    """A router without a snapshot does not listen, so no process is told that nothing is
+    accelerated.
+    """
     with bed("a", router=False) as made:
         assert not (made.shared / "router.sock").exists()
         made.start_router()
@@ -466,7 +480,9 @@ def test_nobody_is_told_half(pair: Pair) -> None:
 
 
 def test_end(pair: Pair) -> None:
-    """Asked to end, the router ends at once, and takes its sockets along; but not those of a newer router."""
+    """A router that is told to end does so at once and removes its sockets, but not those of a
+    newer router.
+    """
     first = pair.bed.process
     assert first is not None
     path = pair.bed.shared / "router.sock"
@@ -490,7 +506,7 @@ def test_end(pair: Pair) -> None:
 
 
 def test_namespaces_are_let_go(pair: Pair) -> None:
-    """Of a container whose processes have ended the router holds nothing, so its namespace can go."""
+    """The router keeps nothing of a container whose processes have ended, so its namespace can go."""
     process = pair.bed.process
     assert process is not None
     inode = pair.bed.containers["a"].inode
@@ -534,7 +550,7 @@ def test_connections(pair: Pair) -> None:
 
 
 def test_statistics(pair: Pair) -> None:
-    """Counts are of what there is: processes, libraries, connections, memory."""
+    """The statistics count what there is: processes, libraries, connections, memory."""
     pair.upgraded()
     until(lambda: pair.bed.router.statistics().memory > 0)
     found = pair.bed.router.statistics()
@@ -545,7 +561,7 @@ def test_statistics(pair: Pair) -> None:
 
 
 def test_admin_socket_is_roots(pair: Pair) -> None:
-    """What is not a request gets an error, and the control socket is root's alone."""
+    """An invalid request gets an error, and only root can use the control socket."""
     path = pair.bed.folder / "control.sock"
     assert path.stat().st_mode & 0o777 == 0o600
     with socket.socket(socket.AF_UNIX) as connection:

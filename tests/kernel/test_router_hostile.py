@@ -1,4 +1,6 @@
-"""The real router against processes that send anything: it lives, keeps nothing, and serves the others."""
+"""The real router against processes that send anything: it survives, keeps nothing, and serves
+others.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def hostile(request: pytest.FixtureRequest) -> Iterator[Bed]:
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """A message with some bytes changed, cut or added."""
+    """A message with some bytes changed, cut off or added."""
     message, _ = draw(st.sampled_from(EXAMPLES))
     data = bytearray(wire.pack(message))
     for place, value in draw(
@@ -47,7 +49,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def plausible(draw: st.DrawFn) -> bytes:
-    """A message whose fields are near to what they should be."""
+    """A message whose fields have nearly valid values."""
     small, token = st.integers(0, 3), st.integers(0, (1 << 64) - 1)
     ip = st.sampled_from(["10.78.0.2", "10.78.0.3", "10.78.0.9", "127.0.0.1", "fd78::2", "::"])
     address = st.builds(
@@ -97,7 +99,9 @@ def descriptors_of(made: Bed) -> int:
 )
 @given(packets=PACKETS, hello=st.booleans())
 def test_anything(hostile: Bed, packets: list[tuple[bytes, list[str]]], hello: bool) -> None:
-    """Whatever a process sends, with whatever descriptors, the router goes on and keeps none of them."""
+    """Whatever a process sends, with whatever descriptors, the router continues and keeps none of
+    them.
+    """
     path, namespace = hostile.shared / "router.sock", hostile.containers["a"].namespace
     before = descriptors_of(hostile)
     library = Library.connect(path, namespace, hello=hello)
@@ -119,7 +123,7 @@ def test_anything(hostile: Bed, packets: list[tuple[bytes, list[str]]], hello: b
 
 
 def test_others_are_served(hostile: Bed) -> None:
-    """After all that two processes are paired as ever."""
+    """After all that, two processes are paired as usual."""
     a, b = hostile.containers.values()
     path = hostile.shared / "router.sock"
     one, other = Library.connect(path, a.namespace), Library.connect(path, b.namespace)
@@ -134,7 +138,9 @@ def test_others_are_served(hostile: Bed) -> None:
 
 
 def test_an_owner_that_lies_about_its_slots(hostile: Bed) -> None:
-    """A process that releases what it uses, again and again, frees nothing of its peer's and no slot twice."""
+    """A process that releases the slots it uses again and again frees no slot of its peer, and no
+    slot twice.
+    """
     a, b = hostile.containers.values()
     path = hostile.shared / "router.sock"
     one, other = Library.connect(path, a.namespace), Library.connect(path, b.namespace)

@@ -1,4 +1,6 @@
-"""Whole routers of two hosts, with sessions over an underlay and relays that share this machine's memory, and their faults."""
+"""Complete routers of two hosts, with sessions over an underlay and relays that share this
+machine's memory, and their faults.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,7 @@ class Router:
         return RouterClient(self.folder / "admin.sock")
 
     def start(self) -> None:
-        """Start it, and tell it what the driver would."""
+        """Start the router and send it its snapshot."""
         command = [
             *(sys.executable, "-m", "dataplane.router", "--memory-relay"),
             *(f"--socket={self.socket}", f"--control={self.folder / 'admin.sock'}"),
@@ -102,24 +104,24 @@ class Router:
         )
 
     def rdma(self) -> RdmaFacts:
-        """What it says of other hosts."""
+        """Its facts about other hosts."""
         found = self.client.statistics().rdma
         assert found is not None
         return found
 
     def linked(self) -> bool:
-        """Whether there is a link with the other host."""
+        """Whether there is a link to the other host."""
         return [(each.session, each.link) for each in self.rdma().hosts] == [(True, "up")]
 
     def process_inside(self) -> Library:
-        """A process of the container, welcomed."""
+        """A process of the container that has been welcomed."""
         made = Library.connect(self.socket, self.box.namespace)
         made.connection.settimeout(patience(10))
         made.hear(wire.Welcome)
         return made
 
     def kill(self) -> None:
-        """As a crash does it."""
+        """Kill it, as a crash would."""
         assert self.process is not None
         self.process.kill()
         self.process.wait(patience(10))
@@ -127,7 +129,7 @@ class Router:
 
 @dataclass
 class Pair:
-    """Two of them."""
+    """Two routers."""
 
     lab: Lab
     one: Router
@@ -143,7 +145,7 @@ class Pair:
         return self.one.linked() and self.other.linked()
 
     def answers(self) -> tuple[wire.Answer, wire.Answer]:
-        """What both ends of a new connection hear."""
+        """The answers to both ends of a new connection."""
         a, b = self.one.process_inside(), self.other.process_inside()
         client, server = self.connection()
         with contextlib.closing(a), contextlib.closing(b), client, server:
@@ -152,7 +154,7 @@ class Pair:
             return a.hear(wire.Answer)[0], b.hear(wire.Answer)[0]  # type: ignore[arg-type]
 
     def connections(self) -> list[int]:
-        """How many of each host are on RDMA."""
+        """The number of connections on RDMA, by host."""
         return [router.rdma().connections for router in (self.one, self.other)]
 
     def granted(self) -> bool:
@@ -168,7 +170,9 @@ def authority() -> Authority:
 def pair(
     tmp_path_factory: pytest.TempPathFactory, relay: Path, authority: Authority
 ) -> Iterator[Pair]:
-    """Two hosts with a container each and a link between their relays. Each scenario leaves them so."""
+    """Two hosts with a container each and a link between their relays. Each scenario restores that
+    state.
+    """
     network = a_network()
     top = tmp_path_factory.mktemp("hosts")
     with lab(2) as made:
@@ -194,7 +198,9 @@ def pair(
 
 
 def test_a_connection_between_hosts(pair: Pair) -> None:
-    """Both ends of a connection get memory of their own host, of which both relays know; closed, nothing is left of it."""
+    """Both ends of a connection get memory of their own host, which both relays know; after it is
+    closed nothing is left.
+    """
     with (
         contextlib.closing(pair.one.process_inside()) as a,
         contextlib.closing(pair.other.process_inside()) as b,
@@ -220,7 +226,7 @@ def test_a_connection_between_hosts(pair: Pair) -> None:
 
 @pytest.fixture
 def kept(pair: Pair) -> Iterator[tuple[Library, Library]]:
-    """A connection that was paired; it must not notice what happens."""
+    """A paired connection, which must not be affected by what happens."""
     before = [router.rdma().broken for router in (pair.one, pair.other)]
     a, b = pair.one.process_inside(), pair.other.process_inside()
     client, server = pair.connection()
@@ -240,7 +246,9 @@ def kept(pair: Pair) -> Iterator[tuple[Library, Library]]:
 
 
 def test_a_lost_session(pair: Pair, kept: tuple[Library, Library]) -> None:
-    """While the routers can't speak, new connections stay on TCP and old ones stay where they are; then all is as before."""
+    """While the routers have no session, new connections stay on TCP and old ones keep their path;
+    afterwards new ones are paired again.
+    """
     a, b = kept
     later, accepted = pair.connection()
     pair.lab.link(pair.one.host, "down")
@@ -263,7 +271,7 @@ def test_a_lost_session(pair: Pair, kept: tuple[Library, Library]) -> None:
 def test_a_renewed_certificate(
     pair: Pair, authority: Authority, kept: tuple[Library, Library]
 ) -> None:
-    """It makes sessions anew, and nothing else."""
+    """A renewed certificate replaces the sessions and has no other effect."""
     routers = (pair.one, pair.other)
 
     def sessions() -> list[int]:
@@ -277,7 +285,9 @@ def test_a_renewed_certificate(
 
 
 def test_a_secret(pair: Pair) -> None:
-    """A secret that is set in place of certificates makes other nodes of the hosts; they soon pair connections again."""
+    """A secret in place of certificates gives the hosts new node IDs; they soon pair connections
+    again.
+    """
     for router in (pair.one, pair.other):
         router.settings = RouterSettings(session_port=PORT, session_key="s" * 32)
         router.client.replace_snapshot(router.facts())
@@ -294,7 +304,7 @@ def test_a_secret(pair: Pair) -> None:
 
 @pytest.mark.parametrize("dies", ["one", "other"])
 def test_a_killed_router(pair: Pair, dies: str) -> None:
-    """A router that is killed and started again is another one for its peer: connections are soon paired again."""
+    """A killed and restarted router is a new one to its peer; connections are soon paired again."""
     assert pair.granted()
     killed: Router = getattr(pair, dies)
     killed.kill()

@@ -1,4 +1,4 @@
-"""The real router with a host full of processes and connections: it keeps up, and forgets all of it."""
+"""The real router of a host full of processes and connections: it keeps up, and frees everything."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEEDED = CONNECTIONS + 6 * PROCESSES
 
 @pytest.fixture
 def descriptors() -> Iterator[None]:
-    """Enough of them."""
+    """Allow enough descriptors."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (NEEDED, max(NEEDED, before[1])))
@@ -38,7 +38,7 @@ def descriptors() -> Iterator[None]:
 
 
 def cpu_seconds(made: Bed) -> float:
-    """Of the router so far."""
+    """CPU time of the router so far."""
     assert made.process is not None
     fields = Path(f"/proc/{made.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -65,7 +65,9 @@ sys.stdin.read()
 
 
 def connections(a: Container, b: Container) -> list[tuple[socket.socket, int]]:
-    """Many real connections from one container to the other: the client's end, the server's cookie."""
+    """Many real connections from one container to the other: the client's end and the server's
+    cookie.
+    """
     server = b.popen(
         [sys.executable, "-c", SERVER],
         accelerated=False,
@@ -99,7 +101,7 @@ def processes(made: Bed, container: Container) -> list[Library]:
 
 
 def granted(library: Library) -> tuple[int, int]:
-    """Arena and slot; the memory isn't kept."""
+    """Arena and slot of a grant; the memory is closed."""
     grant, memory = library.hear(wire.Grant)
     assert memory is not None
     os.close(memory)
@@ -108,7 +110,9 @@ def granted(library: Library) -> tuple[int, int]:
 
 
 def test_a_full_host(descriptors: None) -> None:
-    """A thousand processes upgrade ten thousand connections; then the router idles, and at the end it has nothing."""
+    """A thousand processes upgrade ten thousand connections; then the router idles, and in the end
+    it has freed everything.
+    """
     limits = Limits(asks=100_000, messages=1 << 20)
     with bed("a", "b", settings=RouterSettings(limits=limits)) as made:
         a, b = made.containers.values()

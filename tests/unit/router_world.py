@@ -1,4 +1,6 @@
-"""A registry with everything around it faked: processes that remember what they hear, sockets that exist if said so."""
+"""The registry with fakes around it: processes that record their answers, and sockets that tests
+declare.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,14 @@ AWAY: Final = "10.0.4.200"
 
 
 def at(text: str) -> Address:
-    """ADDRESS:PORT."""
+    """The address in ADDRESS:PORT."""
     host, _, port = text.rpartition(":")
     return Address(ip_address(host.strip("[]")), int(port))
 
 
 @dataclass
 class FakePost:
-    """Who was sent what. Processes in `full` take nothing."""
+    """Records the answers to each process. Processes in `full` take none."""
 
     sent: dict[int, list[tuple[Answer, int | None]]] = field(default_factory=dict)
     full: set[int] = field(default_factory=set)
@@ -45,7 +47,7 @@ class FakePost:
 
 @dataclass
 class FakeKernel:
-    """Sockets: (namespace, local, remote) → cookie; all are open but those in `closing`."""
+    """Sockets: (namespace, local, remote) → cookie. All are connected but those in `closing`."""
 
     sockets: dict[tuple[int, Address, Address], int] = field(default_factory=dict)
     closing: set[tuple[int, Address, Address]] = field(default_factory=set)
@@ -71,7 +73,7 @@ class FakeKernel:
 
 @dataclass
 class FakeMemory:
-    """Arenas are numbers from 1000 on, bells what tests say; what is closed twice or never shows."""
+    """Arenas are numbers from 1000 on, bells from 50000. Closing one twice, or never, is an error."""
 
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1000))
     bell_numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(50_000))
@@ -180,7 +182,7 @@ def facts(settings: RouterSettings | None = None, *, off: bool = False) -> Route
 
 
 class World:
-    """The registry, its fakes, and how a library uses it."""
+    """The registry, its fakes, and the actions of a library."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.post = FakePost()
@@ -210,36 +212,38 @@ class World:
         return number
 
     def socket(self, namespace: int, local: str, remote: str) -> int:
-        """A connected socket appears; its cookie."""
+        """Add a connected socket; its cookie."""
         cookie = next(self._cookies)
         self.kernel.sockets[namespace, at(local), at(remote)] = cookie
         return cookie
 
     def translate(self, namespace: int, local: str, vip: str, server: str) -> None:
-        """Connection tracking knows where a connection to a VIP leads."""
+        """Let connection tracking know where a connection to a VIP leads."""
         self.kernel.translations[namespace, at(local), at(vip)] = at(server), at(local)
 
     def ask(self, process: int, cookie: int, local: str, remote: str) -> None:
-        """A process asks."""
+        """Send a request of a process."""
         ask = wire.Request(next(self._numbers), cookie, at(local), at(remote))
         self.pairing.request(process, ask)
 
     def open_and_ask(self, process: int, local: str, remote: str) -> int:
-        """One end: its socket, and its ask."""
+        """Open one end of a connection and send its request; the socket's cookie."""
         namespace = self.pairing.processes[process].namespace
         cookie = self.socket(namespace, local, remote)
         self.ask(process, cookie, local, remote)
         return cookie
 
     def connect(self, client: int, server: int, port: int, *, to: int = 80) -> tuple[int, int]:
-        """Both ends of a connection from one process's container to another's ask; their cookies."""
+        """Send the requests of both ends of a connection between two processes' containers; their
+        cookies.
+        """
         a = self.pairing.processes[client].namespace
         b = self.pairing.processes[server].namespace
         one = self.open_and_ask(client, f"10.0.4.{a}:{port}", f"10.0.4.{b}:{to}")
         return one, self.open_and_ask(server, f"10.0.4.{b}:{to}", f"10.0.4.{a}:{port}")
 
     def heard(self, process: int, kind: type[M]) -> list[tuple[M, int | None]]:
-        """What a process was sent of one kind."""
+        """The answers to a process, of one kind."""
         return [
             (answer, descriptor)
             for answer, descriptor in self.post.sent.get(process, [])

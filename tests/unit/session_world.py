@@ -1,4 +1,4 @@
-"""Hosts with real sessions over loopback, in one loop whose clock can be put forward."""
+"""Hosts with real sessions over loopback, in one loop whose clock tests can move."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ BUG: Final = Withdraw(999)
 
 @dataclass
 class Recorder:
-    """Remembers what it's told; checks that ups and downs take turns and messages come only in between."""
+    """Records what it is told. Checks that ups and downs alternate, and that messages come only in
+    between.
+    """
 
     told: list[tuple[str, IPAddress, object]] = field(default_factory=list)
     sessions: set[IPAddress] = field(default_factory=set)
@@ -56,7 +58,7 @@ class Recorder:
         self.told.append(("eased", peer, None))
 
     def all(self, kind: str) -> list[object]:
-        """What came of a kind."""
+        """The contents of all records of a kind."""
         return [content for each, _, content in self.told if each == kind]
 
 
@@ -71,7 +73,7 @@ class Router:
 
 
 class World:
-    """The loop, the authority of the Swarm, and the routers on 127.0.0.1, .2 …, which all have one port."""
+    """The loop, the Swarm's authority, and routers on 127.0.0.1, .2 …, which all use one port."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,7 +86,7 @@ class World:
         self.port = free_port()
 
     def close(self) -> None:
-        """End all routers. What their users took for wrong is no more than what tests wanted so."""
+        """End all routers. There were no more bugs than tests have caused."""
         bugs = 0
         for router in self.routers:
             router.sessions.close()
@@ -102,7 +104,9 @@ class World:
         user: Recorder | None = None,
         keep: bool = False,
     ) -> Router:
-        """The router of host `number`, with a new node certificate, the one given, or the one that it has (`keep`)."""
+        """The router of host `number`, with a new node certificate, the one given, or its last one
+        (`keep`).
+        """
         address = IPv4Address("127.0.0.0") + number
         folder = self.folder / f"host{number}"
         if identities is None and not keep:
@@ -126,7 +130,7 @@ class World:
         return made
 
     def acquaint(self, *routers: Router) -> None:
-        """They share a network."""
+        """Let hosts share a network."""
         for router in routers:
             router.sessions.want(
                 {each.address for each in routers if each is not router}, router.address
@@ -140,7 +144,7 @@ class World:
         return made
 
     def joined(self, *routers: Router) -> bool:
-        """Whether each has a session with each."""
+        """Whether each of them has a session with each other."""
         return all(
             each.sessions.session(other.address) is not None
             for each in routers
@@ -161,21 +165,21 @@ class World:
             self.round()
 
     def skip(self, seconds: float) -> None:
-        """Let time pass quickly, in steps that are shorter than a beat."""
+        """Let time pass quickly, in steps that are shorter than a tick."""
         for _ in range(int(seconds * 2)):
             self.skipped += 0.5
             for _ in range(4):
                 self.round(0.001)
 
     def until(self, what: str, true: Callable[[], object], seconds: float = 15) -> None:
-        """Let time pass until something is true."""
+        """Let time pass until a condition is true."""
         end = time.monotonic() + patience(seconds)
         while not true():
             assert time.monotonic() < end, f"waited in vain for {what}: {self.state()}"
             self.round()
 
     def state(self) -> str:
-        """For messages of tests that failed."""
+        """The state of all sessions, for messages of failed tests."""
         return "; ".join(
             f"{router.address}: {router.sessions.reasons()} {router.sessions.counts()}"
             for router in self.routers
@@ -183,7 +187,7 @@ class World:
 
 
 def free_port() -> int:
-    """A TCP port that nobody has."""
+    """A TCP port that no process uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What the router takes for messages of its relay is what the C header says."""
+"""The router's messages to and from its relay have the bytes of the C header."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ NUMBERS: Final = {
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a C program says that includes the header: a number or a message in hexadecimal by its name."""
+    """What a C program that includes the header prints: a number, or a message in hexadecimal, by
+    its name.
+    """
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs a C compiler")
@@ -122,13 +124,15 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("text", NUMBERS)
 def test_numbers(said: dict[str, str], text: str) -> None:
-    """Every number is the header's."""
+    """Every number equals the header's."""
     assert int(said[text]) == NUMBERS[text]
 
 
 @pytest.mark.parametrize(("name", "message", "_"), EXAMPLES, ids=[each[0] for each in EXAMPLES])
 def test_messages(said: dict[str, str], name: str, message: wire.Message, _: str) -> None:
-    """Each message is packed to the bytes that a C compiler makes of the same, and read from them."""
+    """Each message is packed to the bytes that a C compiler makes of the same message, and read
+    from them.
+    """
     data = bytes.fromhex(said[name])
     assert wire.pack(message) == data
     assert wire.unpack(data) == message
@@ -144,7 +148,7 @@ def test_frames(said: dict[str, str]) -> None:
 
 
 def test_no_kind_is_missing() -> None:
-    """Each kind of the header is known, and each is tried here."""
+    """Each kind of the header is known, and each is tested here."""
     body = re.search(r"enum relay_kind {(.*?)};", HEADER.read_text(), re.DOTALL)
     assert body is not None
     assert set(re.findall(r"R_(\w+) =", body[1])) == set(RelayKind.__members__)
@@ -156,7 +160,7 @@ def test_no_kind_is_missing() -> None:
 
 @given(st.binary(max_size=300))
 def test_garbage(data: bytes) -> None:
-    """Whatever bytes come, they are a message or WrongMessage."""
+    """Any bytes are either a message or WrongMessage."""
     try:
         message = wire.unpack(data)
     except WrongMessage:

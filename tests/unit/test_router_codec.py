@@ -1,4 +1,4 @@
-"""Classes that say their own bytes are packed to these bytes and read from them."""
+"""Messages are packed to the bytes that their classes declare, and read from them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_kinds_that_share_a_class() -> None:
 
 
 def test_conversions_and_padding() -> None:
-    """A field is converted in both directions; what stands in its padding doesn't matter."""
+    """A field is converted in both directions; the contents of its padding don't matter."""
     assert codec.pack(Long(3, b"ab")) == b"\x03\x00\x0a\x00\x06\x00\x00\x00ab"
     assert codec.unpack(b"\x03\x00\x0a\x00\x06\x00\xff\xffab") == Long(3, b"ab")
 

@@ -1,4 +1,4 @@
-"""Who this host is: read from an engine's files as they are, with all that happens to them."""
+"""This host's identity: read from an engine's files, through everything that happens to them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def authority() -> Authority:
 
 
 def meet(one: Identity, other: Identity) -> Certified:
-    """What one hears of the other in a handshake. Raises `ssl.SSLError`."""
+    """The peer's certificate in a handshake. Raises `ssl.SSLError`."""
     return node_identity._shake_hands(other.server, one.client)
 
 
 def found(origin: module.Identities) -> Identity:
-    """The identity, which there is."""
+    """The current identity, which must exist."""
     identity = origin.current()
     assert identity is not None, origin.reason
     return identity
@@ -40,7 +40,9 @@ def found(origin: module.Identities) -> Identity:
 
 @pytest.mark.parametrize("role", ["swarm-worker", "swarm-manager"])
 def test_a_node(tmp_path: Path, authority: Authority, role: str) -> None:
-    """Node, Swarm and role are the certificate's, though the key has header lines that OpenSSL refuses."""
+    """Node, Swarm and role are the certificate's, although the key has header lines that OpenSSL
+    refuses.
+    """
     write(tmp_path, authority.root, authority.node("node1", role))
     origin = SwarmIdentity(tmp_path)
     own = found(origin).own
@@ -51,7 +53,7 @@ def test_a_node(tmp_path: Path, authority: Authority, role: str) -> None:
 
 
 def test_headers_matter(authority: Authority) -> None:
-    """The header lines are what OpenSSL refuses: what is taken off is taken off for a reason."""
+    """OpenSSL refuses the key with its header lines, so removing them is necessary."""
     node = authority.node("node1")
     with pytest.raises((ssl.SSLError, ValueError)):
         node_identity.make(authority.root, node.chain, node.key_text(), module.SWARM_ROLES)
@@ -63,7 +65,9 @@ def test_headers_matter(authority: Authority) -> None:
 
 
 def test_no_swarm(tmp_path: Path) -> None:
-    """No folder, an empty one, and a node that has left: no identity, and what to do."""
+    """Without a folder, with an empty one, and after the node has left, there is no identity, and
+    the reason says what to do.
+    """
     for folder in (tmp_path / "nowhere", tmp_path):
         origin = SwarmIdentity(folder)
         assert origin.current() is None
@@ -72,7 +76,9 @@ def test_no_swarm(tmp_path: Path) -> None:
 
 
 def test_autolock(tmp_path: Path, authority: Authority) -> None:
-    """An encrypted key is never tried: the reason says that the Swarm is autolocked, also in the old format."""
+    """An encrypted key is never tried: the reason says that the Swarm is autolocked, also for the
+    old format.
+    """
     node = authority.node("node1", "swarm-manager")
     old = node.key_text().replace("kek-version", "Proc-Type: 4,ENCRYPTED\nkek-version")
     for key in (node.key_text(b"secret"), old):
@@ -87,7 +93,7 @@ def test_autolock(tmp_path: Path, authority: Authority) -> None:
 
 
 def test_unreadable(tmp_path: Path, authority: Authority) -> None:
-    """A file that can't be read is named."""
+    """The reason names a file that can't be read."""
     write(tmp_path, authority.root, authority.node("node1"))
     key = tmp_path / "certificates/swarm-node.key"
     key.unlink()
@@ -98,7 +104,9 @@ def test_unreadable(tmp_path: Path, authority: Authority) -> None:
 
 
 def test_renewal_and_roles(tmp_path: Path, authority: Authority) -> None:
-    """A renewed certificate, one for another role, and that of another Swarm are each found at the next look."""
+    """A renewed certificate, one for another role, and that of another Swarm are each found by the
+    next check.
+    """
     write(tmp_path, authority.root, authority.node("node1"))
     origin = SwarmIdentity(tmp_path)
     before = found(origin)
@@ -115,7 +123,9 @@ def test_renewal_and_roles(tmp_path: Path, authority: Authority) -> None:
 
 
 def test_nothing_new(tmp_path: Path, authority: Authority) -> None:
-    """Files that are written again, or a key with other header lines, are the same identity: no session ends by it."""
+    """Files that are rewritten, or a key with other header lines, are the same identity: no session
+    ends.
+    """
     node = authority.node("node1", "swarm-manager")
     write(tmp_path, authority.root, node)
     origin = SwarmIdentity(tmp_path)
@@ -132,7 +142,7 @@ def test_nothing_new(tmp_path: Path, authority: Authority) -> None:
 def test_files_are_replaced_one_by_one(
     tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the new key waits for its certificate the old identity stands; if that lasts, it doesn't."""
+    """While the new key waits for its certificate the old identity stays in use, but not for ever."""
     write(tmp_path, authority.root, authority.node("node1"))
     origin = SwarmIdentity(tmp_path)
     before = found(origin)
@@ -166,7 +176,7 @@ BROKEN: dict[str, Breaker] = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_broken_files(tmp_path: Path, authority: Authority, what: str) -> None:
-    """Files that make no identity give none and a reason, nothing worse."""
+    """Invalid files give no identity and a reason, and no other error."""
     root, chain, key = BROKEN[what](authority, authority.node("node1"))
     folder = tmp_path / "certificates"
     folder.mkdir()
@@ -178,7 +188,9 @@ def test_broken_files(tmp_path: Path, authority: Authority, what: str) -> None:
 
 
 def test_expiry(tmp_path: Path, authority: Authority) -> None:
-    """An expired certificate is no identity: neither one that is found so, nor one that becomes so."""
+    """An expired certificate is no identity, whether it has expired before it is read or
+    afterwards.
+    """
     write(tmp_path, authority.root, authority.node("node1", lasts=timedelta(hours=-1)))
     origin = SwarmIdentity(tmp_path)
     assert origin.current() is None
@@ -195,7 +207,9 @@ def test_expiry(tmp_path: Path, authority: Authority) -> None:
 
 
 def test_rotation_of_the_root(tmp_path: Path) -> None:
-    """While the root is rotated, nodes of the old and of the new one accept each other, in each order of steps."""
+    """While the root is rotated, nodes of the old and the new root accept each other, whatever the
+    order of steps.
+    """
     old, new = Authority(), Authority()
     both = old.root + new.root
     crossed = old.cross(new)
@@ -219,7 +233,7 @@ def test_rotation_of_the_root(tmp_path: Path) -> None:
 
 
 def test_a_root_that_another_has_signed(tmp_path: Path) -> None:
-    """A company's authority can have signed the Swarm's: that is the root then, as the engine has it."""
+    """If a company's authority has signed the Swarm's root, that root is trusted, as by the engine."""
     company = Authority("company")
     swarm = Authority("swarm-ca", above=company)
     write(tmp_path, swarm.root, swarm.node("node1", above=company.root))
@@ -227,7 +241,9 @@ def test_a_root_that_another_has_signed(tmp_path: Path) -> None:
 
 
 def test_whom_it_speaks_with(tmp_path: Path, authority: Authority) -> None:
-    """A peer is another node of the same Swarm, worker or manager; nobody else whom the same root has signed."""
+    """A peer is another node of the same Swarm, worker or manager; other certificates of the same
+    root are refused.
+    """
     write(tmp_path, authority.root, authority.node("node1"))
     own = found(SwarmIdentity(tmp_path))
     own.check(Certified("node2", CLUSTER, "swarm-worker", 0))
@@ -257,7 +273,7 @@ def test_whom_it_speaks_with(tmp_path: Path, authority: Authority) -> None:
     ],
 )
 def test_odd_names(subject: tuple[tuple[str, str], ...]) -> None:
-    """A certificate that doesn't name exactly one node, role and Swarm is none of a node."""
+    """A certificate that does not name exactly one node, role and Swarm is refused."""
     with pytest.raises(ValueError, match="certificate"):
         certified(
             {
@@ -273,14 +289,16 @@ def test_odd_names(subject: tuple[tuple[str, str], ...]) -> None:
     "use", [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH], ids=lambda u: u._name
 )
 def test_uses(tmp_path: Path, authority: Authority, use: ExtendedKeyUsageOID) -> None:
-    """A certificate for one direction alone is none of a node: theirs are for both."""
+    """A certificate for one direction only is refused: nodes' certificates are for both."""
     write(tmp_path, authority.root, authority.node("node1", uses=(use,)))  # type: ignore[arg-type]
     origin = SwarmIdentity(tmp_path)
     assert origin.current() is None
 
 
 def test_a_secret() -> None:
-    """Hosts with one secret accept each other and are apart; with another secret they aren't let in."""
+    """Hosts with the same secret accept each other and have different IDs; a host with another
+    secret is refused.
+    """
     one, other = (found(choose(None, "s" * 32)) for _ in range(2))
     assert one.own.node != other.own.node
     one.check(meet(one, other))
@@ -292,7 +310,7 @@ def test_a_secret() -> None:
 
 
 def test_a_secret_goes_before_the_swarm(tmp_path: Path, authority: Authority) -> None:
-    """Whoever sets a secret doesn't want the Swarm's certificates; without both there is a reason."""
+    """A secret has priority over the Swarm's certificates; without both there is a reason."""
     write(tmp_path, authority.root, authority.node("node1"))
     assert found(choose(tmp_path)).own.node == "node1"
     assert found(choose(tmp_path, "s" * 32)).own.role == "freeflow-host"
@@ -302,7 +320,7 @@ def test_a_secret_goes_before_the_swarm(tmp_path: Path, authority: Authority) ->
 
 
 def test_nothing_is_left_open(tmp_path: Path, authority: Authority) -> None:
-    """The key is in memory alone: reading it leaves no file and no descriptor."""
+    """The key is in memory only: reading it leaves no file and no descriptor."""
     write(tmp_path, authority.root, authority.node("node1"))
     before = len(list(Path("/proc/self/fd").iterdir()))
     found(SwarmIdentity(tmp_path))

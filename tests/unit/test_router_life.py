@@ -1,4 +1,6 @@
-"""The registry under random use: whatever processes do, nothing leaks and no slot serves two connections."""
+"""The registry under random use: whatever processes do, nothing leaks and no slot serves two
+connections.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ CONTAINERS = st.integers(1, 4)
 
 
 class Life(RuleBasedStateMachine):
-    """Processes of four containers come, ask, release, ring, lie and go."""
+    """Processes of four containers connect, send requests, release, ring, send invalid messages and
+    end.
+    """
 
     processes: Bundle[int] = Bundle("processes")
 

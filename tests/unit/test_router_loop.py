@@ -1,4 +1,4 @@
-"""Descriptors and times of the router's parts in its one loop."""
+"""The router's event loop: callbacks for descriptors, and timers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataplane.router.loop import EpollLoop
 
 
 class Clock:
-    """Time that stands still unless moved."""
+    """Time that stands still unless it is moved."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -19,7 +19,7 @@ class Clock:
 
 
 def test_events() -> None:
-    """Who watches a descriptor is called with its events until he forgets it."""
+    """The callback of a descriptor gets its events until it is forgotten."""
     epoll = select.epoll()
     loop = EpollLoop(epoll)
     one, other = socket.socketpair()
@@ -39,7 +39,9 @@ def test_events() -> None:
 
 
 def test_times() -> None:
-    """What is due is done in order, once, unless it was cancelled; waits end when the next is due."""
+    """Timers that are due run in order and once, unless they were cancelled; a wait ends when the
+    next one is due.
+    """
     clock = Clock()
     epoll = select.epoll()
     loop = EpollLoop(epoll, clock)
@@ -67,7 +69,7 @@ def test_times() -> None:
 
 
 def test_a_round_ends() -> None:
-    """Something that asks to be done again at once doesn't keep the loop from its descriptors."""
+    """A timer that schedules itself again at once doesn't keep the loop from its descriptors."""
     epoll = select.epoll()
     loop = EpollLoop(epoll)
     done: list[int] = []
@@ -84,7 +86,7 @@ def test_a_round_ends() -> None:
 
 
 def test_cancelled_by_another() -> None:
-    """What one callback cancels isn't done in the same round."""
+    """A timer that an earlier callback of the round cancels does not run."""
     epoll = select.epoll()
     loop = EpollLoop(epoll)
     done: list[str] = []

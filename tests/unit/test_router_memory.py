@@ -1,4 +1,4 @@
-"""Arenas as memfds: what kinds there are, and that a slot's pages go back in each."""
+"""Arenas as memfds: their kinds, and the reclaiming of their slots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def arena(ring_size: int, remote: bool) -> Iterator[int]:
 
 @pytest.mark.parametrize(("ring_size", "remote"), KINDS)
 def test_says_what_it_is(ring_size: int, remote: bool) -> None:
-    """Its header and its size say the same."""
+    """An arena's header and its size agree."""
     with arena(ring_size, remote) as memory:
         size = os.fstat(memory).st_size
         assert size == layout.arena_size(ring_size)
@@ -49,14 +49,14 @@ def test_says_what_it_is(ring_size: int, remote: bool) -> None:
     ],
 )
 def test_no_other_kinds(ring_size: int, remote: bool) -> None:
-    """What the library would refuse isn't made."""
+    """No arena is made that the library would refuse."""
     with pytest.raises(ValueError, match=str(ring_size)):
         LinuxArenaMemory().make(ring_size, remote)
 
 
 @pytest.mark.parametrize(("ring_size", "remote"), KINDS)
 def test_reclaim(ring_size: int, remote: bool) -> None:
-    """A slot's pages go back, all of them and no others."""
+    """All pages of a slot are reclaimed, and no others."""
     with arena(ring_size, remote) as memory:
         made = LinuxArenaMemory()
         before = made.used(memory)
@@ -74,7 +74,7 @@ def test_reclaim(ring_size: int, remote: bool) -> None:
 
 
 def test_sever() -> None:
-    """Both rings of the slot say that they are broken, and no other slot's do."""
+    """Both rings of the slot are marked as broken, and no other rings."""
     with arena(*KINDS[1]) as memory:
         LinuxArenaMemory().sever(memory, 7)
         for slot, broken in ((6, 0), (7, 1), (8, 0)):

@@ -1,4 +1,6 @@
-"""Who gets a slot, with whom, and what becomes of it: the registry alone, with fakes around it."""
+"""Which requests get a slot, with which partner, and what becomes of the slot: the registry, with
+fakes.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,16 @@ def the_pair(world: World) -> tuple[int, int, wire.Grant, wire.Grant]:
 
 
 def test_welcome(world: World) -> None:
-    """A process of an endpoint's container is told the rule; enabled."""
+    """A process of an endpoint's container is told its rule, and that acceleration is on."""
     process = world.process(1)
     ((welcome, _),) = world.heard(process, wire.Welcome)
     assert (welcome.enabled, welcome.operations, welcome.spin) == (True, 4, 50)
 
 
 def test_welcome_of_strangers(world: World) -> None:
-    """A process from anywhere else is told late, for its container may just have come, and then that it is off."""
+    """A process of another namespace is told late that acceleration is off, since its container may
+    just have started.
+    """
     process = world.process(77)
     assert world.heard(process, wire.Welcome) == []
     world.pairing.welcome_late(process)
@@ -60,7 +64,9 @@ def test_welcome_of_strangers(world: World) -> None:
 
 
 def test_a_container_that_just_came(world: World) -> None:
-    """A process that said HELLO before the driver told of its container is welcomed when it does."""
+    """A process that said HELLO before its container was known is welcomed when the driver tells of
+    the container.
+    """
     process = world.process(9)
     facts = RouterSnapshot(
         endpoints=(EndpointFact(id="e", network="n", addresses=("10.1.1.1",), namespace=9),),
@@ -73,7 +79,9 @@ def test_a_container_that_just_came(world: World) -> None:
 
 
 def test_asks_before_the_container_is_known(world: World) -> None:
-    """What a process asks for at once is answered when its container is known, some of it; more is refused."""
+    """Requests from before the container is known are answered once it is, up to a number; more are
+    refused.
+    """
     early, other = world.process(9), world.process(2)
     kernel = world.kernel
     for port in range(5000, 5000 + EARLY + 1):
@@ -89,7 +97,9 @@ def test_asks_before_the_container_is_known(world: World) -> None:
 
 
 def test_new_settings_reach_processes(world: World) -> None:
-    """A changed rule, and acceleration going off, are told to those whom it concerns, once."""
+    """Processes are told once of a changed rule, and of acceleration that is turned off, if it
+    concerns them.
+    """
     process = world.process(2)
     for _ in range(2):
         world.pairing.replace_snapshot(knowledge(RouterSettings(rule=Rule(operations=9))))
@@ -100,7 +110,9 @@ def test_new_settings_reach_processes(world: World) -> None:
 
 @pytest.mark.parametrize("hello", [wire.Hello(1, layout.VERSION), wire.Hello(2, 99)])
 def test_another_version(world: World, hello: wire.Hello) -> None:
-    """A library of another version is told to stay on TCP, whatever is set later, and its asks are refused at once."""
+    """A library of another version is told to stay on TCP, whatever is set later, and its requests
+    are refused at once.
+    """
     assert world.pairing.connected(300, 1, 1)
     world.pairing.hello(300, hello)
     world.pairing.replace_snapshot(world.pairing.knowledge)
@@ -111,7 +123,7 @@ def test_another_version(world: World, hello: wire.Hello) -> None:
 
 
 def test_order_of_messages(world: World) -> None:
-    """HELLO comes first, and once."""
+    """HELLO is the first message, and comes once."""
     process = world.process(1, hello=False)
     with pytest.raises(WrongMessage, match="before HELLO"):
         world.ask(process, 1, "10.0.4.1:5000", "10.0.4.2:80")
@@ -120,7 +132,7 @@ def test_order_of_messages(world: World) -> None:
 
 
 def test_rules_of_several_networks() -> None:
-    """A container on several networks has the most patient rule of them, and the shortest spin."""
+    """A container on several networks has the most patient of their rules, and the shortest spin."""
     networks = (
         NetworkFact(id="a", rule=Rule(operations=2, age=900, spin=50)),
         NetworkFact(id="b", rule=Rule(operations=8, age=10, spin=0)),
@@ -135,7 +147,9 @@ def test_rules_of_several_networks() -> None:
 
 
 def test_a_snapshot_that_contradicts_itself() -> None:
-    """An endpoint of an unknown network, or what is no address, is refused as a whole."""
+    """A snapshot with an endpoint of an unknown network, or an invalid address, is refused as a
+    whole.
+    """
     endpoint = EndpointFact(id="e", network="n", addresses=("10.0.0.1",), namespace=1)
     with pytest.raises(DataplaneError):
         Knowledge(RouterSnapshot(endpoints=(endpoint,)))
@@ -144,7 +158,9 @@ def test_a_snapshot_that_contradicts_itself() -> None:
 
 
 def test_a_container_leaves_its_network() -> None:
-    """When a container is disconnected, its connections on that network are told to go on over TCP, once; others aren't."""
+    """When a container is disconnected, its connections on that network are told once to fall back
+    to TCP; others are not.
+    """
     world = World()
     a, b, c = world.process(1), world.process(2), world.process(3)
     world.connect(a, b, 5000)
@@ -167,7 +183,9 @@ def test_a_container_leaves_its_network() -> None:
 
 
 def test_both_must_ask(world: World) -> None:
-    """One end's ask has no answer; the other's has two: each side's own, of one slot and one incarnation."""
+    """One end's request has no answer. The other end's has two: each side's own grant, of one slot
+    and one incarnation.
+    """
     a, b = world.process(1), world.process(2)
     world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
     assert not world.grants(a)
@@ -181,7 +199,9 @@ def test_both_must_ask(world: World) -> None:
 
 
 def test_connections_share_an_arena(world: World) -> None:
-    """Later connections of two processes take slots of the arena that both have; it comes with each all the same."""
+    """Later connections of two processes take slots of the same arena, whose memory comes with each
+    grant.
+    """
     a, b, *_ = the_pair(world)
     world.connect(b, a, 6000)
     assert [memory for _, memory in world.heard(a, wire.Grant)] == [1000, 1000]
@@ -213,7 +233,7 @@ def test_other_processes_get_other_memory(world: World) -> None:
 
 
 def test_within_one_process(world: World) -> None:
-    """A process may be both ends; each side has its own token."""
+    """A process may have both ends; each side has its own token."""
     process = world.process(1)
     world.connect(process, process, 5000)
     (one, memory), (other, again) = world.heard(process, wire.Grant)
@@ -246,7 +266,9 @@ def test_vip(world: World, server_first: bool) -> None:
 
 
 def test_vip_and_task_from_one_port(world: World) -> None:
-    """One source port may serve two connections, to a task and to its VIP: which is which nobody knows, so both stay."""
+    """One source port may serve two connections, to a task and to its VIP. They can't be told
+    apart, so both stay on TCP.
+    """
     a, b = world.process(1), world.process(2)
     world.socket(1, "10.0.4.1:5000", f"{VIP}:80")
     world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
@@ -257,7 +279,9 @@ def test_vip_and_task_from_one_port(world: World) -> None:
 
 @pytest.mark.parametrize("forger_first", [False, True])
 def test_a_task_with_a_forged_socket(world: World, forger_first: bool) -> None:
-    """A task that makes a socket with a client's address isn't given the client's connection to another task."""
+    """A task that makes a socket with a client's address is not granted the client's connection to
+    another task.
+    """
     a, forger, server = world.process(1), world.process(2), world.process(3)
     world.translate(1, "10.0.4.1:5000", f"{VIP}:80", "10.0.4.3:80")
     if forger_first:
@@ -273,7 +297,7 @@ def test_a_task_with_a_forged_socket(world: World, forger_first: bool) -> None:
 
 
 def test_a_forged_socket_and_a_server_on_another_host(world: World) -> None:
-    """The same if the connection really leads to a task on another host: it is refused as remote."""
+    """The same holds if the connection leads to a task on another host: it is refused as remote."""
     a, forger = world.process(1), world.process(2)
     world.translate(1, "10.0.4.1:5000", f"{AWAY}:80", "10.0.4.66:80")
     world.open_and_ask(forger, "10.0.4.2:80", "10.0.4.1:5000")
@@ -283,7 +307,9 @@ def test_a_forged_socket_and_a_server_on_another_host(world: World) -> None:
 
 
 def test_an_untracked_connection_to_a_vip(world: World) -> None:
-    """Where the kernel doesn't say to which task a connection to a VIP leads, it stays on TCP, and the reason says so."""
+    """If the kernel doesn't know to which task a connection to a VIP leads, it stays on TCP, and
+    the reason says so.
+    """
     a, b = world.process(1), world.process(2)
     world.open_and_ask(b, "10.0.4.2:80", "10.0.4.1:5000")
     cookie = world.open_and_ask(a, "10.0.4.1:5000", f"{VIP}:80")
@@ -292,7 +318,9 @@ def test_an_untracked_connection_to_a_vip(world: World) -> None:
 
 
 def test_vip_with_tasks_elsewhere(world: World) -> None:
-    """Of a VIP with tasks on several hosts, a connection moves if it leads to a task here, and is refused if it doesn't."""
+    """A connection to a VIP with tasks on several hosts is granted if it leads to a task here, and
+    refused if not.
+    """
     a, b = world.process(1), world.process(2)
     world.translate(1, "10.0.4.1:5000", f"{AWAY}:80", "10.0.4.66:80")
     world.open_and_ask(a, "10.0.4.1:5000", f"{AWAY}:80")
@@ -305,7 +333,9 @@ def test_vip_with_tasks_elsewhere(world: World) -> None:
 
 @pytest.mark.parametrize("peer", ["10.0.4.2:80", "10.0.4.66:80", "8.8.8.8:80", f"{AWAY}:80"])
 def test_no_address_is_told_of_without_a_connection(world: World, peer: str) -> None:
-    """Which addresses are on this host, on the network or elsewhere can't be asked without a connection to them."""
+    """Without a connection, a process can't find out which addresses are on this host, on the
+    network or elsewhere.
+    """
     a = world.process(1)
     world.ask(a, 4711, "10.0.4.1:5000", peer)
     assert world.refusals(a) == [Reason.NOT_FOUND]
@@ -331,7 +361,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("local", "remote", "reason"), REFUSED)
 def test_refused(world: World, local: str, remote: str, reason: Reason) -> None:
-    """What can't have its other end in a container of the same network on this host is refused, with the reason."""
+    """A request is refused with a reason if its other end can't be in a container of the same
+    network on this host.
+    """
     process = world.process(1)
     world.open_and_ask(process, local, remote)
     assert world.refusals(process) == [reason]
@@ -339,7 +371,7 @@ def test_refused(world: World, local: str, remote: str, reason: Reason) -> None:
 
 
 def test_refused_when_off(world: World) -> None:
-    """On a network without acceleration every ask is refused, those that wait too."""
+    """On a network without acceleration every request is refused, also those that wait."""
     a = world.process(1)
     world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
     world.pairing.replace_snapshot(knowledge(off=True))
@@ -349,7 +381,7 @@ def test_refused_when_off(world: World) -> None:
 
 
 def test_nobody_asks_for_another(world: World) -> None:
-    """The kernel must know the very socket in the asker's own container."""
+    """The kernel must know the very socket in the process's own container."""
     a, b = world.process(1), world.process(2)
     cookie = world.socket(1, "10.0.4.1:5000", "10.0.4.2:80")
     world.ask(a, cookie + 1, "10.0.4.1:5000", "10.0.4.2:80")
@@ -361,7 +393,7 @@ def test_nobody_asks_for_another(world: World) -> None:
 
 
 def test_networks_are_apart(world: World) -> None:
-    """The same addresses on another network are other addresses."""
+    """The same addresses on another network are different addresses."""
     facts = RouterSnapshot(
         endpoints=tuple(
             EndpointFact(id=f"{n}{i}", network=n, addresses=(f"10.0.4.{i}",), namespace=space)
@@ -380,7 +412,9 @@ def test_networks_are_apart(world: World) -> None:
 
 
 def test_asking_twice(world: World) -> None:
-    """A second ask of a socket that waits takes the first one's place; of one that has a slot it is refused."""
+    """A second request of a socket replaces the first if that waits, and is refused if the socket
+    has a slot.
+    """
     a, b = world.process(1), world.process(2)
     cookie = world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
     world.ask(a, cookie, "10.0.4.1:5000", "10.0.4.2:80")
@@ -392,7 +426,7 @@ def test_asking_twice(world: World) -> None:
 
 
 def test_ports_are_used_again(world: World) -> None:
-    """An ask of a socket that is gone doesn't stand in the way of the next with its addresses."""
+    """A request of a closed socket does not block the next request with its addresses."""
     a, b = world.process(1), world.process(2)
     world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
     second = world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
@@ -402,7 +436,7 @@ def test_ports_are_used_again(world: World) -> None:
 
 
 def test_an_ask_ends_with_its_process(world: World) -> None:
-    """What a process asked for isn't granted after its end."""
+    """A request is not granted after its process has ended."""
     a, b = world.process(1), world.process(2)
     world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
     world.pairing.gone(a)
@@ -411,7 +445,7 @@ def test_an_ask_ends_with_its_process(world: World) -> None:
 
 
 def test_an_ask_ends_with_a_note(world: World) -> None:
-    """A process that has changed its mind isn't granted what it had asked for."""
+    """A request is not granted after its process has noted that the connection stays on TCP."""
     a, b = world.process(1), world.process(2)
     cookie = world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
     world.pairing.note(a, wire.Note(Reason.OPTION, cookie))
@@ -423,7 +457,9 @@ def test_an_ask_ends_with_a_note(world: World) -> None:
 
 
 def test_an_ask_ends_with_its_socket(world: World) -> None:
-    """An ask whose socket was closed without a word goes by itself; one whose socket lives stays."""
+    """A request whose socket was closed without a note is removed after a while; one whose socket
+    is open stays.
+    """
     a = world.process(1)
     world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
     world.open_and_ask(a, "10.0.4.1:5001", "10.0.4.2:80")
@@ -455,7 +491,9 @@ def test_a_slot_is_free_when_both_have_released(world: World) -> None:
 
 
 def test_an_arena_without_connections_is_not_used_again(world: World) -> None:
-    """A side that has released its last slot has unmapped the arena, so the next connection gets another one."""
+    """A side that has released its last slot has unmapped the arena, so the next connection gets
+    another arena.
+    """
     a, b, one, other = the_pair(world)
     world.release(a, one)
     world.connect(a, b, 5001)
@@ -466,7 +504,9 @@ def test_an_arena_without_connections_is_not_used_again(world: World) -> None:
 
 
 def test_nobody_releases_for_another(world: World) -> None:
-    """RELEASE needs the side's token from the side's container; an old incarnation or unknown arena is only late."""
+    """RELEASE needs the side's token and container; one for an old incarnation or an unknown arena
+    is ignored.
+    """
     a, b, one, _ = the_pair(world)
     stranger = world.process(3)
     for process, token in ((a, 1), (b, one.token), (stranger, one.token)):
@@ -480,7 +520,7 @@ def test_nobody_releases_for_another(world: World) -> None:
 
 
 def test_releasing_twice(world: World) -> None:
-    """A side's second RELEASE isn't the other side's first."""
+    """A side's second RELEASE does not count for the other side."""
     a, _, one, _ = the_pair(world)
     world.release(a, one)
     world.release(a, one)
@@ -488,7 +528,7 @@ def test_releasing_twice(world: World) -> None:
 
 
 def test_death_of_one_process(world: World) -> None:
-    """A process's end releases its side; the arena stays until the other side is done with it."""
+    """A process's end releases its side; the arena stays until the other side has released it."""
     a, b, _, other = the_pair(world)
     world.pairing.gone(a)
     assert world.memory.arenas == {1000}
@@ -499,7 +539,7 @@ def test_death_of_one_process(world: World) -> None:
 
 
 def test_death_of_both_processes(world: World) -> None:
-    """When both have ended nothing is left."""
+    """When both processes have ended nothing is left."""
     a, b, *_ = the_pair(world)
     world.pairing.weigh()
     world.pairing.gone(b)
@@ -510,7 +550,9 @@ def test_death_of_both_processes(world: World) -> None:
 
 
 def test_a_child_speaks_for_its_parent(world: World) -> None:
-    """A process that shows the side's token in the same container keeps the side alive after its parent, and releases."""
+    """A process of the same container that shows the side's token keeps the side alive after its
+    parent, and can release.
+    """
     a, b, one, other = the_pair(world)
     child = world.process(1)
     world.pairing.fetch(child, wire.Fetch(0, one.arena, one.token, other.side))
@@ -526,7 +568,9 @@ def test_a_child_speaks_for_its_parent(world: World) -> None:
 
 
 def test_a_slot_that_both_have_forgotten(world: World) -> None:
-    """A slot whose sockets are both gone, at two looks in a row, is free, whatever its processes say."""
+    """A slot is freed when two checks in a row find neither of its sockets, whatever its processes
+    say.
+    """
     a, b, *_ = the_pair(world)
     sockets = dict(world.kernel.sockets)
     for there in (False, True, False):
@@ -542,7 +586,7 @@ def test_a_slot_that_both_have_forgotten(world: World) -> None:
 
 
 def test_looks_become_rare(world: World) -> None:
-    """A connection that waits for long is looked at more and more rarely."""
+    """A connection that waits for long is checked less and less often."""
     looks: list[int] = []
     agenda: Agenda[int] = Agenda(first=5, most=40)
     agenda.add(1, now=0)
@@ -554,7 +598,7 @@ def test_looks_become_rare(world: World) -> None:
 
 
 def test_not_all_at_once(world: World) -> None:
-    """However much is due, so much is looked at and no more."""
+    """One call checks a limited number of items, however many are due."""
     agenda: Agenda[int] = Agenda(first=5, most=40)
     for number in range(10):
         agenda.add(number, now=0)
@@ -563,7 +607,7 @@ def test_not_all_at_once(world: World) -> None:
 
 
 def test_no_memory(world: World) -> None:
-    """Without memory for an arena both ends are told."""
+    """Without memory for an arena both ends are refused."""
     world.memory.refuses = True
     a, b = world.process(1), world.process(2)
     world.connect(a, b, 5000)
@@ -592,7 +636,9 @@ def hear(world: World, process: int) -> list[tuple[int, int | None]]:
 
 
 def test_bell_0(world: World) -> None:
-    """The first grant of an arena brings bell 0 of either side, and nobody can ring one before the router has closed what hears."""
+    """The first grant of an arena brings bell 0 of either side; a ringing end is handed out only
+    after the router has closed its hearing end.
+    """
     a, b, one, other = the_pair(world)
     (first,), (second,) = ring(world, a), ring(world, b)
     assert {first[1], second[1]} == world.memory.bells
@@ -604,7 +650,9 @@ def test_bell_0(world: World) -> None:
 
 
 def test_bells(world: World) -> None:
-    """A bell is made for one side; the other has it rung and gets it, as often as it asks; it is closed with the arena."""
+    """A side gets a bell on request. The other side has it rung and gets it, on every request; it
+    is closed with the arena.
+    """
     a, b, one, other = the_pair(world)
     world.pairing.bell(a, wire.Bell(3, one.arena, one.token, one.side))
     ((index, hears),) = hear(world, a)
@@ -622,7 +670,7 @@ def test_bells(world: World) -> None:
 
 
 def test_an_unknown_bell(world: World) -> None:
-    """Who asks for a bell that isn't there hears so at once; so does who wants one of an arena that isn't there."""
+    """A request for an unknown bell, or for a bell of an unknown arena, is answered at once."""
     a, b, _, other = the_pair(world)
     world.pairing.fetch(b, wire.Fetch(3, other.arena, other.token, 1 - other.side))
     world.pairing.fetch(b, wire.Fetch(4, 99, 1, 0))
@@ -632,7 +680,7 @@ def test_an_unknown_bell(world: World) -> None:
 
 
 def test_a_bell_is_replaced(world: World) -> None:
-    """A side may ask for a bell of an index again; the old one is closed."""
+    """A side may request a bell with the same index again; the old one is closed."""
     a, _, one, _ = the_pair(world)
     before = set(world.memory.bells)
     for _ in range(2):
@@ -645,7 +693,7 @@ def test_a_bell_is_replaced(world: World) -> None:
 
 
 def test_nobody_rings_for_another(world: World) -> None:
-    """BELL and FETCH need the side's token, the right side, and an index that there is."""
+    """BELL and FETCH need the side's token, the right side, and a valid index."""
     a, b, one, other = the_pair(world)
     heard = len(world.heard(b, wire.Ring))
     wrong: list[tuple[int, wire.Bell]] = [
@@ -672,7 +720,7 @@ def test_nobody_rings_for_another(world: World) -> None:
 
 
 def test_limit_of_connections() -> None:
-    """A container at its limit stays on TCP; one that isn't doesn't notice."""
+    """Connections of a container at its limit stay on TCP; other containers are not affected."""
     world = World(Limits(connections=1))
     a, b, c = world.process(1), world.process(2), world.process(3)
     world.connect(a, b, 5000)
@@ -684,7 +732,7 @@ def test_limit_of_connections() -> None:
 
 
 def test_limit_that_is_reached_while_waiting() -> None:
-    """If one end's container got full while it waited, both ends are told."""
+    """If one end's container has reached its limit meanwhile, both ends are refused."""
     world = World(Limits(connections=1))
     a, b, c = world.process(1), world.process(2), world.process(3)
     world.open_and_ask(a, "10.0.4.1:5001", "10.0.4.3:80")
@@ -695,7 +743,7 @@ def test_limit_that_is_reached_while_waiting() -> None:
 
 
 def test_limit_of_waiting_asks() -> None:
-    """So many asks may wait, and no more."""
+    """A limited number of requests may wait."""
     world = World(Limits(waiting=2))
     a = world.process(1)
     for port in (5000, 5001, 5002):
@@ -704,7 +752,7 @@ def test_limit_of_waiting_asks() -> None:
 
 
 def test_limit_of_memory() -> None:
-    """Shared memory that is really used counts, for both containers, and goes back when it is freed."""
+    """Shared memory that is in use counts for both containers until it is freed."""
     world = World(Limits(memory=20_000))
     a, b, c, d = (world.process(each) for each in (1, 2, 3, 4))
     world.connect(a, b, 5000)
@@ -729,7 +777,9 @@ def test_limit_of_memory() -> None:
 
 
 def test_share_of_memory() -> None:
-    """What two containers share counts half of the limit at most for others; then these two share no more."""
+    """What two containers share counts up to half of the limit for others; at that limit the two
+    share no more.
+    """
     world = World(Limits(memory=20_000))
     a, b, c = (world.process(each) for each in (1, 2, 3))
     world.connect(a, b, 5000)
@@ -743,7 +793,7 @@ def test_share_of_memory() -> None:
 
 
 def test_memory_of_slots_in_use() -> None:
-    """What somebody writes into slots that carry no connection isn't billed to the other side."""
+    """Memory that a process touches in unused slots isn't charged to the other side."""
     world = World()
     a, b = world.process(1), world.process(2)
     world.connect(a, b, 5000)
@@ -754,7 +804,9 @@ def test_memory_of_slots_in_use() -> None:
 
 
 def test_agendas_are_bounded() -> None:
-    """A process that asks for one connection again and again, or opens and releases, leaves nothing behind."""
+    """A process that requests one connection again and again, or opens and releases, leaves nothing
+    behind.
+    """
     world = World(Limits(asks=1 << 20))
     a, b = world.process(1), world.process(2)
     for _ in range(1000):
@@ -768,7 +820,7 @@ def test_agendas_are_bounded() -> None:
 
 
 def test_limit_of_asks_per_second() -> None:
-    """Too many asks at once are refused; with time there may be more."""
+    """Too many requests at once are refused; after a while more are accepted."""
     world = World(Limits(asks=3))
     a = world.process(1)
     for port in range(5000, 5005):
@@ -780,7 +832,7 @@ def test_limit_of_asks_per_second() -> None:
 
 
 def test_limit_of_processes() -> None:
-    """Another process of a full container isn't let in; another container's is."""
+    """A full container's next process is refused; another container's is accepted."""
     world = World(Limits(processes=1))
     first = world.process(1)
     assert not world.pairing.connected(100, 1, 1)
@@ -790,7 +842,7 @@ def test_limit_of_processes() -> None:
 
 
 def test_limit_of_bells() -> None:
-    """A bell over the limit isn't made, and its process hears that; connections do without."""
+    """A bell over the limit is not made, and the process is told; connections work without it."""
     world = World(Limits(bells=2))
     a, _, one, _ = the_pair(world)
     world.pairing.bell(a, wire.Bell(1, one.arena, one.token, one.side))
@@ -804,7 +856,7 @@ def test_limit_of_bells() -> None:
 
 
 def test_notes_are_bounded(world: World) -> None:
-    """A container that notes without end makes the router forget its own oldest notes."""
+    """If a container sends notes without end, the router forgets the oldest ones of that container."""
     a = world.process(1)
     for cookie in range(NOTES + 10):
         world.pairing.note(a, wire.Note(Reason.OPTION, cookie))

@@ -1,4 +1,4 @@
-"""What routers say to each other survives the way there and back, and nothing else is taken for a message."""
+"""Messages between routers are unpacked as they were packed, and everything else is invalid."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def framed(data: bytes) -> bytes:
 
 
 def test_every_message_is_shown() -> None:
-    """The examples are all the messages there are."""
+    """The examples cover all messages."""
     assert {type(example) for example in EXAMPLES} == set(pw.Message.__args__)
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
 def test_there_and_back(message: pw.Message) -> None:
-    """A message comes out of its frame as it went in."""
+    """A message is unpacked as it was packed."""
     assert list(pw.Frames().feed(pw.pack(message))) == [message]
 
 
@@ -112,7 +112,7 @@ def test_bytes(message: pw.Message, data: bytes) -> None:
 
 @given(st.lists(st.sampled_from(EXAMPLES), max_size=6), st.data())
 def test_pieces(messages: list[pw.Message], data: st.DataObject) -> None:
-    """However the stream is cut, the same messages come out, in order."""
+    """However the stream is split, the same messages come out, in order."""
     stream = b"".join(map(pw.pack, messages))
     frames, found = pw.Frames(), []
     while stream:
@@ -124,7 +124,7 @@ def test_pieces(messages: list[pw.Message], data: st.DataObject) -> None:
 
 @given(st.binary(max_size=200))
 def test_garbage(data: bytes) -> None:
-    """Random bytes are no message, whatever they are: an error of ours, and no other."""
+    """Random bytes are a message or WrongMessage, and cause no other error."""
     try:
         list(pw.Frames().feed(framed(data) if data else data))
     except WrongMessage:
@@ -133,13 +133,15 @@ def test_garbage(data: bytes) -> None:
 
 @pytest.mark.parametrize("length", [0, pw.MAX_FRAME + 1, 1 << 31, (1 << 32) - 1])
 def test_lengths(length: int) -> None:
-    """No frame and one past the limit end it at once: nobody waits for bytes that would fill memory."""
+    """Lengths of 0 and past the limit are invalid at once: no memory is filled while bytes are
+    awaited.
+    """
     with pytest.raises(WrongMessage, match="frame of"):
         list(pw.Frames().feed(length.to_bytes(4, "big")))
 
 
 def test_longest_message() -> None:
-    """What a peer wouldn't take isn't sent."""
+    """A message that a peer wouldn't take is not sent."""
     many = tuple(f"fd00:aaaa:bbbb:cccc:dddd:eeee:ffff:{n:x}" for n in range(8000))
     with pytest.raises(WrongMessage, match="Owns of"):
         pw.pack(pw.Owns({"n1": many}))
@@ -167,7 +169,7 @@ BAD: Final[list[dict[str, object]]] = [
 
 @pytest.mark.parametrize("content", BAD, ids=lambda c: f"{c['type']}")
 def test_limits(content: dict[str, object]) -> None:
-    """A field past its limit makes the whole no message."""
+    """A field past its limit makes the message invalid."""
     with pytest.raises(WrongMessage):
         list(pw.Frames().feed(framed(msgspec.msgpack.encode(content))))
 
@@ -177,20 +179,20 @@ def test_limits(content: dict[str, object]) -> None:
     [("instance", "x" * 32), ("instance", INSTANCE + "\n"), ("node", ""), ("build", "a b")],
 )
 def test_limits_of_hello(field: str, value: str) -> None:
-    """So do those of the first message."""
+    """The same holds for the first message."""
     content = msgspec.to_builtins(EXAMPLES[0]) | {field: value}
     with pytest.raises(WrongMessage):
         list(pw.Frames().feed(framed(msgspec.msgpack.encode(content))))
 
 
 def test_depth() -> None:
-    """A nest of lists is no message either, and doesn't cost the stack."""
+    """Deeply nested lists are invalid, and don't exhaust the stack."""
     with pytest.raises(WrongMessage):
         list(pw.Frames().feed(framed(b"\x91" * 100_000)))
 
 
 def test_later_versions() -> None:
-    """Fields that a later version has added are skipped; its number can be read, whatever else is in it."""
+    """Fields that a later version adds are ignored; its version can always be read."""
     content = msgspec.to_builtins(EXAMPLES[0]) | {"version": 2, "more": [1, 2]}
     (hello,) = pw.Frames().feed(framed(msgspec.msgpack.encode(content)))
     assert isinstance(hello, pw.PeerHello)
@@ -199,7 +201,7 @@ def test_later_versions() -> None:
 
 @given(st.ip_addresses(), st.integers(1, 65535))
 def test_ends(ip: IPv4Address | IPv6Address, port: int) -> None:
-    """An end of a connection comes back from its text; IPv4 in IPv6's clothes as IPv4."""
+    """An address and port come back from their text; IPv4-mapped addresses as IPv4."""
     if isinstance(ip, IPv6Address):
         ip = ip.ipv4_mapped or ip
     assert pw.end_of(str(Address(ip, port))) == Address(ip, port)
@@ -213,6 +215,6 @@ def test_ends(ip: IPv4Address | IPv6Address, port: int) -> None:
     ],
 )
 def test_no_ends(text: str) -> None:
-    """Nothing else is an end."""
+    """Any other text is invalid."""
     with pytest.raises(WrongMessage):
         pw.end_of(text)

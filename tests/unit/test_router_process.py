@@ -1,4 +1,4 @@
-"""The router's process is there as long as the plugin is, whatever happens to it."""
+"""The router's process runs as long as the plugin does, whatever happens to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _until(condition: Callable[[], bool]) -> None:
 
 
 def test_it_is_started_again() -> None:
-    """One that dies is followed by another, and whoever feeds it hears of each."""
+    """A router that dies is restarted, and the driver is told of each start."""
     heard = threading.Semaphore(0)
     process = RouterProcess(SLEEPER, lambda: heard.release())
     process.start()
@@ -43,7 +43,7 @@ def test_it_is_started_again() -> None:
 
 
 def test_one_that_does_not_answer() -> None:
-    """A router that is stopped, or waits for ever, is killed and followed by another; one that answers isn't."""
+    """A router that is stopped, or hangs, is killed and restarted; one that answers is not."""
     stuck = threading.Event()
     process = RouterProcess(SLEEPER, lambda: None, answers=lambda: not stuck.is_set(), pause=0.01)
     process.start()
@@ -63,7 +63,7 @@ def test_one_that_does_not_answer() -> None:
 
 
 def test_a_slow_start_is_waited_for() -> None:
-    """A router that hasn't answered yet gets more time than one that has stopped answering."""
+    """A router that has not answered yet gets more time than one that has stopped answering."""
     asked = 0
 
     def answers() -> bool:
@@ -90,7 +90,7 @@ def test_one_that_never_lasts_is_not_started_all_the_time() -> None:
 
 
 def test_one_that_cannot_be_started() -> None:
-    """A program that isn't there costs log lines, not the plugin."""
+    """A missing program costs log lines, not the plugin."""
     process = RouterProcess(["/nonexistent"], lambda: None)
     process.start()
     time.sleep(0.2)
@@ -99,7 +99,7 @@ def test_one_that_cannot_be_started() -> None:
 
 
 def test_it_ends_when_its_starter_is_gone() -> None:
-    """The router ends when the other end of its standard input closes."""
+    """The router ends when the other end of its standard input is closed."""
     process = RouterProcess(SLEEPER, lambda: None)
     process.start()
     _until(lambda: process.pid is not None)
@@ -145,7 +145,7 @@ def test_settings_reach_the_router() -> None:
 
 
 def test_command() -> None:
-    """The router is told its two sockets: one for all containers, one for us."""
+    """The router is started with its two sockets: the containers' and the plugin's."""
     command = router_command(Path("/host/run"), Path("/public"), "info")
     assert "--socket=/public/router.sock" in command
     assert "--control=/host/run/freeflow-admin/router.sock" in command

@@ -1,4 +1,4 @@
-"""Sessions between routers: real TLS over loopback, as the network and peers of all kinds may treat them."""
+"""Sessions between routers: real TLS over loopback, under all kinds of networks and peers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def test_a_session(world: World) -> None:
-    """Two hosts that want each other have one session, in which each knows the other's node, address and abilities."""
+    """Two hosts that want each other have one session, in which each knows the other's node,
+    address and abilities.
+    """
     one, other = world.pair()
     world.run(0.3)
     assert one.sessions.counts().up == other.sessions.counts().up == 1
@@ -44,7 +46,7 @@ def test_a_session(world: World) -> None:
 
 
 def test_who_dials(world: World) -> None:
-    """The host of the smaller address dials first, the other only if that comes to nothing."""
+    """The host with the smaller address dials first; the other one dials if that fails."""
     one, other = world.pair()
     world.skip(5)
     assert one.sessions.counts().dialled == other.sessions.counts().accepted == 1
@@ -58,7 +60,9 @@ def test_who_dials(world: World) -> None:
 
 @pytest.mark.parametrize("courtesy", [0.0, 1.0])
 def test_both_dial(world: World, monkeypatch: pytest.MonkeyPatch, courtesy: float) -> None:
-    """However the dials of both cross, both end with the same one session and neither is told of two."""
+    """However their dials cross, both hosts end with the same single session, and neither is told
+    of two.
+    """
     monkeypatch.setattr(sessions, "DIAL_DELAY", courtesy)
     made = [world.router(number) for number in (1, 2, 3, 4)]
     world.acquaint(*made)
@@ -77,7 +81,7 @@ def test_both_dial(world: World, monkeypatch: pytest.MonkeyPatch, courtesy: floa
 
 
 def test_messages(world: World) -> None:
-    """Messages arrive whole, once and in order, both ways at once, in any size that is allowed."""
+    """Messages arrive complete, once and in order, in both directions, in any allowed size."""
     one, other = world.pair()
     sent = [PeerFrame(1, bytes([n % 256]) * (n * 977 % 60_000)) for n in range(150)]
     back = [Offer(n, "n1", "10.0.0.1:1", "10.0.0.2:2") for n in range(2000)]
@@ -93,7 +97,7 @@ def test_messages(world: World) -> None:
 
 
 def test_nobody_there(world: World) -> None:
-    """A peer without a router costs a dial now and then, ever more rarely; the reason is said."""
+    """A peer without a router is dialled less and less often; the reason is reported."""
     one = world.router(1)
     nobody = IPv4Address("127.0.0.99")
     one.sessions.want({nobody}, one.address)
@@ -105,7 +109,9 @@ def test_nobody_there(world: World) -> None:
 
 
 def test_a_peer_that_starts_later(world: World) -> None:
-    """Who comes late is found by his own dial; who comes back, within moments."""
+    """A peer that starts late is found by its own dial; one that comes back is found within
+    moments.
+    """
     one = world.router(1)
     late = IPv4Address("127.0.0.2")
     one.sessions.want({late}, one.address)
@@ -117,7 +123,7 @@ def test_a_peer_that_starts_later(world: World) -> None:
 
 
 def test_a_router_that_starts_again(world: World) -> None:
-    """Another instance of the peer's router is told as the end of the last session and a new one."""
+    """A restart of the peer's router is reported as the end of the last session and a new one."""
     one, other = world.pair()
     other.sessions.close()
     again = world.router(2)
@@ -134,7 +140,9 @@ def test_a_router_that_starts_again(world: World) -> None:
 
 @pytest.mark.parametrize("numbers", [(1, 2), (2, 1)])
 def test_a_host_that_lost_its_power(world: World, numbers: tuple[int, int]) -> None:
-    """A peer that starts again without having hung up gets a new session at once, whoever has the smaller node ID."""
+    """A peer that restarts without having closed its connection gets a new session at once,
+    whichever node ID is smaller.
+    """
     one, other = world.pair(*numbers)
     lost = other.sessions._peers[one.address].session
     assert lost is not None
@@ -149,7 +157,9 @@ def test_a_host_that_lost_its_power(world: World, numbers: tuple[int, int]) -> N
 
 
 def test_a_dead_peer(world: World) -> None:
-    """A peer that falls silent without hanging up loses its session after some beats; without that it stays."""
+    """A peer that falls silent without closing loses its session after some ticks; otherwise the
+    session stays.
+    """
     one, other = world.pair()
     world.skip(30)
     assert world.joined(one, other)
@@ -163,7 +173,7 @@ def test_a_dead_peer(world: World) -> None:
 
 
 def test_a_clock_that_jumps(world: World) -> None:
-    """A router that was stopped for minutes reads first and judges then: no session is lost by it."""
+    """A router that was stopped for minutes first reads what has come, so no session is lost."""
     one, other = world.pair()
     for jump in (10, 1000, 100_000):
         world.skipped += jump
@@ -174,7 +184,9 @@ def test_a_clock_that_jumps(world: World) -> None:
 
 
 def test_unwanted(world: World) -> None:
-    """A peer that shares no network any more loses its session, and the port is closed when nobody is left."""
+    """A peer that shares no network any more loses its session; the port is closed when no peer is
+    left.
+    """
     one, other = world.pair()
     one.sessions.want(set(), one.address)
     assert not one.sessions.send(other.address, PeerPing())
@@ -188,7 +200,7 @@ def test_unwanted(world: World) -> None:
 
 
 def test_wanted_again_at_once(world: World) -> None:
-    """Who is forgotten and wanted again in one breath is told so in the right order."""
+    """A peer that is forgotten and wanted again at once is reported down and up in that order."""
     one, other = world.pair()
     one.sessions.want(set(), one.address)
     one.sessions.want({other.address}, one.address)
@@ -198,7 +210,9 @@ def test_wanted_again_at_once(world: World) -> None:
 
 
 def test_who_is_not_wanted_is_not_let_in(world: World) -> None:
-    """A node of the Swarm that shares no network with this host isn't spoken with, whatever its certificate."""
+    """A node of the Swarm that shares no network with this host gets no session, whatever its
+    certificate.
+    """
     one, other, third = (world.router(number) for number in (1, 2, 3))
     world.acquaint(one, other)
     third.sessions.want({one.address}, third.address)
@@ -208,7 +222,9 @@ def test_who_is_not_wanted_is_not_let_in(world: World) -> None:
 
 
 def test_another_address_of_this_host(world: World) -> None:
-    """Where this host's peers know it by another address than it does, the kernel's choice is tried in turn."""
+    """If peers know this host by another address than it does, dials alternate between its own and
+    the kernel's choice.
+    """
     one, other = world.router(1), world.router(2)
     # The kernel's choice is 127.0.0.1.
     one.sessions.want({other.address}, IPv4Address("127.0.0.77"))
@@ -220,7 +236,7 @@ def test_another_address_of_this_host(world: World) -> None:
 
 
 def test_too_long(world: World) -> None:
-    """A message that the peer wouldn't take isn't sent, and costs nothing."""
+    """A message that the peer wouldn't take isn't sent, and has no other effect."""
     one, other = world.pair()
     assert not one.sessions.send(other.address, Owns({"n1": ("10.0.0.1" * 5,) * 4000}))
     assert one.sessions.send(other.address, Withdraw(1))
@@ -241,7 +257,9 @@ def test_too_long(world: World) -> None:
 def test_certificates_that_are_not_taken(
     world: World, monkeypatch: pytest.MonkeyPatch, what: str, here: str, there: str
 ) -> None:
-    """A peer with a certificate that isn't that of another node of this Swarm gets no session, and both say why."""
+    """A peer without a valid certificate of another node of this Swarm gets no session, and both
+    sides report why.
+    """
     one = world.router(1)
     authority = Authority() if what == "another root" else world.authority
     node = {
@@ -270,7 +288,7 @@ def test_certificates_that_are_not_taken(
 
 @pytest.mark.parametrize("numbers", [(1, 2), (2, 1)])
 def test_a_renewed_certificate(world: World, numbers: tuple[int, int]) -> None:
-    """A certificate that has changed replaces the sessions of the old one, in no time, whichever host it is."""
+    """A changed certificate replaces the sessions of the old one within moments, on whichever host."""
     one, other = world.pair(*numbers)
     renewed = world.authority.node(f"node{numbers[0]}", "swarm-manager")
     write(one.folder, world.authority.root, renewed)
@@ -285,7 +303,9 @@ def test_a_renewed_certificate(world: World, numbers: tuple[int, int]) -> None:
 
 
 def test_leaving_the_swarm(world: World) -> None:
-    """A host that leaves the Swarm ends its sessions and closes the port; joined again it is another node."""
+    """A host that leaves the Swarm ends its sessions and closes the port; after it has joined again
+    it is another node.
+    """
     one, other = world.pair()
     shutil.rmtree(one.folder / "certificates")
     world.skip(3)
@@ -305,7 +325,7 @@ def test_leaving_the_swarm(world: World) -> None:
 
 
 def test_rotation_of_the_root(world: World) -> None:
-    """Host by host, over to a new root: sessions come back after each step."""
+    """When hosts change to a new root one by one, sessions come back after each step."""
     one, other = world.pair()
     old, new = world.authority, Authority()
     both, crossed = old.root + new.root, old.cross(new)
@@ -324,7 +344,7 @@ def test_rotation_of_the_root(world: World) -> None:
 
 
 def test_the_end_of_a_certificate(world: World) -> None:
-    """A session doesn't outlive the peer's certificate."""
+    """A session does not outlive the peer's certificate."""
     now = [time.time()]
     one = world.router(1, wall=lambda: now[0])
     other = world.router(2, world.authority.node("node2", lasts=timedelta(hours=1)))
@@ -339,7 +359,7 @@ def test_the_end_of_a_certificate(world: World) -> None:
 
 
 def test_a_shared_secret(world: World) -> None:
-    """Hosts outside a Swarm that share a secret have sessions; one with another secret has none."""
+    """Hosts outside a Swarm that share a secret have sessions; a host with another secret has none."""
     one, other, third = (
         world.router(number, identities=choose(None, secret * 32))
         for number, secret in ((1, "s"), (2, "s"), (3, "t"))
@@ -352,7 +372,7 @@ def test_a_shared_secret(world: World) -> None:
 
 
 def test_another_identity_by_setting(world: World) -> None:
-    """A secret that is set later goes into force for all sessions."""
+    """A secret that is set later applies to all sessions."""
     one, other = world.pair()
     one.sessions.use(choose(None, "s" * 32))
     world.skip(2)
@@ -367,7 +387,7 @@ def test_another_identity_by_setting(world: World) -> None:
 
 
 def test_introduction(world: World) -> None:
-    """What a host says of itself reaches its peers at once, whether the session was there before or not."""
+    """Changes of this host's Hello reach its peers at once, with or without a session before."""
     one, other = world.pair()
     one.sessions.introduce(data_path="127.0.0.1", rdma=True)
     world.run(0.1)
@@ -382,7 +402,7 @@ def test_introduction(world: World) -> None:
 
 @pytest.mark.parametrize("numbers", [(1, 2), (2, 1)])
 def test_introduction_in_between(world: World, numbers: tuple[int, int]) -> None:
-    """Nor is it missed by a session that is about to begin."""
+    """A session that is about to begin gets the change as well."""
     one, other = (world.router(number) for number in numbers)
     world.acquaint(one, other)
     for number in range(60):
@@ -396,7 +416,9 @@ def test_introduction_in_between(world: World, numbers: tuple[int, int]) -> None
 
 
 def test_the_port(world: World) -> None:
-    """A port that another program has is said, and taken once it's free; another port can be set."""
+    """A port in use by another program is reported, and taken once it is free; another port can be
+    set.
+    """
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", world.port))
         taken.listen()
@@ -418,7 +440,7 @@ def test_the_port(world: World) -> None:
 
 
 def test_ipv6(world: World) -> None:
-    """Underlays of IPv6 do too; an IPv4 peer comes to the same port as IPv4."""
+    """Underlays may be IPv6; an IPv4 peer uses the same port over IPv4."""
     user = Recorder()
     write(world.folder, world.authority.root, world.authority.node("node5"))
     port = free_port()
@@ -436,7 +458,7 @@ def test_ipv6(world: World) -> None:
 
 
 def test_many_peers(world: World) -> None:
-    """A dozen hosts that start at once all find each other."""
+    """A dozen hosts that start at once all get sessions with each other."""
     made = [world.router(number) for number in range(1, 13)]
     world.acquaint(*made)
     world.until("all sessions", lambda: world.joined(*made), 60)

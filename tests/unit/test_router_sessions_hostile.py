@@ -1,4 +1,6 @@
-"""What strangers and hostile peers do to sessions: it costs them theirs, and the router little."""
+"""Attacks of unauthenticated and hostile peers on sessions: they lose theirs, and the router spends
+little.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 @pytest.fixture
 def host(world: World) -> Router:
-    """The host that is attacked; it lets 127.0.0.2 in, where nobody listens."""
+    """The host that is attacked; it admits 127.0.0.2, which no router uses."""
     made = world.router(1)
     made.sessions.want({world.router(9).address, _ip(ADDRESS)}, made.address)
     return made
@@ -59,7 +61,7 @@ def _ip(text: str) -> IPAddress:
 
 
 def during(world: World, do: Callable[[], T]) -> T:
-    """What something blocking comes to while the loop runs."""
+    """The result of a blocking function while the loop runs."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(do)
         world.until("the other side", future.done, 20)
@@ -76,7 +78,7 @@ def identity_of(world: World, node: Node) -> Identity:
 
 
 def call(world: World) -> socket.socket:
-    """A TCP connection from the address that is let in."""
+    """A TCP connection from the admitted address."""
     made = socket.socket()
     made.settimeout(patience(PATIENCE))
     made.bind((ADDRESS, 0))
@@ -91,13 +93,13 @@ def shaken(world: World, node: Node | None = None) -> ssl.SSLSocket:
 
 
 def hello(**other: object) -> PeerHello:
-    """A node's first message, with some of it as given."""
+    """A node's first message, with some fields replaced."""
     base = PeerHello(instance="a" * 32, node="node2", data_path="192.0.2.2", rdma=True)
     return msgspec.structs.replace(base, **other)
 
 
 def listen_to(tls: ssl.SSLSocket) -> list[Message]:
-    """What is said until the connection ends."""
+    """All messages until the connection ends."""
     frames, heard = Frames(), list[Message]()
     try:
         while data := tls.recv(1 << 16):
@@ -108,7 +110,9 @@ def listen_to(tls: ssl.SSLSocket) -> list[Message]:
 
 
 def test_the_helpers_get_a_session(world: World, host: Router) -> None:
-    """What these tests send gets a session if nothing is wrong with it: else they would prove nothing."""
+    """The helpers of these tests get a session if nothing is wrong; otherwise the tests would prove
+    nothing.
+    """
     tls = shaken(world)
     tls.send(pack(hello()))
     world.until("the session", lambda: host.user.all("up"))
@@ -133,7 +137,7 @@ GARBAGE = {
 
 @pytest.mark.parametrize("what", GARBAGE)
 def test_garbage(world: World, host: Router, what: str) -> None:
-    """Bytes that are no handshake end their connection; no session, no trace."""
+    """Bytes that are no handshake end their connection; there is no session and no state."""
 
     def send() -> bytes:
         made = call(world)
@@ -152,7 +156,9 @@ def test_garbage(world: World, host: Router, what: str) -> None:
 
 
 def test_silence(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who connects and says nothing, or drips bytes, or goes only half the way, is let go after a while."""
+    """A connection that sends nothing, or bytes one by one, or half a handshake, is closed after a
+    while.
+    """
     monkeypatch.setattr(session, "DEADLINE", 0.5)
     begin = time.monotonic()
 
@@ -183,8 +189,9 @@ def test_silence(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_flood(world: World, host: Router) -> None:
-    """Hundreds of connections cost no more than a few at a time; meanwhile a session that runs notices nothing, and a peer
-    with the same address gets in."""
+    """Hundreds of connections cost no more than a few at a time. Meanwhile a session is not
+    affected, and a peer with the same address gets one.
+    """
     friend = world.routers[1]
     friend.sessions.want({host.address}, friend.address)
     world.until("a session", lambda: world.joined(host, friend))
@@ -222,7 +229,7 @@ SIEGE = {
 
 @pytest.mark.parametrize("what", SIEGE)
 def test_siege(world: World, host: Router, what: str) -> None:
-    """Who shares a host's address and connects without end can't keep the host from a session."""
+    """Endless connections from a host's address can't keep the host from a session."""
     stop = False
     made: list[socket.socket] = []
 
@@ -253,7 +260,7 @@ def test_siege(world: World, host: Router, what: str) -> None:
 
 
 def test_many_handshakes(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handshakes with one address that don't lead to a session begin at a bounded rate."""
+    """Handshakes with one address that lead to no session begin at a limited rate."""
     monkeypatch.setattr(session_listener, "HANDSHAKES", 5.0)
     context = _plain_context()
 
@@ -270,7 +277,7 @@ def test_many_handshakes(world: World, host: Router, monkeypatch: pytest.MonkeyP
 
 
 def test_many_sources(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All strangers together are bounded too."""
+    """The number of unauthenticated peers is limited, too."""
     monkeypatch.setattr(session_listener, "UNAUTHENTICATED", 6)
     host = world.router(1)
     host.sessions.want({_ip(f"127.0.1.{n}") for n in range(1, 20)}, None)
@@ -289,7 +296,7 @@ def test_many_sources(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _refused(world: World, context: ssl.SSLContext) -> str:
-    """What comes of a handshake, and of the wait for an answer after it."""
+    """The result of a handshake, and of waiting for an answer after it."""
 
     def try_it() -> str:
         try:
@@ -311,7 +318,7 @@ def _plain_context() -> ssl.SSLContext:
 
 
 def test_no_certificate(world: World, host: Router) -> None:
-    """Without a certificate nobody gets further than the handshake."""
+    """Without a certificate nothing follows the handshake."""
     said = _refused(world, _plain_context())
     # How much of the reason arrives before the end does is chance.
     assert (
@@ -322,7 +329,7 @@ def test_no_certificate(world: World, host: Router) -> None:
 
 
 def test_an_old_protocol(world: World, host: Router) -> None:
-    """TLS 1.2 isn't spoken."""
+    """TLS 1.2 is refused."""
     who = identity_of(world, world.authority.node("node2"))
     who.client.minimum_version = ssl.TLSVersion.TLSv1_2
     who.client.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -333,7 +340,7 @@ def test_an_old_protocol(world: World, host: Router) -> None:
 
 @pytest.mark.parametrize("protocols", [[], ["h2"]])
 def test_another_service(world: World, host: Router, protocols: list[str]) -> None:
-    """A connection of the engine's, which has the same certificates, isn't taken for a router's."""
+    """A connection of the engine, which has the same certificates, is not taken for a router's."""
     node = world.authority.node("node2")
     folder = world.folder
     (folder / "c").write_text(node.chain)
@@ -378,7 +385,7 @@ FIRST: dict[str, bytes] = {
 
 @pytest.mark.parametrize("what", FIRST)
 def test_first_messages(world: World, host: Router, what: str) -> None:
-    """A node whose first message isn't right gets no session, and the reason is to be read."""
+    """A node whose first message is invalid gets no session, and the reason is reported."""
     tls = shaken(world)
     tls.send(FIRST[what])
     during(world, lambda: listen_to(tls))
@@ -402,7 +409,9 @@ LATER: dict[str, bytes] = {
 
 @pytest.mark.parametrize("what", LATER)
 def test_later_messages(world: World, host: Router, what: str) -> None:
-    """A peer that talks nonsense in a session loses it; what it said before counts, what comes after doesn't."""
+    """A peer that sends an invalid message loses its session; earlier messages count, later ones do
+    not.
+    """
     world.bugs = int(what == "a bug")
     tls = shaken(world)
     tls.send(pack(hello()) + pack(Withdraw(1)) + LATER[what] + pack(Withdraw(2)))
@@ -412,7 +421,7 @@ def test_later_messages(world: World, host: Router, what: str) -> None:
 
 
 def test_dropped(world: World, host: Router) -> None:
-    """A session that its user drops in the middle of messages gives no more of them."""
+    """A session whose user refuses a message passes on no more of them."""
     tls = shaken(world)
     tls.send(pack(hello()))
     world.until("the session", lambda: host.user.all("up"))
@@ -430,7 +439,7 @@ def test_dropped(world: World, host: Router) -> None:
 
 
 def test_hello_again(world: World, host: Router) -> None:
-    """What a peer tells anew of itself is passed on; its session stays."""
+    """A peer's changed Hello is passed on; its session stays."""
     tls = shaken(world)
     changed = hello(data_path="192.0.2.9", rdma=False)
     tls.send(pack(hello()) + pack(changed))
@@ -441,7 +450,7 @@ def test_hello_again(world: World, host: Router) -> None:
 
 
 def test_cut_in_the_middle(world: World, host: Router) -> None:
-    """Half a message is none."""
+    """Half a message is not passed on."""
     tls = shaken(world)
     whole = pack(PeerFrame(1, bytes(50_000)))
     tls.send(pack(hello()) + whole[:30_000])
@@ -452,7 +461,7 @@ def test_cut_in_the_middle(world: World, host: Router) -> None:
 
 
 def test_who_does_not_read(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that doesn't take what it is sent costs so much memory and no more: then its session ends."""
+    """A peer that doesn't read costs limited memory; then its session ends."""
     monkeypatch.setattr(session, "MOST_UNSENT", 3 << 20)
     tls = shaken(world)
     tls.send(pack(hello()))
@@ -474,7 +483,7 @@ def test_who_does_not_read(world: World, host: Router, monkeypatch: pytest.Monke
 
 
 def test_congestion(world: World, host: Router) -> None:
-    """A peer that is slow for a while is said to be so, and said not to be any more; nothing is lost."""
+    """A peer that is slow for a while is reported as congested, and then as eased; nothing is lost."""
     tls = shaken(world)
     tls.send(pack(hello()))
     world.until("the session", lambda: host.user.all("up"))
@@ -500,7 +509,9 @@ def test_congestion(world: World, host: Router) -> None:
 
 
 def test_a_flood_of_messages(world: World, host: Router) -> None:
-    """A peer that sends without end doesn't keep the loop from anything else: a round is short, and others are heard."""
+    """A peer that sends without end does not block the loop: a round stays short, and others are
+    served.
+    """
     friend = world.routers[1]
     friend.sessions.want({host.address}, friend.address)
     world.until("a session", lambda: world.joined(host, friend))
@@ -536,7 +547,9 @@ def test_a_flood_of_messages(world: World, host: Router) -> None:
 
 
 def test_dear_messages(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer whose messages cost much gets its share of the router's time and no more, and nothing of what it said is lost."""
+    """A peer with expensive messages gets its share of the router's time and no more; no message is
+    lost.
+    """
     tls = shaken(world)
     tls.send(pack(hello()))
     world.until("the session", lambda: host.user.all("up"))
@@ -566,7 +579,7 @@ def test_dear_messages(world: World, host: Router, monkeypatch: pytest.MonkeyPat
 
 
 def test_one_node_at_two_addresses(world: World, host: Router) -> None:
-    """A node has one session, at the address where it came first, as long as that lives."""
+    """A node has one session, at the address that it used first, as long as that session lives."""
     friend = world.routers[1]
     friend.sessions.want({host.address}, friend.address)
     world.until("a session", lambda: world.joined(host, friend))
@@ -578,7 +591,7 @@ def test_one_node_at_two_addresses(world: World, host: Router) -> None:
 
 
 def test_two_nodes_at_one_address(world: World, host: Router) -> None:
-    """Another node at the address of one with a session has to wait for its end."""
+    """A second node at the address of a session has to wait until that session ends."""
     first = shaken(world)
     first.send(pack(hello()))
     world.until("the session", lambda: host.user.all("up"))
@@ -595,7 +608,9 @@ def test_two_nodes_at_one_address(world: World, host: Router) -> None:
 
 
 def test_no_descriptors(world: World, host: Router, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a descriptor for a new connection the router goes on, and takes it when there is one again."""
+    """Without a descriptor for a new connection the router continues, and accepts it once there is
+    one.
+    """
     listener = host.sessions.listener._socket
     assert listener is not None
 

@@ -1,7 +1,8 @@
-"""Sessions under random use: whatever hosts and the network do, what a session carries is what was said in it, in order.
+"""Sessions under random use: whatever hosts and the network do, a session carries what was sent in
+it, in order.
 
-Each router numbers what it says in a session from 0 on; who hears it must hear 0, 1, 2 … and nothing else, and all
-that was said unless the session was lost.
+Each router numbers its messages in a session from 0 on. Its peer must receive 0, 1, 2 … and nothing
+else, and all of them unless the session was lost.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SEEDS: Final = int(os.environ.get("SESSION_LIVES", "3"))
 
 @dataclass
 class Listener(Recorder):
-    """Counts what it says and hears in each session."""
+    """Counts what it sends and receives in each session."""
 
     said: dict[IPAddress, int] = field(default_factory=dict)
     heard: dict[IPAddress, int] = field(default_factory=dict)
@@ -49,7 +50,7 @@ class Listener(Recorder):
 
 
 class Life:
-    """A few hosts, and all that may happen to them."""
+    """A few hosts, and everything that may happen to them."""
 
     def __init__(self, world: World, seed: int) -> None:
         self.world = world
@@ -81,7 +82,7 @@ class Life:
                     listener.said[peer] += 1
 
     def cut(self, host: Router) -> None:
-        """A connection is lost: closed under the hands of both, or by one that then dials again."""
+        """A connection is lost: both sides lose it, or one side closes it and then dials again."""
         for connection in host.sessions._connections():
             if self.random.random() < 0.5 and connection._socket is not None:
                 if self.random.random() < 0.5:
@@ -111,7 +112,7 @@ class Life:
         self.world.skipped += self.random.choice((0.1, 1, 3, 20))
 
     def heal(self) -> None:
-        """All is well again."""
+        """Repair all faults."""
         for host in self.hosts.values():
             if not (host.folder / "certificates").exists():
                 self.renew(host)
@@ -123,7 +124,7 @@ class Life:
         assert self.world.joined(*self.hosts.values()), self.world.state()
 
     def settled(self) -> bool:
-        """Whether all that was said in the sessions of now has been heard."""
+        """Whether all messages of the current sessions have arrived."""
         for host in self.hosts.values():
             for other in self.hosts.values():
                 if other is not host:
@@ -144,7 +145,9 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 @pytest.mark.parametrize("seed", [random.SystemRandom().randrange(10**6) for _ in range(SEEDS)])
 def test_life(world: World, seed: int) -> None:
-    """See the module; and when all is well again, everybody has a session with everybody."""
+    """The promise of this module holds; after all faults are repaired, every two hosts have a
+    session.
+    """
     life = Life(world, seed)
     for _ in range(STEPS):
         life.step()

@@ -1,4 +1,4 @@
-"""What the router takes for messages and for the layout of an arena is what the C headers say."""
+"""The router's messages and its layout of an arena are those of the C headers."""
 
 from __future__ import annotations
 
@@ -114,7 +114,9 @@ NUMBERS: Final = {
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a C program says that includes the headers: a number or a message in hexadecimal by its C text."""
+    """What a C program that includes the headers prints: a number, or a message in hexadecimal, by
+    its C text.
+    """
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs a C compiler")
@@ -146,7 +148,7 @@ def _quoted(text: str) -> str:
 
 @pytest.mark.parametrize("text", NUMBERS)
 def test_layout(said: dict[str, str], text: str) -> None:
-    """Every number that the router uses of the arena is the header's."""
+    """Every number of the arena's layout equals the header's."""
     assert int(said[text]) == NUMBERS[text]
 
 
@@ -154,7 +156,9 @@ def test_layout(said: dict[str, str], text: str) -> None:
     "number", range(len(EXAMPLES)), ids=lambda n: type(EXAMPLES[n][0]).__name__
 )
 def test_messages(said: dict[str, str], number: int) -> None:
-    """Each message is packed to the bytes that a C compiler makes of the same, and read from them."""
+    """Each message is packed to the bytes that a C compiler makes of the same message, and read
+    from them.
+    """
     message, _ = EXAMPLES[number]
     data = bytes.fromhex(said[str(number)])
     assert wire.pack(message) == data
@@ -172,7 +176,7 @@ def _enumeration(name: str) -> dict[str, int]:
 
 
 def test_kinds() -> None:
-    """Kinds of messages have the header's numbers, all of them, and each is tried here."""
+    """Kinds of messages have the header's numbers, and each is tested here."""
     assert _enumeration("kind") == {kind.name: kind.value for kind in MessageKind}
     assert {type(message).__name__.upper() for message, _ in EXAMPLES} == set(
         MessageKind.__members__
@@ -180,7 +184,9 @@ def test_kinds() -> None:
 
 
 def test_reasons() -> None:
-    """Reasons that libraries tell have the header's numbers; those that are worked out are apart."""
+    """Reasons that libraries note have the header's numbers; those that the router works out are
+    apart.
+    """
     told = {f"REASON_{reason.name}": reason.value for reason in Reason}
     header = _enumeration("reason")
     assert {name: value for name, value in told.items() if value < reasons.STATUS_ONLY} == header
@@ -202,7 +208,7 @@ def test_every_reason_is_documented() -> None:
 
 
 def test_mapped_addresses_are_ipv4() -> None:
-    """A dual-stack socket's IPv4 connection is one: its address is not IPv6."""
+    """An IPv4 connection of a dual-stack socket has IPv4 addresses."""
     mapped = Address(IPv6Address("::ffff:10.0.4.7"), 80)
     message = wire.unpack(wire.pack(wire.Request(1, 1, mapped, mapped)))
     assert isinstance(message, wire.Request)
@@ -211,7 +217,7 @@ def test_mapped_addresses_are_ipv4() -> None:
 
 @given(st.binary(max_size=wire.MAX_MESSAGE + 8))
 def test_garbage(data: bytes) -> None:
-    """Whatever bytes come, they are a message or WrongMessage."""
+    """Any bytes are either a message or WrongMessage."""
     try:
         message = wire.unpack(data)
     except WrongMessage:
@@ -224,7 +230,7 @@ def test_garbage(data: bytes) -> None:
     st.lists(st.tuples(st.integers(0, 63), st.integers(0, 255)), min_size=1, max_size=6),
 )
 def test_damaged_messages(example: tuple[wire.Message, str], damage: list[tuple[int, int]]) -> None:
-    """A message with wrong bytes in it is another message or WrongMessage, and packs again."""
+    """A damaged message is another message, which can be packed again, or WrongMessage."""
     data = bytearray(wire.pack(example[0]))
     for place, value in damage:
         data[place % len(data)] = value
