@@ -14,7 +14,7 @@ from typing import Final
 from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router import layout
 from dataplane.router.agenda import RARELY, Agenda
-from dataplane.router.arenas import RELAY_SIDE, Arena, ConnectionEnd, Side
+from dataplane.router.arenas import RELAY_SIDE, Arena, ArenaSide, ConnectionEnd
 from dataplane.router.bells import Bells
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.pair_requests import PairRequest
@@ -103,8 +103,8 @@ class ArenaTable:
             self._registry.remote.bell_made(arena.id, 0, own.bells[0])
         return arena
 
-    def _side(self, namespace: int) -> Side:
-        return Side(self._secret(), namespace)
+    def _side(self, namespace: int) -> ArenaSide:
+        return ArenaSide(self._secret(), namespace)
 
     def _with_room(self, pair: tuple[int, int]) -> Arena | None:
         arenas = self.with_room.get(pair)

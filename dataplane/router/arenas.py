@@ -48,7 +48,7 @@ class Slot:
 
 
 @dataclass(slots=True, eq=False)
-class Side:
+class ArenaSide:
     """One side of an arena."""
 
     token: int
@@ -68,7 +68,7 @@ class Arena:
     id: int
     memory: int
     pair: tuple[int, int]
-    sides: tuple[Side, Side]
+    sides: tuple[ArenaSide, ArenaSide]
     slots: dict[int, Slot] = field(default_factory=dict)
     free: list[int] = field(default_factory=lambda: list(reversed(range(SLOTS))))
     held: list[int] = field(default_factory=lambda: [0] * SIDES)

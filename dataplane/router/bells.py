@@ -9,7 +9,7 @@ has can't be used to send the router descriptors.
 from __future__ import annotations
 
 from dataplane.errors import KernelRefused
-from dataplane.router.arenas import RELAY_SIDE, Arena, Side
+from dataplane.router.arenas import RELAY_SIDE, Arena, ArenaSide
 from dataplane.router.library_wire import Bell, Fetch, Hear, Ring
 from dataplane.router.registry import Registry
 from dataplane.router.seams import ArenaMemory
@@ -22,7 +22,7 @@ class Bells:
         self._registry = registry
         self._memory = memory
 
-    def make(self, side: Side, index: int) -> int | None:
+    def make(self, side: ArenaSide, index: int) -> int | None:
         """A new bell of a side: its hearing end; None if the side can't have one."""
         container = self._registry.containers[side.namespace]
         if container.bells >= self._registry.limits.bells:
@@ -79,13 +79,13 @@ class Bells:
         if descriptor is not None:
             self._registry.outbox.send(process_id, Ring(0, arena.id, side), descriptor)
 
-    def close_hearing(self, side: Side) -> None:
+    def close_hearing(self, side: ArenaSide) -> None:
         """The hearing end of bell 0 is in its process alone from now on."""
         if side.hears is not None:
             self._memory.close_hearing(side.hears)
             side.hears = None
 
-    def close_side(self, side: Side) -> None:
+    def close_side(self, side: ArenaSide) -> None:
         """Close the ringing ends of a side's bells."""
         for descriptor in side.bells.values():
             self._close(side, descriptor)
@@ -97,6 +97,6 @@ class Bells:
             self.close_hearing(side)
             self.close_side(side)
 
-    def _close(self, side: Side, descriptor: int) -> None:
+    def _close(self, side: ArenaSide, descriptor: int) -> None:
         self._memory.close_bell(descriptor)
         self._registry.containers[side.namespace].bells -= 1
