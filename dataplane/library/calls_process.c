@@ -13,32 +13,29 @@
 
 /* --- the end --- */
 
-static void each_end_before_exit(void (*leave)(int fd, struct end *end, uint64_t key))
+static void leave_all(void (*leave)(int fd, struct end *end, uint64_t key))
 {
-        uint32_t high = process.on && !process.gone && in_this_process() ? atomic_load(&process.high) : 0;
+        struct end *end;
+        uint64_t key;
 
-        for (uint32_t fd = 0; fd < high; fd++) {
-                uint64_t key;
-                struct end *end = end_of((int)fd, &key);
-
-                if (end)
-                        leave((int)fd, end, key);
-        }
-        if (high)
-                family_exit();
+        if (!process.on || process.gone || !in_this_process() || !atomic_load(&process.high))
+                return;
+        for (int fd = -1; (fd = end_next(fd, &end, &key)) >= 0;)
+                leave(fd, end, key);
+        family_exit();
 }
 
 /* The destructors of other libraries may still send after this one. */
 __attribute__((destructor)) static void leaving(void)
 {
-        each_end_before_exit(close_at_exit);
+        leave_all(close_at_exit);
         settings.enabled = 0;
 }
 
 /* As close() of all descriptors. */
 CALL __attribute__((noreturn)) void _exit(int status)
 {
-        each_end_before_exit(close_ring);
+        leave_all(close_ring);
         real()->_exit(status);
         __builtin_unreachable();
 }

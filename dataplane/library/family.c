@@ -84,6 +84,18 @@ static int32_t own_mark(void)
         return process.renamed ? FOR_EVER : atomic_load(&process.pid);
 }
 
+int end_next(int after, struct end **end, uint64_t *key)
+{
+        uint32_t high = process.on ? atomic_load(&process.high) : 0;
+
+        for (uint32_t fd = (uint32_t)(after + 1); fd < high; fd++) {
+                *end = end_of((int)fd, key);
+                if (*end)
+                        return (int)fd;
+        }
+        return -1;
+}
+
 int end_next_descriptor(const struct end *end, int after)
 {
         uint32_t high = atomic_load(&process.high), number = end_number(end);

@@ -23,15 +23,12 @@ static _Atomic int32_t sockets[2];
 
 static bool has_attached(void)
 {
-        uint32_t high = process.on ? atomic_load(&process.high) : 0;
+        struct end *end;
+        uint64_t key;
 
-        for (uint32_t fd = 0; fd < high; fd++) {
-                uint64_t key;
-                struct end *end = end_of((int)fd, &key);
-
-                if (end && atomic_load_explicit(&end->stage, memory_order_relaxed) == STAGE_ATTACHED)
+        for (int fd = -1; (fd = end_next(fd, &end, &key)) >= 0;)
+                if (atomic_load_explicit(&end->stage, memory_order_relaxed) == STAGE_ATTACHED)
                         return true;
-        }
         return false;
 }
 

@@ -23,17 +23,15 @@ bool identity_check(int fd, const struct end *end, uint64_t stamp)
 /* Another descriptor that the table has for the same connection; -1: none. */
 static int same_as(int fd)
 {
-        uint32_t high = atomic_load(&process.high), size = sizeof(uint64_t);
         uint64_t cookie = 0, key;
+        uint32_t size = sizeof cookie;
+        struct end *end;
 
         if (sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_COOKIE, &cookie, &size) < 0 || !cookie)
                 return -1;
-        for (uint32_t other = 0; other < high; other++) {
-                struct end *end = end_of((int)other, &key);
-
-                if (end && atomic_load(&end->cookie) == cookie)
-                        return (int)other;
-        }
+        for (int other = -1; (other = end_next(other, &end, &key)) >= 0;)
+                if (atomic_load(&end->cookie) == cookie)
+                        return other;
         return -1;
 }
 

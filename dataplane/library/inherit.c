@@ -36,27 +36,17 @@ void inherit(int fd, struct end *end, uint64_t key)
 
 static void inherit_some(bool (*does)(int fd))
 {
-        uint32_t high = process.on ? atomic_load(&process.high) : 0;
         int saved = *__errno_location();
+        struct end *end;
+        uint64_t key;
 
-        for (int pass = 0; pass < 2; pass++)
-                for (uint32_t fd = 0; fd < high; fd++) {
-                        uint64_t key;
-                        struct end *end = end_of((int)fd, &key);
-
-                        if (!end || atomic_load(&end->stage) == STAGE_CLOSED)
-                                continue;
-                        /* Peers on other hosts take a while: the first pass requests their
-                         * fallback, all at the same time. */
-                        if (pass == 0 && (atomic_load(&end->stage) != STAGE_ATTACHED || !end_is_remote(end)))
-                                continue;
-                        if (!does((int)fd))
-                                continue;
-                        if (pass == 0)
-                                fallback_announce(end);
-                        else
-                                inherit((int)fd, end, key);
-                }
+        /* Peers on other hosts take a while: their fallback is requested before, all at the same time. */
+        for (int fd = -1; (fd = end_next(fd, &end, &key)) >= 0;)
+                if (atomic_load(&end->stage) == STAGE_ATTACHED && end_is_remote(end) && does(fd))
+                        fallback_announce(end);
+        for (int fd = -1; (fd = end_next(fd, &end, &key)) >= 0;)
+                if (atomic_load(&end->stage) != STAGE_CLOSED && does(fd))
+                        inherit(fd, end, key);
         *__errno_location() = saved;
 }
 

@@ -37,18 +37,14 @@ static bool copy_from_file(const struct end *end, struct cursor *cursor, const u
                            size_t size)
 {
         while (size) {
-                size_t left = cursor->vec->iov_len - cursor->offset, part = left < size ? left : size;
+                size_t left = cursor_left(cursor), part = left < size ? left : size;
 
                 if (part &&
                     !arena_copy(end, place, (unsigned char *)cursor->vec->iov_base + cursor->offset, part))
                         return false;
                 place += part;
                 size -= part;
-                cursor->offset += part;
-                if (cursor->offset == cursor->vec->iov_len) {
-                        cursor->vec++;
-                        cursor->offset = 0;
-                }
+                cursor_move(cursor, part);
         }
         return true;
 }

@@ -39,22 +39,16 @@ static void close_all_own(void)
 void retire(uint32_t reason)
 {
         int saved = *__errno_location();
-        uint32_t high;
+        struct end *end;
+        uint64_t key;
 
         if (!process.on || !in_this_process() || atomic_exchange(&began, true))
                 return;
         settings.enabled = 0;
-        high = atomic_load(&process.high);
-        for (int pass = 0; pass < 2; pass++)
-                for (uint32_t fd = 0; fd < high; fd++) {
-                        uint64_t key;
-                        struct end *end = end_of((int)fd, &key);
-
-                        if (end && pass == 0)
-                                fallback_announce(end);
-                        else if (end)
-                                give_up((int)fd, end, key, reason);
-                }
+        for (int fd = -1; (fd = end_next(fd, &end, &key)) >= 0;)
+                fallback_announce(end);
+        for (int fd = -1; (fd = end_next(fd, &end, &key)) >= 0;)
+                give_up(fd, end, key, reason);
         statistics_report();
         process.on = false;
         atomic_thread_fence(memory_order_seq_cst);

@@ -136,15 +136,10 @@ static bool is_at_mark(int fd)
 void cursor_skip(struct cursor *cursor, size_t size)
 {
         while (size) {
-                size_t left = cursor->vec->iov_len - cursor->offset;
-                size_t part = left < size ? left : size;
+                size_t left = cursor_left(cursor), part = left < size ? left : size;
 
                 size -= part;
-                cursor->offset += part;
-                if (cursor->offset == cursor->vec->iov_len) {
-                        cursor->vec++;
-                        cursor->offset = 0;
-                }
+                cursor_move(cursor, part);
         }
 }
 
