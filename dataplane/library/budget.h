@@ -1,12 +1,13 @@
 /* How much of the rings' shared memory the processes of a family may use.
  *
- * A page that a sender touches counts for the sender's container. While all senders of the family together
- * use less than an eighth of the container's memory, a connection with bulk data may use all of its ring.
- * Past that, each connection stays in the first part of its ring. reclaim.h returns what was used.
+ * A page that a sender touches counts for the sender's container. While all senders of the family
+ * together use less than an eighth of the container's memory, a connection with bulk data may use
+ * all of its ring. Past that, each connection stays in the first part of its ring. reclaim.h
+ * returns what was used.
  *
- * A page that was never written is made by the process that reads it, and counts for the reader: a peer may
- * announce bytes that it never wrote. So the bulk areas that all receivers have read are bounded too. Past
- * that bound a receiver reads the file by system calls, which make no pages.
+ * A page that was never written is made by the process that reads it, and counts for the reader: a
+ * peer may announce bytes that it never wrote. So the bulk areas that all receivers have read are
+ * bounded too. Past that bound a receiver reads the file by system calls, which make no pages.
  */
 #ifndef FREEFLOW_BUDGET_H
 #define FREEFLOW_BUDGET_H

@@ -30,8 +30,8 @@ static uintptr_t hexadecimal(const char **text)
         }
 }
 
-/* Call `visit` with the process's mappings, without the library's. Returns false if the kernel doesn't list
- * them. */
+/* Call `visit` with the process's mappings, without the library's. Returns false if the kernel
+ * doesn't list them. */
 static bool each_program_range(void (*visit)(uintptr_t, uintptr_t, void *), void *data)
 {
         char buffer[2048], line[64] = "";
@@ -75,7 +75,8 @@ static void lock_range(uintptr_t first, uintptr_t last, void *data)
                 sys_3(SYS_mlock2, first, last - first, LOCK_ON_FAULT);
 }
 
-/* The kernel compares the limit with the whole address space. The library's part doesn't count here. */
+/* The kernel compares the limit with the whole address space. The library's part doesn't count
+ * here. */
 static bool is_within_limit(void)
 {
         struct rlimit limit = {0};
@@ -85,7 +86,8 @@ static bool is_within_limit(void)
         return each_program_range(add_size, &size) && size <= limit.rlim_cur;
 }
 
-/* Lock the program's present memory without the library's, and its future memory if the flags say so. */
+/* Lock the program's present memory without the library's, and its future memory if the flags say
+ * so. */
 static long lock_program(int flags)
 {
         bool on_fault = flags & ON_FAULT;

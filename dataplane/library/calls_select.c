@@ -128,7 +128,8 @@ static void select_end(struct selection *s)
         scratch_return(SCRATCH_KEYS, &s->own[1]);
 }
 
-/* Returns true if the call was done, with its result in `*ready`. Otherwise the kernel has to be called now.
+/* Returns true if the call was done, with its result in `*ready`. Otherwise the kernel has to be
+ * called now.
  */
 static bool select_rings(struct selection *s, int size, fd_set *in, fd_set *out, fd_set *except,
                          int64_t timeout, const sigset_t *mask, int *ready)

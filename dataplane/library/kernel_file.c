@@ -22,8 +22,8 @@ uint64_t kernel_file_number(const char *path)
         return number;
 }
 
-/* The path in the line of /proc/self/cgroup whose controllers are `kind`. An empty string if there is no such
- * line. */
+/* The path in the line of /proc/self/cgroup whose controllers are `kind`. An empty string if there
+ * is no such line. */
 static const char *group_of_kind(const char *text, const char *kind)
 {
         for (size_t length = strlen(kind); *text; text += strcspn(text, "\n"), text += *text == '\n') {
@@ -44,8 +44,8 @@ static char *append(char *end, const char *last, const char *text, size_t length
         return end + length;
 }
 
-/* A file of the process's own control group. Where the group's path can't be seen from inside the container,
- * the file at the top of the hierarchy is the group's own. */
+/* A file of the process's own control group. Where the group's path can't be seen from inside the
+ * container, the file at the top of the hierarchy is the group's own. */
 static uint64_t number_of_group(const char *top, const char *kind, const char *file)
 {
         char path[1024], text[2048], *end, *last = path + sizeof path;

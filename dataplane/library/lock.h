@@ -1,12 +1,13 @@
 /* A lock over one direction of one connection. It is held for a copy at most, never during a wait.
  *
- * Its holders may be threads of several processes (fork), may be killed, and may be interrupted by a signal
- * handler that uses the same connection. So the lock's word names the holder:
+ * Its holders may be threads of several processes (fork), may be killed, and may be interrupted by
+ * a signal handler that uses the same connection. So the lock's word names the holder:
  *
- *      - A handler that finds its own thread's lock goes on inside it (LOCK_NESTED). The interrupted call
- *        commits by compare-and-swap, finds what the handler did, and begins again.
- *      - A waiter checks now and then whether the holder is alive, and takes the lock over from a dead one.
- *        That is safe because each critical section commits by a single store.
+ *      - A handler that finds its own thread's lock goes on inside it (LOCK_NESTED). The
+ *        interrupted call commits by compare-and-swap, finds what the handler did, and begins
+ *        again.
+ *      - A waiter checks now and then whether the holder is alive, and takes the lock over from a
+ *        dead one. That is safe because each critical section commits by a single store.
  */
 #ifndef FREEFLOW_LOCK_H
 #define FREEFLOW_LOCK_H

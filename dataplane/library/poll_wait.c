@@ -143,8 +143,8 @@ static bool is_all(const struct pollfd *fds, nfds_t count, int ready)
         return true;
 }
 
-/* The first end that has received something from a peer on another core. Its spinner knows whether spinning
- * pays. */
+/* The first end that has received something from a peer on another core. Its spinner knows whether
+ * spinning pays. */
 static struct end *spinning_end(const struct pollfd *fds, nfds_t count)
 {
         uint32_t here = core();
@@ -263,8 +263,8 @@ static void disarm(const struct pollfd *fds, nfds_t count, struct bells *bells)
 
 /* --- the kernel's part --- */
 
-/* The kernel's events that must not wake us while they are deferred. Once both sides are shut down, all that
- * it can report is POLLHUP. */
+/* The kernel's events that must not wake us while they are deferred. Once both sides are shut down,
+ * all that it can report is POLLHUP. */
 static void leave_out_deferred(struct pollfd *polled, const struct end *end)
 {
         polled->events &= (short)~(POLLIN | POLLRDNORM | POLLRDBAND | POLLRDHUP);
@@ -272,8 +272,8 @@ static void leave_out_deferred(struct pollfd *polled, const struct end *end)
                 polled->fd = -1;
 }
 
-/* What to ask the kernel: room in TCP's buffer means nothing for bytes that go to the ring. Returns whether
- * something is left out that a sleep would miss. */
+/* What to ask the kernel: room in TCP's buffer means nothing for bytes that go to the ring. Returns
+ * whether something is left out that a sleep would miss. */
 static bool copy_for_kernel(const struct pollfd *fds, nfds_t count, struct pollfd *copy, bool asleep)
 {
         bool deferred = false;
@@ -311,8 +311,8 @@ static int add_kernel_events(struct pollfd *fds, nfds_t count, const struct poll
                         reported = true;
                         more = (short)remote_visible(end, fds[i].fd, (uint16_t)raw);
                 }
-                /* A peer that has closed its side may never read the ring. The next send falls back to TCP,
-                 * where there is room, or an error. */
+                /* A peer that has closed its side may never read the ring. The next send falls back
+                 * to TCP, where there is room, or an error. */
                 if (raw & POLLRDHUP && out && !(kernel[i].events & out))
                         more |= out;
                 if (!(fds[i].events & POLLRDHUP))
@@ -349,7 +349,8 @@ static int check_all(struct pollfd *fds, nfds_t count, int ready, struct pollfd 
         return add_kernel_events(fds, count, copy);
 }
 
-/* One sleep. Returns the number of descriptors with events, which may be 0, or -1 with errno set. */
+/* One sleep. Returns the number of descriptors with events, which may be 0, or -1 with errno set.
+ */
 static int sleep_once(struct pollfd *fds, nfds_t count, const struct memory *memory, struct sleep *sleep,
                       const sigset_t *mask)
 {

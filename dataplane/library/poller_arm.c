@@ -1,14 +1,14 @@
 /* Arming registrations, and waking a sleeper to take over. Rules that keep poller.h's invariant:
  *
- *      - ARMED means that the bell will ring for all that the registration wants and that isn't there yet. An
- *        edge-triggered registration that has reported room must not report it again before a sender has
- *        found none: that sender makes it ACTIVE (poller_sender_full()).
- *      - Arming sets the waiter's bit first and checks the registration again afterwards: registration_arm(),
- *        then registration_events(). wait_begin() pairs with wake(): either the peer sees the bit, or the
- *        check sees what the peer has published.
- *      - A thread that made a registration ACTIVE, or leaves one ACTIVE when it returns to the program, calls
- *        poller_pass_on(): it arms the registration; if there is something to report, or the peer can't ring
- *        the bell yet, it wakes a sleeper.
+ *      - ARMED means that the bell will ring for all that the registration wants and that isn't
+ *        there yet. An edge-triggered registration that has reported room must not report it again
+ *        before a sender has found none: that sender makes it ACTIVE (poller_sender_full()).
+ *      - Arming sets the waiter's bit first and checks the registration again afterwards:
+ *        registration_arm(), then registration_events(). wait_begin() pairs with wake(): either the
+ *        peer sees the bit, or the check sees what the peer has published.
+ *      - A thread that made a registration ACTIVE, or leaves one ACTIVE when it returns to the
+ *        program, calls poller_pass_on(): it arms the registration; if there is something to
+ *        report, or the peer can't ring the bell yet, it wakes a sleeper.
  */
 #include "poller.h"
 #include "poller_internal.h"
@@ -71,7 +71,8 @@ bool poller_give_bell(struct poller *poller, uint32_t arena)
         return true;
 }
 
-/* When there is no descriptor for an eventfd: ask the kernel about EPOLLOUT of a bell, which always holds. */
+/* When there is no descriptor for an eventfd: ask the kernel about EPOLLOUT of a bell, which always
+ * holds. */
 static void wake_by_bell(const struct poller *poller)
 {
         uint32_t high = atomic_load(&family->next_arena);
@@ -147,8 +148,8 @@ bool registration_arm(struct poller *poller, struct registration *r, struct end 
         bell = poller_bell(poller, arena);
         atomic_fetch_add_explicit(&mapping_of(arena)->armed[bell], 2, memory_order_relaxed);
         /* An edge-triggered registration that has reported room waits for a sender that finds none
-         * (poller_sender_full()). All others wait for room now: another thread may take the room that is
-         * there before the caller checks. */
+         * (poller_sender_full()). All others wait for room now: another thread may take the room
+         * that is there before the caller checks. */
         room = r->events & (EPOLLOUT | EPOLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING &&
                (!(r->events & EPOLLET) || r->unreported || atomic_load(&end->tx.full) != r->full_reported ||
                 !ready_space(end));
@@ -205,8 +206,9 @@ void poller_pass_on_active(struct poller *poller)
                 i = r->next;
                 due = (end && end_uses_ring(end) && registration_events(r, end, false)) ||
                       arm_active(poller, r);
-                /* The bell can't be rung yet. A thread that sleeps in the instance makes its sleep short; one
-                 * that sleeps elsewhere does so only if nothing else would report (poller_arm()). */
+                /* The bell can't be rung yet. A thread that sleeps in the instance makes its sleep
+                 * short; one that sleeps elsewhere does so only if nothing else would report
+                 * (poller_arm()). */
                 if (r->state == STATE_ACTIVE && (poller->sleepers || r->remote))
                         due = true;
         }

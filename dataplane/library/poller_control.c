@@ -1,11 +1,11 @@
-/* epoll_ctl(), and what happens to registrations when their connection changes. Rule that keeps poller.h's
- * invariant:
+/* epoll_ctl(), and what happens to registrations when their connection changes. Rule that keeps
+ * poller.h's invariant:
  *
- *      - Whoever makes a registration ACTIVE, by epoll_ctl() or because its connection has moved to a ring or
- *        left one, passes it on to the threads that sleep: poller_pass_on().
+ *      - Whoever makes a registration ACTIVE, by epoll_ctl() or because its connection has moved to
+ *        a ring or left one, passes it on to the threads that sleep: poller_pass_on().
  *
- * A signal handler may come while its own thread works on the lists. The handler changes nothing then: that
- * work, or the next wait, checks all registrations again (poller_wake_interrupted()).
+ * A signal handler may come while its own thread works on the lists. The handler changes nothing
+ * then: that work, or the next wait, checks all registrations again (poller_wake_interrupted()).
  */
 #include "poller.h"
 #include "poller_internal.h"
@@ -55,8 +55,8 @@ static bool listens(int fd)
         return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size) == 0 && value;
 }
 
-/* For a registration that the kernel reports to the program; from now on to us, if the connection uses a ring
- * by now. */
+/* For a registration that the kernel reports to the program; from now on to us, if the connection
+ * uses a ring by now. */
 static int control_kernel(struct poller *poller, struct registration *r, struct end *end, int operation,
                           const struct epoll_event *event)
 {
@@ -69,8 +69,8 @@ static int control_kernel(struct poller *poller, struct registration *r, struct 
         struct epoll_event passed = *event;
         int outcome;
 
-        /* An exclusive registration can't be changed, so it can't move to a ring either. Without the flag all
-         * of a connection's waiters wake, instead of at least one. */
+        /* An exclusive registration can't be changed, so it can't move to a ring either. Without
+         * the flag all of a connection's waiters wake, instead of at least one. */
         if (operation == EPOLL_CTL_ADD && end && passed.events & EPOLLEXCLUSIVE &&
             !(passed.events & ~with_exclusive) && !listens(r->fd))
                 passed.events &= ~(uint32_t)EPOLLEXCLUSIVE;
@@ -100,7 +100,8 @@ static int control_kernel(struct poller *poller, struct registration *r, struct 
         return outcome;
 }
 
-/* One instance in another: events of the inner one must wake a thread that sleeps in the outer one. */
+/* One instance in another: events of the inner one must wake a thread that sleeps in the outer one.
+ */
 static void nest(struct poller *poller, struct registration *r, bool made)
 {
         struct poller *inner = poller_of(r->fd);
@@ -306,8 +307,9 @@ static bool move_to_alias(int fd, struct registration *r)
         return true;
 }
 
-/* Before a registration is dropped: the kernel keeps its own as long as a process has the file open, and our
- * tag will mean another registration. `stays`: the descriptor stays open. Under both locks. */
+/* Before a registration is dropped: the kernel keeps its own as long as a process has the file
+ * open, and our tag will mean another registration. `stays`: the descriptor stays open. Under both
+ * locks. */
 static void untag_in_kernel(struct poller *poller, struct registration *r, bool stays)
 {
         struct end *end = r->key ? registration_end(r) : NULL;
@@ -322,8 +324,8 @@ static void untag_in_kernel(struct poller *poller, struct registration *r, bool 
         }
 }
 
-/* Drop all registrations of a descriptor, or those with this key. The kernel's own stay, or go with the
- * descriptor. */
+/* Drop all registrations of a descriptor, or those with this key. The kernel's own stay, or go with
+ * the descriptor. */
 static void drop_all(int fd, uint64_t key)
 {
         enum taken outer;
@@ -339,7 +341,8 @@ static void drop_all(int fd, uint64_t key)
                 i = r->next_of_fd;
                 if (key && r->key != key)
                         continue;
-                /* Of a duplicate: the kernel keeps it as long as the connection is open somewhere. */
+                /* Of a duplicate: the kernel keeps it as long as the connection is open somewhere.
+                 */
                 if (!key && fd_is_end(r->key) && move_to_alias(fd, r))
                         continue;
                 taken = lock_take(&poller->lock, self());

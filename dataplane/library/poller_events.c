@@ -41,8 +41,8 @@ static uint32_t remote_events(struct registration *r, struct end *end)
         return visible;
 }
 
-/* TCP's events for a registration. Those that may have passed since the kernel reported them are polled
- * again. */
+/* TCP's events for a registration. Those that may have passed since the kernel reported them are
+ * polled again. */
 static uint32_t tcp_events(struct registration *r, struct end *end)
 {
         const uint32_t lasting = EPOLLHUP | EPOLLERR | EPOLLRDHUP;
@@ -66,8 +66,8 @@ static uint32_t tcp_events(struct registration *r, struct end *end)
                 r->kernel_events &= current | lasting | (in ? 0u : EPOLLIN | EPOLLRDNORM);
         }
         visible = __builtin_expect(r->remote, 0) ? remote_events(r, end) : r->kernel_events;
-        /* A peer that has closed its side may never read the ring. The next send falls back to TCP, where
-         * there is room, or an error. */
+        /* A peer that has closed its side may never read the ring. The next send falls back to TCP,
+         * where there is room, or an error. */
         if (!out && r->kernel_events & EPOLLRDHUP)
                 return (visible & wanted) | (r->events & (EPOLLOUT | EPOLLWRNORM));
         return visible & wanted;

@@ -1,13 +1,13 @@
-/* Collecting the events of an instance: of its rings, of the kernel, and of the instances inside it. Rules
- * that keep poller.h's invariant:
+/* Collecting the events of an instance: of its rings, of the kernel, and of the instances inside
+ * it. Rules that keep poller.h's invariant:
  *
- *      - The kernel gives a bell's event, a wake-up or an event of TCP to one thread, even to one that
- * doesn't wait. That thread makes the registration ACTIVE, and passes on what it leaves ACTIVE when it
- * returns, with events or without: poller_pass_on().
+ *      - The kernel gives a bell's event, a wake-up or an event of TCP to one thread, even to one
+ *        that doesn't wait. That thread makes the registration ACTIVE, and passes on what it leaves
+ *        ACTIVE when it returns, with events or without: poller_pass_on().
  *      - An event for a tag that no registration has any more is dropped (poller_table.c).
  *
- * Order: as in the kernel, the event that came first is reported first. Rings carry stamps for that. What
- * only the kernel reports counts as older than what a ring has now.
+ * Order: as in the kernel, the event that came first is reported first. Rings carry stamps for
+ * that. What only the kernel reports counts as older than what a ring has now.
  */
 #include "poller_internal.h"
 
@@ -22,7 +22,8 @@ enum {
         MOST_EVENTS = 256, /* of rings, for one call */
         TURNS = 8,         /* calls with room for one event, of which one checks the rings first */
         QUIET = 64,        /* checks without an event before a registration is armed */
-        FULL_BELL = 64, /* bytes in a bell of an epoll instance; the kernel's smallest default takes > 200 */
+        FULL_BELL = 64,    /* bytes in a bell of an epoll instance; the kernel's smallest default takes
+                              > 200 */
 };
 
 /* Events of rings, and when each came. */
@@ -91,7 +92,8 @@ static void bell_rang(struct poller *poller, uint32_t arena, int bell, uint32_t 
 
         if (fd < 0)
                 return;
-        /* Each time that we arm it, the peer rings once at most. So the bell can't be full before this. */
+        /* Each time that we arm it, the peer rings once at most. So the bell can't be full before
+         * this. */
         if (events & (EPOLLHUP | EPOLLERR) ||
             atomic_load_explicit(&mapping->armed[bell], memory_order_relaxed) > FULL_BELL) {
                 atomic_store_explicit(&mapping->armed[bell], 0, memory_order_relaxed);
@@ -156,8 +158,8 @@ static int untag(struct registration *r, uint32_t reported, struct epoll_event *
         return 1;
 }
 
-/* Take our own descriptors' events out of what the kernel returned. Returns how many are left. Under the
- * poller's lock. */
+/* Take our own descriptors' events out of what the kernel returned. Returns how many are left.
+ * Under the poller's lock. */
 static int sort_out_own(struct poller *poller, struct epoll_event *events, int count)
 {
         bool ours = false;
@@ -195,7 +197,8 @@ static int sort_out_own(struct poller *poller, struct epoll_event *events, int c
         return kept;
 }
 
-/* The same, and what it couldn't do under one lock. Under the poller's lock, which it releases for a moment.
+/* The same, and what it couldn't do under one lock. Under the poller's lock, which it releases for
+ * a moment.
  */
 static int take_kernel_events(struct poller *poller, struct epoll_event *events, int count, enum taken *taken)
 {
@@ -208,8 +211,8 @@ static int take_kernel_events(struct poller *poller, struct epoll_event *events,
         return count;
 }
 
-/* Pending connections that have left their rings: the kernel reports them to the program again, at once if
- * there is something. Returns whether there are any. Under the poller's lock. */
+/* Pending connections that have left their rings: the kernel reports them to the program again, at
+ * once if there is something. Returns whether there are any. Under the poller's lock. */
 static bool return_to_kernel(struct poller *poller)
 {
         bool any = false;
@@ -304,7 +307,8 @@ static void harvest(struct poller *poller, struct list *list, int size, bool spi
                 }
                 i = next;
         }
-        /* With more ready than there is room for, the next call begins after the last one reported. */
+        /* With more ready than there is room for, the next call begins after the last one reported.
+         */
         if (list->count == size && last != NONE && registrations[last].state == STATE_ACTIVE && i != NONE)
                 rotate(poller, i);
 }
@@ -329,8 +333,8 @@ static void report_pending(struct poller *poller, struct list *list, int size, u
         poller->pending_count = 0;
 }
 
-/* Rings are checked one by one. So one that was checked early may have got something before one that was
- * found later: report it too. Under the poller's lock. */
+/* Rings are checked one by one. So one that was checked early may have got something before one
+ * that was found later: report it too. Under the poller's lock. */
 static void report_earlier(struct poller *poller, struct list *list, int size, uint32_t turn)
 {
         uint64_t latest = 0;
@@ -422,7 +426,8 @@ int poller_translate(struct poller *poller, struct epoll_event *events, int coun
         return count;
 }
 
-/* Ask the kernel, until it has events for the program or no event at all. Under the poller's lock. */
+/* Ask the kernel, until it has events for the program or no event at all. Under the poller's lock.
+ */
 static int ask_kernel(struct poller *poller, struct epoll_event *events, int room, enum taken *taken)
 {
         bool again = room > 0;

@@ -1,12 +1,12 @@
 /* The tables of epoll instances and registrations, and the kernel's part of each registration.
  *
- * The kernel's registration of a connection that uses a ring has our tag instead of the program's data, and
- * is edge-triggered: the kernel reports each event to us, once. Then a change that the program makes, often
- * with each request, needs no system call.
+ * The kernel's registration of a connection that uses a ring has our tag instead of the program's
+ * data, and is edge-triggered: the kernel reports each event to us, once. Then a change that the
+ * program makes, often with each request, needs no system call.
  *
- * A thread may be late with an event that the kernel gave to it. By then the registration may have been
- * changed, moved or replaced. Each change gives it another tag, and an event under an old tag is dropped.
- * Nothing is lost by that: the change made the kernel check again.
+ * A thread may be late with an event that the kernel gave to it. By then the registration may have
+ * been changed, moved or replaced. Each change gives it another tag, and an event under an old tag
+ * is dropped. Nothing is lost by that: the change made the kernel check again.
  */
 #include "poller.h"
 #include "poller_internal.h"
@@ -73,7 +73,8 @@ void poller_made(int epfd)
                 struct poller *poller = &pollers[i];
                 uint64_t *bells;
 
-                /* A thread that still sleeps in a closed instance must not meet the next one here. */
+                /* A thread that still sleeps in a closed instance must not meet the next one here.
+                 */
                 if (poller->epfd || poller->sleepers)
                         continue;
                 if (i >= pollers_used)
@@ -318,8 +319,8 @@ bool registration_to_ring(struct poller *poller, struct registration *r, struct 
         return true;
 }
 
-/* A one-shot registration keeps our tag: the kernel doesn't say whether it has fired, and the ring must not
- * report the event again. */
+/* A one-shot registration keeps our tag: the kernel doesn't say whether it has fired, and the ring
+ * must not report the event again. */
 struct epoll_event registration_for_program(struct registration *r, bool last)
 {
         struct epoll_event event = {.events = r->events, .data.u64 = r->data};
@@ -345,7 +346,8 @@ void registration_to_kernel(struct poller *poller, struct registration *r, bool 
         if (r->deleted) {
                 sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_DEL, r->fd, &event);
         } else if (sys_4(SYS_epoll_ctl, poller->epfd - 1, EPOLL_CTL_MOD, r->fd, &event) < 0) {
-                /* It was made with a descriptor that has been closed: the kernel keeps what it has. */
+                /* It was made with a descriptor that has been closed: the kernel keeps what it has.
+                 */
                 atomic_store(&r->generation, generation);
                 r->tagged = true;
         }

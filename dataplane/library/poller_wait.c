@@ -1,10 +1,11 @@
 /* epoll_wait(): see sleep.h. Rules that keep poller.h's invariant:
  *
- *      - A thread that is about to sleep arms all ACTIVE registrations, checks each of them again, and counts
- *        itself as a sleeper before it releases the poller's lock.
- *      - A thread that found no ring at all counts itself first, then checks whether there is a ring. Both
- *        sides use sequentially consistent operations: registration_enter_ring() raises `ring_count` and then
- *        reads `sleepers` (poller_pass_on()), the thread raises `sleepers` and then reads `ring_count`.
+ *      - A thread that is about to sleep arms all ACTIVE registrations, checks each of them again,
+ *        and counts itself as a sleeper before it releases the poller's lock.
+ *      - A thread that found no ring at all counts itself first, then checks whether there is a
+ *        ring. Both sides use sequentially consistent operations: registration_enter_ring() raises
+ *        `ring_count` and then reads `sleepers` (poller_pass_on()), the thread raises `sleepers`
+ *        and then reads `ring_count`.
  *      - A thread that leaves without an event passes on what it has taken from the kernel.
  */
 #include "poller.h"
@@ -16,7 +17,8 @@
 #include <errno.h>
 #include <limits.h>
 
-/* epoll_pwait2(), or epoll_pwait() with the time rounded up where the kernel or the C library lacks it. */
+/* epoll_pwait2(), or epoll_pwait() with the time rounded up where the kernel or the C library lacks
+ * it. */
 static int kernel_wait(int epfd, struct epoll_event *events, int size, int64_t timeout, const sigset_t *mask)
 {
         struct timespec time = {.tv_sec = timeout / 1000000000, .tv_nsec = timeout % 1000000000};
@@ -99,8 +101,8 @@ static bool is_plain(const struct poller *poller)
         return !poller->ring_count && poller->nested == NONE && !poller->settle_due;
 }
 
-/* No ring is registered here: the kernel's events, without those of our own descriptors. Returns 0 after the
- * timeout, or if the caller has to check again. */
+/* No ring is registered here: the kernel's events, without those of our own descriptors. Returns 0
+ * after the timeout, or if the caller has to check again. */
 static int wait_plainly(struct poller *poller, int epfd, struct epoll_event *events, int size,
                         int64_t timeout, const sigset_t *mask)
 {
@@ -126,7 +128,8 @@ static int wait_plainly(struct poller *poller, int epfd, struct epoll_event *eve
         return count;
 }
 
-/* Arm all registrations, and count the thread as a sleeper. Returns false if there is something to report.
+/* Arm all registrations, and count the thread as a sleeper. Returns false if there is something to
+ * report.
  * `*reasons`: for a short sleep. */
 static bool fall_asleep(struct poller *poller, unsigned *reasons)
 {
@@ -162,7 +165,8 @@ static int sleep_once(struct poller *poller, int epfd, struct epoll_event *event
         count = kernel_wait(epfd, events, size, duration, mask);
         spin_slept(&poller->spinner, now() - begin);
         atomic_fetch_sub(&poller->sleepers, 1);
-        /* Only what the kernel has reported: an event of a ring may be later than what the kernel has now. */
+        /* Only what the kernel has reported: an event of a ring may be later than what the kernel
+         * has now. */
         return count > 0 ? poller_translate(poller, events, count, size) : count;
 }
 

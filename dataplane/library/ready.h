@@ -1,6 +1,6 @@
-/* Is there something to read, or room to write? These functions take no lock. If the answer is out of date, a
- * caller that reads "yes" finds nothing and tries again, and a caller that reads "no" is woken by a bell,
- * since it has armed one before (sleep.h).
+/* Is there something to read, or room to write? These functions take no lock. If the answer is out
+ * of date, a caller that reads "yes" finds nothing and tries again, and a caller that reads "no" is
+ * woken by a bell, since it has armed one before (sleep.h).
  */
 #ifndef FREEFLOW_READY_H
 #define FREEFLOW_READY_H
@@ -18,15 +18,16 @@ static inline void ready_kernel_reported(void)
         atomic_fetch_add_explicit(&ready_kernel_reports, 1, memory_order_relaxed);
 }
 
-/* While this doesn't change, the kernel isn't asked again whether a connection has ended. It changes with
- * each tick, and when the kernel has reported something. */
+/* While this doesn't change, the kernel isn't asked again whether a connection has ended. It
+ * changes with each tick, and when the kernel has reported something. */
 static inline uint32_t ready_stamp(void)
 {
         return ticks() +
                atomic_load_explicit(&ready_kernel_reports, memory_order_relaxed) * UINT32_C(0x9e3779b1);
 }
 
-/* Nothing more comes in this remote ring. The relay writes that after the last byte and after `start`. */
+/* Nothing more comes in this remote ring. The relay writes that after the last byte and after
+ * `start`. */
 static inline bool ready_over(const struct view *view)
 {
         return atomic_load_explicit(&view->ring->end, memory_order_acquire) ||
@@ -44,12 +45,12 @@ static inline bool ready_broken(const struct end *end)
                 atomic_load_explicit(&end_sends(end).ring->broken, memory_order_acquire));
 }
 
-/* The end's ring has ended and is empty: does the kernel have bytes, or the connection's end? The peer may
- * have fallen back to TCP without sending anything yet. */
+/* The end's ring has ended and is empty: does the kernel have bytes, or the connection's end? The
+ * peer may have fallen back to TCP without sending anything yet. */
 bool ready_behind(const struct end *end);
 
-/* The receiver can read something: bytes of the ring, or what comes after the ring's end. False while bytes
- * come over TCP, since the kernel reports those. */
+/* The receiver can read something: bytes of the ring, or what comes after the ring's end. False
+ * while bytes come over TCP, since the kernel reports those. */
 static inline bool ready_bytes(struct end *end)
 {
         uint32_t phase = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
@@ -65,8 +66,8 @@ static inline bool ready_bytes(struct end *end)
                         return view_remote(&view) &&
                                ((!start && ready_over(&view) && ready_behind(end)) || ready_broken(end));
         }
-        /* SO_RCVLOWAT. For a ring that has ended, the kernel has the low-water mark less what the ring still
-         * holds.
+        /* SO_RCVLOWAT. For a ring that has ended, the kernel has the low-water mark less what the
+         * ring still holds.
          */
         if (__builtin_expect(atomic_load_explicit(&end->low, memory_order_relaxed), 0) && !ready_broken(end))
                 return atomic_load_explicit(&view.ring->tail, memory_order_acquire) -
@@ -80,8 +81,8 @@ static inline bool ready_bytes(struct end *end)
                 ready_behind(end));
 }
 
-/* Bytes of TCP that come before the ring's are on their way, or another thread is just reading them. Nothing
- * reports that it has read the last of them, so a sleep must be short. */
+/* Bytes of TCP that come before the ring's are on their way, or another thread is just reading
+ * them. Nothing reports that it has read the last of them, so a sleep must be short. */
 static inline bool ready_between(struct end *end)
 {
         struct view view;
@@ -107,8 +108,8 @@ static inline bool ready_end(struct end *end)
                (view_remote(&view) && ready_over(&view));
 }
 
-/* A sender that found no room is woken when the ring holds no more than so many bytes: as in TCP, when a
- * third is free. */
+/* A sender that found no room is woken when the ring holds no more than so many bytes: as in TCP,
+ * when a third is free. */
 static inline uint32_t ready_threshold(const struct flow *flow, const struct view *view)
 {
         return atomic_load_explicit(&flow->stopped, memory_order_relaxed)

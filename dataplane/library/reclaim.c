@@ -11,8 +11,8 @@
 
 static _Atomic uint64_t next_scan; /* ns */
 
-/* Reclaim the bulk area if the ring has been empty since the last scan. Returns whether there is something to
- * reclaim later. Under the sender's lock. */
+/* Reclaim the bulk area if the ring has been empty since the last scan. Returns whether there is
+ * something to reclaim later. Under the sender's lock. */
 static bool reclaim_ring(struct end *end)
 {
         struct flow *flow = &end->tx;

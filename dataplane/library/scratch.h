@@ -1,5 +1,5 @@
-/* Memory for calls with many descriptors. A thread keeps it until it ends. A signal handler that comes while
- * its thread uses it gets memory of its own, for one call.
+/* Memory for calls with many descriptors. A thread keeps it until it ends. A signal handler that
+ * comes while its thread uses it gets memory of its own, for one call.
  */
 #ifndef FREEFLOW_SCRATCH_H
 #define FREEFLOW_SCRATCH_H

@@ -83,7 +83,8 @@ void signals_prepare(struct signals *signals)
         if (!signals->mixed)
                 return;
         sys_4(SYS_rt_sigprocmask, SIG_BLOCK, 0, &current, SET_SIZE);
-        /* A signal that the thread has blocked itself would end the wait without a handler to run. */
+        /* A signal that the thread has blocked itself would end the wait without a handler to run.
+         */
         if (current & fail) {
                 signals->mixed = false;
                 return;
@@ -99,8 +100,8 @@ bool signals_restart(const struct signals *signals)
         uint64_t before = atomic_load(&failing);
         int saved = *__errno_location();
 
-        /* A handler has run. The kernel knows which handlers there are now: some are installed by calls that
-         * the library doesn't see, and some are removed once they have run. */
+        /* A handler has run. The kernel knows which handlers there are now: some are installed by
+         * calls that the library doesn't see, and some are removed once they have run. */
         read_handlers();
         *__errno_location() = saved;
         /* It can't have been one of those that were blocked. */

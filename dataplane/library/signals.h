@@ -1,10 +1,10 @@
 /* Would the kernel have restarted a blocking call after the signal that has just been handled?
  *
- * The kernel restarts read() and similar calls if the handler was installed with SA_RESTART; otherwise they
- * fail with EINTR. The library waits in ppoll(), which always fails, and can't see which handler ran. If all
- * handlers have the flag, or none has, that doesn't matter. Otherwise the library blocks the signals without
- * SA_RESTART while it waits, and a signalfd ends the wait instead: the handler runs as soon as the wait is
- * over, and the call fails.
+ * The kernel restarts read() and similar calls if the handler was installed with SA_RESTART;
+ * otherwise they fail with EINTR. The library waits in ppoll(), which always fails, and can't see
+ * which handler ran. If all handlers have the flag, or none has, that doesn't matter. Otherwise the
+ * library blocks the signals without SA_RESTART while it waits, and a signalfd ends the wait
+ * instead: the handler runs as soon as the wait is over, and the call fails.
  */
 #ifndef FREEFLOW_SIGNALS_H
 #define FREEFLOW_SIGNALS_H

@@ -13,7 +13,8 @@ struct range {
         uintptr_t first, last;
 };
 
-/* The library's ranges, in no order. None is removed: its addresses are used again for the next arena. */
+/* The library's ranges, in no order. None is removed: its addresses are used again for the next
+ * arena. */
 static struct range *_Atomic ranges;
 static _Atomic uint32_t ranges_used;
 

@@ -1,13 +1,14 @@
 /* How long to spin before sleeping, learned from how long earlier spins and sleeps took.
  *
- * Spinning pays while the other side answers faster than a sleeper wakes. If both sides sleep at each wait,
- * they stay out of step for ever: by the time that one is awake, the other has stopped spinning. So:
+ * Spinning pays while the other side answers faster than a sleeper wakes. If both sides sleep at
+ * each wait, they stay out of step for ever: by the time that one is awake, the other has stopped
+ * spinning. So:
  *
  *      - After a row of misses a waiter sleeps at once.
- *      - But every `patience` waits it spins for as long as it last slept, if that was short: long enough to
- * see the answer of a peer that has to wake first.
- *      - If that finds something, it spins for a short time at each of the next waits. If the other side does
- * the same meanwhile, both are in step. If not, `patience` doubles.
+ *      - But every `patience` waits it spins for as long as it last slept, if that was short: long
+ *        enough to see the answer of a peer that has to wake first.
+ *      - If that finds something, it spins for a short time at each of the next waits. If the other
+ *        side does the same meanwhile, both are in step. If not, `patience` doubles.
  */
 #ifndef FREEFLOW_SPIN_H
 #define FREEFLOW_SPIN_H
@@ -24,14 +25,14 @@ enum {
         SPIN_LOOKS = 8,     /* checks between readings of the clock */
         SPIN_PATIENCE = 8,  /* waits */
         SPIN_PATIENCE_MOST = 256,
-        SPIN_WINDOW = 64,      /* waits with a short spin after a long one that found something, at most */
+        SPIN_WINDOW = 64,      /* waits with a short spin after a long one with success, at most */
         SPIN_REACH_MOST = 100, /* us: no spin at each wait for answers that take longer */
         SPIN_IN_STEP = 16,     /* hits in a row after which patience is forgotten */
 };
 
 /* Threads may share one. A race between them costs no more than a wrong guess. */
 struct spinner {
-        _Atomic uint16_t misses; /* left until a waiter sleeps at once, counted down from a window */
+        _Atomic uint16_t misses; /* left until a waiter sleeps at once, from a window down */
         _Atomic uint16_t hits, patience, left;
         _Atomic uint32_t reach; /* us to spin at each wait, learned from answers; 0: as set */
         _Atomic uint32_t slept; /* us, the last time */

@@ -24,7 +24,7 @@ struct wait {
         const uint64_t *beyond;
         struct flow *flow;
         uint32_t arena, side;
-        struct waiters *waiters; /* of the ring at the beginning: the end may be another connection by then */
+        struct waiters *waiters; /* of the first ring: the end may be another connection later */
         int bell;                /* -1: none yet */
         bool without;            /* sleep_without_bell() was called */
         struct sleep sleep;
