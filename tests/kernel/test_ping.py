@@ -54,5 +54,5 @@ def test_nobody_answers(three: World) -> None:
 
 def test_namespace_that_is_gone() -> None:
     """A container that has ended is named as such."""
-    with pytest.raises(KernelError, match="has its container ended"):
+    with pytest.raises(KernelError, match="check that its container runs"):
         probe(Path("/run/netns/ffnone"), IPv4Address("10.77.0.20"), 1, False)
