@@ -1,1 +1,1 @@
-"""What the promises cost: `freeflow` beside Docker's `overlay` beside the host network, on two hosts in namespaces."""
+"""Benchmarks: `freeflow`, Docker's `overlay` and the host network, on two hosts in namespaces."""

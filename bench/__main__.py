@@ -1,4 +1,6 @@
-"""`python -m bench SUITE`: sets two hosts up, measures, takes them down. Progress on stderr, figures on stdout."""
+"""`python -m bench SUITE`: measures on two hosts, which it makes and removes.
+
+Progress is printed on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -31,17 +33,17 @@ from bench import (
 )
 from bench.choice import pick
 from bench.errors import BenchError
-from bench.place import CONGESTION_CONTROL, congestion_control_allowed
+from bench.namespaces import CONGESTION_CONTROL, congestion_control_allowed
 from bench.stats import FREEFLOW, FREEFLOW_PLAIN, HOST, LOCAL_SUBJECTS, Row
 from testbed.process import BedInUseError, CommandError
 
 SUITES: Final = ("same-host", "cross-host", "control")
 RELAY: Final = "relay"
-"""Name of the relay's own rows in `cross-host`."""
+"""Name of the relay's rows in `cross-host`."""
 BUDGET: Final = 420.0
-"""Seconds of a suite in which rounds may begin: with setting up and cleaning up, less than ten minutes."""
+"""Seconds of a suite in which rounds may begin, so that it takes less than ten minutes in all."""
 LOCAL_BUDGET: Final = 500.0
-"""Seconds of `same-host` in which all its runs end."""
+"""Seconds in which all runs of `same-host` end."""
 LOCAL_SECONDS: Final = 0.4
 
 
@@ -54,7 +56,7 @@ def progress(start: float) -> Callable[[str], None]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a suite is run: by whom it was asked for, on which hosts."""
+    """The arguments of a suite."""
 
     manager: bed.Host
     worker: bed.Host
@@ -71,11 +73,11 @@ class Plan:
 
 
 def same_host(plan: Plan) -> Mapping[str, Row]:
-    """With the library, if the plugin has put one on the host."""
+    """Run the suite `same-host`; with the library only if the plugin has installed it."""
     library = plan.manager.root / str(subjects.LIBRARY).lstrip("/")
     some = [one for one in plan.subjects if one in (*subjects.DRIVERS, FREEFLOW_PLAIN, HOST)]
     if FREEFLOW in some and not library.exists():
-        why = f"the plugin has put no library at {subjects.LIBRARY}"
+        why = f"the plugin has not installed the library at {subjects.LIBRARY}"
         plan.absent[FREEFLOW] = why
         plan.say(f"no {FREEFLOW}: {why}")
         some.remove(FREEFLOW)
@@ -99,13 +101,13 @@ def cross_host(plan: Plan) -> Mapping[str, Row]:
     some = tuple(one for one in plan.subjects if one in stats.SUBJECTS)
     names = pick(plan.patterns, [*crosshost.names(), RELAY])
     more = (partial(relay.suite, min(plan.rounds, 5), 0.5, plan.say),) if RELAY in names else ()
-    # The host's own network once: its servers have the host's ports.
+    # The host network only once: its servers use the host's ports.
     wanted = any(name.startswith(crosshost.LOCAL) for name in names)
     local = [one for one in some if wanted and one != HOST]
     with (
         congestion_control_allowed(),
         subjects.networks(plan.manager, some),
-        # Those of one host last: to remove a suite's containers is to remove all of that host's.
+        # Pairs on one host last: leaving `pairs` removes all of our containers on its hosts.
         subjects.pairs(plan.manager, plan.worker, some, image.IMAGE) as between,
         subjects.pairs(plan.worker, plan.worker, local, image.IMAGE) as within,
     ):
@@ -154,20 +156,23 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     "rounds_",
     default=12,
     show_default=True,
-    help="Runs per subject and case, if they fit in the time.",
+    help="Runs per subject and case, as far as time allows.",
 )
 @click.option(
     "--seconds",
     type=float,
-    help=f"Length of a run; 1, and {LOCAL_SECONDS:g} of same-host, where a program allows it.",
+    help=f"Length of a run; default 1, or {LOCAL_SECONDS:g} in same-host. Some programs need more.",
 )
-@click.option("--cases", default="*", show_default=True, help="Patterns, with commas between.")
+@click.option("--cases", default="*", show_default=True, help="Patterns, separated by commas.")
 @click.option("--subjects", "chosen", default=",".join(LOCAL_SUBJECTS), show_default=True)
-@click.option("--engine", default="26.1", show_default=True, help="Engine of both hosts.")
+@click.option("--engine", default="26.1", show_default=True, help="Version of both engines.")
 @click.option(
-    "--plugin", type=click.Path(path_type=Path), default=bed.PLUGIN_DIR, help="Built plugin."
+    "--plugin",
+    type=click.Path(path_type=Path),
+    default=bed.PLUGIN_DIR,
+    help="Folder of the built plugin.",
 )
-@click.option("--seed", default=1, show_default=True, help="Of the order of subjects.")
+@click.option("--seed", default=1, show_default=True, help="Seed of the order of subjects.")
 def main(
     suite: str,
     as_json: bool,

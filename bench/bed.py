@@ -1,6 +1,6 @@
-"""What the measurements stand on: two hosts in one Swarm, the plugin installed, the bench's image loaded.
+"""The hosts of a measurement: two in one Swarm, with the plugin and the benchmarks' image.
 
-The rest of `bench` sees only `Host`; how hosts are made is the test bed's (`testbed`).
+The rest of `bench` knows only `Host`. The test bed makes the hosts (`testbed`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LABEL: Final = "freeflow.bench"
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A Docker host: `root` is its file system, `address` its own on the underlay."""
+    """A Docker host: the root of its file system, and its address on the underlay."""
 
     name: str
     root: Path
@@ -40,7 +40,7 @@ def host_of(made: testbed.Host) -> Host:
 
 
 def load_image(hosts: Sequence[Host]) -> None:
-    """The bench's image, on every host."""
+    """Load the benchmarks' image on every host."""
     archive = image.archive(cache(), one_core())
     with ThreadPoolExecutor(len(hosts)) as pool:
         list(pool.map(lambda host: host.engine.import_image(archive, image.IMAGE), hosts))
@@ -50,7 +50,7 @@ def load_image(hosts: Sequence[Host]) -> None:
 def two_hosts(
     engine: str, plugin: Path | None, say: Callable[[str], None]
 ) -> Iterator[tuple[Host, Host]]:
-    """A manager and a worker; without `plugin` there is only Docker's own `overlay`."""
+    """A manager and a worker. Without `plugin` they have only Docker's `overlay`."""
     prepare([f"engine-{engine}", "bench"], say)
     say(f"two hosts with engine {engine}")
     with testbed.Bed("bench", [engine, engine]) as bed:

@@ -1,7 +1,7 @@
-"""Bar charts: of two subjects, row by row, in a terminal and as SVG; and of ratios with their spread, as SVG.
+"""Bar charts: of two subjects, in a terminal and as SVG; of ratios with their spread, as SVG.
 
-A chart of two subjects scales each row by itself: the longer bar has the full width. A chart of ratios has one
-logarithmic axis for all rows, since 0.9 and 100 have to be read off the same picture.
+A chart of two subjects scales each row by itself: the longer bar has the full width. A chart of
+ratios has one logarithmic axis for all rows, since ratios of 0.9 and of 100 are in one picture.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Final
 from bench.report import number, times
 
 WIDTH: Final = 48
-"""Of a terminal's full bar, in characters."""
+"""Characters of a full bar in a terminal."""
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
 _FULL: Final = 460
-"""Of the file's full bar, in pixels."""
+"""Pixels of a full bar in the SVG."""
 _LEFT: Final = 300
 _ROW: Final = 62
 _BAR: Final = 18
@@ -36,7 +36,7 @@ _TICKS: Final = (0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A row: how fast it is with us and with the other one, which may not work at all."""
+    """A row: the figures of both subjects; `theirs` is None if the load does not work there."""
 
     what: str
     note: str
@@ -49,13 +49,13 @@ class Bar:
         return self.ours / self.theirs if self.theirs else None
 
     def shares(self) -> tuple[float, float]:
-        """Lengths of both bars, the longer one is 1."""
+        """Lengths of both bars; the longer one is 1."""
         longest = max(self.ours, self.theirs or 0.0)
         return (self.ours / longest, (self.theirs or 0.0) / longest) if longest else (0.0, 0.0)
 
 
 def bar(share: float, width: int = WIDTH) -> str:
-    """A bar of eighths of characters; what is more than nothing is seen."""
+    """A bar in eighths of a character; never empty if `share` is more than 0."""
     eighths = round(share * width * 8)
     if share > 0:
         eighths = max(eighths, 1)
@@ -139,7 +139,7 @@ def as_svg(
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A row of a chart of ratios: more than 1 is better; `low` and `high` are its interquartile range."""
+    """A row of a chart of ratios. More than 1 is better; `low` and `high` bound the whisker."""
 
     what: str
     note: str
@@ -193,7 +193,7 @@ def _ratio_row(ratio: Ratio, axis: _Axis, top: int) -> list[str]:
 
 
 def ratios_as_svg(ratios: Sequence[Ratio], title: str, about: str) -> str:
-    """A bar from 1 to each ratio, its spread as a whisker, and the ratio in figures at the right."""
+    """A bar from 1 to each ratio, with its spread as a whisker and its value at the right."""
     axis = _Axis.of(ratios)
     bottom = _TOP + len(ratios) * _RATIO_ROW
     lines = []

@@ -1,4 +1,4 @@
-"""Which cases are meant: names and patterns, as on a command line."""
+"""Selection of cases by names and patterns of the command line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import click
 
 
 def pick(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Those of `known` that fit a pattern. Raises `click.BadParameter` if a pattern fits none."""
+    """The names that match a pattern. Raises `click.BadParameter` if a pattern matches none."""
     for pattern in patterns:
         if not fnmatch.filter(known, pattern):
-            raise click.BadParameter(f"no case is called {pattern}; there are {', '.join(known)}")
+            raise click.BadParameter(f"no case is called {pattern}; known are {', '.join(known)}")
     return [name for name in known if any(fnmatch.fnmatchcase(name, one) for one in patterns)]

@@ -1,4 +1,4 @@
-"""The load programs of our own, compiled from `bench/tools`: what Debian has no program for."""
+"""Compiles the load programs in `bench/tools`, for loads that Debian has no program for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from bench.place import run
+from bench.namespaces import run
 
 SOURCES: Final = Path(__file__).with_name("tools")
 NAMES: Final = ("pingpong", "stream", "ring", "memload", "processes")
@@ -15,7 +15,7 @@ CFLAGS: Final = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wshadow", "-Werror")
 
 
 def compile_into(directory: Path) -> None:
-    """All of `NAMES`."""
+    """Compile all of `NAMES` into a directory."""
 
     def one(name: str) -> None:
         run(["gcc", *CFLAGS, "-o", str(directory / name), str(SOURCES / f"{name}.c")], 120)
@@ -25,7 +25,7 @@ def compile_into(directory: Path) -> None:
 
 
 def contents() -> dict[str, bytes]:
-    """Name -> program."""
+    """Name to content of each compiled program."""
     with TemporaryDirectory() as directory:
         compile_into(Path(directory))
         return {name: Path(directory, name).read_bytes() for name in NAMES}

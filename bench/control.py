@@ -1,6 +1,7 @@
-"""What the control plane costs: networks, attachments, a hundred containers at once, the plugin's start.
+"""The suite `control`: networks, attachments, a hundred containers at once, the plugin's start.
 
-The engine is timed on its socket. The plugin's own share comes from its call statistics, on its admin socket.
+Calls to the engine are timed on its socket. The plugin's share comes from its call statistics, on
+its admin socket.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ ANSWERING: Final = Case(
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """The plugin's statistics of one kind of call since its start; milliseconds."""
+    """The plugin's statistics of one kind of call since its start, in milliseconds."""
 
     count: int
     errors: int
@@ -89,7 +90,7 @@ class Calls:
 
 
 def plugin_calls(host: Host) -> dict[str, Calls]:
-    """Call -> statistics. Raises `BenchError` if a call failed: its time says nothing."""
+    """Call to statistics. Raises `BenchError` if a call failed: its time means nothing."""
     admin = Engine(host.root / "run/freeflow-admin/admin.sock", timeout=10)
     try:
         status = admin.call("GET", "/admin/status")
@@ -112,7 +113,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def network_create(manager: Host, subject: str, number: int) -> float:
-    """Seconds until the Swarm has allocated the network."""
+    """Seconds until the Swarm has allocated a subnet."""
     name = f"bench-create-{subject}-{number}"
 
     def create() -> None:
@@ -130,7 +131,7 @@ def network_create(manager: Host, subject: str, number: int) -> float:
 
 
 def docker_run(host: Host, subject: str, image: str) -> float:
-    """Seconds of create + start."""
+    """Seconds to create and start a container."""
     made = []
 
     def start() -> None:
@@ -145,7 +146,10 @@ def docker_run(host: Host, subject: str, image: str) -> float:
 
 
 class LinkProbe:
-    """Asks the kernel ten times a second to bring up `lo`, which is up, and keeps how many seconds each took."""
+    """Measures the wait for the kernel's lock of links (rtnl): sets `lo` up ten times a second.
+
+    `took` has the seconds of each request; `lo` is up already, so nothing changes.
+    """
 
     PERIOD: Final = 0.1
 
@@ -172,10 +176,12 @@ class LinkProbe:
 def at_once(
     host: Host, subject: str, image: str, count: int, meanwhile: AbstractContextManager[object]
 ) -> float:
-    """Seconds from the moment all are told to start until the last has; `meanwhile` is entered for that time.
+    """Seconds from the start of all containers until the last one runs.
+
+    `meanwhile` is entered for that time.
 
     Raises:
-        BenchError: naming what failed.
+        BenchError: a container did not start.
     """
     body = container(image, subject, ["sleep", "infinity"])
     gate = threading.Barrier(count + 1)
@@ -205,17 +211,17 @@ def at_once(
 
 
 def _since_start(pid: int) -> float:
-    """Seconds since the process began, to the kernel's tick of 10 ms."""
+    """Seconds since the process started, with a resolution of 10 ms."""
     fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
-    # Field 22, in ticks since boot; the list begins with field 3.
+    # Field 22 of proc(5), in ticks since boot; the list begins with field 3.
     began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - began
 
 
 def plugin_start(host: Host, plugin: str = PLUGIN) -> tuple[float, float]:
-    """Disable and enable; seconds from the process's start until it listens, and until it answers."""
+    """Restart the plugin; seconds from its start until it listens, and until it answers."""
     identifier = str(host.engine.call("GET", f"/plugins/{plugin}/json")["Id"])
-    # A socket's path has room for 107 bytes: the directory goes in as a descriptor.
+    # A socket's path may have 107 bytes, so the directory is named by a descriptor.
     plugins = os.open(host.root / "run/docker/plugins", os.O_PATH)
     path = f"/proc/self/fd/{plugins}/{identifier}/freeflow.sock"
     host.engine.call("POST", f"/plugins/{plugin}/disable?force=1")
@@ -253,7 +259,7 @@ def plugin_start(host: Host, plugin: str = PLUGIN) -> tuple[float, float]:
 
 @dataclass(slots=True)
 class Control:
-    """One run of the suite; `manager` is the host on which everything happens."""
+    """One run of the suite, all of it on `manager`."""
 
     manager: Host
     subjects: Sequence[str]
@@ -273,7 +279,7 @@ class Control:
         return self.order.sample(list(self.subjects), len(self.subjects))
 
     def measure(self) -> dict[str, Row]:
-        """All cases, subjects in turn. The plugin's own statistics begin anew before each part that reads them."""
+        """All cases, subjects in turn. Restarts the plugin where its statistics must begin anew."""
         with networks(self.manager, self.subjects):
             self.network_create()
             for subject in self.subjects:

@@ -1,4 +1,4 @@
-"""CPU time of programs: of a living one with all its children, and of what was run meanwhile."""
+"""CPU time of processes: of a running one with its descendants, and of reaped children."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROC: Final = Path("/proc")
 
 
 def family(pid: int, proc: Path = PROC) -> Iterator[int]:
-    """The process and all that descend from it, those that live or wait to be reaped."""
+    """The process and its descendants, zombies included."""
     yield pid
     for listing in proc.glob(f"{pid}/task/*/children"):
         try:
@@ -24,26 +24,26 @@ def family(pid: int, proc: Path = PROC) -> Iterator[int]:
 
 
 def cpu_us(pid: int, proc: Path = PROC) -> float:
-    """Microseconds that the process and its descendants have run, the reaped ones included.
+    """CPU time of the process and its descendants in microseconds, reaped ones included.
 
-    Time of living threads is the scheduler's own, exact; that of reaped children has the kernel's tick of 10 ms.
+    Time of running threads is exact; that of reaped children has a resolution of 10 ms.
     """
     tick = 1e6 / os.sysconf("SC_CLK_TCK")
     used = 0.0
     for one in family(pid, proc):
         try:
-            # Fields 16 and 17, time of reaped children; the list begins with field 3.
+            # Fields 16 and 17 of proc(5), time of reaped children; the list begins with field 3.
             fields = (proc / str(one) / "stat").read_text().rpartition(")")[2].split()
             used += (int(fields[13]) + int(fields[14])) * tick
             for thread in (proc / str(one) / "task").iterdir():
                 used += int((thread / "schedstat").read_text().split()[0]) / 1e3
         except (OSError, IndexError):
-            # It ended while we read: what it used is its parent's from now on.
+            # It ended while we read; from now on its time counts as its parent's.
             continue
     return used
 
 
 def children_us() -> float:
-    """Microseconds of all programs that this process has started and waited for."""
+    """CPU time in microseconds of all programs that this process has started and waited for."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return (usage.ru_utime + usage.ru_stime) * 1e6

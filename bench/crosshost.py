@@ -1,8 +1,8 @@
-"""The suite `cross-host`: containers of two hosts, and beside it two of one host, none with the library.
+"""The suite `cross-host`: containers on two hosts, and on one host, without the library.
 
-Subjects are `freeflow`, Docker's `overlay` and the hosts' own network, which is the limit. What is measured is the kernel's
-path (docs/fast-path.md); `more` are suites of other paths between hosts, which add rows of their own: the relay's
-(docs/rdma-model.md).
+Subjects are `freeflow`, Docker's `overlay`, and the hosts' own network as the limit. It measures
+paths through the kernel (docs/fast-path.md). `more` are suites of other paths between hosts, which
+add rows of their own, such as the relay's (docs/rdma-model.md).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Final
 
 from bench import load, rounds
 from bench.load import Load
-from bench.place import Pair
+from bench.namespaces import Pair
 from bench.rounds import Say
 from bench.stats import Row, row
 
 LOCAL: Final = "same_host_"
-"""Begins the names of cases on one host."""
+"""Prefix of the names of cases on one host."""
 LOCAL_LOADS: Final = ("stream_1", "stream_4", "tcp_rr", "udp_rr")
 TARGETS: Final = {
     "stream_1": 1.35,
@@ -32,18 +32,18 @@ TARGETS: Final = {
     LOCAL + "tcp_rr_one_core": 0.88,
     LOCAL + "udp_rr_one_core": 0.88,
 }
-"""Least, or where less is better most, that a figure's ratio to Docker's `overlay` is to be."""
+"""Ratio to Docker's `overlay` to reach: at least, or at most where less is better."""
 
 Suite = Callable[[], Mapping[str, Row]]
 
 
 def names() -> list[str]:
-    """Loads that can be picked."""
+    """Names of all loads."""
     return [*(one.name for one in load.loads()), *(LOCAL + name for name in LOCAL_LOADS)]
 
 
 def verdicts(found: Mapping[str, Row]) -> list[str]:
-    """Which targets are met; a case without a figure has none."""
+    """One line per target: met or missed. Cases without a figure are left out."""
     lines = []
     for name, target in TARGETS.items():
         ratio = found[name]["ratio_to_overlay"] if name in found else None
@@ -58,7 +58,7 @@ def verdicts(found: Mapping[str, Row]) -> list[str]:
 
 @dataclass(slots=True)
 class CrossHost:
-    """One run of the suite. `between` are pairs on two hosts, `within` on one."""
+    """One run of the suite. The pairs in `between` are on two hosts, those in `within` on one."""
 
     between: Sequence[Pair]
     within: Sequence[Pair]
@@ -72,7 +72,7 @@ class CrossHost:
     more: Sequence[Suite] = ()
 
     def measure(self) -> dict[str, Row]:
-        """The rows of all cases, those that weren't picked without figures."""
+        """The rows of all cases; those that were not chosen have no figures."""
         found = rounds.rows(self._samples(self.between, ""))
         local = self._samples(self.within, LOCAL)
         for case in load.CASES:

@@ -1,10 +1,10 @@
-"""`make demo`: a Swarm of two Docker hosts on this machine, a stack of real services on FreeFlow, and how fast it is.
+"""`make demo`: a Swarm of two Docker hosts on this machine, with a stack of services on FreeFlow.
 
-The same stack runs twice: on FreeFlow with its library, as `freeflow inject` writes it, and on Docker's `overlay`. What is shown to work
-is here, how fast it is in `demo_speed.py`.
+The same stack runs twice: on FreeFlow with its library, and on Docker's `overlay`. This module
+shows that it works, `demo_speed.py` how fast it is.
 
-Everything happens in namespaces of its own; the machine's Docker, if any, isn't touched. Whatever happens, all is
-taken down at the end, unless KEEP=1. The exit code is 0 only if everything shown worked.
+Everything runs in namespaces of its own; the machine's Docker is not touched. Everything is taken
+down at the end, also after an error, unless KEEP=1. The exit code is 0 only if all checks passed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from bench.demo_speed import (
     table,
 )
 from bench.errors import BenchError
-from bench.place import CONGESTION_CONTROL, Place, congestion_control_allowed
+from bench.namespaces import CONGESTION_CONTROL, Namespaces, congestion_control_allowed
 from bench.report import times
 from bench.stats import FREEFLOW, OVERLAY
 from testbed import Bed, BedInUseError, CommandError, Host, wait_until
@@ -54,16 +54,16 @@ STACKS: Final = (FREEFLOW, OVERLAY)
 SERVICES: Final = ("web", "cache", "sink", "echo")
 PICTURE: Final = TOP / "build/demo.svg"
 MIB: Final = 64
-"""Of the large file."""
+"""Size of the large file."""
 
 
 class DemoError(Exception):
-    """Something that the demo shows didn't work."""
+    """A check of the demo failed."""
 
 
 @dataclass(slots=True)
 class Teller:
-    """Says what happens, why, and since when."""
+    """Prints each step, with its reason and the seconds since the start."""
 
     start: float = field(default_factory=time.monotonic)
 
@@ -81,13 +81,13 @@ class Teller:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The stack on one network, as found on the hosts."""
+    """The containers of the stack on one network."""
 
     name: str
     client: str
-    """Its container."""
-    client_place: Place
-    places: list[Place]
+    """ID of the client's container."""
+    client_namespaces: Namespaces
+    containers: list[Namespaces]
     tasks: dict[str, list[Task]]
     """By service."""
 
@@ -95,11 +95,11 @@ class Stack:
         return [task.address for task in self.tasks[service] if task.host is host]
 
     def subject(self, manager: Host) -> Subject:
-        return Subject(self.name, self.client_place, manager, self.tasks)
+        return Subject(self.name, self.client_namespaces, manager, self.tasks)
 
 
 class Demo:
-    """The steps, in order. Each raises `DemoError` if what it shows isn't so."""
+    """The steps, in order. Each raises `DemoError` if its check fails."""
 
     def __init__(self, testbed: Bed, tell: Teller) -> None:
         self.bed = testbed
@@ -110,7 +110,7 @@ class Demo:
         return self.bed.hosts[0]
 
     def docker(self, *arguments: str, env: str = "") -> str:
-        """A command of the manager's, shown as a user would type it."""
+        """Run a command on the manager, and print it as a user would type it."""
         self.tell.command(self.manager, f"{env} docker {' '.join(arguments)}".strip())
         if env:
             return self.manager.run("env", env, "docker", *arguments)
@@ -171,8 +171,8 @@ class Demo:
 
     def _find(self, name: str) -> Stack:
         tasks: dict[str, list[Task]] = {}
-        places: list[Place] = []
-        clients: list[tuple[str, Place]] = []
+        containers: list[Namespaces] = []
+        clients: list[tuple[str, Namespaces]] = []
         library = LIBRARY if name == FREEFLOW else ""
         for service in (*SERVICES, "client"):
             for host in self.bed.hosts:
@@ -183,17 +183,17 @@ class Demo:
                     pid = int(found["State"]["Pid"])
                     tasks.setdefault(service, []).append(Task(host, where, pid))
                     process = host.root / "proc" / str(pid)
-                    places.append(Place(process, IPv4Address(where), library))
+                    containers.append(Namespaces(process, IPv4Address(where), library))
                     if service == "client":
-                        clients.append((identifier, places[-1]))
+                        clients.append((identifier, containers[-1]))
         if len(clients) != 1:
             raise DemoError(f"stack {name} has {len(clients)} clients on its manager, not one")
-        identifier, place = clients[0]
+        identifier, namespaces = clients[0]
         for service in SERVICES:
             on = {task.host.name for task in tasks.get(service, [])}
             if on != {host.name for host in self.bed.hosts}:
                 raise DemoError(f"{name}_{service} doesn't run on both hosts, but on {sorted(on)}")
-        return Stack(name, identifier, place, places, tasks)
+        return Stack(name, identifier, namespaces, containers, tasks)
 
     # --- what is shown to work
 
@@ -201,7 +201,7 @@ class Demo:
         return self.manager.docker("exec", "-i", stack.client, *command, stdin=stdin, timeout=60)
 
     def names(self, stack: Stack) -> str:
-        """The service's name is one address, tasks.NAME are all of them."""
+        """The service's name resolves to its VIP, and tasks.NAME to the addresses of its tasks."""
         vip = {
             line.split()[0] for line in self.in_client(stack, "getent", "hosts", "web").splitlines()
         }
@@ -217,8 +217,8 @@ class Demo:
         return f"web is {vip.pop()} (virtual), tasks.web are {', '.join(sorted(every))}"
 
     def balanced(self, stack: Stack) -> str:
-        """Requests to the virtual address are answered by tasks on both hosts."""
-        # A task runs, and is given connections, before its program listens.
+        """Tasks on both hosts answer requests to the VIP."""
+        # Docker balances to a task as soon as it runs, before its program listens.
         urls = [f"http://{task.address}/" for task in stack.tasks["web"]]
         asking = ("curl", "-sS", "--fail-early", "--max-time", "1", "http://web/", *urls)
         wait_until("each task of web", lambda: self.in_client(stack, *asking), 20)
@@ -239,7 +239,7 @@ class Demo:
         return "redis-cli -h cache: SET k hello, GET k = hello"
 
     def intact(self, stack: Stack) -> str:
-        """A large file from the other host arrives as it was sent."""
+        """A large file from the other host arrives unchanged."""
         other = self.bed.hosts[1]
         where = stack.addresses("web", other)[0]
         here = self.in_client(
@@ -275,7 +275,7 @@ class Demo:
         return ", ".join(verdicts)
 
     def checks(self, stack: Stack) -> list[str]:
-        """What failed."""
+        """Run all checks; the names of those that failed."""
         failed = []
         for what, check in (
             ("names", self.names),
@@ -294,7 +294,7 @@ class Demo:
     # --- how fast it is
 
     def rows(self, stacks: dict[str, Stack]) -> list[Row]:
-        """What is measured, in the order of the telling; best first is the table's."""
+        """Measure all loads."""
         subjects = [stacks[name].subject(self.manager) for name in STACKS]
         meter = Meter(subjects, self.tell.seen)
         rows = []
@@ -342,60 +342,60 @@ def need_plugin(tell: Teller) -> None:
 
 
 def play(testbed: Bed, tell: Teller) -> int:
-    """All of it on hosts that are up; the exit code."""
+    """The demo on hosts that are up; the exit code."""
     demo = Demo(testbed, tell)
-    tell.step("A Swarm over them", "Docker's own: FreeFlow brings no cluster store with it")
+    tell.step("Making a Swarm of them", "FreeFlow needs no cluster store besides Docker's own")
     demo.swarm()
     tell.step(
-        "The image of the services", "nginx and redis from the Debian archive; no registry is asked"
+        "Loading the image of the services", "nginx and redis from the Debian archive, no registry"
     )
     bed.load_image([bed.host_of(host) for host in testbed.hosts])
     tell.step(
-        "The plugin on both hosts",
-        "a manager schedules on a worker once it has reported its plugins",
+        "Installing the plugin on both hosts",
+        "a manager schedules on a worker once the worker has reported its plugins",
     )
     demo.plugin()
     tell.step(
-        "One stack, deployed twice",
+        "Deploying one stack twice",
         "on FreeFlow with the library, which `freeflow inject` adds to each service; and on Docker's own overlay, to compare with",
     )
     stacks = demo.stacks()
-    tell.step("Does it work? On FreeFlow, from the client on h1:")
+    tell.step("Does it work? Checks on FreeFlow, from the client on h1:")
     failed = demo.checks(stacks[FREEFLOW])
     tell.step(
         "How fast is it?",
-        f"{ROUNDS} runs in turn on each network, medians; TCP {CONGESTION_CONTROL}. `freeflow connections` says over what",
+        f"{ROUNDS} runs in turn on each network, medians; TCP {CONGESTION_CONTROL}. `freeflow connections` shows the paths",
     )
     with congestion_control_allowed():
         for stack in stacks.values():
-            for place in stack.places:
-                place.set_congestion_control()
+            for namespaces in stack.containers:
+                namespaces.set_congestion_control()
         rows = best_first(demo.rows(stacks))
     show(rows, testbed.hosts[0].engine)
     if failed:
         print(f"FAILED: {', '.join(failed)}")
         return 1
-    print(f"Everything shown worked. The picture is {PICTURE}; `make bench` measures properly.")
+    print(f"All checks passed. The picture is {PICTURE}; `make bench` measures with more care.")
     return 0
 
 
 def show(rows: list[Row], engine: str) -> None:
-    """The bars, the table and the picture."""
+    """Print bars and table, and write the picture."""
     bars = [row.bar() for row in rows]
     print("\n" + in_terminal(bars, FREEFLOW, OVERLAY))
     print(table(rows))
     shared = [row for row in rows if row.path == "shm"]
     ratios = [row.ratio for row in shared if row.ratio]
     print(
-        f"Within a host, through shared memory (shm): {times(min(ratios))} to {times(max(ratios))} of Docker's overlay, programs unchanged.\n"
-        "All else (two hosts without RDMA devices): TCP on the eBPF fast path, as the path says."
+        f"Within a host, through shared memory (shm): {times(min(ratios))} to {times(max(ratios))} of Docker's overlay, with unchanged programs.\n"
+        "Between hosts (without RDMA devices): TCP on the eBPF fast path; see the column path."
     )
     about = (
-        f"requests, bytes and round trips a second, medians of {ROUNDS} runs; engine {engine}, Linux {platform.release()}, "
+        f"requests, bytes and round trips per second, medians of {ROUNDS} runs; engine {engine}, Linux {platform.release()}, "
         f"{os.cpu_count()} cores, {datetime.now(UTC):%Y-%m-%d}"
     )
     PICTURE.parent.mkdir(exist_ok=True)
-    title = "FreeFlow beside Docker's overlay: the same programs"
+    title = "FreeFlow compared with Docker's overlay, with the same programs"
     PICTURE.write_text(as_svg(bars, title, about, FREEFLOW, OVERLAY))
 
 
@@ -409,13 +409,13 @@ def main() -> int:
     try:
         need_plugin(tell)
         tell.step(
-            "What the hosts are made of, from the Debian archive",
-            "kept for the next time; the first time this takes a minute or two",
+            "Making the hosts' root file systems from the Debian archive",
+            "they are cached; the first time this takes a minute or two",
         )
         prepare([f"engine-{engine}", "bench"], tell.seen)
         tell.step(
             f"Two Docker hosts with engine {engine}, in namespaces of their own",
-            "this machine's own Docker isn't touched",
+            "this machine's own Docker is not touched",
         )
         testbed.up()
         code = play(testbed, tell)
@@ -428,11 +428,11 @@ def main() -> int:
     ) as error:
         print(f"\nFAILED: {error}", file=sys.stderr)
     finally:
-        # Another Ctrl-C must not leave half of it.
+        # Another Ctrl-C must not interrupt the clean-up.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if keep and testbed.hosts:
-            tell.step("Left up (KEEP=1). To look around:")
+            tell.step("Left up (KEEP=1). To enter a host:")
             for host in testbed.hosts:
                 tell.seen(
                     f"nsenter -t {host.pid} -m -u -n -p bash    # {host.name}, then: freeflow status"
@@ -442,7 +442,7 @@ def main() -> int:
         else:
             tell.step("Taking everything down")
             testbed.down()
-            tell.step(f"Done: nothing is left but what was built, in build/ and {cache()}")
+            tell.step(f"Done: only built files are left, in build/ and {cache()}")
     return code
 
 

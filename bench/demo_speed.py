@@ -1,6 +1,7 @@
-"""How fast the demo's stacks are: each service asked from the client in turn on each network, with the path that was taken.
+"""Measures the demo's stacks: loads from the client to each service, on both networks in turn.
 
-A figure is of one path: `freeflow connections` is asked while the load runs, in a run of its own that doesn't count.
+An extra run of each load, which does not count, finds the path of its connections by
+`freeflow connections`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Final
 from bench import cost, parse
 from bench.chart import Bar
 from bench.errors import BenchError, ProgramError
-from bench.place import CONGESTION_CONTROL, TOOLS, Place, run
+from bench.namespaces import CONGESTION_CONTROL, TOOLS, Namespaces, run
 from bench.report import columns, number, times
 from bench.stats import FREEFLOW, OVERLAY
 from testbed import Host
 
 ROUNDS: Final = 3
 LONG: Final = 3.0
-"""Seconds of a run in which we look at the connections."""
+"""Seconds of the run in which connections are listed."""
 SECONDS: Final = 1.0
 """Seconds of a run that counts."""
 PATIENCE: Final = 120.0
@@ -34,7 +35,7 @@ COMMAND: Final = "/usr/local/bin/freeflow"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A service's container: where it is reached, and its first process as its host numbers it."""
+    """A task: its address, and the PID of its first process in its host's namespace."""
 
     host: Host
     address: str
@@ -46,7 +47,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run of a load did: so many pieces of work, so many a second."""
+    """One run of a load: pieces of work per second, and in all."""
 
     rate: float
     work: float
@@ -54,39 +55,39 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A program that asks a service for about some seconds; `rate` is what it had at its last run on this network."""
+    """A load program. `ask` runs it for about some seconds, given its last rate on this network."""
 
     what: str
     service: str
     unit: str
     piece: str
-    """What CPU time is counted for."""
-    ask: Callable[[Place, str, float, float], Run]
+    """Unit of work that CPU time is divided by."""
+    ask: Callable[[Namespaces, str, float, float], Run]
     aside: int = 0
     """Connections of the program that carry no load."""
 
 
-def _redis(client: Place, where: str, seconds: float, rate: float) -> Run:
-    """It stops after a number of requests, not of seconds."""
+def _redis(client: Namespaces, where: str, seconds: float, rate: float) -> Run:
+    """redis-benchmark stops after a number of requests, not of seconds."""
     count = max(20_000, round(rate * seconds))
     command = ("redis-benchmark", "-h", where, "-t", "get", "-c", "50", "-n", str(count), "--csv")
     return Run(parse.redis_benchmark(run(client.enter(*command), PATIENCE)), count)
 
 
-def _web(client: Place, where: str, seconds: float, _rate: float) -> Run:
+def _web(client: Namespaces, where: str, seconds: float, _rate: float) -> Run:
     command = ("wrk", "-t", "2", "-c", "50", "-d", f"{max(1, round(seconds))}s", f"http://{where}/")
     text = run(client.enter(*command), PATIENCE)
     return Run(parse.wrk(text), parse.wrk_requests(text))
 
 
-def _stream(client: Place, where: str, seconds: float, _rate: float) -> Run:
+def _stream(client: Namespaces, where: str, seconds: float, _rate: float) -> Run:
     command = ("iperf3", "--client", where, "--json", "--time", str(max(1, round(seconds))))
     text = run(client.enter(*command, "--congestion", CONGESTION_CONTROL), PATIENCE)
     found = parse.iperf3(text)
     return Run(found.bits_per_second / 1e9, found.bytes / 1e6)
 
 
-def _echo(client: Place, where: str, seconds: float, _rate: float) -> Run:
+def _echo(client: Namespaces, where: str, seconds: float, _rate: float) -> Run:
     command = (f"{TOOLS}/pingpong", "stream", "call", "-1", where, "7001", "64", str(seconds))
     found = parse.pingpong(run(client.enter(*command), PATIENCE))
     return Run(1e6 / found.p50_us, found.count)
@@ -100,11 +101,11 @@ ECHO: Final = Load("64 bytes there and back", "echo", "round trips/s", "round tr
 
 @dataclass(slots=True)
 class Side:
-    """What was measured of a row on one network."""
+    """The measurements of a row on one network."""
 
     rates: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
-    """Microseconds for each piece of work, of both programs."""
+    """CPU time per piece of work in microseconds, of both programs."""
 
     @property
     def rate(self) -> float:
@@ -117,7 +118,7 @@ class Side:
 
 @dataclass(slots=True)
 class Row:
-    """A load from the client to some tasks: over which path, how fast, beside the other network."""
+    """A load from the client to some tasks: its path, and its speed on both networks."""
 
     load: Load
     where: str
@@ -156,16 +157,16 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def best_first(rows: Sequence[Row]) -> list[Row]:
-    """By how many times faster than the other network; what works only here is last."""
+    """Sorted by ratio; rows that work on FreeFlow alone come last."""
     return sorted(rows, key=lambda row: -(row.ratio or 0.0))
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A stack as it is measured: its client, and its tasks by service."""
+    """A stack to measure: its client, and its tasks by service."""
 
     name: str
-    client: Place
+    client: Namespaces
     manager: Host
     tasks: dict[str, list[Task]]
 
@@ -178,12 +179,12 @@ class Subject:
 
 
 class WrongPathError(BenchError):
-    """Connections didn't take the path that they are shown for."""
+    """Connections did not take the expected path."""
 
 
 @dataclass(slots=True)
 class Meter:
-    """Measures rows; `say` tells what was seen on the way."""
+    """Measures rows, and reports each one by `say`."""
 
     subjects: Sequence[Subject]
     say: Callable[[str], None]
@@ -197,7 +198,7 @@ class Meter:
         busy: Callable[[Subject], list[Task]],
         wanted: str = "",
     ) -> Row:
-        """A row; `busy` are the tasks that work for it, `wanted` the path that its connections must take."""
+        """Measure a row. `busy`: the tasks whose CPU time counts; `wanted`: the expected path."""
         found: dict[str, Side] = {}
         path = ""
         for subject in self.subjects:
@@ -206,7 +207,7 @@ class Meter:
             except ProgramError:
                 if subject.name == FREEFLOW:
                     raise
-                # Docker's own virtual addresses answer only where the kernel has IPVS.
+                # Docker's overlay needs IPVS for VIPs, which this kernel may lack.
                 continue
             found[subject.name] = Side()
             if subject.name == FREEFLOW:
@@ -217,7 +218,7 @@ class Meter:
                     side = found[subject.name]
                     self._count(load, subject, where, target(subject), busy(subject), side)
         made = Row(load, where, path, found[FREEFLOW], found.get(OVERLAY))
-        other = number(made.theirs.rate) if made.theirs else "doesn't answer"
+        other = number(made.theirs.rate) if made.theirs else "does not answer"
         self.say(
             f"{load.what}, {where}: {number(made.ours.rate)} {load.unit}, overlay {other}, {times(made.ratio)}"
         )
@@ -240,21 +241,21 @@ class Meter:
             side.cpu.append(spent / done.work)
 
     def _path(self, load: Load, subject: Subject, where: str, address: str, wanted: str) -> str:
-        """What the client's connections to an address run over, by `freeflow connections`, while they do."""
+        """The paths of the client's connections to an address while the load runs."""
         seen: Counter[str] = Counter()
         seconds = LONG
         for _ in range(3):
             seen = self._look(load, subject, where, address, seconds)
             if seen:
                 break
-            # So busy a machine that the connections had gone before we looked.
+            # On a busy machine the connections may have ended before they were listed.
             seconds *= 2
         if not seen:
             raise WrongPathError(f"{load.what}, {where}: no connection to {address} was seen")
         total = seen.total()
         told = ", ".join(f"{count} of {total} on {path}" for path, count in seen.most_common())
         self.say(f"{load.what}, {where}: connections {told}")
-        # Those that only steer the others stay TCP: they are short, or carry next to nothing.
+        # Control connections stay on TCP: they are short, or carry few bytes.
         for path in seen:
             if path.startswith("overlay"):
                 seen[path] = max(0, seen[path] - load.aside)
@@ -270,7 +271,7 @@ class Meter:
         with subject.manager.spawn(*command, stdout=subprocess.PIPE) as asking:
             while True:
                 self._ask(load, subject, where, address, seconds)
-                # The load may be over sooner than was meant: it has become faster.
+                # The load may end early if it has become faster than in its last run.
                 if asking.poll() is not None or time.monotonic() - begin > PATIENCE:
                     break
             said, _ = asking.communicate(timeout=PATIENCE)

@@ -1,6 +1,6 @@
-"""A Docker engine, spoken to on its socket: what is timed is the engine, not the start of a command.
+"""The API of a Docker engine, on its socket: measures the engine, not the start of a command.
 
-Only what the measurements need: networks and containers, JSON in and out.
+It has only the calls that measurements need.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from driver.unix_http import UnixConnection
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One engine's API. A connection per call: calls come from many threads at once."""
+    """One engine's API. Each call has a connection of its own, so many threads can call at once."""
 
     socket: Path
     timeout: float = 120.0
 
     def call(self, method: str, path: str, body: object = None) -> Any:
-        """The answer's JSON, None where it has no body. Raises `EngineRefusedError` from status 400 on."""
+        """The decoded answer; None if it is empty. Raises `EngineRefusedError` from status 400."""
         connection = UnixConnection(self.socket, self.timeout)
         try:
             data = None if body is None else json.dumps(body)
@@ -45,7 +45,7 @@ class Engine:
         return str(self.call("GET", "/version")["Version"])
 
     def import_image(self, archive: Path, name: str) -> None:
-        """Make an image of a tar archive of a file system, as `docker import` does."""
+        """Make an image from a tar archive of a file system, as `docker import` does."""
         path = f"/images/create?fromSrc=-&repo={quote(name)}"
         connection = UnixConnection(self.socket, self.timeout)
         try:
@@ -57,7 +57,7 @@ class Engine:
                 text = response.read().decode()
         finally:
             connection.close()
-        # The status is 200 before the work begins: a failure is in the stream of progress.
+        # The status is sent before the work begins: failures are in the progress messages.
         if response.status >= 400 or '"error"' in text:
             raise EngineRefusedError(response.status, f"import of {archive.name}", text.strip())
 
@@ -85,7 +85,7 @@ class Engine:
         self.call("POST", f"/containers/{container}/start")
 
     def remove(self, container: str) -> None:
-        """Killed if it runs; absence is fine."""
+        """Remove a container, running or not. One that does not exist is no error."""
         try:
             self.call("DELETE", f"/containers/{container}?force=1&v=1")
         except EngineRefusedError as error:
@@ -96,7 +96,7 @@ class Engine:
         return cast("dict[str, Any]", self.call("GET", f"/containers/{container}/json"))
 
     def labelled(self, label: str) -> list[str]:
-        """IDs of all containers, running or not, that carry the label."""
+        """IDs of all containers with this label, running or not."""
         filters = quote(json.dumps({"label": [label]}))
         found = self.call("GET", f"/containers/json?all=1&filters={filters}")
         return [str(one["Id"]) for one in found]

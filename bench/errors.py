@@ -1,14 +1,14 @@
-"""What can go wrong with a measurement. Each message names the object, the cause and the next step."""
+"""Errors of measurements. Each message names the object, the cause and the next step."""
 
 from __future__ import annotations
 
 
 class BenchError(Exception):
-    """No figure came out; a figure that isn't trustworthy is an error too."""
+    """A measurement has failed. A figure that cannot be trusted is an error, too."""
 
 
 class ProgramError(BenchError):
-    """A load program failed or said something that its parser doesn't know."""
+    """A load program failed, or printed something unexpected."""
 
 
 class EngineRefusedError(BenchError):

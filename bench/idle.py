@@ -1,6 +1,7 @@
-"""What connections cost that nobody uses: CPU time, shared and private memory, page tables of both ends.
+"""The cost of idle connections: CPU time, shared and private memory, page tables of both ends.
 
-Each connection has carried some messages, so that it has been upgraded if it can be, and carries one more at the end.
+Each connection first carries some messages, so that it is upgraded if possible, and one more at
+the end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final
 
 from bench import cost, parse
 from bench.errors import ProgramError
-from bench.place import Pair
+from bench.namespaces import Pair
 from bench.sampling import COUNTERS, counters_in
 from bench.servers import PINGPONG_EPOLL, Servers
 from bench.stats import Case
@@ -43,7 +44,7 @@ CASES: Final = (CPU, SHARED, PRIVATE, TABLES)
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of some processes, in KiB; shared memory that several of them map counts once."""
+    """Memory of some processes in KiB. Shared memory counts once."""
 
     shared: float
     private: float
@@ -52,7 +53,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Case -> figure, and the share of upgraded connections."""
+    """Case to figure, and the share of upgraded connections."""
 
     figures: dict[str, float]
     upgraded: float | None
@@ -64,7 +65,7 @@ def _field(text: str, name: str) -> float:
 
 
 def memory(pids: Iterable[int], proc: Path = cost.PROC) -> Memory:
-    """What the processes have now. A memfd's size is what is allocated in it, mapped by whom it may be."""
+    """The memory that the processes use now. A memfd counts by its allocated blocks."""
     shared: dict[tuple[int, int], int] = {}
     private = tables = 0.0
     for pid in pids:
@@ -79,7 +80,7 @@ def memory(pids: Iterable[int], proc: Path = cost.PROC) -> Memory:
 
 
 def idle(pair: Pair, servers: Servers) -> Idle:
-    """Make the connections, leave them alone, look, end them."""
+    """Make the connections, measure them while they are idle, and end them."""
     server = servers.fresh(pair, PINGPONG_EPOLL)
     path, counters = counters_in(pair.client)
     environment = {COUNTERS: path} if pair.client.library else {}
@@ -97,7 +98,7 @@ def idle(pair: Pair, servers: Servers) -> Idle:
         if client.stdout is None or client.stdout.readline() != "ready\n":
             _, why = client.communicate(timeout=PATIENCE)
             raise ProgramError(
-                f"{pair.subject}: {COUNT} connections can't be made: {why[-500:].strip()}"
+                f"{pair.subject}: {COUNT} connections cannot be made: {why[-500:].strip()}"
             )
         time.sleep(SETTLE)
         pids = (server.pid, client.pid)
@@ -109,7 +110,7 @@ def idle(pair: Pair, servers: Servers) -> Idle:
             said, why = client.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired as error:
             raise ProgramError(
-                f"{pair.subject}: after being idle: no end in {PATIENCE:g} s"
+                f"{pair.subject}: after being idle: still running after {PATIENCE:g} s"
             ) from error
         if client.returncode != 0 or f'"count": {COUNT}' not in said:
             raise ProgramError(f"{pair.subject}: after being idle: {why[-500:].strip() or said}")

@@ -1,7 +1,8 @@
-"""The image that bench and demo run: a small Debian with redis, nginx and the load programs, made on this machine.
+"""The image of benchmarks and demo: a small Debian with redis, nginx and the load programs.
 
-No registry is asked. The base is made by `make prepare` (testbed/images.py); this adds the programs of `bench/tools`.
-The archive is cached under a hash of everything in it, so it is made again exactly when something in it changes.
+It is made on this machine, without a registry. `make prepare` makes the base (testbed/images.py);
+this module adds the programs of `bench/tools`. The archive is cached under a hash of its contents,
+so it is made again exactly when they change.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from pathlib import Path
 from typing import Final
 
 from bench import compiled, load
-from bench.place import TOOLS
+from bench.namespaces import TOOLS
 from testbed.images import make_bench_base
 
 IMAGE: Final = "freeflow-bench:latest"
 
 
 def add_files(archive: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
-    """Append files, path -> content and mode, to a tar archive; their directories with them."""
+    """Append files (path to content and mode) and their directories to a tar archive."""
     with tarfile.open(archive, "a") as tar:
         directories = {str(parent) for path in files for parent in Path(path).parents}
         for directory in sorted(directories - {".", "/"}):
@@ -38,7 +39,7 @@ def add_files(archive: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
 
 
 def archive(cache: Path, core: int) -> Path:
-    """The image's file system; `core` is where both ends of a round trip run."""
+    """The image's file system as a tar. `core` is the one that both ends of a round trip run on."""
     tools = TOOLS.lstrip("/")
     files = {
         **{f"{tools}/{name}": (data, 0o755) for name, data in compiled.contents().items()},

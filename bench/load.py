@@ -1,6 +1,7 @@
-"""The loads of the data path: what runs at the server, and how one run at the client becomes figures.
+"""Loads of the suite `cross-host`: the servers, and how one run of a client becomes figures.
 
-A run takes about `seconds`, sends from `pair.client` to `pair.server`, and returns a figure per case.
+A run takes about `seconds`, sends from `pair.client` to `pair.server`, and returns a figure per
+case.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Final
 
 from bench import parse
 from bench.errors import ProgramError
-from bench.place import CONGESTION_CONTROL, TOOLS, Pair, run, run_together
+from bench.namespaces import CONGESTION_CONTROL, TOOLS, Pair, run, run_together
 from bench.stats import Case
 
 PINGPONG_PORT: Final = 7001
 IPERF_PORTS: Final = (5201, 5202, 5203, 5204)
-"""iperf3 before 3.16 serves all its streams from one thread: four streams are four programs."""
+"""iperf3 before 3.16 serves all streams from one thread, so four streams need four programs."""
 REDIS_PORT: Final = 7003
 HTTP_PORT: Final = 7004
 CONNECTIONS: Final = 50
@@ -58,7 +59,7 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One kind of run; `again` is whether the first run only finds how much fits in the time."""
+    """A load. With `first_is_calibration` its first run only finds how much fits in the time."""
 
     name: str
     run: Callable[[Pair, float], Figures]
@@ -66,7 +67,7 @@ class Load:
 
 
 def one_core() -> int:
-    """The core of both ends of a round trip: the last one, least busy with the machine's interrupts."""
+    """The core of both ends of a round trip: the last one, which handles fewest interrupts."""
     return max(os.sched_getaffinity(0))
 
 
@@ -82,7 +83,7 @@ def busy_now() -> int:
 
 
 def stream_1(pair: Pair, seconds: float) -> Figures:
-    """Throughput, and what the same run cost."""
+    """Throughput, and CPU time per byte of the same run."""
     tick = 1 / os.sysconf("SC_CLK_TCK")
     idle_from, busy = time.monotonic(), busy_now()
     time.sleep(0.5)
@@ -128,7 +129,7 @@ def udp_rr(pair: Pair, seconds: float) -> Figures:
 
 @dataclass(slots=True)
 class Redis:
-    """redis-benchmark stops after a number of requests, not of seconds: the last rate says how many."""
+    """redis-benchmark stops after a number of requests, which is taken from its last rate."""
 
     case: Case
     pipeline: int
@@ -205,11 +206,11 @@ http {{
 
 
 def servers_script(core: int) -> str:
-    """The shell script that is the server container's program: all servers, idle until called."""
+    """The server container's program: a shell script that starts all servers."""
     return "\n".join(
         [
             "#!/bin/sh",
-            "# One end of the measurements. A server that stops takes the container with it.",
+            "# All servers of the measurements. The container ends when nginx does.",
             "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             f"{TOOLS}/pingpong tcp serve {core} 0.0.0.0 {PINGPONG_PORT} &",
             f"{TOOLS}/pingpong udp serve {core} 0.0.0.0 {PINGPONG_PORT} &",

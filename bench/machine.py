@@ -1,4 +1,4 @@
-"""What the figures were measured on: without it they mean nothing later."""
+"""The machine of a measurement, without which its figures mean nothing later."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Machine(TypedDict):
     congestion_control: str
     rounds: int
     seconds: float | None
-    """None: each suite's own."""
+    """None: each suite's default."""
     absent: dict[str, str]
-    """Subject -> why it wasn't measured."""
+    """Subject to the reason why it was not measured."""
 
 
 def cpu_model(cpuinfo: str) -> str:

@@ -1,7 +1,7 @@
-"""The cases for connections between programs of one host: which server, on which cores, what the client does.
+"""The cases for connections within one host: the server, its cores, and what the client does.
 
-A measure's `call` makes one run and says what came out; what it cost, and whether its connections were upgraded, is
-found out around it: see `bench/sampling.py`.
+A measure's `call` makes one run and returns its figure. `bench/sampling.py` measures CPU time and
+upgraded connections around it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 
 from bench import parse
 from bench.errors import ProgramError
-from bench.place import RING, TCP, UNIX, Pair, run
+from bench.namespaces import RING, TCP, UNIX, Pair, run
 from bench.servers import (
     IPERF3,
     MEMCACHED,
@@ -22,13 +22,12 @@ from bench.servers import (
     PINGPONG_EPOLL,
     REDIS,
     STREAM,
-    Kind,
     Running,
+    ServerProgram,
 )
 from bench.stats import Case
 
 PATIENCE: Final = 30.0
-MICRO: Final = 1e6
 
 ALL: Final = frozenset((TCP, UNIX, RING))
 SOCKETS: Final = frozenset((TCP, UNIX))
@@ -37,7 +36,7 @@ INTERNET: Final = frozenset((TCP,))
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one run said: the figure, and of how many units; the client's own CPU time if it tells it."""
+    """The result of a run: its figure, its units of work, and the client's CPU time if reported."""
 
     figure: float
     units: float
@@ -46,7 +45,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """All that a run needs. `server` is None where there is none: both ends are one program."""
+    """The arguments of a run. `server` is None where one program is both ends."""
 
     pair: Pair
     server: Running | None
@@ -62,11 +61,11 @@ class Call:
         return self.server
 
     def at(self) -> tuple[str, str]:
-        """Address and port as our own programs take them."""
+        """Address and port as our load programs take them."""
         return self.to.address, "0" if self.to.unix else str(self.to.port)
 
     def program(self, *argv: str) -> str:
-        """What the program said; run in the client's place, on its cores."""
+        """Run a program in the client's namespaces, on its cores; its output."""
         line = self.pair.client.enter(*argv, cores=self.client_cores, environment=self.environment)
         return run(line, self.seconds * 10 + PATIENCE)
 
@@ -76,26 +75,26 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One case. Cores are numbers from the end: 0 is the last, least busy with interrupts; none: anywhere."""
+    """One case. Cores count from the last, 0, which handles fewest interrupts; empty: any core."""
 
     case: Case
-    kind: Kind
+    kind: ServerProgram
     call: Callable[[Call], Seen]
     cpu_of: str
-    """The unit of which CPU time is told."""
+    """The unit of work that CPU time is divided by."""
     transports: frozenset[str] = INTERNET
     server_cores: tuple[int, ...] = ()
     client_cores: tuple[int, ...] = ()
     hogs: bool = False
-    """Every core is kept busy by a program that does nothing else."""
+    """A busy loop runs on every core."""
     upgraded: bool = True
-    """Whether its connections live long enough to be upgraded."""
+    """Its connections live long enough to be upgraded."""
     aside: int = 0
-    """Connections that the client makes besides those of the load."""
+    """Connections of the client that carry no load."""
     calibrate: bool = False
-    """Whether the first run only finds how much fits in the time."""
+    """The first run only finds how much work fits in the time."""
     in_suite: bool = True
-    """Whether it is in the suite `same-host`, not only in `quick`."""
+    """The case is in the suite `same-host`, not only in `quick`."""
 
 
 def _pingpong(kind: str, size: int) -> Callable[[Call], Seen]:
@@ -135,7 +134,7 @@ def _iperf3(it: Call) -> Seen:
 
 @dataclass(slots=True)
 class _Redis:
-    """redis-benchmark stops after a number of requests, not of seconds: the last rate says how many."""
+    """redis-benchmark stops after a number of requests, which is taken from its last rate."""
 
     clients: int
     pipeline: int
@@ -176,7 +175,7 @@ def _wrk(clients: int, file: str, *headers: str) -> Callable[[Call], Seen]:
 def _new_process(kind: str, about: str) -> Measure:
     def call(it: Call) -> Seen:
         made = parse.moved(it.tool("processes", kind, *it.at(), str(it.seconds)))
-        return Seen(made.seconds / made.count * MICRO, made.count, made.cpu_us)
+        return Seen(made.seconds / made.count * 1e6, made.count, made.cpu_us)
 
     case = Case(f"{kind}_us", "us", False, f"{about}, in a program with one connection")
     return Measure(case, PINGPONG, call, "process", SOCKETS, upgraded=False)
@@ -184,12 +183,12 @@ def _new_process(kind: str, about: str) -> Measure:
 
 @dataclass(slots=True)
 class _Pgbench:
-    """pgbench counts transactions or whole seconds: the last rate says how many fit in the time."""
+    """pgbench runs a number of transactions, which is taken from its last rate."""
 
     clients: int
     more: tuple[str, ...] = ()
     least: float = 0.0
-    """Seconds."""
+    """Seconds, at least."""
     rates: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, it: Call) -> Seen:
@@ -205,7 +204,7 @@ class _Pgbench:
         return Seen(done.rate, done.count)
 
 
-def _trip(name: str, size: int, kind: Kind, cores: tuple[int, int], about: str) -> Measure:
+def _trip(name: str, size: int, kind: ServerProgram, cores: tuple[int, int], about: str) -> Measure:
     word = "epoll" if kind is PINGPONG_EPOLL else "stream"
     apart = cores[0] != cores[1]
     return Measure(
@@ -278,73 +277,50 @@ def _pgbench_of(clients: int) -> Measure:
     return Measure(case, PGSQL, _Pgbench(clients), "transaction", SOCKETS, aside=1, calibrate=True)
 
 
+def _nginx(name: str, size: str, file: str) -> Measure:
+    about = f"nginx, {size} file, wrk, 32 connections"
+    case = Case(name, "requests/s", True, about)
+    return Measure(case, NGINX, _wrk(32, file), "request", aside=1)
+
+
+def _short_connections() -> list[Measure]:
+    """Loads whose connections end before they can be upgraded."""
+    nginx = Case(
+        "connect_request_close",
+        "connections/s",
+        True,
+        "nginx, 1 KiB file, a connection for each request, wrk, 50 at a time",
+    )
+    pgbench = Case(
+        "pgbench_reconnect", "transactions/s", True, "pgbench -S -C: one for each transaction"
+    )
+    close = _wrk(50, "small", "--header", "Connection: close")
+    reconnect = _Pgbench(1, ("-C",), least=1.0)
+    return [
+        Measure(nginx, NGINX, close, "connection", upgraded=False),
+        Measure(pgbench, PGSQL, reconnect, "transaction", upgraded=False, calibrate=True),
+    ]
+
+
 def _plain() -> list[Measure]:
+    """All cases in which cores are not short."""
+    iperf3 = Case(
+        "iperf3", "Gbit/s", True, "iperf3 as it comes: writes of 128 KiB, what the receiver got"
+    )
     return [
         *_trips(),
         *_streams(),
-        Measure(
-            Case(
-                "iperf3",
-                "Gbit/s",
-                True,
-                "iperf3 as it comes: writes of 128 KiB, what the receiver got",
-            ),
-            IPERF3,
-            _iperf3,
-            "GB",
-            aside=1,
-        ),
+        Measure(iperf3, IPERF3, _iperf3, "GB", aside=1),
         _redis("redis_p1_c1", 1, 1),
         _redis("redis_p1_c50", 50, 1),
         _redis("redis_p16_c50", 50, 16),
         _memcached_of(1),
         _memcached_of(50),
-        Measure(
-            Case("nginx_keepalive", "requests/s", True, "nginx, 1 KiB file, wrk, 32 connections"),
-            NGINX,
-            _wrk(32, "small"),
-            "request",
-            aside=1,
-        ),
-        Measure(
-            Case(
-                "nginx_keepalive_100k",
-                "requests/s",
-                True,
-                "nginx, 100 KiB file, wrk, 32 connections",
-            ),
-            NGINX,
-            _wrk(32, "large"),
-            "request",
-            aside=1,
-        ),
+        _nginx("nginx_keepalive", "1 KiB", "small"),
+        _nginx("nginx_keepalive_100k", "100 KiB", "large"),
         _pgbench_of(1),
         _pgbench_of(8),
-        Measure(
-            Case(
-                "connect_request_close",
-                "connections/s",
-                True,
-                "nginx, 1 KiB file, a connection for each request, wrk, 50 at a time",
-            ),
-            NGINX,
-            _wrk(50, "small", "--header", "Connection: close"),
-            "connection",
-            upgraded=False,
-        ),
-        Measure(
-            Case(
-                "pgbench_reconnect",
-                "transactions/s",
-                True,
-                "pgbench -S -C: one for each transaction",
-            ),
-            PGSQL,
-            _Pgbench(1, ("-C",), least=1.0),
-            "transaction",
-            upgraded=False,
-            calibrate=True,
-        ),
+        *_short_connections(),
         _new_process("fork", "fork() and the child's end"),
         _new_process("exec", "fork() and exec() of a program without the library"),
         _new_process("start", "posix_spawn() of a program, with the library where there is one"),
@@ -352,7 +328,7 @@ def _plain() -> list[Measure]:
 
 
 def _crowded(plain: dict[str, Measure]) -> list[Measure]:
-    """The same where cores are short."""
+    """The same cases with too few cores."""
     made = []
     for prefix, cores, hogs, words in (
         ("busy", (), True, "every core busy with something else"),
@@ -383,6 +359,6 @@ def _crowded(plain: dict[str, Measure]) -> list[Measure]:
 
 
 def measures() -> list[Measure]:
-    """All, each with a memory of its own where it has one."""
+    """All cases. Each has its own state."""
     plain = _plain()
     return [*plain, *_crowded({one.case.name: one for one in plain})]

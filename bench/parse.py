@@ -1,4 +1,4 @@
-"""What the load programs print, read strictly: an unknown or partly failed answer is an error, not a figure."""
+"""Strict parsers of the load programs' output: unknown output or a failed request is an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.errors import ProgramError
 
 @dataclass(frozen=True, slots=True)
 class RoundTrips:
-    """What `pingpong` saw; `cpu_us` is what its own loop used."""
+    """The output of `pingpong`; `cpu_us` is the CPU time of its loop."""
 
     count: int
     lost: int
@@ -22,7 +22,10 @@ class RoundTrips:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What `stream`, `memload` and `processes` did: bytes, requests or processes, in what time, with how much CPU time of their own."""
+    """The output of `stream`, `memload` and `processes`.
+
+    `count` is of bytes, requests or processes, done in `seconds`; `cpu_us` is the program's CPU time.
+    """
 
     count: int
     seconds: float
@@ -31,7 +34,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Transactions:
-    """What pgbench did."""
+    """The output of pgbench."""
 
     count: int
     rate: float
@@ -39,15 +42,15 @@ class Transactions:
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """What the library counted in a program: TCP connections, and directions of them that went to a ring."""
+    """The library's counters: TCP connections, and directions of them that were upgraded."""
 
     connections: int
     directions: int
 
     def share(self, aside: int = 0) -> float | None:
-        """Of the connections, those that were upgraded; a direction counts half.
+        """The share of upgraded connections; a direction counts half.
 
-        `aside` are connections that carry no load: those that a load program makes to look around.
+        `aside` connections carry no load and are left out.
         """
         if not self.connections:
             return None
@@ -56,7 +59,7 @@ class Paths:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What iperf3's receiver saw."""
+    """The receiver's figures of iperf3."""
 
     bits_per_second: float
     bytes: int
@@ -87,7 +90,7 @@ def moved(text: str) -> Moved:
 
 
 def iperf3(text: str) -> Transfer:
-    """The receiver's figures: what the sender put into its buffers hasn't arrived."""
+    """The receiver's figures: the sender's include bytes that are still in buffers."""
     try:
         found = json.loads(text)
         if "error" in found:
@@ -99,7 +102,7 @@ def iperf3(text: str) -> Transfer:
 
 
 def redis_benchmark(text: str) -> float:
-    """Requests/s from `--csv`: a line of the test's name in quotes, then the rate in quotes."""
+    """Requests/s from `--csv`: a line with the test's name and the rate, both in quotes."""
     for line in text.splitlines():
         cells = [cell.strip().strip('"') for cell in line.split(",")]
         if len(cells) >= 2 and re.fullmatch(r"\d+(\.\d+)?", cells[1]):
@@ -108,7 +111,7 @@ def redis_benchmark(text: str) -> float:
 
 
 def wrk(text: str) -> float:
-    """Requests/s; responses other than 2xx and connections that failed make the run worthless."""
+    """Requests/s. Responses other than 2xx and failed connections are errors."""
     bad = re.search(r"Non-2xx or 3xx responses: (\d+)", text)
     if bad:
         raise ProgramError(f"wrk: {bad[1]} responses other than 2xx: is it our server?")
@@ -124,7 +127,7 @@ def wrk(text: str) -> float:
 
 
 def wrk_requests(text: str) -> int:
-    """How many requests were answered."""
+    """The number of answered requests."""
     found = re.search(r"^\s*(\d+) requests in ", text, re.MULTILINE)
     if not found:
         raise ProgramError(f"wrk gave no count: {text[:200]!r}")
@@ -132,7 +135,11 @@ def wrk_requests(text: str) -> int:
 
 
 def pgbench(text: str) -> Transactions:
-    """Transactions/s without the first connections, or with all if it reconnects; a failed one spoils the run."""
+    """Transactions/s, without the time of connecting unless pgbench reconnects.
+
+    Raises:
+        ProgramError: a transaction failed, or the output is unknown.
+    """
     failed = re.search(r"number of failed transactions: (\d+)", text)
     if failed and int(failed[1]):
         raise ProgramError(f"pgbench: {failed[0]}")
@@ -144,7 +151,7 @@ def pgbench(text: str) -> Transactions:
 
 
 def paths(text: str) -> Paths:
-    """The library's counters, a line of JSON for each process."""
+    """Parse the library's counters: one line of JSON per process."""
     try:
         lines = [json.loads(line) for line in text.splitlines()]
         return Paths(
@@ -156,9 +163,9 @@ def paths(text: str) -> Paths:
 
 
 def busy_ticks(stat: str) -> int:
-    """Ticks that all cores together were busy, from /proc/stat: user to softirq without idle and iowait.
+    """Busy ticks of all cores from /proc/stat: user to softirq, without idle and iowait.
 
-    Time in softirq is in it, wherever it ran: the network's work isn't all in the processes' own accounts.
+    Softirq time counts, since processes are not charged for all of the network's work.
     """
     first = stat.split("\n", 1)[0].split()
     if first[:1] != ["cpu"] or len(first) < 8:

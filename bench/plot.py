@@ -1,7 +1,7 @@
-"""`python -m bench plot RESULT.json CHART.svg`: a chart of measured ratios from what `--out` of a suite has written.
+"""`python -m bench plot RESULT.json CHART.svg`: draws a chart of the ratios in a stored result.
 
-Nothing is measured here, so a chart can be drawn again from a stored result on any machine. Each bar is a ratio of
-medians; its whisker is the interquartile range that the spreads of both subjects amount to.
+The result is what a suite writes with `--out`. Each bar is a ratio of medians; its whisker is an
+interquartile range, from the spreads of both subjects.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def load(path: Path) -> Report:
     """The stored result of a suite.
 
     Raises:
-        BenchError: the file can't be read, or is no such result.
+        BenchError: the file cannot be read, or is not a result.
     """
     try:
         stored = json.loads(path.read_text())
@@ -42,10 +42,10 @@ def load(path: Path) -> Report:
 
 
 def speedup(name: str, row: Row, base: str) -> Ratio | None:
-    """How many times better than `base` freeflow is; None if one of the two has no figure.
+    """How many times better than `base` freeflow is; None if one of them has no figure.
 
-    Where less is better the ratio is turned round, so that more than 1 is an improvement in every row. The spreads of
-    the two medians are independent: the ratio's relative spread is the root of the sum of their squares.
+    Where less is better the ratio is inverted, so more than 1 is an improvement in every row. The
+    relative spread of a ratio of independent medians is the root of the sum of their squares.
     """
     figures = cast("Mapping[str, Any]", row)
     ours, theirs = figures[FREEFLOW], figures.get(base)
@@ -60,7 +60,7 @@ def speedup(name: str, row: Row, base: str) -> Ratio | None:
 
 
 def chart(report: Report, patterns: tuple[str, ...], base: str, title: str) -> str:
-    """The chart of the cases that fit a pattern, as SVG.
+    """The chart, as SVG, of the cases that match a pattern.
 
     Raises:
         BenchError: none of them was measured on both subjects.

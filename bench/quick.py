@@ -1,14 +1,17 @@
 """`python -m bench quick`: the same-host cases without Docker, in seconds; for work on the library.
 
-Two network namespaces on a bridge, and with `--library` a router that knows them. Every case is run on each variant in
-turn, in another order each round: plain TCP, TCP with the library, and as limits AF_UNIX and a bare ring in shared memory.
+It makes two network namespaces on a bridge, and with `--library` a router for them. Each case runs
+on each variant in turn, in another order each round: plain TCP, TCP with the library, and as limits
+AF_UNIX and a bare ring in shared memory.
 
     python -m bench quick --cases 'pingpong_64b*' --library build/libfreeflow.so
     FREEFLOW_ROUTER=/elsewhere/router.sock python -m bench quick --no-router --setup 'my-router' --library ...
 
-What the environment says in FREEFLOW_… reaches the programs. `--setup` is a shell command that runs as long as the
-measurement; it finds the namespaces' paths in BENCH_CLIENT and BENCH_SERVER, their addresses in BENCH_CLIENT_ADDRESS and
-BENCH_SERVER_ADDRESS, and what programs see as /run/freeflow in BENCH_SHARED. Measuring begins once it has printed a line.
+Variables FREEFLOW_… of the environment are passed to the programs. `--setup` is a shell command
+that runs during the measurement, which begins when the command has printed a line. Its environment
+has the paths of the namespaces (BENCH_CLIENT, BENCH_SERVER), their addresses
+(BENCH_CLIENT_ADDRESS, BENCH_SERVER_ADDRESS), and the folder that programs see as /run/freeflow
+(BENCH_SHARED).
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from bench import compiled, idle
 from bench.choice import pick
 from bench.errors import BenchError, ProgramError
 from bench.measures import Measure, measures
-from bench.place import RING, UNIX, Pair, Place, congestion_control_allowed
+from bench.namespaces import RING, UNIX, Namespaces, Pair, congestion_control_allowed
 from bench.report import columns, number, percent, times
 from bench.sampling import Sample, sample
 from bench.servers import Servers
@@ -53,7 +56,7 @@ HEADER: Final = (
     *("freeflow/tcp", "cpu", "cpu/tcp", "upgraded", "spread"),
 )
 WIDTHS: Final = (28, 14, 9, 9, 9, 9, 12, 24, 7, 8, 6)
-"""Each row is printed when it is done."""
+"""Fixed widths, since each row is printed when it is done."""
 Samples = dict[str, list[Sample]]
 
 
@@ -67,7 +70,7 @@ def _cost(microseconds: float | None, unit: str) -> str:
 
 @dataclass(slots=True)
 class Found:
-    """What came out of a case: variant -> a sample per round."""
+    """The results of a case: variant to one sample per round."""
 
     case: Case
     cpu_of: str
@@ -123,7 +126,7 @@ class Found:
 def idle_cases(
     pairs: Sequence[Pair], rounds: int, order: random.Random, wanted: Sequence[Case]
 ) -> Generator[Found, None, None]:
-    """One run gives all of them."""
+    """All idle cases, which one run measures together."""
     if not wanted:
         return
     found = {case.name: Found(case, "connection") for case in wanted}
@@ -143,7 +146,7 @@ def idle_cases(
 
 
 def absent_programs(chosen: Sequence[Measure], path: str | None = None) -> list[str]:
-    """The packages of programs that the cases need and this machine hasn't got."""
+    """Packages of programs that the cases need and this machine lacks."""
     needed = {("gcc", "gcc"), *(each for one in chosen for each in one.kind.programs)}
     return sorted(
         {package for program, package in needed if shutil.which(program, path=path) is None}
@@ -151,19 +154,19 @@ def absent_programs(chosen: Sequence[Measure], path: str | None = None) -> list[
 
 
 @contextlib.contextmanager
-def _place(container: Container, tools: Path) -> Iterator[Place]:
-    """A process that holds the container's namespaces, so that entering them is cheap."""
+def _enter_container(container: Container, tools: Path) -> Iterator[Namespaces]:
+    """The namespaces of a container, held by a process so that entering them is cheap."""
     holder = container.popen(["sleep", "infinity"], accelerated=False)
     process = Path("/proc", str(holder.pid))
     try:
         end = time.monotonic() + 10
         while (process / "comm").read_text().strip() != "sleep":
             if time.monotonic() > end or holder.poll() is not None:
-                raise BenchError(f"{container.name}: its mounts can't be made; see above")
+                raise BenchError(f"{container.name}: its mounts cannot be made; see above")
             time.sleep(0.01)
-        place = Place(process, IPv4Address(container.ipv4), tools=str(tools))
-        place.set_congestion_control()
-        yield place
+        namespaces = Namespaces(process, IPv4Address(container.ipv4), tools=str(tools))
+        namespaces.set_congestion_control()
+        yield namespaces
     finally:
         holder.kill()
         holder.wait()
@@ -189,7 +192,7 @@ def _setup(command: str | None, client: Container, server: Container) -> Iterato
     )
     try:
         if process.stdout is None or not process.stdout.readline():
-            raise BenchError(f"--setup {command}: it has ended without a line")
+            raise BenchError(f"--setup {command}: it ended without printing a line")
         yield
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -205,7 +208,7 @@ def run_cases(
     order: random.Random,
     verbose: bool,
 ) -> Generator[Found, None, None]:
-    """Case by case, as each is done. A variant whose program fails has no figure; why is said on stderr."""
+    """Each case when it is done. Failures are reported on stderr, and leave out the figure."""
     with Servers() as servers:
         for measure in chosen:
             found = Found(measure.case, measure.cpu_of)
@@ -237,22 +240,100 @@ def _rule(text: str | None) -> RouterSettings:
     return RouterSettings(rule=Rule(**given))
 
 
+def _pairs(
+    client: Namespaces, server: Namespaces, with_library: bool, wanted: Sequence[str]
+) -> list[Pair]:
+    """The wanted variants, as far as they can be measured."""
+    pairs = {
+        PLAIN: Pair(PLAIN, client, server),
+        UNIX: Pair(UNIX, server, server, UNIX),
+        RING: Pair(RING, server, server, RING),
+    }
+    if with_library:
+        inside = f"/run/freeflow/{LIBRARY}"
+        pairs[FREEFLOW] = Pair(
+            FREEFLOW, replace(client, library=inside), replace(server, library=inside)
+        )
+    return [pairs[name] for name in VARIANTS if name in pairs and name in wanted]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which cases to run, and how."""
+
+    chosen: Sequence[Measure]
+    idling: Sequence[Case]
+    variants: Sequence[str]
+    rounds: int
+    seconds: float
+    seed: int
+    table: bool
+    verbose: bool
+
+    def run(self, pairs: Sequence[Pair]) -> dict[str, dict[str, object]]:
+        """Case to its JSON; prints each row of the table when its case is done."""
+        if self.table:
+            click.echo("\n".join(columns(HEADER, [HEADER], 2, WIDTHS).splitlines()[:2]))
+        order = random.Random(self.seed)
+        results = {}
+        # Closed here even on an error: they stop their servers in namespaces that still exist.
+        with (
+            contextlib.closing(
+                run_cases(self.chosen, pairs, self.rounds, self.seconds, order, self.verbose)
+            ) as running,
+            contextlib.closing(
+                idle_cases(pairs, min(self.rounds, 2), order, self.idling)
+            ) as resting,
+        ):
+            for found in chain(running, resting):
+                results[found.case.name] = found.json()
+                if self.table:
+                    click.echo(columns(HEADER, [found.line()], 2, WIDTHS).splitlines()[2])
+        return results
+
+
+def _measure(
+    plan: Plan, library: Path | None, settings: RouterSettings, router: bool, setup: str | None
+) -> dict[str, dict[str, object]]:
+    """Make the namespaces, run the plan in them, and take them down."""
+    with (
+        tempfile.TemporaryDirectory(prefix="freeflow-bench-") as tools,
+        congestion_control_allowed(),
+        bed(
+            "client",
+            "server",
+            library=library,
+            settings=settings,
+            router=router and library is not None,
+        ) as made,
+        _setup(setup, made.containers["client"], made.containers["server"]),
+        _enter_container(made.containers["client"], Path(tools)) as client,
+        _enter_container(made.containers["server"], Path(tools)) as server,
+    ):
+        Path(tools).chmod(0o755)
+        compiled.compile_into(Path(tools))
+        results = plan.run(_pairs(client, server, library is not None, plan.variants))
+        if plan.verbose and made.process is not None:
+            print(f"{made.router.statistics()}\n{made.log()}", file=sys.stderr)
+    return results
+
+
 @click.command(help=__doc__)
-@click.option("--cases", default="*", show_default=True, help="Patterns, with commas between.")
+@click.option("--cases", default="*", show_default=True, help="Patterns, separated by commas.")
 @click.option("--library", type=click.Path(path_type=Path, exists=True), help="libfreeflow.so")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=0.5, show_default=True, help="Length of a run.")
 @click.option("--variants", default=",".join(VARIANTS), show_default=True)
-@click.option(
-    "--router/--no-router", default=True, help="Whether to start one; only with a library."
-)
+@click.option("--router/--no-router", default=True, help="Start a router, if there is a library.")
 @click.option("--rule", help='The router\'s upgrade rule, JSON: \'{"operations": 4, "spin": 20}\'.')
-@click.option("--setup", help="A command that runs meanwhile.")
+@click.option("--setup", help="A shell command that runs during the measurement.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--seed", default=1, show_default=True, help="Of the order of variants.")
-@click.option("--list", "listing", is_flag=True, help="Say what cases there are.")
+@click.option("--seed", default=1, show_default=True, help="Seed of the order of variants.")
+@click.option("--list", "listing", is_flag=True, help="List the cases.")
 @click.option(
-    "--verbose", is_flag=True, help="Say each run on stderr, and at the end what the router says."
+    "--verbose",
+    is_flag=True,
+    help="Print each run, and at the end the router's statistics and log, on stderr.",
 )
 def main(
     cases: str,
@@ -277,50 +358,16 @@ def main(
         for case in (*(one.case for one in chosen), *idling):
             click.echo(f"{case.name:<32} {case.about}")
         return
-    wanted = variants.split(",")
     missing = absent_programs(chosen)
     if missing:
-        raise click.ClickException(f"apt-get install {' '.join(missing)}: these cases need them")
-    results = {}
-    with (
-        tempfile.TemporaryDirectory(prefix="freeflow-bench-") as tools,
-        congestion_control_allowed(),
-        bed(
-            "client",
-            "server",
-            library=library,
-            settings=_rule(rule),
-            router=router and library is not None,
-        ) as made,
-        _setup(setup, made.containers["client"], made.containers["server"]),
-        _place(made.containers["client"], Path(tools)) as client,
-        _place(made.containers["server"], Path(tools)) as server,
-    ):
-        Path(tools).chmod(0o755)
-        compiled.compile_into(Path(tools))
-        inside = f"/run/freeflow/{LIBRARY}"
-        pairs = {
-            PLAIN: Pair(PLAIN, client, server),
-            UNIX: Pair(UNIX, server, server, UNIX),
-            RING: Pair(RING, server, server, RING),
-        }
-        if library is not None:
-            fast = [replace(place, library=inside) for place in (client, server)]
-            pairs[FREEFLOW] = Pair(FREEFLOW, fast[0], fast[1])
-        some = [pairs[name] for name in VARIANTS if name in pairs and name in wanted]
-        if not as_json:
-            click.echo("\n".join(columns(HEADER, [HEADER], 2, WIDTHS).splitlines()[:2]))
-        order = random.Random(seed)
-        # Closed in here whatever happens: they end their servers in places that still are there.
-        with (
-            contextlib.closing(run_cases(chosen, some, rounds, seconds, order, verbose)) as running,
-            contextlib.closing(idle_cases(some, min(rounds, 2), order, idling)) as resting,
-        ):
-            for found in chain(running, resting):
-                results[found.case.name] = found.json()
-                if not as_json:
-                    click.echo(columns(HEADER, [found.line()], 2, WIDTHS).splitlines()[2])
-        if verbose and made.process is not None:
-            print(f"{made.router.statistics()}\n{made.log()}", file=sys.stderr)
+        raise click.ClickException(
+            f"these cases need programs that are missing; apt-get install {' '.join(missing)}"
+        )
+    plan = Plan(
+        *(chosen, idling, variants.split(","), rounds, seconds, seed),
+        table=not as_json,
+        verbose=verbose,
+    )
+    results = _measure(plan, library, _rule(rule), router, setup)
     if as_json:
         click.echo(json.dumps(results, indent=2))

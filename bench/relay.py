@@ -1,12 +1,11 @@
-"""`python -m bench relay`: what the relay itself costs, without a network: two links of one relay over shared memory.
+"""`python -m bench relay`: the cost of the relay itself: two links of one relay over shared memory.
 
-One program plays both processes in one thread on one core, the relay has the other: what is measured is the way from one
-ring to the other. The processor copies what an RDMA device would write, so bytes per second are a lower bound for the
-relay, and a figure about this machine's memory. Counters per message and per megabyte are the relay's own, and hold for
-verbs too, but for `copied`, which is 0 there; see docs/rdma-model.md.
+One program is both processes, in one thread on one core; the relay has another core. The processor
+copies the bytes that an RDMA device would write, so bytes per second are a lower bound that depends
+on this machine's memory. Counters per message and per megabyte are the relay's own. They hold for
+verbs, too, except `copied`, which is 0 there; see docs/rdma-model.md.
 
-Instructions are counted by the processor where it lets us, else by valgrind, which runs the relay in its own way: there it
-never spins, so each message costs a sleep more.
+valgrind counts instructions. Under it the relay never spins, so each message costs one more sleep.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ MEGABYTE: Final = 1_000_000
 RING: Final = 256 << 10
 SETTLE: Final = 0.05
 SPIN: Final = 10_000_000
-"""us: for as long as a run takes."""
+"""Microseconds: longer than a run takes."""
 COMPILE: Final = (
     "gcc",
     "-O2",
@@ -53,13 +52,13 @@ COMPILE: Final = (
 )
 MESSAGES: Final = (64, 1024, 16384, 65536)
 TOLD: Final = ("delay_64b", "stream_65536b")
-"""Cases whose counters `cross-host` prints too."""
+"""Cases whose counters are rows of `cross-host`."""
 COUNTED: Final = ("writes", "posts", "polls", "completions", "calls", "sleeps", "bells")
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of the load: what it said, and what the relay counted and used meanwhile."""
+    """One run: the load's figures, the relay's counters, and its CPU time in seconds."""
 
     figures: tuple[float, ...]
     counts: dict[str, int]
@@ -67,12 +66,12 @@ class Run:
 
 
 def _cpu(pid: int) -> float:
-    """Seconds of CPU time, as fine as the kernel keeps it."""
+    """Seconds of CPU time, with the kernel's resolution."""
     return time.clock_gettime(_clock_of(pid))
 
 
 def _clock_of(pid: int) -> int:
-    """clock_getcpuclockid(): the kernel's number for a process's clock."""
+    """The ID of a process's CPU-time clock, as clock_getcpuclockid(3) makes it."""
     return ~pid << 3 | 2
 
 
@@ -81,13 +80,13 @@ def _pair(binary: Path, *, spin: int) -> Iterator[tuple[client.Relay, client.End
     with client.relay(binary) as relay:
         answer = relay.open(spin=spin)
         if answer.error:
-            raise BenchError(f"the relay opens no memory transport: {answer.text}")
+            raise BenchError(f"the relay does not open the loopback transport: {answer.text}")
         client.link(relay, relay, 1, 2)
         one, two = client.connect(relay, relay, ring=RING, link=1, peer_link=2)
         for end in (one, two):
             end.write(1, 72, 1, 4)
             assert end.rings_relay is not None
-            # It looks at once at what it is rung for.
+            # Mark all slots as dirty, so that the relay scans them at once.
             os.pwrite(end.memory, b"\1" + bytes(7), 64 + 2112 + 64)
             end.rings_relay.send(b"x")
         time.sleep(SETTLE)
@@ -136,7 +135,7 @@ def _run(binary: Path, tool: Path, mode: str, message: int, seconds: float, touc
 
 
 def _annotated(out: Path) -> tuple[int, int]:
-    """All instructions of a run under callgrind, and those of copying bytes."""
+    """Instructions of a run under callgrind: all, and those that copy bytes."""
     said = subprocess.run(
         ["callgrind_annotate", "--threshold=100", str(out)],
         capture_output=True,
@@ -145,7 +144,7 @@ def _annotated(out: Path) -> tuple[int, int]:
     ).stdout
     rows = re.findall(r"^\s*([\d,]+) \([\s\d.]+%\)\s+(.*)$", said, re.MULTILINE)
     if not rows:
-        raise BenchError("callgrind_annotate says nothing; run it by hand")
+        raise BenchError("callgrind_annotate prints no rows; run it by hand")
     counted = [(int(count.replace(",", "")), what) for count, what in rows]
     total = next(count for count, what in counted if "PROGRAM TOTALS" in what)
     return total, sum(count for count, what in counted if "memcpy" in what or "memmove" in what)
@@ -154,7 +153,7 @@ def _annotated(out: Path) -> tuple[int, int]:
 def _under_valgrind(
     binary: Path, end: Path, options: tuple[list[str], list[str]]
 ) -> tuple[int, int]:
-    """Instructions of a relay that carries this between two ends."""
+    """Instructions of a relay between two ends with these options."""
     with tempfile.TemporaryDirectory() as folder:
         wrapper, out = Path(folder, "relay"), Path(folder, "out")
         valgrind = f"valgrind --tool=callgrind --log-file=/dev/null --callgrind-out-file={out}"
@@ -176,7 +175,7 @@ def _under_valgrind(
 
 
 def instructions(binary: Path, end: Path) -> dict[str, float]:
-    """Of both relays together, without copying bytes: a message of 64 bytes one way, and a megabyte one way."""
+    """Instructions of both relays, without copying: per message of 64 bytes, and per megabyte."""
     few, many = 200, 1200
     trips = [
         _under_valgrind(
@@ -210,7 +209,7 @@ def _median(values: list[float]) -> float:
 
 
 def measure(binary: Path, tool: Path, rounds: int, seconds: float, say: Any) -> dict[str, Any]:
-    """Each case in turn, so many rounds; medians. `best` is the run that was disturbed least: of the delay, or per core."""
+    """Medians of each case. `best` is the least disturbed run: lowest delay, or most per core."""
     runs: dict[str, list[Run]] = {}
     cases = [
         *((f"delay_{size}b", "delay", size, True) for size in MESSAGES),
@@ -246,7 +245,7 @@ def measure(binary: Path, tool: Path, rounds: int, seconds: float, say: Any) -> 
 
 @contextlib.contextmanager
 def _built() -> Iterator[tuple[Path, Path, Path]]:
-    """The relay, the load on it, and an end for counting."""
+    """Paths of the relay, its load, and the test's program for one end."""
     with tempfile.TemporaryDirectory() as folder:
         binary, tool, end = (Path(folder, name) for name in ("freeflow-relay", "relayload", "end"))
         subprocess.run([ROOT / "dataplane" / "relay" / "build.sh", binary], check=True)
@@ -256,7 +255,7 @@ def _built() -> Iterator[tuple[Path, Path, Path]]:
 
 
 def suite(rounds: int, seconds: float, say: Any) -> dict[str, Row]:
-    """Rows for `cross-host`: what the relay adds to a device, and what one core of it carries. There is nothing to compare with.
+    """Rows for `cross-host`: the relay's delay, and the throughput of one core, without ratios.
 
     Raises:
         BenchError: the relay or its load failed.
@@ -265,7 +264,7 @@ def suite(rounds: int, seconds: float, say: Any) -> dict[str, Row]:
         found = measure(binary, tool, rounds, seconds, say)
     rows = {}
     for name, one in found.items():
-        about = "the relay over shared memory in a device's place"
+        about = "the relay over shared memory in a device's namespaces"
         if name.startswith("delay"):
             case, value = Case(f"relay_{name}", "us", False, f"{about}: one way"), one["value"]
         else:
@@ -279,7 +278,7 @@ def suite(rounds: int, seconds: float, say: Any) -> dict[str, Row]:
 
 
 def table(rows: dict[str, Any]) -> str:
-    """For people: figures, then what the relay counted."""
+    """The table: figures, then the relay's counters."""
     header = ("case", "unit", "value", "p99 / per core", "best", *COUNTED)
     lines: list[tuple[str, ...]] = []
     for name, one in rows.items():
@@ -295,7 +294,9 @@ def table(rows: dict[str, Any]) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=0.5, show_default=True, help="Length of a run.")
-@click.option("--valgrind/--no-valgrind", default=True, help="Count instructions; takes a minute.")
+@click.option(
+    "--valgrind/--no-valgrind", default=True, help="Count instructions, which takes a minute."
+)
 def main(as_json: bool, rounds: int, seconds: float, valgrind: bool) -> None:
     start = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""The two outputs: one JSON object for programs, one table for people. Both show the same rows."""
+"""Output as JSON and as a table, with the same rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def as_json(report: Report) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four significant digits at most, none invented: a dash where there is no figure."""
+    """At most four significant digits; a dash for no figure."""
     if value is None:
         return "-"
     if value == 0:
@@ -100,7 +100,10 @@ def columns(
     left: int = 2,
     at_least: Sequence[int] = (),
 ) -> str:
-    """Aligned text; the first `left` columns are words, the others figures. No column is narrower than `at_least`."""
+    """An aligned table: the first `left` columns to the left, the others to the right.
+
+    `at_least` has the minimum width of each column.
+    """
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
     widths = [max(pair) for pair in zip_longest(widths, at_least, fillvalue=0)]
 

@@ -1,4 +1,4 @@
-"""Who is measured when: run by run in turn, in another order each round, so that drift hits all subjects alike."""
+"""Interleaved runs: subjects in turn, in another order each round, so drift affects all alike."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from bench.load import CASES, Figures, Load
-from bench.place import Pair
+from bench.namespaces import Pair
 from bench.stats import Row, row
 
 Say = Callable[[str], None]
@@ -21,7 +21,7 @@ def interleaved(
     say: Say,
     enough: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, list[float]]]:
-    """Case -> subject -> a figure per round. No round begins once there is `enough`, but one is always made."""
+    """Case to subject to one figure per round. No further round begins once `enough` is true."""
     samples: dict[str, dict[str, list[float]]] = {}
 
     def keep(subject: str, figures: Figures) -> None:
@@ -34,7 +34,7 @@ def interleaved(
                 load.run(pair, 0.5)
     for number in range(rounds):
         if number and enough():
-            say(f"no time for more than {number} of {rounds} rounds")
+            say(f"the time is used up after {number} of {rounds} rounds")
             break
         for load in loads:
             for pair in order.sample(list(pairs), len(pairs)):

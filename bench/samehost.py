@@ -1,8 +1,8 @@
-"""The suite `same-host`: connections between containers of one host, with the library and without it.
+"""The suite `same-host`: connections between containers of one host.
 
-Subjects are `freeflow` (with the library, by mount and LD_PRELOAD as the docs say), `freeflow_plain` (the same network
-without it), Docker's `overlay`, the host's network, and as limits AF_UNIX and a bare ring in shared memory. A program
-that fails on a subject leaves out that figure, and the row says why; all others are measured.
+Subjects are `freeflow` (with the library), `freeflow_plain` (the same network without it), Docker's
+`overlay`, the host's network, and as limits AF_UNIX and a bare ring in shared memory. If a program
+fails on a subject, its row has the reason in place of the figure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.errors import ProgramError
 from bench.idle import Idle
 from bench.load import Load
 from bench.measures import Measure, measures
-from bench.place import RING, TCP, Pair
+from bench.namespaces import RING, TCP, Pair
 from bench.rounds import Say
 from bench.sampling import Sample, sample
 from bench.servers import Servers
@@ -27,17 +27,17 @@ from bench.stats import Case, LocalRow, local_row
 
 OLD_CASES: Final = (load.STREAM_1, load.STREAM_4, load.TCP_RR, load.UDP_RR, load.CPU)
 OLD_LOADS: Final = ("stream_1", "stream_4", "tcp_rr", "udp_rr")
-"""Loads that give them, in every other round; the other loads of `bench/load.py` have a namesake here."""
+"""Loads of `cross-host` that measure them, in every second round."""
 CPU_OF: Final = ("redis_p1_c1", "redis_p1_c50", "redis_p16_c50", "memcached_c50")
-"""Cases whose CPU time per unit has a row of its own."""
+"""Cases whose CPU time has a row of its own."""
 CALIBRATION: Final = 0.15
 LAST: Final = 30.0
-"""Seconds kept for the idle connections, which come last, once."""
+"""Seconds reserved for the idle connections, which are measured once, at the end."""
 
 
 @dataclass(slots=True)
 class Figures:
-    """Of one case, subject by subject: a figure for each run, its CPU time per unit; and what was upgraded."""
+    """One case: figures and CPU time per unit by subject, and the share of upgraded connections."""
 
     case: Case
     cpu_of: str | None = None
@@ -64,21 +64,21 @@ class Figures:
         )
 
     def cpu_row(self) -> LocalRow:
-        """The row of the CPU time itself."""
+        """The row of the case's CPU time."""
         about = f"CPU time of both ends in {self.case.name}"
         case = Case(f"{self.case.name}_cpu", f"us/{self.cpu_of}", False, about)
         return Figures(case, None, self.cpu_us, {}, self.upgraded, self.failed).row()
 
 
 def case_names() -> list[str]:
-    """All cases that can be picked."""
+    """Names of all cases."""
     measured = (one.case for one in measures() if one.in_suite)
     return [case.name for case in (*measured, *idle.CASES, *OLD_CASES)]
 
 
 @dataclass(slots=True)
 class SameHost:
-    """One run of the suite: rounds until `rounds` are made or another wouldn't end in `budget` seconds."""
+    """One run of the suite: up to `rounds` rounds, as many as fit in `budget` seconds."""
 
     pairs: Sequence[Pair]
     names: Sequence[str]
@@ -115,7 +115,7 @@ class SameHost:
             for number in range(self.rounds):
                 begun = self.clock()
                 if number and begun + longest + LAST > start + self.budget:
-                    self.say(f"no time for more than {number} of {self.rounds} rounds")
+                    self.say(f"the time is used up after {number} of {self.rounds} rounds")
                     break
                 for one in chosen:
                     self._each(one, servers, self.seconds, f"round {number + 1}/{self.rounds}")
@@ -139,7 +139,7 @@ class SameHost:
         return self.order.sample(able, len(able))
 
     def _try(self, names: Sequence[str], pair: Pair, work: Callable[[], None]) -> None:
-        """Do it unless it has failed before."""
+        """Do the work, unless it has failed before on this subject."""
         mine = [self.found[name] for name in names if name in self.found]
         if any(pair.subject in figures.failed for figures in mine):
             return

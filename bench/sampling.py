@@ -1,4 +1,4 @@
-"""One run of a measure on a subject: the figure, CPU time of both ends per unit, share of upgraded connections."""
+"""One run of a case on a subject: figure, CPU time per unit, share of upgraded connections."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Final
 from bench import cost, parse
 from bench.errors import ProgramError
 from bench.measures import Call, Measure
-from bench.place import RING, Pair, Place
+from bench.namespaces import RING, Namespaces, Pair
 from bench.servers import Servers
 
 COUNTERS: Final = "FREEFLOW_STATS"
-"""Names the file to which the library adds a line when a program ends."""
+"""Names the file to which the library appends a line when a program ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`cpu_us` is per unit, if that means something; `upgraded` is None where no library says in its `counters`."""
+    """A run's result. `cpu_us` is per unit of work; `upgraded` is None without the library."""
 
     figure: float
     cpu_us: float | None
@@ -31,9 +31,11 @@ class Sample:
 
 
 def cores_of(numbers: tuple[int, ...], ours: Collection[int]) -> tuple[int, ...]:
-    """Those of `ours` that are so many from the end.
+    """The cores at these positions from the end.
 
-    Raises `ProgramError` where there are too few of them.
+    Raises:
+        ProgramError: there are too few.
+
     """
     have = sorted(ours, reverse=True)
     if numbers and max(numbers) >= len(have):
@@ -45,7 +47,7 @@ def cores_of(numbers: tuple[int, ...], ours: Collection[int]) -> tuple[int, ...]
 
 @contextlib.contextmanager
 def every_core_busy() -> Iterator[None]:
-    """A program on each core that does nothing else; none outlives this, nor a minute."""
+    """A busy loop on each core, for at most a minute."""
     hogs = []
     try:
         for core in sorted(os.sched_getaffinity(0)):
@@ -59,21 +61,21 @@ def every_core_busy() -> Iterator[None]:
             hog.wait()
 
 
-def counters_in(place: Place) -> tuple[str, Path]:
-    """The file for the library's counters, as the place sees it and as we do; it isn't there yet."""
+def counters_in(namespaces: Namespaces) -> tuple[str, Path]:
+    """Paths of a new file for the library's counters: in the container, and from outside."""
     inside = f"/tmp/bench-{os.getpid()}-counters"
-    outside = place.root / inside.lstrip("/")
+    outside = namespaces.root / inside.lstrip("/")
     outside.unlink(missing_ok=True)
     return inside, outside
 
 
 def sample(measure: Measure, pair: Pair, servers: Servers, seconds: float) -> Sample:
-    """One run. Raises `ProgramError` if a program failed or said something that can't be."""
+    """Make one run. Raises `ProgramError` if a program failed or printed something invalid."""
     ours = os.sched_getaffinity(0)
     server_cores = cores_of(measure.server_cores, ours)
     client_cores = cores_of(measure.client_cores, ours)
     if pair.transport == RING:
-        # One program, that puts each of its ends on its core.
+        # One program, which pins each of its ends itself.
         seen = measure.call(Call(pair, None, seconds, (*client_cores, *server_cores), server_cores))
         return Sample(seen.figure, (seen.client_us or 0) / seen.units, None)
     server = servers.get(pair, measure.kind, frozenset(server_cores))

@@ -1,6 +1,6 @@
-"""The servers of measurements: started inside a place, on chosen cores, when first needed; ended all together.
+"""The servers of measurements: started in a container when first needed, and stopped together.
 
-One of each kind, place and set of cores. They run on while others are measured: idle, they cost nothing.
+There is one for each program, pair and set of cores. Idle servers keep running at no cost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from bench import cost
 from bench.errors import ProgramError
-from bench.place import UNIX, Pair, Place, run
+from bench.namespaces import UNIX, Namespaces, Pair, run
 from driver.kernel.namespace import in_netns
 
 FIRST_PORT: Final = 7100
@@ -30,26 +30,26 @@ LARGE: Final = 100 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """Where a server is to listen: all addresses at a port; or, if `path` says so, a unix socket."""
+class Instance:
+    """Where a server listens: at a port of all addresses, or with `path` at a unix socket."""
 
-    place: Place
+    namespaces: Namespaces
     port: int
     path: str
 
     @property
     def folder(self) -> str:
-        """For the server's own files; in the place's file system."""
+        """Folder of the server's files, in the container."""
         return f"/tmp/bench-{os.getpid()}-{self.port}"
 
     @property
     def at(self) -> tuple[str, str]:
-        """Address and port, in the words of our own programs."""
+        """Address and port as our load programs take them."""
         return (self.path, "0") if self.path else ("0.0.0.0", str(self.port))
 
     def write(self, name: str, text: str) -> str:
-        """A file for the server; its path in there."""
-        folder = self.place.root / self.folder.lstrip("/")
+        """Write a file for the server; its path in the container."""
+        folder = self.namespaces.root / self.folder.lstrip("/")
         folder.mkdir(exist_ok=True)
         folder.chmod(0o755)
         (folder / name).write_text(text)
@@ -58,7 +58,7 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A server that answers: `address` and `port` are for the client; a unix socket has a path and port 0."""
+    """A running server, with address and port for the client; a unix socket has a path."""
 
     pid: int
     address: str
@@ -69,7 +69,7 @@ class Running:
         return set(cost.family(self.pid))
 
     def settled(self, processes: set[int], patience: float = 1.0) -> None:
-        """Wait until those that it made for a client are gone: one that goes while we count would be missed."""
+        """Wait until processes that it forked for a client have ended, so that their time counts."""
         end = time.monotonic() + patience
         while self.processes() - processes and time.monotonic() < end:
             time.sleep(0.005)
@@ -79,48 +79,48 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """A server program: `command` makes its command line; `prepare` what it needs before, `fill` once it answers.
+class ServerProgram:
+    """A server program: its command line, preparations before the start, and data after it.
 
-    `unix` is where it puts its unix socket in its folder, and `unix_is_folder` whether clients name only the folder;
-     `user` is whose it runs as.
+    `unix` is the path of its unix socket in its folder; with `unix_is_folder` clients name only the
+    folder. `user` is the user that it runs as.
     """
 
     name: str
-    command: Callable[[Seat], Sequence[str]]
-    prepare: Callable[[Seat], None] = lambda _: None
-    fill: Callable[[Seat], None] = lambda _: None
+    command: Callable[[Instance], Sequence[str]]
+    prepare: Callable[[Instance], None] = lambda _: None
+    fill: Callable[[Instance], None] = lambda _: None
     user: str = ""
     end: signal.Signals = signal.SIGTERM
     unix: str = "socket"
     unix_is_folder: bool = False
     programs: tuple[tuple[str, str], ...] = ()
-    """Programs of Debian that it and its clients are, each with its package."""
+    """Debian's programs for server and client, each with its package."""
 
 
-def _redis(seat: Seat) -> list[str]:
-    where = ["--port", "0", "--unixsocket", seat.path]
-    if not seat.path:
-        where = ["--port", str(seat.port), "--bind", "0.0.0.0", "--protected-mode", "no"]
+def _redis(instance: Instance) -> list[str]:
+    where = ["--port", "0", "--unixsocket", instance.path]
+    if not instance.path:
+        where = ["--port", str(instance.port), "--bind", "0.0.0.0", "--protected-mode", "no"]
     return ["redis-server", *where, "--save", "", "--dir", "/tmp"]
 
 
-def _memcached(seat: Seat) -> list[str]:
-    where = ["-s", seat.path] if seat.path else ["-p", str(seat.port), "-l", "0.0.0.0"]
+def _memcached(instance: Instance) -> list[str]:
+    where = ["-s", instance.path] if instance.path else ["-p", str(instance.port), "-l", "0.0.0.0"]
     return ["memcached", "-u", "root", "-U", "0", "-t", "2", "-c", "4096", *where]
 
 
-def _nginx_files(seat: Seat) -> None:
-    seat.write("small", "0123456789abcdef" * (SMALL // 16))
-    seat.write("large", "0123456789abcdef" * (LARGE // 16))
+def _nginx_files(instance: Instance) -> None:
+    instance.write("small", "0123456789abcdef" * (SMALL // 16))
+    instance.write("large", "0123456789abcdef" * (LARGE // 16))
     temporary = "\n".join(
-        f"  {kind}_temp_path {seat.folder}/{kind};"
+        f"  {kind}_temp_path {instance.folder}/{kind};"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     text = f"""\
 worker_processes 2;
 daemon off;
-pid {seat.folder}/nginx.pid;
+pid {instance.folder}/nginx.pid;
 error_log stderr warn;
 events {{ worker_connections 1024; }}
 http {{
@@ -129,34 +129,34 @@ http {{
   keepalive_requests 1000000000;
 {temporary}
   server {{
-    listen {seat.port};
-    root {seat.folder};
+    listen {instance.port};
+    root {instance.folder};
   }}
 }}
 """
-    seat.write("nginx.conf", text)
+    instance.write("nginx.conf", text)
 
 
-def _nginx(seat: Seat) -> list[str]:
-    return ["nginx", "-c", f"{seat.folder}/nginx.conf"]
+def _nginx(instance: Instance) -> list[str]:
+    return ["nginx", "-c", f"{instance.folder}/nginx.conf"]
 
 
-def postgres_programs(place: Place) -> str:
-    """Debian keeps a directory per version, none of them in PATH."""
-    found = sorted((place.root / "usr/lib/postgresql").glob("*/bin/postgres"))
+def postgres_programs(namespaces: Namespaces) -> str:
+    """The folder of PostgreSQL's programs: Debian has one per version, none in PATH."""
+    found = sorted((namespaces.root / "usr/lib/postgresql").glob("*/bin/postgres"))
     if not found:
         raise ProgramError("no PostgreSQL: the package postgresql is missing")
-    return "/" + str(found[-1].parent.relative_to(place.root))
+    return "/" + str(found[-1].parent.relative_to(namespaces.root))
 
 
 def as_user(name: str) -> list[str]:
     return [f"--reuid={name}", f"--regid={name}", "--clear-groups"]
 
 
-def _postgres_data(seat: Seat) -> None:
-    data = f"{seat.folder}/data"
-    programs = postgres_programs(seat.place)
-    bare = Place(seat.place.process, seat.place.address)
+def _postgres_data(instance: Instance) -> None:
+    data = f"{instance.folder}/data"
+    programs = postgres_programs(instance.namespaces)
+    bare = Namespaces(instance.namespaces.process, instance.namespaces.address)
     script = (
         f"install -d -o postgres {data} && setpriv {' '.join(as_user('postgres'))} {programs}/initdb -D {data} -A trust"
         f" -U postgres --no-sync >/dev/null && echo host all all all trust >>{data}/pg_hba.conf"
@@ -164,43 +164,45 @@ def _postgres_data(seat: Seat) -> None:
     run(bare.enter("sh", "-c", script), 60)
 
 
-def _postgres(seat: Seat) -> list[str]:
+def _postgres(instance: Instance) -> list[str]:
     settings = {
-        "port": seat.port,
+        "port": instance.port,
         "listen_addresses": "*",
-        "unix_socket_directories": f"{seat.folder}/data",
+        "unix_socket_directories": f"{instance.folder}/data",
         "fsync": "off",
         "log_min_messages": "panic",
     }
     words = (word for name, value in settings.items() for word in ("-c", f"{name}={value}"))
-    program = f"{postgres_programs(seat.place)}/postgres"
-    return [program, "-D", f"{seat.folder}/data", *words]
+    program = f"{postgres_programs(instance.namespaces)}/postgres"
+    return [program, "-D", f"{instance.folder}/data", *words]
 
 
-def _postgres_rows(seat: Seat) -> None:
-    bare = Place(seat.place.process, seat.place.address)
-    where = ("-h", f"{seat.folder}/data", "-p", str(seat.port), "-U", "postgres")
+def _postgres_rows(instance: Instance) -> None:
+    bare = Namespaces(instance.namespaces.process, instance.namespaces.address)
+    where = ("-h", f"{instance.folder}/data", "-p", str(instance.port), "-U", "postgres")
     run(bare.enter("pgbench", "-i", "-q", *where, "postgres"), 60)
 
 
-PINGPONG: Final = Kind("pingpong", lambda seat: _tool(seat, "pingpong", "stream"))
-PINGPONG_EPOLL: Final = Kind("pingpong-epoll", lambda seat: _tool(seat, "pingpong", "epoll"))
-STREAM: Final = Kind("stream", lambda seat: _tool(seat, "stream"))
-IPERF3: Final = Kind(
+PINGPONG: Final = ServerProgram("pingpong", lambda instance: _tool(instance, "pingpong", "stream"))
+PINGPONG_EPOLL: Final = ServerProgram(
+    "pingpong-epoll", lambda instance: _tool(instance, "pingpong", "epoll")
+)
+STREAM: Final = ServerProgram("stream", lambda instance: _tool(instance, "stream"))
+IPERF3: Final = ServerProgram(
     "iperf3",
-    lambda seat: ["iperf3", "--server", "--port", str(seat.port)],
+    lambda instance: ["iperf3", "--server", "--port", str(instance.port)],
     programs=(("iperf3", "iperf3"),),
 )
-REDIS: Final = Kind(
+REDIS: Final = ServerProgram(
     "redis",
     _redis,
     programs=(("redis-server", "redis-server"), ("redis-benchmark", "redis-tools")),
 )
-MEMCACHED: Final = Kind("memcached", _memcached, programs=(("memcached", "memcached"),))
-NGINX: Final = Kind(
+MEMCACHED: Final = ServerProgram("memcached", _memcached, programs=(("memcached", "memcached"),))
+NGINX: Final = ServerProgram(
     "nginx", _nginx, prepare=_nginx_files, programs=(("nginx", "nginx-light"), ("wrk", "wrk"))
 )
-PGSQL: Final = Kind(
+PGSQL: Final = ServerProgram(
     "postgres",
     _postgres,
     prepare=_postgres_data,
@@ -209,25 +211,25 @@ PGSQL: Final = Kind(
     unix="data/.s.PGSQL.{port}",
     unix_is_folder=True,
     programs=(("pgbench", "postgresql"),),
-    # SIGTERM would wait for the clients to go.
+    # After SIGTERM it would wait until all clients have disconnected.
     end=signal.SIGINT,
 )
 
 
-def _tool(seat: Seat, name: str, *words: str) -> list[str]:
-    return [f"{seat.place.tools}/{name}", *words, "serve", "-1", *seat.at]
+def _tool(instance: Instance, name: str, *words: str) -> list[str]:
+    return [f"{instance.namespaces.tools}/{name}", *words, "serve", "-1", *instance.at]
 
 
-def _answers(pair: Pair, seat: Seat) -> bool:
-    """Whether a connection can be made, from where the client is."""
+def _answers(pair: Pair, instance: Instance) -> bool:
+    """Does the server accept connections from the client's namespace?"""
 
     def connect() -> None:
-        if seat.path:
+        if instance.path:
             with socket.socket(socket.AF_UNIX) as made:
                 made.settimeout(2)
-                made.connect(f"{seat.place.root}{seat.path}")
+                made.connect(f"{instance.namespaces.root}{instance.path}")
         else:
-            where = (str(pair.server.address), seat.port)
+            where = (str(pair.server.address), instance.port)
             socket.create_connection(where, 2).close()
 
     namespace = os.open(pair.client.process / "ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -242,11 +244,13 @@ def _answers(pair: Pair, seat: Seat) -> bool:
 
 @dataclass(slots=True)
 class Servers:
-    """All that were started. Leaving it ends them."""
+    """All started servers. Leaving the context stops them."""
 
     ports: count[int] = field(default_factory=lambda: count(FIRST_PORT))
     started: dict[tuple[str, str, frozenset[int]], Running] = field(default_factory=dict)
-    _processes: list[tuple[subprocess.Popen[Any], Kind, Seat]] = field(default_factory=list)
+    _processes: list[tuple[subprocess.Popen[Any], ServerProgram, Instance]] = field(
+        default_factory=list
+    )
 
     def __enter__(self) -> Servers:
         return self
@@ -256,52 +260,56 @@ class Servers:
     ) -> None:
         for process, kind, _ in self._processes:
             process.send_signal(kind.end)
-        for process, _, seat in self._processes:
+        for process, _, instance in self._processes:
             try:
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            shutil.rmtree(seat.place.root / seat.folder.lstrip("/"), ignore_errors=True)
+            shutil.rmtree(
+                instance.namespaces.root / instance.folder.lstrip("/"), ignore_errors=True
+            )
 
-    def get(self, pair: Pair, kind: Kind, cores: frozenset[int] = frozenset()) -> Running:
-        """The server of this pair; started, and waited for, if it doesn't run yet."""
+    def get(self, pair: Pair, kind: ServerProgram, cores: frozenset[int] = frozenset()) -> Running:
+        """The server of this pair; started if it is not running."""
         key = (pair.subject, kind.name, cores)
         if key not in self.started:
             self.started[key] = self._start(pair, kind, cores)
         return self.started[key]
 
-    def fresh(self, pair: Pair, kind: Kind) -> Running:
-        """One that nobody has used."""
+    def fresh(self, pair: Pair, kind: ServerProgram) -> Running:
+        """A new server, not used before."""
         return self._start(pair, kind, frozenset())
 
-    def _start(self, pair: Pair, kind: Kind, cores: frozenset[int]) -> Running:
-        seat = Seat(pair.server, next(self.ports), "")
+    def _start(self, pair: Pair, kind: ServerProgram, cores: frozenset[int]) -> Running:
+        instance = Instance(pair.server, next(self.ports), "")
         if pair.transport == UNIX:
-            seat = replace(seat, path=f"{seat.folder}/{kind.unix.format(port=seat.port)}")
-        said = seat.place.root / seat.write("log", "").lstrip("/")
-        kind.prepare(seat)
-        # A bench that is killed takes its servers with it.
+            instance = replace(
+                instance, path=f"{instance.folder}/{kind.unix.format(port=instance.port)}"
+            )
+        said = instance.namespaces.root / instance.write("log", "").lstrip("/")
+        kind.prepare(instance)
+        # If the benchmark is killed, its servers end, too.
         before = ["setpriv", "--pdeathsig", kind.end.name.removeprefix("SIG")]
         if kind.user:
             before += as_user(kind.user)
         with said.open("w") as log:
             process = subprocess.Popen(
-                pair.server.enter(*kind.command(seat), cores=cores, before=before),
+                pair.server.enter(*kind.command(instance), cores=cores, before=before),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        self._processes.append((process, kind, seat))
+        self._processes.append((process, kind, instance))
         end = time.monotonic() + PATIENCE
-        while not _answers(pair, seat):
+        while not _answers(pair, instance):
             if process.poll() is not None or time.monotonic() > end:
                 raise ProgramError(
-                    f"{pair.subject}: {kind.name} doesn't answer at port {seat.port}: {said.read_text()[-500:].strip()}"
+                    f"{pair.subject}: {kind.name} does not answer at port {instance.port}: {said.read_text()[-500:].strip()}"
                 )
             time.sleep(0.02)
-        kind.fill(seat)
-        address = seat.path or str(pair.server.address)
-        if seat.path and kind.unix_is_folder:
-            address = str(Path(seat.path).parent)
-        return Running(process.pid, address, seat.port, bool(seat.path))
+        kind.fill(instance)
+        address = instance.path or str(pair.server.address)
+        if instance.path and kind.unix_is_folder:
+            address = str(Path(instance.path).parent)
+        return Running(process.pid, address, instance.port, bool(instance.path))

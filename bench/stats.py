@@ -1,6 +1,6 @@
-"""Samples in, one row per case out: medians, how far runs lie apart, ratios. Nothing here measures.
+"""Statistics: makes one row per case from samples, with medians, spreads and ratios.
 
-A subject that a case doesn't apply to has no samples and comes out as None, never as 0.
+A subject without samples has the figure None, never 0.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ FREEFLOW_PLAIN: Final = "freeflow_plain"
 """Without the library."""
 AF_UNIX: Final = "af_unix"
 RING: Final = "ring"
-"""A bare one in shared memory."""
+"""A bare ring in shared memory."""
 LOCAL_SUBJECTS: Final = (FREEFLOW, FREEFLOW_PLAIN, OVERLAY, HOST, AF_UNIX, RING)
 
 Samples = Mapping[str, Sequence[float]]
-"""Subject -> one figure per run."""
+"""Subject to one figure per run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row: what is measured, in what, and which way is better."""
+    """A case: its name, unit and description, and whether more or less is better."""
 
     name: str
     unit: str
@@ -37,7 +37,7 @@ class Case:
 
 
 class Row(TypedDict):
-    """One case as `--json` prints it. `spread` is the widest of the subjects' (IQR / median)."""
+    """One case as `--json` prints it. `spread` is the largest IQR / median of its subjects."""
 
     unit: str
     better: str
@@ -53,7 +53,7 @@ class Row(TypedDict):
 
 
 class LocalRow(Row):
-    """A row of the suite `same-host`. `upgraded` is the share of freeflow's connections that went to shared memory."""
+    """A row of the suite `same-host`. `upgraded` is a share of freeflow's connections."""
 
     freeflow_plain: float | None
     af_unix: float | None
@@ -68,7 +68,7 @@ class LocalRow(Row):
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
-    """The nearest-rank percentile: always a figure that was really seen."""
+    """The nearest-rank percentile, which is always one of the samples."""
     if not samples:
         raise ValueError("no samples")
     rank = math.ceil(percent / 100 * len(samples))
@@ -76,7 +76,7 @@ def percentile(samples: Sequence[float], percent: float) -> float:
 
 
 def spread(samples: Sequence[float]) -> float | None:
-    """Interquartile range over median; None where it has no meaning."""
+    """Interquartile range over median; None with fewer than two samples or a median of 0."""
     if len(samples) < 2:
         return None
     low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
@@ -88,7 +88,7 @@ def ratio(a: float | None, b: float | None) -> float | None:
 
 
 def row(case: Case, samples: Samples, percent: float = 50) -> Row:
-    """The row of `case`; `percent` other than 50 when the case itself is a percentile of all runs."""
+    """The row of a case. `percent` is not 50 if the case itself is a percentile of all runs."""
     figure: dict[str, float | None] = {}
     for subject in SUBJECTS:
         values = samples.get(subject) or ()
@@ -123,7 +123,7 @@ def local_row(
     upgraded: float | None,
     failed: Mapping[str, str],
 ) -> LocalRow:
-    """The row of `case`, with the subjects that only `same-host` has."""
+    """The row of a case, with the additional subjects of `same-host`."""
     made = row(case, samples)
     middle = {name: statistics.median(some) for name, some in samples.items() if some}
     return LocalRow(

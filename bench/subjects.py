@@ -1,6 +1,6 @@
-"""The subjects: the same two containers on a `freeflow` network, on Docker's `overlay`, on the hosts' own network.
+"""The subjects: two equal containers on `freeflow`, on Docker's `overlay`, and on the host network.
 
-Everything made here carries the label `bed.LABEL` and is removed at the end, also after a failure.
+Everything made here has the label `bed.LABEL`, and is removed at the end, also after an error.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from bench import load
 from bench.bed import LABEL, PLUGIN, Host
 from bench.engine import address
 from bench.errors import BenchError, EngineRefusedError, ProgramError
-from bench.place import RING as BARE_RING
-from bench.place import TOOLS, UNIX, Pair, Place, run
+from bench.namespaces import RING as BARE_RING
+from bench.namespaces import TOOLS, UNIX, Namespaces, Pair, run
 from bench.stats import AF_UNIX, FREEFLOW, FREEFLOW_PLAIN, HOST, OVERLAY, RING
 
 DRIVERS: Final = {FREEFLOW: PLUGIN, OVERLAY: "overlay"}
 SHARED: Final = Path("/run/freeflow")
-"""What a container mounts to have the library."""
+"""The folder that a container mounts for the library."""
 LIBRARY: Final = SHARED / "libfreeflow.so"
 PORTS: Final = (*load.IPERF_PORTS, load.PINGPONG_PORT, load.REDIS_PORT, load.HTTP_PORT)
 
@@ -53,7 +53,7 @@ def networks(manager: Host, subjects: Sequence[str]) -> Iterator[None]:
 
 
 def remove_network(manager: Host, name: str, patience: float = 30.0) -> None:
-    """The Swarm lets a network go only once its last attachment is gone."""
+    """Remove a network; waits until the Swarm has removed its last attachment."""
     end = time.monotonic() + patience
     while True:
         try:
@@ -70,7 +70,7 @@ def remove_network(manager: Host, name: str, patience: float = 30.0) -> None:
 def container(
     image: str, subject: str, program: Sequence[str], accelerated: bool = False
 ) -> dict[str, Any]:
-    """The body of a container's creation; `accelerated` with the library, as the docs say."""
+    """The request that creates a container; `accelerated`: with the library."""
     host: dict[str, Any] = {"NetworkMode": network_name(subject)}
     environment = []
     if accelerated:
@@ -87,15 +87,15 @@ def container(
 
 
 def sweep(hosts: Sequence[Host]) -> None:
-    """Remove all our containers."""
+    """Remove all containers with our label."""
     for host in hosts:
         for identifier in host.engine.labelled(LABEL):
             host.engine.remove(identifier)
 
 
-def _place(
+def _start_container(
     host: Host, subject: str, image: str, program: Sequence[str], accelerated: bool
-) -> Place:
+) -> Namespaces:
     body = container(image, subject, program, accelerated)
     identifier = host.engine.create_container(body)
     host.engine.start(identifier)
@@ -105,13 +105,13 @@ def _place(
         raise BenchError(f"{host.name}: container {identifier[:12]} on {subject} ended at once")
     where = host.address if subject == HOST else address(inspected, network_name(subject))
     library = str(LIBRARY) if accelerated else ""
-    place = Place(host.root / "proc" / str(pid), where, library)
-    place.set_congestion_control()
-    return place
+    namespaces = Namespaces(host.root / "proc" / str(pid), where, library)
+    namespaces.set_congestion_control()
+    return namespaces
 
 
 def wait_for_servers(pair: Pair, patience: float = 60.0) -> None:
-    """All TCP servers answer the client; a new overlay takes a moment to know where its containers are."""
+    """Wait until all TCP servers answer: a new overlay takes a moment to learn addresses."""
     script = (
         "import socket,sys\n"
         "for port in sys.argv[2:]:\n"
@@ -135,7 +135,7 @@ def wait_for_servers(pair: Pair, patience: float = 60.0) -> None:
 def pairs(
     client: Host, server: Host, subjects: Sequence[str], image: str, accelerated: bool = False
 ) -> Iterator[tuple[Pair, ...]]:
-    """Both ends of each subject, servers ready; `client` and `server` may be the same host.
+    """Both containers of each subject, with servers that answer. Both hosts may be the same.
 
     With `accelerated`, the subject `freeflow` has the library.
     """
@@ -144,8 +144,8 @@ def pairs(
         made = []
         for subject in subjects:
             fast = accelerated and subject == FREEFLOW
-            serving = _place(server, subject, image, [f"{TOOLS}/servers"], fast)
-            calling = _place(client, subject, image, ["sleep", "infinity"], fast)
+            serving = _start_container(server, subject, image, [f"{TOOLS}/servers"], fast)
+            calling = _start_container(client, subject, image, ["sleep", "infinity"], fast)
             pair = Pair(subject, calling, serving)
             wait_for_servers(pair)
             made.append(pair)
@@ -155,14 +155,14 @@ def pairs(
 
 
 def limits(pairs: Sequence[Pair], wanted: Sequence[str]) -> tuple[Pair, ...]:
-    """The subjects that aren't networks: both ends in one container, of those that have no library."""
+    """The subjects that are limits: both ends in one container without the library."""
     places = [pair.server for pair in pairs if not pair.server.library]
     if not places:
         return ()
     transports = {AF_UNIX: UNIX, RING: BARE_RING}
-    place = places[-1]
+    namespaces = places[-1]
     return tuple(
-        Pair(subject, place, place, transport)
+        Pair(subject, namespaces, namespaces, transport)
         for subject, transport in transports.items()
         if subject in wanted
     )

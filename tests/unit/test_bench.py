@@ -13,7 +13,7 @@ import pytest
 from bench import load, parse, report, rounds, stats
 from bench.errors import ProgramError
 from bench.machine import Machine, cpu_model
-from bench.place import Pair, Place, run, run_together
+from bench.namespaces import Namespaces, Pair, run, run_together
 
 MORE = stats.Case("stream_1", "Gbit/s", True, "one stream")
 LESS = stats.Case("tcp_rr_one_core", "us", False, "round trips")
@@ -186,8 +186,8 @@ def test_cpu_model_is_found() -> None:
 
 
 def pair(subject: str) -> Pair:
-    place = Place(Path("/proc/self"), IPv4Address("192.0.2.1"))
-    return Pair(subject, place, place)
+    namespaces = Namespaces(Path("/proc/self"), IPv4Address("192.0.2.1"))
+    return Pair(subject, namespaces, namespaces)
 
 
 def test_rounds_measure_every_subject_each_time() -> None:
@@ -292,7 +292,7 @@ def test_hanging_program_is_ended(tmp_path: Path) -> None:
     """A load program that never ends is an error after its time, with none of its fellows left running."""
     notes = [tmp_path / "a", tmp_path / "b"]
     commands = [["sh", "-c", f"echo $$ >{note}; exec sleep 60"] for note in notes]
-    with pytest.raises(ProgramError, match="no end after"):
+    with pytest.raises(ProgramError, match="still running after"):
         run_together(commands, 1)
     assert not [note for note in notes if Path("/proc", note.read_text().strip()).exists()]
 

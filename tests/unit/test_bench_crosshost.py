@@ -9,10 +9,10 @@ from pathlib import Path
 from bench import crosshost, load
 from bench.crosshost import LOCAL, TARGETS, CrossHost
 from bench.load import Load
-from bench.place import Pair, Place
+from bench.namespaces import Namespaces, Pair
 from bench.stats import Case, row
 
-PLACE = Place(Path("/proc/1"), IPv4Address("192.0.2.1"))
+PLACE = Namespaces(Path("/proc/1"), IPv4Address("192.0.2.1"))
 FIGURES = {"freeflow": 30.0, "overlay": 20.0, "host": 60.0}
 PAIRS = [Pair(subject, PLACE, PLACE) for subject in FIGURES]
 LOADS = [

@@ -18,7 +18,7 @@ from bench.choice import pick
 from bench.errors import ProgramError
 from bench.machine import Machine
 from bench.measures import Measure, Seen, measures
-from bench.place import RING, TCP, UNIX, Pair, Place
+from bench.namespaces import RING, TCP, UNIX, Namespaces, Pair
 from bench.samehost import CPU_OF, SameHost, case_names
 from bench.sampling import Sample
 from bench.servers import PINGPONG, Servers
@@ -35,8 +35,8 @@ WANTED = (
 
 
 def pair(subject: str, transport: str = TCP, library: str = "") -> Pair:
-    place = Place(Path("/proc/self"), IPv4Address("192.0.2.1"), library)
-    return Pair(subject, place, place, transport)
+    namespaces = Namespaces(Path("/proc/self"), IPv4Address("192.0.2.1"), library)
+    return Pair(subject, namespaces, namespaces, transport)
 
 
 def a_measure(name: str, transports: frozenset[str] = frozenset((TCP,))) -> Measure:
@@ -371,14 +371,16 @@ def test_cores_are_counted_from_the_last() -> None:
 
 def test_only_the_program_gets_the_library() -> None:
     """LD_PRELOAD is set for the program itself, not for the ones that start it."""
-    place = Place(Path("/proc/7"), IPv4Address("192.0.2.1"), "/run/freeflow/libfreeflow.so")
-    line = place.enter("redis-server", "--port", "1", cores=(3, 2), before=("setpriv", "-x"))
+    namespaces = Namespaces(
+        Path("/proc/7"), IPv4Address("192.0.2.1"), "/run/freeflow/libfreeflow.so"
+    )
+    line = namespaces.enter("redis-server", "--port", "1", cores=(3, 2), before=("setpriv", "-x"))
     at = line.index("env")
     assert line[at:] == [
         *("env", "LD_PRELOAD=/run/freeflow/libfreeflow.so", "redis-server", "--port", "1"),
     ]
     assert line[at - 5 : at] == ["taskset", "--cpu-list", "2,3", "setpriv", "-x"]
-    bare = Place(Path("/proc/7"), IPv4Address("192.0.2.1")).enter("true")
+    bare = Namespaces(Path("/proc/7"), IPv4Address("192.0.2.1")).enter("true")
     assert "env" not in bare
 
 

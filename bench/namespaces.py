@@ -1,7 +1,7 @@
-"""Where a load program runs: inside the network and file system of a container, entered from outside.
+"""Runs load programs in the network and mount namespaces of a container, from outside.
 
-`docker exec` would cost a daemon's work for each run; a program entered with nsenter costs a fork. All subjects are
-entered the same way, so what entering costs is in none of the ratios.
+`docker exec` would make the daemon work for each run; nsenter costs one fork. All subjects are
+entered in the same way, so that cost is in none of the ratios.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from typing import Final
 from bench.errors import ProgramError
 
 CONGESTION_CONTROL: Final = "cubic"
-"""The machine's default may be one that paces (bbr), which hides what the path can carry."""
+"""The machine's default may pace (bbr), which hides the capacity of the path."""
 TCP: Final = "tcp"
 UNIX: Final = "unix"
 RING: Final = "ring"
 TOOLS: Final = "/bench"
-"""Where a container finds what isn't in Debian."""
+"""The folder of our load programs in a container."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """The namespaces of a process, by its directory in some /proc; `address` is how the other end reaches it.
+class Namespaces:
+    """The namespaces of a process, by its directory in a /proc, and its address.
 
-    A directory, not a PID: a host of the test bed numbers its processes itself, in a /proc of its own.
+    A directory, not a PID: each host of the test bed has a PID namespace and a /proc of its own.
     """
 
     process: Path
     address: IPv4Address
     library: str = ""
-    """What programs here get as LD_PRELOAD; empty: nothing."""
+    """LD_PRELOAD of programs that run here; empty: not set."""
     tools: str = TOOLS
 
     @property
     def root(self) -> Path:
-        """Its file system, seen from outside."""
+        """The root of its file system, seen from outside."""
         return self.process / "root"
 
     def enter(
@@ -50,9 +50,9 @@ class Place:
         before: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> list[str]:
-        """The command line that runs `program` in the container's network and file system, on `cores` only if any.
+        """The command line that runs `program` in these namespaces, on `cores` if there are any.
 
-        `before` is a command that runs another: it gets no library.
+        `before` is a command that runs the program; it is not preloaded.
         """
         variables = {
             **({"LD_PRELOAD": self.library} if self.library else {}),
@@ -67,13 +67,15 @@ class Place:
         ]
 
     def enter_network(self, *program: str) -> list[str]:
-        """The command line that runs a program of this machine in the container's network."""
+        """The command line that runs a program of this machine in the network namespace."""
         return ["nsenter", f"--net={self.process}/ns/net", "--", *program]
 
     def set_congestion_control(self) -> None:
-        """For all sockets made later in the network namespace, inside `congestion_control_allowed`.
+        """Set it for later sockets of the network namespace; needs `congestion_control_allowed`.
 
-        Raises `ProgramError` if it doesn't hold.
+        Raises:
+            ProgramError: the kernel did not accept it.
+
         """
         knob = Path("/proc/sys/net/ipv4/tcp_congestion_control")
         script = f"echo {CONGESTION_CONTROL} >{knob} && cat {knob}"
@@ -84,7 +86,7 @@ class Place:
 
 @contextmanager
 def congestion_control_allowed() -> Iterator[None]:
-    """A network namespace may choose only from the machine's allowed list: cubic is on it while this lasts."""
+    """Keep cubic on the machine's list of algorithms that network namespaces may choose."""
     knob = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
     before = knob.read_text().split()
     if CONGESTION_CONTROL in before:
@@ -94,7 +96,7 @@ def congestion_control_allowed() -> Iterator[None]:
         knob.write_text(" ".join([*before, CONGESTION_CONTROL]))
     except OSError as error:
         raise ProgramError(
-            f"{knob}: {error.strerror}: add {CONGESTION_CONTROL} to it where this machine's kernel is set up"
+            f"{knob}: {error.strerror}: add {CONGESTION_CONTROL} to it on this machine"
         ) from error
     try:
         yield
@@ -104,20 +106,20 @@ def congestion_control_allowed() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One subject: two ends that can reach each other, over TCP unless `transport` says otherwise."""
+    """One subject: client and server, and how they are connected."""
 
     subject: str
-    client: Place
-    server: Place
+    client: Namespaces
+    server: Namespaces
     transport: str = TCP
 
 
 def run(argv: Sequence[str], timeout: float) -> str:
-    """What the program printed. Raises `ProgramError` when it fails or takes longer than `timeout` seconds."""
+    """Run a program; its output. Raises `ProgramError` if it fails or exceeds `timeout` seconds."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as error:
-        raise ProgramError(f"{' '.join(argv)}: no end after {timeout:g} s") from error
+        raise ProgramError(f"{' '.join(argv)}: still running after {timeout:g} s") from error
     except OSError as error:
         raise ProgramError(f"{argv[0]}: {error.strerror}: is it installed?") from error
     if done.returncode != 0:
@@ -127,7 +129,7 @@ def run(argv: Sequence[str], timeout: float) -> str:
 
 
 def run_together(commands: Sequence[Sequence[str]], timeout: float) -> list[str]:
-    """What programs started at the same moment printed, in their order; none is left behind on failure."""
+    """Run programs at the same time; their outputs. None is left running after an error."""
     started: list[subprocess.Popen[str]] = []
     try:
         for argv in commands:
@@ -139,7 +141,9 @@ def run_together(commands: Sequence[Sequence[str]], timeout: float) -> list[str]
             try:
                 out, _ = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired as error:
-                raise ProgramError(f"{' '.join(argv)}: no end after {timeout:g} s") from error
+                raise ProgramError(
+                    f"{' '.join(argv)}: still running after {timeout:g} s"
+                ) from error
             if process.returncode != 0:
                 raise ProgramError(
                     f"{' '.join(argv)}: exit code {process.returncode}: {out.strip()[-500:]}"
