@@ -24,7 +24,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def place(places: Places, kind: str) -> Iterator[Place]:
-    """A place with default settings; afterwards nothing may be left."""
+    """A place with default settings; the test fails if anything is left afterwards."""
     with places.get(kind, {}) as made:
         yield made
         forget_all(made)

@@ -1,8 +1,9 @@
 """The golden cases: exact requests and exact answers, one file per call.
 
-A case is a row of steps, each `{"call", "request", "status", "response"}` or the name of one in `common.json`; `status` is 200
-where it isn't given, and a step without `request` has an empty body. `settings` are the plugin's, `links` the links that
-exist after the last step. IDs are written `<net>`: see `IDS`.
+A case is a list of steps. Each step is `{"call", "request", "status", "response"}`, or the name of
+a step in `common.json`. Without `status`, 200 is expected; without `request`, the body is empty.
+`settings` are the plugin's, `links` the links that exist after the last step. IDs are written
+`<net>`: see `IDS`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ IDS: Final = {
     "<ep>": "9f0c12ab34de" + "e" * 52,
     "<ep2>": "1a2b3c4d5e6f" + "e" * 52,
 }
-"""Swarm's networks have 25 characters, local ones and endpoints 64 hexadecimal ones."""
+"""The IDs: Swarm's networks have 25 characters, local networks and endpoints 64 hexadecimal
+ones.
+"""
 NETWORKS: Final = ("<net>", "<net2>", "<local>")
 ENDPOINTS: Final = ("<ep>", "<ep2>")
 
@@ -56,7 +59,7 @@ class Case:
 
     @property
     def networks(self) -> frozenset[str]:
-        """IDs of those that it may have made."""
+        """IDs of the objects that a case may have made."""
         ids = {
             step.request.get("NetworkID") for step in self.steps if isinstance(step.request, dict)
         }
@@ -71,7 +74,7 @@ def _read(path: Path, kind: type[T]) -> T:
 
 
 def cases() -> list[Case]:
-    """All of them; a case's name begins with its file's."""
+    """All cases; a case's name begins with the name of its file."""
     common = _read(COMMON, dict[str, Step])
     return [
         Case(
@@ -90,7 +93,7 @@ ALL_NETWORKS: Final = tuple(IDS[name] for name in NETWORKS)
 
 
 def forget_all(place: Place, networks: Iterable[str] = ALL_NETWORKS) -> None:
-    """Tear down whatever a case has left, as Docker would: all of it may be absent."""
+    """Remove whatever a case has left, as Docker does; it may already be absent."""
     for network in networks:
         for endpoint in ENDPOINTS:
             both = {"NetworkID": network, "EndpointID": IDS[endpoint]}

@@ -1,6 +1,7 @@
-"""Where the contract is kept: the app on a fake kernel, in this process, and the plugin's own process on a real kernel.
+"""The places that must keep the contract: the app on a fake kernel in this process, and the
+plugin's own process on the real kernel.
 
-A place takes requests just as Docker's client sends them, and tells which links of ours exist.
+A place accepts requests as Docker's client sends them, and lists FreeFlow's links.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ DOCKERS_HEADERS: Final = {
     "User-Agent": "Go-http-client/1.1",
     "Accept": "application/vnd.docker.plugins.v1.2+json",
 }
-"""All of them: Docker sends no content type."""
+"""All headers: Docker sends no content type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Reply:
 
 
 class Place(Protocol):
-    """Where requests are answered."""
+    """A plugin that answers requests."""
 
     def send(
         self,
@@ -69,11 +70,11 @@ class Place(Protocol):
     ) -> Reply: ...
 
     def links(self) -> frozenset[str]:
-        """Names of our links, in the host's namespace and in the overlay's."""
+        """Names of FreeFlow's links, in the host's namespace and in the overlay's."""
 
 
 def call(place: Place, name: str, request: Any = None) -> Reply:
-    """A call as Docker makes it; without a request the body is empty."""
+    """Send a call as Docker does; without a request the body is empty."""
     body = b"" if request is None else msgspec.json.encode(request) + b"\n"
     path = name if "." in name else f"NetworkDriver.{name}"
     return place.send("POST", f"/{path}", body)
@@ -83,7 +84,7 @@ def call(place: Place, name: str, request: Any = None) -> Reply:
 
 
 class FakePlace:
-    """The app on the driver, in this process, on a kernel that is a few sets."""
+    """The app and the driver in this process, on a kernel that consists of a few sets."""
 
     def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
         settings, bad = read(environment)
@@ -143,7 +144,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 class RealPlace:
-    """The plugin's process, gunicorn and all, on its unix socket. See `plugin_process`."""
+    """The plugin's process with gunicorn, on its unix socket; see `plugin_process`."""
 
     def __init__(
         self, directory: Path, environment: Mapping[str, str], *, wait: bool = True
@@ -193,7 +194,7 @@ class RealPlace:
             connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 connection.putheader(name, value)
-            # An answer may come before the body has been read, as with Go's client.
+            # The answer may arrive before the body has been read, as with Go's client.
             with contextlib.suppress(BrokenPipeError):
                 connection.endheaders(body)
             answer = connection.getresponse()
@@ -202,13 +203,15 @@ class RealPlace:
             connection.close()
 
     def admin(self) -> RealPlace:
-        """The same process, by the socket that the command uses. The path is seen from outside its mount namespace."""
+        """A client of the same process on the command's socket; the path is the one outside its
+        mount namespace.
+        """
         seen = copy.copy(self)
         seen.socket = self.run / "freeflow-admin/admin.sock"
         return seen
 
     def scrape(self, host: str, port: int) -> bytes:
-        """What a scraper of this machine gets."""
+        """The metrics that a scraper on this machine gets."""
 
         def get() -> bytes:
             with urllib.request.urlopen(
@@ -233,7 +236,7 @@ class RealPlace:
         return frozenset(name for name in found if name.startswith(names.PREFIXES))
 
     def close(self) -> None:
-        """Kill it: what it made goes with its namespaces."""
+        """Kill the process; its objects disappear with its namespaces."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(patience(20))
@@ -248,7 +251,9 @@ def _link_names() -> set[str]:
 
 
 def temporary() -> tempfile.TemporaryDirectory[str]:
-    """A directory in memory, if there is one: thousands of writes that are to be durable needn't wait for a disk."""
+    """A directory in memory, if there is one: thousands of durable writes need not wait for a
+    disk.
+    """
     memory = Path("/dev/shm")
     return tempfile.TemporaryDirectory(prefix="ff-", dir=memory if memory.is_dir() else None)
 
@@ -264,7 +269,9 @@ KINDS: Final = ("fake", REAL)
 
 
 class Places:
-    """Makes places; real ones are made once per environment, since a process takes a second to start."""
+    """Makes places. Real ones are made once per environment, because a process takes a second to
+    start.
+    """
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
@@ -273,7 +280,7 @@ class Places:
     def real(self, environment: Mapping[str, str]) -> RealPlace:
         key = tuple(sorted(environment.items()))
         if key not in self._real:
-            # Short: a socket's path has 107 characters at most.
+            # Short, because a socket's path has 107 characters at most.
             directory = self._stack.enter_context(temporary())
             self._real[key] = self._stack.enter_context(
                 contextlib.closing(RealPlace(Path(directory), environment))

@@ -1,7 +1,8 @@
-"""The plugin as Docker starts it, but for its directories, on a machine of its own: `python -m … DIRECTORY PARENT`.
+"""The plugin as Docker starts it, with other directories: `python -m … DIRECTORY PARENT`.
 
-Network and mount namespace are new, so what it makes goes with it. In them are a shared /run, an underlay of 1500 bytes,
-and nothing else: no engine, no Swarm. Settings are the environment, as with Docker.
+Its network and mount namespaces are new, so its objects disappear with them. They contain a shared
+/run, an underlay with an MTU of 1500 bytes, and nothing else: no engine, no Swarm. Settings are the
+environment, as with Docker.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _mount(source: str, target: str, kind: str, flags: int) -> None:
 
 
 def machine(run: Path) -> None:
-    """Move this process to a machine of its own, whose /run is `run`."""
+    """Move this process into new namespaces, with `run` as /run."""
     check(libc.unshare(CLONE_NEWNET | CLONE_NEWNS), "making namespaces")
     _mount("none", "/", "none", MS_REC | MS_PRIVATE)
     _mount("tmpfs", str(run), "tmpfs", 0)
@@ -52,7 +53,7 @@ def machine(run: Path) -> None:
 
 
 def main(directory: Path, parent: int) -> None:
-    # Whatever becomes of the tests, nothing stays: the worker ends with its parent.
+    # However the tests end, nothing stays, because the worker ends with its parent.
     check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "ending with the tests")
     if os.getppid() != parent:
         return

@@ -1,4 +1,6 @@
-"""The deadline of a request: after a restart of the daemon Docker itself has none (moby#22615, #33871)."""
+"""The deadline of a request: after a restart of the daemon Docker itself has none (moby#22615,
+#33871).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ ENDPOINT = {"NetworkID": NET, "EndpointID": EP}
 
 
 class SlowKernel(SteppedKernel):
-    """Attaches nothing until it may."""
+    """A kernel that attaches nothing until it is allowed to."""
 
     def __init__(self) -> None:
         super().__init__(Steps())
@@ -68,7 +70,9 @@ def slow() -> Iterator[SlowPlace]:
 
 
 def test_deadline_then_repetition(slow: SlowPlace) -> None:
-    """Past its deadline a call is answered with an error; the work goes on, and a repetition finds it done."""
+    """A call past its deadline gets an error; the work continues, and a repetition finds it
+    done.
+    """
     assert call(slow, "CreateNetwork", {"NetworkID": NET}).status == 200
     begin = time.monotonic()
     late = call(slow, "CreateEndpoint", ENDPOINT)
@@ -84,7 +88,7 @@ def test_deadline_then_repetition(slow: SlowPlace) -> None:
 
 
 def test_slow_calls_do_not_keep_others_waiting(slow: SlowPlace) -> None:
-    """While calls for one endpoint hang, those for others, and questions, are answered."""
+    """While calls for one endpoint hang, the plugin answers those for others, and queries."""
     call(slow, "CreateNetwork", {"NetworkID": NET})
     for _ in range(3):
         assert call(slow, "CreateEndpoint", ENDPOINT).status == 500
@@ -96,7 +100,9 @@ def test_slow_calls_do_not_keep_others_waiting(slow: SlowPlace) -> None:
 
 @pytest.mark.parametrize("kind", [REAL], indirect=True)
 def test_deadline_of_the_plugin(places: Places, kind: str) -> None:
-    """A plugin whose disk hangs answers within REQUEST_DEADLINE, and does the work when the disk is back."""
+    """A plugin whose disk hangs answers within REQUEST_DEADLINE, and does the work when the disk is
+    back.
+    """
     place = places.real({"REQUEST_DEADLINE": "1"})
     disk = sqlite3.connect(place.directory / "state" / FILE, isolation_level=None)
     with contextlib.closing(disk):

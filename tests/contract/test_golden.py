@@ -1,4 +1,4 @@
-"""Docker's calls, word for word: see `golden.py`."""
+"""Docker's calls, byte for byte: see `golden.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CASES = cases()
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_golden(places: Places, kind: str, case: Case) -> None:
-    """Exactly these requests get exactly these answers, and exactly these links exist then."""
+    """These requests get exactly these answers, and exactly these links exist afterwards."""
     with places.get(kind, case.settings) as place:
         try:
             for step in case.steps:
@@ -31,7 +31,7 @@ def test_golden(places: Places, kind: str, case: Case) -> None:
 
 
 def test_every_call_has_cases() -> None:
-    """No call of the API is without a golden case for what works and one for what doesn't."""
+    """Every call of the API has a golden case that succeeds and one that fails."""
     steps = [step for case in CASES for step in case.steps]
     never_fail = {"GetCapabilities", "GwAllocCheck"}
     assert set(CALLS) <= {step.call for step in steps if step.status == 200}
@@ -104,14 +104,14 @@ SUITES = {
     ),
     "contiv": ("TestCreateAndDeleteNetwork",),
 }
-"""What the suites of other drivers, and of the daemon's side, assert of these calls."""
+"""What the test suites of other drivers, and of the daemon, assert about these calls."""
 
 
 @pytest.mark.parametrize(
     ("suite", "name"), [(s, name) for s, names in SUITES.items() for name in names]
 )
 def test_suites_of_others_are_covered(suite: str, name: str) -> None:
-    """What the tests of other drivers ask of a driver is asked of ours, under the same name."""
+    """Each assertion of other drivers' tests has a case of the same name here."""
     assert any(suite in case.name and name in case.name for case in CASES)
 
 
@@ -120,7 +120,7 @@ def _routes(answer: Any) -> list[dict[str, Any]]:
 
 
 def test_no_answer_has_a_gateway() -> None:
-    """No Join answers a gateway, which crashes engines 29.0.0 to 29.0.2 at Leave (moby#51554)."""
+    """No Join returns a gateway, which crashes engines 29.0.0 to 29.0.2 at Leave (moby#51554)."""
     joins = [
         step.response
         for case in CASES
@@ -134,7 +134,9 @@ def test_no_answer_has_a_gateway() -> None:
 
 
 def test_every_route_has_a_destination() -> None:
-    """Every route says where to, on the link itself: the daemon panics on one without (moby#28630)."""
+    """Every route has a destination, on the link itself: the daemon panics without one
+    (moby#28630).
+    """
     routes = [route for case in CASES for step in case.steps for route in _routes(step.response)]
     assert routes
     for route in routes:

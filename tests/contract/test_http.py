@@ -1,4 +1,4 @@
-"""What is asked of the transport: methods, status codes, content types, bodies, connections."""
+"""The transport: methods, status codes, content types, bodies, connections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NET, EP = IDS["<net>"], IDS["<ep>"]
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("path", ["/Plugin.Activate", "/NetworkDriver.GetCapabilities"])
 def test_questions_by_either_method(place: Place, method: str, path: str) -> None:
-    """What other suites ask by GET is answered by GET and POST alike, in one line."""
+    """Requests that other suites send by GET get the same answer by GET and POST, in one line."""
     reply = place.send(method, path)
     assert reply.status == 200
     assert reply.body == place.send("POST", path).body
@@ -33,7 +33,7 @@ def test_activation_byte_for_byte(place: Place) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS", "PATCH"])
 def test_calls_are_posts(place: Place, method: str) -> None:
-    """Another method than POST is refused, in JSON."""
+    """The plugin refuses other methods than POST, in JSON."""
     reply = place.send(method, "/NetworkDriver.Join")
     assert (reply.status, reply.content_type) == (405, CONTENT_TYPE)
     assert "/NetworkDriver.Join" in reply.json["Err"]
@@ -58,7 +58,9 @@ def test_calls_are_posts(place: Place, method: str) -> None:
     ],
 )
 def test_unknown_paths(place: Place, path: str) -> None:
-    """404 is Docker's word for "not implemented": any path but a call's gets it, the command's API too."""
+    """Docker reads 404 as "not implemented": all paths except those of calls get it, the command's
+    API too.
+    """
     reply = place.send("POST", path)
     assert (reply.status, reply.content_type) == (404, CONTENT_TYPE)
     assert reply.json["Err"].endswith("is not a call that FreeFlow knows")
@@ -81,7 +83,9 @@ def test_unknown_paths(place: Place, path: str) -> None:
     ids=lambda headers: ", ".join(f"{name} {value}" for name, value in headers.items()),
 )
 def test_headers_do_not_matter(place: Place, headers: dict[str, str]) -> None:
-    """The body alone is the request: engines send odd hosts and no content type, people with curl others."""
+    """Only the body is the request: engines send odd hosts and no content type, curl sends
+    others.
+    """
     body = msgspec.json.encode({"NetworkID": NET})
     reply = place.send("POST", "/NetworkDriver.CreateNetwork", body, headers)
     assert (reply.status, reply.json, reply.content_type) == (200, {}, CONTENT_TYPE)
@@ -89,7 +93,7 @@ def test_headers_do_not_matter(place: Place, headers: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("body", [b"", b" ", b"\n", b"\r\n\t "])
 def test_lost_bodies(place: Place, body: bytes) -> None:
-    """A repetition that lost its body is refused as such, and does nothing."""
+    """A repetition without its body is refused as such, and does nothing."""
     for name in ("CreateNetwork", "CreateEndpoint", "Join", "DeleteNetwork", "AllocateNetwork"):
         reply = place.send("POST", f"/NetworkDriver.{name}", body)
         assert reply.status == 400
@@ -97,7 +101,7 @@ def test_lost_bodies(place: Place, body: bytes) -> None:
 
 
 def test_large_body(place: Place) -> None:
-    """A body over the limit is refused unread; one below it is only wrong."""
+    """A body over the limit is refused unread; one below it is only invalid."""
     reply = place.send("POST", "/NetworkDriver.Join", b" " * (MAX_BODY + 1))
     assert (reply.status, reply.content_type) == (413, CONTENT_TYPE)
     assert reply.json["Err"]
@@ -108,7 +112,9 @@ def test_large_body(place: Place) -> None:
 
 
 def test_errors_quote_little(place: Place) -> None:
-    """An error that names what the caller sent is no longer than a screen, however much that was."""
+    """An error that quotes the caller's input is no longer than a screen, however long the input
+    is.
+    """
     options = {"x" * 300_000: "y", "z" * 300_000: "y"}
     reply = call(place, "AllocateNetwork", {"NetworkID": NET, "Options": options})
     assert reply.status == 400
@@ -125,7 +131,9 @@ def _endpoint(number: int) -> dict[str, Any]:
 
 
 def test_calls_side_by_side(place: Place) -> None:
-    """Twenty containers that start and end at once each get their own answers, and leave nothing."""
+    """Twenty containers that start and end at once get their own answers, and leave nothing
+    behind.
+    """
     assert call(place, "CreateNetwork", {"NetworkID": NET}).status == 200
 
     def live(number: int) -> None:
@@ -144,7 +152,9 @@ def test_calls_side_by_side(place: Place) -> None:
 
 
 def test_kernel_that_refuses(places: Places, kind: str) -> None:
-    """go-plugins-helpers TestCreateNetworkError: what fails on our side is a 500 with its cause, and is undone."""
+    """go-plugins-helpers TestCreateNetworkError: a failure of the plugin is a 500 with its cause,
+    and is undone.
+    """
     own = {"freeflow.format": "1", "freeflow.vni": "7", "freeflow.port": "4799"}
     own |= {"freeflow.mtu": "1400", "freeflow.prefix6": "fd00:1:2:3::/64"}
     network = {"NetworkID": NET, "Options": {"com.docker.network.generic": own}}
@@ -171,7 +181,7 @@ def test_kernel_that_refuses(places: Places, kind: str) -> None:
     ids=["zeros", "half a line", "another version", "an endless line", "nothing"],
 )
 def test_garbage_on_the_socket(places: Places, kind: str, garbage: bytes) -> None:
-    """Whatever comes over the socket, the next request is answered."""
+    """Whatever arrives on the socket, the next request is answered."""
     place = places.real({})
     with socket.socket(socket.AF_UNIX) as raw:
         raw.connect(str(place.socket))
@@ -181,7 +191,7 @@ def test_garbage_on_the_socket(places: Places, kind: str, garbage: bytes) -> Non
 
 @pytest.mark.parametrize("kind", [REAL], indirect=True)
 def test_callers_that_vanish(places: Places, kind: str) -> None:
-    """Callers that hang up in the middle of a request, or after it, don't use up the plugin."""
+    """Callers that disconnect during a request, or after it, do not exhaust the plugin."""
     place = places.real({})
     head = "".join(f"{name}: {value}\r\n" for name, value in DOCKERS_HEADERS.items())
     whole = f"POST /NetworkDriver.GetCapabilities HTTP/1.1\r\n{head}Content-Length: 0\r\n\r\n"
@@ -195,7 +205,7 @@ def test_callers_that_vanish(places: Places, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [REAL], indirect=True)
 def test_admin_api_answers_on_its_own_socket_only(places: Places, kind: str) -> None:
-    """What the command asks is answered on root's socket, which doesn't answer Docker's calls."""
+    """Root's socket answers the command's requests, and not Docker's calls."""
     place = places.real({})
     admin = place.admin()
     status = admin.send("GET", "/admin/status")

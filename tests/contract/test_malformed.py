@@ -1,7 +1,7 @@
-"""Bodies that Docker never sends: whatever comes, the answer is Docker's JSON, and the plugin goes on.
+"""Bodies that Docker never sends: the answer is always Docker's JSON, and the plugin continues.
 
-Most inputs are golden requests with something wrong in them, since pure noise never gets past the decoder. They are sent one
-after the other to the same place, so they also meet whatever the ones before have made.
+Most inputs are golden requests with one error, because pure noise never gets past the decoder. They
+are sent one after the other to the same place, so they also meet whatever earlier ones have made.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ anything = st.recursive(
 
 @st.composite
 def mutated(draw: st.DrawFn, value: Any) -> Any:
-    """The same with one thing wrong: a part replaced, removed, added or repeated."""
+    """A body with one error: a part replaced, removed, added or repeated."""
     if not isinstance(value, dict | list) or not value or draw(st.integers(0, 5)) == 0:
         return draw(anything)
     kind = draw(st.sampled_from(["inside", "inside", "inside", "remove", "add", "repeat"]))
@@ -93,7 +93,7 @@ def mutated(draw: st.DrawFn, value: Any) -> Any:
 
 @st.composite
 def wrong_calls(draw: st.DrawFn) -> tuple[str, bytes]:
-    """A call and a body: a golden one as it is or spoilt, another call's, or any JSON."""
+    """A call and a body: a golden one, unchanged or damaged, another call's, or any JSON."""
     name, request = draw(st.sampled_from(SEEDS))
     if draw(st.integers(0, 9)) == 0:
         name = draw(st.sampled_from(NAMES))
@@ -107,7 +107,9 @@ def wrong_calls(draw: st.DrawFn) -> tuple[str, bytes]:
 
 @st.composite
 def broken_bytes(draw: st.DrawFn) -> tuple[str, bytes]:
-    """A call and bytes that are hardly JSON: noise, or a golden body cut, flipped or doubled."""
+    """A call and bytes that are hardly JSON: noise, or a golden body truncated, flipped or
+    doubled.
+    """
     name, request = draw(st.sampled_from(SEEDS))
     body = msgspec.json.encode(request)
     where = draw(st.integers(0, len(body)))
@@ -122,7 +124,9 @@ def broken_bytes(draw: st.DrawFn) -> tuple[str, bytes]:
 
 
 def check(reply: Reply) -> None:
-    """The promise: a JSON object; an error has its text; nothing is a bug of ours, nothing is the kernel's fault."""
+    """Assert the promise: a JSON object; an error has its text, and is neither a bug nor the
+    kernel's.
+    """
     assert reply.content_type == CONTENT_TYPE
     answer = reply.json
     assert isinstance(answer, dict)
@@ -150,7 +154,9 @@ def send_all(place: Place, inputs: st.SearchStrategy[tuple[str, bytes]], example
 
 
 def test_wrong_shapes(places: Places, kind: str) -> None:
-    """JSON of any shape is answered or refused in Docker's words, and what it made can be removed."""
+    """JSON of any shape is answered or refused in Docker's format, and its results can be
+    removed.
+    """
     with places.get(kind, {}) as place:
         send_all(place, wrong_calls(), EXAMPLES[kind])
         if isinstance(place, RealPlace):
@@ -158,7 +164,7 @@ def test_wrong_shapes(places: Places, kind: str) -> None:
 
 
 def test_broken_bytes(places: Places, kind: str) -> None:
-    """Bytes that aren't JSON are refused in Docker's words."""
+    """Bytes that are not JSON are refused in Docker's format."""
     with places.get(kind, {}) as place:
         send_all(place, broken_bytes(), EXAMPLES[kind] // 2)
 
@@ -200,7 +206,7 @@ def test_broken_bytes(places: Places, kind: str) -> None:
     ],
 )
 def test_hostile_bodies(place: Place, body: bytes) -> None:
-    """Bodies that break parsers are refused by every call, or are none of its business."""
+    """Every call refuses bodies that break parsers, or ignores them."""
     for name in NAMES:
         reply = place.send("POST", f"/NetworkDriver.{name}", body)
         check(reply)
@@ -212,13 +218,13 @@ def test_hostile_bodies(place: Place, body: bytes) -> None:
     "content_type", ["application/json", "multipart/form-data", "text/html", "\x7f"]
 )
 def test_broken_bytes_under_any_content_type(place: Place, content_type: str) -> None:
-    """What the caller says that the body is changes nothing."""
+    """The content type that a caller states changes nothing."""
     headers = {**DOCKERS_HEADERS, "Content-Type": content_type}
     check(place.send("POST", "/NetworkDriver.Join", b"--x\r\n\r\n{", headers))
 
 
 def test_sandbox_that_cannot_be_a_path(places: Places, kind: str) -> None:
-    """A sandbox's name that no file can have is refused, rather than kept for the sync loop to stumble over."""
+    """A sandbox name that no file can have is refused, and not kept for the sync loop."""
     both = {"NetworkID": IDS["<net>"], "EndpointID": IDS["<ep>"]}
     with places.get(kind, {}) as place:
         assert call(place, "CreateNetwork", {"NetworkID": IDS["<net>"]}).status == 200

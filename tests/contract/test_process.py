@@ -1,4 +1,4 @@
-"""The plugin's process: start, end, death of its worker, its log and its sockets. Needs root."""
+"""The plugin's process: its start, its end, the death of its worker, its log and its sockets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BOTH = {"NetworkID": NET, "EndpointID": EP}
 
 @pytest.fixture
 def own() -> Iterator[RealPlace]:
-    """A process that a test may do anything to."""
+    """A process with which a test may do anything."""
     with temporary() as directory:
         place = RealPlace(Path(directory), {})
         try:
@@ -43,7 +43,9 @@ def _worker(place: RealPlace) -> int:
 
 
 def test_early_requests_are_answered() -> None:
-    """A request that comes as soon as the socket is there waits for the plugin to load, and is answered."""
+    """A request that arrives as soon as the socket exists waits for the plugin to load, and is
+    answered.
+    """
     with temporary() as directory:
         place = RealPlace(Path(directory), {}, wait=False)
         try:
@@ -57,7 +59,9 @@ def test_early_requests_are_answered() -> None:
 
 
 def test_death_of_the_worker(own: RealPlace) -> None:
-    """A worker that dies is replaced, on the same sockets, and knows what was promised; no link is touched."""
+    """A worker that dies is replaced, on the same sockets; the next one knows all promises, and no
+    link changes.
+    """
     assert call(own, "CreateNetwork", {"NetworkID": NET}).status == 200
     made = call(own, "CreateEndpoint", BOTH).json
     links = own.links()
@@ -74,7 +78,9 @@ def test_death_of_the_worker(own: RealPlace) -> None:
 
 
 def test_repeated_death_of_the_worker(own: RealPlace) -> None:
-    """A plugin whose worker dies again and again doesn't say that it is well: it says how often, and when."""
+    """A plugin whose worker dies repeatedly does not report that all is well; it reports how often
+    and when.
+    """
     for _ in range(3):
         os.kill(_worker(own), signal.SIGABRT)
         assert own.admin().send("GET", "/admin/status").status == 200
@@ -86,7 +92,7 @@ def test_repeated_death_of_the_worker(own: RealPlace) -> None:
 
 
 def test_end(own: RealPlace) -> None:
-    """Asked to end, the plugin ends within the ten seconds that Docker gives it, without an error."""
+    """On SIGTERM the plugin ends without an error within the ten seconds that Docker allows."""
     begin = time.monotonic()
     own.process.terminate()
     assert own.process.wait(patience(10)) == 0
@@ -94,7 +100,7 @@ def test_end(own: RealPlace) -> None:
 
 
 def _router(place: RealPlace, *, other_than: int | None = None) -> int:
-    """The router's process, as soon as it listens."""
+    """The router's process, once it listens."""
     deadline = time.monotonic() + patience(10)
     while time.monotonic() < deadline:
         for worker in _children(place.process.pid):
@@ -106,18 +112,18 @@ def _router(place: RealPlace, *, other_than: int | None = None) -> int:
 
 
 def _children(pid: int) -> list[int]:
-    """Of all its threads."""
-    found = []
+    """The child processes of all threads of a process."""
+    children = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            found += path.read_text().split()
+            children += path.read_text().split()
         except OSError:
             continue
-    return [int(each) for each in found]
+    return [int(child) for child in children]
 
 
 def _listens(place: RealPlace) -> bool:
-    """Whether the public socket is there and somebody answers on it."""
+    """Whether the public socket exists and a process answers on it."""
     path = place.run / "freeflow/router.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         try:
@@ -128,7 +134,7 @@ def _listens(place: RealPlace) -> bool:
 
 
 def test_the_router_is_open_to_all(own: RealPlace) -> None:
-    """Containers of any user reach the router's socket, and find nothing else that they could change."""
+    """Containers of any user reach the router's socket, and find nothing that they could change."""
     _router(own)
     folder = own.run / "freeflow"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
@@ -143,7 +149,7 @@ def test_the_router_is_open_to_all(own: RealPlace) -> None:
 
 
 def test_death_of_the_router(own: RealPlace) -> None:
-    """A router that dies is started again and told all; Docker's calls notice nothing."""
+    """A router that dies is started again and gets a snapshot; Docker's calls are not affected."""
     before = _router(own)
     os.kill(before, signal.SIGKILL)
     assert call(own, "CreateNetwork", {"NetworkID": NET}).status == 200
@@ -151,7 +157,7 @@ def test_death_of_the_router(own: RealPlace) -> None:
 
 
 def test_the_router_ends_with_the_plugin(own: RealPlace) -> None:
-    """However the plugin ends, no router stays behind; asked to end, it leaves no socket either."""
+    """However the plugin ends, no router is left; on SIGTERM it leaves no socket either."""
     worker, router = _worker(own), _router(own)
     os.kill(worker, signal.SIGKILL)
     _wait_for_end(router)
@@ -183,7 +189,7 @@ def test_log_is_events(own: RealPlace) -> None:
 
 
 def test_sockets_are_roots(own: RealPlace) -> None:
-    """Both sockets are root's alone, and so is the directory of ours."""
+    """Only root can open both sockets and FreeFlow's directory."""
     admin = own.admin().socket
     for path, mode in ((own.socket, 0o600), (admin, 0o600), (admin.parent, 0o700)):
         found = path.stat()
@@ -192,7 +198,7 @@ def test_sockets_are_roots(own: RealPlace) -> None:
 
 
 def test_metrics_where_asked() -> None:
-    """Metrics are on root's socket always, and on the address that was set."""
+    """Root's socket always serves metrics, and so does the configured address."""
     with temporary() as directory:
         place = RealPlace(Path(directory), {"METRICS_ADDR": "127.0.0.1:9477"})
         try:
@@ -206,7 +212,9 @@ def test_metrics_where_asked() -> None:
 
 
 def test_no_engine_anywhere(own: RealPlace) -> None:
-    """Without any engine to ask, the plugin starts and serves a container's whole life at once (moby#32815)."""
+    """Without an engine, the plugin starts and serves a container's whole life at once
+    (moby#32815).
+    """
     assert not (own.run / "docker.sock").exists()
     begin = time.monotonic()
     for name, request in (
