@@ -23,11 +23,6 @@ class FreeFlowError(Exception):
     """
 
     def __init__(self, what: str, *, cause: str = "", remedy: str = "") -> None:
-        if not cause and not remedy:
-            # For errors that are still raised with one string, "what: cause; remedy".
-            head, _, tail = what.rpartition("; ")
-            if head:
-                what, remedy = head, tail
         super().__init__(what)
         self.what = what
         self.cause = cause

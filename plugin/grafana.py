@@ -1,6 +1,7 @@
 """The Grafana board, made from the list of metrics: `python -m plugin.grafana > docs/grafana.json`.
 
-Each metric has one panel: figures of a host at the top, courses over time below. A test holds the stored board to this.
+Each metric has one panel: current values of a host at the top, values over time below. A test
+compares the stored board with this one.
 """
 
 from __future__ import annotations

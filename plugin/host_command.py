@@ -27,7 +27,7 @@ _SCRIPT: Final = """#!/bin/sh
 {mark}
 root={root}
 if [ ! -d "$root" ]; then
-    # Another plugin may put its own command here at any moment: what is taken away is looked at only then.
+    # Another plugin may install its own command at any moment: move the file first, then check it.
     id=$(basename "$(dirname "$root")")
     if mv -f -- "$0" "$0.$$" 2>/dev/null; then
         if grep -qF -- "$id" "$0.$$" || [ -e "$0" ]; then rm -f -- "$0.$$"; else mv -f -- "$0.$$" "$0"; fi
@@ -48,12 +48,12 @@ exec unshare --mount sh -c '
     for each in proc sys dev; do mount --rbind "/$each" "$root/$each" || exit 2; done
     mkdir -p "$root/host/run" "$root/host/bin" && mount --rbind /run "$root/host/run" || exit 2
     mount --bind "$here" "$root/host/bin" || exit 2
-    # Only the copy stays: what is mounted twice in one mount namespace can be unmounted by neither path alone.
+    # Keep only the copy: neither path alone can unmount what is mounted twice.
     for each in {pin} {public} {pins}; do umount -l "/run/$each" 2>/dev/null; done
     if [ -d "$root/../propagated-mount" ]; then
         mkdir -p "$root/state" && mount --bind "$root/../propagated-mount" "$root/state" || exit 2
     fi
-    # Files that the user names are opened where the user stands: plugin/cli/user_files.py.
+    # Files that the user names are opened in the directory of the user: plugin/cli/user_files.py.
     [ -r . ] || cd / || exit 2
     FREEFLOW_PLACE=8:9 exec chroot "$root" /usr/bin/python3 -P -m plugin.cli "$@" 8<. 9</
 ' freeflow "$root" "$here" "$@"
@@ -61,7 +61,7 @@ exec unshare --mount sh -c '
 
 
 def plugin_id(mountinfo: str) -> str | None:
-    """The plugin's ID, from where its socket directory comes from (/proc/self/mountinfo, proc(5))."""
+    """The plugin's ID, from the source of its socket directory (/proc/self/mountinfo, proc(5))."""
     for line in mountinfo.splitlines():
         fields = line.split()
         if len(fields) > 4 and fields[4] == "/run/docker/plugins":
@@ -83,7 +83,10 @@ def install(
     engine_root: str,
     mountinfo: Path = Path("/proc/self/mountinfo"),
 ) -> bool:
-    """Write the command into `directory`; false if it can't be, which is only logged. `engine_root` is the host's path."""
+    """Write the command into `directory`. If that fails, log it and return False.
+
+    `engine_root` is the engine's root directory on the host.
+    """
     identifier = plugin_id(mountinfo.read_text(errors="replace"))
     if identifier is None or not engine_root:
         log.info("the freeflow command is not installed", reason="not run by Docker as a plugin")

@@ -60,7 +60,9 @@ def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(_LIBRARY, use_errno=True)
     except OSError as error:
-        raise KernelRefused(f"{_LIBRARY} can't be loaded: {error}; install libbpf1") from error
+        raise KernelRefused(
+            f"{_LIBRARY} can't be loaded", cause=str(error), remedy="install libbpf1"
+        ) from error
     pointer = ctypes.c_void_p
     for name in (
         "bpf_object__open_file",

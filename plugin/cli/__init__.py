@@ -1,4 +1,4 @@
-"""The `freeflow` command. No argument means `status`. Each command is a module; read on in `commands.py`."""
+"""The `freeflow` command; without an argument it means `status`. Read on in `commands.py`."""
 
 from __future__ import annotations
 

@@ -73,7 +73,9 @@ class FakeRouterFacts:
 
     def statistics(self) -> Statistics:
         if self.said is None:
-            raise RouterError("the router doesn't answer: no such file; see its log")
+            raise RouterError(
+                "the router doesn't answer", cause="no such file", remedy="see its log"
+            )
         return self.said
 
     def connections(self) -> Connections:

@@ -387,7 +387,9 @@ def test_ping_without_answer(world: World) -> None:
     ]
 
 
-@pytest.mark.parametrize("error", [InvalidRequest("bad; mend it"), NotFound("none; mend it")])
+@pytest.mark.parametrize(
+    "error", [InvalidRequest("bad", remedy="mend it"), NotFound("none", remedy="mend it")]
+)
 def test_ping_refused(world: World, error: Exception) -> None:
     """What can't be pinged is said with what to type, exit code 1."""
     world.pong = error

@@ -189,7 +189,7 @@ class Images:
         return self.config
 
     def created(self, name: str) -> Any:
-        raise EngineError(f"no container of {name}; try again")
+        raise EngineError(f"no container of {name}", remedy="try again")
 
 
 def injected(text: str) -> Any:

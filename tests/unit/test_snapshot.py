@@ -254,8 +254,8 @@ def test_failed_recovery(world: World) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        KernelError("no network interface is up; bring one up"),
-        SettingError("setting UNDERLAY=x: no such interface; docker plugin set x UNDERLAY=eth0"),
+        KernelError("no network interface is up", remedy="bring one up"),
+        SettingError("setting UNDERLAY=x", cause="no such interface", remedy="docker plugin set x"),
     ],
 )
 def test_no_underlay(world: World, error: KernelError | SettingError) -> None:

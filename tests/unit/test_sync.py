@@ -66,7 +66,9 @@ class FakeEngine:
 
     def engine(self) -> EngineView:
         if self.down:
-            raise EngineError("GET /info: connection refused; systemctl status docker")
+            raise EngineError(
+                "GET /info", cause="connection refused", remedy="systemctl status docker"
+            )
         return self.view
 
     def networks(self) -> frozenset[str]:
