@@ -95,7 +95,7 @@ static inline __attribute__((always_inline)) int spin_until(struct spinner *spin
                 return 0;
         begin = now();
         do
-                for (int i = 0; i < SPIN_LOOKS && !found; i++) {
+                for (int i = 0; i < SPIN_CHECKS && !found; i++) {
                         relax();
                         found = check(context);
                 }

@@ -22,7 +22,7 @@
 enum {
         SPIN_MISSES = 4,    /* in a row, after which a waiter sleeps at once */
         SPIN_LONGEST = 400, /* us: a longer sleep didn't wait for a peer that had to wake */
-        SPIN_LOOKS = 8,     /* checks between readings of the clock */
+        SPIN_CHECKS = 8,    /* checks between readings of the clock */
         SPIN_PATIENCE = 8,  /* waits */
         SPIN_PATIENCE_MOST = 256,
         SPIN_WINDOW = 64,      /* waits with a short spin after a long one with success, at most */

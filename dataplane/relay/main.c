@@ -115,7 +115,7 @@ static bool spin(void)
                 return false;
         start = present = polled = now();
         do {
-                for (int i = 0; i < SPIN_LOOKS && !found; i++) {
+                for (int i = 0; i < SPIN_CHECKS && !found; i++) {
                         relax();
                         found = turn();
                 }

@@ -1,13 +1,13 @@
-/* The ring alone: `ring.h` and the waiting of `arena.h`, between two threads, without sockets.
+/* The ring alone: `ring.h` and the waiting of `bells.h`, between two threads, without sockets.
  *
  *      ring stress|hostile SECONDS SEED
  *
  * stress: random sizes, limits and budgets; each byte is compared; a wake-up that is lost is a stall.
  *
- * hostile: the other side writes nonsense into every word between any two steps; nothing outside the ring is
- * touched (the pages around it can't be).
+ * hostile: the other side writes invalid values into every word between any two steps; nothing outside the
+ * ring is used (the pages around it are inaccessible).
  */
-#include "../../dataplane/library/arena.h"
+#include "../../dataplane/library/bells.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -20,7 +20,7 @@
 
 enum { CHUNK = 256 * 1024, PATIENCE = 10 };
 
-/* What the library's own files define. */
+/* The library's own files define these. */
 struct family *family;
 struct process process;
 struct settings settings;
@@ -69,7 +69,7 @@ static unsigned char byte_at(uint64_t place)
         return (unsigned char)((place * UINT64_C(0x9e3779b97f4a7c15)) >> 53);
 }
 
-/* As the library's, but a bell is a semaphore. */
+/* As in bells.c, but a bell is a semaphore. */
 void ring_bells(struct waiters *waiters, const struct end *unused)
 {
         uint64_t woken;
@@ -92,8 +92,8 @@ static void sleep_for(int bell)
                         fail("a wake-up was lost", __LINE__);
 }
 
-/* What reclaim.c does with a ring that has been empty for a while. */
-static void give_back(void)
+/* As reclaim.c does it for a ring that has been empty for a while. */
+static void reclaim(void)
 {
         uint64_t edge = atomic_load_explicit(&sender.edge, memory_order_relaxed);
 
@@ -105,7 +105,7 @@ static void give_back(void)
         atomic_store(&sender.touched, 0);
 }
 
-/* Between the program's bytes and the ring's from position `from` on. */
+/* Copy between the program's bytes and the ring's, from position `from` on. */
 static void copy(unsigned char *bytes, uint64_t from, size_t size, bool into_ring)
 {
         struct iovec vec = {bytes, size};
@@ -172,7 +172,7 @@ static void *send_all(void *unused)
                 if (any(&random, 64) == 0)
                         budget_limit = any(&random, 2) ? UINT64_MAX : any(&random, RING_SIZE);
                 if (any(&random, 64) == 0)
-                        give_back();
+                        reclaim();
                 for (size_t i = 0; i < size; i++)
                         bytes[i] = byte_at(place + i);
                 for (size_t done = 0; done < size;) {
@@ -184,7 +184,7 @@ static void *send_all(void *unused)
                                 continue;
                         }
                         wait_begin(&view.ring->senders, 1);
-                        /* Any room at all will do, but a sender that may not go round waits until it is
+                        /* Any room is enough, but a sender that may not wrap around waits until the ring is
                          * empty. */
                         if (atomic_load_explicit(&view.ring->head, memory_order_acquire) ==
                             atomic_load_explicit(&sender.edge, memory_order_relaxed))
@@ -286,7 +286,7 @@ static void hostile(void)
                                 spoil(&random);
                         moved[1] += take(bytes, some_size(&random));
                         if (any(&random, 100) == 0) {
-                                /* As a new connection finds it. */
+                                /* As for a new connection. */
                                 uint64_t where = any(&random, UINT64_MAX);
 
                                 memset((void *)&sender, 0, sizeof sender);
@@ -302,7 +302,7 @@ static void hostile(void)
         printf("put %llu took %llu\n", (unsigned long long)moved[0], (unsigned long long)moved[1]);
 }
 
-/* Memory between two pages that can't be touched. */
+/* Memory between two inaccessible pages. */
 static unsigned char *fenced(size_t size)
 {
         unsigned char *place = mmap(NULL, size + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -322,7 +322,7 @@ int main(int count, char **arguments)
         end = time(NULL) + atoi(arguments[2]);
         seed = strtoull(arguments[3], NULL, 0);
         family = (struct family *)fenced(sizeof *family);
-        /* As two processes of a host have it, or as a process and the relay do. */
+        /* The ring of two processes of a host, or of a process and the relay. */
         shift = seed & 1 ? 16 + (uint32_t)(seed >> 1) % 6 : RING_SHIFT;
         view = view_of((struct ring *)(void *)fenced(PAGE), fenced((size_t)1 << shift), shift);
         settings.ring_limit = RING_SIZE;

@@ -1,4 +1,4 @@
-"""Programs that lock their memory get no more of it by the library, which is mostly address space."""
+"""Programs that lock their memory need no more of it with the library, which reserves much address space."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.dataplane.places import Places
 from tests.dataplane.test_programs import check, need, serving
 
 MEMCACHED_MOST = 140 << 10
-"""KiB; without the library it has 90 MiB."""
+"""KiB. Without the library it needs 90 MiB."""
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,13 @@ MEMCACHED_MOST = 140 << 10
     ],
 )
 def test_mlockall(both: Places, scenario: str) -> None:
-    """The program's own memory is locked, nothing of the rings' is, and connections move."""
+    """mlockall() locks the program's memory and none of the rings, and connections move to rings."""
     both.play("locked", scenario)
     both.upgraded()
 
 
 def test_limit(both: Places) -> None:
-    """What a program may lock by its RLIMIT_MEMLOCK doesn't change, nor do the errors."""
+    """RLIMIT_MEMLOCK permits as much as without the library, with the same errors."""
     both.play("locked", "limited")
 
 

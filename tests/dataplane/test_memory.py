@@ -1,4 +1,4 @@
-"""Shared memory is used as far as it is needed, limited, and given back."""
+"""Shared memory is used only as needed, is limited, and is reclaimed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.dataplane.places import LIBRARY, Places, places
 PROGRAM = Path(__file__).parent / "programs" / "bulk.py"
 SIZE = 64 << 20
 IDLE = 64 << 10
-"""Bytes that two connections' first pages stay well below."""
+"""Bytes. The first pages of two connections need much less."""
 
 
 @contextmanager
 def stream(both: Places, port: int) -> Iterator[None]:
-    """While it lasts, a connection has carried SIZE bytes and is silent."""
+    """In the block, a connection has carried SIZE bytes and is idle."""
     command = [sys.executable, str(PROGRAM)]
     arguments = [both.address, str(port), str(SIZE)]
     server = both.server.popen(
@@ -55,12 +55,12 @@ def stream(both: Places, port: int) -> Iterator[None]:
 
 
 def used(both: Places) -> int:
-    """Bytes of shared memory, as the router last saw them."""
+    """Bytes of shared memory at the last scan of the router."""
     return both.made.router.statistics().memory
 
 
 def becomes_idle(both: Places) -> bool:
-    """Whether all but the first pages go back soon."""
+    """Whether all but the first pages are reclaimed soon."""
     until = time.monotonic() + patience(8)
     while time.monotonic() < until:
         if 0 < used(both) <= IDLE:
@@ -76,8 +76,8 @@ def accelerated() -> None:
         pytest.skip(f"missing: {LIBRARY} (make library)")
 
 
-def test_idle_memory_goes_back(accelerated: None, tmp_path: Path) -> None:
-    """A connection that has carried bulk data and falls silent keeps only its first pages."""
+def test_idle_memory_is_reclaimed(accelerated: None, tmp_path: Path) -> None:
+    """A connection that has carried bulk data and becomes idle keeps only its first pages."""
     with places(True, tmp_path, tmp_path) as both:
         with stream(both, 7000):
             time.sleep(0.5)
@@ -86,11 +86,11 @@ def test_idle_memory_goes_back(accelerated: None, tmp_path: Path) -> None:
 
 
 def test_ring_limit_holds(accelerated: None, tmp_path: Path) -> None:
-    """With RING_LIMIT a connection never touches more of its ring than that, however much goes through."""
+    """With RING_LIMIT a connection never touches more of its ring, however many bytes it carries."""
     limit = 128 << 10
     with places(True, tmp_path, tmp_path, Rule(operations=2, age=0, ring_limit=limit)) as both:
         with stream(both, 7000):
-            # The router looks once a second.
+            # The router scans once a second.
             time.sleep(1.2)
             assert 0 < used(both) <= limit + IDLE
         both.upgraded(1)
@@ -98,6 +98,6 @@ def test_ring_limit_holds(accelerated: None, tmp_path: Path) -> None:
 
 
 def test_reading_past_the_budget(both: Places) -> None:
-    """More bulk data than a process reads by its mappings is the same bytes, however it is read."""
+    """Bulk data beyond what a process may read by its mappings arrives unchanged."""
     both.play("reading", "much")
     both.upgraded(20)

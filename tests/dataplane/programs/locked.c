@@ -1,4 +1,4 @@
-/* Programs that lock their memory: it is locked, and they have no more of it than without the library. */
+/* Programs that lock their memory: it is locked, and they need no more than without the library. */
 #include "pair.h"
 
 enum { OWN = 1 << 20, MOST = 12 << 10 /* KiB */ };
@@ -104,7 +104,7 @@ static void future(int listener)
         serve(listener);
 }
 
-/* By the number of the call. */
+/* By the system call itself. */
 static void future_past_the_library(int listener)
 {
         lock(MCL_CURRENT);
@@ -132,8 +132,7 @@ static void get_all_of_it(int fd)
         get_pattern(fd, 100000);
 }
 
-/* Without the right to lock more than the program has: as much as the limit allows, as without the library.
- */
+/* With a low RLIMIT_MEMLOCK and without CAP_IPC_LOCK: mlockall() locks as much as without the library. */
 static void limited(int listener)
 {
         struct rlimit limit = {4 << 20, 4 << 20}, none = {0, 0};
