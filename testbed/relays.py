@@ -1,4 +1,4 @@
-"""A router in Python, as far as a relay needs one: starts it, speaks its protocol, gives it arenas and ends.
+"""The router's part for tests of relays: starts relays, and gives them links, arenas and slots.
 
 In a test::
 
@@ -92,7 +92,7 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True)
 class Message:
-    """What a relay has said."""
+    """A message from a relay."""
 
     kind: str
     number: int = 0
@@ -104,7 +104,7 @@ class Message:
 
 
 def parse(data: bytes) -> Message:
-    """One packet."""
+    """Decode one packet."""
     kind, size = HEADER.unpack_from(data)
     assert size == len(data), data
     name = NAMES[kind]
@@ -136,8 +136,8 @@ class Relay:
 
     process: subprocess.Popen[bytes]
     socket: socket.socket
-    heard: list[Message] = field(default_factory=list)
-    """Said, and not asked for yet."""
+    received: list[Message] = field(default_factory=list)
+    """Messages that no test has expected yet."""
     reads: threading.RLock = field(default_factory=threading.RLock)
 
     def raw(self, data: bytes, *descriptors: int) -> None:
@@ -150,34 +150,34 @@ class Relay:
     def accept(self, kind: str, number: int, peer: int, words: bytes) -> None:
         self.raw(ACCEPT.pack(KINDS[kind], ACCEPT.size, number, peer, len(words), 0, words))
 
-    def listen(self, seconds: float = 0) -> bool:
-        """Hear one message, if one comes."""
+    def receive(self, seconds: float = 0) -> bool:
+        """Receive one message, if one comes in time."""
         with self.reads:
             if not select.select([self.socket], [], [], seconds)[0]:
                 return False
             data = self.socket.recv(65536)
             assert data, f"the relay has gone: {self.process.wait()}"
-            self.heard.append(parse(data))
+            self.received.append(parse(data))
             return True
 
-    def hear(self, *kinds: str, number: int | None = None, seconds: float = PATIENCE) -> Message:
-        """The next message of one of these kinds, about this number."""
+    def expect(self, *kinds: str, number: int | None = None, seconds: float = PATIENCE) -> Message:
+        """Wait for the next message of one of these kinds, about this number."""
         until = time.monotonic() + patience(seconds)
         while True:
             with self.reads:
-                for message in self.heard:
+                for message in self.received:
                     if message.kind in kinds and number in (None, message.number):
-                        self.heard.remove(message)
+                        self.received.remove(message)
                         return message
-            assert time.monotonic() < until, f"no {kinds} but {self.heard}"
-            self.listen(0.01)
+            assert time.monotonic() < until, f"no {kinds} but {self.received}"
+            self.receive(0.01)
 
     def silent(self, *kinds: str, seconds: float = 0.1) -> bool:
-        """Whether no such message comes for a while."""
+        """Check that no such message comes for a while."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            self.listen(left)
-        return not any(message.kind in kinds for message in self.heard)
+            self.receive(left)
+        return not any(message.kind in kinds for message in self.received)
 
     def open(
         self,
@@ -192,36 +192,36 @@ class Relay:
         self.raw(
             OPEN.pack(KINDS["OPEN"], OPEN.size, name, port, VERSION, gid_index, transport, spin)
         )
-        return self.hear("OPENED")
+        return self.expect("OPENED")
 
     def link(self, number: int) -> bytes:
-        """Make an end of a link; its address."""
+        """Make a channel of a link; its address."""
         self.number("LINK", number)
-        answer = self.hear("LINKED", number=number)
+        answer = self.expect("LINKED", number=number)
         assert not answer.error, answer
         return answer.words
 
     def connect(self, number: int, address: bytes) -> Message:
         self.accept("CONNECT", number, 0, address)
-        return self.hear("CONNECTED", number=number)
+        return self.expect("CONNECTED", number=number)
 
     def counts(self) -> dict[str, int]:
         self.number("COUNT")
-        return dict(zip(COUNTERS, self.hear("COUNTS").values, strict=True))
+        return dict(zip(COUNTERS, self.expect("COUNTS").values, strict=True))
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
 
     def stop(self) -> int:
-        """As when the router goes; its status."""
+        """Close the socket, as when the router ends; the relay's exit code."""
         self.socket.close()
         return self.process.wait(patience(10))
 
 
 @contextlib.contextmanager
 def relay(binary: Path, **environment: str) -> Iterator[Relay]:
-    """A relay that is killed with the test; one that ended by itself must have been well."""
+    """A relay that ends with the test; it must not have failed."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         process = subprocess.Popen(
@@ -256,7 +256,10 @@ def relays(
 def link(
     a: Relay, b: Relay, number: int = 1, peer: int | None = None, *, lost: bool = False
 ) -> bool:
-    """Connect a link's two ends, for the first time or again. False: it was lost meanwhile, as it may be."""
+    """Connect the two channels of a link, for the first time or again.
+
+    False: it was lost meanwhile, which `lost` allows.
+    """
     peer = number if peer is None else peer
     one = a.link(number)
     two = b.link(peer)
@@ -267,7 +270,7 @@ def link(
 
 @dataclass(eq=False)
 class End:
-    """One end of a connection: a slot in an arena of its host's relay, and a process that uses it."""
+    """One end of a connection: a slot in an arena of its relay, and a process that uses it."""
 
     relay: Relay
     number: int
@@ -281,7 +284,7 @@ class End:
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def word(self, direction: int, offset: int, size: int = 8) -> int:
-        """Of a ring's header."""
+        """A word of a ring's header."""
         data = os.pread(self.memory, size, layout.ring_offset(self.slot, direction) + offset)
         return int.from_bytes(data, "little")
 
@@ -321,7 +324,7 @@ class End:
 
 
 def result(process: subprocess.Popen[str], seconds: float = 60) -> dict[str, float]:
-    """What an end that went well says."""
+    """Wait for an end's process; what it printed. It must not have failed."""
     said, complaint = process.communicate(timeout=seconds)
     assert process.returncode == 0, (process.returncode, said, complaint)
     found: dict[str, float] = json.loads(said)
@@ -329,7 +332,7 @@ def result(process: subprocess.Popen[str], seconds: float = 60) -> dict[str, flo
 
 
 def give_arena(relay: Relay, ring: int = RING) -> End:
-    """A new arena with nothing in it; the end of its slot 0."""
+    """Give the relay a new arena; the end in its slot 0."""
     memory = LinuxArenaMemory().make(ring_size=ring, remote=True)
     arena = next(_numbers)
     end = End(relay, 0, memory, arena=arena, ring=ring)
@@ -340,7 +343,7 @@ def give_arena(relay: Relay, ring: int = RING) -> End:
 
 
 def give_bells(end: End, count: int = 2) -> None:
-    """Bells of the process's two threads."""
+    """Give the relay the bells of the process's two threads."""
     for index in range(count):
         waits, rings = socket.socketpair()
         end.waits.append(waits)
@@ -350,22 +353,22 @@ def give_bells(end: End, count: int = 2) -> None:
 
 
 def place(end: End, link: int = 1) -> Message:
-    """Have its slot registered."""
+    """Have the relay register the end's slot."""
     incarnation = next(_numbers)
     LinuxArenaMemory().prepare(end.memory, end.slot, incarnation)
     end.number = next(_numbers)
     end.relay.raw(
         SLOT.pack(KINDS["SLOT"], SLOT.size, end.number, link, end.slot, end.arena, incarnation)
     )
-    answer = end.relay.hear("PLACED", number=end.number)
+    answer = end.relay.expect("PLACED", number=end.number)
     end.place = answer.words
     return answer
 
 
 def pair(one: End, two: End) -> Message:
-    """Tell `one` where `two` is."""
+    """Tell the relay of `one` where `two` is."""
     one.relay.accept("PAIR", one.number, two.number, two.place)
-    return one.relay.hear("PAIRED", number=one.number)
+    return one.relay.expect("PAIRED", number=one.number)
 
 
 def connect(
@@ -398,6 +401,6 @@ def more(end: End, slot: int, link: int = 1) -> End:
 
 
 def drop(end: End, state: int = WHOLE) -> None:
-    """Drop a connection, to the end."""
+    """Drop a connection, and wait until the relay has released it."""
     end.relay.number("DROP", end.number, state)
-    end.relay.hear("DROPPED", number=end.number)
+    end.relay.expect("DROPPED", number=end.number)

@@ -1,1 +1,1 @@
-"""The relay, without routers: its control protocol, its rings, and what goes wrong on the way."""
+"""The relay without routers: its requests, its rings, and faults of its transport."""

@@ -1,4 +1,4 @@
-"""The relay and the program that plays its processes, built once."""
+"""The relay and the program that stands for its processes, built once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def binary(folder: Path) -> Path:
-    """Built for tests, with faults on request and the address and undefined-behaviour sanitizers."""
+    """Built for tests: with faults on request, and with sanitizers (address, undefined)."""
     return build(folder / "freeflow-relay", "address,undefined", FAULTS)
 
 
@@ -48,5 +48,5 @@ def shipped(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def end(folder: Path) -> Path:
-    """The program that is a process's end."""
+    """The program that is one end of a connection."""
     return compile_c(HERE / "end.c", folder / "end")

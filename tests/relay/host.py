@@ -1,8 +1,10 @@
-"""One host of a test in virtual machines: a relay and its connections, told what to do line by line.
+"""One host of a test in virtual machines: a relay and its connections, controlled line by line.
 
-    python3 -m tests.relay.host RELAY END       reads {"do": name, ...} as JSON, answers each with one line of JSON
+    python3 -m tests.relay.host RELAY END
 
-Nothing but the standard library and the router's own layout is imported: it runs in a guest that has no more.
+reads {"do": name, "with": arguments} and answers each with one line of JSON.
+
+It imports only the standard library and the router's layout, since guests have nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from testbed import relays as client
 
 
 class Host:
-    """What can be done; results are JSON."""
+    """The commands; results are JSON."""
 
     def __init__(self, relay: client.Relay, program: Path) -> None:
         self.relay = relay
@@ -31,7 +33,7 @@ class Host:
 
     def link(self, number: int = 1) -> Any:
         self.relay.number("LINK", number)
-        answer = self.relay.hear("LINKED", number=number)
+        answer = self.relay.expect("LINKED", number=number)
         return [answer.error, answer.text, base64.b64encode(answer.words).decode()]
 
     def connect(self, address: str, number: int = 1) -> Any:
@@ -49,7 +51,7 @@ class Host:
 
     def pair(self, end: int, peer: int, place: str) -> Any:
         self.relay.accept("PAIR", self.ends[end].number, peer, base64.b64decode(place))
-        answer = self.relay.hear("PAIRED", number=self.ends[end].number)
+        answer = self.relay.expect("PAIRED", number=self.ends[end].number)
         return [answer.error, answer.text]
 
     def start(self, end: int, *options: str) -> Any:
@@ -67,8 +69,8 @@ class Host:
     def tell_end(self, kind: str, end: int, state: int = 0) -> None:
         self.relay.number(kind, self.ends[end].number, state)
 
-    def hear(self, kind: str, seconds: float = 60) -> Any:
-        answer = self.relay.hear(kind, seconds=seconds)
+    def expect(self, kind: str, seconds: float = 60) -> Any:
+        answer = self.relay.expect(kind, seconds=seconds)
         return [answer.number, answer.error, answer.text, answer.state]
 
     def counts(self) -> Any:
@@ -79,7 +81,7 @@ class Host:
 
 
 def main() -> None:
-    """Until the end of input."""
+    """Execute commands until the end of input."""
     with client.relay(Path(sys.argv[1])) as relay:
         host = Host(relay, Path(sys.argv[2]))
         for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""`python -m bench relay` measures what it says, in a run too short to mean anything."""
+"""`python -m bench relay` works, in a run that is too short to mean anything."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.dataplane.places import compile_c
 
 
 def test_every_case_has_its_figures(binary: Path, folder: Path) -> None:
-    """One WRITE and one doorbell for each message that goes alone; bytes per second of CPU time; a table of it all."""
+    """A single message costs one WRITE and one doorbell; the table has all cases."""
     tool = compile_c(relay.TOOL, folder / "relayload")
     said: list[str] = []
     rows = relay.measure(binary, tool, 1, 0.02, said.append)

@@ -1,4 +1,4 @@
-"""Connections over two relays that share memory: whole, awake, and ended as they should be."""
+"""Connections over two relays on the loopback transport: bytes, wake-ups, and ends."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from testbed.relays import (
 def test_bytes_arrive_whole_and_in_order(
     binary: Path, end: Path, ring: int, message: int, pace: int
 ) -> None:
-    """Whatever sizes they are put and taken in, both ways at once."""
+    """Bytes arrive whole and in order for all sizes of writes and reads, both ways at once."""
     size = 300_000 if message < 100 else 6_000_000
     with relays(binary) as (a, b):
         link(a, b)
@@ -52,7 +52,7 @@ def test_bytes_arrive_whole_and_in_order(
 
 
 def test_both_ends_may_be_of_one_relay(binary: Path, end: Path) -> None:
-    """Two links of one relay that lead to each other."""
+    """Both ends of a connection can be on one relay, over two links to itself."""
     with relays(binary, count=1) as (a,):
         link(a, a, 1, 2)
         one, two = connect(a, a, link=1, peer_link=2)
@@ -63,7 +63,7 @@ def test_both_ends_may_be_of_one_relay(binary: Path, end: Path) -> None:
 
 
 def test_many_connections_share_a_link(binary: Path, end: Path) -> None:
-    """Each gets its own bytes, though they go in the same messages."""
+    """Connections whose blocks share messages each receive their own bytes."""
     with relays(binary) as (a, b):
         link(a, b)
         first, second = connect(a, b)
@@ -87,7 +87,7 @@ def test_many_connections_share_a_link(binary: Path, end: Path) -> None:
 
 
 def test_a_process_that_sleeps_is_woken(binary: Path, end: Path) -> None:
-    """Round trips in which nobody spins: no bell is lost."""
+    """No wake-up is lost in round trips without spinning."""
     with relays(binary, spin=0) as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -98,7 +98,7 @@ def test_a_process_that_sleeps_is_woken(binary: Path, end: Path) -> None:
 
 
 def test_a_process_that_never_got_the_bell_is_heard(binary: Path, end: Path) -> None:
-    """The relay looks now and then while nobody can ring it."""
+    """The relay polls an arena whose process cannot ring the relay's bell."""
     with relays(binary, spin=0) as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -110,7 +110,7 @@ def test_a_process_that_never_got_the_bell_is_heard(binary: Path, end: Path) -> 
 
 
 def test_idle_connections_cost_nothing(binary: Path, end: Path) -> None:
-    """After their last bytes both relays sleep until something happens."""
+    """Relays sleep while their connections are idle."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -125,7 +125,7 @@ def test_idle_connections_cost_nothing(binary: Path, end: Path) -> None:
 
 
 def test_a_connection_ends_when_both_ends_are_gone(binary: Path, end: Path) -> None:
-    """What was sent before is delivered, `over` follows it, and both routers hear of it."""
+    """When both processes have closed, all bytes arrive, then `over`; both routers are told."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -135,11 +135,11 @@ def test_a_connection_ends_when_both_ends_are_gone(binary: Path, end: Path) -> N
         a.number("CLOSE", one.number)
         said = result(taker)
         assert (said["received"], said["over"], said["broken"]) == (150_000, 1, 0)
-        assert a.hear("FINISHED", number=one.number).state == WHOLE
-        assert b.hear("ENDED", number=two.number).state == WHOLE
+        assert a.expect("FINISHED", number=one.number).state == WHOLE
+        assert b.expect("ENDED", number=two.number).state == WHOLE
         b.number("CLOSE", two.number)
-        assert b.hear("FINISHED", number=two.number).state == WHOLE
-        assert a.hear("ENDED", number=one.number).state == WHOLE
+        assert b.expect("FINISHED", number=two.number).state == WHOLE
+        assert a.expect("ENDED", number=one.number).state == WHOLE
         drop(one)
         drop(two)
         assert a.counts()["connections"] == b.counts()["connections"] == 0
@@ -147,7 +147,7 @@ def test_a_connection_ends_when_both_ends_are_gone(binary: Path, end: Path) -> N
 
 
 def test_a_process_that_is_killed_ends_its_connection(binary: Path, end: Path) -> None:
-    """All that it had made readable arrives, nothing of what it was putting."""
+    """All bytes that a killed process had published arrive, and none of an unfinished write."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -160,7 +160,7 @@ def test_a_process_that_is_killed_ends_its_connection(binary: Path, end: Path) -
 
 
 def test_what_nobody_will_read_holds_nothing_up(binary: Path, end: Path) -> None:
-    """Both ends gone with full rings: both connections finish."""
+    """A connection whose ends are both closed finishes although its rings are full."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b, ring=64 << 10)
@@ -175,13 +175,13 @@ def test_what_nobody_will_read_holds_nothing_up(binary: Path, end: Path) -> None
         for each in (one, two):
             each.relay.number("CLOSE", each.number)
         for each in (one, two):
-            each.relay.hear("FINISHED", number=each.number)
-            each.relay.hear("ENDED", number=each.number)
+            each.relay.expect("FINISHED", number=each.number)
+            each.relay.expect("ENDED", number=each.number)
             drop(each)
 
 
 def test_leaving_ends_both_rings_where_both_ends_agree(binary: Path, end: Path) -> None:
-    """In the middle of a stream: what was put arrives, then the ring ends; nothing needs the relay after that."""
+    """Leaving in the middle of a stream delivers all bytes, and then needs no relay."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -194,18 +194,18 @@ def test_leaving_ends_both_rings_where_both_ends_agree(binary: Path, end: Path) 
         assert left["left"] == right["left"] == 1
         assert left["sent"] == right["received"] == right["end"] - 1
         assert right["sent"] == left["received"] == left["end"] - 1
-        a.hear("LEFT", number=one.number)
-        b.hear("LEFT", number=two.number)
+        a.expect("LEFT", number=one.number)
+        b.expect("LEFT", number=two.number)
 
 
 def test_a_connection_at_rest_leaves_without_its_processes(binary: Path) -> None:
-    """They find the end of the ring when they look."""
+    """An idle connection leaves without its processes, which find the end of the ring later."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b)
         b.number("LEAVE", two.number)
-        a.hear("LEFT", number=one.number)
-        b.hear("LEFT", number=two.number)
+        a.expect("LEFT", number=one.number)
+        b.expect("LEFT", number=two.number)
         for each in (one, two):
             assert each.word(0, 76, 4) == 1
             assert each.word(1, 24) == 1
@@ -213,7 +213,7 @@ def test_a_connection_at_rest_leaves_without_its_processes(binary: Path) -> None
 
 
 def test_a_process_stops_the_other_end(binary: Path, end: Path) -> None:
-    """`leave` in one ring is answered by `left`, after the last byte; the other direction goes on."""
+    """`leave` in one ring is answered by `left` after its last byte; the other ring goes on."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -231,7 +231,7 @@ def test_a_process_stops_the_other_end(binary: Path, end: Path) -> None:
 
 
 def test_a_dropped_connection_that_breaks_is_seen_at_both_ends(binary: Path, end: Path) -> None:
-    """The peer's router hears of it too."""
+    """Dropping a connection as broken resets both ends, and both routers are told."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -240,14 +240,14 @@ def test_a_dropped_connection_that_breaks_is_seen_at_both_ends(binary: Path, end
         second = two.popen(end, *options, "seed=2", "peer_seed=1")
         time.sleep(0.2)
         drop(one, BROKEN)
-        assert b.hear("ENDED", number=two.number).state == BROKEN
+        assert b.expect("ENDED", number=two.number).state == BROKEN
         assert result(first)["broken"] == result(second)["broken"] == 1
         drop(two)
 
 
 @pytest.mark.parametrize("by_signal", [True, False])
 def test_a_relay_that_ends_loses_nothing(binary: Path, end: Path, by_signal: bool) -> None:
-    """Its router is gone, or wants it to go: all connections are back on TCP before it is."""
+    """A relay whose router ends, or that gets SIGTERM, first brings all connections back to TCP."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -264,11 +264,11 @@ def test_a_relay_that_ends_loses_nothing(binary: Path, end: Path, by_signal: boo
         assert left["left"] == right["left"] == 1
         assert left["broken"] == right["broken"] == 0
         assert (left["sent"], right["sent"]) == (right["received"], left["received"])
-        b.hear("LEFT", number=two.number)
+        b.expect("LEFT", number=two.number)
 
 
 def test_a_slot_can_be_used_again(binary: Path, end: Path) -> None:
-    """By the next connection, as soon as it was dropped."""
+    """The next connection can use a slot as soon as the last one was dropped."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -288,7 +288,7 @@ def test_a_slot_can_be_used_again(binary: Path, end: Path) -> None:
 
 
 def test_what_cannot_be_is_refused_with_a_reason(binary: Path) -> None:
-    """A slot in use, unequal rings, a slot that is another connection's, a link that isn't there."""
+    """Slots in use, unequal rings, unknown links and connections are refused, with the reason."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = give_arena(a), give_arena(b, 128 << 10)
@@ -311,7 +311,7 @@ def test_what_cannot_be_is_refused_with_a_reason(binary: Path) -> None:
 
 
 def test_an_arena_that_is_none_is_refused(binary: Path) -> None:
-    """Not sealed, or of another size: no connection gets a slot there."""
+    """An arena that is not sealed, or has another size, is refused; so are slots in it."""
     with relays(binary) as (a, b):
         link(a, b)
         odd = give_arena(a)
@@ -328,7 +328,7 @@ def test_an_arena_that_is_none_is_refused(binary: Path) -> None:
 
 
 def test_arenas_may_go_while_their_bells_ring(binary: Path) -> None:
-    """A discarded arena's bell that rang at the same moment means nothing any more."""
+    """The bell of a discarded arena may ring at the same moment."""
     with relays(binary, count=1) as (a,):
         for _ in range(30):
             some = [give_arena(a) for _ in range(5)]
@@ -346,16 +346,16 @@ def test_arenas_may_go_while_their_bells_ring(binary: Path) -> None:
 
 
 def test_a_connection_that_has_left_may_be_dropped_at_once(binary: Path) -> None:
-    """By the router that hears of it first: the other side doesn't take that for a loss."""
+    """A router may drop a connection as soon as it has left; the peer does not report a loss."""
     with relays(binary) as (a, b):
         link(a, b)
         for _ in range(20):
             one, two = connect(a, b)
             a.number("LEAVE", one.number)
-            a.hear("LEFT", number=one.number)
+            a.expect("LEFT", number=one.number)
             a.number("DROP", one.number)
-            b.hear("LEFT", number=two.number)
+            b.expect("LEFT", number=two.number)
             b.number("DROP", two.number)
-            a.hear("DROPPED", number=one.number)
-            b.hear("DROPPED", number=two.number)
+            a.expect("DROPPED", number=one.number)
+            b.expect("DROPPED", number=two.number)
         assert a.counts()["broken"] == b.counts()["broken"] == 0

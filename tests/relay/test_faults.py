@@ -1,4 +1,4 @@
-"""What a link may do: be slow, put bytes in any order before their message, get lost and come again, or never again."""
+"""Faults of links: slow and reordered writes, and links that are lost and made again, or not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from testbed.relays import (
 
 
 def test_slow_completions_and_bytes_in_any_order(binary: Path, end: Path) -> None:
-    """Nothing is read before its message, nothing is used again before it is complete."""
+    """Bytes are read only after their message, and reused only after their completion."""
     with relays(binary, "delay=400,shuffle=1,seed=5") as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -39,7 +39,7 @@ def test_slow_completions_and_bytes_in_any_order(binary: Path, end: Path) -> Non
 
 @contextmanager
 def kept_up(a: Relay, b: Relay) -> Iterator[list[int]]:
-    """As routers do: a link that is down is made again, from one side or the other; how often."""
+    """Make a link again whenever it is down, as routers do, from either side; how often."""
     stopped = threading.Event()
     made = [0]
 
@@ -47,13 +47,13 @@ def kept_up(a: Relay, b: Relay) -> Iterator[list[int]]:
         down = False
         while not stopped.is_set():
             for each in (a, b):
-                each.listen()
-                lost = [message for message in each.heard if message.kind == "DOWN"]
-                each.heard = [message for message in each.heard if message.kind != "DOWN"]
+                each.receive()
+                lost = [message for message in each.received if message.kind == "DOWN"]
+                each.received = [message for message in each.received if message.kind != "DOWN"]
                 down = down or bool(lost)
             if down:
                 first, second = (a, b) if made[0] % 2 else (b, a)
-                # It may get lost again before it is connected.
+                # The link may be lost again before it is connected.
                 down = not link(first, second, lost=True)
                 made[0] += 1
             time.sleep(0.002)
@@ -69,7 +69,7 @@ def kept_up(a: Relay, b: Relay) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_lost_link_goes_on_where_it_was(binary: Path, end: Path, seed: int) -> None:
-    """Lost completions, half-written batches, again and again: no byte is lost, doubled or moved."""
+    """Bytes are neither lost, doubled nor moved by lost completions and half-written batches."""
     with relays(binary, f"delay=200,shuffle=1,lose=12,seed={seed}") as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -84,15 +84,15 @@ def test_a_lost_link_goes_on_where_it_was(binary: Path, end: Path, seed: int) ->
 
 
 def wait_for(kind: str, *some: Relay) -> None:
-    """While somebody else reads what these relays say."""
+    """Wait for a message from each of these relays while another thread receives."""
     until = time.monotonic() + patience(10)
-    while not all(any(message.kind == kind for message in each.heard) for each in some):
-        assert time.monotonic() < until, (kind, [each.heard for each in some])
+    while not all(any(message.kind == kind for message in each.received) for each in some):
+        assert time.monotonic() < until, (kind, [each.received for each in some])
         time.sleep(0.005)
 
 
 def test_connections_end_over_links_that_get_lost(binary: Path, end: Path) -> None:
-    """Closing, leaving and dropping are told again on the next link."""
+    """Closing, leaving and dropping are repeated when a lost link is up again."""
     with relays(binary, "lose=5,seed=9") as (a, b):
         link(a, b)
         with kept_up(a, b) as made:
@@ -107,19 +107,19 @@ def test_connections_end_over_links_that_get_lost(binary: Path, end: Path) -> No
                 wait_for("FINISHED", a, b)
                 wait_for("ENDED", a, b)
                 assert all(
-                    m.state == WHOLE for each in (a, b) for m in each.heard if m.kind == "ENDED"
+                    m.state == WHOLE for each in (a, b) for m in each.received if m.kind == "ENDED"
                 )
                 for each in (one, two):
                     each.relay.number("DROP", each.number)
                 wait_for("DROPPED", a, b)
-                a.heard, b.heard = [], []
+                a.received, b.received = [], []
             assert made[0] > 1
         assert a.counts()["connections"] == b.counts()["connections"] == 0
         assert a.counts()["broken"] == b.counts()["broken"] == 0
 
 
 def test_a_peer_that_is_killed_is_noticed(binary: Path, end: Path) -> None:
-    """The link is down at once; the connection waits for what the router decides."""
+    """When the peer's relay dies the link is down at once; connections wait for the router."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -127,17 +127,17 @@ def test_a_peer_that_is_killed_is_noticed(binary: Path, end: Path) -> None:
         taker = two.popen(end, "peer_seed=1", "seed=2")
         time.sleep(0.2)
         b.kill()
-        assert "gone" in a.hear("DOWN", number=1).text
+        assert "gone" in a.expect("DOWN", number=1).text
         drop(one, 1)
         assert result(sender)["broken"] == 1
-        # What becomes of that end is its own router's business.
+        # That end belongs to another router.
         taker.kill()
         taker.wait()
 
 
 @contextmanager
 def carried(a: Relay, b: Relay, number: int = 1) -> Iterator[list[int]]:
-    """As two routers with a session: frames go from one relay to the other. How many."""
+    """Carry frames between two relays, as routers with a session do; how many."""
     stopped = threading.Event()
     frames = [0]
 
@@ -147,7 +147,7 @@ def carried(a: Relay, b: Relay, number: int = 1) -> Iterator[list[int]]:
                 while select.select([mine.socket], [], [], 0)[0]:
                     message = parse(mine.socket.recv(65536))
                     if message.kind != "FRAME":
-                        mine.heard.append(message)
+                        mine.received.append(message)
                         continue
                     frames[0] += 1
                     size = FRAME.size + len(message.words)
@@ -164,16 +164,16 @@ def carried(a: Relay, b: Relay, number: int = 1) -> Iterator[list[int]]:
 
 
 def test_without_rdma_a_connection_goes_on_over_the_session(binary: Path, end: Path) -> None:
-    """In the middle of a stream, and then back to TCP, without a byte lost."""
+    """A stream goes on over frames, and then leaves, without losing a byte."""
     with relays(binary, "lose=40,seed=3") as (a, b):
         link(a, b)
         one, two = connect(a, b)
         options = ("send=1000000000", "pace=300", "message=30000")
         first = one.popen(end, *options, "seed=3", "peer_seed=4")
         second = two.popen(end, *options, "seed=4", "peer_seed=3")
-        while not any(m.kind == "DOWN" for each in (a, b) for m in each.heard):
+        while not any(m.kind == "DOWN" for each in (a, b) for m in each.received):
             for each in (a, b):
-                each.listen(0.005)
+                each.receive(0.005)
         with carried(a, b) as frames:
             a.number("STREAM", 1)
             time.sleep(0.5)
@@ -191,7 +191,7 @@ def test_without_rdma_a_connection_goes_on_over_the_session(binary: Path, end: P
 
 
 def test_a_streamed_link_ends_with_its_relay(binary: Path, end: Path) -> None:
-    """Frames can't go without a router: what hasn't left by then sees a reset."""
+    """Frames need a router: without it connections that have not left are reset."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -213,7 +213,7 @@ def test_a_streamed_link_ends_with_its_relay(binary: Path, end: Path) -> None:
 
 
 def test_the_shipped_relay_makes_no_faults(binary: Path, shipped: Path, end: Path) -> None:
-    """Fault injection is in builds for tests alone: the shipped binary neither knows its options nor its code."""
+    """Only builds for tests can inject faults: the shipped binary has neither options nor code."""
     for word in (b"lose=", b"on purpose", b"faulty"):
         assert word in binary.read_bytes()
         assert word not in shipped.read_bytes()

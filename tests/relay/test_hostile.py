@@ -1,4 +1,4 @@
-"""A process or a peer that writes nonsense loses its own connection, and nobody else's."""
+"""A process or peer that writes invalid data loses its own connection, and no other."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ WORDS = {
     "over": (268, 4),
     "left": (272, 4),
 }
-"""Of struct ring."""
+"""Offsets and sizes of words in struct ring."""
 
 ODD = (0, 1, 2, 3712, 65535, 65536, 65537, 1 << 18, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 
 
 def ring_it(end: End) -> None:
-    """As who has put something, and wakes the relay."""
+    """Ring the relay's bell, with all slots marked."""
     os.pwrite(end.memory, struct.pack("=Q", (1 << 64) - 1), 64 + 2112 + 64)
     assert end.rings_relay is not None
     end.rings_relay.send(b"x")
 
 
 def test_a_bell_that_is_kept_full(binary: Path, end: Path) -> None:
-    """A process that fills the relay's bell faster than it can be emptied keeps it from nobody else's connection."""
+    """A process that keeps the relay's bell full does not hold up other connections."""
     with relays(binary) as (a, b):
         link(a, b)
         good, well = connect(a, b)
@@ -85,7 +85,7 @@ def test_a_bell_that_is_kept_full(binary: Path, end: Path) -> None:
 
 
 def test_a_bell_with_a_descriptor_in_it(binary: Path, end: Path) -> None:
-    """A descriptor whose close waits doesn't stop the relay: neither in a bell that rings, nor in one that is closed."""
+    """A descriptor in a bell whose close() blocks does not block the relay."""
     namespace = os.open("/proc/self/ns/net", os.O_RDONLY)
     with relays(binary) as (a, b):
         link(a, b)
@@ -115,7 +115,7 @@ def test_a_bell_with_a_descriptor_in_it(binary: Path, end: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_a_process_writes_hurts_only_its_own(binary: Path, end: Path, seed: int) -> None:
-    """Any words, at any time, in both of its rings: another connection of the same relays stays whole."""
+    """Invalid words in a process's rings do not affect another connection of the same relays."""
     dice = random.Random(seed)
     with relays(binary) as (a, b):
         link(a, b)
@@ -151,10 +151,10 @@ def test_what_a_process_writes_hurts_only_its_own(binary: Path, end: Path, seed:
         (1, "head", 1 << 63),
     ],
 )
-def test_nonsense_breaks_the_connection_at_both_ends(
+def test_invalid_words_break_the_connection_at_both_ends(
     binary: Path, direction: int, word: str, value: int
 ) -> None:
-    """And the routers hear of it."""
+    """An invalid word resets both ends, and both routers are told."""
     with relays(binary) as (a, b):
         link(a, b)
         bad, victim = connect(a, b)
@@ -164,25 +164,25 @@ def test_nonsense_breaks_the_connection_at_both_ends(
         offset, size = WORDS[word]
         bad.write(direction, offset, value, size)
         ring_it(bad)
-        assert a.hear("ENDED", number=bad.number).state == BROKEN
-        assert b.hear("ENDED", number=victim.number).state == BROKEN
+        assert a.expect("ENDED", number=bad.number).state == BROKEN
+        assert b.expect("ENDED", number=victim.number).state == BROKEN
         for each in (bad, victim):
             assert each.word(0, 276, 4) == each.word(1, 276, 4) == 1
 
 
-def test_bytes_before_they_were_asked_for_are_nonsense(binary: Path, end: Path) -> None:
-    """A sender that doesn't wait for `ready`."""
+def test_bytes_before_ready_are_invalid(binary: Path, end: Path) -> None:
+    """A sender that does not wait for `ready` is reset."""
     with relays(binary) as (a, b):
         link(a, b)
         bad, victim = connect(a, b)
         sender = bad.popen(end, "send=100000", "at_once=1")
-        assert a.hear("ENDED", number=bad.number).state == BROKEN
-        assert b.hear("ENDED", number=victim.number).state == BROKEN
+        assert a.expect("ENDED", number=bad.number).state == BROKEN
+        assert b.expect("ENDED", number=victim.number).state == BROKEN
         assert result(sender)["broken"] == 1
 
 
 def test_places_and_addresses_are_checked(binary: Path) -> None:
-    """Whatever a peer says, the answer is an error or a connection that never works."""
+    """Invalid places and addresses of a peer give an error, or a connection that never works."""
     dice = random.Random(1)
     with relays(binary) as (a, b):
         link(a, b)
@@ -204,17 +204,17 @@ def test_places_and_addresses_are_checked(binary: Path) -> None:
         assert a.counts()["connections"] == 1
 
 
-def test_a_router_that_speaks_nonsense_ends_its_relay(binary: Path) -> None:
-    """It doesn't go on with half of what it was told."""
-    for nonsense in (b"x", struct.pack("=HH", 99, 4), NUMBER.pack(KINDS["LINK"], 9, 1, 0)):
+def test_an_invalid_request_ends_the_relay(binary: Path) -> None:
+    """A relay ends on an invalid request of its router."""
+    for request in (b"x", struct.pack("=HH", 99, 4), NUMBER.pack(KINDS["LINK"], 9, 1, 0)):
         with contextlib.suppress(AssertionError), relay(binary) as a:
-            a.raw(nonsense)
+            a.raw(request)
             assert a.process.wait(patience(5)) == 1
         assert a.process.returncode == 1
 
 
 class Channel:
-    """A peer's relay in Python, on the memory transport: says what it likes."""
+    """A peer's relay in Python, on the loopback transport, that can send anything."""
 
     SLOT = 8 + 16 + 16 * 64
     LETTERS = 192
@@ -241,14 +241,14 @@ class Channel:
 
 
 def block(end: End, flags: int, *words: int) -> bytes:
-    """With the cookie that its relay gave."""
+    """A block with the cookie that the end's relay gave."""
     (cookie,) = struct.unpack_from("=Q", end.place, 16)
     return struct.pack("=IIQ6Q", end.number, flags, cookie, *words)
 
 
 @contextlib.contextmanager
 def a_peer_of(a: Relay, b: Relay) -> Iterator[tuple[End, Channel]]:
-    """A connection of `a` whose peer is under the test's thumb."""
+    """A connection of `a` whose peer is the test."""
     address = a.link(1)
     theirs = b.link(1)
     assert not a.connect(1, theirs).error
@@ -267,7 +267,7 @@ def connect_half(a: Relay, b: Relay) -> tuple[End, End]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_hostile_peer_hurts_only_its_own_connection(binary: Path, end: Path, seed: int) -> None:
-    """Any words in its blocks: another link's connections stay whole."""
+    """Invalid blocks of a peer do not affect connections of another link."""
     dice = random.Random(seed)
     with relays(binary, count=3) as (a, b, c):
         link(a, c, 2)
@@ -291,7 +291,7 @@ def test_a_hostile_peer_hurts_only_its_own_connection(binary: Path, end: Path, s
 
 
 def test_a_peer_whose_messages_are_none_loses_its_link(binary: Path) -> None:
-    """Wrong sizes, magics, grants: the link is down, and says why."""
+    """A message with a wrong size, magic number or grant takes the link down, with the reason."""
     messages = (
         b"",
         b"x" * 16,
@@ -304,13 +304,13 @@ def test_a_peer_whose_messages_are_none_loses_its_link(binary: Path) -> None:
     for content in messages:
         with relays(binary) as (a, b), a_peer_of(a, b) as (_, peer):
             peer.put(content)
-            # Nobody rings: the relay looks at its links whenever it is awake.
+            # Without a wake-up the relay polls its links when it handles a request.
             a.number("COUNT")
-            assert "peer sent a message" in a.hear("DOWN", number=1).text
+            assert "peer sent a message" in a.expect("DOWN", number=1).text
 
 
 def test_frames_of_a_hostile_peer_change_nothing_outside_its_rings(binary: Path) -> None:
-    """Offsets, sizes and cookies are checked before a byte is written."""
+    """Offsets, sizes and cookies of a frame are checked before a byte is written."""
     dice = random.Random(4)
     with relays(binary) as (a, b):
         link(a, b)
@@ -329,7 +329,7 @@ def test_frames_of_a_hostile_peer_change_nothing_outside_its_rings(binary: Path)
 
 
 def test_an_arena_without_its_descriptors_is_refused(binary: Path) -> None:
-    """They get lost where a process may have no more of them; all other connections stay."""
+    """An arena whose descriptors were lost is refused, with its slots; others go on."""
     with relays(binary) as (a, b):
         link(a, b)
         one, _ = connect(a, b)
@@ -340,7 +340,7 @@ def test_an_arena_without_its_descriptors_is_refused(binary: Path) -> None:
 
 
 def test_a_relay_whose_bell_nobody_can_ring_still_hears(binary: Path, end: Path) -> None:
-    """Its other end was closed: it looks now and then."""
+    """The relay polls an arena whose bell has no sender any more."""
     with relays(binary, spin=0) as (a, b):
         link(a, b)
         one, two = connect(a, b)

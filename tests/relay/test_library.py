@@ -1,6 +1,7 @@
-"""Programs with the library on two hosts whose relays share memory in place of a device: whole streams, and ends as TCP's.
+"""Programs with the library on two hosts whose relays use the loopback transport.
 
-The routers and the library are the real ones, as in tests/dataplane/test_two_hosts.py; the relays are checked by the sanitizers.
+Routers and library are the real ones, as in tests/dataplane/test_two_hosts.py; the relays are built
+with sanitizers.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ print(had, said, flush=True)
 
 @pytest.fixture(scope="module")
 def hosts(binary: Path) -> Iterator[tuple[HostBed, HostBed]]:
-    """Two hosts with a container each, whose relays are linked."""
+    """Two hosts with a container each, and a link between their relays."""
     with two_hosts(library=LIBRARY, relay=binary) as (one, other):
         one.wait_linked()
         other.wait_linked()
@@ -71,7 +72,7 @@ def hosts(binary: Path) -> Iterator[tuple[HostBed, HostBed]]:
 def both(
     hosts: tuple[HostBed, HostBed], megabytes: int, how: str
 ) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
-    """The two programs, started."""
+    """Start both programs."""
     a, b = hosts[0].containers["a"], hosts[1].containers["b"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     taker = b.popen(["python3", "-c", TAKER], **pipes)
@@ -81,19 +82,19 @@ def both(
 
 
 def moved(hosts: tuple[HostBed, HostBed]) -> int:
-    """Bytes that went from ring to ring."""
+    """Bytes that the first relay has sent."""
     return hosts[0].router.statistics().rdma.relay.get("bytes_out", 0)
 
 
 @pytest.fixture
 def before(hosts: tuple[HostBed, HostBed]) -> int:
-    """How many had gone before the test; a router asks its relay now and then."""
+    """Bytes sent before the test. A router reads its relay's counters every second."""
     time.sleep(1.1)
     return moved(hosts)
 
 
 def wait_moved(hosts: tuple[HostBed, HostBed], size: int) -> None:
-    """Until the router knows of so many."""
+    """Wait until the router's statistics show that many bytes."""
     until = time.monotonic() + patience(20)
     while moved(hosts) < size:
         assert time.monotonic() < until, moved(hosts)
@@ -103,7 +104,7 @@ def wait_moved(hosts: tuple[HostBed, HostBed], size: int) -> None:
 def test_a_stream_is_whole_and_ends_as_it_should(
     hosts: tuple[HostBed, HostBed], before: int
 ) -> None:
-    """Half-closed by one end when all is sent, closed by the other when it has it all."""
+    """A stream arrives whole, through a half-close by its sender and a close by its reader."""
     sender, taker = both(hosts, 40, "paced")
     assert sender.communicate(timeout=patience(60))[0] == ""
     assert taker.communicate(timeout=patience(20))[0].split() == [str(40 << 20), "end"]
@@ -113,7 +114,7 @@ def test_a_stream_is_whole_and_ends_as_it_should(
 def test_what_a_killed_program_had_sent_arrives(
     hosts: tuple[HostBed, HostBed], before: int
 ) -> None:
-    """All of it, and then the end, as over TCP."""
+    """All bytes that a killed program had sent arrive, then the end, as over TCP."""
     sender, taker = both(hosts, 40, "paced, die")
     sender.wait(patience(60))
     assert taker.communicate(timeout=patience(20))[0].split() == [str(40 << 20), "end"]
@@ -121,7 +122,7 @@ def test_what_a_killed_program_had_sent_arrives(
 
 
 def test_redis_and_iperf3_run(hosts: tuple[HostBed, HostBed], before: int) -> None:
-    """Programs that know nothing of it, event loops and threads."""
+    """redis and iperf3, with event loops and threads, run over relays."""
     a, b = hosts[0].containers["a"], hosts[1].containers["b"]
     b.popen(["redis-server", "--save", "", "--protected-mode", "no", "--port", "6400"])
     server = b.popen(["iperf3", "-s", "-1"])
@@ -139,7 +140,7 @@ def test_redis_and_iperf3_run(hosts: tuple[HostBed, HostBed], before: int) -> No
 def test_many_threads_on_each_connection_stay_whole(
     hosts: tuple[HostBed, HostBed], before: int, folder: Path
 ) -> None:
-    """The torture of tests/dataplane, across hosts."""
+    """The torture test of tests/dataplane passes between hosts."""
     program = str(compile_c(ROOT / "tests" / "dataplane" / "torture.c", folder / "torture"))
     a, b = hosts[0].containers["a"], hosts[1].containers["b"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -1,4 +1,4 @@
-"""`protocol.h` and who speaks it in Python mean the same bytes."""
+"""`protocol.h` and its Python copies describe the same bytes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STRUCTS: dict[str, tuple[struct.Struct, str]] = {
 
 
 def offsets(packing: struct.Struct) -> list[int]:
-    """Where each field is; the two of the header are one."""
+    """The offset of each field; the header's two fields count as one."""
     fields = re.findall(r"(\d*)([A-Za-z])", packing.format.lstrip("="))
     sizes: list[int] = []
     for count, code in fields:
@@ -40,7 +40,7 @@ def offsets(packing: struct.Struct) -> list[int]:
 
 
 def test_both_sides_mean_the_same_bytes(folder: Path) -> None:
-    """Sizes, offsets, kinds and counters are compared with what the compiler makes of the header."""
+    """Sizes, offsets, kinds and counters equal those that the compiler takes from the header."""
     lines = ["#include <stdio.h>", f'#include "{HEADER}"', "int main(void) {"]
     expected = []
     for name, (packing, fields) in STRUCTS.items():
@@ -62,20 +62,20 @@ def test_both_sides_mean_the_same_bytes(folder: Path) -> None:
 
 
 def test_a_router_of_another_version_is_told_so(binary: Path) -> None:
-    """Nothing is opened."""
+    """A relay refuses a router of another version, and opens nothing."""
     with relays(binary, count=1) as (a,):
         packed = bytearray(
             client.OPEN.pack(client.KINDS["OPEN"], client.OPEN.size, b"", 1, 9, 0, 2, 0)
         )
         a.raw(bytes(packed))
-        assert "version" in a.hear("OPENED").text
+        assert "version" in a.expect("OPENED").text
 
 
 def test_a_relay_without_a_device_says_so(binary: Path) -> None:
-    """The router goes on without it."""
+    """A relay that finds no device reports it, and stays usable."""
     with client.relay(binary) as a:
         answer = a.open("nowhere0", transport=client.VERBS)
         assert answer.error
         assert answer.text
         a.number("LINK", 1)
-        assert a.hear("LINKED").text == "no device is open"
+        assert a.expect("LINKED").text == "no device is open"

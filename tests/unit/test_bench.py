@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic and its readers of other programs' output; nothing is measured here."""
+"""Statistics of the benchmarks, and parsers of load programs; nothing is measured here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_row_has_medians_and_ratios() -> None:
 
 
 def test_subject_without_samples_is_null() -> None:
-    """A subject that a case doesn't apply to is null in the row, and so is every ratio that needs it."""
+    """A subject without samples is null in the row, and so is every ratio that needs it."""
     row = stats.row(LESS, {"freeflow": [5.0]})
     assert row["freeflow"] == 5.0
     assert row["overlay"] is None
@@ -80,12 +80,12 @@ def test_ratio_to_nothing_is_null() -> None:
     ("percent", "expected"), [(50, 50), (99, 99), (100, 100), (0, 1), (99.5, 100)]
 )
 def test_percentile_was_really_seen(percent: float, expected: float) -> None:
-    """A percentile is one of the samples: the nearest rank, nothing between two of them."""
+    """A percentile is one of the samples, by nearest rank."""
     assert stats.percentile([float(n) for n in range(100, 0, -1)], percent) == expected
 
 
 def test_percentile_of_nothing_is_refused() -> None:
-    """No samples, no percentile."""
+    """Without samples there is no percentile."""
     with pytest.raises(ValueError, match="no samples"):
         stats.percentile([], 50)
 
@@ -97,7 +97,7 @@ def test_row_of_a_percentile_case() -> None:
 
 
 def test_pingpong_output() -> None:
-    """pingpong's JSON is read into counts and microseconds."""
+    """pingpong's JSON becomes counts and microseconds."""
     trips = parse.pingpong(
         '{"count": 10, "lost": 1, "p50_us": 20.5, "p99_us": 40.25, "mean_us": 21.0, "cpu_us": 99}\n'
     )
@@ -118,7 +118,7 @@ def test_iperf3_output() -> None:
 
 
 def test_iperf3_error_is_passed_on() -> None:
-    """What iperf3 calls an error is the message, although its exit code may be 0."""
+    """An error in iperf3's output is raised, although its exit code may be 0."""
     with pytest.raises(ProgramError, match="Connection refused"):
         parse.iperf3('{"error": "unable to connect: Connection refused"}')
 
@@ -159,7 +159,7 @@ def test_wrk_output() -> None:
     ],
 )
 def test_wrk_with_failures_gives_no_figure(extra: str) -> None:
-    """Fast errors aren't throughput: a run with bad responses or broken connections is refused."""
+    """A run with bad responses or failed connections is refused: errors are fast."""
     with pytest.raises(ProgramError):
         parse.wrk(WRK.format(extra=extra))
 
@@ -167,8 +167,8 @@ def test_wrk_with_failures_gives_no_figure(extra: str) -> None:
 @pytest.mark.parametrize(
     "reader", [parse.pingpong, parse.iperf3, parse.redis_benchmark, parse.wrk, parse.busy_ticks]
 )
-def test_nonsense_is_refused(reader: object) -> None:
-    """No reader makes a figure of text that it doesn't know."""
+def test_unknown_output_is_refused(reader: object) -> None:
+    """Unknown output is an error, not a figure."""
     assert callable(reader)
     for text in ("", "hello", "{}", "[1]"):
         with pytest.raises(ProgramError):
@@ -176,7 +176,7 @@ def test_nonsense_is_refused(reader: object) -> None:
 
 
 def test_busy_ticks_count_softirq_and_not_idle() -> None:
-    """Busy is user, nice, system, irq and softirq; idle, iowait, steal and guest aren't."""
+    """Busy ticks are user, nice, system, irq and softirq, without idle, iowait, steal and guest."""
     assert parse.busy_ticks("cpu  1 2 4 1000 2000 8 16 9 9 9\ncpu0 1 1 1 1 1 1 1\n") == 31
 
 
@@ -213,7 +213,7 @@ def test_rounds_measure_every_subject_each_time() -> None:
 
 
 def test_rounds_end_when_time_is_up() -> None:
-    """Rounds for which there is no time aren't begun, those that are begun are whole, and one always is."""
+    """No round begins after the time limit; each one is completed, and at least one is made."""
     clock = iter(range(100))
 
     def measure(_: Pair, seconds: float) -> load.Figures:
@@ -230,7 +230,7 @@ def test_rounds_end_when_time_is_up() -> None:
 
 
 def test_calibration_is_not_counted() -> None:
-    """The run by which a load finds its size isn't among the samples."""
+    """The run that calibrates a load is not a sample."""
     calls: list[float] = []
 
     def measure(_: Pair, seconds: float) -> load.Figures:
@@ -272,24 +272,24 @@ def test_json_and_table_show_the_same() -> None:
     [(None, "-"), (0.0, "0"), (0.05123, "0.0512"), (12.3456, "12.35"), (61056.12, "61,056")],
 )
 def test_numbers_for_people(value: float | None, expected: str) -> None:
-    """Figures in the table have as many digits as they are worth."""
+    """Figures in the table have at most four significant digits."""
     assert report.number(value) == expected
 
 
 def test_failing_program_says_why() -> None:
-    """The error of a failed load program carries its own words and exit code."""
+    """The error of a failed load program has its output and exit code."""
     with pytest.raises(ProgramError, match="exit code 3: no such luck"):
         run([sys.executable, "-c", "import sys; sys.exit(print('no such luck') or 3)"], 10)
 
 
 def test_missing_program_is_named() -> None:
-    """A load program that isn't installed is named in the error."""
+    """A load program that is not installed is named in the error."""
     with pytest.raises(ProgramError, match="no-such-program"):
         run(["no-such-program"], 10)
 
 
 def test_hanging_program_is_ended(tmp_path: Path) -> None:
-    """A load program that never ends is an error after its time, with none of its fellows left running."""
+    """A load program that does not end in time is an error, and no other one keeps running."""
     notes = [tmp_path / "a", tmp_path / "b"]
     commands = [["sh", "-c", f"echo $$ >{note}; exec sleep 60"] for note in notes]
     with pytest.raises(ProgramError, match="still running after"):

@@ -1,4 +1,4 @@
-"""The suite `cross-host`: which rows it has, and what it says of the targets."""
+"""The suite `cross-host`: its rows and its targets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def suite(names: list[str], said: list[str], within: list[Pair]) -> CrossHost:
 
 
 def test_both_places_have_rows() -> None:
-    """A case has a row for two hosts and one for one host, each of its own runs; what wasn't picked has no figures."""
+    """A case has a row for two hosts and one for one host; unchosen cases have no figures."""
     said: list[str] = []
     picked = ["stream_1", LOCAL + "stream_1"]
     found = suite(picked, said, PAIRS[:2]).measure()
@@ -40,7 +40,7 @@ def test_both_places_have_rows() -> None:
 
 
 def test_a_suite_of_another_path_adds_its_rows() -> None:
-    """What else goes between the hosts comes after, with rows of its own."""
+    """Additional suites add rows of their own at the end."""
     case = Case("relay", "us", False, "another path")
     made = suite(["stream_1"], [], [])
     made.more = [lambda: {"relay": row(case, {"freeflow": [1.0]})}]
@@ -48,7 +48,7 @@ def test_a_suite_of_another_path_adds_its_rows() -> None:
 
 
 def test_targets_are_judged() -> None:
-    """More than the target is good for throughput, less for times; a case without figures isn't judged."""
+    """A target is a minimum for rates and a maximum for times; no figure, no verdict."""
     fast = Case("stream_4", "Gbit/s", True, "")
     slow = Case("tcp_rr_one_core", "us", False, "")
     found = {
@@ -63,7 +63,7 @@ def test_targets_are_judged() -> None:
 
 
 def test_every_target_is_a_case() -> None:
-    """Targets are of cases that there are."""
+    """Each target is for an existing case."""
     cases = {case.name for case in load.CASES}
     assert {name.removeprefix(LOCAL) for name in TARGETS} <= cases
     assert {name.removeprefix(LOCAL) for name in crosshost.names()} == {

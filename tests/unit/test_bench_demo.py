@@ -1,4 +1,4 @@
-"""What `make demo` prints and draws of its measurements; nothing is measured here."""
+"""Output of `make demo`: bars, table and picture; nothing is measured here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BARS = [Bar("redis", "one host: shm", "GET/s", 400.0, 100.0), Bar("vip", "all", 
 
 
 def test_bars_are_as_long_as_figures() -> None:
-    """The longer bar of a row is full, the other one is its share; who doesn't answer has none, and it is said."""
+    """The longer bar of a row is full, the other in proportion; without an answer there is none."""
     lines = in_terminal(BARS, FREEFLOW, OVERLAY).splitlines()
     assert lines[1] == f"  freeflow {'█' * WIDTH} 400 GET/s, 4.00x"
     assert lines[2] == f"  overlay  {'█' * (WIDTH // 4)} 100 GET/s"
@@ -31,7 +31,7 @@ def test_bars_are_as_long_as_figures() -> None:
 
 
 def test_picture_is_whole() -> None:
-    """The picture is well-formed, says each figure, and its bars have the lengths of the terminal's."""
+    """The picture is well-formed, has each figure, and bars as long as the terminal's."""
     tree = ElementTree.fromstring(as_svg(BARS, "a < b", "then & there", FREEFLOW, OVERLAY))  # noqa: S314
     name = "{http://www.w3.org/2000/svg}"
     words = [str(each.text) for each in tree.iter(f"{name}text")]
@@ -52,7 +52,7 @@ def _row(ratio: float | None, where: str = "one host") -> Row:
 
 
 def test_best_first() -> None:
-    """The table begins with what gains most; what can't be compared comes last."""
+    """The table is sorted by ratio; rows without a ratio come last."""
     rows = demo_speed.best_first([_row(None), _row(1.2), _row(17.0), _row(4.0)])
     assert [row.ratio for row in rows] == [17.0, 4.0, 1.2, None]
     lines = demo_speed.table(rows).splitlines()
@@ -61,7 +61,7 @@ def test_best_first() -> None:
 
 
 class FakeHost:
-    """A host whose `freeflow connections` says what it is given."""
+    """A host whose `freeflow connections` prints given paths."""
 
     def __init__(self, paths: list[str], port: str = "10.0.1.7:80") -> None:
         self.listed = [{"remote": port, "path": path} for path in paths]
@@ -88,7 +88,7 @@ class FakeHost:
 
 
 def _meter(host: FakeHost, load: Any, silent: str = "") -> tuple[Meter, Any, list[str]]:
-    """A meter of two subjects, the load that they are measured with, and what is said."""
+    """A meter of two subjects, its load, and what it reports."""
     rates = {FREEFLOW: 400.0, OVERLAY: 100.0}
 
     def ask(client: Any, _where: str, _seconds: float, _rate: float) -> Run:
@@ -102,7 +102,7 @@ def _meter(host: FakeHost, load: Any, silent: str = "") -> tuple[Meter, Any, lis
 
 
 def test_path_is_looked_at() -> None:
-    """A row has the path that most connections took while the load ran, and says how many."""
+    """A row has the path of most connections during the load, and their number is reported."""
     meter, load, told = _meter(FakeHost(["shm"] * 50), WEB)
     row = meter.row(load, "one host", lambda _: "10.0.1.7", lambda _: [], "shm")
     assert (row.path, row.ratio) == ("shm", 4.0)
@@ -110,7 +110,7 @@ def test_path_is_looked_at() -> None:
 
 
 def test_wrong_path_is_no_row() -> None:
-    """A figure of connections that stayed TCP isn't shown as one of shared memory."""
+    """Connections that stayed on TCP are never shown as shared memory."""
     meter, load, _ = _meter(FakeHost(["shm"] * 10 + ["overlay+ebpf"] * 40), WEB)
     with pytest.raises(WrongPathError, match="40 of 50 on overlay"):
         meter.row(load, "one host", lambda _: "10.0.1.7", lambda _: [], "shm")
@@ -123,7 +123,7 @@ def test_connections_that_only_steer_are_left_aside() -> None:
 
 
 def test_no_connection_is_no_path() -> None:
-    """Where no connection was seen, nothing is said of its path; it was looked for several times."""
+    """If several lists show no connection, the measurement fails."""
     host = FakeHost(["shm"], "10.0.1.99:80")
     meter, load, _ = _meter(host, WEB)
     with pytest.raises(WrongPathError, match="no connection"):
@@ -132,7 +132,7 @@ def test_no_connection_is_no_path() -> None:
 
 
 def test_who_does_not_answer() -> None:
-    """Docker's network may not answer, which is shown; FreeFlow must."""
+    """Docker's network may give no answer, which is shown; FreeFlow must answer."""
     meter, load, _ = _meter(FakeHost(["overlay+ebpf"]), WEB, silent=OVERLAY)
     row = meter.row(load, "all tasks", lambda _: "10.0.1.7", lambda _: [])
     assert (row.theirs, row.ratio) == (None, None)
@@ -142,7 +142,7 @@ def test_who_does_not_answer() -> None:
 
 
 def test_stack_is_accelerated_by_inject() -> None:
-    """The stack's file has no word of the library: `freeflow inject` finds all its services by their network."""
+    """The stack's file does not mention the library; `freeflow inject` adds it to all services."""
     text = (Path(demo_speed.__file__).with_name("demo-stack.yml")).read_text()
     assert "LD_PRELOAD" not in text
     assert text.count("freeflow:latest") == 1

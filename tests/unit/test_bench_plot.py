@@ -56,7 +56,7 @@ def test_what_was_not_measured_has_no_bar() -> None:
 
 
 def test_a_stored_result_becomes_a_picture(tmp_path: Path) -> None:
-    """The SVG is well-formed and names machine, cases and ratios; only the chosen cases are drawn."""
+    """The SVG is well-formed, with machine, ratios and the chosen cases only."""
     source = _stored(tmp_path, redis=_row([40.0], [10.0]), nginx=_row([9.0], [10.0]))
     picture = tmp_path / "pictures" / "chart.svg"
     done = CliRunner().invoke(plot.main, [str(source), str(picture), "--cases", "redis"])

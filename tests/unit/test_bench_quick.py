@@ -1,4 +1,4 @@
-"""`python -m bench quick` as its users run it: real namespaces, real programs."""
+"""`python -m bench quick` with real namespaces and programs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_each_variant_has_a_figure(tmp_path: Path) -> None:
 
 
 def test_library_is_loaded_and_its_counters_are_read(tmp_path: Path) -> None:
-    """With --library there is a variant whose programs load it, and the share of upgraded connections is what it counts."""
+    """With --library one variant loads it; the share of upgraded connections is its count."""
     if shutil.which("gcc") is None:
         pytest.skip("gcc is missing")
     source, library = tmp_path / "counting.c", tmp_path / "counting.so"
@@ -97,7 +97,7 @@ def test_library_is_loaded_and_its_counters_are_read(tmp_path: Path) -> None:
 
 
 def test_command_runs_meanwhile(tmp_path: Path) -> None:
-    """--setup's command gets the namespaces, and has ended when the measurement has."""
+    """The command of --setup gets the namespaces, and ends with the measurement."""
     note = tmp_path / "note"
     setup = f'nsenter --net="$BENCH_SERVER" hostname -I; echo $$ $BENCH_SERVER_ADDRESS >{note}; echo go; exec sleep 60'
     done = quick("--cases", "pingpong_64b_one_core", "--variants", "tcp", "--setup", setup)
@@ -108,7 +108,7 @@ def test_command_runs_meanwhile(tmp_path: Path) -> None:
 
 
 def test_unknown_case_is_refused() -> None:
-    """A pattern that fits no case is named, and the cases there are."""
+    """A pattern that matches no case is an error that lists the cases."""
     done = quick("--cases", "pingpong_1b")
     assert done.returncode != 0
     assert "no case is called pingpong_1b" in done.stderr
@@ -116,7 +116,7 @@ def test_unknown_case_is_refused() -> None:
 
 
 def test_missing_programs_are_named_by_their_packages(tmp_path: Path) -> None:
-    """Where a case's programs aren't installed, the packages are named."""
+    """If programs of a case are missing, their packages are named."""
     some = [one for one in measures() if one.case.name in ("redis_p1_c1", "memcached_c50")]
     assert absent_programs(some, path=str(tmp_path)) == [
         *("gcc", "memcached", "redis-server", "redis-tools"),

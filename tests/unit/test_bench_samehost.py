@@ -1,4 +1,4 @@
-"""The suite `same-host`: what it measures, what it makes of it, and what it does when a program fails."""
+"""The suite `same-host`: its cases, its rows, and failing programs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def a_measure(name: str, transports: frozenset[str] = frozenset((TCP,))) -> Meas
 
 @dataclass
 class Fake:
-    """Takes samples without programs: a figure per subject, failures of some, a clock that each sample moves."""
+    """Samples without programs: given figures and failures; each advances the clock."""
 
     figures: dict[str, float]
     broken: set[tuple[str, str]] = field(default_factory=set)
@@ -105,7 +105,7 @@ def suite(
 
 
 def test_all_wanted_cases_are_in_the_suite() -> None:
-    """Every case that the goals name can be picked, and no two have one name."""
+    """Every case of the goals exists, under a unique name."""
     names = case_names()
     assert set(WANTED) <= set(names)
     assert len(names) == len(set(names))
@@ -113,7 +113,7 @@ def test_all_wanted_cases_are_in_the_suite() -> None:
 
 
 def test_short_connections_need_not_be_upgraded() -> None:
-    """The cases of short connections and of new processes don't expect an upgrade, all others do."""
+    """Only cases of short connections and new processes do not expect an upgrade."""
     short = {one.case.name for one in measures() if not one.upgraded}
     processes = {"fork_us", "exec_us", "start_us"}
     assert short == {"connect_request_close", "pgbench_reconnect", *processes}
@@ -136,7 +136,7 @@ def test_row_tells_ratios_to_plain_and_overlay() -> None:
 
 
 def test_subjects_that_do_not_fit_are_not_measured() -> None:
-    """A case that only TCP can run leaves AF_UNIX and the ring out."""
+    """A case that only TCP can run has no figures for AF_UNIX and the ring."""
     fake = Fake(FIGURES)
     row = suite(fake, [a_measure("a")]).measure()["a"]
     assert (row["af_unix"], row["ring"]) == (None, None)
@@ -153,7 +153,7 @@ def test_rounds_are_interleaved() -> None:
 
 
 def test_failing_program_leaves_out_one_figure() -> None:
-    """A program that fails on one subject is tried once, named in the row, and all others are measured."""
+    """A program that fails on a subject runs there once; others are still measured."""
     said: list[str] = []
     fake = Fake(FIGURES, broken={("a", "freeflow")})
     rows = suite(fake, [a_measure("a"), a_measure("b")], say=said.append).measure()
@@ -166,7 +166,7 @@ def test_failing_program_leaves_out_one_figure() -> None:
 
 
 def test_connections_that_stay_on_tcp_are_told() -> None:
-    """A run with the library whose connections weren't upgraded says so, with what the library counted."""
+    """A run with the library without upgrades is reported, with the library's counters."""
     said: list[str] = []
     row = suite(Fake(FIGURES, upgraded=0.1), [a_measure("a")], say=said.append).measure()["a"]
     assert row["upgraded"] == pytest.approx(0.1)
@@ -174,14 +174,14 @@ def test_connections_that_stay_on_tcp_are_told() -> None:
 
 
 def test_no_round_begins_that_would_end_too_late() -> None:
-    """The suite ends in its time: a round takes 3 s here, 30 s are kept for what comes last."""
+    """The suite ends in its time: a round takes 3 s here, and 30 s are reserved for idle cases."""
     rows = suite(Fake(FIGURES), [a_measure("a")], rounds=100, budget=40.0).measure()
     assert rows["a"]["runs"] == 3
     assert rows["idle_cpu"]["runs"] == 1
 
 
 def test_one_round_is_always_made() -> None:
-    """However short the time, there is a figure."""
+    """One round is made however short the time is."""
     assert suite(Fake(FIGURES), [a_measure("a")], budget=0.0).measure()["a"]["runs"] == 1
 
 
@@ -195,7 +195,7 @@ def test_cpu_time_has_rows_of_its_own() -> None:
 
 
 def test_old_cases_come_every_other_round() -> None:
-    """The path's own cases are measured on the networks in rounds 1, 3, 5, and what fails is named."""
+    """Cases of the kernel path are measured in rounds 1, 3, 5; failures are named."""
     runs = count()
 
     def run(where: Pair, _: float) -> load.Figures:
@@ -215,7 +215,7 @@ def test_old_cases_come_every_other_round() -> None:
 
 
 def test_table_and_json_of_local_rows() -> None:
-    """The table shows a local row with its ratios, absent subjects and failures by name; JSON keeps the contract."""
+    """The table has ratios, absent subjects and failures; the JSON has all keys."""
     fake = Fake(FIGURES, broken={("b", "overlay")})
     rows = suite(fake, [a_measure("a"), a_measure("b")]).measure()
     machine = Machine(
@@ -246,7 +246,7 @@ def test_table_and_json_of_local_rows() -> None:
 
 
 def test_patterns_pick_cases() -> None:
-    """Names and patterns pick cases in the suite's order; one that fits none is refused by name."""
+    """Patterns choose cases in the suite's order; one that matches none is refused."""
     known = ["redis_p1", "stream_4k", "stream_16k"]
     assert pick(["stream_*", "redis_p1"], known) == known
     assert pick(["*_4k"], known) == ["stream_4k"]
@@ -255,7 +255,7 @@ def test_patterns_pick_cases() -> None:
 
 
 def test_stream_and_memload_output() -> None:
-    """Bytes and requests are read alike."""
+    """Counts of bytes and of requests are parsed alike."""
     stream = parse.moved('{"bytes": 10, "seconds": 0.5, "cpu_us": 7}')
     assert stream == parse.Moved(10, 0.5, 7)
     load_ = parse.moved('{"count": 3, "seconds": 1, "p50_us": 1, "p99_us": 2, "cpu_us": 7}')
@@ -273,33 +273,33 @@ tps = 4314.5 (without initial connection time)
 
 
 def test_pgbench_output() -> None:
-    """The rate and the count of transactions are read; reconnecting's rate has other words."""
+    """Rate and count of transactions are parsed, also with reconnecting."""
     assert parse.pgbench(PGBENCH.format(failed=0)) == parse.Transactions(400, 4314.5)
     text = PGBENCH.format(failed=0).replace("without initial connection", "including reconnection")
     assert parse.pgbench(text).rate == 4314.5
 
 
 def test_failed_transactions_spoil_a_run() -> None:
-    """A transaction that failed makes the run worthless."""
+    """A failed transaction is an error."""
     with pytest.raises(ProgramError, match="failed transactions: 3"):
         parse.pgbench(PGBENCH.format(failed=3))
 
 
 def test_wrk_counts_requests() -> None:
-    """The number of answered requests is read."""
+    """The number of answered requests is parsed."""
     assert parse.wrk_requests("  142838 requests in 2.00s, 188.13MB read\n") == 142838
 
 
 @pytest.mark.parametrize("reader", [parse.moved, parse.pgbench, parse.wrk_requests])
-def test_nonsense_is_refused(reader: Callable[[str], object]) -> None:
-    """No reader makes a figure of text that it doesn't know."""
+def test_unknown_output_is_refused(reader: Callable[[str], object]) -> None:
+    """Unknown output is an error, not a figure."""
     for text in ("", "hello", "{}", "[1]"):
         with pytest.raises(ProgramError):
             reader(text)
 
 
 def test_library_counters() -> None:
-    """The share is of directions that went to a ring, over all processes; connections aside don't count."""
+    """The share counts upgraded directions of all processes, without `aside` connections."""
     line = '{"tracked":4,"receivers":3,"senders":4,"reasons":[0]}\n'
     other = '{"tracked":1,"receivers":0,"senders":0}\n'
     assert parse.paths(line).share() == pytest.approx(7 / 8)
@@ -312,7 +312,7 @@ def test_library_counters() -> None:
 
 
 def process(proc: Path, pid: int, ran_ns: int, reaped: tuple[int, int], children: str) -> None:
-    """A process as /proc shows it."""
+    """The /proc entries of a process."""
     task = proc / str(pid) / "task" / str(pid)
     task.mkdir(parents=True)
     (task / "children").write_text(children)
@@ -323,7 +323,7 @@ def process(proc: Path, pid: int, ran_ns: int, reaped: tuple[int, int], children
 
 
 def test_cpu_time_is_that_of_a_family(tmp_path: Path) -> None:
-    """A server's CPU time is its own, its children's and that of children it has waited for; nobody else's."""
+    """A server's CPU time includes that of its children, running and reaped, and no other."""
     process(tmp_path, 10, 1_000_000, (2, 1), "11 12 ")
     process(tmp_path, 11, 2_000_000, (0, 0), "")
     process(tmp_path, 12, 4_000_000, (0, 0), "13 ")
@@ -334,13 +334,13 @@ def test_cpu_time_is_that_of_a_family(tmp_path: Path) -> None:
 
 
 def test_process_that_has_ended_counts_nothing(tmp_path: Path) -> None:
-    """A child that ends while it is looked at is no error."""
+    """A child that ends during the measurement is no error."""
     process(tmp_path, 10, 1_000_000, (0, 0), "11 ")
     assert cost.cpu_us(10, tmp_path) == pytest.approx(1000)
 
 
 def test_shared_memory_counts_once(tmp_path: Path) -> None:
-    """A memfd that both ends map counts once, by what is allocated in it; other mappings don't count."""
+    """A memfd that both ends map counts once, by its allocated blocks; other mappings do not."""
     arena, other = tmp_path / "arena", tmp_path / "other"
     arena.write_bytes(b"x" * 8192)
     other.write_bytes(b"x" * 4096)
@@ -361,7 +361,7 @@ def test_shared_memory_counts_once(tmp_path: Path) -> None:
 
 
 def test_cores_are_counted_from_the_last() -> None:
-    """Core 0 of a measure is the machine's last; a machine with too few cores is told so."""
+    """Core 0 of a case is the machine's last; too few cores are an error."""
     ours = {0, 2, 5}
     assert sampling.cores_of((0, 1), ours) == (5, 2)
     assert sampling.cores_of((), ours) == ()
@@ -370,7 +370,7 @@ def test_cores_are_counted_from_the_last() -> None:
 
 
 def test_only_the_program_gets_the_library() -> None:
-    """LD_PRELOAD is set for the program itself, not for the ones that start it."""
+    """LD_PRELOAD is set for the program, not for programs that start it."""
     namespaces = Namespaces(
         Path("/proc/7"), IPv4Address("192.0.2.1"), "/run/freeflow/libfreeflow.so"
     )
@@ -385,7 +385,7 @@ def test_only_the_program_gets_the_library() -> None:
 
 
 def test_accelerated_container_is_as_the_docs_say() -> None:
-    """The library comes by a bind mount and LD_PRELOAD, on the same network as without it."""
+    """The library is added by a bind mount and LD_PRELOAD, on the same network."""
     fast = subjects.container("image", "freeflow", ["true"], accelerated=True)
     plain = subjects.container("image", "freeflow_plain", ["true"])
     assert fast["Env"] == ["LD_PRELOAD=/run/freeflow/libfreeflow.so"]
@@ -398,7 +398,7 @@ def test_accelerated_container_is_as_the_docs_say() -> None:
 
 
 def test_limits_run_without_the_library() -> None:
-    """AF_UNIX and the bare ring have both ends in a container that has no library."""
+    """AF_UNIX and the bare ring run in a container without the library."""
     made = subjects.limits(PAIRS[:3], stats.LOCAL_SUBJECTS)
     assert [(one.subject, one.transport) for one in made] == [("af_unix", UNIX), ("ring", RING)]
     assert all(one.client == one.server and not one.client.library for one in made)

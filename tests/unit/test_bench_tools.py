@@ -1,4 +1,4 @@
-"""The bench's own load programs, on this machine's loopback: they count right, and refuse what is wrong."""
+"""The load programs in bench/tools, over loopback: correct counts, and errors for wrong data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(*argv: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
 
 @contextlib.contextmanager
 def serving(*argv: object) -> Iterator[tuple[str, str]]:
-    """A server of ours at a unix socket; the words by which a client reaches it."""
+    """A server of bench/tools at a unix socket; its address as a client takes it."""
     path = Path(str(argv[0])).with_name(f"socket-{time.monotonic_ns()}")
     line = [*(str(word) for word in argv), "serve", "-1", str(path), "0"]
     process = subprocess.Popen(line)
@@ -52,7 +52,7 @@ def serving(*argv: object) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def answering(answer: Callable[[socket.socket], None]) -> Iterator[tuple[str, str]]:
-    """A server in Python, each connection in a thread; address and port."""
+    """A server in Python with a thread per connection; its address and port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve(connection: socket.socket) -> None:
@@ -73,7 +73,7 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[tuple[str, st
 @pytest.mark.parametrize("kind", ["stream", "epoll"])
 @pytest.mark.parametrize("size", [64, 65536])
 def test_round_trips_are_counted(tools: Path, kind: str, size: int) -> None:
-    """Both ways of waiting exchange whole messages of the size that the caller says."""
+    """Blocking calls and epoll exchange whole messages of the given size."""
     with serving(tools / "pingpong", kind) as where:
         done = run(tools / "pingpong", kind, "call", -1, *where, size, 0.5)
     trips = parse.pingpong(done.stdout)
@@ -98,7 +98,7 @@ def test_wrong_answer_is_an_error(tools: Path) -> None:
 
 
 def test_held_connections_work_afterwards(tools: Path) -> None:
-    """Connections are idle between "ready" and the end of input, and carry one more message then."""
+    """Connections are idle from "ready" to the end of input; then they carry one more message."""
     with serving(tools / "pingpong", "epoll") as where:
         done = run(tools / "pingpong", "epoll", "hold", -1, *where, 64, 20)
     assert done.stdout == 'ready\n{"count": 20}\n'
@@ -106,7 +106,7 @@ def test_held_connections_work_afterwards(tools: Path) -> None:
 
 
 def test_stream_counts_what_arrived(tools: Path) -> None:
-    """The rate is of bytes that the reader has counted."""
+    """The rate is that of the bytes that the reader counted."""
     with serving(tools / "stream") as where:
         done = run(tools / "stream", "call", -1, *where, 16384, 0.2)
     moved = parse.moved(done.stdout)
@@ -116,7 +116,7 @@ def test_stream_counts_what_arrived(tools: Path) -> None:
 
 
 def test_stream_with_bytes_missing_is_an_error(tools: Path) -> None:
-    """A reader's count that isn't the writer's own gives no figure."""
+    """Different counts of reader and writer are an error."""
 
     def answer(connection: socket.socket) -> None:
         got = -4
@@ -131,7 +131,7 @@ def test_stream_with_bytes_missing_is_an_error(tools: Path) -> None:
 
 
 class Memcached:
-    """As much of memcached as the load needs; `wrong` and `forgets` make it lie."""
+    """The part of memcached that the load needs; `wrong` and `forgets` make it misbehave."""
 
     def __init__(self, wrong: bool = False, forgets: int = 0) -> None:
         self.wrong = wrong
@@ -161,7 +161,7 @@ class Memcached:
 
 
 def test_memcached_requests_are_those_the_server_counted(tools: Path) -> None:
-    """The load's count is the server's own."""
+    """The load's count equals the server's."""
     server = Memcached()
     with answering(server) as where:
         done = run(tools / "memload", -1, *where, 3, 0.3)
@@ -175,7 +175,7 @@ def test_memcached_requests_are_those_the_server_counted(tools: Path) -> None:
 def test_memcached_that_is_wrong_gives_no_figure(
     tools: Path, server: Memcached, words: str
 ) -> None:
-    """A value that isn't what was stored, or a server that counts otherwise, ends the run."""
+    """A wrong value, or a different count of the server, is an error."""
     with answering(server) as where:
         done = run(tools / "memload", -1, *where, 3, 0.3)
     assert done.returncode != 0
@@ -195,7 +195,7 @@ def test_bare_ring(tools: Path) -> None:
 
 
 def test_nobody_there_is_an_error(tools: Path, tmp_path: Path) -> None:
-    """A program that can't connect says so and gives no figure."""
+    """A program that cannot connect fails with an error."""
     for program in (("pingpong", "stream"), ("stream",)):
         tool = tools / program[0]
         done = run(tool, *program[1:], "call", -1, tmp_path / "nobody", 0, 64, 0.1)
@@ -205,7 +205,7 @@ def test_nobody_there_is_an_error(tools: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["fork", "exec", "start"])
 def test_processes_are_counted(tools: Path, kind: str) -> None:
-    """What a new process costs is told per process, with the CPU time of parent and children."""
+    """The cost of a new process includes the CPU time of parent and children."""
     with serving(tools / "pingpong", "stream") as where:
         made = parse.moved(run(tools / "processes", kind, *where, 0.2).stdout)
     assert made.count > 0

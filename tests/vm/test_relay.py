@@ -128,11 +128,11 @@ def test_rings_are_mirrored_byte_for_byte(hosts: tuple[Host, Host]) -> None:
     for host in hosts:
         host.ask("tell_end", "CLOSE", end)
     for host in hosts:
-        assert host.ask("hear", "FINISHED")[3] == 0
-        assert host.ask("hear", "ENDED")[3] == 0
+        assert host.ask("expect", "FINISHED")[3] == 0
+        assert host.ask("expect", "ENDED")[3] == 0
         host.ask("tell_end", "DROP", end)
     for host in hosts:
-        host.ask("hear", "DROPPED")
+        host.ask("expect", "DROPPED")
         assert host.ask("counts")["registered"] == 0
         assert host.ask("counts")["connections"] == 0
 
@@ -164,7 +164,7 @@ def test_a_cut_wire_is_noticed_and_nothing_is_lost(hosts: tuple[Host, Host]) -> 
         pass
     a.guest.cut_underlay()
     begun = time.monotonic()
-    number, error, text, _ = a.ask("hear", "DOWN")
+    number, error, text, _ = a.ask("expect", "DOWN")
     assert (number, bool(error), bool(text)) == (1, True, True)
     assert time.monotonic() - begun < within(30)
     a.guest.heal_underlay()
@@ -179,7 +179,7 @@ def test_a_card_without_carrier_is_noticed(hosts: tuple[Host, Host]) -> None:
     a, b = hosts
     end = connection(a, b)
     a.guest.set_carrier(False)
-    assert a.ask("hear", "DOWN")[2]
+    assert a.ask("expect", "DOWN")[2]
     a.guest.set_carrier(True)
     a.guest.sh("until rdma link show rxe0/1 | grep -q ACTIVE; do sleep 0.1; done", timeout=60)
     link(a, b)
@@ -196,9 +196,9 @@ def test_a_killed_relay_breaks_what_it_carried(hosts: tuple[Host, Host]) -> None
     stream(a, b, end, 100_000_000, pace=10_000)
     time.sleep(1)
     b.ask("kill")
-    assert a.ask("hear", "DOWN")[2]
+    assert a.ask("expect", "DOWN")[2]
     a.ask("tell_end", "DROP", end, 1)
-    a.ask("hear", "DROPPED")
+    a.ask("expect", "DROPPED")
     assert a.ask("result", end)["broken"] == 1
 
 
@@ -216,10 +216,10 @@ def test_a_place_that_the_peer_may_not_write_costs_the_link(hosts: tuple[Host, H
     a.well("pair", index, peer, base64.b64encode(wrong).decode())
     stream(a, b, good, 2_000_000, pace=60_000)
     stream(a, b, index, 100_000)
-    assert a.ask("hear", "DOWN")[2]
+    assert a.ask("expect", "DOWN")[2]
     for host in hosts:
         host.ask("tell_end", "DROP", index, 1)
-        host.ask("hear", "DROPPED")
+        host.ask("expect", "DROPPED")
     link(a, b)
     whole(a, b, good, 2_000_000)
 
@@ -233,7 +233,7 @@ def test_a_removed_device_is_noticed_and_let_go(hosts: tuple[Host, Host]) -> Non
     stream(a, b, end, 100_000_000, pace=20_000)
     removal = a.guest.start(["rdma", "link", "del", "rxe0"])
     try:
-        assert a.ask("hear", "DOWN")[2]
+        assert a.ask("expect", "DOWN")[2]
         assert removal.wait(60) == 0
     finally:
         if removal.poll() is None:
@@ -242,12 +242,12 @@ def test_a_removed_device_is_noticed_and_let_go(hosts: tuple[Host, Host]) -> Non
         a.guest.rxe_up()
     assert "frames" in a.ask("link")[1]
     a.ask("tell_end", "DROP", end, 1)
-    a.ask("hear", "DROPPED")
+    a.ask("expect", "DROPPED")
     a.ask("tell", "UNLINK", 1)
     a.well("open", "rxe0", GID)
     link(a, b)
     b.ask("tell_end", "DROP", end, 1)
-    b.ask("hear", "DROPPED")
+    b.ask("expect", "DROPPED")
     end = connection(a, b)
     stream(a, b, end, 100_000)
     whole(a, b, end, 100_000)
