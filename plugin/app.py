@@ -1,9 +1,9 @@
-"""The libnetwork remote API (moby, `libnetwork/docs/remote.md`) as a Flask app: HTTP to driver calls.
+"""The libnetwork remote API (moby, `libnetwork/docs/remote.md`) as a Flask app.
 
 Each call is a row of `CALLS`: decode, call the driver, encode. Each call has a deadline, since
 Docker has none after a restart of its daemon. Past the deadline Docker gets an error, the work goes
-on, and Docker's repetition finds it done, since all calls are idempotent. One place turns exceptions
-into answers. Read on in `driver/driver.py`.
+on, and Docker's repetition finds it done, since all calls are idempotent. One place turns
+exceptions into answers. Read on in `driver/driver.py`.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def create_app(
     statistics: CallStatistics,
     bad_settings: tuple[SettingError, ...] = (),
 ) -> Flask:
-    """The app. `deadline` in seconds; with `bad_settings` it refuses calls that promise something."""
+    """The app. `deadline` in seconds. With `bad_settings` it refuses calls that promise anything."""
     app = Flask("freeflow", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False

@@ -1,8 +1,8 @@
 """Records which parts of the plugin have died, and when.
 
-The record is in memory that gunicorn's master shares with its workers, so that it outlives a worker.
-One process writes about each part: the master about workers, the worker about its router and
-threads.
+The record is in memory that gunicorn's master shares with its workers, so that it outlives a
+worker. One process writes about each part: the master about workers, the worker about its router
+and threads.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _PART: Final = struct.Struct(f"=Q{_KEPT}d{_NAME}s")
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """Deaths of a part: `count` since the plugin's start, `recent` ones, seconds since the last one.
+    """Deaths of a part: `count` since the plugin's start, and `recent` ones.
 
-    `name` is the thread's.
+    `ago`: seconds since the last one. `name` is the thread's.
     """
 
     part: str

@@ -1,4 +1,4 @@
-"""Echo requests (RFC 792, RFC 4443) from a container's namespace, and its neighbour table afterwards."""
+"""Echo requests (RFC 792, RFC 4443) from a container's namespace, and its neighbours afterwards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATTERN: Final = b"freeflow" * 7
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Round trips in ms, one per answer; neighbours, address → MAC; the task behind a VIP, if known."""
+    """Round trips in ms, one per answer; neighbours, address → MAC; a VIP's task, if known."""
 
     times: list[float]
     neighbours: dict[str, str]

@@ -78,12 +78,12 @@ def _panels() -> list[dict[str, Any]]:
         (COURSE, [spec for spec in METRICS if not _is_figure(spec)]),
     ):
         wide, high = size
-        each = WIDTH // wide
+        columns = WIDTH // wide
         for place, spec in enumerate(chosen):
-            row, column = divmod(place, each)
+            row, column = divmod(place, columns)
             where = {"x": column * wide, "y": top + row * high, "w": wide, "h": high}
             panels.append(_panel(len(panels) + 1, spec, where))
-        top += -(-len(chosen) // each) * high
+        top += -(-len(chosen) // columns) * high
     return panels
 
 

@@ -1,8 +1,8 @@
 """Installs the `freeflow` command on the host: a script that runs the plugin's command.
 
 The host needs no Python. The script makes a mount namespace, binds the host's /run, /proc and /sys
-into the plugin's root file system and changes its root to that. So it also works while the plugin is
-disabled, and leaves nothing behind.
+into the plugin's root file system and changes its root to that. So it also works while the plugin
+is disabled, and leaves nothing behind.
 """
 
 from __future__ import annotations

@@ -17,14 +17,17 @@ NAME: Final = "libfreeflow.so"
 SHIPPED: Final = Path("/usr/lib/freeflow") / NAME
 """Where `plugin/image` puts it."""
 OWNER: Final = 0x7FFFFFFE
-"""An unused user ID. A file's owner may take a lease on it, which delays all who open it (fcntl(2))."""
+"""An unused user ID. A file's owner may take a lease, which delays all who open it (fcntl(2))."""
 
 _held: dict[Path, int] = {}
 """Open descriptors: while a file is open for reading, nobody gets a lease that delays readers."""
 
 
 def place(folder: Path, shipped: Path = SHIPPED, *, quietly: bool = False) -> bool:
-    """Install it in `folder`. If that fails, log it and return False: connections stay on the overlay."""
+    """Install it in `folder`. If that fails, log it and return False.
+
+    Connections then stay on the overlay.
+    """
     target = folder / NAME
     try:
         wanted = shipped.read_bytes()

@@ -1,4 +1,7 @@
-"""Listening unix sockets. They are made before the rest is imported, so only with the standard library."""
+"""Listening unix sockets, made before the rest of the plugin is imported.
+
+So this module imports only the standard library.
+"""
 
 from __future__ import annotations
 

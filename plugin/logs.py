@@ -1,4 +1,7 @@
-"""Logging: events with fields as lines of JSON, to stdout; dockerd logs a plugin's stderr as errors."""
+"""Logging: events with fields, as lines of JSON.
+
+They go to stdout, since dockerd logs a plugin's stderr as errors.
+"""
 
 from __future__ import annotations
 

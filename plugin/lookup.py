@@ -79,11 +79,11 @@ def resolve(name: str, states: dict[str, NetworkState]) -> Found:
             cause=f"no container of this host, task or service on its FreeFlow networks is called {name}",
             remedy="freeflow status lists them",
         )
-    best = min(each.rank for each in every)
-    fitting = {each.address: each for each in every if each.rank == best}
+    best = min(match.rank for match in every)
+    fitting = {match.address: match for match in every if match.rank == best}
     if len(fitting) == 1:
         return next(iter(fitting.values()))
-    listed = ", ".join(str(each) for each in list(fitting.values())[:_SHOWN])
+    listed = ", ".join(str(match) for match in list(fitting.values())[:_SHOWN])
     more = " and others" if len(fitting) > _SHOWN else ""
     raise InvalidRequest(
         "ping", cause=f"{name} may be {listed}{more}", remedy="give one of these names"

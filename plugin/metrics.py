@@ -62,7 +62,7 @@ def _synced(status: Status) -> Iterable[Sample]:
 
 
 def _deaths(status: Status) -> list[Sample]:
-    counts = dict.fromkeys(PARTS, 0) | {each.part: each.deaths for each in status.parts}
+    counts = dict.fromkeys(PARTS, 0) | {part.part: part.deaths for part in status.parts}
     return [((part,), float(count)) for part, count in counts.items()]
 
 
@@ -77,9 +77,9 @@ def _rdma(status: Status) -> RdmaFacts:
 def _paths(status: Status) -> Iterable[Sample]:
     titles = {network.id: title for title, network in _titled(status)}
     return [
-        ((titles[each.network], each.path, each.reason), float(each.count))
-        for each in _router(status).paths
-        if each.network in titles
+        ((titles[entry.network], entry.path, entry.reason), float(entry.count))
+        for entry in _router(status).paths
+        if entry.network in titles
     ]
 
 

@@ -39,18 +39,18 @@ class PathLabels:
         macs = self._macs()
         known: dict[tuple[str, str], bool] = {}
 
-        def relabel(each: ConnectionFact) -> ConnectionFact:
-            network = networks.get(each.network)
-            if each.path != OVERLAY or network is None:
-                return each
-            address = ip_address(each.remote.rpartition(":")[0].strip("[]"))
+        def relabel(connection: ConnectionFact) -> ConnectionFact:
+            network = networks.get(connection.network)
+            if connection.path != OVERLAY or network is None:
+                return connection
+            address = ip_address(connection.remote.rpartition(":")[0].strip("[]"))
             key = (network.id, str(address))
             if key not in known:
                 known[key] = self._reached(network, address, macs)
-            return msgspec.structs.replace(each, path=FAST) if known[key] else each
+            return msgspec.structs.replace(connection, path=FAST) if known[key] else connection
 
         return msgspec.structs.replace(
-            found, connections=tuple(relabel(each) for each in found.connections)
+            found, connections=tuple(relabel(connection) for connection in found.connections)
         )
 
     def _macs(self) -> dict[tuple[str, IPAddress], str]:
@@ -93,10 +93,10 @@ def relabel(counts: Iterable[PathCount], runs: Callable[[str, bool], bool]) -> l
     peer is on another host.
     """
     return [
-        msgspec.structs.replace(each, path=FAST)
-        if each.path == OVERLAY
-        and each.reason != _ELSEWHERE[1]
-        and runs(each.network, each.reason == _ELSEWHERE[0])
-        else each
-        for each in counts
+        msgspec.structs.replace(entry, path=FAST)
+        if entry.path == OVERLAY
+        and entry.reason != _ELSEWHERE[1]
+        and runs(entry.network, entry.reason == _ELSEWHERE[0])
+        else entry
+        for entry in counts
     ]

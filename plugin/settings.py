@@ -45,8 +45,8 @@ class Setting:
     """One setting.
 
     `text` says what it does, `details` is for the documentation alone; both are Markdown.
-    `empty` is the meaning of an empty value. `tuning`: few users, if any, need to change it. The value of
-    a `secret` is never shown.
+    `empty` is the meaning of an empty value. `tuning`: few users, if any, need to change it. The
+    value of a `secret` is never shown.
     """
 
     kind: Kind[Any]

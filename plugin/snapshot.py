@@ -1,4 +1,4 @@
-"""Makes the status of FreeFlow on this host from the facts of driver, kernel, sync loop and router."""
+"""Makes the status of this host from the facts of driver, kernel, sync loop and router."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _with_sums(network: NetworkStatus, sums: Counts) -> NetworkStatus:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Call it for a `Status`. `failures` are errors of the start; `started` and `clock` in seconds."""
+    """Call it for a `Status`. `failures` are errors at start; `started` and `clock` in seconds."""
 
     driver: Driver
     kernel: KernelFacts

@@ -1,4 +1,4 @@
-"""The status of FreeFlow on this host as one value: `/admin/status` answers it, `freeflow` shows it.
+"""The status of this host as one value: `/admin/status` answers it, `freeflow` shows it.
 
 `freeflow status --json` prints it field by field: a field may be added, but never renamed or given
 another unit.
@@ -52,7 +52,7 @@ class EndpointStatus(msgspec.Struct, frozen=True):
 
 
 class PeerStatus(msgspec.Struct, frozen=True):
-    """A host of a network. `name` is empty if it isn't known: only managers know other hosts' names."""
+    """A host of a network. `name` is empty if unknown: only managers know other hosts' names."""
 
     name: str
     address: str
@@ -113,7 +113,8 @@ class RouterStatus(RouterCounts, frozen=True, kw_only=True):
 
 
 class FastPathStatus(msgspec.Struct, frozen=True):
-    """The eBPF fast path. `stage`: same-host, receive or tunnel, each with those before; empty: off.
+    """The eBPF fast path. `stage`: same-host, receive or tunnel, each with those before it, or
+    empty: off.
 
     `reason`: why no higher stage runs. `devices` of the host have a program of ours.
     """
@@ -138,8 +139,8 @@ class GuardStatus(msgspec.Struct, frozen=True):
 class PartStatus(msgspec.Struct, frozen=True):
     """A part of the plugin that has died: worker, router, or thread (`name` is the thread's).
 
-    `deaths` since the plugin's start, `recent` ones in the last ten minutes, `ago`: seconds since the
-    last one.
+    `deaths` since the plugin's start, `recent` ones in the last ten minutes, `ago`: seconds since
+    the last one.
     """
 
     part: str

@@ -1,8 +1,8 @@
 """Docker's JSON, as structs with Go's field names (libnetwork `drivers/remote/api`).
 
-All other modules use checked values only. Requests are decoded from raw bytes, since Docker sends no
-content type. Unknown fields are ignored, as in Go; null means an empty list or map. An invalid field
-raises InvalidRequest with its name.
+All other modules use checked values only. Requests are decoded from raw bytes, since Docker sends
+no content type. Unknown fields are ignored, as in Go; null means an empty list or map. An invalid
+field raises InvalidRequest with its name.
 """
 
 from __future__ import annotations
@@ -198,7 +198,11 @@ def subnets(*groups: list[IPData] | None) -> tuple[Subnet, ...]:
 
 
 def generic(options: dict[str, Any] | None) -> dict[str, str]:
-    """The driver options (-o) among a network's options. Raises InvalidRequest if they aren't strings."""
+    """The driver options (-o) among a network's options.
+
+    Raises:
+        InvalidRequest: they aren't strings.
+    """
     found = (options or {}).get(GENERIC)
     if found is None:
         return {}

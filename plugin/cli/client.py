@@ -82,7 +82,7 @@ class Engine:
 
     @contextmanager
     def created(self, image: str) -> Iterator[str]:
-        """A container of this image, for reading its files; it is never started. Raises EngineError."""
+        """A container of this image, for its files; it is never started. Raises EngineError."""
         wanted = {
             "Image": image,
             "Entrypoint": ["freeflow-reads-files"],

@@ -258,7 +258,8 @@ def doctor(client: Client, container: str | None, as_json: bool) -> None:
 def bugreport(client: Client, output: Path | None, as_json: bool) -> None:
     """Collect what a bug report needs: status, findings, links, rules, versions. No secrets.
 
-    The report has names and addresses of containers, networks and hosts: read it before you send it.
+    The report has names and addresses of containers, networks and hosts: read it before you send
+    it.
     """
     from plugin.cli.bugreport import collect, render
 
@@ -290,8 +291,8 @@ def bugreport(client: Client, output: Path | None, as_json: bool) -> None:
 def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> None:
     """Remove what FreeFlow has made on this host: links, rules, namespaces, files.
 
-    Refuses, with their names, while containers of this host are on FreeFlow networks. Works with the
-    plugin disabled, too.
+    Refuses, with their names, while containers of this host are on FreeFlow networks. Works with
+    the plugin disabled, too.
     """
     from plugin.cli.clean import clean
 
@@ -323,7 +324,7 @@ def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> Non
 @click.pass_obj
 @_explained(err=True)
 def inject(client: Client, stack: str, output: str, services: tuple[str, ...]) -> None:
-    """Write a second compose file that adds the library's mount and LD_PRELOAD to a stack's services.
+    """Write a second compose file that adds the library's mount and LD_PRELOAD to services.
 
     STACK.yml is as for docker stack deploy; `-` is stdin. Services on a FreeFlow network get the
     library, and services on networks whose driver this host doesn't know. Warnings about programs

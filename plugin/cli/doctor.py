@@ -1,4 +1,4 @@
-"""`freeflow doctor`: each check is a function from facts to findings; no finding means it passed."""
+"""`freeflow doctor`: each check is a function from facts to findings."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def rdma_notes(status: Status) -> list[str]:
     if rdma is None:
         return []
     notes = [f"rdma: {rdma_device(rdma)}"]
-    notes += [f"rdma: not {each}" for each in rdma.skipped]
+    notes += [f"rdma: not {device}" for device in rdma.skipped]
     if rdma.on:
         notes += [
             f"rdma: {host.name or host.address}: "

@@ -63,7 +63,7 @@ class Start:
 
 @dataclass(slots=True)
 class Verdict:
-    """`hindered`: programs that can't be accelerated, and why. `unknown`: what prevents an answer."""
+    """`hindered`: programs that can't be accelerated, and why. `unknown`: why there is no answer."""
 
     hindered: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -81,7 +81,7 @@ def split_words(text: str) -> list[str]:
 
 def environment(config: dict[str, Any]) -> dict[str, str]:
     """An image's variables."""
-    pairs = (str(each).partition("=") for each in config.get("Env") or ())
+    pairs = (str(line).partition("=") for line in config.get("Env") or ())
     return {name: value for name, _, value in pairs}
 
 
@@ -153,7 +153,7 @@ def _after_shell(words: Sequence[str]) -> list[str]:
 
 
 def _privileged(file: File, user: str) -> bool:
-    """Whether the loader ignores LD_PRELOAD, since the program gets more rights than its user has."""
+    """Whether the loader ignores LD_PRELOAD: the program gets more rights than its user has."""
     root = user.partition(":")[0] in ("", "0", "root")
     if file.mode & 0o4000 and not (root and file.owner == 0):
         return str(file.owner) != user.partition(":")[0]

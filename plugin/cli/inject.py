@@ -50,7 +50,7 @@ _UNSAFE: Final = re.compile(r"[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uf
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`text` is the second file; `injected` names services; `notes` are for the user, a line each."""
+    """`text` is the second file, `injected` names services, `notes` are lines for the user."""
 
     text: str
     injected: tuple[str, ...]
@@ -211,7 +211,7 @@ def _choose(
     stack: Mapping[str, Any], name: str, engine: Engine, only: Sequence[str], notes: list[str]
 ) -> list[str]:
     services = stack["services"]
-    missing = [each for each in only if each not in services]
+    missing = [service for service in only if service not in services]
     if missing:
         raise InvalidRequest(
             f"{name} has no service {', '.join(missing)}", remedy=f"it has {', '.join(services)}"
@@ -221,9 +221,9 @@ def _choose(
     for service, content in services.items():
         if only and service not in only:
             continue
-        on = {each: _is_own(stack, each, engine, known) for each in networks_of(content)}
+        on = {network: _is_own(stack, network, engine, known) for network in networks_of(content)}
         own = any(on.values())
-        doubtful = [each for each, answer in on.items() if answer is None]
+        doubtful = [network for network, answer in on.items() if answer is None]
         if only or own or doubtful:
             chosen.append(service)
         if not own and doubtful:
@@ -245,7 +245,7 @@ def networks_of(service: Any) -> list[str]:
     """The names of a service's networks in the file; `default` if it has none."""
     found = service.get("networks") if isinstance(service, dict) else None
     return (
-        [str(each) for each in found] if isinstance(found, list | dict) and found else ["default"]
+        [str(name) for name in found] if isinstance(found, list | dict) and found else ["default"]
     )
 
 
@@ -288,7 +288,7 @@ def _words(value: Any) -> list[str] | None:
     if value is None:
         return None
     if isinstance(value, list):
-        return [str(each) for each in value]
+        return [str(word) for word in value]
     try:
         return split_words(str(value))
     except ValueError:
@@ -373,10 +373,10 @@ def pairs(value: Any) -> dict[str, str | None]:
     None: the value comes from the environment of `docker stack deploy`.
     """
     if isinstance(value, dict):
-        return {str(name): None if each is None else str(each) for name, each in value.items()}
+        return {str(name): None if entry is None else str(entry) for name, entry in value.items()}
     found: dict[str, str | None] = {}
-    for each in value if isinstance(value, list) else ():
-        name, given, content = str(each).partition("=")
+    for entry in value if isinstance(value, list) else ():
+        name, given, content = str(entry).partition("=")
         found[name] = content if given else None
     return found
 

@@ -59,7 +59,9 @@ def inspect_process(pid: int, proc: Path = Path("/proc")) -> Loaded | None:
         mapped = _MAPPED.search(_read(folder / "maps"))
     except OSError:
         return None
-    preloads = any(each.startswith("LD_PRELOAD=") and LIBRARY in each for each in environment)
+    preloads = any(
+        variable.startswith("LD_PRELOAD=") and LIBRARY in variable for variable in environment
+    )
     library = None
     if mapped is not None:
         device = os.makedev(int(mapped[1], 16), int(mapped[2], 16))
@@ -92,7 +94,7 @@ def _processes(engine: Engine, name: str, proc: Path) -> list[Loaded]:
     top = engine.get(f"/containers/{quote(name, safe='')}/top?ps_args=-eo%20pid")
     column = top["Titles"].index("PID")
     found = (inspect_process(int(row[column]), proc) for row in top["Processes"][:_MOST_PROCESSES])
-    return [each for each in found if each is not None]
+    return [process for process in found if process is not None]
 
 
 def check_mount(name: str, container: dict[str, Any]) -> list[Finding]:
@@ -148,7 +150,7 @@ def check_network(name: str, status: Status) -> list[Finding]:
 
 
 def _names(processes: Iterable[Loaded]) -> str:
-    found = sorted({each.name for each in processes})
+    found = sorted({process.name for process in processes})
     return ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
 
 
@@ -165,7 +167,7 @@ def check_processes(
                 "docker plugin disable -f freeflow:latest && docker plugin enable freeflow:latest",
             )
         ]
-    if not any(each.preloads or each.library for each in processes):
+    if not any(process.preloads or process.library for process in processes):
         return [
             Finding(
                 "error",
@@ -177,9 +179,9 @@ def check_processes(
     findings = []
     # What `docker run --init` puts before the program is static, and has no connections.
     without = [
-        each
-        for each in processes
-        if each.preloads and each.library is None and each.name != "docker-init"
+        process
+        for process in processes
+        if process.preloads and process.library is None and process.name != "docker-init"
     ]
     if without:
         findings.append(
@@ -191,7 +193,9 @@ def check_processes(
                 "nothing can be done: their connections stay on the overlay",
             )
         )
-    old = [each for each in processes if each.library is not None and each.library != own]
+    old = [
+        process for process in processes if process.library is not None and process.library != own
+    ]
     if old:
         findings.append(
             Finding(

@@ -49,9 +49,9 @@ def _parts(status: Status) -> str:
     if not status.parts:
         return ""
     said = (
-        f"{each.part}{f' {each.name}' if each.name else ''} died {_times(each.deaths)}, "
-        f"last {_age(each.ago)} ago"
-        for each in status.parts
+        f"{part.part}{f' {part.name}' if part.name else ''} died {_times(part.deaths)}, "
+        f"last {_age(part.ago)} ago"
+        for part in status.parts
     )
     return f"since the plugin's start: {'; '.join(said)}\n"
 
@@ -193,20 +193,20 @@ def show_status(status: Status) -> str:
 def _paths(status: Status, network: NetworkStatus) -> str:
     """A network's connections by path; empty if there are none, or the router doesn't answer."""
     router = status.router
-    counts = [each for each in router.paths if each.network == network.id] if router else []
+    counts = [entry for entry in router.paths if entry.network == network.id] if router else []
     if not counts:
         return ""
     fast = {
-        path: sum(each.count for each in counts if each.path == path)
+        path: sum(entry.count for entry in counts if entry.path == path)
         for path in ("shm", "rdma", "overlay+ebpf")
     }
-    slower = [each for each in counts if each.path not in fast]
-    others = [each for each in counts if each.path not in ("shm", "rdma")]
+    slower = [entry for entry in counts if entry.path not in fast]
+    others = [entry for entry in counts if entry.path not in ("shm", "rdma")]
     rdma = f"{fast['rdma']} on rdma, " if fast["rdma"] else ""
     short = f"{fast['overlay+ebpf']} on overlay+ebpf, " if fast["overlay+ebpf"] else ""
-    text = f"  connections: {fast['shm']} on shm, {rdma}{short}{sum(each.count for each in slower)} on overlay"
+    text = f"  connections: {fast['shm']} on shm, {rdma}{short}{sum(entry.count for entry in slower)} on overlay"
     if others:
-        text += f" ({', '.join(f'{each.reason} {each.count}' for each in others)})"
+        text += f" ({', '.join(f'{entry.reason} {entry.count}' for entry in others)})"
     return text + "\n"
 
 
@@ -218,9 +218,16 @@ def show_connections(found: Connections) -> str:
     text = table(
         ("CONTAINER", "LOCAL", "REMOTE", "PATH", "WHY"),
         [
-            (each.container, each.local, each.remote, each.path, each.reason or "")
-            for each in sorted(
-                found.connections, key=lambda each: (each.container, each.local, each.remote)
+            (
+                connection.container,
+                connection.local,
+                connection.remote,
+                connection.path,
+                connection.reason or "",
+            )
+            for connection in sorted(
+                found.connections,
+                key=lambda connection: (connection.container, connection.local, connection.remote),
             )
         ],
         indent="",

@@ -31,7 +31,7 @@ LONGEST: Final = 1 << 20
 DEEPEST: Final = 64
 """Nested values."""
 MOST: Final = 100_000
-"""Values, counted again at each alias. Docker's reader refuses a text with many more of them, too."""
+"""Values, counted again at each alias. Docker's reader has a higher limit."""
 
 _NULLS: Final = ("", "~", "null", "Null", "NULL")
 _BOOLEANS: Final = {

@@ -40,7 +40,7 @@ def _all(value: Any) -> Any:
         fields = {name: _all(getattr(value, name)) for name in value.__struct_fields__}
         return msgspec.structs.replace(value, **fields)
     if isinstance(value, dict):
-        return {_all(name): _all(each) for name, each in value.items()}
+        return {_all(name): _all(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_all, value))
     return shown(value) if isinstance(value, str) else value

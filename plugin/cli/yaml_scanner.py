@@ -73,7 +73,7 @@ class Scanner(Base):
         return DirectiveToken("", None, start, end)
 
     def scan_block_scalar_indicators(self, start_mark: Any) -> Any:
-        """Whether trailing line breaks are kept (None: one), and the indentation (None: unknown)."""
+        """Whether trailing line breaks are kept (None: one); the indentation (None: unknown)."""
         keep, indent = None, None
         while (found := self.reader.peek()) in "+-123456789":
             if found in "+-" and keep is None:
