@@ -100,7 +100,8 @@ def facts(
     settings: RouterSettings,
     own: ThisHost | None = None,
 ) -> RouterSnapshot:
-    """The snapshot. `homes`: path and inode of each endpoint's namespace; endpoints without are left out."""
+    """The snapshot. `homes`: path and inode of each endpoint's namespace; endpoints without are
+    left out."""
     own = own or ThisHost()
     names = {
         item.endpoint_id: item.name

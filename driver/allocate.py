@@ -75,12 +75,14 @@ def ipv6_for(prefix: IPv6Network, address: IPv4Address) -> IPv6Address:
 
 
 def mac_for(address: IPv4Address) -> str:
-    """The MAC address derived from an IPv4 address. A neighbour entry stays right when the address moves."""
+    """The MAC address derived from an IPv4 address. A neighbour entry stays right when the address
+    moves."""
     return "02:42:" + address.packed.hex(":")
 
 
 def mac_for_id(endpoint_id: str) -> str:
-    """The MAC address of an endpoint without an IPv4 address; its prefix differs from that of `mac_for`."""
+    """The MAC address of an endpoint without an IPv4 address; its prefix differs from that of
+    `mac_for`."""
     return "06:" + _digest(endpoint_id, "mac")[:5].hex(":")
 
 
@@ -143,5 +145,6 @@ def choices(chosen: Network) -> dict[str, str]:
 
 
 def answer(chosen: Network) -> dict[str, str]:
-    """AllocateNetwork's answer: the user's options and ours, since Docker replaces the options by it."""
+    """AllocateNetwork's answer: the user's options and ours, since Docker replaces the options by
+    it."""
     return {**chosen.options, **choices(chosen)}

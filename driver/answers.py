@@ -152,7 +152,8 @@ def _subnets(answer: Mapping[str, Any]) -> tuple[Subnet, ...]:
 def parse_network(answer: Mapping[str, Any]) -> NetworkView:
     """The view of `GET /networks/<id>`, with services if the query was `?verbose=true`.
 
-    It is the same for two answers that differ only in order: the engine lists tasks in random order.
+    It is the same for two answers that differ only in order: the engine lists tasks in random
+    order.
     """
     return NetworkView(
         id=text_of(answer.get("Id")),

@@ -39,7 +39,8 @@ class Bell:
         os.eventfd_write(self._event, 1)
 
     def wait(self, seconds: float, *, mounts: bool = False) -> None:
-        """Sleep until rung, or for some seconds; with `mounts` also until the mount table changes."""
+        """Sleep until rung, or for some seconds; with `mounts` also until the mount table
+        changes."""
         poll = select.poll()
         poll.register(self._event, select.POLLIN)
         if mounts:

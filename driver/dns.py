@@ -18,7 +18,8 @@ _TRUNCATED_BIT: Final = 0x0200
 _CODE_BITS: Final = 0x000F
 _HEADER: Final = struct.Struct("!6H")
 SIZE: Final = 60000
-"""The EDNS size that we announce, in bytes: room for a thousand tasks in one datagram on loopback."""
+"""The EDNS size that we announce, in bytes: room for a thousand tasks in one datagram on
+loopback."""
 
 
 SMALLEST: Final = 512

@@ -38,7 +38,8 @@ SILENCES: Final = 3
 """Times in a row that DNS must know a service and not answer for its tasks until that means that it
 has none. If the DNS servers outside don't answer, Docker's DNS doesn't either."""
 LONGEST_REST: Final = 30.0
-"""Most seconds between queries for a service whose answers are lost or late; doubled from one on."""
+"""Most seconds between queries for a service whose answers are lost or late; doubled from one
+on."""
 
 Tasks = frozenset[IPv4Address]
 
@@ -56,7 +57,8 @@ class Decision:
 
 @dataclass(slots=True)
 class _Trouble:
-    """A service without answers: how often in a row, for which owners, until when it isn't queried."""
+    """A service without answers: how often in a row, for which owners, until when it isn't
+    queried."""
 
     count: int = 0
     silent: int = 0
@@ -66,7 +68,8 @@ class _Trouble:
 
 @dataclass(slots=True)
 class _Memory:
-    """A network: the last queried owner, the last decision, missing answers, containers that answered."""
+    """A network: the last queried owner, the last decision, missing answers, containers that
+    answered."""
 
     last: str = ""
     believed: dict[str, Tasks] = field(default_factory=dict)
@@ -91,7 +94,8 @@ class DnsTasks:
     def ask(
         self, view: NetworkView, before: NetworkState, sandboxes: Mapping[Path, str]
     ) -> Decision:
-        """`sandboxes` are those on the network, each with its owner; those of one owner count as one."""
+        """`sandboxes` are those on the network, each with its owner; those of one owner count as
+        one."""
         now = self._clock()
         memory = self._memories.setdefault(view.id, _Memory())
         resting = before.resting(now - REST_AFTER)
@@ -216,7 +220,8 @@ class DnsTasks:
         others: list[Path],
         memory: _Memory,
     ) -> None:
-        """Add to `votes` until enough answers about each service agree, or enough containers were queried."""
+        """Add to `votes` until enough answers about each service agree, or enough containers were
+        queried."""
         for path in others[: VOTERS - 1]:
             changed = [item for item in changed if not _agree(votes[item.name])]
             if not changed:

@@ -1,4 +1,5 @@
-"""The calls that Docker makes, without HTTP: networks and endpoints are created, joined, left, deleted.
+"""The calls that Docker makes, without HTTP: networks and endpoints are created, joined, left,
+deleted.
 
 Invariants:
 
@@ -143,7 +144,8 @@ class Driver:
         self._network_locks = KeyedLocks()
         self._allocation_lock = threading.Lock()
         self.keep_links = False
-        """Set by recovery while the kernel has endpoints without a row: no network's links may go."""
+        """Set by recovery while the kernel has endpoints without a row: no network's links may
+        go."""
 
     def on_change(self, wake: Callable[[], None], joined: Callable[[Endpoint], None]) -> None:
         """Set what to call: `wake` after any change, `joined` for an endpoint that has joined."""
@@ -157,7 +159,8 @@ class Driver:
         return Capabilities(self.config.scope, self.config.scope)
 
     def discover_new(self, address: str, is_self: bool) -> None:
-        """Docker saw a node join. Only this host's address is kept; the sync loop reads the peers."""
+        """Docker saw a node join. Only this host's address is kept; the sync loop reads the
+        peers."""
         try:
             value = ip_address(address)
         except ValueError as error:
@@ -193,7 +196,8 @@ class Driver:
         return self.kernel.underlay_mtu() if self.config.overlay else LOCAL_MTU
 
     def allocate_network(self, network_id: str, generic: Mapping[str, str]) -> dict[str, str]:
-        """Choose what all hosts must agree on. A repeated call, also to a new leader, gets the same.
+        """Choose what all hosts must agree on. A repeated call, also to a new leader, gets the
+        same.
 
         Raises:
             InvalidRequest, Conflict: see `allocate.network`.
@@ -319,7 +323,8 @@ class Driver:
         mac: str | None = None,
         driver_options: Mapping[str, object] | None = None,
     ) -> EndpointAddresses:
-        """Make an endpoint: addresses, veth pair, filter, and the network's links if it is the first.
+        """Make an endpoint: addresses, veth pair, filter, and the network's links if it is the
+        first.
 
         Raises:
             NotFound: no such network here.

@@ -60,7 +60,8 @@ def _not_found() -> type[Exception]:
 
 
 class DockerDirectory:
-    """`ports.Directory` over the engine's socket. Safe from any thread: each has its own connections.
+    """`ports.Directory` over the engine's socket. Safe from any thread: each has its own
+    connections.
 
     `timeout` bounds each wait, in seconds. `plugin_id` is our ID as a plugin, if known. `driver` is
     the driver's name where we aren't a plugin of this engine.

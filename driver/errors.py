@@ -1,4 +1,5 @@
-"""Everything that can fail in driver and plugin, as one tree; adapters translate foreign exceptions.
+"""Everything that can fail in driver and plugin, as one tree; adapters translate foreign
+exceptions.
 
 FreeFlowError          dataplane/errors.py, with `what`, `cause` and `remedy`
  ├── InvalidRequest    the caller's input is wrong: an option, an address, an ID

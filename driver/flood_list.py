@@ -1,4 +1,5 @@
-"""The flood list of each VXLAN device, from the peers that the engine lists; announcements to them."""
+"""The flood list of each VXLAN device, from the peers that the engine lists; announcements to
+them."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ class FloodLists:
         known: NetworkView | None,
         endpoints: Collection[Endpoint],
     ) -> None:
-        """Announce the endpoints that joined a service since `known`; to other hosts that is a hint."""
+        """Announce the endpoints that joined a service since `known`; to other hosts that is a
+        hint."""
         listed = _task_addresses(view.services) - _task_addresses(known.services if known else ())
         ours = [item for item in endpoints if item.ipv4 is not None and item.ipv4.ip in listed]
         if ours:

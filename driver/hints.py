@@ -1,4 +1,5 @@
-"""Hints that a network's services may have changed, from ARP on the network and the engine's events.
+"""Hints that a network's services may have changed, from ARP on the network and the engine's
+events.
 
 - A container here requests an address that nobody has: a VIP that was just made, perhaps. The reply
   comes before the connection's second packet.

@@ -23,7 +23,8 @@ class RefreshedKernel(Protocol):
 
 
 class KernelRefresh:
-    """The thread. `sandboxes`: endpoint IDs with the paths of their namespaces; `clock` in seconds."""
+    """The thread. `sandboxes`: endpoint IDs with the paths of their namespaces; `clock` in
+    seconds."""
 
     def __init__(
         self,

@@ -34,9 +34,9 @@ class Subnet:
 class Network:
     """A network, the same on every host of the Swarm.
 
-    `mtu` is that of the containers' interfaces, in bytes. IPv6 addresses are derived from `prefix6`.
-    `port` is the VXLAN UDP port on the underlay. `overlay` is false where there are no other hosts
-    (SCOPE=local).
+    `mtu` is that of the containers' interfaces, in bytes. IPv6 addresses are derived from
+    `prefix6`. `port` is the VXLAN UDP port on the underlay. `overlay` is false where there are no
+    other hosts (SCOPE=local).
     """
 
     id: str
@@ -57,8 +57,8 @@ class Network:
 class Endpoint:
     """One container's attachment to one network.
 
-    `sandbox_key` is Docker's path of the namespace, after Join. `engine_ipv6` is the IPv6 address that
-    the engine chose, where that isn't unique: in the container `ipv6` replaces it.
+    `sandbox_key` is Docker's path of the namespace, after Join. `engine_ipv6` is the IPv6 address
+    that the engine chose, where that isn't unique: in the container `ipv6` replaces it.
     """
 
     id: str
@@ -118,8 +118,8 @@ class NetworkView:
     """A network as the engine of this host lists it.
 
     `scope` is the engine's: "swarm" for networks that Swarm distributes to the hosts. `others` are
-    addresses of containers, on any host, that belong to no service. `options`, `subnets`, `ipv6` and
-    `internal` serve to restore a network whose row is lost.
+    addresses of containers, on any host, that belong to no service. `options`, `subnets`, `ipv6`
+    and `internal` serve to restore a network whose row is lost.
     """
 
     id: str
@@ -138,7 +138,8 @@ class NetworkView:
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """The engine's description of itself. Only managers know the `hostnames` of the Swarm's nodes."""
+    """The engine's description of itself. Only managers know the `hostnames` of the Swarm's
+    nodes."""
 
     version: str
     hostname: str
@@ -166,4 +167,5 @@ class ArpFrame:
 
 
 VipTable = dict[IPv4Address, tuple[IPv4Address, ...]]
-"""VIP → addresses of the tasks that take new connections, sorted; empty: a service without tasks."""
+"""VIP → addresses of the tasks that take new connections, sorted; empty: a service without
+tasks."""

@@ -64,7 +64,8 @@ _EXAMPLES: Final = {"mtu": 9000, MTU_ALIAS: 9000, "vni": 70012}
 
 @dataclass(frozen=True, slots=True)
 class NetworkOptions:
-    """The options of a network; None: not given. AllocateNetwork chose those named `own_*` earlier."""
+    """The options of a network; None: not given. AllocateNetwork chose those named `own_*`
+    earlier."""
 
     mtu: int | None = None
     vni: int | None = None
@@ -239,7 +240,8 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
 
 
 def parse_endpoint(options: Mapping[str, object]) -> IPv6Address | None:
-    """Check the options of an endpoint (`--network name=n,driver-opt=…`); returns the IPv6 address, if any.
+    """Check the options of an endpoint (`--network name=n,driver-opt=…`); returns the IPv6 address,
+    if any.
 
     Raises:
         InvalidRequest: a key that is neither ours nor the engine's, or an invalid address.

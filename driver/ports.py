@@ -46,7 +46,8 @@ class Kernel(Protocol):
         """Make or reopen the overlay namespace."""
 
     def attach(self, network: Network, endpoint: Endpoint) -> None:
-        """Make the network's bridge and VXLAN device if absent, then the endpoint's veth pair and filter.
+        """Make the network's bridge and VXLAN device if absent, then the endpoint's veth pair and
+        filter.
 
         Afterwards the container's end (`names.container_veth`) is in the host's namespace, and the
         host's end is a port of the bridge and up.
@@ -62,10 +63,12 @@ class Kernel(Protocol):
         """Make `peers` the flood list of the VXLAN device, if there is one; returns those added."""
 
     def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
-        """Send gratuitous ARP (RFC 5227) and unsolicited NA (RFC 4861) for the endpoints into the network."""
+        """Send gratuitous ARP (RFC 5227) and unsolicited NA (RFC 4861) for the endpoints into the
+        network."""
 
     def hear(self, seconds: float) -> frozenset[ArpFrame]:
-        """ARP frames that reached the networks since the last call; waits some seconds for the first."""
+        """ARP frames that reached the networks since the last call; waits some seconds for the
+        first."""
 
     def inventory(self) -> Inventory:
         """The objects that exist, whichever process made them."""
@@ -81,14 +84,16 @@ class Balancer(Protocol):
     """VIPs in one container's network namespace. Raises `KernelError`."""
 
     def apply(self, sandbox: Path, table: VipTable) -> bool:
-        """Make the namespace have the VIP rules of `table`; false: there is no such namespace (yet)."""
+        """Make the namespace have the VIP rules of `table`; false: there is no such namespace
+        (yet)."""
 
     def forget(self, alive: Iterable[Path]) -> None:
         """Forget namespaces that aren't in `alive`, without any request to the kernel."""
 
 
 class Directory(Protocol):
-    """The API of this host's engine. Raises `EngineError`; never used while a request of Docker waits."""
+    """The API of this host's engine. Raises `EngineError`; never used while a request of Docker
+    waits."""
 
     def engine(self) -> EngineView: ...
 
@@ -98,7 +103,8 @@ class Directory(Protocol):
     def network(self, network_id: str, *, services: bool = False) -> NetworkView | None:
         """The engine's view, None if it knows no such network.
 
-        Without `services` the view has no services and no `others`; with it, engines up to 28 log errors.
+        Without `services` the view has no services and no `others`; with it, engines up to 28 log
+        errors.
         """
 
     def changed_containers(self) -> Iterator[str]:
@@ -108,7 +114,8 @@ class Directory(Protocol):
         """
 
     def sandbox_key(self, container_id: str) -> str | None:
-        """Docker's path of a container's namespace; None: it has none, or there is no such container."""
+        """Docker's path of a container's namespace; None: it has none, or there is no such
+        container."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,11 @@ in the background and asks Docker: Docker never repeats a teardown call that was
 may have been lost.
 
     row   link   Docker lists it
-    yes   no     -     the container's namespace is gone, or was never made: drop the row     recover
-    yes   yes    yes   alive: repair its links                                                recover
-    yes   yes    no    the call that deleted it was lost: remove it after the grace time      collect
-    no    yes    yes   the store was lost: store it again                                     collect
-    no    yes    no    an orphan: remove it after the grace time                              collect
+    yes   no     -     the container's namespace is gone or was never made: drop the row    recover
+    yes   yes    yes   alive: repair its links                                              recover
+    yes   yes    no    the call that deleted it was lost: remove it after the grace time    collect
+    no    yes    yes   the store was lost: store it again                                   collect
+    no    yes    no    an orphan: remove it after the grace time                            collect
 
 Nothing is removed that may be alive: if Docker doesn't answer, everything stays.
 """
@@ -32,7 +32,8 @@ from driver.ports import Directory
 log = structlog.get_logger()
 
 GRACE: Final = 120.0
-"""Seconds for which the engine may not list an endpoint: it lists none whose container is starting."""
+"""Seconds for which the engine may not list an endpoint: it lists none whose container is
+starting."""
 _BOOT_ID: Final = "boot_id"
 _LASTING_SCOPES: Final = ("local", "global")
 
@@ -65,7 +66,8 @@ class Recovered:
 
 
 def _unclaimed(driver: Driver) -> frozenset[str]:
-    """Short IDs of endpoints with a link but no row. The kernel is read first: rows precede links."""
+    """Short IDs of endpoints with a link but no row. The kernel is read first: rows precede
+    links."""
     present = driver.kernel.inventory()
     return present.endpoints - {names.short(item.id) for item in driver.store.endpoints()}
 

@@ -7,8 +7,9 @@ The service's own name keeps its VIP meanwhile. So a service whose name resolves
 whose `tasks.` name doesn't exist, has no task that takes connections.
 
 The embedded DNS forwards names that it doesn't know to external servers, whose answers may be
-anything, and a container may redirect the queries in its namespace. Therefore an address counts only
-if the engine lists it for the service; if it doesn't list it yet, that is a hint to read the list.
+anything, and a container may redirect the queries in its namespace. Therefore an address counts
+only if the engine lists it for the service; if it doesn't list it yet, that is a hint to read the
+list.
 
 A missing answer means nothing: it may be lost or late. Only an answer says that a service has no
 tasks. A service whose answer would not fit a datagram isn't queried: Docker would try record by
@@ -82,8 +83,8 @@ def ask(
 ) -> Answers:
     """Query the A records of several names over a connected UDP socket.
 
-    `sizes` are those of the answers, in bytes, where they are known. `until` is the time at which to
-    stop, by time.monotonic().
+    `sizes` are those of the answers, in bytes, where they are known. `until` is the time at which
+    to stop, by time.monotonic().
 
     Raises:
         OSError: the server can't be reached.

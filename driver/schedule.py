@@ -61,7 +61,8 @@ class _Network:
 
 
 class Schedule:
-    """The due times of everything that the sync loop does. `interval`: seconds between two polls."""
+    """The due times of everything that the sync loop does. `interval`: seconds between two
+    polls."""
 
     def __init__(self, now: float, interval: float) -> None:
         self._interval = interval
@@ -144,7 +145,8 @@ class Schedule:
         del self._networks[network_id]
 
     def hint(self, network_id: str, now: float, *, joined: bool = False) -> None:
-        """The services of a network may have changed; `joined`: by a container that has just come."""
+        """The services of a network may have changed; `joined`: by a container that has just
+        come."""
         schedule = self._networks.get(network_id)
         if schedule is None:
             return

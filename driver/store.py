@@ -1,8 +1,8 @@
 """The promises made to Docker, in SQLite: written before the answer goes out.
 
 Networks must survive a power failure, since Docker doesn't repeat calls for local ones: they are
-written with `synchronous=FULL`. Endpoints don't outlive a reboot, so `NORMAL` is enough for them: in
-WAL mode it survives any crash of the process (sqlite.org/pragma.html#pragma_synchronous).
+written with `synchronous=FULL`. Endpoints don't outlive a reboot, so `NORMAL` is enough for them:
+in WAL mode it survives any crash of the process (sqlite.org/pragma.html#pragma_synchronous).
 
 A file that SQLite can't read is moved aside; its content is recovered from Docker and the kernel
 (`recovery.py`). A file of a newer version is refused and left unchanged.
@@ -133,7 +133,8 @@ class Store:
                 )
             for number in range(found, len(self._migrations)):
                 connection.executescript(
-                    f"BEGIN IMMEDIATE;{self._migrations[number]};PRAGMA user_version={number + 1};COMMIT;"
+                    f"BEGIN IMMEDIATE;{self._migrations[number]};"
+                    f"PRAGMA user_version={number + 1};COMMIT;"
                 )
                 log.info("state migrated", schema=number + 1)
             if connection.execute("PRAGMA quick_check").fetchone()[0] != "ok":

@@ -48,7 +48,8 @@ grace period."""
 
 
 class Syncer:
-    """The loop. `clock` in seconds, any origin; `sandboxes` is where Docker's sandboxes are visible to us."""
+    """The loop. `clock` in seconds, any origin; `sandboxes` is where Docker's sandboxes are visible
+    to us."""
 
     def __init__(
         self,

@@ -42,12 +42,14 @@ log = structlog.get_logger()
 
 TABLE: Final = "freeflow"
 DATAGRAMS: Final = "datagrams"
-"""Name of the set of VIPs that have had UDP flows, or others without an end, since the table was made."""
+"""Name of the set of VIPs that have had UDP flows, or others without an end, since the table was
+made."""
 _MANY: Final = 65535
 """Capacity of that set."""
 
 REFUSER: Final = "127.66.66.66"
-"""Destination of packets for VIPs without tasks, where they are refused: an unused loopback address."""
+"""Destination of packets for VIPs without tasks, where they are refused: an unused loopback
+address."""
 
 FEW: Final = 8
 """Number of VIPs up to which the set is queried for each of them."""
@@ -161,7 +163,8 @@ def arrange(order: VipTable, table: VipTable, first: int = 0) -> VipTable:
 
 
 def write_new(batch: Changes, table: VipTable) -> None:
-    """Changes for a namespace without our table; they fail where it exists. Tasks take turns in order."""
+    """Changes for a namespace without our table; they fail where it exists. Tasks take turns in
+    order."""
     batch.create_table()
     _write_frame(batch)
     _write_additions(batch, table)
@@ -219,7 +222,8 @@ class _Applied:
 
 
 class NftBalancer:
-    """`ports.Balancer`. Remembers the rules of each namespace, so an unchanged table costs nothing."""
+    """`ports.Balancer`. Remembers the rules of each namespace, so an unchanged table costs
+    nothing."""
 
     def __init__(self, turns: Iterator[int] | None = None) -> None:
         self._guard = threading.Lock()

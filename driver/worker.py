@@ -1,4 +1,5 @@
-"""Threads of the driver: one that runs until it is stopped, and one that lives only while there is work.
+"""Threads of the driver: one that runs until it is stopped, and one that lives only while there is
+work.
 
 Both survive whatever a step raises: the next step starts from the facts again.
 """
@@ -26,7 +27,8 @@ class Worker:
 
     `step` returns the seconds until its next call. After an exception, which is logged once for a
     row of equal ones, it is called again after `retry` seconds. `sleep` replaces the wait between
-    two calls; it has to return early when `wake` is called, which is why `wake` is replaced with it.
+    two calls; it has to return early when `wake` is called, which is why `wake` is replaced with
+    it.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Replaces the IPv6 address that the engine gave a container's interface by ours.
 
 The engine's address isn't removed at once: engines since 28 announce it in the first seconds, and
-the container's start fails if they can't. It gets a lifetime instead, after which the kernel removes
-it, and is deprecated at once, so that no new connection uses it.
+the container's start fails if they can't. It gets a lifetime instead, after which the kernel
+removes it, and is deprecated at once, so that no new connection uses it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def _exchange(mac: str, engines: IPv6Interface, ours: IPv6Interface, lifetime: i
             index = found.get(engines.ip)
             if index is None:
                 return ours.ip in found
-            # In this order: the first may give the subnet's route a lifetime, the second removes that.
+            # In this order: the first may give the subnet's route a lifetime, the second removes
+            # that.
             _put(route, index, engines, lifetime)
             _put(route, index, ours)
         except NetlinkError as error:

@@ -1,4 +1,5 @@
-"""Announcing an endpoint: gratuitous ARP (RFC 5227, section 3) and unsolicited NA (RFC 4861, section 7.2.6).
+"""Announcing an endpoint: gratuitous ARP (RFC 5227, section 3) and unsolicited NA (RFC 4861,
+section 7.2.6).
 
 Frames leave through the network's bridge device, so they reach local ports and, by the flood list,
 every peer. Each bridge and VXLAN device on the path learns where the endpoint's MAC address is now.
@@ -34,7 +35,8 @@ def gratuitous_arp(mac: str, address: IPv4Address) -> bytes:
 
 
 def unsolicited_advertisement(mac: str, address: IPv6Address) -> bytes:
-    """A neighbour advertisement to all nodes, override set, with the target's link-layer address; 86 bytes."""
+    """A neighbour advertisement to all nodes, override set, with the target's link-layer address;
+    86 bytes."""
     hardware = _octets(mac)
     body = struct.pack("!I", _OVERRIDE) + address.packed + b"\x02\x01" + hardware
     length = 4 + len(body)
@@ -56,7 +58,8 @@ def frames(endpoint: Endpoint) -> list[bytes]:
 
 
 def send(packets: socket.socket, interface: str, endpoints: Iterable[Endpoint]) -> int:
-    """Send the announcements through `interface`; returns the number of frames. OSError: it is gone.
+    """Send the announcements through `interface`; returns the number of frames. OSError: it is
+    gone.
 
     `packets` is a raw packet socket of the interface's namespace.
     """

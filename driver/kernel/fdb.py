@@ -118,7 +118,8 @@ def remember(overlay: Sockets, index: int, where: dict[str, IPAddress]) -> None:
 def set_peers(
     overlay: Sockets, index: int, peers: frozenset[IPAddress], trusted: Trusted = nobody
 ) -> frozenset[IPAddress]:
-    """Make `peers` the flood list, and drop entries learned from other hosts; returns the peers added.
+    """Make `peers` the flood list, and drop entries learned from other hosts; returns the peers
+    added.
 
     `trusted` tells whether peers may send from another address.
 

@@ -40,7 +40,8 @@ LEAST: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Packets:
-    """The overlay's packets: UDP to `ports`, through `devices`, between `own` addresses and `peers`."""
+    """The overlay's packets: UDP to `ports`, through `devices`, between `own` addresses and
+    `peers`."""
 
     ports: frozenset[int]
     devices: Mapping[int, str]
@@ -52,7 +53,8 @@ class Packets:
 
 
 def _among(values: Iterable[object], right: Any) -> bool | None:
-    """Whether a rule's operand equals all of the values (True), none (False), or perhaps some (None)."""
+    """Whether a rule's operand equals all of the values (True), none (False), or perhaps some
+    (None)."""
     found = {_is(value, right) for value in values}
     if found == {True}:
         return True
@@ -219,7 +221,8 @@ class _Rules:
     def _check_rule(
         self, rule: dict[str, Any], key: tuple[str, str, str], hook: str, depth: int
     ) -> tuple[str, bool, bool]:
-        """Why a rule may harm the packets; whether it surely accepts all; whether all surely leave here."""
+        """Why a rule may harm the packets; whether it surely accepts all; whether all surely leave
+        here."""
         sure = True
         expressions = rule.get("expr", [])
         says_what = any(
@@ -265,7 +268,8 @@ def _is_match(body: Any, says_what: bool) -> bool:
 
 
 def obstacle(objects: Iterable[dict[str, Any]], packets: Packets) -> str:
-    """The rule of a listing (libnftables-json(5)) that may harm the packets; empty: there is none."""
+    """The rule of a listing (libnftables-json(5)) that may harm the packets; empty: there is
+    none."""
     return _Rules(objects, packets).obstacle()
 
 

@@ -3,8 +3,8 @@
 All functions work in the calling thread's network namespace. Other entries stay: a TCP connection
 keeps its task until it ends, even if the task takes no new connections.
 
-Listing is expensive: the kernel walks the host's whole table, some 10 ms of CPU, however few entries
-the namespace has. So callers list only for VIPs that may have stale entries.
+Listing is expensive: the kernel walks the host's whole table, some 10 ms of CPU, however few
+entries the namespace has. So callers list only for VIPs that may have stale entries.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ _NEIGHBOURS: Final = Path("/proc/thread-self/net/arp")
 
 
 def is_stale(protocol: int, vip: str, task: str, tasks: Collection[str]) -> bool:
-    """Whether an entry that sends a flow to `vip` to `task` contradicts the rules `vip` → `tasks`."""
+    """Whether an entry that sends a flow to `vip` to `task` contradicts the rules `vip` →
+    `tasks`."""
     if task == vip:
         # It began before the VIP had rules.
         return True
@@ -48,7 +49,8 @@ def is_stale(protocol: int, vip: str, task: str, tasks: Collection[str]) -> bool
 
 
 def tried(vips: Iterable[IPv4Address], neighbours: Path = _NEIGHBOURS) -> set[IPv4Address]:
-    """The VIPs to which packets were sent before they had rules: the kernel requested their MAC address."""
+    """The VIPs to which packets were sent before they had rules: the kernel requested their MAC
+    address."""
     wanted = {str(vip): vip for vip in vips}
     if not wanted:
         return set()
@@ -62,7 +64,8 @@ def tried(vips: Iterable[IPv4Address], neighbours: Path = _NEIGHBOURS) -> set[IP
 
 @dataclass(frozen=True, slots=True)
 class _Flow:
-    """An entry: VIP, task, protocol, identifier of a ping. `original` are attributes as they were read."""
+    """An entry: VIP, task, protocol, identifier of a ping. `original` are attributes as they were
+    read."""
 
     vip: str
     task: str
@@ -90,7 +93,8 @@ def _flow(data: bytes) -> _Flow | None:
 
 
 def _flows(only: str | None) -> Iterator[_Flow]:
-    """The flows of the namespace, up to `MOST`; only those to one VIP where the kernel can filter (5.8).
+    """The flows of the namespace, up to `MOST`; only those to one VIP where the kernel can filter
+    (5.8).
 
     Raises:
         OSError: conntrack can't be read.

@@ -213,7 +213,7 @@ class Guard:
         self._generation = self._current_generation()
         if self._written is not None and wanted == self._written:
             log.warning(
-                "the rules that guard the overlay's port were changed by somebody; they are restored"
+                "the rules that guard the overlay's port were changed, and are restored now"
             )
         elif self._written is None or wanted.peers.keys() != self._written.peers.keys():
             log.info("the overlay's port is guarded", ports=sorted(wanted.peers))

@@ -95,7 +95,8 @@ _TO_PEER: Final = "udp dport . % daddr @peers#"
 _TO_NEAR: Final = "udp dport @ports % daddr @near#"
 _TO_ROUTER: Final = "tcp dport @sessions % daddr @hosts#"
 _SUSPECT: Final = f"meta iifkind {_SUSPECTS} iifname != @underlay"
-# Packets that this host encapsulates come from a VXLAN device, those that it sends itself from none.
+# Packets that this host encapsulates come from a VXLAN device, those that it sends itself from
+# none.
 _FORWARDED: Final = f'iif != 0 iifname != "{names.VXLAN}*"'
 _CHAINS: Final = (
     " chain strangers {\n"

@@ -1,4 +1,5 @@
-"""Bridge and VXLAN device of a network, veth pair of an endpoint: each made by one request, or repaired.
+"""Bridge and VXLAN device of a network, veth pair of an endpoint: each made by one request, or
+repaired.
 
 The VXLAN device is made from the host's namespace in the overlay namespace. Its UDP socket stays in
 the host's, so its datagrams take the host's routes, and its frames the overlay namespace's bridge.
@@ -45,7 +46,8 @@ def make_bridge(overlay: Sockets, network: Network) -> int:
                     # One bridge and one VXLAN device per host can't form a loop.
                     br_stp_state=0,
                     br_forward_delay=0,
-                    # Flood multicast: an overlay has no querier, without which snooping loses groups.
+                    # Flood multicast: an overlay has no querier, without which snooping loses
+                    # groups.
                     br_mcast_snooping=0,
                     state="up",
                 )
@@ -119,7 +121,8 @@ def make_vxlan(
     underlay: Underlay,
     bridge: int,
 ) -> None:
-    """Make the network's VXLAN device as a port of its bridge; one with other properties is replaced."""
+    """Make the network's VXLAN device as a port of its bridge; one with other properties is
+    replaced."""
     name = names.vxlan(network.id)
     index = overlay.index(name)
     if index is not None:
@@ -196,7 +199,8 @@ def make_veth(
     endpoint: Endpoint,
     bridge: int,
 ) -> bool:
-    """Make the endpoint's veth pair: a bridge port that is up, and the other end down in the host's.
+    """Make the endpoint's veth pair: a bridge port that is up, and the other end down in the
+    host's.
 
     Returns false if the pair exists; it is repaired then.
     """

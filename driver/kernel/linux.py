@@ -202,7 +202,8 @@ class LinuxKernel:
             return frozenset()
         self._guard.peers(names.short(network_id), wanted)
         try:
-            # Each time: others may have changed the list, or sent frames from which the device learned.
+            # Each time: others may have changed the list, or sent frames from which the device
+            # learned.
             return fdb.set_peers(overlay.links, index, wanted, self._trusted)
         finally:
             self._routes_due = 0.0
@@ -283,7 +284,7 @@ class LinuxKernel:
             raise KernelError("reading ARP", cause=str(error), remedy=DOCTOR) from error
 
     def learned(self, network_id: str) -> dict[str, IPAddress]:
-        """MAC address → the peer behind it, as learned by the VXLAN device or by the fast path."""
+        """MAC address → the peer behind it, learned by the VXLAN device or by the fast path."""
         overlay = self._overlay()
         index = overlay.links.index(names.vxlan(network_id)) if overlay is not None else None
         if overlay is None or index is None:
@@ -337,7 +338,8 @@ class LinuxKernel:
         )
 
     def links(self) -> dict[str, dict[str, int]]:
-        """Our links in the overlay namespace by name, with their counters: bytes, packets and drops each way.
+        """Our links in the overlay namespace by name, with their counters: bytes, packets and drops
+        each way.
 
         Packets of the fast path bypass the link's own counters; they are added here.
         """
@@ -381,7 +383,8 @@ class LinuxKernel:
         return removed
 
     def close(self) -> None:
-        """Close all descriptors; links and rules stay in the kernel. For the end of a process, and tests."""
+        """Close all descriptors; links and rules stay in the kernel. For the end of a process, and
+        tests."""
         with self._opening:
             self._forget()
         self._guard.close()

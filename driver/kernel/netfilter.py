@@ -37,7 +37,8 @@ class InterruptedDumpError(Exception):
 
 
 def open_socket(room: int = 0) -> socket.socket:
-    """A non-blocking socket: the kernel answers during the send. `room`: bytes to be sent at once."""
+    """A non-blocking socket: the kernel answers during the send. `room`: bytes to be sent at
+    once."""
     channel = socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
     )
@@ -71,7 +72,8 @@ def dump(kind: int, family: int, most: int, *parts: bytes) -> Iterator[tuple[int
         channel.send(message(kind, DUMP, 1, request))
         count = 0
         while True:
-            # The first part has arrived when the send returns, each other when its predecessor is read.
+            # The first part has arrived when the send returns, each other when its predecessor is
+            # read.
             for got, _, flags, body in messages(channel.recv(_LARGEST)):
                 if flags & INTERRUPTED:
                     raise InterruptedDumpError

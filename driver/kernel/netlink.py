@@ -1,8 +1,8 @@
 """A pool of netlink sockets in one namespace, shared by threads.
 
 A pyroute2 socket serves one request at a time: `Sockets` gives each to one thread at a time and
-keeps a few open, since opening one in another namespace costs a thread. `index` doesn't use netlink,
-so it doesn't wait for the kernel's lock of all links.
+keeps a few open, since opening one in another namespace costs a thread. `index` doesn't use
+netlink, so it doesn't wait for the kernel's lock of all links.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class Link:
 
 
 class Sockets:
-    """Netlink sockets of one network namespace. `namespace` is its descriptor, owned by the caller."""
+    """Netlink sockets of one network namespace. `namespace` is its descriptor, owned by the
+    caller."""
 
     def __init__(self, namespace: int) -> None:
         self._namespace = namespace
@@ -153,7 +154,8 @@ class Sockets:
 
     def index(self, name: str) -> int | None:
         """The index of an interface, None if there is none of this name."""
-        # Not SIOCGIFINDEX: for an unknown name it starts modprobe (dev_load in the kernel's dev_ioctl.c).
+        # Not SIOCGIFINDEX: for an unknown name it starts modprobe (dev_load in the kernel's
+        # dev_ioctl.c).
         with self._binding:
             try:
                 self._any.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, name.encode())
@@ -203,7 +205,8 @@ class Sockets:
         return self.dump(ask)
 
     def dump(self, ask: Callable[[IPRoute], T]) -> T:
-        """A consistent listing by `ask`: repeated if the objects change meanwhile (NLM_F_DUMP_INTR)."""
+        """A consistent listing by `ask`: repeated if the objects change meanwhile
+        (NLM_F_DUMP_INTR)."""
         for _ in range(_DUMP_TRIES):
             with self.take() as route:
                 try:
@@ -220,7 +223,8 @@ class Sockets:
 
 
 def _link(data: bytes, offset: int, end: int) -> Link:
-    """Decode RTM_NEWLINK. pyroute2's decoder costs a hundred times as much, too much for 200 links."""
+    """Decode RTM_NEWLINK. pyroute2's decoder costs a hundred times as much, too much for 200
+    links."""
     index = _IFINFO.unpack_from(data, offset)[2]
     offset += _IFINFO.size
     name, counters = "", dict.fromkeys(_COUNTERS, 0)

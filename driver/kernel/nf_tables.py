@@ -1,11 +1,12 @@
 """nf_tables over netlink without libnftables, for namespaces where a container may have own rules.
 
 libnftables decodes every table, set and expression that it reads, and aborts the process on some
-that the kernel accepts. A container must not be able to do that to us. So we encode rules ourselves,
-the kernel only acknowledges them, and we read little: the chains, and whether they have rules. What
-we read isn't trusted, and is limited to `MOST` messages.
+that the kernel accepts. A container must not be able to do that to us. So we encode rules
+ourselves, the kernel only acknowledges them, and we read little: the chains, and whether they have
+rules. What we read isn't trusted, and is limited to `MOST` messages.
 
-All functions work in the calling thread's network namespace. Constants: linux/netfilter/nf_tables.h.
+All functions work in the calling thread's network namespace. Constants:
+linux/netfilter/nf_tables.h.
 """
 
 from __future__ import annotations
@@ -291,7 +292,8 @@ class Batch:
         if not self._messages:
             return
         *others, last = self._messages
-        # The kernel answers during the send: it acknowledges the last message, and reports refusals.
+        # The kernel answers during the send: it acknowledges the last message, and reports
+        # refusals.
         size, kind, flags, sequence, port = HEADER.unpack_from(last)
         last = HEADER.pack(size, kind, flags | ACK, sequence, port) + last[HEADER.size :]
         body = FAMILY.pack(0, 0, 10)

@@ -1,4 +1,5 @@
-"""The sockets that a plugin process keeps open in the overlay namespace, so no call has to enter it."""
+"""The sockets that a plugin process keeps open in the overlay namespace, so no call has to enter
+it."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from driver.model import ArpFrame
 
 
 class Overlay:
-    """Netlink sockets, an nft session and packet sockets; each stays in the namespace where it was opened."""
+    """Netlink sockets, an nft session and packet sockets; each stays in the namespace where it was
+    opened."""
 
     def __init__(self, host_run: Path, identity: tuple[int, int]) -> None:
         self.identity = identity

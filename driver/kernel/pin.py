@@ -59,7 +59,8 @@ def _mount(source: str, target: Path | str, kind: str | None, flags: int, what: 
 
 @contextlib.contextmanager
 def _writable_proc() -> Iterator[None]:
-    """A writable /proc: that of a plugin has /proc/sys read-only. Only in a thread that then ends."""
+    """A writable /proc: that of a plugin has /proc/sys read-only. Only in a thread that then
+    ends."""
     check(libc.unshare(_CLONE_NEWNS), "a private mount namespace")
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE, "a private mount namespace")
     # Mounted over the old one: that needs no directory, and it goes with the thread.
@@ -137,7 +138,8 @@ def make(host_run: Path) -> None:
 
 
 def remove(host_run: Path) -> bool:
-    """Unpin it: the namespace goes with its links once no process has it open. False: there was none.
+    """Unpin it: the namespace goes with its links once no process has it open. False: there was
+    none.
 
     Raises:
         KernelError: the pin can't be removed.

@@ -72,7 +72,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How the kernel would send to an address: `kind` is RTN_…, `index` the device, `via` a gateway of the other family."""
+    """How the kernel would send to an address: `kind` is RTN_…, `index` the device, `via` a gateway
+    of the other family."""
 
     kind: int
     index: int

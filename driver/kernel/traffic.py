@@ -2,8 +2,8 @@
 
 They are pinned tcx links (Linux 6.6), whose program a restarted plugin replaces atomically. Without
 tcx they are filters of a clsact qdisc, replaced in place too, and identified by their name. On a
-device that isn't ours our program comes last: programs of others see every packet first, and packets
-that they consume or redirect never reach ours.
+device that isn't ours our program comes last: programs of others see every packet first, and
+packets that they consume or redirect never reach ours.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _INFO: Final = (_PRIORITY << 16) | (_ETH_P_ALL << 8)
 class Hooks:
     """Our programs on the devices of one namespace.
 
-    `kind` names the namespace in pins, since two namespaces use the same indexes. `tcx`: false to do
-    without it.
+    `kind` names the namespace in pins, since two namespaces use the same indexes. `tcx`: false to
+    do without it.
     """
 
     def __init__(
@@ -48,7 +48,8 @@ class Hooks:
         self._sockets = sockets
         self._links = admin / "bpf" / f"links-{kind}"
         self._filters = admin / f"filters-{kind}"
-        """Devices with a filter of ours, and whether the qdisc is ours: a BPF file system can't hold that."""
+        """Devices with a filter of ours, and whether the qdisc is ours: a BPF file system can't
+        hold that."""
         self._tcx = tcx
 
     def devices(self) -> set[int]:

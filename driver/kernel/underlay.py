@@ -37,7 +37,8 @@ class Underlay:
 
 
 def find(host: Sockets, choice: str, hint: IPAddress | None) -> Underlay:
-    """The underlay by the setting UNDERLAY (interface or address), by Docker's hint, or by the default route.
+    """The underlay by the setting UNDERLAY (interface or address), by Docker's hint, or by the
+    default route.
 
     Raises:
         SettingError: UNDERLAY names no interface or address of this host.

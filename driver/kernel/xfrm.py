@@ -1,4 +1,5 @@
-"""Whether the host has IPsec policies: the kernel encrypts packets by them, the fast path would not.
+"""Whether the host has IPsec policies: the kernel encrypts packets by them, the fast path would
+not.
 
 pyroute2 has no NETLINK_XFRM; one dump is all that is needed (linux/xfrm.h).
 """

@@ -1,4 +1,5 @@
-"""Moves: what neighbours and bridges believe of an address is corrected by the announcement at Join, at once."""
+"""Moves: what neighbours and bridges believe of an address is corrected by the announcement at
+Join, at once."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ def _behind(host: Host, container: Container) -> str:
 
 
 def test_an_address_with_another_mac_address(three: Lab) -> None:
-    """An address that came to another host with another MAC address: peers' neighbour tables, IPv4 and IPv6, are right before
-    the new container has sent anything."""
+    """An address that came to another host with another MAC address: peers' neighbour tables, IPv4
+    and IPv6, are right before the new container has sent anything."""
     network = a_network()
     client = three.hosts[0].container(network, 2)
     old = three.hosts[1].container(network, 3)
@@ -57,7 +58,8 @@ def test_an_address_with_another_mac_address(three: Lab) -> None:
 
 
 def test_a_mac_address_that_moved_to_another_host(three: Lab) -> None:
-    """An address and its MAC address came to another host: frames go there from the first on, and none to the old host."""
+    """An address and its MAC address came to another host: frames go there from the first on, and
+    none to the old host."""
     network = a_network()
     client = three.hosts[0].container(network, 2)
     old = three.hosts[1].container(network, 3)
@@ -80,7 +82,8 @@ def test_a_mac_address_that_moved_to_another_host(three: Lab) -> None:
 
 
 def test_a_mac_address_that_came_to_this_host(two: Lab) -> None:
-    """The way back: an address of a peer that is on this host now is reached here, by containers of both hosts."""
+    """The way back: an address of a peer that is on this host now is reached here, by containers of
+    both hosts."""
     network = a_network()
     client = two.hosts[0].container(network, 2)
     old = two.hosts[1].container(network, 3)
@@ -96,7 +99,8 @@ def test_a_mac_address_that_came_to_this_host(two: Lab) -> None:
 
 
 def test_announcements_are_well_formed(two: Lab) -> None:
-    """What peers hear is one gratuitous ARP (RFC 5227) and one unsolicited advertisement (RFC 4861), right to the checksum."""
+    """What peers hear is one gratuitous ARP (RFC 5227) and one unsolicited advertisement (RFC
+    4861), right to the checksum."""
     network = a_network()
     far = two.hosts[1].container(network, 3)
     box = two.hosts[0].container(network, 2)
@@ -121,7 +125,8 @@ def test_announcements_are_well_formed(two: Lab) -> None:
 
 
 def test_the_kernel_believes_the_checksum(two: Lab) -> None:
-    """A neighbour with a wrong entry takes the advertisement over: a bad checksum would be ignored."""
+    """A neighbour with a wrong entry takes the advertisement over: a bad checksum would be
+    ignored."""
     network = a_network()
     far = two.hosts[1].container(network, 3)
     box = two.hosts[0].container(network, 2)

@@ -1,4 +1,5 @@
-"""The fast path: every byte arrives, nothing takes it that shouldn't, and what runs is what status says.
+"""The fast path: every byte arrives, nothing takes it that shouldn't, and what runs is what status
+says.
 
 That all else works with it is said by the other tests here, whose hosts have it too.
 """
@@ -47,7 +48,7 @@ DATA = os.urandom(16 << 20)
 
 
 def count(container: Container) -> Count:
-    """What a container has had of the fast path."""
+    """The counters of a container's fast path."""
     kernel = container.host.kernel
     return container.host.do(kernel.fastpath.counts)[names.host_veth(container.endpoint.id)]
 
@@ -97,13 +98,13 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 
 @pytest.fixture
 def fresh() -> Iterator[World]:
-    """A world to break."""
+    """A world that the test may damage."""
     with lab(2) as made:
         yield _world(made)
 
 
 def outer(host: Host, port: int = 4799) -> socket.socket:
-    """Hears what leaves a host by its device, as tcpdump does."""
+    """Captures the packets that leave a host through its device."""
 
     def make() -> socket.socket:
         made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
@@ -116,7 +117,7 @@ def outer(host: Host, port: int = 4799) -> socket.socket:
 
 
 def leaving(packets: socket.socket) -> list[bytes]:
-    """VXLAN packets that left, from their IP header on, once no more come."""
+    """The VXLAN packets that left, from their IP header on, once no more come."""
     found = []
     with contextlib.suppress(TimeoutError):
         while True:
@@ -126,9 +127,10 @@ def leaving(packets: socket.socket) -> list[bytes]:
     return found
 
 
-def test_the_whole_way_is_taken(world: World) -> None:
-    """TCP and UDP over IPv4 and IPv6, to another host and beside, arrive byte for byte, and take the fast path: all of it that
-    the kernel can do, which before 6.3 is IPv4 alone between hosts."""
+def test_all_traffic_takes_the_fast_path(world: World) -> None:
+    """TCP and UDP over IPv4 and IPv6, to another host and on the same one, arrive byte for byte,
+    and all packets take the fast path as far as the kernel allows: before 6.3 only IPv4 between
+    hosts."""
     for host in world.lab.hosts:
         assert (host.refresh().stage, host.refresh().reason) == ("tunnel", "")
     flags = opened(world.lab.hosts[0]).programs.found.flags
@@ -149,7 +151,8 @@ def test_the_whole_way_is_taken(world: World) -> None:
 
 
 def test_every_kernel_carries_all_bytes() -> None:
-    """Whichever stages a kernel can run, the highest one does, all bytes arrive over it, and cleanup leaves nothing."""
+    """On any kernel the highest stage that it can run is on, all bytes arrive, and cleanup leaves
+    nothing."""
     # Emulated machines are slow.
     data = DATA[: 1 << 20]
     with lab(2) as made:
@@ -170,7 +173,8 @@ def test_every_kernel_carries_all_bytes() -> None:
 
 
 def test_fragments_of_every_size(world: World) -> None:
-    """Datagrams that the container's own kernel cuts arrive unchanged, and their fragments take the fast path (IPv4)."""
+    """Datagrams that the container's kernel fragments arrive unchanged, and their fragments take
+    the fast path (IPv4)."""
     before = count(world.far).nic_packets
     for size in (1422, 1423, 9000, 65507):
         assert world.near.echoes(world.far.ipv4, size, whole=False), size
@@ -180,7 +184,8 @@ def test_fragments_of_every_size(world: World) -> None:
 
 @pytest.mark.parametrize("offload", ["tx-udp_tnl-segmentation", "tso", "gso"])
 def test_without_offloads(world: World, offload: str) -> None:
-    """Bulk data arrives byte for byte where the device, or the container's, leaves cutting to the kernel."""
+    """Bulk data arrives byte for byte where the device, or the container's, leaves segmentation to
+    the kernel."""
     host = world.lab.hosts[0]
     try:
         if offload.startswith("tx-"):
@@ -199,8 +204,8 @@ def test_without_offloads(world: World, offload: str) -> None:
 @pytest.mark.parametrize("tos", [0, 0x20, 0x22, 0x21, 0x23])
 @pytest.mark.parametrize("family", [4, 6])
 def test_the_header_is_the_kernels_own(world: World, family: int, tos: int) -> None:
-    """On the wire a packet is as the kernel's VXLAN makes it: every field of the outer headers but the identification, the
-    source port too, and every byte inside."""
+    """On the wire a packet is as the kernel's VXLAN device would encapsulate it: each field of the
+    outer headers but the identification, the source port too, and each byte inside."""
     to = world.far.ipv4 if family == 4 else world.far.ipv6
     host = world.lab.hosts[0]
     seen = []
@@ -244,8 +249,9 @@ def _sum(data: bytes) -> int:
     return total
 
 
-def test_congestion_on_the_way_is_told(world: World) -> None:
-    """A packet that a router on the underlay marked reaches the container marked, by the kernel's own way."""
+def test_congestion_marks_are_kept(world: World) -> None:
+    """A packet that a router of the underlay marked (ECN) reaches the container marked, by the
+    kernel path."""
     host = world.lab.hosts[0]
     before = count(world.far)
     listening = world.far.packets()
@@ -265,8 +271,9 @@ def test_congestion_on_the_way_is_told(world: World) -> None:
 
 
 def test_forged_frames_go_nowhere(world: World) -> None:
-    """A frame to a known address, beside or far, with another's MAC or IP address, or an IP packet wrapped in a VLAN, is
-    dropped by the filter and counted there, as without the fast path."""
+    """A frame with another container's MAC or IP address, or an IP packet in a VLAN tag, is dropped
+    and counted by the filter as without the fast path, whether its destination is on this host or
+    another one."""
     host = world.lab.hosts[0]
     other4, other6 = IPv4Address("10.9.0.99"), IPv6Address("fd42:7::99")
     own = world.near.endpoint.mac
@@ -288,9 +295,9 @@ def test_forged_frames_go_nowhere(world: World) -> None:
         assert host.do(host.kernel.spoofed)[short] - before == len(forged)
 
 
-def test_a_stranger_teaches_nothing(fresh: World) -> None:
-    """A packet from a host that isn't a peer, or with another network's identifier, doesn't move an address, and doesn't go
-    the fast path."""
+def test_a_host_that_is_no_peer_moves_no_address(fresh: World) -> None:
+    """A packet from a host that is no peer, or with another network's identifier, moves no address
+    and doesn't take the fast path."""
     victim, stranger = fresh.lab.hosts
     fresh.lab.hosts[0].set_peers(fresh.network)
     victim.refresh()
@@ -322,7 +329,8 @@ def test_a_stranger_teaches_nothing(fresh: World) -> None:
 
 
 def test_nobody_takes_an_address_of_this_host(fresh: World) -> None:
-    """A packet of a peer with the MAC address of a container here doesn't move that: it is reached as before."""
+    """A peer's packet with the MAC address of a container of this host doesn't move that address:
+    the container stays reachable."""
     host, peer = fresh.lab.hosts
     frame = ethernet(
         fresh.beside.endpoint.mac,
@@ -338,7 +346,8 @@ def test_nobody_takes_an_address_of_this_host(fresh: World) -> None:
 
 
 def test_an_address_that_moves_is_followed_at_once() -> None:
-    """A container that comes up on another host with its old address is reached there from its announcement on."""
+    """A container that starts on another host with its old address is reached there from its
+    announcement on."""
     with lab(3) as made:
         network = a_network()
         near = made.hosts[0].container(network, 2)
@@ -363,9 +372,9 @@ def test_an_address_that_moves_is_followed_at_once() -> None:
         )
 
 
-def test_what_is_not_heard_any_more_goes_the_ordinary_way(fresh: World) -> None:
-    """An address that wasn't heard for a minute is looked for by the kernel's way, and takes the fast path again when it
-    has answered."""
+def test_a_silent_address_takes_the_kernel_path(fresh: World) -> None:
+    """Packets to an address that sent nothing for a minute take the kernel path, and the fast path
+    again after its reply."""
     host = fresh.lab.hosts[0]
     assert fresh.near.echoes(fresh.far.ipv4)
 
@@ -388,8 +397,8 @@ def test_what_is_not_heard_any_more_goes_the_ordinary_way(fresh: World) -> None:
 
 
 def test_a_plugin_that_has_died_leaves_nothing_to_chance(fresh: World) -> None:
-    """For some minutes after the last look at firewall and routes all goes on; then what goes to other hosts, and comes from
-    them, goes the ordinary way."""
+    """Some minutes after the last check of firewall and routes, packets to and from other hosts
+    take the kernel path."""
     host = fresh.lab.hosts[0]
 
     def expire() -> None:
@@ -408,7 +417,8 @@ def test_a_plugin_that_has_died_leaves_nothing_to_chance(fresh: World) -> None:
 
 @pytest.mark.parametrize("without", [0, 1])
 def test_a_peer_without_it(without: int) -> None:
-    """Where one of two hosts has EBPF=off, everything arrives both ways, and the other still takes the fast path."""
+    """Where one of two hosts has EBPF=off, all bytes arrive in both directions, and the other host
+    still uses the fast path."""
     with lab(2) as made:
         made.hosts[without].without_fast_path()
         found = _world(made)
@@ -425,7 +435,8 @@ def test_a_peer_without_it(without: int) -> None:
 
 
 def test_off_for_one_network(fresh: World) -> None:
-    """Packets of a network with `-o ebpf=off` stay on the ordinary way, also when it had it before."""
+    """Packets of a network with `-o ebpf=off` take the kernel path, also when the network used the
+    fast path before."""
     host = fresh.lab.hosts[0]
     other = replace(a_network(2), options={"ebpf": "off"})
     boxes = [each.container(other, 2 + n) for n, each in enumerate(fresh.lab.hosts)]
@@ -443,7 +454,8 @@ def test_off_for_one_network(fresh: World) -> None:
 
 
 def test_an_ipv6_underlay_has_the_lower_stages() -> None:
-    """Over an IPv6 underlay packets are received by the fast path, and status says why no header is made."""
+    """Over an IPv6 underlay the fast path decapsulates packets, and status says why it does not
+    encapsulate."""
     with lab(2, ipv6_underlay=True) as made:
         network = a_network(mtu=1430)
         near, far = (host.container(network, 2 + n) for n, host in enumerate(made.hosts))
@@ -459,9 +471,9 @@ def test_an_ipv6_underlay_has_the_lower_stages() -> None:
         assert count(near).sent_packets == 0
 
 
-def test_the_bridge_knows_what_passes_it_by(fresh: World) -> None:
-    """Where the kernel's bridge and VXLAN device have forgotten an address that is in use by the fast path, they are told
-    again: what goes the ordinary way isn't flooded."""
+def test_the_bridge_gets_addresses_of_the_fast_path(fresh: World) -> None:
+    """Where bridge and VXLAN device have forgotten an address that the fast path uses, they get it
+    again, so packets of the kernel path aren't flooded."""
     host = fresh.lab.hosts[0]
     device = names.vxlan(fresh.network.id)
     mac = fresh.far.endpoint.mac
@@ -476,7 +488,7 @@ def test_the_bridge_knows_what_passes_it_by(fresh: World) -> None:
 
 
 def test_counters_are_whole(fresh: World) -> None:
-    """What a container received is counted in full, whichever way it came."""
+    """All bytes that a container received are counted, on whichever path they came."""
     host = fresh.lab.hosts[0]
     name = names.host_veth(fresh.beside.endpoint.id)
     before = host.do(host.kernel.links)[name]["tx_bytes"]
@@ -490,8 +502,9 @@ def test_counters_are_whole(fresh: World) -> None:
 
 @pytest.mark.parametrize("offload", ["on", "off"])
 def test_a_container_that_leads_outside(fresh: World, offload: str) -> None:
-    """A container that sends what is for itself on to another network of its own (DNAT) passes on bulk data unchanged,
-    whatever its other device leaves to the kernel: the mark of a tunnel that whole packets keep does no harm there."""
+    """A container that forwards packets addressed to itself to another network of its own (DNAT)
+    forwards bulk data unchanged, whatever its other device leaves to the kernel: the tunnel GSO
+    type of GSO packets does no harm there."""
     router, client = fresh.beside, fresh.far
     outside = Container(router.host, fresh.network, an_endpoint(fresh.network, 9))
     try:
@@ -520,8 +533,9 @@ def test_a_container_that_leads_outside(fresh: World, offload: str) -> None:
         outside.close()
 
 
-def test_a_container_that_turns_packets_round(fresh: World) -> None:
-    """A container that rewrites what is for itself and sends it on (DNAT) passes on bulk data unchanged too."""
+def test_a_container_that_returns_packets(fresh: World) -> None:
+    """A container that rewrites packets addressed to itself and forwards them (DNAT) forwards bulk
+    data unchanged."""
     router, client, server = fresh.beside, fresh.far, fresh.near
     router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
     nat = ("iptables", "-t", "nat", "-A")
@@ -560,9 +574,9 @@ def test_a_container_that_turns_packets_round(fresh: World) -> None:
     assert fourth.send(router.ipv4, DATA)
 
 
-def test_what_is_passed_on_comes_the_kernels_way(fresh: World) -> None:
-    """Once it is seen that a container rewrites what is for itself, packets for it are unwrapped by the kernel; when it no
-    longer does, at the card again."""
+def test_packets_to_forward_take_the_kernel_path(fresh: World) -> None:
+    """Once a container is found to rewrite packets addressed to itself, the kernel decapsulates
+    packets for it; when it no longer does, the fast path does so again."""
     host, router = fresh.lab.hosts[0], fresh.near
 
     def look() -> None:
@@ -606,8 +620,8 @@ def _reason(host: Host) -> str:
     return host.refresh().reason
 
 
-def test_ipsec_keeps_headers_the_kernels(fresh: World) -> None:
-    """While the host has IPsec policies no packet passes them by, and status says so."""
+def test_ipsec_turns_encapsulation_off(fresh: World) -> None:
+    """While the host has IPsec policies, no packet bypasses them, and status says so."""
     host = fresh.lab.hosts[0]
     policy = ("ip", "xfrm", "policy")
     host.run(
@@ -635,9 +649,9 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_rule_that_may_mean_it_keeps_it_off(fresh: World, name: str) -> None:
-    """A firewall's rule that may mean the overlay's packets sees them: no header is made or taken off past it, and it works
-    as without the fast path; without the rule it is on again."""
+def test_a_rule_that_may_match_turns_it_off(fresh: World, name: str) -> None:
+    """No packet bypasses a firewall rule that may match it: encapsulation is off, all bytes arrive,
+    and it is on again without the rule."""
     host = fresh.lab.hosts[0]
     base = (
         "add table ip t; add chain ip t in { type filter hook input priority 0; }; "
@@ -676,8 +690,8 @@ iptables -A INPUT -p udp --dport 53 -j DROP
 
 
 def test_dockers_rules_are_no_obstacle(fresh: World) -> None:
-    """With the rules of an engine and its DOCKER-USER, which see nothing of the overlay's packets either way, the fast path
-    stays on."""
+    """With the rules of an engine and its DOCKER-USER chain, which never see the overlay's packets,
+    the fast path stays on."""
     host = fresh.lab.hosts[0]
     for line in DOCKER.strip().splitlines():
         for command in line.split("; "):
@@ -687,7 +701,8 @@ def test_dockers_rules_are_no_obstacle(fresh: World) -> None:
 
 
 def test_a_device_that_is_not_ethernet(fresh: World) -> None:
-    """Where peers are reached by a tunnel without Ethernet, the kernel makes the headers, and status says so."""
+    """Where a tunnel without Ethernet headers leads to peers, the kernel encapsulates, and status
+    says so."""
     host = fresh.lab.hosts[0]
     if not Path("/dev/net/tun").exists():
         pytest.skip("needs /dev/net/tun")
@@ -705,7 +720,8 @@ def test_a_device_that_is_not_ethernet(fresh: World) -> None:
 
 
 def test_another_device_is_followed(fresh: World) -> None:
-    """When the underlay's address moves to another device (here a bridge over the old one), the fast path goes with it."""
+    """When the underlay's address moves to another device (here a bridge over the old one), the
+    fast path uses that device."""
     host = fresh.lab.hosts[0]
     host.run("ip", "link", "add", "br0", "type", "bridge")
     host.run("ip", "link", "set", "br0", "up")
@@ -724,8 +740,8 @@ def test_another_device_is_followed(fresh: World) -> None:
 
 
 def test_a_smaller_mtu_of_the_underlay(fresh: World) -> None:
-    """When the underlay's MTU falls under what the network needs, nothing is lost in silence: what doesn't fit goes the
-    ordinary way, where its sender is told."""
+    """When the underlay's MTU falls below the need of the network, no packet is lost silently:
+    larger packets take the kernel path, which reports the error to the sender."""
     host = fresh.lab.hosts[0]
     host.run("ip", "link", "set", "eth0", "mtu", "1400")
     host.refresh()
@@ -736,7 +752,7 @@ def test_a_smaller_mtu_of_the_underlay(fresh: World) -> None:
 
 
 def test_the_pair_is_made_again(fresh: World) -> None:
-    """When somebody has removed the pair between the namespaces, it is back with the next look."""
+    """When the veth pair between the namespaces was deleted, the next refresh makes it again."""
     host = fresh.lab.hosts[0]
     host.run("ip", "link", "del", names.OUTSIDE)
     host.refresh()
@@ -745,8 +761,9 @@ def test_the_pair_is_made_again(fresh: World) -> None:
     assert count(fresh.near).sent_packets > before
 
 
-def test_a_program_that_was_taken_off_is_put_back(fresh: World) -> None:
-    """When somebody has taken all programs off the host's device, ours is back some seconds later; until then all arrives."""
+def test_a_detached_program_is_attached_again(fresh: World) -> None:
+    """When all programs were detached from the host's device, ours is attached again some seconds
+    later; until then all bytes arrive."""
     host = fresh.lab.hosts[0]
     attached = opened(host).tunnel.attached
     pin = RUN / PINS / "links-host" / str(next(iter(attached)))
@@ -766,7 +783,8 @@ def test_a_program_that_was_taken_off_is_put_back(fresh: World) -> None:
 
 
 def test_it_outlives_the_plugin(fresh: World) -> None:
-    """A connection goes on the fast path while the plugin is dead; the next one takes over what was learned and counted."""
+    """A connection stays on the fast path while the plugin is dead; the next process takes over
+    learned addresses and counters."""
     host = fresh.lab.hosts[0]
     with fresh.near.connect(fresh.far.ipv4) as stream:
         stream.sendall(b"one ")
@@ -791,8 +809,8 @@ def test_it_outlives_the_plugin(fresh: World) -> None:
 
 @pytest.mark.parametrize("change", ["FF_SLOTS 2048", "FF_LAYOUT 1"])
 def test_an_upgrade_is_not_felt(fresh: World, tmp_path: Path, change: str) -> None:
-    """A plugin with other programs, whose maps are of another size or layout, takes over without a byte lost; nothing of the
-    earlier one stays pinned."""
+    """A plugin with other programs, whose maps have another size or layout, takes over without
+    losing a byte; no pin of the earlier one is left."""
     sources = tmp_path / "ebpf"
     shutil.copytree(SOURCES, sources)
     name, number = change.split()
@@ -832,7 +850,8 @@ def _places(host: Host) -> list[object]:
 
 
 def test_switched_off_it_leaves_nothing(fresh: World) -> None:
-    """A plugin that starts with EBPF=off takes off what the one before attached; connections go on."""
+    """A plugin that starts with EBPF=off detaches the programs of its predecessor; connections
+    continue."""
     host = fresh.lab.hosts[0]
     with fresh.near.connect(fresh.far.ipv4) as stream:
         stream.sendall(DATA)
@@ -848,7 +867,8 @@ def test_switched_off_it_leaves_nothing(fresh: World) -> None:
 
 @pytest.mark.parametrize("tcx", [True, False])
 def test_cleanup_leaves_nothing(tcx: bool) -> None:
-    """After cleanup there are no programs, pins, qdiscs, devices or mounts of ours, and others' qdisc and filter stay."""
+    """After cleanup none of our programs, pins, qdiscs, devices and mounts are left, and qdiscs and
+    filters of others are."""
     with lab(2) as made:
         host = made.hosts[0]
         host.run("tc", "qdisc", "add", "dev", "eth0", "clsact")
@@ -901,7 +921,7 @@ def _nothing_is_left(host: Host, qdisc: str = "") -> None:
 
 
 def test_an_endpoint_that_went_leaves_nothing(fresh: World) -> None:
-    """With its last endpoint a network leaves the maps, and with each endpoint its entries."""
+    """Each deleted endpoint leaves the maps, and with the last one its network does."""
     host = fresh.lab.hosts[0]
     maps = maps_of(host)
     host.remove(fresh.beside)
@@ -916,7 +936,7 @@ def test_an_endpoint_that_went_leaves_nothing(fresh: World) -> None:
 
 
 def _fill(host: Host, table: str) -> None:
-    """Fill a map with entries about networks that don't exist, of which the plugin knows nothing."""
+    """Fill a map with entries of networks that don't exist, without the plugin's knowledge."""
     maps = maps_of(host)
     with contextlib.suppress(KernelRefused):
         for number in range(70_000):
@@ -932,8 +952,8 @@ def _fill(host: Host, table: str) -> None:
 
 
 def test_a_full_table_of_peers() -> None:
-    """A peer for which there is no room is reached the ordinary way, all others as before; status says how many, and why. With
-    room it takes the fast path again."""
+    """A peer without room in the map is reached by the kernel path and all others as before; status
+    says how many, and why. Once there is room it is reached by the fast path."""
     with lab(3) as made:
         network = a_network()
         near, far, third = (host.container(network, 2 + n) for n, host in enumerate(made.hosts))
@@ -959,7 +979,7 @@ def test_a_full_table_of_peers() -> None:
 
 
 def test_a_full_table_of_addresses(fresh: World) -> None:
-    """Addresses elsewhere make room for a container of this host."""
+    """Addresses on other hosts are dropped to make room for a container of this host."""
     host = fresh.lab.hosts[0]
     host.do(lambda: _fill(host, "places"))
     box = host.container(fresh.network, 9)
@@ -968,7 +988,8 @@ def test_a_full_table_of_addresses(fresh: World) -> None:
 
 
 def test_a_full_table_of_networks(fresh: World) -> None:
-    """A container for which there is no room is reached the ordinary way, and status says so until it has gone."""
+    """A container without room in the maps is reached by the kernel path, and status says so until
+    it is gone."""
     host = fresh.lab.hosts[0]
     host.do(lambda: _fill(host, "networks"))
     other = a_network(2)
@@ -982,8 +1003,8 @@ def test_a_full_table_of_networks(fresh: World) -> None:
 
 
 def test_containers_do_not_wait(fresh: World) -> None:
-    """While what is done each second takes long, a container comes and goes at once, and while programs are put on the links
-    of others, too."""
+    """A container is added and removed at once while a refresh takes long, or programs are being
+    attached."""
     host = fresh.lab.hosts[0]
     kernel = host.kernel
     with kernel.fastpath.upkeep:
@@ -995,8 +1016,9 @@ def test_containers_do_not_wait(fresh: World) -> None:
     host.refresh()
 
 
-def test_the_flood_list_is_mended(fresh: World) -> None:
-    """A peer that somebody took out of the flood list is back the next time that the same process sets the peers."""
+def test_the_flood_list_is_restored(fresh: World) -> None:
+    """A peer that another process removed from the flood list is restored when the peers are set
+    again."""
     host, other = fresh.lab.hosts
     vxlan = names.vxlan(fresh.network.id)
     host.in_overlay(

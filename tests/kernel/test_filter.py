@@ -1,4 +1,5 @@
-"""The source filter: what a container may send, what it may not, and that each refused frame is counted."""
+"""The source filter: what a container may send, what it may not, and that each refused frame is
+counted."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def world() -> Iterator[World]:
 
 
 def _received(world: World, frame: bytes) -> tuple[bool, bool, int]:
-    """Whether the container beside and the far one heard a frame, and how many the filter counted meanwhile."""
+    """Whether the container beside and the far one heard a frame, and how many the filter counted
+    meanwhile."""
     listening = [box.packets() for box in (world.beside, world.far)]
     before = world.dropped()
     with world.liar.packets() as packets:
@@ -210,7 +212,8 @@ def test_forged_frames_teach_the_bridge_nothing(world: World) -> None:
 
 
 def test_a_changed_mac_or_address_is_silenced(world: World) -> None:
-    """A container that gives itself another MAC address or IP is cut off until it takes its own again."""
+    """A container that gives itself another MAC address or IP is cut off until it takes its own
+    again."""
     liar, mac = world.liar, world.liar.endpoint.mac
     liar.run("ip", "link", "set", "eth0", "address", OTHER_MAC)
     assert not liar.echoes(world.far.ipv4, tries=1)
@@ -243,7 +246,8 @@ def test_a_chosen_mac_address_is_the_filters(two: Lab) -> None:
 
 
 def test_a_container_is_never_unfiltered(one: Lab) -> None:
-    """From the moment its port exists an endpoint has its filter: attach ends with it, and the port is silent before."""
+    """From the moment its port exists an endpoint has its filter: attach ends with it, and the port
+    is silent before."""
     network = a_network()
     host = one.hosts[0]
     beside = host.container(network, 4)
@@ -258,7 +262,8 @@ def test_a_container_is_never_unfiltered(one: Lab) -> None:
 
 
 def test_fragments_pass(world: World) -> None:
-    """Fragments of the sender's own packets pass, IPv4 and IPv6: they carry no ports and no message type."""
+    """Fragments of the sender's own packets pass, IPv4 and IPv6: they carry no ports and no message
+    type."""
     before = world.dropped()
     assert world.liar.echoes(world.far.ipv4, 20000, whole=False)
     assert world.liar.echoes(world.far.ipv6, 20000, whole=False)

@@ -1,4 +1,5 @@
-"""Listening to ARP on the networks: what hints at new services and tasks is heard, once, and only from who may say it."""
+"""Listening to ARP on the networks: what hints at new services and tasks is heard, once, and only
+from who may say it."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def _heard(host: Host, wanted: ArpFrame, seconds: float = 3.0) -> bool:
 
 
 def test_a_question_for_an_address_that_nobody_has_is_heard_on_its_host(two: Lab) -> None:
-    """A container that connects to an unknown VIP makes itself heard, on hosts that share the network."""
+    """A container that connects to an unknown VIP makes itself heard, on hosts that share the
+    network."""
     network = a_network()
     near, far = (
         host.container(network, number) for host, number in zip(two.hosts, (2, 3), strict=True)

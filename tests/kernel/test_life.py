@@ -1,4 +1,5 @@
-"""Coming and going: what attach makes, that nothing stays of it, that repeating is harmless, that it outlives us."""
+"""Coming and going: what attach makes, that nothing stays of it, that repeating is harmless, that
+it outlives us."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def _overlay_links(host: Host) -> list[str]:
 
 
 def test_attach_makes_the_parts_and_detach_leaves_none(two: Lab) -> None:
-    """A first endpoint brings bridge, VXLAN device, veth pair and filter; after detach, removal and cleanup nothing is left."""
+    """A first endpoint brings bridge, VXLAN device, veth pair and filter; after detach, removal and
+    cleanup nothing is left."""
     host = two.hosts[0]
     before = _left(host)
     network = a_network()
@@ -79,7 +81,8 @@ def test_attach_makes_the_parts_and_detach_leaves_none(two: Lab) -> None:
 
 
 def test_cleanup_of_a_host_in_use_leaves_nothing(two: Lab) -> None:
-    """Cleanup with networks, peers and running containers leaves nothing, and the overlay namespace itself goes."""
+    """Cleanup with networks, peers and running containers leaves nothing, and the overlay namespace
+    itself goes."""
     host = two.hosts[0]
     before = _left(host)
     containers = [host.container(a_network(number), 2 + number) for number in range(3)]
@@ -142,7 +145,8 @@ def test_repeated_calls_change_nothing(two: Lab) -> None:
 
 
 def test_removal_of_what_never_was(one: Lab) -> None:
-    """Removing endpoints and networks that don't exist is fine, on a host without an overlay namespace too."""
+    """Removing endpoints and networks that don't exist is fine, on a host without an overlay
+    namespace too."""
     host = one.hosts[0]
     network = a_network()
     before = _left(host)
@@ -154,7 +158,8 @@ def test_removal_of_what_never_was(one: Lab) -> None:
 
 
 def test_a_missing_part_is_made_again(two: Lab) -> None:
-    """Whatever part of a network somebody removed, the next attach and set_peers bring traffic back."""
+    """Whatever part of a network somebody removed, the next attach and set_peers bring traffic
+    back."""
     host, other = two.hosts
     # The fast path doesn't need these links.
     host.without_fast_path()
@@ -190,7 +195,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_what_a_killed_process_made_lives_on(two: Lab) -> None:
-    """The overlay namespace and all in it survive the process that made it; the next process finds and goes on using it."""
+    """The overlay namespace and all in it survive the process that made it; the next process finds
+    and goes on using it."""
     host, other = two.hosts
     network = a_network()
     addresses = (str(host.address), str(other.address))
@@ -229,7 +235,8 @@ def test_a_run_that_is_not_shared_is_refused(one: Lab) -> None:
 
 
 def test_the_overlay_namespace_is_layer_two_only(one: Lab) -> None:
-    """Nothing in the overlay namespace has an address, forwards packets, or passes bridged frames to iptables."""
+    """Nothing in the overlay namespace has an address, forwards packets, or passes bridged frames
+    to iptables."""
     host = one.hosts[0]
     host.container(a_network(), 2)
     addresses = json.loads(host.in_overlay("ip", "-j", "addr"))
@@ -242,7 +249,8 @@ def test_the_overlay_namespace_is_layer_two_only(one: Lab) -> None:
 
 
 def test_a_vni_that_another_device_has_is_named(one: Lab) -> None:
-    """A VXLAN device of somebody else with the same VNI and port: the error names it and the remedy, and nothing is left."""
+    """A VXLAN device of somebody else with the same VNI and port: the error names it and the
+    remedy, and nothing is left."""
     host = one.hosts[0]
     network = a_network(vni=77)
     host.run(
@@ -277,7 +285,8 @@ def test_a_port_that_a_program_has_is_named(one: Lab) -> None:
 
 
 def test_a_foreign_device_under_our_name_is_named(one: Lab) -> None:
-    """A device that isn't a bridge where our bridge should be gives an error that names it, not a strange failure later."""
+    """A device that isn't a bridge where our bridge should be gives an error that names it, not a
+    strange failure later."""
     host = one.hosts[0]
     host.do(host.kernel.prepare)
     network = a_network()
@@ -318,7 +327,8 @@ def test_a_vxlan_device_with_other_properties_is_replaced(two: Lab) -> None:
 
 
 def test_two_hundred_endpoints_come_and_go(one: Lab) -> None:
-    """Two hundred endpoints on one network are made by several threads at once, and removed without a rest."""
+    """Two hundred endpoints on one network are made by several threads at once, and removed without
+    a rest."""
     host = one.hosts[0]
     network = a_network()
     endpoints = [an_endpoint(network, number) for number in range(2, 202)]

@@ -1,4 +1,5 @@
-"""What ends a process that uses libnftables: two threads in it at once, and sockets with large numbers."""
+"""What ends a process that uses libnftables: two threads in it at once, and sockets with large
+numbers."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def ends_well(program: str) -> None:
 
 
 def test_many_threads_with_rules_of_their_own() -> None:
-    """Threads that write and list rules at the same time, each in its own namespace, don't end the process."""
+    """Threads that write and list rules at the same time, each in its own namespace, don't end the
+    process."""
     for _ in range(3):
         ends_well(_THREADS)
 
@@ -80,5 +82,6 @@ else:
 
 
 def test_many_descriptors() -> None:
-    """In a process with very many descriptors a new session is refused with a reason; one that was there before goes on."""
+    """In a process with very many descriptors a new session is refused with a reason; one that was
+    there before goes on."""
     ends_well(_DESCRIPTORS)

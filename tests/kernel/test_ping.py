@@ -24,7 +24,8 @@ def three() -> Iterator[World]:
 
 
 def test_echoes_to_a_container(three: World) -> None:
-    """Each echo to a container is answered, in less than a second, and its MAC address is known then."""
+    """Each echo to a container is answered, in less than a second, and its MAC address is known
+    then."""
     task = three.tasks[1]
     found = probe(three.client.path, task.address, 3, False)
     assert len(found.times) == 3
@@ -46,7 +47,8 @@ def test_echoes_to_a_vip_name_the_task(three: World) -> None:
 
 
 def test_nobody_answers(three: World) -> None:
-    """An address that nobody has, or that isn't reachable, has no round trips; nothing is invented."""
+    """An address that nobody has, or that isn't reachable, has no round trips; nothing is
+    invented."""
     assert probe(three.client.path, IPv4Address("10.77.0.99"), 1, False).times == []
     unreachable = probe(three.client.path, IPv6Address("2001:db8::1"), 2, False)
     assert (unreachable.times, unreachable.task) == ([], None)

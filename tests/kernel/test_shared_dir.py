@@ -29,7 +29,8 @@ def make(lab: Lab) -> Path:
 
 
 def test_nobody_changes_it(one: Lab) -> None:
-    """What is put there is seen, and neither the host's own path nor a container's mount of it can be written."""
+    """What is put there is seen, and neither the host's own path nor a container's mount of it can
+    be written."""
     where = make(one)
     one.hosts[0].do(lambda: (where / "library").write_text("bytes"))
     assert inside(one, f"cat {FOLDER}/library") == "bytes"
@@ -44,7 +45,8 @@ def test_nobody_changes_it(one: Lab) -> None:
 
 
 def test_made_once(one: Lab) -> None:
-    """A plugin that starts again finds the folder that running containers have, and mounts nothing more."""
+    """A plugin that starts again finds the folder that running containers have, and mounts nothing
+    more."""
     make(one)
     before = inside(one, f"stat -c %i {FOLDER}; grep -c ' {FOLDER} ' /proc/self/mountinfo")
     make(one)
@@ -62,7 +64,8 @@ def test_made_anew(one: Lab) -> None:
 
 
 def test_the_host_sees_it_read_only(one: Lab) -> None:
-    """Made in the plugin's mount namespace, the folder is on the host, and read-only there as well."""
+    """Made in the plugin's mount namespace, the folder is on the host, and read-only there as
+    well."""
     plugin = (
         f"import sys; sys.path.insert(0, {str(TOP)!r}); from pathlib import Path; "
         "from driver.kernel import shared_dir; shared_dir.make(Path('/run')).joinpath('library').write_text('bytes')"
@@ -76,8 +79,9 @@ def test_the_host_sees_it_read_only(one: Lab) -> None:
 
 @pytest.mark.parametrize("mounted", [False, True])
 def test_what_stood_there_before_is_taken_away(one: Lab, mounted: bool) -> None:
-    """A folder that Docker made for a container before the plugin's start, with what that has put into it, isn't shown to
-    others: it is made anew, and the container's mount of the old one is empty and can't be written any more."""
+    """A folder that Docker made for a container before the plugin's start, with what that has put
+    into it, isn't shown to others: it is made anew, and the container's mount of the old one is
+    empty and can't be written any more."""
     if mounted:
         # As an earlier plugin left it, whose own folder somebody has removed.
         make(one)

@@ -1,4 +1,5 @@
-"""Packets between hosts: TCP, UDP, ICMP, both IPs, every size; over underlays of several kinds; peers that come and go."""
+"""Packets between hosts: TCP, UDP, ICMP, both IPs, every size; over underlays of several kinds;
+peers that come and go."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def _both(container: Container) -> tuple[IPAddress, IPAddress]:
 
 
 def test_everything_passes_over_every_underlay(any_underlay: Lab) -> None:
-    """TCP, UDP and ping over IPv4 and IPv6, both ways and on one host, at the MTU that the underlay leaves, arrive unchanged."""
+    """TCP, UDP and ping over IPv4 and IPv6, both ways and on one host, at the MTU that the underlay
+    leaves, arrive unchanged."""
     host = any_underlay.hosts[0]
     mtu = host.do(host.kernel.underlay_mtu)
     assert mtu == host.mtu - (50 if host.address.version == 4 else 70)
@@ -72,7 +74,8 @@ def test_everything_passes_over_every_underlay(any_underlay: Lab) -> None:
 
 
 def test_the_largest_packet_passes_and_no_larger_one(any_underlay: Lab) -> None:
-    """A packet of the MTU that may not be fragmented passes; one byte more is refused to the sender, never lost in silence."""
+    """A packet of the MTU that may not be fragmented passes; one byte more is refused to the
+    sender, never lost in silence."""
     host = any_underlay.hosts[0]
     mtu = host.do(host.kernel.underlay_mtu)
     near, far = _pair(any_underlay, mtu)
@@ -84,7 +87,8 @@ def test_the_largest_packet_passes_and_no_larger_one(any_underlay: Lab) -> None:
 
 
 def test_tcp_segments_fill_the_mtu(any_underlay: Lab) -> None:
-    """TCP's segments are as large as the MTU allows, no larger: 20 or 40 for IP, 20 for TCP, 12 for timestamps."""
+    """TCP's segments are as large as the MTU allows, no larger: 20 or 40 for IP, 20 for TCP, 12 for
+    timestamps."""
     host = any_underlay.hosts[0]
     mtu = host.do(host.kernel.underlay_mtu)
     near, far = _pair(any_underlay, mtu)
@@ -94,8 +98,8 @@ def test_tcp_segments_fill_the_mtu(any_underlay: Lab) -> None:
 
 
 def test_an_mtu_larger_than_the_underlays(two: Lab) -> None:
-    """With -o mtu=4000 over an underlay of 1500 nothing is lost in silence: TCP finds the path's MTU, datagrams that may be
-    fragmented pass, and those that may not are refused to the sender."""
+    """With -o mtu=4000 over an underlay of 1500 nothing is lost in silence: TCP finds the path's
+    MTU, datagrams that may be fragmented pass, and those that may not are refused to the sender."""
     near, far = _pair(two, 4000)
     for address, headers in ((far.ipv4, 28), (far.ipv6, 48)):
         with pytest.raises(OSError) as caught:
@@ -123,7 +127,8 @@ def test_a_smaller_mtu_than_the_underlays(two: Lab) -> None:
 
 
 def test_multicast_and_broadcast_reach_all(three: Lab) -> None:
-    """Broadcast and multicast datagrams reach every container of the network, on one host and over all peers."""
+    """Broadcast and multicast datagrams reach every container of the network, on one host and over
+    all peers."""
     network = a_network()
     sender = three.hosts[0].container(network, 2)
     others = [host.container(network, 3 + n) for n, host in enumerate(three.hosts)]
@@ -157,7 +162,8 @@ def test_multicast_and_broadcast_reach_all(three: Lab) -> None:
 
 
 def test_two_networks_are_apart(two: Lab) -> None:
-    """Networks with the same subnet on the same hosts share nothing: no answer and not one frame from the other."""
+    """Networks with the same subnet on the same hosts share nothing: no answer and not one frame
+    from the other."""
     first, second = a_network(1), a_network(2)
     near = two.hosts[0].container(first, 2)
     far = two.hosts[1].container(first, 3)
@@ -176,7 +182,8 @@ def test_two_networks_are_apart(two: Lab) -> None:
 
 
 def _docker_overlay(made: Lab, host: Host, vni: int) -> Container:
-    """A container on an overlay as Docker makes one: VXLAN on port 4789, made on the host, moved into a namespace."""
+    """A container on an overlay as Docker makes one: VXLAN on port 4789, made on the host, moved
+    into a namespace."""
     number = host.number
     network = a_network(90)
     endpoint = Endpoint(
@@ -213,7 +220,8 @@ def _docker_overlay(made: Lab, host: Host, vni: int) -> Container:
 
 
 def test_beside_an_overlay_of_docker(two: Lab) -> None:
-    """An overlay of Docker's with the same VNI on port 4789 of the same hosts: both work at once, and ours goes unnoticed."""
+    """An overlay of Docker's with the same VNI on port 4789 of the same hosts: both work at once,
+    and ours goes unnoticed."""
     near, far = _pair(two)
     one, other = (_docker_overlay(two, host, near.network.vni) for host in two.hosts)
     listening = far.packets()
@@ -230,7 +238,8 @@ def test_beside_an_overlay_of_docker(two: Lab) -> None:
 
 
 def test_on_the_port_of_docker_itself(two: Lab) -> None:
-    """With VXLAN_PORT=4789 the kernel tells ours from Docker's by VNI: devices of both share the port."""
+    """With VXLAN_PORT=4789 the kernel tells ours from Docker's by VNI: devices of both share the
+    port."""
     network = a_network(port=4789)
     for host in two.hosts:
         host.run("ip", "link", "add", "vx", "type", "vxlan", "id", "4097", "dstport", "4789")
@@ -241,7 +250,8 @@ def test_on_the_port_of_docker_itself(two: Lab) -> None:
 
 
 def test_peers_added_and_removed(three: Lab) -> None:
-    """Only peers are reached: added ones at once, removed ones no more, and the change is what set_peers answers."""
+    """Only peers are reached: added ones at once, removed ones no more, and the change is what
+    set_peers answers."""
     first, second, third = three.hosts
     network = a_network()
     near, far, third_box = (host.container(network, 2 + n) for n, host in enumerate(three.hosts))
@@ -263,7 +273,8 @@ def test_peers_added_and_removed(three: Lab) -> None:
 
 
 def test_peers_are_mended_by_the_next_process(two: Lab) -> None:
-    """A flood list that somebody changed is right again after set_peers of a plugin that has just started."""
+    """A flood list that somebody changed is right again after set_peers of a plugin that has just
+    started."""
     near, far = _pair(two)
     host, other = two.hosts
     device = names.vxlan(near.network.id)
@@ -294,7 +305,8 @@ def test_a_cut_underlay_heals_by_itself(two: Lab) -> None:
 
 
 def test_where_an_address_lives_is_learned(two: Lab) -> None:
-    """`locate` names the peer behind a MAC address that was heard, and no peer for one of this host or of nobody."""
+    """`locate` names the peer behind a MAC address that was heard, and no peer for one of this host
+    or of nobody."""
     near, far = _pair(two)
     assert near.pings(far.ipv4)
     host, other = two.hosts
@@ -320,7 +332,8 @@ def test_counters_are_the_kernels(two: Lab) -> None:
 
 
 def test_connections_outlive_the_plugin(two: Lab) -> None:
-    """A connection goes on while the plugin is dead and after the next one has started and repaired everything."""
+    """A connection goes on while the plugin is dead and after the next one has started and repaired
+    everything."""
     near, far = _pair(two)
     host = two.hosts[0]
     with near.connect(far.ipv6) as stream:

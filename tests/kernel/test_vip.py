@@ -86,7 +86,8 @@ def test_scaling_up_and_down(three: World, balancer: NftBalancer) -> None:
 
 
 def test_established_connection_keeps_its_task(three: World, balancer: NftBalancer) -> None:
-    """A connection goes on with its task after the task has left the table, and after the table is gone."""
+    """A connection goes on with its task after the task has left the table, and after the table is
+    gone."""
     path = three.client.path
     balancer.apply(path, {VIP: three.addresses[:1]})
     with three.client.connect(VIP) as connection:
@@ -98,7 +99,8 @@ def test_established_connection_keeps_its_task(three: World, balancer: NftBalanc
 
 
 def test_udp_flow_leaves_a_departed_task(three: World, balancer: NftBalancer) -> None:
-    """A UDP socket that goes on sending reaches another task once its own has left, and the others' flows stay."""
+    """A UDP socket that goes on sending reaches another task once its own has left, and the others'
+    flows stay."""
     path = three.client.path
     balancer.apply(path, {VIP: three.addresses})
     flows = [three.client.udp(VIP) for _ in range(3)]
@@ -208,7 +210,8 @@ def test_task_reaches_its_own_vip(three: World, balancer: NftBalancer) -> None:
 
 
 def test_forwarded_packets_are_balanced(three: World, balancer: NftBalancer) -> None:
-    """A container that routes for another (Docker in Docker) balances for it, and refuses for it."""
+    """A container that routes for another (Docker in Docker) balances for it, and refuses for
+    it."""
     inner, router = three.tasks[2], three.client
     router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
     # Answers must come back the way they went: the router hides the inner one.
@@ -237,7 +240,8 @@ def _iptables() -> list[str]:
 def test_dns_rules_of_docker_live_beside(
     three: World, balancer: NftBalancer, tool: str, order: str
 ) -> None:
-    """Docker's redirection of 127.0.0.11:53 and the VIP rules work in one namespace, whichever came first."""
+    """Docker's redirection of 127.0.0.11:53 and the VIP rules work in one namespace, whichever came
+    first."""
     if tool not in _iptables():
         pytest.skip(f"{tool} is not installed")
     client = three.client
@@ -321,7 +325,8 @@ def test_new_namespace_under_the_old_path(balancer: NftBalancer) -> None:
 
 
 def test_namespace_not_there_yet(balancer: NftBalancer, tmp_path: Path) -> None:
-    """A path without a namespace, or with a plain file that Docker will mount one on, is "not yet"."""
+    """A path without a namespace, or with a plain file that Docker will mount one on, is "not
+    yet"."""
     assert not balancer.apply(tmp_path / "missing", {VIP: ()})
     (tmp_path / "file").touch()
     assert not balancer.apply(tmp_path / "file", {VIP: ()})
@@ -338,7 +343,8 @@ def test_empty_table_removes_everything(three: World, balancer: NftBalancer) -> 
 
 
 def test_thousand_vips(three: World, balancer: NftBalancer) -> None:
-    """A thousand VIPs of three tasks are written within seconds, and a change of one is much cheaper."""
+    """A thousand VIPs of three tasks are written within seconds, and a change of one is much
+    cheaper."""
     table = {
         IPv4Address("10.200.0.0") + number: three.addresses if number % 10 else ()
         for number in range(1, 1001)

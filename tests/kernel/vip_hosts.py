@@ -1,4 +1,5 @@
-"""A client and some tasks, each in a network namespace of its own, on one bridge: the world that VIP rules live in.
+"""A client and some tasks, each in a network namespace of its own, on one bridge: the world that
+VIP rules live in.
 
 Every task answers TCP and UDP on port 80 with its own address; pings are counted by the kernel.
 """
@@ -106,7 +107,8 @@ class Container:
         return in_netns(self.path, make)
 
     def ping(self, to: IPv4Address, identifier: int, timeout: float = 1.0) -> bool:
-        """Whether an echo request of this identifier is answered from the address that it was sent to."""
+        """Whether an echo request of this identifier is answered from the address that it was sent
+        to."""
 
         def make() -> socket.socket:
             return socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)

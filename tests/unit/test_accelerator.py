@@ -1,4 +1,4 @@
-"""What the router is told: all that is true, when it changes, and again when it has started anew."""
+"""Snapshots for the router: complete, after each change, and for each new router."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def a_state() -> NetworkState:
 
 @dataclass
 class FakeRouter:
-    """Remembers what it was told; can be away."""
+    """Records snapshots; may be unreachable."""
 
     told: list[RouterSnapshot] = field(default_factory=list)
     away: bool = False
@@ -94,7 +94,7 @@ class FakeRouter:
 
 @dataclass
 class FakeSandboxes:
-    """Sandboxes by their names; `inodes` of those that are there."""
+    """Sandboxes by name; `inodes` of those that exist."""
 
     states: dict[str, NetworkState] = field(default_factory=dict)
     inodes: dict[str, int] = field(default_factory=dict)
@@ -130,7 +130,8 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def test_facts() -> None:
-    """The router is told each endpoint with its namespace, and each of their networks with its VIPs and all tasks."""
+    """A snapshot has each endpoint with its namespace, and each of their networks with its VIPs and
+    all tasks."""
     told = facts(
         [a_network(acceleration=False, ipv6=True), a_network(NET2)],
         [an_endpoint(7), an_endpoint(9)],
@@ -164,7 +165,8 @@ def test_a_networks_own_rule() -> None:
 
 
 def test_other_hosts() -> None:
-    """The router is told the other hosts of each network, never this one, whichever of its addresses Docker lists."""
+    """A snapshot has the other hosts of each network, never this one, whichever of its addresses
+    Docker lists."""
     peers = tuple(Peer(str(n), IPv4Address(f"192.0.2.{n}")) for n in (3, 1, 2))
     state = a_state()
     assert state.view is not None
@@ -183,7 +185,7 @@ def test_other_hosts() -> None:
 
 
 def test_told_once(world: World) -> None:
-    """What hasn't changed isn't said again; what has is said whole."""
+    """An unchanged snapshot isn't sent again; a changed one is sent whole."""
     world.store.put_network(a_network())
     world.accelerator.once()
     assert world.accelerator.once() == REPEAT
@@ -195,7 +197,7 @@ def test_told_once(world: World) -> None:
 
 
 def test_a_new_router_is_told_all(world: World) -> None:
-    """A router that has started knows nothing, so nothing counts as told."""
+    """A router that has just started gets a snapshot, even if nothing has changed."""
     world.accelerator.once()
     world.accelerator.router_started()
     world.accelerator.once()
@@ -203,7 +205,7 @@ def test_a_new_router_is_told_all(world: World) -> None:
 
 
 def test_a_router_that_is_away(world: World) -> None:
-    """While the router is away it is tried again, and then it gets what is true by then."""
+    """An unreachable router is tried again, and then gets the current state."""
     world.router.away = True
     assert world.accelerator.once() == RETRY
     world.store.put_network(a_network())
@@ -216,7 +218,8 @@ def test_a_router_that_is_away(world: World) -> None:
 
 
 def test_a_sandbox_that_comes_late(world: World) -> None:
-    """Docker up to 27 mounts a container's namespace after Join: it is looked for often, but not for ever."""
+    """Docker up to 27 mounts a container's namespace after Join: it is checked often, but not for
+    ever."""
     world.store.put_network(a_network())
     world.store.put_endpoint(an_endpoint(7))
     assert world.accelerator.once() == SANDBOX_RETRY
@@ -230,7 +233,7 @@ def test_a_sandbox_that_comes_late(world: World) -> None:
 
 
 def test_it_tells_by_itself(world: World) -> None:
-    """A change is told soon, by a thread of its own."""
+    """A change is sent soon, by a thread."""
     world.accelerator.start()
     assert world.router.heard.wait(patience(5))
     world.router.heard.clear()
@@ -243,7 +246,7 @@ def test_it_tells_by_itself(world: World) -> None:
 
 
 def test_questions_are_ours_to_fail(world: World) -> None:
-    """Whoever asks while the router is away hears so in the driver's own words."""
+    """A query to an unreachable router raises the driver's own error."""
     for ask in (
         world.accelerator.statistics,
         world.accelerator.connections,

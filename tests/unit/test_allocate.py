@@ -31,7 +31,7 @@ def make(
 
 @given(SWARM_IDS)
 def test_leaders_agree(network_id: str) -> None:
-    """Two leaders that can't see each other's choices choose alike, within the ranges."""
+    """Two leaders without each other's state make the same choices, within the ranges."""
     first, second = make(network_id), make(network_id)
     assert first == second
     assert 1 <= first.vni < 1 << 24
@@ -47,7 +47,7 @@ def test_choices_are_kept_for_life() -> None:
 
 @given(SWARM_IDS, st.sets(st.integers(1, (1 << 24) - 1), max_size=50))
 def test_taken_vnis_are_avoided(network_id: str, taken: set[int]) -> None:
-    """A VNI that another network has is never given again."""
+    """A VNI of another network is never assigned again."""
     first = allocate.vni_for(network_id, ())
     taken |= {first, first % ((1 << 24) - 1) + 1}
     vni = allocate.vni_for(network_id, taken)
@@ -57,7 +57,8 @@ def test_taken_vnis_are_avoided(network_id: str, taken: set[int]) -> None:
 
 @given(SWARM_IDS, st.sampled_from(["", "mtu", "vni", "both"]))
 def test_reallocation_is_the_same_answer(network_id: str, given_by_user: str) -> None:
-    """After a change of leader the answer stays, whatever the new leader's settings and networks are."""
+    """After a change of leader the answer is the same, whatever the new leader's settings and
+    networks."""
     user = {
         "": {},
         "mtu": {"mtu": "9000"},
@@ -72,14 +73,14 @@ def test_reallocation_is_the_same_answer(network_id: str, given_by_user: str) ->
 
 
 def test_user_vni_conflict() -> None:
-    """A VNI asked for that another network has is refused, with that network's ID."""
+    """A requested VNI that another network has is refused, with that network's ID."""
     assert make(generic={"vni": "77"}, taken={77: ID}).vni == 77
     with pytest.raises(Conflict, match=f"vni=77 is taken by network {OTHER}"):
         make(generic={"vni": "77"}, taken={77: OTHER})
 
 
 def test_underlay_is_asked_only_when_needed() -> None:
-    """With an MTU given, the underlay isn't asked for one, so a host without underlay can allocate."""
+    """With an MTU given, the underlay isn't read, so a host without underlay can allocate."""
 
     def no_underlay() -> int:
         raise AssertionError("asked")

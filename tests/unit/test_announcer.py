@@ -41,7 +41,7 @@ def _await_end(announcer: Announcer) -> None:
 
 
 def test_what_joins_meanwhile_is_announced_together() -> None:
-    """Nobody who joins waits for the kernel, all are announced, and by one request per network."""
+    """No join waits for the kernel, all endpoints are announced, with one request per network."""
     kernel = GatedKernel()
     announcer = Announcer(kernel)
     announcer.endpoint_joined(_endpoint("first"))
@@ -54,7 +54,7 @@ def test_what_joins_meanwhile_is_announced_together() -> None:
 
 
 def test_a_refusal_stops_nothing() -> None:
-    """If a network can't be announced in, the others are, and so is what joins later."""
+    """If announcing on one network fails, others are announced, and so are later joins."""
     kernel = GatedKernel()
     kernel.gate.release(9)
     announcer = Announcer(kernel)

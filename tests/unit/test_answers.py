@@ -1,4 +1,4 @@
-"""What real engines answered is understood: recorded from 20.10, 26.1 and 28.5, which differ in detail."""
+"""Recorded answers of engines 20.10, 26.1 and 28.5, which differ in detail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def _recorded(name: str) -> Any:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_network_as_each_engine_lists_it(engine: str) -> None:
-    """Peers, the VIP and tasks of a service over three hosts, a service with dnsrr, a container of no service."""
+    """Peers, VIP and tasks of a service over three hosts, a dnsrr service, a container without
+    service."""
     view = parse_network(_recorded(f"network-overlay-{engine}"))
     assert view.name == "lab"
     assert view.scope == "swarm"
@@ -41,14 +42,15 @@ def test_a_network_as_each_engine_lists_it(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_all_engines_list_the_same_services(engine: str) -> None:
-    """Hosts with different engines come to the same VIP tables."""
+    """Hosts with different engines compute the same VIP tables."""
     first = parse_network(_recorded(f"network-overlay-{ENGINES[0]}"))
     assert parse_network(_recorded(f"network-overlay-{engine}")).services == first.services
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_answer_without_services_has_the_same_rest(engine: str) -> None:
-    """The cheap question, without the services, tells peers and containers as the dear one does."""
+    """The cheap request, without services, has the same peers and containers as the expensive
+    one."""
     answer = _recorded(f"network-overlay-{engine}")
     full = parse_network(answer)
     del answer["Services"]
@@ -63,7 +65,7 @@ def test_an_answer_without_services_has_the_same_rest(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_tells_its_address_and_role(engine: str) -> None:
-    """Workers and managers say who they are in the same words."""
+    """Workers and managers describe themselves in the same form."""
     view = parse_engine(_recorded(f"info-{engine}"))
     assert view.version.startswith(engine)
     assert view.swarm
@@ -84,7 +86,7 @@ def test_host_names_of_nodes() -> None:
 
 
 def test_the_order_of_tasks_is_no_change() -> None:
-    """Engines list tasks in random order: that alone is no news."""
+    """Engines list tasks in random order, which counts as no change."""
     answer = _recorded("network-overlay-28.5")
     other = _recorded("network-overlay-28.5")
     for service in other["Services"].values():

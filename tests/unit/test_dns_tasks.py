@@ -1,4 +1,4 @@
-"""What is concluded of several containers' DNS, some of which lie, are silent, slow or being started."""
+"""Decisions by the DNS of several containers, some forged, silent, slow or just starting."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ BOTH = frozenset({at(7), at(8)})
 
 
 class World:
-    """Containers by name. What each one's DNS says is `truth`, unless it has `lies`; the `silent` only know the service."""
+    """Containers by name. Each one's DNS gives the `truth`, unless it has `lies`; the `silent` only
+    know the service."""
 
     def __init__(self, directory: Path, *containers: str) -> None:
         self.directory = directory
@@ -73,7 +74,7 @@ class World:
         return TaskAnswers(known, silent, sandbox.name in self.slow)
 
     def look(self, after: float = 1.0) -> tuple[IPv4Address, ...]:
-        """Where web's VIP leads after a look."""
+        """The tasks behind web's VIP after a poll."""
         self.now += after
         self.asked.clear()
         view = NetworkView("n", "net", "freeflow:latest", services=self.services)
@@ -84,7 +85,7 @@ class World:
 
 
 def test_a_quiet_look_asks_one(tmp_path: Path) -> None:
-    """While nothing changes one container is asked per look, another one each time."""
+    """While nothing changes, a poll queries one container, another one each time."""
     world = World(tmp_path, "a", "b", "c", "d")
     assert world.look() == tuple(sorted(BOTH))
     asked = []
@@ -96,7 +97,8 @@ def test_a_quiet_look_asks_one(tmp_path: Path) -> None:
 
 
 def test_a_change_is_confirmed_by_another(tmp_path: Path) -> None:
-    """A task that leaves is left out at the next look, after one more question about just this service."""
+    """A task that leaves is left out after the next poll, with one more query about this service
+    only."""
     world = World(tmp_path, "a", "b", "c")
     world.services = (WEB, service("db", 20, vip=at(3)))
     world.truth["db"] = frozenset({at(20)})
@@ -109,7 +111,8 @@ def test_a_change_is_confirmed_by_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize("others", [1, 2, 5])
 @pytest.mark.parametrize("lie", [[], [8], [200]], ids=["none", "one", "foreign"])
 def test_a_liar_changes_nothing_for_others(tmp_path: Path, others: int, lie: list[int]) -> None:
-    """Whatever one container's DNS says, whenever it is asked, no task is left out that the others' DNS has."""
+    """Whatever a forged DNS answers, and whenever, no task is left out that the other containers'
+    DNS has."""
     world = World(tmp_path, "liar", *(f"honest{n}" for n in range(others)))
     world.lies["liar"] = {"web": frozenset(map(at, lie))}
     for _ in range(8):
@@ -117,7 +120,8 @@ def test_a_liar_changes_nothing_for_others(tmp_path: Path, others: int, lie: lis
 
 
 def test_a_liar_does_not_keep_a_task(tmp_path: Path) -> None:
-    """With two honest containers a task that leaves is left out, though a third one says that it stays."""
+    """With two honest containers a task that leaves is left out, though a third one's DNS still has
+    it."""
     world = World(tmp_path, "liar", "b", "c")
     for _ in range(3):
         world.look()
@@ -141,7 +145,7 @@ def test_containers_of_one_service_are_one(tmp_path: Path) -> None:
 
 
 def test_alone_it_decides_for_itself(tmp_path: Path) -> None:
-    """A container that is alone on its network is believed at once."""
+    """The answer of a container that is alone on its network counts at once."""
     world = World(tmp_path, "a")
     world.look()
     world.truth["web"] = frozenset({at(8)})
@@ -159,7 +163,8 @@ def test_those_being_started_are_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_silenced_witness_is_waited_for(tmp_path: Path) -> None:
-    """A container that has answered before and is silent now doesn't make another one the only judge."""
+    """A container that has answered before and is silent now doesn't leave the decision to a single
+    other one."""
     world = World(tmp_path, "liar", "honest")
     for _ in range(4):
         world.look()
@@ -170,7 +175,8 @@ def test_a_silenced_witness_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_slow_container_is_asked_after_the_others(tmp_path: Path) -> None:
-    """A container whose DNS takes all the time there is holds up one look, and then none while others answer."""
+    """A container whose DNS uses all of the allowed time delays one poll, and none while others
+    answer."""
     world = World(tmp_path, "a", "slow", "c")
     world.slow = {"slow"}
     asked = []
@@ -181,7 +187,7 @@ def test_a_slow_container_is_asked_after_the_others(tmp_path: Path) -> None:
 
 
 def test_the_number_of_questions_is_bounded(tmp_path: Path) -> None:
-    """With a hundred containers of which all say something else few are asked, and if none answers fewer."""
+    """Of a hundred containers with different answers few are queried, and fewer if none answers."""
     world = World(tmp_path, *(f"c{n:03}" for n in range(100)))
     world.lies = {f"c{n:03}": {"web": frozenset({at(n)})} for n in range(100)}
     world.look()
@@ -192,7 +198,8 @@ def test_the_number_of_questions_is_bounded(tmp_path: Path) -> None:
 
 
 def test_lost_answers_change_nothing(tmp_path: Path) -> None:
-    """A service whose answers are lost keeps its tasks, and is asked about less and less; the list is read instead."""
+    """A service whose answers are lost keeps its tasks and is queried less and less; the list is
+    read instead."""
     world = World(tmp_path, "a", "b")
     world.services = (WEB, service("db", 20, vip=at(3)))
     world.truth["db"] = frozenset({at(20)})
@@ -214,7 +221,8 @@ def test_lost_answers_change_nothing(tmp_path: Path) -> None:
 
 
 def test_silence_of_several_means_none(tmp_path: Path) -> None:
-    """DNS that knows a service and several times, in several containers, doesn't answer for its tasks: it has none."""
+    """If the DNS of several containers knows a service and repeatedly doesn't answer for its tasks,
+    it has none."""
     world = World(tmp_path, "a", "b")
     world.look()
     world.silent = {"web"}
@@ -224,7 +232,8 @@ def test_silence_of_several_means_none(tmp_path: Path) -> None:
 
 
 def test_large_services_follow_the_list(tmp_path: Path) -> None:
-    """A service that is too large for an answer isn't asked about, keeps its tasks, and follows the engine's list."""
+    """A service that is too large for an answer isn't queried, keeps its tasks, and follows the
+    engine's list."""
     world = World(tmp_path, "a", "b")
     world.services = (service("web", *range(10, 4010)),)
     assert len(world.look()) == 4000

@@ -57,7 +57,7 @@ def test_capabilities(tmp_path: Path, scope: str) -> None:
 
 
 def test_own_address_outlives_restart(machine: Machine) -> None:
-    """The own address is told once and kept; other nodes only wake the sync loop."""
+    """This host's address is stored; other nodes only wake the sync loop."""
     assert machine.driver.self_address() is None
     machine.driver.discover_new("192.0.2.11", is_self=True)
     machine.driver.discover_new("192.0.2.12", is_self=False)
@@ -68,7 +68,7 @@ def test_own_address_outlives_restart(machine: Machine) -> None:
 
 
 def test_bad_node_address(machine: Machine) -> None:
-    """A node address that is none is refused by its text."""
+    """An invalid node address is refused, and the refusal contains it."""
     with pytest.raises(InvalidRequest, match="'nonsense'"):
         machine.driver.discover_new("nonsense", is_self=True)
 
@@ -78,7 +78,7 @@ BAD_IDS = ["", "x", "A" * 64, "e" * 63, "g" * 64, "n" * 24, "N" * 25, "n" * 25 +
 
 @pytest.mark.parametrize("bad", BAD_IDS)
 def test_bad_ids(machine: Machine, bad: str) -> None:
-    """An ID that Docker can't have made is refused by every call, before anything is touched."""
+    """Every call refuses an ID that Docker can't have made, before it changes anything."""
     driver = machine.driver
     calls: list[Callable[[], object]] = [
         lambda: driver.allocate_network(bad, {}),
@@ -103,7 +103,7 @@ def test_bad_ids(machine: Machine, bad: str) -> None:
 
 @pytest.mark.parametrize("good", ["0123456789abcdef" * 4, "p3l8f1w0gk2c9d7h5m6n4b0aq"])
 def test_good_ids(machine: Machine, good: str) -> None:
-    """Both of Docker's forms of an ID are taken, for networks and for endpoints."""
+    """Both forms of Docker's IDs are accepted, for networks and for endpoints."""
     machine.driver.create_network(good, {}, (POOL,))
     machine.driver.create_endpoint(good, good, ipv4=address(7))
     machine.driver.delete_endpoint(good, good)
@@ -113,7 +113,7 @@ def test_good_ids(machine: Machine, good: str) -> None:
 
 
 def test_allocation_echoes_the_users_options(machine: Machine) -> None:
-    """The answer has the user's options and ours, as Docker replaces the former by it."""
+    """The answer contains the user's options and ours, since Docker replaces the options by it."""
     answer = machine.driver.allocate_network(NET2, {"mtu": "9000", "acceleration": "off"})
     assert answer["mtu"] == "9000"
     assert answer["acceleration"] == "off"
@@ -129,7 +129,8 @@ def test_allocation_echoes_the_users_options(machine: Machine) -> None:
 
 
 def test_allocation_after_change_of_leader(tmp_path: Path) -> None:
-    """The next leader, knowing nothing, repeats the answer, and then avoids its VNI for others."""
+    """A new leader without any state repeats the answer, and then avoids its VNI for other
+    networks."""
     first = Machine(tmp_path / "first")
     answer = first.driver.allocate_network(NET2, {"vni": "77"})
     second = Machine(tmp_path / "second", DriverConfig(port=5000, mtu=1300))
@@ -166,7 +167,7 @@ def test_allocations_at_once_get_different_vnis(machine: Machine) -> None:
 
 
 def test_unknown_option_at_allocation(machine: Machine) -> None:
-    """An unknown option is refused where the user's command is answered for."""
+    """An unknown option is refused in the answer to the user's command."""
     with pytest.raises(InvalidRequest, match="unknown option colour"):
         machine.driver.allocate_network(NET2, {"colour": "blue"})
     assert not machine.driver.snapshot().allocations
@@ -213,14 +214,14 @@ def test_network_again(machine: Machine) -> None:
 
 
 def test_network_changed_while_unused(machine: Machine) -> None:
-    """Without endpoints the newer word counts."""
+    """Without endpoints, the newer request takes effect."""
     machine.driver.create_network(NET, {"freeflow.format": "1", "freeflow.vni": "9"}, (POOL2,))
     (network,) = machine.driver.snapshot().networks
     assert (network.vni, network.subnets) == (9, (POOL2,))
 
 
 def test_network_changed_while_used(machine: Machine) -> None:
-    """With endpoints a change of what the kernel has of the network is refused, and nothing changes."""
+    """With endpoints, a change that concerns kernel objects is refused, and nothing changes."""
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     before = machine.driver.snapshot()
     with pytest.raises(Conflict, match="has endpoints on this host with vni"):
@@ -244,7 +245,8 @@ def test_vni_of_another_network_in_use(machine: Machine) -> None:
 
 
 def test_delete_network(machine: Machine) -> None:
-    """A deleted network leaves nothing, also when its endpoints' removal went past us; twice is fine."""
+    """A deleted network leaves nothing, even if the calls that delete its endpoints were lost; a
+    second call succeeds."""
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     machine.driver.delete_network(NET)
     machine.driver.delete_network(NET)
@@ -256,7 +258,8 @@ def test_delete_network(machine: Machine) -> None:
 
 
 def test_create_endpoint(machine: Machine) -> None:
-    """An endpoint gets a MAC address from its IPv4 address, and its links are there with the answer."""
+    """An endpoint gets a MAC address derived from its IPv4 address, and its links exist with the
+    answer."""
     answer = machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     assert answer == EndpointAddresses(mac="02:42:0a:00:04:07", ipv6=None)
     machine.consistent()
@@ -264,7 +267,7 @@ def test_create_endpoint(machine: Machine) -> None:
 
 
 def test_only_what_was_left_empty(machine: Machine) -> None:
-    """A MAC or IPv6 address in the request isn't returned: Docker would call that a modification."""
+    """A MAC or IPv6 address in the request isn't returned: Docker would take that for a change."""
     prefix = {"freeflow.format": "1", "freeflow.prefix6": "fd01::/64"}
     machine.driver.create_network(NET2, prefix, (POOL,), ipv6=True)
     answer = machine.driver.create_endpoint(
@@ -280,7 +283,7 @@ def test_only_what_was_left_empty(machine: Machine) -> None:
 
 
 def test_derived_ipv6(machine: Machine) -> None:
-    """On a network with IPv6 an endpoint without IPv6 address gets the one derived from its IPv4 address."""
+    """On a network with IPv6, an endpoint without an IPv6 address gets the derived one."""
     generic = {"freeflow.format": "1", "freeflow.prefix6": "fd00:1:2:3::/64"}
     machine.driver.create_network(NET2, generic, (POOL,), ipv6=True)
     answer = machine.driver.create_endpoint(NET2, EP, ipv4=address(7))
@@ -293,7 +296,8 @@ def test_no_ipv6_unless_asked(machine: Machine) -> None:
 
 
 def test_without_addresses(machine: Machine) -> None:
-    """With null IPAM an endpoint has no address, and still a MAC; several of them don't evict each other."""
+    """With null IPAM an endpoint has no IP address, but a MAC address; several such endpoints
+    coexist."""
     first = machine.driver.create_endpoint(NET, EP, ipv4=None)
     second = machine.driver.create_endpoint(NET, endpoint_id(2), ipv4=None)
     assert first.mac
@@ -303,7 +307,8 @@ def test_without_addresses(machine: Machine) -> None:
 
 
 def test_endpoint_again(machine: Machine) -> None:
-    """The same request gets the same answer and changes nothing, also after a restart and after Join."""
+    """The same request gets the same answer and changes nothing, also after a restart and after
+    Join."""
     first = machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     machine.driver.join(NET, EP, SANDBOX)
     before = machine.driver.snapshot()
@@ -331,7 +336,7 @@ def test_endpoint_with_other_values(machine: Machine) -> None:
 
 
 def test_unknown_network(machine: Machine) -> None:
-    """An endpoint on a network that was forgotten is refused with the remedy, and the loss is looked into."""
+    """An endpoint on an unknown network is refused with the remedy, and the sync loop is woken."""
     wakes = machine.wakes
     with pytest.raises(NotFound, match=f"network {NET2}: .*create it anew"):
         machine.driver.create_endpoint(NET2, EP, ipv4=address(7))
@@ -349,7 +354,7 @@ def test_bad_mac(machine: Machine, mac: str) -> None:
 
 
 def test_address_given_again(machine: Machine) -> None:
-    """When Docker gives an address to a new endpoint, the one that had it is gone, seen from Docker."""
+    """When Docker gives an address to a new endpoint, the earlier endpoint with it is removed."""
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     machine.driver.create_endpoint(NET, endpoint_id(2), ipv4=address(7))
     assert [row.id for row in machine.driver.snapshot().endpoints] == [endpoint_id(2)]
@@ -357,7 +362,7 @@ def test_address_given_again(machine: Machine) -> None:
 
 
 def test_same_short_id(machine: Machine) -> None:
-    """Two IDs that would share interface names are told apart by an error, not by a mixed-up link."""
+    """Two IDs that would share interface names cause an error, not a shared link."""
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     with pytest.raises(Conflict, match="first twelve characters"):
         machine.driver.create_endpoint(NET, EP[:12] + "f" * 52, ipv4=address(8))
@@ -367,7 +372,8 @@ def test_same_short_id(machine: Machine) -> None:
 
 
 def test_kernel_failure_leaves_nothing(machine: Machine) -> None:
-    """If the kernel refuses an endpoint, what was made for it is taken back, and the others stay."""
+    """If the kernel refuses an endpoint, everything made for it is removed, and other endpoints
+    stay."""
     machine.kernel.failing = {names.short(EP)}
     for _ in range(2):
         with pytest.raises(KernelError, match="no memory"):
@@ -384,7 +390,8 @@ def test_kernel_failure_leaves_nothing(machine: Machine) -> None:
 
 
 def test_last_endpoint_takes_the_links(machine: Machine) -> None:
-    """Bridge and VXLAN device go with the last endpoint, not earlier, and the network stays known."""
+    """Bridge and VXLAN device go with the last endpoint, not earlier, and the network stays
+    stored."""
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     machine.driver.create_endpoint(NET, endpoint_id(2), ipv4=address(8))
     machine.driver.delete_endpoint(NET, EP)
@@ -396,7 +403,7 @@ def test_last_endpoint_takes_the_links(machine: Machine) -> None:
 
 
 def test_delete_unknown_endpoint(machine: Machine) -> None:
-    """Removing what isn't there succeeds, on known and unknown networks."""
+    """Removing an unknown endpoint succeeds, on known and unknown networks."""
     machine.driver.delete_endpoint(NET, EP)
     machine.driver.delete_endpoint(NET2, EP)
     machine.driver.leave(NET, EP)
@@ -405,7 +412,7 @@ def test_delete_unknown_endpoint(machine: Machine) -> None:
 
 
 def test_delete_on_wrong_network(machine: Machine) -> None:
-    """An endpoint isn't removed by the name of a network that it isn't on."""
+    """An endpoint isn't removed under the name of another network."""
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     with pytest.raises(InvalidRequest, match=f"belongs to network {NET}"):
         machine.driver.delete_endpoint(NET2, EP)
@@ -435,7 +442,7 @@ def test_join_again(machine: Machine) -> None:
 
 
 def test_join_unknown(machine: Machine) -> None:
-    """Joining what isn't there is refused with the next step."""
+    """Joining an unknown endpoint or network is refused with the remedy."""
     with pytest.raises(NotFound, match="start the container again"):
         machine.driver.join(NET, EP, SANDBOX)
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
@@ -445,7 +452,8 @@ def test_join_unknown(machine: Machine) -> None:
 
 
 def test_leave(machine: Machine) -> None:
-    """After Leave the sandbox is forgotten and the links stay until DeleteEndpoint: Docker moves one of them yet."""
+    """After Leave the sandbox is forgotten. The links stay until DeleteEndpoint: Docker still moves
+    one."""
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     machine.driver.join(NET, EP, SANDBOX)
     for _ in range(2):
@@ -457,7 +465,7 @@ def test_leave(machine: Machine) -> None:
 
 
 def test_routes_to_other_subnets(machine: Machine) -> None:
-    """Subnets of one network reach each other: they are on one link, so the other ones are connected routes."""
+    """The other subnets of a network are connected routes: all are on one link."""
     pool6 = Subnet(IPv6Network("fd01::/64"))
     machine.driver.create_network(NET2, {}, (POOL, POOL2, pool6))
     machine.driver.create_endpoint(NET2, EP, ipv4=address(7))
@@ -499,7 +507,7 @@ def test_endpoints_of_one_network_side_by_side(tmp_path: Path) -> None:
 
 
 class SlowKernel(SteppedKernel):
-    """Gives other threads their turn between any two steps."""
+    """Lets other threads run between any two steps."""
 
     def __init__(self) -> None:
         super().__init__(Steps())
@@ -507,7 +515,8 @@ class SlowKernel(SteppedKernel):
 
 
 def test_coming_and_going_side_by_side(tmp_path: Path) -> None:
-    """However endpoints come and go at once, the last one that goes never takes the links of a new one."""
+    """However endpoints are created and deleted concurrently, the last one deleted never removes
+    the links of a new one."""
     kernel = SlowKernel()
     driver = Driver(Store(tmp_path), kernel, DriverConfig(), clock=time.time)
     driver.create_network(NET, {}, (POOL,))
@@ -530,7 +539,7 @@ def test_coming_and_going_side_by_side(tmp_path: Path) -> None:
 
 
 def test_hundred_containers_at_once(tmp_path: Path) -> None:
-    """What the driver itself adds to a container's start stays below 5 ms, with a hundred at once."""
+    """The driver itself adds less than 5 ms to a container's start, with a hundred at once."""
     driver = Driver(Store(tmp_path), SteppedKernel(Steps()), DriverConfig(), clock=time.time)
     driver.create_network(NET, {}, (POOL,))
 

@@ -1,4 +1,4 @@
-"""Which rules of a host's firewall may mean the overlay's packets. What is in doubt counts as if it did."""
+"""Which rules of a host's firewall may match the overlay's packets. In doubt, a rule counts."""
 
 from __future__ import annotations
 
@@ -82,19 +82,20 @@ HARMFUL = {
 @pytest.mark.parametrize("name", HARMLESS)
 @pytest.mark.parametrize("hook", ["prerouting", "input"])
 def test_a_rule_that_means_others(name: str, hook: str) -> None:
-    """What can't mean the packets, or lets them pass, is no obstacle."""
+    """A rule that can't match the packets, or accepts them, is no obstacle."""
     assert obstacle([base(hook), rule(hook, *HARMLESS[name])], PACKETS) == ""
 
 
 @pytest.mark.parametrize("name", HARMFUL)
 def test_a_rule_that_may_mean_them(name: str) -> None:
-    """What may mean some of the packets and does more than count is one, and named by its chain."""
+    """A rule that may match some of the packets and does more than count is an obstacle, named by
+    its chain."""
     said = obstacle([base("input"), rule("input", *HARMFUL[name])], PACKETS)
     assert "chain input of table ip t" in said
 
 
 def test_what_leaves_is_the_other_way_round() -> None:
-    """At output, source and destination change places, and the device is the one that is left by."""
+    """At output, source and destination are swapped, and the device is the outgoing one."""
     own = [match(SADDR, "192.0.2.1"), DROP]
     assert obstacle([base("output"), rule("output", *own)], PACKETS)
     assert not obstacle([base("input"), rule("input", *own)], PACKETS)
@@ -103,7 +104,8 @@ def test_what_leaves_is_the_other_way_round() -> None:
 
 
 def test_a_policy_of_drop() -> None:
-    """A chain that drops by default is an obstacle, unless a rule surely accepts all of the packets before its end."""
+    """A chain with a drop policy is an obstacle, unless a rule surely accepts all of the
+    packets."""
     assert "its policy is drop" in obstacle([base("input", "drop")], PACKETS)
     every = rule("input", match(DPORT, 4799), ACCEPT)
     assert obstacle([base("input", "drop"), every], PACKETS) == ""
@@ -115,14 +117,15 @@ def test_a_policy_of_drop() -> None:
 
 
 def test_rules_after_acceptance_do_not_count() -> None:
-    """What stands behind a rule that surely accepts is never reached; what stands before it is."""
+    """Rules after one that surely accepts don't count; rules before it do."""
     every = rule("input", match(DPORT, 4799), ACCEPT)
     assert obstacle([base("input"), every, rule("input", DROP)], PACKETS) == ""
     assert obstacle([base("input"), rule("input", DROP), every], PACKETS)
 
 
 def test_chains_that_are_jumped_to() -> None:
-    """What a chain jumps to counts as its own, if the rule that jumps may mean the packets; endless jumps are in doubt."""
+    """The target of a jump counts if the jump may match the packets; endless jumps are an
+    obstacle."""
     deep = {"chain": {"family": "ip", "table": "t", "name": "deep"}}
     jump = rule("input", {"jump": {"target": "deep"}})
     elsewhere = rule("input", match(meta("iifname"), "docker0"), {"jump": {"target": "deep"}})
@@ -137,7 +140,7 @@ def test_chains_that_are_jumped_to() -> None:
 
 
 def test_hooks_that_it_does_not_pass() -> None:
-    """FORWARD, other families and other devices' ingress see nothing of the packets either way."""
+    """FORWARD, other families and other devices' ingress never see the packets."""
     assert not obstacle([base("forward", "drop")], PACKETS)
     assert not obstacle([base("input", "drop", family="ip6")], PACKETS)
     netdev = base("ingress", "drop", family="netdev", dev="eth1")
@@ -147,7 +150,7 @@ def test_hooks_that_it_does_not_pass() -> None:
 
 
 def test_own_rules_are_no_obstacle() -> None:
-    """The plugin's own table about the overlay's port counts for nothing; one of the same name in another family does."""
+    """The plugin's own table doesn't count; one of the same name in another family does."""
     own = [base("input", family="inet"), rule("input", DROP)]
     own[1]["rule"]["family"] = "inet"
     assert obstacle(own, PACKETS)

@@ -1,4 +1,4 @@
-"""When the list of services is read again, and what hints at it."""
+"""When the services are listed again, and what counts as a hint."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Listener:
         )
 
     def hears(self, sender: IPv4Address, target: IPv4Address, network: str = SHORT) -> int:
-        """How many hints this frame makes."""
+        """The number of hints that this frame causes."""
         before = len(self.hinted)
         self.hints.heard(frozenset({ArpFrame(network, sender, target)}))
         return len(self.hinted) - before
@@ -66,7 +66,8 @@ def test_questions_for_known_addresses_are_no_hints(
 
 
 def test_a_question_for_an_address_that_nobody_has_is_a_hint_once(listener: Listener) -> None:
-    """Who tries a dead address for ever makes one question to the engine in five minutes."""
+    """A client that keeps trying a dead address causes one request to the engine in five
+    minutes."""
     assert listener.hears(CONTAINER, NOBODY) == 1
     listener.now += FORGET - 1
     assert listener.hears(CONTAINER, NOBODY) == 0
@@ -75,18 +76,18 @@ def test_a_question_for_an_address_that_nobody_has_is_a_hint_once(listener: List
 
 
 def test_each_announcement_of_an_unknown_address_is_a_hint(listener: Listener) -> None:
-    """A task announces itself when it joins, and again when it has become part of its service."""
+    """A task announces itself when it joins, and again when Docker has added it to its service."""
     assert listener.hears(NOBODY, NOBODY) == 1
     assert listener.hears(NOBODY, NOBODY) == 1
 
 
 def test_networks_without_endpoints_here_are_not_hinted_at(listener: Listener) -> None:
-    """What is heard on a device that isn't known is nobody's."""
+    """ARP on an unknown device is ignored."""
     assert listener.hears(CONTAINER, NOBODY, "x" * 12) == 0
 
 
 def test_memory_of_addresses_is_limited(listener: Listener) -> None:
-    """A container that asks for all addresses doesn't fill the plugin's memory."""
+    """A container that requests all addresses doesn't fill the plugin's memory."""
     first = int(IPv4Address("10.1.0.0"))
     for number in range(MEMORY + 100):
         listener.hears(CONTAINER, IPv4Address(first + 256 + number))
@@ -94,14 +95,14 @@ def test_memory_of_addresses_is_limited(listener: Listener) -> None:
 
 
 def test_a_container_of_the_network_that_changes_is_a_hint(listener: Listener) -> None:
-    """Docker makes a task part of its service when it starts or becomes healthy."""
+    """Docker adds a task to its service when it starts or becomes healthy."""
     listener.hints.container_changed("c1")
     listener.hints.container_changed("elsewhere")
     assert listener.hinted == [NETWORK]
 
 
 def test_an_announcement_is_understood_as_such() -> None:
-    """What one host announces is what another hears."""
+    """An announcement that one host sends is one for the host that receives it."""
     frame = announce.gratuitous_arp("02:42:0a:01:00:07", NOBODY)[14:]
     assert arp.parse(frame, f"ffb{SHORT}") == ArpFrame(SHORT, NOBODY, NOBODY)
     heard = arp.parse(frame, f"ffb{SHORT}")
@@ -119,7 +120,7 @@ def test_an_announcement_is_understood_as_such() -> None:
     ],
 )
 def test_other_frames_are_ignored(frame: bytes, interface: str) -> None:
-    """Containers may send anything."""
+    """Invalid and foreign frames are ignored."""
     assert arp.parse(frame, interface) is None
 
 
@@ -134,12 +135,12 @@ def _taken(budget: RefreshBudget, begin: float, end: float, step: float = 0.25) 
 
 
 def test_services_are_listed_at_once_and_then_rarely() -> None:
-    """Without hints an engine is asked once a minute."""
+    """Without hints the services are listed once a minute."""
     assert _taken(RefreshBudget(0.0), 0.0, 3 * INTERVAL - 1) == [0.0, INTERVAL, 2 * INTERVAL]
 
 
 def test_a_hint_is_followed_up() -> None:
-    """Gossip that comes shortly after the hint is not missed."""
+    """Gossip that arrives shortly after the hint isn't missed."""
     budget = RefreshBudget(0.0)
     assert budget.take(0.0)
     budget.hint(10.0)
@@ -147,7 +148,8 @@ def test_a_hint_is_followed_up() -> None:
 
 
 def test_hints_without_end_are_answered_at_a_bounded_rate() -> None:
-    """A flood of hints neither starves the look that is due nor makes more than one a second for long."""
+    """A flood of hints neither defers the due listing nor causes more than one a second for
+    long."""
     budget = RefreshBudget(0.0)
     times = []
     for tick in range(6000):
@@ -160,7 +162,7 @@ def test_hints_without_end_are_answered_at_a_bounded_rate() -> None:
 
 
 def test_what_dns_says_may_come_early() -> None:
-    """A task that DNS knows is looked for in the list at once, within the same budget."""
+    """A task that DNS knows causes a listing at once, within the same budget."""
     budget = RefreshBudget(0.0)
     assert budget.take(0.0)
     assert budget.take_early(1.0)

@@ -1,4 +1,4 @@
-"""IPv6 addresses: whose are used, from which prefix, and what becomes of those that engines count for themselves."""
+"""IPv6 addresses: their prefix, the user's choice, and replacing those that engines assign."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def driver(tmp_path: Path) -> Driver:
 def _endpoint(
     driver: Driver, network: str, asked: str | None, *subnets: Subnet, **options: str
 ) -> tuple[Endpoint, str | None]:
-    """The endpoint stored, and the address that the answer adds."""
+    """The stored endpoint, and the address in the answer."""
     flag = any(subnet.pool.version == 6 for subnet in subnets)
     driver.create_network(network, options, (POOL4, *subnets), ipv6=flag)
     added = driver.create_endpoint(
@@ -44,7 +44,8 @@ def _endpoint(
 
 
 def test_the_option_gives_derived_addresses(driver: Driver) -> None:
-    """-o ipv6=PREFIX: the address is the prefix and the IPv4 address, told to Docker."""
+    """-o ipv6=PREFIX: the address consists of prefix and IPv4 address, and is in the answer to
+    Docker."""
     stored, added = _endpoint(driver, SWARM, None, ipv6="fd91::/64")
     assert added == "fd91::a5b:7/64"
     assert stored.ipv6 == IPv6Interface("fd91::10.91.0.7/64")
@@ -52,7 +53,7 @@ def test_the_option_gives_derived_addresses(driver: Driver) -> None:
 
 
 def test_the_option_alone_takes_the_networks_own_prefix(driver: Driver) -> None:
-    """-o ipv6=on: the prefix is the one chosen at allocation, on every host."""
+    """-o ipv6=on: the prefix is the allocated one, on every host."""
     chosen = driver.allocate_network(SWARM, {"ipv6": "on"})
     prefix = IPv6Network(chosen["freeflow.prefix6"])
     assert prefix.subnet_of(IPv6Network("fd00::/8"))
@@ -62,7 +63,7 @@ def test_the_option_alone_takes_the_networks_own_prefix(driver: Driver) -> None:
 
 
 def test_the_users_prefix_is_told_to_all_hosts(driver: Driver) -> None:
-    """The manager's answer carries the prefix of -o ipv6=PREFIX."""
+    """The manager's answer contains the prefix of -o ipv6=PREFIX."""
     chosen = driver.allocate_network(SWARM, {"ipv6": "fd91::/64"})
     assert chosen["freeflow.prefix6"] == "fd91::/64"
     assert driver.allocate_network(SWARM, chosen) == chosen
@@ -76,7 +77,8 @@ def test_without_the_option_or_the_flag_there_is_no_ipv6(driver: Driver) -> None
 
 
 def test_an_ipv6_subnet_of_the_users_is_refused(driver: Driver) -> None:
-    """--ipv6 --subnet in a Swarm: Docker would give IPv4 addresses twice; the refusal shows what to use instead."""
+    """--ipv6 --subnet in a Swarm, where Docker would assign IPv4 addresses twice: the refusal names
+    the option to use."""
     with pytest.raises(InvalidRequest, match="-o ipv6=fd91::/64"):
         driver.create_network(SWARM, {}, (POOL4, USERS), ipv6=True)
     small = Subnet(ip_network("fd91::/112"), ip_interface("fd91::1/112"))
@@ -86,8 +88,8 @@ def test_an_ipv6_subnet_of_the_users_is_refused(driver: Driver) -> None:
 
 
 def test_an_address_counted_in_the_engines_own_subnet_is_replaced(driver: Driver) -> None:
-    """--ipv6 alone on engines that choose a subnet per host: the network's own prefix is used instead, without a route to
-    theirs."""
+    """--ipv6 alone, with engines that choose a subnet per host: the network's prefix is used,
+    without a route to theirs."""
     stored, _ = _endpoint(driver, SWARM, "fd85:4f7:d486::1/64", ENGINES)
     network = driver.store.network(SWARM)
     assert network is not None
@@ -97,7 +99,7 @@ def test_an_address_counted_in_the_engines_own_subnet_is_replaced(driver: Driver
 
 
 def test_an_address_that_was_asked_for(driver: Driver) -> None:
-    """driver-opt ip6: that address in place of the derived one, told to Docker."""
+    """driver-opt ip6: that address replaces the derived one, and is in the answer to Docker."""
     driver.create_network(SWARM, {"ipv6": "fd91::/64"}, (POOL4,))
     added = driver.create_endpoint(SWARM, ENDPOINT, ipv4=V4, driver_options={"ip6": "fd91::1:0:99"})
     assert added.ipv6 == IPv6Interface("fd91::1:0:99/64")
@@ -107,7 +109,7 @@ def test_an_address_that_was_asked_for(driver: Driver) -> None:
 
 
 def test_an_address_that_was_asked_for_replaces_the_engines(driver: Driver) -> None:
-    """driver-opt ip6 with --ipv6: the engine's address is exchanged for that one."""
+    """driver-opt ip6 with --ipv6: that address replaces the engine's."""
     driver.create_network(
         SWARM,
         {"freeflow.format": "1", "freeflow.prefix6": "fd91::/64"},
@@ -138,7 +140,8 @@ def test_an_address_that_was_asked_for_replaces_the_engines(driver: Driver) -> N
     ],
 )
 def test_an_address_that_nobody_may_ask_for(driver: Driver, wanted: str, reason: str) -> None:
-    """Outside the prefix, another container's, or no address: refused with the reason, and nothing is left."""
+    """An address outside the prefix, another container's, or an invalid one is refused with the
+    reason, and nothing is left."""
     driver.create_network(SWARM, {"ipv6": "fd91::/64"}, (POOL4,))
     with pytest.raises(InvalidRequest, match=reason):
         driver.create_endpoint(SWARM, ENDPOINT, ipv4=V4, driver_options={"ip6": wanted})
@@ -146,7 +149,7 @@ def test_an_address_that_nobody_may_ask_for(driver: Driver, wanted: str, reason:
 
 
 def test_the_own_address_may_be_asked_for(driver: Driver) -> None:
-    """The derived address, asked for, is no conflict; without IPv6 the network says how to get it."""
+    """Requesting the derived address is no conflict; without IPv6 the error says how to get it."""
     driver.create_network(SWARM, {"ipv6": "fd91::/64"}, (POOL4,))
     added = driver.create_endpoint(
         SWARM, ENDPOINT, ipv4=V4, driver_options={"ip6": "fd91::10.91.0.7"}
@@ -158,7 +161,7 @@ def test_the_own_address_may_be_asked_for(driver: Driver) -> None:
 
 
 def test_on_a_network_of_one_host_the_engine_counts(driver: Driver) -> None:
-    """SCOPE=local: there is one engine, whatever it says is unique."""
+    """SCOPE=local: the addresses of the only engine are unique."""
     stored, _ = _endpoint(driver, LOCAL, "fd91::2/64", USERS)
     assert (stored.ipv6, stored.engine_ipv6) == (IPv6Interface("fd91::2/64"), None)
     assert driver.join(LOCAL, ENDPOINT, "/var/run/docker/netns/x").connected_routes == ()
@@ -183,13 +186,14 @@ def test_a_repeated_call_is_the_same_call(driver: Driver) -> None:
     "value", ["yes", "fd91::/48", "fd91::1/64", "ff02::/64", "fe80::/64", "10.0.0.0/24", ""]
 )
 def test_a_bad_prefix_is_refused(driver: Driver, value: str) -> None:
-    """Only on, off and prefixes of 64 bits that hosts can have are taken; the refusal shows an example."""
+    """Only on, off and /64 prefixes of unicast addresses are accepted; the refusal shows an
+    example."""
     with pytest.raises(InvalidRequest, match="for example -o ipv6="):
         driver.allocate_network(SWARM, {"ipv6": value})
 
 
 class Sandbox:
-    """Answers as the kernel does: false until the address is there, or an error."""
+    """Answers like the kernel: false until the address is there, or an error."""
 
     def __init__(self, *answers: bool | KernelError) -> None:
         self.answers = list(answers)
@@ -220,7 +224,8 @@ COUNTED = Endpoint(
 
 
 def test_an_address_is_exchanged_when_it_comes() -> None:
-    """The namespace is asked until the engine's address is there, errors included, and then left alone."""
+    """The exchange is tried until the engine's address is there, errors included, and then no
+    more."""
     sandbox, now = Sandbox(False, KernelError("no such namespace"), True), [0.0]
     ipv6_override = _override(sandbox, now)
     ipv6_override.endpoint_joined(COUNTED)
@@ -230,7 +235,7 @@ def test_an_address_is_exchanged_when_it_comes() -> None:
 
 
 def test_a_container_that_never_starts_is_given_up() -> None:
-    """After a minute nobody asks any more."""
+    """After a minute there are no more attempts."""
     sandbox, now = Sandbox(*[False] * 100), [0.0]
     ipv6_override = _override(sandbox, now)
     ipv6_override.endpoint_joined(COUNTED)
@@ -242,7 +247,7 @@ def test_a_container_that_never_starts_is_given_up() -> None:
 
 
 def test_other_endpoints_are_no_work() -> None:
-    """An endpoint whose address nobody has to exchange isn't asked about."""
+    """An endpoint with its own address causes no attempt."""
     sandbox, now = Sandbox(), [0.0]
     ipv6_override = _override(sandbox, now)
     ipv6_override.resume([Endpoint(ENDPOINT, SWARM, "02:42:0a:5b:00:07", V4)])

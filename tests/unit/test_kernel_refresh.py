@@ -1,4 +1,4 @@
-"""The thread that looks at what may have changed."""
+"""The thread that refreshes the kernel's part each second."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from testbed.patience import patience
 
 
 @dataclass
-class FakeKept:
-    """Says how often it was asked; `broken`: the first looks fail."""
+class FakeKernel:
+    """Counts refreshes; the first `broken` of them fail."""
 
     looks: int = 0
     inside: list[tuple[str, Path]] = field(default_factory=list)
@@ -28,9 +28,9 @@ class FakeKept:
 
 
 def test_containers_are_looked_into_now_and_then() -> None:
-    """Every look is at the host, only one in ten seconds into containers."""
+    """Each step refreshes the host; containers are checked every ten seconds."""
     now = [0.0]
-    kernel = FakeKept()
+    kernel = FakeKernel()
     made = KernelRefresh(kernel, lambda: [("e", Path("/n"))], lambda: now[0])
     for _ in range(21):
         made.once()
@@ -40,8 +40,8 @@ def test_containers_are_looked_into_now_and_then() -> None:
 
 
 def test_it_outlives_what_a_look_meets() -> None:
-    """A look that fails is followed by the next; `stop` ends it."""
-    kernel = FakeKept(broken=1)
+    """A refresh that fails is followed by the next; `stop` ends the thread."""
+    kernel = FakeKernel(broken=1)
     made = KernelRefresh(kernel, list, every=0.01)
     made.start()
     deadline = time.monotonic() + patience(5)

@@ -48,12 +48,12 @@ def test_user_options() -> None:
     [("on", True), ("true", True), ("TRUE", True), ("off", False), ("false", False)],
 )
 def test_acceleration_spellings(text: str, meaning: bool) -> None:
-    """Acceleration can be said in the words that people use."""
+    """Acceleration can be switched with the usual words."""
     assert options.parse({"acceleration": text}).acceleration is meaning
 
 
 def test_mtu_by_dockers_name() -> None:
-    """The MTU can also be given by the name that Docker's other drivers have for it."""
+    """The MTU can also be given under the name that Docker's other drivers use."""
     assert options.parse({"com.docker.network.driver.mtu": "1400"}).mtu == 1400
 
 
@@ -103,7 +103,7 @@ def test_unknown_key(key: str) -> None:
 
 
 def test_encrypted_is_not_ignored() -> None:
-    """Who asks for an encrypted network is told that FreeFlow's isn't, instead of getting a plain one."""
+    """A request for an encrypted network is refused rather than fulfilled without encryption."""
     with pytest.raises(InvalidRequest, match="does not encrypt"):
         options.parse({"encrypted": ""})
 
@@ -117,7 +117,7 @@ def test_encrypted_is_not_ignored() -> None:
     ],
 )
 def test_engine_keys_pass(key: str) -> None:
-    """What the engine itself consumes is let through."""
+    """Options that the engine consumes are accepted."""
     assert options.parse({key: "3"}) == options.parse({})
 
 
@@ -131,7 +131,7 @@ def test_allocated() -> None:
 
 @pytest.mark.parametrize("key", ["freeflow.vni", "freeflow.typo"])
 def test_own_keys_are_not_the_users(key: str) -> None:
-    """A user can't set what FreeFlow chooses, and is told what can be set."""
+    """A user can't set what FreeFlow chooses; the refusal lists the user's options."""
     with pytest.raises(InvalidRequest, match=rf"{key}: chosen by FreeFlow.*vni"):
         options.parse({key: "5"})
 
@@ -142,7 +142,7 @@ def test_later_additions_pass() -> None:
 
 
 def test_later_format() -> None:
-    """A network of a later format is refused with the remedy, whatever else it carries."""
+    """A network of a later format is refused with the remedy, whatever its other options are."""
     with pytest.raises(InvalidRequest, match="upgrade the plugin on this host"):
         options.parse({"freeflow.format": "2", "freeflow.cipher": "x", "surprise": "y"})
 
@@ -159,7 +159,7 @@ def test_later_format() -> None:
     ],
 )
 def test_damaged_allocation(key: str, value: str) -> None:
-    """A damaged allocation is refused by key, not half used."""
+    """An invalid allocation is refused by key, and not partly used."""
     with pytest.raises(InvalidRequest, match=key):
         options.parse(ALLOCATED | {key: value})
 

@@ -74,7 +74,8 @@ class Host(Machine):
         return result
 
     def collect_for_long(self) -> None:
-        """As many passes as the grace time takes, and one more for what the first ones left alone."""
+        """As many passes as the grace time takes, and one more for what the first ones left
+        alone."""
         for _ in range(4):
             self.collector.collect()
             self.now += GRACE / 2 + 1
@@ -115,7 +116,8 @@ def test_first_start(tmp_path: Path) -> None:
 
 
 def test_reboot(host: Host) -> None:
-    """After a reboot no endpoint is left, and networks are still known: Docker doesn't replay local ones."""
+    """After a reboot no endpoint is left, and networks are still known: Docker doesn't replay local
+    ones."""
     populate(host, 2)
     result = host.reboot()
     assert result.rebooted
@@ -126,7 +128,8 @@ def test_reboot(host: Host) -> None:
 
 
 def test_container_died_meanwhile(host: Host) -> None:
-    """An endpoint whose container's namespace went while the plugin was away is forgotten, with its filter."""
+    """An endpoint whose container's namespace went while the plugin was away is forgotten, with its
+    filter."""
     populate(host, 2, 3)
     host.kernel.namespace_dies(endpoint_id(2))
     assert host.restart().endpoints_forgotten == [endpoint_id(2)]
@@ -194,7 +197,8 @@ def count_steps(directory: Path) -> int:
 
 
 def die_at(host: Host, step: int) -> tuple[int, dict[str, object]]:
-    """Live until the plugin dies at this step; returns the call that it died in, and the answers before."""
+    """Live until the plugin dies at this step; returns the call that it died in, and the answers
+    before."""
     host.crash_in(step)
     answers: dict[str, object] = {}
     for number, (name, call) in enumerate(LIFE):
@@ -238,7 +242,8 @@ def each_step(tmp_path: Path) -> list[tuple[int, Host]]:
 
 
 def test_killed_and_repeated(tmp_path: Path) -> None:
-    """Killed between any two steps of any call: promises hold, the repeated call succeeds, nothing is left at the end."""
+    """Killed between any two steps of any call: promises hold, the repeated call succeeds, nothing
+    is left at the end."""
     for step, host in each_step(tmp_path):
         number, answers = die_at(host, step)
         host.restart()
@@ -263,7 +268,8 @@ def test_killed_and_torn_down(tmp_path: Path) -> None:
 
 
 def test_killed_and_forgotten(tmp_path: Path) -> None:
-    """Killed between any two steps of any call, and Docker never calls again: collection leaves nothing."""
+    """Killed between any two steps of any call, and Docker never calls again: collection leaves
+    nothing."""
     for step, host in each_step(tmp_path):
         die_at(host, step)
         host.restart()
@@ -347,7 +353,8 @@ def test_engine_silent(host: Host) -> None:
 
 
 def test_network_removed_unseen(host: Host) -> None:
-    """A network that Docker doesn't know is forgotten after the grace time; one that it lists stays."""
+    """A network that Docker doesn't know is forgotten after the grace time; one that it lists
+    stays."""
     populate(host)
     host.driver.create_network(LOCAL_NET, {}, (POOL,))
     host.docker.views = {LOCAL_NET: view(LOCAL_NET, scope="local")}
@@ -358,7 +365,8 @@ def test_network_removed_unseen(host: Host) -> None:
 
 
 def test_allocation_of_a_former_leader(host: Host) -> None:
-    """FreeNetwork goes to the leader of the day only: others forget the allocation when the network is gone."""
+    """FreeNetwork goes to the leader of the day only: others forget the allocation when the network
+    is gone."""
     host.driver.allocate_network(NET, {})
     host.docker.views = {NET: view(NET)}
     host.collect_for_long()
@@ -369,7 +377,8 @@ def test_allocation_of_a_former_leader(host: Host) -> None:
 
 
 def test_links_nobody_knows(host: Host) -> None:
-    """Links that neither store nor Docker knows are removed after the grace time, with their network's."""
+    """Links that neither store nor Docker knows are removed after the grace time, with their
+    network's."""
     populate(host, 2)
     host.lose_state()
     host.restart()
@@ -383,7 +392,8 @@ def test_links_nobody_knows(host: Host) -> None:
 
 
 def test_lost_state_is_learned_again(host: Host) -> None:
-    """With the state gone and containers alive, networks and endpoints are learned again, and no link is touched."""
+    """With the state gone and containers alive, networks and endpoints are learned again, and no
+    link is touched."""
     host.driver.create_network(
         NET, {"freeflow.format": "1", "freeflow.vni": "77"}, (POOL,), ipv6=True
     )
@@ -425,7 +435,8 @@ def test_lost_state_is_learned_again(host: Host) -> None:
 
 
 def test_work_before_the_lost_state_is_learned(host: Host) -> None:
-    """A new container that comes and goes before Docker could be asked doesn't take the links of living ones."""
+    """A new container that comes and goes before Docker could be asked doesn't take the links of
+    living ones."""
     populate(host, 2)
     host.lose_state()
     host.restart()
@@ -460,7 +471,8 @@ def test_living_links_that_cannot_be_learned(host: Host) -> None:
 
 
 def test_local_network_is_learned_again(tmp_path: Path) -> None:
-    """A network that Swarm won't bring again is learned from the engine's list even without containers."""
+    """A network that Swarm won't bring again is learned from the engine's list even without
+    containers."""
     host = Host(tmp_path, DriverConfig(scope="local"))
     host.docker.views = {LOCAL_NET: view(LOCAL_NET, scope="local")}
     assert host.collector.collect().networks_restored == [LOCAL_NET]
@@ -494,7 +506,8 @@ NUMBERS: Final = st.integers(2, 6)
 class Life(RuleBasedStateMachine):
     """Docker, the plugin and the kernel for a while, with the plugin dying at any step.
 
-    `there` is what Docker was promised (endpoint -> network, sandbox), `unsure` what was under way when the plugin died.
+    `there` is what Docker was promised (endpoint -> network, sandbox), `unsure` what was under way
+    when the plugin died.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Asking Docker's embedded DNS which tasks take connections, and what is believed of the answers."""
+"""Queries to Docker's embedded DNS for active tasks, and which answers count."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def channel(server: DnsServer) -> Iterator[socket.socket]:
 
 
 def test_many_names_at_once(server: DnsServer) -> None:
-    """Many names are asked for together, and each gets its own answer."""
+    """Many names are queried together, and each gets its own answer."""
     names = [f"tasks.s{n}.net" for n in range(3 * WINDOW)]
     server.records = {name: [at(n % 200 + 1)] for n, name in enumerate(names)}
     with channel(server) as asking:
@@ -62,14 +62,14 @@ def test_many_names_at_once(server: DnsServer) -> None:
 
 
 def test_unknown_name_and_silence(server: DnsServer) -> None:
-    """A name that the server doesn't know has no addresses; one that it is silent about is absent."""
+    """A name that the server doesn't know has no addresses; one without an answer is absent."""
     server.records, server.silent = {"a": [at(7)]}, {"c"}
     with channel(server) as asking:
         assert ask(asking, ["a", "b", "c"], timeout=0.1) == {"a": {at(7)}, "b": frozenset()}
 
 
 def test_silence_is_bounded(server: DnsServer) -> None:
-    """However many names a server is silent about, it is waited for once per window."""
+    """However many names a server doesn't answer, each window waits once."""
     server.silent = {f"n{n}" for n in range(WINDOW)}
     begin = time.monotonic()
     with channel(server) as asking:
@@ -78,14 +78,14 @@ def test_silence_is_bounded(server: DnsServer) -> None:
 
 
 def test_cut_answers(server: DnsServer) -> None:
-    """An answer that was cut short is none of which to conclude that a task is gone."""
+    """A truncated answer doesn't mean that a task is gone."""
     server.records, server.truncated = {"a": [at(7)]}, {"a"}
     with channel(server) as asking:
         assert ask(asking, ["a"]) == {"a": None}
 
 
 def test_noise_is_ignored(server: DnsServer) -> None:
-    """What isn't an answer to our question changes nothing."""
+    """A message that is no answer to our query changes nothing."""
     other = answer(dns.encode_query(1, "other"), [OUTSIDE])
     server.records = {"a": [at(7)]}
     server.noise = [b"", b"x", b"\0" * 12, other, os.urandom(60)]
@@ -95,14 +95,14 @@ def test_noise_is_ignored(server: DnsServer) -> None:
 
 @pytest.mark.parametrize("name", ["", "a..b", "a" * 64, ".".join(["a" * 60] * 5)])
 def test_names_that_dns_cannot_carry(server: DnsServer, name: str) -> None:
-    """A name that doesn't fit a question isn't asked for, and keeps no other from being asked for."""
+    """A name that can't be encoded isn't queried, and prevents no other query."""
     server.records = {"good": [at(7)]}
     with channel(server) as asking:
         assert ask(asking, [name, "good"]) == {"good": frozenset({at(7)})}
 
 
 def test_no_server() -> None:
-    """A server that isn't there is an error at once, not a wait."""
+    """A missing server is an error at once."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unused:
         unused.bind(("127.0.0.1", 0))
         address = unused.getsockname()
@@ -118,13 +118,13 @@ QUERY = dns.encode_query(7, "tasks.web.backend")
 
 
 def test_answer_of_another_name() -> None:
-    """An answer to another question isn't taken, though its number fits."""
+    """An answer about another name isn't accepted, though its identifier fits."""
     with pytest.raises(dns.MalformedAnswerError):
         dns.decode_answer(answer(QUERY, [at(7)]), "tasks.db.backend")
 
 
 def test_answer_in_another_case() -> None:
-    """DNS doesn't tell upper from lower case."""
+    """DNS is case-insensitive."""
     assert dns.decode_answer(answer(QUERY, [at(7)]), "Tasks.WEB.backend") == frozenset({at(7)})
 
 
@@ -138,7 +138,7 @@ def test_other_records_are_skipped() -> None:
 
 
 def test_thousand_tasks_fit() -> None:
-    """A service of a thousand tasks is understood as a whole."""
+    """The answer for a service of a thousand tasks is decoded as a whole."""
     many = [IPv4Address("10.1.0.0") + n for n in range(1000)]
     assert dns.decode_answer(answer(QUERY, many), "tasks.web.backend") == frozenset(many)
 
@@ -182,7 +182,8 @@ def names(server: DnsServer, **records: list[IPv4Address]) -> None:
 
 @inside
 def test_active_tasks(server: DnsServer, resolver: EmbeddedDns) -> None:
-    """Of each service those addresses are told that DNS gives for its tasks, by the name of the network."""
+    """The result has, for each service, the addresses that DNS gives for its tasks on the
+    network."""
     names(server, tasks_web=[at(7), at(8)], tasks_db=[at(9)])
     found = resolver.tasks(OWN, "backend", [service("web", 7, 8), service("db", 9)])
     assert found.known == {"web": {at(7), at(8)}, "db": {at(9)}}
@@ -190,14 +191,15 @@ def test_active_tasks(server: DnsServer, resolver: EmbeddedDns) -> None:
 
 @inside
 def test_service_without_tasks(server: DnsServer, resolver: EmbeddedDns) -> None:
-    """A service whose own name leads to its VIP, but whose tasks' name leads nowhere, has no active task."""
+    """A service whose own name resolves to its VIP, and whose `tasks.` name doesn't exist, has no
+    active task."""
     names(server, web=[VIP])
     assert resolver.tasks(OWN, "backend", [service("web", 7)]) == TaskAnswers({"web": frozenset()})
 
 
 @inside
 def test_service_that_dns_does_not_know(server: DnsServer, resolver: EmbeddedDns) -> None:
-    """A service that this container's DNS doesn't know is absent: nothing is concluded."""
+    """A service that this container's DNS doesn't know is absent."""
     names(server, other=[VIP])
     assert resolver.tasks(OWN, "backend", [service("web", 7)]) == TaskAnswers({})
 
@@ -207,14 +209,14 @@ def test_service_that_dns_does_not_know(server: DnsServer, resolver: EmbeddedDns
 def test_names_known_outside_only(
     server: DnsServer, resolver: EmbeddedDns, own: list[IPv4Address]
 ) -> None:
-    """What servers of the outside answer under a service's name isn't taken for its tasks."""
+    """Answers of external servers for a service's name don't count as tasks."""
     names(server, tasks_web=[OUTSIDE], web=own)
     assert resolver.tasks(OWN, "backend", [service("web", 7)]) == TaskAnswers({})
 
 
 @inside
 def test_lost_and_cut_answers(server: DnsServer, resolver: EmbeddedDns) -> None:
-    """From a lost answer, or one that was cut short, nothing is concluded."""
+    """Lost and truncated answers have no effect."""
     names(server, tasks_cut=[at(7)])
     server.truncated = {"tasks.cut.backend"}
     server.silent = {"tasks.lost.backend", "lost.backend"}
@@ -226,7 +228,8 @@ def test_lost_and_cut_answers(server: DnsServer, resolver: EmbeddedDns) -> None:
 @inside
 @pytest.mark.parametrize("length", [17, 55])
 def test_many_large_answers_at_once(length: int) -> None:
-    """Thirty-two services of two hundred tasks each are understood at each look, when all answers come at once."""
+    """Thirty-two services of two hundred tasks each are read in every poll, when all answers come
+    at once."""
     many = [IPv4Address("10.1.0.0") + n for n in range(200)]
     tasks = tuple(Task(f"t.{address}", address, "e") for address in many)
     services = [Service(f"s{n}".ljust(length - 14, "x"), VIP, tasks) for n in range(32)]
@@ -246,7 +249,7 @@ def test_many_large_answers_at_once(length: int) -> None:
 
 @inside
 def test_large_answers_are_not_asked_for(server: DnsServer, resolver: EmbeddedDns) -> None:
-    """A service whose answer doesn't fit a datagram isn't asked about: nothing is concluded, and Docker isn't kept busy."""
+    """A service whose answer doesn't fit a datagram isn't queried, and Docker isn't kept busy."""
     tasks = tuple(Task("t", IPv4Address("10.1.0.0") + n, "e") for n in range(4000))
     large = Service("web", VIP, tasks)
     names(server, web=[VIP], tasks_web=[at(1)])
@@ -256,7 +259,7 @@ def test_large_answers_are_not_asked_for(server: DnsServer, resolver: EmbeddedDn
 
 
 def test_size_of_an_answer() -> None:
-    """The size of Docker's answer is known before it's asked for."""
+    """The size of Docker's answer is known before the query."""
     tasks = tuple(Task("t", IPv4Address("10.1.0.0") + n, "e") for n in range(100))
     item = Service("web", VIP, tasks)
     query = dns.encode_query(1, "tasks.web.backend")
@@ -267,7 +270,8 @@ def test_size_of_an_answer() -> None:
 @inside
 @pytest.mark.parametrize("count", [3, 100, 400])
 def test_only_an_answer_says_none(server: DnsServer, resolver: EmbeddedDns, count: int) -> None:
-    """A service whose own name is answered, while the answer for its tasks is lost, isn't taken for one without tasks."""
+    """A service whose own name is answered while the answer for its tasks is lost doesn't count as
+    one without tasks."""
     item = service("web", *range(count)) if count < 200 else None
     if item is None:
         tasks = tuple(Task("t", IPv4Address("10.1.0.0") + n, "e") for n in range(count))
@@ -281,7 +285,8 @@ def test_only_an_answer_says_none(server: DnsServer, resolver: EmbeddedDns, coun
 
 @inside
 def test_refusal_is_an_answer(server: DnsServer, resolver: EmbeddedDns) -> None:
-    """Docker's DNS says "server failure" of what it doesn't know itself when it can't ask outside: it has no tasks for that."""
+    """Docker's DNS answers SERVFAIL for names that it doesn't know when it has no external server:
+    the service has no tasks then."""
     names(server, web=[VIP])
     server.refusal = 2
     assert resolver.tasks(OWN, "backend", [service("web", 7)]) == TaskAnswers({"web": frozenset()})
@@ -289,7 +294,7 @@ def test_refusal_is_an_answer(server: DnsServer, resolver: EmbeddedDns) -> None:
 
 @inside
 def test_patience(server: DnsServer, resolver: EmbeddedDns) -> None:
-    """What was silent is waited for longer, and then its answer counts."""
+    """A service without an answer gets a longer time-out, and then its answer counts."""
     names(server, tasks_web=[at(7)], web=[VIP])
     server.late = {"tasks.web.backend": 0.5}
     assert resolver.tasks(OWN, "backend", [service("web", 7)]).known == {}
@@ -300,7 +305,8 @@ def test_patience(server: DnsServer, resolver: EmbeddedDns) -> None:
 
 @inside
 def test_dripping_answers(server: DnsServer, resolver: EmbeddedDns) -> None:
-    """A server that answers one question after the other, each just in time, holds nobody up for long."""
+    """A server that answers one query after the other, each just before its time-out, causes no
+    long delay."""
     services = [service(f"s{n}", 7) for n in range(100)]
     for number, item in enumerate(services):
         name = f"tasks.{item.name}.backend"
@@ -315,7 +321,7 @@ def test_dripping_answers(server: DnsServer, resolver: EmbeddedDns) -> None:
 
 @inside
 def test_namespace_that_is_gone(resolver: EmbeddedDns, tmp_path: Path) -> None:
-    """A container that has ended, or whose namespace isn't mounted yet, knows nothing."""
+    """A container that has ended, or whose namespace isn't mounted yet, gives no answers."""
     assert resolver.tasks(tmp_path / "none", "backend", [service("web", 7)]) == TaskAnswers({})
     empty = tmp_path / "empty"
     empty.touch()
@@ -324,7 +330,7 @@ def test_namespace_that_is_gone(resolver: EmbeddedDns, tmp_path: Path) -> None:
 
 @inside
 def test_late_answers_are_not_mixed_up(server: DnsServer, resolver: EmbeddedDns) -> None:
-    """An answer that comes too late isn't taken for the answer to a later question."""
+    """A late answer isn't taken for the answer to a later query."""
     names(server, tasks_web=[at(7)])
     server.delay = 0.3
     assert resolver.tasks(OWN, "backend", [service("web", 7)]) == TaskAnswers({})
@@ -337,7 +343,8 @@ def test_late_answers_are_not_mixed_up(server: DnsServer, resolver: EmbeddedDns)
 
 
 def _sockets() -> set[str]:
-    """The open sockets of this process, by inode; those that a test before left to the collector may end meanwhile."""
+    """The open sockets of this process, by inode. Those of an earlier test may be closed
+    meanwhile."""
     links = set()
     for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -347,7 +354,7 @@ def _sockets() -> set[str]:
 
 @inside
 def test_sockets_are_kept_for_a_while_only(server: DnsServer, resolver: EmbeddedDns) -> None:
-    """Between looks one socket per container is kept, and closed with the resolver."""
+    """Between polls one socket per container is kept, and closed with the resolver."""
     names(server, tasks_web=[at(7)])
     before = _sockets()
     resolver.tasks(OWN, "backend", [service("web", 7)])

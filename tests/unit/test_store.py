@@ -1,4 +1,4 @@
-"""What was promised, on disk."""
+"""The store: promises to Docker on disk."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_survives_restart(tmp_path: Path) -> None:
 
 
 def test_deleted_is_gone(tmp_path: Path) -> None:
-    """What was deleted is gone, twice is fine, and a network takes its endpoints along."""
+    """Deleted rows are gone, a second deletion succeeds, and a network's endpoints go with it."""
     store = Store(tmp_path)
     store.put_network(NETWORK)
     store.put_endpoint(ENDPOINT)
@@ -75,7 +75,7 @@ def test_deleted_is_gone(tmp_path: Path) -> None:
 
 
 def test_look_ups(tmp_path: Path) -> None:
-    """Endpoints are found by network, address and short ID, and by nothing else."""
+    """Endpoints are found by network, address and short ID only."""
     store = Store(tmp_path)
     store.put_network(NETWORK)
     store.put_endpoint(ENDPOINT)
@@ -92,7 +92,7 @@ def test_look_ups(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["text", "middle", "torn"])
 def test_unreadable_file_is_moved_aside(tmp_path: Path, damage: str) -> None:
-    """A file that SQLite can't read doesn't keep the plugin from starting, and is kept for a bug report."""
+    """A file that SQLite can't read doesn't prevent the start, and is kept for a bug report."""
     store = Store(tmp_path)
     for number in range(300):
         store.put_endpoint(replace(ENDPOINT, id=f"{number:064x}"))
@@ -115,7 +115,8 @@ def test_unreadable_file_is_moved_aside(tmp_path: Path, damage: str) -> None:
 
 
 def test_newer_schema_is_refused(tmp_path: Path) -> None:
-    """After a downgrade the newer version's file is left as it is, and the message says what to do."""
+    """After a downgrade the newer version's file is left unchanged, and the error gives the
+    remedy."""
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / FILE) as connection:
         connection.execute(f"PRAGMA user_version={len(MIGRATIONS) + 1}")
@@ -127,7 +128,7 @@ def test_newer_schema_is_refused(tmp_path: Path) -> None:
 
 
 def test_migration(tmp_path: Path) -> None:
-    """An older file is brought to the newer schema once, with what it holds."""
+    """An older file is migrated to the newer schema once, with its content."""
     store = Store(tmp_path)
     store.put_network(NETWORK)
     store.close()
@@ -162,7 +163,8 @@ def test_file_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 def test_busy_file_is_not_damage(tmp_path: Path) -> None:
-    """A write that another process holds off is an error of that call; state stays and the next call works."""
+    """A write that another process blocks is an error of that call; the state stays and the next
+    call works."""
     store = Store(tmp_path, busy_timeout=0.05)
     store.put_network(NETWORK)
     other = sqlite3.connect(tmp_path / FILE, isolation_level=None)
@@ -177,7 +179,7 @@ def test_busy_file_is_not_damage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"id": 1}', b'{"id":"x","mac":null}'])
 def test_senseless_row_is_dropped(tmp_path: Path, body: bytes) -> None:
-    """One row that makes no sense costs that row, not the start."""
+    """An invalid row costs that row, not the start."""
     store = Store(tmp_path)
     store.put_network(NETWORK)
     store.put_endpoint(ENDPOINT)
@@ -208,7 +210,7 @@ def test_many_threads(tmp_path: Path) -> None:
 
 
 def test_rows_of_neighbouring_versions() -> None:
-    """A row with fields that this version doesn't know, or without some that it knows, is read."""
+    """A row with unknown fields, or without some known ones, can be read."""
     body = b'{"id":"e","network_id":"n","mac":"02:00:00:00:00:01","colour":"blue"}'
     assert records.decode_endpoint(body) == Endpoint("e", "n", "02:00:00:00:00:01")
 

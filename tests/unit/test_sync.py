@@ -1,4 +1,4 @@
-"""The sync loop, with an engine, a DNS and a kernel that say what a test wants."""
+"""The sync loop with a fake engine, DNS and kernel."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def service(name: str, vip: IPv4Address | None, *tasks: int, net: int = 4) -> Se
 
 
 class FakeEngine:
-    """`ports.Directory`: as the real one, it lists services only when asked for them."""
+    """`ports.Directory` that lists services only on request, as the real one does."""
 
     def __init__(self) -> None:
         self.views: dict[str, NetworkView] = {}
@@ -91,7 +91,8 @@ class FakeEngine:
 
 
 class FakeDns:
-    """`ports.TaskResolver`: `active` by service; a sandbox that isn't in `knows`, if that is set, knows nothing."""
+    """`ports.TaskResolver` with `active` tasks by service. Only sandboxes in `knows`, if it is set,
+    answer."""
 
     def __init__(self) -> None:
         self.active: dict[str, frozenset[IPv4Address]] = {}
@@ -114,7 +115,8 @@ class FakeDns:
 
 
 class FakeBalancer:
-    """`ports.Balancer`: `tables` is what each sandbox has, `writes` counts; only those in `there` can be written to."""
+    """`ports.Balancer`: `tables` by sandbox, `writes` counts writes; only sandboxes in `there`
+    exist."""
 
     def __init__(self) -> None:
         self.there: set[Path] = set()
@@ -138,7 +140,8 @@ class FakeBalancer:
 
 
 class Host:
-    """A host with `backend` (10.0.4.0/24), the services on it, and a clock. `look` is one round of the loop."""
+    """A host with the network `backend` (10.0.4.0/24), its services, and a clock. `look` is one
+    round of the loop."""
 
     def __init__(self, directory: Path) -> None:
         self.machine = Machine(directory / "state")
@@ -160,7 +163,7 @@ class Host:
         self.restart()
 
     def restart(self) -> None:
-        """A new plugin process, that knows nothing."""
+        """A new plugin process without any state."""
         self.syncer = Syncer(
             self.driver,
             self.engine,
@@ -188,7 +191,7 @@ class Host:
     def list(
         self, network: str, *services: Service, peers: Iterable[IPAddress] = (SELF, PEER)
     ) -> None:
-        """What the engine says of a network from now on."""
+        """The engine's view of a network from now on."""
         self.engine.views[network] = NetworkView(
             network,
             {NET: "backend", NET2: "front"}[network],
@@ -198,7 +201,7 @@ class Host:
         )
 
     def join(self, number: int, network: str = NET, *, there: bool = True) -> Path:
-        """A container joins; its sandbox."""
+        """A container joins; returns its sandbox."""
         net = {NET: 4, NET2: 5}[network]
         sandbox = self.sandboxes / f"s{number}"
         if there:
@@ -241,7 +244,7 @@ def test_vips_of_a_new_container(host: Host) -> None:
 
 
 def test_known_vips_are_there_inside_join(host: Host) -> None:
-    """A second container gets the known VIPs before its Join is answered, without a question to anybody."""
+    """A second container gets the known VIPs before its Join is answered, without any request."""
     host.join(20)
     host.look()
     asked = len(host.engine.asked)
@@ -260,7 +263,7 @@ def test_only_active_tasks_get_connections(host: Host) -> None:
 
 
 def test_new_tasks_are_found_through_dns(host: Host) -> None:
-    """A task that DNS gives and the list doesn't have makes the list be read again, at once."""
+    """A task that DNS names and the list doesn't have causes the list to be read again at once."""
     sandbox = host.join(20)
     for _ in range(10):
         host.look()
@@ -271,7 +274,7 @@ def test_new_tasks_are_found_through_dns(host: Host) -> None:
 
 
 def test_new_services_are_found_by_hints(host: Host) -> None:
-    """A service that is new to the list is found with the next hint; without one with the next beat."""
+    """A new service is found with the next hint, or after the interval without one."""
     sandbox = host.join(20)
     for _ in range(10):
         host.look()
@@ -289,7 +292,7 @@ def test_new_services_are_found_by_hints(host: Host) -> None:
 
 
 def test_services_are_not_listed_at_each_look(host: Host) -> None:
-    """Listing services is dear: looks without an occasion don't ask for them."""
+    """Listing services is expensive: without a hint a poll doesn't list them."""
     host.join(20)
     for _ in range(10):
         host.look()
@@ -300,7 +303,8 @@ def test_services_are_not_listed_at_each_look(host: Host) -> None:
 
 
 def test_vips_of_all_networks_of_a_container(host: Host) -> None:
-    """A container on two networks gets the VIPs of both, and those of one when it leaves the other."""
+    """A container on two networks gets the VIPs of both, and loses those of a network that it
+    leaves."""
     host.driver.create_network(NET2, {}, (POOL2,))
     host.list(NET2, service("db", VIP2, 9, net=5))
     host.dns.active["db"] = frozenset({at(9, 5)})
@@ -315,7 +319,8 @@ def test_vips_of_all_networks_of_a_container(host: Host) -> None:
 
 
 def test_one_container_s_trouble_is_its_own(host: Host) -> None:
-    """A namespace that can't be written is said, tried again, and keeps nobody else from its VIPs."""
+    """A namespace whose rules can't be written is reported and tried again; others get their
+    VIPs."""
     first, second = host.join(20), host.join(21)
     host.balancer.broken.add(first)
     host.look()
@@ -329,7 +334,7 @@ def test_one_container_s_trouble_is_its_own(host: Host) -> None:
 
 
 def test_trouble_goes_with_its_container(host: Host) -> None:
-    """What a container that left could not have is nobody's trouble any more."""
+    """When a container leaves, errors about it are forgotten."""
     sandbox = host.join(20)
     host.balancer.broken.add(sandbox)
     host.look()
@@ -342,7 +347,8 @@ def test_trouble_goes_with_its_container(host: Host) -> None:
 
 
 def test_old_sandboxes_keep_their_rules_until_all_is_known(host: Host) -> None:
-    """After a restart a container that has rules keeps them until all its networks are known, but not for ever."""
+    """After a restart, a container keeps its rules until all its networks are known, but not for
+    ever."""
     host.driver.create_network(NET2, {}, (POOL2,))
     host.list(NET2, service("db", VIP2, 9, net=5))
     host.dns.active["db"] = frozenset({at(9, 5)})
@@ -362,7 +368,7 @@ def test_old_sandboxes_keep_their_rules_until_all_is_known(host: Host) -> None:
 
 
 def test_another_container_is_asked(host: Host) -> None:
-    """If one container's DNS has never known anything, another's is asked, and first next time."""
+    """If one container's DNS gives no answer, another's is queried, and is the first next time."""
     first, second = host.join(20), host.join(21)
     host.dns.knows = {second}
     host.dns.active["web"] = frozenset({at(8)})
@@ -375,7 +381,7 @@ def test_another_container_is_asked(host: Host) -> None:
 
 
 def test_few_are_asked(host: Host) -> None:
-    """However many containers there are, three are asked at most."""
+    """However many containers there are, at most three are queried."""
     for number in range(20, 30):
         host.join(number)
     host.dns.knows = set()
@@ -386,7 +392,8 @@ def test_few_are_asked(host: Host) -> None:
 
 
 def test_the_list_is_read_often_for_large_services(host: Host) -> None:
-    """A service that is too large for DNS follows the engine's list, which is read every two seconds then."""
+    """A service that is too large for DNS follows the engine's list, which is then read every 2
+    s."""
     sandbox = host.join(20)
     many = tuple(Task("t", IPv4Address("10.0.4.0") + n, endpoint_id(n)) for n in range(1, 4000))
     host.list(NET, Service("web", VIP, many))
@@ -402,7 +409,7 @@ def test_the_list_is_read_often_for_large_services(host: Host) -> None:
 
 
 def test_idle_services_are_left_alone(host: Host) -> None:
-    """A service without active tasks isn't asked about for ever, and refuses."""
+    """A service without active tasks isn't queried for ever, and refuses connections."""
     sandbox = host.join(20)
     host.dns.active["web"] = frozenset()
     for _ in range(int(REST_AFTER) + 3):
@@ -422,7 +429,7 @@ def test_idle_services_are_left_alone(host: Host) -> None:
 
 
 def test_silence_changes_nothing(host: Host) -> None:
-    """While the engine is silent, VIPs and peers stay as they were, and the reason is told."""
+    """While the engine doesn't answer, VIPs and peers stay, and the reason is reported."""
     sandbox = host.join(20)
     host.look()
     writes, floods = host.balancer.writes, len(host.flooded)
@@ -441,7 +448,7 @@ def test_silence_changes_nothing(host: Host) -> None:
 
 
 def test_nothing_is_collected_in_silence(host: Host) -> None:
-    """What Docker doesn't list isn't taken for removed while it doesn't answer."""
+    """While Docker doesn't answer, nothing counts as removed."""
     host.engine.down = True
     host.look()
     host.look(60.0)
@@ -453,7 +460,7 @@ def test_nothing_is_collected_in_silence(host: Host) -> None:
 
 
 def test_network_that_the_engine_does_not_know(host: Host) -> None:
-    """A network that the engine doesn't know yet keeps what it has, and says why it isn't newer."""
+    """A network that the engine doesn't know yet keeps its state, with the reason."""
     host.join(20)
     host.look()
     known = host.syncer.state()[NET].view
@@ -465,7 +472,7 @@ def test_network_that_the_engine_does_not_know(host: Host) -> None:
 
 
 def test_engine_is_told_of(host: Host) -> None:
-    """Whoever wants to know is told what the engine says of itself."""
+    """The engine's view is passed on."""
     host.look()
     assert host.seen == [host.engine.view]
 
@@ -474,7 +481,7 @@ def test_engine_is_told_of(host: Host) -> None:
 
 
 def test_peers_without_this_host(host: Host) -> None:
-    """The flood list is the network's hosts without this one, and new peers are greeted."""
+    """The flood list is the network's hosts without this one, and new peers get announcements."""
     host.join(20)
     host.kernel.announced.clear()
     host.look()
@@ -486,7 +493,7 @@ def test_peers_without_this_host(host: Host) -> None:
 
 
 def test_unchanged_peers_are_written_seldom(host: Host) -> None:
-    """Unchanged peers are written again only at the beat of repairs."""
+    """Unchanged peers are written again only after the repair interval."""
     host.join(20)
     host.look()
     for _ in range(5):
@@ -497,7 +504,7 @@ def test_unchanged_peers_are_written_seldom(host: Host) -> None:
 
 
 def test_new_endpoint_writes_peers_again(host: Host) -> None:
-    """A device that was made anew for a new endpoint gets its peers at once."""
+    """A new device for a new endpoint gets its peers at once."""
     host.join(20)
     host.look()
     host.join(21)
@@ -506,7 +513,7 @@ def test_new_endpoint_writes_peers_again(host: Host) -> None:
 
 
 def test_departed_peers_are_removed(host: Host) -> None:
-    """A host that no longer shares the network is taken off the list."""
+    """A host that no longer shares the network is removed from the flood list."""
     host.join(20)
     host.look()
     host.list(NET, service("web", VIP, 7, 8), peers=(SELF,))
@@ -515,7 +522,7 @@ def test_departed_peers_are_removed(host: Host) -> None:
 
 
 def test_gossip_that_has_not_begun(host: Host) -> None:
-    """A list without even this host is no list: nothing is removed for it."""
+    """A list without even this host is ignored: no peer is removed because of it."""
     host.join(20)
     host.look()
     host.list(NET, service("web", VIP, 7, 8), peers=())
@@ -524,7 +531,8 @@ def test_gossip_that_has_not_begun(host: Host) -> None:
 
 
 def test_own_address_from_the_engine(host: Host) -> None:
-    """Before Docker has told this host's address, the engine's word for it serves; without any nothing is flooded."""
+    """Before Docker has reported this host's address, the engine's view of it counts; without any,
+    nothing is flooded."""
     host.driver.store.put_fact("self_address", "")
     host.join(20)
     host.look()
@@ -562,7 +570,7 @@ def running(host: Host) -> Iterator[Host]:
 
 
 def soon(promise: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait until a promise holds."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + patience(seconds)
     while not promise():
         assert time.monotonic() < deadline
@@ -570,7 +578,7 @@ def soon(promise: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 def test_running_loop_follows(running: Host) -> None:
-    """The running loop follows what engine and DNS say, without being told."""
+    """The running loop follows changes of engine and DNS by itself."""
     sandbox = running.join(20)
     soon(lambda: running.balancer.tables.get(sandbox) == BOTH)
     running.dns.active["web"] = frozenset({at(8)})
@@ -579,7 +587,8 @@ def test_running_loop_follows(running: Host) -> None:
 
 
 def test_a_rolling_update_is_written_together(running: Host) -> None:
-    """When tasks change many times a second a container's rules are written twice a second, and end as they should."""
+    """When tasks change many times a second, a container's rules are written twice a second, and
+    the last state is correct."""
     sandbox = running.join(20)
     soon(lambda: running.balancer.tables.get(sandbox) == BOTH)
     before, begin = running.balancer.writes, time.monotonic()
@@ -602,7 +611,7 @@ def test_running_loop_awaits_sandboxes(running: Host) -> None:
 
 
 def test_running_loop_survives_bugs(running: Host) -> None:
-    """An exception that nobody expected is logged, and the loop goes on."""
+    """An unexpected exception is logged, and the loop continues."""
     sandbox = running.join(20)
     soon(lambda: running.balancer.tables.get(sandbox) == BOTH)
     broken, tasks = threading.Event(), running.dns.tasks
@@ -619,7 +628,7 @@ def test_running_loop_survives_bugs(running: Host) -> None:
 
 
 def test_slow_network_does_not_delay_others(running: Host) -> None:
-    """While the engine takes its time for one network, others are followed."""
+    """While the engine is slow for one network, others are polled."""
     running.driver.create_network(NET2, {}, (POOL2,))
     running.list(NET2, service("db", VIP2, 9, net=5))
     running.dns.active["db"] = frozenset({at(9, 5)})
@@ -642,7 +651,7 @@ def test_slow_network_does_not_delay_others(running: Host) -> None:
 
 
 def test_stopped_loop_is_quiet(running: Host) -> None:
-    """After stop nothing is asked any more."""
+    """After stop there are no requests any more."""
     running.join(20)
     soon(lambda: NET in running.syncer.state())
     running.syncer.stop()
@@ -661,7 +670,7 @@ def test_endpoints_without_a_sandbox(host: Host) -> None:
 
 
 def test_errors_of_one_network(host: Host) -> None:
-    """A network that fails otherwise than by the engine's silence is its own trouble."""
+    """An error of one network, other than the engine's silence, concerns that network only."""
 
     def fail(network_id: str, peers: Iterable[IPAddress]) -> frozenset[IPAddress]:
         raise NotFound("no device")

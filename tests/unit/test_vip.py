@@ -1,4 +1,4 @@
-"""VIP rules: any change of a table brings the rules that a new namespace would have. On a kernel: `tests/kernel`."""
+"""VIP rules, in a model of nf_tables. `tests/kernel/test_vip.py` has the tests on a kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def at(number: int) -> IPv4Address:
 
 
 class Rules:
-    """As much of nf_tables as our changes need, with its refusals: what exists can't be made, what doesn't can't be removed."""
+    """A model of nf_tables for our changes, with its refusals: existing objects can't be created,
+    missing ones can't be deleted."""
 
     def __init__(self) -> None:
         self.table = False
@@ -98,7 +99,7 @@ class Rules:
     # --- what they do
 
     def leads(self) -> VipTable:
-        """Where each VIP leads, in the order of the turns."""
+        """The tasks behind each VIP, in the order of the turns."""
         found: VipTable = dict.fromkeys(self.sets.get("down", ()), ())  # type: ignore[arg-type]
         for vip, chain in self.sets.get("vips", {}).items():
             assert isinstance(vip, IPv4Address)
@@ -122,7 +123,7 @@ def new(table: VipTable) -> Rules:
 
 
 def same(one: Rules, other: Rules) -> bool:
-    """Whether nothing tells them apart but the order of the turns."""
+    """Whether two are equal except for the order of the turns."""
     return (
         one.table == other.table
         and one.chains.keys() == other.chains.keys()
@@ -144,7 +145,8 @@ tables = st.dictionaries(
 
 @given(tables, st.integers(0, 100))
 def test_new_rules_lead_where_the_table_says(table: VipTable, first: int) -> None:
-    """In a new namespace each VIP leads to its tasks in turn, wherever the turn begins; one without tasks refuses."""
+    """In a new namespace each VIP leads to its tasks in turn, wherever the turn starts; one without
+    tasks refuses."""
     rules = new(arrange({}, table, first))
     assert rules.balances() == table
     assert set(rules.sets["down"]) == {vip for vip, tasks in table.items() if not tasks}
@@ -152,7 +154,7 @@ def test_new_rules_lead_where_the_table_says(table: VipTable, first: int) -> Non
 
 @given(tables, tables, st.integers(0, 100))
 def test_changed_rules_are_as_new_ones(old: VipTable, after: VipTable, first: int) -> None:
-    """Any change of the table gives the rules that a new namespace would have; nothing is left over."""
+    """Any change of the table results in the rules that a new namespace would have."""
     before = arrange({}, old, first)
     changed = new(before)
     write_change(changed, before, arrange(before, after, first))
@@ -161,7 +163,7 @@ def test_changed_rules_are_as_new_ones(old: VipTable, after: VipTable, first: in
 
 @given(st.lists(tables, min_size=2, max_size=6))
 def test_a_row_of_changes(row: list[VipTable]) -> None:
-    """Many changes after each other end as the last table says."""
+    """After many changes the rules are those of the last table."""
     order = arrange({}, row[0])
     rules = new(order)
     for table in row[1:]:
@@ -173,7 +175,8 @@ def test_a_row_of_changes(row: list[VipTable]) -> None:
 
 @given(tables, tables)
 def test_who_stays_keeps_their_turn(old: VipTable, after: VipTable) -> None:
-    """A change touches the turns of those who come or go, and as many at the end as go: its cost isn't the table's."""
+    """A change writes the turns of tasks that come or go, and of as many at the end as go: its cost
+    doesn't depend on the table."""
     before = arrange({}, old)
     order = arrange(before, after)
     for vip in before.keys() & order.keys():
@@ -188,7 +191,7 @@ def test_who_stays_keeps_their_turn(old: VipTable, after: VipTable) -> None:
 
 
 def test_unchanged_vips_are_not_touched() -> None:
-    """A change of one service says nothing of another's rules: its connections' turns go on."""
+    """A change of one service doesn't touch another's rules, whose turns continue."""
     old: VipTable = {VIP: (at(10),), VIP2: (at(20),)}
 
     class Watching(Rules):
@@ -215,21 +218,22 @@ def test_unchanged_vips_are_not_touched() -> None:
 
 @given(tables)
 def test_removal(table: VipTable) -> None:
-    """Removal leaves nothing, and is no error where nothing is."""
+    """Removal leaves nothing, and succeeds where nothing exists."""
     for rules in (new(table), Rules()):
         write_removal(rules)
         assert not rules.table
 
 
 def test_turns_begin_apart() -> None:
-    """Clients that live for one connection don't all begin with the same task."""
+    """Clients with a single connection don't all start with the same task."""
     table: VipTable = {VIP: (at(10), at(11), at(12))}
     starts = {arrange({}, table, first)[VIP][0] for first in range(3)}
     assert starts == {at(10), at(11), at(12)}
 
 
 def test_namespace_that_is_not_there(tmp_path: Path) -> None:
-    """A namespace that isn't there yet, or isn't mounted yet, is told so, and isn't an error."""
+    """A namespace that doesn't exist yet, or isn't mounted yet, is reported as such, not as an
+    error."""
     balancer = NftBalancer(iter(range(10)))
     assert not balancer.apply(tmp_path / "none", {VIP: (at(10),)})
     (tmp_path / "empty").touch()

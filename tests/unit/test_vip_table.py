@@ -1,4 +1,4 @@
-"""From what the engine lists and DNS says, to where a VIP leads."""
+"""The tasks behind a VIP, by the engine's list and the answers of DNS."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def test_nobody_could_be_asked() -> None:
 
 
 def test_a_task_that_left_stays_away() -> None:
-    """A task that took no connections doesn't come back while nobody can be asked; a new one counts."""
+    """A task that took no connections doesn't come back while nobody can be asked; a new one
+    counts."""
     first = after(START, view(service("web", VIP, 7, 8)), {"web": active(7)})
     second = after(first, view(service("web", VIP, 7, 8, 9)), {})
     assert second.table == {VIP: (at(7), at(9))}
@@ -169,7 +170,8 @@ rounds = st.lists(st.tuples(numbers, st.none() | numbers), min_size=1, max_size=
 
 @given(rounds)
 def test_never_to_what_is_not_listed(steps: list[tuple[list[int], list[int] | None]]) -> None:
-    """Whatever engine and DNS say, a VIP leads only to listed tasks, and to all that are listed and active."""
+    """Whatever engine and DNS say, a VIP leads only to listed tasks, and to all that are listed and
+    active."""
     state = START
     for now, (listed, answer) in enumerate(steps):
         answers = {} if answer is None else {"web": active(*answer)}

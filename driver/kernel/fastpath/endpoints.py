@@ -185,7 +185,8 @@ class Endpoints:
             self._lost_network = True
 
     def set_forwards(self, endpoint_id: str, *, forwards: bool) -> bool:
-        """Note whether a container forwards packets that are addressed to it; true if that is new."""
+        """Note whether a container forwards packets that are addressed to it; true if that is
+        new."""
         with self._lock:
             local = self._endpoints.get(names.short(endpoint_id))
             if local is None or local.place.final != forwards:
