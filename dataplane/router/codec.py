@@ -75,14 +75,6 @@ class Codec:
 
         return register
 
-    def size(self, message: type[msgspec.Struct]) -> int:
-        """Bytes of a message, without a tail."""
-        return self._by_class[message].form.size
-
-    def class_of(self, kind: int) -> type[msgspec.Struct]:
-        """The class that stands for a kind."""
-        return self._by_kind[kind].message
-
     def pack(self, message: msgspec.Struct) -> bytes:
         """A message as bytes."""
         return self._by_class[type(message)].pack(message)
@@ -112,7 +104,7 @@ class Codec:
 class _Layout:
     """The bytes of one class."""
 
-    __slots__ = ("_converted", "_kinds", "_order", "_shared", "form", "message", "tail")
+    __slots__ = ("_converted", "_kinds", "_message", "_order", "_shared", "form", "tail")
 
     def __init__(
         self,
@@ -123,7 +115,7 @@ class _Layout:
     ) -> None:
         hints = get_type_hints(message, include_extras=True)
         names = message.__struct_fields__
-        self.message = message
+        self._message = message
         self._kinds = kinds
         self._shared = names[0] == "kind"
         own = names[1:] if self._shared else names
@@ -160,7 +152,7 @@ class _Layout:
             values.append(data[self.form.size :])
         if self._order:
             values = [values[self._order.index(place)] for place in range(len(values))]
-        return self.message(kind, *values) if self._shared else self.message(*values)
+        return self._message(kind, *values) if self._shared else self._message(*values)
 
 
 def _field(hint: Any) -> WireField:

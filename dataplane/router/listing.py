@@ -22,6 +22,7 @@ from dataplane.control import (
 from dataplane.errors import KernelRefused
 from dataplane.router.arenas import RELAY_SIDE
 from dataplane.router.knowledge import Knowledge, Network
+from dataplane.router.library_wire import IPAddress
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.pairing import Pairing
 from dataplane.router.reasons import Reason
@@ -117,8 +118,7 @@ def _path(
             arena, number, _ = held
             slot = arena.slots[number]
             # The process keeps the slot until it closes: the ring may still have bytes to read.
-            left = slot.ends[RELAY_SIDE] is None if arena.ring else slot.left
-            if left:
+            if slot.ends[RELAY_SIDE] is None if arena.ring else slot.left:
                 return OVERLAY, Reason.LEFT, None
             # A note about a connection that has a slot: its end has fallen back to TCP since.
             noted = container.notes.get(tcp.cookie)
@@ -141,7 +141,7 @@ def _path(
     note = container.notes.get(tcp.cookie)
     if note is not None:
         return OVERLAY, Reason(note[0]), None
-    if local_peer and not _peer_has_library(pairing, network, tcp):
+    if local_peer and not _peer_has_library(pairing, network, tcp.remote.ip):
         return OVERLAY, Reason.PEER_NO_LIBRARY, None
     return OVERLAY, Reason.SHORT, None
 
@@ -150,9 +150,8 @@ def _has_library(container: ContainerRecord) -> bool:
     return any(process.build is not None for process in container.processes.values())
 
 
-def _peer_has_library(pairing: Pairing, network: Network, tcp: TcpSocket) -> bool:
-    """Whether a container that may have the other end has a process with the library."""
-    ip = tcp.remote.ip
+def _peer_has_library(pairing: Pairing, network: Network, ip: IPAddress) -> bool:
+    """Whether a container that an address or VIP leads to has a process with the library."""
     for address in network.tasks.get(ip, (ip,)):
         peer = pairing.containers.get(network.owners.get(address, -1))
         if peer is not None and _has_library(peer):
@@ -165,8 +164,7 @@ def _why_waiting(pairing: Pairing, network: Network, waiting: PairRequest) -> Re
         return Reason.AMBIGUOUS
     if waiting.is_remote:
         return pairing.remote.why_not(network) or Reason.PEER_SHORT
-    tcp = TcpSocket(waiting.message.local, waiting.message.remote, 0, 0, 0, 0)
-    has = _peer_has_library(pairing, network, tcp)
+    has = _peer_has_library(pairing, network, waiting.message.remote.ip)
     return Reason.PEER_SHORT if has else Reason.PEER_NO_LIBRARY
 
 

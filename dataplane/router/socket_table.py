@@ -49,9 +49,12 @@ _HEADER: Final = struct.Struct("=IHHII")
 _REQUEST: Final = struct.Struct("=BBBxI")
 _ID: Final = struct.Struct("!HH16s16s")
 _ID_REST: Final = struct.Struct("=IQ")
+# struct inet_diag_msg: family, state, …, the sockid at _ID_OFFSET, …, the inode at the end.
 _STATE: Final = struct.Struct("=BB")
+_INODE: Final = struct.Struct("=I")
 _ERROR: Final = struct.Struct("=i")
 _ID_OFFSET: Final = 4
+_INODE_OFFSET: Final = _ID_OFFSET + _ID.size + _ID_REST.size + 16
 _NO_COOKIE: Final = (1 << 64) - 1
 
 ESTABLISHED: Final = 1
@@ -71,10 +74,9 @@ class TcpSocket(msgspec.Struct, frozen=True, gc=False):
 
     local: Address
     remote: Address
-    state: int
     cookie: int
     inode: int
-    uid: int
+    """0: no process has the socket any more; the kernel is closing it."""
 
 
 class Diag:
@@ -182,17 +184,15 @@ def _question(local: Address, remote: Address, cookie: int) -> bytes:
 
 def _read(body: bytes) -> TcpSocket:
     """struct inet_diag_msg."""
-    family, state = _STATE.unpack_from(body)
+    family, _ = _STATE.unpack_from(body)
     local_port, remote_port, local, remote = _ID.unpack_from(body, _ID_OFFSET)
     _, cookie = _ID_REST.unpack_from(body, _ID_OFFSET + _ID.size)
-    uid, inode = struct.unpack_from("=II", body, _ID_OFFSET + _ID.size + _ID_REST.size + 12)
+    (inode,) = _INODE.unpack_from(body, _INODE_OFFSET)
     return TcpSocket(
         local=Address(ip_of(family, local), local_port),
         remote=Address(ip_of(family, remote), remote_port),
-        state=state,
         cookie=cookie,
         inode=inode,
-        uid=uid,
     )
 
 

@@ -53,19 +53,20 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
         ".counters = {" + ", ".join(str(1000 + n) for n in range(len(wire.COUNTERS))) + "}",
     ),
 }
-STRUCTS: Final[dict[type, str]] = {
-    wire.Number: "number",
-    wire.RelayOutcome: "outcome",
-    wire.Offered: "offer",
-    wire.RelayAccept: "accept",
-    wire.RelayArena: "arena",
-    wire.RelayOpen: "open",
-    wire.RelayOpened: "opened",
-    wire.RelaySlot: "slot",
-    wire.RelayCounters: "counts",
+KINDS: Final = {
+    "number": "LINK UNLINK STREAM CLOSE FINISHED LEAVE LEFT DROP DROPPED COUNT ENDED",
+    "outcome": "CONNECTED DOWN PAIRED",
+    "offer": "LINKED PLACED",
+    "accept": "CONNECT PAIR",
+    "arena": "ARENA BELL DISCARD",
+    "open": "OPEN",
+    "opened": "OPENED",
+    "slot": "SLOT",
+    "counts": "COUNTS",
 }
+"""The kinds of each struct of the header."""
 OF_KIND: Final = {
-    kind: STRUCTS[wire.codec.class_of(kind)] for kind in RelayKind if kind != RelayKind.FRAME
+    RelayKind[name]: shape for shape, names in KINDS.items() for name in names.split()
 }
 EXAMPLES: Final[list[tuple[str, wire.Message, str]]] = [
     (
