@@ -175,7 +175,7 @@ class ArenaTable:
             self._checks.forget((arena, number, slot.incarnation))
         if arena.retired:
             self._withdraw(arena)
-        elif free and all(each in self._registry.processes or each < 0 for each in arena.pair):
+        elif free and all(end in self._registry.processes or end < 0 for end in arena.pair):
             self.with_room.setdefault(arena.pair, {})[arena.id] = arena
         if end is not None and end.namespace != RELAY:
             ends = self._registry.containers[end.namespace].ends
@@ -212,7 +212,7 @@ class ArenaTable:
 
     def retire_remote(self) -> None:
         """The relay has ended: no connection gets a slot of an arena that it had mapped."""
-        for arena in [each for each in self.arenas.values() if each.ring]:
+        for arena in [arena for arena in self.arenas.values() if arena.ring]:
             arena.retired = True
             self._withdraw(arena)
             self.close_if_done(arena)

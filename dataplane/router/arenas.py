@@ -108,7 +108,7 @@ class Arena:
         if end is not None:
             self.held[side] -= 1
             self.retired = self.retired or not (self.held[side] or (self.ring and side))
-        if any(each is not None for each in slot.ends):
+        if any(end is not None for end in slot.ends):
             return end, False
         del self.slots[number]
         self.free.append(number)

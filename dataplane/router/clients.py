@@ -289,7 +289,7 @@ class Clients:
             del self._unknown[oldest.process]
         if accepted.fileno() < FULL * self._descriptors:
             return True
-        most = max((each.clients for each in self._rates.values()), default=0)
+        most = max((other.clients for other in self._rates.values()), default=0)
         return 2 * rate.clients < most
 
     def snapshot_replaced(self) -> None:

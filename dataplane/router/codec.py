@@ -131,7 +131,7 @@ class _Layout:
 
     def name(self, kind: int) -> str:
         """The name of one of its kinds."""
-        return next(each.name for each in self._kinds if each == kind)
+        return next(known.name for known in self._kinds if known == kind)
 
     def pack(self, message: msgspec.Struct) -> bytes:
         kind, values = int(self._kinds[0]), list(astuple(message))

@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
+from msgspec.structs import asdict
+
 from dataplane.control import Limits
 from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router import layout
@@ -125,12 +127,7 @@ class Pairing:
             version=PROTOCOL_VERSION,
             layout_version=layout.VERSION,
             enabled=self.knowledge.enabled(process.namespace) and not process.other_version,
-            operations=rule.operations,
-            age=rule.age,
-            bytes=rule.bytes,
-            bulk=rule.bulk,
-            spin=rule.spin,
-            ring_limit=rule.ring_limit,
+            **asdict(rule),
         )
         if welcome != process.welcome:
             process.welcome = welcome
@@ -206,8 +203,8 @@ class Pairing:
         if not partners:
             return
         if len(partners) > 1 or not self._admission.is_sure(waiting, partners[0], network):
-            for each in (waiting, *partners):
-                each.ambiguous = True
+            for request in (waiting, *partners):
+                request.ambiguous = True
             return
         partner = partners[0]
         ends = Counter((waiting.namespace, partner.namespace))
@@ -237,8 +234,8 @@ class Pairing:
             arena = self.arena_table.of_processes(one, other)
             incarnation = self.arena_table.prepare(arena)
         except KernelRefused:
-            for each in (one, other):
-                self._registry.refuse(each.process, each.message, Reason.MEMORY)
+            for end in (one, other):
+                self._registry.refuse(end.process, end.message, Reason.MEMORY)
             return
         slot = self.arena_table.take(arena, incarnation, (_end(one), _end(other)))
         self.arena_table.check_later(arena, slot)

@@ -165,8 +165,8 @@ class SessionListener:
             source = self.sources[address] = Source(Bucket.full(HANDSHAKES, now))
         if len(source.connections) >= UNAUTHENTICATED_EACH:
             return self._make_room(source, now)
-        if sum(len(each.connections) for each in self.sources.values()) >= UNAUTHENTICATED:
-            most = max(self.sources.values(), key=lambda each: len(each.connections))
+        if sum(len(other.connections) for other in self.sources.values()) >= UNAUTHENTICATED:
+            most = max(self.sources.values(), key=lambda other: len(other.connections))
             return self._make_room(most, now)
         return True
 

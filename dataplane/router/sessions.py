@@ -150,7 +150,7 @@ class Sessions:
     def want(self, peers: Set[IPAddress], source: IPAddress | None = None) -> None:
         """Set the addresses with which there shall be sessions; `source` is this host's own."""
         self._source = source
-        for address in [each for each in self._peers if each not in peers]:
+        for address in [address for address in self._peers if address not in peers]:
             self._forget(self._peers.pop(address))
         for address in peers:
             if address not in self._peers and address != source:
