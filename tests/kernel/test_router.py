@@ -284,9 +284,9 @@ def test_a_third_container(pair: Pair) -> None:
             wire.Fetch(0, grant.arena, grant.token, answer.side),
             wire.Release(grant.slot, grant.arena, grant.incarnation, grant.token),
         ):
-            stranger = process_in(three.bed, "c")
-            stranger.say(message)
-            assert stranger.closed()
+            outsider = process_in(three.bed, "c")
+            outsider.say(message)
+            assert outsider.closed()
         assert "token is of neither side" in three.bed.log()
         assert three.bed.router.statistics().connections == 1
 
@@ -307,12 +307,12 @@ def test_another_network() -> None:
 
 def test_no_container_at_all(pair: Pair) -> None:
     """A process of the host is welcomed late, and told that nothing is accelerated for it."""
-    stranger = Library.connect(pair.bed.shared / "router.sock", None)
-    welcome, _ = stranger.hear(wire.Welcome)
+    outsider = Library.connect(pair.bed.shared / "router.sock", None)
+    welcome, _ = outsider.hear(wire.Welcome)
     assert not welcome.enabled
     client, _ = pair.connection()
-    stranger.ask(client)
-    assert stranger.hear(wire.Refuse)[0].reason == Reason.FOREIGN
+    outsider.ask(client)
+    assert outsider.hear(wire.Refuse)[0].reason == Reason.FOREIGN
 
 
 def test_acceleration_off(pair: Pair) -> None:
@@ -566,7 +566,7 @@ def test_admin_socket_is_roots(pair: Pair) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(path))
-        connection.sendall(b'{"type":"learn","endpoints":[{"id":1}]}\nnonsense\n')
+        connection.sendall(b'{"type":"learn","endpoints":[{"id":1}]}\ninvalid\n')
         answers = b""
         while answers.count(b"\n") < 2:
             answers += connection.recv(4096)

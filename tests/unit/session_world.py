@@ -22,8 +22,8 @@ from testbed.patience import patience
 from tests.unit.swarm_ca import Authority, Node, write
 
 _instances: Final = itertools.count(1)
-NONSENSE: Final = Withdraw(666)
-"""What a `Recorder` takes for nonsense."""
+INVALID: Final = Withdraw(666)
+"""What a `Recorder` takes for invalid."""
 BUG: Final = Withdraw(999)
 """What makes it fail."""
 
@@ -48,8 +48,8 @@ class Recorder:
 
     def message(self, peer: IPAddress, message: Message) -> None:
         assert peer in self.sessions
-        if message == NONSENSE:
-            raise WrongMessage("nonsense")
+        if message == INVALID:
+            raise WrongMessage("invalid")
         if message == BUG:
             raise ZeroDivisionError
         self.told.append(("message", peer, message))

@@ -303,8 +303,8 @@ def test_a_secret() -> None:
     assert one.own.node != other.own.node
     one.check(meet(one, other))
     other.check(meet(other, one))
-    stranger = found(choose(None, "t" * 32))
-    for pair in ((one, stranger), (stranger, one)):
+    outsider = found(choose(None, "t" * 32))
+    for pair in ((one, outsider), (outsider, one)):
         with pytest.raises(ssl.SSLError):
             meet(*pair)
 

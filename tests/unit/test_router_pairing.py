@@ -50,7 +50,7 @@ def test_welcome(world: World) -> None:
     assert (welcome.enabled, welcome.operations, welcome.spin) == (True, 4, 50)
 
 
-def test_welcome_of_strangers(world: World) -> None:
+def test_welcome_of_unknown_namespaces(world: World) -> None:
     """A process of another namespace is told late that acceleration is off, since its container may
     just have started.
     """
@@ -508,8 +508,8 @@ def test_nobody_releases_for_another(world: World) -> None:
     is ignored.
     """
     a, b, one, _ = the_pair(world)
-    stranger = world.process(3)
-    for process, token in ((a, 1), (b, one.token), (stranger, one.token)):
+    outsider = world.process(3)
+    for process, token in ((a, 1), (b, one.token), (outsider, one.token)):
         with pytest.raises(WrongMessage, match="token"):
             world.pairing.release(
                 process, wire.Release(one.slot, one.arena, one.incarnation, token)

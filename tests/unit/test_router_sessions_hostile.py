@@ -33,7 +33,7 @@ from dataplane.router.peer_wire import (
     pack,
 )
 from testbed.patience import patience, within
-from tests.unit.session_world import BUG, NONSENSE, Router, World
+from tests.unit.session_world import BUG, INVALID, Router, World
 from tests.unit.swarm_ca import Authority, Node
 
 T = TypeVar("T")
@@ -358,9 +358,9 @@ def test_another_service(world: World, host: Router, protocols: list[str]) -> No
 
 def test_another_swarm(world: World, host: Router) -> None:
     """A certificate of another root ends the handshake."""
-    stranger = Authority()
+    other = Authority()
     who = identity_of(world, world.authority.node("node2"))
-    node = stranger.node("node2")
+    node = other.node("node2")
     (world.folder / "c").write_text(node.chain)
     (world.folder / "k").write_text(node.key_text(headers=False))
     who.client.load_cert_chain(world.folder / "c", world.folder / "k")
@@ -397,7 +397,7 @@ def test_first_messages(world: World, host: Router, what: str) -> None:
 
 
 LATER: dict[str, bytes] = {
-    "nonsense": pack(NONSENSE),
+    "invalid": pack(INVALID),
     "a bug": pack(BUG),
     "another instance": pack(hello(instance="b" * 32)),
     "another node": pack(hello(node="node3")),
