@@ -1,4 +1,5 @@
-/* What the load programs share: addresses, whole reads and writes, clocks, CPU time, a pinned core. */
+/* Common to the load programs: addresses, whole reads and writes, clocks, CPU time, pinning to a
+ * core. */
 #ifndef BENCH_COMMON_H
 #define BENCH_COMMON_H
 
@@ -25,7 +26,7 @@ static inline _Noreturn void fail(const char *what)
         exit(1);
 }
 
-/* A negative core: where the caller of this program has put it. */
+/* A negative number: keep the affinity that this program was started with. */
 static inline void pin(int cpu)
 {
         cpu_set_t set;
@@ -43,8 +44,8 @@ struct endpoint {
         socklen_t length;
 };
 
-/* An address with a slash is the path of a unix socket. Others are numeric: getaddrinfo would ask files of
- * the place that the program runs in. */
+/* An address with a slash is the path of a unix socket. Others are numeric: getaddrinfo would ask
+ * files of the place that the program runs in. */
 static inline struct endpoint resolve(const char *address, const char *port)
 {
         struct endpoint found = {.length = 0};
@@ -110,8 +111,8 @@ static inline int connect_to(const struct endpoint *where)
         return fd;
 }
 
-/* Write all of it; false when the other end is gone. A full buffer of a socket that doesn't block is waited
- * for. */
+/* Write all of it; false when the other end is gone. A full buffer of a socket that doesn't block
+ * is waited for. */
 static inline int write_all(int fd, const char *from, size_t size)
 {
         while (size > 0) {
@@ -158,7 +159,7 @@ static inline uint64_t now(void)
         return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* Microseconds that this process has run. */
+/* CPU time of this process in microseconds. */
 static inline double cpu_us(void)
 {
         struct timespec t;
@@ -174,7 +175,7 @@ static inline int ascending(const void *a, const void *b)
         return (x > y) - (x < y);
 }
 
-/* As many descriptors as the kernel lets this process have. */
+/* Raises the limit of descriptors as far as the kernel allows. */
 static inline void raise_limit(void)
 {
         struct rlimit limit;

@@ -1,10 +1,10 @@
-/* A load on memcached: one thread, some connections, each asking for one key after the other.
+/* A load on memcached: one thread with some connections, each requesting one key after the other.
  *
  *   memload CPU ADDRESS PORT CONNECTIONS SECONDS
  *
- * ADDRESS may be the path of a unix socket, and CPU -1: not pinned. Every answer is compared with what was
- * stored, byte by byte, and the server's own count of requests, taken before and after, must grow by ours:
- * any difference is an error. Prints one JSON object, with the CPU time of its own loop.
+ * ADDRESS may be the path of a unix socket, and CPU -1: not pinned. Every answer is compared with
+ * the stored value, byte by byte, and the server's own count of requests has to grow by ours: any
+ * difference is an error. Prints one JSON object, with the CPU time of its own loop.
  */
 
 #include "common.h"
@@ -47,7 +47,7 @@ static size_t answer_of(char *to, size_t size, uint32_t key)
         return n + 7;
 }
 
-/* Prepared, so that the load's own work is small beside the server's. */
+/* Prepared in advance, so that the load's own work is small compared with the server's. */
 static char requests[KEYS][24], answers[KEYS][VALUE + 64];
 static size_t request_sizes[KEYS], answer_sizes[KEYS];
 
@@ -103,7 +103,8 @@ static void ask(struct connection *one)
                 fail("send");
 }
 
-/* Take what is there; at the answer's end note the time, and ask again unless it is over. */
+/* Read what has arrived. At an answer's end note the time, and send the next request unless the run
+ * is over. */
 static void take(struct connection *one, uint64_t end)
 {
         ssize_t n = recv(one->fd, one->answer + one->got, sizeof one->answer - one->got, 0);
@@ -191,7 +192,8 @@ int main(int argc, char **argv)
                 return 1;
         }
         qsort(samples, count, sizeof *samples, ascending);
-        printf("{\"count\": %llu, \"seconds\": %.6f, \"p50_us\": %.3f, \"p99_us\": %.3f, \"cpu_us\": %.0f}\n",
+        printf("{\"count\": %llu, \"seconds\": %.6f, \"p50_us\": %.3f, \"p99_us\": %.3f, "
+               "\"cpu_us\": %.0f}\n",
                (unsigned long long)served, took, samples[count / 2] / 1e3, samples[count * 99 / 100] / 1e3,
                used);
         return 0;

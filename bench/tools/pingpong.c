@@ -4,14 +4,15 @@
  *   pingpong KIND call  CPU ADDRESS PORT SIZE SECONDS
  *   pingpong KIND hold  CPU ADDRESS PORT SIZE COUNT
  *
- * KIND is stream (blocking calls), epoll (an event loop at each end) or udp; tcp is another word for stream.
- * ADDRESS may be the path of a unix socket, and CPU -1: not pinned. With both ends on one core the figure
- * doesn't depend on how long an idle core takes to wake.
+ * KIND is stream (blocking calls), epoll (an event loop at each end) or udp; tcp is another word
+ * for stream. ADDRESS may be the path of a unix socket, and CPU -1: not pinned. With both ends on
+ * one core the figure does not depend on the time that an idle core takes to wake.
  *
- * The caller of a stream says the size first; the server answers a message when it has all of it. It prints
- * one JSON object, with the CPU time of its own loop; a datagram that isn't answered within 200 ms counts as
- * lost and leaves no sample. `hold` makes COUNT connections, sends some messages over each, says "ready" and
- * leaves them idle until its standard input ends; then it sends one more over each.
+ * The caller of a stream first sends the size. The server answers a message when it has all of it.
+ * The caller prints one JSON object, with the CPU time of its own loop. A datagram without an
+ * answer within 200 ms counts as lost and is not a sample. `hold` makes COUNT connections, sends
+ * some messages over each, prints "ready" and leaves them idle until its standard input ends; then
+ * it sends one more message over each.
  */
 
 #include "common.h"
@@ -63,7 +64,7 @@ static _Noreturn void serve_stream(int listener)
 struct client {
         int fd;
         uint32_t size, got;
-        char *message; /* NULL: its size hasn't been said */
+        char *message; /* NULL: its size has not arrived */
 };
 
 static void watch(int set, int fd, void *what)
@@ -74,13 +75,13 @@ static void watch(int set, int fd, void *what)
                 fail("epoll_ctl");
 }
 
-/* Take what is there; false when the connection is over. */
+/* Read what has arrived. False: the connection has ended. */
 static int serve_client(struct client *client)
 {
         ssize_t n;
 
         if (!client->message) {
-                /* Four bytes, sent at once, come whole. */
+                /* Four bytes, sent in one piece, arrive in one piece. */
                 n = recv(client->fd, &client->size, sizeof client->size, 0);
                 if (n != sizeof client->size || client->size == 0 || client->size > MAX_MESSAGE)
                         return 0;
@@ -148,7 +149,7 @@ static _Noreturn void serve_udp(int fd)
         }
 }
 
-/* Read a whole message from a socket that doesn't block, waiting in `set`. */
+/* Read a whole message from a non-blocking socket; waits in `set`. */
 static int await(int set, int fd, char *to, size_t size)
 {
         while (size > 0) {
@@ -171,8 +172,8 @@ static int await(int set, int fd, char *to, size_t size)
         return 1;
 }
 
-/* One datagram there and back. The number in its first bytes keeps a late answer from being taken for this
- * one's. */
+/* One datagram there and back. The number in its first bytes keeps a late answer from being taken
+ * for this one's. */
 static int exchange_udp(int fd, size_t size, uint32_t number)
 {
         ssize_t n;
@@ -259,7 +260,8 @@ static void call(int fd, enum kind kind, size_t size, double seconds)
                 exit(1);
         }
         qsort(samples, count, sizeof *samples, ascending);
-        printf("{\"count\": %zu, \"lost\": %zu, \"p50_us\": %.3f, \"p99_us\": %.3f, \"mean_us\": %.3f, "
+        printf("{\"count\": %zu, \"lost\": %zu, \"p50_us\": %.3f, \"p99_us\": %.3f, \"mean_us\": "
+               "%.3f, "
                "\"cpu_us\": %.0f}\n",
                count, lost, samples[count / 2] / 1e3, samples[count * 99 / 100] / 1e3, took / (double)count,
                used);

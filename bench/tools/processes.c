@@ -1,11 +1,11 @@
-/* What a new process costs in a program with one TCP connection.
+/* Measures the cost of a new process in a program with one TCP connection.
  *
  *   processes KIND ADDRESS PORT SECONDS
  *
- * KIND is what each turn does, the parent waiting for the child's end:
+ * KIND is the way to make the child, whose end the parent waits for:
  *   fork   fork(); the child ends at once
- *   exec   fork(); the child becomes this program again, without LD_PRELOAD
- *   start  posix_spawn() of this program, with the environment as it is
+ *   exec   fork(); the child executes this program, without LD_PRELOAD
+ *   start  posix_spawn() of this program, with the same environment
  * CPU time is that of parent and children together.
  */
 #include "common.h"

@@ -1,11 +1,12 @@
-/* The limit: a bare ring in shared memory between two processes that spin, each on a core of its own.
+/* The limit of shared memory: a bare ring between two processes that spin, each on a core of its
+ * own.
  *
  *   ring pingpong CPU CPU SIZE SECONDS
  *   ring stream   CPU CPU SIZE SECONDS
  *
- * One ring of RING bytes per direction, filled and emptied by memcpy, `tail` written by the sender and `head`
- * by the receiver; no system call, no waiting but spinning, nothing checked that a hostile peer could forge.
- * Prints what pingpong and stream print.
+ * One ring of RING bytes per direction, filled and emptied by memcpy, `tail` written by the sender
+ * and `head` by the receiver; there are no system calls, no sleeps, and no checks against a hostile
+ * peer. The output is that of pingpong and stream.
  */
 
 #include "common.h"

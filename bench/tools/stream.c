@@ -3,9 +3,10 @@
  *   stream serve CPU ADDRESS PORT
  *   stream call  CPU ADDRESS PORT SIZE SECONDS
  *
- * ADDRESS may be the path of a unix socket, and CPU -1: not pinned. The reader's buffer is as large as a
- * write. When the writer has shut its side down, the reader answers with the count of the bytes that it got:
- * the rate is that of bytes that have arrived, and a count that isn't the writer's own is an error.
+ * ADDRESS may be the path of a unix socket, and CPU -1: not pinned. The reader's buffer is as large
+ * as a write. When the writer has shut down its side, the reader answers with the count of bytes
+ * that it received. So the rate is that of bytes that have arrived; a count other than the writer's
+ * is an error.
  */
 
 #include "common.h"
@@ -68,7 +69,7 @@ static void call(int fd, uint32_t size, double seconds)
         uint64_t start = now(), end = start + (uint64_t)(seconds * 1e9);
         double before = cpu_us();
 
-        /* The clock is read every 64 writes: it isn't what is measured. */
+        /* The clock is read every 64 writes, to keep its cost small. */
         while (++writes % 64 != 0 || now() < end) {
                 if (!write_all(fd, buffer, size))
                         fail("connection lost");

@@ -1,17 +1,18 @@
-/* One end of a connection as the library has it on a remote ring, for tests and measurements of the relay:
- * puts bytes that are known from their position into direction 0, takes those of direction 1, waits with
- * bells.
+/* One end of a connection, with the library's use of a remote ring, for tests and measurements of
+ * the relay. It sends bytes that follow from their position in direction 0, checks those of
+ * direction 1, and waits with bells.
  *
  *      end ARENA SLOT RING BELL WAIT_RECEIVE WAIT_SEND [KEY=VALUE...]
  *
- * ARENA, BELL (rings the relay) and WAIT_* (are rung: bells 0 and 1 of side 0; several ends of one arena have
- * others, see `first`) are descriptors. It says in one line of JSON how far it came:
+ * ARENA, BELL and WAIT_* are descriptors. BELL rings the relay; WAIT_* are the receiving ends of
+ * bells 0 and 1 of side 0, or of others (`first`) for further ends in one arena. The output is one
+ * line of JSON:
  *
  *      sent, received     bytes
- *      broken, end, over  what it saw in the ring that it receives
- *      left               it was asked to leave, and ended its ring
+ *      broken, end, over  of the ring that it receives
+ *      left               1: it had to leave, and has ended its ring
  *
- * and exits with 0, with 3 if a byte was wrong, and with 4 if nothing happened for `patience`.
+ * The exit code is 0, 3 if a byte was wrong, and 4 if nothing happened for `patience`.
  */
 #include "../../dataplane/library/layout.h"
 #include "../../dataplane/library/stamp.h"
@@ -32,7 +33,7 @@
 static struct {
         uint64_t send, receive, message, seed, peer_seed, spin, patience, pace, rounds, first, leave_at,
             linger, die_at;
-        uint64_t check, server, ends, waits_over, at_once, deaf;
+        uint64_t check, server, ends, waits_over, at_once, no_bell;
 } option = {.message = 4096, .seed = 1, .peer_seed = 2, .patience = 10000, .check = 1, .ends = 1};
 
 static const struct {
@@ -41,23 +42,23 @@ static const struct {
 } options[] = {
     {"send", &option.send},           /* bytes */
     {"receive", &option.receive},     /* bytes; 0: until the end */
-    {"message", &option.message},     /* bytes of one put, and of one take */
-    {"seed", &option.seed},           /* of what it sends */
-    {"peer_seed", &option.peer_seed}, /* of what it gets */
+    {"message", &option.message},     /* bytes of one write, and of one read */
+    {"seed", &option.seed},           /* of the bytes that it sends */
+    {"peer_seed", &option.peer_seed}, /* of the bytes that it receives */
     {"spin", &option.spin},           /* us before a sleep */
     {"patience", &option.patience},   /* ms */
-    {"pace", &option.pace},           /* us: naps of up to so long after about every eighth message */
+    {"pace", &option.pace},           /* us: the longest sleep after about every eighth message */
     {"rounds", &option.rounds},       /* round trips of `message` bytes instead of streams */
-    {"server", &option.server},       /* 1: answers them */
+    {"server", &option.server},       /* 1: answer them */
     {"first", &option.first},         /* number of its first bell */
-    {"check", &option.check},         /* 0: what the bytes are is of no interest */
-    {"ends", &option.ends}, /* 0: stays without an end when all is sent, as a process that is killed */
-    {"leave_at", &option.leave_at}, /* bytes received after which it asks for `leave` */
-    {"linger", &option.linger},     /* ms to stay before it exits */
-    {"die_at", &option.die_at},     /* bytes sent after which it is killed in the middle of a put */
+    {"check", &option.check},         /* 0: do not check the bytes */
+    {"ends", &option.ends},           /* 0: do not end the ring when all is sent, as a killed process */
+    {"leave_at", &option.leave_at},   /* received bytes after which it sets `leave` */
+    {"linger", &option.linger},       /* ms before it exits */
+    {"die_at", &option.die_at},       /* sent bytes after which it kills itself in the middle of a write */
     {"waits_over", &option.waits_over},
-    {"deaf", &option.deaf},       /* has never got the relay's bell */
-    {"at_once", &option.at_once}, /* doesn't wait for `ready` before it puts: a hostile end */
+    {"no_bell", &option.no_bell}, /* never ring the relay */
+    {"at_once", &option.at_once}, /* do not wait for `ready` before sending, as a hostile process */
 };
 
 static struct arena *arena;
@@ -106,7 +107,7 @@ static void ring_relay(struct waiters *waiters)
         if (!(atomic_exchange(&waiters->bells[0], 0) & 1))
                 return;
         atomic_fetch_or(&arena->sides[1].dirty[0], UINT64_C(1) << slot);
-        if (!option.deaf && send(relay_bell, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno != EAGAIN)
+        if (!option.no_bell && send(relay_bell, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno != EAGAIN)
                 atomic_store(&broken, 1);
 }
 
@@ -424,7 +425,7 @@ int main(int count, char **arguments)
         in = (struct ring *)((char *)out + PAGE);
         out_bulk = (unsigned char *)arena + BULK_OFFSET + (size_t)slot * SIDES * size;
         in_bulk = out_bulk + size;
-        if (!option.deaf)
+        if (!option.no_bell)
                 atomic_fetch_or(&arena->sides[1].known[0], 1);
         atomic_store_explicit(&in->ready, 1, memory_order_release);
         wake(&in->senders);
@@ -436,11 +437,12 @@ int main(int count, char **arguments)
                 pthread_join(threads[0], NULL);
                 pthread_join(threads[1], NULL);
         }
-        printf(
-            "{\"sent\": %llu, \"received\": %llu, \"broken\": %u, \"left\": %u, \"end\": %llu, \"over\": %u, "
-            "\"seconds\": %.6f}\n",
-            (unsigned long long)sent, (unsigned long long)received, broken, left,
-            (unsigned long long)atomic_load(&in->end), atomic_load(&in->over), (double)(now() - begin) / 1e9);
+        printf("{\"sent\": %llu, \"received\": %llu, \"broken\": %u, \"left\": %u, \"end\": %llu, "
+               "\"over\": %u, "
+               "\"seconds\": %.6f}\n",
+               (unsigned long long)sent, (unsigned long long)received, broken, left,
+               (unsigned long long)atomic_load(&in->end), atomic_load(&in->over),
+               (double)(now() - begin) / 1e9);
         fflush(stdout);
         usleep((useconds_t)option.linger * 1000);
         return wrong ? 3 : stuck ? 4 : 0;

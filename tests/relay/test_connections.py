@@ -103,7 +103,7 @@ def test_a_process_that_never_got_the_bell_is_heard(binary: Path, end: Path) -> 
         link(a, b)
         one, two = connect(a, b)
         first = one.popen(
-            end, "send=200000", "message=1000", "pace=40000", "deaf=1", "patience=30000"
+            end, "send=200000", "message=1000", "pace=40000", "no_bell=1", "patience=30000"
         )
         assert result(two.popen(end, "peer_seed=1", "patience=30000"))["received"] == 200_000
         result(first)

@@ -349,7 +349,7 @@ def test_a_relay_whose_bell_nobody_can_ring_still_hears(binary: Path, end: Path)
         one.rings_relay.close()
         one.rings_relay = dead
         sender = one.popen(
-            end, "send=60000", "message=1000", "pace=20000", "patience=30000", "deaf=1"
+            end, "send=60000", "message=1000", "pace=20000", "patience=30000", "no_bell=1"
         )
         assert result(two.popen(end, "peer_seed=1", "patience=30000"))["received"] == 60_000
         result(sender)
