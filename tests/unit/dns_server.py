@@ -16,7 +16,7 @@ HEADER = struct.Struct("!6H")
 
 
 def question_end(query: bytes) -> int:
-    """Where the question's name, type and class end."""
+    """The position after the query's name, type and class."""
     offset = HEADER.size
     while query[offset]:
         offset += 1 + query[offset]
@@ -42,7 +42,10 @@ def answer(
     whole: bool = False,
     refusal: int = NO_NAME,
 ) -> bytes:
-    """An answer with these addresses; none: `refusal`, there is no such name. `whole`: with the name again in each record."""
+    """An answer with these addresses, or without any, a `refusal`: there is no such name.
+
+    With `whole`, each record repeats the name.
+    """
     (identifier,) = struct.unpack_from("!H", query)
     code = 0 if addresses else refusal
     head = HEADER.pack(identifier, flags | code, 1, len(addresses), 0, 0)
@@ -56,8 +59,11 @@ def answer(
 
 @dataclass
 class DnsServer:
-    """`records` by name. `silent`: names that get no answer; `truncated`: those whose answer is cut short; `late`: seconds after
-    which those answers come. `burst`: answers come together when all questions have; as Docker's, they repeat the name.
+    """A server with `records` by name.
+
+    `silent` names get no answer, those of `truncated` a shortened one, those of `late` one after so
+    many seconds. With `burst`, all answers are sent together after the last query and repeat the
+    name, as Docker's do.
     """
 
     records: dict[str, list[IPv4Address]] = field(default_factory=dict)
@@ -124,7 +130,7 @@ class DnsServer:
         self._held.clear()
 
     def end(self) -> None:
-        """Close it from anywhere: its address may be of another namespace."""
+        """Close the server from any namespace; its address may belong to another one."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
         self._thread.join(5)

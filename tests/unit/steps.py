@@ -1,8 +1,8 @@
 """A host whose plugin can be killed between any two steps.
 
-`Steps` counts what is done to store and kernel and raises `Crash` at the step asked for. `Crash` is a BaseException:
-like a kill -9 it runs no handler of the driver's. What `Machine` keeps over a `restart` is what a host keeps:
-files, and the kernel's objects.
+`Steps` counts the steps of store and kernel and raises `Crash` at a chosen one. `Crash` is a
+BaseException: like a kill -9, it runs none of the driver's handlers. Over a `restart`, `Machine`
+keeps what a host keeps: files, and the kernel's objects.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from driver.store import Store
 
 
 class Crash(BaseException):
-    """The plugin is dead."""
+    """The plugin has died."""
 
 
 class Steps:
-    """Counts steps; at step `crash_at` the plugin dies. 0: never."""
+    """Counts steps. The plugin dies at step `crash_at`; 0 means never."""
 
     def __init__(self) -> None:
         self.done = 0
@@ -38,7 +38,7 @@ class Steps:
 
 
 class SteppedStore(Store):
-    """The real store; a step before and after each write."""
+    """The real store, with a step before and after each write."""
 
     def __init__(self, directory: Path, steps: Steps) -> None:
         super().__init__(directory)
@@ -75,9 +75,10 @@ class SteppedStore(Store):
 
 
 class SteppedKernel:
-    """Objects by short ID, made and removed in the order of the real kernel, with a step between any two.
+    """A kernel of objects by short ID, made and removed in the real kernel's order, with a step
+    between any two.
 
-    `failing` names endpoints (short ID) whose veth can't be made.
+    `failing` names endpoints (short ID) whose veth cannot be made.
     """
 
     def __init__(self, steps: Steps) -> None:
@@ -148,11 +149,11 @@ class SteppedKernel:
         return []
 
     def namespace_dies(self, endpoint_id: str) -> None:
-        """A container's namespace goes, and the veth pair with it; the filter stays."""
+        """Remove a container's namespace, and its veth pair with it; the filter stays."""
         self.veths.pop(names.short(endpoint_id), None)
 
     def reboot(self) -> None:
-        """Nothing is left."""
+        """Assert that nothing is left."""
         self.filters.clear()
         self.bridges.clear()
         self.vxlans.clear()
@@ -164,7 +165,9 @@ class SteppedKernel:
 
 
 class FakeDirectory:
-    """The engine: `views` is what it lists, `sandboxes` those of its containers; `down` makes it not answer."""
+    """An engine that lists `views` and the `sandboxes` of its containers; if it is `down`, it does
+    not answer.
+    """
 
     def __init__(self) -> None:
         self.views: dict[str, NetworkView] = {}
@@ -192,7 +195,7 @@ class FakeDirectory:
 
 
 class Machine:
-    """A host: files and kernel; `driver` is the plugin that runs on it now."""
+    """A host with files and a kernel; `driver` is the plugin that runs on it now."""
 
     def __init__(self, directory: Path, config: DriverConfig | None = None) -> None:
         self.directory = directory
@@ -209,7 +212,9 @@ class Machine:
         self.restart()
 
     def restart(self) -> Recovered:
-        """Kill the plugin, if it still runs, and start it; it dies again at step `next_crash`, if that isn't 0."""
+        """Kill the plugin if it still runs, and start it; it dies again at step `next_crash` unless
+        that is 0.
+        """
         if self.store is not None:
             self.store.close()
         self.steps.crash_at = 0
@@ -226,7 +231,7 @@ class Machine:
         return self.restart()
 
     def lose_state(self) -> None:
-        """The files go; takes effect with the next start."""
+        """Remove the files; this takes effect at the next start."""
         assert self.store is not None
         self.store.close()
         self.store = None
@@ -240,7 +245,9 @@ class Machine:
         self.wakes += 1
 
     def consistent(self) -> None:
-        """Assert that kernel and store agree, as they must after every start and between any two calls."""
+        """Assert that kernel and store agree, as they must after every start and between any two
+        calls.
+        """
         assert self.store is not None
         rows = self.store.endpoints()
         shorts = {names.short(row.id) for row in rows}
@@ -254,7 +261,7 @@ class Machine:
             assert self.store.network(row.network_id) is not None
 
     def nothing_left(self) -> None:
-        """Assert that neither kernel nor store has anything of ours."""
+        """Assert that neither kernel nor store has anything of FreeFlow."""
         assert self.store is not None
         assert self.kernel.empty
         assert not self.store.networks()

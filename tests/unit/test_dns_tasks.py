@@ -30,8 +30,9 @@ BOTH = frozenset({at(7), at(8)})
 
 
 class World:
-    """Containers by name. Each one's DNS gives the `truth`, unless it has `lies`; the `silent` only
-    know the service."""
+    """Containers by name. The DNS of each answers `truth`, unless it has `lies`; `silent` ones only
+    know the service.
+    """
 
     def __init__(self, directory: Path, *containers: str) -> None:
         self.directory = directory
@@ -97,8 +98,7 @@ def test_a_quiet_look_asks_one(tmp_path: Path) -> None:
 
 
 def test_a_change_is_confirmed_by_another(tmp_path: Path) -> None:
-    """A task that leaves is left out after the next poll, with one more query about this service
-    only."""
+    """A task that leaves is removed at the next poll, after one more query about its service."""
     world = World(tmp_path, "a", "b", "c")
     world.services = (WEB, service("db", 20, vip=at(3)))
     world.truth["db"] = frozenset({at(20)})
@@ -120,8 +120,9 @@ def test_a_liar_changes_nothing_for_others(tmp_path: Path, others: int, lie: lis
 
 
 def test_a_liar_does_not_keep_a_task(tmp_path: Path) -> None:
-    """With two honest containers a task that leaves is left out, though a third one's DNS still has
-    it."""
+    """With two correct containers a task that leaves is removed, though a third one claims that it
+    stays.
+    """
     world = World(tmp_path, "liar", "b", "c")
     for _ in range(3):
         world.look()
@@ -135,7 +136,7 @@ def test_a_liar_does_not_keep_a_task(tmp_path: Path) -> None:
 
 
 def test_containers_of_one_service_are_one(tmp_path: Path) -> None:
-    """However many containers one service has here, they don't outvote the others."""
+    """However many containers one service has here, they do not outvote the others."""
     world = World(tmp_path, "honest")
     for number in range(5):
         world.start(f"bad{number}", "service bad")
@@ -153,7 +154,7 @@ def test_alone_it_decides_for_itself(tmp_path: Path) -> None:
 
 
 def test_those_being_started_are_not_waited_for(tmp_path: Path) -> None:
-    """Containers whose DNS has never answered don't keep a task that leaves."""
+    """Containers whose DNS has never answered do not keep a task that leaves."""
     world = World(tmp_path, "a", "b", "c")
     world.mute = {"b", "c"}
     for _ in range(3):
@@ -163,8 +164,9 @@ def test_those_being_started_are_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_silenced_witness_is_waited_for(tmp_path: Path) -> None:
-    """A container that has answered before and is silent now doesn't leave the decision to a single
-    other one."""
+    """A container that has answered before and is silent now does not make another one the only
+    judge.
+    """
     world = World(tmp_path, "liar", "honest")
     for _ in range(4):
         world.look()
@@ -198,8 +200,9 @@ def test_the_number_of_questions_is_bounded(tmp_path: Path) -> None:
 
 
 def test_lost_answers_change_nothing(tmp_path: Path) -> None:
-    """A service whose answers are lost keeps its tasks and is queried less and less; the list is
-    read instead."""
+    """A service whose answers are lost keeps its tasks, and is queried less and less; the list is
+    read instead.
+    """
     world = World(tmp_path, "a", "b")
     world.services = (WEB, service("db", 20, vip=at(3)))
     world.truth["db"] = frozenset({at(20)})
@@ -232,8 +235,9 @@ def test_silence_of_several_means_none(tmp_path: Path) -> None:
 
 
 def test_large_services_follow_the_list(tmp_path: Path) -> None:
-    """A service that is too large for an answer isn't queried, keeps its tasks, and follows the
-    engine's list."""
+    """A service that is too large for an answer is not queried, keeps its tasks, and follows the
+    engine's list.
+    """
     world = World(tmp_path, "a", "b")
     world.services = (service("web", *range(10, 4010)),)
     assert len(world.look()) == 4000

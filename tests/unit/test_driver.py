@@ -140,7 +140,7 @@ def test_allocation_after_change_of_leader(tmp_path: Path) -> None:
 
 
 def test_allocation_repeated_when_the_answer_got_lost(machine: Machine) -> None:
-    """The same request gets the same answer, over restarts and other networks' allocations."""
+    """The same request gets the same answer, after restarts and allocations of other networks."""
     first = machine.driver.allocate_network(NET2, {"mtu": "1400"})
     machine.driver.allocate_network("z" * 25, {})
     machine.restart()
@@ -148,7 +148,7 @@ def test_allocation_repeated_when_the_answer_got_lost(machine: Machine) -> None:
 
 
 def test_freed_vni_is_free(machine: Machine) -> None:
-    """A network that was freed, once or twice, leaves its VNI to others."""
+    """The VNI of a network that was freed, once or twice, is available to others."""
     machine.driver.allocate_network(NET2, {"vni": "77"})
     machine.driver.free_network(NET2)
     machine.driver.free_network(NET2)
@@ -156,7 +156,7 @@ def test_freed_vni_is_free(machine: Machine) -> None:
 
 
 def test_allocations_at_once_get_different_vnis(machine: Machine) -> None:
-    """Allocations side by side never share a VNI, even if their hashes did."""
+    """Parallel allocations never share a VNI, even if their hashes would."""
 
     def allocate(number: int) -> str:
         return machine.driver.allocate_network(f"{number:025d}", {})["freeflow.vni"]
@@ -189,7 +189,7 @@ def test_network_as_allocated(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_network_without_allocation(tmp_path: Path) -> None:
-    """With SCOPE=local nobody allocates: the host chooses, and the network has no overlay."""
+    """With SCOPE=local there is no allocation: the host chooses, and the network has no overlay."""
     machine = Machine(tmp_path, DriverConfig(scope="local"))
     machine.driver.create_network("a" * 64, {"acceleration": "off"}, (POOL,))
     (network,) = machine.driver.snapshot().networks
@@ -205,7 +205,7 @@ def test_network_makes_no_links(machine: Machine) -> None:
 
 
 def test_network_again(machine: Machine) -> None:
-    """Docker may create a network again, in use or not; what was chosen stays."""
+    """Docker may create a network again, in use or not; its choices stay."""
     before = machine.driver.snapshot().networks
     machine.driver.create_network(NET, {}, (POOL,))
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
@@ -234,7 +234,7 @@ def test_network_changed_while_used(machine: Machine) -> None:
 
 
 def test_vni_of_another_network_in_use(machine: Machine) -> None:
-    """Two networks in use never share a VNI on a host: their containers would meet."""
+    """Two networks in use never share a VNI on a host, because their containers would meet."""
     (network,) = machine.driver.snapshot().networks
     twin = {"freeflow.format": "1", "freeflow.vni": str(network.vni)}
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
@@ -245,8 +245,9 @@ def test_vni_of_another_network_in_use(machine: Machine) -> None:
 
 
 def test_delete_network(machine: Machine) -> None:
-    """A deleted network leaves nothing, even if the calls that delete its endpoints were lost; a
-    second call succeeds."""
+    """A deleted network leaves nothing, even if the removal of its endpoints was missed; deleting
+    twice is no error.
+    """
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     machine.driver.delete_network(NET)
     machine.driver.delete_network(NET)
@@ -258,8 +259,9 @@ def test_delete_network(machine: Machine) -> None:
 
 
 def test_create_endpoint(machine: Machine) -> None:
-    """An endpoint gets a MAC address derived from its IPv4 address, and its links exist with the
-    answer."""
+    """An endpoint gets a MAC address from its IPv4 address, and its links exist when the call
+    returns.
+    """
     answer = machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     assert answer == EndpointAddresses(mac="02:42:0a:00:04:07", ipv6=None)
     machine.consistent()
@@ -267,7 +269,9 @@ def test_create_endpoint(machine: Machine) -> None:
 
 
 def test_only_what_was_left_empty(machine: Machine) -> None:
-    """A MAC or IPv6 address in the request isn't returned: Docker would take that for a change."""
+    """A MAC or IPv6 address in the request is not returned: Docker would call that a
+    modification.
+    """
     prefix = {"freeflow.format": "1", "freeflow.prefix6": "fd01::/64"}
     machine.driver.create_network(NET2, prefix, (POOL,), ipv6=True)
     answer = machine.driver.create_endpoint(
@@ -291,13 +295,14 @@ def test_derived_ipv6(machine: Machine) -> None:
 
 
 def test_no_ipv6_unless_asked(machine: Machine) -> None:
-    """A network without --ipv6 gives no IPv6 addresses."""
+    """A network without --ipv6 allocates no IPv6 addresses."""
     assert machine.driver.create_endpoint(NET, EP, ipv4=address(7)).ipv6 is None
 
 
 def test_without_addresses(machine: Machine) -> None:
-    """With null IPAM an endpoint has no IP address, but a MAC address; several such endpoints
-    coexist."""
+    """With null IPAM an endpoint has a MAC address and no other; several of them do not replace
+    each other.
+    """
     first = machine.driver.create_endpoint(NET, EP, ipv4=None)
     second = machine.driver.create_endpoint(NET, endpoint_id(2), ipv4=None)
     assert first.mac
@@ -308,7 +313,8 @@ def test_without_addresses(machine: Machine) -> None:
 
 def test_endpoint_again(machine: Machine) -> None:
     """The same request gets the same answer and changes nothing, also after a restart and after
-    Join."""
+    Join.
+    """
     first = machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     machine.driver.join(NET, EP, SANDBOX)
     before = machine.driver.snapshot()
@@ -320,7 +326,9 @@ def test_endpoint_again(machine: Machine) -> None:
 
 
 def test_endpoint_with_other_values(machine: Machine) -> None:
-    """A known endpoint with another address is refused with what it has, and stays as it is."""
+    """A known endpoint with another address is refused with its present one, and does not
+    change.
+    """
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     before = machine.driver.snapshot()
     with pytest.raises(Conflict, match=re.escape("10.0.4.7/24")):
@@ -347,14 +355,16 @@ def test_unknown_network(machine: Machine) -> None:
     "mac", ["01:00:5e:00:00:01", "ff:ff:ff:ff:ff:ff", "00:00:00:00:00:00", "x"]
 )
 def test_bad_mac(machine: Machine, mac: str) -> None:
-    """A group's MAC address, or none, is refused with an example."""
+    """A multicast MAC address, or an empty one, is refused with an example."""
     with pytest.raises(InvalidRequest, match=f"MAC address '{mac}'.*for example --mac-address"):
         machine.driver.create_endpoint(NET, EP, ipv4=address(7), mac=mac)
     assert machine.kernel.empty
 
 
 def test_address_given_again(machine: Machine) -> None:
-    """When Docker gives an address to a new endpoint, the earlier endpoint with it is removed."""
+    """When Docker gives an address to a new endpoint, the endpoint that had it no longer exists for
+    Docker.
+    """
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     machine.driver.create_endpoint(NET, endpoint_id(2), ipv4=address(7))
     assert [row.id for row in machine.driver.snapshot().endpoints] == [endpoint_id(2)]
@@ -362,7 +372,7 @@ def test_address_given_again(machine: Machine) -> None:
 
 
 def test_same_short_id(machine: Machine) -> None:
-    """Two IDs that would share interface names cause an error, not a shared link."""
+    """Two IDs that would share interface names cause an error, not a confused link."""
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     with pytest.raises(Conflict, match="first twelve characters"):
         machine.driver.create_endpoint(NET, EP[:12] + "f" * 52, ipv4=address(8))
@@ -372,8 +382,7 @@ def test_same_short_id(machine: Machine) -> None:
 
 
 def test_kernel_failure_leaves_nothing(machine: Machine) -> None:
-    """If the kernel refuses an endpoint, everything made for it is removed, and other endpoints
-    stay."""
+    """If the kernel refuses an endpoint, everything made for it is removed, and the others stay."""
     machine.kernel.failing = {names.short(EP)}
     for _ in range(2):
         with pytest.raises(KernelError, match="no memory"):
@@ -390,8 +399,9 @@ def test_kernel_failure_leaves_nothing(machine: Machine) -> None:
 
 
 def test_last_endpoint_takes_the_links(machine: Machine) -> None:
-    """Bridge and VXLAN device go with the last endpoint, not earlier, and the network stays
-    stored."""
+    """Bridge and VXLAN device are removed with the last endpoint, not earlier, and the network
+    stays known.
+    """
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     machine.driver.create_endpoint(NET, endpoint_id(2), ipv4=address(8))
     machine.driver.delete_endpoint(NET, EP)
@@ -425,7 +435,7 @@ def test_delete_on_wrong_network(machine: Machine) -> None:
 
 
 def test_join(machine: Machine) -> None:
-    """Join names the container's end, keeps the sandbox over a restart, and gives no gateway."""
+    """Join names the container's end, keeps the sandbox over a restart, and returns no gateway."""
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     answer = machine.driver.join(NET, EP, SANDBOX)
     assert (answer.src_name, answer.dst_prefix) == (names.container_veth(EP), "eth")
@@ -452,8 +462,9 @@ def test_join_unknown(machine: Machine) -> None:
 
 
 def test_leave(machine: Machine) -> None:
-    """After Leave the sandbox is forgotten. The links stay until DeleteEndpoint: Docker still moves
-    one."""
+    """After Leave the sandbox is forgotten and the links stay until DeleteEndpoint, because Docker
+    still moves one.
+    """
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     machine.driver.join(NET, EP, SANDBOX)
     for _ in range(2):
@@ -484,7 +495,7 @@ def test_routes_with_null_ipam(machine: Machine) -> None:
 
 
 class MeetingKernel(SteppedKernel):
-    """`attach` waits until two of them are under way."""
+    """A kernel whose `attach` waits until two calls are in it."""
 
     def __init__(self) -> None:
         super().__init__(Steps())
@@ -496,7 +507,7 @@ class MeetingKernel(SteppedKernel):
 
 
 def test_endpoints_of_one_network_side_by_side(tmp_path: Path) -> None:
-    """One endpoint doesn't wait for another one's links, also on the same network."""
+    """One endpoint does not wait for another endpoint's links, even on the same network."""
     driver = Driver(Store(tmp_path), MeetingKernel(), DriverConfig(), clock=time.time)
     driver.create_network(NET, {}, (POOL,))
     with ThreadPoolExecutor(2) as pool:
@@ -556,7 +567,9 @@ def test_hundred_containers_at_once(tmp_path: Path) -> None:
 
 
 def test_locks_are_forgotten() -> None:
-    """A lock exists only while it is used, also after an error, so IDs don't pile up."""
+    """A lock exists only while it is used, also after an error, so locks of old IDs do not
+    accumulate.
+    """
     locks = KeyedLocks()
     with locks.hold("a"), locks.hold("b"):
         assert len(locks) == 2

@@ -44,8 +44,7 @@ def _endpoint(
 
 
 def test_the_option_gives_derived_addresses(driver: Driver) -> None:
-    """-o ipv6=PREFIX: the address consists of prefix and IPv4 address, and is in the answer to
-    Docker."""
+    """With -o ipv6=PREFIX the address is the prefix with the IPv4 address, and Docker gets it."""
     stored, added = _endpoint(driver, SWARM, None, ipv6="fd91::/64")
     assert added == "fd91::a5b:7/64"
     assert stored.ipv6 == IPv6Interface("fd91::10.91.0.7/64")
@@ -53,7 +52,7 @@ def test_the_option_gives_derived_addresses(driver: Driver) -> None:
 
 
 def test_the_option_alone_takes_the_networks_own_prefix(driver: Driver) -> None:
-    """-o ipv6=on: the prefix is the allocated one, on every host."""
+    """With -o ipv6=on the prefix is the one chosen at allocation, on every host."""
     chosen = driver.allocate_network(SWARM, {"ipv6": "on"})
     prefix = IPv6Network(chosen["freeflow.prefix6"])
     assert prefix.subnet_of(IPv6Network("fd00::/8"))
@@ -70,15 +69,16 @@ def test_the_users_prefix_is_told_to_all_hosts(driver: Driver) -> None:
 
 
 def test_without_the_option_or_the_flag_there_is_no_ipv6(driver: Driver) -> None:
-    """Neither -o ipv6 nor --ipv6, or -o ipv6=off: no address."""
+    """With neither -o ipv6 nor --ipv6, or with -o ipv6=off, there is no address."""
     assert _endpoint(driver, SWARM, None)[1] is None
     driver.delete_endpoint(SWARM, ENDPOINT)
     assert _endpoint(driver, SWARM, None, ipv6="off")[1] is None
 
 
 def test_an_ipv6_subnet_of_the_users_is_refused(driver: Driver) -> None:
-    """--ipv6 --subnet in a Swarm, where Docker would assign IPv4 addresses twice: the refusal names
-    the option to use."""
+    """--ipv6 --subnet in a Swarm is refused, because Docker would allocate IPv4 addresses twice;
+    the refusal shows the remedy.
+    """
     with pytest.raises(InvalidRequest, match="-o ipv6=fd91::/64"):
         driver.create_network(SWARM, {}, (POOL4, USERS), ipv6=True)
     small = Subnet(ip_network("fd91::/112"), ip_interface("fd91::1/112"))
@@ -99,7 +99,7 @@ def test_an_address_counted_in_the_engines_own_subnet_is_replaced(driver: Driver
 
 
 def test_an_address_that_was_asked_for(driver: Driver) -> None:
-    """driver-opt ip6: that address replaces the derived one, and is in the answer to Docker."""
+    """With driver-opt ip6 that address replaces the derived one, and Docker gets it."""
     driver.create_network(SWARM, {"ipv6": "fd91::/64"}, (POOL4,))
     added = driver.create_endpoint(SWARM, ENDPOINT, ipv4=V4, driver_options={"ip6": "fd91::1:0:99"})
     assert added.ipv6 == IPv6Interface("fd91::1:0:99/64")
@@ -109,7 +109,7 @@ def test_an_address_that_was_asked_for(driver: Driver) -> None:
 
 
 def test_an_address_that_was_asked_for_replaces_the_engines(driver: Driver) -> None:
-    """driver-opt ip6 with --ipv6: that address replaces the engine's."""
+    """With driver-opt ip6 and --ipv6 that address replaces the engine's."""
     driver.create_network(
         SWARM,
         {"freeflow.format": "1", "freeflow.prefix6": "fd91::/64"},
@@ -176,7 +176,7 @@ def test_on_a_network_of_one_host_the_engine_counts(driver: Driver) -> None:
 
 
 def test_a_repeated_call_is_the_same_call(driver: Driver) -> None:
-    """CreateEndpoint twice, with the engine's address both times, is no conflict."""
+    """CreateEndpoint twice, with the engine's address each time, is no conflict."""
     first, _ = _endpoint(driver, SWARM, "fd85:4f7:d486::2/64", ENGINES)
     second, _ = _endpoint(driver, SWARM, "fd85:4f7:d486::2/64", ENGINES)
     assert first == second
@@ -208,7 +208,7 @@ class Sandbox:
 
 
 def _override(sandbox: Sandbox, now: list[float]) -> Ipv6Override:
-    # The test is the thread.
+    # The test acts as the thread.
     return Ipv6Override(sandbox, lambda endpoint: Path("/x"), lambda: now[0], background=False)
 
 

@@ -1,4 +1,4 @@
-"""Starting is recovering: whatever step the plugin died at, whatever Docker did meanwhile."""
+"""Recovery: after the plugin died at any step, and whatever Docker did meanwhile."""
 
 from __future__ import annotations
 
@@ -74,8 +74,7 @@ class Host(Machine):
         return result
 
     def collect_for_long(self) -> None:
-        """As many passes as the grace time takes, and one more for what the first ones left
-        alone."""
+        """Run as many passes as the grace time takes, and one more for what the first ones kept."""
         for _ in range(4):
             self.collector.collect()
             self.now += GRACE / 2 + 1
@@ -109,15 +108,16 @@ def test_nothing_to_do(host: Host) -> None:
 
 
 def test_first_start(tmp_path: Path) -> None:
-    """The first start isn't taken for one after a reboot."""
+    """The first start is not taken for one after a reboot."""
     host = Host(tmp_path)
     host.lose_state()
     assert not host.restart().rebooted
 
 
 def test_reboot(host: Host) -> None:
-    """After a reboot no endpoint is left, and networks are still known: Docker doesn't replay local
-    ones."""
+    """After a reboot no endpoint is left, and networks are still known, because Docker does not
+    replay local ones.
+    """
     populate(host, 2)
     result = host.reboot()
     assert result.rebooted
@@ -128,8 +128,9 @@ def test_reboot(host: Host) -> None:
 
 
 def test_container_died_meanwhile(host: Host) -> None:
-    """An endpoint whose container's namespace went while the plugin was away is forgotten, with its
-    filter."""
+    """An endpoint whose namespace disappeared while the plugin was away is forgotten, with its
+    filter.
+    """
     populate(host, 2, 3)
     host.kernel.namespace_dies(endpoint_id(2))
     assert host.restart().endpoints_forgotten == [endpoint_id(2)]
@@ -140,7 +141,7 @@ def test_container_died_meanwhile(host: Host) -> None:
 
 
 def test_lost_parts_are_made_again(host: Host) -> None:
-    """What a living endpoint's network lost while the plugin was away is made again."""
+    """Whatever a living endpoint's network lost while the plugin was away is made again."""
     populate(host, 2)
     host.kernel.vxlans.clear()
     host.kernel.filters.clear()
@@ -149,7 +150,7 @@ def test_lost_parts_are_made_again(host: Host) -> None:
 
 
 def test_one_failure_is_not_all(host: Host) -> None:
-    """An endpoint that can't be repaired is named, and the others are repaired."""
+    """An endpoint that cannot be repaired is named, and the others are repaired."""
     populate(host, 2, 3)
     host.kernel.filters.clear()
     host.kernel.failing = {names.short(endpoint_id(2))}
@@ -197,8 +198,9 @@ def count_steps(directory: Path) -> int:
 
 
 def die_at(host: Host, step: int) -> tuple[int, dict[str, object]]:
-    """Live until the plugin dies at this step; returns the call that it died in, and the answers
-    before."""
+    """Run until the plugin dies at this step; return the call that it died in, and the answers
+    before.
+    """
     host.crash_in(step)
     answers: dict[str, object] = {}
     for number, (name, call) in enumerate(LIFE):
@@ -210,7 +212,7 @@ def die_at(host: Host, step: int) -> tuple[int, dict[str, object]]:
 
 
 def promised(answers: dict[str, object], dying: str) -> set[str]:
-    """Endpoints that Docker was promised and didn't ask to remove."""
+    """The endpoints that were promised to Docker and that it did not remove."""
     return {
         endpoint_id(number)
         for number in (2, 3)
@@ -242,8 +244,9 @@ def each_step(tmp_path: Path) -> list[tuple[int, Host]]:
 
 
 def test_killed_and_repeated(tmp_path: Path) -> None:
-    """Killed between any two steps of any call: promises hold, the repeated call succeeds, nothing
-    is left at the end."""
+    """After a kill between any two steps of any call, promises hold, the repeated call succeeds,
+    and nothing is left at the end.
+    """
     for step, host in each_step(tmp_path):
         number, answers = die_at(host, step)
         host.restart()
@@ -255,7 +258,7 @@ def test_killed_and_repeated(tmp_path: Path) -> None:
 
 
 def test_killed_and_torn_down(tmp_path: Path) -> None:
-    """Killed between any two steps of any call, and then everything is removed: nothing is left."""
+    """After a kill between any two steps of any call, removing everything leaves nothing."""
     for step, host in each_step(tmp_path):
         die_at(host, step)
         host.restart()
@@ -268,8 +271,9 @@ def test_killed_and_torn_down(tmp_path: Path) -> None:
 
 
 def test_killed_and_forgotten(tmp_path: Path) -> None:
-    """Killed between any two steps of any call, and Docker never calls again: collection leaves
-    nothing."""
+    """After a kill between any two steps of any call, and if Docker never calls again, collection
+    leaves nothing.
+    """
     for step, host in each_step(tmp_path):
         die_at(host, step)
         host.restart()
@@ -278,7 +282,7 @@ def test_killed_and_forgotten(tmp_path: Path) -> None:
 
 
 def test_killed_while_recovering(tmp_path: Path) -> None:
-    """Killed once more between any two steps of the recovery itself: promises still hold."""
+    """After another kill between any two steps of the recovery, promises still hold."""
     for step, host in each_step(tmp_path):
         number, answers = die_at(host, step)
         for host.next_crash in range(1, 100):
@@ -295,7 +299,7 @@ def test_killed_while_recovering(tmp_path: Path) -> None:
 
 
 def test_killed_during_reboot_recovery(tmp_path: Path) -> None:
-    """A start after a reboot that dies half-way doesn't leave endpoints of before the reboot."""
+    """A start after a reboot that dies half-way leaves no endpoints from before the reboot."""
     for step in range(1, 6):
         host = Host(tmp_path / str(step))
         populate(host, 2, 3)
@@ -314,7 +318,7 @@ def test_killed_during_reboot_recovery(tmp_path: Path) -> None:
 
 
 def test_endpoint_removed_unseen(host: Host) -> None:
-    """An endpoint that Docker doesn't list is removed after the grace time, not before."""
+    """An endpoint that Docker does not list is removed after the grace time, not before."""
     populate(host, 2, 3)
     host.docker.views = {NET: view(NET, container(3))}
     host.collector.collect()
@@ -327,7 +331,7 @@ def test_endpoint_removed_unseen(host: Host) -> None:
 
 
 def test_endpoint_seen_again(host: Host) -> None:
-    """An endpoint that Docker lists again in between starts its grace time anew."""
+    """An endpoint that Docker lists again meanwhile gets a new grace time."""
     populate(host, 2)
     for _ in range(5):
         host.docker.views = {NET: view(NET)}
@@ -341,7 +345,7 @@ def test_endpoint_seen_again(host: Host) -> None:
 
 
 def test_engine_silent(host: Host) -> None:
-    """While Docker can't be asked nothing is removed, however long."""
+    """While Docker does not answer, nothing is removed, however long."""
     populate(host, 2)
     host.docker.down = True
     for _ in range(5):
@@ -353,8 +357,9 @@ def test_engine_silent(host: Host) -> None:
 
 
 def test_network_removed_unseen(host: Host) -> None:
-    """A network that Docker doesn't know is forgotten after the grace time; one that it lists
-    stays."""
+    """A network that Docker does not know is forgotten after the grace time; one that it lists
+    stays.
+    """
     populate(host)
     host.driver.create_network(LOCAL_NET, {}, (POOL,))
     host.docker.views = {LOCAL_NET: view(LOCAL_NET, scope="local")}
@@ -365,8 +370,9 @@ def test_network_removed_unseen(host: Host) -> None:
 
 
 def test_allocation_of_a_former_leader(host: Host) -> None:
-    """FreeNetwork goes to the leader of the day only: others forget the allocation when the network
-    is gone."""
+    """FreeNetwork only reaches the current leader: others forget the allocation when the network is
+    gone.
+    """
     host.driver.allocate_network(NET, {})
     host.docker.views = {NET: view(NET)}
     host.collect_for_long()
@@ -377,8 +383,9 @@ def test_allocation_of_a_former_leader(host: Host) -> None:
 
 
 def test_links_nobody_knows(host: Host) -> None:
-    """Links that neither store nor Docker knows are removed after the grace time, with their
-    network's."""
+    """Links that neither the store nor Docker knows are removed after the grace time, with their
+    network's.
+    """
     populate(host, 2)
     host.lose_state()
     host.restart()
@@ -392,8 +399,9 @@ def test_links_nobody_knows(host: Host) -> None:
 
 
 def test_lost_state_is_learned_again(host: Host) -> None:
-    """With the state gone and containers alive, networks and endpoints are learned again, and no
-    link is touched."""
+    """With lost state and living containers, networks and endpoints are recovered, and no link
+    changes.
+    """
     host.driver.create_network(
         NET, {"freeflow.format": "1", "freeflow.vni": "77"}, (POOL,), ipv6=True
     )
@@ -435,8 +443,9 @@ def test_lost_state_is_learned_again(host: Host) -> None:
 
 
 def test_work_before_the_lost_state_is_learned(host: Host) -> None:
-    """A new container that comes and goes before Docker could be asked doesn't take the links of
-    living ones."""
+    """A new container that ends before Docker could be asked does not take the links of living
+    ones.
+    """
     populate(host, 2)
     host.lose_state()
     host.restart()
@@ -453,7 +462,7 @@ def test_work_before_the_lost_state_is_learned(host: Host) -> None:
 
 
 def test_living_links_that_cannot_be_learned(host: Host) -> None:
-    """A living container whose endpoint can't be learned again keeps its links, however long."""
+    """A living container whose endpoint cannot be recovered keeps its links, however long."""
     populate(host, 2)
     host.lose_state()
     host.restart()
@@ -471,8 +480,9 @@ def test_living_links_that_cannot_be_learned(host: Host) -> None:
 
 
 def test_local_network_is_learned_again(tmp_path: Path) -> None:
-    """A network that Swarm won't bring again is learned from the engine's list even without
-    containers."""
+    """A network that Swarm will not send again is recovered from the engine's list, even without
+    containers.
+    """
     host = Host(tmp_path, DriverConfig(scope="local"))
     host.docker.views = {LOCAL_NET: view(LOCAL_NET, scope="local")}
     assert host.collector.collect().networks_restored == [LOCAL_NET]
@@ -480,14 +490,14 @@ def test_local_network_is_learned_again(tmp_path: Path) -> None:
 
 
 def test_swarm_networks_come_by_themselves(host: Host) -> None:
-    """A manager lists all networks of the Swarm: those without containers here aren't made ours."""
+    """A manager lists all networks of the Swarm: those without containers here are not added."""
     host.docker.views = {NET: view(NET)}
     assert not host.collector.collect().changed
     assert not host.driver.snapshot().networks
 
 
 def test_network_that_cannot_be_learned(host: Host) -> None:
-    """A network that can't be learned again is named, and the others are learned."""
+    """A network that cannot be recovered is named, and the others are recovered."""
     bad = replace(view(NET, scope="local"), options={"colour": "blue"})
     host.docker.views = {NET: bad, LOCAL_NET: view(LOCAL_NET, scope="local")}
     result = host.collector.collect()
@@ -506,8 +516,8 @@ NUMBERS: Final = st.integers(2, 6)
 class Life(RuleBasedStateMachine):
     """Docker, the plugin and the kernel for a while, with the plugin dying at any step.
 
-    `there` is what Docker was promised (endpoint -> network, sandbox), `unsure` what was under way
-    when the plugin died.
+    `there` is what was promised to Docker (endpoint to network and sandbox), `unsure` what was in
+    progress when the plugin died.
     """
 
     def __init__(self) -> None:
@@ -534,7 +544,7 @@ class Life(RuleBasedStateMachine):
         self.directory.cleanup()
 
     def attempt(self, call: Callable[[], object], *touched: str) -> bool:
-        """Whether Docker got an answer that isn't an error."""
+        """Whether Docker got an answer that is no error."""
         try:
             call()
         except Crash:
@@ -616,7 +626,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(number=NUMBERS)
     def docker_forgets(self, number: int) -> None:
-        """A removal that never reaches us."""
+        """A removal that never reaches the plugin."""
         self.there.pop(endpoint_id(number), None)
 
     @rule(number=NUMBERS)

@@ -62,14 +62,14 @@ def test_many_names_at_once(server: DnsServer) -> None:
 
 
 def test_unknown_name_and_silence(server: DnsServer) -> None:
-    """A name that the server doesn't know has no addresses; one without an answer is absent."""
+    """A name unknown to the server has no addresses; one without an answer is absent."""
     server.records, server.silent = {"a": [at(7)]}, {"c"}
     with channel(server) as asking:
         assert ask(asking, ["a", "b", "c"], timeout=0.1) == {"a": {at(7)}, "b": frozenset()}
 
 
 def test_silence_is_bounded(server: DnsServer) -> None:
-    """However many names a server doesn't answer, each window waits once."""
+    """However many names a server does not answer, the resolver waits once per window."""
     server.silent = {f"n{n}" for n in range(WINDOW)}
     begin = time.monotonic()
     with channel(server) as asking:
@@ -174,7 +174,7 @@ def resolver(server: DnsServer) -> Iterator[EmbeddedDns]:
 
 
 def names(server: DnsServer, **records: list[IPv4Address]) -> None:
-    """Names of the network `backend`."""
+    """The names of services on the network `backend`."""
     server.records = {
         f"{name.replace('tasks_', 'tasks.')}.backend": found for name, found in records.items()
     }
@@ -199,7 +199,7 @@ def test_service_without_tasks(server: DnsServer, resolver: EmbeddedDns) -> None
 
 @inside
 def test_service_that_dns_does_not_know(server: DnsServer, resolver: EmbeddedDns) -> None:
-    """A service that this container's DNS doesn't know is absent."""
+    """A service that this container's DNS does not know is absent: nothing is concluded."""
     names(server, other=[VIP])
     assert resolver.tasks(OWN, "backend", [service("web", 7)]) == TaskAnswers({})
 
@@ -228,8 +228,9 @@ def test_lost_and_cut_answers(server: DnsServer, resolver: EmbeddedDns) -> None:
 @inside
 @pytest.mark.parametrize("length", [17, 55])
 def test_many_large_answers_at_once(length: int) -> None:
-    """Thirty-two services of two hundred tasks each are read in every poll, when all answers come
-    at once."""
+    """Thirty-two services of two hundred tasks each are read at each poll, when all answers arrive
+    at once.
+    """
     many = [IPv4Address("10.1.0.0") + n for n in range(200)]
     tasks = tuple(Task(f"t.{address}", address, "e") for address in many)
     services = [Service(f"s{n}".ljust(length - 14, "x"), VIP, tasks) for n in range(32)]
@@ -249,7 +250,9 @@ def test_many_large_answers_at_once(length: int) -> None:
 
 @inside
 def test_large_answers_are_not_asked_for(server: DnsServer, resolver: EmbeddedDns) -> None:
-    """A service whose answer doesn't fit a datagram isn't queried, and Docker isn't kept busy."""
+    """A service whose answer does not fit a datagram is not queried: nothing is concluded, and
+    Docker has no work.
+    """
     tasks = tuple(Task("t", IPv4Address("10.1.0.0") + n, "e") for n in range(4000))
     large = Service("web", VIP, tasks)
     names(server, web=[VIP], tasks_web=[at(1)])
@@ -270,8 +273,9 @@ def test_size_of_an_answer() -> None:
 @inside
 @pytest.mark.parametrize("count", [3, 100, 400])
 def test_only_an_answer_says_none(server: DnsServer, resolver: EmbeddedDns, count: int) -> None:
-    """A service whose own name is answered while the answer for its tasks is lost doesn't count as
-    one without tasks."""
+    """A service whose own name is answered, while the answer for its tasks is lost, is not taken
+    for one without tasks.
+    """
     item = service("web", *range(count)) if count < 200 else None
     if item is None:
         tasks = tuple(Task("t", IPv4Address("10.1.0.0") + n, "e") for n in range(count))
@@ -305,8 +309,9 @@ def test_patience(server: DnsServer, resolver: EmbeddedDns) -> None:
 
 @inside
 def test_dripping_answers(server: DnsServer, resolver: EmbeddedDns) -> None:
-    """A server that answers one query after the other, each just before its time-out, causes no
-    long delay."""
+    """A server that answers one query after the other, each just in time, delays the resolver only
+    briefly.
+    """
     services = [service(f"s{n}", 7) for n in range(100)]
     for number, item in enumerate(services):
         name = f"tasks.{item.name}.backend"
@@ -321,7 +326,7 @@ def test_dripping_answers(server: DnsServer, resolver: EmbeddedDns) -> None:
 
 @inside
 def test_namespace_that_is_gone(resolver: EmbeddedDns, tmp_path: Path) -> None:
-    """A container that has ended, or whose namespace isn't mounted yet, gives no answers."""
+    """A container that has ended, or whose namespace is not mounted yet, answers nothing."""
     assert resolver.tasks(tmp_path / "none", "backend", [service("web", 7)]) == TaskAnswers({})
     empty = tmp_path / "empty"
     empty.touch()
@@ -343,8 +348,9 @@ def test_late_answers_are_not_mixed_up(server: DnsServer, resolver: EmbeddedDns)
 
 
 def _sockets() -> set[str]:
-    """The open sockets of this process, by inode. Those of an earlier test may be closed
-    meanwhile."""
+    """The open sockets of this process, by inode; earlier tests' sockets may still be closed
+    meanwhile.
+    """
     links = set()
     for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):

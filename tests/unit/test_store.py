@@ -44,7 +44,7 @@ ENDPOINT = Endpoint(
 
 
 def test_survives_restart(tmp_path: Path) -> None:
-    """What was stored is there after the process is gone, unclosed."""
+    """Stored rows exist after the process has ended without closing."""
     store = Store(tmp_path)
     store.put_network(NETWORK)
     store.put_allocation(NETWORK)
@@ -92,7 +92,9 @@ def test_look_ups(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["text", "middle", "torn"])
 def test_unreadable_file_is_moved_aside(tmp_path: Path, damage: str) -> None:
-    """A file that SQLite can't read doesn't prevent the start, and is kept for a bug report."""
+    """A file that SQLite cannot read does not keep the plugin from starting, and is kept for a bug
+    report.
+    """
     store = Store(tmp_path)
     for number in range(300):
         store.put_endpoint(replace(ENDPOINT, id=f"{number:064x}"))
@@ -115,8 +117,9 @@ def test_unreadable_file_is_moved_aside(tmp_path: Path, damage: str) -> None:
 
 
 def test_newer_schema_is_refused(tmp_path: Path) -> None:
-    """After a downgrade the newer version's file is left unchanged, and the error gives the
-    remedy."""
+    """After a downgrade the newer version's file is not changed, and the message gives the
+    remedy.
+    """
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / FILE) as connection:
         connection.execute(f"PRAGMA user_version={len(MIGRATIONS) + 1}")
@@ -155,7 +158,7 @@ def test_failed_migration_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_file_that_cannot_be_opened(tmp_path: Path) -> None:
-    """A file that can't be opened is an error that names it, and nothing is moved or removed."""
+    """A file that cannot be opened is an error that names it, and nothing is moved or removed."""
     (tmp_path / FILE).mkdir()
     with pytest.raises(StateError, match=FILE):
         Store(tmp_path)
@@ -163,8 +166,9 @@ def test_file_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 def test_busy_file_is_not_damage(tmp_path: Path) -> None:
-    """A write that another process blocks is an error of that call; the state stays and the next
-    call works."""
+    """A write that another process blocks is an error of that call; the state stays, and the next
+    call works.
+    """
     store = Store(tmp_path, busy_timeout=0.05)
     store.put_network(NETWORK)
     other = sqlite3.connect(tmp_path / FILE, isolation_level=None)
@@ -192,7 +196,7 @@ def test_senseless_row_is_dropped(tmp_path: Path, body: bytes) -> None:
 
 
 def test_many_threads(tmp_path: Path) -> None:
-    """Threads write and read side by side; no write is lost."""
+    """Threads write and read in parallel, and no write is lost."""
     store = Store(tmp_path)
     store.put_network(NETWORK)
 
@@ -234,7 +238,7 @@ pools = st.one_of(
 def test_network_rows(
     subnets: list[Subnet], ipv6: bool, internal: bool, options: dict[str, str]
 ) -> None:
-    """A network comes back from its row as it was."""
+    """A network read from its row is unchanged."""
     network = replace(
         NETWORK, subnets=tuple(subnets), ipv6=ipv6, internal=internal, options=options
     )

@@ -115,8 +115,9 @@ class FakeDns:
 
 
 class FakeBalancer:
-    """`ports.Balancer`: `tables` by sandbox, `writes` counts writes; only sandboxes in `there`
-    exist."""
+    """A `ports.Balancer` with the `tables` of sandboxes and the number of `writes`; only those in
+    `there` are writable.
+    """
 
     def __init__(self) -> None:
         self.there: set[Path] = set()
@@ -244,7 +245,7 @@ def test_vips_of_a_new_container(host: Host) -> None:
 
 
 def test_known_vips_are_there_inside_join(host: Host) -> None:
-    """A second container gets the known VIPs before its Join is answered, without any request."""
+    """A second container gets the known VIPs before its Join is answered, without any query."""
     host.join(20)
     host.look()
     asked = len(host.engine.asked)
@@ -381,7 +382,7 @@ def test_another_container_is_asked(host: Host) -> None:
 
 
 def test_few_are_asked(host: Host) -> None:
-    """However many containers there are, at most three are queried."""
+    """However many containers there are, three are queried at most."""
     for number in range(20, 30):
         host.join(number)
     host.dns.knows = set()
@@ -392,8 +393,9 @@ def test_few_are_asked(host: Host) -> None:
 
 
 def test_the_list_is_read_often_for_large_services(host: Host) -> None:
-    """A service that is too large for DNS follows the engine's list, which is then read every 2
-    s."""
+    """A service that is too large for DNS follows the engine's list, which is then read every two
+    seconds.
+    """
     sandbox = host.join(20)
     many = tuple(Task("t", IPv4Address("10.0.4.0") + n, endpoint_id(n)) for n in range(1, 4000))
     host.list(NET, Service("web", VIP, many))
@@ -409,7 +411,7 @@ def test_the_list_is_read_often_for_large_services(host: Host) -> None:
 
 
 def test_idle_services_are_left_alone(host: Host) -> None:
-    """A service without active tasks isn't queried for ever, and refuses connections."""
+    """A service without active tasks is not queried forever, and refuses."""
     sandbox = host.join(20)
     host.dns.active["web"] = frozenset()
     for _ in range(int(REST_AFTER) + 3):
@@ -460,7 +462,9 @@ def test_nothing_is_collected_in_silence(host: Host) -> None:
 
 
 def test_network_that_the_engine_does_not_know(host: Host) -> None:
-    """A network that the engine doesn't know yet keeps its state, with the reason."""
+    """A network that the engine does not know yet keeps its state, and reports why it is not
+    newer.
+    """
     host.join(20)
     host.look()
     known = host.syncer.state()[NET].view
@@ -481,7 +485,9 @@ def test_engine_is_told_of(host: Host) -> None:
 
 
 def test_peers_without_this_host(host: Host) -> None:
-    """The flood list is the network's hosts without this one, and new peers get announcements."""
+    """The flood list has the network's hosts without this one, and endpoints are announced to new
+    peers.
+    """
     host.join(20)
     host.kernel.announced.clear()
     host.look()
@@ -493,7 +499,7 @@ def test_peers_without_this_host(host: Host) -> None:
 
 
 def test_unchanged_peers_are_written_seldom(host: Host) -> None:
-    """Unchanged peers are written again only after the repair interval."""
+    """Unchanged peers are written again only at the tick of repairs."""
     host.join(20)
     host.look()
     for _ in range(5):
@@ -513,7 +519,7 @@ def test_new_endpoint_writes_peers_again(host: Host) -> None:
 
 
 def test_departed_peers_are_removed(host: Host) -> None:
-    """A host that no longer shares the network is removed from the flood list."""
+    """A host that no longer shares the network is removed from the list."""
     host.join(20)
     host.look()
     host.list(NET, service("web", VIP, 7, 8), peers=(SELF,))
@@ -522,7 +528,7 @@ def test_departed_peers_are_removed(host: Host) -> None:
 
 
 def test_gossip_that_has_not_begun(host: Host) -> None:
-    """A list without even this host is ignored: no peer is removed because of it."""
+    """A list without this host is invalid: nothing is removed for it."""
     host.join(20)
     host.look()
     host.list(NET, service("web", VIP, 7, 8), peers=())
@@ -578,7 +584,7 @@ def soon(promise: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 def test_running_loop_follows(running: Host) -> None:
-    """The running loop follows changes of engine and DNS by itself."""
+    """The running loop follows engine and DNS without notice."""
     sandbox = running.join(20)
     soon(lambda: running.balancer.tables.get(sandbox) == BOTH)
     running.dns.active["web"] = frozenset({at(8)})
@@ -588,7 +594,8 @@ def test_running_loop_follows(running: Host) -> None:
 
 def test_a_rolling_update_is_written_together(running: Host) -> None:
     """When tasks change many times a second, a container's rules are written twice a second, and
-    the last state is correct."""
+    the last ones are right.
+    """
     sandbox = running.join(20)
     soon(lambda: running.balancer.tables.get(sandbox) == BOTH)
     before, begin = running.balancer.writes, time.monotonic()
@@ -662,7 +669,7 @@ def test_stopped_loop_is_quiet(running: Host) -> None:
 
 
 def test_endpoints_without_a_sandbox(host: Host) -> None:
-    """An endpoint that hasn't joined has no namespace to write to."""
+    """An endpoint that has not joined has no namespace to write to."""
     host.driver.create_endpoint(NET, endpoint_id(1), ipv4=IPv4Interface("10.0.4.40/24"))
     host.look()
     assert host.balancer.tables == {}

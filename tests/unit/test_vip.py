@@ -112,7 +112,7 @@ class Rules:
         return found
 
     def balances(self) -> VipTable:
-        """The same, sorted."""
+        """The sorted targets of each VIP."""
         return {vip: tuple(sorted(tasks)) for vip, tasks in self.leads().items()}
 
 
@@ -145,8 +145,9 @@ tables = st.dictionaries(
 
 @given(tables, st.integers(0, 100))
 def test_new_rules_lead_where_the_table_says(table: VipTable, first: int) -> None:
-    """In a new namespace each VIP leads to its tasks in turn, wherever the turn starts; one without
-    tasks refuses."""
+    """In a new namespace each VIP leads to its tasks in turn, wherever the turn begins; one without
+    tasks refuses.
+    """
     rules = new(arrange({}, table, first))
     assert rules.balances() == table
     assert set(rules.sets["down"]) == {vip for vip, tasks in table.items() if not tasks}
@@ -154,7 +155,9 @@ def test_new_rules_lead_where_the_table_says(table: VipTable, first: int) -> Non
 
 @given(tables, tables, st.integers(0, 100))
 def test_changed_rules_are_as_new_ones(old: VipTable, after: VipTable, first: int) -> None:
-    """Any change of the table results in the rules that a new namespace would have."""
+    """Any change of the table gives the rules that a new namespace would have, and nothing is left
+    over.
+    """
     before = arrange({}, old, first)
     changed = new(before)
     write_change(changed, before, arrange(before, after, first))
@@ -218,7 +221,7 @@ def test_unchanged_vips_are_not_touched() -> None:
 
 @given(tables)
 def test_removal(table: VipTable) -> None:
-    """Removal leaves nothing, and succeeds where nothing exists."""
+    """Removal leaves nothing, and is no error where nothing exists."""
     for rules in (new(table), Rules()):
         write_removal(rules)
         assert not rules.table
