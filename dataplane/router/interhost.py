@@ -82,7 +82,7 @@ class InterHost:
                 instance=os.urandom(16).hex(),
                 port=control.DEFAULT_SESSION_PORT,
             ),
-            self._relay.say,
+            self._relay.send,
             sockets,
             memory,
             self._decide,
@@ -193,7 +193,7 @@ class InterHost:
         self._counters = {}
         self.remotes.relay_died()
 
-    def relay_said(self, message: relay_wire.Message) -> None:
+    def relay_message(self, message: relay_wire.Message) -> None:
         """The relay reports something about the device, or about links and connections."""
         match message:
             case relay_wire.RelayOpened():
@@ -201,7 +201,7 @@ class InterHost:
             case relay_wire.RelayCounters():
                 self._counters = message.counters
             case _:
-                self.remotes.relay_said(message)
+                self.remotes.relay_message(message)
 
     def _device_opened(self, message: relay_wire.RelayOpened) -> None:
         if message.error:

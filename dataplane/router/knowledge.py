@@ -1,4 +1,4 @@
-"""The driver's snapshot of networks, endpoints and settings, indexed: each question is one look-up.
+"""The driver's snapshot of networks, endpoints and settings, indexed so that each query is one look-up.
 
 Each snapshot is complete and replaces the one before. While the driver is down, the last one holds.
 """

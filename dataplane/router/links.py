@@ -57,7 +57,7 @@ class LinkOwner(Protocol):
     """Has the connections on the links, and decides whether there may be one: `remote.Remotes`."""
 
     def has_session(self, peer: IPAddress) -> bool:
-        """Whether the two routers can talk."""
+        """Whether there is a session between the two routers."""
 
     def may_link(self, peer: IPAddress) -> bool:
         """Whether both hosts have a device, and there is a session."""
@@ -194,7 +194,7 @@ class Links:
 
     def forget(self, peer: IPAddress) -> None:
         """Delete a link with its connections: no network is shared with the peer any more, or its
-        router has started anew and doesn't know the link."""
+        router was restarted and doesn't know the link."""
         link = self.link(peer)
         self._lose(link, "")
         del self._links[peer]

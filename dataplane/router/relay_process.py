@@ -48,7 +48,7 @@ SHIPPED: Final = Path("/usr/lib/freeflow/freeflow-relay")
 class RelayOwner(Protocol):
     """Is told what the relay's process does."""
 
-    def relay_said(self, message: wire.Message) -> None:
+    def relay_message(self, message: wire.Message) -> None:
         """The relay has sent a message."""
 
     def relay_started(self) -> None:
@@ -100,11 +100,11 @@ class RelayProcess:
         self._wanted = device
         if self._pid:
             self._opened = device
-            self.say(device)
+            self.send(device)
         elif self._timer is None:
             self._start()
 
-    def say(self, message: wire.Message, descriptors: Sequence[int] = ()) -> None:
+    def send(self, message: wire.Message, descriptors: Sequence[int] = ()) -> None:
         """Send a message, now or when the socket has room. Dropped if no relay runs.
 
         Descriptors stay the caller's.
@@ -112,7 +112,7 @@ class RelayProcess:
         if self._socket is None:
             return
         data = wire.pack(message)
-        if not self._unsent and self._send(data, descriptors):
+        if not self._unsent and self._try_send(data, descriptors):
             return
         if self._socket is None:
             return
@@ -130,7 +130,7 @@ class RelayProcess:
             return
         if self._unanswered < PATIENCE:
             self._unanswered += 1
-            self.say(wire.Number(wire.RelayKind.COUNT))
+            self.send(wire.Number(wire.RelayKind.COUNT))
         elif self._socket is not None:
             log.error("relay doesn't answer; it is killed", pid=self._pid, requests=PATIENCE)
             self._kill()
@@ -186,7 +186,7 @@ class RelayProcess:
         self.why = ""
         self._loop.watch(ours.fileno(), select.EPOLLIN, self._serve)
         self._loop.watch(self._pidfd, select.EPOLLIN, lambda _: self._ended())
-        self.say(wanted)
+        self.send(wanted)
         self._owner.relay_started()
 
     def _kill(self) -> None:
@@ -264,13 +264,13 @@ class RelayProcess:
             return False
         self._unanswered = 0
         try:
-            self._owner.relay_said(message)
+            self._owner.relay_message(message)
         except Exception:
             # A bug of ours must not end the loop.
             log.exception("bug in the router", message=type(message).__name__)
         return True
 
-    def _send(self, data: bytes, descriptors: Sequence[int]) -> bool:
+    def _try_send(self, data: bytes, descriptors: Sequence[int]) -> bool:
         assert self._socket is not None
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         try:
@@ -285,7 +285,7 @@ class RelayProcess:
     def _flush(self) -> None:
         while self._unsent and self._socket is not None:
             data, descriptors = self._unsent[0]
-            if not self._send(data, descriptors):
+            if not self._try_send(data, descriptors):
                 return
             self._unsent.popleft()
             _close(descriptors)

@@ -1,16 +1,17 @@
-"""Connections between containers of this host and of others: takes what sessions, links, relay and
-this host's registry report to the parts that it concerns.
+"""Connections between containers of this host and of other hosts.
 
-    remote_hosts.py        what the routers of other hosts said, and who owns an address
+This module passes what sessions, links, the relay and this host's registry report to these parts:
+
+    remote_hosts.py        the other hosts, and which of them owns an address
     remote_requests.py     requests that wait for an end on another host, and their matches
     remote_events.py       phases, events and actions of a connection
     remote_end.py          what an event means in a phase
-    remote_connections.py  executes the actions
+    remote_connections.py  the connections: executes the actions
     links.py               the links between the relays
 
-A peer's router may only speak about connections with its own host. Each router asks its own kernel
-about its own end, when the end sends its request and before it is granted. No I/O except through
-the interfaces that the constructor takes.
+A peer's router can affect only connections with its own host. Each router checks its own end with
+its own kernel, when the end sends its request and before it is granted. There is no I/O except
+through the interfaces that the constructor takes.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Remotes(Generic[SessionsT]):
         hello_changed: Callable[[], None],
         trace: Trace = log_invalid,
     ) -> None:
-        """`sessions` makes the sessions, for their user. `tell_relay` is `RelayProcess.say`."""
+        """`sessions` makes the sessions, for their user. `tell_relay` is `RelayProcess.send`."""
         self._pairing = pairing
         self._loop = loop
         self._tell_relay = tell_relay
@@ -96,7 +97,7 @@ class Remotes(Generic[SessionsT]):
         return self.hosts.sharing() | connected
 
     def hellos(self) -> list[peer_wire.PeerHello]:
-        """What the hosts with a session said of themselves."""
+        """The Hello messages of the hosts with a session."""
         return [host.hello for host in self.hosts if host.hello is not None]
 
     def learned(self) -> None:
@@ -125,6 +126,7 @@ class Remotes(Generic[SessionsT]):
         self._refuse_all(host, Reason.REMOTE)
         self.links.forget(host.address)
         self.requests.forget(host)
+        self.connections.forget(host)
         self.hosts.remove(host)
 
     def _refuse_all(self, host: RemoteHost, reason: Reason) -> None:
@@ -183,7 +185,7 @@ class Remotes(Generic[SessionsT]):
             self._tell_relay(relay_wire.RelayArena(RelayKind.BELL, arena, index), (descriptor,))
 
     def arena_made(self, arena: Arena, bell: int) -> None:
-        """Give the relay an arena, and the end of its bell 0 that hears."""
+        """Give the relay an arena, with the receiving end of its bell 0."""
         try:
             self._lent.add(arena.id)
             message = relay_wire.RelayArena(RelayKind.ARENA, arena.id, arena.ring)
@@ -199,7 +201,7 @@ class Remotes(Generic[SessionsT]):
 
     # --- the relay
 
-    def relay_said(self, message: relay_wire.Message) -> None:
+    def relay_message(self, message: relay_wire.Message) -> None:
         """The relay reports something about a link or a connection."""
         match message:
             case relay_wire.Offered(kind=RelayKind.LINKED):
@@ -230,7 +232,7 @@ class Remotes(Generic[SessionsT]):
     # --- links (`LinkOwner`)
 
     def has_session(self, peer: IPAddress) -> bool:
-        """Whether the two routers can talk."""
+        """Whether there is a session between the two routers."""
         host = self.hosts.get(peer)
         return host is not None and host.hello is not None
 

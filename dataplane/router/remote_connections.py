@@ -8,6 +8,7 @@ only after its process has released the slot and the relay has dropped it.
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -80,8 +81,6 @@ class ConnectionCounts:
 
     granted: int = 0
     broken: int = 0
-    undone: int = 0
-    """Granted, and sent back to TCP because the peer's end never was."""
     left: int = 0
     """Went back to TCP."""
 
@@ -141,7 +140,7 @@ class RemoteConnections:
         self._memory = memory
         self._trace = trace
         self._connections: dict[int, RemoteConnection] = {}
-        self._of: dict[IPAddress, _OfHost] = {}
+        self._of: defaultdict[IPAddress, _OfHost] = defaultdict(_OfHost)
         self._numbers = itertools.count(1)
         self.counts = ConnectionCounts()
         self.registered = 0
@@ -171,8 +170,7 @@ class RemoteConnections:
 
     def of(self, host: RemoteHost) -> list[RemoteConnection]:
         """The connections with a host."""
-        of_host = self._of.get(host.address)
-        return [] if of_host is None else list(of_host.connections.values())
+        return list(self._of[host.address].connections.values())
 
     def are_on_link(self, host: RemoteHost) -> bool:
         """Whether a connection with a host is not about to be dropped."""
@@ -189,7 +187,7 @@ class RemoteConnections:
         if ring < layout.REMOTE_RING_LEAST or ring & (ring - 1):
             return Reason.PEER_NO_RDMA
         cost = layout.SIDES * ring + _PER_SLOT
-        of_host = self._of.setdefault(host.address, _OfHost())
+        of_host = self._of[host.address]
         if (
             len(of_host.connections) >= CONNECTIONS
             or self.registered + cost > settings.remote_memory
@@ -360,7 +358,6 @@ class RemoteConnections:
                 del broken[next(iter(broken))]
 
     def _undo_grant(self, connection: RemoteConnection) -> None:
-        self.counts.undone += 1
         self._memory.finish(connection.arena.memory, connection.slot)
         self._wake(connection.arena)
 
@@ -425,7 +422,7 @@ class RemoteConnections:
         for connection in self:
             self.step(connection, Event(On.DROPPED))
 
-    # --- what the peer's router says
+    # --- what the peer's router reports
 
     def placed(self, host: RemoteHost, message: peer_wire.Placement) -> None:
         """Follower: the leader has taken an offer."""
@@ -443,7 +440,7 @@ class RemoteConnections:
 
     def accepted(self, host: RemoteHost, message: peer_wire.PeerAccept) -> None:
         """Leader: the follower has granted its end."""
-        of_host = self._of.get(host.address, _OfHost())
+        of_host = self._of[host.address]
         connection = of_host.taken.get(message.offer)
         if connection is None:
             reason = Reason.BROKEN if message.offer in of_host.broken else Reason.NOT_FOUND
@@ -455,7 +452,7 @@ class RemoteConnections:
 
     def withdrawn(self, host: RemoteHost, offer: int) -> None:
         """Leader: the follower takes an offer back."""
-        connection = self._of.get(host.address, _OfHost()).taken.get(offer)
+        connection = self._of[host.address].taken.get(offer)
         if connection is not None:
             self.step(connection, Event(On.WITHDRAWN))
 
@@ -476,8 +473,12 @@ class RemoteConnections:
         )
 
     def forget_broken(self, host: RemoteHost) -> None:
-        """The peer's router has started anew: it knows no offer of before."""
-        self._of.setdefault(host.address, _OfHost()).broken.clear()
+        """The peer's router was restarted: its offers of before are void."""
+        self._of[host.address].broken.clear()
+
+    def forget(self, host: RemoteHost) -> None:
+        """No network is shared with the host any more, and no connection is left."""
+        self._of.pop(host.address, None)
 
     # --- processes that have hung up
 

@@ -19,7 +19,7 @@ The leader, of two hosts the one with the smaller node ID, matches the requests 
 
 Either host may fail between any two steps. The invariant that makes this safe: an end writes to its
 ring only after its peer has set `ready` there. An end whose peer was never granted therefore goes
-back to TCP without loss (`Do.UNDO_GRANT`). If nobody can say whether the peer was granted, because
+back to TCP without loss (`Do.UNDO_GRANT`). If it is unknown whether the peer was granted, because
 its router has died or can't be reached, both ends are reset.
 
 One state machine describes one stay on a path. `On.LEAD` and `On.FOLLOW` choose the transport.
@@ -171,7 +171,7 @@ def _accepted_again(state: EndState, event: Event) -> Step:
 
 
 def _close_abandoned(state: EndState, event: Event) -> Step:
-    """The follower hears that both ends are granted, and then that ours is closed."""
+    """Tell the follower that both ends are granted, and close ours."""
     after, actions = _released(replace(state, phase=Phase.GRANTED), event)
     return after, (Do.SEND_PAIRED, *actions)
 
@@ -230,7 +230,7 @@ def _leave_early(state: EndState, event: Event) -> Step:
 
 def _peer_dropped(state: EndState, event: Event) -> Step:
     if state.phase is Phase.UNCONFIRMED:
-        # The peer says BROKEN if its end was granted.
+        # The reason is BROKEN if the peer's end was granted.
         rule = _BREAK if event.reason is Reason.BROKEN else _UNDO
     elif state.phase is Phase.LEADER_PAIRING and event.reason is Reason.NOT_FOUND:
         rule = _ABANDON
@@ -358,7 +358,7 @@ TABLE: Final[Mapping[On, Mapping[Phase, Rule]]] = {
         {
             FOLLOWER: _fail(Reason.NOT_FOUND, tell=False),
             _P.UNCONFIRMED: _UNDO,
-            _P.GRANTED: Ignored("the leader's end is granted, whatever it says now"),
+            _P.GRANTED: Ignored("the leader has confirmed that its end is granted"),
         },
         _FOR_FOLLOWER,
     ),
@@ -380,7 +380,7 @@ TABLE: Final[Mapping[On, Mapping[Phase, Rule]]] = {
     ),
     # Sessions and links.
     On.SESSION_UP: _row(
-        {_P.UNCONFIRMED: _ACCEPT_AGAIN}, Ignored("nothing was said that could be lost")
+        {_P.UNCONFIRMED: _ACCEPT_AGAIN}, Ignored("no message that matters can be lost")
     ),
     On.SESSION_DOWN: _row(
         {
@@ -418,7 +418,7 @@ TABLE: Final[Mapping[On, Mapping[Phase, Rule]]] = {
     ),
     On.ACCEPT_UNSENT: _row(
         {
-            # The leader never hears of it.
+            # The leader doesn't know that our end was about to be granted.
             _P.FOLLOWER_PAIRING: _fail(Reason.NO_SESSION),
             _P.UNCONFIRMED: Ignored("it is sent again later"),
         },

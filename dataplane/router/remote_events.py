@@ -100,7 +100,7 @@ class On(Enum):
     WITHDRAWN = "the follower takes its offer back"
     PEER_DROPPED = "the peer has given the connection up"
     # Sessions and links.
-    SESSION_UP = "there is a session; what was said last in the one before may be lost"
+    SESSION_UP = "there is a session; the last messages of the one before may be lost"
     SESSION_DOWN = "there is no session"
     SESSION_EXPIRED = "there has been no session for a long time"
     LINK_LOST = "the two relays can't reach each other, and won't"

@@ -1,7 +1,7 @@
-"""The other hosts: what their routers said, and which of them owns an address.
+"""The other hosts, and which of them owns an address.
 
-A host owns an address if its router says so, for a network that both hosts share. If two hosts
-claim one address, neither owns it.
+A host owns an address if its router claims it for a network that both hosts share. If two hosts
+claim the same address, neither owns it.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class RemoteHosts:
     def claim(self, host: RemoteHost, message: Owns) -> bool:
         """A host claims addresses. Whether these are others than before.
 
-        Networks are checked when the claim is used: we may hear of a network later than the peer.
+        Networks are checked when the claim is used: our snapshot may have a network later.
 
         Raises:
             WrongMessage: an address is invalid.

@@ -11,7 +11,7 @@ request as long as the session lasts.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -113,7 +113,7 @@ class RemoteRequests:
         self._requests: dict[PairRequest, RemoteRequest] = {}
         self._unowned: dict[PairRequest, RemoteRequest] = {}
         """Those whose peer's address no host claims."""
-        self._of: dict[IPAddress, _OfHost] = {}
+        self._of: defaultdict[IPAddress, _OfHost] = defaultdict(_OfHost)
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
@@ -160,7 +160,7 @@ class RemoteRequests:
             self.refuse(request, Reason.NO_LINK)
         else:
             request.host = host
-            self._with(host).requests[request.key] = request
+            self._of[host.address].requests[request.key] = request
             if not self._hosts.leads(host):
                 self._offer(host, request)
         return True
@@ -211,7 +211,7 @@ class RemoteRequests:
         request = self._requests.pop(local)
         if request.host is not None:
             # It was accepted, not withdrawn.
-            self._with(request.host).offered.pop(request.offer, None)
+            self._of[request.host.address].offered.pop(request.offer, None)
         self._detach(request)
 
     def _detach(self, request: RemoteRequest) -> None:
@@ -221,7 +221,7 @@ class RemoteRequests:
         request.connection = 0
         host, request.host = request.host, None
         if host is not None:
-            of_host = self._with(host)
+            of_host = self._of[host.address]
             if of_host.requests.get(request.key) is request:
                 del of_host.requests[request.key]
             offered = of_host.offered.pop(request.offer, None) is not None
@@ -238,14 +238,14 @@ class RemoteRequests:
 
     def _offer(self, host: RemoteHost, request: RemoteRequest) -> None:
         request.offer = next(self._numbers)
-        self._with(host).offered[request.offer] = request
+        self._of[host.address].offered[request.offer] = request
         local, server = request.local.message.local, request.server
         message = peer_wire.Offer(request.offer, request.network, str(local), str(server))
         self._sessions.send(host.address, message)
 
     def offered(self, host: RemoteHost, offer: int) -> RemoteRequest | None:
         """Follower: the request that was offered under a number."""
-        return self._with(host).offered.get(offer)
+        return self._of[host.address].offered.get(offer)
 
     def take_offer(
         self, host: RemoteHost, message: peer_wire.Offer, reason: Reason | None
@@ -257,7 +257,7 @@ class RemoteRequests:
         """
         if not self._hosts.leads(host):
             raise WrongMessage("the leader sends no offers")
-        of_host = self._with(host)
+        of_host = self._of[host.address]
         key = (
             message.network,
             peer_wire.end_of(message.remote),
@@ -279,11 +279,11 @@ class RemoteRequests:
 
     def withdrawn(self, host: RemoteHost, offer: int) -> None:
         """Leader: an offer isn't open any more."""
-        self._with(host).take(offer)
+        self._of[host.address].take(offer)
 
     def decline_all(self, host: RemoteHost, reason: Reason) -> None:
         """Leader: no offer of a host can be had."""
-        of_host = self._with(host)
+        of_host = self._of[host.address]
         for offer in list(of_host.keys):
             of_host.take(offer)
             self._sessions.send(host.address, peer_wire.Decline(offer, reason))
@@ -295,7 +295,7 @@ class RemoteRequests:
 
     def _match(self, host: RemoteHost, key: Key) -> Match | None:
         """The requests of both hosts for one connection, if there are both."""
-        of_host = self._with(host)
+        of_host = self._of[host.address]
         request, offer = of_host.requests.get(key), of_host.offers.get(key)
         if request is None or offer is None or request.connection:
             return None
@@ -309,14 +309,14 @@ class RemoteRequests:
 
     def matches(self, host: RemoteHost) -> Iterator[Match]:
         """What can be matched by now: a link is up, or the host has claimed addresses."""
-        for key in list(self._with(host).requests):
+        for key in list(self._of[host.address].requests):
             match = self._match(host, key)
             if match is not None:
                 yield match
 
     def reassign(self, host: RemoteHost) -> Iterator[Match]:
         """A host claims other addresses than before. Matches that are possible now."""
-        for request in list(self._with(host).requests.values()):
+        for request in list(self._of[host.address].requests.values()):
             claimed = host.owned.get(request.network, ())
             if not request.connection and request.server.ip not in claimed:
                 self._detach(request)
@@ -333,12 +333,12 @@ class RemoteRequests:
     def session_up(self, host: RemoteHost) -> None:
         """The leader of a new session knows no offers."""
         if not self._hosts.leads(host):
-            for request in list(self._with(host).requests.values()):
+            for request in list(self._of[host.address].requests.values()):
                 self._offer(host, request)
 
     def session_down(self, host: RemoteHost) -> None:
         """Offers end with the session; requests wait for the next."""
-        of_host = self._with(host)
+        of_host = self._of[host.address]
         of_host.offers.clear()
         of_host.keys.clear()
         of_host.offered.clear()
@@ -346,6 +346,3 @@ class RemoteRequests:
     def forget(self, host: RemoteHost) -> None:
         """No network is shared with the host any more."""
         self._of.pop(host.address, None)
-
-    def _with(self, host: RemoteHost) -> _OfHost:
-        return self._of.setdefault(host.address, _OfHost())

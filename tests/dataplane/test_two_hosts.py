@@ -67,12 +67,14 @@ def has_sent(host: HostBed, least: int) -> bool:
 
 
 def on_rdma(host: HostBed) -> int:
-    return sum(each.path == "rdma" for each in listed(host))
+    return sum(connection.path == "rdma" for connection in listed(host))
 
 
 def went_back(host: HostBed) -> bool:
     """Whether all connections of a host went back to TCP, and the router reports it."""
-    return {(each.path, each.reason) for each in listed(host)} == {("overlay", "left")}
+    return {(connection.path, connection.reason) for connection in listed(host)} == {
+        ("overlay", "left")
+    }
 
 
 class Streams:
@@ -165,7 +167,7 @@ def test_torture(hosts: Hosts, tmp_path: Path) -> None:
     client = a.popen(
         [program, "client", str(b.ipv4), "7000", str(seconds), "42", "16", "4"], **options
     )
-    said = [each.communicate(timeout=seconds + patience(60))[0] for each in (client, server)]
+    said = [program.communicate(timeout=seconds + patience(60))[0] for program in (client, server)]
     assert (client.returncode, server.returncode) == (0, 0), "\n".join(said)
     for host in hosts:
         assert host.router.statistics().rdma.granted > 20
@@ -176,7 +178,7 @@ def test_torture(hosts: Hosts, tmp_path: Path) -> None:
 def test_a_service(hosts: Hosts) -> None:
     """A client that knows a service's VIP is paired with the task on the other host."""
     with streams(hosts, 2, 2, VIP) as made:
-        assert {each.remote for each in listed(hosts[0])} == {f"{VIP}:{PORT}"}
+        assert {connection.remote for connection in listed(hosts[0])} == {f"{VIP}:{PORT}"}
         assert made.ends() == ["whole"] * 4
     nothing_left(hosts)
 
@@ -192,7 +194,7 @@ def test_without_a_session(hosts: Hosts) -> None:
         server = b.popen(["iperf3", "-s", "-1", "-p", "7300"])
         time.sleep(0.5)
         client = a.popen(["iperf3", "-c", str(b.ipv4), "-p", "7300", "-t", f"{within(2):.0f}"])
-        until(lambda: any(each.reason == "no-session" for each in listed(hosts[0])))
+        until(lambda: any(connection.reason == "no-session" for connection in listed(hosts[0])))
         assert (client.wait(patience(20)), server.wait(patience(20))) == (0, 0)
         assert on_rdma(hosts[0]) == 2
         cut(hosts[0], up=True)
@@ -260,6 +262,6 @@ def test_limit() -> None:
     with two_hosts(library=LIBRARY, relay=RELAY, settings=allowed) as made:
         running = Streams(made, 2, 60)
         until(lambda: on_rdma(made[0]) == 40)
-        until(lambda: sum(each.reason == "limit" for each in listed(made[0])) == 20)
+        until(lambda: sum(connection.reason == "limit" for connection in listed(made[0])) == 20)
         assert running.ends() == ["whole"] * 120
         nothing_left(made)

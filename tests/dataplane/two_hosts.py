@@ -76,8 +76,8 @@ class HostBed(Bed):
 
     def peer(self) -> PeerFact:
         """What the router reports about the other host."""
-        (found,) = self.router.statistics().rdma.hosts
-        return found
+        (peer,) = self.router.statistics().rdma.hosts
+        return peer
 
     def wait_linked(self) -> None:
         """Wait until connections can move."""
@@ -94,12 +94,12 @@ class HostBed(Bed):
         assert self.process is not None
         router = self.process.pid
         children = Path(f"/proc/{router}/task/{router}/children").read_text().split()
-        (found,) = [
-            int(each)
-            for each in children
-            if Path(f"/proc/{each}/comm").read_text().strip() == self.relay.name[:15]
+        (pid,) = [
+            int(child)
+            for child in children
+            if Path(f"/proc/{child}/comm").read_text().strip() == self.relay.name[:15]
         ]
-        return found
+        return pid
 
 
 def _join(one: HostBed, other: HostBed) -> None:
@@ -159,11 +159,11 @@ def two_hosts(
             containers = {name: Container(name, next(numbers), place / "shared") for name in names}
             known = {vip: tuple(tasks) for vip, tasks in (vips or {}).items()}
             made.append(HostBed(place, containers, known, wanted, number=number, relay=relay))
-        every = {name: each for host in made for name, each in host.containers.items()}
+        every = {name: box for host in made for name, box in host.containers.items()}
         connect(list(every.values()), bridge)
         _join(*made)
         for host in made:
-            host.everywhere = {name: str(each.ipv4) for name, each in every.items()}
+            host.everywhere = {name: str(box.ipv4) for name, box in every.items()}
             for container in host.containers.values():
                 if vips:
                     table = {

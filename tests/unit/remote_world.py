@@ -121,7 +121,7 @@ class FakeRelay:
     def answer(self, message: relay_wire.Message) -> None:
         def tell() -> None:
             if self.alive and self.host.relay is self:
-                self.host.remotes.relay_said(message)
+                self.host.remotes.relay_message(message)
 
         self.world.in_order((id(self), 1), tell)
 
@@ -130,7 +130,7 @@ class FakeRelay:
             case relay_wire.RelayArena(kind=RelayKind.ARENA):
                 self.arenas.add(message.arena)
             case relay_wire.RelayArena(kind=RelayKind.DISCARD):
-                assert all(each.arena != message.arena for each in self.lent.values())
+                assert all(lent.arena != message.arena for lent in self.lent.values())
                 self.arenas.remove(message.arena)
             case relay_wire.RelayArena():
                 assert message.arena in self.arenas
@@ -151,7 +151,7 @@ class FakeRelay:
 
     def slot(self, message: relay_wire.RelaySlot) -> None:
         assert message.arena in self.arenas
-        used = {(each.arena, each.slot) for each in self.lent.values()}
+        used = {(lent.arena, lent.slot) for lent in self.lent.values()}
         assert (message.arena, message.slot) not in used, "memory that a relay still has"
         self.lent[message.connection] = Lent(
             message.connection, message.link, message.arena, message.slot
@@ -159,7 +159,7 @@ class FakeRelay:
         self.answer(relay_wire.Offered(RelayKind.PLACED, message.connection, 0, "", b"place"))
 
     def connect(self, message: relay_wire.RelayAccept) -> None:
-        host, link, generation = (int(each) for each in message.words.split(b","))
+        host, link, generation = map(int, message.words.split(b","))
         mine = self.links.get(message.number)
         if mine is None:
             return
@@ -182,7 +182,7 @@ class FakeRelay:
                 self.answer(relay_wire.Offered(RelayKind.LINKED, number, 0, "", words))
             case RelayKind.UNLINK:
                 self.links.pop(number, None)
-                for lent in [each for each in self.lent.values() if each.link == number]:
+                for lent in [lent for lent in self.lent.values() if lent.link == number]:
                     assert lent.dropping, "a link goes with connections on it"
                     self.dropped(lent)
             case RelayKind.STREAM:
@@ -672,12 +672,12 @@ class World:
 
     def grant(self, tcp: Tcp, side: int) -> wire.Grant | None:
         host, container, _, _, cookie = tcp.ends[side]
-        found = [
+        grants = [
             answer
             for answer, _ in host.post.sent.get(host.processes[container], [])
             if isinstance(answer, wire.Grant) and answer.cookie == cookie
         ]
-        return found[-1] if found else None
+        return grants[-1] if grants else None
 
     def refusals(self, tcp: Tcp, side: int) -> list[int]:
         host, container, _, _, cookie = tcp.ends[side]
@@ -715,4 +715,4 @@ class World:
                     if other.number == number and other.state.peer_number == one.number:
                         expected = tcp.ends[1 - side][4]
                         assert other.end.cookie == expected, "two ends of two connections"
-            assert connections.registered == sum(each.bytes for each in connections)
+            assert connections.registered == sum(one.bytes for one in connections)

@@ -50,9 +50,9 @@ def port(*gids: Gid, name: str = "mlx5_0", number: int = 1, active: bool = True)
 )
 def test_roce(address: devices.IPAddress, gids: tuple[Gid, ...], index: int) -> None:
     """The GID with the underlay's address is used for RoCE v2, never that for RoCE v1."""
-    found = choose(address, [port(*gids)])
-    assert found.device is not None
-    assert (found.device.gid_index, found.device.kind, found.why) == (index, ROCE, "")
+    scan = choose(address, [port(*gids)])
+    assert scan.device is not None
+    assert (scan.device.gid_index, scan.device.kind, scan.why) == (index, ROCE, "")
 
 
 def test_infiniband() -> None:
@@ -61,9 +61,9 @@ def test_infiniband() -> None:
         port(gid(0, "fe80::a", INFINIBAND)),
         port(gid(0, "fe80::b", INFINIBAND), name="mlx5_1"),
     ]
-    found = choose(V4, ports, frozenset({IPv6Address("fe80::b").packed}))
-    assert found.device is not None
-    assert (found.device.name, found.device.kind) == ("mlx5_1", INFINIBAND)
+    scan = choose(V4, ports, frozenset({IPv6Address("fe80::b").packed}))
+    assert scan.device is not None
+    assert (scan.device.name, scan.device.kind) == ("mlx5_1", INFINIBAND)
 
 
 @pytest.mark.parametrize(
@@ -84,18 +84,18 @@ def test_infiniband() -> None:
 )
 def test_why_not(ports: tuple[Port | Unusable, ...], why: str) -> None:
     """Where no device can be used, the result says why, and for each device that was checked."""
-    found = choose(V4, ports)
-    assert (found.device, found.why) == (None, why)
-    assert len(found.unusable) == len(ports)
+    scan = choose(V4, ports)
+    assert (scan.device, scan.why) == (None, why)
+    assert len(scan.unusable) == len(ports)
 
 
 def test_one_of_two() -> None:
     """Of two ports with the address the first is used, and the other says so."""
     both = [port(gid(1, "::ffff:192.0.2.1"), number=n) for n in (1, 2)]
-    found = choose(V4, both)
-    assert found.device is not None
-    assert found.device.port == 1
-    assert found.unusable == (Unusable("mlx5_0", 2, "mlx5_0 is used"),)
+    scan = choose(V4, both)
+    assert scan.device is not None
+    assert scan.device.port == 1
+    assert scan.unusable == (Unusable("mlx5_0", 2, "mlx5_0 is used"),)
 
 
 def test_without_pyverbs() -> None:
@@ -122,11 +122,11 @@ def test_interfaces_of_an_address(tmp_path: Path) -> None:
 
 def test_what_it_prints_can_be_read() -> None:
     """The router reads each result that a scan prints. An invalid one gives a reason, not an error."""
-    for found in (
+    for scan in (
         choose(V4, [port(gid(1, "::ffff:192.0.2.1")), Unusable("rxe0", 0, "why")]),
         DeviceScan(None, NO_DEVICE),
     ):
-        assert decode(devices.encode(found)) == found
+        assert decode(devices.encode(scan)) == scan
     for text in ("", "[]", "{}", '{"device": {"name": 1}, "why": "", "unusable": []}'):
         assert decode(text).device is None
         assert decode(text).why

@@ -51,9 +51,9 @@ def finer(world: World, tcp: Tcp, side: int) -> Reason | None:
 
 def peer_of(world: World, host: int, other: int) -> RemoteHost:
     """What a host knows about another."""
-    found = world.hosts[host].remotes.hosts.get(world.hosts[other].address)
-    assert found is not None
-    return found
+    peer = world.hosts[host].remotes.hosts.get(world.hosts[other].address)
+    assert peer is not None
+    return peer
 
 
 def empty(world: World) -> None:
@@ -62,7 +62,7 @@ def empty(world: World) -> None:
         assert not list(host.remotes.connections)
         assert not host.remotes.connections.registered
         assert not len(host.remotes.requests)
-        assert not [each for each in host.pairing.arenas.values() if each.ring]
+        assert not [arena for arena in host.pairing.arenas.values() if arena.ring]
         assert not host.memory.arenas
         assert not host.memory.bells
         assert not host.relay.lent
