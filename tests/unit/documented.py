@@ -1,4 +1,4 @@
-"""What docs/troubleshooting.md says that `freeflow` says."""
+"""The findings of `freeflow` that docs/troubleshooting.md explains."""
 
 from __future__ import annotations
 

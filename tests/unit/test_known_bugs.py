@@ -1,4 +1,4 @@
-"""docs/known-bugs.md: every known bug has tests that exist, or a reason why there are none."""
+"""docs/known-bugs.md: every known bug has existing tests, or a reason why it has none."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 TOP = Path(__file__).parents[2]
 DOCUMENT = (TOP / "docs/known-bugs.md").read_text()
 OWN = "\n## Found in FreeFlow itself\n"
-"""Its rows have a class of faults in place of references."""
+"""The second table; its rows have a class of faults instead of references."""
 
 
 def _rows(text: str) -> list[list[str]]:
-    """The cells of all tables, without their heads."""
+    """The cells of all tables, without their headings."""
     return [
         [cell.strip() for cell in line.strip("| ").split(" | ")]
         for line in text.splitlines()
@@ -102,7 +102,9 @@ REFERENCES = frozenset(
         "proxychains-ng#181",
     ]
 )
-"""What users of network plugins reported, as far as it was collected. A new report is added here and there."""
+"""The reports of users of network plugins, as far as they were collected. Add a new report here and
+there.
+"""
 
 
 def _tests(path: Path) -> set[str]:
@@ -121,14 +123,14 @@ def test_every_report_has_a_row() -> None:
 
 
 def test_every_class_has_one_row() -> None:
-    """No class of our own faults is listed twice."""
+    """No class of FreeFlow's own faults is listed twice."""
     classes = [row[0] for row in FOUND]
     assert sorted(classes) == sorted(set(classes))
 
 
 @pytest.mark.parametrize("row", [*REPORTED, *FOUND], ids=lambda row: row[0])
 def test_row(row: list[str]) -> None:
-    """A row says what the problem is, and names tests that exist or a reason."""
+    """A row names the problem, and existing tests or a reason."""
     _, problem, here = row
     assert problem
     named = NAMED.findall(here)
@@ -139,11 +141,11 @@ def test_row(row: list[str]) -> None:
 
 
 def test_every_named_test_is_understood() -> None:
-    """Whatever looks like a test in the document is checked above."""
+    """Everything in the document that looks like a test is checked above."""
     assert len(re.findall(r"`tests/[^`]*::", DOCUMENT)) == len(NAMED.findall(DOCUMENT))
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)]+)\)", DOCUMENT))))
 def test_links_lead_somewhere(target: str) -> None:
-    """The documents that it refers to are there."""
+    """The documents to which it links exist."""
     assert (TOP / "docs" / target).is_file()

@@ -1,4 +1,4 @@
-"""Who may import what: the rules of ARCHITECTURE.md, read off the sources."""
+"""The rules for imports of ARCHITECTURE.md, checked in the sources."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BEHIND = {
     "ruamel": {"plugin.cli.stack_file", "plugin.cli.yaml_scanner"},
     "cryptography": {"dataplane.router.shared_key"},
 }
-"""Third-party libraries, and the modules that alone know them."""
+"""Third-party libraries, and the only modules that may import them."""
 
 
 def _name(path: Path) -> str:
@@ -37,7 +37,9 @@ SOURCES = {
 
 
 def imports(module: str) -> set[str]:
-    """What a module imports, anywhere in it: modules, and names in packages that may be modules."""
+    """Everything that a module imports, anywhere: modules, and names in packages that may be
+    modules.
+    """
     found: set[str] = set()
     for node in ast.walk(SOURCES[module]):
         if isinstance(node, ast.Import):
@@ -49,7 +51,7 @@ def imports(module: str) -> set[str]:
 
 
 def reached(module: str) -> set[str]:
-    """All modules of ours and others that come with this one."""
+    """All modules, own and others', that are loaded with this one."""
     todo, found = [module], set()
     while todo:
         current = todo.pop()
@@ -63,13 +65,13 @@ def reached(module: str) -> set[str]:
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("driver")])
 def test_the_driver_knows_nothing_of_the_plugin(module: str) -> None:
-    """Imports go one way, from plugin to driver."""
+    """Imports go in one direction, from plugin to driver."""
     assert not [name for name in imports(module) if name.partition(".")[0] == "plugin"]
 
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("dataplane")])
 def test_the_dataplane_knows_nothing_of_the_others(module: str) -> None:
-    """The router runs as a process of its own: nothing of driver or plugin is in it."""
+    """The router is a process of its own: it contains nothing of driver or plugin."""
     assert not [
         name for name in imports(module) if name.partition(".")[0] in ("plugin", "driver", "docker")
     ]
@@ -77,22 +79,22 @@ def test_the_dataplane_knows_nothing_of_the_others(module: str) -> None:
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if not name.startswith("dataplane")])
 def test_the_router_is_spoken_to(module: str) -> None:
-    """Driver and plugin know the router by what is said to it alone, not by its parts."""
+    """Driver and plugin use the router only through its messages, not through its parts."""
     known = {name for name in SOURCES if name.startswith("dataplane")} & imports(module)
     said = {"dataplane", "dataplane.router_client", "dataplane.control", "dataplane.errors"}
-    # Programs of the kernel are the driver's to attach; their parts stay behind the package's own names.
+    # The driver attaches eBPF programs; their parts stay behind the names of the package.
     assert known <= said | {"dataplane.threads", "dataplane.ebpf"}
 
 
 def _used(module: str) -> set[str]:
-    """The modules of ours that a module uses, those that only its type annotations name included."""
+    """The own modules that a module uses, including those that only its type annotations name."""
     used = imports(module) & set(SOURCES)
     # `from package import module` uses the module, not the package's own names.
     return used - {name.rpartition(".")[0] for name in used} - {module}
 
 
 def test_no_import_circle() -> None:
-    """Modules can be read bottom up: none needs one that needs it, at run time or for its types."""
+    """There is no circle of modules, at run time or for types, so they can be read bottom up."""
     graph = {module: _used(module) for module in SOURCES}
     try:
         TopologicalSorter(graph).prepare()
@@ -117,7 +119,7 @@ def test_no_include_circle(folder: str) -> None:
 
 @pytest.mark.parametrize("library", BEHIND)
 def test_libraries_stay_behind_their_module(library: str) -> None:
-    """A third-party library is known to one place, where its errors become ours."""
+    """Only one place uses a third-party library, and translates its errors."""
     users = {
         module
         for module in SOURCES
@@ -128,13 +130,15 @@ def test_libraries_stay_behind_their_module(library: str) -> None:
 
 @pytest.mark.parametrize("module", ["plugin.app", "driver.driver", "driver.recovery"])
 def test_no_call_can_ask_docker(module: str) -> None:
-    """What serves Docker's calls has no way to Docker's API: it is silent while it waits for us (libnetwork#414)."""
+    """The code that serves Docker's calls cannot reach Docker's API, which does not answer then
+    (libnetwork#414).
+    """
     assert not reached(module) & {"docker", "driver.engine", "driver.sync", "http.client"}
 
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_every_module_says_what_it_is(module: str) -> None:
-    """Each module begins with its idea."""
+    """Each module begins with a docstring."""
     assert ast.get_docstring(SOURCES[module])
 
 
@@ -142,14 +146,16 @@ def test_every_module_says_what_it_is(module: str) -> None:
     "module", ["driver.vip", "driver.kernel.forwarding_check", "driver.kernel.flows"]
 )
 def test_what_works_in_containers_is_without_libraries_that_parse(module: str) -> None:
-    """What runs in a container's namespace decodes nothing by libnftables or pyroute2: the container may have written it."""
+    """Code that runs in a container's namespace does not decode by libnftables or pyroute2, because
+    the container may have written the data.
+    """
     found = reached(module)
     assert not {each for each in found if each.startswith("pyroute2")}
     assert "driver.kernel.nft" not in found
 
 
 def _imported(folder: str) -> set[str]:
-    """The top-level packages of ours that the files of a folder import."""
+    """The own top-level packages that the files of a folder import."""
     found: set[str] = set()
     for path in sorted((TOP / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,7 @@
-"""What test beds stand on is made before tests, in steps that an interruption doesn't undo. apt and mmdebstrap are played here."""
+"""`make prepare`: test beds are made before tests, in steps that survive an interruption.
+
+apt and mmdebstrap are fakes here.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ echo whole >"$before/content"
 
 
 class Machine:
-    """A machine with an empty cache whose apt and mmdebstrap are ours."""
+    """A machine with an empty cache, and with fakes for apt and mmdebstrap."""
 
     def __init__(self, folder: Path) -> None:
         self.said = folder / "said"
@@ -60,7 +63,7 @@ class Machine:
 
     def start(self, hangs: str = "") -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            # Where this run is in the background, its shell has SIGINT ignored.
+            # In the background a shell ignores SIGINT, and so does its child.
             ["env", "--default-signal=INT", BOOTSTRAP, "trixie", "one,two", self.target],
             env={**self.environment, "HANGS": hangs},
             start_new_session=True,
@@ -69,7 +72,9 @@ class Machine:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
-    """A root file system that was interrupted isn't taken for whole; the next run goes on with what was downloaded."""
+    """An interrupted root file system is not taken for complete; the next run reuses its
+    downloads.
+    """
     machine = Machine(tmp_path)
     process = machine.start(hangs="yes")
     deadline = time.monotonic() + patience(10)
@@ -87,7 +92,7 @@ def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
 
 
 def test_who_uses_it_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What isn't there is made by no test: it says at once what is missing and which command makes it."""
+    """No test makes what is absent: it says at once what is missing and which command makes it."""
     monkeypatch.setenv("FREEFLOW_CACHE", str(tmp_path))
     for look in (lambda: engine_root("26.1"), workload_tar, root_image, kernel):
         with pytest.raises(NotPreparedError, match="run `make prepare`"):
@@ -95,7 +100,9 @@ def test_who_uses_it_says_what_to_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_kernel_that_left_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel whose release the archive serves no more is known as absent afterwards, by its reason; and is tried again."""
+    """A kernel that the archive no longer has is recorded as absent, with the reason, and tried
+    again.
+    """
     monkeypatch.setenv("FREEFLOW_CACHE", str(tmp_path))
 
     def absent(*_: object) -> None:
@@ -110,7 +117,9 @@ def test_a_kernel_that_left_the_archive(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_failure_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A root file system that can't be made is an error that names the command, and no file system."""
+    """A root file system that cannot be made is an error that names the command, and leaves no file
+    system.
+    """
     machine = Machine(tmp_path)
     for name, value in machine.environment.items():
         monkeypatch.setenv(name, value)
@@ -121,7 +130,7 @@ def test_failure_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_all_that_tests_use_is_prepared() -> None:
-    """Every engine and every kernel that tests name is among the things that are prepared."""
+    """`make prepare` makes every engine and every kernel that tests name."""
     assert {f"engine-{version}" for version in images.ENGINES} < set(GROUPS["swarm"])
     assert {f"kernel-{name}" for name in KERNELS} < set(GROUPS["vm"])
     assert {name for group in GROUPS.values() for name in group} <= set(THINGS)
