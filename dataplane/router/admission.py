@@ -32,7 +32,7 @@ class Admission:
         network = self._registry.knowledge.network_of(process.namespace, request.local.ip)
         if network is None or not network.accelerated:
             return why_not(network)
-        if not container.asks.take(self._registry.clock(), self._registry.limits.asks):
+        if not container.request_rate.take(self._registry.clock(), self._registry.limits.asks):
             return Reason.LIMIT
         # First: later answers would tell the process about addresses that it has no connection to.
         if not self._sockets.is_open(

@@ -48,7 +48,7 @@ class ContainerRecord:
     """What the processes of one network namespace have."""
 
     namespace: int
-    asks: Bucket
+    request_rate: Bucket
     """The requests that it may still send."""
     processes: dict[int, ProcessRecord] = field(default_factory=dict)
     waiting: dict[int, PairRequest] = field(default_factory=dict)
