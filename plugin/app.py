@@ -236,7 +236,9 @@ def create_app(
     statistics: CallStatistics,
     bad_settings: tuple[SettingError, ...] = (),
 ) -> Flask:
-    """The app. `deadline` in seconds. With `bad_settings` it refuses calls that promise anything."""
+    """The app. `deadline` in seconds. With `bad_settings` it refuses calls that promise
+    anything.
+    """
     app = Flask("freeflow", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False

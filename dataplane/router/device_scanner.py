@@ -1,7 +1,7 @@
 """Scans for the RDMA device of the underlay's address, every 20 s, in a process of its own.
 
-Devices come and go while the router runs: a driver is loaded, a NIC is reset, `rdma link delete`. The
-result of a scan by `devices.py` holds until the next. The router never waits for a scan.
+Devices come and go while the router runs: a driver is loaded, a NIC is reset, `rdma link delete`.
+The result of a scan by `devices.py` holds until the next. The router never waits for a scan.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ TOO_LONG: Final = DeviceScan(None, f"the scan for RDMA devices took longer than 
 
 
 def command() -> list[str]:
-    """The command of a scan. The system's own Python runs `devices.py`: pyverbs is packaged for it."""
+    """The command of a scan. The system's own Python runs `devices.py`: pyverbs is packaged for
+    it.
+    """
     python = "/usr/bin/python3"
     return [python if os.access(python, os.X_OK) else sys.executable, "-P", devices.__file__]
 
@@ -142,13 +144,16 @@ class DeviceScanner:
         assert process.stdout is not None
         self._loop.forget(process.stdout.fileno())
         process.stdout.close()
-        # It may hang in a system call. We don't wait for its end: a later `poll` of Popen's reaps it.
+        # It may hang in a system call. We don't wait for its end: a later `poll` of Popen's reaps
+        # it.
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
 
 
 def offer_devices(host: Path, own: Path = Path("/dev/infiniband")) -> None:
-    """Make /dev/infiniband, which libibverbs reads, a link to the host's, which may appear later."""
+    """Make /dev/infiniband, which libibverbs reads, a link to the host's, which may appear
+    later.
+    """
     if host.parent.is_dir() and not own.exists() and not own.is_symlink():
         with contextlib.suppress(OSError):
             own.symlink_to(host)

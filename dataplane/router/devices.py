@@ -1,10 +1,10 @@
-"""Scans for the RDMA device of the underlay: `devices.py --address IP` prints it, or why there is none,
-as JSON.
+"""Scans for the RDMA device of the underlay: `devices.py --address IP` prints it, or why there is
+none, as JSON.
 
 It runs in a process of its own, because libibverbs is C code that opens devices: a crash or a hang
-there must not reach the router. It needs only pyverbs and the standard library. The device has a GID
-that belongs to the underlay's address. With RoCE v2 the GID is the IP address. With InfiniBand the
-address is that of an IPoIB interface, whose hardware address ends in the port's GID.
+there must not reach the router. It needs only pyverbs and the standard library. The device has a
+GID that belongs to the underlay's address. With RoCE v2 the GID is the IP address. With InfiniBand
+the address is that of an IPoIB interface, whose hardware address ends in the port's GID.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ IPAddress = IPv4Address | IPv6Address
 _SYSFS: Final = Path("/sys/class/infiniband")
 _ARPHRD_INFINIBAND: Final = "32"
 _GID: Final = 16
-"""Bytes, which are also the last ones of an IPoIB interface's hardware address (RFC 4391, section 9.1.1)."""
+"""Bytes, which are also the last ones of an IPoIB interface's hardware address (RFC 4391, section
+9.1.1).
+"""
 # linux/rtnetlink.h, linux/if_addr.h
 _RTM_NEWADDR: Final = 20
 _RTM_GETADDR: Final = 22
@@ -163,7 +165,8 @@ def _ports() -> Iterator[Port | Unusable]:
     try:
         devices = verbs.get_device_list()
     except PyverbsError:
-        # Also raised if the kernel has no InfiniBand. Devices that only the kernel knows are added below.
+        # Also raised if the kernel has no InfiniBand. Devices that only the kernel knows are added
+        # below.
         devices = []
     names = [device.name.decode() for device in devices]
     for name in names:

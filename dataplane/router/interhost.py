@@ -1,5 +1,5 @@
-"""Connects containers of this host with those of other hosts: sessions between routers, an RDMA device,
-a relay, and the connections.
+"""Connects containers of this host with those of other hosts: sessions between routers, an RDMA
+device, a relay, and the connections.
 
 The parts are in `sessions.py`, `device_scanner.py`, `relay_process.py` and `remote.py`. This module
 decides when each of them is started. A host announces RDMA when it has a device. Its relay is
@@ -44,7 +44,9 @@ IN_MEMORY: Final = Device("", 0, 0, "::", "memory", 0)
 
 @dataclass(frozen=True, slots=True)
 class Equipment:
-    """What this host has. `memory`: for tests, relays of one machine use memory instead of a device."""
+    """What this host has. `memory`: for tests, relays of one machine use memory instead of a
+    device.
+    """
 
     swarm: Path | None = None
     relay: Path = SHIPPED

@@ -1,4 +1,5 @@
-"""The driver's snapshot of networks, endpoints and settings, indexed so that each query is one look-up.
+"""The driver's snapshot of networks, endpoints and settings, indexed so that each query is one
+look-up.
 
 Each snapshot is complete and replaces the one before. While the driver is down, the last one holds.
 """
@@ -143,8 +144,8 @@ class Knowledge:
     def rule(self, namespace: int) -> Rule:
         """When a container's connections are upgraded.
 
-        If its networks have different rules, each threshold is the greatest, and the spin time and the
-        ring limit are the smallest.
+        If its networks have different rules, each threshold is the greatest, and the spin time and
+        the ring limit are the smallest.
         """
         rules = [network.rule for network in self.networks_of(namespace) if network.accelerated]
         if len(set(rules)) <= 1:

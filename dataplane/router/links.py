@@ -1,4 +1,5 @@
-"""The links between this host's relay and those of its peers: one per peer, made again when it breaks.
+"""The links between this host's relay and those of its peers: one per peer, made again when it
+breaks.
 
 Each relay makes its end of a link, and the routers exchange the addresses of the two ends. The
 leader, of two hosts the one with the smaller node ID, offers its end, and the follower answers with
@@ -83,8 +84,8 @@ class LinkOwner(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """One link. `number` is that of this host's relay, `shared` that of the leader's relay, which the
-    routers use in their messages."""
+    """One link. `number` is that of this host's relay, `shared` that of the leader's relay, which
+    the routers use in their messages."""
 
     peer: IPAddress
     number: int = NOTHING

@@ -23,7 +23,9 @@ class PairRequest:
     is_remote: bool = False
     """The other end is on another host."""
     server: Address | None = None
-    """The task that a client's connection to a VIP leads to; None: it leads to its remote address."""
+    """The task that a client's connection to a VIP leads to; None: it leads to its remote
+    address.
+    """
 
     @property
     def key(self) -> Key:

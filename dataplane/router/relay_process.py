@@ -1,9 +1,9 @@
-"""The relay's process: started when there is a device, and again when it ends. The router never waits
-for it.
+"""The relay's process: started when there is a device, and again when it ends. The router never
+waits for it.
 
-The relay is a child process that trusts the router. The router survives its crashes, and kills it if
-it sends an invalid message or doesn't answer. `RelayOwner.relay_died` is called only after the kernel
-has reported its end: from then on nothing writes to the rings that it had.
+The relay is a child process that trusts the router. The router survives its crashes, and kills it
+if it sends an invalid message or doesn't answer. `RelayOwner.relay_died` is called only after the
+kernel has reported its end: from then on nothing writes to the rings that it had.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ MOST_PAUSE: Final = 30.0
 """Seconds between two starts, doubled after each relay that doesn't last."""
 LASTS: Final = 30.0
 PATIENCE: Final = 20
-"""Requests without an answer, after which the relay counts as stuck. There is about one a second."""
+"""Requests without an answer, after which the relay counts as stuck. There is about one a
+second.
+"""
 _AT_ONCE: Final = 64
 _BUFFER: Final = 1 << 20
 _ABOVE: Final = 10
@@ -96,7 +98,9 @@ class RelayProcess:
         return self._opened
 
     def want(self, device: wire.RelayOpen) -> None:
-        """Have a relay run with this device. A relay that runs must have no links: it closes its device."""
+        """Have a relay run with this device. A relay that runs must have no links: it closes its
+        device.
+        """
         self._wanted = device
         if self._pid:
             self._opened = device
@@ -124,7 +128,8 @@ class RelayProcess:
         """Request the relay's counters. A relay that is stopped or stuck is killed: its connections
         hang, and are reset by that.
 
-        Unanswered requests are counted instead of seconds: during a suspend of the host there are none.
+        Unanswered requests are counted instead of seconds: during a suspend of the host there are
+        none.
         """
         if not self._pid:
             return
@@ -136,7 +141,9 @@ class RelayProcess:
             self._kill()
 
     def close(self) -> None:
-        """The router ends. The relay sees its socket closed, brings connections back to TCP, and ends."""
+        """The router ends. The relay sees its socket closed, brings connections back to TCP, and
+        ends.
+        """
         self._wanted = None
         self._cancel()
         self._hang_up()
@@ -168,7 +175,8 @@ class RelayProcess:
                     (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
                     (os.POSIX_SPAWN_DUP2, moved, wire.RELAY_SOCKET),
                 ],
-                # A signal to our process group must not reach it: it has to bring connections back to TCP.
+                # A signal to our process group must not reach it: it has to bring connections back
+                # to TCP.
                 setsid=True,
             )
         except OSError as error:

@@ -1,5 +1,5 @@
-"""The vocabulary of `remote_end.py`: phases, events and actions of an end of a connection to another
-host.
+"""The vocabulary of `remote_end.py`: phases, events and actions of an end of a connection to
+another host.
 
 Values only. Reasons of events and actions are `Reason`.
 """

@@ -44,7 +44,9 @@ class RemotePairing(Protocol):
         """A process has a bell, and `descriptor` rings it. It stays the caller's."""
 
     def arena_made(self, arena: Arena, bell: int) -> None:
-        """There is a new arena. `bell`, the receiving end of the relay's bell 0, is the callee's."""
+        """There is a new arena. `bell`, the receiving end of the relay's bell 0, is the
+        callee's.
+        """
 
     def arena_closed(self, arena: Arena) -> None:
         """Nothing is in the arena any more."""

@@ -64,7 +64,9 @@ class RemoteRequest:
 
 
 class Match(NamedTuple):
-    """The requests of both ends of a connection. `offer` is the follower's number of its request."""
+    """The requests of both ends of a connection. `offer` is the follower's number of its
+    request.
+    """
 
     host: RemoteHost
     request: RemoteRequest
@@ -134,7 +136,9 @@ class RemoteRequests:
         return self._match_of(request)
 
     def _is_unique(self, local: PairRequest, network: Network) -> bool:
-        """Whether no other connection of the container leads from the same port to the same server."""
+        """Whether no other connection of the container leads from the same port to the same
+        server.
+        """
         server = local.peer
         leading = [
             server,

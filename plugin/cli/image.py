@@ -63,7 +63,9 @@ class Start:
 
 @dataclass(slots=True)
 class Verdict:
-    """`hindered`: programs that can't be accelerated, and why. `unknown`: why there is no answer."""
+    """`hindered`: programs that can't be accelerated, and why. `unknown`: why there is no
+    answer.
+    """
 
     hindered: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)

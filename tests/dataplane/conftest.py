@@ -25,7 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the compiled programs are; `NAME`, and `NAME-fortified` with the checked calls of the C library."""
+    """Where the compiled programs are; `NAME`, and `NAME-fortified` with the checked calls of the C
+    library.
+    """
     if not shutil.which("gcc"):
         pytest.skip("gcc is missing")
     folder = tmp_path_factory.mktemp("programs")

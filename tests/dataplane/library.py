@@ -1,4 +1,6 @@
-"""A library in Python: speaks the protocol for sockets of the test's own process, and says what it gets."""
+"""A library in Python: speaks the protocol for sockets of the test's own process, and says what it
+gets.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +141,9 @@ class Library:
         self.connection.close()
 
     def discard(self) -> None:
-        """Close it and all descriptors that have come. For tests that get many of them, and close none themselves."""
+        """Close it and all descriptors that have come. For tests that get many of them, and close
+        none themselves.
+        """
         self.close()
         for each in self.received:
             os.close(each)

@@ -1,4 +1,5 @@
-"""Two containers in which a program's two ends run, with and without the library: what every test here is given.
+"""Two containers in which a program's two ends run, with and without the library: what every test
+here is given.
 
 Without the library the kernel's own TCP says what is right; with it the same must hold on a ring.
 """
@@ -105,7 +106,9 @@ class Places:
         self.statistics.unlink(missing_ok=True)
 
     def upgraded(self, connections: int = 1) -> None:
-        """If there is a library, so many connections really went to rings, both ways at both ends."""
+        """If there is a library, so many connections really went to rings, both ways at both
+        ends.
+        """
         if self.accelerated:
             counted = self.counted()
             assert counted["senders"] >= connections, counted
@@ -182,7 +185,9 @@ def places(
     rule: Rule | None = None,
     library: Path = LIBRARY,
 ) -> Iterator[Places]:
-    """A bed whose router upgrades connections at their first operations, unless a rule says otherwise."""
+    """A bed whose router upgrades connections at their first operations, unless a rule says
+    otherwise.
+    """
     with bed(
         "server",
         "client",

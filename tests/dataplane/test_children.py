@@ -1,4 +1,6 @@
-"""Children get a connection on a ring as they get one on TCP: as programs, through the C library's own children, and in numbers."""
+"""Children get a connection on a ring as they get one on TCP: as programs, through the C library's
+own children, and in numbers.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,16 @@ SCENARIOS = re.findall(
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_children(both: Places, scenario: str) -> None:
-    """The child's words arrive, before those that its parent says afterwards, and the connection goes on."""
+    """The child's words arrive, before those that its parent says afterwards, and the connection
+    goes on.
+    """
     both.play("children", scenario)
 
 
 def test_commands(both: Places) -> None:
-    """A Python server's connection is a command's input and output in each way that subprocess, os and multiprocessing have."""
+    """A Python server's connection is a command's input and output in each way that subprocess, os
+    and multiprocessing have.
+    """
     port = next(both.ports)
     program = str(SOURCES / "commands.py")
     with serving(both, [PYTHON, program, "server", str(port)], port):

@@ -48,7 +48,9 @@ listen redis
 
 
 def test_haproxy(both: Places) -> None:
-    """HAProxy with the chroot of Debian's configuration passes all bytes on, and both of its sides move."""
+    """HAProxy with the chroot of Debian's configuration passes all bytes on, and both of its sides
+    move.
+    """
     need("haproxy", "redis-server")
     port, behind = next(both.ports), next(both.ports)
     address = str(both.client.ipv4)

@@ -13,7 +13,9 @@ def test_connect_later(both: Places) -> None:
 
 
 def test_refused(both: Places) -> None:
-    """A refused connect is ECONNREFUSED at once or by SO_ERROR, and disturbs no other connection."""
+    """A refused connect is ECONNREFUSED at once or by SO_ERROR, and disturbs no other
+    connection.
+    """
     both.play("connections", "refused")
 
 
@@ -49,9 +51,11 @@ def test_ports_again(both: Places) -> None:
 
 @pytest.mark.parametrize("everywhere", ["accelerated"], indirect=True)
 def test_in_order(both: Places) -> None:
-    """What a client says on several connections is heard in that order by who waits for all of them in epoll.
+    """What a client says on several connections is heard in that order by who waits for all of them
+    in epoll.
 
-    The kernel itself doesn't always keep it: what comes while it collects events is put before the rest.
+    The kernel itself doesn't always keep it: what comes while it collects events is put before the
+    rest.
     """
     both.play("connections", "in_order")
 

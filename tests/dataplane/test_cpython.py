@@ -1,7 +1,8 @@
-"""CPython's own tests, both ends of their connections accelerated: none fails that passes without the library.
+"""CPython's own tests, both ends of their connections accelerated: none fails that passes without
+the library.
 
-They connect over loopback, in one process, so the library is told to ask for such connections too, at the first operation.
-`FREEFLOW_SLOW=1` adds the modules that take minutes.
+They connect over loopback, in one process, so the library is told to ask for such connections too,
+at the first operation. `FREEFLOW_SLOW=1` adds the modules that take minutes.
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ def _possible() -> None:
 @pytest.mark.timeout(2 * _TIME + 30)
 @pytest.mark.parametrize("module", [*QUICK, *(SLOW if os.environ.get("FREEFLOW_SLOW") else ())])
 def test_cpython(module: str, tmp_path: Path) -> None:
-    """No test of CPython's fails with the library that passes without, and connections were upgraded."""
+    """No test of CPython's fails with the library that passes without, and connections were
+    upgraded.
+    """
     failed, counted = run_tests(module, tmp_path, accelerated=True)
     if failed:
         # What fails is tried once more: a busy machine isn't the library's fault.

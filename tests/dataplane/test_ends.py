@@ -23,7 +23,9 @@ def test_data_before_the_end(both: Places) -> None:
 
 
 def test_broken_pipe(both: Places) -> None:
-    """Writes after the peer's close are EPIPE with SIGPIPE, without the signal with MSG_NOSIGNAL."""
+    """Writes after the peer's close are EPIPE with SIGPIPE, without the signal with
+    MSG_NOSIGNAL.
+    """
     both.play("ends", "broken_pipe")
 
 
@@ -38,12 +40,16 @@ def test_shut_read(both: Places) -> None:
 
 
 def test_killed_holder(both: Places) -> None:
-    """What a process wrote before SIGKILL arrives, then the end, then EPIPE; a process forked it."""
+    """What a process wrote before SIGKILL arrives, then the end, then EPIPE; a process forked
+    it.
+    """
     both.play("ends", "killed")
 
 
 def test_killed(both: Places) -> None:
-    """What a process wrote before SIGKILL arrives, then the end, then EPIPE, though one waits in read."""
+    """What a process wrote before SIGKILL arrives, then the end, then EPIPE, though one waits in
+    read.
+    """
     both.play("ends", "killed_whole")
 
 

@@ -1,4 +1,6 @@
-"""What packets keep alive on a connection's way stays alive while its bytes are in shared memory."""
+"""What packets keep alive on a connection's way stays alive while its bytes are in shared
+memory.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ def forgetful() -> Iterator[Bed]:
 
 
 def test_busy_connections_to_a_vip(forgetful: Bed) -> None:
-    """Connections that talked in shared memory for longer than tracking remembers end as ever: by FIN, and by SIGKILL."""
+    """Connections that talked in shared memory for longer than tracking remembers end as ever: by
+    FIN, and by SIGKILL.
+    """
     servers = [
         forgetful.containers[name].popen(
             [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True
@@ -116,7 +120,9 @@ def test_busy_connections_to_a_vip(forgetful: Bed) -> None:
 
 
 def test_options(both: Places) -> None:
-    """A program sees the keepalive that it has set, and who gets the connection from it has just that."""
+    """A program sees the keepalive that it has set, and who gets the connection from it has just
+    that.
+    """
     both.play("keepalive", "options")
     both.play("keepalive", "set_later")
     both.upgraded(2)

@@ -1,7 +1,9 @@
-"""Who writes nonsense into shared memory hurts only his own connection: the program at the other end goes on serving others.
+"""Who writes nonsense into shared memory hurts only his own connection: the program at the other
+end goes on serving others.
 
-The hostile end gets its grant as anybody does, behaves until bytes go through the rings, and then writes whatever it likes into
-every word that both sides share, all the while. Seeds are random, and said on failure.
+The hostile end gets its grant as anybody does, behaves until bytes go through the rings, and then
+writes whatever it likes into every word that both sides share, all the while. Seeds are random, and
+said on failure.
 """
 
 from __future__ import annotations
@@ -106,7 +108,9 @@ def hurt(chance: random.Random, memory: mmap.mmap, rings: tuple[Ring, Ring]) -> 
 
 @contextlib.contextmanager
 def granted(made: Bed) -> Iterator[tuple[socket.socket, mmap.mmap, tuple[Ring, Ring]]]:
-    """A connection of the hostile container to the server, its arena, and its rings: sent into, received from."""
+    """A connection of the hostile container to the server, its arena, and its rings: sent into,
+    received from.
+    """
     container = made.containers["stranger"]
     tcp = dial(container.namespace, str(made.containers["server"].ipv4), PORT)
     library = Library.connect(made.shared / "router.sock", container.namespace)
@@ -137,7 +141,9 @@ def granted(made: Bed) -> Iterator[tuple[socket.socket, mmap.mmap, tuple[Ring, R
 
 
 def begin(tcp: socket.socket, memory: mmap.mmap, sends: Ring, receives: Ring) -> None:
-    """As a library does: ready to receive through the ring, and the first bytes sent through the other."""
+    """As a library does: ready to receive through the ring, and the first bytes sent through the
+    other.
+    """
     receives.put_half(READY, 1)
     for _ in range(4):
         tcp.sendall(b"more")
@@ -215,7 +221,9 @@ def rests(server: subprocess.Popen[str]) -> bool:
 
 @pytest.mark.parametrize("way", ["threads", "select", "poll", "epoll"])
 def test_nonsense_in_shared_memory(way: str) -> None:
-    """The program serves others rightly all the while, lives, and rests when the hostile one has gone."""
+    """The program serves others rightly all the while, lives, and rests when the hostile one has
+    gone.
+    """
     seed = int.from_bytes(os.urandom(4), "big")
     chance = random.Random(seed)
     with served(way) as (made, server, honest):
@@ -247,7 +255,9 @@ WRONG: Final = {
 
 @pytest.mark.parametrize("way", ["threads", "epoll"])
 def test_one_wrong_word(way: str) -> None:
-    """Each word that is wrong and stays so, with the connection left open: the program rests, and serves others."""
+    """Each word that is wrong and stays so, with the connection left open: the program rests, and
+    serves others.
+    """
     with served(way) as (made, server, honest), contextlib.ExitStack() as stack:
         for side, offset, by in WRONG.values():
             tcp, memory, (sends, receives) = stack.enter_context(granted(made))

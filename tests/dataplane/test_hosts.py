@@ -1,4 +1,6 @@
-"""Programs on two hosts, whole: the library, the routers, their sessions and their relays, which share this machine's memory."""
+"""Programs on two hosts, whole: the library, the routers, their sessions and their relays, which
+share this machine's memory.
+"""
 
 from __future__ import annotations
 
@@ -170,7 +172,9 @@ def test_torture(hosts: Hosts) -> None:
 
 
 def test_dead_relay(hosts: Hosts) -> None:
-    """When a relay is killed its connections end with a reset, and the next ones are carried by a new one."""
+    """When a relay is killed its connections end with a reset, and the next ones are carried by a
+    new one.
+    """
     program = hosts.folder / "wait.py"
     program.write_text(WAIT)
     listener = hosts.popen(hosts.server, [sys.executable, str(program), str(hosts.server.box.ipv4)])

@@ -1,4 +1,6 @@
-"""Programs that lock their memory need no more of it with the library, which reserves much address space."""
+"""Programs that lock their memory need no more of it with the library, which reserves much address
+space.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ MEMCACHED_MOST = 140 << 10
     ],
 )
 def test_mlockall(both: Places, scenario: str) -> None:
-    """mlockall() locks the program's memory and none of the rings, and connections move to rings."""
+    """mlockall() locks the program's memory and none of the rings, and connections move to
+    rings.
+    """
     both.play("locked", scenario)
     both.upgraded()
 

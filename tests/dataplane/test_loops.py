@@ -1,6 +1,8 @@
-"""Real programs whose threads share an event loop at both ends: every byte is right, and goes through rings.
+"""Real programs whose threads share an event loop at both ends: every byte is right, and goes
+through rings.
 
-Each client sends a stream on several connections and compares the echo; see `programs/loops.*` and `Loops.java`.
+Each client sends a stream on several connections and compares the echo; see `programs/loops.*` and
+`Loops.java`.
 """
 
 from __future__ import annotations

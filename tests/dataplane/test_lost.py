@@ -13,5 +13,7 @@ SCENARIOS = re.findall(r'\{"(\w+)", \w+, \w+, (?:true|false)\}', (SOURCES / "los
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_lost(both: Places, scenario: str) -> None:
-    """A file under a connection's number is read, written and waited for as itself, and other connections go on."""
+    """A file under a connection's number is read, written and waited for as itself, and other
+    connections go on.
+    """
     both.play("lost", scenario)

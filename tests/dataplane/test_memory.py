@@ -86,7 +86,9 @@ def test_idle_memory_is_reclaimed(accelerated: None, tmp_path: Path) -> None:
 
 
 def test_ring_limit_holds(accelerated: None, tmp_path: Path) -> None:
-    """With RING_LIMIT a connection never touches more of its ring, however many bytes it carries."""
+    """With RING_LIMIT a connection never touches more of its ring, however many bytes it
+    carries.
+    """
     limit = 128 << 10
     with places(True, tmp_path, tmp_path, Rule(operations=2, age=0, ring_limit=limit)) as both:
         with stream(both, 7000):

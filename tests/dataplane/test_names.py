@@ -1,4 +1,6 @@
-"""Whatever a C library exports is known: the library stands in front of it, or there is a reason why it needn't."""
+"""Whatever a C library exports is known: the library stands in front of it, or there is a reason
+why it needn't.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Files of overlayfs, the root of most containers: the file system can't say whether a read would wait."""
+"""Files of overlayfs, the root of most containers: the file system can't say whether a read would
+wait.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ MOUNT = (
 
 
 def test_sendfile_keeps_its_memory(tmp_path: Path) -> None:
-    """A file on overlayfs arrives whole over the ring, and sendfile() doesn't map new memory for each call."""
+    """A file on overlayfs arrives whole over the ring, and sendfile() doesn't map new memory for
+    each call.
+    """
     program = [sys.executable, str(PROGRAM)]
     with bed("server", "client", library=LIBRARY) as made:
         server, client = made.containers["server"], made.containers["client"]

@@ -1,4 +1,6 @@
-"""Connections on rings are shared by processes, replaced programs and descriptors as those on TCP are."""
+"""Connections on rings are shared by processes, replaced programs and descriptors as those on TCP
+are.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def test_system_beside(both: Places) -> None:
 
 
 def test_pass_away(both: Places) -> None:
-    """A connection passed over a unix socket works for the one who gets it, also on its way back."""
+    """A connection passed over a unix socket works for the one who gets it, also on its way
+    back.
+    """
     both.play("processes", "pass_away")
 
 

@@ -216,7 +216,9 @@ func main() {
 
 
 def test_go(both: Places) -> None:
-    """A Go program, which calls the kernel itself, stays on TCP and works with accelerated clients."""
+    """A Go program, which calls the kernel itself, stays on TCP and works with accelerated
+    clients.
+    """
     need("go")
     port = next(both.ports)
     source, binary = both.folder / "echo.go", both.folder / "echo-go"

@@ -1,4 +1,6 @@
-"""System calls that go past the library after a connection has moved: no byte is lost, doubled or out of order."""
+"""System calls that go past the library after a connection has moved: no byte is lost, doubled or
+out of order.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ RAW = 6
 
 @pytest.mark.parametrize("scenario", WRITES)
 def test_raw_writes(both: Places, scenario: str) -> None:
-    """What is written past the library arrives where TCP would have it; both directions are TCP from then on."""
+    """What is written past the library arrives where TCP would have it; both directions are TCP
+    from then on.
+    """
     both.play("raw", scenario)
     both.upgraded()
     if both.accelerated:
@@ -71,26 +75,34 @@ def test_raw_reads(both: Places, scenario: str) -> None:
 
 
 def test_raw_shutdown(both: Places) -> None:
-    """A shutdown past the library is the end for the peer, and for what the program writes later."""
+    """A shutdown past the library is the end for the peer, and for what the program writes
+    later.
+    """
     both.play("raw", "shutdown")
     both.upgraded()
 
 
 def test_raw_close(both: Places) -> None:
-    """A file that gets the number of a connection closed past the library is read and written as itself."""
+    """A file that gets the number of a connection closed past the library is read and written as
+    itself.
+    """
     both.play("raw", "closed")
     both.upgraded()
 
 
 @pytest.mark.parametrize("scenario", ["closed_all", "closed_all_there"])
 def test_raw_close_of_all(both: Places, scenario: str) -> None:
-    """A program that closes all that it doesn't know past the library goes on, and sleeps while it waits."""
+    """A program that closes all that it doesn't know past the library goes on, and sleeps while it
+    waits.
+    """
     both.play("raw", scenario)
     both.upgraded()
 
 
 def test_program_without_the_library(both: Places) -> None:
-    """What a static program writes to a connection that it got by raw calls comes between the library's own bytes."""
+    """What a static program writes to a connection that it got by raw calls comes between the
+    library's own bytes.
+    """
     both.play("raw", "program", HELPER=str(both.programs / "static-cat"))
     both.upgraded()
 

@@ -1,7 +1,8 @@
-"""Connections to another host: rings whose other side is a relay. What TCP says may come first, and the path may be lost.
+"""Connections to another host: rings whose other side is a relay. What TCP says may come first, and
+the path may be lost.
 
-The relays are `relay.c`'s: they keep to the order that real ones promise, and no better. All else that programs do on rings
-is played again over them, with everything late.
+The relays are `relay.c`'s: they keep to the order that real ones promise, and no better. All else
+that programs do on rings is played again over them, with everything late.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ def remote(far: Places, ports: Iterator[int]) -> Iterator[Places]:
     ],
 )
 def test_as_on_this_host(late: Places, ports: Iterator[int], program: str, scenario: str) -> None:
-    """What holds for rings within a host holds for those between hosts, however late everything comes."""
+    """What holds for rings within a host holds for those between hosts, however late everything
+    comes.
+    """
     late.forget()
     late.ports = ports
     late.play(program, scenario, STATIC_CAT=str(late.programs / "static-cat"))
@@ -86,7 +89,9 @@ def test_as_on_this_host(late: Places, ports: Iterator[int], program: str, scena
 @pytest.mark.parametrize("means", MEANS)
 @pytest.mark.parametrize("scenario", ["overtaken", "overtaken_twice"])
 def test_end_comes_first(remote: Places, scenario: str, means: str) -> None:
-    """A FIN that has overtaken the ring isn't reported, and costs no CPU time, until the ring has ended."""
+    """A FIN that has overtaken the ring isn't reported, and costs no CPU time, until the ring has
+    ended.
+    """
     remote.play("remote", scenario, MEANS=means)
 
 
@@ -121,7 +126,9 @@ def test_reset_comes_at_once(remote: Places, means: str) -> None:
 @pytest.mark.parametrize("means", MEANS)
 @pytest.mark.parametrize("loss", ["break", "sever"])
 def test_loss_wakes(remote: Places, loss: str, means: str) -> None:
-    """When the relays give up, or the router says that its relay has died, who waits hears of a reset."""
+    """When the relays give up, or the router says that its relay has died, who waits hears of a
+    reset.
+    """
     remote.play("remote", "lost", MEANS=means, LOSS=loss)
     remote.play("remote", "lost_writer", MEANS=means, LOSS=loss)
     if means != "select":
@@ -178,7 +185,9 @@ def test_nonsense(remote: Places) -> None:
 
 @pytest.mark.timeout(SECONDS + 120)
 def test_torture(tools: None, tmp_path: Path, programs: Path) -> None:
-    """No byte is wrong and nothing stalls, with many threads on one connection, forks, signals and kills."""
+    """No byte is wrong and nothing stalls, with many threads on one connection, forks, signals and
+    kills.
+    """
     with relayed(tmp_path, programs, *LATE) as made:
         seed = SEED or str(int.from_bytes(os.urandom(4), "big"))
         assert "operations" in torture(made, (), SECONDS, seed)

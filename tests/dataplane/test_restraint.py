@@ -1,4 +1,6 @@
-"""Moving costs something. Programs whose connections end soon after they have moved are spared it, and long connections still move."""
+"""Moving costs something. Programs whose connections end soon after they have moved are spared it,
+and long connections still move.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def _listens(address: str) -> bool:
 
 
 def test_short_connections_stop_asking(made: Bed, tmp_path: Path) -> None:
-    """Of many connections that end right after they are old enough to move only some of the first ask; a long one moves all the same."""
+    """Of many connections that end right after they are old enough to move only some of the first
+    ask; a long one moves all the same.
+    """
     # So old that a busy machine ends a connection before twice the age.
     age = within(0.1)
     environment = {

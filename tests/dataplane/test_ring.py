@@ -19,7 +19,9 @@ SECONDS = os.environ.get("TORTURE_SECONDS", "4")
 @pytest.mark.parametrize("sanitizer", ["", "address,undefined", "thread"])
 @pytest.mark.parametrize("play", ["stress", "hostile"])
 def test_ring(tmp_path: Path, play: str, sanitizer: str) -> None:
-    """Each byte is right, no wake-up is lost, and no invalid header makes an end use memory outside the ring."""
+    """Each byte is right, no wake-up is lost, and no invalid header makes an end use memory outside
+    the ring.
+    """
     if shutil.which("gcc") is None:
         pytest.skip("missing: gcc")
     options = ["-std=gnu11", "-D_GNU_SOURCE"]

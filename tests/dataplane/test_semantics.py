@@ -1,4 +1,6 @@
-"""Calls, flags, options and signals mean on a ring what they mean on TCP, or the connection goes back to TCP."""
+"""Calls, flags, options and signals mean on a ring what they mean on TCP, or the connection goes
+back to TCP.
+"""
 
 from __future__ import annotations
 

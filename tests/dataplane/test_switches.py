@@ -1,4 +1,6 @@
-"""A process that confines itself, loads code bound past the library, gets an io_uring, or ends, keeps its connections."""
+"""A process that confines itself, loads code bound past the library, gets an io_uring, or ends,
+keeps its connections.
+"""
 
 from __future__ import annotations
 

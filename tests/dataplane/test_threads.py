@@ -1,4 +1,6 @@
-"""Several threads in one epoll instance, or on one connection: no thread misses a wake-up because of another."""
+"""Several threads in one epoll instance, or on one connection: no thread misses a wake-up because
+of another.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,16 @@ from tests.dataplane.places import Places
 
 
 def test_full_by_another(both: Places) -> None:
-    """A thread that sleeps in epoll is told of room after another thread has used up all that there was."""
+    """A thread that sleeps in epoll is told of room after another thread has used up all that there
+    was.
+    """
     both.play("threads", "full_by_another")
 
 
 def test_moves_while_polled(both: Places) -> None:
-    """A connection that moves to a ring while threads poll it is still reported, in all instances."""
+    """A connection that moves to a ring while threads poll it is still reported, in all
+    instances.
+    """
     both.play("threads", "moves_while_polled")
 
 
@@ -29,7 +35,9 @@ def test_once_before_it_moves(both: Places) -> None:
 
 @pytest.mark.parametrize("scenario", ["moves_under_poll", "moves_under_instance"])
 def test_moves_under_waiters(both: Places, scenario: str) -> None:
-    """A thread that waits in poll, select or an outer instance is told of a connection that moves meanwhile."""
+    """A thread that waits in poll, select or an outer instance is told of a connection that moves
+    meanwhile.
+    """
     both.play("threads", scenario)
 
 

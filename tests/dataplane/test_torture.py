@@ -1,4 +1,6 @@
-"""Every byte of many connections is right, however programs wait for it, share it and die: see `torture.c`."""
+"""Every byte of many connections is right, however programs wait for it, share it and die: see
+`torture.c`.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def torture(
 
 @pytest.mark.timeout(SECONDS + 120)
 def test_torture(everywhere: Places) -> None:
-    """No byte is wrong and nothing stalls, with many threads on one connection, forks, signals and kills."""
+    """No byte is wrong and nothing stalls, with many threads on one connection, forks, signals and
+    kills.
+    """
     everywhere.forget()
     # Plain TCP only shows that the program itself is right.
     seconds = SECONDS if everywhere.accelerated else min(SECONDS, 20)
@@ -68,7 +72,9 @@ def test_torture(everywhere: Places) -> None:
 
 @pytest.mark.timeout(LOOPS + 120)
 def test_torture_of_loops(everywhere: Places) -> None:
-    """No wake-up is lost among several threads in one epoll instance while connections move to rings."""
+    """No wake-up is lost among several threads in one epoll instance while connections move to
+    rings.
+    """
     everywhere.forget()
     seconds = LOOPS if everywhere.accelerated else 5
     said = torture(

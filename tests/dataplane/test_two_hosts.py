@@ -110,7 +110,9 @@ class Streams:
 def streams(
     hosts: Hosts, seconds: float = 2, count: int = 4, address: str = ""
 ) -> Iterator[Streams]:
-    """Streams that are all on RDMA and have bytes in their rings, so that no end returns to TCP alone."""
+    """Streams that are all on RDMA and have bytes in their rings, so that no end returns to TCP
+    alone.
+    """
     before = [host.router.statistics().rdma.relay.get("bytes_out", 0) for host in hosts]
     made = Streams(hosts, seconds, count, address)
     for host, sent in zip(hosts, before, strict=True):
@@ -226,7 +228,9 @@ def test_relay_killed(hosts: Hosts, dies: int) -> None:
 
 
 def test_relay_stopped(hosts: Hosts) -> None:
-    """If a relay is stopped, its connections are reset after a while. New connections move again."""
+    """If a relay is stopped, its connections are reset after a while. New connections move
+    again.
+    """
     with streams(hosts, 60) as made:
         os.kill(hosts[1].relay_pid(), signal.SIGSTOP)
         assert set(made.ends(60)) == {"reset"}

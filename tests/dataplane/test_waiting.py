@@ -1,4 +1,6 @@
-"""A wait for a connection on a ring behaves as on TCP, by every call, with signals and cancellation."""
+"""A wait for a connection on a ring behaves as on TCP, by every call, with signals and
+cancellation.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def test_epoll_once(both: Places) -> None:
 
 
 def test_epoll_changed(both: Places) -> None:
-    """A thread's change of a registration wakes another that waits; a removed one reports nothing."""
+    """A thread's change of a registration wakes another that waits; a removed one reports
+    nothing.
+    """
     both.play("waiting", "epoll_changed")
 
 
@@ -78,7 +82,9 @@ def test_high_descriptor(both: Places) -> None:
 
 
 def test_back_pressure(both: Places) -> None:
-    """A write to a full connection fails with EAGAIN; the connection is writable again when the peer has read."""
+    """A write to a full connection fails with EAGAIN; the connection is writable again when the
+    peer has read.
+    """
     both.play("waiting", "back_pressure")
 
 

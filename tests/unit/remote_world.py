@@ -100,7 +100,9 @@ class Wire:
 
 
 class FakeRelay:
-    """A relay without bytes: its answers, what it tells the peer's relay, and when it drops slots."""
+    """A relay without bytes: its answers, what it tells the peer's relay, and when it drops
+    slots.
+    """
 
     def __init__(self, world: World, host: Host) -> None:
         self.world = world
@@ -580,7 +582,9 @@ class World:
         self.down_of(b, a.number)
 
     def restart_router(self, host: Host) -> None:
-        """Kill a router. Its relay brings connections back to TCP, resets those it can't, and ends."""
+        """Kill a router. Its relay brings connections back to TCP, resets those it can't, and
+        ends.
+        """
         for other in self.hosts:
             if other is not host:
                 self.lose(host, other)

@@ -73,7 +73,9 @@ class FakeKernel:
 
 @dataclass
 class FakeMemory:
-    """Arenas are numbers from 1000 on, bells from 50000. Closing one twice, or never, is an error."""
+    """Arenas are numbers from 1000 on, bells from 50000. Closing one twice, or never, is an
+    error.
+    """
 
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1000))
     bell_numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(50_000))
@@ -153,7 +155,8 @@ def knowledge(settings: RouterSettings | None = None, *, off: bool = False) -> K
 
 
 def facts(settings: RouterSettings | None = None, *, off: bool = False) -> RouterSnapshot:
-    """Containers 1 to 4 on network n1 as 10.0.4.1 to .4 and fd00::1 to ::4, container 1 also on n2 as 10.0.5.1.
+    """Containers 1 to 4 on network n1 as 10.0.4.1 to .4 and fd00::1 to ::4, container 1 also on n2
+    as 10.0.5.1.
 
     VIP leads to 2 and 3; AWAY to 2, and to 10.0.4.66, which is on another host.
     """

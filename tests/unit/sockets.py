@@ -49,7 +49,9 @@ def served(app: WSGI, path: Path) -> Iterator[Path]:
 
 
 def engine(answers: Mapping[str, Any]) -> WSGI:
-    """An engine that knows these answers; anything else isn't found. A number is a status without more."""
+    """An engine that knows these answers; anything else isn't found. A number is a status without
+    more.
+    """
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         found = answers.get(environ["PATH_INFO"], 404)

@@ -64,7 +64,9 @@ class Authority:
         return pem(self.certificate)
 
     def cross(self, other: Authority) -> str:
-        """Another's certificate, signed by this one: how a new root is trusted by those who know the old."""
+        """Another's certificate, signed by this one: how a new root is trusted by those who know
+        the old.
+        """
         return pem(self.sign(other.name, other.key, ca=True))
 
     def sign(
@@ -91,7 +93,8 @@ class Authority:
             .not_valid_after(now + lasts)
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
         )
-        # The engine's have these too. Roots of one name are told apart by them: OpenSSL doesn't try one after the other.
+        # The engine's have these too. Roots of one name are told apart by them: OpenSSL doesn't try
+        # one after the other.
         public = x509.SubjectKeyIdentifier.from_public_key
         made = made.add_extension(public(key.public_key()), critical=False).add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(

@@ -38,7 +38,9 @@ def includes(folder: str) -> dict[str, set[str]]:
 
 
 def calls(folder: str) -> dict[str, set[str]]:
-    """Which modules of its folder each module calls, by the names of the functions that they define."""
+    """Which modules of its folder each module calls, by the names of the functions that they
+    define.
+    """
     texts = {name: _NOISE.sub(" ", text) for name, text in sources(folder).items()}
     home = {
         function: name for name, text in texts.items() for function in _DEFINITION.findall(text)
@@ -65,7 +67,9 @@ def test_no_file_includes_a_higher_one(folder: str) -> None:
 
 
 def test_no_file_of_the_library_calls_a_higher_one() -> None:
-    """Calls go the way of the includes. Where a lower file has to call a higher one there is a hook (hooks.h)."""
+    """Calls go the way of the includes. Where a lower file has to call a higher one there is a hook
+    (hooks.h).
+    """
     assert not circle(calls("library"))
 
 

@@ -64,7 +64,9 @@ PLUGINS = [{"Name": "freeflow:latest", "Enabled": True}]
 
 
 class World:
-    """A host: what its plugin and its engine say, and the command to ask them. None: they don't answer."""
+    """A host: what its plugin and its engine say, and the command to ask them. None: they don't
+    answer.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -137,7 +139,9 @@ def test_no_command_means_status(world: World) -> None:
 
 
 def test_something_is_wrong(world: World) -> None:
-    """Something is wrong: exit code 1, the first line counts it, the last lines say what, why and what to type."""
+    """Something is wrong: exit code 1, the first line counts it, the last lines say what, why and
+    what to type.
+    """
     world.status = status(problems=[finding("error"), finding("warning"), finding("warning")])
     done = world.run("status")
     assert done.exit_code == 1
@@ -169,7 +173,9 @@ NOT_RUNNING: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("docker", "remedy"), NOT_RUNNING)
 @pytest.mark.parametrize("command", ["status", "peers", "connections", "ping"])
 def test_not_running(world: World, command: str, docker: Any, remedy: str) -> None:
-    """The plugin isn't running: exit code 2, and what to type, by what the engine says of the plugin."""
+    """The plugin isn't running: exit code 2, and what to type, by what the engine says of the
+    plugin.
+    """
     world.status, world.engine = None, docker
     arguments = [command, "10.0.4.2"] if command == "ping" else [command]
     done = world.run(*arguments)
@@ -287,7 +293,9 @@ def test_fields_that_programs_rely_on() -> None:
 
 
 def test_paths_in_status(world: World) -> None:
-    """Status says of each network how many connections take which path, and why not the faster one."""
+    """Status says of each network how many connections take which path, and why not the faster
+    one.
+    """
     lines = world.run("status").output.splitlines()
     assert "  connections: 2 on shm, 3 on overlay (remote 1, short 2)" in lines
     world.status = status(router=None)
@@ -297,7 +305,9 @@ def test_paths_in_status(world: World) -> None:
 
 
 def test_connections(world: World) -> None:
-    """Each connection has a line with its path and the word of its reason, which is explained below."""
+    """Each connection has a line with its path and the word of its reason, which is explained
+    below.
+    """
     done = world.run("connections")
     assert done.exit_code == 0
     assert done.output.splitlines() == [
@@ -485,7 +495,9 @@ def test_help_names_every_command() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command(command: str) -> None:
-    """Each command has help that says what it does, by -h too, and no line is too long for a terminal."""
+    """Each command has help that says what it does, by -h too, and no line is too long for a
+    terminal.
+    """
     output = CliRunner().invoke(cli, [command, "--help"], prog_name="freeflow").output
     assert output == CliRunner().invoke(cli, [command, "-h"], prog_name="freeflow").output
     assert len(output.splitlines()) > 5

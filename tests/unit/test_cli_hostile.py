@@ -1,4 +1,6 @@
-"""What images, stacks, containers and other hosts put into names and files reaches neither root's terminal nor much of its time."""
+"""What images, stacks, containers and other hosts put into names and files reaches neither root's
+terminal nor much of its time.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def poisoned(value: Any, text: str) -> Any:
 
 @given(ANYTHING)
 def test_whatever_is_shown_is_harmless(text: str) -> None:
-    """Any text is shown on one line, without a character that a terminal obeys, and what is printable stays."""
+    """Any text is shown on one line, without a character that a terminal obeys, and what is
+    printable stays.
+    """
     found = terminal.shown(text)
     assert harmless(found)
     assert "\n" not in found
@@ -76,7 +80,9 @@ def test_whatever_is_shown_is_harmless(text: str) -> None:
     ids=["status", "peers", "connections", "findings"],
 )
 def test_pages_are_harmless(page: Any, text: str) -> None:
-    """Whatever names there are, no page has a character that a terminal obeys once it is printed, nor a forged line."""
+    """Whatever names there are, no page has a character that a terminal obeys once it is printed,
+    nor a forged line.
+    """
     found = page(text)
     assert harmless(terminal.lines(found))
     assert found.count("\n") == page("x").count("\n")
@@ -159,7 +165,9 @@ def _elf(count: int, size: int, length: int) -> bytes:
 
 @pytest.mark.parametrize("size", [0, 1, 56])
 def test_headers_without_end(size: int) -> None:
-    """A program that claims 65,535 headers, of which each is a MiB of notes, is looked at as fast as any."""
+    """A program that claims 65,535 headers, of which each is a MiB of notes, is looked at as fast
+    as any.
+    """
     begin = time.process_time()
     assert identify(_elf(65535, size, 1 << 20)) is not None
     assert time.process_time() - begin < SOON
@@ -221,7 +229,9 @@ REFUSED = {
 
 @pytest.mark.parametrize(("text", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_stacks_without_end(text: str, message: str) -> None:
-    """A stack that would take for ever, or isn't one, is refused at once, with the line and a way out."""
+    """A stack that would take for ever, or isn't one, is refused at once, with the line and a way
+    out.
+    """
     begin = time.process_time()
     with pytest.raises(InvalidRequest, match=message):
         injected(text)
@@ -261,7 +271,9 @@ STACKS = st.fixed_dictionaries(
 @settings(max_examples=200, deadline=None)
 @given(STACKS, VALUES)
 def test_any_value_in_any_place(stack: Any, config: Any) -> None:
-    """Whatever stands in whatever place of a stack, and whatever the engine says of images, the answer is a stack or a reason."""
+    """Whatever stands in whatever place of a stack, and whatever the engine says of images, the
+    answer is a stack or a reason.
+    """
     writer, stream = YAML(typ="safe", pure=True), io.StringIO()
     writer.dump(stack, stream)
     engine: Any = Images({"Config": config} if isinstance(config, list) else config)

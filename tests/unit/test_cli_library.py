@@ -95,7 +95,9 @@ def world(tmp_path: Path) -> World:
 
 
 def test_well(world: World) -> None:
-    """A container with mount, variable and library passes each check, and the router's counts are said."""
+    """A container with mount, variable and library passes each check, and the router's counts are
+    said.
+    """
     report = world.report()
     assert report.findings == []
     assert "1 of 1 processes have this host's library" in report.passed
@@ -147,7 +149,9 @@ def test_static_program(world: World) -> None:
 
 
 def test_older_library(world: World) -> None:
-    """A process that mapped a file which has been replaced since is told from the others, by the file and not its name."""
+    """A process that mapped a file which has been replaced since is told from the others, by the
+    file and not its name.
+    """
     older = world.directory / "older.so"
     older.write_bytes(b"older")
     world.process(72, library=older)
@@ -185,7 +189,9 @@ def test_a_process_that_ends_meanwhile(world: World) -> None:
 
 
 def test_a_real_process(tmp_path: Path) -> None:
-    """What the kernel writes in /proc of a process with a mapped file of the library's name is read right."""
+    """What the kernel writes in /proc of a process with a mapped file of the library's name is read
+    right.
+    """
     python = Path(sys.executable).resolve()
     folder = tmp_path / "freeflow"
     folder.mkdir()

@@ -23,7 +23,9 @@ def test_nothing_has_died() -> None:
 
 
 def test_what_another_process_noted() -> None:
-    """What the master notes is known to workers that were forked before and after, and the other way round."""
+    """What the master notes is known to workers that were forked before and after, and the other
+    way round.
+    """
     deaths = Deaths()
     deaths.note(WORKER)
     child = os.fork()
@@ -36,7 +38,9 @@ def test_what_another_process_noted() -> None:
 
 
 def test_count_and_age() -> None:
-    """All deaths are counted, those of the last ten minutes besides, and the age is the last one's."""
+    """All deaths are counted, those of the last ten minutes besides, and the age is the last
+    one's.
+    """
     clock = Clock()
     deaths = Deaths(clock)
     for _ in range(3):
@@ -61,7 +65,9 @@ def test_many() -> None:
 
 
 def test_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that ends by an exception is noted by its name; what said so before says so still."""
+    """A thread that ends by an exception is noted by its name; what said so before says so
+    still.
+    """
     said: list[object] = []
     monkeypatch.setattr(threading, "excepthook", said.append)
     deaths = Deaths()

@@ -121,7 +121,9 @@ def test_interfaces_of_an_address(tmp_path: Path) -> None:
 
 
 def test_what_it_prints_can_be_read() -> None:
-    """The router reads each result that a scan prints. An invalid one gives a reason, not an error."""
+    """The router reads each result that a scan prints. An invalid one gives a reason, not an
+    error.
+    """
     for scan in (
         choose(V4, [port(gid(1, "::ffff:192.0.2.1")), Unusable("rxe0", 0, "why")]),
         DeviceScan(None, NO_DEVICE),
@@ -165,7 +167,9 @@ def test_scanner() -> None:
 
 @pytest.mark.parametrize("script", ["import time; time.sleep(60)", "raise SystemExit(1)"])
 def test_a_scan_that_fails(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scan that hangs is killed, and one that fails gives a reason. Neither makes the loop wait."""
+    """A scan that hangs is killed, and one that fails gives a reason. Neither makes the loop
+    wait.
+    """
     monkeypatch.setattr(device_scanner, "PATIENCE", 0.2)
     epoll = select.epoll()
     loop = EpollLoop(epoll)
@@ -181,7 +185,9 @@ def test_a_scan_that_fails(script: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_devices_of_the_host(tmp_path: Path) -> None:
-    """The plugin's /dev/infiniband is the host's, even if that appears later. An existing one stays."""
+    """The plugin's /dev/infiniband is the host's, even if that appears later. An existing one
+    stays.
+    """
     host, own = tmp_path / "host/infiniband", tmp_path / "dev/infiniband"
     own.parent.mkdir()
     offer_devices(host, own)

@@ -43,7 +43,9 @@ def _anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"])
 def test_every_named_path_exists(name: str) -> None:
-    """A file or folder that these documents name is in the repository, by its path or by its name."""
+    """A file or folder that these documents name is in the repository, by its path or by its
+    name.
+    """
     tracked = [path for path in TOP.rglob("*") if ".venv" not in path.parts]
     names = {path.name for path in tracked}
     missing = {

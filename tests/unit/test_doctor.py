@@ -1,4 +1,6 @@
-"""`freeflow doctor`: from facts to findings. What it reads off the kernel is in `tests/kernel/test_doctor.py`."""
+"""`freeflow doctor`: from facts to findings. What it reads off the kernel is in
+`tests/kernel/test_doctor.py`.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_good_engines(tmp_path: Path, version: str) -> None:
 
 @pytest.mark.parametrize("version", ["29.0.0", "29.0.1", "29.0.2", "29.0.2-rc.1"])
 def test_engines_that_crash(tmp_path: Path, version: str) -> None:
-    """Engines that crash with remote network drivers are named, with the version to upgrade to (moby#51554)."""
+    """Engines that crash with remote network drivers are named, with the version to upgrade to
+    (moby#51554).
+    """
     with served(engine({"/version": {"Version": version}}), tmp_path / "s") as path:
         found = only(check_engine(Engine(path)))
     assert version in found.what
@@ -126,7 +130,9 @@ PEERS = [PeerStatus("host1", "192.0.2.1", own=True), PeerStatus("host2", "192.0.
 
 
 def test_peers_that_answer() -> None:
-    """Each other host is tried once, with a small and a full packet; this one and IPv6 ones aren't."""
+    """Each other host is tried once, with a small and a full packet; this one and IPv6 ones
+    aren't.
+    """
     tried = []
 
     def passes(address: str, size: int) -> bool:
@@ -160,7 +166,9 @@ def test_peer_without_a_name() -> None:
 
 
 def test_services_too_large_for_dns() -> None:
-    """A service of which Docker's DNS can't say which tasks take connections is named, with what to do."""
+    """A service of which Docker's DNS can't say which tasks take connections is named, with what to
+    do.
+    """
     large = ServiceStatus("web", "10.0.4.2", ["10.0.4.7"] * 3, by_list=True)
     found = status(networks=[network(services=[large])])
     (note,) = service_notes(found)

@@ -46,7 +46,9 @@ def test_every_query_names_an_exported_metric() -> None:
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
 def test_panel(panel: dict[str, Any]) -> None:
-    """Each panel is of the chosen hosts, shows counters as rates, and names its lines by labels that there are."""
+    """Each panel is of the chosen hosts, shows counters as rates, and names its lines by labels
+    that there are.
+    """
     (target,) = panel["targets"]
     (name,) = names(target["expr"])
     assert f"{name}{{{HOSTS}}}" in target["expr"]

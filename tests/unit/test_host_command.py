@@ -149,7 +149,9 @@ def test_command_without_its_plugin(directory: Path, mounts: Path) -> None:
 
 
 def test_command_of_another_plugin(directory: Path, mounts: Path) -> None:
-    """A command whose plugin was removed while it began leaves the one of a new plugin alone, and hands over to it."""
+    """A command whose plugin was removed while it began leaves the one of a new plugin alone, and
+    hands over to it.
+    """
     install(directory, str(directory / "no engine's root"), mounts)
     old = (directory / NAME).read_text()
     (directory / NAME).write_text("#!/bin/sh\necho new: $*\n")
@@ -165,7 +167,9 @@ def test_command_of_another_plugin(directory: Path, mounts: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["basename", "mv", "grep", "rm"])
 def test_another_plugin_meanwhile(directory: Path, mounts: Path, moment: str) -> None:
-    """Whenever a new plugin puts its command there while that of the removed one removes itself, it stays."""
+    """Whenever a new plugin puts its command there while that of the removed one removes itself, it
+    stays.
+    """
     install(directory, str(directory / "no engine's root"), mounts)
     tools = directory / "tools"
     tools.mkdir()
@@ -237,7 +241,9 @@ def _copy_program(name: str, root: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for mount namespaces")
 @pytest.mark.kernel
 def test_command_runs_in_the_root_file_system(tmp_path: Path, mounts: Path) -> None:
-    """The command sees the plugin's root, the host's /run and its own directory, gets all arguments, and leaves no mount."""
+    """The command sees the plugin's root, the host's /run and its own directory, gets all
+    arguments, and leaves no mount.
+    """
     root = tmp_path / "engine/plugins" / ID / "rootfs"
     for name in ("proc", "sys", "dev", "usr/bin", "bin"):
         (root / name).mkdir(parents=True)

@@ -127,7 +127,9 @@ services:
 
 
 def test_only_what_is_added_is_written() -> None:
-    """The second file has the stack's version, mount and variable of each service, and nothing else."""
+    """The second file has the stack's version, mount and variable of each service, and nothing
+    else.
+    """
     assert injected(FULL).text == SECOND
     together = merged(FULL, SECOND)
     assert all(has_library(each) for each in together.values())
@@ -136,7 +138,9 @@ def test_only_what_is_added_is_written() -> None:
 
 @pytest.mark.parametrize("version", ["", "version: '3.8'\n", "version: 3.10\n", 'version: "3"\n'])
 def test_version(version: str) -> None:
-    """Docker refuses to merge files of different versions: the second file has the first one's, or none."""
+    """Docker refuses to merge files of different versions: the second file has the first one's, or
+    none.
+    """
     lines = injected(version + FULL.partition("\n")[2].partition("\n")[2]).text.splitlines()
     wanted = version.strip().removeprefix("version: ").strip("'\"")
     assert [line for line in lines if "version" in line] == (
@@ -191,7 +195,9 @@ def test_what_has_the_library_needs_nothing() -> None:
     ],
 )
 def test_every_form(volumes: str, variables: str) -> None:
-    """Lists and mappings, as blocks or in brackets, empty or absent: what was there stays, the library comes in."""
+    """Lists and mappings, as blocks or in brackets, empty or absent: what was there stays, the
+    library comes in.
+    """
     text = f"services:\n  a:\n    image: x\n{variables}{volumes}    networks: [n]\n{NETWORKS}"
     before = services(text)["a"]
     after = merged(text, injected(text).text)["a"]
@@ -215,7 +221,9 @@ def test_every_form(volumes: str, variables: str) -> None:
     ],
 )
 def test_what_is_preloaded_stays(variables: str, value: str) -> None:
-    """The library comes after what is preloaded already, whichever way that is written, and only once."""
+    """The library comes after what is preloaded already, whichever way that is written, and only
+    once.
+    """
     text = f"services:\n  a:\n    image: x\n    environment: {variables}\n    networks: [n]\n{NETWORKS}"
     assert merged(text, injected(text).text)["a"]["environment"]["LD_PRELOAD"] == value
 
@@ -243,7 +251,9 @@ SHARED = {
 
 @pytest.mark.parametrize("name", SHARED)
 def test_what_services_share(name: str) -> None:
-    """What an anchor, an alias or a merge gives to several services changes for the chosen one alone."""
+    """What an anchor, an alias or a merge gives to several services changes for the chosen one
+    alone.
+    """
     text = SHARED[name] + NETWORKS + "  o: {}\n"
     second = injected(text, "a").text
     assert list(services(second)) == ["a"]
@@ -284,7 +294,9 @@ def test_old_format() -> None:
 
 
 def test_mounts_that_are_there() -> None:
-    """The folder may be mounted already, in either form; another thing in its place is an error that says so."""
+    """The folder may be mounted already, in either form; another thing in its place is an error
+    that says so.
+    """
     text = "services:\n  a:\n    image: x\n    networks: [n]\n    volumes: ['%s']\n" + NETWORKS
     for mount in ("/run/freeflow:/run/freeflow", "/run/freeflow:/run/freeflow/:ro"):
         assert "volumes" not in services(injected(text % mount).text)["a"]
@@ -309,7 +321,9 @@ def test_drivers(driver: str, own: bool) -> None:
 
 
 def test_by_network(tmp_path: Path) -> None:
-    """Services on a FreeFlow network get the library, others don't; a service without networks is on `default`."""
+    """Services on a FreeFlow network get the library, others don't; a service without networks is
+    on `default`.
+    """
     text = (
         "services:\n  own: {image: x, networks: [n]}\n  both: {image: x, networks: {n: , o: }}\n"
         "  other: {image: x, networks: [o]}\n  none: {image: x}\n" + NETWORKS + "  o: {driver: overlay}\n"
@@ -319,7 +333,9 @@ def test_by_network(tmp_path: Path) -> None:
 
 
 def test_external_networks(tmp_path: Path) -> None:
-    """Of a network that isn't the stack's the engine says whose it is; if it can't, the library comes in, and a note says so."""
+    """Of a network that isn't the stack's the engine says whose it is; if it can't, the library
+    comes in, and a note says so.
+    """
     text = (
         "services:\n  a: {image: x, networks: [one]}\n  b: {image: x, networks: [two]}\n  c: {image: x, networks: [three]}\n"
         "networks:\n  one: {external: true, name: mine}\n  two: {external: {name: theirs}}\n  three: {external: true}\n"
@@ -333,7 +349,9 @@ def test_external_networks(tmp_path: Path) -> None:
 
 
 def test_chosen_services() -> None:
-    """--service takes these, on whichever network, says what is in vain, and knows names that aren't there."""
+    """--service takes these, on whichever network, says what is in vain, and knows names that
+    aren't there.
+    """
     text = "services:\n  a: {image: x}\n  b: {image: x}\n"
     outcome = injected(text, "b")
     assert outcome.injected == ("b",)
@@ -442,7 +460,9 @@ PLAIN = f"services:\n  web:\n    image: nginx\n    networks: [n]\n    environmen
     ],
 )
 def test_what_docker_reads(old: str, new: str) -> None:
-    """Tabs between tokens, tags of other programs and old versions are Docker's to read: the library gets in beside them."""
+    """Tabs between tokens, tags of other programs and old versions are Docker's to read: the
+    library gets in beside them.
+    """
     text = PLAIN.replace(old, new, 1)
     assert injected(text).text == injected(PLAIN).text
 
@@ -462,7 +482,9 @@ def test_whatever_ends_a_line(newline: str) -> None:
 )
 @pytest.mark.parametrize("version", ["", "%YAML 1.1\n---\n", "%YAML 1.2\n---\n"])
 def test_names_that_could_be_something_else(name: str, version: str) -> None:
-    """A network or service may be called `on`, `no` or `1`: a key is its text, whatever YAML's version makes of it."""
+    """A network or service may be called `on`, `no` or `1`: a key is its text, whatever YAML's
+    version makes of it.
+    """
     text = f"{version}services:\n  {name}:\n    image: x\n    networks: [{name}]\nnetworks:\n  {name}: {{driver: freeflow}}\n"
     if name in ("null", "~", "true"):
         text = text.replace(f"[{name}]", f"['{name}']")

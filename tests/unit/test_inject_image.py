@@ -1,4 +1,6 @@
-"""`freeflow inject`: what is found out about an image's programs, and files as the user sees them."""
+"""`freeflow inject`: what is found out about an image's programs, and files as the user sees
+them.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +132,9 @@ def verdict(*words: str, user: str = "", folder: str = "/") -> tuple[str, str]:
     ],
 )
 def test_programs_that_can(words: tuple[str, ...]) -> None:
-    """A program is found behind launchers, scripts, shells and links, and nothing is said of one that can."""
+    """A program is found behind launchers, scripts, shells and links, and nothing is said of one
+    that can.
+    """
     assert verdict(*words) == ("", "")
 
 
@@ -147,7 +151,9 @@ def test_programs_that_can(words: tuple[str, ...]) -> None:
     ],
 )
 def test_programs_that_cannot(words: tuple[str, ...], why: str) -> None:
-    """Static programs, Go's, other architectures' and privileged ones are named, each with its reason."""
+    """Static programs, Go's, other architectures' and privileged ones are named, each with its
+    reason.
+    """
     assert why in verdict(*words)[0]
 
 
@@ -240,7 +246,9 @@ def _stack(docker: Docker, tmp_path: Path, more: str = "") -> tuple[str, str]:
 
 
 def test_image_is_looked_into(tmp_path: Path) -> None:
-    """The image's program is read out of a container that is removed again; what is wrong with it is said."""
+    """The image's program is read out of a container that is removed again; what is wrong with it
+    is said.
+    """
     native = {"x86_64": 62, "aarch64": 183}.get(MACHINE, 0)
     files = {"/bin/go": File(head=elf(go=True, machine=native)), "/bin/link": File(link="go")}
     docker = Docker({"Cmd": ["link"], "Env": ["PATH=/bin"]}, files)
@@ -255,7 +263,9 @@ def test_image_is_looked_into(tmp_path: Path) -> None:
 
 
 def test_what_the_image_preloads_stays(tmp_path: Path) -> None:
-    """What an image preloads itself comes first: a variable of the service would else replace it."""
+    """What an image preloads itself comes first: a variable of the service would else replace
+    it.
+    """
     docker = Docker({"Env": ["LD_PRELOAD=/a$b.so"]}, {})
     assert '"/a$$b.so:/run/freeflow/libfreeflow.so"' in _stack(docker, tmp_path)[0]
 
@@ -263,7 +273,9 @@ def test_what_the_image_preloads_stays(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for chroot")
 @pytest.mark.kernel
 def test_the_users_root(tmp_path: Path) -> None:
-    """In another root, files are those of the user's directory and root, links included, and then the own ones again."""
+    """In another root, files are those of the user's directory and root, links included, and then
+    the own ones again.
+    """
     (tmp_path / "host/home").mkdir(parents=True)
     (tmp_path / "own").mkdir()
     (tmp_path / "host/real").write_text("host")

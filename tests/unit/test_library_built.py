@@ -86,7 +86,9 @@ def build(output: Path, compiler: str) -> Path:
 
 @pytest.mark.parametrize("compiler", ["gcc", "aarch64-linux-gnu-gcc"])
 def test_needs_little(tmp_path: Path, compiler: str) -> None:
-    """It needs only symbols that both C libraries have, and none of a version, on either architecture."""
+    """It needs only symbols that both C libraries have, and none of a version, on either
+    architecture.
+    """
     library = build(tmp_path / "libfreeflow.so", compiler)
     undefined = {
         fields[7]
@@ -106,7 +108,9 @@ def test_needs_one_library(library: Path) -> None:
 
 
 def test_hardened(library: Path) -> None:
-    """Its stack isn't executable, no page is writable and executable, and it changes no code when it is loaded."""
+    """Its stack isn't executable, no page is writable and executable, and it changes no code when
+    it is loaded.
+    """
     segments = [line.split() for line in read(library, "--segments").splitlines()]
     stack = [fields for fields in segments if fields[:1] == ["GNU_STACK"]]
     assert stack
@@ -118,7 +122,9 @@ def test_hardened(library: Path) -> None:
 
 
 def test_thread_locals_need_no_call(library: Path) -> None:
-    """Its thread-local variables are in the static block: reaching one allocates nothing, in a signal handler neither."""
+    """Its thread-local variables are in the static block: reaching one allocates nothing, in a
+    signal handler neither.
+    """
     assert "__tls_get_addr" not in read(library, "--dyn-syms")
     relocations = read(library, "--relocs")
     assert "DTPMOD" not in relocations

@@ -121,8 +121,8 @@ def _lease(path: Path) -> bool:
 
 
 def test_nobody_delays_a_start(folder: Path, shipped: Path) -> None:
-    """No lease that makes each program wait that opens the library can be had on it: not after it was replaced, nor after it
-    was found as it was."""
+    """No lease that makes each program wait that opens the library can be had on it: not after it
+    was replaced, nor after it was found as it was."""
     assert _lease(shipped)
     for content in (b"first", b"second"):
         shipped.write_bytes(content)
@@ -132,7 +132,9 @@ def test_nobody_delays_a_start(folder: Path, shipped: Path) -> None:
 
 
 def test_a_lease_does_not_delay_the_plugin(folder: Path, shipped: Path) -> None:
-    """Where somebody got a lease while no plugin ran, the one that starts doesn't wait for it, and replaces the file."""
+    """Where somebody got a lease while no plugin ran, the one that starts doesn't wait for it, and
+    replaces the file.
+    """
     (folder / NAME).write_bytes(b"first")
     (folder / NAME).chmod(0o644)
     descriptor = os.open(folder / NAME, os.O_RDONLY)
@@ -152,7 +154,9 @@ def test_a_lease_does_not_delay_the_plugin(folder: Path, shipped: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_owned_by_nobody(folder: Path, shipped: Path) -> None:
-    """The library's owner is no user of a container, and one that root owns, as earlier versions made it, is replaced."""
+    """The library's owner is no user of a container, and one that root owns, as earlier versions
+    made it, is replaced.
+    """
     (folder / NAME).write_bytes(b"first")
     (folder / NAME).chmod(0o644)
     assert place(folder, shipped)

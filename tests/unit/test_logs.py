@@ -25,7 +25,9 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_event_with_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    """An event is one line of JSON with its level and its fields; line breaks and umlauts stay what they are."""
+    """An event is one line of JSON with its level and its fields; line breaks and umlauts stay what
+    they are.
+    """
     logs.configure("info")
     structlog.get_logger().warning("network created", network="n", reason="zwei\nZeilen, größer")
     (line,) = lines(capsys)

@@ -45,7 +45,9 @@ def test_every_metric_is_exported_as_listed() -> None:
 
 
 def test_names_follow_prometheus() -> None:
-    """Names have our prefix and base units, and don't say "total" themselves: the exporter adds it."""
+    """Names have our prefix and base units, and don't say "total" themselves: the exporter adds
+    it.
+    """
     for spec in METRICS:
         assert spec.name.startswith("freeflow_")
         assert not spec.name.endswith("_total")

@@ -23,7 +23,9 @@ FAR_MAC = "02:42:0a:00:04:09"
 
 @pytest.fixture
 def world(tmp_path: Path) -> tuple[PathLabels, FakeKernelFacts]:
-    """An endpoint here, 10.0.4.7; a service with the VIP 10.0.4.2 whose task is elsewhere, 10.0.4.9."""
+    """An endpoint here, 10.0.4.7; a service with the VIP 10.0.4.2 whose task is elsewhere,
+    10.0.4.9.
+    """
     made = World(tmp_path)
     made.change_state(table={IPv4Address("10.0.4.2"): (IPv4Address("10.0.4.9"),)})
     return PathLabels(made.driver, made.kernel, made.sync), made.kernel
@@ -49,7 +51,9 @@ def connection(remote: str, path: str = "overlay") -> ConnectionFact:
 def test_a_connection_is_where_its_packets_are(
     world: tuple[PathLabels, FakeKernelFacts], remote: str, taken: set[str], path: str
 ) -> None:
-    """A connection's path is that of packets to its other end, by its address or its VIP; what is unknown is on overlay."""
+    """A connection's path is that of packets to its other end, by its address or its VIP; what is
+    unknown is on overlay.
+    """
     labels, kernel = world
     kernel.taken = taken
     found = labels.connections(Connections(connections=(connection(remote),), reasons={}))
@@ -57,7 +61,9 @@ def test_a_connection_is_where_its_packets_are(
 
 
 def test_an_ipv6_address_is_its_ipv4_addresss(world: tuple[PathLabels, FakeKernelFacts]) -> None:
-    """The IPv6 address of another host's container has the MAC address of the IPv4 address in it."""
+    """The IPv6 address of another host's container has the MAC address of the IPv4 address in
+    it.
+    """
     labels, kernel = world
     kernel.taken = {FAR_MAC}
     prefix = labels._driver.store.networks()[0].prefix6
@@ -77,7 +83,9 @@ def test_what_is_faster_stays(world: tuple[PathLabels, FakeKernelFacts]) -> None
 
 
 def test_counts_are_by_what_runs() -> None:
-    """Counts without addresses: ends on other hosts are on the fast path if the tunnel runs, those on no network never."""
+    """Counts without addresses: ends on other hosts are on the fast path if the tunnel runs, those
+    on no network never.
+    """
     counts = [PathCount(NET, "overlay", reason, 1) for reason in ("remote", "short", "foreign")]
     counts.append(PathCount(NET, "shm", "", 1))
     local = relabel(counts, lambda network, elsewhere: not elsewhere)

@@ -18,14 +18,18 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a quiet machine a promised time is that time, and what must happen at all may take some times longer."""
+    """On a quiet machine a promised time is that time, and what must happen at all may take some
+    times longer.
+    """
     monkeypatch.setattr(os, "getloadavg", lambda: (0.3, 0.0, 0.0))
     assert module.within(2) == 2
     assert module.patience(2) == 2 * module.GENEROUS
 
 
 def test_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With five programs for each core everything may take some times longer, but a hang still ends."""
+    """With five programs for each core everything may take some times longer, but a hang still
+    ends.
+    """
     monkeypatch.setattr(os, "getloadavg", lambda: (10.0, 0.0, 0.0))
     assert module.within(2) > 10
     assert module.patience(2) > 10

@@ -54,7 +54,9 @@ def world(tmp_path: Path) -> PingWorld:
 
 
 def test_container_of_another_host(world: PingWorld) -> None:
-    """A container of another host is found behind the peer that the VXLAN device learned it from."""
+    """A container of another host is found behind the peer that the VXLAN device learned it
+    from.
+    """
     world.kernel.behind[MAC] = IPv4Address("192.0.2.2")
     found = world.ping("10.0.4.8", 3)
     assert world.prober.asked == [(SANDBOXES / "abc", ip_address("10.0.4.8"), 3, False)]
@@ -124,7 +126,9 @@ def test_ipv6(world: PingWorld) -> None:
 
 
 def test_a_container_whose_namespace_is_there(world: PingWorld) -> None:
-    """The echo is sent from a container that has its namespace, not from one that is only about to start."""
+    """The echo is sent from a container that has its namespace, not from one that is only about to
+    start.
+    """
     world.driver.create_endpoint(NET, EP2, ipv4=IPv4Interface("10.0.4.30/24"))
     world.driver.join(NET, EP2, "/var/run/docker/netns/second")
     world.there = {SANDBOXES / "second"}
@@ -171,7 +175,9 @@ def test_what_nothing_is_called(world: PingWorld, name: str) -> None:
     ],
 )
 def test_names(world: PingWorld, name: str, full: str, address: str) -> None:
-    """Services, tasks and containers of this host have names; a service without a VIP stands for its only task."""
+    """Services, tasks and containers of this host have names; a service without a VIP stands for
+    its only task.
+    """
     box = LocalContainer("c0ffee" + "0" * 58, "box", EP2, IPv4Interface("10.0.4.20/24"))
     world.change_state(view=replace(VIEW, containers=(*VIEW.containers, box)))
     found = world.ping(name)
@@ -189,7 +195,9 @@ def test_task_by_its_number(world: PingWorld) -> None:
 
 
 def test_ambiguous_names(world: PingWorld) -> None:
-    """A name that stands for several addresses is refused with all of them, and what tells them apart."""
+    """A name that stands for several addresses is refused with all of them, and what tells them
+    apart.
+    """
     other = replace(
         VIEW, id="other", name="front", services=(Service("web", IPv4Address("10.0.5.2"), ()),)
     )

@@ -77,7 +77,9 @@ def empty(world: World) -> None:
 def test_two_ends(
     world: World, client: tuple[int, int], server: tuple[int, int], first: int
 ) -> None:
-    """Both ends are granted a slot on their own host, whichever leads and sends its request first."""
+    """Both ends are granted a slot on their own host, whichever leads and sends its request
+    first.
+    """
     tcp = world.connect(client, server)
     for side in (first, 1 - first):
         assert world.grant(tcp, 0) is None
@@ -109,7 +111,9 @@ def test_behind_a_vip(world: World) -> None:
 
 
 def test_one_port_twice(world: World) -> None:
-    """A client port with connections to a task and to its VIP stays on TCP: they can't be told apart."""
+    """A client port with connections to a task and to its VIP stays on TCP: they can't be told
+    apart.
+    """
     first = world.connect(A, B)
     host, container, local, remote, _ = first.ends[0]
     vip = wire.Address(world.connect(A, B, vip=True).ends[0][3].ip, remote.port)
@@ -162,7 +166,9 @@ def test_reasons_at_once() -> None:
 
 
 def test_an_address_that_no_host_claims(world: World) -> None:
-    """A request for an address that no host claims waits 2 s, for a container may have just started."""
+    """A request for an address that no host claims waits 2 s, for a container may have just
+    started.
+    """
     tcp = world.connect(A, B)
     peer_of(world, 0, 1).owned = {}
     world.request(tcp, 0)
@@ -201,7 +207,9 @@ def test_an_address_that_two_hosts_claim() -> None:
 
 
 def test_limit_of_memory() -> None:
-    """Beyond the limit of registered memory both ends stay on TCP. Freed memory can be used again."""
+    """Beyond the limit of registered memory both ends stay on TCP. Freed memory can be used
+    again.
+    """
     cost = 2 * RING + 2 * 4096
     world = World(remote_memory=2 * cost)
     world.connect_all()
@@ -251,7 +259,9 @@ def test_children_keep_a_connection(world: World) -> None:
 
 
 def test_a_process_dies_while_its_connection_is_paired(world: World) -> None:
-    """Whichever step a process ends at, nothing is left, and its peer isn't left alone in a ring."""
+    """Whichever step a process ends at, nothing is left, and its peer isn't left alone in a
+    ring.
+    """
     for steps in range(1, 12):
         tcp = world.connect(A, B)
         for side in (0, 1):
@@ -357,7 +367,9 @@ def test_link_lost(world: World) -> None:
 
 
 def test_link_fails_again_on_one_host(world: World) -> None:
-    """A link that fails on one host while it is made again is made again on both, without a reset."""
+    """A link that fails on one host while it is made again is made again on both, without a
+    reset.
+    """
     tcp = upgraded(world)
     for host in (0, 1):
         for steps in range(12):
@@ -392,7 +404,9 @@ def test_link_lost_after_a_process(world: World) -> None:
 
 
 def test_link_gone(world: World) -> None:
-    """If a link can't be made again, its connections go back to TCP unharmed. New ones stay on TCP."""
+    """If a link can't be made again, its connections go back to TCP unharmed. New ones stay on
+    TCP.
+    """
     tcp = upgraded(world)
     world.cut = True
     world.break_link(*world.hosts)
@@ -449,7 +463,9 @@ def test_relay_dies(world: World, dies: int) -> None:
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_router_dies(world: World, dies: int) -> None:
-    """If a router is killed, its relay brings connections back to TCP. The next router makes new ones."""
+    """If a router is killed, its relay brings connections back to TCP. The next router makes new
+    ones.
+    """
     tcp = upgraded(world)
     world.restart_router(world.hosts[dies])
     world.loop.run(2)
@@ -542,7 +558,8 @@ STEPS: Final = st.lists(
 @given(size=st.sampled_from([2, 3]), seed=st.integers(0, 1 << 20), steps=STEPS)
 def test_anything(size: int, seed: int, steps: list[tuple[str, int, int, int]]) -> None:
     """Whatever happens in whatever order: only ends of one connection are paired, no memory that a
-    relay has is reused, no end stays alone in a ring, every request is answered, nothing is left."""
+    relay has is reused, no end stays alone in a ring, every request is answered, nothing is left.
+    """
     chance = random.Random(seed)
     world = World(size, lambda: chance.random() * 0.01)
     world.connect_all()

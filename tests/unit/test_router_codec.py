@@ -44,7 +44,9 @@ class Long(msgspec.Struct, frozen=True):
 
 
 def test_kinds_that_share_a_class() -> None:
-    """A class of several kinds keeps the kind of each message, and its bytes may have another order."""
+    """A class of several kinds keeps the kind of each message, and its bytes may have another
+    order.
+    """
     for kind in (Number.ONE, Number.TWO):
         data = codec.pack(Reordered(kind, 1))
         assert data == bytes([kind, 0, 16, 0, 7, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])

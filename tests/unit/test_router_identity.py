@@ -142,7 +142,9 @@ def test_nothing_new(tmp_path: Path, authority: Authority) -> None:
 def test_files_are_replaced_one_by_one(
     tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the new key waits for its certificate the old identity stays in use, but not for ever."""
+    """While the new key waits for its certificate the old identity stays in use, but not for
+    ever.
+    """
     write(tmp_path, authority.root, authority.node("node1"))
     origin = SwarmIdentity(tmp_path)
     before = found(origin)
@@ -233,7 +235,9 @@ def test_rotation_of_the_root(tmp_path: Path) -> None:
 
 
 def test_a_root_that_another_has_signed(tmp_path: Path) -> None:
-    """If a company's authority has signed the Swarm's root, that root is trusted, as by the engine."""
+    """If a company's authority has signed the Swarm's root, that root is trusted, as by the
+    engine.
+    """
     company = Authority("company")
     swarm = Authority("swarm-ca", above=company)
     write(tmp_path, swarm.root, swarm.node("node1", above=company.root))

@@ -132,7 +132,9 @@ def test_order_of_messages(world: World) -> None:
 
 
 def test_rules_of_several_networks() -> None:
-    """A container on several networks has the most patient of their rules, and the shortest spin."""
+    """A container on several networks has the most patient of their rules, and the shortest
+    spin.
+    """
     networks = (
         NetworkFact(id="a", rule=Rule(operations=2, age=900, spin=50)),
         NetworkFact(id="b", rule=Rule(operations=8, age=10, spin=0)),
@@ -856,7 +858,9 @@ def test_limit_of_bells() -> None:
 
 
 def test_notes_are_bounded(world: World) -> None:
-    """If a container sends notes without end, the router forgets the oldest ones of that container."""
+    """If a container sends notes without end, the router forgets the oldest ones of that
+    container.
+    """
     a = world.process(1)
     for cookie in range(NOTES + 10):
         world.pairing.note(a, wire.Note(Reason.OPTION, cookie))

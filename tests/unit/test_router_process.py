@@ -112,7 +112,9 @@ def test_it_ends_when_its_starter_is_gone() -> None:
 
 
 def test_settings_reach_the_router() -> None:
-    """Each setting of the plugin that concerns the router changes what the router is told, and only that."""
+    """Each setting of the plugin that concerns the router changes what the router is told, and only
+    that.
+    """
     changed = {
         "acceleration": "off",
         "upgrade_operations": 9,

@@ -288,7 +288,9 @@ def test_certificates_that_are_not_taken(
 
 @pytest.mark.parametrize("numbers", [(1, 2), (2, 1)])
 def test_a_renewed_certificate(world: World, numbers: tuple[int, int]) -> None:
-    """A changed certificate replaces the sessions of the old one within moments, on whichever host."""
+    """A changed certificate replaces the sessions of the old one within moments, on whichever
+    host.
+    """
     one, other = world.pair(*numbers)
     renewed = world.authority.node(f"node{numbers[0]}", "swarm-manager")
     write(one.folder, world.authority.root, renewed)
@@ -359,7 +361,9 @@ def test_the_end_of_a_certificate(world: World) -> None:
 
 
 def test_a_shared_secret(world: World) -> None:
-    """Hosts outside a Swarm that share a secret have sessions; a host with another secret has none."""
+    """Hosts outside a Swarm that share a secret have sessions; a host with another secret has
+    none.
+    """
     one, other, third = (
         world.router(number, identities=choose(None, secret * 32))
         for number, secret in ((1, "s"), (2, "s"), (3, "t"))

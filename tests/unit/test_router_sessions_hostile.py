@@ -483,7 +483,9 @@ def test_who_does_not_read(world: World, host: Router, monkeypatch: pytest.Monke
 
 
 def test_congestion(world: World, host: Router) -> None:
-    """A peer that is slow for a while is reported as congested, and then as eased; nothing is lost."""
+    """A peer that is slow for a while is reported as congested, and then as eased; nothing is
+    lost.
+    """
     tls = shaken(world)
     tls.send(pack(hello()))
     world.until("the session", lambda: host.user.all("up"))

@@ -1,4 +1,6 @@
-"""Start-up: the socket listens before anything heavy is loaded. The process itself is in `tests/contract`."""
+"""Start-up: the socket listens before anything heavy is loaded. The process itself is in
+`tests/contract`.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def _loaded(module: str) -> set[str]:
 
 
 def test_nothing_heavy_before_listening() -> None:
-    """The entry loads nothing but the standard library before it listens: Docker gives up on a plugin that is late."""
+    """The entry loads nothing but the standard library before it listens: Docker gives up on a
+    plugin that is late.
+    """
     loaded = {name.partition(".")[0] for name in _loaded("plugin.__main__")}
     ours = {name for name in _loaded("plugin.__main__") if name.startswith(("plugin", "driver"))}
     few = {

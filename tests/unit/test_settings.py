@@ -1,4 +1,6 @@
-"""Settings: code, config.json and documentation say the same, and what is wrong comes with the line that mends it."""
+"""Settings: code, config.json and documentation say the same, and what is wrong comes with the line
+that mends it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_generated_files_are_up_to_date() -> None:
 
 
 def test_config_lists_the_settings_of_the_code() -> None:
-    """config.json has each setting of the code with the same default and description, settable, and no other."""
+    """config.json has each setting of the code with the same default and description, settable, and
+    no other.
+    """
     assert config()["env"] == [
         {
             "name": setting.name,
@@ -61,7 +65,9 @@ def test_every_setting_is_documented(setting: Any) -> None:
 
 @pytest.mark.parametrize("mount", config()["mounts"], ids=lambda mount: mount["name"])
 def test_every_mount_is_settable_and_documented(mount: dict[str, Any]) -> None:
-    """Each mount's source can be set, is there by default on any host, and is in the documentation."""
+    """Each mount's source can be set, is there by default on any host, and is in the
+    documentation.
+    """
     assert mount["settable"] == ["source"]
     assert f"`{mount['name']}.source` (`{mount['source']}`" in re.sub(r"\s+", " ", DOCUMENT)
 
@@ -192,7 +198,9 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "text"), BAD)
 def test_bad_values(name: str, text: str) -> None:
-    """A bad value is refused by name, with what would be right and the line that mends it; the default is used."""
+    """A bad value is refused by name, with what would be right and the line that mends it; the
+    default is used.
+    """
     settings, errors = read({name: text})
     assert settings == Settings()
     (error,) = errors
@@ -215,7 +223,9 @@ def test_all_that_is_wrong_is_said() -> None:
 
 
 def test_a_bad_key_is_not_shown() -> None:
-    """What is wrong with a secret is said without it: it may be one character short of the right one."""
+    """What is wrong with a secret is said without it: it may be one character short of the right
+    one.
+    """
     settings, (error,) = read({"SESSION_KEY": "only a few letters"})
     assert "only a few" not in str(error)
     assert str(error).startswith("setting SESSION_KEY=(not shown): ")

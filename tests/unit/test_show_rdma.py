@@ -1,4 +1,6 @@
-"""What status, doctor, ping and metrics say of RDMA: the device or why none, each host, each path."""
+"""What status, doctor, ping and metrics say of RDMA: the device or why none, each host, each
+path.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def with_rdma(*hosts: PeerFact, **fields: object) -> Status:
 
 
 def test_status_shows_device_and_hosts() -> None:
-    """The device, the memory that is registered, and for each host session, device, link and connections."""
+    """The device, the memory that is registered, and for each host session, device, link and
+    connections.
+    """
     lost = host(name="", address="192.0.2.3", session=False, reason="silent", link="down")
     lines = show_status(with_rdma(host(), lost)).splitlines()
     assert (
@@ -71,7 +75,9 @@ def test_status_says_why_not() -> None:
 
 
 def test_doctor_names_each_device_and_host() -> None:
-    """Neither well nor wrong: what is used, what isn't and why, and how it stands with each host."""
+    """Neither well nor wrong: what is used, what isn't and why, and how it stands with each
+    host.
+    """
     notes = rdma_notes(
         with_rdma(
             host(),
@@ -90,7 +96,9 @@ def test_doctor_names_each_device_and_host() -> None:
 
 
 def test_doctor_finds_a_closed_port() -> None:
-    """Where there is RDMA and a host's router can't be reached, the port is named; where there is none nothing is asked."""
+    """Where there is RDMA and a host's router can't be reached, the port is named; where there is
+    none nothing is asked.
+    """
     lost = host(session=False, reason="can't be reached")
     (found,) = check_session_port(with_rdma(host(), lost), lambda address, port: False)
     assert found.what == "the router of host2 can't be reached on TCP port 4799"
@@ -116,7 +124,9 @@ def test_metrics() -> None:
 
 
 def test_snapshot(tmp_path: Path) -> None:
-    """What the router says of RDMA becomes the status: names for hosts, the IPv4 address for its mapped GID."""
+    """What the router says of RDMA becomes the status: names for hosts, the IPv4 address for its
+    mapped GID.
+    """
     world = World(tmp_path)
     assert world.router.said is not None
     facts = RdmaFacts(

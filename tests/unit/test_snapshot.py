@@ -125,7 +125,9 @@ def test_well(world: World) -> None:
 
 @pytest.mark.parametrize("part", [WORKER, ROUTER])
 def test_what_dies_is_said(world: World, part: str) -> None:
-    """A host whose worker or router has died isn't well: it says how often and when, and more often is worse."""
+    """A host whose worker or router has died isn't well: it says how often and when, and more often
+    is worse.
+    """
     world.snapshot.deaths.note(part)
     assert f"warning: the plugin's {part} died once in the last 10 minutes" in world.problem()
     for _ in range(2):
@@ -135,7 +137,9 @@ def test_what_dies_is_said(world: World, part: str) -> None:
 
 
 def test_what_died_long_ago(world: World) -> None:
-    """A death of long ago is told, and is no problem any more; a thread that has ended stays one."""
+    """A death of long ago is told, and is no problem any more; a thread that has ended stays
+    one.
+    """
     now = [0.0]
     deaths = Deaths(lambda: now[0])
     world.snapshot = replace(world.snapshot, deaths=deaths)
@@ -200,7 +204,9 @@ def test_sums_outlive_containers(world: World) -> None:
 
 
 def test_not_synced_yet(world: World) -> None:
-    """Before the engine could be asked, a network is known by its ID only, and that is no problem."""
+    """Before the engine could be asked, a network is known by its ID only, and that is no
+    problem.
+    """
     world.sync.states.clear()
     found = world.network()
     assert (found.name, found.synced, found.peers, found.services) == ("", None, [], [])
@@ -338,7 +344,9 @@ def test_paths(world: World) -> None:
 
 
 def test_router_that_does_not_answer(world: World) -> None:
-    """A router that doesn't answer is a problem, unless everything has just started; the rest is said all the same."""
+    """A router that doesn't answer is a problem, unless everything has just started; the rest is
+    said all the same.
+    """
     world.router.said = None
     assert world.problem().startswith("warning: the router does not answer")
     found = world.status()
@@ -361,8 +369,8 @@ def test_defaults() -> None:
 
 
 def test_an_open_port(world: World) -> None:
-    """An overlay's port that anybody may speak with is a problem once it has been so for a while, with the reason; which
-    ports are guarded, and who was turned away, is in the status."""
+    """An overlay's port that anybody may speak with is a problem once it has been so for a while,
+    with the reason; which ports are guarded, and who was turned away, is in the status."""
     world.kernel.guards = Guarded((), "nftables refused", STALE - 1)
     assert not world.status().problems
     world.kernel.guards = Guarded((), "nftables refused", STALE + 1)
@@ -381,7 +389,9 @@ def test_full_tables(world: World) -> None:
 
 
 def test_more_addresses_than_are_told(world: World) -> None:
-    """A host with more addresses than other hosts can be told of says so, unless nobody would use them."""
+    """A host with more addresses than other hosts can be told of says so, unless nobody would use
+    them.
+    """
     known = world.driver.store.endpoint(EP)
     assert known is not None
     for number in range(OWNED):
