@@ -32,20 +32,20 @@ def test_status() -> None:
 
 
 def test_connections() -> None:
-    """The list of connections is the router's."""
+    """The list of connections comes from the router."""
     answer = client().get("/admin/connections")
     assert msgspec.json.decode(answer.data, type=Connections) == LISTED
 
 
 def test_metrics() -> None:
-    """Metrics are there without any setting, in Prometheus's format."""
+    """Metrics are available without any setting, in Prometheus's format."""
     answer = client().get("/admin/metrics")
     assert answer.content_type == "text/plain; version=0.0.4"
     assert b"# HELP freeflow_networks " in answer.data
 
 
 def test_ping_request() -> None:
-    """A ping has an address, and three echoes unless it says otherwise."""
+    """A ping has an address, and sends three echoes by default."""
     answer = client().post("/admin/ping", data=b'{"address":"10.0.4.2"}')
     assert msgspec.json.decode(answer.data, type=PingRequest) == PingRequest("10.0.4.2", 3)
 
@@ -54,7 +54,7 @@ def test_ping_request() -> None:
     "body", [b"", b"{}", b"[", b'{"address":7}', b'{"address":"a","count":"b"}']
 )
 def test_bad_ping_request(body: bytes) -> None:
-    """What isn't a ping is refused in JSON."""
+    """An invalid ping is refused in JSON."""
     answer = client().post("/admin/ping", data=body)
     assert answer.status_code == 400
     assert answer.get_json()["error"].startswith("ping: ")
@@ -70,7 +70,7 @@ def test_bad_ping_request(body: bytes) -> None:
     ],
 )
 def test_errors(error: Exception, code: int) -> None:
-    """Every error is JSON with its text, under a status that says whose it is."""
+    """Every error is JSON with its text, with the status of a client's or a server's error."""
 
     def fail(wanted: PingRequest) -> None:
         raise error
@@ -90,7 +90,7 @@ def test_errors(error: Exception, code: int) -> None:
     ],
 )
 def test_unknown(method: str, path: str, code: int) -> None:
-    """What isn't there is refused in JSON too."""
+    """Unknown paths and methods are refused in JSON, too."""
     answer = client().open(path, method=method)
     assert answer.status_code == code
     assert answer.get_json()["error"]

@@ -20,7 +20,7 @@ def test_percentiles_are_nearest_ranks(count: int, p50: int, p99: int) -> None:
 
 
 def test_percentiles_are_of_the_last_calls() -> None:
-    """What is long ago counts in the totals only."""
+    """Old durations count in the totals only."""
     statistics = CallStatistics()
     statistics.record("Join", 1000.0, failed=True)
     for _ in range(KEPT):

@@ -55,6 +55,15 @@ def test_roce(address: devices.IPAddress, gids: tuple[Gid, ...], index: int) -> 
     assert (scan.device.gid_index, scan.device.kind, scan.why) == (index, ROCE, "")
 
 
+@pytest.mark.parametrize(
+    ("address", "shown"), [("::ffff:192.0.2.1", "192.0.2.1"), ("2001:db8::1", "2001:db8::1")]
+)
+def test_text(address: str, shown: str) -> None:
+    """A device's text has the IPv4 address in place of the GID that it is mapped to."""
+    device = devices.Device("rxe0", 1, 3, address, ROCE, 1024)
+    assert str(device) == f"rxe0 port 1, RoCE v2 {shown} (GID 3)"
+
+
 def test_infiniband() -> None:
     """On InfiniBand, the port is used whose GID the interface with the underlay's address has."""
     ports = [

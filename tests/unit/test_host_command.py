@@ -36,7 +36,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_plugin_id() -> None:
-    """The plugin knows its ID by where its socket's directory comes from."""
+    """The plugin finds its ID in the source of its socket's directory."""
     assert plugin_id(MOUNTS) == ID
 
 
@@ -52,7 +52,7 @@ def test_plugin_id() -> None:
     ],
 )
 def test_not_in_a_plugin(mountinfo: str) -> None:
-    """Outside a plugin there is no ID, and none is made up."""
+    """Outside a plugin there is no ID."""
     assert plugin_id(mountinfo) is None
 
 
@@ -73,7 +73,7 @@ def test_earlier_version_is_replaced(directory: Path, mounts: Path) -> None:
 
 
 def test_replaced_in_one_step(directory: Path, mounts: Path) -> None:
-    """Whoever reads or runs the command while it is replaced sees a whole one, old or new."""
+    """While the command is replaced, readers see a complete file, old or new."""
     install(directory, "/first", mounts)
     whole = {script(f"{root}/plugins/{ID}/rootfs") for root in ("/first", "/second")}
     seen: set[str] = set()
@@ -102,7 +102,7 @@ def test_foreign_file_stays(directory: Path, mounts: Path, content: str) -> None
 
 
 def test_foreign_link_stays(directory: Path, mounts: Path) -> None:
-    """A symbolic link isn't written through, even if what it leads to looks like ours."""
+    """A symbolic link is not followed, even if its target looks like our command."""
     target = directory / "elsewhere"
     target.write_text(f"{MARK}\n")
     (directory / NAME).symlink_to(target)
@@ -112,7 +112,7 @@ def test_foreign_link_stays(directory: Path, mounts: Path) -> None:
 
 
 def test_no_place_for_it(directory: Path, mounts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the command can't be written the plugin goes on without, and says so in the log."""
+    """If the command can't be written the plugin goes on, and logs it."""
     assert not install(directory / "none", "/var/lib/docker", mounts)
     (directory / NAME).mkdir()
     assert not install(directory, "/var/lib/docker", mounts)
@@ -120,7 +120,7 @@ def test_no_place_for_it(directory: Path, mounts: Path, capsys: pytest.CaptureFi
 
 
 def test_unknown_engine_root(directory: Path, mounts: Path) -> None:
-    """Without the engine's directory nothing is written: the command would lead nowhere."""
+    """Without the engine's directory nothing is written: the command could not work."""
     assert not install(directory, "", mounts)
     assert not list(directory.iterdir())
 
@@ -195,7 +195,7 @@ def test_another_plugin_meanwhile(directory: Path, mounts: Path, moment: str) ->
 
 
 def test_missing_command_is_noticed(directory: Path, mounts: Path) -> None:
-    """Whether the command is there, whoever's it is; where it can't be, it isn't missed."""
+    """exists() is true for any file of that name, and where none can be installed."""
     assert not exists(directory)
     install(directory, "/var/lib/docker", mounts)
     assert exists(directory)
@@ -204,7 +204,7 @@ def test_missing_command_is_noticed(directory: Path, mounts: Path) -> None:
 
 @pytest.mark.parametrize("root", ["/plain", "/with blank", "/with'quote", '/with"$(quote)`'])
 def test_script_is_sound(directory: Path, root: str) -> None:
-    """Whatever the engine's directory is called, the script is one that the shell understands."""
+    """The script is valid for any name of the engine's directory."""
     file = directory / NAME
     file.write_text(script(root))
     assert subprocess.run(["sh", "-n", file], check=False).returncode == 0
@@ -227,7 +227,7 @@ def test_script_passes_shellcheck(directory: Path) -> None:
 
 
 def _copy_program(name: str, root: Path) -> None:
-    """A program into /bin of another root, with what it is linked with."""
+    """Copies a program into /bin of another root, with its libraries."""
     program = shutil.which(name)
     assert program is not None
     shutil.copy(program, root / "bin" / name)

@@ -74,7 +74,7 @@ def test_nothing_happens_at_import(module: str) -> None:
 
 
 def test_connections_queue_up(tmp_path: Path) -> None:
-    """From the moment that it listens, connections are taken, though nobody answers yet."""
+    """As soon as it listens, connections are accepted, though nothing answers yet."""
     path = tmp_path / "plugin.sock"
     listener = listen(path)
     callers = [socket.socket(socket.AF_UNIX) for _ in range(min(BACKLOG, 50))]
@@ -92,7 +92,7 @@ def test_connections_queue_up(tmp_path: Path) -> None:
 
 
 def test_only_root_may_connect(tmp_path: Path) -> None:
-    """The socket is its owner's alone from its first moment on."""
+    """Only the owner can open the socket, from its first moment on."""
     path = tmp_path / "plugin.sock"
     with listen(path):
         mode = path.stat().st_mode
@@ -101,7 +101,7 @@ def test_only_root_may_connect(tmp_path: Path) -> None:
 
 
 def test_stale_socket(tmp_path: Path) -> None:
-    """What an earlier process left at the path is replaced, be it a socket or a file."""
+    """A socket or file that an earlier process left at the path is replaced."""
     path = tmp_path / "plugin.sock"
     listen(path).close()
     with listen(path):
@@ -113,7 +113,7 @@ def test_stale_socket(tmp_path: Path) -> None:
 
 
 def test_no_directory(tmp_path: Path) -> None:
-    """Where Docker has made no directory there is nothing to listen on."""
+    """Without Docker's directory listening fails."""
     with pytest.raises(OSError, match="No such file"):
         listen(tmp_path / "none/plugin.sock")
 

@@ -4,6 +4,7 @@ path.
 
 from __future__ import annotations
 
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from plugin.cli.show import show_status
 from plugin.metrics import render
 from plugin.status import Status
 from tests.unit.documented import is_documented
+from tests.unit.facts import engine_view
 from tests.unit.statuses import NET, status
 from tests.unit.test_snapshot import World
 
@@ -135,8 +137,10 @@ def test_snapshot(tmp_path: Path) -> None:
         connections=2,
     )
     world.router.said = msgspec.structs.replace(world.router.said, rdma=facts)
+    world.sync.view = engine_view(hostnames={IPv4Address("192.0.2.2"): "host2"})
     found = world.status().router
     assert found is not None
     assert found.rdma is not None
     assert found.rdma.device == "rxe0 port 1, RoCE v2 192.0.2.1 (GID 1)"
-    assert [(each.address, each.link) for each in found.rdma.hosts] == [("192.0.2.2", "up")]
+    (peer,) = found.rdma.hosts
+    assert (peer.name, peer.address, peer.link) == ("host2", "192.0.2.2", "up")

@@ -9,7 +9,7 @@ from plugin.totals import Counts, Totals
 
 
 def test_sums_outlive_endpoints() -> None:
-    """What an endpoint that went has counted stays in its network's sum."""
+    """The counts of a deleted endpoint stay in its network's sum."""
     totals = Totals(2)
     assert totals.update({"n": {"a": (100, 1), "b": (10, 1)}}) == {"n": (110, 2)}
     assert totals.update({"n": {"b": (15, 1)}}) == {"n": (115, 2)}
@@ -18,7 +18,7 @@ def test_sums_outlive_endpoints() -> None:
 
 
 def test_a_link_made_anew() -> None:
-    """Counters that begin again at zero add what they have, and take nothing away."""
+    """Counters that restart at zero add their value, and reduce no sum."""
     totals = Totals(1)
     totals.update({"n": {"a": (100,)}})
     assert totals.update({"n": {"a": (5,)}}) == {"n": (105,)}
@@ -33,7 +33,7 @@ def test_counters_that_cannot_be_read() -> None:
 
 
 def test_networks_are_apart_and_forgotten() -> None:
-    """Each network has its own sum, and one that went begins anew."""
+    """Each network has its own sum, and a deleted one starts again at zero."""
     totals = Totals(1)
     assert totals.update({"m": {"a": (1,)}, "n": {"b": (2,)}}) == {"m": (1,), "n": (2,)}
     assert totals.update({"n": {"b": (2,)}}) == {"n": (2,)}
@@ -50,7 +50,7 @@ looks = st.lists(
 
 @given(looks)
 def test_sums_never_fall(rounds: list[dict[str, Counts | None]]) -> None:
-    """Whatever the kernel counts, a network's sums never fall."""
+    """A network's sums never fall, whatever the kernel counts."""
     totals = Totals(2)
     before: Counts = (0, 0)
     for endpoints in rounds:
