@@ -1,4 +1,5 @@
-"""What a network and an endpoint are: their life, the kernel's part of them, and who the peers are.
+"""What a network and an endpoint are: their life cycle, their kernel objects, their peers.
 
-Knows nothing of HTTP. Read on in `driver.py` (the calls Docker makes), then `ports.py` (the seams).
+Nothing here knows HTTP. Continue with `driver.py` (the calls that Docker makes), then `ports.py`
+(the interfaces to kernel and engine).
 """

@@ -193,13 +193,13 @@ class Accelerator:
         self._clock = clock
         self._inode = inode
         self._own = own
-        self._told: RouterSnapshot | None = None
-        self._told_at = float("-inf")
-        self._anew = False
+        self._sent: RouterSnapshot | None = None
+        self._sent_at = float("-inf")
+        self._send_again = False
         self._missing: dict[str, float] = {}
         """Endpoints whose namespace isn't there, each with the time until which it is awaited."""
         self._failing: float | None = None
-        self._complained = False
+        self._logged = False
         self._woken = threading.Event()
         self._worker = Worker(
             "accelerator", self.once, retry=AWAY, sleep=self._sleep, wake=self._woken.set
@@ -213,7 +213,7 @@ class Accelerator:
 
     def router_started(self) -> None:
         """Send a snapshot to a new router, whatever the earlier one has received."""
-        self._anew = True
+        self._send_again = True
         self._woken.set()
 
     def start(self) -> None:
@@ -230,28 +230,28 @@ class Accelerator:
     def once(self) -> float:
         """Send a snapshot if it differs from the last; returns the seconds until the next check."""
         self._woken.clear()
-        anew, self._anew = self._anew, False
+        again, self._send_again = self._send_again, False
         now = self._clock()
         known = self._snapshot(now)
         # Regularly in any case: `router_started` may have come before the earlier router's end.
-        if anew or known != self._told or now - self._told_at >= REPEAT:
+        if again or known != self._sent or now - self._sent_at >= REPEAT:
             try:
                 self._router.replace_snapshot(known)
             except DataplaneError as error:
                 self._failed(now, error)
                 return RETRY
-            self._told, self._told_at = known, now
-        if self._complained:
+            self._sent, self._sent_at = known, now
+        if self._logged:
             log.info("the router answers again")
-        self._failing, self._complained = None, False
+        self._failing, self._logged = None, False
         return SANDBOX_RETRY if any(until > now for until in self._missing.values()) else REPEAT
 
     def _failed(self, now: float, error: DataplaneError) -> None:
-        self._told = None
+        self._sent = None
         if self._failing is None:
             self._failing = now
-        elif now - self._failing > AWAY and not self._complained:
-            self._complained = True
+        elif now - self._failing > AWAY and not self._logged:
+            self._logged = True
             log.warning("the router does not answer; connections stay on TCP", reason=str(error))
 
     def _snapshot(self, now: float) -> RouterSnapshot:

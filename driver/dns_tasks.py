@@ -115,7 +115,7 @@ class DnsTasks:
         if asked and order:
             self._decide(view, asked, order, sandboxes, memory, decided)
         by_list = {item.name for item in awake if not fits(item, view.name)}
-        by_list |= {name for name, each in memory.trouble.items() if each.count >= SILENCES}
+        by_list |= {name for name, trouble in memory.trouble.items() if trouble.count >= SILENCES}
         return Decision(decided, frozenset(by_list - decided.keys()))
 
     # --- which containers are queried

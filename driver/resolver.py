@@ -204,7 +204,7 @@ class EmbeddedDns:
                 doubtful[name] = service
         # Distinguish services without tasks from those that this container's DNS doesn't know.
         own = {name: f"{service.name}.{network_name}" for name, service in doubtful.items()}
-        names = [each for pair in own.items() for each in pair]
+        names = [name for pair in own.items() for name in pair]
         timeout = PATIENCE if patient else self._timeout
         until += timeout
         answers = ask(channel, names, timeout, sizes, until) if names else {}

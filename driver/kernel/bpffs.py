@@ -53,9 +53,9 @@ def remove(host_run: Path) -> bool:
     path = host_run / PINS
     existed = is_there(host_run)
     if existed:
-        for each in sorted(path.rglob("*"), reverse=True):
+        for pin in sorted(path.rglob("*"), reverse=True):
             with contextlib.suppress(OSError):
-                each.rmdir() if each.is_dir() else each.unlink()
+                pin.rmdir() if pin.is_dir() else pin.unlink()
         libc.umount2(str(path).encode(), _MNT_DETACH)
     # Other mount namespaces have copies; removing the directory unmounts all (unlink(2)).
     with contextlib.suppress(OSError):

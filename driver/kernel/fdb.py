@@ -48,7 +48,7 @@ def entries(overlay: Sockets, index: int) -> list[Entry]:
     Raises:
         KernelError: they can't be listed.
     """
-    return [Entry(each.mac, each.peer) for each in _list(overlay, index) if each.peer is not None]
+    return [Entry(item.mac, item.peer) for item in _list(overlay, index) if item.peer is not None]
 
 
 def _list(overlay: Sockets, index: int) -> list[Neighbour]:

@@ -65,7 +65,7 @@ def _is(value: object, right: Any) -> bool | None:
     if isinstance(right, str) and right.startswith("@"):
         return None
     if isinstance(right, list):
-        return _any(_is(value, each) for each in right)
+        return _any(_is(value, item) for item in right)
     if isinstance(right, dict):
         return _is_in(value, right)
     if isinstance(value, IPv4Address):
@@ -84,7 +84,7 @@ def _any(answers: Iterable[bool | None]) -> bool | None:
 
 def _is_in(value: object, right: dict[str, Any]) -> bool | None:
     if "set" in right:
-        return _any(_is(value, each) for each in right["set"])
+        return _any(_is(value, item) for item in right["set"])
     if "elem" in right:
         return _is(value, right["elem"].get("val"))
     if "range" in right:
@@ -137,9 +137,9 @@ _NUMBERS: Final = {17: "udp", "17": "udp", 2: "ipv4", "2": "ipv4", 0x800: "ip", 
 def _named(right: Any) -> Any:
     """Protocols by name: listings contain some as numbers."""
     if isinstance(right, list):
-        return [_named(each) for each in right]
+        return [_named(item) for item in right]
     if isinstance(right, dict) and "set" in right:
-        return {"set": [_named(each) for each in right["set"]]}
+        return {"set": [_named(item) for item in right["set"]]}
     return _NUMBERS.get(right, right) if isinstance(right, (int, str)) else right
 
 
@@ -226,8 +226,8 @@ class _Rules:
         sure = True
         expressions = rule.get("expr", [])
         says_what = any(
-            isinstance(each, dict) and set(each) & {"accept", "drop", "jump", "goto", "return"}
-            for each in expressions
+            isinstance(item, dict) and set(item) & {"accept", "drop", "jump", "goto", "return"}
+            for item in expressions
         )
         for expression in expressions:
             name, body = _named_part(expression)

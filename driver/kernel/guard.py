@@ -150,7 +150,7 @@ class Guard:
         with self._lock:
             for port in {known.port for known in self._known.values()}:
                 there = [known.peers for known in self._known.values() if known.port == port]
-                said = frozenset(peer for each in there for peer in each or ())
+                said = frozenset(peer for members in there for peer in members or ())
                 if None not in there:
                     inherited.pop(port, None)
                     peers[port] = said
@@ -252,13 +252,13 @@ class Guard:
         """The peers by port that an earlier process wrote."""
         found: dict[int, set[IPAddress]] = {}
         for item in self._objects():
-            each = item.get("set", {})
-            if each.get("name") == "ports":
-                found |= {int(port): set() for port in each.get("elem", ())}
+            nft_set = item.get("set", {})
+            if nft_set.get("name") == "ports":
+                found |= {int(port): set() for port in nft_set.get("elem", ())}
         for item in self._objects():
-            each = item.get("set", {})
-            if str(each.get("name", "")).startswith("peers"):
-                for element in each.get("elem", ()):
+            nft_set = item.get("set", {})
+            if str(nft_set.get("name", "")).startswith("peers"):
+                for element in nft_set.get("elem", ()):
                     port, peer = element["concat"]
                     found.setdefault(int(port), set()).add(ip_address(peer))
         return {port: frozenset(peers) for port, peers in found.items()}
@@ -342,5 +342,5 @@ def _lasting(item: dict[str, Any]) -> object:
     if kind == "set" and str(body.get("name", "")).startswith("strangers"):
         kept.pop("elem", None)
     if kind == "rule":
-        kept["expr"] = [each for each in body.get("expr", ()) if "counter" not in (each or {})]
+        kept["expr"] = [part for part in body.get("expr", ()) if "counter" not in (part or {})]
     return kind, kept

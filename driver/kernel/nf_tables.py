@@ -397,8 +397,8 @@ def rules(chain: Chain) -> Iterator[list[tuple[bytes, dict[int, bytes]]]]:
         if (whole.get(1), whole.get(2)) != (chain.table + b"\0", chain.name + b"\0"):
             continue
         found = []
-        for _, each in attributes(whole.get(4, b"")):
-            parts = dict(attributes(each))
+        for _, expression in attributes(whole.get(4, b"")):
+            parts = dict(attributes(expression))
             name = parts.get(1, b"").rstrip(b"\0")
             found.append((name, dict(attributes(parts.get(2, b"")))))
         yield found

@@ -57,7 +57,7 @@ class Hooks:
         found: set[int] = set()
         for folder in (self._links, self._filters):
             if folder.is_dir():
-                found |= {int(each.name) for each in folder.iterdir()}
+                found |= {int(path.name) for path in folder.iterdir()}
         return found
 
     def attach(self, index: int, program: int) -> None:
@@ -136,9 +136,9 @@ class Hooks:
             with contextlib.suppress(NetlinkError):
                 route.tc("del-filter", "bpf", index, _HANDLE, info=_INFO, parent=_INGRESS)
             others = any(
-                each.get_attr("TCA_KIND")
+                item.get_attr("TCA_KIND")
                 for parent in (_INGRESS, _EGRESS)
-                for each in _filters(route, index, parent)
+                for item in _filters(route, index, parent)
             )
             if note.read_text() == "qdisc" and not others:
                 with contextlib.suppress(NetlinkError):

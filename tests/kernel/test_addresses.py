@@ -48,9 +48,8 @@ def _exchange(box: Container, lifetime: int = LIFETIME) -> bool:
 
 
 def test_containers_with_the_same_counted_address_get_their_own(two: Lab) -> None:
-    """Two containers of two hosts with the same counted address reach each other by their own; the
-    counted one is left to engines that announce it, but no connection takes it, and it goes by
-    itself, without the subnet's route."""
+    """Containers of two hosts with the same engine's address reach each other by their own; the
+    engine's address stays deprecated for a while, and then goes without the subnet's route."""
     near, far = (_counted(host, 10 + n) for n, host in enumerate(two.hosts))
     two.mesh(near.network)
     assert list(_addresses(near)) == list(_addresses(far)) == ["fd42:7::2"]
@@ -70,8 +69,8 @@ def test_containers_with_the_same_counted_address_get_their_own(two: Lab) -> Non
 
 
 def test_an_exchange_may_be_repeated(one: Lab) -> None:
-    """A second exchange, by the next plugin process, is done at once, whether the counted address
-    is there or not."""
+    """A second exchange, by the next plugin process, succeeds at once, with or without the engine's
+    address."""
     box = _counted(one.hosts[0], 9)
     assert _exchange(box)
     assert _exchange(box)
@@ -81,7 +80,7 @@ def test_an_exchange_may_be_repeated(one: Lab) -> None:
 
 
 def test_nothing_is_exchanged_before_it_is_there(two: Lab, tmp_path: Path) -> None:
-    """No namespace yet, no interface yet, no address yet: false, and nothing is changed."""
+    """Without namespace, interface or address the result is false, and nothing changes."""
     own = IPv6Interface("fd42:7::9/64")
     assert not exchange(tmp_path / "none", "02:42:0a:09:00:09", COUNTED, own)
     (tmp_path / "file").touch()
@@ -94,8 +93,7 @@ def test_nothing_is_exchanged_before_it_is_there(two: Lab, tmp_path: Path) -> No
 
 
 def test_the_counted_address_is_kept_off_the_network_in_silence(two: Lab) -> None:
-    """What a container or its engine sends for the counted address reaches nobody, and isn't
-    counted as a forgery."""
+    """Packets from the engine's address reach no other container, and don't count as forged."""
     near = _counted(two.hosts[0], 10)
     far = two.hosts[1].container(near.network, 11)
     two.mesh(near.network)

@@ -1,5 +1,4 @@
-"""Moves: what neighbours and bridges believe of an address is corrected by the announcement at
-Join, at once."""
+"""Moved addresses: announcements at Join correct neighbour tables and bridges at once."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ def _neighbour(container: Container, address: object) -> str:
 
 
 def _behind(host: Host, container: Container) -> str:
-    """Where a host's VXLAN device believes a container's MAC address to be."""
+    """The host behind which a VXLAN device has a container's MAC address."""
     device = names.vxlan(container.network.id)
     shown = host.in_overlay("bridge", "fdb", "show", "dev", device)
     lines = [line for line in shown.splitlines() if line.startswith(container.endpoint.mac)]
@@ -30,8 +29,8 @@ def _behind(host: Host, container: Container) -> str:
 
 
 def test_an_address_with_another_mac_address(three: Lab) -> None:
-    """An address that came to another host with another MAC address: peers' neighbour tables, IPv4
-    and IPv6, are right before the new container has sent anything."""
+    """When an address moves to another host with another MAC address, peers' neighbour tables are
+    right before the new container sends anything (IPv4 and IPv6)."""
     network = a_network()
     client = three.hosts[0].container(network, 2)
     old = three.hosts[1].container(network, 3)
@@ -58,8 +57,8 @@ def test_an_address_with_another_mac_address(three: Lab) -> None:
 
 
 def test_a_mac_address_that_moved_to_another_host(three: Lab) -> None:
-    """An address and its MAC address came to another host: frames go there from the first on, and
-    none to the old host."""
+    """When an address and its MAC address move to another host, all frames go there from the first
+    on."""
     network = a_network()
     client = three.hosts[0].container(network, 2)
     old = three.hosts[1].container(network, 3)
@@ -82,8 +81,8 @@ def test_a_mac_address_that_moved_to_another_host(three: Lab) -> None:
 
 
 def test_a_mac_address_that_came_to_this_host(two: Lab) -> None:
-    """The way back: an address of a peer that is on this host now is reached here, by containers of
-    both hosts."""
+    """An address that moves from a peer to this host is reached here, by containers of both
+    hosts."""
     network = a_network()
     client = two.hosts[0].container(network, 2)
     old = two.hosts[1].container(network, 3)
@@ -99,8 +98,8 @@ def test_a_mac_address_that_came_to_this_host(two: Lab) -> None:
 
 
 def test_announcements_are_well_formed(two: Lab) -> None:
-    """What peers hear is one gratuitous ARP (RFC 5227) and one unsolicited advertisement (RFC
-    4861), right to the checksum."""
+    """Peers receive one gratuitous ARP (RFC 5227) and one unsolicited NA (RFC 4861) with a valid
+    checksum."""
     network = a_network()
     far = two.hosts[1].container(network, 3)
     box = two.hosts[0].container(network, 2)
@@ -125,8 +124,8 @@ def test_announcements_are_well_formed(two: Lab) -> None:
 
 
 def test_the_kernel_believes_the_checksum(two: Lab) -> None:
-    """A neighbour with a wrong entry takes the advertisement over: a bad checksum would be
-    ignored."""
+    """A neighbour with a wrong entry accepts the advertisement: with a bad checksum it would
+    not."""
     network = a_network()
     far = two.hosts[1].container(network, 3)
     box = two.hosts[0].container(network, 2)

@@ -1,5 +1,4 @@
-"""The source filter: what a container may send, what it may not, and that each refused frame is
-counted."""
+"""The source filter: frames that a container may send, and the count of refused ones."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ NOBODY4, NOBODY6 = IPv4Address(0), IPv6Address(0)
 
 @dataclass(frozen=True)
 class World:
-    """`liar` sends; `beside` is on its host, `far` on another."""
+    """`liar` sends; `beside` is on its host, `far` on another one."""
 
     lab: Lab
     liar: Container
@@ -67,8 +66,8 @@ def world() -> Iterator[World]:
 
 
 def _received(world: World, frame: bytes) -> tuple[bool, bool, int]:
-    """Whether the container beside and the far one heard a frame, and how many the filter counted
-    meanwhile."""
+    """Whether the container beside and the far one received a frame, and how many the filter
+    counted."""
     listening = [box.packets() for box in (world.beside, world.far)]
     before = world.dropped()
     with world.liar.packets() as packets:
@@ -186,18 +185,19 @@ def _frame(world: World, maker: Maker) -> bytes:
 
 @pytest.mark.parametrize("name", FORGED)
 def test_a_forged_frame_is_dropped_and_counted(world: World, name: str) -> None:
-    """What isn't the sender's own reaches nobody, on its host or another, and is counted once."""
+    """A frame with a foreign address reaches no container of its host or another, and is counted
+    once."""
     assert _received(world, _frame(world, FORGED[name])) == (False, False, 1)
 
 
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_frame_passes(world: World, name: str) -> None:
-    """What is the sender's own reaches everybody, and isn't counted."""
+    """A frame with the sender's own addresses reaches all, and isn't counted."""
     assert _received(world, _frame(world, HONEST[name])) == (True, True, 0)
 
 
 def test_forged_frames_teach_the_bridge_nothing(world: World) -> None:
-    """After a flood of frames with another's MAC address that one is still reached where it is."""
+    """After a flood of frames with another's MAC address, its owner is still reachable."""
     far_mac = world.far.endpoint.mac
     assert world.liar.pings(world.far.ipv4)
     with world.liar.packets() as packets:
@@ -212,8 +212,7 @@ def test_forged_frames_teach_the_bridge_nothing(world: World) -> None:
 
 
 def test_a_changed_mac_or_address_is_silenced(world: World) -> None:
-    """A container that gives itself another MAC address or IP is cut off until it takes its own
-    again."""
+    """A container that changes its MAC or IP address is cut off until it restores it."""
     liar, mac = world.liar, world.liar.endpoint.mac
     liar.run("ip", "link", "set", "eth0", "address", OTHER_MAC)
     assert not liar.echoes(world.far.ipv4, tries=1)
@@ -230,7 +229,7 @@ def test_a_changed_mac_or_address_is_silenced(world: World) -> None:
 
 
 def test_a_chosen_mac_address_is_the_filters(two: Lab) -> None:
-    """With --mac-address that one passes and the derived one doesn't."""
+    """With --mac-address that address passes, and the derived one doesn't."""
     network = a_network()
     box = two.hosts[0].container(network, 2, mac="02:aa:bb:cc:dd:ee")
     far = two.hosts[1].container(network, 3)
@@ -246,8 +245,8 @@ def test_a_chosen_mac_address_is_the_filters(two: Lab) -> None:
 
 
 def test_a_container_is_never_unfiltered(one: Lab) -> None:
-    """From the moment its port exists an endpoint has its filter: attach ends with it, and the port
-    is silent before."""
+    """An endpoint has its filter as soon as attach returns, and its port carries no frame
+    before."""
     network = a_network()
     host = one.hosts[0]
     beside = host.container(network, 4)
@@ -262,8 +261,8 @@ def test_a_container_is_never_unfiltered(one: Lab) -> None:
 
 
 def test_fragments_pass(world: World) -> None:
-    """Fragments of the sender's own packets pass, IPv4 and IPv6: they carry no ports and no message
-    type."""
+    """Fragments of the sender's own packets pass (IPv4 and IPv6), though they have no ports or
+    types."""
     before = world.dropped()
     assert world.liar.echoes(world.far.ipv4, 20000, whole=False)
     assert world.liar.echoes(world.far.ipv6, 20000, whole=False)
@@ -271,7 +270,7 @@ def test_fragments_pass(world: World) -> None:
 
 
 def test_the_filter_goes_with_its_endpoint(one: Lab) -> None:
-    """Counters and chains of an endpoint go with it, and a new one starts from zero."""
+    """An endpoint's counters and chain go with it, and a new one starts from zero."""
     network = a_network()
     host = one.hosts[0]
     liar = host.container(network, 2)

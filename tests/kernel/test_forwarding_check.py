@@ -1,4 +1,4 @@
-"""Which rules of a container let it pass packets on, as the kernel has them."""
+"""Which rules of a container make it count as forwarding, on a real kernel."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ def namespace() -> Iterator[int]:
 
 
 def test_what_every_container_has_is_nothing(namespace: int) -> None:
-    """Docker's rules for its name server and our own for VIPs rewrite nothing that comes from
-    outside."""
+    """Docker's rules for its DNS and our VIP rules rewrite no received packets."""
     assert not may_forward(namespace)
     nft.run(DOCKER, namespace)
     assert not may_forward(namespace)
@@ -54,8 +53,8 @@ def test_what_every_container_has_is_nothing(namespace: int) -> None:
 
 @pytest.mark.parametrize("tool", ["iptables-nft", "iptables-legacy"])
 def test_docker_rules_by_iptables(namespace: int, tool: str) -> None:
-    """Docker writes its rules by iptables: those of iptables-nft are known as its own, of legacy
-    ones none are read."""
+    """Docker's rules written by iptables-nft are recognised; those of iptables-legacy aren't
+    read."""
     if not shutil.which(tool):
         pytest.skip(f"{tool} is not installed")
 
@@ -93,15 +92,14 @@ def test_docker_rules_by_iptables(namespace: int, tool: str) -> None:
     ids=["dnat", "masquerade", "inet", "not dns", "our name", "netdev"],
 )
 def test_who_rewrites_passes_on(namespace: int, rules: str) -> None:
-    """Rules at prerouting or postrouting rewrite what comes from outside, or its answers; a netdev
-    chain may forward it."""
+    """Rules at prerouting or postrouting rewrite received packets, or replies; a netdev chain may
+    forward them."""
     nft.run("add table ip t\n" + rules, namespace)
     assert may_forward(namespace)
 
 
 def test_more_than_is_read_passes_on(namespace: int) -> None:
-    """Of a container that has more chains than are worth reading nothing is concluded: it passes
-    on."""
+    """A container with more chains than are read counts as forwarding."""
     chains = "".join(f"add chain ip t c{n}\n" for n in range(nf_tables.MOST + 1))
     nft.run("add table ip t\n", namespace)
     assert not may_forward(namespace)

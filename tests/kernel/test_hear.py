@@ -1,5 +1,4 @@
-"""Listening to ARP on the networks: what hints at new services and tasks is heard, once, and only
-from who may say it."""
+"""ARP on the networks: frames that hint at new services and tasks are read, once."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ def _hear(host: Host, seconds: float) -> frozenset[ArpFrame]:
 
 
 def _heard(host: Host, wanted: ArpFrame, seconds: float = 3.0) -> bool:
-    """Whether this is heard in time."""
+    """Whether this frame is received in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if wanted in _hear(host, 0.2):
@@ -28,8 +27,7 @@ def _heard(host: Host, wanted: ArpFrame, seconds: float = 3.0) -> bool:
 
 
 def test_a_question_for_an_address_that_nobody_has_is_heard_on_its_host(two: Lab) -> None:
-    """A container that connects to an unknown VIP makes itself heard, on hosts that share the
-    network."""
+    """A connection attempt to an unknown VIP causes ARP on all hosts that share the network."""
     network = a_network()
     near, far = (
         host.container(network, number) for host, number in zip(two.hosts, (2, 3), strict=True)
@@ -46,7 +44,7 @@ def test_a_question_for_an_address_that_nobody_has_is_heard_on_its_host(two: Lab
 
 
 def test_an_announcement_is_heard_on_other_hosts(two: Lab) -> None:
-    """An endpoint that is announced again tells every host with its network that there is news."""
+    """A repeated announcement reaches every host with the network."""
     network = a_network()
     near, _ = (
         host.container(network, number) for host, number in zip(two.hosts, (2, 3), strict=True)
@@ -58,7 +56,7 @@ def test_an_announcement_is_heard_on_other_hosts(two: Lab) -> None:
 
 
 def test_an_announcement_for_others_is_not_heard(one: Lab) -> None:
-    """A container can't make up that another address has moved."""
+    """A container can't announce another container's address."""
     network = a_network()
     box = one.hosts[0].container(network, 2)
     _hear(one.hosts[0], 0.2)
@@ -67,7 +65,7 @@ def test_an_announcement_for_others_is_not_heard(one: Lab) -> None:
 
 
 def test_hearing_outlives_a_cleanup(one: Lab) -> None:
-    """After the overlay namespace was removed and made again, the new one is heard."""
+    """After the overlay namespace was removed and made again, ARP is read in the new one."""
     host = one.hosts[0]
     host.container(a_network(1), 2)
     host.do(host.kernel.cleanup)

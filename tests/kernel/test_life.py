@@ -1,5 +1,4 @@
-"""Coming and going: what attach makes, that nothing stays of it, that repeating is harmless, that
-it outlives us."""
+"""The life of kernel objects: attach, detach, repetition, cleanup, survival of the plugin."""
 
 from __future__ import annotations
 
@@ -22,7 +21,8 @@ TOP = Path(__file__).resolve().parents[2]
 
 
 def _left(host: Host) -> dict[str, object]:
-    """All that a plugin could leave on a host: links, rules, forwarding entries, files, mounts."""
+    """Everything that a plugin could leave on a host: links, rules, forwarding entries, files,
+    mounts."""
 
     def links() -> list[str]:
         with IPRoute() as route:
@@ -49,8 +49,8 @@ def _overlay_links(host: Host) -> list[str]:
 
 
 def test_attach_makes_the_parts_and_detach_leaves_none(two: Lab) -> None:
-    """A first endpoint brings bridge, VXLAN device, veth pair and filter; after detach, removal and
-    cleanup nothing is left."""
+    """The first endpoint makes bridge, VXLAN device, veth pair and filter; nothing is left after
+    detach, removal and cleanup."""
     host = two.hosts[0]
     before = _left(host)
     network = a_network()
@@ -81,8 +81,8 @@ def test_attach_makes_the_parts_and_detach_leaves_none(two: Lab) -> None:
 
 
 def test_cleanup_of_a_host_in_use_leaves_nothing(two: Lab) -> None:
-    """Cleanup with networks, peers and running containers leaves nothing, and the overlay namespace
-    itself goes."""
+    """Cleanup with networks, peers and running containers leaves nothing, not even the overlay
+    namespace."""
     host = two.hosts[0]
     before = _left(host)
     containers = [host.container(a_network(number), 2 + number) for number in range(3)]
@@ -111,7 +111,7 @@ def test_cleanup_of_a_host_in_use_leaves_nothing(two: Lab) -> None:
 
 
 def test_repeated_calls_change_nothing(two: Lab) -> None:
-    """Every call a second time is a no-op: the same interfaces, entries and rules."""
+    """Each call may be repeated: interfaces, entries and rules stay the same."""
     host, other = two.hosts
     network = a_network()
     box = host.container(network, 2)
@@ -145,8 +145,7 @@ def test_repeated_calls_change_nothing(two: Lab) -> None:
 
 
 def test_removal_of_what_never_was(one: Lab) -> None:
-    """Removing endpoints and networks that don't exist is fine, on a host without an overlay
-    namespace too."""
+    """Removing unknown endpoints and networks succeeds, also without an overlay namespace."""
     host = one.hosts[0]
     network = a_network()
     before = _left(host)
@@ -158,8 +157,8 @@ def test_removal_of_what_never_was(one: Lab) -> None:
 
 
 def test_a_missing_part_is_made_again(two: Lab) -> None:
-    """Whatever part of a network somebody removed, the next attach and set_peers bring traffic
-    back."""
+    """Whichever part of a network was removed, the next attach and set_peers restore its
+    traffic."""
     host, other = two.hosts
     # The fast path doesn't need these links.
     host.without_fast_path()
@@ -195,8 +194,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_what_a_killed_process_made_lives_on(two: Lab) -> None:
-    """The overlay namespace and all in it survive the process that made it; the next process finds
-    and goes on using it."""
+    """The overlay namespace and its content outlive the process that made them; the next process
+    uses them."""
     host, other = two.hosts
     network = a_network()
     addresses = (str(host.address), str(other.address))
@@ -224,7 +223,7 @@ def test_what_a_killed_process_made_lives_on(two: Lab) -> None:
 
 
 def test_a_run_that_is_not_shared_is_refused(one: Lab) -> None:
-    """Where a pin would die with the plugin, none is made, and the error says what to type."""
+    """Where a pin would go with the plugin, none is made, and the error has the command to type."""
     host = one.hosts[0]
     host.run("mount", "--make-private", str(RUN))
     with pytest.raises(KernelError, match="mount --make-rshared /run"):
@@ -249,8 +248,8 @@ def test_the_overlay_namespace_is_layer_two_only(one: Lab) -> None:
 
 
 def test_a_vni_that_another_device_has_is_named(one: Lab) -> None:
-    """A VXLAN device of somebody else with the same VNI and port: the error names it and the
-    remedy, and nothing is left."""
+    """If another VXLAN device has the VNI and port, the error names it and the remedy, and nothing
+    is left."""
     host = one.hosts[0]
     network = a_network(vni=77)
     host.run(
@@ -270,7 +269,7 @@ def test_a_vni_that_another_device_has_is_named(one: Lab) -> None:
 
 
 def test_a_port_that_a_program_has_is_named(one: Lab) -> None:
-    """A program on our UDP port: the error names the port and the setting."""
+    """If a program has our UDP port, the error names the port and the setting."""
     host = one.hosts[0]
     network = a_network()
 
@@ -285,8 +284,7 @@ def test_a_port_that_a_program_has_is_named(one: Lab) -> None:
 
 
 def test_a_foreign_device_under_our_name_is_named(one: Lab) -> None:
-    """A device that isn't a bridge where our bridge should be gives an error that names it, not a
-    strange failure later."""
+    """If another kind of device has our bridge's name, the error names it."""
     host = one.hosts[0]
     host.do(host.kernel.prepare)
     network = a_network()
@@ -300,7 +298,7 @@ def test_a_foreign_device_under_our_name_is_named(one: Lab) -> None:
 
 
 def test_a_foreign_device_under_a_veths_name_is_named(one: Lab) -> None:
-    """The same where an endpoint's veth should be."""
+    """If another kind of device has our veth's name, the error names it."""
     host = one.hosts[0]
     host.do(host.kernel.prepare)
     network = a_network()
@@ -313,7 +311,7 @@ def test_a_foreign_device_under_a_veths_name_is_named(one: Lab) -> None:
 
 
 def test_a_vxlan_device_with_other_properties_is_replaced(two: Lab) -> None:
-    """After a change of VNI, port or own address the device is the one that is asked for."""
+    """After a change of VNI, port or own address, the device has the new properties."""
     host, other = two.hosts
     network = a_network()
     endpoint = an_endpoint(network, 2)
@@ -327,8 +325,7 @@ def test_a_vxlan_device_with_other_properties_is_replaced(two: Lab) -> None:
 
 
 def test_two_hundred_endpoints_come_and_go(one: Lab) -> None:
-    """Two hundred endpoints on one network are made by several threads at once, and removed without
-    a rest."""
+    """Several threads make two hundred endpoints on one network, and remove them completely."""
     host = one.hosts[0]
     network = a_network()
     endpoints = [an_endpoint(network, number) for number in range(2, 202)]
@@ -356,7 +353,7 @@ def test_two_hundred_endpoints_come_and_go(one: Lab) -> None:
 
 
 def test_descriptors_are_not_leaked(one: Lab) -> None:
-    """Many endpoints and questions later the process has as many files open as before."""
+    """After many endpoints and queries the process has as many descriptors open as before."""
     host = one.hosts[0]
     network = a_network()
 

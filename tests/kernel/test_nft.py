@@ -1,5 +1,4 @@
-"""What ends a process that uses libnftables: two threads in it at once, and sockets with large
-numbers."""
+"""What aborts a process that uses libnftables: two threads in it, and large descriptors."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ assert len(ended) == len(threads)
 
 
 def ends_well(program: str) -> None:
-    """Run a program in a process of its own, which it may end."""
+    """Run a program in a process of its own, which it may abort."""
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=TOP,
@@ -53,8 +52,8 @@ def ends_well(program: str) -> None:
 
 
 def test_many_threads_with_rules_of_their_own() -> None:
-    """Threads that write and list rules at the same time, each in its own namespace, don't end the
-    process."""
+    """Threads that write and list rules at the same time, each in its own namespace, don't abort
+    the process."""
     for _ in range(3):
         ends_well(_THREADS)
 
@@ -82,6 +81,6 @@ else:
 
 
 def test_many_descriptors() -> None:
-    """In a process with very many descriptors a new session is refused with a reason; one that was
-    there before goes on."""
+    """In a process with very many descriptors a new session is refused with the cause; existing
+    ones work."""
     ends_well(_DESCRIPTORS)

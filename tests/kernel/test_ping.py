@@ -36,7 +36,8 @@ def test_echoes_to_a_container(three: World) -> None:
 
 
 def test_echoes_to_a_vip_name_the_task(three: World) -> None:
-    """Of a VIP it is said which task answered: the one whose namespace counted the echoes."""
+    """For a VIP the output names the task that replied: the one whose namespace counted the
+    echoes."""
     assert NftBalancer().apply(three.client.path, {VIP: three.addresses})
     for _ in range(3):
         before = {task.address: task.pings_answered() for task in three.tasks}
@@ -47,8 +48,7 @@ def test_echoes_to_a_vip_name_the_task(three: World) -> None:
 
 
 def test_nobody_answers(three: World) -> None:
-    """An address that nobody has, or that isn't reachable, has no round trips; nothing is
-    invented."""
+    """For an unknown or unreachable address there are no round trips."""
     assert probe(three.client.path, IPv4Address("10.77.0.99"), 1, False).times == []
     unreachable = probe(three.client.path, IPv6Address("2001:db8::1"), 2, False)
     assert (unreachable.times, unreachable.task) == ([], None)

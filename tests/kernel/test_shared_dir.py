@@ -1,4 +1,4 @@
-"""The folder that containers mount: what the kernel makes of it, on a host of its own."""
+"""The folder that containers mount, on a host of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDER = RUN / "freeflow"
 
 
 def inside(lab: Lab, script: str) -> str:
-    """Run a shell script on the host, as its root; what it says, failures included."""
+    """Run a shell script on the host as root; returns its output, failures included."""
     host = lab.hosts[0]
     done = host.do(
         lambda: subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
@@ -29,8 +29,8 @@ def make(lab: Lab) -> Path:
 
 
 def test_nobody_changes_it(one: Lab) -> None:
-    """What is put there is seen, and neither the host's own path nor a container's mount of it can
-    be written."""
+    """Its content is visible, and neither the host's path nor a container's mount of it is
+    writable."""
     where = make(one)
     one.hosts[0].do(lambda: (where / "library").write_text("bytes"))
     assert inside(one, f"cat {FOLDER}/library") == "bytes"
@@ -45,8 +45,8 @@ def test_nobody_changes_it(one: Lab) -> None:
 
 
 def test_made_once(one: Lab) -> None:
-    """A plugin that starts again finds the folder that running containers have, and mounts nothing
-    more."""
+    """A plugin that starts again finds the folder that running containers have, and mounts
+    nothing."""
     make(one)
     before = inside(one, f"stat -c %i {FOLDER}; grep -c ' {FOLDER} ' /proc/self/mountinfo")
     make(one)
@@ -55,7 +55,7 @@ def test_made_once(one: Lab) -> None:
 
 
 def test_made_anew(one: Lab) -> None:
-    """If what it shows was removed by hand, the folder shows the new one."""
+    """If its source was removed by hand, the folder shows the new source."""
     make(one)
     inside(one, "rm -rf /run/freeflow-admin/public")
     where = make(one)
@@ -64,8 +64,7 @@ def test_made_anew(one: Lab) -> None:
 
 
 def test_the_host_sees_it_read_only(one: Lab) -> None:
-    """Made in the plugin's mount namespace, the folder is on the host, and read-only there as
-    well."""
+    """A folder made in the plugin's mount namespace is on the host too, and read-only there."""
     plugin = (
         f"import sys; sys.path.insert(0, {str(TOP)!r}); from pathlib import Path; "
         "from driver.kernel import shared_dir; shared_dir.make(Path('/run')).joinpath('library').write_text('bytes')"
@@ -79,9 +78,8 @@ def test_the_host_sees_it_read_only(one: Lab) -> None:
 
 @pytest.mark.parametrize("mounted", [False, True])
 def test_what_stood_there_before_is_taken_away(one: Lab, mounted: bool) -> None:
-    """A folder that Docker made for a container before the plugin's start, with what that has put
-    into it, isn't shown to others: it is made anew, and the container's mount of the old one is
-    empty and can't be written any more."""
+    """A folder that Docker made for a container before the plugin's start is not shown to others:
+    it is replaced, and the container's mount of it is empty and not writable any more."""
     if mounted:
         # As an earlier plugin left it, whose own folder somebody has removed.
         make(one)
@@ -107,7 +105,8 @@ def test_what_stood_there_before_is_taken_away(one: Lab, mounted: bool) -> None:
 
 
 def test_removed(one: Lab) -> None:
-    """Removed it is gone from the host, with its mount; a container that has it keeps it."""
+    """After its removal it is gone from the host with its mount; a container that has it keeps
+    it."""
     where = make(one)
     one.hosts[0].do(lambda: (where / "library").write_text("bytes"))
     inside(one, f"mkdir /run/c && mount --bind {FOLDER} /run/c")
@@ -118,7 +117,7 @@ def test_removed(one: Lab) -> None:
 
 
 def test_a_socket_in_it(one: Lab) -> None:
-    """A socket in the folder is reached through the read-only mount."""
+    """A socket in the folder accepts connections through the read-only mount."""
     make(one)
     code = (
         "import socket; a = socket.socket(socket.AF_UNIX); a.bind('/run/freeflow-admin/public/s'); a.listen(); "
@@ -128,7 +127,7 @@ def test_a_socket_in_it(one: Lab) -> None:
 
 
 def test_options_are_those_of_the_mount(tmp_path: Path) -> None:
-    """Only a mount at just this path counts, and of several the last."""
+    """Only a mount at exactly this path counts, the last of several."""
     table = tmp_path / "mountinfo"
     table.write_text(
         "1 0 0:1 / /run rw,nosuid shared:1 - tmpfs tmpfs rw\n"
@@ -142,7 +141,7 @@ def test_options_are_those_of_the_mount(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["freeflow", "freeflow-admin"])
 def test_something_in_the_way(one: Lab, what: str) -> None:
-    """A file where the folder should be is an error of ours, which names it."""
+    """A file at the folder's path causes an error that names it."""
     inside(one, f"rm -rf /run/{what}; touch /run/{what}")
     with pytest.raises(Exception, match="/run/freeflow can't be made"):
         make(one)

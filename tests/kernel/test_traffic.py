@@ -1,5 +1,4 @@
-"""Packets between hosts: TCP, UDP, ICMP, both IPs, every size; over underlays of several kinds;
-peers that come and go."""
+"""Packets between hosts: protocols, sizes, kinds of underlays, and changing peers."""
 
 from __future__ import annotations
 
@@ -58,8 +57,8 @@ def _both(container: Container) -> tuple[IPAddress, IPAddress]:
 
 
 def test_everything_passes_over_every_underlay(any_underlay: Lab) -> None:
-    """TCP, UDP and ping over IPv4 and IPv6, both ways and on one host, at the MTU that the underlay
-    leaves, arrive unchanged."""
+    """TCP, UDP and ping over IPv4 and IPv6, in both directions and on one host, arrive unchanged at
+    the underlay's MTU."""
     host = any_underlay.hosts[0]
     mtu = host.do(host.kernel.underlay_mtu)
     assert mtu == host.mtu - (50 if host.address.version == 4 else 70)
@@ -74,8 +73,7 @@ def test_everything_passes_over_every_underlay(any_underlay: Lab) -> None:
 
 
 def test_the_largest_packet_passes_and_no_larger_one(any_underlay: Lab) -> None:
-    """A packet of the MTU that may not be fragmented passes; one byte more is refused to the
-    sender, never lost in silence."""
+    """A packet of the MTU passes unfragmented; for one byte more the sender gets an error."""
     host = any_underlay.hosts[0]
     mtu = host.do(host.kernel.underlay_mtu)
     near, far = _pair(any_underlay, mtu)
@@ -87,7 +85,7 @@ def test_the_largest_packet_passes_and_no_larger_one(any_underlay: Lab) -> None:
 
 
 def test_tcp_segments_fill_the_mtu(any_underlay: Lab) -> None:
-    """TCP's segments are as large as the MTU allows, no larger: 20 or 40 for IP, 20 for TCP, 12 for
+    """TCP segments are as large as the MTU allows: less 20 or 40 bytes for IP, 20 for TCP, 12 for
     timestamps."""
     host = any_underlay.hosts[0]
     mtu = host.do(host.kernel.underlay_mtu)
@@ -98,8 +96,8 @@ def test_tcp_segments_fill_the_mtu(any_underlay: Lab) -> None:
 
 
 def test_an_mtu_larger_than_the_underlays(two: Lab) -> None:
-    """With -o mtu=4000 over an underlay of 1500 nothing is lost in silence: TCP finds the path's
-    MTU, datagrams that may be fragmented pass, and those that may not are refused to the sender."""
+    """With -o mtu=4000 over an underlay of 1500 no packet is lost silently: TCP finds the path MTU,
+    datagrams are fragmented, or refused where they must not be."""
     near, far = _pair(two, 4000)
     for address, headers in ((far.ipv4, 28), (far.ipv6, 48)):
         with pytest.raises(OSError) as caught:
@@ -111,7 +109,7 @@ def test_an_mtu_larger_than_the_underlays(two: Lab) -> None:
 
 
 def test_datagrams_of_every_size(two: Lab) -> None:
-    """Datagrams up to the largest that UDP knows arrive unchanged in fragments."""
+    """UDP datagrams of every size arrive unchanged, in fragments."""
     near, far = _pair(two)
     for size in (1422, 1423, 1472, 1500, 9000, 30000, 65507):
         assert near.echoes(far.ipv4, size, whole=False), size
@@ -119,7 +117,7 @@ def test_datagrams_of_every_size(two: Lab) -> None:
 
 
 def test_a_smaller_mtu_than_the_underlays(two: Lab) -> None:
-    """With -o mtu=1280, IPv6's least, everything passes too."""
+    """With -o mtu=1280, the minimum of IPv6, all traffic passes."""
     near, far = _pair(two, 1280)
     assert near.send(far.ipv4, os.urandom(1 << 20))
     assert near.send(far.ipv6, os.urandom(1 << 20))
@@ -127,8 +125,7 @@ def test_a_smaller_mtu_than_the_underlays(two: Lab) -> None:
 
 
 def test_multicast_and_broadcast_reach_all(three: Lab) -> None:
-    """Broadcast and multicast datagrams reach every container of the network, on one host and over
-    all peers."""
+    """Broadcast and multicast datagrams reach every container of the network on all hosts."""
     network = a_network()
     sender = three.hosts[0].container(network, 2)
     others = [host.container(network, 3 + n) for n, host in enumerate(three.hosts)]
@@ -162,8 +159,8 @@ def test_multicast_and_broadcast_reach_all(three: Lab) -> None:
 
 
 def test_two_networks_are_apart(two: Lab) -> None:
-    """Networks with the same subnet on the same hosts share nothing: no answer and not one frame
-    from the other."""
+    """Networks with the same subnet on the same hosts are isolated: no reply and no frame
+    crosses."""
     first, second = a_network(1), a_network(2)
     near = two.hosts[0].container(first, 2)
     far = two.hosts[1].container(first, 3)
@@ -182,8 +179,8 @@ def test_two_networks_are_apart(two: Lab) -> None:
 
 
 def _docker_overlay(made: Lab, host: Host, vni: int) -> Container:
-    """A container on an overlay as Docker makes one: VXLAN on port 4789, made on the host, moved
-    into a namespace."""
+    """A container on an overlay like Docker's: VXLAN on port 4789, made on the host, moved into a
+    namespace."""
     number = host.number
     network = a_network(90)
     endpoint = Endpoint(
@@ -220,8 +217,8 @@ def _docker_overlay(made: Lab, host: Host, vni: int) -> Container:
 
 
 def test_beside_an_overlay_of_docker(two: Lab) -> None:
-    """An overlay of Docker's with the same VNI on port 4789 of the same hosts: both work at once,
-    and ours goes unnoticed."""
+    """An overlay of Docker's with the same VNI on port 4789 works on the same hosts without
+    interference."""
     near, far = _pair(two)
     one, other = (_docker_overlay(two, host, near.network.vni) for host in two.hosts)
     listening = far.packets()
@@ -238,8 +235,7 @@ def test_beside_an_overlay_of_docker(two: Lab) -> None:
 
 
 def test_on_the_port_of_docker_itself(two: Lab) -> None:
-    """With VXLAN_PORT=4789 the kernel tells ours from Docker's by VNI: devices of both share the
-    port."""
+    """With VXLAN_PORT=4789 our devices and Docker's share the port, distinguished by VNI."""
     network = a_network(port=4789)
     for host in two.hosts:
         host.run("ip", "link", "add", "vx", "type", "vxlan", "id", "4097", "dstport", "4789")
@@ -250,8 +246,8 @@ def test_on_the_port_of_docker_itself(two: Lab) -> None:
 
 
 def test_peers_added_and_removed(three: Lab) -> None:
-    """Only peers are reached: added ones at once, removed ones no more, and the change is what
-    set_peers answers."""
+    """Added peers are reached at once, removed ones no more, and set_peers returns the added
+    ones."""
     first, second, third = three.hosts
     network = a_network()
     near, far, third_box = (host.container(network, 2 + n) for n, host in enumerate(three.hosts))
@@ -273,8 +269,7 @@ def test_peers_added_and_removed(three: Lab) -> None:
 
 
 def test_peers_are_mended_by_the_next_process(two: Lab) -> None:
-    """A flood list that somebody changed is right again after set_peers of a plugin that has just
-    started."""
+    """The first set_peers of a new plugin process restores a flood list that was changed."""
     near, far = _pair(two)
     host, other = two.hosts
     device = names.vxlan(near.network.id)
@@ -289,7 +284,7 @@ def test_peers_are_mended_by_the_next_process(two: Lab) -> None:
 
 
 def test_a_cut_underlay_heals_by_itself(two: Lab) -> None:
-    """A connection outlives a cable that was out: nothing has to be made again."""
+    """A connection survives an unplugged cable; nothing has to be made again."""
     near, far = _pair(two)
     with near.connect(far.ipv4) as stream:
         stream.sendall(b"before ")
@@ -305,8 +300,8 @@ def test_a_cut_underlay_heals_by_itself(two: Lab) -> None:
 
 
 def test_where_an_address_lives_is_learned(two: Lab) -> None:
-    """`locate` names the peer behind a MAC address that was heard, and no peer for one of this host
-    or of nobody."""
+    """`locate` gives the peer behind a learned MAC address, and none for one of this host or an
+    unknown one."""
     near, far = _pair(two)
     assert near.pings(far.ipv4)
     host, other = two.hosts
@@ -322,7 +317,7 @@ def test_where_an_address_lives_is_learned(two: Lab) -> None:
 
 
 def test_counters_are_the_kernels(two: Lab) -> None:
-    """A veth's counters tell how many bytes a container sent."""
+    """A veth's counters have the bytes that a container sent."""
     near, far = _pair(two)
     host = two.hosts[0]
     name = names.host_veth(near.endpoint.id)
@@ -332,7 +327,7 @@ def test_counters_are_the_kernels(two: Lab) -> None:
 
 
 def test_connections_outlive_the_plugin(two: Lab) -> None:
-    """A connection goes on while the plugin is dead and after the next one has started and repaired
+    """A connection continues while the plugin is dead, and after the next process has repaired
     everything."""
     near, far = _pair(two)
     host = two.hosts[0]
@@ -348,7 +343,7 @@ def test_connections_outlive_the_plugin(two: Lab) -> None:
 
 
 def test_an_endpoint_that_is_gone_is_not_reached(two: Lab) -> None:
-    """After detach nobody answers at the address, and the others go on."""
+    """After detach the address is unreachable, and other containers aren't affected."""
     near, far = _pair(two)
     beside = two.hosts[1].container(near.network, 4)
     assert near.echoes(far.ipv4)
@@ -358,7 +353,7 @@ def test_an_endpoint_that_is_gone_is_not_reached(two: Lab) -> None:
 
 
 def test_the_overlay_namespace_holds_no_socket_of_containers(one: Lab) -> None:
-    """A container that connects to the bridge's own MAC address finds nobody there."""
+    """A container that connects to the bridge's own MAC address reaches no one."""
     network = a_network()
     box = one.hosts[0].container(network, 2)
     box.run("ip", "neigh", "replace", "10.9.0.77", "lladdr", _bridge_mac(one), "dev", "eth0")

@@ -76,7 +76,7 @@ def test_pings_are_spread_evenly(three: World, balancer: NftBalancer) -> None:
 
 
 def test_scaling_up_and_down(three: World, balancer: NftBalancer) -> None:
-    """New connections go to exactly the tasks of the last table, whatever the one before."""
+    """New connections go to exactly the tasks of the last table, whatever the one before was."""
     path = three.client.path
     for members in ((0,), (0, 1, 2), (1, 2), (2,), (0, 1)):
         chosen = tuple(three.addresses[number] for number in members)
@@ -86,7 +86,7 @@ def test_scaling_up_and_down(three: World, balancer: NftBalancer) -> None:
 
 
 def test_established_connection_keeps_its_task(three: World, balancer: NftBalancer) -> None:
-    """A connection goes on with its task after the task has left the table, and after the table is
+    """A connection keeps its task after the task has left the table, and after the table is
     gone."""
     path = three.client.path
     balancer.apply(path, {VIP: three.addresses[:1]})
@@ -99,8 +99,8 @@ def test_established_connection_keeps_its_task(three: World, balancer: NftBalanc
 
 
 def test_udp_flow_leaves_a_departed_task(three: World, balancer: NftBalancer) -> None:
-    """A UDP socket that goes on sending reaches another task once its own has left, and the others'
-    flows stay."""
+    """A UDP socket that keeps sending reaches another task once its own has left; others' flows
+    stay."""
     path = three.client.path
     balancer.apply(path, {VIP: three.addresses})
     flows = [three.client.udp(VIP) for _ in range(3)]
@@ -118,7 +118,7 @@ def test_udp_flow_leaves_a_departed_task(three: World, balancer: NftBalancer) ->
 
 
 def test_udp_flow_leaves_a_departed_task_after_a_restart(three: World) -> None:
-    """The same holds when the rules were made by a plugin that has been started again since."""
+    """The same holds for rules of a plugin process that has been restarted since."""
     path = three.client.path
     NftBalancer().apply(path, {VIP: three.addresses[:1]})
     with three.client.udp(VIP) as flow:
@@ -148,7 +148,7 @@ def test_flow_begun_before_the_rules(three: World, balancer: NftBalancer) -> Non
 
 
 def test_connect_begun_before_the_rules(three: World, balancer: NftBalancer) -> None:
-    """A connection attempt that is under way when the VIP gets its rules succeeds."""
+    """A connection attempt that is in progress when the VIP gets its rules succeeds."""
     path = three.client.path
     other = IPv4Address(f"{VIP}") + 1
     balancer.apply(path, {other: three.addresses})
@@ -173,7 +173,7 @@ def test_connect_begun_before_the_rules(three: World, balancer: NftBalancer) -> 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["rp_filter=0", "rp_filter=1"])
 def test_vip_without_tasks_refuses(three: World, balancer: NftBalancer, strict: bool) -> None:
-    """Without tasks TCP and UDP are refused at once, not left hanging, and ping has no answer."""
+    """Without tasks TCP and UDP are refused at once, and ping gets no reply."""
 
     three.client.run("sysctl", "-qw", f"net.ipv4.conf.all.rp_filter={int(strict)}")
     balancer.apply(three.client.path, {VIP: ()})
@@ -191,7 +191,7 @@ def test_vip_without_tasks_refuses(three: World, balancer: NftBalancer, strict: 
 
 
 def test_refusal_spares_connections_from_that_address(three: World, balancer: NftBalancer) -> None:
-    """A container whose address is another's refused VIP can still connect to it."""
+    """A container whose address another container has as a refused VIP can still connect to it."""
     server = three.tasks[0]
     balancer.apply(server.path, {three.client.address: ()})
     with three.client.connect(server.address) as connection:
@@ -199,7 +199,7 @@ def test_refusal_spares_connections_from_that_address(three: World, balancer: Nf
 
 
 def test_task_reaches_its_own_vip(three: World, balancer: NftBalancer) -> None:
-    """A task that connects to its own service reaches itself in its turn, by TCP, UDP and ping."""
+    """A task that connects to its own service also reaches itself in turn, by TCP, UDP and ping."""
     task = three.tasks[0]
     assert balancer.apply(task.path, {VIP: three.addresses})
     assert _streams(task, 9) == _even(three, 3)
@@ -210,8 +210,8 @@ def test_task_reaches_its_own_vip(three: World, balancer: NftBalancer) -> None:
 
 
 def test_forwarded_packets_are_balanced(three: World, balancer: NftBalancer) -> None:
-    """A container that routes for another (Docker in Docker) balances for it, and refuses for
-    it."""
+    """A container that routes for another (Docker in Docker) balances and refuses its
+    connections."""
     inner, router = three.tasks[2], three.client
     router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
     # Answers must come back the way they went: the router hides the inner one.
@@ -240,8 +240,7 @@ def _iptables() -> list[str]:
 def test_dns_rules_of_docker_live_beside(
     three: World, balancer: NftBalancer, tool: str, order: str
 ) -> None:
-    """Docker's redirection of 127.0.0.11:53 and the VIP rules work in one namespace, whichever came
-    first."""
+    """Docker's redirection of 127.0.0.11:53 and the VIP rules work together, in any order."""
     if tool not in _iptables():
         pytest.skip(f"{tool} is not installed")
     client = three.client
@@ -292,7 +291,7 @@ def test_dns_rules_of_docker_live_beside(
 
 
 def test_unchanged_table_is_not_written_again(three: World, balancer: NftBalancer) -> None:
-    """What the namespace has already isn't written again: a rule put beside ours survives."""
+    """An unchanged table isn't written again: a rule added beside ours survives."""
     path = three.client.path
     balancer.apply(path, {VIP: three.addresses})
     nft.run("add chain ip freeflow witness\n", path)
@@ -304,7 +303,7 @@ def test_unchanged_table_is_not_written_again(three: World, balancer: NftBalance
 
 
 def test_flushed_rules_come_back_with_the_next_change(three: World, balancer: NftBalancer) -> None:
-    """When somebody in the container flushed all rules, the next change makes them anew."""
+    """When the container has flushed all rules, the next change restores them."""
     path = three.client.path
     balancer.apply(path, {VIP: three.addresses[:1]})
     nft.run("flush ruleset\n", path)
@@ -313,7 +312,7 @@ def test_flushed_rules_come_back_with_the_next_change(three: World, balancer: Nf
 
 
 def test_new_namespace_under_the_old_path(balancer: NftBalancer) -> None:
-    """A namespace made anew under the same path is not taken for the old one."""
+    """A new namespace under the same path isn't taken for the old one."""
     with world(1) as first:
         path = first.client.path
         assert balancer.apply(path, {VIP: first.addresses})
@@ -325,15 +324,14 @@ def test_new_namespace_under_the_old_path(balancer: NftBalancer) -> None:
 
 
 def test_namespace_not_there_yet(balancer: NftBalancer, tmp_path: Path) -> None:
-    """A path without a namespace, or with a plain file that Docker will mount one on, is "not
-    yet"."""
+    """A path without a namespace, or with a file on which Docker will mount one, is "not yet"."""
     assert not balancer.apply(tmp_path / "missing", {VIP: ()})
     (tmp_path / "file").touch()
     assert not balancer.apply(tmp_path / "file", {VIP: ()})
 
 
 def test_empty_table_removes_everything(three: World, balancer: NftBalancer) -> None:
-    """With the last VIP our table goes, also when an earlier plugin process made it."""
+    """Our table goes with the last VIP, also if an earlier plugin process made it."""
     path = three.client.path
     for remover in (balancer, NftBalancer()):
         balancer.apply(path, {VIP: three.addresses})
@@ -343,8 +341,8 @@ def test_empty_table_removes_everything(three: World, balancer: NftBalancer) -> 
 
 
 def test_thousand_vips(three: World, balancer: NftBalancer) -> None:
-    """A thousand VIPs of three tasks are written within seconds, and a change of one is much
-    cheaper."""
+    """A thousand VIPs of three tasks are written within seconds, and a change of one costs much
+    less."""
     table = {
         IPv4Address("10.200.0.0") + number: three.addresses if number % 10 else ()
         for number in range(1, 1001)
