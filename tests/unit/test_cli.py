@@ -64,9 +64,7 @@ PLUGINS = [{"Name": "freeflow:latest", "Enabled": True}]
 
 
 class World:
-    """A host: what its plugin and its engine say, and the command to ask them. None: they don't
-    answer.
-    """
+    """A host: the answers of its plugin and engine, None without one, and the command."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -114,7 +112,7 @@ def world(tmp_path: Path) -> World:
 
 
 def test_well(world: World) -> None:
-    """All is well: exit code 0, and the first line says so."""
+    """Without problems the exit code is 0, and the first line says so."""
     done = world.run("status")
     assert done.exit_code == 0
     lines = done.output.splitlines()
@@ -139,8 +137,8 @@ def test_no_command_means_status(world: World) -> None:
 
 
 def test_something_is_wrong(world: World) -> None:
-    """Something is wrong: exit code 1, the first line counts it, the last lines say what, why and
-    what to type.
+    """With problems the exit code is 1; the first line counts them, the last lines have cause and
+    remedy.
     """
     world.status = status(problems=[finding("error"), finding("warning"), finding("warning")])
     done = world.run("status")
@@ -173,8 +171,8 @@ NOT_RUNNING: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("docker", "remedy"), NOT_RUNNING)
 @pytest.mark.parametrize("command", ["status", "peers", "connections", "ping"])
 def test_not_running(world: World, command: str, docker: Any, remedy: str) -> None:
-    """The plugin isn't running: exit code 2, and what to type, by what the engine says of the
-    plugin.
+    """If the plugin isn't running the exit code is 2, and the remedy depends on the plugin's state
+    in the engine.
     """
     world.status, world.engine = None, docker
     arguments = [command, "10.0.4.2"] if command == "ping" else [command]
@@ -187,7 +185,7 @@ def test_not_running(world: World, command: str, docker: Any, remedy: str) -> No
 
 
 def test_plugin_that_answers_nonsense(world: World) -> None:
-    """A plugin of another version is named as the trouble, without a trace."""
+    """A plugin of another version is reported as the cause, without a traceback."""
     world.status = None
     with served(engine({"/admin/status": {"version": 3}}), world.directory / "other.sock") as other:
         done = CliRunner().invoke(cli, ["--socket", str(other), "status"])
@@ -196,7 +194,7 @@ def test_plugin_that_answers_nonsense(world: World) -> None:
 
 
 def test_plugin_with_a_bug(world: World) -> None:
-    """An error inside the plugin is shown with what to type, exit code 2."""
+    """An error inside the plugin is shown with its remedy; the exit code is 2."""
     world.status = None
     admin = create_admin(lambda: 1 / 0, world._ping, lambda: LISTED)  # type: ignore[arg-type, return-value]
     with served(admin, world.directory / "broken.sock") as broken:
@@ -207,7 +205,7 @@ def test_plugin_with_a_bug(world: World) -> None:
 
 
 def test_many_kinds_of_networks(world: World) -> None:
-    """Each network says what is special about it, and nothing is left blank."""
+    """Each network shows its special properties, and no cell of a table is empty."""
     world.status = status(
         host=host(swarm=False, manager=False, engine=""),
         networks=[
@@ -233,7 +231,7 @@ def test_many_kinds_of_networks(world: World) -> None:
 
 
 def test_nothing_yet(world: World) -> None:
-    """Without networks the newcomer is told how to make one."""
+    """Without networks the status shows how to create one."""
     world.status = status(networks=[])
     assert "docker network create -d freeflow:latest --attachable NAME" in world.run().output
 
@@ -293,9 +291,7 @@ def test_fields_that_programs_rely_on() -> None:
 
 
 def test_paths_in_status(world: World) -> None:
-    """Status says of each network how many connections take which path, and why not the faster
-    one.
-    """
+    """The status shows each network's connections by path, with the reasons for slower ones."""
     lines = world.run("status").output.splitlines()
     assert "  connections: 2 on shm, 3 on overlay (remote 1, short 2)" in lines
     world.status = status(router=None)
@@ -305,9 +301,7 @@ def test_paths_in_status(world: World) -> None:
 
 
 def test_connections(world: World) -> None:
-    """Each connection has a line with its path and the word of its reason, which is explained
-    below.
-    """
+    """Each connection has a line with its path and a reason's word, which is explained below."""
     done = world.run("connections")
     assert done.exit_code == 0
     assert done.output.splitlines() == [
@@ -321,7 +315,7 @@ def test_connections(world: World) -> None:
 
 
 def test_connections_as_json(world: World) -> None:
-    """Programs get the same, with the word and age of each."""
+    """The JSON has the same, with the reason's word and the age of each connection."""
     found = world.json("connections")
     assert [(each["path"], each["reason"]) for each in found["connections"]] == [
         ("overlay", "remote"),
@@ -341,7 +335,7 @@ def test_no_connections(world: World) -> None:
 
 
 def test_peers(world: World) -> None:
-    """Each other host is listed once, with the networks shared with it."""
+    """Each other host is listed once, with the networks that it shares with this host."""
     world.status = status(networks=[network(), network(id="4c9d" * 16, name="front")])
     lines = world.run("peers").output.splitlines()
     assert lines == ["HOST   ADDRESS    NETWORKS", "host2  192.0.2.2  backend, front"]
@@ -349,7 +343,7 @@ def test_peers(world: World) -> None:
 
 
 def test_no_peers(world: World) -> None:
-    """Without peers that is said, and it is no error."""
+    """A host without peers says so, and that is no error."""
     world.status = status(networks=[])
     done = world.run("peers")
     assert (done.exit_code, done.output[:8]) == (0, "no peers")
@@ -359,7 +353,7 @@ def test_no_peers(world: World) -> None:
 
 
 def test_ping(world: World) -> None:
-    """A ping says which host, which task, which path, and how long it took."""
+    """A ping shows host, task, path and round-trip times."""
     done = world.run("ping", "10.0.4.2", "-c", "5")
     assert done.exit_code == 0
     assert world.pinged == [PingRequest("10.0.4.2", 5)]
@@ -372,7 +366,7 @@ def test_ping(world: World) -> None:
 
 
 def test_ping_by_name(world: World) -> None:
-    """A ping by name says what it stands for."""
+    """A ping by name shows the address and the full name."""
     world.pong = msgspec.structs.replace(PONG, name="web")
     done = world.run("ping", "web")
     assert world.pinged == [PingRequest("web", 3)]
@@ -380,13 +374,13 @@ def test_ping_by_name(world: World) -> None:
 
 
 def test_ping_of_this_host(world: World) -> None:
-    """An address of this host is said to be here."""
+    """An address of this host is shown as such."""
     world.pong = msgspec.structs.replace(PONG, local=True, task="")
     assert "host host2 (this host), path overlay" in world.run("ping", "10.0.4.2").output
 
 
 def test_ping_without_answer(world: World) -> None:
-    """Nothing answered: exit code 1, and what to do next."""
+    """If nothing answers the exit code is 1, and a remedy is shown."""
     world.pong = msgspec.structs.replace(PONG, host="", task="", round_trips_ms=[])
     done = world.run("ping", "10.0.4.2")
     assert done.exit_code == 1
@@ -401,7 +395,7 @@ def test_ping_without_answer(world: World) -> None:
     "error", [InvalidRequest("bad", remedy="mend it"), NotFound("none", remedy="mend it")]
 )
 def test_ping_refused(world: World, error: Exception) -> None:
-    """What can't be pinged is said with what to type, exit code 1."""
+    """A target that can't be pinged is reported with a remedy; the exit code is 1."""
     world.pong = error
     done = world.run("ping", "nonsense")
     assert done.exit_code == 1
@@ -428,7 +422,7 @@ def test_cleanup_refuses_while_in_use(world: World) -> None:
 
 
 def test_cleanup_without_the_plugin_asks_the_engine(world: World) -> None:
-    """With the plugin disabled the engine says who uses FreeFlow networks."""
+    """With the plugin disabled, containers on FreeFlow networks are found through the engine."""
     world.status = None
     world.engine = {
         "/plugins": PLUGINS,
@@ -446,7 +440,7 @@ def test_cleanup_without_the_plugin_asks_the_engine(world: World) -> None:
 
 
 def test_cleanup_without_anybody_to_ask(world: World) -> None:
-    """Without plugin and engine nothing is removed: nobody says what is in use."""
+    """Without plugin and engine nothing is removed, since it is unknown what is in use."""
     world.status = world.engine = None
     done = world.run("cleanup")
     assert done.exit_code == 2
@@ -454,7 +448,7 @@ def test_cleanup_without_anybody_to_ask(world: World) -> None:
 
 
 def test_bugreport(world: World, tmp_path: Path) -> None:
-    """A bug report has all parts, can be written to a file, and has no secrets of the engine's."""
+    """A bug report has all parts, can be written to a file, and has no secrets of the engine."""
     # Doctor would ping peers.
     world.status = status(networks=[])
     world.engine = {
@@ -474,7 +468,7 @@ def test_bugreport(world: World, tmp_path: Path) -> None:
 
 
 def test_bugreport_of_a_dead_host(world: World) -> None:
-    """With neither plugin nor engine there is still a report, that says so."""
+    """Without plugin and engine there is still a report, which says so."""
     world.status = world.engine = None
     done = world.run("bugreport")
     assert done.exit_code == 0
@@ -495,9 +489,7 @@ def test_help_names_every_command() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command(command: str) -> None:
-    """Each command has help that says what it does, by -h too, and no line is too long for a
-    terminal.
-    """
+    """Each command has help, by -h too, and no line of it is too long for a terminal."""
     output = CliRunner().invoke(cli, [command, "--help"], prog_name="freeflow").output
     assert output == CliRunner().invoke(cli, [command, "-h"], prog_name="freeflow").output
     assert len(output.splitlines()) > 5
@@ -506,13 +498,13 @@ def test_help_of_a_command(command: str) -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("completion", "inject")])
 def test_every_command_speaks_json(command: str) -> None:
-    """Every command that finds something out can say it to programs."""
+    """Every command that shows facts can print them as JSON."""
     assert "--json" in CliRunner().invoke(cli, [command, "--help"]).output
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_script(shell: str) -> None:
-    """Each shell gets a script that asks the command itself."""
+    """The completion script of each shell calls the command itself."""
     done = CliRunner().invoke(cli, ["completion", shell], prog_name="freeflow")
     assert done.exit_code == 0
     assert f"_FREEFLOW_COMPLETE={shell}_complete" in done.output
@@ -524,7 +516,7 @@ def test_completion_script(shell: str) -> None:
 
 
 def test_completion_completes() -> None:
-    """What the script asks is answered with the commands that begin so."""
+    """Completion answers with the commands that begin with the given letters."""
     done = subprocess.run(
         [sys.executable, "-m", "plugin.cli"],
         env=os.environ
@@ -538,12 +530,12 @@ def test_completion_completes() -> None:
 
 
 def test_unknown_command() -> None:
-    """A command that isn't there is a usage error, exit code 2."""
+    """An unknown command is a usage error with exit code 2."""
     assert CliRunner().invoke(cli, ["levitate"]).exit_code == 2
 
 
 def test_version() -> None:
-    """--version says the version."""
+    """--version prints the version."""
     assert (
         CliRunner().invoke(cli, ["--version"], prog_name="freeflow").output
         == "freeflow, version 0.1.0\n"

@@ -43,7 +43,7 @@ def harmless(text: str) -> bool:
 
 
 def poisoned(value: Any, text: str) -> Any:
-    """The same with `text` in each string's place."""
+    """The value with `text` in place of each string."""
     if isinstance(value, msgspec.Struct):
         fields = {name: poisoned(getattr(value, name), text) for name in value.__struct_fields__}
         return msgspec.structs.replace(value, **fields)
@@ -59,9 +59,7 @@ def poisoned(value: Any, text: str) -> Any:
 
 @given(ANYTHING)
 def test_whatever_is_shown_is_harmless(text: str) -> None:
-    """Any text is shown on one line, without a character that a terminal obeys, and what is
-    printable stays.
-    """
+    """Any text is shown on one line without control characters, and printable ones stay."""
     found = terminal.shown(text)
     assert harmless(found)
     assert "\n" not in found
@@ -80,9 +78,7 @@ def test_whatever_is_shown_is_harmless(text: str) -> None:
     ids=["status", "peers", "connections", "findings"],
 )
 def test_pages_are_harmless(page: Any, text: str) -> None:
-    """Whatever names there are, no page has a character that a terminal obeys once it is printed,
-    nor a forged line.
-    """
+    """No name can bring a control character or a forged line into a printed page."""
     found = page(text)
     assert harmless(terminal.lines(found))
     assert found.count("\n") == page("x").count("\n")
@@ -90,7 +86,7 @@ def test_pages_are_harmless(page: Any, text: str) -> None:
 
 @given(ANYTHING)
 def test_json_is_harmless_and_the_same(text: str) -> None:
-    """JSON has no such character either, and says the same."""
+    """JSON has no such character either, and decodes to the same value."""
     text = text.encode(errors="replace").decode()
     value = {"name": text, text: [text]}
     found = terminal.json_text(value)
@@ -99,7 +95,7 @@ def test_json_is_harmless_and_the_same(text: str) -> None:
 
 
 def test_letters_that_the_terminal_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal of another encoding gets numbers for letters, and no traceback."""
+    """Characters that the terminal's encoding lacks become escapes, not a traceback."""
     stream = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(click, "get_text_stream", lambda _: stream)
     said: list[str] = []
@@ -109,7 +105,7 @@ def test_letters_that_the_terminal_lacks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_bug_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that meets a bug says so on two lines, with what to do, and without a traceback."""
+    """A bug ends a command with two lines, one of them a remedy, and without a traceback."""
 
     def fail(*_: object) -> None:
         raise ZeroDivisionError(ESCAPE.encode("utf-8", "replace").decode())
@@ -135,7 +131,7 @@ def _process(folder: Path, name: bytes) -> None:
 
 @pytest.mark.parametrize("name", [b"\xff", b"\x1b]0;HI\x07", b"a\nerror: b", b"\xe2\x80\xae"])
 def test_names_of_processes(tmp_path: Path, name: bytes) -> None:
-    """A process may call itself anything: doctor looks at it, and shows its name in print."""
+    """A process may have any name: doctor inspects it, and shows the name escaped."""
     _process(tmp_path, name)
     found = library.inspect_process(7, tmp_path)
     assert found is not None
@@ -165,9 +161,7 @@ def _elf(count: int, size: int, length: int) -> bytes:
 
 @pytest.mark.parametrize("size", [0, 1, 56])
 def test_headers_without_end(size: int) -> None:
-    """A program that claims 65,535 headers, of which each is a MiB of notes, is looked at as fast
-    as any.
-    """
+    """A program that claims 65,535 headers of a MiB of notes each is examined quickly."""
     begin = time.process_time()
     assert identify(_elf(65535, size, 1 << 20)) is not None
     assert time.process_time() - begin < SOON
@@ -229,9 +223,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("text", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_stacks_without_end(text: str, message: str) -> None:
-    """A stack that would take for ever, or isn't one, is refused at once, with the line and a way
-    out.
-    """
+    """A stack that is too large or invalid is refused quickly, with the line and a remedy."""
     begin = time.process_time()
     with pytest.raises(InvalidRequest, match=message):
         injected(text)
@@ -239,7 +231,7 @@ def test_stacks_without_end(text: str, message: str) -> None:
 
 
 def test_many_aliases_are_no_bomb() -> None:
-    """A stack with aliases of aliases, some thousand values of them, is changed as any."""
+    """A stack with aliases of aliases, with some thousand values, is accepted."""
     assert "/run/freeflow" in injected(bomb(4)).text
 
 
@@ -271,9 +263,7 @@ STACKS = st.fixed_dictionaries(
 @settings(max_examples=200, deadline=None)
 @given(STACKS, VALUES)
 def test_any_value_in_any_place(stack: Any, config: Any) -> None:
-    """Whatever stands in whatever place of a stack, and whatever the engine says of images, the
-    answer is a stack or a reason.
-    """
+    """Any values in a stack and in the engine's answers give a second file or an error."""
     writer, stream = YAML(typ="safe", pure=True), io.StringIO()
     writer.dump(stack, stream)
     engine: Any = Images({"Config": config} if isinstance(config, list) else config)
@@ -284,13 +274,13 @@ def test_any_value_in_any_place(stack: Any, config: Any) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from("services:web image-n[]{},&*!|>'\"#%@\t\n \\?~<é\x1b"), max_size=80))
 def test_any_text(text: str) -> None:
-    """Any text is a stack or is refused with a reason."""
+    """Any text is a stack, or is refused with a remedy."""
     with pytest.raises(InvalidRequest, match="; "):
         injected(f"{text}\nservices: text\n")
 
 
 def test_names_of_images() -> None:
-    """An image's name can't lead the engine's API elsewhere."""
+    """An image's name can't change the path of a request to the engine."""
     hostile = [
         "x/../../containers/json?all=1#",
         "a b",
@@ -319,7 +309,7 @@ def run(*arguments: str) -> Result:
 
 
 def test_files_that_a_stack_names(tmp_path: Path) -> None:
-    """A stack may name a device, a pipe or a huge file: none is read, or waited for."""
+    """Devices, pipes and huge files that a stack names are neither read nor waited for."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     (tmp_path / "huge").touch()
@@ -336,14 +326,14 @@ def test_files_that_a_stack_names(tmp_path: Path) -> None:
 
 
 def test_stack_that_never_ends() -> None:
-    """A stack that is a device without end is refused."""
+    """A device without end is refused as a stack."""
     done = run("/dev/zero")
     assert done.exit_code == 2
     assert "    do: " in done.stderr
 
 
 def test_names_in_a_stack(tmp_path: Path) -> None:
-    """Names in a stack don't reach the terminal as they are, and not as a line of their own."""
+    """Names in a stack are escaped for the terminal, and can't forge a line."""
     stack = tmp_path / "stack.yml"
     stack.write_text(
         'services:\n  "web\\e]0;owned\\a\\e[2J\\nfreeflow: all is well":\n    image: "x\\e[31m"\n    networks: [n]\n'

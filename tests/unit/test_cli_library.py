@@ -95,8 +95,8 @@ def world(tmp_path: Path) -> World:
 
 
 def test_well(world: World) -> None:
-    """A container with mount, variable and library passes each check, and the router's counts are
-    said.
+    """A container with mount, variable and library passes each check; the router's counts are
+    shown.
     """
     report = world.report()
     assert report.findings == []
@@ -118,7 +118,7 @@ def test_not_running(world: World) -> None:
 
 
 def test_no_mount(world: World) -> None:
-    """Without the mount the finding shows it."""
+    """A missing mount is found, and the remedy shows it."""
     world.container["Mounts"] = None
     (finding,) = world.report().findings
     assert finding.what == f"{NAME} has no /run/freeflow"
@@ -128,14 +128,14 @@ def test_no_mount(world: World) -> None:
 
 
 def test_no_variable(world: World) -> None:
-    """Without the variable in any process the finding shows it."""
+    """A missing variable is found, and the remedy shows it."""
     world.pids.clear()
     world.process(72, preload=False, library=Path("/nonexistent"))
     assert world.said() == [f"no process of {NAME} loads the library"]
 
 
 def test_init_of_docker(world: World) -> None:
-    """The static docker-init of `docker run --init` is nothing to report."""
+    """The static docker-init of `docker run --init` is not reported."""
     world.process(72, library=Path("/nonexistent"), name="docker-init")
     assert not world.report().findings
 
@@ -149,8 +149,8 @@ def test_static_program(world: World) -> None:
 
 
 def test_older_library(world: World) -> None:
-    """A process that mapped a file which has been replaced since is told from the others, by the
-    file and not its name.
+    """A process that mapped a library which was replaced since is found, by the file and not its
+    name.
     """
     older = world.directory / "older.so"
     older.write_bytes(b"older")
@@ -161,13 +161,13 @@ def test_older_library(world: World) -> None:
 
 
 def test_no_library_on_the_host(world: World) -> None:
-    """If the plugin hasn't put the library there, that is said, not its consequences."""
+    """A library that the plugin has not installed is reported, and not the consequences."""
     world.library.unlink()
     assert world.said() == ["this host has no /run/freeflow/libfreeflow.so"]
 
 
 def test_other_networks(world: World) -> None:
-    """A container on no network of ours, or on none that accelerates, can't be accelerated."""
+    """A container without a FreeFlow network, or without an accelerated one, is found."""
     world.status = status(networks=[network(endpoints=[])])
     assert world.said() == [f"{NAME} is on no FreeFlow network"]
     world.status = status(networks=[network(acceleration=False)])
@@ -177,21 +177,19 @@ def test_other_networks(world: World) -> None:
 
 
 def test_no_router(world: World) -> None:
-    """A router that doesn't answer is said here too."""
+    """A router that doesn't answer is found."""
     world.status = status(router=None)
     assert world.said() == ["the router does not answer; new connections stay on the overlay"]
 
 
 def test_a_process_that_ends_meanwhile(world: World) -> None:
-    """A process that has ended since the engine listed it is nobody's fault."""
+    """A process that has ended since the engine listed it is no finding."""
     world.pids.append(99)
     assert world.said() == []
 
 
 def test_a_real_process(tmp_path: Path) -> None:
-    """What the kernel writes in /proc of a process with a mapped file of the library's name is read
-    right.
-    """
+    """A mapped file with the library's name is recognised in a real process's /proc."""
     python = Path(sys.executable).resolve()
     folder = tmp_path / "freeflow"
     folder.mkdir()

@@ -18,14 +18,12 @@ class Clock:
 
 
 def test_nothing_has_died() -> None:
-    """A plugin of which nothing has died has nothing to say."""
+    """Without deaths the record is empty."""
     assert Deaths().all() == []
 
 
 def test_what_another_process_noted() -> None:
-    """What the master notes is known to workers that were forked before and after, and the other
-    way round.
-    """
+    """Master and workers see each other's records, whenever the workers were forked."""
     deaths = Deaths()
     deaths.note(WORKER)
     child = os.fork()
@@ -38,9 +36,7 @@ def test_what_another_process_noted() -> None:
 
 
 def test_count_and_age() -> None:
-    """All deaths are counted, those of the last ten minutes besides, and the age is the last
-    one's.
-    """
+    """All deaths and those of the last ten minutes are counted, with the age of the last one."""
     clock = Clock()
     deaths = Deaths(clock)
     for _ in range(3):
@@ -53,7 +49,7 @@ def test_count_and_age() -> None:
 
 
 def test_many() -> None:
-    """However often something dies, the last times are kept."""
+    """The last times are kept, however many deaths there are."""
     clock = Clock()
     deaths = Deaths(clock)
     for _ in range(500):
@@ -65,9 +61,7 @@ def test_many() -> None:
 
 
 def test_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that ends by an exception is noted by its name; what said so before says so
-    still.
-    """
+    """A thread that ends by an exception is recorded by name, and still reported as before."""
     said: list[object] = []
     monkeypatch.setattr(threading, "excepthook", said.append)
     deaths = Deaths()

@@ -26,7 +26,7 @@ from tests.unit.statuses import finding, host, network, status
 
 
 def only(findings: list[Finding]) -> Finding:
-    """The one finding, which has all that it needs."""
+    """The only finding, complete and documented."""
     (found,) = findings
     assert found.severity in ("error", "warning")
     assert found.what
@@ -61,13 +61,13 @@ def test_engines_that_crash(tmp_path: Path, version: str) -> None:
 
 
 def test_silent_engine(tmp_path: Path) -> None:
-    """A silent engine is a finding."""
+    """An engine that doesn't answer is a finding."""
     found = only(check_engine(Engine(tmp_path / "none")))
     assert (found.severity, found.remedy) == ("error", "systemctl status docker")
 
 
 def test_plugin_that_does_not_run(tmp_path: Path) -> None:
-    """A plugin that doesn't answer is a finding with what to type, and there is no status then."""
+    """A plugin that doesn't answer is a finding with a remedy, and there is no status."""
     found: dict[str, Status] = {}
     client = Client(tmp_path / "none", Engine(tmp_path / "none"))
     assert only(check_plugin(client, found)).what == "the plugin is not running"
@@ -75,7 +75,7 @@ def test_plugin_that_does_not_run(tmp_path: Path) -> None:
 
 
 def test_what_status_finds_is_found(tmp_path: Path) -> None:
-    """What `freeflow status` finds wrong, doctor finds too."""
+    """doctor includes the problems of `freeflow status`."""
     answer = msgspec.to_builtins(status(problems=[finding()]))
     found: dict[str, Status] = {}
     with served(engine({"/admin/status": answer}), tmp_path / "s") as path:
@@ -88,7 +88,7 @@ def test_what_status_finds_is_found(tmp_path: Path) -> None:
 
 
 def test_no_clashes() -> None:
-    """What every host has, and Docker's own overlay, is no clash."""
+    """Usual interfaces and Docker's own overlay are no conflict."""
     present = [
         Link("lo"),
         Link("eth0", "veth"),
@@ -110,7 +110,7 @@ def test_no_clashes() -> None:
     ],
 )
 def test_other_overlays(link: Link, who: str) -> None:
-    """Another overlay on the host is named, whatever its devices are made of (weave#3116)."""
+    """Another overlay on the host is named, whatever kind its devices are (weave#3116)."""
     found = only(check_clashes({4799}, [link]))
     assert found.severity == "warning"
     assert link.name in found.what
@@ -130,7 +130,7 @@ PEERS = [PeerStatus("host1", "192.0.2.1", own=True), PeerStatus("host2", "192.0.
 
 
 def test_peers_that_answer() -> None:
-    """Each other host is tried once, with a small and a full packet; this one and IPv6 ones
+    """Each other host is pinged once, with a small and a full packet; this one and IPv6 ones
     aren't.
     """
     tried = []
@@ -146,13 +146,13 @@ def test_peers_that_answer() -> None:
 
 
 def test_peer_that_is_silent() -> None:
-    """A peer that doesn't answer is named by name and address, and isn't blamed for its MTU."""
+    """A peer that doesn't answer is named with its address, and its MTU is not a finding."""
     found = only(check_peers(status(networks=[network(peers=PEERS)]), lambda address, size: False))
     assert found.what == "peer host2 (192.0.2.2) does not answer a ping on the underlay"
 
 
 def test_path_with_a_smaller_mtu() -> None:
-    """Full packets that get lost while small ones pass are an error that names the size."""
+    """Full packets that are lost while small ones pass are an error with the size."""
     facts = status(networks=[network(peers=PEERS)], host=host(underlay_mtu=9000))
     found = only(check_peers(facts, lambda address, size: size < 1500))
     assert found.severity == "error"
@@ -166,9 +166,7 @@ def test_peer_without_a_name() -> None:
 
 
 def test_services_too_large_for_dns() -> None:
-    """A service of which Docker's DNS can't say which tasks take connections is named, with what to
-    do.
-    """
+    """A service whose tasks Docker's DNS doesn't tell is noted, with a remedy."""
     large = ServiceStatus("web", "10.0.4.2", ["10.0.4.7"] * 3, by_list=True)
     found = status(networks=[network(services=[large])])
     (note,) = service_notes(found)
@@ -181,7 +179,7 @@ def test_services_too_large_for_dns() -> None:
 
 
 def test_strangers() -> None:
-    """Who sent to the overlay's port and is no peer is named, the first few of many."""
+    """Addresses that sent to the overlay's port and are no peers are named, the first few of many."""
     assert check_guard(status()) == []
     assert check_guard(msgspec.structs.replace(status(), guard=GuardStatus([4799]))) == []
     many = [f"192.0.2.{number}" for number in range(10)]

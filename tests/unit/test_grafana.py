@@ -39,16 +39,14 @@ def test_stored_board_is_the_generated_one() -> None:
 
 
 def test_every_query_names_an_exported_metric() -> None:
-    """No panel asks for a metric that isn't there, and no exported metric is without a panel."""
+    """Each panel's metric exists, and each exported metric has a panel."""
     asked = [name for query in queries() for name in names(query)]
     assert sorted(asked) == sorted(exported())
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
 def test_panel(panel: dict[str, Any]) -> None:
-    """Each panel is of the chosen hosts, shows counters as rates, and names its lines by labels
-    that there are.
-    """
+    """Each panel shows the chosen hosts, counters as rates, and existing labels in its legend."""
     (target,) = panel["targets"]
     (name,) = names(target["expr"])
     assert f"{name}{{{HOSTS}}}" in target["expr"]
@@ -75,7 +73,7 @@ def test_panels_do_not_overlap() -> None:
 
 
 def test_variables() -> None:
-    """The board asks for a data source and for hosts, by a metric that every host has."""
+    """The board has variables for the data source and the hosts, by a metric of every host."""
     source, host = BOARD["templating"]["list"]
     assert (source["name"], source["type"]) == ("source", "datasource")
     (name,) = names(host["query"])

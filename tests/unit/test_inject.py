@@ -195,9 +195,7 @@ def test_what_has_the_library_needs_nothing() -> None:
     ],
 )
 def test_every_form(volumes: str, variables: str) -> None:
-    """Lists and mappings, as blocks or in brackets, empty or absent: what was there stays, the
-    library comes in.
-    """
+    """Volumes and variables in any form stay, and the library is added."""
     text = f"services:\n  a:\n    image: x\n{variables}{volumes}    networks: [n]\n{NETWORKS}"
     before = services(text)["a"]
     after = merged(text, injected(text).text)["a"]
@@ -221,9 +219,7 @@ def test_every_form(volumes: str, variables: str) -> None:
     ],
 )
 def test_what_is_preloaded_stays(variables: str, value: str) -> None:
-    """The library comes after what is preloaded already, whichever way that is written, and only
-    once.
-    """
+    """The library comes after other preloads, in whatever form they are written, and only once."""
     text = f"services:\n  a:\n    image: x\n    environment: {variables}\n    networks: [n]\n{NETWORKS}"
     assert merged(text, injected(text).text)["a"]["environment"]["LD_PRELOAD"] == value
 
@@ -251,9 +247,7 @@ SHARED = {
 
 @pytest.mark.parametrize("name", SHARED)
 def test_what_services_share(name: str) -> None:
-    """What an anchor, an alias or a merge gives to several services changes for the chosen one
-    alone.
-    """
+    """If services share values by anchor, alias or merge, only the chosen one gets the library."""
     text = SHARED[name] + NETWORKS + "  o: {}\n"
     second = injected(text, "a").text
     assert list(services(second)) == ["a"]
@@ -272,7 +266,7 @@ def test_all_that_share(name: str) -> None:
 
 
 def test_whole_service_by_alias() -> None:
-    """A service that is another one by alias can be left out."""
+    """A service that is an alias of another one can be left out."""
     text = f"services:\n  a: &a\n    image: x\n    networks: [n]\n  b: *a\n{NETWORKS}"
     assert list(services(injected(text, "a").text)) == ["a"]
     both = injected(text)
@@ -288,15 +282,13 @@ def test_json_is_read() -> None:
 
 
 def test_old_format() -> None:
-    """Compose format 3.0 has mounts in short form alone."""
+    """In Compose format 3.0 the mount has the short form."""
     text = f'version: "3"\nservices:\n  a:\n    image: x\n    networks: [n]\n{NETWORKS}'
     assert services(injected(text).text)["a"]["volumes"] == ["/run/freeflow:/run/freeflow"]
 
 
 def test_mounts_that_are_there() -> None:
-    """The folder may be mounted already, in either form; another thing in its place is an error
-    that says so.
-    """
+    """The folder may be mounted already, in either form; another mount in its place is an error."""
     text = "services:\n  a:\n    image: x\n    networks: [n]\n    volumes: ['%s']\n" + NETWORKS
     for mount in ("/run/freeflow:/run/freeflow", "/run/freeflow:/run/freeflow/:ro"):
         assert "volumes" not in services(injected(text % mount).text)["a"]
@@ -316,7 +308,7 @@ def test_mounts_that_are_there() -> None:
     ],
 )
 def test_drivers(driver: str, own: bool) -> None:
-    """FreeFlow is known by its name, whichever registry and tag."""
+    """FreeFlow is recognised by its name, with any registry and tag."""
     assert is_freeflow(driver) is own
 
 
@@ -333,8 +325,8 @@ def test_by_network(tmp_path: Path) -> None:
 
 
 def test_external_networks(tmp_path: Path) -> None:
-    """Of a network that isn't the stack's the engine says whose it is; if it can't, the library
-    comes in, and a note says so.
+    """The engine tells the driver of an external network; if it can't, the library is added with a
+    note.
     """
     text = (
         "services:\n  a: {image: x, networks: [one]}\n  b: {image: x, networks: [two]}\n  c: {image: x, networks: [three]}\n"
@@ -349,9 +341,7 @@ def test_external_networks(tmp_path: Path) -> None:
 
 
 def test_chosen_services() -> None:
-    """--service takes these, on whichever network, says what is in vain, and knows names that
-    aren't there.
-    """
+    """--service chooses services on any network, notes useless ones, and refuses unknown names."""
     text = "services:\n  a: {image: x}\n  b: {image: x}\n"
     outcome = injected(text, "b")
     assert outcome.injected == ("b",)
@@ -377,7 +367,7 @@ def test_chosen_services() -> None:
     ],
 )  # fmt: skip
 def test_what_is_wrong(text: str, message: str) -> None:
-    """What can't be a stack is refused with the file, the cause and what to do."""
+    """A text that is no stack is refused with file, cause and remedy."""
     with pytest.raises(InvalidRequest, match=message) as caught:
         injected(text)
     assert str(caught.value).startswith("stack.yml")
@@ -385,7 +375,7 @@ def test_what_is_wrong(text: str, message: str) -> None:
 
 
 def test_variables_file(tmp_path: Path) -> None:
-    """LD_PRELOAD in a file of variables would be replaced: that is said."""
+    """An LD_PRELOAD in an env_file, which would be replaced, is noted."""
     text = f"services:\n  a: {{image: x, networks: [n], env_file: e.env}}\n{NETWORKS}"
     outcome = injected(text, read=lambda name: {"e.env": "A=1\nLD_PRELOAD=x.so\n"}[name])
     assert any("LD_PRELOAD in e.env is replaced" in note for note in outcome.notes)
@@ -409,7 +399,7 @@ SERVICE = st.fixed_dictionaries(
     st.dictionaries(st.sampled_from("abc"), SERVICE, min_size=1), st.booleans(), st.integers(2, 6)
 )
 def test_whatever_a_writer_writes(content: Any, flow: bool, indent: int) -> None:
-    """Any stack that a YAML writer makes gets the library, and says the same besides."""
+    """Any stack that a YAML writer makes gets the library, and is otherwise unchanged."""
     import io
 
     writer = YAML(typ="safe", pure=True)
@@ -541,7 +531,7 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_command_that_fails(tmp_path: Path) -> None:
-    """What can't be done leaves the output as it was, and says what to do."""
+    """A failure leaves the output file as it was, and shows a remedy."""
     file, out = tmp_path / "stack.yml", tmp_path / "out.yml"
     out.write_text("mine")
     done = run(str(file), "-o", str(out))

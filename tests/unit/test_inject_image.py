@@ -60,7 +60,7 @@ def test_elf(wide: bool, dynamic: bool, go: bool) -> None:
 
 
 def test_own_python() -> None:
-    """A real program of this machine is what it is."""
+    """A real program of this machine is identified."""
     found = identify(Path(sys.executable).read_bytes()[: 1 << 20])
     assert found is not None
     assert (found.machine, found.go) == (MACHINE, False)
@@ -71,7 +71,7 @@ def test_own_python() -> None:
     ("flag", "dynamic"), [("-static", False), ("-static-pie", False), ("-pie", True)]
 )
 def test_compiled(tmp_path: Path, flag: str, dynamic: bool) -> None:
-    """What the compiler links statically has no loader, position-independent or not."""
+    """Statically linked programs have no loader, position-independent or not."""
     source, program = tmp_path / "a.c", tmp_path / "a"
     source.write_text("int main(void) { return 0; }\n")
     subprocess.run(["gcc", flag, "-o", program, source], check=True, timeout=patience(60))
@@ -82,7 +82,7 @@ def test_compiled(tmp_path: Path, flag: str, dynamic: bool) -> None:
 
 @given(st.binary(max_size=200), st.integers(0, 200))
 def test_any_bytes(noise: bytes, at: int) -> None:
-    """No content of a file is too odd: there is an answer, and it is one of a program or none."""
+    """Any content of a file is identified as a program or as none."""
     head = bytearray(elf(go=True))
     head[at : at + len(noise)] = noise
     assert isinstance(identify(bytes(head)), Program | None)
@@ -132,9 +132,7 @@ def verdict(*words: str, user: str = "", folder: str = "/") -> tuple[str, str]:
     ],
 )
 def test_programs_that_can(words: tuple[str, ...]) -> None:
-    """A program is found behind launchers, scripts, shells and links, and nothing is said of one
-    that can.
-    """
+    """A program is found behind launchers, scripts, shells and links; a suitable one gives no note."""
     assert verdict(*words) == ("", "")
 
 
@@ -151,15 +149,13 @@ def test_programs_that_can(words: tuple[str, ...]) -> None:
     ],
 )
 def test_programs_that_cannot(words: tuple[str, ...], why: str) -> None:
-    """Static programs, Go's, other architectures' and privileged ones are named, each with its
-    reason.
-    """
+    """Static, Go, foreign and privileged programs are named, each with its reason."""
     assert why in verdict(*words)[0]
 
 
 @pytest.mark.parametrize("program", ["su", "ping"])
 def test_rights_that_are_more(program: str) -> None:
-    """Rights of a file matter to who hasn't got them: root has."""
+    """Capabilities of a file don't matter for root, which has them."""
     assert verdict(program) == ("", "")
     assert "more rights than its user" in verdict(program, user="1000:1000")[0]
 
@@ -178,13 +174,13 @@ def test_rights_that_are_more(program: str) -> None:
     ],
 )
 def test_what_is_not_known(words: tuple[str, ...], what: str) -> None:
-    """What can't be found out is said as that, not guessed."""
+    """An unknown program is reported as unknown."""
     hindered, unknown = verdict(*words)
     assert (hindered, what in unknown) == ("", True)
 
 
 def test_what_a_service_says_instead() -> None:
-    """As with Docker: a command replaces the image's, an entrypoint drops it too."""
+    """As in Docker, a command replaces the image's, and an entrypoint drops it."""
     config = {"Entrypoint": ["/e"], "Cmd": ["c"], "Env": ["PATH=/x:/y"], "User": "u", "WorkingDir": "/w"}  # fmt: skip
     assert start_of(config) == Start(("/e", "c"), ("/x", "/y"), "/w", "u")
     assert start_of(config, command=["d"]).words == ("/e", "d")
@@ -193,7 +189,7 @@ def test_what_a_service_says_instead() -> None:
 
 
 class Docker:
-    """An engine with one image, that hands out its files and remembers its containers."""
+    """An engine with one image, which serves its files and records its containers."""
 
     def __init__(self, config: dict[str, Any], files: dict[str, File]) -> None:
         self.config, self.files = config, files
@@ -246,8 +242,8 @@ def _stack(docker: Docker, tmp_path: Path, more: str = "") -> tuple[str, str]:
 
 
 def test_image_is_looked_into(tmp_path: Path) -> None:
-    """The image's program is read out of a container that is removed again; what is wrong with it
-    is said.
+    """The image's program is read from a container that is removed again, and its obstacle is
+    noted.
     """
     native = {"x86_64": 62, "aarch64": 183}.get(MACHINE, 0)
     files = {"/bin/go": File(head=elf(go=True, machine=native)), "/bin/link": File(link="go")}
@@ -263,9 +259,7 @@ def test_image_is_looked_into(tmp_path: Path) -> None:
 
 
 def test_what_the_image_preloads_stays(tmp_path: Path) -> None:
-    """What an image preloads itself comes first: a variable of the service would else replace
-    it.
-    """
+    """An image's own LD_PRELOAD comes first, since a service's variable replaces it."""
     docker = Docker({"Env": ["LD_PRELOAD=/a$b.so"]}, {})
     assert '"/a$$b.so:/run/freeflow/libfreeflow.so"' in _stack(docker, tmp_path)[0]
 
@@ -273,9 +267,7 @@ def test_what_the_image_preloads_stays(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for chroot")
 @pytest.mark.kernel
 def test_the_users_root(tmp_path: Path) -> None:
-    """In another root, files are those of the user's directory and root, links included, and then
-    the own ones again.
-    """
+    """Within users_root() paths, links included, are the user's; afterwards they are the plugin's."""
     (tmp_path / "host/home").mkdir(parents=True)
     (tmp_path / "own").mkdir()
     (tmp_path / "host/real").write_text("host")

@@ -86,9 +86,7 @@ def build(output: Path, compiler: str) -> Path:
 
 @pytest.mark.parametrize("compiler", ["gcc", "aarch64-linux-gnu-gcc"])
 def test_needs_little(tmp_path: Path, compiler: str) -> None:
-    """It needs only symbols that both C libraries have, and none of a version, on either
-    architecture.
-    """
+    """It needs only symbols that both C libraries have, without versions, on both architectures."""
     library = build(tmp_path / "libfreeflow.so", compiler)
     undefined = {
         fields[7]
@@ -101,7 +99,7 @@ def test_needs_little(tmp_path: Path, compiler: str) -> None:
 
 
 def test_needs_one_library(library: Path) -> None:
-    """It asks the loader for libdl.so.2 alone, the name that musl takes for itself."""
+    """It depends on libdl.so.2 only, a name that musl provides itself."""
     needed = [line for line in read(library, "--dynamic").splitlines() if "(NEEDED)" in line]
     assert len(needed) == 1
     assert "[libdl.so.2]" in needed[0]
@@ -132,13 +130,13 @@ def test_thread_locals_need_no_call(library: Path) -> None:
 
 
 def test_has_a_build(library: Path) -> None:
-    """It says which build it is."""
+    """It has a build ID."""
     assert "Build ID:" in read(library, "--notes")
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "musl-gcc"])
 def test_loads(library: Path, tmp_path: Path, compiler: str) -> None:
-    """A program of either C library loads it without a word, and works as before."""
+    """Programs of both C libraries load it without output, and work as before."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} missing")
     source, program = tmp_path / "program.c", tmp_path / "program"
@@ -158,7 +156,7 @@ def test_loads(library: Path, tmp_path: Path, compiler: str) -> None:
 
 @pytest.mark.parametrize("compiler", ["gcc", "musl-gcc"])
 def test_static_program(library: Path, tmp_path: Path, compiler: str) -> None:
-    """A static program takes no notice of it."""
+    """A static program ignores it."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} missing")
     source, program = tmp_path / "program.c", tmp_path / "program"

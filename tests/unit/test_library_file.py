@@ -38,7 +38,7 @@ def test_placed(folder: Path, shipped: Path) -> None:
 
 
 def test_same_is_kept(folder: Path, shipped: Path) -> None:
-    """A restart of the same plugin leaves the very file that programs have mapped."""
+    """A restart of the same plugin keeps the file that programs have mapped."""
     place(folder, shipped)
     before = (folder / NAME).stat()
     assert place(folder, shipped)
@@ -47,7 +47,7 @@ def test_same_is_kept(folder: Path, shipped: Path) -> None:
 
 
 def test_old_stays_for_who_has_it(folder: Path, shipped: Path) -> None:
-    """An upgrade changes the name's file, and not the file that a program has opened."""
+    """An upgrade replaces the file, and not the one that a program has open."""
     place(folder, shipped)
     with (folder / NAME).open("rb") as opened:
         shipped.write_bytes(b"second")
@@ -57,7 +57,7 @@ def test_old_stays_for_who_has_it(folder: Path, shipped: Path) -> None:
 
 
 def test_replaced_in_one_step(folder: Path, shipped: Path) -> None:
-    """Whoever opens the library while it is replaced gets a whole one, old or new."""
+    """While the library is replaced, programs open a complete file, old or new."""
     whole = {b"a" * 100_000, b"b" * 200_000}
     shipped.write_bytes(b"a" * 100_000)
     place(folder, shipped)
@@ -83,7 +83,7 @@ def test_replaced_in_one_step(folder: Path, shipped: Path) -> None:
 
 @pytest.mark.parametrize("left", [f".{NAME}.new", NAME])
 def test_half_a_file_is_replaced(folder: Path, shipped: Path, left: str) -> None:
-    """What a plugin that was killed has left behind is replaced."""
+    """Leftovers of a killed plugin are replaced."""
     (folder / left).write_bytes(b"fi")
     assert place(folder, shipped)
     assert (folder / NAME).read_bytes() == b"first"
@@ -91,7 +91,7 @@ def test_half_a_file_is_replaced(folder: Path, shipped: Path, left: str) -> None
 
 
 def test_link_is_not_followed(folder: Path, shipped: Path, tmp_path: Path) -> None:
-    """A link in place of the library is replaced, and what it points to stays."""
+    """A link in place of the library is replaced, and its target stays."""
     other = tmp_path / "other"
     other.write_bytes(b"other")
     (folder / NAME).symlink_to(other)
@@ -101,14 +101,14 @@ def test_link_is_not_followed(folder: Path, shipped: Path, tmp_path: Path) -> No
 
 
 def test_without_library(folder: Path, tmp_path: Path) -> None:
-    """A plugin that was built without the library starts all the same, and leaves what is there."""
+    """A plugin that was built without the library starts, and leaves the installed one."""
     (folder / NAME).write_bytes(b"earlier")
     assert not place(folder, tmp_path / "missing")
     assert (folder / NAME).read_bytes() == b"earlier"
 
 
 def _lease(path: Path) -> bool:
-    """Whether a lease that makes readers wait can be had on a file."""
+    """Whether a lease that delays readers can be taken on a file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
@@ -132,9 +132,7 @@ def test_nobody_delays_a_start(folder: Path, shipped: Path) -> None:
 
 
 def test_a_lease_does_not_delay_the_plugin(folder: Path, shipped: Path) -> None:
-    """Where somebody got a lease while no plugin ran, the one that starts doesn't wait for it, and
-    replaces the file.
-    """
+    """A plugin doesn't wait for a lease that was taken while none ran; it replaces the file."""
     (folder / NAME).write_bytes(b"first")
     (folder / NAME).chmod(0o644)
     descriptor = os.open(folder / NAME, os.O_RDONLY)

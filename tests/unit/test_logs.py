@@ -13,7 +13,7 @@ from plugin import logs
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """Other tests log as they did before."""
+    """Restores the logging of other tests."""
     yield
     structlog.reset_defaults()
 
@@ -25,9 +25,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_event_with_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    """An event is one line of JSON with its level and its fields; line breaks and umlauts stay what
-    they are.
-    """
+    """An event is one line of JSON with level and fields; line breaks and umlauts are kept."""
     logs.configure("info")
     structlog.get_logger().warning("network created", network="n", reason="zwei\nZeilen, größer")
     (line,) = lines(capsys)
@@ -43,7 +41,7 @@ def test_event_with_fields(capsys: pytest.CaptureFixture[str]) -> None:
     ("level", "said"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)]
 )
 def test_level(capsys: pytest.CaptureFixture[str], level: str, said: int) -> None:
-    """LOG_LEVEL is the least level that is said."""
+    """LOG_LEVEL is the least level that is logged."""
     logs.configure(level)
     log = structlog.get_logger()
     for method in (log.debug, log.info, log.warning, log.error):
@@ -52,7 +50,7 @@ def test_level(capsys: pytest.CaptureFixture[str], level: str, said: int) -> Non
 
 
 def test_long_fields_are_cut(capsys: pytest.CaptureFixture[str]) -> None:
-    """No line is so long that the daemon splits it, whatever a caller sent."""
+    """No line is so long that dockerd splits it, whatever a caller sent."""
     logs.configure("info")
     structlog.get_logger().info("request refused", reason="x" * 1_000_000, path="y" * 1_000_000)
     (line,) = lines(capsys)
@@ -61,7 +59,7 @@ def test_long_fields_are_cut(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_exceptions_have_their_trace(capsys: pytest.CaptureFixture[str]) -> None:
-    """A bug is logged with its trace, on the event's one line."""
+    """A bug is logged with its traceback, on one line."""
     logs.configure("info")
     try:
         raise ZeroDivisionError

@@ -45,9 +45,7 @@ def test_every_metric_is_exported_as_listed() -> None:
 
 
 def test_names_follow_prometheus() -> None:
-    """Names have our prefix and base units, and don't say "total" themselves: the exporter adds
-    it.
-    """
+    """Names have the prefix and base units, and no "total": the exporter adds it."""
     for spec in METRICS:
         assert spec.name.startswith("freeflow_")
         assert not spec.name.endswith("_total")
@@ -57,7 +55,7 @@ def test_names_follow_prometheus() -> None:
 
 
 def test_values() -> None:
-    """Values are the status's, in base units."""
+    """Values are those of the status, in base units."""
     found = rendered(status(problems=[finding("warning")]))
     net = ("network", "backend")
     assert found[("freeflow_healthy", ())] == 0
@@ -88,7 +86,7 @@ def test_values() -> None:
 
 
 def test_networks_of_one_name() -> None:
-    """Networks of one name, or whose name isn't known yet, have labels of their own."""
+    """Networks with equal or unknown names have unique labels."""
     same = [network(), network(id=NET2), network(id="4c9d" * 16, name="")]
     found = rendered(status(networks=same))
     labels = {dict(labels)["network"] for name, labels in found if name == "freeflow_peers"}
@@ -103,27 +101,27 @@ def test_labels_are_escaped() -> None:
 
 
 def test_nothing_to_say() -> None:
-    """A host without networks has metrics all the same."""
+    """A host without networks has metrics, too."""
     found = rendered(status(networks=[], calls=[]))
     assert found[("freeflow_networks", ())] == 0
 
 
 def test_no_router() -> None:
-    """Without a router's answer that is what is said, and nothing is invented."""
+    """Without an answer of the router `router_up` is 0 and nothing is invented."""
     found = rendered(status(router=None))
     assert found[("freeflow_router_up", ())] == 0
     assert not [name for name, _ in found if name in ("freeflow_connections", "freeflow_refusals")]
 
 
 def test_not_synced_yet() -> None:
-    """An age that isn't known isn't invented."""
+    """An unknown age is not exported."""
     found = rendered(status(networks=[network(synced=None, endpoints=[endpoint()])]))
     assert not [name for name, _ in found if name == "freeflow_sync_age_seconds"]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_exporter(host: str) -> None:
-    """The exporter serves what the list says on the address that was set, IPv4 or IPv6."""
+    """The exporter serves the list on the address that was set, IPv4 or IPv6."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family) as probe:
@@ -145,7 +143,7 @@ def test_exporter(host: str) -> None:
 
 
 def test_taken_port(capsys: pytest.CaptureFixture[str]) -> None:
-    """A taken port is said in the log, and the plugin goes on."""
+    """If the port is in use the log says so, and the plugin goes on."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         exporter = Exporter(lambda: status(), taken.getsockname()[:2])
         exporter.start()

@@ -23,9 +23,7 @@ FAR_MAC = "02:42:0a:00:04:09"
 
 @pytest.fixture
 def world(tmp_path: Path) -> tuple[PathLabels, FakeKernelFacts]:
-    """An endpoint here, 10.0.4.7; a service with the VIP 10.0.4.2 whose task is elsewhere,
-    10.0.4.9.
-    """
+    """A local endpoint, 10.0.4.7; a service with the VIP 10.0.4.2 and a remote task, 10.0.4.9."""
     made = World(tmp_path)
     made.change_state(table={IPv4Address("10.0.4.2"): (IPv4Address("10.0.4.9"),)})
     return PathLabels(made.driver, made.kernel, made.sync), made.kernel
@@ -51,8 +49,8 @@ def connection(remote: str, path: str = "overlay") -> ConnectionFact:
 def test_a_connection_is_where_its_packets_are(
     world: tuple[PathLabels, FakeKernelFacts], remote: str, taken: set[str], path: str
 ) -> None:
-    """A connection's path is that of packets to its other end, by its address or its VIP; what is
-    unknown is on overlay.
+    """A connection's path is that of packets to its peer, by address or VIP; unknown ones are on
+    overlay.
     """
     labels, kernel = world
     kernel.taken = taken
@@ -73,7 +71,7 @@ def test_an_ipv6_address_is_its_ipv4_addresss(world: tuple[PathLabels, FakeKerne
 
 
 def test_what_is_faster_stays(world: tuple[PathLabels, FakeKernelFacts]) -> None:
-    """A connection on shared memory is said to be there, whatever its packets do."""
+    """A connection in shared memory is shown as shm, whatever path its packets have."""
     labels, kernel = world
     kernel.taken = {NEAR_MAC}
     found = labels.connections(
@@ -83,9 +81,7 @@ def test_what_is_faster_stays(world: tuple[PathLabels, FakeKernelFacts]) -> None
 
 
 def test_counts_are_by_what_runs() -> None:
-    """Counts without addresses: ends on other hosts are on the fast path if the tunnel runs, those
-    on no network never.
-    """
+    """Counts of remote peers are on the fast path if its tunnel stage runs, foreign ones never."""
     counts = [PathCount(NET, "overlay", reason, 1) for reason in ("remote", "short", "foreign")]
     counts.append(PathCount(NET, "shm", "", 1))
     local = relabel(counts, lambda network, elsewhere: not elsewhere)
@@ -107,7 +103,7 @@ def test_counts_are_by_what_runs() -> None:
     ],
 )
 def test_status_says_which_stage_runs(fastpath: FastPathStatus, line: str) -> None:
-    """`freeflow status` has a line that says how far the fast path goes, and why no further."""
+    """`freeflow status` shows the fast path's stage, and why there is no higher one."""
     assert line in show_status(status(fastpath=fastpath)).splitlines()
 
 

@@ -22,7 +22,7 @@ OTHER = "02:42:0a:00:04:09"
 
 @dataclass
 class FakeProber:
-    """Answers `probe`, and remembers what it was asked."""
+    """Answers `probe`, and records its arguments."""
 
     probe: Probe
     asked: list[tuple[Path, IPAddress, int, bool]] = field(default_factory=list)
@@ -67,27 +67,27 @@ def test_container_of_another_host(world: PingWorld) -> None:
 
 
 def test_peer_without_a_known_name(world: PingWorld) -> None:
-    """A worker doesn't know other hosts' names: they are named by address."""
+    """A worker doesn't know other hosts' names, and shows their addresses."""
     world.sync.view = engine_view()
     world.kernel.behind[MAC] = IPv4Address("192.0.2.2")
     assert world.ping("10.0.4.8").host == "192.0.2.2"
 
 
 def test_container_of_this_host(world: PingWorld) -> None:
-    """A neighbour that no peer has is on this host."""
+    """A neighbour behind no peer is on this host."""
     found = world.ping("10.0.4.8")
     assert (found.host, found.host_address, found.local) == ("host1", "192.0.2.1", True)
 
 
 def test_own_address(world: PingWorld) -> None:
-    """The container's own address is on this host, though nobody's neighbour."""
+    """The container's own address is on this host, though it is no neighbour."""
     world.prober.probe = Probe([0.1], {})
     found = world.ping("10.0.4.7")
     assert (found.local, found.mac) == (True, "02:42:0a:00:04:07")
 
 
 def test_vip(world: PingWorld) -> None:
-    """Of a VIP the host is the answering task's, not another task's that is a neighbour too."""
+    """A VIP's host is that of the answering task, not of another neighbouring task."""
     neighbours = {"10.0.4.8": MAC, "10.0.4.9": OTHER}
     world.prober.probe = Probe([0.5], neighbours, IPv4Address("10.0.4.9"))
     world.kernel.behind[OTHER] = IPv4Address("192.0.2.2")
@@ -97,7 +97,7 @@ def test_vip(world: PingWorld) -> None:
 
 
 def test_vip_whose_task_is_not_known(world: PingWorld) -> None:
-    """If conntrack can't say which task answered, no host is made up."""
+    """If conntrack doesn't tell which task answered, no host is shown."""
     world.prober.probe = Probe([0.5], {"10.0.4.8": MAC})
     found = world.ping(str(VIP))
     assert (found.task, found.mac, found.host, found.host_address) == ("", "", "", "")
@@ -105,7 +105,7 @@ def test_vip_whose_task_is_not_known(world: PingWorld) -> None:
 
 
 def test_nobody_there(world: PingWorld) -> None:
-    """An address that nobody answers for has no host."""
+    """An address without an answer has no host."""
     world.prober.probe = Probe([], {})
     found = world.ping("10.0.4.99")
     assert (found.host, found.host_address, found.local, found.round_trips_ms) == (
@@ -136,7 +136,7 @@ def test_a_container_whose_namespace_is_there(world: PingWorld) -> None:
 
 
 def test_no_container_here(world: PingWorld) -> None:
-    """Without a container of this host on the network it is said how to get one."""
+    """Without a container of this host on the network the error shows how to start one."""
     world.there.clear()
     with pytest.raises(NotFound, match=r"docker run -d --network backend IMAGE"):
         world.ping("10.0.4.8")
@@ -153,7 +153,7 @@ def test_address_of_no_network(world: PingWorld) -> None:
 
 @pytest.mark.parametrize("name", ["", "none", "we", "10.0.4.0/24", "10.0.4.300", "web.front", "."])
 def test_what_nothing_is_called(world: PingWorld, name: str) -> None:
-    """What is neither an address nor a name is refused, with where the names are."""
+    """An unknown name is refused; the remedy lists the known ones."""
     with pytest.raises(NotFound, match=r"is called .*; freeflow status"):
         world.ping(name)
     assert not world.prober.asked
@@ -187,7 +187,7 @@ def test_names(world: PingWorld, name: str, full: str, address: str) -> None:
 
 
 def test_task_by_its_number(world: PingWorld) -> None:
-    """A task may be called as Docker lists it, without the rest of its name, which nobody types."""
+    """A task may be given by service and number, without the rest of its name."""
     tasks = tuple(Task(f"web.{n}.x5d8k2", IPv4Address(f"10.0.4.{n}"), "e") for n in (1, 10, 11))
     world.change_state(view=replace(VIEW, services=(Service("web", VIP, tasks),), containers=()))
     assert world.ping("web.1").address == "10.0.4.1"
@@ -195,9 +195,7 @@ def test_task_by_its_number(world: PingWorld) -> None:
 
 
 def test_ambiguous_names(world: PingWorld) -> None:
-    """A name that stands for several addresses is refused with all of them, and what tells them
-    apart.
-    """
+    """A name with several addresses is refused with a list of unique names."""
     other = replace(
         VIEW, id="other", name="front", services=(Service("web", IPv4Address("10.0.5.2"), ()),)
     )

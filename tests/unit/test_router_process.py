@@ -81,7 +81,7 @@ def test_a_slow_start_is_waited_for() -> None:
 
 
 def test_one_that_never_lasts_is_not_started_all_the_time() -> None:
-    """Starts that fail at once become rarer."""
+    """The pause between starts grows as long as they fail at once."""
     process = RouterProcess([sys.executable, "-c", "raise SystemExit(1)"], lambda: None)
     process.start()
     time.sleep(1.5)
@@ -90,7 +90,7 @@ def test_one_that_never_lasts_is_not_started_all_the_time() -> None:
 
 
 def test_one_that_cannot_be_started() -> None:
-    """A missing program costs log lines, not the plugin."""
+    """A missing program is logged, and the plugin goes on."""
     process = RouterProcess(["/nonexistent"], lambda: None)
     process.start()
     time.sleep(0.2)
@@ -112,9 +112,7 @@ def test_it_ends_when_its_starter_is_gone() -> None:
 
 
 def test_settings_reach_the_router() -> None:
-    """Each setting of the plugin that concerns the router changes what the router is told, and only
-    that.
-    """
+    """Each router setting of the plugin changes exactly its field in the router's settings."""
     changed = {
         "acceleration": "off",
         "upgrade_operations": 9,
@@ -147,7 +145,7 @@ def test_settings_reach_the_router() -> None:
 
 
 def test_command() -> None:
-    """The router is started with its two sockets: the containers' and the plugin's."""
+    """The router is started with two sockets: the containers' and the plugin's."""
     command = router_command(Path("/host/run"), Path("/public"), "info")
     assert "--socket=/public/router.sock" in command
     assert "--control=/host/run/freeflow-admin/router.sock" in command

@@ -65,15 +65,13 @@ def test_every_setting_is_documented(setting: Any) -> None:
 
 @pytest.mark.parametrize("mount", config()["mounts"], ids=lambda mount: mount["name"])
 def test_every_mount_is_settable_and_documented(mount: dict[str, Any]) -> None:
-    """Each mount's source can be set, is there by default on any host, and is in the
-    documentation.
-    """
+    """Each mount's source can be set, exists by default on any host, and is documented."""
     assert mount["settable"] == ["source"]
     assert f"`{mount['name']}.source` (`{mount['source']}`" in re.sub(r"\s+", " ", DOCUMENT)
 
 
 def test_config_is_what_docker_takes() -> None:
-    """The socket's name fits its path's 108 bytes, and what it implements is a network driver."""
+    """The path of the socket fits into 108 bytes, and the plugin implements a network driver."""
     interface = config()["interface"]
     assert interface["types"] == ["docker.networkdriver/1.0"]
     assert len(interface["socket"]) <= 22
@@ -129,14 +127,14 @@ GOOD = [
 
 @pytest.mark.parametrize(("name", "text", "field", "value"), GOOD)
 def test_good_values(name: str, text: str, field: str, value: object) -> None:
-    """Each setting takes what its description says."""
+    """Each setting accepts the values of its description."""
     settings, errors = read({name: text})
     assert errors == ()
     assert getattr(settings, field) == value
 
 
 def test_each_setting_is_tried() -> None:
-    """No setting is without a good and a bad value here."""
+    """Each setting has a good and a bad value in these tests."""
     assert {name for name, *_ in GOOD} == set(NAMES)
     assert {name for name, _ in BAD} == set(NAMES)
 
@@ -198,7 +196,7 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "text"), BAD)
 def test_bad_values(name: str, text: str) -> None:
-    """A bad value is refused by name, with what would be right and the line that mends it; the
+    """A bad value is refused by name, with the allowed values and the command that corrects it; the
     default is used.
     """
     settings, errors = read({name: text})
@@ -223,9 +221,7 @@ def test_all_that_is_wrong_is_said() -> None:
 
 
 def test_a_bad_key_is_not_shown() -> None:
-    """What is wrong with a secret is said without it: it may be one character short of the right
-    one.
-    """
+    """The error of a bad secret doesn't show it: it may lack one character of the right one."""
     settings, (error,) = read({"SESSION_KEY": "only a few letters"})
     assert "only a few" not in str(error)
     assert str(error).startswith("setting SESSION_KEY=(not shown): ")
@@ -234,7 +230,7 @@ def test_a_bad_key_is_not_shown() -> None:
 
 
 def test_unknown_setting() -> None:
-    """A setting that this version doesn't have is refused by name, with those that there are."""
+    """An unknown setting is refused by name, with a list of the known ones."""
     _, (error,) = read({"VXLANPORT": "5000"})
     assert "setting VXLANPORT is unknown" in str(error)
     assert all(name in str(error) for name in NAMES)
@@ -242,14 +238,14 @@ def test_unknown_setting() -> None:
 
 
 def test_what_every_process_has_is_no_setting() -> None:
-    """What the runtime puts into an environment is not taken for a setting."""
+    """Variables that the runtime sets are not taken for settings."""
     environment = {"PATH": "/usr/bin", "HOME": "/", "LC_ALL": "C", "PYTHONUNBUFFERED": "1"}
     assert read(environment) == (Settings(), ())
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), st.text(max_size=50)))
 def test_no_value_is_fatal(environment: dict[str, str]) -> None:
-    """Whatever is set, the plugin has settings that it can start with."""
+    """The plugin can start with any values of its settings."""
     settings, errors = read(environment)
     assert isinstance(settings, Settings)
     assert len(errors) <= len(environment)

@@ -53,7 +53,7 @@ def with_rdma(*hosts: PeerFact, **fields: object) -> Status:
 
 
 def test_status_shows_device_and_hosts() -> None:
-    """The device, the memory that is registered, and for each host session, device, link and
+    """The status shows device, registered memory, and each host's session, device, link and
     connections.
     """
     lost = host(name="", address="192.0.2.3", session=False, reason="silent", link="down")
@@ -68,7 +68,7 @@ def test_status_shows_device_and_hosts() -> None:
 
 
 def test_status_says_why_not() -> None:
-    """A host without a device says so in one line and is well; so does one where it's off."""
+    """A host without a device, or with RDMA off, says so in one line and has no problem."""
     found = with_rdma(device="", why="this host has no RDMA device", connections=0, memory=0)
     assert found.healthy
     assert "rdma not used: this host has no RDMA device" in show_status(found).splitlines()
@@ -77,9 +77,7 @@ def test_status_says_why_not() -> None:
 
 
 def test_doctor_names_each_device_and_host() -> None:
-    """Neither well nor wrong: what is used, what isn't and why, and how it stands with each
-    host.
-    """
+    """doctor's notes name the devices, used or not and why, and the state of each host."""
     notes = rdma_notes(
         with_rdma(
             host(),
@@ -98,9 +96,7 @@ def test_doctor_names_each_device_and_host() -> None:
 
 
 def test_doctor_finds_a_closed_port() -> None:
-    """Where there is RDMA and a host's router can't be reached, the port is named; where there is
-    none nothing is asked.
-    """
+    """With RDMA an unreachable router is a finding with its port; without RDMA nothing is tried."""
     lost = host(session=False, reason="can't be reached")
     (found,) = check_session_port(with_rdma(host(), lost), lambda address, port: False)
     assert found.what == "the router of host2 can't be reached on TCP port 4799"
@@ -126,9 +122,7 @@ def test_metrics() -> None:
 
 
 def test_snapshot(tmp_path: Path) -> None:
-    """What the router says of RDMA becomes the status: names for hosts, the IPv4 address for its
-    mapped GID.
-    """
+    """The router's facts become the status, with the names of hosts."""
     world = World(tmp_path)
     assert world.router.said is not None
     facts = RdmaFacts(

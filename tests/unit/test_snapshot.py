@@ -113,7 +113,7 @@ def world(tmp_path: Path) -> World:
 
 
 def test_well(world: World) -> None:
-    """A host on which all is well has no problems, and says since when it runs."""
+    """A host without problems says so, and shows its uptime."""
     status = world.status()
     assert status.healthy
     assert status.problems == []
@@ -125,9 +125,7 @@ def test_well(world: World) -> None:
 
 @pytest.mark.parametrize("part", [WORKER, ROUTER])
 def test_what_dies_is_said(world: World, part: str) -> None:
-    """A host whose worker or router has died isn't well: it says how often and when, and more often
-    is worse.
-    """
+    """Recent deaths of worker or router are a problem, with count and time; many are an error."""
     world.snapshot.deaths.note(part)
     assert f"warning: the plugin's {part} died once in the last 10 minutes" in world.problem()
     for _ in range(2):
@@ -137,9 +135,7 @@ def test_what_dies_is_said(world: World, part: str) -> None:
 
 
 def test_what_died_long_ago(world: World) -> None:
-    """A death of long ago is told, and is no problem any more; a thread that has ended stays
-    one.
-    """
+    """An old death is shown, and is no problem any more; a thread that has ended stays one."""
     now = [0.0]
     deaths = Deaths(lambda: now[0])
     world.snapshot = replace(world.snapshot, deaths=deaths)
@@ -153,14 +149,14 @@ def test_what_died_long_ago(world: World) -> None:
 
 
 def test_service_that_is_too_large_for_dns(world: World) -> None:
-    """A service of which only the engine's list says which tasks it has is told apart."""
+    """A service whose tasks are known only from the engine's list is marked."""
     assert not any(each.by_list for each in world.network().services)
     world.change_state(by_list=frozenset({"web"}))
     assert [each.name for each in world.network().services if each.by_list] == ["web"]
 
 
 def test_network(world: World) -> None:
-    """A network shows its choices, and what Docker knows of it."""
+    """A network shows its options, and its peers and services in Docker."""
     found = world.network()
     assert (found.name, found.vni, found.port, found.mtu) == ("backend", 77, 4799, 1400)
     assert found.subnets == ["10.0.4.0/24"]
@@ -196,7 +192,7 @@ def test_endpoint(world: World) -> None:
 
 
 def test_sums_outlive_containers(world: World) -> None:
-    """What a container moved stays in the network's sums after it went."""
+    """A container's traffic stays in the network's sums after its end."""
     assert (world.network().rx_bytes, world.network().tx_bytes) == (1000, 200)
     world.driver.delete_endpoint(NET, EP)
     world.kernel.counters.clear()
@@ -204,9 +200,7 @@ def test_sums_outlive_containers(world: World) -> None:
 
 
 def test_not_synced_yet(world: World) -> None:
-    """Before the engine could be asked, a network is known by its ID only, and that is no
-    problem.
-    """
+    """Before the engine has answered, a network is known only by its ID, and that is no problem."""
     world.sync.states.clear()
     found = world.network()
     assert (found.name, found.synced, found.peers, found.services) == ("", None, [], [])
@@ -214,7 +208,7 @@ def test_not_synced_yet(world: World) -> None:
 
 
 def test_settings_are_shown(world: World) -> None:
-    """Every setting is shown, as it would be set."""
+    """Every setting is shown in the form in which it is set."""
     environment = {"METRICS_ADDR": "127.0.0.1:9477", "MTU": "1400", "REQUEST_DEADLINE": "2.5"}
     world.with_settings(environment)
     shown = world.status().settings
@@ -244,7 +238,7 @@ def test_calls(world: World) -> None:
 
 
 def test_bad_setting(world: World) -> None:
-    """A bad setting is named with the line that mends it."""
+    """A bad setting is a problem, with the command that corrects it."""
     world.with_settings({"MTU": "12"})
     problem = world.problem()
     assert problem.startswith("error: all changes are refused; setting MTU=12")
@@ -252,7 +246,7 @@ def test_bad_setting(world: World) -> None:
 
 
 def test_failed_recovery(world: World) -> None:
-    """What failed at the start is still said later."""
+    """An error at start stays in the status."""
     world.with_settings({}, "the store is broken")
     assert "could not recover at start; the store is broken" in world.problem()
 
@@ -265,7 +259,7 @@ def test_failed_recovery(world: World) -> None:
     ],
 )
 def test_no_underlay(world: World, error: KernelError | SettingError) -> None:
-    """A host without underlay says why, and the rest of the status is there."""
+    """A missing underlay is a problem with its cause, and the rest of the status is complete."""
     world.kernel.found = error
     assert world.problem() == f"error: there is no underlay; {error.reason}; {error.remedy}"
     assert world.status().host.underlay == ""
@@ -273,7 +267,7 @@ def test_no_underlay(world: World, error: KernelError | SettingError) -> None:
 
 
 def test_mtu_of_a_host_alone(world: World) -> None:
-    """With SCOPE=local no packet takes the underlay, so its MTU is nobody's problem."""
+    """With SCOPE=local no packet uses the underlay, so its MTU is no problem."""
     world.kernel.found = Underlay("eth0", 1440, IPv4Address("192.0.2.1"))
     world.change_state(view=replace(VIEW, peers=()))
     world.with_settings({"SCOPE": "local"})
@@ -298,7 +292,7 @@ def test_silent_engine(world: World) -> None:
 
 
 def test_network_that_cannot_be_synced(world: World) -> None:
-    """A network that can't be synced for a while is named; a hiccup isn't."""
+    """A network that can't be synced for a while is a problem; a short failure isn't."""
     world.change_state(error="the engine does not know it", seen=100.0 - STALE)
     assert world.status().healthy
     world.change_state(seen=100.0 - STALE - 1)
@@ -306,14 +300,14 @@ def test_network_that_cannot_be_synced(world: World) -> None:
 
 
 def test_spoofed_frames(world: World) -> None:
-    """Dropped frames are laid at the container that sent them."""
+    """Dropped frames are attributed to the container that sent them."""
     world.kernel.dropped[EP[:12]] = 3
     assert world.problem().startswith("warning: web.1.abc sent 3 frames that were dropped")
     assert world.network().spoofed == 3
 
 
 def test_vips_that_could_not_be_written(world: World) -> None:
-    """A container without its VIPs is named, with the kernel's reason; one that went isn't."""
+    """A container without its VIPs is named, with the kernel's reason, until it leaves."""
     error = KernelError("nftables: no such file", remedy="modprobe nft_nat")
     world.sync.vips_failed[SANDBOXES / "abc"] = error
     assert world.problem() == (
@@ -324,7 +318,7 @@ def test_vips_that_could_not_be_written(world: World) -> None:
 
 
 def test_paths(world: World) -> None:
-    """How many connections take which path, and why, is what the router says."""
+    """Connections by path and reason are the router's counts."""
     world.router.counts = (
         PathCount(NET, "shm", "", 2),
         PathCount(NET, "overlay", "remote", 3),
@@ -344,8 +338,8 @@ def test_paths(world: World) -> None:
 
 
 def test_router_that_does_not_answer(world: World) -> None:
-    """A router that doesn't answer is a problem, unless everything has just started; the rest is
-    said all the same.
+    """A router that doesn't answer is a problem, except just after the start; the rest of the
+    status is complete.
     """
     world.router.said = None
     assert world.problem().startswith("warning: the router does not answer")
@@ -358,13 +352,13 @@ def test_router_that_does_not_answer(world: World) -> None:
 
 
 def test_local_scope_in_a_swarm(world: World) -> None:
-    """SCOPE=local on a host of a Swarm is pointed out."""
+    """SCOPE=local on a host of a Swarm is a problem."""
     world.with_settings({"SCOPE": "local"})
     assert world.problem().startswith("warning: SCOPE=local on a host of a Swarm")
 
 
 def test_defaults() -> None:
-    """A host that is well has the settings of the code."""
+    """A host without settings has the defaults of the code."""
     assert read({}) == (Settings(), ())
 
 
@@ -383,15 +377,13 @@ def test_an_open_port(world: World) -> None:
 
 
 def test_full_tables(world: World) -> None:
-    """A table of the fast path that is full is a problem, with what has no room."""
+    """A full table of the fast path is a problem, with its name."""
     world.kernel.fastpath = Stage("tunnel", full=("peers: 3 peers of networks: map peers",))
     assert "is full" in world.problem()
 
 
 def test_more_addresses_than_are_told(world: World) -> None:
-    """A host with more addresses than other hosts can be told of says so, unless nobody would use
-    them.
-    """
+    """More addresses than other hosts can be told are a problem, unless RDMA is off."""
     known = world.driver.store.endpoint(EP)
     assert known is not None
     for number in range(OWNED):
