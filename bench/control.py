@@ -240,7 +240,7 @@ def plugin_start(host: Host, plugin: str = PLUGIN) -> tuple[float, float]:
             except OSError as error:
                 client.close()
                 if time.monotonic() > end:
-                    raise BenchError(f"{host.name}: {plugin} doesn't listen: {error}") from error
+                    raise BenchError(f"{host.name}: {plugin} does not listen: {error}") from error
                 time.sleep(0.001)
         with client:
             credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)

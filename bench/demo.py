@@ -192,7 +192,7 @@ class Demo:
         for service in SERVICES:
             on = {task.host.name for task in tasks.get(service, [])}
             if on != {host.name for host in self.bed.hosts}:
-                raise DemoError(f"{name}_{service} doesn't run on both hosts, but on {sorted(on)}")
+                raise DemoError(f"{name}_{service} does not run on both hosts, but on {sorted(on)}")
         return Stack(name, identifier, namespaces, containers, tasks)
 
     # --- what is shown to work

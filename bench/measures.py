@@ -193,11 +193,11 @@ class _Pgbench:
 
     def __call__(self, it: Call) -> Seen:
         rate = self.rates.get(it.pair.subject, 100 * self.clients)
-        each = max(20, round(rate * max(it.seconds, self.least) / self.clients))
+        count = max(20, round(rate * max(it.seconds, self.least) / self.clients))
         text = it.program(
             *("pgbench", "-h", it.to.address, "-p", str(it.to.port), "-U", "postgres"),
             *("-S", "-n", "-c", str(self.clients), "-j", str(min(self.clients, 2)), *self.more),
-            *("-t", str(each), "postgres"),
+            *("-t", str(count), "postgres"),
         )
         done = parse.pgbench(text)
         self.rates[it.pair.subject] = done.rate

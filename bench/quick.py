@@ -69,7 +69,7 @@ def _cost(microseconds: float | None, unit: str) -> str:
 
 
 @dataclass(slots=True)
-class Found:
+class CaseResult:
     """The results of a case: variant to one sample per round."""
 
     case: Case
@@ -125,11 +125,11 @@ class Found:
 
 def idle_cases(
     pairs: Sequence[Pair], rounds: int, order: random.Random, wanted: Sequence[Case]
-) -> Generator[Found, None, None]:
+) -> Generator[CaseResult, None, None]:
     """All idle cases, which one run measures together."""
     if not wanted:
         return
-    found = {case.name: Found(case, "connection") for case in wanted}
+    result = {case.name: CaseResult(case, "connection") for case in wanted}
     with Servers() as servers:
         able = [pair for pair in pairs if pair.transport != RING]
         for _ in range(rounds):
@@ -139,10 +139,10 @@ def idle_cases(
                 except ProgramError as error:
                     print(f"idle, {pair.subject}: {error}", file=sys.stderr)
                     continue
-                for name, one in found.items():
+                for name, one in result.items():
                     some = one.samples.setdefault(pair.subject, [])
                     some.append(Sample(seen.figures[name], None, seen.upgraded))
-    yield from found.values()
+    yield from result.values()
 
 
 def absent_programs(chosen: Sequence[Measure], path: str | None = None) -> list[str]:
@@ -207,11 +207,11 @@ def run_cases(
     seconds: float,
     order: random.Random,
     verbose: bool,
-) -> Generator[Found, None, None]:
+) -> Generator[CaseResult, None, None]:
     """Each case when it is done. Failures are reported on stderr, and leave out the figure."""
     with Servers() as servers:
         for measure in chosen:
-            found = Found(measure.case, measure.cpu_of)
+            result = CaseResult(measure.case, measure.cpu_of)
             able = [pair for pair in pairs if pair.transport in measure.transports]
             broken: set[str] = set()
             for turn in range(-1 if measure.calibrate else 0, rounds):
@@ -225,14 +225,14 @@ def run_cases(
                         print(f"{measure.case.name}, {pair.subject}: {error}", file=sys.stderr)
                         continue
                     if turn >= 0:
-                        found.samples.setdefault(pair.subject, []).append(one)
+                        result.samples.setdefault(pair.subject, []).append(one)
                     doubtful = pair.client.library and turn >= 0 and (one.upgraded or 0) < 0.5
                     if doubtful and measure.upgraded:
                         why = one.counters or "the library has counted nothing"
                         print(f"{measure.case.name}: NOT UPGRADED: {why}", file=sys.stderr)
                     if verbose:
                         print(f"  {measure.case.name} {pair.subject}: {one}", file=sys.stderr)
-            yield found
+            yield result
 
 
 def _rule(text: str | None) -> RouterSettings:
@@ -285,10 +285,10 @@ class Plan:
                 idle_cases(pairs, min(self.rounds, 2), order, self.idling)
             ) as resting,
         ):
-            for found in chain(running, resting):
-                results[found.case.name] = found.json()
+            for result in chain(running, resting):
+                results[result.case.name] = result.json()
                 if self.table:
-                    click.echo(columns(HEADER, [found.line()], 2, WIDTHS).splitlines()[2])
+                    click.echo(columns(HEADER, [result.line()], 2, WIDTHS).splitlines()[2])
         return results
 
 

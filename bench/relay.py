@@ -110,7 +110,7 @@ def _load(
     assert one.rings_relay is not None
     assert two.rings_relay is not None
     passed = (one.memory, one.rings_relay.fileno(), two.memory, two.rings_relay.fileno())
-    given = [str(each) for each in (tool, mode, message, seconds, int(touch), *passed)]
+    given = [str(word) for word in (tool, mode, message, seconds, int(touch), *passed)]
     said = subprocess.run(
         given,
         pass_fds=passed,

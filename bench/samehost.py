@@ -164,7 +164,7 @@ class SameHost:
                 self.say(f"{label}  {pair.subject:<14} {name} {got.figure:.5g}{cost}{share}")
                 if one.upgraded and pair.client.library and (got.upgraded or 0) < 0.5:
                     why = got.counters or "the library has counted nothing"
-                    self.say(f"NOT UPGRADED: {name}: its figure isn't of shared memory: {why}")
+                    self.say(f"NOT UPGRADED: {name}: its figure is not of shared memory: {why}")
 
             self._try([name], pair, work)
 

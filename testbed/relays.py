@@ -248,8 +248,8 @@ def relays(
     """Relays of one machine that can reach each other."""
     with contextlib.ExitStack() as stack:
         made = [stack.enter_context(relay(binary)) for _ in range(count)]
-        for each in made:
-            assert not each.open(device, spin=spin).error
+        for one in made:
+            assert not one.open(device, spin=spin).error
         yield made
 
 
@@ -310,7 +310,7 @@ class End:
                 str(self.memory),
                 str(self.slot),
                 str(self.ring),
-                *(str(each) for each in descriptors[1:]),
+                *(str(fd) for fd in descriptors[1:]),
                 first,
                 *options,
             ],

@@ -7,13 +7,13 @@ probe. The driver attaches the programs to devices: `driver/kernel/fastpath/`.
 from dataplane.ebpf.layout import NOWHERE, Count, PeerRoute, Place, Port, Settings
 from dataplane.ebpf.libbpf import detach_link, link_device, pin, pinned, update_link
 from dataplane.ebpf.maps import Maps, Programs
-from dataplane.ebpf.probe import STAGES, Found, find_out
+from dataplane.ebpf.probe import STAGES, KernelSupport, probe_kernel
 
 __all__ = [
     "NOWHERE",
     "STAGES",
     "Count",
-    "Found",
+    "KernelSupport",
     "Maps",
     "PeerRoute",
     "Place",
@@ -21,9 +21,9 @@ __all__ = [
     "Programs",
     "Settings",
     "detach_link",
-    "find_out",
     "link_device",
     "pin",
     "pinned",
+    "probe_kernel",
     "update_link",
 ]

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from dataplane.ebpf.probe import PROGRAMS, find_out
+from dataplane.ebpf.probe import PROGRAMS, probe_kernel
 from dataplane.errors import DataplaneError
 
 
@@ -19,21 +19,21 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python3 -m dataplane.ebpf OBJECT\n")
         return 2
     try:
-        found = find_out(Path(arguments[0]))
+        support = probe_kernel(Path(arguments[0]))
     except DataplaneError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     names = [name for group in PROGRAMS.values() for name in group]
     answer = {
         "kernel": os.uname().release,
-        "programs": {name: found.refused.get(name, "accepted") for name in names},
-        "refused": found.refused,
-        "lacking": found.lacking,
-        "stages": list(found.stages),
-        "why_not": found.why_not,
+        "programs": {name: support.refused.get(name, "accepted") for name in names},
+        "refused": support.refused,
+        "lacking": support.lacking,
+        "stages": list(support.stages),
+        "why_not": support.why_not,
     }
     sys.stdout.write(json.dumps(answer, indent=2) + "\n")
-    return 1 if found.refused else 0
+    return 1 if support.refused else 0
 
 
 if __name__ == "__main__":

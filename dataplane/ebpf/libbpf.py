@@ -61,7 +61,7 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(_LIBRARY, use_errno=True)
     except OSError as error:
         raise KernelRefused(
-            f"{_LIBRARY} can't be loaded", cause=str(error), remedy="install libbpf1"
+            f"{_LIBRARY} cannot be loaded", cause=str(error), remedy="install libbpf1"
         ) from error
     pointer = ctypes.c_void_p
     for name in (

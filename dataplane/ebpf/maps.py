@@ -16,7 +16,7 @@ from typing import Final
 from dataplane.ebpf import layout
 from dataplane.ebpf.layout import LAYOUT, Count, PeerRoute, Place, Port, Settings
 from dataplane.ebpf.libbpf import Map, Object, pinned
-from dataplane.ebpf.probe import PROGRAMS, Found
+from dataplane.ebpf.probe import PROGRAMS, KernelSupport
 from dataplane.errors import KernelRefused
 
 NAMES: Final = ("settings", "ports", "places", "networks", "peers", "counts")
@@ -46,11 +46,11 @@ class Maps:
 
     def slots(self) -> dict[int, int]:
         """Ifindex of each container's link to its slot in `counts`."""
-        found = {
+        slots = {
             layout.INDEX.unpack(key)[0]: layout.unpack_slot(value)
             for key, value in self.ports.items()
         }
-        return {index: slot for index, slot in found.items() if slot}
+        return {index: slot for index, slot in slots.items() if slot}
 
     def take_slot(self, taken: set[int]) -> int:
         """A free slot of `counts`, set to zero."""
@@ -135,9 +135,9 @@ class Maps:
 
     def networks_but(self, alive: set[int]) -> set[int]:
         """The networks in any map, without those that are alive."""
-        found = {net for _, net in self.all_networks()} | {net for net, _ in self.all_peers()}
-        found |= {layout.unpack_place_key(key)[0] for key in self.places.keys()}  # noqa: SIM118
-        return found - alive
+        present = {net for _, net in self.all_networks()} | {net for net, _ in self.all_peers()}
+        present |= {layout.unpack_place_key(key)[0] for key in self.places.keys()}  # noqa: SIM118
+        return present - alive
 
     def forget_networks(self, gone: set[int]) -> None:
         """Drop all entries of these networks."""
@@ -184,17 +184,17 @@ class Programs:
         KernelRefused: the kernel refused a program or a map. Nothing was attached.
     """
 
-    def __init__(self, path: Path, pins: Path, found: Found) -> None:
-        self.found = found
+    def __init__(self, path: Path, pins: Path, support: KernelSupport) -> None:
+        self.support = support
         folder = pins / f"v{LAYOUT}"
         folder.mkdir(parents=True, exist_ok=True)
         self._object = Object(path)
         try:
             usable = [
                 name
-                for stage in found.stages
+                for stage in support.stages
                 for name in PROGRAMS[stage]
-                if name not in found.refused
+                if name not in support.refused
             ]
             self._object.only(*usable)
             new = [name for name in NAMES if not self._reuse(name, folder / name)]

@@ -493,8 +493,8 @@ int ff_vxlan(struct __sk_buff *skb)
                 return NEXT;
         set = the_settings();
         now = bpf_ktime_get_ns();
-        /* Without the plugin nobody refreshes the bridge's FDB, so the bridge has to see the
-         * packets. */
+        /* Without the plugin, which refreshes the bridge's FDB, the bridge has to see the packets.
+         */
         if (!set || now >= set->lease)
                 return NEXT;
         key_of(&key, own->net, eth->h_source);

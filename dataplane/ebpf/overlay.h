@@ -18,12 +18,10 @@
 #define FF_DECAP4 4 /* decapsulate packets of other hosts at the NIC */
 #define FF_DECAP6 8
 
-/* The one element of `settings`. All zero: only packets that stay on the host take the fast path.
- */
+/* The one element of `settings`. All zero: the fast path is only for packets within the host. */
 struct ff_settings {
-        __u64 lease;   /* encapsulate and decapsulate until then: the host's state was checked for so
-                          long */
-        __u64 idle;    /* an address not seen for so long takes the kernel path, which finds it again */
+        __u64 lease;   /* encapsulate and decapsulate until then; each check of the host renews it */
+        __u64 idle;    /* an address not seen for so long is left to the kernel path */
         __u32 inside;  /* ifindex of our veth pair's end in the overlay namespace */
         __u32 outside; /* ifindex of its end in the host's namespace */
         __u32 flags;

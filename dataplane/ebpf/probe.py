@@ -46,7 +46,7 @@ _ANSWERS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class KernelSupport:
     """What the kernel supports.
 
     `refused` maps programs and `lacking` maps trials to the reason; `flags` are those of `ff_settings`.
@@ -93,7 +93,7 @@ def try_out(opened: Object) -> tuple[dict[str, str], int]:
     return lacking, flags
 
 
-def find_out(path: Path) -> Found:
+def probe_kernel(path: Path) -> KernelSupport:
     """Load each program alone, and run the trials. Nothing stays in the kernel.
 
     Raises:
@@ -117,4 +117,4 @@ def find_out(path: Path) -> Found:
                     lacking, flags = try_out(opened)
     if set(trials) & refused.keys():
         lacking = dict.fromkeys(TRIALS, refused[trials[0]])
-    return Found(refused, lacking, flags)
+    return KernelSupport(refused, lacking, flags)

@@ -19,7 +19,7 @@ struct shared {
         struct node same;   /* in its hash bucket */
         struct node polled; /* in the list of those that cannot ring the relay's bell yet */
         uint64_t id;
-        bool guarded; /* the kernel lets nobody send a descriptor to the relay's bell */
+        bool guarded; /* the kernel refuses descriptors that are sent to the relay's bell */
         int memory;
         uint32_t size_of_ring;
         size_t size;
@@ -56,7 +56,7 @@ static inline unsigned char *arena_bulk(const struct shared *shared, uint32_t sl
         return shared->base + BULK_OFFSET + ((size_t)slot * SIDES + direction) * shared->size_of_ring;
 }
 
-/* Rings the bells of all who wait here. */
+/* Rings the bells of all threads that wait here. */
 void arena_ring_bells(struct shared *shared, struct waiters *waiters, uint32_t slot);
 
 /* Wakes the threads of side 0 that wait here, after something was published for them. The fence

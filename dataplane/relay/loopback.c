@@ -38,7 +38,7 @@ struct inbox {
         uint64_t cookie;
         _Alignas(64) _Atomic uint64_t tail; /* messages that the peer has put */
         _Alignas(64) _Atomic uint64_t head; /* messages that the owner has taken */
-        _Atomic uint32_t sleeps; /* written by the owner, read by the peer: seq_cst, against `tail` */
+        _Atomic uint32_t sleeps;            /* w owner, r peer: seq_cst, against `tail` */
         _Alignas(64) struct letter letters[WINDOW];
 };
 

@@ -6,15 +6,16 @@
  *      main                            the loop
  *      requests                        the router's requests
  *      verbs, loopback, stream         transports
- *      link                            the way to one peer's relay, and the messages on it
- *      mirror_receive, mirror_send     what a message says about one connection, in and out
+ *      link                            the way to one peer's relay, and its messages
+ *      mirror_receive, mirror_send     what a message says about one connection
  *      mirror_end                      how a connection ends or falls back to TCP
  *      mirror_scan                     what the process does in its rings
  *      mirror                          one connection: its state
- *      queue.h, transport.h            a link as its connections see it; the contract of a
- * transport arenas                          memory and bells that are shared with processes answers
- * messages to the router context                         descriptors, clock, counters protocol.h,
- * wire.h, list.h      messages of router and relay; of relay and relay
+ *      queue.h, transport.h            a link as its connections see it; the transports' contract
+ *      arenas                          memory and bells that are shared with processes
+ *      answers                         messages to the router
+ *      context                         descriptors, clock, counters
+ *      protocol.h, wire.h, list.h      messages of router and relay, and of two relays; lists
  *
  * One thread moves all bytes, in turns: receive what links have brought, scan the rings of active
  * connections, send what they have. An idle connection costs nothing in a turn, and nothing in a

@@ -21,20 +21,20 @@
  * both. The peer's ring has room for all that is in ours, so a receiver that does not read cannot
  * block a relay.
  *
- *      REGISTERED  the transport can reach the rings; the peer's place is not known: messages of
- * the peer are handled, none is sent PAIRED      the peer's place is known: messages go both ways
+ *      REGISTERED  the transport can reach the rings, but the peer's place is not known: messages
+ *                  of the peer are handled, none is sent
+ *      PAIRED      the peer's place is known: messages go both ways
  *      BROKEN      bytes are lost, or a process or peer wrote invalid data: `broken` is set in the
- * rings, and nothing moves any more DROPPING    the router has dropped it; the memory stays
- * registered until the peer has promised to write no more and our own writes are complete, or the
- * link is down
+ *                  rings, and nothing moves any more
+ *      DROPPING    the router has dropped it; the memory stays registered until the peer has
+ *                  promised to write no more and our own writes are complete, or the link is down
  *
  * Within PAIRED each direction ends by itself: `stopped` (the process cannot or will not send
  * more), then LEFT or OVER is sent with the last byte, then the peer confirms.
  *
- * After a link was lost and made again nothing is sent before the peer has said on the new one what
- * it has
- * (`resync`). Bytes from there on are written again, to the same offsets with the same contents:
- * the ring keeps them until the peer's process has taken them.
+ * After a link was lost and made again, nothing is sent before the peer has reported over the new
+ * channel what it has (`resync`). Bytes from there on are written again, to the same offsets with
+ * the same contents: the ring keeps them until the peer's process has taken them.
  *
  * An idle mirror is not scanned. Bits in its rings ask the process to ring the relay's bell. It
  * costs nothing but the reports of what its process has taken meanwhile (`lazy`), at growing
@@ -90,7 +90,7 @@ struct mirror {
         bool closed;             /* no process here has the connection's end any more */
         bool peer_dropped;       /* the peer has dropped it: nothing is sent any more */
         bool peer_gone;          /* the peer writes no more */
-        bool has_left, has_over; /* of direction 1: the peer has sent LEFT or OVER, and all bytes are here */
+        bool has_left, has_over; /* direction 1: the peer has sent LEFT, OVER; all bytes are here */
         bool told_finished, told_ended, told_left; /* the router knows */
 };
 

@@ -4,8 +4,8 @@
  *      NEW     it has a number
  *      MADE    it has a channel; the channel's address goes to the peer
  *      UP      the channel is connected
- *      DOWN    the channel is lost: connections wait until the link is made again, or goes over
- * frames STREAM  it goes over frames that the routers carry, for the rest of its life
+ *      DOWN    the channel is lost: connections wait until the link is made again or uses frames
+ *      STREAM  it uses frames, which the routers carry, for the rest of its life
  */
 #ifndef FREEFLOW_RELAY_QUEUE_H
 #define FREEFLOW_RELAY_QUEUE_H

@@ -1,40 +1,42 @@
 /* The contract between the relay and a transport, which carries bytes and messages from one relay
- * to the other. A transport is a table of functions; there is one struct transport per kind
- * (transports.h).
+ * to another. A transport is a table of functions; there is one per kind (transports.h).
  *
- * Objects
- *      channel         a link's end on this host, in link->channel. The peer's relay has the other
- * end of it. registration    in mirror->registration: the peer may write into this connection's
- * receiving ring, and the transport may read its sending ring target          in mirror->target:
- * how writes reach the ring at the peer batch           any number of writes, at most WRITES per
- * connection, and then exactly one send, which starts them; batches of a link are numbered without
- * gaps
+ * Objects:
  *
- * A transport promises
- *   - Messages of a channel arrive in the order of their sends, each once; else it calls
- * link_down().
- *   - The bytes of a batch are in the peer's ring before the message of that batch arrives.
- *   - link_completed(n) means that nothing reads our rings for batches up to n any more. It does
- * not mean that the peer has them. A batch may complete late, and together with later ones, unless
- * `soon` was set.
- *   - After destroy_channel() nothing of the channel is read or written any more, on this host, nor
- * can the peer write into rings through it.
- *   - After deregister() nothing reads or writes the connection's rings any more.
- *   - No function blocks. All are called on the relay's one thread, and so have to be the calls of
- * link_…() (link.h). These come from poll(), send(), tick() and handlers of the transport's own
- * watches; never from create_channel(), connect_channel(), register_rings(), attach() or write().
+ *      channel         a link's end on this host, in link->channel; the peer's relay has the other
+ *      registration    in mirror->registration: the transport may read the connection's sending
+ *                      ring, and the peer may write into its receiving ring. Set, even if there is
+ *                      no memory to register, as long as the connection can use this transport.
+ *      target          in mirror->target: where writes of the connection go, at the peer
+ *      batch           any number of writes, at most WRITES per connection, then exactly one send,
+ *                      which starts them; the batches of a link are numbered without gaps
  *
- * The relay promises
- *   - It has no more than `window` messages on the way that the peer has not granted (link.c): a
- * receiver always has a place for the next message.
- *   - It gives a batch to a channel only while the link is up and has_room() has allowed as many
- * writes.
- *   - Bytes that were given to write() do not change before link_completed() of their batch,
- * destroy_channel() or link_down().
- *   - A connection's write() is only called between attach() and detach(), with rings that are
- * registered.
- *   - deregister() comes only when the peer has promised to write no more, or after
- * destroy_channel().
+ * A transport promises:
+ *
+ * 1. Messages of a channel arrive once each, in the order of their sends, or it calls link_down().
+ * 2. The bytes of a batch are in the peer's ring before the message of that batch arrives.
+ * 3. link_completed(n) means that nothing reads our rings for batches up to n any more; it does not
+ *    mean that the peer has them. A batch may complete late, and together with later ones, unless
+ *    `soon` was set.
+ * 4. After destroy_channel() nothing of the channel is read or written on this host, and the peer
+ *    cannot write into rings through it. After deregister() the connection's rings are unreachable.
+ * 5. No function blocks. All are called on the relay's one thread, and so are link_receive(),
+ *    link_completed(), link_down() and link_connected() (link.h). A transport calls these from
+ *    poll(), send(), tick() and handlers of its own watches; never from create_channel(),
+ *    connect_channel(), register_rings(), attach() or write().
+ *
+ * The relay promises:
+ *
+ * 1. No more than `window` messages are on the way that the peer has not granted (link.c), so the
+ *    receiver always has a place for the next one.
+ * 2. A batch is given to a channel only while the link is up, and after has_room() has allowed as
+ *    many writes.
+ * 3. Bytes that were given to write() do not change before their batch is complete, or the channel
+ *    is destroyed.
+ * 4. write() is called for a connection only between attach() and detach(), and while its rings are
+ *    registered.
+ * 5. deregister() comes when the peer has promised to write no more, when the link is not up, or
+ *    for a connection that was never attached.
  *
  * Errors are errno values with a text of at most RELAY_TEXT bytes; 0: success.
  */
@@ -70,8 +72,7 @@ struct transport {
         int (*connect_channel)(struct link *link, const struct wire_address *address, char *text);
         void (*destroy_channel)(struct link *link);
 
-        /* Fills in the part of `place` that is the transport's own: what the peer's attach() needs.
-         */
+        /* Fills in the transport's own part of `place`, which the peer's attach() needs. */
         int (*register_rings)(struct mirror *mirror, struct wire_place *place, char *text);
         void (*deregister)(struct mirror *mirror);
         int (*attach)(struct mirror *mirror, const struct wire_place *place, char *text);

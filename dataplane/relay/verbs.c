@@ -90,7 +90,7 @@ static struct {
 struct device {
         struct watch completions, events;
         unsigned users;
-        bool armed, named; /* the completion queue is armed; the device's name is visible in /dev */
+        bool armed, named; /* the completion queue is armed; the device's sysfs entry is visible */
         struct ibv_context *context;
         struct ibv_pd *domain;
         struct ibv_comp_channel *channel;
@@ -143,7 +143,8 @@ struct target {
 };
 
 /* Connecting resolves the route to the peer in the kernel, which takes seconds if there is none. A
- * thread of its own does that; until it reports through `jobs`, nobody else uses the queue pair. */
+ * thread of its own does that; until it reports through `jobs`, the relay's thread does not use the
+ * queue pair. */
 struct job {
         struct channel *channel;
         struct ibv_qp_attr ready, sends;

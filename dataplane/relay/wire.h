@@ -51,7 +51,7 @@ struct wire_place {
         uint16_t transport;
         uint32_t size_of_ring;
         uint32_t unused;
-        uint64_t cookie; /* of the connection, in every block: its number may have been used before */
+        uint64_t cookie; /* of the connection, in every block: numbers are used again */
         union {
                 struct {
                         uint64_t small; /* address of the ring's first byte in the slot's page */
@@ -86,7 +86,7 @@ enum wire_flag {
         WIRE_HAS_OVER = 64, /* confirms OVER */
         WIRE_BROKEN = 128,  /* bytes are lost: both ends see a reset */
         WIRE_DROPPED = 256, /* the memory here is released: write no more, and confirm */
-        WIRE_GONE = 512,    /* confirms DROPPED, after the last write; such a block has no positions */
+        WIRE_GONE = 512,    /* confirms DROPPED, after the last write; the block has no positions */
 };
 
 struct wire_block {

@@ -12,7 +12,7 @@ import pytest
 
 from dataplane.ebpf import layout
 from dataplane.ebpf.libbpf import Object
-from dataplane.ebpf.probe import PROGRAMS, STAGES, Found, find_out
+from dataplane.ebpf.probe import PROGRAMS, STAGES, KernelSupport, probe_kernel
 from dataplane.errors import KernelRefused
 from testbed.ebpf_object import SOURCES, built
 from testbed.patience import patience
@@ -102,7 +102,7 @@ def test_python_and_c_mean_the_same(tmp_path: Path) -> None:
 
 def test_the_kernel_takes_every_program() -> None:
     """The verifier of the running kernel accepts each program, and the trials say what it can do."""
-    found = find_out(built())
+    found = probe_kernel(built())
     assert found.refused == {}
     assert found.stages[:2] == ("same-host", "receive")
 
@@ -119,7 +119,7 @@ def test_the_command_says_what_the_kernel_takes() -> None:
     answer = json.loads(done.stdout)
     names = [name for group in PROGRAMS.values() for name in group]
     assert answer["programs"] == dict.fromkeys(names, "accepted")
-    assert answer["stages"] == list(find_out(built()).stages)
+    assert answer["stages"] == list(probe_kernel(built()).stages)
 
 
 def test_a_file_that_is_no_object_is_refused(tmp_path: Path) -> None:
@@ -139,8 +139,8 @@ def test_a_file_that_is_no_object_is_refused(tmp_path: Path) -> None:
 
 def test_a_stage_needs_the_one_before() -> None:
     """A refused program disables its stage and all later ones; a failed trial disables only the tunnel."""
-    assert Found().stages == STAGES
-    assert Found(refused={"ff_port": "no"}).why_not == dict.fromkeys(STAGES, "no")
-    assert Found(refused={"ff_vxlan": "no"}).stages == ("same-host",)
-    assert Found(lacking={"encap4": "old"}).why_not == {"tunnel": "old"}
-    assert Found(lacking={"encap6": "old"}).stages == STAGES
+    assert KernelSupport().stages == STAGES
+    assert KernelSupport(refused={"ff_port": "no"}).why_not == dict.fromkeys(STAGES, "no")
+    assert KernelSupport(refused={"ff_vxlan": "no"}).stages == ("same-host",)
+    assert KernelSupport(lacking={"encap4": "old"}).why_not == {"tunnel": "old"}
+    assert KernelSupport(lacking={"encap6": "old"}).stages == STAGES

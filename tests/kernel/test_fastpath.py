@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from pyroute2 import IPRoute
 
-from dataplane.ebpf import Count, Maps, PeerRoute, Place, find_out
+from dataplane.ebpf import Count, Maps, PeerRoute, Place, probe_kernel
 from dataplane.ebpf.layout import DECAP6, ENCAP6
 from dataplane.errors import KernelRefused
 from driver import names
@@ -133,7 +133,7 @@ def test_all_traffic_takes_the_fast_path(world: World) -> None:
     hosts."""
     for host in world.lab.hosts:
         assert (host.refresh().stage, host.refresh().reason) == ("tunnel", "")
-    flags = opened(world.lab.hosts[0]).programs.found.flags
+    flags = opened(world.lab.hosts[0]).programs.support.flags
     before = [count(each) for each in (world.near, world.beside, world.far)]
     for target in (world.far, world.beside):
         for address in (target.ipv4, target.ipv6):
@@ -157,7 +157,7 @@ def test_every_kernel_carries_all_bytes() -> None:
     data = DATA[: 1 << 20]
     with lab(2) as made:
         found = _world(made)
-        best = find_out(built()).stages[-1]
+        best = probe_kernel(built()).stages[-1]
         assert [host.refresh().stage for host in made.hosts] == [best, best]
         for target in (found.far, found.beside):
             for address in (target.ipv4, target.ipv6):

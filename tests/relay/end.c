@@ -52,10 +52,10 @@ static const struct {
     {"server", &option.server},       /* 1: answer them */
     {"first", &option.first},         /* number of its first bell */
     {"check", &option.check},         /* 0: do not check the bytes */
-    {"ends", &option.ends},           /* 0: do not end the ring when all is sent, as a killed process */
+    {"ends", &option.ends},           /* 0: do not end the ring, as a killed process */
     {"leave_at", &option.leave_at},   /* received bytes after which it sets `leave` */
     {"linger", &option.linger},       /* ms before it exits */
-    {"die_at", &option.die_at},       /* sent bytes after which it kills itself in the middle of a write */
+    {"die_at", &option.die_at},       /* sent bytes after which it dies in the middle of a write */
     {"waits_over", &option.waits_over},
     {"no_bell", &option.no_bell}, /* never ring the relay */
     {"at_once", &option.at_once}, /* do not wait for `ready` before sending, as a hostile process */
@@ -137,7 +137,7 @@ static bool is_ready(uint64_t unused)
                option.at_once || atomic_load(&out->leave);
 }
 
-/* As wait_for() of the library. False: nothing has happened for too long. */
+/* As the library's wait_for(). False: nothing has happened for `patience`. */
 static bool wait_until(bool (*there)(uint64_t), uint64_t position, struct waiters *waiters, unsigned which)
 {
         unsigned bell = (unsigned)option.first + which;
@@ -166,7 +166,7 @@ static bool wait_until(bool (*there)(uint64_t), uint64_t position, struct waiter
                         atomic_store(&stuck, 1);
                         return false;
                 }
-                /* `ready` isn't followed by a bell: the library asks at its next call. */
+                /* No bell follows `ready`: the library checks it at its next call. */
                 known = atomic_load(&arena->sides[0].known[bell / 64]) >> (bell % 64) & 1;
                 if (poll(&polled, 1, known && there != is_ready ? 1000 : 2) > 0)
                         while (recv(polled.fd, bytes, sizeof bytes, MSG_DONTWAIT) == (ssize_t)sizeof bytes)
@@ -194,7 +194,7 @@ static void end_ring(uint64_t tail)
         wake(&out->receivers);
 }
 
-/* Puts `want` bytes; fewer if it is asked to leave, or the ring is broken. */
+/* Writes `want` bytes, or fewer if it has to leave or the ring is broken. */
 static uint64_t put(uint64_t tail, uint64_t want)
 {
         static _Thread_local uint64_t base;
@@ -280,7 +280,7 @@ static void *sender(void *unused)
         return unused;
 }
 
-/* Takes up to `want` bytes, at least one; 0: the end. */
+/* Reads up to `want` bytes, at least one; 0: the end. */
 static uint64_t take(uint64_t head, uint64_t want, bool spin_only)
 {
         static _Thread_local unsigned char sink[1 << 20];

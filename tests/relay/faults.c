@@ -5,10 +5,12 @@
  * everything on:
  *
  *      delay=US    each batch is carried out, and complete, up to this much later; batches stay in
- * order, as with RDMA shuffle=1   the writes of a batch, cut into pieces, are carried out in any
- * order and long before the message of the batch lose=N      about one batch in N, and all after
- * it, is lost after a part of its writes; its sender is told so as by a queue pair that has retried
- * for too long seed=N      of the random numbers
+ *                  order, as with RDMA
+ *      shuffle=1   the writes of a batch, cut into pieces, are carried out in any order and long
+ *                  before the message of the batch
+ *      lose=N      about one batch in N, and all after it, is lost after a part of its writes; its
+ *                  sender is told so as by a queue pair that has retried for too long
+ *      seed=N      of the random numbers
  */
 #include "../../dataplane/relay/link.h"
 #include "../../dataplane/relay/mirror.h"

@@ -97,7 +97,7 @@ def test_a_process_that_sleeps_is_woken(binary: Path, end: Path) -> None:
         assert b.counts()["bells"] > 100
 
 
-def test_a_process_that_never_got_the_bell_is_heard(binary: Path, end: Path) -> None:
+def test_an_arena_whose_process_has_no_bell_is_polled(binary: Path, end: Path) -> None:
     """The relay polls an arena whose process cannot ring the relay's bell."""
     with relays(binary, spin=0) as (a, b):
         link(a, b)
@@ -159,7 +159,7 @@ def test_a_process_that_is_killed_ends_its_connection(binary: Path, end: Path) -
         assert (said["received"], said["over"], said["broken"]) == (123_000, 1, 0)
 
 
-def test_what_nobody_will_read_holds_nothing_up(binary: Path, end: Path) -> None:
+def test_full_rings_do_not_keep_a_connection_from_ending(binary: Path, end: Path) -> None:
     """A connection whose ends are both closed finishes although its rings are full."""
     with relays(binary) as (a, b):
         link(a, b)
@@ -198,7 +198,7 @@ def test_leaving_ends_both_rings_where_both_ends_agree(binary: Path, end: Path) 
         b.expect("LEFT", number=two.number)
 
 
-def test_a_connection_at_rest_leaves_without_its_processes(binary: Path) -> None:
+def test_an_idle_connection_leaves_without_its_processes(binary: Path) -> None:
     """An idle connection leaves without its processes, which find the end of the ring later."""
     with relays(binary) as (a, b):
         link(a, b)
@@ -287,7 +287,7 @@ def test_a_slot_can_be_used_again(binary: Path, end: Path) -> None:
                 assert not pair(mine, theirs).error
 
 
-def test_what_cannot_be_is_refused_with_a_reason(binary: Path) -> None:
+def test_invalid_slots_and_places_are_refused_with_a_reason(binary: Path) -> None:
     """Slots in use, unequal rings, unknown links and connections are refused, with the reason."""
     with relays(binary) as (a, b):
         link(a, b)
@@ -310,7 +310,7 @@ def test_what_cannot_be_is_refused_with_a_reason(binary: Path) -> None:
         drop(one)
 
 
-def test_an_arena_that_is_none_is_refused(binary: Path) -> None:
+def test_an_invalid_arena_is_refused(binary: Path) -> None:
     """An arena that is not sealed, or has another size, is refused; so are slots in it."""
     with relays(binary) as (a, b):
         link(a, b)

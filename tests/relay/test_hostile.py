@@ -114,7 +114,9 @@ def test_a_bell_with_a_descriptor_in_it(binary: Path, end: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_a_process_writes_hurts_only_its_own(binary: Path, end: Path, seed: int) -> None:
+def test_a_hostile_process_hurts_only_its_own_connection(
+    binary: Path, end: Path, seed: int
+) -> None:
     """Invalid words in a process's rings do not affect another connection of the same relays."""
     dice = random.Random(seed)
     with relays(binary) as (a, b):
@@ -290,7 +292,7 @@ def test_a_hostile_peer_hurts_only_its_own_connection(binary: Path, end: Path, s
                     one.word(direction, offset, size)
 
 
-def test_a_peer_whose_messages_are_none_loses_its_link(binary: Path) -> None:
+def test_invalid_messages_take_the_link_down(binary: Path) -> None:
     """A message with a wrong size, magic number or grant takes the link down, with the reason."""
     messages = (
         b"",
@@ -339,7 +341,7 @@ def test_an_arena_without_its_descriptors_is_refused(binary: Path) -> None:
         assert a.counts()["connections"] == 1
 
 
-def test_a_relay_whose_bell_nobody_can_ring_still_hears(binary: Path, end: Path) -> None:
+def test_an_arena_whose_bell_has_no_sender_is_polled(binary: Path, end: Path) -> None:
     """The relay polls an arena whose bell has no sender any more."""
     with relays(binary, spin=0) as (a, b):
         link(a, b)

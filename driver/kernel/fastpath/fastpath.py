@@ -25,7 +25,7 @@ from pathlib import Path
 import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
-from dataplane.ebpf import STAGES, Count, Found, Programs, find_out
+from dataplane.ebpf import STAGES, Count, KernelSupport, Programs, probe_kernel
 from dataplane.errors import KernelRefused
 from driver import names
 from driver.errors import FreeFlowError, KernelError
@@ -98,7 +98,7 @@ class FastPath:
         """By short ID of the network; guarded by the endpoint lock."""
         self._opened: Opened | None = None
         """Changed under both locks, read under either."""
-        self._found: Found | None = None
+        self._support: KernelSupport | None = None
         self._failure = "" if programs is not None else "setting EBPF=off"
         self._logged = ""
 
@@ -130,12 +130,12 @@ class FastPath:
                 self._remove(overlay)
 
     def _open(self, overlay: Overlay, path: Path) -> Opened:
-        if self._found is None:
-            self._found = find_out(path)
-        found = self._found
-        if not found.stages:
-            raise KernelError(found.why_not[STAGES[0]])
-        programs = Programs(path, bpffs.make(self._host_run), found)
+        if self._support is None:
+            self._support = probe_kernel(path)
+        support = self._support
+        if not support.stages:
+            raise KernelError(support.why_not[STAGES[0]])
+        programs = Programs(path, bpffs.make(self._host_run), support)
         try:
             return self._assemble(overlay, programs)
         except BaseException:
@@ -143,7 +143,7 @@ class FastPath:
             raise
 
     def _assemble(self, overlay: Overlay, programs: Programs) -> Opened:
-        maps, links, host, found = programs.maps, overlay.links, self._host, programs.found
+        maps, links, host, support = programs.maps, overlay.links, self._host, programs.support
         if maps.current().inside != (links.index(names.INSIDE) or 0):
             # Left by an earlier overlay namespace, whose interface indexes meant other links.
             maps.clear()
@@ -155,7 +155,7 @@ class FastPath:
             maps,
             self._attachments,
             self._peers,
-            receives="receive" in found.stages,
+            receives="receive" in support.stages,
         )
         changes = underlay_routes.Changes(self._host_namespace)
         neighbours = Neighbours(maps, endpoints, host, links, changes, self._underlay, full)
@@ -178,7 +178,7 @@ class FastPath:
             neighbours,
             Cleaner(maps, endpoints, neighbours, links, inner, full),
             tunnel,
-            Status(maps, found.why_not, endpoints, tunnel, full, host),
+            Status(maps, support.why_not, endpoints, tunnel, full, host),
         )
 
     def close(self) -> None:

@@ -107,7 +107,7 @@ class Tunnel:
             except (FreeFlowError, KernelRefused, OSError, NetlinkError) as error:
                 reason = str(error)
         # Encapsulation starts after decapsulation is ready, and ends before it goes.
-        self._write_settings(0 if reason else self._programs.found.flags)
+        self._write_settings(0 if reason else self._programs.support.flags)
         for index in self.attached.keys() - (set() if reason else devices):
             self._outer.detach(index)
             del self.attached[index]
@@ -122,7 +122,7 @@ class Tunnel:
 
     def _obstacle(self) -> tuple[str, set[int]]:
         """Why the stage must be off, and the devices that lead to peers."""
-        lacking = self._programs.found.why_not.get("tunnel")
+        lacking = self._programs.support.why_not.get("tunnel")
         if lacking:
             return lacking, set()
         overlays = [local for local in self._endpoints.networks().values() if local.vxlan]
