@@ -37,7 +37,7 @@ def _host(status: Status) -> str:
     host = status.host
     role = "manager" if host.manager else "worker"
     swarm = f"Swarm {role}" if host.swarm else "not in a Swarm"
-    engine = f"engine {host.engine}" if host.engine else "engine silent"
+    engine = f"engine {host.engine}" if host.engine else "engine does not answer"
     return (
         f"host {host.hostname} ({swarm}, {engine}, kernel {host.kernel})\n"
         f"underlay {host.underlay or '?'} {host.address} MTU {host.underlay_mtu}\n"
@@ -115,7 +115,7 @@ def _fastpath(status: Status) -> str:
     found = status.fastpath
     if found is None:
         return ""
-    why = f"; no more: {found.reason}" if found.reason else ""
+    why = f"; no higher stage: {found.reason}" if found.reason else ""
     if not found.stage:
         return f"overlay+ebpf off: {found.reason}\n"
     where = f" on {', '.join(found.devices)}" if found.devices else ""

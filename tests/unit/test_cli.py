@@ -222,7 +222,7 @@ def test_many_kinds_of_networks(world: World) -> None:
         ],
     )
     output = world.run("status").output
-    assert "(not in a Swarm, engine silent" in output
+    assert "(not in a Swarm, engine does not answer" in output
     assert f"network (name not known yet)  {NET[:12]}" in output
     assert "fd00:1:2:3::/64, internal, acceleration off" in output
     assert f"{EP[:12]}  -        fd00:1:2:3::7  not joined" in output

@@ -97,7 +97,7 @@ def test_counts_are_by_what_runs() -> None:
         (FastPathStatus("tunnel", "", ["eth0"]), "overlay+ebpf tunnel on eth0"),
         (
             FastPathStatus("receive", "the host has IPsec"),
-            "overlay+ebpf receive; no more: the host has IPsec",
+            "overlay+ebpf receive; no higher stage: the host has IPsec",
         ),
         (FastPathStatus("", "setting EBPF=off"), "overlay+ebpf off: setting EBPF=off"),
     ],
