@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the compiled programs are; `NAME`, and `NAME-fortified` with the checked calls of the C
+    """The compiled programs: `NAME`, and `NAME-fortified` with the checked calls of the C
     library.
     """
     if not shutil.which("gcc"):
@@ -51,7 +51,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def everywhere(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, programs: Path
 ) -> Iterator[Places]:
-    """One bed for all tests of a kind."""
+    """One bed for all tests that need the same."""
     if missing := missing_tools():
         pytest.skip(f"missing: {missing}")
     accelerated = request.param == "accelerated"
@@ -68,7 +68,7 @@ def ports() -> Iterator[int]:
 
 @pytest.fixture
 def both(everywhere: Places, ports: Iterator[int]) -> Places:
-    """The bed, with nothing counted yet."""
+    """The bed, with its counters reset."""
     everywhere.forget()
     everywhere.ports = ports
     return everywhere

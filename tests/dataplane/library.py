@@ -1,5 +1,5 @@
-"""A library in Python: speaks the protocol for sockets of the test's own process, and says what it
-gets.
+"""A library in Python: speaks the protocol for sockets of the test's own process, and reports
+answers.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ M = TypeVar("M")
 
 
 def cookie_of(tcp: socket.socket) -> int:
-    """The kernel's own number of a socket."""
+    """The kernel's cookie of a socket."""
     return int.from_bytes(tcp.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), "little")
 
 
 def addresses_of(tcp: socket.socket) -> tuple[Address, Address]:
-    """Local and remote."""
+    """The local and the remote address of a socket."""
     found = []
     for name in (tcp.getsockname(), tcp.getpeername()):
         ip = ip_address(name[0])
@@ -38,21 +38,21 @@ def addresses_of(tcp: socket.socket) -> tuple[Address, Address]:
 
 @dataclass(eq=False)
 class Library:
-    """One process's connection to the router, made in a namespace."""
+    """One process's connection to the router, made in a container's namespace."""
 
     connection: socket.socket
     numbers: int = 0
     asked: dict[int, wire.Request] = field(default_factory=dict)
     hearing: dict[tuple[int, int], int] = field(default_factory=dict)
-    """Arena and own side to what hears bell 0."""
+    """Arena and own side to the end that hears bell 0."""
     ringing: dict[tuple[int, int], int] = field(default_factory=dict)
-    """Arena and other side to what rings its bell 0."""
+    """Arena and other side to the end that rings its bell 0."""
     received: list[int] = field(default_factory=list)
-    """All descriptors that have come."""
+    """All received descriptors."""
 
     @classmethod
     def connect(cls, path: Path, namespace: int | Path | None, *, hello: bool = True) -> Library:
-        """Connect as a process of that namespace does."""
+        """Connect as a process in that namespace does."""
 
         def make() -> socket.socket:
             made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -70,18 +70,18 @@ class Library:
         self.raw(wire.pack(message), *descriptors)
 
     def raw(self, data: bytes, *descriptors: int) -> None:
-        """Send anything."""
+        """Send any bytes."""
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
         self.connection.sendmsg([data], [rights] if descriptors else [])
 
     def hear(self, kind: type[M]) -> tuple[M, int | None]:
-        """The next message, which must be of this kind, and the descriptor that came with it."""
+        """Receive the next message, which must be of this kind, and its descriptor."""
         while True:
             message, descriptors = self.hear_all()
             if isinstance(message, wire.Grant) and len(descriptors) > 1:
                 self.hearing[message.arena, message.side] = descriptors.pop()
             if isinstance(message, wire.Ring) and kind is not wire.Ring and not message.index:
-                # What rings bell 0 comes unasked.
+                # The end that rings bell 0 arrives without a request.
                 self.ringing[message.arena, message.side] = descriptors[0]
                 continue
             assert isinstance(message, kind), message
@@ -89,14 +89,14 @@ class Library:
             return message, descriptors[0] if descriptors else None
 
     def hear_all(self) -> tuple[wire.Message, list[int]]:
-        """The next message, and the descriptors that came with it."""
+        """Receive the next message and its descriptors."""
         data, descriptors, _, _ = socket.recv_fds(self.connection, 256, 4)
         assert data, "the router has closed the connection"
         self.received += descriptors
         return wire.unpack(data), descriptors
 
     def rings(self, arena: int, side: int) -> int:
-        """What rings bell 0 of the other side, `side`."""
+        """The end that rings bell 0 of the other side, `side`."""
         while (arena, side) not in self.ringing:
             message, descriptors = self.hear_all()
             assert isinstance(message, wire.Ring), message
@@ -104,7 +104,7 @@ class Library:
         return self.ringing[arena, side]
 
     def ask(self, tcp: socket.socket, **changes: object) -> int:
-        """Ask for a connection; its number."""
+        """Request a connection; return its number."""
         self.numbers += 1
         local, remote = addresses_of(tcp)
         fields = {
@@ -118,7 +118,7 @@ class Library:
         return self.numbers
 
     def silent(self, seconds: float = 0.15) -> bool:
-        """Whether nothing comes for a while."""
+        """Whether no message arrives for a while."""
         before = self.connection.gettimeout()
         self.connection.settimeout(seconds)
         try:
@@ -129,7 +129,7 @@ class Library:
             self.connection.settimeout(before)
 
     def closed(self) -> bool:
-        """Whether the router ends the connection; what it says before is thrown away."""
+        """Whether the router ends the connection; messages before are discarded."""
         try:
             while self.connection.recv(256):
                 pass
@@ -141,8 +141,9 @@ class Library:
         self.connection.close()
 
     def discard(self) -> None:
-        """Close it and all descriptors that have come. For tests that get many of them, and close
-        none themselves.
+        """Close the connection and all received descriptors.
+
+        This is for tests that receive many of them and close none themselves.
         """
         self.close()
         for each in self.received:
@@ -168,5 +169,5 @@ def dial(namespace: int | Path, address: str, port: int = 7700) -> socket.socket
 
 
 def read_at(memory: int, offset: int, length: int) -> bytes:
-    """What an arena has somewhere."""
+    """Read bytes of an arena at an offset."""
     return os.pread(memory, length, offset)

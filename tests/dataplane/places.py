@@ -1,7 +1,7 @@
-"""Two containers in which a program's two ends run, with and without the library: what every test
-here is given.
+"""Two containers for the two ends of a program, with and without the library.
 
-Without the library the kernel's own TCP says what is right; with it the same must hold on a ring.
+Without the library the kernel's own TCP defines what is right. With it, the same must hold on a
+ring.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ RELAY: Final = Path(__file__).with_name("relay.c")
 WARNINGS: Final = ("-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wshadow", "-Werror")
 PATIENCE: Final = 30.0
 ORDERS: Final = "relay.sock"
-"""Where the relays of `relay.c` take orders, beside the router's socket."""
+"""The socket on which the relays of `relay.c` take commands."""
 
 
 def compile_c(source: Path, to: Path, *options: str, compiler: str = "gcc") -> Path:
-    """A program of one file."""
+    """A program with one source file."""
     subprocess.run(
         [compiler, *WARNINGS, "-O2", "-g", *options, "-pthread", str(source), "-o", str(to)],
         check=True,
@@ -49,7 +49,7 @@ def compile_c(source: Path, to: Path, *options: str, compiler: str = "gcc") -> P
 
 @dataclass(frozen=True)
 class Counts:
-    """What the library of some processes counted."""
+    """The counters of the library in some processes."""
 
     rows: tuple[dict[str, Any], ...]
 
@@ -58,7 +58,7 @@ class Counts:
 
 
 def counts_of(path: Path) -> Counts:
-    """A line of each process that has ended."""
+    """One line for each process that has ended."""
     lines = path.read_text().splitlines() if path.exists() else []
     return Counts(tuple(json.loads(line) for line in lines))
 
@@ -72,7 +72,7 @@ class Places:
     folder: Path
     programs: Path
     remote: bool = False
-    """Their connections are as if to another host: through the relays of `relay.c`."""
+    """Their connections pass through the relays of `relay.c`, as if to another host."""
     ports: Iterator[int] = field(default_factory=lambda: itertools.count(7100))
 
     @property
@@ -85,7 +85,7 @@ class Places:
 
     @property
     def address(self) -> str:
-        """The server's."""
+        """The server's address."""
         return str(self.server.ipv4)
 
     @property
@@ -93,20 +93,20 @@ class Places:
         return self.folder / "statistics.json"
 
     def environment(self, **more: str) -> dict[str, str]:
-        """For programs whose library shall say what it did."""
+        """The environment for programs whose library writes its counters."""
         expected = {"FREEFLOW_EXPECTED": "1"} if self.accelerated else {}
         return {"FREEFLOW_STATS": str(self.statistics), **expected, **more}
 
     def counted(self) -> Counts:
-        """By all processes that have ended."""
+        """The sums over all processes that have ended."""
         return counts_of(self.statistics)
 
     def forget(self) -> None:
-        """Start counting anew."""
+        """Reset the counters."""
         self.statistics.unlink(missing_ok=True)
 
     def upgraded(self, connections: int = 1) -> None:
-        """If there is a library, so many connections really went to rings, both ways at both
+        """Check that, with a library, so many connections used rings, in both directions at both
         ends.
         """
         if self.accelerated:
@@ -117,7 +117,7 @@ class Places:
             assert not self.remote or counted["remote"] >= connections, counted
 
     def order(self, *orders: str) -> None:
-        """Tell the relays what to do."""
+        """Send the relays a command."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
             control.settimeout(patience(PATIENCE))
             control.connect(str(self.made.shared / ORDERS))
@@ -126,7 +126,7 @@ class Places:
                 assert control.recv(8) == b"yes", order
 
     def play(self, program: str, scenario: str, **environment: str) -> None:
-        """Both ends of a scenario of a program in `programs/`, to their end."""
+        """Run both ends of a scenario of a program in `programs/`."""
         port = str(next(self.ports))
         file = str(self.programs / program)
         ends = {
@@ -152,7 +152,7 @@ class Places:
             said["stuck"] = str(where)
         finally:
             for role, end in ends.items():
-                # Its children too: they would hold its output open.
+                # Its children too, because they would hold its output open.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(end.pid, signal.SIGKILL)
                 said[role] = said.get(role) or end.communicate()[0] or ""
@@ -162,12 +162,12 @@ class Places:
         killed = {"killed_whole"}
         assert codes["client"] == 0, (said, codes)
         assert codes["server"] == 0 or (scenario in killed and codes["server"] == -9), (said, codes)
-        # Processes that have outlived the two have no status that anybody asks for.
+        # Nobody waits for the status of processes that have outlived the two.
         assert not said["client"] + said["server"], said
 
 
 def waits_in(pid: int) -> list[str]:
-    """What the threads of a process do, as the kernel sees it."""
+    """The state of a process's threads, as the kernel reports it."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*"):
         try:
@@ -206,7 +206,9 @@ def relayed(
     library: Path = LIBRARY,
     dies: bool = False,
 ) -> Iterator[Places]:
-    """The same, as if the two were on two hosts; `settings` are names and values of `relay.c`."""
+    """A bed like `accelerated`, with its containers as if on two hosts; `settings` are those of
+    `relay.c`.
+    """
     program = programs / "relay"
     if not program.exists():
         compile_c(RELAY, program)

@@ -8,7 +8,7 @@ from tests.dataplane.places import Places
 
 
 def test_peek(both: Places) -> None:
-    """MSG_PEEK shows what the next read gives, and takes nothing."""
+    """MSG_PEEK returns what the next read returns, and takes nothing."""
     both.play("bytes", "peek")
 
 
@@ -23,7 +23,7 @@ def test_dont_wait(both: Places) -> None:
 
 
 def test_truncate(both: Places) -> None:
-    """MSG_TRUNC throws away what it counts."""
+    """MSG_TRUNC discards the bytes that it counts."""
     both.play("bytes", "truncate")
 
 
@@ -38,37 +38,37 @@ def test_vectors(both: Places) -> None:
 
 
 def test_count_unread(both: Places) -> None:
-    """FIONREAD counts what can be read, and what was sent is counted down by TIOCOUTQ."""
+    """FIONREAD counts readable bytes, and TIOCOUTQ counts sent ones down."""
     both.play("bytes", "count_unread")
 
 
 def test_sendfile(both: Places) -> None:
-    """sendfile sends a file's bytes and moves the offset that it was given, or the file's."""
+    """sendfile sends a file's bytes and moves the given offset, or the file's."""
     both.play("bytes", "sendfile")
 
 
 def test_splice_out(both: Places) -> None:
-    """splice from a pipe arrives whole."""
+    """Bytes spliced from a pipe arrive complete."""
     both.play("bytes", "splice_out")
 
 
 def test_splice_in(both: Places) -> None:
-    """splice into a pipe gets what was sent, and doesn't wait if told so."""
+    """splice into a pipe gets what was sent, and does not wait if it must not."""
     both.play("bytes", "splice_in")
 
 
 def test_nothing(both: Places) -> None:
-    """Reads and writes of no bytes return at once and are no end."""
+    """Reads and writes of no bytes return at once and are no end of the stream."""
     both.play("bytes", "nothing")
 
 
 def test_stdio(both: Places) -> None:
-    """The C library's streams work on a connection that was used by calls before."""
+    """The C library's streams work on a connection that earlier calls have used."""
     both.play("bytes", "stdio")
 
 
 def test_both_ways(both: Places) -> None:
-    """Megabytes pass both ways at once, exactly."""
+    """Megabytes pass in both directions at once, unchanged."""
     both.play("bytes", "both_ways")
 
 
@@ -76,5 +76,5 @@ def test_both_ways(both: Places) -> None:
     "scenario", ["peek", "wait_all", "dont_wait", "vectors", "nothing", "both_ways"]
 )
 def test_fortified(both: Places, scenario: str) -> None:
-    """Programs built with the C library's checked calls (_FORTIFY_SOURCE) get the same."""
+    """Programs built with the C library's checked calls (_FORTIFY_SOURCE) behave the same."""
     both.play("bytes-fortified", scenario)

@@ -1,5 +1,5 @@
-"""Children get a connection on a ring as they get one on TCP: as programs, through the C library's
-own children, and in numbers.
+"""Children get a connection on a ring as they get one on TCP: programs, children that the C library
+makes, and many at once.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ SCENARIOS = re.findall(
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_children(both: Places, scenario: str) -> None:
-    """The child's words arrive, before those that its parent says afterwards, and the connection
-    goes on.
+    """The child's output arrives before that of its parent afterwards, and the connection
+    continues.
     """
     both.play("children", scenario)
 
 
 def test_commands(both: Places) -> None:
-    """A Python server's connection is a command's input and output in each way that subprocess, os
-    and multiprocessing have.
+    """A Python server's connection can be a command's input and output in each way of subprocess,
+    os and multiprocessing.
     """
     port = next(both.ports)
     program = str(SOURCES / "commands.py")

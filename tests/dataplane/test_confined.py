@@ -1,4 +1,4 @@
-"""HAProxy as Debian configures it, with a root of its own, is accelerated."""
+"""HAProxy as Debian configures it, with a changed root, is accelerated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.dataplane.places import Places
 from tests.dataplane.test_programs import check, need, serving
 
 LONG = 60.0
-"""Seconds that a server may take to listen on a busy machine."""
+"""The time in seconds in which a server must listen on a busy machine."""
 
 
 def wait_for(container: Container, address: str, port: int) -> None:
@@ -48,8 +48,8 @@ listen redis
 
 
 def test_haproxy(both: Places) -> None:
-    """HAProxy with the chroot of Debian's configuration passes all bytes on, and both of its sides
-    move.
+    """HAProxy with the chroot of Debian's configuration forwards all bytes, and both of its
+    connections move.
     """
     need("haproxy", "redis-server")
     port, behind = next(both.ports), next(both.ports)
@@ -79,5 +79,5 @@ def test_haproxy(both: Places) -> None:
     finally:
         redis.terminate()
         redis.wait(LONG)
-    # Of the client and of redis; HAProxy can't write its count from where it is.
+    # The counters of the client and of redis; HAProxy cannot write its own from its root.
     both.upgraded(2)

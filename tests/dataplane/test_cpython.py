@@ -1,8 +1,8 @@
-"""CPython's own tests, both ends of their connections accelerated: none fails that passes without
-the library.
+"""CPython's own tests with both ends of their connections accelerated: none fails that passes
+without the library.
 
-They connect over loopback, in one process, so the library is told to ask for such connections too,
-at the first operation. `FREEFLOW_SLOW=1` adds the modules that take minutes.
+The tests connect over loopback, in one process. So the library also requests such connections, at
+the first operation. `FREEFLOW_SLOW=1` adds the modules that take minutes.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ UPGRADED: Final = {
     "test_ssl",
     "test_asyncio",
 }
-"""Modules in which connections live long enough."""
+"""Modules whose connections live long enough."""
 _VERDICT: Final = re.compile(r"^(?:FAIL|ERROR): (.+)$", re.MULTILINE)
 _TIME: Final = 420
 
 
 @cache
 def interpreter() -> str | None:
-    """A Python that has its own tests: Debian's comes without them (libpython3-testsuite)."""
+    """A Python with its own tests, which Debian packages separately (libpython3-testsuite)."""
     base = getattr(sys, "_base_executable", sys.executable)
     for name in (base, "/usr/bin/python3", shutil.which("python3")):
         if name and Path(name).exists():
@@ -67,7 +67,7 @@ def interpreter() -> str | None:
 
 
 def run_tests(module: str, folder: Path, *, accelerated: bool) -> tuple[set[str], Counts]:
-    """Names of the tests that fail, and what the library counted."""
+    """The names of the tests that fail, and the counters of the library."""
     python = interpreter()
     assert python is not None
     statistics = folder / f"{module}-{accelerated}.json"
@@ -79,7 +79,7 @@ def run_tests(module: str, folder: Path, *, accelerated: bool) -> tuple[set[str]
         router=accelerated,
     ) as made:
         done = made.containers["alone"].run(
-            # VSOCK needs a machine around this one.
+            # VSOCK needs a hypervisor.
             [
                 python,
                 "-m",
@@ -117,12 +117,12 @@ def _possible() -> None:
 @pytest.mark.timeout(2 * _TIME + 30)
 @pytest.mark.parametrize("module", [*QUICK, *(SLOW if os.environ.get("FREEFLOW_SLOW") else ())])
 def test_cpython(module: str, tmp_path: Path) -> None:
-    """No test of CPython's fails with the library that passes without, and connections were
+    """No test of CPython fails with the library that passes without it, and connections were
     upgraded.
     """
     failed, counted = run_tests(module, tmp_path, accelerated=True)
     if failed:
-        # What fails is tried once more: a busy machine isn't the library's fault.
+        # A failed test is repeated once, because a busy machine is not the library's fault.
         again, _ = run_tests(module, tmp_path, accelerated=True)
         failed &= again
     if failed:

@@ -1,4 +1,4 @@
-"""Connections on rings end as those on TCP do: FIN, RST and death are the kernel's word."""
+"""Connections on rings end as those on TCP do: the kernel provides FIN, RST and death."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def test_half_close_by_the_server(both: Places) -> None:
 
 
 def test_data_before_the_end(both: Places) -> None:
-    """All that was written before close is read, then the end, as often as one asks."""
+    """Everything that was written before close is read, then the end, as often as the program
+    reads.
+    """
     both.play("ends", "data_then_end")
 
 
@@ -30,7 +32,7 @@ def test_broken_pipe(both: Places) -> None:
 
 
 def test_own_shutdown(both: Places) -> None:
-    """Writes after one's own shutdown are EPIPE with SIGPIPE, and reads go on."""
+    """Writes after a shutdown of the own writes are EPIPE with SIGPIPE, and reads continue."""
     both.play("ends", "own_shutdown")
 
 
@@ -40,22 +42,20 @@ def test_shut_read(both: Places) -> None:
 
 
 def test_killed_holder(both: Places) -> None:
-    """What a process wrote before SIGKILL arrives, then the end, then EPIPE; a process forked
-    it.
-    """
+    """Bytes that a forked process wrote before SIGKILL arrive, then the end, then EPIPE."""
     both.play("ends", "killed")
 
 
 def test_killed(both: Places) -> None:
-    """What a process wrote before SIGKILL arrives, then the end, then EPIPE, though one waits in
-    read.
+    """Bytes that a process wrote before SIGKILL arrive, then the end, then EPIPE, even if it waits
+    in read.
     """
     both.play("ends", "killed_whole")
 
 
 @pytest.mark.parametrize("means", ["poll", "select", "epoll", "edge", "nested"])
 def test_killed_reader(both: Places, means: str) -> None:
-    """Who waits for room hears of it when the only reader is killed."""
+    """A writer that waits for room is woken when the only reader is killed."""
     both.play("ends", f"{means}_without_reader")
 
 
@@ -75,15 +75,15 @@ def test_reset_by_exit(both: Places) -> None:
 
 
 def test_events_of_the_end(both: Places) -> None:
-    """poll and epoll tell the peer's close from the end of both directions."""
+    """poll and epoll distinguish the peer's close from the end of both directions."""
     both.play("ends", "events_of_the_end")
 
 
 def test_lingering_close(both: Places) -> None:
-    """Close with SO_LINGER set and much unsent delivers all."""
+    """Close with SO_LINGER and many unsent bytes delivers all of them."""
     both.play("ends", "lingering_close")
 
 
 def test_shutdown_wakes(both: Places) -> None:
-    """A thread's shutdown ends the read in which another waits."""
+    """A shutdown by one thread ends the read of another."""
     both.play("ends", "shutdown_wakes")

@@ -1,6 +1,4 @@
-"""What packets keep alive on a connection's way stays alive while its bytes are in shared
-memory.
-"""
+"""Connection tracking remembers a connection while its bytes are in shared memory."""
 
 from __future__ import annotations
 
@@ -21,7 +19,9 @@ from tests.dataplane.places import LIBRARY, PATIENCE, Places
 
 VIP: Final = "10.78.0.100"
 FORGETS: Final = 4
-"""Seconds after which connection tracking in the client's container forgets a connection."""
+"""The time in seconds after which connection tracking in the client's container forgets a
+connection.
+"""
 TALKS: Final = 7
 TIMEOUT: Final = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established")
 
@@ -66,7 +66,7 @@ sys.stdin.readline()
 
 @pytest.fixture
 def forgetful() -> Iterator[Bed]:
-    """A client and a service whose connections the client's container soon forgets."""
+    """A client and a service, where tracking in the client's container soon forgets connections."""
     if missing := missing_tools():
         pytest.skip(f"missing: {missing}")
     if not LIBRARY.exists():
@@ -80,8 +80,8 @@ def forgetful() -> Iterator[Bed]:
 
 
 def test_busy_connections_to_a_vip(forgetful: Bed) -> None:
-    """Connections that talked in shared memory for longer than tracking remembers end as ever: by
-    FIN, and by SIGKILL.
+    """Connections that used shared memory for longer than tracking remembers end normally, by FIN
+    and by SIGKILL.
     """
     servers = [
         forgetful.containers[name].popen(
@@ -115,13 +115,13 @@ def test_busy_connections_to_a_vip(forgetful: Bed) -> None:
     for each in servers:
         each.kill()
     said = "".join(each.communicate()[0] for each in servers).split()
-    # The two that were killed with nothing unread end by FIN as well.
+    # The two that were killed without unread bytes end by FIN as well.
     assert said == ["end"] * 4
 
 
 def test_options(both: Places) -> None:
-    """A program sees the keepalive that it has set, and who gets the connection from it has just
-    that.
+    """A program sees the keepalive that it has set, and a process that gets the connection has the
+    same.
     """
     both.play("keepalive", "options")
     both.play("keepalive", "set_later")

@@ -1,9 +1,8 @@
-"""Who writes nonsense into shared memory hurts only his own connection: the program at the other
-end goes on serving others.
+"""A process that writes invalid values into shared memory harms only its own connection: the peer's
+program continues to serve others.
 
-The hostile end gets its grant as anybody does, behaves until bytes go through the rings, and then
-writes whatever it likes into every word that both sides share, all the while. Seeds are random, and
-said on failure.
+The hostile end gets its grant like any other, behaves correctly until bytes go through the rings,
+and then keeps writing any values into every shared word. Seeds are random, and printed on failure.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ HEAD, READY, LEAVE = 64, 72, 76
 WAITERS, ROOM = (128, 192), 264
 FIRST_BYTES: Final = layout.RING_HEADER
 SIDES_OFFSET: Final = 64
-"""Of struct arena: bells known, slots dirty."""
+"""The words of struct arena: known bells, dirty slots."""
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Ring:
 
 
 def nonsense(chance: random.Random, ring: Ring) -> int:
-    """A value that is wrong in a way that matters, or any."""
+    """A value that is wrong in a harmful way, or any value."""
     near = ring.word(chance.choice((TAIL, BASE, START, END, HEAD)))
     return chance.choice(
         (
@@ -86,7 +85,7 @@ def nonsense(chance: random.Random, ring: Ring) -> int:
 
 
 def hurt(chance: random.Random, memory: mmap.mmap, rings: tuple[Ring, Ring]) -> None:
-    """Write into one shared word, of a ring or of the arena's header."""
+    """Write into one shared word of a ring or of the arena's header."""
     ring = chance.choice(rings)
     kind = chance.randrange(8)
     if kind < 4:
@@ -108,9 +107,7 @@ def hurt(chance: random.Random, memory: mmap.mmap, rings: tuple[Ring, Ring]) -> 
 
 @contextlib.contextmanager
 def granted(made: Bed) -> Iterator[tuple[socket.socket, mmap.mmap, tuple[Ring, Ring]]]:
-    """A connection of the hostile container to the server, its arena, and its rings: sent into,
-    received from.
-    """
+    """A connection of the hostile container to the server, its arena, and its two rings."""
     container = made.containers["stranger"]
     tcp = dial(container.namespace, str(made.containers["server"].ipv4), PORT)
     library = Library.connect(made.shared / "router.sock", container.namespace)
@@ -118,7 +115,7 @@ def granted(made: Bed) -> Iterator[tuple[socket.socket, mmap.mmap, tuple[Ring, R
         library.hear(wire.Welcome)
         tcp.settimeout(patience(5))
         library.ask(tcp)
-        # The other end asks after some exchanges; later, if the router was too busy to be asked.
+        # The other end sends its request after some exchanges, or later if the router was busy.
         until = time.monotonic() + patience(20)
         for number in itertools.count():
             tcp.sendall(b"hello")
@@ -141,8 +138,8 @@ def granted(made: Bed) -> Iterator[tuple[socket.socket, mmap.mmap, tuple[Ring, R
 
 
 def begin(tcp: socket.socket, memory: mmap.mmap, sends: Ring, receives: Ring) -> None:
-    """As a library does: ready to receive through the ring, and the first bytes sent through the
-    other.
+    """Act as a library does: ready to receive through one ring, and the first bytes sent through
+    the other.
     """
     receives.put_half(READY, 1)
     for _ in range(4):
@@ -155,7 +152,7 @@ def begin(tcp: socket.socket, memory: mmap.mmap, sends: Ring, receives: Ring) ->
 
 
 def attack(made: Bed, chance: random.Random, seconds: float) -> None:
-    """One connection, from good behaviour to nonsense."""
+    """One connection, first correct and then invalid."""
     with granted(made) as (tcp, memory, rings):
         if chance.random() < 0.8:
             begin(tcp, memory, *rings)
@@ -171,14 +168,16 @@ def attack(made: Bed, chance: random.Random, seconds: float) -> None:
 
 
 def processor_time(pid: int) -> float:
-    """Seconds that a process has used."""
+    """The CPU time of a process in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
 def served(way: str) -> Iterator[tuple[Bed, subprocess.Popen[str], subprocess.Popen[str]]]:
-    """An echo server that waits so, and an honest client of it, which must be right to the end."""
+    """An echo server that waits in the given way, and a correct client of it, whose answers must
+    all be right.
+    """
     if missing := missing_tools():
         pytest.skip(f"missing: {missing}")
     if not LIBRARY.exists():
@@ -213,7 +212,7 @@ def served(way: str) -> Iterator[tuple[Bed, subprocess.Popen[str], subprocess.Po
 
 
 def rests(server: subprocess.Popen[str]) -> bool:
-    """Whether it uses little processor time now."""
+    """Whether a process uses little CPU time now."""
     before = processor_time(server.pid)
     time.sleep(1)
     return processor_time(server.pid) - before < 0.3
@@ -221,7 +220,7 @@ def rests(server: subprocess.Popen[str]) -> bool:
 
 @pytest.mark.parametrize("way", ["threads", "select", "poll", "epoll"])
 def test_nonsense_in_shared_memory(way: str) -> None:
-    """The program serves others rightly all the while, lives, and rests when the hostile one has
+    """The program serves others correctly meanwhile, survives, and is idle when the hostile one has
     gone.
     """
     seed = int.from_bytes(os.urandom(4), "big")
@@ -255,7 +254,7 @@ WRONG: Final = {
 
 @pytest.mark.parametrize("way", ["threads", "epoll"])
 def test_one_wrong_word(way: str) -> None:
-    """Each word that is wrong and stays so, with the connection left open: the program rests, and
+    """With any word permanently invalid and the connection left open, the program is idle and
     serves others.
     """
     with served(way) as (made, server, honest), contextlib.ExitStack() as stack:

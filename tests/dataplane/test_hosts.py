@@ -1,5 +1,5 @@
-"""Programs on two hosts, whole: the library, the routers, their sessions and their relays, which
-share this machine's memory.
+"""Complete systems on two hosts: library, routers, sessions and relays, which share this machine's
+memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PATIENCE: Final = 30.0
 
 @dataclass
 class Hosts:
-    """The client's and the server's router."""
+    """The routers of client and server."""
 
     client: Router
     server: Router
@@ -72,7 +72,7 @@ class Hosts:
     def play(
         self, program: Path, *arguments: str, last: Sequence[str] = (), seconds: float = PATIENCE
     ) -> str:
-        """Both ends of a program, to their end; what the client said."""
+        """Run both ends of a program; return the client's output."""
         self.statistics.unlink(missing_ok=True)
         common = [str(self.server.box.ipv4), str(next(self.ports)), *arguments]
         ends = {
@@ -98,7 +98,7 @@ class Hosts:
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[Hosts]:
-    """Two of them, with a link between their relays."""
+    """Two hosts with a link between their relays."""
     if missing := missing_tools():
         pytest.skip(f"missing: {missing}")
     if not LIBRARY.exists():
@@ -107,7 +107,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[
     relay = top / "freeflow-relay"
     subprocess.run([ROOT / "dataplane/relay/build.sh", relay], check=True, capture_output=True)
     authority, network = Authority(), a_network()
-    # Small rings, so that much of what is sent waits for room.
+    # Small rings, so that many bytes wait for room.
     settings = RouterSettings(
         session_port=PORT, rule=Rule(operations=2, age=0), remote_ring=64 << 10
     )
@@ -132,7 +132,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[
 
 
 def nothing_left(hosts: Hosts) -> bool:
-    """Whether the relays have let all memory go."""
+    """Whether the relays have released all memory."""
     return all(router.rdma().memory == 0 for router in (hosts.client, hosts.server))
 
 
@@ -151,7 +151,7 @@ def nothing_left(hosts: Hosts) -> bool:
     ],
 )
 def test_programs(hosts: Hosts, program: str, scenario: str) -> None:
-    """They move, wait and end as within a host."""
+    """Connections move, wait and end as within a host."""
     hosts.play(hosts.programs / program, scenario)
     counted = hosts.counted()
     assert counted["remote"] >= 1
@@ -160,7 +160,7 @@ def test_programs(hosts: Hosts, program: str, scenario: str) -> None:
 
 @pytest.mark.timeout(SECONDS + 120)
 def test_torture(hosts: Hosts) -> None:
-    """No byte is wrong and nothing stalls, and no memory stays with the relays."""
+    """No byte is wrong, nothing hangs, and the relays keep no memory."""
     program = compile_c(TORTURE, hosts.folder / "torture")
     seed = SEED or str(int.from_bytes(os.urandom(4), "big"))
     said = hosts.play(program, last=(str(SECONDS), seed, "16", "4"), seconds=SECONDS + 60)
@@ -172,8 +172,8 @@ def test_torture(hosts: Hosts) -> None:
 
 
 def test_dead_relay(hosts: Hosts) -> None:
-    """When a relay is killed its connections end with a reset, and the next ones are carried by a
-    new one.
+    """When a relay is killed, its connections end by a reset, and a new relay carries the next
+    ones.
     """
     program = hosts.folder / "wait.py"
     program.write_text(WAIT)

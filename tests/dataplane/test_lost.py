@@ -1,4 +1,6 @@
-"""Descriptors that are closed or replaced past the library are what the kernel says they are."""
+"""Descriptors that were closed or replaced without the library are what the kernel says they
+are.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ SCENARIOS = re.findall(r'\{"(\w+)", \w+, \w+, (?:true|false)\}', (SOURCES / "los
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_lost(both: Places, scenario: str) -> None:
-    """A file under a connection's number is read, written and waited for as itself, and other
-    connections go on.
+    """A file with a former connection's number is read, written and waited for as itself, and other
+    connections continue.
     """
     both.play("lost", scenario)

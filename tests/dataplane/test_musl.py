@@ -1,4 +1,4 @@
-"""The same library file serves musl's programs: all scenarios, built against musl, on rings."""
+"""The same library file works in musl's programs: all scenarios, built against musl, use rings."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def musl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
 
 @pytest.mark.parametrize(("program", "scenario"), SCENARIOS)
 def test_scenario(musl: Places, program: str, scenario: str) -> None:
-    """As with glibc."""
+    """Each scenario ends as with glibc."""
     if scenario in OTHERS:
         pytest.skip(OTHERS[scenario])
     musl.play(program, scenario)
 
 
 def test_they_are_upgraded(musl: Places) -> None:
-    """The scenarios before really ran on rings."""
+    """The scenarios before have used rings."""
     musl.upgraded(20)

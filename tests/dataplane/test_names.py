@@ -1,5 +1,5 @@
-"""Whatever a C library exports is known: the library stands in front of it, or there is a reason
-why it needn't.
+"""Every symbol that a C library exports is known: the library wraps it, or there is a reason why
+not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DESCRIPTOR: Final = re.compile(
 
 
 def classes() -> dict[str, list[str]]:
-    """Names by what they have in common."""
+    """Names by their class."""
     found: dict[str, list[str]] = {}
     for line in NAMES.read_text().splitlines():
         if line.startswith("== "):
@@ -48,7 +48,7 @@ KNOWN: Final = {name for names in CLASSES.values() for name in names}
 
 
 def exported(library: Path | str) -> set[str]:
-    """Functions that programs can be linked with."""
+    """The functions with which programs can be linked."""
     said = subprocess.run(
         ["nm", "--dynamic", "--defined-only", str(library)],
         check=True,
@@ -64,7 +64,7 @@ def exported(library: Path | str) -> set[str]:
 
 
 def of_this_machine() -> dict[str, set[str]]:
-    """The C libraries that are here."""
+    """The C libraries of this machine."""
     listed = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout
     paths = re.findall(r"(lib(?:c|pthread|rt|util|anl|dl)\.so\.\d) .* => (/\S*64\S*)", listed)
     found = {name: exported(path) for name, path in paths}
@@ -74,7 +74,7 @@ def of_this_machine() -> dict[str, set[str]]:
 
 
 def test_each_name_has_one_class() -> None:
-    """No name stands in two classes, or twice in one."""
+    """No name is in two classes, or twice in one."""
     listed = [name for names in CLASSES.values() for name in names]
     assert len(listed) == len(set(listed))
     assert {WRAPPED, NONE} < set(CLASSES)
@@ -82,7 +82,7 @@ def test_each_name_has_one_class() -> None:
 
 
 def test_every_name_of_this_machine_is_known() -> None:
-    """A C library with a function that nobody has thought about isn't passed over."""
+    """A C library with an unclassified function is reported."""
     libraries = of_this_machine()
     assert libraries["libc.so.6"] >= {"read", "dprintf", "preadv2"}
     for library, names in libraries.items():
@@ -90,7 +90,9 @@ def test_every_name_of_this_machine_is_known() -> None:
 
 
 def test_every_release_is_known() -> None:
-    """Names that came and went between glibc 2.17 and 2.41, and musl's own, are on the list."""
+    """Names that appeared or disappeared between glibc 2.17 and 2.41, and musl's own, are on the
+    list.
+    """
     assert {
         "__read_chk",  # from 2.4 on
         "clnttcp_create",  # until 2.32
@@ -112,7 +114,7 @@ def test_what_is_called_wrapped_is() -> None:
 
 
 def test_no_descriptor_means_none() -> None:
-    """By the C library's own headers no function on that list is given a descriptor."""
+    """By the C library's headers, no function on that list takes a descriptor."""
     if not shutil.which("gcc"):
         pytest.skip("gcc is missing")
     text = "".join(

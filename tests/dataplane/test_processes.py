@@ -1,6 +1,4 @@
-"""Connections on rings are shared by processes, replaced programs and descriptors as those on TCP
-are.
-"""
+"""Processes, replaced programs and descriptors share connections on rings as those on TCP."""
 
 from __future__ import annotations
 
@@ -8,7 +6,9 @@ from tests.dataplane.places import Places
 
 
 def test_fork_in_turn(both: Places) -> None:
-    """Parent and child use a connection in turn, and the end of a child is not the connection's."""
+    """Parent and child use a connection in turn, and the child's end does not end the
+    connection.
+    """
     both.play("processes", "fork_in_turn")
 
 
@@ -18,7 +18,7 @@ def test_fork_at_once(both: Places) -> None:
 
 
 def test_orphan(both: Places) -> None:
-    """A child goes on with a connection whose opener has ended."""
+    """A child continues a connection after its parent, which opened it, has ended."""
     both.play("processes", "orphan")
 
 
@@ -28,17 +28,17 @@ def test_fork_per_connection(both: Places) -> None:
 
 
 def test_exec(both: Places) -> None:
-    """A program that replaces another gets the connection as its standard input and output."""
+    """A program that replaces another one gets the connection as standard input and output."""
     both.play("processes", "exec")
 
 
 def test_exec_late(both: Places) -> None:
-    """Bytes that came before exec are read by the new program."""
+    """The new program reads bytes that arrived before exec."""
     both.play("processes", "exec_late")
 
 
 def test_exec_static(both: Places) -> None:
-    """A static program, in which there is no library, gets the connection and all its bytes."""
+    """A static program without the library gets the connection and all its bytes."""
     both.play("processes", "exec_static", STATIC_CAT=str(both.programs / "static-cat"))
 
 
@@ -58,19 +58,19 @@ def test_spawn(both: Places) -> None:
 
 
 def test_system_beside(both: Places) -> None:
-    """Programs get a connection only if it isn't close-on-exec, and it works on beside them."""
+    """Programs get a connection only if it is not close-on-exec, and it continues beside them."""
     both.play("processes", "system_beside")
 
 
 def test_pass_away(both: Places) -> None:
-    """A connection passed over a unix socket works for the one who gets it, also on its way
+    """A connection passed over a unix socket works for the receiver, also when it is passed
     back.
     """
     both.play("processes", "pass_away")
 
 
 def test_pass_and_keep(both: Places) -> None:
-    """A connection passed over a unix socket works for both who have it."""
+    """A connection passed over a unix socket works for both holders."""
     both.play("processes", "pass_and_keep")
 
 
@@ -80,7 +80,7 @@ def test_duplicates(both: Places) -> None:
 
 
 def test_number_again(both: Places) -> None:
-    """A closed connection's number belongs to the file that gets it next."""
+    """A closed connection's number belongs to the next file that gets it."""
     both.play("processes", "number_again")
 
 
@@ -90,12 +90,12 @@ def test_written_over(both: Places) -> None:
 
 
 def test_lowest_number(both: Places) -> None:
-    """A connection takes one number, the lowest, and gives it back."""
+    """A connection uses one number, the lowest free one, and releases it."""
     both.play("processes", "lowest_number")
 
 
 def test_close_unknown(both: Places) -> None:
-    """Programs that close all descriptors they don't know keep the connections that they do."""
+    """Programs that close all unknown descriptors keep the connections that they know."""
     both.play("processes", "close_unknown")
 
 

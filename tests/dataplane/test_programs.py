@@ -1,4 +1,4 @@
-"""Programs as Debian has them, unchanged: what they serve is right, and goes over rings."""
+"""Unchanged Debian programs: their results are right, and use rings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PYTHON = sys.executable
 
 
 def need(*names: str) -> None:
-    """Skip where a program is missing."""
+    """Skip the test if a program is missing."""
     if missing := [name for name in names if not shutil.which(name)]:
         pytest.skip(f"missing: {', '.join(missing)}")
 
@@ -34,7 +34,7 @@ def need(*names: str) -> None:
 def serving(
     both: Places, command: Sequence[str], port: int, stop: signal.Signals = signal.SIGTERM
 ) -> Iterator[subprocess.Popen[Any]]:
-    """A server until it ends by itself after a signal; it listens when the block begins."""
+    """A server that runs until a signal ends it; it listens when the block begins."""
     log = both.folder / "server.log"
     with log.open("wb") as out:
         server = both.server.popen(
@@ -57,7 +57,7 @@ def serving(
 
 
 def run(both: Places, *command: str, timeout: float = 60) -> str:
-    """A client to its end; its output."""
+    """Run a client and return its output."""
     done = both.client.run(command, env=both.environment(), timeout=timeout, check=False)
     assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-2000:])
     return str(done.stdout)
@@ -68,7 +68,7 @@ def check(both: Places, program: str, *arguments: str) -> None:
 
 
 def test_redis(both: Places) -> None:
-    """redis answers its own load program, and keeps values of all sizes."""
+    """redis answers its own load generator, and keeps values of all sizes."""
     need("redis-server", "redis-benchmark")
     port = next(both.ports)
     server = ["redis-server", "--port", str(port), "--bind", "0.0.0.0", "--save", ""]
@@ -82,7 +82,7 @@ def test_redis(both: Places) -> None:
 
 
 def test_memcached(both: Places) -> None:
-    """memcached with its threads gives each client the values that it stored."""
+    """memcached with several threads gives each client its own values."""
     need("memcached")
     port = next(both.ports)
     server = ["memcached", "-u", "root", "-l", "0.0.0.0", "-p", str(port), "-t", "2", "-U", "0"]
@@ -109,7 +109,9 @@ http {{
 
 @pytest.mark.parametrize("keep_alive", [True, False])
 def test_nginx(both: Places, keep_alive: bool) -> None:
-    """Files from nginx's workers arrive whole, over kept connections and over one for each."""
+    """Files from nginx's workers arrive complete, over persistent connections and over one for each
+    file.
+    """
     need("nginx", "curl")
     port = next(both.ports)
     files = both.folder / "files"
@@ -159,13 +161,13 @@ def test_iperf3(both: Places) -> None:
         assert server.wait(patience(10)) == 0
         sent, received = said["end"]["sum_sent"]["bytes"], said["end"]["sum_received"]["bytes"]
         assert sent >= 500 * 1024 * 1024
-        # What is under way when the client says that it is over isn't read any more.
+        # Bytes in flight when the client reports its end are not read any more.
         assert 0 <= sent - received < 64 << 20
     both.upgraded(4)
 
 
 def test_asyncio(both: Places) -> None:
-    """Python's asyncio, both ends, echoes exactly."""
+    """Python's asyncio at both ends echoes all bytes."""
     port = next(both.ports)
     program = str(SOURCES / "echo_asyncio.py")
     server = [PYTHON, program, "server", "0.0.0.0", str(port)]
@@ -175,7 +177,7 @@ def test_asyncio(both: Places) -> None:
 
 
 def test_node(both: Places) -> None:
-    """Node.js, both ends, echoes exactly over kept connections."""
+    """Node.js at both ends echoes all bytes over persistent connections."""
     need("node")
     port = next(both.ports)
     program = str(SOURCES / "echo_node.js")
@@ -185,7 +187,7 @@ def test_node(both: Places) -> None:
 
 
 def test_java(both: Places) -> None:
-    """Java's selectors and blocking sockets echo exactly."""
+    """Java's selectors and blocking sockets echo all bytes."""
     need("java", "javac")
     port = next(both.ports)
     subprocess.run(
@@ -288,7 +290,7 @@ def test_postgresql(both: Places) -> None:
 
 
 def test_rsync(both: Places, tmp_path: Path) -> None:
-    """rsync's daemon, which forks, hands over files whole."""
+    """rsync's daemon, which forks, delivers complete files."""
     need("rsync")
     port = next(both.ports)
     source, target = tmp_path / "source", tmp_path / "target"

@@ -1,5 +1,5 @@
-"""System calls that go past the library after a connection has moved: no byte is lost, doubled or
-out of order.
+"""System calls that bypass the library after a connection has moved: no byte is lost, duplicated or
+reordered.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ RAW = 6
 
 @pytest.mark.parametrize("scenario", WRITES)
 def test_raw_writes(both: Places, scenario: str) -> None:
-    """What is written past the library arrives where TCP would have it; both directions are TCP
-    from then on.
+    """Bytes that are written without the library arrive where TCP would have them; both directions
+    are TCP from then on.
     """
     both.play("raw", scenario)
     both.upgraded()
@@ -50,7 +50,7 @@ def test_raw_writes(both: Places, scenario: str) -> None:
 
 @pytest.fixture(scope="module")
 def far(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[Places]:
-    """Two hosts."""
+    """Containers as if on two hosts."""
     if missing := missing_tools():
         pytest.skip(f"missing: {missing}")
     if not LIBRARY.exists():
@@ -61,7 +61,7 @@ def far(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[Pl
 
 @pytest.mark.parametrize("scenario", WRITES)
 def test_raw_writes_between_hosts(far: Places, scenario: str) -> None:
-    """What is written past the library waits for what the relays still bring."""
+    """Bytes that are written without the library wait for those that the relays still carry."""
     far.forget()
     far.play("raw", scenario)
     far.upgraded()
@@ -69,22 +69,24 @@ def test_raw_writes_between_hosts(far: Places, scenario: str) -> None:
 
 @pytest.mark.parametrize("scenario", ["server_reads", "client_reads"])
 def test_raw_reads(both: Places, scenario: str) -> None:
-    """A read past the library sees nothing of what is in shared memory, and takes nothing away."""
+    """A read without the library sees nothing of what is in shared memory, and takes nothing
+    away.
+    """
     both.play("raw", scenario)
     both.upgraded()
 
 
 def test_raw_shutdown(both: Places) -> None:
-    """A shutdown past the library is the end for the peer, and for what the program writes
-    later.
+    """A shutdown without the library is the end for the peer, and for later writes of the
+    program.
     """
     both.play("raw", "shutdown")
     both.upgraded()
 
 
 def test_raw_close(both: Places) -> None:
-    """A file that gets the number of a connection closed past the library is read and written as
-    itself.
+    """A file with the number of a connection that was closed without the library is read and
+    written as itself.
     """
     both.play("raw", "closed")
     both.upgraded()
@@ -92,23 +94,25 @@ def test_raw_close(both: Places) -> None:
 
 @pytest.mark.parametrize("scenario", ["closed_all", "closed_all_there"])
 def test_raw_close_of_all(both: Places, scenario: str) -> None:
-    """A program that closes all that it doesn't know past the library goes on, and sleeps while it
-    waits.
+    """A program that closes all unknown descriptors without the library continues, and sleeps while
+    it waits.
     """
     both.play("raw", scenario)
     both.upgraded()
 
 
 def test_program_without_the_library(both: Places) -> None:
-    """What a static program writes to a connection that it got by raw calls comes between the
-    library's own bytes.
+    """Bytes that a static program writes to a connection from raw calls arrive between the
+    library's own.
     """
     both.play("raw", "program", HELPER=str(both.programs / "static-cat"))
     both.upgraded()
 
 
 def test_listing(both: Places) -> None:
-    """`freeflow connections` says at both ends that the connection is TCP again, and why."""
+    """`freeflow connections` says at both ends that the connection is TCP again, with the
+    reason.
+    """
     if not both.accelerated:
         both.play("raw", "stay")
         return

@@ -1,8 +1,8 @@
-"""Connections to another host: rings whose other side is a relay. What TCP says may come first, and
-the path may be lost.
+"""Connections to another host: rings whose other side is a relay.
 
-The relays are `relay.c`'s: they keep to the order that real ones promise, and no better. All else
-that programs do on rings is played again over them, with everything late.
+TCP's events may arrive first, and the path may be lost. The relays are those of `relay.c`: they
+keep the order that real relays promise, and no better. All other tests of rings are repeated over
+them, with every message late.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LATE: Final = (
     *("delay", "2000", "jitter", "1", "end", "20000", "over", "20000", "left", "5000"),
     *("start", "3000", "ring", "65536", "spin", "0"),
 )
-"""A slow path and small rings; what ends a ring comes last of all."""
+"""A slow path and small rings; the end of a ring arrives last."""
 
 
 def scenarios(program: str, *without: str) -> list[tuple[str, str]]:
@@ -53,7 +53,7 @@ def far(tools: None, tmp_path_factory: pytest.TempPathFactory, programs: Path) -
 
 @pytest.fixture(scope="module")
 def late(tools: None, tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[Places]:
-    """Two hosts far apart."""
+    """Two hosts with a slow path."""
     with relayed(tmp_path_factory.mktemp("late"), programs, *LATE) as made:
         yield made
 
@@ -72,14 +72,12 @@ def remote(far: Places, ports: Iterator[int]) -> Iterator[Places]:
         *scenarios("ends"),
         *scenarios("bytes"),
         *scenarios("processes"),
-        # Needs 100000 descriptors, which is tried elsewhere.
+        # It needs 100,000 descriptors; another test covers that.
         *scenarios("waiting", "high_descriptor"),
     ],
 )
 def test_as_on_this_host(late: Places, ports: Iterator[int], program: str, scenario: str) -> None:
-    """What holds for rings within a host holds for those between hosts, however late everything
-    comes.
-    """
+    """Whatever holds for rings within a host holds between hosts, however late every message is."""
     late.forget()
     late.ports = ports
     late.play(program, scenario, STATIC_CAT=str(late.programs / "static-cat"))
@@ -97,7 +95,7 @@ def test_end_comes_first(remote: Places, scenario: str, means: str) -> None:
 
 @pytest.mark.parametrize("scenario", ["held", "held_half"])
 def test_end_comes_first_to_a_reader(remote: Places, scenario: str) -> None:
-    """Who waits in read gets what was sent before the FIN, then the end, and still sends."""
+    """A reader gets the bytes from before the FIN, then the end, and can still send."""
     remote.play("remote", scenario)
 
 
@@ -109,7 +107,7 @@ def test_bytes_of_tcp_come_first(remote: Places) -> None:
 def test_ring_that_nobody_used(
     tools: None, tmp_path: Path, programs: Path, ports: Iterator[int]
 ) -> None:
-    """The end of a connection whose ring was made and never used isn't waited for."""
+    """A program does not wait for the end of a ring that was made and never used."""
     with relayed(tmp_path, programs, "start", "300000") as made:
         made.ports = ports
         made.play("remote", "unused")
@@ -119,14 +117,14 @@ def test_ring_that_nobody_used(
 
 @pytest.mark.parametrize("means", MEANS)
 def test_reset_comes_at_once(remote: Places, means: str) -> None:
-    """A reset is heard when the kernel hears it."""
+    """A reset is reported as soon as the kernel reports it."""
     remote.play("remote", "reset", MEANS=means)
 
 
 @pytest.mark.parametrize("means", MEANS)
 @pytest.mark.parametrize("loss", ["break", "sever"])
 def test_loss_wakes(remote: Places, loss: str, means: str) -> None:
-    """When the relays give up, or the router says that its relay has died, who waits hears of a
+    """When the relays fail, or the router reports that its relay has died, waiting calls end by a
     reset.
     """
     remote.play("remote", "lost", MEANS=means, LOSS=loss)
@@ -140,7 +138,7 @@ def test_loss_wakes(remote: Places, loss: str, means: str) -> None:
 
 @pytest.mark.parametrize("scenario", ["lost_in_read", "lost_in_write", "lost_behind"])
 def test_loss_ends_calls(remote: Places, scenario: str) -> None:
-    """Blocking calls end with a reset, and bytes that had come are read before it."""
+    """Blocking calls end by a reset, after the bytes that had arrived."""
     remote.play("remote", scenario, LOSS="break")
 
 
@@ -158,7 +156,7 @@ def test_loss_ends_calls(remote: Places, scenario: str) -> None:
 def test_death_wakes(
     tools: None, tmp_path: Path, programs: Path, ports: Iterator[int], scenario: str, means: str
 ) -> None:
-    """Relay and router may die together without a word."""
+    """Connections end correctly if relay and router die together without a message."""
     with relayed(tmp_path, programs, dies=True) as made:
         made.ports = ports
         made.play("remote", scenario, MEANS=means, LOSS="die")
@@ -168,10 +166,10 @@ def test_death_wakes(
 def test_wrong_arena(
     tools: None, tmp_path: Path, programs: Path, ports: Iterator[int], settings: tuple[str, ...]
 ) -> None:
-    """An arena whose words and size don't agree isn't used: the connection stays on TCP."""
+    """An arena whose header and size do not agree is not used: the connection stays on TCP."""
     with relayed(tmp_path, programs, *settings) as made:
         made.ports = ports
-        made.accelerated = False  # Nothing is to be upgraded, but counted all the same.
+        made.accelerated = False  # No upgrade is wanted, but counters are.
         made.play("ends", "half_close")
         counted = made.counted()
         assert counted["refused"] == 2
@@ -179,13 +177,13 @@ def test_wrong_arena(
 
 
 def test_nonsense(remote: Places) -> None:
-    """Whatever stands in the rings' headers, a program gets errors at worst."""
+    """Whatever the rings' headers contain, a program gets errors at worst."""
     remote.play("remote", "spoiled")
 
 
 @pytest.mark.timeout(SECONDS + 120)
 def test_torture(tools: None, tmp_path: Path, programs: Path) -> None:
-    """No byte is wrong and nothing stalls, with many threads on one connection, forks, signals and
+    """No byte is wrong and nothing hangs, with many threads on one connection, forks, signals and
     kills.
     """
     with relayed(tmp_path, programs, *LATE) as made:
@@ -195,7 +193,7 @@ def test_torture(tools: None, tmp_path: Path, programs: Path) -> None:
 
 
 def test_no_relay(tools: None, tmp_path: Path, programs: Path) -> None:
-    """Within a host nothing of this is used."""
+    """Within a host none of this is used."""
     with places(True, tmp_path, programs) as made:
         made.play("ends", "half_close")
         made.upgraded()

@@ -1,5 +1,5 @@
-"""Moving costs something. Programs whose connections end soon after they have moved are spared it,
-and long connections still move.
+"""Programs whose connections end soon after they have moved stop moving them, and long connections
+still move.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def _listens(address: str) -> bool:
 
 def test_short_connections_stop_asking(made: Bed, tmp_path: Path) -> None:
     """Of many connections that end right after they are old enough to move only some of the first
-    ask; a long one moves all the same.
+    send a request; a long one moves.
     """
-    # So old that a busy machine ends a connection before twice the age.
+    # Long enough that a busy machine ends a connection before twice the age.
     age = within(0.1)
     environment = {
         "FREEFLOW_STATS": str(tmp_path / "statistics"),
@@ -51,5 +51,5 @@ def test_short_connections_stop_asking(made: Bed, tmp_path: Path) -> None:
     counts = counts_of(tmp_path / "statistics")
     assert counts["tracked"] > SHORT
     assert 1 < counts["asked"] <= SHORT * 2 // 3
-    # The long one's second half, at the least.
+    # At least the second half of the long one.
     assert counts["received"] > 100 * 8

@@ -1,5 +1,5 @@
-"""Calls, flags, options and signals mean on a ring what they mean on TCP, or the connection goes
-back to TCP.
+"""Calls, flags, options and signals mean the same on a ring as on TCP, or the connection falls back
+to TCP.
 """
 
 from __future__ import annotations
@@ -24,5 +24,5 @@ def test_semantics(both: Places, scenario: str) -> None:
 
 @pytest.mark.parametrize("scenario", FORTIFIED)
 def test_fortified(both: Places, scenario: str) -> None:
-    """Programs built with the C library's checked calls (_FORTIFY_SOURCE) get the same."""
+    """Programs built with the C library's checked calls (_FORTIFY_SOURCE) behave the same."""
     both.play("semantics-fortified", scenario)

@@ -1,4 +1,4 @@
-"""A process that confines itself, loads code bound past the library, gets an io_uring, or ends,
+"""A process that confines itself, loads code that bypasses the library, gets an io_uring, or ends,
 keeps its connections.
 """
 
@@ -17,5 +17,5 @@ SCENARIOS = re.findall(
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_switches(both: Places, scenario: str) -> None:
-    """What is said before and after the switch arrives, and the end too."""
+    """Bytes from before and after the switch arrive, and so does the end."""
     both.play("switches", scenario, DEEP_LIBRARY=str(both.programs / "deep.so"))
