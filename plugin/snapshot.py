@@ -20,7 +20,7 @@ from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, Network
 from driver.sync import NetworkState
 from plugin import problems
-from plugin.calls import CallStatistics
+from plugin.calls import CallStatistics, CallSummary
 from plugin.deaths import Deaths
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
 from plugin.paths import FAST, OVERLAY, PATHS, relabel
@@ -90,6 +90,11 @@ def _with_sums(network: NetworkStatus, sums: Counts) -> NetworkStatus:
     return msgspec.structs.replace(network, rx_bytes=received, tx_bytes=sent, spoofed=dropped)
 
 
+def _call(summary: CallSummary) -> CallStatus:
+    median, slow = round(summary.p50 * 1000, 2), round(summary.p99 * 1000, 2)
+    return CallStatus(summary.name, summary.count, summary.errors, median, slow)
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Call it for a `Status`. `failures` are errors at start; `started` and `clock` in seconds."""
@@ -109,48 +114,17 @@ class Snapshot:
 
     def __call__(self) -> Status:
         now = self.clock()
-        states = self.syncer.state()
-        links = self.kernel.links()
-        spoofed = self.kernel.spoofed()
-        own = self.driver.self_address()
-        known = [
-            (
-                network,
-                [
-                    (endpoint, _counts(endpoint, links, spoofed))
-                    for endpoint in self.driver.store.endpoints(network.id)
-                ],
-            )
-            for network in self.driver.store.networks()
-        ]
         stage = self.kernel.stage()
-        networks = [
-            self._network(
-                network,
-                endpoints,
-                states.get(network.id, NetworkState()),
-                str(own or ""),
-                now,
-                stage,
-            )
-            for network, endpoints in known
-        ]
-        sums = self.totals.update(
-            {
-                network.id: {endpoint.id: counts for endpoint, counts in endpoints}
-                for network, endpoints in known
-            }
-        )
-        networks = [_with_sums(network, sums[network.id]) for network in networks]
         guarded = self.kernel.guarded()
-        found = self._problems(networks, stage, guarded)
-        router = self._router(now, found, stage)
+        networks = self._networks(now, stage)
+        findings = self._problems(networks, stage, guarded)
+        router = self._router(now, findings, stage)
         counts = Counter(dict.fromkeys(PATHS, 0))
-        for each in router.paths:
-            counts[each.path] += each.count
+        for entry in router.paths:
+            counts[entry.path] += entry.count
         return Status(
             version=VERSION,
-            healthy=not found,
+            healthy=not findings,
             uptime=round(now - self.started, 1),
             host=self._host(),
             settings={
@@ -158,30 +132,47 @@ class Snapshot:
                 for setting in SETTINGS
             },
             networks=networks,
-            problems=found,
-            calls=[
-                CallStatus(
-                    item.name,
-                    item.count,
-                    item.errors,
-                    round(item.p50 * 1000, 2),
-                    round(item.p99 * 1000, 2),
-                )
-                for item in self.statistics.summaries()
-            ],
+            problems=findings,
+            calls=[_call(summary) for summary in self.statistics.summaries()],
             path_counts=dict(counts),
             router=router,
             fastpath=FastPathStatus(stage.stage, stage.reason, list(stage.devices)),
             guard=GuardStatus(
-                list(guarded.ports), guarded.reason, [str(each) for each in guarded.strangers]
+                list(guarded.ports), guarded.reason, [str(sender) for sender in guarded.strangers]
             ),
             parts=[
-                PartStatus(each.part, each.count, each.recent, round(each.ago, 1), each.name)
-                for each in self.deaths.all()
+                PartStatus(died.part, died.count, died.recent, round(died.ago, 1), died.name)
+                for died in self.deaths.all()
             ],
         )
 
-    def _router(self, now: float, found: list[Finding], stage: Stage) -> RouterStatus:
+    def _networks(self, now: float, stage: Stage) -> list[NetworkStatus]:
+        states = self.syncer.state()
+        links = self.kernel.links()
+        spoofed = self.kernel.spoofed()
+        own = str(self.driver.self_address() or "")
+        store = self.driver.store
+        known = [
+            (
+                network,
+                [(item, _counts(item, links, spoofed)) for item in store.endpoints(network.id)],
+            )
+            for network in store.networks()
+        ]
+        sums = self.totals.update(
+            {
+                network.id: {endpoint.id: counts for endpoint, counts in endpoints}
+                for network, endpoints in known
+            }
+        )
+        found = []
+        for network, endpoints in known:
+            state = states.get(network.id, NetworkState())
+            status = self._network(network, endpoints, state, own, now, stage)
+            found.append(_with_sums(status, sums[network.id]))
+        return found
+
+    def _router(self, now: float, findings: list[Finding], stage: Stage) -> RouterStatus:
         """The router's own account; a finding is added if it doesn't answer."""
         try:
             statistics = self.router.statistics()
@@ -189,7 +180,7 @@ class Snapshot:
         except RouterError as error:
             if now - self.started > ROUTER_PATIENCE:
                 what = "the router does not answer; new connections stay on the overlay"
-                found.append(Finding.of("warning", what, error))
+                findings.append(Finding.of("warning", what, error))
             return RouterStatus(up=False)
 
         def runs(network: str, elsewhere: bool) -> bool:
