@@ -232,13 +232,37 @@ void bell_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
         lock_release(&family->arenas_lock, taken);
 }
 
+/* The relay is gone and can't say so: our connections through it are broken. */
+static void break_connections(struct mapping *mapping)
+{
+        uint32_t arena = mapping_number(mapping);
+
+        for (uint32_t slot = 0; slot < SLOTS; slot++)
+                for (uint32_t d = 0; d < SIDES && atomic_load(&mapping->slots[slot]); d++)
+                        atomic_store_explicit(&arena_view(arena, slot, d).ring->broken, 1,
+                                              memory_order_release);
+}
+
+/* A waiter has no bell: break the connections of a remote arena whose relay has been unreachable for
+ * longer than the grace time. */
+static void break_if_unreachable(struct mapping *mapping)
+{
+        /* ms: a relay whose router has gone takes 2 s to bring all that is under way to its end. */
+        enum { GRACE = 4000 };
+        uint32_t since = atomic_load_explicit(&mapping->unreachable_since, memory_order_relaxed);
+
+        /* Set to an odd moment, it may be the next one. */
+        if (since && (int32_t)(ticks() - since) > GRACE)
+                break_connections(mapping);
+}
+
 static int take_bell(uint32_t arena, bool more)
 {
         struct mapping *mapping = mapping_of(arena);
         int bell;
 
         if (atomic_load_explicit(&mapping->unreachable, memory_order_relaxed)) {
-                arena_break_if_unreachable(arena);
+                break_if_unreachable(mapping);
                 return -1;
         }
         bell = idle_bell(mapping);
@@ -272,29 +296,6 @@ bool bell_is_known(uint32_t arena, uint32_t side, int bell)
         struct side *ours = &arena_header(mapping_of(arena))->sides[side];
 
         return atomic_load_explicit(&ours->known[bell / 64], memory_order_relaxed) & bit(bell);
-}
-
-/* The relay is gone and can't say so: our connections through it are broken. */
-static void break_connections(struct mapping *mapping)
-{
-        uint32_t arena = mapping_number(mapping);
-
-        for (uint32_t slot = 0; slot < SLOTS; slot++)
-                for (uint32_t d = 0; d < SIDES && atomic_load(&mapping->slots[slot]); d++)
-                        atomic_store_explicit(&arena_view(arena, slot, d).ring->broken, 1,
-                                              memory_order_release);
-}
-
-void arena_break_if_unreachable(uint32_t arena)
-{
-        /* ms: a relay whose router has gone takes 2 s to bring all that is under way to its end. */
-        enum { GRACE = 4000 };
-        struct mapping *mapping = mapping_of(arena);
-        uint32_t since = atomic_load_explicit(&mapping->unreachable_since, memory_order_relaxed);
-
-        /* Set to an odd moment, it may be the next one. */
-        if (since && (int32_t)(ticks() - since) > GRACE)
-                break_connections(mapping);
 }
 
 bool bell_drain(uint32_t arena, int bell)

@@ -43,9 +43,6 @@ void bells_close(struct mapping *mapping, bool shared);
 void bells_close_peers(struct mapping *mapping);
 /* Own descriptors were closed by somebody else: forget the bells among them. */
 void bells_lost(void);
-/* Called while polling without a bell: marks the connections of a remote arena broken whose relay
- * has been unreachable for more than 4 s. */
-void arena_break_if_unreachable(uint32_t arena);
 
 /* Say that this bell's waiter is about to sleep. The caller checks the ring once more afterwards.
  */

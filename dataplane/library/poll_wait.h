@@ -15,11 +15,11 @@
 
 enum { POLL_FEW = 64 }; /* descriptors for which the stack has room */
 
-/* Who has to be asked about the descriptors. */
+/* How to poll the descriptors. */
 enum poll_needs {
-        POLL_KERNEL,         /* the kernel */
-        POLL_KERNEL_COUNTED, /* the kernel, between poll_kernel_begin() and poll_kernel_end() */
-        POLL_RINGS,          /* poll_wait() */
+        POLL_KERNEL,         /* in the kernel */
+        POLL_KERNEL_COUNTED, /* in the kernel, between poll_kernel_begin() and poll_kernel_end() */
+        POLL_RINGS,          /* with poll_wait() */
 };
 
 /* `fds` isn't const: glibc declares poll() to write to it only, so gcc would warn. */

@@ -71,7 +71,7 @@ bool poller_give_bell(struct poller *poller, uint32_t arena)
         return true;
 }
 
-/* When there is no descriptor for an eventfd: ask the kernel about EPOLLOUT of a bell, which always
+/* When there is no descriptor for an eventfd: register a bell for EPOLLOUT, which always
  * holds. */
 static void wake_by_bell(const struct poller *poller)
 {

@@ -410,7 +410,7 @@ int poller_translate(struct poller *poller, struct epoll_event *events, int coun
         poller->pending_count = 0;
         count = take_kernel_events(poller, events, count, &taken);
         if (!count && poller->ring_count > 1) {
-                /* Other rings may have something by now, and the kernel is asked once more. */
+                /* Other rings may have something by now, and the kernel is polled once more. */
                 lock_release(&poller->lock, taken);
                 return 0;
         }
@@ -426,9 +426,9 @@ int poller_translate(struct poller *poller, struct epoll_event *events, int coun
         return count;
 }
 
-/* Ask the kernel, until it has events for the program or no event at all. Under the poller's lock.
+/* Poll the kernel, until it has events for the program or no event at all. Under the poller's lock.
  */
-static int ask_kernel(struct poller *poller, struct epoll_event *events, int room, enum taken *taken)
+static int poll_kernel(struct poller *poller, struct epoll_event *events, int room, enum taken *taken)
 {
         bool again = room > 0;
         int count = 0;
@@ -444,7 +444,8 @@ static int ask_kernel(struct poller *poller, struct epoll_event *events, int roo
         return count;
 }
 
-int poller_collect(struct poller *poller, struct epoll_event *events, int size, bool ask, bool spinning)
+int poller_collect(struct poller *poller, struct epoll_event *events, int size, bool with_kernel,
+                   bool spinning)
 {
         struct epoll_event others[BATCH];
         struct list list;
@@ -454,14 +455,14 @@ int poller_collect(struct poller *poller, struct epoll_event *events, int size, 
         uint32_t turn = ++poller->turn;
 
         if (size == 1)
-                limit = !ask && turn % TURNS != 0;
+                limit = !with_kernel && turn % TURNS != 0;
         limit = at_most(limit);
         list.events = events;
         list.count = 0;
         harvest(poller, &list, limit, spinning);
         if (poller->nested != NONE)
                 count = harvest_nested(poller, others, size - list.count < BATCH ? size - list.count : BATCH);
-        if (ask || poller->polled || !limit ||
+        if (with_kernel || poller->polled || !limit ||
             (list.count + count && atomic_load_explicit(&poller->added, memory_order_relaxed) > 1)) {
                 struct epoll_event of_kernel[BATCH];
                 int room = size - list.count - count;
@@ -469,7 +470,7 @@ int poller_collect(struct poller *poller, struct epoll_event *events, int size, 
                 if (room > BATCH - count)
                         room = BATCH - count;
                 /* Only an instance inside this one is reported in both ways. */
-                count = merge(others, count, of_kernel, ask_kernel(poller, of_kernel, room, &taken));
+                count = merge(others, count, of_kernel, poll_kernel(poller, of_kernel, room, &taken));
                 report_pending(poller, &list, at_most(size - count), turn);
                 if (!list.count && !count && !limit)
                         harvest(poller, &list, size, spinning);

@@ -18,7 +18,7 @@ static inline void ready_kernel_reported(void)
         atomic_fetch_add_explicit(&ready_kernel_reports, 1, memory_order_relaxed);
 }
 
-/* While this doesn't change, the kernel isn't asked again whether a connection has ended. It
+/* While this doesn't change, the kernel isn't polled again for a connection's end. It
  * changes with each tick, and when the kernel has reported something. */
 static inline uint32_t ready_stamp(void)
 {
@@ -118,7 +118,7 @@ static inline uint32_t ready_threshold(const struct flow *flow, const struct vie
 }
 
 /* Tell the receiver that threshold, before wait_begin(). */
-static inline void ready_ask(struct end *end)
+static inline void ready_set_threshold(struct end *end)
 {
         struct view view = end_sends(end);
 

@@ -123,29 +123,20 @@ CALL int sigaction(int number, const struct sigaction *action, struct sigaction 
         return outcome;
 }
 
-CALL sighandler_t signal(int number, sighandler_t handler)
-{
-        sighandler_t old = real()->signal(number, handler);
+#define CALL_SIGNAL(name)                                                                                    \
+        CALL sighandler_t name(int number, sighandler_t handler)                                             \
+        {                                                                                                    \
+                sighandler_t old = real()->name(number, handler);                                            \
+                                                                                                             \
+                changed();                                                                                   \
+                return old;                                                                                  \
+        }
 
-        changed();
-        return old;
-}
-
-CALL sighandler_t sysv_signal(int number, sighandler_t handler)
-{
-        sighandler_t old = real()->sysv_signal(number, handler);
-
-        changed();
-        return old;
-}
-
-CALL sighandler_t sigset(int number, sighandler_t handler)
-{
-        sighandler_t old = real()->sigset(number, handler);
-
-        changed();
-        return old;
-}
+CALL_SIGNAL(signal)
+CALL_SIGNAL(sysv_signal)
+CALL_SIGNAL(sigset)
+/* musl has it under this name alone, where it is signal(). */
+CALL_SIGNAL(__sysv_signal)
 
 CALL int sigvec(int number, const void *action, void *old)
 {
@@ -176,13 +167,4 @@ CALL sighandler_t bsd_signal(int number, sighandler_t handler)
 CALL sighandler_t ssignal(int number, sighandler_t handler)
 {
         return signal(number, handler);
-}
-
-/* musl has it under this name alone, where it is signal(). */
-CALL sighandler_t __sysv_signal(int number, sighandler_t handler)
-{
-        sighandler_t old = real()->__sysv_signal(number, handler);
-
-        changed();
-        return old;
 }

@@ -73,7 +73,7 @@ void sleep_arm(struct end *end, int bell, bool bytes, bool room)
         if (bytes)
                 wait_begin(&end_receives(end).ring->receivers, bell);
         if (room) {
-                ready_ask(end);
+                ready_set_threshold(end);
                 wait_begin(&end_sends(end).ring->senders, bell);
         }
 }

@@ -108,7 +108,7 @@ static void arm(struct wait *w)
         if (w->bell < 0 && w->want == WANT_BYTES && !w->without)
                 w->without = sleep_without_bell(w->end, w->arena);
         if (w->want == WANT_SPACE)
-                ready_ask(w->end);
+                ready_set_threshold(w->end);
         if (w->bell >= 0)
                 wait_begin(w->waiters, w->bell);
 }
