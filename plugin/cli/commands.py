@@ -114,7 +114,7 @@ def cli(context: click.Context, socket: Path | None, engine: Path | None) -> Non
 @click.pass_obj
 @_explained()
 def status(client: Client, as_json: bool = False) -> None:
-    """Show whether everything works, then networks, endpoints and peers.
+    """Show problems, networks, endpoints and peers.
 
     Exit code: 0 everything works, 1 something is wrong (the last lines say what, and what to type),
     2 the plugin is not running or can't be used.
@@ -134,7 +134,7 @@ def status(client: Client, as_json: bool = False) -> None:
 @click.pass_obj
 @_explained()
 def peers(client: Client, as_json: bool) -> None:
-    """List the other hosts, and the networks that this host shares with them."""
+    """List the other hosts and the shared networks."""
     from plugin.cli.show import show_peers
 
     found = client.status()
@@ -149,11 +149,12 @@ def peers(client: Client, as_json: bool) -> None:
 @click.pass_obj
 @_explained()
 def connections(client: Client, as_json: bool) -> None:
-    """List TCP connections of this host's containers, each with its path and the reason for it.
+    """List TCP connections with their paths.
 
-    A connection between two containers of this host is listed twice, once for each end. shm: the
-    bytes go through shared memory instead of the kernel's TCP. rdma: the RDMA device writes them
-    into the other host's memory.
+    Connections are those of this host's containers, each with the reason for its path. A connection
+    between two containers of this host is listed twice, once for each end. shm: the bytes go
+    through shared memory instead of the kernel's TCP. rdma: the RDMA device writes them into the
+    other host's memory.
     """
     from plugin.cli.show import show_connections
 
@@ -178,11 +179,12 @@ def connections(client: Client, as_json: bool) -> None:
 @click.pass_obj
 @_explained(problems=(FreeFlowError,))
 def ping(client: Client, target: str, count: int, as_json: bool) -> None:
-    """Ping a container, task or service from a container of this host.
+    """Ping a container, task or service.
 
-    Shows which host has the target, the path, and the round-trip times. NAME is a container of this
-    host, or a task (web.1 is enough) or service of any host; ADDRESS is an address of one of them,
-    or a VIP. If a name is on several networks, write NAME.NETWORK. Exit code 1 if nothing answered.
+    The echo requests leave from a container of this host. Shows which host has the target, the
+    path, and the round-trip times. NAME is a container of this host, or a task (web.1 is enough) or
+    service of any host; ADDRESS is an address of one of them, or a VIP. If a name is on several
+    networks, write NAME.NETWORK. Exit code 1 if nothing answered.
 
     \b
     freeflow ping web
@@ -220,10 +222,11 @@ def ping(client: Client, target: str, count: int, as_json: bool) -> None:
 @_json
 @click.pass_obj
 def doctor(client: Client, container: str | None, as_json: bool) -> None:
-    """Check what can keep FreeFlow from working: ports, MTU, kernel, stale state, other overlays.
+    """Check what can keep FreeFlow from working.
 
-    With CONTAINER: whether the library is mounted in it, whether its processes have loaded it, and
-    whether it is this host's version.
+    Checks ports, MTU, kernel features, stale state and other overlays. With CONTAINER: whether the
+    library is mounted in it, whether its processes have loaded it, and whether it is this host's
+    version.
 
     Each finding has a cause and a remedy. Works with the plugin disabled, too. Exit code 1 if
     something was found.
@@ -256,10 +259,10 @@ def doctor(client: Client, container: str | None, as_json: bool) -> None:
 @_json
 @click.pass_obj
 def bugreport(client: Client, output: Path | None, as_json: bool) -> None:
-    """Collect what a bug report needs: status, findings, links, rules, versions. No secrets.
+    """Collect what a bug report needs, without secrets.
 
-    The report has names and addresses of containers, networks and hosts: read it before you send
-    it.
+    That is status, findings, links, rules and versions. The report has names and addresses of
+    containers, networks and hosts: read it before you send it.
     """
     from plugin.cli.bugreport import collect, render
 
@@ -289,10 +292,10 @@ def bugreport(client: Client, output: Path | None, as_json: bool) -> None:
 @click.pass_obj
 @_explained(problems=(InUse,))
 def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> None:
-    """Remove what FreeFlow has made on this host: links, rules, namespaces, files.
+    """Remove what FreeFlow has made on this host.
 
-    Refuses, with their names, while containers of this host are on FreeFlow networks. Works with
-    the plugin disabled, too.
+    That is links, rules, namespaces and files. Refuses, with their names, while containers of this
+    host are on FreeFlow networks. Works with the plugin disabled, too.
     """
     from plugin.cli.clean import clean
 
@@ -324,11 +327,12 @@ def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> Non
 @click.pass_obj
 @_explained(err=True)
 def inject(client: Client, stack: str, output: str, services: tuple[str, ...]) -> None:
-    """Write a second compose file that adds the library's mount and LD_PRELOAD to services.
+    """Add the library to a stack, by a second compose file.
 
-    STACK.yml is as for docker stack deploy; `-` is stdin. Services on a FreeFlow network get the
-    library, and services on networks whose driver this host doesn't know. Warnings about programs
-    that can't be accelerated go to stderr, as far as their images are on this host.
+    The file adds the library's mount and LD_PRELOAD to services. STACK.yml is as for docker stack
+    deploy; `-` is stdin. Services on a FreeFlow network get the library, and services on networks
+    whose driver this host doesn't know. Warnings about programs that can't be accelerated go to
+    stderr, as far as their images are on this host.
 
     \b
     freeflow inject stack.yml | docker stack deploy -c stack.yml -c - mystack
