@@ -24,7 +24,8 @@ class RoundTrips:
 class Moved:
     """The output of `stream`, `memload` and `processes`.
 
-    `count` is of bytes, requests or processes, done in `seconds`; `cpu_us` is the program's CPU time.
+    `count` is of bytes, requests or processes, done in `seconds`; `cpu_us` is the program's CPU
+    time.
     """
 
     count: int

@@ -69,7 +69,9 @@ class Running:
         return set(cost.family(self.pid))
 
     def settled(self, processes: set[int], patience: float = 1.0) -> None:
-        """Wait until processes that it forked for a client have ended, so that their time counts."""
+        """Wait until processes that it forked for a client have ended, so that their time
+        counts.
+        """
         end = time.monotonic() + patience
         while self.processes() - processes and time.monotonic() < end:
             time.sleep(0.005)

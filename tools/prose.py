@@ -1,10 +1,12 @@
-"""Checks that the prose of Markdown files wraps at 100 columns: `python -m tools.prose`.
+"""Checks that prose wraps at 100 columns: `python -m tools.prose`.
 
-Tables, code blocks, HTML, and lines with a link or a URL may be longer.
+Prose is that of Markdown files, and the docstrings and comments of Python. Tables, code blocks,
+HTML, and lines with a link or a URL may be longer.
 """
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Final
 
 TOP: Final = Path(__file__).parents[1]
 COLUMNS: Final = 100
+FOLDERS: Final = ("bench", "dataplane", "driver", "plugin", "testbed", "tests", "tools")
 GENERATED: Final = frozenset({"docs/files.md"})
 
 
@@ -33,12 +36,33 @@ def long_lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
+def long_python_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Number and text of each line of a docstring or comment that is too long.
+
+    Indented blocks of a docstring are code or tables.
+    """
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            continue
+        block = " " * (node.col_offset + 4)
+        for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+            line = lines[number - 1]
+            if len(line) > COLUMNS and not line.startswith(block):
+                yield number, line
+    for number, line in enumerate(lines, start=1):
+        if len(line) > COLUMNS and line.lstrip().startswith("# ") and "://" not in line:
+            yield number, line
+
+
 def main() -> int:
     """Print every such line; 1 if there is one."""
+    sources = [path for folder in FOLDERS for path in sorted((TOP / folder).rglob("*.py"))]
     wrong = [
         f"{path.relative_to(TOP)}:{number}: {len(line)} columns, at most {COLUMNS}"
-        for path in documents()
-        for number, line in long_lines(path.read_text())
+        for paths, find in ((documents(), long_lines), (sources, long_python_lines))
+        for path in paths
+        for number, line in find(path.read_text())
     ]
     print("\n".join(wrong), end="\n" if wrong else "")
     return 1 if wrong else 0

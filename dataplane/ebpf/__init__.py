@@ -1,7 +1,7 @@
 """The eBPF fast path of the overlay: programs, maps, and a probe of the running kernel.
 
-`overlay.bpf.c` has the programs, `overlay.h` and `layout.py` the maps' keys and values, `probe.py` the
-probe. The driver attaches the programs to devices: `driver/kernel/fastpath/`.
+`overlay.bpf.c` has the programs, `overlay.h` and `layout.py` the maps' keys and values, `probe.py`
+the probe. The driver attaches the programs to devices: `driver/kernel/fastpath/`.
 """
 
 from dataplane.ebpf.layout import NOWHERE, Count, PeerRoute, Place, Port, Settings

@@ -1,7 +1,8 @@
 """libbpf by ctypes: loads an object, reads and writes maps, pins, and runs a program once.
 
-The library is the distribution's (1.1 in Debian 12, 1.5 in 13), and nothing newer than 1.0 is called.
-Links to devices are made by the plain `bpf_link_create`, since the function for tcx came with 1.3.
+The library is the distribution's (1.1 in Debian 12, 1.5 in 13), and nothing newer than 1.0 is
+called. Links to devices are made by the plain `bpf_link_create`, since the function for tcx came
+with 1.3.
 """
 
 from __future__ import annotations

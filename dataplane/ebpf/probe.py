@@ -49,7 +49,7 @@ _ANSWERS: Final = {
 class KernelSupport:
     """What the kernel supports.
 
-    `refused` maps programs and `lacking` maps trials to the reason; `flags` are those of `ff_settings`.
+    `refused` maps programs and `lacking` trials to the reason; `flags` are as in `ff_settings`.
     """
 
     refused: dict[str, str] = field(default_factory=dict)

@@ -69,7 +69,9 @@ int main(void)
 
 
 def test_python_and_c_mean_the_same(tmp_path: Path) -> None:
-    """Every key and value that Python packs has the bytes that C has in memory, and unpacks to the same."""
+    """Every key and value that Python packs has the bytes that C has in memory, and unpacks to the
+    same.
+    """
     source, program = tmp_path / "show.c", tmp_path / "show"
     source.write_text(_PROGRAM)
     subprocess.run(["gcc", "-Wall", "-Werror", f"-I{SOURCES}", source, "-o", program], check=True)
@@ -101,7 +103,9 @@ def test_python_and_c_mean_the_same(tmp_path: Path) -> None:
 
 
 def test_the_kernel_takes_every_program() -> None:
-    """The verifier of the running kernel accepts each program, and the trials say what it can do."""
+    """The verifier of the running kernel accepts each program, and the trials say what it can
+    do.
+    """
     found = probe_kernel(built())
     assert found.refused == {}
     assert found.stages[:2] == ("same-host", "receive")
@@ -138,7 +142,9 @@ def test_a_file_that_is_no_object_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_stage_needs_the_one_before() -> None:
-    """A refused program disables its stage and all later ones; a failed trial disables only the tunnel."""
+    """A refused program disables its stage and all later ones; a failed trial disables only the
+    tunnel.
+    """
     assert KernelSupport().stages == STAGES
     assert KernelSupport(refused={"ff_port": "no"}).why_not == dict.fromkeys(STAGES, "no")
     assert KernelSupport(refused={"ff_vxlan": "no"}).stages == ("same-host",)

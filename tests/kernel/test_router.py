@@ -1,4 +1,6 @@
-"""The real router between real containers: which connections get shared memory, and which do not."""
+"""The real router between real containers: which connections get shared memory, and which do
+not.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ def listed(made: Bed, container: str) -> list[ConnectionFact]:
 
 
 def test_two_ends_of_a_connection(pair: Pair) -> None:
-    """Both ends of a real connection are granted one slot, and both processes get the same memory."""
+    """Both ends of a real connection are granted one slot, and both processes get the same
+    memory.
+    """
     client, server = pair.connection()
     pair.one.ask(client)
     assert pair.one.silent()
@@ -258,7 +262,8 @@ def test_somebody_elses_connection(pair: Pair) -> None:
     pair.one.ask(client, local=Address(local.ip, local.port ^ 1))
     reasons = [pair.one.hear(wire.Refuse)[0].reason for _ in range(3)]
     assert reasons == [Reason.NOT_FOUND] * 3
-    # A local address that is not its own. Of a remote one nothing is said unless there is a connection with it.
+    # A local address that is not its own. Of a remote one nothing is said unless there is a
+    # connection with it.
     pair.other.ask(client)
     pair.one.ask(client, local=Address(ip_address("10.78.0.99"), local.port))
     pair.one.ask(client, remote=Address(ip_address("10.99.0.9"), remote.port))
@@ -369,7 +374,9 @@ def test_log_is_quiet(pair: Pair) -> None:
 
 
 def test_a_process_that_takes_no_answers(pair: Pair) -> None:
-    """A process that sends requests and never reads loses its connection; others are not affected."""
+    """A process that sends requests and never reads loses its connection; others are not
+    affected.
+    """
     client, _ = pair.connection()
     bad = process_in(pair.bed, "a")
     bad.connection.setblocking(False)
@@ -427,7 +434,9 @@ def test_limit_of_processes() -> None:
 
 
 def test_limit_of_memory() -> None:
-    """A container that uses more shared memory than it may gets no more until it has released some."""
+    """A container that uses more shared memory than it may gets no more until it has released
+    some.
+    """
     with a_pair(settings=RouterSettings(limits=Limits(memory=1 << 20))) as made:
         grant, answer, memory = made.upgraded()
         assert memory is not None
@@ -506,7 +515,9 @@ def test_end(pair: Pair) -> None:
 
 
 def test_namespaces_are_let_go(pair: Pair) -> None:
-    """The router keeps nothing of a container whose processes have ended, so its namespace can go."""
+    """The router keeps nothing of a container whose processes have ended, so its namespace can
+    go.
+    """
     process = pair.bed.process
     assert process is not None
     inode = pair.bed.containers["a"].inode

@@ -1,4 +1,6 @@
-"""The real router of a host full of processes and connections: it keeps up, and frees everything."""
+"""The real router of a host full of processes and connections: it keeps up, and frees
+everything.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,8 @@ def test_a_full_host(descriptors: None) -> None:
         spent = cpu_seconds(made) - before
         found = made.router.statistics()
         assert (found.processes, found.connections, found.waiting) == (PROCESSES, CONNECTIONS, 0)
-        # A pair of connections of one process pair shares an arena: a descriptor each, not one per connection.
+        # A pair of connections of one process pair shares an arena: a descriptor each, not one per
+        # connection.
         assert found.arenas == PROCESSES // 2
         assert spent / CONNECTIONS < 0.001
         assert resident(made) < 200 << 20

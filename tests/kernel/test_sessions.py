@@ -45,9 +45,11 @@ def hosts(folder: Path, *, ipv6: bool) -> Iterator[tuple[Lab, Host, Host]]:
 
 
 def test_a_cut_cable(tmp_path: Path) -> None:
-    """Hosts that don't hear each other lose their session without a word from the network, and have one again soon after.
+    """Hosts that don't hear each other lose their session without a word from the network, and have
+    one again soon after.
 
-    Then one of them loses its power while the cable is out: the other has a session with the new router at once.
+    Then one of them loses its power while the cable is out: the other has a session with the new
+    router at once.
     """
     with hosts(tmp_path, ipv6=False) as (made, a, b), probe(a, b, tmp_path, "a") as one:
 

@@ -121,6 +121,20 @@ def test_the_list_of_files_is_complete() -> None:
     assert not re.findall(r"^\| (\S+) \|  \|$", files.make_list(), re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ('"""' + "x " * 60 + '"""', [1]),
+        ("# " + "x " * 60, [1]),
+        ('"""x\n\n    ' + "x " * 60 + '\n"""', []),
+        ("x = '" + "x " * 60 + "'", []),
+    ],
+)
+def test_only_prose_of_python_is_wrapped(text: str, numbers: list[int]) -> None:
+    """The check finds long docstrings and comments, and leaves strings and blocks alone."""
+    assert [number for number, _ in prose.long_python_lines(text)] == numbers
+
+
 def test_prose_is_wrapped() -> None:
     """Prose in Markdown has at most 100 columns; tables, links and code may have more."""
     long = [

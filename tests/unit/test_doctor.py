@@ -179,7 +179,9 @@ def test_services_too_large_for_dns() -> None:
 
 
 def test_strangers() -> None:
-    """Addresses that sent to the overlay's port and are no peers are named, the first few of many."""
+    """Addresses that sent to the overlay's port and are no peers are named, the first few of
+    many.
+    """
     assert check_guard(status()) == []
     assert check_guard(msgspec.structs.replace(status(), guard=GuardStatus([4799]))) == []
     many = [f"192.0.2.{number}" for number in range(10)]

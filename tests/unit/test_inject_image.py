@@ -132,7 +132,9 @@ def verdict(*words: str, user: str = "", folder: str = "/") -> tuple[str, str]:
     ],
 )
 def test_programs_that_can(words: tuple[str, ...]) -> None:
-    """A program is found behind launchers, scripts, shells and links; a suitable one gives no note."""
+    """A program is found behind launchers, scripts, shells and links; a suitable one gives no
+    note.
+    """
     assert verdict(*words) == ("", "")
 
 
@@ -267,7 +269,9 @@ def test_what_the_image_preloads_stays(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for chroot")
 @pytest.mark.kernel
 def test_the_users_root(tmp_path: Path) -> None:
-    """Within users_root() paths, links included, are the user's; afterwards they are the plugin's."""
+    """Within users_root() paths, links included, are the user's; afterwards they are the
+    plugin's.
+    """
     (tmp_path / "host/home").mkdir(parents=True)
     (tmp_path / "own").mkdir()
     (tmp_path / "host/real").write_text("host")

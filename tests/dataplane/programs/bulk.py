@@ -1,4 +1,7 @@
-"""A stream of bulk data, then silence: `bulk.py server|client ADDRESS PORT SIZE`. The server says how many bytes came, and whether they were right."""
+"""A stream of bulk data, then silence: `bulk.py server|client ADDRESS PORT SIZE`.
+
+The server prints how many bytes arrived, and whether they were right.
+"""
 
 import hashlib
 import socket
@@ -9,7 +12,7 @@ PIECE = bytes(range(256)) * 1024
 
 
 def talk(connection: socket.socket) -> None:
-    """Some messages to and fro, until the connection is upgraded."""
+    """Exchange some messages until the connection is upgraded."""
     for _ in range(20):
         connection.sendall(b"?")
         connection.recv(1)
@@ -33,7 +36,7 @@ def server(address: str, port: int, size: int) -> None:
 
 
 def client(address: str, port: int, size: int) -> None:
-    """Sends `size` bytes in pieces, checks the digest, and then waits in recv() until standard input ends."""
+    """Send `size` bytes in pieces, check the digest, and wait in recv() until input ends."""
     connection = socket.create_connection((address, port))
     talk(connection)
     digest, left = hashlib.sha256(), size

@@ -1,6 +1,7 @@
-"""A server that lets commands answer, as CGI does, in every way that Python has; and who asks it.
+"""A server whose commands answer, as with CGI, in every way that Python has; and its client.
 
-`commands.py server PORT` ends after a connection that says "end"; `commands.py client ADDRESS PORT`.
+`commands.py server PORT` ends after a connection that says "end". The client is
+`commands.py client ADDRESS PORT`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""An echo server that waits in a way of choice, and a client that checks it.
+"""An echo server that waits in a chosen way, and a client that checks it.
 
-echo.py threads|select|poll|epoll ADDRESS PORT
-echo.py client ADDRESS PORT         until standard input ends; then says how many exchanges were right
+    echo.py threads|select|poll|epoll ADDRESS PORT
+    echo.py client ADDRESS PORT
+
+The client runs until standard input ends, and then prints how many exchanges were right.
 """
 
 import random

@@ -1,6 +1,9 @@
-"""Sends a file over a connection again and again; the other end says what arrived.
+"""Sends a file over a connection repeatedly; the other end prints what arrived.
 
-`files.py server ADDRESS PORT COUNT SIZE`, `files.py client ADDRESS PORT FILE COUNT`: the client prints its page faults per file, of the second half.
+    files.py server ADDRESS PORT COUNT SIZE
+    files.py client ADDRESS PORT FILE COUNT
+
+The client prints its page faults per file of the second half.
 """
 
 from __future__ import annotations

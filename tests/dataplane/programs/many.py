@@ -1,7 +1,8 @@
-"""Many connections that all say little: `many.py server ADDRESS PORT` echoes, `many.py client ADDRESS PORT COUNT` asks.
+"""Many connections with few messages each.
 
-The client goes round its connections, one question and its answer each, until a line comes on its standard input, and once more
-then. It prints `whole COUNT` if every answer was right and every connection ended as it should.
+`many.py server ADDRESS PORT` echoes. `many.py client ADDRESS PORT COUNT` sends one message on each
+connection in turn, until it gets a line of input, and then once more. It prints `whole COUNT` if
+every answer was right and every connection ended as it should.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Connections of six questions each that end soon after they are old enough to move, and then a long one.
+"""Connections with six messages that end soon after they are old enough to move, and a long one.
 
     short.py server ADDRESS PORT
     short.py client ADDRESS PORT COUNT AGE LONG
 
-COUNT short connections, eight at a time, each older than AGE seconds when it asks last; one of LONG questions, if any.
+The client makes COUNT short connections, eight at a time, each older than AGE seconds at its last
+message, and then one with LONG messages, if any.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Two ends that send each other numbers, and say what became of them.
+"""Two ends that send each other numbers, and print the outcome.
 
     stream.py server ADDRESS PORT [CONNECTIONS]
     stream.py client ADDRESS PORT SECONDS [CONNECTIONS [told]]
 
-Each end sends 0, 1, 2, … as eight bytes each until it's time, then END, and checks that it hears the same. With `told` the client's
-SECONDS begin with a line of its input, or its end: so a test may take its time before, however busy the machine is. What it prints, for each
-connection: `whole N` (all came, the end included), `reset N` (the connection failed after N numbers, which were right), `gap N` (it
-ended as if all were well, and it isn't) or `wrong N`.
+Each end sends 0, 1, 2, … as eight bytes each until its time is over, then END, and checks that it
+receives the same. With `told` the client's SECONDS begin with a line of its input, or its end, so a
+test may take its time before, however busy the machine is. For each connection it prints `whole N`
+(everything arrived, the end included), `reset N` (the connection failed after N right numbers),
+`gap N` (it ended as if everything had arrived, and it had not) or `wrong N`.
 """
 
 from __future__ import annotations
