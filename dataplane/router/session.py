@@ -175,7 +175,7 @@ class PeerConnection:
             return False
         data = pack(message)
         if len(self._unsent) + len(data) > MOST_UNSENT:
-            self.end("slow", "doesn't take what it is sent")
+            self.end("slow", "doesn't read what it is sent")
             return False
         self._guard(lambda: self._encrypt(data))
         return not self.is_over
@@ -383,7 +383,7 @@ class PeerConnection:
             pass
         waiting = len(self._unsent)
         if waiting > MOST_UNSENT + _CHUNK:
-            self.end("slow", "doesn't take what it is sent")
+            self.end("slow", "doesn't read what it is sent")
             return
         self._want((0 if self.is_resting else select.EPOLLIN) | (select.EPOLLOUT if waiting else 0))
         if waiting > MANY_UNSENT:
@@ -398,7 +398,8 @@ class PeerConnection:
 
 
 _HUNG_UP: Final = (
-    "the peer hung up before it said a word: it may not share a network with this host"
+    "the peer closed the connection before its first message: it may not share a network with "
+    "this host"
 )
 _LOST: Final = {
     SessionState.CONNECTING: ("unreachable", "can't be reached"),

@@ -179,7 +179,7 @@ class SessionListener:
             return False
         # The owner hears of its end later; its place is free now.
         del source.connections[oldest]
-        oldest.end("limit", "others have come from its address meanwhile")
+        oldest.end("limit", "later connections of its address took its place")
         return True
 
     # --- accepted connections

@@ -97,7 +97,7 @@ def has_client_hello(data: bytearray) -> bool:
 def describe(error: Exception) -> str:
     """An error of OpenSSL without the line numbers of its source."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the peer's certificate isn't good: {error.verify_message}"
+        return f"the peer's certificate is invalid: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
         name = error.reason or ""
         for alert, text in _ALERTS.items():

@@ -247,11 +247,11 @@ def test_too_long(world: World) -> None:
 @pytest.mark.parametrize(
     ("what", "here", "there"),
     [
-        ("another root", "isn't good", "isn't good"),
+        ("another root", "certificate is invalid", "certificate is invalid"),
         ("another Swarm", "of another Swarm", ""),
         ("another role", "'swarm-ca'", ""),
         ("this node", "own certificate", "own certificate"),
-        ("expired", "isn't good: certificate has expired", ""),
+        ("expired", "certificate is invalid: certificate has expired", ""),
     ],
 )
 def test_certificates_that_are_not_taken(
@@ -372,7 +372,7 @@ def test_a_shared_secret(world: World) -> None:
     world.until("a session", lambda: world.joined(one, other))
     world.skip(5)
     assert third.user.told == []
-    assert "isn't good" in third.sessions.reasons()[one.address]
+    assert "certificate is invalid" in third.sessions.reasons()[one.address]
 
 
 def test_another_identity_by_setting(world: World) -> None:

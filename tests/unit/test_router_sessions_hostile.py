@@ -477,7 +477,7 @@ def test_who_does_not_read(world: World, host: Router, monkeypatch: pytest.Monke
     assert session.MANY_UNSENT < most <= 3 << 20
     assert host.user.all("down") == []
     world.until("its end", lambda: host.user.all("down"))
-    assert host.user.all("down") == ["doesn't take what it is sent"]
+    assert host.user.all("down") == ["doesn't read what it is sent"]
     assert not kept._unsent
     tls.close()
 
