@@ -18,7 +18,7 @@ from typing import Final
 
 from driver.errors import FreeFlowError
 from driver.kernel import shared_dir
-from plugin import library
+from plugin import library_file
 from plugin.listening import listen
 
 SOCKET: Final = Path("/run/docker/plugins/freeflow.sock")
@@ -32,7 +32,7 @@ def main() -> int:
     if HOST_RUN.is_dir():
         # `composition.compose` tries again, and reports the error.
         with contextlib.suppress(FreeFlowError, OSError):
-            library.place(shared_dir.make(HOST_RUN), quietly=True)
+            library_file.place(shared_dir.make(HOST_RUN), quietly=True)
     try:
         listener = listen(SOCKET)
     except OSError as error:

@@ -34,7 +34,7 @@ from driver.resolver import EmbeddedDns
 from driver.store import Store
 from driver.sync import Syncer
 from driver.vip import NftBalancer
-from plugin import host_command, library
+from plugin import host_command, library_file
 from plugin.admin import create_admin
 from plugin.app import create_app
 from plugin.calls import CallStatistics
@@ -42,7 +42,7 @@ from plugin.deaths import ROUTER, Deaths
 from plugin.host_paths import HostPaths
 from plugin.paths import PathLabels
 from plugin.ping import Ping
-from plugin.router import CONTROL, RouterProcess, router_command, router_settings
+from plugin.router_process import CONTROL, RouterProcess, router_command, router_settings
 from plugin.settings import Settings
 from plugin.snapshot import Snapshot
 
@@ -293,7 +293,7 @@ def _router(
         failures.append(error)
         log.error("no connection can be accelerated", reason=str(error))
         return None
-    library.place(folder)
+    library_file.place(folder)
     command = router_command(paths.host_run, folder, settings.log_level, paths.swarm)
     starts = itertools.count()
 

@@ -231,8 +231,8 @@ def doctor(client: Client, container: str | None, as_json: bool) -> None:
     Each finding has a cause and a remedy. Works with the plugin disabled, too. Exit code 1 if
     something was found.
     """
+    from plugin.cli.container_check import examine_container
     from plugin.cli.doctor import examine
-    from plugin.cli.library import examine_container
     from plugin.cli.show import findings
 
     report = examine(client) if container is None else examine_container(client, container)

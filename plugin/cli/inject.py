@@ -24,8 +24,8 @@ from urllib.parse import quote
 
 from driver.errors import EngineError, InvalidRequest
 from plugin.cli.client import Engine
+from plugin.cli.container_check import FOLDER, LIBRARY
 from plugin.cli.image import Start, Verdict, environment, examine_image, split_words, start_of
-from plugin.cli.library import FOLDER, LIBRARY
 from plugin.cli.stack_file import LONGEST, read_stack
 from plugin.cli.user_files import users_root
 

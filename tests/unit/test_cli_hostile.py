@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from driver.errors import EngineError, InvalidRequest
-from plugin.cli import image, library, show, terminal
+from plugin.cli import container_check, image, show, terminal
 from plugin.cli.client import Engine
 from plugin.cli.commands import cli
 from plugin.cli.inject import inject_stack
@@ -133,10 +133,10 @@ def _process(folder: Path, name: bytes) -> None:
 def test_names_of_processes(tmp_path: Path, name: bytes) -> None:
     """A process may have any name: doctor inspects it, and shows the name escaped."""
     _process(tmp_path, name)
-    found = library.inspect_process(7, tmp_path)
+    found = container_check.inspect_process(7, tmp_path)
     assert found is not None
     assert found.preloads
-    (said,) = library.check_processes("box", [found], (1, 1))
+    (said,) = container_check.check_processes("box", [found], (1, 1))
     page = show.findings([said])
     assert harmless(page)
     assert len(page.splitlines()) == 3

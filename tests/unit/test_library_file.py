@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from plugin.library import NAME, OWNER, place
+from plugin.library_file import NAME, OWNER, place
 from testbed.patience import within
 
 

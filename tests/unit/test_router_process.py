@@ -10,7 +10,7 @@ from collections.abc import Callable
 from os import kill
 from pathlib import Path
 
-from plugin.router import CHECKS, RouterProcess, router_command, router_settings
+from plugin.router_process import CHECKS, RouterProcess, router_command, router_settings
 from plugin.settings import Settings
 from testbed.patience import patience
 

@@ -45,7 +45,7 @@ def test_nothing_heavy_before_listening() -> None:
         "driver.kernel.namespace",
         "driver.kernel.shared_dir",
     }
-    assert ours == few | {"plugin", "plugin.__main__", "plugin.library", "plugin.listening"}
+    assert ours == few | {"plugin", "plugin.__main__", "plugin.library_file", "plugin.listening"}
     assert not loaded & {"flask", "gunicorn", "pyroute2", "docker", "msgspec", "structlog"}
 
 

@@ -14,8 +14,8 @@ import pytest
 from dataplane.control import Connections
 from plugin.admin import create_admin
 from plugin.cli.client import Client, Engine
+from plugin.cli.container_check import LIBRARY, examine_container, inspect_process, own_library
 from plugin.cli.doctor import Report
-from plugin.cli.library import LIBRARY, examine_container, inspect_process, own_library
 from plugin.status import Status
 from tests.unit.documented import is_documented
 from tests.unit.sockets import engine, served
