@@ -43,7 +43,7 @@ T = TypeVar("T")
 GATHER: Final = 0.05
 """Seconds for which changes are collected: many come together."""
 REPEAT: Final = 30.0
-"""Seconds after which the snapshot is sent again, in case nobody called `wake` for a change."""
+"""Seconds after which the snapshot is sent again, in case a change didn't call `wake`."""
 RETRY: Final = 0.1
 AWAY: Final = 5.0
 """Seconds after which a router that doesn't answer is logged."""

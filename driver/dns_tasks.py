@@ -72,7 +72,7 @@ class _Memory:
     answered."""
 
     last: str = ""
-    believed: dict[str, Tasks] = field(default_factory=dict)
+    accepted: dict[str, Tasks] = field(default_factory=dict)
     trouble: dict[str, _Trouble] = field(default_factory=dict)
     mute: dict[Path, float] = field(default_factory=dict)
     spoken: set[Path] = field(default_factory=set)
@@ -103,7 +103,7 @@ class DnsTasks:
         decided: dict[str, Tasks] = {item.name: frozenset() for item in services if item in resting}
         awake = [item for item in services if item not in resting]
         names = {item.name for item in awake}
-        memory.believed = {name: memory.believed[name] for name in memory.believed.keys() & names}
+        memory.accepted = {name: memory.accepted[name] for name in memory.accepted.keys() & names}
         memory.trouble = {name: memory.trouble[name] for name in memory.trouble.keys() & names}
         asked = [
             item
@@ -158,10 +158,10 @@ class DnsTasks:
             name = service.name
             if name not in answers.known:
                 if self._note_silence(memory, name, owner, owners, name in answers.silent):
-                    memory.believed[name] = decided[name] = frozenset()
+                    memory.accepted[name] = decided[name] = frozenset()
                 continue
             memory.trouble.pop(name, None)
-            if memory.believed.get(name) == answers.known[name]:
+            if memory.accepted.get(name) == answers.known[name]:
                 decided[name] = answers.known[name]
             else:
                 changed.append(service)
@@ -172,11 +172,11 @@ class DnsTasks:
         # Containers that have never answered, such as those that are starting, aren't needed.
         needed = min(AGREED, len({sandboxes[path] for path in memory.spoken}))
         for service in changed:
-            before = memory.believed.get(service.name)
+            before = memory.accepted.get(service.name)
             if len(votes[service.name]) >= needed:
                 listed = frozenset(task.address for task in service.tasks)
                 found = _majority(votes[service.name], listed if before is None else before)
-                memory.believed[service.name] = decided[service.name] = found
+                memory.accepted[service.name] = decided[service.name] = found
             elif before is not None:
                 decided[service.name] = before
 
@@ -228,8 +228,8 @@ class DnsTasks:
                 return
             answers = self._resolver.tasks(path, view.name, changed)
             self._note(memory, path, answers)
-            for name, said in answers.known.items():
-                votes[name].append(said)
+            for name, addresses in answers.known.items():
+                votes[name].append(addresses)
 
     def _note(self, memory: _Memory, path: Path, answers: TaskAnswers) -> None:
         """Remember whether a container answers, and fast enough to be queried before others."""
@@ -250,7 +250,7 @@ def _majority(votes: list[Tasks], before: Tasks) -> Tasks:
     """Addresses in more than half of the votes; with exactly half, the earlier decision counts."""
     found = set()
     for address in frozenset().union(*votes):
-        said = 2 * sum(address in vote for vote in votes)
-        if said > len(votes) or (said == len(votes) and address in before):
+        doubled = 2 * sum(address in vote for vote in votes)
+        if doubled > len(votes) or (doubled == len(votes) and address in before):
             found.add(address)
     return frozenset(found)

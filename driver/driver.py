@@ -118,7 +118,7 @@ def _check_ids(network_id: str, endpoint_id: str) -> None:
 
 
 def self_address(store: Store) -> IPAddress | None:
-    """This host's address on the underlay, as Docker last told it."""
+    """This host's address on the underlay, as Docker last reported it."""
     known = store.fact(_SELF_ADDRESS)
     return ip_address(known) if known else None
 

@@ -123,7 +123,7 @@ class Schedule:
         return now >= self._roster_due()
 
     def take_roster(self, now: float) -> bool:
-        """The list of endpoints is read now. Returns whether somebody has called `wake`."""
+        """The list of endpoints is read now. Returns whether `wake` was called."""
         woken, self._woken = self._woken, False
         self._roster_read = now
         if woken:

@@ -108,7 +108,7 @@ class Syncer:
     def endpoint_joined(self, endpoint: Endpoint) -> None:
         """Write the last known VIPs of a sandbox that is there, or do so as soon as it comes.
 
-        Called inside Join: asks nobody but the kernel.
+        Called inside Join, so it uses no API but the kernel's.
         """
         path = self.sandbox(endpoint)
         if path is None:

@@ -28,7 +28,7 @@ _ANY: Final = "00:00:00:00:00:00"
 Trusted = Callable[[IPAddress], bool]
 
 
-def nobody(address: IPAddress) -> bool:
+def trust_none(address: IPAddress) -> bool:
     """Trusts no address but the peers' own."""
     del address
     return False
@@ -116,7 +116,7 @@ def remember(overlay: Sockets, index: int, where: dict[str, IPAddress]) -> None:
 
 
 def set_peers(
-    overlay: Sockets, index: int, peers: frozenset[IPAddress], trusted: Trusted = nobody
+    overlay: Sockets, index: int, peers: frozenset[IPAddress], trusted: Trusted = trust_none
 ) -> frozenset[IPAddress]:
     """Make `peers` the flood list, and drop entries learned from other hosts; returns the peers
     added.

@@ -280,7 +280,7 @@ class Firewall:
         self._namespace = namespace
         self._session: Session | None = None
         self._packets: Packets | None = None
-        self._said = ""
+        self._reason = ""
         self.due = 0.0
 
     def obstacle(
@@ -295,12 +295,12 @@ class Firewall:
         packets = Packets(frozenset(ports), devices, frozenset(own), frozenset(peers))
         now = time.monotonic()
         if packets == self._packets and now < self.due:
-            return self._said
-        self._said = self._read(packets)
+            return self._reason
+        self._reason = self._read(packets)
         self._packets = packets
         took = time.monotonic() - now
         self.due = now + max(LEAST, took * SHARE)
-        return self._said
+        return self._reason
 
     def _read(self, packets: Packets) -> str:
         try:
@@ -312,8 +312,8 @@ class Firewall:
             objects = self._session.query("list ruleset")
         except KernelError as error:
             return f"the firewall's rules can't be read: {error}"
-        said = obstacle(objects, packets)
-        return f"the firewall's {said}" if said else ""
+        reason = obstacle(objects, packets)
+        return f"the firewall's {reason}" if reason else ""
 
     def close(self) -> None:
         if self._session is not None:

@@ -150,12 +150,12 @@ class Guard:
         with self._lock:
             for port in {known.port for known in self._known.values()}:
                 there = [known.peers for known in self._known.values() if known.port == port]
-                said = frozenset(peer for members in there for peer in members or ())
+                known_peers = frozenset(peer for members in there for peer in members or ())
                 if None not in there:
                     inherited.pop(port, None)
-                    peers[port] = said
+                    peers[port] = known_peers
                 elif port in inherited or (self._written and port in self._written.peers):
-                    peers[port] = said | inherited.get(port, frozenset())
+                    peers[port] = known_peers | inherited.get(port, frozenset())
                 else:
                     waiting.add(port)
             for port in inherited.keys() - peers.keys():
@@ -172,7 +172,7 @@ class Guard:
     # --- the table
 
     def refresh(self) -> bool:
-        """Write the table if its content has to change, or somebody has changed it.
+        """Write the table if its content has to change, or another process has changed it.
 
         Returns whether it was written. Never raises: `facts` reports failures.
         """

@@ -313,7 +313,7 @@ class FastPath:
     # --- status: the endpoint lock
 
     def opened(self) -> Opened | None:
-        """The parts that are open, for tests and for nobody else."""
+        """The open parts, for the inspection by tests."""
         return self._opened
 
     def stage(self) -> Stage:

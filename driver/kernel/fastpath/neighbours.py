@@ -95,7 +95,7 @@ class Neighbours:
         return True
 
     def write(self) -> None:
-        """Make the map of peers say how each peer is reached now."""
+        """Write the present route of each peer to the map of peers."""
         members = self._endpoints.peers_by_bridge()
         try:
             local = self._underlay().address

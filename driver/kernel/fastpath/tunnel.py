@@ -34,7 +34,7 @@ log = structlog.get_logger()
 LEASE: Final = 300.0
 """Seconds."""
 REATTACH_EVERY: Final = 10.0
-"""Seconds after which a program is attached again: somebody may have removed all of a device."""
+"""Seconds after which a program is attached again: another process may have detached it."""
 _NOT_CHECKED: Final = "not checked yet"
 _MTU: Final = 65535
 _UP: Final = 1
