@@ -126,6 +126,7 @@ static inline void ready_set_threshold(struct end *end)
                               memory_order_relaxed);
 }
 
+/* A sender that has to leave the ring has space too: TCP's. Nobody may read the ring any more. */
 static inline bool ready_space(struct end *end)
 {
         struct view view;
@@ -136,7 +137,7 @@ static inline bool ready_space(struct end *end)
         return atomic_load_explicit(&end->tx.edge, memory_order_relaxed) -
                        atomic_load_explicit(&view.ring->head, memory_order_acquire) <=
                    ready_threshold(&end->tx, &view) ||
-               ready_broken(end);
+               atomic_load_explicit(&view.ring->leave, memory_order_relaxed) || ready_broken(end);
 }
 
 #endif

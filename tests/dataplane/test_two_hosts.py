@@ -27,6 +27,7 @@ HERE: Final = Path(__file__).parent
 TOP: Final = HERE.parents[1]
 STREAM: Final = HERE / "programs/stream.py"
 MANY: Final = HERE / "programs/many.py"
+STALLED: Final = HERE / "programs/stalled.py"
 RELAY: Final = TOP / "build/freeflow-relay"
 VIP: Final = "10.78.0.100"
 PORT: Final = 7100
@@ -75,6 +76,13 @@ def went_back(host: HostBed) -> bool:
     return {(connection.path, connection.reason) for connection in listed(host)} == {
         ("overlay", "left")
     }
+
+
+def tell(program: subprocess.Popen[str]) -> None:
+    """Give a program a line of input."""
+    assert program.stdin is not None
+    program.stdin.write("\n")
+    program.stdin.flush()
 
 
 class Streams:
@@ -216,6 +224,35 @@ def test_router_killed(hosts: Hosts, dies: int) -> None:
         hosts[dies].start_router()
         assert made.ends() == ["whole"] * 8
     moves_again(hosts)
+
+
+def test_router_killed_under_a_full_ring(hosts: Hosts) -> None:
+    """A sender that waits for room in its ring goes on over TCP when its peer's router is killed."""
+    a, b = hosts[0].containers["a"], hosts[1].containers["b"]
+    command = [sys.executable, str(STALLED)]
+    where = [str(b.ipv4), str(PORT)]
+    options: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+    }
+    server = b.popen([*command, "server", *where], **options)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "listening\n"
+    client = a.popen([*command, "client", *where], **options)
+    for host in hosts:
+        until(partial(is_on_rdma, host, 1))
+    tell(server)
+    # Until the ring is full and the sender sleeps.
+    time.sleep(2)
+    hosts[1].kill_router()
+    until(lambda: went_back(hosts[0]), 3)
+    # From now on no relay reports what the peer reads.
+    time.sleep(1)
+    tell(client)
+    tell(server)
+    counts = [program.communicate(timeout=patience(20))[0] for program in (client, server)]
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("dies", [0, 1])
