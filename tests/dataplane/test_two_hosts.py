@@ -227,7 +227,9 @@ def test_router_killed(hosts: Hosts, dies: int) -> None:
 
 
 def test_router_killed_under_a_full_ring(hosts: Hosts) -> None:
-    """A sender that waits for room in its ring goes on over TCP when its peer's router is killed."""
+    """A sender that waits for room in its ring goes on over TCP when its peer's router is
+    killed.
+    """
     a, b = hosts[0].containers["a"], hosts[1].containers["b"]
     command = [sys.executable, str(STALLED)]
     where = [str(b.ipv4), str(PORT)]
