@@ -127,12 +127,7 @@ class Driver:
     """The driver of one host. Methods are safe from any thread."""
 
     def __init__(
-        self,
-        store: Store,
-        kernel: Kernel,
-        config: DriverConfig,
-        *,
-        clock: Callable[[], float],
+        self, store: Store, kernel: Kernel, config: DriverConfig, *, clock: Callable[[], float]
     ) -> None:
         self.store = store
         self.kernel = kernel
