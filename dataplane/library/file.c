@@ -62,8 +62,9 @@ void file_end(struct operation *o)
 {
         unsigned char *place = o->ahead;
 
+        /* Pairs with the exchange in take_spare(), and with this one in another thread. */
         if (place)
-                place = atomic_exchange_explicit(&spare, place, memory_order_release);
+                place = atomic_exchange_explicit(&spare, place, memory_order_acq_rel);
         if (place)
                 sys_2(SYS_munmap, place, AHEAD);
         o->ahead = NULL;
