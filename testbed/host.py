@@ -248,30 +248,14 @@ class Host:
         return self.run("nsenter", f"--net={pin}", *command, check=check)
 
     def cut_underlay(self) -> None:
-        run(
-            [
-                "nsenter",
-                f"--net=/proc/{self.underlay_pid}/ns/net",
-                "ip",
-                "link",
-                "set",
-                self.port,
-                "down",
-            ]
-        )
+        self._set_underlay("down")
 
     def heal_underlay(self) -> None:
-        run(
-            [
-                "nsenter",
-                f"--net=/proc/{self.underlay_pid}/ns/net",
-                "ip",
-                "link",
-                "set",
-                self.port,
-                "up",
-            ]
-        )
+        self._set_underlay("up")
+
+    def _set_underlay(self, state: str) -> None:
+        namespace = f"--net=/proc/{self.underlay_pid}/ns/net"
+        run(["nsenter", namespace, "ip", "link", "set", self.port, state])
 
     def load_workload(self, archive: Path) -> None:
         """Import the workload image, once."""

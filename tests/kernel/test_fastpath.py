@@ -500,6 +500,16 @@ def test_counters_are_whole(fresh: World) -> None:
 # --- routers in containers
 
 
+def forward(router: Container, device: str, server: IPv4Address) -> None:
+    """The container passes what is sent to its port 7000 on to the server's, and masquerades."""
+    nat = ("iptables", "-t", "nat")
+    router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+    router.run(*nat, "-F")
+    to = ("-j", "DNAT", "--to-destination", f"{server}:7000")
+    router.run(*nat, "-A", "PREROUTING", "-p", "tcp", "--dport", "7000", *to)
+    router.run(*nat, "-A", "POSTROUTING", "-o", device, "-j", "MASQUERADE")
+
+
 @pytest.mark.parametrize("offload", ["on", "off"])
 def test_a_container_that_leads_outside(fresh: World, offload: str) -> None:
     """A container that forwards packets addressed to itself to another network of its own (DNAT)
@@ -523,11 +533,7 @@ def test_a_container_that_leads_outside(fresh: World, offload: str) -> None:
         router.run(
             "ethtool", "-K", "eth1", *(part for each in features for part in (each, offload))
         )
-        router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
-        nat = ("iptables", "-t", "nat", "-A")
-        to = ("-j", "DNAT", "--to-destination", "10.66.0.2:7000")
-        router.run(*nat, "PREROUTING", "-p", "tcp", "--dport", "7000", *to)
-        router.run(*nat, "POSTROUTING", "-o", "eth1", "-j", "MASQUERADE")
+        forward(router, "eth1", IPv4Address("10.66.0.2"))
         assert client.send(router.ipv4, DATA)
     finally:
         outside.close()
@@ -537,36 +543,10 @@ def test_a_container_that_returns_packets(fresh: World) -> None:
     """A container that rewrites packets addressed to itself and forwards them (DNAT) forwards bulk
     data unchanged."""
     router, client, server = fresh.beside, fresh.far, fresh.near
-    router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
-    nat = ("iptables", "-t", "nat", "-A")
-    router.run(
-        *nat,
-        "PREROUTING",
-        "-p",
-        "tcp",
-        "--dport",
-        "7000",
-        "-j",
-        "DNAT",
-        "--to-destination",
-        f"{server.ipv4}:7000",
-    )
-    router.run(*nat, "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
+    forward(router, "eth0", server.ipv4)
     assert client.send(router.ipv4, DATA)
-    # From this host's container to the other's, both cut and whole.
-    router.run("iptables", "-t", "nat", "-F", "PREROUTING")
-    router.run(
-        *nat,
-        "PREROUTING",
-        "-p",
-        "tcp",
-        "--dport",
-        "7000",
-        "-j",
-        "DNAT",
-        "--to-destination",
-        f"{client.ipv4}:7000",
-    )
+    # From this host's container to the other's, both segmented and whole.
+    forward(router, "eth0", client.ipv4)
     assert server.send(router.ipv4, DATA)
     fourth = fresh.lab.hosts[1].container(fresh.network, 5)
     assert fourth.send(router.ipv4, DATA)
