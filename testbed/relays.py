@@ -33,9 +33,10 @@ from testbed.patience import patience
 
 VERBS: Final = 1
 LOOPBACK: Final = 2
+TCP: Final = 3
 WHOLE: Final = 0
 BROKEN: Final = 1
-VERSION: Final = 1
+VERSION: Final = 2
 RING: Final = 256 << 10
 PATIENCE: Final = 10.0
 
@@ -69,6 +70,7 @@ KINDS: Final = {
             "COUNTS",
             "DOWN",
             "ENDED",
+            "SOCKET",
         ],
         1,
     )
@@ -76,7 +78,7 @@ KINDS: Final = {
 NAMES: Final = {number: name for name, number in KINDS.items()}
 
 HEADER: Final = struct.Struct("=HH")
-OPEN: Final = struct.Struct("=HH64sBBHII")
+OPEN: Final = struct.Struct("=HH64sBBHIII")
 OPENED: Final = struct.Struct("=HHi96sI")
 NUMBER: Final = struct.Struct("=HHII")
 OUTCOME: Final = struct.Struct("=HHIi96s")
@@ -139,6 +141,7 @@ class Relay:
     received: list[Message] = field(default_factory=list)
     """Messages that no test has expected yet."""
     reads: threading.RLock = field(default_factory=threading.RLock)
+    transport: int = 0
 
     def raw(self, data: bytes, *descriptors: int) -> None:
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
@@ -187,16 +190,16 @@ class Relay:
         gid_index: int = 0,
         port: int = 1,
         spin: int = 20,
+        encryption: int = 0,
     ) -> Message:
-        name = device.encode()
-        self.raw(
-            OPEN.pack(KINDS["OPEN"], OPEN.size, name, port, VERSION, gid_index, transport, spin)
-        )
+        head = (KINDS["OPEN"], OPEN.size, device.encode(), port, VERSION, gid_index)
+        self.raw(OPEN.pack(*head, transport, spin, encryption))
+        self.transport = transport
         return self.expect("OPENED")
 
     def link(self, number: int) -> bytes:
-        """Make a channel of a link; its address."""
-        self.number("LINK", number)
+        """Make a channel of a link, of the transport that was opened last; its address."""
+        self.number("LINK", number, self.transport)
         answer = self.expect("LINKED", number=number)
         assert not answer.error, answer
         return answer.words

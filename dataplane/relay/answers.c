@@ -50,13 +50,20 @@ static bool send_now(const void *data, size_t size)
         return sent >= 0 || (errno != EAGAIN && errno != EINTR && errno != ENOBUFS);
 }
 
+/* It may contain a link's key. */
+static void wipe(void *data, size_t size)
+{
+        explicit_bzero(data, size);
+        free(data);
+}
+
 void answers_flush(void)
 {
         while (first && send_now(first->data, first->size)) {
                 struct waiting *done = first;
 
                 first = done->next;
-                free(done->data);
+                wipe(done->data, done->size);
                 free(done);
         }
         if (first)
@@ -71,7 +78,7 @@ static void send_or_wait(void *data, size_t size)
         struct waiting *waiting;
 
         if (!first && send_now(data, size)) {
-                free(data);
+                wipe(data, size);
                 return;
         }
         waiting = malloc(sizeof *waiting);

@@ -9,8 +9,6 @@
 #include <stdint.h>
 #include <time.h>
 
-struct transport;
-
 /* A descriptor in the relay's epoll instance, and the function that handles its events. */
 struct watch {
         int fd; /* -1: none */
@@ -19,9 +17,8 @@ struct watch {
 
 struct relay {
         int epoll;
-        uint32_t core;                     /* 1 + core that the thread is on; 0: unknown */
-        const struct transport *transport; /* the one that R_OPEN named; NULL: none is open */
-        uint64_t stop_at;                  /* ns; 0: not asked to stop */
+        uint32_t core;    /* 1 + core that the thread is on; 0: unknown */
+        uint64_t stop_at; /* ns; 0: not asked to stop */
         uint64_t counters[RELAY_COUNTERS];
 };
 

@@ -96,7 +96,8 @@ static void destroy_channel(struct link *link)
         link->channel = NULL;
 }
 
-int link_prepare(struct link *link, struct wire_address *address, char *text)
+int link_prepare(struct link *link, const struct transport *transport, struct wire_address *address,
+                 char *text)
 {
         int error;
 
@@ -106,16 +107,15 @@ int link_prepare(struct link *link, struct wire_address *address, char *text)
         }
         EACH(node, &link->mirrors)
         {
-                if (mirror_is_registered(OF(node, struct mirror, of_link)))
+                if (mirror_is_registered(OF(node, struct mirror, of_link), transport))
                         continue;
                 snprintf(text, RELAY_TEXT,
-                         "connections of this link used a device that is gone: it can only go over "
-                         "frames");
+                         "connections of this link use a device that is gone, or another transport");
                 return ENODEV;
         }
         destroy_channel(link);
         become(link, LINK_NEW);
-        link->transport = relay.transport;
+        link->named = link->transport = transport;
         *address = (struct wire_address){
             .magic = WIRE_MAGIC,
             .version = WIRE_VERSION,
@@ -127,6 +127,14 @@ int link_prepare(struct link *link, struct wire_address *address, char *text)
         else
                 destroy_channel(link);
         return error;
+}
+
+bool link_add_socket(struct link *link, uint32_t index, int socket)
+{
+        if (!link || link->state != LINK_MADE || !link->transport->add_socket)
+                return false;
+        link->transport->add_socket(link, index, socket);
+        return true;
 }
 
 int link_connect(struct link *link, const struct wire_address *address, char *text)
@@ -285,11 +293,13 @@ bool links_flush(void)
         return any;
 }
 
-bool links_have_channels(void)
+bool links_have_channels(const struct transport *transport)
 {
         EACH(node, &links)
         {
-                if (OF(node, struct link, all)->channel)
+                const struct link *link = OF(node, struct link, all);
+
+                if (link->channel && link->transport == transport)
                         return true;
         }
         return false;

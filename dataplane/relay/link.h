@@ -14,8 +14,11 @@
 
 struct link *link_find(uint32_t number);
 struct link *link_add(uint32_t number);
-/* R_LINK: makes a channel of the open transport, in place of an older one. errno, with a text. */
-int link_prepare(struct link *link, struct wire_address *address, char *text);
+/* R_LINK: makes a channel of this transport, in place of an older one. errno, with a text. */
+int link_prepare(struct link *link, const struct transport *transport, struct wire_address *address,
+                 char *text);
+/* R_SOCKET; takes the socket over. False: the link, which may be NULL, has no use for it. */
+bool link_add_socket(struct link *link, uint32_t index, int socket);
 /* R_CONNECT. EINPROGRESS: link_connected() answers it. errno, with a text. */
 int link_connect(struct link *link, const struct wire_address *address, char *text);
 /* R_STREAM: from now on the link goes over this transport, which needs no channel. */
@@ -24,7 +27,7 @@ void link_use_stream(struct link *link, const struct transport *stream);
 void link_remove(struct link *link);
 /* All links send what is queued. True: one has. */
 bool links_flush(void);
-bool links_have_channels(void);
+bool links_have_channels(const struct transport *transport);
 /* Is everything that was sent complete, and nothing queued? */
 bool links_are_idle(void);
 /* Does what is due by time. Returns when to call it again; 0: never. */

@@ -6,6 +6,7 @@
  *      main                            the loop
  *      requests                        the router's requests
  *      verbs, loopback, stream         transports
+ *      transports                      those that are open
  *      link                            the way to one peer's relay, and its messages
  *      mirror_receive, mirror_send     what a message says about one connection
  *      mirror_end                      how a connection ends or falls back to TCP
@@ -35,7 +36,7 @@
 #include "mirror_end.h"
 #include "mirror_scan.h"
 #include "requests.h"
-#include "transport.h"
+#include "transports.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -81,7 +82,7 @@ static void watch_signals(void)
 /* True: there was work. */
 static bool turn(void)
 {
-        bool any = relay.transport && relay.transport->poll();
+        bool any = transports_poll();
 
         any = mirrors_scan() || any;
         any = links_flush() || any;
@@ -96,7 +97,7 @@ static uint64_t tick(uint64_t present)
             mirrors_scan_tick(present),
             mirrors_end_tick(present),
             links_tick(present),
-            relay.transport && relay.transport->tick ? relay.transport->tick(present) : 0,
+            transports_tick(present),
         };
         uint64_t first = 0;
 
@@ -139,7 +140,7 @@ static void sleep_now(void)
         int timeout = -1;
 
         /* Work that arrived before bells and transport were armed would not wake us. */
-        if (!mirrors_make_idle() || (relay.transport && !relay.transport->arm()))
+        if (!mirrors_make_idle() || !transports_arm())
                 return;
         if (relay.stop_at && (!due || due > start + 1000000))
                 due = start + 1000000;

@@ -210,7 +210,7 @@ static struct mirror *make(const struct relay_slot *slot, struct link *link, str
         m->in = arena_ring(shared, slot->slot, 1);
         m->out_bulk = arena_bulk(shared, slot->slot, 0);
         m->in_bulk = arena_bulk(shared, slot->slot, 1);
-        m->transport = relay.transport;
+        m->transport = link->named;
         list_init(&m->same);
         list_init(&m->of_link);
         list_init(&m->queued);
@@ -278,9 +278,10 @@ int mirror_pair(struct mirror *m, uint32_t peer, const struct wire_place *place,
         return 0;
 }
 
-bool mirror_is_registered(const struct mirror *m)
+bool mirror_is_registered(const struct mirror *m, const struct transport *transport)
 {
-        return m->registration || m->state == MIRROR_BROKEN || m->state == MIRROR_DROPPING;
+        return (m->registration && m->transport == transport) || m->state == MIRROR_BROKEN ||
+               m->state == MIRROR_DROPPING;
 }
 
 void mirrors_deregister(const struct transport *transport)

@@ -119,8 +119,8 @@ void mirrors_abandon(struct shared *shared);
 void mirror_suspend(struct mirror *mirror);
 /* The link is up, for the first time or again. */
 void mirror_resume(struct mirror *mirror);
-/* Can its bytes go over the transport that is open? */
-bool mirror_is_registered(const struct mirror *mirror);
+/* Can its bytes go over this transport? */
+bool mirror_is_registered(const struct mirror *mirror, const struct transport *transport);
 /* Deregisters all connections of a transport whose device is gone. */
 void mirrors_deregister(const struct transport *transport);
 /* Frees it if it is dropped, the peer can write into its memory no more, and nothing of ours is

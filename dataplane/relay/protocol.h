@@ -7,11 +7,13 @@
  * relay. `address` and `place` are for the peer's relay (wire.h); the routers only carry them.
  *
  *      router                                 relay
- *      R_OPEN device                      ->
+ *      R_OPEN transport, device           ->  again: closes the transport's device and opens another
  *                                         <-  R_OPENED error, text, mtu
- *      R_LINK link                        ->  again: with a new channel, the old one is destroyed
+ *      R_LINK link, transport             ->  again: with a new channel, the old one is destroyed
  *                                         <-  R_LINKED link, error, text, address
- *      R_CONNECT link, peer's address     ->
+ *      R_SOCKET link, index + socket      ->  no answer; before R_CONNECT: a TCP socket that is
+                                             connected to the peer's relay
+      R_CONNECT link, peer's address     ->
  *                                         <-  R_CONNECTED link, error, text
  *                                         <-  R_DOWN link, error, text: unasked; channel lost
  *      R_STREAM link                      ->  RDMA is gone for good on this link: use frames
@@ -47,7 +49,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define RELAY_VERSION 1
+#define RELAY_VERSION 2
 
 enum {
         RELAY_SOCKET = 3,
@@ -84,11 +86,21 @@ enum relay_kind {
         R_COUNTS = 24,
         R_DOWN = 25,
         R_ENDED = 26,
+        R_SOCKET = 27,
 };
 
 enum relay_transport {
         RELAY_VERBS = 1,
         RELAY_LOOPBACK = 2, /* relays of one machine, for tests (loopback.c) */
+        RELAY_TCP = 3,      /* TCP connections, which the routers have made */
+};
+
+/* What is encrypted between two relays over TCP. The stricter of both relays' choices counts.
+ * Messages of the relays are encrypted and authenticated always. */
+enum relay_encryption {
+        RELAY_ENCRYPT_NOTHING = 0,  /* no bytes of connections */
+        RELAY_ENCRYPT_MESSAGES = 1, /* those of connections that are not in bulk */
+        RELAY_ENCRYPT_ALL = 2,
 };
 
 /* How a connection ended. */
@@ -105,12 +117,13 @@ struct relay_message {
 /* R_OPEN */
 struct relay_open {
         struct relay_message message;
-        char device[64]; /* verbs: its name; loopback: empty */
+        char device[64]; /* verbs: its name; otherwise empty */
         uint8_t port;
         uint8_t version; /* RELAY_VERSION */
         uint16_t gid_index;
         uint32_t transport;
-        uint32_t spin; /* microseconds, as for libraries; 0: no spinning */
+        uint32_t spin;       /* microseconds, as for libraries; 0: no spinning */
+        uint32_t encryption; /* enum relay_encryption; for TCP */
 };
 
 /* R_OPENED */
@@ -121,7 +134,8 @@ struct relay_opened {
         uint32_t mtu;
 };
 
-/* R_LINK, R_UNLINK, R_STREAM: a link; R_CLOSE, R_LEAVE, R_LEFT, R_DROPPED: a connection;
+/* R_LINK: a link and its transport; R_SOCKET: a link and the index of its socket;
+ * R_UNLINK, R_STREAM: a link; R_CLOSE, R_LEAVE, R_LEFT, R_DROPPED: a connection;
  * R_FINISHED, R_ENDED, R_DROP: a connection and a state; R_COUNT: neither. */
 struct relay_number {
         struct relay_message message;
@@ -218,7 +232,7 @@ struct relay_counts {
 };
 
 _Static_assert(sizeof(struct relay_message) == 4, "sizes are part of the version");
-_Static_assert(sizeof(struct relay_open) == 80, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_open) == 84, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_opened) == 108, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_number) == 12, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_outcome) == 108, "sizes are part of the version");

@@ -25,16 +25,17 @@ struct link {
         struct node dropping; /* connections that are dropped, and whose memory is not free yet */
         uint32_t number;
         enum link_state state;
-        bool connecting; /* R_CONNECTED is owed to the router */
-        bool lost;       /* it has been down: connections that go on count as resumed */
-        const struct transport *transport;
-        void *channel;      /* the transport's */
-        uint64_t sent;      /* messages */
-        uint64_t allowed;   /* messages that we may have sent: the peer's last grant */
-        uint64_t received;  /* messages */
-        uint64_t granted;   /* messages that the peer may have sent: our last grant */
-        uint64_t batch;     /* number of the last one */
-        uint64_t completed; /* batches up to this one are complete */
+        bool connecting;                   /* R_CONNECTED is owed to the router */
+        bool lost;                         /* it has been down: connections that go on count as resumed */
+        const struct transport *named;     /* the one of R_LINK; NULL: there was none yet */
+        const struct transport *transport; /* the one in use: `named`, or frames */
+        void *channel;                     /* the transport's */
+        uint64_t sent;                     /* messages */
+        uint64_t allowed;                  /* messages that we may have sent: the peer's last grant */
+        uint64_t received;                 /* messages */
+        uint64_t granted;                  /* messages that the peer may have sent: our last grant */
+        uint64_t batch;                    /* number of the last one */
+        uint64_t completed;                /* batches up to this one are complete */
         struct reply *replies;
         uint32_t reply_count;
 };

@@ -20,51 +20,21 @@ enum {
         MESSAGES = 32,   /* in a row */
 };
 
-/* NULL: there is no such transport. */
-static const struct transport *transport_of(uint32_t kind)
-{
-        switch (kind) {
-        case RELAY_VERBS:
-                return &verbs_transport;
-        case RELAY_LOOPBACK:
-#ifdef FREEFLOW_TEST
-                return &faulty_transport;
-#else
-                return &loopback_transport;
-#endif
-        default:
-                return NULL;
-        }
-}
-
 static void do_open(const void *data, int *descriptors)
 {
         struct relay_open open;
         struct relay_opened opened = {0};
-        const struct transport *transport;
 
         (void)descriptors;
         memcpy(&open, data, sizeof open);
         open.device[sizeof open.device - 1] = 0;
-        transport = transport_of(open.transport);
         if (open.version != RELAY_VERSION) {
                 opened.error = EPROTO;
                 put_text(opened.text, "the router has another version than its relay");
-        } else if (!transport) {
-                opened.error = EINVAL;
-                put_text(opened.text, "there is no such transport");
-        } else if (links_have_channels()) {
-                opened.error = EBUSY;
-                put_text(opened.text, "links still use the device that is open");
         } else {
-                if (relay.transport)
-                        relay.transport->close();
-                relay.transport = NULL;
-                opened.error = transport->open(&open, &opened.mtu, opened.text);
-                if (!opened.error) {
-                        relay.transport = transport;
+                opened.error = transports_open(&open, &opened.mtu, opened.text);
+                if (!opened.error)
                         relay_set_spin(open.spin);
-                }
         }
         answer(&opened, sizeof opened, R_OPENED);
 }
@@ -72,22 +42,36 @@ static void do_open(const void *data, int *descriptors)
 static void do_link(const void *data, int *descriptors)
 {
         const struct relay_number *message = data;
+        const struct transport *transport = transport_opened(message->state);
         struct relay_offer offer = {.number = message->number};
         struct wire_address address = {0};
         struct link *link = link_find(message->number);
 
         (void)descriptors;
-        if (!relay.transport) {
+        if (!transport) {
                 offer.error = ENODEV;
                 put_text(offer.text, "no device is open");
         } else {
                 if (!link)
                         link = link_add(message->number);
-                offer.error = link_prepare(link, &address, offer.text);
+                offer.error = link_prepare(link, transport, &address, offer.text);
                 offer.size = offer.error ? 0 : sizeof address;
                 memcpy(offer.words, &address, offer.size);
         }
         answer(&offer, sizeof offer, R_LINKED);
+        /* It may contain a key. */
+        explicit_bzero(&address, sizeof address);
+        explicit_bzero(&offer, sizeof offer);
+}
+
+static void do_socket(const void *data, int *descriptors)
+{
+        const struct relay_number *message = data;
+
+        if (descriptors[0] < 0)
+                return;
+        if (link_add_socket(link_find(message->number), message->state, descriptors[0]))
+                descriptors[0] = -1;
 }
 
 static void do_connect(const void *data, int *descriptors)
@@ -106,6 +90,8 @@ static void do_connect(const void *data, int *descriptors)
         }
         if (error != EINPROGRESS)
                 answer_outcome(R_CONNECTED, message->number, error, text);
+        /* It may contain a key. */
+        explicit_bzero(&address, sizeof address);
 }
 
 static void do_unlink(const void *data, int *descriptors)
@@ -185,13 +171,13 @@ static void do_slot(const void *data, int *descriptors)
         offer.number = message.connection;
         shared = arena_find(message.arena);
         link = link_find(message.link);
-        if (!shared || !link || !relay.transport || message.slot >= SLOTS || shared->mirrors[message.slot] ||
+        if (!shared || !link || !link->named || message.slot >= SLOTS || shared->mirrors[message.slot] ||
             mirror_find(message.connection)) {
                 offer.error = EINVAL;
-                put_text(offer.text, !relay.transport ? "no device is open"
-                                     : !link          ? "no such link"
-                                     : !shared        ? "no such arena"
-                                                      : "the slot or the number is in use");
+                put_text(offer.text, !link          ? "no such link"
+                                     : !link->named ? "no device is open"
+                                     : !shared      ? "no such arena"
+                                                    : "the slot or the number is in use");
         } else {
                 mirror_add(&message, link, shared, &place, &offer.error, offer.text);
                 offer.size = offer.error ? 0 : sizeof place;
@@ -279,6 +265,7 @@ static const struct {
 } kinds[] = {
     [R_OPEN] = {sizeof(struct relay_open), do_open},
     [R_LINK] = {sizeof(struct relay_number), do_link},
+    [R_SOCKET] = {sizeof(struct relay_number), do_socket},
     [R_CONNECT] = {sizeof(struct relay_accept), do_connect},
     [R_UNLINK] = {sizeof(struct relay_number), do_unlink},
     [R_ARENA] = {sizeof(struct relay_arena), do_arena},
@@ -358,6 +345,9 @@ static bool read_one(int router)
         }
         take_descriptors(&header, descriptors);
         dispatch(data, (size_t)got, descriptors);
+        /* An address may contain a key. */
+        if (((const struct relay_message *)(const void *)data)->kind == R_CONNECT)
+                explicit_bzero(data, (size_t)got);
         for (int i = 0; i < DESCRIPTORS; i++)
                 if (descriptors[i] >= 0)
                         close(descriptors[i]);

@@ -60,14 +60,16 @@ struct transport {
         uint32_t window; /* messages that the peer may have sent before the relay grants more */
         uint32_t piece;  /* bytes of one connection in one batch, at most */
 
-        /* Opens the device. Can be called again while no link has a channel; close() is called
-         * before. */
+        /* Opens the device. Can be called again while no link has a channel of it; close() is
+         * called before. */
         int (*open)(const struct relay_open *request, uint32_t *mtu, char *text);
         void (*close)(void);
 
         /* Makes the link's channel and fills in the address that the peer connects to. On an error
          * that leaves link->channel set, destroy_channel() follows. */
         int (*create_channel)(struct link *link, struct wire_address *address, char *text);
+        /* A socket that is connected to the peer's relay; takes it over. NULL: it needs none. */
+        void (*add_socket)(struct link *link, uint32_t index, int socket);
         /* EINPROGRESS: link_connected() will be called, unless the channel is destroyed before. */
         int (*connect_channel)(struct link *link, const struct wire_address *address, char *text);
         void (*destroy_channel)(struct link *link);

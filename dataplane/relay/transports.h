@@ -1,4 +1,5 @@
-/* The transports that R_OPEN can name. `stream`, which a link falls back to, is in stream.h. */
+/* The transports that R_OPEN can name, and those of them that are open. `stream`, which a link falls
+ * back to, is in stream.h. */
 #ifndef FREEFLOW_RELAY_TRANSPORTS_H
 #define FREEFLOW_RELAY_TRANSPORTS_H
 
@@ -11,5 +12,14 @@ extern const struct transport verbs_transport, loopback_transport;
  * (tests/relay/faults.c). */
 extern const struct transport faulty_transport;
 #endif
+
+/* R_OPEN. errno, with a text. */
+int transports_open(const struct relay_open *request, uint32_t *mtu, char *text);
+/* NULL: there is no such transport, or it is not open. */
+const struct transport *transport_opened(uint32_t kind);
+/* As the functions of a transport, for all that are open. */
+bool transports_poll(void);
+bool transports_arm(void);
+uint64_t transports_tick(uint64_t present);
 
 #endif

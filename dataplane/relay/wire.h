@@ -40,6 +40,11 @@ struct wire_address {
                         uint32_t unused;
                         uint64_t cookie; /* of the inbox */
                 } loopback;
+                struct {
+                        uint8_t key[32]; /* under which this relay receives on this channel */
+                        uint16_t sockets;
+                        uint16_t encryption; /* enum relay_encryption */
+                } tcp;
                 uint8_t size[48];
         } to;
 };

@@ -89,6 +89,8 @@ class InterHost:
             memory,
             self._decide,
         )
+        if equipment.memory:
+            self.remotes.links.transport = relay_wire.LOOPBACK
         self.sessions = self.remotes.sessions
         pairing.use_remote(self.remotes)
         self._started = False
@@ -178,7 +180,7 @@ class InterHost:
 
     def _message(self, device: Device) -> relay_wire.RelayOpen:
         spin = self._pairing.knowledge.settings.rule.spin
-        transport = relay_wire.LOOPBACK if self._equipment.memory else relay_wire.VERBS
+        transport = self.remotes.links.transport
         return relay_wire.RelayOpen(device.name, device.port, device.gid_index, transport, spin)
 
     def _opening(self) -> None:

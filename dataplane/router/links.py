@@ -125,6 +125,8 @@ class Links:
         self._links: dict[IPAddress, Link] = {}
         self._numbers: dict[int, Link] = {}
         self._next = itertools.count(1)
+        self.transport = relay.VERBS
+        """Of the links that are made from now on."""
 
     def link(self, peer: IPAddress) -> Link:
         """The link to a peer, in whatever state."""
@@ -352,7 +354,7 @@ class Links:
         link.unanswered += 1
         self._set(link, LinkState.MAKING)
         self._await(link, "linked")
-        self._tell_relay(relay.Number(RelayKind.LINK, link.number))
+        self._tell_relay(relay.Number(RelayKind.LINK, link.number, self.transport))
 
     def _await(self, link: Link, what: str) -> None:
         self._cancel(link)

@@ -16,7 +16,7 @@ import msgspec
 from dataplane.errors import WrongMessage
 from dataplane.router.codec import I32, U32, U64, Codec, WireField
 
-RELAY_VERSION: Final = 1
+RELAY_VERSION: Final = 2
 RELAY_SOCKET: Final = 3
 """The relay's descriptor."""
 MAX_TEXT: Final = 96
@@ -25,7 +25,12 @@ MAX_WORDS: Final = 128
 MAX_FRAME: Final = 60_000
 VERBS: Final = 1
 LOOPBACK: Final = 2
+TCP: Final = 3
 """Transports."""
+ENCRYPT_NOTHING: Final = 0
+ENCRYPT_MESSAGES: Final = 1
+ENCRYPT_ALL: Final = 2
+"""What is encrypted over TCP."""
 WHOLE: Final = 0
 BROKEN: Final = 1
 """How a connection ended."""
@@ -88,6 +93,7 @@ class RelayKind(IntEnum):
     COUNTS = 24
     DOWN = 25
     ENDED = 26
+    SOCKET = 27
 
 
 codec: Final = Codec()
@@ -133,16 +139,18 @@ _Counters = Annotated[
 
 
 @codec.message(
-    RelayKind.OPEN, order=("device", "port", "version", "gid_index", "transport", "spin")
+    RelayKind.OPEN,
+    order=("device", "port", "version", "gid_index", "transport", "spin", "encryption"),
 )
 class RelayOpen(msgspec.Struct, frozen=True):
-    """The device to open. `spin` is in microseconds."""
+    """The transport to open, and its device. `spin` is in microseconds. `encryption` is for TCP."""
 
     device: _Name
     port: _U8
     gid_index: _U16
     transport: U32
     spin: U32
+    encryption: U32 = ENCRYPT_NOTHING
     version: _U8 = RELAY_VERSION
 
 
@@ -157,6 +165,7 @@ class RelayOpened(msgspec.Struct, frozen=True):
 
 @codec.message(
     RelayKind.LINK,
+    RelayKind.SOCKET,
     RelayKind.UNLINK,
     RelayKind.STREAM,
     RelayKind.CLOSE,
@@ -169,7 +178,9 @@ class RelayOpened(msgspec.Struct, frozen=True):
     RelayKind.ENDED,
 )
 class Number(msgspec.Struct, frozen=True):
-    """A link or a connection, depending on the kind."""
+    """A link or a connection, depending on the kind. `state` is a link's transport, the index of
+    its socket, or how a connection ended.
+    """
 
     kind: int
     number: U32 = 0

@@ -32,7 +32,7 @@ class Host:
         return [answer.error, answer.text, answer.state]
 
     def link(self, number: int = 1) -> Any:
-        self.relay.number("LINK", number)
+        self.relay.number("LINK", number, self.relay.transport)
         answer = self.relay.expect("LINKED", number=number)
         return [answer.error, answer.text, base64.b64encode(answer.words).decode()]
 

@@ -15,7 +15,7 @@ from tests.dataplane.places import ROOT, compile_c
 HEADER = ROOT / "dataplane" / "relay" / "protocol.h"
 STRUCTS: dict[str, tuple[struct.Struct, str]] = {
     "relay_message": (client.HEADER, "kind size"),
-    "relay_open": (client.OPEN, "message device port version gid_index transport spin"),
+    "relay_open": (client.OPEN, "message device port version gid_index transport spin encryption"),
     "relay_opened": (client.OPENED, "message error text mtu"),
     "relay_number": (client.NUMBER, "message number state"),
     "relay_outcome": (client.OUTCOME, "message number error text"),
@@ -65,7 +65,7 @@ def test_a_router_of_another_version_is_told_so(binary: Path) -> None:
     """A relay refuses a router of another version, and opens nothing."""
     with relays(binary, count=1) as (a,):
         packed = bytearray(
-            client.OPEN.pack(client.KINDS["OPEN"], client.OPEN.size, b"", 1, 9, 0, 2, 0)
+            client.OPEN.pack(client.KINDS["OPEN"], client.OPEN.size, b"", 1, 9, 0, 2, 0, 0)
         )
         a.raw(bytes(packed))
         assert "version" in a.expect("OPENED").text

@@ -36,9 +36,9 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
     ),
     "arena": (lambda kind: wire.RelayArena(kind, N64, M32), f".arena = {N64}u, .value = {M32}"),
     "open": (
-        lambda _: wire.RelayOpen("mlx5_0", 2, 0x0304, wire.VERBS, N32),
+        lambda _: wire.RelayOpen("mlx5_0", 2, 0x0304, wire.VERBS, N32, wire.ENCRYPT_ALL),
         f'.device = "mlx5_0", .port = 2, .version = RELAY_VERSION, .gid_index = 0x0304, .transport = RELAY_VERBS, '
-        f".spin = {N32}",
+        f".spin = {N32}, .encryption = RELAY_ENCRYPT_ALL",
     ),
     "opened": (
         lambda _: wire.RelayOpened(-2, "none", 4096),
@@ -54,7 +54,7 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
     ),
 }
 KINDS: Final = {
-    "number": "LINK UNLINK STREAM CLOSE FINISHED LEAVE LEFT DROP DROPPED COUNT ENDED",
+    "number": "LINK SOCKET UNLINK STREAM CLOSE FINISHED LEAVE LEFT DROP DROPPED COUNT ENDED",
     "outcome": "CONNECTED DOWN PAIRED",
     "offer": "LINKED PLACED",
     "accept": "CONNECT PAIR",
@@ -86,6 +86,10 @@ NUMBERS: Final = {
     "RELAY_COUNTERS": len(wire.COUNTERS),
     "RELAY_VERBS": wire.VERBS,
     "RELAY_LOOPBACK": wire.LOOPBACK,
+    "RELAY_TCP": wire.TCP,
+    "RELAY_ENCRYPT_NOTHING": wire.ENCRYPT_NOTHING,
+    "RELAY_ENCRYPT_MESSAGES": wire.ENCRYPT_MESSAGES,
+    "RELAY_ENCRYPT_ALL": wire.ENCRYPT_ALL,
     "RELAY_WHOLE": wire.WHOLE,
     "RELAY_BROKEN": wire.BROKEN,
     **{f"R_{kind.name}": kind.value for kind in RelayKind},

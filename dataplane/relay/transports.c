@@ -1,0 +1,89 @@
+#include "transports.h"
+
+#include "context.h"
+#include "link.h"
+
+#include <errno.h>
+#include <stdio.h>
+
+enum { KINDS = RELAY_TCP + 1 };
+
+/* By kind; NULL: not open. */
+static const struct transport *opened[KINDS];
+
+/* NULL: there is no such transport. */
+static const struct transport *transport_of(uint32_t kind)
+{
+        switch (kind) {
+        case RELAY_VERBS:
+                return &verbs_transport;
+        case RELAY_LOOPBACK:
+#ifdef FREEFLOW_TEST
+                return &faulty_transport;
+#else
+                return &loopback_transport;
+#endif
+        default:
+                return NULL;
+        }
+}
+
+int transports_open(const struct relay_open *request, uint32_t *mtu, char *text)
+{
+        const struct transport *transport = transport_of(request->transport);
+        int error;
+
+        if (!transport) {
+                snprintf(text, RELAY_TEXT, "there is no such transport");
+                return EINVAL;
+        }
+        if (links_have_channels(transport)) {
+                snprintf(text, RELAY_TEXT, "links still use the device that is open");
+                return EBUSY;
+        }
+        if (opened[transport->kind])
+                transport->close();
+        opened[transport->kind] = NULL;
+        error = transport->open(request, mtu, text);
+        if (!error)
+                opened[transport->kind] = transport;
+        return error;
+}
+
+const struct transport *transport_opened(uint32_t kind)
+{
+        return kind < KINDS ? opened[kind] : NULL;
+}
+
+bool transports_poll(void)
+{
+        bool any = false;
+
+        for (int i = 0; i < KINDS; i++)
+                if (opened[i])
+                        any = opened[i]->poll() || any;
+        return any;
+}
+
+bool transports_arm(void)
+{
+        bool nothing = true;
+
+        for (int i = 0; i < KINDS; i++)
+                if (opened[i])
+                        nothing = opened[i]->arm() && nothing;
+        return nothing;
+}
+
+uint64_t transports_tick(uint64_t present)
+{
+        uint64_t first = 0;
+
+        for (int i = 0; i < KINDS; i++) {
+                uint64_t due = opened[i] && opened[i]->tick ? opened[i]->tick(present) : 0;
+
+                if (due && (!first || due < first))
+                        first = due;
+        }
+        return first;
+}
