@@ -45,21 +45,25 @@ struct link *link_add(uint32_t number)
         link->number = number;
         list_init(&link->all);
         list_init(&link->mirrors);
-        list_init(&link->queue);
         list_init(&link->dropping);
+        for (int i = 0; i < LANES; i++) {
+                link->lanes[i].link = link;
+                list_init(&link->lanes[i].queue);
+                list_init(&link->lanes[i].moving);
+        }
         list_add(&links, &link->all);
         return link;
 }
 
-static void drop_replies(struct link *link)
+static void drop_replies(struct lane *lane)
 {
-        while (link->replies) {
-                struct reply *reply = link->replies;
+        while (lane->replies) {
+                struct reply *reply = lane->replies;
 
-                link->replies = reply->next;
+                lane->replies = reply->next;
                 free(reply);
         }
-        link->reply_count = 0;
+        lane->reply_count = 0;
 }
 
 /* The one place where the state changes, with what that means for the link's connections. */
@@ -70,8 +74,10 @@ static void become(struct link *link, enum link_state state)
         link->state = state;
         if (was_live) {
                 link->lost = true;
-                drop_replies(link);
-                link->completed = link->batch;
+                for (int i = 0; i < LANES; i++) {
+                        drop_replies(&link->lanes[i]);
+                        link->lanes[i].completed = link->lanes[i].batch;
+                }
                 EACH(node, &link->mirrors)
                 {
                         mirror_suspend(OF(node, struct mirror, of_link));
@@ -79,8 +85,13 @@ static void become(struct link *link, enum link_state state)
         }
         if (!link_is_live(link))
                 return;
-        link->sent = link->received = 0;
-        link->allowed = link->granted = link->transport->window;
+        for (int i = 0; i < LANES; i++) {
+                struct lane *lane = &link->lanes[i];
+
+                lane->sent = lane->received = 0;
+                lane->allowed = lane->granted = link->transport->window;
+                lane->asks = lane->answers = false;
+        }
         EACH(node, &link->mirrors)
         {
                 mirror_resume(OF(node, struct mirror, of_link));
@@ -203,77 +214,141 @@ void link_down(struct link *link, int error, const char *text)
 
 /* --- sending --- */
 
-/* The peer has used half of what we have granted: a message is due even if it only grants. */
-static bool owes_grant(const struct link *link)
+static unsigned index_of(const struct lane *lane)
 {
-        return link->received + link->transport->window - link->granted >= link->transport->window / 2;
+        return (unsigned)(lane - lane->link->lanes);
+}
+
+/* A message is due even if it has no blocks: the peer has used half of what we have granted, or
+ * one of both waits for the other's grant. */
+static bool owes_message(const struct lane *lane)
+{
+        uint32_t window = lane->link->transport->window;
+
+        return lane->asks || lane->answers || lane->received + window - lane->granted >= window / 2;
 }
 
 /* May a message be sent now? The last granted one only if it has no blocks. */
-static bool may_send(struct link *link, bool with_blocks)
+static bool may_send(const struct lane *lane, bool with_blocks)
 {
-        return link->allowed - link->sent > (with_blocks ? 1 : 0) && link->transport->has_room(link, 0);
+        return lane->allowed - lane->sent > (with_blocks ? 1 : 0) &&
+               lane->link->transport->has_room(lane->link, index_of(lane), 0);
 }
 
-static void add_replies(struct link *link, struct wire_message *message)
+static void add_replies(struct lane *lane, struct wire_message *message)
 {
-        while (link->replies && message->header.blocks < BLOCKS) {
-                struct reply *reply = link->replies;
+        while (lane->replies && message->header.blocks < BLOCKS) {
+                struct reply *reply = lane->replies;
 
                 message->blocks[message->header.blocks++] = (struct wire_block){
                     .connection = reply->number,
                     .cookie = reply->cookie,
                     .flags = WIRE_GONE,
                 };
-                link->replies = reply->next;
-                link->reply_count--;
+                lane->replies = reply->next;
+                lane->reply_count--;
                 free(reply);
         }
 }
 
-static void send_batch(struct link *link)
+/* Has the peer received all that was sent about the connection? Then it may go over. */
+static bool has_arrived(const struct lane *lane, const struct mirror *mirror)
 {
-        struct wire_message message;
-        /* Memory is released after a completion, by us or by the peer. */
-        bool soon = link->replies || list_holds(&link->dropping) || relay.stop_at;
+        return lane->allowed - lane->link->transport->window >= mirror->last_message;
+}
 
-        message.header = (struct wire_header){.magic = WIRE_MAGIC};
-        link->batch++;
-        add_replies(link, &message);
-        for (unsigned writes = WRITES; list_holds(&link->queue) && message.header.blocks < BLOCKS &&
-                                       link->transport->has_room(link, writes);
-             writes += WRITES) {
-                struct mirror *mirror = OF(link->queue.after, struct mirror, queued);
+/* True: the connection belongs to another lane now, or waits to do so. */
+static bool moves(struct lane *lane, struct mirror *mirror)
+{
+        unsigned wanted = mirror_wants_lane(mirror);
+
+        if (wanted == index_of(lane))
+                return false;
+        if (has_arrived(lane, mirror)) {
+                mirror_set_lane(mirror, wanted);
+                list_add(&lane->link->lanes[wanted].queue, &mirror->queued);
+        } else {
+                list_add(&lane->moving, &mirror->queued);
+                lane->asks = true;
+        }
+        return true;
+}
+
+/* The peer has received more. */
+static void move_on(struct lane *lane)
+{
+        EACH(node, &lane->moving)
+        {
+                struct mirror *mirror = OF(node, struct mirror, queued);
+
+                if (!has_arrived(lane, mirror))
+                        continue;
+                list_remove(node);
+                if (!moves(lane, mirror))
+                        list_add(&lane->queue, node);
+        }
+}
+
+static void add_blocks(struct lane *lane, struct wire_message *message)
+{
+        struct link *link = lane->link;
+        unsigned writes = WRITES;
+
+        while (list_holds(&lane->queue) && message->header.blocks < BLOCKS &&
+               link->transport->has_room(link, index_of(lane), writes)) {
+                struct mirror *mirror = OF(lane->queue.after, struct mirror, queued);
 
                 list_remove(&mirror->queued);
-                if (!mirror_has_work(mirror))
+                if (!mirror_has_work(mirror) || moves(lane, mirror))
                         continue;
-                mirror_send(mirror, &message.blocks[message.header.blocks++], link->batch);
+                mirror_send(mirror, &message->blocks[message->header.blocks++], lane->batch);
+                mirror->last_message = lane->sent + 1;
+                writes += WRITES;
                 /* The rest waits until the others had their turn. */
                 if (mirror_has_work(mirror))
-                        list_add(&link->queue, &mirror->queued);
+                        list_add(&lane->queue, &mirror->queued);
         }
-        message.header.granted = link->granted = link->received + link->transport->window;
-        link->sent++;
+}
+
+static void send_batch(struct lane *lane)
+{
+        struct link *link = lane->link;
+        struct wire_message message;
+        /* Memory is released after a completion, by us or by the peer. */
+        bool soon = lane->replies || list_holds(&link->dropping) || relay.stop_at;
+
+        message.header = (struct wire_header){.magic = WIRE_MAGIC};
+        lane->batch++;
+        add_replies(lane, &message);
+        add_blocks(lane, &message);
+        message.header.flags = lane->asks ? WIRE_ASKS : 0;
+        message.header.granted = lane->granted = lane->received + link->transport->window;
+        lane->asks = lane->answers = false;
+        lane->sent++;
         count(COUNT_MESSAGES_OUT, 1);
         count(COUNT_BLOCKS_OUT, message.header.blocks);
         link->transport->send(
-            link, &message,
-            (uint32_t)(sizeof message.header + message.header.blocks * sizeof *message.blocks), link->batch,
+            link, index_of(lane), &message,
+            (uint32_t)(sizeof message.header + message.header.blocks * sizeof *message.blocks), lane->batch,
             soon);
 }
 
-static bool flush(struct link *link)
+static bool has_work(const struct lane *lane)
 {
+        return list_holds(&lane->queue) || lane->replies;
+}
+
+static bool flush(struct lane *lane)
+{
+        struct link *link = lane->link;
         bool any = false;
 
         while (link_is_live(link)) {
-                bool work = list_holds(&link->queue) || link->replies;
-
-                if (!(work && may_send(link, true) && link->transport->has_room(link, WRITES)) &&
-                    !(owes_grant(link) && may_send(link, false)))
+                if (!(has_work(lane) && may_send(lane, true) &&
+                      link->transport->has_room(link, index_of(lane), WRITES)) &&
+                    !(owes_message(lane) && may_send(lane, false)))
                         break;
-                send_batch(link);
+                send_batch(lane);
                 any = true;
         }
         return any;
@@ -287,8 +362,9 @@ bool links_flush(void)
         {
                 struct link *link = OF(node, struct link, all);
 
-                if (list_holds(&link->queue) || link->replies || owes_grant(link))
-                        any = flush(link) || any;
+                for (unsigned i = 0; link_is_live(link) && i < link->transport->lanes; i++)
+                        if (has_work(&link->lanes[i]) || owes_message(&link->lanes[i]))
+                                any = flush(&link->lanes[i]) || any;
         }
         return any;
 }
@@ -311,9 +387,10 @@ bool links_are_idle(void)
         {
                 struct link *link = OF(node, struct link, all);
 
-                if (link_is_live(link) &&
-                    (link->completed != link->batch || list_holds(&link->queue) || link->replies))
-                        return false;
+                for (int i = 0; link_is_live(link) && i < LANES; i++)
+                        if (link->lanes[i].completed != link->lanes[i].batch || has_work(&link->lanes[i]) ||
+                            list_holds(&link->lanes[i].moving))
+                                return false;
         }
         return true;
 }
@@ -341,20 +418,39 @@ uint64_t links_tick(uint64_t present)
 
 /* --- receiving --- */
 
-static void owe_reply(struct link *link, uint64_t number, uint64_t cookie)
+static void owe_reply(struct lane *lane, uint64_t number, uint64_t cookie)
 {
         struct reply *reply;
 
         /* Without a reply the peer keeps the memory until the link goes down. */
-        if (link->reply_count >= REPLIES || !(reply = malloc(sizeof *reply)))
+        if (lane->reply_count >= REPLIES || !(reply = malloc(sizeof *reply)))
                 return;
-        *reply = (struct reply){.number = (uint32_t)number, .cookie = cookie, .next = link->replies};
-        link->replies = reply;
-        link->reply_count++;
+        *reply = (struct reply){.number = (uint32_t)number, .cookie = cookie, .next = lane->replies};
+        lane->replies = reply;
+        lane->reply_count++;
 }
 
-void link_receive(struct link *link, const void *data, size_t size)
+/* False: the header is invalid. */
+static bool receive_header(struct lane *lane, const struct wire_message *message, size_t size)
 {
+        const struct wire_header *header = &message->header;
+        uint32_t window = lane->link->transport->window;
+
+        if (header->magic != WIRE_MAGIC || header->blocks > BLOCKS ||
+            size != sizeof *header + header->blocks * sizeof *message->blocks ||
+            header->granted - lane->allowed > window || header->granted - lane->sent > window)
+                return false;
+        lane->allowed = header->granted;
+        lane->answers = lane->answers || header->flags & WIRE_ASKS;
+        lane->received++;
+        count(COUNT_MESSAGES_IN, 1);
+        count(COUNT_BLOCKS_IN, header->blocks);
+        return true;
+}
+
+void link_receive(struct link *link, unsigned index, const void *data, size_t size)
+{
+        struct lane *lane = &link->lanes[index];
         struct wire_message message;
 
         if (size < sizeof message.header || size > sizeof message) {
@@ -362,16 +458,11 @@ void link_receive(struct link *link, const void *data, size_t size)
                 return;
         }
         memcpy(&message, data, size);
-        if (message.header.magic != WIRE_MAGIC || message.header.blocks > BLOCKS ||
-            size != sizeof message.header + message.header.blocks * sizeof *message.blocks ||
-            message.header.granted - link->allowed > link->transport->window) {
+        if (!receive_header(lane, &message, size)) {
                 link_down(link, EPROTO, "the peer sent a message that is invalid");
                 return;
         }
-        link->allowed = message.header.granted;
-        link->received++;
-        count(COUNT_MESSAGES_IN, 1);
-        count(COUNT_BLOCKS_IN, message.header.blocks);
+        move_on(lane);
         for (int i = 0; i < message.header.blocks; i++) {
                 const struct wire_block *block = &message.blocks[i];
                 struct mirror *mirror = mirror_find(block->connection);
@@ -380,13 +471,13 @@ void link_receive(struct link *link, const void *data, size_t size)
                         mirror_receive(mirror, block);
                 /* Whether we know the connection or not: nothing is written there from now on. */
                 if (block->flags & WIRE_DROPPED)
-                        owe_reply(link, block->start, block->end);
+                        owe_reply(lane, block->start, block->end);
         }
 }
 
-void link_completed(struct link *link, uint64_t batch)
+void link_completed(struct link *link, unsigned lane, uint64_t batch)
 {
-        link->completed = batch;
+        link->lanes[lane].completed = batch;
         EACH(node, &link->dropping)
         {
                 mirror_try_release(OF(node, struct mirror, dropping));

@@ -2,7 +2,12 @@
  *
  * A relay sends a message only if the peer has granted it: `granted` in each header is the number
  * of messages that its reader may have sent since the link came up. The last granted one is kept
- * for a message that only grants, so that two relays cannot wait for each other.
+ * for a message that only grants, so that two relays cannot wait for each other. Each lane has its
+ * own grants.
+ *
+ * A grant also says how many messages have arrived. A connection that is to go over to another lane
+ * waits for the grant that covers its last message, and asks for it: so the two lanes cannot bring
+ * its blocks out of order.
  */
 #ifndef FREEFLOW_RELAY_LINK_H
 #define FREEFLOW_RELAY_LINK_H
@@ -38,9 +43,9 @@ uint64_t links_tick(uint64_t present);
 /* connect_channel() has come to its end: answers the router. */
 void link_connected(struct link *link, int error, const char *text);
 /* A message has arrived. The link may be down, without its channel, afterwards. */
-void link_receive(struct link *link, const void *data, size_t size);
+void link_receive(struct link *link, unsigned lane, const void *data, size_t size);
 /* Batches up to this one read our rings no more. */
-void link_completed(struct link *link, uint64_t batch);
+void link_completed(struct link *link, unsigned lane, uint64_t batch);
 /* The channel is lost. The link has none afterwards. */
 void link_down(struct link *link, int error, const char *text);
 

@@ -281,9 +281,10 @@ static unsigned char *to_of(const struct mirror *m, uint32_t offset)
 }
 
 /* A channel has WINDOW letters, and the relay sends no more than are granted. */
-static bool loopback_has_room(struct link *link, unsigned writes)
+static bool loopback_has_room(struct link *link, unsigned lane, unsigned writes)
 {
         (void)link;
+        (void)lane;
         (void)writes;
         return true;
 }
@@ -295,13 +296,15 @@ static void loopback_write(struct link *link, struct mirror *m, uint32_t offset,
         count(COUNT_COPIED, size);
 }
 
-static void loopback_send(struct link *link, const void *message, uint32_t size, uint64_t number, bool soon)
+static void loopback_send(struct link *link, unsigned lane, const void *message, uint32_t size,
+                          uint64_t number, bool soon)
 {
         struct channel *channel = link->channel;
         struct inbox *peer = channel->peer;
         uint64_t tail = atomic_load_explicit(&peer->tail, memory_order_relaxed);
         struct letter *letter = &peer->letters[tail % WINDOW];
 
+        (void)lane;
         (void)soon;
         count(COUNT_POSTS, 1);
         letter->size = size;
@@ -316,7 +319,7 @@ static void loopback_send(struct link *link, const void *message, uint32_t size,
                 /* It fails only while the counter is full: then the peer is woken already. */
                 (void)!write(channel->peer_bell, &one, sizeof one);
         }
-        link_completed(link, number);
+        link_completed(link, 0, number);
 }
 
 static bool poll_channel(struct channel *channel)
@@ -339,7 +342,7 @@ static bool poll_channel(struct channel *channel)
                 memcpy(&letter, &inbox->letters[head % WINDOW], sizeof letter);
                 count(COUNT_COMPLETIONS, 1);
                 atomic_store_explicit(&inbox->head, head + 1, memory_order_relaxed);
-                link_receive(link, &letter.message, letter.size);
+                link_receive(link, 0, &letter.message, letter.size);
         }
         return true;
 }
@@ -380,6 +383,7 @@ const struct transport loopback_transport = {
     .kind = RELAY_LOOPBACK,
     .window = WINDOW,
     .piece = PIECE,
+    .lanes = 1,
     .open = loopback_open,
     .close = loopback_close,
     .create_channel = loopback_create_channel,

@@ -118,6 +118,21 @@ bool mirror_has_work(const struct mirror *m)
                (m->sent != m->tail && mirror_may_write(m));
 }
 
+unsigned mirror_wants_lane(const struct mirror *m)
+{
+        unsigned lanes = m->link->transport->lanes;
+
+        if (lanes == 1)
+                return 0;
+        return m->bulk ? lanes - 1 : m->group % (lanes - 1);
+}
+
+void mirror_set_lane(struct mirror *m, unsigned lane)
+{
+        m->lane = lane;
+        m->last_batch = m->last_message = 0;
+}
+
 /* --- what happens to it --- */
 
 void mirror_activate(struct mirror *m)
@@ -162,7 +177,7 @@ void mirror_break(struct mirror *m)
         become(m, MIRROR_BROKEN);
         mirror_tell_ended(m, RELAY_BROKEN);
         mirror_tell_finished(m, RELAY_BROKEN);
-        link_enqueue(m->link, &m->queued);
+        mirror_enqueue(m);
 }
 
 void mirror_corrupt(struct mirror *m)
@@ -185,11 +200,11 @@ void mirror_resume(struct mirror *m)
         m->block_due = true;
         m->resync = true;
         m->peer_dropped = false;
-        m->last_batch = 0;
+        mirror_set_lane(m, mirror_wants_lane(m));
         if (m->state == MIRROR_PAIRED)
                 mirror_activate(m);
         if (mirror_has_work(m))
-                link_enqueue(m->link, &m->queued);
+                mirror_enqueue(m);
 }
 
 /* --- from its first to its last request of the router --- */
@@ -211,6 +226,7 @@ static struct mirror *make(const struct relay_slot *slot, struct link *link, str
         m->out_bulk = arena_bulk(shared, slot->slot, 0);
         m->in_bulk = arena_bulk(shared, slot->slot, 1);
         m->transport = link->named;
+        m->group = (uint32_t)shared->id;
         list_init(&m->same);
         list_init(&m->of_link);
         list_init(&m->queued);
@@ -271,6 +287,7 @@ int mirror_pair(struct mirror *m, uint32_t peer, const struct wire_place *place,
         if (error)
                 return error;
         become(m, MIRROR_PAIRED);
+        mirror_set_lane(m, mirror_wants_lane(m));
         m->block_due = true;
         /* Nothing was sent yet: what the link has lost before does not concern it. */
         m->resync = false;
@@ -303,7 +320,7 @@ void mirror_drop(struct mirror *m, bool broken)
         if (broken && m->shared)
                 mirror_break(m);
         become(m, MIRROR_DROPPING);
-        link_enqueue(m->link, &m->queued);
+        mirror_enqueue(m);
         mirror_try_release(m);
 }
 
@@ -348,6 +365,7 @@ void mirror_try_release(struct mirror *m)
 
         if (m->state != MIRROR_DROPPING)
                 return;
-        if (!reachable || ((m->peer_gone || m->peer_dropped) && m->link->completed >= m->last_batch))
+        if (!reachable ||
+            ((m->peer_gone || m->peer_dropped) && m->link->lanes[m->lane].completed >= m->last_batch))
                 release(m);
 }

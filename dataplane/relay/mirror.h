@@ -52,7 +52,7 @@ enum mirror_state { MIRROR_REGISTERED, MIRROR_PAIRED, MIRROR_BROKEN, MIRROR_DROP
 struct mirror {
         struct node same;     /* in its hash bucket */
         struct node of_link;  /* in link->mirrors */
-        struct node queued;   /* in link->queue: has something to send */
+        struct node queued;   /* in its lane's queue: has something to send */
         struct node active;   /* in mirrors.active: scanned in every turn */
         struct node lazy;     /* in mirrors.lazy: has taken bytes that the peer does not know of */
         struct node stopping; /* in mirrors.stopping: waits for the process to stop sending */
@@ -62,13 +62,18 @@ struct mirror {
         struct link *link;
         struct shared *shared; /* NULL: the arena is gone */
         uint32_t slot;
+        uint32_t group;        /* its arena's number, which outlives the arena */
         uint32_t size;         /* of a ring */
         struct ring *out, *in; /* direction 0 and 1 */
         unsigned char *out_bulk, *in_bulk;
         enum mirror_state state;
         const struct transport *transport; /* that has registered it */
         void *registration, *target;       /* the transport's */
+        unsigned lane;                     /* of the link, for all that is sent about it */
         uint64_t last_batch;               /* the last one that reads our ring */
+        uint64_t last_message;             /* the last one on its lane that is about it */
+        uint32_t bulk_batches;             /* how clearly its direction 0 is in bulk (mirror_send.c) */
+        bool bulk;                         /* it is: it has a lane apart from messages */
         uint32_t idle_turns;
         /* direction 0; `start` and `end` as in struct ring */
         uint64_t tail, base, start, end, sent, acked, head;
@@ -127,6 +132,12 @@ void mirrors_deregister(const struct transport *transport);
  * read any more. */
 void mirror_try_release(struct mirror *mirror);
 
+/* The lane that it should be on. The connections of one arena share one: their blocks share
+ * messages. */
+unsigned mirror_wants_lane(const struct mirror *mirror);
+/* The peer has received all that was sent about it. */
+void mirror_set_lane(struct mirror *mirror, unsigned lane);
+
 /* Scans it in the next turns: something may have happened in its rings. */
 void mirror_activate(struct mirror *mirror);
 /* Bytes are lost: both ends see a reset. */
@@ -147,6 +158,12 @@ static inline bool mirror_may_write(const struct mirror *m)
 {
         return m->state == MIRROR_PAIRED && m->peer_flags & WIRE_READY && !(m->peer_flags & WIRE_CLOSED) &&
                !m->resync && !m->peer_dropped;
+}
+
+/* It has something to send. False: the link is down. */
+static inline bool mirror_enqueue(struct mirror *m)
+{
+        return link_enqueue(m->link, m->lane, &m->queued);
 }
 
 /* The flags of its next block. */

@@ -165,6 +165,6 @@ void mirror_receive(struct mirror *m, const struct wire_block *block)
         if (block->flags & WIRE_GONE)
                 m->peer_gone = true;
         if (mirror_has_work(m))
-                link_enqueue(m->link, &m->queued);
+                mirror_enqueue(m);
         mirror_try_release(m);
 }

@@ -92,7 +92,7 @@ static bool make_idle(struct mirror *m)
                 mirror_scan(m);
                 if (m->state != MIRROR_PAIRED)
                         return true;
-                if (mirror_has_work(m) && link_enqueue(m->link, &m->queued))
+                if (mirror_has_work(m) && mirror_enqueue(m))
                         return false;
         }
         atomic_store_explicit(&m->out->receiver_cpu, 0, memory_order_relaxed);
@@ -119,7 +119,7 @@ bool mirrors_scan(void)
                 if (list_holds(&m->queued))
                         continue;
                 mirror_scan(m);
-                if (mirror_has_work(m) && link_enqueue(m->link, &m->queued)) {
+                if (mirror_has_work(m) && mirror_enqueue(m)) {
                         m->idle_turns = 0;
                         any = true;
                 } else if (m->state == MIRROR_PAIRED && ++m->idle_turns > IDLE) {

@@ -2,6 +2,22 @@
 
 #include "mirror_scan.h"
 
+enum {
+        BULK_BYTES = 16 * 1024, /* in one batch */
+        BULK_BATCHES = 64,      /* of which so many more than small ones make a connection bulk */
+};
+
+/* A connection in bulk is one that fills its batches for some MiB, and goes on to do so. */
+static void learn_bulk(struct mirror *m, uint64_t bytes)
+{
+        if (bytes >= BULK_BYTES && m->bulk_batches < BULK_BATCHES)
+                m->bulk_batches++;
+        else if (bytes < BULK_BYTES && m->bulk_batches)
+                m->bulk_batches--;
+        if (m->bulk_batches == BULK_BATCHES || !m->bulk_batches)
+                m->bulk = m->bulk_batches;
+}
+
 static void write_bytes(struct mirror *m, uint64_t batch)
 {
         uint64_t budget = m->link->transport->piece;
@@ -19,6 +35,8 @@ static void write_bytes(struct mirror *m, uint64_t batch)
                 m->last_batch = batch;
                 budget -= run;
         }
+        if (budget != m->link->transport->piece)
+                learn_bulk(m, m->link->transport->piece - budget);
 }
 
 void mirror_send(struct mirror *m, struct wire_block *block, uint64_t batch)

@@ -1,11 +1,15 @@
-/* A link as its connections see it: its state, its transport, and the queue of connections that
- * have something to send. link.c alone changes the state.
+/* A link as its connections see it: its state, its transport, and for each lane the queue of
+ * connections that have something to send. link.c alone changes the state.
  *
  *      NEW     it has a number
  *      MADE    it has a channel; the channel's address goes to the peer
  *      UP      the channel is connected
  *      DOWN    the channel is lost: connections wait until the link is made again or uses frames
  *      STREAM  it uses frames, which the routers carry, for the rest of its life
+ *
+ * A link has as many lanes as its transport. Each has its own order and its own grants, so one that
+ * is stalled does not delay the others. What a relay sends about one connection is always on one
+ * lane; it goes over to another only when the peer has received all of it (link.c).
  */
 #ifndef FREEFLOW_RELAY_QUEUE_H
 #define FREEFLOW_RELAY_QUEUE_H
@@ -16,12 +20,29 @@
 
 struct transport;
 
+enum { LANES = 4 /* of one link, at most */ };
+
 enum link_state { LINK_NEW, LINK_MADE, LINK_UP, LINK_DOWN, LINK_STREAM };
+
+struct lane {
+        struct link *link;
+        struct node queue;     /* of connections that have something to send */
+        struct node moving;    /* connections that wait until they may go over to another lane */
+        struct reply *replies; /* that are owed to the peer */
+        uint32_t reply_count;
+        bool asks;          /* the peer's next grant is awaited: the next message says so */
+        bool answers;       /* the peer awaits ours */
+        uint64_t sent;      /* messages */
+        uint64_t allowed;   /* messages that we may have sent: the peer's last grant */
+        uint64_t received;  /* messages */
+        uint64_t granted;   /* messages that the peer may have sent: our last grant */
+        uint64_t batch;     /* number of the last one */
+        uint64_t completed; /* batches up to this one are complete */
+};
 
 struct link {
         struct node all;
         struct node mirrors;  /* its connections */
-        struct node queue;    /* of connections that have something to send */
         struct node dropping; /* connections that are dropped, and whose memory is not free yet */
         uint32_t number;
         enum link_state state;
@@ -30,14 +51,7 @@ struct link {
         const struct transport *named;     /* the one of R_LINK; NULL: there was none yet */
         const struct transport *transport; /* the one in use: `named`, or frames */
         void *channel;                     /* the transport's */
-        uint64_t sent;                     /* messages */
-        uint64_t allowed;                  /* messages that we may have sent: the peer's last grant */
-        uint64_t received;                 /* messages */
-        uint64_t granted;                  /* messages that the peer may have sent: our last grant */
-        uint64_t batch;                    /* number of the last one */
-        uint64_t completed;                /* batches up to this one are complete */
-        struct reply *replies;
-        uint32_t reply_count;
+        struct lane lanes[LANES];
 };
 
 static inline bool link_is_live(const struct link *link)
@@ -45,12 +59,12 @@ static inline bool link_is_live(const struct link *link)
         return link->state == LINK_UP || link->state == LINK_STREAM;
 }
 
-/* A connection has something to send. False: the link is down. */
-static inline bool link_enqueue(struct link *link, struct node *connection)
+/* A connection has something to send on this lane. False: the link is down. */
+static inline bool link_enqueue(struct link *link, unsigned lane, struct node *connection)
 {
         if (!link_is_live(link))
                 return false;
-        list_add(&link->queue, connection);
+        list_add(&link->lanes[lane].queue, connection);
         return true;
 }
 

@@ -68,20 +68,23 @@ static void stream_write(struct link *link, struct mirror *m, uint32_t offset, u
         count(COUNT_COPIED, size);
 }
 
-static void stream_send(struct link *link, const void *message, uint32_t size, uint64_t number, bool soon)
+static void stream_send(struct link *link, unsigned lane, const void *message, uint32_t size, uint64_t number,
+                        bool soon)
 {
         const struct wire_record record = {.size = size};
 
+        (void)lane;
         (void)soon;
         memcpy(add_record(link, &record), message, size);
         end_frame();
         count(COUNT_POSTS, 1);
-        link_completed(link, number);
+        link_completed(link, 0, number);
 }
 
-static bool stream_has_room(struct link *link, unsigned writes)
+static bool stream_has_room(struct link *link, unsigned lane, unsigned writes)
 {
         (void)link;
+        (void)lane;
         /* Not more than one batch waits for the router. */
         return writes <= WRITES ? answers_have_room() : false;
 }
@@ -117,7 +120,7 @@ void stream_receive(struct link *link, const uint8_t *data, size_t size)
                 if (record.connection)
                         receive_bytes(link, &record, data + at);
                 else
-                        link_receive(link, data + at, record.size);
+                        link_receive(link, 0, data + at, record.size);
                 at += rounded(record.size) < size - at ? rounded(record.size) : size - at;
         }
 }
@@ -125,6 +128,7 @@ void stream_receive(struct link *link, const uint8_t *data, size_t size)
 const struct transport stream_transport = {
     .window = STREAM_WINDOW,
     .piece = PIECE,
+    .lanes = 1,
     .has_room = stream_has_room,
     .write = stream_write,
     .send = stream_send,

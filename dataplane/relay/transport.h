@@ -8,12 +8,14 @@
  *                      ring, and the peer may write into its receiving ring. Set, even if there is
  *                      no memory to register, as long as the connection can use this transport.
  *      target          in mirror->target: where writes of the connection go, at the peer
+ *      lane            one of the link's orders of messages and batches: 0 .. transport->lanes - 1
  *      batch           any number of writes, at most WRITES per connection, then exactly one send,
- *                      which starts them; the batches of a link are numbered without gaps
+ *                      which starts them, all on one lane; the batches of a lane are numbered
+ *                      without gaps
  *
  * A transport promises:
  *
- * 1. Messages of a channel arrive once each, in the order of their sends, or it calls link_down().
+ * 1. Messages of a lane arrive once each, in the order of their sends, or it calls link_down().
  * 2. The bytes of a batch are in the peer's ring before the message of that batch arrives.
  * 3. link_completed(n) means that nothing reads our rings for batches up to n any more; it does not
  *    mean that the peer has them. A batch may complete late, and together with later ones, unless
@@ -27,7 +29,7 @@
  *
  * The relay promises:
  *
- * 1. No more than `window` messages are on the way that the peer has not granted (link.c), so the
+ * 1. No more than `window` messages of a lane are on the way that the peer has not granted (link.c), so the
  *    receiver always has a place for the next one.
  * 2. A batch is given to a channel only while the link is up, and after has_room() has allowed as
  *    many writes.
@@ -59,6 +61,7 @@ struct transport {
         enum relay_transport kind;
         uint32_t window; /* messages that the peer may have sent before the relay grants more */
         uint32_t piece;  /* bytes of one connection in one batch, at most */
+        uint32_t lanes;  /* of a link; with several, the last one is for bulk */
 
         /* Opens the device. Can be called again while no link has a channel of it; close() is
          * called before. */
@@ -81,14 +84,15 @@ struct transport {
         void (*detach)(struct mirror *mirror);
 
         /* Does a batch with this many more writes fit into the channel? */
-        bool (*has_room)(struct link *link, unsigned writes);
-        /* Adds a write to the batch: `size` bytes at `offset` of the connection's sending ring, to
-         * the same offset of the peer's receiving ring. They lie in one piece: all below
+        bool (*has_room)(struct link *link, unsigned lane, unsigned writes);
+        /* Adds a write to the batch of the connection's lane: `size` bytes at `offset` of the connection's
+         * sending ring, to the same offset of the peer's receiving ring. They lie in one piece: all below
          * SMALL_SIZE, or all above. */
         void (*write)(struct link *link, struct mirror *mirror, uint32_t offset, uint32_t size);
         /* Ends batch `number`. `soon`: report its completion even if the transport does not need
          * to. */
-        void (*send)(struct link *link, const void *message, uint32_t size, uint64_t number, bool soon);
+        void (*send)(struct link *link, unsigned lane, const void *message, uint32_t size, uint64_t number,
+                     bool soon);
 
         /* Handles what has arrived: calls link_receive(), link_completed(), link_down(). True:
          * there was something. */

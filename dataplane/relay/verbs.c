@@ -579,7 +579,7 @@ static void receive_message(struct channel *channel, uint64_t number, uint32_t s
 {
         struct link *link = channel->link;
 
-        link_receive(link, buffer(channel, number), size);
+        link_receive(link, 0, buffer(channel, number), size);
         if (link->channel == channel && !post_receive(channel, number))
                 link_down(link, EIO, "posting a receive buffer failed");
 }
@@ -768,10 +768,11 @@ static void verbs_detach(struct mirror *m)
 
 /* --- writes, messages and completions --- */
 
-static bool verbs_has_room(struct link *link, unsigned writes)
+static bool verbs_has_room(struct link *link, unsigned lane, unsigned writes)
 {
         const struct channel *channel = link->channel;
 
+        (void)lane;
         return channel->posted - channel->done + channel->count + writes + 1 <= QUEUE &&
                channel->sent - channel->sent_done < MESSAGES;
 }
@@ -809,13 +810,15 @@ static void verbs_write(struct link *link, struct mirror *m, uint32_t offset, ui
         request->wr.rdma.rkey = small ? target->small_key : target->bulk_key;
 }
 
-static void verbs_send(struct link *link, const void *message, uint32_t size, uint64_t number, bool soon)
+static void verbs_send(struct link *link, unsigned lane, const void *message, uint32_t size, uint64_t number,
+                       bool soon)
 {
         struct channel *channel = link->channel;
         struct wire_message *place = buffer(channel, WINDOW + channel->sent % MESSAGES);
         struct ibv_send_wr *request, *bad;
         int error;
 
+        (void)lane;
         memcpy(place, message, size);
         request = add_request(channel, (uintptr_t)place, size, channel->region->lkey);
         request->opcode = IBV_WR_SEND;
@@ -859,7 +862,7 @@ static void complete(const struct ibv_wc *completion)
         } else {
                 channel->done = channel->marks[what % QUEUE].posted;
                 channel->sent_done = channel->marks[what % QUEUE].sent;
-                link_completed(link, what);
+                link_completed(link, 0, what);
         }
 }
 
@@ -892,6 +895,7 @@ const struct transport verbs_transport = {
     .kind = RELAY_VERBS,
     .window = WINDOW,
     .piece = PIECE,
+    .lanes = 1,
     .open = verbs_open,
     .close = verbs_close,
     .create_channel = verbs_create_channel,

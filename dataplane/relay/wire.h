@@ -77,8 +77,12 @@ struct wire_place {
 struct wire_header {
         uint32_t magic;
         uint16_t blocks;
-        uint16_t unused;
+        uint16_t flags;   /* enum wire_header_flag */
         uint64_t granted; /* messages that the reader may have sent since the link came up */
+};
+
+enum wire_header_flag {
+        WIRE_ASKS = 1, /* the writer awaits the reader's next grant */
 };
 
 enum wire_flag {

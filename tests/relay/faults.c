@@ -146,11 +146,11 @@ static void faulty_detach(struct mirror *mirror)
         real->detach(mirror);
 }
 
-static bool faulty_has_room(struct link *link, unsigned writes)
+static bool faulty_has_room(struct link *link, unsigned lane, unsigned writes)
 {
         const struct kept *kept = kept_of(link);
 
-        return real->has_room(link, writes) && (!kept || kept->count < PENDING);
+        return real->has_room(link, lane, writes) && (!kept || kept->count < PENDING);
 }
 
 static struct batch *batch_at(struct kept *kept, unsigned index)
@@ -186,13 +186,14 @@ static void shuffle(struct batch *batch)
         }
 }
 
-static void faulty_send(struct link *link, const void *message, uint32_t size, uint64_t number, bool soon)
+static void faulty_send(struct link *link, unsigned lane, const void *message, uint32_t size, uint64_t number,
+                        bool soon)
 {
         struct kept *kept = kept_of(link);
         struct batch *batch;
 
         if (!kept) {
-                real->send(link, message, size, number, soon);
+                real->send(link, lane, message, size, number, soon);
                 return;
         }
         batch = batch_at(kept, kept->count);
@@ -243,7 +244,7 @@ static bool run(struct kept *kept)
                 kept->first = (kept->first + 1) % PENDING;
                 kept->count--;
                 any = true;
-                real->send(link, &batch->message, batch->size, batch->number, true);
+                real->send(link, 0, &batch->message, batch->size, batch->number, true);
         }
         if (kept->dies && present >= kept->dies) {
                 link_down(link, ETIMEDOUT, "the peer does not answer (a fault on purpose)");
@@ -277,6 +278,7 @@ const struct transport faulty_transport = {
     .kind = RELAY_LOOPBACK,
     .window = WINDOW,
     .piece = 64 * 1024,
+    .lanes = 1,
     .open = faulty_open,
     .close = faulty_close,
     .create_channel = faulty_create_channel,
