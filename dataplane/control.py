@@ -49,6 +49,30 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of shared memory that are in use, not only reserved."""
 
 
+class RelayRule(msgspec.Struct, frozen=True, kw_only=True):
+    """Which connections to other hosts go over the relays' TCP connections; docs/relay.md."""
+
+    busy: int = 200
+    """Messages per second from which a connection is busy."""
+    connections: int = 6
+    """Busy connections, in the harmonic mean of the two processes."""
+    messages: int = 5000
+    """Per second, of two processes with each other."""
+    bulk: int = 16 << 10
+    """Bytes of a message, on average, from which a connection carries bulk data,"""
+    bulk_rate: int = 1 << 20
+    """if it carries so many bytes per second."""
+    batch: int = 3
+    """Connections per wake-up, and blocks per message between relays: with fewer of both,
+    connections go back to TCP."""
+    pause: int = 60
+    """Seconds until they may come again, doubled each time,"""
+    pause_most: int = 3600
+    """up to this."""
+    cpu: int = 100
+    """Percent of one processor that the relay may use for one container."""
+
+
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of a host."""
 
@@ -65,6 +89,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of a ring (one direction) of a connection to another host; a power of two."""
     remote_memory: int = 1 << 30
     """Bytes registered with the RDMA device, for all connections together."""
+    relay_rule: RelayRule = RelayRule()
 
 
 class EndpointFact(msgspec.Struct, frozen=True, kw_only=True):

@@ -44,6 +44,9 @@ class Reason(IntEnum):
     NO_LINK = 1009
     LEFT = 1010
     UNTRACKED = 1011
+    FEW = 1012
+    SLOW = 1013
+    BULK = 1014
 
     @property
     def word(self) -> str:
@@ -84,5 +87,8 @@ _SENTENCES: Final = {
     Reason.NO_LINK: "the RDMA devices of this host and the peer's don't reach each other",
     Reason.LEFT: "it was on a faster path and fell back to TCP: the path was lost or turned off, or a router restarted",
     Reason.UNTRACKED: "connection tracking in the container doesn't say to which task of the service it leads",
+    Reason.FEW: "too few connections between the two programs are busy for the relays to be faster",
+    Reason.SLOW: "its messages, and those of connections beside it, are too few at a time for the relays to be faster",
+    Reason.BULK: "it carries bulk data, which the relays would carry no faster",
     Reason.AMBIGUOUS: "several connections of the peer fit: one to a task and one to its service's VIP",
 }

@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from dataplane.router import layout
 from dataplane.router.library_wire import Address, Answer
+from dataplane.router.tcp_counters import TcpCounters
+
+SocketEnd = tuple[Address, Address, int]
+"""Local and remote address of a connected socket, and its cookie."""
 
 
 class Outbox(Protocol):
@@ -32,6 +37,13 @@ class SocketTable(Protocol):
 
     def is_held(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
         """Whether a process still has the socket with this cookie."""
+        ...
+
+    def counters(self, namespace: int, ends: Sequence[SocketEnd]) -> list[TcpCounters | None]:
+        """The counters of some connections of a container, `socket_table.AT_ONCE` at most.
+
+        None: the kernel doesn't know such a socket as connected, or doesn't answer.
+        """
         ...
 
     def translated(

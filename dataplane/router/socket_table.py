@@ -13,16 +13,19 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
 
 from dataplane.errors import KernelRefused
+from dataplane.router import tcp_counters
 from dataplane.router.conntrack import Conntrack
 from dataplane.router.library_wire import Address, ip_of
 from dataplane.router.netlink_socket import netlink_in
+from dataplane.router.seams import SocketEnd
+from dataplane.router.tcp_counters import INFO_WANTED, TcpCounters
 
 NETLINK_SOCK_DIAG: Final = 4
 SIOCGSKNS: Final = 0x894C
@@ -55,7 +58,10 @@ _INODE: Final = struct.Struct("=I")
 _ERROR: Final = struct.Struct("=i")
 _ID_OFFSET: Final = 4
 _INODE_OFFSET: Final = _ID_OFFSET + _ID.size + _ID_REST.size + 16
+_MESSAGE_SIZE: Final = _INODE_OFFSET + _INODE.size
 _NO_COOKIE: Final = (1 << 64) - 1
+AT_ONCE: Final = 32
+"""Sockets whose counters are requested at once: the replies have to fit into a socket's buffer."""
 
 ESTABLISHED: Final = 1
 FIN_WAIT1: Final = 4
@@ -127,6 +133,31 @@ class Diag:
                 )
         return None
 
+    def counters(self, ends: Sequence[SocketEnd]) -> list[TcpCounters | None]:
+        """The counters of connections, `AT_ONCE` at most; None: no open socket has this cookie.
+
+        Raises:
+            KernelRefused: the kernel doesn't answer.
+        """
+        assert len(ends) <= AT_ONCE
+        first = self._sequence + 1
+        packet = b"".join(
+            self._packet(NLM_F_REQUEST, _question(local, remote, cookie, INFO_WANTED))
+            for local, remote, cookie in ends
+        )
+        self._send(packet)
+        found: list[TcpCounters | None] = [None] * len(ends)
+        missing = len(ends)
+        while missing:
+            for kind, body, sequence in self._received():
+                at = sequence - first
+                if not 0 <= at < len(ends):
+                    continue
+                missing -= 1
+                if kind == SOCK_DIAG_BY_FAMILY and body[1] in OPEN:
+                    found[at] = tcp_counters.find(body[_MESSAGE_SIZE:])
+        return found
+
     def connected(self) -> Iterator[TcpSocket | None]:
         """All connected TCP sockets; a None now and then, where the caller may do other work.
 
@@ -148,15 +179,26 @@ class Diag:
                 yield None
 
     def _ask(self, flags: int, request: bytes) -> None:
+        self._send(self._packet(flags, request))
+
+    def _packet(self, flags: int, request: bytes) -> bytes:
         self._sequence += 1
         size = _HEADER.size + len(request)
-        header = _HEADER.pack(size, SOCK_DIAG_BY_FAMILY, flags, self._sequence, 0)
+        return _HEADER.pack(size, SOCK_DIAG_BY_FAMILY, flags, self._sequence, 0) + request
+
+    def _send(self, packet: bytes) -> None:
         try:
-            self._socket.send(header + request)
+            self._socket.send(packet)
         except OSError as error:
             raise KernelRefused("cannot list TCP sockets", cause=str(error)) from error
 
     def _messages(self) -> Iterator[tuple[int, bytes]]:
+        for kind, body, sequence in self._received():
+            if sequence == self._sequence:
+                yield kind, body
+
+    def _received(self) -> Iterator[tuple[int, bytes, int]]:
+        """Kind, body and sequence number of each message in the next packet."""
         try:
             data = self._socket.recv(_BUFFER)
         except OSError as error:
@@ -166,16 +208,15 @@ class Diag:
             size, kind, _, sequence, _ = _HEADER.unpack_from(data, offset)
             if size < _HEADER.size:
                 return
-            if sequence == self._sequence:
-                yield kind, data[offset + _HEADER.size : offset + size]
+            yield kind, data[offset + _HEADER.size : offset + size], sequence
             offset += (size + 3) & ~3
 
 
-def _question(local: Address, remote: Address, cookie: int) -> bytes:
+def _question(local: Address, remote: Address, cookie: int, wanted: int = 0) -> bytes:
     family = _AF_INET if local.ip.version == 4 else _AF_INET6
     return b"".join(
         (
-            _REQUEST.pack(family, _IPPROTO_TCP, 0, 0),
+            _REQUEST.pack(family, _IPPROTO_TCP, wanted, 0),
             _ID.pack(local.port, remote.port, local.ip.packed, remote.ip.packed),
             _ID_REST.pack(0, cookie),
         )
@@ -318,6 +359,12 @@ class LinuxSocketTable:
             return self._namespaces.diag(namespace).is_held(local, remote, cookie)
         except KernelRefused:
             return False
+
+    def counters(self, namespace: int, ends: Sequence[SocketEnd]) -> list[TcpCounters | None]:
+        try:
+            return self._namespaces.diag(namespace).counters(ends)
+        except KernelRefused:
+            return [None] * len(ends)
 
     def translated(
         self, namespace: int, local: Address, remote: Address

@@ -5,6 +5,7 @@ declare.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Final, TypeVar
@@ -16,6 +17,8 @@ from dataplane.router import library_wire as wire
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.library_wire import Address, Answer
 from dataplane.router.pairing import Pairing
+from dataplane.router.seams import SocketEnd
+from dataplane.router.tcp_counters import TcpCounters
 
 M = TypeVar("M", bound=Answer)
 
@@ -23,6 +26,7 @@ NET: Final = "n1"
 OTHER: Final = "n2"
 VIP: Final = "10.0.4.100"
 AWAY: Final = "10.0.4.200"
+QUIET: Final = TcpCounters(0, 0, 0, 0, 1398)
 
 
 def at(text: str) -> Address:
@@ -54,6 +58,10 @@ class FakeKernel:
     translations: dict[tuple[int, Address, Address], tuple[Address, Address]] = field(
         default_factory=dict
     )
+    traffic: dict[int, TcpCounters] = field(default_factory=dict)
+    """By cookie."""
+    sampled: int = 0
+    """Counters of so many sockets were read."""
 
     def is_open(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
         key = (namespace, local, remote)
@@ -64,6 +72,15 @@ class FakeKernel:
 
     def is_held(self, namespace: int, local: Address, remote: Address, cookie: int) -> bool:
         return self.sockets.get((namespace, local, remote)) == cookie
+
+    def counters(self, namespace: int, ends: Sequence[SocketEnd]) -> list[TcpCounters | None]:
+        self.sampled += len(ends)
+        return [
+            self.traffic.get(cookie, QUIET)
+            if self.is_open(namespace, local, remote, cookie)
+            else None
+            for local, remote, cookie in ends
+        ]
 
     def translated(
         self, namespace: int, local: Address, remote: Address

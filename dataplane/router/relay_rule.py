@@ -1,0 +1,371 @@
+"""Which connections go over the TCP connections between two hosts' relays (path `relay`).
+
+A message over the relays wakes three sleepers, and one over TCP wakes one. So the relays are faster
+only where one wake-up serves many connections, and slower where it serves one. A connection waits
+on TCP until it is in good company (`EnterRule`), and goes back to TCP when its company is gone
+(`why_leave`), for a while that grows each time (`Pauses`).
+
+A peer's host says only which of its processes has which connection. So it can harm nothing but
+connections with itself. There is no I/O and no clock here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Generic, NamedTuple, TypeVar
+
+from dataplane.control import RelayRule
+from dataplane.router.library_wire import IPAddress
+from dataplane.router.reasons import Reason
+
+T = TypeVar("T", bound=Hashable)
+
+SAMPLE: Final = 1.0
+"""Seconds between two samples of connections that are near the rule's thresholds."""
+SAMPLE_MOST: Final = 8.0
+"""The same for others: the pause is doubled up to this."""
+SHORTEST: Final = 0.25
+"""Seconds that lie between two samples of a connection at least: a rate over less says nothing."""
+NEAR: Final = 4
+"""A pair with this part of the needed messages is near the threshold; a process with this part of
+the messages of one busy connection is idle on the relay."""
+
+
+class Pair(NamedTuple):
+    """Two processes of two hosts that have connections with each other."""
+
+    process: int
+    """Of this host."""
+    peer: IPAddress
+    """The other host."""
+    peer_process: int
+    """A number that the other host has chosen."""
+
+
+class Sample(NamedTuple):
+    """Counters of a TCP connection since it began, from the kernel (struct tcp_info)."""
+
+    at: float
+    """Seconds."""
+    segments_in: int
+    """Segments with data."""
+    segments_out: int
+    bytes_in: int
+    bytes_out: int
+    segment: int
+    """Bytes of a full segment."""
+
+
+class Use(NamedTuple):
+    """What a process or a link did on the relay, per second."""
+
+    bytes: float = 0.0
+    bells: float = 0.0
+    """Wake-ups of the relay by the process, and of the process by the relay."""
+    slots: float = 0.0
+    """Connections that these wake-ups were for, together."""
+    messages: float = 0.0
+    """Messages between the two relays."""
+    blocks: float = 0.0
+    """Blocks of connections in them."""
+
+
+def messages(segments: int, size: int, segment: int) -> float:
+    """How many messages a program has sent with so many segments and bytes, as an estimate.
+
+    A message ends with a segment that isn't full. Half a segment is the mean of those.
+    """
+    if segment <= 0:
+        return float(segments)
+    return max(0.0, min(segments, 2 * (segments - size / segment)))
+
+
+def batches(one: float, other: float, rule: RelayRule) -> bool:
+    """Whether so many busy connections of two processes let wake-ups serve many of them.
+
+    Their harmonic mean has to reach the setting.
+    """
+    return one > 0 and other > 0 and rule.connections * (1 / one + 1 / other) <= 2
+
+
+@dataclass(slots=True, eq=False)
+class Flow:
+    """A connection that waits for the relay, on TCP."""
+
+    pair: Pair
+    sample: Sample | None = None
+    known: bool = False
+    """There have been two samples, so there are rates."""
+    messages: float = 0.0
+    """Per second."""
+    bytes: float = 0.0
+    reason: Reason | None = Reason.FEW
+    """Why it waits; None: it may enter."""
+
+    def sampled(self, sample: Sample) -> None:
+        """Take the next sample."""
+        before = self.sample
+        if before is None:
+            self.sample = sample
+            return
+        seconds = sample.at - before.at
+        if seconds < SHORTEST:
+            return
+        size_in, size_out = sample.bytes_in - before.bytes_in, sample.bytes_out - before.bytes_out
+        count = messages(sample.segments_in - before.segments_in, size_in, sample.segment)
+        count += messages(sample.segments_out - before.segments_out, size_out, sample.segment)
+        self.sample, self.known = sample, True
+        self.messages, self.bytes = count / seconds, (size_in + size_out) / seconds
+
+
+def is_bulk(size: float, count: float, rule: RelayRule) -> bool:
+    """Whether so many bytes per second, in so many messages, are bulk data."""
+    return size >= rule.bulk_rate and size >= rule.bulk * count
+
+
+@dataclass(slots=True, eq=False)
+class _Group(Generic[T]):
+    """The waiting connections of one pair."""
+
+    flows: dict[T, Flow] = field(default_factory=dict)
+    due: float = 0.0
+    """When they are sampled next."""
+    pause: float = SAMPLE
+    busy: int = 0
+    """Of them, at the last sample."""
+    messages: float = 0.0
+    """Per second, of all of them together."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnRelay:
+    """What is on the relay already."""
+
+    connections: Mapping[Pair, int]
+    rates: Mapping[int, float]
+    """Messages per second of each process; a process without an entry is new there."""
+
+    def busy(self, pair: Pair, rule: RelayRule) -> float:
+        """How many of a pair's connections are busy, as far as the process's rate allows."""
+        count = self.connections.get(pair, 0)
+        rate = self.rates.get(pair.process)
+        return count if rate is None else min(count, rate / rule.busy)
+
+
+class EnterRule(Generic[T]):
+    """Decides which waiting connections may enter. `T` identifies a connection."""
+
+    def __init__(self, rule: RelayRule) -> None:
+        self.rule = rule
+        """The present settings."""
+        self._groups: dict[Pair, _Group[T]] = {}
+        self._flows: dict[T, Flow] = {}
+        self._asked: list[Pair] = []
+
+    def __len__(self) -> int:
+        return len(self._flows)
+
+    def __contains__(self, key: T) -> bool:
+        return key in self._flows
+
+    def reason(self, key: T) -> Reason | None:
+        """Why a connection waits; None: it may enter."""
+        return self._flows[key].reason
+
+    def add(self, key: T, pair: Pair, now: float) -> None:
+        """A connection waits from now on."""
+        self.remove(key)
+        group = self._groups.setdefault(pair, _Group())
+        group.flows[key] = self._flows[key] = Flow(pair)
+        group.due, group.pause = min(group.due, now), SAMPLE
+
+    def remove(self, key: T) -> None:
+        """A connection waits no more."""
+        flow = self._flows.pop(key, None)
+        if flow is not None:
+            group = self._groups[flow.pair]
+            del group.flows[key]
+            if not group.flows:
+                del self._groups[flow.pair]
+
+    # --- samples
+
+    def due(self, now: float) -> list[T]:
+        """The connections to be sampled now. `decide` is to be called after that."""
+        self._asked = [pair for pair, group in self._groups.items() if group.due <= now]
+        return [key for pair in self._asked for key in self._groups[pair].flows]
+
+    def sampled(self, key: T, sample: Sample) -> None:
+        """A sample of a connection."""
+        flow = self._flows.get(key)
+        if flow is not None:
+            flow.sampled(sample)
+
+    # --- the decision
+
+    def decide(
+        self,
+        now: float,
+        on: OnRelay,
+        held: Callable[[Pair], Reason | None],
+        offload: bool,
+    ) -> dict[T, Reason | None]:
+        """Decide for the connections that were due. Those whose reason has changed; None: it may
+        enter.
+
+        Args:
+            now: seconds.
+            on: what is on the relay.
+            held: why no connection of a pair may enter for a while; None: they may.
+            offload: whether the underlay's device segments UDP tunnels, so that TCP on the overlay
+                carries bulk data as fast as the relays do.
+        """
+        asked = [pair for pair in self._asked if pair in self._groups]
+        self._asked = []
+        for pair in asked:
+            self._measure(self._groups[pair], offload)
+        busy = self._ends(on, lambda group: group.busy)
+        most = self._ends(on, lambda group: len(group.flows))
+        changed: dict[T, Reason | None] = {}
+        for pair in asked:
+            group = self._groups[pair]
+            rate = group.messages
+            if on.connections.get(pair):
+                rate += on.rates.get(pair.process, 0.0)
+            why = held(pair) or self._why_not(pair, busy, rate)
+            for key, flow in group.flows.items():
+                reason = self._reason(flow, why, held(pair), offload)
+                if reason is not flow.reason:
+                    flow.reason = changed[key] = reason
+            self._schedule(now, group, self._is_near(pair, group, most, rate, offload))
+        return changed
+
+    def _measure(self, group: _Group[T], offload: bool) -> None:
+        """Add up what a group's connections carry."""
+        group.busy, group.messages = 0, 0.0
+        for flow in group.flows.values():
+            if not is_bulk(flow.bytes, flow.messages, self.rule):
+                group.busy += flow.messages >= self.rule.busy
+                group.messages += flow.messages
+
+    def _ends(self, on: OnRelay, count: Callable[[_Group[T]], float]) -> _Ends:
+        ends: _Ends = defaultdict(float)
+        counts = [(pair, count(group)) for pair, group in self._groups.items()]
+        counts += [(pair, on.busy(pair, self.rule)) for pair in on.connections]
+        for pair, number in counts:
+            for end in _ends_of(pair):
+                ends[end] += number
+        return ends
+
+    def _batches(self, pair: Pair, ends: _Ends) -> bool:
+        own, other = (ends[end] for end in _ends_of(pair))
+        return batches(own, other, self.rule)
+
+    def _why_not(self, pair: Pair, busy: _Ends, rate: float) -> Reason | None:
+        if not self._batches(pair, busy):
+            return Reason.FEW
+        return None if rate >= self.rule.messages else Reason.SLOW
+
+    def _reason(
+        self, flow: Flow, why: Reason | None, held: Reason | None, offload: bool
+    ) -> Reason | None:
+        """Why a connection waits. `why`: none of its pair's may enter; `held`: nor bulk."""
+        if held is not None or not flow.known:
+            return held or flow.reason
+        if is_bulk(flow.bytes, flow.messages, self.rule):
+            return Reason.BULK if offload else None
+        if why is None and flow.messages < self.rule.busy:
+            return Reason.SLOW
+        return why
+
+    def _is_near(
+        self, pair: Pair, group: _Group[T], most: _Ends, rate: float, offload: bool
+    ) -> bool:
+        """Whether a pair's connections may be let in soon."""
+        if any(not flow.known for flow in group.flows.values()):
+            return True
+        if self._batches(pair, most) and NEAR * rate >= self.rule.messages:
+            return True
+        size = max(flow.bytes for flow in group.flows.values())
+        return not offload and NEAR * size >= self.rule.bulk_rate
+
+    @staticmethod
+    def _schedule(now: float, group: _Group[T], near: bool) -> None:
+        group.pause = SAMPLE if near else min(2 * group.pause, SAMPLE_MOST)
+        group.due = now + group.pause
+
+
+_Ends = defaultdict[tuple[int | None, IPAddress, int], float]
+"""Connections of a process of this host with another host, and the other way round."""
+
+
+def _ends_of(pair: Pair) -> tuple[tuple[int | None, IPAddress, int], ...]:
+    return (pair.process, pair.peer, 0), (None, pair.peer, pair.peer_process)
+
+
+# --- leaving
+
+
+def why_leave(process: Use, link: Use, rule: RelayRule, offload: bool) -> Reason | None:
+    """Why the connections of a process with a peer's host have to go back to TCP; None: they stay.
+
+    Idle ones cost nothing, and stay.
+
+    Args:
+        process: what the process did on the relay in the last second.
+        link: what the link between the two relays did.
+        rule: the settings.
+        offload: as for `EnterRule.decide`.
+    """
+    if is_bulk(process.bytes, process.slots, rule):
+        return Reason.BULK if offload else None
+    if NEAR * process.slots < rule.busy:
+        return None
+    alone = process.slots < rule.batch * process.bells and link.blocks < rule.batch * link.messages
+    return Reason.SLOW if alone else None
+
+
+@dataclass(slots=True)
+class _Pause:
+    until: float
+    length: float
+    reason: Reason
+
+
+class Pauses:
+    """For how long nobody may enter, by whom it concerns: a process and a host, or a container.
+
+    The first pause has the setting's length. One that begins before as much time has passed since
+    the last is twice as long as that, up to the longest.
+    """
+
+    def __init__(self) -> None:
+        self._pauses: dict[Hashable, _Pause] = {}
+
+    def __len__(self) -> int:
+        return len(self._pauses)
+
+    def begin(self, who: Hashable, reason: Reason, now: float, rule: RelayRule) -> None:
+        """Begin a pause, unless one runs."""
+        last = self._pauses.get(who)
+        if last is not None and now < last.until:
+            return
+        length = float(rule.pause)
+        if last is not None and now < last.until + last.length:
+            length = min(2 * last.length, float(rule.pause_most))
+        self._pauses[who] = _Pause(now + length, length, reason)
+
+    def reason(self, who: Hashable, now: float) -> Reason | None:
+        """Why nobody may enter; None: there is no pause."""
+        pause = self._pauses.get(who)
+        return None if pause is None or now >= pause.until else pause.reason
+
+    def tidy(self, now: float, alive: Callable[[Hashable], bool]) -> None:
+        """Forget pauses that have no effect any more, and those of whom is not alive."""
+        self._pauses = {
+            who: pause
+            for who, pause in self._pauses.items()
+            if now < pause.until + pause.length and alive(who)
+        }
