@@ -19,7 +19,7 @@ from typing import Final
 
 import structlog
 
-from dataplane.control import Limits, RouterSettings, Rule
+from dataplane.control import Limits, RelayRule, RouterSettings, Rule
 from plugin.host_paths import ADMIN_DIRECTORY
 from plugin.settings import Settings
 
@@ -72,6 +72,17 @@ def router_settings(settings: Settings) -> RouterSettings:
         session_key=settings.session_key,
         remote_ring=settings.remote_ring,
         remote_memory=settings.remote_memory,
+        relay_rule=RelayRule(
+            busy=settings.relay_busy,
+            connections=settings.relay_connections,
+            messages=settings.relay_messages,
+            bulk=settings.relay_bulk,
+            bulk_rate=settings.relay_bulk_rate,
+            batch=settings.relay_batch,
+            pause=settings.relay_pause,
+            pause_most=settings.relay_pause_most,
+            cpu=settings.relay_cpu,
+        ),
     )
 
 

@@ -255,6 +255,64 @@ class Settings:
         "bytes of memory for all connections over RDMA; at the limit, new ones stay on the overlay",
         details="The memory is locked, so that the device can reach it.",
     )
+    relay_busy: int = _setting(
+        _whole(1, 10**6),
+        _ROUTER.relay_rule.busy,
+        "messages per second from which a connection counts as busy, for the relays' TCP",
+        details="This and the following ones are the numbers of [a rule](relay.md#the-rule).",
+        tuning=True,
+    )
+    relay_connections: int = _setting(
+        _whole(1, 4096),
+        _ROUTER.relay_rule.connections,
+        "busy connections of two processes, in their harmonic mean, from which they go over the "
+        "relays' TCP",
+        tuning=True,
+    )
+    relay_messages: int = _setting(
+        _whole(0, 10**8),
+        _ROUTER.relay_rule.messages,
+        "messages per second of two processes with each other from which they go over the relays' "
+        "TCP",
+        tuning=True,
+    )
+    relay_bulk: int = _setting(
+        _whole(1, 1 << 30),
+        _ROUTER.relay_rule.bulk,
+        "bytes of a message, on average, from which a connection carries bulk data",
+        tuning=True,
+    )
+    relay_bulk_rate: int = _setting(
+        _whole(1, 10**11 - 1),
+        _ROUTER.relay_rule.bulk_rate,
+        "bytes per second from which a connection carries bulk data",
+        tuning=True,
+    )
+    relay_batch: int = _setting(
+        _whole(0, 64),
+        _ROUTER.relay_rule.batch,
+        "connections per wake-up of a process, and blocks per message between relays: with fewer "
+        "of both, connections go back to TCP on the overlay",
+        tuning=True,
+    )
+    relay_pause: int = _setting(
+        _whole(1, 86400),
+        _ROUTER.relay_rule.pause,
+        "seconds until connections that went back may come again; doubled each time",
+        tuning=True,
+    )
+    relay_pause_most: int = _setting(
+        _whole(1, 86400),
+        _ROUTER.relay_rule.pause_most,
+        "the longest such pause, in seconds",
+        tuning=True,
+    )
+    relay_cpu: int = _setting(
+        _whole(1, 100),
+        _ROUTER.relay_rule.cpu,
+        "percent of one processor that the relay may use for one container",
+        details="Nor more than the container's own `--cpus`.",
+    )
     upgrade_operations: int = _setting(
         _whole(1, (1 << 31) - 1),
         _ROUTER.rule.operations,

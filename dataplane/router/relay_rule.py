@@ -20,6 +20,7 @@ from dataplane.control import RelayRule
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.reasons import Reason
 
+_WRAP: Final = 1 << 32
 T = TypeVar("T", bound=Hashable)
 
 SAMPLE: Final = 1.0
@@ -114,8 +115,9 @@ class Flow:
         if seconds < SHORTEST:
             return
         size_in, size_out = sample.bytes_in - before.bytes_in, sample.bytes_out - before.bytes_out
-        count = messages(sample.segments_in - before.segments_in, size_in, sample.segment)
-        count += messages(sample.segments_out - before.segments_out, size_out, sample.segment)
+        seen = (sample.segments_in - before.segments_in) % _WRAP
+        sent = (sample.segments_out - before.segments_out) % _WRAP
+        count = messages(seen, size_in, sample.segment) + messages(sent, size_out, sample.segment)
         self.sample, self.known = sample, True
         self.messages, self.bytes = count / seconds, (size_in + size_out) / seconds
 
@@ -169,6 +171,11 @@ class EnterRule(Generic[T]):
 
     def __contains__(self, key: T) -> bool:
         return key in self._flows
+
+    def pair(self, key: T) -> Pair | None:
+        """The processes of a connection; None: it doesn't wait."""
+        flow = self._flows.get(key)
+        return None if flow is None else flow.pair
 
     def reason(self, key: T) -> Reason | None:
         """Why a connection waits; None: it may enter."""

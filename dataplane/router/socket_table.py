@@ -134,7 +134,8 @@ class Diag:
         return None
 
     def counters(self, ends: Sequence[SocketEnd]) -> list[TcpCounters | None]:
-        """The counters of connections, `AT_ONCE` at most; None: no open socket has this cookie.
+        """The counters of connections, `AT_ONCE` at most; None: no process has an open
+        socket with this cookie.
 
         Raises:
             KernelRefused: the kernel doesn't answer.
@@ -154,7 +155,8 @@ class Diag:
                 if not 0 <= at < len(ends):
                     continue
                 missing -= 1
-                if kind == SOCK_DIAG_BY_FAMILY and body[1] in OPEN:
+                is_open = kind == SOCK_DIAG_BY_FAMILY and body[1] in OPEN
+                if is_open and any(_INODE.unpack_from(body, _INODE_OFFSET)):
                     found[at] = tcp_counters.find(body[_MESSAGE_SIZE:])
         return found
 
