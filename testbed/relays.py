@@ -28,12 +28,14 @@ from typing import Final
 
 from dataplane.router import layout
 from dataplane.router.arena_memory import LinuxArenaMemory
-from dataplane.router.relay_wire import COUNTERS
+from dataplane.router.relay_wire import COUNTERS, ENCRYPT_MESSAGES
 from testbed.patience import patience
 
 VERBS: Final = 1
 LOOPBACK: Final = 2
 TCP: Final = 3
+SOCKETS: Final = 4
+"""Of a link over TCP."""
 WHOLE: Final = 0
 BROKEN: Final = 1
 VERSION: Final = 2
@@ -153,6 +155,10 @@ class Relay:
     def accept(self, kind: str, number: int, peer: int, words: bytes) -> None:
         self.raw(ACCEPT.pack(KINDS[kind], ACCEPT.size, number, peer, len(words), 0, words))
 
+    def give_socket(self, number: int, index: int, descriptor: int) -> None:
+        """Give a link the socket of a lane."""
+        self.raw(NUMBER.pack(KINDS["SOCKET"], NUMBER.size, number, index), descriptor)
+
     def receive(self, seconds: float = 0) -> bool:
         """Receive one message, if one comes in time."""
         with self.reads:
@@ -244,16 +250,40 @@ def relay(binary: Path, **environment: str) -> Iterator[Relay]:
                 process.wait()
 
 
+@dataclass
+class Usual:
+    """What `relays` opens unless it is told otherwise."""
+
+    transport: int = LOOPBACK
+
+
+usual: Final = Usual()
+
+
 @contextlib.contextmanager
 def relays(
-    binary: Path, device: str = "", *, count: int = 2, spin: int = 20
+    binary: Path,
+    device: str = "",
+    *,
+    count: int = 2,
+    spin: int = 20,
+    transport: int | None = None,
+    encryption: int = ENCRYPT_MESSAGES,
 ) -> Iterator[list[Relay]]:
-    """Relays of one machine that can reach each other."""
+    """Relays of one machine that can reach each other, over `usual` or another transport."""
     with contextlib.ExitStack() as stack:
         made = [stack.enter_context(relay(binary)) for _ in range(count)]
         for one in made:
-            assert not one.open(device, spin=spin).error
+            kind = usual.transport if transport is None else transport
+            assert not one.open(device, spin=spin, transport=kind, encryption=encryption).error
         yield made
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        return one, listener.accept()[0]
 
 
 def link(
@@ -266,6 +296,11 @@ def link(
     peer = number if peer is None else peer
     one = a.link(number)
     two = b.link(peer)
+    if a.transport == TCP:
+        for index in range(SOCKETS):
+            for host, to, end in zip((a, b), (number, peer), socket_pair(), strict=True):
+                host.give_socket(to, index, end.fileno())
+                end.close()
     answers = b.connect(peer, one), a.connect(number, two)
     assert lost or not any(answer.error for answer in answers), answers
     return not any(answer.error for answer in answers)

@@ -391,6 +391,8 @@ bool links_are_idle(void)
                         if (link->lanes[i].completed != link->lanes[i].batch || has_work(&link->lanes[i]) ||
                             list_holds(&link->lanes[i].moving))
                                 return false;
+                if (link->state == LINK_UP && link->transport->is_idle && !link->transport->is_idle(link))
+                        return false;
         }
         return true;
 }

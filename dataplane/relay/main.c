@@ -5,8 +5,9 @@
  *
  *      main                            the loop
  *      requests                        the router's requests
- *      verbs, loopback, stream         transports
+ *      verbs, loopback, tcp, stream    transports
  *      transports                      those that are open
+ *      tcp_receive, tcp_send           the two halves of tcp
  *      link                            the way to one peer's relay, and its messages
  *      mirror_receive, mirror_send     what a message says about one connection
  *      mirror_end                      how a connection ends or falls back to TCP
@@ -16,6 +17,7 @@
  *      arenas                          memory and bells that are shared with processes
  *      answers                         messages to the router
  *      context                         descriptors, clock, counters
+ *      records                         encryption between two relays
  *      protocol.h, wire.h, list.h      messages of router and relay, and of two relays; lists
  *
  * One thread moves all bytes, in turns: receive what links have brought, scan the rings of active
@@ -86,6 +88,7 @@ static bool turn(void)
 
         any = mirrors_scan() || any;
         any = links_flush() || any;
+        any = transports_flush() || any;
         count(COUNT_TURNS, 1);
         return any;
 }

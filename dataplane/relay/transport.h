@@ -24,7 +24,7 @@
  *    cannot write into rings through it. After deregister() the connection's rings are unreachable.
  * 5. No function blocks. All are called on the relay's one thread, and so are link_receive(),
  *    link_completed(), link_down() and link_connected() (link.h). A transport calls these from
- *    poll(), send(), tick() and handlers of its own watches; never from create_channel(),
+ *    poll(), send(), flush(), tick() and handlers of its own watches; never from create_channel(),
  *    connect_channel(), register_rings(), attach() or write().
  *
  * The relay promises:
@@ -94,6 +94,11 @@ struct transport {
         void (*send)(struct link *link, unsigned lane, const void *message, uint32_t size, uint64_t number,
                      bool soon);
 
+        /* Starts what send() has collected; may call link_completed() and link_down(). Called at the
+         * end of each turn. True: there was something. NULL: send() starts it. */
+        bool (*flush)(void);
+        /* Has the peer's host all that was sent? NULL: complete batches say so. */
+        bool (*is_idle)(struct link *link);
         /* Handles what has arrived: calls link_receive(), link_completed(), link_down(). True:
          * there was something. */
         bool (*poll)(void);

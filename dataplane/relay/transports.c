@@ -23,6 +23,12 @@ static const struct transport *transport_of(uint32_t kind)
 #else
                 return &loopback_transport;
 #endif
+        case RELAY_TCP:
+#ifdef FREEFLOW_TEST
+                return &faulty_tcp_transport;
+#else
+                return &tcp_transport;
+#endif
         default:
                 return NULL;
         }
@@ -62,6 +68,16 @@ bool transports_poll(void)
         for (int i = 0; i < KINDS; i++)
                 if (opened[i])
                         any = opened[i]->poll() || any;
+        return any;
+}
+
+bool transports_flush(void)
+{
+        bool any = false;
+
+        for (int i = 0; i < KINDS; i++)
+                if (opened[i] && opened[i]->flush)
+                        any = opened[i]->flush() || any;
         return any;
 }
 

@@ -5,12 +5,13 @@
 
 #include "transport.h"
 
-extern const struct transport verbs_transport, loopback_transport;
+extern const struct transport verbs_transport, loopback_transport, tcp_transport;
 
 #ifdef FREEFLOW_TEST
-/* In place of `loopback` in builds for tests: the same with faults on purpose
- * (tests/relay/faults.c). */
+/* In place of `loopback` and `tcp` in builds for tests: the same with faults on purpose
+ * (tests/relay/faults.c, tcp_faults.c). */
 extern const struct transport faulty_transport;
+extern struct transport faulty_tcp_transport;
 #endif
 
 /* R_OPEN. errno, with a text. */
@@ -19,6 +20,7 @@ int transports_open(const struct relay_open *request, uint32_t *mtu, char *text)
 const struct transport *transport_opened(uint32_t kind);
 /* As the functions of a transport, for all that are open. */
 bool transports_poll(void);
+bool transports_flush(void);
 bool transports_arm(void);
 uint64_t transports_tick(uint64_t present);
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from testbed import relays as client
 from tests.dataplane.places import ROOT, compile_c
 
 HERE = Path(__file__).parent
 BUILD = ROOT / "dataplane" / "relay" / "build.sh"
-FAULTS = HERE / "faults.c"
+FAULTS = (HERE / "faults.c", HERE / "tcp_faults.c")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +28,14 @@ def build(to: Path, sanitizer: str = "", *sources: Path) -> Path:
     return to
 
 
+@pytest.fixture(params=[client.LOOPBACK, client.TCP], ids=["memory", "tcp"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The transport of the relays that a test starts."""
+    kind: int = request.param
+    monkeypatch.setattr(client.usual, "transport", kind)
+    return kind
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not shutil.which("gcc"):
@@ -37,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def binary(folder: Path) -> Path:
     """Built for tests: with faults on request, and with sanitizers (address, undefined)."""
-    return build(folder / "freeflow-relay", "address,undefined", FAULTS)
+    return build(folder / "freeflow-relay", "address,undefined", *FAULTS)
 
 
 @pytest.fixture(scope="session")

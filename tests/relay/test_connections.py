@@ -1,4 +1,4 @@
-"""Connections over two relays on the loopback transport: bytes, wake-ups, and ends."""
+"""Connections over two relays, in memory and over TCP: bytes, wake-ups, and ends."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from testbed.relays import (
     relays,
     result,
 )
+
+pytestmark = pytest.mark.usefixtures("transport")
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ def test_connections_end_over_links_that_get_lost(binary: Path, end: Path) -> No
         assert a.counts()["broken"] == b.counts()["broken"] == 0
 
 
+@pytest.mark.usefixtures("transport")
 def test_a_peer_that_is_killed_is_noticed(binary: Path, end: Path) -> None:
     """When the peer's relay dies the link is down at once; connections wait for the router."""
     with relays(binary) as (a, b):
@@ -190,6 +191,7 @@ def test_without_rdma_a_connection_goes_on_over_the_session(binary: Path, end: P
         drop(two)
 
 
+@pytest.mark.usefixtures("transport")
 def test_a_streamed_link_ends_with_its_relay(binary: Path, end: Path) -> None:
     """Frames need a router: without it connections that have not left are reset."""
     with relays(binary) as (a, b):

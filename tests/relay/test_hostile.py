@@ -67,6 +67,7 @@ def ring_it(end: End) -> None:
     end.rings_relay.send(b"x")
 
 
+@pytest.mark.usefixtures("transport")
 def test_a_bell_that_is_kept_full(binary: Path, end: Path) -> None:
     """A process that keeps the relay's bell full does not hold up other connections."""
     with relays(binary) as (a, b):
@@ -113,6 +114,7 @@ def test_a_bell_with_a_descriptor_in_it(binary: Path, end: Path) -> None:
     os.close(namespace)
 
 
+@pytest.mark.usefixtures("transport")
 @pytest.mark.parametrize("seed", range(3))
 def test_a_hostile_process_hurts_only_its_own_connection(
     binary: Path, end: Path, seed: int
@@ -143,6 +145,7 @@ def test_a_hostile_process_hurts_only_its_own_connection(
             assert host.counts()["connections"] == 1
 
 
+@pytest.mark.usefixtures("transport")
 @pytest.mark.parametrize(
     ("direction", "word", "value"),
     [
@@ -172,6 +175,7 @@ def test_invalid_words_break_the_connection_at_both_ends(
             assert each.word(0, 276, 4) == each.word(1, 276, 4) == 1
 
 
+@pytest.mark.usefixtures("transport")
 def test_bytes_before_ready_are_invalid(binary: Path, end: Path) -> None:
     """A sender that does not wait for `ready` is reset."""
     with relays(binary) as (a, b):
