@@ -130,6 +130,8 @@ class RouterSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):
     settings: RouterSettings = RouterSettings()
     underlay: str = ""
     """This host's address on the underlay, if that is known."""
+    tunnel_offload: bool | None = None
+    """Whether the underlay's device segments UDP tunnels; None: unknown."""
 
 
 class LivenessRequest(msgspec.Struct, frozen=True, tag="life"):

@@ -82,6 +82,8 @@ class ThisHost:
 
     addresses: frozenset[IPAddress] = frozenset()
     underlay: IPAddress | None = None
+    tunnel_offload: bool | None = None
+    """Whether the underlay's device segments UDP tunnels; None: unknown."""
 
 
 def inode_of(sandbox: Path) -> int | None:
@@ -132,6 +134,7 @@ def facts(
         ),
         settings=settings,
         underlay="" if own.underlay is None else str(own.underlay),
+        tunnel_offload=own.tunnel_offload,
     )
 
 

@@ -118,11 +118,11 @@ class Host:
     def own(self, kernel: LinuxKernel) -> ThisHost:
         known = {self.advertised(), self.listed}
         try:
-            underlay = kernel.underlay().address
+            underlay, segments = kernel.underlay().address, kernel.segments_tunnels()
         except FreeFlowError:
-            underlay = None
+            underlay = segments = None
         addresses = frozenset(address for address in known if address is not None)
-        return ThisHost(addresses, underlay or self.advertised())
+        return ThisHost(addresses, underlay or self.advertised(), segments)
 
     def engine_seen(self, driver: Driver, view: EngineView) -> None:
         """The engine has answered; called by the sync loop."""

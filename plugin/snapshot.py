@@ -260,9 +260,10 @@ class Snapshot:
         engine, _ = self.syncer.engine()
         underlay = self._underlay()
         if isinstance(underlay, FreeFlowError):
-            device, mtu, address = "", 0, ""
+            device, mtu, address, segments = "", 0, "", None
         else:
             device, mtu, address = underlay.device, underlay.mtu, str(underlay.address or "")
+            segments = self.kernel.segments_tunnels()
         uname = os.uname()
         return HostStatus(
             hostname=engine.hostname if engine else uname.nodename,
@@ -274,6 +275,7 @@ class Snapshot:
             underlay=device,
             underlay_mtu=mtu,
             kernel=uname.release,
+            tunnel_offload=segments,
         )
 
     def _problems(

@@ -162,6 +162,8 @@ class HostStatus(msgspec.Struct, frozen=True):
     underlay: str
     underlay_mtu: int
     kernel: str
+    tunnel_offload: bool | None = None
+    """Whether the underlay's device segments UDP tunnels; None: unknown."""
 
 
 class CallStatus(msgspec.Struct, frozen=True):

@@ -75,6 +75,8 @@ class Knowledge:
         self._local: dict[tuple[int, IPAddress], Network] = {}
         self._of: defaultdict[int, list[Network]] = defaultdict(list)
         self.underlay: IPAddress | None = None
+        self.offload = facts.tunnel_offload is not False
+        """Whether the underlay's device segments UDP tunnels, as most do."""
         try:
             self._read(facts)
         except (ValueError, KeyError) as error:

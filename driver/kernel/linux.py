@@ -19,7 +19,17 @@ from typing import Final
 
 from driver import names
 from driver.errors import DOCTOR, TRY_AGAIN, FreeFlowError, KernelError
-from driver.kernel import announce, fdb, filter, guard_rules, links, pin, underlay, underlay_routes
+from driver.kernel import (
+    announce,
+    fdb,
+    filter,
+    guard_rules,
+    links,
+    offload,
+    pin,
+    underlay,
+    underlay_routes,
+)
 from driver.kernel.fastpath import FastPath, Stage
 from driver.kernel.guard import Guard, Guarded
 from driver.kernel.namespace import OVERLAY_PIN
@@ -133,6 +143,13 @@ class LinuxKernel:
     def underlay_mtu(self) -> int:
         found = self.underlay()
         return found.mtu - found.overhead
+
+    def segments_tunnels(self) -> bool | None:
+        """Whether the underlay's device segments UDP tunnels; None: the kernel doesn't say.
+
+        Raises SettingError, KernelError.
+        """
+        return offload.segments_tunnels(self._host, self.underlay().device)
 
     # --- endpoints
 

@@ -8,7 +8,9 @@ netlink, so it doesn't wait for the kernel's lock of all links.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import fcntl
 import os
 import queue
 import socket
@@ -37,6 +39,9 @@ _DUMP_TRIES: Final = 20
 _SO_BINDTODEVICE: Final = 25
 _SO_BINDTOIFINDEX: Final = 62
 _GONE: Final = (errno.ENODEV, errno.ENOENT, errno.ENXIO)
+
+_SIOCETHTOOL: Final = 0x8946  # linux/sockios.h
+_IFREQ: Final = struct.Struct("@16sP16x")
 
 _IFLA_IFNAME: Final = 3
 _IFLA_STATS64: Final = 23
@@ -166,6 +171,16 @@ class Sockets:
                 raise KernelError(
                     f"looking up {name}", cause=str(error.strerror), remedy=DOCTOR
                 ) from error
+
+    def ethtool(self, device: str, request: bytes) -> bytes:
+        """The answer to a command of linux/ethtool.h, of the request's length. Raises OSError.
+
+        `device` has to exist: for an unknown name the kernel starts modprobe.
+        """
+        buffer = ctypes.create_string_buffer(request, len(request))
+        asked = _IFREQ.pack(device.encode(), ctypes.addressof(buffer))
+        fcntl.ioctl(self._any, _SIOCETHTOOL, asked)
+        return buffer.raw
 
     def delete(self, name: str) -> bool:
         """Delete an interface; false if there is none of this name."""

@@ -41,7 +41,9 @@ _NEW_LINK, _GET_LINK = 16, 18
 _NEW_ROUTE, _GET_ROUTE = 24, 26
 _NEW_NEIGHBOUR, _DELETE_NEIGHBOUR, _GET_NEIGHBOUR = 28, 29, 30
 
-_IFLA_IFNAME, _IFLA_MTU = 3, 4
+_IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 3, 4, 5, 10
+_IFLA_LINKINFO, _IFLA_LINK_NETNSID = 18, 37
+_IFLA_INFO_KIND: Final = 1
 _RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC, _RTA_METRICS, _RTA_VIA = (
     1,
     2,
@@ -68,6 +70,18 @@ class Device:
     name: str
     kind: int
     mtu: int
+
+
+@dataclass(frozen=True, slots=True)
+class StackedLink:
+    """A link and what it lies on: `upon` is the index of the device below it, `master` that of the
+    one above it (bond, bridge); 0: none. `type` is that of `ip link`; "" for hardware."""
+
+    index: int
+    name: str
+    type: str
+    upon: int
+    master: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +181,28 @@ class Rtnl:
             kind=int(_LINK.unpack_from(answer)[1]),
             mtu=int.from_bytes(found.get(_IFLA_MTU, b""), sys.byteorder),
         )
+
+    def stacked(self) -> list[StackedLink]:
+        """All devices of this namespace."""
+        found = []
+        for answer in self.dump(_GET_LINK, _LINK.pack(0, 0, 0, 0, 0)):
+            known = dict(attributes(answer, _LINK.size))
+            info = dict(attributes(known.get(_IFLA_LINKINFO, b"")))
+
+            def number(kind: int, known: dict[int, bytes] = known) -> int:
+                return int.from_bytes(known.get(kind, b""), sys.byteorder)
+
+            found.append(
+                StackedLink(
+                    index=int(_LINK.unpack_from(answer)[2]),
+                    name=known.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace"),
+                    type=info.get(_IFLA_INFO_KIND, b"").rstrip(b"\0").decode(errors="replace"),
+                    # Where it lies in another namespace, the index is of that.
+                    upon=0 if _IFLA_LINK_NETNSID in known else number(_IFLA_LINK),
+                    master=number(_IFLA_MASTER),
+                )
+            )
+        return found
 
     def route(self, to: IPAddress, source: IPAddress | None = None) -> Route:
         """The route of a packet to an address, from `source` if given."""

@@ -319,6 +319,20 @@ def rdma_notes(status: Status) -> list[str]:
     return notes
 
 
+def offload_notes(status: Status) -> list[str]:
+    """Whether the underlay's device makes bulk data on the overlay cheap."""
+    host = status.host
+    if host.tunnel_offload is None:
+        return []
+    if host.tunnel_offload:
+        return [f"underlay: {host.underlay} segments UDP tunnels (tx-udp_tnl-segmentation)"]
+    return [
+        f"underlay: {host.underlay}, or a device below it, doesn't segment UDP tunnels "
+        "(tx-udp_tnl-segmentation), so bulk data goes over the relays, where both hosts have them "
+        "(docs/relay.md)"
+    ]
+
+
 def service_notes(status: Status) -> list[str]:
     """Services for which Docker's DNS doesn't tell which tasks take connections."""
     return [
@@ -446,5 +460,9 @@ def examine(client: Client) -> Report:
         # Shown though it is no problem if the fast path is off or does less.
         passed.append(_fastpath(status.fastpath))
     return Report(
-        passed, findings, [] if status is None else rdma_notes(status) + service_notes(status)
+        passed,
+        findings,
+        []
+        if status is None
+        else offload_notes(status) + rdma_notes(status) + service_notes(status),
     )

@@ -28,6 +28,7 @@ class FakeKernelFacts:
     found: Underlay | FreeFlowError = field(
         default_factory=lambda: Underlay("eth0", 1500, IPv4Address("192.0.2.1"))
     )
+    offload: bool | None = True
 
     def count(self, endpoint_id: str, *, received: int, sent: int) -> None:
         """What the container received and sent; the host's end of the pair counts the reverse."""
@@ -52,6 +53,9 @@ class FakeKernelFacts:
         if isinstance(self.found, FreeFlowError):
             raise self.found
         return self.found
+
+    def segments_tunnels(self) -> bool | None:
+        return self.offload
 
     def links(self) -> dict[str, dict[str, int]]:
         return self.counters

@@ -173,13 +173,16 @@ def test_other_hosts() -> None:
     known = {NET: replace(state, view=replace(state.view, peers=peers))}
     homes = {an_endpoint(7).id: (Path("/netns/s"), 1)}
     own = ThisHost(
-        frozenset({IPv4Address("192.0.2.1"), IPv4Address("10.9.9.1")}), IPv4Address("10.9.9.1")
+        frozenset({IPv4Address("192.0.2.1"), IPv4Address("10.9.9.1")}),
+        IPv4Address("10.9.9.1"),
+        False,
     )
     network = a_network(options={"rdma": "off"})
     told = facts([network], [an_endpoint(7)], known, homes, RouterSettings(), own)
     assert told.networks[0].peers == ("192.0.2.2", "192.0.2.3")
     assert not told.networks[0].rdma
     assert told.underlay == "10.9.9.1"
+    assert told.tunnel_offload is False
     told = facts([a_network()], [an_endpoint(7)], known, homes, RouterSettings())
     assert (told.networks[0].peers, told.networks[0].rdma, told.underlay) == ((), True, "")
 

@@ -17,6 +17,7 @@ from plugin.cli.doctor import (
     check_guard,
     check_peers,
     check_plugin,
+    offload_notes,
     service_notes,
 )
 from plugin.status import Finding, GuardStatus, PeerStatus, ServiceStatus, Status
@@ -191,3 +192,17 @@ def test_strangers() -> None:
     assert "192.0.2.0" in found.what
     assert "7 more" in found.what
     assert "192.0.2.9" not in found.what
+
+
+@pytest.mark.parametrize(
+    ("offload", "text"),
+    [
+        (True, "underlay: eth0 segments UDP tunnels"),
+        (False, "doesn't segment UDP tunnels"),
+        (None, ""),
+    ],
+)
+def test_tunnel_offload(offload: bool | None, text: str) -> None:
+    """Doctor says where bulk data goes, as far as the kernel says what the device can."""
+    notes = offload_notes(status(host=host(tunnel_offload=offload)))
+    assert (text in notes[0]) if text else not notes
