@@ -113,8 +113,9 @@ demo: setup plugin ## compare one stack on FreeFlow and on overlay, on two Docke
 bench: setup plugin ## measure beside Docker's overlay and the host network; build/bench.json, build/bench.txt
 	$(PYTHON) -m bench all --out build/bench.json --table build/bench.txt
 
-settings: venv ## write config.json and docs/options.md anew from the settings in the code
+settings: venv ## write config.json, docs/options.md and docs/grafana.json anew from the code
 	$(PYTHON) -m tools.settings
+	$(PYTHON) -m tools.grafana
 
 clean: ## remove what was built, and leftovers of test beds
 	-$(PYTHON) -m testbed down

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from plugin.grafana import HOSTS, WIDTH, text
 from plugin.metrics import METRICS, render
 from tests.unit.statuses import status
+from tools.grafana import HOSTS, STORED, WIDTH, text
 
-STORED = Path(__file__).parents[2] / "docs/grafana.json"
 BOARD: dict[str, Any] = json.loads(STORED.read_text())
 PANELS: list[dict[str, Any]] = BOARD["panels"]
 
@@ -34,7 +32,7 @@ def names(query: str) -> list[str]:
 
 
 def test_stored_board_is_the_generated_one() -> None:
-    """docs/grafana.json is what `python -m plugin.grafana` prints."""
+    """docs/grafana.json is what `python -m tools.grafana` writes."""
     assert STORED.read_text() == text()
 
 

@@ -1,4 +1,4 @@
-"""The Grafana board, made from the list of metrics: `python -m plugin.grafana > docs/grafana.json`.
+"""Writes `docs/grafana.json`, the Grafana board, from the list of metrics in the code.
 
 Each metric has one panel: current values of a host at the top, values over time below. A test
 compares the stored board with this one.
@@ -6,13 +6,14 @@ compares the stored board with this one.
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from plugin.metrics import METRICS, MetricSpec
 
+STORED: Final = Path(__file__).parents[1] / "docs/grafana.json"
 WIDTH: Final = 24
 """Grafana's grid, in columns."""
 FIGURE: Final = (4, 4)
@@ -127,4 +128,4 @@ def text() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(text())
+    STORED.write_text(text())
