@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 from wsgiref.simple_server import WSGIServer
 
@@ -29,14 +30,28 @@ Sample = tuple[tuple[str, ...], float]
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
-    """A metric. `kind` is counter or gauge; `samples` gives the values of a status, in `unit`."""
+    """A metric. `kind` is counter or gauge; `samples` gives the values of a status."""
 
-    name: str
     kind: str
+    name: str
     help: str
-    unit: str
-    labels: tuple[str, ...]
     samples: Callable[[Status], Iterable[Sample]]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def unit(self) -> str:
+        """The last part of the name, by Prometheus's rule: seconds or bytes; empty: neither."""
+        last = self.name.rpartition("_")[2]
+        return last if last in ("seconds", "bytes") else ""
+
+
+_gauge = partial(MetricSpec, "gauge")
+_counter = partial(MetricSpec, "counter")
+
+
+def _value(value: Callable[[Status], float]) -> Callable[[Status], Iterable[Sample]]:
+    """The samples of a metric without labels."""
+    return lambda status: [((), float(value(status)))]
 
 
 def _titled(status: Status) -> list[tuple[str, NetworkStatus]]:
@@ -88,308 +103,219 @@ def _reasons(counts: Mapping[str, int]) -> Iterable[Sample]:
 
 
 METRICS: Final = (
-    MetricSpec(
+    _gauge(
         "freeflow_build_info",
-        "gauge",
         "1, with the version as a label",
-        "",
-        ("version",),
         lambda status: [((status.version,), 1.0)],
+        ("version",),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_uptime_seconds",
-        "gauge",
         "Time since the plugin started",
-        "s",
-        (),
-        lambda status: [((), status.uptime)],
+        _value(lambda status: status.uptime),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_healthy",
-        "gauge",
         "1 if freeflow status finds no problem",
-        "",
-        (),
-        lambda status: [((), float(status.healthy))],
+        _value(lambda status: status.healthy),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_problems",
-        "gauge",
         "Problems that freeflow status finds, by severity",
-        "",
-        ("severity",),
         lambda status: [
             ((severity,), float(sum(p.severity == severity for p in status.problems)))
             for severity in ("error", "warning")
         ],
+        ("severity",),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_engine_up",
-        "gauge",
         "1 if the engine's API answered the last request",
-        "",
-        (),
-        lambda status: [((), float(bool(status.host.engine)))],
+        _value(lambda status: bool(status.host.engine)),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_networks",
-        "gauge",
         "Networks known on this host",
-        "",
-        (),
-        lambda status: [((), float(len(status.networks)))],
+        _value(lambda status: len(status.networks)),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_endpoints",
-        "gauge",
         "Endpoints of this host, by network and path",
-        "",
-        ("network", "path"),
         lambda status: [((title, n.path), float(len(n.endpoints))) for title, n in _titled(status)],
+        ("network", "path"),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_peers",
-        "gauge",
         "Other hosts that share a network",
-        "",
-        ("network",),
         _per_network(lambda network: sum(not peer.own for peer in network.peers)),
-    ),
-    MetricSpec(
-        "freeflow_services",
-        "gauge",
-        "Services with a VIP on a network",
-        "",
         ("network",),
-        _per_network(lambda network: sum(bool(service.vip) for service in network.services)),
     ),
-    MetricSpec(
+    _gauge(
+        "freeflow_services",
+        "Services with a VIP on a network",
+        _per_network(lambda network: sum(bool(service.vip) for service in network.services)),
+        ("network",),
+    ),
+    _gauge(
         "freeflow_service_tasks",
-        "gauge",
         "Tasks that take new connections of a service's VIP",
-        "",
-        ("network", "service"),
         lambda status: [
             ((title, service.name), float(len(service.tasks)))
             for title, network in _titled(status)
             for service in network.services
             if service.vip
         ],
+        ("network", "service"),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_sync_age_seconds",
-        "gauge",
         "Time since a network's peers and services were last read",
-        "s",
-        ("network",),
         _synced,
+        ("network",),
     ),
-    MetricSpec(
+    _counter(
         "freeflow_receive_bytes",
-        "counter",
         "Bytes that endpoints of this host received",
-        "bytes",
-        ("network",),
         _per_network(lambda network: network.rx_bytes),
+        ("network",),
     ),
-    MetricSpec(
+    _counter(
         "freeflow_transmit_bytes",
-        "counter",
         "Bytes that endpoints of this host sent",
-        "bytes",
-        ("network",),
         _per_network(lambda network: network.tx_bytes),
-    ),
-    MetricSpec(
-        "freeflow_spoofed_frames",
-        "counter",
-        "Frames dropped because their source wasn't the container's own",
-        "",
         ("network",),
+    ),
+    _counter(
+        "freeflow_spoofed_frames",
+        "Frames dropped because their source wasn't the container's own",
         _per_network(lambda network: network.spoofed),
+        ("network",),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_fastpath",
-        "gauge",
         "1, with the stage of the eBPF fast path that runs as a label",
-        "",
-        ("stage",),
         lambda status: [((status.fastpath.stage or "off",), 1.0)] if status.fastpath else [],
+        ("stage",),
     ),
-    MetricSpec(
+    _counter(
         "freeflow_deaths",
-        "counter",
         "Deaths of parts of the plugin: its worker, the router, a thread",
-        "",
-        ("part",),
         _deaths,
+        ("part",),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_router_up",
-        "gauge",
         "1 if the router of accelerated connections answers",
-        "",
-        (),
-        lambda status: [((), float(_router(status).up))],
+        _value(lambda status: _router(status).up),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_connections",
-        "gauge",
         "Ends of TCP connections of this host's containers, by path and reason for overlay",
-        "",
-        ("network", "path", "reason"),
         _paths,
+        ("network", "path", "reason"),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_router_processes",
-        "gauge",
         "Processes that have loaded the library",
-        "",
-        (),
-        lambda status: [((), float(_router(status).processes))],
+        _value(lambda status: _router(status).processes),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_shared_memory_bytes",
-        "gauge",
         "Shared memory that connections use",
-        "bytes",
-        (),
-        lambda status: [((), float(_router(status).memory))],
+        _value(lambda status: _router(status).memory),
     ),
-    MetricSpec(
+    _counter(
         "freeflow_upgrades",
-        "counter",
         "Connections that moved to shared memory",
-        "",
-        (),
-        lambda status: [((), float(_router(status).granted))],
+        _value(lambda status: _router(status).granted),
     ),
-    MetricSpec(
+    _counter(
         "freeflow_refusals",
-        "counter",
         "Connections that the router refused shared memory, by reason",
-        "",
-        ("reason",),
         lambda status: _reasons(_router(status).refused),
-    ),
-    MetricSpec(
-        "freeflow_retreats",
-        "counter",
-        "Connections that the library keeps on TCP or moved back to it, by reason",
-        "",
         ("reason",),
+    ),
+    _counter(
+        "freeflow_retreats",
+        "Connections that the library keeps on TCP or moved back to it, by reason",
         lambda status: _reasons(_router(status).noted),
+        ("reason",),
     ),
-    MetricSpec(
+    _counter(
         "freeflow_wrong_messages",
-        "counter",
         "Messages to the router that the protocol doesn't have",
-        "",
-        (),
-        lambda status: [((), float(_router(status).wrong_messages))],
+        _value(lambda status: _router(status).wrong_messages),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_rdma_up",
-        "gauge",
         "1 if connections of this host can use RDMA",
-        "",
-        (),
-        lambda status: [((), float(bool(_rdma(status).device) and not _rdma(status).why))],
+        _value(lambda status: bool(_rdma(status).device) and not _rdma(status).why),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_sessions",
-        "gauge",
         "Other hosts whose router has a session with this host's",
-        "",
-        (),
-        lambda status: [((), float(sum(host.session for host in _rdma(status).hosts)))],
+        _value(lambda status: sum(host.session for host in _rdma(status).hosts)),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_links",
-        "gauge",
         "Links to other hosts' RDMA devices, by state",
-        "",
-        ("state",),
         lambda status: [
             ((state,), float(sum(host.link == state for host in _rdma(status).hosts)))
             for state in LINK_STATES
         ],
+        ("state",),
     ),
-    MetricSpec(
+    _gauge(
         "freeflow_rdma_memory_bytes",
-        "gauge",
         "Memory registered with the RDMA device",
-        "bytes",
-        (),
-        lambda status: [((), float(_rdma(status).memory))],
+        _value(lambda status: _rdma(status).memory),
     ),
-    MetricSpec(
+    _counter(
         "freeflow_rdma_upgrades",
-        "counter",
         "Ends of connections that moved to RDMA",
-        "",
-        (),
-        lambda status: [((), float(_rdma(status).granted))],
+        _value(lambda status: _rdma(status).granted),
     ),
-    MetricSpec(
+    _counter(
         "freeflow_rdma_broken",
-        "counter",
         "Ends of connections that were reset because the other host became unreachable",
-        "",
-        (),
-        lambda status: [((), float(_rdma(status).broken))],
+        _value(lambda status: _rdma(status).broken),
     ),
-    MetricSpec(
+    _counter(
         "freeflow_rdma_returned",
-        "counter",
         "Ends of connections that moved back from RDMA to TCP",
-        "",
-        (),
-        lambda status: [((), float(_rdma(status).left))],
+        _value(lambda status: _rdma(status).left),
     ),
-    MetricSpec(
+    _counter(
         "freeflow_rdma_sent_bytes",
-        "counter",
         "Bytes of connections that the relay sent",
-        "bytes",
-        (),
-        lambda status: [((), float(_rdma(status).relay.get("bytes_out", 0)))],
+        _value(lambda status: _rdma(status).relay.get("bytes_out", 0)),
     ),
-    MetricSpec(
+    _counter(
         "freeflow_rdma_received_bytes",
-        "counter",
         "Bytes of connections that the relay received",
-        "bytes",
-        (),
-        lambda status: [((), float(_rdma(status).relay.get("bytes_in", 0)))],
+        _value(lambda status: _rdma(status).relay.get("bytes_in", 0)),
     ),
-    MetricSpec(
+    _counter(
         "freeflow_requests",
-        "counter",
         "Calls of Docker",
-        "",
-        ("call",),
         lambda status: [((item.name,), float(item.count)) for item in status.calls],
-    ),
-    MetricSpec(
-        "freeflow_request_errors",
-        "counter",
-        "Calls of Docker that were answered with an error",
-        "",
         ("call",),
-        lambda status: [((item.name,), float(item.errors)) for item in status.calls],
     ),
-    MetricSpec(
+    _counter(
+        "freeflow_request_errors",
+        "Calls of Docker that were answered with an error",
+        lambda status: [((item.name,), float(item.errors)) for item in status.calls],
+        ("call",),
+    ),
+    _gauge(
         "freeflow_request_seconds",
-        "gauge",
         "Duration of the last 1024 calls of Docker, by percentile",
-        "s",
-        ("call", "quantile"),
         lambda status: [
             ((item.name, quantile), milliseconds / 1000)
             for item in status.calls
             for quantile, milliseconds in (("0.5", item.p50_ms), ("0.99", item.p99_ms))
         ],
+        ("call", "quantile"),
     ),
 )
 

@@ -21,8 +21,8 @@ COURSE: Final = (12, 8)
 SOURCE: Final = {"type": "prometheus", "uid": "${source}"}
 HOSTS: Final = 'instance=~"$host"'
 
-_UNITS: Final = {"s": "s", "bytes": "bytes", "": "short"}
-_RATES: Final = {"s": "s", "bytes": "Bps", "": "cps"}
+_UNITS: Final = {"seconds": "s", "bytes": "bytes", "": "short"}
+_RATES: Final = {"seconds": "s", "bytes": "Bps", "": "cps"}
 
 
 def exported(spec: MetricSpec) -> str:
