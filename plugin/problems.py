@@ -15,7 +15,7 @@ from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
 from plugin.deaths import OFTEN, RECENT, ROUTER, THREAD, WORKER, Died
-from plugin.settings import PLUGIN, Settings
+from plugin.settings import Settings, correction
 from plugin.status import Finding, NetworkStatus
 
 STALE: Final = 10.0
@@ -130,8 +130,7 @@ def scope(settings: Settings, networks: Iterable[NetworkStatus]) -> Iterator[Fin
             "warning",
             "SCOPE=local on a host of a Swarm",
             "networks of this scope reach no other host",
-            f"docker plugin disable -f {PLUGIN} && docker plugin set {PLUGIN} SCOPE=global && "
-            f"docker plugin enable {PLUGIN}",
+            correction("SCOPE", "global"),
         )
 
 

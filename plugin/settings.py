@@ -22,6 +22,7 @@ from driver.options import MTU_RANGE, PORT_RANGE
 T = TypeVar("T")
 
 PLUGIN: Final = "freeflow:latest"
+RESTART: Final = f"docker plugin disable -f {PLUGIN} && docker plugin enable {PLUGIN}"
 LEAST_KEY: Final = 32
 """Characters: a key that can be guessed opens every host's router."""
 MOST_KEY: Final = 512
@@ -394,7 +395,8 @@ _FOREIGN: Final = ("PATH", "HOME", "HOSTNAME", "TERM", "LANG", "PWD", "SHLVL", "
 _FOREIGN_PREFIXES: Final = ("LC_", "PYTHON", "GUNICORN_")
 
 
-def _correction(name: str, value: str) -> str:
+def correction(name: str, value: str) -> str:
+    """The commands that give a setting a value."""
     return (
         f"docker plugin disable -f {PLUGIN} && docker plugin set {PLUGIN} {name}={value} && "
         f"docker plugin enable {PLUGIN}"
@@ -415,7 +417,7 @@ def read(environment: Mapping[str, str]) -> tuple[Settings, tuple[SettingError, 
                 SettingError(
                     f"setting {setting.name}={shown}",
                     cause=str(error),
-                    remedy=_correction(setting.name, setting.default),
+                    remedy=correction(setting.name, setting.default),
                 )
             )
     known = {setting.name for setting in SETTINGS}

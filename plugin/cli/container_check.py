@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,7 @@ from urllib.parse import quote
 from driver.errors import EngineError, FreeFlowError
 from plugin.cli.client import Client, Engine, host_run
 from plugin.cli.doctor import Report
+from plugin.settings import RESTART
 from plugin.status import Finding, Status
 
 FOLDER: Final = "/run/freeflow"
@@ -97,22 +98,19 @@ def _processes(engine: Engine, name: str, proc: Path) -> list[Loaded]:
     return [process for process in found if process is not None]
 
 
-def check_mount(name: str, container: dict[str, Any]) -> list[Finding]:
+def check_mount(name: str, container: dict[str, Any]) -> Iterator[Finding]:
     """Whether the directory of library and router is mounted in the container."""
     mounts = container.get("Mounts") or ()
-    if any(str(mount.get("Destination")).rstrip("/") == FOLDER for mount in mounts):
-        return []
-    return [
-        Finding(
+    if not any(str(mount.get("Destination")).rstrip("/") == FOLDER for mount in mounts):
+        yield Finding(
             "error",
             f"{name} has no {FOLDER}",
             "library and router are not visible in the container",
             f"start it with {MOUNT} --env {PRELOAD}",
         )
-    ]
 
 
-def check_network(name: str, status: Status) -> list[Finding]:
+def check_network(name: str, status: Status) -> Iterator[Finding]:
     """Whether the container is on a network that accelerates."""
     networks = [
         network
@@ -120,33 +118,26 @@ def check_network(name: str, status: Status) -> list[Finding]:
         if any(endpoint.container == name for endpoint in network.endpoints)
     ]
     if not networks:
-        return [
-            Finding(
-                "error",
-                f"{name} is on no FreeFlow network",
-                "only FreeFlow networks are accelerated",
-                f"docker network connect NETWORK {name}",
-            )
-        ]
-    if any(network.acceleration for network in networks):
-        if status.settings.get("ACCELERATION", "on") == "on":
-            return []
-        return [
-            Finding(
-                "warning",
-                "acceleration is off on this host",
-                "the setting ACCELERATION is off",
-                "docker plugin set freeflow:latest ACCELERATION=on, with the plugin disabled",
-            )
-        ]
-    return [
-        Finding(
+        yield Finding(
+            "error",
+            f"{name} is on no FreeFlow network",
+            "only FreeFlow networks are accelerated",
+            f"docker network connect NETWORK {name}",
+        )
+    elif not any(network.acceleration for network in networks):
+        yield Finding(
             "warning",
             f"acceleration is off on all networks of {name}",
             "they were made with -o acceleration=off",
             "make a network without that option",
         )
-    ]
+    elif status.settings.get("ACCELERATION", "on") != "on":
+        yield Finding(
+            "warning",
+            "acceleration is off on this host",
+            "the setting ACCELERATION is off",
+            "docker plugin set freeflow:latest ACCELERATION=on, with the plugin disabled",
+        )
 
 
 def _names(processes: Iterable[Loaded]) -> str:
@@ -156,27 +147,23 @@ def _names(processes: Iterable[Loaded]) -> str:
 
 def check_processes(
     name: str, processes: list[Loaded], own: tuple[int, int] | None
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """Whether the container's processes have loaded the library, and which."""
     if own is None:
-        return [
-            Finding(
-                "error",
-                f"this host has no {FOLDER}/{LIBRARY}",
-                "the plugin should have put it there at its start",
-                "docker plugin disable -f freeflow:latest && docker plugin enable freeflow:latest",
-            )
-        ]
+        yield Finding(
+            "error",
+            f"this host has no {FOLDER}/{LIBRARY}",
+            "the plugin should have put it there at its start",
+            RESTART,
+        )
+        return
     if not any(process.preloads or process.library for process in processes):
-        return [
-            Finding(
-                "error",
-                f"no process of {name} loads the library",
-                "LD_PRELOAD is not in their environment",
-                f"start it with {MOUNT} --env {PRELOAD}",
-            )
-        ]
-    findings = []
+        yield Finding(
+            "error",
+            f"no process of {name} loads the library",
+            "LD_PRELOAD is not in their environment",
+            f"start it with {MOUNT} --env {PRELOAD}",
+        )
     # What `docker run --init` puts before the program is static, and has no connections.
     without = [
         process
@@ -184,28 +171,21 @@ def check_processes(
         if process.preloads and process.library is None and process.name != "docker-init"
     ]
     if without:
-        findings.append(
-            Finding(
-                "warning",
-                f"{len(without)} of {len(processes)} processes of {name} can't load the library",
-                f"{_names(without)}: a static or Go program, one with more privileges than its user, or of another "
-                "architecture",
-                "nothing can be done: their connections stay on the overlay",
-            )
+        yield Finding(
+            "warning",
+            f"{len(without)} of {len(processes)} processes of {name} can't load the library",
+            f"{_names(without)}: a static or Go program, one with more privileges than its user, or of another "
+            "architecture",
+            "nothing can be done: their connections stay on the overlay",
         )
-    old = [
-        process for process in processes if process.library is not None and process.library != own
-    ]
+    old = [process for process in processes if process.library not in (None, own)]
     if old:
-        findings.append(
-            Finding(
-                "warning",
-                f"{len(old)} of {len(processes)} processes of {name} run with another library than this host's",
-                f"{_names(old)}: started before the plugin was upgraded; it works, but its peers may be ahead",
-                f"docker restart {name}",
-            )
+        yield Finding(
+            "warning",
+            f"{len(old)} of {len(processes)} processes of {name} run with another library than this host's",
+            f"{_names(old)}: started before the plugin was upgraded; it works, but its peers may be ahead",
+            f"docker restart {name}",
         )
-    return findings
 
 
 def examine_container(
@@ -219,9 +199,10 @@ def examine_container(
     passed: list[str] = []
     findings: list[Finding] = []
 
-    def add(what: str, found: list[Finding]) -> None:
+    def add(what: str, found: Iterable[Finding]) -> None:
+        before = len(findings)
         findings.extend(found)
-        if not found:
+        if len(findings) == before:
             passed.append(what)
 
     add(f"{FOLDER} is in the container", check_mount(name, container))

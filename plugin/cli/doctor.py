@@ -7,7 +7,7 @@ import re
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +21,7 @@ from driver.kernel import guard_rules, nft
 from driver.kernel.checksum import internet_checksum
 from driver.kernel.namespace import OVERLAY_PIN, in_netns, is_namespace, is_shared, isolated
 from plugin.cli.client import Client, Engine, host_run
-from plugin.settings import PLUGIN
+from plugin.settings import PLUGIN, RESTART, correction
 from plugin.status import FastPathStatus, Finding, Status
 
 OTHER_OVERLAYS: Final = {
@@ -44,43 +44,39 @@ class Report(msgspec.Struct, frozen=True):
     notes: list[str] = []
 
 
-def check_plugin(client: Client, found: dict[str, Status]) -> list[Finding]:
+def check_plugin(client: Client, found: dict[str, Status]) -> Iterator[Finding]:
     try:
         found["status"] = client.status()
     except FreeFlowError as error:
-        return [Finding.of("error", "the plugin is not running", error)]
-    return list(found["status"].problems)
+        yield Finding.of("error", "the plugin is not running", error)
+    else:
+        yield from found["status"].problems
 
 
-def check_run_shared() -> list[Finding]:
+def check_run_shared() -> Iterator[Finding]:
     # In process 1's namespace: the command's own mount namespace has no shared mounts.
-    if is_shared(Path("/run"), Path("/proc/1/mountinfo")):
-        return []
-    return [
-        Finding(
+    if not is_shared(Path("/run"), Path("/proc/1/mountinfo")):
+        yield Finding(
             "error",
             "/run is not a shared mount",
             "the overlay namespace would end with the plugin's process, and sandboxes are not visible",
-            f"mount --make-rshared /run && docker plugin disable -f {PLUGIN} && docker plugin enable {PLUGIN}",
+            f"mount --make-rshared /run && {RESTART}",
         )
-    ]
 
 
-def check_engine(engine: Engine) -> list[Finding]:
+def check_engine(engine: Engine) -> Iterator[Finding]:
     try:
         version = str(engine.get("/version").get("Version", ""))
     except EngineError as error:
-        return [Finding.of("error", "the engine does not answer", error)]
+        yield Finding.of("error", "the engine does not answer", error)
+        return
     if BAD_ENGINES.match(version):
-        return [
-            Finding(
-                "warning",
-                f"engine {version} has a bug that crashes it with remote network drivers",
-                "moby#51554, when an endpoint that is a gateway leaves",
-                "upgrade the engine to 29.0.3 or later",
-            )
-        ]
-    return []
+        yield Finding(
+            "warning",
+            f"engine {version} has a bug that crashes it with remote network drivers",
+            "moby#51554, when an endpoint that is a gateway leaves",
+            "upgrade the engine to 29.0.3 or later",
+        )
 
 
 _FEATURES: Final = {
@@ -88,10 +84,10 @@ _FEATURES: Final = {
         "add table ip probe\nadd chain ip probe out { type nat hook output priority -100; }\n"
         "add rule ip probe out dnat to numgen inc mod 2 map { 0 : 192.0.2.1, 1 : 192.0.2.2 }\n"
     ),
-    "nftables for bridges (source filter)": (
-        "add table bridge probe\nadd map bridge probe ports { type ifname : verdict; }\n"
-        "add chain bridge probe in { type filter hook prerouting priority -300; }\n"
-        "add rule bridge probe in iifname vmap @ports\n"
+    "nftables for devices (source filter)": (
+        "add table netdev probe\n"
+        'add chain netdev probe in { type filter hook ingress device "lo" priority 0; }\n'
+        "add rule netdev probe in ether saddr 02:42:c0:00:02:01 ip saddr 192.0.2.1 counter drop\n"
     ),
 }
 _LINKS: Final[dict[str, dict[str, Any]]] = {
@@ -103,32 +99,24 @@ _LINKS: Final[dict[str, dict[str, Any]]] = {
 
 def check_kernel() -> list[Finding]:
     """Try each feature in a network namespace that ends with its thread."""
+    return isolated(lambda: list(_lacking()))
 
-    def probe() -> list[Finding]:
-        missing = []
-        for feature, commands in _FEATURES.items():
+
+def _lacking() -> Iterator[Finding]:
+    for feature, commands in _FEATURES.items():
+        try:
+            nft.run(commands)
+        except KernelError as error:
+            remedy = "load nf_tables: modprobe nf_tables nft_chain_nat"
+            yield Finding("error", f"the kernel lacks {feature}", str(error), remedy)
+    with IPRoute() as route:
+        for feature, attributes in _LINKS.items():
             try:
-                nft.run(commands)
-            except KernelError as error:
-                missing.append(
-                    (feature, str(error), "load nf_tables: modprobe nf_tables nft_chain_nat")
-                )
-        with IPRoute() as route:
-            for feature, attributes in _LINKS.items():
-                try:
-                    route.link("add", ifname="probe0", **attributes)
-                    route.link("del", index=route.link_lookup(ifname="probe0")[0])
-                except Exception as error:
-                    module = str(attributes["kind"])
-                    missing.append(
-                        (feature, str(error), f"modprobe {module}, or use a kernel that has it")
-                    )
-        return [
-            Finding("error", f"the kernel lacks {feature}", cause, remedy)
-            for feature, cause, remedy in missing
-        ]
-
-    return isolated(probe)
+                route.link("add", ifname="probe0", **attributes)
+                route.link("del", index=route.link_lookup(ifname="probe0")[0])
+            except Exception as error:
+                remedy = f"modprobe {attributes['kind']}, or use a kernel that has it"
+                yield Finding("error", f"the kernel lacks {feature}", str(error), remedy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,89 +141,72 @@ def links() -> list[Link]:
     return found
 
 
-def check_clashes(ports: set[int], present: Iterable[Link]) -> list[Finding]:
+def check_clashes(ports: set[int], present: Iterable[Link]) -> Iterator[Finding]:
     """Interfaces of other overlays, and other VXLAN devices on FreeFlow's UDP ports."""
-    findings = []
     for link in present:
         other = next(
             (label for start, label in OTHER_OVERLAYS.items() if link.name.startswith(start)), None
         )
         if link.port in ports:
             free = next(port for port in range(DEFAULT_PORT, 1 << 16) if port not in ports)
-            findings.append(
-                Finding(
-                    "error",
-                    f"VXLAN device {link.name} uses FreeFlow's UDP port {link.port}",
-                    f"it belongs to {other or 'another program'}",
-                    f"docker plugin disable -f {PLUGIN} && docker plugin set {PLUGIN} VXLAN_PORT={free} && "
-                    f"docker plugin enable {PLUGIN}, on every host, then recreate the networks",
-                )
+            yield Finding(
+                "error",
+                f"VXLAN device {link.name} uses FreeFlow's UDP port {link.port}",
+                f"it belongs to {other or 'another program'}",
+                f"{correction('VXLAN_PORT', str(free))}, on every host, then recreate the networks",
             )
         elif other is not None:
-            findings.append(
-                Finding(
-                    "warning",
-                    f"interface {link.name} of {other} is on this host",
-                    "two overlays can use the same addresses",
-                    "docker network ls; give FreeFlow networks a --subnet of their own, or remove the other",
-                )
+            yield Finding(
+                "warning",
+                f"interface {link.name} of {other} is on this host",
+                "two overlays can use the same addresses",
+                "docker network ls; give FreeFlow networks a --subnet of their own, or remove the other",
             )
-    return findings
 
 
-def check_port(ports: set[int]) -> list[Finding]:
+def check_port(ports: set[int]) -> Iterator[Finding]:
     """UDP ports that another program holds; `ports` are those without a VXLAN device of ours."""
-    findings = []
     for port in sorted(ports):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
                 probe.bind(("0.0.0.0", port))
             except OSError:
-                findings.append(
-                    Finding(
-                        "error",
-                        f"a program holds FreeFlow's UDP port {port}",
-                        "no VXLAN device can be made on it",
-                        f"ss -ulpn 'sport = :{port}' shows it; stop it, or set VXLAN_PORT",
-                    )
+                yield Finding(
+                    "error",
+                    f"a program holds FreeFlow's UDP port {port}",
+                    "no VXLAN device can be made on it",
+                    f"ss -ulpn 'sport = :{port}' shows it; stop it, or set VXLAN_PORT",
                 )
-    return findings
 
 
-def check_firewall(ports: set[int]) -> list[Finding]:
+def check_firewall(ports: set[int]) -> Iterator[Finding]:
     """An input chain that drops by default and has no rule for our ports."""
     try:
         objects = nft.query("list ruleset")
     except KernelError:
-        return []
+        return
     # The plugin's own table admits peers to the port; it doesn't open the host's firewall.
     objects = [item for item in objects if not guard_rules.own(item)]
     text = str(objects)
-    for item in objects:
-        chain = item.get("chain", {})
-        if chain.get("hook") == "input" and chain.get("policy") == "drop":
-            closed = [port for port in sorted(ports) if not re.search(rf"\b{port}\b", text)]
-            if closed:
-                return [
-                    Finding(
-                        "warning",
-                        f"the firewall may drop UDP port {closed[0]}",
-                        f"chain {chain.get('name')} of table {chain.get('family')} {chain.get('table')} drops by default and no "
-                        "rule names the port",
-                        f"nft insert rule {chain.get('family')} {chain.get('table')} {chain.get('name')} udp dport {closed[0]} accept",
-                    )
-                ]
-    return []
+    closed = [port for port in sorted(ports) if not re.search(rf"\b{port}\b", text)]
+    for chain in (item.get("chain", {}) for item in objects):
+        if closed and chain.get("hook") == "input" and chain.get("policy") == "drop":
+            table, name = f"{chain.get('family')} {chain.get('table')}", chain.get("name")
+            yield Finding(
+                "warning",
+                f"the firewall may drop UDP port {closed[0]}",
+                f"chain {name} of table {table} drops by default and no rule names the port",
+                f"nft insert rule {table} {name} udp dport {closed[0]} accept",
+            )
+            return
 
 
-def check_guard(status: Status) -> list[Finding]:
+def check_guard(status: Status) -> Iterator[Finding]:
     """Addresses that sent to the overlay's port and belong to no peer."""
     strangers = status.guard.strangers if status.guard is not None else []
-    if not strangers:
-        return []
-    more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
-    return [
-        Finding(
+    if strangers:
+        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        yield Finding(
             "warning",
             f"frames from {', '.join(strangers[:3])}{more} were dropped",
             "they came to the overlay's UDP port in the last ten minutes, and the Swarm lists no host "
@@ -243,7 +214,6 @@ def check_guard(status: Status) -> list[Finding]:
             "if it is a host of this Swarm, set its UNDERLAY to the address that Docker advertises; "
             "otherwise find out whose address it is",
         )
-    ]
 
 
 def _passes(address: str, size: int) -> bool:
@@ -261,12 +231,11 @@ def _passes(address: str, size: int) -> bool:
         return bool(select.select([raw], [], [], 1.0)[0])
 
 
-def check_peers(status: Status, passes: Callable[[str, int], bool] = _passes) -> list[Finding]:
+def check_peers(status: Status, passes: Callable[[str, int], bool] = _passes) -> Iterator[Finding]:
     """Small and full-size packets to each peer on the underlay.
 
     `passes(address, size)`: whether a packet of `size` bytes reaches the address.
     """
-    findings = []
     addresses = {
         peer.address: f"{peer.name} ({peer.address})" if peer.name else peer.address
         for network in status.networks
@@ -275,24 +244,19 @@ def check_peers(status: Status, passes: Callable[[str, int], bool] = _passes) ->
     }
     for address, name in sorted(addresses.items()):
         if not passes(address, 64):
-            findings.append(
-                Finding(
-                    "warning",
-                    f"peer {name} does not answer a ping on the underlay",
-                    "the host is down or unreachable, or ICMP is filtered",
-                    f"ping {address}; docker node ls",
-                )
+            yield Finding(
+                "warning",
+                f"peer {name} does not answer a ping on the underlay",
+                "the host is down or unreachable, or ICMP is filtered",
+                f"ping {address}; docker node ls",
             )
         elif status.host.underlay_mtu and not passes(address, status.host.underlay_mtu & ~1):
-            findings.append(
-                Finding(
-                    "error",
-                    f"packets of {status.host.underlay_mtu} bytes don't reach peer {name}",
-                    f"a link on the way has a smaller MTU than {status.host.underlay}",
-                    f"docker plugin set {PLUGIN} MTU=…, with a smaller value, and recreate the networks",
-                )
+            yield Finding(
+                "error",
+                f"packets of {status.host.underlay_mtu} bytes don't reach peer {name}",
+                f"a link on the way has a smaller MTU than {status.host.underlay}",
+                f"docker plugin set {PLUGIN} MTU=…, with a smaller value, and recreate the networks",
             )
-    return findings
 
 
 def rdma_notes(status: Status) -> list[str]:
@@ -379,37 +343,24 @@ def _fastpath(found: FastPathStatus) -> str:
     return f"the eBPF fast path: {found.stage or 'off'}{why}"
 
 
-def check_leftovers(run: Path, status: Status | None) -> list[Finding]:
+def check_leftovers(run: Path, status: Status) -> Iterator[Finding]:
     """Veth links of ours without an endpoint."""
-    if status is None:
-        return []
     known = {names.short(e.id) for network in status.networks for e in network.endpoints}
-    findings = []
     pin = run / OVERLAY_PIN
-    found: set[str] = set()
-    if is_namespace(pin):
-        route = in_netns(pin, IPRoute)
-        try:
-            found |= {str(link.get_attr("IFLA_IFNAME")) for link in route.get_links()}
-        finally:
-            route.close()
-    with IPRoute() as route:
-        found |= {str(link.get_attr("IFLA_IFNAME")) for link in route.get_links()}
+    present = links() + (in_netns(pin, links) if is_namespace(pin) else [])
     stale = sorted(
-        name
-        for name in found
-        if name.startswith((names.HOST_VETH, names.CONTAINER_VETH)) and name[3:] not in known
+        link.name
+        for link in present
+        if link.name.startswith((names.HOST_VETH, names.CONTAINER_VETH))
+        and link.name[3:] not in known
     )
     if stale:
-        findings.append(
-            Finding(
-                "warning",
-                f"{len(stale)} link{'' if len(stale) == 1 else 's'} without an endpoint: {', '.join(stale[:5])}",
-                "containers ended while the plugin or the engine was down; they are removed within two minutes",
-                "wait, or: freeflow cleanup",
-            )
+        yield Finding(
+            "warning",
+            f"{len(stale)} link{'' if len(stale) == 1 else 's'} without an endpoint: {', '.join(stale[:5])}",
+            "containers ended while the plugin or the engine was down; they are removed within two minutes",
+            "wait, or: freeflow cleanup",
         )
-    return findings
 
 
 def examine(client: Client) -> Report:
@@ -419,19 +370,13 @@ def examine(client: Client) -> Report:
     passed: list[str] = []
     findings: list[Finding] = []
 
-    def check(what: str, function: Callable[[], list[Finding]]) -> None:
+    def check(what: str, function: Callable[[], Iterable[Finding]]) -> None:
         try:
-            result = function()
+            result = list(function())
         except Exception as error:
             # A check that fails must not hide the findings of the others.
-            result = [
-                Finding(
-                    "warning",
-                    f"not checked: {what}",
-                    f"{type(error).__name__}: {error}",
-                    "freeflow bugreport",
-                )
-            ]
+            cause = f"{type(error).__name__}: {error}"
+            result = [Finding("warning", f"not checked: {what}", cause, "freeflow bugreport")]
         findings.extend(result)
         if not result:
             passed.append(what)
@@ -441,28 +386,26 @@ def examine(client: Client) -> Report:
     check("/run is a shared mount", check_run_shared)
     check("the kernel has VXLAN, bridge, veth and nftables", check_kernel)
     status = found.get("status")
-    ports = {network.port for network in status.networks} if status else set()
-    ports.add(int(status.settings.get("VXLAN_PORT") or DEFAULT_PORT) if status else DEFAULT_PORT)
+    if status is None:
+        ports = {DEFAULT_PORT}
+    else:
+        ports = {network.port for network in status.networks}
+        ports.add(int(status.settings.get("VXLAN_PORT") or DEFAULT_PORT))
     check("no other overlay conflicts", lambda: check_clashes(ports, links()))
-    held = {network.port for network in status.networks if network.endpoints} if status else set()
-    if status is not None:
-        check("the UDP port is free for VXLAN", lambda: check_port(ports - held))
     check("the firewall lets VXLAN in", lambda: check_firewall(ports))
-    if status is not None:
-        check("only peers send to the overlay's port", lambda: check_guard(status))
-        check("peers answer packets of full size", lambda: check_peers(status))
-        check(
-            "routers of other hosts can be reached, where there is RDMA",
-            lambda: check_session_port(status, _connects),
-        )
+    if status is None:
+        return Report(passed, findings)
+    held = {network.port for network in status.networks if network.endpoints}
+    check("the UDP port is free for VXLAN", lambda: check_port(ports - held))
+    check("only peers send to the overlay's port", lambda: check_guard(status))
+    check("peers answer packets of full size", lambda: check_peers(status))
+    check(
+        "routers of other hosts can be reached, where there is RDMA",
+        lambda: check_session_port(status, _connects),
+    )
     check("no links are left over", lambda: check_leftovers(run, status))
-    if status is not None and status.fastpath is not None:
+    if status.fastpath is not None:
         # Shown though it is no problem if the fast path is off or does less.
         passed.append(_fastpath(status.fastpath))
-    return Report(
-        passed,
-        findings,
-        []
-        if status is None
-        else offload_notes(status) + rdma_notes(status) + service_notes(status),
-    )
+    notes = offload_notes(status) + rdma_notes(status) + service_notes(status)
+    return Report(passed, findings, notes)

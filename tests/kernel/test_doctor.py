@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,8 +30,9 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for networ
 T = TypeVar("T")
 
 
-def said(findings: list[Finding]) -> list[str]:
+def said(checked: Iterable[Finding]) -> list[str]:
     """What was found; each of it is in docs/troubleshooting.md."""
+    findings = list(checked)
     assert all(is_documented(finding.what) for finding in findings)
     return [finding.what for finding in findings]
 
@@ -72,7 +73,7 @@ def test_links_are_read_with_kind_and_port() -> None:
 
 def test_port_that_is_free() -> None:
     """A free port passes, and the probe doesn't keep it."""
-    assert alone(nothing, lambda: check_port({4799}) + check_port({4799})) == []
+    assert alone(nothing, lambda: [*check_port({4799}), *check_port({4799})]) == []
 
 
 def test_port_that_a_program_holds() -> None:
@@ -112,7 +113,7 @@ def test_firewall(policy: str, rule: str, findings: int) -> None:
 
 def test_no_firewall() -> None:
     """Without any rules there is no finding."""
-    assert alone(nothing, lambda: check_firewall({4799})) == []
+    assert alone(nothing, lambda: list(check_firewall({4799}))) == []
 
 
 def test_leftovers(tmp_path: Path) -> None:
@@ -122,5 +123,5 @@ def test_leftovers(tmp_path: Path) -> None:
         route.link("add", ifname="ffc000000000001", kind="veth", peer="other0")
         route.link("add", ifname=f"ffc{EP[:12]}", kind="veth", peer="other1")
 
-    found = alone(prepare, lambda: check_leftovers(tmp_path, status()))
+    found = alone(prepare, lambda: list(check_leftovers(tmp_path, status())))
     assert said(found) == ["1 link without an endpoint: ffc000000000001"]
