@@ -209,7 +209,7 @@ class Store:
             "INSERT OR REPLACE INTO network VALUES (?, ?, ?)",
             network.id,
             network.vni,
-            records.encode_network(network),
+            records.encode(network),
             durable=True,
         )
 
@@ -233,7 +233,7 @@ class Store:
             "INSERT OR REPLACE INTO allocation VALUES (?, ?, ?)",
             network.id,
             network.vni,
-            records.encode_network(network),
+            records.encode(network),
             durable=True,
         )
 
@@ -264,7 +264,7 @@ class Store:
             endpoint.id,
             endpoint.network_id,
             None if endpoint.ipv4 is None else str(endpoint.ipv4.ip),
-            records.encode_endpoint(endpoint),
+            records.encode(endpoint),
             durable=False,
         )
 

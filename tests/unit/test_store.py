@@ -242,4 +242,4 @@ def test_network_rows(
     network = replace(
         NETWORK, subnets=tuple(subnets), ipv6=ipv6, internal=internal, options=options
     )
-    assert records.decode_network(records.encode_network(network)) == network
+    assert records.decode_network(records.encode(network)) == network
