@@ -14,6 +14,8 @@ FreeFlowError          dataplane/errors.py, with `what`, `cause` and `remedy`
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from dataplane.errors import FreeFlowError as FreeFlowError
@@ -53,3 +55,13 @@ class EngineError(FreeFlowError):
 
 class RouterError(FreeFlowError):
     """The router of accelerated connections did not answer, or its answer was not usable."""
+
+
+@contextmanager
+def reporting(what: str, *, ignore: Collection[int] = (), remedy: str = DOCTOR) -> Iterator[None]:
+    """Report an OSError as a KernelError; one of the numbers in `ignore` only ends the block."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in ignore:
+            raise KernelError(what, cause=error.strerror or str(error), remedy=remedy) from error

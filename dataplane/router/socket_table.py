@@ -20,6 +20,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from dataplane.errors import KernelRefused
+from dataplane.nlmsg import DONE, DUMP, ERROR, Netlink
 from dataplane.router import tcp_counters
 from dataplane.router.conntrack import Conntrack
 from dataplane.router.library_wire import Address, ip_of
@@ -33,20 +34,14 @@ SIOCGSKNS: Final = 0x894C
 KEEP: Final = 10.0
 """Seconds that an unused netlink socket is kept."""
 
-# linux/netlink.h, linux/sock_diag.h
-NLM_F_REQUEST: Final = 0x1
-NLM_F_DUMP: Final = 0x300
-NLMSG_ERROR: Final = 2
-NLMSG_DONE: Final = 3
 SOCK_DIAG_BY_FAMILY: Final = 20
+"""linux/sock_diag.h."""
 
 # Plain numbers: calculating with the socket module's is slow.
 _AF_INET: Final = int(socket.AF_INET)
 _AF_INET6: Final = int(socket.AF_INET6)
 _IPPROTO_TCP: Final = int(socket.IPPROTO_TCP)
 
-_BUFFER: Final = 1 << 16
-_HEADER: Final = struct.Struct("=IHHII")
 # struct inet_diag_req_v2: family, protocol, extensions, padding, states;
 # then struct inet_diag_sockid.
 _REQUEST: Final = struct.Struct("=BBBxI")
@@ -55,7 +50,6 @@ _ID_REST: Final = struct.Struct("=IQ")
 # struct inet_diag_msg: family, state, …, the sockid at _ID_OFFSET, …, the inode at the end.
 _STATE: Final = struct.Struct("=BB")
 _INODE: Final = struct.Struct("=I")
-_ERROR: Final = struct.Struct("=i")
 _ID_OFFSET: Final = 4
 _INODE_OFFSET: Final = _ID_OFFSET + _ID.size + _ID_REST.size + 16
 _MESSAGE_SIZE: Final = _INODE_OFFSET + _INODE.size
@@ -90,12 +84,11 @@ class Diag:
 
     def __init__(self, namespace: int) -> None:
         """Raises KernelRefused."""
-        self._socket = netlink_in(namespace, NETLINK_SOCK_DIAG, "sock_diag")
-        self._sequence = 0
+        self._netlink = Netlink(netlink_in(namespace, NETLINK_SOCK_DIAG, "sock_diag"))
 
     def close(self) -> None:
         """Release the namespace."""
-        self._socket.close()
+        self._netlink.close()
 
     def state(self, local: Address, remote: Address, cookie: int | None = None) -> int | None:
         """The state of the socket with these addresses, and this cookie if one is given.
@@ -119,19 +112,15 @@ class Diag:
         return body is not None and bool(_read(body).inode)
 
     def _body(self, local: Address, remote: Address, cookie: int) -> bytes | None:
-        self._ask(NLM_F_REQUEST, _question(local, remote, cookie))
-        for kind, body in self._messages():
-            if kind == SOCK_DIAG_BY_FAMILY:
-                return body
-            if kind == NLMSG_ERROR:
-                number = -_ERROR.unpack_from(body)[0]
-                # ESTALE: there is a socket with another cookie.
-                if number in (errno.ENOENT, errno.ESTALE):
-                    return None
-                raise KernelRefused(
-                    f"cannot look up the socket {local} → {remote}", cause=os.strerror(number)
-                )
-        return None
+        try:
+            return self._netlink.get(SOCK_DIAG_BY_FAMILY, _question(local, remote, cookie))
+        except OSError as error:
+            # ESTALE: there is a socket with another cookie.
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                return None
+            raise KernelRefused(
+                f"cannot look up the socket {local} → {remote}", cause=error.strerror or str(error)
+            ) from error
 
     def counters(self, ends: Sequence[SocketEnd]) -> list[TcpCounters | None]:
         """The counters of connections, `AT_ONCE` at most; None: no process has an open
@@ -141,24 +130,12 @@ class Diag:
             KernelRefused: the kernel doesn't answer.
         """
         assert len(ends) <= AT_ONCE
-        first = self._sequence + 1
-        packet = b"".join(
-            self._packet(NLM_F_REQUEST, _question(local, remote, cookie, INFO_WANTED))
-            for local, remote, cookie in ends
-        )
-        self._send(packet)
-        found: list[TcpCounters | None] = [None] * len(ends)
-        missing = len(ends)
-        while missing:
-            for kind, body, sequence in self._received():
-                at = sequence - first
-                if not 0 <= at < len(ends):
-                    continue
-                missing -= 1
-                is_open = kind == SOCK_DIAG_BY_FAMILY and body[1] in OPEN
-                if is_open and any(_INODE.unpack_from(body, _INODE_OFFSET)):
-                    found[at] = tcp_counters.find(body[_MESSAGE_SIZE:])
-        return found
+        requests = [_question(*end, INFO_WANTED) for end in ends]
+        try:
+            answers = self._netlink.get_each(SOCK_DIAG_BY_FAMILY, requests)
+        except OSError as error:
+            raise KernelRefused("cannot list TCP sockets", cause=str(error)) from error
+        return [None if body is None else _counters(body) for body in answers]
 
     def connected(self) -> Iterator[TcpSocket | None]:
         """All connected TCP sockets; a None now and then, where the caller may do other work.
@@ -168,50 +145,22 @@ class Diag:
         """
         for family in (socket.AF_INET, socket.AF_INET6):
             request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, _OPEN_MASK) + bytes(48)
-            self._ask(NLM_F_REQUEST | NLM_F_DUMP, request)
-            done = False
-            while not done:
-                for kind, body in self._messages():
-                    if kind == SOCK_DIAG_BY_FAMILY:
-                        yield _read(body)
-                    elif kind in (NLMSG_DONE, NLMSG_ERROR):
-                        # NLMSG_ERROR: no IPv6 here.
-                        done = True
-                        break
-                yield None
+            try:
+                yield from self._list(request)
+            except OSError as error:
+                raise KernelRefused("cannot list TCP sockets", cause=str(error)) from error
 
-    def _ask(self, flags: int, request: bytes) -> None:
-        self._send(self._packet(flags, request))
-
-    def _packet(self, flags: int, request: bytes) -> bytes:
-        self._sequence += 1
-        size = _HEADER.size + len(request)
-        return _HEADER.pack(size, SOCK_DIAG_BY_FAMILY, flags, self._sequence, 0) + request
-
-    def _send(self, packet: bytes) -> None:
-        try:
-            self._socket.send(packet)
-        except OSError as error:
-            raise KernelRefused("cannot list TCP sockets", cause=str(error)) from error
-
-    def _messages(self) -> Iterator[tuple[int, bytes]]:
-        for kind, body, sequence in self._received():
-            if sequence == self._sequence:
-                yield kind, body
-
-    def _received(self) -> Iterator[tuple[int, bytes, int]]:
-        """Kind, body and sequence number of each message in the next packet."""
-        try:
-            data = self._socket.recv(_BUFFER)
-        except OSError as error:
-            raise KernelRefused("cannot list TCP sockets", cause=str(error)) from error
-        offset = 0
-        while offset + _HEADER.size <= len(data):
-            size, kind, _, sequence, _ = _HEADER.unpack_from(data, offset)
-            if size < _HEADER.size:
-                return
-            yield kind, data[offset + _HEADER.size : offset + size], sequence
-            offset += (size + 3) & ~3
+    def _list(self, request: bytes) -> Iterator[TcpSocket | None]:
+        self._netlink.send(SOCK_DIAG_BY_FAMILY, DUMP, request)
+        while True:
+            for kind, _, body in self._netlink.receive():
+                if kind == SOCK_DIAG_BY_FAMILY:
+                    yield _read(body)
+                elif kind in (DONE, ERROR):
+                    # An error: no IPv6 here.
+                    yield None
+                    return
+            yield None
 
 
 def _question(local: Address, remote: Address, cookie: int, wanted: int = 0) -> bytes:
@@ -223,6 +172,12 @@ def _question(local: Address, remote: Address, cookie: int, wanted: int = 0) -> 
             _ID_REST.pack(0, cookie),
         )
     )
+
+
+def _counters(body: bytes) -> TcpCounters | None:
+    if body[1] not in OPEN or not any(_INODE.unpack_from(body, _INODE_OFFSET)):
+        return None
+    return tcp_counters.find(body[_MESSAGE_SIZE:])
 
 
 def _read(body: bytes) -> TcpSocket:

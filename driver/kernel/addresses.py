@@ -13,10 +13,9 @@ from socket import AF_INET6
 from typing import Final
 
 from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
 
 from driver.kernel.namespace import in_netns, is_namespace
-from driver.kernel.netlink import translate
+from driver.kernel.netlink import requesting
 
 LIFETIME: Final = 15
 """Seconds. Docker announces at most three times, at most two seconds apart."""
@@ -45,25 +44,21 @@ def exchange(
 
 
 def _exchange(mac: str, engines: IPv6Interface, ours: IPv6Interface, lifetime: int) -> bool:
-    with IPRoute() as route:
-        try:
-            links = {
-                link["index"] for link in route.get_links() if link.get_attr("IFLA_ADDRESS") == mac
-            }
-            found = {
-                ip_address(item.get_attr("IFA_ADDRESS")): int(item["index"])
-                for item in route.get_addr(family=AF_INET6)
-                if item["index"] in links
-            }
-            index = found.get(engines.ip)
-            if index is None:
-                return ours.ip in found
-            # In this order: the first may give the subnet's route a lifetime, the second removes
-            # that.
-            _put(route, index, engines, lifetime)
-            _put(route, index, ours)
-        except NetlinkError as error:
-            raise translate(error, f"giving a container {ours}") from error
+    with requesting(f"giving a container {ours}"), IPRoute() as route:
+        links = {
+            link["index"] for link in route.get_links() if link.get_attr("IFLA_ADDRESS") == mac
+        }
+        found = {
+            ip_address(item.get_attr("IFA_ADDRESS")): int(item["index"])
+            for item in route.get_addr(family=AF_INET6)
+            if item["index"] in links
+        }
+        index = found.get(engines.ip)
+        if index is None:
+            return ours.ip in found
+        # In this order: the first may give the subnet's route a lifetime, the second removes that.
+        _put(route, index, engines, lifetime)
+        _put(route, index, ours)
     return True
 
 

@@ -17,9 +17,9 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
-from driver.errors import KernelError
+from dataplane.nlmsg import NESTED, attribute, attributes, nest
+from driver.errors import reporting
 from driver.kernel.netfilter import IPV4, InterruptedDumpError, dump, send_each
-from driver.kernel.nlmsg import NESTED, attribute, attributes, nest
 
 _CONNECTIONS: Final = (socket.IPPROTO_TCP, socket.IPPROTO_SCTP)
 """Protocols whose connections end by themselves; other flows last as long as packets come."""
@@ -136,14 +136,8 @@ def forget_stale(rules: Mapping[IPv4Address, Collection[IPv4Address]]) -> int:
     if not rules:
         return 0
     texts = {str(vip): frozenset(map(str, tasks)) for vip, tasks in rules.items()}
-    try:
+    with reporting("connection tracking", remedy="modprobe nf_conntrack_netlink"):
         return _forget(texts)
-    except OSError as error:
-        raise KernelError(
-            "connection tracking",
-            cause=str(error.strerror),
-            remedy="modprobe nf_conntrack_netlink",
-        ) from error
 
 
 def answering(vip: IPv4Address, identifier: int) -> IPv4Address | None:

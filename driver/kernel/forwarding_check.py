@@ -15,10 +15,10 @@ import itertools
 from pathlib import Path
 from typing import Final
 
+from dataplane.nlmsg import attributes
 from driver.kernel import netfilter, nf_tables
 from driver.kernel.namespace import in_netns
 from driver.kernel.nf_tables import Chain
-from driver.kernel.nlmsg import attributes
 
 _IPVS: Final = Path("/proc/thread-self/net/ip_vs")
 _IPVS_HEAD: Final = 3

@@ -21,12 +21,12 @@ from typing import Any, Final
 
 import structlog
 
-from driver.errors import DOCTOR, KernelError
+from dataplane.nlmsg import Netlink, attributes
+from driver.errors import KernelError
 from driver.kernel.guard_rules import TABLE, Wanted
 from driver.kernel.namespace import in_netns
 from driver.kernel.netfilter import FAMILY as FAMILY_HEADER
 from driver.kernel.nft import Session
-from driver.kernel.nlmsg import attributes, message, messages
 from driver.model import IPAddress
 
 log = structlog.get_logger()
@@ -81,7 +81,7 @@ class Guard:
         self._devices: frozenset[str] = frozenset()
         self._near: frozenset[IPv4Network | IPv6Network] = frozenset()
         self._session: Session | None = None
-        self._generations: socket.socket | None = None
+        self._generations: Netlink | None = None
         self._inherited: dict[int, frozenset[IPAddress]] | None = None
         self._written: Wanted | None = None
         self._proof: object = None
@@ -266,16 +266,9 @@ class Guard:
     def _current_generation(self) -> int:
         """The generation of this namespace's rules; each transaction changes it."""
         assert self._generations is not None
-        self._generations.send(message(_GET_GENERATION, 0, 0, FAMILY_HEADER.pack(0, 0, 0)))
-        answer = self._generations.recv(1 << 12)
-        for kind, _, _, body in messages(answer):
-            if kind == _GET_GENERATION - 1:
-                generation = dict(attributes(body, FAMILY_HEADER.size)).get(_GENERATION)
-                if generation:
-                    return int.from_bytes(generation, "big")
-        raise KernelError(
-            "nftables", cause="the kernel doesn't tell the generation of its rules", remedy=DOCTOR
-        )
+        answer = self._generations.get(_GET_GENERATION, FAMILY_HEADER.pack(0, 0, 0))
+        generation = dict(attributes(answer, FAMILY_HEADER.size))[_GENERATION]
+        return int.from_bytes(generation, "big")
 
     def facts(self) -> Guarded:
         """For status."""
@@ -324,11 +317,11 @@ class Guard:
                 self._generations = None
 
 
-def _generations() -> socket.socket:
+def _generations() -> Netlink:
     made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETFILTER)
     made.bind((0, 0))
     made.settimeout(5)
-    return made
+    return Netlink(made)
 
 
 def _element(value: Any) -> IPAddress:

@@ -17,7 +17,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from driver import names
 from driver.errors import TRY_AGAIN, KernelError
 from driver.kernel.namespace import OVERLAY_PIN
-from driver.kernel.netlink import Sockets, translate
+from driver.kernel.netlink import Sockets, requesting, translate
 from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, IPAddress, Network
 
@@ -35,25 +35,21 @@ def make_bridge(overlay: Sockets, network: Network) -> int:
     name = names.bridge(network.id)
     index = overlay.index(name)
     if index is None:
-        with overlay.take() as route:
-            try:
-                route.link(
-                    "add",
-                    ifname=name,
-                    kind="bridge",
-                    address=bridge_mac(network.id),
-                    mtu=network.mtu,
-                    # One bridge and one VXLAN device per host can't form a loop.
-                    br_stp_state=0,
-                    br_forward_delay=0,
-                    # Flood multicast: an overlay has no querier, without which snooping loses
-                    # groups.
-                    br_mcast_snooping=0,
-                    state="up",
-                )
-            except NetlinkError as error:
-                if error.code != errno.EEXIST:
-                    raise translate(error, f"making bridge {name}") from error
+        ignore = (errno.EEXIST,)
+        with requesting(f"making bridge {name}", ignore=ignore), overlay.take() as route:
+            route.link(
+                "add",
+                ifname=name,
+                kind="bridge",
+                address=bridge_mac(network.id),
+                mtu=network.mtu,
+                # One bridge and one VXLAN device per host can't form a loop.
+                br_stp_state=0,
+                br_forward_delay=0,
+                # Flood multicast: an overlay has no querier, without which snooping loses groups.
+                br_mcast_snooping=0,
+                state="up",
+            )
         index = overlay.index(name)
         if index is None:
             raise KernelError(
@@ -184,11 +180,8 @@ def _on_port(route: IPRoute, port: int) -> list[tuple[str, int]]:
 
 def _repair_port(route: IPRoute, link: Any, bridge: int) -> None:
     if link.get_attr("IFLA_MASTER") != bridge or not link["flags"] & _UP:
-        try:
+        with requesting(f"making {link.get_attr('IFLA_IFNAME')} a port of its bridge"):
             route.link("set", index=link["index"], master=bridge, state="up")
-        except NetlinkError as error:
-            name = link.get_attr("IFLA_IFNAME")
-            raise translate(error, f"making {name} a port of its bridge") from error
 
 
 def make_veth(
@@ -214,22 +207,14 @@ def make_veth(
         return False
     # Left of a pair whose other end went with an earlier overlay namespace.
     host.delete(inner)
-    with overlay.take() as route:
-        try:
-            route.link(
-                "add",
-                ifname=port,
-                kind="veth",
-                mtu=network.mtu,
-                master=bridge,
-                state="up",
-                peer={
-                    "ifname": inner,
-                    "mtu": network.mtu,
-                    "address": endpoint.mac,
-                    "net_ns_fd": host_namespace,
-                },
-            )
-        except NetlinkError as error:
-            raise translate(error, f"making veth pair {port}") from error
+    peer = {
+        "ifname": inner,
+        "mtu": network.mtu,
+        "address": endpoint.mac,
+        "net_ns_fd": host_namespace,
+    }
+    with requesting(f"making veth pair {port}"), overlay.take() as route:
+        route.link(
+            "add", ifname=port, kind="veth", mtu=network.mtu, master=bridge, state="up", peer=peer
+        )
     return True

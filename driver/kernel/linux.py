@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from driver import names
-from driver.errors import DOCTOR, TRY_AGAIN, FreeFlowError, KernelError
+from driver.errors import DOCTOR, TRY_AGAIN, FreeFlowError, KernelError, reporting
 from driver.kernel import (
     announce,
     fdb,
@@ -279,15 +279,8 @@ class LinuxKernel:
             port = overlay.links.index(names.host_veth(endpoint.id))
             if port is not None:
                 fdb.place(overlay.links, port, vxlan, endpoint.mac)
-        try:
+        with reporting(f"announcing endpoints of network {network_id}", ignore=_INTERFACE_GONE):
             announce.send(overlay.packets, names.bridge(network_id), endpoints)
-        except OSError as error:
-            if error.errno not in _INTERFACE_GONE:
-                raise KernelError(
-                    f"announcing endpoints of network {network_id}",
-                    cause=str(error.strerror),
-                    remedy=DOCTOR,
-                ) from error
 
     def hear(self, seconds: float) -> frozenset[ArpFrame]:
         overlay = self._overlay()

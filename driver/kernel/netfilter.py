@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from driver.kernel.nlmsg import (
+from dataplane.nlmsg import (
     ACK,
     DONE,
     DUMP,

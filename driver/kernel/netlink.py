@@ -16,50 +16,25 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from pyroute2 import IPRoute
-from pyroute2.netlink import NLM_F_DUMP, NLM_F_REQUEST
-from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
-from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_NEWLINK
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.exceptions import NetlinkError
 
-from driver.errors import DOCTOR, TRY_AGAIN, KernelError
+from driver.errors import DOCTOR, KernelError, reporting
 from driver.kernel.namespace import in_netns
-from driver.kernel.rtnl import Rtnl
-
-T = TypeVar("T")
+from driver.kernel.rtnl import Link, Rtnl
 
 _SPARE: Final = 16
-_DUMP_TRIES: Final = 20
 # asm-generic/socket.h; the first is in Python's socket module on some builds only.
 _SO_BINDTODEVICE: Final = 25
 _SO_BINDTOIFINDEX: Final = 62
-_GONE: Final = (errno.ENODEV, errno.ENOENT, errno.ENXIO)
-
-_SIOCETHTOOL: Final = 0x8946  # linux/sockios.h
+_SIOCETHTOOL: Final = 0x8946
+"""linux/sockios.h."""
 _IFREQ: Final = struct.Struct("@16sP16x")
-
-_IFLA_IFNAME: Final = 3
-_IFLA_STATS64: Final = 23
-_HEADER: Final = struct.Struct("=IHHII")
-_IFINFO: Final = struct.Struct("=BxHiII")
-_ATTRIBUTE: Final = struct.Struct("=HH")
-# The first of struct rtnl_link_stats64 (if_link.h).
-_COUNTERS: Final = (
-    "rx_packets",
-    "tx_packets",
-    "rx_bytes",
-    "tx_bytes",
-    "rx_errors",
-    "tx_errors",
-    "rx_dropped",
-    "tx_dropped",
-)
-_STATS: Final = struct.Struct("=8Q")
+_GONE: Final = (errno.ENODEV, errno.ENOENT, errno.ENXIO)
 
 
 def translate(error: NetlinkError, what: str) -> KernelError:
@@ -68,109 +43,97 @@ def translate(error: NetlinkError, what: str) -> KernelError:
     return KernelError(what, cause=cause, remedy=DOCTOR)
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """An interface, with its own counters of bytes and packets since it was made."""
+@contextmanager
+def requesting(what: str, *, ignore: Collection[int] = ()) -> Iterator[None]:
+    """As `errors.reporting`, for requests by pyroute2."""
+    try:
+        yield
+    except NetlinkError as error:
+        if error.code not in ignore:
+            raise translate(error, what) from error
 
-    index: int
-    name: str
-    counters: dict[str, int]
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
 
 
-class Sockets:
-    """Netlink sockets of one network namespace. `namespace` is its descriptor, owned by the
-    caller."""
+S = TypeVar("S", bound=_Closable)
 
-    def __init__(self, namespace: int) -> None:
+
+class _Pool(Generic[S]):
+    """Sockets of one namespace. `refusal`: after this exception the socket can be used again."""
+
+    def __init__(self, namespace: int, make: Callable[[], S], refusal: type[Exception]) -> None:
         self._namespace = namespace
-        self._spare: queue.LifoQueue[IPRoute] = queue.LifoQueue(_SPARE)
-        self._raw: queue.LifoQueue[Rtnl] = queue.LifoQueue(_SPARE)
+        self._make = make
+        self._refusal = refusal
+        self._spare: queue.LifoQueue[S] = queue.LifoQueue(_SPARE)
         self._closed = False
-        self._binding = threading.Lock()
-        self._any = in_netns(namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
 
     @contextmanager
-    def take(self) -> Iterator[IPRoute]:
+    def take(self) -> Iterator[S]:
         """A socket, for the calling thread until the end of the block."""
         try:
-            route = self._spare.get_nowait()
+            taken = self._spare.get_nowait()
         except queue.Empty:
-            route = in_netns(self._namespace, IPRoute)
+            taken = in_netns(self._namespace, self._make)
+        whole = False
         try:
-            yield route
-        except NetlinkError:
-            self._put_back(route)
+            yield taken
+            whole = True
+        except self._refusal as error:
+            whole = not isinstance(error, TimeoutError)
             raise
-        except BaseException:
-            # Part of an answer may still be in the socket.
-            route.close()
-            raise
-        self._put_back(route)
+        finally:
+            # Part of an answer may still be in the socket, or come later.
+            if not (whole and self._put_back(taken)):
+                taken.close()
 
-    def _put_back(self, route: IPRoute) -> None:
-        if not self._closed:
-            try:
-                self._spare.put_nowait(route)
-                return
-            except queue.Full:
-                pass
-        route.close()
-
-    @contextmanager
-    def raw(self) -> Iterator[Rtnl]:
-        """The same for messages of `nlmsg`. A request that the kernel refuses raises OSError."""
-        try:
-            route = self._raw.get_nowait()
-        except queue.Empty:
-            route = in_netns(self._namespace, Rtnl)
-        try:
-            yield route
-        except TimeoutError:
-            # The answer may still come.
-            route.close()
-            raise
-        except OSError:
-            self._keep(route)
-            raise
-        except BaseException:
-            route.close()
-            raise
-        self._keep(route)
-
-    def _keep(self, route: Rtnl) -> None:
-        if not self._closed:
-            with contextlib.suppress(queue.Full):
-                self._raw.put_nowait(route)
-                return
-        route.close()
+    def _put_back(self, taken: S) -> bool:
+        with contextlib.suppress(queue.Full):
+            if not self._closed:
+                self._spare.put_nowait(taken)
+                return True
+        return False
 
     def close(self) -> None:
         """Close what no thread uses; the others when they come back."""
         self._closed = True
-        self._any.close()
         with contextlib.suppress(queue.Empty):
             while True:
-                self._raw.get_nowait().close()
-        while True:
-            try:
                 self._spare.get_nowait().close()
-            except queue.Empty:
-                return
+
+
+class Sockets:
+    """Netlink sockets of one network namespace. `namespace` is its descriptor, owned by the
+    caller.
+
+    `take` gives a socket of pyroute2. `raw` gives one for messages of `nlmsg`: a request that the
+    kernel refuses raises OSError there.
+    """
+
+    def __init__(self, namespace: int) -> None:
+        self._routes = _Pool(namespace, IPRoute, NetlinkError)
+        self._raw = _Pool(namespace, Rtnl, OSError)
+        self.take = self._routes.take
+        self.raw = self._raw.take
+        self._binding = threading.Lock()
+        self._any = in_netns(namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+
+    def close(self) -> None:
+        """Close what no thread uses; the others when they come back."""
+        self._any.close()
+        self._raw.close()
+        self._routes.close()
 
     def index(self, name: str) -> int | None:
         """The index of an interface, None if there is none of this name."""
         # Not SIOCGIFINDEX: for an unknown name it starts modprobe (dev_load in the kernel's
         # dev_ioctl.c).
-        with self._binding:
-            try:
-                self._any.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, name.encode())
-                return self._any.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) or None
-            except OSError as error:
-                if error.errno in _GONE:
-                    return None
-                raise KernelError(
-                    f"looking up {name}", cause=str(error.strerror), remedy=DOCTOR
-                ) from error
+        with self._binding, reporting(f"looking up {name}", ignore=_GONE):
+            self._any.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, name.encode())
+            return self._any.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) or None
+        return None
 
     def ethtool(self, device: str, request: bytes) -> bytes:
         """The answer to a command of linux/ethtool.h, of the request's length. Raises OSError.
@@ -187,69 +150,11 @@ class Sockets:
         index = self.index(name)
         if index is None:
             return False
-        with self.take() as route:
-            try:
-                route.link("del", index=index)
-            except NetlinkError as error:
-                if error.code not in (*_GONE, errno.EINVAL):
-                    raise translate(error, f"removing {name}") from error
+        with requesting(f"removing {name}", ignore=(*_GONE, errno.EINVAL)), self.take() as route:
+            route.link("del", index=index)
         return True
 
     def links(self) -> list[Link]:
         """All interfaces of the namespace."""
-
-        def ask(route: IPRoute) -> list[Link]:
-            found: list[Link] = []
-
-            def parse(data: bytes, offset: int, length: int) -> Any:
-                size, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
-                if kind != RTM_NEWLINK:
-                    return route.marshal.parse_one_message(
-                        kind, flags, sequence, data, offset, length
-                    )
-                found.append(_link(data, offset + _HEADER.size, offset + size))
-                header = {"type": kind, "flags": flags, "sequence_number": sequence}
-                return {"header": {**header, "error": None}}
-
-            request = ifinfmsg()
-            route.nlm_request(
-                request, RTM_GETLINK, msg_flags=NLM_F_REQUEST | NLM_F_DUMP, parser=parse
-            )
-            return found
-
-        return self.dump(ask)
-
-    def dump(self, ask: Callable[[IPRoute], T]) -> T:
-        """A consistent listing by `ask`: repeated if the objects change meanwhile
-        (NLM_F_DUMP_INTR)."""
-        for _ in range(_DUMP_TRIES):
-            with self.take() as route:
-                try:
-                    return ask(route)
-                except NetlinkDumpInterrupted:
-                    continue
-                except NetlinkError as error:
-                    raise translate(error, "listing links or forwarding entries") from error
-        raise KernelError(
-            "listing links",
-            cause="they change faster than they can be listed",
-            remedy=TRY_AGAIN,
-        )
-
-
-def _link(data: bytes, offset: int, end: int) -> Link:
-    """Decode RTM_NEWLINK. pyroute2's decoder costs a hundred times as much, too much for 200
-    links."""
-    index = _IFINFO.unpack_from(data, offset)[2]
-    offset += _IFINFO.size
-    name, counters = "", dict.fromkeys(_COUNTERS, 0)
-    while offset + _ATTRIBUTE.size <= end:
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        if length < _ATTRIBUTE.size:
-            break
-        if kind == _IFLA_IFNAME:
-            name = bytes(data[offset + 4 : offset + length - 1]).decode()
-        elif kind == _IFLA_STATS64:
-            counters = dict(zip(_COUNTERS, _STATS.unpack_from(data, offset + 4), strict=True))
-        offset += (length + 3) & ~3
-    return Link(index, name, counters)
+        with reporting("listing links"), self.raw() as netlink:
+            return netlink.links()

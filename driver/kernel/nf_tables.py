@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Final
 
-from driver.errors import DOCTOR, KernelError
-from driver.kernel.netfilter import FAMILY, IPV4, answers, dump, exists, open_socket
-from driver.kernel.nlmsg import (
+from dataplane.nlmsg import (
     ACK,
     APPEND,
     CREATE,
@@ -33,6 +31,8 @@ from driver.kernel.nlmsg import (
     message,
     nest,
 )
+from driver.errors import DOCTOR, KernelError, reporting
+from driver.kernel.netfilter import FAMILY, IPV4, answers, dump, exists, open_socket
 
 MOST: Final = 4096
 """Messages that are read of one answer. A container with more is treated as if it had a match."""
@@ -301,17 +301,12 @@ class Batch:
         end = message(_BATCH_END, 0, len(self._messages) + 1, body)
         whole = b"".join((begin, *others, last, end))
         refused, acknowledged = 0, False
-        try:
-            with open_socket(len(whole)) as channel:
-                channel.send(whole)
-                for got, number, answer in answers(channel):
-                    if got == ERROR:
-                        refused = refused or error_number(answer)
-                        acknowledged |= number == sequence and not error_number(answer)
-        except OSError as error:
-            raise KernelError(
-                "nftables can't be changed", cause=str(error.strerror), remedy=DOCTOR
-            ) from error
+        with reporting("nftables can't be changed"), open_socket(len(whole)) as channel:
+            channel.send(whole)
+            for got, number, answer in answers(channel):
+                if got == ERROR:
+                    refused = refused or error_number(answer)
+                    acknowledged |= number == sequence and not error_number(answer)
         if refused or not acknowledged:
             reason = os.strerror(refused) if refused else "no answer"
             raise KernelError(
@@ -332,12 +327,8 @@ def has_table(name: str) -> bool:
     Raises:
         KernelError: the kernel doesn't answer.
     """
-    try:
+    with reporting("nftables can't be read"):
         return exists(_SUBSYSTEM | _GETTABLE, IPV4, _text(1, name))
-    except OSError as error:
-        raise KernelError(
-            "nftables can't be read", cause=str(error.strerror), remedy=DOCTOR
-        ) from error
 
 
 def has_address(table: str, name: str, address: IPv4Address) -> bool:

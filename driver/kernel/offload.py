@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from driver.kernel.netlink import Sockets
-from driver.kernel.rtnl import StackedLink
+from driver.kernel.rtnl import Link
 
 FEATURE: Final = b"tx-udp_tnl-segmentation"
 _UPON_ONE: Final = ("vlan", "macvlan", "ipvlan")
@@ -35,13 +35,13 @@ def segments_tunnels(host: Sockets, device: str) -> bool | None:
     """Whether a device and those below it segment UDP tunnels; None: the kernel doesn't say."""
     try:
         with host.raw() as netlink:
-            stack = below(device, netlink.stacked())
+            stack = below(device, netlink.links())
         return all(_has(host, name) for name in stack) if stack else None
     except OSError:
         return None
 
 
-def below(device: str, links: Iterable[StackedLink]) -> list[str]:
+def below(device: str, links: Iterable[Link]) -> list[str]:
     """The device and those below it, by name; empty if it doesn't exist."""
     known = list(links)
     found = [link for link in known if link.name == device]

@@ -18,9 +18,9 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from dataplane.ebpf import detach_link, link_device, pin, pinned, update_link
-from driver.errors import DOCTOR, KernelError
+from driver.errors import reporting
 from driver.kernel.namespace import in_netns
-from driver.kernel.netlink import Sockets, translate
+from driver.kernel.netlink import Sockets, requesting
 
 NAME: Final = "freeflow"
 _INGRESS: Final = 0xFFFFFFF2
@@ -68,17 +68,11 @@ class Hooks:
         """
         if self._update(index, program):
             return
-        try:
-            if not self._tcx:
-                raise OSError(errno.EOPNOTSUPP, "tcx is turned off")
-            link = in_netns(self._namespace, lambda: link_device(program, index))
-        except OSError as error:
-            if error.errno not in _NO_TCX:
-                raise KernelError(
-                    f"linking a program to device {index}",
-                    cause=os.strerror(error.errno or 0),
-                    remedy=DOCTOR,
-                ) from error
+        link = None
+        with reporting(f"linking a program to device {index}", ignore=_NO_TCX):
+            if self._tcx:
+                link = in_netns(self._namespace, lambda: link_device(program, index))
+        if link is None:
             self._attach_filter(index, program)
             return
         try:
@@ -104,27 +98,25 @@ class Hooks:
         return True
 
     def _attach_filter(self, index: int, program: int) -> None:
-        with self._sockets.take() as route:
-            try:
-                ours = _add_qdisc(route, index)
-                self._filters.mkdir(exist_ok=True)
-                note = self._filters / str(index)
-                if ours or not note.exists():
-                    note.write_text("qdisc" if ours else "filter")
-                route.tc(
-                    "replace-filter",
-                    "bpf",
-                    index,
-                    _HANDLE,
-                    info=_INFO,
-                    parent=_INGRESS,
-                    fd=program,
-                    name=NAME,
-                    classid=1,
-                    direct_action=True,
-                )
-            except NetlinkError as error:
-                raise translate(error, f"attaching a program to device {index}") from error
+        what = f"attaching a program to device {index}"
+        with requesting(what), self._sockets.take() as route:
+            ours = _add_qdisc(route, index)
+            self._filters.mkdir(exist_ok=True)
+            note = self._filters / str(index)
+            if ours or not note.exists():
+                note.write_text("qdisc" if ours else "filter")
+            route.tc(
+                "replace-filter",
+                "bpf",
+                index,
+                _HANDLE,
+                info=_INFO,
+                parent=_INGRESS,
+                fd=program,
+                name=NAME,
+                classid=1,
+                direct_action=True,
+            )
 
     def detach(self, index: int) -> None:
         """Detach our program, if there is one, and delete our qdisc if nobody else uses it."""

@@ -11,7 +11,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from driver.errors import KernelError, SettingError
-from driver.kernel.netlink import Sockets, translate
+from driver.kernel.netlink import Sockets, requesting
 from driver.model import IPAddress, IPNetwork
 
 OVERHEAD_IPV4: Final = 50
@@ -44,14 +44,11 @@ def find(host: Sockets, choice: str, hint: IPAddress | None) -> Underlay:
         SettingError: UNDERLAY names no interface or address of this host.
         KernelError: no interface is up.
     """
-    with host.take() as route:
-        try:
-            if choice:
-                return _chosen(route, choice, hint)
-            found = _by_address(route, hint) if hint is not None else None
-            return found or _by_route(route) or _any(route)
-        except NetlinkError as error:
-            raise translate(error, "finding the underlay") from error
+    with requesting("finding the underlay"), host.take() as route:
+        if choice:
+            return _chosen(route, choice, hint)
+        found = _by_address(route, hint) if hint is not None else None
+        return found or _by_route(route) or _any(route)
 
 
 def networks(host: Sockets, device: str) -> frozenset[IPNetwork]:

@@ -10,12 +10,11 @@ import contextlib
 import socket
 from typing import Final
 
-from driver.errors import DOCTOR, KernelError
+from dataplane.nlmsg import Netlink
+from driver.errors import reporting
 from driver.kernel.namespace import in_netns
-from driver.kernel.nlmsg import DONE, DUMP, ERROR, check, message, messages
 
 _NETLINK_XFRM: Final = 6
-_NEWPOLICY: Final = 0x13
 _GETPOLICY: Final = 0x15
 _POLICY_ID: Final = 64
 """Size of struct xfrm_userpolicy_id; all zero: any."""
@@ -25,13 +24,14 @@ class Policies:
     """The policies of a network namespace, given by its descriptor."""
 
     def __init__(self, namespace: int) -> None:
-        self._socket: socket.socket | None = None
+        self._netlink: Netlink | None = None
         # EPROTONOSUPPORT: a kernel without IPsec.
         with contextlib.suppress(OSError):
-            self._socket = in_netns(
+            channel = in_netns(
                 namespace, lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_XFRM)
             )
-            self._socket.settimeout(5)
+            channel.settimeout(5)
+            self._netlink = Netlink(channel)
 
     def exist(self) -> bool:
         """Whether there are any.
@@ -39,27 +39,11 @@ class Policies:
         Raises:
             KernelError: they can't be listed.
         """
-        if self._socket is None:
+        if self._netlink is None:
             return False
-        try:
-            return self._list(self._socket)
-        except OSError as error:
-            raise KernelError(
-                "IPsec policies can't be listed", cause=str(error.strerror), remedy=DOCTOR
-            ) from error
-
-    @staticmethod
-    def _list(netlink: socket.socket) -> bool:
-        netlink.send(message(_GETPOLICY, DUMP, 1, bytes(_POLICY_ID)))
-        found = False
-        while True:
-            for kind, _, _, body in messages(netlink.recv(1 << 16)):
-                if kind == ERROR:
-                    check(body)
-                if kind in (ERROR, DONE):
-                    return found
-                found |= kind == _NEWPOLICY
+        with reporting("IPsec policies can't be listed"):
+            return bool(self._netlink.dump(_GETPOLICY, bytes(_POLICY_ID)))
 
     def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
+        if self._netlink is not None:
+            self._netlink.close()

@@ -112,8 +112,8 @@ def test_what_they_cost(diag: Diag) -> None:
     """
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(12_000, before[1]), before[1]))
-    counted = Counted(diag._socket)
-    diag._socket = counted  # type: ignore[assignment]
+    counted = Counted(diag._netlink._socket)
+    diag._netlink._socket = counted  # type: ignore[assignment]
     seconds = {}
     try:
         with connections(5_000) as made:

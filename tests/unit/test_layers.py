@@ -82,7 +82,7 @@ def test_the_router_is_spoken_to(module: str) -> None:
     known = {name for name in SOURCES if name.startswith("dataplane")} & imports(module)
     said = {"dataplane", "dataplane.router_client", "dataplane.control", "dataplane.errors"}
     # The driver attaches eBPF programs; their parts stay behind the names of the package.
-    assert known <= said | {"dataplane.threads", "dataplane.ebpf"}
+    assert known <= said | {"dataplane.threads", "dataplane.nlmsg", "dataplane.ebpf"}
 
 
 def _used(module: str) -> set[str]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from driver.kernel.offload import below
-from driver.kernel.rtnl import StackedLink
+from driver.kernel.rtnl import Link
 
 LINKS = [
-    StackedLink(1, "lo", "", 0, 0),
-    StackedLink(2, "eth0", "", 0, 4),
-    StackedLink(3, "eth1", "", 0, 4),
-    StackedLink(4, "bond0", "bond", 0, 0),
-    StackedLink(5, "bond0.7", "vlan", 4, 0),
-    StackedLink(6, "br0", "bridge", 0, 0),
-    StackedLink(7, "eth2", "", 0, 6),
-    StackedLink(8, "vnet1", "tun", 0, 6),
-    StackedLink(9, "veth1", "veth", 10, 0),
-    StackedLink(10, "veth0", "veth", 9, 0),
-    StackedLink(11, "loop", "vlan", 11, 0),
+    Link(1, "lo", "", 0, 0),
+    Link(2, "eth0", "", 0, 4),
+    Link(3, "eth1", "", 0, 4),
+    Link(4, "bond0", "bond", 0, 0),
+    Link(5, "bond0.7", "vlan", 4, 0),
+    Link(6, "br0", "bridge", 0, 0),
+    Link(7, "eth2", "", 0, 6),
+    Link(8, "vnet1", "tun", 0, 6),
+    Link(9, "veth1", "veth", 10, 0),
+    Link(10, "veth0", "veth", 9, 0),
+    Link(11, "loop", "vlan", 11, 0),
 ]
 
 

@@ -25,7 +25,7 @@ from driver.kernel.fastpath.endpoints import Endpoints
 from driver.kernel.fastpath.neighbours import IDLE, Neighbours
 from driver.kernel.firewall import Firewall
 from driver.kernel.namespace import in_netns
-from driver.kernel.netlink import Sockets, translate
+from driver.kernel.netlink import Sockets, requesting
 from driver.kernel.underlay import Underlay
 from driver.kernel.xfrm import Policies
 
@@ -192,11 +192,8 @@ class Tunnel:
 
     def _add_pair(self) -> None:
         peer = {"ifname": names.OUTSIDE, "mtu": _MTU, "net_ns_fd": self._host_namespace}
-        with self._overlay.take() as route:
-            try:
-                route.link("add", ifname=names.INSIDE, kind="veth", mtu=_MTU, state="up", peer=peer)
-            except NetlinkError as error:
-                raise translate(error, f"making veth pair {names.INSIDE}") from error
+        with requesting(f"making veth pair {names.INSIDE}"), self._overlay.take() as route:
+            route.link("add", ifname=names.INSIDE, kind="veth", mtu=_MTU, state="up", peer=peer)
 
     def close(self) -> None:
         self.firewall.close()
@@ -204,15 +201,12 @@ class Tunnel:
 
 
 def _set_up(sockets: Sockets, index: int) -> None:
-    with sockets.take() as route:
-        try:
-            link = route.link("get", index=index)[0]
-            if not link["flags"] & _UP:
-                with contextlib.suppress(NetlinkError):
-                    route.link("set", index=index, IFLA_AF_SPEC=_NO_ADDRESSES)
-                route.link("set", index=index, state="up")
-        except NetlinkError as error:
-            raise translate(error, f"setting up device {index}") from error
+    with requesting(f"setting up device {index}"), sockets.take() as route:
+        link = route.link("get", index=index)[0]
+        if not link["flags"] & _UP:
+            with contextlib.suppress(NetlinkError):
+                route.link("set", index=index, IFLA_AF_SPEC=_NO_ADDRESSES)
+            route.link("set", index=index, state="up")
 
 
 def _host_sysctls() -> tuple[int, int, int]:
