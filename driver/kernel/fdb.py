@@ -98,16 +98,8 @@ def set_peers(
     """
     present = _entries(overlay, index)
     flooded = frozenset(peer for mac, peer in present if mac == _ANY)
-    refusals = []
+    refusals = _drop_strangers(overlay, index, present, peers, trusted)
     with overlay.raw() as netlink:
-        for mac, peer in present:
-            if peer not in peers and (mac == _ANY or not trusted(peer)):
-                try:
-                    what = f"peer {peer}: removing it from the flood list"
-                    with reporting(what, ignore=(errno.ENOENT,)):
-                        netlink.drop_neighbour(index, mac, peer, NTF_SELF)
-                except KernelError as error:
-                    refusals.append(error)
         for peer in sorted(peers - flooded, key=str):
             try:
                 what = f"peer {peer}: adding it to the flood list"
@@ -118,3 +110,36 @@ def set_peers(
     if refusals:
         raise refusals[0]
     return peers - flooded
+
+
+def drop_strangers(
+    overlay: Sockets, index: int, peers: frozenset[IPAddress], trusted: Trusted
+) -> None:
+    """Drop the entries that lead to hosts that are no peers. See `set_peers`.
+
+    It adds no peer, because only the caller of `set_peers` announces endpoints to new ones.
+    """
+    refusals = _drop_strangers(overlay, index, _entries(overlay, index), peers, trusted)
+    if refusals:
+        raise refusals[0]
+
+
+def _drop_strangers(
+    overlay: Sockets,
+    index: int,
+    present: list[tuple[str, IPAddress]],
+    peers: frozenset[IPAddress],
+    trusted: Trusted,
+) -> list[KernelError]:
+    """Returns what was refused."""
+    refusals = []
+    with overlay.raw() as netlink:
+        for mac, peer in present:
+            if peer not in peers and (mac == _ANY or not trusted(peer)):
+                try:
+                    what = f"peer {peer}: removing it from the flood list"
+                    with reporting(what, ignore=(errno.ENOENT,)):
+                        netlink.drop_neighbour(index, mac, peer, NTF_SELF)
+                except KernelError as error:
+                    refusals.append(error)
+    return refusals

@@ -264,7 +264,7 @@ class LinuxKernel:
         for short, peers in self._guard.known().items():
             index = overlay.links.index(names.VXLAN + short) if overlay is not None else None
             if overlay is not None and index is not None:
-                fdb.set_peers(overlay.links, index, peers, self._trusted)
+                fdb.drop_strangers(overlay.links, index, peers, self._trusted)
 
     def guarded(self) -> Guarded:
         """Which ports are guarded, and which addresses were refused."""

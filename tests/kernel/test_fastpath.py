@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyroute2 import IPRoute
@@ -25,9 +26,10 @@ from dataplane.ebpf import Count, Maps, PeerRoute, Place, probe_kernel
 from dataplane.ebpf.layout import DECAP6, ENCAP6
 from dataplane.errors import KernelRefused
 from driver import names
+from driver.kernel import fdb
 from driver.kernel.bpffs import PINS
 from driver.kernel.fastpath.fastpath import Opened
-from driver.model import Network
+from driver.model import IPAddress, Network
 from testbed.ebpf_object import SOURCES, built
 from testbed.kernel_hosts import (
     RUN,
@@ -485,6 +487,44 @@ def test_the_bridge_gets_addresses_of_the_fast_path(fresh: World) -> None:
     lines = [line for line in shown.splitlines() if line.startswith(mac)]
     assert any(str(fresh.lab.hosts[1].address) in line for line in lines)
     assert any("master" in line for line in lines)
+
+
+def test_a_former_peer_gets_no_frames(fresh: World) -> None:
+    """When a host is no peer any more, frames to the addresses that were there go to no single host
+    but to all peers, also later and when the host is a peer again: an address may have moved."""
+    host, peer = fresh.lab.hosts
+    mac = fresh.far.endpoint.mac
+    assert fresh.near.echoes(fresh.far.ipv4)
+    assert host.do(lambda: host.kernel.locate(fresh.network.id, mac)) == peer.address
+    host.set_peers(fresh.network)
+    host.do(opened(host).neighbours.refresh_bridges)
+    assert host.do(lambda: host.kernel.locate(fresh.network.id, mac)) is None
+    host.set_peers(fresh.network, peer)
+    host.do(opened(host).neighbours.refresh_bridges)
+    assert host.do(lambda: host.kernel.locate(fresh.network.id, mac)) is None
+    assert not host.do(lambda: host.kernel.uses_fastpath(fresh.network.id, mac))
+    assert fresh.near.echoes(fresh.far.ipv4)
+    assert host.do(lambda: host.kernel.locate(fresh.network.id, mac)) == peer.address
+
+
+def test_a_new_peer_is_reported_once(fresh: World) -> None:
+    """A host learns of a new peer by the call that names it, whatever another network's call does
+    at the same time: endpoints are announced to the peers that the call returns."""
+    host, peer = fresh.lab.hosts
+    other = a_network(2)
+    host.container(other, 7)
+    host.set_peers(fresh.network)
+    fdb_set_peers = fdb.set_peers
+
+    def between(*arguments: Any) -> frozenset[IPAddress]:
+        monkey.setattr(fdb, "set_peers", fdb_set_peers)
+        host.kernel.set_peers(other.id, [peer.address])
+        return fdb_set_peers(*arguments)
+
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(fdb, "set_peers", between)
+        assert host.set_peers(fresh.network, peer) == {peer.address}
+    assert host.set_peers(fresh.network, peer) == frozenset()
 
 
 def test_counters_are_whole(fresh: World) -> None:

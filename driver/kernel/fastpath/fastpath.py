@@ -271,9 +271,13 @@ class FastPath:
                 before = self._peers.get(names.short(network_id))
                 self._peers[names.short(network_id)] = peers
                 opened = self._opened
-                known = opened is not None and opened.endpoints.network(network_id) is not None
-            if opened is not None and known and before != peers:
-                opened.neighbours.write()
+                local = opened.endpoints.network(network_id) if opened is not None else None
+            if opened is None or local is None or before == peers:
+                return
+            opened.neighbours.write()
+            if before is None or not before <= peers:
+                # Only now: the programs learn from a host as long as it is in the map of peers.
+                opened.neighbours.forget_strangers(local.bridge, peers)
 
     def attach_programs(self) -> None:
         """Attach the programs of new links and detach those of old ones now.

@@ -130,15 +130,29 @@ class Neighbours:
         for key in [key for key in self.routes if key[0] in bridges]:
             del self.routes[key]
 
+    def forget_strangers(self, bridge: int, peers: frozenset[IPAddress]) -> None:
+        """Forget the addresses of a network that were behind hosts that are no peers.
+
+        If such a host becomes a peer again, its former addresses may be elsewhere.
+        """
+        for net, mac, place in self._maps.all_places():
+            remote = not place.index and not place.peer.is_unspecified
+            if net == bridge and remote and place.peer not in peers:
+                self._maps.drop_place(net, mac)
+
     def refresh_bridges(self) -> None:
         """Renew the FDB entries of addresses whose packets bridge and VXLAN device don't see.
 
-        Without them, packets that take the kernel path would be flooded.
+        Without them, packets that take the kernel path would be flooded. An entry that leads to a
+        host that is no peer any more isn't renewed: the address may be on another host by now.
         """
         now = time.monotonic_ns()
+        members = dict(self._endpoints.peers_by_bridge())
         live: dict[int, dict[str, IPAddress]] = {}
         for bridge, mac, place in self._maps.all_places():
-            if not place.index and now - place.seen < IDLE * 1e9:
+            if place.index or now - place.seen >= IDLE * 1e9:
+                continue
+            if place.peer in members.get(bridge, ()) or place.peer.is_unspecified:
                 live.setdefault(bridge, {})[mac] = place.peer
         for local in self._endpoints.networks().values():
             if local.vxlan and local.bridge in live:
