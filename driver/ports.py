@@ -62,9 +62,14 @@ class Kernel(Protocol):
     def set_peers(self, network_id: str, peers: Iterable[IPAddress]) -> frozenset[IPAddress]:
         """Make `peers` the flood list of the VXLAN device, if there is one; returns those added."""
 
-    def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
+    def announce(
+        self, network_id: str, endpoints: Iterable[Endpoint], *, again: bool = False
+    ) -> None:
         """Send gratuitous ARP (RFC 5227) and unsolicited NA (RFC 4861) for the endpoints into the
-        network."""
+        network, except for those whose link is gone.
+
+        `again`: they were announced before, and only the frames are sent once more.
+        """
 
     def hear(self, seconds: float) -> frozenset[ArpFrame]:
         """ARP frames that reached the networks since the last call; waits some seconds for the

@@ -270,17 +270,24 @@ class LinuxKernel:
         """Which ports are guarded, and which addresses were refused."""
         return self._guard.facts()
 
-    def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
-        overlay, endpoints = self._overlay(), list(endpoints)
+    def announce(
+        self, network_id: str, endpoints: Iterable[Endpoint], *, again: bool = False
+    ) -> None:
+        overlay = self._overlay()
         if overlay is None:
             return
         vxlan = overlay.links.index(names.vxlan(network_id))
+        present = []
         for endpoint in endpoints:
             port = overlay.links.index(names.host_veth(endpoint.id))
-            if port is not None:
+            if port is None:
+                # It has gone since the caller looked, and its address may be on another host.
+                continue
+            present.append(endpoint)
+            if not again:
                 fdb.place(overlay.links, port, vxlan, endpoint.mac)
         with reporting(f"announcing endpoints of network {network_id}", ignore=_INTERFACE_GONE):
-            announce.send(overlay.packets, names.bridge(network_id), endpoints)
+            announce.send(overlay.packets, names.bridge(network_id), present)
 
     def hear(self, seconds: float) -> frozenset[ArpFrame]:
         overlay = self._overlay()

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from ipaddress import IPv6Address
 
 from driver import names
+from driver.announcer import Announcer
 from driver.kernel.announce import gratuitous_arp, unsolicited_advertisement
-from testbed.kernel_hosts import Container, Host, Lab, a_network, heard, identifier
+from driver.model import Endpoint
+from testbed.kernel_hosts import Container, Host, Lab, a_network, eventually, heard, identifier
+from testbed.patience import patience
 from tests.kernel.frames import ADVERTISEMENT, ARP, BROADCAST, IPV6, REQUEST, arp, ethernet
+from tests.unit.steps import SteppedKernel, Steps
 
 NEW_MAC = "02:42:0a:09:00:aa"
 
@@ -95,6 +101,69 @@ def test_a_mac_address_that_came_to_this_host(two: Lab) -> None:
     assert client.echoes(moved.ipv4, tries=1)
     assert beside.echoes(moved.ipv4, tries=1)
     assert host.do(lambda: host.kernel.locate(network.id, moved.endpoint.mac)) is None
+
+
+class _OnHost(SteppedKernel):
+    """The kernel of a host, for threads that aren't the host's own."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(Steps())
+        self._host = host
+
+    def announce(
+        self, network_id: str, endpoints: Iterable[Endpoint], *, again: bool = False
+    ) -> None:
+        kernel = self._host.kernel
+        self._host.do(lambda: kernel.announce(network_id, endpoints, again=again))
+
+
+def test_a_host_that_hears_of_the_new_peer_late(three: Lab) -> None:
+    """An address moves to a host that an old peer doesn't know yet, while its former host stays a
+    peer: all frames go to the new host soon after the old peer knows it."""
+    network = a_network()
+    first, second, third = three.hosts
+    client = first.container(network, 2)
+    old = second.container(network, 3)
+    second.container(network, 5)
+    first.set_peers(network, second)
+    second.set_peers(network, first)
+    first.refresh()
+    assert client.echoes(old.ipv4)
+    second.remove(old)
+    moved = Container(third, network, replace(old.endpoint, ipv6=None))
+    third.containers.append(moved)
+    third.do(lambda: third.kernel.attach(network, moved.endpoint))
+    # Otherwise its kernel sends frames by itself, from which the first host learns.
+    moved.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+    moved.plug_in()
+    third.set_peers(network, first, second)
+    announcer = Announcer(_OnHost(third), again=(0.1, 0.2, 0.4, 0.8, 1.6))
+    announcer.endpoint_joined(moved.endpoint)
+    # The guard of the first host drops what comes from the third.
+    assert _behind(first, old) == str(second.address)
+    first.set_peers(network, second, third)
+    first.refresh()
+    eventually("the move", lambda: _behind(first, moved) == str(third.address))
+    assert announcer.worker.join(patience(5))
+    assert client.pings(moved.ipv4, count=1)
+
+
+def test_an_endpoint_that_has_gone_is_not_announced(three: Lab) -> None:
+    """A late announcement doesn't take back an address that has moved to another host."""
+    network = a_network()
+    first, second, third = three.hosts
+    client = first.container(network, 2)
+    old = second.container(network, 3)
+    second.container(network, 5)
+    third.container(network, 4)
+    three.mesh(network)
+    second.remove(old)
+    moved = third.container(network, 3)
+    assert client.echoes(moved.ipv4)
+    for again in (False, True):
+        second.do(partial(second.kernel.announce, network.id, [old.endpoint], again=again))
+        assert _behind(first, moved) == str(third.address)
+        assert client.echoes(moved.ipv4, tries=1)
 
 
 def test_announcements_are_well_formed(two: Lab) -> None:

@@ -127,8 +127,10 @@ class SteppedKernel:
         del network_id, peers
         return frozenset()
 
-    def announce(self, network_id: str, endpoints: Iterable[Endpoint]) -> None:
-        del network_id
+    def announce(
+        self, network_id: str, endpoints: Iterable[Endpoint], *, again: bool = False
+    ) -> None:
+        del network_id, again
         self.steps()
         self.announced += [endpoint.id for endpoint in endpoints]
 
