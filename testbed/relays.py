@@ -229,12 +229,14 @@ class Relay:
 
 
 @contextlib.contextmanager
-def relay(binary: Path, **environment: str) -> Iterator[Relay]:
-    """A relay that ends with the test; it must not have failed."""
+def relay(binary: Path, *, memory: bool = True, **environment: str) -> Iterator[Relay]:
+    """A relay that ends with the test; it must not have failed. `memory`: it may open the transport
+    of tests.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         process = subprocess.Popen(
-            [binary],
+            [binary, *(["memory"] if memory else [])],
             pass_fds=(3,),
             preexec_fn=lambda: os.dup2(theirs.fileno(), 3),
             env={**os.environ, **environment},

@@ -27,5 +27,5 @@ else
     set -- "$@" -fstack-protector-strong -D_FORTIFY_SOURCE=2
 fi
 mkdir -p "$(dirname "$output")"
-"$compiler" "$@" "$here"/*.c -ldl -pthread -lcrypto -o "$output.new"
+"$compiler" "$@" "$here"/*.c -ldl -pthread -lcrypto -lseccomp -o "$output.new"
 mv "$output.new" "$output"

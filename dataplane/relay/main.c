@@ -17,6 +17,7 @@
  *      arenas                          memory and bells that are shared with processes
  *      answers                         messages to the router
  *      context                         descriptors, clock, counters
+ *      confine                         capabilities and system calls
  *      records                         encryption between two relays
  *      protocol.h, wire.h, list.h      messages of router and relay, and of two relays; lists
  *
@@ -33,6 +34,7 @@
 #include "../library/spin.h"
 #include "../library/sys.h"
 #include "arenas.h"
+#include "confine.h"
 #include "context.h"
 #include "link.h"
 #include "mirror_end.h"
@@ -43,6 +45,7 @@
 #include <errno.h>
 #include <sched.h>
 #include <signal.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
@@ -198,14 +201,26 @@ static void allow_descriptors(void)
         setrlimit(RLIMIT_NOFILE, &limit);
 }
 
-int main(void)
+/* `freeflow-relay memory`: the transport `loopback` may be opened, for tests. */
+int main(int argc, char **argv)
 {
+        int error;
+
+        relay.memory = argc > 1 && !strcmp(argv[1], "memory");
         context_start();
         allow_descriptors();
         mirrors_start();
         arenas_start(mirror_activate);
         watch_signals();
         requests_start();
+#ifndef FREEFLOW_TEST
+        error = confine(relay.memory);
+#else
+        /* Sanitizers need more. */
+        error = 0;
+#endif
+        if (error)
+                relay_die("giving up capabilities and system calls", error);
         run();
         finish();
         return 0;

@@ -21,7 +21,7 @@ static const struct transport *transport_of(uint32_t kind)
 #ifdef FREEFLOW_TEST
                 return &faulty_transport;
 #else
-                return &loopback_transport;
+                return relay.memory ? &loopback_transport : NULL;
 #endif
         case RELAY_TCP:
 #ifdef FREEFLOW_TEST

@@ -73,7 +73,7 @@ class InterHost:
         """The device has been there since the relay opened it."""
         self._counters: dict[str, int] = {}
         self._scanner = DeviceScanner(loop, self._decide)
-        self._relay = RelayProcess(loop, equipment.relay, self)
+        self._relay = RelayProcess(loop, equipment.relay, self, memory=equipment.memory)
         self.remotes = Remotes(
             pairing,
             loop,

@@ -3,7 +3,7 @@
 # quick when nothing is missing, and starts no daemon.
 set -eu
 
-wanted="bpftool clang clang-format docker-compose docker-registry ethtool gcc iproute2 iptables libbpf-dev libc6-dev libibverbs-dev libnftables1 libssl-dev mmdebstrap musl-tools nftables procps \
+wanted="bpftool clang clang-format docker-compose docker-registry ethtool gcc iproute2 iptables libbpf-dev libc6-dev libibverbs-dev libnftables1 libseccomp-dev libssl-dev mmdebstrap musl-tools nftables procps \
 python3-venv shellcheck util-linux"
 # For virtual machines.
 wanted="$wanted e2fsprogs kmod qemu-system-x86 zstd"
