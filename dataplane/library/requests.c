@@ -15,7 +15,11 @@
 #include <string.h>
 #include <sys/socket.h>
 
-enum { LONGEST_SPIN = 1000 /* us */ };
+enum {
+        LONGEST_SPIN = 1000, /* us */
+        SOON = 1000,         /* ms after a request, within which most answers come */
+        POLL_PAUSE = 20,     /* ms between two looks for later ones */
+};
 
 static bool name_of(int fd, long call_number, struct address *name)
 {
@@ -229,6 +233,9 @@ void request_poll(struct end *end)
 {
         static _Atomic uint32_t polled; /* ticks() */
         uint32_t tick = ticks(), operations = atomic_load_explicit(&end->operations, memory_order_relaxed);
+        uint32_t pause = tick - atomic_load_explicit(&polled, memory_order_relaxed);
+        uint64_t requested = atomic_load_explicit(&end->requested_at, memory_order_relaxed);
+        bool soon = !requested || tick - (uint32_t)(requested / 1000000) < SOON;
 
         /* For tests: a request that is early gets its answer early, instead of some operations
          * later. */
@@ -236,9 +243,11 @@ void request_poll(struct end *end)
                 router_await(&end->stage, STAGE_REQUESTED);
                 return;
         }
-        /* At first after every few operations, then at each tick of the clock. */
-        if (atomic_load_explicit(&polled, memory_order_relaxed) == tick && operations % 8)
+        /* At first after every few operations, and at each tick of the clock. A request may also
+         * wait for hours. */
+        if (soon ? !pause && operations % 8 : pause < POLL_PAUSE)
                 return;
         atomic_store_explicit(&polled, tick, memory_order_relaxed);
+        statistics_count(&statistics.polls);
         router_receive();
 }

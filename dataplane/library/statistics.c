@@ -62,6 +62,7 @@ void statistics_report(void)
         FIELD(broken);
         FIELD(sleeps);
         FIELD(spins);
+        FIELD(polls);
 #undef FIELD
         end = put_text(end, "\"reasons\":[");
         for (int i = 0; i < REASONS; i++) {

@@ -16,6 +16,7 @@ struct statistics {
         _Atomic uint64_t past;           /* ends that found bytes which bypassed the library */
         _Atomic uint64_t remote, broken; /* ends in remote arenas; those whose path was lost */
         _Atomic uint64_t sleeps, spins;  /* waits that slept, waits that spinning ended */
+        _Atomic uint64_t polls;          /* looks for answers of the router */
         _Atomic uint64_t reasons[REASONS];
 };
 

@@ -1,0 +1,111 @@
+"""A request that the router doesn't answer for a long time costs next to nothing, and its late
+answer is still heard.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from dataplane.router import layout
+from dataplane.router import library_wire as wire
+from dataplane.router.reasons import Reason
+from testbed.patience import patience
+from tests.dataplane.places import LIBRARY, counts_of
+
+PROGRAM = """
+import socket, sys, time
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    one = socket.create_connection(listener.getsockname())
+    other, _ = listener.accept()
+
+def turns(count):
+    for _ in range(count):
+        one.send(b"x" * 64)
+        other.send(other.recv(64))
+        assert len(one.recv(64)) == 64
+
+turns(100)
+time.sleep(0.05)
+turns(100)
+time.sleep(1)
+began = time.monotonic()
+turns(20000)
+print(time.monotonic() - began, flush=True)
+sys.stdin.readline()
+for _ in range(40):
+    time.sleep(0.05)
+    turns(1)
+print("done", flush=True)
+"""
+PAUSE = 0.02
+
+
+def serve(listener: socket.socket, requests: list[wire.Request], answer: threading.Event) -> None:
+    """A router that answers requests only when it is told to."""
+    connection, _ = listener.accept()
+    with connection:
+        while data := connection.recv(1000):
+            message = wire.unpack(data)
+            if isinstance(message, wire.Hello):
+                rule = {"operations": 4, "age": 0, "bytes": 0, "bulk": 1 << 20, "spin": 50}
+                welcome = wire.Welcome(
+                    version=wire.PROTOCOL_VERSION,
+                    layout_version=layout.VERSION,
+                    enabled=True,
+                    ring_limit=layout.RING_SIZE,
+                    **rule,
+                )
+                connection.send(wire.pack(welcome))
+            elif isinstance(message, wire.Request):
+                requests.append(message)
+                if len(requests) == 2:
+                    break
+        answer.wait(patience(60))
+        for request in requests:
+            refuse = wire.Refuse(request.connection, request.cookie, Reason.REMOTE)
+            connection.send(wire.pack(refuse))
+        while connection.recv(1000):
+            pass
+
+
+def test_a_request_that_waits(tmp_path: Path) -> None:
+    """Both ends wait through forty thousand reads and as many writes, and look for an answer fifty
+    times a second; then they hear it.
+    """
+    requests: list[wire.Request] = []
+    answer = threading.Event()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "router.sock"))
+        listener.listen()
+        thread = threading.Thread(target=serve, args=(listener, requests, answer), daemon=True)
+        thread.start()
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": str(LIBRARY),
+            "FREEFLOW_LOOPBACK": "1",
+            "FREEFLOW_ROUTER": str(tmp_path / "router.sock"),
+            "FREEFLOW_STATS": str(tmp_path / "statistics"),
+        }
+        with subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as program:
+            assert program.stdout is not None
+            seconds = float(program.stdout.readline())
+            answer.set()
+            said, _ = program.communicate("\n", timeout=patience(30))
+        assert said == "done\n"
+        thread.join(patience(10))
+    counts = counts_of(tmp_path / "statistics")
+    assert counts["asked"] == len(requests) == 2
+    assert counts["refused"] == 2
+    # Of the first hundreds of operations, each eighth looks.
+    assert counts["polls"] <= 100 + (seconds + 4) / PAUSE
