@@ -90,8 +90,9 @@ vm: setup library ebpf relay plugin ## tests in virtual machines: RDMA, kernels 
 	@$(PYTHON) -m testbed.prepare vm
 	$(PYTHON) -m pytest tests/vm
 
-torture: setup library ## the torture test for an hour, and for an hour with each sanitizer
+torture: setup library ## the torture test for an hour, and for an hour with each sanitizer; 1,000 lost links
 	TORTURE_SECONDS=$${TORTURE_SECONDS:-3600} $(PYTHON) -m pytest tests/dataplane/test_torture.py -k 'accelerated or library' -o faulthandler_timeout=0
+	RELAY_LOSSES=$${RELAY_LOSSES:-1000} $(PYTHON) -m pytest tests/relay/test_tcp.py -k again --timeout=0 -o faulthandler_timeout=0
 
 lint: setup ## ruff, mypy, shellcheck, clang-format; the width of prose, the subjects of commits
 	.venv/bin/ruff check $(PYTHON_FOLDERS)

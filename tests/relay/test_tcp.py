@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from dataplane.router.relay_wire import ENCRYPT_ALL, ENCRYPT_MESSAGES, ENCRYPT_N
 from testbed.relays import TCP, End, Relay, connect, link, more, pair, relays, result
 from tests.relay.test_faults import kept_up
 
+LOSSES = int(os.environ.get("RELAY_LOSSES", "25"))
+SEED = int(os.environ.get("TORTURE_SEED") or "1")
 MODES = [ENCRYPT_NOTHING, ENCRYPT_MESSAGES, ENCRYPT_ALL]
 
 
@@ -63,18 +66,18 @@ def test_a_connection_in_bulk_goes_over_to_a_lane_of_its_own(
         assert (copied < 30_000_000) == (encryption != ENCRYPT_ALL), copied
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("encryption", [ENCRYPT_MESSAGES, ENCRYPT_ALL])
-def test_a_socket_that_is_reset_loses_nothing(
-    binary: Path, end: Path, seed: int, encryption: int
+@pytest.mark.parametrize("encryption", MODES)
+def test_a_link_that_is_lost_again_and_again_loses_nothing(
+    binary: Path, end: Path, encryption: int
 ) -> None:
     """A link that is lost at any call, and made again, loses, doubles and moves no byte."""
-    faults = f"short=10,again=10,reset=40,seed={seed}"
+    faults = f"short=10,again=10,reset=40,seed={encryption + SEED}"
     with relays(binary, faults, transport=TCP, encryption=encryption) as (a, b):
         link(a, b)
-        ones, twos = crowd(a, b, 3)
         with kept_up(a, b) as made:
-            exchange(end, ones, twos, 5_000_000, "message=30000", "pace=100")
-        assert made[0] > 2
+            while made[0] < LOSSES:
+                ones, twos = crowd(a, b, 3)
+                exchange(end, ones, twos, 3_000_000, "message=30000", "pace=100")
         for each in (a, b):
             assert each.counts()["corrupt"] == each.counts()["broken"] == 0
+            assert each.counts()["resumed"] >= LOSSES // 2
