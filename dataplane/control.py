@@ -90,6 +90,12 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
     remote_memory: int = 1 << 30
     """Bytes registered with the RDMA device, for all connections together."""
     relay_rule: RelayRule = RelayRule()
+    relay: bool = True
+    """Whether connections to other hosts may go over the relays' TCP connections."""
+    relay_ring: int = 1 << 20
+    """As `remote_ring`, for these."""
+    relay_encryption: str = "messages"
+    """What the relay encrypts on them: messages (all but bulk data), all, or off."""
 
 
 class EndpointFact(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +119,7 @@ class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     acceleration: bool = True
     rdma: bool = True
+    relay: bool = True
     subnets: tuple[str, ...] = ()
     vips: dict[str, tuple[str, ...]] = {}
     """VIP to the addresses of its tasks, on all hosts."""
@@ -189,15 +196,25 @@ class PeerFact(msgspec.Struct, frozen=True, kw_only=True):
     """Why there is no session."""
     rdma: bool = False
     """Whether it has an RDMA device."""
+    relay: bool = False
+    """Whether its relay speaks TCP."""
     data_path: str = ""
     link: str = "none"
     """none, being made, up, down, or over the session."""
     link_reason: str = ""
+    transport: str = ""
+    """Of the link: rdma or relay; empty: there is no link."""
+    encryption: str = ""
+    """What is encrypted on a link over TCP: messages, all, or off."""
+    why_not_rdma: str = ""
+    """Why the link is over TCP."""
     connections: int = 0
 
 
 class RdmaFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Connections to other hosts. Counts are since the router's start, unless they say now."""
+    """Connections over RDMA, and the other hosts. Counts are since the router's start, unless they
+    say now.
+    """
 
     on: bool = True
     device: str = ""
@@ -220,9 +237,23 @@ class RdmaFacts(msgspec.Struct, frozen=True, kw_only=True):
     left: int = 0
     """Moved back to TCP."""
     refused: dict[str, int] = {}
-    """By reason's word."""
+    """Requests for connections to other hosts, by reason's word."""
     relay: dict[str, int] = {}
-    """The relay's own counters."""
+    """The relay's own counters, of all transports."""
+
+
+class RelayFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Connections over TCP between relays. Counts as in `RdmaFacts`."""
+
+    on: bool = True
+    why: str = ""
+    """Why no connection of this host can go over TCP between relays; empty if one can."""
+    encryption: str = ""
+    """What this host's relay encrypts: messages, all, or off."""
+    connections: int = 0
+    granted: int = 0
+    broken: int = 0
+    left: int = 0
 
 
 class RouterCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -256,6 +287,7 @@ class Statistics(RouterCounts, frozen=True, kw_only=True, tag="statistics"):
     """Answer to StatisticsRequest."""
 
     rdma: RdmaFacts = RdmaFacts()
+    relay: RelayFacts = RelayFacts()
 
 
 class ConnectionFact(msgspec.Struct, frozen=True, kw_only=True):
@@ -267,11 +299,11 @@ class ConnectionFact(msgspec.Struct, frozen=True, kw_only=True):
     local: str
     remote: str
     path: str
-    """overlay, shm or rdma."""
+    """overlay, shm, rdma or relay."""
     reason: str | None = None
     """The reason's word, if the path is overlay."""
     age: float | None = None
-    """Seconds on shm or rdma, or since the request."""
+    """Seconds on shm, rdma or relay, or since the request."""
 
 
 class Connections(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
@@ -285,8 +317,8 @@ class Connections(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
 class PathCount(msgspec.Struct, frozen=True):
     """The number of ends of connections in containers of this host that share path and reason.
 
-    `path` is overlay, shm or rdma; the plugin tells overlay+ebpf from overlay. `reason`: one word,
-    why it is neither shm nor rdma.
+    `path` is overlay, shm, rdma or relay; the plugin tells overlay+ebpf from overlay. `reason`: one
+    word, why it is overlay.
     """
 
     network: str

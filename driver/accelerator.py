@@ -148,6 +148,7 @@ def _network(network: Network, state: NetworkState, rule: Rule, own: ThisHost) -
         name=state.view.name if state.view is not None else "",
         acceleration=network.acceleration,
         rdma=options.rdma(network.options),
+        relay=options.relay(network.options),
         subnets=tuple(dict.fromkeys(subnets)),
         vips={
             str(vip): tuple(map(str, sorted(tasks)))

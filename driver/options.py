@@ -27,6 +27,7 @@ USER_KEYS: Final = {
     "ipv6": "IPv6 besides IPv4: on, off, or the /64 to take addresses from",
     "acceleration": "on or off",
     "rdma": "on or off: connections to other hosts over RDMA",
+    "relay": "on or off: connections to other hosts over TCP between the relays",
     "ebpf": "on or off: the eBPF fast path",
     "upgrade_operations": "reads and writes after which a connection moves to shared memory",
 }
@@ -73,6 +74,7 @@ class NetworkOptions:
     prefix6: IPv6Network | None = None
     acceleration: bool = True
     rdma: bool = True
+    relay: bool = True
     ebpf: bool = True
     upgrade_operations: int | None = None
     own_format: int | None = None
@@ -207,6 +209,11 @@ def rdma(options: Mapping[str, str]) -> bool:
     return _switch("rdma", options.get("rdma", "on"))
 
 
+def relay(options: Mapping[str, str]) -> bool:
+    """Whether connections of a network may move to TCP between relays. Raises InvalidRequest."""
+    return _switch("relay", options.get("relay", "on"))
+
+
 def parse(options: Mapping[str, str]) -> NetworkOptions:
     """Check the options of a network.
 
@@ -229,6 +236,7 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
         prefix6=prefix6,
         acceleration=_switch("acceleration", options.get("acceleration", "on")),
         rdma=rdma(options),
+        relay=relay(options),
         ebpf=ebpf(options),
         upgrade_operations=upgrade_operations(options),
         own_format=own_format,

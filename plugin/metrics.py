@@ -18,13 +18,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import start_http_server
 from prometheus_client.registry import Collector
 
-from dataplane.control import RdmaFacts
+from dataplane.control import RdmaFacts, RelayFacts
 from plugin.deaths import PARTS
 from plugin.status import NetworkStatus, RouterStatus, Status
 
 log = structlog.get_logger()
 
 LINK_STATES: Final = ("up", "being made", "down", "over the session")
+LINK_TRANSPORTS: Final = ("rdma", "relay")
 Sample = tuple[tuple[str, ...], float]
 
 
@@ -83,6 +84,22 @@ def _deaths(status: Status) -> list[Sample]:
 
 def _router(status: Status) -> RouterStatus:
     return status.router or RouterStatus(up=False)
+
+
+def _relay(status: Status) -> RelayFacts:
+    return _router(status).relay or RelayFacts(on=False)
+
+
+def _links(status: Status) -> list[Sample]:
+    hosts = _rdma(status).hosts
+    return [
+        (
+            (state, transport),
+            float(sum((host.link, host.transport) == (state, transport) for host in hosts)),
+        )
+        for state in LINK_STATES
+        for transport in LINK_TRANSPORTS
+    ]
 
 
 def _rdma(status: Status) -> RdmaFacts:
@@ -258,12 +275,9 @@ METRICS: Final = (
     ),
     _gauge(
         "freeflow_links",
-        "Links to other hosts' RDMA devices, by state",
-        lambda status: [
-            ((state,), float(sum(host.link == state for host in _rdma(status).hosts)))
-            for state in LINK_STATES
-        ],
-        ("state",),
+        "Links to other hosts' relays, by state and transport",
+        _links,
+        ("state", "transport"),
     ),
     _gauge(
         "freeflow_rdma_memory_bytes",
@@ -277,7 +291,7 @@ METRICS: Final = (
     ),
     _counter(
         "freeflow_rdma_broken",
-        "Ends of connections that were reset because the other host became unreachable",
+        "Ends of connections over RDMA that were reset because the other host became unreachable",
         _value(lambda status: _rdma(status).broken),
     ),
     _counter(
@@ -287,13 +301,33 @@ METRICS: Final = (
     ),
     _counter(
         "freeflow_rdma_sent_bytes",
-        "Bytes of connections that the relay sent",
+        "Bytes of connections that the relay sent, over RDMA and TCP",
         _value(lambda status: _rdma(status).relay.get("bytes_out", 0)),
     ),
     _counter(
         "freeflow_rdma_received_bytes",
-        "Bytes of connections that the relay received",
+        "Bytes of connections that the relay received, over RDMA and TCP",
         _value(lambda status: _rdma(status).relay.get("bytes_in", 0)),
+    ),
+    _gauge(
+        "freeflow_relay_up",
+        "1 if connections of this host can use TCP between relays",
+        _value(lambda status: _relay(status).on and not _relay(status).why),
+    ),
+    _counter(
+        "freeflow_relay_upgrades",
+        "Ends of connections that moved to TCP between relays",
+        _value(lambda status: _relay(status).granted),
+    ),
+    _counter(
+        "freeflow_relay_broken",
+        "Ends of connections over relays that were reset because the other host became unreachable",
+        _value(lambda status: _relay(status).broken),
+    ),
+    _counter(
+        "freeflow_relay_returned",
+        "Ends of connections that moved back from TCP between relays to their own TCP",
+        _value(lambda status: _relay(status).left),
     ),
     _counter(
         "freeflow_requests",

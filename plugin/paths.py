@@ -20,7 +20,7 @@ from plugin.facts import KernelFacts, SyncFacts
 
 OVERLAY: Final = "overlay"
 FAST: Final = "overlay+ebpf"
-PATHS: Final = (OVERLAY, FAST, "shm", "rdma")
+PATHS: Final = (OVERLAY, FAST, "shm", "rdma", "relay")
 _ELSEWHERE: Final = ("remote", "foreign")
 """Words of reasons: the peer is on another host; it is on no FreeFlow network."""
 

@@ -11,13 +11,14 @@ VXLAN device learned that. Read on in `echo.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from dataplane.control import Statistics
 from driver import options
 from driver.driver import Driver
 from driver.errors import InvalidRequest, NotFound, RouterError
@@ -139,25 +140,14 @@ class Ping:
         if self._router is None:
             return "", ""
         try:
-            rdma = self._router.statistics().rdma
+            known = self._router.statistics()
         except RouterError:
             return "overlay", "the router does not answer"
         if not network.acceleration:
             return "overlay", "acceleration is off for the network"
         if local:
             return "shm", ""
-        if not rdma.on or not options.rdma(network.options):
-            return "overlay", "RDMA is off for the network or this host"
-        if rdma.why:
-            return "overlay", rdma.why
-        for peer in rdma.hosts:
-            if peer.address == host or peer.data_path == host:
-                if not peer.session:
-                    return "overlay", f"no session with its host: {peer.reason}"
-                if not peer.rdma:
-                    return "overlay", "its host has no RDMA device"
-                return ("rdma", "") if peer.link == "up" else ("overlay", f"link {peer.link}")
-        return "overlay", "no session with its host"
+        return _to_other_host(known, network.options, host)
 
     def _origin(self, address: IPAddress) -> tuple[Network, Endpoint, Path]:
         matching = []
@@ -208,3 +198,25 @@ class Ping:
             return here, str(self._driver.self_address() or ""), True
         name = (engine.hostnames if engine else {}).get(behind, str(behind))
         return name, str(behind), False
+
+
+def _to_other_host(known: Statistics, chosen: Mapping[str, str], host: str) -> tuple[str, str]:
+    """The path to which connections to a host can move, and why no faster one."""
+    rdma = known.rdma.on and options.rdma(chosen)
+    relay = known.relay.on and options.relay(chosen)
+    if not rdma and not relay:
+        return "overlay", "RDMA and the relays are off for the network or this host"
+    if not (rdma and not known.rdma.why) and not (relay and not known.relay.why):
+        return "overlay", known.relay.why if relay else known.rdma.why
+    for peer in known.rdma.hosts:
+        if peer.address == host or peer.data_path == host:
+            if not peer.session:
+                return "overlay", f"no session with its host: {peer.reason}"
+            if not (rdma and peer.rdma) and not (relay and peer.relay):
+                return "overlay", "its host has no RDMA device, and its relay no TCP"
+            if peer.link != "up":
+                return "overlay", f"link {peer.link}"
+            if not {"rdma": rdma, "relay": relay}.get(peer.transport, False):
+                return "overlay", f"{peer.transport} is off for the network"
+            return peer.transport, peer.why_not_rdma and f"no RDMA: {peer.why_not_rdma}"
+    return "overlay", "no session with its host"

@@ -166,12 +166,13 @@ def unannounced_addresses(
         for endpoint in network.endpoints
         if any(not peer.own for peer in network.peers)
     )
-    if addresses > OWNED and settings.rdma == settings.acceleration == "on":
+    faster = "on" in (settings.rdma, settings.relay) and settings.acceleration == "on"
+    if addresses > OWNED and faster:
         yield Finding(
             "warning",
             f"other hosts are told of {OWNED} of this host's {addresses} addresses",
-            "connections to the others stay on the overlay, where RDMA would take them",
-            "fewer containers on this host, or RDMA=off",
+            "connections to the others stay on the overlay, where RDMA or the relays would take them",
+            "fewer containers on this host, or RDMA=off and RELAY=off",
         )
 
 

@@ -83,6 +83,9 @@ def router_settings(settings: Settings) -> RouterSettings:
             pause_most=settings.relay_pause_most,
             cpu=settings.relay_cpu,
         ),
+        relay=settings.relay == "on" and settings.scope == "global",
+        relay_ring=settings.relay_ring,
+        relay_encryption=settings.relay_encryption,
     )
 
 

@@ -213,7 +213,9 @@ class Settings:
         tuning=True,
     )
     acceleration: str = _setting(
-        _SWITCH, "on", "`off`: no connection of this host moves to shared memory or RDMA"
+        _SWITCH,
+        "on",
+        "`off`: no connection of this host moves to shared memory, RDMA or the relays",
     )
     ebpf: str = _setting(
         _SWITCH,
@@ -226,6 +228,12 @@ class Settings:
         "on",
         "`off`: no connection to a container of another host moves to RDMA",
         details="Connections within the host still move to shared memory. See [RDMA](rdma.md).",
+    )
+    relay: str = _setting(
+        _SWITCH,
+        "on",
+        "`off`: no connection to a container of another host moves to TCP between the relays",
+        details="See [TCP between relays](relay.md).",
     )
     session_port: int | None = _setting(
         _optional(_PORT),
@@ -313,6 +321,21 @@ class Settings:
         _ROUTER.relay_rule.cpu,
         "percent of one processor that the relay may use for one container",
         details="Nor more than the container's own `--cpus`.",
+    )
+    relay_ring: int = _setting(
+        _power(64 << 10, 2 << 20),
+        _ROUTER.relay_ring,
+        "bytes in flight in one direction of a connection over TCP between the relays",
+        details="Two hosts use the smaller of their values. Only what is used costs memory.",
+        tuning=True,
+    )
+    relay_encryption: str = _setting(
+        _choice("messages", "all", "off"),
+        _ROUTER.relay_encryption,
+        "what the relays encrypt on TCP: `messages`, all but bulk data; `all`; `off`, nothing but "
+        "their own control data",
+        details="Two hosts use the stricter of their values. Whatever it is, the relays "
+        "authenticate each other.",
     )
     upgrade_operations: int = _setting(
         _whole(1, (1 << 31) - 1),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dataplane.control import PathCount, RdmaFacts, RouterCounts
+from dataplane.control import PathCount, RdmaFacts, RelayFacts, RouterCounts
 from driver.errors import FreeFlowError
 
 
@@ -104,12 +104,13 @@ class RouterStatus(RouterCounts, frozen=True, kw_only=True):
     """The router of accelerated connections, as it describes itself; `up`: whether it answers.
 
     `paths` are the ends of connections of this host's containers. Words of reasons are those of
-    `freeflow connections`. `rdma` is null if the router doesn't answer.
+    `freeflow connections`. `rdma` and `relay` are null if the router doesn't answer.
     """
 
     up: bool = False
     paths: tuple[PathCount, ...] = ()
     rdma: RdmaFacts | None = None
+    relay: RelayFacts | None = None
 
 
 class FastPathStatus(msgspec.Struct, frozen=True):

@@ -44,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="connect relays of this machine through memory, without a device: for tests",
     )
+    parser.add_argument(
+        "--open-relay",
+        action="store_true",
+        help="let each connection enter TCP between relays: for tests",
+    )
     parser.add_argument("--watch-stdin", action="store_true", help="end when standard input ends")
     parser.add_argument(
         "--no-guard",
@@ -80,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _allow_descriptors()
     if given.devices is not None:
         offer_devices(given.devices)
-    equipment = Equipment(given.swarm, given.relay, given.memory_relay)
+    equipment = Equipment(given.swarm, given.relay, given.memory_relay, given.open_relay)
     server = RouterServer(
         given.socket, given.control, equipment=equipment, guard=not given.no_guard
     )

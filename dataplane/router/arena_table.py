@@ -14,9 +14,8 @@ from typing import Final
 from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router import layout
 from dataplane.router.agenda import RARELY, Agenda
-from dataplane.router.arenas import RELAY_SIDE, Arena, ArenaSide, ConnectionEnd
+from dataplane.router.arenas import RELAY_SIDE, Arena, ArenaSide, ConnectionEnd, Slot
 from dataplane.router.bells import Bells
-from dataplane.router.library_wire import IPAddress
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.registry import ProcessRecord, Registry
 from dataplane.router.remote_pairing import RELAY
@@ -248,9 +247,7 @@ class ArenaTable:
         for arena in self.arenas.values():
             for number, slot in arena.slots.items():
                 if slot.left or all(
-                    end is None
-                    or end.namespace == RELAY
-                    or (end.namespace, end.local.ip) in self._accelerated(arena)
+                    end is None or end.namespace == RELAY or self._is_allowed(arena, slot, end)
                     for end in slot.ends
                 ):
                     continue
@@ -260,9 +257,12 @@ class ArenaTable:
                 else:
                     self._memory.leave(arena.memory, number)
 
-    def _accelerated(self, arena: Arena) -> frozenset[tuple[int, IPAddress]]:
+    def _is_allowed(self, arena: Arena, slot: Slot, end: ConnectionEnd) -> bool:
         knowledge = self._registry.knowledge
-        return knowledge.remote if arena.ring else knowledge.accelerated
+        if not arena.ring:
+            return (end.namespace, end.local.ip) in knowledge.accelerated
+        transport = self._registry.remote.transport(slot.connection)
+        return (transport, end.namespace, end.local.ip) in knowledge.remote
 
     # --- memory and time
 

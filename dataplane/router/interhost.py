@@ -1,15 +1,15 @@
 """Connects containers of this host with those of other hosts: sessions between routers, an RDMA
 device, a relay, and the connections.
 
-The parts are in `sessions.py`, `device_scanner.py`, `relay_process.py` and `remote.py`. This module
-decides when each of them is started. A host announces RDMA when it has a device. Its relay is
-started when another host announces RDMA too.
+The parts are in `sessions.py`, `device_scanner.py`, `relay_process.py`, `relay_transports.py` and
+`remote.py`. This module decides when each of them is started. A host announces RDMA when it has a
+device, and TCP between relays once it knows whether it has one. Its relay is started when another
+host announces the same.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,38 +19,44 @@ import structlog
 
 from dataplane import control
 from dataplane.router import relay_wire
-from dataplane.router.device_scanner import DeviceScanner
+from dataplane.router.device_scanner import NOT_YET, DeviceScanner
 from dataplane.router.devices import Device, DeviceScan
 from dataplane.router.identities import NoIdentities, choose
-from dataplane.router.library_wire import IPAddress
+from dataplane.router.interhost_facts import rdma_facts, relay_facts
+from dataplane.router.link_sockets import LinkSockets
+from dataplane.router.links import KINDS
 from dataplane.router.loop import Loop
 from dataplane.router.pairing import Pairing
-from dataplane.router.reasons import Reason
 from dataplane.router.relay_process import SHIPPED, RelayProcess
+from dataplane.router.relay_transports import RelayTransport
 from dataplane.router.remote import Remotes
-from dataplane.router.remote_events import LIVE
+from dataplane.router.remote_events import Transport
+from dataplane.router.remote_requests import Closed, Open
 from dataplane.router.seams import ArenaMemory, SocketTable
 from dataplane.router.sessions import Sessions
 
 log = structlog.get_logger()
 
-OPEN_AGAIN: Final = 10.0
-"""Seconds between two times that the relay opens a device."""
-STUCK: Final = 3
-"""Attempts at a link after which the device is opened again: it may have been replaced by another
-one of the same name."""
+ENCRYPTION: Final = {
+    "off": relay_wire.ENCRYPT_NOTHING,
+    "messages": relay_wire.ENCRYPT_MESSAGES,
+    "all": relay_wire.ENCRYPT_ALL,
+}
+"""The values of `RELAY_ENCRYPTION`, and the relay's numbers of them. The greater of two hosts'
+counts."""
 IN_MEMORY: Final = Device("", 0, 0, "::", "memory", 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Equipment:
-    """What this host has. `memory`: for tests, relays of one machine use memory instead of a
-    device.
+    """What this host has. For tests: `memory`, relays of one machine use memory instead of a
+    device; `open`, each connection may enter TCP between relays.
     """
 
     swarm: Path | None = None
     relay: Path = SHIPPED
     memory: bool = False
+    open: bool = False
 
 
 class InterHost:
@@ -68,12 +74,10 @@ class InterHost:
         self._loop = loop
         self._equipment = equipment
         self._key: str | None = None
-        self._opened_at = float("-inf")
-        self._fresh = False
-        """The device has been there since the relay opened it."""
         self._counters: dict[str, int] = {}
         self._scanner = DeviceScanner(loop, self._decide)
         self._relay = RelayProcess(loop, equipment.relay, self, memory=equipment.memory)
+        kinds = {**KINDS, Transport.RDMA: relay_wire.LOOPBACK} if equipment.memory else KINDS
         self.remotes = Remotes(
             pairing,
             loop,
@@ -88,10 +92,17 @@ class InterHost:
             sockets,
             memory,
             self._decide,
+            partial(LinkSockets, loop),
+            Open() if equipment.open else Closed(),
+            kinds,
         )
-        if equipment.memory:
-            self.remotes.links.transport = relay_wire.LOOPBACK
         self.sessions = self.remotes.sessions
+        self._transports = {
+            transport: RelayTransport(
+                transport, kind, loop, self._relay, self.remotes, self._scanner.scan
+            )
+            for transport, kind in kinds.items()
+        }
         pairing.use_remote(self.remotes)
         self._started = False
 
@@ -116,7 +127,8 @@ class InterHost:
         wanted = self.remotes.wanted()
         self.sessions.want(wanted, knowledge.underlay)
         if not self._equipment.memory:
-            self._scanner.use(knowledge.underlay if wanted else None)
+            needed = self.remotes.hosts.sharing(Transport.RDMA)
+            self._scanner.use(knowledge.underlay if needed else None)
         self.remotes.learned()
         self._decide()
 
@@ -142,55 +154,56 @@ class InterHost:
 
     def _decide(self) -> None:
         """Announce what this host has, and start the relay if another host can use it."""
-        device = self.scanned.device
-        knowledge = self._pairing.knowledge
+        device, settings = self.scanned.device, self._pairing.knowledge.settings
+        relay = self._transports[Transport.RELAY]
+        why_not = self._why_no_relay()
         self.sessions.introduce(
-            data_path=str(knowledge.underlay or ""),
+            data_path=str(self._pairing.knowledge.underlay or ""),
             rdma=device is not None,
-            ring=knowledge.settings.remote_ring,
+            ring=settings.remote_ring,
+            relay=not why_not and not relay.failure,
+            relay_ring=settings.relay_ring,
+            relay_encryption=settings.relay_encryption,
         )
-        if device is None:
-            self._fresh = False
-            self.remotes.device(self.scanned.why)
-            return
-        wanted = self._message(device)
-        if self._relay.pid is None:
-            if any(hello.rdma for hello in self.remotes.hellos()):
-                self._relay.want(wanted)
-            if self._relay.pid is None:
-                self.remotes.device(self._relay.why or "no other host has RDMA")
-        elif wanted == self._relay.opened and self.remotes.links.works:
-            # Whatever was reported about it meanwhile.
-            self._fresh = True
-            self.remotes.device("")
-        elif wanted != self._relay.opened or not self._fresh or self._is_stuck():
-            # First the connections over the device as it was have to end.
-            self.remotes.device("the device is opened again")
-            if self.remotes.links.idle and self._loop.now() - self._opened_at > OPEN_AGAIN:
-                self._scanner.scan()
-                self._relay.want(wanted)
-                self._opening()
+        hellos = self.remotes.hellos()
+        self._transports[Transport.RDMA].decide(
+            None if device is None else self._message(device),
+            self.scanned.why,
+            others=any(hello.rdma for hello in hellos),
+        )
+        tcp = relay_wire.RelayOpen(
+            "", 0, 0, relay.kind, settings.rule.spin, ENCRYPTION[settings.relay_encryption]
+        )
+        relay.decide(None if why_not else tcp, why_not, others=any(hello.relay for hello in hellos))
 
-    def _is_stuck(self) -> bool:
-        """Whether links fail: the device may have been replaced by one of the same name."""
-        links = self.remotes.links
-        return (
-            links.idle and links.tries > STUCK and self._loop.now() - self._opened_at > OPEN_AGAIN
-        )
+    def _why_no_relay(self) -> str:
+        """Why this host doesn't speak TCP between relays; "" if it does.
+
+        It waits for the first scan: a link over TCP would be in the way of one over RDMA.
+        """
+        if not self._pairing.knowledge.settings.relay:
+            return "RELAY=off"
+        if not self.remotes.hosts.sharing(Transport.RELAY):
+            return "it is off for all networks that are shared with other hosts"
+        return NOT_YET.why if self.scanned == NOT_YET else ""
 
     def _message(self, device: Device) -> relay_wire.RelayOpen:
         spin = self._pairing.knowledge.settings.rule.spin
-        transport = self.remotes.links.transport
-        return relay_wire.RelayOpen(device.name, device.port, device.gid_index, transport, spin)
-
-    def _opening(self) -> None:
-        self._opened_at = self._loop.now()
-        self._fresh = True
+        kind = self._transports[Transport.RDMA].kind
+        return relay_wire.RelayOpen(device.name, device.port, device.gid_index, kind, spin)
 
     def relay_started(self) -> None:
-        """The relay runs, and opens the device."""
-        self._opening()
-        self.remotes.device("the device is being opened")
+        """The relay runs, and opens what is wanted."""
+        for transport in self._transports.values():
+            if self._relay.opened(transport.kind) is not None:
+                transport.opening()
+
+    def relay_opened(self, transport: int, message: relay_wire.RelayOpened) -> None:
+        """The relay has opened a transport, or can't."""
+        for one in self._transports.values():
+            if one.kind == transport:
+                one.opened(message)
+        self._decide()
 
     def relay_died(self) -> None:
         """The relay has ended."""
@@ -198,75 +211,20 @@ class InterHost:
         self.remotes.relay_died()
 
     def relay_message(self, message: relay_wire.Message) -> None:
-        """The relay reports something about the device, or about links and connections."""
+        """The relay reports something about links and connections."""
         match message:
-            case relay_wire.RelayOpened():
-                self._device_opened(message)
             case relay_wire.RelayCounters():
                 self._counters = message.counters
             case _:
                 self.remotes.relay_message(message)
 
-    def _device_opened(self, message: relay_wire.RelayOpened) -> None:
-        if message.error:
-            why = message.text or os.strerror(message.error)
-            log.error("relay can't open the RDMA device; connections stay on TCP", reason=why)
-            self._fresh = False
-            self.remotes.device(why)
-        elif self._fresh:
-            opened = self._relay.opened
-            log.info(
-                "RDMA device open", device="" if opened is None else opened.device, mtu=message.mtu
-            )
-            self.remotes.device("")
-
     # --- for statistics
 
-    def facts(self) -> control.RdmaFacts:
+    def facts(self) -> tuple[control.RdmaFacts, control.RelayFacts]:
         """What `freeflow status` and metrics show of it."""
-        scan, remotes = self.scanned, self.remotes
-        counts = remotes.connections.counts
-        return control.RdmaFacts(
-            on=self._pairing.knowledge.settings.rdma,
-            device="" if scan.device is None else str(scan.device),
-            why=remotes.why,
-            skipped=tuple(
-                f"{one.device} port {one.port}: {one.why}"
-                if one.port
-                else f"{one.device}: {one.why}"
-                for one in scan.unusable
-            ),
-            no_sessions=self.sessions.reason,
-            node=self.sessions.node,
-            hosts=tuple(
-                self._peer(address, reason)
-                for address, reason in sorted(self.sessions.reasons().items(), key=str)
-            ),
-            connections=sum(one.state.phase in LIVE for one in remotes.connections),
-            memory=remotes.connections.registered,
-            granted=counts.granted,
-            broken=counts.broken,
-            left=counts.left,
-            refused=_by_word(remotes.requests.refused),
-            relay=self._counters,
+        settings = self._pairing.knowledge.settings
+        now = self._loop.now()
+        return (
+            rdma_facts(self.remotes, self.scanned, settings, self._counters, now),
+            relay_facts(self.remotes, settings),
         )
-
-    def _peer(self, address: IPAddress, reason: str) -> control.PeerFact:
-        host = self.remotes.hosts.get(address)
-        link = self.remotes.links.link(address)
-        hello = None if host is None else host.hello
-        return control.PeerFact(
-            address=str(address),
-            node="" if host is None else host.node,
-            session=hello is not None,
-            reason=reason,
-            rdma=hello is not None and hello.rdma,
-            data_path="" if hello is None else hello.data_path,
-            link=link.state.value,
-            link_reason=link.reason,
-            connections=0 if host is None else len(self.remotes.connections.of(host)),
-        )
-
-
-def _by_word(counts: Mapping[int, int]) -> dict[str, int]:
-    return {Reason(number).word: count for number, count in counts.items()}

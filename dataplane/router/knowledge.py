@@ -18,6 +18,7 @@ from typing import Final
 from dataplane.control import RouterSettings, RouterSnapshot, Rule
 from dataplane.errors import DataplaneError
 from dataplane.router.library_wire import IPAddress
+from dataplane.router.remote_events import Transport
 
 _RULE_FIELDS: Final = tuple(Rule.__struct_fields__)
 
@@ -46,6 +47,7 @@ class Network:
     vips: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
     """Address of a task on this host, to the VIPs of its services."""
     rdma: bool = True
+    relay: bool = True
     peers: frozenset[IPAddress] = frozenset()
     """The other hosts that share the network."""
     everywhere: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
@@ -54,6 +56,11 @@ class Network:
     """Address of a task on any host, to the VIPs of its services."""
     own: tuple[str, ...] = ()
     """The addresses of `owners` as text, sorted: what peers are told."""
+
+    def may_use(self, transport: Transport) -> bool:
+        """Whether connections to other hosts may use a transport."""
+        allowed = self.rdma if transport is Transport.RDMA else self.relay
+        return self.accelerated and allowed
 
     def __contains__(self, address: IPAddress) -> bool:
         return any(address in subnet for subnet in self.subnets)
@@ -94,6 +101,7 @@ class Knowledge:
                 subnets=tuple(ip_network(text) for text in fact.subnets),
                 rule=fact.rule or facts.settings.rule,
                 rdma=fact.rdma and facts.settings.rdma,
+                relay=fact.relay and facts.settings.relay,
                 peers=frozenset(ip_address(text) for text in fact.peers),
             )
         self.underlay = ip_address(facts.underlay) if facts.underlay else None
@@ -116,10 +124,15 @@ class Knowledge:
             self._of[namespace] = [self.networks[network.id] for network in networks]
 
     @cached_property
-    def remote(self) -> frozenset[tuple[int, IPAddress]]:
-        """The same, for networks whose connections to other hosts may use RDMA."""
+    def remote(self) -> frozenset[tuple[Transport, int, IPAddress]]:
+        """The same as `accelerated`, with each transport that the network's connections to other
+        hosts may use.
+        """
         return frozenset(
-            key for key, network in self._local.items() if network.accelerated and network.rdma
+            (transport, *key)
+            for key, network in self._local.items()
+            for transport in Transport
+            if network.may_use(transport)
         )
 
     @cached_property

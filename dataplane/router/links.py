@@ -7,24 +7,29 @@ its own. So both always mean the same two ends. A link that broke is made again 
 number, and its connections go on where they were. If that fails, the relays' bytes go over the
 session until every connection is back on TCP. No I/O except through the interfaces that the
 constructor takes.
+
+The leader also chooses the link's transport (`link_transport.py`). A link over TCP needs sockets.
+The follower makes a ticket for them at once, in its answer; the leader's router dials, and both
+give the sockets to their relays. The follower confirms a link that is up by a second answer: the
+leader may place connections only on a link that is up at both ends.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Final, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 import structlog
 
 from dataplane.router import relay_wire as relay
 from dataplane.router.library_wire import IPAddress
-from dataplane.router.loop import Loop, Timer
-from dataplane.router.peer_wire import LinkAnswer, LinkOffer, LinkRefused, PeerFrame
+from dataplane.router.link_table import NOTHING, Link, LinkOwner, LinkSockets, LinkState, LinkTable
+from dataplane.router.link_transport import LASTS
+from dataplane.router.loop import Loop
+from dataplane.router.peer_wire import TICKET, LinkAnswer, LinkOffer, LinkRefused, PeerFrame
 from dataplane.router.relay_wire import RelayKind
+from dataplane.router.remote_events import Transport
 from dataplane.router.remote_hosts import PeerSessions
 
 log = structlog.get_logger()
@@ -38,126 +43,38 @@ MOST_PAUSE: Final = 60.0
 """Seconds between attempts at a link without connections, doubled each time."""
 GIVE_UP: Final = 30.0
 """Seconds without a link after which its connections are reset."""
-NOTHING: Final = 0
-"""In place of a link's number: the sender has no link."""
+KINDS: Final = {Transport.RDMA: relay.VERBS, Transport.RELAY: relay.TCP}
+"""The relay's numbers of transports."""
+_WORDS: Final = {Transport.RDMA: "", Transport.RELAY: "relay"}
+_TRANSPORTS: Final = {word: transport for transport, word in _WORDS.items()}
+"""How a LinkOffer names a transport. Peers of earlier versions name none."""
+_ABSENT: Final = {
+    None: "this host doesn't know the transport",
+    Transport.RDMA: "this host has no RDMA device now",
+    Transport.RELAY: "this host's relay takes no TCP now",
+}
 
 
-class LinkState(Enum):
-    """What a link is."""
-
-    NONE = "none"
-    MAKING = "being made"
-    UP = "up"
-    DOWN = "down"
-    """It is made again if its connections need it."""
-    STREAM = "over the session"
-    """Without RDMA: only until its connections are back on TCP."""
-
-
-class LinkOwner(Protocol):
-    """Has the connections on the links, and decides whether there may be one: `remote.Remotes`."""
-
-    def has_session(self, peer: IPAddress) -> bool:
-        """Whether there is a session between the two routers."""
-
-    def may_link(self, peer: IPAddress) -> bool:
-        """Whether both hosts have a device, and there is a session."""
-
-    def leads(self, peer: IPAddress) -> bool:
-        """Whether this host makes the link."""
-
-    def has_connections(self, peer: IPAddress) -> bool:
-        """Whether there are connections on the link."""
-
-    def link_up(self, peer: IPAddress) -> None:
-        """Connections can be paired."""
-
-    def link_failed(self, peer: IPAddress) -> None:
-        """Connections can't be paired for now: refuse the requests that wait for the link."""
-
-    def link_lost(self, peer: IPAddress) -> None:
-        """The connections can't go on: drop all of them before this returns."""
-
-    def link_leaves(self, peer: IPAddress) -> None:
-        """Bring all connections back to TCP."""
-
-
-@dataclass(slots=True, eq=False)
-class Link:
-    """One link. `number` is that of this host's relay, `shared` that of the leader's relay, which
-    the routers use in their messages."""
-
-    peer: IPAddress
-    number: int = NOTHING
-    shared: int = NOTHING
-    state: LinkState = LinkState.NONE
-    awaited: str = ""
-    """The next message while it is being made: "linked", "answer" or "connected"."""
-    again: bool = False
-    own: bytes = b""
-    address: bytes = b""
-    unanswered: int = 0
-    """How often the relay was told to make its end, without an answer yet. Only the last counts."""
-    tries: int = 0
-    reason: str = ""
-    timer: Timer | None = None
-    frames: deque[bytes] = field(default_factory=deque)
-    """Wait until the session has room."""
-    deadline: Timer | None = None
-    """When its connections are reset."""
-
-
-class Links:
-    """The table of links."""
+class Links(LinkTable):
+    """Makes the links, and makes them again."""
 
     def __init__(
         self,
         loop: Loop,
-        tell_relay: Callable[[relay.Message], None],
+        tell_relay: Callable[..., None],
         sessions: PeerSessions,
         owner: LinkOwner,
+        sockets: Callable[[Links], LinkSockets],
+        kinds: Mapping[Transport, int] = KINDS,
     ) -> None:
-        self._loop = loop
+        """`sockets` makes the sockets of links, for their user."""
+        super().__init__(loop, owner)
         self._tell_relay = tell_relay
         self._sessions = sessions
         self._send = sessions.send
-        self._owner = owner
-        self._links: dict[IPAddress, Link] = {}
-        self._numbers: dict[int, Link] = {}
+        self._sockets = sockets(self)
+        self._kinds = kinds
         self._next = itertools.count(1)
-        self.transport = relay.VERBS
-        """Of the links that are made from now on."""
-
-    def link(self, peer: IPAddress) -> Link:
-        """The link to a peer, in whatever state."""
-        link = self._links.get(peer)
-        if link is None:
-            link = self._links[peer] = Link(peer)
-        return link
-
-    def is_up(self, peer: IPAddress) -> bool:
-        """Whether connections with a peer can be paired."""
-        return self.link(peer).state is LinkState.UP
-
-    def has_failed(self, peer: IPAddress) -> bool:
-        """Whether there is no link, after at least two attempts."""
-        link = self.link(peer)
-        return link.state is not LinkState.UP and link.tries > 1
-
-    @property
-    def idle(self) -> bool:
-        """Whether the relay has no links."""
-        return not self._numbers
-
-    @property
-    def works(self) -> bool:
-        """Whether at least one link is up."""
-        return any(link.state is LinkState.UP for link in self._links.values())
-
-    @property
-    def tries(self) -> int:
-        """The most failed attempts at one link."""
-        return max((link.tries for link in self._links.values()), default=0)
 
     # --- sessions, devices, connections
 
@@ -169,7 +86,7 @@ class Links:
         if link.state is LinkState.DOWN:
             link.tries = 0
             self._recover(link)
-        elif link.state is LinkState.NONE and self._owner.may_link(peer):
+        elif link.state is LinkState.NONE and self._owner.transports(peer):
             if self._owner.leads(peer):
                 link.tries = 0
                 self._make(link)
@@ -177,20 +94,34 @@ class Links:
                 # The leader may take the link for up.
                 self._send(peer, LinkRefused(NOTHING, "there is no link"))
 
+    def device_changed(self, peer: IPAddress) -> None:
+        """One of the hosts has another RDMA device: what is known of the devices is void."""
+        self.link(peer).trials.worked()
+
+    def tick(self) -> None:
+        """Make the links that have become possible, and others in place of those that are
+        superfluous. To be called about once a second.
+        """
+        for link in list(self._links.values()):
+            if self.is_superfluous(link):
+                self._unlink(link)
+            if self.is_missing(link):
+                self._make(link)
+
     def session_down(self, peer: IPAddress) -> None:
         """A link that is being made fails. A link that is up stays up."""
         link = self.link(peer)
-        self._cancel(link)
+        self.cancel(link)
         if link.state is LinkState.STREAM:
             # The bytes that were under way over the session are lost.
-            self._lose(link, "the session was lost, and there was no RDMA")
+            self._lose(link, "the session was lost, and there was no link")
         elif link.state is LinkState.MAKING:
             self._break(link, "the session was lost")
 
     def relay_died(self) -> None:
         """All links are gone, with their connections."""
         for link in self._links.values():
-            self._cancel(link)
+            self.cancel(link)
             self._forget_number(link)
             self._set(link, LinkState.NONE)
             link.reason = "the relay ended"
@@ -225,10 +156,34 @@ class Links:
         link.own = message.words
         if self._owner.leads(link.peer):
             self._await(link, "answer")
-            self._send(link.peer, LinkOffer(link.number, message.words, link.again))
+            word = _WORDS[link.transport]
+            self._send(link.peer, LinkOffer(link.number, message.words, link.again, word))
+        elif link.transport is Transport.RELAY:
+            self._await(link, "sockets")
+            ticket = self._sockets.expect(link.peer, link.number)
+            self._send(link.peer, LinkAnswer(link.shared, link.own, ticket))
         else:
-            self._await(link, "connected")
-            self._tell_relay(relay.RelayAccept(RelayKind.CONNECT, link.number, 0, link.address))
+            self._connect(link)
+
+    def _connect(self, link: Link) -> None:
+        self._await(link, "connected")
+        self._tell_relay(relay.RelayAccept(RelayKind.CONNECT, link.number, 0, link.address))
+
+    def sockets_ready(self, number: int, descriptors: Sequence[int]) -> None:
+        """The TCP connections of a link are there. The descriptors stay the caller's."""
+        link = self._numbers.get(number)
+        if link is None or link.awaited != "sockets":
+            return
+        for index, descriptor in enumerate(descriptors):
+            message = relay.Number(RelayKind.SOCKET, number, index)
+            self._tell_relay(message, (descriptor,))
+        self._connect(link)
+
+    def sockets_failed(self, number: int, text: str) -> None:
+        """The TCP connections of a link can't be made."""
+        link = self._numbers.get(number)
+        if link is not None and link.awaited == "sockets":
+            self._failed(link, text)
 
     def connected(self, message: relay.RelayOutcome) -> None:
         """The relay has connected its end with the peer's, or can't."""
@@ -240,10 +195,18 @@ class Links:
             return
         if not self._owner.leads(link.peer):
             self._send(link.peer, LinkAnswer(link.shared, link.own))
-        log.info("link up", peer=str(link.peer), again=link.again)
-        self._cancel(link)
+        elif link.transport is Transport.RELAY and not link.confirmed:
+            self._await(link, "confirmation")
+            return
+        self._up(link)
+
+    def _up(self, link: Link) -> None:
+        transport = link.transport.value
+        log.info("link up", peer=str(link.peer), transport=transport, again=link.again)
+        self.cancel(link)
         link.tries = 0
         link.reason = ""
+        link.since = self._loop.now()
         self._set(link, LinkState.UP)
         self._owner.link_up(link.peer)
 
@@ -257,6 +220,10 @@ class Links:
             self._failed(link, message.text)
             return
         link.tries = 0
+        if self._loop.now() - link.since < LASTS:
+            self.count_failure(link, message.text)
+        else:
+            link.trials.worked()
         shared = link.shared
         self._break(link, message.text)
         self._mend(link, shared)
@@ -283,25 +250,39 @@ class Links:
         link = self.link(peer)
         if self._owner.leads(peer):
             return
-        known = link.number and link.shared == message.link and link.state is not LinkState.STREAM
-        if message.again and not known:
+        transport = _TRANSPORTS.get(message.transport)
+        if message.again and not _is_known(link, message):
             self._send(peer, LinkRefused(NOTHING, "there is no such link"))
             return
-        if not self._owner.may_link(peer):
-            self._send(peer, LinkRefused(message.link, "this host has no RDMA device now"))
+        if transport is None or transport not in self._owner.transports(peer):
+            self._send(peer, LinkRefused(message.link, _ABSENT[transport]))
             return
-        self._cancel(link)
+        self.cancel(link)
         if not message.again:
             self._lose(link, "the peer made a new link")
+        link.transport = transport
         link.shared, link.address, link.again = message.link, message.address, message.again
         self._link(link)
 
     def answered(self, peer: IPAddress, message: LinkAnswer) -> None:
-        """Leader: the follower's relay has made its end, and knows ours."""
+        """Leader: the follower's relay has made its end; over RDMA it knows ours. The second answer
+        over TCP: its end is up.
+        """
         link = self.link(peer)
-        if link.awaited == "answer" and message.link == link.number:
-            self._await(link, "connected")
-            self._tell_relay(relay.RelayAccept(RelayKind.CONNECT, link.number, 0, message.address))
+        if not self._owner.leads(peer) or message.link != link.number:
+            return
+        if link.awaited == "answer":
+            link.address = message.address
+            if link.transport is Transport.RDMA:
+                self._connect(link)
+            elif len(message.ticket) == TICKET:
+                # If not, it is the confirmation of an earlier attempt.
+                self._await(link, "sockets")
+                self._sockets.dial(peer, link.number, message.ticket)
+        elif link.awaited and not message.ticket:
+            link.confirmed = link.awaited in ("sockets", "connected", "confirmation")
+            if link.awaited == "confirmation":
+                self._up(link)
 
     def refused(self, peer: IPAddress, message: LinkRefused) -> None:
         """Leader: the follower has no end of the link, or one that doesn't work."""
@@ -319,7 +300,7 @@ class Links:
                 self._retry(link)
         elif message.link != link.number:
             return
-        elif link.awaited in ("answer", "connected"):
+        elif link.awaited not in ("", "linked"):
             # After the answer too: the follower's new end may fail at once.
             self._failed(link, message.text)
         elif link.state is LinkState.UP:
@@ -328,7 +309,7 @@ class Links:
             self._mend(link)
 
     def framed(self, peer: IPAddress, message: PeerFrame) -> None:
-        """Bytes of the peer's relay, which has given up RDMA."""
+        """Bytes of the peer's relay, which has given up the link's transport."""
         link = self.link(peer)
         if not link.number or message.link != link.shared:
             return
@@ -339,10 +320,11 @@ class Links:
     # --- making one
 
     def _make(self, link: Link) -> None:
-        """Leader: make our end."""
-        link.again = bool(link.number) and self._owner.has_connections(link.peer)
+        """Leader: make our end. A link with connections keeps its transport."""
+        link.again = self.continues(link)
         if not link.again:
             self._unlink(link)
+            link.transport = self.choose(link) or link.transport
         self._link(link)
         link.shared = link.number
 
@@ -352,12 +334,14 @@ class Links:
             self._numbers[link.number] = link
             link.unanswered = 0
         link.unanswered += 1
+        link.confirmed = False
         self._set(link, LinkState.MAKING)
         self._await(link, "linked")
-        self._tell_relay(relay.Number(RelayKind.LINK, link.number, self.transport))
+        kind = self._kinds[link.transport]
+        self._tell_relay(relay.Number(RelayKind.LINK, link.number, kind))
 
     def _await(self, link: Link, what: str) -> None:
-        self._cancel(link)
+        self.cancel(link)
         link.awaited = what
         link.timer = self._loop.after(
             STEP, lambda: self._failed(link, f"no answer within {STEP:g} s: {what}")
@@ -373,22 +357,22 @@ class Links:
             self._send(link.peer, LinkRefused(shared, _plain(link.reason)))
 
     def _recover(self, link: Link) -> None:
-        """A link with connections: try again, or give RDMA up after the last attempt. Without a
-        session: do nothing until there is one."""
+        """A link with connections: try again, or give its transport up after the last attempt.
+        Without a session: do nothing until there is one."""
         if not self._owner.has_session(link.peer):
             return
         if not self._owner.leads(link.peer):
             self._send(link.peer, LinkRefused(link.shared, _plain(link.reason)))
-        elif link.tries >= len(AGAIN) or not self._owner.may_link(link.peer):
+        elif link.tries >= len(AGAIN) or not self.may_make(link):
             self._stream(link)
         else:
             pause = AGAIN[link.tries]
             link.tries += 1
-            self._cancel(link)
+            self.cancel(link)
             link.timer = self._loop.after(pause, lambda: self._make_if_possible(link))
 
     def _make_if_possible(self, link: Link) -> None:
-        if self._owner.may_link(link.peer):
+        if self.may_make(link):
             self._make(link)
         elif link.state is LinkState.DOWN:
             self._recover(link)
@@ -398,7 +382,9 @@ class Links:
             log.info("link can't be made", peer=str(link.peer), reason=text)
         shared = link.shared
         self._break(link, text)
-        self._owner.link_failed(link.peer)
+        self.count_failure(link, text)
+        if not self.may_change(link):
+            self._owner.link_failed(link.peer)
         self._mend(link, shared)
 
     def _retry(self, link: Link) -> None:
@@ -407,14 +393,14 @@ class Links:
             return
         pause = min(LEAST_PAUSE * 2.0**link.tries, MOST_PAUSE)
         link.tries += 1
-        self._cancel(link)
+        self.cancel(link)
         link.timer = self._loop.after(pause, lambda: self._make_if_possible(link))
 
     # --- losing one
 
     def _break(self, link: Link, text: str) -> None:
         """A link doesn't work. It keeps its number if it has connections."""
-        self._cancel(link)
+        self.cancel(link)
         link.reason = text
         if self._owner.has_connections(link.peer):
             self._set(link, LinkState.DOWN)
@@ -422,13 +408,9 @@ class Links:
             self._unlink(link)
 
     def _stream(self, link: Link) -> None:
-        """Bring the connections back to TCP, with the session in place of RDMA."""
-        self._cancel(link)
-        log.warning(
-            "link can't be made again; its connections go back to TCP",
-            peer=str(link.peer),
-            reason=link.reason,
-        )
+        """Bring the connections back to TCP, with the session in place of the link's transport."""
+        self.cancel(link)
+        log.warning("link lost; back to TCP", peer=str(link.peer), reason=link.reason)
         self._set(link, LinkState.STREAM)
         self._tell_relay(relay.Number(RelayKind.STREAM, link.number))
         self._owner.link_failed(link.peer)
@@ -436,7 +418,7 @@ class Links:
 
     def _lose(self, link: Link, text: str) -> None:
         """Delete a link, with its connections."""
-        self._cancel(link)
+        self.cancel(link)
         link.reason = text or link.reason
         self._owner.link_lost(link.peer)
         self._unlink(link)
@@ -458,27 +440,31 @@ class Links:
         self._set(link, LinkState.NONE)
 
     def _forget_number(self, link: Link) -> None:
+        self._sockets.cancel(link.number)
         self._numbers.pop(link.number, None)
         link.number = link.shared = NOTHING
 
     def _set(self, link: Link, state: LinkState) -> None:
         link.state = state
+        self._sockets.cancel(link.number)
         if state is not LinkState.STREAM:
             link.frames.clear()
         if state is not LinkState.MAKING:
             link.awaited = ""
-        broken = state in (LinkState.DOWN, LinkState.STREAM)
-        if state in (LinkState.NONE, LinkState.UP) and link.deadline is not None:
-            link.deadline.cancel()
-            link.deadline = None
-        elif broken and link.deadline is None:
+        if state in (LinkState.NONE, LinkState.UP):
+            self.stop_deadline(link)
+        elif state is not LinkState.MAKING and link.deadline is None:
             link.deadline = self._loop.after(GIVE_UP, lambda: self._give_up(link))
 
-    def _cancel(self, link: Link) -> None:
-        link.awaited = ""
-        if link.timer is not None:
-            link.timer.cancel()
-            link.timer = None
+
+def _is_known(link: Link, offer: LinkOffer) -> bool:
+    """Whether the link that an offer is about can be made again."""
+    return (
+        link.number != NOTHING
+        and link.shared == offer.link
+        and link.state is not LinkState.STREAM
+        and _WORDS[link.transport] == offer.transport
+    )
 
 
 def _plain(text: str) -> str:

@@ -1,7 +1,7 @@
 """The path of each connection, and why: the kernel's sockets joined with the registry.
 
-A granted connection counts as shm, or as rdma to another host. The router knows that both ends were
-granted a slot, but not when each direction switches to it.
+A granted connection counts as shm, or to another host as rdma or relay. The router knows that both
+ends were granted a slot, but not when each direction switches to it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataplane.control import (
     PathCount,
     PathCounts,
     RdmaFacts,
+    RelayFacts,
     Statistics,
 )
 from dataplane.errors import KernelRefused
@@ -32,7 +33,6 @@ from dataplane.router.socket_table import Namespaces, TcpSocket
 
 OVERLAY: Final = "overlay"
 SHM: Final = "shm"
-RDMA: Final = "rdma"
 
 
 def connections(
@@ -124,7 +124,8 @@ def _path(
             noted = container.notes.get(tcp.cookie)
             if noted is not None:
                 return OVERLAY, Reason(noted[0]), None
-            return RDMA if arena.ring else SHM, None, now - slot.since
+            path = pairing.remote.transport(slot.connection).value if arena.ring else SHM
+            return path, None, now - slot.since
     if not network.accelerated:
         return OVERLAY, Reason.OFF, None
     local_peer = tcp.remote.ip in network.owners or network.tasks.get(tcp.remote.ip)
@@ -163,13 +164,19 @@ def _why_waiting(pairing: Pairing, network: Network, waiting: PairRequest) -> Re
     if waiting.ambiguous:
         return Reason.AMBIGUOUS
     if waiting.is_remote:
-        return pairing.remote.why_not(network) or Reason.PEER_SHORT
+        return pairing.remote.why_not(network) or pairing.remote.why_waiting(waiting)
     has = _peer_has_library(pairing, network, waiting.message.remote.ip)
     return Reason.PEER_SHORT if has else Reason.PEER_NO_LIBRARY
 
 
 def statistics(
-    pairing: Pairing, *, uptime: float, wrong_messages: int, dropped: int, rdma: RdmaFacts
+    pairing: Pairing,
+    *,
+    uptime: float,
+    wrong_messages: int,
+    dropped: int,
+    rdma: RdmaFacts,
+    relay: RelayFacts,
 ) -> Statistics:
     """The counters of the router and of each container."""
     counts = pairing.counts
@@ -192,6 +199,7 @@ def statistics(
             if container.namespace != RELAY
         ),
         rdma=rdma,
+        relay=relay,
     )
 
 

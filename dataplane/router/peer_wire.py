@@ -32,11 +32,14 @@ _LENGTH: Final = struct.Struct(">I")
 
 U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
 U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+TICKET: Final = 32
+"""Bytes that a data socket shows."""
 NodeId = Annotated[str, Meta(pattern=r"^[0-9a-z]{1,64}\Z")]
 NetworkId = Annotated[str, Meta(pattern=r"^[0-9a-z]{1,64}\Z")]
 AddressText = Annotated[str, Meta(max_length=45)]
 EndText = Annotated[str, Meta(max_length=53)]
 Blob = Annotated[bytes, Meta(max_length=MAX_BLOB)]
+Word = Annotated[str, Meta(pattern=r"^[a-z]{0,16}\Z")]
 Text = Annotated[str, Meta(pattern=r"^[ -~]{0,200}\Z")]
 """Text that goes into logs and tables."""
 
@@ -55,6 +58,12 @@ class PeerHello(msgspec.Struct, frozen=True, tag="Hello", kw_only=True):
     ring: U32 = 0
     """Bytes of a ring for connections between hosts. Both hosts use the smaller of their sizes."""
     build: Annotated[str, Meta(pattern=r"^[0-9A-Za-z.+_-]{0,64}\Z")] = ""
+    relay: bool = False
+    """Whether it can carry connections over TCP between the relays."""
+    relay_ring: U32 = 0
+    """As `ring`, for connections over TCP between the relays."""
+    relay_encryption: Word = ""
+    """What its relay encrypts: a value of `RELAY_ENCRYPTION`."""
 
 
 class Owns(msgspec.Struct, frozen=True, tag=True):
@@ -117,18 +126,27 @@ class Paired(msgspec.Struct, frozen=True, tag=True):
 
 
 class LinkOffer(msgspec.Struct, frozen=True, tag=True):
-    """The sender's relay has made its end of a link. `again`: in place of one that was lost."""
+    """The sender's relay has made its end of a link. `again`: in place of one that was lost.
+
+    `transport` is "" for RDMA, or "relay". Only peers whose Hello has `relay` are offered the
+    latter.
+    """
 
     link: U32
     address: Blob
     again: bool = False
+    transport: Word = ""
 
 
 class LinkAnswer(msgspec.Struct, frozen=True, tag=True):
-    """The receiver's link has its other end now."""
+    """The receiver's link has its other end now.
+
+    `ticket`: what the TCP connections of the link have to show; empty for RDMA.
+    """
 
     link: U32
     address: Blob
+    ticket: Annotated[bytes, Meta(max_length=TICKET)] = b""
 
 
 class LinkRefused(msgspec.Struct, frozen=True, tag=True):

@@ -37,7 +37,7 @@ class Reason(IntEnum):
     PEER_NO_LIBRARY = 1002
     PEER_SHORT = 1003
     AMBIGUOUS = 1004
-    RDMA_OFF = 1005
+    REMOTE_OFF = 1005
     NO_RDMA = 1006
     PEER_NO_RDMA = 1007
     NO_SESSION = 1008
@@ -64,7 +64,7 @@ _SENTENCES: Final = {
     Reason.OFF: "acceleration is off for the network or the container",
     Reason.REMOTE: "the peer is on another host",
     Reason.FOREIGN: "an address isn't an endpoint of a freeflow network",
-    Reason.LIMIT: "a limit of the container is reached, or of connections over RDMA",
+    Reason.LIMIT: "a limit of the container is reached, or of connections to other hosts",
     Reason.NOT_FOUND: "the kernel knows no such connection in the container",
     Reason.RAW: "bytes bypassed the library: io_uring or raw system calls",
     Reason.STDIO: "the C library reads or writes it by itself, or it is a standard stream",
@@ -74,17 +74,17 @@ _SENTENCES: Final = {
     Reason.CORRUPT: "the other side wrote invalid data into the shared memory",
     Reason.PEER_CLOSED: "the other end has closed its side",
     Reason.SHARED: "several processes hold this end",
-    Reason.BROKEN: "the RDMA path to the peer's host was lost, and the connection with it",
+    Reason.BROKEN: "the path to the peer's host was lost, and the connection with it",
     Reason.SANDBOX: "the program confines itself to certain system calls (seccomp)",
     Reason.SHORT: "it is too short or too quiet for an upgrade so far",
     Reason.NO_LIBRARY: "no process of the container runs with the library, or this one doesn't",
     Reason.PEER_NO_LIBRARY: "the peer runs without the library",
     Reason.PEER_SHORT: "the peer hasn't sent a request yet: it has seen too few operations, or stays on TCP",
-    Reason.RDMA_OFF: "the peer is on another host, and RDMA is off for the network or this host",
-    Reason.NO_RDMA: "the peer is on another host, and this host has no RDMA device that can be used",
-    Reason.PEER_NO_RDMA: "the peer's host has no RDMA device that can be used",
+    Reason.REMOTE_OFF: "the peer is on another host, and faster paths to other hosts are off for the network or this host",
+    Reason.NO_RDMA: "the peer is on another host, this host has no RDMA device that can be used, and its relay carries no TCP",
+    Reason.PEER_NO_RDMA: "the peer's host has no RDMA device that can be used, or this one has none, and the two relays have no TCP",
     Reason.NO_SESSION: "the peer is on another host, with whose router there is no session",
-    Reason.NO_LINK: "the RDMA devices of this host and the peer's don't reach each other",
+    Reason.NO_LINK: "the relays of this host and the peer's don't reach each other",
     Reason.LEFT: "it was on a faster path and fell back to TCP: the path was lost or turned off, or a router restarted",
     Reason.UNTRACKED: "connection tracking in the container doesn't say to which task of the service it leads",
     Reason.FEW: "too few connections between the two programs are busy for the relays to be faster",

@@ -1,4 +1,4 @@
-"""The relay's process: started when there is a device, and again when it ends. The router never
+"""The relay's process: started when a transport is wanted, and again when it ends. The router never
 waits for it.
 
 The relay is a child process that trusts the router. The router survives its crashes, and kills it
@@ -54,7 +54,10 @@ class RelayOwner(Protocol):
         """The relay has sent a message."""
 
     def relay_started(self) -> None:
-        """The relay runs, and was told which device to open."""
+        """The relay runs, and was told what to open."""
+
+    def relay_opened(self, transport: int, message: wire.RelayOpened) -> None:
+        """The relay has opened a transport, or can't."""
 
     def relay_died(self) -> None:
         """The relay has ended, with all of its links and connections."""
@@ -78,8 +81,11 @@ class RelayProcess:
         self._arguments = [program.name, *(["memory"] if memory else [])]
         self._owner = owner
         self._environment = dict(os.environ if environment is None else environment)
-        self._wanted: wire.RelayOpen | None = None
-        self._opened: wire.RelayOpen | None = None
+        self._wanted: dict[int, wire.RelayOpen] = {}
+        self._opened: dict[int, wire.RelayOpen] = {}
+        """By transport."""
+        self._opening: deque[int] = deque()
+        """Transports, in the order in which the relay answers."""
         self._socket: socket.socket | None = None
         self._pid = 0
         self._pidfd = -1
@@ -96,21 +102,28 @@ class RelayProcess:
         """Of the relay that runs."""
         return self._pid or None
 
-    @property
-    def opened(self) -> wire.RelayOpen | None:
-        """The device that the running relay was told to open."""
-        return self._opened
+    def opened(self, transport: int) -> wire.RelayOpen | None:
+        """What the running relay was told to open for a transport."""
+        return self._opened.get(transport)
 
     def want(self, device: wire.RelayOpen) -> None:
-        """Have a relay run with this device. A relay that runs must have no links: it closes its
-        device.
+        """Have a relay run with this device. A relay that runs must have no links of its transport:
+        it closes the device that it has.
         """
-        self._wanted = device
+        self._wanted[device.transport] = device
         if self._pid:
-            self._opened = device
-            self.send(device)
+            self._open(device)
         elif self._timer is None:
             self._start()
+
+    def forget(self, transport: int) -> None:
+        """The next relay needn't open a transport. One that runs leaves it open."""
+        self._wanted.pop(transport, None)
+
+    def _open(self, device: wire.RelayOpen) -> None:
+        self._opened[device.transport] = device
+        self._opening.append(device.transport)
+        self.send(device)
 
     def send(self, message: wire.Message, descriptors: Sequence[int] = ()) -> None:
         """Send a message, now or when the socket has room. Dropped if no relay runs.
@@ -148,7 +161,7 @@ class RelayProcess:
         """The router ends. The relay sees its socket closed, brings connections back to TCP, and
         ends.
         """
-        self._wanted = None
+        self._wanted.clear()
         self._cancel()
         self._hang_up()
         if self._pidfd >= 0:
@@ -161,8 +174,7 @@ class RelayProcess:
 
     def _start(self) -> None:
         self._cancel()
-        wanted = self._wanted
-        if wanted is None:
+        if not self._wanted:
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, theirs):
@@ -191,14 +203,15 @@ class RelayProcess:
             return
         finally:
             os.close(moved)
-        self._pid, self._socket, self._opened = pid, ours, wanted
+        self._pid, self._socket = pid, ours
         self._pidfd = os.pidfd_open(pid)
         self._began = self._loop.now()
         self._unanswered = 0
         self.why = ""
         self._loop.watch(ours.fileno(), select.EPOLLIN, self._serve)
         self._loop.watch(self._pidfd, select.EPOLLIN, lambda _: self._ended())
-        self.send(wanted)
+        for wanted in self._wanted.values():
+            self._open(wanted)
         self._owner.relay_started()
 
     def _kill(self) -> None:
@@ -227,9 +240,10 @@ class RelayProcess:
         os.close(self._pidfd)
         self._pidfd = -1
         self._pid = 0
-        self._opened = None
+        self._opened.clear()
+        self._opening.clear()
         code = os.waitstatus_to_exitcode(status)
-        if self._wanted is not None:
+        if self._wanted:
             self.why = f"the relay ended with code {code}; it is started again"
             log.error("relay ended; it is started again", code=code, seconds=self._pause)
             self._later()
@@ -276,7 +290,10 @@ class RelayProcess:
             return False
         self._unanswered = 0
         try:
-            self._owner.relay_message(message)
+            if isinstance(message, wire.RelayOpened):
+                self._owner.relay_opened(self._opening.popleft(), message)
+            else:
+                self._owner.relay_message(message)
         except Exception:
             # A bug of ours must not end the loop.
             log.exception("bug in the router", message=type(message).__name__)

@@ -7,7 +7,7 @@ This module passes what sessions, links, the relay and this host's registry repo
     remote_events.py       phases, events and actions of a connection
     remote_end.py          what an event means in a phase
     remote_connections.py  the connections: executes the actions
-    links.py               the links between the relays
+    links.py               the links between the relays, and their transports
 
 A peer's router can affect only connections with its own host. Each router checks its own end with
 its own kernel, when the end sends its request and before it is granted. There is no I/O except
@@ -16,23 +16,25 @@ through the interfaces that the constructor takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
+from functools import partial
 from typing import Final, Generic, TypeVar
 
 from dataplane.router import peer_wire, relay_wire
 from dataplane.router.arenas import Arena
 from dataplane.router.knowledge import Network
 from dataplane.router.library_wire import IPAddress
-from dataplane.router.links import Links
+from dataplane.router.link_table import LinkSockets
+from dataplane.router.links import KINDS, Links
 from dataplane.router.loop import Loop
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.pairing import Pairing
 from dataplane.router.reasons import Reason
 from dataplane.router.relay_wire import RelayKind
 from dataplane.router.remote_connections import RemoteConnections, Trace, log_invalid
-from dataplane.router.remote_events import Event, On
+from dataplane.router.remote_events import Event, On, Transport
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost, RemoteHosts
-from dataplane.router.remote_requests import Match, RemoteRequests
+from dataplane.router.remote_requests import EntryRule, Match, RemoteRequest, RemoteRequests
 from dataplane.router.seams import ArenaMemory, SocketTable
 from dataplane.router.sessions import SessionUser
 
@@ -54,9 +56,14 @@ class Remotes(Generic[SessionsT]):
         sockets: SocketTable,
         memory: ArenaMemory,
         hello_changed: Callable[[], None],
+        link_sockets: Callable[[SessionsT, Links], LinkSockets],
+        rule: EntryRule,
+        kinds: Mapping[Transport, int] = KINDS,
         trace: Trace = log_invalid,
     ) -> None:
-        """`sessions` makes the sessions, for their user. `tell_relay` is `RelayProcess.send`."""
+        """`sessions` and `link_sockets` make these for their user. `tell_relay` is
+        `RelayProcess.send`. `kinds`: the relay's numbers of transports.
+        """
         self._pairing = pairing
         self._loop = loop
         self._tell_relay = tell_relay
@@ -64,9 +71,11 @@ class Remotes(Generic[SessionsT]):
         self._hello_changed = hello_changed
         self.sessions = sessions(self)
         self.hosts = RemoteHosts(self.sessions, lambda: pairing.knowledge)
-        self.links = Links(loop, tell_relay, self.sessions, self)
+        self.links = Links(
+            loop, tell_relay, self.sessions, self, partial(link_sockets, self.sessions), kinds
+        )
         self.requests = RemoteRequests(
-            pairing, loop, self.sessions, self.hosts, self.links, sockets
+            pairing, loop, self.sessions, self.hosts, self.links, sockets, rule
         )
         self.connections = RemoteConnections(
             pairing,
@@ -79,22 +88,21 @@ class Remotes(Generic[SessionsT]):
             memory,
             trace,
         )
-        self.why = "scanning for RDMA devices"
-        """Why the relay has no device; "" if it has one."""
+        self.why = dict.fromkeys(Transport, "the router has just started")
+        """Why the relay can't use a transport; "" if it can."""
         self._lent: set[int] = set()
         """Arenas that the relay has."""
 
     # --- networks, hosts and the device
 
-    @property
-    def ready(self) -> bool:
-        """Whether this host's relay has a device."""
-        return not self.why
+    def ready(self, transport: Transport) -> bool:
+        """Whether this host's relay can use a transport."""
+        return not self.why[transport]
 
     def wanted(self) -> frozenset[IPAddress]:
         """The hosts with which sessions are needed."""
         connected = {host.address for host in self.hosts if self.connections.of(host)}
-        return self.hosts.sharing() | connected
+        return self.hosts.sharing(*Transport) | connected
 
     def hellos(self) -> list[peer_wire.PeerHello]:
         """The Hello messages of the hosts with a session."""
@@ -107,19 +115,35 @@ class Remotes(Generic[SessionsT]):
             if host.address not in wanted:
                 self._forget_host(host)
         networks = self._pairing.knowledge.networks
-        allowed = {network.id for network in networks.values() if network.rdma}
-        self.requests.refuse_all(lambda request: request.network not in allowed, Reason.RDMA_OFF)
+        allowed = {
+            network.id for network in networks.values() if any(map(network.may_use, Transport))
+        }
+        self.requests.refuse_all(lambda request: request.network not in allowed, Reason.REMOTE_OFF)
         for host in self.hosts:
             self.hosts.tell_owned(host)
+        self.links.tick()
 
-    def device(self, why: str) -> None:
-        """The relay has a device (""), or why it has none."""
-        before, self.why = self.ready, why
-        if self.ready and not before:
+    def use(self, transport: Transport, why: str) -> None:
+        """The relay can use a transport (""), or why it can't."""
+        before, self.why[transport] = self.ready(transport), why
+        if self.ready(transport) and not before:
             for host in self.hosts:
+                if transport is Transport.RDMA:
+                    self.links.device_changed(host.address)
                 self.links.wake(host.address)
-        elif before and not self.ready:
-            self.requests.refuse_all(lambda _: True, Reason.NO_RDMA)
+        elif before and not self.ready(transport):
+            self.requests.refuse_all(self._is_hopeless, Reason.NO_RDMA)
+
+    def _is_hopeless(self, request: RemoteRequest) -> bool:
+        """Whether there is no transport for a request."""
+        if request.host is None:
+            return not any(map(self.ready, Transport))
+        return not self.transports(request.host.address)
+
+    def reconsider(self, host: RemoteHost) -> None:
+        """Something has changed for the requests that wait for the `EntryRule`."""
+        for match in self.requests.matches(host):
+            self._begin(match)
 
     def _forget_host(self, host: RemoteHost) -> None:
         """No network is shared with it any more."""
@@ -136,17 +160,27 @@ class Remotes(Generic[SessionsT]):
 
     def why_not(self, network: Network) -> Reason | None:
         """Why no connection of a network can get a path to another host; None: some may."""
-        if not network.rdma:
-            return Reason.RDMA_OFF
+        allowed = set(filter(network.may_use, Transport))
+        if not allowed:
+            return Reason.REMOTE_OFF
         if not network.peers:
             return Reason.REMOTE
-        if not self.ready:
+        usable = set(filter(self.ready, allowed))
+        if not usable:
             return Reason.NO_RDMA
-        hosts = filter(None, map(self.hosts.get, network.peers))
-        hellos = [host.hello for host in hosts if host.hello is not None]
-        if not hellos:
+        hosts = [host for host in map(self.hosts.get, network.peers) if host and host.hello]
+        if not hosts:
             return Reason.NO_SESSION
-        return None if any(hello.rdma for hello in hellos) else Reason.PEER_NO_RDMA
+        shared = any(usable & self.hosts.transports(host) for host in hosts)
+        return None if shared else Reason.PEER_NO_RDMA
+
+    def why_waiting(self, request: PairRequest) -> Reason:
+        """Why a request waits."""
+        return self.requests.why_waiting(request)
+
+    def transport(self, connection: int) -> Transport:
+        """The transport of a connection."""
+        return self.connections.transport(connection)
 
     def pair(self, request: PairRequest, network: Network) -> None:
         """Take a request whose other end is on another host."""
@@ -156,7 +190,8 @@ class Remotes(Generic[SessionsT]):
         """Leader: begin a connection."""
         if match is None:
             return
-        reason = self.connections.begin(match, Event(On.LEAD))
+        transport = self.links.link(match.host.address).transport
+        reason = self.connections.begin(match, Event(On.LEAD, transport))
         if reason is not None:
             self.sessions.send(match.host.address, peer_wire.Decline(match.offer, reason))
             self.requests.refuse(match.request, reason)
@@ -177,7 +212,7 @@ class Remotes(Generic[SessionsT]):
 
     def leave(self, connection: int) -> None:
         """Bring a connection back to TCP."""
-        self.connections.step_number(connection, Event(On.LEAVE_PATH, reason=Reason.RDMA_OFF))
+        self.connections.step_number(connection, Event(On.LEAVE_PATH, reason=Reason.REMOTE_OFF))
 
     def bell_made(self, arena: int, index: int, descriptor: int) -> None:
         """Give the relay a bell of a process."""
@@ -217,7 +252,8 @@ class Remotes(Generic[SessionsT]):
 
     def relay_died(self) -> None:
         """What the relay had not delivered is lost."""
-        self.device("the relay ended; it is started again")
+        for transport in Transport:
+            self.use(transport, "the relay ended; it is started again")
         self._lent.clear()
         self.connections.relay_died()
         for arena in self._pairing.arenas.values():
@@ -236,10 +272,12 @@ class Remotes(Generic[SessionsT]):
         host = self.hosts.get(peer)
         return host is not None and host.hello is not None
 
-    def may_link(self, peer: IPAddress) -> bool:
-        """Whether both hosts have a device, and there is a session."""
+    def transports(self, peer: IPAddress) -> Set[Transport]:
+        """The transports that both hosts have; none without a session."""
         host = self.hosts.get(peer)
-        return self.ready and host is not None and host.hello is not None and host.hello.rdma
+        if host is None or host.hello is None:
+            return frozenset()
+        return frozenset(filter(self.ready, self.hosts.transports(host)))
 
     def leads(self, peer: IPAddress) -> bool:
         """Whether this host makes the link."""
@@ -251,12 +289,24 @@ class Remotes(Generic[SessionsT]):
         host = self.hosts.get(peer)
         return host is not None and self.connections.are_on_link(host)
 
-    def link_up(self, peer: IPAddress) -> None:
-        """Connections can be paired."""
+    def is_empty(self, peer: IPAddress) -> bool:
+        """Whether nothing is left of any connection on the link."""
         host = self.hosts.get(peer)
-        if host is not None:
-            for match in self.requests.matches(host):
-                self._begin(match)
+        return host is None or not self.connections.of(host)
+
+    def link_up(self, peer: IPAddress) -> None:
+        """Connections can be paired, if their network may use the link's transport."""
+        host = self.hosts.get(peer)
+        if host is None:
+            return
+        transport = self.links.link(peer).transport
+        self.requests.refuse_all(
+            lambda request: (
+                request.host is host and not self.hosts.may_use(request.network, transport)
+            ),
+            Reason.REMOTE_OFF,
+        )
+        self.reconsider(host)
 
     def link_failed(self, peer: IPAddress) -> None:
         """Connections can't be paired for now."""
@@ -272,7 +322,7 @@ class Remotes(Generic[SessionsT]):
     def link_leaves(self, peer: IPAddress) -> None:
         """Bring all connections back to TCP."""
         self.connections.step_all(
-            self.hosts.get(peer), Event(On.LEAVE_PATH, reason=Reason.RDMA_OFF)
+            self.hosts.get(peer), Event(On.LEAVE_PATH, reason=Reason.REMOTE_OFF)
         )
 
     # --- sessions (`SessionUser`)
@@ -316,7 +366,7 @@ class Remotes(Generic[SessionsT]):
             return
         match message:
             case peer_wire.Offer():
-                reason = None if self.ready else Reason.PEER_NO_RDMA
+                reason = None if self.transports(peer) else Reason.PEER_NO_RDMA
                 self._begin(self.requests.take_offer(host, message, reason))
             case peer_wire.Withdraw():
                 self.requests.withdrawn(host, message.offer)
@@ -356,8 +406,13 @@ class Remotes(Generic[SessionsT]):
 
     def _greeted(self, host: RemoteHost, hello: peer_wire.PeerHello) -> None:
         """Something about the peer has changed."""
+        if host.hello is None or (hello.rdma, hello.data_path) != (
+            host.hello.rdma,
+            host.hello.data_path,
+        ):
+            self.links.device_changed(host.address)
         host.hello = hello
-        if not hello.rdma:
+        if not self.transports(host.address):
             self._refuse_all(host, Reason.PEER_NO_RDMA)
         self.links.wake(host.address)
         self._hello_changed()

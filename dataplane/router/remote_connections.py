@@ -36,6 +36,7 @@ from dataplane.router.remote_events import (
     Phase,
     Refuse,
     Tell,
+    Transport,
 )
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost
 from dataplane.router.remote_requests import Match, RemoteRequests, reason_of
@@ -71,7 +72,9 @@ class RemoteConnection:
 
     @property
     def bytes(self) -> int:
-        """The memory that is registered for it."""
+        """The memory that is registered for it with the RDMA device."""
+        if self.state.transport is not Transport.RDMA:
+            return 0
         return layout.SIDES * self.arena.ring + _PER_SLOT
 
 
@@ -142,7 +145,7 @@ class RemoteConnections:
         self._connections: dict[int, RemoteConnection] = {}
         self._of: defaultdict[IPAddress, _OfHost] = defaultdict(_OfHost)
         self._numbers = itertools.count(1)
-        self.counts = ConnectionCounts()
+        self.counts = {transport: ConnectionCounts() for transport in Transport}
         self.registered = 0
         """Bytes of all connections' rings, which are registered with the device."""
         self._actions: dict[Do, Callable[[RemoteConnection], None]] = {
@@ -172,6 +175,11 @@ class RemoteConnections:
         """The connections with a host."""
         return list(self._of[host.address].connections.values())
 
+    def transport(self, number: int) -> Transport:
+        """The transport of the connection of a number."""
+        connection = self._connections.get(number)
+        return Transport.RDMA if connection is None else connection.state.transport
+
     def are_on_link(self, host: RemoteHost) -> bool:
         """Whether a connection with a host is not about to be dropped."""
         return any(one.state.phase is not Phase.DROPPING for one in self.of(host))
@@ -183,10 +191,13 @@ class RemoteConnections:
         host, request, offer = match
         assert host.hello is not None
         settings = self._pairing.knowledge.settings
-        ring = min(host.hello.ring, settings.remote_ring)
+        if event.transport is Transport.RDMA:
+            ring = min(host.hello.ring, settings.remote_ring)
+            cost = layout.SIDES * ring + _PER_SLOT
+        else:
+            ring, cost = min(host.hello.relay_ring, settings.relay_ring), 0
         if ring < layout.REMOTE_RING_LEAST or ring & (ring - 1):
             return Reason.PEER_NO_RDMA
-        cost = layout.SIDES * ring + _PER_SLOT
         of_host = self._of[host.address]
         if (
             len(of_host.connections) >= CONNECTIONS
@@ -204,7 +215,10 @@ class RemoteConnections:
         end = arena.slots[slot].ends[0]
         assert end is not None
         leads = event.on is On.LEAD
-        connection = RemoteConnection(number, host, leads, offer, request.local, end, arena, slot)
+        state = EndState(transport=event.transport)
+        connection = RemoteConnection(
+            number, host, leads, offer, request.local, end, arena, slot, state
+        )
         request.connection = number
         self._connections[number] = of_host.connections[number] = connection
         if leads:
@@ -326,7 +340,7 @@ class RemoteConnections:
 
     def _grant(self, connection: RemoteConnection) -> None:
         self._requests.grant(connection.request)
-        self.counts.granted += 1
+        self.counts[connection.state.transport].granted += 1
         self._pairing.grant(connection.request, connection.arena, connection.slot)
 
     def _free_side(self, connection: RemoteConnection) -> None:
@@ -346,11 +360,11 @@ class RemoteConnections:
         elif told.declined is not None:
             self._send(connection, peer_wire.Decline(connection.offer, told.declined))
 
-    def _count_left(self, _: RemoteConnection) -> None:
-        self.counts.left += 1
+    def _count_left(self, connection: RemoteConnection) -> None:
+        self.counts[connection.state.transport].left += 1
 
     def _count_broken(self, connection: RemoteConnection) -> None:
-        self.counts.broken += not connection.state.closed
+        self.counts[connection.state.transport].broken += not connection.state.closed
         if connection.leads:
             broken = self._of[connection.host.address].broken
             broken[connection.offer] = None
@@ -431,7 +445,12 @@ class RemoteConnections:
         if request is not None and not request.connection:
             reason = Reason.NO_LINK
             if self._links.is_up(host.address):
-                event = Event(On.FOLLOW, peer_number=message.connection, place=message.place)
+                event = Event(
+                    On.FOLLOW,
+                    self._links.link(host.address).transport,
+                    peer_number=message.connection,
+                    place=message.place,
+                )
                 reason = self.begin(Match(host, request, message.offer), event)
         if reason is not None:
             self._sessions.send(host.address, peer_wire.PeerDrop(message.connection, reason))

@@ -17,6 +17,8 @@ class Transport(Enum):
     """What carries the bytes between the two relays."""
 
     RDMA = "rdma"
+    RELAY = "relay"
+    """TCP connections between the relays."""
 
 
 class Phase(Enum):

@@ -17,6 +17,7 @@ from dataplane.router.knowledge import Knowledge, Network
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.loop import Timer
 from dataplane.router.peer_wire import Message, Owns, PeerHello, ip_of
+from dataplane.router.remote_events import Transport
 
 log = structlog.get_logger()
 
@@ -89,13 +90,36 @@ class RemoteHosts:
 
     # --- networks and addresses
 
-    def sharing(self) -> frozenset[IPAddress]:
-        """The hosts that share a network whose connections may use RDMA."""
+    def sharing(self, *transports: Transport) -> frozenset[IPAddress]:
+        """The hosts that share a network whose connections may use one of these transports."""
         return frozenset(
             peer
             for network in self._knowledge().networks.values()
-            if network.accelerated and network.rdma
+            if any(map(network.may_use, transports))
             for peer in network.peers
+        )
+
+    def may_use(self, network: str, transport: Transport) -> bool:
+        """Whether connections of a network may use a transport."""
+        known = self._knowledge().networks.get(network)
+        return known is not None and known.may_use(transport)
+
+    def transports(self, host: RemoteHost) -> frozenset[Transport]:
+        """The transports that a host has, for connections of a network that it shares."""
+        hello = host.hello
+        offered = {
+            Transport.RDMA: hello is not None and hello.rdma,
+            Transport.RELAY: hello is not None and hello.relay,
+        }
+        shared = [
+            network
+            for network in self._knowledge().networks.values()
+            if host.address in network.peers
+        ]
+        return frozenset(
+            transport
+            for transport in Transport
+            if offered[transport] and any(network.may_use(transport) for network in shared)
         )
 
     def owner(self, network: str, ip: IPAddress) -> RemoteHost | None:
@@ -111,8 +135,7 @@ class RemoteHosts:
     def _shares(self, network: Network | None, host: RemoteHost) -> bool:
         return (
             network is not None
-            and network.accelerated
-            and network.rdma
+            and any(map(network.may_use, Transport))
             and host.address in network.peers
         )
 

@@ -11,6 +11,7 @@ from dataplane.router.arenas import Arena
 from dataplane.router.knowledge import Network
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.reasons import Reason
+from dataplane.router.remote_events import Transport
 
 RELAY: Final = 0
 """The relay, in place of a container's namespace: no namespace has this inode."""
@@ -21,6 +22,12 @@ class RemotePairing(Protocol):
 
     def why_not(self, network: Network) -> Reason | None:
         """Why no connection of a network can get a path to another host; None: some may."""
+
+    def why_waiting(self, request: PairRequest) -> Reason:
+        """Why a request for a connection to another host waits."""
+
+    def transport(self, connection: int) -> Transport:
+        """The transport of a connection."""
 
     def pair(self, request: PairRequest, network: Network) -> None:
         """Take a request whose other end is on another host.
@@ -57,6 +64,12 @@ class NoRemotePairing:
 
     def why_not(self, network: Network) -> Reason | None:
         return Reason.REMOTE
+
+    def why_waiting(self, request: PairRequest) -> Reason:
+        return Reason.REMOTE
+
+    def transport(self, connection: int) -> Transport:
+        return Transport.RDMA
 
     def pair(self, request: PairRequest, network: Network) -> None:
         pass

@@ -5,7 +5,8 @@ matches them with its own: they belong together if their addresses are each othe
 returned to the caller, which begins a connection (`remote_connections.py`).
 
 A request waits for `OWNER_PATIENCE` until a host claims its peer's address, and for the peer's
-request as long as the session lasts.
+request as long as the session lasts. Where the link is TCP between the relays, it also waits until
+the leader's `EntryRule` admits it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from dataplane.errors import WrongMessage
 from dataplane.router import peer_wire
@@ -25,6 +26,7 @@ from dataplane.router.loop import Loop, Timer
 from dataplane.router.pair_requests import Key, PairRequest
 from dataplane.router.pairing import Pairing
 from dataplane.router.reasons import Reason
+from dataplane.router.remote_events import Transport
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost, RemoteHosts
 from dataplane.router.seams import SocketTable
 
@@ -61,6 +63,35 @@ class RemoteRequest:
     def key(self) -> Key:
         """Network and addresses, this host's first."""
         return self.network, self.local.message.local, self.server
+
+
+class EntryRule(Protocol):
+    """Which connections may enter the relays' TCP connections. The leader's decides."""
+
+    def may_enter(self, request: RemoteRequest) -> bool:
+        """Whether a connection may enter now. If not, its request waits: see
+        `Remotes.reconsider`.
+        """
+
+    def why_waiting(self, request: RemoteRequest) -> Reason:
+        """Why it may not."""
+
+
+class Closed:
+    """No connection enters: an `EntryRule`."""
+
+    def may_enter(self, request: RemoteRequest) -> bool:
+        return False
+
+    def why_waiting(self, request: RemoteRequest) -> Reason:
+        return Reason.FEW
+
+
+class Open(Closed):
+    """Each connection enters: an `EntryRule` for tests."""
+
+    def may_enter(self, request: RemoteRequest) -> bool:
+        return True
 
 
 class Match(NamedTuple):
@@ -103,6 +134,7 @@ class RemoteRequests:
         hosts: RemoteHosts,
         links: Links,
         sockets: SocketTable,
+        rule: EntryRule,
     ) -> None:
         self._pairing = pairing
         self._loop = loop
@@ -110,6 +142,7 @@ class RemoteRequests:
         self._hosts = hosts
         self._links = links
         self._sockets = sockets
+        self._rule = rule
         self.refused: Counter[int] = Counter()
         """Requests that were refused since the start, by reason."""
         self._requests: dict[PairRequest, RemoteRequest] = {}
@@ -158,8 +191,11 @@ class RemoteRequests:
         assert host.hello is not None
         self._unowned.pop(request.local, None)
         self._stop_timer(request)
-        if not host.hello.rdma:
+        transport = self._links.transport(host.address)
+        if transport is None:
             self.refuse(request, Reason.PEER_NO_RDMA)
+        elif not self._hosts.may_use(request.network, transport):
+            self.refuse(request, Reason.REMOTE_OFF)
         elif self._links.has_failed(host.address):
             self.refuse(request, Reason.NO_LINK)
         else:
@@ -308,8 +344,26 @@ class RemoteRequests:
             return None
         if not self._links.is_up(host.address):
             return None
+        transport = self._links.link(host.address).transport
+        if not self._hosts.may_use(network, transport):
+            return None
+        if transport is Transport.RELAY and not self._rule.may_enter(request):
+            return None
         of_host.take(offer)
         return Match(host, request, offer)
+
+    def why_waiting(self, local: PairRequest) -> Reason:
+        """Why a request waits."""
+        request = self._requests.get(local)
+        if request is None or request.host is None or request.connection:
+            return Reason.PEER_SHORT
+        address = request.host.address
+        leads = self._hosts.leads(request.host)
+        if self._links.transport(address) is not Transport.RELAY or (
+            leads and request.key not in self._of[address].offers
+        ):
+            return Reason.PEER_SHORT
+        return self._rule.why_waiting(request)
 
     def matches(self, host: RemoteHost) -> Iterator[Match]:
         """What can be matched by now: a link is up, or the host has claimed addresses."""

@@ -146,12 +146,14 @@ class RouterServer:
 
     def statistics(self) -> control.Statistics:
         """The router's counters."""
+        rdma, relay = self.interhost.facts()
         return listing.statistics(
             self.pairing,
             uptime=self._clock() - self._started,
             wrong_messages=self._clients.wrong_messages,
             dropped=self._clients.dropped,
-            rdma=self.interhost.facts(),
+            rdma=rdma,
+            relay=relay,
         )
 
 

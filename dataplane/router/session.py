@@ -6,9 +6,10 @@
 The peer's certificate is checked before any of its messages is read. Until its first message has
 come, a connection has a deadline, and what it may cost is bounded: OpenSSL's own buffers and one
 frame. A handshake costs milliseconds, so an incoming one begins only when a complete ClientHello is
-there and the owner allows it. A session has a share of the loop's time: a peer that needs more is
-read more slowly, and TCP makes it wait. Every error ends the connection with a reason. The owner is
-told from the loop, never from inside a call.
+there and the owner allows it. An incoming connection that begins with the preamble of a link
+(`link_preamble.py`) never becomes a session. A session has a share of the loop's time: a peer that
+needs more is read more slowly, and TCP makes it wait. Every error ends the connection with a
+reason. The owner is told from the loop, never from inside a call.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from typing import Final, NamedTuple, Protocol
 import structlog
 
 from dataplane.errors import NoIdentity, WrongMessage
+from dataplane.router import link_preamble
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.limits import Share
+from dataplane.router.link_preamble import Preamble
 from dataplane.router.loop import Loop, Timer
 from dataplane.router.node_identity import Identity
 from dataplane.router.peer_wire import Frames, Message, PeerHello, pack
@@ -79,6 +82,9 @@ class SessionOwner(Protocol):
 
     def opened(self, connection: PeerConnection) -> bool:
         """An incoming connection has sent a complete ClientHello. May its handshake begin?"""
+
+    def showed_ticket(self, connection: PeerConnection, preamble: Preamble) -> None:
+        """An incoming connection is for a link: take its socket (`hand_over`), or end it."""
 
     def authenticated(self, connection: PeerConnection) -> None:
         """The peer's certificate is that of a node: `connection.node`."""
@@ -196,13 +202,32 @@ class PeerConnection:
 
     @property
     def has_opened(self) -> bool:
-        """Whether the peer has sent a complete ClientHello."""
+        """Whether the peer has sent a complete ClientHello. The preamble of a link never counts."""
         return self._opening is None
 
     @property
     def is_resting(self) -> bool:
         """Whether the peer is not read, since it has used up its share of this router's time."""
         return self._resting is not None
+
+    def local_address(self) -> str:
+        """This host's address of the connection.
+
+        Raises:
+            OSError: it is not connected.
+        """
+        if self._socket is None:
+            raise OSError(errno.ENOTCONN, "not connected")
+        return str(self._socket.getsockname()[0])
+
+    def hand_over(self) -> socket.socket:
+        """End it without closing its socket, which is the caller's. Only for `showed_ticket`."""
+        taken = self._socket
+        assert taken is not None
+        self._loop.forget(taken.fileno())
+        self._socket = None
+        self.end("link", "it is a link's")
+        return taken
 
     def came_up(self, instance: str) -> None:
         """The owner has made it the session with its peer."""
@@ -307,6 +332,11 @@ class PeerConnection:
         self.silent = 0
         if self._opening is not None:
             self._opening += data
+            if link_preamble.begins(self._opening):
+                preamble = link_preamble.parse(self._opening)
+                if preamble is not None:
+                    self._owner.showed_ticket(self, preamble)
+                return
             if not has_client_hello(self._opening) or not self._owner.opened(self):
                 return
             data, self._opening = bytes(self._opening), None

@@ -21,6 +21,7 @@ import structlog
 from dataplane.errors import WrongMessage
 from dataplane.router.identities import Identities
 from dataplane.router.library_wire import IPAddress
+from dataplane.router.link_preamble import Preamble
 from dataplane.router.loop import Loop, Timer
 from dataplane.router.node_identity import Identity
 from dataplane.router.peer_wire import PEER_VERSION, Message, PeerHello, PeerPing, PeerPong, ip_of
@@ -56,13 +57,20 @@ class SessionUser(Protocol):
         """The session is gone: once for each `up`. What was sent last may not have arrived."""
 
     def message(self, peer: IPAddress, message: Message) -> None:
-        """A message has come; a Hello if `data_path`, `rdma` or `ring` has changed.
+        """A message has come; a Hello if a field of it has changed.
 
         WrongMessage ends the session.
         """
 
     def eased(self, peer: IPAddress) -> None:
         """The session was congested and is no longer."""
+
+
+TakeSocket = Callable[[PeerConnection, Preamble], None]
+
+
+def _refuse(connection: PeerConnection, _: Preamble) -> None:
+    connection.end("ticket", "there are no links")
 
 
 class SessionCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +123,8 @@ class Sessions:
         self._user = user
         self._wall = wall
         self._jitter = jitter
+        self.take_socket: TakeSocket = _refuse
+        """Takes incoming connections that begin with the preamble of a link, or ends them."""
         self._said = PeerHello(instance=instance, node="0", data_path="", rdma=False, build=build)
         self._identity: Identity | None = None
         self._source: IPAddress | None = None
@@ -137,9 +147,9 @@ class Sessions:
         """Read the identity, and begin to tick."""
         self._tick()
 
-    def introduce(self, *, data_path: str, rdma: bool, ring: int = 0) -> None:
-        """Set what peers are told of this host; those with sessions are told at once."""
-        said = msgspec.structs.replace(self._said, data_path=data_path, rdma=rdma, ring=ring)
+    def introduce(self, **fields: object) -> None:
+        """Set fields of the Hello that peers are told; those with sessions are told at once."""
+        said = msgspec.structs.replace(self._said, **fields)
         if said == self._said:
             return
         self._said = said
@@ -347,6 +357,9 @@ class Sessions:
 
     def opened(self, connection: PeerConnection) -> bool:
         return self.listener.may_handshake(connection)
+
+    def showed_ticket(self, connection: PeerConnection, preamble: Preamble) -> None:
+        self.take_socket(connection, preamble)
 
     def authenticated(self, connection: PeerConnection) -> None:
         if self.node > connection.node:

@@ -154,7 +154,7 @@ def connections(client: Client, as_json: bool) -> None:
     Connections are those of this host's containers, each with the reason for its path. A connection
     between two containers of this host is listed twice, once for each end. shm: the bytes go
     through shared memory instead of the kernel's TCP. rdma: the RDMA device writes them into the
-    other host's memory.
+    other host's memory. relay: the hosts' relays carry them over TCP connections of their own.
     """
     from plugin.cli.show import show_connections
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import msgspec
 from pyroute2 import IPRoute
 
+from dataplane.control import PeerFact
 from driver import names
 from driver.errors import EngineError, FreeFlowError, KernelError
 from driver.kernel import guard_rules, nft
@@ -259,28 +260,36 @@ def check_peers(status: Status, passes: Callable[[str, int], bool] = _passes) ->
             )
 
 
-def rdma_notes(status: Status) -> list[str]:
-    """Which RDMA device is used, or why none is; a host without one has no problem."""
-    from plugin.cli.show import rdma_device
+def remote_notes(status: Status) -> list[str]:
+    """Which RDMA device is used, or why none is, and the link to each host. A host without a device
+    has no problem.
+    """
+    from plugin.cli.show import rdma_device, relay_state
 
-    rdma = status.router.rdma if status.router else None
-    if rdma is None:
+    router = status.router
+    if router is None or router.rdma is None or router.relay is None:
         return []
-    notes = [f"rdma: {rdma_device(rdma)}"]
-    notes += [f"rdma: not {device}" for device in rdma.skipped]
-    if rdma.on:
-        notes += [
-            f"rdma: {host.name or host.address}: "
-            + (
-                f"no session: {host.reason}"
-                if not host.session
-                else "it has no RDMA device"
-                if not host.rdma
-                else f"link {host.link}" + (f": {host.link_reason}" if host.link_reason else "")
-            )
-            for host in rdma.hosts
-        ]
-    return notes
+    notes = [f"rdma: {rdma_device(router.rdma)}"]
+    notes += [f"rdma: not {device}" for device in router.rdma.skipped]
+    notes.append(f"relay: {relay_state(router.relay)}")
+    return notes + [
+        f"host {host.name or host.address}: {_link(host)}" for host in router.rdma.hosts
+    ]
+
+
+def _link(host: PeerFact) -> str:
+    from plugin.cli.show import transport
+
+    if not host.session:
+        return f"no session: {host.reason}"
+    if not host.rdma and not host.relay:
+        return "it has no RDMA device, and its relay no TCP"
+    text = f"link {host.link}"
+    if host.transport:
+        text += f" over {transport(host)}"
+    if host.link_reason:
+        text += f": {host.link_reason}"
+    return text + (f"; no RDMA: {host.why_not_rdma}" if host.why_not_rdma else "")
 
 
 def offload_notes(status: Status) -> list[str]:
@@ -314,8 +323,12 @@ def check_session_port(status: Status, connects: Callable[[str, int], bool]) -> 
 
     `connects(address, port)`: whether a TCP connection can be made.
     """
-    rdma = status.router.rdma if status.router else None
-    if rdma is None or not rdma.on or not rdma.device or rdma.no_sessions:
+    router = status.router
+    if router is None or router.rdma is None or router.relay is None:
+        return []
+    rdma = router.rdma
+    needed = (rdma.on and rdma.device) or router.relay.on
+    if not needed or rdma.no_sessions:
         return []
     port = int(status.settings.get("SESSION_PORT") or status.settings.get("VXLAN_PORT") or 0)
     return [
@@ -323,7 +336,7 @@ def check_session_port(status: Status, connects: Callable[[str, int], bool]) -> 
             "warning",
             f"the router of {host.name or host.address} can't be reached on TCP port {port}",
             host.reason or "no connection",
-            f"open TCP port {port} between the hosts (docs/rdma.md), or set RDMA=off on both",
+            f"open TCP port {port} between the hosts (docs/relay.md), or set RDMA=off and RELAY=off on both",
         )
         for host in rdma.hosts
         if not host.session and not connects(host.address, port)
@@ -400,12 +413,12 @@ def examine(client: Client) -> Report:
     check("only peers send to the overlay's port", lambda: check_guard(status))
     check("peers answer packets of full size", lambda: check_peers(status))
     check(
-        "routers of other hosts can be reached, where there is RDMA",
+        "routers of other hosts can be reached, where connections can move",
         lambda: check_session_port(status, _connects),
     )
     check("no links are left over", lambda: check_leftovers(run, status))
     if status.fastpath is not None:
         # Shown though it is no problem if the fast path is off or does less.
         passed.append(_fastpath(status.fastpath))
-    notes = offload_notes(status) + rdma_notes(status) + service_notes(status)
+    notes = offload_notes(status) + remote_notes(status) + service_notes(status)
     return Report(passed, findings, notes)

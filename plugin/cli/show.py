@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from dataplane.control import Connections, RdmaFacts
+from dataplane.control import Connections, PeerFact, RdmaFacts, RelayFacts
 from plugin.cli.table import amount, table
 from plugin.cli.terminal import shown_all
 from plugin.status import Finding, NetworkStatus, Status
@@ -73,7 +73,8 @@ def _router(status: Status) -> str:
     return (
         f"router {_count(router.processes, 'program')} with the library, "
         f"{_count(router.connections, 'connection')} in {amount(router.memory)} of shared memory, "
-        f"{router.waiting} waiting for the other end\n{_rdma(router.rdma)}"
+        f"{router.waiting} waiting for the other end\n"
+        f"{_rdma(router.rdma)}{_relay(router.relay)}{_hosts(router.rdma)}"
     )
 
 
@@ -92,11 +93,34 @@ def _rdma(rdma: RdmaFacts | None) -> str:
     text = f"rdma {rdma_device(rdma)}"
     if rdma.connections or rdma.memory:
         text += f", {_count(rdma.connections, 'connection')} in {amount(rdma.memory)} of its memory"
-    text += "\n"
-    if rdma.no_sessions and rdma.on and rdma.hosts:
-        text += f"no sessions with other hosts: {rdma.no_sessions}\n"
+    return text + "\n"
+
+
+def relay_state(relay: RelayFacts) -> str:
+    """Whether there is TCP between relays, or why not."""
+    if not relay.on:
+        return "off (RELAY=off)"
+    if relay.why:
+        return f"not used: {relay.why}"
+    return f"on, encrypts {'nothing' if relay.encryption == 'off' else relay.encryption}"
+
+
+def _relay(relay: RelayFacts | None) -> str:
+    if relay is None:
+        return ""
+    counted = f", {_count(relay.connections, 'connection')}" if relay.connections else ""
+    return f"relay {relay_state(relay)}{counted}\n"
+
+
+def _hosts(rdma: RdmaFacts | None) -> str:
+    """The other hosts, with the transport of each link."""
+    if rdma is None:
+        return ""
+    text = ""
+    if rdma.no_sessions and rdma.hosts:
+        text = f"no sessions with other hosts: {rdma.no_sessions}\n"
     return text + table(
-        ("HOST", "ADDRESS", "SESSION", "RDMA", "LINK", "CONNECTIONS"),
+        ("HOST", "ADDRESS", "SESSION", "RDMA", "LINK", "OVER", "CONNECTIONS", "WHY NOT RDMA"),
         [
             (
                 host.name or "-",
@@ -104,11 +128,21 @@ def _rdma(rdma: RdmaFacts | None) -> str:
                 "up" if host.session else host.reason or "-",
                 ("yes" if host.rdma else "no") if host.session else "?",
                 f"{host.link} ({host.link_reason})" if host.link_reason else host.link,
+                transport(host),
                 host.connections,
+                host.why_not_rdma or "-",
             )
             for host in rdma.hosts
         ],
     )
+
+
+def transport(host: PeerFact) -> str:
+    """The transport of the link to a host, and what is encrypted there."""
+    if host.transport != "relay":
+        return host.transport or "-"
+    words = {"messages": "encrypted but for bulk", "all": "encrypted", "off": "not encrypted"}
+    return f"relay, {words.get(host.encryption, 'encryption not known')}"
 
 
 def _fastpath(status: Status) -> str:
@@ -198,13 +232,13 @@ def _paths(status: Status, network: NetworkStatus) -> str:
         return ""
     fast = {
         path: sum(entry.count for entry in counts if entry.path == path)
-        for path in ("shm", "rdma", "overlay+ebpf")
+        for path in ("shm", "rdma", "relay", "overlay+ebpf")
     }
     slower = [entry for entry in counts if entry.path not in fast]
-    others = [entry for entry in counts if entry.path not in ("shm", "rdma")]
-    rdma = f"{fast['rdma']} on rdma, " if fast["rdma"] else ""
-    short = f"{fast['overlay+ebpf']} on overlay+ebpf, " if fast["overlay+ebpf"] else ""
-    text = f"  connections: {fast['shm']} on shm, {rdma}{short}{sum(entry.count for entry in slower)} on overlay"
+    others = [entry for entry in counts if entry.path not in ("shm", "rdma", "relay")]
+    parts = [f"{count} on {path}" for path, count in fast.items() if count or path == "shm"]
+    parts.append(f"{sum(entry.count for entry in slower)} on overlay")
+    text = f"  connections: {', '.join(parts)}"
     if others:
         text += f" ({', '.join(f'{entry.reason} {entry.count}' for entry in others)})"
     return text + "\n"

@@ -1,6 +1,7 @@
 """Connections between containers of two hosts, with the real library, routers and relays.
 
-Shared memory replaces the RDMA device. Tests with a device are in `tests/vm/test_rdma_hosts.py`.
+Over the path `rdma`, where shared memory replaces the device, and over `relay`, TCP between the
+relays. Tests with a device are in `tests/vm/test_rdma_hosts.py`.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def hosts() -> Iterator[Hosts]:
-    with two_hosts(library=LIBRARY, relay=RELAY, vips={VIP: ("b",)}) as made:
+@pytest.fixture(params=["rdma", "relay"])
+def hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    with two_hosts(library=LIBRARY, relay=RELAY, vips={VIP: ("b",)}, path=request.param) as made:
         yield made
 
 
@@ -55,8 +56,8 @@ def listed(host: HostBed) -> list[ConnectionFact]:
     return list(host.router.connections().connections)
 
 
-def is_on_rdma(host: HostBed, count: int) -> bool:
-    return on_rdma(host) == count
+def is_on_path(host: HostBed, count: int) -> bool:
+    return on_path(host) == count
 
 
 def has_session(host: HostBed, wanted: bool) -> bool:
@@ -67,8 +68,8 @@ def has_sent(host: HostBed, least: int) -> bool:
     return host.router.statistics().rdma.relay.get("bytes_out", 0) > least
 
 
-def on_rdma(host: HostBed) -> int:
-    return sum(connection.path == "rdma" for connection in listed(host))
+def on_path(host: HostBed) -> int:
+    return sum(connection.path == host.path for connection in listed(host))
 
 
 def went_back(host: HostBed) -> bool:
@@ -118,14 +119,14 @@ class Streams:
 def streams(
     hosts: Hosts, seconds: float = 2, count: int = 4, address: str = ""
 ) -> Iterator[Streams]:
-    """Streams that are all on RDMA and have bytes in their rings, so that no end returns to TCP
+    """Streams that are all on the path and have bytes in their rings, so that no end returns to TCP
     alone.
     """
     before = [host.router.statistics().rdma.relay.get("bytes_out", 0) for host in hosts]
     made = Streams(hosts, seconds, count, address)
     for host, sent in zip(hosts, before, strict=True):
         try:
-            until(partial(is_on_rdma, host, count))
+            until(partial(is_on_path, host, count))
             until(partial(has_sent, host, sent + count * (2 << 20)))
         except AssertionError as error:
             raise AssertionError((listed(host), host.log())) from error
@@ -137,14 +138,14 @@ def nothing_left(hosts: Hosts) -> None:
     for host in hosts:
 
         def clean(host: HostBed = host) -> bool:
-            rdma = host.router.statistics().rdma
-            return not rdma.memory and not rdma.connections
+            said = host.router.statistics()
+            return not (said.rdma.memory or said.rdma.connections or said.relay.connections)
 
         until(clean)
 
 
 def moves_again(hosts: Hosts) -> None:
-    """A new connection moves to RDMA, and afterwards nothing is left of any connection."""
+    """A new connection moves, and afterwards nothing is left of any connection."""
     for host in hosts:
         host.wait_linked()
     with streams(hosts, 1, 1) as made:
@@ -153,18 +154,21 @@ def moves_again(hosts: Hosts) -> None:
 
 
 def test_bytes(hosts: Hosts) -> None:
-    """Connections between hosts move to RDMA without loss, and nothing is left of them."""
+    """Connections between hosts move without loss, and nothing is left of them."""
     with streams(hosts) as made:
-        one, other = (host.router.statistics().rdma for host in hosts)
-        assert (one.connections, other.connections) == (4, 4)
-        assert one.memory == 4 * (2 * RouterSettings().remote_ring + 2 * 4096)
-        (peer,) = one.hosts
-        assert (peer.session, peer.rdma, peer.link, peer.connections) == (True, True, "up", 4)
+        assert [host.counts().connections for host in hosts] == [4, 4]
+        registered = 4 * (2 * RouterSettings().remote_ring + 2 * 4096)
+        path = hosts[0].path
+        rdma = hosts[0].router.statistics().rdma
+        assert rdma.memory == (registered if path == "rdma" else 0)
+        (peer,) = rdma.hosts
+        assert (peer.session, peer.link, peer.transport, peer.connections) == (True, "up", path, 4)
+        assert peer.encryption == ("" if path == "rdma" else "messages")
         assert made.ends() == ["whole"] * 8
     nothing_left(hosts)
     for host in hosts:
         until(partial(has_sent, host, 1_000_000))
-        assert host.router.statistics().rdma.broken == 0
+        assert host.counts().broken == 0
 
 
 def test_torture(hosts: Hosts, tmp_path: Path) -> None:
@@ -180,8 +184,8 @@ def test_torture(hosts: Hosts, tmp_path: Path) -> None:
     said = [program.communicate(timeout=seconds + patience(60))[0] for program in (client, server)]
     assert (client.returncode, server.returncode) == (0, 0), "\n".join(said)
     for host in hosts:
-        assert host.router.statistics().rdma.granted > 20
-        assert host.router.statistics().rdma.broken == 0
+        assert host.counts().granted > 20
+        assert host.counts().broken == 0
     nothing_left(hosts)
 
 
@@ -194,19 +198,21 @@ def test_a_service(hosts: Hosts) -> None:
 
 
 def test_without_a_session(hosts: Hosts) -> None:
-    """Without a session connections go on, and new ones stay on TCP until there is one again."""
+    """Without a session connections go on, and new ones stay on TCP until there is one again. The
+    same cut ends a link over TCP: its connections go on afterwards.
+    """
     with streams(hosts, 2, 2) as made:
         cut(hosts[0])
         for host in hosts:
             until(partial(has_session, host, False))
-            assert host.peer().link == "up"
+            assert host.path == "relay" or host.peer().link == "up"
         a, b = hosts[0].containers["a"], hosts[1].containers["b"]
         server = b.popen(["iperf3", "-s", "-1", "-p", "7300"])
         time.sleep(0.5)
         client = a.popen(["iperf3", "-c", str(b.ipv4), "-p", "7300", "-t", f"{within(2):.0f}"])
         until(lambda: any(connection.reason == "no-session" for connection in listed(hosts[0])))
         assert (client.wait(patience(20)), server.wait(patience(20))) == (0, 0)
-        assert on_rdma(hosts[0]) == 2
+        assert on_path(hosts[0]) == 2
         cut(hosts[0], up=True)
         assert made.ends() == ["whole"] * 4
     for host in hosts:
@@ -243,7 +249,7 @@ def test_router_killed_under_a_full_ring(hosts: Hosts) -> None:
     assert server.stdout.readline() == "listening\n"
     client = a.popen([*command, "client", *where], **options)
     for host in hosts:
-        until(partial(is_on_rdma, host, 1))
+        until(partial(is_on_path, host, 1))
     tell(server)
     # Until the ring is full and the sender sleeps.
     time.sleep(2)
@@ -276,10 +282,11 @@ def test_relay_stopped(hosts: Hosts) -> None:
     moves_again(hosts)
 
 
-def test_a_thousand() -> None:
+@pytest.mark.parametrize("path", ["rdma", "relay"])
+def test_a_thousand(path: str) -> None:
     """A thousand connections share one link, and every answer is right."""
     with two_hosts(
-        library=LIBRARY, relay=RELAY, settings=RouterSettings(remote_ring=65536)
+        library=LIBRARY, relay=RELAY, settings=RouterSettings(remote_ring=65536), path=path
     ) as made:
         a, b = made[0].containers["a"], made[1].containers["b"]
         options: dict[str, Any] = {
@@ -292,7 +299,7 @@ def test_a_thousand() -> None:
         assert server.stdout.readline() == "listening\n"
         asking = [sys.executable, str(MANY), "client", str(b.ipv4), str(PORT), "1000"]
         client = a.popen(asking, **options)
-        until(lambda: on_rdma(made[0]) == on_rdma(made[1]) == 1000, 120)
+        until(lambda: on_path(made[0]) == on_path(made[1]) == 1000, 120)
         said, _ = client.communicate("now\n", timeout=patience(60))
         assert said == "whole 1000\n"
         assert server.wait(patience(30)) == 0
@@ -304,7 +311,7 @@ def test_limit() -> None:
     allowed = RouterSettings(remote_ring=65536, remote_memory=40 * (2 * 65536 + 2 * 4096))
     with two_hosts(library=LIBRARY, relay=RELAY, settings=allowed) as made:
         running = Streams(made, 2, 60)
-        until(lambda: on_rdma(made[0]) == 40)
+        until(lambda: on_path(made[0]) == 40)
         until(lambda: sum(connection.reason == "limit" for connection in listed(made[0])) == 20)
         assert running.ends() == ["whole"] * 120
         nothing_left(made)

@@ -1,7 +1,8 @@
 """Two hosts on one machine, each with a router and a relay, and containers of both on one network.
 
 The routers run in network namespaces of their own, with a veth pair between them for the session.
-The relays use each other's memory instead of an RDMA device (`--memory-relay`).
+The relays use each other's memory instead of an RDMA device (`--memory-relay`), or TCP, which each
+connection may enter (`--open-relay`).
 
     with two_hosts(library=LIBRARY, relay=RELAY) as (one, other):
         a, b = one.containers["a"], other.containers["b"]
@@ -26,7 +27,7 @@ from typing import Any, Final
 from msgspec.structs import replace
 from pyroute2 import IPRoute
 
-from dataplane.control import PeerFact, RouterSettings, RouterSnapshot
+from dataplane.control import PeerFact, RdmaFacts, RelayFacts, RouterSettings, RouterSnapshot
 from driver.kernel.namespace import in_netns
 from testbed.kernel_hosts import new_namespace, write_vips
 from testbed.namespaces import LIBRARY, Bed, Container, connect
@@ -43,6 +44,8 @@ class HostBed(Bed):
     number: int = 1
     namespace: int = field(default_factory=new_namespace)
     relay: Path = Path()
+    path: str = "rdma"
+    """The path of connections with the other host: rdma or relay."""
     everywhere: dict[str, str] = field(default_factory=dict)
     """The containers of both hosts, with their addresses."""
 
@@ -71,8 +74,13 @@ class HostBed(Bed):
             f"--net=/proc/{os.getpid()}/fd/{self.namespace}",
             *super().router_command(),
             f"--relay={self.relay}",
-            "--memory-relay",
+            "--memory-relay" if self.path == "rdma" else "--open-relay",
         ]
+
+    def counts(self) -> RdmaFacts | RelayFacts:
+        """What the router counts about the path."""
+        said = self.router.statistics()
+        return said.rdma if self.path == "rdma" else said.relay
 
     def peer(self) -> PeerFact:
         """What the router reports about the other host."""
@@ -83,10 +91,10 @@ class HostBed(Bed):
         """Wait until connections can move."""
         until = time.monotonic() + patience(_PATIENCE)
         while True:
-            rdma = self.router.statistics().rdma
-            if not rdma.why and any(peer.link == "up" for peer in rdma.hosts):
+            peers = self.router.statistics().rdma.hosts
+            if not self.counts().why and any(peer.link == "up" for peer in peers):
                 return
-            assert time.monotonic() < until, (rdma, self.log())
+            assert time.monotonic() < until, (self.counts(), peers, self.log())
             time.sleep(0.02)
 
     def relay_pid(self) -> int:
@@ -142,6 +150,7 @@ def two_hosts(
     relay: Path,
     vips: Mapping[str, Sequence[str]] | None = None,
     settings: RouterSettings | None = None,
+    path: str = "rdma",
 ) -> Iterator[tuple[HostBed, HostBed]]:
     """Two hosts with containers of these names. The link between the relays is up."""
     folder = Path(tempfile.mkdtemp(prefix="freeflow-hosts-"))
@@ -158,7 +167,8 @@ def two_hosts(
                 shutil.copy(library, place / "shared" / LIBRARY)
             containers = {name: Container(name, next(numbers), place / "shared") for name in names}
             known = {vip: tuple(tasks) for vip, tasks in (vips or {}).items()}
-            made.append(HostBed(place, containers, known, wanted, number=number, relay=relay))
+            host = HostBed(place, containers, known, wanted, number=number, relay=relay, path=path)
+            made.append(host)
         every = {name: box for host in made for name, box in host.containers.items()}
         connect(list(every.values()), bridge)
         _join(*made)

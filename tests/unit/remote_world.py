@@ -1,10 +1,10 @@
-"""Hosts with real registries, and with fake sessions, relays, kernels and time."""
+"""Hosts with real registries, and with fake sessions, relays, sockets, kernels and time."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import IPv4Address, ip_address
@@ -15,19 +15,23 @@ from dataplane.router import layout, peer_wire, relay_wire
 from dataplane.router import library_wire as wire
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.library_wire import Address, IPAddress
+from dataplane.router.links import Links
 from dataplane.router.loop import Timer
 from dataplane.router.pairing import Pairing
 from dataplane.router.relay_wire import RelayKind
 from dataplane.router.remote import Remotes
 from dataplane.router.remote_connections import RemoteConnection
 from dataplane.router.remote_end import Invalid, rule_for
-from dataplane.router.remote_events import LIVE, Action, Do, EndState, Event
+from dataplane.router.remote_events import LIVE, Action, Do, EndState, Event, Transport
+from dataplane.router.remote_requests import EntryRule, Open
 from tests.unit.router_world import FakeKernel, FakeMemory, FakePost, at
 
 NET: Final = "n1"
 CONTAINERS: Final = (1, 2)
 VIP: Final = "10.0.4.200"
 RING: Final = 64 << 10
+RELAY_RING: Final = 128 << 10
+SOCKETS: Final = 4
 
 
 class VirtualLoop:
@@ -95,6 +99,9 @@ class Wire:
     generation: int = 0
     other: tuple[int, int, int] | None = None
     """Host, link and generation."""
+    kind: int = relay_wire.VERBS
+    sockets: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By index: the number of the connection, and which end it is."""
     stream: bool = False
     dead: bool = False
 
@@ -113,10 +120,10 @@ class FakeRelay:
         self.alive = True
         self.generations = itertools.count(1)
 
-    def say(self, message: relay_wire.Message, descriptors: tuple[int, ...] = ()) -> None:
+    def say(self, message: relay_wire.Message, descriptors: tuple[Any, ...] = ()) -> None:
         def hear() -> None:
             if self.alive:
-                self.hear(message)
+                self.hear(message, descriptors)
 
         self.world.in_order((id(self), 0), hear)
 
@@ -127,8 +134,14 @@ class FakeRelay:
 
         self.world.in_order((id(self), 1), tell)
 
-    def hear(self, message: relay_wire.Message) -> None:
+    def hear(self, message: relay_wire.Message, descriptors: tuple[Any, ...]) -> None:
         match message:
+            case relay_wire.Number(kind=RelayKind.SOCKET):
+                mine = self.links.get(message.number)
+                if mine is not None:
+                    assert mine.kind == relay_wire.TCP
+                    assert message.state not in mine.sockets
+                    (mine.sockets[message.state],) = descriptors
             case relay_wire.RelayArena(kind=RelayKind.ARENA):
                 self.arenas.add(message.arena)
             case relay_wire.RelayArena(kind=RelayKind.DISCARD):
@@ -166,7 +179,11 @@ class FakeRelay:
         if mine is None:
             return
         mine.other = (host, link, generation)
-        error = 5 if self.world.cut else 0
+        if mine.kind == relay_wire.TCP:
+            assert sorted(mine.sockets) == list(range(SOCKETS)), "a socket is missing"
+            error = 5 if self.world.cut_tcp else 0
+        else:
+            error = 5 if self.world.cut_rdma else 0
         self.answer(
             relay_wire.RelayOutcome(
                 RelayKind.CONNECTED, message.number, error, "cut" if error else ""
@@ -179,7 +196,9 @@ class FakeRelay:
         match message.kind:
             case RelayKind.LINK:
                 generation = next(self.generations)
-                self.links[number] = Wire(generation)
+                # The frames of a link that is made again find the same peer.
+                before = self.links.get(number, Wire())
+                self.links[number] = Wire(generation, before.other, kind=message.state)
                 words = f"{self.host.number},{number},{generation}".encode()
                 self.answer(relay_wire.Offered(RelayKind.LINKED, number, 0, "", words))
             case RelayKind.UNLINK:
@@ -225,6 +244,13 @@ class FakeRelay:
         if mine.stream and theirs.stream:
             return other
         back = (self.host.number, lent.link, mine.generation)
+        if theirs.generation == generation and theirs.other == back:
+            assert theirs.kind == mine.kind
+            assert all(
+                mine.sockets[index][0] == theirs.sockets[index][0]
+                and mine.sockets[index][1] != theirs.sockets[index][1]
+                for index in mine.sockets
+            ), "crossed sockets"
         return other if theirs.generation == generation and theirs.other == back else None
 
     def turn(self) -> bool:
@@ -296,6 +322,50 @@ class FakeRelay:
             self.report(RelayKind.FINISHED, lent)
 
 
+class FakeSockets:
+    """The `LinkSockets` of one host. A descriptor is the number of a connection and an end."""
+
+    def __init__(self, world: World, host: Host, links: Links) -> None:
+        self.world = world
+        self.host = host
+        self.links = links
+        self.expected: dict[int, bytes] = {}
+        self.dialled: set[int] = set()
+
+    def expect(self, peer: IPAddress, number: int) -> bytes:
+        self.expected[number] = ticket = f"{next(self.world.tickets):032}".encode()
+        return ticket
+
+    def dial(self, peer: IPAddress, number: int, ticket: bytes) -> None:
+        self.dialled.add(number)
+        self.world.loop.after(self.world.delay(), lambda: self.arrive(peer, number, ticket))
+
+    def cancel(self, number: int) -> None:
+        self.expected.pop(number, None)
+        self.dialled.discard(number)
+
+    def arrive(self, peer: IPAddress, number: int, ticket: bytes) -> None:
+        """The peer's router checks the ticket, and acknowledges the sockets."""
+        if number not in self.dialled:
+            return
+        other = self.world.by_address[peer].sockets
+        theirs = next((n for n, known in other.expected.items() if known == ticket), None)
+        if self.world.cut_tcp or theirs is None:
+            self.cancel(number)
+            self.links.sockets_failed(number, "refused")
+            return
+        made = [next(self.world.tickets) for _ in range(SOCKETS)]
+        other.cancel(theirs)
+        other.links.sockets_ready(theirs, [(one, 1) for one in made])  # type: ignore[misc]
+
+        def acknowledged() -> None:
+            if number in self.dialled:
+                self.cancel(number)
+                self.links.sockets_ready(number, [(one, 0) for one in made])  # type: ignore[misc]
+
+        self.world.loop.after(self.world.delay(), acknowledged)
+
+
 class Host:
     """A host with its registry, and with one process in each of two containers."""
 
@@ -332,7 +402,9 @@ class Host:
             self.kernel,
             self.memory,
             lambda: None,
-            partial(self.trace, self.instance),
+            self.make_sockets,
+            self.world.rule,
+            trace=partial(self.trace, self.instance),
         )
         self.pairing.use_remote(self.remotes)
         self.pairing.replace_snapshot(Knowledge(self.facts()))
@@ -343,7 +415,28 @@ class Host:
             process = self.processes[container] = next(numbers)
             assert self.pairing.connected(process, self.namespace(container), 4000 + process)
             self.pairing.hello(process, wire.Hello(wire.PROTOCOL_VERSION, layout.VERSION, "ab"))
-        self.remotes.device("")
+        self.open()
+
+    def make_sockets(self, _: Line, links: Links) -> FakeSockets:
+        self.sockets = FakeSockets(self.world, self, links)
+        return self.sockets
+
+    def open(self) -> None:
+        """The relay opens what the host has."""
+        if self.number in self.world.cards:
+            self.remotes.use(Transport.RDMA, "")
+        if self.number in self.world.tcp:
+            self.remotes.use(Transport.RELAY, "")
+
+    def unplug(self) -> None:
+        """The RDMA device is gone."""
+        self.remotes.use(Transport.RDMA, "unplugged")
+        self.world.hello_again(self)
+
+    def transport(self, other: Host) -> Transport | None:
+        """The transport of the link to another host, if it is up."""
+        links = self.remotes.links
+        return links.link(other.address).transport if links.is_up(other.address) else None
 
     def trace(
         self,
@@ -399,10 +492,14 @@ class Host:
                     peers=tuple(
                         f"192.0.2.{n + 1}" for n in range(self.world.size) if n != self.number
                     ),
+                    **self.world.options,
                 ),
             ),
             settings=RouterSettings(
-                remote_ring=RING, limits=Limits(connections=1000), **self.world.settings
+                remote_ring=RING,
+                relay_ring=RELAY_RING,
+                limits=Limits(connections=1000),
+                **self.world.settings,
             ),
             underlay=str(self.address),
         )
@@ -412,8 +509,10 @@ class Host:
             instance=self.instance,
             node=self.node,
             data_path=str(self.address),
-            rdma=self.remotes.ready,
+            rdma=self.remotes.ready(Transport.RDMA),
             ring=RING,
+            relay=self.number in self.world.tcp,
+            relay_ring=RELAY_RING,
         )
 
 
@@ -452,14 +551,30 @@ class World:
     """Some hosts, with the sessions and links between them."""
 
     def __init__(
-        self, size: int = 2, delays: Callable[[], float] = lambda: 0.001, **settings: Any
+        self,
+        size: int = 2,
+        delays: Callable[[], float] = lambda: 0.001,
+        *,
+        cards: Container[int] = range(99),
+        tcp: Container[int] = (),
+        rule: EntryRule | None = None,
+        **settings: Any,
     ) -> None:
+        """`cards`: the hosts with RDMA devices; `tcp`: those whose relays speak TCP. The others'
+        routers are of a version that doesn't know of TCP.
+        """
         self.size = size
         self.settings = settings
+        self.cards = cards
+        self.tcp = tcp
+        self.rule = rule or Open()
+        self.options: dict[str, Any] = {}
+        """Of the network."""
+        self.tickets = itertools.count(1)
         self.loop = VirtualLoop()
         self.delay = delays
-        self.cut = False
-        """No link can be made."""
+        self.cut_rdma = self.cut_tcp = False
+        """No link of a transport can be made."""
         self.sessions: dict[frozenset[int], int] = {}
         """Pairs of hosts with a session, to its number."""
         self.clear_until: dict[tuple[int, int], float] = {}
@@ -473,8 +588,19 @@ class World:
             self.hosts.append(host)
             self.by_address[host.address] = host
         self.connections: list[Tcp] = []
+        self.tick()
         self._cookies = itertools.count(50_000)
         self._ports = itertools.count(5_000)
+
+    def tick(self) -> None:
+        """Once a second, as `InterHost.tick`."""
+        for host in self.hosts:
+            host.remotes.learned()
+        self.loop.after(1.0, self.tick)
+
+    def cut(self, *, mend: bool = False) -> None:
+        """No link can be made from now on."""
+        self.cut_rdma = self.cut_tcp = not mend
 
     # --- sessions
 
@@ -512,6 +638,9 @@ class World:
         number = self.sessions.get(frozenset({source.number, target.number}))
         if number is None:
             return False
+        if source.number not in self.tcp or target.number not in self.tcp:
+            assert not getattr(message, "transport", ""), "the peer doesn't know it"
+            assert not getattr(message, "ticket", b"")
         copy = next(iter(peer_wire.Frames().feed(peer_wire.pack(message))))
         self._later(target, source, number, lambda: target.remotes.message(source.address, copy))
         return True
@@ -563,9 +692,8 @@ class World:
             self.down_of(other, host.number)
 
     def relay_is_back(self, host: Host) -> None:
-        if not host.remotes.ready:
-            host.remotes.device("")
-            self.hello_again(host)
+        host.open()
+        self.hello_again(host)
 
     def down_of(self, host: Host, peer: int) -> None:
         """A host's relay reports that its link to another host is down."""

@@ -4,31 +4,51 @@ from __future__ import annotations
 
 import itertools
 import random
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataplane.router import library_wire as wire
+from dataplane.router import peer_wire
+from dataplane.router.knowledge import Knowledge
+from dataplane.router.link_transport import FAILURES, LASTS, LEAST_REST
 from dataplane.router.links import GIVE_UP
 from dataplane.router.reasons import STATUS_ONLY, Reason
 from dataplane.router.remote import SESSION_PATIENCE
 from dataplane.router.remote_connections import CONNECTIONS
-from dataplane.router.remote_events import Phase
+from dataplane.router.remote_events import Phase, Transport
 from dataplane.router.remote_hosts import RemoteHost
-from dataplane.router.remote_requests import OWNER_PATIENCE
-from tests.unit.remote_world import CONTAINERS, RING, Tcp, World
+from dataplane.router.remote_requests import OWNER_PATIENCE, RemoteRequest
+from tests.unit.remote_world import CONTAINERS, RELAY_RING, RING, Tcp, World
 
 A, B, C = (0, 1), (1, 1), (2, 1)
 
 
-@pytest.fixture
-def world() -> World:
-    made = World()
+ALL: Final = range(99)
+EQUIPMENT: Final[dict[str, dict[str, Any]]] = {
+    "rdma": {"cards": ALL, "tcp": ()},
+    "relay": {"cards": (), "tcp": ALL},
+    "both": {"cards": ALL, "tcp": ALL},
+}
+"""What all hosts have."""
+MIXED: Final = {"cards": (0, 2), "tcp": (0, 1)}
+"""Of three hosts the first and the last have cards; the last has a router of the last version."""
+
+
+def started(size: int = 2, **equipment: Any) -> World:
+    """Hosts with sessions and links."""
+    made = World(size, **equipment)
     made.connect_all()
     made.loop.run(1)
     return made
+
+
+@pytest.fixture(params=list(EQUIPMENT))
+def world(request: pytest.FixtureRequest) -> World:
+    return started(**EQUIPMENT[request.param])
 
 
 def upgraded(world: World, client: tuple[int, int] = A, server: tuple[int, int] = B) -> Tcp:
@@ -156,8 +176,7 @@ def test_reasons_at_once() -> None:
     assert all(reason < STATUS_ONLY for reason in world.refusals(tcp, 0))
     world.connect_all()
     world.loop.run(1)
-    world.hosts[1].remotes.device("unplugged")
-    world.hello_again(world.hosts[1])
+    world.hosts[1].unplug()
     world.loop.run(1)
     for end, reason in ((A, Reason.PEER_NO_RDMA), (B, Reason.NO_RDMA)):
         tcp = world.connect(end, (1 - end[0], 1))
@@ -408,21 +427,21 @@ def test_link_gone(world: World) -> None:
     TCP.
     """
     tcp = upgraded(world)
-    world.cut = True
+    world.cut()
     world.break_link(*world.hosts)
     world.loop.run(15)
     assert world.remote(tcp, 0) is None
     assert world.remote(tcp, 1) is None
     assert not world.hosts[0].severed
     assert not world.hosts[1].severed
-    assert world.hosts[0].remotes.connections.counts.left == 1
+    assert sum(counts.left for counts in world.hosts[0].remotes.connections.counts.values()) == 1
     world.loop.run(60)
     late = world.connect(A, B)
     for side in (0, 1):
         world.request(late, side)
     world.loop.run(1)
     assert finer(world, late, 0) is Reason.NO_LINK
-    world.cut = False
+    world.cut(mend=True)
     world.loop.run(70)
     upgraded(world)
 
@@ -500,8 +519,6 @@ def test_messages_about_connections_of_others() -> None:
     tcp = upgraded(world, A, B)
     remote = world.remote(tcp, 0)
     assert remote is not None
-    from dataplane.router import peer_wire
-
     third = world.hosts[2].address
     for message in (
         peer_wire.PeerDrop(remote.number, 0),
@@ -515,6 +532,276 @@ def test_messages_about_connections_of_others() -> None:
     world.loop.run(1)
     assert world.remote(tcp, 0) is remote
     assert remote.state.phase is Phase.GRANTED
+
+
+# --- transports
+
+
+def moved(world: World, client: tuple[int, int] = A, server: tuple[int, int] = B) -> Transport:
+    """The transport of a new connection, which both hosts agree on."""
+    tcp = upgraded(world, client, server)
+    ends = [world.remote(tcp, side) for side in (0, 1)]
+    transports = {end.state.transport for end in ends if end is not None}
+    assert len(transports) == 1
+    rings = {end.arena.ring for end in ends if end is not None}
+    (transport,) = transports
+    assert rings == {RING if transport is Transport.RDMA else RELAY_RING}
+    for side in (0, 1):
+        world.close(tcp, side)
+    world.loop.run(1)
+    return transport
+
+
+@pytest.mark.parametrize(
+    ("equipment", "transport"),
+    [("rdma", Transport.RDMA), ("relay", Transport.RELAY), ("both", Transport.RDMA)],
+)
+def test_transport(equipment: str, transport: Transport) -> None:
+    """Two hosts use RDMA if both have a device, else TCP between their relays."""
+    assert moved(started(**EQUIPMENT[equipment])) is transport
+
+
+def test_hosts_with_cards_and_hosts_without() -> None:
+    """Each pair of hosts uses the best transport that both have; a pair without one uses TCP."""
+    world = started(4, cards=(0, 1), tcp=(0, 1, 2, 3))
+    assert moved(world, (0, 1), (1, 1)) is Transport.RDMA
+    for pair in ((0, 2), (2, 1), (3, 2), (1, 3)):
+        assert moved(world, (pair[0], 1), (pair[1], 1)) is Transport.RELAY
+
+
+@pytest.mark.parametrize("old", [0, 1])
+def test_a_peer_of_the_last_version(old: int) -> None:
+    """A peer whose Hello doesn't know of TCP gets no message that it doesn't know, and connections
+    with it use RDMA, or stay on TCP with the reason.
+    """
+    new = 1 - old
+    world = started(cards=ALL, tcp=(new,))
+    assert moved(world) is Transport.RDMA
+    world = started(cards=(new,), tcp=(new,))
+    tcp = world.connect((new, 1), (old, 1))
+    world.request(tcp, 0)
+    world.request(tcp, 1)
+    world.loop.run(1)
+    assert finer(world, tcp, 0) is Reason.PEER_NO_RDMA
+    assert finer(world, tcp, 1) is Reason.NO_RDMA
+
+
+def test_devices_that_do_not_reach_each_other() -> None:
+    """If links over RDMA fail several times, the link uses TCP. When it has no connections, RDMA is
+    tried again after a minute, then more rarely, and used once it works.
+    """
+    world = World(cards=ALL, tcp=ALL)
+    world.cut_rdma = True
+    world.connect_all()
+    world.loop.run(8)
+    assert moved(world) is Transport.RELAY
+    world.loop.run(LEAST_REST)
+    world.loop.run(8)
+    kept = upgraded(world)
+    world.cut_rdma = False
+    world.loop.run(10 * LEAST_REST)
+    assert world.hosts[0].transport(world.hosts[1]) is Transport.RELAY
+    for side in (0, 1):
+        world.close(kept, side)
+    world.loop.run(5)
+    assert moved(world) is Transport.RDMA
+
+
+def test_requests_wait_for_the_other_transport() -> None:
+    """Requests that come while RDMA is tried in vain are not refused: TCP takes them."""
+    world = World(cards=ALL, tcp=ALL)
+    world.cut_rdma = True
+    world.connect_all()
+    world.loop.run(3)
+    tcp = world.connect(A, B)
+    for side in (0, 1):
+        world.request(tcp, side)
+    world.loop.run(8)
+    assert world.grant(tcp, 0)
+    assert world.grant(tcp, 1)
+
+
+def test_links_over_rdma_that_do_not_last() -> None:
+    """Links over RDMA that can be made but break soon count as failed."""
+    world = started(cards=ALL, tcp=ALL)
+    for _ in range(FAILURES):
+        assert world.hosts[0].transport(world.hosts[1]) is Transport.RDMA
+        world.break_link(*world.hosts)
+        world.loop.run(5)
+    assert moved(world) is Transport.RELAY
+
+
+def test_a_lasting_link_that_breaks() -> None:
+    """Losses of links over RDMA that have lasted don't turn it off."""
+    world = started(cards=ALL, tcp=ALL)
+    for _ in range(FAILURES + 1):
+        world.loop.run(LASTS)
+        world.break_link(*world.hosts)
+        world.loop.run(5)
+    assert moved(world) is Transport.RDMA
+
+
+def test_the_device_is_removed_and_comes_back() -> None:
+    """When a device goes, connections go back to the overlay and new ones use TCP; when it is
+    there again, and the link has no connections, new ones use RDMA at once.
+    """
+    world = started(cards=ALL, tcp=ALL)
+    tcp = upgraded(world)
+    world.hosts[1].unplug()
+    world.break_link(*world.hosts)
+    world.loop.run(10)
+    assert world.remote(tcp, 0) is None
+    assert not world.hosts[0].severed
+    assert moved(world) is Transport.RELAY
+    world.hosts[1].open()
+    world.hello_again(world.hosts[1])
+    world.loop.run(3)
+    for host in world.hosts:
+        host.remotes.learned()
+    world.loop.run(3)
+    assert moved(world) is Transport.RDMA
+
+
+def test_tcp_between_relays_is_blocked() -> None:
+    """If the sockets of a link can't be made, requests are refused, and it is tried again."""
+    world = World(cards=(), tcp=ALL)
+    world.cut()
+    world.connect_all()
+    world.loop.run(20)
+    tcp = world.connect(A, B)
+    world.request(tcp, 0)
+    world.loop.run(1)
+    assert finer(world, tcp, 0) is Reason.NO_LINK
+    world.cut(mend=True)
+    world.loop.run(70)
+    assert moved(world) is Transport.RELAY
+
+
+def test_the_link_is_up_at_both_ends_first() -> None:
+    """However slow the messages of either host are, no connection is placed on a link over TCP
+    that isn't up at the follower.
+    """
+    for seed in range(50):
+        chance = random.Random(seed)
+        world = World(2, partial(chance.uniform, 0, 0.5), cards=(), tcp=ALL)
+        world.connect_all()
+        tcp = world.connect(A, B)
+        world.loop.run(1)
+        for side in (0, 1):
+            world.request(tcp, side)
+        world.loop.run(20)
+        assert world.grant(tcp, 0), seed
+        assert world.grant(tcp, 1), seed
+
+
+@pytest.mark.parametrize("equipment", ["relay", "rdma"])
+def test_entry_rule(equipment: str) -> None:
+    """A connection enters TCP between relays only when the leader's rule admits it; until then its
+    request waits, with the rule's reason. RDMA has no such rule.
+    """
+    rule = Gate()
+    world = started(rule=rule, **EQUIPMENT[equipment])
+    tcp = world.connect(A, B)
+    for side in (0, 1):
+        world.request(tcp, side)
+    world.loop.run(5)
+    if equipment == "rdma":
+        assert world.grant(tcp, 0)
+        return
+    assert not world.grant(tcp, 0)
+    assert not world.refusals(tcp, 0)
+    for side in (0, 1):
+        host, container, _, _, cookie = tcp.ends[side]
+        waiting = host.pairing.containers[host.namespace(container)].waiting[cookie]
+        assert host.remotes.why_waiting(waiting) is Reason.BULK
+    rule.open = True
+    world.hosts[0].remotes.reconsider(peer_of(world, 0, 1))
+    world.loop.run(1)
+    assert world.grant(tcp, 0)
+    assert world.grant(tcp, 1)
+
+
+def test_a_request_whose_peer_has_none_yet() -> None:
+    """The leader says of a request without its counterpart that the peer has sent none."""
+    world = started(rule=Gate(), **EQUIPMENT["relay"])
+    tcp = world.connect(A, B)
+    world.request(tcp, 0)
+    world.loop.run(1)
+    host, container, _, _, cookie = tcp.ends[0]
+    waiting = host.pairing.containers[host.namespace(container)].waiting[cookie]
+    assert host.remotes.why_waiting(waiting) is Reason.PEER_SHORT
+
+
+class Gate:
+    """An `EntryRule` that a test opens."""
+
+    open = False
+
+    def may_enter(self, request: RemoteRequest) -> bool:
+        return self.open
+
+    def why_waiting(self, request: RemoteRequest) -> Reason:
+        return Reason.BULK
+
+
+@pytest.mark.parametrize("equipment", ["relay", "both"])
+def test_relay_off_for_the_network(equipment: str) -> None:
+    """If a network's connections may not use TCP between relays, those that do go back to TCP
+    unharmed, new ones don't, and RDMA is not affected.
+    """
+    world = started(**EQUIPMENT[equipment])
+    tcp = upgraded(world)
+    world.options = {"relay": False}
+    for host in world.hosts:
+        host.pairing.replace_snapshot(Knowledge(host.facts()))
+        host.remotes.learned()
+    world.loop.run(2)
+    assert not any(host.severed for host in world.hosts)
+    assert (world.remote(tcp, 0) is None) == (equipment == "relay")
+    late = world.connect(A, B)
+    for side in (0, 1):
+        world.request(late, side)
+    world.loop.run(1)
+    if equipment == "relay":
+        assert finer(world, late, 0) is Reason.NO_RDMA
+    else:
+        assert world.grant(late, 0)
+
+
+def test_rdma_off_for_the_network() -> None:
+    """If a network's connections may not use RDMA, they use TCP between relays."""
+    world = World(cards=ALL, tcp=ALL)
+    world.options = {"rdma": False}
+    for host in world.hosts:
+        host.pairing.replace_snapshot(Knowledge(host.facts()))
+    world.connect_all()
+    world.loop.run(1)
+    assert moved(world) is Transport.RELAY
+
+
+def test_memory_of_tcp_is_not_registered() -> None:
+    """Connections over TCP don't count as memory that is registered with a device."""
+    world = started(cards=(), tcp=ALL, remote_memory=0)
+    upgraded(world)
+    assert not world.hosts[0].remotes.connections.registered
+
+
+@pytest.mark.parametrize("equipment", ["relay", "both"])
+def test_a_hostile_offer_of_a_link(equipment: str) -> None:
+    """An offer of a link with a transport that this host doesn't have is refused, and the link that
+    is up stays up.
+    """
+    world = started(**EQUIPMENT[equipment])
+    leader, follower = world.hosts
+    before = follower.transport(leader)
+    for word in ("", "relay", "pigeon"):
+        if follower.remotes.links.link(leader.address).transport.value == (word or "rdma"):
+            continue
+        if equipment == "both" and word == "relay":
+            continue
+        follower.remotes.message(leader.address, peer_wire.LinkOffer(77, b"", False, word))
+        world.loop.run(1)
+        assert follower.transport(leader) is before
 
 
 # --- all of it at random
@@ -540,6 +827,9 @@ STEPS: Final = st.lists(
                 "link",
                 "cut",
                 "mend",
+                "cut rdma",
+                "unplug",
+                "plug in",
                 "relay",
                 "router",
                 "leave",
@@ -555,20 +845,27 @@ STEPS: Final = st.lists(
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(size=st.sampled_from([2, 3]), seed=st.integers(0, 1 << 20), steps=STEPS)
-def test_anything(size: int, seed: int, steps: list[tuple[str, int, int, int]]) -> None:
+@given(
+    size=st.sampled_from([2, 3]),
+    equipment=st.sampled_from([*EQUIPMENT.values(), MIXED]),
+    seed=st.integers(0, 1 << 20),
+    steps=STEPS,
+)
+def test_anything(
+    size: int, equipment: dict[str, Any], seed: int, steps: list[tuple[str, int, int, int]]
+) -> None:
     """Whatever happens in whatever order: only ends of one connection are paired, no memory that a
     relay has is reused, no end stays alone in a ring, every request is answered, nothing is left.
     """
     chance = random.Random(seed)
-    world = World(size, lambda: chance.random() * 0.01)
+    world = World(size, lambda: chance.random() * 0.01, **equipment)
     world.connect_all()
     world.loop.run(chance.random())
     for what, x, y, pause in steps:
         step(world, what, x, y)
         world.loop.run(pause / 1000)
         world.check()
-    world.cut = False
+    world.cut(mend=True)
     world.connect_all()
     world.loop.run(200)
     for tcp in world.connections:
@@ -625,7 +922,14 @@ def step(world: World, what: str, x: int, y: int) -> None:
         case "link":
             world.break_link(a, b)
         case "cut" | "mend":
-            world.cut = what == "cut"
+            world.cut(mend=what == "mend")
+        case "cut rdma":
+            world.cut_rdma = True
+        case "unplug":
+            a.unplug()
+        case "plug in":
+            a.open()
+            world.hello_again(a)
         case "relay":
             world.kill_relay(a)
         case "router":

@@ -1,5 +1,5 @@
-"""What status, doctor, ping and metrics say of RDMA: the device or why none, each host, each
-path.
+"""What status, doctor, ping and metrics say of paths to other hosts: the RDMA device or why none,
+each host, its link, each path.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 import msgspec
+import pytest
 
-from dataplane.control import PathCount, PeerFact, RdmaFacts
-from plugin.cli.doctor import check_session_port, rdma_notes
+from dataplane.control import PathCount, PeerFact, RdmaFacts, RelayFacts
+from plugin.cli.doctor import check_session_port, remote_notes
 from plugin.cli.show import show_status
 from plugin.metrics import render
 from plugin.status import Status
@@ -22,12 +23,32 @@ from tests.unit.test_snapshot import World
 
 def host(**fields: object) -> PeerFact:
     made = PeerFact(
-        name="host2", address="192.0.2.2", session=True, rdma=True, link="up", connections=3
+        name="host2",
+        address="192.0.2.2",
+        session=True,
+        rdma=True,
+        link="up",
+        transport="rdma",
+        connections=3,
     )
     return msgspec.structs.replace(made, **fields)
 
 
-def with_rdma(*hosts: PeerFact, **fields: object) -> Status:
+def over_tcp(**fields: object) -> PeerFact:
+    made = host(
+        rdma=False,
+        relay=True,
+        transport="relay",
+        encryption="messages",
+        why_not_rdma="its host has no RDMA device",
+    )
+    return msgspec.structs.replace(made, **fields)
+
+
+RELAY = RelayFacts(encryption="messages", connections=4, granted=6, broken=1, left=2)
+
+
+def with_rdma(*hosts: PeerFact, relay: RelayFacts = RELAY, **fields: object) -> Status:
     made = RdmaFacts(
         on=True,
         device="mlx5_0 port 1, RoCE v2 192.0.2.1 (GID 3)",
@@ -47,7 +68,8 @@ def with_rdma(*hosts: PeerFact, **fields: object) -> Status:
     router = msgspec.structs.replace(
         known.router,
         rdma=msgspec.structs.replace(made, **fields),
-        paths=(*known.router.paths, PathCount(NET, "rdma", "", 3)),
+        relay=relay,
+        paths=(*known.router.paths, PathCount(NET, "rdma", "", 3), PathCount(NET, "relay", "", 4)),
     )
     return msgspec.structs.replace(known, router=router)
 
@@ -62,9 +84,49 @@ def test_status_shows_device_and_hosts() -> None:
         "rdma mlx5_0 port 1, RoCE v2 192.0.2.1 (GID 3), 3 connections in 3.0 MiB of its memory"
         in lines
     )
-    assert any(line.split() == ["host2", "192.0.2.2", "up", "yes", "up", "3"] for line in lines)
-    assert any(line.split() == ["-", "192.0.2.3", "silent", "?", "down", "3"] for line in lines)
-    assert "  connections: 2 on shm, 3 on rdma, 3 on overlay (remote 1, short 2)" in lines
+    rows = [line.split() for line in lines]
+    assert ["host2", "192.0.2.2", "up", "yes", "up", "rdma", "3", "-"] in rows
+    assert ["-", "192.0.2.3", "silent", "?", "down", "rdma", "3", "-"] in rows
+    assert (
+        "  connections: 2 on shm, 3 on rdma, 4 on relay, 3 on overlay (remote 1, short 2)" in lines
+    )
+
+
+@pytest.mark.parametrize(
+    ("encryption", "shown"),
+    [
+        ("messages", "relay, encrypted but for bulk"),
+        ("all", "relay, encrypted"),
+        ("off", "relay, not encrypted"),
+        ("", "relay, encryption not known"),
+    ],
+)
+def test_status_shows_transport_and_encryption(encryption: str, shown: str) -> None:
+    """The status says of each host which transport its link has, what is encrypted there, and why
+    it isn't RDMA; doctor too.
+    """
+    found = with_rdma(over_tcp(encryption=encryption))
+    (line,) = (line for line in show_status(found).splitlines() if shown in line)
+    assert line.split()[0] == "host2"
+    assert "its host has no RDMA device" in line
+    assert "relay on, encrypts messages, 4 connections" in show_status(found).splitlines()
+    assert (
+        f"host host2: link up over {shown}; no RDMA: its host has no RDMA device"
+        in remote_notes(found)
+    )
+
+
+@pytest.mark.parametrize(
+    ("relay", "line"),
+    [
+        (RelayFacts(on=False, why="RELAY=off"), "relay off (RELAY=off)"),
+        (RelayFacts(why="no other host has it"), "relay not used: no other host has it"),
+        (RelayFacts(encryption="off"), "relay on, encrypts nothing"),
+    ],
+)
+def test_status_says_why_no_relay(relay: RelayFacts, line: str) -> None:
+    """The status says in one line whether there is TCP between relays, and why not."""
+    assert line in show_status(with_rdma(relay=relay)).splitlines()
 
 
 def test_status_says_why_not() -> None:
@@ -78,7 +140,7 @@ def test_status_says_why_not() -> None:
 
 def test_doctor_names_each_device_and_host() -> None:
     """doctor's notes name the devices, used or not and why, and the state of each host."""
-    notes = rdma_notes(
+    notes = remote_notes(
         with_rdma(
             host(),
             host(name="host3", rdma=False),
@@ -88,32 +150,43 @@ def test_doctor_names_each_device_and_host() -> None:
     assert notes == [
         "rdma: mlx5_0 port 1, RoCE v2 192.0.2.1 (GID 3)",
         "rdma: not mlx5_1 port 1: port 1 is not active",
-        "rdma: host2: link up",
-        "rdma: host3: it has no RDMA device",
-        "rdma: host4: no session: silent",
+        "relay: on, encrypts messages",
+        "host host2: link up over rdma",
+        "host host3: it has no RDMA device, and its relay no TCP",
+        "host host4: no session: silent",
     ]
-    assert rdma_notes(status()) == []
+    assert remote_notes(status()) == []
 
 
 def test_doctor_finds_a_closed_port() -> None:
-    """With RDMA an unreachable router is a finding with its port; without RDMA nothing is tried."""
+    """An unreachable router is a finding with its port, where RDMA or TCP between relays need it;
+    without both nothing is tried.
+    """
     lost = host(session=False, reason="can't be reached")
     (found,) = check_session_port(with_rdma(host(), lost), lambda address, port: False)
     assert found.what == "the router of host2 can't be reached on TCP port 4799"
     assert is_documented(found.what)
     assert check_session_port(with_rdma(lost), lambda address, port: True) == []
-    assert check_session_port(with_rdma(lost, device=""), lambda address, port: False) == []
+    assert check_session_port(with_rdma(lost, device=""), lambda address, port: False)
+    neither = with_rdma(lost, relay=RelayFacts(on=False), device="")
+    assert check_session_port(neither, lambda address, port: False) == []
 
 
 def test_metrics() -> None:
     """Paths, sessions, links and bytes are exported."""
-    text = render(with_rdma(host(), host(session=False, link="down"))).decode()
+    text = render(with_rdma(host(), over_tcp(), host(session=False, link="down"))).decode()
     for line in (
         'freeflow_connections{network="backend",path="rdma",reason=""} 3.0',
         "freeflow_rdma_up 1.0",
-        "freeflow_sessions 1.0",
-        'freeflow_links{state="up"} 1.0',
-        'freeflow_links{state="down"} 1.0',
+        'freeflow_connections{network="backend",path="relay",reason=""} 4.0',
+        "freeflow_sessions 2.0",
+        'freeflow_links{state="up",transport="rdma"} 1.0',
+        'freeflow_links{state="up",transport="relay"} 1.0',
+        'freeflow_links{state="down",transport="rdma"} 1.0',
+        "freeflow_relay_up 1.0",
+        "freeflow_relay_upgrades_total 6.0",
+        "freeflow_relay_broken_total 1.0",
+        "freeflow_relay_returned_total 2.0",
         "freeflow_rdma_broken_total 1.0",
         "freeflow_rdma_returned_total 2.0",
         "freeflow_rdma_sent_bytes_total 500.0",

@@ -325,7 +325,13 @@ def test_paths(world: World) -> None:
         PathCount(NET, "overlay", "short", 4),
     )
     found = world.status()
-    assert found.path_counts == {"overlay": 7, "overlay+ebpf": 0, "shm": 2, "rdma": 0}
+    assert found.path_counts == {
+        "overlay": 7,
+        "overlay+ebpf": 0,
+        "shm": 2,
+        "rdma": 0,
+        "relay": 0,
+    }
     assert found.router is not None
     assert (found.router.up, found.router.connections, found.router.processes) == (True, 2, 3)
     (share,) = found.router.containers
@@ -346,7 +352,9 @@ def test_router_that_does_not_answer(world: World) -> None:
     found = world.status()
     assert found.router is not None
     assert not found.router.up
-    assert found.path_counts == dict.fromkeys(("overlay", "overlay+ebpf", "shm", "rdma"), 0)
+    assert found.path_counts == dict.fromkeys(
+        ("overlay", "overlay+ebpf", "shm", "rdma", "relay"), 0
+    )
     world.snapshot = replace(world.snapshot, started=95.0)
     assert world.status().healthy
 
@@ -383,7 +391,9 @@ def test_full_tables(world: World) -> None:
 
 
 def test_more_addresses_than_are_told(world: World) -> None:
-    """More addresses than other hosts can be told are a problem, unless RDMA is off."""
+    """More addresses than other hosts can be told are a problem, unless RDMA and TCP between relays
+    are off.
+    """
     known = world.driver.store.endpoint(EP)
     assert known is not None
     for number in range(OWNED):
@@ -391,4 +401,6 @@ def test_more_addresses_than_are_told(world: World) -> None:
         world.driver.store.put_endpoint(replace(known, id=f"{number:064x}"[::-1], ipv4=address))
     assert f"told of {OWNED} of this host's {OWNED + 1}" in world.problem()
     world.with_settings({"RDMA": "off"})
+    assert world.status().problems
+    world.with_settings({"RDMA": "off", "RELAY": "off"})
     assert not world.status().problems
