@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Final
 import click
 
 from bench import (
+    accounting,
     bed,
     control,
     crosshost,
@@ -30,18 +32,35 @@ from bench import (
     samehost,
     stats,
     subjects,
+    traffic,
 )
 from bench.choice import pick
 from bench.errors import BenchError
 from bench.namespaces import CONGESTION_CONTROL, congestion_control_allowed
-from bench.stats import FREEFLOW, FREEFLOW_PLAIN, HOST, LOCAL_SUBJECTS, Row
+from bench.servers import Servers
+from bench.stats import (
+    CROSS_SUBJECTS,
+    FREEFLOW,
+    FREEFLOW_PLAIN,
+    HOST,
+    LOCAL_SUBJECTS,
+    OVERLAY,
+    Row,
+)
 from testbed.process import BedInUseError, CommandError
 
 SUITES: Final = ("same-host", "cross-host", "control")
 RELAY: Final = "relay"
 """Name of the relay's rows in `cross-host`."""
 BUDGET: Final = 420.0
-"""Seconds of a suite in which rounds may begin, so that it takes less than ten minutes in all."""
+"""Seconds of `control` in which rounds may begin, so that it takes less than ten minutes in all."""
+CROSS_BUDGET: Final = 1300.0
+"""Seconds in which all rounds of `cross-host` end, so that it takes 25 minutes in all."""
+CROSS_SECONDS: Final = 2.0
+ROUNDS: Final = {"same-host": 12, "cross-host": 3, "control": 12}
+KNOWN: Final = tuple(dict.fromkeys((*LOCAL_SUBJECTS, *CROSS_SUBJECTS)))
+QUICK_SECONDS: Final = 1.0
+QUICK_SETTLE: Final = 4.0
 LOCAL_BUDGET: Final = 500.0
 """Seconds in which all runs of `same-host` end."""
 LOCAL_SECONDS: Final = 0.4
@@ -60,13 +79,18 @@ class Plan:
 
     manager: bed.Host
     worker: bed.Host
-    subjects: tuple[str, ...]
+    chosen: tuple[str, ...]
+    """Subjects; empty: those of the suite."""
     patterns: tuple[str, ...]
     rounds: int
     seconds: float | None
+    quick: bool
     order: random.Random
     say: Callable[[str], None]
     absent: dict[str, str]
+
+    def subjects(self, of_suite: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(one for one in of_suite if not self.chosen or one in self.chosen)
 
     def enough(self) -> Callable[[], bool]:
         return partial(_past, time.monotonic() + BUDGET)
@@ -74,12 +98,9 @@ class Plan:
 
 def same_host(plan: Plan) -> Mapping[str, Row]:
     """Run the suite `same-host`; with the library only if the plugin has installed it."""
-    library = plan.manager.root / str(subjects.LIBRARY).lstrip("/")
-    some = [one for one in plan.subjects if one in (*subjects.DRIVERS, FREEFLOW_PLAIN, HOST)]
-    if FREEFLOW in some and not library.exists():
-        why = f"the plugin has not installed the library at {subjects.LIBRARY}"
-        plan.absent[FREEFLOW] = why
-        plan.say(f"no {FREEFLOW}: {why}")
+    wanted = plan.subjects(LOCAL_SUBJECTS)
+    some = [one for one in wanted if one in (*subjects.DRIVERS, FREEFLOW_PLAIN, HOST)]
+    if FREEFLOW in some and _without_library(plan):
         some.remove(FREEFLOW)
     with (
         congestion_control_allowed(),
@@ -87,7 +108,7 @@ def same_host(plan: Plan) -> Mapping[str, Row]:
         subjects.pairs(plan.manager, plan.manager, some, image.IMAGE, accelerated=True) as pairs,
     ):
         return samehost.SameHost(
-            (*pairs, *subjects.limits(pairs, plan.subjects)),
+            (*pairs, *subjects.limits(pairs, wanted)),
             pick(plan.patterns, samehost.case_names()),
             plan.rounds,
             plan.seconds or LOCAL_SECONDS,
@@ -97,35 +118,60 @@ def same_host(plan: Plan) -> Mapping[str, Row]:
         ).measure()
 
 
+def _without_library(plan: Plan) -> bool:
+    """Whether the plugin has not installed the library; then freeflow can't be measured."""
+    missing = not (plan.manager.root / str(subjects.LIBRARY).lstrip("/")).exists()
+    if missing:
+        why = f"the plugin has not installed the library at {subjects.LIBRARY}"
+        plan.absent[FREEFLOW] = why
+        plan.say(f"no {FREEFLOW}: {why}")
+    return missing
+
+
 def cross_host(plan: Plan) -> Mapping[str, Row]:
-    some = tuple(one for one in plan.subjects if one in stats.SUBJECTS)
-    names = pick(plan.patterns, [*crosshost.names(), RELAY])
+    """Run the suite `cross-host`."""
+    some = plan.subjects(CROSS_SUBJECTS)
+    if FREEFLOW in some and _without_library(plan):
+        some = tuple(one for one in some if one not in subjects.ACCELERATED)
+    names = pick(plan.patterns, [*traffic.names(), *crosshost.local_names(), RELAY])
     more = (partial(relay.suite, min(plan.rounds, 5), 0.5, plan.say),) if RELAY in names else ()
     # The host network only once: its servers use the host's ports.
-    wanted = any(name.startswith(crosshost.LOCAL) for name in names)
-    local = [one for one in some if wanted and one != HOST]
-    with (
-        congestion_control_allowed(),
-        subjects.networks(plan.manager, some),
+    wanted = any(name in crosshost.local_names() for name in names)
+    local = [one for one in some if wanted and one in (FREEFLOW, OVERLAY)]
+    manager, worker = hosts = (plan.manager.charged(), plan.worker.charged())
+    with ExitStack() as stack:
+        stack.enter_context(congestion_control_allowed())
+        for host in hosts:
+            # The relays' own connections are the hosts'.
+            host.namespaces.set_congestion_control()
+        stack.enter_context(subjects.networks(manager, some))
         # Pairs on one host last: leaving `pairs` removes all of our containers on its hosts.
-        subjects.pairs(plan.manager, plan.worker, some, image.IMAGE) as between,
-        subjects.pairs(plan.worker, plan.worker, local, image.IMAGE) as within,
-    ):
+        between = stack.enter_context(
+            subjects.pairs(manager, worker, some, image.IMAGE, accelerated=True)
+        )
+        within = stack.enter_context(subjects.pairs(worker, worker, local, image.IMAGE))
+        accounts = accounting.Accounts.of([host.group for host in hosts if host.group])
+        servers = stack.enter_context(Servers())
+        runner = traffic.Runner(manager, worker, servers, accounts)
+        if plan.quick:
+            runner.most = QUICK_SETTLE
         return crosshost.CrossHost(
-            between,
-            within,
-            names,
-            plan.rounds,
-            plan.seconds or 1.0,
-            plan.order,
-            plan.say,
-            plan.enough(),
+            hosts=hosts,
+            between=between,
+            within=within,
+            names=names,
+            rounds=plan.rounds,
+            seconds=plan.seconds or (QUICK_SECONDS if plan.quick else CROSS_SECONDS),
+            budget=CROSS_BUDGET,
+            order=plan.order,
+            say=plan.say,
+            take=runner.run,
             more=more,
         ).measure()
 
 
 def control_plane(plan: Plan) -> Mapping[str, Row]:
-    some = tuple(one for one in plan.subjects if one in stats.SUBJECTS)
+    some = plan.subjects(stats.SUBJECTS)
     return control.Control(
         plan.manager, some, image.IMAGE, plan.rounds, plan.order, plan.say, plan.enough()
     ).measure()
@@ -153,18 +199,26 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 @click.option("--table", type=click.Path(path_type=Path), help="Write the table here too.")
 @click.option(
     "--rounds",
-    "rounds_",
-    default=12,
-    show_default=True,
-    help="Runs per subject and case, as far as time allows.",
+    type=int,
+    help="Runs per subject and case, as far as time allows; default "
+    + ", ".join(f"{count} in {name}" for name, count in ROUNDS.items())
+    + ".",
 )
 @click.option(
     "--seconds",
     type=float,
-    help=f"Length of a run; default 1, or {LOCAL_SECONDS:g} in same-host. Some programs need more.",
+    help=f"Length of a run; default {CROSS_SECONDS:g}, or {LOCAL_SECONDS:g} in same-host. Some programs need more.",
+)
+@click.option(
+    "--quick",
+    "is_quick",
+    is_flag=True,
+    help="One short round, which only shows that everything works.",
 )
 @click.option("--cases", default="*", show_default=True, help="Patterns, separated by commas.")
-@click.option("--subjects", "chosen", default=",".join(LOCAL_SUBJECTS), show_default=True)
+@click.option(
+    "--subjects", "chosen", default="", help=f"Default: the suite's; of {', '.join(KNOWN)}."
+)
 @click.option("--engine", default="26.1", show_default=True, help="Version of both engines.")
 @click.option(
     "--plugin",
@@ -178,8 +232,9 @@ def main(
     as_json: bool,
     out: Path | None,
     table: Path | None,
-    rounds_: int,
+    rounds: int | None,
     seconds: float | None,
+    is_quick: bool,
     cases: str,
     chosen: str,
     engine: str,
@@ -189,29 +244,30 @@ def main(
     signal.signal(signal.SIGTERM, _stop)
     say = progress(time.monotonic())
     order = random.Random(seed)
-    wanted = tuple(chosen.split(","))
-    unknown = set(wanted) - set(LOCAL_SUBJECTS)
+    wanted = tuple(name for name in chosen.split(",") if name)
+    unknown = set(wanted) - set(KNOWN)
     if unknown:
-        raise click.BadParameter(f"{', '.join(unknown)}: known are {', '.join(LOCAL_SUBJECTS)}")
+        raise click.BadParameter(f"{', '.join(unknown)}: known are {', '.join(KNOWN)}")
     suites = SUITES if suite == "all" else (suite,)
     if suite == "all" and cases != "*":
         raise click.BadParameter("--cases is for one suite")
     if suite == "same-host":
         pick(cases.split(","), samehost.case_names())
-    needs_plugin = FREEFLOW in wanted or FREEFLOW_PLAIN in wanted
+    needs_plugin = not wanted or not {*subjects.ACCELERATED, FREEFLOW_PLAIN}.isdisjoint(wanted)
+    numbers = {name: 1 if is_quick else rounds or count for name, count in ROUNDS.items()}
     if needs_plugin and not (plugin / "config.json").exists():
         raise click.ClickException(f"no plugin in {plugin}: run make plugin first")
-    before = machine.describe([], CONGESTION_CONTROL, rounds_, seconds)
+    before = machine.describe([], CONGESTION_CONTROL, numbers[suites[0]], seconds)
     results: dict[str, Row] = {}
     try:
         with bed.two_hosts(engine, plugin if needs_plugin else None, say) as (manager, worker):
             engines = [host.engine.version() for host in (manager, worker)]
-            plan = Plan(
-                *(manager, worker, wanted, tuple(cases.split(",")), rounds_, seconds),
-                *(order, say, before["absent"]),
-            )
             for name in suites:
                 say(name)
+                plan = Plan(
+                    *(manager, worker, wanted, tuple(cases.split(",")), numbers[name], seconds),
+                    *(is_quick, order, say, before["absent"]),
+                )
                 prefix = f"{name}/" if suite == "all" else ""
                 results |= {prefix + case: row for case, row in MEASURE[name](plan).items()}
     except (BenchError, BedInUseError, CommandError, TimeoutError) as error:

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
 import testbed
-from bench import image
+from bench import accounting, image
 from bench.engine import Engine
 from bench.load import one_core
+from bench.namespaces import Namespaces
 from testbed.images import cache
 from testbed.prepare import prepare
 
@@ -33,10 +34,26 @@ class Host:
     root: Path
     address: IPv4Address
     engine: Engine
+    pid: int
+    """Its process 1, as the machine sees it."""
+    cgroup: str
+    """The name of its control group."""
+    group: Path | None = None
+    """The folder of its control group, once that has all its processes."""
+
+    @property
+    def namespaces(self) -> Namespaces:
+        """The host's own namespaces."""
+        return Namespaces(self.root / "proc/1", self.address)
+
+    def charged(self) -> Host:
+        """This host with all its processes in its control group. Raises `BenchError`."""
+        return replace(self, group=accounting.charge(self.cgroup, self.pid))
 
 
 def host_of(made: testbed.Host) -> Host:
-    return Host(made.name, made.root, made.address, Engine(made.root / "run/docker.sock"))
+    engine = Engine(made.root / "run/docker.sock")
+    return Host(made.name, made.root, made.address, engine, made.pid, made.cgroup)
 
 
 def load_image(hosts: Sequence[Host]) -> None:

@@ -6,6 +6,7 @@ It has only the calls that measurements need.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -61,13 +62,20 @@ class Engine:
         if response.status >= 400 or '"error"' in text:
             raise EngineRefusedError(response.status, f"import of {archive.name}", text.strip())
 
-    def create_network(self, name: str, driver: str, labels: dict[str, str]) -> str:
+    def create_network(
+        self,
+        name: str,
+        driver: str,
+        labels: Mapping[str, str],
+        options: Mapping[str, str] | None = None,
+    ) -> str:
         body = {
             "Name": name,
             "Driver": driver,
             "Attachable": True,
             "CheckDuplicate": True,
             "Labels": labels,
+            "Options": options or {},
         }
         return str(self.call("POST", "/networks/create", body)["Id"])
 

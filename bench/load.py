@@ -1,4 +1,4 @@
-"""Loads of the suite `cross-host`: the servers, and how one run of a client becomes figures.
+"""Loads of single packets and short connections: the servers, and how one run of a client becomes figures.
 
 A run takes about `seconds`, sends from `pair.client` to `pair.server`, and returns a figure per
 case.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +21,6 @@ from bench.stats import Case
 PINGPONG_PORT: Final = 7001
 IPERF_PORTS: Final = (5201, 5202, 5203, 5204)
 """iperf3 before 3.16 serves all streams from one thread, so four streams need four programs."""
-REDIS_PORT: Final = 7003
 HTTP_PORT: Final = 7004
 CONNECTIONS: Final = 50
 MESSAGE: Final = 64
@@ -41,29 +40,23 @@ CPU: Final = Case(
     False,
     "busy time of all cores, softirq included, in /proc/stat during stream_1, less what was busy just before",
 )
-REDIS_P1: Final = Case("redis_p1_c50", "requests/s", True, "redis GET, 50 connections")
-REDIS_P16: Final = Case(
-    "redis_p16_c50", "requests/s", True, "redis GET, 50 connections, pipeline of 16"
-)
-NGINX: Final = Case("nginx_keepalive", "requests/s", True, "nginx, 1 KiB file, wrk, 50 connections")
 CONNECT: Final = Case(
     "connect_request_close",
     "connections/s",
     True,
     "nginx, a connection for each request, wrk, 50 at a time",
 )
-CASES: Final = (STREAM_1, STREAM_4, TCP_RR, UDP_RR, CPU, REDIS_P1, REDIS_P16, NGINX, CONNECT)
+CASES: Final = (STREAM_1, STREAM_4, TCP_RR, UDP_RR, CPU, CONNECT)
 
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A load. With `first_is_calibration` its first run only finds how much fits in the time."""
+    """A load by its name."""
 
     name: str
     run: Callable[[Pair, float], Figures]
-    first_is_calibration: bool = False
 
 
 def one_core() -> int:
@@ -127,29 +120,6 @@ def udp_rr(pair: Pair, seconds: float) -> Figures:
     return {UDP_RR.name: _round_trips(pair, "udp", seconds).p50_us}
 
 
-@dataclass(slots=True)
-class Redis:
-    """redis-benchmark stops after a number of requests, which is taken from its last rate."""
-
-    case: Case
-    pipeline: int
-    rates: dict[str, float] = field(default_factory=dict)
-
-    def __call__(self, pair: Pair, seconds: float) -> Figures:
-        requests = max(10_000, round(self.rates.get(pair.subject, 20_000) * seconds))
-        text = run(
-            pair.client.enter(
-                *("redis-benchmark", "-h", str(pair.server.address), "-p", str(REDIS_PORT)),
-                *("-t", "get", "-c", str(CONNECTIONS), "-P", str(self.pipeline)),
-                *("-n", str(requests), "--csv"),
-            ),
-            seconds * 10 + PATIENCE,
-        )
-        rate = parse.redis_benchmark(text)
-        self.rates[pair.subject] = rate
-        return {self.case.name: rate}
-
-
 def _wrk(pair: Pair, seconds: float, *headers: str) -> float:
     return parse.wrk(
         run(
@@ -163,10 +133,6 @@ def _wrk(pair: Pair, seconds: float, *headers: str) -> float:
     )
 
 
-def nginx_keepalive(pair: Pair, seconds: float) -> Figures:
-    return {NGINX.name: _wrk(pair, seconds)}
-
-
 def connect_request_close(pair: Pair, seconds: float) -> Figures:
     return {CONNECT.name: _wrk(pair, seconds, "--header", "Connection: close")}
 
@@ -177,9 +143,6 @@ def loads() -> tuple[Load, ...]:
         Load("stream_4", stream_4),
         Load("tcp_rr", tcp_rr),
         Load("udp_rr", udp_rr),
-        Load("redis_p1", Redis(REDIS_P1, 1), first_is_calibration=True),
-        Load("redis_p16", Redis(REDIS_P16, 16), first_is_calibration=True),
-        Load("nginx_keepalive", nginx_keepalive),
         Load("connect_request_close", connect_request_close),
     )
 
@@ -215,7 +178,6 @@ def servers_script(core: int) -> str:
             f"{TOOLS}/pingpong tcp serve {core} 0.0.0.0 {PINGPONG_PORT} &",
             f"{TOOLS}/pingpong udp serve {core} 0.0.0.0 {PINGPONG_PORT} &",
             *(f"iperf3 --server --port {port} >/dev/null &" for port in IPERF_PORTS),
-            f"redis-server --port {REDIS_PORT} --bind 0.0.0.0 --protected-mode no --save '' --dir /tmp &",
             f"exec nginx -c {TOOLS}/nginx.conf -g 'daemon off;'",
             "",
         ]

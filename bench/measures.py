@@ -12,6 +12,7 @@ from typing import Final
 
 from bench import parse
 from bench.errors import ProgramError
+from bench.latency import Latency
 from bench.namespaces import RING, TCP, UNIX, Pair, run
 from bench.servers import (
     IPERF3,
@@ -36,11 +37,14 @@ INTERNET: Final = frozenset((TCP,))
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The result of a run: its figure, its units of work, and the client's CPU time if reported."""
+    """The result of a run: its figure, its units of work, and what else the program reports: the
+    client's CPU time, and the latencies of requests.
+    """
 
     figure: float
     units: float
     client_us: float | None = None
+    latency: Latency | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,8 @@ def _pingpong(kind: str, size: int) -> Callable[[Call], Seen]:
         else:
             text = it.tool("pingpong", kind, "call", "-1", *it.at(), str(size), str(it.seconds))
         trips = parse.pingpong(text)
-        return Seen(trips.p50_us, trips.count, trips.cpu_us)
+        latency = Latency(trips.p50_us, trips.p99_us)
+        return Seen(trips.p50_us, trips.count, trips.cpu_us, latency)
 
     return call
 
@@ -149,13 +154,13 @@ class _Redis:
         shape = ("-c", str(self.clients), "-P", str(self.pipeline), "-n", str(requests))
         text = it.program("redis-benchmark", *where, "-t", "get", *shape, "--csv")
         found = self.rates[it.pair.subject] = parse.redis_benchmark(text)
-        return Seen(found, requests)
+        return Seen(found, requests, latency=parse.redis_latency(text))
 
 
 def _memcached(clients: int) -> Callable[[Call], Seen]:
     def call(it: Call) -> Seen:
         moved = parse.moved(it.tool("memload", "-1", *it.at(), str(clients), str(it.seconds)))
-        return Seen(moved.count / moved.seconds, moved.count, moved.cpu_us)
+        return Seen(moved.count / moved.seconds, moved.count, moved.cpu_us, moved.latency)
 
     return call
 
@@ -163,11 +168,11 @@ def _memcached(clients: int) -> Callable[[Call], Seen]:
 def _wrk(clients: int, file: str, *headers: str) -> Callable[[Call], Seen]:
     def call(it: Call) -> Seen:
         text = it.program(
-            *("wrk", "--threads", "2", "--connections", str(clients)),
+            *("wrk", "--latency", "--threads", "2", "--connections", str(clients)),
             *("--duration", f"{max(1, round(it.seconds))}s", *headers),
             f"http://{it.to.address}:{it.to.port}/{file}",
         )
-        return Seen(parse.wrk(text), parse.wrk_requests(text))
+        return Seen(parse.wrk(text), parse.wrk_requests(text), latency=parse.wrk_latency(text))
 
     return call
 

@@ -37,6 +37,8 @@ class Namespaces:
     library: str = ""
     """LD_PRELOAD of programs that run here; empty: not set."""
     tools: str = TOOLS
+    group: Path | None = None
+    """The control group that is charged for programs; None: that of the caller."""
 
     @property
     def root(self) -> Path:
@@ -58,7 +60,10 @@ class Namespaces:
             **({"LD_PRELOAD": self.library} if self.library else {}),
             **(environment or {}),
         }
+        # A process that joins a group before it executes a program is charged for all of it.
+        join = ("sh", "-c", 'echo $$ >"$0" && exec "$@"', f"{self.group}/cgroup.procs")
         return [
+            *(join if self.group else ()),
             *("nsenter", f"--net={self.process}/ns/net", f"--mount={self.process}/ns/mnt", "--"),
             *(("taskset", "--cpu-list", ",".join(map(str, sorted(cores)))) if cores else ()),
             *before,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from bench.errors import ProgramError
+from bench.latency import Latency
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Moved:
     count: int
     seconds: float
     cpu_us: float
+    latency: Latency | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,9 @@ def moved(text: str) -> Moved:
     try:
         found = json.loads(text)
         count = found["bytes"] if "bytes" in found else found["count"]
-        return Moved(int(count), float(found["seconds"]), float(found["cpu_us"]))
+        requests = "p50_us" in found
+        latency = Latency(float(found["p50_us"]), float(found["p99_us"])) if requests else None
+        return Moved(int(count), float(found["seconds"]), float(found["cpu_us"]), latency)
     except (ValueError, KeyError, TypeError) as error:
         raise ProgramError(f"the load program said {text[:200]!r}: {error}") from error
 
@@ -111,6 +117,20 @@ def redis_benchmark(text: str) -> float:
     raise ProgramError(f"redis-benchmark gave no rate: {text[:200]!r}")
 
 
+def redis_latency(text: str) -> Latency | None:
+    """Latencies from `--csv`, which older versions of redis-benchmark don't print."""
+    rows = list(csv.reader(text.splitlines()))
+    for head, values in pairwise(rows):
+        if {"p50_latency_ms", "p99_latency_ms"} <= set(head) and len(values) == len(head):
+            found = dict(zip(head, values, strict=True))
+            try:
+                p50, p99 = float(found["p50_latency_ms"]), float(found["p99_latency_ms"])
+            except ValueError as error:
+                raise ProgramError(f"redis-benchmark's latencies: {text[:200]!r}") from error
+            return Latency(p50 * 1000, p99 * 1000)
+    return None
+
+
 def wrk(text: str) -> float:
     """Requests/s. Responses other than 2xx and failed connections are errors."""
     bad = re.search(r"Non-2xx or 3xx responses: (\d+)", text)
@@ -133,6 +153,17 @@ def wrk_requests(text: str) -> int:
     if not found:
         raise ProgramError(f"wrk gave no count: {text[:200]!r}")
     return int(found[1])
+
+
+def wrk_latency(text: str) -> Latency:
+    """Latencies from `--latency`. Raises `ProgramError` if there are none."""
+    found = []
+    for percent in (50, 99):
+        line = re.search(rf"^\s+{percent}%\s+([\d.]+)(us|ms|s|m)$", text, re.MULTILINE)
+        if not line:
+            raise ProgramError(f"wrk gave no latency: {text[:300]!r}")
+        found.append(float(line[1]) * {"us": 1, "ms": 1e3, "s": 1e6, "m": 6e7}[line[2]])
+    return Latency(*found)
 
 
 def pgbench(text: str) -> Transactions:
@@ -168,8 +199,18 @@ def busy_ticks(stat: str) -> int:
 
     Softirq time counts, since processes are not charged for all of the network's work.
     """
-    first = stat.split("\n", 1)[0].split()
-    if first[:1] != ["cpu"] or len(first) < 8:
-        raise ProgramError(f"/proc/stat begins with {first!r}, not with the sum of all cores")
-    user, nice, system, _idle, _iowait, irq, softirq = (int(n) for n in first[1:8])
+    user, nice, system, _idle, _iowait, irq, softirq, _stolen = _all_cores(stat)
     return user + nice + system + irq + softirq
+
+
+def stolen_ticks(stat: str) -> int:
+    """Ticks of all cores that the hypervisor gave to other virtual machines, from /proc/stat."""
+    return _all_cores(stat)[-1]
+
+
+def _all_cores(stat: str) -> list[int]:
+    """The first eight counters of /proc/stat, in the order of proc(5), summed over all cores."""
+    first = stat.split("\n", 1)[0].split()
+    if first[:1] != ["cpu"] or len(first) < 9:
+        raise ProgramError(f"/proc/stat begins with {first!r}, not with the sum of all cores")
+    return [int(number) for number in first[1:9]]

@@ -84,6 +84,16 @@ class CaseResult:
         values = [one.cpu_us for one in self.samples.get(variant, []) if one.cpu_us is not None]
         return statistics.median(values) if values else None
 
+    def latencies(self, variant: str) -> dict[str, float]:
+        """Medians of the runs' p50 and p99 in microseconds; empty if the program has none."""
+        known = [one.latency for one in self.samples.get(variant, []) if one.latency is not None]
+        if not known:
+            return {}
+        return {
+            "p50_us": statistics.median(one.p50_us for one in known),
+            "p99_us": statistics.median(one.p99_us for one in known),
+        }
+
     def upgraded(self) -> float | None:
         known = [one.upgraded for one in self.samples.get(FREEFLOW, []) if one.upgraded is not None]
         return statistics.median(known) if known else None
@@ -117,6 +127,7 @@ class CaseResult:
                     "median": self.median(variant),
                     "cpu_us": self.cpu(variant),
                     "runs": [one.figure for one in some],
+                    **self.latencies(variant),
                 }
                 for variant, some in self.samples.items()
             },

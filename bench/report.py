@@ -5,23 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import TypedDict, TypeGuard
+from typing import Final, TypedDict, TypeGuard
 
 from bench.machine import Machine
-from bench.stats import LocalRow, Row
+from bench.stats import FREEFLOW, OVERLAY, CrossRow, LocalRow, Row
 
 HEADER = ("case", "unit", "freeflow", "overlay", "host", "to overlay", "to host", "spread", "runs")
 
 
 LOCAL_HEADER = (
     *("case", "unit", "freeflow", "plain", "overlay", "host", "af_unix", "ring"),
-    *("to overlay", "to plain", "cpu to overlay", "upgraded", "spread", "runs"),
+    *("to overlay", "to plain", "cpu to overlay", "p50 us", "p99 us", "upgraded", "spread", "runs"),
 )
+CROSS_HEADER = (
+    *("case", "unit", "freeflow", "off", "overlay", "host", "to overlay", "to off", "to host"),
+    *("cpu to overlay", "cpu to off", "cpu to host", "p50 us", "p99 us"),
+    *("connections_in_relay", "foreign", "spread", "runs"),
+)
+FEW: Final = 3
+"""With fewer rounds than this a median means nothing."""
 
 
 class Report(TypedDict):
     machine: Machine
-    results: Mapping[str, Row | LocalRow]
+    results: Mapping[str, Row | LocalRow | CrossRow]
 
 
 def as_json(report: Report) -> str:
@@ -78,6 +85,8 @@ def local_lines(rows: Mapping[str, LocalRow]) -> list[tuple[str, ...]]:
             times(row["ratio_to_overlay"]),
             times(row["ratio_to_plain"]),
             times(row["cpu_ratio_to_overlay"]),
+            _beside(row["p50_us"]),
+            _beside(row["p99_us"]),
             percent(row["upgraded"]),
             percent(row["spread"]),
             str(row["runs"]),
@@ -86,12 +95,48 @@ def local_lines(rows: Mapping[str, LocalRow]) -> list[tuple[str, ...]]:
     ]
 
 
+def cross_lines(rows: Mapping[str, CrossRow]) -> list[tuple[str, ...]]:
+    return [
+        (
+            *_named(name, row),
+            number(row["freeflow"]),
+            number(row["freeflow_off"]),
+            number(row["overlay"]),
+            number(row["host"]),
+            times(row["ratio_to_overlay"]),
+            times(row["ratio_to_off"]),
+            times(row["ratio_to_host"]),
+            times(row["cpu_ratio_to_overlay"]),
+            times(row["cpu_ratio_to_off"]),
+            times(row["cpu_ratio_to_host"]),
+            _beside(row["p50_us"]),
+            _beside(row["p99_us"]),
+            f"{number(row['connections_in_relay'])}/{row['connections']}",
+            percent(max(row["foreign"].values(), default=None)),
+            percent(row["spread"]),
+            str(row["runs"]),
+        )
+        for name, row in rows.items()
+    ]
+
+
+def _beside(latency: Mapping[str, float]) -> str:
+    """freeflow's latency, and overlay's behind a stroke."""
+    if FREEFLOW not in latency and OVERLAY not in latency:
+        return "-"
+    return f"{number(latency.get(FREEFLOW))}/{number(latency.get(OVERLAY))}"
+
+
 def _named(name: str, row: Row) -> tuple[str, str]:
     return name, row["unit"] + (" (less is better)" if row["better"] == "less" else "")
 
 
-def is_local(row: Row | LocalRow) -> TypeGuard[LocalRow]:
+def is_local(row: Row | LocalRow | CrossRow) -> TypeGuard[LocalRow]:
     return "freeflow_plain" in row
+
+
+def is_cross(row: Row | LocalRow | CrossRow) -> TypeGuard[CrossRow]:
+    return "connections_in_relay" in row
 
 
 def columns(
@@ -118,6 +163,15 @@ def columns(
     return "\n".join([line(header), rule, *(line(cells) for cells in body)]) + "\n"
 
 
+CROSS_NOTES = (
+    "cross-host: off is freeflow on a network without the relay. CPU is that of both hosts per unit\n"
+    "of work: all processes, routers and relays included, with the kernel's work in their context,\n"
+    "and ksoftirqd. p50 and p99 are of freeflow / overlay. connections_in_relay is freeflow's number\n"
+    "of connections that both routers list as relay, of all; foreign is the share of the machine\n"
+    "that others used, of the worst subject.\n"
+)
+
+
 def as_table(report: Report) -> str:
     machine = report["machine"]
     about = (
@@ -126,15 +180,22 @@ def as_table(report: Report) -> str:
         f"load before: {machine['load']:.2f}; TCP {machine['congestion_control']}\n"
         "Medians; spread is IQR / median, the widest of the subjects. Ratios: freeflow / other.\n"
     )
-    absent = "".join(f"no {name}: {why}\n" for name, why in machine["absent"].items())
-    local = {name: row for name, row in report["results"].items() if is_local(row)}
-    others = {name: row for name, row in report["results"].items() if not is_local(row)}
+    rows = report["results"]
+    local = {name: row for name, row in rows.items() if is_local(row)}
+    cross = {name: row for name, row in rows.items() if is_cross(row)}
+    others = {name: row for name, row in rows.items() if name not in local and name not in cross}
+    if any(0 < row["runs"] < FEW for row in rows.values()):
+        about += f"FEW ROUNDS: rows with fewer than {FEW} runs only show that the cases work.\n"
+    about += CROSS_NOTES if cross else ""
+    about += "".join(f"no {name}: {why}\n" for name, why in machine["absent"].items())
     tables = [columns(LOCAL_HEADER, local_lines(local))] if local else []
+    tables += [columns(CROSS_HEADER, cross_lines(cross))] if cross else []
     tables += [columns(HEADER, lines(others))] if others else []
-    notes = "".join(f"{name}: {row['about']}\n" for name, row in report["results"].items())
+    notes = "".join(f"{name}: {row['about']}\n" for name, row in rows.items())
     failed = "".join(
         f"failed: {name} on {subject}: {why}\n"
-        for name, row in local.items()
+        for some in (local, cross)
+        for name, row in some.items()
         for subject, why in row["failed"].items()
     )
-    return "\n".join([about + absent, *tables, notes + failed])
+    return "\n".join([about, *tables, notes + failed])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from bench.load import CASES, Figures, Load
+from bench.load import Figures, Load
 from bench.namespaces import Pair
-from bench.stats import Row, row
 
 Say = Callable[[str], None]
 
@@ -28,10 +27,6 @@ def interleaved(
         for case, figure in figures.items():
             samples.setdefault(case, {}).setdefault(subject, []).append(figure)
 
-    for load in loads:
-        if load.first_is_calibration:
-            for pair in pairs:
-                load.run(pair, 0.5)
     for number in range(rounds):
         if number and enough():
             say(f"the time is used up after {number} of {rounds} rounds")
@@ -43,7 +38,3 @@ def interleaved(
                 told = ", ".join(f"{case} {figure:.5g}" for case, figure in figures.items())
                 say(f"round {number + 1}/{rounds}  {pair.subject:<8} {told}")
     return samples
-
-
-def rows(samples: dict[str, dict[str, list[float]]]) -> dict[str, Row]:
-    return {case.name: row(case, samples.get(case.name, {})) for case in CASES}

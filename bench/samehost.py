@@ -23,7 +23,7 @@ from bench.namespaces import RING, TCP, Pair
 from bench.rounds import Say
 from bench.sampling import Sample, sample
 from bench.servers import Servers
-from bench.stats import Case, LocalRow, local_row
+from bench.stats import Case, LocalRow, Measured, local_row
 
 OLD_CASES: Final = (load.STREAM_1, load.STREAM_4, load.TCP_RR, load.UDP_RR, load.CPU)
 OLD_LOADS: Final = ("stream_1", "stream_4", "tcp_rr", "udp_rr")
@@ -37,37 +37,27 @@ LAST: Final = 30.0
 
 @dataclass(slots=True)
 class Figures:
-    """One case: figures and CPU time per unit by subject, and the share of upgraded connections."""
+    """One case: its runs, and the share of upgraded connections of each."""
 
-    case: Case
-    cpu_of: str | None = None
-    figures: dict[str, list[float]] = field(default_factory=dict)
-    cpu_us: dict[str, list[float]] = field(default_factory=dict)
+    measured: Measured
     upgraded: list[float] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
 
     def keep(self, subject: str, one: Sample) -> None:
-        self.figures.setdefault(subject, []).append(one.figure)
-        if one.cpu_us is not None:
-            self.cpu_us.setdefault(subject, []).append(one.cpu_us)
+        self.measured.keep(subject, one.figure, one.cpu_us, one.latency)
         if one.upgraded is not None:
             self.upgraded.append(one.upgraded)
 
     def row(self) -> LocalRow:
-        return local_row(
-            self.case,
-            self.figures,
-            {name: statistics.median(some) for name, some in self.cpu_us.items()},
-            f"us/{self.cpu_of}" if self.cpu_of else None,
-            statistics.median(self.upgraded) if self.upgraded else None,
-            self.failed,
-        )
+        upgraded = statistics.median(self.upgraded) if self.upgraded else None
+        return local_row(self.measured, upgraded)
 
     def cpu_row(self) -> LocalRow:
         """The row of the case's CPU time."""
-        about = f"CPU time of both ends in {self.case.name}"
-        case = Case(f"{self.case.name}_cpu", f"us/{self.cpu_of}", False, about)
-        return Figures(case, None, self.cpu_us, {}, self.upgraded, self.failed).row()
+        one = self.measured
+        about = f"CPU time of both ends in {one.case.name}"
+        case = Case(f"{one.case.name}_cpu", f"us/{one.cpu_of}", False, about)
+        mine = Measured(case, figures=one.cpu_us, failed=one.failed)
+        return Figures(mine, self.upgraded).row()
 
 
 def case_names() -> list[str]:
@@ -103,9 +93,9 @@ class SameHost:
         olds = [case for case in OLD_CASES if case.name in self.names]
         idling = [case for case in idle.CASES if case.name in self.names]
         for one in chosen:
-            self.found[one.case.name] = Figures(one.case, one.cpu_of)
+            self.found[one.case.name] = Figures(Measured(one.case, one.cpu_of))
         for case in (*idling, *olds):
-            self.found[case.name] = Figures(case)
+            self.found[case.name] = Figures(Measured(case))
         start = self.clock()
         with Servers() as servers:
             for one in chosen:
@@ -140,7 +130,7 @@ class SameHost:
 
     def _try(self, names: Sequence[str], pair: Pair, work: Callable[[], None]) -> None:
         """Do the work, unless it has failed before on this subject."""
-        mine = [self.found[name] for name in names if name in self.found]
+        mine = [self.found[name].measured for name in names if name in self.found]
         if any(pair.subject in figures.failed for figures in mine):
             return
         try:

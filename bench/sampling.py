@@ -12,6 +12,7 @@ from typing import Final
 
 from bench import cost, parse
 from bench.errors import ProgramError
+from bench.latency import Latency
 from bench.measures import Call, Measure
 from bench.namespaces import RING, Namespaces, Pair
 from bench.servers import Servers
@@ -28,6 +29,7 @@ class Sample:
     cpu_us: float | None
     upgraded: float | None
     counters: str = ""
+    latency: Latency | None = None
 
 
 def cores_of(numbers: tuple[int, ...], ours: Collection[int]) -> tuple[int, ...]:
@@ -77,7 +79,8 @@ def sample(measure: Measure, pair: Pair, servers: Servers, seconds: float) -> Sa
     if pair.transport == RING:
         # One program, which pins each of its ends itself.
         seen = measure.call(Call(pair, None, seconds, (*client_cores, *server_cores), server_cores))
-        return Sample(seen.figure, (seen.client_us or 0) / seen.units, None)
+        cpu_us = (seen.client_us or 0) / seen.units
+        return Sample(seen.figure, cpu_us, None, latency=seen.latency)
     server = servers.get(pair, measure.kind, frozenset(server_cores))
     path, counters = counters_in(pair.client)
     environment = {COUNTERS: path} if pair.client.library else {}
@@ -89,6 +92,5 @@ def sample(measure: Measure, pair: Pair, servers: Servers, seconds: float) -> Sa
         used = server.cpu_us() - before + client
     said = counters.read_text() if pair.client.library and counters.exists() else ""
     counters.unlink(missing_ok=True)
-    return Sample(
-        seen.figure, used / seen.units, parse.paths(said).share(measure.aside), said.strip()
-    )
+    upgraded = parse.paths(said).share(measure.aside)
+    return Sample(seen.figure, used / seen.units, upgraded, said.strip(), seen.latency)

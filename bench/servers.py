@@ -289,6 +289,10 @@ class Servers:
             instance = replace(
                 instance, path=f"{instance.folder}/{kind.unix.format(port=instance.port)}"
             )
+        if _answers(pair, instance):
+            raise ProgramError(
+                f"{pair.subject}: port {instance.port} is another program's; measure without it"
+            )
         said = instance.namespaces.root / instance.write("log", "").lstrip("/")
         kind.prepare(instance)
         # If the benchmark is killed, its servers end, too.

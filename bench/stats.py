@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypedDict
+
+from bench.latency import Latency
 
 FREEFLOW: Final = "freeflow"
 OVERLAY: Final = "overlay"
@@ -17,10 +19,13 @@ HOST: Final = "host"
 SUBJECTS: Final = (FREEFLOW, OVERLAY, HOST)
 FREEFLOW_PLAIN: Final = "freeflow_plain"
 """Without the library."""
+FREEFLOW_OFF: Final = "freeflow_off"
+"""With the library, on a network without the relay: overlay and fast path."""
 AF_UNIX: Final = "af_unix"
 RING: Final = "ring"
 """A bare ring in shared memory."""
 LOCAL_SUBJECTS: Final = (FREEFLOW, FREEFLOW_PLAIN, OVERLAY, HOST, AF_UNIX, RING)
+CROSS_SUBJECTS: Final = (FREEFLOW, FREEFLOW_OFF, OVERLAY, HOST)
 
 Samples = Mapping[str, Sequence[float]]
 """Subject to one figure per run."""
@@ -52,19 +57,83 @@ class Row(TypedDict):
     runs: int
 
 
-class LocalRow(Row):
+class CostRow(Row):
+    """A row with CPU time per unit of work, and latencies of requests, by subject."""
+
+    cpu: dict[str, float]
+    cpu_unit: str | None
+    cpu_ratio_to_overlay: float | None
+    p50_us: dict[str, float]
+    p99_us: dict[str, float]
+    samples: dict[str, list[float]]
+    failed: dict[str, str]
+
+
+class LocalRow(CostRow):
     """A row of the suite `same-host`. `upgraded` is a share of freeflow's connections."""
 
     freeflow_plain: float | None
     af_unix: float | None
     ring: float | None
     ratio_to_plain: float | None
-    cpu: dict[str, float]
-    cpu_unit: str | None
-    cpu_ratio_to_overlay: float | None
     upgraded: float | None
-    samples: dict[str, list[float]]
-    failed: dict[str, str]
+
+
+class CrossRow(CostRow):
+    """A row of the suite `cross-host`; CPU time is that of both hosts.
+
+    `connections_in_relay` is freeflow's median of all runs, of `connections`; None: not listed.
+    `paths` are those of its last run. `foreign` is the share of the machine that others used, the
+    median of each subject's runs.
+    """
+
+    freeflow_off: float | None
+    ratio_to_off: float | None
+    cpu_ratio_to_off: float | None
+    cpu_ratio_to_host: float | None
+    cpu_samples: dict[str, list[float]]
+    connections: int
+    connections_in_relay: float | None
+    paths: dict[str, int]
+    foreign: dict[str, float]
+
+
+@dataclass(slots=True)
+class Measured:
+    """All runs of a case: figures, CPU time per unit in microseconds, and latencies, by subject."""
+
+    case: Case
+    cpu_of: str | None = None
+    figures: dict[str, list[float]] = field(default_factory=dict)
+    cpu_us: dict[str, list[float]] = field(default_factory=dict)
+    latencies: dict[str, list[Latency]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def keep(
+        self, subject: str, figure: float, cpu_us: float | None, latency: Latency | None
+    ) -> None:
+        """Add a run."""
+        self.figures.setdefault(subject, []).append(figure)
+        if cpu_us is not None:
+            self.cpu_us.setdefault(subject, []).append(cpu_us)
+        if latency is not None:
+            self.latencies.setdefault(subject, []).append(latency)
+
+    def cost_row(self) -> CostRow:
+        """The row, with medians of all runs."""
+        cpu = medians(self.cpu_us)
+        p50 = {name: [one.p50_us for one in some] for name, some in self.latencies.items()}
+        p99 = {name: [one.p99_us for one in some] for name, some in self.latencies.items()}
+        return CostRow(
+            **row(self.case, self.figures),
+            cpu=cpu,
+            cpu_unit=f"us/{self.cpu_of}" if self.cpu_of else None,
+            cpu_ratio_to_overlay=ratio(cpu.get(FREEFLOW), cpu.get(OVERLAY)),
+            p50_us=medians(p50),
+            p99_us=medians(p99),
+            samples={name: list(some) for name, some in self.figures.items()},
+            failed=dict(self.failed),
+        )
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
@@ -115,27 +184,48 @@ def row(case: Case, samples: Samples, percent: float = 50) -> Row:
     )
 
 
-def local_row(
-    case: Case,
-    samples: Samples,
-    cpu: Mapping[str, float],
-    cpu_unit: str | None,
-    upgraded: float | None,
-    failed: Mapping[str, str],
-) -> LocalRow:
+def medians(samples: Samples) -> dict[str, float]:
+    """The median of each subject that has samples."""
+    return {name: statistics.median(some) for name, some in samples.items() if some}
+
+
+def local_row(measured: Measured, upgraded: float | None) -> LocalRow:
     """The row of a case, with the additional subjects of `same-host`."""
-    made = row(case, samples)
-    middle = {name: statistics.median(some) for name, some in samples.items() if some}
+    made = measured.cost_row()
+    middle = medians(measured.figures)
     return LocalRow(
         **made,
         freeflow_plain=middle.get(FREEFLOW_PLAIN),
         af_unix=middle.get(AF_UNIX),
         ring=middle.get(RING),
         ratio_to_plain=ratio(made["freeflow"], middle.get(FREEFLOW_PLAIN)),
-        cpu=dict(cpu),
-        cpu_unit=cpu_unit,
-        cpu_ratio_to_overlay=ratio(cpu.get(FREEFLOW), cpu.get(OVERLAY)),
         upgraded=upgraded,
-        samples={name: list(some) for name, some in samples.items()},
-        failed=dict(failed),
+    )
+
+
+def cross_row(
+    measured: Measured,
+    connections: int,
+    in_relay: Sequence[int],
+    paths: Mapping[str, int],
+    foreign: Samples,
+) -> CrossRow:
+    """The row of a case, with the additional subject of `cross-host`."""
+    made = measured.cost_row()
+    off = medians(measured.figures).get(FREEFLOW_OFF)
+    cpu = made["cpu"]
+    made["spread_of"][FREEFLOW_OFF] = spread(measured.figures.get(FREEFLOW_OFF) or ())
+    known = [value for value in made["spread_of"].values() if value is not None]
+    made["spread"] = max(known) if known else None
+    return CrossRow(
+        **made,
+        freeflow_off=off,
+        ratio_to_off=ratio(made["freeflow"], off),
+        cpu_ratio_to_off=ratio(cpu.get(FREEFLOW), cpu.get(FREEFLOW_OFF)),
+        cpu_ratio_to_host=ratio(cpu.get(FREEFLOW), cpu.get(HOST)),
+        cpu_samples={name: list(some) for name, some in measured.cpu_us.items()},
+        connections=connections,
+        connections_in_relay=statistics.median(in_relay) if in_relay else None,
+        paths=dict(paths),
+        foreign=medians(foreign),
     )

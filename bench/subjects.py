@@ -13,18 +13,24 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench import load
+from bench.accounting import LOAD
 from bench.bed import LABEL, PLUGIN, Host
 from bench.engine import address
 from bench.errors import BenchError, EngineRefusedError, ProgramError
 from bench.namespaces import RING as BARE_RING
 from bench.namespaces import TOOLS, UNIX, Namespaces, Pair, run
-from bench.stats import AF_UNIX, FREEFLOW, FREEFLOW_PLAIN, HOST, OVERLAY, RING
+from bench.stats import AF_UNIX, FREEFLOW, FREEFLOW_OFF, FREEFLOW_PLAIN, HOST, OVERLAY, RING
+from driver.options import USER_KEYS
 
 DRIVERS: Final = {FREEFLOW: PLUGIN, OVERLAY: "overlay"}
+"""Subjects with a network of their own that every suite measures."""
+NETWORKS: Final = {**DRIVERS, FREEFLOW_OFF: PLUGIN}
+OPTIONS: Final = {FREEFLOW_OFF: {"relay": "off"} if "relay" in USER_KEYS else {}}
+ACCELERATED: Final = (FREEFLOW, FREEFLOW_OFF)
 SHARED: Final = Path("/run/freeflow")
 """The folder that a container mounts for the library."""
 LIBRARY: Final = SHARED / "libfreeflow.so"
-PORTS: Final = (*load.IPERF_PORTS, load.PINGPONG_PORT, load.REDIS_PORT, load.HTTP_PORT)
+PORTS: Final = (*load.IPERF_PORTS, load.PINGPONG_PORT, load.HTTP_PORT)
 
 
 def network_name(subject: str) -> str:
@@ -40,12 +46,11 @@ def networks(manager: Host, subjects: Sequence[str]) -> Iterator[None]:
     made = []
     try:
         wanted = {FREEFLOW if one == FREEFLOW_PLAIN else one for one in subjects}
-        for subject in DRIVERS:
+        for subject, driver in NETWORKS.items():
             if subject in wanted:
-                manager.engine.create_network(
-                    network_name(subject), DRIVERS[subject], {LABEL: "yes"}
-                )
-                made.append(network_name(subject))
+                name = network_name(subject)
+                manager.engine.create_network(name, driver, {LABEL: "yes"}, OPTIONS.get(subject))
+                made.append(name)
         yield
     finally:
         for name in made:
@@ -105,7 +110,8 @@ def _start_container(
         raise BenchError(f"{host.name}: container {identifier[:12]} on {subject} ended at once")
     where = host.address if subject == HOST else address(inspected, network_name(subject))
     library = str(LIBRARY) if accelerated else ""
-    namespaces = Namespaces(host.root / "proc" / str(pid), where, library)
+    group = host.group / LOAD if host.group else None
+    namespaces = Namespaces(host.root / "proc" / str(pid), where, library, group=group)
     namespaces.set_congestion_control()
     return namespaces
 
@@ -137,13 +143,13 @@ def pairs(
 ) -> Iterator[tuple[Pair, ...]]:
     """Both containers of each subject, with servers that answer. Both hosts may be the same.
 
-    With `accelerated`, the subject `freeflow` has the library.
+    With `accelerated`, the subjects in `ACCELERATED` have the library.
     """
     hosts = [client] if client == server else [client, server]
     try:
         made = []
         for subject in subjects:
-            fast = accelerated and subject == FREEFLOW
+            fast = accelerated and subject in ACCELERATED
             serving = _start_container(server, subject, image, [f"{TOOLS}/servers"], fast)
             calling = _start_container(client, subject, image, ["sleep", "infinity"], fast)
             pair = Pair(subject, calling, serving)

@@ -12,6 +12,7 @@ import pytest
 
 from bench import load, parse, report, rounds, stats
 from bench.errors import ProgramError
+from bench.latency import Latency
 from bench.machine import Machine, cpu_model
 from bench.namespaces import Namespaces, Pair, run, run_together
 
@@ -146,6 +147,23 @@ Transfer/sec:     94.06MB
 """
 
 
+def test_latencies_of_redis_benchmark() -> None:
+    """p50 and p99 are parsed where the version prints them."""
+    text = '"test","rps","p50_latency_ms","p99_latency_ms"\n"GET","9.5","0.511","1.25"\n'
+    assert parse.redis_latency(text) == Latency(511, 1250)
+    assert parse.redis_latency('"GET","61056.12"\n') is None
+    with pytest.raises(ProgramError, match="latencies"):
+        parse.redis_latency(text.replace("0.511", "fast"))
+
+
+def test_latencies_of_wrk() -> None:
+    """p50 and p99 are parsed in every unit; output without them is an error."""
+    text = "  Latency Distribution\n     50%  702.93us\n     75%    1.10ms\n     99%    1.20s\n"
+    assert parse.wrk_latency(text) == Latency(702.93, 1_200_000)
+    with pytest.raises(ProgramError, match="no latency"):
+        parse.wrk_latency("  Latency   702.93us  397.12us   8.82ms   83.59%\n")
+
+
 def test_wrk_output() -> None:
     """wrk's requests per second are read."""
     assert parse.wrk(WRK.format(extra="")) == 71419.44
@@ -177,7 +195,9 @@ def test_unknown_output_is_refused(reader: object) -> None:
 
 def test_busy_ticks_count_softirq_and_not_idle() -> None:
     """Busy ticks are user, nice, system, irq and softirq, without idle, iowait, steal and guest."""
-    assert parse.busy_ticks("cpu  1 2 4 1000 2000 8 16 9 9 9\ncpu0 1 1 1 1 1 1 1\n") == 31
+    stat = "cpu  1 2 4 1000 2000 8 16 9 7 7\ncpu0 1 1 1 1 1 1 1\n"
+    assert parse.busy_ticks(stat) == 31
+    assert parse.stolen_ticks(stat) == 9
 
 
 def test_cpu_model_is_found() -> None:
@@ -227,35 +247,6 @@ def test_rounds_end_when_time_is_up() -> None:
         "host": 3,
     }
     assert len(rounds.interleaved(*arguments, lambda: True)["a"]["host"]) == 1
-
-
-def test_calibration_is_not_counted() -> None:
-    """The run that calibrates a load is not a sample."""
-    calls: list[float] = []
-
-    def measure(_: Pair, seconds: float) -> load.Figures:
-        calls.append(seconds)
-        return {"a": float(len(calls))}
-
-    one = load.Load("a", measure, first_is_calibration=True)
-    samples = rounds.interleaved([one], [pair("host")], 2, 3.0, random.Random(1), lambda _: None)
-    assert samples == {"a": {"host": [2.0, 3.0]}}
-    assert calls == [0.5, 3.0, 3.0]
-
-
-def test_every_case_of_the_data_path_is_reported() -> None:
-    """All nine cases are in the report, in their order, measured or not."""
-    assert list(rounds.rows({})) == [
-        "stream_1",
-        "stream_4",
-        "tcp_rr_one_core",
-        "udp_rr_one_core",
-        "cpu_per_byte",
-        "redis_p1_c50",
-        "redis_p16_c50",
-        "nginx_keepalive",
-        "connect_request_close",
-    ]
 
 
 def test_json_and_table_show_the_same() -> None:

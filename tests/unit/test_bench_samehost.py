@@ -16,6 +16,7 @@ import pytest
 from bench import cost, idle, load, parse, report, sampling, stats, subjects
 from bench.choice import pick
 from bench.errors import ProgramError
+from bench.latency import Latency
 from bench.machine import Machine
 from bench.measures import Measure, Seen, measures
 from bench.namespaces import RING, TCP, UNIX, Namespaces, Pair
@@ -63,7 +64,8 @@ class Fake:
             raise ProgramError(f"{where.subject}: no such luck")
         share = self.upgraded if where.client.library else None
         figure = self.figures[where.subject]
-        return Sample(figure, figure / 2, share, '{"refused":9}' if share is not None else "")
+        said = '{"refused":9}' if share is not None else ""
+        return Sample(figure, figure / 2, share, said, Latency(figure, figure * 3))
 
     def leave_idle(self, where: Pair, _: Servers) -> idle.Idle:
         return idle.Idle({case.name: self.figures[where.subject] for case in idle.CASES}, None)
@@ -130,6 +132,8 @@ def test_row_tells_ratios_to_plain_and_overlay() -> None:
     assert row["cpu"]["overlay"] == 10
     assert row["cpu_unit"] == "us/request"
     assert row["cpu_ratio_to_overlay"] == pytest.approx(0.1)
+    assert row["p50_us"]["freeflow"] == 2
+    assert row["p99_us"]["overlay"] == 60
     assert row["upgraded"] == 1
     assert row["runs"] == 3
     assert row["samples"]["freeflow"] == [2, 2, 2]
@@ -238,7 +242,8 @@ def test_table_and_json_of_local_rows() -> None:
     assert "failed: b on overlay: overlay: no such luck" in table
     line = next(line for line in table.splitlines() if line.startswith("a "))
     assert line.split()[5:] == [
-        *("2", "10", "20", "-", "-", "-", "0.10x", "0.20x", "0.10x", "100%", "0%", "3"),
+        *("2", "10", "20", "-", "-", "-", "0.10x", "0.20x", "0.10x"),
+        *("2/20", "6/60", "100%", "0%", "3"),
     ]
     found = json.loads(report.as_json(made))["results"]["a"]
     contract = {"unit", "freeflow", "overlay", "host", "ratio_to_overlay", "ratio_to_host"}
@@ -260,6 +265,8 @@ def test_stream_and_memload_output() -> None:
     assert stream == parse.Moved(10, 0.5, 7)
     load_ = parse.moved('{"count": 3, "seconds": 1, "p50_us": 1, "p99_us": 2, "cpu_us": 7}')
     assert load_.count == 3
+    assert load_.latency == Latency(1, 2)
+    assert stream.latency is None
 
 
 PGBENCH = """\

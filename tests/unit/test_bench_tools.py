@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compiled, parse
+from bench import clients, compiled, parse
 from testbed.patience import patience
 
 
@@ -211,3 +212,117 @@ def test_processes_are_counted(tools: Path, kind: str) -> None:
     assert made.count > 0
     assert made.seconds >= 0.2
     assert made.cpu_us > 0
+
+
+class Redis:
+    """The part of redis that the load needs; `wrong` changes each value that it returns."""
+
+    def __init__(self, wrong: bool = False) -> None:
+        self.wrong = wrong
+        self.values: dict[bytes, bytes] = {}
+        self.gets = 0
+        self.connections = 0
+        self.lock = threading.Lock()
+
+    def __call__(self, connection: socket.socket) -> None:
+        with self.lock:
+            self.connections += 1
+        lines = connection.makefile("rb")
+        while line := lines.readline():
+            words = []
+            for _ in range(int(line[1:])):
+                size = int(lines.readline()[1:])
+                words.append(lines.read(size + 2)[:-2])
+            if words[0] == b"SET":
+                self.values[words[1]] = words[2]
+                connection.sendall(b"+OK\r\n")
+                continue
+            with self.lock:
+                self.gets += 1
+            value = self.values[words[1]]
+            said = b"?" + value[1:] if self.wrong and self.gets > 5 else value
+            connection.sendall(b"$%d\r\n%b\r\n" % (len(value), said))
+
+
+def web(connection: socket.socket) -> None:
+    """A server whose every answer has another header of the same size, as a date does."""
+    lines = connection.makefile("rb")
+    for number in range(10**6):
+        while (line := lines.readline()) not in (b"\r\n", b""):
+            continue
+        if not line:
+            return
+        head = f"HTTP/1.1 200 OK\r\nDate: {number:09}\r\nContent-Length: 5\r\n\r\n"
+        connection.sendall(head.encode() + b"hello")
+
+
+def window(seconds: float, *argv: object) -> tuple[clients.Counted, int]:
+    """The window of a run of `clients`, and its exit code."""
+    line = [str(word) for word in argv]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.1)
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(seconds)
+            process.send_signal(signal.SIGUSR2)
+            counted = clients.sum_up([process.stdout.readline()])
+            process.terminate()
+            return counted, process.wait(patience(10))
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("pipeline", [1, 4])
+def test_clients_count_in_their_window_only(tools: Path, pipeline: int) -> None:
+    """Requests before and after the window are not counted, and each answer belongs to one."""
+    server = Redis()
+    with answering(server) as where:
+        counted, code = window(0.3, tools / "clients", "redis", *where, 3, pipeline, 0)
+    assert code == 0
+    assert server.connections == 3
+    assert 0 < counted.count < server.gets
+    assert counted.count % pipeline == 0
+    assert counted.latency is not None
+    assert 0 < counted.latency.p50_us <= counted.latency.p99_us
+
+
+def test_clients_keep_to_their_rate(tools: Path) -> None:
+    """With a rate, the connections together send so many requests per second, and no more."""
+    with answering(Redis()) as where:
+        counted, code = window(1.0, tools / "clients", "redis", *where, 5, 1, 200)
+    assert code == 0
+    assert 0 < counted.rate <= 220
+
+
+def test_clients_of_other_servers(tools: Path) -> None:
+    """memcached, HTTP and echo are spoken, and a stream counts its bytes."""
+    tool = tools / "clients"
+    with answering(Memcached()) as where:
+        assert window(0.2, tool, "memcached", *where, 2, 1, 0)[1] == 0
+    with answering(web) as where:
+        assert window(0.2, tool, "http", *where, 2, 1, 0)[1] == 0
+    with serving(tools / "pingpong", "epoll") as where:
+        assert window(0.2, tool, "echo", *where, 2, 1, 0)[1] == 0
+    with serving(tools / "stream") as where:
+        counted, code = window(0.2, tool, "stream", *where, 4096)
+    assert code == 0
+    assert counted.count % 4096 == 0
+    assert counted.latency is None
+
+
+def test_clients_refuse_another_answer(tools: Path) -> None:
+    """An answer that differs from what the program has stored ends it with an error."""
+    with answering(Redis(wrong=True)) as where:
+        done = run(tools / "clients", "redis", *where, 2, 1, 0)
+    assert done.returncode == 1
+    assert "an answer differs" in done.stderr
+
+
+def test_clients_refuse_another_server(tools: Path) -> None:
+    """A server that does not store what the program sends is not measured."""
+    with serving(tools / "pingpong", "epoll") as where:
+        done = run(tools / "clients", "redis", *where, 1, 1, 0)
+    assert done.returncode == 1
+    assert "didn't store" in done.stderr

@@ -1,0 +1,90 @@
+"""Which path the connections of a run have, from the listings of both hosts' routers.
+
+A ratio means something for the relay only if its connections were there. So every run of a subject
+with the library says how many of its connections both routers list as `relay`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from bench.bed import Host
+from bench.engine import Engine
+from bench.errors import BenchError
+
+RELAY: Final = "relay"
+"""The path's name in the routers' listings."""
+STEP: Final = 0.5
+LEAST: Final = 2.5
+"""Seconds of traffic before a stable number counts: the routers need more than a second."""
+MOST: Final = 9.0
+STABLE: Final = 3
+"""So many equal listings in a row are stable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """Ends of connections by path, with the reason for those on TCP: at the client's host."""
+
+    in_relay: int
+    total: int
+    words: dict[str, int]
+
+
+def listed(
+    client: Sequence[Mapping[str, Any]],
+    server: Sequence[Mapping[str, Any]],
+    servers: Collection[str],
+) -> Listed:
+    """The connections to these servers (`ADDRESS:PORT`), from both hosts' listings.
+
+    A connection counts as in the relay when both ends do.
+    """
+    ours = [entry for entry in client if entry["remote"] in servers]
+    theirs = [entry for entry in server if entry["local"] in servers]
+    words = Counter(
+        entry["path"] + (f" ({entry['reason']})" if entry.get("reason") else "") for entry in ours
+    )
+    both = min(sum(entry["path"] == RELAY for entry in some) for some in (ours, theirs))
+    return Listed(both, len(ours), dict(words))
+
+
+def _listing(host: Host) -> list[Mapping[str, Any]]:
+    admin = Engine(host.root / "run/freeflow-admin/admin.sock", timeout=10)
+    try:
+        found = admin.call("GET", "/admin/connections")
+    except OSError as error:
+        raise BenchError(f"{host.name}: no plugin at its admin socket: {error}") from error
+    return list(found["connections"])
+
+
+def look(client: Host, server: Host, servers: Collection[str]) -> Listed:
+    """The present paths of the connections to these servers."""
+    return listed(_listing(client), _listing(server), servers)
+
+
+def settle(
+    look_again: Callable[[], Listed],
+    expected: int,
+    most: float = MOST,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Listed:
+    """Wait until the number of connections in the relay is stable; the last listing.
+
+    It ends at once when all `expected` ones are there, and after `most` seconds anyway.
+    """
+    start = clock()
+    seen: list[int] = []
+    while True:
+        sleep(STEP)
+        last = look_again()
+        seen.append(last.in_relay)
+        waited = clock() - start
+        stable = len(seen) >= STABLE and len(set(seen[-STABLE:])) == 1
+        if last.in_relay >= expected or waited >= most or (stable and waited >= LEAST):
+            return last

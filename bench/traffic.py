@@ -1,0 +1,245 @@
+"""The cases of `cross-host`: what its clients do, and one run of a case on a subject.
+
+A run starts the servers where they are missing, then the clients; waits until the connections have
+settled; measures in a window; and lists the connections' paths while the load continues.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from bench import load, relayed, underlay
+from bench.accounting import Accounts
+from bench.bed import Host
+from bench.clients import STREAM as BYTES
+from bench.clients import Clients, Counted, Load
+from bench.errors import BenchError, ProgramError
+from bench.latency import Latency
+from bench.namespaces import Pair
+from bench.relayed import Listed
+from bench.servers import (
+    MEMCACHED,
+    NGINX,
+    PINGPONG_EPOLL,
+    REDIS,
+    STREAM,
+    Running,
+    ServerProgram,
+    Servers,
+)
+from bench.stats import FREEFLOW, FREEFLOW_OFF, Case
+
+WARM_UP: Final = 1.0
+"""Seconds of traffic before the window, where no connection can move."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """A case with clients in a window.
+
+    `beside` are further clients, in no figure. With `is_tail` the figure is the 99th percentile of
+    the latencies in place of the rate.
+    """
+
+    case: Case
+    server: ServerProgram
+    clients: Clients
+    cpu_of: str | None = "request"
+    scale: float = 1.0
+    """What is counted (requests, or bytes) is divided by it."""
+    condition: underlay.Condition = underlay.unchanged
+    beside: tuple[ServerProgram, Clients] | None = None
+    is_tail: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Packets:
+    """A case of `bench/load.py`: a program's figure of its whole run."""
+
+    case: Case
+    run: Callable[[Pair, float], Mapping[str, float]]
+    condition: underlay.Condition = underlay.unchanged
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A run's result. CPU time is of both hosts, per unit; None: not measured."""
+
+    figure: float
+    cpu_us: float | None = None
+    latency: Latency | None = None
+    foreign: float | None = None
+    listed: Listed | None = None
+
+
+def _redis(name: str, clients: Clients, about: str) -> Traffic:
+    return Traffic(Case(name, "requests/s", True, f"redis GET, {about}"), REDIS, clients)
+
+
+def _redis_connections(connections: int, pipeline: int = 1) -> Traffic:
+    clients = Clients("redis", connections=connections, pipeline=pipeline)
+    about = f"one process, {connections} connections, pipelines of {pipeline}"
+    return _redis(f"redis_p{pipeline}_c{connections}", clients, about)
+
+
+def _pairs(count: int) -> Traffic:
+    about = f"64 bytes there and back, {count} pairs of processes with one connection each"
+    case = Case(f"pairs_{count}", "round trips/s", True, about)
+    clients = Clients("echo", processes=count, servers=count)
+    return Traffic(case, PINGPONG_EPOLL, clients, "round trip")
+
+
+def _streams(
+    count: int, name: str = "", condition: underlay.Condition = underlay.unchanged
+) -> Traffic:
+    about = f"{count} TCP streams" if count > 1 else "one TCP stream"
+    more = ", without tunnel segmentation on the underlay" if name else ""
+    case = Case(f"stream_{count}{name}", "Gbit/s", True, f"{about}, writes of 128 KiB{more}")
+    clients = Clients(BYTES, processes=count, servers=count)
+    # Rates are of bits, CPU time is per GB.
+    return Traffic(case, STREAM, clients, "GB", 1e9, condition)
+
+
+def traffic() -> list[Traffic]:
+    """The cases with a window."""
+    memcached = Case(
+        *("memcached_c50", "requests/s", True),
+        "memcached with 2 threads, get of 100 bytes, one process, 50 connections",
+    )
+    nginx = Case(
+        *("nginx_keepalive", "requests/s", True),
+        "nginx with 2 workers, 1 KiB file, one process, 32 connections",
+    )
+    beside = Case(
+        *("redis_c8_beside_stream_p99", "us", False),
+        "99 % of redis GETs, 8 connections, beside a stream, over a link of 1 Gbit/s",
+    )
+    eight = Clients("redis", connections=8)
+    offload = underlay.without_tunnel_segmentation
+    return [
+        *(_redis_connections(count) for count in (1, 4, 8, 16, 50, 200)),
+        _redis_connections(50, 16),
+        _redis("redis_4x12", Clients("redis", 4, 12), "four processes with 12 connections each"),
+        _redis("redis_16x1", Clients("redis", 16), "16 processes with one connection each"),
+        _redis(
+            "redis_slow_c50",
+            Clients("redis", connections=50, rate=2000),
+            "one process, 50 connections, 2000 requests/s in all",
+        ),
+        Traffic(memcached, MEMCACHED, Clients("memcached", connections=50)),
+        Traffic(nginx, NGINX, Clients("http", connections=32)),
+        _pairs(8),
+        _pairs(24),
+        _streams(1),
+        _streams(4),
+        _streams(1, "_no_offload", offload),
+        _streams(4, "_no_offload", offload),
+        Traffic(
+            beside,
+            REDIS,
+            eight,
+            cpu_of=None,
+            condition=underlay.shaped,
+            beside=(STREAM, Clients(BYTES)),
+            is_tail=True,
+        ),
+    ]
+
+
+def packets() -> list[Packets]:
+    """The cases of single packets and short connections."""
+    return [
+        Packets(load.TCP_RR, load.tcp_rr),
+        Packets(load.UDP_RR, load.udp_rr),
+        Packets(load.CONNECT, load.connect_request_close),
+    ]
+
+
+def names() -> list[str]:
+    """Names of all cases."""
+    return [*(one.case.name for one in traffic()), *(one.case.name for one in packets())]
+
+
+@dataclass(slots=True)
+class Runner:
+    """Makes runs on the pairs of two hosts. `most` limits the seconds of warming up."""
+
+    client: Host
+    server: Host
+    servers: Servers
+    accounts: Accounts
+    most: float = relayed.MOST
+    sleep: Callable[[float], None] = time.sleep
+    look: Callable[[Host, Host, Sequence[str]], Listed] = field(default=relayed.look)
+
+    def run(self, one: Traffic | Packets, pair: Pair, seconds: float) -> Sample:
+        """One run. Raises `ProgramError` if a program failed, or the figure is of another path."""
+        if isinstance(one, Packets):
+            before = self.accounts.read()
+            figure = one.run(pair, seconds)[one.case.name]
+            return Sample(figure, foreign=self.accounts.used_since(before).foreign)
+        with ExitStack() as loads:
+            if one.beside is not None:
+                loads.enter_context(self._start(pair, *one.beside)[0])
+            running, servers = self._start(pair, one.server, one.clients)
+            loads.enter_context(running)
+            where = [f"{server.address}:{server.port}" for server in servers]
+            self._settle(pair, one, where)
+            before = self.accounts.read()
+            running.begin()
+            self.sleep(seconds)
+            counted = running.end()
+            used = self.accounts.used_since(before)
+            listed = self._listed(pair, one, where)
+        return _sample(one, counted, used.cpu_us, used.foreign, listed)
+
+    def _start(
+        self, pair: Pair, kind: ServerProgram, clients: Clients
+    ) -> tuple[Load, list[Running]]:
+        servers = [
+            self.servers.get(pair, replace(kind, name=f"{kind.name} {number}"))
+            for number in range(clients.servers)
+        ]
+        return Load(pair, clients, servers), servers
+
+    def _settle(self, pair: Pair, one: Traffic, where: Sequence[str]) -> None:
+        if pair.subject != FREEFLOW:
+            self.sleep(WARM_UP)
+            return
+        relayed.settle(
+            lambda: self.look(self.client, self.server, where),
+            one.clients.total,
+            self.most,
+            sleep=self.sleep,
+        )
+
+    def _listed(self, pair: Pair, one: Traffic, where: Sequence[str]) -> Listed | None:
+        """The paths at the end of the window; None for subjects that a router doesn't know."""
+        if pair.subject not in (FREEFLOW, FREEFLOW_OFF):
+            return None
+        listed = self.look(self.client, self.server, where)
+        if listed.total != one.clients.total:
+            raise BenchError(
+                f"{pair.subject}: the router lists {listed.total} of {one.clients.total} connections "
+                f"of {one.case.name}; look at `freeflow connections`"
+            )
+        if pair.subject == FREEFLOW_OFF and listed.in_relay:
+            raise ProgramError(f"{listed.in_relay} connections are in the relay, which is off")
+        return listed
+
+
+def _sample(
+    one: Traffic, counted: Counted, cpu_us: float, foreign: float, listed: Listed | None
+) -> Sample:
+    units = counted.count / one.scale
+    figure = counted.rate * 8 / one.scale if one.cpu_of == "GB" else counted.rate / one.scale
+    if one.is_tail:
+        if counted.latency is None:
+            raise ProgramError(f"{one.case.name}: no latencies")
+        figure = counted.latency.p99_us
+    cpu = cpu_us / units if one.cpu_of else None
+    return Sample(figure, cpu, counted.latency, foreign, listed)
