@@ -1,4 +1,4 @@
-"""Loads of single packets and short connections: the servers, and how one run of a client becomes figures.
+"""Loads of single packets and short connections: the servers, and what a run of a client tells.
 
 A run takes about `seconds`, sends from `pair.client` to `pair.server`, and returns a figure per
 case.

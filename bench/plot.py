@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -59,27 +60,44 @@ def speedup(name: str, row: Row, base: str) -> Ratio | None:
     )
 
 
+def ratios(report: Report, cases: Sequence[str], base: str, more: str = "") -> list[Ratio]:
+    """A bar for each of these cases that both subjects have a figure of; `more` is added to names.
+
+    Raises:
+        BenchError: there is none.
+    """
+    results = report["results"]
+    made = [
+        replace(ratio, what=ratio.what + more)
+        for name in cases
+        if (ratio := speedup(name, results[name], base)) is not None
+    ]
+    if not made:
+        raise BenchError(f"no case has figures of both freeflow and {base}; measure both subjects")
+    return made
+
+
+def about(report: Report) -> str:
+    """The line below a chart's title: the machine and the day."""
+    machine = report["machine"]
+    return (
+        f"{machine['cores']} cores, {machine['cpu']}, Linux {machine['kernel']}, "
+        f"Docker {', '.join(machine['engines']) or '-'}, {machine['when'][:10]}"
+    )
+
+
+WHISKERS: Final = "; medians, whiskers: interquartile range"
+
+
 def chart(report: Report, patterns: tuple[str, ...], base: str, title: str) -> str:
     """The chart, as SVG, of the cases that match a pattern.
 
     Raises:
         BenchError: none of them was measured on both subjects.
     """
-    results = report["results"]
-    ratios = [
-        ratio
-        for name in pick(patterns, list(results))
-        if (ratio := speedup(name, results[name], base)) is not None
-    ]
-    if not ratios:
-        raise BenchError(f"no case has figures of both freeflow and {base}; measure both subjects")
-    machine = report["machine"]
-    about = (
-        f"{machine['cores']} cores, {machine['cpu']}, Linux {machine['kernel']}, "
-        f"Docker {', '.join(machine['engines']) or '-'}, {machine['when'][:10]}; "
-        f"medians, whiskers: interquartile range"
-    )
-    return ratios_as_svg(ratios, title or f"FreeFlow compared with {base} (1 = equal)", about)
+    made = ratios(report, pick(patterns, list(report["results"])), base)
+    named = title or f"FreeFlow compared with {base} (1 = equal)"
+    return ratios_as_svg(made, named, about(report) + WHISKERS)
 
 
 @click.command(help=__doc__)

@@ -5,8 +5,9 @@ its source, so a test can tell without Graphviz whether it is up to date. Colour
 sources: a node has a class, and one style sheet gives each class a colour for light and for dark
 pages. The background is part of the picture, so text is readable on any page.
 
-`docs/data/NAME.json`, which a suite of `bench` wrote, becomes a chart in `docs/pictures` and a
-table in `docs/benchmarks.md`. Both depend on nothing but the JSON, so a test compares them.
+Each `docs/data/NAME.json`, which a suite of `bench` wrote, becomes a table in `docs/benchmarks.md`
+and rows of one chart. Both depend on nothing but the JSON, so a test compares them. A suite whose
+result is not stored has no rows.
 """
 
 from __future__ import annotations
@@ -15,15 +16,24 @@ import hashlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 from bench import plot
-from bench.report import Report
+from bench.chart import ratios_as_svg
+from bench.errors import BenchError
+from bench.report import FEW, Report, is_cross, number
+from bench.stats import FREEFLOW, OVERLAY, CrossRow, LocalRow, Row
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
 FOLDER: Final = DOCS / "pictures"
 BENCHMARKS: Final = DOCS / "benchmarks.md"
+CHART: Final = FOLDER / "ratios.svg"
+CROSS_HOST: Final = "cross-host"
+NAMES: Final = ("same-host", CROSS_HOST)
+"""Suites whose results are published, in the order of the chart."""
+ABSENT: Final = "No measurement is stored yet."
 PROGRAMS: Final = ("redis", "memcached", "nginx", "pgbench")
 """Cases of the chart begin with one of these; the table has all cases."""
 TITLE: Final = (
@@ -87,41 +97,105 @@ def draw(source: Path) -> str:
     return styled(done.stdout, source_hash(source))
 
 
-def results() -> list[Path]:
-    """All stored results of measurements, in the order of their names."""
-    return sorted((DOCS / "data").glob("*.json"))
+def results() -> dict[str, Report]:
+    """The stored results of measurements, by name; those that nobody has stored are absent.
+
+    Raises:
+        BenchError: one was measured in too few rounds to be published.
+    """
+    found = {}
+    for name in NAMES:
+        path = DOCS / "data" / f"{name}.json"
+        if not path.exists():
+            continue
+        found[name] = plot.load(path)
+        few = [case for case, row in found[name]["results"].items() if 0 < row["runs"] < FEW]
+        # Idle connections and the relay's own counters are measured once.
+        few = [case for case in few if not case.startswith(("idle_", "relay_"))]
+        if few:
+            raise BenchError(f"{path}: too few rounds of {', '.join(few)}; measure {FEW} or more")
+    return found
 
 
-def draw_chart(result: Path) -> str:
-    """The chart of a stored result, as SVG."""
-    report = plot.load(result)
-    cases = [
-        name
-        for name in report["results"]
-        if name.startswith(PROGRAMS) and not name.endswith("_cpu")
-    ]
-    return plot.chart(report, tuple(cases), "overlay", TITLE)
+def draw_chart(reports: Mapping[str, Report]) -> str:
+    """The chart of the stored results, as SVG: one host's cases, then those of two hosts."""
+    bars, machines = [], []
+    for name, report in reports.items():
+        cases = [
+            case
+            for case in report["results"]
+            if case.startswith(PROGRAMS) and not case.endswith("_cpu")
+        ]
+        two = name == CROSS_HOST
+        bars += plot.ratios(report, cases, OVERLAY, ", two hosts" if two else "")
+        machines.append(("two hosts: " if two else "") + plot.about(report))
+    return ratios_as_svg(bars, TITLE, "; ".join(machines) + plot.WHISKERS)
 
 
 def _ratio(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "–"
 
 
+def _latency(row: Row | LocalRow | CrossRow, key: str) -> str:
+    """freeflow's latency, and that of overlay behind a stroke, in microseconds."""
+    found = cast("dict[str, dict[str, float]]", row).get(key) or {}
+    if FREEFLOW not in found or OVERLAY not in found:
+        return "–"
+    return f"{number(found[FREEFLOW])} / {number(found[OVERLAY])}"
+
+
+Cell = Callable[[str, Any], str]
+COLUMNS: Final[dict[str, Cell]] = {
+    "case": lambda name, row: name,
+    "what": lambda name, row: row["about"],
+    "to `overlay`": lambda name, row: _ratio(row.get("ratio_to_overlay")),
+    "CPU per unit of work": lambda name, row: _ratio(row.get("cpu_ratio_to_overlay")),
+    "spread": lambda name, row: "–" if row["spread"] is None else f"{row['spread']:.0%}",
+}
+CROSS_COLUMNS: Final[dict[str, Cell]] = {
+    "case": COLUMNS["case"],
+    "what": COLUMNS["what"],
+    "to `overlay`": COLUMNS["to `overlay`"],
+    "to relay off": lambda name, row: _ratio(row.get("ratio_to_off")),
+    "to the host's network": lambda name, row: _ratio(row.get("ratio_to_host")),
+    "CPU to `overlay`": COLUMNS["CPU per unit of work"],
+    "CPU to relay off": lambda name, row: _ratio(row.get("cpu_ratio_to_off")),
+    "CPU to the host's": lambda name, row: _ratio(row.get("cpu_ratio_to_host")),
+    "in the relay": lambda name, row: (
+        "–"
+        if row.get("connections_in_relay") is None
+        else f"{row['connections_in_relay']:g} of {row['connections']}"
+    ),
+    "spread": COLUMNS["spread"],
+}
+LATENCIES: Final[dict[str, Cell]] = {
+    "p50, µs": lambda name, row: _latency(row, "p50_us"),
+    "p99, µs": lambda name, row: _latency(row, "p99_us"),
+}
+
+
 def make_table(report: Report) -> str:
     """The table of a stored result, in Markdown, below a line about the machine."""
     machine = report["machine"]
+    rows = report["results"]
     head = (
         f"Ratios to Docker's `overlay`. Medians of {machine['rounds']} rounds on {machine['when'][:10]}: "
         f"{machine['cores']} cores, {machine['cpu']},\nLinux {machine['kernel']}, engine "
         f"{', '.join(machine['engines'])}, load before {machine['load']:.1f}.\n"
     )
-    rows = [
-        f"| {name} | {row['about']} | {_ratio(row.get('ratio_to_overlay'))} | "
-        f"{_ratio(row.get('cpu_ratio_to_overlay'))} | {row['spread']:.0%} |"
-        for name, row in report["results"].items()
+    columns = CROSS_COLUMNS if any(is_cross(row) for row in rows.values()) else COLUMNS
+    if any(_latency(row, "p50_us") != "–" for row in rows.values()):
+        columns = {**columns, **LATENCIES}
+        head += "Latencies are those of FreeFlow / `overlay`.\n"
+    lines = [
+        "| " + " | ".join(columns) + " |",
+        "| " + " | ".join("---" for _ in columns) + " |",
+        *(
+            "| " + " | ".join(cell(name, row) for cell in columns.values()) + " |"
+            for name, row in rows.items()
+        ),
     ]
-    titles = "| case | what | to `overlay` | CPU per unit of work | spread |\n| --- | --- | --- | --- | --- |"
-    return "\n".join([head, titles, *rows, ""])
+    return "\n".join([head, *lines, ""])
 
 
 def with_table(text: str, name: str, table: str) -> str:
@@ -131,6 +205,14 @@ def with_table(text: str, name: str, table: str) -> str:
     return f"{before}{begin}{table}{end}{rest.split(end, maxsplit=1)[1]}"
 
 
+def with_tables(text: str, reports: Mapping[str, Report]) -> str:
+    """A document with the tables of all results; one that is not stored is said to be absent."""
+    for name in NAMES:
+        table = make_table(reports[name]) if name in reports else f"{ABSENT}\n"
+        text = with_table(text, name, table)
+    return text
+
+
 def main() -> None:
     """Draw every picture whose source or style has changed; with an argument, all."""
     for source in sources():
@@ -138,10 +220,9 @@ def main() -> None:
         if sys.argv[1:] or not picture.exists() or stored_hash(picture) != source_hash(source):
             picture.write_text(draw(source))
             print(picture)
-    for result in results():
-        (FOLDER / f"{result.stem}.svg").write_text(draw_chart(result))
-        table = make_table(plot.load(result))
-        BENCHMARKS.write_text(with_table(BENCHMARKS.read_text(), result.stem, table))
+    stored = results()
+    CHART.write_text(draw_chart(stored))
+    BENCHMARKS.write_text(with_tables(BENCHMARKS.read_text(), stored))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import pytest
 
-from bench import plot
+from bench.errors import BenchError
+from bench.latency import Latency
+from bench.machine import Machine
+from bench.report import Report
+from bench.stats import Case, Measured, cross_row
 from tools import files, pictures, prose, subjects
 
 TOP: Final = Path(__file__).parents[2]
@@ -82,14 +86,48 @@ def test_pictures_are_drawn_from_their_sources(source: Path) -> None:
     assert pictures.stored_hash(source.with_suffix(".svg")) == pictures.source_hash(source)
 
 
-@pytest.mark.parametrize("result", pictures.results(), ids=lambda path: path.stem)
-def test_charts_show_the_stored_results(result: Path) -> None:
-    """Each chart is what `bench plot` makes of the stored result, and so is the table."""
-    chart = pictures.FOLDER / f"{result.stem}.svg"
-    assert chart.read_text() == pictures.draw_chart(result)
+def test_the_chart_shows_the_stored_results() -> None:
+    """The chart and the tables are what `make pictures` makes of the stored results."""
+    stored = pictures.results()
+    assert "same-host" in stored
+    assert pictures.CHART.read_text() == pictures.draw_chart(stored)
     text = pictures.BENCHMARKS.read_text()
-    table = pictures.make_table(plot.load(result))
-    assert pictures.with_table(text, result.stem, table) == text
+    assert pictures.with_tables(text, stored) == text
+
+
+def _stored(case: str, runs: int) -> Report:
+    measured = Measured(Case(case, "requests/s", True, "what it is"), "request")
+    for _ in range(runs):
+        measured.keep("freeflow", 30.0, 4.0, Latency(10, 20))
+        measured.keep("overlay", 10.0, 8.0, Latency(30, 50))
+    rows = {case: cross_row(measured, 50, [50] * runs, {}, {})}
+    machine = {**pictures.results()["same-host"]["machine"], "rounds": runs}
+    return Report(machine=cast("Machine", machine), results=rows)
+
+
+def test_results_of_two_hosts_join_the_chart() -> None:
+    """A stored result of two hosts has rows in the chart and a table; without one there are none,
+    and the page says so.
+    """
+    two = _stored("redis_p1_c50", 3)
+    text = "<!-- begin same-host -->\n<!-- end same-host -->\n<!-- begin cross-host -->\n<!-- end cross-host -->\n"
+    one = pictures.results()["same-host"]
+    both = {"same-host": one, "cross-host": two}
+    assert "redis_p1_c50, two hosts" in pictures.draw_chart(both)
+    assert "two hosts" not in pictures.draw_chart({"same-host": one})
+    line = "| redis_p1_c50 | what it is | 3 | – | – | 0.5 | – | – | 50 of 50 | 0% | 10 / 30 | 20 / 50 |"
+    assert line in pictures.with_tables(text, both)
+    assert pictures.ABSENT in pictures.with_tables(text, {"same-host": one})
+
+
+def test_too_few_rounds_are_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stored result of fewer than three rounds is refused."""
+    (tmp_path / "data").mkdir()
+    stored = _stored("redis_p1_c50", 2)
+    (tmp_path / "data/cross-host.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(pictures, "DOCS", tmp_path)
+    with pytest.raises(BenchError, match="too few rounds of redis_p1_c50"):
+        pictures.results()
 
 
 @pytest.mark.parametrize(
