@@ -2,7 +2,8 @@
 
 A connection moves to another path only after a second or more of traffic. So a run first makes all
 connections and waits until they have settled, then measures in a window of a given length, and at
-last sees which path the connections had. All processes of a run begin and end the window together.
+last sees which path the connections have, when they are idle. All processes of a run begin and end
+the window together.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bench.namespaces import Pair
 from bench.servers import Running
 
 STREAM: Final = "stream"
-PATIENCE: Final = 20.0
+PATIENCE: Final = 60.0
 BULK: Final = 128 * 1024
 """Bytes of a write in a stream."""
 
@@ -135,6 +136,10 @@ class Load:
         """End the window; the load continues. Raises `ProgramError` if a process failed."""
         self._signal(signal.SIGUSR2)
         return sum_up([self._expect(process, "{") for process in self._processes])
+
+    def rest(self) -> None:
+        """Send nothing more; the connections stay open."""
+        self._signal(signal.SIGINT)
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._processes:

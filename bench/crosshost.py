@@ -18,7 +18,7 @@ from typing import Final
 
 from bench import load, rounds
 from bench.bed import Host
-from bench.errors import ProgramError
+from bench.errors import BenchError
 from bench.goals import verdicts
 from bench.load import Load
 from bench.namespaces import Pair
@@ -123,11 +123,10 @@ class CrossHost:
         found = self.found[one.case.name]
         begun = self.clock()
         for pair in self.order.sample(list(self.between), len(self.between)):
-            if pair.subject in found.measured.failed:
-                continue
             try:
                 sample = self.take(one, pair, self.seconds)
-            except ProgramError as error:
+            except BenchError as error:
+                # The next round tries again; the row has the reason in any case.
                 found.measured.failed[pair.subject] = str(error)
                 self.say(f"FAILED: {one.case.name} on {pair.subject}: {error}")
                 continue

@@ -1,7 +1,7 @@
 """The cases of `cross-host`: what its clients do, and one run of a case on a subject.
 
 A run starts the servers where they are missing, then the clients; waits until the connections have
-settled; measures in a window; and lists the connections' paths while the load continues.
+settled; measures in a window; and lists the paths of the connections, which are idle by then.
 """
 
 from __future__ import annotations
@@ -194,6 +194,8 @@ class Runner:
             self.sleep(seconds)
             counted = running.end()
             used = self.accounts.used_since(before)
+            # Without load, the routers have the processor for their listings.
+            running.rest()
             listed = self._listed(pair, one, where)
         return _sample(one, counted, used.cpu_us, used.foreign, listed)
 

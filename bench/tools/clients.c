@@ -11,8 +11,9 @@
  *
  * The program prints "ready" when all its connections are made. SIGUSR1 begins the window. SIGUSR2
  * ends it, and prints one JSON object: the count of requests (stream: bytes), the window's seconds,
- * and pairs of a latency in nanoseconds and a count. The load continues until SIGTERM. Every answer
- * is compared with the first one, which has to contain what this program has stored on the server.
+ * and pairs of a latency in nanoseconds and a count. The load continues until SIGINT; then the
+ * connections are idle until SIGTERM. Every answer is compared with the first one, which has to
+ * contain what this program has stored on the server.
  */
 
 #include "common.h"
@@ -30,6 +31,7 @@ enum {
         STORED = 100,
         EVENTS = 64,
         PATIENCE = 10000, /* milliseconds */
+        PAUSE = 50,       /* milliseconds between looks at the signals, without load */
         SUB = 64,         /* buckets per power of two */
         BUCKETS = 60 * SUB,
 };
@@ -49,7 +51,7 @@ static size_t count, requests_size, answer_size, body_at, pipeline;
 static uint64_t started, interval, done;
 static char requests[MAX_REQUEST], expected[MAX_ANSWER];
 static uint64_t buckets[BUCKETS];
-static volatile sig_atomic_t begin_wanted, end_wanted, quit_wanted;
+static volatile sig_atomic_t begin_wanted, end_wanted, rest_wanted, quit_wanted;
 static int measuring;
 static uint64_t window_begin;
 
@@ -69,7 +71,10 @@ static _Noreturn void wrong(const char *what)
 
 static void told(int signal)
 {
-        *(signal == SIGUSR1 ? &begin_wanted : signal == SIGUSR2 ? &end_wanted : &quit_wanted) = 1;
+        *(signal == SIGUSR1   ? &begin_wanted
+          : signal == SIGUSR2 ? &end_wanted
+          : signal == SIGINT  ? &rest_wanted
+                              : &quit_wanted) = 1;
 }
 
 static void hear(void)
@@ -77,7 +82,7 @@ static void hear(void)
         struct sigaction action = {.sa_handler = told, .sa_flags = SA_RESTART};
 
         if (sigaction(SIGUSR1, &action, NULL) < 0 || sigaction(SIGUSR2, &action, NULL) < 0 ||
-            sigaction(SIGTERM, &action, NULL) < 0)
+            sigaction(SIGINT, &action, NULL) < 0 || sigaction(SIGTERM, &action, NULL) < 0)
                 fail("sigaction");
 }
 
@@ -131,6 +136,11 @@ static void heed(void)
                 measuring = 0;
                 print_window(done);
         }
+}
+
+static int resting(void)
+{
+        return rest_wanted || quit_wanted;
 }
 
 /* --- requests and answers */
@@ -280,7 +290,7 @@ static void answered(struct connection *one)
                 buckets[bucket_of(at - one->since)]++;
         }
         one->busy = 0;
-        if (quit_wanted)
+        if (resting())
                 return;
         if (!interval)
                 ask(one, at);
@@ -316,7 +326,7 @@ static void tick(int timer)
         while (passed-- > 0) {
                 struct connection *one = &connections[ticks++ % count];
 
-                if (quit_wanted)
+                if (resting())
                         return;
                 if (one->busy)
                         one->late++;
@@ -352,9 +362,10 @@ static void serve_events(int set, int timer)
 {
         for (;;) {
                 struct epoll_event events[EVENTS];
-                int n = epoll_wait(set, events, EVENTS, PATIENCE);
+                int busy = !resting() || busy_connections() > 0;
+                int n = epoll_wait(set, events, EVENTS, busy ? PATIENCE : PAUSE);
 
-                if (n == 0)
+                if (n == 0 && busy)
                         wrong("no answer in ten seconds");
                 for (int i = 0; i < n; i++) {
                         heed();
@@ -415,13 +426,15 @@ static void stream_load(const struct endpoint *where, uint32_t size)
                 fail("send");
         puts("ready");
         fflush(stdout);
-        while (!quit_wanted) {
+        while (!resting()) {
                 if (!write_all(fd, buffer, size))
                         fail("connection lost");
                 sent += size;
                 done += size;
                 heed();
         }
+        while (!quit_wanted)
+                (void)poll(NULL, 0, PAUSE);
         if (shutdown(fd, SHUT_WR) < 0)
                 fail("shutdown");
         if (!read_all(fd, (char *)&arrived, sizeof arrived) || arrived != sent)

@@ -256,8 +256,10 @@ def web(connection: socket.socket) -> None:
         connection.sendall(head.encode() + b"hello")
 
 
-def window(seconds: float, *argv: object) -> tuple[clients.Counted, int]:
-    """The window of a run of `clients`, and its exit code."""
+def window(
+    seconds: float, *argv: object, rest: Callable[[], None] = lambda: None
+) -> tuple[clients.Counted, int]:
+    """The window of a run of `clients`, and its exit code; `rest` is called without load."""
     line = [str(word) for word in argv]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -268,6 +270,8 @@ def window(seconds: float, *argv: object) -> tuple[clients.Counted, int]:
             time.sleep(seconds)
             process.send_signal(signal.SIGUSR2)
             counted = clients.sum_up([process.stdout.readline()])
+            process.send_signal(signal.SIGINT)
+            rest()
             process.terminate()
             return counted, process.wait(patience(10))
         finally:
@@ -286,6 +290,23 @@ def test_clients_count_in_their_window_only(tools: Path, pipeline: int) -> None:
     assert counted.count % pipeline == 0
     assert counted.latency is not None
     assert 0 < counted.latency.p50_us <= counted.latency.p99_us
+
+
+def test_clients_rest_with_open_connections(tools: Path) -> None:
+    """After SIGINT the connections stay open and carry nothing, until SIGTERM."""
+    server = Redis()
+    gets: list[int] = []
+
+    def rest() -> None:
+        time.sleep(0.3)
+        for _ in range(2):
+            gets.append(server.gets)
+            time.sleep(0.2)
+
+    with answering(server) as where:
+        _, code = window(0.2, tools / "clients", "redis", *where, 3, 1, 0, rest=rest)
+    assert code == 0
+    assert gets[0] == gets[1] == server.gets > 0
 
 
 def test_clients_keep_to_their_rate(tools: Path) -> None:
