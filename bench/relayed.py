@@ -19,7 +19,9 @@ from bench.errors import BenchError
 RELAY: Final = "relay"
 """The path's name in the routers' listings."""
 PATIENCE: Final = 60.0
-"""Seconds for a listing: the load leaves the plugin little of the processor."""
+"""Seconds for a listing after the load."""
+BESIDE: Final = 4.0
+"""Seconds for a listing beside the load, which leaves the plugin little of the processor."""
 STEP: Final = 0.5
 LEAST: Final = 2.5
 """Seconds of traffic before a stable number counts: the routers need more than a second."""
@@ -55,9 +57,9 @@ def listed(
     return Listed(both, len(ours), dict(words))
 
 
-def _listing(host: Host) -> list[Mapping[str, Any]]:
+def _listing(host: Host, patience: float) -> list[Mapping[str, Any]]:
     """Raises `BenchError` if plugin or router do not answer."""
-    admin = Engine(host.root / "run/freeflow-admin/admin.sock", timeout=PATIENCE)
+    admin = Engine(host.root / "run/freeflow-admin/admin.sock", timeout=patience)
     try:
         found = admin.call("GET", "/admin/connections")
     except OSError as error:
@@ -65,9 +67,11 @@ def _listing(host: Host) -> list[Mapping[str, Any]]:
     return list(found["connections"])
 
 
-def look(client: Host, server: Host, servers: Collection[str]) -> Listed:
-    """The present paths of the connections to these servers."""
-    return listed(_listing(client), _listing(server), servers)
+def look(
+    client: Host, server: Host, servers: Collection[str], patience: float = PATIENCE
+) -> Listed:
+    """The present paths of the connections to these servers. Raises `BenchError`."""
+    return listed(_listing(client, patience), _listing(server, patience), servers)
 
 
 def settle(

@@ -174,7 +174,7 @@ class Runner:
     accounts: Accounts
     most: float = relayed.MOST
     sleep: Callable[[float], None] = time.sleep
-    look: Callable[[Host, Host, Sequence[str]], Listed] = field(default=relayed.look)
+    look: Callable[[Host, Host, Sequence[str], float], Listed] = field(default=relayed.look)
 
     def run(self, one: Traffic | Packets, pair: Pair, seconds: float) -> Sample:
         """One run. Raises `ProgramError` if a program failed, or the figure is of another path."""
@@ -213,7 +213,7 @@ class Runner:
             self.sleep(WARM_UP)
             return
         relayed.settle(
-            lambda: self.look(self.client, self.server, where),
+            lambda: self.look(self.client, self.server, where, relayed.BESIDE),
             one.clients.total,
             self.most,
             sleep=self.sleep,
@@ -223,7 +223,7 @@ class Runner:
         """The paths at the end of the window; None for subjects that a router doesn't know."""
         if pair.subject not in (FREEFLOW, FREEFLOW_OFF):
             return None
-        listed = self.look(self.client, self.server, where)
+        listed = self.look(self.client, self.server, where, relayed.PATIENCE)
         if listed.total != one.clients.total:
             raise BenchError(
                 f"{pair.subject}: the router lists {listed.total} of {one.clients.total} connections "
