@@ -90,7 +90,8 @@ vm: setup library ebpf relay plugin ## tests in virtual machines: RDMA, kernels 
 	@$(PYTHON) -m testbed.prepare vm
 	$(PYTHON) -m pytest tests/vm
 
-torture: setup library ## the torture test for an hour, and for an hour with each sanitizer; 1,000 lost links
+torture: setup library ## a million races of bells; the torture test for an hour, and for an hour with each sanitizer; 1,000 lost links
+	BELL_ROUNDS=$${BELL_ROUNDS:-1000000} $(PYTHON) -m pytest tests/dataplane/test_bells.py
 	TORTURE_SECONDS=$${TORTURE_SECONDS:-3600} $(PYTHON) -m pytest tests/dataplane/test_torture.py -k 'accelerated or library' -o faulthandler_timeout=0
 	RELAY_LOSSES=$${RELAY_LOSSES:-1000} $(PYTHON) -m pytest tests/relay/test_tcp.py -k again --timeout=0 -o faulthandler_timeout=0
 

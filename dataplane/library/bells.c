@@ -3,6 +3,7 @@
 #include "clock.h"
 #include "own.h"
 #include "router.h"
+#include "rung.h"
 #include "sys.h"
 
 #include <errno.h>
@@ -31,6 +32,17 @@ static _Atomic bool unguarded;
 static uint64_t bit(int number)
 {
         return UINT64_C(1) << (number % 64);
+}
+
+/* Of a bell of this side (rung.h). */
+static _Atomic uint32_t *rung_of(const struct mapping *mapping, uint32_t side, int bell)
+{
+        return &arena_header(mapping)->rung[side % SIDES][bell];
+}
+
+static uint32_t our_side(uint32_t arena)
+{
+        return atomic_load_explicit(&family->arenas[arena].side, memory_order_relaxed);
 }
 
 static void forget_lost(_Atomic int32_t *bells)
@@ -157,6 +169,7 @@ void bell_keep(struct mapping *mapping, uint32_t bell, int *fd)
         if (ours < 0)
                 return;
         atomic_store(&mapping->bells[bell], ours + 1);
+        rung_start(rung_of(mapping, our_side(mapping_number(mapping)), (int)bell));
         bell_return(mapping_number(mapping), (int)bell);
 }
 
@@ -298,6 +311,11 @@ bool bell_is_known(uint32_t arena, uint32_t side, int bell)
         return atomic_load_explicit(&ours->known[bell / 64], memory_order_relaxed) & bit(bell);
 }
 
+void bell_look(uint32_t arena, int bell)
+{
+        rung_look(rung_of(mapping_of(arena), our_side(arena), bell));
+}
+
 bool bell_drain(uint32_t arena, int bell)
 {
         struct mapping *mapping = mapping_of(arena);
@@ -308,6 +326,7 @@ bool bell_drain(uint32_t arena, int bell)
         if (word <= 0)
                 return true;
         got = read_rings(word - 1);
+        bell_look(arena, bell);
         if (got == -EBADF || got == -ENOTSOCK) {
                 own_lost();
                 /* The number may be a file of the program's now. The next wait gets a new bell. */
@@ -334,6 +353,20 @@ bool bell_drain(uint32_t arena, int bell)
         return false;
 }
 
+enum ringing { RUNG, FULL, CLOSED };
+
+/* A bell that is full rings already. CLOSED: nobody has the receiving end any more. */
+static enum ringing ring_once(int fd)
+{
+        long sent = sys_6(SYS_sendto, fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, 0, 0);
+
+        if (sent == -EBADF || sent == -ENOTSOCK) {
+                own_lost();
+                fd_set_word(fd, 0);
+        }
+        return sent >= 0 ? RUNG : sent == -EAGAIN ? FULL : CLOSED;
+}
+
 void bell_ringer_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
 {
         enum taken taken = lock_take(&family->arenas_lock, self());
@@ -342,13 +375,18 @@ void bell_ringer_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
         /* No more than an honest process waits with: the router rings the others. */
         if (mapping && *fd >= 0 && bell < BELLS && !atomic_load(&mapping->peers[bell]) &&
             atomic_load(&mapping->kept) < SPARE_BELLS + 2 * atomic_load(&mapping->attached)) {
+                struct side *theirs = &arena_header(mapping)->sides[side];
                 int32_t none = 0;
                 int ours = own_descriptor(*fd);
 
                 *fd = -1;
                 if (ours >= 0 && atomic_compare_exchange_strong(&mapping->peers[bell], &none, ours + 1)) {
                         atomic_fetch_add(&mapping->kept, 1);
-                        atomic_fetch_or(&arena_header(mapping)->sides[side].known[bell / 64], bit((int)bell));
+                        atomic_fetch_or(&theirs->known[bell / 64], bit((int)bell));
+                        /* A thread that did not find the bell may have rung nobody. Pairs with
+                         * ring_bells(): either that thread sees the bell, or we see its `dirty`. */
+                        if (atomic_load(&theirs->dirty[bell]))
+                                ring_once(ours);
                 } else if (ours >= 0) {
                         close_own(ours);
                 }
@@ -381,7 +419,8 @@ static int peer_bell(uint32_t arena, uint32_t side, int bell)
 {
         struct mapping *mapping = mapping_of(arena);
         struct arena_record *record = &family->arenas[arena];
-        int32_t known = atomic_load_explicit(&mapping->peers[bell], memory_order_acquire);
+        /* Pairs with bell_ringer_received(). */
+        int32_t known = atomic_load(&mapping->peers[bell]);
 
         if (known > 0)
                 return known - 1;
@@ -395,18 +434,6 @@ static int peer_bell(uint32_t arena, uint32_t side, int bell)
         return -1;
 }
 
-/* False: the receiving end is closed. A bell that is full rings already. */
-static bool ring_once(int fd)
-{
-        long sent = sys_6(SYS_sendto, fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, 0, 0);
-
-        if (sent == -EBADF || sent == -ENOTSOCK) {
-                own_lost();
-                fd_set_word(fd, 0);
-        }
-        return sent >= 0 || sent == -EAGAIN;
-}
-
 static void forget_peer_bell(uint32_t arena, uint32_t side, int bell, int fd)
 {
         struct mapping *mapping = mapping_of(arena);
@@ -418,6 +445,34 @@ static void forget_peer_bell(uint32_t arena, uint32_t side, int bell, int fd)
                         close_own(fd);
                 atomic_fetch_sub(&mapping->kept, 1);
         }
+}
+
+/* Ring a bell of the other side, unless it has been rung since its waiter looked. `dirty` is set. */
+static void ring_bell(uint32_t arena, uint32_t side, int bell)
+{
+        struct mapping *mapping = mapping_of(arena);
+        _Atomic uint32_t *rung = rung_of(mapping, 1 - side, bell);
+        enum ringing outcome;
+        uint32_t seen;
+        int fd;
+
+        if (rung_seen(rung, &seen))
+                return;
+        fd = peer_bell(arena, side, bell);
+        if (fd < 0)
+                return;
+        outcome = ring_once(fd);
+        if (outcome == RUNG)
+                rung_sent(rung, seen);
+        if (outcome != CLOSED)
+                return;
+        /* The other side has released the arena and got it again, with new bells under the old
+         * numbers. */
+        forget_peer_bell(arena, side, bell, fd);
+        if (atomic_load(&mapping->remote))
+                break_connections(mapping);
+        else if ((fd = peer_bell(arena, side, bell)) >= 0)
+                ring_once(fd);
 }
 
 void ring_bells(struct waiters *waiters, const struct end *end)
@@ -435,21 +490,12 @@ void ring_bells(struct waiters *waiters, const struct end *end)
                         sleeping = atomic_exchange_explicit(&waiters->bells[word], 0, memory_order_acq_rel);
                 for (; sleeping; sleeping &= sleeping - 1) {
                         int bell = word * 64 + __builtin_ctzll(sleeping);
-                        int fd;
 
-                        /* First: the router may ring before the request returns. */
+                        /* First: the waiter looks at it after a ring, and the router may ring
+                         * before the request for a bell returns. */
                         atomic_fetch_or_explicit(&theirs->dirty[bell], UINT64_C(1) << slot,
                                                  memory_order_seq_cst);
-                        fd = peer_bell(arena, side, bell);
-                        if (fd < 0 || ring_once(fd))
-                                continue;
-                        /* The other side has released the arena and got it again, with new bells
-                         * under the old numbers. */
-                        forget_peer_bell(arena, side, bell, fd);
-                        if (atomic_load(&mapping_of(arena)->remote))
-                                break_connections(mapping_of(arena));
-                        else if ((fd = peer_bell(arena, side, bell)) >= 0)
-                                ring_once(fd);
+                        ring_bell(arena, side, bell);
                 }
         }
 }

@@ -36,8 +36,11 @@ void bell_return(uint32_t arena, int bell);
 int bell_descriptor(uint32_t arena, int bell);
 /* Has the other side said that it can ring it? */
 bool bell_is_known(uint32_t arena, uint32_t side, int bell);
-/* Take the bytes out of a bell that rings. False: it can't be used any more. */
+/* Take the bytes out of a bell that rings, and look. False: it can't be used any more. */
 bool bell_drain(uint32_t arena, int bell);
+/* The bell's event has been taken: from now on the other side rings anew (rung.h). What `dirty` and
+ * the rings say has to be read after this. */
+void bell_look(uint32_t arena, int bell);
 /* Close our bells; `shared`: another process holds them too. Close the other side's. */
 void bells_close(struct mapping *mapping, bool shared);
 void bells_close_peers(struct mapping *mapping);

@@ -39,6 +39,7 @@
  *                                                            because bytes came over TCP
  *      busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between checking `leave` and publishing
  *      waiters  w both (seq_cst)                             this direction's sleepers: wait_begin(), wake()
+ * Of each bell, in struct arena: `dirty` (slots in which something happened) and `rung` (rung.h), both seq_cst.
  *
  * Of remote arenas only:
  *      over     w relay (release)     r receiver (acquire)   the sender's end is gone, what it put is below tail
@@ -154,8 +155,11 @@ struct arena {
         uint32_t size_of_ring;
         uint32_t remote; /* 1: side 1 is this host's relay; 0: both sides are processes */
         _Alignas(64) struct side sides[SIDES];
+        /* w both: whether each side's bells have been rung and not looked at (rung.h) */
+        _Alignas(64) _Atomic uint32_t rung[SIDES][BELLS];
 };
 
+_Static_assert(offsetof(struct arena, rung) == 4288, "layout is part of the version");
 _Static_assert(sizeof(struct arena) <= (size_t)ARENA_PAGES * PAGE, "the arena's header fits its pages");
 _Static_assert(SLOT_OFFSET + SLOTS * SIDES * PAGE <= BULK_OFFSET, "the slots end before the bulk area");
 

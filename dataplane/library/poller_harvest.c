@@ -101,6 +101,7 @@ static void bell_rang(struct poller *poller, uint32_t arena, int bell, uint32_t 
                         /* TCP doesn't report that the relay has ended. */
                         poller->settle_due = poller->rescan_due = true;
         }
+        bell_look(arena, bell);
         mark_dirty_ready(poller, arena, bell);
 }
 

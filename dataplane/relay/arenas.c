@@ -1,5 +1,7 @@
 #include "arenas.h"
 
+#include "../library/rung.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -25,6 +27,7 @@ enum {
 
 static struct node buckets[BUCKETS];
 static struct node polled = LIST(polled);
+static struct node due = LIST(due);
 static void (*wake)(struct mirror *mirror);
 
 void arenas_start(void (*woken)(struct mirror *mirror))
@@ -61,9 +64,13 @@ static struct arena *header_of(const struct shared *shared)
 /* Wakes the connections in whose slots the process has done something. True: there were some. */
 static bool take_dirty(struct shared *shared)
 {
-        uint64_t dirty =
-            atomic_exchange_explicit(&header_of(shared)->sides[SIDE].dirty[0], 0, memory_order_seq_cst);
+        struct arena *header = header_of(shared);
+        uint64_t dirty;
         bool any = false;
+
+        /* First: whoever rings from now on sends a byte, which nobody has taken. */
+        rung_look(&header->rung[SIDE][0]);
+        dirty = atomic_exchange_explicit(&header->sides[SIDE].dirty[0], 0, memory_order_seq_cst);
 
         for (; dirty; dirty &= dirty - 1) {
                 struct mirror *mirror = shared->mirrors[__builtin_ctzll(dirty)];
@@ -185,6 +192,7 @@ struct shared *arena_add(uint64_t id, uint32_t size_of_ring, int memory, int bel
         };
         list_init(&shared->same);
         list_init(&shared->polled);
+        list_init(&shared->due);
         shared->guarded = refuses_descriptors(bell);
         for (int i = 0; i < BELLS; i++)
                 shared->bells[i] = -1;
@@ -192,17 +200,20 @@ struct shared *arena_add(uint64_t id, uint32_t size_of_ring, int memory, int bel
                 arena_remove(shared);
                 return NULL;
         }
+        rung_start(&header_of(shared)->rung[SIDE][0]);
         list_add(bucket_of(id), &shared->same);
         return shared;
 }
 
-/* False: no process has the receiving end. A full bell counts as rung. */
-static bool ring_once(int fd)
+enum ringing { RUNG, FULL, CLOSED };
+
+/* A full bell rings already. CLOSED: no process has the receiving end. */
+static enum ringing ring_once(int fd)
 {
         ssize_t sent = send(fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL);
 
         count(COUNT_CALLS, 1);
-        return sent >= 0 || errno == EAGAIN;
+        return sent >= 0 ? RUNG : errno == EAGAIN ? FULL : CLOSED;
 }
 
 static void set_known(struct shared *shared, uint32_t index, bool known)
@@ -238,8 +249,39 @@ void arena_set_bell(struct shared *shared, uint32_t index, int bell)
         ring_once(bell);
 }
 
+static void ring(struct shared *shared, uint32_t index)
+{
+        _Atomic uint32_t *rung = &header_of(shared)->rung[PEER][index];
+        uint32_t seen;
+
+        /* Unknown bell: it is rung when the router sends it, or the waiter is gone. Until it is
+         * known, the waiter polls. */
+        if (shared->bells[index] < 0 || rung_seen(rung, &seen))
+                return;
+        switch (ring_once(shared->bells[index])) {
+        case RUNG:
+                rung_sent(rung, seen);
+                count(COUNT_BELLS, 1);
+                break;
+        case CLOSED:
+                forget_bell(shared, index);
+                break;
+        case FULL:
+                break;
+        }
+}
+
+static void ring_due(struct shared *shared)
+{
+        list_remove(&shared->due);
+        for (uint32_t word = 0; word < BELL_WORDS; word++)
+                for (; shared->due_bells[word]; shared->due_bells[word] &= shared->due_bells[word] - 1)
+                        ring(shared, word * 64 + (uint32_t)__builtin_ctzll(shared->due_bells[word]));
+}
+
 void arena_remove(struct shared *shared)
 {
+        ring_due(shared);
         watch_remove(&shared->bell);
         if (shared->bell.fd >= 0)
                 close_bell(shared);
@@ -262,22 +304,22 @@ void arena_ring_bells(struct shared *shared, struct waiters *waiters, uint32_t s
         for (uint32_t word = 0; word < BELL_WORDS; word++) {
                 uint64_t sleeping = atomic_load_explicit(&waiters->bells[word], memory_order_relaxed);
 
-                if (sleeping)
-                        sleeping = atomic_exchange_explicit(&waiters->bells[word], 0, memory_order_acq_rel);
-                for (; sleeping; sleeping &= sleeping - 1) {
-                        uint32_t bell = word * 64 + (uint32_t)__builtin_ctzll(sleeping);
+                if (!sleeping)
+                        continue;
+                sleeping = atomic_exchange_explicit(&waiters->bells[word], 0, memory_order_acq_rel);
+                shared->due_bells[word] |= sleeping;
+                list_add(&due, &shared->due);
+                for (; sleeping; sleeping &= sleeping - 1)
+                        atomic_fetch_or_explicit(&theirs->dirty[word * 64 + __builtin_ctzll(sleeping)],
+                                                 UINT64_C(1) << slot, memory_order_seq_cst);
+        }
+}
 
-                        atomic_fetch_or_explicit(&theirs->dirty[bell], UINT64_C(1) << slot,
-                                                 memory_order_seq_cst);
-                        /* Unknown bell: the router will send it, or the waiter is gone. Until it is
-                         * known, the waiter polls. */
-                        if (shared->bells[bell] < 0)
-                                continue;
-                        if (ring_once(shared->bells[bell]))
-                                count(COUNT_BELLS, 1);
-                        else
-                                forget_bell(shared, bell);
-                }
+void arenas_ring(void)
+{
+        EACH(node, &due)
+        {
+                ring_due(OF(node, struct shared, due));
         }
 }
 

@@ -18,13 +18,15 @@ struct shared {
         struct watch bell;  /* receiving end of the relay's */
         struct node same;   /* in its hash bucket */
         struct node polled; /* in the list of those that cannot ring the relay's bell yet */
+        struct node due;    /* in the list of those with bells to ring */
         uint64_t id;
         bool guarded; /* the kernel refuses descriptors that are sent to the relay's bell */
         int memory;
         uint32_t size_of_ring;
         size_t size;
         unsigned char *base;
-        int bells[BELLS]; /* sending ends of side 0's; -1: not known */
+        int bells[BELLS];               /* sending ends of side 0's; -1: not known */
+        uint64_t due_bells[BELL_WORDS]; /* of these: to ring at the end of the turn */
         struct mirror *mirrors[SLOTS];
 };
 
@@ -56,8 +58,11 @@ static inline unsigned char *arena_bulk(const struct shared *shared, uint32_t sl
         return shared->base + BULK_OFFSET + ((size_t)slot * SIDES + direction) * shared->size_of_ring;
 }
 
-/* Rings the bells of all threads that wait here. */
+/* The bells of all threads that wait here are due. */
 void arena_ring_bells(struct shared *shared, struct waiters *waiters, uint32_t slot);
+/* Rings all bells that are due, each once. The relay does this at the end of each turn, and before
+ * it sleeps: a bell wakes a thread or an event loop for all of its connections. */
+void arenas_ring(void);
 
 /* Wakes the threads of side 0 that wait here, after something was published for them. The fence
  * pairs with wait_begin() of the library. */

@@ -22,10 +22,10 @@
  *      protocol.h, wire.h, list.h      messages of router and relay, and of two relays; lists
  *
  * One thread moves all bytes, in turns: receive what links have brought, scan the rings of active
- * connections, send what they have. An idle connection costs nothing in a turn, and nothing in a
- * turn blocks. When a turn finds no work the thread spins as the library's waiters do (spin.h),
- * then makes all connections idle and sleeps in epoll: on the router's socket, the bells of arenas,
- * and the transport's descriptors.
+ * connections, send what they have, ring the bells of processes that have got something. An idle
+ * connection costs nothing in a turn, and nothing in a turn blocks. When a turn finds no work the
+ * thread spins as the library's waiters do (spin.h), then makes all connections idle and sleeps in
+ * epoll: on the router's socket, the bells of arenas, and the transports' descriptors.
  *
  * When the router's socket closes, or on SIGTERM, all connections fall back to TCP. The relay
  * delivers what they have sent as long as their links live; connections that are not done by then
@@ -92,6 +92,7 @@ static bool turn(void)
         any = mirrors_scan() || any;
         any = links_flush() || any;
         any = transports_flush() || any;
+        arenas_ring();
         count(COUNT_TURNS, 1);
         return any;
 }
@@ -148,6 +149,8 @@ static void sleep_now(void)
         /* Work that arrived before bells and transport were armed would not wake us. */
         if (!mirrors_make_idle() || !transports_arm())
                 return;
+        /* Ticks and connections that became idle may have made bells due. */
+        arenas_ring();
         if (relay.stop_at && (!due || due > start + 1000000))
                 due = start + 1000000;
         if (due)
@@ -185,6 +188,7 @@ static void finish(void)
         uint64_t until = now() + LINGER * UINT64_C(1000000);
 
         mirrors_break();
+        arenas_ring();
         while (!links_are_idle() && now() < until)
                 if (!turn())
                         watches_poll(1);
