@@ -359,13 +359,17 @@ static void release(struct mirror *m)
         answer_number(R_DROPPED, number, 0);
 }
 
+bool mirror_is_read(const struct mirror *m)
+{
+        return m->link->lanes[m->lane].completed < m->last_batch;
+}
+
 void mirror_try_release(struct mirror *m)
 {
         bool reachable = m->link->state == LINK_UP && m->target;
 
         if (m->state != MIRROR_DROPPING)
                 return;
-        if (!reachable ||
-            ((m->peer_gone || m->peer_dropped) && m->link->lanes[m->lane].completed >= m->last_batch))
+        if (!reachable || ((m->peer_gone || m->peer_dropped) && !mirror_is_read(m)))
                 release(m);
 }

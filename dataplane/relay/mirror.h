@@ -128,6 +128,8 @@ void mirror_resume(struct mirror *mirror);
 bool mirror_is_registered(const struct mirror *mirror, const struct transport *transport);
 /* Deregisters all connections of a transport whose device is gone. */
 void mirrors_deregister(const struct transport *transport);
+/* Does the link still read its sending ring? */
+bool mirror_is_read(const struct mirror *mirror);
 /* Frees it if it is dropped, the peer can write into its memory no more, and nothing of ours is
  * read any more. */
 void mirror_try_release(struct mirror *mirror);

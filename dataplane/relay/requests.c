@@ -154,6 +154,9 @@ static void do_discard(const void *data, int *descriptors)
         shared = arena_find(message.arena);
         if (!shared)
                 return;
+        for (uint32_t i = 0; i < SLOTS; i++)
+                if (shared->mirrors[i] && mirror_is_read(shared->mirrors[i]))
+                        link_down(shared->mirrors[i]->link, ECANCELED, "memory that is being sent goes away");
         mirrors_abandon(shared);
         arena_remove(shared);
 }

@@ -118,13 +118,16 @@ Change = Callable[[int, int, bytes], list[bytes] | None]
 
 
 @contextlib.contextmanager
-def path(a: Relay, b: Relay, change: Change, number: int = 1) -> Iterator[None]:
-    """A link between two relays through this process."""
-    one, two = a.link(number), b.link(number)
+def path(a: Relay, b: Relay, change: Change, number: int = 1, buffer: int = 0) -> Iterator[None]:
+    """A link between two relays through this process. `buffer`: bytes that sockets hold."""
+    mine, theirs = a.link(number), b.link(number)
     ways: dict[socket.socket, tuple[int, int, socket.socket]] = {}
     for index in range(SOCKETS):
         near, left = socket_pair()
         far, right = socket_pair()
+        for one in (near, left, far, right) if buffer else ():
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         a.give_socket(number, index, near.fileno())
         b.give_socket(number, index, far.fileno())
         near.close()
@@ -153,8 +156,8 @@ def path(a: Relay, b: Relay, change: Change, number: int = 1) -> Iterator[None]:
     thread = threading.Thread(target=carry)
     thread.start()
     try:
-        assert not b.connect(number, one).error
-        assert not a.connect(number, two).error
+        assert not b.connect(number, mine).error
+        assert not a.connect(number, theirs).error
         yield
     finally:
         stopped.set()

@@ -15,7 +15,9 @@ import pytest
 from dataplane.router import layout
 from testbed.patience import patience
 from testbed.relays import (
+    ARENA,
     BROKEN,
+    KINDS,
     RING,
     TCP,
     End,
@@ -397,3 +399,39 @@ def test_a_stalled_socket_stalls_only_its_connections(binary: Path, end: Path) -
                 give_arena(a)
             assert result(running[0][1])["received"] == 400_000
             result(running[0][0])
+
+
+def test_an_arena_that_goes_while_it_is_sent(binary: Path, end: Path) -> None:
+    """Memory that a full socket still has to send is not read after its arena is gone: the link is
+    made again instead, and others on it go on.
+    """
+    with relays(binary, transport=TCP, encryption=0) as (a, b):
+        held = [False]
+
+        def change(lane: int, direction: int, data: bytes) -> list[bytes]:
+            del lane, direction
+            while held[0]:
+                time.sleep(0.002)
+            return [data]
+
+        with path(a, b, change, buffer=8192):
+            one, two = connect(a, b, ring=2 << 20)
+            good, well = connect(a, b)
+            sender = one.popen(end, "send=100000000", "message=100000", "check=0", "seed=1")
+            taker = two.popen(end, "seed=2", "check=0")
+            while not two.word(1, TAIL):
+                time.sleep(0.002)
+            held[0] = True
+            time.sleep(0.3)
+            a.raw(ARENA.pack(KINDS["DISCARD"], ARENA.size, 0, one.arena))
+            held[0] = False
+            assert "memory" in a.expect("DOWN", number=1).text
+            a.expect("ENDED", number=one.number)
+        link(a, b)
+        b.expect("ENDED", number=two.number)
+        for process in (sender, taker):
+            process.kill()
+            process.wait()
+        first = good.popen(end, "send=100000", "seed=1")
+        assert result(well.popen(end, "peer_seed=1"))["received"] == 100_000
+        result(first)
