@@ -60,7 +60,7 @@ CROSS_SECONDS: Final = 2.0
 ROUNDS: Final = {"same-host": 12, "cross-host": 3, "control": 12}
 KNOWN: Final = tuple(dict.fromkeys((*LOCAL_SUBJECTS, *CROSS_SUBJECTS)))
 QUICK_SECONDS: Final = 1.0
-QUICK_SETTLE: Final = 4.0
+QUICK_SETTLE: Final = 8.0
 LOCAL_BUDGET: Final = 500.0
 """Seconds in which all runs of `same-host` end."""
 LOCAL_SECONDS: Final = 0.4

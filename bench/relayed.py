@@ -23,9 +23,11 @@ PATIENCE: Final = 60.0
 BESIDE: Final = 4.0
 """Seconds for a listing beside the load, which leaves the plugin little of the processor."""
 STEP: Final = 0.5
-LEAST: Final = 2.5
-"""Seconds of traffic before a stable number counts: the routers need more than a second."""
-MOST: Final = 9.0
+LEAST: Final = 3.5
+"""Seconds of traffic before a stable number counts: the routers need two at the least."""
+LEAST_MOVING: Final = 8.0
+"""The same where the connections are expected to move."""
+MOST: Final = 12.0
 STABLE: Final = 3
 """So many equal listings in a row are stable."""
 
@@ -77,14 +79,15 @@ def look(
 def settle(
     look_again: Callable[[], Listed],
     expected: int,
+    least: float = LEAST,
     most: float = MOST,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Wait until the number of connections in the relay is stable.
 
-    It ends at once when all `expected` ones are there, and after `most` seconds anyway. A listing
-    that fails says nothing: a busy machine leaves the router little time.
+    It ends when all `expected` ones are there and have had time to switch to the rings, otherwise
+    between `least` and `most` seconds. A listing that fails says nothing: a busy machine leaves the router little time.
     """
     start = clock()
     seen: list[int] = []
@@ -95,5 +98,8 @@ def settle(
         except BenchError:
             continue
         stable = len(seen) >= STABLE and len(set(seen[-STABLE:])) == 1
-        if seen[-1] >= expected or (stable and clock() - start >= LEAST):
+        if seen[-1] >= expected:
+            sleep(STEP)
+            return
+        if stable and clock() - start >= least:
             return

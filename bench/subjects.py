@@ -20,12 +20,11 @@ from bench.errors import BenchError, EngineRefusedError, ProgramError
 from bench.namespaces import RING as BARE_RING
 from bench.namespaces import TOOLS, UNIX, Namespaces, Pair, run
 from bench.stats import AF_UNIX, FREEFLOW, FREEFLOW_OFF, FREEFLOW_PLAIN, HOST, OVERLAY, RING
-from driver.options import USER_KEYS
 
 DRIVERS: Final = {FREEFLOW: PLUGIN, OVERLAY: "overlay"}
 """Subjects with a network of their own that every suite measures."""
 NETWORKS: Final = {**DRIVERS, FREEFLOW_OFF: PLUGIN}
-OPTIONS: Final = {FREEFLOW_OFF: {"relay": "off"} if "relay" in USER_KEYS else {}}
+OPTIONS: Final = {FREEFLOW_OFF: {"relay": "off"}}
 ACCELERATED: Final = (FREEFLOW, FREEFLOW_OFF)
 SHARED: Final = Path("/run/freeflow")
 """The folder that a container mounts for the library."""

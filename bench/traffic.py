@@ -54,6 +54,8 @@ class Traffic:
     condition: underlay.Condition = underlay.unchanged
     beside: tuple[ServerProgram, Clients] | None = None
     is_tail: bool = False
+    moves: bool = True
+    """Its connections are expected to move to the relay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +78,22 @@ class Sample:
     listed: Listed | None = None
 
 
-def _redis(name: str, clients: Clients, about: str) -> Traffic:
-    return Traffic(Case(name, "requests/s", True, f"redis GET, {about}"), REDIS, clients)
+def _redis(name: str, clients: Clients, about: str, moves: bool = True) -> Traffic:
+    case = Case(name, "requests/s", True, f"redis GET, {about}")
+    return Traffic(case, REDIS, clients, moves=moves)
 
 
 def _redis_connections(connections: int, pipeline: int = 1) -> Traffic:
     clients = Clients("redis", connections=connections, pipeline=pipeline)
     about = f"one process, {connections} connections, pipelines of {pipeline}"
-    return _redis(f"redis_p{pipeline}_c{connections}", clients, about)
+    return _redis(f"redis_p{pipeline}_c{connections}", clients, about, connections > 4)
 
 
 def _pairs(count: int) -> Traffic:
     about = f"64 bytes there and back, {count} pairs of processes with one connection each"
     case = Case(f"pairs_{count}", "round trips/s", True, about)
     clients = Clients("echo", processes=count, servers=count)
-    return Traffic(case, PINGPONG_EPOLL, clients, "round trip")
+    return Traffic(case, PINGPONG_EPOLL, clients, "round trip", moves=False)
 
 
 def _streams(
@@ -101,7 +104,8 @@ def _streams(
     case = Case(f"stream_{count}{name}", "Gbit/s", True, f"{about}, writes of 128 KiB{more}")
     clients = Clients(BYTES, processes=count, servers=count)
     # Rates are of bits, CPU time is per GB.
-    return Traffic(case, STREAM, clients, "GB", 1e9, condition)
+    moves = condition is not underlay.unchanged
+    return Traffic(case, STREAM, clients, "GB", 1e9, condition, moves=moves)
 
 
 def traffic() -> list[Traffic]:
@@ -124,11 +128,12 @@ def traffic() -> list[Traffic]:
         *(_redis_connections(count) for count in (1, 4, 8, 16, 50, 200)),
         _redis_connections(50, 16),
         _redis("redis_4x12", Clients("redis", 4, 12), "four processes with 12 connections each"),
-        _redis("redis_16x1", Clients("redis", 16), "16 processes with one connection each"),
+        _redis("redis_16x1", Clients("redis", 16), "16 processes with one connection each", False),
         _redis(
             "redis_slow_c50",
             Clients("redis", connections=50, rate=2000),
             "one process, 50 connections, 2000 requests/s in all",
+            moves=False,
         ),
         Traffic(memcached, MEMCACHED, Clients("memcached", connections=50)),
         Traffic(nginx, NGINX, Clients("http", connections=32)),
@@ -215,6 +220,7 @@ class Runner:
         relayed.settle(
             lambda: self.look(self.client, self.server, where, relayed.BESIDE),
             one.clients.total,
+            min(self.most, relayed.LEAST_MOVING if one.moves else relayed.LEAST),
             self.most,
             sleep=self.sleep,
         )
