@@ -43,6 +43,8 @@ class Slot:
     """The last check found neither socket in the kernel."""
     left: bool = False
     """Both ends were told to fall back to TCP."""
+    why_left: int = 0
+    """A `Reason` for which this host brought it back to TCP; 0: another."""
     connection: int = 0
     """The relay's number of the connection, in a remote arena."""
 

@@ -28,10 +28,11 @@ from dataplane.router.links import KINDS
 from dataplane.router.loop import Loop
 from dataplane.router.pairing import Pairing
 from dataplane.router.relay_process import SHIPPED, RelayProcess
+from dataplane.router.relay_ruling import RelayRuling
 from dataplane.router.relay_transports import RelayTransport
 from dataplane.router.remote import Remotes
 from dataplane.router.remote_events import Transport
-from dataplane.router.remote_requests import Closed, Open
+from dataplane.router.remote_requests import Open
 from dataplane.router.seams import ArenaMemory, SocketTable
 from dataplane.router.sessions import Sessions
 
@@ -78,6 +79,7 @@ class InterHost:
         self._scanner = DeviceScanner(loop, self._decide)
         self._relay = RelayProcess(loop, equipment.relay, self, memory=equipment.memory)
         kinds = {**KINDS, Transport.RDMA: relay_wire.LOOPBACK} if equipment.memory else KINDS
+        self._ruling = RelayRuling(pairing, loop, sockets)
         self.remotes = Remotes(
             pairing,
             loop,
@@ -93,9 +95,10 @@ class InterHost:
             memory,
             self._decide,
             partial(LinkSockets, loop),
-            Open() if equipment.open else Closed(),
+            Open() if equipment.open else self._ruling.gate,
             kinds,
         )
+        self._ruling.join(self.remotes)
         self.sessions = self.remotes.sessions
         self._transports = {
             transport: RelayTransport(
@@ -137,6 +140,7 @@ class InterHost:
         if not self._started:
             return
         self._refresh()
+        self._ruling.tick()
         self._relay.poll()
 
     def close(self) -> None:
@@ -208,6 +212,7 @@ class InterHost:
     def relay_died(self) -> None:
         """The relay has ended."""
         self._counters = {}
+        self._ruling.use.forget_relay()
         self.remotes.relay_died()
 
     def relay_message(self, message: relay_wire.Message) -> None:
@@ -215,6 +220,7 @@ class InterHost:
         match message:
             case relay_wire.RelayCounters():
                 self._counters = message.counters
+                self._ruling.use.answered()
             case _:
                 self.remotes.relay_message(message)
 

@@ -119,7 +119,7 @@ def _path(
             slot = arena.slots[number]
             # The process keeps the slot until it closes: the ring may still have bytes to read.
             if slot.ends[RELAY_SIDE] is None if arena.ring else slot.left:
-                return OVERLAY, Reason.LEFT, None
+                return OVERLAY, Reason(slot.why_left or Reason.LEFT), None
             # A note about a connection that has a slot: its end has fallen back to TCP since.
             noted = container.notes.get(tcp.cookie)
             if noted is not None:

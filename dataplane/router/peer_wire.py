@@ -25,6 +25,8 @@ MAX_FRAME: Final = 128 << 10
 """Bytes of the longest message, without its length."""
 MAX_DATA: Final = 60_000
 """Bytes that one `PeerFrame` carries."""
+MAX_WAITS: Final = 4096
+"""Offers in one `Waits`."""
 MAX_BLOB: Final = 128
 """Bytes of a relay's memory location or link address."""
 
@@ -75,13 +77,28 @@ class Owns(msgspec.Struct, frozen=True, tag=True):
     ]
 
 
-class Offer(msgspec.Struct, frozen=True, tag=True):
+class Offer(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """A process of the sender has requested a path. `local` and `remote` are as it sees them."""
 
     offer: U63
     network: NetworkId
     local: EndText
     remote: EndText
+    process: U32 = 0
+    """The sender's number of the process, for connections over the relays' TCP."""
+    waits: U32 = 0
+    """Why the sender holds it back for now, a `Reason`; 0: it doesn't. It is offered again, under
+    the same number, when that changes."""
+
+
+class Waits(msgspec.Struct, frozen=True, tag=True):
+    """Leader to follower: why offers wait, though the leader has a request for them.
+
+    `reason` is a `Reason`. Only for peers whose Hello has `relay`.
+    """
+
+    reason: U32
+    offers: Annotated[tuple[U63, ...], Meta(max_length=MAX_WAITS)]
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True):
@@ -182,6 +199,7 @@ Message = (
     PeerHello
     | Owns
     | Offer
+    | Waits
     | Withdraw
     | Decline
     | Placement

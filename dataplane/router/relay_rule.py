@@ -330,8 +330,9 @@ def why_leave(process: Use, link: Use, rule: RelayRule, offload: bool) -> Reason
         return Reason.BULK if offload else None
     if NEAR * process.slots < rule.busy:
         return None
-    alone = process.slots < rule.batch * process.bells and link.blocks < rule.batch * link.messages
-    return Reason.SLOW if alone else None
+    of_process = process.slots >= rule.batch * process.bells
+    of_link = link.messages > 0 and link.blocks >= rule.batch * link.messages
+    return None if of_process or of_link else Reason.SLOW
 
 
 @dataclass(slots=True)

@@ -367,7 +367,11 @@ class Remotes(Generic[SessionsT]):
         match message:
             case peer_wire.Offer():
                 reason = None if self.transports(peer) else Reason.PEER_NO_RDMA
-                self._begin(self.requests.take_offer(host, message, reason))
+                # One that is taken may be offered again, if both messages have crossed.
+                if not self.connections.has_taken(host, message.offer):
+                    self._begin(self.requests.take_offer(host, message, reason))
+            case peer_wire.Waits():
+                self.requests.told_to_wait(host, message)
             case peer_wire.Withdraw():
                 self.requests.withdrawn(host, message.offer)
                 self.connections.withdrawn(host, message.offer)

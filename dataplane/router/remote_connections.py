@@ -68,6 +68,8 @@ class RemoteConnection:
     arena: Arena
     slot: int
     state: EndState = field(default_factory=EndState)
+    peer_process: int = 0
+    """Leader: the follower's number of the process at the other end."""
     timer: Timer | None = None
 
     @property
@@ -217,7 +219,7 @@ class RemoteConnections:
         leads = event.on is On.LEAD
         state = EndState(transport=event.transport)
         connection = RemoteConnection(
-            number, host, leads, offer, request.local, end, arena, slot, state
+            number, host, leads, offer, request.local, end, arena, slot, state, request.peer_process
         )
         request.connection = number
         self._connections[number] = of_host.connections[number] = connection
@@ -468,6 +470,10 @@ class RemoteConnections:
             self.step(
                 connection, Event(On.ACCEPTED, peer_number=message.connection, place=message.place)
             )
+
+    def has_taken(self, host: RemoteHost, offer: int) -> bool:
+        """Leader: whether a connection was begun for an offer of the follower."""
+        return offer in self._of[host.address].taken
 
     def withdrawn(self, host: RemoteHost, offer: int) -> None:
         """Leader: the follower takes an offer back."""

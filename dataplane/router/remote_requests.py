@@ -35,6 +35,8 @@ OFFERS: Final = 65536
 OWNER_PATIENCE: Final = 2.0
 """Seconds for which a request waits until a host claims its peer's address: the peer's container
 may have just started."""
+_U32: Final = (1 << 32) - 1
+_WAITING: Final = (Reason.FEW, Reason.SLOW, Reason.BULK, Reason.LIMIT)
 _REASONS: Final = frozenset(reason.value for reason in Reason)
 
 
@@ -58,11 +60,31 @@ class RemoteRequest:
     connection: int = 0
     """The connection that was begun for it; 0: none."""
     timer: Timer | None = None
+    held: Reason | None = None
+    """Follower: why the leader was told not to take the offer yet."""
+    match: Offered | None = None
+    """Leader: the follower's request for the same connection, as it was last considered."""
+    waits: Reason | None = None
+    """Why it waits, though both ends have sent requests, if that is known."""
+    told: Reason | None = None
+    """Leader: what the follower was told about that."""
+
+    @property
+    def peer_process(self) -> int:
+        """Leader: the follower's number of the process at the other end; 0: unknown."""
+        return 0 if self.match is None else self.match.process
 
     @property
     def key(self) -> Key:
         """Network and addresses, this host's first."""
         return self.network, self.local.message.local, self.server
+
+
+def waits(number: int) -> Reason | None:
+    """A peer's reason why a request waits; None: it doesn't. A later version may have more."""
+    if not number:
+        return None
+    return next((reason for reason in _WAITING if reason == number), Reason.FEW)
 
 
 class EntryRule(Protocol):
@@ -76,6 +98,12 @@ class EntryRule(Protocol):
     def why_waiting(self, request: RemoteRequest) -> Reason:
         """Why it may not."""
 
+    def held(self, request: RemoteRequest) -> Reason | None:
+        """Why this host holds a request back for a while, leading or not; None: it doesn't."""
+
+    def forget(self, request: RemoteRequest) -> None:
+        """A request waits no more, or that of the other end doesn't."""
+
 
 class Closed:
     """No connection enters: an `EntryRule`."""
@@ -85,6 +113,12 @@ class Closed:
 
     def why_waiting(self, request: RemoteRequest) -> Reason:
         return Reason.FEW
+
+    def held(self, request: RemoteRequest) -> Reason | None:
+        return None
+
+    def forget(self, request: RemoteRequest) -> None:
+        pass
 
 
 class Open(Closed):
@@ -104,6 +138,15 @@ class Match(NamedTuple):
     offer: int
 
 
+class Offered(NamedTuple):
+    """An offer of the other host."""
+
+    number: int
+    process: int
+    held: Reason | None
+    """Why it is not to be taken yet."""
+
+
 @dataclass(slots=True, eq=False)
 class _OfHost:
     """The requests of this host and of one other, for connections between the two."""
@@ -112,15 +155,20 @@ class _OfHost:
     """This host's."""
     offered: dict[int, RemoteRequest] = field(default_factory=dict)
     """Follower: this host's, by offer."""
-    offers: dict[Key, int] = field(default_factory=dict)
+    offers: dict[Key, Offered] = field(default_factory=dict)
     keys: dict[int, Key] = field(default_factory=dict)
     """Leader: the other host's, both ways. Keys have this host's address first."""
 
     def take(self, offer: int) -> None:
         """An offer isn't open any more."""
         key = self.keys.pop(offer, None)
-        if key is not None and self.offers.get(key) == offer:
+        if key is not None and (known := self.offers.get(key)) and known.number == offer:
             del self.offers[key]
+
+    def request_for(self, offer: int) -> RemoteRequest | None:
+        """This host's request that an offer of the other host fits."""
+        key = self.keys.get(offer)
+        return None if key is None else self.requests.get(key)
 
 
 class RemoteRequests:
@@ -259,6 +307,7 @@ class RemoteRequests:
         self._stop_timer(request)
         self._unowned.pop(request.local, None)
         request.connection = 0
+        self._rule.forget(request)
         host, request.host = request.host, None
         if host is not None:
             of_host = self._of[host.address]
@@ -279,9 +328,42 @@ class RemoteRequests:
     def _offer(self, host: RemoteHost, request: RemoteRequest) -> None:
         request.offer = next(self._numbers)
         self._of[host.address].offered[request.offer] = request
-        local, server = request.local.message.local, request.server
-        message = peer_wire.Offer(request.offer, request.network, str(local), str(server))
+        self._send_offer(host, request)
+
+    def _send_offer(self, host: RemoteHost, request: RemoteRequest) -> None:
+        held = request.held = request.waits = self._held(host, request)
+        knows = host.hello is not None and host.hello.relay
+        message = peer_wire.Offer(
+            request.offer,
+            request.network,
+            str(request.local.message.local),
+            str(request.server),
+            request.local.process & _U32 if knows else 0,
+            held or Reason.NONE,
+        )
         self._sessions.send(host.address, message)
+
+    def _held(self, host: RemoteHost, request: RemoteRequest) -> Reason | None:
+        """Follower: why this host holds a request back."""
+        is_relay = self._links.transport(host.address) is Transport.RELAY
+        return self._rule.held(request) if is_relay else None
+
+    def offer_again(self) -> None:
+        """Follower: tell leaders which offers they may take by now, and which they may not."""
+        for of_host in self._of.values():
+            for request in list(of_host.offered.values()):
+                host = request.host
+                if request.connection or host is None or host.hello is None:
+                    continue
+                if self._held(host, request) is not request.held:
+                    self._send_offer(host, request)
+
+    def told_to_wait(self, host: RemoteHost, message: peer_wire.Waits) -> None:
+        """Follower: the leader says why offers wait."""
+        for offer in message.offers:
+            request = self.offered(host, offer)
+            if request is not None and request.held is None:
+                request.waits = waits(message.reason)
 
     def offered(self, host: RemoteHost, offer: int) -> RemoteRequest | None:
         """Follower: the request that was offered under a number."""
@@ -303,29 +385,35 @@ class RemoteRequests:
             peer_wire.end_of(message.remote),
             peer_wire.end_of(message.local),
         )
+        if of_host.keys.get(message.offer, key) != key:
+            self.withdrawn(host, message.offer)
+        is_known = message.offer in of_host.keys
         if reason is None and self._links.has_failed(host.address):
             reason = Reason.NO_LINK
-        elif reason is None and len(of_host.keys) >= OFFERS:
+        elif reason is None and len(of_host.keys) >= OFFERS and not is_known:
             reason = Reason.LIMIT
         if reason is not None:
             self._sessions.send(host.address, peer_wire.Decline(message.offer, reason))
             return None
         old = of_host.offers.get(key)
         if old is not None:
-            of_host.keys.pop(old, None)
-        of_host.offers[key] = message.offer
+            of_host.keys.pop(old.number, None)
+        of_host.offers[key] = Offered(message.offer, message.process, waits(message.waits))
         of_host.keys[message.offer] = key
         return self._match(host, key)
 
     def withdrawn(self, host: RemoteHost, offer: int) -> None:
         """Leader: an offer isn't open any more."""
-        self._of[host.address].take(offer)
+        of_host = self._of[host.address]
+        request = of_host.request_for(offer)
+        of_host.take(offer)
+        if request is not None:
+            self._rule.forget(request)
 
     def decline_all(self, host: RemoteHost, reason: Reason) -> None:
         """Leader: no offer of a host can be had."""
-        of_host = self._of[host.address]
-        for offer in list(of_host.keys):
-            of_host.take(offer)
+        for offer in list(self._of[host.address].keys):
+            self.withdrawn(host, offer)
             self._sessions.send(host.address, peer_wire.Decline(offer, reason))
 
     # --- matches (leader)
@@ -347,10 +435,11 @@ class RemoteRequests:
         transport = self._links.link(host.address).transport
         if not self._hosts.may_use(network, transport):
             return None
+        request.match = offer
         if transport is Transport.RELAY and not self._rule.may_enter(request):
             return None
-        of_host.take(offer)
-        return Match(host, request, offer)
+        of_host.take(offer.number)
+        return Match(host, request, offer.number)
 
     def why_waiting(self, local: PairRequest) -> Reason:
         """Why a request waits."""
@@ -397,6 +486,8 @@ class RemoteRequests:
     def session_down(self, host: RemoteHost) -> None:
         """Offers end with the session; requests wait for the next."""
         of_host = self._of[host.address]
+        for request in of_host.requests.values():
+            self._rule.forget(request)
         of_host.offers.clear()
         of_host.keys.clear()
         of_host.offered.clear()

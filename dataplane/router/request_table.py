@@ -71,9 +71,10 @@ class RequestTable:
 
     def sweep(self, now: float, most: int) -> None:
         """Remove requests whose sockets are gone; check so many at most."""
-        self._checks.check(now, most, self._still_waits)
+        self._checks.check(now, most, self.check)
 
-    def _still_waits(self, waiting: PairRequest) -> bool:
+    def check(self, waiting: PairRequest) -> bool:
+        """Remove a request if its socket is gone. Whether it still waits."""
         if self._requests.get(waiting.key) is not waiting:
             return False
         request = waiting.message

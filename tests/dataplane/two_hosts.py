@@ -46,6 +46,8 @@ class HostBed(Bed):
     relay: Path = Path()
     path: str = "rdma"
     """The path of connections with the other host: rdma or relay."""
+    ruled: bool = False
+    """Connections enter the relay by the rule, otherwise all do."""
     everywhere: dict[str, str] = field(default_factory=dict)
     """The containers of both hosts, with their addresses."""
 
@@ -74,7 +76,8 @@ class HostBed(Bed):
             f"--net=/proc/{os.getpid()}/fd/{self.namespace}",
             *super().router_command(),
             f"--relay={self.relay}",
-            "--memory-relay" if self.path == "rdma" else "--open-relay",
+            *(["--memory-relay"] if self.path == "rdma" else []),
+            *(["--open-relay"] if self.path == "relay" and not self.ruled else []),
         ]
 
     def counts(self) -> RdmaFacts | RelayFacts:
@@ -151,6 +154,7 @@ def two_hosts(
     vips: Mapping[str, Sequence[str]] | None = None,
     settings: RouterSettings | None = None,
     path: str = "rdma",
+    ruled: bool = False,
 ) -> Iterator[tuple[HostBed, HostBed]]:
     """Two hosts with containers of these names. The link between the relays is up."""
     folder = Path(tempfile.mkdtemp(prefix="freeflow-hosts-"))
@@ -167,7 +171,9 @@ def two_hosts(
                 shutil.copy(library, place / "shared" / LIBRARY)
             containers = {name: Container(name, next(numbers), place / "shared") for name in names}
             known = {vip: tuple(tasks) for vip, tasks in (vips or {}).items()}
-            host = HostBed(place, containers, known, wanted, number=number, relay=relay, path=path)
+            host = HostBed(
+                place, containers, known, wanted, number=number, relay=relay, path=path, ruled=ruled
+            )
             made.append(host)
         every = {name: box for host in made for name, box in host.containers.items()}
         connect(list(every.values()), bridge)

@@ -18,6 +18,7 @@ from dataplane.router.library_wire import Address, IPAddress
 from dataplane.router.links import Links
 from dataplane.router.loop import Timer
 from dataplane.router.pairing import Pairing
+from dataplane.router.relay_ruling import RelayRuling
 from dataplane.router.relay_wire import RelayKind
 from dataplane.router.remote import Remotes
 from dataplane.router.remote_connections import RemoteConnection
@@ -394,6 +395,9 @@ class Host:
             clock=self.world.loop.now,
             secret=lambda: next(self.secrets),
         )
+        self.ruling = RelayRuling(
+            self.pairing, self.world.loop, self.kernel, lambda pid: self.world.quota
+        )
         self.remotes = Remotes(
             self.pairing,
             self.world.loop,
@@ -403,9 +407,10 @@ class Host:
             self.memory,
             lambda: None,
             self.make_sockets,
-            self.world.rule,
+            self.world.rule or self.ruling.gate,
             trace=partial(self.trace, self.instance),
         )
+        self.ruling.join(self.remotes)
         self.pairing.use_remote(self.remotes)
         self.pairing.replace_snapshot(Knowledge(self.facts()))
         self.remotes.learned()
@@ -558,16 +563,20 @@ class World:
         cards: Container[int] = range(99),
         tcp: Container[int] = (),
         rule: EntryRule | None = None,
+        ruled: bool = False,
         **settings: Any,
     ) -> None:
         """`cards`: the hosts with RDMA devices; `tcp`: those whose relays speak TCP. The others'
-        routers are of a version that doesn't know of TCP.
+        routers are of a version that doesn't know of TCP. `ruled`: connections enter TCP between
+        relays by the rule, otherwise all do.
         """
         self.size = size
         self.settings = settings
         self.cards = cards
         self.tcp = tcp
-        self.rule = rule or Open()
+        self.rule = None if ruled else rule or Open()
+        self.quota: float | None = None
+        """Processors that each container may use."""
         self.options: dict[str, Any] = {}
         """Of the network."""
         self.tickets = itertools.count(1)
@@ -596,6 +605,7 @@ class World:
         """Once a second, as `InterHost.tick`."""
         for host in self.hosts:
             host.remotes.learned()
+            host.ruling.tick()
         self.loop.after(1.0, self.tick)
 
     def cut(self, *, mend: bool = False) -> None:

@@ -21,7 +21,7 @@ from dataplane.router.remote import SESSION_PATIENCE
 from dataplane.router.remote_connections import CONNECTIONS
 from dataplane.router.remote_events import Phase, Transport
 from dataplane.router.remote_hosts import RemoteHost
-from dataplane.router.remote_requests import OWNER_PATIENCE, RemoteRequest
+from dataplane.router.remote_requests import OWNER_PATIENCE, Closed, RemoteRequest
 from tests.unit.remote_world import CONTAINERS, RELAY_RING, RING, Tcp, World
 
 A, B, C = (0, 1), (1, 1), (2, 1)
@@ -732,7 +732,7 @@ def test_a_request_whose_peer_has_none_yet() -> None:
     assert host.remotes.why_waiting(waiting) is Reason.PEER_SHORT
 
 
-class Gate:
+class Gate(Closed):
     """An `EntryRule` that a test opens."""
 
     open = False

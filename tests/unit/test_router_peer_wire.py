@@ -28,6 +28,7 @@ EXAMPLES: Final[list[pw.Message]] = [
     ),
     pw.Owns({"n1": ("10.0.4.1", "fd00::1"), "n2": ()}),
     pw.Offer(1 << 62, "n1", "10.0.4.1:80", "[fd00::2]:40000"),
+    pw.Waits(1012, (1, 2, 1 << 40)),
     pw.Withdraw(0),
     pw.Decline(7, 1004),
     pw.Placement(7, (1 << 32) - 1, bytes(range(128))),
@@ -84,6 +85,10 @@ BYTES: Final[list[tuple[pw.Message, bytes]]] = [
         pw.Offer(7, "net", "10.0.1.2:80", "[fd00::2]:5"),
         b"\x85\xa4type\xa5Offer\xa5offer\x07\xa7network\xa3net"
         b"\xa5local\xab10.0.1.2:80\xa6remote\xab[fd00::2]:5",
+    ),
+    (
+        pw.Waits(1012, (1, 300)),
+        b"\x83\xa4type\xa5Waits\xa6reason\xcd\x03\xf4\xa6offers\x92\x01\xcd\x01\x2c",
     ),
     (pw.Withdraw(7), b"\x82\xa4type\xa8Withdraw\xa5offer\x07"),
     (pw.Decline(7, 4), b"\x83\xa4type\xa7Decline\xa5offer\x07\xa6reason\x04"),

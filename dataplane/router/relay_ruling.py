@@ -1,0 +1,113 @@
+"""Joins the parts that rule the relays' TCP with the connections that they rule.
+
+relay_rule.py     who enters, who leaves, and for how long: pure
+relay_sampler.py  the counters of waiting connections
+relay_gate.py     requests wait until they may enter
+relay_use.py      connections leave that are not worth it
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+from dataplane.router import cpu_quota, peer_wire
+from dataplane.router.library_wire import IPAddress
+from dataplane.router.loop import Loop
+from dataplane.router.pairing import Pairing
+from dataplane.router.reasons import Reason
+from dataplane.router.relay_gate import RelayGate
+from dataplane.router.relay_rule import Pair, Pauses
+from dataplane.router.relay_sampler import RelaySampler
+from dataplane.router.relay_use import RelayUse
+from dataplane.router.remote import Remotes
+from dataplane.router.remote_connections import RemoteConnection
+from dataplane.router.remote_events import LIVE, Event, On, Transport
+from dataplane.router.remote_requests import RemoteRequest
+from dataplane.router.seams import SocketTable
+
+
+class Ruled:
+    """A `GateOwner` and a `UseOwner`."""
+
+    def __init__(self, remotes: Remotes[Any]) -> None:
+        self._remotes = remotes
+
+    def over_relay(self) -> Iterable[RemoteConnection]:
+        return [
+            one
+            for one in self._remotes.connections
+            if one.state.transport is Transport.RELAY
+            and one.state.phase in LIVE
+            and not one.state.leaving
+        ]
+
+    def relayed(self) -> Mapping[Pair, int]:
+        return Counter(
+            Pair(one.end.process, one.host.address, one.peer_process)
+            for one in self.over_relay()
+            if one.leads
+        )
+
+    def enter(self, requests: Iterable[RemoteRequest]) -> None:
+        for host in {request.host for request in requests}:
+            if host is not None:
+                self._remotes.reconsider(host)
+
+    def tell(self, peer: IPAddress, message: peer_wire.Message) -> None:
+        host = self._remotes.hosts.get(peer)
+        if host is not None and host.hello is not None and host.hello.relay:
+            self._remotes.sessions.send(peer, message)
+
+    def link_number(self, peer: IPAddress) -> int:
+        return self._remotes.links.link(peer).number
+
+    def leave_relay(self, connection: RemoteConnection, reason: Reason) -> None:
+        slot = connection.arena.slots.get(connection.slot)
+        if slot is not None:
+            slot.why_left = reason
+        self._remotes.connections.step(connection, Event(On.LEAVE_PATH, reason=reason))
+
+
+class RelayRuling:
+    """Made before the `Remotes`, which take `gate` as their `EntryRule`, and joined with them."""
+
+    def __init__(
+        self,
+        pairing: Pairing,
+        loop: Loop,
+        sockets: SocketTable,
+        quota: Callable[[int], float | None] = cpu_quota.of,
+    ) -> None:
+        self._pairing = pairing
+        self._loop = loop
+        self._pauses = Pauses()
+        self.use = RelayUse(pairing, loop, self._pauses, quota)
+        sampler = RelaySampler(loop, sockets)
+        self.gate = RelayGate(pairing, loop, sampler, self._pauses, lambda: self.use.rates)
+        self._remotes: Remotes[Any] | None = None
+        self._ruled: Ruled | None = None
+        self._paused = False
+        """At the last tick there were pauses."""
+
+    def join(self, remotes: Remotes[Any]) -> None:
+        """The connections that are ruled."""
+        self._remotes = remotes
+        self.use.owner = self._ruled = Ruled(remotes)
+
+    def tick(self) -> None:
+        """About once a second."""
+        if self._remotes is None or self._ruled is None:
+            return
+        self.gate.tick(self._ruled, self._pairing.knowledge.offload)
+        if self._paused or len(self._pauses):
+            self._remotes.requests.offer_again()
+        self._paused = len(self._pauses) > 0
+        self._pauses.tidy(self._loop.now(), self._is_alive)
+
+    def _is_alive(self, who: Hashable) -> bool:
+        """Whether a pause can concern somebody: a container, or a process and a host."""
+        if isinstance(who, tuple):
+            return who[0] in self._pairing.processes
+        return who in self._pairing.containers

@@ -1,0 +1,235 @@
+"""Brings connections back to TCP for which the relay is no gain, or whose container uses too much
+of it.
+
+The relay counts what each arena and each link does (`struct relay_usage` of
+`dataplane/relay/protocol.h`), and is asked about once a second.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import structlog
+
+from dataplane.router.library_wire import IPAddress
+from dataplane.router.limits import Share
+from dataplane.router.loop import Loop
+from dataplane.router.pairing import Pairing
+from dataplane.router.reasons import Reason
+from dataplane.router.relay_rule import Pauses, Use, why_leave
+from dataplane.router.remote_connections import RemoteConnection
+
+log = structlog.get_logger()
+
+SETTLE: Final = 2.0
+"""Seconds from a pair's first connection on the relay until it is judged: connections enter one
+after the other."""
+GATHER: Final = 0.1
+"""Seconds from the relay's first answer to the last."""
+BURST: Final = 3.0
+"""Seconds of its limit that a container may use at once."""
+QUOTA_AGE: Final = 30.0
+"""Seconds for which a container's quota of the processor is not read again."""
+LEAST: Final = 0.25
+"""Seconds that lie between two answers of the relay at least, for rates: late ones come together.
+"""
+
+
+class UseOwner(Protocol):
+    """Has the connections: `remote.Remotes`."""
+
+    def over_relay(self) -> Iterable[RemoteConnection]:
+        """The connections over the relays' TCP that programs use."""
+
+    def link_number(self, peer: IPAddress) -> int:
+        """The relay's number of the link to a host."""
+
+    def leave_relay(self, connection: RemoteConnection, reason: Reason) -> None:
+        """Bring a connection back to TCP."""
+
+
+@dataclass(slots=True)
+class _Counter:
+    """The counters of an arena or a link."""
+
+    last: Mapping[str, int] = field(default_factory=dict)
+    """At the answer before."""
+    now: Mapping[str, int] = field(default_factory=dict)
+
+
+def _per_second(counter: _Counter | None, seconds: float) -> defaultdict[str, float]:
+    rates: defaultdict[str, float] = defaultdict(float)
+    if counter is not None:
+        for name, value in counter.now.items():
+            rates[name] = max(0, value - counter.last.get(name, 0)) / seconds
+    return rates
+
+
+def use_of(counts: Iterable[Mapping[str, float]]) -> Use:
+    """What several arenas did together, by names of the relay's counters."""
+    total: defaultdict[str, float] = defaultdict(float)
+    for one in counts:
+        for name, value in one.items():
+            total[name] += value
+    return Use(
+        bytes=total["bytes_in"] + total["bytes_out"],
+        bells=total["bells_in"] + total["bells_out"],
+        slots=total["slots_in"] + total["slots_out"],
+        messages=total["messages_in"] + total["messages_out"],
+        blocks=total["blocks_in"] + total["blocks_out"],
+    )
+
+
+class RelayUse:
+    """See the module."""
+
+    def __init__(
+        self,
+        pairing: Pairing,
+        loop: Loop,
+        pauses: Pauses,
+        quota: Callable[[int], float | None],
+    ) -> None:
+        """`quota`: how many processors a process's container may use; None: no limit."""
+        self._pairing = pairing
+        self._loop = loop
+        self.owner: UseOwner | None = None
+        self._pauses = pauses
+        self._quota = quota
+        self._counters: dict[tuple[int, int], _Counter] = {}
+        """By arena and link; one of the two is 0."""
+        self._answered = loop.now()
+        self._since: dict[tuple[int, IPAddress], float] = {}
+        """When connections of a process with a host came to the relay."""
+        self._shares: dict[int, Share] = {}
+        self._quotas: dict[int, tuple[float, float | None]] = {}
+        """Of containers, with the time at which they were read."""
+        self.rates: dict[int, float] = {}
+        """Messages per second over the relay, of each process."""
+        self.cpu: dict[int, float] = {}
+        """Seconds of the processor that the relay has used, by container."""
+
+    def forget_relay(self) -> None:
+        """The relay has ended, with its counters."""
+        self._counters.clear()
+        self.rates.clear()
+
+    def counted(self, arena: int, link: int, values: Mapping[str, int]) -> None:
+        """The relay's counters of an arena (`link` is 0) or of a link (`arena` is 0)."""
+        self._counters.setdefault((arena, link), _Counter()).now = values
+
+    def answered(self) -> None:
+        """The relay begins to answer: what has changed since its last answer follows at once."""
+        now = self._loop.now()
+        seconds, self._answered = now - self._answered, now
+        self._loop.after(GATHER, lambda: self._judge(max(seconds, LEAST)))
+
+    # --- once a second
+
+    def _judge(self, seconds: float) -> None:
+        now, owner = self._loop.now(), self.owner
+        if owner is None:
+            return
+        pairs: defaultdict[tuple[int, IPAddress], list[RemoteConnection]] = defaultdict(list)
+        for connection in owner.over_relay():
+            pairs[connection.end.process, connection.host.address].append(connection)
+        self._since = {pair: self._since.get(pair, now) for pair in pairs}
+        uses = self._uses(seconds)
+        self.rates = {process: use.slots for process, use in uses.items()}
+        for pair, connections in pairs.items():
+            link = self._counters.get((0, owner.link_number(pair[1])))
+            use = use_of([_per_second(link, seconds)])
+            reason = self._why_leave(pair, uses.get(pair[0], Use()), use)
+            if reason is not None:
+                self._leave(owner, pair, connections, reason)
+        self._limit(owner, pairs.values(), seconds)
+        self._next()
+
+    def _uses(self, seconds: float) -> dict[int, Use]:
+        """What each process does per second."""
+        found: defaultdict[int, list[Mapping[str, float]]] = defaultdict(list)
+        for (arena, _), counter in self._counters.items():
+            known = self._pairing.arenas.get(arena)
+            if known is not None and known.ring:
+                found[known.pair[0]].append(_per_second(counter, seconds))
+        return {process: use_of(rates) for process, rates in found.items()}
+
+    def _why_leave(self, pair: tuple[int, IPAddress], process: Use, link: Use) -> Reason | None:
+        if self._loop.now() - self._since[pair] < SETTLE:
+            return None
+        knowledge = self._pairing.knowledge
+        return why_leave(process, link, knowledge.settings.relay_rule, knowledge.offload)
+
+    def _leave(
+        self,
+        owner: UseOwner,
+        who: Hashable,
+        connections: Iterable[RemoteConnection],
+        reason: Reason,
+    ) -> None:
+        rule = self._pairing.knowledge.settings.relay_rule
+        self._pauses.begin(who, reason, self._loop.now(), rule)
+        for connection in connections:
+            owner.leave_relay(connection, reason)
+
+    def _next(self) -> None:
+        """Prepare for the next answer."""
+        for key, counter in list(self._counters.items()):
+            counter.last = counter.now
+            if key[0] and key[0] not in self._pairing.arenas:
+                del self._counters[key]
+
+    # --- the processor
+
+    def _limit(
+        self, owner: UseOwner, pairs: Iterable[list[RemoteConnection]], seconds: float
+    ) -> None:
+        """Bring back the connections of containers for which the relay works too much."""
+        by_container: defaultdict[int, list[RemoteConnection]] = defaultdict(list)
+        for connections in pairs:
+            for connection in connections:
+                by_container[connection.end.namespace].append(connection)
+        spent: defaultdict[int, float] = defaultdict(float)
+        for (arena, _), counter in self._counters.items():
+            known = self._pairing.arenas.get(arena)
+            if known is not None:
+                used = _per_second(counter, seconds)["cpu"] * seconds / 1e9
+                spent[known.sides[0].namespace] += used
+        self._shares = {who: share for who, share in self._shares.items() if who in by_container}
+        self._quotas = {who: quota for who, quota in self._quotas.items() if who in by_container}
+        self.cpu = {who: used for who, used in self.cpu.items() if who in self._pairing.containers}
+        for namespace, used in spent.items():
+            self.cpu[namespace] = self.cpu.get(namespace, 0.0) + used
+            connections = by_container.get(namespace, [])
+            if connections and self._is_too_much(namespace, connections[0], used):
+                log.warning(
+                    "the relay works too much for a container; its connections go back to TCP",
+                    namespace=namespace,
+                    connections=len(connections),
+                )
+                del self._shares[namespace]
+                self._leave(owner, namespace, connections, Reason.LIMIT)
+
+    def _is_too_much(self, namespace: int, one: RemoteConnection, used: float) -> bool:
+        now = self._loop.now()
+        limit = self._limit_of(namespace, one.end.process)
+        share = self._shares.get(namespace)
+        if share is None:
+            share = self._shares[namespace] = Share.full(limit, limit * BURST, now)
+        share.rate, share.most = limit, limit * BURST
+        share.spend(used, now)
+        return share.left < 0
+
+    def _limit_of(self, namespace: int, process: int) -> float:
+        """How many processors the relay may use for a container."""
+        now = self._loop.now()
+        known = self._quotas.get(namespace)
+        if known is None or now - known[0] >= QUOTA_AGE:
+            record = self._pairing.processes.get(process)
+            quota = None if record is None else self._quota(record.pid)
+            known = self._quotas[namespace] = (now, quota)
+        limit = self._pairing.knowledge.settings.relay_rule.cpu / 100
+        return limit if known[1] is None else min(limit, known[1])
