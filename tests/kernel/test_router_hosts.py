@@ -1,5 +1,7 @@
-"""Complete routers of two hosts, with sessions over an underlay and relays that share this
-machine's memory, and their faults.
+"""Complete routers of two hosts, with sessions over an underlay, and their faults.
+
+The relays share this machine's memory (path `rdma`), or have TCP connections on an underlay of IPv6
+(path `relay`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ from typing import Final
 
 import pytest
 
-from dataplane.control import EndpointFact, NetworkFact, RdmaFacts, RouterSettings, RouterSnapshot
+from dataplane.control import (
+    EndpointFact,
+    NetworkFact,
+    RdmaFacts,
+    RelayFacts,
+    RouterSettings,
+    RouterSnapshot,
+)
 from dataplane.errors import DataplaneError
 from dataplane.router import library_wire as wire
 from dataplane.router_client import RouterClient
@@ -50,6 +59,7 @@ class Router:
     box: Container
     folder: Path
     relay: Path
+    path: str
     settings: RouterSettings = field(default_factory=lambda: RouterSettings(session_port=PORT))
     process: subprocess.Popen[bytes] | None = None
 
@@ -64,7 +74,8 @@ class Router:
     def start(self) -> None:
         """Start the router and send it its snapshot."""
         command = [
-            *(sys.executable, "-m", "dataplane.router", "--memory-relay"),
+            *(sys.executable, "-m", "dataplane.router"),
+            "--memory-relay" if self.path == "rdma" else "--open-relay",
             *(f"--socket={self.socket}", f"--control={self.folder / 'admin.sock'}"),
             *(f"--relay={self.relay}", f"--swarm={self.folder / 'swarm'}"),
         ]
@@ -109,9 +120,15 @@ class Router:
         assert found is not None
         return found
 
+    def counts(self) -> RdmaFacts | RelayFacts:
+        """What it counts about the path."""
+        found = self.client.statistics()
+        return found.rdma if self.path == "rdma" else found.relay
+
     def linked(self) -> bool:
         """Whether there is a link to the other host."""
-        return [(each.session, each.link) for each in self.rdma().hosts] == [(True, "up")]
+        hosts = [(each.session, each.link, each.transport) for each in self.rdma().hosts]
+        return hosts == [(True, "up", self.path)]
 
     def process_inside(self) -> Library:
         """A process of the container that has been welcomed."""
@@ -154,8 +171,17 @@ class Pair:
             return a.hear(wire.Answer)[0], b.hear(wire.Answer)[0]  # type: ignore[arg-type]
 
     def connections(self) -> list[int]:
-        """The number of connections on RDMA, by host."""
-        return [router.rdma().connections for router in (self.one, self.other)]
+        """The number of connections on the path, by host."""
+        return [router.counts().connections for router in (self.one, self.other)]
+
+    def nothing_left(self) -> None:
+        """Wait until nothing is left of any connection."""
+
+        def clean() -> bool:
+            memory = self.one.rdma().memory + self.other.rdma().memory
+            return memory == 0 and self.connections() == [0, 0]
+
+        wait_until("nothing to be left", clean, 20)
 
     def granted(self) -> bool:
         return all(isinstance(each, wire.Grant) for each in self.answers())
@@ -166,16 +192,19 @@ def authority() -> Authority:
     return Authority()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["rdma", "relay"])
 def pair(
-    tmp_path_factory: pytest.TempPathFactory, relay: Path, authority: Authority
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    relay: Path,
+    authority: Authority,
 ) -> Iterator[Pair]:
     """Two hosts with a container each and a link between their relays. Each scenario restores that
     state.
     """
     network = a_network()
     top = tmp_path_factory.mktemp("hosts")
-    with lab(2) as made:
+    with lab(2, ipv6_underlay=request.param == "relay") as made:
         boxes = [host.container(network, number) for number, host in enumerate(made.hosts, 1)]
         made.mesh(network)
         routers = []
@@ -183,7 +212,7 @@ def pair(
             folder = top / f"host{host.number}"
             folder.mkdir()
             write(folder / "swarm", authority.root, authority.node(f"node{host.number}"))
-            routers.append(Router(host, other, box, folder, relay))
+            routers.append(Router(host, other, box, folder, relay, request.param))
         try:
             for router in routers:
                 router.start()
@@ -216,18 +245,14 @@ def test_a_connection_between_hosts(pair: Pair) -> None:
             assert (grant.side, answer.side) == (0, 0)
             wait_until("it", lambda: pair.connections() == [1, 1], 10)
             listed = pair.one.client.connections().connections
-            assert [each.path for each in listed if each.path != "overlay"] == ["rdma"]
-    wait_until(
-        "nothing to be left",
-        lambda: pair.one.rdma().memory == pair.other.rdma().memory == 0,
-        20,
-    )
+            assert [each.path for each in listed if each.path != "overlay"] == [pair.one.path]
+    pair.nothing_left()
 
 
 @pytest.fixture
 def kept(pair: Pair) -> Iterator[tuple[Library, Library]]:
     """A paired connection, which must not be affected by what happens."""
-    before = [router.rdma().broken for router in (pair.one, pair.other)]
+    before = [router.counts().broken for router in (pair.one, pair.other)]
     a, b = pair.one.process_inside(), pair.other.process_inside()
     client, server = pair.connection()
     with contextlib.closing(a), contextlib.closing(b), client, server:
@@ -237,12 +262,8 @@ def kept(pair: Pair) -> Iterator[tuple[Library, Library]]:
         b.hear(wire.Grant)
         yield a, b
         wait_until("it to be the only one", lambda: pair.connections() == [1, 1], 20)
-        assert [router.rdma().broken for router in (pair.one, pair.other)] == before
-    wait_until(
-        "its end",
-        lambda: pair.one.rdma().memory == pair.other.rdma().memory == 0,
-        20,
-    )
+        assert [router.counts().broken for router in (pair.one, pair.other)] == before
+    pair.nothing_left()
 
 
 def test_a_lost_session(pair: Pair, kept: tuple[Library, Library]) -> None:
