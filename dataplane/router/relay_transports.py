@@ -16,7 +16,7 @@ import structlog
 from dataplane.router import relay_wire
 from dataplane.router.loop import Loop
 from dataplane.router.relay_process import RelayProcess
-from dataplane.router.remote import Remotes
+from dataplane.router.remote import OPENING, Remotes
 from dataplane.router.remote_events import Transport
 from dataplane.router.sessions import Sessions
 
@@ -94,7 +94,7 @@ class RelayTransport:
         """The relay opens the device."""
         self._opened_at = self._loop.now()
         self._fresh = True
-        self._remotes.use(self._transport, "it is being opened")
+        self._remotes.use(self._transport, OPENING)
 
     def opened(self, message: relay_wire.RelayOpened) -> None:
         """The relay has opened the device, or can't."""

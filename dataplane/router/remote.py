@@ -38,6 +38,8 @@ from dataplane.router.remote_requests import EntryRule, Match, RemoteRequest, Re
 from dataplane.router.seams import ArenaMemory, SocketTable
 from dataplane.router.sessions import SessionUser
 
+OPENING: Final = "it is being opened"
+"""Why a transport can't be used yet."""
 SESSION_PATIENCE: Final = 30.0
 """Seconds for which requests wait for a session that was lost."""
 
@@ -277,7 +279,11 @@ class Remotes(Generic[SessionsT]):
         host = self.hosts.get(peer)
         if host is None or host.hello is None:
             return frozenset()
-        return frozenset(filter(self.ready, self.hosts.transports(host)))
+        shared = self.hosts.transports(host)
+        if Transport.RDMA in shared and self.why[Transport.RDMA] == OPENING:
+            # A link over TCP would be in the way of one over RDMA.
+            return frozenset()
+        return frozenset(filter(self.ready, shared))
 
     def leads(self, peer: IPAddress) -> bool:
         """Whether this host makes the link."""

@@ -59,8 +59,9 @@ class Router:
     box: Container
     folder: Path
     relay: Path
-    path: str
     settings: RouterSettings = field(default_factory=lambda: RouterSettings(session_port=PORT))
+    path: str = "rdma"
+    """The path of connections with the other host: rdma or relay."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -212,7 +213,7 @@ def pair(
             folder = top / f"host{host.number}"
             folder.mkdir()
             write(folder / "swarm", authority.root, authority.node(f"node{host.number}"))
-            routers.append(Router(host, other, box, folder, relay, request.param))
+            routers.append(Router(host, other, box, folder, relay, path=request.param))
         try:
             for router in routers:
                 router.start()

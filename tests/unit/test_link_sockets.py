@@ -223,6 +223,7 @@ def test_without_a_session(world: World, hosts: tuple[Host, Host]) -> None:
     one.router.sessions.want(set(), one.router.address)
     world.run(0.1)
     one.sockets.dial(other.router.address, NUMBER, bytes(TICKET))
+    assert not one.links.failed, "told from inside the call"
     world.until("the failure", lambda: one.links.failed)
 
 

@@ -215,12 +215,13 @@ class Host:
         wait_until(f"{self.guest.name}: the router", learned, 60)
 
     def wait_linked(self, timeout: float = 60) -> None:
-        """Wait until this host has a link to each of the other hosts."""
+        """Wait until this host has a link over RDMA to each of the other hosts."""
 
         def linked() -> bool:
             rdma = self.router.statistics().rdma
             assert rdma is not None
-            return [peer.link for peer in rdma.hosts].count("up") == len(self.peers)
+            links = [(peer.link, peer.transport) for peer in rdma.hosts]
+            return links.count(("up", "rdma")) == len(self.peers)
 
         wait_until(f"{self.guest.name}: links to {', '.join(self.peers)}", linked, timeout, 0.3)
 

@@ -112,7 +112,7 @@ def test_the_plugin_says_which_rdma_device_it_uses(swarm: list[Engine]) -> None:
     for engine, other in (swarm, swarm[::-1]):
         # Only managers know the names of other nodes.
         peer = other.guest.name if engine is manager else other.guest.address
-        link = f"rdma: {peer}: link up"
+        link = f"host {peer}: link up over rdma"
         device = rf"rdma: rxe0 port 1, RoCE v2 {engine.guest.address} \(GID \d+\)"
 
         def said(engine: Engine = engine, link: str = link, device: str = device) -> bool:
