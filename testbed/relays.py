@@ -73,6 +73,7 @@ KINDS: Final = {
             "DOWN",
             "ENDED",
             "SOCKET",
+            "USAGE",
         ],
         1,
     )
@@ -90,6 +91,7 @@ ARENA: Final = struct.Struct("=HHIQ")
 SLOT: Final = struct.Struct("=HHIIIQQ")
 FRAME: Final = struct.Struct("=HHI")
 COUNTS: Final = struct.Struct("=HHI24Q")
+USAGE: Final = struct.Struct("=HHIQ11Q")
 
 _numbers = itertools.count(1)
 
@@ -123,6 +125,9 @@ def parse(data: bytes) -> Message:
         return Message(name, number, error, _text(text))
     if name == "COUNTS":
         return Message(name, values=COUNTS.unpack(data)[3:])
+    if name == "USAGE":
+        _, _, number, arena, *values = USAGE.unpack(data)
+        return Message(name, number, state=arena, values=tuple(values))
     if name == "FRAME":
         _, _, number = FRAME.unpack_from(data)
         return Message(name, number, words=data[FRAME.size :])

@@ -72,6 +72,8 @@ static bool take_dirty(struct shared *shared)
         rung_look(&header->rung[SIDE][0]);
         dirty = atomic_exchange_explicit(&header->sides[SIDE].dirty[0], 0, memory_order_seq_cst);
 
+        if (dirty)
+                usage_add(&shared->usage, USAGE_SLOTS_IN, (uint64_t)__builtin_popcountll(dirty));
         for (; dirty; dirty &= dirty - 1) {
                 struct mirror *mirror = shared->mirrors[__builtin_ctzll(dirty)];
 
@@ -118,6 +120,7 @@ static void on_bell(struct watch *watch, uint32_t events)
         ssize_t got = empty_bell(shared, watch->fd);
 
         (void)events;
+        usage_add(&shared->usage, USAGE_BELLS_IN, 1);
         if (!got || got == HAS_DESCRIPTOR || got == BELL_BYTES ||
             (got < 0 && errno != EAGAIN && errno != EINTR)) {
                 /* No process has the sending end any more, or one that has it does what no honest
@@ -193,6 +196,7 @@ struct shared *arena_add(uint64_t id, uint32_t size_of_ring, int memory, int bel
         list_init(&shared->same);
         list_init(&shared->polled);
         list_init(&shared->due);
+        usage_start(&shared->usage, id, 0);
         shared->guarded = refuses_descriptors(bell);
         for (int i = 0; i < BELLS; i++)
                 shared->bells[i] = -1;
@@ -262,6 +266,7 @@ static void ring(struct shared *shared, uint32_t index)
         case RUNG:
                 rung_sent(rung, seen);
                 count(COUNT_BELLS, 1);
+                usage_add(&shared->usage, USAGE_BELLS_OUT, 1);
                 break;
         case CLOSED:
                 forget_bell(shared, index);
@@ -293,6 +298,7 @@ void arena_remove(struct shared *shared)
         close(shared->memory);
         list_remove(&shared->same);
         list_remove(&shared->polled);
+        usage_end(&shared->usage);
         free(shared);
 }
 
@@ -309,6 +315,7 @@ void arena_ring_bells(struct shared *shared, struct waiters *waiters, uint32_t s
                 sleeping = atomic_exchange_explicit(&waiters->bells[word], 0, memory_order_acq_rel);
                 shared->due_bells[word] |= sleeping;
                 list_add(&due, &shared->due);
+                usage_add(&shared->usage, USAGE_SLOTS_OUT, (uint64_t)__builtin_popcountll(sleeping));
                 for (; sleeping; sleeping &= sleeping - 1)
                         atomic_fetch_or_explicit(&theirs->dirty[word * 64 + __builtin_ctzll(sleeping)],
                                                  UINT64_C(1) << slot, memory_order_seq_cst);

@@ -11,6 +11,7 @@
 #include "../library/layout.h"
 #include "context.h"
 #include "list.h"
+#include "usage.h"
 
 struct mirror;
 
@@ -28,6 +29,7 @@ struct shared {
         int bells[BELLS];               /* sending ends of side 0's; -1: not known */
         uint64_t due_bells[BELL_WORDS]; /* of these: to ring at the end of the turn */
         struct mirror *mirrors[SLOTS];
+        struct usage usage;
 };
 
 /* `woken` is called for each connection in whose slot a process has done something. */

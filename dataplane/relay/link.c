@@ -43,6 +43,7 @@ struct link *link_add(uint32_t number)
         if (!link)
                 relay_die("memory for a link", ENOMEM);
         link->number = number;
+        usage_start(&link->usage, 0, number);
         list_init(&link->all);
         list_init(&link->mirrors);
         list_init(&link->dropping);
@@ -199,6 +200,7 @@ void link_remove(struct link *link)
                 mirror_drop(OF(node, struct mirror, of_link), true);
         }
         list_remove(&link->all);
+        usage_end(&link->usage);
         free(link);
 }
 
@@ -326,6 +328,7 @@ static void send_batch(struct lane *lane)
         lane->asks = lane->answers = false;
         lane->sent++;
         count(COUNT_MESSAGES_OUT, 1);
+        usage_add(&link->usage, USAGE_MESSAGES_OUT, 1);
         count(COUNT_BLOCKS_OUT, message.header.blocks);
         link->transport->send(
             link, index_of(lane), &message,
@@ -446,6 +449,7 @@ static bool receive_header(struct lane *lane, const struct wire_message *message
         lane->answers = lane->answers || header->flags & WIRE_ASKS;
         lane->received++;
         count(COUNT_MESSAGES_IN, 1);
+        usage_add(&lane->link->usage, USAGE_MESSAGES_IN, 1);
         count(COUNT_BLOCKS_IN, header->blocks);
         return true;
 }

@@ -15,6 +15,7 @@
  *      mirror                          one connection: its state
  *      queue.h, transport.h            a link as its connections see it; the transports' contract
  *      arenas                          memory and bells that are shared with processes
+ *      usage                           what each arena and link uses of the relay
  *      answers                         messages to the router
  *      context                         descriptors, clock, counters
  *      confine                         capabilities and system calls

@@ -162,6 +162,14 @@ static inline bool mirror_may_write(const struct mirror *m)
                !m->resync && !m->peer_dropped;
 }
 
+/* For its arena and its link. */
+static inline void mirror_use(struct mirror *m, enum relay_usage_value value, uint64_t more)
+{
+        if (m->shared)
+                usage_add(&m->shared->usage, value, more);
+        usage_add(&m->link->usage, value, more);
+}
+
 /* It has something to send. False: the link is down. */
 static inline bool mirror_enqueue(struct mirror *m)
 {

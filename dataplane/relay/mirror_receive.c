@@ -71,6 +71,7 @@ static bool receive_bytes(struct mirror *m, const struct wire_block *block)
         atomic_store_explicit(&m->in->sender_cpu, relay.core, memory_order_relaxed);
         atomic_store_explicit(&m->in->tail, m->arrived, memory_order_release);
         count(COUNT_BYTES_IN, more);
+        mirror_use(m, USAGE_BYTES_IN, more);
         return true;
 }
 
@@ -158,6 +159,7 @@ static void receive_state(struct mirror *m, const struct wire_block *block)
 
 void mirror_receive(struct mirror *m, const struct wire_block *block)
 {
+        mirror_use(m, USAGE_BLOCKS_IN, 1);
         if (m->state == MIRROR_PAIRED || m->state == MIRROR_REGISTERED)
                 receive_state(m, block);
         if (block->flags & WIRE_DROPPED)

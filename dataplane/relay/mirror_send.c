@@ -35,8 +35,10 @@ static void write_bytes(struct mirror *m, uint64_t batch)
                 m->last_batch = batch;
                 budget -= run;
         }
-        if (budget != m->link->transport->piece)
-                learn_bulk(m, m->link->transport->piece - budget);
+        if (budget == m->link->transport->piece)
+                return;
+        learn_bulk(m, m->link->transport->piece - budget);
+        mirror_use(m, USAGE_BYTES_OUT, m->link->transport->piece - budget);
 }
 
 void mirror_send(struct mirror *m, struct wire_block *block, uint64_t batch)
@@ -64,5 +66,6 @@ void mirror_send(struct mirror *m, struct wire_block *block, uint64_t batch)
                 m->end_sent = m->end != 0;
                 m->block_due = m->report_due = false;
         }
+        mirror_use(m, USAGE_BLOCKS_OUT, 1);
         mirror_activate(m);
 }

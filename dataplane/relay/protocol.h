@@ -12,8 +12,8 @@
  *      R_LINK link, transport             ->  again: with a new channel, the old one is destroyed
  *                                         <-  R_LINKED link, error, text, address
  *      R_SOCKET link, index + socket      ->  no answer; before R_CONNECT: a TCP socket that is
-                                             connected to the peer's relay
-      R_CONNECT link, peer's address     ->
+ *                                             connected to the peer's relay
+ *      R_CONNECT link, peer's address     ->
  *                                         <-  R_CONNECTED link, error, text
  *                                         <-  R_DOWN link, error, text: unasked; channel lost
  *      R_STREAM link                      ->  RDMA is gone for good on this link: use frames
@@ -35,7 +35,9 @@
  *      R_DROP connection, state           ->  state RELAY_BROKEN: both ends see a reset
  *                                         <-  R_DROPPED connection: the slot may be used again
  *      R_COUNT                            ->
- *                                         <-  R_COUNTS counters
+ *                                         <-  R_COUNTS counters, then R_USAGE arena or link,
+ *                                             values: for each that has done something since the
+ *                                             last R_COUNT
  *
  * Every R_SLOT is followed by one R_DROP, whatever the answer was. R_DROPPED comes when the peer
  * has promised to write no more, or the link is down. R_LEFT also comes unasked, when both
@@ -87,6 +89,7 @@ enum relay_kind {
         R_DOWN = 25,
         R_ENDED = 26,
         R_SOCKET = 27,
+        R_USAGE = 28,
 };
 
 enum relay_transport {
@@ -231,6 +234,31 @@ struct relay_counts {
         uint64_t counters[RELAY_COUNTERS];
 };
 
+/* Of an arena or a link, since it began. `messages` are a link's alone, bells and slots an arena's. */
+enum relay_usage_value {
+        USAGE_BYTES_OUT, /* of connections */
+        USAGE_BYTES_IN,
+        USAGE_BLOCKS_OUT, /* parts of messages, about one connection each */
+        USAGE_BLOCKS_IN,
+        USAGE_MESSAGES_OUT, /* between relays */
+        USAGE_MESSAGES_IN,
+        USAGE_BELLS_IN,  /* times that the process has woken the relay */
+        USAGE_SLOTS_IN,  /* connections for which it had */
+        USAGE_BELLS_OUT, /* times that the relay has woken the process */
+        USAGE_SLOTS_OUT, /* connections for which it had */
+        USAGE_CPU,       /* ns of the relay's thread, its share by the work done (usage.h) */
+        USAGE_VALUES,
+};
+
+/* R_USAGE */
+struct relay_usage {
+        struct relay_message message;
+        uint32_t link;  /* 0: of an arena */
+        uint64_t arena; /* 0: of a link */
+        uint64_t values[USAGE_VALUES];
+};
+
+_Static_assert(sizeof(struct relay_usage) == 104, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_message) == 4, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_open) == 84, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_opened) == 108, "sizes are part of the version");

@@ -15,6 +15,7 @@
 #define FREEFLOW_RELAY_QUEUE_H
 
 #include "list.h"
+#include "usage.h"
 
 #include <stdint.h>
 
@@ -52,6 +53,7 @@ struct link {
         const struct transport *transport; /* the one in use: `named`, or frames */
         void *channel;                     /* the transport's */
         struct lane lanes[LANES];
+        struct usage usage;
 };
 
 static inline bool link_is_live(const struct link *link)

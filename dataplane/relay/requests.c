@@ -6,6 +6,7 @@
 #include "mirror_end.h"
 #include "stream.h"
 #include "transports.h"
+#include "usage.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -247,6 +248,7 @@ static void do_count(const void *data, int *descriptors)
         (void)descriptors;
         memcpy(counts.counters, relay.counters, sizeof counts.counters);
         answer(&counts, sizeof counts, R_COUNTS);
+        usage_report();
 }
 
 /* The peer has given up the channel of this link and uses frames, so we do the same. */

@@ -63,6 +63,21 @@ COUNTERS: Final = (
 )
 """enum relay_counter, in its order."""
 
+USES: Final = (
+    "bytes_out",
+    "bytes_in",
+    "blocks_out",
+    "blocks_in",
+    "messages_out",
+    "messages_in",
+    "bells_in",
+    "slots_in",
+    "bells_out",
+    "slots_out",
+    "cpu",
+)
+"""enum relay_usage_value, in its order."""
+
 
 class RelayKind(IntEnum):
     """What a message is."""
@@ -94,12 +109,14 @@ class RelayKind(IntEnum):
     DOWN = 25
     ENDED = 26
     SOCKET = 27
+    USAGE = 28
 
 
 codec: Final = Codec()
 
 _WORDS: Final = struct.Struct(f"=H2x{MAX_WORDS}s")
 _COUNTS: Final = struct.Struct(f"={len(COUNTERS)}Q")
+_USES: Final = struct.Struct(f"={len(USES)}Q")
 _HEAD_SIZE: Final = 8
 """Bytes of a frame before its data."""
 MAX_MESSAGE: Final = _HEAD_SIZE + MAX_FRAME
@@ -120,12 +137,16 @@ def _text(raw: bytes) -> str:
     return raw.partition(b"\0")[0].decode(errors="replace")
 
 
-def _pack_counters(counters: dict[str, int]) -> bytes:
-    return _COUNTS.pack(*(counters.get(name, 0) for name in COUNTERS))
+def _counters(names: tuple[str, ...], packed: struct.Struct, pad: str = "") -> WireField:
+    """A field of named 64-bit numbers."""
 
+    def encode(values: dict[str, int]) -> bytes:
+        return packed.pack(*(values.get(name, 0) for name in names))
 
-def _unpack_counters(raw: bytes) -> dict[str, int]:
-    return dict(zip(COUNTERS, _COUNTS.unpack(raw), strict=True))
+    def decode(raw: bytes) -> dict[str, int]:
+        return dict(zip(names, packed.unpack(raw), strict=True))
+
+    return WireField(f"{pad}{packed.size}s", encode, decode)
 
 
 _U8 = Annotated[int, WireField("B")]
@@ -133,9 +154,8 @@ _U16 = Annotated[int, WireField("H")]
 _Name = Annotated[str, WireField("64s", str.encode, _text)]
 _Text = Annotated[str, WireField(f"{MAX_TEXT}s", str.encode, _text)]
 _Words = Annotated[bytes, WireField(f"{_WORDS.size}s", _pack_words, _unpack_words)]
-_Counters = Annotated[
-    dict[str, int], WireField(f"4x{_COUNTS.size}s", _pack_counters, _unpack_counters)
-]
+_Counters = Annotated[dict[str, int], _counters(COUNTERS, _COUNTS, "4x")]
+_Uses = Annotated[dict[str, int], _counters(USES, _USES)]
 
 
 @codec.message(
@@ -253,6 +273,17 @@ class RelayCounters(msgspec.Struct, frozen=True):
     counters: _Counters
 
 
+@codec.message(RelayKind.USAGE)
+class RelayUsage(msgspec.Struct, frozen=True):
+    """What an arena (`link` is 0) or a link (`arena` is 0) has used of the relay since it began, by
+    the names of `USES`. `cpu` is in nanoseconds.
+    """
+
+    link: U32
+    arena: U64
+    values: _Uses
+
+
 Message = (
     RelayOpen
     | RelayOpened
@@ -264,6 +295,7 @@ Message = (
     | RelaySlot
     | RelayFrame
     | RelayCounters
+    | RelayUsage
 )
 
 pack: Final[Callable[[Message], bytes]] = codec.pack

@@ -7,7 +7,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from dataplane.router.relay_wire import COUNTERS
+from dataplane.router.relay_wire import COUNTERS, USES
 from testbed import relays as client
 from testbed.relays import relays
 from tests.dataplane.places import ROOT, compile_c
@@ -25,6 +25,7 @@ STRUCTS: dict[str, tuple[struct.Struct, str]] = {
     "relay_slot": (client.SLOT, "message connection link slot arena incarnation"),
     "relay_frame": (client.FRAME, "message link"),
     "relay_counts": (client.COUNTS, "message unused counters"),
+    "relay_usage": (client.USAGE, "message link arena values"),
 }
 
 
@@ -54,6 +55,9 @@ def test_both_sides_mean_the_same_bytes(folder: Path) -> None:
         expected.append(number)
     for number, counter in enumerate(COUNTERS):
         lines.append(f'printf("%d\\n", COUNT_{counter.upper()});')
+        expected.append(number)
+    for number, use in enumerate(USES):
+        lines.append(f'printf("%d\n", USAGE_{use.upper()});')
         expected.append(number)
     source = folder / "protocol.c"
     source.write_text("\n".join([*lines, "return 0; }"]))

@@ -52,6 +52,11 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
         lambda _: wire.RelayCounters({name: 1000 + n for n, name in enumerate(wire.COUNTERS)}),
         ".counters = {" + ", ".join(str(1000 + n) for n in range(len(wire.COUNTERS))) + "}",
     ),
+    "usage": (
+        lambda _: wire.RelayUsage(N32, N64, {name: 1000 + n for n, name in enumerate(wire.USES)}),
+        f".link = {N32}, .arena = {N64}u, "
+        ".values = {" + ", ".join(str(1000 + n) for n in range(len(wire.USES))) + "}",
+    ),
 }
 KINDS: Final = {
     "number": "LINK SOCKET UNLINK STREAM CLOSE FINISHED LEAVE LEFT DROP DROPPED COUNT ENDED",
@@ -63,6 +68,7 @@ KINDS: Final = {
     "opened": "OPENED",
     "slot": "SLOT",
     "counts": "COUNTS",
+    "usage": "USAGE",
 }
 """The kinds of each struct of the header."""
 OF_KIND: Final = {
@@ -161,6 +167,9 @@ def test_no_kind_is_missing() -> None:
     counters = re.search(r"enum relay_counter {(.*?)};", HEADER.read_text(), re.DOTALL)
     assert counters is not None
     assert [name.lower() for name in re.findall(r"COUNT_(\w+)", counters[1])] == list(wire.COUNTERS)
+    uses = re.search(r"enum relay_usage_value {(.*?)USAGE_VALUES", HEADER.read_text(), re.DOTALL)
+    assert uses is not None
+    assert [name.lower() for name in re.findall(r"USAGE_(\w+)", uses[1])] == list(wire.USES)
 
 
 @given(st.binary(max_size=300))

@@ -1,0 +1,105 @@
+"""What each arena and each link uses of the relay: R_USAGE."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from dataplane.router.relay_wire import USES
+from testbed.relays import End, Relay, connect, drop, link, more, pair, relays, result
+
+pytestmark = pytest.mark.usefixtures("transport")
+
+
+def uses(relay: Relay) -> dict[tuple[int, int], dict[str, int]]:
+    """The values by arena and link, for what was in use since the last time."""
+    relay.counts()
+    relay.counts()
+    found = {}
+    while any(message.kind == "USAGE" for message in relay.received):
+        message = relay.expect("USAGE")
+        found[message.state, message.number] = dict(zip(USES, message.values, strict=True))
+    return found
+
+
+def cpu(relay: Relay) -> int:
+    """Nanoseconds of the relay's only thread."""
+    return int(time.clock_gettime_ns(~relay.process.pid << 3 | 2))
+
+
+def send(binary: Path, one: End, two: End, size: int) -> None:
+    """Send so many bytes from one end to the other."""
+    first = one.popen(binary, f"send={size}", "message=1000")
+    second = two.popen(binary, f"receive={size}", "seed=2", "peer_seed=1")
+    assert result(second)["received"] == size
+    result(first)
+
+
+def test_arena_and_link_have_their_counters(binary: Path, end: Path) -> None:
+    """The counters of an arena and of its link are those of the relay, if it has no others."""
+    with relays(binary) as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        send(end, one, two, 500_000)
+        for relay, of, count in (a, one, "bytes_out"), (b, two, "bytes_in"):
+            found, counts = uses(relay), relay.counts()
+            arena, over = found[of.arena, 0], found[0, 1]
+            assert arena[count] == over[count] == counts[count] == 500_000
+            assert over["messages_out"] == counts["messages_out"] > 0
+            assert over["messages_in"] == counts["messages_in"] > 0
+            assert arena["messages_out"] == over["bells_out"] == 0
+            assert arena["bells_out"] == counts["bells"]
+            assert arena["slots_out"] >= arena["bells_out"]
+
+
+def test_the_processor_is_divided_by_work(binary: Path, end: Path) -> None:
+    """The shares of all arenas together are the processor time of the relay, and one that does
+    several times the work of another has several times its share.
+    """
+    with relays(binary) as (a, b):
+        link(a, b)
+        busy, quiet = connect(a, b), connect(a, b)
+        first, before = uses(a), cpu(a)
+        send(end, *quiet, 200_000)
+        send(end, *busy, 4_000_000)
+        last, spent = uses(a), cpu(a) - before
+
+        def share(arena: int, number: int) -> int:
+            return last[arena, number]["cpu"] - first.get((arena, number), {}).get("cpu", 0)
+
+        much, little = share(busy[0].arena, 0), share(quiet[0].arena, 0)
+        assert 0.5 * spent < much + little < 1.5 * spent + 1_000_000
+        assert much > 3 * little > 0
+        assert abs(share(0, 1) - much - little) < 1000
+
+
+def test_what_is_idle_is_not_reported(binary: Path, end: Path) -> None:
+    """Arenas without work cost no message, and those that are gone none either."""
+    with relays(binary) as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        send(end, one, two, 1000)
+        assert (one.arena, 0) in uses(a)
+        drop(one)
+        drop(two)
+        uses(a)
+        assert uses(a) == {}
+
+
+def test_slots_of_one_arena_share_its_counters(binary: Path, end: Path) -> None:
+    """Connections of one arena are counted together."""
+    with relays(binary) as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        third, fourth = more(one, 1), more(two, 1)
+        for near, far in (third, fourth), (fourth, third):
+            assert not pair(near, far).error
+        uses(a)
+        send(end, one, two, 10_000)
+        first = third.popen(end, "send=20000", "first=2")
+        second = fourth.popen(end, "receive=20000", "seed=2", "peer_seed=1", "first=2")
+        assert result(second)["received"] == 20_000
+        result(first)
+        assert uses(a)[one.arena, 0]["bytes_out"] == 30_000
