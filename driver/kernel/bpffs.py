@@ -8,19 +8,16 @@ as any mount namespace has a copy.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from pathlib import Path
 from typing import Final
 
-from driver.errors import DOCTOR, KernelError
-from driver.kernel.namespace import check, filesystem, libc
+from driver.errors import reporting
+from driver.kernel.mounts import NODEV, NOEXEC, NOSUID, detach, mount
+from driver.kernel.namespace import filesystem
 
 PINS: Final = Path("freeflow-admin/bpf")
 """Below the host's /run."""
 _MAGIC: Final = 0xCAFE4A11
-_MNT_DETACH: Final = 2
-_FLAGS: Final = 2 | 4 | 8
-"""MS_NOSUID, MS_NODEV, MS_NOEXEC."""
 
 
 def make(host_run: Path) -> Path:
@@ -32,15 +29,10 @@ def make(host_run: Path) -> Path:
     path = host_run / PINS
     if filesystem(path) == _MAGIC:
         return path
-    try:
+    with reporting(f"{path} can't be made"):
         path.mkdir(parents=True, exist_ok=True)
         path.parent.chmod(0o700)
-    except OSError as error:
-        raise KernelError(
-            f"{path} can't be made", cause=str(error.strerror), remedy=DOCTOR
-        ) from error
-    result = libc.mount(b"bpf", str(path).encode(), b"bpf", ctypes.c_ulong(_FLAGS), b"mode=0700")
-    check(result, f"mounting {path}")
+    mount("bpf", path, NOSUID | NODEV | NOEXEC, kind="bpf", options="mode=0700")
     return path
 
 
@@ -56,7 +48,7 @@ def remove(host_run: Path) -> bool:
         for pin in sorted(path.rglob("*"), reverse=True):
             with contextlib.suppress(OSError):
                 pin.rmdir() if pin.is_dir() else pin.unlink()
-        libc.umount2(str(path).encode(), _MNT_DETACH)
+        detach(path)
     # Other mount namespaces have copies; removing the directory unmounts all (unlink(2)).
     with contextlib.suppress(OSError):
         path.rmdir()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from dataplane.threads import in_thread
-from driver.errors import DOCTOR, KernelError
+from driver.errors import DOCTOR, KernelError, reporting
 
 T = TypeVar("T")
 
@@ -50,14 +50,9 @@ def in_netns(namespace: Path | int, function: Callable[[], T]) -> T:
     if isinstance(namespace, int):
         descriptor = os.dup(namespace)
     else:
-        try:
+        what = f"network namespace {namespace} can't be opened"
+        with reporting(what, remedy="check that its container runs"):
             descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise KernelError(
-                f"network namespace {namespace} can't be opened",
-                cause=str(error.strerror),
-                remedy="check that its container runs",
-            ) from error
 
     def body() -> T:
         enter(descriptor)
@@ -80,21 +75,6 @@ def filesystem(path: Path) -> int | None:
 def is_namespace(path: Path) -> bool:
     """Whether a namespace is mounted at `path`: Docker creates the file before it mounts there."""
     return filesystem(path) == _NSFS_MAGIC
-
-
-def is_shared(path: Path, mountinfo: Path = Path("/proc/thread-self/mountinfo")) -> bool:
-    """Whether mounts below `path` propagate to the host: its mount is in a peer group (proc(5))."""
-    best, shared = -1, False
-    resolved = str(path.resolve())
-    for line in mountinfo.read_text(errors="replace").splitlines():
-        fields = line.split()
-        point = fields[4].replace("\\040", " ")
-        if resolved == point or resolved.startswith(point.rstrip("/") + "/"):
-            optional = fields[6 : fields.index("-")]
-            if len(point) >= best:
-                best = len(point)
-                shared = any(tag.startswith("shared:") for tag in optional)
-    return shared
 
 
 def isolated(function: Callable[[], T]) -> T:

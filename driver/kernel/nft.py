@@ -15,16 +15,18 @@ Interface: libnftables(3), libnftables-json(5); syntax: nft(8).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
 import os
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from driver.errors import DOCTOR, TRY_AGAIN, KernelError
+from driver.errors import DOCTOR, TRY_AGAIN, KernelError, reporting
 from driver.kernel.namespace import in_netns
 
 _LIBRARY: Final = "libnftables.so.1"
@@ -40,12 +42,8 @@ _one_at_a_time: Final = threading.RLock()
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    try:
+    with reporting(f"{_LIBRARY} can't be loaded", remedy="install libnftables1"):
         library = ctypes.CDLL(_LIBRARY)
-    except OSError as error:
-        raise KernelError(
-            f"{_LIBRARY} can't be loaded", cause=str(error), remedy="install libnftables1"
-        ) from error
     library.nft_ctx_new.restype = ctypes.c_void_p
     library.nft_ctx_new.argtypes = [ctypes.c_uint32]
     library.nft_ctx_free.argtypes = [ctypes.c_void_p]
@@ -140,27 +138,23 @@ def _free(library: ctypes.CDLL, context: int) -> None:
         library.nft_ctx_free(context)
 
 
+@contextlib.contextmanager
+def _session(netns: Path | int | None) -> Iterator[Session]:
+    """A session in `netns` (path or descriptor), or in the calling thread's namespace."""
+    session = Session() if netns is None else in_netns(netns, Session)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
 def run(commands: str, netns: Path | int | None = None) -> None:
-    """`Session.run` once, in `netns` (path or descriptor) or the calling thread's namespace."""
-
-    def body() -> None:
-        session = Session()
-        try:
-            session.run(commands)
-        finally:
-            session.close()
-
-    body() if netns is None else in_netns(netns, body)
+    """`Session.run` once."""
+    with _session(netns) as session:
+        session.run(commands)
 
 
 def query(commands: str, netns: Path | int | None = None) -> list[dict[str, Any]]:
-    """`Session.query` once, in `netns` (path or descriptor) or the calling thread's namespace."""
-
-    def body() -> list[dict[str, Any]]:
-        session = Session()
-        try:
-            return session.query(commands)
-        finally:
-            session.close()
-
-    return body() if netns is None else in_netns(netns, body)
+    """`Session.query` once."""
+    with _session(netns) as session:
+        return session.query(commands)

@@ -9,28 +9,23 @@ only: nothing in it has an address.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from dataplane.threads import in_thread
-from driver.errors import DOCTOR, KernelError
+from driver.errors import KernelError, reporting
+from driver.kernel.mounts import BIND, PRIVATE, REC, detach, is_shared, mount
 from driver.kernel.namespace import (
     CLONE_NEWNET,
     OVERLAY_PIN,
     check,
     in_netns,
     is_namespace,
-    is_shared,
     libc,
 )
 
 _CLONE_NEWNS: Final = 0x00020000
-_MS_BIND: Final = 4096
-_MS_REC: Final = 16384
-_MS_PRIVATE: Final = 1 << 18
-_MNT_DETACH: Final = 2
 
 _OWN_PROC: Final = Path("/proc")
 _SYSCTLS: Final = {
@@ -44,27 +39,14 @@ _SYSCTLS: Final = {
 }
 
 
-def _mount(source: str, target: Path | str, kind: str | None, flags: int, what: str) -> None:
-    check(
-        libc.mount(
-            source.encode(),
-            str(target).encode(),
-            kind.encode() if kind else None,
-            ctypes.c_ulong(flags),
-            None,
-        ),
-        what,
-    )
-
-
 @contextlib.contextmanager
 def _writable_proc() -> Iterator[None]:
     """A writable /proc: that of a plugin has /proc/sys read-only. Only in a thread that then
     ends."""
     check(libc.unshare(_CLONE_NEWNS), "a private mount namespace")
-    _mount("none", "/", None, _MS_REC | _MS_PRIVATE, "a private mount namespace")
+    mount("none", "/", REC | PRIVATE)
     # Mounted over the old one: that needs no directory, and it goes with the thread.
-    _mount("proc", _OWN_PROC, "proc", 0, "mounting /proc for sysctls")
+    mount("proc", _OWN_PROC, 0, kind="proc")
     yield
 
 
@@ -121,18 +103,14 @@ def make(host_run: Path) -> None:
             remedy="on the host: mount --make-rshared /run, then docker plugin disable -f and "
             "enable",
         )
-    try:
+    with reporting(f"{path} can't be made"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.parent.parent.chmod(0o700)
         path.touch(mode=0o400)
-    except OSError as error:
-        raise KernelError(
-            f"{path} can't be made", cause=str(error.strerror), remedy=DOCTOR
-        ) from error
 
     def pin() -> None:
         check(libc.unshare(CLONE_NEWNET), "making the overlay namespace")
-        _mount("/proc/thread-self/ns/net", path, None, _MS_BIND, f"pinning {path}")
+        mount("/proc/thread-self/ns/net", path, BIND)
 
     in_thread(pin)
 
@@ -147,17 +125,14 @@ def remove(host_run: Path) -> bool:
     path = host_run / OVERLAY_PIN
     existed = is_namespace(path)
     if existed:
-        libc.umount2(str(path).encode(), _MNT_DETACH)
-    try:
+        detach(path)
+    mounted_at = f"grep {path.name} /proc/*/mountinfo"
+    with reporting(
+        f"{path} can't be removed",
+        remedy=f"unmount it where it is mounted a second time: {mounted_at}",
+    ):
         # Other mount namespaces have copies of the pin; unlinking unmounts all (unlink(2)).
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise KernelError(
-            f"{path} can't be removed",
-            cause=str(error.strerror),
-            remedy=f"unmount it where it is mounted a second time: grep {path.name} "
-            "/proc/*/mountinfo",
-        ) from error
     with contextlib.suppress(OSError):
         path.parent.rmdir()
     return existed

@@ -20,7 +20,8 @@ from driver import names
 from driver.errors import EngineError, FreeFlowError, KernelError
 from driver.kernel import guard_rules, nft
 from driver.kernel.checksum import internet_checksum
-from driver.kernel.namespace import OVERLAY_PIN, in_netns, is_namespace, is_shared, isolated
+from driver.kernel.mounts import is_shared
+from driver.kernel.namespace import OVERLAY_PIN, in_netns, is_namespace, isolated
 from plugin.cli.client import Client, Engine, host_run
 from plugin.settings import PLUGIN, RESTART, correction
 from plugin.status import FastPathStatus, Finding, Status

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from driver.kernel import shared_dir
+from driver.kernel import mounts, shared_dir
 from testbed.kernel_hosts import RUN, Lab, eventually
 
 TOP = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def test_the_host_sees_it_read_only(one: Lab) -> None:
     """A folder made in the plugin's mount namespace is on the host too, and read-only there."""
     plugin = (
         f"import sys; sys.path.insert(0, {str(TOP)!r}); from pathlib import Path; "
-        "from driver.kernel import shared_dir; shared_dir.make(Path('/run')).joinpath('library').write_text('bytes')"
+        "from driver.kernel import mounts, shared_dir; shared_dir.make(Path('/run')).joinpath('library').write_text('bytes')"
     )
     inside(one, "mount --make-shared /run")
     said = inside(one, f'unshare --mount --propagation unchanged {sys.executable} -c "{plugin}"')
@@ -135,8 +135,8 @@ def test_options_are_those_of_the_mount(tmp_path: Path) -> None:
         "3 1 0:1 /b /run/freeflow ro,nodev - tmpfs tmpfs rw\n"
         "4 1 0:1 /c /run/freeflow/x rw - tmpfs tmpfs rw\n"
     )
-    assert shared_dir.options_at(Path("/run/freeflow"), table) == {"ro", "nodev"}
-    assert shared_dir.options_at(Path("/run/free"), table) == set()
+    assert mounts.options_at(Path("/run/freeflow"), table) == {"ro", "nodev"}
+    assert mounts.options_at(Path("/run/free"), table) == set()
 
 
 @pytest.mark.parametrize("what", ["freeflow", "freeflow-admin"])
