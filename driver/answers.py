@@ -182,7 +182,6 @@ def parse_engine(info: Mapping[str, Any]) -> EngineView:
         node_id=text_of(swarm.get("NodeID")),
         node_address=_address(swarm.get("NodeAddr")),
         manager=swarm.get("ControlAvailable") is True,
-        managers=tuple(text_of(item.get("Addr")) for item in objects(swarm.get("RemoteManagers"))),
     )
 
 

@@ -71,12 +71,6 @@ class DriverConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Capabilities:
-    scope: str
-    connectivity_scope: str
-
-
-@dataclass(frozen=True, slots=True)
 class EndpointAddresses:
     """What CreateEndpoint adds to the request: only addresses that the request left empty."""
 
@@ -91,15 +85,6 @@ class JoinResult:
     src_name: str
     connected_routes: tuple[IPNetwork, ...] = ()
     dst_prefix: str = "eth"
-
-
-@dataclass(frozen=True, slots=True)
-class DriverSnapshot:
-    """The content of the store at one moment, for status and metrics."""
-
-    networks: tuple[Network, ...]
-    endpoints: tuple[Endpoint, ...]
-    allocations: tuple[Network, ...]
 
 
 def _check_id(kind: str, identifier: str) -> str:
@@ -149,10 +134,6 @@ class Driver:
 
     # --- the plugin as a whole
 
-    def capabilities(self) -> Capabilities:
-        """The scope decides who allocates; the connectivity scope makes Docker gossip peers."""
-        return Capabilities(self.config.scope, self.config.scope)
-
     def discover_new(self, address: str, is_self: bool) -> None:
         """Docker saw a node join. Only this host's address is kept; the sync loop reads the
         peers."""
@@ -175,13 +156,6 @@ class Driver:
 
     def self_address(self) -> IPAddress | None:
         return self_address(self.store)
-
-    def snapshot(self) -> DriverSnapshot:
-        """Everything in the store."""
-        store = self.store
-        return DriverSnapshot(
-            tuple(store.networks()), tuple(store.endpoints()), tuple(store.allocations())
-        )
 
     # --- networks, on the Swarm's leader
 

@@ -148,7 +148,6 @@ class EngineView:
     node_id: str
     node_address: IPAddress | None
     manager: bool
-    managers: tuple[str, ...] = ()
     hostnames: dict[IPAddress, str] = field(default_factory=dict)
 
 

@@ -38,12 +38,9 @@ Answer = dict[str, Any]
 
 
 def _capabilities(driver: Driver, body: bytes) -> Answer:
-    found = driver.capabilities()
-    return {
-        "Scope": found.scope,
-        "ConnectivityScope": found.connectivity_scope,
-        "GwAllocChecker": True,
-    }
+    # The scope decides who allocates; the connectivity scope makes Docker gossip peers.
+    scope = driver.config.scope
+    return {"Scope": scope, "ConnectivityScope": scope, "GwAllocChecker": True}
 
 
 def _gateway_check(driver: Driver, body: bytes) -> Answer:
@@ -132,7 +129,7 @@ def _leave(driver: Driver, body: bytes) -> Answer:
 
 def _external_connectivity(driver: Driver, body: bytes) -> Answer:
     # For endpoints that are a container's gateway; ours never are: docker_gwbridge publishes ports.
-    wire.decode(body, wire.ExternalConnectivity)
+    wire.decode(body, wire.EndpointOnly)
     return {}
 
 

@@ -12,8 +12,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
+
+from plugin.status import PartStatus
 
 RECENT: Final = 600.0
 """Seconds for which a death counts as recent."""
@@ -29,20 +30,6 @@ _KEPT: Final = 64
 """Times of deaths that are kept of each part."""
 _NAME: Final = 32
 _PART: Final = struct.Struct(f"=Q{_KEPT}d{_NAME}s")
-
-
-@dataclass(frozen=True, slots=True)
-class Died:
-    """Deaths of a part: `count` since the plugin's start, and `recent` ones.
-
-    `ago`: seconds since the last one. `name` is the thread's.
-    """
-
-    part: str
-    count: int
-    recent: int
-    ago: float
-    name: str = ""
 
 
 class Deaths:
@@ -66,7 +53,7 @@ class Deaths:
             encoded = name.encode()[:_NAME]
             _PART.pack_into(self._memory, offset, count + 1, *times, encoded)
 
-    def all(self) -> list[Died]:
+    def all(self) -> list[PartStatus]:
         """All parts that have died."""
         now = self._clock()
         found = []
@@ -77,7 +64,8 @@ class Deaths:
             times = rest[: min(count, _KEPT)]
             recent = sum(now - each <= RECENT for each in times)
             name = rest[-1].rstrip(b"\0").decode(errors="replace")
-            found.append(Died(part, count, recent, max(0.0, now - max(times)), name))
+            ago = round(max(0.0, now - max(times)), 1)
+            found.append(PartStatus(part, count, recent, ago, name))
         return found
 
     def watch_threads(self) -> None:

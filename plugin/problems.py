@@ -14,9 +14,9 @@ from driver.errors import FreeFlowError, KernelError, SettingError
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
-from plugin.deaths import OFTEN, RECENT, ROUTER, THREAD, WORKER, Died
+from plugin.deaths import OFTEN, RECENT, ROUTER, THREAD, WORKER
 from plugin.settings import Settings, correction
-from plugin.status import Finding, NetworkStatus
+from plugin.status import Finding, NetworkStatus, PartStatus
 
 STALE: Final = 10.0
 """Seconds after which a network that can't be synced is a problem, not a hiccup."""
@@ -26,7 +26,7 @@ _EFFECTS: Final = {
 }
 
 
-def dead_parts(deaths: Iterable[Died]) -> Iterator[Finding]:
+def dead_parts(deaths: Iterable[PartStatus]) -> Iterator[Finding]:
     """Workers and routers that died lately, and threads that have ended."""
     for died in deaths:
         last = f"the last time {died.ago:.0f} s ago"

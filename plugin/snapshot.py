@@ -20,20 +20,18 @@ from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, Network
 from driver.sync import NetworkState
 from plugin import problems
-from plugin.calls import CallStatistics, CallSummary
+from plugin.calls import CallStatistics
 from plugin.deaths import Deaths
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
 from plugin.paths import FAST, OVERLAY, PATHS, relabel
 from plugin.settings import HIDDEN, SETTINGS, Settings
 from plugin.status import (
-    CallStatus,
     EndpointStatus,
     FastPathStatus,
     Finding,
     GuardStatus,
     HostStatus,
     NetworkStatus,
-    PartStatus,
     PeerStatus,
     RouterStatus,
     ServiceStatus,
@@ -90,11 +88,6 @@ def _with_sums(network: NetworkStatus, sums: Counts) -> NetworkStatus:
     return msgspec.structs.replace(network, rx_bytes=received, tx_bytes=sent, spoofed=dropped)
 
 
-def _call(summary: CallSummary) -> CallStatus:
-    median, slow = round(summary.p50 * 1000, 2), round(summary.p99 * 1000, 2)
-    return CallStatus(summary.name, summary.count, summary.errors, median, slow)
-
-
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Call it for a `Status`. `failures` are errors at start; `started` and `clock` in seconds."""
@@ -133,17 +126,14 @@ class Snapshot:
             },
             networks=networks,
             problems=findings,
-            calls=[_call(summary) for summary in self.statistics.summaries()],
+            calls=self.statistics.summaries(),
             path_counts=dict(counts),
             router=router,
             fastpath=FastPathStatus(stage.stage, stage.reason, list(stage.devices)),
             guard=GuardStatus(
                 list(guarded.ports), guarded.reason, [str(sender) for sender in guarded.strangers]
             ),
-            parts=[
-                PartStatus(died.part, died.count, died.recent, round(died.ago, 1), died.name)
-                for died in self.deaths.all()
-            ],
+            parts=self.deaths.all(),
         )
 
     def _networks(self, now: float, stage: Stage) -> list[NetworkStatus]:

@@ -1,8 +1,8 @@
 """Docker's JSON, as structs with Go's field names (libnetwork `drivers/remote/api`).
 
 All other modules use checked values only. Requests are decoded from raw bytes, since Docker sends
-no content type. Unknown fields are ignored, as in Go; null means an empty list or map. An invalid
-field raises InvalidRequest with its name.
+no content type. Fields that are unknown, or not used here, are ignored, as in Go; null means an
+empty list or map. An invalid field raises InvalidRequest with its name.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ _MAC: Final = re.compile(r"([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}")
 
 
 class IPData(msgspec.Struct):
-    AddressSpace: str = ""
     Pool: str = ""
     Gateway: str | None = None
-    AuxAddresses: dict[str, str] | None = None
 
 
 class AllocateNetwork(msgspec.Struct):
@@ -79,15 +77,8 @@ class Join(msgspec.Struct):
     Options: dict[str, Any] | None = None
 
 
-class ExternalConnectivity(msgspec.Struct):
-    NetworkID: str
-    EndpointID: str
-    Options: dict[str, Any] | None = None
-
-
 class NodeAddress(msgspec.Struct):
     Address: str = ""
-    BindAddress: str = ""
     Self: bool = False
 
 

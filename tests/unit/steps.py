@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from driver import names
 from driver.driver import Driver, DriverConfig
@@ -18,6 +18,20 @@ from driver.model import ArpFrame, Endpoint, EngineView, IPAddress, Network, Net
 from driver.ports import Inventory
 from driver.recovery import Recovered, recover
 from driver.store import Store
+
+
+class Stored(NamedTuple):
+    """The content of a store at one moment."""
+
+    networks: list[Network]
+    endpoints: list[Endpoint]
+    allocations: list[Network]
+
+
+def stored(driver: Driver) -> Stored:
+    """What a driver has stored."""
+    store = driver.store
+    return Stored(store.networks(), store.endpoints(), store.allocations())
 
 
 class Crash(BaseException):

@@ -16,7 +16,7 @@ def test_percentiles_are_nearest_ranks(count: int, p50: int, p99: int) -> None:
     for seconds in range(count, 0, -1):
         statistics.record("Join", float(seconds), failed=False)
     (summary,) = statistics.summaries()
-    assert (summary.p50, summary.p99) == (p50, p99)
+    assert (summary.p50_ms, summary.p99_ms) == (1000 * p50, 1000 * p99)
 
 
 def test_percentiles_are_of_the_last_calls() -> None:
@@ -26,5 +26,4 @@ def test_percentiles_are_of_the_last_calls() -> None:
     for _ in range(KEPT):
         statistics.record("Join", 1.0, failed=False)
     (summary,) = statistics.summaries()
-    assert (summary.count, summary.errors, summary.p99) == (KEPT + 1, 1, 1.0)
-    assert summary.seconds == pytest.approx(1000.0 + KEPT)
+    assert (summary.count, summary.errors, summary.p99_ms) == (KEPT + 1, 1, 1000.0)

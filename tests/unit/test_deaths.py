@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from plugin.deaths import RECENT, ROUTER, THREAD, WORKER, Deaths, Died
+from plugin.deaths import RECENT, ROUTER, THREAD, WORKER, Deaths
+from plugin.status import PartStatus
 
 
 class Clock:
@@ -29,10 +30,10 @@ def test_what_another_process_noted() -> None:
     child = os.fork()
     if child == 0:
         deaths.note(ROUTER)
-        os._exit(0 if deaths.all()[0].count == 1 else 1)
+        os._exit(0 if deaths.all()[0].deaths == 1 else 1)
     _, status = os.waitpid(child, 0)
     assert status == 0
-    assert [(each.part, each.count) for each in deaths.all()] == [(WORKER, 1), (ROUTER, 1)]
+    assert [(each.part, each.deaths) for each in deaths.all()] == [(WORKER, 1), (ROUTER, 1)]
 
 
 def test_count_and_age() -> None:
@@ -45,7 +46,7 @@ def test_count_and_age() -> None:
     for _ in range(2):
         deaths.note(WORKER)
     clock.now += 5
-    assert deaths.all() == [Died(WORKER, 5, 2, 5.0)]
+    assert deaths.all() == [PartStatus(WORKER, 5, 2, 5.0)]
 
 
 def test_many() -> None:
@@ -56,7 +57,7 @@ def test_many() -> None:
         clock.now += 3
         deaths.note(ROUTER)
     (found,) = deaths.all()
-    assert (found.count, found.ago) == (500, 0.0)
+    assert (found.deaths, found.ago) == (500, 0.0)
     assert found.recent >= 60
 
 

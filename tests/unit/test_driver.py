@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from driver import names
-from driver.driver import Capabilities, Driver, DriverConfig, EndpointAddresses
+from driver.driver import Driver, DriverConfig, EndpointAddresses
 from driver.errors import Conflict, InvalidRequest, KernelError, NotFound
 from driver.locks import KeyedLocks
 from driver.model import Endpoint, Network, Subnet
 from driver.store import Store
+from plugin.app import CALLS
 from testbed.patience import patience
-from tests.unit.steps import Machine, SteppedKernel, Steps
+from tests.unit.steps import Machine, SteppedKernel, Steps, stored
 
 NET = "p3l8f1w0gk2c9d7h5m6n4b0aq"
 NET2 = "q4l8f1w0gk2c9d7h5m6n4b0aq"
@@ -53,7 +54,8 @@ def machine(tmp_path: Path) -> Machine:
 def test_capabilities(tmp_path: Path, scope: str) -> None:
     """The scope is the setting's, for allocation and for connectivity alike."""
     machine = Machine(tmp_path, DriverConfig(scope=scope))
-    assert machine.driver.capabilities() == Capabilities(scope, scope)
+    answer = CALLS["GetCapabilities"](machine.driver, b"")
+    assert answer["Scope"] == answer["ConnectivityScope"] == scope
 
 
 def test_own_address_outlives_restart(machine: Machine) -> None:
@@ -170,7 +172,7 @@ def test_unknown_option_at_allocation(machine: Machine) -> None:
     """An unknown option is refused in the answer to the user's command."""
     with pytest.raises(InvalidRequest, match="unknown option colour"):
         machine.driver.allocate_network(NET2, {"colour": "blue"})
-    assert not machine.driver.snapshot().allocations
+    assert not machine.driver.store.allocations()
 
 
 # --- networks
@@ -181,7 +183,7 @@ def test_network_as_allocated(machine: Machine, tmp_path: Path) -> None:
     answer = machine.driver.allocate_network(NET2, {"mtu": "8950"})
     worker = Machine(tmp_path / "worker", DriverConfig(port=5000, mtu=1300))
     worker.driver.create_network(NET2, answer, (POOL, POOL2), ipv6=True, internal=True)
-    (network,) = worker.driver.snapshot().networks
+    (network,) = worker.driver.store.networks()
     assert str(network.vni) == answer["freeflow.vni"]
     assert str(network.prefix6) == answer["freeflow.prefix6"]
     assert (network.port, network.mtu, network.subnets) == (4799, 8950, (POOL, POOL2))
@@ -192,7 +194,7 @@ def test_network_without_allocation(tmp_path: Path) -> None:
     """With SCOPE=local there is no allocation: the host chooses, and the network has no overlay."""
     machine = Machine(tmp_path, DriverConfig(scope="local"))
     machine.driver.create_network("a" * 64, {"acceleration": "off"}, (POOL,))
-    (network,) = machine.driver.snapshot().networks
+    (network,) = machine.driver.store.networks()
     assert (network.overlay, network.mtu, network.acceleration) == (False, 1500, False)
     machine.driver.create_endpoint("a" * 64, EP, ipv4=address(7))
     assert machine.kernel.bridges
@@ -206,36 +208,36 @@ def test_network_makes_no_links(machine: Machine) -> None:
 
 def test_network_again(machine: Machine) -> None:
     """Docker may create a network again, in use or not; its choices stay."""
-    before = machine.driver.snapshot().networks
+    before = machine.driver.store.networks()
     machine.driver.create_network(NET, {}, (POOL,))
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     machine.driver.create_network(NET, {}, (POOL,))
-    assert machine.driver.snapshot().networks == before
+    assert machine.driver.store.networks() == before
 
 
 def test_network_changed_while_unused(machine: Machine) -> None:
     """Without endpoints, the newer request takes effect."""
     machine.driver.create_network(NET, {"freeflow.format": "1", "freeflow.vni": "9"}, (POOL2,))
-    (network,) = machine.driver.snapshot().networks
+    (network,) = machine.driver.store.networks()
     assert (network.vni, network.subnets) == (9, (POOL2,))
 
 
 def test_network_changed_while_used(machine: Machine) -> None:
     """With endpoints, a change that concerns kernel objects is refused, and nothing changes."""
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
-    before = machine.driver.snapshot()
+    before = stored(machine.driver)
     with pytest.raises(Conflict, match="has endpoints on this host with vni"):
         machine.driver.create_network(NET, {"freeflow.format": "1", "freeflow.vni": "9"}, (POOL,))
     with pytest.raises(Conflict, match="subnets"):
         machine.driver.create_network(NET, {}, (POOL2,))
-    assert machine.driver.snapshot() == before
+    assert stored(machine.driver) == before
     machine.driver.create_network(NET, {"acceleration": "off"}, (POOL,))
-    assert not machine.driver.snapshot().networks[0].acceleration
+    assert not machine.driver.store.networks()[0].acceleration
 
 
 def test_vni_of_another_network_in_use(machine: Machine) -> None:
     """Two networks in use never share a VNI on a host, because their containers would meet."""
-    (network,) = machine.driver.snapshot().networks
+    (network,) = machine.driver.store.networks()
     twin = {"freeflow.format": "1", "freeflow.vni": str(network.vni)}
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     with pytest.raises(Conflict, match=f"in use here by network {NET}"):
@@ -317,12 +319,12 @@ def test_endpoint_again(machine: Machine) -> None:
     """
     first = machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     machine.driver.join(NET, EP, SANDBOX)
-    before = machine.driver.snapshot()
+    before = stored(machine.driver)
     machine.now += 100
     assert machine.driver.create_endpoint(NET, EP, ipv4=address(7)) == first
     machine.restart()
     assert machine.driver.create_endpoint(NET, EP, ipv4=address(7)) == first
-    assert machine.driver.snapshot() == before
+    assert stored(machine.driver) == before
 
 
 def test_endpoint_with_other_values(machine: Machine) -> None:
@@ -330,7 +332,7 @@ def test_endpoint_with_other_values(machine: Machine) -> None:
     change.
     """
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
-    before = machine.driver.snapshot()
+    before = stored(machine.driver)
     with pytest.raises(Conflict, match=re.escape("10.0.4.7/24")):
         machine.driver.create_endpoint(NET, EP, ipv4=address(8))
     with pytest.raises(Conflict):
@@ -339,7 +341,7 @@ def test_endpoint_with_other_values(machine: Machine) -> None:
     with pytest.raises(Conflict, match=NET):
         machine.driver.create_endpoint(NET2, EP, ipv4=address(7))
     machine.driver.delete_network(NET2)
-    assert machine.driver.snapshot() == before
+    assert stored(machine.driver) == before
     machine.consistent()
 
 
@@ -367,7 +369,7 @@ def test_address_given_again(machine: Machine) -> None:
     """
     machine.driver.create_endpoint(NET, EP, ipv4=address(7))
     machine.driver.create_endpoint(NET, endpoint_id(2), ipv4=address(7))
-    assert [row.id for row in machine.driver.snapshot().endpoints] == [endpoint_id(2)]
+    assert [row.id for row in machine.driver.store.endpoints()] == [endpoint_id(2)]
     machine.consistent()
 
 
@@ -388,7 +390,7 @@ def test_kernel_failure_leaves_nothing(machine: Machine) -> None:
         with pytest.raises(KernelError, match="no memory"):
             machine.driver.create_endpoint(NET, EP, ipv4=address(7))
         assert machine.kernel.empty
-        assert not machine.driver.snapshot().endpoints
+        assert not machine.driver.store.endpoints()
     machine.driver.create_endpoint(NET, endpoint_id(2), ipv4=address(8))
     with pytest.raises(KernelError):
         machine.driver.create_endpoint(NET, EP, ipv4=address(7))
@@ -409,7 +411,7 @@ def test_last_endpoint_takes_the_links(machine: Machine) -> None:
     assert machine.kernel.bridges
     machine.driver.delete_endpoint(NET, endpoint_id(2))
     assert machine.kernel.empty
-    assert machine.driver.snapshot().networks
+    assert machine.driver.store.networks()
 
 
 def test_delete_unknown_endpoint(machine: Machine) -> None:
@@ -442,7 +444,7 @@ def test_join(machine: Machine) -> None:
     assert answer.connected_routes == ()
     assert machine.joined == [EP]
     machine.restart()
-    assert machine.driver.snapshot().endpoints[0].sandbox_key == SANDBOX
+    assert machine.driver.store.endpoints()[0].sandbox_key == SANDBOX
 
 
 def test_join_again(machine: Machine) -> None:
@@ -469,7 +471,7 @@ def test_leave(machine: Machine) -> None:
     machine.driver.join(NET, EP, SANDBOX)
     for _ in range(2):
         machine.driver.leave(NET, EP)
-    assert machine.driver.snapshot().endpoints[0].sandbox_key is None
+    assert machine.driver.store.endpoints()[0].sandbox_key is None
     machine.consistent()
     machine.driver.delete_endpoint(NET, EP)
     assert machine.kernel.empty
@@ -546,7 +548,7 @@ def test_coming_and_going_side_by_side(tmp_path: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(live, range(6))) == [None] * 6
     assert kernel.empty
-    assert not driver.snapshot().endpoints
+    assert not driver.store.endpoints()
 
 
 def test_hundred_containers_at_once(tmp_path: Path) -> None:
@@ -563,7 +565,7 @@ def test_hundred_containers_at_once(tmp_path: Path) -> None:
         assert list(pool.map(start, range(2, 102))) == [None] * 100
         took = time.perf_counter() - began
     assert took / 100 < 0.005
-    assert len(driver.snapshot().endpoints) == 100
+    assert len(driver.store.endpoints()) == 100
 
 
 def test_locks_are_forgotten() -> None:

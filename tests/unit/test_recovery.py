@@ -25,7 +25,7 @@ from driver.driver import DriverConfig
 from driver.errors import EngineError, FreeFlowError
 from driver.model import LocalContainer, NetworkView, Subnet
 from driver.recovery import GRACE, Collector, Recovered
-from tests.unit.steps import Crash, FakeDirectory, Machine
+from tests.unit.steps import Crash, FakeDirectory, Machine, stored
 
 NET = "p3l8f1w0gk2c9d7h5m6n4b0aq"
 LOCAL_NET = "ab" * 32
@@ -99,11 +99,11 @@ def populate(host: Machine, *numbers: int) -> None:
 def test_nothing_to_do(host: Host) -> None:
     """A restart with everything in place changes nothing."""
     populate(host, 2, 3)
-    before = host.driver.snapshot()
+    before = stored(host.driver)
     result = host.restart()
     assert not result.changed
     assert not result.rebooted
-    assert host.driver.snapshot() == before
+    assert stored(host.driver) == before
     host.consistent()
 
 
@@ -122,7 +122,7 @@ def test_reboot(host: Host) -> None:
     result = host.reboot()
     assert result.rebooted
     assert result.endpoints_forgotten == [endpoint_id(2)]
-    assert [network.id for network in host.driver.snapshot().networks] == [NET]
+    assert [network.id for network in host.driver.store.networks()] == [NET]
     host.consistent()
     assert not host.restart().rebooted
 
@@ -224,7 +224,7 @@ def promised(answers: dict[str, object], dying: str) -> set[str]:
 
 def check_promises(host: Host, answers: dict[str, object], dying: str) -> None:
     host.consistent()
-    snapshot = host.driver.snapshot()
+    snapshot = stored(host.driver)
     assert {row.id for row in snapshot.endpoints} >= promised(answers, dying)
     for row in snapshot.endpoints:
         number = int(row.id[:12], 16)
@@ -310,7 +310,7 @@ def test_killed_during_reboot_recovery(tmp_path: Path) -> None:
             host.restart()
         host.next_crash = 0
         host.restart()
-        assert not host.driver.snapshot().endpoints
+        assert not host.driver.store.endpoints()
         host.consistent()
 
 
@@ -326,7 +326,7 @@ def test_endpoint_removed_unseen(host: Host) -> None:
     assert not host.collector.collect().changed
     host.now += 2
     assert host.collector.collect().endpoints_forgotten == [endpoint_id(2)]
-    assert [row.id for row in host.driver.snapshot().endpoints] == [endpoint_id(3)]
+    assert [row.id for row in host.driver.store.endpoints()] == [endpoint_id(3)]
     host.consistent()
 
 
@@ -341,7 +341,7 @@ def test_endpoint_seen_again(host: Host) -> None:
         host.docker.views = {NET: view(NET, container(2))}
         host.collector.collect()
         host.now += 2
-    assert host.driver.snapshot().endpoints
+    assert host.driver.store.endpoints()
 
 
 def test_engine_silent(host: Host) -> None:
@@ -353,7 +353,7 @@ def test_engine_silent(host: Host) -> None:
         with pytest.raises(EngineError):
             host.collector.collect()
     host.consistent()
-    assert host.driver.snapshot().endpoints
+    assert host.driver.store.endpoints()
 
 
 def test_network_removed_unseen(host: Host) -> None:
@@ -366,7 +366,7 @@ def test_network_removed_unseen(host: Host) -> None:
     assert not host.collector.collect().changed
     host.now += GRACE
     assert host.collector.collect().networks_forgotten == [NET]
-    assert [network.id for network in host.driver.snapshot().networks] == [LOCAL_NET]
+    assert [network.id for network in host.driver.store.networks()] == [LOCAL_NET]
 
 
 def test_allocation_of_a_former_leader(host: Host) -> None:
@@ -376,10 +376,10 @@ def test_allocation_of_a_former_leader(host: Host) -> None:
     host.driver.allocate_network(NET, {})
     host.docker.views = {NET: view(NET)}
     host.collect_for_long()
-    assert host.driver.snapshot().allocations
+    assert host.driver.store.allocations()
     host.docker.views = {}
     host.collect_for_long()
-    assert not host.driver.snapshot().allocations
+    assert not host.driver.store.allocations()
 
 
 def test_links_nobody_knows(host: Host) -> None:
@@ -415,7 +415,7 @@ def test_lost_state_is_learned_again(host: Host) -> None:
     )
     for number in (2, 3):
         host.driver.join(NET, endpoint_id(number), SANDBOX)
-    before = host.driver.snapshot()
+    before = stored(host.driver)
     host.lose_state()
     host.restart()
     assert set(host.kernel.veths) == {names.short(endpoint_id(2)), names.short(endpoint_id(3))}
@@ -436,7 +436,7 @@ def test_lost_state_is_learned_again(host: Host) -> None:
     result = host.collector.collect()
     assert result.networks_restored == [NET]
     assert sorted(result.endpoints_adopted) == [endpoint_id(2), endpoint_id(3)]
-    assert host.driver.snapshot() == before
+    assert stored(host.driver) == before
     assert host.joined[-2:] == [endpoint_id(2), endpoint_id(3)]
     host.consistent()
     assert not host.collector.collect().changed
@@ -476,7 +476,7 @@ def test_living_links_that_cannot_be_learned(host: Host) -> None:
     host.docker.views = {NET: view(NET, container(2))}
     host.collector.collect()
     host.consistent()
-    assert host.driver.snapshot().endpoints
+    assert host.driver.store.endpoints()
 
 
 def test_local_network_is_learned_again(tmp_path: Path) -> None:
@@ -493,7 +493,7 @@ def test_swarm_networks_come_by_themselves(host: Host) -> None:
     """A manager lists all networks of the Swarm: those without containers here are not added."""
     host.docker.views = {NET: view(NET)}
     assert not host.collector.collect().changed
-    assert not host.driver.snapshot().networks
+    assert not host.driver.store.networks()
 
 
 def test_network_that_cannot_be_learned(host: Host) -> None:
@@ -663,13 +663,13 @@ class Life(RuleBasedStateMachine):
     def promises_hold(self) -> None:
         if not self.host.driver.keep_links:
             self.host.consistent()
-        rows = {row.id: row for row in self.host.driver.snapshot().endpoints}
+        rows = {row.id: row for row in self.host.driver.store.endpoints()}
         for identifier, (network, key) in self.there.items():
             assert identifier in rows
             assert rows[identifier].network_id == network
             if identifier not in self.unsure:
                 assert rows[identifier].sandbox_key == key
-        known = {network.id for network in self.host.driver.snapshot().networks}
+        known = {network.id for network in self.host.driver.store.networks()}
         assert {network for network, _ in self.there.values()} <= known
 
 
