@@ -8,7 +8,7 @@ tasks are better than none.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -26,34 +26,32 @@ from driver.vip_table import NetworkState, next_state, unknown, unlisted
 log = structlog.get_logger()
 
 
+@dataclass(slots=True, eq=False)
 class EngineWatch:
     """The engine's last view of itself, and why there is no newer one."""
 
-    def __init__(
-        self, directory: Directory, state: SyncState, seen: Callable[[EngineView], None]
-    ) -> None:
-        self._directory = directory
-        self._state = state
-        self._seen = seen
-        self.view: EngineView | None = None
-        self.error: str | None = None
+    directory: Directory
+    state: SyncState
+    seen: Callable[[EngineView], None]
+    view: EngineView | None = None
+    error: str | None = None
 
     def poll(self) -> None:
         answered = False
         try:
-            view = self._directory.engine()
+            view = self.directory.engine()
             answered = True
             if self.error is not None:
                 log.info("the engine answers again", version=view.version)
             self.view, self.error = view, None
-            self._seen(view)
+            self.seen(view)
         except EngineError as error:
             if self.error is None:
                 log.warning("the engine does not answer, all stays as it is", reason=str(error))
             self.error = str(error)
         finally:
-            with self._state.lock:
-                self._state.schedule.engine_polled(self._state.clock(), answered=answered)
+            with self.state.lock:
+                self.state.schedule.engine_polled(self.state.clock(), answered=answered)
 
 
 class NetworkPoll:

@@ -131,25 +131,19 @@ def recover(driver: Driver, boot_id: str) -> Recovered:
     return result
 
 
+@dataclass(slots=True, eq=False)
 class Collector:
     """Removes what Docker no longer lists, and stores again what our store has lost.
 
     `clock` in seconds, any origin; `grace` in seconds.
     """
 
-    def __init__(
-        self,
-        driver: Driver,
-        directory: Directory,
-        clock: Callable[[], float],
-        grace: float = GRACE,
-    ) -> None:
-        self._driver = driver
-        self._directory = directory
-        self._clock = clock
-        self._grace = grace
-        self._missing_since: dict[str, float] = {}
-        self._still_missing: set[str] = set()
+    driver: Driver
+    directory: Directory
+    clock: Callable[[], float]
+    grace: float = GRACE
+    _missing_since: dict[str, float] = field(default_factory=dict)
+    _still_missing: set[str] = field(default_factory=set)
 
     def collect(self) -> Recovered:
         """One pass.
@@ -158,11 +152,11 @@ class Collector:
             EngineError: Docker doesn't answer; nothing was removed.
         """
         result = Recovered()
-        driver = self._driver
+        driver = self.driver
         unclaimed = _unclaimed(driver)
         # Everything is read before anything is removed: half an answer is worth nothing.
-        listed = self._directory.networks()
-        asked = ((network_id, self._directory.network(network_id)) for network_id in sorted(listed))
+        listed = self.directory.networks()
+        asked = ((network_id, self.directory.network(network_id)) for network_id in sorted(listed))
         views = {network_id: view for network_id, view in asked if view is not None}
         self._still_missing = set()
         for network_id, view in views.items():
@@ -194,9 +188,9 @@ class Collector:
     def _overdue(self, key: str, grace: float | None = None) -> bool:
         """Whether `key` has been missing in each pass for the grace time."""
         self._still_missing.add(key)
-        now = self._clock()
+        now = self.clock()
         return now - self._missing_since.setdefault(key, now) >= (
-            self._grace if grace is None else grace
+            self.grace if grace is None else grace
         )
 
     @staticmethod
@@ -209,24 +203,24 @@ class Collector:
 
     def _restore(self, view: NetworkView, unclaimed: frozenset[str], result: Recovered) -> None:
         lost = [item for item in view.containers if names.short(item.endpoint_id) in unclaimed]
-        if self._driver.store.network(view.id) is None:
+        if self.driver.store.network(view.id) is None:
             # For a Swarm's network Docker repeats CreateNetwork when it is needed, for others not.
             if not lost and view.scope not in _LASTING_SCOPES:
                 return
-            self._driver.restore_network(view)
+            self.driver.restore_network(view)
             result.networks_restored.append(view.id)
         for container in lost:
-            key = container.sandbox_key or self._directory.sandbox_key(container.id)
-            self._driver.adopt(view.id, replace(container, sandbox_key=key))
+            key = container.sandbox_key or self.directory.sandbox_key(container.id)
+            self.driver.adopt(view.id, replace(container, sandbox_key=key))
             result.endpoints_adopted.append(container.endpoint_id)
 
     def _forget(self, network_id: str, view: NetworkView | None, result: Recovered) -> None:
-        driver = self._driver
+        driver = self.driver
         listed = {item.endpoint_id for item in view.containers} if view else set()
         # A veth pair goes with its container's namespace. Without it the container is dead or new.
         living = driver.kernel.inventory().endpoints
         for endpoint in driver.store.endpoints(network_id):
-            grace = self._grace if names.short(endpoint.id) in living else self._grace / 6
+            grace = self.grace if names.short(endpoint.id) in living else self.grace / 6
             if endpoint.id not in listed and self._overdue(endpoint.id, grace):
                 driver.delete_endpoint(network_id, endpoint.id)
                 result.endpoints_forgotten.append(endpoint.id)
@@ -235,7 +229,7 @@ class Collector:
             result.networks_forgotten.append(network_id)
 
     def _remove_orphans(self, alive: set[str], result: Recovered) -> None:
-        driver = self._driver
+        driver = self.driver
         present = driver.kernel.inventory()
         rows = {names.short(endpoint.id) for endpoint in driver.store.endpoints()}
         for short_id in sorted((present.endpoints | present.filters) - rows - alive):

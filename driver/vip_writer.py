@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -14,36 +15,36 @@ from driver.sync_state import SyncState
 log = structlog.get_logger()
 
 
+@dataclass(slots=True, eq=False)
 class VipWriter:
     """`changed` is called when a sandbox that was awaited is there."""
 
-    def __init__(self, state: SyncState, balancer: Balancer, changed: Callable[[], None]) -> None:
-        self._state = state
-        self._balancer = balancer
-        self._changed = changed
-        self._errors: dict[Path, KernelError] = {}
+    state: SyncState
+    balancer: Balancer
+    changed: Callable[[], None]
+    _errors: dict[Path, KernelError] = field(default_factory=dict)
 
     def errors(self) -> dict[Path, KernelError]:
         """Sandboxes whose rules could not be written, and why."""
-        with self._state.lock:
+        with self.state.lock:
             return dict(self._errors)
 
     def forget_others(self, alive: set[Path]) -> None:
         """Forget sandboxes that aren't in `alive`."""
-        with self._state.lock:
+        with self.state.lock:
             for path in self._errors.keys() - alive:
                 del self._errors[path]
-            in_use = self._state.schedule.forget_sandboxes(alive)
-        self._balancer.forget(in_use)
+            in_use = self.state.schedule.forget_sandboxes(alive)
+        self.balancer.forget(in_use)
 
     def write(self, path: Path) -> None:
         """Write what is known now, if enough is."""
-        state = self._state
+        state = self.state
         table = state.vip_table(path)
         if table is None:
             return
         try:
-            there = self._balancer.apply(path, table)
+            there = self.balancer.apply(path, table)
         except KernelError as error:
             with state.lock:
                 before = self._errors.get(path)
@@ -57,4 +58,4 @@ class VipWriter:
             self._errors.pop(path, None)
             appeared = there and state.schedule.awaited.pop(path, None) is not None
         if appeared:
-            self._changed()
+            self.changed()

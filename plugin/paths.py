@@ -7,6 +7,7 @@ connection is on the fast path if packets from this host to its peer's MAC addre
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 
@@ -25,17 +26,17 @@ _ELSEWHERE: Final = ("remote", "foreign")
 """Words of reasons: the peer is on another host; it is on no FreeFlow network."""
 
 
+@dataclass(slots=True, eq=False)
 class PathLabels:
     """Tells which addresses are reached over the fast path."""
 
-    def __init__(self, driver: Driver, kernel: KernelFacts, syncer: SyncFacts) -> None:
-        self._driver = driver
-        self._kernel = kernel
-        self._syncer = syncer
+    driver: Driver
+    kernel: KernelFacts
+    syncer: SyncFacts
 
     def connections(self, found: Connections) -> Connections:
         """The router's list, with `overlay+ebpf` as the path of connections on the fast path."""
-        networks = {network.id: network for network in self._driver.store.networks()}
+        networks = {network.id: network for network in self.driver.store.networks()}
         macs = self._macs()
         known: dict[tuple[str, str], bool] = {}
 
@@ -57,7 +58,7 @@ class PathLabels:
         """MAC addresses of this host's endpoints, by network and address."""
         return {
             (endpoint.network_id, item.ip): endpoint.mac
-            for endpoint in self._driver.store.endpoints()
+            for endpoint in self.driver.store.endpoints()
             for item in (endpoint.ipv4, endpoint.ipv6)
             if item is not None
         }
@@ -66,7 +67,7 @@ class PathLabels:
         self, network: Network, address: IPAddress, macs: dict[tuple[str, IPAddress], str]
     ) -> bool:
         """Whether an address, or all tasks if it is a VIP, are reached over the fast path."""
-        state = self._syncer.state().get(network.id)
+        state = self.syncer.state().get(network.id)
         tasks: Iterable[IPAddress] = (address,)
         if state is not None and isinstance(address, IPv4Address):
             tasks = state.table.get(address) or (address,)
@@ -83,7 +84,7 @@ class PathLabels:
                     return False
                 address = IPv4Address(int(address) & 0xFFFFFFFF)
             mac = allocate.mac_for(address)
-        return self._kernel.uses_fastpath(network.id, mac)
+        return self.kernel.uses_fastpath(network.id, mac)
 
 
 def relabel(counts: Iterable[PathCount], runs: Callable[[str, bool], bool]) -> list[PathCount]:

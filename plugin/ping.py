@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 from typing import Final
@@ -62,24 +63,16 @@ class PingResult(msgspec.Struct, frozen=True):
     name: str = ""
 
 
+@dataclass(slots=True, eq=False)
 class Ping:
     """Runs pings on this host."""
 
-    def __init__(
-        self,
-        driver: Driver,
-        kernel: KernelFacts,
-        syncer: SyncFacts,
-        probe: Prober = probe,
-        is_there: Callable[[Path], bool] = is_namespace,
-        router: RouterFacts | None = None,
-    ) -> None:
-        self._driver = driver
-        self._kernel = kernel
-        self._syncer = syncer
-        self._probe = probe
-        self._is_there = is_there
-        self._router = router
+    driver: Driver
+    kernel: KernelFacts
+    syncer: SyncFacts
+    probe: Prober = probe
+    is_there: Callable[[Path], bool] = is_namespace
+    router: RouterFacts | None = None
 
     def __call__(self, wanted: PingRequest) -> PingResult:
         """Ping a target.
@@ -97,7 +90,7 @@ class Ping:
             )
         network, endpoint, sandbox = self._origin(address)
         tasks = self._tasks(network, address)
-        probe = self._probe(sandbox, address, wanted.count, bool(tasks))
+        probe = self.probe(sandbox, address, wanted.count, bool(tasks))
         task = probe.task if tasks else None
         mac = probe.neighbours.get(str(task or address), "")
         own = self._own(network, task or address)
@@ -129,18 +122,18 @@ class Ping:
         try:
             return ip_address(wanted), ""
         except ValueError:
-            found = resolve(wanted, self._syncer.state())
+            found = resolve(wanted, self.syncer.state())
             return found.address, found.name
 
     def _path(self, network: Network, mac: str) -> str:
-        return FAST if mac and self._kernel.uses_fastpath(network.id, mac) else OVERLAY
+        return FAST if mac and self.kernel.uses_fastpath(network.id, mac) else OVERLAY
 
     def _tcp(self, network: Network, host: str, local: bool) -> tuple[str, str]:
         """The path to which connections can move, and why no faster one."""
-        if self._router is None:
+        if self.router is None:
             return "", ""
         try:
-            known = self._router.statistics()
+            known = self.router.statistics()
         except RouterError:
             return "overlay", "the router does not answer"
         if not network.acceleration:
@@ -151,13 +144,13 @@ class Ping:
 
     def _origin(self, address: IPAddress) -> tuple[Network, Endpoint, Path]:
         matching = []
-        for network in self._driver.store.networks():
+        for network in self.driver.store.networks():
             pools = [subnet.pool for subnet in network.subnets]
             if any(address in pool for pool in (*pools, network.prefix6)):
                 matching.append(network)
-                for endpoint in self._driver.store.endpoints(network.id):
-                    sandbox = self._syncer.sandbox(endpoint)
-                    if sandbox is not None and self._is_there(sandbox):
+                for endpoint in self.driver.store.endpoints(network.id):
+                    sandbox = self.syncer.sandbox(endpoint)
+                    if sandbox is not None and self.is_there(sandbox):
                         return network, endpoint, sandbox
         if matching:
             name = self._name(matching[0])
@@ -173,29 +166,29 @@ class Ping:
         )
 
     def _name(self, network: Network) -> str:
-        state = self._syncer.state().get(network.id)
+        state = self.syncer.state().get(network.id)
         return state.view.name if state and state.view else network.id[:12]
 
     def _tasks(self, network: Network, address: IPAddress) -> tuple[IPv4Address, ...]:
         """The tasks behind an address, if it is a VIP."""
-        state = self._syncer.state().get(network.id)
+        state = self.syncer.state().get(network.id)
         if state is None or not isinstance(address, IPv4Address):
             return ()
         return state.table.get(address, ())
 
     def _own(self, network: Network, address: IPAddress) -> Endpoint | None:
-        for endpoint in self._driver.store.endpoints(network.id):
+        for endpoint in self.driver.store.endpoints(network.id):
             own = [item.ip for item in (endpoint.ipv4, endpoint.ipv6) if item is not None]
             if address in own:
                 return endpoint
         return None
 
     def _host(self, network: Network, mac: str, own: bool) -> tuple[str, str, bool]:
-        engine, _ = self._syncer.engine()
+        engine, _ = self.syncer.engine()
         here = engine.hostname if engine else os.uname().nodename
-        behind = self._kernel.locate(network.id, mac) if mac and not own else None
+        behind = self.kernel.locate(network.id, mac) if mac and not own else None
         if behind is None:
-            return here, str(self._driver.self_address() or ""), True
+            return here, str(self.driver.self_address() or ""), True
         name = (engine.hostnames if engine else {}).get(behind, str(behind))
         return name, str(behind), False
 

@@ -64,7 +64,7 @@ def test_an_ipv6_address_is_its_ipv4_addresss(world: tuple[PathLabels, FakeKerne
     """
     labels, kernel = world
     kernel.taken = {FAR_MAC}
-    prefix = labels._driver.store.networks()[0].prefix6
+    prefix = labels.driver.store.networks()[0].prefix6
     remote = f"[{prefix[int(IPv4Address('10.0.4.9'))]}]:80"
     found = labels.connections(Connections(connections=(connection(remote),), reasons={}))
     assert found.connections[0].path == FAST

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from typing import Final
 
@@ -50,34 +51,28 @@ class FullTables:
         return [f"{table}: {left_out}" for table, left_out in sorted(self._lacking.items())]
 
 
+@dataclass(slots=True, eq=False)
 class Neighbours:
     """Which peers the programs encapsulate for, and where addresses on other hosts are.
 
     `host` are sockets of the host's namespace, `overlay` those of the overlay namespace.
     """
 
-    def __init__(
-        self,
-        maps: Maps,
-        endpoints: Endpoints,
-        host: Sockets,
-        overlay: Sockets,
-        changes: underlay_routes.Changes,
-        underlay: Callable[[], Underlay],
-        full: FullTables,
-    ) -> None:
-        self._maps = maps
-        self._endpoints = endpoints
-        self._host = host
-        self._overlay = overlay
-        self._changes = changes
-        self._underlay = underlay
-        self._full = full
-        self._due = 0.0
-        self.routes: dict[tuple[int, IPv4Address], PeerRoute] = maps.all_peers()
-        """Content of the map of peers: network and peer, and how the underlay reaches it."""
-        self.unreachable: dict[IPAddress, str] = {}
-        """Peers for which the programs can't encapsulate, and why."""
+    maps: Maps
+    endpoints: Endpoints
+    host: Sockets
+    overlay: Sockets
+    changes: underlay_routes.Changes
+    underlay: Callable[[], Underlay]
+    full: FullTables
+    _due: float = 0.0
+    routes: dict[tuple[int, IPv4Address], PeerRoute] = field(init=False)
+    """Content of the map of peers: network and peer, and how the underlay reaches it."""
+    unreachable: dict[IPAddress, str] = field(default_factory=dict)
+    """Peers for which the programs can't encapsulate, and why."""
+
+    def __post_init__(self) -> None:
+        self.routes = self.maps.all_peers()
 
     def refresh_soon(self) -> None:
         """Read the routes at the next refresh."""
@@ -85,10 +80,10 @@ class Neighbours:
 
     def are_due(self, now: float) -> bool:
         """Whether routes have to be read again; the caller then calls `write`."""
-        new_network, changed = self._endpoints.take_new_network(), bool(self._changes)
+        new_network, changed = self.endpoints.take_new_network(), bool(self.changes)
         if new_network or now >= self._due:
             # Another process may have changed the map.
-            self.routes = self._maps.all_peers()
+            self.routes = self.maps.all_peers()
         elif not changed:
             return False
         self._due = now + ROUTES_EVERY
@@ -96,13 +91,13 @@ class Neighbours:
 
     def write(self) -> None:
         """Write the present route of each peer to the map of peers."""
-        members = self._endpoints.peers_by_bridge()
+        members = self.endpoints.peers_by_bridge()
         try:
-            local = self._underlay().address
+            local = self.underlay().address
         except FreeFlowError:
             members, local = [], None
         wanted = {peer for _, peers in members for peer in peers}
-        read = underlay_routes.find(self._host, sorted(wanted, key=str), local)
+        read = underlay_routes.find(self.host, sorted(wanted, key=str), local)
         self.unreachable = read.refused
         routes = {
             (bridge, peer): read.found[peer]
@@ -112,18 +107,18 @@ class Neighbours:
         }
         # Old entries first: they make room for new ones.
         for key in self.routes.keys() - routes.keys():
-            self._maps.drop_peer(*key)
+            self.maps.drop_peer(*key)
             del self.routes[key]
         left_out, why = 0, ""
         for key, way in routes.items():
             if self.routes.get(key) == way:
                 continue
             try:
-                self._maps.put_peer(*key, way)
+                self.maps.put_peer(*key, way)
                 self.routes[key] = way
             except KernelRefused as error:
                 left_out, why = left_out + 1, str(error)
-        self._full.note("peers", f"{left_out} peers of networks: {why}" if left_out else "")
+        self.full.note("peers", f"{left_out} peers of networks: {why}" if left_out else "")
 
     def forget_networks(self, bridges: set[int]) -> None:
         """Forget the peers of networks whose map entries are gone."""
@@ -135,10 +130,10 @@ class Neighbours:
 
         If such a host becomes a peer again, its former addresses may be elsewhere.
         """
-        for net, mac, place in self._maps.all_places():
+        for net, mac, place in self.maps.all_places():
             remote = not place.index and not place.peer.is_unspecified
             if net == bridge and remote and place.peer not in peers:
-                self._maps.drop_place(net, mac)
+                self.maps.drop_place(net, mac)
 
     def refresh_bridges(self) -> None:
         """Renew the FDB entries of addresses whose packets bridge and VXLAN device don't see.
@@ -147,61 +142,53 @@ class Neighbours:
         host that is no peer any more isn't renewed: the address may be on another host by now.
         """
         now = time.monotonic_ns()
-        members = dict(self._endpoints.peers_by_bridge())
+        members = dict(self.endpoints.peers_by_bridge())
         live: dict[int, dict[str, IPAddress]] = {}
-        for bridge, mac, place in self._maps.all_places():
+        for bridge, mac, place in self.maps.all_places():
             if place.index or now - place.seen >= IDLE * 1e9:
                 continue
             if place.peer in members.get(bridge, ()) or place.peer.is_unspecified:
                 live.setdefault(bridge, {})[mac] = place.peer
-        for local in self._endpoints.networks().values():
+        for local in self.endpoints.networks().values():
             if local.vxlan and local.bridge in live:
-                fdb.remember(self._overlay, local.vxlan, live[local.bridge])
+                fdb.remember(self.overlay, local.vxlan, live[local.bridge])
 
     def close(self) -> None:
-        self._changes.close()
+        self.changes.close()
 
 
+@dataclass(slots=True, eq=False)
 class Cleaner:
     """Drops map entries of links and networks that are gone, and of addresses that are silent."""
 
-    def __init__(
-        self,
-        maps: Maps,
-        endpoints: Endpoints,
-        neighbours: Neighbours,
-        overlay: Sockets,
-        hooks: traffic.Hooks,
-        full: FullTables,
-    ) -> None:
-        self._maps = maps
-        self._endpoints = endpoints
-        self._neighbours = neighbours
-        self._overlay = overlay
-        self._hooks = hooks
-        self._full = full
-        self.due = 0.0
+    maps: Maps
+    endpoints: Endpoints
+    neighbours: Neighbours
+    overlay: Sockets
+    hooks: traffic.Hooks
+    full: FullTables
+    due: float = 0.0
 
     def clean(self, now: float) -> None:
         self.due = now + CLEAN_EVERY
-        alive = {link.index for link in self._overlay.links()}
-        for index in self._hooks.devices() - alive:
-            self._hooks.detach(index)
+        alive = {link.index for link in self.overlay.links()}
+        for index in self.hooks.devices() - alive:
+            self.hooks.detach(index)
         # Links that came after the listing stay.
-        alive |= self._endpoints.links()
-        bridges = self._endpoints.bridges() & alive
-        self._maps.forget_ports(alive)
-        self._maps.forget_silent(time.monotonic_ns() - int(FORGET * 1e9))
-        self._endpoints.free_slots(alive)
+        alive |= self.endpoints.links()
+        bridges = self.endpoints.bridges() & alive
+        self.maps.forget_ports(alive)
+        self.maps.forget_silent(time.monotonic_ns() - int(FORGET * 1e9))
+        self.endpoints.free_slots(alive)
         self.drop_networks_except(bridges)
-        is_full = self._maps.places_used() >= self._maps.places.capacity
-        self._full.note("places", "addresses of containers elsewhere" if is_full else "")
+        is_full = self.maps.places_used() >= self.maps.places.capacity
+        self.full.note("places", "addresses of containers elsewhere" if is_full else "")
 
     def drop_networks_except(self, bridges: set[int]) -> None:
         """Drop the entries of all other networks."""
         # There may be very many entries. They are searched without the endpoints' lock, so a
         # network that has come meanwhile is taken out afterwards.
-        stale = self._maps.networks_but(bridges) - self._endpoints.bridges()
+        stale = self.maps.networks_but(bridges) - self.endpoints.bridges()
         if stale:
-            self._maps.forget_networks(stale)
-        self._neighbours.forget_networks(stale)
+            self.maps.forget_networks(stale)
+        self.neighbours.forget_networks(stale)

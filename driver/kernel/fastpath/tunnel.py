@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -46,51 +47,44 @@ _PORT_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _TTL: Final = Path("/proc/sys/net/ipv4/ip_default_ttl")
 
 
+@dataclass(slots=True, eq=False)
 class Tunnel:
     """The stage "tunnel": programs on the host's devices, and the veth pair between the namespaces.
 
     `inner` are the hooks of the overlay namespace, `outer` those of the host's.
     """
 
-    def __init__(
-        self,
-        programs: Programs,
-        endpoints: Endpoints,
-        neighbours: Neighbours,
-        overlay: Sockets,
-        host: Sockets,
-        host_namespace: int,
-        inner: traffic.Hooks,
-        outer: traffic.Hooks,
-        underlay: Callable[[], Underlay],
-        clock: Callable[[], float],
-    ) -> None:
-        self._programs = programs
-        self._endpoints = endpoints
-        self._neighbours = neighbours
-        self._overlay = overlay
-        self._host = host
-        self._host_namespace = host_namespace
-        self._inner = inner
-        self._outer = outer
-        self._underlay = underlay
-        self._clock = clock
-        self.firewall = Firewall(host_namespace)
-        self._policies = Policies(host_namespace)
-        self.reason = _NOT_CHECKED
-        """Why the stage is off; empty: it is on."""
-        earlier = outer.devices() - {host.index(names.OUTSIDE)}
-        self.attached: dict[int, float] = dict.fromkeys(earlier, float("-inf"))
-        """The host's devices with our program, and when this process attached it."""
-        self._pair: tuple[int, int] | None = None
-        """Indexes of the veth pair to which this process has attached programs."""
-        self._sysctls = (32768, 60999, 64)
-        self._device_names: dict[int, str] = {}
+    programs: Programs
+    endpoints: Endpoints
+    neighbours: Neighbours
+    overlay: Sockets
+    host: Sockets
+    host_namespace: int
+    inner: traffic.Hooks
+    outer: traffic.Hooks
+    underlay: Callable[[], Underlay]
+    clock: Callable[[], float]
+    firewall: Firewall = field(init=False)
+    reason: str = _NOT_CHECKED
+    """Why the stage is off; empty: it is on."""
+    attached: dict[int, float] = field(init=False)
+    """The host's devices with our program, and when this process attached it."""
+    _policies: Policies = field(init=False)
+    _pair: tuple[int, int] | None = None
+    """Indexes of the veth pair to which this process has attached programs."""
+    _sysctls: tuple[int, int, int] = (32768, 60999, 64)
+    _device_names: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.firewall = Firewall(self.host_namespace)
+        self._policies = Policies(self.host_namespace)
+        earlier = self.outer.devices() - {self.host.index(names.OUTSIDE)}
+        self.attached = dict.fromkeys(earlier, float("-inf"))
 
     def read_host(self) -> None:
         """Read the names of the host's devices and the sysctls that shape outer headers."""
-        self._sysctls = in_netns(self._host_namespace, _host_sysctls)
-        self._device_names = {link.index: link.name for link in self._host.links()}
+        self._sysctls = in_netns(self.host_namespace, _host_sysctls)
+        self._device_names = {link.index: link.name for link in self.host.links()}
 
     def refresh(self) -> None:
         """Turn the stage on or off by the current state of the host."""
@@ -107,39 +101,39 @@ class Tunnel:
             except (FreeFlowError, KernelRefused, OSError, NetlinkError) as error:
                 reason = str(error)
         # Encapsulation starts after decapsulation is ready, and ends before it goes.
-        self._write_settings(0 if reason else self._programs.support.flags)
+        self._write_settings(0 if reason else self.programs.support.flags)
         for index in self.attached.keys() - (set() if reason else devices):
-            self._outer.detach(index)
+            self.outer.detach(index)
             del self.attached[index]
         return reason
 
     def _attach_to_host(self, devices: set[int]) -> None:
-        now = self._clock()
+        now = self.clock()
         for index in devices:
             if now - self.attached.get(index, float("-inf")) > REATTACH_EVERY:
-                self._outer.attach(index, self._programs.descriptor("ff_nic"))
+                self.outer.attach(index, self.programs.descriptor("ff_nic"))
                 self.attached[index] = now
 
     def _obstacle(self) -> tuple[str, set[int]]:
         """Why the stage must be off, and the devices that lead to peers."""
-        lacking = self._programs.support.why_not.get("tunnel")
+        lacking = self.programs.support.why_not.get("tunnel")
         if lacking:
             return lacking, set()
-        overlays = [local for local in self._endpoints.networks().values() if local.vxlan]
+        overlays = [local for local in self.endpoints.networks().values() if local.vxlan]
         if not overlays:
             return "no network here has other hosts", set()
-        underlay = self._underlay()
+        underlay = self.underlay()
         if underlay.address is not None and underlay.address.version != 4:
             return "the underlay's address is IPv6, which needs an outer checksum", set()
-        routes = self._neighbours.routes
+        routes = self.neighbours.routes
         devices = {way.index for way in routes.values()}
         if not devices:
-            missing = next(iter(self._neighbours.unreachable.items()), None)
+            missing = next(iter(self.neighbours.unreachable.items()), None)
             return (f"peer {missing[0]}: {missing[1]}" if missing else "no peers are known"), set()
         if self._policies.exist():
             return "the host has IPsec policies, which the fast path would bypass", set()
         if not devices <= self._device_names.keys():
-            self._neighbours.refresh_soon()
+            self.neighbours.refresh_soon()
             return "a device is new; its name is not known yet", set()
         blocked = self.firewall.obstacle(
             ports={local.network.port for local in overlays},
@@ -152,7 +146,7 @@ class Tunnel:
     def _write_settings(self, flags: int) -> None:
         inside, outside = self._pair or (0, 0)
         low, high, ttl = self._sysctls
-        self._programs.maps.decide(
+        self.programs.maps.decide(
             Settings(
                 lease=time.monotonic_ns() + int(LEASE * 1e9),
                 idle=int(IDLE * 1e9),
@@ -168,8 +162,8 @@ class Tunnel:
         """The veth pair between the namespaces, up, with its programs; made if absent."""
         pair = self._find_pair()
         if pair is None:
-            self._overlay.delete(names.INSIDE)
-            self._host.delete(names.OUTSIDE)
+            self.overlay.delete(names.INSIDE)
+            self.host.delete(names.OUTSIDE)
             self._add_pair()
             pair = self._find_pair()
             if pair is None:
@@ -180,19 +174,19 @@ class Tunnel:
                 )
         inside, outside = pair
         if self._pair != pair:
-            self._inner.attach(inside, self._programs.descriptor("ff_in"))
-            self._outer.attach(outside, self._programs.descriptor("ff_out"))
+            self.inner.attach(inside, self.programs.descriptor("ff_in"))
+            self.outer.attach(outside, self.programs.descriptor("ff_out"))
             self._pair = pair
-        for sockets, index in ((self._overlay, inside), (self._host, outside)):
+        for sockets, index in ((self.overlay, inside), (self.host, outside)):
             _set_up(sockets, index)
 
     def _find_pair(self) -> tuple[int, int] | None:
-        inside, outside = self._overlay.index(names.INSIDE), self._host.index(names.OUTSIDE)
+        inside, outside = self.overlay.index(names.INSIDE), self.host.index(names.OUTSIDE)
         return None if inside is None or outside is None else (inside, outside)
 
     def _add_pair(self) -> None:
-        peer = {"ifname": names.OUTSIDE, "mtu": _MTU, "net_ns_fd": self._host_namespace}
-        with requesting(f"making veth pair {names.INSIDE}"), self._overlay.take() as route:
+        peer = {"ifname": names.OUTSIDE, "mtu": _MTU, "net_ns_fd": self.host_namespace}
+        with requesting(f"making veth pair {names.INSIDE}"), self.overlay.take() as route:
             route.link("add", ifname=names.INSIDE, kind="veth", mtu=_MTU, state="up", peer=peer)
 
     def close(self) -> None:
