@@ -5,7 +5,7 @@ Shapes: Docker Engine API, recorded from engines 20.10 to 28.5 in `tests/unit/da
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from ipaddress import (
     IPv4Address,
@@ -15,7 +15,7 @@ from ipaddress import (
     ip_interface,
     ip_network,
 )
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from driver.model import (
     EngineView,
@@ -28,40 +28,27 @@ from driver.model import (
     Task,
 )
 
+T = TypeVar("T")
+
 PLUGIN_SOCKET: Final = "freeflow.sock"
 """`interface.socket` of our config.json: identifies our plugin where its ID isn't known."""
 
 
-def _address(text: object) -> IPAddress | None:
+@lru_cache(4096)
+def _read(kind: Callable[[str], T], text: str) -> T | None:
     try:
-        return ip_address(str(text))
+        return kind(text)
     except ValueError:
         return None
+
+
+def _address(text: object) -> IPAddress | None:
+    return _read(ip_address, str(text))
 
 
 def _ipv4(text: object) -> IPv4Address | None:
     # A service without a VIP has "" or, in Go's words, "<nil>".
-    address = _address(text)
-    return address if isinstance(address, IPv4Address) else None
-
-
-@lru_cache(4096)
-def _read_ipv4_interface(text: str) -> IPv4Interface | None:
-    try:
-        return IPv4Interface(text)
-    except ValueError:
-        return None
-
-
-def _ipv4_interface(text: object) -> IPv4Interface | None:
-    return _read_ipv4_interface(str(text)) if text else None
-
-
-def _ipv6_interface(text: object) -> IPv6Interface | None:
-    try:
-        return IPv6Interface(str(text)) if text else None
-    except ValueError:
-        return None
+    return _read(IPv4Address, str(text))
 
 
 def items(value: object) -> Mapping[str, Any]:
@@ -122,9 +109,9 @@ def _containers(answer: Mapping[str, Any]) -> tuple[LocalContainer, ...]:
                     id=identifier,
                     name=text_of(container.get("Name")),
                     endpoint_id=text_of(container.get("EndpointID")),
-                    address=_ipv4_interface(container.get("IPv4Address")),
+                    address=_read(IPv4Interface, text_of(container.get("IPv4Address"))),
                     mac=text_of(container.get("MacAddress")) or None,
-                    ipv6=_ipv6_interface(container.get("IPv6Address")),
+                    ipv6=_read(IPv6Interface, text_of(container.get("IPv6Address"))),
                 )
             )
     return tuple(sorted(found, key=lambda item: (item.name, item.id)))

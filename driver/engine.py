@@ -3,8 +3,8 @@
 Only background work may use it: the engine does not serve its API while it starts, and holds locks
 while it waits for an answer of ours (docker-net-dhcp#23, libnetwork#414).
 
-Networks are polled all the time. Those requests use a connection of our own: through the SDK, each
-costs five times the CPU. The SDK negotiates the API's version and makes all other requests.
+Networks are polled all the time. Requests for one object use a connection of our own: through the
+SDK, each costs five times the CPU. The SDK negotiates the API's version and makes all others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
@@ -51,12 +51,6 @@ def _failures() -> tuple[type[Exception], ...]:
     import requests
 
     return docker.errors.DockerException, requests.RequestException, ValueError
-
-
-def _not_found() -> type[Exception]:
-    import docker
-
-    return docker.errors.NotFound
 
 
 class DockerDirectory:
@@ -141,6 +135,26 @@ class DockerDirectory:
                 return self._get(path)
             raise self._failure(f"GET {path}", error) from error
 
+    def _object(self, path: str) -> dict[str, Any] | None:
+        """The object that answers a GET; None: the engine knows no such thing."""
+        status, body = self._get(path)
+        if status == http.HTTPStatus.NOT_FOUND:
+            return None
+        if status != http.HTTPStatus.OK:
+            raise EngineError(
+                f"the engine answered GET {path} with {status}",
+                cause=body[:200].decode(errors="replace"),
+                remedy=_READ_LOG,
+            )
+        try:
+            return msgspec.json.decode(body, type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise EngineError(
+                f"the engine answered GET {path} with no object",
+                cause=str(error),
+                remedy=_READ_LOG,
+            ) from error
+
     # --- ports.Directory
 
     def engine(self) -> EngineView:
@@ -182,27 +196,11 @@ class DockerDirectory:
         if services:
             path += "?verbose=true"
         question = (network_id, services)
-        status, body = self._get(path)
-        if status == http.HTTPStatus.NOT_FOUND:
+        answer = self._object(path)
+        if answer is None:
             self._known.pop((network_id, False), None)
             self._known.pop((network_id, True), None)
             return None
-        if status != http.HTTPStatus.OK:
-            raise EngineError(
-                f"the engine answered GET {path} with {status}",
-                cause=body[:200].decode(errors="replace"),
-                remedy=_READ_LOG,
-            )
-        try:
-            answer = msgspec.json.decode(body)
-        except ValueError as error:
-            raise self._failure(f"GET {path}", error) from error
-        if not isinstance(answer, dict):
-            raise EngineError(
-                f"the engine answered GET {path}",
-                cause="its answer is not an object",
-                remedy=_READ_LOG,
-            )
         plain = ordered(answer)
         known = self._known.get(question)
         if known is not None and known[0] == plain:
@@ -228,15 +226,5 @@ class DockerDirectory:
 
     def sandbox_key(self, container_id: str) -> str | None:
         """Docker's path of a container's namespace. Waits while the container starts or stops."""
-        answer = self._ask(
-            f"GET /containers/{container_id}/json",
-            lambda client: _found(lambda: client.inspect_container(container_id)),
-        )
+        answer = self._object(f"/containers/{urllib.parse.quote(container_id, safe='')}/json")
         return text_of(items(items(answer).get("NetworkSettings")).get("SandboxKey")) or None
-
-
-def _found(question: Callable[[], T]) -> T | None:
-    try:
-        return question()
-    except _not_found():
-        return None

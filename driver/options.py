@@ -52,14 +52,9 @@ VNI: Final = "freeflow.vni"
 PORT: Final = "freeflow.port"
 MTU: Final = "freeflow.mtu"
 PREFIX6: Final = "freeflow.prefix6"
-_SWITCH: Final = {
-    "on": True,
-    "true": True,
-    "1": True,
-    "off": False,
-    "false": False,
-    "0": False,
-}
+_SWITCH: Final = dict.fromkeys(("on", "true", "1"), True) | dict.fromkeys(
+    ("off", "false", "0"), False
+)
 _EXAMPLES: Final = {"mtu": 9000, MTU_ALIAS: 9000, "vni": 70012}
 
 
@@ -84,24 +79,22 @@ class NetworkOptions:
     own_prefix6: IPv6Network | None = None
 
 
+def _invalid(key: str, value: str, cause: str, remedy: str) -> InvalidRequest:
+    return InvalidRequest(f"option {key}={value}", cause=cause, remedy=remedy)
+
+
 def _integer(key: str, value: str, allowed: range) -> int:
     # Not int(): it accepts "9_000", " 9000 " and digits of other scripts.
     if not (value.isascii() and value.isdecimal() and len(value) < 12) or int(value) not in allowed:
-        raise InvalidRequest(
-            f"option {key}={value}",
-            cause=f"not a number from {allowed.start} to {allowed.stop - 1}",
-            remedy=f"for example -o {key}={_EXAMPLES.get(key, allowed.start)}",
-        )
+        example = f"for example -o {key}={_EXAMPLES.get(key, allowed.start)}"
+        cause = f"not a number from {allowed.start} to {allowed.stop - 1}"
+        raise _invalid(key, value, cause, example)
     return int(value)
 
 
 def _switch(key: str, value: str) -> bool:
     if value.lower() not in _SWITCH:
-        raise InvalidRequest(
-            f"option {key}={value}",
-            cause="neither on nor off",
-            remedy=f"for example -o {key}=off",
-        )
+        raise _invalid(key, value, "neither on nor off", f"for example -o {key}=off")
     return _SWITCH[value.lower()]
 
 
@@ -112,41 +105,26 @@ def _ipv6(value: str) -> tuple[bool, IPv6Network | None]:
     try:
         prefix = IPv6Network(value)
     except ValueError as error:
-        raise InvalidRequest(
-            f"option ipv6={value}",
-            cause=f"neither on nor off nor an IPv6 prefix ({error})",
-            remedy="for example -o ipv6=on or -o ipv6=fd00:1:2:3::/64",
-        ) from error
+        cause = f"neither on nor off nor an IPv6 prefix ({error})"
+        example = "for example -o ipv6=on or -o ipv6=fd00:1:2:3::/64"
+        raise _invalid("ipv6", value, cause, example) from error
     if prefix.prefixlen != 64:
-        raise InvalidRequest(
-            f"option ipv6={value}",
-            cause="not a /64",
-            remedy=f"for example -o ipv6={prefix.network_address}/64",
-        )
+        example = f"for example -o ipv6={prefix.network_address}/64"
+        raise _invalid("ipv6", value, "not a /64", example)
     if not (prefix.is_global or prefix.is_private) or prefix.is_link_local or prefix.is_multicast:
-        raise InvalidRequest(
-            f"option ipv6={value}",
-            cause="hosts can't have addresses of this kind",
-            remedy="for example -o ipv6=fd00:1:2:3::/64",
-        )
+        cause = "hosts can't have addresses of this kind"
+        raise _invalid("ipv6", value, cause, "for example -o ipv6=fd00:1:2:3::/64")
     return True, prefix
 
 
 def _prefix6(value: str) -> IPv6Network:
     try:
         network = IPv6Network(value)
+        if network.prefixlen != 64:
+            raise ValueError("not a /64")
     except ValueError as error:
-        raise InvalidRequest(
-            f"option {PREFIX6}={value}",
-            cause=str(error),
-            remedy="remove it, it is chosen by FreeFlow",
-        ) from error
-    if network.prefixlen != 64:
-        raise InvalidRequest(
-            f"option {PREFIX6}={value}",
-            cause="not a /64",
-            remedy="remove it, it is chosen by FreeFlow",
-        )
+        remedy = "remove it, it is chosen by FreeFlow"
+        raise _invalid(PREFIX6, value, str(error), remedy) from error
     return network
 
 
@@ -193,10 +171,13 @@ def _mtu(options: Mapping[str, str]) -> int | None:
     return given.get("mtu", given.get(MTU_ALIAS))
 
 
+def _number(options: Mapping[str, str], key: str, allowed: range) -> int | None:
+    return _integer(key, options[key], allowed) if key in options else None
+
+
 def upgrade_operations(options: Mapping[str, str]) -> int | None:
     """The network's own number; None: the host's holds. Raises InvalidRequest."""
-    key = "upgrade_operations"
-    return _integer(key, options[key], UPGRADE_RANGE) if key in options else None
+    return _number(options, "upgrade_operations", UPGRADE_RANGE)
 
 
 def ebpf(options: Mapping[str, str]) -> bool:
@@ -220,18 +201,16 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
     Raises:
         InvalidRequest: an unknown key, an invalid value, or a format of a later version.
     """
-    own_format = _integer(FORMAT, options[FORMAT], range(1, 1 << 16)) if FORMAT in options else None
+    own_format = _number(options, FORMAT, range(1, 1 << 16))
     if own_format is not None and own_format > SPOKEN:
-        raise InvalidRequest(
-            f"option {FORMAT}={own_format}",
-            cause=f"allocated by a later FreeFlow, this host's speaks {SPOKEN}",
-            remedy="upgrade the plugin on this host (docker plugin upgrade)",
-        )
+        cause = f"allocated by a later FreeFlow, this host's speaks {SPOKEN}"
+        remedy = "upgrade the plugin on this host (docker plugin upgrade)"
+        raise _invalid(FORMAT, str(own_format), cause, remedy)
     _refuse_unknown(options)
     ipv6, prefix6 = _ipv6(options.get("ipv6", "off"))
     return NetworkOptions(
         mtu=_mtu(options),
-        vni=_integer("vni", options["vni"], VNI_RANGE) if "vni" in options else None,
+        vni=_number(options, "vni", VNI_RANGE),
         ipv6=ipv6,
         prefix6=prefix6,
         acceleration=_switch("acceleration", options.get("acceleration", "on")),
@@ -240,9 +219,9 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
         ebpf=ebpf(options),
         upgrade_operations=upgrade_operations(options),
         own_format=own_format,
-        own_vni=_integer(VNI, options[VNI], VNI_RANGE) if VNI in options else None,
-        own_port=_integer(PORT, options[PORT], PORT_RANGE) if PORT in options else None,
-        own_mtu=_integer(MTU, options[MTU], MTU_RANGE) if MTU in options else None,
+        own_vni=_number(options, VNI, VNI_RANGE),
+        own_port=_number(options, PORT, PORT_RANGE),
+        own_mtu=_number(options, MTU, MTU_RANGE),
         own_prefix6=_prefix6(options[PREFIX6]) if PREFIX6 in options else None,
     )
 

@@ -1,0 +1,54 @@
+"""The engine's API, on a unix socket that answers as the engine does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from driver.engine import DockerDirectory
+from driver.errors import EngineError
+from tests.unit.sockets import engine, served
+
+NETWORK = {"Id": "n1", "Name": "backend", "Driver": "freeflow:latest"}
+KEY = "/var/run/docker/netns/1a2b"
+ANSWERS: dict[str, Any] = {
+    "/version": {"ApiVersion": "1.41"},
+    "/v1.41/networks/n1": NETWORK,
+    "/v1.41/networks/list": [],
+    "/v1.41/networks/failing": 500,
+    "/v1.41/containers/c1/json": {"NetworkSettings": {"SandboxKey": KEY}},
+    "/v1.41/containers/new/json": {"NetworkSettings": {"SandboxKey": ""}},
+}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[DockerDirectory]:
+    with served(engine(ANSWERS), tmp_path / "docker.sock") as path:
+        yield DockerDirectory(path)
+
+
+def test_a_network(directory: DockerDirectory) -> None:
+    """An equal answer gives the same view, and an unknown network none."""
+    view = directory.network("n1")
+    assert view is not None
+    assert (view.id, view.name) == ("n1", "backend")
+    assert directory.network("n1") is view
+    assert directory.network("none") is None
+
+
+@pytest.mark.parametrize("network", ["list", "failing"])
+def test_an_answer_that_is_no_network(directory: DockerDirectory, network: str) -> None:
+    """Anything but an object is the engine's failure, not an unknown network."""
+    with pytest.raises(EngineError) as caught:
+        directory.network(network)
+    assert caught.value.remedy
+
+
+def test_where_a_sandbox_is(directory: DockerDirectory) -> None:
+    """A container that is starting, or unknown, has no sandbox yet."""
+    assert directory.sandbox_key("c1") == KEY
+    assert directory.sandbox_key("new") is None
+    assert directory.sandbox_key("none") is None
