@@ -17,6 +17,7 @@ from dataplane.errors import DataplaneError, RouterAway
 CONTROL: Final = Path("/run/freeflow-admin/router.sock")
 
 _CHUNK: Final = 1 << 18
+_READ_LOG: Final = "read why: journalctl -u docker | grep router"
 R = TypeVar("R", control.Done, control.Statistics, control.Connections, control.PathCounts)
 
 
@@ -68,16 +69,21 @@ class RouterClient:
             reply = msgspec.json.decode(line, type=control.ControlReply)
         except msgspec.MsgspecError as error:
             raise DataplaneError(
-                f"the router at {self._path} sent an invalid reply", cause=str(error)
+                f"the router at {self._path} sent an invalid reply",
+                cause=str(error),
+                remedy=_READ_LOG,
             ) from error
         if isinstance(reply, control.Failed):
             raise DataplaneError(
-                f"the router at {self._path} refused a request", cause=reply.message
+                f"the router at {self._path} refused a request",
+                cause=reply.message,
+                remedy=_READ_LOG,
             )
         if not isinstance(reply, kind):
             raise DataplaneError(
                 f"the router at {self._path} sent an invalid reply",
                 cause=f"{type(reply).__name__} instead of {kind.__name__}",
+                remedy=_READ_LOG,
             )
         return reply
 

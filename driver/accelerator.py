@@ -12,24 +12,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 import structlog
 from msgspec.structs import replace
 
 from dataplane.control import (
-    Connections,
     EndpointFact,
     NetworkFact,
-    PathCounts,
     RouterSettings,
     RouterSnapshot,
     Rule,
-    Statistics,
 )
 from dataplane.errors import DataplaneError
 from driver import options
-from driver.errors import RouterError
 from driver.kernel.namespace import is_namespace
 from driver.model import Endpoint, IPAddress, Network
 from driver.store import Store
@@ -37,8 +33,6 @@ from driver.vip_table import NetworkState
 from driver.worker import Worker
 
 log = structlog.get_logger()
-
-T = TypeVar("T")
 
 GATHER: Final = 0.05
 """Seconds for which changes are collected: many come together."""
@@ -53,15 +47,9 @@ SANDBOX_PATIENCE: Final = 30.0
 
 
 class Router(Protocol):
-    """Implemented by `dataplane.router_client.RouterClient`. All methods raise DataplaneError."""
+    """Implemented by `dataplane.router_client.RouterClient`. Raises DataplaneError."""
 
     def replace_snapshot(self, facts: RouterSnapshot) -> None: ...
-
-    def statistics(self) -> Statistics: ...
-
-    def connections(self, namespace: int | None = None) -> Connections: ...
-
-    def paths(self) -> PathCounts: ...
 
 
 class Sandboxes(Protocol):
@@ -178,7 +166,7 @@ def _tasks(state: NetworkState) -> dict[IPv4Address, set[IPv4Address]]:
 
 
 class Accelerator:
-    """Sends snapshots to the router, and queries it. `router` may be unreachable at any time."""
+    """Sends snapshots to the router. `router` may be unreachable at any time."""
 
     def __init__(
         self,
@@ -208,8 +196,6 @@ class Accelerator:
         self._worker = Worker(
             "accelerator", self.once, retry=AWAY, sleep=self._sleep, wake=self._woken.set
         )
-
-    # --- snapshots
 
     def wake(self) -> None:
         """Send a snapshot soon: something may have changed."""
@@ -280,26 +266,3 @@ class Accelerator:
             self._settings,
             self._own(),
         )
-
-    # --- queries
-
-    def statistics(self) -> Statistics:
-        """The router's counters. Raises RouterError."""
-        return _answer(self._router.statistics)
-
-    def connections(self) -> Connections:
-        """The path of each connection. Raises RouterError."""
-        return _answer(self._router.connections)
-
-    def paths(self) -> PathCounts:
-        """How many connections take each path. Raises RouterError."""
-        return _answer(self._router.paths)
-
-
-def _answer(ask: Callable[[], T]) -> T:
-    try:
-        return ask()
-    except DataplaneError as error:
-        raise RouterError(
-            error.reason, remedy=error.remedy or "read why: journalctl -u docker | grep router"
-        ) from error

@@ -8,8 +8,7 @@ FreeFlowError          dataplane/errors.py, with `what`, `cause` and `remedy`
  ├── SettingError      a plugin setting is wrong; the remedy is the command that corrects it
  ├── StateError        the state stored on this host can't be read or written
  ├── KernelError       the kernel refused an operation or lacks a feature
- ├── EngineError       Docker's API did not answer, or its answer was not usable
- └── RouterError       the router of accelerated connections did not answer usably
+ └── EngineError       Docker's API did not answer, or its answer was not usable
 """
 
 from __future__ import annotations
@@ -51,10 +50,6 @@ class KernelError(FreeFlowError):
 
 class EngineError(FreeFlowError):
     """Docker's API did not answer, or its answer was not usable."""
-
-
-class RouterError(FreeFlowError):
-    """The router of accelerated connections did not answer, or its answer was not usable."""
 
 
 @contextmanager

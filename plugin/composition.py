@@ -147,6 +147,7 @@ class Core:
     directory: DockerDirectory
     syncer: Syncer
     accelerator: Accelerator
+    router: RouterClient
 
 
 def compose(
@@ -175,7 +176,7 @@ def compose(
         driver=core.driver,
         kernel=core.kernel,
         syncer=core.syncer,
-        router=core.accelerator,
+        router=core.router,
         statistics=statistics,
         settings=settings,
         bad_settings=bad_settings,
@@ -221,7 +222,7 @@ def _core(paths: HostPaths, settings: Settings, changes: Changes) -> Core:
     accelerator = Accelerator(
         host.store, syncer, client, router_settings(settings), own=lambda: host.own(kernel)
     )
-    return Core(host, kernel, driver, directory, syncer, accelerator)
+    return Core(host, kernel, driver, directory, syncer, accelerator, client)
 
 
 def _subscribe(changes: Changes, core: Core, ipv6_override: Ipv6Override) -> None:
@@ -237,9 +238,9 @@ def _subscribe(changes: Changes, core: Core, ipv6_override: Ipv6Override) -> Non
 
 
 def _admin(core: Core, snapshot: Snapshot) -> Any:
-    ping = Ping(core.driver, core.kernel, core.syncer, router=core.accelerator)
+    ping = Ping(core.driver, core.kernel, core.syncer, router=core.router)
     labels = PathLabels(core.driver, core.kernel, core.syncer)
-    return create_admin(snapshot, ping, lambda: labels.connections(core.accelerator.connections()))
+    return create_admin(snapshot, ping, lambda: labels.connections(core.router.connections()))
 
 
 def _parts(

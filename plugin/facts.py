@@ -39,7 +39,7 @@ class KernelFacts(Protocol):
 
 
 class RouterFacts(Protocol):
-    """See `driver.accelerator.Accelerator`. All raise RouterError."""
+    """See `dataplane.router_client.RouterClient`. All raise DataplaneError."""
 
     def statistics(self) -> Statistics: ...
 

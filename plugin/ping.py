@@ -20,9 +20,10 @@ from typing import Final
 import msgspec
 
 from dataplane.control import Statistics
+from dataplane.errors import DataplaneError
 from driver import options
 from driver.driver import Driver
-from driver.errors import InvalidRequest, NotFound, RouterError
+from driver.errors import InvalidRequest, NotFound
 from driver.kernel.namespace import is_namespace
 from driver.model import Endpoint, IPAddress, Network
 from plugin.echo import Prober, probe
@@ -134,7 +135,7 @@ class Ping:
             return "", ""
         try:
             known = self.router.statistics()
-        except RouterError:
+        except DataplaneError:
             return "overlay", "the router does not answer"
         if not network.acceleration:
             return "overlay", "acceleration is off for the network"

@@ -11,9 +11,10 @@ from pathlib import Path
 import msgspec
 
 from dataplane.control import RdmaFacts
+from dataplane.errors import DataplaneError
 from driver import names
 from driver.driver import Driver
-from driver.errors import FreeFlowError, RouterError, SettingError
+from driver.errors import FreeFlowError, SettingError
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
@@ -167,7 +168,7 @@ class Snapshot:
         try:
             statistics = self.router.statistics()
             counts = self.router.paths().paths
-        except RouterError as error:
+        except DataplaneError as error:
             if now - self.started > ROUTER_PATIENCE:
                 what = "the router does not answer; new connections stay on the overlay"
                 findings.append(Finding.of("warning", what, error))

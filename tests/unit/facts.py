@@ -7,8 +7,9 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 from dataplane.control import Connections, ContainerCounts, PathCount, PathCounts, Statistics
+from dataplane.errors import RouterAway
 from driver import names
-from driver.errors import FreeFlowError, KernelError, RouterError
+from driver.errors import FreeFlowError, KernelError
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
@@ -77,7 +78,7 @@ class FakeRouterFacts:
 
     def statistics(self) -> Statistics:
         if self.said is None:
-            raise RouterError(
+            raise RouterAway(
                 "the router doesn't answer", cause="no such file", remedy="see its log"
             )
         return self.said

@@ -20,7 +20,6 @@ from dataplane.control import (
 )
 from dataplane.errors import RouterAway
 from driver.accelerator import REPEAT, RETRY, SANDBOX_RETRY, Accelerator, ThisHost, facts
-from driver.errors import RouterError
 from driver.model import Endpoint, LocalContainer, Network, NetworkView, Peer, Service, Subnet, Task
 from driver.store import Store
 from driver.vip_table import NetworkState
@@ -246,14 +245,3 @@ def test_it_tells_by_itself(world: World) -> None:
     world.accelerator.wake()
     assert world.router.heard.wait(patience(5))
     assert world.router.told[-1].endpoints
-
-
-def test_questions_are_ours_to_fail(world: World) -> None:
-    """A query to an unreachable router raises the driver's own error."""
-    for ask in (
-        world.accelerator.statistics,
-        world.accelerator.connections,
-        world.accelerator.paths,
-    ):
-        with pytest.raises(RouterError, match="nobody there; read why: journalctl"):
-            ask()
