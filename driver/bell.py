@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import select
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 _MOUNTS: Final = Path("/proc/self/mountinfo")
@@ -22,17 +21,6 @@ class Bell:
     def __init__(self, mounts: Path = _MOUNTS) -> None:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._mounts = os.open(mounts, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __enter__(self) -> Bell:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def ring(self) -> None:
         """Wake the waiting thread, now or at its next `wait`."""
@@ -48,7 +36,3 @@ class Bell:
         for descriptor, _ in poll.poll(max(0.0, seconds) * 1000):
             if descriptor == self._event:
                 os.eventfd_read(self._event)
-
-    def close(self) -> None:
-        os.close(self._event)
-        os.close(self._mounts)

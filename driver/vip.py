@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 
@@ -69,29 +69,7 @@ def _turns(vip: IPv4Address) -> str:
     return f"tasks_{str(vip).replace('.', '_')}"
 
 
-class Changes(Protocol):
-    """Changes of our table, made in one transaction. Implemented by `kernel.nf_tables.Batch`."""
-
-    def add_table(self) -> None: ...
-    def create_table(self) -> None: ...
-    def delete_table(self) -> None: ...
-    def add_chain(self, name: str, hook: Hook | None = None) -> None: ...
-    def delete_chain(self, name: str) -> None: ...
-    def flush_chain(self, name: str) -> None: ...
-    def add_rule(self, chain: str, *expressions: bytes) -> None: ...
-    def add_set(self, name: str) -> None: ...
-    def add_dynamic_set(self, name: str, size: int) -> None: ...
-    def add_verdicts(self, name: str) -> None: ...
-    def add_turns(self, name: str) -> None: ...
-    def delete_set(self, name: str) -> None: ...
-    def add_addresses(self, name: str, addresses: Iterable[IPv4Address]) -> None: ...
-    def delete_addresses(self, name: str, addresses: Iterable[IPv4Address]) -> None: ...
-    def add_gotos(self, name: str, chains: Iterable[tuple[IPv4Address, str]]) -> None: ...
-    def put_turns(self, name: str, targets: Iterable[tuple[int, IPv4Address]]) -> None: ...
-    def delete_turns(self, name: str, numbers: Iterable[int]) -> None: ...
-
-
-def _write_frame(batch: Changes) -> None:
+def _write_frame(batch: Batch) -> None:
     """The parts that no VIP changes. They neither accept nor drop packets to other addresses."""
     to, refuser = nf.destination(), IPv4Address(REFUSER).packed
     not_tcp = (nf.protocol(), nf.differs(_TCP))
@@ -116,14 +94,14 @@ def _write_frame(batch: Changes) -> None:
     batch.add_rule("forward", to, nf.among("down"), *original, nf.goto("refuse"))
 
 
-def _write_rules(batch: Changes, vip: IPv4Address, count: int) -> None:
+def _write_rules(batch: Batch, vip: IPv4Address, count: int) -> None:
     """The rules that send new connections to `count` tasks in turn."""
     remember = (nf.destination(), nf.remember(DATAGRAMS))
     batch.add_rule(_chain(vip), nf.protocol(), nf.differs(_TCP), *remember)
     batch.add_rule(_chain(vip), nf.turn(count), nf.translate(_turns(vip)), nf.dnat())
 
 
-def _write_additions(batch: Changes, table: VipTable) -> None:
+def _write_additions(batch: Batch, table: VipTable) -> None:
     up = {vip: tasks for vip, tasks in sorted(table.items()) if tasks}
     for vip, tasks in up.items():
         batch.add_turns(_turns(vip))
@@ -162,7 +140,7 @@ def arrange(order: VipTable, table: VipTable, first: int = 0) -> VipTable:
     return made
 
 
-def write_new(batch: Changes, table: VipTable) -> None:
+def write_new(batch: Batch, table: VipTable) -> None:
     """Changes for a namespace without our table; they fail where it exists. Tasks take turns in
     order."""
     batch.create_table()
@@ -170,14 +148,14 @@ def write_new(batch: Changes, table: VipTable) -> None:
     _write_additions(batch, table)
 
 
-def write_removal(batch: Changes) -> None:
+def write_removal(batch: Batch) -> None:
     """Changes that remove our table, if there is one."""
     batch.add_table()
     batch.delete_table()
 
 
 def _write_turns(
-    batch: Changes, vip: IPv4Address, old: Sequence[IPv4Address], new: Sequence[IPv4Address]
+    batch: Batch, vip: IPv4Address, old: Sequence[IPv4Address], new: Sequence[IPv4Address]
 ) -> None:
     same = {number for number, pair in enumerate(zip(old, new, strict=False)) if pair[0] == pair[1]}
     batch.delete_turns(_turns(vip), [n for n in range(len(old)) if n not in same])
@@ -187,7 +165,7 @@ def _write_turns(
         _write_rules(batch, vip, len(new))
 
 
-def write_change(batch: Changes, old: VipTable, new: VipTable) -> None:
+def write_change(batch: Batch, old: VipTable, new: VipTable) -> None:
     """Changes from the rules of `old` to those of `new`, neither of which is empty."""
     both = old.keys() & new.keys()
     # A VIP that gets its first task or loses its last one is removed and added again.

@@ -23,7 +23,7 @@ def at(number: int) -> IPv4Address:
     return IPv4Address(f"10.0.4.{number}")
 
 
-class Rules:
+class Rules(nf.Batch):
     """A model of nf_tables for our changes, with its refusals: existing objects can't be created,
     missing ones can't be deleted."""
 
