@@ -202,23 +202,16 @@ class Store:
     def _bodies(self, decode: Callable[[bytes], T], sql: str, *values: Any) -> list[T]:
         return [decode(body) for (body,) in self._read(sql, *values)]
 
-    # --- networks
+    # --- networks, and allocations on managers
 
     def put_network(self, network: Network) -> None:
-        self._write(
-            "INSERT OR REPLACE INTO network VALUES (?, ?, ?)",
-            network.id,
-            network.vni,
-            records.encode(network),
-            durable=True,
-        )
+        self._put("network", network)
 
     def network(self, network_id: str) -> Network | None:
-        sql = "SELECT body FROM network WHERE id=?"
-        return next(iter(self._bodies(records.decode_network, sql, network_id)), None)
+        return self._one("network", network_id)
 
     def networks(self) -> list[Network]:
-        return self._bodies(records.decode_network, "SELECT body FROM network ORDER BY id")
+        return self._all("network")
 
     def delete_network(self, network_id: str) -> None:
         """Forget a network and its endpoints."""
@@ -226,27 +219,29 @@ class Store:
             connection.execute("DELETE FROM endpoint WHERE network_id=?", (network_id,))
             connection.execute("DELETE FROM network WHERE id=?", (network_id,))
 
-    # --- allocations, on managers
-
     def put_allocation(self, network: Network) -> None:
-        self._write(
-            "INSERT OR REPLACE INTO allocation VALUES (?, ?, ?)",
-            network.id,
-            network.vni,
-            records.encode(network),
-            durable=True,
-        )
+        self._put("allocation", network)
 
     def allocation(self, network_id: str) -> Network | None:
-        sql = "SELECT body FROM allocation WHERE id=?"
-        return next(iter(self._bodies(records.decode_network, sql, network_id)), None)
+        return self._one("allocation", network_id)
 
     def allocations(self) -> list[Network]:
-        return self._bodies(records.decode_network, "SELECT body FROM allocation ORDER BY id")
+        return self._all("allocation")
 
     def delete_allocation(self, network_id: str) -> None:
         if self._read("SELECT 1 FROM allocation WHERE id=?", network_id):
             self._write("DELETE FROM allocation WHERE id=?", network_id, durable=True)
+
+    def _put(self, table: str, network: Network) -> None:
+        sql = f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)"
+        self._write(sql, network.id, network.vni, records.encode(network), durable=True)
+
+    def _one(self, table: str, network_id: str) -> Network | None:
+        sql = f"SELECT body FROM {table} WHERE id=?"
+        return next(iter(self._bodies(records.decode_network, sql, network_id)), None)
+
+    def _all(self, table: str) -> list[Network]:
+        return self._bodies(records.decode_network, f"SELECT body FROM {table} ORDER BY id")
 
     def taken_vnis(self) -> dict[int, str]:
         """VNI → network ID, of this host's networks and of allocations."""
