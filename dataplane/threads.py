@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -14,18 +15,15 @@ def in_thread(function: Callable[[], T]) -> T:
 
     In Linux each thread has its own namespaces. A thread that changed one must not do other work.
     """
-    outcome: list[T] = []
-    failure: list[BaseException] = []
+    future: Future[T] = Future()
 
     def body() -> None:
         try:
-            outcome.append(function())
+            future.set_result(function())
         except BaseException as error:
-            failure.append(error)
+            future.set_exception(error)
 
     thread = threading.Thread(target=body, name="netns", daemon=True)
     thread.start()
     thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+    return future.result()

@@ -13,6 +13,7 @@ import click
 
 from driver.errors import FreeFlowError
 from plugin.cli.client import Client, Engine, InUse, NotRunning
+from plugin.cli.show import findings, show_connections, show_peers, show_status
 from plugin.cli.terminal import json_text, lines, say, say_json, shown, shown_all
 from plugin.cli.user_files import users_root
 from plugin.status import explanation
@@ -54,6 +55,14 @@ def _explained(
         return run
 
     return decorate
+
+
+def _print(value: Any, text: str, as_json: bool) -> None:
+    """Print a value as JSON, or its text."""
+    if as_json:
+        say_json(value)
+    else:
+        say(text, newline=False)
 
 
 class _Guarded(click.Group):
@@ -119,13 +128,8 @@ def status(client: Client, as_json: bool = False) -> None:
     Exit code: 0 everything works, 1 something is wrong (the last lines say what, and what to type),
     2 the plugin is not running or can't be used.
     """
-    from plugin.cli.show import show_status
-
     found = client.status()
-    if as_json:
-        say_json(found)
-    else:
-        say(show_status(found), newline=False)
+    _print(found, show_status(found), as_json)
     sys.exit(0 if found.healthy else PROBLEMS)
 
 
@@ -135,13 +139,8 @@ def status(client: Client, as_json: bool = False) -> None:
 @_explained()
 def peers(client: Client, as_json: bool) -> None:
     """List the other hosts and the shared networks."""
-    from plugin.cli.show import show_peers
-
     found = client.status()
-    if as_json:
-        say_json({network.id: network.peers for network in found.networks})
-    else:
-        say(show_peers(found), newline=False)
+    _print({network.id: network.peers for network in found.networks}, show_peers(found), as_json)
 
 
 @cli.command()
@@ -156,13 +155,8 @@ def connections(client: Client, as_json: bool) -> None:
     through shared memory instead of the kernel's TCP. rdma: the RDMA device writes them into the
     other host's memory. relay: the hosts' relays carry them over TCP connections of their own.
     """
-    from plugin.cli.show import show_connections
-
     found = client.connections()
-    if as_json:
-        say_json(found)
-    else:
-        say(show_connections(found), newline=False)
+    _print(found, show_connections(found), as_json)
 
 
 @cli.command()
@@ -233,7 +227,6 @@ def doctor(client: Client, container: str | None, as_json: bool) -> None:
     """
     from plugin.cli.container_check import examine_container
     from plugin.cli.doctor import examine
-    from plugin.cli.show import findings
 
     report = examine(client) if container is None else examine_container(client, container)
     if as_json:
