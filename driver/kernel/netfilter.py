@@ -6,23 +6,13 @@ network namespace. Constants: linux/netfilter/nfnetlink.h.
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import socket
 import struct
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from dataplane.nlmsg import (
-    ACK,
-    DONE,
-    DUMP,
-    ERROR,
-    INTERRUPTED,
-    check,
-    error_number,
-    message,
-    messages,
-)
+from dataplane.nlmsg import DONE, DUMP, ERROR, INTERRUPTED, Netlink, check, messages
 
 IPV4: Final = 2
 FAMILY: Final = struct.Struct("!BBH")
@@ -67,14 +57,13 @@ def dump(kind: int, family: int, most: int, *parts: bytes) -> Iterator[tuple[int
         OSError: the kernel refused.
         OverflowError: there are more objects.
     """
-    with open_socket() as channel:
-        request = FAMILY.pack(family, 0, 0) + b"".join(parts)
-        channel.send(message(kind, DUMP, 1, request))
+    with contextlib.closing(Netlink(open_socket())) as netlink:
+        netlink.send(kind, DUMP, FAMILY.pack(family, 0, 0) + b"".join(parts))
         count = 0
         while True:
             # The first part has arrived when the send returns, each other when its predecessor is
             # read.
-            for got, _, flags, body in messages(channel.recv(_LARGEST)):
+            for got, flags, body in netlink.receive():
                 if flags & INTERRUPTED:
                     raise InterruptedDumpError
                 if got == DONE:
@@ -96,16 +85,11 @@ def send_each(kind: int, family: int, requests: Iterable[bytes]) -> int:
         OSError: the kernel refused for another reason.
     """
     done = 0
-    with open_socket() as channel:
-        for number, parts in enumerate(requests):
-            channel.send(message(kind, ACK, number & 0xFFFF, FAMILY.pack(family, 0, 0) + parts))
-            for got, _, body in answers(channel):
-                if got != ERROR:
-                    continue
-                refused = error_number(body)
-                if refused != errno.ENOENT:
-                    check(body)
-                done += not refused
+    with contextlib.closing(Netlink(open_socket())) as netlink:
+        for parts in requests:
+            with contextlib.suppress(FileNotFoundError):
+                netlink.change(kind, 0, FAMILY.pack(family, 0, 0) + parts)
+                done += 1
     return done
 
 
