@@ -39,7 +39,6 @@ from driver.model import (
     IPNetwork,
     LocalContainer,
     Network,
-    NetworkView,
     Subnet,
 )
 from driver.ports import Kernel
@@ -264,20 +263,20 @@ class Driver:
 
     def forget_network(self, network_id: str) -> bool:
         """Forget a network that Docker no longer knows. False: it has endpoints and stays."""
-        return self._remove_unused(network_id, keep_links=self.keep_links, row=True)
-
-    def remove_links(self, short_id: str) -> bool:
-        """Remove the links of a network, known or not. False: it has endpoints, the links stay."""
-        return self._remove_unused(short_id, keep_links=False, row=False)
-
-    def _remove_unused(self, network_id: str, *, keep_links: bool, row: bool) -> bool:
         with self._network_locks.hold(names.short(network_id)):
             if self.store.has_endpoints(network_id):
                 return False
-            if not keep_links:
+            if not self.keep_links:
                 self.kernel.remove_network(network_id)
-            if row:
-                self.store.delete_network(network_id)
+            self.store.delete_network(network_id)
+        return True
+
+    def remove_links(self, short_id: str) -> bool:
+        """Remove the links of a network, known or not. False: it has endpoints, the links stay."""
+        with self._network_locks.hold(short_id):
+            if self.store.has_endpoints(short_id):
+                return False
+            self.kernel.remove_network(short_id)
         return True
 
     # --- endpoints
@@ -451,20 +450,6 @@ class Driver:
         self._wake()
 
     # --- what was lost
-
-    def restore_network(self, view: NetworkView) -> None:
-        """Store a network again from the engine's view of it.
-
-        Raises:
-            InvalidRequest, Conflict: see `create_network`.
-        """
-        self.create_network(
-            view.id,
-            view.options,
-            view.subnets,
-            ipv6=view.ipv6,
-            internal=view.internal,
-        )
 
     def adopt(self, network_id: str, container: LocalContainer) -> None:
         """Store an endpoint again whose links exist, and repair them.

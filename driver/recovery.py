@@ -207,7 +207,9 @@ class Collector:
             # For a Swarm's network Docker repeats CreateNetwork when it is needed, for others not.
             if not lost and view.scope not in _LASTING_SCOPES:
                 return
-            self.driver.restore_network(view)
+            self.driver.create_network(
+                view.id, view.options, view.subnets, ipv6=view.ipv6, internal=view.internal
+            )
             result.networks_restored.append(view.id)
         for container in lost:
             key = container.sandbox_key or self.directory.sandbox_key(container.id)
