@@ -41,8 +41,10 @@ AGAIN: Final = (0.0, 1.0, 2.0)
 LEAST_PAUSE: Final = 1.0
 MOST_PAUSE: Final = 60.0
 """Seconds between attempts at a link without connections, doubled each time."""
-GIVE_UP: Final = 30.0
-"""Seconds without a link after which its connections are reset."""
+GIVE_UP: Final = {Transport.RDMA: 30.0, Transport.RELAY: 924.6}
+"""Seconds without a link after which its connections are reset. With TCP, which may cross the same
+network, as long as a TCP connection of its own would try (tcp_retries2 in the kernel's
+ip-sysctl.rst)."""
 KINDS: Final = {Transport.RDMA: relay.VERBS, Transport.RELAY: relay.TCP}
 """The relay's numbers of transports."""
 _WORDS: Final = {Transport.RDMA: "", Transport.RELAY: "relay"}
@@ -428,7 +430,7 @@ class Links(LinkTable):
             "link can't be made again; its connections are reset",
             peer=str(link.peer),
             reason=link.reason,
-            seconds=GIVE_UP,
+            seconds=GIVE_UP[link.transport],
         )
         self._lose(link, link.reason)
         self._retry(link)
@@ -454,7 +456,7 @@ class Links(LinkTable):
         if state in (LinkState.NONE, LinkState.UP):
             self.stop_deadline(link)
         elif state is not LinkState.MAKING and link.deadline is None:
-            link.deadline = self._loop.after(GIVE_UP, lambda: self._give_up(link))
+            link.deadline = self._loop.after(GIVE_UP[link.transport], lambda: self._give_up(link))
 
 
 def _is_known(link: Link, offer: LinkOffer) -> bool:

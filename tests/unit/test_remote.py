@@ -451,7 +451,9 @@ def test_link_and_session_gone(world: World) -> None:
     tcp = upgraded(world)
     world.lose(*world.hosts)
     world.break_link(*world.hosts)
-    world.loop.run(GIVE_UP - 1)
+    remote = world.remote(tcp, 0)
+    assert remote is not None
+    world.loop.run(GIVE_UP[remote.state.transport] - 1)
     assert not world.hosts[0].severed
     world.loop.run(2)
     assert world.hosts[0].severed
@@ -777,6 +779,25 @@ def test_rdma_off_for_the_network() -> None:
     world.connect_all()
     world.loop.run(1)
     assert moved(world) is Transport.RELAY
+
+
+def test_a_long_outage() -> None:
+    """If hosts don't reach each other for ten minutes, connections over TCP between relays go on
+    afterwards, as those over TCP would.
+    """
+    world = started(cards=(), tcp=ALL)
+    tcp = upgraded(world)
+    world.cut()
+    world.break_link(*world.hosts)
+    world.lose(*world.hosts)
+    world.loop.run(600)
+    assert not any(host.severed for host in world.hosts)
+    world.cut(mend=True)
+    world.connect_all()
+    world.loop.run(10)
+    assert world.remote(tcp, 0)
+    assert world.remote(tcp, 1)
+    assert world.hosts[0].transport(world.hosts[1]) is Transport.RELAY
 
 
 def test_memory_of_tcp_is_not_registered() -> None:
