@@ -57,7 +57,7 @@ def test_both_sides_mean_the_same_bytes(folder: Path) -> None:
         lines.append(f'printf("%d\\n", COUNT_{counter.upper()});')
         expected.append(number)
     for number, use in enumerate(USES):
-        lines.append(f'printf("%d\n", USAGE_{use.upper()});')
+        lines.append(f'printf("%d\\n", USAGE_{use.upper()});')
         expected.append(number)
     source = folder / "protocol.c"
     source.write_text("\n".join([*lines, "return 0; }"]))
