@@ -180,6 +180,8 @@ class ContainerCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Ends of connections in shared memory."""
     bells: int = 0
     memory: int = 0
+    relay_cpu: float = 0.0
+    """Seconds of the processor that the relay has used for it."""
     builds: dict[str, int] = {}
     """Processes, by the build ID of their library."""
 

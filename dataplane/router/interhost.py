@@ -221,6 +221,8 @@ class InterHost:
             case relay_wire.RelayCounters():
                 self._counters = message.counters
                 self._ruling.use.answered()
+            case relay_wire.RelayUsage():
+                self._ruling.use.counted(message.arena, message.link, message.values)
             case _:
                 self.remotes.relay_message(message)
 

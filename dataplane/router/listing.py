@@ -216,6 +216,7 @@ def _counts(container: ContainerRecord, knowledge: Knowledge) -> ContainerCounts
         waiting=len(container.waiting),
         connections=len(container.ends),
         bells=container.bells,
+        relay_cpu=container.relay_cpu,
         memory=sum(container.memory.values()),
         builds=builds,
     )

@@ -60,6 +60,8 @@ class ContainerRecord:
     sides: int = 0
     """Sides of arenas. While there is one the container is kept, with or without processes."""
     bells: int = 0
+    relay_cpu: float = 0.0
+    """Seconds of the processor that the relay has used for it."""
     memory: Counter[int] = field(default_factory=Counter)
     """Bytes of arenas, by the namespace at their other side."""
 

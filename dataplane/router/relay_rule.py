@@ -68,7 +68,7 @@ class Use(NamedTuple):
     slots: float = 0.0
     """Connections that these wake-ups were for, together."""
     messages: float = 0.0
-    """Messages between the two relays."""
+    """Messages between the two relays; a link's alone."""
     blocks: float = 0.0
     """Blocks of connections in them."""
 
@@ -326,9 +326,9 @@ def why_leave(process: Use, link: Use, rule: RelayRule, offload: bool) -> Reason
         rule: the settings.
         offload: as for `EnterRule.decide`.
     """
-    if is_bulk(process.bytes, process.slots, rule):
+    if is_bulk(process.bytes, process.blocks, rule):
         return Reason.BULK if offload else None
-    if NEAR * process.slots < rule.busy:
+    if NEAR * process.blocks < rule.busy:
         return None
     of_process = process.slots >= rule.batch * process.bells
     of_link = link.messages > 0 and link.blocks >= rule.batch * link.messages

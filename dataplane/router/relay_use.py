@@ -29,6 +29,8 @@ SETTLE: Final = 2.0
 after the other."""
 GATHER: Final = 0.1
 """Seconds from the relay's first answer to the last."""
+COUNTED: Final = 65536
+"""Arenas and links whose counters are kept, though they do nothing."""
 BURST: Final = 3.0
 """Seconds of its limit that a container may use at once."""
 QUOTA_AGE: Final = 30.0
@@ -109,8 +111,6 @@ class RelayUse:
         """Of containers, with the time at which they were read."""
         self.rates: dict[int, float] = {}
         """Messages per second over the relay, of each process."""
-        self.cpu: dict[int, float] = {}
-        """Seconds of the processor that the relay has used, by container."""
 
     def forget_relay(self) -> None:
         """The relay has ended, with its counters."""
@@ -138,7 +138,7 @@ class RelayUse:
             pairs[connection.end.process, connection.host.address].append(connection)
         self._since = {pair: self._since.get(pair, now) for pair in pairs}
         uses = self._uses(seconds)
-        self.rates = {process: use.slots for process, use in uses.items()}
+        self.rates = {process: use.blocks for process, use in uses.items()}
         for pair, connections in pairs.items():
             link = self._counters.get((0, owner.link_number(pair[1])))
             use = use_of([_per_second(link, seconds)])
@@ -178,9 +178,11 @@ class RelayUse:
     def _next(self) -> None:
         """Prepare for the next answer."""
         for key, counter in list(self._counters.items()):
-            counter.last = counter.now
-            if key[0] and key[0] not in self._pairing.arenas:
+            is_gone = key[0] and key[0] not in self._pairing.arenas
+            is_old = len(self._counters) > COUNTED and counter.last == counter.now
+            if is_gone or is_old:
                 del self._counters[key]
+            counter.last = counter.now
 
     # --- the processor
 
@@ -200,9 +202,10 @@ class RelayUse:
                 spent[known.sides[0].namespace] += used
         self._shares = {who: share for who, share in self._shares.items() if who in by_container}
         self._quotas = {who: quota for who, quota in self._quotas.items() if who in by_container}
-        self.cpu = {who: used for who, used in self.cpu.items() if who in self._pairing.containers}
         for namespace, used in spent.items():
-            self.cpu[namespace] = self.cpu.get(namespace, 0.0) + used
+            container = self._pairing.containers.get(namespace)
+            if container is not None:
+                container.relay_cpu += used
             connections = by_container.get(namespace, [])
             if connections and self._is_too_much(namespace, connections[0], used):
                 log.warning(

@@ -86,3 +86,26 @@ def test_few_stay(hosts: Hosts) -> None:
         until(hosts, ("overlay", "few"), 2)
         time.sleep(5)
         until(hosts, ("overlay", "few"), 2, 1)
+
+
+def test_the_rest_fall_silent(hosts: Hosts) -> None:
+    """When all connections but one fall silent the pair goes back to TCP, whole, with the reason
+    `slow`; when all are busy again nothing enters during the pause.
+    """
+    with pings(hosts, 16) as client:
+        until(hosts, ("relay", None), 16)
+        assert client.stdin is not None
+        client.stdin.write("1\n")
+        client.stdin.flush()
+        deadline = time.monotonic() + patience(20)
+        while any(path == "relay" for host in hosts for path, _ in paths(host)):
+            assert time.monotonic() < deadline, [paths(host) for host in hosts]
+            time.sleep(0.2)
+        assert any(paths(host)["overlay", "slow"] for host in hosts)
+        client.stdin.write("16\n")
+        client.stdin.flush()
+        time.sleep(2)
+        assert not any(path == "relay" for host in hosts for path, _ in paths(host))
+        for host in hosts:
+            (container,) = host.router.statistics().containers
+            assert 0 < container.relay_cpu < 60

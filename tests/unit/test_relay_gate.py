@@ -198,7 +198,7 @@ def test_leaving(world: World, traffic: Traffic, who: int) -> None:
     world.loop.run(10)
     assert granted(world, made) == 8
     traffic.uses = lambda host: (
-        counters(host, bells_in=1000, slots_in=1000) if host.number == who else None
+        counters(host, bells_in=1000, slots_in=1000, blocks_in=1000) if host.number == who else None
     )
     world.loop.run(5)
     assert granted(world, made) == 0
@@ -216,7 +216,9 @@ def test_leaving(world: World, traffic: Traffic, who: int) -> None:
 def test_staying(world: World, traffic: Traffic) -> None:
     """Connections whose wake-ups serve several stay on the relay."""
     made = busy(world, traffic, 8)
-    traffic.uses = lambda host: counters(host, bells_in=1000, slots_in=8000, bytes_in=64 * 8000)
+    traffic.uses = lambda host: counters(
+        host, bells_in=1000, slots_in=8000, blocks_in=8000, bytes_in=64 * 8000
+    )
     world.loop.run(60)
     assert granted(world, made) == 8
 
@@ -228,7 +230,9 @@ def test_bulk_without_offload(traffic: Traffic, world: World) -> None:
     made = busy(world, traffic, 1, 5000, 128 << 10)
     world.loop.run(5)
     assert granted(world, made) == 1
-    traffic.uses = lambda host: counters(host, bells_in=3000, slots_in=3000, bytes_in=300_000_000)
+    traffic.uses = lambda host: counters(
+        host, bells_in=3000, slots_in=3000, blocks_in=3000, bytes_in=300_000_000
+    )
     world.loop.run(30)
     assert granted(world, made) == 1
 
@@ -249,7 +253,9 @@ def test_processor(
     world.loop.run(5)
     spent = int(uses * 1e9)
     traffic.uses = lambda host: (
-        counters(host, bells_in=1000, slots_in=8000, cpu=spent) if host.number == who else None
+        counters(host, bells_in=1000, slots_in=8000, blocks_in=8000, cpu=spent)
+        if host.number == who
+        else None
     )
     world.loop.run(30)
     assert granted(world, made) == (0 if leaves else 8)
@@ -259,7 +265,7 @@ def test_processor(
         world.loop.run(5)
         assert waits(world, late[0]) == [Reason.LIMIT, Reason.LIMIT]
     namespace = world.hosts[who].namespace(1)
-    assert world.hosts[who].ruling.use.cpu[namespace] > 1.0
+    assert world.hosts[who].pairing.containers[namespace].relay_cpu > 1.0
 
 
 def test_a_relay_that_ends(world: World, traffic: Traffic) -> None:
