@@ -54,6 +54,7 @@
 
 enum {
         POLL_TURNS = 32, /* turns between polls of descriptors while there is work */
+        BUSY_US = 100,   /* microseconds between them, if turns take long */
         POLL_US = 16,    /* microseconds between them while spinning */
         LINGER = 100,    /* ms for the last messages to arrive */
 };
@@ -163,16 +164,22 @@ static void sleep_now(void)
 
 static void run(void)
 {
+        uint64_t polled = now();
+
         for (unsigned turns = 0;; turns++) {
                 bool any = turn();
+                uint64_t present = any ? now() : 0;
 
                 relay.core = settings.spin ? (uint32_t)sched_getcpu() + 1 : 0;
-                if (any && turns % POLL_TURNS == 0) {
+                if (any && (turns % POLL_TURNS == 0 || present - polled >= BUSY_US * 1000)) {
                         watches_poll(0);
-                        tick(now());
+                        tick(present);
+                        polled = present;
                 }
-                if (!any && !spin())
+                if (!any && !spin()) {
                         sleep_now();
+                        polled = now();
+                }
                 if (!relay.stop_at)
                         continue;
                 if (!leaving)

@@ -189,6 +189,9 @@ static int tcp_connect_channel(struct link *link, const struct wire_address *add
         for (unsigned i = 0; i < LANES && !error; i++)
                 error = channel->sockets[i].in.stage ? EALREADY
                                                      : start_socket(&channel->sockets[i], address, text);
+        /* The link is not up: it must hear nothing. */
+        for (unsigned i = 0; i < LANES && error; i++)
+                watch_remove(&channel->sockets[i].watch);
         return error;
 }
 

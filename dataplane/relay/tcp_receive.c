@@ -19,7 +19,7 @@
 #include <string.h>
 
 enum {
-        READS = 8, /* of one socket in one turn */
+        SHARE = 128 * 1024, /* bytes of one socket in one turn, after which others have theirs */
         VECS = 64,
         SINK = 64 * 1024,
         AHEAD = 2048, /* bytes that are read behind bulk: the next record's head, and little more */
@@ -302,8 +302,8 @@ static size_t aim(struct tcp_socket *s, struct iovec *vecs, size_t *count_of, si
         return payload;
 }
 
-/* One read. False: there is no more for now, or the link is down. */
-static bool receive(struct tcp_socket *s)
+/* One read, of `bytes`. False: there is no more for now, or the link is down. */
+static bool receive(struct tcp_socket *s, size_t *bytes)
 {
         struct incoming *in = &s->in;
         struct iovec vecs[VECS];
@@ -327,6 +327,7 @@ static bool receive(struct tcp_socket *s)
                 refuse(s, got ? errno : ECONNRESET, text);
                 return false;
         }
+        *bytes += (size_t)got;
         direct = (size_t)got < payload ? (size_t)got : payload;
         advance(in, direct);
         in->end += (size_t)got - direct;
@@ -353,7 +354,7 @@ bool tcp_poll(void)
 
                 list_remove(&s->in.node);
                 list_add(&ready, &s->in.node);
-                for (int i = 0; i < READS && receive(s); i++)
+                for (size_t bytes = 0; bytes < SHARE && receive(s, &bytes);)
                         ;
         }
         return any;

@@ -37,7 +37,7 @@ from tests.relay.test_hostile import connect_half
 SMALL = layout.PAGE - layout.RING_HEADER
 TAIL, READY_WORD = 0, 72
 GONE = 512
-TRIES = 250
+TRIES = 1000
 
 
 @contextmanager
@@ -265,7 +265,10 @@ def test_authentic_nonsense(binary: Path, end: Path, seed: int) -> None:
                 assert not place(one).error
         assert result(first)["received"] == result(second)["received"] == 1_500_000
         peer.close()
-        assert a.counts()["connections"] == 2
+        counts = a.counts()
+        assert counts["connections"] == 2
+        # Some were valid, some broke their connection, some their link.
+        assert min(counts["messages_in"], counts["corrupt"], counts["downs"]) > 10, counts
 
 
 def test_a_flood_delays_others_but_does_not_stop_them(binary: Path, end: Path) -> None:
