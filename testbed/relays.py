@@ -87,7 +87,7 @@ NUMBER: Final = struct.Struct("=HHII")
 OUTCOME: Final = struct.Struct("=HHIi96s")
 OFFER: Final = struct.Struct("=HHIi96sHH128s")
 ACCEPT: Final = struct.Struct("=HHIIHH128s")
-ARENA: Final = struct.Struct("=HHIQ")
+ARENA: Final = struct.Struct("=HHIQQ")
 SLOT: Final = struct.Struct("=HHIIIQQ")
 FRAME: Final = struct.Struct("=HHI")
 COUNTS: Final = struct.Struct("=HHI24Q")
@@ -376,13 +376,13 @@ def result(process: subprocess.Popen[str], seconds: float = 60) -> dict[str, flo
     return found
 
 
-def give_arena(relay: Relay, ring: int = RING) -> End:
-    """Give the relay a new arena; the end in its slot 0."""
+def give_arena(relay: Relay, ring: int = RING, owner: int = 0) -> End:
+    """Give the relay a new arena of a process; the end in its slot 0."""
     memory = LinuxArenaMemory().make(ring_size=ring, remote=True)
     arena = next(_numbers)
     end = End(relay, 0, memory, arena=arena, ring=ring)
     receives, end.rings_relay = socket.socketpair()
-    relay.raw(ARENA.pack(KINDS["ARENA"], ARENA.size, ring, arena), memory, receives.fileno())
+    relay.raw(ARENA.pack(KINDS["ARENA"], ARENA.size, ring, arena, owner), memory, receives.fileno())
     receives.close()
     return end
 
@@ -392,7 +392,7 @@ def give_bells(end: End, count: int = 2) -> None:
     for index in range(count):
         waits, rings = socket.socketpair()
         end.waits.append(waits)
-        packed = ARENA.pack(KINDS["BELL"], ARENA.size, end.slot * count + index, end.arena)
+        packed = ARENA.pack(KINDS["BELL"], ARENA.size, end.slot * count + index, end.arena, 0)
         end.relay.raw(packed, rings.fileno())
         rings.close()
 

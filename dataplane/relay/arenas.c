@@ -181,7 +181,7 @@ static void close_bell(const struct shared *shared)
                 close(shared->bell.fd);
 }
 
-struct shared *arena_add(uint64_t id, uint32_t size_of_ring, int memory, int bell, char *text)
+struct shared *arena_add(uint64_t id, uint64_t owner, uint32_t size_of_ring, int memory, int bell, char *text)
 {
         struct shared *shared = calloc(1, sizeof *shared);
 
@@ -190,6 +190,7 @@ struct shared *arena_add(uint64_t id, uint32_t size_of_ring, int memory, int bel
         *shared = (struct shared){
             .bell = {.fd = bell, .call = on_bell},
             .id = id,
+            .owner = owner,
             .memory = memory,
             .size_of_ring = size_of_ring,
         };

@@ -20,7 +20,7 @@ struct shared {
         struct node same;   /* in its hash bucket */
         struct node polled; /* in the list of those that cannot ring the relay's bell yet */
         struct node due;    /* in the list of those with bells to ring */
-        uint64_t id;
+        uint64_t id, owner;
         bool guarded; /* the kernel refuses descriptors that are sent to the relay's bell */
         int memory;
         uint32_t size_of_ring;
@@ -36,7 +36,8 @@ struct shared {
 void arenas_start(void (*woken)(struct mirror *mirror));
 /* R_ARENA; takes over both descriptors. NULL: it is not a remote arena of this version; `text` says
  * why. */
-struct shared *arena_add(uint64_t id, uint32_t size_of_ring, int memory, int bell, char *text);
+struct shared *arena_add(uint64_t id, uint64_t owner, uint32_t size_of_ring, int memory, int bell,
+                         char *text);
 struct shared *arena_find(uint64_t id);
 /* R_BELL; takes over the descriptor. */
 void arena_set_bell(struct shared *shared, uint32_t index, int bell);

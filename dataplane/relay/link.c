@@ -20,6 +20,10 @@ struct reply {
 enum {
         REPLIES = 4096,
         SILENCE = 10000, /* ms: a peer that lives answers WIRE_DROPPED sooner */
+        /* in bytes, and for each block what it costs besides */
+        BLOCK_COST = 1024,
+        CREDIT = 64 * 1024, /* of a source, before the next one's turn */
+        TURN = 1024 * 1024, /* of a lane in one turn of the relay */
 };
 
 static struct node links = LIST(links);
@@ -46,10 +50,11 @@ struct link *link_add(uint32_t number)
         usage_start(&link->usage, 0, number);
         list_init(&link->all);
         list_init(&link->mirrors);
+        list_init(&link->sources);
         list_init(&link->dropping);
         for (int i = 0; i < LANES; i++) {
                 link->lanes[i].link = link;
-                list_init(&link->lanes[i].queue);
+                list_init(&link->lanes[i].round);
                 list_init(&link->lanes[i].moving);
         }
         list_add(&links, &link->all);
@@ -253,6 +258,23 @@ static void add_replies(struct lane *lane, struct wire_message *message)
         }
 }
 
+/* The part whose turn it is, with credit and a connection in its queue; NULL: there is none. */
+static struct part *next_part(struct lane *lane)
+{
+        while (list_holds(&lane->round)) {
+                struct part *part = OF(lane->round.after, struct part, turn);
+                bool empty = !list_holds(&part->queue);
+
+                if (!empty && part->credit > 0)
+                        return part;
+                part->credit = empty ? 0 : part->credit + CREDIT;
+                list_remove(&part->turn);
+                if (!empty)
+                        list_add(&lane->round, &part->turn);
+        }
+        return NULL;
+}
+
 /* Has the peer received all that was sent about the connection? Then it may go over. */
 static bool has_arrived(const struct lane *lane, const struct mirror *mirror)
 {
@@ -268,7 +290,7 @@ static bool moves(struct lane *lane, struct mirror *mirror)
                 return false;
         if (has_arrived(lane, mirror)) {
                 mirror_set_lane(mirror, wanted);
-                list_add(&lane->link->lanes[wanted].queue, &mirror->queued);
+                mirror_enqueue(mirror);
         } else {
                 list_add(&lane->moving, &mirror->queued);
                 lane->asks = true;
@@ -287,18 +309,22 @@ static void move_on(struct lane *lane)
                         continue;
                 list_remove(node);
                 if (!moves(lane, mirror))
-                        list_add(&lane->queue, node);
+                        mirror_enqueue(mirror);
         }
 }
 
-static void add_blocks(struct lane *lane, struct wire_message *message)
+/* Returns what it has cost. */
+static uint64_t add_blocks(struct lane *lane, struct wire_message *message)
 {
         struct link *link = lane->link;
         unsigned writes = WRITES;
+        uint64_t cost = 0;
+        struct part *part;
 
-        while (list_holds(&lane->queue) && message->header.blocks < BLOCKS &&
-               link->transport->has_room(link, index_of(lane), writes)) {
-                struct mirror *mirror = OF(lane->queue.after, struct mirror, queued);
+        while (message->header.blocks < BLOCKS && link->transport->has_room(link, index_of(lane), writes) &&
+               (part = next_part(lane))) {
+                struct mirror *mirror = OF(part->queue.after, struct mirror, queued);
+                uint64_t before = mirror->sent, more;
 
                 list_remove(&mirror->queued);
                 if (!mirror_has_work(mirror) || moves(lane, mirror))
@@ -306,23 +332,29 @@ static void add_blocks(struct lane *lane, struct wire_message *message)
                 mirror_send(mirror, &message->blocks[message->header.blocks++], lane->batch);
                 mirror->last_message = lane->sent + 1;
                 writes += WRITES;
-                /* The rest waits until the others had their turn. */
+                more = mirror->sent - before + BLOCK_COST;
+                part->credit -= (int64_t)more;
+                cost += more;
+                /* The rest waits until the process's other connections had their turn. */
                 if (mirror_has_work(mirror))
-                        list_add(&lane->queue, &mirror->queued);
+                        list_add(&part->queue, &mirror->queued);
         }
+        return cost;
 }
 
-static void send_batch(struct lane *lane)
+/* Returns what it has cost. */
+static uint64_t send_batch(struct lane *lane)
 {
         struct link *link = lane->link;
         struct wire_message message;
         /* Memory is released after a completion, by us or by the peer. */
         bool soon = lane->replies || list_holds(&link->dropping) || relay.stop_at;
+        uint64_t cost;
 
         message.header = (struct wire_header){.magic = WIRE_MAGIC};
         lane->batch++;
         add_replies(lane, &message);
-        add_blocks(lane, &message);
+        cost = add_blocks(lane, &message);
         message.header.flags = lane->asks ? WIRE_ASKS : 0;
         message.header.granted = lane->granted = lane->received + link->transport->window;
         lane->asks = lane->answers = false;
@@ -334,24 +366,27 @@ static void send_batch(struct lane *lane)
             link, index_of(lane), &message,
             (uint32_t)(sizeof message.header + message.header.blocks * sizeof *message.blocks), lane->batch,
             soon);
+        return cost;
 }
 
-static bool has_work(const struct lane *lane)
+static bool has_work(struct lane *lane)
 {
-        return list_holds(&lane->queue) || lane->replies;
+        return next_part(lane) || lane->replies;
 }
 
 static bool flush(struct lane *lane)
 {
         struct link *link = lane->link;
+        uint64_t cost = 0;
         bool any = false;
 
-        while (link_is_live(link)) {
+        /* Other lanes, and what has come meanwhile, wait no longer than this. */
+        while (link_is_live(link) && cost < TURN) {
                 if (!(has_work(lane) && may_send(lane, true) &&
                       link->transport->has_room(link, index_of(lane), WRITES)) &&
                     !(owes_message(lane) && may_send(lane, false)))
                         break;
-                send_batch(lane);
+                cost += send_batch(lane);
                 any = true;
         }
         return any;

@@ -45,6 +45,16 @@ static inline void list_add(struct node *list, struct node *node)
         list->before = node;
 }
 
+/* The list begins with this node from now on; those before it come last. */
+static inline void list_begin(struct node *list, struct node *first)
+{
+        list_remove(list);
+        list->before = first->before;
+        list->after = first;
+        first->before->after = list;
+        first->before = list;
+}
+
 /* Each node of a list; the current one may be removed. */
 #define EACH(node, list)                                                                                     \
         for (struct node *node = (list)->after, *node##_next = node->after; node != (list);                  \

@@ -13,6 +13,7 @@
  *      mirror_end                      how a connection ends or falls back to TCP
  *      mirror_scan                     what the process does in its rings
  *      mirror                          one connection: its state
+ *      source                          a process's connections over one link
  *      queue.h, transport.h            a link as its connections see it; the transports' contract
  *      arenas                          memory and bells that are shared with processes
  *      usage                           what each arena and link uses of the relay

@@ -140,7 +140,8 @@ void mirror_activate(struct mirror *m)
         m->idle_turns = 0;
         if (m->state != MIRROR_PAIRED || list_holds(&m->active))
                 return;
-        list_add(&mirrors.active, &m->active);
+        list_add(&m->source->active, &m->active);
+        list_add(&mirrors.active, &m->source->scanned);
         list_remove(&m->lazy);
         /* No ring is needed while the rings are scanned anyway; the relay is the only waiter of
          * side 1. */
@@ -218,6 +219,7 @@ static struct mirror *make(const struct relay_slot *slot, struct link *link, str
         m->number = slot->connection;
         m->slot = slot->slot;
         m->link = link;
+        m->source = source_enter(link, shared->owner);
         m->shared = shared;
         m->size = shared->size_of_ring;
         m->cookie = relay_random();
@@ -354,6 +356,7 @@ static void release(struct mirror *m)
         list_remove(&m->dropping);
         if (m->shared)
                 m->shared->mirrors[m->slot] = NULL;
+        source_leave(m->source);
         relay.counters[COUNT_CONNECTIONS]--;
         free(m);
         answer_number(R_DROPPED, number, 0);

@@ -44,7 +44,7 @@
 #define FREEFLOW_RELAY_MIRROR_H
 
 #include "arenas.h"
-#include "queue.h"
+#include "source.h"
 #include "transport.h"
 
 enum mirror_state { MIRROR_REGISTERED, MIRROR_PAIRED, MIRROR_BROKEN, MIRROR_DROPPING };
@@ -52,14 +52,15 @@ enum mirror_state { MIRROR_REGISTERED, MIRROR_PAIRED, MIRROR_BROKEN, MIRROR_DROP
 struct mirror {
         struct node same;     /* in its hash bucket */
         struct node of_link;  /* in link->mirrors */
-        struct node queued;   /* in its lane's queue: has something to send */
-        struct node active;   /* in mirrors.active: scanned in every turn */
+        struct node queued;   /* in the queue of its source's part of its lane: has something to send */
+        struct node active;   /* in its source's active: scanned in every turn, or in every few */
         struct node lazy;     /* in mirrors.lazy: has taken bytes that the peer does not know of */
         struct node stopping; /* in mirrors.stopping: waits for the process to stop sending */
         struct node dropping; /* in link->dropping: dropped, and its memory is not free yet */
         uint32_t number, peer;
         uint64_t cookie, peer_cookie;
         struct link *link;
+        struct source *source;
         struct shared *shared; /* NULL: the arena is gone */
         uint32_t slot;
         uint32_t group;        /* its arena's number, which outlives the arena */
@@ -101,7 +102,8 @@ struct mirror {
 
 /* Lists that mirror_scan.c and mirror_end.c work on. */
 struct mirrors {
-        struct node active, lazy, stopping;
+        struct node active; /* sources with active connections */
+        struct node lazy, stopping;
 };
 
 extern struct mirrors mirrors;
@@ -173,7 +175,7 @@ static inline void mirror_use(struct mirror *m, enum relay_usage_value value, ui
 /* It has something to send. False: the link is down. */
 static inline bool mirror_enqueue(struct mirror *m)
 {
-        return link_enqueue(m->link, m->lane, &m->queued);
+        return source_enqueue(m->source, m->lane, &m->queued);
 }
 
 /* The flags of its next block. */

@@ -6,6 +6,7 @@ enum {
         REPORT = 4,  /* a quarter of a ring taken is reported at once */
         TICK = 10,   /* ms after which what was taken is reported, doubled while nothing is taken */
         TICK_MOST = 1000,
+        SCANS = 256, /* connections of one source in one turn */
 };
 
 #define MS UINT64_C(1000000)
@@ -108,14 +109,20 @@ static bool make_idle(struct mirror *m)
         return true;
 }
 
-bool mirrors_scan(void)
+/* True: one of its connections has something to send. */
+static bool scan_source(struct source *source)
 {
+        unsigned scans = 0;
         bool any = false;
 
-        EACH(node, &mirrors.active)
+        EACH(node, &source->active)
         {
                 struct mirror *m = OF(node, struct mirror, active);
 
+                if (scans++ == SCANS) {
+                        list_begin(&source->active, node);
+                        break;
+                }
                 if (list_holds(&m->queued))
                         continue;
                 mirror_scan(m);
@@ -129,13 +136,39 @@ bool mirrors_scan(void)
         return any;
 }
 
+bool mirrors_scan(void)
+{
+        bool any = false;
+
+        EACH(node, &mirrors.active)
+        {
+                struct source *source = OF(node, struct source, scanned);
+
+                any = scan_source(source) || any;
+                if (!list_holds(&source->active))
+                        list_remove(&source->scanned);
+        }
+        return any;
+}
+
+static bool make_source_idle(struct source *source)
+{
+        bool all = true;
+
+        EACH(node, &source->active)
+        {
+                all = make_idle(OF(node, struct mirror, active)) && all;
+        }
+        return all;
+}
+
 bool mirrors_make_idle(void)
 {
         bool all = true;
 
         EACH(node, &mirrors.active)
         {
-                all = make_idle(OF(node, struct mirror, active)) && all;
+                all = make_source_idle(OF(node, struct source, scanned)) && all;
         }
         return all;
 }

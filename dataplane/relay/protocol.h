@@ -181,6 +181,7 @@ struct relay_arena {
         struct relay_message message;
         uint32_t value;
         uint64_t arena;
+        uint64_t owner; /* R_ARENA: number of its process; each has its share of the relay. Otherwise 0 */
 };
 
 /* R_SLOT */
@@ -266,7 +267,7 @@ _Static_assert(sizeof(struct relay_number) == 12, "sizes are part of the version
 _Static_assert(sizeof(struct relay_outcome) == 108, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_offer) == 240, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_accept) == 144, "sizes are part of the version");
-_Static_assert(sizeof(struct relay_arena) == 16, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_arena) == 24, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_slot) == 32, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_frame) == 8, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_counts) == 200, "sizes are part of the version");

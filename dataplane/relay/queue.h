@@ -1,5 +1,5 @@
-/* A link as its connections see it: its state, its transport, and for each lane the queue of
- * connections that have something to send. link.c alone changes the state.
+/* A link as its connections see it: its state, its transport, and for each lane the sources that
+ * have something to send (source.h). link.c alone changes the state.
  *
  *      NEW     it has a number
  *      MADE    it has a channel; the channel's address goes to the peer
@@ -27,7 +27,7 @@ enum link_state { LINK_NEW, LINK_MADE, LINK_UP, LINK_DOWN, LINK_STREAM };
 
 struct lane {
         struct link *link;
-        struct node queue;     /* of connections that have something to send */
+        struct node round;     /* of sources that have something to send: one part of each */
         struct node moving;    /* connections that wait until they may go over to another lane */
         struct reply *replies; /* that are owed to the peer */
         uint32_t reply_count;
@@ -44,6 +44,7 @@ struct lane {
 struct link {
         struct node all;
         struct node mirrors;  /* its connections */
+        struct node sources;  /* the same by process */
         struct node dropping; /* connections that are dropped, and whose memory is not free yet */
         uint32_t number;
         enum link_state state;
@@ -59,15 +60,6 @@ struct link {
 static inline bool link_is_live(const struct link *link)
 {
         return link->state == LINK_UP || link->state == LINK_STREAM;
-}
-
-/* A connection has something to send on this lane. False: the link is down. */
-static inline bool link_enqueue(struct link *link, unsigned lane, struct node *connection)
-{
-        if (!link_is_live(link))
-                return false;
-        list_add(&link->lanes[lane].queue, connection);
-        return true;
 }
 
 #endif

@@ -127,7 +127,7 @@ static void do_arena(const void *data, int *descriptors)
                 fprintf(stderr, "freeflow-relay: an arena came without its descriptors\n");
                 return;
         }
-        if (!arena_add(message.arena, message.value, descriptors[0], descriptors[1], text))
+        if (!arena_add(message.arena, message.owner, message.value, descriptors[0], descriptors[1], text))
                 fprintf(stderr, "freeflow-relay: %s\n", text);
         descriptors[0] = descriptors[1] = -1;
 }

@@ -238,13 +238,18 @@ class RelayAccept(msgspec.Struct, frozen=True):
     words: _Words
 
 
-@codec.message(RelayKind.ARENA, RelayKind.BELL, RelayKind.DISCARD, order=("value", "arena"))
+@codec.message(
+    RelayKind.ARENA, RelayKind.BELL, RelayKind.DISCARD, order=("value", "arena", "owner")
+)
 class RelayArena(msgspec.Struct, frozen=True):
-    """An arena. `value` is the size of its rings, the index of a bell, or 0, by the kind."""
+    """An arena. `value` is the size of its rings, the index of a bell, or 0, by the kind. `owner`
+    is the process, if the arena is new.
+    """
 
     kind: int
     arena: U64
     value: U32 = 0
+    owner: U64 = 0
 
 
 @codec.message(RelayKind.SLOT)

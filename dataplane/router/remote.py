@@ -225,7 +225,7 @@ class Remotes(Generic[SessionsT]):
         """Give the relay an arena, with the receiving end of its bell 0."""
         try:
             self._lent.add(arena.id)
-            message = relay_wire.RelayArena(RelayKind.ARENA, arena.id, arena.ring)
+            message = relay_wire.RelayArena(RelayKind.ARENA, arena.id, arena.ring, arena.pair[0])
             self._tell_relay(message, (arena.memory, bell))
         finally:
             self._memory.close_hearing(bell)

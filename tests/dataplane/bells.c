@@ -491,7 +491,7 @@ static void listen_as_relay(bool waits)
         arenas_start(woken);
         if (!waits && !socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair))
                 bell = pair[0];
-        shared = arena_add(ARENA, RING, fcntl(memory_fd, F_DUPFD_CLOEXEC, 0), bell, text);
+        shared = arena_add(ARENA, 0, RING, fcntl(memory_fd, F_DUPFD_CLOEXEC, 0), bell, text);
         if (!shared)
                 fail("no arena");
         for (uintptr_t slot = 0; slot < USED; slot++)

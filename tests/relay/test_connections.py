@@ -323,7 +323,7 @@ def test_an_invalid_arena_is_refused(binary: Path) -> None:
         with receives, rings:
             for memory, ring in (odd.memory, RING * 2), (odd.memory, RING - 1), (unsealed, RING):
                 odd.arena += 1000
-                packed = ARENA.pack(KINDS["ARENA"], ARENA.size, ring, odd.arena)
+                packed = ARENA.pack(KINDS["ARENA"], ARENA.size, ring, odd.arena, 0)
                 a.raw(packed, memory, receives.fileno())
                 assert place(odd).text == "no such arena"
         os.close(unsealed)
@@ -336,7 +336,7 @@ def test_arenas_may_go_while_their_bells_ring(binary: Path) -> None:
             some = [give_arena(a) for _ in range(5)]
             os.kill(a.process.pid, signal.SIGSTOP)
             for each in some:
-                a.raw(ARENA.pack(KINDS["DISCARD"], ARENA.size, 0, each.arena))
+                a.raw(ARENA.pack(KINDS["DISCARD"], ARENA.size, 0, each.arena, 0))
                 assert each.rings_relay is not None
                 each.rings_relay.send(b"x")
             os.kill(a.process.pid, signal.SIGCONT)

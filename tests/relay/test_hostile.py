@@ -103,7 +103,7 @@ def test_a_bell_with_a_descriptor_in_it(binary: Path, end: Path) -> None:
                     time.sleep(0.1)
                 drop(bad)
                 drop(victim)
-                a.raw(ARENA.pack(KINDS["DISCARD"], ARENA.size, 0, bad.arena))
+                a.raw(ARENA.pack(KINDS["DISCARD"], ARENA.size, 0, bad.arena, 0))
                 assert a.counts()["connections"] == 1
             finally:
                 poison.close()
@@ -339,7 +339,7 @@ def test_an_arena_without_its_descriptors_is_refused(binary: Path) -> None:
     with relays(binary) as (a, b):
         link(a, b)
         one, _ = connect(a, b)
-        a.raw(ARENA.pack(KINDS["ARENA"], ARENA.size, RING, 4711))
+        a.raw(ARENA.pack(KINDS["ARENA"], ARENA.size, RING, 4711, 0))
         one.slot, one.arena = 5, 4711
         assert place(one).text == "no such arena"
         assert a.counts()["connections"] == 1

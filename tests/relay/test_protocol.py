@@ -21,7 +21,7 @@ STRUCTS: dict[str, tuple[struct.Struct, str]] = {
     "relay_outcome": (client.OUTCOME, "message number error text"),
     "relay_offer": (client.OFFER, "message number error text size unused words"),
     "relay_accept": (client.ACCEPT, "message number peer size unused words"),
-    "relay_arena": (client.ARENA, "message value arena"),
+    "relay_arena": (client.ARENA, "message value arena owner"),
     "relay_slot": (client.SLOT, "message connection link slot arena incarnation"),
     "relay_frame": (client.FRAME, "message link"),
     "relay_counts": (client.COUNTS, "message unused counters"),

@@ -426,7 +426,7 @@ def test_an_arena_that_goes_while_it_is_sent(binary: Path, end: Path) -> None:
                 time.sleep(0.002)
             held[0] = True
             time.sleep(0.3)
-            a.raw(ARENA.pack(KINDS["DISCARD"], ARENA.size, 0, one.arena))
+            a.raw(ARENA.pack(KINDS["DISCARD"], ARENA.size, 0, one.arena, 0))
             held[0] = False
             assert "memory" in a.expect("DOWN", number=1).text
             a.expect("ENDED", number=one.number)

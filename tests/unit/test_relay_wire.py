@@ -34,7 +34,10 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
         lambda kind: wire.RelayAccept(kind, N32, M32, b"\x01\x02\x03"),
         f".number = {N32}, .peer = {M32}, .size = 3, .words = {{1, 2, 3}}",
     ),
-    "arena": (lambda kind: wire.RelayArena(kind, N64, M32), f".arena = {N64}u, .value = {M32}"),
+    "arena": (
+        lambda kind: wire.RelayArena(kind, N64, M32, M64),
+        f".arena = {N64}u, .value = {M32}, .owner = {M64}u",
+    ),
     "open": (
         lambda _: wire.RelayOpen("mlx5_0", 2, 0x0304, wire.VERBS, N32, wire.ENCRYPT_ALL),
         f'.device = "mlx5_0", .port = 2, .version = RELAY_VERSION, .gid_index = 0x0304, .transport = RELAY_VERBS, '
