@@ -26,7 +26,7 @@ MAX_FRAME: Final = 128 << 10
 MAX_DATA: Final = 60_000
 """Bytes that one `PeerFrame` carries."""
 MAX_WAITS: Final = 4096
-"""Offers in one `Waits`."""
+"""Offers in one `Waits`, connections in one `Leaves`."""
 MAX_BLOB: Final = 128
 """Bytes of a relay's memory location or link address."""
 
@@ -99,6 +99,16 @@ class Waits(msgspec.Struct, frozen=True, tag=True):
 
     reason: U32
     offers: Annotated[tuple[U63, ...], Meta(max_length=MAX_WAITS)]
+
+
+class Leaves(msgspec.Struct, frozen=True, tag=True):
+    """The sender brings connections back to TCP; `connections` are the receiver's numbers.
+
+    `reason` is a `Reason`, for lists. Only for peers whose Hello has `relay`.
+    """
+
+    reason: U32
+    connections: Annotated[tuple[U32, ...], Meta(max_length=MAX_WAITS)]
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True):
@@ -200,6 +210,7 @@ Message = (
     | Owns
     | Offer
     | Waits
+    | Leaves
     | Withdraw
     | Decline
     | Placement

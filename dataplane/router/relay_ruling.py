@@ -8,7 +8,7 @@ relay_use.py      connections leave that are not worth it
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
@@ -22,8 +22,9 @@ from dataplane.router.relay_rule import Pair, Pauses
 from dataplane.router.relay_sampler import RelaySampler
 from dataplane.router.relay_use import RelayUse
 from dataplane.router.remote import Remotes
-from dataplane.router.remote_connections import RemoteConnection
+from dataplane.router.remote_connections import RemoteConnection, note_left
 from dataplane.router.remote_events import LIVE, Event, On, Transport
+from dataplane.router.remote_hosts import RemoteHost
 from dataplane.router.remote_requests import RemoteRequest
 from dataplane.router.seams import SocketTable
 
@@ -63,11 +64,18 @@ class Ruled:
     def link_number(self, peer: IPAddress) -> int:
         return self._remotes.links.link(peer).number
 
-    def leave_relay(self, connection: RemoteConnection, reason: Reason) -> None:
-        slot = connection.arena.slots.get(connection.slot)
-        if slot is not None:
-            slot.why_left = reason
-        self._remotes.connections.step(connection, Event(On.LEAVE_PATH, reason=reason))
+    def leave_relay(self, connections: Iterable[RemoteConnection], reason: Reason) -> None:
+        by_host: defaultdict[RemoteHost, list[RemoteConnection]] = defaultdict(list)
+        for connection in connections:
+            by_host[connection.host].append(connection)
+        for host, some in by_host.items():
+            note_left(some, reason)
+            theirs = [one.state.peer_number for one in some if one.state.peer_number]
+            for at in range(0, len(theirs), peer_wire.MAX_WAITS):
+                part = tuple(theirs[at : at + peer_wire.MAX_WAITS])
+                self.tell(host.address, peer_wire.Leaves(reason, part))
+            for one in some:
+                self._remotes.connections.step(one, Event(On.LEAVE_PATH, reason=reason))
 
 
 class RelayRuling:

@@ -49,8 +49,8 @@ class UseOwner(Protocol):
     def link_number(self, peer: IPAddress) -> int:
         """The relay's number of the link to a host."""
 
-    def leave_relay(self, connection: RemoteConnection, reason: Reason) -> None:
-        """Bring a connection back to TCP."""
+    def leave_relay(self, connections: Iterable[RemoteConnection], reason: Reason) -> None:
+        """Bring connections back to TCP, and tell the other host why."""
 
 
 @dataclass(slots=True)
@@ -172,8 +172,7 @@ class RelayUse:
     ) -> None:
         rule = self._pairing.knowledge.settings.relay_rule
         self._pauses.begin(who, reason, self._loop.now(), rule)
-        for connection in connections:
-            owner.leave_relay(connection, reason)
+        owner.leave_relay(connections, reason)
 
     def _next(self) -> None:
         """Prepare for the next answer."""

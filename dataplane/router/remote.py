@@ -31,10 +31,10 @@ from dataplane.router.pair_requests import PairRequest
 from dataplane.router.pairing import Pairing
 from dataplane.router.reasons import Reason
 from dataplane.router.relay_wire import RelayKind
-from dataplane.router.remote_connections import RemoteConnections, Trace, log_invalid
+from dataplane.router.remote_connections import RemoteConnections, Trace, log_invalid, note_left
 from dataplane.router.remote_events import Event, On, Transport
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost, RemoteHosts
-from dataplane.router.remote_requests import EntryRule, Match, RemoteRequest, RemoteRequests
+from dataplane.router.remote_requests import EntryRule, Match, RemoteRequest, RemoteRequests, waits
 from dataplane.router.seams import ArenaMemory, SocketTable
 from dataplane.router.sessions import SessionUser
 
@@ -378,6 +378,10 @@ class Remotes(Generic[SessionsT]):
                     self._begin(self.requests.take_offer(host, message, reason))
             case peer_wire.Waits():
                 self.requests.told_to_wait(host, message)
+            case peer_wire.Leaves():
+                numbers = set(message.connections)
+                theirs = [one for one in self.connections.of(host) if one.number in numbers]
+                note_left(theirs, waits(message.reason))
             case peer_wire.Withdraw():
                 self.requests.withdrawn(host, message.offer)
                 self.connections.withdrawn(host, message.offer)

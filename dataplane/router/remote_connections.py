@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -118,6 +118,14 @@ def log_invalid(
             received=event.on.name.lower(),
             reason=rule.why,
         )
+
+
+def note_left(connections: Iterable[RemoteConnection], reason: Reason | None) -> None:
+    """Note why a host brings connections back to TCP."""
+    for one in connections:
+        slot = one.arena.slots.get(one.slot)
+        if slot is not None and slot.connection == one.number:
+            slot.why_left = reason or Reason.NONE
 
 
 class RemoteConnections:

@@ -101,7 +101,7 @@ def test_the_rest_fall_silent(hosts: Hosts) -> None:
         while any(path == "relay" for host in hosts for path, _ in paths(host)):
             assert time.monotonic() < deadline, [paths(host) for host in hosts]
             time.sleep(0.2)
-        assert any(paths(host)["overlay", "slow"] for host in hosts)
+        until(hosts, ("overlay", "slow"), 16)
         client.stdin.write("16\n")
         client.stdin.flush()
         time.sleep(2)

@@ -11,6 +11,7 @@ import pytest
 from dataplane.control import RelayRule
 from dataplane.router import library_wire as wire
 from dataplane.router import peer_wire
+from dataplane.router.arenas import RELAY_SIDE
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.reasons import Reason
 from dataplane.router.relay_sampler import AT_A_TIME, PROCESSOR, RelaySampler
@@ -88,6 +89,16 @@ def waits(world: World, tcp: Tcp) -> list[Reason]:
         request = host.pairing.containers[host.namespace(container)].waiting[cookie]
         found.append(host.remotes.why_waiting(request))
     return found
+
+
+def left(host: Host) -> list[int]:
+    """Why connections left whose processes still hold their slots."""
+    return [
+        slot.why_left
+        for arena in host.pairing.arenas.values()
+        for slot in arena.slots.values()
+        if arena.ring and slot.ends[RELAY_SIDE] is None
+    ]
 
 
 def granted(world: World, made: list[Tcp]) -> int:
@@ -203,6 +214,7 @@ def test_leaving(world: World, traffic: Traffic, who: int) -> None:
     world.loop.run(5)
     assert granted(world, made) == 0
     assert not any(host.severed for host in world.hosts)
+    assert [left(host) for host in world.hosts] == [[Reason.SLOW] * 8] * 2
     traffic.uses = lambda host: None
     again = busy(world, traffic, 8)
     world.loop.run(30)

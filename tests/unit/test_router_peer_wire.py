@@ -28,6 +28,7 @@ EXAMPLES: Final[list[pw.Message]] = [
     ),
     pw.Owns({"n1": ("10.0.4.1", "fd00::1"), "n2": ()}),
     pw.Offer(1 << 62, "n1", "10.0.4.1:80", "[fd00::2]:40000"),
+    pw.Leaves(1013, (1, 2)),
     pw.Waits(1012, (1, 2, 1 << 40)),
     pw.Withdraw(0),
     pw.Decline(7, 1004),
@@ -85,6 +86,10 @@ BYTES: Final[list[tuple[pw.Message, bytes]]] = [
         pw.Offer(7, "net", "10.0.1.2:80", "[fd00::2]:5"),
         b"\x85\xa4type\xa5Offer\xa5offer\x07\xa7network\xa3net"
         b"\xa5local\xab10.0.1.2:80\xa6remote\xab[fd00::2]:5",
+    ),
+    (
+        pw.Leaves(1013, (7,)),
+        b"\x83\xa4type\xa6Leaves\xa6reason\xcd\x03\xf5\xabconnections\x91\x07",
     ),
     (
         pw.Waits(1012, (1, 300)),
