@@ -221,6 +221,38 @@ def test_without_a_session(hosts: Hosts) -> None:
         assert made.ends() == ["whole"] * 2
 
 
+def kill_socket(host: HostBed, number: int) -> None:
+    """Destroy one of the TCP connections of a host's link (`ss -K`)."""
+    there = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{host.namespace}"]
+    relay = f"pid={host.relay_pid()},"
+    listing = [*there, "ss", "-Htnp", "state", "established"]
+    lines = subprocess.run(listing, check=True, capture_output=True, text=True).stdout.splitlines()
+    ends = [line.split()[2:4] for line in lines if relay in line]
+    if ends:
+        local, remote = ends[number % len(ends)]
+        subprocess.run([*there, "ss", "-K", "src", local, "dst", remote], check=True)
+
+
+def test_link_killed() -> None:
+    """A link over TCP whose connections are destroyed again and again, from either side, loses no
+    byte, and no connection is reset.
+    """
+    kills = int(os.environ.get("LINK_KILLS", "8"))
+    with two_hosts(library=LIBRARY, relay=RELAY, path="relay") as made:
+        with streams(made, 3, 4) as running:
+            for number in range(kills):
+                kill_socket(made[number % 2], number // 2)
+                time.sleep(0.05 * (number % 10))
+            for host in made:
+                host.wait_linked()
+            assert running.ends() == ["whole"] * 8
+        for host in made:
+            relay = host.router.statistics().rdma.relay
+            assert relay["downs"] >= min(kills, 3), relay
+            assert host.counts().broken == 0
+        nothing_left(made)
+
+
 @pytest.mark.parametrize("dies", [0, 1])
 def test_router_killed(hosts: Hosts, dies: int) -> None:
     """If a router is killed, its relay brings connections back to TCP without loss."""
