@@ -20,6 +20,14 @@ NOTHING: Final = 0
 """In place of a link's number: the sender has no link."""
 
 
+ABSENT: Final = {
+    None: "this host doesn't know the transport",
+    Transport.RDMA: "this host has no RDMA device now",
+    Transport.RELAY: "this host's relay takes no TCP now",
+}
+"""Why an offer of a link is refused."""
+
+
 class LinkState(Enum):
     """What a link is."""
 
@@ -40,6 +48,9 @@ class LinkOwner(Protocol):
 
     def transports(self, peer: IPAddress) -> Set[Transport]:
         """The transports that both hosts have; none without a session."""
+
+    def opens_rdma(self, peer: IPAddress) -> bool:
+        """Whether this host's RDMA device is being opened, and the peer has one."""
 
     def leads(self, peer: IPAddress) -> bool:
         """Whether this host makes the link."""
@@ -186,17 +197,26 @@ class LinkTable:
         )
 
     def is_missing(self, link: Link) -> bool:
-        """Leader: whether a link can be made, and nothing else will make it."""
+        """Whether there is no link, and one can be made. It waits for a device that is being
+        opened: a link over TCP would be in the way of one over RDMA.
+        """
         return (
             link.state is LinkState.NONE
-            and link.timer is None
-            and self._owner.leads(link.peer)
             and bool(self._owner.transports(link.peer))
+            and not self._owner.opens_rdma(link.peer)
         )
 
+    def device_changed(self, peer: IPAddress) -> None:
+        """One of the hosts has another RDMA device: what is known of the devices is void."""
+        self.link(peer).trials.worked()
+
     def count_failure(self, link: Link, text: str) -> None:
-        """Leader: note a failure of RDMA."""
-        if link.transport is Transport.RDMA and self._owner.leads(link.peer):
+        """Leader: note a failure of RDMA. A device that isn't there says nothing about the way."""
+        if (
+            link.transport is Transport.RDMA
+            and text != ABSENT[Transport.RDMA]
+            and self._owner.leads(link.peer)
+        ):
             link.trials.failed(text, self._loop.now())
             if link.state is LinkState.NONE and self.choose(link) is Transport.RELAY:
                 link.tries = 0

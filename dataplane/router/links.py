@@ -24,7 +24,15 @@ import structlog
 
 from dataplane.router import relay_wire as relay
 from dataplane.router.library_wire import IPAddress
-from dataplane.router.link_table import NOTHING, Link, LinkOwner, LinkSockets, LinkState, LinkTable
+from dataplane.router.link_table import (
+    ABSENT,
+    NOTHING,
+    Link,
+    LinkOwner,
+    LinkSockets,
+    LinkState,
+    LinkTable,
+)
 from dataplane.router.link_transport import LASTS
 from dataplane.router.loop import Loop
 from dataplane.router.peer_wire import TICKET, LinkAnswer, LinkOffer, LinkRefused, PeerFrame
@@ -50,11 +58,6 @@ KINDS: Final = {Transport.RDMA: relay.VERBS, Transport.RELAY: relay.TCP}
 _WORDS: Final = {Transport.RDMA: "", Transport.RELAY: "relay"}
 _TRANSPORTS: Final = {word: transport for transport, word in _WORDS.items()}
 """How a LinkOffer names a transport. Peers of earlier versions name none."""
-_ABSENT: Final = {
-    None: "this host doesn't know the transport",
-    Transport.RDMA: "this host has no RDMA device now",
-    Transport.RELAY: "this host's relay takes no TCP now",
-}
 
 
 class Links(LinkTable):
@@ -88,17 +91,13 @@ class Links(LinkTable):
         if link.state is LinkState.DOWN:
             link.tries = 0
             self._recover(link)
-        elif link.state is LinkState.NONE and self._owner.transports(peer):
+        elif self.is_missing(link):
             if self._owner.leads(peer):
                 link.tries = 0
                 self._make(link)
             else:
                 # The leader may take the link for up.
                 self._send(peer, LinkRefused(NOTHING, "there is no link"))
-
-    def device_changed(self, peer: IPAddress) -> None:
-        """One of the hosts has another RDMA device: what is known of the devices is void."""
-        self.link(peer).trials.worked()
 
     def tick(self) -> None:
         """Make the links that have become possible, and others in place of those that are
@@ -107,7 +106,7 @@ class Links(LinkTable):
         for link in list(self._links.values()):
             if self.is_superfluous(link):
                 self._unlink(link)
-            if self.is_missing(link):
+            if self.is_missing(link) and link.timer is None and self._owner.leads(link.peer):
                 self._make(link)
 
     def session_down(self, peer: IPAddress) -> None:
@@ -257,7 +256,7 @@ class Links(LinkTable):
             self._send(peer, LinkRefused(NOTHING, "there is no such link"))
             return
         if transport is None or transport not in self._owner.transports(peer):
-            self._send(peer, LinkRefused(message.link, _ABSENT[transport]))
+            self._send(peer, LinkRefused(message.link, ABSENT[transport]))
             return
         self.cancel(link)
         if not message.again:

@@ -279,11 +279,13 @@ class Remotes(Generic[SessionsT]):
         host = self.hosts.get(peer)
         if host is None or host.hello is None:
             return frozenset()
-        shared = self.hosts.transports(host)
-        if Transport.RDMA in shared and self.why[Transport.RDMA] == OPENING:
-            # A link over TCP would be in the way of one over RDMA.
-            return frozenset()
-        return frozenset(filter(self.ready, shared))
+        return frozenset(filter(self.ready, self.hosts.transports(host)))
+
+    def opens_rdma(self, peer: IPAddress) -> bool:
+        """Whether this host's device is being opened, and the peer has one."""
+        host = self.hosts.get(peer)
+        opening = self.why[Transport.RDMA] == OPENING
+        return opening and host is not None and Transport.RDMA in self.hosts.transports(host)
 
     def leads(self, peer: IPAddress) -> bool:
         """Whether this host makes the link."""

@@ -514,7 +514,7 @@ class Host:
             instance=self.instance,
             node=self.node,
             data_path=str(self.address),
-            rdma=self.remotes.ready(Transport.RDMA),
+            rdma=self.world.rdma or self.remotes.ready(Transport.RDMA),
             ring=RING,
             relay=self.number in self.world.tcp,
             relay_ring=RELAY_RING,
@@ -582,6 +582,8 @@ class World:
         self.tickets = itertools.count(1)
         self.loop = VirtualLoop()
         self.delay = delays
+        self.rdma = False
+        """All hosts say that they have devices, whether these are open or not."""
         self.cut_rdma = self.cut_tcp = False
         """No link of a transport can be made."""
         self.sessions: dict[frozenset[int], int] = {}

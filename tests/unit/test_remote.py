@@ -17,12 +17,12 @@ from dataplane.router.knowledge import Knowledge
 from dataplane.router.link_transport import FAILURES, LASTS, LEAST_REST
 from dataplane.router.links import GIVE_UP
 from dataplane.router.reasons import STATUS_ONLY, Reason
-from dataplane.router.remote import SESSION_PATIENCE
+from dataplane.router.remote import OPENING, SESSION_PATIENCE
 from dataplane.router.remote_connections import CONNECTIONS
 from dataplane.router.remote_events import Phase, Transport
 from dataplane.router.remote_hosts import RemoteHost
 from dataplane.router.remote_requests import OWNER_PATIENCE, Closed, RemoteRequest
-from tests.unit.remote_world import CONTAINERS, RELAY_RING, RING, Tcp, World
+from tests.unit.remote_world import CONTAINERS, RELAY_RING, RING, Host, Tcp, World
 
 A, B, C = (0, 1), (1, 1), (2, 1)
 
@@ -662,6 +662,51 @@ def test_the_device_is_removed_and_comes_back() -> None:
         host.remotes.learned()
     world.loop.run(3)
     assert moved(world) is Transport.RDMA
+
+
+def opening(host: Host) -> None:
+    """The host's device is being opened; its Hello names it already."""
+    host.remotes.use(Transport.RDMA, OPENING)
+
+
+def test_a_device_that_is_being_opened() -> None:
+    """While a device is being opened no link over TCP is made, which would be in its way; one that
+    there is stays. If the device can't be opened, the link uses TCP.
+    """
+    world = World(cards=ALL, tcp=ALL)
+    for host in world.hosts:
+        opening(host)
+    world.rdma = True
+    world.connect_all()
+    world.loop.run(3)
+    one, other = world.hosts
+    assert one.transport(other) is None
+    one.remotes.use(Transport.RDMA, "it can't be opened")
+    world.loop.run(3)
+    assert one.transport(other) is Transport.RELAY
+    opening(one)
+    world.loop.run(3)
+    assert one.transport(other) is Transport.RELAY
+    for host in world.hosts:
+        host.open()
+    world.loop.run(3)
+    assert one.transport(other) is Transport.RDMA
+
+
+def test_a_follower_that_is_not_ready() -> None:
+    """A follower whose device is being opened refuses links over RDMA; that says nothing about
+    whether the devices reach each other.
+    """
+    world = World(cards=ALL, tcp=ALL)
+    leader, follower = world.hosts
+    opening(follower)
+    world.rdma = True
+    world.connect_all()
+    world.loop.run(10)
+    assert leader.transport(follower) is None
+    follower.open()
+    world.loop.run(2)
+    assert leader.transport(follower) is Transport.RDMA
 
 
 def test_tcp_between_relays_is_blocked() -> None:
