@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from dataplane.control import RdmaFacts, RelayFacts
 from plugin.deaths import PARTS
-from plugin.status import NetworkStatus, RouterStatus, Status
+from plugin.status import NetworkStatus, RouterStatus, Status, relay_cpu
 
 log = structlog.get_logger()
 
@@ -88,6 +88,10 @@ def _router(status: Status) -> RouterStatus:
 
 def _relay(status: Status) -> RelayFacts:
     return _router(status).relay or RelayFacts(on=False)
+
+
+def _relay_cpu(status: Status) -> list[Sample]:
+    return [((name,), seconds) for name, seconds in sorted(relay_cpu(_router(status)).items())]
 
 
 def _links(status: Status) -> list[Sample]:
@@ -318,6 +322,12 @@ METRICS: Final = (
         "freeflow_relay_upgrades",
         "Ends of connections that moved to TCP between relays",
         _value(lambda status: _relay(status).granted),
+    ),
+    _counter(
+        "freeflow_relay_cpu_seconds",
+        "Time of the processor that the relay has used, by container",
+        _relay_cpu,
+        ("container",),
     ),
     _counter(
         "freeflow_relay_broken",

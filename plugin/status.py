@@ -167,6 +167,16 @@ class HostStatus(msgspec.Struct, frozen=True):
     """Whether the underlay's device segments UDP tunnels; None: unknown."""
 
 
+def relay_cpu(router: RouterCounts) -> dict[str, float]:
+    """Seconds of the processor that the relay has used, by container, where it has."""
+    used: dict[str, float] = {}
+    for one in router.containers:
+        if one.relay_cpu:
+            name = one.container or str(one.namespace)
+            used[name] = used.get(name, 0.0) + one.relay_cpu
+    return used
+
+
 class CallStatus(msgspec.Struct, frozen=True):
     """A call of Docker: totals since the start, percentiles of the last 1024 in milliseconds."""
 

@@ -11,7 +11,7 @@ from typing import Final
 from dataplane.control import Connections, PeerFact, RdmaFacts, RelayFacts
 from plugin.cli.table import amount, table
 from plugin.cli.terminal import shown_all
-from plugin.status import Finding, NetworkStatus, Status
+from plugin.status import Finding, NetworkStatus, RouterStatus, Status, relay_cpu
 
 _SHOWN: Final = 32
 """Limit of the tasks shown for a service; --json has them all."""
@@ -74,7 +74,7 @@ def _router(status: Status) -> str:
         f"router {_count(router.processes, 'program')} with the library, "
         f"{_count(router.connections, 'connection')} in {amount(router.memory)} of shared memory, "
         f"{router.waiting} waiting for the other end\n"
-        f"{_rdma(router.rdma)}{_relay(router.relay)}{_hosts(router.rdma)}"
+        f"{_rdma(router.rdma)}{_relay(router.relay)}{_relay_cpu(router)}{_hosts(router.rdma)}"
     )
 
 
@@ -110,6 +110,15 @@ def _relay(relay: RelayFacts | None) -> str:
         return ""
     counted = f", {_count(relay.connections, 'connection')}" if relay.connections else ""
     return f"relay {relay_state(relay)}{counted}\n"
+
+
+def _relay_cpu(router: RouterStatus) -> str:
+    """The containers for which the relay has worked most."""
+    used = sorted(relay_cpu(router).items(), key=lambda item: -item[1])
+    if not used:
+        return ""
+    most = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in used[:3])
+    return f"relay's processor time {sum(seconds for _, seconds in used):.1f} s: {most}\n"
 
 
 def _hosts(rdma: RdmaFacts | None) -> str:

@@ -140,6 +140,7 @@ def status(**fields: Any) -> Status:
             ),
             containers=(
                 ContainerCounts(
+                    relay_cpu=2.5,
                     namespace=4026532177,
                     container="web.1.abc",
                     processes=4,

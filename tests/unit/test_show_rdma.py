@@ -185,6 +185,7 @@ def test_metrics() -> None:
         'freeflow_links{state="down",transport="rdma"} 1.0',
         "freeflow_relay_up 1.0",
         "freeflow_relay_upgrades_total 6.0",
+        'freeflow_relay_cpu_seconds_total{container="web.1.abc"} 2.5',
         "freeflow_relay_broken_total 1.0",
         "freeflow_relay_returned_total 2.0",
         "freeflow_rdma_broken_total 1.0",
@@ -211,3 +212,8 @@ def test_snapshot(tmp_path: Path) -> None:
     assert found.rdma.device == "rxe0 port 1, RoCE v2 192.0.2.1 (GID 1)"
     (peer,) = found.rdma.hosts
     assert (peer.name, peer.address, peer.link) == ("host2", "192.0.2.2", "up")
+
+
+def test_status_shows_who_uses_the_relay() -> None:
+    """The status names the containers for which the relay has worked."""
+    assert "relay's processor time 2.5 s: web.1.abc 2.5 s\n" in show_status(with_rdma(over_tcp()))
