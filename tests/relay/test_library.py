@@ -1,4 +1,4 @@
-"""Programs with the library on two hosts whose relays use the loopback transport.
+"""Programs with the library on two hosts whose relays use the loopback transport, or TCP.
 
 Routers and library are the real ones, as in tests/dataplane/test_two_hosts.py; the relays are built
 with sanitizers.
@@ -60,10 +60,10 @@ print(had, said, flush=True)
 """
 
 
-@pytest.fixture(scope="module")
-def hosts(binary: Path) -> Iterator[tuple[HostBed, HostBed]]:
+@pytest.fixture(scope="module", params=["rdma", "relay"])
+def hosts(request: pytest.FixtureRequest, binary: Path) -> Iterator[tuple[HostBed, HostBed]]:
     """Two hosts with a container each, and a link between their relays."""
-    with two_hosts(library=LIBRARY, relay=binary) as (one, other):
+    with two_hosts(library=LIBRARY, relay=binary, path=request.param) as (one, other):
         one.wait_linked()
         other.wait_linked()
         yield one, other
