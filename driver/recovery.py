@@ -53,16 +53,8 @@ class Recovered:
 
     @property
     def changed(self) -> bool:
-        return any(
-            (
-                self.endpoints_forgotten,
-                self.endpoints_adopted,
-                self.orphans_removed,
-                self.networks_forgotten,
-                self.networks_restored,
-                self.failures,
-            )
-        )
+        unchanged = {"rebooted", "endpoints_repaired"}
+        return any(value for name, value in asdict(self).items() if name not in unchanged)
 
 
 def _unclaimed(driver: Driver) -> frozenset[str]:

@@ -36,14 +36,10 @@ def make(host_run: Path) -> Path:
     return path
 
 
-def is_there(host_run: Path) -> bool:
-    return filesystem(host_run / PINS) == _MAGIC
-
-
 def remove(host_run: Path) -> bool:
     """Remove all pins, then the file system. False: there was none."""
     path = host_run / PINS
-    existed = is_there(host_run)
+    existed = filesystem(path) == _MAGIC
     if existed:
         for pin in sorted(path.rglob("*"), reverse=True):
             with contextlib.suppress(OSError):

@@ -253,12 +253,10 @@ class Guard:
         found: dict[int, set[IPAddress]] = {}
         for item in self._objects():
             nft_set = item.get("set", {})
-            if nft_set.get("name") == "ports":
-                found |= {int(port): set() for port in nft_set.get("elem", ())}
-        for item in self._objects():
-            nft_set = item.get("set", {})
-            if str(nft_set.get("name", "")).startswith("peers"):
-                for element in nft_set.get("elem", ()):
+            for element in nft_set.get("elem", ()):
+                if nft_set["name"] == "ports":
+                    found.setdefault(int(element), set())
+                elif nft_set["name"].startswith("peers"):
                     port, peer = element["concat"]
                     found.setdefault(int(port), set()).add(ip_address(peer))
         return {port: frozenset(peers) for port, peers in found.items()}

@@ -7,7 +7,6 @@ the host's, so its datagrams take the host's routes, and its frames the overlay 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 from typing import Any, Final
 
@@ -137,45 +136,30 @@ def make_vxlan(
                 **_vxlan_attributes(network, underlay.address),
             )
         except NetlinkError as error:
-            raise _vxlan_refused(error, route, overlay, network) from error
+            raise _vxlan_refused(error, host, overlay, network) from error
 
 
 def _vxlan_refused(
-    error: NetlinkError, host: IPRoute, overlay: Sockets, network: Network
+    error: NetlinkError, host: Sockets, overlay: Sockets, network: Network
 ) -> KernelError:
     if error.code not in (errno.EEXIST, errno.EADDRINUSE):
         return translate(error, f"making VXLAN device {names.vxlan(network.id)}")
-    with overlay.take() as route:
-        others = [*_on_port(host, network.port), *_on_port(route, network.port)]
+    others = [link for link in host.links() + overlay.links() if link.port == network.port]
     if error.code == errno.EEXIST:
-        same = [name for name, vni in others if vni == network.vni]
+        same = [link.name for link in others if link.vni == network.vni]
         return KernelError(
             f"network {network.id}",
             cause=f"VNI {network.vni} on UDP port {network.port} is taken by another VXLAN device "
             f"of this host, {same[0] if same else 'in a namespace that FreeFlow does not see'}",
             remedy="remove that device, or create the network with another -o vni=",
         )
-    user = f"VXLAN device {others[0][0]}" if others else "another program (ss -ulpn shows which)"
+    user = f"VXLAN device {others[0].name}" if others else "another program (ss -ulpn shows which)"
     return KernelError(
         f"network {network.id}",
         cause=f"UDP port {network.port} is in use on this host by {user}",
         remedy="remove that, or docker plugin set freeflow:latest VXLAN_PORT=PORT on all hosts and "
         "create the network again",
     )
-
-
-def _on_port(route: IPRoute, port: int) -> list[tuple[str, int]]:
-    """Name and VNI of the VXLAN devices that use a UDP port."""
-    found = []
-    with contextlib.suppress(NetlinkError):
-        for link in route.get_links(kind="vxlan"):
-            info = link.get_attr("IFLA_LINKINFO")
-            data = info and info.get_attr("IFLA_INFO_DATA")
-            if data and data.get_attr("IFLA_VXLAN_PORT") == port:
-                found.append(
-                    (str(link.get_attr("IFLA_IFNAME")), int(data.get_attr("IFLA_VXLAN_ID")))
-                )
-    return found
 
 
 def _repair_port(route: IPRoute, link: Any, bridge: int) -> None:

@@ -13,7 +13,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -45,14 +44,6 @@ change."""
 _INTERFACE_GONE: Final = (errno.ENODEV, errno.ENXIO, errno.ENETDOWN)
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """Indexes of a network's links that this process has made or checked; 0: no VXLAN device."""
-
-    bridge: int
-    vxlan: int
-
-
 class LinuxKernel:
     """`ports.Kernel` of this host.
 
@@ -82,7 +73,8 @@ class LinuxKernel:
         self._opening = threading.Lock()
         self._making = threading.Lock()
         self._opened: Overlay | None = None
-        self._made: dict[str, _Made] = {}
+        self._made: dict[str, tuple[int, int]] = {}
+        """Indexes of bridge and VXLAN device (0: none) of each network, made or checked by us."""
         self._guard = Guard(self._host_namespace, sessions)
         self._changes = underlay_routes.Changes(self._host_namespace)
         self._routes_due = 0.0
@@ -174,7 +166,7 @@ class LinuxKernel:
         """Index of the network's bridge, made with the VXLAN device if absent."""
         made = self._made.get(names.short(network.id))
         if made is not None and made == self._present(overlay, network):
-            return made.bridge
+            return made[0]
         with self._making:
             # br_netfilter may have been loaded since: it then filters in all namespaces.
             pin.quiet(overlay.namespace)
@@ -187,9 +179,9 @@ class LinuxKernel:
         return bridge
 
     @staticmethod
-    def _present(overlay: Overlay, network: Network) -> _Made:
+    def _present(overlay: Overlay, network: Network) -> tuple[int, int]:
         vxlan = overlay.links.index(names.vxlan(network.id)) if network.overlay else None
-        return _Made(overlay.links.index(names.bridge(network.id)) or 0, vxlan or 0)
+        return overlay.links.index(names.bridge(network.id)) or 0, vxlan or 0
 
     def detach(self, network_id: str, endpoint_id: str) -> None:
         overlay = self._overlay()

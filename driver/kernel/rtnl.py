@@ -25,7 +25,8 @@ _NEW_NEIGHBOUR, _DELETE_NEIGHBOUR, _GET_NEIGHBOUR = 28, 29, 30
 
 _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 3, 4, 5, 10
 _IFLA_LINKINFO, _IFLA_STATS64, _IFLA_LINK_NETNSID = 18, 23, 37
-_IFLA_INFO_KIND: Final = 1
+_IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
+_IFLA_VXLAN_ID, _IFLA_VXLAN_PORT = 1, 15
 _ETHER: Final = 1
 _RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_GATEWAY = 1, 2, 4, 5
 _RTA_PREFSRC, _RTA_METRICS, _RTA_VIA = 7, 8, 18
@@ -53,7 +54,8 @@ _PATIENCE: Final = 10.0
 class Link:
     """An interface. `kind` is its kind of hardware (ARPHRD_…, linux/if_arp.h), `type` that of
     `ip link`, "" for hardware. `upon` is the index of the device below it, `master` that of the
-    one above it (bond, bridge); 0: none. `counters` of bytes and packets since it was made.
+    one above it (bond, bridge); 0: none. `vni` and UDP `port` are a VXLAN device's. `counters` of
+    bytes and packets since it was made.
     """
 
     index: int
@@ -63,6 +65,8 @@ class Link:
     master: int
     kind: int = _ETHER
     mtu: int = 0
+    vni: int = 0
+    port: int = 0
     counters: dict[str, int] = field(default_factory=dict)
 
 
@@ -160,6 +164,8 @@ def _link(answer: bytes) -> Link:
     _, kind, index, _, _ = _LINK.unpack_from(answer)
     found = dict(attributes(answer, _LINK.size))
     info = dict(attributes(found.get(_IFLA_LINKINFO, b"")))
+    kind_name = _text(info.get(_IFLA_INFO_KIND, b""))
+    data = dict(attributes(info.get(_IFLA_INFO_DATA, b""))) if kind_name == "vxlan" else {}
     stats = found.get(_IFLA_STATS64, bytes(_STATS.size))
 
     def number(of: int) -> int:
@@ -168,12 +174,14 @@ def _link(answer: bytes) -> Link:
     return Link(
         index,
         _text(found.get(_IFLA_IFNAME, b"")),
-        type=_text(info.get(_IFLA_INFO_KIND, b"")),
+        type=kind_name,
         # Where it lies in another namespace, the index is of that.
         upon=0 if _IFLA_LINK_NETNSID in found else number(_IFLA_LINK),
         master=number(_IFLA_MASTER),
         kind=kind,
         mtu=number(_IFLA_MTU),
+        vni=int.from_bytes(data.get(_IFLA_VXLAN_ID, b""), sys.byteorder),
+        port=int.from_bytes(data.get(_IFLA_VXLAN_PORT, b""), "big"),
         counters=dict(zip(_COUNTERS, _STATS.unpack_from(stats), strict=True)),
     )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from driver.kernel import guard_rules, nft
 from driver.kernel.checksum import internet_checksum
 from driver.kernel.mounts import is_shared
 from driver.kernel.namespace import OVERLAY_PIN, in_netns, is_namespace, isolated
+from driver.kernel.rtnl import Link, Rtnl
 from plugin.cli.client import Client, Engine, host_run
 from plugin.settings import PLUGIN, RESTART, correction
 from plugin.status import FastPathStatus, Finding, Status
@@ -121,26 +122,10 @@ def _lacking() -> Iterator[Finding]:
                 yield Finding("error", f"the kernel lacks {feature}", str(error), remedy)
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """An interface of this host; `port` is a VXLAN device's UDP port."""
-
-    name: str
-    kind: str = ""
-    port: int | None = None
-
-
 def links() -> list[Link]:
-    """The interfaces of this host."""
-    found = []
-    with IPRoute() as route:
-        for link in route.get_links():
-            info = link.get_attr("IFLA_LINKINFO")
-            kind = info.get_attr("IFLA_INFO_KIND") if info else None
-            data = info.get_attr("IFLA_INFO_DATA") if kind == "vxlan" else None
-            port = data.get_attr("IFLA_VXLAN_PORT") if data else None
-            found.append(Link(str(link.get_attr("IFLA_IFNAME")), str(kind or ""), port))
-    return found
+    """The interfaces of the calling thread's namespace."""
+    with contextlib.closing(Rtnl()) as netlink:
+        return netlink.links()
 
 
 def check_clashes(ports: set[int], present: Iterable[Link]) -> Iterator[Finding]:

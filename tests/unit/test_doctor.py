@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from driver.kernel.rtnl import Link
 from plugin.cli.client import Client, Engine
 from plugin.cli.doctor import (
-    Link,
     check_clashes,
     check_engine,
     check_guard,
@@ -25,6 +25,10 @@ from plugin.status import Finding, GuardStatus, PeerStatus, ServiceStatus, Statu
 from tests.unit.documented import is_documented
 from tests.unit.sockets import engine, served
 from tests.unit.statuses import finding, host, network, status
+
+
+def link(name: str, kind: str = "", port: int = 0) -> Link:
+    return Link(1, name, kind, 0, 0, port=port)
 
 
 def only(findings: Iterable[Finding]) -> Finding:
@@ -92,10 +96,10 @@ def test_what_status_finds_is_found(tmp_path: Path) -> None:
 def test_no_clashes() -> None:
     """Usual interfaces and Docker's own overlay are no conflict."""
     present = [
-        Link("lo"),
-        Link("eth0", "veth"),
-        Link("docker0", "bridge"),
-        Link("vx-001", "vxlan", 4789),
+        link("lo"),
+        link("eth0", "veth"),
+        link("docker0", "bridge"),
+        link("vx-001", "vxlan", 4789),
     ]
     assert list(check_clashes({4799}, present)) == []
 
@@ -103,12 +107,12 @@ def test_no_clashes() -> None:
 @pytest.mark.parametrize(
     ("link", "who"),
     [
-        (Link("weave", "bridge"), "Weave Net"),
-        (Link("flannel.1", "vxlan", 8472), "flannel"),
-        (Link("cilium_vxlan", "vxlan", 8472), "Cilium"),
-        (Link("cali1234", "veth"), "Calico"),
-        (Link("vxlan.calico", "vxlan", 4789), "Calico"),
-        (Link("vxlan_sys_4789", "vxlan", 4789), "Open vSwitch"),
+        (link("weave", "bridge"), "Weave Net"),
+        (link("flannel.1", "vxlan", 8472), "flannel"),
+        (link("cilium_vxlan", "vxlan", 8472), "Cilium"),
+        (link("cali1234", "veth"), "Calico"),
+        (link("vxlan.calico", "vxlan", 4789), "Calico"),
+        (link("vxlan_sys_4789", "vxlan", 4789), "Open vSwitch"),
     ],
 )
 def test_other_overlays(link: Link, who: str) -> None:
@@ -121,7 +125,7 @@ def test_other_overlays(link: Link, who: str) -> None:
 
 def test_our_port_is_taken_by_a_device() -> None:
     """A VXLAN device of another program on our port is an error, with a port that is free."""
-    found = only(check_clashes({4799, 4800}, [Link("vx0", "vxlan", 4799)]))
+    found = only(check_clashes({4799, 4800}, [link("vx0", "vxlan", 4799)]))
     assert found.severity == "error"
     assert "VXLAN_PORT=4801" in found.remedy
 
