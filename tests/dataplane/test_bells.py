@@ -13,7 +13,14 @@ from tests.dataplane.places import ROOT, compile_c
 
 SOURCE = Path(__file__).with_name("bells.c")
 DATAPLANE = ROOT / "dataplane"
-TESTED = ("library/bells.c", "library/real.c", "relay/arenas.c", "relay/context.c")
+TESTED = (
+    "library/bells.c",
+    "library/real.c",
+    "relay/answers.c",
+    "relay/arenas.c",
+    "relay/context.c",
+    "relay/usage.c",
+)
 ROUNDS = int(os.environ.get("BELL_ROUNDS", "10000"))
 
 
