@@ -179,11 +179,13 @@ def test_other_hosts() -> None:
     network = a_network(options={"rdma": "off"})
     told = facts([network], [an_endpoint(7)], known, homes, RouterSettings(), own)
     assert told.networks[0].peers == ("192.0.2.2", "192.0.2.3")
-    assert not told.networks[0].rdma
+    assert (told.networks[0].rdma, told.networks[0].relay) == (False, True)
     assert told.underlay == "10.9.9.1"
     assert told.tunnel_offload is False
-    told = facts([a_network()], [an_endpoint(7)], known, homes, RouterSettings())
+    network = a_network(options={"relay": "off"})
+    told = facts([network], [an_endpoint(7)], known, homes, RouterSettings())
     assert (told.networks[0].peers, told.networks[0].rdma, told.underlay) == ((), True, "")
+    assert not told.networks[0].relay
 
 
 def test_told_once(world: World) -> None:

@@ -24,22 +24,25 @@ def test_defaults() -> None:
     assert (parsed.mtu, parsed.vni, parsed.acceleration) == (None, None, True)
     assert parsed.upgrade_operations is None
     assert parsed.rdma
+    assert parsed.relay
     assert parsed.own_vni is None
 
 
 def test_user_options() -> None:
-    """The user's three options are taken as given."""
+    """The user's options are taken as given."""
     parsed = options.parse(
         {
             "mtu": "9000",
             "vni": "70012",
             "acceleration": "off",
             "rdma": "off",
+            "relay": "off",
             "upgrade_operations": "16",
         }
     )
     assert parsed.upgrade_operations == 16
     assert not parsed.rdma
+    assert not parsed.relay
     assert (parsed.mtu, parsed.vni, parsed.acceleration) == (9000, 70012, False)
 
 
@@ -81,6 +84,7 @@ def test_mtu_by_both_names() -> None:
         ("vni", "16777216"),
         ("acceleration", "maybe"),
         ("rdma", "auto"),
+        ("relay", "tcp"),
         ("upgrade_operations", "0"),
         ("upgrade_operations", "many"),
     ],

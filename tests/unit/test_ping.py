@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, ip_address
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from dataplane.control import PeerFact, RdmaFacts, RelayFacts, Statistics
 from driver.errors import InvalidRequest, NotFound
 from driver.model import IPAddress, LocalContainer, Service, Task
 from plugin.echo import Probe
@@ -217,3 +219,67 @@ def test_count(world: PingWorld, count: int) -> None:
     with pytest.raises(InvalidRequest, match="count"):
         world.ping("10.0.4.8", count)
     assert not world.prober.asked
+
+
+def known(rdma_facts: RdmaFacts, relay_facts: RelayFacts, /, **peer: object) -> Statistics:
+    """What the router says; the peer is host2."""
+    made = PeerFact(address="192.0.2.2", session=True, link="up")
+    hosts = (msgspec.structs.replace(made, **peer),)
+    return Statistics(rdma=msgspec.structs.replace(rdma_facts, hosts=hosts), relay=relay_facts)
+
+
+RDMA = RdmaFacts(device="mlx5_0")
+NONE = RdmaFacts(why="this host has no RDMA device")
+RELAY = RelayFacts()
+OFF = RelayFacts(on=False)
+OVER_TCP: dict[str, object] = {
+    "relay": True,
+    "transport": "relay",
+    "why_not_rdma": "its host has no RDMA device",
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "path", "reason"),
+    [
+        (known(RDMA, RELAY, rdma=True, relay=True, transport="rdma"), {}, "rdma", ""),
+        (known(RDMA, RELAY, **OVER_TCP), {}, "relay", "no RDMA: its host has no RDMA device"),
+        (known(NONE, RELAY, **OVER_TCP), {}, "relay", "no RDMA: its host has no RDMA device"),
+        (known(NONE, OFF, rdma=True), {}, "overlay", "this host has no RDMA device"),
+        (known(RDMA, OFF), {}, "overlay", "its host has no RDMA device, and its relay no TCP"),
+        (known(RDMA, RELAY, **OVER_TCP), {"relay": "off"}, "overlay", "no TCP"),
+        (
+            known(RDMA, RELAY, rdma=True, relay=True, transport="relay"),
+            {"relay": "off"},
+            "overlay",
+            "relay is off for the network",
+        ),
+        (
+            known(RDMA, RELAY, **OVER_TCP),
+            {"relay": "off", "rdma": "off"},
+            "overlay",
+            "are off for the network or this host",
+        ),
+        (known(RDMA, RELAY, **OVER_TCP, link="down"), {}, "overlay", "link down"),
+        (known(RDMA, RELAY, session=False, reason="silent"), {}, "overlay", "silent"),
+    ],
+)
+def test_path_of_tcp(
+    world: PingWorld, said: Statistics, options: dict[str, str], path: str, reason: str
+) -> None:
+    """ping says over which path TCP to another host's container can go, and why no faster one."""
+    network = world.driver.store.networks()[0]
+    world.driver.store.put_network(replace(network, options={**network.options, **options}))
+    world.kernel.behind[MAC] = IPv4Address("192.0.2.2")
+    world.router.said = said
+    found = Ping(
+        world.driver,
+        world.kernel,
+        world.sync,
+        world.prober,
+        lambda path: path in world.there,
+        world.router,
+    )(PingRequest("10.0.4.8", 1))
+    assert found.tcp == path
+    assert reason in found.reason
+    assert bool(reason) == bool(found.reason)

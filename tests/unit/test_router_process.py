@@ -131,6 +131,9 @@ def test_settings_reach_the_router() -> None:
         "session_key": "k",
         "remote_ring": 65536,
         "remote_memory": 9,
+        "relay": "off",
+        "relay_ring": 65536,
+        "relay_encryption": "all",
     }
     usual = router_settings(Settings())
     seen = {
@@ -142,6 +145,7 @@ def test_settings_reach_the_router() -> None:
     assert router_settings(Settings(session_port=9, vxlan_port=8)).session_port == 9
     # Networks of one host alone have no peers.
     assert not router_settings(Settings(scope="local")).rdma
+    assert not router_settings(Settings(scope="local")).relay
 
 
 def test_command() -> None:
