@@ -168,6 +168,7 @@ class InterHost:
             relay=not why_not and not relay.failure,
             relay_ring=settings.relay_ring,
             relay_encryption=settings.relay_encryption,
+            tunnel_offload=self._pairing.knowledge.offload,
         )
         hellos = self.remotes.hellos()
         self._transports[Transport.RDMA].decide(

@@ -66,6 +66,8 @@ class PeerHello(msgspec.Struct, frozen=True, tag="Hello", kw_only=True):
     """As `ring`, for connections over TCP between the relays."""
     relay_encryption: Word = ""
     """What its relay encrypts: a value of `RELAY_ENCRYPTION`."""
+    tunnel_offload: bool = True
+    """Whether its underlay's device segments UDP tunnels."""
 
 
 class Owns(msgspec.Struct, frozen=True, tag=True):

@@ -31,6 +31,9 @@ class GateOwner(Protocol):
     def relayed(self) -> Mapping[Pair, int]:
         """The connections over the relays' TCP that this host leads, by their two processes."""
 
+    def offloads(self, peer: IPAddress) -> bool:
+        """Whether the underlay's devices of both hosts segment UDP tunnels."""
+
     def tell(self, peer: IPAddress, message: Waits) -> None:
         """Send a message to the router of a host, if it knows it."""
 
@@ -104,11 +107,11 @@ class RelayGate:
 
     # --- time
 
-    def tick(self, owner: GateOwner, offload: bool) -> None:
-        """About once a second. `offload`: as for `EnterRule.decide`."""
+    def tick(self, owner: GateOwner) -> None:
+        """About once a second."""
         self._rule.rule = self._pairing.knowledge.settings.relay_rule
         if not self._sampler.busy and (due := self._rule.due(self._loop.now())):
-            self._sampler.sample(due, self._sampled, lambda: self._decide(owner, offload))
+            self._sampler.sample(due, self._sampled, lambda: self._decide(owner))
         self._tell(owner)
 
     def _sampled(self, request: RemoteRequest, counters: TcpCounters | None) -> None:
@@ -119,9 +122,9 @@ class RelayGate:
         else:
             self._rule.sampled(request, Sample(self._loop.now(), *counters))
 
-    def _decide(self, owner: GateOwner, offload: bool) -> None:
+    def _decide(self, owner: GateOwner) -> None:
         on = OnRelay(owner.relayed(), self._rates())
-        changed = self._rule.decide(self._loop.now(), on, self._held, offload)
+        changed = self._rule.decide(self._loop.now(), on, self._held, owner.offloads)
         owner.enter([request for request in changed if self._find(request)])
 
     def _tell(self, owner: GateOwner) -> None:

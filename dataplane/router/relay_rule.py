@@ -217,7 +217,7 @@ class EnterRule(Generic[T]):
         now: float,
         on: OnRelay,
         held: Callable[[Pair], Reason | None],
-        offload: bool,
+        offloads: Callable[[IPAddress], bool],
     ) -> dict[T, Reason | None]:
         """Decide for the connections that were due. Those whose reason has changed; None: it may
         enter.
@@ -226,18 +226,18 @@ class EnterRule(Generic[T]):
             now: seconds.
             on: what is on the relay.
             held: why no connection of a pair may enter for a while; None: they may.
-            offload: whether the underlay's device segments UDP tunnels, so that TCP on the overlay
-                carries bulk data as fast as the relays do.
+            offloads: whether the devices of this host and of another segment UDP tunnels, so that
+                TCP on the overlay carries bulk data as fast as the relays do.
         """
         asked = [pair for pair in self._asked if pair in self._groups]
         self._asked = []
         for pair in asked:
-            self._measure(self._groups[pair], offload)
+            self._measure(self._groups[pair])
         busy = self._ends(on, lambda group: group.busy)
         most = self._ends(on, lambda group: len(group.flows))
         changed: dict[T, Reason | None] = {}
         for pair in asked:
-            group = self._groups[pair]
+            group, offload = self._groups[pair], offloads(pair.peer)
             rate = group.messages
             if on.connections.get(pair):
                 rate += on.rates.get(pair.process, 0.0)
@@ -249,7 +249,7 @@ class EnterRule(Generic[T]):
             self._schedule(now, group, self._is_near(pair, group, most, rate, offload))
         return changed
 
-    def _measure(self, group: _Group[T], offload: bool) -> None:
+    def _measure(self, group: _Group[T]) -> None:
         """Add up what a group's connections carry."""
         group.busy, group.messages = 0, 0.0
         for flow in group.flows.values():
@@ -324,7 +324,7 @@ def why_leave(process: Use, link: Use, rule: RelayRule, offload: bool) -> Reason
         process: what the process did on the relay in the last second.
         link: what the link between the two relays did.
         rule: the settings.
-        offload: as for `EnterRule.decide`.
+        offload: whether both hosts' devices segment UDP tunnels.
     """
     if is_bulk(process.bytes, process.blocks, rule):
         return Reason.BULK if offload else None

@@ -32,7 +32,8 @@ from dataplane.router.seams import SocketTable
 class Ruled:
     """A `GateOwner` and a `UseOwner`."""
 
-    def __init__(self, remotes: Remotes[Any]) -> None:
+    def __init__(self, pairing: Pairing, remotes: Remotes[Any]) -> None:
+        self._pairing = pairing
         self._remotes = remotes
 
     def over_relay(self) -> Iterable[RemoteConnection]:
@@ -55,6 +56,11 @@ class Ruled:
         for host in {request.host for request in requests}:
             if host is not None:
                 self._remotes.reconsider(host)
+
+    def offloads(self, peer: IPAddress) -> bool:
+        host = self._remotes.hosts.get(peer)
+        hello = None if host is None else host.hello
+        return self._pairing.knowledge.offload and (hello is None or hello.tunnel_offload)
 
     def tell(self, peer: IPAddress, message: peer_wire.Message) -> None:
         host = self._remotes.hosts.get(peer)
@@ -102,13 +108,13 @@ class RelayRuling:
     def join(self, remotes: Remotes[Any]) -> None:
         """The connections that are ruled."""
         self._remotes = remotes
-        self.use.owner = self._ruled = Ruled(remotes)
+        self.use.owner = self._ruled = Ruled(self._pairing, remotes)
 
     def tick(self) -> None:
         """About once a second."""
         if self._remotes is None or self._ruled is None:
             return
-        self.gate.tick(self._ruled, self._pairing.knowledge.offload)
+        self.gate.tick(self._ruled)
         if self._paused or len(self._pauses):
             self._remotes.requests.offer_again()
         self._paused = len(self._pauses) > 0

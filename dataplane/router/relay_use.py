@@ -46,6 +46,9 @@ class UseOwner(Protocol):
     def over_relay(self) -> Iterable[RemoteConnection]:
         """The connections over the relays' TCP that programs use."""
 
+    def offloads(self, peer: IPAddress) -> bool:
+        """Whether the underlay's devices of both hosts segment UDP tunnels."""
+
     def link_number(self, peer: IPAddress) -> int:
         """The relay's number of the link to a host."""
 
@@ -142,7 +145,11 @@ class RelayUse:
         for pair, connections in pairs.items():
             link = self._counters.get((0, owner.link_number(pair[1])))
             use = use_of([_per_second(link, seconds)])
-            reason = self._why_leave(pair, uses.get(pair[0], Use()), use)
+            reason = None
+            if now - self._since[pair] >= SETTLE:
+                rule = self._pairing.knowledge.settings.relay_rule
+                process = uses.get(pair[0], Use())
+                reason = why_leave(process, use, rule, owner.offloads(pair[1]))
             if reason is not None:
                 self._leave(owner, pair, connections, reason)
         self._limit(owner, pairs.values(), seconds)
@@ -156,12 +163,6 @@ class RelayUse:
             if known is not None and known.ring:
                 found[known.pair[0]].append(_per_second(counter, seconds))
         return {process: use_of(rates) for process, rates in found.items()}
-
-    def _why_leave(self, pair: tuple[int, IPAddress], process: Use, link: Use) -> Reason | None:
-        if self._loop.now() - self._since[pair] < SETTLE:
-            return None
-        knowledge = self._pairing.knowledge
-        return why_leave(process, link, knowledge.settings.relay_rule, knowledge.offload)
 
     def _leave(
         self,

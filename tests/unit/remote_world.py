@@ -518,6 +518,7 @@ class Host:
             ring=RING,
             relay=self.number in self.world.tcp,
             relay_ring=RELAY_RING,
+            tunnel_offload=self.pairing.knowledge.offload,
         )
 
 

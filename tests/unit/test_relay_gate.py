@@ -235,10 +235,13 @@ def test_staying(world: World, traffic: Traffic) -> None:
     assert granted(world, made) == 8
 
 
-def test_bulk_without_offload(traffic: Traffic, world: World) -> None:
-    """Where the leader's device doesn't segment tunnels, a bulk stream enters alone, and stays."""
-    for host in world.hosts:
-        host.pairing.knowledge.offload = False
+@pytest.mark.parametrize("who", [0, 1])
+def test_bulk_without_offload(traffic: Traffic, world: World, who: int) -> None:
+    """Where the device of one of the hosts doesn't segment tunnels, a bulk stream enters alone, and
+    stays.
+    """
+    world.hosts[who].pairing.knowledge.offload = False
+    world.hello_again(world.hosts[who])
     made = busy(world, traffic, 1, 5000, 128 << 10)
     world.loop.run(5)
     assert granted(world, made) == 1

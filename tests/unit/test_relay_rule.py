@@ -92,7 +92,7 @@ class Model:
             self.sampled += 1
             self.rule.sampled(key, key.sample(self.now))
         on = OnRelay(Counter(each.pair for each in self.streams if each.on), self._rates())
-        changed = self.rule.decide(self.now, on, self.held, self.offload)
+        changed = self.rule.decide(self.now, on, self.held, lambda _: self.offload)
         for stream, reason in changed.items():
             if reason is None:
                 self.rule.remove(stream)

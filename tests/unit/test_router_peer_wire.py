@@ -72,11 +72,12 @@ BYTES: Final[list[tuple[pw.Message, bytes]]] = [
             relay=True,
             relay_ring=65536,
             relay_encryption="all",
+            tunnel_offload=False,
         ),
-        b"\x8b\xa4type\xa5Hello\xa7version\x01\xa8instance\xd9 0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f"
+        b"\x8c\xa4type\xa5Hello\xa7version\x01\xa8instance\xd9 0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f"
         b"\xa4node\xa2n1\xa9data_path\xa9192.0.2.1\xa4rdma\xc3\xa4ring\xce\x00\x01\x00\x00"
         b"\xa5build\xa1b\xa5relay\xc3\xaarelay_ring\xce\x00\x01\x00\x00"
-        b"\xb0relay_encryption\xa3all",
+        b"\xb0relay_encryption\xa3all\xaetunnel_offload\xc2",
     ),
     (
         pw.Owns({"net": ("10.0.1.2",)}),
