@@ -224,10 +224,15 @@ class Container:
         *,
         whole: bool = True,
     ) -> bool:
-        """Whether a datagram of random bytes returns unchanged."""
+        """Whether a datagram of random bytes returns unchanged.
+
+        `timeout`: the seconds of a quiet machine after which it is sent again, up to `tries` times.
+        """
         data = os.urandom(size)
         with self.udp(to, timeout, whole=whole) as datagrams:
-            for _ in range(tries):
+            for left in reversed(range(tries)):
+                if not left:
+                    datagrams.settimeout(patience(timeout))
                 with contextlib.suppress(TimeoutError, ConnectionError):
                     datagrams.send(data)
                     if datagrams.recv(65535) == data:
@@ -240,7 +245,7 @@ class Container:
         family = socket.AF_INET if v4 else socket.AF_INET6
         protocol = socket.IPPROTO_ICMP if v4 else socket.IPPROTO_ICMPV6
         with self.do(lambda: socket.socket(family, socket.SOCK_RAW, protocol)) as raw:
-            raw.settimeout(timeout)
+            raw.settimeout(patience(timeout))
             return all(_ping(raw, to, number) for number in range(1, count + 1))
 
     def packets(self) -> socket.socket:

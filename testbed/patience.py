@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Final
 
 GENEROUS: Final = 4.0
@@ -33,16 +34,22 @@ def _work() -> float:
     return time.perf_counter() - begin
 
 
+def _runnable() -> int:
+    """Number of threads that want a processor now, without this one (proc_loadavg(5))."""
+    return int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1
+
+
 def slowness() -> float:
     """How many times as long as on a quiet machine things take now; at least 1.
 
-    The load counts all processes that want a processor. The piece of work detects a machine that is
-    slow for another reason.
+    The load counts all processes that want a processor, on average over a minute; after a change it
+    lags, so those of this moment count as well. The piece of work detects a machine that is slow
+    for another reason.
     """
     global _measured
     with _lock:
         if time.monotonic() - _measured[0] > _FRESH:
-            load = os.getloadavg()[0] / (os.cpu_count() or 1)
+            load = max(os.getloadavg()[0], _runnable()) / (os.cpu_count() or 1)
             # Waiting is delayed twice: the waiter and the process that it waits for are both late.
             worst = max(1.0, 2 * load - 1, _work() / _REFERENCE)
             _measured = (time.monotonic(), min(worst, MOST))

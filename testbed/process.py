@@ -5,11 +5,15 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from testbed.patience import patience
 
 T = TypeVar("T")
+
+LEAST: Final = 60.0
+"""`wait_until` waits at least so many seconds: only a failing test waits so long, and a machine may
+stand still for some seconds whatever its load."""
 
 
 class CommandError(Exception):
@@ -59,11 +63,10 @@ def wait_until(what: str, condition: Callable[[], T], timeout: float = 30, pause
     """Call `condition` until it returns something true, and return that.
 
     Raises:
-        TimeoutError: after `timeout` seconds of a quiet machine; it names `what` and the last
-        failure.
+        TimeoutError: after `timeout` seconds of a quiet machine, and never before `LEAST`; it names
+        `what` and the last failure.
     """
-    timeout = patience(timeout)
-    deadline = time.monotonic() + timeout
+    begin = time.monotonic()
     last: object = None
     while True:
         try:
@@ -73,6 +76,8 @@ def wait_until(what: str, condition: Callable[[], T], timeout: float = 30, pause
             last = value
         except (CommandError, OSError) as error:
             last = error
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {timeout:g} s; last: {last}")
+        waited = time.monotonic() - begin
+        # The machine may have become busy since the beginning.
+        if waited > LEAST and waited > patience(timeout):
+            raise TimeoutError(f"{what}: not within {waited:.0f} s; last: {last}")
         time.sleep(pause)
