@@ -22,6 +22,8 @@ from driver.model import IPAddress
 
 WAIT: Final = 1.0
 """Seconds to wait for an answer."""
+LATE: Final = 64
+"""Packets that are read after that time, at most: others may send answers that nobody asked for."""
 PATTERN: Final = b"freeflow" * 7
 
 
@@ -36,6 +38,11 @@ class Probe:
 
 Prober = Callable[[Path, IPAddress, int, bool], Probe]
 """Called with a namespace, an address, the number of echoes, and whether the address is a VIP."""
+
+
+def _left(begin: float) -> float:
+    """Seconds that are left for an answer to what was sent at `begin`."""
+    return begin + WAIT - time.perf_counter()
 
 
 def echo(address: IPAddress, count: int, identifier: int) -> list[float]:
@@ -59,9 +66,10 @@ def echo(address: IPAddress, count: int, identifier: int) -> list[float]:
                 raw.sendto(message, (str(address), 0))
             except OSError:
                 continue
-            while (left := begin + WAIT - time.perf_counter()) > 0:
-                if not select.select([raw], [], [], left)[0]:
-                    break
+            late = 0
+            # An answer that has come counts even if this thread did not run in the meantime.
+            while late < LATE and select.select([raw], [], [], max(0.0, _left(begin)))[0]:
+                late += _left(begin) < 0
                 answer = raw.recv(2048)
                 if not six:
                     answer = answer[(answer[0] & 15) * 4 :]
