@@ -35,20 +35,29 @@ def test_short_connections_stop_asking(made: Bed, tmp_path: Path) -> None:
     """Of many connections that end right after they are old enough to move only some of the first
     send a request; a long one moves.
     """
-    # Long enough that a busy machine ends a connection before twice the age.
-    age = within(0.1)
-    environment = {
-        "FREEFLOW_STATS": str(tmp_path / "statistics"),
-        "FREEFLOW_UPGRADE_AGE": f"{age * 1e6:.0f}",
-    }
     server, client = made.containers["server"], made.containers["client"]
     python, where = [sys.executable, str(PROGRAM)], [str(server.ipv4), "7300"]
-    server.popen([*python, "server", *where], env={**environment, "FREEFLOW_STATS": ""})
-    wait_until("the server", lambda: server.do(lambda: _listens(str(server.ipv4))))
-    arguments = [str(SHORT), f"{age * 1.05:.3f}", "400"]
-    said = client.run([*python, "client", *where, *arguments], env=environment)
-    assert said.stdout == "right\n"
-    counts = counts_of(tmp_path / "statistics")
+    for factor in (1, 3, 9, 27):
+        age = factor * within(0.1)
+        statistics = tmp_path / f"statistics{factor}"
+        environment = {
+            "FREEFLOW_STATS": str(statistics),
+            "FREEFLOW_UPGRADE_AGE": f"{age * 1e6:.0f}",
+        }
+        serving = server.popen(
+            [*python, "server", *where], env={**environment, "FREEFLOW_STATS": ""}
+        )
+        wait_until("the server", lambda: server.do(lambda: _listens(str(server.ipv4))))
+        arguments = [str(SHORT), f"{age * 1.05:.3f}", "400"]
+        said = client.run([*python, "client", *where, *arguments], env=environment)
+        right, oldest = said.stdout.split()
+        assert right == "right"
+        # A busy machine may have made a connection so old that it counts as long.
+        if float(oldest) < 2 * age:
+            break
+        serving.kill()
+        serving.wait()
+    counts = counts_of(statistics)
     assert counts["tracked"] > SHORT
     assert 1 < counts["asked"] <= SHORT * 2 // 3
     # At least the second half of the long one.

@@ -4,7 +4,8 @@
     short.py client ADDRESS PORT COUNT AGE LONG
 
 The client makes COUNT short connections, eight at a time, each older than AGE seconds at its last
-message, and then one with LONG messages, if any.
+message, and then one with LONG messages, if any. It prints "right" and the greatest age of a short
+connection at its end.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ def ask(connection: socket.socket, count: int) -> None:
         assert answer == question
 
 
-def short(where: tuple[str, int], age: float) -> None:
+def short(where: tuple[str, int], age: float) -> float:
+    """Returns the connection's age at its last message, in seconds."""
+    begin = time.monotonic()
     with socket.create_connection(where) as connection:
         ask(connection, 2)
         time.sleep(age)
         ask(connection, 1)
+    return time.monotonic() - begin
 
 
 def main() -> None:
@@ -48,13 +52,13 @@ def main() -> None:
             threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
     count, age, long = int(more[0]), float(more[1]), int(more[2])
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: short(where, age), range(count)))
+        oldest = max(pool.map(lambda _: short(where, age), range(count)))
     if long:
         with socket.create_connection(where) as connection:
             ask(connection, long)
             time.sleep(age)
             ask(connection, long)
-    print("right")
+    print(f"right {oldest:.3f}")
 
 
 if __name__ == "__main__":

@@ -219,7 +219,8 @@ static void moves_while_polled(int unused)
         int time = within(0.3) < 1.5 ? (int)(within(0.3) * 1000) : 1500, moved = 0;
 
         (void)unused;
-        for (int round = 0; round < 4; round++) {
+        /* On a busy machine the bells may come too late for a connection: then another one is tried. */
+        for (int round = 0; round < 4 || (getenv("FREEFLOW_EXPECTED") && !moved && round < 40); round++) {
                 int fd = dial();
 
                 for (int i = 0; i < POLLED; i++) {
