@@ -37,7 +37,7 @@ from driver import names, vip
 from driver.kernel.checksum import internet_checksum
 from driver.kernel.fastpath import Stage
 from driver.kernel.linux import LinuxKernel
-from driver.kernel.namespace import CLONE_NEWNET, check, in_netns, libc
+from driver.kernel.namespace import CLONE_NEWNET, OVERLAY_PIN, check, in_netns, libc
 from driver.kernel.nf_tables import Batch
 from driver.model import Endpoint, IPAddress, Network, VipTable
 from testbed.ebpf_object import built
@@ -67,7 +67,8 @@ def new_namespace() -> int:
 def set_up(device: str, *addresses: IPv4Interface | IPv6Interface) -> None:
     """Give a device of the calling thread's namespace its addresses; set it and `lo` up.
 
-    IPv6 addresses are usable at once, without duplicate address detection.
+    IPv6 addresses are usable at once, without duplicate address detection. The device is a veth
+    whose other end is up.
     """
     with IPRoute() as route:
         index = route.link_lookup(ifname=device)[0]
@@ -81,6 +82,23 @@ def set_up(device: str, *addresses: IPv4Interface | IPv6Interface) -> None:
             )
         for one in (index, route.link_lookup(ifname="lo")[0]):
             route.link("set", index=one, state="up")
+    wait_operational(device)
+
+
+def wait_operational(*devices: str) -> None:
+    """Wait until devices of the calling thread's namespace, which are set up, pass packets.
+
+    The kernel attaches queues and lets a bridge's port forward later, in a thread of its own
+    (linkwatch), which sets the operational state (RFC 2863). Until then packets are dropped. Each
+    end of a veth pair has a state of its own.
+    """
+    with IPRoute() as route:
+
+        def operational() -> bool:
+            found = [route.link("get", ifname=device)[0] for device in devices]
+            return all(link.get_attr("IFLA_OPERSTATE") == "UP" for link in found)
+
+        wait_until(f"{', '.join(devices)} to be operational", operational, 5, 0.002)
 
 
 def write_vips(namespace: Path | int, table: VipTable) -> None:
@@ -167,6 +185,8 @@ class Container:
 
         self.host.do(move)
         self.do(configure)
+        port = partial(wait_operational, names.host_veth(self.endpoint.id))
+        self.host.do(lambda: in_netns(RUN / OVERLAY_PIN, port))
 
     def serve(self) -> None:
         """Answer TCP with the hash of its bytes, UDP with the same datagram; IPv4 and IPv6."""
@@ -464,6 +484,7 @@ def lab(hosts: int = 2, *, mtu: int = 1500, ipv6_underlay: bool = False) -> Iter
                 prefix = 24 if host.address.version == 4 else 64
                 address = ip_interface((host.address, prefix))
                 in_netns(host.namespace, partial(set_up, "eth0", address))
+                in_netns(made.underlay, partial(wait_operational, f"u{number}"))
         yield made
     finally:
         for host in made.hosts:

@@ -49,7 +49,7 @@ from dataplane.control import EndpointFact, NetworkFact, RouterSettings, RouterS
 from dataplane.errors import RouterAway
 from dataplane.router_client import RouterClient
 from driver.kernel.namespace import in_netns
-from testbed.kernel_hosts import new_namespace, set_up, write_vips
+from testbed.kernel_hosts import new_namespace, set_up, wait_operational, write_vips
 from testbed.patience import patience, slowness
 
 T = TypeVar("T")
@@ -306,6 +306,7 @@ def connect(containers: Sequence[Container], bridge: int) -> None:
         addresses = (IPv4Interface((container.ipv4, 24)), IPv6Interface((container.ipv6, 64)))
         in_netns(bridge, plug)
         container.do(partial(set_up, "eth0", *addresses))
+        in_netns(bridge, partial(wait_operational, port))
 
 
 @contextlib.contextmanager

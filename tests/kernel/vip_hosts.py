@@ -13,6 +13,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pyroute2 import IPRoute, netns
 
 from driver.kernel.checksum import internet_checksum
 from driver.kernel.namespace import in_netns
+from testbed.kernel_hosts import wait_operational
 from testbed.patience import patience
 
 PORT = 80
@@ -187,6 +189,8 @@ def world(tasks: int) -> Iterator[World]:
                 route.link("set", index=port, master=bridge, state="up")
         for container in containers:
             _configure(container)
+        ports = [f"v{number}" for number in range(len(containers))]
+        in_netns(Path("/run/netns") / made.bridge, partial(wait_operational, *ports))
         for task in made.tasks:
             task.serve()
         yield made
