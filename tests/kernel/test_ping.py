@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
-import time
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 from driver.errors import KernelError
 from driver.vip import NftBalancer
 from plugin.echo import probe
-from testbed.patience import within
+from testbed.patience import patience, within
 from tests.kernel.vip_hosts import VIP, World, world
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces")
@@ -71,7 +71,7 @@ def test_an_answer_that_is_read_late(three: World, monkeypatch: pytest.MonkeyPat
     class Slow(socket.socket):
         def sendto(self, *arguments: Any) -> int:
             sent = super().sendto(*arguments)
-            time.sleep(0.3)
+            select.select([self], [], [], patience(10))
             return sent
 
     monkeypatch.setattr("plugin.echo.socket.socket", Slow)
