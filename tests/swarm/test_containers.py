@@ -5,10 +5,13 @@ isolation, published ports.
 from __future__ import annotations
 
 import json
+import time
+from functools import partial
 
 import pytest
 
 from testbed import Bed, CommandError, Host, wait_until
+from testbed.patience import within
 from tests.swarm.conftest import address, logged, make_network, run_container, unique
 
 
@@ -147,18 +150,29 @@ def test_attach_by_network_id(bed: Bed, manager: Host) -> None:
     assert address(bed.hosts[1], box, network)
 
 
+def _knows(host: Host, network: str, peer: Host) -> bool:
+    """Whether an engine lists a host as a peer of a network."""
+    peers = host.inspect("network", "inspect", network).get("Peers") or ()
+    return any(each["IP"] == str(peer.address) for each in peers)
+
+
 def test_the_same_address_again_after_a_container_moved(bed: Bed, manager: Host) -> None:
-    """An address that moves to another host is reachable there at once, because the move is
-    announced: whether its former host stays on the network (the first) or leaves it.
+    """An address that moves to another host is reachable there as soon as Docker's gossip has told
+    of the new host, because the move is announced: whether its former host stays on the network
+    (the first) or leaves it.
     """
     network = make_network(manager, "--subnet", "10.79.0.0/24")
     client = run_container(manager, network)
     run_container(bed.hosts[1], network)
     for host in (*bed.hosts[1:], bed.hosts[1]):
         name = run_container(host, network, "--ip", "10.79.0.50", "--hostname", unique("moved"))
-        wait_until(
-            f"the address on {host.name}", lambda: _reaches(manager, client, "10.79.0.50"), 5
-        )
+        begin = time.monotonic()
+        # Docker repeats lost gossip after up to 30 s.
+        wait_until(f"gossip of {host.name}", partial(_knows, manager, network, host), 40)
+        gossip = time.monotonic() - begin
+        wait_until(f"the address on {host.name}", lambda: _reaches(manager, client, "10.79.0.50"))
+        # An announcement comes at the latest after twice the time that the gossip took.
+        assert time.monotonic() - begin < 2 * gossip + within(5)
         host.docker("rm", "-f", name)
 
 
