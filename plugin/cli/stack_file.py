@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import (
+import yaml
+from yaml.events import (
     AliasEvent,
     DocumentStartEvent,
     MappingEndEvent,
@@ -24,7 +23,6 @@ from ruamel.yaml.events import (
 )
 
 from driver.errors import InvalidRequest
-from plugin.cli.yaml_scanner import Scanner
 
 LONGEST: Final = 1 << 20
 """Characters of a text."""
@@ -39,8 +37,6 @@ _BOOLEANS: Final = {
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
 _MERGE: Final = "<<"
-_AS_BREAKS: Final = dict.fromkeys(map(ord, "\x85\u2028\u2029"), "\n")
-"""These end a line in YAML 1.1, which Docker reads."""
 
 
 def read_stack(text: str, name: str) -> dict[str, Any]:
@@ -80,14 +76,14 @@ def _invalid(name: str, line: int, problem: str) -> InvalidRequest:
 
 def _events(text: str, name: str) -> Iterator[Any]:
     try:
-        reader = YAML(typ="safe", pure=True)
-        reader.Scanner = Scanner
-        yield from reader.parse(text.translate(_AS_BREAKS))
-    except (YAMLError, ValueError) as error:
-        # Some of its errors have no position.
+        # libyaml, of which Docker's reader, go-yaml, is a port.
+        yield from yaml.parse(text, Loader=yaml.CSafeLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        # Some of its errors have no position, and one may be after the last line.
         mark = getattr(error, "problem_mark", None)
+        line = min(mark.line, text.count("\n")) if mark is not None else 0
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise _invalid(name, mark.line if mark is not None else 0, problem) from error
+        raise _invalid(name, line, problem) from error
 
 
 class _Reader:

@@ -18,7 +18,7 @@ BEHIND = {
     "sqlite3": {"driver.store"},
     "prometheus_client": {"plugin.metrics"},
     "pyverbs": {"dataplane.router.devices"},
-    "ruamel": {"plugin.cli.stack_file", "plugin.cli.yaml_scanner"},
+    "yaml": {"plugin.cli.stack_file"},
     "cryptography": {"dataplane.router.shared_key"},
 }
 """Third-party libraries, and the only modules that may import them."""
