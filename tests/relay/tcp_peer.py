@@ -10,9 +10,9 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from testbed.relays import SOCKETS, TCP, End, Relay, socket_pair
@@ -32,6 +32,15 @@ def block(end: End, flags: int = READY, *words: int, cookie: int | None = None) 
     return BLOCK.pack(end.number, flags, known, *words, *[0] * (6 - len(words)))
 
 
+@dataclass(frozen=True)
+class Heard:
+    """A record of a relay: the connections of its blocks, and the bytes that came with them."""
+
+    numbers: list[int]
+    data: bytes
+    encrypted: bool
+
+
 class Peer:
     """The other end of a link of `relay`, with all its sockets and both keys."""
 
@@ -43,7 +52,6 @@ class Peer:
         self.receives = AESGCM(mine)
         self.sent = [0] * SOCKETS
         self.received = [0] * SOCKETS
-        self.messages = [0] * SOCKETS
         self.sockets = []
         for index in range(SOCKETS):
             theirs, ours = socket_pair()
@@ -96,21 +104,21 @@ class Peer:
             data += got
         return data
 
-    def hear(self, lane: int = 0) -> list[tuple[int, int, int]]:
-        """The next record: each block's connection, flags and number of bytes."""
-        head = self.read(lane, 4)
-        (size,) = struct.unpack("=I", head)
-        body = self.receives.decrypt(
-            self._nonce(self.received, lane), self.read(lane, (size & ~SEALED) + TAG), head
-        )
-        count = HEADER.unpack_from(body)[1]
-        sizes = struct.unpack_from(f"={count}I", body, HEADER.size + count * BLOCK.size)
-        data = self.read(lane, sum(sizes) + (TAG if size & SEALED and sum(sizes) else 0))
-        if size & SEALED and data:
-            with contextlib.suppress(InvalidTag):
-                data = self.receives.decrypt(self._nonce(self.received, lane), data, None)
-        heads = [BLOCK.unpack_from(body, HEADER.size + n * BLOCK.size) for n in range(count)]
-        return [(one[0], one[1], size) for one, size in zip(heads, sizes, strict=True)]
+    def hear(self, lane: int = 0) -> Heard:
+        """The next record of the relay."""
+        opened = self.read(lane, 4)
+        (head,) = struct.unpack("=I", opened)
+        sealed = self.read(lane, (head & ~SEALED) + TAG)
+        body = self.receives.decrypt(self._nonce(self.received, lane), sealed, opened)
+        magic, count, *_ = HEADER.unpack_from(body)
+        assert magic == MAGIC
+        numbers = [BLOCK.unpack_from(body, HEADER.size + n * BLOCK.size)[0] for n in range(count)]
+        size = sum(struct.unpack_from(f"={count}I", body, HEADER.size + count * BLOCK.size))
+        encrypted = bool(head & SEALED)
+        data = self.read(lane, size + TAG * encrypted)
+        if encrypted:
+            data = self.receives.decrypt(self._nonce(self.received, lane), data, None)
+        return Heard(numbers, data, encrypted)
 
 
 Change = Callable[[int, int, bytes], list[bytes] | None]

@@ -84,6 +84,28 @@ def test_an_honest_record_arrives(binary: Path, sealed: bool) -> None:
         wait_for_tail(one, 9700)
 
 
+@pytest.mark.parametrize("encryption", [0, 1, 2])
+def test_what_a_relay_sends(binary: Path, end: Path, encryption: int) -> None:
+    """A relay's records open under the peer's key, each with the next nonce. Their bytes are the
+    ring's, and encrypted if this host wants it, whatever the peer wants.
+    """
+    with (
+        relays(binary, transport=TCP, encryption=encryption) as (a, b),
+        a_peer_of(a, b) as (one, peer),
+    ):
+        peer.say((block(one), 0), lane=2)
+        sender = one.popen(end, "send=30000", "message=3000", "seed=1")
+        data = b""
+        while len(data) < 30_000:
+            heard = peer.hear(one.arena % 3)
+            data += heard.data
+            assert len(set(heard.numbers)) <= 1
+            assert heard.encrypted == (bool(encryption) and bool(heard.data))
+        assert data == ring_of(one, 0)[:30_000]
+        sender.kill()
+        sender.wait()
+
+
 @pytest.mark.parametrize(
     ("words", "size", "cookie"),
     [
