@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from dataplane.control import RelayRule
@@ -27,6 +28,8 @@ SAMPLE: Final = 1.0
 """Seconds between two samples of connections that are near the rule's thresholds."""
 SAMPLE_MOST: Final = 8.0
 """The same for others: the pause is doubled up to this."""
+ROUND: Final = 2000
+"""Connections that are sampled together; the share of the processor doesn't allow for many more."""
 SHORTEST: Final = 0.25
 """Seconds that lie between two samples of a connection at least: a rate over less says nothing."""
 NEAR: Final = 4
@@ -102,6 +105,8 @@ class Flow:
     messages: float = 0.0
     """Per second."""
     bytes: float = 0.0
+    busy: bool = False
+    """At the last sample."""
     reason: Reason | None = Reason.FEW
     """Why it waits; None: it may enter."""
 
@@ -128,15 +133,29 @@ def is_bulk(size: float, count: float, rule: RelayRule) -> bool:
 
 
 @dataclass(slots=True, eq=False)
+class _End:
+    """The waiting connections of a process of one host with the other host."""
+
+    connections: int = 0
+    busy: int = 0
+
+
+_EndKey = tuple[int | None, IPAddress, int]
+
+
+def _ends_of(pair: Pair) -> tuple[_EndKey, _EndKey]:
+    return (pair.process, pair.peer, 0), (None, pair.peer, pair.peer_process)
+
+
+@dataclass(slots=True, eq=False)
 class _Group(Generic[T]):
     """The waiting connections of one pair."""
 
+    ends: tuple[_End, _End]
     flows: dict[T, Flow] = field(default_factory=dict)
     due: float = 0.0
     """When they are sampled next."""
     pause: float = SAMPLE
-    busy: int = 0
-    """Of them, at the last sample."""
     messages: float = 0.0
     """Per second, of all of them together."""
 
@@ -164,6 +183,7 @@ class EnterRule(Generic[T]):
         """The present settings."""
         self._groups: dict[Pair, _Group[T]] = {}
         self._flows: dict[T, Flow] = {}
+        self._ends: dict[_EndKey, _End] = {}
         self._asked: list[Pair] = []
 
     def __len__(self) -> int:
@@ -184,8 +204,13 @@ class EnterRule(Generic[T]):
     def add(self, key: T, pair: Pair, now: float) -> None:
         """A connection waits from now on."""
         self.remove(key)
-        group = self._groups.setdefault(pair, _Group())
+        group = self._groups.get(pair)
+        if group is None:
+            one, other = (self._ends.setdefault(end, _End()) for end in _ends_of(pair))
+            group = self._groups[pair] = _Group((one, other))
         group.flows[key] = self._flows[key] = Flow(pair)
+        for end in group.ends:
+            end.connections += 1
         group.due, group.pause = min(group.due, now), SAMPLE
 
     def remove(self, key: T) -> None:
@@ -194,15 +219,31 @@ class EnterRule(Generic[T]):
         if flow is not None:
             group = self._groups[flow.pair]
             del group.flows[key]
+            for number, end in zip(_ends_of(flow.pair), group.ends, strict=True):
+                end.connections -= 1
+                end.busy -= flow.busy
+                if not end.connections:
+                    del self._ends[number]
             if not group.flows:
                 del self._groups[flow.pair]
 
     # --- samples
 
     def due(self, now: float) -> list[T]:
-        """The connections to be sampled now. `decide` is to be called after that."""
-        self._asked = [pair for pair, group in self._groups.items() if group.due <= now]
-        return [key for pair in self._asked for key in self._groups[pair].flows]
+        """The connections to be sampled now. `decide` is to be called after that.
+
+        `ROUND` at most, but all of a pair. Those that have waited longest come first.
+        """
+        pairs = [(group.due, pair) for pair, group in self._groups.items() if group.due <= now]
+        pairs.sort(key=itemgetter(0))
+        self._asked = []
+        keys: list[T] = []
+        for _, pair in pairs:
+            if len(keys) >= ROUND:
+                break
+            self._asked.append(pair)
+            keys += self._groups[pair].flows
+        return keys
 
     def sampled(self, key: T, sample: Sample) -> None:
         """A sample of a connection."""
@@ -233,45 +274,53 @@ class EnterRule(Generic[T]):
         self._asked = []
         for pair in asked:
             self._measure(self._groups[pair])
-        busy = self._ends(on, lambda group: group.busy)
-        most = self._ends(on, lambda group: len(group.flows))
+        relayed = self._relayed(on)
         changed: dict[T, Reason | None] = {}
         for pair in asked:
             group, offload = self._groups[pair], offloads(pair.peer)
             rate = group.messages
             if on.connections.get(pair):
                 rate += on.rates.get(pair.process, 0.0)
-            why = held(pair) or self._why_not(pair, busy, rate)
+            pause = held(pair)
+            why = pause or self._why_not(pair, relayed, rate)
             for key, flow in group.flows.items():
-                reason = self._reason(flow, why, held(pair), offload)
+                reason = self._reason(flow, why, pause, offload)
                 if reason is not flow.reason:
                     flow.reason = changed[key] = reason
-            self._schedule(now, group, self._is_near(pair, group, most, rate, offload))
+            self._schedule(now, group, self._is_near(pair, relayed, rate, offload))
         return changed
 
     def _measure(self, group: _Group[T]) -> None:
         """Add up what a group's connections carry."""
-        group.busy, group.messages = 0, 0.0
+        group.messages, more = 0.0, 0
         for flow in group.flows.values():
-            if not is_bulk(flow.bytes, flow.messages, self.rule):
-                group.busy += flow.messages >= self.rule.busy
-                group.messages += flow.messages
+            is_message = not is_bulk(flow.bytes, flow.messages, self.rule)
+            busy = is_message and flow.messages >= self.rule.busy
+            more += busy - flow.busy
+            flow.busy = busy
+            group.messages += flow.messages if is_message else 0.0
+        for end in group.ends:
+            end.busy += more
 
-    def _ends(self, on: OnRelay, count: Callable[[_Group[T]], float]) -> _Ends:
-        ends: _Ends = defaultdict(float)
-        counts = [(pair, count(group)) for pair, group in self._groups.items()]
-        counts += [(pair, on.busy(pair, self.rule)) for pair in on.connections]
-        for pair, number in counts:
+    def _relayed(self, on: OnRelay) -> dict[_EndKey, float]:
+        """The busy connections of processes that are on the relay."""
+        found: defaultdict[_EndKey, float] = defaultdict(float)
+        for pair in on.connections:
             for end in _ends_of(pair):
-                ends[end] += number
-        return ends
+                found[end] += on.busy(pair, self.rule)
+        return found
 
-    def _batches(self, pair: Pair, ends: _Ends) -> bool:
-        own, other = (ends[end] for end in _ends_of(pair))
+    def _batches(self, pair: Pair, relayed: Mapping[_EndKey, float], *, most: bool) -> bool:
+        """Whether the busy connections of a pair's processes batch; `most`: if all were busy."""
+        group = self._groups[pair]
+        own, other = (
+            (end.connections if most else end.busy) + relayed.get(number, 0.0)
+            for number, end in zip(_ends_of(pair), group.ends, strict=True)
+        )
         return batches(own, other, self.rule)
 
-    def _why_not(self, pair: Pair, busy: _Ends, rate: float) -> Reason | None:
-        if not self._batches(pair, busy):
+    def _why_not(self, pair: Pair, relayed: Mapping[_EndKey, float], rate: float) -> Reason | None:
+        if not self._batches(pair, relayed, most=False):
             return Reason.FEW
         return None if rate >= self.rule.messages else Reason.SLOW
 
@@ -288,12 +337,13 @@ class EnterRule(Generic[T]):
         return why
 
     def _is_near(
-        self, pair: Pair, group: _Group[T], most: _Ends, rate: float, offload: bool
+        self, pair: Pair, relayed: Mapping[_EndKey, float], rate: float, offload: bool
     ) -> bool:
         """Whether a pair's connections may be let in soon."""
+        group = self._groups[pair]
         if any(not flow.known for flow in group.flows.values()):
             return True
-        if self._batches(pair, most) and NEAR * rate >= self.rule.messages:
+        if self._batches(pair, relayed, most=True) and NEAR * rate >= self.rule.messages:
             return True
         size = max(flow.bytes for flow in group.flows.values())
         return not offload and NEAR * size >= self.rule.bulk_rate
@@ -302,14 +352,6 @@ class EnterRule(Generic[T]):
     def _schedule(now: float, group: _Group[T], near: bool) -> None:
         group.pause = SAMPLE if near else min(2 * group.pause, SAMPLE_MOST)
         group.due = now + group.pause
-
-
-_Ends = defaultdict[tuple[int | None, IPAddress, int], float]
-"""Connections of a process of this host with another host, and the other way round."""
-
-
-def _ends_of(pair: Pair) -> tuple[tuple[int | None, IPAddress, int], ...]:
-    return (pair.process, pair.peer, 0), (None, pair.peer, pair.peer_process)
 
 
 # --- leaving

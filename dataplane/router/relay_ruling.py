@@ -53,9 +53,7 @@ class Ruled:
         )
 
     def enter(self, requests: Iterable[RemoteRequest]) -> None:
-        for host in {request.host for request in requests}:
-            if host is not None:
-                self._remotes.reconsider(host)
+        self._remotes.enter(requests)
 
     def offloads(self, peer: IPAddress) -> bool:
         host = self._remotes.hosts.get(peer)

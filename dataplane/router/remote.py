@@ -16,7 +16,7 @@ through the interfaces that the constructor takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
 from typing import Final, Generic, TypeVar
 
@@ -141,6 +141,11 @@ class Remotes(Generic[SessionsT]):
         if request.host is None:
             return not any(map(self.ready, Transport))
         return not self.transports(request.host.address)
+
+    def enter(self, requests: Iterable[RemoteRequest]) -> None:
+        """The `EntryRule` admits these requests."""
+        for request in requests:
+            self._begin(self.requests.match_of(request))
 
     def reconsider(self, host: RemoteHost) -> None:
         """Something has changed for the requests that wait for the `EntryRule`."""

@@ -214,7 +214,7 @@ class RemoteRequests:
         self._requests[local] = request
         if not self._assign(request):
             self._wait_for_owner(request)
-        return self._match_of(request)
+        return self.match_of(request)
 
     def _is_unique(self, local: PairRequest, network: Network) -> bool:
         """Whether no other connection of the container leads from the same port to the same
@@ -418,7 +418,8 @@ class RemoteRequests:
 
     # --- matches (leader)
 
-    def _match_of(self, request: RemoteRequest) -> Match | None:
+    def match_of(self, request: RemoteRequest) -> Match | None:
+        """The match of a request, if there is one by now."""
         return None if request.host is None else self._match(request.host, request.key)
 
     def _match(self, host: RemoteHost, key: Key) -> Match | None:
@@ -470,7 +471,7 @@ class RemoteRequests:
                 self._wait_for_owner(request)
         for request in list(self._unowned.values()):
             self._assign(request)
-            match = self._match_of(request)
+            match = self.match_of(request)
             if match is not None:
                 yield match
         yield from self.matches(host)

@@ -329,6 +329,15 @@ def test_never_loses(first: list[Kind], then: list[list[int]]) -> None:
             for stream in group:
                 stream.rate = rate
         model.run(150)
+    rule = model.rule
+    for pair, known in rule._groups.items():
+        beside = [
+            flow
+            for flow in rule._flows.values()
+            if (flow.pair.process, flow.pair.peer) == (pair.process, pair.peer)
+        ]
+        counted = (len(beside), sum(flow.busy for flow in beside))
+        assert (known.ends[0].connections, known.ends[0].busy) == counted
     minutes = 150 * (len(then) + 1) / 60
     processes = {process for process, *_ in first}
     assert model.alone <= 3 * (minutes + 1) * len(processes)
@@ -441,4 +450,5 @@ def test_all_is_forgotten() -> None:
         model.rule.remove(stream)
     assert not len(model.rule)
     assert not model.rule._groups
+    assert not model.rule._ends
     assert not model.rule.due(model.now + 100)
