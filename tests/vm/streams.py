@@ -43,9 +43,12 @@ class Streams:
         python, where = ["python3", "-ES", STREAM], [str(b.ipv4), str(PORT)]
         self.server = b.start([*python, "server", *where, str(count)])
         b.wait_listening(PORT)
-        self.client = a.start([*python, "client", *where, str(seconds), str(count)])
+        arguments = [str(seconds), str(count), "told"]
+        self.client = a.start([*python, "client", *where, *arguments], stdin=True)
         # Both ends at once: if one was granted, so is the other.
         wait_until("rdma", lambda: rdma(hosts[0]).granted - before >= count, 120)
+        # Their time begins now: on a busy machine they would end before they move.
+        self.client.write(b"now\n")
 
     @staticmethod
     def words(process: Process, patience: float) -> list[str]:
