@@ -46,6 +46,8 @@ class HostBed(Bed):
     relay: Path = Path()
     path: str = "rdma"
     """The path of connections with the other host: rdma or relay."""
+    device: bool = True
+    """Whether the host has what stands for an RDMA device."""
     ruled: bool = False
     """Connections enter the relay by the rule, otherwise all do."""
     everywhere: dict[str, str] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class HostBed(Bed):
             f"--net=/proc/{os.getpid()}/fd/{self.namespace}",
             *super().router_command(),
             f"--relay={self.relay}",
-            *(["--memory-relay"] if self.path == "rdma" else []),
+            *(["--memory-relay"] if self.device else []),
             *(["--open-relay"] if self.path == "relay" and not self.ruled else []),
         ]
 
@@ -155,8 +157,12 @@ def two_hosts(
     settings: RouterSettings | None = None,
     path: str = "rdma",
     ruled: bool = False,
+    devices: tuple[bool, bool] | None = None,
 ) -> Iterator[tuple[HostBed, HostBed]]:
-    """Two hosts with containers of these names. The link between the relays is up."""
+    """Two hosts with containers of these names. The link between the relays is up.
+
+    `devices`: whether each host has one; unless given, both have if the path is rdma.
+    """
     folder = Path(tempfile.mkdtemp(prefix="freeflow-hosts-"))
     folder.chmod(0o755)
     wanted = replace(settings or RouterSettings(), session_key=KEY)
@@ -174,6 +180,7 @@ def two_hosts(
             host = HostBed(
                 place, containers, known, wanted, number=number, relay=relay, path=path, ruled=ruled
             )
+            host.device = path == "rdma" if devices is None else devices[number - 1]
             made.append(host)
         every = {name: box for host in made for name, box in host.containers.items()}
         connect(list(every.values()), bridge)
