@@ -208,6 +208,8 @@ class Links(LinkTable):
         link.tries = 0
         link.reason = ""
         link.since = self._loop.now()
+        # They may contain keys.
+        link.own = link.address = b""
         self._set(link, LinkState.UP)
         self._owner.link_up(link.peer)
 
@@ -442,6 +444,7 @@ class Links(LinkTable):
 
     def _forget_number(self, link: Link) -> None:
         self._sockets.cancel(link.number)
+        link.own = link.address = b""
         self._numbers.pop(link.number, None)
         link.number = link.shared = NOTHING
 

@@ -563,6 +563,16 @@ def test_transport(equipment: str, transport: Transport) -> None:
     assert moved(started(**EQUIPMENT[equipment])) is transport
 
 
+def test_addresses_are_forgotten(world: World) -> None:
+    """The addresses of a link, which may contain keys, are forgotten once it is up or gone."""
+    here, there = world.hosts
+    for change in (lambda: None, lambda: here.remotes.links.forget(there.address)):
+        change()
+        for one, other in ((here, there), (there, here)):
+            link = one.remotes.links.link(other.address)
+            assert (link.own, link.address) == (b"", b"")
+
+
 def test_hosts_with_cards_and_hosts_without() -> None:
     """Each pair of hosts uses the best transport that both have; a pair without one uses TCP."""
     world = started(4, cards=(0, 1), tcp=(0, 1, 2, 3))
