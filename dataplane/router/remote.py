@@ -178,7 +178,7 @@ class Remotes(Generic[SessionsT]):
         hosts = [host for host in map(self.hosts.get, network.peers) if host and host.hello]
         if not hosts:
             return Reason.NO_SESSION
-        shared = any(usable & self.hosts.transports(host) for host in hosts)
+        shared = any(usable & host.transports for host in hosts)
         return None if shared else Reason.PEER_NO_RDMA
 
     def why_waiting(self, request: PairRequest) -> Reason:

@@ -53,6 +53,15 @@ class RemoteHost:
     timer: Timer | None = None
     """Runs without a session."""
 
+    @property
+    def transports(self) -> frozenset[Transport]:
+        """The transports that it has, as far as it says; none without a session."""
+        hello = self.hello
+        if hello is None:
+            return frozenset()
+        has = {Transport.RDMA: hello.rdma, Transport.RELAY: hello.relay}
+        return frozenset(transport for transport in Transport if has[transport])
+
     def stop_timer(self) -> None:
         """There is a session, or nobody waits for one."""
         if self.timer is not None:
@@ -106,11 +115,6 @@ class RemoteHosts:
 
     def transports(self, host: RemoteHost) -> frozenset[Transport]:
         """The transports that a host has, for connections of a network that it shares."""
-        hello = host.hello
-        offered = {
-            Transport.RDMA: hello is not None and hello.rdma,
-            Transport.RELAY: hello is not None and hello.relay,
-        }
         shared = [
             network
             for network in self._knowledge().networks.values()
@@ -118,8 +122,8 @@ class RemoteHosts:
         ]
         return frozenset(
             transport
-            for transport in Transport
-            if offered[transport] and any(network.may_use(transport) for network in shared)
+            for transport in host.transports
+            if any(network.may_use(transport) for network in shared)
         )
 
     def owner(self, network: str, ip: IPAddress) -> RemoteHost | None:
