@@ -88,10 +88,15 @@ static void mark_dirty_ready(struct poller *poller, uint32_t arena, int bell)
 static void bell_rang(struct poller *poller, uint32_t arena, int bell, uint32_t events)
 {
         struct mapping *mapping = mapping_of(arena);
-        int fd = bell_descriptor(arena, bell);
 
-        if (fd < 0)
+        if (bell_descriptor(arena, bell) < 0) {
+                /* The bell of a process that shares the instance by fork: the kernel has given us
+                 * its event. So what it was for is ours to find, among all that we have. */
+                if (atomic_load(&mapping->base))
+                        bell_look(arena, bell);
+                poller->settle_due = poller->rescan_due = true;
                 return;
+        }
         /* Each time that we arm it, the peer rings once at most. So the bell can't be full before
          * this. */
         if (events & (EPOLLHUP | EPOLLERR) ||

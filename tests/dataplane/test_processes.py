@@ -22,6 +22,13 @@ def test_orphan(both: Places) -> None:
     both.play("processes", "orphan")
 
 
+def test_share_epoll(both: Places) -> None:
+    """Parent and child that wait in one epoll instance answer whatever comes, whichever of them the
+    kernel wakes.
+    """
+    both.play("processes", "share_epoll")
+
+
 def test_fork_per_connection(both: Places) -> None:
     """A server that forks for each connection serves them all."""
     both.play("processes", "fork_per_connection")

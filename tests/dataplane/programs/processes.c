@@ -64,6 +64,80 @@ static void fork_at_once(int fd)
         talk(fd, 20);
 }
 
+enum { SHARED = 6, ROUNDS = 400 };
+
+/* Answers bytes that come to any of its connections, until all have ended. */
+static void answer_all(int epoll, const int *fds, _Atomic int *ended)
+{
+        while (*ended < SHARED) {
+                struct epoll_event event;
+                char byte;
+
+                if (!epoll_wait(epoll, &event, 1, 1000))
+                        continue;
+                switch (recv(fds[event.data.u32], &byte, 1, MSG_DONTWAIT)) {
+                case 1:
+                        if (byte % 5 == 0)
+                                nap(1);
+                        CHECK(send(fds[event.data.u32], &byte, 1, 0) == 1);
+                        break;
+                case 0:
+                        if (epoll_ctl(epoll, EPOLL_CTL_DEL, fds[event.data.u32], NULL) == 0)
+                                (*ended)++;
+                        break;
+                default:
+                        CHECK(errno == EAGAIN);
+                }
+        }
+}
+
+/* Parent and child wait in one epoll instance, which the kernel shares between them. */
+static void share_epoll(int listener)
+{
+        _Atomic int *ended =
+            mmap(NULL, sizeof *ended, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        int fds[SHARED], epoll = epoll_create1(0);
+        pid_t child;
+
+        CHECK(ended != MAP_FAILED);
+        for (uint32_t i = 0; i < SHARED; i++) {
+                struct epoll_event event = {.events = EPOLLIN, .data.u32 = i};
+
+                CHECK((fds[i] = accept(listener, NULL, NULL)) >= 0);
+                warm_up_server(fds[i]);
+                CHECK(epoll_ctl(epoll, EPOLL_CTL_ADD, fds[i], &event) == 0);
+        }
+        CHECK((child = fork()) >= 0);
+        answer_all(epoll, fds, ended);
+        if (!child)
+                _exit(0);
+        finish(child);
+}
+
+static void ask_any(int listener)
+{
+        int fds[SHARED];
+
+        (void)listener;
+        for (int i = 0; i < SHARED; i++) {
+                fds[i] = dial();
+                warm_up(fds[i]);
+        }
+        for (int round = 0; round < ROUNDS; round++)
+                for (int step = 0; step < 2; step++)
+                        for (int i = 0; i < 1 + round % SHARED; i++) {
+                                char byte = (char)round, got;
+                                int fd = fds[(round + i) % SHARED];
+
+                                if (!step)
+                                        CHECK(send(fd, &byte, 1, 0) == 1);
+                                else
+                                        CHECK(recv(fd, &got, 1, 0) == 1 && got == byte);
+                        }
+        for (int i = 0; i < SHARED; i++)
+                close(fds[i]);
+}
+
 /* A child that waits when the parent has gone. */
 static void orphan(int fd)
 {
@@ -451,6 +525,7 @@ int main(int count, char **arguments)
             {"fork_in_turn", echo, fork_in_turn, false},
             {"fork_at_once", echo, fork_at_once, false},
             {"orphan", echo, orphan, false},
+            {"share_epoll", share_epoll, ask_any, true},
             {"fork_per_connection", fork_and_echo, talk_to_many, true},
             {"exec", exec_cat, talk_and_end, false},
             {"exec_late", exec_late, talk_and_end, false},
