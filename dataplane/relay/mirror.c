@@ -124,7 +124,7 @@ unsigned mirror_wants_lane(const struct mirror *m)
 
         if (lanes == 1)
                 return 0;
-        return m->bulk ? lanes - 1 : m->group % (lanes - 1);
+        return m->bulk ? 1 + m->group % (lanes - 1) : 0;
 }
 
 void mirror_set_lane(struct mirror *m, unsigned lane)

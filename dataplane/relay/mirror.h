@@ -136,8 +136,8 @@ bool mirror_is_read(const struct mirror *mirror);
  * read any more. */
 void mirror_try_release(struct mirror *mirror);
 
-/* The lane that it should be on. The connections of one arena share one: their blocks share
- * messages. */
+/* The lane that it should be on. All that are not in bulk share one: the more blocks share a
+ * message, and the more messages a system call, the less each costs. */
 unsigned mirror_wants_lane(const struct mirror *mirror);
 /* The peer has received all that was sent about it. */
 void mirror_set_lane(struct mirror *mirror, unsigned lane);

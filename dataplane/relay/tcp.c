@@ -1,6 +1,7 @@
 /* The transport `tcp`: TCP connections between two relays, which their routers have made and
- * authenticated. A link has one socket per lane, so messages do not wait for bulk, a loss delays
- * only the connections of one lane, and a link may use several paths of a network.
+ * authenticated. A link has one socket per lane: one for messages, which so do not wait for bulk, and
+ * several for bulk, which may take several paths of a network. A loss delays the connections of one
+ * lane only.
  *
  * A batch is a record (tcp_socket.h). All records of a turn and socket leave with one call; bytes go
  * from the ring into the kernel, and from there into the peer's ring, unless they are encrypted. A
@@ -147,7 +148,7 @@ static bool set_options(int fd)
 /* What is encrypted on a lane, if both relays' choices are this strict. */
 static bool encrypts(uint32_t strictest, unsigned lane)
 {
-        return strictest >= RELAY_ENCRYPT_ALL || (strictest == RELAY_ENCRYPT_MESSAGES && lane != LANES - 1);
+        return strictest >= RELAY_ENCRYPT_ALL || (strictest == RELAY_ENCRYPT_MESSAGES && !lane);
 }
 
 static int start_socket(struct tcp_socket *s, const struct wire_address *address, char *text)

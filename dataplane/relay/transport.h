@@ -61,7 +61,7 @@ struct transport {
         enum relay_transport kind;
         uint32_t window; /* messages that the peer may have sent before the relay grants more */
         uint32_t piece;  /* bytes of one connection in one batch, at most */
-        uint32_t lanes;  /* of a link; with several, the last one is for bulk */
+        uint32_t lanes;  /* of a link; with several, all but the first are for bulk */
 
         /* Opens the device. Can be called again while no link has a channel of it; close() is
          * called before. */
