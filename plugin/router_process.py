@@ -72,6 +72,7 @@ def router_settings(settings: Settings) -> RouterSettings:
         session_key=settings.session_key,
         remote_ring=settings.remote_ring,
         remote_memory=settings.remote_memory,
+        relay_spin=settings.relay_spin,
         relay_rule=RelayRule(
             busy=settings.relay_busy,
             connections=settings.relay_connections,

@@ -264,6 +264,14 @@ class Settings:
         "bytes of memory for all connections over RDMA; at the limit, new ones stay on the overlay",
         details="The memory is locked, so that the device can reach it.",
     )
+    relay_spin: int = _setting(
+        _whole(0, 1000),
+        _ROUTER.relay_spin,
+        "microseconds for which a relay without an RDMA device spins before it sleeps, on hosts "
+        f"with {control.SPINNING_CORES} processor cores or more",
+        details="See [TCP between relays](relay.md#the-rule).",
+        tuning=True,
+    )
     relay_busy: int = _setting(
         _whole(1, 10**6),
         _ROUTER.relay_rule.busy,

@@ -23,6 +23,8 @@ enum {
 
 static void do_open(const void *data, int *descriptors)
 {
+        /* The most of all transports. */
+        static uint32_t spin;
         struct relay_open open;
         struct relay_opened opened = {0};
 
@@ -34,8 +36,9 @@ static void do_open(const void *data, int *descriptors)
                 put_text(opened.text, "the router has another version than its relay");
         } else {
                 opened.error = transports_open(&open, &opened.mtu, opened.text);
-                if (!opened.error)
-                        relay_set_spin(open.spin);
+                if (!opened.error && open.spin > spin)
+                        spin = open.spin;
+                relay_set_spin(spin);
         }
         answer(&opened, sizeof opened, R_OPENED);
 }

@@ -418,6 +418,27 @@ def test_what_is_never_near_is_sampled_rarely() -> None:
     assert near.sampled == 8 * 800
 
 
+def test_lone_connections_by_setting() -> None:
+    """With other numbers, lone connections enter and stay."""
+    lone = RelayRule(connections=1, batch=0)
+    assert batches(1, 1, lone)
+    assert not batches(1, 1, RULE)
+    use = Use(bells=9000, slots=9000, messages=9000, blocks=9000)
+    assert why_leave(use, use, lone, True) is None
+    assert why_leave(use, use, RULE, True) is Reason.SLOW
+
+
+def test_either_batch_is_enough() -> None:
+    """Connections stay if wake-ups of the process or messages between relays serve several."""
+    alone = Use(bells=900, slots=900, messages=900, blocks=900)
+    together = Use(bells=300, slots=900, messages=300, blocks=900)
+    assert why_leave(alone, alone, RULE, True) is Reason.SLOW
+    assert why_leave(alone, together, RULE, True) is None
+    assert why_leave(together, alone, RULE, True) is None
+    # Without a word about the link it is no excuse.
+    assert why_leave(alone, Use(), RULE, True) is Reason.SLOW
+
+
 def test_pauses_grow_and_shrink() -> None:
     """A pause doubles up to an hour, and is short again after a stay as long as the last."""
     pauses = Pauses()

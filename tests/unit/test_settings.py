@@ -116,6 +116,7 @@ GOOD = [
     ("REMOTE_RING", "65536", "remote_ring", 65536),
     ("REMOTE_RING", "2097152", "remote_ring", 2097152),
     ("REMOTE_MEMORY", "0", "remote_memory", 0),
+    ("RELAY_SPIN", "50", "relay_spin", 50),
     ("RELAY_BUSY", "7", "relay_busy", 7),
     ("RELAY_CONNECTIONS", "7", "relay_connections", 7),
     ("RELAY_MESSAGES", "7", "relay_messages", 7),
@@ -155,6 +156,7 @@ def test_each_setting_is_tried() -> None:
 
 
 BAD = [
+    ("RELAY_SPIN", "1001"),
     ("RELAY_BUSY", "0"),
     ("RELAY_CONNECTIONS", "0"),
     ("RELAY_MESSAGES", "-1"),
