@@ -375,6 +375,8 @@ class Links(LinkTable):
             link.timer = self._loop.after(pause, lambda: self._make_if_possible(link))
 
     def _make_if_possible(self, link: Link) -> None:
+        # Without a transport now, `tick` makes a link that is missing.
+        link.timer = None
         if self.may_make(link):
             self._make(link)
         elif link.state is LinkState.DOWN:

@@ -704,6 +704,25 @@ def test_a_device_that_is_being_opened() -> None:
     assert one.transport(other) is Transport.RDMA
 
 
+def test_a_link_that_could_not_be_tried_again() -> None:
+    """A link whose next attempt found no transport is made as soon as there is one."""
+    world = World(cards=ALL, tcp=ALL)
+    world.cut_rdma = True
+    world.connect_all()
+    world.loop.run(0.5)
+    leader, follower = world.hosts
+    for transport in Transport:
+        leader.remotes.use(transport, "the relay can't use it")
+    world.loop.run(10)
+    opening(leader)
+    leader.remotes.use(Transport.RELAY, "")
+    world.loop.run(3)
+    assert leader.transport(follower) is None
+    leader.remotes.use(Transport.RDMA, "it can't be opened")
+    world.loop.run(3)
+    assert leader.transport(follower) is Transport.RELAY
+
+
 def test_a_follower_that_is_not_ready() -> None:
     """A follower whose device is being opened refuses links over RDMA; that says nothing about
     whether the devices reach each other.
