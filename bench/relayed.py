@@ -87,7 +87,8 @@ def settle(
     """Wait until the number of connections in the relay is stable.
 
     It ends when all `expected` ones are there and have had time to switch to the rings, otherwise
-    between `least` and `most` seconds. A listing that fails says nothing: a busy machine leaves the router little time.
+    between `least` and `most` seconds. A listing that fails says nothing: a busy machine leaves the
+    router little time.
     """
     start = clock()
     seen: list[int] = []
