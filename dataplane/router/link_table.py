@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 from dataplane.router.library_wire import IPAddress
-from dataplane.router.link_transport import RdmaTrials
+from dataplane.router.link_transport import LASTS, RdmaTrials
 from dataplane.router.loop import Loop, Timer
 from dataplane.router.remote_events import Transport
 
@@ -26,6 +26,10 @@ ABSENT: Final = {
     Transport.RELAY: "this host's relay takes no TCP now",
 }
 """Why an offer of a link is refused."""
+
+
+LOSSES: Final = 4
+"""How often in a row a link may be lost soon after it came up before that counts."""
 
 
 class LinkState(Enum):
@@ -109,6 +113,8 @@ class Link:
     """Leader, over TCP: the follower's end is up."""
     since: float = 0.0
     """When it came up."""
+    losses: int = 0
+    """How often in a row it was lost soon after that."""
     again: bool = False
     own: bytes = b""
     address: bytes = b""
@@ -220,6 +226,18 @@ class LinkTable:
             link.trials.failed(text, self._loop.now())
             if link.state is LinkState.NONE and self.choose(link) is Transport.RELAY:
                 link.tries = 0
+
+    def note_loss(self, link: Link, text: str) -> None:
+        """A link that was up is lost. If that happens again and again soon after it comes up,
+        something on the way doesn't let its bytes through: such losses count as failed attempts.
+        """
+        if self._loop.now() - link.since < LASTS:
+            link.losses += 1
+            self.count_failure(link, text)
+        else:
+            link.losses = 1
+            link.trials.worked()
+        link.tries = max(0, link.losses - LOSSES)
 
     def may_change(self, link: Link) -> bool:
         """Whether a link whose attempts fail will use TCP soon. Requests may wait for that."""

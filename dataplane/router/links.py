@@ -33,7 +33,6 @@ from dataplane.router.link_table import (
     LinkState,
     LinkTable,
 )
-from dataplane.router.link_transport import LASTS
 from dataplane.router.loop import Loop
 from dataplane.router.peer_wire import TICKET, LinkAnswer, LinkOffer, LinkRefused, PeerFrame
 from dataplane.router.relay_wire import RelayKind
@@ -222,11 +221,7 @@ class Links(LinkTable):
         if link.state is LinkState.MAKING:
             self._failed(link, message.text)
             return
-        link.tries = 0
-        if self._loop.now() - link.since < LASTS:
-            self.count_failure(link, message.text)
-        else:
-            link.trials.worked()
+        self.note_loss(link, message.text)
         shared = link.shared
         self._break(link, message.text)
         self._mend(link, shared)
@@ -307,7 +302,7 @@ class Links(LinkTable):
             # After the answer too: the follower's new end may fail at once.
             self._failed(link, message.text)
         elif link.state is LinkState.UP:
-            link.tries = 0
+            self.note_loss(link, message.text)
             self._break(link, message.text)
             self._mend(link)
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from dataplane.router import library_wire as wire
 from dataplane.router import peer_wire
 from dataplane.router.knowledge import Knowledge
+from dataplane.router.link_table import LOSSES
 from dataplane.router.link_transport import FAILURES, LASTS, LEAST_REST
-from dataplane.router.links import GIVE_UP
+from dataplane.router.links import AGAIN, GIVE_UP
 from dataplane.router.reasons import STATUS_ONLY, Reason
 from dataplane.router.remote import OPENING, SESSION_PATIENCE
 from dataplane.router.remote_connections import CONNECTIONS
@@ -395,7 +396,7 @@ def test_link_fails_again_on_one_host(world: World) -> None:
             world.break_link(*world.hosts)
             world.loop.run(steps * 0.001)
             world.down_of(world.hosts[host], 1 - host)
-            world.loop.run(5)
+            world.loop.run(LASTS + 5)
             assert not world.hosts[0].severed
             for here, there in itertools.permutations(world.hosts):
                 assert here.remotes.links.is_up(there.address)
@@ -642,6 +643,28 @@ def test_links_over_rdma_that_do_not_last() -> None:
         world.break_link(*world.hosts)
         world.loop.run(5)
     assert moved(world) is Transport.RELAY
+
+
+@pytest.mark.parametrize("equipment", EQUIPMENT)
+def test_a_link_that_breaks_as_soon_as_it_is_used(equipment: str) -> None:
+    """If something between two hosts ends each link as soon as it carries bytes, its connections go
+    back to TCP by way of the session, and links are tried more and more rarely.
+    """
+    world = started(**EQUIPMENT[equipment])
+    tcp = upgraded(world)
+    for _ in range(LOSSES + len(AGAIN)):
+        assert world.remote(tcp, 0) is not None
+        world.break_link(*world.hosts)
+        world.loop.run(4)
+    assert world.remote(tcp, 0) is None
+    assert not world.hosts[0].severed
+    made = 0
+    for _ in range(600):
+        if world.hosts[0].transport(world.hosts[1]) is not None:
+            made += 1
+            world.break_link(*world.hosts)
+        world.loop.run(0.5)
+    assert 2 < made < 20
 
 
 def test_a_lasting_link_that_breaks() -> None:
