@@ -1,7 +1,7 @@
 #include "attach.h"
 
 #include "arena.h"
-#include "clock.h"
+#include "backoff.h"
 #include "ends.h"
 #include "flow.h"
 #include "keep.h"
@@ -27,7 +27,8 @@ enum { TCP_REPAIR_OF = 19, TCP_ULP_OF = 31, TCP_INQ_OF = 36, TCP_TX_DELAY_OF = 3
 static uint64_t moved(struct end *end)
 {
         return atomic_load_explicit(&end->rx.position, memory_order_relaxed) +
-               atomic_load_explicit(&end->tx.position, memory_order_relaxed);
+               atomic_load_explicit(&end->tx.position, memory_order_relaxed) -
+               atomic_load_explicit(&end->counted_from, memory_order_relaxed);
 }
 
 /* The rule: enough operations, of some age, with enough bytes; or bulk. Short connections never get
@@ -118,18 +119,14 @@ uint32_t attach_timeout(const struct timeval *time)
 
 /* --- has every byte gone through the library? --- */
 
-/* UNSURE: while other calls are in the kernel the figures aren't exact. */
-enum verdict { EXACT, UNSURE, RAW };
-
-static enum verdict compare(int fd, struct end *end)
+/* The bytes that went over TCP since the connection began: those that the kernel was given, and
+ * those that it has given out. */
+static enum verdict count(int fd, const struct end *end, uint64_t *sent, uint64_t *received)
 {
         struct tcp_info before, after;
         uint32_t size = sizeof before;
         int queued = 0, unread = 0;
-        uint64_t sent, received;
 
-        if (atomic_load(&end->rx.kernel) || atomic_load(&end->tx.kernel))
-                return UNSURE;
         memset(&before, 0, sizeof before);
         memset(&after, 0, sizeof after);
         if (sys_5(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, &before, &size) < 0 ||
@@ -144,18 +141,30 @@ static enum verdict compare(int fd, struct end *end)
         if (after.tcpi_state != 1 || before.tcpi_bytes_acked != after.tcpi_bytes_acked ||
             before.tcpi_bytes_received != after.tcpi_bytes_received)
                 return UNSURE;
-        sent = after.tcpi_bytes_acked + (uint64_t)queued - atomic_load(&end->active);
-        received = after.tcpi_bytes_received - (uint64_t)unread;
-        if (sent != atomic_load(&end->tx.position) || received != atomic_load(&end->rx.position))
-                return RAW;
+        *sent = after.tcpi_bytes_acked + (uint64_t)queued - atomic_load(&end->active);
+        *received = after.tcpi_bytes_received - (uint64_t)unread;
         return EXACT;
+}
+
+enum verdict attach_compare(int fd, const struct end *end)
+{
+        uint64_t sent, received;
+        enum verdict verdict;
+
+        if (atomic_load(&end->rx.kernel) || atomic_load(&end->tx.kernel))
+                return UNSURE;
+        verdict = count(fd, end, &sent, &received);
+        if (verdict == EXACT &&
+            (sent != atomic_load(&end->tx.position) || received != atomic_load(&end->rx.position)))
+                return RAW;
+        return verdict;
 }
 
 /* Under both locks. */
 static void judge(int fd, struct end *end)
 {
         uint32_t reason = REASON_RAW;
-        enum verdict verdict = compare(fd, end);
+        enum verdict verdict = attach_compare(fd, end);
 
         if (verdict == EXACT && !refresh(fd, end)) {
                 verdict = RAW;
@@ -193,7 +202,7 @@ static void request(int fd, struct end *end, uint64_t bytes, uint32_t operations
                 end_forget_dead(end);
         if (!settings.welcomed)
                 request_poll(end);
-        if (settings.enabled && is_worth_it(end, bytes) && !end_held_elsewhere(end)) {
+        if (settings.enabled && is_worth_it(end, bytes) && !end_held_elsewhere(end) && backoff_is_over(end)) {
                 request_upgrade(end, fd);
                 atomic_store_explicit(&end->requested_at, now(), memory_order_relaxed);
         }

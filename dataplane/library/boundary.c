@@ -119,7 +119,8 @@ long boundary_before(struct transfer *t, size_t left)
         int queued = 0;
         long got;
 
-        if (!start && remote && ready_over(&t->view)) {
+        if (!start && (remote ? ready_over(&t->view)
+                              : atomic_load_explicit(&t->view.ring->end, memory_order_acquire) != 0)) {
                 start = atomic_load_explicit(&t->view.ring->start, memory_order_acquire);
                 /* Nothing has ever been put into it. */
                 if (!start)

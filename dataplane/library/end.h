@@ -12,22 +12,23 @@ enum {
 };
 
 /* Where one direction's bytes go. A receiver: TCP -> READY -> RING -> OVER; a sender: TCP -> RING
- * -> OVER. */
+ * -> OVER. Both begin again at TCP when the end leaves its slot (reentry.h). */
 enum phase {
         PHASE_TCP,   /* over TCP, and they are counted */
         PHASE_READY, /* receiver: still over TCP, but every wait checks the ring too */
         PHASE_RING,  /* through the ring */
-        PHASE_OVER,  /* the ring has ended: over TCP, for good */
+        PHASE_OVER,  /* the ring has ended: over TCP, and they are counted */
 };
 
 /* One direction, as the end that keeps it knows it. */
 struct flow {
         struct lock lock;
         _Atomic uint32_t phase;
-        _Atomic uint32_t kernel; /* calls in the kernel that don't check the ring */
+        _Atomic uint32_t
+            kernel; /* calls in the kernel that don't check the ring, while PHASE_TCP or PHASE_OVER */
         _Atomic uint32_t
             deferred; /* receiver: TCP has an event that the program mustn't see yet (remote.h) */
-        _Atomic uint64_t position; /* bytes over TCP so far, while PHASE_TCP or PHASE_READY */
+        _Atomic uint64_t position; /* bytes over TCP so far */
         _Atomic uint64_t edge;     /* sender: tail, receiver: head; the ring's words only publish it */
         _Atomic uint64_t base;     /* sender: where the ring began anew */
         _Atomic uint64_t limit;    /* receiver: position at which the ring begins, in PHASE_READY and later */
@@ -49,7 +50,7 @@ struct flow {
 /* How far an end is on its way to shared memory. */
 enum stage {
         STAGE_CLOSED,    /* a socket without a connection yet, or none any more */
-        STAGE_CANDIDATE, /* connected, counted */
+        STAGE_CANDIDATE, /* connected, counted; also again, after it has left a slot */
         STAGE_REQUESTED, /* the router has the request; no answer yet */
         STAGE_ANSWERING, /* a thread takes the answer: the end isn't freed before it has */
         STAGE_REFUSED,   /* for good: the next call on the connection untracks it */
@@ -79,6 +80,11 @@ struct end {
         _Atomic uint32_t epoch;        /* router_epoch() at the request */
         _Atomic uint64_t opened;       /* ns */
         _Atomic uint64_t requested_at; /* ns of the first request; 0: none, or it has been accounted for */
+        _Atomic uint64_t counted_from; /* bytes over TCP, both ways, that the rule doesn't count */
+        _Atomic uint64_t due;          /* ns: no request and no re-entry before (backoff.h); 0: not set */
+        _Atomic uint32_t setbacks;     /* times that `due` was set for another try */
+        _Atomic uint32_t final;        /* it has left its ring for a reason that holds for good */
+        _Atomic uint32_t waits;        /* sleeps that only the present slot's bells end */
         _Atomic uint64_t cookie;
         _Atomic uint64_t incarnation;
         _Atomic uint32_t kept; /* the kernel's keepalive isn't what the program has set: keep.h */

@@ -59,6 +59,11 @@ struct end *end_make(int fd, bool nonblocking)
         atomic_store_explicit(&end->opened, 0, memory_order_relaxed);
         atomic_store_explicit(&end->requested_at, 0, memory_order_relaxed);
         atomic_store_explicit(&end->kept, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->counted_from, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->due, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->setbacks, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->final, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->waits, 0, memory_order_relaxed);
         poller_forget_end(end_number(end));
         end_hold_first(end);
         atomic_store(&process.local[end_number(end)], 1);

@@ -41,6 +41,7 @@ static void reset(int fd, struct end *end, uint32_t reason)
 {
         struct sockaddr nowhere = {.sa_family = AF_UNSPEC};
 
+        atomic_store(&end->final, 1);
         atomic_store(&end->reason, reason);
         flow_become(&end->tx, PHASE_OVER);
         flow_become(&end->rx, PHASE_OVER);
@@ -71,6 +72,7 @@ void reset_broken(int fd, struct end *end, bool receiver)
         int error;
         uint32_t size = sizeof error;
 
+        atomic_store(&end->final, 1);
         if (atomic_exchange(&end->reason, REASON_BROKEN) != REASON_BROKEN)
                 statistics_count(&statistics.broken);
         if (!receiver && is_unread(fd, end)) {
@@ -93,6 +95,8 @@ bool fallback_may_end_ring(struct end *end)
 {
         uint32_t phase = atomic_load_explicit(&end->tx.phase, memory_order_relaxed);
 
+        if (atomic_load_explicit(&end->stage, memory_order_relaxed) != STAGE_ATTACHED)
+                return false;
         return phase == PHASE_RING || (phase == PHASE_TCP && end_is_remote(end));
 }
 
@@ -126,6 +130,8 @@ bool fallback_await_start(struct end *end)
 
 void fallback_sender(int fd, struct end *end, uint32_t reason)
 {
+        if (reason != REASON_PEER_CLOSED)
+                atomic_store(&end->final, 1);
         fallback_end_ring(end);
         if (!fallback_await_start(end)) {
                 reset_broken(fd, end, false);
@@ -137,12 +143,25 @@ void fallback_sender(int fd, struct end *end, uint32_t reason)
         statistics_reason(reason);
 }
 
+bool fallback_at_random(struct end *end)
+{
+        enum { ONE_OF = 4 };
+        struct view view = end_receives(end);
+
+        if (clock_stamp() * UINT64_C(0x9e3779b97f4a7c15) >> 32 & (ONE_OF - 1))
+                return false;
+        if (!atomic_exchange(&view.ring->leave, LEAVE_ASKED))
+                wake(&view.ring->senders, end);
+        return true;
+}
+
 /* --- bytes that bypassed the ring (raw.h) --- */
 
 void fallback_report_bypass(struct end *end)
 {
         struct view view = end_receives(end);
 
+        atomic_store(&end->final, 1);
         statistics_count(&statistics.past);
         if (view_remote(&view) && reads_ring(end))
                 remote_request_fallback(end);
@@ -256,6 +275,7 @@ bool fallback_both(int fd, struct end *end, uint32_t reason)
 {
         bool reads = reads_ring(end);
 
+        atomic_store(&end->final, 1);
         fallback_check_order(fd, end);
         if (fallback_may_end_ring(end))
                 fallback_sender(fd, end, reason);
@@ -267,23 +287,33 @@ bool fallback_both(int fd, struct end *end, uint32_t reason)
         return true;
 }
 
+static bool is_attached(const struct end *end)
+{
+        return atomic_load(&end->stage) == STAGE_ATTACHED;
+}
+
 void fall_back(int fd, struct end *end, uint64_t key, uint32_t reason)
 {
         enum { SLEEPS = 50 };
         static const struct timespec pause = {.tv_nsec = 10 * 1000 * 1000};
-        enum taken rx, tx;
+        bool attached = is_attached(end);
 
-        if (atomic_load(&end->stage) != STAGE_ATTACHED) {
+        if (attached) {
+                enum taken rx = lock_take(&end->rx.lock, self());
+                enum taken tx = lock_take(&end->tx.lock, self());
+
+                /* It may have left its slot meanwhile. */
+                attached = !end_is(end, key) || is_attached(end);
+                if (attached && end_is(end, key))
+                        fallback_both(fd, end, reason);
+                lock_release(&end->tx.lock, tx);
+                lock_release(&end->rx.lock, rx);
+        }
+        if (!attached) {
                 poller_leave(fd, key);
                 end_leave(fd, end, key, reason);
                 return;
         }
-        rx = lock_take(&end->rx.lock, self());
-        tx = lock_take(&end->tx.lock, self());
-        if (end_is(end, key))
-                fallback_both(fd, end, reason);
-        lock_release(&end->tx.lock, tx);
-        lock_release(&end->rx.lock, rx);
         /* For a sender that was preempted in the middle of a piece: the caller relies on it that no
          * byte follows. */
         for (int i = 0; i < SLEEPS && end_is(end, key) && end_has_rest(end) && !fallback_sender_stopped(end);

@@ -10,8 +10,8 @@
 
 #include "mapping.h"
 
-/* Fall back to TCP, both ways. Bytes that are left in the ring are still ours to read. An end that
- * isn't attached is tracked no more. */
+/* Fall back to TCP, both ways, for good. Bytes that are left in the ring are still ours to read. An
+ * end that isn't attached is tracked no more. */
 void fall_back(int fd, struct end *end, uint64_t key, uint32_t reason);
 /* The same under both locks, for an attached end. True: nothing comes through the ring any more,
  * and nothing is in it. */
@@ -36,8 +36,10 @@ void fallback_end_ring(struct end *end);
  * it for what comes before the ring. So a sender that falls back that early waits for them. False:
  * they don't bring it. */
 bool fallback_await_start(struct end *end);
-/* The ring ends, because bytes go over TCP again. */
+/* The ring ends, because bytes go over TCP again: for good, unless the peer asked for it. */
 void fallback_sender(int fd, struct end *end, uint32_t reason);
+/* For tests: is the sender to fall back just now? Then the peer's is asked to, too. */
+bool fallback_at_random(struct end *end);
 /* Bytes have bypassed the ring. If they come after all that is in it, it ends and the connection is
  * TCP again; else the connection is reset. */
 void fallback_bypassed(int fd, struct end *end);

@@ -72,6 +72,7 @@ struct process {
         bool on;
         bool loopback; /* loopback connections too, for tests */
         bool eager;    /* upgrade at the first operation, and wait for the router, for tests */
+        bool restless; /* fall back at random, and request again at once, for tests */
 };
 
 extern struct process process;

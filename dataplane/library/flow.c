@@ -15,10 +15,13 @@ static const uint8_t next_stages[] = {
     /* A candidate again: the request wasn't sent, or the router has gone. */
     [STAGE_REQUESTED] = TO(STAGE_CLOSED) | TO(STAGE_CANDIDATE) | TO(STAGE_ANSWERING) | TO(STAGE_REFUSED),
     /* Requested again: the answer was for an earlier connection with this number. */
-    [STAGE_ANSWERING] = TO(STAGE_CLOSED) | TO(STAGE_REQUESTED) | TO(STAGE_REFUSED) | TO(STAGE_GRANTED),
+    /* A candidate: refused for now. */
+    [STAGE_ANSWERING] =
+        TO(STAGE_CLOSED) | TO(STAGE_CANDIDATE) | TO(STAGE_REQUESTED) | TO(STAGE_REFUSED) | TO(STAGE_GRANTED),
     [STAGE_REFUSED] = TO(STAGE_CLOSED),
     [STAGE_GRANTED] = TO(STAGE_CLOSED) | TO(STAGE_REFUSED) | TO(STAGE_ATTACHED),
-    [STAGE_ATTACHED] = TO(STAGE_CLOSED),
+    /* A candidate: both directions have ended (reentry.h). */
+    [STAGE_ATTACHED] = TO(STAGE_CLOSED) | TO(STAGE_CANDIDATE),
 };
 
 static const uint8_t next_phases[] = {
@@ -72,12 +75,9 @@ bool flow_become(struct flow *flow, enum phase to)
         return true;
 }
 
-static void begin(struct flow *flow)
+static void forget_ring(struct flow *flow)
 {
-        atomic_store_explicit(&flow->phase, PHASE_TCP, memory_order_relaxed);
-        atomic_store_explicit(&flow->kernel, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->deferred, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->position, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->edge, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->base, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->limit, UINT64_MAX, memory_order_relaxed);
@@ -90,7 +90,15 @@ static void begin(struct flow *flow)
         flow->spinner = (struct spinner){0};
         atomic_store_explicit(&flow->checked, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->full, 0, memory_order_relaxed);
+}
+
+static void begin(struct flow *flow)
+{
+        atomic_store_explicit(&flow->phase, PHASE_TCP, memory_order_relaxed);
+        atomic_store_explicit(&flow->kernel, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->timeout, 0, memory_order_relaxed);
+        atomic_store_explicit(&flow->position, 0, memory_order_relaxed);
+        forget_ring(flow);
 }
 
 void flow_begin(struct end *end)
@@ -98,4 +106,24 @@ void flow_begin(struct end *end)
         atomic_store(&end->stage, STAGE_CLOSED);
         begin(&end->rx);
         begin(&end->tx);
+}
+
+bool flow_leave_slot(struct end *end)
+{
+        uint32_t rx = atomic_load(&end->rx.phase), tx = atomic_load(&end->tx.phase);
+
+        atomic_store(&end->rx.phase, PHASE_TCP);
+        atomic_store(&end->tx.phase, PHASE_TCP);
+        /* Pairs with flow_begin_wait(): either it sees the phase, or we see the wait. */
+        if (!atomic_load(&end->waits))
+                return true;
+        atomic_store(&end->tx.phase, tx);
+        atomic_store(&end->rx.phase, rx);
+        return false;
+}
+
+void flow_begin_again(struct end *end)
+{
+        forget_ring(&end->rx);
+        forget_ring(&end->tx);
 }

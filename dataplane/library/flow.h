@@ -5,9 +5,9 @@
  * and is the only file that writes either.
  *
  * Stages change by compare-and-swap, without a lock: of two threads that move an end on from the
- * same stage one succeeds. Phases change under the flow's lock, except that any thread may end a
- * flow whose connection was reset: so PHASE_OVER is final, whatever else is written at the same
- * moment.
+ * same stage one succeeds. Phases change under the flow's lock, except that a thread with the other
+ * flow's lock may end a flow whose connection was reset: so PHASE_OVER is final, whatever else is
+ * written at the same moment. Only who has both locks may begin anew: flow_leave_slot().
  */
 #ifndef FREEFLOW_FLOW_H
 #define FREEFLOW_FLOW_H
@@ -26,5 +26,27 @@ bool flow_become(struct flow *flow, enum phase to);
 /* The end is a new socket's: both flows begin. Their locks stay as they are: somebody may hold one
  * for a moment, and then finds the new generation. */
 void flow_begin(struct end *end);
+/* A thread is about to sleep with a bell of the end's slot. False: the slot isn't the end's any
+ * more, and the caller begins anew. After true: flow_end_wait(). */
+static inline bool flow_begin_wait(struct end *end, const struct flow *flow)
+{
+        atomic_fetch_add(&end->waits, 1);
+        /* Pairs with flow_leave_slot(). */
+        if (atomic_load(&flow->phase) != PHASE_TCP)
+                return true;
+        atomic_fetch_sub(&end->waits, 1);
+        return false;
+}
+
+static inline void flow_end_wait(struct end *end)
+{
+        atomic_fetch_sub(&end->waits, 1);
+}
+
+/* Under both locks, both directions having ended: to PHASE_TCP, out of the slot. False: a thread
+ * sleeps that only the slot's bells would wake, and nothing has changed. */
+bool flow_leave_slot(struct end *end);
+/* Then: both flows forget the slot's rings. Their positions go on. */
+void flow_begin_again(struct end *end);
 
 #endif

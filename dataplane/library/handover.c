@@ -124,7 +124,9 @@ void hand_over(int fd, struct end *end, uint64_t key, uint32_t reason)
         }
         rx = lock_take(&end->rx.lock, self());
         tx = lock_take(&end->tx.lock, self());
-        pumped = end_is(end, key) && !fallback_both(fd, end, reason) && pump_rest(fd, end, &pump);
+        /* Otherwise it has left its slot meanwhile. */
+        pumped = end_is(end, key) && atomic_load(&end->stage) == STAGE_ATTACHED &&
+                 !fallback_both(fd, end, reason) && pump_rest(fd, end, &pump);
         lock_release(&end->tx.lock, tx);
         lock_release(&end->rx.lock, rx);
         if (pumped)

@@ -32,6 +32,9 @@ void inherit(int fd, struct end *end, uint64_t key)
                 attach_refuse(end, key, REASON_PASSED);
         if (atomic_load(&end->stage) == STAGE_ATTACHED && end_is_behind(fd, end))
                 hand_over(fd, end, key, REASON_PASSED);
+        /* It has just left its slot, and may request another one. */
+        if (atomic_load(&end->stage) != STAGE_ATTACHED)
+                attach_refuse(end, key, REASON_PASSED);
 }
 
 static void inherit_some(bool (*does)(int fd))

@@ -4,6 +4,7 @@
 #include "emulate.h"
 #include "ends.h"
 #include "fallback.h"
+#include "flow.h"
 #include "protocol.h"
 #include "ready.h"
 #include "sys.h"
@@ -161,11 +162,15 @@ static bool goes_on(struct peek *p, struct operation *o, ssize_t *answer)
         }
         if (got > 0 && p->over) {
                 /* Beyond what has come through a ring that has ended, peeks go on in TCP. */
+                if (!flow_begin_wait(t->end, t->flow))
+                        return true;
                 t->done = (size_t)got;
                 t->cursor = (struct cursor){.vec = t->o->vec};
                 if (!(t->o->flags & MSG_TRUNC))
                         cursor_skip(&t->cursor, t->done);
                 *answer = transfer_rest(t, t->o->size, false);
+                if (end_is(t->end, t->key))
+                        flow_end_wait(t->end);
                 return false;
         }
         if (got > 0 || got == -EAGAIN)
@@ -214,7 +219,9 @@ ssize_t transfer_peek(struct operation *o, struct end *end, uint64_t key)
                         return transfer_by_tcp(t, false);
                 case OUTCOME_OVER:
                         error = atomic_exchange_explicit(&end->error, 0, memory_order_relaxed);
-                        return error ? result(-(long)error) : operation_native(o);
+                        answer = error ? result(-(long)error) : operation_native(o);
+                        transfer_leave_kernel(t);
+                        return answer;
                 default:
                         return operation_native(o);
                 }

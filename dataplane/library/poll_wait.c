@@ -20,7 +20,9 @@ static enum kind kind_of_end(const struct end *end)
 
         if (rx == PHASE_READY || rx == PHASE_RING || tx == PHASE_RING)
                 return KIND_RING;
-        return rx == PHASE_TCP ? KIND_COUNTED : KIND_PLAIN;
+        /* After a ring too: the end may begin again (reentry.h). */
+        return rx == PHASE_TCP || !atomic_load_explicit(&end->final, memory_order_relaxed) ? KIND_COUNTED
+                                                                                           : KIND_PLAIN;
 }
 
 static enum kind kind_of(int fd, uint64_t *key)
@@ -59,34 +61,51 @@ enum poll_needs poll_needs(struct pollfd *fds, nfds_t count)
         return needs;
 }
 
-bool poll_kernel_begin(const struct pollfd *fds, nfds_t count, uint64_t *keys)
+/* In a key: the sleep is one with a bell of the connection's slot. */
+#define ON_BELL UINT64_C(0x80000000)
+
+static _Atomic uint32_t *counter_of(uint64_t key)
 {
-        bool all_on_tcp = true;
+        struct end *end = &family->ends[(uint32_t)(key & ~ON_BELL) - 1];
+
+        return key & ON_BELL ? &end->waits : &end->rx.kernel;
+}
+
+/* Count the call. `bells`: it will check rings, and arm bells for them. False: a connection isn't
+ * where the call would look for it any more. */
+static bool begin(const struct pollfd *fds, nfds_t count, uint64_t *keys, bool bells)
+{
+        bool unchanged = true;
 
         for (nfds_t i = 0; i < count; i++) {
-                uint64_t key;
+                uint64_t key = 0;
+                enum kind kind = fds[i].fd < 0 ? KIND_PLAIN : kind_of(fds[i].fd, &key);
 
-                keys[i] = fds[i].fd >= 0 && kind_of(fds[i].fd, &key) == KIND_COUNTED ? key : 0;
+                keys[i] = kind == KIND_COUNTED ? key : kind == KIND_RING && bells ? key | ON_BELL : 0;
+                if (kind == KIND_RING && !bells)
+                        unchanged = false;
                 if (!keys[i])
                         continue;
-                atomic_fetch_add(&family->ends[(uint32_t)key - 1].rx.kernel, 1);
-                /* Pairs with upgrade_receiver(): it sees the count, or we see the ring. */
+                atomic_fetch_add(counter_of(keys[i]), 1);
+                /* Pairs with upgrade_receiver(): it sees the count, or we see the ring. And with
+                 * flow_leave_slot(): it sees the count, or we see that the ring is gone. */
                 atomic_thread_fence(memory_order_seq_cst);
-                if (kind_of(fds[i].fd, &key) == KIND_RING)
-                        all_on_tcp = false;
+                if (kind_of(fds[i].fd, &key) != kind)
+                        unchanged = false;
         }
-        return all_on_tcp;
+        return unchanged;
+}
+
+bool poll_kernel_begin(const struct pollfd *fds, nfds_t count, uint64_t *keys)
+{
+        return begin(fds, count, keys, false);
 }
 
 void poll_kernel_end(nfds_t count, const uint64_t *keys)
 {
         for (nfds_t i = 0; i < count; i++)
-                if (keys[i]) {
-                        struct end *end = &family->ends[(uint32_t)keys[i] - 1];
-
-                        if (end_is(end, keys[i]))
-                                atomic_fetch_sub(&end->rx.kernel, 1);
-                }
+                if (keys[i] && end_is(&family->ends[(uint32_t)(keys[i] & ~ON_BELL) - 1], keys[i]))
+                        atomic_fetch_sub(counter_of(keys[i]), 1);
 }
 
 /* --- checking --- */
@@ -356,13 +375,16 @@ static int sleep_once(struct pollfd *fds, nfds_t count, const struct memory *mem
 {
         struct bells bells = {.of = memory->bells};
         struct pollfd *copy = memory->copy;
+        bool here = begin(fds, count, memory->keys, true);
         struct end *end;
         int ready, got;
 
-        arm(fds, count, &bells);
-        if (!poll_kernel_begin(fds, count, memory->keys) || check(fds, count)) {
-                poll_kernel_end(count, memory->keys);
+        /* From here on each connection is where we look for it. */
+        if (here)
+                arm(fds, count, &bells);
+        if (!here || check(fds, count)) {
                 disarm(fds, count, &bells);
+                poll_kernel_end(count, memory->keys);
                 return check_all(fds, count, check(fds, count), copy, mask);
         }
         if (copy_for_kernel(fds, count, copy, true))
@@ -374,11 +396,11 @@ static int sleep_once(struct pollfd *fds, nfds_t count, const struct memory *mem
         got = sleep_in_poll(copy, count + (nfds_t)bells.count,
                             sleep_duration(sleep, sleep_left(sleep), bells.reasons), mask,
                             end ? &end->rx.spinner : NULL);
-        poll_kernel_end(count, memory->keys);
         for (int b = 0; b < bells.count; b++)
                 if (got > 0 && copy[count + (nfds_t)b].revents)
                         bell_drain(bells.of[b].arena, bells.of[b].bell);
         disarm(fds, count, &bells);
+        poll_kernel_end(count, memory->keys);
         if (got < 0)
                 return got;
         ready = check(fds, count);

@@ -3,7 +3,8 @@
  *
  * A call without such descriptors goes to the kernel. While it is there, none of its connections
  * may move to a ring, since the call wouldn't check it: poll_kernel_begin() counts it in
- * flow.kernel.
+ * flow.kernel. A call that sleeps with bells knows them for the present slots: it is counted in
+ * end.waits.
  */
 #ifndef FREEFLOW_POLL_WAIT_H
 #define FREEFLOW_POLL_WAIT_H
@@ -25,8 +26,8 @@ enum poll_needs {
 /* `fds` isn't const: glibc declares poll() to write to it only, so gcc would warn. */
 enum poll_needs poll_needs(struct pollfd *fds, nfds_t count);
 
-/* `keys` has room for `count`. Returns false if one of the connections has moved to a ring by now;
- * then poll_wait() has to be called, after poll_kernel_end(). */
+/* `keys` has room for `count`. Returns false if one of the connections has moved to a ring by now, or
+ * left one; then poll_wait() has to be called, after poll_kernel_end(). */
 bool poll_kernel_begin(const struct pollfd *fds, nfds_t count, uint64_t *keys);
 void poll_kernel_end(nfds_t count, const uint64_t *keys);
 

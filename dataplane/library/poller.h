@@ -69,6 +69,9 @@ void poller_sender_changed(struct end *end);
 /* A receiver has reached the ring's first byte, or passed its last. There may be bytes that nothing
  * reports any more, and a read has returned EAGAIN. */
 void poller_receiver_changed(struct end *end);
+/* Neither direction uses a ring any more, and the slot goes: the kernel reports to the program from
+ * now on. False: not now. */
+bool poller_detach(struct end *end);
 /* Under the sender's lock: a sender has found no room. */
 void poller_sender_full(struct end *end);
 

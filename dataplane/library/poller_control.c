@@ -205,6 +205,25 @@ bool poller_attach(struct end *end)
         return all;
 }
 
+bool poller_detach(struct end *end)
+{
+        enum taken outer = lock_take(&poller_table, self());
+        bool all = outer == LOCK_TAKEN;
+
+        for (struct registration *r = all ? registration_of_end(end, NULL) : NULL; r && all;
+             r = registration_of_end(end, r)) {
+                struct poller *poller = &pollers[r->poller];
+                enum taken taken = lock_take(&poller->lock, self());
+
+                all = taken == LOCK_TAKEN;
+                if (all && r->state != STATE_KERNEL)
+                        registration_to_kernel(poller, r, false);
+                lock_release(&poller->lock, taken);
+        }
+        lock_release(&poller_table, outer);
+        return all;
+}
+
 static void connection_changed(struct end *end, bool again)
 {
         enum taken outer = lock_take(&poller_table, self());

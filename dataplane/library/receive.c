@@ -281,7 +281,10 @@ static bool goes_on(struct transfer *t, enum outcome outcome, ssize_t *answer)
                 *answer = transfer_by_tcp(t, true);
                 return false;
         case OUTCOME_OVER:
+                if (transfer_reenters(t))
+                        return true;
                 *answer = receive_rest(t);
+                transfer_leave_kernel(t);
                 return false;
         case OUTCOME_LOST:
                 if (transfer_find(t))

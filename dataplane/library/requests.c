@@ -1,8 +1,8 @@
 #include "requests.h"
 
 #include "arena.h"
+#include "backoff.h"
 #include "budget.h"
-#include "clock.h"
 #include "flow.h"
 #include "protocol.h"
 #include "router.h"
@@ -144,12 +144,25 @@ static void granted(const struct grant *grant, int memfd, int *receiving)
                 router_send(&release, sizeof release, ROUTER_PATIENCE);
 }
 
+/* A connection that was in a ring before will be there again: what it lacks, a router that has just
+ * started may lack too. */
+static bool is_for_now(const struct end *end, uint32_t reason)
+{
+        return atomic_load(&end->setbacks) &&
+               (reason == REASON_REMOTE || reason == REASON_LIMIT || reason == REASON_MEMORY);
+}
+
 static void refused(const struct refuse *refuse)
 {
         struct end *end = answered_end(refuse->connection, refuse->cookie);
 
-        if (end)
+        if (end && is_for_now(end, refuse->reason)) {
+                backoff_begin(end);
+                stage_become(end, STAGE_ANSWERING, STAGE_CANDIDATE);
+                statistics_count(&statistics.refused);
+        } else if (end) {
                 answer(end, refuse->reason ? refuse->reason : REASON_OFF);
+        }
 }
 
 static uint32_t at_most(uint32_t value, uint32_t most)

@@ -175,18 +175,26 @@ static long put_piece(struct transfer *t, uint64_t stamp, bool *out)
 
 /* --- steps --- */
 
-/* Has the peer closed, or the connection failed? The kernel is asked once per tick of the coarse
- * clock, and when it may have an event (ready.h). */
-static bool peer_is_gone(struct transfer *t)
+__attribute__((noinline)) static bool ask_kernel(struct transfer *t)
 {
-        uint32_t stamp = ready_stamp();
         struct pollfd polled = {.fd = t->o->fd, .events = POLLRDHUP};
         struct timespec at_once = {0};
+
+        if (process.restless && fallback_at_random(t->end))
+                return true;
+        return sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) > 0;
+}
+
+/* Has the peer closed, or the connection failed? The kernel is asked once per tick of the coarse
+ * clock, and when it may have an event (ready.h). */
+static inline bool peer_is_gone(struct transfer *t)
+{
+        uint32_t stamp = ready_stamp();
 
         if (!t->event && atomic_load_explicit(&t->flow->checked, memory_order_relaxed) == stamp)
                 return false;
         atomic_store_explicit(&t->flow->checked, stamp, memory_order_relaxed);
-        return sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) > 0;
+        return ask_kernel(t);
 }
 
 /* The peer requests it, or has closed. */
@@ -266,7 +274,7 @@ static inline enum outcome send_step(struct transfer *t, enum taken taken, bool 
                 return outcome;
         if (t->o->by_kernel || atomic_load_explicit(&t->end->shut, memory_order_relaxed) & SHUT_WRITE) {
                 fallback_sender(t->o->fd, t->end, REASON_OPTION);
-                return OUTCOME_OVER;
+                return OUTCOME_AGAIN;
         }
         t->view = end_sends(t->end);
         atomic_store_explicit(&t->view.ring->busy, 1, memory_order_relaxed);
@@ -338,7 +346,10 @@ static bool goes_on(struct transfer *t, enum outcome outcome, ssize_t *answer)
                 *answer = transfer_by_tcp(t, true);
                 return false;
         case OUTCOME_OVER:
+                if (transfer_reenters(t))
+                        return true;
                 *answer = transfer_rest(t, t->o->size, true);
+                transfer_leave_kernel(t);
                 return false;
         case OUTCOME_BROKEN:
                 *answer = (ssize_t)t->done;

@@ -56,6 +56,7 @@ void statistics_report(void)
         FIELD(received);
         FIELD(sent);
         FIELD(retreats);
+        FIELD(returned);
         FIELD(corrupt);
         FIELD(past);
         FIELD(remote);

@@ -13,6 +13,7 @@ struct statistics {
         _Atomic uint64_t receivers, senders; /* directions that went to the ring */
         _Atomic uint64_t received, sent;     /* bytes through rings */
         _Atomic uint64_t retreats, corrupt;
+        _Atomic uint64_t returned;       /* ends that have left their slot, to be counted again */
         _Atomic uint64_t past;           /* ends that found bytes which bypassed the library */
         _Atomic uint64_t remote, broken; /* ends in remote arenas; those whose path was lost */
         _Atomic uint64_t sleeps, spins;  /* waits that slept, waits that spinning ended */

@@ -2,6 +2,7 @@
 
 #include "identity.h"
 #include "mapping.h"
+#include "reentry.h"
 #include "signals.h"
 #include "sys.h"
 #include "upgrade.h"
@@ -85,9 +86,17 @@ ssize_t transfer_by_tcp(struct transfer *t, bool counts)
 
         if (moved > 0 && counts)
                 atomic_fetch_add_explicit(&t->flow->position, (uint64_t)moved, memory_order_relaxed);
-        /* A thread that sees the counter at zero sees the position. */
-        atomic_fetch_sub_explicit(&t->flow->kernel, 1, memory_order_release);
+        transfer_leave_kernel(t);
         return moved;
+}
+
+bool transfer_reenters(struct transfer *t)
+{
+        if (t->done || !reentry_is_due(t->end))
+                return false;
+        transfer_leave_kernel(t);
+        reentry_leave_slot(t->o->fd, t->end, t->key);
+        return true;
 }
 
 bool transfer_find(struct transfer *t)
@@ -187,16 +196,29 @@ static void rest_of_file(struct transfer *t)
         t->done += moved > 0 ? (size_t)moved : 0;
 }
 
+/* Bytes that went over TCP after the ring count as those before it (reentry.h). */
+static void count_rest(struct transfer *t, ssize_t moved, bool sending)
+{
+        if (moved > 0 && (sending || operation_is_splice(t->o) || !(t->o->flags & MSG_PEEK)))
+                atomic_fetch_add_explicit(&t->flow->position, (uint64_t)moved, memory_order_relaxed);
+}
+
 ssize_t transfer_rest(struct transfer *t, size_t most, bool sending)
 {
         int saved = *__errno_location();
+        size_t before = t->done;
 
-        if (!t->done)
-                return operation_native(t->o);
+        if (!t->done) {
+                ssize_t moved = operation_native(t->o);
+
+                count_rest(t, moved, sending);
+                return moved;
+        }
         if (t->o->call == CALL_SENDFILE || operation_is_splice(t->o))
                 rest_of_file(t);
         else
                 rest_of_buffers(t, most, sending);
+        count_rest(t, (ssize_t)(t->done - before), sending);
         *__errno_location() = saved;
         return (ssize_t)t->done;
 }

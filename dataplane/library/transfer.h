@@ -81,7 +81,7 @@ enum outcome {
         OUTCOME_NOT_NOW, /* `moved` says why none were */
         OUTCOME_AGAIN,   /* take the next step at once */
         OUTCOME_TCP,     /* by the kernel, counted: transfer_by_tcp() */
-        OUTCOME_OVER,    /* by the kernel, as the ring has ended */
+        OUTCOME_OVER,    /* by the kernel, as the ring has ended; then transfer_leave_kernel() */
         OUTCOME_GONE,    /* by the kernel: the end is no longer this connection's */
         OUTCOME_LOST,    /* the descriptor is no longer this connection's: transfer_find() */
         /* A sender's: */
@@ -109,6 +109,9 @@ ssize_t transfer_by_tcp(struct transfer *t, bool counts);
 /* The rest of a call goes on over TCP after the ring has ended, up to `most` bytes of all. To the
  * program it is one call: an error after the first byte is only returned by the next one. */
 ssize_t transfer_rest(struct transfer *t, size_t most, bool sending);
+/* After OUTCOME_OVER, if the call has moved nothing: may the end leave its slot now? True: the call
+ * isn't in the kernel any more, and takes its next step. */
+bool transfer_reenters(struct transfer *t);
 /* After OUTCOME_LOST: is the descriptor another end's now, and has the call moved nothing? Then it
  * begins again there. False: transfer_native(). */
 bool transfer_find(struct transfer *t);
@@ -139,7 +142,19 @@ static inline enum outcome transfer_enter(struct transfer *t, enum taken taken)
                 atomic_fetch_add_explicit(&t->flow->kernel, 1, memory_order_relaxed);
                 return OUTCOME_TCP;
         }
-        return t->phase == PHASE_OVER ? OUTCOME_OVER : OUTCOME_RING;
+        if (t->phase == PHASE_OVER) {
+                /* Nor may anybody read the kernel's counters (reentry.h). */
+                atomic_fetch_add_explicit(&t->flow->kernel, 1, memory_order_relaxed);
+                return OUTCOME_OVER;
+        }
+        return OUTCOME_RING;
+}
+
+/* A call that transfer_enter() sent to the kernel has returned. Who sees the counter at zero sees
+ * what the call has moved. */
+static inline void transfer_leave_kernel(struct transfer *t)
+{
+        atomic_fetch_sub_explicit(&t->flow->kernel, 1, memory_order_release);
 }
 
 /* What the C library returns: bytes moved so far, or the error. */

@@ -34,10 +34,17 @@ void upgrade_receiver(struct end *end)
 void upgrade_sender(int fd, struct end *end)
 {
         struct view view = end_sends(end);
+        uint32_t leave = atomic_load_explicit(&view.ring->leave, memory_order_relaxed);
 
+        if (leave) {
+                /* The ring ends before it has begun: its reader doesn't wait for it any more. */
+                if (leave == LEAVE_RAW)
+                        atomic_store(&end->final, 1);
+                fallback_end_ring(end);
+                return;
+        }
         if (atomic_load_explicit(&end->tx.kernel, memory_order_acquire) || end_held_elsewhere(end) ||
             !atomic_load_explicit(&view.ring->ready, memory_order_acquire) ||
-            atomic_load_explicit(&view.ring->leave, memory_order_relaxed) ||
             atomic_load_explicit(&end->shut, memory_order_relaxed) & SHUT_WRITE || ready_broken(end))
                 return;
         if (!raw_begin(fd, end)) {

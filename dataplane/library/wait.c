@@ -1,6 +1,7 @@
 #include "wait.h"
 
 #include "bells.h"
+#include "flow.h"
 #include "raw.h"
 #include "ready.h"
 #include "remote.h"
@@ -183,6 +184,8 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
         retire_if_io_uring();
         if (!end_is(end, key))
                 return 0;
+        if (!flow_begin_wait(end, flow))
+                return 0;
         w.fd = fd;
         w.end = end;
         w.key = key;
@@ -197,6 +200,8 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
                 wait_end(w.waiters, w.bell);
                 bell_return(w.arena, w.bell);
         }
+        if (end_is(end, key))
+                flow_end_wait(end);
         *__errno_location() = saved;
         return outcome;
 }
