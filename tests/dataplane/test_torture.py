@@ -90,6 +90,28 @@ def test_torture_of_loops(everywhere: Places) -> None:
     everywhere.upgraded(20)
 
 
+@pytest.mark.timeout(LOOPS + 120)
+@pytest.mark.parametrize("everywhere", ["accelerated"], indirect=True)
+@pytest.mark.parametrize("loops", [False, True])
+def test_torture_of_returns(everywhere: Places, loops: bool) -> None:
+    """No byte is wrong and no wake-up is lost while both ends fall back to TCP at random, and move
+    to rings again.
+    """
+    everywhere.forget()
+    options = {"TORTURE_LOOPS": "1", "FREEFLOW_RING_LIMIT": "65536"} if loops else {}
+    said = torture(
+        everywhere,
+        (),
+        LOOPS,
+        SEED or str(int.from_bytes(os.urandom(4), "big")),
+        FREEFLOW_RESTLESS="1",
+        **options,
+    )
+    assert "operations" in said
+    everywhere.upgraded(20)
+    assert everywhere.counted()["returned"] >= 20
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_torture_itself(tmp_path: Path, sanitizer: str) -> None:
@@ -99,9 +121,12 @@ def test_torture_itself(tmp_path: Path, sanitizer: str) -> None:
 
 
 @pytest.mark.timeout(SANITIZED + 120)
+@pytest.mark.parametrize("restless", [False, True])
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_torture_of_the_library(tmp_path: Path, sanitizer: str) -> None:
-    """No sanitizer finds an error in the library during the torture test."""
+def test_torture_of_the_library(tmp_path: Path, sanitizer: str, restless: bool) -> None:
+    """No sanitizer finds an error in the library during the torture test, whether connections stay
+    on rings or leave them all the time.
+    """
     library = tmp_path / "libfreeflow.so"
     subprocess.run(["sh", str(BUILD), str(library), sanitizer], check=True)
     found = f"log_path={tmp_path}/found"
@@ -115,6 +140,8 @@ def test_torture_of_the_library(tmp_path: Path, sanitizer: str) -> None:
             ASAN_OPTIONS=f"{found}:verify_asan_link_order=0:detect_leaks=0",
             UBSAN_OPTIONS=f"{found}:print_stacktrace=1",
             TSAN_OPTIONS=f"{found}:history_size=4:report_signal_unsafe=0",
+            **({"FREEFLOW_RESTLESS": "1"} if restless else {}),
         )
         assert both.counted()["senders"] >= 5
+        assert both.counted()["returned"] >= 5 or not restless
     assert not [file.read_text() for file in tmp_path.glob("found*")]

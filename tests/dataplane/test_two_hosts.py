@@ -22,7 +22,7 @@ import pytest
 
 from dataplane.control import ConnectionFact, RouterSettings
 from testbed.patience import patience, within
-from tests.dataplane.places import LIBRARY, compile_c
+from tests.dataplane.places import LIBRARY, compile_c, counts_of
 from tests.dataplane.two_hosts import HostBed, cut, two_hosts
 
 HERE: Final = Path(__file__).parent
@@ -33,6 +33,14 @@ STALLED: Final = HERE / "programs/stalled.py"
 RELAY: Final = TOP / "build/freeflow-relay"
 VIP: Final = "10.78.0.100"
 PORT: Final = 7100
+PAUSE: Final = 5.0
+"""Seconds after which a connection that has fallen back sends a request again, at least: see
+`backoff.h` of the library.
+"""
+RETURN: Final = 10 * PAUSE
+"""Seconds in which it moves again, also if the first request was refused."""
+REFUSED: Final = 20.0
+"""Seconds in which a request for a host without a router is refused."""
 Hosts = tuple[HostBed, HostBed]
 
 pytestmark = pytest.mark.skipif(
@@ -67,6 +75,10 @@ def has_session(host: HostBed, wanted: bool) -> bool:
 
 def has_sent(host: HostBed, least: int) -> bool:
     return host.router.statistics().rdma.relay.get("bytes_out", 0) > least
+
+
+def has_granted(host: HostBed, least: int) -> bool:
+    return host.counts().granted >= least
 
 
 def on_path(host: HostBed) -> int:
@@ -172,12 +184,22 @@ def test_bytes(hosts: Hosts) -> None:
         assert host.counts().broken == 0
 
 
-def test_torture(hosts: Hosts, tmp_path: Path) -> None:
-    """No byte is wrong under many threads per connection, forks, signals and kills at both ends."""
+@pytest.mark.parametrize("restless", [False, True])
+def test_torture(hosts: Hosts, tmp_path: Path, restless: bool) -> None:
+    """No byte is wrong under many threads per connection, forks, signals and kills at both ends,
+    also while connections fall back to TCP at random and move again.
+    """
+    statistics = tmp_path / "statistics"
+    more = {"FREEFLOW_STATS": str(statistics), **({"FREEFLOW_RESTLESS": "1"} if restless else {})}
     seconds = int(os.environ.get("TORTURE_SECONDS", "6"))
     program = str(compile_c(HERE / "torture.c", tmp_path / "torture"))
     a, b = hosts[0].containers["a"], hosts[1].containers["b"]
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    options: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "env": more,
+    }
     server = b.popen([program, "server", str(b.ipv4), "7000"], **options)
     client = a.popen(
         [program, "client", str(b.ipv4), "7000", str(seconds), "42", "16", "4"], **options
@@ -187,6 +209,7 @@ def test_torture(hosts: Hosts, tmp_path: Path) -> None:
     for host in hosts:
         assert host.counts().granted > 20
         assert host.counts().broken == 0
+    assert counts_of(statistics)["returned"] >= 5 or not restless
     nothing_left(hosts)
 
 
@@ -287,6 +310,26 @@ def test_router_killed(hosts: Hosts, dies: int) -> None:
         hosts[dies].start_router()
         assert made.ends() == ["whole"] * 8
     moves_again(hosts)
+
+
+@pytest.mark.parametrize(("dies", "away"), [(0, 0), (1, 0), (1, REFUSED)])
+def test_connections_return_after_a_restart(hosts: Hosts, dies: int, away: float) -> None:
+    """After a router's restart connections that went back to TCP move again, without loss; also if
+    their requests were refused while it was away.
+    """
+    with streams(hosts) as made:
+        hosts[dies].kill_router()
+        until(lambda: went_back(hosts[1 - dies]), 3)
+        left = time.monotonic()
+        time.sleep(away)
+        hosts[dies].start_router()
+        # They may leave again soon, by the rule for the relay.
+        for host in hosts:
+            least = 4 if host is hosts[dies] else 8
+            until(partial(has_granted, host, least), RETURN + away)
+        assert time.monotonic() - left > PAUSE - 1
+        assert made.ends() == ["whole"] * 8
+    nothing_left(hosts)
 
 
 def test_router_killed_under_a_full_ring(hosts: Hosts) -> None:
