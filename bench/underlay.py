@@ -6,6 +6,7 @@ The devices belong to the test bed: in each host's network namespace, `eth0` lea
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Final
@@ -19,6 +20,9 @@ SEGMENTATION: Final = ("tx-udp_tnl-segmentation", "tx-udp_tnl-csum-segmentation"
 SHAPED: Final = "1gbit"
 QUEUE: Final = "10ms"
 """The longest time that a packet waits in a shaped link's queue, as in a switch's buffer."""
+NOTICED: Final = 35.0
+"""Seconds until both routers know that a device has changed: the plugins report devices to them
+every 30 seconds."""
 BURST: Final = "256kb"
 """At least one GSO packet: larger packets would be segmented before the link."""
 
@@ -54,12 +58,14 @@ def _set(host: Host, feature: str, on: bool) -> None:
 def without_tunnel_segmentation(hosts: Sequence[Host]) -> Iterator[None]:
     """The devices do not segment tunnelled packets: software does it before them."""
     with ExitStack() as restore:
+        restore.callback(time.sleep, NOTICED)
         for host in hosts:
             listing = _on(host, "ethtool", "-k", DEVICE)
             for feature in SEGMENTATION:
                 if enabled(listing, feature):
                     restore.callback(_set, host, feature, True)
                     _set(host, feature, False)
+        time.sleep(NOTICED)
         yield
 
 
