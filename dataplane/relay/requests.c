@@ -23,8 +23,6 @@ enum {
 
 static void do_open(const void *data, int *descriptors)
 {
-        /* The most of all transports. */
-        static uint32_t spin;
         struct relay_open open;
         struct relay_opened opened = {0};
 
@@ -36,9 +34,7 @@ static void do_open(const void *data, int *descriptors)
                 put_text(opened.text, "the router has another version than its relay");
         } else {
                 opened.error = transports_open(&open, &opened.mtu, opened.text);
-                if (!opened.error && open.spin > spin)
-                        spin = open.spin;
-                relay_set_spin(spin);
+                relay_set_spin(transports_spin());
         }
         answer(&opened, sizeof opened, R_OPENED);
 }

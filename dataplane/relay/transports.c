@@ -10,6 +10,7 @@ enum { KINDS = RELAY_TCP + 1 };
 
 /* By kind; NULL: not open. */
 static const struct transport *opened[KINDS];
+static uint32_t spins[KINDS]; /* microseconds, of those that are open */
 
 /* NULL: there is no such transport. */
 static const struct transport *transport_of(uint32_t kind)
@@ -53,7 +54,17 @@ int transports_open(const struct relay_open *request, uint32_t *mtu, char *text)
         error = transport->open(request, mtu, text);
         if (!error)
                 opened[transport->kind] = transport;
+        spins[transport->kind] = error ? 0 : request->spin;
         return error;
+}
+
+uint32_t transports_spin(void)
+{
+        uint32_t most = 0;
+
+        for (int i = 0; i < KINDS; i++)
+                most = spins[i] > most ? spins[i] : most;
+        return most;
 }
 
 const struct transport *transport_opened(uint32_t kind)

@@ -16,6 +16,8 @@ extern struct transport faulty_tcp_transport;
 
 /* R_OPEN. errno, with a text. */
 int transports_open(const struct relay_open *request, uint32_t *mtu, char *text);
+/* Microseconds for which the relay spins: the most that R_OPEN named for one that is open. */
+uint32_t transports_spin(void);
 /* NULL: there is no such transport, or it is not open. */
 const struct transport *transport_opened(uint32_t kind);
 /* As the functions of a transport, for all that are open. */

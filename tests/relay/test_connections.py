@@ -99,6 +99,19 @@ def test_a_process_that_sleeps_is_woken(binary: Path, end: Path) -> None:
         assert b.counts()["bells"] > 100
 
 
+def test_a_relay_that_is_told_to_spin_no_more(binary: Path, end: Path, transport: int) -> None:
+    """A relay whose transport is opened again spins for as long as that says, not longer."""
+    with relays(binary, spin=1000) as (a, b):
+        for one in (a, b):
+            assert not one.open(transport=transport, spin=0).error
+        link(a, b)
+        one, two = connect(a, b)
+        trips = ("rounds=500", "message=100", "check=0")
+        first, second = one.popen(end, *trips), two.popen(end, *trips, "server=1")
+        assert first.wait(patience(30)) == second.wait(patience(30)) == 0
+        assert a.counts()["spins"] == b.counts()["spins"] == 0
+
+
 def test_an_arena_whose_process_has_no_bell_is_polled(binary: Path, end: Path) -> None:
     """The relay polls an arena whose process cannot ring the relay's bell."""
     with relays(binary, spin=0) as (a, b):
