@@ -102,8 +102,8 @@ def test_a_process_that_sleeps_is_woken(binary: Path, end: Path) -> None:
 def test_a_relay_that_is_told_to_spin_no_more(binary: Path, end: Path, transport: int) -> None:
     """A relay whose transport is opened again spins for as long as that says, not longer."""
     with relays(binary, spin=1000) as (a, b):
-        for one in (a, b):
-            assert not one.open(transport=transport, spin=0).error
+        for relay in (a, b):
+            assert not relay.open(transport=transport, spin=0).error
         link(a, b)
         one, two = connect(a, b)
         trips = ("rounds=500", "message=100", "check=0")
