@@ -1,4 +1,4 @@
-"""Connections that have fallen back to TCP move to rings again, unless the reason holds for good."""
+"""Connections that fell back to TCP move to rings again, unless the reason holds for good."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The TCP connections of links: those with the ticket become the link's, all others cost nothing."""
+"""The TCP connections of links: one with the ticket becomes the link's, others cost nothing."""
 
 from __future__ import annotations
 
