@@ -82,8 +82,8 @@ def check(body: bytes) -> None:
 class Netlink:
     """A netlink socket, for one thread at a time. A request that the kernel refuses raises OSError.
 
-    The socket becomes this object's. Its timeout bounds each wait. It is connected to the kernel, so
-    nobody else can send to it: a container with CAP_NET_ADMIN could, in its own namespace.
+    The socket becomes this object's. Its timeout bounds each wait. It is connected to the kernel,
+    so nobody else can send to it: a container with CAP_NET_ADMIN could, in its own namespace.
     """
 
     def __init__(self, channel: socket.socket) -> None:
