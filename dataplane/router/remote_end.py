@@ -22,10 +22,13 @@ ring only after its peer has set `ready` there. An end whose peer was never gran
 back to TCP without loss (`Do.UNDO_GRANT`). If it is unknown whether the peer was granted, because
 its router has died or can't be reached, both ends are reset.
 
+In LEADER_PAIRING the follower's process has the ring, and the two relays are about to reach each
+other. If the leader's relay dropped its slot then, the follower's relay would reset that process.
+So a leader that gives up first has the follower's end taken back, and drops afterwards (ABANDONED).
+
 One state machine describes one stay on a path. `On.LEAD` and `On.FOLLOW` choose the transport.
-`On.LEAVE_PATH`
-brings both ends back to TCP, in any phase. When the connection enters a path again, it does so as
-another state machine, with another connection number.
+`On.LEAVE_PATH` brings both ends back to TCP, in any phase. When the connection enters a path again,
+it does so as another state machine, with another connection number.
 
 A question is an action too (`Do.CHECK_SOCKET`, `Do.SEND_ACCEPT`). Its answer is the next event.
 """
@@ -112,11 +115,16 @@ def _fail(reason: Reason, *, tell: bool = True) -> Go:
 
 
 def _relay_died(declined: Reason | None) -> Go:
-    told = Tell(dropped=Reason.BROKEN, declined=declined)
+    """Before our end is granted: the peer's may be, and has nothing in its rings."""
+    told = Tell(dropped=Reason.PEER_NO_RDMA, declined=declined)
     return _go(Phase.DROPPING, told, Refuse(Reason.NO_RDMA), Do.FREE_SIDE)
 
 
-_ABANDON: Final = _go(Phase.ABANDONED, Refuse(Reason.NOT_FOUND), Do.FREE_SIDE)
+def _drop_abandoned(*told: Tell) -> Go:
+    """The follower's process does not need the relays any more, or they can't reach each other."""
+    return _go(Phase.DROPPING, *told, Drop())
+
+
 _WAIT_AGAIN: Final = _go(Phase.DROPPING, Do.KEEP_REQUEST, Drop(), Do.FREE_SIDE)
 """The leader's end will not be granted. The request waits for another match."""
 _UNDO: Final = _go(Phase.DROPPING, Drop(), Do.UNDO_GRANT)
@@ -170,10 +178,27 @@ def _accepted_again(state: EndState, event: Event) -> Step:
     return state, (Do.SEND_PAIRED,) if state.peer_number == event.peer_number else ()
 
 
-def _close_abandoned(state: EndState, event: Event) -> Step:
-    """Tell the follower that both ends are granted, and close ours."""
-    after, actions = _released(replace(state, phase=Phase.GRANTED), event)
-    return after, (Do.SEND_PAIRED, *actions)
+def _give_up_pairing(state: EndState, reason: Reason) -> Step:
+    """Leader: our end won't be granted, and the follower's is. Have that one taken back."""
+    answered = (Refuse(reason), Tell(dropped=reason), Do.FREE_SIDE)
+    if state.received:
+        # The follower's end is closed or reset already.
+        return replace(state, phase=Phase.DROPPING), (*answered, Drop())
+    return replace(state, phase=Phase.ABANDONED), answered
+
+
+def _abandon(state: EndState, _: Event) -> Step:
+    return _give_up_pairing(state, Reason.NOT_FOUND)
+
+
+def _abandon_late(state: EndState, _: Event) -> Step:
+    return _give_up_pairing(state, Reason.NO_LINK)
+
+
+def _accepted_in_vain(state: EndState, event: Event) -> Step:
+    """The follower hasn't heard that our end won't be granted."""
+    told = (Tell(dropped=Reason.NOT_FOUND),) if state.peer_number == event.peer_number else ()
+    return state, told
 
 
 def _released(state: EndState, _: Event) -> Step:
@@ -224,6 +249,8 @@ def _leave(state: EndState, _: Event) -> Step:
 
 
 def _leave_early(state: EndState, event: Event) -> Step:
+    if state.phase is Phase.LEADER_PAIRING:
+        return _give_up_pairing(state, event.reason)
     rule = _fail(event.reason)
     return replace(state, phase=Phase.DROPPING), rule.actions
 
@@ -232,8 +259,6 @@ def _peer_dropped(state: EndState, event: Event) -> Step:
     if state.phase is Phase.UNCONFIRMED:
         # The reason is BROKEN if the peer's end was granted.
         rule = _BREAK if event.reason is Reason.BROKEN else _UNDO
-    elif state.phase is Phase.LEADER_PAIRING and event.reason is Reason.NOT_FOUND:
-        rule = _ABANDON
     else:
         rule = _fail(event.reason, tell=False)
     return replace(state, phase=rule.phase or state.phase), rule.actions
@@ -245,7 +270,9 @@ _NOT_BEGUN: Final = Invalid("the connection has no number yet")
 _BEGUN: Final = Invalid("a state machine begins once")
 _FORGOTTEN: Final = Ignored("the connection is forgotten")
 _LATE: Final = Ignored("we have already given the connection up")
-_CLOSING: Final = Ignored("the end is closed as soon as the relay has paired it")
+_GIVEN_UP: Final = Ignored(
+    "the follower is told already, and the relays as soon as they are paired"
+)
 _ONE_ANSWER: Final = Invalid("the relay answers each message once")
 _ANSWERED: Final = Invalid("the request is answered")
 _UNKNOWN_TO_PEER: Final = Invalid("the peer's relay doesn't know our place yet")
@@ -297,32 +324,35 @@ TABLE: Final[Mapping[On, Mapping[Phase, Rule]]] = {
     On.PAIRED: _row(
         {
             _P.LEADER_PAIRING: _go(_P.GRANTED, Do.SEND_PAIRED, Do.GRANT),
-            _P.ABANDONED: _close_abandoned,
+            _P.ABANDONED: _stay(Do.LEAVE),
             _P.FOLLOWER_PAIRING: _stay(Do.CHECK_SOCKET),
         },
         _ONE_ANSWER,
     ),
     On.PAIR_FAILED: _row(
         {
-            (_P.LEADER_PAIRING, _P.ABANDONED, _P.FOLLOWER_PAIRING): _fail(Reason.NO_LINK),
+            (_P.LEADER_PAIRING, _P.FOLLOWER_PAIRING): _fail(Reason.NO_LINK),
+            _P.ABANDONED: _drop_abandoned(Tell(dropped=Reason.NO_LINK)),
         },
         _ONE_ANSWER,
     ),
     On.ALL_RECEIVED: _row(
         {
             (_P.LEADER_PLACING, *FOLLOWER): _UNKNOWN_TO_PEER,
-            (_P.OFFERED, _P.LEADER_PAIRING, _P.ABANDONED): _received_early,
+            (_P.OFFERED, _P.LEADER_PAIRING): _received_early,
+            _P.ABANDONED: _drop_abandoned(),
             LIVE: _all_received,
         }
     ),
     On.ALL_SENT: _row({LIVE: _all_sent}, _OPEN),
     On.PATH_BROKEN: _row(
         {
-            (*LEADER, *FOLLOWER, _P.ABANDONED): _broken_early,
+            (*LEADER, *FOLLOWER): _broken_early,
+            _P.ABANDONED: _drop_abandoned(),
             LIVE: _broken,
         }
     ),
-    On.PATH_LEFT: _row({LIVE: _left}, _UNKNOWN_TO_PEER),
+    On.PATH_LEFT: _row({LIVE: _left, _P.ABANDONED: _drop_abandoned()}, _UNKNOWN_TO_PEER),
     On.DROPPED: _row(
         {},
         Invalid("the relay drops only what it was told to"),
@@ -330,7 +360,8 @@ TABLE: Final[Mapping[On, Mapping[Phase, Rule]]] = {
     ),
     On.RELAY_DIED: _row(
         {
-            (*LEADER, _P.ABANDONED): _relay_died(Reason.PEER_NO_RDMA),
+            LEADER: _relay_died(Reason.PEER_NO_RDMA),
+            _P.ABANDONED: _go(_P.DROPPING, Tell(dropped=Reason.PEER_NO_RDMA)),
             FOLLOWER: _relay_died(None),
             LIVE: _RELAY_DIED_LIVE,
         },
@@ -341,7 +372,8 @@ TABLE: Final[Mapping[On, Mapping[Phase, Rule]]] = {
         {
             _P.LEADER_PLACING: Invalid("the follower doesn't know our place yet"),
             _P.OFFERED: _accepted,
-            (_P.LEADER_PAIRING, _P.ABANDONED): Ignored("our relay is being told already"),
+            _P.LEADER_PAIRING: Ignored("our relay is being told already"),
+            _P.ABANDONED: _accepted_in_vain,
             _P.GRANTED: _accepted_again,
         },
         _FOR_LEADER,
@@ -365,8 +397,8 @@ TABLE: Final[Mapping[On, Mapping[Phase, Rule]]] = {
     On.WITHDRAWN: _row(
         {
             (_P.LEADER_PLACING, _P.OFFERED): _fail(Reason.NOT_FOUND, tell=False),
-            _P.LEADER_PAIRING: _ABANDON,
-            _P.ABANDONED: _CLOSING,
+            _P.LEADER_PAIRING: _abandon,
+            _P.ABANDONED: _GIVEN_UP,
             _P.GRANTED: Ignored("the offer was accepted"),
         },
         _FOR_LEADER,
@@ -374,7 +406,7 @@ TABLE: Final[Mapping[On, Mapping[Phase, Rule]]] = {
     On.PEER_DROPPED: _row(
         {
             (*LEADER, *FOLLOWER, _P.UNCONFIRMED): _peer_dropped,
-            _P.ABANDONED: _CLOSING,
+            _P.ABANDONED: _drop_abandoned(),
             _P.GRANTED: _BREAK,
         }
     ),
@@ -392,7 +424,8 @@ TABLE: Final[Mapping[On, Mapping[Phase, Rule]]] = {
     On.SESSION_EXPIRED: _row({_P.UNCONFIRMED: _BREAK}, _UNAFFECTED),
     On.LINK_LOST: _row(
         {
-            (*LEADER, *FOLLOWER, _P.ABANDONED): _fail(Reason.NO_LINK),
+            (*LEADER, *FOLLOWER): _fail(Reason.NO_LINK),
+            _P.ABANDONED: _drop_abandoned(Tell(dropped=Reason.NO_LINK)),
             LIVE: _BREAK_AND_TELL,
         }
     ),
@@ -428,7 +461,7 @@ TABLE: Final[Mapping[On, Mapping[Phase, Rule]]] = {
     On.REQUEST_GONE: _row(
         {
             (_P.LEADER_PLACING, _P.OFFERED, *FOLLOWER): _fail(Reason.NOT_FOUND),
-            _P.LEADER_PAIRING: _ABANDON,
+            _P.LEADER_PAIRING: _abandon,
         },
         _ANSWERED,
         dropping=_ANSWERED,
@@ -437,12 +470,16 @@ TABLE: Final[Mapping[On, Mapping[Phase, Rule]]] = {
     On.LEAVE_PATH: _row(
         {
             (*LEADER, *FOLLOWER): _leave_early,
-            _P.ABANDONED: _CLOSING,
+            _P.ABANDONED: _GIVEN_UP,
             LIVE: _leave,
         }
     ),
     On.STEP_TIMEOUT: _row(
-        {(*LEADER, *FOLLOWER): _fail(Reason.NO_LINK), _P.UNCONFIRMED: _ACCEPT_AGAIN},
+        {
+            (_P.LEADER_PLACING, _P.OFFERED, *FOLLOWER): _fail(Reason.NO_LINK),
+            _P.LEADER_PAIRING: _abandon_late,
+            _P.UNCONFIRMED: _ACCEPT_AGAIN,
+        },
         _NO_TIMER,
         dropping=_NO_TIMER,
     ),

@@ -32,8 +32,9 @@ class Phase(Enum):
     LEADER_PAIRING = "leader pairing"
     """Our relay is told where the follower's slot is. The follower's end is granted."""
     ABANDONED = "abandoned"
-    """Leader: our process went away during LEADER_PAIRING. The follower's end is granted, so our
-    end is closed in the normal way as soon as the relay has paired it."""
+    """Leader: our end will not be granted, and the follower's is. The follower's router is told to
+    take its end back, and so are the relays once they are paired: neither end has bytes in a ring.
+    Our slot is dropped when the relay reports that the follower's end is done with the path."""
     FOLLOWER_PLACING = "follower placing"
     """Our relay prepares its slot."""
     FOLLOWER_PAIRING = "follower pairing"

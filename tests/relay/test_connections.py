@@ -21,6 +21,7 @@ from testbed.relays import (
     connect,
     drop,
     give_arena,
+    give_bells,
     link,
     more,
     pair,
@@ -374,3 +375,26 @@ def test_a_connection_that_has_left_may_be_dropped_at_once(binary: Path) -> None
             a.expect("DROPPED", number=one.number)
             b.expect("DROPPED", number=two.number)
         assert a.counts()["broken"] == b.counts()["broken"] == 0
+
+
+@pytest.mark.parametrize("when", ["before pairing", "after pairing", "while leaving"])
+def test_a_drop_is_reported_to_an_end_that_nobody_has(binary: Path, when: str) -> None:
+    """When the peer's end is dropped before our process has got its own, our router is told,
+    whatever our relay is doing with it.
+    """
+    with relays(binary) as (a, b):
+        link(a, b)
+        one, two = give_arena(a), give_arena(b)
+        for each in (one, two):
+            give_bells(each)
+            assert not place(each).error
+        assert not pair(two, one).error
+        if when != "before pairing":
+            assert not pair(one, two).error
+        if when == "while leaving":
+            a.number("LEAVE", one.number)
+        b.number("DROP", two.number)
+        a.expect("ENDED", "LEFT", number=one.number)
+        a.number("DROP", one.number)
+        a.expect("DROPPED", number=one.number)
+        b.expect("DROPPED", number=two.number)

@@ -306,7 +306,8 @@ class FakeRelay:
 
     def break_it(self, lent: Lent) -> None:
         lent.broken = True
-        self.host.severed.add((lent.arena, lent.slot))
+        if not lent.dropping:
+            self.host.severed.add((lent.arena, lent.slot))
         self.report(RelayKind.ENDED, lent)
         self.report_finished(lent)
 

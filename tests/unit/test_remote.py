@@ -20,7 +20,7 @@ from dataplane.router.links import AGAIN, GIVE_UP
 from dataplane.router.reasons import STATUS_ONLY, Reason
 from dataplane.router.remote import OPENING, SESSION_PATIENCE
 from dataplane.router.remote_connections import CONNECTIONS
-from dataplane.router.remote_events import Phase, Transport
+from dataplane.router.remote_events import LEADER, Phase, Transport
 from dataplane.router.remote_hosts import RemoteHost
 from dataplane.router.remote_requests import OWNER_PATIENCE, Closed, RemoteRequest
 from tests.unit.remote_world import CONTAINERS, RELAY_RING, RING, Host, Tcp, World
@@ -293,6 +293,86 @@ def test_a_process_dies_while_its_connection_is_paired(world: World) -> None:
         world.close(tcp, 1)
         world.loop.run(5)
         empty(world)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_process_hangs_up_while_its_connection_is_paired(world: World, side: int) -> None:
+    """Whichever step a process hangs up at while a child keeps its socket, both ends are in the
+    ring or both are on TCP, and neither is reset.
+    """
+    for steps in range(1, 30):
+        tcp = world.connect(A, B)
+        for each in (0, 1):
+            world.request(tcp, each)
+        world.loop.run(steps * 0.0005)
+        world.kill(world.hosts[side], 1, child=True)
+        world.loop.run(2)
+        in_step(world, tcp)
+        for each in (0, 1):
+            world.close(tcp, each)
+        world.loop.run(5)
+        empty(world)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_leaving_while_it_is_paired(world: World, side: int) -> None:
+    """Whichever step a connection is to go back to TCP at, both ends do, and neither is reset."""
+    for steps in range(1, 30):
+        tcp = world.connect(A, B)
+        for each in (0, 1):
+            world.request(tcp, each)
+        world.loop.run(steps * 0.0005)
+        for connection in world.hosts[side].remotes.connections:
+            world.hosts[side].remotes.leave(connection.number)
+        world.loop.run(2)
+        in_step(world, tcp)
+        for each in (0, 1):
+            world.close(tcp, each)
+        world.loop.run(5)
+        empty(world)
+
+
+@pytest.mark.parametrize("lost", ["session", "relay"])
+def test_hang_up_and_loss(world: World, lost: str) -> None:
+    """If a process hangs up during pairing, and then the session or the leader's relay is lost, the
+    other end goes back to TCP, and isn't reset.
+    """
+    seen: set[Phase] = set()
+    for steps, more in itertools.product(range(1, 30), range(6)):
+        tcp = world.connect(A, B)
+        for each in (0, 1):
+            world.request(tcp, each)
+        world.loop.run(steps * 0.0005)
+        if world.grant(tcp, 0):
+            break
+        seen.update(one.state.phase for one in world.hosts[0].remotes.connections)
+        world.kill(world.hosts[0], 1, child=True)
+        world.loop.run(more * 0.0005)
+        if lost == "session":
+            world.lose(*world.hosts)
+            world.loop.run(5)
+            world.connect_all()
+        else:
+            world.kill_relay(world.hosts[0])
+        world.loop.run(5)
+        in_step(world, tcp)
+        for each in (0, 1):
+            world.close(tcp, each)
+        world.loop.run(5)
+        empty(world)
+    assert seen >= set(LEADER)
+
+
+def in_ring(world: World, tcp: Tcp) -> list[bool]:
+    """Whether each end, which must be open, uses the ring: has more to send, and wasn't reset."""
+    ends = [world.remote(tcp, side) for side in (0, 1)]
+    return [end is not None and not end.state.sent for end in ends]
+
+
+def in_step(world: World, tcp: Tcp) -> None:
+    """Assert that both ends of a connection use the ring or neither does, and no end was reset."""
+    assert len(set(in_ring(world, tcp))) == 1
+    assert not any(host.severed or host.memory.severed for host in world.hosts)
 
 
 def test_leaving(world: World) -> None:
@@ -988,11 +1068,8 @@ def test_anything(
     world.connect_all()
     world.loop.run(200)
     for tcp in world.connections:
-        ends = [world.remote(tcp, side) for side in (0, 1)]
-        # An open end has nothing left to send only if it was reset.
-        uses_ring = [end is not None and not end.state.sent for end in ends]
         if all(tcp.open):
-            assert uses_ring[0] == uses_ring[1], "one end is alone in a ring"
+            assert len(set(in_ring(world, tcp))) == 1, "one end is alone in a ring"
         for side in (0, 1):
             answered = world.grant(tcp, side) or world.refusals(tcp, side)
             waits = (

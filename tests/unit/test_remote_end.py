@@ -47,22 +47,22 @@ FOLLOW              fpl  !   !   !   !   !   !   !   !   !   !
 
 PLACED               !  off  !   !   !  fpa  !   !   !   .   .
 PLACE_FAILED         !  dro  !   !   !  dro  !   !   !   .   .
-PAIRED               !   !   !  gra gra  !  fpa  !   !   .   .
+PAIRED               !   !   !  gra aba  !  fpa  !   !   .   .
 PAIR_FAILED          !   !   !  dro dro  !  dro  !   !   .   .
-ALL_RECEIVED         !   !  off lpa aba  !   !  gra gra  .   .
+ALL_RECEIVED         !   !  off lpa dro  !   !  gra gra  .   .
 ALL_SENT             !   !   !   !   !   !   !  gra gra  .   .
-PATH_BROKEN          !  lpl off lpa aba fpl fpa gra gra  .   .
-PATH_LEFT            !   !   !   !   !   !   !  dro dro  .   .
+PATH_BROKEN          !  lpl off lpa dro fpl fpa gra gra  .   .
+PATH_LEFT            !   !   !   !  dro  !   !  dro dro  .   .
 DROPPED              !   !   !   !   !   !   !   !   !  ove  .
 RELAY_DIED           !  dro dro dro dro dro dro dro dro  .   .
 
-ACCEPTED             !   !  off  .   .   !   !   !  gra  .   .
+ACCEPTED             !   !  off  .  aba  !   !   !  gra  .   .
 CONFIRMED            !   !   !   !   !   !   !  gra  .   .   .
 DECLINED             !   !   !   !   !  dro dro dro  .   .   .
 WITHDRAWN            !  dro dro aba  .   !   !   !   .   .   .
-PEER_DROPPED         !  dro dro dro  .  dro dro dro dro  .   .
-PEER_DROPPED/gone    !  dro dro aba  .  dro dro dro dro  .   .
-PEER_DROPPED/broken  !  dro dro dro  .  dro dro dro dro  .   .
+PEER_DROPPED         !  dro dro dro dro dro dro dro dro  .   .
+PEER_DROPPED/gone    !  dro dro dro dro dro dro dro dro  .   .
+PEER_DROPPED/broken  !  dro dro dro dro dro dro dro dro  .   .
 
 SESSION_UP           !   .   .   .   .   .   .  unc  .   .   .
 SESSION_DOWN         !  dro dro  .   .  dro dro  .   .   .   .
@@ -75,8 +75,8 @@ ACCEPT_SENT          !   !   !   !   !   !  unc  .   !   !   .
 ACCEPT_UNSENT        !   !   !   !   !   !  dro  .   !   !   .
 REQUEST_GONE         !  dro dro aba  !  dro dro  !   !   !   .
 RELEASED             !   .   .   .   .   .   .  unc gra  .   .
-LEAVE_PATH           !  dro dro dro  .  dro dro unc gra  .   .
-STEP_TIMEOUT         !  dro dro dro  !  dro dro unc  !   !   .
+LEAVE_PATH           !  dro dro aba  .  dro dro unc gra  .   .
+STEP_TIMEOUT         !  dro dro aba  !  dro dro unc  !   !   .
 """
 """Event by phase, to the next phase, of an end that isn't closed. `.`: ignored. `!`: invalid."""
 
@@ -171,8 +171,7 @@ def test_one_grant() -> None:
     """Our process gets the ring exactly when a phase begins in which it may have it."""
     for before, _, after, actions in every_step():
         begins = before.phase not in LIVE and after.phase in LIVE
-        expected = begins and before.phase is not Phase.ABANDONED
-        assert actions.count(Do.GRANT) == expected
+        assert actions.count(Do.GRANT) == begins
 
 
 def test_one_answer() -> None:
@@ -183,7 +182,7 @@ def test_one_answer() -> None:
         answers += [each for each in actions if isinstance(each, Refuse)]
         if before.phase in waiting:
             assert len(answers) == (after.phase not in waiting)
-        elif before.phase is not Phase.ABANDONED:
+        else:
             assert not answers
 
 
@@ -207,10 +206,33 @@ def test_reset() -> None:
 def test_the_slot_is_freed() -> None:
     """Our process's side of the slot is freed by us if and only if it never had the ring."""
     for before, _, after, actions in every_step():
-        if before.phase is not Phase.ABANDONED:
-            fails = before.phase in (*LEADER, *FOLLOWER)
-            gone = after.phase in (Phase.DROPPING, Phase.ABANDONED)
-            assert (Do.FREE_SIDE in actions) == (fails and gone)
+        fails = before.phase in (*LEADER, *FOLLOWER)
+        gone = after.phase in (Phase.DROPPING, Phase.ABANDONED)
+        assert (Do.FREE_SIDE in actions) == (fails and gone)
+
+
+def test_the_follower_is_not_reset() -> None:
+    """A leader whose end was never granted says so to a follower that was, and drops its slot only
+    when the relays can't reset the follower's process by it.
+    """
+    harmless = {
+        On.PAIR_FAILED: "the follower's relay never heard of us",
+        On.ALL_RECEIVED: "the follower's end is closed",
+        On.PATH_BROKEN: "the follower's end is reset or taken back",
+        On.PATH_LEFT: "the follower's end is on TCP",
+        On.PEER_DROPPED: "the follower has given up",
+        On.LINK_LOST: "the relays don't reach each other",
+        On.RELAY_DIED: "the relays don't reach each other",
+    }
+    for before, event, after, actions in every_step():
+        if before.phase not in (Phase.LEADER_PAIRING, Phase.ABANDONED):
+            continue
+        told = [action for action in actions if isinstance(action, Tell)]
+        assert Reason.BROKEN not in [each.dropped for each in told]
+        if after.phase is Phase.DROPPING:
+            assert event.on in harmless or (before.phase in LEADER and before.received)
+        if after.phase is Phase.ABANDONED and before.phase is not Phase.ABANDONED:
+            assert told
 
 
 @pytest.mark.parametrize(
@@ -240,12 +262,13 @@ def test_the_slot_is_freed() -> None:
         (EndState(Phase.GRANTED, leaving=True), "LEAVE_PATH", Phase.GRANTED, ()),
         (EndState(Phase.GRANTED), "PATH_LEFT", Phase.DROPPING, (Do.COUNT_LEFT, Drop())),
         (EndState(Phase.GRANTED, closed=True), "PATH_LEFT", Phase.DROPPING, (Drop(),)),
-        (EndState(Phase.ABANDONED), "PAIRED", Phase.GRANTED, (Do.SEND_PAIRED, Do.CLOSE)),
+        (EndState(Phase.ABANDONED), "PAIRED", Phase.ABANDONED, (Do.LEAVE,)),
+        (EndState(Phase.ABANDONED), "PATH_BROKEN", Phase.DROPPING, (Drop(),)),
         (
-            EndState(Phase.ABANDONED, received=True, sent=True),
-            "PAIRED",
+            EndState(Phase.LEADER_PAIRING, received=True),
+            "REQUEST_GONE",
             Phase.DROPPING,
-            (Do.SEND_PAIRED, Drop()),
+            (Refuse(Reason.NOT_FOUND), Tell(Reason.NOT_FOUND), Do.FREE_SIDE, Drop()),
         ),
         (
             EndState(Phase.LEADER_PLACING),
@@ -277,3 +300,10 @@ def test_an_accept_of_another_connection() -> None:
     granted = EndState(Phase.GRANTED, peer_number=7)
     assert step(granted, event_of("ACCEPTED"))[1] == (Do.SEND_PAIRED,)
     assert step(replace(granted, peer_number=8), event_of("ACCEPTED"))[1] == ()
+
+
+def test_an_accept_of_an_abandoned_connection() -> None:
+    """A leader that has abandoned a connection says so again to a follower that hasn't heard it."""
+    abandoned = EndState(Phase.ABANDONED, peer_number=7)
+    assert step(abandoned, event_of("ACCEPTED"))[1] == (Tell(Reason.NOT_FOUND),)
+    assert step(replace(abandoned, peer_number=8), event_of("ACCEPTED"))[1] == ()
