@@ -29,6 +29,7 @@ from typing import Final
 from dataplane.router import layout
 from dataplane.router.arena_memory import LinuxArenaMemory
 from dataplane.router.relay_wire import COUNTERS, ENCRYPT_MESSAGES
+from testbed.descriptors import close_unless_reused
 from testbed.patience import patience
 
 VERBS: Final = 1
@@ -149,6 +150,8 @@ class Relay:
     """Messages that no test has expected yet."""
     reads: threading.RLock = field(default_factory=threading.RLock)
     transport: int = 0
+    arenas: list[tuple[int, int]] = field(default_factory=list)
+    """Descriptor and inode of the arenas that it was given; they are closed when the relay ends."""
 
     def raw(self, data: bytes, *descriptors: int) -> None:
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
@@ -247,14 +250,17 @@ def relay(binary: Path, *, memory: bool = True, **environment: str) -> Iterator[
             env={**os.environ, **environment},
         )
         theirs.close()
+        made = Relay(process, ours)
         try:
-            yield Relay(process, ours)
+            yield made
             ours.close()
             assert process.wait(patience(10)) in (0, -9)
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            for descriptor, inode in made.arenas:
+                close_unless_reused(descriptor, inode)
 
 
 @dataclass
@@ -379,6 +385,7 @@ def result(process: subprocess.Popen[str], seconds: float = 60) -> dict[str, flo
 def give_arena(relay: Relay, ring: int = RING, owner: int = 0) -> End:
     """Give the relay a new arena of a process; the end in its slot 0."""
     memory = LinuxArenaMemory().make(ring_size=ring, remote=True)
+    relay.arenas.append((memory, os.fstat(memory).st_ino))
     arena = next(_numbers)
     end = End(relay, 0, memory, arena=arena, ring=ring)
     receives, end.rings_relay = socket.socketpair()

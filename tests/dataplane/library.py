@@ -7,6 +7,7 @@ from __future__ import annotations
 import array
 import os
 import socket
+import weakref
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -16,6 +17,7 @@ from dataplane.router import layout
 from dataplane.router import library_wire as wire
 from dataplane.router.library_wire import Address
 from driver.kernel.namespace import in_netns
+from testbed.descriptors import close_unless_reused
 from testbed.patience import patience
 
 SO_COOKIE: Final = 57
@@ -93,6 +95,8 @@ class Library:
         data, descriptors, _, _ = socket.recv_fds(self.connection, 256, 4)
         assert data, "the router has closed the connection"
         self.received += descriptors
+        for descriptor in descriptors:
+            weakref.finalize(self, close_unless_reused, descriptor, os.fstat(descriptor).st_ino)
         return wire.unpack(data), descriptors
 
     def rings(self, arena: int, side: int) -> int:
@@ -141,7 +145,7 @@ class Library:
         self.connection.close()
 
     def discard(self) -> None:
-        """Close the connection and all received descriptors.
+        """Close the connection and all received descriptors now, before the test ends.
 
         This is for tests that receive many of them and close none themselves.
         """

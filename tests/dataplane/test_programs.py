@@ -58,7 +58,7 @@ def serving(
 
 def run(both: Places, *command: str, timeout: float = 60) -> str:
     """Run a client and return its output."""
-    done = both.client.run(command, env=both.environment(), timeout=timeout, check=False)
+    done = both.client.run(command, env=both.environment(), timeout=patience(timeout), check=False)
     assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-2000:])
     return str(done.stdout)
 

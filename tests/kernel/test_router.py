@@ -465,7 +465,8 @@ def test_death_of_the_router(pair: Pair) -> None:
     assert memory is not None
     os.pwrite(memory, b"alive", layout.ring_offset(0, 0) + layout.PAGE - 5)
     pair.bed.kill_router()
-    assert pair.one.closed()
+    former = pair.one
+    assert former.closed()
     pair.bed.start_router()
     pair.one, pair.other = process_in(pair.bed, "a"), process_in(pair.bed, "b")
     after, _, fresh = pair.upgraded()
