@@ -42,6 +42,7 @@ def test_nothing_heavy_before_listening() -> None:
         "driver",
         "driver.errors",
         "driver.kernel",
+        "driver.kernel.mounts",
         "driver.kernel.namespace",
         "driver.kernel.shared_dir",
     }
