@@ -65,12 +65,15 @@ class _Counter:
     now: Mapping[str, int] = field(default_factory=dict)
 
 
-def _per_second(counter: _Counter | None, seconds: float) -> defaultdict[str, float]:
-    rates: defaultdict[str, float] = defaultdict(float)
-    if counter is not None:
-        for name, value in counter.now.items():
-            rates[name] = max(0, value - counter.last.get(name, 0)) / seconds
-    return rates
+_Rates = Mapping[tuple[int, int], Mapping[str, float]]
+"""What arenas and links did per second, by arena and link; one of the two is 0."""
+
+
+def _per_second(counter: _Counter, seconds: float) -> Mapping[str, float]:
+    return {
+        name: max(0, value - counter.last.get(name, 0)) / seconds
+        for name, value in counter.now.items()
+    }
 
 
 def use_of(counts: Iterable[Mapping[str, float]]) -> Use:
@@ -140,11 +143,11 @@ class RelayUse:
         for connection in owner.over_relay():
             pairs[connection.end.process, connection.host.address].append(connection)
         self._since = {pair: self._since.get(pair, now) for pair in pairs}
-        uses = self._uses(seconds)
+        rates = {key: _per_second(counter, seconds) for key, counter in self._counters.items()}
+        uses = self._uses(rates)
         self.rates = {process: use.blocks for process, use in uses.items()}
         for pair, connections in pairs.items():
-            link = self._counters.get((0, owner.link_number(pair[1])))
-            use = use_of([_per_second(link, seconds)])
+            use = use_of([rates.get((0, owner.link_number(pair[1])), {})])
             reason = None
             if now - self._since[pair] >= SETTLE:
                 rule = self._pairing.knowledge.settings.relay_rule
@@ -152,17 +155,17 @@ class RelayUse:
                 reason = why_leave(process, use, rule, owner.offloads(pair[1]))
             if reason is not None:
                 self._leave(owner, pair, connections, reason)
-        self._limit(owner, pairs.values(), seconds)
+        self._limit(owner, pairs.values(), rates, seconds)
         self._next()
 
-    def _uses(self, seconds: float) -> dict[int, Use]:
+    def _uses(self, rates: _Rates) -> dict[int, Use]:
         """What each process does per second."""
         found: defaultdict[int, list[Mapping[str, float]]] = defaultdict(list)
-        for (arena, _), counter in self._counters.items():
+        for (arena, _), of_arena in rates.items():
             known = self._pairing.arenas.get(arena)
             if known is not None and known.ring:
-                found[known.pair[0]].append(_per_second(counter, seconds))
-        return {process: use_of(rates) for process, rates in found.items()}
+                found[known.pair[0]].append(of_arena)
+        return {process: use_of(arenas) for process, arenas in found.items()}
 
     def _leave(
         self,
@@ -187,7 +190,11 @@ class RelayUse:
     # --- the processor
 
     def _limit(
-        self, owner: UseOwner, pairs: Iterable[list[RemoteConnection]], seconds: float
+        self,
+        owner: UseOwner,
+        pairs: Iterable[list[RemoteConnection]],
+        rates: _Rates,
+        seconds: float,
     ) -> None:
         """Bring back the connections of containers for which the relay works too much."""
         by_container: defaultdict[int, list[RemoteConnection]] = defaultdict(list)
@@ -195,10 +202,10 @@ class RelayUse:
             for connection in connections:
                 by_container[connection.end.namespace].append(connection)
         spent: defaultdict[int, float] = defaultdict(float)
-        for (arena, _), counter in self._counters.items():
+        for (arena, _), of_arena in rates.items():
             known = self._pairing.arenas.get(arena)
             if known is not None:
-                used = _per_second(counter, seconds)["cpu"] * seconds / 1e9
+                used = of_arena.get("cpu", 0.0) * seconds / 1e9
                 spent[known.sides[0].namespace] += used
         self._shares = {who: share for who, share in self._shares.items() if who in by_container}
         self._quotas = {who: quota for who, quota in self._quotas.items() if who in by_container}
