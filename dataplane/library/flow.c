@@ -87,7 +87,7 @@ static void forget_ring(struct flow *flow)
         atomic_store_explicit(&flow->sent, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->stopped, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->reserved, 0, memory_order_relaxed);
-        flow->spinner = (struct spinner){0};
+        spin_forget(&flow->spinner);
         atomic_store_explicit(&flow->checked, 0, memory_order_relaxed);
         atomic_store_explicit(&flow->full, 0, memory_order_relaxed);
 }

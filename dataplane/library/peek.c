@@ -215,8 +215,9 @@ ssize_t transfer_peek(struct operation *o, struct end *end, uint64_t key)
                                 return answer;
                         break;
                 case OUTCOME_TCP:
-                        t->o = o;
-                        return transfer_by_tcp(t, false);
+                        answer = operation_native(o);
+                        transfer_leave_kernel(t);
+                        return answer;
                 case OUTCOME_OVER:
                         error = atomic_exchange_explicit(&end->error, 0, memory_order_relaxed);
                         answer = error ? result(-(long)error) : operation_native(o);

@@ -278,12 +278,11 @@ static bool goes_on(struct transfer *t, enum outcome outcome, ssize_t *answer)
         case OUTCOME_NOT_NOW:
                 return await_bytes(t, answer);
         case OUTCOME_TCP:
-                *answer = transfer_by_tcp(t, true);
-                return false;
         case OUTCOME_OVER:
-                if (transfer_reenters(t))
+                if (outcome == OUTCOME_OVER && transfer_reenters(t))
                         return true;
-                *answer = receive_rest(t);
+                *answer = outcome == OUTCOME_OVER || t->done ? receive_rest(t)
+                                                             : transfer_rest(t, t->o->size, false);
                 transfer_leave_kernel(t);
                 return false;
         case OUTCOME_LOST:

@@ -343,10 +343,8 @@ static bool goes_on(struct transfer *t, enum outcome outcome, ssize_t *answer)
         case OUTCOME_NOT_NOW:
                 return await_room(t, answer);
         case OUTCOME_TCP:
-                *answer = transfer_by_tcp(t, true);
-                return false;
         case OUTCOME_OVER:
-                if (transfer_reenters(t))
+                if (outcome == OUTCOME_OVER && transfer_reenters(t))
                         return true;
                 *answer = transfer_rest(t, t->o->size, true);
                 transfer_leave_kernel(t);

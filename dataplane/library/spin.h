@@ -109,6 +109,18 @@ static inline void spin_learn(struct spinner *spinner, bool found, uint64_t budg
         SPIN_SET(patience, patience < SPIN_PATIENCE_MOST ? (uint16_t)(patience * 2) : SPIN_PATIENCE_MOST);
 }
 
+/* Another connection's waits say nothing about the next one's. Threads may be spinning. */
+static inline void spin_forget(struct spinner *spinner)
+{
+        SPIN_SET(misses, 0);
+        SPIN_SET(hits, 0);
+        SPIN_SET(patience, 0);
+        SPIN_SET(left, 0);
+        SPIN_SET(reach, 0);
+        SPIN_SET(slept, 0);
+        SPIN_SET(started, 0);
+}
+
 static inline void spin_slept(struct spinner *spinner, uint64_t ns)
 {
         SPIN_SET(slept, ns < UINT32_MAX ? (uint32_t)(ns / 1000) : UINT32_MAX);

@@ -80,16 +80,6 @@ uint32_t transfer_move(struct transfer *t, enum taken taken)
         return atomic_load_explicit(&t->flow->phase, memory_order_relaxed);
 }
 
-ssize_t transfer_by_tcp(struct transfer *t, bool counts)
-{
-        ssize_t moved = operation_native(t->o);
-
-        if (moved > 0 && counts)
-                atomic_fetch_add_explicit(&t->flow->position, (uint64_t)moved, memory_order_relaxed);
-        transfer_leave_kernel(t);
-        return moved;
-}
-
 bool transfer_reenters(struct transfer *t)
 {
         if (t->done || !reentry_is_due(t->end))
@@ -196,7 +186,7 @@ static void rest_of_file(struct transfer *t)
         t->done += moved > 0 ? (size_t)moved : 0;
 }
 
-/* Bytes that went over TCP after the ring count as those before it (reentry.h). */
+/* Bytes that went over TCP count, before a ring and after it (reentry.h). */
 static void count_rest(struct transfer *t, ssize_t moved, bool sending)
 {
         if (moved > 0 && (sending || operation_is_splice(t->o) || !(t->o->flags & MSG_PEEK)))

@@ -80,8 +80,8 @@ enum outcome {
         OUTCOME_MOVED,   /* bytes were moved */
         OUTCOME_NOT_NOW, /* `moved` says why none were */
         OUTCOME_AGAIN,   /* take the next step at once */
-        OUTCOME_TCP,     /* by the kernel, counted: transfer_by_tcp() */
-        OUTCOME_OVER,    /* by the kernel, as the ring has ended; then transfer_leave_kernel() */
+        OUTCOME_TCP,     /* by the kernel; then transfer_leave_kernel() */
+        OUTCOME_OVER,    /* the same, as the ring has ended */
         OUTCOME_GONE,    /* by the kernel: the end is no longer this connection's */
         OUTCOME_LOST,    /* the descriptor is no longer this connection's: transfer_find() */
         /* A sender's: */
@@ -104,10 +104,10 @@ bool operation_is_splice(const struct operation *operation);
 /* Under the sender's or the receiver's lock, in PHASE_TCP: the phase of a call that begins now,
  * which may be the one at which bytes go to the ring. */
 uint32_t transfer_move(struct transfer *t, enum taken taken);
-/* After OUTCOME_TCP. `counts`: not for a receive that only peeks. */
-ssize_t transfer_by_tcp(struct transfer *t, bool counts);
-/* The rest of a call goes on over TCP after the ring has ended, up to `most` bytes of all. To the
- * program it is one call: an error after the first byte is only returned by the next one. */
+/* The rest of a call goes over TCP, up to `most` bytes of all: all of it, or what is left after a
+ * ring has ended. Another thread may have moved the end out of its slot between two steps, so a call
+ * that began in the ring may find it on TCP as before any ring. To the program it is one call: an
+ * error after the first byte is only returned by the next one. */
 ssize_t transfer_rest(struct transfer *t, size_t most, bool sending);
 /* After OUTCOME_OVER, if the call has moved nothing: may the end leave its slot now? True: the call
  * isn't in the kernel any more, and takes its next step. */

@@ -57,6 +57,16 @@ def test_duplicate(both: Places) -> None:
     both.play("reentry", "duplicate", FREEFLOW_RESTLESS="1")
 
 
+def test_crowded(both: Places) -> None:
+    """Each byte arrives once while several threads send and receive much at a time on a connection
+    that falls back and returns.
+    """
+    for _ in range(12):
+        both.play("reentry", "crowded", FREEFLOW_RESTLESS="1")
+    if both.accelerated:
+        assert both.counted()["returned"] >= 2
+
+
 def _on_shm(made: Bed) -> int:
     return sum(each.path == "shm" for each in made.router.connections().connections)
 

@@ -21,6 +21,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <linux/tcp.h>
 #include <netinet/in.h>
 #include <poll.h>
@@ -941,14 +942,26 @@ static void watch(pthread_t *threads, struct task *tasks, uint32_t count, uint64
         }
 }
 
+static void check_count(const char *direction, struct connection *connection, struct stream *stream,
+                        uint64_t total)
+{
+        uint64_t done = atomic_load(&stream->done);
+
+        if (done == total)
+                return;
+        fprintf(stderr, "%s: connection %u %s: %" PRIu64 " bytes instead of %" PRIu64 "\n",
+                is_server ? "server" : "client", connection->header.number, direction, done, total);
+        CHECK(done == total);
+}
+
 static void check_counts(struct connection *connection)
 {
         struct stream *in = &connection->in;
         static uint64_t wanted[256];
         uint8_t bytes[4096];
 
-        CHECK(atomic_load(&in->done) == total_of(connection, false));
-        CHECK(atomic_load(&connection->out.done) == total_of(connection, true));
+        check_count("in", connection, in, total_of(connection, false));
+        check_count("out", connection, &connection->out, total_of(connection, true));
         if (!(running.mode & MODE_UNORDERED))
                 return;
         memset(wanted, 0, sizeof wanted);

@@ -6,6 +6,8 @@
  */
 #include "pair.h"
 
+#include <stdatomic.h>
+
 enum {
         TIMES = 5,     /* that a connection goes to a ring */
         WITHOUT = 300, /* numbers over TCP, after which it won't go there any more */
@@ -209,6 +211,79 @@ static void answer_edge(int fd)
         answer_waiting(fd, 5);
 }
 
+/* --- several threads at each end, with calls of many pieces --- */
+
+enum { CALLS = 60, CALL_SIZE = 1 << 20, WRITERS = 4, READERS = 3 };
+
+static struct {
+        int fd;
+        _Atomic uint64_t letters[WRITERS];
+} crowd;
+
+static void *write_letters(void *argument)
+{
+        size_t number = (size_t)(uintptr_t)argument;
+        char *content = malloc(CALL_SIZE);
+        int file = memfd_create("letters", MFD_CLOEXEC);
+
+        CHECK(content && file >= 0);
+        memset(content, 'a' + (int)number, CALL_SIZE);
+        CHECK(write(file, content, CALL_SIZE) == CALL_SIZE);
+        for (size_t call = 0; call < CALLS; call++) {
+                off_t offset = 0;
+
+                for (size_t done = 0; done < CALL_SIZE;) {
+                        ssize_t sent = number % 2 ? sendfile(crowd.fd, file, &offset, CALL_SIZE - done)
+                                                  : send(crowd.fd, content, CALL_SIZE - done, 0);
+
+                        CHECK(sent > 0);
+                        done += (size_t)sent;
+                        CHECK(number % 2 == 0 || offset == (off_t)done);
+                }
+        }
+        close(file);
+        free(content);
+        return NULL;
+}
+
+static void *read_letters(void *argument)
+{
+        uint64_t letters[WRITERS] = {0};
+        char *content = malloc(CALL_SIZE);
+        ssize_t got;
+
+        CHECK(content);
+        while ((got = recv(crowd.fd, content, CALL_SIZE, argument ? MSG_WAITALL : 0)) > 0)
+                for (ssize_t i = 0; i < got; i++) {
+                        CHECK(content[i] >= 'a' && content[i] < 'a' + WRITERS);
+                        letters[content[i] - 'a']++;
+                }
+        CHECK(got == 0);
+        for (size_t i = 0; i < WRITERS; i++)
+                atomic_fetch_add(&crowd.letters[i], letters[i]);
+        free(content);
+        return NULL;
+}
+
+/* Each byte arrives once, though threads move the connection between the steps of others' calls. */
+static void crowded(int fd)
+{
+        pthread_t writers[WRITERS], readers[READERS];
+
+        crowd.fd = fd;
+        for (uintptr_t i = 0; i < WRITERS; i++)
+                CHECK(pthread_create(&writers[i], NULL, write_letters, (void *)i) == 0);
+        for (uintptr_t i = 0; i < READERS; i++)
+                CHECK(pthread_create(&readers[i], NULL, read_letters, (void *)(i % 2)) == 0);
+        for (size_t i = 0; i < WRITERS; i++)
+                CHECK(pthread_join(writers[i], NULL) == 0);
+        CHECK(shutdown(fd, SHUT_WR) == 0);
+        for (size_t i = 0; i < READERS; i++)
+                CHECK(pthread_join(readers[i], NULL) == 0);
+        for (size_t i = 0; i < WRITERS; i++)
+                CHECK(crowd.letters[i] == (uint64_t)CALLS * CALL_SIZE);
+}
+
 /* --- the client --- */
 
 static void returns(int fd)
@@ -281,6 +356,7 @@ int main(int count, char **arguments)
             {"shared", answer_level, shared, false},
             {"duplicate", answer_level, duplicate, false},
             {"bypassed", answer, bypassed, false},
+            {"crowded", crowded, crowded, false},
             {0},
         };
 
