@@ -28,8 +28,8 @@ def test_commands(both: Places) -> None:
     """A Python server's connection can be a command's input and output in each way of subprocess,
     os and multiprocessing.
     """
-    port = next(both.ports)
     program = str(SOURCES / "commands.py")
-    with serving(both, [PYTHON, program, "server", str(port)], port):
-        check(both, "commands.py", "client", both.address, str(port))
-    both.upgraded(15)
+    for _ in both.attempts(lambda: both.has_upgraded(15)):
+        port = next(both.ports)
+        with serving(both, [PYTHON, program, "server", str(port)], port):
+            check(both, "commands.py", "client", both.address, str(port))

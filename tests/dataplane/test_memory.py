@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dataplane.control import Rule
+from testbed import wait_until
 from testbed.patience import patience
 from tests.dataplane.places import LIBRARY, Places, places
 
@@ -23,7 +24,7 @@ IDLE = 64 << 10
 
 @contextmanager
 def stream(both: Places, port: int) -> Iterator[None]:
-    """In the block, a connection has carried SIZE bytes and is idle."""
+    """In the block, a connection has carried SIZE bytes on a ring and is idle."""
     command = [sys.executable, str(PROGRAM)]
     arguments = [both.address, str(port), str(SIZE)]
     server = both.server.popen(
@@ -40,7 +41,11 @@ def stream(both: Places, port: int) -> Iterator[None]:
             text=True,
         )
         try:
+            assert client.stdin is not None
             assert client.stdout is not None
+            wait_until("rings", lambda: on_rings(both) == 2)
+            client.stdin.write("\n")
+            client.stdin.flush()
             assert client.stdout.readline() == "right\n"
             yield
         finally:
@@ -52,6 +57,11 @@ def stream(both: Places, port: int) -> Iterator[None]:
         if server.poll() is None:
             server.kill()
             server.communicate()
+
+
+def on_rings(both: Places) -> int:
+    """Ends of connections that have a ring."""
+    return sum(each.path == "shm" for each in both.made.router.connections().connections)
 
 
 def used(both: Places) -> int:

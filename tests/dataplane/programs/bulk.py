@@ -1,21 +1,37 @@
 """A stream of bulk data, then silence: `bulk.py server|client ADDRESS PORT SIZE`.
 
-The server prints how many bytes arrived, and whether they were right.
+The client begins the stream when its input has a line. Until then, and for a moment afterwards, the
+two exchange messages, so the connection is upgraded before. At the end the client prints whether all
+bytes have arrived.
 """
 
 import hashlib
 import socket
 import sys
 import threading
+import time
 
 PIECE = bytes(range(256)) * 1024
 
 
 def talk(connection: socket.socket) -> None:
-    """Exchange some messages until the connection is upgraded."""
-    for _ in range(20):
+    """Exchange messages until the input has a line, and as many more as the library needs to see
+    what the router had answered by then.
+    """
+    told = threading.Event()
+
+    def listen() -> None:
+        sys.stdin.readline()
+        told.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    left = 40
+    while left:
+        left -= told.is_set()
         connection.sendall(b"?")
         connection.recv(1)
+        time.sleep(0.005)
+    connection.sendall(b".")
 
 
 def server(address: str, port: int, size: int) -> None:
@@ -23,8 +39,7 @@ def server(address: str, port: int, size: int) -> None:
     with socket.create_server((address, port)) as listener:
         print("listening", flush=True)
         connection, _ = listener.accept()
-    for _ in range(20):
-        connection.recv(1)
+    while connection.recv(1) == b"?":
         connection.sendall(b"!")
     digest, left = hashlib.sha256(), size
     while left:
