@@ -105,9 +105,9 @@ bool operation_is_splice(const struct operation *operation);
  * which may be the one at which bytes go to the ring. */
 uint32_t transfer_move(struct transfer *t, enum taken taken);
 /* The rest of a call goes over TCP, up to `most` bytes of all: all of it, or what is left after a
- * ring has ended. Another thread may have moved the end out of its slot between two steps, so a call
- * that began in the ring may find it on TCP as before any ring. To the program it is one call: an
- * error after the first byte is only returned by the next one. */
+ * ring has ended. Another thread may have moved the end out of its slot between two steps, so a
+ * call that began in the ring may find it on TCP as before any ring. To the program it is one call:
+ * an error after the first byte is only returned by the next one. */
 ssize_t transfer_rest(struct transfer *t, size_t most, bool sending);
 /* After OUTCOME_OVER, if the call has moved nothing: may the end leave its slot now? True: the call
  * isn't in the kernel any more, and takes its next step. */

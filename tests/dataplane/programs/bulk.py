@@ -1,8 +1,8 @@
 """A stream of bulk data, then silence: `bulk.py server|client ADDRESS PORT SIZE`.
 
 The client begins the stream when its input has a line. Until then, and for a moment afterwards, the
-two exchange messages, so the connection is upgraded before. At the end the client prints whether all
-bytes have arrived.
+two exchange messages, so the connection is upgraded before. At the end the client prints whether
+all bytes have arrived.
 """
 
 import hashlib
