@@ -39,7 +39,7 @@ SOCKETS: Final = 4
 """Of a link over TCP."""
 WHOLE: Final = 0
 BROKEN: Final = 1
-VERSION: Final = 2
+VERSION: Final = 3
 RING: Final = 256 << 10
 PATIENCE: Final = 10.0
 
@@ -85,7 +85,7 @@ HEADER: Final = struct.Struct("=HH")
 OPEN: Final = struct.Struct("=HH64sBBHIII")
 OPENED: Final = struct.Struct("=HHi96sI")
 NUMBER: Final = struct.Struct("=HHII")
-OUTCOME: Final = struct.Struct("=HHIi96s")
+OUTCOME: Final = struct.Struct("=HHIi96sI")
 OFFER: Final = struct.Struct("=HHIi96sHH128s")
 ACCEPT: Final = struct.Struct("=HHIIHH128s")
 ARENA: Final = struct.Struct("=HHIQQ")
@@ -122,8 +122,8 @@ def parse(data: bytes) -> Message:
         _, _, number, error, text, length, _, words = OFFER.unpack(data)
         return Message(name, number, error, _text(text), 0, words[:length])
     if name in ("CONNECTED", "PAIRED", "DOWN"):
-        _, _, number, error, text = OUTCOME.unpack(data)
-        return Message(name, number, error, _text(text))
+        _, _, number, error, text, received = OUTCOME.unpack(data)
+        return Message(name, number, error, _text(text), received)
     if name == "COUNTS":
         return Message(name, values=COUNTS.unpack(data)[3:])
     if name == "USAGE":

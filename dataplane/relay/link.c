@@ -211,12 +211,17 @@ void link_remove(struct link *link)
 
 void link_down(struct link *link, int error, const char *text)
 {
+        struct relay_outcome message = {.number = link->number, .error = error};
+
         if (link->state != LINK_UP && link->state != LINK_MADE)
                 return;
+        for (int i = 0; i < LANES && link->state == LINK_UP; i++)
+                message.received += (uint32_t)link->lanes[i].received;
         destroy_channel(link);
         become(link, LINK_DOWN);
         count(COUNT_DOWNS, 1);
-        answer_outcome(R_DOWN, link->number, error, text);
+        snprintf(message.text, sizeof message.text, "%s", text);
+        answer(&message, sizeof message, R_DOWN);
 }
 
 /* --- sending --- */

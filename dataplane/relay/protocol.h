@@ -51,7 +51,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define RELAY_VERSION 2
+#define RELAY_VERSION 3
 
 enum {
         RELAY_SOCKET = 3,
@@ -152,6 +152,7 @@ struct relay_outcome {
         uint32_t number;
         int32_t error;
         char text[RELAY_TEXT];
+        uint32_t received; /* R_DOWN: the peer's messages since the link came up; otherwise 0 */
 };
 
 /* R_LINKED: a link and its address; R_PLACED: a connection and its place */
@@ -264,7 +265,7 @@ _Static_assert(sizeof(struct relay_message) == 4, "sizes are part of the version
 _Static_assert(sizeof(struct relay_open) == 84, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_opened) == 108, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_number) == 12, "sizes are part of the version");
-_Static_assert(sizeof(struct relay_outcome) == 108, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_outcome) == 112, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_offer) == 240, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_accept) == 144, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_arena) == 24, "sizes are part of the version");

@@ -105,7 +105,7 @@ def _why_not_rdma(
     remotes: Remotes[Sessions], host: RemoteHost, settings: control.RouterSettings, now: float
 ) -> str:
     """Why the link to a host doesn't use RDMA."""
-    trials = remotes.links.link(host.address).trials
+    trials = remotes.links.link(host.address).trials.rdma
     if not settings.rdma:
         return "RDMA=off"
     if not remotes.ready(Transport.RDMA):

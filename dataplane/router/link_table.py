@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 from dataplane.router.library_wire import IPAddress
-from dataplane.router.link_transport import LASTS, RdmaTrials
+from dataplane.router.link_transport import LASTS, HostTrials
 from dataplane.router.loop import Loop, Timer
 from dataplane.router.remote_events import Transport
 
@@ -29,7 +29,7 @@ ABSENT: Final = {
 
 
 LOSSES: Final = 4
-"""How often in a row a link may be lost soon after it came up before that counts."""
+"""How often in a row a link over RDMA may be lost soon after it came up before that counts."""
 
 
 class LinkState(Enum):
@@ -108,13 +108,15 @@ class Link:
     """The next event while it is being made: "linked", "answer", "sockets", "connected" or
     "confirmation"."""
     transport: Transport = Transport.RDMA
-    trials: RdmaTrials = field(default_factory=RdmaTrials)
+    trials: HostTrials = field(default_factory=HostTrials)
     confirmed: bool = False
     """Leader, over TCP: the follower's end is up."""
     since: float = 0.0
     """When it came up."""
     losses: int = 0
-    """How often in a row it was lost soon after that."""
+    """Over RDMA: how often in a row it was lost soon after that."""
+    worked: bool = False
+    """Over TCP: bytes got through before it was lost."""
     again: bool = False
     own: bytes = b""
     address: bytes = b""
@@ -150,15 +152,17 @@ class LinkTable:
         return self.link(peer).state is LinkState.UP
 
     def has_failed(self, peer: IPAddress) -> bool:
-        """Whether there is no link, after at least two attempts."""
+        """Whether there is no link, after at least two attempts, or while all transports rest."""
         link = self.link(peer)
-        failed = link.state is not LinkState.UP and link.tries > 1
+        failed = link.state is not LinkState.UP and (link.tries > 1 or self.rests(link))
         return failed and not self.may_change(link)
 
     def transport(self, peer: IPAddress) -> Transport | None:
         """What the link to a peer uses, or would use; None: the hosts share no transport."""
         link = self.link(peer)
-        return link.transport if link.number else self.choose(link)
+        if link.number:
+            return link.transport
+        return self.choose(link) or (Transport.RELAY if self.rests(link) else None)
 
     def idle(self, transport: Transport) -> bool:
         """Whether the relay has no links of a transport."""
@@ -181,13 +185,18 @@ class LinkTable:
         return bool(link.number) and self._owner.has_connections(link.peer)
 
     def choose(self, link: Link) -> Transport | None:
-        """The transport of the next new link; None: the hosts share none."""
+        """The transport of the next new link; None: the hosts share none, or all rest."""
         return link.trials.choose(self._owner.transports(link.peer), self._loop.now())
+
+    def rests(self, link: Link) -> bool:
+        """Leader: whether no link is tried for now. What the hosts share has failed."""
+        return bool(self._owner.transports(link.peer)) and self.choose(link) is None
 
     def may_make(self, link: Link) -> bool:
         """Whether the hosts have the transport that an attempt needs."""
-        possible = self._owner.transports(link.peer)
-        return link.transport in possible if self.continues(link) else bool(possible)
+        if self.continues(link):
+            return link.transport in self._owner.transports(link.peer)
+        return self.choose(link) is not None
 
     def is_superfluous(self, link: Link) -> bool:
         """Leader: whether a link over TCP without connections is to end: RDMA may be possible, or
@@ -208,13 +217,13 @@ class LinkTable:
         """
         return (
             link.state is LinkState.NONE
-            and bool(self._owner.transports(link.peer))
+            and self.choose(link) is not None
             and not self._owner.opens_rdma(link.peer)
         )
 
     def device_changed(self, peer: IPAddress) -> None:
         """One of the hosts has another RDMA device: what is known of the devices is void."""
-        self.link(peer).trials.worked()
+        self.link(peer).trials.rdma.worked()
 
     def count_failure(self, link: Link, text: str) -> None:
         """Leader: note a failure of RDMA. A device that isn't there says nothing about the way."""
@@ -223,26 +232,41 @@ class LinkTable:
             and text != ABSENT[Transport.RDMA]
             and self._owner.leads(link.peer)
         ):
-            link.trials.failed(text, self._loop.now())
+            link.trials.rdma.failed(text, self._loop.now())
             if link.state is LinkState.NONE and self.choose(link) is Transport.RELAY:
                 link.tries = 0
 
-    def note_loss(self, link: Link, text: str) -> None:
+    def note_loss(self, link: Link, text: str, attempts: int) -> None:
         """A link that was up is lost. If that happens again and again soon after it comes up,
-        something on the way doesn't let its bytes through: such losses count as failed attempts.
+        something on the way doesn't let its bytes through. `attempts`: how many failed ones bring
+        its connections back to TCP.
         """
-        if self._loop.now() - link.since < LASTS:
-            link.losses += 1
-            self.count_failure(link, text)
-        else:
-            link.losses = 1
-            link.trials.worked()
+        lasted = self._loop.now() - link.since >= LASTS
+        if link.transport is Transport.RELAY:
+            self._note_loss_of_tcp(link, text, lasted)
+            link.tries = attempts if self._loop.now() < link.trials.tcp.until else 0
+            return
+        link.losses = 1 if lasted else link.losses + 1
         link.tries = max(0, link.losses - LOSSES)
+        if lasted:
+            link.trials.rdma.worked()
+        else:
+            self.count_failure(link, text)
+
+    def _note_loss_of_tcp(self, link: Link, text: str, lasted: bool) -> None:
+        """Neither killed connections nor a long outage says anything about the way."""
+        if lasted and link.worked:
+            link.trials.tcp.worked()
+        elif not lasted and not link.worked and self._owner.leads(link.peer):
+            link.trials.tcp.failed(text, self._loop.now())
 
     def may_change(self, link: Link) -> bool:
         """Whether a link whose attempts fail will use TCP soon. Requests may wait for that."""
-        possible = self._owner.transports(link.peer)
-        return link.transport is Transport.RDMA and Transport.RELAY in possible
+        return (
+            link.transport is Transport.RDMA
+            and Transport.RELAY in self._owner.transports(link.peer)
+            and self._loop.now() >= link.trials.tcp.until
+        )
 
     def cancel(self, link: Link) -> None:
         """Nothing is awaited for a link."""

@@ -33,6 +33,7 @@ from dataplane.router.link_table import (
     LinkState,
     LinkTable,
 )
+from dataplane.router.link_transport import has_worked
 from dataplane.router.loop import Loop
 from dataplane.router.peer_wire import TICKET, LinkAnswer, LinkOffer, LinkRefused, PeerFrame
 from dataplane.router.relay_wire import RelayKind
@@ -221,7 +222,8 @@ class Links(LinkTable):
         if link.state is LinkState.MAKING:
             self._failed(link, message.text)
             return
-        self.note_loss(link, message.text)
+        link.worked = has_worked(message)
+        self.note_loss(link, message.text, len(AGAIN))
         shared = link.shared
         self._break(link, message.text)
         self._mend(link, shared)
@@ -302,7 +304,8 @@ class Links(LinkTable):
             # After the answer too: the follower's new end may fail at once.
             self._failed(link, message.text)
         elif link.state is LinkState.UP:
-            self.note_loss(link, message.text)
+            link.worked = message.worked
+            self.note_loss(link, message.text, len(AGAIN))
             self._break(link, message.text)
             self._mend(link)
 
@@ -352,7 +355,7 @@ class Links(LinkTable):
         elif self._owner.leads(link.peer):
             self._retry(link)
         else:
-            self._send(link.peer, LinkRefused(shared, _plain(link.reason)))
+            self._send(link.peer, LinkRefused(shared, _plain(link.reason), link.worked))
 
     def _recover(self, link: Link) -> None:
         """A link with connections: try again, or give its transport up after the last attempt.
@@ -360,7 +363,7 @@ class Links(LinkTable):
         if not self._owner.has_session(link.peer):
             return
         if not self._owner.leads(link.peer):
-            self._send(link.peer, LinkRefused(link.shared, _plain(link.reason)))
+            self._send(link.peer, LinkRefused(link.shared, _plain(link.reason), link.worked))
         elif link.tries >= len(AGAIN) or not self.may_make(link):
             self._stream(link)
         else:

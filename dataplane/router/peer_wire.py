@@ -179,10 +179,13 @@ class LinkAnswer(msgspec.Struct, frozen=True, tag=True):
 
 
 class LinkRefused(msgspec.Struct, frozen=True, tag=True):
-    """There will be no other end for the receiver's link."""
+    """There will be no other end for the receiver's link. `worked`: bytes got through on it, over
+    TCP, before it was lost.
+    """
 
     link: U32
     text: Text
+    worked: bool = False
 
 
 class PeerDrop(msgspec.Struct, frozen=True, tag="Drop"):

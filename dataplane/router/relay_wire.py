@@ -16,7 +16,7 @@ import msgspec
 from dataplane.errors import WrongMessage
 from dataplane.router.codec import I32, U32, U64, Codec, WireField
 
-RELAY_VERSION: Final = 2
+RELAY_VERSION: Final = 3
 RELAY_SOCKET: Final = 3
 """The relay's descriptor."""
 MAX_TEXT: Final = 96
@@ -209,12 +209,15 @@ class Number(msgspec.Struct, frozen=True):
 
 @codec.message(RelayKind.CONNECTED, RelayKind.DOWN, RelayKind.PAIRED)
 class RelayOutcome(msgspec.Struct, frozen=True):
-    """What became of a link or a connection."""
+    """What became of a link or a connection. `received`, of a link that is down: how many messages
+    of the peer's relay have arrived since it came up.
+    """
 
     kind: int
     number: U32
     error: I32
     text: _Text
+    received: U32 = 0
 
 
 @codec.message(RelayKind.LINKED, RelayKind.PLACED)

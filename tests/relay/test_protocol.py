@@ -18,7 +18,7 @@ STRUCTS: dict[str, tuple[struct.Struct, str]] = {
     "relay_open": (client.OPEN, "message device port version gid_index transport spin encryption"),
     "relay_opened": (client.OPENED, "message error text mtu"),
     "relay_number": (client.NUMBER, "message number state"),
-    "relay_outcome": (client.OUTCOME, "message number error text"),
+    "relay_outcome": (client.OUTCOME, "message number error text received"),
     "relay_offer": (client.OFFER, "message number error text size unused words"),
     "relay_accept": (client.ACCEPT, "message number peer size unused words"),
     "relay_arena": (client.ARENA, "message value arena owner"),

@@ -442,6 +442,29 @@ def test_a_stalled_socket_stalls_only_its_connections(binary: Path, end: Path) -
         taker.wait()
 
 
+def test_a_link_that_is_lost_says_what_it_has_received(binary: Path, end: Path) -> None:
+    """A relay reports how many of its peer's messages came over a link that is down, each time."""
+    carries = [True]
+
+    def change(lane: int, direction: int, data: bytes) -> list[bytes] | None:
+        del lane, direction
+        return [data] if carries[0] else None
+
+    with relays(binary, transport=TCP) as (a, b):
+        with path(a, b, change):
+            one, two = connect(a, b)
+            first = one.popen(end, "send=200000", "message=1000", "pace=100", "seed=1")
+            assert result(two.popen(end, "peer_seed=1"))["received"] == 200_000
+            result(first)
+            received = b.counts()["messages_in"]
+            carries[0] = False
+            connect(a, b)
+            assert b.expect("DOWN", number=1).state >= received > 0
+        a.expect("DOWN", number=1)
+        with path(a, b, change):
+            assert b.expect("DOWN", number=1).state == 0
+
+
 def test_an_arena_that_goes_while_it_is_sent(binary: Path, end: Path) -> None:
     """Memory that a full socket still has to send is not read after its arena is gone: the link is
     made again instead, and others on it go on.

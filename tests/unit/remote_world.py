@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import heapq
 import itertools
 from collections.abc import Callable, Container
@@ -588,6 +589,10 @@ class World:
         """All hosts say that they have devices, whether these are open or not."""
         self.cut_rdma = self.cut_tcp = False
         """No link of a transport can be made."""
+        self.received = 1000
+        """Messages that a link carries before it is down."""
+        self.error = errno.ECONNRESET
+        """What takes links down."""
         self.sessions: dict[frozenset[int], int] = {}
         """Pairs of hosts with a session, to its number."""
         self.clear_until: dict[tuple[int, int], float] = {}
@@ -715,7 +720,9 @@ class World:
             if mine.other is not None and mine.other[0] == peer and not mine.dead:
                 mine.dead = True
                 host.relay.answer(
-                    relay_wire.RelayOutcome(RelayKind.DOWN, number, 5, "retries exceeded")
+                    relay_wire.RelayOutcome(
+                        RelayKind.DOWN, number, self.error, "retries exceeded", self.received
+                    )
                 )
         self.exchange()
 

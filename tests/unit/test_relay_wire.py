@@ -23,8 +23,8 @@ N64, M64 = 0x0102030405060708, 0x1112131415161718
 SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
     "number": (lambda kind: wire.Number(kind, N32, 1), f".number = {N32}, .state = 1"),
     "outcome": (
-        lambda kind: wire.RelayOutcome(kind, N32, -5, "lost"),
-        f'.number = {N32}, .error = -5, .text = "lost"',
+        lambda kind: wire.RelayOutcome(kind, N32, -5, "lost", M32),
+        f'.number = {N32}, .error = -5, .text = "lost", .received = {M32}',
     ),
     "offer": (
         lambda kind: wire.Offered(kind, N32, 7, "no", b"\x01\x02\x03"),

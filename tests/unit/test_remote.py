@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import random
 from functools import partial
@@ -15,7 +16,7 @@ from dataplane.router import library_wire as wire
 from dataplane.router import peer_wire
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.link_table import LOSSES
-from dataplane.router.link_transport import FAILURES, LASTS, LEAST_REST
+from dataplane.router.link_transport import FAILURES, LASTS, LEAST_REST, MOST_REST
 from dataplane.router.links import AGAIN, GIVE_UP
 from dataplane.router.reasons import STATUS_ONLY, Reason
 from dataplane.router.remote import OPENING, SESSION_PATIENCE
@@ -731,8 +732,9 @@ def test_a_link_that_breaks_as_soon_as_it_is_used(equipment: str) -> None:
     back to TCP by way of the session, and links are tried more and more rarely.
     """
     world = started(**EQUIPMENT[equipment])
+    world.received = 1
     tcp = upgraded(world)
-    for _ in range(LOSSES + len(AGAIN)):
+    for _ in range(FAILURES if equipment == "relay" else LOSSES + len(AGAIN)):
         assert world.remote(tcp, 0) is not None
         world.break_link(*world.hosts)
         world.loop.run(4)
@@ -744,7 +746,67 @@ def test_a_link_that_breaks_as_soon_as_it_is_used(equipment: str) -> None:
             made += 1
             world.break_link(*world.hosts)
         world.loop.run(0.5)
-    assert 2 < made < 20
+    assert 1 < made < 20
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_link_that_loses_every_byte(first: int) -> None:
+    """If links over TCP come up and lose what they are to carry, connections stay on the overlay
+    with the reason `no-link`; links are tried after a minute, then more and more rarely, and
+    connections use TCP between relays again once a link works. `first`: the host that notices.
+    """
+    world = started(cards=(), tcp=ALL)
+    leader, follower = world.hosts
+    world.received, world.error = 200, errno.ETIMEDOUT
+    stalled = 0.0
+    for _ in range(2 * 3600):
+        if leader.transport(follower) is None:
+            world.loop.run(1)
+            continue
+        tcp = upgraded(world)
+        world.loop.run(7)
+        stalled += 7
+        for host in (first, 1 - first):
+            world.down_of(world.hosts[host], 1 - host)
+            world.loop.run(0.1)
+        world.loop.run(5)
+        if leader.transport(follower) is None:
+            assert world.remote(tcp, 0) is None
+            late = world.connect(A, B)
+            for side in (0, 1):
+                world.request(late, side)
+            world.loop.run(1)
+            assert {finer(world, late, side) for side in (0, 1)} == {Reason.NO_LINK}
+    assert not any(host.severed for host in world.hosts)
+    assert (FAILURES + 2) * 7 <= stalled <= (FAILURES + 8) * 7
+    world.loop.run(MOST_REST)
+    assert moved(world) is Transport.RELAY
+
+
+def test_a_link_that_is_killed_again_and_again() -> None:
+    """A link over TCP that carries bytes is made again, however often it is killed."""
+    world = started(cards=(), tcp=ALL)
+    tcp = upgraded(world)
+    for _ in range(100):
+        world.break_link(*world.hosts)
+        world.loop.run(1)
+    assert world.remote(tcp, 0) is not None
+    assert world.hosts[0].transport(world.hosts[1]) is Transport.RELAY
+
+
+def test_both_transports_rest() -> None:
+    """While neither RDMA nor TCP between relays works, nothing is tried but after each one's rest."""
+    world = started(cards=ALL, tcp=ALL)
+    world.received = 0
+    leader, follower = world.hosts
+    made = []
+    for _ in range(2 * 3600):
+        transport = leader.transport(follower)
+        if transport is not None:
+            made.append(transport)
+            world.break_link(*world.hosts)
+        world.loop.run(0.5)
+    assert {made.count(transport) for transport in Transport} <= set(range(FAILURES + 3, 12))
 
 
 def test_a_lasting_link_that_breaks() -> None:
