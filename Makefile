@@ -16,7 +16,7 @@ C_FILES := $(filter %.c %.h,$(SOURCES))
 PYTHON_FOLDERS := plugin driver dataplane bench testbed tests tools
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv library ebpf relay plugin prepare install uninstall push test unit kernel swarm vm torture lint pictures demo bench settings clean
+.PHONY: help setup venv library verbs ebpf relay plugin prepare install uninstall push test unit kernel swarm vm torture lint pictures demo bench settings clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -37,6 +37,12 @@ library: build/libfreeflow.so ## build the library that containers preload
 build/libfreeflow.so: $(wildcard dataplane/library/*)
 	@plugin/image/setup.sh
 	dataplane/library/build.sh $@
+
+verbs: build/verbs/libibverbs.so.1 ## build the libibverbs that containers preload
+
+build/verbs/libibverbs.so.1: $(wildcard dataplane/verbs/* dataplane/library/*.h)
+	@plugin/image/setup.sh
+	dataplane/verbs/build.sh $@
 
 ebpf: build/overlay.bpf.o ## build the eBPF programs of the fast path
 

@@ -1,0 +1,1 @@
+"""The libibverbs that containers preload; `symbols.py` makes what the linker needs of it."""
