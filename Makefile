@@ -108,7 +108,7 @@ lint: setup ## ruff, mypy, shellcheck, clang-format; the width of prose, the sub
 	shellcheck $(SCRIPTS)
 	clang-format --dry-run -Werror $(C_FILES)
 	$(PYTHON) -m tools.prose
-	$(PYTHON) -m tools.subjects
+	$(PYTHON) -m tools.commit_subjects
 
 pictures: venv ## make the documentation's pictures, charts and list of source files
 	@plugin/image/setup.sh graphviz
@@ -122,7 +122,7 @@ bench: setup plugin ## measure beside Docker's overlay and the host network; bui
 	$(PYTHON) -m bench all --out build/bench.json --table build/bench.txt
 
 settings: venv ## write config.json, docs/options.md and docs/grafana.json anew from the code
-	$(PYTHON) -m tools.settings
+	$(PYTHON) -m tools.write_settings
 	$(PYTHON) -m tools.grafana
 
 clean: ## remove what was built, and leftovers of test beds

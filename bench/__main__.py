@@ -20,10 +20,9 @@ import click
 
 from bench import (
     accounting,
-    bed,
-    control,
+    bench_image,
+    controlplane,
     crosshost,
-    image,
     machine,
     plot,
     quick,
@@ -32,6 +31,7 @@ from bench import (
     samehost,
     stats,
     subjects,
+    swarm_hosts,
     traffic,
 )
 from bench.choice import pick
@@ -74,11 +74,11 @@ def progress(start: float) -> Callable[[str], None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SuitePlan:
     """The arguments of a suite."""
 
-    manager: bed.Host
-    worker: bed.Host
+    manager: swarm_hosts.BenchHost
+    worker: swarm_hosts.BenchHost
     chosen: tuple[str, ...]
     """Subjects; empty: those of the suite."""
     patterns: tuple[str, ...]
@@ -96,7 +96,7 @@ class Plan:
         return partial(_past, time.monotonic() + BUDGET)
 
 
-def same_host(plan: Plan) -> Mapping[str, Row]:
+def same_host(plan: SuitePlan) -> Mapping[str, Row]:
     """Run the suite `same-host`; with the library only if the plugin has installed it."""
     wanted = plan.subjects(LOCAL_SUBJECTS)
     some = [one for one in wanted if one in (*subjects.DRIVERS, FREEFLOW_PLAIN, HOST)]
@@ -105,7 +105,9 @@ def same_host(plan: Plan) -> Mapping[str, Row]:
     with (
         congestion_control_allowed(),
         subjects.networks(plan.manager, some),
-        subjects.pairs(plan.manager, plan.manager, some, image.IMAGE, accelerated=True) as pairs,
+        subjects.pairs(
+            plan.manager, plan.manager, some, bench_image.IMAGE, accelerated=True
+        ) as pairs,
     ):
         return samehost.SameHost(
             (*pairs, *subjects.limits(pairs, wanted)),
@@ -118,7 +120,7 @@ def same_host(plan: Plan) -> Mapping[str, Row]:
         ).measure()
 
 
-def _without_library(plan: Plan) -> bool:
+def _without_library(plan: SuitePlan) -> bool:
     """Whether the plugin has not installed the library; then freeflow can't be measured."""
     missing = not (plan.manager.root / str(subjects.LIBRARY).lstrip("/")).exists()
     if missing:
@@ -128,7 +130,7 @@ def _without_library(plan: Plan) -> bool:
     return missing
 
 
-def cross_host(plan: Plan) -> Mapping[str, Row]:
+def cross_host(plan: SuitePlan) -> Mapping[str, Row]:
     """Run the suite `cross-host`."""
     some = plan.subjects(CROSS_SUBJECTS)
     if FREEFLOW in some and _without_library(plan):
@@ -147,9 +149,9 @@ def cross_host(plan: Plan) -> Mapping[str, Row]:
         stack.enter_context(subjects.networks(manager, some))
         # Pairs on one host last: leaving `pairs` removes all of our containers on its hosts.
         between = stack.enter_context(
-            subjects.pairs(manager, worker, some, image.IMAGE, accelerated=True)
+            subjects.pairs(manager, worker, some, bench_image.IMAGE, accelerated=True)
         )
-        within = stack.enter_context(subjects.pairs(worker, worker, local, image.IMAGE))
+        within = stack.enter_context(subjects.pairs(worker, worker, local, bench_image.IMAGE))
         accounts = accounting.Accounts.of([host.group for host in hosts if host.group])
         servers = stack.enter_context(Servers())
         runner = traffic.Runner(manager, worker, servers, accounts)
@@ -170,14 +172,14 @@ def cross_host(plan: Plan) -> Mapping[str, Row]:
         ).measure()
 
 
-def control_plane(plan: Plan) -> Mapping[str, Row]:
+def control_plane(plan: SuitePlan) -> Mapping[str, Row]:
     some = plan.subjects(stats.SUBJECTS)
-    return control.Control(
-        plan.manager, some, image.IMAGE, plan.rounds, plan.order, plan.say, plan.enough()
+    return controlplane.Control(
+        plan.manager, some, bench_image.IMAGE, plan.rounds, plan.order, plan.say, plan.enough()
     ).measure()
 
 
-MEASURE: Final[dict[str, Callable[[Plan], Mapping[str, Row]]]] = {
+MEASURE: Final[dict[str, Callable[[SuitePlan], Mapping[str, Row]]]] = {
     "same-host": same_host,
     "cross-host": cross_host,
     "control": control_plane,
@@ -223,7 +225,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 @click.option(
     "--plugin",
     type=click.Path(path_type=Path),
-    default=bed.PLUGIN_DIR,
+    default=swarm_hosts.PLUGIN_DIR,
     help="Folder of the built plugin.",
 )
 @click.option("--seed", default=1, show_default=True, help="Seed of the order of subjects.")
@@ -260,11 +262,14 @@ def main(
     before = machine.describe([], CONGESTION_CONTROL, numbers[suites[0]], seconds)
     results: dict[str, Row] = {}
     try:
-        with bed.two_hosts(engine, plugin if needs_plugin else None, say) as (manager, worker):
+        with swarm_hosts.two_hosts(engine, plugin if needs_plugin else None, say) as (
+            manager,
+            worker,
+        ):
             engines = [host.engine.version() for host in (manager, worker)]
             for name in suites:
                 say(name)
-                plan = Plan(
+                plan = SuitePlan(
                     *(manager, worker, wanted, tuple(cases.split(",")), numbers[name], seconds),
                     *(is_quick, order, say, before["absent"]),
                 )
@@ -273,7 +278,7 @@ def main(
     except (BenchError, BedInUseError, CommandError, TimeoutError) as error:
         raise click.ClickException(str(error)) from error
     before["engines"] = sorted(set(engines))
-    made = report.Report(machine=before, results=results)
+    made = report.BenchReport(machine=before, results=results)
     for path, text in ((out, report.as_json(made)), (table, report.as_table(made))):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,14 +17,14 @@ from itertools import groupby
 from typing import Final
 
 from bench import load, rounds
-from bench.bed import Host
 from bench.errors import BenchError
 from bench.goals import verdicts
 from bench.load import Load
-from bench.namespaces import Pair
+from bench.namespaces import SubjectPair
 from bench.rounds import Say
 from bench.stats import FREEFLOW, CrossRow, Measured, Row, cross_row, row
-from bench.traffic import Packets, Sample, Traffic, packets, traffic
+from bench.swarm_hosts import BenchHost
+from bench.traffic import LoadCase, Traffic, TrafficSample, packets, traffic
 
 LOCAL: Final = "same_host_"
 """Prefix of the names of cases on one host."""
@@ -33,8 +33,8 @@ FOREIGN: Final = 0.2
 """Share of the machine from which on others' load makes rates doubtful."""
 
 Suite = Callable[[], Mapping[str, Row]]
-One = Traffic | Packets
-Take = Callable[[One, Pair, float], Sample]
+One = Traffic | LoadCase
+Take = Callable[[One, SubjectPair, float], TrafficSample]
 
 
 def local_names() -> list[str]:
@@ -43,7 +43,7 @@ def local_names() -> list[str]:
 
 
 @dataclass(slots=True)
-class Found:
+class CaseRuns:
     """One case: its runs, and what the routers and the machine said about them."""
 
     measured: Measured
@@ -52,7 +52,7 @@ class Found:
     paths: dict[str, int] = field(default_factory=dict)
     foreign: dict[str, list[float]] = field(default_factory=dict)
 
-    def keep(self, subject: str, one: Sample) -> None:
+    def keep(self, subject: str, one: TrafficSample) -> None:
         self.measured.keep(subject, one.figure, one.cpu_us, one.latency)
         if one.foreign is not None:
             self.foreign.setdefault(subject, []).append(one.foreign)
@@ -64,10 +64,10 @@ class Found:
         return cross_row(self.measured, self.connections, self.in_relay, self.paths, self.foreign)
 
 
-def _found(one: One) -> Found:
-    if isinstance(one, Packets):
-        return Found(Measured(one.case), 0)
-    return Found(Measured(one.case, one.cpu_of), one.clients.total)
+def _found(one: One) -> CaseRuns:
+    if isinstance(one, LoadCase):
+        return CaseRuns(Measured(one.case), 0)
+    return CaseRuns(Measured(one.case, one.cpu_of), one.clients.total)
 
 
 @dataclass(slots=True)
@@ -77,9 +77,9 @@ class CrossHost:
     The pairs in `between` are on `hosts`, those in `within` on one.
     """
 
-    hosts: Sequence[Host]
-    between: Sequence[Pair]
-    within: Sequence[Pair]
+    hosts: Sequence[BenchHost]
+    between: Sequence[SubjectPair]
+    within: Sequence[SubjectPair]
     names: Sequence[str]
     rounds: int
     seconds: float
@@ -91,7 +91,7 @@ class CrossHost:
     local_loads: Sequence[Load] = field(default_factory=load.loads)
     more: Sequence[Suite] = ()
     clock: Callable[[], float] = time.monotonic
-    found: dict[str, Found] = field(default_factory=dict)
+    found: dict[str, CaseRuns] = field(default_factory=dict)
     used: dict[str, float] = field(default_factory=dict)
     """Seconds that each case took."""
 
@@ -161,7 +161,7 @@ class CrossHost:
             self.say(f"{name} took {seconds:.0f} s")
 
 
-def _told(one: One, sample: Sample) -> str:
+def _told(one: One, sample: TrafficSample) -> str:
     """A run in one line."""
     words = [f"{sample.figure:.5g} {one.case.unit}"]
     if sample.cpu_us is not None and isinstance(one, Traffic):

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from bench import bed
+from bench import swarm_hosts
 from bench.chart import as_svg, in_terminal
 from bench.demo_speed import (
     ECHO,
@@ -32,15 +32,15 @@ from bench.demo_speed import (
     ROUNDS,
     STREAM,
     WEB,
+    DemoRow,
+    DemoTask,
     Meter,
-    Row,
     Subject,
-    Task,
     best_first,
     table,
 )
 from bench.errors import BenchError
-from bench.namespaces import CONGESTION_CONTROL, Namespaces, congestion_control_allowed
+from bench.namespaces import CONGESTION_CONTROL, ProcessNamespaces, congestion_control_allowed
 from bench.report import times
 from bench.stats import FREEFLOW, OVERLAY
 from testbed import Bed, BedInUseError, CommandError, Host, wait_until
@@ -86,9 +86,9 @@ class Stack:
     name: str
     client: str
     """ID of the client's container."""
-    client_namespaces: Namespaces
-    containers: list[Namespaces]
-    tasks: dict[str, list[Task]]
+    client_namespaces: ProcessNamespaces
+    containers: list[ProcessNamespaces]
+    tasks: dict[str, list[DemoTask]]
     """By service."""
 
     def addresses(self, service: str, host: Host) -> list[str]:
@@ -131,7 +131,7 @@ class Demo:
         for host in self.bed.hosts:
             self.tell.command(host, "docker plugin create freeflow:latest build/plugin")
             self.tell.command(host, "docker plugin enable freeflow:latest")
-        self.bed.install_plugin(bed.PLUGIN_DIR)
+        self.bed.install_plugin(swarm_hosts.PLUGIN_DIR)
 
     def stacks(self) -> dict[str, Stack]:
         text = STACK_FILE.read_text()
@@ -170,9 +170,9 @@ class Demo:
         wait_until("all tasks running", all_running, 120, 1)
 
     def _find(self, name: str) -> Stack:
-        tasks: dict[str, list[Task]] = {}
-        containers: list[Namespaces] = []
-        clients: list[tuple[str, Namespaces]] = []
+        tasks: dict[str, list[DemoTask]] = {}
+        containers: list[ProcessNamespaces] = []
+        clients: list[tuple[str, ProcessNamespaces]] = []
         library = LIBRARY if name == FREEFLOW else ""
         for service in (*SERVICES, "client"):
             for host in self.bed.hosts:
@@ -181,9 +181,9 @@ class Demo:
                     found = host.inspect("inspect", identifier)
                     where = found["NetworkSettings"]["Networks"][f"{name}_default"]["IPAddress"]
                     pid = int(found["State"]["Pid"])
-                    tasks.setdefault(service, []).append(Task(host, where, pid))
+                    tasks.setdefault(service, []).append(DemoTask(host, where, pid))
                     process = host.root / "proc" / str(pid)
-                    containers.append(Namespaces(process, IPv4Address(where), library))
+                    containers.append(ProcessNamespaces(process, IPv4Address(where), library))
                     if service == "client":
                         clients.append((identifier, containers[-1]))
         if len(clients) != 1:
@@ -293,7 +293,7 @@ class Demo:
 
     # --- how fast it is
 
-    def rows(self, stacks: dict[str, Stack]) -> list[Row]:
+    def rows(self, stacks: dict[str, Stack]) -> list[DemoRow]:
         """Measure all loads."""
         subjects = [stacks[name].subject(self.manager) for name in STACKS]
         meter = Meter(subjects, self.tell.seen)
@@ -335,7 +335,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 
 def need_plugin(tell: Teller) -> None:
-    if (bed.PLUGIN_DIR / "config.json").exists():
+    if (swarm_hosts.PLUGIN_DIR / "config.json").exists():
         return
     tell.step("Building the plugin (make plugin)", "the first time this takes some minutes")
     subprocess.run(["make", "plugin"], cwd=TOP, check=True)
@@ -349,7 +349,7 @@ def play(testbed: Bed, tell: Teller) -> int:
     tell.step(
         "Loading the image of the services", "nginx and redis from the Debian archive, no registry"
     )
-    bed.load_image([bed.host_of(host) for host in testbed.hosts])
+    swarm_hosts.load_image([swarm_hosts.host_of(host) for host in testbed.hosts])
     tell.step(
         "Installing the plugin on both hosts",
         "a manager schedules on a worker once the worker has reported its plugins",
@@ -379,7 +379,7 @@ def play(testbed: Bed, tell: Teller) -> int:
     return 0
 
 
-def show(rows: list[Row], engine: str) -> None:
+def show(rows: list[DemoRow], engine: str) -> None:
     """Print bars and table, and write the picture."""
     bars = [row.bar() for row in rows]
     print("\n" + in_terminal(bars, FREEFLOW, OVERLAY))

@@ -18,7 +18,7 @@ from typing import Final
 from bench import cost, parse
 from bench.chart import Bar
 from bench.errors import BenchError, ProgramError
-from bench.namespaces import CONGESTION_CONTROL, TOOLS, Namespaces, run
+from bench.namespaces import CONGESTION_CONTROL, TOOLS, ProcessNamespaces, run
 from bench.report import columns, number, times
 from bench.stats import FREEFLOW, OVERLAY
 from testbed import Host
@@ -34,7 +34,7 @@ COMMAND: Final = "/usr/local/bin/freeflow"
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class DemoTask:
     """A task: its address, and the PID of its first process in its host's namespace."""
 
     host: Host
@@ -46,7 +46,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class DemoRun:
     """One run of a load: pieces of work per second, and in all."""
 
     rate: float
@@ -54,7 +54,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class DemoLoad:
     """A load program. `ask` runs it for about some seconds, given its last rate on this network."""
 
     what: str
@@ -62,41 +62,41 @@ class Load:
     unit: str
     piece: str
     """Unit of work that CPU time is divided by."""
-    ask: Callable[[Namespaces, str, float, float], Run]
+    ask: Callable[[ProcessNamespaces, str, float, float], DemoRun]
     aside: int = 0
     """Connections of the program that carry no load."""
 
 
-def _redis(client: Namespaces, where: str, seconds: float, rate: float) -> Run:
+def _redis(client: ProcessNamespaces, where: str, seconds: float, rate: float) -> DemoRun:
     """redis-benchmark stops after a number of requests, not of seconds."""
     count = max(20_000, round(rate * seconds))
     command = ("redis-benchmark", "-h", where, "-t", "get", "-c", "50", "-n", str(count), "--csv")
-    return Run(parse.redis_benchmark(run(client.enter(*command), PATIENCE)), count)
+    return DemoRun(parse.redis_benchmark(run(client.enter(*command), PATIENCE)), count)
 
 
-def _web(client: Namespaces, where: str, seconds: float, _rate: float) -> Run:
+def _web(client: ProcessNamespaces, where: str, seconds: float, _rate: float) -> DemoRun:
     command = ("wrk", "-t", "2", "-c", "50", "-d", f"{max(1, round(seconds))}s", f"http://{where}/")
     text = run(client.enter(*command), PATIENCE)
-    return Run(parse.wrk(text), parse.wrk_requests(text))
+    return DemoRun(parse.wrk(text), parse.wrk_requests(text))
 
 
-def _stream(client: Namespaces, where: str, seconds: float, _rate: float) -> Run:
+def _stream(client: ProcessNamespaces, where: str, seconds: float, _rate: float) -> DemoRun:
     command = ("iperf3", "--client", where, "--json", "--time", str(max(1, round(seconds))))
     text = run(client.enter(*command, "--congestion", CONGESTION_CONTROL), PATIENCE)
     found = parse.iperf3(text)
-    return Run(found.bits_per_second / 1e9, found.bytes / 1e6)
+    return DemoRun(found.bits_per_second / 1e9, found.bytes / 1e6)
 
 
-def _echo(client: Namespaces, where: str, seconds: float, _rate: float) -> Run:
+def _echo(client: ProcessNamespaces, where: str, seconds: float, _rate: float) -> DemoRun:
     command = (f"{TOOLS}/pingpong", "stream", "call", "-1", where, "7001", "64", str(seconds))
     found = parse.pingpong(run(client.enter(*command), PATIENCE))
-    return Run(1e6 / found.p50_us, found.count)
+    return DemoRun(1e6 / found.p50_us, found.count)
 
 
-REDIS: Final = Load("redis, 50 clients", "cache", "GET/s", "GET", _redis)
-WEB: Final = Load("nginx, 50 clients", "web", "requests/s", "request", _web)
-STREAM: Final = Load("one stream", "sink", "Gbit/s", "MB", _stream, aside=1)
-ECHO: Final = Load("64 bytes there and back", "echo", "round trips/s", "round trip", _echo)
+REDIS: Final = DemoLoad("redis, 50 clients", "cache", "GET/s", "GET", _redis)
+WEB: Final = DemoLoad("nginx, 50 clients", "web", "requests/s", "request", _web)
+STREAM: Final = DemoLoad("one stream", "sink", "Gbit/s", "MB", _stream, aside=1)
+ECHO: Final = DemoLoad("64 bytes there and back", "echo", "round trips/s", "round trip", _echo)
 
 
 @dataclass(slots=True)
@@ -117,10 +117,10 @@ class Side:
 
 
 @dataclass(slots=True)
-class Row:
+class DemoRow:
     """A load from the client to some tasks: its path, and its speed on both networks."""
 
-    load: Load
+    load: DemoLoad
     where: str
     path: str
     ours: Side
@@ -152,11 +152,11 @@ HEADER: Final = (
 )
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[DemoRow]) -> str:
     return columns(HEADER, [row.cells() for row in rows], left=4)
 
 
-def best_first(rows: Sequence[Row]) -> list[Row]:
+def best_first(rows: Sequence[DemoRow]) -> list[DemoRow]:
     """Sorted by ratio; rows that work on FreeFlow alone come last."""
     return sorted(rows, key=lambda row: -(row.ratio or 0.0))
 
@@ -166,15 +166,15 @@ class Subject:
     """A stack to measure: its client, and its tasks by service."""
 
     name: str
-    client: Namespaces
+    client: ProcessNamespaces
     manager: Host
-    tasks: dict[str, list[Task]]
+    tasks: dict[str, list[DemoTask]]
 
-    def near(self, service: str) -> Task:
+    def near(self, service: str) -> DemoTask:
         """A task on the client's host."""
         return next(task for task in self.tasks[service] if task.host is self.manager)
 
-    def far(self, service: str) -> Task:
+    def far(self, service: str) -> DemoTask:
         return next(task for task in self.tasks[service] if task.host is not self.manager)
 
 
@@ -192,12 +192,12 @@ class Meter:
 
     def row(
         self,
-        load: Load,
+        load: DemoLoad,
         where: str,
         target: Callable[[Subject], str],
-        busy: Callable[[Subject], list[Task]],
+        busy: Callable[[Subject], list[DemoTask]],
         wanted: str = "",
-    ) -> Row:
+    ) -> DemoRow:
         """Measure a row. `busy`: the tasks whose CPU time counts; `wanted`: the expected path."""
         found: dict[str, Side] = {}
         path = ""
@@ -217,21 +217,29 @@ class Meter:
                 if subject.name in found:
                     side = found[subject.name]
                     self._count(load, subject, where, target(subject), busy(subject), side)
-        made = Row(load, where, path, found[FREEFLOW], found.get(OVERLAY))
+        made = DemoRow(load, where, path, found[FREEFLOW], found.get(OVERLAY))
         other = number(made.theirs.rate) if made.theirs else "does not answer"
         self.say(
             f"{load.what}, {where}: {number(made.ours.rate)} {load.unit}, overlay {other}, {times(made.ratio)}"
         )
         return made
 
-    def _ask(self, load: Load, subject: Subject, where: str, address: str, seconds: float) -> Run:
+    def _ask(
+        self, load: DemoLoad, subject: Subject, where: str, address: str, seconds: float
+    ) -> DemoRun:
         key = (load.what, where, subject.name)
         done = load.ask(subject.client, address, seconds, self.rates.get(key, 0.0))
         self.rates[key] = done.rate
         return done
 
     def _count(
-        self, load: Load, subject: Subject, where: str, address: str, busy: list[Task], side: Side
+        self,
+        load: DemoLoad,
+        subject: Subject,
+        where: str,
+        address: str,
+        busy: list[DemoTask],
+        side: Side,
     ) -> None:
         begin = cost.children_us() + sum(task.cpu_us() for task in busy)
         done = self._ask(load, subject, where, address, SECONDS)
@@ -240,7 +248,7 @@ class Meter:
         if busy and done.work:
             side.cpu.append(spent / done.work)
 
-    def _path(self, load: Load, subject: Subject, where: str, address: str, wanted: str) -> str:
+    def _path(self, load: DemoLoad, subject: Subject, where: str, address: str, wanted: str) -> str:
         """The paths of the client's connections to an address while the load runs."""
         seen: Counter[str] = Counter()
         seconds = LONG
@@ -264,7 +272,7 @@ class Meter:
         return " and ".join(path for path, count in seen.most_common() if count)
 
     def _look(
-        self, load: Load, subject: Subject, where: str, address: str, seconds: float
+        self, load: DemoLoad, subject: Subject, where: str, address: str, seconds: float
     ) -> Counter[str]:
         begin = time.monotonic()
         command = ("sh", "-c", f"sleep 0.5; {COMMAND} connections --json")

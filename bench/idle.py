@@ -16,7 +16,7 @@ from typing import Final
 
 from bench import cost, parse
 from bench.errors import ProgramError
-from bench.namespaces import Pair
+from bench.namespaces import SubjectPair
 from bench.sampling import COUNTERS, counters_in
 from bench.servers import PINGPONG_EPOLL, Servers
 from bench.stats import Case
@@ -79,7 +79,7 @@ def memory(pids: Iterable[int], proc: Path = cost.PROC) -> Memory:
     return Memory(sum(shared.values()) / 1024, private, tables)
 
 
-def idle(pair: Pair, servers: Servers) -> Idle:
+def idle(pair: SubjectPair, servers: Servers) -> Idle:
     """Make the connections, measure them while they are idle, and end them."""
     server = servers.fresh(pair, PINGPONG_EPOLL)
     path, counters = counters_in(pair.client)

@@ -15,7 +15,7 @@ from typing import Final
 
 from bench import parse
 from bench.errors import ProgramError
-from bench.namespaces import CONGESTION_CONTROL, TOOLS, Pair, run, run_together
+from bench.namespaces import CONGESTION_CONTROL, TOOLS, SubjectPair, run, run_together
 from bench.stats import Case
 
 PINGPONG_PORT: Final = 7001
@@ -56,7 +56,7 @@ class Load:
     """A load by its name."""
 
     name: str
-    run: Callable[[Pair, float], Figures]
+    run: Callable[[SubjectPair, float], Figures]
 
 
 def one_core() -> int:
@@ -64,7 +64,7 @@ def one_core() -> int:
     return max(os.sched_getaffinity(0))
 
 
-def _iperf3(pair: Pair, port: int, seconds: float) -> list[str]:
+def _iperf3(pair: SubjectPair, port: int, seconds: float) -> list[str]:
     return pair.client.enter(
         *("iperf3", "--client", str(pair.server.address), "--port", str(port), "--json"),
         *("--time", str(max(1, round(seconds))), "--congestion", CONGESTION_CONTROL),
@@ -75,7 +75,7 @@ def busy_now() -> int:
     return parse.busy_ticks(Path("/proc/stat").read_text())
 
 
-def stream_1(pair: Pair, seconds: float) -> Figures:
+def stream_1(pair: SubjectPair, seconds: float) -> Figures:
     """Throughput, and CPU time per byte of the same run."""
     tick = 1 / os.sysconf("SC_CLK_TCK")
     idle_from, busy = time.monotonic(), busy_now()
@@ -91,12 +91,12 @@ def stream_1(pair: Pair, seconds: float) -> Figures:
     return figures
 
 
-def stream_4(pair: Pair, seconds: float) -> Figures:
+def stream_4(pair: SubjectPair, seconds: float) -> Figures:
     said = run_together([_iperf3(pair, port, seconds) for port in IPERF_PORTS], seconds + PATIENCE)
     return {STREAM_4.name: sum(parse.iperf3(text).bits_per_second for text in said) / 1e9}
 
 
-def _round_trips(pair: Pair, protocol: str, seconds: float) -> parse.RoundTrips:
+def _round_trips(pair: SubjectPair, protocol: str, seconds: float) -> parse.RoundTrips:
     text = run(
         pair.client.enter(
             *(f"{TOOLS}/pingpong", protocol, "call", str(one_core()), str(pair.server.address)),
@@ -112,15 +112,15 @@ def _round_trips(pair: Pair, protocol: str, seconds: float) -> parse.RoundTrips:
     return trips
 
 
-def tcp_rr(pair: Pair, seconds: float) -> Figures:
+def tcp_rr(pair: SubjectPair, seconds: float) -> Figures:
     return {TCP_RR.name: _round_trips(pair, "tcp", seconds).p50_us}
 
 
-def udp_rr(pair: Pair, seconds: float) -> Figures:
+def udp_rr(pair: SubjectPair, seconds: float) -> Figures:
     return {UDP_RR.name: _round_trips(pair, "udp", seconds).p50_us}
 
 
-def _wrk(pair: Pair, seconds: float, *headers: str) -> float:
+def _wrk(pair: SubjectPair, seconds: float, *headers: str) -> float:
     return parse.wrk(
         run(
             pair.client.enter(
@@ -133,7 +133,7 @@ def _wrk(pair: Pair, seconds: float, *headers: str) -> float:
     )
 
 
-def connect_request_close(pair: Pair, seconds: float) -> Figures:
+def connect_request_close(pair: SubjectPair, seconds: float) -> Figures:
     return {CONNECT.name: _wrk(pair, seconds, "--header", "Connection: close")}
 
 

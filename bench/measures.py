@@ -13,7 +13,7 @@ from typing import Final
 from bench import parse
 from bench.errors import ProgramError
 from bench.latency import Latency
-from bench.namespaces import RING, TCP, UNIX, Pair, run
+from bench.namespaces import RING, TCP, UNIX, SubjectPair, run
 from bench.servers import (
     IPERF3,
     MEMCACHED,
@@ -51,7 +51,7 @@ class Seen:
 class Call:
     """The arguments of a run. `server` is None where one program is both ends."""
 
-    pair: Pair
+    pair: SubjectPair
     server: Running | None
     seconds: float
     client_cores: tuple[int, ...]
@@ -121,7 +121,7 @@ def _stream(size: int) -> Callable[[Call], Seen]:
             cores = (str(it.client_cores[0]), str(it.server_cores[0]))
             text = it.tool("ring", "stream", *cores, str(size), str(it.seconds))
         else:
-            text = it.tool("stream", "call", "-1", *it.at(), str(size), str(it.seconds))
+            text = it.tool("throughput", "call", "-1", *it.at(), str(size), str(it.seconds))
         moved = parse.moved(text)
         return Seen(moved.count / moved.seconds / 1e9, moved.count / 1e9, moved.cpu_us)
 

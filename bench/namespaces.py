@@ -26,7 +26,7 @@ TOOLS: Final = "/bench"
 
 
 @dataclass(frozen=True, slots=True)
-class Namespaces:
+class ProcessNamespaces:
     """The namespaces of a process, by its directory in a /proc, and its address.
 
     A directory, not a PID: each host of the test bed has a PID namespace and a /proc of its own.
@@ -110,12 +110,12 @@ def congestion_control_allowed() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class SubjectPair:
     """One subject: client and server, and how they are connected."""
 
     subject: str
-    client: Namespaces
-    server: Namespaces
+    client: ProcessNamespaces
+    server: ProcessNamespaces
     transport: str = TCP
 
 

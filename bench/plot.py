@@ -18,14 +18,14 @@ import click
 from bench.chart import Ratio, ratios_as_svg
 from bench.choice import pick
 from bench.errors import BenchError
-from bench.report import Report
+from bench.report import BenchReport
 from bench.stats import FREEFLOW, FREEFLOW_PLAIN, HOST, OVERLAY, Row
 
 BASES: Final = (OVERLAY, HOST, FREEFLOW_PLAIN)
 """Subjects that `freeflow` can be compared with."""
 
 
-def load(path: Path) -> Report:
+def load(path: Path) -> BenchReport:
     """The stored result of a suite.
 
     Raises:
@@ -39,7 +39,7 @@ def load(path: Path) -> Report:
         raise BenchError(
             f"{path} has no machine and results; write it with `python -m bench SUITE --out FILE`"
         )
-    return cast("Report", stored)
+    return cast("BenchReport", stored)
 
 
 def speedup(name: str, row: Row, base: str) -> Ratio | None:
@@ -60,7 +60,7 @@ def speedup(name: str, row: Row, base: str) -> Ratio | None:
     )
 
 
-def ratios(report: Report, cases: Sequence[str], base: str, more: str = "") -> list[Ratio]:
+def ratios(report: BenchReport, cases: Sequence[str], base: str, more: str = "") -> list[Ratio]:
     """A bar for each of these cases that both subjects have a figure of; `more` is added to names.
 
     Raises:
@@ -77,7 +77,7 @@ def ratios(report: Report, cases: Sequence[str], base: str, more: str = "") -> l
     return made
 
 
-def about(report: Report) -> str:
+def about(report: BenchReport) -> str:
     """The line below a chart's title: the machine and the day."""
     machine = report["machine"]
     return (
@@ -89,7 +89,7 @@ def about(report: Report) -> str:
 WHISKERS: Final = "; medians, whiskers: interquartile range"
 
 
-def chart(report: Report, patterns: tuple[str, ...], base: str, title: str) -> str:
+def chart(report: BenchReport, patterns: tuple[str, ...], base: str, title: str) -> str:
     """The chart, as SVG, of the cases that match a pattern.
 
     Raises:

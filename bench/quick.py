@@ -40,13 +40,13 @@ from bench import compiled, idle
 from bench.choice import pick
 from bench.errors import BenchError, ProgramError
 from bench.measures import Measure, measures
-from bench.namespaces import RING, UNIX, Namespaces, Pair, congestion_control_allowed
+from bench.namespaces import RING, UNIX, ProcessNamespaces, SubjectPair, congestion_control_allowed
 from bench.report import columns, number, percent, times
 from bench.sampling import Sample, sample
 from bench.servers import Servers
 from bench.stats import Case, spread
 from dataplane.control import RouterSettings, Rule
-from testbed.namespaces import LIBRARY, Container, bed
+from testbed.namespace_bed import LIBRARY, BedContainer, bed
 
 PLAIN: Final = "tcp"
 FREEFLOW: Final = "freeflow"
@@ -135,7 +135,7 @@ class CaseResult:
 
 
 def idle_cases(
-    pairs: Sequence[Pair], rounds: int, order: random.Random, wanted: Sequence[Case]
+    pairs: Sequence[SubjectPair], rounds: int, order: random.Random, wanted: Sequence[Case]
 ) -> Generator[CaseResult, None, None]:
     """All idle cases, which one run measures together."""
     if not wanted:
@@ -165,7 +165,7 @@ def absent_programs(chosen: Sequence[Measure], path: str | None = None) -> list[
 
 
 @contextlib.contextmanager
-def _enter_container(container: Container, tools: Path) -> Iterator[Namespaces]:
+def _enter_container(container: BedContainer, tools: Path) -> Iterator[ProcessNamespaces]:
     """The namespaces of a container, held by a process so that entering them is cheap."""
     holder = container.popen(["sleep", "infinity"], accelerated=False)
     process = Path("/proc", str(holder.pid))
@@ -175,7 +175,7 @@ def _enter_container(container: Container, tools: Path) -> Iterator[Namespaces]:
             if time.monotonic() > end or holder.poll() is not None:
                 raise BenchError(f"{container.name}: its mounts cannot be made; see above")
             time.sleep(0.01)
-        namespaces = Namespaces(process, IPv4Address(container.ipv4), tools=str(tools))
+        namespaces = ProcessNamespaces(process, IPv4Address(container.ipv4), tools=str(tools))
         namespaces.set_congestion_control()
         yield namespaces
     finally:
@@ -184,7 +184,7 @@ def _enter_container(container: Container, tools: Path) -> Iterator[Namespaces]:
 
 
 @contextlib.contextmanager
-def _setup(command: str | None, client: Container, server: Container) -> Iterator[None]:
+def _setup(command: str | None, client: BedContainer, server: BedContainer) -> Iterator[None]:
     if command is None:
         yield
         return
@@ -213,7 +213,7 @@ def _setup(command: str | None, client: Container, server: Container) -> Iterato
 
 def run_cases(
     chosen: Sequence[Measure],
-    pairs: Sequence[Pair],
+    pairs: Sequence[SubjectPair],
     rounds: int,
     seconds: float,
     order: random.Random,
@@ -252,17 +252,17 @@ def _rule(text: str | None) -> RouterSettings:
 
 
 def _pairs(
-    client: Namespaces, server: Namespaces, with_library: bool, wanted: Sequence[str]
-) -> list[Pair]:
+    client: ProcessNamespaces, server: ProcessNamespaces, with_library: bool, wanted: Sequence[str]
+) -> list[SubjectPair]:
     """The wanted variants, as far as they can be measured."""
     pairs = {
-        PLAIN: Pair(PLAIN, client, server),
-        UNIX: Pair(UNIX, server, server, UNIX),
-        RING: Pair(RING, server, server, RING),
+        PLAIN: SubjectPair(PLAIN, client, server),
+        UNIX: SubjectPair(UNIX, server, server, UNIX),
+        RING: SubjectPair(RING, server, server, RING),
     }
     if with_library:
         inside = f"/run/freeflow/{LIBRARY}"
-        pairs[FREEFLOW] = Pair(
+        pairs[FREEFLOW] = SubjectPair(
             FREEFLOW, replace(client, library=inside), replace(server, library=inside)
         )
     return [pairs[name] for name in VARIANTS if name in pairs and name in wanted]
@@ -281,7 +281,7 @@ class Plan:
     table: bool
     verbose: bool
 
-    def run(self, pairs: Sequence[Pair]) -> dict[str, dict[str, object]]:
+    def run(self, pairs: Sequence[SubjectPair]) -> dict[str, dict[str, object]]:
         """Case to its JSON; prints each row of the table when its case is done."""
         if self.table:
             click.echo("\n".join(columns(HEADER, [HEADER], 2, WIDTHS).splitlines()[:2]))

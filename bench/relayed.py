@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from bench.bed import Host
-from bench.engine import Engine
+from bench.engine_api import EngineApi
 from bench.errors import BenchError
+from bench.swarm_hosts import BenchHost
 
 RELAY: Final = "relay"
 """The path's name in the routers' listings."""
@@ -59,9 +59,9 @@ def listed(
     return Listed(both, len(ours), dict(words))
 
 
-def _listing(host: Host, patience: float) -> list[Mapping[str, Any]]:
+def _listing(host: BenchHost, patience: float) -> list[Mapping[str, Any]]:
     """Raises `BenchError` if plugin or router do not answer."""
-    admin = Engine(host.root / "run/freeflow-admin/admin.sock", timeout=patience)
+    admin = EngineApi(host.root / "run/freeflow-admin/admin.sock", timeout=patience)
     try:
         found = admin.call("GET", "/admin/connections")
     except OSError as error:
@@ -70,7 +70,7 @@ def _listing(host: Host, patience: float) -> list[Mapping[str, Any]]:
 
 
 def look(
-    client: Host, server: Host, servers: Collection[str], patience: float = PATIENCE
+    client: BenchHost, server: BenchHost, servers: Collection[str], patience: float = PATIENCE
 ) -> Listed:
     """The present paths of the connections to these servers. Raises `BenchError`."""
     return listed(_listing(client, patience), _listing(server, patience), servers)

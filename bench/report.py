@@ -26,12 +26,12 @@ FEW: Final = 3
 """With fewer rounds than this a median means nothing."""
 
 
-class Report(TypedDict):
+class BenchReport(TypedDict):
     machine: Machine
     results: Mapping[str, Row | LocalRow | CrossRow]
 
 
-def as_json(report: Report) -> str:
+def as_json(report: BenchReport) -> str:
     return json.dumps(report, indent=2) + "\n"
 
 
@@ -172,7 +172,7 @@ CROSS_NOTES = (
 )
 
 
-def as_table(report: Report) -> str:
+def as_table(report: BenchReport) -> str:
     machine = report["machine"]
     about = (
         f"{machine['cores']} x {machine['cpu']}, Linux {machine['kernel']}, {machine['when']}\n"

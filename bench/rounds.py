@@ -6,14 +6,14 @@ import random
 from collections.abc import Callable, Sequence
 
 from bench.load import Figures, Load
-from bench.namespaces import Pair
+from bench.namespaces import SubjectPair
 
 Say = Callable[[str], None]
 
 
 def interleaved(
     loads: Sequence[Load],
-    pairs: Sequence[Pair],
+    pairs: Sequence[SubjectPair],
     rounds: int,
     seconds: float,
     order: random.Random,

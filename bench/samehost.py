@@ -19,7 +19,7 @@ from bench.errors import ProgramError
 from bench.idle import Idle
 from bench.load import Load
 from bench.measures import Measure, measures
-from bench.namespaces import RING, TCP, Pair
+from bench.namespaces import RING, TCP, SubjectPair
 from bench.rounds import Say
 from bench.sampling import Sample, sample
 from bench.servers import Servers
@@ -70,7 +70,7 @@ def case_names() -> list[str]:
 class SameHost:
     """One run of the suite: up to `rounds` rounds, as many as fit in `budget` seconds."""
 
-    pairs: Sequence[Pair]
+    pairs: Sequence[SubjectPair]
     names: Sequence[str]
     rounds: int
     seconds: float
@@ -83,8 +83,8 @@ class SameHost:
     olds: Sequence[Load] = field(
         default_factory=lambda: [one for one in load.loads() if one.name in OLD_LOADS]
     )
-    take: Callable[[Measure, Pair, Servers, float], Sample] = sample
-    leave_idle: Callable[[Pair, Servers], Idle] = idle.idle
+    take: Callable[[Measure, SubjectPair, Servers, float], Sample] = sample
+    leave_idle: Callable[[SubjectPair, Servers], Idle] = idle.idle
     clock: Callable[[], float] = time.monotonic
     found: dict[str, Figures] = field(default_factory=dict)
 
@@ -124,11 +124,11 @@ class SameHost:
                 rows[f"{name}_cpu"] = figures.cpu_row()
         return rows
 
-    def _in_turn(self, transports: Iterable[str]) -> list[Pair]:
+    def _in_turn(self, transports: Iterable[str]) -> list[SubjectPair]:
         able = [pair for pair in self.pairs if pair.transport in transports]
         return self.order.sample(able, len(able))
 
-    def _try(self, names: Sequence[str], pair: Pair, work: Callable[[], None]) -> None:
+    def _try(self, names: Sequence[str], pair: SubjectPair, work: Callable[[], None]) -> None:
         """Do the work, unless it has failed before on this subject."""
         mine = [self.found[name].measured for name in names if name in self.found]
         if any(pair.subject in figures.failed for figures in mine):
@@ -144,7 +144,7 @@ class SameHost:
         name = one.case.name
         for pair in self._in_turn(one.transports):
 
-            def work(pair: Pair = pair) -> None:
+            def work(pair: SubjectPair = pair) -> None:
                 got = self.take(one, pair, servers, seconds)
                 if label is None:
                     return
@@ -167,7 +167,7 @@ class SameHost:
                 continue
             for pair in self._in_turn({TCP}):
 
-                def work(pair: Pair = pair, one: Load = one) -> None:
+                def work(pair: SubjectPair = pair, one: Load = one) -> None:
                     figures = one.run(pair, self.seconds)
                     for case, figure in figures.items():
                         if case in self.found:
@@ -181,7 +181,7 @@ class SameHost:
         names = [case.name for case in idle.CASES]
         for pair in self._in_turn({pair.transport for pair in self.pairs} - {RING}):
 
-            def work(pair: Pair = pair) -> None:
+            def work(pair: SubjectPair = pair) -> None:
                 got = self.leave_idle(pair, servers)
                 for name in names:
                     if name in self.found:

@@ -14,7 +14,7 @@ from bench import cost, parse
 from bench.errors import ProgramError
 from bench.latency import Latency
 from bench.measures import Call, Measure
-from bench.namespaces import RING, Namespaces, Pair
+from bench.namespaces import RING, ProcessNamespaces, SubjectPair
 from bench.servers import Servers
 
 COUNTERS: Final = "FREEFLOW_STATS"
@@ -63,7 +63,7 @@ def every_core_busy() -> Iterator[None]:
             hog.wait()
 
 
-def counters_in(namespaces: Namespaces) -> tuple[str, Path]:
+def counters_in(namespaces: ProcessNamespaces) -> tuple[str, Path]:
     """Paths of a new file for the library's counters: in the container, and from outside."""
     inside = f"/tmp/bench-{os.getpid()}-counters"
     outside = namespaces.root / inside.lstrip("/")
@@ -71,7 +71,7 @@ def counters_in(namespaces: Namespaces) -> tuple[str, Path]:
     return inside, outside
 
 
-def sample(measure: Measure, pair: Pair, servers: Servers, seconds: float) -> Sample:
+def sample(measure: Measure, pair: SubjectPair, servers: Servers, seconds: float) -> Sample:
     """Make one run. Raises `ProgramError` if a program failed or printed something invalid."""
     ours = os.sched_getaffinity(0)
     server_cores = cores_of(measure.server_cores, ours)

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from bench import cost
 from bench.errors import ProgramError
-from bench.namespaces import UNIX, Namespaces, Pair, run
+from bench.namespaces import UNIX, ProcessNamespaces, SubjectPair, run
 from driver.kernel.namespace import in_netns
 
 FIRST_PORT: Final = 7100
@@ -33,7 +33,7 @@ LARGE: Final = 100 * 1024
 class Instance:
     """Where a server listens: at a port of all addresses, or with `path` at a unix socket."""
 
-    namespaces: Namespaces
+    namespaces: ProcessNamespaces
     port: int
     path: str
 
@@ -143,7 +143,7 @@ def _nginx(instance: Instance) -> list[str]:
     return ["nginx", "-c", f"{instance.folder}/nginx.conf"]
 
 
-def postgres_programs(namespaces: Namespaces) -> str:
+def postgres_programs(namespaces: ProcessNamespaces) -> str:
     """The folder of PostgreSQL's programs: Debian has one per version, none in PATH."""
     found = sorted((namespaces.root / "usr/lib/postgresql").glob("*/bin/postgres"))
     if not found:
@@ -158,7 +158,7 @@ def as_user(name: str) -> list[str]:
 def _postgres_data(instance: Instance) -> None:
     data = f"{instance.folder}/data"
     programs = postgres_programs(instance.namespaces)
-    bare = Namespaces(instance.namespaces.process, instance.namespaces.address)
+    bare = ProcessNamespaces(instance.namespaces.process, instance.namespaces.address)
     script = (
         f"install -d -o postgres {data} && setpriv {' '.join(as_user('postgres'))} {programs}/initdb -D {data} -A trust"
         f" -U postgres --no-sync >/dev/null && echo host all all all trust >>{data}/pg_hba.conf"
@@ -180,7 +180,7 @@ def _postgres(instance: Instance) -> list[str]:
 
 
 def _postgres_rows(instance: Instance) -> None:
-    bare = Namespaces(instance.namespaces.process, instance.namespaces.address)
+    bare = ProcessNamespaces(instance.namespaces.process, instance.namespaces.address)
     where = ("-h", f"{instance.folder}/data", "-p", str(instance.port), "-U", "postgres")
     run(bare.enter("pgbench", "-i", "-q", *where, "postgres"), 60)
 
@@ -189,7 +189,7 @@ PINGPONG: Final = ServerProgram("pingpong", lambda instance: _tool(instance, "pi
 PINGPONG_EPOLL: Final = ServerProgram(
     "pingpong-epoll", lambda instance: _tool(instance, "pingpong", "epoll")
 )
-STREAM: Final = ServerProgram("stream", lambda instance: _tool(instance, "stream"))
+STREAM: Final = ServerProgram("stream", lambda instance: _tool(instance, "throughput"))
 IPERF3: Final = ServerProgram(
     "iperf3",
     lambda instance: ["iperf3", "--server", "--port", str(instance.port)],
@@ -222,7 +222,7 @@ def _tool(instance: Instance, name: str, *words: str) -> list[str]:
     return [f"{instance.namespaces.tools}/{name}", *words, "serve", "-1", *instance.at]
 
 
-def _answers(pair: Pair, instance: Instance) -> bool:
+def _answers(pair: SubjectPair, instance: Instance) -> bool:
     """Does the server accept connections from the client's namespace?"""
 
     def connect() -> None:
@@ -272,18 +272,20 @@ class Servers:
                 instance.namespaces.root / instance.folder.lstrip("/"), ignore_errors=True
             )
 
-    def get(self, pair: Pair, kind: ServerProgram, cores: frozenset[int] = frozenset()) -> Running:
+    def get(
+        self, pair: SubjectPair, kind: ServerProgram, cores: frozenset[int] = frozenset()
+    ) -> Running:
         """The server of this pair; started if it is not running."""
         key = (pair.subject, kind.name, cores)
         if key not in self.started:
             self.started[key] = self._start(pair, kind, cores)
         return self.started[key]
 
-    def fresh(self, pair: Pair, kind: ServerProgram) -> Running:
+    def fresh(self, pair: SubjectPair, kind: ServerProgram) -> Running:
         """A new server, not used before."""
         return self._start(pair, kind, frozenset())
 
-    def _start(self, pair: Pair, kind: ServerProgram, cores: frozenset[int]) -> Running:
+    def _start(self, pair: SubjectPair, kind: ServerProgram, cores: frozenset[int]) -> Running:
         instance = Instance(pair.server, next(self.ports), "")
         if pair.transport == UNIX:
             instance = replace(

@@ -1,6 +1,7 @@
 """The subjects: two equal containers on `freeflow`, on Docker's `overlay`, and on the host network.
 
-Everything made here has the label `bed.LABEL`, and is removed at the end, also after an error.
+Everything made here has the label `swarm_hosts.LABEL`, and is removed at the end, also after an
+error.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any, Final
 
 from bench import load
 from bench.accounting import LOAD
-from bench.bed import LABEL, PLUGIN, Host
-from bench.engine import address
+from bench.engine_api import address
 from bench.errors import BenchError, EngineRefusedError, ProgramError
 from bench.namespaces import RING as BARE_RING
-from bench.namespaces import TOOLS, UNIX, Namespaces, Pair, run
+from bench.namespaces import TOOLS, UNIX, ProcessNamespaces, SubjectPair, run
 from bench.stats import AF_UNIX, FREEFLOW, FREEFLOW_OFF, FREEFLOW_PLAIN, HOST, OVERLAY, RING
+from bench.swarm_hosts import LABEL, PLUGIN, BenchHost
 
 DRIVERS: Final = {FREEFLOW: PLUGIN, OVERLAY: "overlay"}
 """Subjects with a network of their own that every suite measures."""
@@ -40,7 +41,7 @@ def network_name(subject: str) -> str:
 
 
 @contextmanager
-def networks(manager: Host, subjects: Sequence[str]) -> Iterator[None]:
+def networks(manager: BenchHost, subjects: Sequence[str]) -> Iterator[None]:
     """Attachable Swarm networks of the drivers of `subjects`."""
     made = []
     try:
@@ -56,7 +57,7 @@ def networks(manager: Host, subjects: Sequence[str]) -> Iterator[None]:
             remove_network(manager, name)
 
 
-def remove_network(manager: Host, name: str, patience: float = 30.0) -> None:
+def remove_network(manager: BenchHost, name: str, patience: float = 30.0) -> None:
     """Remove a network; waits until the Swarm has removed its last attachment."""
     end = time.monotonic() + patience
     while True:
@@ -90,7 +91,7 @@ def container(
     }
 
 
-def sweep(hosts: Sequence[Host]) -> None:
+def sweep(hosts: Sequence[BenchHost]) -> None:
     """Remove all containers with our label."""
     for host in hosts:
         for identifier in host.engine.labelled(LABEL):
@@ -98,8 +99,8 @@ def sweep(hosts: Sequence[Host]) -> None:
 
 
 def _start_container(
-    host: Host, subject: str, image: str, program: Sequence[str], accelerated: bool
-) -> Namespaces:
+    host: BenchHost, subject: str, image: str, program: Sequence[str], accelerated: bool
+) -> ProcessNamespaces:
     body = container(image, subject, program, accelerated)
     identifier = host.engine.create_container(body)
     host.engine.start(identifier)
@@ -110,12 +111,12 @@ def _start_container(
     where = host.address if subject == HOST else address(inspected, network_name(subject))
     library = str(LIBRARY) if accelerated else ""
     group = host.group / LOAD if host.group else None
-    namespaces = Namespaces(host.root / "proc" / str(pid), where, library, group=group)
+    namespaces = ProcessNamespaces(host.root / "proc" / str(pid), where, library, group=group)
     namespaces.set_congestion_control()
     return namespaces
 
 
-def wait_for_servers(pair: Pair, patience: float = 60.0) -> None:
+def wait_for_servers(pair: SubjectPair, patience: float = 60.0) -> None:
     """Wait until all TCP servers answer: a new overlay takes a moment to learn addresses."""
     script = (
         "import socket,sys\n"
@@ -138,8 +139,12 @@ def wait_for_servers(pair: Pair, patience: float = 60.0) -> None:
 
 @contextmanager
 def pairs(
-    client: Host, server: Host, subjects: Sequence[str], image: str, accelerated: bool = False
-) -> Iterator[tuple[Pair, ...]]:
+    client: BenchHost,
+    server: BenchHost,
+    subjects: Sequence[str],
+    image: str,
+    accelerated: bool = False,
+) -> Iterator[tuple[SubjectPair, ...]]:
     """Both containers of each subject, with servers that answer. Both hosts may be the same.
 
     With `accelerated`, the subjects in `ACCELERATED` have the library.
@@ -151,7 +156,7 @@ def pairs(
             fast = accelerated and subject in ACCELERATED
             serving = _start_container(server, subject, image, [f"{TOOLS}/servers"], fast)
             calling = _start_container(client, subject, image, ["sleep", "infinity"], fast)
-            pair = Pair(subject, calling, serving)
+            pair = SubjectPair(subject, calling, serving)
             wait_for_servers(pair)
             made.append(pair)
         yield tuple(made)
@@ -159,7 +164,7 @@ def pairs(
         sweep(hosts)
 
 
-def limits(pairs: Sequence[Pair], wanted: Sequence[str]) -> tuple[Pair, ...]:
+def limits(pairs: Sequence[SubjectPair], wanted: Sequence[str]) -> tuple[SubjectPair, ...]:
     """The subjects that are limits: both ends in one container without the library."""
     places = [pair.server for pair in pairs if not pair.server.library]
     if not places:
@@ -167,7 +172,7 @@ def limits(pairs: Sequence[Pair], wanted: Sequence[str]) -> tuple[Pair, ...]:
     transports = {AF_UNIX: UNIX, RING: BARE_RING}
     namespaces = places[-1]
     return tuple(
-        Pair(subject, namespaces, namespaces, transport)
+        SubjectPair(subject, namespaces, namespaces, transport)
         for subject, transport in transports.items()
         if subject in wanted
     )

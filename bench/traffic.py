@@ -12,14 +12,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from bench import load, relayed, underlay
+from bench import conditions, load, relayed
 from bench.accounting import Accounts
-from bench.bed import Host
-from bench.clients import STREAM as BYTES
-from bench.clients import Clients, Counted, Load
+from bench.client_processes import STREAM as BYTES
+from bench.client_processes import ClientProcesses, Counted, RunningClients
 from bench.errors import BenchError, ProgramError
 from bench.latency import Latency
-from bench.namespaces import Pair
+from bench.namespaces import SubjectPair
 from bench.relayed import Listed
 from bench.servers import (
     MEMCACHED,
@@ -32,6 +31,7 @@ from bench.servers import (
     Servers,
 )
 from bench.stats import FREEFLOW, FREEFLOW_OFF, Case
+from bench.swarm_hosts import BenchHost
 
 WARM_UP: Final = 1.0
 """Seconds of traffic before the window, where no connection can move."""
@@ -47,28 +47,28 @@ class Traffic:
 
     case: Case
     server: ServerProgram
-    clients: Clients
+    clients: ClientProcesses
     cpu_of: str | None = "request"
     scale: float = 1.0
     """What is counted (requests, or bytes) is divided by it."""
-    condition: underlay.Condition = underlay.unchanged
-    beside: tuple[ServerProgram, Clients] | None = None
+    condition: conditions.Condition = conditions.unchanged
+    beside: tuple[ServerProgram, ClientProcesses] | None = None
     is_tail: bool = False
     moves: bool = True
     """Its connections are expected to move to the relay."""
 
 
 @dataclass(frozen=True, slots=True)
-class Packets:
+class LoadCase:
     """A case of `bench/load.py`: a program's figure of its whole run."""
 
     case: Case
-    run: Callable[[Pair, float], Mapping[str, float]]
-    condition: underlay.Condition = underlay.unchanged
+    run: Callable[[SubjectPair, float], Mapping[str, float]]
+    condition: conditions.Condition = conditions.unchanged
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TrafficSample:
     """A run's result. CPU time is of both hosts, per unit; None: not measured."""
 
     figure: float
@@ -78,13 +78,13 @@ class Sample:
     listed: Listed | None = None
 
 
-def _redis(name: str, clients: Clients, about: str, moves: bool = True) -> Traffic:
+def _redis(name: str, clients: ClientProcesses, about: str, moves: bool = True) -> Traffic:
     case = Case(name, "requests/s", True, f"redis GET, {about}")
     return Traffic(case, REDIS, clients, moves=moves)
 
 
 def _redis_connections(connections: int, pipeline: int = 1) -> Traffic:
-    clients = Clients("redis", connections=connections, pipeline=pipeline)
+    clients = ClientProcesses("redis", connections=connections, pipeline=pipeline)
     about = f"one process, {connections} connections, pipelines of {pipeline}"
     return _redis(f"redis_p{pipeline}_c{connections}", clients, about, connections > 4)
 
@@ -92,19 +92,19 @@ def _redis_connections(connections: int, pipeline: int = 1) -> Traffic:
 def _pairs(count: int) -> Traffic:
     about = f"64 bytes there and back, {count} pairs of processes with one connection each"
     case = Case(f"pairs_{count}", "round trips/s", True, about)
-    clients = Clients("echo", processes=count, servers=count)
+    clients = ClientProcesses("echo", processes=count, servers=count)
     return Traffic(case, PINGPONG_EPOLL, clients, "round trip", moves=False)
 
 
 def _streams(
-    count: int, name: str = "", condition: underlay.Condition = underlay.unchanged
+    count: int, name: str = "", condition: conditions.Condition = conditions.unchanged
 ) -> Traffic:
     about = f"{count} TCP streams" if count > 1 else "one TCP stream"
     more = ", without tunnel segmentation on the underlay" if name else ""
     case = Case(f"stream_{count}{name}", "Gbit/s", True, f"{about}, writes of 128 KiB{more}")
-    clients = Clients(BYTES, processes=count, servers=count)
+    clients = ClientProcesses(BYTES, processes=count, servers=count)
     # Rates are of bits, CPU time is per GB.
-    moves = condition is not underlay.unchanged
+    moves = condition is not conditions.unchanged
     return Traffic(case, STREAM, clients, "GB", 1e9, condition, moves=moves)
 
 
@@ -122,21 +122,28 @@ def traffic() -> list[Traffic]:
         *("redis_c8_beside_stream_p99", "us", False),
         "99 % of redis GETs, 8 connections, beside a stream, over a link of 1 Gbit/s",
     )
-    eight = Clients("redis", connections=8)
-    offload = underlay.without_tunnel_segmentation
+    eight = ClientProcesses("redis", connections=8)
+    offload = conditions.without_tunnel_segmentation
     return [
         *(_redis_connections(count) for count in (1, 4, 8, 16, 50, 200)),
         _redis_connections(50, 16),
-        _redis("redis_4x12", Clients("redis", 4, 12), "four processes with 12 connections each"),
-        _redis("redis_16x1", Clients("redis", 16), "16 processes with one connection each", False),
+        _redis(
+            "redis_4x12", ClientProcesses("redis", 4, 12), "four processes with 12 connections each"
+        ),
+        _redis(
+            "redis_16x1",
+            ClientProcesses("redis", 16),
+            "16 processes with one connection each",
+            False,
+        ),
         _redis(
             "redis_slow_c50",
-            Clients("redis", connections=50, rate=2000),
+            ClientProcesses("redis", connections=50, rate=2000),
             "one process, 50 connections, 2000 requests/s in all",
             moves=False,
         ),
-        Traffic(memcached, MEMCACHED, Clients("memcached", connections=50)),
-        Traffic(nginx, NGINX, Clients("http", connections=32)),
+        Traffic(memcached, MEMCACHED, ClientProcesses("memcached", connections=50)),
+        Traffic(nginx, NGINX, ClientProcesses("http", connections=32)),
         _pairs(8),
         _pairs(24),
         _streams(1),
@@ -148,19 +155,19 @@ def traffic() -> list[Traffic]:
             REDIS,
             eight,
             cpu_of=None,
-            condition=underlay.shaped,
-            beside=(STREAM, Clients(BYTES)),
+            condition=conditions.shaped,
+            beside=(STREAM, ClientProcesses(BYTES)),
             is_tail=True,
         ),
     ]
 
 
-def packets() -> list[Packets]:
+def packets() -> list[LoadCase]:
     """The cases of single packets and short connections."""
     return [
-        Packets(load.TCP_RR, load.tcp_rr),
-        Packets(load.UDP_RR, load.udp_rr),
-        Packets(load.CONNECT, load.connect_request_close),
+        LoadCase(load.TCP_RR, load.tcp_rr),
+        LoadCase(load.UDP_RR, load.udp_rr),
+        LoadCase(load.CONNECT, load.connect_request_close),
     ]
 
 
@@ -173,20 +180,22 @@ def names() -> list[str]:
 class Runner:
     """Makes runs on the pairs of two hosts. `most` limits the seconds of warming up."""
 
-    client: Host
-    server: Host
+    client: BenchHost
+    server: BenchHost
     servers: Servers
     accounts: Accounts
     most: float = relayed.MOST
     sleep: Callable[[float], None] = time.sleep
-    look: Callable[[Host, Host, Sequence[str], float], Listed] = field(default=relayed.look)
+    look: Callable[[BenchHost, BenchHost, Sequence[str], float], Listed] = field(
+        default=relayed.look
+    )
 
-    def run(self, one: Traffic | Packets, pair: Pair, seconds: float) -> Sample:
+    def run(self, one: Traffic | LoadCase, pair: SubjectPair, seconds: float) -> TrafficSample:
         """One run. Raises `ProgramError` if a program failed, or the figure is of another path."""
-        if isinstance(one, Packets):
+        if isinstance(one, LoadCase):
             before = self.accounts.read()
             figure = one.run(pair, seconds)[one.case.name]
-            return Sample(figure, foreign=self.accounts.used_since(before).foreign)
+            return TrafficSample(figure, foreign=self.accounts.used_since(before).foreign)
         with ExitStack() as loads:
             if one.beside is not None:
                 loads.enter_context(self._start(pair, *one.beside)[0])
@@ -205,15 +214,15 @@ class Runner:
         return _sample(one, counted, used.cpu_us, used.foreign, listed)
 
     def _start(
-        self, pair: Pair, kind: ServerProgram, clients: Clients
-    ) -> tuple[Load, list[Running]]:
+        self, pair: SubjectPair, kind: ServerProgram, clients: ClientProcesses
+    ) -> tuple[RunningClients, list[Running]]:
         servers = [
             self.servers.get(pair, replace(kind, name=f"{kind.name} {number}"))
             for number in range(clients.servers)
         ]
-        return Load(pair, clients, servers), servers
+        return RunningClients(pair, clients, servers), servers
 
-    def _settle(self, pair: Pair, one: Traffic, where: Sequence[str]) -> None:
+    def _settle(self, pair: SubjectPair, one: Traffic, where: Sequence[str]) -> None:
         if pair.subject != FREEFLOW:
             self.sleep(WARM_UP)
             return
@@ -225,7 +234,7 @@ class Runner:
             sleep=self.sleep,
         )
 
-    def _listed(self, pair: Pair, one: Traffic, where: Sequence[str]) -> Listed | None:
+    def _listed(self, pair: SubjectPair, one: Traffic, where: Sequence[str]) -> Listed | None:
         """The paths at the end of the window; None for subjects that a router doesn't know."""
         if pair.subject not in (FREEFLOW, FREEFLOW_OFF):
             return None
@@ -242,7 +251,7 @@ class Runner:
 
 def _sample(
     one: Traffic, counted: Counted, cpu_us: float, foreign: float, listed: Listed | None
-) -> Sample:
+) -> TrafficSample:
     units = counted.count / one.scale
     figure = counted.rate * 8 / one.scale if one.cpu_of == "GB" else counted.rate / one.scale
     if one.is_tail:
@@ -250,4 +259,4 @@ def _sample(
             raise ProgramError(f"{one.case.name}: no latencies")
         figure = counted.latency.p99_us
     cpu = cpu_us / units if one.cpu_of else None
-    return Sample(figure, cpu, counted.latency, foreign, listed)
+    return TrafficSample(figure, cpu, counted.latency, foreign, listed)

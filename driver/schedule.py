@@ -48,7 +48,7 @@ class Due:
 
 
 @dataclass(slots=True)
-class _Network:
+class _NetworkSchedule:
     due: float
     budget: RefreshBudget
     started: float = _NEVER
@@ -66,7 +66,7 @@ class Schedule:
 
     def __init__(self, now: float, interval: float) -> None:
         self._interval = interval
-        self._networks: dict[str, _Network] = {}
+        self._networks: dict[str, _NetworkSchedule] = {}
         self._repair_due = now + REPAIR_EVERY
         self._woken = True
         self._roster_read = _NEVER
@@ -137,7 +137,7 @@ class Schedule:
         return set(self._networks)
 
     def add_network(self, network_id: str, now: float, *, hurry: bool = False) -> None:
-        schedule = self._networks.setdefault(network_id, _Network(now, RefreshBudget(now)))
+        schedule = self._networks.setdefault(network_id, _NetworkSchedule(now, RefreshBudget(now)))
         if hurry:
             schedule.hurry(now)
 
@@ -188,7 +188,7 @@ class Schedule:
             found.append(network_id)
         return tuple(found)
 
-    def _pause(self, schedule: _Network, now: float) -> float:
+    def _pause(self, schedule: _NetworkSchedule, now: float) -> float:
         if now < schedule.eager_until:
             return min(GAP, self._interval)
         pause = self._interval

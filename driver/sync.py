@@ -25,7 +25,6 @@ from typing import Final
 
 import structlog
 
-from driver.bell import Bell
 from driver.driver import Driver
 from driver.errors import FreeFlowError, KernelError
 from driver.model import Endpoint, EngineView
@@ -34,6 +33,7 @@ from driver.ports import Balancer, Directory, TaskResolver
 from driver.sync_state import SyncState
 from driver.vip_table import NetworkState
 from driver.vip_writer import VipWriter
+from driver.wakeup import Wakeup
 from driver.worker import Worker
 
 __all__ = ["NetworkState", "Syncer"]
@@ -70,14 +70,14 @@ class Syncer:
         self._state = SyncState(sandboxes, interval, clock)
         self._engine = EngineWatch(directory, self._state, engine_seen)
         self._poll = NetworkPoll(
-            self._state, driver, directory, resolver, self._engine, self._ring, changed
+            self._state, driver, directory, resolver, self._engine, self._wake, changed
         )
         self._writer = VipWriter(self._state, balancer, changed)
-        self._bell: Bell | None = None
+        self._wakeup: Wakeup | None = None
         self._pollers: ThreadPoolExecutor | None = None
         self._writers: ThreadPoolExecutor | None = None
         self._worker = Worker(
-            "sync", self._step, retry=interval, sleep=self._sleep, wake=self._ring
+            "sync", self._step, retry=interval, sleep=self._sleep, wake=self._wake
         )
 
     # --- for others
@@ -86,7 +86,7 @@ class Syncer:
         """Poll everything soon: something has changed."""
         with self._state.lock:
             self._state.schedule.wake()
-        self._ring()
+        self._wake()
 
     def state(self) -> dict[str, NetworkState]:
         """By network ID."""
@@ -118,18 +118,18 @@ class Syncer:
         self._state.joined(path, endpoint, network)
         if self._state.vip_table(path):
             self._writer.write(path)
-        self._ring()
+        self._wake()
 
     def hint(self, network_id: str) -> None:
         """The services of a network may have changed."""
         with self._state.lock:
             self._state.schedule.hint(network_id, self._state.clock())
-        self._ring()
+        self._wake()
 
     # --- the loop
 
     def start(self) -> None:
-        self._bell = Bell()
+        self._wakeup = Wakeup()
         self._pollers = ThreadPoolExecutor(POLLERS, thread_name_prefix="poll")
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
         self._worker.start()
@@ -140,13 +140,13 @@ class Syncer:
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ring(self) -> None:
-        if self._bell is not None:
-            self._bell.ring()
+    def _wake(self) -> None:
+        if self._wakeup is not None:
+            self._wakeup.wake()
 
     def _sleep(self, seconds: float) -> None:
-        assert self._bell is not None
-        self._bell.wait(seconds, mounts=bool(self._state.schedule.awaited))
+        assert self._wakeup is not None
+        self._wakeup.wait(seconds, mounts=bool(self._state.schedule.awaited))
 
     def _submit(self, pool: ThreadPoolExecutor | None, job: Callable[[], None]) -> None:
         def body() -> None:
@@ -216,7 +216,7 @@ class Syncer:
             with self._state.lock:
                 self._state.schedule.sandbox_written(path)
             if self._state.schedule.dirty:
-                self._ring()
+                self._wake()
 
     def _run_collect(self) -> None:
         try:

@@ -103,7 +103,7 @@ class Changes:
 
 
 @dataclass(slots=True)
-class Host:
+class HostState:
     """This host's addresses as Docker reports them, and its `freeflow` command."""
 
     store: Store
@@ -141,7 +141,7 @@ class Host:
 class Core:
     """The parts that most others need."""
 
-    host: Host
+    host: HostState
     kernel: LinuxKernel
     driver: Driver
     directory: DockerDirectory
@@ -194,7 +194,7 @@ def compose(
 
 
 def _core(paths: HostPaths, settings: Settings, changes: Changes) -> Core:
-    host = Host(Store(paths.state), paths.host_bin)
+    host = HostState(Store(paths.state), paths.host_bin)
     kernel = LinuxKernel(
         paths.host_run,
         settings.underlay,

@@ -143,7 +143,7 @@ def an_endpoint(network: Network, number: int, mac: str = "") -> Endpoint:
 class Container:
     """A network namespace with an endpoint's veth in it, as Docker makes it."""
 
-    host: Host
+    host: KernelHost
     network: Network
     endpoint: Endpoint
     namespace: int = field(default_factory=new_namespace)
@@ -338,7 +338,7 @@ def _echo(listener: socket.socket) -> None:
             listener.sendto(data, peer)
 
 
-class Host:
+class KernelHost:
     """A host with 10.1.0.`number` or fd01::`number` on its eth0, and an empty, shared /run."""
 
     def __init__(self, number: int, mtu: int, ipv6_underlay: bool) -> None:
@@ -422,7 +422,7 @@ class Host:
         endpoint = container.endpoint
         self.do(lambda: self.kernel.detach(endpoint.network_id, endpoint.id))
 
-    def set_peers(self, network: Network, *others: Host) -> frozenset[IPAddress]:
+    def set_peers(self, network: Network, *others: KernelHost) -> frozenset[IPAddress]:
         return self.do(
             lambda: self.kernel.set_peers(network.id, [other.address for other in others])
         )
@@ -444,7 +444,7 @@ class Host:
 
 @dataclass
 class Lab:
-    hosts: list[Host]
+    hosts: list[KernelHost]
     underlay: int
 
     def mesh(self, network: Network) -> None:
@@ -453,7 +453,7 @@ class Lab:
             host.set_peers(network, *(other for other in self.hosts if other is not host))
             host.refresh()
 
-    def link(self, host: Host, state: str) -> None:
+    def link(self, host: KernelHost, state: str) -> None:
         """Set the underlay's end of a host's link "down" or "up"."""
         in_netns(
             self.underlay,
@@ -470,7 +470,7 @@ def lab(hosts: int = 2, *, mtu: int = 1500, ipv6_underlay: bool = False) -> Iter
             route.link("add", ifname="b", kind="bridge", br_mcast_snooping=0, mtu=mtu, state="up")
             bridge = route.link_lookup(ifname="b")[0]
             for number in range(1, hosts + 1):
-                host = Host(number, mtu, ipv6_underlay)
+                host = KernelHost(number, mtu, ipv6_underlay)
                 made.hosts.append(host)
                 route.link(
                     "add",
@@ -492,7 +492,7 @@ def lab(hosts: int = 2, *, mtu: int = 1500, ipv6_underlay: bool = False) -> Iter
         os.close(made.underlay)
 
 
-def put_on_the_wire(source: Host, to: Host, payload: bytes, *, tos: int = 0) -> None:
+def put_on_the_wire(source: KernelHost, to: KernelHost, payload: bytes, *, tos: int = 0) -> None:
     """Send a UDP packet between two hosts' VXLAN ports as the source's kernel does.
 
     It bypasses the rules for the source's programs.
@@ -513,7 +513,7 @@ def put_on_the_wire(source: Host, to: Host, payload: bytes, *, tos: int = 0) -> 
     source.do(send)
 
 
-def _mac(host: Host) -> bytes:
+def _mac(host: KernelHost) -> bytes:
     """The MAC address of a host's device on the underlay."""
 
     def look() -> bytes:

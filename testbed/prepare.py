@@ -15,7 +15,7 @@ import click
 
 from testbed.images import ENGINES, make_bench_base, make_engine, make_workload
 from testbed.process import CommandError
-from testbed.vm.images import KERNELS, KernelAbsentError, make_kernel, make_root_image
+from testbed.vm.guest_images import KERNELS, KernelAbsentError, make_kernel, make_root_image
 
 THINGS: Final[dict[str, Callable[[], object]]] = {
     **{f"engine-{version}": lambda v=version: make_engine(v) for version in ENGINES},  # type: ignore[misc]

@@ -23,7 +23,7 @@ from typing import Any, Final, cast
 from bench import plot
 from bench.chart import ratios_as_svg
 from bench.errors import BenchError
-from bench.report import FEW, Report, is_cross, number
+from bench.report import FEW, BenchReport, is_cross, number
 from bench.stats import FREEFLOW, OVERLAY, CrossRow, LocalRow, Row
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
@@ -97,7 +97,7 @@ def draw(source: Path) -> str:
     return styled(done.stdout, source_hash(source))
 
 
-def results() -> dict[str, Report]:
+def results() -> dict[str, BenchReport]:
     """The stored results of measurements, by name; those that nobody has stored are absent.
 
     Raises:
@@ -117,7 +117,7 @@ def results() -> dict[str, Report]:
     return found
 
 
-def draw_chart(reports: Mapping[str, Report]) -> str:
+def draw_chart(reports: Mapping[str, BenchReport]) -> str:
     """The chart of the stored results, as SVG: one host's cases, then those of two hosts."""
     bars, machines = [], []
     for name, report in reports.items():
@@ -174,7 +174,7 @@ LATENCIES: Final[dict[str, Cell]] = {
 }
 
 
-def make_table(report: Report) -> str:
+def make_table(report: BenchReport) -> str:
     """The table of a stored result, in Markdown, below a line about the machine."""
     machine = report["machine"]
     rows = report["results"]
@@ -205,7 +205,7 @@ def with_table(text: str, name: str, table: str) -> str:
     return f"{before}{begin}{table}{end}{rest.split(end, maxsplit=1)[1]}"
 
 
-def with_tables(text: str, reports: Mapping[str, Report]) -> str:
+def with_tables(text: str, reports: Mapping[str, BenchReport]) -> str:
     """A document with the tables of all results; one that is not stored is said to be absent."""
     for name in NAMES:
         table = make_table(reports[name]) if name in reports else f"{ABSENT}\n"

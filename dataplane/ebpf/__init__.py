@@ -1,11 +1,11 @@
 """The eBPF fast path of the overlay: programs, maps, and a probe of the running kernel.
 
-`overlay.bpf.c` has the programs, `overlay.h` and `layout.py` the maps' keys and values, `probe.py`
-the probe. The driver attaches the programs to devices: `driver/kernel/fastpath/`.
+`overlay.bpf.c` has the programs, `overlay.h` and `map_layout.py` the maps' keys and values,
+`probe.py` the probe. The driver attaches the programs to devices: `driver/kernel/fastpath/`.
 """
 
-from dataplane.ebpf.layout import NOWHERE, Count, PeerRoute, Place, Port, Settings
 from dataplane.ebpf.libbpf import detach_link, link_device, pin, pinned, update_link
+from dataplane.ebpf.map_layout import NOWHERE, Count, FastPathSettings, PeerRoute, Place, Port
 from dataplane.ebpf.maps import Maps, Programs
 from dataplane.ebpf.probe import STAGES, KernelSupport, probe_kernel
 
@@ -13,13 +13,13 @@ __all__ = [
     "NOWHERE",
     "STAGES",
     "Count",
+    "FastPathSettings",
     "KernelSupport",
     "Maps",
     "PeerRoute",
     "Place",
     "Port",
     "Programs",
-    "Settings",
     "detach_link",
     "link_device",
     "pin",

@@ -13,14 +13,14 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
-from dataplane.ebpf import layout
-from dataplane.ebpf.layout import LAYOUT, Count, PeerRoute, Place, Port, Settings
+from dataplane.ebpf import map_layout
 from dataplane.ebpf.libbpf import Map, Object, pinned
+from dataplane.ebpf.map_layout import LAYOUT, Count, FastPathSettings, PeerRoute, Place, Port
 from dataplane.ebpf.probe import PROGRAMS, KernelSupport
 from dataplane.errors import KernelRefused
 
 NAMES: Final = ("settings", "ports", "places", "networks", "peers", "counts")
-_ZERO: Final = layout.INDEX.pack(0)
+_ZERO: Final = map_layout.INDEX.pack(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,67 +36,67 @@ class Maps:
 
     # --- settings
 
-    def decide(self, value: Settings) -> None:
+    def decide(self, value: FastPathSettings) -> None:
         self.settings.put(_ZERO, value.pack())
 
-    def current(self) -> Settings:
-        return Settings.unpack(self.settings.get(_ZERO) or bytes(layout.SETTINGS.size))
+    def current(self) -> FastPathSettings:
+        return FastPathSettings.unpack(self.settings.get(_ZERO) or bytes(map_layout.SETTINGS.size))
 
     # --- links of this host
 
     def slots(self) -> dict[int, int]:
         """Ifindex of each container's link to its slot in `counts`."""
         slots = {
-            layout.INDEX.unpack(key)[0]: layout.unpack_slot(value)
+            map_layout.INDEX.unpack(key)[0]: map_layout.unpack_slot(value)
             for key, value in self.ports.items()
         }
         return {index: slot for index, slot in slots.items() if slot}
 
     def take_slot(self, taken: set[int]) -> int:
         """A free slot of `counts`, set to zero."""
-        slot = next((one for one in range(1, layout.SLOTS) if one not in taken), 0)
+        slot = next((one for one in range(1, map_layout.SLOTS) if one not in taken), 0)
         if not slot:
             raise KernelRefused(
-                f"no counters are left: the fast path has {layout.SLOTS - 1} of them"
+                f"no counters are left: the fast path has {map_layout.SLOTS - 1} of them"
             )
-        self.counts.put(layout.INDEX.pack(slot), bytes(self.counts.value_size))
+        self.counts.put(map_layout.INDEX.pack(slot), bytes(self.counts.value_size))
         return slot
 
     def put_port(self, index: int, port: Port) -> None:
         """A container's link."""
-        self.ports.put(layout.INDEX.pack(index), port.pack())
+        self.ports.put(map_layout.INDEX.pack(index), port.pack())
 
     def put_vxlan(self, index: int, net: int) -> None:
-        self.ports.put(layout.INDEX.pack(index), layout.pack_vxlan(net))
+        self.ports.put(map_layout.INDEX.pack(index), map_layout.pack_vxlan(net))
 
     def drop_port(self, index: int) -> None:
-        self.ports.delete(layout.INDEX.pack(index))
+        self.ports.delete(map_layout.INDEX.pack(index))
 
     def port_indexes(self) -> set[int]:
-        return {layout.INDEX.unpack(key)[0] for key in self.ports.keys()}  # noqa: SIM118
+        return {map_layout.INDEX.unpack(key)[0] for key in self.ports.keys()}  # noqa: SIM118
 
     def count(self, index: int) -> Count | None:
-        port = self.ports.get(layout.INDEX.pack(index))
-        slot = 0 if port is None else layout.unpack_slot(port)
-        value = self.counts.get(layout.INDEX.pack(slot)) if slot else None
+        port = self.ports.get(map_layout.INDEX.pack(index))
+        slot = 0 if port is None else map_layout.unpack_slot(port)
+        value = self.counts.get(map_layout.INDEX.pack(slot)) if slot else None
         return None if value is None else Count.unpack(value)
 
     # --- where addresses are
 
     def put_place(self, net: int, mac: str, place: Place) -> None:
-        self.places.put(layout.pack_place_key(net, mac), place.pack())
+        self.places.put(map_layout.pack_place_key(net, mac), place.pack())
 
     def place(self, net: int, mac: str) -> Place | None:
-        value = self.places.get(layout.pack_place_key(net, mac))
+        value = self.places.get(map_layout.pack_place_key(net, mac))
         return None if value is None else Place.unpack(value)
 
     def drop_place(self, net: int, mac: str) -> None:
-        self.places.delete(layout.pack_place_key(net, mac))
+        self.places.delete(map_layout.pack_place_key(net, mac))
 
     def all_places(self) -> Iterator[tuple[int, str, Place]]:
         """Network, MAC address, where it is."""
         for key, value in self.places.items():
-            yield *layout.unpack_place_key(key), Place.unpack(value)
+            yield *map_layout.unpack_place_key(key), Place.unpack(value)
 
     def places_used(self) -> int:
         return len(self.places.keys())
@@ -113,21 +113,21 @@ class Maps:
     # --- networks and their peers
 
     def put_network(self, vni: int, udp_port: int, net: int) -> None:
-        self.networks.put(layout.pack_network_key(vni, udp_port), layout.INDEX.pack(net))
+        self.networks.put(map_layout.pack_network_key(vni, udp_port), map_layout.INDEX.pack(net))
 
     def all_networks(self) -> list[tuple[bytes, int]]:
         """Packed keys and the networks that they stand for."""
-        return [(key, layout.INDEX.unpack(value)[0]) for key, value in self.networks.items()]
+        return [(key, map_layout.INDEX.unpack(value)[0]) for key, value in self.networks.items()]
 
     def put_peer(self, net: int, address: IPv4Address, route: PeerRoute) -> None:
-        self.peers.put(layout.pack_peer_key(net, address), route.pack())
+        self.peers.put(map_layout.pack_peer_key(net, address), route.pack())
 
     def drop_peer(self, net: int, address: IPv4Address) -> None:
-        self.peers.delete(layout.pack_peer_key(net, address))
+        self.peers.delete(map_layout.pack_peer_key(net, address))
 
     def all_peers(self) -> dict[tuple[int, IPv4Address], PeerRoute]:
         return {
-            layout.unpack_peer_key(key): PeerRoute.unpack(value)
+            map_layout.unpack_peer_key(key): PeerRoute.unpack(value)
             for key, value in self.peers.items()
         }
 
@@ -136,7 +136,7 @@ class Maps:
     def networks_but(self, alive: set[int]) -> set[int]:
         """The networks in any map, without those that are alive."""
         present = {net for _, net in self.all_networks()} | {net for net, _ in self.all_peers()}
-        present |= {layout.unpack_place_key(key)[0] for key in self.places.keys()}  # noqa: SIM118
+        present |= {map_layout.unpack_place_key(key)[0] for key in self.places.keys()}  # noqa: SIM118
         return present - alive
 
     def forget_networks(self, gone: set[int]) -> None:
@@ -167,7 +167,7 @@ class Maps:
 
     def clear(self) -> None:
         """Turn the fast path off: empty all maps but the counters."""
-        self.settings.put(_ZERO, bytes(layout.SETTINGS.size))
+        self.settings.put(_ZERO, bytes(map_layout.SETTINGS.size))
         for table in (self.ports, self.places, self.networks, self.peers):
             for key in table.keys():  # noqa: SIM118
                 table.delete(key)

@@ -1,4 +1,4 @@
-/* Keys and values of the maps, which the programs in the kernel and `layout.py` share.
+/* Keys and values of the maps, which the programs in the kernel and `map_layout.py` share.
  *
  * FF_LAYOUT changes with any of them. Maps of another layout are never opened; they disappear with
  * the programs that use them. Addresses and ports are in network byte order, everything else is in

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from dataplane.ebpf import layout
+from dataplane.ebpf import map_layout
 from dataplane.ebpf.libbpf import Object, run_once
 from dataplane.errors import KernelRefused
 
@@ -24,10 +24,10 @@ PROGRAMS: Final = {
     "tunnel": ("ff_out", "ff_in", "ff_nic"),
 }
 TRIALS: Final = {
-    "encap4": ("ff_try_encap", layout.ENCAP4),
-    "encap6": ("ff_try_encap", layout.ENCAP6),
-    "decap4": ("ff_try_decap4", layout.DECAP4),
-    "decap6": ("ff_try_decap6", layout.DECAP6),
+    "encap4": ("ff_try_encap", map_layout.ENCAP4),
+    "encap6": ("ff_try_encap", map_layout.ENCAP6),
+    "decap4": ("ff_try_decap4", map_layout.DECAP4),
+    "decap6": ("ff_try_decap6", map_layout.DECAP6),
 }
 _MACS: Final = bytes.fromhex("020000000001020000000002")
 _IP4: Final = bytes.fromhex("4500006400000000401100000a0000010a000002")

@@ -3,7 +3,7 @@
 #ifndef FREEFLOW_RELAY_CONTEXT_H
 #define FREEFLOW_RELAY_CONTEXT_H
 
-#include "protocol.h"
+#include "relay_protocol.h"
 
 #include <stdbool.h>
 #include <stdint.h>

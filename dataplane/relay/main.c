@@ -1,10 +1,11 @@
 /* freeflow-relay: moves the rings of this host's processes to and from other hosts. There is one
- * per host. It is a child of the router, which sends it requests on descriptor 3 (protocol.h).
+ * per host. It is a child of the router, which sends it requests on descriptor 3
+ * (relay_protocol.h).
  *
  * Each file includes only files further down:
  *
  *      main                            the loop
- *      requests                        the router's requests
+ *      router_requests                 the router's requests
  *      verbs, loopback, tcp, stream    transports
  *      transports                      those that are open
  *      tcp_receive, tcp_send           the two halves of tcp
@@ -21,7 +22,8 @@
  *      context                         descriptors, clock, counters
  *      confine                         capabilities and system calls
  *      records                         encryption between two relays
- *      protocol.h, wire.h, list.h      messages of router and relay, and of two relays; lists
+ *      relay_protocol.h, wire.h        messages of router and relay, and of two relays
+ *      list.h                          lists
  *
  * One thread moves all bytes, in turns: receive what links have brought, scan the rings of active
  * connections, send what they have, ring the bells of processes that have got something. An idle
@@ -41,7 +43,7 @@
 #include "link.h"
 #include "mirror_end.h"
 #include "mirror_scan.h"
-#include "requests.h"
+#include "router_requests.h"
 #include "transports.h"
 
 #include <errno.h>
@@ -225,7 +227,7 @@ int main(int argc, char **argv)
         mirrors_start();
         arenas_start(mirror_activate);
         watch_signals();
-        requests_start();
+        router_requests_start();
 #ifndef FREEFLOW_TEST
         error = confine(relay.memory);
 #else

@@ -10,7 +10,7 @@
 #define FREEFLOW_RELAY_USAGE_H
 
 #include "list.h"
-#include "protocol.h"
+#include "relay_protocol.h"
 
 struct usage {
         struct node used; /* in `usages` */

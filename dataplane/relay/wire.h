@@ -12,7 +12,7 @@
 #ifndef FREEFLOW_RELAY_WIRE_H
 #define FREEFLOW_RELAY_WIRE_H
 
-#include "protocol.h"
+#include "relay_protocol.h"
 
 #define WIRE_MAGIC UINT32_C(0x6c657231)
 #define WIRE_VERSION 1

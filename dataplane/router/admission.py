@@ -9,7 +9,7 @@ and one to its VIP. Then the kernel can't tell them apart, and both stay on TCP.
 
 from __future__ import annotations
 
-from dataplane.router.knowledge import Network
+from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.library_wire import Address, Request
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.reasons import Reason
@@ -26,7 +26,7 @@ class Admission:
 
     def admit(
         self, process: ProcessRecord, request: Request
-    ) -> tuple[Network, Address | None] | Reason:
+    ) -> tuple[KnownNetwork, Address | None] | Reason:
         """The connection's network, and its server if it leads to a VIP; or why it is refused."""
         container = self._registry.containers[process.namespace]
         network = self._registry.knowledge.network_of(process.namespace, request.local.ip)
@@ -60,7 +60,9 @@ class Admission:
             return Reason.SHARED
         return network, server
 
-    def _behind_vip(self, namespace: int, request: Request, network: Network) -> Address | None:
+    def _behind_vip(
+        self, namespace: int, request: Request, network: KnownNetwork
+    ) -> Address | None:
         """The task that a client's connection to a VIP leads to.
 
         The connection tracking of the client's own namespace says so; None: it does not.
@@ -75,7 +77,7 @@ class Admission:
         )
         return server if is_task and client == request.local else None
 
-    def is_sure(self, one: PairRequest, other: PairRequest, network: Network) -> bool:
+    def is_sure(self, one: PairRequest, other: PairRequest, network: KnownNetwork) -> bool:
         """Whether two requests can only be the two ends of one connection."""
         return all(
             server.message.local.ip not in network.vips
@@ -84,7 +86,7 @@ class Admission:
             for server in (one, other)
         )
 
-    def _clients(self, request: Request, network: Network) -> int:
+    def _clients(self, request: Request, network: KnownNetwork) -> int:
         """How many sockets of the client lead to this server, by its address or by a VIP."""
         leading = [request.local]
         leading += [
@@ -94,6 +96,6 @@ class Admission:
         return sum(self._sockets.exists(namespace, request.remote, remote) for remote in leading)
 
 
-def why_not(network: Network | None) -> Reason:
+def why_not(network: KnownNetwork | None) -> Reason:
     """Why a connection in a network that is not accelerated stays on TCP; None: in no network."""
     return Reason.FOREIGN if network is None else Reason.OFF

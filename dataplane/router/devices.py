@@ -57,7 +57,7 @@ class Gid:
 
 
 @dataclass(frozen=True)
-class Port:
+class DevicePort:
     """A port of a device that can be opened. `mtu` is in bytes."""
 
     device: str
@@ -104,7 +104,9 @@ class DeviceScan:
 
 
 def choose(
-    address: IPAddress, ports: Iterable[Port | Unusable], ipoib: frozenset[bytes] = frozenset()
+    address: IPAddress,
+    ports: Iterable[DevicePort | Unusable],
+    ipoib: frozenset[bytes] = frozenset(),
 ) -> DeviceScan:
     """The first port with the underlay's address. `ipoib`: the GIDs of IPoIB interfaces with it."""
     device: Device | None = None
@@ -131,7 +133,7 @@ def choose(
     return DeviceScan(None, f"{first.device}: {first.why}{more}", tuple(unusable))
 
 
-def _gid(address: IPAddress, port: Port, ipoib: frozenset[bytes]) -> tuple[Gid | None, str]:
+def _gid(address: IPAddress, port: DevicePort, ipoib: frozenset[bytes]) -> tuple[Gid | None, str]:
     if not port.active:
         return None, f"port {port.number} is not active"
     mapped = IPv6Address(f"::ffff:{address}") if address.version == 4 else address
@@ -147,7 +149,7 @@ def _gid(address: IPAddress, port: Port, ipoib: frozenset[bytes]) -> tuple[Gid |
     return None, f"port {port.number} doesn't have the underlay's address {address}"
 
 
-def _ports() -> Iterator[Port | Unusable]:
+def _ports() -> Iterator[DevicePort | Unusable]:
     """The ports of all devices.
 
     Raises:
@@ -189,7 +191,7 @@ def _ports() -> Iterator[Port | Unusable]:
         )
 
 
-def _of_device(name: str, context: Any, enums: Any) -> Iterator[Port]:
+def _of_device(name: str, context: Any, enums: Any) -> Iterator[DevicePort]:
     kinds = {
         enums.IBV_GID_TYPE_IB: INFINIBAND,
         enums.IBV_GID_TYPE_ROCE_V1: ROCE_V1,
@@ -200,7 +202,7 @@ def _of_device(name: str, context: Any, enums: Any) -> Iterator[Port]:
     most = sum(attribute.gid_tbl_len for attribute in attributes.values())
     gids = context.query_gid_table(most) if most else []
     for number, attribute in attributes.items():
-        yield Port(
+        yield DevicePort(
             name,
             number,
             attribute.state == enums.IBV_PORT_ACTIVE,
@@ -277,7 +279,9 @@ def _addresses(message: bytes) -> set[IPAddress]:
     return addresses
 
 
-def find(address: IPAddress, ports: Callable[[], Iterable[Port | Unusable]] = _ports) -> DeviceScan:
+def find(
+    address: IPAddress, ports: Callable[[], Iterable[DevicePort | Unusable]] = _ports
+) -> DeviceScan:
     """Scan for the device of an address."""
     try:
         return choose(address, ports(), ipoib_gids(address))

@@ -33,7 +33,7 @@ class Sandbox:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Network:
+class KnownNetwork:
     """A network, with its endpoints on this host and its services."""
 
     id: str
@@ -77,10 +77,10 @@ class Knowledge:
         facts = learned or RouterSnapshot()
         self.learned = learned is not None
         self.settings: RouterSettings = facts.settings
-        self.networks: dict[str, Network] = {}
+        self.networks: dict[str, KnownNetwork] = {}
         self.sandboxes: dict[int, Sandbox] = {}
-        self._local: dict[tuple[int, IPAddress], Network] = {}
-        self._of: defaultdict[int, list[Network]] = defaultdict(list)
+        self._local: dict[tuple[int, IPAddress], KnownNetwork] = {}
+        self._of: defaultdict[int, list[KnownNetwork]] = defaultdict(list)
         self.underlay: IPAddress | None = None
         self.offload = facts.tunnel_offload is not False
         """Whether the underlay's device segments UDP tunnels, as most do."""
@@ -95,7 +95,7 @@ class Knowledge:
 
     def _read(self, facts: RouterSnapshot) -> None:
         for fact in facts.networks:
-            self.networks[fact.id] = Network(
+            self.networks[fact.id] = KnownNetwork(
                 id=fact.id,
                 accelerated=fact.acceleration and facts.settings.acceleration,
                 subnets=tuple(ip_network(text) for text in fact.subnets),
@@ -140,11 +140,11 @@ class Knowledge:
         """Namespaces, each with an address that it has on an accelerated network."""
         return frozenset(key for key, network in self._local.items() if network.accelerated)
 
-    def network_of(self, namespace: int, address: IPAddress) -> Network | None:
+    def network_of(self, namespace: int, address: IPAddress) -> KnownNetwork | None:
         """The network in which the container of this namespace has this address."""
         return self._local.get((namespace, address))
 
-    def networks_of(self, namespace: int) -> list[Network]:
+    def networks_of(self, namespace: int) -> list[KnownNetwork]:
         """The networks of a container."""
         return self._of.get(namespace, [])
 
@@ -170,7 +170,7 @@ class Knowledge:
         return Rule(**{**most, **least})
 
 
-def _with_vips(network: Network, vips: Mapping[str, tuple[str, ...]]) -> Network:
+def _with_vips(network: KnownNetwork, vips: Mapping[str, tuple[str, ...]]) -> KnownNetwork:
     tasks: dict[IPAddress, tuple[IPAddress, ...]] = {}
     leading: defaultdict[IPAddress, list[IPAddress]] = defaultdict(list)
     everywhere: dict[IPAddress, tuple[IPAddress, ...]] = {}

@@ -22,7 +22,7 @@ from dataplane.control import (
 )
 from dataplane.errors import KernelRefused
 from dataplane.router.arenas import RELAY_SIDE
-from dataplane.router.knowledge import Knowledge, Network
+from dataplane.router.knowledge import Knowledge, KnownNetwork
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.pairing import Pairing
@@ -107,7 +107,7 @@ def _entry(pairing: Pairing, namespace: int, tcp: TcpSocket, now: float) -> Conn
 def _path(
     pairing: Pairing,
     container: ContainerRecord | None,
-    network: Network,
+    network: KnownNetwork,
     tcp: TcpSocket,
     now: float,
 ) -> tuple[str, Reason | None, float | None]:
@@ -151,7 +151,7 @@ def _has_library(container: ContainerRecord) -> bool:
     return any(process.build is not None for process in container.processes.values())
 
 
-def _peer_has_library(pairing: Pairing, network: Network, ip: IPAddress) -> bool:
+def _peer_has_library(pairing: Pairing, network: KnownNetwork, ip: IPAddress) -> bool:
     """Whether a container that an address or VIP leads to has a process with the library."""
     for address in network.tasks.get(ip, (ip,)):
         peer = pairing.containers.get(network.owners.get(address, -1))
@@ -160,7 +160,7 @@ def _peer_has_library(pairing: Pairing, network: Network, ip: IPAddress) -> bool
     return False
 
 
-def _why_waiting(pairing: Pairing, network: Network, waiting: PairRequest) -> Reason:
+def _why_waiting(pairing: Pairing, network: KnownNetwork, waiting: PairRequest) -> Reason:
     if waiting.ambiguous:
         return Reason.AMBIGUOUS
     if waiting.is_remote:

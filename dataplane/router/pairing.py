@@ -23,7 +23,7 @@ from dataplane.router.admission import Admission, why_not
 from dataplane.router.arena_table import ArenaTable
 from dataplane.router.arenas import RELAY_SIDE, Arena, ConnectionEnd
 from dataplane.router.bells import Bells
-from dataplane.router.knowledge import Knowledge, Network
+from dataplane.router.knowledge import Knowledge, KnownNetwork
 from dataplane.router.library_wire import (
     PROTOCOL_VERSION,
     Bell,
@@ -197,7 +197,7 @@ class Pairing:
         else:
             self._match(waiting, network)
 
-    def _match(self, waiting: PairRequest, network: Network) -> None:
+    def _match(self, waiting: PairRequest, network: KnownNetwork) -> None:
         """Grant a request and its partner, if there is one that can only be the other end."""
         partners = list(self.requests.partners(waiting, network))
         if not partners:

@@ -16,7 +16,7 @@ from dataplane.router.loop import Loop
 from dataplane.router.pairing import Pairing
 from dataplane.router.peer_wire import MAX_WAITS, Waits
 from dataplane.router.reasons import Reason
-from dataplane.router.relay_rule import EnterRule, OnRelay, Pair, Pauses, Sample
+from dataplane.router.relay_rule import EnterRule, OnRelay, Pair, Pauses, TcpSample
 from dataplane.router.relay_sampler import RelaySampler
 from dataplane.router.remote_requests import RemoteRequest
 from dataplane.router.tcp_counters import TcpCounters
@@ -120,7 +120,7 @@ class RelayGate:
         if counters is None:
             self._pairing.requests.check(request.local)
         else:
-            self._rule.sampled(request, Sample(self._loop.now(), *counters))
+            self._rule.sampled(request, TcpSample(self._loop.now(), *counters))
 
     def _decide(self, owner: GateOwner) -> None:
         on = OnRelay(owner.relayed(), self._rates())

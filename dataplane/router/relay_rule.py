@@ -48,7 +48,7 @@ class Pair(NamedTuple):
     """A number that the other host has chosen."""
 
 
-class Sample(NamedTuple):
+class TcpSample(NamedTuple):
     """Counters of a TCP connection since it began, from the kernel (struct tcp_info)."""
 
     at: float
@@ -99,7 +99,7 @@ class Flow:
     """A connection that waits for the relay, on TCP."""
 
     pair: Pair
-    sample: Sample | None = None
+    sample: TcpSample | None = None
     known: bool = False
     """There have been two samples, so there are rates."""
     messages: float = 0.0
@@ -110,7 +110,7 @@ class Flow:
     reason: Reason | None = Reason.FEW
     """Why it waits; None: it may enter."""
 
-    def sampled(self, sample: Sample) -> None:
+    def sampled(self, sample: TcpSample) -> None:
         """Take the next sample."""
         before = self.sample
         if before is None:
@@ -245,7 +245,7 @@ class EnterRule(Generic[T]):
             keys += self._groups[pair].flows
         return keys
 
-    def sampled(self, key: T, sample: Sample) -> None:
+    def sampled(self, key: T, sample: TcpSample) -> None:
         """A sample of a connection."""
         flow = self._flows.get(key)
         if flow is not None:

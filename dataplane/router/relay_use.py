@@ -2,7 +2,7 @@
 of it.
 
 The relay counts what each arena and each link does (`struct relay_usage` of
-`dataplane/relay/protocol.h`), and is asked about once a second.
+`dataplane/relay/relay_protocol.h`), and is asked about once a second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The messages of `dataplane/relay/protocol.h`, between the router and its relay.
+"""The messages of `dataplane/relay/relay_protocol.h`, between the router and its relay.
 
 The bytes are those of the header; a test compares both. Several kinds share a struct, here as
 there. The relay is the router's child: a wrong message from it is a bug, and the router ends it.

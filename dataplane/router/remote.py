@@ -22,7 +22,7 @@ from typing import Final, Generic, TypeVar
 
 from dataplane.router import peer_wire, relay_wire
 from dataplane.router.arenas import Arena
-from dataplane.router.knowledge import Network
+from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.link_table import LinkSockets
 from dataplane.router.links import KINDS, Links
@@ -165,7 +165,7 @@ class Remotes(Generic[SessionsT]):
 
     # --- requests and ends of this host (`RemotePairing`)
 
-    def why_not(self, network: Network) -> Reason | None:
+    def why_not(self, network: KnownNetwork) -> Reason | None:
         """Why no connection of a network can get a path to another host; None: some may."""
         allowed = set(filter(network.may_use, Transport))
         if not allowed:
@@ -189,7 +189,7 @@ class Remotes(Generic[SessionsT]):
         """The transport of a connection."""
         return self.connections.transport(connection)
 
-    def pair(self, request: PairRequest, network: Network) -> None:
+    def pair(self, request: PairRequest, network: KnownNetwork) -> None:
         """Take a request whose other end is on another host."""
         self._begin(self.requests.add(request, network))
 

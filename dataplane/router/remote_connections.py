@@ -34,7 +34,7 @@ from dataplane.router.remote_events import (
     Event,
     On,
     Phase,
-    Refuse,
+    RefuseRequest,
     Tell,
     Transport,
 )
@@ -91,7 +91,7 @@ class ConnectionCounts:
 
 
 @dataclass(slots=True, eq=False)
-class _OfHost:
+class _HostConnections:
     connections: dict[int, RemoteConnection] = field(default_factory=dict)
     taken: dict[int, RemoteConnection] = field(default_factory=dict)
     """Leader: by the offer of the follower, until they are dropped."""
@@ -153,7 +153,7 @@ class RemoteConnections:
         self._memory = memory
         self._trace = trace
         self._connections: dict[int, RemoteConnection] = {}
-        self._of: defaultdict[IPAddress, _OfHost] = defaultdict(_OfHost)
+        self._of: defaultdict[IPAddress, _HostConnections] = defaultdict(_HostConnections)
         self._numbers = itertools.count(1)
         self.counts = {transport: ConnectionCounts() for transport in Transport}
         self.registered = 0
@@ -297,7 +297,7 @@ class RemoteConnections:
         match action:
             case Do():
                 self._actions[action](connection)
-            case Refuse():
+            case RefuseRequest():
                 self._requests.fail(connection.request, action.reason)
             case Tell():
                 self._give_up(connection, action)

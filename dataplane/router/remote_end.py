@@ -51,7 +51,7 @@ from dataplane.router.remote_events import (
     Event,
     On,
     Phase,
-    Refuse,
+    RefuseRequest,
     Tell,
 )
 
@@ -111,13 +111,13 @@ def _stay(*actions: Action) -> Go:
 def _fail(reason: Reason, *, tell: bool = True) -> Go:
     """Before our end is granted: both ends stay on TCP."""
     told = (Tell(dropped=reason, declined=reason),) if tell else ()
-    return _go(Phase.DROPPING, Refuse(reason), *told, Drop(), Do.FREE_SIDE)
+    return _go(Phase.DROPPING, RefuseRequest(reason), *told, Drop(), Do.FREE_SIDE)
 
 
 def _relay_died(declined: Reason | None) -> Go:
     """Before our end is granted: the peer's may be, and has nothing in its rings."""
     told = Tell(dropped=Reason.PEER_NO_RDMA, declined=declined)
-    return _go(Phase.DROPPING, told, Refuse(Reason.NO_RDMA), Do.FREE_SIDE)
+    return _go(Phase.DROPPING, told, RefuseRequest(Reason.NO_RDMA), Do.FREE_SIDE)
 
 
 def _drop_abandoned(*told: Tell) -> Go:
@@ -180,7 +180,7 @@ def _accepted_again(state: EndState, event: Event) -> Step:
 
 def _give_up_pairing(state: EndState, reason: Reason) -> Step:
     """Leader: our end won't be granted, and the follower's is. Have that one taken back."""
-    answered = (Refuse(reason), Tell(dropped=reason), Do.FREE_SIDE)
+    answered = (RefuseRequest(reason), Tell(dropped=reason), Do.FREE_SIDE)
     if state.received:
         # The follower's end is closed or reset already.
         return replace(state, phase=Phase.DROPPING), (*answered, Drop())

@@ -156,7 +156,7 @@ class Do(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Refuse:
+class RefuseRequest:
     """Answer the request of our process, if it still waits: the connection stays on TCP."""
 
     reason: Reason
@@ -180,4 +180,4 @@ class Drop:
     broken: bool = False
 
 
-Action = Do | Refuse | Tell | Drop
+Action = Do | RefuseRequest | Tell | Drop

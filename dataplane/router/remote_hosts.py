@@ -13,7 +13,7 @@ from typing import Protocol
 import structlog
 
 from dataplane.control import OWNED
-from dataplane.router.knowledge import Knowledge, Network
+from dataplane.router.knowledge import Knowledge, KnownNetwork
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.loop import Timer
 from dataplane.router.peer_wire import Message, Owns, PeerHello, ip_of
@@ -136,7 +136,7 @@ class RemoteHosts:
         claims = ip in host.owned.get(network, ())
         return claims and self._shares(self._knowledge().networks.get(network), host)
 
-    def _shares(self, network: Network | None, host: RemoteHost) -> bool:
+    def _shares(self, network: KnownNetwork | None, host: RemoteHost) -> bool:
         return (
             network is not None
             and any(map(network.may_use, Transport))

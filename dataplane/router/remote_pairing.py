@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final, Protocol
 
 from dataplane.router.arenas import Arena
-from dataplane.router.knowledge import Network
+from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.reasons import Reason
 from dataplane.router.remote_events import Transport
@@ -20,7 +20,7 @@ RELAY: Final = 0
 class RemotePairing(Protocol):
     """Pairs ends of this host with ends of other hosts. Connections have the relay's numbers."""
 
-    def why_not(self, network: Network) -> Reason | None:
+    def why_not(self, network: KnownNetwork) -> Reason | None:
         """Why no connection of a network can get a path to another host; None: some may."""
 
     def why_waiting(self, request: PairRequest) -> Reason:
@@ -29,7 +29,7 @@ class RemotePairing(Protocol):
     def transport(self, connection: int) -> Transport:
         """The transport of a connection."""
 
-    def pair(self, request: PairRequest, network: Network) -> None:
+    def pair(self, request: PairRequest, network: KnownNetwork) -> None:
         """Take a request whose other end is on another host.
 
         `Pairing.grant` or `Pairing.refuse` is called for it at any time from now on, also at once.
@@ -62,7 +62,7 @@ class RemotePairing(Protocol):
 class NoRemotePairing:
     """There are no other hosts, so `pair` is never called."""
 
-    def why_not(self, network: Network) -> Reason | None:
+    def why_not(self, network: KnownNetwork) -> Reason | None:
         return Reason.REMOTE
 
     def why_waiting(self, request: PairRequest) -> Reason:
@@ -71,7 +71,7 @@ class NoRemotePairing:
     def transport(self, connection: int) -> Transport:
         return Transport.RDMA
 
-    def pair(self, request: PairRequest, network: Network) -> None:
+    def pair(self, request: PairRequest, network: KnownNetwork) -> None:
         pass
 
     def cancel(self, request: PairRequest) -> None:

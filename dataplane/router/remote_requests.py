@@ -19,7 +19,7 @@ from typing import Final, NamedTuple, Protocol
 
 from dataplane.errors import WrongMessage
 from dataplane.router import peer_wire
-from dataplane.router.knowledge import Network
+from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.library_wire import Address, IPAddress
 from dataplane.router.links import Links
 from dataplane.router.loop import Loop, Timer
@@ -62,7 +62,7 @@ class RemoteRequest:
     timer: Timer | None = None
     held: Reason | None = None
     """Follower: why the leader was told not to take the offer yet."""
-    match: Offered | None = None
+    match: PeerOffer | None = None
     """Leader: the follower's request for the same connection, as it was last considered."""
     waits: Reason | None = None
     """Why it waits, though both ends have sent requests, if that is known."""
@@ -138,7 +138,7 @@ class Match(NamedTuple):
     offer: int
 
 
-class Offered(NamedTuple):
+class PeerOffer(NamedTuple):
     """An offer of the other host."""
 
     number: int
@@ -148,14 +148,14 @@ class Offered(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class _OfHost:
+class _HostRequests:
     """The requests of this host and of one other, for connections between the two."""
 
     requests: dict[Key, RemoteRequest] = field(default_factory=dict)
     """This host's."""
     offered: dict[int, RemoteRequest] = field(default_factory=dict)
     """Follower: this host's, by offer."""
-    offers: dict[Key, Offered] = field(default_factory=dict)
+    offers: dict[Key, PeerOffer] = field(default_factory=dict)
     keys: dict[int, Key] = field(default_factory=dict)
     """Leader: the other host's, both ways. Keys have this host's address first."""
 
@@ -196,7 +196,7 @@ class RemoteRequests:
         self._requests: dict[PairRequest, RemoteRequest] = {}
         self._unowned: dict[PairRequest, RemoteRequest] = {}
         """Those whose peer's address no host claims."""
-        self._of: defaultdict[IPAddress, _OfHost] = defaultdict(_OfHost)
+        self._of: defaultdict[IPAddress, _HostRequests] = defaultdict(_HostRequests)
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
@@ -204,7 +204,7 @@ class RemoteRequests:
 
     # --- requests of this host
 
-    def add(self, local: PairRequest, network: Network) -> Match | None:
+    def add(self, local: PairRequest, network: KnownNetwork) -> Match | None:
         """Let a request wait, match it at once, or refuse it."""
         if not self._is_unique(local, network):
             local.ambiguous = True
@@ -216,7 +216,7 @@ class RemoteRequests:
             self._wait_for_owner(request)
         return self.match_of(request)
 
-    def _is_unique(self, local: PairRequest, network: Network) -> bool:
+    def _is_unique(self, local: PairRequest, network: KnownNetwork) -> bool:
         """Whether no other connection of the container leads from the same port to the same
         server.
         """
@@ -398,7 +398,7 @@ class RemoteRequests:
         old = of_host.offers.get(key)
         if old is not None:
             of_host.keys.pop(old.number, None)
-        of_host.offers[key] = Offered(message.offer, message.process, waits(message.waits))
+        of_host.offers[key] = PeerOffer(message.offer, message.process, waits(message.waits))
         of_host.keys[message.offer] = key
         return self._match(host, key)
 

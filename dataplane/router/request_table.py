@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from dataplane.router.agenda import RARELY, Agenda
-from dataplane.router.knowledge import Network
+from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.library_wire import Address
 from dataplane.router.pair_requests import Key, PairRequest
 from dataplane.router.registry import Registry
@@ -60,7 +60,7 @@ class RequestTable:
         if request.is_remote:
             self._registry.remote.cancel(request)
 
-    def partners(self, request: PairRequest, network: Network) -> Iterator[PairRequest]:
+    def partners(self, request: PairRequest, network: KnownNetwork) -> Iterator[PairRequest]:
         """The requests that may come from the other end of the connection."""
         local, peer = request.message.local, request.peer
         seen_as = [local, *(Address(vip, local.port) for vip in network.vips.get(local.ip, ()))]

@@ -23,7 +23,7 @@ from driver.kernel import (
     fdb,
     filter,
     guard_rules,
-    links,
+    interfaces,
     offload,
     pin,
     underlay,
@@ -76,7 +76,7 @@ class LinuxKernel:
         self._made: dict[str, tuple[int, int]] = {}
         """Indexes of bridge and VXLAN device (0: none) of each network, made or checked by us."""
         self._guard = Guard(self._host_namespace, sessions)
-        self._changes = underlay_routes.Changes(self._host_namespace)
+        self._changes = underlay_routes.RouteChanges(self._host_namespace)
         self._routes_due = 0.0
         self._near: frozenset[IPNetwork] = frozenset()
         self.fastpath = FastPath(
@@ -150,7 +150,9 @@ class LinuxKernel:
         bridge = self._bridge(overlay, network)
         if network.overlay:
             self._guard.network(names.short(network.id), network.port)
-        links.make_veth(self._host, overlay.links, self._host_namespace, network, endpoint, bridge)
+        interfaces.make_veth(
+            self._host, overlay.links, self._host_namespace, network, endpoint, bridge
+        )
         self._filter(overlay, filter.add(endpoint))
         self.fastpath.attach(network, endpoint)
 
@@ -170,9 +172,9 @@ class LinuxKernel:
         with self._making:
             # br_netfilter may have been loaded since: it then filters in all namespaces.
             pin.quiet(overlay.namespace)
-            bridge = links.make_bridge(overlay.links, network)
+            bridge = interfaces.make_bridge(overlay.links, network)
             if network.overlay:
-                links.make_vxlan(
+                interfaces.make_vxlan(
                     self._host, overlay.links, overlay.namespace, network, self.underlay(), bridge
                 )
             self._made[names.short(network.id)] = self._present(overlay, network)

@@ -25,7 +25,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from driver.errors import DOCTOR, KernelError, reporting
 from driver.kernel.namespace import in_netns
-from driver.kernel.rtnl import Link, Rtnl
+from driver.kernel.rtnl import NetDevice, Rtnl
 
 _SPARE: Final = 16
 # asm-generic/socket.h; the first is in Python's socket module on some builds only.
@@ -154,7 +154,7 @@ class Sockets:
             route.link("del", index=index)
         return True
 
-    def links(self) -> list[Link]:
+    def links(self) -> list[NetDevice]:
         """All interfaces of the namespace."""
         with reporting("listing links"), self.raw() as netlink:
             return netlink.links()

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from driver.kernel.netlink import Sockets
-from driver.kernel.rtnl import Link
+from driver.kernel.rtnl import NetDevice
 
 FEATURE: Final = b"tx-udp_tnl-segmentation"
 _UPON_ONE: Final = ("vlan", "macvlan", "ipvlan")
@@ -41,7 +41,7 @@ def segments_tunnels(host: Sockets, device: str) -> bool | None:
         return None
 
 
-def below(device: str, links: Iterable[Link]) -> list[str]:
+def below(device: str, links: Iterable[NetDevice]) -> list[str]:
     """The device and those below it, by name; empty if it doesn't exist."""
     known = list(links)
     found = [link for link in known if link.name == device]

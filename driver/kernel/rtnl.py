@@ -51,7 +51,7 @@ _PATIENCE: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class NetDevice:
     """An interface. `kind` is its kind of hardware (ARPHRD_…, linux/if_arp.h), `type` that of
     `ip link`, "" for hardware. `upon` is the index of the device below it, `master` that of the
     one above it (bond, bridge); 0: none. `vni` and UDP `port` are a VXLAN device's. `counters` of
@@ -94,11 +94,11 @@ class Rtnl(Netlink):
 
     # --- links and routes
 
-    def link(self, index: int) -> Link:
+    def link(self, index: int) -> NetDevice:
         """A device of this namespace."""
         return _link(self.get(_GET_LINK, _LINK.pack(0, 0, index, 0, 0)))
 
-    def links(self) -> list[Link]:
+    def links(self) -> list[NetDevice]:
         """All devices of this namespace."""
         return [_link(answer) for answer in self.dump(_GET_LINK, _LINK.pack(0, 0, 0, 0, 0))]
 
@@ -160,7 +160,7 @@ class Rtnl(Netlink):
         self.change(_DELETE_NEIGHBOUR, 0, _entry(index, mac, peer, 0, flags))
 
 
-def _link(answer: bytes) -> Link:
+def _link(answer: bytes) -> NetDevice:
     _, kind, index, _, _ = _LINK.unpack_from(answer)
     found = dict(attributes(answer, _LINK.size))
     info = dict(attributes(found.get(_IFLA_LINKINFO, b"")))
@@ -171,7 +171,7 @@ def _link(answer: bytes) -> Link:
     def number(of: int) -> int:
         return int.from_bytes(found.get(of, b""), sys.byteorder)
 
-    return Link(
+    return NetDevice(
         index,
         _text(found.get(_IFLA_IFNAME, b"")),
         type=kind_name,

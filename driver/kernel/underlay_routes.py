@@ -17,7 +17,7 @@ from typing import Final
 from dataplane.ebpf import PeerRoute
 from driver.kernel.namespace import in_netns
 from driver.kernel.netlink import Sockets
-from driver.kernel.rtnl import Link, Rtnl
+from driver.kernel.rtnl import NetDevice, Rtnl
 from driver.model import IPAddress
 
 _ETHER: Final = 1
@@ -40,7 +40,7 @@ def find(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) -> 
     """The routes to these peers; `local` is the overlay's source address, if it is set."""
     found: dict[IPv4Address, PeerRoute] = {}
     refused: dict[IPAddress, str] = {}
-    devices: dict[int, Link] = {}
+    devices: dict[int, NetDevice] = {}
     with host.raw() as netlink:
         for peer in peers:
             if not isinstance(peer, IPv4Address):
@@ -70,7 +70,7 @@ def devices(host: Sockets, peers: Iterable[IPAddress], local: IPAddress | None) 
 
 
 def _way(
-    netlink: Rtnl, peer: IPv4Address, local: IPAddress | None, devices: dict[int, Link]
+    netlink: Rtnl, peer: IPv4Address, local: IPAddress | None, devices: dict[int, NetDevice]
 ) -> PeerRoute:
     try:
         route = netlink.route(peer, local)
@@ -97,7 +97,7 @@ def _way(
     return PeerRoute(route.index, own, mtu, through)
 
 
-class Changes:
+class RouteChanges:
     """True if links, addresses or routes of a namespace have changed since the last query."""
 
     def __init__(self, namespace: int) -> None:

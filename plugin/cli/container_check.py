@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from driver.errors import EngineError, FreeFlowError
 from plugin.cli.client import Client, Engine, host_run
-from plugin.cli.doctor import Report
+from plugin.cli.doctor import DoctorReport
 from plugin.settings import RESTART
 from plugin.status import Finding, Status
 
@@ -190,11 +190,11 @@ def check_processes(
 
 def examine_container(
     client: Client, name: str, *, run: Path | None = None, proc: Path = Path("/proc")
-) -> Report:
+) -> DoctorReport:
     """All checks of one container's library."""
     container = _container(client.engine, name)
     if isinstance(container, Finding):
-        return Report([], [container])
+        return DoctorReport([], [container])
     name = str(container.get("Name", name)).lstrip("/")
     passed: list[str] = []
     findings: list[Finding] = []
@@ -218,7 +218,7 @@ def examine_container(
         status = client.status()
     except FreeFlowError as error:
         findings.append(Finding.of("error", "the plugin is not running", error))
-        return Report(passed, findings)
+        return DoctorReport(passed, findings)
     add("a network of it is accelerated", check_network(name, status))
     router = status.router
     if router is None or not router.up:
@@ -236,4 +236,4 @@ def examine_container(
                 f"the router knows {share.processes} of its processes, "
                 f"{share.connections} connections on shm, {share.waiting} waiting for their peers"
             )
-    return Report(passed, findings)
+    return DoctorReport(passed, findings)

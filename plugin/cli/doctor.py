@@ -22,7 +22,7 @@ from driver.kernel import guard_rules, nft
 from driver.kernel.checksum import internet_checksum
 from driver.kernel.mounts import is_shared
 from driver.kernel.namespace import OVERLAY_PIN, in_netns, is_namespace, isolated
-from driver.kernel.rtnl import Link, Rtnl
+from driver.kernel.rtnl import NetDevice, Rtnl
 from plugin.cli.client import Client, Engine, host_run
 from plugin.settings import PLUGIN, RESTART, correction
 from plugin.status import FastPathStatus, Finding, Status
@@ -39,7 +39,7 @@ DEFAULT_PORT: Final = 4799
 BAD_ENGINES: Final = re.compile(r"29\.0\.[0-2](\D|$)")
 
 
-class Report(msgspec.Struct, frozen=True):
+class DoctorReport(msgspec.Struct, frozen=True):
     """`passed`: checks without findings; `notes`: facts that are neither good nor bad."""
 
     passed: list[str]
@@ -122,13 +122,13 @@ def _lacking() -> Iterator[Finding]:
                 yield Finding("error", f"the kernel lacks {feature}", str(error), remedy)
 
 
-def links() -> list[Link]:
+def links() -> list[NetDevice]:
     """The interfaces of the calling thread's namespace."""
     with contextlib.closing(Rtnl()) as netlink:
         return netlink.links()
 
 
-def check_clashes(ports: set[int], present: Iterable[Link]) -> Iterator[Finding]:
+def check_clashes(ports: set[int], present: Iterable[NetDevice]) -> Iterator[Finding]:
     """Interfaces of other overlays, and other VXLAN devices on FreeFlow's UDP ports."""
     for link in present:
         other = next(
@@ -362,7 +362,7 @@ def check_leftovers(run: Path, status: Status) -> Iterator[Finding]:
         )
 
 
-def examine(client: Client) -> Report:
+def examine(client: Client) -> DoctorReport:
     """Run all checks."""
     run = host_run()
     found: dict[str, Status] = {}
@@ -393,7 +393,7 @@ def examine(client: Client) -> Report:
     check("no other overlay conflicts", lambda: check_clashes(ports, links()))
     check("the firewall lets VXLAN in", lambda: check_firewall(ports))
     if status is None:
-        return Report(passed, findings)
+        return DoctorReport(passed, findings)
     held = {network.port for network in status.networks if network.endpoints}
     check("the UDP port is free for VXLAN", lambda: check_port(ports - held))
     check("only peers send to the overlay's port", lambda: check_guard(status))
@@ -407,4 +407,4 @@ def examine(client: Client) -> Report:
         # Shown though it is no problem if the fast path is off or does less.
         passed.append(_fastpath(status.fastpath))
     notes = offload_notes(status) + remote_notes(status) + service_notes(status)
-    return Report(passed, findings, notes)
+    return DoctorReport(passed, findings, notes)

@@ -15,7 +15,7 @@ import click
 
 from testbed.vm.channel import Process
 from testbed.vm.guest import MTU, guests
-from testbed.vm.images import DEFAULT_KERNEL, KERNELS
+from testbed.vm.guest_images import DEFAULT_KERNEL, KERNELS
 
 _kernel = click.option(
     "--kernel", "name", default=DEFAULT_KERNEL, show_default=True, type=click.Choice([*KERNELS])

@@ -25,7 +25,7 @@ HELLO, OUTPUT, ERRORS, EXIT = 5, 6, 7, 8
 CHUNK = 65536
 
 
-class Program:
+class GuestProgram:
     """A program that the test has started."""
 
     def __init__(self, number: int, pid: int, stdin: int | None) -> None:
@@ -44,11 +44,11 @@ class Agent:
         self.received = bytearray()
         self.poll = select.poll()
         self.poll.register(port, select.POLLIN)
-        self.programs: dict[int, Program] = {}
+        self.programs: dict[int, GuestProgram] = {}
         """The running programs, by the number that the test gave them."""
-        self.outputs: dict[int, tuple[Program, int]] = {}
+        self.outputs: dict[int, tuple[GuestProgram, int]] = {}
         """Descriptor to (program, kind)."""
-        self.inputs: dict[int, Program] = {}
+        self.inputs: dict[int, GuestProgram] = {}
         """Descriptor to program, for programs with unwritten input."""
         self.woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.poll.register(self.woken, select.POLLIN)
@@ -137,7 +137,7 @@ class Agent:
             return
         for descriptor in given:
             os.close(descriptor)
-        program = Program(number, pid, into[1])
+        program = GuestProgram(number, pid, into[1])
         self.programs[number] = program
         if program.stdin is not None:
             os.set_blocking(program.stdin, False)
@@ -161,7 +161,7 @@ class Agent:
             os.close(descriptor)
         return bool(data)
 
-    def feed(self, program: Program) -> None:
+    def feed(self, program: GuestProgram) -> None:
         """Write as much of a program's input as it accepts now."""
         if program.stdin is None:
             return
@@ -194,7 +194,7 @@ class Agent:
                 if program.pid == pid:
                     self.ended(program, os.waitstatus_to_exitcode(status))
 
-    def ended(self, program: Program, code: int) -> None:
+    def ended(self, program: GuestProgram, code: int) -> None:
         # Its own output precedes its end. Output of its children may still follow.
         for descriptor in [fd for fd, (owner, _) in self.outputs.items() if owner is program]:
             while self.forward(descriptor):

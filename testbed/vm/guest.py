@@ -19,8 +19,8 @@ from testbed.images import TOP
 from testbed.patience import patience
 from testbed.process import CommandError, wait_until
 from testbed.vm.channel import Channel, GuestGoneError, Process
-from testbed.vm.images import DEFAULT_KERNEL, Kernel, kernel, root_image
-from testbed.vm.wire import Wire
+from testbed.vm.guest_images import DEFAULT_KERNEL, BootKernel, kernel, root_image
+from testbed.vm.switch import Switch
 
 _BOOT: Final = 240.0
 SOURCES: Final = {"PYTHONPATH": "/src", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -46,8 +46,8 @@ class Guest:
     def __init__(
         self,
         number: int,
-        wire: Wire,
-        booted: Kernel,
+        wire: Switch,
+        booted: BootKernel,
         *,
         cpus: int,
         memory: int,
@@ -322,7 +322,7 @@ def guests(
     `memory` is in MB; an engine needs 1536. `disk` is the image of one more disk for each guest,
     /dev/vdc, and is not changed.
     """
-    wire = Wire()
+    wire = Switch()
     made: list[Guest] = []
     try:
         for number, name in enumerate(kernels or [DEFAULT_KERNEL] * count, 1):

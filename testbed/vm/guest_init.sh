@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# A guest runs this before its agent; /sbin/vm-init of the image sources it, as process 1 (images.py).
+# A guest runs this before its agent; /sbin/vm-init of the image sources it, as process 1 (guest_images.py).
 mount -t sysfs sys /sys
 mount -t tmpfs -o mode=755 run /run
 mount -t tmpfs -o mode=1777 tmp /tmp

@@ -23,7 +23,7 @@ from typing import Any, Final
 import pytest
 
 from dataplane.control import RouterSettings, Rule
-from testbed.namespaces import ROUTER, Bed, Container, bed
+from testbed.namespace_bed import ROUTER, BedContainer, NamespaceBed, bed
 from testbed.patience import patience
 
 ROOT: Final = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def counts_of(path: Path) -> Counts:
 class Places:
     """A server's and a client's container."""
 
-    made: Bed
+    made: NamespaceBed
     accelerated: bool
     folder: Path
     programs: Path
@@ -78,11 +78,11 @@ class Places:
     ports: Iterator[int] = field(default_factory=lambda: itertools.count(7100))
 
     @property
-    def server(self) -> Container:
+    def server(self) -> BedContainer:
         return self.made.containers["server"]
 
     @property
-    def client(self) -> Container:
+    def client(self) -> BedContainer:
         return self.made.containers["client"]
 
     @property

@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from testbed.namespaces import Container
+from testbed.namespace_bed import BedContainer
 from tests.dataplane.places import Places
 from tests.dataplane.test_programs import check, need, serving
 
@@ -15,7 +15,7 @@ LONG = 60.0
 """The time in seconds in which a server must listen on a busy machine."""
 
 
-def wait_for(container: Container, address: str, port: int) -> None:
+def wait_for(container: BedContainer, address: str, port: int) -> None:
     until = time.monotonic() + LONG
     while True:
         try:

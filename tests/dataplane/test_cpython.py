@@ -20,7 +20,7 @@ import pytest
 
 from dataplane.control import RouterSettings, Rule
 from testbed.kernel_hosts import missing_tools
-from testbed.namespaces import bed
+from testbed.namespace_bed import bed
 from tests.dataplane.places import LIBRARY, Counts, counts_of
 
 QUICK: Final = (

@@ -13,7 +13,7 @@ import pytest
 
 from dataplane.control import RouterSettings, Rule
 from testbed.kernel_hosts import missing_tools
-from testbed.namespaces import Bed, bed
+from testbed.namespace_bed import NamespaceBed, bed
 from testbed.patience import patience
 from tests.dataplane.places import LIBRARY, PATIENCE, Places
 
@@ -65,7 +65,7 @@ sys.stdin.readline()
 
 
 @pytest.fixture
-def forgetful() -> Iterator[Bed]:
+def forgetful() -> Iterator[NamespaceBed]:
     """A client and a service, where tracking in the client's container soon forgets connections."""
     if missing := missing_tools():
         pytest.skip(f"missing: {missing}")
@@ -79,7 +79,7 @@ def forgetful() -> Iterator[Bed]:
         yield made
 
 
-def test_busy_connections_to_a_vip(forgetful: Bed) -> None:
+def test_busy_connections_to_a_vip(forgetful: NamespaceBed) -> None:
     """Connections that used shared memory for longer than tracking remembers end normally, by FIN
     and by SIGKILL.
     """

@@ -30,7 +30,7 @@ from dataplane.control import RouterSettings, Rule
 from dataplane.router import layout
 from dataplane.router import library_wire as wire
 from testbed.kernel_hosts import missing_tools
-from testbed.namespaces import Bed, bed
+from testbed.namespace_bed import NamespaceBed, bed
 from testbed.patience import patience
 from tests.dataplane.library import Library, dial
 from tests.dataplane.places import LIBRARY
@@ -106,7 +106,7 @@ def hurt(chance: random.Random, memory: mmap.mmap, rings: tuple[Ring, Ring]) -> 
 
 
 @contextlib.contextmanager
-def granted(made: Bed) -> Iterator[tuple[socket.socket, mmap.mmap, tuple[Ring, Ring]]]:
+def granted(made: NamespaceBed) -> Iterator[tuple[socket.socket, mmap.mmap, tuple[Ring, Ring]]]:
     """A connection of the hostile container to the server, its arena, and its two rings."""
     container = made.containers["stranger"]
     tcp = dial(container.namespace, str(made.containers["server"].ipv4), PORT)
@@ -151,7 +151,7 @@ def begin(tcp: socket.socket, memory: mmap.mmap, sends: Ring, receives: Ring) ->
     sends.put(TAIL, 5)
 
 
-def attack(made: Bed, chance: random.Random, seconds: float) -> None:
+def attack(made: NamespaceBed, chance: random.Random, seconds: float) -> None:
     """One connection, first correct and then invalid."""
     with granted(made) as (tcp, memory, rings):
         if chance.random() < 0.8:
@@ -174,7 +174,7 @@ def processor_time(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def served(way: str) -> Iterator[tuple[Bed, subprocess.Popen[str], subprocess.Popen[str]]]:
+def served(way: str) -> Iterator[tuple[NamespaceBed, subprocess.Popen[str], subprocess.Popen[str]]]:
     """An echo server that waits in the given way, and a correct client of it, whose answers must
     all be right.
     """

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from testbed import wait_until
-from testbed.namespaces import bed
+from testbed.namespace_bed import bed
 from tests.dataplane.places import LIBRARY, counts_of
 
 PROGRAM = Path(__file__).parent / "programs/files.py"

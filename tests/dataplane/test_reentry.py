@@ -10,7 +10,7 @@ import pytest
 
 from dataplane.control import RouterSettings
 from testbed import wait_until
-from testbed.namespaces import Bed, bed
+from testbed.namespace_bed import NamespaceBed, bed
 from testbed.patience import patience
 from tests.dataplane.places import LIBRARY, Places
 
@@ -67,7 +67,7 @@ def test_crowded(both: Places) -> None:
         assert both.counted()["returned"] >= 2
 
 
-def _on_shm(made: Bed) -> int:
+def _on_shm(made: NamespaceBed) -> int:
     return sum(each.path == "shm" for each in made.router.connections().connections)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from testbed import wait_until
-from testbed.namespaces import Bed, bed
+from testbed.namespace_bed import NamespaceBed, bed
 from testbed.patience import within
 from tests.dataplane.places import LIBRARY, counts_of
 
@@ -21,7 +21,7 @@ SHORT = 32
 
 
 @pytest.fixture
-def made() -> Iterator[Bed]:
+def made() -> Iterator[NamespaceBed]:
     with bed("server", "client", library=LIBRARY) as both:
         yield both
 
@@ -31,7 +31,7 @@ def _listens(address: str) -> bool:
         return probe.connect_ex((address, 7300)) == 0
 
 
-def test_short_connections_stop_asking(made: Bed, tmp_path: Path) -> None:
+def test_short_connections_stop_asking(made: NamespaceBed, tmp_path: Path) -> None:
     """Of many connections that end right after they are old enough to move only some of the first
     send a request; a long one moves.
     """

@@ -30,7 +30,7 @@ from pyroute2 import IPRoute
 from dataplane.control import PeerFact, RdmaFacts, RelayFacts, RouterSettings, RouterSnapshot
 from driver.kernel.namespace import in_netns
 from testbed.kernel_hosts import new_namespace, write_vips
-from testbed.namespaces import LIBRARY, Bed, Container, connect
+from testbed.namespace_bed import LIBRARY, BedContainer, NamespaceBed, connect
 from testbed.patience import patience
 
 KEY: Final = "a secret of two hosts that are one machine"
@@ -38,7 +38,7 @@ _PATIENCE: Final = 15.0
 
 
 @dataclass(eq=False)
-class HostBed(Bed):
+class HostBed(NamespaceBed):
     """One host. `number` is 1 or 2."""
 
     number: int = 1
@@ -175,7 +175,9 @@ def two_hosts(
             (place / "shared").mkdir(parents=True)
             if library is not None:
                 shutil.copy(library, place / "shared" / LIBRARY)
-            containers = {name: Container(name, next(numbers), place / "shared") for name in names}
+            containers = {
+                name: BedContainer(name, next(numbers), place / "shared") for name in names
+            }
             known = {vip: tuple(tasks) for vip, tasks in (vips or {}).items()}
             host = HostBed(
                 place, containers, known, wanted, number=number, relay=relay, path=path, ruled=ruled

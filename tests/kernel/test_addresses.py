@@ -9,14 +9,22 @@ from pathlib import Path
 
 from driver import names
 from driver.kernel.addresses import LIFETIME, exchange
-from testbed.kernel_hosts import Container, Host, Lab, a_network, an_endpoint, eventually, heard
+from testbed.kernel_hosts import (
+    Container,
+    KernelHost,
+    Lab,
+    a_network,
+    an_endpoint,
+    eventually,
+    heard,
+)
 from tests.kernel.frames import ALL_NODES_MAC, IPV6, advertisement, ethernet, send
 
 COUNTED = IPv6Interface("fd42:7::2/64")
 FOREVER = 0xFFFFFFFF
 
 
-def _counted(host: Host, number: int) -> Container:
+def _counted(host: KernelHost, number: int) -> Container:
     """A container to which its engine gave fd42:7::2, whatever its own address is."""
     network = a_network()
     endpoint = replace(an_endpoint(network, number), engine_ipv6=COUNTED)

@@ -12,7 +12,15 @@ from driver import names
 from driver.announcer import Announcer
 from driver.kernel.announce import gratuitous_arp, unsolicited_advertisement
 from driver.model import Endpoint
-from testbed.kernel_hosts import Container, Host, Lab, a_network, eventually, heard, identifier
+from testbed.kernel_hosts import (
+    Container,
+    KernelHost,
+    Lab,
+    a_network,
+    eventually,
+    heard,
+    identifier,
+)
 from testbed.patience import patience
 from tests.kernel.frames import ADVERTISEMENT, ARP, BROADCAST, IPV6, REQUEST, arp, ethernet
 from tests.unit.steps import SteppedKernel, Steps
@@ -26,7 +34,7 @@ def _neighbour(container: Container, address: object) -> str:
     return str(listed[0].get("lladdr", "")) if listed else ""
 
 
-def _behind(host: Host, container: Container) -> str:
+def _behind(host: KernelHost, container: Container) -> str:
     """The host behind which a VXLAN device has a container's MAC address."""
     device = names.vxlan(container.network.id)
     shown = host.in_overlay("bridge", "fdb", "show", "dev", device)
@@ -106,7 +114,7 @@ def test_a_mac_address_that_came_to_this_host(two: Lab) -> None:
 class _OnHost(SteppedKernel):
     """The kernel of a host, for threads that aren't the host's own."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: KernelHost) -> None:
         super().__init__(Steps())
         self._host = host
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dataplane.ebpf import layout
+from dataplane.ebpf import map_layout
 from dataplane.ebpf.libbpf import Object
 from dataplane.ebpf.probe import PROGRAMS, STAGES, KernelSupport, probe_kernel
 from dataplane.errors import KernelRefused
@@ -77,29 +77,31 @@ def test_python_and_c_mean_the_same(tmp_path: Path) -> None:
     subprocess.run(["gcc", "-Wall", "-Werror", f"-I{SOURCES}", source, "-o", program], check=True)
     output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     in_c = [bytes.fromhex(line) for line in output.split()]
-    settings = layout.Settings(1, 2, 3, 4, layout.ENCAP4 | layout.DECAP6, (5, 6), 7)
-    place = layout.Place(2, IPv4Address("10.1.0.2"), 1, FOUR, SIX, 9, True)
-    route = layout.PeerRoute(1, IPv4Address("10.1.0.1"), 1500, IPv4Address("10.1.0.9"))
+    settings = map_layout.FastPathSettings(
+        1, 2, 3, 4, map_layout.ENCAP4 | map_layout.DECAP6, (5, 6), 7
+    )
+    place = map_layout.Place(2, IPv4Address("10.1.0.2"), 1, FOUR, SIX, 9, True)
+    route = map_layout.PeerRoute(1, IPv4Address("10.1.0.1"), 1500, IPv4Address("10.1.0.9"))
     in_python = [
         settings.pack(),
-        layout.Port(1, 77, 4799, MAC, FOUR, SIX, 9).pack(),
-        layout.pack_vxlan(1),
-        layout.pack_place_key(1, MAC),
+        map_layout.Port(1, 77, 4799, MAC, FOUR, SIX, 9).pack(),
+        map_layout.pack_vxlan(1),
+        map_layout.pack_place_key(1, MAC),
         place.pack(),
-        layout.pack_network_key(77, 4799),
-        layout.pack_peer_key(1, IPv4Address("10.1.0.2")),
+        map_layout.pack_network_key(77, 4799),
+        map_layout.pack_peer_key(1, IPv4Address("10.1.0.2")),
         route.pack(),
-        layout.COUNT.pack(*range(1, 9)),
-        bytes([layout.LAYOUT]),
-        layout.SLOTS.to_bytes(2, "big"),
+        map_layout.COUNT.pack(*range(1, 9)),
+        bytes([map_layout.LAYOUT]),
+        map_layout.SLOTS.to_bytes(2, "big"),
     ]
     assert in_python == in_c
-    assert layout.Settings.unpack(in_c[0]) == settings
-    assert layout.unpack_place_key(in_c[3]) == (1, MAC)
-    assert layout.Place.unpack(in_c[4]) == place
-    assert layout.unpack_peer_key(in_c[6]) == (1, IPv4Address("10.1.0.2"))
-    assert layout.PeerRoute.unpack(in_c[7]) == route
-    assert layout.Count.unpack(in_c[8] * 3) == layout.Count(3, 6, 9, 12, 15, 18, 21, 24)
+    assert map_layout.FastPathSettings.unpack(in_c[0]) == settings
+    assert map_layout.unpack_place_key(in_c[3]) == (1, MAC)
+    assert map_layout.Place.unpack(in_c[4]) == place
+    assert map_layout.unpack_peer_key(in_c[6]) == (1, IPv4Address("10.1.0.2"))
+    assert map_layout.PeerRoute.unpack(in_c[7]) == route
+    assert map_layout.Count.unpack(in_c[8] * 3) == map_layout.Count(3, 6, 9, 12, 15, 18, 21, 24)
 
 
 def test_the_kernel_takes_every_program() -> None:

@@ -23,7 +23,7 @@ import pytest
 from pyroute2 import IPRoute
 
 from dataplane.ebpf import Count, Maps, PeerRoute, Place, probe_kernel
-from dataplane.ebpf.layout import DECAP6, ENCAP6
+from dataplane.ebpf.map_layout import DECAP6, ENCAP6
 from dataplane.errors import KernelRefused
 from driver import names
 from driver.kernel import fdb
@@ -34,7 +34,7 @@ from testbed.ebpf_object import SOURCES, built
 from testbed.kernel_hosts import (
     RUN,
     Container,
-    Host,
+    KernelHost,
     Lab,
     a_network,
     an_endpoint,
@@ -55,14 +55,14 @@ def count(container: Container) -> Count:
     return container.host.do(kernel.fastpath.counts)[names.host_veth(container.endpoint.id)]
 
 
-def opened(host: Host) -> Opened:
+def opened(host: KernelHost) -> Opened:
     """The parts of its plugin's fast path."""
     parts = host.kernel.fastpath.opened()
     assert parts is not None
     return parts
 
 
-def maps_of(host: Host) -> Maps:
+def maps_of(host: KernelHost) -> Maps:
     return opened(host).programs.maps
 
 
@@ -105,7 +105,7 @@ def fresh() -> Iterator[World]:
         yield _world(made)
 
 
-def outer(host: Host, port: int = 4799) -> socket.socket:
+def outer(host: KernelHost, port: int = 4799) -> socket.socket:
     """Captures the packets that leave a host through its device."""
 
     def make() -> socket.socket:
@@ -237,7 +237,7 @@ def test_the_header_is_the_kernels_own(world: World, family: int, tos: int) -> N
         assert struct.unpack_from("!H", each, 24)[0] == len(each) - 20
 
 
-def _forget_peers(host: Host) -> None:
+def _forget_peers(host: KernelHost) -> None:
     maps = maps_of(host)
     for net, address in maps.all_peers():
         maps.drop_peer(net, address)
@@ -634,7 +634,7 @@ def test_packets_to_forward_take_the_kernel_path(fresh: World) -> None:
 # --- what keeps it off
 
 
-def _reason(host: Host) -> str:
+def _reason(host: KernelHost) -> str:
     """Why the tunnel is off after a refresh that reads the firewall's rules again."""
     opened(host).tunnel.firewall.due = 0.0
     return host.refresh().reason
@@ -865,7 +865,7 @@ def test_an_upgrade_is_not_felt(fresh: World, tmp_path: Path, change: str) -> No
     assert host.run("ls", str(old), check=False) == ""
 
 
-def _places(host: Host) -> list[object]:
+def _places(host: KernelHost) -> list[object]:
     return [place for _, _, place in maps_of(host).all_places() if not place.index]
 
 
@@ -925,7 +925,7 @@ def test_cleanup_leaves_nothing(tcx: bool) -> None:
         _nothing_is_left(other)
 
 
-def _nothing_is_left(host: Host, qdisc: str = "") -> None:
+def _nothing_is_left(host: KernelHost, qdisc: str = "") -> None:
     assert (
         host.run(
             "find", str(RUN), "-name", "bpf*", "-o", "-name", "links-*", "-o", "-name", "filters-*"
@@ -955,7 +955,7 @@ def test_an_endpoint_that_went_leaves_nothing(fresh: World) -> None:
     assert host.do(maps.port_indexes) == set()
 
 
-def _fill(host: Host, table: str) -> None:
+def _fill(host: KernelHost, table: str) -> None:
     """Fill a map with entries of networks that don't exist, without the plugin's knowledge."""
     maps = maps_of(host)
     with contextlib.suppress(KernelRefused):

@@ -8,16 +8,16 @@ from ipaddress import IPv4Address
 from driver import names
 from driver.kernel import announce
 from driver.model import ArpFrame
-from testbed.kernel_hosts import Host, Lab, a_network
+from testbed.kernel_hosts import KernelHost, Lab, a_network
 
 NOBODY = IPv4Address("10.9.0.99")
 
 
-def _hear(host: Host, seconds: float) -> frozenset[ArpFrame]:
+def _hear(host: KernelHost, seconds: float) -> frozenset[ArpFrame]:
     return host.do(lambda: host.kernel.hear(seconds))
 
 
-def _heard(host: Host, wanted: ArpFrame, seconds: float = 3.0) -> bool:
+def _heard(host: KernelHost, wanted: ArpFrame, seconds: float = 3.0) -> bool:
     """Whether this frame is received in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -15,12 +15,12 @@ from pyroute2 import IPRoute
 
 from driver import names
 from driver.errors import KernelError
-from testbed.kernel_hosts import RUN, Host, Lab, a_network, an_endpoint, eventually
+from testbed.kernel_hosts import RUN, KernelHost, Lab, a_network, an_endpoint, eventually
 
 TOP = Path(__file__).resolve().parents[2]
 
 
-def _left(host: Host) -> dict[str, object]:
+def _left(host: KernelHost) -> dict[str, object]:
     """Everything that a plugin could leave on a host: links, rules, forwarding entries, files,
     mounts."""
 
@@ -43,7 +43,7 @@ def _left(host: Host) -> dict[str, object]:
     }
 
 
-def _overlay_links(host: Host) -> list[str]:
+def _overlay_links(host: KernelHost) -> list[str]:
     listed = json.loads(host.in_overlay("ip", "-j", "link"))
     return sorted(link["ifname"] for link in listed if link["ifname"] != "lo")
 

@@ -24,7 +24,7 @@ from dataplane.router import layout
 from dataplane.router import library_wire as wire
 from dataplane.router.library_wire import Address
 from dataplane.router.reasons import Reason
-from testbed.namespaces import Bed, bed
+from testbed.namespace_bed import NamespaceBed, bed
 from testbed.patience import patience, within
 from tests.dataplane.library import Library, addresses_of, cookie_of, dial, listen
 
@@ -36,7 +36,7 @@ WAIT: Final = 5.0
 class Pair:
     """A bed with a process in each of two containers."""
 
-    bed: Bed
+    bed: NamespaceBed
     one: Library
     other: Library
     listener: socket.socket
@@ -59,7 +59,7 @@ class Pair:
         return grant, answer, memory
 
 
-def process_in(made: Bed, name: str) -> Library:
+def process_in(made: NamespaceBed, name: str) -> Library:
     """A process of a container that has been welcomed."""
     library = Library.connect(made.shared / "router.sock", made.containers[name].namespace)
     library.hear(wire.Welcome)
@@ -88,7 +88,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def listed(made: Bed, container: str) -> list[ConnectionFact]:
+def listed(made: NamespaceBed, container: str) -> list[ConnectionFact]:
     """The connections of one container."""
     found = made.router.connections(made.containers[container].inode)
     return list(found.connections)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dataplane.control import Limits, RouterSettings
 from dataplane.router import layout
 from dataplane.router import library_wire as wire
-from testbed.namespaces import Bed, bed
+from testbed.namespace_bed import NamespaceBed, bed
 from testbed.patience import patience
 from tests.dataplane.library import Library, dial, listen
 from tests.unit.test_router_wire import EXAMPLES
@@ -28,7 +28,7 @@ KINDS = st.sampled_from(["eventfd", "file", "socket", "directory"])
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["guarded", "unguarded"])
-def hostile(request: pytest.FixtureRequest) -> Iterator[Bed]:
+def hostile(request: pytest.FixtureRequest) -> Iterator[NamespaceBed]:
     limits = RouterSettings(limits=Limits(asks=1 << 19, messages=1 << 20))
     with bed("a", "b", settings=limits, guard=request.param) as made:
         yield made
@@ -89,7 +89,7 @@ def descriptor(kind: str) -> int:
             return os.open("/", os.O_RDONLY)
 
 
-def descriptors_of(made: Bed) -> int:
+def descriptors_of(made: NamespaceBed) -> int:
     assert made.process is not None
     return len(list(Path(f"/proc/{made.process.pid}/fd").iterdir()))
 
@@ -98,7 +98,9 @@ def descriptors_of(made: Bed) -> int:
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(packets=PACKETS, hello=st.booleans())
-def test_anything(hostile: Bed, packets: list[tuple[bytes, list[str]]], hello: bool) -> None:
+def test_anything(
+    hostile: NamespaceBed, packets: list[tuple[bytes, list[str]]], hello: bool
+) -> None:
     """Whatever a process sends, with whatever descriptors, the router continues and keeps none of
     them.
     """
@@ -122,7 +124,7 @@ def test_anything(hostile: Bed, packets: list[tuple[bytes, list[str]]], hello: b
     assert "a bug in the router" not in hostile.log()
 
 
-def test_others_are_served(hostile: Bed) -> None:
+def test_others_are_served(hostile: NamespaceBed) -> None:
     """After all that, two processes are paired as usual."""
     a, b = hostile.containers.values()
     path = hostile.shared / "router.sock"
@@ -137,7 +139,7 @@ def test_others_are_served(hostile: Bed) -> None:
     assert one.hear(wire.Grant)[0].incarnation == other.hear(wire.Grant)[0].incarnation
 
 
-def test_an_owner_that_lies_about_its_slots(hostile: Bed) -> None:
+def test_an_owner_that_lies_about_its_slots(hostile: NamespaceBed) -> None:
     """A process that releases the slots it uses again and again frees no slot of its peer, and no
     slot twice.
     """

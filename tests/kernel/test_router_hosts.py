@@ -31,7 +31,7 @@ from dataplane.errors import DataplaneError
 from dataplane.router import library_wire as wire
 from dataplane.router_client import RouterClient
 from testbed import wait_until
-from testbed.kernel_hosts import PREFIX6, Container, Host, Lab, a_network, lab
+from testbed.kernel_hosts import PREFIX6, Container, KernelHost, Lab, a_network, lab
 from testbed.patience import patience
 from tests.dataplane.library import Library, dial, listen
 from tests.dataplane.places import ROOT
@@ -54,8 +54,8 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Router:
     """A host's router, with one container."""
 
-    host: Host
-    other: Host
+    host: KernelHost
+    other: KernelHost
     box: Container
     folder: Path
     relay: Path

@@ -17,7 +17,7 @@ import pytest
 
 from dataplane.control import Limits, RouterSettings
 from dataplane.router import library_wire as wire
-from testbed.namespaces import Bed, Container, bed
+from testbed.namespace_bed import BedContainer, NamespaceBed, bed
 from testbed.patience import patience, within
 from tests.dataplane.library import SO_COOKIE, Library, addresses_of
 
@@ -39,14 +39,14 @@ def descriptors() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def cpu_seconds(made: Bed) -> float:
+def cpu_seconds(made: NamespaceBed) -> float:
     """CPU time of the router so far."""
     assert made.process is not None
     fields = Path(f"/proc/{made.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def resident(made: Bed) -> int:
+def resident(made: NamespaceBed) -> int:
     """Bytes of the router's memory."""
     assert made.process is not None
     pages = int(Path(f"/proc/{made.process.pid}/statm").read_text().split()[1])
@@ -66,7 +66,7 @@ sys.stdin.read()
 """Holds the servers' ends: no process may have the descriptors of both."""
 
 
-def connections(a: Container, b: Container) -> list[tuple[socket.socket, int]]:
+def connections(a: BedContainer, b: BedContainer) -> list[tuple[socket.socket, int]]:
     """Many real connections from one container to the other: the client's end and the server's
     cookie.
     """
@@ -90,7 +90,7 @@ def connections(a: Container, b: Container) -> list[tuple[socket.socket, int]]:
     return [(client, cookies[client.getsockname()[1]]) for client in clients]
 
 
-def processes(made: Bed, container: Container) -> list[Library]:
+def processes(made: NamespaceBed, container: BedContainer) -> list[Library]:
     path = made.shared / "router.sock"
 
     def connect() -> list[Library]:

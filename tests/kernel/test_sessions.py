@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed import wait_until
-from testbed.kernel_hosts import Host, Lab, lab
+from testbed.kernel_hosts import KernelHost, Lab, lab
 from tests.session_probe import Probe
 from tests.unit.swarm_ca import Authority, write
 
@@ -18,7 +18,7 @@ PORT = 4799
 
 
 @contextlib.contextmanager
-def probe(host: Host, peer: Host, folder: Path, name: str) -> Iterator[Probe]:
+def probe(host: KernelHost, peer: KernelHost, folder: Path, name: str) -> Iterator[Probe]:
     """A probe of a host's own node; killed at the end."""
 
     def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -34,7 +34,7 @@ def probe(host: Host, peer: Host, folder: Path, name: str) -> Iterator[Probe]:
 
 
 @contextlib.contextmanager
-def hosts(folder: Path, *, ipv6: bool) -> Iterator[tuple[Lab, Host, Host]]:
+def hosts(folder: Path, *, ipv6: bool) -> Iterator[tuple[Lab, KernelHost, KernelHost]]:
     """Two hosts that are nodes of one Swarm."""
     authority = Authority()
     for number in (1, 2):

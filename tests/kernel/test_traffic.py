@@ -19,7 +19,7 @@ from testbed.kernel_hosts import (
     RUN,
     TCP_PORT,
     Container,
-    Host,
+    KernelHost,
     Lab,
     a_network,
     eventually,
@@ -178,7 +178,7 @@ def test_two_networks_are_apart(two: Lab) -> None:
         assert octets(near.endpoint.mac) not in [frame[6:12] for frame in heard(each)]
 
 
-def _docker_overlay(made: Lab, host: Host, vni: int) -> Container:
+def _docker_overlay(made: Lab, host: KernelHost, vni: int) -> Container:
     """A container on an overlay like Docker's: VXLAN on port 4789, made on the host, moved into a
     namespace."""
     number = host.number

@@ -1,4 +1,4 @@
-"""`protocol.h` and its Python copies describe the same bytes."""
+"""`relay_protocol.h` and its Python copies describe the same bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from testbed import relays as client
 from testbed.relays import relays
 from tests.dataplane.places import ROOT, compile_c
 
-HEADER = ROOT / "dataplane" / "relay" / "protocol.h"
+HEADER = ROOT / "dataplane" / "relay" / "relay_protocol.h"
 STRUCTS: dict[str, tuple[struct.Struct, str]] = {
     "relay_message": (client.HEADER, "kind size"),
     "relay_open": (client.OPEN, "message device port version gid_index transport spin encryption"),

@@ -28,7 +28,7 @@ import pytest
 from dataplane.control import RouterSettings, Rule
 from dataplane.router import layout
 from dataplane.router import library_wire as wire
-from testbed.namespaces import Bed, bed
+from testbed.namespace_bed import NamespaceBed, bed
 from testbed.patience import patience, within
 from tests.dataplane.library import Library, dial
 from tests.dataplane.places import LIBRARY
@@ -96,7 +96,7 @@ class Hostile:
         self.bell.close()
 
 
-def attach(made: Bed) -> Hostile:
+def attach(made: NamespaceBed) -> Hostile:
     """Behave correctly until bytes go through the rings."""
     container = made.containers["hostile"]
     tcp = dial(container.namespace, str(made.containers["server"].ipv4), PORT)
@@ -128,7 +128,7 @@ def attach(made: Bed) -> Hostile:
 
 
 @contextlib.contextmanager
-def served(way: str, *, guard: bool = True) -> Iterator[tuple[Bed, subprocess.Popen[str]]]:
+def served(way: str, *, guard: bool = True) -> Iterator[tuple[NamespaceBed, subprocess.Popen[str]]]:
     """An echo server that waits in the given way."""
     if not LIBRARY.exists():
         pytest.skip(f"missing: {LIBRARY} (make library)")
@@ -153,7 +153,7 @@ def descriptors_of(process: subprocess.Popen[str]) -> int:
     return len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
 
 
-def exchange(made: Bed, count: int) -> float:
+def exchange(made: NamespaceBed, count: int) -> float:
     """Exchange bytes with a correct client without the library; the median time in seconds."""
     container = made.containers["client"]
     times = []

@@ -23,7 +23,7 @@ from dataplane.control import RouterSettings, Rule
 from dataplane.router import library_wire as wire
 from driver.kernel.checksum import internet_checksum
 from driver.kernel.namespace import in_netns
-from testbed.namespaces import Bed, Container, bed
+from testbed.namespace_bed import BedContainer, NamespaceBed, bed
 from testbed.patience import patience
 from tests.dataplane.library import Library
 
@@ -41,7 +41,7 @@ class Service:
     host.
     """
 
-    bed: Bed
+    bed: NamespaceBed
     listener: socket.socket
     kept: list[Any] = field(default_factory=list)
 
@@ -83,7 +83,7 @@ def service() -> Iterator[Service]:
         listener.close()
 
 
-def by_address(task: Container, client: str) -> tuple[socket.socket, Any]:
+def by_address(task: BedContainer, client: str) -> tuple[socket.socket, Any]:
     """With NET_ADMIN: put the client's address on the task's own loopback device."""
     task.run(["ip", "address", "add", f"{client}/32", "dev", "lo"], check=True)
 
@@ -100,7 +100,7 @@ def by_address(task: Container, client: str) -> tuple[socket.socket, Any]:
     return in_netns(task.namespace, make)
 
 
-def by_handshake(task: Container, client: str) -> tuple[socket.socket, Any]:
+def by_handshake(task: BedContainer, client: str) -> tuple[socket.socket, Any]:
     """With NET_RAW alone: a listener and a handshake, bound to the task's loopback device."""
 
     def make() -> tuple[socket.socket, Any]:
@@ -161,7 +161,7 @@ def segment(source: str, destination: str, sequence: int, acknowledged: int, fla
 @pytest.mark.parametrize("forger_first", [False, True])
 def test_a_forged_socket_gets_no_connection_of_another_task(
     service: Service,
-    forge: Callable[[Container, str], tuple[socket.socket, Any]],
+    forge: Callable[[BedContainer, str], tuple[socket.socket, Any]],
     forger_first: bool,
 ) -> None:
     """A socket that a task has forged does not give it a client's connection to a task of another

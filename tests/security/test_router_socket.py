@@ -17,7 +17,7 @@ from dataplane.control import Limits, RouterSettings
 from dataplane.router import library_wire as wire
 from dataplane.router.clients import PATIENCE, UNKNOWN
 from testbed.kernel_hosts import new_namespace
-from testbed.namespaces import Bed, bed
+from testbed.namespace_bed import NamespaceBed, bed
 from testbed.patience import patience
 from tests.dataplane.library import Library, cookie_of, dial, listen
 from tests.security.lingering import Lingering, lingering, refuses, send
@@ -26,20 +26,20 @@ NOTE = wire.pack(wire.Note(5, 1))
 
 
 @pytest.fixture(params=[True, False], ids=["guarded", "unguarded"])
-def attacked(request: pytest.FixtureRequest) -> Iterator[Bed]:
+def attacked(request: pytest.FixtureRequest) -> Iterator[NamespaceBed]:
     """A bed whose router refuses descriptors by the kernel, and one as before Linux 6.16."""
     with bed("hostile", "honest", guard=request.param) as made:
         yield made
 
 
-def hear_welcome(made: Bed, name: str = "honest") -> Library:
+def hear_welcome(made: NamespaceBed, name: str = "honest") -> Library:
     library = Library.connect(made.shared / "router.sock", made.containers[name].namespace)
     library.connection.settimeout(patience(5))
     library.hear(wire.Welcome)
     return library
 
 
-def raw(made: Bed) -> socket.socket:
+def raw(made: NamespaceBed) -> socket.socket:
     """A connection of the hostile container."""
     library = Library.connect(
         made.shared / "router.sock", made.containers["hostile"].namespace, hello=False
@@ -83,7 +83,7 @@ def put(way: str, connection: socket.socket, poison: Lingering) -> bool:
             return send(connection, wire.pack(wire.Bell(0, 1, 1, 0)), number)
 
 
-def test_descriptors_whose_close_waits(attacked: Bed) -> None:
+def test_descriptors_whose_close_waits(attacked: NamespaceBed) -> None:
     """A descriptor that lingers for minutes, however it is sent, does not block the router: it
     welcomes others at once.
     """
@@ -112,7 +112,7 @@ def test_descriptors_whose_close_waits(attacked: Bed) -> None:
             poison.close()
 
 
-def test_no_descriptor_stays(attacked: Bed) -> None:
+def test_no_descriptor_stays(attacked: NamespaceBed) -> None:
     """Whatever descriptors are sent, the router has as many of its own as before, and leaves no
     process behind.
     """
@@ -146,7 +146,7 @@ def test_the_kernel_refuses_descriptors() -> None:
             assert not send(raw(made), NOTE, 0)
 
 
-def test_an_old_library(attacked: Bed) -> None:
+def test_an_old_library(attacked: NamespaceBed) -> None:
     """The router tells a process with an older library to stay on TCP, and refuses its requests.
     Others continue.
     """

@@ -27,7 +27,7 @@ from driver.kernel.namespace import in_netns
 from driver.model import Network
 from testbed.kernel_hosts import (
     Container,
-    Host,
+    KernelHost,
     Lab,
     a_network,
     eventually,
@@ -52,7 +52,7 @@ class Scene:
     far: Container
 
     @property
-    def outsider(self) -> Host:
+    def outsider(self) -> KernelHost:
         return self.lab.hosts[2]
 
     def mesh(self) -> None:
@@ -92,7 +92,7 @@ def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
 
 
 @contextlib.contextmanager
-def alien(host: Host) -> Iterator[int]:
+def alien(host: KernelHost) -> Iterator[int]:
     """The namespace of a container of another network, as Docker's bridge makes it: it reaches the
     outside with its host's address.
     """
@@ -192,7 +192,7 @@ except PermissionError:
 """
 
 
-def _as_nobody(host: Host, kind: str, data: bytes, to: str) -> None:
+def _as_nobody(host: KernelHost, kind: str, data: bytes, to: str) -> None:
     uid = kind.split()[1]
     host.run(sys.executable, "-c", _PROGRAM, uid, data.hex(), to)
 
@@ -489,11 +489,11 @@ def _reaches(to: str, port: int) -> bool:
     return True
 
 
-def _rules(host: Host) -> str:
+def _rules(host: KernelHost) -> str:
     return host.run("nft", "-s", "list", "table", "inet", guard_rules.NAME, check=False)
 
 
-def _learned(host: Host, scene: Scene) -> set[IPv4Address]:
+def _learned(host: KernelHost, scene: Scene) -> set[IPv4Address]:
     """The host at which the VXLAN device has the far container's address."""
     lines = host.in_overlay(
         "bridge", "fdb", "show", "dev", names.vxlan(scene.network.id)

@@ -24,7 +24,7 @@ import pytest
 from dataplane.control import RouterSettings, Rule
 from dataplane.router import layout
 from dataplane.router import library_wire as wire
-from testbed.namespaces import Bed, bed
+from testbed.namespace_bed import NamespaceBed, bed
 from testbed.patience import patience
 from tests.dataplane.library import Library, dial
 from tests.dataplane.places import LIBRARY
@@ -96,7 +96,7 @@ def group() -> Iterator[Path | None]:
 class Client:
     """One process of the hostile container, with one arena."""
 
-    def __init__(self, made: Bed) -> None:
+    def __init__(self, made: NamespaceBed) -> None:
         self.made = made
         self.container = made.containers["hostile"]
         self.library = Library.connect(made.shared / "router.sock", self.container.namespace)

@@ -14,7 +14,7 @@ from bench import load, parse, report, rounds, stats
 from bench.errors import ProgramError
 from bench.latency import Latency
 from bench.machine import Machine, cpu_model
-from bench.namespaces import Namespaces, Pair, run, run_together
+from bench.namespaces import ProcessNamespaces, SubjectPair, run, run_together
 
 MORE = stats.Case("stream_1", "Gbit/s", True, "one stream")
 LESS = stats.Case("tcp_rr_one_core", "us", False, "round trips")
@@ -205,9 +205,9 @@ def test_cpu_model_is_found() -> None:
     assert cpu_model("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n") == "Some CPU @ 2 GHz"
 
 
-def pair(subject: str) -> Pair:
-    namespaces = Namespaces(Path("/proc/self"), IPv4Address("192.0.2.1"))
-    return Pair(subject, namespaces, namespaces)
+def pair(subject: str) -> SubjectPair:
+    namespaces = ProcessNamespaces(Path("/proc/self"), IPv4Address("192.0.2.1"))
+    return SubjectPair(subject, namespaces, namespaces)
 
 
 def test_rounds_measure_every_subject_each_time() -> None:
@@ -215,7 +215,7 @@ def test_rounds_measure_every_subject_each_time() -> None:
     log: list[tuple[str, str]] = []
 
     def load_of(name: str) -> load.Load:
-        def measure(where: Pair, seconds: float) -> load.Figures:
+        def measure(where: SubjectPair, seconds: float) -> load.Figures:
             log.append((name, where.subject))
             return {name: seconds}
 
@@ -236,7 +236,7 @@ def test_rounds_end_when_time_is_up() -> None:
     """No round begins after the time limit; each one is completed, and at least one is made."""
     clock = iter(range(100))
 
-    def measure(_: Pair, seconds: float) -> load.Figures:
+    def measure(_: SubjectPair, seconds: float) -> load.Figures:
         return {"a": seconds}
 
     pairs = [pair("freeflow"), pair("host")]
@@ -252,7 +252,7 @@ def test_rounds_end_when_time_is_up() -> None:
 def test_json_and_table_show_the_same() -> None:
     """The table has a line per case of the JSON, with dashes where it has nulls."""
     rows = {"stream_1": stats.row(MORE, {"freeflow": [11.0, 11.0], "overlay": [10.0, 10.0]})}
-    made = report.Report(machine=MACHINE, results=rows)
+    made = report.BenchReport(machine=MACHINE, results=rows)
     assert json.loads(report.as_json(made)) == made
     line = next(line for line in report.as_table(made).splitlines() if line.startswith("stream_1 "))
     assert line.split() == ["stream_1", "Gbit/s", "11", "10", "-", "1.10x", "-", "0%", "2"]

@@ -13,25 +13,25 @@ from typing import Any, cast
 
 import pytest
 
-from bench import accounting, clients, crosshost, goals, latency, relayed, report, stats
+from bench import accounting, client_processes, crosshost, goals, latency, relayed, report, stats
 from bench import traffic as cases
 from bench.accounting import Reading
-from bench.bed import Host
-from bench.clients import Clients
+from bench.client_processes import ClientProcesses
+from bench.conditions import enabled
 from bench.crosshost import LOCAL, CrossHost
 from bench.errors import BenchError, ProgramError
 from bench.latency import Latency
 from bench.load import Load
-from bench.namespaces import Namespaces, Pair
+from bench.namespaces import ProcessNamespaces, SubjectPair
 from bench.relayed import Listed
 from bench.servers import REDIS, Running
 from bench.stats import Case, CrossRow
-from bench.traffic import Packets, Sample, Traffic
-from bench.underlay import enabled
+from bench.swarm_hosts import BenchHost
+from bench.traffic import LoadCase, Traffic, TrafficSample
 
-PLACE = Namespaces(Path("/proc/1"), IPv4Address("192.0.2.1"))
+PLACE = ProcessNamespaces(Path("/proc/1"), IPv4Address("192.0.2.1"))
 FIGURES = {"freeflow": 60.0, "freeflow_off": 30.0, "overlay": 20.0, "host": 40.0}
-PAIRS = [Pair(subject, PLACE, PLACE) for subject in FIGURES]
+PAIRS = [SubjectPair(subject, PLACE, PLACE) for subject in FIGURES]
 WANTED = (
     *("redis_p1_c1", "redis_p1_c4", "redis_p1_c8", "redis_p1_c16", "redis_p1_c50"),
     *("redis_p1_c200", "redis_p16_c50", "redis_4x12", "redis_16x1", "redis_slow_c50"),
@@ -39,7 +39,9 @@ WANTED = (
     *("stream_1_no_offload", "stream_4_no_offload", "redis_c8_beside_stream_p99"),
     *("tcp_rr_one_core", "udp_rr_one_core", "connect_request_close"),
 )
-BUSY = Traffic(Case("busy", "requests/s", True, "a case"), REDIS, Clients("redis", connections=50))
+BUSY = Traffic(
+    Case("busy", "requests/s", True, "a case"), REDIS, ClientProcesses("redis", connections=50)
+)
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Fake:
     log: list[tuple[str, str]] = field(default_factory=list)
     time: float = 0.0
 
-    def take(self, one: Traffic | Packets, pair: Pair, _: float) -> Sample:
+    def take(self, one: Traffic | LoadCase, pair: SubjectPair, _: float) -> TrafficSample:
         self.log.append((one.case.name, pair.subject))
         self.time += 2
         if (one.case.name, pair.subject) in self.broken:
@@ -60,7 +62,9 @@ class Fake:
         figure = FIGURES[pair.subject]
         listed = Listed(self.in_relay, 50, {"relay": self.in_relay})
         seen = listed if pair.subject.startswith("freeflow") else None
-        return Sample(figure, 600 / figure, Latency(1 / figure, 2 / figure), self.foreign, seen)
+        return TrafficSample(
+            figure, 600 / figure, Latency(1 / figure, 2 / figure), self.foreign, seen
+        )
 
 
 def suite(fake: Fake, some: Sequence[Traffic], said: list[str], **more: Any) -> CrossHost:
@@ -147,9 +151,9 @@ def test_conditions_hold_for_their_cases_only() -> None:
         yield
         log.append("off")
 
-    def take(one: Traffic | Packets, _pair: Pair, _seconds: float) -> Sample:
+    def take(one: Traffic | LoadCase, _pair: SubjectPair, _seconds: float) -> TrafficSample:
         log.append(one.case.name)
-        return Sample(1.0)
+        return TrafficSample(1.0)
 
     changed = replace(BUSY, case=replace(BUSY.case, name="changed"), condition=condition)
     suite(Fake(), [BUSY, changed], [], take=take, between=PAIRS[:1], rounds=2).measure()
@@ -237,7 +241,7 @@ def test_every_goal_is_about_a_case() -> None:
 class Loads:
     """In place of client processes: remembers what happened, and counts a fixed amount."""
 
-    def __init__(self, log: list[str], counted: clients.Counted) -> None:
+    def __init__(self, log: list[str], counted: client_processes.Counted) -> None:
         self.log = log
         self.counted = counted
 
@@ -254,7 +258,7 @@ class Loads:
     def rest(self) -> None:
         self.log.append("rest")
 
-    def end(self) -> clients.Counted:
+    def end(self) -> client_processes.Counted:
         self.log.append("end")
         return self.counted
 
@@ -267,16 +271,18 @@ class FakeAccounts(accounting.Accounts):
         return accounting.Used(5000.0, 0.125)
 
 
-HOST = Host("h1", Path("/"), IPv4Address("192.0.2.1"), cast("Any", None), 1, "group")
+HOST = BenchHost("h1", Path("/"), IPv4Address("192.0.2.1"), cast("Any", None), 1, "group")
 
 
 class Runner(cases.Runner):
     """A runner whose clients are `Loads`."""
 
     log: list[str]
-    counted: clients.Counted
+    counted: client_processes.Counted
 
-    def _start(self, pair: Pair, kind: Any, some: Clients) -> tuple[Any, list[Running]]:
+    def _start(
+        self, pair: SubjectPair, kind: Any, some: ClientProcesses
+    ) -> tuple[Any, list[Running]]:
         return Loads(self.log, self.counted), [Running(1, "10.0.0.2", 7100, False)]
 
 
@@ -287,7 +293,7 @@ def runner(log: list[str], listings: Iterator[Listed]) -> Runner:
 
     made = Runner(HOST, HOST, cast("Any", None), FakeAccounts((), ()), look=look)
     made.log = log
-    made.counted = clients.Counted(1000, 500.0, Latency(1, 2))
+    made.counted = client_processes.Counted(1000, 500.0, Latency(1, 2))
     made.sleep = lambda _: log.append("sleep")
     return made
 
@@ -341,10 +347,10 @@ def test_figures_of_streams_and_tails() -> None:
     stream = next(one for one in cases.traffic() if one.case.name == "stream_1")
     tail = next(one for one in cases.traffic() if one.is_tail)
     made = runner([], iter(()))
-    made.counted = clients.Counted(2_000_000_000, 1e9, None)
+    made.counted = client_processes.Counted(2_000_000_000, 1e9, None)
     sample = made.run(stream, PAIRS[2], 1.0)
     assert (sample.figure, sample.cpu_us) == (8.0, 2500.0)
-    made.counted = clients.Counted(10, 10.0, Latency(3, 4))
+    made.counted = client_processes.Counted(10, 10.0, Latency(3, 4))
     sample = made.run(tail, PAIRS[2], 1.0)
     assert (sample.figure, sample.cpu_us) == (4, None)
 
@@ -417,10 +423,10 @@ def test_windows_of_processes_are_one() -> None:
     """Counts and rates of processes add up, and percentiles are those of all requests."""
     one = json.dumps({"count": 3, "seconds": 1.0, "latency_ns": [[1000, 2], [9000, 1]]})
     two = json.dumps({"count": 97, "seconds": 2.0, "latency_ns": [[1000, 97]]})
-    counted = clients.sum_up([one, two])
+    counted = client_processes.sum_up([one, two])
     assert (counted.count, counted.rate) == (100, 51.5)
     assert counted.latency == Latency(1, 1)
-    stream = clients.sum_up(['{"count": 5, "seconds": 1, "latency_ns": []}'])
+    stream = client_processes.sum_up(['{"count": 5, "seconds": 1, "latency_ns": []}'])
     assert stream.latency is None
 
 
@@ -430,7 +436,7 @@ def test_windows_of_processes_are_one() -> None:
 def test_a_window_without_a_count_is_refused(text: str) -> None:
     """Unknown output, and a process that did nothing, are errors."""
     with pytest.raises(ProgramError):
-        clients.sum_up([text])
+        client_processes.sum_up([text])
 
 
 def test_percentiles_of_a_histogram() -> None:
@@ -446,10 +452,10 @@ def test_percentiles_of_a_histogram() -> None:
 def test_clients_share_the_servers() -> None:
     """A process gets its server's address, and what it has to do there."""
     server = Running(1, "10.0.0.2", 7100, False)
-    some = Clients("redis", 4, 12, pipeline=16, rate=5)
+    some = ClientProcesses("redis", 4, 12, pipeline=16, rate=5)
     assert some.total == 48
     assert some.arguments(server) == ["redis", "10.0.0.2", "7100", "12", "16", "5"]
-    assert Clients("stream").arguments(server) == ["stream", "10.0.0.2", "7100", "131072"]
+    assert ClientProcesses("stream").arguments(server) == ["stream", "10.0.0.2", "7100", "131072"]
 
 
 # --- accounts
@@ -530,7 +536,7 @@ def test_the_table_says_what_it_is_worth() -> None:
         "congestion_control": "cubic",
         "absent": {},
     }
-    table = report.as_table(report.Report(machine=machine, results=rows))
+    table = report.as_table(report.BenchReport(machine=machine, results=rows))
     assert "FEW ROUNDS" in table
     assert "TCP cubic" in table
     assert "failed: busy on host: no such luck" in table

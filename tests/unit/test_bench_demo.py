@@ -12,7 +12,17 @@ import pytest
 
 from bench import demo_speed
 from bench.chart import WIDTH, Bar, as_svg, bar, in_terminal
-from bench.demo_speed import REDIS, STREAM, WEB, Meter, Row, Run, Side, Subject, WrongPathError
+from bench.demo_speed import (
+    REDIS,
+    STREAM,
+    WEB,
+    DemoRow,
+    DemoRun,
+    Meter,
+    Side,
+    Subject,
+    WrongPathError,
+)
 from bench.errors import ProgramError
 from bench.stats import FREEFLOW, OVERLAY
 
@@ -46,9 +56,9 @@ def test_picture_is_whole() -> None:
         assert float(each.get("y", 0)) <= height
 
 
-def _row(ratio: float | None, where: str = "one host") -> Row:
+def _row(ratio: float | None, where: str = "one host") -> DemoRow:
     theirs = None if ratio is None else Side([100.0], [20.0])
-    return Row(REDIS, where, "shm", Side([100.0 * (ratio or 1)], [5.0]), theirs)
+    return DemoRow(REDIS, where, "shm", Side([100.0 * (ratio or 1)], [5.0]), theirs)
 
 
 def test_best_first() -> None:
@@ -91,10 +101,10 @@ def _meter(host: FakeHost, load: Any, silent: str = "") -> tuple[Meter, Any, lis
     """A meter of two subjects, its load, and what it reports."""
     rates = {FREEFLOW: 400.0, OVERLAY: 100.0}
 
-    def ask(client: Any, _where: str, _seconds: float, _rate: float) -> Run:
+    def ask(client: Any, _where: str, _seconds: float, _rate: float) -> DemoRun:
         if client == silent:
             raise ProgramError("no answer")
-        return Run(rates[client], 1000)
+        return DemoRun(rates[client], 1000)
 
     subjects = [Subject(name, cast("Any", name), cast("Any", host), {}) for name in rates]
     told: list[str] = []

@@ -19,7 +19,7 @@ from bench.errors import ProgramError
 from bench.latency import Latency
 from bench.machine import Machine
 from bench.measures import Measure, Seen, measures
-from bench.namespaces import RING, TCP, UNIX, Namespaces, Pair
+from bench.namespaces import RING, TCP, UNIX, ProcessNamespaces, SubjectPair
 from bench.samehost import CPU_OF, SameHost, case_names
 from bench.sampling import Sample
 from bench.servers import PINGPONG, Servers
@@ -35,9 +35,9 @@ WANTED = (
 )
 
 
-def pair(subject: str, transport: str = TCP, library: str = "") -> Pair:
-    namespaces = Namespaces(Path("/proc/self"), IPv4Address("192.0.2.1"), library)
-    return Pair(subject, namespaces, namespaces, transport)
+def pair(subject: str, transport: str = TCP, library: str = "") -> SubjectPair:
+    namespaces = ProcessNamespaces(Path("/proc/self"), IPv4Address("192.0.2.1"), library)
+    return SubjectPair(subject, namespaces, namespaces, transport)
 
 
 def a_measure(name: str, transports: frozenset[str] = frozenset((TCP,))) -> Measure:
@@ -57,7 +57,7 @@ class Fake:
     time: float = 0.0
     upgraded: float = 1.0
 
-    def take(self, measure: Measure, where: Pair, _: Servers, seconds: float) -> Sample:
+    def take(self, measure: Measure, where: SubjectPair, _: Servers, seconds: float) -> Sample:
         self.log.append((measure.case.name, where.subject))
         self.time += seconds
         if (measure.case.name, where.subject) in self.broken:
@@ -67,7 +67,7 @@ class Fake:
         said = '{"refused":9}' if share is not None else ""
         return Sample(figure, figure / 2, share, said, Latency(figure, figure * 3))
 
-    def leave_idle(self, where: Pair, _: Servers) -> idle.Idle:
+    def leave_idle(self, where: SubjectPair, _: Servers) -> idle.Idle:
         return idle.Idle({case.name: self.figures[where.subject] for case in idle.CASES}, None)
 
 
@@ -202,7 +202,7 @@ def test_old_cases_come_every_other_round() -> None:
     """Cases of the kernel path are measured in rounds 1, 3, 5; failures are named."""
     runs = count()
 
-    def run(where: Pair, _: float) -> load.Figures:
+    def run(where: SubjectPair, _: float) -> load.Figures:
         if where.subject == "overlay":
             raise ProgramError("gone")
         next(runs)
@@ -236,7 +236,7 @@ def test_table_and_json_of_local_rows() -> None:
         seconds=None,
         absent={"host": "nobody asked"},
     )
-    made = report.Report(machine=machine, results=rows)
+    made = report.BenchReport(machine=machine, results=rows)
     table = report.as_table(made)
     assert "no host: nobody asked" in table
     assert "failed: b on overlay: overlay: no such luck" in table
@@ -378,7 +378,7 @@ def test_cores_are_counted_from_the_last() -> None:
 
 def test_only_the_program_gets_the_library() -> None:
     """LD_PRELOAD is set for the program, not for programs that start it."""
-    namespaces = Namespaces(
+    namespaces = ProcessNamespaces(
         Path("/proc/7"), IPv4Address("192.0.2.1"), "/run/freeflow/libfreeflow.so"
     )
     line = namespaces.enter("redis-server", "--port", "1", cores=(3, 2), before=("setpriv", "-x"))
@@ -387,7 +387,7 @@ def test_only_the_program_gets_the_library() -> None:
         *("env", "LD_PRELOAD=/run/freeflow/libfreeflow.so", "redis-server", "--port", "1"),
     ]
     assert line[at - 5 : at] == ["taskset", "--cpu-list", "2,3", "setpriv", "-x"]
-    bare = Namespaces(Path("/proc/7"), IPv4Address("192.0.2.1")).enter("true")
+    bare = ProcessNamespaces(Path("/proc/7"), IPv4Address("192.0.2.1")).enter("true")
     assert "env" not in bare
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import clients, compiled, parse
+from bench import client_processes, compiled, parse
 from testbed.patience import patience
 
 
@@ -108,8 +108,8 @@ def test_held_connections_work_afterwards(tools: Path) -> None:
 
 def test_stream_counts_what_arrived(tools: Path) -> None:
     """The rate is that of the bytes that the reader counted."""
-    with serving(tools / "stream") as where:
-        done = run(tools / "stream", "call", -1, *where, 16384, 0.2)
+    with serving(tools / "throughput") as where:
+        done = run(tools / "throughput", "call", -1, *where, 16384, 0.2)
     moved = parse.moved(done.stdout)
     assert moved.count > 0
     assert moved.count % 16384 == 0
@@ -126,7 +126,7 @@ def test_stream_with_bytes_missing_is_an_error(tools: Path) -> None:
         connection.sendall((got - 1).to_bytes(8, "little"))
 
     with answering(answer) as where:
-        done = run(tools / "stream", "call", -1, *where, 4096, 0.1)
+        done = run(tools / "throughput", "call", -1, *where, 4096, 0.1)
     assert done.returncode != 0
     assert "arrived" in done.stderr
 
@@ -197,7 +197,7 @@ def test_bare_ring(tools: Path) -> None:
 
 def test_nobody_there_is_an_error(tools: Path, tmp_path: Path) -> None:
     """A program that cannot connect fails with an error."""
-    for program in (("pingpong", "stream"), ("stream",)):
+    for program in (("pingpong", "stream"), ("throughput",)):
         tool = tools / program[0]
         done = run(tool, *program[1:], "call", -1, tmp_path / "nobody", 0, 64, 0.1)
         assert done.returncode != 0
@@ -258,7 +258,7 @@ def web(connection: socket.socket) -> None:
 
 def window(
     seconds: float, *argv: object, rest: Callable[[], None] = lambda: None
-) -> tuple[clients.Counted, int]:
+) -> tuple[client_processes.Counted, int]:
     """The window of a run of `clients`, and its exit code; `rest` is called without load."""
     line = [str(word) for word in argv]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
@@ -269,7 +269,7 @@ def window(
             process.send_signal(signal.SIGUSR1)
             time.sleep(seconds)
             process.send_signal(signal.SIGUSR2)
-            counted = clients.sum_up([process.stdout.readline()])
+            counted = client_processes.sum_up([process.stdout.readline()])
             process.send_signal(signal.SIGINT)
             rest()
             process.terminate()
@@ -326,7 +326,7 @@ def test_clients_of_other_servers(tools: Path) -> None:
         assert window(0.2, tool, "http", *where, 2, 1, 0)[1] == 0
     with serving(tools / "pingpong", "epoll") as where:
         assert window(0.2, tool, "echo", *where, 2, 1, 0)[1] == 0
-    with serving(tools / "stream") as where:
+    with serving(tools / "throughput") as where:
         counted, code = window(0.2, tool, "stream", *where, 4096)
     assert code == 0
     assert counted.count % 4096 == 0

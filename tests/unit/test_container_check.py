@@ -15,7 +15,7 @@ from dataplane.control import Connections
 from plugin.admin import create_admin
 from plugin.cli.client import Client, Engine
 from plugin.cli.container_check import LIBRARY, examine_container, inspect_process, own_library
-from plugin.cli.doctor import Report
+from plugin.cli.doctor import DoctorReport
 from plugin.status import Status
 from tests.unit.documented import is_documented
 from tests.unit.sockets import engine, served
@@ -62,7 +62,7 @@ class World:
         (folder / "maps").write_text("\n".join(lines) + "\n")
         self.pids.append(pid)
 
-    def report(self, name: str = NAME) -> Report:
+    def report(self, name: str = NAME) -> DoctorReport:
         answers: dict[str, Any] = {
             f"/containers/{NAME}/json": self.container,
             f"/containers/{NAME}/top": {

@@ -19,9 +19,9 @@ from dataplane.router.devices import (
     NO_PYVERBS,
     ROCE,
     ROCE_V1,
+    DevicePort,
     DeviceScan,
     Gid,
-    Port,
     Unusable,
     choose,
 )
@@ -36,8 +36,8 @@ def gid(index: int, address: str, kind: str = ROCE) -> Gid:
     return Gid(index, kind, IPv6Address(address))
 
 
-def port(*gids: Gid, name: str = "mlx5_0", number: int = 1, active: bool = True) -> Port:
-    return Port(name, number, active, 4096, gids)
+def port(*gids: Gid, name: str = "mlx5_0", number: int = 1, active: bool = True) -> DevicePort:
+    return DevicePort(name, number, active, 4096, gids)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_infiniband() -> None:
         ),
     ],
 )
-def test_why_not(ports: tuple[Port | Unusable, ...], why: str) -> None:
+def test_why_not(ports: tuple[DevicePort | Unusable, ...], why: str) -> None:
     """Where no device can be used, the result says why, and for each device that was checked."""
     scan = choose(V4, ports)
     assert (scan.device, scan.why) == (None, why)
@@ -110,7 +110,7 @@ def test_one_of_two() -> None:
 def test_without_pyverbs() -> None:
     """A host without pyverbs has no device, and no error."""
 
-    def ports() -> Iterator[Port]:
+    def ports() -> Iterator[DevicePort]:
         raise ImportError
 
     assert devices.find(V4, ports) == DeviceScan(None, NO_PYVERBS)

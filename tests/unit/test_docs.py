@@ -12,9 +12,9 @@ import pytest
 from bench.errors import BenchError
 from bench.latency import Latency
 from bench.machine import Machine
-from bench.report import Report
+from bench.report import BenchReport
 from bench.stats import Case, Measured, cross_row
-from tools import files, pictures, prose, subjects
+from tools import commit_subjects, files, pictures, prose
 
 TOP: Final = Path(__file__).parents[2]
 TEXTS: Final = {path: path.read_text() for path in prose.documents()}
@@ -95,14 +95,14 @@ def test_the_chart_shows_the_stored_results() -> None:
     assert pictures.with_tables(text, stored) == text
 
 
-def _stored(case: str, runs: int) -> Report:
+def _stored(case: str, runs: int) -> BenchReport:
     measured = Measured(Case(case, "requests/s", True, "what it is"), "request")
     for _ in range(runs):
         measured.keep("freeflow", 30.0, 4.0, Latency(10, 20))
         measured.keep("overlay", 10.0, 8.0, Latency(30, 50))
     rows = {case: cross_row(measured, 50, [50] * runs, {}, {})}
     machine = {**pictures.results()["same-host"]["machine"], "rounds": runs}
-    return Report(machine=cast("Machine", machine), results=rows)
+    return BenchReport(machine=cast("Machine", machine), results=rows)
 
 
 def test_results_of_two_hosts_join_the_chart() -> None:
@@ -208,7 +208,7 @@ def test_only_prose_is_wrapped(text: str, numbers: list[int]) -> None:
 )
 def test_good_subjects(subject: str) -> None:
     """An imperative of at most 72 characters passes, with an area or without."""
-    assert subjects.complaint(subject) is None
+    assert commit_subjects.complaint(subject) is None
 
 
 @pytest.mark.parametrize(
@@ -217,11 +217,11 @@ def test_good_subjects(subject: str) -> None:
 )
 def test_bad_subjects(subject: str) -> None:
     """A past tense, a gerund, a full stop at the end, and more than 72 characters are refused."""
-    assert subjects.complaint(subject) is not None
+    assert commit_subjects.complaint(subject) is not None
 
 
 def test_subjects_without_a_history(capsys: pytest.CaptureFixture[str]) -> None:
     """Where the history is missing, as in a shallow clone, the check says so and passes."""
-    if subjects.subjects() is None:
-        assert subjects.main() == 0
+    if commit_subjects.subjects() is None:
+        assert commit_subjects.main() == 0
         assert "not checked" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from driver.kernel.rtnl import Link
+from driver.kernel.rtnl import NetDevice
 from plugin.cli.client import Client, Engine
 from plugin.cli.doctor import (
     check_clashes,
@@ -27,8 +27,8 @@ from tests.unit.sockets import engine, served
 from tests.unit.statuses import finding, host, network, status
 
 
-def link(name: str, kind: str = "", port: int = 0) -> Link:
-    return Link(1, name, kind, 0, 0, port=port)
+def link(name: str, kind: str = "", port: int = 0) -> NetDevice:
+    return NetDevice(1, name, kind, 0, 0, port=port)
 
 
 def only(findings: Iterable[Finding]) -> Finding:
@@ -115,7 +115,7 @@ def test_no_clashes() -> None:
         (link("vxlan_sys_4789", "vxlan", 4789), "Open vSwitch"),
     ],
 )
-def test_other_overlays(link: Link, who: str) -> None:
+def test_other_overlays(link: NetDevice, who: str) -> None:
     """Another overlay on the host is named, whatever kind its devices are (weave#3116)."""
     found = only(check_clashes({4799}, [link]))
     assert found.severity == "warning"

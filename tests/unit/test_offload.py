@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from driver.kernel.offload import below
-from driver.kernel.rtnl import Link
+from driver.kernel.rtnl import NetDevice
 
 LINKS = [
-    Link(1, "lo", "", 0, 0),
-    Link(2, "eth0", "", 0, 4),
-    Link(3, "eth1", "", 0, 4),
-    Link(4, "bond0", "bond", 0, 0),
-    Link(5, "bond0.7", "vlan", 4, 0),
-    Link(6, "br0", "bridge", 0, 0),
-    Link(7, "eth2", "", 0, 6),
-    Link(8, "vnet1", "tun", 0, 6),
-    Link(9, "veth1", "veth", 10, 0),
-    Link(10, "veth0", "veth", 9, 0),
-    Link(11, "loop", "vlan", 11, 0),
+    NetDevice(1, "lo", "", 0, 0),
+    NetDevice(2, "eth0", "", 0, 4),
+    NetDevice(3, "eth1", "", 0, 4),
+    NetDevice(4, "bond0", "bond", 0, 0),
+    NetDevice(5, "bond0.7", "vlan", 4, 0),
+    NetDevice(6, "br0", "bridge", 0, 0),
+    NetDevice(7, "eth2", "", 0, 6),
+    NetDevice(8, "vnet1", "tun", 0, 6),
+    NetDevice(9, "veth1", "veth", 10, 0),
+    NetDevice(10, "veth0", "veth", 9, 0),
+    NetDevice(11, "loop", "vlan", 11, 0),
 ]
 
 

@@ -18,8 +18,8 @@ from testbed.images import NotPreparedError, engine_root, workload_tar
 from testbed.patience import patience
 from testbed.prepare import GROUPS, THINGS
 from testbed.process import CommandError
-from testbed.vm import images as vm_images
-from testbed.vm.images import KERNELS, KernelAbsentError, kernel, make_kernel, root_image
+from testbed.vm import guest_images as vm_images
+from testbed.vm.guest_images import KERNELS, KernelAbsentError, kernel, make_kernel, root_image
 
 BOOTSTRAP = Path(__file__).parents[2] / "plugin/image/bootstrap.sh"
 APT = """#!/bin/sh

@@ -26,7 +26,7 @@ from dataplane.router.relay_rule import (
     OnRelay,
     Pair,
     Pauses,
-    Sample,
+    TcpSample,
     Use,
     batches,
     messages,
@@ -58,9 +58,9 @@ class Stream:
         self.segments += self.rate * per_message * seconds
         self.bytes += self.rate * self.size * seconds
 
-    def sample(self, now: float) -> Sample:
+    def sample(self, now: float) -> TcpSample:
         half, size = round(self.segments / 2), round(self.bytes / 2)
-        return Sample(now, half, half, size, size, SEGMENT)
+        return TcpSample(now, half, half, size, size, SEGMENT)
 
 
 @dataclass
@@ -403,7 +403,9 @@ def test_counters_that_begin_again() -> None:
     wrap = 1 << 32
     for at, segments in ((0.0, wrap - 1000), (1.0, 1000)):
         rule.due(at)
-        rule.sampled("a", Sample(at, segments, segments, int(at) * 64_000, int(at) * 64_000, 1398))
+        rule.sampled(
+            "a", TcpSample(at, segments, segments, int(at) * 64_000, int(at) * 64_000, 1398)
+        )
     flow = rule._flows["a"]
     assert flow.messages == pytest.approx(4000, rel=0.1)
 

@@ -17,7 +17,7 @@ from dataplane.errors import WrongMessage
 from dataplane.router import relay_wire as wire
 from dataplane.router.relay_wire import RelayKind
 
-HEADER: Final = Path(__file__).parents[2] / "dataplane/relay/protocol.h"
+HEADER: Final = Path(__file__).parents[2] / "dataplane/relay/relay_protocol.h"
 N32, M32 = 0x01020304, 0x0A0B0C0D
 N64, M64 = 0x0102030405060708, 0x1112131415161718
 SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {

@@ -22,7 +22,7 @@ from dataplane.router.remote_events import (
     Event,
     On,
     Phase,
-    Refuse,
+    RefuseRequest,
     Tell,
 )
 
@@ -179,7 +179,7 @@ def test_one_answer() -> None:
     waiting = (*LEADER, *FOLLOWER)
     for before, _, after, actions in every_step():
         answers: list[Action] = [each for each in actions if each in (Do.GRANT, Do.KEEP_REQUEST)]
-        answers += [each for each in actions if isinstance(each, Refuse)]
+        answers += [each for each in actions if isinstance(each, RefuseRequest)]
         if before.phase in waiting:
             assert len(answers) == (after.phase not in waiting)
         else:
@@ -268,14 +268,14 @@ def test_the_follower_is_not_reset() -> None:
             EndState(Phase.LEADER_PAIRING, received=True),
             "REQUEST_GONE",
             Phase.DROPPING,
-            (Refuse(Reason.NOT_FOUND), Tell(Reason.NOT_FOUND), Do.FREE_SIDE, Drop()),
+            (RefuseRequest(Reason.NOT_FOUND), Tell(Reason.NOT_FOUND), Do.FREE_SIDE, Drop()),
         ),
         (
             EndState(Phase.LEADER_PLACING),
             "LINK_LOST",
             Phase.DROPPING,
             (
-                Refuse(Reason.NO_LINK),
+                RefuseRequest(Reason.NO_LINK),
                 Tell(Reason.NO_LINK, Reason.NO_LINK),
                 Drop(),
                 Do.FREE_SIDE,

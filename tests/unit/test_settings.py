@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plugin.settings import SETTINGS, Settings, read
-from tools import settings as settings_files
+from tools import write_settings as settings_files
 
 TOP = Path(__file__).parents[2]
 DOCUMENT = (TOP / "docs/options.md").read_text()

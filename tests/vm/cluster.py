@@ -33,7 +33,7 @@ import msgspec
 from dataplane import control
 from dataplane.control import NetworkFact, RouterSettings, RouterSnapshot
 from dataplane.errors import DataplaneError, RouterAway
-from testbed.namespaces import endpoint_fact
+from testbed.namespace_bed import endpoint_fact
 from testbed.process import CommandError, wait_until
 from testbed.vm import Guest, GuestGoneError, Process
 from testbed.vm.guest import MTU, SOURCES

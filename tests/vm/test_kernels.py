@@ -13,7 +13,7 @@ import pytest
 from testbed.images import TOP
 from testbed.vm import KERNELS, Guest, KernelAbsentError, guests
 from testbed.vm.guest import SOURCES
-from testbed.vm.images import kernel
+from testbed.vm.guest_images import kernel
 
 OBJECT = TOP / "build/overlay.bpf.o"
 STAGES = {

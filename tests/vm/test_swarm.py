@@ -14,7 +14,7 @@ from testbed.host import PLUGIN
 from testbed.images import TOP
 from testbed.process import wait_until
 from testbed.vm import Process, guests
-from testbed.vm.engine import IMAGE, MEMORY, RUN, Engine, engine_disk, make_swarm
+from testbed.vm.guest_engine import IMAGE, MEMORY, RUN, GuestEngine, engine_disk, make_swarm
 
 BUILT = TOP / "build/plugin"
 PROGRAMS = TOP / "tests/vm/programs"
@@ -33,14 +33,14 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def swarm() -> Iterator[list[Engine]]:
+def swarm() -> Iterator[list[GuestEngine]]:
     """A manager and a worker with RDMA devices, and a service `web` on a network of each driver,
     with a task on each host.
     """
     with guests(2, memory=MEMORY, disk=engine_disk(BUILT)) as made:
         for guest in made:
             guest.rxe_up()
-        engines = [Engine(guest) for guest in made]
+        engines = [GuestEngine(guest) for guest in made]
         make_swarm(engines)
         manager = engines[0]
         manager.docker("network", "create", "-d", PLUGIN, "--attachable", "ours")
@@ -53,7 +53,7 @@ def swarm() -> Iterator[list[Engine]]:
         yield engines
 
 
-def vips(manager: Engine) -> dict[str, str]:
+def vips(manager: GuestEngine) -> dict[str, str]:
     """The service's VIP on each network, by driver."""
     addresses = {}
     for vip in manager.api("services/web")["Endpoint"]["VirtualIPs"]:
@@ -62,7 +62,7 @@ def vips(manager: Engine) -> dict[str, str]:
     return addresses
 
 
-def test_a_service_on_two_hosts_is_answered_from_both_beside_ipvs(swarm: list[Engine]) -> None:
+def test_a_service_on_two_hosts_is_answered_from_both_beside_ipvs(swarm: list[GuestEngine]) -> None:
     """From a task of each host, FreeFlow's VIP and that of Docker's overlay, by IPVS, reach both
     tasks.
     """
@@ -80,7 +80,7 @@ def test_a_service_on_two_hosts_is_answered_from_both_beside_ipvs(swarm: list[En
     assert balanced.count("Masq") == len(swarm)
 
 
-def test_the_plugin_is_well_and_sees_its_peer(swarm: list[Engine]) -> None:
+def test_the_plugin_is_well_and_sees_its_peer(swarm: list[GuestEngine]) -> None:
     """`freeflow status` and `doctor` find nothing, on both hosts."""
     for engine, other in (swarm, swarm[::-1]):
         status = json.loads(engine.freeflow("status", "--json"))
@@ -95,7 +95,7 @@ def test_the_plugin_is_well_and_sees_its_peer(swarm: list[Engine]) -> None:
         )
 
 
-def test_the_plugin_sees_the_hosts_rdma_device(swarm: list[Engine]) -> None:
+def test_the_plugin_sees_the_hosts_rdma_device(swarm: list[GuestEngine]) -> None:
     """The plugin's container has the host's device, whatever number the host gives it later."""
     plugin = "/proc/$(pgrep -o -f 'python3 -P -m plugin')/root"
     listed = (
@@ -104,7 +104,7 @@ def test_the_plugin_sees_the_hosts_rdma_device(swarm: list[Engine]) -> None:
     assert {"uverbs0", "rdma_cm", "rxe0"} <= set(listed)
 
 
-def test_the_plugin_says_which_rdma_device_it_uses(swarm: list[Engine]) -> None:
+def test_the_plugin_says_which_rdma_device_it_uses(swarm: list[GuestEngine]) -> None:
     """`freeflow doctor` on both hosts names the device and its GID, and reaches the other host's
     device.
     """
@@ -115,7 +115,7 @@ def test_the_plugin_says_which_rdma_device_it_uses(swarm: list[Engine]) -> None:
         link = f"host {peer}: link up over rdma"
         device = rf"rdma: rxe0 port 1, RoCE v2 {engine.guest.address} \(GID \d+\)"
 
-        def said(engine: Engine = engine, link: str = link, device: str = device) -> bool:
+        def said(engine: GuestEngine = engine, link: str = link, device: str = device) -> bool:
             report = json.loads(engine.freeflow("doctor", "--json", check=False))
             known = any(re.fullmatch(device, note) for note in report["notes"])
             return report["findings"] == [] and link in report["notes"] and known
@@ -123,7 +123,7 @@ def test_the_plugin_says_which_rdma_device_it_uses(swarm: list[Engine]) -> None:
         wait_until(f"{engine.guest.name}: {device}, {link}", said, 240, 2)
 
 
-def wait_for_rdma(engine: Engine, remote: str, count: int) -> None:
+def wait_for_rdma(engine: GuestEngine, remote: str, count: int) -> None:
     """Wait until `freeflow connections` shows this many connections on `rdma` to an address."""
 
     def listed() -> list[dict[str, Any]]:
@@ -142,7 +142,7 @@ def wait_for_rdma(engine: Engine, remote: str, count: int) -> None:
         raise TimeoutError(f"{error}\n{json.dumps(listed())}\n{report}") from error
 
 
-def relayed(engine: Engine) -> int:
+def relayed(engine: GuestEngine) -> int:
     """The bytes that a host's relay has moved in both directions; nothing was broken."""
     rdma = json.loads(engine.freeflow("status", "--json"))["router"]["rdma"]
     assert rdma["broken"] == 0
@@ -150,19 +150,19 @@ def relayed(engine: Engine) -> int:
     return moved
 
 
-def test_containers_of_two_hosts_speak_over_rdma(swarm: list[Engine]) -> None:
+def test_containers_of_two_hosts_speak_over_rdma(swarm: list[GuestEngine]) -> None:
     """redis and echoed bytes use RDMA, with sessions of the Swarm's own certificates and no other
     setting.
     """
     programs = ("--mount", f"type=bind,src=/src/{PROGRAMS.relative_to(TOP)},dst=/programs")
 
-    def container(engine: Engine) -> str:
+    def container(engine: GuestEngine) -> str:
         name = f"on-{engine.guest.name}"
         options = ("--network", "ours", *RUN, *LIBRARY, *programs)
         engine.docker("run", "-d", "--name", name, *options, IMAGE, "sleep", "3600")
         return name
 
-    def start(engine: Engine, name: str, *command: str) -> Process:
+    def start(engine: GuestEngine, name: str, *command: str) -> Process:
         return engine.guest.start(["docker", "exec", "-i", name, *command], stdin=True)
 
     with ThreadPoolExecutor(len(swarm)) as pool:

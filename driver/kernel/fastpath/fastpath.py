@@ -29,11 +29,11 @@ from dataplane.ebpf import STAGES, Count, KernelSupport, Programs, probe_kernel
 from dataplane.errors import KernelRefused
 from driver import names
 from driver.errors import FreeFlowError, KernelError
-from driver.kernel import bpffs, forwarding_check, traffic, underlay_routes
+from driver.kernel import bpffs, forwarding_check, tc_ingress, underlay_routes
 from driver.kernel.fastpath.attachments import Attachments
 from driver.kernel.fastpath.endpoints import Endpoints
 from driver.kernel.fastpath.neighbours import Cleaner, FullTables, Neighbours
-from driver.kernel.fastpath.status import Stage, Status
+from driver.kernel.fastpath.reader import FastPathReader, Stage
 from driver.kernel.fastpath.tunnel import Tunnel
 from driver.kernel.netlink import Sockets
 from driver.kernel.overlay import Overlay
@@ -50,13 +50,13 @@ class Opened:
     """The parts that belong to one overlay namespace."""
 
     programs: Programs
-    hooks: traffic.Hooks
+    hooks: tc_ingress.Hooks
     """Of the overlay namespace."""
     endpoints: Endpoints
     neighbours: Neighbours
     cleaner: Cleaner
     tunnel: Tunnel
-    status: Status
+    status: FastPathReader
 
     def close(self) -> None:
         self.programs.close()
@@ -157,7 +157,7 @@ class FastPath:
             self._peers,
             receives="receive" in support.stages,
         )
-        changes = underlay_routes.Changes(self._host_namespace)
+        changes = underlay_routes.RouteChanges(self._host_namespace)
         neighbours = Neighbours(maps, endpoints, host, links, changes, self._underlay, full)
         tunnel = Tunnel(
             programs,
@@ -178,7 +178,7 @@ class FastPath:
             neighbours,
             Cleaner(maps, endpoints, neighbours, links, inner, full),
             tunnel,
-            Status(maps, support.why_not, endpoints, tunnel, full, host),
+            FastPathReader(maps, support.why_not, endpoints, tunnel, full, host),
         )
 
     def close(self) -> None:
@@ -211,15 +211,15 @@ class FastPath:
             removed.append(str(bpffs.PINS))
         return removed
 
-    def _hooks(self, overlay: Overlay | None) -> tuple[traffic.Hooks, traffic.Hooks]:
+    def _hooks(self, overlay: Overlay | None) -> tuple[tc_ingress.Hooks, tc_ingress.Hooks]:
         """Those of the overlay namespace, and those of the host's."""
         admin = (self._host_run / bpffs.PINS).parent
         host = self._host_namespace, self._host
         # Devices of an overlay namespace that is gone went with it: only pins are left.
         there = (overlay.namespace, overlay.links) if overlay is not None else host
         return (
-            traffic.Hooks("overlay", *there, admin, tcx=self._tcx),
-            traffic.Hooks("host", *host, admin, tcx=self._tcx),
+            tc_ingress.Hooks("overlay", *there, admin, tcx=self._tcx),
+            tc_ingress.Hooks("host", *host, admin, tcx=self._tcx),
         )
 
     # --- endpoints and networks: the endpoint lock
@@ -336,7 +336,7 @@ class FastPath:
         return {}
 
     def learned(self, network_id: str) -> dict[str, IPAddress]:
-        """See `Status.learned`."""
+        """See `FastPathReader.learned`."""
         with self._log_failures("reading places"):
             opened = self._opened
             if opened is not None:
@@ -344,7 +344,7 @@ class FastPath:
         return {}
 
     def carries(self, network_id: str, mac: str) -> bool:
-        """See `Status.carries`."""
+        """See `FastPathReader.carries`."""
         with self._lock, self._log_failures("reading places"):
             if self._opened is not None:
                 return self._opened.status.carries(network_id, mac)

@@ -16,7 +16,7 @@ import structlog
 from dataplane.ebpf import Maps, PeerRoute
 from dataplane.errors import KernelRefused
 from driver.errors import FreeFlowError
-from driver.kernel import fdb, traffic, underlay_routes
+from driver.kernel import fdb, tc_ingress, underlay_routes
 from driver.kernel.fastpath.endpoints import Endpoints
 from driver.kernel.netlink import Sockets
 from driver.kernel.underlay import Underlay
@@ -62,7 +62,7 @@ class Neighbours:
     endpoints: Endpoints
     host: Sockets
     overlay: Sockets
-    changes: underlay_routes.Changes
+    changes: underlay_routes.RouteChanges
     underlay: Callable[[], Underlay]
     full: FullTables
     _due: float = 0.0
@@ -165,7 +165,7 @@ class Cleaner:
     endpoints: Endpoints
     neighbours: Neighbours
     overlay: Sockets
-    hooks: traffic.Hooks
+    hooks: tc_ingress.Hooks
     full: FullTables
     due: float = 0.0
 

@@ -17,11 +17,11 @@ from typing import Final
 import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
-from dataplane.ebpf import Programs, Settings
+from dataplane.ebpf import FastPathSettings, Programs
 from dataplane.errors import KernelRefused
 from driver import names
 from driver.errors import FreeFlowError, KernelError
-from driver.kernel import traffic
+from driver.kernel import tc_ingress
 from driver.kernel.fastpath.endpoints import Endpoints
 from driver.kernel.fastpath.neighbours import IDLE, Neighbours
 from driver.kernel.firewall import Firewall
@@ -60,8 +60,8 @@ class Tunnel:
     overlay: Sockets
     host: Sockets
     host_namespace: int
-    inner: traffic.Hooks
-    outer: traffic.Hooks
+    inner: tc_ingress.Hooks
+    outer: tc_ingress.Hooks
     underlay: Callable[[], Underlay]
     clock: Callable[[], float]
     firewall: Firewall = field(init=False)
@@ -147,7 +147,7 @@ class Tunnel:
         inside, outside = self._pair or (0, 0)
         low, high, ttl = self._sysctls
         self.programs.maps.decide(
-            Settings(
+            FastPathSettings(
                 lease=time.monotonic_ns() + int(LEASE * 1e9),
                 idle=int(IDLE * 1e9),
                 inside=inside,

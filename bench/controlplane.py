@@ -21,12 +21,12 @@ from typing import Final
 
 from pyroute2 import IPRoute
 
-from bench.bed import LABEL, PLUGIN, Host
-from bench.engine import Engine
+from bench.engine_api import EngineApi
 from bench.errors import BenchError, EngineRefusedError
 from bench.rounds import Say
 from bench.stats import FREEFLOW, HOST, Case, Row, percentile, row
 from bench.subjects import DRIVERS, container, networks, remove_network
+from bench.swarm_hosts import LABEL, PLUGIN, BenchHost
 
 ATTACH_CALLS: Final = ("CreateEndpoint", "Join")
 DETACH_CALLS: Final = ("Leave", "DeleteEndpoint")
@@ -89,9 +89,9 @@ class Calls:
     p99_ms: float
 
 
-def plugin_calls(host: Host) -> dict[str, Calls]:
+def plugin_calls(host: BenchHost) -> dict[str, Calls]:
     """Call to statistics. Raises `BenchError` if a call failed: its time means nothing."""
-    admin = Engine(host.root / "run/freeflow-admin/admin.sock", timeout=10)
+    admin = EngineApi(host.root / "run/freeflow-admin/admin.sock", timeout=10)
     try:
         status = admin.call("GET", "/admin/status")
     except OSError as error:
@@ -112,7 +112,7 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def network_create(manager: Host, subject: str, number: int) -> float:
+def network_create(manager: BenchHost, subject: str, number: int) -> float:
     """Seconds until the Swarm has allocated a subnet."""
     name = f"bench-create-{subject}-{number}"
 
@@ -130,7 +130,7 @@ def network_create(manager: Host, subject: str, number: int) -> float:
         remove_network(manager, name)
 
 
-def docker_run(host: Host, subject: str, image: str) -> float:
+def docker_run(host: BenchHost, subject: str, image: str) -> float:
     """Seconds to create and start a container."""
     made = []
 
@@ -174,7 +174,7 @@ class LinkProbe:
 
 
 def at_once(
-    host: Host, subject: str, image: str, count: int, meanwhile: AbstractContextManager[object]
+    host: BenchHost, subject: str, image: str, count: int, meanwhile: AbstractContextManager[object]
 ) -> float:
     """Seconds from the start of all containers until the last one runs.
 
@@ -218,7 +218,7 @@ def _since_start(pid: int) -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - began
 
 
-def plugin_start(host: Host, plugin: str = PLUGIN) -> tuple[float, float]:
+def plugin_start(host: BenchHost, plugin: str = PLUGIN) -> tuple[float, float]:
     """Restart the plugin; seconds from its start until it listens, and until it answers."""
     identifier = str(host.engine.call("GET", f"/plugins/{plugin}/json")["Id"])
     # A socket's path may have 107 bytes, so the directory is named by a descriptor.
@@ -261,7 +261,7 @@ def plugin_start(host: Host, plugin: str = PLUGIN) -> tuple[float, float]:
 class Control:
     """One run of the suite, all of it on `manager`."""
 
-    manager: Host
+    manager: BenchHost
     subjects: Sequence[str]
     image: str
     rounds: int

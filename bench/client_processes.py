@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from bench.errors import ProgramError
 from bench.latency import Latency, latency, merged
-from bench.namespaces import Pair
+from bench.namespaces import SubjectPair
 from bench.servers import Running
 
 STREAM: Final = "stream"
@@ -30,7 +30,7 @@ BULK: Final = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Clients:
+class ClientProcesses:
     """Client processes of one kind, each with `connections`; they share `servers` evenly.
 
     `rate` is of requests per second of each process; 0: as many as possible.
@@ -92,10 +92,12 @@ def sum_up(said: Sequence[str]) -> Counted:
     )
 
 
-class Load:
+class RunningClients:
     """Running client processes; a context manager, which stops them without an error."""
 
-    def __init__(self, pair: Pair, clients: Clients, servers: Sequence[Running]) -> None:
+    def __init__(
+        self, pair: SubjectPair, clients: ClientProcesses, servers: Sequence[Running]
+    ) -> None:
         self.subject = pair.subject
         self._processes: list[subprocess.Popen[str]] = []
         try:
@@ -110,7 +112,7 @@ class Load:
             self._kill()
             raise
 
-    def __enter__(self) -> Load:
+    def __enter__(self) -> RunningClients:
         return self
 
     def __exit__(
@@ -189,7 +191,7 @@ def _start(line: Sequence[str]) -> subprocess.Popen[Any]:
     )
 
 
-def measure_window(load: Load, seconds: float) -> Counted:
+def measure_window(load: RunningClients, seconds: float) -> Counted:
     """A window of this length."""
     load.begin()
     time.sleep(seconds)

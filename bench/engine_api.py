@@ -18,7 +18,7 @@ from driver.unix_http import UnixConnection
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class EngineApi:
     """One engine's API. Each call has a connection of its own, so many threads can call at once."""
 
     socket: Path

@@ -1,6 +1,6 @@
 """Writes what is generated from the settings: `env` of config.json and tables of docs/options.md.
 
-`python -m tools.settings` (`make settings`) rewrites both files in the current directory.
+`python -m tools.write_settings` (`make settings`) rewrites both files in the current directory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-#include "requests.h"
+#include "router_requests.h"
 
 #include "answers.h"
 #include "arenas.h"
@@ -366,7 +366,7 @@ static void readable(struct watch *watch, uint32_t events)
                 ;
 }
 
-void requests_start(void)
+void router_requests_start(void)
 {
         answers_start(readable);
 }

@@ -32,7 +32,7 @@ _NO_IP6: Final = bytes(16)
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class FastPathSettings:
     """`struct ff_settings`. Times in nanoseconds of CLOCK_MONOTONIC."""
 
     lease: int
@@ -49,7 +49,7 @@ class Settings:
         )
 
     @classmethod
-    def unpack(cls, data: bytes) -> Settings:
+    def unpack(cls, data: bytes) -> FastPathSettings:
         lease, idle, inside, outside, flags, low, high, ttl = SETTINGS.unpack(data)
         return cls(lease, idle, inside, outside, flags, (low, high), ttl)
 

@@ -22,8 +22,8 @@ With VIPs::
 With `bed("a", loopback=True)` connections over loopback are upgraded too, for test suites that use
 nothing else. `made.learn(settings=...)` sends the router a new snapshot.
 
-From a shell, `python -m testbed.namespaces [--library FILE] [NAMES...]` makes a bed, prints how to
-run programs in its containers, and removes it at the end of its input.
+From a shell, `python -m testbed.namespace_bed [--library FILE] [NAMES...]` makes a bed, prints how
+to run programs in its containers, and removes it at the end of its input.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _INSIDE: Final = (
 
 
 @dataclass(eq=False)
-class Container:
+class BedContainer:
     """A network namespace on the bed's bridge."""
 
     name: str
@@ -182,11 +182,11 @@ def endpoint_fact(container: AnyContainer, network: str, more: Sequence[str] = (
 
 
 @dataclass(eq=False)
-class Bed:
+class NamespaceBed:
     """Containers by name, and their router."""
 
     folder: Path
-    containers: dict[str, Container]
+    containers: dict[str, BedContainer]
     vips: dict[str, tuple[str, ...]]
     settings: RouterSettings = field(default_factory=RouterSettings)
     networks: dict[str, str] = field(default_factory=dict)
@@ -236,7 +236,7 @@ class Bed:
         }
         return RouterSnapshot(**{**known, **changes})
 
-    def _loopback(self, container: Container) -> tuple[str, ...]:
+    def _loopback(self, container: BedContainer) -> tuple[str, ...]:
         first = next(iter(self.containers.values()))
         return ("127.0.0.1", "::1") if self.loopback and container is first else ()
 
@@ -285,7 +285,7 @@ class Bed:
         return (self.folder / "router.log").read_text()
 
 
-def connect(containers: Sequence[Container], bridge: int) -> None:
+def connect(containers: Sequence[BedContainer], bridge: int) -> None:
     def make_bridge() -> None:
         with IPRoute() as route:
             route.link("add", ifname="br0", kind="bridge")
@@ -295,7 +295,7 @@ def connect(containers: Sequence[Container], bridge: int) -> None:
     for container in containers:
         port = f"v{container.number}"
 
-        def plug(port: str = port, container: Container = container) -> None:
+        def plug(port: str = port, container: BedContainer = container) -> None:
             with IPRoute() as route:
                 peer = {"ifname": "eth0", "net_ns_fd": container.namespace}
                 route.link("add", ifname=port, kind="veth", peer=peer)
@@ -319,7 +319,7 @@ def bed(
     loopback: bool = False,
     router: bool = True,
     guard: bool = True,
-) -> Iterator[Bed]:
+) -> Iterator[NamespaceBed]:
     """Containers of these names, and a router that knows them.
 
     `vips` maps an address to names of containers, or to addresses of tasks on other hosts.
@@ -334,9 +334,10 @@ def bed(
     if library is not None:
         shutil.copy(library, shared / LIBRARY)
     containers = {
-        name: Container(name, number, shared) for number, name in enumerate(names or ("a", "b"), 2)
+        name: BedContainer(name, number, shared)
+        for number, name in enumerate(names or ("a", "b"), 2)
     }
-    made = Bed(
+    made = NamespaceBed(
         folder,
         containers,
         {vip: tuple(tasks) for vip, tasks in (vips or {}).items()},

@@ -148,7 +148,7 @@ class KernelAbsentError(Exception):
 
 
 @dataclass(frozen=True)
-class Kernel:
+class BootKernel:
     """The files that QEMU needs to boot a kernel."""
 
     name: str
@@ -277,7 +277,7 @@ def _absence(target: Path) -> Path:
     return target.with_name(f"{target.name}.absent")
 
 
-def kernel(name: str = DEFAULT_KERNEL) -> Kernel:
+def kernel(name: str = DEFAULT_KERNEL) -> BootKernel:
     """A kernel of Debian.
 
     Raises:
@@ -286,13 +286,13 @@ def kernel(name: str = DEFAULT_KERNEL) -> Kernel:
     """
     target = _kernel_path(name)
     if target.exists():
-        return Kernel(name, target)
+        return BootKernel(name, target)
     if _absence(target).exists():
         raise KernelAbsentError(_absence(target).read_text())
     raise NotPreparedError(f"kernel {name} of virtual machines", target)
 
 
-def make_kernel(name: str) -> Kernel:
+def make_kernel(name: str) -> BootKernel:
     """A kernel of Debian; makes it if it is absent (about a quarter of a minute).
 
     Raises:
@@ -313,7 +313,7 @@ def make_kernel(name: str) -> Kernel:
             made.rename(target)
             shutil.rmtree(fetched)
         forget_others(target, f"kernel-{name}-*")
-    return Kernel(name, target)
+    return BootKernel(name, target)
 
 
 def _make_kernel(suite: str, work: Path, fetched: Path, made: Path) -> None:

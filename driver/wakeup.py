@@ -15,19 +15,19 @@ from typing import Final
 _MOUNTS: Final = Path("/proc/self/mountinfo")
 
 
-class Bell:
-    """`ring` may be called from any thread, `wait` from one thread only."""
+class Wakeup:
+    """`wake` may be called from any thread, `wait` from one thread only."""
 
     def __init__(self, mounts: Path = _MOUNTS) -> None:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._mounts = os.open(mounts, os.O_RDONLY | os.O_CLOEXEC)
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Wake the waiting thread, now or at its next `wait`."""
         os.eventfd_write(self._event, 1)
 
     def wait(self, seconds: float, *, mounts: bool = False) -> None:
-        """Sleep until rung, or for some seconds; with `mounts` also until the mount table
+        """Sleep until woken, or for some seconds; with `mounts` also until the mount table
         changes."""
         poll = select.poll()
         poll.register(self._event, select.POLLIN)

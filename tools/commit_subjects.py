@@ -1,4 +1,4 @@
-"""Checks the subjects of commits: `python -m tools.subjects`.
+"""Checks the subjects of commits: `python -m tools.commit_subjects`.
 
 A subject has at most 72 characters, no full stop at its end, and is in the imperative mood after
 its area ("library: move the sleep into one file"). The check recognises only the common mistakes:

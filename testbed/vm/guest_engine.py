@@ -20,7 +20,7 @@ from testbed.host import PLUGIN
 from testbed.images import cache, locked, recipe_key
 from testbed.process import wait_until
 from testbed.vm.guest import Guest
-from testbed.vm.images import ext4, forget_others
+from testbed.vm.guest_images import ext4, forget_others
 
 ENGINE: Final = "26.1"  # The version in the guests' Debian release.
 MEMORY: Final = 1536
@@ -81,7 +81,7 @@ def _write_image(path: Path) -> None:
             image.addfile(link)
 
 
-class Engine:
+class GuestEngine:
     """A guest's engine; the guest was booted with `engine_disk` and `MEMORY`."""
 
     def __init__(self, guest: Guest) -> None:
@@ -127,12 +127,12 @@ class Engine:
         return self.guest.pull("/tmp/dockerd.log").decode(errors="replace")
 
 
-def make_swarm(engines: list[Engine]) -> None:
+def make_swarm(engines: list[GuestEngine]) -> None:
     """Start all engines, enable their plugins, and make one Swarm; the first is its manager."""
     with ThreadPoolExecutor(len(engines)) as pool:
-        list(pool.map(Engine.start, engines))
+        list(pool.map(GuestEngine.start, engines))
         # Before they join: a joining node reports its plugins at once, later only every 20 s.
-        list(pool.map(Engine.enable_plugin, engines))
+        list(pool.map(GuestEngine.enable_plugin, engines))
     first = engines[0]
     first.docker("swarm", "init", "--advertise-addr", str(first.guest.address))
     token = first.api("swarm")["JoinTokens"]["Worker"]

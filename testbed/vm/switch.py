@@ -26,7 +26,7 @@ class _Port:
     waiting: deque[bytes] = field(default_factory=deque)
 
 
-class Wire:
+class Switch:
     """A switch whose ports have the guests' numbers."""
 
     def __init__(self) -> None:

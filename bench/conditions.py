@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Final
 
-from bench.bed import Host
 from bench.errors import ProgramError
 from bench.namespaces import run
+from bench.swarm_hosts import BenchHost
 
 DEVICE: Final = "eth0"
 SEGMENTATION: Final = ("tx-udp_tnl-segmentation", "tx-udp_tnl-csum-segmentation")
@@ -26,11 +26,11 @@ every 30 seconds."""
 BURST: Final = "256kb"
 """At least one GSO packet: larger packets would be segmented before the link."""
 
-Condition = Callable[[Sequence[Host]], AbstractContextManager[None]]
+Condition = Callable[[Sequence[BenchHost]], AbstractContextManager[None]]
 
 
 @contextmanager
-def unchanged(_: Sequence[Host]) -> Iterator[None]:
+def unchanged(_: Sequence[BenchHost]) -> Iterator[None]:
     """The underlay as it is."""
     yield
 
@@ -43,11 +43,11 @@ def enabled(listing: str, feature: str) -> bool:
     return found[1] == "on"
 
 
-def _on(host: Host, *program: str) -> str:
+def _on(host: BenchHost, *program: str) -> str:
     return run(host.namespaces.enter_network(*program), 20)
 
 
-def _set(host: Host, feature: str, on: bool) -> None:
+def _set(host: BenchHost, feature: str, on: bool) -> None:
     """Switch a feature. Raises `ProgramError` if the device doesn't do it."""
     _on(host, "ethtool", "-K", DEVICE, feature, "on" if on else "off")
     if enabled(_on(host, "ethtool", "-k", DEVICE), feature) != on:
@@ -55,7 +55,7 @@ def _set(host: Host, feature: str, on: bool) -> None:
 
 
 @contextmanager
-def without_tunnel_segmentation(hosts: Sequence[Host]) -> Iterator[None]:
+def without_tunnel_segmentation(hosts: Sequence[BenchHost]) -> Iterator[None]:
     """The devices do not segment tunnelled packets: software does it before them."""
     with ExitStack() as restore:
         restore.callback(time.sleep, NOTICED)
@@ -70,7 +70,7 @@ def without_tunnel_segmentation(hosts: Sequence[Host]) -> Iterator[None]:
 
 
 @contextmanager
-def shaped(hosts: Sequence[Host]) -> Iterator[None]:
+def shaped(hosts: Sequence[BenchHost]) -> Iterator[None]:
     """Each host sends at most 1 Gbit/s, through one queue."""
     with ExitStack() as restore:
         for host in hosts:

@@ -1,7 +1,7 @@
 /* Bytes in one direction over one connection, by writes of one size.
  *
- *   stream serve CPU ADDRESS PORT
- *   stream call  CPU ADDRESS PORT SIZE SECONDS
+ *   throughput serve CPU ADDRESS PORT
+ *   throughput call  CPU ADDRESS PORT SIZE SECONDS
  *
  * ADDRESS may be the path of a unix socket, and CPU -1: not pinned. The reader's buffer is as large
  * as a write. When the writer has shut down its side, the reader answers with the count of bytes
@@ -17,8 +17,8 @@ static char buffer[MAX_WRITE];
 
 static _Noreturn void usage(void)
 {
-        fputs("usage: stream serve CPU ADDRESS PORT\n"
-              "       stream call CPU ADDRESS PORT SIZE SECONDS\n",
+        fputs("usage: throughput serve CPU ADDRESS PORT\n"
+              "       throughput call CPU ADDRESS PORT SIZE SECONDS\n",
               stderr);
         exit(2);
 }
@@ -82,7 +82,7 @@ static void call(int fd, uint32_t size, double seconds)
         double took = (double)(now() - start) / 1e9, used = cpu_us() - before;
 
         if (arrived != sent) {
-                fprintf(stderr, "stream: %llu bytes sent, %llu arrived\n", (unsigned long long)sent,
+                fprintf(stderr, "throughput: %llu bytes sent, %llu arrived\n", (unsigned long long)sent,
                         (unsigned long long)arrived);
                 exit(1);
         }

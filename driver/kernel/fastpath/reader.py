@@ -29,7 +29,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class FastPathReader:
     """The fast path of one overlay namespace, read from its parts. `host`: the host's sockets."""
 
     maps: Maps
