@@ -5,9 +5,9 @@
  *   clients stream ADDRESS PORT SIZE
  *
  * PIPELINE requests are sent at once, and their answers make one sample of latency. RATE is of
- * requests per second of all connections together, 0 for as fast as possible; a request that is late
- * because its connection was busy counts from the moment at which it was due. `echo` sends 64 bytes
- * to `pingpong epoll serve`, `stream` writes SIZE bytes at a time to `stream serve`.
+ * requests per second of all connections together, 0 for as fast as possible; a request that is
+ * late because its connection was busy counts from the moment at which it was due. `echo` sends 64
+ * bytes to `pingpong epoll serve`, `stream` writes SIZE bytes at a time to `throughput serve`.
  *
  * The program prints "ready" when all its connections are made. SIGUSR1 begins the window. SIGUSR2
  * ends it, and prints one JSON object: the count of requests (stream: bytes), the window's seconds,

@@ -1,9 +1,9 @@
 /* How long an end that has left its ring waits before it tries again.
  *
  * Such a connection lives long, so a few seconds on TCP cost it little. What brought it back there
- * (a router that restarts, a lost link, a path that isn't worth it) is seldom over at once, and each
- * try costs the router a request. So the pause doubles. All connections of a lost path leave it at
- * the same moment; the ends' numbers spread their next requests over the length of the pause.
+ * (a router that restarts, a lost link, a path that isn't worth it) is seldom over at once, and
+ * each try costs the router a request. So the pause doubles. All connections of a lost path leave
+ * it at the same moment; the ends' numbers spread their next requests over the length of the pause.
  */
 #ifndef FREEFLOW_BACKOFF_H
 #define FREEFLOW_BACKOFF_H

@@ -256,8 +256,8 @@ static void break_connections(struct mapping *mapping)
                                               memory_order_release);
 }
 
-/* A waiter has no bell: break the connections of a remote arena whose relay has been unreachable for
- * longer than the grace time. */
+/* A waiter has no bell: break the connections of a remote arena whose relay has been unreachable
+ * for longer than the grace time. */
 static void break_if_unreachable(struct mapping *mapping)
 {
         /* ms: a relay whose router has gone takes 2 s to bring all that is under way to its end. */
@@ -447,7 +447,8 @@ static void forget_peer_bell(uint32_t arena, uint32_t side, int bell, int fd)
         }
 }
 
-/* Ring a bell of the other side, unless it has been rung since its waiter looked. `dirty` is set. */
+/* Ring a bell of the other side, unless it has been rung since its waiter looked. `dirty` is set.
+ */
 static void ring_bell(uint32_t arena, uint32_t side, int bell)
 {
         struct mapping *mapping = mapping_of(arena);

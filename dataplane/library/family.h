@@ -173,8 +173,8 @@ bool end_drop(struct end *end);
 bool end_held_elsewhere(const struct end *end);
 /* Ask the kernel whether the processes that seem to hold it are alive. */
 void end_forget_dead(struct end *end);
-/* The tracked connections of this process: the first descriptor after this one that is an end's, and
- * that end. From -1 on; -1: no more. */
+/* The tracked connections of this process: the first descriptor after this one that is an end's,
+ * and that end. From -1 on; -1: no more. */
 int end_next(int after, struct end **end, uint64_t *key);
 /* The descriptors of an end in this process, one after the other, from -1 on; -1: no more. */
 int end_next_descriptor(const struct end *end, int after);

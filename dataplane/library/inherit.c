@@ -43,7 +43,8 @@ static void inherit_some(bool (*does)(int fd))
         struct end *end;
         uint64_t key;
 
-        /* Peers on other hosts take a while: their fallback is requested before, all at the same time. */
+        /* Peers on other hosts take a while: their fallback is requested before, all at the same
+         * time. */
         for (int fd = -1; (fd = end_next(fd, &end, &key)) >= 0;)
                 if (atomic_load(&end->stage) == STAGE_ATTACHED && end_is_remote(end) && does(fd))
                         fallback_announce(end);

@@ -39,7 +39,8 @@
  *                                                            because bytes came over TCP
  *      busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between checking `leave` and publishing
  *      waiters  w both (seq_cst)                             this direction's sleepers: wait_begin(), wake()
- * Of each bell, in struct arena: `dirty` (slots in which something happened) and `rung` (rung.h), both seq_cst.
+ * Of each bell, in struct arena: `dirty` (slots in which something happened) and `rung` (rung.h),
+ * both seq_cst.
  *
  * Of remote arenas only:
  *      over     w relay (release)     r receiver (acquire)   the sender's end is gone, what it put is below tail

@@ -291,8 +291,8 @@ static void leave_out_deferred(struct pollfd *polled, const struct end *end)
                 polled->fd = -1;
 }
 
-/* What to poll in the kernel: room in TCP's buffer means nothing for bytes that go to the ring. Returns
- * whether something is left out that a sleep would miss. */
+/* What to poll in the kernel: room in TCP's buffer means nothing for bytes that go to the ring.
+ * Returns whether something is left out that a sleep would miss. */
 static bool copy_for_kernel(const struct pollfd *fds, nfds_t count, struct pollfd *copy, bool asleep)
 {
         bool deferred = false;

@@ -26,8 +26,8 @@ enum poll_needs {
 /* `fds` isn't const: glibc declares poll() to write to it only, so gcc would warn. */
 enum poll_needs poll_needs(struct pollfd *fds, nfds_t count);
 
-/* `keys` has room for `count`. Returns false if one of the connections has moved to a ring by now, or
- * left one; then poll_wait() has to be called, after poll_kernel_end(). */
+/* `keys` has room for `count`. Returns false if one of the connections has moved to a ring by now,
+ * or left one; then poll_wait() has to be called, after poll_kernel_end(). */
 bool poll_kernel_begin(const struct pollfd *fds, nfds_t count, uint64_t *keys);
 void poll_kernel_end(nfds_t count, const uint64_t *keys);
 

@@ -206,7 +206,8 @@ static inline void poller_pass_on(struct poller *poller)
 /* poller_harvest.c */
 /* All events that there are now. Rings are checked first, then the kernel is polled, then what the
  * kernel reported is checked: so a program that hears of an event also hears of all that came
- * before it, on any connection. Without `with_kernel`, the kernel is polled only if a ring has something. */
+ * before it, on any connection. Without `with_kernel`, the kernel is polled only if a ring has
+ * something. */
 int poller_collect(struct poller *poller, struct epoll_event *events, int size, bool with_kernel,
                    bool spinning);
 /* The events to report after a sleep in the kernel returned these `count`. 0: poller_collect()

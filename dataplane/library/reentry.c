@@ -19,8 +19,8 @@ static bool is_plain(const struct end *end)
                !atomic_load(&end->peeked) && !atomic_load(&end->inq);
 }
 
-/* Nothing more goes through either ring. A receiver that never got ready has received nothing, and a
- * sender that was asked to leave before it began will send nothing. */
+/* Nothing more goes through either ring. A receiver that never got ready has received nothing, and
+ * a sender that was asked to leave before it began will send nothing. */
 static bool has_ended(const struct end *end)
 {
         uint32_t rx = atomic_load(&end->rx.phase), tx = atomic_load(&end->tx.phase);

@@ -1,5 +1,5 @@
-/* What the relay's process may do from its start on, so that a fault in what it reads from peers and
- * processes is worth little to them. */
+/* What the relay's process may do from its start on, so that a fault in what it reads from peers
+ * and processes is worth little to them. */
 #ifndef FREEFLOW_RELAY_CONFINE_H
 #define FREEFLOW_RELAY_CONFINE_H
 

@@ -31,7 +31,8 @@ void mirror_stop_process(struct mirror *m)
         if (m->stopped || list_holds(&m->stopping))
                 return;
         atomic_store(&m->out->leave, 1);
-        /* A sender that waits for room may get none any more: the peer's relay soon reports nothing. */
+        /* A sender that waits for room may get none any more: the peer's relay soon reports
+         * nothing. */
         arena_wake(m->shared, &m->out->senders, m->slot);
         m->stop_due = now() + SETTLE * MS;
         list_add(&mirrors.stopping, &m->stopping);

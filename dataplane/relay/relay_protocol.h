@@ -236,7 +236,8 @@ struct relay_counts {
         uint64_t counters[RELAY_COUNTERS];
 };
 
-/* Of an arena or a link, since it began. `messages` are a link's alone, bells and slots an arena's. */
+/* Of an arena or a link, since it began. `messages` are a link's alone, bells and slots an arena's.
+ */
 enum relay_usage_value {
         USAGE_BYTES_OUT, /* of connections */
         USAGE_BYTES_IN,

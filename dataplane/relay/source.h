@@ -3,8 +3,8 @@
  * The relay serves sources in turn, not connections, so a process with thousands of connections
  * does not delay one with two. Each turn scans so many connections of each source at most
  * (mirror_scan.c). On each lane sources send by deficit round robin (Shreedhar and Varghese, 1995):
- * one whose turn it is may send until its credit is used up; then it gets new credit and waits until
- * the others had theirs (link.c).
+ * one whose turn it is may send until its credit is used up; then it gets new credit and waits
+ * until the others had theirs (link.c).
  */
 #ifndef FREEFLOW_RELAY_SOURCE_H
 #define FREEFLOW_RELAY_SOURCE_H

@@ -1,15 +1,15 @@
 /* The transport `tcp`: TCP connections between two relays, which their routers have made and
- * authenticated. A link has one socket per lane: one for messages, which so do not wait for bulk, and
- * several for bulk, which may take several paths of a network. A loss delays the connections of one
- * lane only.
+ * authenticated. A link has one socket per lane: one for messages, which so do not wait for bulk,
+ * and several for bulk, which may take several paths of a network. A loss delays the connections of
+ * one lane only.
  *
- * A batch is a record (tcp_socket.h). All records of a turn and socket leave with one call; bytes go
- * from the ring into the kernel, and from there into the peer's ring, unless they are encrypted. A
- * batch is complete when the kernel has copied it. Its bytes stay in the ring until the peer's
+ * A batch is a record (tcp_socket.h). All records of a turn and socket leave with one call; bytes
+ * go from the ring into the kernel, and from there into the peer's ring, unless they are encrypted.
+ * A batch is complete when the kernel has copied it. Its bytes stay in the ring until the peer's
  * process has taken them, so a link that is lost and made again loses none.
  *
- * When a socket takes no more, the connections of its lane stay in the lane's queue, and their bytes
- * in their rings: a link needs no more memory than its stages and circles (tcp_send.c).
+ * When a socket takes no more, the connections of its lane stay in the lane's queue, and their
+ * bytes in their rings: a link needs no more memory than its stages and circles (tcp_send.c).
  *
  * Sockets are in epoll once and edge-triggered, so a turn makes no call for a socket about which
  * nothing was announced.

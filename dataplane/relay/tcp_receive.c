@@ -75,7 +75,8 @@ static struct mirror *mirror_of(const struct link *link, const struct wire_block
         return m;
 }
 
-/* The block before this one in the record that is about the same connection. NULL: there is none. */
+/* The block before this one in the record that is about the same connection. NULL: there is none.
+ */
 static const struct wire_block *prior(const struct incoming *in, unsigned block)
 {
         const struct wire_block *blocks = in->record.message.blocks;
@@ -144,8 +145,8 @@ static enum progress refuse(struct tcp_socket *s, int error, const char *text)
         return DOWN;
 }
 
-/* A connection is corrupt if a block of it brings bytes that have no place, or reports bytes that it
- * does not bring. */
+/* A connection is corrupt if a block of it brings bytes that have no place, or reports bytes that
+ * it does not bring. */
 static void check_blocks(const struct tcp_socket *s)
 {
         const struct incoming *in = &s->in;
@@ -272,8 +273,8 @@ static bool take_staged(struct tcp_socket *s)
         return true;
 }
 
-/* Where the next bytes go: payload that is not sealed into its place, all else to the stage. Returns
- * how many bytes of payload that is. */
+/* Where the next bytes go: payload that is not sealed into its place, all else to the stage.
+ * Returns how many bytes of payload that is. */
 static size_t aim(struct tcp_socket *s, struct iovec *vecs, size_t *count_of, size_t *all)
 {
         struct incoming *in = &s->in;

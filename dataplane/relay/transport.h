@@ -29,8 +29,8 @@
  *
  * The relay promises:
  *
- * 1. No more than `window` messages of a lane are on the way that the peer has not granted (link.c), so the
- *    receiver always has a place for the next one.
+ * 1. No more than `window` messages of a lane are on the way that the peer has not granted
+ *    (link.c), so the receiver always has a place for the next one.
  * 2. A batch is given to a channel only while the link is up, and after has_room() has allowed as
  *    many writes.
  * 3. Bytes that were given to write() do not change before their batch is complete, or the channel
@@ -85,17 +85,17 @@ struct transport {
 
         /* Does a batch with this many more writes fit into the channel? */
         bool (*has_room)(struct link *link, unsigned lane, unsigned writes);
-        /* Adds a write to the batch of the connection's lane: `size` bytes at `offset` of the connection's
-         * sending ring, to the same offset of the peer's receiving ring. They lie in one piece: all below
-         * SMALL_SIZE, or all above. */
+        /* Adds a write to the batch of the connection's lane: `size` bytes at `offset` of the
+         * connection's sending ring, to the same offset of the peer's receiving ring. They lie in
+         * one piece: all below SMALL_SIZE, or all above. */
         void (*write)(struct link *link, struct mirror *mirror, uint32_t offset, uint32_t size);
         /* Ends batch `number`. `soon`: report its completion even if the transport does not need
          * to. */
         void (*send)(struct link *link, unsigned lane, const void *message, uint32_t size, uint64_t number,
                      bool soon);
 
-        /* Starts what send() has collected; may call link_completed() and link_down(). Called at the
-         * end of each turn. True: there was something. NULL: send() starts it. */
+        /* Starts what send() has collected; may call link_completed() and link_down(). Called at
+         * the end of each turn. True: there was something. NULL: send() starts it. */
         bool (*flush)(void);
         /* Has the peer's host all that was sent? NULL: complete batches say so. */
         bool (*is_idle)(struct link *link);

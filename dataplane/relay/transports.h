@@ -1,5 +1,5 @@
-/* The transports that R_OPEN can name, and those of them that are open. `stream`, which a link falls
- * back to, is in stream.h. */
+/* The transports that R_OPEN can name, and those of them that are open. `stream`, which a link
+ * falls back to, is in stream.h. */
 #ifndef FREEFLOW_RELAY_TRANSPORTS_H
 #define FREEFLOW_RELAY_TRANSPORTS_H
 

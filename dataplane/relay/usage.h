@@ -1,10 +1,10 @@
 /* What each arena and each link uses of the relay, for R_USAGE.
  *
- * The relay has one thread, so nobody measures what a single connection costs. Instead, what is done
- * is counted where it is done, and has a price: so much per byte, block, message and bell (usage.c).
- * Once per R_COUNT the thread's processor time since the last one is divided among arenas in
- * proportion to the prices, and once more among links. So the shares of all arenas add up to what
- * the relay has used, turns without work included, unless nobody had work.
+ * The relay has one thread, so nobody measures what a single connection costs. Instead, what is
+ * done is counted where it is done, and has a price: so much per byte, block, message and bell
+ * (usage.c). Once per R_COUNT the thread's processor time since the last one is divided among
+ * arenas in proportion to the prices, and once more among links. So the shares of all arenas add up
+ * to what the relay has used, turns without work included, unless nobody had work.
  */
 #ifndef FREEFLOW_RELAY_USAGE_H
 #define FREEFLOW_RELAY_USAGE_H

@@ -1,13 +1,14 @@
-/* A router and its relays in one process, for the library's tests: every connection that two processes ask
- * for gets a slot in an arena of each of them, and what one side puts into its ring is copied into the
- * other's, as late as the test wants it and in the order that the relays promise, and no better.
+/* A router and its relays in one process, for the library's tests: every connection that two
+ * processes ask for gets a slot in an arena of each of them, and what one side puts into its ring
+ * is copied into the other's, as late as the test wants it and in the order that the relays
+ * promise, and no better.
  *
  *      relay SOCKET CONTROL [NAME VALUE]...
  *
- * SOCKET is where libraries find it, CONTROL where tests give orders, one a packet, each answered when it is
- * done: `NAME VALUE` for the settings below, `hold` and `go`, `break` (the relays give all connections up),
- * `sever` (a router does, whose relay has died), `spoil` (words of all arenas become nonsense), `list`,
- * `die`.
+ * SOCKET is where libraries find it, CONTROL where tests give orders, one a packet, each answered
+ * when it is done: `NAME VALUE` for the settings below, `hold` and `go`, `break` (the relays give
+ * all connections up), `sever` (a router does, whose relay has died), `spoil` (words of all arenas
+ * become nonsense), `list`, `die`.
  */
 #include "../../dataplane/library/layout.h"
 #include "../../dataplane/library/protocol.h"

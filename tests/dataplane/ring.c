@@ -2,10 +2,11 @@
  *
  *      ring stress|hostile SECONDS SEED
  *
- * stress: random sizes, limits and budgets; each byte is compared; a wake-up that is lost is a stall.
+ * stress: random sizes, limits and budgets; each byte is compared; a wake-up that is lost is a
+ * stall.
  *
- * hostile: the other side writes invalid values into every word between any two steps; nothing outside the
- * ring is used (the pages around it are inaccessible).
+ * hostile: the other side writes invalid values into every word between any two steps; nothing
+ * outside the ring is used (the pages around it are inaccessible).
  */
 #include "../../dataplane/library/bells.h"
 
@@ -184,8 +185,8 @@ static void *send_all(void *unused)
                                 continue;
                         }
                         wait_begin(&view.ring->senders, 1);
-                        /* Any room is enough, but a sender that may not wrap around waits until the ring is
-                         * empty. */
+                        /* Any room is enough, but a sender that may not wrap around waits until the
+                         * ring is empty. */
                         if (atomic_load_explicit(&view.ring->head, memory_order_acquire) ==
                             atomic_load_explicit(&sender.edge, memory_order_relaxed))
                                 wait_end(&view.ring->senders, 1);

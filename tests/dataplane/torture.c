@@ -1,22 +1,24 @@
-/* Bytes of many connections between two processes, by every call with which a program can wait, read and
- * write.
+/* Bytes of many connections between two processes, by every call with which a program can wait,
+ * read and write.
  *
  *      torture server ADDRESS PORT
  *      torture client ADDRESS PORT SECONDS SEED CONNECTIONS THREADS
  *
- * The client plays rounds until its time is over. In a round each side forks a worker; the two workers have
- * some connections, on each of which several threads (of several processes, if the round says so) read and
- * write at once. The seed determines each byte of a stream, so every reader knows what to expect.
+ * The client plays rounds until its time is over. In a round each side forks a worker; the two
+ * workers have some connections, on each of which several threads (of several processes, if the
+ * round says so) read and write at once. The seed determines each byte of a stream, so every reader
+ * knows what to expect.
  *
- * In an ordered stream one thread at a time reads, while others wait in other calls. In an unordered one all
- * read and write at once, and the readers count how often each byte value came. Waits have no time limit, so
- * a lost wake-up is a stall. A stall ends both sides with a list of the calls that the threads wait in.
+ * In an ordered stream one thread at a time reads, while others wait in other calls. In an
+ * unordered one all read and write at once, and the readers count how often each byte value came.
+ * Waits have no time limit, so a lost wake-up is a stall. A stall ends both sides with a list of
+ * the calls that the threads wait in.
  *
  * In a round of loops all connections of a worker are in one epoll instance, each level-triggered,
- * edge-triggered or one-shot, and several threads wait there: without a time limit, for a moment, not at all,
- * in an outer instance or in poll(). Helpers fill and drain the same connections, each time that a loop has
- * had an event and never by themselves. So after a lost wake-up no thread moves any bytes. Connections move
- * to rings meanwhile. TORTURE_LOOPS=1: no other rounds.
+ * edge-triggered or one-shot, and several threads wait there: without a time limit, for a moment,
+ * not at all, in an outer instance or in poll(). Helpers fill and drain the same connections, each
+ * time that a loop has had an event and never by themselves. So after a lost wake-up no thread
+ * moves any bytes. Connections move to rings meanwhile. TORTURE_LOOPS=1: no other rounds.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -86,7 +88,8 @@ struct connection {
         struct header header;
         int fd;
         struct stream in, out;
-        /* In loops: both streams are over; a thread has the one-shot event; the events registered with epoll.
+        /* In loops: both streams are over; a thread has the one-shot event; the events registered
+         * with epoll.
          */
         _Atomic bool finished, handled;
         uint32_t told;
@@ -619,7 +622,8 @@ static void finish(struct connection *connection, struct stream *stream)
                 atomic_fetch_sub(&shared->unfinished, 1);
 }
 
-/* There is no more for now: a call has moved nothing, or less than requested, as some programs conclude. */
+/* There is no more for now: a call has moved nothing, or less than requested, as some programs
+ * conclude. */
 enum much { ONCE, UNTIL_SHORT, UNTIL_NOTHING };
 
 static bool goes_on(enum much much, ssize_t moved, size_t size)

@@ -173,6 +173,22 @@ def test_only_prose_of_python_is_wrapped(text: str, numbers: list[int]) -> None:
     assert [number for number, _ in prose.long_python_lines(text)] == numbers
 
 
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("/* " + "x " * 60 + "*/", [1]),
+        ("/* x\n * " + "x " * 60 + "\n */\n" + "x " * 60, [2]),
+        ("int x; /* " + "x " * 60 + "*/\n" + "x " * 60, []),
+        ("int x; /* x\n        * x " + "x " * 60 + "*/", [2]),
+        ("/* x\n *      " + "x " * 60 + "\n */", []),
+        ('x = "' + "x " * 60 + '";', []),
+    ],
+)
+def test_only_prose_of_c_is_wrapped(text: str, numbers: list[int]) -> None:
+    """The check finds long comments, and leaves code, what stands behind code, and tables alone."""
+    assert [number for number, _ in prose.long_c_lines(text)] == numbers
+
+
 def test_prose_is_wrapped() -> None:
     """Prose in Markdown has at most 100 columns; tables, links and code may have more."""
     long = [

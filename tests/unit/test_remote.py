@@ -795,7 +795,7 @@ def test_a_link_that_is_killed_again_and_again() -> None:
 
 
 def test_both_transports_rest() -> None:
-    """While neither RDMA nor TCP between relays works, nothing is tried but after each one's rest."""
+    """While neither RDMA nor TCP between relays works, each is tried only after its own rest."""
     world = started(cards=ALL, tcp=ALL)
     world.received = 0
     leader, follower = world.hosts

@@ -1,4 +1,5 @@
-/* A connection in children that become another program, however they are made, and in many children at once.
+/* A connection in children that become another program, however they are made, and in many children
+ * at once.
  */
 #include "pair.h"
 
@@ -457,7 +458,8 @@ static void by_wordexp(int fd)
         go_on(fd);
 }
 
-/* A connection that is young when the child gets it, and moves, if it does, when the child has it. */
+/* A connection that is young when the child gets it, and moves, if it does, when the child has it.
+ */
 static void hear_young(int listener)
 {
         int fd = accept(listener, NULL, NULL);

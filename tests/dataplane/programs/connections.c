@@ -394,7 +394,8 @@ static void churn(int unused)
         in_threads(call_short, unused, true);
 }
 
-/* Nobody holds a lock for long: one thread waits in accept and one in connect while a third works. */
+/* Nobody holds a lock for long: one thread waits in accept and one in connect while a third works.
+ */
 static void *wait_in_accept(void *listener)
 {
         int fd = accept((int)(intptr_t)listener, NULL, NULL);
@@ -435,7 +436,8 @@ static void tell_order(int listener)
         char order[ORDERED + 1] = "";
 
         for (int i = 0; i < ORDERED; i++) {
-                /* Edge-triggered: what is level-triggered the kernel looks at again, before what is new. */
+                /* Edge-triggered: what is level-triggered the kernel looks at again, before what is
+                 * new. */
                 struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u32 = (uint32_t)i};
 
                 fds[i] = accept(listener, NULL, NULL);
@@ -529,7 +531,8 @@ static void count_open(int listener)
         } while (open);
 }
 
-/* What one connection says after another was closed is heard after that; also if that one is not in a ring.
+/* What one connection says after another was closed is heard after that; also if that one is not in
+ * a ring.
  */
 static void closed_before(int unused)
 {

@@ -132,7 +132,8 @@ static void get_all_of_it(int fd)
         get_pattern(fd, 100000);
 }
 
-/* With a low RLIMIT_MEMLOCK and without CAP_IPC_LOCK: mlockall() locks as much as without the library. */
+/* With a low RLIMIT_MEMLOCK and without CAP_IPC_LOCK: mlockall() locks as much as without the
+ * library. */
 static void limited(int listener)
 {
         struct rlimit limit = {4 << 20, 4 << 20}, none = {0, 0};

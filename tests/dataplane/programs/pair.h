@@ -2,8 +2,9 @@
  *
  *      PROGRAM server|client ADDRESS PORT SCENARIO
  *
- * A scenario is what each end does once there is a connection. With FREEFLOW_EXPECTED=1 the connection is
- * used until the kernel sees no more of its bytes, so that the scenario runs on a ring.
+ * A scenario is what each end does once there is a connection. With FREEFLOW_EXPECTED=1 the
+ * connection is used until the kernel sees no more of its bytes, so that the scenario runs on a
+ * ring.
  */
 #ifndef PAIR_H
 #define PAIR_H
@@ -100,7 +101,8 @@ static inline double clock_now(void)
         return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
 }
 
-/* What takes `seconds` on a quiet machine, on this one: testbed/patience.py measures how busy it is. */
+/* What takes `seconds` on a quiet machine, on this one: testbed/patience.py measures how busy it
+ * is. */
 static inline double within(double seconds)
 {
         const char *slowness = getenv("SLOWNESS");
@@ -188,7 +190,8 @@ static inline short ready(int fd, short events, int milliseconds)
         return one.revents;
 }
 
-/* Bytes that the kernel has seen on it; by the number of the call, so that nobody stands in between. */
+/* Bytes that the kernel has seen on it; by the number of the call, so that nobody stands in
+ * between. */
 static inline uint64_t kernel_bytes(int fd)
 {
         struct tcp_info info;

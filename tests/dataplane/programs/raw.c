@@ -1,4 +1,5 @@
-/* Calls that go past every library, after the connection has moved: system calls by the instruction itself.
+/* Calls that go past every library, after the connection has moved: system calls by the instruction
+ * itself.
  */
 #include "pair.h"
 
@@ -126,7 +127,8 @@ static void read_when_hot(int fd)
         talk(fd);
 }
 
-/* So many that it was not asked about most of them: the right order or a reset, and nothing else. */
+/* So many that it was not asked about most of them: the right order or a reset, and nothing else.
+ */
 static void write_when_hotter(int fd)
 {
         char byte;
@@ -235,7 +237,8 @@ static void read_when_full(int fd)
         free(bytes);
 }
 
-/* One thread's write waits for room, another's goes past the library: nothing may be lost or doubled. */
+/* One thread's write waits for room, another's goes past the library: nothing may be lost or
+ * doubled. */
 static void *put_much(void *fd)
 {
         static char bytes[16 << 20];

@@ -1,8 +1,8 @@
-/* Connections that have fallen back to TCP, and what they do afterwards. The library falls back at random
- * (FREEFLOW_RESTLESS).
+/* Connections that have fallen back to TCP, and what they do afterwards. The library falls back at
+ * random (FREEFLOW_RESTLESS).
  *
- * The client sends numbers, which the server returns. The kernel's counters of the client's socket say
- * whether they went through a ring.
+ * The client sends numbers, which the server returns. The kernel's counters of the client's socket
+ * say whether they went through a ring.
  */
 #include "pair.h"
 

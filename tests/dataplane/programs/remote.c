@@ -1,5 +1,5 @@
-/* A connection whose rings are the relays': what TCP says may come before what they bring, and they may fail.
- * The relays are those of `relay.c`, which the client gives orders.
+/* A connection whose rings are the relays': what TCP says may come before what they bring, and they
+ * may fail. The relays are those of `relay.c`, which the client gives orders.
  */
 #include "pair.h"
 

@@ -1,5 +1,5 @@
-/* What changes how a whole process works, with a connection on a ring or before there is one: filters of
- * system calls, libraries that are bound past ours, an io_uring.
+/* What changes how a whole process works, with a connection on a ring or before there is one:
+ * filters of system calls, libraries that are bound past ours, an io_uring.
  */
 #include "pair.h"
 

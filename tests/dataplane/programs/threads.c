@@ -1,5 +1,5 @@
-/* Several threads wait in one epoll instance, or for one connection, while others fill it, drain it, change
- * the registration, and move the connection to a ring.
+/* Several threads wait in one epoll instance, or for one connection, while others fill it, drain
+ * it, change the registration, and move the connection to a ring.
  */
 #include "pair.h"
 
@@ -209,8 +209,8 @@ static void *poll_all(void *unused)
         return NULL;
 }
 
-/* A connection moves while threads poll many instances that have it: attaching it to all of them takes some
- * time. This end only receives. */
+/* A connection moves while threads poll many instances that have it: attaching it to all of them
+ * takes some time. This end only receives. */
 static void moves_while_polled(int unused)
 {
         struct epoll_event event;
@@ -219,7 +219,8 @@ static void moves_while_polled(int unused)
         int time = within(0.3) < 1.5 ? (int)(within(0.3) * 1000) : 1500, moved = 0;
 
         (void)unused;
-        /* On a busy machine the bells may come too late for a connection: then another one is tried. */
+        /* On a busy machine the bells may come too late for a connection: then another one is
+         * tried. */
         for (int round = 0; round < 4 || (getenv("FREEFLOW_EXPECTED") && !moved && round < 40); round++) {
                 int fd = dial();
 
@@ -243,8 +244,8 @@ static void moves_while_polled(int unused)
         CHECK(!getenv("FREEFLOW_EXPECTED") || moved);
 }
 
-/* One thread sleeps; another reads what has come, polls, and so consumes the event that was to wake the
- * first. */
+/* One thread sleeps; another reads what has come, polls, and so consumes the event that was to wake
+ * the first. */
 static void woken_by_another(int fd)
 {
         struct epoll_event event;
@@ -270,7 +271,8 @@ static void woken_by_another(int fd)
         }
 }
 
-/* A one-shot event that was reported isn't reported again, although the connection has moved since. */
+/* A one-shot event that was reported isn't reported again, although the connection has moved since.
+ */
 static void once_before_it_moves(int unused)
 {
         int fd = dial();
@@ -299,7 +301,8 @@ static void once_before_it_moves(int unused)
         get_pattern(fd, 1);
 }
 
-/* --- threads that wait in poll, select or another instance while a connection moves that no thread reads */
+/* --- threads that wait in poll, select or another instance while a connection moves that no thread
+ * reads */
 
 struct wait {
         int fds[2];

@@ -3,7 +3,8 @@
 
 #include <limits.h>
 
-/* The server of most scenarios: sends as many bytes as the client requests, until the client ends. */
+/* The server of most scenarios: sends as many bytes as the client requests, until the client ends.
+ */
 static void obey(int fd)
 {
         uint32_t size;
@@ -156,8 +157,8 @@ static void epoll_duplicate(int fd)
         get_pattern(fd, 1);
 }
 
-/* A bell that rang after its byte was read may wake once more. Then the inner instance has no event, and the
- * outer one has none afterwards. */
+/* A bell that rang after its byte was read may wake once more. Then the inner instance has no
+ * event, and the outer one has none afterwards. */
 static bool says_nothing(int outer, int inner)
 {
         return next_event(outer, 20) == 0 || (next_event(inner, 0) == 0 && next_event(outer, 20) == 0);
