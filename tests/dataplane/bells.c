@@ -20,7 +20,7 @@
  */
 #include "../../dataplane/library/bells.h"
 #include "../../dataplane/library/sys.h"
-#define now relay_now /* both have a clock */
+#define now relay_now /* both programs have a clock.h */
 #include "../../dataplane/relay/arenas.h"
 #undef now
 
@@ -241,7 +241,7 @@ static void deliver(void)
                 fail("the bell was not kept");
 }
 
-/* As bells_close_peers(), and the waiter hears of it. */
+/* As bells_close_peers(); the waiter is told. */
 static void take_away(void)
 {
         bells_close_peers(&mappings[SENDER]);
@@ -262,7 +262,7 @@ static void *courier(void *unused)
         return unused;
 }
 
-/* The relay's thread, in place of ringers and courier. */
+/* The relay's thread, in place of the ringers and the courier. */
 static void *relay_thread(void *unused)
 {
         uint64_t dice = seed + 78;
@@ -291,7 +291,7 @@ static void *relay_thread(void *unused)
 static void next_round(void)
 {
         if (late && by_relay && begun) {
-                /* The relay forgets it when a ring fails; here as if one had. */
+                /* The relay drops the bell when a ring fails; here as if one had failed. */
                 close(shared->bells[BELL]);
                 shared->bells[BELL] = -1;
                 atomic_store(&arena->sides[waiting_side].known[0], 0);
@@ -334,7 +334,7 @@ static void wait_as_process(uint32_t seen)
                                 wait_begin(&ring_of(slot)->receivers, BELL);
                                 if (has_come(slot))
                                         seen |= UINT32_C(1) << slot;
-                                /* As late as wait.c asks this. */
+                                /* As late as wait.c checks this. */
                                 known = bell_is_known(WAITER, waiting_side, BELL) && known;
                                 active[slot] = !known;
                         }
@@ -348,7 +348,7 @@ static void wait_as_process(uint32_t seen)
                                 fail("a wake-up was lost");
                         break;
                 case 1:
-                        /* As bell_rang(): before it can be full. */
+                        /* As bell_rang(): drain the bell before it can be full. */
                         if (begun - drained > ROUNDS_UNREAD) {
                                 bell_drain(WAITER, BELL);
                                 drained = begun;
@@ -397,7 +397,7 @@ static void wait_as_relay(uint32_t seen)
         }
 }
 
-/* Returns the bytes in the bell. */
+/* Returns how many bytes the bell has. */
 static long publish_all(uint32_t round)
 {
         char bytes[USED + 1];
@@ -415,7 +415,7 @@ static long publish_all(uint32_t round)
 
 static void test_once(bool relay_waits)
 {
-        /* The relay rings a bell when it gets it. */
+        /* The relay rings a bell when it receives it. */
         if (!relay_waits)
                 bell_drain(WAITER, BELL);
         for (uint32_t round = 1; round <= rounds; round++) {

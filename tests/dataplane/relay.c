@@ -36,26 +36,26 @@ enum {
         CONNECTIONS = 4096,
         WAITING = 4096,
         MARKS = 64,
-        SPIN = 50 * 1000,           /* ns without anything to do, after which it sleeps */
+        SPIN = 50 * 1000,           /* ns without work, after which it sleeps */
         LEAVING = 20 * 1000 * 1000, /* ns: see stop_sender() in fallback.c */
-        ORPHANS = 20 * 1000 * 1000, /* ns between looks at sockets whose process has gone */
+        ORPHANS = 20 * 1000 * 1000, /* ns between checks for sockets whose process has exited */
 };
 
-/* What a test may set, in microseconds but for `ring` and `jitter`. */
+/* What a test may set, in microseconds except `ring` and the switches. */
 static struct {
         const char *name;
         uint64_t value;
 } settings[] = {
     {"ring", 256 * 1024}, /* bytes */
-    {"delay", 0},         /* of all that comes */
-    {"jitter", 0},        /* 1: each thing's delay is random, up to what is set */
+    {"delay", 0},         /* of every event */
+    {"jitter", 0},        /* 1: each delay is random, up to the given one */
     {"start", 0},         /* more for `start` and `ready` */
     {"end", 0},           /* more for `end` */
     {"over", 0},          /* more for `over` */
     {"left", 0},          /* more for `left` */
-    {"spin", 1},          /* says on which core it is, and stays awake a little */
-    {"blind", 0},         /* 1: never says that it has a bell */
-    {"lies", 0},          /* 1: arenas say that they aren't remote; 2: that their rings are larger */
+    {"spin", 1},          /* reports its core, and spins for a moment */
+    {"blind", 0},         /* 1: never announces its bell */
+    {"lies", 0},          /* 1: arenas claim not to be remote; 2: to have larger rings */
 };
 
 enum setting {
@@ -80,8 +80,8 @@ struct process {
 struct relayed {
         uint64_t id, token; /* 0: free */
         uint32_t process;
-        int memory, bell, given; /* the relay's bell, and the end of it that processes get */
-        bool rung;               /* its process has bell 0 and what rings the relay's */
+        int memory, bell, given; /* the receiving end of the relay's bell, and the end that processes get */
+        bool rung;               /* its process has bell 0 and the sending end of the relay's */
         unsigned char *base;
         uint32_t ring;
         int bells[BELLS]; /* 1 + descriptor */
@@ -89,7 +89,7 @@ struct relayed {
         bool retired;
 };
 
-/* What was seen in a ring, to be applied later. */
+/* The state of a ring at some moment, to be applied later. */
 struct mark {
         uint64_t due, tail, base, start, end;
 };
@@ -105,7 +105,7 @@ struct way {
         struct mark marks[MARKS];
         uint32_t first, count;
         uint64_t seen, seen_start, seen_end; /* sampled */
-        uint64_t tail, start, end;           /* applied; end's number counts when it is due */
+        uint64_t tail, start, end;           /* applied; the number of `end` counts when it is due */
         uint64_t received_due;
         uint64_t end_due, ready_due, over_due, leave_seen, left_due;
         bool over, left;
@@ -172,7 +172,7 @@ static uint64_t set_to(enum setting setting)
         return settings[setting].value;
 }
 
-/* When something is due that was seen now. */
+/* When a change that was seen now is due. */
 static uint64_t due(uint64_t present, enum setting more)
 {
         uint64_t delay = set_to(DELAY) + (more == DELAY ? 0 : set_to(more));
@@ -302,7 +302,7 @@ static void say(uint32_t process, const void *message, size_t size, int fd, int 
                 header.msg_control = &control;
                 header.msg_controllen = CMSG_SPACE(bytes);
         }
-        /* Who doesn't listen hears nothing. */
+        /* A process that does not read gets no message. */
         sendmsg(processes[process].fd, &header, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
@@ -320,7 +320,7 @@ static void welcome(uint32_t process)
         say(process, &message, sizeof message, -1, -1);
 }
 
-/* Make a bell of side 0; what hears it. */
+/* Make a bell of side 0; returns its receiving end. */
 static int new_bell(struct relayed *arena, uint32_t index)
 {
         int pair[2];
@@ -484,7 +484,7 @@ static void gone(uint32_t process)
                                     !connections[i].ends[e].released)
                                         connections[i].ends[e].orphan = true;
         }
-        /* The table is asked as long as somebody may have one of its sockets. */
+        /* Another process may still have one of its sockets: check the table at once. */
         processes[process].fd = -1;
         looked = 0;
 }
@@ -550,7 +550,7 @@ static void greet(int listener)
         processes[number] = (struct process){.fd = fd, .table = open(path, O_RDONLY | O_CLOEXEC)};
 }
 
-/* --- sockets whose process has gone */
+/* --- sockets whose process has exited */
 
 static char table[4 << 20];
 
@@ -565,7 +565,7 @@ static void read_table(const struct process *process)
         table[size] = 0;
 }
 
-/* Does anybody have it open? The kernel says so by its inode. */
+/* Whether a process has the socket open: only then it has an inode in the table. */
 static bool is_open(const struct end *end)
 {
         uint32_t local, remote;
@@ -614,7 +614,7 @@ static void look_at_orphans(uint64_t present)
         }
 }
 
-/* --- moving */
+/* --- moving bytes */
 
 static void give_up(struct connection *connection)
 {
@@ -629,7 +629,7 @@ static void give_up(struct connection *connection)
                 }
 }
 
-/* As a router does: it knows nothing of who waits for what. */
+/* As a router does, which does not know who waits. */
 static void sever(void)
 {
         for (uint32_t i = 0; i < connections_used; i++)
@@ -652,7 +652,7 @@ static void sever(void)
 static bool sample(struct way *way, const struct end *from, uint64_t present)
 {
         struct ring *ring = ring_of(from, 0);
-        /* In this order: what comes with an end, and with a tail, is there when they are. */
+        /* In this order: whatever was written before `end` and `tail` is visible once they are. */
         uint64_t end = atomic_load(&ring->end), tail = atomic_load(&ring->tail),
                  start = atomic_load(&ring->start);
         struct mark *mark;
@@ -673,7 +673,7 @@ static bool sample(struct way *way, const struct end *from, uint64_t present)
         return true;
 }
 
-/* False: nonsense. */
+/* False: the values are corrupt. */
 static bool apply(struct way *way, const struct end *from, const struct end *to, const struct mark *mark)
 {
         struct ring *ring = ring_of(to, 1);
@@ -702,7 +702,7 @@ static bool apply(struct way *way, const struct end *from, const struct end *to,
         return true;
 }
 
-/* Returns whether something was done. */
+/* Returns whether it has done anything. */
 static bool carry(struct connection *connection, int e, uint64_t present, uint64_t *next)
 {
         struct way *way = &connection->ways[e];
@@ -752,7 +752,7 @@ static bool carry(struct connection *connection, int e, uint64_t present, uint64
                         LATER(way->over_due);
                 }
         }
-        /* The receiver's words go the other way. */
+        /* What the receiver writes goes in the other direction. */
         if (atomic_load(&target->ready) && !atomic_load(&source->ready)) {
                 if (!way->ready_due)
                         way->ready_due = due(present, START_DELAY);
@@ -807,7 +807,7 @@ static bool carry(struct connection *connection, int e, uint64_t present, uint64
 #undef LATER
 }
 
-/* Both have closed it. */
+/* Both ends have closed the connection. */
 static void bury(struct connection *connection)
 {
         for (int e = 0; e < 2; e++) {
@@ -853,7 +853,7 @@ static void arm(void)
                         uint32_t size = arenas[end->arena].ring;
                         uint64_t used = atomic_load(&in->tail) - atomic_load(&in->head);
 
-                        /* While half of it is free, nobody waits for more. */
+                        /* While half of the ring is free, no sender waits for room. */
                         atomic_store(&in->room, used < size / 2 ? 0 : (uint32_t)(used - size / 4));
                         listen_to(&ring_of(end, 0)->receivers);
                         listen_to(&in->senders);
@@ -861,7 +861,7 @@ static void arm(void)
         atomic_thread_fence(memory_order_seq_cst);
 }
 
-/* --- orders */
+/* --- orders of the test */
 
 static void spoil(void)
 {
@@ -883,7 +883,7 @@ static void spoil(void)
                         ((_Atomic uint32_t *)(void *)arenas[a].base)[any(5)] = (uint32_t)any(UINT32_MAX);
 }
 
-/* For people who look for what a connection waits for. */
+/* For debugging: shows what each connection waits for. */
 static void list_all(void)
 {
         for (uint32_t i = 0; i < connections_used; i++)

@@ -21,7 +21,7 @@
 
 enum { CHUNK = 256 * 1024, PATIENCE = 10 };
 
-/* The library's own files define these. */
+/* In the library other files define these. */
 struct family *family;
 struct process process;
 struct settings settings;
@@ -93,7 +93,7 @@ static void sleep_for(int bell)
                         fail("a wake-up was lost", __LINE__);
 }
 
-/* As reclaim.c does it for a ring that has been empty for a while. */
+/* As reclaim.c does for a ring that has been empty for a while. */
 static void reclaim(void)
 {
         uint64_t edge = atomic_load_explicit(&sender.edge, memory_order_relaxed);

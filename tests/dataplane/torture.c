@@ -53,7 +53,7 @@ enum {
         CONNECTIONS = 256, /* at most */
         WAITERS = 4096,
         CHUNK = 256 * 1024, /* at most in one call */
-        STOP = 0xffff,      /* number of a connection that says: no more rounds */
+        STOP = 0xffff,      /* number of a connection that ends the last round */
         LARGE = 1 << 20,
         HELPERS = 2,
 };
@@ -77,8 +77,8 @@ struct header {
 };
 
 struct stream {
-        pthread_mutex_t turn;  /* who reads, or writes, an ordered stream */
-        _Atomic uint64_t next; /* first byte that nobody has taken on */
+        pthread_mutex_t turn;  /* held by the thread that reads, or writes, an ordered stream */
+        _Atomic uint64_t next; /* first byte that no thread has claimed */
         _Atomic uint64_t done; /* bytes moved */
         _Atomic uint64_t counts[256];
         _Atomic bool over;
@@ -473,7 +473,7 @@ static bool read_unordered(struct task *task, int fd, uint8_t *buffer, bool wait
         return false;
 }
 
-/* Send all of it, by any call. If the stream is ordered, no other thread may send in between. */
+/* Send all bytes, by any call. If the stream is ordered, no other thread may send in between. */
 static bool write_whole(struct task *task, int fd, const uint8_t *from, size_t size)
 {
         struct stream *out = &task->connection->out;
@@ -622,8 +622,8 @@ static void finish(struct connection *connection, struct stream *stream)
                 atomic_fetch_sub(&shared->unfinished, 1);
 }
 
-/* There is no more for now: a call has moved nothing, or less than requested, as some programs
- * conclude. */
+/* No more bytes for now: a call has moved nothing, or less than requested, from which some programs
+ * conclude this. */
 enum much { ONCE, UNTIL_SHORT, UNTIL_NOTHING };
 
 static bool goes_on(enum much much, ssize_t moved, size_t size)
@@ -869,7 +869,7 @@ static uint32_t most_threads(void)
                                          : running.connections * running.threads * 2;
 }
 
-/* Threads run when this returns. */
+/* The threads run when this returns. */
 static uint32_t start_threads(pthread_t *threads, struct task *tasks, uint64_t random)
 {
         uint32_t count = 0;
@@ -1194,7 +1194,7 @@ static struct header choose(uint64_t *random, uint64_t seed, uint32_t round, uin
                 if (any(random, bit == MODE_KILL_US || bit == MODE_KILL_THEM || bit == MODE_FORK ? 6 : 2) ==
                     0)
                         mode |= bit;
-        /* A killed process would hold its turn to read for ever. */
+        /* A killed process would hold the lock of the reader for ever. */
         if (mode & (MODE_KILL_US | MODE_KILL_THEM))
                 mode &= ~(uint32_t)MODE_FORK;
         if (getenv("TORTURE_LOOPS"))

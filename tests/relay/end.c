@@ -49,7 +49,7 @@ static const struct {
     {"patience", &option.patience},   /* ms */
     {"pace", &option.pace},           /* us: the longest sleep after about every eighth message */
     {"rounds", &option.rounds},       /* round trips of `message` bytes instead of streams */
-    {"server", &option.server},       /* 1: answer them */
+    {"server", &option.server},       /* 1: answer the peer's round trips */
     {"first", &option.first},         /* number of its first bell */
     {"check", &option.check},         /* 0: do not check the bytes */
     {"ends", &option.ends},           /* 0: do not end the ring, as a killed process */

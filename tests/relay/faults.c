@@ -44,7 +44,7 @@ struct batch {
         struct wire_message message;
 };
 
-/* What is kept back of a link's channel. */
+/* The batches of a link's channel that are kept back. */
 struct kept {
         struct link *link; /* NULL: free */
         struct batch *batches;

@@ -152,7 +152,7 @@ static bool faulty_arm(void)
 
 struct transport faulty_tcp_transport;
 
-/* All else is as in the transport itself. */
+/* The rest is as in the transport itself. */
 __attribute__((constructor)) static void make_transport(void)
 {
         faulty_tcp_transport = tcp_transport;

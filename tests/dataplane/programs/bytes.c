@@ -173,7 +173,7 @@ static int a_file(void)
         return file;
 }
 
-/* Once by an offset of our own, once by the file's. */
+/* Once with an explicit offset, once with the file's own. */
 static void send_files(int fd)
 {
         int file = a_file();

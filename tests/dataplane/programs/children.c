@@ -22,7 +22,7 @@ static void finish(pid_t child)
         CHECK(status == 0);
 }
 
-/* The peer of most: hears the child, then the parent, and answers. */
+/* The peer in most scenarios: receives from the child, then from the parent, and answers. */
 static void hear(int fd)
 {
         get(fd, "hello\n");
@@ -32,7 +32,7 @@ static void hear(int fd)
         put(fd, "y");
 }
 
-/* The parent goes on, and comes after what its child has said. */
+/* The parent sends after its child. */
 static void go_on(int fd)
 {
         put(fd, "after");
@@ -76,7 +76,8 @@ static void vfork_dup3(int fd)
         go_on(fd);
 }
 
-/* By way of another number, as who makes room for the standard streams does. */
+/* By way of a second descriptor, as programs do that keep 0, 1 and 2 free for the standard streams.
+ */
 static void vfork_by_number(int fd)
 {
         pid_t child;
@@ -113,7 +114,8 @@ static void vfork_flags(int fd)
         go_on(fd);
 }
 
-/* In the child the connection's number is a file's: what that program writes isn't for the peer. */
+/* In the child the connection's descriptor is a file: what the program writes there must not reach
+ * the peer. */
 static void vfork_number_again(int fd)
 {
         char command[64];
@@ -166,7 +168,7 @@ static int call_copied(void *fd)
         _exit(0);
 }
 
-/* A child with memory of its own that fork() hasn't made. */
+/* A child with its own memory that clone() makes, not fork(). */
 static void clone_copied(int fd)
 {
         static char stack[65536] __attribute__((aligned(16)));
@@ -177,7 +179,7 @@ static void clone_copied(int fd)
         go_on(fd);
 }
 
-/* What came before is the child's to read, and both go on with one stream. */
+/* The child reads the bytes that arrived before it began; then both use one stream. */
 static void vfork_stdin(int fd)
 {
         pid_t child;
@@ -212,7 +214,7 @@ static void say_line(int fd)
         put(fd, "y");
 }
 
-/* A child's command doesn't read what is the parent's. */
+/* A command that a child runs does not read the parent's bytes. */
 static void vfork_beside(int fd)
 {
         pid_t child;
@@ -295,7 +297,7 @@ static void pidfd_spawnp_dup2(int fd)
         spawned_out(fd, PIDFDP);
 }
 
-/* Onto itself: the child's stays open. */
+/* dup2 of a descriptor onto itself: it stays open in the child. */
 static void spawn_same(int fd)
 {
         char command[32], *shell[] = {"sh", "-c", command, NULL};
@@ -309,7 +311,7 @@ static void spawn_same(int fd)
         go_on(fd);
 }
 
-/* No action names it: it is open, and stays so. */
+/* No file action names the connection: it stays open in the child. */
 static void spawn_left_open(int fd)
 {
         char command[32], *shell[] = {"sh", "-c", command, NULL};
@@ -322,7 +324,7 @@ static void spawn_left_open(int fd)
         go_on(fd);
 }
 
-/* The actions were made before there was a connection of this number. */
+/* The file actions were made before a connection had this descriptor. */
 static void spawn_made_before(int unused)
 {
         posix_spawn_file_actions_t actions;
@@ -349,7 +351,7 @@ static void hear_one(int listener)
         hear(fd);
 }
 
-/* An action that replaces it, and one that closes all above. */
+/* One action replaces the connection, and one closes all descriptors above it. */
 static void spawn_replaced(int fd)
 {
         char command[32], *shell[] = {"sh", "-c", command, NULL};
@@ -408,7 +410,7 @@ static void fork_execle(int fd)
         go_on(fd);
 }
 
-/* A child of _Fork() has no handlers run for it. */
+/* _Fork() runs no fork handlers. */
 static void raw_fork(int fd)
 {
 #if GLIBC_IS(2, 34)
@@ -458,8 +460,7 @@ static void by_wordexp(int fd)
         go_on(fd);
 }
 
-/* A connection that is young when the child gets it, and moves, if it does, when the child has it.
- */
+/* A new connection: if it moves, it does so when the child already has it. */
 static void hear_young(int listener)
 {
         int fd = accept(listener, NULL, NULL);
@@ -554,7 +555,7 @@ static void echo(int fd)
         CHECK(got == 0);
 }
 
-/* The last of many holders ends it, whoever that is; not one before. */
+/* The connection ends when the last of its holders closes it, whichever that is, and not before. */
 static void last_of_many(int fd)
 {
         int ends[2];
@@ -606,7 +607,7 @@ static void made_daemon(int fd)
         finish(child);
 }
 
-/* A child that counts its processes anew closes its copy, and doesn't take its parent for dead. */
+/* A child in a new PID namespace closes its copy, and does not take its parent for dead. */
 static void counted_anew(int fd)
 {
         pid_t child;

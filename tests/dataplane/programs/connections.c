@@ -143,7 +143,7 @@ static void options(int fd)
         CHECK(setsockopt(fd, SOL_SOCKET, 12345, &one, sizeof one) == -1 && errno == ENOPROTOOPT);
 }
 
-/* SO_RCVLOWAT, time stamps: a ring can't carry them, so the connection goes on without. */
+/* SO_RCVLOWAT, time stamps: a ring can't carry them, so the connection continues on TCP. */
 static void options_apart(int fd)
 {
         int many = 100, one = 1;
@@ -162,7 +162,7 @@ static void options_apart(int fd)
         get_pattern(fd, 5000);
 }
 
-/* Connecting again, or listening, is refused as ever. */
+/* connect() and listen() on a connected socket fail as without the library. */
 static void wrong_calls(int fd)
 {
         struct sockaddr_in any = {.sin_family = AF_INET};
@@ -192,7 +192,7 @@ static void *serve_listener(void *argument)
         }
 }
 
-/* Listeners of one port share the connections; each connection is its own, whoever took it. */
+/* Several threads accept on one port; each connection works, whichever thread has accepted it. */
 static void several_listeners(int listener)
 {
         pthread_t threads[LISTENERS];
@@ -253,7 +253,7 @@ static void serve_again(int listener)
         }
 }
 
-/* The same ports at both ends, as soon as they can be had. */
+/* A connection with the same two ports as the one before, as soon as the kernel permits it. */
 static void ports_again(int unused)
 {
         struct sockaddr_in local = {.sin_family = AF_INET, .sin_port = htons(45678)};
@@ -394,8 +394,8 @@ static void churn(int unused)
         in_threads(call_short, unused, true);
 }
 
-/* Nobody holds a lock for long: one thread waits in accept and one in connect while a third works.
- */
+/* No call holds a lock while it waits: one thread waits in accept and one in connect, and a third
+ * works. */
 static void *wait_in_accept(void *listener)
 {
         int fd = accept((int)(intptr_t)listener, NULL, NULL);
@@ -429,15 +429,15 @@ static void not_held_up(int fd)
 
 enum { ORDERED = 8 };
 
-/* Says in which order it heard of them. */
+/* Answers with the order in which the connections' events were reported. */
 static void tell_order(int listener)
 {
         int instance = epoll_create1(0), fds[ORDERED], heard = 0;
         char order[ORDERED + 1] = "";
 
         for (int i = 0; i < ORDERED; i++) {
-                /* Edge-triggered: what is level-triggered the kernel looks at again, before what is
-                 * new. */
+                /* Edge-triggered: the kernel reports level-triggered connections again before new
+                 * events. */
                 struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u32 = (uint32_t)i};
 
                 fds[i] = accept(listener, NULL, NULL);
@@ -466,7 +466,7 @@ static void tell_order(int listener)
         }
 }
 
-/* What a program says on several connections is heard in the order in which it was said. */
+/* Messages on several connections are reported in the order in which they were sent. */
 static void in_order(int unused)
 {
         int fds[ORDERED];
@@ -495,7 +495,7 @@ static void in_order(int unused)
         }
 }
 
-/* Answers '?' with the number of connections, anything else with itself. */
+/* Answers '?' with the number of open connections, and echoes any other byte. */
 static void count_open(int listener)
 {
         int instance = epoll_create1(0), open = 0;
@@ -507,7 +507,8 @@ static void count_open(int listener)
                 struct epoll_event events[16];
                 int got = epoll_wait(instance, events, 16, -1);
 
-                /* Ends first, as whoever looks at all of them would. */
+                /* Ends of connections first, as a program would see them that checks all
+                 * connections. */
                 for (int i = 0; i < got; i++)
                         if (events[i].data.fd != listener &&
                             recv(events[i].data.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0) {
@@ -531,9 +532,8 @@ static void count_open(int listener)
         } while (open);
 }
 
-/* What one connection says after another was closed is heard after that; also if that one is not in
- * a ring.
- */
+/* A byte that is sent on one connection after another one was closed arrives after that end, also
+ * if the closed connection is on TCP. */
 static void closed_before(int unused)
 {
         int stays = dial(), one = 1;

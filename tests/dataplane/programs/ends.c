@@ -108,7 +108,7 @@ static void get_still(int fd)
         get_end(fd);
 }
 
-/* A child has the connection and is killed, so that this process can end as it should. */
+/* A child has the connection and is killed, so that this process can exit normally. */
 static void be_killed_after(int fd, size_t size, int milliseconds)
 {
         int status;
@@ -176,7 +176,7 @@ static int nested_for_room(int fd, int timeout)
         return ready(instance_for_room, POLLIN, timeout) != 0;
 }
 
-/* Who waits for room hears of it when nobody is left that would make some. */
+/* A sender that waits for room is woken when the last reader is gone. */
 static void see_no_reader(int fd, int (*wait)(int fd, int timeout), uint32_t flags)
 {
         static char bytes[65536];

@@ -1,4 +1,5 @@
-/* What a program sees of keepalive, and what the kernel has, of a connection that has moved. */
+/* The keepalive options of a connection that has moved: what the program reads, and what the kernel
+ * has. */
 #include "pair.h"
 
 static const int names[] = {TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT};
@@ -12,7 +13,7 @@ static int option(int fd, int level, int name)
         return value;
 }
 
-/* By the number of the call. */
+/* By syscall(), which the library does not change. */
 static int in_kernel(int fd, int level, int name)
 {
         int value = -1;
@@ -32,7 +33,7 @@ static void wait_for_end(int fd)
         get_end(fd);
 }
 
-/* As on a socket that was never connected. */
+/* The program sees the options of a socket that was never connected. */
 static void options(int fd)
 {
         int fresh = socket(AF_INET, SOCK_STREAM, 0);
@@ -67,7 +68,7 @@ static void set_later(int fd)
                         CHECK(in_kernel(fd, SOL_SOCKET, SO_KEEPALIVE) == 1 &&
                               in_kernel(fd, IPPROTO_TCP, TCP_KEEPIDLE) <= 300);
         }
-        /* What the program does more often than needed is left as it is. */
+        /* Probes that the program requests more often than the library needs stay as they are. */
         set(fd, IPPROTO_TCP, TCP_KEEPIDLE, 1);
         set(fd, IPPROTO_TCP, TCP_KEEPINTVL, 1);
         CHECK(in_kernel(fd, IPPROTO_TCP, TCP_KEEPIDLE) == 1 &&

@@ -104,7 +104,7 @@ static void future(int listener)
         serve(listener);
 }
 
-/* By the system call itself. */
+/* mlockall() by syscall(). */
 static void future_past_the_library(int listener)
 {
         lock(MCL_CURRENT);

@@ -1,4 +1,4 @@
-/* Descriptors that are closed and replaced by system calls that nobody stands in front of. */
+/* Descriptors that are closed and replaced by system calls which the library does not see. */
 #include "pair.h"
 
 #include <sched.h>
@@ -38,7 +38,7 @@ static int temporary(const char *text)
         return file;
 }
 
-/* Another file under the connection's number. */
+/* Replace the connection by another file. */
 static void becomes(int fd, int file)
 {
         CHECK(call(SYS_close, fd, 0, 0) == 0);
@@ -95,7 +95,7 @@ static void hear_last(int fd)
         get_end(fd);
 }
 
-/* Nobody takes the ring's bytes for the pipe's. */
+/* A pipe that replaced the connection is not reported as readable because of bytes in the ring. */
 static void poll_pipe(int fd)
 {
         int ends[2];
@@ -129,7 +129,7 @@ static void epoll_pipe(int fd)
         get(fd, "pipe");
 }
 
-/* The number of one connection becomes another one's. */
+/* One connection replaces another one. */
 static void other_connection(int unused)
 {
         int one = dial(), two = dial();
@@ -170,7 +170,7 @@ static void echo_two(int listener)
                 CHECK(pthread_join(threads[i], NULL) == 0);
 }
 
-/* All but the connection, and so all that the library has, is closed. */
+/* Every descriptor but the connection is closed, the library's own too. */
 static void all_others(int fd, int how)
 {
         struct epoll_event event = {.events = EPOLLIN}, got;
@@ -220,7 +220,7 @@ static void told_z(int fd)
         get(fd, "y");
 }
 
-/* A process that shares the descriptors, and not the memory, closes it. */
+/* A process that shares the descriptors but not the memory closes the connection. */
 static int close_there(void *fd)
 {
         close(*(int *)fd);

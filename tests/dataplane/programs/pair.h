@@ -42,7 +42,7 @@
 extern char **environ;
 
 #ifndef __GLIBC__
-/* musl has none of these calls: what they are tried for is tried with glibc. */
+/* musl does not have these calls; they are tested with glibc. */
 static inline int epoll_pwait2(int epfd, struct epoll_event *events, int size, const struct timespec *time,
                                const sigset_t *mask)
 {
@@ -101,8 +101,8 @@ static inline double clock_now(void)
         return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
 }
 
-/* What takes `seconds` on a quiet machine, on this one: testbed/patience.py measures how busy it
- * is. */
+/* How long something takes here that takes `seconds` on an idle machine: testbed/patience.py
+ * measures how busy this one is. */
 static inline double within(double seconds)
 {
         const char *slowness = getenv("SLOWNESS");
@@ -190,8 +190,8 @@ static inline short ready(int fd, short events, int milliseconds)
         return one.revents;
 }
 
-/* Bytes that the kernel has seen on it; by the number of the call, so that nobody stands in
- * between. */
+/* The bytes that the kernel has counted on the connection; by syscall(), which the library does not
+ * change. */
 static inline uint64_t kernel_bytes(int fd)
 {
         struct tcp_info info;
@@ -202,7 +202,7 @@ static inline uint64_t kernel_bytes(int fd)
         return info.tcpi_bytes_sent + info.tcpi_bytes_received;
 }
 
-/* Client: to and fro until the kernel sees nothing of it. */
+/* Client: ping-pong until the kernel counts no more bytes. */
 static inline void warm_up(int fd)
 {
         bool expected = getenv("FREEFLOW_EXPECTED") != NULL;

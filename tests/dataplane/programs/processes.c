@@ -1,7 +1,7 @@
 /* Several processes, programs and descriptors of one connection. */
 #include "pair.h"
 
-/* The server of most: echoes until the end. */
+/* The server of most scenarios: echoes until the end. */
 static void echo(int fd)
 {
         static char bytes[65536];
@@ -31,7 +31,7 @@ static void finish(pid_t child)
         CHECK(status == 0);
 }
 
-/* Parent and child use it in turn, and a child's end isn't the connection's. */
+/* Parent and child use the connection in turn, and the child's exit does not end it. */
 static void fork_in_turn(int fd)
 {
         for (int i = 0; i < 5; i++) {
@@ -66,7 +66,7 @@ static void fork_at_once(int fd)
 
 enum { SHARED = 6, ROUNDS = 400 };
 
-/* Answers bytes that come to any of its connections, until all have ended. */
+/* Echoes bytes of all connections, until all have ended. */
 static void answer_all(int epoll, const int *fds, _Atomic int *ended)
 {
         while (*ended < SHARED) {
@@ -138,7 +138,7 @@ static void ask_any(int listener)
                 close(fds[i]);
 }
 
-/* A child that waits when the parent has gone. */
+/* A child that waits after its parent has exited. */
 static void orphan(int fd)
 {
         pid_t child = fork();
@@ -268,7 +268,7 @@ static void exec_late(int fd)
         exec_cat(fd);
 }
 
-/* A program that is started beside must not have it. */
+/* A command that system() starts must not have the connection. */
 static void system_beside(int fd)
 {
         char command[128];
@@ -313,7 +313,7 @@ static int take(int over)
         return fd;
 }
 
-/* The process that gets it was there before the connection. */
+/* The process that receives the descriptor is older than the connection. */
 static void pass_away(int unused)
 {
         int ends[2], fd;
@@ -340,7 +340,7 @@ static void pass_away(int unused)
         get_pattern(fd, 100000);
 }
 
-/* The one who passes it keeps it, and both use it. */
+/* The sender of the descriptor keeps its own, and both processes use the connection. */
 static void pass_and_keep(int unused)
 {
         int ends[2], fd;
@@ -389,7 +389,7 @@ static void duplicates(int fd)
                 if (*each != closed)
                         CHECK(close(*each) == 0);
         }
-        /* O_NONBLOCK belongs to the connection, whatever the descriptor. */
+        /* O_NONBLOCK belongs to the open file description, not to the descriptor. */
         one = dup(closed);
         CHECK(fcntl(one, F_SETFL, O_NONBLOCK) == 0);
         CHECK(read(closed, (char[1]){0}, 1) == -1 && errno == EAGAIN);
@@ -397,7 +397,7 @@ static void duplicates(int fd)
         talk(one, 10);
 }
 
-/* Another connection, and then a file, under the number that one had. */
+/* A descriptor is reused for another connection, and then for a file. */
 static void number_again(int fd)
 {
         int file;
@@ -432,7 +432,7 @@ static int lowest(void)
         return fd;
 }
 
-/* Nothing of the library's takes a number that the program would have got. */
+/* The library's own descriptors take no number that the program would have got. */
 static void lowest_number(int unused)
 {
         int before = lowest(), fd = dial();
@@ -464,7 +464,7 @@ static void close_others(int fd, int how)
         }
 }
 
-/* Programs close all descriptors that they don't know, whoever's they are. */
+/* Some programs close every descriptor that they did not open, the library's too. */
 static void close_unknown(int unused)
 {
         (void)unused;
@@ -507,7 +507,7 @@ static void echo_six(int listener)
                 CHECK(pthread_join(threads[i], NULL) == 0);
 }
 
-/* A range that only shall be closed at exec stays open until then. */
+/* close_range() with CLOSE_RANGE_CLOEXEC: the range stays open until exec. */
 static void range_at_exec(int fd)
 {
         char command[128];

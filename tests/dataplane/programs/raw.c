@@ -1,6 +1,5 @@
-/* Calls that go past every library, after the connection has moved: system calls by the instruction
- * itself.
- */
+/* Calls that bypass the library, on a connection that has moved: the program executes the system
+ * call instruction itself. */
 #include "pair.h"
 
 static long raw(long number, long a, long b, long c, long d, long e, long f)
@@ -110,7 +109,8 @@ static void read_later(int fd)
         talk(fd);
 }
 
-/* After many quick messages; the kernel isn't asked about each. */
+/* After many messages in quick succession, because the library does not check the kernel's counters
+ * at each. */
 static void write_when_hot(int fd)
 {
         for (int i = 0; i < 200; i++)
@@ -127,8 +127,8 @@ static void read_when_hot(int fd)
         talk(fd);
 }
 
-/* So many that it was not asked about most of them: the right order or a reset, and nothing else.
- */
+/* So many that the counters were not checked at most of them: the bytes arrive in order, or the
+ * connection is reset. */
 static void write_when_hotter(int fd)
 {
         char byte;
@@ -156,7 +156,7 @@ static void read_when_hotter(int fd)
                 CHECK(size == 0 && got < 0 && errno == ECONNRESET);
 }
 
-/* Each end, again and again, with pauses of all lengths. */
+/* Both ends, many times, with pauses of all lengths. */
 static void write_often(int fd)
 {
         unsigned seed = 7;
@@ -197,7 +197,7 @@ static void often_here(int fd)
         write_often(fd);
 }
 
-/* Behind a full ring. */
+/* While the ring is full. */
 static void write_when_full(int fd)
 {
         static char bytes[65536];
@@ -209,7 +209,8 @@ static void write_when_full(int fd)
         while ((sent = write(fd, bytes, sizeof bytes)) > 0)
                 size += (size_t)sent;
         CHECK(errno == EAGAIN && fcntl(fd, F_SETFL, 0) == 0);
-        /* What the kernel's own buffer can't take waits for the reader, in both worlds. */
+        /* A write that exceeds the kernel's buffer waits for the reader, with the library and
+         * without. */
         raw_put(fd, "past");
         snprintf(text, sizeof text, "%020zu", size);
         put(fd, text);
@@ -237,7 +238,7 @@ static void read_when_full(int fd)
         free(bytes);
 }
 
-/* One thread's write waits for room, another's goes past the library: nothing may be lost or
+/* One thread's write waits for room, another's bypasses the library: no byte may be lost or
  * doubled. */
 static void *put_much(void *fd)
 {
@@ -271,7 +272,7 @@ static void read_while_blocked(int fd)
         free(bytes);
 }
 
-/* Who waits by poll or epoll hears of it. */
+/* A thread that waits in poll or epoll is woken. */
 static void read_by(int fd, bool epoll)
 {
         for (int i = 0; i < 20; i++) {
@@ -317,7 +318,7 @@ static void write_one_by_one(int fd)
         }
 }
 
-/* Until the other end has been looked at. */
+/* The connection stays open until the test has checked the other end. */
 static void write_and_stay(int fd)
 {
         char byte;
@@ -353,7 +354,7 @@ static void read_past(int fd)
         else
                 CHECK(memcmp(bytes, "here", 4) == 0);
         talk(fd);
-        /* What comes past the library comes to who reads past it. */
+        /* Bytes that bypass the library reach a reader that bypasses it too. */
         CHECK(raw_get(fd, bytes, 4, MSG_WAITALL) == 4 && memcmp(bytes, "past", 4) == 0);
         talk(fd);
 }
@@ -387,7 +388,7 @@ static void is_shut(int fd)
         put(fd, "bye");
 }
 
-/* The number of a connection that was closed past the library is a file's now. */
+/* A connection was closed by a raw system call, and a file has its descriptor now. */
 static void close_past(int fd)
 {
         char path[] = "/tmp/closed-past-XXXXXX", bytes[8] = "";
@@ -404,7 +405,8 @@ static void close_past(int fd)
         close(fd);
 }
 
-/* All that the program doesn't know is closed past the library, its own descriptors too. */
+/* Every descriptor that the program does not know is closed by raw system calls, the library's too.
+ */
 static void close_all_past(int fd)
 {
         clock_t before;
@@ -417,7 +419,7 @@ static void close_all_past(int fd)
         get(fd, "z");
         put(fd, "y");
         get(fd, "end");
-        /* Who waits sleeps. */
+        /* Waiting takes no CPU time. */
         CHECK((double)(clock() - before) / CLOCKS_PER_SEC < 0.5);
 }
 
@@ -439,7 +441,8 @@ static void is_closed(int fd)
         get_end(fd);
 }
 
-/* A program without the library that inherited it, and of which nobody was told. */
+/* A program without the library has inherited the connection, and the library does not know of it.
+ */
 static void run_past(int fd)
 {
         int pipes[2];

@@ -1,4 +1,4 @@
-/* More bulk data than a process reads by its mappings: what it reads otherwise is the same. */
+/* More bulk data than a process may map: what it reads in another way is the same. */
 #include "pair.h"
 
 enum { CONNECTIONS = 20, SIZE = 5 << 20 };
@@ -45,7 +45,7 @@ static void compare(const uint8_t *bytes, size_t from, size_t size)
                 CHECK(bytes[i] == pattern(from + i));
 }
 
-/* Each in its own way. */
+/* Each connection by another call. */
 static void get_by(int fd, int way, uint8_t *bytes)
 {
         for (size_t done = 0; done < SIZE;) {

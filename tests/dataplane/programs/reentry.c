@@ -9,8 +9,8 @@
 #include <stdatomic.h>
 
 enum {
-        TIMES = 5,     /* that a connection goes to a ring */
-        WITHOUT = 300, /* numbers over TCP, after which it won't go there any more */
+        TIMES = 5,     /* how often a connection moves to a ring */
+        WITHOUT = 300, /* numbers over TCP, after which it does not move again */
         MOST = 2000000,
         ASK_OPTION = 1,
         ASK_FORK,
@@ -25,7 +25,7 @@ struct message {
         char filler[512];
 };
 
-/* Returns whether the kernel saw anything of one number that went there and back. */
+/* Returns whether the kernel has counted bytes of one round trip. */
 static bool by_kernel(int fd, uint32_t ask)
 {
         static uint64_t number;
@@ -65,7 +65,7 @@ static void stay_on_tcp(int fd)
         if (!expected())
                 return;
         go_on_until(fd, true);
-        /* What goes one way may still be on its way to TCP. */
+        /* One direction may not have fallen back to TCP yet. */
         for (int i = 0; i < WITHOUT; i++)
                 by_kernel(fd, 0);
         for (int i = 0; i < WITHOUT; i++) {
@@ -300,7 +300,7 @@ static void option(int fd)
         by_kernel(fd, ASK_END);
 }
 
-/* It has fallen back before for a reason that passes. */
+/* The connection has fallen back before, for a temporary reason. */
 static void option_on_tcp(int fd)
 {
         if (expected())
@@ -328,7 +328,8 @@ static void duplicate(int fd)
         by_kernel(fd, ASK_END);
 }
 
-/* Bytes that bypass the library while all goes over TCP again are found by its counters. */
+/* The kernel's counters reveal bytes that bypass the library while the connection is on TCP again.
+ */
 static void bypassed(int fd)
 {
         struct message sent = {.number = 1, .ask = 0}, got;

@@ -1,6 +1,5 @@
-/* A connection whose rings are the relays': what TCP says may come before what they bring, and they
- * may fail. The relays are those of `relay.c`, which the client gives orders.
- */
+/* A connection over relays: TCP's events may arrive before bytes of the rings, and the relays may
+ * fail. They are those of `relay.c`, which the client controls. */
 #include "pair.h"
 
 #include <sys/un.h>
@@ -31,7 +30,7 @@ static double cpu_now(void)
         return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
 }
 
-/* --- ways to wait: events that came within the time, as poll has them */
+/* --- ways to wait: each returns the events that came in time, as poll reports them */
 
 static int instance = -1, outer = -1;
 static short wanted;
@@ -89,7 +88,7 @@ static short by_once(int fd, int time)
         return by_epoll(fd, EPOLLONESHOT, time);
 }
 
-/* An instance in another may wake for nothing: what the inner one has counts. */
+/* A nested instance may wake without an event: the inner one's events count. */
 static short by_nested(int fd, int time)
 {
         double end = clock_now() + time / 1e3;
@@ -146,7 +145,7 @@ static waits chosen(void)
         return NULL;
 }
 
-/* --- a FIN that comes before what was sent before it */
+/* --- a FIN that arrives before bytes that were sent before it */
 
 static void put_close(int fd)
 {
@@ -158,7 +157,8 @@ static void put_close(int fd)
         nap(700);
 }
 
-/* Nothing of the FIN that the kernel has, without work; then all that comes before it, and it. */
+/* The kernel has the FIN already: the wait does not report it and takes no CPU time, until the
+ * bytes before it have arrived. */
 static void overtaken_by(int fd, waits wait, bool both)
 {
         double cpu;
@@ -252,14 +252,14 @@ static void get_held_half(int fd)
         nap(100);
 }
 
-/* --- bytes over TCP that come before what went through the ring */
+/* --- bytes over TCP that arrive before earlier bytes of the ring */
 
 static void put_urgent(int fd)
 {
         get(fd, "c");
         tell("hold");
         put(fd, "through the ring, ");
-        /* Rings can't carry it: this end goes back to TCP. */
+        /* Rings can't carry urgent data: this end falls back to TCP. */
         CHECK(send(fd, "!", 1, MSG_OOB) == 1);
         put(fd, "and after it");
         tell_go(300);
@@ -325,7 +325,7 @@ static void reset_held(int fd)
         nap(300);
 }
 
-/* Is heard at once, whatever the relays do. */
+/* A reset is reported at once, whatever the relays do. */
 static void see_reset(int fd)
 {
         double begin = clock_now();
@@ -354,7 +354,7 @@ static void sit(int fd)
 {
         char byte;
 
-        /* Till the other one is gone, by a reset or an end. */
+        /* Until the other end is gone, by a reset or a FIN. */
         while (read(fd, &byte, 1) > 0)
                 ;
 }
@@ -395,7 +395,7 @@ static void lost(int fd)
         ends_as_reset(fd);
 }
 
-/* Who asked for nothing but trouble hears of it too. */
+/* A waiter that has registered for no event is told of the error too. */
 static void lost_alone(int fd)
 {
         double begin = clock_now();
@@ -465,20 +465,20 @@ static void put_some(int fd)
         sit(fd);
 }
 
-/* What is there already comes first. */
+/* The bytes that have arrived come before the error. */
 static void lost_behind(int fd)
 {
         put(fd, "c");
         nap(100);
         tell(loss());
-        /* A writer that hears of it first takes nothing from the reader. */
+        /* A writer gets the error first, and the reader still gets all bytes. */
         CHECK(send(fd, "x", 1, MSG_NOSIGNAL) == -1 && (errno == EPIPE || errno == ECONNRESET));
         get_pattern(fd, 5000);
         CHECK(read(fd, (char[1]){0}, 1) == -1 && errno == ECONNRESET);
         CHECK(read(fd, (char[1]){0}, 1) == 0);
 }
 
-/* --- nonsense in the shared memory */
+/* --- corrupt values in the shared memory */
 
 static void be_spoiled(int fd)
 {

@@ -1,4 +1,4 @@
-/* What calls, flags, options and signals mean, where a ring could mean something else. */
+/* Calls, flags, options and signals have the kernel's semantics on a ring too. */
 #include "pair.h"
 
 #include <aio.h>
@@ -25,7 +25,7 @@ static void wait_unread(int fd, int wanted)
         CHECK(unread >= wanted);
 }
 
-/* Enough for a connection to move that can. */
+/* Enough round trips for a connection to move, if it can. */
 static void ping(int fd)
 {
         for (int i = 0; i < PINGS; i++, nap(2)) {
@@ -206,7 +206,7 @@ static void put_sixes(int fd)
         }
 }
 
-/* As much as there is room for: then what it was is known by what comes behind. */
+/* The call takes as much as there is room for; the bytes that follow tell how much that was. */
 static void send_huge(int fd)
 {
         size_t size = (size_t)3 << 30;
@@ -312,7 +312,7 @@ static void peek_all(int fd)
         CHECK(recv(fd, bytes, 4, MSG_PEEK | MSG_WAITALL) == 4 && memcmp(bytes, "abcd", 4) == 0);
         CHECK(recv(fd, bytes, 4, MSG_PEEK) == 4 && memcmp(bytes, "abcd", 4) == 0);
         put(fd, "g");
-        /* What comes over TCP after the ring, and then the end. */
+        /* Bytes over TCP after those of the ring, and then the FIN. */
         CHECK(recv(fd, bytes, 6, MSG_PEEK | MSG_WAITALL) == 6 && memcmp(bytes, "abcdef", 6) == 0);
         CHECK(recv(fd, bytes, 8, MSG_PEEK | MSG_WAITALL) == 6);
         get(fd, "abcdef");
@@ -340,7 +340,7 @@ static void *wait_and_put(void *fd)
         return NULL;
 }
 
-/* An alarm gives back what there is. */
+/* A signal ends the call with the bytes that it has. */
 static void on_alarm(int number)
 {
         (void)number;
@@ -363,7 +363,7 @@ static void peek_interrupted(int fd)
         put(fd, "k");
 }
 
-/* --- sources and sinks beside the connection --- */
+/* --- files and pipes as sources and destinations --- */
 
 static void send_from(int fd, int in, off_t *offset, int error)
 {
@@ -426,7 +426,7 @@ static void send_whole(int fd, int file, size_t size)
         CHECK(sendfile(fd, file, NULL, 100) == 0);
 }
 
-/* Files that aren't in memory, and such as have no way to say so. */
+/* Files whose pages are not in memory, on file systems that can tell so and on others. */
 static void slow_files(int fd)
 {
         char name[] = "/var/tmp/semantics.XXXXXX", text[4096];
@@ -473,14 +473,14 @@ static void splice_waits(int fd)
         CHECK(pipe(ends) == 0);
         CHECK(sigaction(SIGALRM, &action, NULL) == 0);
         CHECK(splice(ends[0], NULL, fd, NULL, 10, SPLICE_F_NONBLOCK) == -1 && errno == EAGAIN);
-        /* A pipe is waited for, whatever the socket's mode is. */
+        /* splice() waits for the pipe even if the socket is non-blocking. */
         CHECK(fcntl(fd, F_SETFL, O_NONBLOCK) == 0);
         CHECK(splice(fd, NULL, ends[1], NULL, 10, 0) == -1 && errno == EAGAIN);
         alarm(1);
         CHECK(splice(ends[0], NULL, fd, NULL, 10, 0) == -1 && errno == EINTR);
         CHECK(fcntl(ends[0], F_SETFL, O_NONBLOCK) == 0);
         CHECK(splice(ends[0], NULL, fd, NULL, 10, 0) == -1 && errno == EAGAIN);
-        /* And the socket, whatever is said of the pipe. */
+        /* And for the socket even with SPLICE_F_NONBLOCK, which concerns the pipe. */
         CHECK(fcntl(fd, F_SETFL, 0) == 0);
         alarm(1);
         CHECK(splice(fd, NULL, ends[1], NULL, 10, SPLICE_F_NONBLOCK) == -1 && errno == EINTR);
@@ -534,7 +534,7 @@ static void signal_of_input(int fd)
         put(fd, "k");
 }
 
-/* With bytes that came before. */
+/* With bytes that arrived before the call. */
 static void signal_by_ioctl(int fd)
 {
         int one = 1, me = getpid();
@@ -554,7 +554,7 @@ static void put_twice_when_told(int fd)
         put_when_told(fd);
 }
 
-/* Set before the connection moves: it never does. */
+/* O_ASYNC is set before the connection moves: then it never moves. */
 static void signal_before(int listener)
 {
         int fd = accept(listener, NULL, NULL);
@@ -582,7 +582,7 @@ static void ping_before(int listener)
 
 enum { UNREAD = 300 };
 
-/* Bytes come, over TCP and then through a ring, of which none is read. */
+/* Bytes arrive over TCP and then through a ring, and none is read. */
 static void peek_while_moving(int listener)
 {
         int fd = accept(listener, NULL, NULL), unread = 0;
@@ -622,7 +622,7 @@ struct raw_action {
         unsigned long mask;
 };
 
-/* By number, so that no library hears of it; how to return is the C library's. */
+/* By syscall(), so that the library does not see it; the signal's restorer is the C library's. */
 static void set_by_number(int number, void (*handler)(int), bool restart)
 {
         struct sigaction action = {.sa_handler = handler};
@@ -661,7 +661,7 @@ extern sighandler_t __sysv_signal(int, sighandler_t);
 
 static void other_names(int fd)
 {
-        /* A wait at which the handlers are learned. */
+        /* The library reads the handlers at this wait. */
         wait_once(fd);
         CHECK(__sysv_signal(SIGALRM, on_signal) != SIG_ERR);
         interrupted(fd);
@@ -703,7 +703,7 @@ static void answer_signals(int fd)
         }
 }
 
-/* --- the mark --- */
+/* --- the urgent mark --- */
 
 static void send_mark(int fd)
 {
@@ -729,7 +729,7 @@ static void at_mark(int fd)
         put(fd, "k");
 }
 
-/* No call reads over it. */
+/* No call reads past the mark. */
 static void up_to_mark(int fd)
 {
         char bytes[8] = "";
@@ -902,7 +902,7 @@ static bool goes_by_kernel(int fd)
         return kernel_bytes(fd) != before;
 }
 
-/* Options that say nothing of what a read or a write is: the connection stays where it is. */
+/* Options that do not change reads or writes: the connection stays on its path. */
 static void harmless_options(int fd)
 {
         static const struct {
@@ -934,7 +934,7 @@ static void harmless_options(int fd)
                 if (setsockopt(fd, options[i].level, options[i].name, &value, sizeof value) < 0)
                         CHECK(options[i].name == SO_PEEK_OFF);
         }
-        /* What the kernel refuses changes nothing, whatever it is. */
+        /* An option that the kernel refuses changes nothing. */
         CHECK(setsockopt(fd, 12345, 1, options, sizeof(int)) == -1);
         CHECK(setsockopt(fd, SOL_SOCKET, 9999, options, sizeof(int)) == -1);
         CHECK(goes_by_kernel(fd) == !accelerated);
@@ -947,7 +947,7 @@ struct instruction {
         uint32_t k;
 };
 
-/* One that a ring would ignore: the rest goes over TCP, which doesn't. */
+/* An option that a ring can't honour: from then on the bytes go over TCP. */
 static void unfit_option(int fd, const char *which)
 {
         struct instruction pass = {6, 0, 0, 0xffffffff};
@@ -965,7 +965,7 @@ static void unfit_option(int fd, const char *which)
                 CHECK(setsockopt(fd, SOL_SOCKET, SO_TIMESTAMP, &one, sizeof one) == 0);
         if (strcmp(which, "inq") == 0)
                 CHECK(setsockopt(fd, IPPROTO_TCP, OPTION_INQ, &one, sizeof one) == 0);
-        /* SO_TIMESTAMP_NEW, as programs with 64-bit times on small machines have it. */
+        /* SO_TIMESTAMP_NEW, which 32-bit programs with 64-bit times use. */
         if (strcmp(which, "timestamp_new") == 0)
                 CHECK(setsockopt(fd, SOL_SOCKET, 63, &one, sizeof one) == 0);
         CHECK(goes_by_kernel(fd));
@@ -984,14 +984,14 @@ UNFIT(timestamp)
 UNFIT(timestamp_new)
 UNFIT(inq)
 
-/* An accepted connection has its listener's options, which no call of its own has set. */
+/* An accepted connection inherits its listener's options, without a call of its own. */
 static void inherited_options(int listener)
 {
         int one = 1, fd;
         char byte;
 
         CHECK(setsockopt(listener, IPPROTO_TCP, OPTION_INQ, &one, sizeof one) == 0);
-        /* The first may have been there before. */
+        /* The kernel may have made the first connection before the option was set. */
         fd = accept(listener, NULL, NULL);
         CHECK(fd >= 0 && close(fd) == 0);
         fd = accept(listener, NULL, NULL);

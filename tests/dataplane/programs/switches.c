@@ -1,6 +1,5 @@
-/* What changes how a whole process works, with a connection on a ring or before there is one:
- * filters of system calls, libraries that are bound past ours, an io_uring.
- */
+/* What changes a whole process, with a connection on a ring or before there is one: seccomp
+ * filters, libraries whose calls bypass ours, an io_uring. */
 #include "pair.h"
 
 #include <dlfcn.h>
@@ -11,7 +10,7 @@
 #include <sys/prctl.h>
 
 #ifndef __GLIBC__
-/* musl knows neither. */
+/* musl has neither. */
 #define RTLD_DEEPBIND 0
 #define LM_ID_NEWLM 0
 #define dlmopen(space, file, mode) dlopen(file, mode)
@@ -43,7 +42,7 @@ static void ask(int fd)
 
 enum install { BY_PRCTL, BY_SECCOMP, BY_NUMBER };
 
-/* Only these calls; everything else ends the process, or fails. */
+/* Permit only these system calls; any other ends the process, or fails. */
 static void confine(const int *calls, size_t count, uint32_t otherwise, enum install install)
 {
         struct sock_filter filter[64];
@@ -96,7 +95,7 @@ static void refused(int fd)
         confined(fd, SECCOMP_RET_ERRNO | EPERM, BY_NUMBER);
 }
 
-/* The ring has bytes when the filter comes. */
+/* The ring has bytes when the filter is installed. */
 static void killed_with_bytes(int fd)
 {
         nap(200);
@@ -121,7 +120,7 @@ static void strict(int fd)
         syscall(SYS_exit, got != 0);
 }
 
-/* A child confines itself, as servers' do. */
+/* A child confines itself, as children of servers do. */
 static void child(int fd)
 {
         pid_t made = fork();
@@ -137,7 +136,7 @@ static void child(int fd)
 static const int serving[] = {SYS_read,       SYS_write,     SYS_accept,     SYS_exit_group,
                               SYS_epoll_wait, SYS_epoll_ctl, SYS_epoll_pwait};
 
-/* Without a connection yet; it may accept, and not accept4. */
+/* Before there is a connection; the filter permits accept, but not accept4. */
 static void before(int listener)
 {
         int fd;
@@ -169,7 +168,7 @@ static void dial_and_ask(int unused)
         ask(fd);
 }
 
-/* In an event loop, level- or edge-triggered: what epoll was told holds on. */
+/* In an event loop, level- or edge-triggered: registrations stay valid. */
 static void in_epoll(int fd, uint32_t how, bool late)
 {
         struct epoll_event event = {.events = EPOLLIN | how, .data.u64 = 4711}, got;
@@ -218,7 +217,7 @@ static void level_with_bytes(int fd)
 
 static char **given;
 
-/* A program that a confined one becomes is confined as well: here it may have no unix socket. */
+/* A confined process executes a program, which is confined too: it may not create unix sockets. */
 static void heir(int unused)
 {
         struct sock_filter filter[] = {
@@ -246,7 +245,7 @@ static void echo_one(int listener)
         echo(fd);
 }
 
-/* --- libraries bound past ours --- */
+/* --- libraries whose calls bypass ours --- */
 
 static void deep(int fd, bool space)
 {
@@ -268,7 +267,7 @@ static void own_space(int fd)
         deep(fd, true);
 }
 
-/* A library's destructor has the last word. */
+/* A library's destructor sends the last bytes. */
 static void last_words(int fd)
 {
         void *handle = dlopen(getenv("DEEP_LIBRARY"), RTLD_NOW);
@@ -317,7 +316,7 @@ struct queue {
         struct io_uring_cqe *outcomes;
 };
 
-/* As the C library's syscall() does it, or as programs do that make the call themselves. */
+/* With the C library's syscall(), or with the system call instruction in the program itself. */
 static int setup(struct io_uring_params *parameters, bool inlined)
 {
 #ifdef __x86_64__
@@ -382,7 +381,7 @@ static int submit(struct queue *queue, struct io_uring_sqe one)
         return -ETIME;
 }
 
-/* Asked of the kernel, what the peer answers. */
+/* A round trip through the io_uring. */
 static void ask_by_queue(struct queue *queue, int fd)
 {
         char byte = 0;
@@ -399,7 +398,7 @@ static void ask_by_queue(struct queue *queue, int fd)
         CHECK(byte == 'z');
 }
 
-/* The connection that moved before the ring was made. */
+/* The connection has moved before the io_uring was created. */
 static void uring_later(int fd)
 {
         struct queue queue;
@@ -409,7 +408,7 @@ static void uring_later(int fd)
         ask(fd);
 }
 
-/* One that is opened later, to a peer to which one has moved already. */
+/* A second connection, made after the io_uring, to the peer of one that has moved. */
 static void uring_second(int unused)
 {
         struct queue queue;
@@ -431,7 +430,7 @@ static void uring_second(int unused)
         ask(one);
 }
 
-/* The same where nothing stands in between. */
+/* The same with a system call that the library does not see. */
 static void uring_inlined(int unused)
 {
         struct queue queue;
@@ -476,7 +475,7 @@ static void echo_two(int listener)
                 CHECK(pthread_join(threads[i], NULL) == 0);
 }
 
-/* --- a peer that goes back to TCP and is silent --- */
+/* --- a peer that falls back to TCP and sends nothing --- */
 
 static void silent(int fd)
 {
@@ -486,7 +485,7 @@ static void silent(int fd)
         get(fd, "abc");
 }
 
-/* Nobody may be told of bytes that aren't there. */
+/* No waiter may be told of bytes that are not there. */
 static void not_told(int fd)
 {
         struct epoll_event event = {.events = EPOLLIN}, got;

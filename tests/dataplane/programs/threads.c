@@ -39,7 +39,7 @@ static void carry_out(int fd)
                 case 's': /* send */
                         put_pattern(fd, what[1]);
                         break;
-                case 'd': /* drain what comes until nothing has come for a while */
+                case 'd': /* read until nothing has come for a while */
                         nap(300);
                         for (int quiet = 0; quiet < 20; quiet++) {
                                 while (ioctl(fd, FIONREAD, &unread) == 0 && unread > 0) {
@@ -109,7 +109,7 @@ static void serve_warm(int listener)
         serve(listener, 5, true);
 }
 
-/* Bytes on TCP that nobody has read. */
+/* Unread bytes on TCP. */
 static int kernel_unread(int fd)
 {
         int unread = -1;
@@ -189,7 +189,7 @@ static void full_by_another(int fd)
                 fill(fd);
                 before = reported_out;
                 CHECK(rises_to(&reported_out, before + 1));
-                /* Until the other end takes orders again. */
+                /* Until the other end carries out orders again. */
                 nap(500);
         }
 }
@@ -301,8 +301,7 @@ static void once_before_it_moves(int unused)
         get_pattern(fd, 1);
 }
 
-/* --- threads that wait in poll, select or another instance while a connection moves that no thread
- * reads */
+/* --- threads that wait while a connection moves that no thread reads */
 
 struct wait {
         int fds[2];
@@ -396,7 +395,7 @@ static void moves_under_instance(int unused)
         }
 }
 
-/* An inner instance that is reported once. */
+/* A nested instance that is registered as one-shot. */
 static void nested_once(int fd)
 {
         struct epoll_event event;
@@ -419,7 +418,7 @@ static void nested_once(int fd)
         }
 }
 
-/* The library did not see the instance made. */
+/* The library did not see the creation of the instance. */
 static void unknown_instance(int unused)
 {
         int fd = dial();

@@ -288,7 +288,7 @@ static void poll_and_select(int fd)
         CHECK(poll(&one, 1, 0) == 1 && one.revents == POLLOUT);
 }
 
-/* Beside descriptors that are no connections, and one that is invalid. */
+/* With descriptors that are no connections, and an invalid one. */
 static void poll_among_others(int fd)
 {
         int ends[2];
@@ -741,7 +741,7 @@ static void wait_for_ages(int fd)
 
 static int small_fd;
 
-/* Each call that waits, on the smallest stack that a thread may have. */
+/* Each call that waits, on the smallest stack that a thread can have. */
 static void *wait_in_little_room(void *unused)
 {
         struct timeval soon = {0, 20 * 1000};

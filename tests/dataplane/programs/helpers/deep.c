@@ -1,4 +1,4 @@
-/* A library that uses a connection by the C library that it is bound to. */
+/* A library whose calls on a connection go to the C library that it is bound to. */
 #include <unistd.h>
 
 void library_echo(int fd);
