@@ -150,7 +150,7 @@ bool fallback_at_random(struct end *end)
 
         if (clock_stamp() * UINT64_C(0x9e3779b97f4a7c15) >> 32 & (ONE_OF - 1))
                 return false;
-        if (!atomic_exchange(&view.ring->leave, LEAVE_ASKED))
+        if (!atomic_exchange(&view.ring->stop, STOP_REQUESTED))
                 wake(&view.ring->senders, end);
         return true;
 }
@@ -166,7 +166,7 @@ void fallback_report_bypass(struct end *end)
         if (view_remote(&view) && reads_ring(end))
                 remote_request_fallback(end);
         else if (!view_remote(&view))
-                atomic_store(&view.ring->leave, LEAVE_RAW);
+                atomic_store(&view.ring->stop, STOP_RAW);
         router_note(end, REASON_RAW);
 }
 
@@ -216,8 +216,8 @@ static bool stop_sender(struct end *end, uint32_t why)
 
         if (view_remote(&view))
                 return stop_remote_sender(end, &view);
-        atomic_store(&view.ring->leave, why);
-        /* After this, a sender that isn't `busy` will see `leave` before it puts anything. Where
+        atomic_store(&view.ring->stop, why);
+        /* After this, a sender that isn't `busy` will see `stop` before it puts anything. Where
          * the kernel has no such barrier, what every core has done in the meantime must do. */
         if (sys_2(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0) < 0)
                 sys_2(SYS_nanosleep, &pause, 0);
@@ -234,8 +234,7 @@ bool fallback_sender_stopped(struct end *end)
 
         if (view_remote(&view))
                 return ready_over(&view);
-        return atomic_load(&view.ring->leave) &&
-               !atomic_load_explicit(&view.ring->busy, memory_order_acquire);
+        return atomic_load(&view.ring->stop) && !atomic_load_explicit(&view.ring->busy, memory_order_acquire);
 }
 
 long fallback_unannounced(int fd, struct end *end)
@@ -246,7 +245,7 @@ long fallback_unannounced(int fd, struct end *end)
         bool known = atomic_load(&end->rx.clean) == head || atomic_load(&view.ring->clean) == head;
 
         /* What a thread puts at the same moment may come first. */
-        if (known && stop_sender(end, LEAVE_RAW)) {
+        if (known && stop_sender(end, STOP_RAW)) {
                 int64_t ready = fallback_left(end);
 
                 if (ready && atomic_load(&view.ring->clean) == head + (uint64_t)ready)
@@ -281,7 +280,7 @@ bool fallback_both(int fd, struct end *end, uint32_t reason)
                 fallback_sender(fd, end, reason);
         keep_end(fd, end);
         flow_become(&end->tx, PHASE_OVER);
-        if (reads && (!stop_sender(end, LEAVE_ASKED) || fallback_left(end) != 0))
+        if (reads && (!stop_sender(end, STOP_REQUESTED) || fallback_left(end) != 0))
                 return false;
         flow_become(&end->rx, PHASE_OVER);
         return true;

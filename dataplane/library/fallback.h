@@ -1,7 +1,7 @@
 /* From the ring back to TCP, and the reset of a connection that can't go back.
  *
  * The sender writes `end` into the ring and goes on over TCP; the receiver reads the ring up to
- * there. The sender does so when the other side requests it (`leave`), when the program does
+ * there. The sender does so when the other side requests it (`stop`), when the program does
  * something that rings can't carry, or when the kernel says that the peer has closed its side, so
  * that errors and signals are the kernel's own.
  */

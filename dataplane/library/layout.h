@@ -35,16 +35,16 @@
  *      end      w sender (release)    r receiver (acquire)   1 + tail at which the ring ended; TCP goes on from there
  *      clean    w sender, before tail; r receiver after tail: up to this tail no byte had gone over TCP since the
  *               move when it was put (raw.h)
- *      leave    w receiver (seq_cst)  r sender (seq_cst)     the receiver requests that the ring ends; LEAVE_RAW:
+ *      stop     w receiver (seq_cst)  r sender (seq_cst)     the receiver requests that the ring ends; STOP_RAW:
  *                                                            because bytes came over TCP
- *      busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between checking `leave` and publishing
+ *      busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between checking `stop` and publishing
  *      waiters  w both (seq_cst)                             this direction's sleepers: wait_begin(), wake()
  * Of each bell, in struct arena: `dirty` (slots in which something happened) and `rung` (rung.h),
  * both seq_cst.
  *
  * Of remote arenas only:
  *      over     w relay (release)     r receiver (acquire)   the sender's end is gone, what it put is below tail
- *      left     w relay (release)     r receiver (acquire)   answer to `leave`: the sender has stopped, and what
+ *      stopped  w relay (release)     r receiver (acquire)   answer to `stop`: the sender has stopped, and what
  *                                                            it put is below tail
  *      broken   w relay, router       r both                 bytes can't be delivered any more: the connection
  *               (release)             (acquire)              ends as by a reset
@@ -81,8 +81,8 @@ enum {
         BULK_OFFSET = 1024 * 1024, /* after the slots, on a boundary of its own */
 };
 
-/* Values of `leave`. */
-enum { LEAVE_ASKED = 1, LEAVE_RAW = 2 };
+/* Values of `stop`. */
+enum { STOP_REQUESTED = 1, STOP_RAW = 2 };
 
 #define ARENA_SIZE ((size_t)BULK_OFFSET + (size_t)SLOTS * SIDES * RING_SIZE)
 
@@ -112,7 +112,7 @@ struct ring {
         /* receiver's */
         _Alignas(64) _Atomic uint64_t head;
         _Atomic uint32_t ready;
-        _Atomic uint32_t leave;
+        _Atomic uint32_t stop;
         _Atomic uint32_t receiver_cpu;
         /* sleepers: receivers for bytes, senders for space */
         _Alignas(64) struct waiters receivers;
@@ -123,7 +123,7 @@ struct ring {
          * woken; in a remote arena below which it wants to, 0: never */
         _Atomic uint32_t room;
         _Atomic uint32_t over;
-        _Atomic uint32_t left;
+        _Atomic uint32_t stopped;
         _Atomic uint32_t broken;
         _Atomic uint64_t received;
 };
@@ -136,7 +136,7 @@ _Static_assert(offsetof(struct ring, senders) == 192, "waiters have lines of the
 _Static_assert(offsetof(struct ring, incarnation) == 256, "layout is part of the version");
 _Static_assert(offsetof(struct ring, room) == 264, "layout is part of the version");
 _Static_assert(offsetof(struct ring, over) == 268, "layout is part of the version");
-_Static_assert(offsetof(struct ring, left) == 272, "layout is part of the version");
+_Static_assert(offsetof(struct ring, stopped) == 272, "layout is part of the version");
 _Static_assert(offsetof(struct ring, broken) == 276, "layout is part of the version");
 _Static_assert(offsetof(struct ring, received) == 280, "layout is part of the version");
 

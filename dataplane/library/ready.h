@@ -32,7 +32,7 @@ static inline bool ready_over(const struct view *view)
 {
         return atomic_load_explicit(&view->ring->end, memory_order_acquire) ||
                atomic_load_explicit(&view->ring->over, memory_order_acquire) ||
-               atomic_load_explicit(&view->ring->left, memory_order_acquire);
+               atomic_load_explicit(&view->ring->stopped, memory_order_acquire);
 }
 
 /* The connection of this attached end goes through a relay, and its path is lost. */
@@ -137,7 +137,7 @@ static inline bool ready_space(struct end *end)
         return atomic_load_explicit(&end->tx.edge, memory_order_relaxed) -
                        atomic_load_explicit(&view.ring->head, memory_order_acquire) <=
                    ready_threshold(&end->tx, &view) ||
-               atomic_load_explicit(&view.ring->leave, memory_order_relaxed) || ready_broken(end);
+               atomic_load_explicit(&view.ring->stop, memory_order_relaxed) || ready_broken(end);
 }
 
 #endif

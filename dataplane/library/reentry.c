@@ -26,7 +26,7 @@ static bool has_ended(const struct end *end)
         uint32_t rx = atomic_load(&end->rx.phase), tx = atomic_load(&end->tx.phase);
 
         return (rx == PHASE_OVER || rx == PHASE_TCP) &&
-               (tx == PHASE_OVER || (tx == PHASE_TCP && atomic_load(&end_sends(end).ring->leave)));
+               (tx == PHASE_OVER || (tx == PHASE_TCP && atomic_load(&end_sends(end).ring->stop)));
 }
 
 /* Has the peer's sender left the ring by itself? */
@@ -53,7 +53,7 @@ static void dismiss_peer(struct end *end)
         if (view_remote(&view))
                 remote_request_fallback(end);
         else
-                atomic_store(&view.ring->leave, LEAVE_ASKED);
+                atomic_store(&view.ring->stop, STOP_REQUESTED);
 }
 
 static bool may_leave(const struct end *end)

@@ -28,7 +28,7 @@
  * - The end keeps its generation, as it is the same connection. What tells one stay from the next
  *   is the slot's incarnation. Only one process may hold the end, as for the first request, so
  *   nobody else has mappings or tables that mean the old slot.
- * - In a remote arena a receiver may know that the ring has ended by the relays' word (`left`)
+ * - In a remote arena a receiver may know that the ring has ended by the relays' word (`stopped`)
  *   while the peer's program hasn't sent since: its next send still needs the relays to say that
  *   its bytes have arrived. So the slot is kept until that peer has sent over TCP, or has said
  *   itself that the ring has ended. What our own ring still has on its way is delivered after the

@@ -12,7 +12,7 @@ void remote_request_fallback(struct end *end)
 {
         struct view view = end_receives(end);
 
-        if (!atomic_exchange(&view.ring->leave, 1))
+        if (!atomic_exchange(&view.ring->stop, STOP_REQUESTED))
                 wake(&view.ring->senders, end);
 }
 

@@ -4,12 +4,12 @@
  * The TCP connection lies underneath as ever, but its packets go another way, so its events may
  * overtake what comes through the ring. A FIN, or bytes that the peer sent over TCP after it had
  * fallen back, may be here while the ring still has, or still gets, earlier bytes. So such events
- * are deferred: the program doesn't see them until the ring has ended (`end`, `over` or `left`). It
- * sees a reset at once, as bytes in flight are lost with one on TCP too.
+ * are deferred: the program doesn't see them until the ring has ended (`end`, `over` or `stopped`).
+ * It sees a reset at once, as bytes in flight are lost with one on TCP too.
  *
  * No receiver waits for an `end` that nobody writes. One that defers an event requests the peer's
- * fallback, which the relays answer (`left`) once all that was put in has come, whatever the peer's
- * program does. If the relays can't any more, the ring is `broken`.
+ * fallback, which the relays answer (`stopped`) once all that was put in has come, whatever the
+ * peer's program does. If the relays can't any more, the ring is `broken`.
  */
 #ifndef FREEFLOW_REMOTE_H
 #define FREEFLOW_REMOTE_H

@@ -201,7 +201,7 @@ static inline bool peer_is_gone(struct transfer *t)
 static void go_back(struct transfer *t)
 {
         int fd = t->o->fd;
-        bool raw = atomic_load_explicit(&t->view.ring->leave, memory_order_relaxed) == LEAVE_RAW;
+        bool raw = atomic_load_explicit(&t->view.ring->stop, memory_order_relaxed) == STOP_RAW;
 
         /* A receiver that requests it for another reason doesn't know that something bypassed the
          * ring. */
@@ -221,7 +221,7 @@ static inline enum outcome put_now(struct transfer *t, enum taken taken, bool *o
         uint64_t stamp;
         enum raw raw;
 
-        if (__builtin_expect(atomic_load_explicit(&t->view.ring->leave, memory_order_relaxed), 0) ||
+        if (__builtin_expect(atomic_load_explicit(&t->view.ring->stop, memory_order_relaxed), 0) ||
             peer_is_gone(t))
                 return OUTCOME_FALL_BACK;
         if (view_remote(&t->view) && ready_broken(t->end))

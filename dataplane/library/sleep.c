@@ -88,6 +88,6 @@ bool sleep_without_bell(struct end *end, uint32_t arena)
         if (view_remote(&view))
                 remote_request_fallback(end);
         else
-                atomic_store(&view.ring->leave, LEAVE_ASKED);
+                atomic_store(&view.ring->stop, STOP_REQUESTED);
         return true;
 }

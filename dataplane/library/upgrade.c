@@ -34,11 +34,11 @@ void upgrade_receiver(struct end *end)
 void upgrade_sender(int fd, struct end *end)
 {
         struct view view = end_sends(end);
-        uint32_t leave = atomic_load_explicit(&view.ring->leave, memory_order_relaxed);
+        uint32_t stop = atomic_load_explicit(&view.ring->stop, memory_order_relaxed);
 
-        if (leave) {
+        if (stop) {
                 /* The ring ends before it has begun: its reader doesn't wait for it any more. */
-                if (leave == LEAVE_RAW)
+                if (stop == STOP_RAW)
                         atomic_store(&end->final, 1);
                 fallback_end_ring(end);
                 return;

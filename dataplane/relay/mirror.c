@@ -89,7 +89,7 @@ uint32_t mirror_flags(const struct mirror *m)
                 return WIRE_DROPPED | (m->has_left ? WIRE_HAS_LEFT : 0) | (m->has_over ? WIRE_HAS_OVER : 0);
         if (m->process_ready)
                 flags |= WIRE_READY;
-        if (m->leave_requested || m->leaves)
+        if (m->stop_requested || m->leaves)
                 flags |= WIRE_LEAVE;
         if (m->stopped && all_sent(m))
                 flags |= WIRE_LEFT;

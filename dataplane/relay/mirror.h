@@ -90,7 +90,7 @@ struct mirror {
         bool in_ended;           /* `in_end` is published in the ring */
         bool process_ready;      /* the process here reads direction 1 from the ring */
         bool broken;             /* its rings are marked as broken */
-        bool leave_requested;    /* the process here wants the peer to fall back to TCP */
+        bool stop_requested;     /* the process here wants the peer to fall back to TCP */
         bool leaves;             /* the router, or the relay's end, wants both directions on TCP */
         bool stopped;            /* the process sends no more */
         bool closed;             /* no process here has the connection's end any more */

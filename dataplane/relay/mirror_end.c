@@ -30,7 +30,7 @@ void mirror_stop_process(struct mirror *m)
 {
         if (m->stopped || list_holds(&m->stopping))
                 return;
-        atomic_store(&m->out->leave, 1);
+        atomic_store(&m->out->stop, STOP_REQUESTED);
         /* A sender that waits for room may get none any more: the peer's relay soon reports
          * nothing. */
         arena_wake(m->shared, &m->out->senders, m->slot);

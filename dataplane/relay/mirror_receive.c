@@ -90,7 +90,7 @@ static bool receive_end(struct mirror *m, const struct wire_block *block)
                  * has written no end. Both processes can go on without a relay. */
                 if (!m->in_end)
                         m->in_end = m->arrived + 1;
-                atomic_store_explicit(&m->in->left, 1, memory_order_release);
+                atomic_store_explicit(&m->in->stopped, 1, memory_order_release);
         }
         if (m->in_end && !m->in_ended) {
                 if ((int64_t)(m->in_end - 1 - m->arrived) < 0)

@@ -56,8 +56,8 @@ static bool scan_taken(struct mirror *m)
                 m->report_due = true;
         if (!m->process_ready)
                 m->process_ready = atomic_load_explicit(&m->in->ready, memory_order_acquire) != 0;
-        if (!m->leave_requested)
-                m->leave_requested = atomic_load_explicit(&m->in->leave, memory_order_relaxed) != 0;
+        if (!m->stop_requested)
+                m->stop_requested = atomic_load_explicit(&m->in->stop, memory_order_relaxed) != 0;
         return true;
 }
 

@@ -111,7 +111,7 @@ class LinuxArenaMemory:
     def leave(self, memory: int, slot: int) -> None:
         for direction in range(layout.SIDES):
             with contextlib.suppress(OSError):
-                os.pwrite(memory, _YES, layout.ring_offset(slot, direction) + layout.LEAVE_OFFSET)
+                os.pwrite(memory, _YES, layout.ring_offset(slot, direction) + layout.STOP_OFFSET)
 
     def sever(self, memory: int, slot: int) -> None:
         for direction in range(layout.SIDES):

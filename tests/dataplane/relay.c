@@ -52,7 +52,7 @@ static struct {
     {"start", 0},         /* more for `start` and `ready` */
     {"end", 0},           /* more for `end` */
     {"over", 0},          /* more for `over` */
-    {"left", 0},          /* more for `left` */
+    {"stopped", 0},       /* more for `stopped` */
     {"spin", 1},          /* reports its core, and spins for a moment */
     {"blind", 0},         /* 1: never announces its bell */
     {"lies", 0},          /* 1: arenas claim not to be remote; 2: to have larger rings */
@@ -65,7 +65,7 @@ enum setting {
         START_DELAY,
         END_DELAY,
         OVER_DELAY,
-        LEFT_DELAY,
+        STOPPED_DELAY,
         DOES_SPIN,
         BLIND,
         LIES,
@@ -107,8 +107,8 @@ struct way {
         uint64_t seen, seen_start, seen_end; /* sampled */
         uint64_t tail, start, end;           /* applied; the number of `end` counts when it is due */
         uint64_t received_due;
-        uint64_t end_due, ready_due, over_due, leave_seen, left_due;
-        bool over, left;
+        uint64_t end_due, ready_due, over_due, stop_seen, stopped_due;
+        bool over, stopped;
 };
 
 struct connection {
@@ -784,22 +784,23 @@ static bool carry(struct connection *connection, int e, uint64_t present, uint64
                         ring_bells(from, &source->senders);
                 busy = true;
         }
-        if (atomic_load(&target->leave) && !way->leave_seen) {
-                way->leave_seen = due(present, DELAY) | 1;
+        if (atomic_load(&target->stop) && !way->stop_seen) {
+                way->stop_seen = due(present, DELAY) | 1;
                 busy = true;
         }
-        if (way->leave_seen && !way->left) {
-                if (!way->left_due && way->leave_seen <= present) {
-                        atomic_store(&source->leave, 1);
-                        way->left_due = due(present, LEFT_DELAY) + LEAVING;
+        if (way->stop_seen && !way->stopped) {
+                if (!way->stopped_due && way->stop_seen <= present) {
+                        atomic_store(&source->stop, STOP_REQUESTED);
+                        way->stopped_due = due(present, STOPPED_DELAY) + LEAVING;
                 }
-                if (way->left_due && way->left_due <= present && !atomic_load(&source->busy) && !way->count &&
-                    atomic_load(&source->tail) == way->tail &&
+                if (way->stopped_due && way->stopped_due <= present && !atomic_load(&source->busy) &&
+                    !way->count && atomic_load(&source->tail) == way->tail &&
                     atomic_load(&source->start) == way->seen_start) {
-                        atomic_store(&target->left, 1);
-                        way->left = busy = wakes = true;
+                        atomic_store(&target->stopped, 1);
+                        way->stopped = busy = wakes = true;
                 }
-                LATER(way->left_due && way->left_due > present ? way->left_due : present + 1000 * 1000);
+                LATER(way->stopped_due && way->stopped_due > present ? way->stopped_due
+                                                                     : present + 1000 * 1000);
         }
         if (wakes)
                 ring_bells(to, &target->receivers);
@@ -896,12 +897,12 @@ static void list_all(void)
                                 fprintf(
                                     stderr,
                                     "%u.%d.%d: tail %llu head %llu base %llu start %llu end %llu ready %u "
-                                    "leave %u over %u left %u broken %u busy %u room %u received %llu "
+                                    "stop %u over %u stopped %u broken %u busy %u room %u received %llu "
                                     "receivers %u %llx senders %u %llx%s%s\n",
                                     i, e, d, (unsigned long long)ring->tail, (unsigned long long)ring->head,
                                     (unsigned long long)ring->base, (unsigned long long)ring->start,
-                                    (unsigned long long)ring->end, ring->ready, ring->leave, ring->over,
-                                    ring->left, ring->broken, ring->busy, ring->room,
+                                    (unsigned long long)ring->end, ring->ready, ring->stop, ring->over,
+                                    ring->stopped, ring->broken, ring->busy, ring->room,
                                     (unsigned long long)ring->received, ring->receivers.any,
                                     (unsigned long long)ring->receivers.bells[0], ring->senders.any,
                                     (unsigned long long)ring->senders.bells[0],

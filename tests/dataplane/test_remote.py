@@ -23,7 +23,7 @@ SECONDS: Final = int(os.environ.get("TORTURE_SECONDS", "16"))
 SEED: Final = os.environ.get("TORTURE_SEED", "")
 MEANS: Final = ("poll", "select", "level", "edge", "once", "nested", "nested_poll")
 LATE: Final = (
-    *("delay", "2000", "jitter", "1", "end", "20000", "over", "20000", "left", "5000"),
+    *("delay", "2000", "jitter", "1", "end", "20000", "over", "20000", "stopped", "5000"),
     *("start", "3000", "ring", "65536", "spin", "0"),
 )
 """A slow path and small rings; the end of a ring arrives last."""

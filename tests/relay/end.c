@@ -10,7 +10,7 @@
  *
  *      sent, received     bytes
  *      broken, end, over  of the ring that it receives
- *      left               1: it had to leave, and has ended its ring
+ *      stopped            1: it had to stop, and has ended its ring
  *
  * The exit code is 0, 3 if a byte was wrong, and 4 if nothing happened for `patience`.
  */
@@ -31,7 +31,7 @@
 #include <unistd.h>
 
 static struct {
-        uint64_t send, receive, message, seed, peer_seed, spin, patience, pace, rounds, first, leave_at,
+        uint64_t send, receive, message, seed, peer_seed, spin, patience, pace, rounds, first, stop_at,
             linger, die_at;
         uint64_t check, server, ends, waits_over, at_once, no_bell;
 } option = {.message = 4096, .seed = 1, .peer_seed = 2, .patience = 10000, .check = 1, .ends = 1};
@@ -53,7 +53,7 @@ static const struct {
     {"first", &option.first},         /* number of its first bell */
     {"check", &option.check},         /* 0: do not check the bytes */
     {"ends", &option.ends},           /* 0: do not end the ring, as a killed process */
-    {"leave_at", &option.leave_at},   /* received bytes after which it sets `leave` */
+    {"stop_at", &option.stop_at},     /* received bytes after which it sets `stop` */
     {"linger", &option.linger},       /* ms before it exits */
     {"die_at", &option.die_at},       /* sent bytes after which it dies in the middle of a write */
     {"waits_over", &option.waits_over},
@@ -67,7 +67,7 @@ static unsigned char *out_bulk, *in_bulk;
 static uint32_t slot, size;
 static int relay_bell, bells[2];
 static _Atomic uint64_t sent, received;
-static _Atomic uint32_t broken, left, wrong, stuck;
+static _Atomic uint32_t broken, stopped, wrong, stuck;
 
 static uint64_t now(void)
 {
@@ -127,14 +127,14 @@ static bool has_bytes(uint64_t head)
 static bool has_room(uint64_t tail)
 {
         return tail - atomic_load_explicit(&out->head, memory_order_acquire) <= size / 3 * 2 ||
-               atomic_load(&out->broken) || atomic_load(&out->leave);
+               atomic_load(&out->broken) || atomic_load(&out->stop);
 }
 
 static bool is_ready(uint64_t unused)
 {
         (void)unused;
         return atomic_load_explicit(&out->ready, memory_order_acquire) || atomic_load(&out->broken) ||
-               option.at_once || atomic_load(&out->leave);
+               option.at_once || atomic_load(&out->stop);
 }
 
 /* As the library's wait_for(). False: nothing has happened for `patience`. */
@@ -194,7 +194,7 @@ static void end_ring(uint64_t tail)
         wake(&out->receivers);
 }
 
-/* Writes `want` bytes, or fewer if it has to leave or the ring is broken. */
+/* Writes `want` bytes, or fewer if it has to stop or the ring is broken. */
 static uint64_t put(uint64_t tail, uint64_t want)
 {
         static _Thread_local uint64_t base;
@@ -214,9 +214,9 @@ static uint64_t put(uint64_t tail, uint64_t want)
                 }
                 atomic_store_explicit(&out->busy, 1, memory_order_relaxed);
                 atomic_signal_fence(memory_order_seq_cst);
-                if (atomic_load_explicit(&out->leave, memory_order_relaxed)) {
+                if (atomic_load_explicit(&out->stop, memory_order_relaxed)) {
                         atomic_store_explicit(&out->busy, 0, memory_order_release);
-                        atomic_store(&left, 1);
+                        atomic_store(&stopped, 1);
                         return done;
                 }
                 piece = piece < size - used ? piece : size - used;
@@ -275,7 +275,7 @@ static void *sender(void *unused)
                         nap(&dice);
                 }
         }
-        if (option.ends || atomic_load(&left))
+        if (option.ends || atomic_load(&stopped))
                 end_ring(tail);
         return unused;
 }
@@ -345,9 +345,9 @@ static void *receiver(void *unused)
                         break;
                 head += got;
                 atomic_store(&received, head);
-                if (option.leave_at && head >= option.leave_at) {
-                        option.leave_at = 0;
-                        atomic_store(&in->leave, 1);
+                if (option.stop_at && head >= option.stop_at) {
+                        option.stop_at = 0;
+                        atomic_store(&in->stop, STOP_REQUESTED);
                         wake(&in->senders);
                 }
                 nap(&dice);
@@ -437,10 +437,10 @@ int main(int count, char **arguments)
                 pthread_join(threads[0], NULL);
                 pthread_join(threads[1], NULL);
         }
-        printf("{\"sent\": %llu, \"received\": %llu, \"broken\": %u, \"left\": %u, \"end\": %llu, "
+        printf("{\"sent\": %llu, \"received\": %llu, \"broken\": %u, \"stopped\": %u, \"end\": %llu, "
                "\"over\": %u, "
                "\"seconds\": %.6f}\n",
-               (unsigned long long)sent, (unsigned long long)received, broken, left,
+               (unsigned long long)sent, (unsigned long long)received, broken, stopped,
                (unsigned long long)atomic_load(&in->end), atomic_load(&in->over),
                (double)(now() - begin) / 1e9);
         fflush(stdout);

@@ -207,7 +207,7 @@ def test_leaving_ends_both_rings_where_both_ends_agree(binary: Path, end: Path) 
         time.sleep(0.3)
         a.number("LEAVE", one.number)
         left, right = result(first), result(second)
-        assert left["left"] == right["left"] == 1
+        assert left["stopped"] == right["stopped"] == 1
         assert left["sent"] == right["received"] == right["end"] - 1
         assert right["sent"] == left["received"] == left["end"] - 1
         a.expect("LEFT", number=one.number)
@@ -229,7 +229,7 @@ def test_an_idle_connection_leaves_without_its_processes(binary: Path) -> None:
 
 
 def test_a_process_stops_the_other_end(binary: Path, end: Path) -> None:
-    """`leave` in one ring is answered by `left` after its last byte; the other ring goes on."""
+    """`stop` in one ring is answered by `stopped` after its last byte; the other ring goes on."""
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b)
@@ -237,10 +237,10 @@ def test_a_process_stops_the_other_end(binary: Path, end: Path) -> None:
             end, "send=100000000", "pace=200", "message=8000", "peer_seed=2", "seed=1"
         )
         taker = two.popen(
-            end, "leave_at=500000", "send=4000000", "pace=200", "peer_seed=1", "seed=2"
+            end, "stop_at=500000", "send=4000000", "pace=200", "peer_seed=1", "seed=2"
         )
         said = result(sender)
-        assert said["left"] == 1
+        assert said["stopped"] == 1
         assert said["received"] == 4_000_000
         assert result(taker)["received"] == said["sent"]
         assert two.word(1, 272, 4) == 1
@@ -277,7 +277,7 @@ def test_a_relay_that_ends_loses_nothing(binary: Path, end: Path, by_signal: boo
         else:
             assert a.stop() == 0
         left, right = result(first), result(second)
-        assert left["left"] == right["left"] == 1
+        assert left["stopped"] == right["stopped"] == 1
         assert left["broken"] == right["broken"] == 0
         assert (left["sent"], right["sent"]) == (right["received"], left["received"])
         b.expect("LEFT", number=two.number)

@@ -46,14 +46,14 @@ WORDS = {
     "busy": (32, 4),
     "head": (64, 8),
     "ready": (72, 4),
-    "leave": (76, 4),
+    "stop": (76, 4),
     "any": (128, 4),
     "bells": (136, 8),
     "senders": (192, 4),
     "sender_bells": (200, 8),
     "room": (264, 4),
     "over": (268, 4),
-    "left": (272, 4),
+    "stopped": (272, 4),
 }
 """Offsets and sizes of words in struct ring."""
 
