@@ -5,7 +5,7 @@
 """
 
 from dataplane.ebpf.libbpf import detach_link, link_device, pin, pinned, update_link
-from dataplane.ebpf.map_layout import NOWHERE, Count, FastPathSettings, PeerRoute, Place, Port
+from dataplane.ebpf.map_layout import NOWHERE, Count, FastPathSettings, FdbEntry, PeerRoute, Port
 from dataplane.ebpf.maps import Maps, Programs
 from dataplane.ebpf.probe import STAGES, KernelSupport, probe_kernel
 
@@ -14,10 +14,10 @@ __all__ = [
     "STAGES",
     "Count",
     "FastPathSettings",
+    "FdbEntry",
     "KernelSupport",
     "Maps",
     "PeerRoute",
-    "Place",
     "Port",
     "Programs",
     "detach_link",

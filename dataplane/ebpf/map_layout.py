@@ -19,8 +19,8 @@ _IP4, _IP6, _VXLAN, _FINAL = 1, 2, 4, 8
 
 SETTINGS: Final = struct.Struct("=QQIIIHHB7x")
 PORT: Final = struct.Struct("=I4s4s2sH16s6s2xI")
-PLACE_KEY: Final = struct.Struct("=I6s2x")
-PLACE: Final = struct.Struct("=QI4s4sI16sI4x")
+FDB_KEY: Final = struct.Struct("=I6s2x")
+FDB_ENTRY: Final = struct.Struct("=QI4s4sI16sI4x")
 NETWORK_KEY: Final = struct.Struct("=4s2s2x")
 INDEX: Final = struct.Struct("=I")
 PEER_KEY: Final = struct.Struct("=I4s")
@@ -102,18 +102,21 @@ def unpack_slot(port: bytes) -> int:
     return int(PORT.unpack(port)[-1])
 
 
-def pack_place_key(net: int, mac: str) -> bytes:
-    return PLACE_KEY.pack(net, _octets(mac))
+def pack_fdb_key(net: int, mac: str) -> bytes:
+    return FDB_KEY.pack(net, _octets(mac))
 
 
-def unpack_place_key(data: bytes) -> tuple[int, str]:
-    net, mac = PLACE_KEY.unpack(data)
+def unpack_fdb_key(data: bytes) -> tuple[int, str]:
+    net, mac = FDB_KEY.unpack(data)
     return net, mac.hex(":")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a MAC address is (`struct ff_place`): here behind link `index`, or on host `peer`."""
+class FdbEntry:
+    """Where a MAC address is: here behind link `index`, or on host `peer`.
+
+    In C it is `struct ff_fdb_entry`.
+    """
 
     index: int
     peer: IPv4Address
@@ -125,7 +128,7 @@ class Place:
     """The container is the final destination of packets to it: it forwards none."""
 
     def pack(self) -> bytes:
-        return PLACE.pack(
+        return FDB_ENTRY.pack(
             self.seen,
             self.index,
             self.peer.packed,
@@ -136,8 +139,8 @@ class Place:
         )
 
     @classmethod
-    def unpack(cls, data: bytes) -> Place:
-        seen, index, peer, ipv4, flags, ipv6, slot = PLACE.unpack(data)
+    def unpack(cls, data: bytes) -> FdbEntry:
+        seen, index, peer, ipv4, flags, ipv6, slot = FDB_ENTRY.unpack(data)
         return cls(
             index,
             IPv4Address(peer),

@@ -15,7 +15,7 @@ from typing import Final
 
 from dataplane.ebpf import map_layout
 from dataplane.ebpf.libbpf import Map, Object, pinned
-from dataplane.ebpf.map_layout import LAYOUT, Count, FastPathSettings, PeerRoute, Place, Port
+from dataplane.ebpf.map_layout import LAYOUT, Count, FastPathSettings, FdbEntry, PeerRoute, Port
 from dataplane.ebpf.probe import PROGRAMS, KernelSupport
 from dataplane.errors import KernelRefused
 
@@ -83,32 +83,32 @@ class Maps:
 
     # --- where addresses are
 
-    def put_place(self, net: int, mac: str, place: Place) -> None:
-        self.places.put(map_layout.pack_place_key(net, mac), place.pack())
+    def put_fdb_entry(self, net: int, mac: str, entry: FdbEntry) -> None:
+        self.places.put(map_layout.pack_fdb_key(net, mac), entry.pack())
 
-    def place(self, net: int, mac: str) -> Place | None:
-        value = self.places.get(map_layout.pack_place_key(net, mac))
-        return None if value is None else Place.unpack(value)
+    def fdb_entry(self, net: int, mac: str) -> FdbEntry | None:
+        value = self.places.get(map_layout.pack_fdb_key(net, mac))
+        return None if value is None else FdbEntry.unpack(value)
 
-    def drop_place(self, net: int, mac: str) -> None:
-        self.places.delete(map_layout.pack_place_key(net, mac))
+    def drop_fdb_entry(self, net: int, mac: str) -> None:
+        self.places.delete(map_layout.pack_fdb_key(net, mac))
 
-    def all_places(self) -> Iterator[tuple[int, str, Place]]:
+    def fdb_entries(self) -> Iterator[tuple[int, str, FdbEntry]]:
         """Network, MAC address, where it is."""
         for key, value in self.places.items():
-            yield *map_layout.unpack_place_key(key), Place.unpack(value)
+            yield *map_layout.unpack_fdb_key(key), FdbEntry.unpack(value)
 
-    def places_used(self) -> int:
+    def fdb_used(self) -> int:
         return len(self.places.keys())
 
     def make_room(self) -> None:
         """Drop the remote addresses that were not seen for longest: an eighth of all."""
         remote = [
-            (place.seen, net, mac) for net, mac, place in self.all_places() if not place.index
+            (entry.seen, net, mac) for net, mac, entry in self.fdb_entries() if not entry.index
         ]
         remote.sort()
         for _, net, mac in remote[: self.places.capacity // 8]:
-            self.drop_place(net, mac)
+            self.drop_fdb_entry(net, mac)
 
     # --- networks and their peers
 
@@ -136,7 +136,7 @@ class Maps:
     def networks_but(self, alive: set[int]) -> set[int]:
         """The networks in any map, without those that are alive."""
         present = {net for _, net in self.all_networks()} | {net for net, _ in self.all_peers()}
-        present |= {map_layout.unpack_place_key(key)[0] for key in self.places.keys()}  # noqa: SIM118
+        present |= {map_layout.unpack_fdb_key(key)[0] for key in self.places.keys()}  # noqa: SIM118
         return present - alive
 
     def forget_networks(self, gone: set[int]) -> None:
@@ -147,23 +147,23 @@ class Maps:
         for net, address in self.all_peers():
             if net in gone:
                 self.drop_peer(net, address)
-        for net, mac, _ in self.all_places():
+        for net, mac, _ in self.fdb_entries():
             if net in gone:
-                self.drop_place(net, mac)
+                self.drop_fdb_entry(net, mac)
 
     def forget_ports(self, alive: set[int]) -> None:
         """Drop all entries of links that do not exist any more."""
         for index in self.port_indexes() - alive:
             self.drop_port(index)
-        for net, mac, place in self.all_places():
-            if place.index and place.index not in alive:
-                self.drop_place(net, mac)
+        for net, mac, entry in self.fdb_entries():
+            if entry.index and entry.index not in alive:
+                self.drop_fdb_entry(net, mac)
 
     def forget_silent(self, since: int) -> None:
         """Drop remote addresses that were not seen since `since`, in ns of CLOCK_MONOTONIC."""
-        for net, mac, place in self.all_places():
-            if not place.index and place.seen < since:
-                self.drop_place(net, mac)
+        for net, mac, entry in self.fdb_entries():
+            if not entry.index and entry.seen < since:
+                self.drop_fdb_entry(net, mac)
 
     def clear(self) -> None:
         """Turn the fast path off: empty all maps but the counters."""

@@ -84,7 +84,7 @@ struct {
 } settings SEC(".maps");
 
 struct HASH(BPF_MAP_TYPE_HASH, __u32, struct ff_port, 16384) ports SEC(".maps");
-struct HASH(BPF_MAP_TYPE_HASH, struct ff_place_key, struct ff_place, 65536) places SEC(".maps");
+struct HASH(BPF_MAP_TYPE_HASH, struct ff_fdb_key, struct ff_fdb_entry, 65536) places SEC(".maps");
 struct HASH(BPF_MAP_TYPE_HASH, struct ff_network_key, __u32, 4096) networks SEC(".maps");
 struct HASH(BPF_MAP_TYPE_HASH, struct ff_peer_key, struct ff_peer, 65536) peers SEC(".maps");
 struct {
@@ -126,7 +126,7 @@ static __always_inline bool same_ip6(const struct in6_addr *one, const __u8 *oth
                 (one->in6_u.u6_addr32[2] ^ b[2]) | (one->in6_u.u6_addr32[3] ^ b[3])) == 0;
 }
 
-static __always_inline void key_of(struct ff_place_key *key, __u32 net, const __u8 *mac)
+static __always_inline void key_of(struct ff_fdb_key *key, __u32 net, const __u8 *mac)
 {
         key->net = net;
         key->zero = 0;
@@ -178,10 +178,10 @@ static __always_inline bool fits(struct __sk_buff *skb, const struct inner *inne
 
 /* Encapsulates a packet to another host and redirects it to the host's namespace. */
 static __always_inline int encapsulate(struct __sk_buff *skb, const struct ff_port *own,
-                                       const struct ff_place *place, const struct inner *inner)
+                                       const struct ff_fdb_entry *entry, const struct inner *inner)
 {
         const struct ff_settings *set = the_settings();
-        struct ff_peer_key key = {.net = own->net, .address = place->peer};
+        struct ff_peer_key key = {.net = own->net, .address = entry->peer};
         struct headers new = {};
         struct iphdr ip = {};
         const struct ff_peer *peer;
@@ -189,7 +189,7 @@ static __always_inline int encapsulate(struct __sk_buff *skb, const struct ff_po
         __u32 hash;
 
         if (!set || !(set->flags & (inner->six ? FF_ENCAP6 : FF_ENCAP4)) || now >= set->lease ||
-            (__s64)(now - place->seen) > (__s64)set->idle)
+            (__s64)(now - entry->seen) > (__s64)set->idle)
                 return NEXT;
         peer = bpf_map_lookup_elem(&peers, &key);
         if (!peer || !fits(skb, inner, peer->mtu))
@@ -211,7 +211,7 @@ static __always_inline int encapsulate(struct __sk_buff *skb, const struct ff_po
         ip.ttl = set->ttl;
         ip.protocol = IPPROTO_UDP;
         ip.saddr = peer->source;
-        ip.daddr = place->peer;
+        ip.daddr = entry->peer;
         ip.check = sum_of(&ip);
         new.ip = ip;
         new.vxlan.flags = VXLAN_FLAGS;
@@ -240,8 +240,8 @@ int ff_port(struct __sk_buff *skb)
 {
         __u32 index = skb->ifindex;
         const struct ff_port *own = bpf_map_lookup_elem(&ports, &index);
-        struct ff_place_key key;
-        struct ff_place *place;
+        struct ff_fdb_key key;
+        struct ff_fdb_entry *entry;
         struct ff_count *count;
         struct inner inner = {};
         const struct ethhdr *eth;
@@ -284,12 +284,12 @@ int ff_port(struct __sk_buff *skb)
                 return NEXT;
         }
         key_of(&key, own->net, eth->h_dest);
-        place = bpf_map_lookup_elem(&places, &key);
-        if (!place || place->ifindex == index)
+        entry = bpf_map_lookup_elem(&places, &key);
+        if (!entry || entry->ifindex == index)
                 return NEXT;
-        if (!place->ifindex) {
+        if (!entry->ifindex) {
                 __u32 length = skb->len;
-                int verdict = encapsulate(skb, own, place, &inner);
+                int verdict = encapsulate(skb, own, entry, &inner);
 
                 if (verdict == TC_ACT_REDIRECT) {
                         count = bpf_map_lookup_elem(&counts, &own->slot);
@@ -300,8 +300,8 @@ int ff_port(struct __sk_buff *skb)
                 }
                 return verdict;
         }
-        index = place->ifindex;
-        count = bpf_map_lookup_elem(&counts, &place->slot);
+        index = entry->ifindex;
+        count = bpf_map_lookup_elem(&counts, &entry->slot);
         if (count) {
                 count->local_packets++;
                 count->local_bytes += skb->len;
@@ -347,23 +347,23 @@ int ff_in(struct __sk_buff *skb)
 }
 
 /* Notes where an address is, as the kernel's VXLAN device does: where its last packet came from. */
-static __always_inline void learn(const struct ff_place_key *key, __be32 peer, __u64 now)
+static __always_inline void learn(const struct ff_fdb_key *key, __be32 peer, __u64 now)
 {
-        struct ff_place *place = bpf_map_lookup_elem(&places, key);
+        struct ff_fdb_entry *entry = bpf_map_lookup_elem(&places, key);
 
-        if (!place) {
-                struct ff_place new = {.seen = now, .peer = peer};
+        if (!entry) {
+                struct ff_fdb_entry new = {.seen = now, .peer = peer};
 
                 bpf_map_update_elem(&places, key, &new, BPF_NOEXIST);
                 return;
         }
         /* A packet from outside never moves an address of this host. */
-        if (place->ifindex)
+        if (entry->ifindex)
                 return;
-        if (place->peer != peer)
-                place->peer = peer;
-        if ((__s64)(now - place->seen) > MOMENT)
-                place->seen = now;
+        if (entry->peer != peer)
+                entry->peer = peer;
+        if ((__s64)(now - entry->seen) > MOMENT)
+                entry->seen = now;
 }
 
 SEC("tc")
@@ -373,8 +373,8 @@ int ff_nic(struct __sk_buff *skb)
         const struct headers *all;
         struct ff_network_key wire = {};
         struct ff_peer_key from;
-        struct ff_place_key key;
-        struct ff_place *place;
+        struct ff_fdb_key key;
+        struct ff_fdb_entry *entry;
         struct ff_count *count;
         const struct ff_peer *peer;
         const __u32 *net;
@@ -429,8 +429,8 @@ int ff_nic(struct __sk_buff *skb)
         if (six && !(set->flags & FF_DECAP6))
                 return NEXT;
         key_of(&key, *net, inner.h_dest);
-        place = bpf_map_lookup_elem(&places, &key);
-        if (!place || !place->ifindex || !(place->flags & FF_FINAL))
+        entry = bpf_map_lookup_elem(&places, &key);
+        if (!entry || !entry->ifindex || !(entry->flags & FF_FINAL))
                 return NEXT;
         /* Only packets whose final destination is the container. GSO packets keep their tunnel GSO
          * type after decapsulation, since no kernel lets a BPF program clear it. A container that
@@ -443,7 +443,7 @@ int ff_nic(struct __sk_buff *skb)
                 ip = (const void *)(long)skb->data + sizeof(struct headers);
                 if ((const void *)(ip + 1) > (const void *)(long)skb->data_end)
                         return NEXT;
-                if (!(place->flags & FF_IP6) || ip->version != 6 || !same_ip6(&ip->daddr, place->ip6))
+                if (!(entry->flags & FF_IP6) || ip->version != 6 || !same_ip6(&ip->daddr, entry->ip6))
                         return NEXT;
                 flags |= DECAP_L3_IPV6;
         } else {
@@ -454,11 +454,11 @@ int ff_nic(struct __sk_buff *skb)
                 ip = (const void *)(long)skb->data + sizeof(struct headers);
                 if ((const void *)(ip + 1) > (const void *)(long)skb->data_end)
                         return NEXT;
-                if (!(place->flags & FF_IP4) || ip->version != 4 || ip->daddr != place->ip4)
+                if (!(entry->flags & FF_IP4) || ip->version != 4 || ip->daddr != entry->ip4)
                         return NEXT;
         }
-        link = place->ifindex;
-        slot = place->slot;
+        link = entry->ifindex;
+        slot = entry->slot;
         if (bpf_skb_adjust_room(skb, -OVERHEAD, BPF_ADJ_ROOM_MAC, flags))
                 return NEXT;
         if (bpf_skb_store_bytes(skb, 0, &inner, sizeof(inner), 0))
@@ -481,8 +481,8 @@ int ff_vxlan(struct __sk_buff *skb)
         const struct ff_port *own = bpf_map_lookup_elem(&ports, &index);
         const struct ff_settings *set;
         const struct ethhdr *eth;
-        struct ff_place_key key;
-        struct ff_place *place;
+        struct ff_fdb_key key;
+        struct ff_fdb_entry *entry;
         struct ff_count *count;
         __u64 now;
 
@@ -498,16 +498,16 @@ int ff_vxlan(struct __sk_buff *skb)
         if (!set || now >= set->lease)
                 return NEXT;
         key_of(&key, own->net, eth->h_source);
-        place = bpf_map_lookup_elem(&places, &key);
+        entry = bpf_map_lookup_elem(&places, &key);
         /* A packet from outside with an address of this host: leave it to the bridge. */
-        if (place && place->ifindex)
+        if (entry && entry->ifindex)
                 return NEXT;
         if (!(set->flags & FF_DECAP4)) {
                 /* Nothing is learned at the NIC. Note that the address is remote, so that the
                  * bridge's FDB is refreshed for it. */
                 if (!(eth->h_source[0] & 1))
                         learn(&key, 0, now);
-        } else if (place && (__s64)(now - place->seen) > (__s64)set->idle) {
+        } else if (entry && (__s64)(now - entry->seen) > (__s64)set->idle) {
                 /* The outer source address is gone here, so the peer is unknown. ff_nic sees all
                  * packets of peers and would have noted a move; so only an entry that it has not
                  * seen for long is deleted. */
@@ -517,11 +517,11 @@ int ff_vxlan(struct __sk_buff *skb)
             (eth->h_proto != bpf_htons(ETH_P_IP) && eth->h_proto != bpf_htons(ETH_P_IPV6)))
                 return NEXT;
         key_of(&key, own->net, eth->h_dest);
-        place = bpf_map_lookup_elem(&places, &key);
-        if (!place || !place->ifindex)
+        entry = bpf_map_lookup_elem(&places, &key);
+        if (!entry || !entry->ifindex)
                 return NEXT;
-        index = place->ifindex;
-        count = bpf_map_lookup_elem(&counts, &place->slot);
+        index = entry->ifindex;
+        count = bpf_map_lookup_elem(&counts, &entry->slot);
         if (count) {
                 count->vxlan_packets++;
                 count->vxlan_bytes += skb->len;

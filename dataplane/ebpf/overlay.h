@@ -49,14 +49,15 @@ struct ff_port {
         __u32 slot; /* of `counts`; 0 for a VXLAN device */
 };
 
-/* `places`: where a MAC address is; the fast path's FDB. */
-struct ff_place_key {
+/* `places`: where a MAC address is; the fast path's FDB. The map keeps this name: it is pinned, and
+ * programs of an earlier version share it until the layout changes. */
+struct ff_fdb_key {
         __u32 net;
         __u8 mac[6];
         __u16 zero;
 };
 
-struct ff_place {
+struct ff_fdb_entry {
         __u64 seen;    /* remote: when a packet from it came to the NIC last */
         __u32 ifindex; /* local: its link in the overlay namespace; 0: remote */
         __be32 peer;   /* remote: its host */

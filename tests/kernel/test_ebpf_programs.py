@@ -39,8 +39,8 @@ int main(void)
         struct ff_port port = {.net = 1, .vni = htonl(77 << 8), .ip4 = inet_addr("10.9.0.2"),
                                .udp_port = htons(4799), .flags = FF_IP4 | FF_IP6, .slot = 9};
         struct ff_port vxlan = {.net = 1, .flags = FF_VXLAN};
-        struct ff_place_key place_key = {.net = 1};
-        struct ff_place place = {.seen = 1, .ifindex = 2, .peer = inet_addr("10.1.0.2"),
+        struct ff_fdb_key fdb_key = {.net = 1};
+        struct ff_fdb_entry entry = {.seen = 1, .ifindex = 2, .peer = inet_addr("10.1.0.2"),
                                  .ip4 = inet_addr("10.9.0.2"), .flags = FF_IP4 | FF_IP6 | FF_FINAL, .slot = 9};
         struct ff_network_key network = {.vni = htonl(77 << 8), .udp_port = htons(4799)};
         struct ff_peer_key peer_key = {.net = 1, .address = inet_addr("10.1.0.2")};
@@ -49,14 +49,14 @@ int main(void)
         unsigned char mac[] = {0x02, 0x42, 0x0a, 0x09, 0x00, 0x02};
 
         memcpy(port.mac, mac, 6);
-        memcpy(place_key.mac, mac, 6);
+        memcpy(fdb_key.mac, mac, 6);
         inet_pton(AF_INET6, "fd42:7::2", port.ip6);
-        inet_pton(AF_INET6, "fd42:7::2", place.ip6);
+        inet_pton(AF_INET6, "fd42:7::2", entry.ip6);
         SHOW(settings);
         SHOW(port);
         SHOW(vxlan);
-        SHOW(place_key);
-        SHOW(place);
+        SHOW(fdb_key);
+        SHOW(entry);
         SHOW(network);
         SHOW(peer_key);
         SHOW(peer);
@@ -80,14 +80,14 @@ def test_python_and_c_mean_the_same(tmp_path: Path) -> None:
     settings = map_layout.FastPathSettings(
         1, 2, 3, 4, map_layout.ENCAP4 | map_layout.DECAP6, (5, 6), 7
     )
-    place = map_layout.Place(2, IPv4Address("10.1.0.2"), 1, FOUR, SIX, 9, True)
+    entry = map_layout.FdbEntry(2, IPv4Address("10.1.0.2"), 1, FOUR, SIX, 9, True)
     route = map_layout.PeerRoute(1, IPv4Address("10.1.0.1"), 1500, IPv4Address("10.1.0.9"))
     in_python = [
         settings.pack(),
         map_layout.Port(1, 77, 4799, MAC, FOUR, SIX, 9).pack(),
         map_layout.pack_vxlan(1),
-        map_layout.pack_place_key(1, MAC),
-        place.pack(),
+        map_layout.pack_fdb_key(1, MAC),
+        entry.pack(),
         map_layout.pack_network_key(77, 4799),
         map_layout.pack_peer_key(1, IPv4Address("10.1.0.2")),
         route.pack(),
@@ -97,8 +97,8 @@ def test_python_and_c_mean_the_same(tmp_path: Path) -> None:
     ]
     assert in_python == in_c
     assert map_layout.FastPathSettings.unpack(in_c[0]) == settings
-    assert map_layout.unpack_place_key(in_c[3]) == (1, MAC)
-    assert map_layout.Place.unpack(in_c[4]) == place
+    assert map_layout.unpack_fdb_key(in_c[3]) == (1, MAC)
+    assert map_layout.FdbEntry.unpack(in_c[4]) == entry
     assert map_layout.unpack_peer_key(in_c[6]) == (1, IPv4Address("10.1.0.2"))
     assert map_layout.PeerRoute.unpack(in_c[7]) == route
     assert map_layout.Count.unpack(in_c[8] * 3) == map_layout.Count(3, 6, 9, 12, 15, 18, 21, 24)

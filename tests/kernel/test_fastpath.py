@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 
-from dataplane.ebpf import Count, Maps, PeerRoute, Place, probe_kernel
+from dataplane.ebpf import Count, FdbEntry, Maps, PeerRoute, probe_kernel
 from dataplane.ebpf.map_layout import DECAP6, ENCAP6
 from dataplane.errors import KernelRefused
 from driver import names
@@ -382,9 +382,9 @@ def test_a_silent_address_takes_the_kernel_path(fresh: World) -> None:
 
     def age() -> None:
         maps = maps_of(host)
-        for net, mac, place in maps.all_places():
-            if not place.index:
-                maps.put_place(net, mac, replace(place, seen=max(0, place.seen - 61 * 10**9)))
+        for net, mac, entry in maps.fdb_entries():
+            if not entry.index:
+                maps.put_fdb_entry(net, mac, replace(entry, seen=max(0, entry.seen - 61 * 10**9)))
 
     host.do(age)
     assert not host.do(lambda: host.kernel.uses_fastpath(fresh.network.id, fresh.far.endpoint.mac))
@@ -814,7 +814,7 @@ def test_it_outlives_the_plugin(fresh: World) -> None:
         host._kernels.remove(host.kernel)
         host.kernel = second
         host.do(second.prepare)
-        assert host.do(lambda: _places(host)) != []
+        assert host.do(lambda: _remote_entries(host)) != []
         for box in (fresh.near, fresh.beside):
             host.do(lambda b=box: second.attach(fresh.network, b.endpoint))  # type: ignore[misc]
         host.set_peers(fresh.network, fresh.lab.hosts[1])
@@ -865,8 +865,8 @@ def test_an_upgrade_is_not_felt(fresh: World, tmp_path: Path, change: str) -> No
     assert host.run("ls", str(old), check=False) == ""
 
 
-def _places(host: KernelHost) -> list[object]:
-    return [place for _, _, place in maps_of(host).all_places() if not place.index]
+def _remote_entries(host: KernelHost) -> list[object]:
+    return [entry for _, _, entry in maps_of(host).fdb_entries() if not entry.index]
 
 
 def test_switched_off_it_leaves_nothing(fresh: World) -> None:
@@ -949,7 +949,7 @@ def test_an_endpoint_that_went_leaves_nothing(fresh: World) -> None:
     host.remove(fresh.near)
     host.do(lambda: host.kernel.remove_network(fresh.network.id))
     host.refresh()
-    assert host.do(lambda: list(maps.all_places())) == []
+    assert host.do(lambda: list(maps.fdb_entries())) == []
     assert host.do(maps.all_networks) == []
     assert host.do(maps.all_peers) == {}
     assert host.do(maps.port_indexes) == set()
@@ -966,7 +966,7 @@ def _fill(host: KernelHost, table: str) -> None:
                 )
             elif table == "places":
                 mac = number.to_bytes(6, "big").hex(":")
-                maps.put_place(9999, mac, Place(0, IPv4Address(1), time.monotonic_ns()))
+                maps.put_fdb_entry(9999, mac, FdbEntry(0, IPv4Address(1), time.monotonic_ns()))
             else:
                 maps.put_network(number, 1, 9999)
 

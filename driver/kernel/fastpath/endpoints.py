@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from dataplane.ebpf import NOWHERE, Count, Maps, Place, Port
+from dataplane.ebpf import NOWHERE, Count, FdbEntry, Maps, Port
 from dataplane.errors import KernelRefused
 from driver import names, options
 from driver.kernel.fastpath.attachments import Attachments
@@ -33,11 +33,11 @@ class LocalNetwork:
 
 @dataclass(slots=True)
 class LocalEndpoint:
-    """A container's link, and the entry of its MAC address in the map of places."""
+    """A container's link, and the FDB entry of its MAC address."""
 
     bridge: int
     mac: str
-    place: Place
+    entry: FdbEntry
 
 
 class Endpoints:
@@ -125,15 +125,15 @@ class Endpoints:
         port = Port(bridge, network.vni, network.port, endpoint.mac, ipv4, ipv6, slot)
         self._maps.put_port(index, port)
         before = self._endpoints.get(names.short(endpoint.id))
-        final = before is None or before.place.final
-        place = Place(index, NOWHERE, 0, ipv4, ipv6, slot, final)
+        final = before is None or before.entry.final
+        entry = FdbEntry(index, NOWHERE, 0, ipv4, ipv6, slot, final)
         try:
-            self._maps.put_place(bridge, endpoint.mac, place)
+            self._maps.put_fdb_entry(bridge, endpoint.mac, entry)
         except KernelRefused:
             # A container of this host matters more than any address learned elsewhere.
             self._maps.make_room()
-            self._maps.put_place(bridge, endpoint.mac, place)
-        self._endpoints[names.short(endpoint.id)] = LocalEndpoint(bridge, endpoint.mac, place)
+            self._maps.put_fdb_entry(bridge, endpoint.mac, entry)
+        self._endpoints[names.short(endpoint.id)] = LocalEndpoint(bridge, endpoint.mac, entry)
 
     def _counter_slot(self, index: int) -> int:
         slot = self._slots.get(index)
@@ -154,8 +154,8 @@ class Endpoints:
         bridge = self._links.index(names.bridge(network.id))
         for short in [key for key, value in self._endpoints.items() if value.bridge == bridge]:
             local = self._endpoints.pop(short)
-            self._maps.drop_port(local.place.index)
-            self._maps.drop_place(local.bridge, local.mac)
+            self._maps.drop_port(local.entry.index)
+            self._maps.drop_fdb_entry(local.bridge, local.mac)
         self._lost_network = True
 
     def remove(self, endpoint_id: str) -> None:
@@ -165,10 +165,10 @@ class Endpoints:
             local = self._endpoints.pop(names.short(endpoint_id), None)
             if local is None:
                 return
-            index = local.place.index
-            place = self._maps.place(local.bridge, local.mac)
-            if place is not None and place.index == index:
-                self._maps.drop_place(local.bridge, local.mac)
+            index = local.entry.index
+            entry = self._maps.fdb_entry(local.bridge, local.mac)
+            if entry is not None and entry.index == index:
+                self._maps.drop_fdb_entry(local.bridge, local.mac)
             self._maps.drop_port(index)
             self._slots.pop(index, None)
             self._attachments.detach(index)
@@ -189,10 +189,10 @@ class Endpoints:
         new."""
         with self._lock:
             local = self._endpoints.get(names.short(endpoint_id))
-            if local is None or local.place.final != forwards:
+            if local is None or local.entry.final != forwards:
                 return False
-            local.place = replace(local.place, final=not forwards)
-            self._maps.put_place(local.bridge, local.mac, local.place)
+            local.entry = replace(local.entry, final=not forwards)
+            self._maps.put_fdb_entry(local.bridge, local.mac, local.entry)
             return True
 
     # --- queries
@@ -229,13 +229,13 @@ class Endpoints:
     def links(self) -> set[int]:
         """Indexes of the containers' links."""
         with self._lock:
-            return {local.place.index for local in self._endpoints.values()}
+            return {local.entry.index for local in self._endpoints.values()}
 
     def counts(self) -> dict[str, Count]:
         """The counters of each endpoint, by the name of its link."""
         with self._lock:
             found = {
-                names.HOST_VETH + short: self._maps.count(local.place.index)
+                names.HOST_VETH + short: self._maps.count(local.entry.index)
                 for short, local in self._endpoints.items()
             }
         return {name: count for name, count in found.items() if count is not None}

@@ -337,7 +337,7 @@ class FastPath:
 
     def learned(self, network_id: str) -> dict[str, IPAddress]:
         """See `FastPathReader.learned`."""
-        with self._log_failures("reading places"):
+        with self._log_failures("reading the FDB"):
             opened = self._opened
             if opened is not None:
                 return opened.status.learned(network_id)
@@ -345,7 +345,7 @@ class FastPath:
 
     def carries(self, network_id: str, mac: str) -> bool:
         """See `FastPathReader.carries`."""
-        with self._lock, self._log_failures("reading places"):
+        with self._lock, self._log_failures("reading the FDB"):
             if self._opened is not None:
                 return self._opened.status.carries(network_id, mac)
         return False

@@ -1,4 +1,4 @@
-"""Peers and the addresses behind them: the map of peers, the map of places, and the kernel's FDB.
+"""Peers and the addresses behind them: the maps of peers and of FDB entries, and the kernel's FDB.
 
 All methods are called under the upkeep lock (see `fastpath.py`).
 """
@@ -130,10 +130,10 @@ class Neighbours:
 
         If such a host becomes a peer again, its former addresses may be elsewhere.
         """
-        for net, mac, place in self.maps.all_places():
-            remote = not place.index and not place.peer.is_unspecified
-            if net == bridge and remote and place.peer not in peers:
-                self.maps.drop_place(net, mac)
+        for net, mac, entry in self.maps.fdb_entries():
+            remote = not entry.index and not entry.peer.is_unspecified
+            if net == bridge and remote and entry.peer not in peers:
+                self.maps.drop_fdb_entry(net, mac)
 
     def refresh_bridges(self) -> None:
         """Renew the FDB entries of addresses whose packets bridge and VXLAN device don't see.
@@ -144,11 +144,11 @@ class Neighbours:
         now = time.monotonic_ns()
         members = dict(self.endpoints.peers_by_bridge())
         live: dict[int, dict[str, IPAddress]] = {}
-        for bridge, mac, place in self.maps.all_places():
-            if place.index or now - place.seen >= IDLE * 1e9:
+        for bridge, mac, entry in self.maps.fdb_entries():
+            if entry.index or now - entry.seen >= IDLE * 1e9:
                 continue
-            if place.peer in members.get(bridge, ()) or place.peer.is_unspecified:
-                live.setdefault(bridge, {})[mac] = place.peer
+            if entry.peer in members.get(bridge, ()) or entry.peer.is_unspecified:
+                live.setdefault(bridge, {})[mac] = entry.peer
         for local in self.endpoints.networks().values():
             if local.vxlan and local.bridge in live:
                 fdb.remember(self.overlay, local.vxlan, live[local.bridge])
@@ -181,7 +181,7 @@ class Cleaner:
         self.maps.forget_silent(time.monotonic_ns() - int(FORGET * 1e9))
         self.endpoints.free_slots(alive)
         self.drop_networks_except(bridges)
-        is_full = self.maps.places_used() >= self.maps.places.capacity
+        is_full = self.maps.fdb_used() >= self.maps.places.capacity
         self.full.note("places", "addresses of containers elsewhere" if is_full else "")
 
     def drop_networks_except(self, bridges: set[int]) -> None:

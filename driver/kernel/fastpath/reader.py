@@ -60,12 +60,12 @@ class FastPathReader:
             return {}
         now = time.monotonic_ns()
         return {
-            mac: place.peer
-            for bridge, mac, place in self.maps.all_places()
+            mac: entry.peer
+            for bridge, mac, entry in self.maps.fdb_entries()
             if bridge == local.bridge
-            and not place.index
-            and now - place.seen < IDLE * 1e9
-            and place.peer != NOWHERE
+            and not entry.index
+            and now - entry.seen < IDLE * 1e9
+            and entry.peer != NOWHERE
         }
 
     def carries(self, network_id: str, mac: str) -> bool:
@@ -73,8 +73,8 @@ class FastPathReader:
         local = self.endpoints.network(network_id)
         if local is None:
             return False
-        place = self.maps.place(local.bridge, mac.lower())
-        if place is None or place.index:
-            return place is not None
-        fresh = time.monotonic_ns() - place.seen < IDLE * 1e9
-        return fresh and not self.tunnel.reason and place.peer in self.endpoints.peers(network_id)
+        entry = self.maps.fdb_entry(local.bridge, mac.lower())
+        if entry is None or entry.index:
+            return entry is not None
+        fresh = time.monotonic_ns() - entry.seen < IDLE * 1e9
+        return fresh and not self.tunnel.reason and entry.peer in self.endpoints.peers(network_id)
