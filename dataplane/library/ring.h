@@ -17,65 +17,11 @@
 
 #include "budget.h"
 #include "clock.h"
+#include "cursor.h"
 #include "family.h"
-#include "layout.h"
-
-#include <string.h>
-#include <sys/uio.h>
-
-/* Where a ring is. Two words, so that it is passed in registers. */
-struct view {
-        struct ring *ring;
-        uintptr_t bulk; /* address of the bulk area, which is a page's, and in the low bits log2 of the ring's
-                           size */
-};
-
-enum { RING_SHIFT = 22 };
-
-_Static_assert(1 << RING_SHIFT == RING_SIZE, "the size of a local ring");
-
-static inline struct view view_of(struct ring *ring, unsigned char *bulk, uint32_t shift)
-{
-        return (struct view){.ring = ring, .bulk = (uintptr_t)bulk | shift};
-}
-
-static inline uint64_t view_size(const struct view *view)
-{
-        return UINT64_C(1) << (view->bulk & 63);
-}
-
-static inline unsigned char *view_bulk(const struct view *view)
-{
-        return (unsigned char *)(view->bulk & ~(uintptr_t)(PAGE - 1));
-}
-
-/* Is the other side the relay? The size says so (layout.h). */
-static inline bool view_remote(const struct view *view)
-{
-        return __builtin_expect((view->bulk & 63) != RING_SHIFT, 0);
-}
-
-/* A place in a list of buffers. */
-struct cursor {
-        const struct iovec *vec;
-        size_t offset;
-};
+#include "view.h"
 
 #define RING_CORRUPT (-1)
-
-/* The address of an offset, and how far it goes on from there. */
-static inline unsigned char *ring_at(const struct view *view, uint64_t offset, size_t *run)
-{
-        uint64_t size = view_size(view);
-
-        offset &= size - 1;
-        if (offset < SMALL_SIZE) {
-                *run = SMALL_SIZE - offset;
-                return (unsigned char *)view->ring + RING_HEADER + offset;
-        }
-        *run = size - offset;
-        return view_bulk(view) + offset;
-}
 
 /* Bytes of a ring that may be used: all of a remote one. Its memory is there already, and the
  * relays report what has been read in steps of half a ring: a sender that used less might wait for
@@ -189,39 +135,6 @@ static inline bool ring_take(struct flow *flow, const struct view *view, uint64_
                 return false;
         atomic_store_explicit(&view->ring->head, head + size, memory_order_release);
         return true;
-}
-
-/* Bytes of the cursor's buffer that are left. */
-static inline size_t cursor_left(const struct cursor *cursor)
-{
-        return cursor->vec->iov_len - cursor->offset;
-}
-
-/* Move within the buffer, and from its end to the next one. */
-static inline void cursor_move(struct cursor *cursor, size_t size)
-{
-        cursor->offset += size;
-        if (cursor->offset == cursor->vec->iov_len) {
-                cursor->vec++;
-                cursor->offset = 0;
-        }
-}
-
-/* Copy `size` bytes between the cursor's buffers and `place`, and move the cursor. */
-static inline void cursor_copy(struct cursor *cursor, unsigned char *place, size_t size, bool into_ring)
-{
-        while (size) {
-                size_t left = cursor_left(cursor), part = left < size ? left : size;
-                unsigned char *buffer = (unsigned char *)cursor->vec->iov_base + cursor->offset;
-
-                if (into_ring)
-                        memcpy(place, buffer, part);
-                else
-                        memcpy(buffer, place, part);
-                place += part;
-                size -= part;
-                cursor_move(cursor, part);
-        }
 }
 
 #endif
