@@ -9,6 +9,8 @@
  *      verbs, loopback, tcp, stream    transports
  *      transports                      those that are open
  *      tcp_receive, tcp_send           the two halves of tcp
+ *      verbs_pair, verbs_memory        queue pairs and registered memory of verbs
+ *      verbs_device                    its device
  *      link                            the way to one peer's relay, and its messages
  *      mirror_receive, mirror_send     what a message says about one connection
  *      mirror_end                      how a connection ends or falls back to TCP

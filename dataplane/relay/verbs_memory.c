@@ -1,0 +1,90 @@
+#include "verbs_memory.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+static void deregister(struct registration *registration)
+{
+        if (registration->small) {
+                relay.counters[COUNT_REGISTERED] -= registration->small->length;
+                verbs.dereg_mr(registration->small);
+        }
+        if (registration->bulk) {
+                relay.counters[COUNT_REGISTERED] -= registration->bulk->length;
+                verbs.dereg_mr(registration->bulk);
+        }
+        verbs_put_device(registration->device);
+        free(registration);
+}
+
+void verbs_deregister(struct mirror *m)
+{
+        deregister(m->registration);
+        m->registration = NULL;
+}
+
+static struct ibv_mr *register_memory(void *from, size_t size)
+{
+        struct ibv_mr *region =
+            verbs.reg_mr(verbs_device->domain, from, size, IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE);
+
+        count(COUNT_CALLS, 1);
+        if (region)
+                count(COUNT_REGISTERED, size);
+        return region;
+}
+
+int verbs_register_rings(struct mirror *m, struct wire_place *place, char *text)
+{
+        struct registration *registration = calloc(1, sizeof *registration);
+
+        if (!registration)
+                relay_die("memory for a connection", ENOMEM);
+        if (!verbs_device) {
+                free(registration);
+                snprintf(text, RELAY_TEXT, "the RDMA device is gone");
+                return ENODEV;
+        }
+        registration->device = verbs_device;
+        verbs_device->users++;
+        errno = 0;
+        registration->small = register_memory((char *)m->out + RING_HEADER, SIDES * PAGE - RING_HEADER);
+        if (registration->small)
+                registration->bulk = register_memory(m->out_bulk, (size_t)SIDES * m->size);
+        if (!registration->bulk) {
+                int error = verbs_fail(text, "registering the rings' memory (RLIMIT_MEMLOCK, CAP_IPC_LOCK?)");
+
+                deregister(registration);
+                return error;
+        }
+        place->to.verbs.small = (uintptr_t)m->in + RING_HEADER;
+        place->to.verbs.bulk = (uintptr_t)m->in_bulk;
+        place->to.verbs.small_key = registration->small->rkey;
+        place->to.verbs.bulk_key = registration->bulk->rkey;
+        m->registration = registration;
+        return 0;
+}
+
+int verbs_attach(struct mirror *m, const struct wire_place *place, char *text)
+{
+        struct target *target = malloc(sizeof *target);
+
+        (void)text;
+        if (!target)
+                relay_die("memory for a connection", ENOMEM);
+        *target = (struct target){
+            .small = place->to.verbs.small,
+            .bulk = place->to.verbs.bulk,
+            .small_key = place->to.verbs.small_key,
+            .bulk_key = place->to.verbs.bulk_key,
+        };
+        m->target = target;
+        return 0;
+}
+
+void verbs_detach(struct mirror *m)
+{
+        free(m->target);
+        m->target = NULL;
+}
