@@ -24,6 +24,10 @@ enum {
         BLOCK_COST = 1024,
         CREDIT = 64 * 1024, /* of a source, before the next one's turn */
         TURN = 1024 * 1024, /* of a lane in one turn of the relay */
+        /* ms: between two looks at what is on the way; and without progress, after which a lane is
+         * stalled: what was lost was sent a second time, in vain. */
+        CHECK = 100,
+        STALL = 300,
 };
 
 static struct node links = LIST(links);
@@ -96,8 +100,10 @@ static void become(struct link *link, enum link_state state)
 
                 lane->sent = lane->received = 0;
                 lane->allowed = lane->granted = link->transport->window;
-                lane->asks = lane->answers = false;
+                lane->asks = lane->answers = lane->moves = false;
         }
+        link->message_lane = 0;
+        link->check_at = link->checked = link->progress_at = 0;
         EACH(node, &link->mirrors)
         {
                 mirror_resume(OF(node, struct mirror, of_link));
@@ -231,13 +237,14 @@ static unsigned index_of(const struct lane *lane)
         return (unsigned)(lane - lane->link->lanes);
 }
 
-/* A message is due even if it has no blocks: the peer has used half of what we have granted, or
- * one of both waits for the other's grant. */
+/* A message is due even if it has no blocks: the peer has used half of what we have granted, one
+ * of both waits for the other's grant, or messages use another lane. */
 static bool owes_message(const struct lane *lane)
 {
         uint32_t window = lane->link->transport->window;
 
-        return lane->asks || lane->answers || lane->received + window - lane->granted >= window / 2;
+        return lane->asks || lane->answers || lane->moves ||
+               lane->received + window - lane->granted >= window / 2;
 }
 
 /* May a message be sent now? The last granted one only if it has no blocks. */
@@ -318,6 +325,23 @@ static void move_on(struct lane *lane)
         }
 }
 
+/* No connection uses this lane any more: all go over that may, and the others wait for that. */
+static void vacate(struct lane *lane)
+{
+        while (list_holds(&lane->round)) {
+                struct part *part = OF(lane->round.after, struct part, turn);
+
+                list_remove(&part->turn);
+                while (list_holds(&part->queue)) {
+                        struct mirror *mirror = OF(part->queue.after, struct mirror, queued);
+
+                        list_remove(&mirror->queued);
+                        if (mirror_has_work(mirror))
+                                moves(lane, mirror);
+                }
+        }
+}
+
 /* Returns what it has cost. */
 static uint64_t add_blocks(struct lane *lane, struct wire_message *message)
 {
@@ -360,9 +384,9 @@ static uint64_t send_batch(struct lane *lane)
         lane->batch++;
         add_replies(lane, &message);
         cost = add_blocks(lane, &message);
-        message.header.flags = lane->asks ? WIRE_ASKS : 0;
+        message.header.flags = (lane->asks ? WIRE_ASKS : 0) | (lane->moves ? WIRE_MOVES : 0);
         message.header.granted = lane->granted = lane->received + link->transport->window;
-        lane->asks = lane->answers = false;
+        lane->asks = lane->answers = lane->moves = false;
         lane->sent++;
         count(COUNT_MESSAGES_OUT, 1);
         usage_add(&link->usage, USAGE_MESSAGES_OUT, 1);
@@ -405,6 +429,9 @@ bool links_flush(void)
         {
                 struct link *link = OF(node, struct link, all);
 
+                for (unsigned i = 0; link_is_live(link) && i < link->transport->message_lanes; i++)
+                        if (i != link->message_lane)
+                                vacate(&link->lanes[i]);
                 for (unsigned i = 0; link_is_live(link) && i < link->transport->lanes; i++)
                         if (has_work(&link->lanes[i]) || owes_message(&link->lanes[i]))
                                 any = flush(&link->lanes[i]) || any;
@@ -424,6 +451,17 @@ bool links_have_channels(const struct transport *transport)
         return false;
 }
 
+/* Has the peer's host all that was sent? */
+static bool has_all(struct link *link)
+{
+        bool all = true;
+
+        if (link->state == LINK_UP && link->transport->acknowledged)
+                for (unsigned i = 0; i < link->transport->lanes && all; i++)
+                        link->transport->acknowledged(link, i, &all);
+        return all;
+}
+
 bool links_are_idle(void)
 {
         EACH(node, &links)
@@ -434,10 +472,61 @@ bool links_are_idle(void)
                         if (link->lanes[i].completed != link->lanes[i].batch || has_work(&link->lanes[i]) ||
                             list_holds(&link->lanes[i].moving))
                                 return false;
-                if (link->state == LINK_UP && link->transport->is_idle && !link->transport->is_idle(link))
+                if (!has_all(link))
                         return false;
         }
         return true;
+}
+
+/* Messages use another lane, if there is one on which nothing is stuck. */
+static void use_free_lane(struct link *link)
+{
+        link->progress_at = 0;
+        for (unsigned i = 0; i < link->transport->message_lanes; i++) {
+                bool all = false;
+
+                if (i != link->message_lane)
+                        link->transport->acknowledged(link, i, &all);
+                if (!all)
+                        continue;
+                link->message_lane = i;
+                link->lanes[i].moves = true;
+                return;
+        }
+}
+
+/* Uses another lane for messages if theirs is stalled. Returns when to look again; 0: not before
+ * something is sent. */
+static uint64_t check_lane(struct link *link, uint64_t present)
+{
+        const struct lane *lane = &link->lanes[link->message_lane];
+        uint64_t acknowledged;
+        bool all = false;
+
+        if (link->transport->message_lanes == 1 || (!link->check_at && lane->sent == link->checked))
+                return 0;
+        if (present < link->check_at)
+                return link->check_at;
+        if (link->check_at) {
+                link->checked = lane->sent;
+                acknowledged = link->transport->acknowledged(link, link->message_lane, &all);
+                if (!link->progress_at || acknowledged != link->acknowledged) {
+                        link->acknowledged = acknowledged;
+                        link->progress_at = present;
+                }
+                if (present - link->progress_at >= STALL * UINT64_C(1000000))
+                        use_free_lane(link);
+        }
+        if (all)
+                link->progress_at = 0;
+        link->check_at = all ? 0 : present + CHECK * UINT64_C(1000000);
+        return link->check_at;
+}
+
+static void due_first(uint64_t *due, uint64_t when)
+{
+        if (when && (!*due || when < *due))
+                *due = when;
 }
 
 uint64_t links_tick(uint64_t present)
@@ -449,14 +538,16 @@ uint64_t links_tick(uint64_t present)
                 struct link *link = OF(node, struct link, all);
                 uint64_t last;
 
+                if (link->state == LINK_UP)
+                        due_first(&due, check_lane(link, present));
                 if (link->state != LINK_UP || !list_holds(&link->dropping))
                         continue;
                 last = OF(link->dropping.after, struct mirror, dropping)->dropped_at +
                        SILENCE * UINT64_C(1000000);
                 if (present >= last)
                         link_down(link, ETIMEDOUT, "the peer's relay does not answer");
-                else if (!due || last < due)
-                        due = last;
+                else
+                        due_first(&due, last);
         }
         return due;
 }
@@ -487,6 +578,9 @@ static bool receive_header(struct lane *lane, const struct wire_message *message
                 return false;
         lane->allowed = header->granted;
         lane->answers = lane->answers || header->flags & WIRE_ASKS;
+        /* A lane is stalled in both directions: acknowledgements are lost too. */
+        if (header->flags & WIRE_MOVES && index_of(lane) < lane->link->transport->message_lanes)
+                lane->link->message_lane = index_of(lane);
         lane->received++;
         count(COUNT_MESSAGES_IN, 1);
         usage_add(&lane->link->usage, USAGE_MESSAGES_IN, 1);

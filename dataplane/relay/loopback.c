@@ -384,6 +384,7 @@ const struct transport loopback_transport = {
     .window = WINDOW,
     .piece = PIECE,
     .lanes = 1,
+    .message_lanes = 1,
     .open = loopback_open,
     .close = loopback_close,
     .create_channel = loopback_create_channel,

@@ -120,11 +120,11 @@ bool mirror_has_work(const struct mirror *m)
 
 unsigned mirror_wants_lane(const struct mirror *m)
 {
-        unsigned lanes = m->link->transport->lanes;
+        const struct transport *transport = m->link->transport;
 
-        if (lanes == 1)
-                return 0;
-        return m->bulk ? 1 + m->group % (lanes - 1) : 0;
+        if (m->bulk && transport->lanes > transport->message_lanes)
+                return transport->message_lanes + m->group % (transport->lanes - transport->message_lanes);
+        return m->link->message_lane;
 }
 
 void mirror_set_lane(struct mirror *m, unsigned lane)

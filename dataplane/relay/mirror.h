@@ -137,7 +137,8 @@ bool mirror_is_read(const struct mirror *mirror);
 void mirror_try_release(struct mirror *mirror);
 
 /* The lane that it should be on. All that are not in bulk share one: the more blocks share a
- * message, and the more messages a system call, the less each costs. */
+ * message, and the more messages a system call, the less each costs. Only if that one is stalled
+ * do they go over to another, as far as they can (link.c). */
 unsigned mirror_wants_lane(const struct mirror *mirror);
 /* The peer has received all that was sent about it. */
 void mirror_set_lane(struct mirror *mirror, unsigned lane);

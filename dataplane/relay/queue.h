@@ -33,6 +33,7 @@ struct lane {
         uint32_t reply_count;
         bool asks;          /* the peer's next grant is awaited: the next message says so */
         bool answers;       /* the peer awaits ours */
+        bool moves;         /* messages use this lane now, and the next one says so */
         uint64_t sent;      /* messages */
         uint64_t allowed;   /* messages that we may have sent: the peer's last grant */
         uint64_t received;  /* messages */
@@ -54,6 +55,12 @@ struct link {
         const struct transport *transport; /* the one in use: `named`, or frames */
         void *channel;                     /* the transport's */
         struct lane lanes[LANES];
+        unsigned message_lane; /* the lane of all connections that are not in bulk */
+        /* of that lane */
+        uint64_t check_at;     /* ns; 0: nothing is on the way */
+        uint64_t checked;      /* messages sent at the last check */
+        uint64_t acknowledged; /* bytes, at the last check that found more than the one before */
+        uint64_t progress_at;  /* ns, when that was; 0: there was none */
         struct usage usage;
 };
 

@@ -129,6 +129,7 @@ const struct transport stream_transport = {
     .window = STREAM_WINDOW,
     .piece = PIECE,
     .lanes = 1,
+    .message_lanes = 1,
     .has_room = stream_has_room,
     .write = stream_write,
     .send = stream_send,

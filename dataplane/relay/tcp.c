@@ -1,6 +1,6 @@
 /* The transport `tcp`: TCP connections between two relays, which their routers have made and
- * authenticated. A link has one socket per lane: one for messages, which so do not wait for bulk,
- * and several for bulk, which may take several paths of a network. A loss delays the connections of
+ * authenticated. A link has one socket per lane: some for messages, which so do not wait for bulk,
+ * and some for bulk, which may take several paths of a network. A loss delays the connections of
  * one lane only.
  *
  * A batch is a record (tcp_socket.h). All records of a turn and socket leave with one call; bytes
@@ -9,7 +9,10 @@
  * process has taken them, so a link that is lost and made again loses none.
  *
  * When a socket takes no more, the connections of its lane stay in the lane's queue, and their
- * bytes in their rings: a link needs no more memory than its stages and circles (tcp_send.c).
+ * bytes in their rings: a link needs no more memory than its stages and circles (tcp_send.c). A
+ * socket takes no more when the kernel has little that it has not sent (TCP_NOTSENT_LOWAT in the
+ * kernel's ip-sysctl.rst). So the order in which processes send is chosen late, and a process with
+ * little to send waits for no more than that of one with much.
  *
  * Sockets are in epoll once and edge-triggered, so a turn makes no call for a socket about which
  * nothing was announced.
@@ -127,14 +130,18 @@ static void on_event(struct watch *watch, uint32_t events)
 }
 
 /* A peer whose host is gone is noticed soon, whether bytes wait for it or not. */
-static bool set_options(int fd)
+static bool set_options(int fd, int unsent)
 {
-        static const struct {
+        const struct {
                 int level, name, value;
         } options[] = {
-            {IPPROTO_TCP, TCP_NODELAY, 1},           {IPPROTO_TCP, TCP_USER_TIMEOUT, SILENT},
-            {SOL_SOCKET, SO_KEEPALIVE, 1},           {IPPROTO_TCP, TCP_KEEPIDLE, QUIET},
-            {IPPROTO_TCP, TCP_KEEPINTVL, QUESTIONS}, {IPPROTO_TCP, TCP_KEEPCNT, MOST_QUESTIONS},
+            {IPPROTO_TCP, TCP_NODELAY, 1},
+            {IPPROTO_TCP, TCP_USER_TIMEOUT, SILENT},
+            {SOL_SOCKET, SO_KEEPALIVE, 1},
+            {IPPROTO_TCP, TCP_KEEPIDLE, QUIET},
+            {IPPROTO_TCP, TCP_KEEPINTVL, QUESTIONS},
+            {IPPROTO_TCP, TCP_KEEPCNT, MOST_QUESTIONS},
+            {IPPROTO_TCP, TCP_NOTSENT_LOWAT, unsent},
         };
         int flags = fcntl(fd, F_GETFL);
 
@@ -148,7 +155,8 @@ static bool set_options(int fd)
 /* What is encrypted on a lane, if both relays' choices are this strict. */
 static bool encrypts(uint32_t strictest, unsigned lane)
 {
-        return strictest >= RELAY_ENCRYPT_ALL || (strictest == RELAY_ENCRYPT_MESSAGES && !lane);
+        return strictest >= RELAY_ENCRYPT_ALL ||
+               (strictest == RELAY_ENCRYPT_MESSAGES && lane < TCP_MESSAGE_LANES);
 }
 
 static int start_socket(struct tcp_socket *s, const struct wire_address *address, char *text)
@@ -164,7 +172,8 @@ static int start_socket(struct tcp_socket *s, const struct wire_address *address
                 return error;
         }
         s->watch.call = on_event;
-        if (!set_options(s->watch.fd) ||
+        s->out.most = s->lane < TCP_MESSAGE_LANES ? TCP_UNSENT_MESSAGES : TCP_UNSENT;
+        if (!set_options(s->watch.fd, (int)s->out.most) ||
             !watch_add(&s->watch, EPOLLIN | EPOLLOUT | EPOLLRDHUP | (uint32_t)EPOLLET)) {
                 snprintf(text, RELAY_TEXT, "a socket to the peer's relay: %s", strerror(errno));
                 return errno;
@@ -232,18 +241,17 @@ static bool tcp_arm(void)
         return tcp_is_read() && tcp_is_flushed();
 }
 
-/* The peer's kernel has all that was sent. */
-static bool tcp_is_idle(struct link *link)
+static uint64_t tcp_acknowledged(struct link *link, unsigned lane, bool *all)
 {
         const struct tcp_channel *channel = link->channel;
+        const struct tcp_socket *s = &channel->sockets[lane];
+        int left = 0;
 
-        for (unsigned i = 0; i < LANES; i++) {
-                int left = 0;
-
-                if (ioctl(channel->sockets[i].watch.fd, SIOCOUTQ, &left) == 0 && left)
-                        return false;
-        }
-        return true;
+        count(COUNT_CALLS, 1);
+        if (ioctl(s->watch.fd, SIOCOUTQ, &left))
+                left = 0;
+        *all = !left && !s->out.queued;
+        return s->out.given - (uint64_t)left;
 }
 
 const struct transport tcp_transport = {
@@ -251,6 +259,7 @@ const struct transport tcp_transport = {
     .window = WINDOW,
     .piece = TCP_PIECE,
     .lanes = LANES,
+    .message_lanes = TCP_MESSAGE_LANES,
     .open = tcp_open,
     .close = tcp_close,
     .create_channel = tcp_create_channel,
@@ -265,7 +274,7 @@ const struct transport tcp_transport = {
     .write = tcp_write,
     .send = tcp_send,
     .flush = tcp_flush,
-    .is_idle = tcp_is_idle,
+    .acknowledged = tcp_acknowledged,
     .poll = tcp_poll,
     .arm = tcp_arm,
 };

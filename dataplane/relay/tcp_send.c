@@ -12,11 +12,10 @@
 
 enum {
         CIRCLE = 1024 * 1024,
-        QUEUED = 256 * 1024, /* bytes that wait, above which no more are added */
 };
 
 /* What waits, a batch, and the end of the circle that is skipped because a batch does not fit. */
-_Static_assert(QUEUED + 2 * (TCP_BATCH + 4096) <= CIRCLE, "the circle never overtakes itself");
+_Static_assert(TCP_UNSENT + 2 * (TCP_BATCH + 4096) <= CIRCLE, "the circle never overtakes itself");
 
 static struct node dirty = LIST(dirty);
 
@@ -73,7 +72,8 @@ bool tcp_has_room(struct link *link, unsigned lane, unsigned writes)
         const struct outgoing *out = out_of(link, lane);
 
         /* One piece for the head, one for a sealed payload. */
-        return out->queued < QUEUED && out->last - out->first + out->parts + writes + 2 <= PIECES &&
+        return !out->full && out->queued < out->most &&
+               out->last - out->first + out->parts + writes + 2 <= PIECES &&
                out->bytes + (writes ? TCP_PIECE : 0) <= TCP_BATCH;
 }
 
@@ -182,6 +182,7 @@ static uint64_t advance(struct outgoing *out, size_t sent)
         uint64_t batch = 0;
 
         out->queued -= sent;
+        out->given += sent;
         while (sent) {
                 struct piece *piece = piece_at(out, out->first);
 

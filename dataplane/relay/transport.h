@@ -59,9 +59,10 @@ enum {
 
 struct transport {
         enum relay_transport kind;
-        uint32_t window; /* messages that the peer may have sent before the relay grants more */
-        uint32_t piece;  /* bytes of one connection in one batch, at most */
-        uint32_t lanes;  /* of a link; with several, all but the first are for bulk */
+        uint32_t window;        /* messages that the peer may have sent before we grant more */
+        uint32_t piece;         /* bytes of one connection in one batch, at most */
+        uint32_t lanes;         /* of a link */
+        uint32_t message_lanes; /* of these, the first ones: for messages. Others are for bulk. */
 
         /* Opens the device. Can be called again while no link has a channel of it; close() is
          * called before. */
@@ -97,8 +98,9 @@ struct transport {
         /* Starts what send() has collected; may call link_completed() and link_down(). Called at
          * the end of each turn. True: there was something. NULL: send() starts it. */
         bool (*flush)(void);
-        /* Has the peer's host all that was sent? NULL: complete batches say so. */
-        bool (*is_idle)(struct link *link);
+        /* How many bytes of a lane the peer's host has acknowledged; `all`: all that was sent.
+         * NULL: complete batches say so. */
+        uint64_t (*acknowledged)(struct link *link, unsigned lane, bool *all);
         /* Handles what has arrived: calls link_receive(), link_completed(), link_down(). True:
          * there was something. */
         bool (*poll)(void);

@@ -157,6 +157,7 @@ const struct transport verbs_transport = {
     .window = WINDOW,
     .piece = PIECE,
     .lanes = 1,
+    .message_lanes = 1,
     .open = verbs_open,
     .close = verbs_close_device,
     .create_channel = verbs_create_channel,

@@ -82,7 +82,8 @@ struct wire_header {
 };
 
 enum wire_header_flag {
-        WIRE_ASKS = 1, /* the writer awaits the reader's next grant */
+        WIRE_ASKS = 1,  /* the writer awaits the reader's next grant */
+        WIRE_MOVES = 2, /* messages are to use this lane from now on: another one is stalled */
 };
 
 enum wire_flag {

@@ -183,6 +183,7 @@ static void send_nothing(struct link *link, unsigned lane, const void *message, 
 static const struct transport network = {
     .kind = RELAY_TCP,
     .lanes = 1,
+    .message_lanes = 1,
     .window = WINDOW,
     .piece = PIECE,
     .create_channel = create,

@@ -279,6 +279,7 @@ const struct transport faulty_transport = {
     .window = WINDOW,
     .piece = 64 * 1024,
     .lanes = 1,
+    .message_lanes = 1,
     .open = faulty_open,
     .close = faulty_close,
     .create_channel = faulty_create_channel,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
+import signal
+import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from testbed.relays import (
     BROKEN,
     KINDS,
     RING,
+    SOCKETS,
     TCP,
     End,
     Relay,
@@ -30,6 +34,7 @@ from testbed.relays import (
     place,
     relays,
     result,
+    socket_pair,
 )
 from tests.relay.tcp_peer import BLOCK, HEADER, MAGIC, WINDOW, Peer, block, path
 from tests.relay.test_hostile import connect_half
@@ -38,6 +43,7 @@ SMALL = layout.PAGE - layout.RING_HEADER
 TAIL, READY_WORD = 0, 72
 GONE = 512
 TRIES = 1000
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 
 
 @contextmanager
@@ -63,6 +69,13 @@ def wait_for_tail(end: End, tail: int) -> None:
     until = time.monotonic() + patience(5)
     while end.word(1, TAIL) != tail:
         assert time.monotonic() < until, end.word(1, TAIL)
+        time.sleep(0.002)
+
+
+def wait_for_bytes(end: End) -> None:
+    until = time.monotonic() + patience(5)
+    while not end.word(1, TAIL):
+        assert time.monotonic() < until
         time.sleep(0.002)
 
 
@@ -415,8 +428,8 @@ def test_a_stalled_socket_stalls_only_its_connections(binary: Path, end: Path) -
     stalled = [False]
 
     def change(lane: int, direction: int, data: bytes) -> list[bytes]:
-        bulk[0] += len(data) * (lane > 0)
-        return [] if stalled[0] and lane and not direction else [data]
+        bulk[0] += len(data) * (lane > 1)
+        return [] if stalled[0] and lane > 1 and not direction else [data]
 
     with relays(binary, transport=TCP) as (a, b), path(a, b, change):
         one, two = connect(a, b)
@@ -440,6 +453,94 @@ def test_a_stalled_socket_stalls_only_its_connections(binary: Path, end: Path) -
         taker.kill()
         sender.wait()
         taker.wait()
+
+
+@contextlib.contextmanager
+def losable(a: Relay, b: Relay, lane: int) -> Iterator[Callable[[bool], None]]:
+    """A link, and a function that has a lane's packets be lost, or not any more."""
+    nothing = struct.pack("=HBBI", 0x06, 0, 0, 0)
+    kept: list[socket.socket] = []
+
+    def lose(loses: bool) -> None:
+        code = ctypes.create_string_buffer(nothing)
+        program = struct.pack("@HP", 1, ctypes.addressof(code))
+        for one in kept:
+            if loses:
+                one.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+            else:
+                one.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+
+    mine, theirs = a.link(1), b.link(1)
+    for index in range(SOCKETS):
+        ends = socket_pair()
+        for host, one in zip((a, b), ends, strict=True):
+            host.give_socket(1, index, one.fileno())
+            if index == lane:
+                kept.append(one)
+            else:
+                one.close()
+    assert not b.connect(1, mine).error
+    assert not a.connect(1, theirs).error
+    yield lose
+    for one in kept:
+        one.close()
+
+
+@pytest.mark.parametrize("notices", [0, 1])
+def test_messages_leave_a_socket_that_is_stalled(binary: Path, end: Path, notices: int) -> None:
+    """If the socket of a link's messages stalls, connections none of whose messages are stuck in it
+    go on over another one, and the others go on, whole, when it goes on.
+    """
+    with relays(binary, transport=TCP) as both, losable(both[0], both[1], 0) as lose:
+        a, b = both[notices], both[1 - notices]
+        one, two = connect(a, b)
+        options = ("rounds=300", "message=100", "pace=10000", "check=0")
+        pings = [one.popen(end, *options), two.popen(end, *options, "server=1")]
+        wait_for_bytes(one)
+        for process in pings:
+            process.send_signal(signal.SIGSTOP)
+            # What there is to say about their connection is said by then.
+            time.sleep(0.5)
+        patient = ("patience=60000",)
+        stuck, sticks = connect(a, b)
+        sender = stuck.popen(end, "send=3000000", "message=1000", "pace=1000", "seed=3", *patient)
+        taker = sticks.popen(end, "peer_seed=3", *patient)
+        wait_for_bytes(sticks)
+        lose(True)
+        time.sleep(1)
+        new, fresh = connect(a, b)
+        first = new.popen(end, "send=100000", "message=1000", "pace=500", "seed=5")
+        for process in pings:
+            process.send_signal(signal.SIGCONT)
+        assert result(fresh.popen(end, "peer_seed=5"))["received"] == 100_000
+        for process in (first, *pings):
+            result(process)
+        assert sender.poll() is None
+        lose(False)
+        assert result(taker)["received"] == 3_000_000
+        result(sender)
+        assert not a.counts()["downs"]
+
+
+def test_who_sends_is_chosen_late(binary: Path) -> None:
+    """The kernel takes little more than it can send, above all of messages: what it has taken goes
+    before all that other processes have to send.
+    """
+    with relays(binary, transport=TCP) as (a, b):
+        ends = [socket_pair() for _ in range(SOCKETS)]
+        addresses = a.link(1), b.link(1)
+        for index, pair_of in enumerate(ends):
+            for host, one in zip((a, b), pair_of, strict=True):
+                host.give_socket(1, index, one.fileno())
+        assert not b.connect(1, addresses[0]).error
+        assert not a.connect(1, addresses[1]).error
+        for one, other in ends:
+            with one, other:
+                sizes = {
+                    each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+                    for each in (one, other)
+                }
+            assert sizes == {64 << 10 if (one, other) in ends[:2] else 256 << 10}
 
 
 def test_a_link_that_is_lost_says_what_it_has_received(binary: Path, end: Path) -> None:
