@@ -5,7 +5,7 @@
 #
 # Like libfreeflow.so it is linked against no C library, and names what it needs of one without a version. The companion has no
 # symbols: programs that load "libibverbs.so" by that name get it instead of their own, and find the symbols in the library that
-# it depends on.
+# it depends on. musl looks for that one by its path, though it is loaded already.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -36,6 +36,7 @@ fi
 "$compiler" "$@" "$here"/*.c "$made/stubs.o" -Wl,-soname,libibverbs.so.1 \
     -Wl,--version-script="$made/symbols.map" -o "$output.new"
 mv "$output.new" "$output"
+# shellcheck disable=SC2016
 "$compiler" -shared -nostdlib -Wl,-z,noexecstack -Wl,-soname,libibverbs.so -Wl,--no-as-needed "$output" \
-    -o "$folder/libibverbs.so.new"
+    -Wl,--enable-new-dtags -Wl,-rpath,'$ORIGIN' -o "$folder/libibverbs.so.new"
 mv "$folder/libibverbs.so.new" "$folder/libibverbs.so"

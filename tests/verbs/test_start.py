@@ -51,6 +51,27 @@ int main(void)
 }
 """
 
+MAPPED = r"""
+#include <stdio.h>
+#include <string.h>
+
+/* How often our library is mapped from its first byte on, and its companion. */
+int main(void)
+{
+        FILE *maps = fopen("/proc/self/maps", "r");
+        int library = 0, companion = 0;
+        char line[512];
+
+        while (maps && fgets(line, sizeof line, maps))
+                if (strstr(line, " 00000000 ")) {
+                        library += strstr(line, "/libibverbs.so.1\n") != NULL;
+                        companion += strstr(line, "/libibverbs.so\n") != NULL;
+                }
+        printf("%d %d\n", library, companion);
+        return 0;
+}
+"""
+
 
 def preloaded(library: Path, **more: str) -> dict[str, str]:
     """An environment with the library and its companion; each symbol is looked up at the start."""
@@ -120,3 +141,15 @@ def test_loaded_by_name(library: Path, tmp_path: Path) -> None:
     done = run([program], preloaded(library))
     assert done.stdout.split() == [str(library), str(library), "none"]
     assert not done.stderr
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "musl-gcc"])
+def test_programs_of_both_c_libraries(library: Path, tmp_path: Path, compiler: str) -> None:
+    """A program that doesn't use verbs starts without a word, with each file loaded once."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} missing")
+    source = tmp_path / "mapped.c"
+    source.write_text(MAPPED)
+    program = compile_c(source, tmp_path / "mapped", compiler=compiler)
+    done = run([program], preloaded(library))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 1\n", "")
