@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import random
 import re
 import shutil
 import subprocess
@@ -189,3 +190,27 @@ def test_refuses_what_is_not_supported(library: Path) -> None:
         ctypes.set_errno(0)
         assert getattr(ours, function)(None, None) == answer, function
         assert ctypes.get_errno() == sets, function
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "ibv_copy_ah_attr_from_kern",
+        "ibv_copy_qp_attr_from_kern",
+        "ibv_copy_path_rec_from_kern",
+        "ibv_copy_path_rec_to_kern",
+    ],
+)
+def test_copies_structures(installed: Path, library: Path, function: str) -> None:
+    """The copy of each structure of the kernel's equals that of Debian's library, and leaves alone
+    what that leaves alone.
+    """
+    copies = []
+    chance = random.Random(function)
+    source, before = chance.randbytes(512), chance.randbytes(512)
+    for path in (installed, library):
+        to = ctypes.create_string_buffer(before, len(before))
+        getattr(ctypes.CDLL(str(path)), function)(to, ctypes.create_string_buffer(source, 512))
+        copies.append(to.raw)
+    assert copies[0] != before
+    assert copies[1] == copies[0]
