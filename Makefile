@@ -50,11 +50,15 @@ build/overlay.bpf.o: $(wildcard dataplane/ebpf/*.[ch] dataplane/ebpf/build.sh)
 	@plugin/image/setup.sh
 	dataplane/ebpf/build.sh $@
 
-relay: build/freeflow-relay ## build the relay, which moves rings to other hosts by RDMA
+relay: build/freeflow-relay build/freeflow-relay-memory ## build the relay, which moves rings to other hosts, and one for tests
 
 build/freeflow-relay: $(wildcard dataplane/relay/* dataplane/library/*.h)
 	@plugin/image/setup.sh
 	dataplane/relay/build.sh $@
+
+build/freeflow-relay-memory: $(wildcard dataplane/relay/* dataplane/library/*.h)
+	@plugin/image/setup.sh
+	dataplane/relay/build.sh --memory $@
 
 plugin: $(PLUGIN)/config.json ## build the plugin into build/plugin
 

@@ -248,7 +248,7 @@ def _built() -> Iterator[tuple[Path, Path, Path]]:
     """Paths of the relay, its load, and the test's program for one end."""
     with tempfile.TemporaryDirectory() as folder:
         binary, tool, end = (Path(folder, name) for name in ("freeflow-relay", "relayload", "end"))
-        subprocess.run([ROOT / "dataplane" / "relay" / "build.sh", binary], check=True)
+        subprocess.run([ROOT / "dataplane" / "relay" / "build.sh", "--memory", binary], check=True)
         for source, to in ((TOOL, tool), (ROOT / "tests" / "relay" / "end.c", end)):
             subprocess.run([*COMPILE, str(source), "-o", str(to)], check=True)
         yield binary, tool, end

@@ -237,14 +237,12 @@ class Relay:
 
 
 @contextlib.contextmanager
-def relay(binary: Path, *, memory: bool = True, **environment: str) -> Iterator[Relay]:
-    """A relay that ends with the test; it must not have failed. `memory`: it may open the transport
-    of tests.
-    """
+def relay(binary: Path, **environment: str) -> Iterator[Relay]:
+    """A relay that ends with the test; it must not have failed."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         process = subprocess.Popen(
-            [binary, *(["memory"] if memory else [])],
+            [binary],
             pass_fds=(3,),
             preexec_fn=lambda: os.dup2(theirs.fileno(), 3),
             env={**os.environ, **environment},

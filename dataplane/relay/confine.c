@@ -33,7 +33,9 @@ static const char *const allowed[] = {
     "bind", "eventfd2", "flock", "get_mempolicy", "getsockname", "ioctl", "mbind", "mlock", "munlock",
     "pipe2", "pwrite64", "sched_setaffinity", "set_mempolicy"};
 
+#ifdef FREEFLOW_MEMORY
 static const char *const of_memory[] = {"ftruncate", "memfd_create", "pidfd_getfd", "pidfd_open"};
+#endif
 
 /* What no honest relay does. */
 static const char *const deadly[] = {"accept",
@@ -106,7 +108,7 @@ static int add(scmp_filter_ctx filter, uint32_t action, const char *const *names
 
 #define COUNT_OF(array) (sizeof(array) / sizeof *(array))
 
-static int filter_calls(bool memory)
+static int filter_calls(void)
 {
         scmp_filter_ctx filter = seccomp_init(SCMP_ACT_ERRNO(ENOSYS));
         int error;
@@ -116,8 +118,10 @@ static int filter_calls(bool memory)
         /* The kernel may not have a log. */
         (void)seccomp_attr_set(filter, SCMP_FLTATR_CTL_LOG, 1);
         error = add(filter, SCMP_ACT_ALLOW, allowed, COUNT_OF(allowed));
-        if (!error && memory)
+#ifdef FREEFLOW_MEMORY
+        if (!error)
                 error = add(filter, SCMP_ACT_ALLOW, of_memory, COUNT_OF(of_memory));
+#endif
         if (!error)
                 error = add(filter, SCMP_ACT_KILL_PROCESS, deadly, COUNT_OF(deadly));
         /* libibverbs asks the kernel which devices there are. */
@@ -134,15 +138,16 @@ static int filter_calls(bool memory)
         return -error;
 }
 
-int confine(bool memory)
+int confine(void)
 {
         uint64_t kept = UINT64_C(1) << CAP_IPC_LOCK;
         int error;
 
-        if (memory)
-                kept |= UINT64_C(1) << CAP_SYS_PTRACE;
+#ifdef FREEFLOW_MEMORY
+        kept |= UINT64_C(1) << CAP_SYS_PTRACE;
+#endif
         error = drop_capabilities(kept);
         if (!error && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
                 error = errno;
-        return error ? error : filter_calls(memory);
+        return error ? error : filter_calls();
 }

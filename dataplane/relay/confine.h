@@ -3,11 +3,10 @@
 #ifndef FREEFLOW_RELAY_CONFINE_H
 #define FREEFLOW_RELAY_CONFINE_H
 
-#include <stdbool.h>
-
 /* Gives up all capabilities but that to lock memory, and all system calls but those that the relay,
- * libcrypto and libibverbs with its drivers make. `memory`: the transport `loopback` may be used,
- * which takes descriptors from other processes. errno; 0: done. */
-int confine(bool memory);
+ * libcrypto and libibverbs with its drivers make. The transport `loopback`, which takes descriptors
+ * from other processes, needs more; it is only in builds for tests (FREEFLOW_MEMORY). errno; 0:
+ * done. */
+int confine(void);
 
 #endif

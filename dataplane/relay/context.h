@@ -17,7 +17,6 @@ struct watch {
 
 struct relay {
         int epoll;
-        bool memory;      /* the transport `loopback` may be opened */
         uint32_t core;    /* 1 + core that the thread is on; 0: unknown */
         uint64_t stop_at; /* ns; 0: not asked to stop */
         uint64_t counters[RELAY_COUNTERS];

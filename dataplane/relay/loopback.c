@@ -4,8 +4,8 @@
  *
  * A channel is an inbox here, into which the peer puts messages, and a mapping of the peer's inbox.
  * Writes are copied at once, so a batch is complete when it is sent. Addresses and places name
- * descriptors of the peer's process, which the relay duplicates by pidfd_getfd(); that needs root,
- * as does asking for this transport.
+ * descriptors of the peer's process, which the relay duplicates by pidfd_getfd(); that needs root.
+ * The relay that is shipped does not contain it.
  */
 #include "link.h"
 #include "mirror.h"

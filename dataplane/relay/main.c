@@ -218,12 +218,10 @@ static void allow_descriptors(void)
         setrlimit(RLIMIT_NOFILE, &limit);
 }
 
-/* `freeflow-relay memory`: the transport `loopback` may be opened, for tests. */
-int main(int argc, char **argv)
+int main(void)
 {
         int error;
 
-        relay.memory = argc > 1 && !strcmp(argv[1], "memory");
         context_start();
         allow_descriptors();
         mirrors_start();
@@ -231,7 +229,7 @@ int main(int argc, char **argv)
         watch_signals();
         router_requests_start();
 #ifndef FREEFLOW_TEST
-        error = confine(relay.memory);
+        error = confine();
 #else
         /* Sanitizers need more. */
         error = 0;

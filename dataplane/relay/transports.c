@@ -18,11 +18,12 @@ static const struct transport *transport_of(uint32_t kind)
         switch (kind) {
         case RELAY_VERBS:
                 return &verbs_transport;
-        case RELAY_LOOPBACK:
 #ifdef FREEFLOW_TEST
+        case RELAY_LOOPBACK:
                 return &faulty_transport;
-#else
-                return relay.memory ? &loopback_transport : NULL;
+#elif defined FREEFLOW_MEMORY
+        case RELAY_LOOPBACK:
+                return &loopback_transport;
 #endif
         case RELAY_TCP:
 #ifdef FREEFLOW_TEST

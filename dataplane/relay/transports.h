@@ -5,7 +5,12 @@
 
 #include "transport.h"
 
-extern const struct transport verbs_transport, loopback_transport, tcp_transport;
+extern const struct transport verbs_transport, tcp_transport;
+
+/* Only in builds for tests and measurements. */
+#ifdef FREEFLOW_MEMORY
+extern const struct transport loopback_transport;
+#endif
 
 #ifdef FREEFLOW_TEST
 /* In place of `loopback` and `tcp` in builds for tests: the same with faults on purpose

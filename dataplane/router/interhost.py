@@ -85,7 +85,7 @@ class InterHost:
         self._key: str | None = None
         self._counters: dict[str, int] = {}
         self._scanner = DeviceScanner(loop, self._decide)
-        self._relay = RelayProcess(loop, equipment.relay, self, memory=equipment.memory)
+        self._relay = RelayProcess(loop, equipment.relay, self)
         kinds = {**KINDS, Transport.RDMA: relay_wire.LOOPBACK} if equipment.memory else KINDS
         self._ruling = RelayRuling(pairing, loop, sockets)
         self.remotes = Remotes(

@@ -72,13 +72,9 @@ class RelayProcess:
         program: Path,
         owner: RelayOwner,
         environment: Mapping[str, str] | None = None,
-        *,
-        memory: bool = False,
     ) -> None:
-        """`memory`: the relay may open the transport of tests."""
         self._loop = loop
         self._program = program
-        self._arguments = [program.name, *(["memory"] if memory else [])]
         self._owner = owner
         self._environment = dict(os.environ if environment is None else environment)
         self._wanted: dict[int, wire.RelayOpen] = {}
@@ -185,7 +181,7 @@ class RelayProcess:
         try:
             pid = os.posix_spawn(
                 self._program,
-                self._arguments,
+                [self._program.name],
                 self._environment,
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),

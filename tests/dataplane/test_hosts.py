@@ -105,7 +105,9 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[
         pytest.skip(f"missing: {LIBRARY} (make library)")
     top = tmp_path_factory.mktemp("hosts")
     relay = top / "freeflow-relay"
-    subprocess.run([ROOT / "dataplane/relay/build.sh", relay], check=True, capture_output=True)
+    subprocess.run(
+        [ROOT / "dataplane/relay/build.sh", "--memory", relay], check=True, capture_output=True
+    )
     authority, network = Authority(), a_network()
     # Small rings, so that many bytes wait for room.
     settings = RouterSettings(

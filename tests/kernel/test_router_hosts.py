@@ -46,7 +46,9 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not shutil.which("gcc"):
         pytest.skip("gcc is missing")
     to = tmp_path_factory.mktemp("relay") / "freeflow-relay"
-    subprocess.run([ROOT / "dataplane/relay/build.sh", to], check=True, capture_output=True)
+    subprocess.run(
+        [ROOT / "dataplane/relay/build.sh", "--memory", to], check=True, capture_output=True
+    )
     return to
 
 

@@ -34,7 +34,7 @@ static const struct {
 
 int main(int count, char **arguments)
 {
-        int error = confine(false);
+        int error = confine();
 
         if (error || count != 2)
                 return 1;

@@ -56,6 +56,14 @@ def shipped(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain(folder: Path) -> Path:
+    """The same, and it can use the transport `loopback`."""
+    binary = folder / "freeflow-relay-memory"
+    subprocess.run([BUILD, "--memory", binary], check=True, capture_output=True)
+    return binary
+
+
+@pytest.fixture(scope="session")
 def end(folder: Path) -> Path:
     """The program that is one end of a connection."""
     return compile_c(HERE / "end.c", folder / "end")

@@ -54,7 +54,7 @@ def test_calls_of_device_libraries_work(confined: Path, call: str) -> None:
 
 def test_a_relay_is_confined_and_works(shipped: Path, end: Path) -> None:
     """A relay without capabilities and with a filter carries bytes over TCP."""
-    with relay(shipped, memory=False) as a, relay(shipped, memory=False) as b:
+    with relay(shipped) as a, relay(shipped) as b:
         for each in (a, b):
             assert not each.open(transport=TCP, encryption=1).error
             found = status(each.process.pid)
@@ -69,7 +69,9 @@ def test_a_relay_is_confined_and_works(shipped: Path, end: Path) -> None:
         result(sender)
 
 
-def test_the_transport_of_tests_is_closed(shipped: Path) -> None:
-    """A relay that was not started for tests opens no other relay's memory."""
-    with relay(shipped, memory=False) as a:
+def test_the_transport_of_tests_is_not_shipped(shipped: Path, plain: Path) -> None:
+    """Only builds for tests can open another process's memory, and have the code for it."""
+    assert b"the loopback transport" in plain.read_bytes()
+    assert b"the loopback transport" not in shipped.read_bytes()
+    with relay(shipped) as a:
         assert a.open(transport=client.LOOPBACK).error

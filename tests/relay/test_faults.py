@@ -214,12 +214,14 @@ def test_a_streamed_link_ends_with_its_relay(binary: Path, end: Path) -> None:
         two.started[0].kill()
 
 
-def test_the_shipped_relay_makes_no_faults(binary: Path, shipped: Path, end: Path) -> None:
+def test_the_shipped_relay_makes_no_faults(
+    binary: Path, shipped: Path, plain: Path, end: Path
+) -> None:
     """Only builds for tests can inject faults: the shipped binary has neither options nor code."""
     for word in (b"lose=", b"on purpose", b"faulty"):
         assert word in binary.read_bytes()
         assert word not in shipped.read_bytes()
-    with relays(shipped, "lose=1,delay=1000000") as (a, b):
+    with relays(plain, "lose=1,delay=1000000") as (a, b):
         link(a, b)
         one, two = connect(a, b)
         first = one.popen(end, "send=300000")
