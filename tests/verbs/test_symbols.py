@@ -20,7 +20,7 @@ FOLDER = BUILD.parent
 INSTALLED = sorted(Path("/usr/lib").glob("*/libibverbs.so.1"))
 USERS = ("libibverbs/*.so", "librdmacm.so.1", "libmlx5.so.1", "libefa.so.1")
 """Files of Debian's libraries that need libibverbs: drivers of cards, and librdmacm."""
-NEEDS = ALLOWED | {"calloc", "close", "free", "open", "read"}
+NEEDS = ALLOWED | {"calloc", "close", "free", "mmap", "munmap", "open", "read", "sched_yield"}
 NODES, SYMBOLS = read_table(TABLE.read_text())
 
 
