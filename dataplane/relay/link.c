@@ -19,7 +19,10 @@ struct reply {
 
 enum {
         REPLIES = 4096,
-        SILENCE = 10000, /* ms: a peer that lives answers WIRE_DROPPED sooner */
+        /* ms in which a peer that owes a reply says nothing, and in which it doesn't reply whatever
+         * it says: bulk may be before WIRE_DROPPED, and before the reply. */
+        SILENCE = 10000,
+        PATIENCE = 120000,
         /* in bytes, and for each block what it costs besides */
         BLOCK_COST = 1024,
         CREDIT = 64 * 1024, /* of a source, before the next one's turn */
@@ -529,6 +532,18 @@ static void due_first(uint64_t *due, uint64_t when)
                 *due = when;
 }
 
+/* When the peer has to have confirmed that it writes no more to the connection that was dropped
+ * first. */
+static uint64_t reply_due(const struct link *link)
+{
+        uint64_t dropped = OF(link->dropping.after, struct mirror, dropping)->dropped_at;
+        uint64_t heard = link->heard_at > dropped ? link->heard_at : dropped;
+        uint64_t due = heard + SILENCE * UINT64_C(1000000);
+        uint64_t last = dropped + PATIENCE * UINT64_C(1000000);
+
+        return due < last ? due : last;
+}
+
 uint64_t links_tick(uint64_t present)
 {
         uint64_t due = 0;
@@ -542,10 +557,10 @@ uint64_t links_tick(uint64_t present)
                         due_first(&due, check_lane(link, present));
                 if (link->state != LINK_UP || !list_holds(&link->dropping))
                         continue;
-                last = OF(link->dropping.after, struct mirror, dropping)->dropped_at +
-                       SILENCE * UINT64_C(1000000);
+                last = reply_due(link);
+                /* Not ETIMEDOUT: the path may work. */
                 if (present >= last)
-                        link_down(link, ETIMEDOUT, "the peer's relay does not answer");
+                        link_down(link, ECONNABORTED, "the peer's relay does not answer");
                 else
                         due_first(&due, last);
         }
@@ -602,6 +617,8 @@ void link_receive(struct link *link, unsigned index, const void *data, size_t si
                 link_down(link, EPROTO, "the peer sent a message that is invalid");
                 return;
         }
+        if (list_holds(&link->dropping))
+                link->heard_at = now();
         move_on(lane);
         for (int i = 0; i < message.header.blocks; i++) {
                 const struct wire_block *block = &message.blocks[i];

@@ -55,6 +55,7 @@ struct link {
         const struct transport *transport; /* the one in use: `named`, or frames */
         void *channel;                     /* the transport's */
         struct lane lanes[LANES];
+        uint64_t heard_at;     /* ns; while connections are dropped: when the peer sent a message */
         unsigned message_lane; /* the lane of all connections that are not in bulk */
         /* of that lane */
         uint64_t check_at;     /* ns; 0: nothing is on the way */

@@ -522,6 +522,21 @@ def test_messages_leave_a_socket_that_is_stalled(binary: Path, end: Path, notice
         assert not a.counts()["downs"]
 
 
+def test_a_reply_that_waits_behind_bulk(binary: Path) -> None:
+    """A link on which a slow network delays the peer's reply to a dropped connection stays up as
+    long as the peer says something; without a word it goes down, and the memory is free.
+    """
+    with relays(binary, transport=TCP) as (a, b), a_peer_of(a, b) as (one, peer):
+        peer.say((block(one), 0))
+        a.number("DROP", one.number, 0)
+        for _ in range(13):
+            time.sleep(1)
+            peer.say(lane=3)
+        assert a.silent("DOWN", "DROPPED")
+        assert "not answer" in a.expect("DOWN", number=1, seconds=14).text
+        a.expect("DROPPED", number=one.number)
+
+
 def test_who_sends_is_chosen_late(binary: Path) -> None:
     """The kernel takes little more than it can send, above all of messages: what it has taken goes
     before all that other processes have to send.
