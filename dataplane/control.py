@@ -289,6 +289,8 @@ class RouterCounts(msgspec.Struct, frozen=True, kw_only=True):
     wrong_messages: int = 0
     dropped: int = 0
     """Clients that didn't read their answers."""
+    bugs: int = 0
+    """Callbacks of the router that have ended by an exception."""
     containers: tuple[ContainerCounts, ...] = ()
 
 

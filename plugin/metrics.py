@@ -267,6 +267,11 @@ METRICS: Final = (
         "Messages to the router that the protocol doesn't have",
         _value(lambda status: _router(status).wrong_messages),
     ),
+    _counter(
+        "freeflow_bugs",
+        "Bugs of the router that it has survived; its log has each",
+        _value(lambda status: _router(status).bugs),
+    ),
     _gauge(
         "freeflow_rdma_up",
         "1 if connections of this host can use RDMA",

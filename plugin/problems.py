@@ -48,6 +48,18 @@ def dead_parts(deaths: Iterable[PartStatus]) -> Iterator[Finding]:
             )
 
 
+def bugs(count: int) -> Iterator[Finding]:
+    """Bugs that the router that runs has survived."""
+    if count:
+        times = "one bug" if count == 1 else f"{count} bugs"
+        yield Finding(
+            "warning",
+            f"the router has survived {times}",
+            "what it was about to do then was not done; connections may stay on TCP for that",
+            "journalctl -u docker has each bug; freeflow bugreport collects them",
+        )
+
+
 def start(
     bad_settings: Iterable[SettingError], failures: Iterable[FreeFlowError]
 ) -> Iterator[Finding]:

@@ -174,6 +174,8 @@ class Snapshot:
                 findings.append(Finding.of("warning", what, error))
             return RouterStatus(up=False)
 
+        findings.extend(problems.bugs(statistics.bugs))
+
         def runs(network: str, elsewhere: bool) -> bool:
             """Whether the fast path runs on a network."""
             return names.short(network) in stage.networks and (

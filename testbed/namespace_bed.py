@@ -284,6 +284,11 @@ class NamespaceBed:
         """The router's log."""
         return (self.folder / "router.log").read_text()
 
+    def check_router(self) -> None:
+        """Assert that the router has survived no bug."""
+        if self.process is not None:
+            assert "a bug in the router" not in self.log(), self.log()
+
 
 def connect(containers: Sequence[BedContainer], bridge: int) -> None:
     def make_bridge() -> None:
@@ -359,6 +364,7 @@ def bed(
         if router:
             made.start_router()
         yield made
+        made.check_router()
     finally:
         for container in containers.values():
             for process in container.started:

@@ -175,6 +175,7 @@ def statistics(
     uptime: float,
     wrong_messages: int,
     dropped: int,
+    bugs: int,
     rdma: RdmaFacts,
     relay: RelayFacts,
 ) -> Statistics:
@@ -193,6 +194,7 @@ def statistics(
         noted={Reason(number).word: count for number, count in counts.noted.items()},
         wrong_messages=wrong_messages,
         dropped=dropped,
+        bugs=bugs,
         containers=tuple(
             _counts(container, pairing.knowledge)
             for container in pairing.containers.values()

@@ -11,8 +11,17 @@ import heapq
 import itertools
 import select
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
+
+import structlog
+
+log = structlog.get_logger()
+
+MOST_BUGS: Final = 20
+BUGS_WITHIN: Final = 60.0
+"""So many bugs in so many seconds are survived."""
 
 
 class Timer:
@@ -59,12 +68,49 @@ class Loop(Protocol):
         """Call once, after so many seconds or a little later."""
 
 
+class Bugs:
+    """Has a callback that ends by an exception cost what it would have done, and no more.
+
+    The router has the connections of all containers, and a bug in one callback seldom concerns
+    more than one. Each is logged and counted. Where they don't stop, the exception goes on, and the
+    router ends: the next one begins with a state that is known.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._recent: deque[float] = deque(maxlen=MOST_BUGS)
+        self.count = 0
+
+    def guard(self, do: Callable[[], object]) -> None:
+        """Call.
+
+        Raises:
+            Exception: what the callback raises, if there were too many bugs lately.
+        """
+        try:
+            do()
+        except Exception:
+            now = self._clock()
+            self.count += 1
+            log.exception("a bug in the router")
+            if len(self._recent) == MOST_BUGS and now - self._recent[0] < BUGS_WITHIN:
+                raise
+            self._recent.append(now)
+
+
 class EpollLoop:
     """A `Loop` on an epoll instance. Its owner waits on that."""
 
-    def __init__(self, epoll: select.epoll, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        epoll: select.epoll,
+        clock: Callable[[], float] = time.monotonic,
+        guard: Callable[[Callable[[], object]], None] | None = None,
+    ) -> None:
+        """`guard` makes the calls (`Bugs.guard`); None: exceptions go to the owner."""
         self._epoll = epoll
         self._clock = clock
+        self._call = guard or _call
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._numbers = itertools.count()
@@ -95,7 +141,7 @@ class EpollLoop:
         callback = self._callbacks.get(descriptor)
         if callback is None:
             return False
-        callback(events)
+        self._call(lambda: callback(events))
         return True
 
     def fire(self) -> None:
@@ -105,7 +151,7 @@ class EpollLoop:
         while self._timers and self._timers[0][0] <= now:
             due.append(heapq.heappop(self._timers)[2])
         for timer in due:
-            timer.fire()
+            self._call(timer.fire)
 
     def timeout(self, most: float) -> float:
         """Seconds until the next timer is due, `most` at most."""
@@ -114,3 +160,7 @@ class EpollLoop:
         if not self._timers:
             return most
         return min(most, max(0.0, self._timers[0][0] - self._clock()))
+
+
+def _call(do: Callable[[], object]) -> None:
+    do()

@@ -292,7 +292,7 @@ class RelayProcess:
                 self._owner.relay_message(message)
         except Exception:
             # A bug of ours must not end the loop.
-            log.exception("bug in the router", message=type(message).__name__)
+            log.exception("a bug in the router", message=type(message).__name__)
         return True
 
     def _try_send(self, data: bytes, descriptors: Sequence[int]) -> bool:

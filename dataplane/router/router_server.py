@@ -20,7 +20,7 @@ from dataplane.router.clients import Clients
 from dataplane.router.control_socket import ControlSocket, Steps
 from dataplane.router.interhost import Equipment, InterHost
 from dataplane.router.knowledge import Knowledge
-from dataplane.router.loop import EpollLoop
+from dataplane.router.loop import Bugs, EpollLoop
 from dataplane.router.pairing import Pairing
 from dataplane.router.socket_table import LinuxSocketTable, Namespaces
 
@@ -54,7 +54,8 @@ class RouterServer:
         self._namespaces = Namespaces(self._path_of, clock)
         sockets, memory = LinuxSocketTable(self._namespaces), LinuxArenaMemory(guards=guard)
         self._epoll = select.epoll()
-        self.loop = EpollLoop(self._epoll, clock)
+        self._bugs = Bugs(clock)
+        self.loop = EpollLoop(self._epoll, clock, self._bugs.guard)
         self._clients = Clients(
             self.loop,
             self._namespaces,
@@ -66,6 +67,14 @@ class RouterServer:
             self.pairing, self.loop, sockets, memory, equipment or Equipment()
         )
         self._control = ControlSocket(self.loop, admin, self._answer)
+        self._parts = (
+            self.pairing.weigh,
+            lambda: self.pairing.sweep(_SWEEP),
+            self.interhost.tick,
+            self._namespaces.tidy,
+            self._clients.tick,
+        )
+        """What happens at each tick."""
 
     def _path_of(self, namespace: int) -> Path | None:
         sandbox = self.pairing.knowledge.sandboxes.get(namespace)
@@ -104,16 +113,13 @@ class RouterServer:
             self.loop.serve(descriptor, events)
             self._clients.close_scheduled()
         self.loop.fire()
-        self._control.work()
-        self._clients.work()
+        self._bugs.guard(self._control.work)
+        self._bugs.guard(self._clients.work)
         now = self._clock()
         if now - self._ticked >= TICK:
             self._ticked = now
-            self.pairing.weigh()
-            self.pairing.sweep(_SWEEP)
-            self.interhost.tick()
-            self._namespaces.tidy()
-            self._clients.tick()
+            for part in self._parts:
+                self._bugs.guard(part)
         self._clients.close_scheduled()
 
     def _timeout(self) -> float:
@@ -152,6 +158,7 @@ class RouterServer:
             uptime=self._clock() - self._started,
             wrong_messages=self._clients.wrong_messages,
             dropped=self._clients.dropped,
+            bugs=self._bugs.count,
             rdma=rdma,
             relay=relay,
         )

@@ -200,6 +200,8 @@ def two_hosts(
         for host in made:
             host.wait_linked()
         yield made[0], made[1]
+        for host in made:
+            host.check_router()
     finally:
         for host in made:
             for container in host.containers.values():

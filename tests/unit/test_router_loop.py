@@ -5,7 +5,9 @@ from __future__ import annotations
 import select
 import socket
 
-from dataplane.router.loop import EpollLoop
+import pytest
+
+from dataplane.router.loop import BUGS_WITHIN, MOST_BUGS, Bugs, EpollLoop
 
 
 class Clock:
@@ -94,4 +96,47 @@ def test_cancelled_by_another() -> None:
     second = loop.after(0, lambda: done.append("second"))
     loop.fire()
     assert done == []
+    epoll.close()
+
+
+def fail() -> None:
+    raise KeyError("a bug")
+
+
+def test_a_bug_costs_one_callback(capsys: pytest.CaptureFixture[str]) -> None:
+    """A callback or timer that ends by an exception doesn't keep others from running; the bug is
+    logged with its traceback, and counted.
+    """
+    clock, epoll = Clock(), select.epoll()
+    bugs = Bugs(clock)
+    loop = EpollLoop(epoll, clock, bugs.guard)
+    one, other = socket.socketpair()
+    done: list[str] = []
+    loop.watch(one.fileno(), select.EPOLLIN, lambda _: fail())
+    other.send(b"x")
+    for descriptor, events in epoll.poll(1):
+        assert loop.serve(descriptor, events)
+    loop.after(0, fail)
+    loop.after(0, lambda: done.append("after it"))
+    loop.fire()
+    assert done == ["after it"]
+    assert bugs.count == 2
+    said = capsys.readouterr().out
+    assert said.count("a bug in the router") == 2
+    assert "in fail" in said
+    epoll.close()
+
+
+def test_bugs_that_do_not_stop_end_the_router() -> None:
+    """A callback that fails again and again is not called for ever; old bugs don't count."""
+    clock, epoll = Clock(), select.epoll()
+    loop = EpollLoop(epoll, clock, Bugs(clock).guard)
+    for _ in range(2):
+        clock.now += BUGS_WITHIN
+        for _ in range(MOST_BUGS):
+            loop.after(0, fail)
+        loop.fire()
+    loop.after(0, fail)
+    with pytest.raises(KeyError):
+        loop.fire()
     epoll.close()

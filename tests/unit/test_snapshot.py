@@ -343,6 +343,14 @@ def test_paths(world: World) -> None:
     ]
 
 
+def test_router_with_bugs(world: World) -> None:
+    """Bugs that the router has survived are a problem, with their number."""
+    world.router.said = router_statistics(bugs=2)
+    assert world.problem().startswith("warning: the router has survived 2 bugs")
+    world.router.said = router_statistics(bugs=1)
+    assert "survived one bug" in world.problem()
+
+
 def test_router_that_does_not_answer(world: World) -> None:
     """A router that doesn't answer is a problem, except just after the start; the rest of the
     status is complete.
