@@ -397,6 +397,10 @@ class Pauses:
     def __len__(self) -> int:
         return len(self._pauses)
 
+    def running(self, now: float) -> dict[Hashable, Reason]:
+        """Who may not enter now, and why."""
+        return {who: each.reason for who, each in self._pauses.items() if now < each.until}
+
     def begin(self, who: Hashable, reason: Reason, now: float, rule: RelayRule) -> None:
         """Begin a pause, unless one runs."""
         last = self._pauses.get(who)

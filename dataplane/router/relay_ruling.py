@@ -100,8 +100,8 @@ class RelayRuling:
         self.gate = RelayGate(pairing, loop, sampler, self._pauses, lambda: self.use.rates)
         self._remotes: Remotes[Any] | None = None
         self._ruled: Ruled | None = None
-        self._paused = False
-        """At the last tick there were pauses."""
+        self._paused: Mapping[Hashable, Reason] = {}
+        """Who might not enter at the last tick."""
 
     def join(self, remotes: Remotes[Any]) -> None:
         """The connections that are ruled."""
@@ -113,9 +113,11 @@ class RelayRuling:
         if self._remotes is None or self._ruled is None:
             return
         self.gate.tick(self._ruled)
-        if self._paused or len(self._pauses):
+        paused = self._pauses.running(self._loop.now())
+        if paused != self._paused:
+            # Only then: there may be many offers.
             self._remotes.requests.offer_again()
-        self._paused = len(self._pauses) > 0
+        self._paused = paused
         self._pauses.tidy(self._loop.now(), self._is_alive)
 
     def _is_alive(self, who: Hashable) -> bool:

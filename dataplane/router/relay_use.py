@@ -109,6 +109,8 @@ class RelayUse:
         self._quota = quota
         self._counters: dict[tuple[int, int], _Counter] = {}
         """By arena and link; one of the two is 0."""
+        self._dropped = False
+        """Some idle counters were dropped for room. They may come back with their totals."""
         self._answered = loop.now()
         self._since: dict[tuple[int, IPAddress], float] = {}
         """When connections of a process with a host came to the relay."""
@@ -121,11 +123,15 @@ class RelayUse:
     def forget_relay(self) -> None:
         """The relay has ended, with its counters."""
         self._counters.clear()
+        self._dropped = False
         self.rates.clear()
 
     def counted(self, arena: int, link: int, values: Mapping[str, int]) -> None:
         """The relay's counters of an arena (`link` is 0) or of a link (`arena` is 0)."""
-        self._counters.setdefault((arena, link), _Counter()).now = values
+        key = arena, link
+        if key not in self._counters:
+            self._counters[key] = _Counter(values if self._dropped else {})
+        self._counters[key].now = values
 
     def answered(self) -> None:
         """The relay begins to answer: what has changed since its last answer follows at once."""
@@ -185,6 +191,7 @@ class RelayUse:
             is_old = len(self._counters) > COUNTED and counter.last == counter.now
             if is_gone or is_old:
                 del self._counters[key]
+                self._dropped = self._dropped or not is_gone
             counter.last = counter.now
 
     # --- the processor

@@ -10,7 +10,7 @@ import pytest
 
 from dataplane.control import RelayRule, RouterSettings
 from dataplane.router import library_wire as wire
-from dataplane.router import peer_wire
+from dataplane.router import peer_wire, relay_use
 from dataplane.router.arenas import RELAY_SIDE
 from dataplane.router.interhost import spin_over_tcp
 from dataplane.router.pair_requests import PairRequest
@@ -282,6 +282,49 @@ def test_processor(
         assert waits(world, late[0]) == [Reason.LIMIT, Reason.LIMIT]
     namespace = world.hosts[who].namespace(1)
     assert world.hosts[who].pairing.containers[namespace].relay_cpu > 1.0
+
+
+def test_counters_that_were_forgotten(
+    world: World, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If there are so many counters that idle ones are forgotten, one that comes back doesn't count
+    all that it has done since the beginning as the work of one second.
+    """
+    monkeypatch.setattr(relay_use, "COUNTED", 0)
+    made = busy(world, traffic, 8)
+    world.loop.run(5)
+    works = True
+    traffic.uses = lambda host: (
+        counters(host, slots_in=800, blocks_in=800, cpu=100_000_000) if works else None
+    )
+    world.loop.run(300)
+    works = False
+    for host in world.hosts:
+        for _ in range(3):
+            host.ruling.use.answered()
+            world.loop.run(1)
+        assert not host.ruling.use.rates
+    works = True
+    world.loop.run(30)
+    assert granted(world, made) == 8
+
+
+def test_offers_are_looked_through_when_a_pause_begins_or_ends(
+    world: World, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pause costs nothing while it lasts, however many offers there are."""
+    made = busy(world, traffic, 8)
+    traffic.uses = lambda host: (
+        counters(host, bells_in=1000, slots_in=1000, blocks_in=1000) if host.number else None
+    )
+    world.loop.run(10)
+    assert granted(world, made) == 0
+    looks: list[float] = []
+    requests = world.hosts[1].remotes.requests
+    monkeypatch.setattr(requests, "offer_again", lambda: looks.append(world.loop.now()))
+    traffic.uses = lambda host: None
+    world.loop.run(RULE.pause + 60)
+    assert len(looks) == 1
 
 
 def test_a_relay_that_ends(world: World, traffic: Traffic) -> None:
