@@ -116,8 +116,12 @@ class LinkSockets:
         if error:
             raise OSError(error, os.strerror(error))
         if events & select.EPOLLOUT:
-            # A new connection's buffer has room for all of it.
-            dialled.send(pack(Preamble(index, making.ticket)))
+            try:
+                # A new connection's buffer has room for all of it.
+                dialled.send(pack(Preamble(index, making.ticket)))
+            except BlockingIOError:
+                # The event was for another socket, which had this descriptor before.
+                return
             self._loop.modify(dialled.fileno(), select.EPOLLIN)
         elif events & (select.EPOLLIN | _FAILED):
             try:

@@ -109,6 +109,8 @@ class Link:
     "confirmation"."""
     transport: Transport = Transport.RDMA
     trials: HostTrials = field(default_factory=HostTrials)
+    attempt: int = 0
+    """The leader's number of the last offer: what is said about earlier ones comes too late."""
     confirmed: bool = False
     """Leader, over TCP: the follower's end is up."""
     since: float = 0.0

@@ -80,6 +80,7 @@ class Links(LinkTable):
         self._sockets = sockets(self)
         self._kinds = kinds
         self._next = itertools.count(1)
+        self._attempts = itertools.count(1)
 
     # --- sessions, devices, connections
 
@@ -157,12 +158,14 @@ class Links(LinkTable):
         link.own = message.words
         if self._owner.leads(link.peer):
             self._await(link, "answer")
+            link.attempt = next(self._attempts)
             word = _WORDS[link.transport]
-            self._send(link.peer, LinkOffer(link.number, message.words, link.again, word))
+            offer = LinkOffer(link.number, message.words, link.again, word, link.attempt)
+            self._send(link.peer, offer)
         elif link.transport is Transport.RELAY:
             self._await(link, "sockets")
             ticket = self._sockets.expect(link.peer, link.number)
-            self._send(link.peer, LinkAnswer(link.shared, link.own, ticket))
+            self._send(link.peer, LinkAnswer(link.shared, link.own, ticket, link.attempt))
         else:
             self._connect(link)
 
@@ -195,7 +198,7 @@ class Links(LinkTable):
             self._failed(link, message.text)
             return
         if not self._owner.leads(link.peer):
-            self._send(link.peer, LinkAnswer(link.shared, link.own))
+            self._send(link.peer, LinkAnswer(link.shared, link.own, b"", link.attempt))
         elif link.transport is Transport.RELAY and not link.confirmed:
             self._await(link, "confirmation")
             return
@@ -255,13 +258,15 @@ class Links(LinkTable):
             self._send(peer, LinkRefused(NOTHING, "there is no such link"))
             return
         if transport is None or transport not in self._owner.transports(peer):
-            self._send(peer, LinkRefused(message.link, ABSENT[transport]))
+            text = ABSENT[transport]
+            self._send(peer, LinkRefused(message.link, text, attempt=message.attempt))
             return
         self.cancel(link)
         if not message.again:
             self._lose(link, "the peer made a new link")
         link.transport = transport
         link.shared, link.address, link.again = message.link, message.address, message.again
+        link.attempt = message.attempt
         self._link(link)
 
     def answered(self, peer: IPAddress, message: LinkAnswer) -> None:
@@ -269,7 +274,7 @@ class Links(LinkTable):
         over TCP: its end is up.
         """
         link = self.link(peer)
-        if not self._owner.leads(peer) or message.link != link.number:
+        if not self._owner.leads(peer) or not _is_current(link, message):
             return
         if link.awaited == "answer":
             link.address = message.address
@@ -298,7 +303,7 @@ class Links(LinkTable):
             ):
                 self._lose(link, message.text)
                 self._retry(link)
-        elif message.link != link.number:
+        elif not _is_current(link, message):
             return
         elif link.awaited not in ("", "linked"):
             # After the answer too: the follower's new end may fail at once.
@@ -355,7 +360,12 @@ class Links(LinkTable):
         elif self._owner.leads(link.peer):
             self._retry(link)
         else:
-            self._send(link.peer, LinkRefused(shared, _plain(link.reason), link.worked))
+            self._refuse(link, shared)
+
+    def _refuse(self, link: Link, shared: int) -> None:
+        """Follower: our end doesn't work."""
+        text = _plain(link.reason)
+        self._send(link.peer, LinkRefused(shared, text, link.worked, link.attempt))
 
     def _recover(self, link: Link) -> None:
         """A link with connections: try again, or give its transport up after the last attempt.
@@ -363,7 +373,7 @@ class Links(LinkTable):
         if not self._owner.has_session(link.peer):
             return
         if not self._owner.leads(link.peer):
-            self._send(link.peer, LinkRefused(link.shared, _plain(link.reason), link.worked))
+            self._refuse(link, link.shared)
         elif link.tries >= len(AGAIN) or not self.may_make(link):
             self._stream(link)
         else:
@@ -469,6 +479,11 @@ def _is_known(link: Link, offer: LinkOffer) -> bool:
         and link.state is not LinkState.STREAM
         and _WORDS[link.transport] == offer.transport
     )
+
+
+def _is_current(link: Link, message: LinkAnswer | LinkRefused) -> bool:
+    """Leader: whether the follower means the last offer of this link."""
+    return message.link == link.number and message.attempt in (0, link.attempt)
 
 
 def _plain(text: str) -> str:

@@ -158,13 +158,15 @@ class LinkOffer(msgspec.Struct, frozen=True, tag=True):
     """The sender's relay has made its end of a link. `again`: in place of one that was lost.
 
     `transport` is "" for RDMA, or "relay". Only peers whose Hello has `relay` are offered the
-    latter.
+    latter. `attempt` comes back in all that is said about this offer; peers of earlier versions
+    say 0.
     """
 
     link: U32
     address: Blob
     again: bool = False
     transport: Word = ""
+    attempt: U32 = 0
 
 
 class LinkAnswer(msgspec.Struct, frozen=True, tag=True):
@@ -176,6 +178,7 @@ class LinkAnswer(msgspec.Struct, frozen=True, tag=True):
     link: U32
     address: Blob
     ticket: Annotated[bytes, Meta(max_length=TICKET)] = b""
+    attempt: U32 = 0
 
 
 class LinkRefused(msgspec.Struct, frozen=True, tag=True):
@@ -186,6 +189,7 @@ class LinkRefused(msgspec.Struct, frozen=True, tag=True):
     link: U32
     text: Text
     worked: bool = False
+    attempt: U32 = 0
 
 
 class PeerDrop(msgspec.Struct, frozen=True, tag="Drop"):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import select
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +26,7 @@ from testbed.patience import patience, within
 from tests.unit.session_world import Router, World
 
 NUMBER: Final = 7
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 TEXT: Final = b"the relay's first bytes"
 
 
@@ -206,6 +210,26 @@ def test_a_closed_port(world: World, hosts: tuple[Host, Host]) -> None:
     world.run(0.2)
     assert len(one.links.failed) == 1
     assert one.links.failed[0][0] == NUMBER
+
+
+def test_an_event_of_an_earlier_socket(world: World, hosts: tuple[Host, Host]) -> None:
+    """An event that says of a connection too early that it is there does no harm."""
+    one, other = hosts
+    ticket = expect(hosts)
+    listener = other.router.sessions.listener._socket
+    assert listener is not None
+    # Nothing that arrives is accepted, so the first packets are lost.
+    nothing = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0))
+    listener.setsockopt(
+        socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(nothing))
+    )
+    one.sockets.dial(other.router.address, NUMBER, ticket)
+    for making in one.sockets._dialled.values():
+        for dialled in making.sockets.values():
+            assert world.loop.serve(dialled.fileno(), select.EPOLLOUT)
+    listener.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+    world.until("the sockets", lambda: NUMBER in one.links.ready and NUMBER in other.links.ready)
+    assert not one.links.failed
 
 
 def test_a_ticket_that_the_peer_does_not_know(world: World, hosts: tuple[Host, Host]) -> None:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from dataplane.router import library_wire as wire
 from dataplane.router import peer_wire
 from dataplane.router.knowledge import Knowledge
+from dataplane.router.library_wire import IPAddress
 from dataplane.router.link_table import LOSSES
 from dataplane.router.link_transport import FAILURES, LASTS, LEAST_REST, MOST_REST
-from dataplane.router.links import AGAIN, GIVE_UP
+from dataplane.router.links import AGAIN, GIVE_UP, STEP
 from dataplane.router.reasons import STATUS_ONLY, Reason
 from dataplane.router.remote import OPENING, SESSION_PATIENCE
 from dataplane.router.remote_connections import CONNECTIONS
@@ -792,6 +793,32 @@ def test_a_link_that_is_killed_again_and_again() -> None:
         world.loop.run(1)
     assert world.remote(tcp, 0) is not None
     assert world.hosts[0].transport(world.hosts[1]) is Transport.RELAY
+
+
+def test_an_answer_that_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to an offer that was given up is not taken for that to the next one, which would
+    fail by that.
+    """
+    world = started(cards=(), tcp=ALL)
+    upgraded(world)
+    leader, follower = world.hosts
+    links = leader.remotes.links
+    late: list[peer_wire.LinkAnswer] = []
+    real = links.answered
+
+    def answered(peer: IPAddress, message: peer_wire.LinkAnswer) -> None:
+        if message.ticket and not late:
+            late.append(message)
+            return
+        if message.ticket:
+            real(peer, late[0])
+        real(peer, message)
+
+    monkeypatch.setattr(links, "answered", answered)
+    world.break_link(*world.hosts)
+    world.loop.run(STEP + AGAIN[1] + 0.5)
+    assert late
+    assert leader.transport(follower) is Transport.RELAY
 
 
 def test_both_transports_rest() -> None:

@@ -108,17 +108,18 @@ BYTES: Final[list[tuple[pw.Message, bytes]]] = [
     ),
     (pw.Paired(3), b"\x82\xa4type\xa6Paired\xaaconnection\x03"),
     (
-        pw.LinkOffer(1, b"a", again=True, transport="relay"),
-        b"\x85\xa4type\xa9LinkOffer\xa4link\x01\xa7address\xc4\x01a\xa5again\xc3"
-        b"\xa9transport\xa5relay",
+        pw.LinkOffer(1, b"a", again=True, transport="relay", attempt=5),
+        b"\x86\xa4type\xa9LinkOffer\xa4link\x01\xa7address\xc4\x01a\xa5again\xc3"
+        b"\xa9transport\xa5relay\xa7attempt\x05",
     ),
     (
-        pw.LinkAnswer(1, b"a", b"t"),
-        b"\x84\xa4type\xaaLinkAnswer\xa4link\x01\xa7address\xc4\x01a\xa6ticket\xc4\x01t",
+        pw.LinkAnswer(1, b"a", b"t", 5),
+        b"\x85\xa4type\xaaLinkAnswer\xa4link\x01\xa7address\xc4\x01a\xa6ticket\xc4\x01t"
+        b"\xa7attempt\x05",
     ),
     (
         pw.LinkRefused(1, "no"),
-        b"\x84\xa4type\xabLinkRefused\xa4link\x01\xa4text\xa2no\xa6worked\xc2",
+        b"\x85\xa4type\xabLinkRefused\xa4link\x01\xa4text\xa2no\xa6worked\xc2\xa7attempt\x00",
     ),
     (pw.PeerDrop(3, 15), b"\x83\xa4type\xa4Drop\xaaconnection\x03\xa6reason\x0f"),
     (pw.PeerFrame(1, b"xy"), b"\x83\xa4type\xa5Frame\xa4link\x01\xa4data\xc4\x02xy"),
