@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory-relay",
         action="store_true",
-        help="connect relays of this machine through memory, without a device: for tests",
+        help="connect relays of this machine, built with --memory, without a device: for tests",
     )
     parser.add_argument(
         "--open-relay",
