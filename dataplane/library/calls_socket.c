@@ -3,10 +3,12 @@
 
 #include "attach.h"
 #include "clock.h"
+#include "cork.h"
 #include "emulate.h"
 #include "ends.h"
 #include "fallback.h"
 #include "flow.h"
+#include "identity.h"
 #include "keep.h"
 #include "poller.h"
 #include "protocol.h"
@@ -321,6 +323,14 @@ CALL int setsockopt(int fd, int level, int name, const void *value, socklen_t si
                 return real()->setsockopt(fd, level, name, value, size);
         if (value && size >= sizeof number)
                 memcpy(&number, value, sizeof number);
+        if (cork_keeps(end, level, name) && value && size == sizeof number) {
+                if (!cork_clears(end, name, number) && !identity_holds(fd, end)) {
+                        identity_lost(fd);
+                        return setsockopt(fd, level, name, value, size);
+                }
+                if (cork_set(end, level, name, number))
+                        return 0;
+        }
         fits = fit(level, name, number);
         if (fits == FIT && value && is_past(level, name, value, size))
                 fits = UNFIT;
@@ -335,6 +345,7 @@ CALL int setsockopt(int fd, int level, int name, const void *value, socklen_t si
         if (outcome != 0)
                 return outcome;
         keep_set(fd, end, level, name);
+        cork_set(end, level, name, number);
         if (fits == UNKNOWN)
                 fall_back(fd, end, key, REASON_OPTION);
         if (end_is(end, key) && end_of(fd, &key) == end)
@@ -342,7 +353,7 @@ CALL int setsockopt(int fd, int level, int name, const void *value, socklen_t si
         return outcome;
 }
 
-/* A few options concern what is left in a ring, and one receives bytes. */
+/* A few options concern a ring, or what is left in it, and one receives bytes. */
 CALL int getsockopt(int fd, int level, int name, void *value, socklen_t *size)
 {
         uint64_t key;
@@ -364,7 +375,8 @@ CALL int getsockopt(int fd, int level, int name, void *value, socklen_t *size)
                 number = (int)low;
         else if (level == SOL_SOCKET && name == PEEK_OFF && peeked)
                 number = (int)peeked - 1;
-        else if (!keep_get(end, level, name, &number))
+        else if (!keep_get(end, level, name, &number) &&
+                 !(cork_get(end, level, name, &number) && identity_holds(fd, end)))
                 return outcome;
         memcpy(value, &number, *size < sizeof number ? *size : sizeof number);
         return outcome;

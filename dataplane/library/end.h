@@ -77,6 +77,7 @@ struct end {
         _Atomic uint32_t low;          /* SO_RCVLOWAT; 0: the kernel has the program's own value */
         _Atomic uint32_t peeked;       /* 1 + SO_PEEK_OFF; 0: off */
         _Atomic uint32_t inq;          /* TCP_INQ */
+        _Atomic uint32_t delays;       /* TCP_CORK and TCP_NODELAY of a sender in a ring: cork.h */
         _Atomic uint32_t epoch;        /* router_epoch() at the request */
         _Atomic uint64_t opened;       /* ns */
         _Atomic uint64_t requested_at; /* ns of the first request; 0: none, or it has been accounted for */

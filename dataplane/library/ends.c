@@ -55,6 +55,7 @@ struct end *end_make(int fd, bool nonblocking)
         atomic_store_explicit(&end->low, 0, memory_order_relaxed);
         atomic_store_explicit(&end->peeked, 0, memory_order_relaxed);
         atomic_store_explicit(&end->inq, 0, memory_order_relaxed);
+        atomic_store_explicit(&end->delays, 0, memory_order_relaxed);
         atomic_store_explicit(&end->cookie, 0, memory_order_relaxed);
         atomic_store_explicit(&end->opened, 0, memory_order_relaxed);
         atomic_store_explicit(&end->requested_at, 0, memory_order_relaxed);

@@ -2,6 +2,7 @@
 
 #include "arena.h"
 #include "clock.h"
+#include "cork.h"
 #include "ends.h"
 #include "flow.h"
 #include "keep.h"
@@ -47,6 +48,7 @@ static void reset(int fd, struct end *end, uint32_t reason)
         flow_become(&end->rx, PHASE_OVER);
         /* The kernel sends a reset at the next close, or for what it gets from now on. */
         sys_3(SYS_connect, fd, &nowhere, sizeof nowhere);
+        cork_end(fd, end);
         statistics_reason(reason);
 }
 
@@ -132,6 +134,7 @@ void fallback_sender(int fd, struct end *end, uint32_t reason)
 {
         if (reason != REASON_PEER_CLOSED)
                 atomic_store(&end->final, 1);
+        cork_end(fd, end);
         fallback_end_ring(end);
         if (!fallback_await_start(end)) {
                 reset_broken(fd, end, false);

@@ -1,6 +1,7 @@
 #include "upgrade.h"
 
 #include "arena.h"
+#include "cork.h"
 #include "fallback.h"
 #include "flow.h"
 #include "poller.h"
@@ -55,6 +56,7 @@ void upgrade_sender(int fd, struct end *end)
         }
         if (!flow_become(&end->tx, PHASE_RING))
                 return;
+        cork_begin(fd, end);
         if (!view_remote(&view))
                 upgrade_start(end, &view);
         poller_sender_changed(end);

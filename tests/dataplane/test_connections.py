@@ -29,6 +29,23 @@ def test_options(both: Places) -> None:
     both.play("connections", "options")
 
 
+@pytest.mark.parametrize("scenario", ["kept", "kept_there", "shared"])
+def test_cork(both: Places, scenario: str) -> None:
+    """TCP_CORK and TCP_NODELAY read as they were set, by whichever process. On a ring the kernel
+    does not get them, and after it the kernel has them before it gets a byte.
+    """
+    both.play("cork", scenario)
+    both.upgraded()
+
+
+def test_more_follows(both: Places) -> None:
+    """If a connection moves behind bytes that were sent with MSG_MORE, the kernel does not hold
+    them back for 200 ms.
+    """
+    both.play("cork", "begins")
+    both.upgraded(10)
+
+
 def test_options_apart(both: Places) -> None:
     """Options that rings cannot carry take effect, and no byte is lost."""
     both.play("connections", "options_apart")

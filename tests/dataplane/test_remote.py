@@ -74,6 +74,8 @@ def remote(far: Places, ports: Iterator[int]) -> Iterator[Places]:
         *scenarios("processes"),
         # It needs 100,000 descriptors; another test covers that.
         *scenarios("waiting", "high_descriptor"),
+        # "begins" measures time.
+        *scenarios("cork", "begins"),
     ],
 )
 def test_as_on_this_host(late: Places, ports: Iterator[int], program: str, scenario: str) -> None:

@@ -397,6 +397,7 @@ static void close_past(int fd)
         CHECK(file >= 0 && write(file, "file!", 5) == 5);
         CHECK(raw(SYS_dup3, file, fd, 0, 0, 0, 0) == fd);
         unlink(path);
+        CHECK(setsockopt(fd, IPPROTO_TCP, TCP_CORK, &(int){1}, sizeof(int)) == -1 && errno == ENOTSOCK);
         CHECK(lseek(fd, 0, SEEK_SET) == 0);
         CHECK(read(fd, bytes, 5) == 5 && memcmp(bytes, "file!", 5) == 0);
         CHECK(write(fd, "more", 4) == 4);
