@@ -203,13 +203,15 @@ static int sort_out_own(struct poller *poller, struct epoll_event *events, int c
         return kept;
 }
 
-/* The same, and what it couldn't do under one lock. Under the poller's lock, which it releases for
- * a moment.
+/* The same, and what it couldn't do under one lock: `*settled`. Under the poller's lock, which it
+ * releases for a moment.
  */
-static int take_kernel_events(struct poller *poller, struct epoll_event *events, int count, enum taken *taken)
+static int take_kernel_events(struct poller *poller, struct epoll_event *events, int count, enum taken *taken,
+                              bool *settled)
 {
         count = sort_out_own(poller, events, count);
-        if (poller->settle_due) {
+        *settled = poller->settle_due;
+        if (*settled) {
                 lock_release(&poller->lock, *taken);
                 poller_settle(poller);
                 *taken = lock_take(&poller->lock, self());
@@ -406,16 +408,27 @@ static int merge(struct epoll_event *events, int known, struct epoll_event *more
         return total;
 }
 
+/* After a sleep that only a bell has ended: can what it was for be reported without another look at
+ * the kernel? Yes, if it is the only registration that is ACTIVE. It was published before the bell
+ * was rung. So what came earlier, another bell or an event of TCP, was there when the kernel
+ * collected its events. Several may have come in another order than their bells. */
+static bool is_alone(const struct poller *poller)
+{
+        return poller->pending_count == 1 && poller->active == poller->pending[0] &&
+               registrations[poller->active].next == NONE && poller->nested == NONE && !poller->polled;
+}
+
 int poller_translate(struct poller *poller, struct epoll_event *events, int count, int size)
 {
         enum taken taken = lock_take(&poller->lock, self());
         /* Another thread may have the next turn, while the lock is released. */
         uint32_t turn = ++poller->turn;
+        bool has_all = count < size, settled;
         struct list list;
 
         poller->pending_count = 0;
-        count = take_kernel_events(poller, events, count, &taken);
-        if (!count && poller->ring_count > 1) {
+        count = take_kernel_events(poller, events, count, &taken, &settled);
+        if (!count && poller->ring_count > 1 && (!has_all || settled || !is_alone(poller))) {
                 /* Other rings may have something by now, and the kernel is polled once more. */
                 lock_release(&poller->lock, taken);
                 return 0;
@@ -436,7 +449,7 @@ int poller_translate(struct poller *poller, struct epoll_event *events, int coun
  */
 static int poll_kernel(struct poller *poller, struct epoll_event *events, int room, enum taken *taken)
 {
-        bool again = room > 0;
+        bool again = room > 0, settled;
         int count = 0;
 
         poller->pending_count = 0;
@@ -444,7 +457,7 @@ static int poll_kernel(struct poller *poller, struct epoll_event *events, int ro
         for (int calls = 0; again && !count && calls < MOST_CALLS; calls++) {
                 int got = (int)sys_6(SYS_epoll_pwait, poller->epfd - 1, events, room, 0, 0, 8);
 
-                count = take_kernel_events(poller, events, got > 0 ? got : 0, taken);
+                count = take_kernel_events(poller, events, got > 0 ? got : 0, taken, &settled);
                 again = got == room || return_to_kernel(poller);
         }
         return count;

@@ -61,6 +61,12 @@ def test_epoll_before(both: Places) -> None:
     both.play("waiting", "epoll_before")
 
 
+def test_epoll_calls(both: Places) -> None:
+    """A program that waits for several connections makes one system call for each sleep."""
+    both.play("waiting", "epoll_calls")
+    both.upgraded(2)
+
+
 def test_select_large(both: Places) -> None:
     """select() takes sets of more descriptors than FD_SETSIZE."""
     both.play("waiting", "select_large")

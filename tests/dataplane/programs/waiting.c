@@ -1,5 +1,6 @@
 /* Waiting for a connection on a ring: epoll, poll, select, time-outs, signals. */
 #include "pair.h"
+#include "traced.h"
 
 #include <limits.h>
 
@@ -819,6 +820,60 @@ static void thread_memory(int fd)
         CHECK(pages() - before < 100);
 }
 
+enum { ROUNDS = 300 };
+
+static uint64_t waits_of(const struct traced *traced)
+{
+#ifdef SYS_epoll_wait
+        return traced->calls[SYS_epoll_wait] + traced->calls[SYS_epoll_pwait] +
+               traced->calls[SYS_epoll_pwait2];
+#else
+        return traced->calls[SYS_epoll_pwait] + traced->calls[SYS_epoll_pwait2];
+#endif
+}
+
+/* One message at a time, on one of two connections. */
+static void wait_for_two(int listener)
+{
+        struct traced *traced = traced_begin();
+        int instance = epoll_create1(0);
+        uint64_t before;
+
+        for (int i = 0; i < 2; i++) {
+                struct epoll_event event = {.events = EPOLLIN, .data.fd = accept(listener, NULL, NULL)};
+
+                CHECK(event.data.fd >= 0);
+                warm_up_server(event.data.fd);
+                CHECK(epoll_ctl(instance, EPOLL_CTL_ADD, event.data.fd, &event) == 0);
+        }
+        before = waits_of(traced);
+        for (int i = 0; i < ROUNDS; i++) {
+                struct epoll_event events[4];
+
+                CHECK(epoll_wait(instance, events, 4, -1) == 1);
+                get(events[0].data.fd, "?");
+                put(events[0].data.fd, "!");
+        }
+        CHECK(waits_of(traced) - before <= ROUNDS * 3 / 2);
+}
+
+static void ask_in_turn(int unused)
+{
+        int fds[2];
+
+        (void)unused;
+        for (int i = 0; i < 2; i++) {
+                fds[i] = dial();
+                warm_up(fds[i]);
+        }
+        for (int i = 0; i < ROUNDS; i++) {
+                nap(2);
+                put(fds[i % 2], "?");
+                get(fds[i % 2], "!");
+        }
+        get_end(fds[0]);
+}
+
 int main(int count, char **arguments)
 {
         static const struct scenario scenarios[] = {
@@ -832,6 +887,7 @@ int main(int count, char **arguments)
             {"epoll_nested", obey, epoll_nested, false},
             {"epoll_timed", obey, epoll_timed, false},
             {"epoll_before", serve_one, epoll_before, true},
+            {"epoll_calls", wait_for_two, ask_in_turn, true},
             {"poll_and_select", obey, poll_and_select, false},
             {"select_large", obey, select_large, false},
             {"poll_among_others", obey, poll_among_others, false},
