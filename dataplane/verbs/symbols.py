@@ -21,7 +21,6 @@ _STUBS: Final = {
     "pointer": "void *stub_pointer(void)\n{\n        errno = EOPNOTSUPP;\n        return 0;\n}\n",
     "minus": "int stub_minus(void)\n{\n        errno = EOPNOTSUPP;\n        return -1;\n}\n",
     "code": "int stub_code(void)\n{\n        return EOPNOTSUPP;\n}\n",
-    "negative": "long stub_negative(void)\n{\n        return -EOPNOTSUPP;\n}\n",
     "zero": "uint64_t stub_zero(void)\n{\n        return 0;\n}\n",
     "nothing": "void stub_nothing(void)\n{\n}\n",
     "data": "uint64_t stub_data;\n",

@@ -1,0 +1,95 @@
+#include "port.h"
+
+#include "mutex.h"
+
+#include <endian.h>
+#include <string.h>
+
+_Atomic uint32_t port_generations;
+
+static struct {
+        struct mutex mutex;
+        uint32_t count; /* of GIDs */
+        uint32_t queue_pairs, regions;
+        uint64_t guid;
+        union ibv_gid gids[PORT_GIDS];
+} port;
+
+static bool is_none(const union ibv_gid *gid)
+{
+        return !gid->global.subnet_prefix && !gid->global.interface_id;
+}
+
+static uint32_t lower(uint32_t said, uint32_t most)
+{
+        return said < most ? said : most;
+}
+
+bool port_set(const struct port_place *place)
+{
+        union ibv_gid *gid;
+        bool changed;
+
+        if (place->index >= PORT_GIDS)
+                return false;
+        mutex_take(&port.mutex);
+        gid = &port.gids[place->index];
+        changed = memcmp(gid, &place->gid, sizeof *gid) != 0;
+        port.count += (uint32_t)is_none(gid) - (uint32_t)is_none(&place->gid);
+        *gid = place->gid;
+        port.guid = place->guid;
+        port.queue_pairs = lower(place->queue_pairs, MOST_QUEUE_PAIRS);
+        port.regions = lower(place->regions, MOST_REGIONS);
+        mutex_release(&port.mutex);
+        return changed;
+}
+
+void port_forget(void)
+{
+        /* Another thread of the parent may have had the mutex. */
+        port.mutex = (struct mutex){0};
+        port.count = 0;
+        memset(port.gids, 0, sizeof port.gids);
+        atomic_fetch_add_explicit(&port_generations, 1, memory_order_relaxed);
+}
+
+/* A copy of a word that the router may change. */
+#define COPY_OF(field)                                                                                       \
+        ({                                                                                                   \
+                __typeof__(port.field) copy_;                                                                \
+                                                                                                             \
+                mutex_take(&port.mutex);                                                                     \
+                copy_ = port.field;                                                                          \
+                mutex_release(&port.mutex);                                                                  \
+                copy_;                                                                                       \
+        })
+
+bool port_is_active(void)
+{
+        return COPY_OF(count);
+}
+
+__be64 port_guid(void)
+{
+        return htobe64(COPY_OF(guid));
+}
+
+uint32_t port_most_queue_pairs(void)
+{
+        return COPY_OF(queue_pairs);
+}
+
+uint32_t port_most_regions(void)
+{
+        return COPY_OF(regions);
+}
+
+bool port_gid(uint32_t index, union ibv_gid *gid)
+{
+        if (index >= PORT_GIDS)
+                return false;
+        mutex_take(&port.mutex);
+        *gid = port.gids[index];
+        mutex_release(&port.mutex);
+        return !is_none(gid);
+}
