@@ -1,12 +1,11 @@
 /* The list of devices, with the only one if the container has it, and fork support, which nothing
  * needs: a registered page is no page that a device pins.
  */
+#include "files.h"
 #include "port.h"
 
 #include <errno.h>
 #include <stdlib.h>
-
-#define NAME "freeflow0"
 
 /* Its number among the devices of the host, of which no other is seen. */
 enum { DEVICE_INDEX = 0 };
@@ -18,10 +17,10 @@ static struct {
         char nothing[1024];
 } only = {.device = {.node_type = IBV_NODE_CA,
                      .transport_type = IBV_TRANSPORT_IB,
-                     .name = NAME,
-                     .dev_name = NAME,
-                     .dev_path = "/sys/class/infiniband_verbs/" NAME,
-                     .ibdev_path = "/sys/class/infiniband/" NAME}};
+                     .name = DEVICE_NAME,
+                     .dev_name = DEVICE_NAME,
+                     .dev_path = SYSFS_VERBS,
+                     .ibdev_path = SYSFS_DEVICE}};
 
 VERB struct ibv_device **ibv_get_device_list(int *number)
 {

@@ -10,6 +10,7 @@
  * was lost: the exit code is 1.
  */
 #include "../../dataplane/verbs/cq.h"
+#include "../../dataplane/verbs/files.h"
 #include "../../dataplane/verbs/opened.h"
 #include "../../dataplane/verbs/opening.h"
 #include "../../dataplane/verbs/port.h"
@@ -179,6 +180,53 @@ static void check_gids(void)
         CHECK(ibv_query_pkey(context, 1, 0, &pkey) == 0 && pkey == 0xffff);
         CHECK(ibv_query_pkey(context, 1, 1, &pkey) == -1 && ibv_get_pkey_index(context, 1, pkey) == 0);
         CHECK(ibv_get_pkey_index(context, 1, 1) == -1);
+}
+
+int ibv_read_sysfs_file(const char *folder, const char *file, char *text, size_t size);
+
+/* A file of the device says this; NULL: there is none. */
+static void check_file(const char *file, const char *says)
+{
+        char text[FILE_TEXT];
+        int length = ibv_read_sysfs_file(context->device->ibdev_path, file, text, sizeof text);
+
+        if (!says ? length >= 0 : (length != (int)strlen(says) || strcmp(text, says)))
+                fail(file, length);
+}
+
+/* The device's files say what its attributes say. */
+static void check_files(void)
+{
+        char text[FILE_TEXT];
+        struct ibv_device_attr device;
+
+        CHECK(ibv_query_device(context, &device) == 0);
+        check_file("fw_ver", device.fw_ver);
+        check_file("node_guid", "1122:3344:5566:7788");
+        check_file("node_type", "1: CA");
+        check_file("ports/1/state", "4: ACTIVE");
+        check_file("ports/1/link_layer", "Ethernet");
+        check_file("ports/1/cap_mask", "0x04010000");
+        check_file("ports/1/pkeys/0", "0xffff");
+        check_file("ports/1/gids/0", "0000:0000:0000:0000:0000:ffff:7f00:0001");
+        check_file("ports/1/gids/1", "0000:0000:0000:0000:0000:0000:0000:0000");
+        check_file("ports/1/gids/5", "2001:0db8:0000:0000:0000:0000:0000:0002");
+        check_file("ports/1/gid_attrs/types/5", "RoCE v2");
+        check_file("ports/1/gid_attrs/ndevs/0", "lo");
+        check_file("ports/1/gids/127", "0000:0000:0000:0000:0000:0000:0000:0000");
+        /* Nobody has the address, and nobody has these files. */
+        check_file("ports/1/gid_attrs/ndevs/5", NULL);
+        check_file("ports/1/gid_attrs/types/1", NULL);
+        check_file("ports/1/gids/128", NULL);
+        check_file("ports/1/gids/05", NULL);
+        check_file("ports/1/gids/4294967296", NULL);
+        check_file("ports/1/gids/", NULL);
+        check_file("ports/1/gids/-1", NULL);
+        check_file("ports/2/state", NULL);
+        check_file("board_id", NULL);
+        CHECK(ibv_read_sysfs_file(SYSFS_VERBS, "ibdev", text, sizeof text) == 9);
+        CHECK(!strcmp(text, context->device->name));
+        CHECK(ibv_read_sysfs_file(context->device->ibdev_path, "fw_ver", text, 2) == 2);
 }
 
 static void check_wishes(void)
@@ -649,6 +697,7 @@ int main(int arguments, char **argument)
         if (rules) {
                 check_attributes();
                 check_gids();
+                check_files();
                 check_wishes();
                 check_limit();
                 check_extended();

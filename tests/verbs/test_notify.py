@@ -15,7 +15,18 @@ from tests.dataplane.places import compile_c
 from tests.verbs.conftest import BUILD, HEADER
 
 SOURCE = Path(__file__).with_name("notify.c")
-TESTED = ("attributes", "channel", "completion", "cq", "devices", "interfaces", "opening", "port")
+TESTED = (
+    "attributes",
+    "channel",
+    "completion",
+    "cq",
+    "devices",
+    "files",
+    "interfaces",
+    "opening",
+    "port",
+    "sysfs",
+)
 SECONDS = os.environ.get("TORTURE_SECONDS", "1")
 
 
