@@ -1,0 +1,174 @@
+/* The messages of verbs between the library and the router, on the same socket as those of
+ * protocol.h and by the same rules. The router knows by the socket which container and which
+ * process asks: a number of a queue pair or a connection is checked to be the asker's own.
+ *
+ *      library                                router
+ *      V_OPEN version                 ->      answered at once, and again when the answer changes
+ *                                     <-       V_DEVICE one for each GID, or one without any
+ *      V_QUEUE_PAIR                   ->      answered once the other side has asked for this one
+ *                                     <-       V_GRANT arena, slot + memfd, as GRANT; RELEASE gives it back
+ *                                     <-       V_REFUSE reason: never, or no more: the peer is gone
+ *      V_QUEUE_PAIR_END               ->       the queue pair is reset or destroyed; no answer
+ *      V_DATAGRAMS open or closed     ->       datagrams may come to this queue pair; no answer
+ *      V_DATAGRAM_PEER                ->      datagrams are to go to a queue pair of a GID
+ *                                     <-       V_GRANT, to both processes, or V_REFUSE
+ *      V_GROUP join or leave          ->       a multicast group; no answer
+ *      V_LISTEN                       ->
+ *                                     <-       V_LISTENING port, or V_REFUSE
+ *      V_LISTEN_END                   ->       no answer
+ *      V_CONNECTION step              ->       passed on to the process at the other end
+ *                                     <-       V_CONNECTION step, from there
+ *      V_STATUS                       ->       for lists; no answer
+ */
+#ifndef FREEFLOW_VERBS_PROTOCOL_H
+#define FREEFLOW_VERBS_PROTOCOL_H
+
+#include "protocol.h"
+
+enum {
+        VERBS_VERSION = 1,
+        VERBS_PRIVATE = 256, /* bytes of private data of a connection, at most */
+};
+
+enum verbs_kind {
+        V_OPEN = 32,
+        V_DEVICE = 33,
+        V_QUEUE_PAIR = 34,
+        V_GRANT = 35,
+        V_REFUSE = 36,
+        V_QUEUE_PAIR_END = 37,
+        V_DATAGRAMS = 38,
+        V_DATAGRAM_PEER = 39,
+        V_GROUP = 40,
+        V_LISTEN = 41,
+        V_LISTENING = 42,
+        V_LISTEN_END = 43,
+        V_CONNECTION = 44,
+        V_STATUS = 45,
+        /* 46 to 52: direct memory */
+};
+
+enum verbs_slot { V_SLOT_CONNECTED = 1, V_SLOT_DATAGRAMS = 2 };
+
+enum verbs_step {
+        V_STEP_REQUEST = 1,
+        V_STEP_REPLY = 2,
+        V_STEP_READY = 3,
+        V_STEP_REJECT = 4,
+        V_STEP_DISCONNECT = 5,
+        V_STEP_DISCONNECTED = 6,
+        V_STEP_RESOLVE = 7, /* of datagrams: which queue pair and Q_Key */
+        V_STEP_RESOLVED = 8,
+};
+
+/* A GID as verbs have it: an IPv4 address as ::ffff:a.b.c.d. */
+struct verbs_gid {
+        uint8_t bytes[16];
+};
+
+struct v_open {
+        struct message message;
+        uint32_t version;
+};
+
+struct v_device {
+        struct message message;
+        uint32_t index;                /* of the GID */
+        uint32_t count;                /* of GIDs; 0: there is no device */
+        uint32_t qpn_first, qpn_count; /* numbers that the process may give to queue pairs */
+        uint32_t queue_pairs, regions; /* limits */
+        uint32_t direct;               /* 1: direct memory is allowed */
+        uint64_t guid;
+        uint64_t direct_bytes;
+        struct verbs_gid gid; /* 0: the container has left this network */
+};
+
+struct v_queue_pair {
+        struct message message;
+        uint32_t qpn, peer_qpn;
+        uint32_t gid_index;
+        uint32_t type; /* enum ibv_qp_type */
+        struct verbs_gid peer_gid;
+};
+
+struct v_grant {
+        struct message message;
+        uint32_t qpn, peer_qpn; /* of V_SLOT_DATAGRAMS: 0, and the first of the peer's numbers */
+        uint32_t slot_kind;     /* enum verbs_slot */
+        uint32_t side;
+        uint32_t slot;
+        uint64_t arena;
+        uint64_t incarnation;
+        uint64_t token;
+        uint32_t gid_index;
+        uint32_t peer_count; /* of V_SLOT_DATAGRAMS: how many numbers the peer has */
+        struct verbs_gid peer_gid;
+};
+
+struct v_refuse {
+        struct message message;
+        uint32_t kind;   /* of the message that is refused */
+        uint32_t number; /* of the queue pair, or of the connection */
+        uint32_t reason; /* enum reason */
+};
+
+/* V_QUEUE_PAIR_END, V_LISTEN_END. */
+struct v_end {
+        struct message message;
+        uint32_t number;
+};
+
+/* V_DATAGRAMS, V_DATAGRAM_PEER, V_GROUP. */
+struct v_datagrams {
+        struct message message;
+        uint32_t qpn;
+        uint32_t gid_index;
+        uint32_t peer_qpn;    /* V_DATAGRAM_PEER */
+        uint32_t on;          /* V_DATAGRAMS, V_GROUP: 1 open or join, 0 closed or leave */
+        struct verbs_gid gid; /* V_DATAGRAM_PEER, V_GROUP */
+};
+
+/* V_LISTEN, V_LISTENING. */
+struct v_listen {
+        struct message message;
+        uint32_t id;
+        uint32_t space; /* the port space of rdma_cm */
+        uint32_t port;  /* V_LISTEN: 0: any */
+        uint32_t backlog;
+        struct verbs_gid gid; /* 0: all of the container's */
+};
+
+struct v_connection {
+        struct message message;
+        uint32_t step;    /* enum verbs_step */
+        uint32_t id;      /* of the receiver, in a message from the router of the sender's peer */
+        uint32_t peer_id; /* 0: the listener of the port, V_STEP_REQUEST and V_STEP_RESOLVE */
+        uint32_t gid_index;
+        uint32_t space;
+        uint32_t port;
+        uint32_t qpn;
+        uint32_t type; /* enum ibv_qp_type */
+        uint32_t psn;
+        uint32_t qkey;
+        uint32_t reject; /* V_STEP_REJECT: the reason, as InfiniBand numbers it */
+        uint8_t responder_resources;
+        uint8_t initiator_depth;
+        uint8_t flow_control;
+        uint8_t retry;
+        uint8_t rnr_retry;
+        uint8_t srq;
+        uint16_t private_size;
+        struct verbs_gid peer_gid;
+        uint8_t private_data[VERBS_PRIVATE];
+};
+
+struct v_status {
+        struct message message;
+        uint32_t qpn;
+        uint32_t state; /* enum ibv_qp_state */
+        uint32_t unused;
+        uint64_t operations;
+        uint64_t bytes;
+};
+
+#endif
