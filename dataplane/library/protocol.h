@@ -92,7 +92,7 @@ struct welcome {
         uint32_t bulk;       /* so many bytes at once are enough, whatever the rest */
         uint32_t spin;       /* microseconds */
         uint32_t ring_limit; /* bytes of a ring that may be used, at most RING_SIZE */
-        uint32_t unused;
+        uint32_t verbs;      /* version of verbs_protocol.h that the router knows; older ones: 0 */
 };
 
 /* An address as the kernel prints it: IPv4 in the first four bytes, IPv6 in all sixteen. Port in

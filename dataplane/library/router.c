@@ -7,6 +7,7 @@
 #include "settings.h"
 #include "statistics.h"
 #include "sys.h"
+#include "verbs_protocol.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -145,7 +146,7 @@ static bool receive_one(void)
                 struct message message;
                 struct welcome welcome;
                 struct grant grant;
-                uint64_t words[32];
+                struct v_connection connection; /* the longest */
         } buffer;
         struct iovec vec = {.iov_base = &buffer, .iov_len = sizeof buffer};
         struct msghdr header = {

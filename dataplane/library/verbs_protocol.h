@@ -5,10 +5,12 @@
  *      library                                router
  *      V_OPEN version                 ->      answered at once, and again when the answer changes
  *                                     <-       V_DEVICE one for each GID, or one without any
- *      V_QUEUE_PAIR                   ->      answered once the other side has asked for this one
+ *      V_QUEUE_PAIR request           ->      answered once the other side has asked for this one
  *                                     <-       V_GRANT arena, slot + memfd, as GRANT; RELEASE gives it back
- *                                     <-       V_REFUSE reason: never, or no more: the peer is gone
- *      V_QUEUE_PAIR_END               ->       the queue pair is reset or destroyed; no answer
+ *                                     <-       V_REFUSE reason: never; or no more, REASON_PEER_CLOSED: the
+ *                                                peer's queue pair has ended, whatever is in the rings
+ *      V_QUEUE_PAIR_END               ->       the queue pair is reset or destroyed; no answer. A slot
+ *                                                that it was granted is released
  *      V_DATAGRAMS open or closed     ->       datagrams may come to this queue pair; no answer
  *      V_DATAGRAM_PEER                ->      datagrams are to go to a queue pair of a GID
  *                                     <-       V_GRANT, to both processes, or V_REFUSE
@@ -66,9 +68,11 @@ struct verbs_gid {
         uint8_t bytes[16];
 };
 
+/* The first message of verbs, to a router whose WELCOME says that it knows this version. */
 struct v_open {
         struct message message;
         uint32_t version;
+        uint32_t qpn_first; /* of the numbers that an earlier router gave the process; 0: none */
 };
 
 struct v_device {
@@ -80,36 +84,41 @@ struct v_device {
         uint32_t direct;               /* 1: direct memory is allowed */
         uint64_t guid;
         uint64_t direct_bytes;
-        struct verbs_gid gid; /* 0: the container has left this network */
+        struct verbs_gid gid; /* 0: the container has this address no more */
 };
 
 struct v_queue_pair {
         struct message message;
+        uint32_t request; /* the library's number of it, which answers repeat */
         uint32_t qpn, peer_qpn;
         uint32_t gid_index;
-        uint32_t type; /* enum ibv_qp_type */
+        uint32_t type;   /* enum ibv_qp_type */
+        uint32_t paired; /* 1: by an earlier router; only an end of the peer is of interest */
         struct verbs_gid peer_gid;
 };
 
 struct v_grant {
         struct message message;
+        uint32_t request;       /* of V_SLOT_DATAGRAMS: 0 */
         uint32_t qpn, peer_qpn; /* of V_SLOT_DATAGRAMS: 0, and the first of the peer's numbers */
         uint32_t slot_kind;     /* enum verbs_slot */
         uint32_t side;
         uint32_t slot;
+        uint32_t gid_index;
         uint64_t arena;
         uint64_t incarnation;
         uint64_t token;
-        uint32_t gid_index;
-        uint32_t peer_count; /* of V_SLOT_DATAGRAMS: how many numbers the peer has */
         struct verbs_gid peer_gid;
+        uint32_t peer_count; /* of V_SLOT_DATAGRAMS: how many numbers the peer has */
+        uint32_t unused;
 };
 
 struct v_refuse {
         struct message message;
-        uint32_t kind;   /* of the message that is refused */
-        uint32_t number; /* of the queue pair, or of the connection */
-        uint32_t reason; /* enum reason */
+        uint32_t kind;    /* of the message that is refused */
+        uint32_t request; /* of a queue pair */
+        uint32_t number;  /* of the queue pair, or of the connection */
+        uint32_t reason;  /* enum reason */
 };
 
 /* V_QUEUE_PAIR_END, V_LISTEN_END. */

@@ -156,7 +156,9 @@ class Welcome(msgspec.Struct, frozen=True, gc=False):
     bytes: U32
     bulk: U32
     spin: U32
-    ring_limit: _Last
+    ring_limit: U32
+    verbs: U32 = 0
+    """Version of the messages of verbs."""
 
 
 @codec.message(MessageKind.REQUEST)

@@ -102,15 +102,17 @@ _Step = Annotated[Step, WireField("I", int, _one_of(Step))]
 _SlotKind = Annotated[SlotKind, WireField("I", int, _one_of(SlotKind))]
 _U8 = Annotated[int, WireField("B")]
 _PrivateSize = Annotated[int, WireField("H", int, _private_size)]
-_Unused = Annotated[int, WireField("I4x")]
+_Last = Annotated[int, WireField("I4x")]
+"""A number before four bytes without meaning."""
 _Private = Annotated[bytes, WireField(f"{PRIVATE}s", bytes, bytes)]
 
 
 @codec.message(VerbsKind.OPEN)
 class VerbsOpen(msgspec.Struct, frozen=True, gc=False):
-    """A process wants to know its device."""
+    """A process wants to know its device. `qpn_first`: it had these numbers of an earlier router."""
 
     version: U32
+    qpn_first: U32 = 0
 
 
 @codec.message(VerbsKind.DEVICE)
@@ -131,12 +133,17 @@ class VerbsDevice(msgspec.Struct, frozen=True, gc=False):
 
 @codec.message(VerbsKind.QUEUE_PAIR)
 class VerbsQueuePair(msgspec.Struct, frozen=True, gc=False):
-    """A queue pair wants to be paired."""
+    """A queue pair wants to be paired, or was paired by an earlier router.
 
+    `request` is the process's own number of this message, which the answers repeat.
+    """
+
+    request: U32
     qpn: U32
     peer_qpn: U32
     gid_index: U32
     type: U32
+    paired: _Bool
     peer_gid: Gid
 
 
@@ -144,17 +151,18 @@ class VerbsQueuePair(msgspec.Struct, frozen=True, gc=False):
 class VerbsGrant(msgspec.Struct, frozen=True, gc=False):
     """A slot of an arena for a queue pair, or for the datagrams of two processes; see `Grant`."""
 
+    request: U32
     qpn: U32
     peer_qpn: U32
     slot_kind: _SlotKind
     side: U32
     slot: U32
+    gid_index: U32
     arena: U64
     incarnation: U64
     token: U64
-    gid_index: U32
-    peer_count: U32
     peer_gid: Gid
+    peer_count: _Last = 0
 
 
 @codec.message(VerbsKind.REFUSE)
@@ -162,6 +170,7 @@ class VerbsRefuse(msgspec.Struct, frozen=True, gc=False):
     """A message of kind `refused` is refused, or what it has led to has ended."""
 
     refused: U32
+    request: U32
     number: U32
     reason: U32
 
@@ -229,7 +238,7 @@ class VerbsStatus(msgspec.Struct, frozen=True, gc=False):
     """What a queue pair has done, for lists."""
 
     qpn: U32
-    state: _Unused
+    state: _Last
     operations: U64
     bytes: U64
 

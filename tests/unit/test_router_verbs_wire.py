@@ -23,21 +23,21 @@ A, B = IPv4Address("10.0.4.7"), IPv6Address("fd00::9")
 A_GID, B_GID = "{{[10] = 255, 255, 10, 0, 4, 7}}", "{{0xfd, [15] = 9}}"
 
 EXAMPLES: Final[list[tuple[wire.Message, str]]] = [
-    (wire.VerbsOpen(1), "struct v_open m = {{V_OPEN, sizeof m}, 1}"),
+    (wire.VerbsOpen(1, 2), "struct v_open m = {{V_OPEN, sizeof m}, 1, 2}"),
     (
         wire.VerbsDevice(1, 2, 3, 4, 5, 6, True, 8, 9, A),
         f"struct v_device m = {{{{V_DEVICE, sizeof m}}, 1, 2, 3, 4, 5, 6, 1, 8, 9, {A_GID}}}",
     ),
     (
-        wire.VerbsQueuePair(1, 2, 3, 4, B),
-        f"struct v_queue_pair m = {{{{V_QUEUE_PAIR, sizeof m}}, 1, 2, 3, 4, {B_GID}}}",
+        wire.VerbsQueuePair(1, 2, 3, 4, 5, True, B),
+        f"struct v_queue_pair m = {{{{V_QUEUE_PAIR, sizeof m}}, 1, 2, 3, 4, 5, 1, {B_GID}}}",
     ),
     (
-        wire.VerbsGrant(1, 2, SlotKind.DATAGRAMS, 4, 5, 6, 7, 8, 9, 10, A),
+        wire.VerbsGrant(1, 2, 3, SlotKind.DATAGRAMS, 4, 5, 6, 7, 8, 9, A, 11),
         "struct v_grant m = "
-        f"{{{{V_GRANT, sizeof m}}, 1, 2, V_SLOT_DATAGRAMS, 4, 5, 6, 7, 8, 9, 10, {A_GID}}}",
+        f"{{{{V_GRANT, sizeof m}}, 1, 2, 3, V_SLOT_DATAGRAMS, 4, 5, 6, 7, 8, 9, {A_GID}, 11}}",
     ),
-    (wire.VerbsRefuse(34, 2, 3), "struct v_refuse m = {{V_REFUSE, sizeof m}, 34, 2, 3}"),
+    (wire.VerbsRefuse(34, 2, 3, 4), "struct v_refuse m = {{V_REFUSE, sizeof m}, 34, 2, 3, 4}"),
     (
         wire.VerbsEnd(VerbsKind.QUEUE_PAIR_END, 1),
         "struct v_end m = {{V_QUEUE_PAIR_END, sizeof m}, 1}",

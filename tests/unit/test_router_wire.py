@@ -32,9 +32,9 @@ EXAMPLES: Final[list[tuple[wire.Message, str]]] = [
         '.build = "0123abcd"}',
     ),
     (
-        wire.Welcome(N32, 2, True, 3, 4, 5, 6, 7, 8),
+        wire.Welcome(N32, 2, True, 3, 4, 5, 6, 7, 8, 9),
         f"struct welcome m = {{.message = {{WELCOME, sizeof m}}, .version = {N32}, .layout_version = 2, .enabled = 1, "
-        ".operations = 3, .age = 4, .bytes = 5, .bulk = 6, .spin = 7, .ring_limit = 8}",
+        ".operations = 3, .age = 4, .bytes = 5, .bulk = 6, .spin = 7, .ring_limit = 8, .verbs = 9}",
     ),
     (
         wire.Request(N32, N64, A, B),
