@@ -116,7 +116,7 @@ class _Layout:
         hints = get_type_hints(message, include_extras=True)
         names = message.__struct_fields__
         self._message = message
-        self._kinds = kinds
+        self._kinds = {int(kind): kind for kind in kinds}
         self._shared = names[0] == "kind"
         own = names[1:] if self._shared else names
         self._order = [own.index(name) for name in order]
@@ -131,10 +131,10 @@ class _Layout:
 
     def name(self, kind: int) -> str:
         """The name of one of its kinds."""
-        return next(known.name for known in self._kinds if known == kind)
+        return self._kinds[kind].name
 
     def pack(self, message: msgspec.Struct) -> bytes:
-        kind, values = int(self._kinds[0]), list(astuple(message))
+        kind, values = next(iter(self._kinds)), list(astuple(message))
         if self._shared:
             kind = values.pop(0)
         if self._order:
@@ -152,7 +152,9 @@ class _Layout:
             values.append(data[self.form.size :])
         if self._order:
             values = [values[self._order.index(place)] for place in range(len(values))]
-        return self._message(kind, *values) if self._shared else self._message(*values)
+        if self._shared:
+            values.insert(0, self._kinds[kind])
+        return self._message(*values)
 
 
 def _field(hint: Any) -> WireField:

@@ -51,6 +51,7 @@ def test_kinds_that_share_a_class() -> None:
         data = codec.pack(Reordered(kind, 1))
         assert data == bytes([kind, 0, 16, 0, 7, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
         assert codec.unpack(data) == Reordered(kind, 1)
+        assert codec.unpack(data).kind is kind
 
 
 def test_conversions_and_padding() -> None:
