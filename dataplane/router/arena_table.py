@@ -14,7 +14,7 @@ from typing import Final
 from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router import layout
 from dataplane.router.agenda import RARELY, Agenda
-from dataplane.router.arenas import RELAY_SIDE, Arena, ArenaSide, ConnectionEnd, Slot
+from dataplane.router.arenas import RELAY_SIDE, Arena, ArenaSide, ConnectionEnd, Slot, SlotEnd
 from dataplane.router.bells import Bells
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.registry import ProcessRecord, Registry
@@ -57,7 +57,7 @@ class ArenaTable:
 
     # --- slots
 
-    def of_processes(self, one: PairRequest, other: PairRequest) -> Arena:
+    def of_processes(self, one: SlotEnd, other: SlotEnd) -> Arena:
         """The arena of two processes, with a free slot.
 
         Raises:
@@ -125,10 +125,8 @@ class ArenaTable:
         self._memory.prepare(arena.memory, arena.free[-1], incarnation)
         return incarnation
 
-    def take(
-        self, arena: Arena, incarnation: int, ends: tuple[ConnectionEnd, ConnectionEnd]
-    ) -> int:
-        """Put a connection into the slot that was prepared. The slot's number."""
+    def take(self, arena: Arena, incarnation: int, ends: tuple[SlotEnd, SlotEnd]) -> int:
+        """Put two ends into the slot that was prepared. The slot's number."""
         slot = arena.take(incarnation, self._registry.clock(), ends)
         if not arena.free:
             self._withdraw(arena)
@@ -139,11 +137,12 @@ class ArenaTable:
         arena.sides[side].members.add(process.id)
         process.arenas[arena.id] = arena
 
-    def hold(self, request: PairRequest, arena: Arena, slot: int, side: int) -> None:
-        """A request's container has an end in a slot from now on."""
-        container = self._registry.containers[request.namespace]
-        container.ends[request.message.cookie] = (arena, slot, side)
-        container.notes.pop(request.message.cookie, None)
+    def hold(self, end: SlotEnd, arena: Arena, slot: int, side: int) -> None:
+        """An end's container has it in a slot from now on."""
+        container = self._registry.containers[end.namespace]
+        container.ends[end.key] = (arena, slot, side)
+        if isinstance(end, ConnectionEnd):
+            container.notes.pop(end.cookie, None)
 
     def check_later(self, arena: Arena, slot: int) -> None:
         """Check now and then whether the sockets of a slot still exist."""
@@ -178,8 +177,8 @@ class ArenaTable:
             self.with_room.setdefault(arena.pair, {})[arena.id] = arena
         if end is not None and end.namespace != RELAY:
             ends = self._registry.containers[end.namespace].ends
-            if ends.get(end.cookie) == (arena, number, side):
-                del ends[end.cookie]
+            if ends.get(end.key) == (arena, number, side):
+                del ends[end.key]
             if arena.ring:
                 self._registry.remote.released(slot.connection)
         if free and not arena.orphaned:
@@ -246,10 +245,7 @@ class ArenaTable:
         """Bring back to TCP the connections whose networks are not accelerated any more."""
         for arena in self.arenas.values():
             for number, slot in arena.slots.items():
-                if slot.left or all(
-                    end is None or end.namespace == RELAY or self._is_allowed(arena, slot, end)
-                    for end in slot.ends
-                ):
+                if slot.left or all(self._may_stay(arena, slot, end) for end in slot.ends):
                     continue
                 slot.left = True
                 if arena.ring:
@@ -257,7 +253,9 @@ class ArenaTable:
                 else:
                     self._memory.leave(arena.memory, number)
 
-    def _is_allowed(self, arena: Arena, slot: Slot, end: ConnectionEnd) -> bool:
+    def _may_stay(self, arena: Arena, slot: Slot, end: SlotEnd | None) -> bool:
+        if not isinstance(end, ConnectionEnd) or end.namespace == RELAY:
+            return True
         knowledge = self._registry.knowledge
         if not arena.ring:
             return (end.namespace, end.local.ip) in knowledge.accelerated
@@ -292,7 +290,7 @@ class ArenaTable:
         if slot is None or slot.incarnation != incarnation:
             return False
         if any(
-            end is not None
+            isinstance(end, ConnectionEnd)
             and end.namespace != RELAY
             and self._sockets.exists(end.namespace, end.local, end.remote)
             for end in slot.ends

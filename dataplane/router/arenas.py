@@ -11,13 +11,29 @@ numbers here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from dataplane.router.layout import SIDES, SLOTS
 from dataplane.router.library_wire import Address
 
 RELAY_SIDE: Final = 1
 """The relay's side of a remote arena; side 0 is the process's."""
+
+
+EndKey = int | tuple[str, int]
+"""What tells ends in one container apart: a connection's cookie, or what it is and its number."""
+
+
+class SlotEnd(Protocol):
+    """A process's end of something that has a slot."""
+
+    process: int
+    namespace: int
+
+    @property
+    def key(self) -> EndKey:
+        """Its own in its container."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +47,11 @@ class ConnectionEnd:
     local: Address
     remote: Address
 
+    @property
+    def key(self) -> EndKey:
+        """The cookie of its socket."""
+        return self.cookie
+
 
 @dataclass(slots=True, eq=False)
 class Slot:
@@ -38,7 +59,7 @@ class Slot:
 
     incarnation: int
     since: float
-    ends: list[ConnectionEnd | None]
+    ends: list[SlotEnd | None]
     lost: bool = False
     """The last check found neither socket in the kernel."""
     left: bool = False
@@ -85,10 +106,8 @@ class Arena:
     ring: int = 0
     """Bytes of each ring of a remote arena; 0: the arena isn't remote."""
 
-    def take(
-        self, incarnation: int, since: float, ends: tuple[ConnectionEnd, ConnectionEnd]
-    ) -> int:
-        """Put a connection into a free slot, which there must be. The slot's number."""
+    def take(self, incarnation: int, since: float, ends: tuple[SlotEnd, SlotEnd]) -> int:
+        """Put two ends into a free slot, which there must be. The slot's number."""
         number = self.free.pop()
         self.slots[number] = Slot(incarnation, since, list(ends))
         for side in range(SIDES):
@@ -103,7 +122,7 @@ class Arena:
                 return number
         return None
 
-    def release(self, number: int, side: int) -> tuple[ConnectionEnd | None, bool]:
+    def release(self, number: int, side: int) -> tuple[SlotEnd | None, bool]:
         """One side is done with a slot. Its end, and whether the slot is free now."""
         slot = self.slots[number]
         end, slot.ends[side] = slot.ends[side], None

@@ -41,6 +41,7 @@ from dataplane.router.registry import ProcessRecord, Registry
 from dataplane.router.remote_pairing import RELAY, RemotePairing
 from dataplane.router.request_table import RequestTable
 from dataplane.router.seams import ArenaMemory, Outbox, SocketTable
+from dataplane.router.slot_grants import SlotGrants
 
 EARLY: Final = 64
 """Requests per process that are kept until its container is known."""
@@ -67,6 +68,7 @@ class Pairing:
         self.requests = RequestTable(self._registry, sockets)
         self._bells = Bells(self._registry, memory)
         self.arena_table = ArenaTable(self._registry, self._bells, sockets, memory, secret)
+        self._slots = SlotGrants(self._registry, self.arena_table, self._bells)
         self.processes = self._registry.processes
         self.containers = self._registry.containers
         self.arenas = self.arena_table.arenas
@@ -231,41 +233,14 @@ class Pairing:
         if other.process < one.process:
             one, other = other, one
         try:
-            arena = self.arena_table.of_processes(one, other)
-            incarnation = self.arena_table.prepare(arena)
+            arena, slot = self._slots.take(_end(one), _end(other))
         except KernelRefused:
             for end in (one, other):
                 self._registry.refuse(end.process, end.message, Reason.MEMORY)
             return
-        slot = self.arena_table.take(arena, incarnation, (_end(one), _end(other)))
         self.arena_table.check_later(arena, slot)
         self.counts.granted += 1
-        for side, waiting in enumerate((one, other)):
-            self.arena_table.hold(waiting, arena, slot, side)
-            self.arena_table.join(self.processes[waiting.process], arena, side)
-        for side, waiting in enumerate((one, other)):
-            self._send_grant(waiting, arena, slot, side)
-        if not arena.rung:
-            arena.rung = True
-            for side, waiting in enumerate((other, one)):
-                self._bells.hand_out_first(arena, side, waiting.process)
-
-    def _send_grant(self, waiting: PairRequest, arena: Arena, slot: int, side: int) -> None:
-        of_side = arena.sides[side]
-        grant = Grant(
-            connection=waiting.message.connection,
-            cookie=waiting.message.cookie,
-            arena=arena.id,
-            incarnation=arena.slots[slot].incarnation,
-            token=of_side.token,
-            side=side,
-            slot=slot,
-        )
-        # With the memory each time: a process unmaps an arena together with its last connection,
-        # and says so a moment later.
-        bells = () if of_side.hears is None else (of_side.hears,)
-        self._outbox.send(waiting.process, grant, arena.memory, *bells)
-        self._bells.close_hearing(of_side)
+        self._slots.hand_out(arena, _message(one, arena, slot, 0), _message(other, arena, slot, 1))
 
     # --- connections to other hosts, for `remote.py`
 
@@ -293,15 +268,15 @@ class Pairing:
         waiting.is_remote = False
         self.requests.remove(waiting)
         self.counts.granted += 1
-        self.arena_table.hold(waiting, arena, slot, 0)
+        self.arena_table.hold(_end(waiting), arena, slot, 0)
         self.arena_table.check_later(arena, slot)
-        self._send_grant(waiting, arena, slot, 0)
+        self._slots.send(arena, 0, _message(waiting, arena, slot, 0))
         if not arena.rung:
             arena.rung = True
             self._bells.hand_out_first(arena, RELAY_SIDE, waiting.process)
 
     def release_end(self, arena: Arena, slot: int, side: int) -> None:
-        """A side of a remote arena is done with a slot."""
+        """A side is done with a slot."""
         if slot in arena.slots:
             self.arena_table.release(arena, slot, side)
         self.arena_table.close_if_done(arena)
@@ -334,8 +309,7 @@ class Pairing:
             or slot.ends[side] is None
         ):
             return
-        self.arena_table.release(arena, message.slot, side)
-        self.arena_table.close_if_done(arena)
+        self.release_end(arena, message.slot, side)
 
     def bell(self, process_id: int, message: Bell) -> None:
         """Make a bell, in place of one that had its index.
@@ -409,4 +383,16 @@ def _end(waiting: PairRequest) -> ConnectionEnd:
         waiting.network,
         request.local,
         request.remote,
+    )
+
+
+def _message(waiting: PairRequest, arena: Arena, slot: int, side: int) -> Grant:
+    return Grant(
+        connection=waiting.message.connection,
+        cookie=waiting.message.cookie,
+        arena=arena.id,
+        incarnation=arena.slots[slot].incarnation,
+        token=arena.sides[side].token,
+        side=side,
+        slot=slot,
     )

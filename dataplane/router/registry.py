@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from dataplane.control import Limits
-from dataplane.router.arenas import Arena
+from dataplane.router.arenas import Arena, EndKey
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.library_wire import Refuse, Request, Welcome
 from dataplane.router.limits import Bucket
@@ -53,8 +53,8 @@ class ContainerRecord:
     processes: dict[int, ProcessRecord] = field(default_factory=dict)
     waiting: dict[int, PairRequest] = field(default_factory=dict)
     """Requests that wait, by cookie."""
-    ends: dict[int, tuple[Arena, int, int]] = field(default_factory=dict)
-    """Cookie to arena, slot and side."""
+    ends: dict[EndKey, tuple[Arena, int, int]] = field(default_factory=dict)
+    """Arena, slot and side of each end that has a slot."""
     notes: dict[int, tuple[int, float]] = field(default_factory=dict)
     """Cookie to the reason why the connection is on TCP, and the time of the note."""
     sides: int = 0

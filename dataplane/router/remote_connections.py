@@ -223,7 +223,7 @@ class RemoteConnections:
         except KernelRefused:
             return Reason.MEMORY
         end = arena.slots[slot].ends[0]
-        assert end is not None
+        assert isinstance(end, ConnectionEnd)
         leads = event.on is On.LEAD
         state = EndState(transport=event.transport)
         connection = RemoteConnection(

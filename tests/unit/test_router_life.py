@@ -113,7 +113,7 @@ class Life(RuleBasedStateMachine):
             for cookie, (arena, slot, side) in container.ends.items():
                 end = arena.slots[slot].ends[side]
                 assert end is not None
-                assert (end.cookie, end.namespace) == (cookie, container.namespace)
+                assert (end.key, end.namespace) == (cookie, container.namespace)
         waiting = {id(each) for each in pairing.requests}
         assert waiting == {
             id(each) for process in pairing.processes.values() for each in process.waiting.values()
