@@ -51,6 +51,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     bells: int = 16384
     memory: int = 1 << 30
     """Bytes of shared memory that are in use, not only reserved."""
+    queue_pairs: int = 4096
+    """Queue pairs of verbs that are connected, or wait for their peer."""
 
 
 class RelayRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +105,8 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
     """As `remote_ring`, for these."""
     relay_encryption: str = "messages"
     """What the relay encrypts on them: messages (all but bulk data), all, or off."""
+    verbs: bool = True
+    """Whether containers have a device of verbs."""
 
 
 class EndpointFact(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ import structlog
 
 from dataplane.errors import WrongMessage
 from dataplane.router import library_wire as wire
+from dataplane.router import verbs_wire as verbs
 from dataplane.router.limits import Bucket
 from dataplane.router.loop import Loop
 from dataplane.router.pairing import Pairing
@@ -31,6 +32,7 @@ from dataplane.router.seams import Outbox
 from dataplane.router.socket_closer import Closer
 from dataplane.router.socket_table import SIOCGSKNS, Namespaces
 from dataplane.router.unix_listener import BoundSocket
+from dataplane.router.verbs_devices import RANGE
 
 log = structlog.get_logger()
 
@@ -59,6 +61,9 @@ STALLED_CHECK: Final = 0.05
 """Seconds between two checks of stalled processes."""
 _PAUSED_CHECK: Final = 0.02
 """Seconds between two checks of containers that have used up their rate."""
+_QUEUE_PAIR: Final = 5
+"""A request for a queue pair counts as so many messages: it is never refused for coming too fast,
+since the program could not go on without."""
 _AT_ONCE: Final = 32
 """Messages of one client, and new clients, per round of the loop."""
 _BACKLOG: Final = 4096
@@ -66,6 +71,9 @@ _ANSWERS: Final = 1 << 19
 """Bytes of a socket's send buffer, which the kernel doubles: room for some 1,300 answers to a
 process that is busy while a burst of its connections moves. A process whose buffer is full loses
 its connection to the router, and its connections stay on TCP."""
+_ANSWERS_OF_QUEUE_PAIR: Final = 1 << 10
+"""More bytes for each queue pair that a process may have: room for the grant and the end of all at
+once, since its queue pairs would end with the connection to the router."""
 _SIOCOUTQ: Final = 0x5411  # linux/sockios.h
 _SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h
 _INT: Final = struct.Struct("=i")
@@ -239,7 +247,7 @@ class Clients:
     def _admit(self, accepted: socket.socket) -> None:
         try:
             accepted.setblocking(False)
-            _enlarge_send_buffer(accepted)
+            _enlarge_send_buffer(accepted, _ANSWERS)
             pid, _, _ = _PEERCRED.unpack(
                 accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
             )
@@ -338,7 +346,7 @@ class Clients:
             data = self._receive(client)
             if data is None:
                 return False
-            self._handle(client, wire.unpack(data))
+            self._handle(client, wire.codec.unpack(data))
         except WrongMessage as error:
             self.wrong_messages += 1
             self._close_with_warning(client, "wrong message", str(error))
@@ -364,7 +372,7 @@ class Clients:
                 _, _, flags, _ = client.socket.recvmsg(1, 0, _PEEK)
                 if flags & _CONTROL_CUT:
                     raise WrongMessage("a packet with a descriptor")
-            data = client.socket.recv(wire.MAX_MESSAGE + 1, _RECEIVE)
+            data = client.socket.recv(verbs.MAX_MESSAGE + 1, _RECEIVE)
         except BlockingIOError:
             return None
         except OSError:
@@ -375,7 +383,7 @@ class Clients:
             return None
         return data
 
-    def _handle(self, client: ClientConnection, message: wire.Message) -> None:
+    def _handle(self, client: ClientConnection, message: wire.Message | verbs.VerbsMessage) -> None:
         """Act on a message."""
         pairing = self.pairing
         process = client.process
@@ -393,17 +401,30 @@ class Clients:
             case wire.Hello():
                 pairing.hello(process, message)
                 self._late_welcomes.append((self._loop.now() + PATIENCE, process))
+            case verbs.VerbsQueuePair():
+                client.rate.messages.charge(_QUEUE_PAIR - 1)
+                pairing.verbs.connect(process, message)
+            case verbs.VerbsEnd():
+                pairing.verbs.end(process, message)
+            case verbs.VerbsStatus():
+                pairing.verbs.status(process, message)
+            case verbs.VerbsOpen():
+                pairing.verbs.open(process, message)
+                more = min(RANGE, pairing.limits.queue_pairs) * _ANSWERS_OF_QUEUE_PAIR
+                _enlarge_send_buffer(client.socket, _ANSWERS + more)
             case _:
-                raise WrongMessage(f"{type(message).__name__} is sent only by the router")
+                raise WrongMessage(f"{type(message).__name__} is not for the router")
 
-    def send(self, process: int, answer: wire.Answer, *descriptors: int) -> bool:
+    def send(
+        self, process: int, answer: wire.Answer | verbs.VerbsAnswer, *descriptors: int
+    ) -> bool:
         client = self._by_process.get(process)
         if client is None or client.closing:
             return False
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
         ancillary = [rights] if descriptors else []
         try:
-            client.socket.sendmsg([wire.pack(answer)], ancillary, _SEND)
+            client.socket.sendmsg([wire.codec.pack(answer)], ancillary, _SEND)
         except OSError as error:
             if isinstance(error, BlockingIOError):
                 self._drop_unread(client, "its socket is full")
@@ -499,9 +520,9 @@ def _allowed_unread(rate: RateState) -> int:
     return max(UNREAD_LEAST, min(UNREAD_MOST, UNREAD // max(rate.clients, 1)))
 
 
-def _enlarge_send_buffer(accepted: socket.socket) -> None:
+def _enlarge_send_buffer(accepted: socket.socket, size: int) -> None:
     try:
-        accepted.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _ANSWERS)
+        accepted.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, size)
     except PermissionError:
         # Without CAP_NET_ADMIN: as much as the host allows anyone.
-        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ANSWERS)
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)

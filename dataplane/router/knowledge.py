@@ -48,6 +48,8 @@ class KnownNetwork:
     """Address of a task on this host, to the VIPs of its services."""
     rdma: bool = True
     relay: bool = True
+    verbs: bool = True
+    """Whether it carries queue pairs of verbs."""
     peers: frozenset[IPAddress] = frozenset()
     """The other hosts that share the network."""
     everywhere: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
@@ -102,6 +104,7 @@ class Knowledge:
                 rule=fact.rule or facts.settings.rule,
                 rdma=fact.rdma and facts.settings.rdma,
                 relay=fact.relay and facts.settings.relay,
+                verbs=fact.acceleration and facts.settings.acceleration and facts.settings.verbs,
                 peers=frozenset(ip_address(text) for text in fact.peers),
             )
         self.underlay = ip_address(facts.underlay) if facts.underlay else None
@@ -139,6 +142,18 @@ class Knowledge:
     def accelerated(self) -> frozenset[tuple[int, IPAddress]]:
         """Namespaces, each with an address that it has on an accelerated network."""
         return frozenset(key for key, network in self._local.items() if network.accelerated)
+
+    @cached_property
+    def gids(self) -> dict[int, tuple[IPAddress, ...]]:
+        """The addresses of each namespace that can be GIDs of its device, IPv4 first."""
+        found: defaultdict[int, list[IPAddress]] = defaultdict(list)
+        for (namespace, address), network in self._local.items():
+            if network.verbs:
+                found[namespace].append(address)
+        return {
+            namespace: tuple(sorted(addresses, key=lambda each: (each.version, int(each))))
+            for namespace, addresses in found.items()
+        }
 
     def network_of(self, namespace: int, address: IPAddress) -> KnownNetwork | None:
         """The network in which the container of this namespace has this address."""

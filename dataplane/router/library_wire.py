@@ -20,8 +20,6 @@ from dataplane.errors import WrongMessage
 from dataplane.router.codec import U32, U64, Codec, WireField
 
 PROTOCOL_VERSION: Final = 2
-MAX_MESSAGE: Final = 64
-"""Bytes of the longest message."""
 
 IPAddress = IPv4Address | IPv6Address
 

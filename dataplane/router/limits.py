@@ -26,6 +26,10 @@ class Bucket:
         self.level -= 1
         return True
 
+    def charge(self, tokens: float) -> None:
+        """Take more, for what has turned out to cost more; the level may get negative."""
+        self.level -= tokens
+
     def empty(self, now: float, rate: float) -> bool:
         """Whether there is no token."""
         self._fill(now, rate)

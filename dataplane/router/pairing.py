@@ -42,6 +42,8 @@ from dataplane.router.remote_pairing import RELAY, RemotePairing
 from dataplane.router.request_table import RequestTable
 from dataplane.router.seams import ArenaMemory, Outbox, SocketTable
 from dataplane.router.slot_grants import SlotGrants
+from dataplane.router.verbs_pairing import QueuePairRecord, VerbsPairing
+from dataplane.router.verbs_wire import VERBS_VERSION
 
 EARLY: Final = 64
 """Requests per process that are kept until its container is known."""
@@ -69,6 +71,7 @@ class Pairing:
         self._bells = Bells(self._registry, memory)
         self.arena_table = ArenaTable(self._registry, self._bells, sockets, memory, secret)
         self._slots = SlotGrants(self._registry, self.arena_table, self._bells)
+        self.verbs = VerbsPairing(self._registry, self.arena_table, self._slots, memory, secret)
         self.processes = self._registry.processes
         self.containers = self._registry.containers
         self.arenas = self.arena_table.arenas
@@ -129,6 +132,7 @@ class Pairing:
             version=PROTOCOL_VERSION,
             layout_version=layout.VERSION,
             enabled=self.knowledge.enabled(process.namespace) and not process.other_version,
+            verbs=VERBS_VERSION,
             **asdict(rule),
         )
         if welcome != process.welcome:
@@ -152,9 +156,11 @@ class Pairing:
             network = knowledge.network_of(waiting.namespace, waiting.message.local.ip)
             if network is None or network.id != waiting.network or not network.accelerated:
                 self.refuse(waiting, why_not(network))
+        self.verbs.replace_snapshot()
 
     def gone(self, process_id: int) -> None:
         """A process has closed its connection: it has ended, or sent something invalid."""
+        self.verbs.gone(process_id)
         process = self._registry.remove(process_id)
         for waiting in list(process.waiting.values()):
             self.requests.remove(waiting)
@@ -306,10 +312,15 @@ class Pairing:
             slot is None
             or (arena.ring and side == RELAY_SIDE)
             or slot.incarnation != message.incarnation
-            or slot.ends[side] is None
         ):
             return
-        self.release_end(arena, message.slot, side)
+        match slot.ends[side]:
+            case None:
+                pass
+            case QueuePairRecord() as queue_pair:
+                self.verbs.release(process_id, queue_pair)
+            case _:
+                self.release_end(arena, message.slot, side)
 
     def bell(self, process_id: int, message: Bell) -> None:
         """Make a bell, in place of one that had its index.
@@ -372,6 +383,7 @@ class Pairing:
         now = self._clock()
         self.requests.sweep(now, most)
         self.arena_table.sweep(now, most)
+        self.verbs.sweep()
 
 
 def _end(waiting: PairRequest) -> ConnectionEnd:

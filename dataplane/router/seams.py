@@ -11,6 +11,7 @@ from typing import Protocol
 from dataplane.router import layout
 from dataplane.router.library_wire import Address, Answer
 from dataplane.router.tcp_counters import TcpCounters
+from dataplane.router.verbs_wire import VerbsAnswer
 
 SocketEnd = tuple[Address, Address, int]
 """Local and remote address of a connected socket, and its cookie."""
@@ -19,7 +20,7 @@ SocketEnd = tuple[Address, Address, int]
 class Outbox(Protocol):
     """Sends answers to processes."""
 
-    def send(self, process: int, answer: Answer, *descriptors: int) -> bool:
+    def send(self, process: int, answer: Answer | VerbsAnswer, *descriptors: int) -> bool:
         """Send now or never. False: the process can't take it, and its connection closes."""
         ...
 

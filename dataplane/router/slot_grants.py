@@ -7,6 +7,9 @@ from dataplane.router.arenas import Arena, SlotEnd
 from dataplane.router.bells import Bells
 from dataplane.router.library_wire import Grant
 from dataplane.router.registry import Registry
+from dataplane.router.verbs_wire import VerbsGrant
+
+GrantMessage = Grant | VerbsGrant
 
 
 class SlotGrants:
@@ -33,7 +36,7 @@ class SlotGrants:
             self._table.join(self._registry.processes[end.process], arena, side)
         return arena, slot
 
-    def hand_out(self, arena: Arena, one: Grant, other: Grant) -> None:
+    def hand_out(self, arena: Arena, one: GrantMessage, other: GrantMessage) -> None:
         """Send both their grants, and the bells of an arena that is new."""
         for side, message in enumerate((one, other)):
             self.send(arena, side, message)
@@ -42,7 +45,7 @@ class SlotGrants:
             for side in range(len(arena.sides)):
                 self._bells.hand_out_first(arena, side, arena.pair[1 - side])
 
-    def send(self, arena: Arena, side: int, message: Grant) -> None:
+    def send(self, arena: Arena, side: int, message: GrantMessage) -> None:
         """Send a grant to the process of a side.
 
         The memory comes with it each time: a process unmaps an arena together with the last slot

@@ -14,14 +14,14 @@ from typing import Annotated, Final
 import msgspec
 
 from dataplane.errors import WrongMessage
-from dataplane.router.codec import U32, U64, Codec, WireField
-from dataplane.router.library_wire import IPAddress
+from dataplane.router.codec import U32, U64, WireField
+from dataplane.router.library_wire import IPAddress, codec
 
 VERBS_VERSION: Final = 1
 PRIVATE: Final = 256
 """Bytes of private data of a connection, at most."""
 MAX_MESSAGE: Final = 328
-"""Bytes of the longest message."""
+"""Bytes of the longest message, of those of `library_wire.py` too."""
 
 
 class VerbsKind(IntEnum):
@@ -61,9 +61,6 @@ class Step(IntEnum):
     DISCONNECTED = 6
     RESOLVE = 7
     RESOLVED = 8
-
-
-codec: Final = Codec()
 
 
 def _pack_gid(gid: IPAddress | None) -> bytes:
@@ -109,7 +106,7 @@ _Private = Annotated[bytes, WireField(f"{PRIVATE}s", bytes, bytes)]
 
 @codec.message(VerbsKind.OPEN)
 class VerbsOpen(msgspec.Struct, frozen=True, gc=False):
-    """A process wants to know its device. `qpn_first`: it had these numbers of an earlier router."""
+    """A process wants to know its device. `qpn_first`: an earlier router gave it these numbers."""
 
     version: U32
     qpn_first: U32 = 0
@@ -243,23 +240,22 @@ class VerbsStatus(msgspec.Struct, frozen=True, gc=False):
     bytes: U64
 
 
-Message = (
+FromVerbs = (
     VerbsOpen
-    | VerbsDevice
     | VerbsQueuePair
-    | VerbsGrant
-    | VerbsRefuse
     | VerbsEnd
     | VerbsDatagrams
     | VerbsListen
     | VerbsConnection
     | VerbsStatus
 )
+VerbsAnswer = VerbsDevice | VerbsGrant | VerbsRefuse | VerbsListen | VerbsConnection
+VerbsMessage = FromVerbs | VerbsAnswer
 
-pack: Final[Callable[[Message], bytes]] = codec.pack
+pack: Final[Callable[[VerbsMessage], bytes]] = codec.pack
 """A message as bytes."""
 
-unpack: Final[Callable[[bytes], Message]] = codec.unpack
+unpack: Final[Callable[[bytes], VerbsMessage]] = codec.unpack
 """The message in a packet.
 
 Raises:

@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 from dataplane.router import layout
 from dataplane.router import library_wire as wire
 from dataplane.router.library_wire import Address
+from dataplane.router.verbs_wire import MAX_MESSAGE, VerbsGrant, VerbsMessage
 from driver.kernel.namespace import in_netns
 from testbed.descriptors import close_unless_reused
 from testbed.patience import patience
@@ -67,9 +68,9 @@ class Library:
             made.say(wire.Hello(wire.PROTOCOL_VERSION, layout.VERSION, "0123abcd"))
         return made
 
-    def say(self, message: wire.Message, *descriptors: int) -> None:
+    def say(self, message: wire.Message | VerbsMessage, *descriptors: int) -> None:
         """Send a message."""
-        self.raw(wire.pack(message), *descriptors)
+        self.raw(wire.codec.pack(message), *descriptors)
 
     def raw(self, data: bytes, *descriptors: int) -> None:
         """Send any bytes."""
@@ -80,7 +81,7 @@ class Library:
         """Receive the next message, which must be of this kind, and its descriptor."""
         while True:
             message, descriptors = self.hear_all()
-            if isinstance(message, wire.Grant) and len(descriptors) > 1:
+            if isinstance(message, wire.Grant | VerbsGrant) and len(descriptors) > 1:
                 self.hearing[message.arena, message.side] = descriptors.pop()
             if isinstance(message, wire.Ring) and kind is not wire.Ring and not message.index:
                 # The end that rings bell 0 arrives without a request.
@@ -90,14 +91,14 @@ class Library:
             assert len(descriptors) <= 1
             return message, descriptors[0] if descriptors else None
 
-    def hear_all(self) -> tuple[wire.Message, list[int]]:
+    def hear_all(self) -> tuple[wire.Message | VerbsMessage, list[int]]:
         """Receive the next message and its descriptors."""
-        data, descriptors, _, _ = socket.recv_fds(self.connection, 256, 4)
+        data, descriptors, _, _ = socket.recv_fds(self.connection, MAX_MESSAGE + 1, 4)
         assert data, "the router has closed the connection"
         self.received += descriptors
         for descriptor in descriptors:
             weakref.finalize(self, close_unless_reused, descriptor, os.fstat(descriptor).st_ino)
-        return wire.unpack(data), descriptors
+        return wire.codec.unpack(data), descriptors
 
     def rings(self, arena: int, side: int) -> int:
         """The end that rings bell 0 of the other side, `side`."""

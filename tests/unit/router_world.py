@@ -19,8 +19,9 @@ from dataplane.router.library_wire import Address, Answer
 from dataplane.router.pairing import Pairing
 from dataplane.router.seams import SocketEnd
 from dataplane.router.tcp_counters import TcpCounters
+from dataplane.router.verbs_wire import VerbsAnswer
 
-M = TypeVar("M", bound=Answer)
+M = TypeVar("M", bound=Answer | VerbsAnswer)
 
 NET: Final = "n1"
 OTHER: Final = "n2"
@@ -39,10 +40,10 @@ def at(text: str) -> Address:
 class FakePost:
     """Records the answers to each process. Processes in `full` take none."""
 
-    sent: dict[int, list[tuple[Answer, int | None]]] = field(default_factory=dict)
+    sent: dict[int, list[tuple[Answer | VerbsAnswer, int | None]]] = field(default_factory=dict)
     full: set[int] = field(default_factory=set)
 
-    def send(self, process: int, answer: Answer, *descriptors: int) -> bool:
+    def send(self, process: int, answer: Answer | VerbsAnswer, *descriptors: int) -> bool:
         if process in self.full:
             return False
         self.sent.setdefault(process, []).append((answer, descriptors[0] if descriptors else None))

@@ -22,7 +22,7 @@ HEADER: Final = Path(__file__).parents[2] / "dataplane/library/verbs_protocol.h"
 A, B = IPv4Address("10.0.4.7"), IPv6Address("fd00::9")
 A_GID, B_GID = "{{[10] = 255, 255, 10, 0, 4, 7}}", "{{0xfd, [15] = 9}}"
 
-EXAMPLES: Final[list[tuple[wire.Message, str]]] = [
+EXAMPLES: Final[list[tuple[wire.VerbsMessage, str]]] = [
     (wire.VerbsOpen(1, 2), "struct v_open m = {{V_OPEN, sizeof m}, 1, 2}"),
     (
         wire.VerbsDevice(1, 2, 3, 4, 5, 6, True, 8, 9, A),
@@ -167,7 +167,9 @@ def test_garbage(data: bytes) -> None:
     st.sampled_from(EXAMPLES),
     st.lists(st.tuples(st.integers(0, 327), st.integers(0, 255)), min_size=1, max_size=6),
 )
-def test_damaged_messages(example: tuple[wire.Message, str], damage: list[tuple[int, int]]) -> None:
+def test_damaged_messages(
+    example: tuple[wire.VerbsMessage, str], damage: list[tuple[int, int]]
+) -> None:
     """A damaged message is another message, which can be packed again, or WrongMessage."""
     data = bytearray(wire.pack(example[0]))
     for place, value in damage:

@@ -18,6 +18,7 @@ from dataplane.router import layout, reasons
 from dataplane.router import library_wire as wire
 from dataplane.router.library_wire import Address, MessageKind
 from dataplane.router.reasons import Reason
+from dataplane.router.verbs_wire import MAX_MESSAGE
 
 LIBRARY: Final = Path(__file__).parents[2] / "dataplane/library"
 A = Address(IPv4Address("10.0.4.7"), 0x1234)
@@ -163,7 +164,7 @@ def test_messages(said: dict[str, str], number: int) -> None:
     data = bytes.fromhex(said[str(number)])
     assert wire.pack(message) == data
     assert wire.unpack(data) == message
-    assert len(data) <= wire.MAX_MESSAGE
+    assert len(data) <= MAX_MESSAGE
 
 
 def _enumeration(name: str) -> dict[str, int]:
@@ -215,7 +216,7 @@ def test_mapped_addresses_are_ipv4() -> None:
     assert message.local == Address(IPv4Address("10.0.4.7"), 80)
 
 
-@given(st.binary(max_size=wire.MAX_MESSAGE + 8))
+@given(st.binary(max_size=MAX_MESSAGE + 8))
 def test_garbage(data: bytes) -> None:
     """Any bytes are either a message or WrongMessage."""
     try:
