@@ -166,6 +166,12 @@ class ConnectionsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="connect
     namespace: int | None = None
 
 
+class VerbsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="verbs"):
+    """Requests the devices and queue pairs of verbs of one namespace, or of all."""
+
+    namespace: int | None = None
+
+
 class PathsRequest(msgspec.Struct, frozen=True, tag="paths"):
     """Requests the number of connections on each path, and why."""
 
@@ -188,7 +194,9 @@ class ContainerCounts(msgspec.Struct, frozen=True, kw_only=True):
     processes: int = 0
     waiting: int = 0
     connections: int = 0
-    """Ends of connections in shared memory."""
+    """Ends of connections in shared memory, and queue pairs of verbs."""
+    queue_pairs: int = 0
+    """Of verbs, connected or waiting."""
     bells: int = 0
     memory: int = 0
     relay_cpu: float = 0.0
@@ -269,6 +277,21 @@ class RelayFacts(msgspec.Struct, frozen=True, kw_only=True):
     left: int = 0
 
 
+class VerbsFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Queue pairs of verbs. Counts as in `RdmaFacts`."""
+
+    processes: int = 0
+    """With a device, now."""
+    queue_pairs: int = 0
+    """Now; both of a pair on one host count."""
+    waiting: int = 0
+    """Those of them that wait for their peer."""
+    paired: int = 0
+    """Pairs."""
+    refused: dict[str, int] = {}
+    """Queue pairs that were refused, or told of the end of their peer, by reason's word."""
+
+
 class RouterCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Counts since the router's start, unless they say now."""
 
@@ -295,6 +318,7 @@ class RouterCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Clients that didn't read their answers."""
     bugs: int = 0
     """Callbacks of the router that have ended by an exception."""
+    verbs: VerbsFacts = VerbsFacts()
     containers: tuple[ContainerCounts, ...] = ()
 
 
@@ -348,7 +372,60 @@ class PathCounts(msgspec.Struct, frozen=True, kw_only=True, tag="paths"):
     paths: tuple[PathCount, ...]
 
 
+class VerbsDeviceFact(msgspec.Struct, frozen=True, kw_only=True):
+    """The device of verbs that a process has."""
+
+    namespace: int
+    container: str
+    pid: int
+    guid: str
+    """In hexadecimal."""
+    gids: tuple[str, ...]
+    """By index; empty: the container has left this network."""
+    qpn_first: int
+    """The first of the numbers of its queue pairs."""
+    queue_pairs: int
+
+
+class QueuePairFact(msgspec.Struct, frozen=True, kw_only=True):
+    """A queue pair that is connected, or wants to be."""
+
+    namespace: int
+    container: str
+    network: str
+    pid: int
+    type: str
+    """RC, UC, or its number in verbs."""
+    local: str
+    qpn: int
+    peer: str
+    peer_qpn: int
+    path: str
+    """shm; empty: it is not connected."""
+    reason: str | None = None
+    """The reason's word, if it is not connected."""
+    age: float
+    """Seconds since its process asked for its peer."""
+    operations: int = 0
+    bytes: int = 0
+    """As its process said last."""
+
+
+class VerbsObjects(msgspec.Struct, frozen=True, kw_only=True, tag="verbs"):
+    """Answer to VerbsRequest."""
+
+    devices: tuple[VerbsDeviceFact, ...]
+    queue_pairs: tuple[QueuePairFact, ...]
+    reasons: dict[str, str]
+    """Word to sentence, of the reasons that appear."""
+
+
 ControlRequest = (
-    RouterSnapshot | LivenessRequest | StatisticsRequest | ConnectionsRequest | PathsRequest
+    RouterSnapshot
+    | LivenessRequest
+    | StatisticsRequest
+    | ConnectionsRequest
+    | VerbsRequest
+    | PathsRequest
 )
-ControlReply = Done | Failed | Statistics | Connections | PathCounts
+ControlReply = Done | Failed | Statistics | Connections | VerbsObjects | PathCounts

@@ -18,7 +18,14 @@ CONTROL: Final = Path("/run/freeflow-admin/router.sock")
 
 _CHUNK: Final = 1 << 18
 _READ_LOG: Final = "read why: journalctl -u docker | grep router"
-R = TypeVar("R", control.Done, control.Statistics, control.Connections, control.PathCounts)
+R = TypeVar(
+    "R",
+    control.Done,
+    control.Statistics,
+    control.Connections,
+    control.VerbsObjects,
+    control.PathCounts,
+)
 
 
 class RouterClient:
@@ -47,6 +54,10 @@ class RouterClient:
     def connections(self, namespace: int | None = None) -> control.Connections:
         """The connections of one namespace, or of all. Raises DataplaneError."""
         return self._ask(control.ConnectionsRequest(namespace=namespace), control.Connections)
+
+    def verbs(self, namespace: int | None = None) -> control.VerbsObjects:
+        """The devices and queue pairs of one namespace, or of all. Raises DataplaneError."""
+        return self._ask(control.VerbsRequest(namespace=namespace), control.VerbsObjects)
 
     def paths(self) -> control.PathCounts:
         """How many connections take which path, and why. Raises DataplaneError."""

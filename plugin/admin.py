@@ -3,6 +3,7 @@
 GET  /admin/status    `status.Status` as JSON
 POST /admin/ping      {"address": …, "count": …} → `ping.PingResult`
 GET  /admin/connections  `dataplane.control.Connections`
+GET  /admin/verbs     `dataplane.control.VerbsObjects`
 GET  /admin/metrics   Prometheus text
 """
 
@@ -16,7 +17,7 @@ import structlog
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from dataplane.control import Connections
+from dataplane.control import Connections, VerbsObjects
 from driver.errors import FreeFlowError, InvalidRequest, NotFound
 from plugin.ping import PingRequest
 from plugin.status import Status, explanation
@@ -32,6 +33,7 @@ def create_admin(
     snapshot: Callable[[], Status],
     ping: Callable[[PingRequest], Any],
     connections: Callable[[], Connections],
+    verbs: Callable[[], VerbsObjects],
 ) -> Flask:
     """The app. Errors are `{"error": text}`; FreeFlow's own also have what, cause and remedy."""
     app = Flask("freeflow-admin", static_folder=None)
@@ -54,6 +56,10 @@ def create_admin(
     @app.get("/admin/connections")
     def list_connections() -> Response:
         return _json(connections())
+
+    @app.get("/admin/verbs")
+    def list_verbs() -> Response:
+        return _json(verbs())
 
     @app.get("/admin/metrics")
     def metrics() -> Response:

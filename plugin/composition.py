@@ -240,7 +240,9 @@ def _subscribe(changes: Changes, core: Core, ipv6_override: Ipv6Override) -> Non
 def _admin(core: Core, snapshot: Snapshot) -> Any:
     ping = Ping(core.driver, core.kernel, core.syncer, router=core.router)
     labels = PathLabels(core.driver, core.kernel, core.syncer)
-    return create_admin(snapshot, ping, lambda: labels.connections(core.router.connections()))
+    return create_admin(
+        snapshot, ping, lambda: labels.connections(core.router.connections()), core.router.verbs
+    )
 
 
 def _parts(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from dataplane.control import Connections, PathCounts, Statistics
+from dataplane.control import Connections, PathCounts, Statistics, VerbsObjects
 from driver.errors import KernelError
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
@@ -44,6 +44,8 @@ class RouterFacts(Protocol):
     def statistics(self) -> Statistics: ...
 
     def connections(self) -> Connections: ...
+
+    def verbs(self) -> VerbsObjects: ...
 
     def paths(self) -> PathCounts: ...
 

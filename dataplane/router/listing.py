@@ -22,7 +22,7 @@ from dataplane.control import (
 )
 from dataplane.errors import KernelRefused
 from dataplane.router.arenas import RELAY_SIDE
-from dataplane.router.knowledge import Knowledge, KnownNetwork
+from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.pairing import Pairing
@@ -30,6 +30,7 @@ from dataplane.router.reasons import Reason
 from dataplane.router.registry import ContainerRecord
 from dataplane.router.remote_pairing import RELAY
 from dataplane.router.socket_table import Namespaces, TcpSocket
+from dataplane.router.verbs_listing import counts as counts_of_verbs
 
 OVERLAY: Final = "overlay"
 SHM: Final = "shm"
@@ -195,8 +196,9 @@ def statistics(
         wrong_messages=wrong_messages,
         dropped=dropped,
         bugs=bugs,
+        verbs=counts_of_verbs(pairing.verbs),
         containers=tuple(
-            _counts(container, pairing.knowledge)
+            _counts(container, pairing)
             for container in pairing.containers.values()
             if container.namespace != RELAY
         ),
@@ -205,8 +207,8 @@ def statistics(
     )
 
 
-def _counts(container: ContainerRecord, knowledge: Knowledge) -> ContainerCounts:
-    sandbox = knowledge.sandboxes.get(container.namespace)
+def _counts(container: ContainerRecord, pairing: Pairing) -> ContainerCounts:
+    sandbox = pairing.knowledge.sandboxes.get(container.namespace)
     builds: dict[str, int] = {}
     for process in container.processes.values():
         if process.build is not None:
@@ -217,6 +219,7 @@ def _counts(container: ContainerRecord, knowledge: Knowledge) -> ContainerCounts
         processes=len(container.processes),
         waiting=len(container.waiting),
         connections=len(container.ends),
+        queue_pairs=pairing.verbs.of_container[container.namespace],
         bells=container.bells,
         relay_cpu=container.relay_cpu,
         memory=sum(container.memory.values()),

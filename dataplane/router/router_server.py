@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from dataplane import control
-from dataplane.router import listing
+from dataplane.router import listing, verbs_listing
 from dataplane.router.arena_memory import LinuxArenaMemory
 from dataplane.router.clients import Clients
 from dataplane.router.control_socket import ControlSocket, Steps
@@ -147,6 +147,8 @@ class RouterServer:
                 return listing.connections(
                     self.pairing, self._namespaces, self._clock, request.namespace
                 )
+            case control.VerbsRequest():
+                return verbs_listing.objects(self.pairing, self._clock(), request.namespace)
             case control.PathsRequest():
                 return listing.paths(self.pairing, self._namespaces)
 

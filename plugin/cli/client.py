@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from dataplane.control import Connections
+from dataplane.control import Connections, VerbsObjects
 from driver.errors import EngineError, FreeFlowError
 from driver.unix_http import UnixConnection
 from plugin.host_paths import ADMIN_SOCKET
@@ -204,6 +204,10 @@ class Client:
     def connections(self) -> Connections:
         """Raises NotRunning, FreeFlowError."""
         return self._value(Connections, "GET", "/admin/connections")
+
+    def verbs(self) -> VerbsObjects:
+        """Raises NotRunning, FreeFlowError."""
+        return self._value(VerbsObjects, "GET", "/admin/verbs")
 
     def ping(self, address: str, count: int) -> PingResult:
         """Raises NotRunning, FreeFlowError."""

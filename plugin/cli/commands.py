@@ -13,7 +13,7 @@ import click
 
 from driver.errors import FreeFlowError
 from plugin.cli.client import Client, Engine, InUse, NotRunning
-from plugin.cli.show import findings, show_connections, show_peers, show_status
+from plugin.cli.show import findings, show_connections, show_peers, show_status, show_verbs
 from plugin.cli.terminal import json_text, lines, say, say_json, shown, shown_all
 from plugin.cli.user_files import users_root
 from plugin.status import explanation
@@ -144,10 +144,11 @@ def peers(client: Client, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--verbs", is_flag=True, help="List devices and queue pairs of RDMA verbs instead.")
 @_json
 @click.pass_obj
 @_explained()
-def connections(client: Client, as_json: bool) -> None:
+def connections(client: Client, verbs: bool, as_json: bool) -> None:
     """List TCP connections with their paths.
 
     Connections are those of this host's containers, each with the reason for its path. A connection
@@ -155,6 +156,10 @@ def connections(client: Client, as_json: bool) -> None:
     through shared memory instead of the kernel's TCP. rdma: the RDMA device writes them into the
     other host's memory. relay: the hosts' relays carry them over TCP connections of their own.
     """
+    if verbs:
+        objects = client.verbs()
+        _print(objects, show_verbs(objects), as_json)
+        return
     found = client.connections()
     _print(found, show_connections(found), as_json)
 

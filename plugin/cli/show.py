@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from dataplane.control import Connections, PeerFact, RdmaFacts, RelayFacts
+from dataplane.control import Connections, PeerFact, RdmaFacts, RelayFacts, VerbsObjects
 from plugin.cli.table import amount, table
 from plugin.cli.terminal import shown_all
 from plugin.status import Finding, NetworkStatus, RouterStatus, Status, relay_cpu
@@ -275,6 +275,44 @@ def show_connections(found: Connections) -> str:
         ],
         indent="",
     )
+    if found.reasons:
+        text += "\n" + table(("WHY", "MEANS"), sorted(found.reasons.items()), indent="")
+    return text
+
+
+def show_verbs(found: VerbsObjects) -> str:
+    """All devices and queue pairs of verbs, then an explanation of the reasons' words."""
+    found = shown_all(found)
+    if not found.devices:
+        return "no devices: no program in a container on a FreeFlow network uses RDMA verbs\n"
+    text = table(
+        ("CONTAINER", "PID", "GIDS", "QUEUE PAIRS"),
+        sorted(
+            (device.container, str(device.pid), ", ".join(device.gids), str(device.queue_pairs))
+            for device in found.devices
+        ),
+        indent="",
+    )
+    if found.queue_pairs:
+        text += "\n" + table(
+            ("CONTAINER", "TYPE", "LOCAL", "REMOTE", "PATH", "WHY", "OPERATIONS", "BYTES"),
+            [
+                (
+                    each.container,
+                    each.type,
+                    f"{each.local} {each.qpn:#x}",
+                    f"{each.peer} {each.peer_qpn:#x}",
+                    each.path or "-",
+                    each.reason or "",
+                    str(each.operations),
+                    amount(each.bytes),
+                )
+                for each in sorted(
+                    found.queue_pairs, key=lambda each: (each.container, each.local, each.qpn)
+                )
+            ],
+            indent="",
+        )
     if found.reasons:
         text += "\n" + table(("WHY", "MEANS"), sorted(found.reasons.items()), indent="")
     return text

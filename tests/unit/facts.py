@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from dataplane.control import Connections, ContainerCounts, PathCount, PathCounts, Statistics
+from dataplane.control import (
+    Connections,
+    ContainerCounts,
+    PathCount,
+    PathCounts,
+    Statistics,
+    VerbsObjects,
+)
 from dataplane.errors import RouterAway
 from driver import names
 from driver.errors import FreeFlowError, KernelError
@@ -82,6 +89,9 @@ class FakeRouterFacts:
                 "the router doesn't answer", cause="no such file", remedy="see its log"
             )
         return self.said
+
+    def verbs(self) -> VerbsObjects:
+        return VerbsObjects(devices=(), queue_pairs=(), reasons={})
 
     def connections(self) -> Connections:
         return Connections(connections=(), reasons={})

@@ -6,7 +6,15 @@ from typing import Any
 
 import msgspec
 
-from dataplane.control import ConnectionFact, Connections, ContainerCounts, PathCount
+from dataplane.control import (
+    ConnectionFact,
+    Connections,
+    ContainerCounts,
+    PathCount,
+    QueuePairFact,
+    VerbsDeviceFact,
+    VerbsObjects,
+)
 from plugin.status import (
     CallStatus,
     EndpointStatus,
@@ -47,6 +55,52 @@ LISTED = Connections(
         ),
     ),
     reasons={"remote": "the peer is on another host"},
+)
+
+LISTED_VERBS = VerbsObjects(
+    devices=(
+        VerbsDeviceFact(
+            namespace=4026532177,
+            container="web.1.abc",
+            pid=4711,
+            guid="024646ff0a000407",
+            gids=("10.0.4.7", "fd00::7"),
+            qpn_first=0x5000,
+            queue_pairs=2,
+        ),
+    ),
+    queue_pairs=(
+        QueuePairFact(
+            namespace=4026532177,
+            container="web.1.abc",
+            network=NET,
+            pid=4711,
+            type="RC",
+            local="10.0.4.7",
+            qpn=0x5001,
+            peer="10.0.4.9",
+            peer_qpn=0x7000,
+            path="",
+            reason="waiting",
+            age=1.5,
+        ),
+        QueuePairFact(
+            namespace=4026532177,
+            container="web.1.abc",
+            network=NET,
+            pid=4711,
+            type="UC",
+            local="10.0.4.7",
+            qpn=0x5000,
+            peer="10.0.4.8",
+            peer_qpn=0x9000,
+            path="shm",
+            age=3.5,
+            operations=12,
+            bytes=4096,
+        ),
+    ),
+    reasons={"waiting": "the peer has not asked for this queue pair yet"},
 )
 
 

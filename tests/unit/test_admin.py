@@ -8,12 +8,12 @@ import msgspec
 import pytest
 from flask.testing import FlaskClient
 
-from dataplane.control import Connections
+from dataplane.control import Connections, VerbsObjects
 from driver.errors import InvalidRequest, KernelError, NotFound
 from plugin.admin import create_admin
 from plugin.ping import PingRequest
 from plugin.status import Status
-from tests.unit.statuses import LISTED, status
+from tests.unit.statuses import LISTED, LISTED_VERBS, status
 
 
 def connections() -> Connections:
@@ -21,7 +21,9 @@ def connections() -> Connections:
 
 
 def client(ping: Any = None) -> FlaskClient:
-    return create_admin(status, ping or (lambda wanted: wanted), connections).test_client()
+    return create_admin(
+        status, ping or (lambda wanted: wanted), connections, lambda: LISTED_VERBS
+    ).test_client()
 
 
 def test_status() -> None:
@@ -35,6 +37,12 @@ def test_connections() -> None:
     """The list of connections comes from the router."""
     answer = client().get("/admin/connections")
     assert msgspec.json.decode(answer.data, type=Connections) == LISTED
+
+
+def test_verbs() -> None:
+    """The list of devices and queue pairs comes from the router."""
+    answer = client().get("/admin/verbs")
+    assert msgspec.json.decode(answer.data, type=VerbsObjects) == LISTED_VERBS
 
 
 def test_metrics() -> None:

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from flask import Flask
 
-from dataplane.control import Connections, ContainerCounts, PathCount
+from dataplane.control import Connections, ContainerCounts, PathCount, VerbsObjects
 from driver.errors import InvalidRequest, NotFound
 from plugin.admin import create_admin
 from plugin.cli.commands import cli
@@ -32,7 +32,17 @@ from plugin.status import (
     Status,
 )
 from tests.unit.sockets import engine, served
-from tests.unit.statuses import EP, LISTED, NET, endpoint, finding, host, network, status
+from tests.unit.statuses import (
+    EP,
+    LISTED,
+    LISTED_VERBS,
+    NET,
+    endpoint,
+    finding,
+    host,
+    network,
+    status,
+)
 
 TOP = Path(__file__).parents[2]
 COMMANDS = (
@@ -73,13 +83,16 @@ class World:
         self.engine: dict[str, Any] | None = {"/plugins": PLUGINS}
         self.pinged: list[PingRequest] = []
         self.listed = LISTED
+        self.listed_verbs = LISTED_VERBS
 
     def _snapshot(self) -> Status:
         assert self.status is not None
         return self.status
 
     def _admin(self) -> Flask:
-        return create_admin(self._snapshot, self._ping, lambda: self.listed)
+        return create_admin(
+            self._snapshot, self._ping, lambda: self.listed, lambda: self.listed_verbs
+        )
 
     def _ping(self, wanted: PingRequest) -> PingResult:
         self.pinged.append(wanted)
@@ -196,7 +209,7 @@ def test_plugin_that_answers_nonsense(world: World) -> None:
 def test_plugin_with_a_bug(world: World) -> None:
     """An error inside the plugin is shown with its remedy; the exit code is 2."""
     world.status = None
-    admin = create_admin(lambda: 1 / 0, world._ping, lambda: LISTED)  # type: ignore[arg-type, return-value]
+    admin = create_admin(lambda: 1 / 0, world._ping, lambda: LISTED, lambda: LISTED_VERBS)  # type: ignore[arg-type, return-value]
     with served(admin, world.directory / "broken.sock") as broken:
         done = CliRunner().invoke(cli, ["--socket", str(broken), "status"])
     assert done.exit_code == 2
@@ -329,6 +342,34 @@ def test_no_connections(world: World) -> None:
     """A host without connections says so."""
     world.listed = Connections(connections=(), reasons={})
     assert world.run("connections").output.startswith("no connections: ")
+
+
+def test_verbs(world: World) -> None:
+    """Devices and queue pairs of verbs have a line each; a queue pair's has its path, or a reason's
+    word.
+    """
+    done = world.run("connections", "--verbs")
+    assert done.exit_code == 0
+    assert done.output.splitlines() == [
+        "CONTAINER  PID   GIDS               QUEUE PAIRS",
+        "web.1.abc  4711  10.0.4.7, fd00::7  2",
+        "",
+        "CONTAINER  TYPE  LOCAL            REMOTE           PATH  WHY      OPERATIONS  BYTES",
+        "web.1.abc  UC    10.0.4.7 0x5000  10.0.4.8 0x9000  shm            12          4.0 KiB",
+        "web.1.abc  RC    10.0.4.7 0x5001  10.0.4.9 0x7000  -     waiting  0           0 B",
+        "",
+        "WHY      MEANS",
+        "waiting  the peer has not asked for this queue pair yet",
+    ]
+    found = world.json("connections", "--verbs")
+    assert [each["qpn"] for each in found["queue_pairs"]] == [0x5001, 0x5000]
+    assert found["devices"][0]["guid"] == "024646ff0a000407"
+
+
+def test_no_verbs(world: World) -> None:
+    """A host without devices of verbs says so."""
+    world.listed_verbs = VerbsObjects(devices=(), queue_pairs=(), reasons={})
+    assert world.run("connections", "--verbs").output.startswith("no devices: ")
 
 
 # --- peers

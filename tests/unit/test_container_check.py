@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dataplane.control import Connections
+from dataplane.control import Connections, VerbsObjects
 from plugin.admin import create_admin
 from plugin.cli.client import Client, Engine
 from plugin.cli.container_check import LIBRARY, examine_container, inspect_process, own_library
@@ -19,7 +19,7 @@ from plugin.cli.doctor import DoctorReport
 from plugin.status import Status
 from tests.unit.documented import is_documented
 from tests.unit.sockets import engine, served
-from tests.unit.statuses import LISTED, network, status
+from tests.unit.statuses import LISTED, LISTED_VERBS, network, status
 
 NAME = "web.1.abc"
 MOUNTS = [{"Destination": "/run/freeflow", "Source": "/run/freeflow"}]
@@ -71,7 +71,7 @@ class World:
             },
         }
         admin, docker = self.directory / "admin.sock", self.directory / "docker.sock"
-        app = create_admin(lambda: self.status, lambda wanted: wanted, _connections)  # type: ignore[arg-type, return-value]
+        app = create_admin(lambda: self.status, lambda wanted: wanted, _connections, _verbs)  # type: ignore[arg-type, return-value]
         with served(app, admin), served(engine(answers), docker):
             client = Client(admin, Engine(docker))
             report = examine_container(client, name, run=self.run, proc=self.proc)
@@ -87,6 +87,10 @@ class World:
 
 def _connections() -> Connections:
     return LISTED
+
+
+def _verbs() -> VerbsObjects:
+    return LISTED_VERBS
 
 
 @pytest.fixture

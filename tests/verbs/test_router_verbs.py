@@ -151,6 +151,7 @@ def test_many_ends_at_once(tmp_path: Path) -> None:
             counted[type(wire.codec.unpack(one.library.connection.recv(MAX_MESSAGE)))] += 1
         assert counted[VerbsGrant] == many + 1
         assert made.client.statistics().dropped == 0
+        assert [each.path for each in made.client.verbs().queue_pairs].count("shm") == 2
 
 
 @pytest.mark.parametrize(
