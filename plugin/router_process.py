@@ -66,6 +66,7 @@ def router_settings(settings: Settings) -> RouterSettings:
             messages=settings.asks_limit * _MESSAGES_PER_ASK,
             bells=settings.bells_limit,
             memory=settings.shm_limit,
+            queue_pairs=settings.verbs_qps,
         ),
         rdma=settings.rdma == "on" and settings.scope == "global",
         session_port=settings.session_port or settings.vxlan_port,
@@ -87,6 +88,7 @@ def router_settings(settings: Settings) -> RouterSettings:
         relay=settings.relay == "on" and settings.scope == "global",
         relay_ring=settings.relay_ring,
         relay_encryption=settings.relay_encryption,
+        verbs=settings.verbs == "on",
     )
 
 

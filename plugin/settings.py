@@ -235,6 +235,11 @@ class Settings:
         "`off`: no connection to a container of another host moves to TCP between the relays",
         details="See [TCP between relays](relay.md).",
     )
+    verbs: str = _setting(
+        _SWITCH,
+        "on",
+        "`off`: programs in containers find no device for RDMA verbs",
+    )
     session_port: int | None = _setting(
         _optional(_PORT),
         "",
@@ -413,6 +418,13 @@ class Settings:
         _whole(0, (1 << 20) - 1),
         _ROUTER.limits.bells,
         "bells (sockets for waking threads) of one container that the router keeps",
+        tuning=True,
+    )
+    verbs_qps: int = _setting(
+        _whole(0, (1 << 16) - 1),
+        _ROUTER.limits.queue_pairs,
+        "queue pairs of verbs of one container that are connected, or wait for their peer",
+        details="A process has 4096 of them at most. Each counts as a connection, too.",
         tuning=True,
     )
 

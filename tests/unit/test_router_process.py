@@ -134,6 +134,8 @@ def test_settings_reach_the_router() -> None:
         "relay": "off",
         "relay_ring": 65536,
         "relay_encryption": "all",
+        "verbs": "off",
+        "verbs_qps": 9,
     }
     usual = router_settings(Settings())
     seen = {

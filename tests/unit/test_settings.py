@@ -138,6 +138,8 @@ GOOD = [
     ("PROCESSES_LIMIT", "10", "processes_limit", 10),
     ("ASKS_LIMIT", "1", "asks_limit", 1),
     ("BELLS_LIMIT", "0", "bells_limit", 0),
+    ("VERBS", "off", "verbs", "off"),
+    ("VERBS_QPS", "65535", "verbs_qps", 65535),
 ]
 
 
@@ -220,6 +222,8 @@ BAD = [
     ("PROCESSES_LIMIT", "65536"),
     ("ASKS_LIMIT", "0"),
     ("BELLS_LIMIT", ""),
+    ("VERBS", "yes"),
+    ("VERBS_QPS", "65536"),
 ]
 
 
