@@ -131,6 +131,7 @@ class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
     acceleration: bool = True
     rdma: bool = True
     relay: bool = True
+    verbs: bool = True
     subnets: tuple[str, ...] = ()
     vips: dict[str, tuple[str, ...]] = {}
     """VIP to the addresses of its tasks, on all hosts."""

@@ -137,6 +137,7 @@ def _network(network: Network, state: NetworkState, rule: Rule, own: ThisHost) -
         acceleration=network.acceleration,
         rdma=options.rdma(network.options),
         relay=options.relay(network.options),
+        verbs=options.verbs(network.options),
         subnets=tuple(dict.fromkeys(subnets)),
         vips={
             str(vip): tuple(map(str, sorted(tasks)))

@@ -28,6 +28,7 @@ USER_KEYS: Final = {
     "acceleration": "on or off",
     "rdma": "on or off: connections to other hosts over RDMA",
     "relay": "on or off: connections to other hosts over TCP between the relays",
+    "verbs": "on or off: RDMA verbs",
     "ebpf": "on or off: the eBPF fast path",
     "upgrade_operations": "reads and writes after which a connection moves to shared memory",
 }
@@ -70,6 +71,7 @@ class NetworkOptions:
     acceleration: bool = True
     rdma: bool = True
     relay: bool = True
+    verbs: bool = True
     ebpf: bool = True
     upgrade_operations: int | None = None
     own_format: int | None = None
@@ -195,6 +197,11 @@ def relay(options: Mapping[str, str]) -> bool:
     return _switch("relay", options.get("relay", "on"))
 
 
+def verbs(options: Mapping[str, str]) -> bool:
+    """Whether a network carries queue pairs of RDMA verbs. Raises InvalidRequest."""
+    return _switch("verbs", options.get("verbs", "on"))
+
+
 def parse(options: Mapping[str, str]) -> NetworkOptions:
     """Check the options of a network.
 
@@ -216,6 +223,7 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
         acceleration=_switch("acceleration", options.get("acceleration", "on")),
         rdma=rdma(options),
         relay=relay(options),
+        verbs=verbs(options),
         ebpf=ebpf(options),
         upgrade_operations=upgrade_operations(options),
         own_format=own_format,

@@ -97,14 +97,15 @@ class Knowledge:
 
     def _read(self, facts: RouterSnapshot) -> None:
         for fact in facts.networks:
+            accelerated = fact.acceleration and facts.settings.acceleration
             self.networks[fact.id] = KnownNetwork(
                 id=fact.id,
-                accelerated=fact.acceleration and facts.settings.acceleration,
+                accelerated=accelerated,
                 subnets=tuple(ip_network(text) for text in fact.subnets),
                 rule=fact.rule or facts.settings.rule,
                 rdma=fact.rdma and facts.settings.rdma,
                 relay=fact.relay and facts.settings.relay,
-                verbs=fact.acceleration and facts.settings.acceleration and facts.settings.verbs,
+                verbs=accelerated and fact.verbs and facts.settings.verbs,
                 peers=frozenset(ip_address(text) for text in fact.peers),
             )
         self.underlay = ip_address(facts.underlay) if facts.underlay else None

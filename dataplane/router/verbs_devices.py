@@ -40,7 +40,7 @@ class QpnRanges:
         if self._is_free(wanted):
             self._taken.add(wanted)
             return wanted
-        for _ in range(RANGES):
+        while len(self._taken) < RANGES - 2:
             first = self._next % RANGES * RANGE
             self._next += 1
             if self._is_free(first):

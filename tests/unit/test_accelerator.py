@@ -182,10 +182,12 @@ def test_other_hosts() -> None:
     assert (told.networks[0].rdma, told.networks[0].relay) == (False, True)
     assert told.underlay == "10.9.9.1"
     assert told.tunnel_offload is False
-    network = a_network(options={"relay": "off"})
+    assert told.networks[0].verbs
+    network = a_network(options={"relay": "off", "verbs": "off"})
     told = facts([network], [an_endpoint(7)], known, homes, RouterSettings())
     assert (told.networks[0].peers, told.networks[0].rdma, told.underlay) == ((), True, "")
     assert not told.networks[0].relay
+    assert not told.networks[0].verbs
 
 
 def test_told_once(world: World) -> None:

@@ -25,6 +25,7 @@ def test_defaults() -> None:
     assert parsed.upgrade_operations is None
     assert parsed.rdma
     assert parsed.relay
+    assert parsed.verbs
     assert parsed.own_vni is None
 
 
@@ -37,12 +38,14 @@ def test_user_options() -> None:
             "acceleration": "off",
             "rdma": "off",
             "relay": "off",
+            "verbs": "off",
             "upgrade_operations": "16",
         }
     )
     assert parsed.upgrade_operations == 16
     assert not parsed.rdma
     assert not parsed.relay
+    assert not parsed.verbs
     assert (parsed.mtu, parsed.vni, parsed.acceleration) == (9000, 70012, False)
 
 
@@ -85,6 +88,7 @@ def test_mtu_by_both_names() -> None:
         ("acceleration", "maybe"),
         ("rdma", "auto"),
         ("relay", "tcp"),
+        ("verbs", "rxe"),
         ("upgrade_operations", "0"),
         ("upgrade_operations", "many"),
     ],

@@ -100,6 +100,19 @@ def test_verbs_are_off(world: VerbsWorld, settings: RouterSettings) -> None:
     assert a.gids[0] == gid("10.0.4.1")
 
 
+def test_verbs_are_off_for_a_network(world: VerbsWorld) -> None:
+    """The addresses of a network without verbs are no GIDs; those of others are."""
+    a, b = world.open(1), world.open(2)
+    one, _ = world.pair(a, b)
+    networks = tuple(replace(each, verbs=each.id != "n1") for each in world.facts.networks)
+    world.pairing.replace_snapshot(Knowledge(replace(world.facts, networks=networks)))
+    a.read()
+    assert one.lost == Reason.OFF
+    assert a.gids == [gid("10.0.5.1"), gid("10.0.5.1"), None]
+    assert world.open(1).gids == [gid("10.0.5.1")]
+    assert world.open(2).gids == [None]
+
+
 def test_a_container_that_just_came(world: VerbsWorld) -> None:
     """A process that asked before its container was known is told of its device later."""
     early = world.open(9)
