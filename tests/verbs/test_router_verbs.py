@@ -28,6 +28,7 @@ from dataplane.router.verbs_wire import (
     VerbsQueuePair,
     VerbsRefuse,
 )
+from testbed.kernel_hosts import new_namespace
 from tests.dataplane.library import Library
 from tests.verbs.router import TestRouter, router
 
@@ -38,17 +39,20 @@ RC = 2
 class VerbsLibrary:
     """A process with verbs."""
 
-    def __init__(self, path: Path, qpn_first: int = 0) -> None:
-        self.library = Library.connect(path, None)
+    def __init__(self, path: Path, qpn_first: int = 0, namespace: int | None = None) -> None:
+        self.library = Library.connect(path, namespace)
         welcome, _ = self.library.hear(wire.Welcome)
         assert welcome.verbs == VERBS_VERSION
         self.library.say(VerbsOpen(VERBS_VERSION, qpn_first))
-        self.devices = [self.library.hear(VerbsDevice)[0] for _ in range(2)]
+        self.devices = [self.library.hear(VerbsDevice)[0]]
+        while len(self.devices) < self.devices[0].count:
+            self.devices.append(self.library.hear(VerbsDevice)[0])
         self.qpn = self.devices[0].qpn_first
 
     def ask(self, peer: VerbsLibrary, request: int = 1, *, paired: bool = False) -> None:
         """Request the peer's first queue pair for the own one."""
-        self.library.say(VerbsQueuePair(request, self.qpn, peer.qpn, 0, RC, paired, GID))
+        to = peer.devices[0].gid
+        self.library.say(VerbsQueuePair(request, self.qpn, peer.qpn, 0, RC, paired, to))
 
     def refused(self) -> tuple[int, int]:
         """Number and reason of a refusal."""
@@ -87,6 +91,33 @@ def test_a_pair(served: TestRouter) -> None:
     one.library.close()
     assert other.library.rings(grant.arena, 1 - answer.side)
     assert other.refused() == (other.qpn, Reason.PEER_CLOSED)
+
+
+def test_containers(tmp_path: Path) -> None:
+    """A process is who its network namespace says: a container is reached by its own addresses, and
+    a process elsewhere has no device.
+    """
+    spaces = [new_namespace() for _ in range(3)]
+    paths = [Path(f"/proc/self/fd/{space}") for space in spaces]
+    try:
+        containers = {paths[0]: ("10.0.4.1",), paths[1]: ("10.0.4.2",)}
+        with router(tmp_path, containers) as made:
+            one, other, stranger = (VerbsLibrary(made.socket, 0, space) for space in spaces)
+            assert [each.devices[0].count for each in (one, other, stranger)] == [1, 1, 0]
+            stranger.ask(other)
+            assert stranger.refused() == (0, Reason.NOT_FOUND)
+            one.ask(other)
+            other.ask(one)
+            grant, _ = one.library.hear(VerbsGrant)
+            answer, _ = other.library.hear(VerbsGrant)
+            assert (grant.arena, grant.slot) == (answer.arena, answer.slot)
+            assert answer.peer_gid == one.devices[0].gid
+            assert other.library.rings(grant.arena, 1 - answer.side)
+            made.learn({paths[1]: ("10.0.4.2",)})
+            assert other.refused() == (other.qpn, Reason.PEER_CLOSED)
+    finally:
+        for space in spaces:
+            os.close(space)
 
 
 def test_a_new_router(served: TestRouter) -> None:
