@@ -195,7 +195,7 @@ class ContainerCounts(msgspec.Struct, frozen=True, kw_only=True):
     processes: int = 0
     waiting: int = 0
     connections: int = 0
-    """Ends of connections in shared memory, and queue pairs of verbs."""
+    """Ends of connections in shared memory."""
     queue_pairs: int = 0
     """Of verbs, connected or waiting."""
     bells: int = 0

@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import start_http_server
 from prometheus_client.registry import Collector
 
-from dataplane.control import RdmaFacts, RelayFacts
+from dataplane.control import RdmaFacts, RelayFacts, VerbsFacts
 from plugin.deaths import PARTS
 from plugin.status import NetworkStatus, RouterStatus, Status, relay_cpu
 
@@ -84,6 +84,10 @@ def _deaths(status: Status) -> list[Sample]:
 
 def _router(status: Status) -> RouterStatus:
     return status.router or RouterStatus(up=False)
+
+
+def _verbs(status: Status) -> VerbsFacts:
+    return _router(status).verbs
 
 
 def _relay(status: Status) -> RelayFacts:
@@ -271,6 +275,26 @@ METRICS: Final = (
         "freeflow_bugs",
         "Bugs of the router that it has survived; its log has each",
         _value(lambda status: _router(status).bugs),
+    ),
+    _gauge(
+        "freeflow_queue_pairs",
+        "Queue pairs of verbs in containers of this host, by state",
+        lambda status: [
+            (("connected",), float(_verbs(status).queue_pairs - _verbs(status).waiting)),
+            (("waiting",), float(_verbs(status).waiting)),
+        ],
+        ("state",),
+    ),
+    _counter(
+        "freeflow_queue_pairs_paired",
+        "Pairs of queue pairs that the router has connected",
+        _value(lambda status: _verbs(status).paired),
+    ),
+    _counter(
+        "freeflow_queue_pairs_refused",
+        "Queue pairs that were refused, or told of the end of their peer, by reason",
+        lambda status: _reasons(_verbs(status).refused),
+        ("reason",),
     ),
     _gauge(
         "freeflow_rdma_up",

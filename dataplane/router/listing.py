@@ -21,7 +21,7 @@ from dataplane.control import (
     Statistics,
 )
 from dataplane.errors import KernelRefused
-from dataplane.router.arenas import RELAY_SIDE
+from dataplane.router.arenas import RELAY_SIDE, Arena, ConnectionEnd, Slot
 from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.pair_requests import PairRequest
@@ -187,7 +187,7 @@ def statistics(
         learned=pairing.knowledge.learned,
         processes=len(pairing.processes),
         waiting=sum(len(container.waiting) for container in pairing.containers.values()),
-        connections=sum(len(arena.slots) for arena in pairing.arenas.values() if not arena.ring),
+        connections=sum(map(_connections, pairing.arenas.values())),
         arenas=len(pairing.arenas),
         memory=sum(arena.used for arena in pairing.arenas.values()),
         granted=counts.granted,
@@ -207,6 +207,15 @@ def statistics(
     )
 
 
+def _connections(arena: Arena) -> int:
+    """Connections within this host that have a slot; queue pairs have slots, too."""
+    return 0 if arena.ring else sum(_is_connection(slot) for slot in arena.slots.values())
+
+
+def _is_connection(slot: Slot) -> bool:
+    return any(isinstance(end, ConnectionEnd) for end in slot.ends)
+
+
 def _counts(container: ContainerRecord, pairing: Pairing) -> ContainerCounts:
     sandbox = pairing.knowledge.sandboxes.get(container.namespace)
     builds: dict[str, int] = {}
@@ -218,7 +227,7 @@ def _counts(container: ContainerRecord, pairing: Pairing) -> ContainerCounts:
         container="" if sandbox is None else sandbox.name,
         processes=len(container.processes),
         waiting=len(container.waiting),
-        connections=len(container.ends),
+        connections=sum(isinstance(key, int) for key in container.ends),
         queue_pairs=pairing.verbs.of_container[container.namespace],
         bells=container.bells,
         relay_cpu=container.relay_cpu,

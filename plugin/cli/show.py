@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from dataplane.control import Connections, PeerFact, RdmaFacts, RelayFacts, VerbsObjects
+from dataplane.control import Connections, PeerFact, RdmaFacts, RelayFacts, VerbsFacts, VerbsObjects
 from plugin.cli.table import amount, table
 from plugin.cli.terminal import shown_all
 from plugin.status import Finding, NetworkStatus, RouterStatus, Status, relay_cpu
@@ -74,7 +74,18 @@ def _router(status: Status) -> str:
         f"router {_count(router.processes, 'program')} with the library, "
         f"{_count(router.connections, 'connection')} in {amount(router.memory)} of shared memory, "
         f"{router.waiting} waiting for the other end\n"
-        f"{_rdma(router.rdma)}{_relay(router.relay)}{_relay_cpu(router)}{_hosts(router.rdma)}"
+        f"{_verbs(router.verbs)}{_rdma(router.rdma)}{_relay(router.relay)}{_relay_cpu(router)}{_hosts(router.rdma)}"
+    )
+
+
+def _verbs(verbs: VerbsFacts) -> str:
+    """What uses verbs; empty if nothing does."""
+    if not verbs.processes:
+        return ""
+    return (
+        f"verbs {_count(verbs.processes, 'program')} with a device, "
+        f"{_count(verbs.queue_pairs - verbs.waiting, 'connected queue pair')}, "
+        f"{verbs.waiting} waiting for the peer\n"
     )
 
 

@@ -13,6 +13,7 @@ from dataplane.control import (
     PathCount,
     QueuePairFact,
     VerbsDeviceFact,
+    VerbsFacts,
     VerbsObjects,
 )
 from plugin.status import (
@@ -187,6 +188,9 @@ def status(**fields: Any) -> Status:
             refused={"remote": 6},
             noted={"option": 5},
             wrong_messages=7,
+            verbs=VerbsFacts(
+                processes=1, queue_pairs=3, waiting=1, paired=4, refused={"remote": 2}
+            ),
             paths=(
                 PathCount(NET, "overlay", "remote", 1),
                 PathCount(NET, "overlay", "short", 2),

@@ -83,6 +83,10 @@ def test_values() -> None:
     assert found[("freeflow_refusals_total", (("reason", "remote"),))] == 6
     assert found[("freeflow_retreats_total", (("reason", "option"),))] == 5
     assert found[("freeflow_wrong_messages_total", ())] == 7
+    assert found[("freeflow_queue_pairs", (("state", "connected"),))] == 2
+    assert found[("freeflow_queue_pairs", (("state", "waiting"),))] == 1
+    assert found[("freeflow_queue_pairs_paired_total", ())] == 4
+    assert found[("freeflow_queue_pairs_refused_total", (("reason", "remote"),))] == 2
     assert found[("freeflow_requests_total", (("call", "Join"),))] == 7
     assert found[("freeflow_request_errors_total", (("call", "Join"),))] == 1
     quantile = (("call", "Join"), ("quantile", "0.99"))

@@ -70,11 +70,13 @@ def test_counts(world: VerbsWorld) -> None:
     a, b = world.open(1), world.open(2)
     world.open(77)
     one, _ = world.pair(a, b)
+    world.pair(a, b)
+    world.connect(a.process, b.process, 5000)
     a.ask(a.create(), b, QueuePairModel(9))
     a.ask_for(a.create(), gid("8.8.8.8"), 9)
     a.reset(one)
     counts = verbs_listing.counts(world.pairing.verbs)
-    assert (counts.processes, counts.queue_pairs, counts.waiting, counts.paired) == (2, 2, 1, 1)
+    assert (counts.processes, counts.queue_pairs, counts.waiting, counts.paired) == (2, 4, 1, 2)
     assert counts.refused == {"foreign": 1, "peer-closed": 1}
     statistics = listing.statistics(
         world.pairing,
@@ -86,8 +88,6 @@ def test_counts(world: VerbsWorld) -> None:
         relay=RelayFacts(),
     )
     assert statistics.verbs == counts
-    assert {each.namespace: each.queue_pairs for each in statistics.containers} == {
-        1: 1,
-        2: 1,
-        77: 0,
-    }
+    assert statistics.connections == 1
+    found = {each.namespace: (each.connections, each.queue_pairs) for each in statistics.containers}
+    assert found == {1: (1, 2), 2: (1, 2), 77: (0, 0)}
