@@ -21,6 +21,14 @@ enum {
         MESSAGES = 32,   /* in a row */
 };
 
+static void refuse_version(void)
+{
+        struct relay_opened opened = {.error = EPROTO};
+
+        put_text(opened.text, "the router has another version than its relay");
+        answer(&opened, sizeof opened, R_OPENED);
+}
+
 static void do_open(const void *data, int *descriptors)
 {
         struct relay_open open;
@@ -30,12 +38,11 @@ static void do_open(const void *data, int *descriptors)
         memcpy(&open, data, sizeof open);
         open.device[sizeof open.device - 1] = 0;
         if (open.version != RELAY_VERSION) {
-                opened.error = EPROTO;
-                put_text(opened.text, "the router has another version than its relay");
-        } else {
-                opened.error = transports_open(&open, &opened.mtu, opened.text);
-                relay_set_spin(transports_spin());
+                refuse_version();
+                return;
         }
+        opened.error = transports_open(&open, &opened.mtu, opened.text);
+        relay_set_spin(transports_spin());
         answer(&opened, sizeof opened, R_OPENED);
 }
 
@@ -292,6 +299,11 @@ static void dispatch(const void *data, size_t size, int *descriptors)
                 relay_die("the router's message", EPROTO);
         if (message->kind == R_FRAME && size >= sizeof(struct relay_frame)) {
                 do_frame(data, size);
+                return;
+        }
+        if (message->kind == R_OPEN && size != sizeof(struct relay_open)) {
+                /* Its size is part of the version. */
+                refuse_version();
                 return;
         }
         if (message->kind >= sizeof kinds / sizeof *kinds || !kinds[message->kind].call ||

@@ -66,13 +66,15 @@ def test_both_sides_mean_the_same_bytes(folder: Path) -> None:
 
 
 def test_a_router_of_another_version_is_told_so(binary: Path) -> None:
-    """A relay refuses a router of another version, and opens nothing."""
+    """A relay refuses a router of another version, also if its message has another size, and opens
+    nothing.
+    """
+    size = client.OPEN.size
     with relays(binary, count=1) as (a,):
-        packed = bytearray(
-            client.OPEN.pack(client.KINDS["OPEN"], client.OPEN.size, b"", 1, 9, 0, 2, 0, 0)
-        )
-        a.raw(bytes(packed))
-        assert "version" in a.expect("OPENED").text
+        for length in (size, size - 4, size + 4, client.HEADER.size):
+            packed = client.OPEN.pack(client.KINDS["OPEN"], length, b"", 1, 9, 0, 2, 0, 0)
+            a.raw(packed.ljust(length, b"\0")[:length])
+            assert "version" in a.expect("OPENED").text
 
 
 def test_a_relay_without_a_device_says_so(binary: Path) -> None:
