@@ -15,6 +15,7 @@ import click
 
 from testbed.images import ENGINES, make_bench_base, make_engine, make_workload
 from testbed.process import CommandError
+from testbed.versions import VersionAbsentError, make_last
 from testbed.vm.guest_images import KERNELS, KernelAbsentError, make_kernel, make_root_image
 
 THINGS: Final[dict[str, Callable[[], object]]] = {
@@ -23,9 +24,13 @@ THINGS: Final[dict[str, Callable[[], object]]] = {
     "guest": make_root_image,
     **{f"kernel-{name}": lambda n=name: make_kernel(n) for name in KERNELS},  # type: ignore[misc]
     "bench": make_bench_base,
+    "last-version": make_last,
 }
 GROUPS: Final = {
-    "swarm": [*(name for name in THINGS if name.startswith("engine-")), "workload"],
+    "swarm": [
+        *(name for name in THINGS if name.startswith("engine-")),
+        *("workload", "last-version"),
+    ],
     "vm": ["guest", *(name for name in THINGS if name.startswith("kernel-"))],
 }
 
@@ -41,8 +46,9 @@ def prepare(names: Iterable[str], say: Callable[[str], None]) -> None:
         say(f"{name} …")
         try:
             THINGS[name]()
-        except KernelAbsentError as error:
-            # The archive drops old releases at some time. Tests on this kernel say so.
+        except (KernelAbsentError, VersionAbsentError) as error:
+            # The archive drops old releases at some time, and a checkout may lack the history.
+            # Tests that need them say so.
             say(f"{name}: {error}")
         else:
             say(f"{name}: ready, after {time.monotonic() - start:.0f} s")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from testbed import images
+from testbed import images, versions
 from testbed.images import NotPreparedError, engine_root, workload_tar
 from testbed.patience import patience
-from testbed.prepare import GROUPS, THINGS
+from testbed.prepare import GROUPS, THINGS, prepare
 from testbed.process import CommandError
 from testbed.vm import guest_images as vm_images
 from testbed.vm.guest_images import KERNELS, KernelAbsentError, kernel, make_kernel, root_image
@@ -134,3 +134,39 @@ def test_all_that_tests_use_is_prepared() -> None:
     assert {f"engine-{version}" for version in images.ENGINES} < set(GROUPS["swarm"])
     assert {f"kernel-{name}" for name in KERNELS} < set(GROUPS["vm"])
     assert {name for group in GROUPS.values() for name in group} <= set(THINGS)
+
+
+def git(*words: str | Path) -> None:
+    subprocess.run(["git", *words], check=True, capture_output=True)
+
+
+def test_without_a_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where git has no commit of the last version, `make prepare` says so and goes on, and who
+    needs the version says what is missing.
+    """
+    monkeypatch.setenv("FREEFLOW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(versions, "TOP", tmp_path)
+    # Whatever repository the folder of temporary files may be in.
+    git("init", tmp_path)
+    said: list[str] = []
+    prepare(["last-version"], said.append)
+    assert "no history back to" in said[-1]
+    with pytest.raises(NotPreparedError, match="the last version"):
+        versions.last()
+
+
+def test_the_origin_has_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shallow clone gets the last version's commit from its origin."""
+    origin, clone = tmp_path / "origin", tmp_path / "clone"
+    git("init", origin)
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.example")
+    for subject in ("first", "second"):
+        git("-C", origin, *author, "commit", "--allow-empty", "-m", subject)
+    first = subprocess.check_output(["git", "-C", origin, "rev-parse", "HEAD~1"], text=True)
+    git("clone", "--depth=1", f"file://{origin}", clone)
+    monkeypatch.setattr(versions, "TOP", clone)
+    monkeypatch.setattr(versions, "LAST", first.strip())
+    with pytest.raises(subprocess.CalledProcessError):
+        git("-C", clone, "cat-file", "-e", first.strip())
+    versions.fetch()
+    git("-C", clone, "cat-file", "-e", first.strip())
