@@ -8,6 +8,9 @@ connection may enter (`--open-relay`).
         a, b = one.containers["a"], other.containers["b"]
         server = b.popen(["iperf3", "-s", "-1"])
         print(a.run(["iperf3", "-c", str(b.ipv4)]).stdout)
+
+With `versions` each host has its own version, and `upgrade` gives it another one. The first host
+leads then: their certificates name them node1 and node2.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from driver.kernel.namespace import in_netns
 from testbed.kernel_hosts import new_namespace, write_vips
 from testbed.namespace_bed import LIBRARY, BedContainer, NamespaceBed, connect
 from testbed.patience import patience
+from testbed.versions import THIS, Version
+from tests.unit.swarm_ca import Authority, write
 
 KEY: Final = "a secret of two hosts that are one machine"
 _PATIENCE: Final = 15.0
@@ -50,6 +55,10 @@ class HostBed(NamespaceBed):
     """Whether the host has what stands for an RDMA device."""
     ruled: bool = False
     """Connections enter the relay by the rule, otherwise all do."""
+    version: Version = THIS
+    """The version of the router."""
+    certified: bool = False
+    """Whether it has a certificate of a Swarm, in `swarm`."""
     everywhere: dict[str, str] = field(default_factory=dict)
     """The containers of both hosts, with their addresses."""
 
@@ -73,14 +82,34 @@ class HostBed(NamespaceBed):
 
     def router_command(self) -> list[str]:
         """The router's command, in the host's namespace and with a relay."""
+        is_open = self.path == "relay" and not self.ruled and self.version.has_relay_path
         return [
+            "env",
+            f"--chdir={self.version.top}",
             "nsenter",
             f"--net=/proc/{os.getpid()}/fd/{self.namespace}",
             *super().router_command(),
             f"--relay={self.relay}",
             *(["--memory-relay"] if self.device else []),
-            *(["--open-relay"] if self.path == "relay" and not self.ruled else []),
+            *(["--open-relay"] if is_open else []),
+            *([f"--swarm={self.swarm}"] if self.certified else []),
         ]
+
+    @property
+    def swarm(self) -> Path:
+        """Where an engine would keep what it has of its Swarm."""
+        return self.folder / "swarm"
+
+    def upgrade(self, version: Version) -> None:
+        """Install another version, as an upgrade of the plugin does: programs that run keep their
+        library.
+        """
+        self.kill_router()
+        self.version, self.relay = version, version.relay
+        fresh = self.shared / f"{LIBRARY}.new"
+        shutil.copy(version.library, fresh)
+        fresh.replace(self.shared / LIBRARY)
+        self.start_router()
 
     def counts(self) -> RdmaFacts | RelayFacts:
         """What the router counts about the path."""
@@ -100,6 +129,13 @@ class HostBed(NamespaceBed):
             if not self.counts().why and any(peer.link == "up" for peer in peers):
                 return
             assert time.monotonic() < until, (self.counts(), peers, self.log())
+            time.sleep(0.02)
+
+    def wait_session(self) -> None:
+        """Wait until the two routers have a session."""
+        until = time.monotonic() + patience(_PATIENCE)
+        while not any(peer.session for peer in self.router.statistics().rdma.hosts):
+            assert time.monotonic() < until, self.log()
             time.sleep(0.02)
 
     def relay_pid(self) -> int:
@@ -146,26 +182,51 @@ def cut(host: HostBed, *, up: bool = False) -> None:
     in_netns(host.namespace, change)
 
 
+def _install(hosts: Sequence[HostBed], versions: Sequence[Version]) -> None:
+    """Give each host a version, and a certificate of one Swarm."""
+    authority = Authority()
+    for host, version in zip(hosts, versions, strict=True):
+        host.version, host.relay, host.certified = version, version.relay, True
+        shutil.copy(version.library, host.shared / LIBRARY)
+        write(host.swarm, authority.root, authority.node(f"node{host.number}"))
+
+
+def _remove(host: HostBed) -> None:
+    for container in host.containers.values():
+        for process in container.started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    host.kill_router()
+    for container in host.containers.values():
+        os.close(container.namespace)
+    os.close(host.namespace)
+
+
 @contextlib.contextmanager
 def two_hosts(
     here: Sequence[str] = ("a",),
     there: Sequence[str] = ("b",),
     *,
     library: Path | None = None,
-    relay: Path,
+    relay: Path = THIS.relay,
     vips: Mapping[str, Sequence[str]] | None = None,
     settings: RouterSettings | None = None,
     path: str = "rdma",
     ruled: bool = False,
     devices: tuple[bool, bool] | None = None,
+    versions: tuple[Version, Version] | None = None,
 ) -> Iterator[tuple[HostBed, HostBed]]:
     """Two hosts with containers of these names. The link between the relays is up.
 
-    `devices`: whether each host has one; unless given, both have if the path is rdma.
+    `devices`: whether each host has one; unless given, both have if the path is rdma. `versions`:
+    those of the hosts, with their libraries and relays in place of the others; only the session is
+    up then.
     """
     folder = Path(tempfile.mkdtemp(prefix="freeflow-hosts-"))
     folder.chmod(0o755)
-    wanted = replace(settings or RouterSettings(), session_key=KEY)
+    key = KEY if versions is None else ""
+    wanted = replace(settings or RouterSettings(), session_key=key)
     made: list[HostBed] = []
     bridge = new_namespace()
     numbers = iter(range(2, 250))
@@ -184,6 +245,8 @@ def two_hosts(
             )
             host.device = path == "rdma" if devices is None else devices[number - 1]
             made.append(host)
+        if versions is not None:
+            _install(made, versions)
         every = {name: box for host in made for name, box in host.containers.items()}
         connect(list(every.values()), bridge)
         _join(*made)
@@ -198,20 +261,15 @@ def two_hosts(
                     write_vips(container.namespace, table)
             host.start_router()
         for host in made:
-            host.wait_linked()
+            if versions is None:
+                host.wait_linked()
+            else:
+                host.wait_session()
         yield made[0], made[1]
         for host in made:
             host.check_router()
     finally:
         for host in made:
-            for container in host.containers.values():
-                for process in container.started:
-                    if process.poll() is None:
-                        process.kill()
-                    process.wait()
-            host.kill_router()
-            for container in host.containers.values():
-                os.close(container.namespace)
-            os.close(host.namespace)
+            _remove(host)
         os.close(bridge)
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,8 @@
 """Small messages to and fro on many connections between two processes, each an event loop.
 
     pings.py server ADDRESS PORT
-    pings.py client ADDRESS PORT COUNT RATE    lines on stdin: so many connections are busy from now
+    pings.py client ADDRESS PORT COUNT RATE
+        lines on stdin: so many connections are busy from now; +N: N more, which are busy
 
 RATE is round trips per second of each busy connection, 0: as fast as possible. A busy connection's
 answers are checked. The client prints "right" when its stdin ends.
@@ -38,13 +39,20 @@ def serve(where: tuple[str, int]) -> None:
 
 def ask(where: tuple[str, int], count: int, rate: float) -> None:
     selector = selectors.DefaultSelector()
-    connections = [socket.create_connection(where) for _ in range(count)]
-    numbers = dict.fromkeys(connections, 0)
+    connections: list[socket.socket] = []
+    numbers: dict[socket.socket, int] = {}
     awaited: set[socket.socket] = set()
-    due = dict.fromkeys(connections, 0.0)
-    for connection in connections:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        selector.register(connection, selectors.EVENT_READ)
+    due: dict[socket.socket, float] = {}
+
+    def connect(count: int) -> None:
+        for _ in range(count):
+            connection = socket.create_connection(where)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            selector.register(connection, selectors.EVENT_READ)
+            connections.append(connection)
+            numbers[connection], due[connection] = 0, 0.0
+
+    connect(count)
     selector.register(sys.stdin, selectors.EVENT_READ)
     busy = count
     while True:
@@ -60,7 +68,11 @@ def ask(where: tuple[str, int], count: int, rate: float) -> None:
                 if not line:
                     print("right", flush=True)
                     return
-                busy = int(line)
+                if line.startswith("+"):
+                    connect(int(line))
+                    busy = len(connections)
+                else:
+                    busy = int(line)
                 continue
             answer = key.fileobj.recv(4096)
             assert answer == numbers[key.fileobj].to_bytes(64, "big"), answer
