@@ -37,8 +37,6 @@ static bool is_worth_it(struct end *end, uint64_t bytes)
 {
         uint32_t operations = atomic_load_explicit(&end->operations, memory_order_relaxed);
 
-        if (process.eager)
-                return true;
         if (bytes + moved(end) >= settings.bulk && operations > 1)
                 return true;
         if (operations < (uint64_t)settings.operations << family_restraint() || moved(end) < settings.bytes)
@@ -216,9 +214,7 @@ bool attach_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
         switch (atomic_load_explicit(&end->stage, memory_order_relaxed)) {
         case STAGE_CANDIDATE:
                 request(fd, end, bytes, operations);
-                if (!process.eager || atomic_load(&end->stage) != STAGE_REQUESTED)
-                        break;
-                /* fall through */
+                break;
         case STAGE_REQUESTED:
                 if (atomic_load_explicit(&end->epoch, memory_order_relaxed) != router_epoch())
                         stage_become(end, STAGE_REQUESTED, STAGE_CANDIDATE);

@@ -13,7 +13,6 @@
 #include "poller.h"
 #include "protocol.h"
 #include "ready.h"
-#include "requests.h"
 #include "router.h"
 #include "settings.h"
 #include "statistics.h"
@@ -54,7 +53,7 @@ static bool is_far(const struct sockaddr *address)
         return false;
 }
 
-static void opened(int fd, struct end *end, bool active)
+static void opened(struct end *end, bool active)
 {
         if (atomic_load(&end->stage) != STAGE_CLOSED)
                 return;
@@ -64,8 +63,6 @@ static void opened(int fd, struct end *end, bool active)
         statistics_count(&statistics.tracked);
         if (!settings.welcomed)
                 router_connect();
-        if (process.eager)
-                request_upgrade(end, fd);
 }
 
 CALL int connect(int fd, const struct sockaddr *address, socklen_t size)
@@ -82,7 +79,7 @@ CALL int connect(int fd, const struct sockaddr *address, socklen_t size)
         }
         outcome = real()->connect(fd, address, size);
         if (outcome == 0 || *__errno_location() == EINPROGRESS || *__errno_location() == EINTR)
-                opened(fd, end, true);
+                opened(end, true);
         return outcome;
 }
 
@@ -94,7 +91,7 @@ static int accepted(int fd, const struct sockaddr *address, bool nonblocking)
                 return fd;
         end = end_make(fd, nonblocking);
         if (end)
-                opened(fd, end, false);
+                opened(end, false);
         return fd;
 }
 

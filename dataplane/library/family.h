@@ -71,7 +71,6 @@ struct process {
         _Atomic bool touched; /* bulk areas may have something to reclaim */
         bool on;
         bool loopback; /* loopback connections too, for tests */
-        bool eager;    /* upgrade at the first operation, and wait for the router, for tests */
         bool restless; /* fall back at random, and request again at once, for tests */
 };
 

@@ -23,13 +23,11 @@ __attribute__((constructor)) static void start(void)
 {
         const char *off = environment("FREEFLOW");
         const char *loopback = environment("FREEFLOW_LOOPBACK");
-        const char *eager = environment("FREEFLOW_EAGER");
         const char *restless = environment("FREEFLOW_RESTLESS");
         char *place;
 
         if (off && strcmp(off, "off") == 0)
                 return;
-        process.eager = eager && strcmp(eager, "1") == 0;
         process.restless = restless && strcmp(restless, "1") == 0;
         process.loopback = loopback && strcmp(loopback, "1") == 0;
         place = family_reserve(poller_memory());

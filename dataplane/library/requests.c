@@ -62,30 +62,27 @@ static bool is_loopback(const struct address *name)
 }
 
 /* Under the router's lock. */
-static bool request(struct end *end, struct request *message)
+static void request(struct end *end, struct request *message)
 {
         /* Set first: the answer may be taken by another thread as soon as the message is sent. */
         atomic_store(&end->cookie, message->cookie);
         atomic_store(&end->epoch, router_epoch());
         if (!stage_become(end, STAGE_CANDIDATE, STAGE_REQUESTED))
-                return false;
-        if (router_send(message, sizeof *message, 0) == 0) {
+                return;
+        if (router_send(message, sizeof *message, 0) == 0)
                 statistics_count(&statistics.asked);
-                return true;
-        }
-        stage_become(end, STAGE_REQUESTED, STAGE_CANDIDATE);
-        return false;
+        else
+                stage_become(end, STAGE_REQUESTED, STAGE_CANDIDATE);
 }
 
-bool request_upgrade(struct end *end, int fd)
+void request_upgrade(struct end *end, int fd)
 {
         struct request message = {.message = {.kind = REQUEST, .size = sizeof message},
                                   .connection = end_number(end)};
         uint32_t size = sizeof message.cookie;
-        bool requested = false;
 
         if (!router_begin())
-                return false;
+                return;
         /* Two threads may have come this far: if both requested, the two ends could get different
          * slots. */
         if (atomic_load(&end->stage) == STAGE_CANDIDATE && router_reach() &&
@@ -95,11 +92,10 @@ bool request_upgrade(struct end *end, int fd)
                         atomic_store(&end->reason, REASON_FOREIGN);
                         stage_become(end, STAGE_CANDIDATE, STAGE_REFUSED);
                 } else {
-                        requested = request(end, &message);
+                        request(end, &message);
                 }
         }
         router_end();
-        return requested;
 }
 
 /* The end that an answer is for, now STAGE_ANSWERING; NULL: it is gone. */
@@ -250,12 +246,6 @@ void request_poll(struct end *end)
         uint64_t requested = atomic_load_explicit(&end->requested_at, memory_order_relaxed);
         bool soon = !requested || tick - (uint32_t)(requested / 1000000) < SOON;
 
-        /* For tests: a request that is early gets its answer early, instead of some operations
-         * later. */
-        if (process.eager && operations < 4) {
-                router_await(&end->stage, STAGE_REQUESTED);
-                return;
-        }
         /* At first after every few operations, and at each tick of the clock. A request may also
          * wait for hours. */
         if (soon ? !pause && operations % 8 : pause < POLL_PAUSE)

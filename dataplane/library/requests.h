@@ -4,8 +4,8 @@
 
 #include "family.h"
 
-/* Request a connection's upgrade; false: not now. */
-bool request_upgrade(struct end *end, int fd);
+/* Request a connection's upgrade, if that is possible now. */
+void request_upgrade(struct end *end, int fd);
 /* Take the router's answers, if it is time to poll for them. */
 void request_poll(struct end *end);
 /* A message of the router: see hooks.received(). */

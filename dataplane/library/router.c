@@ -16,8 +16,7 @@
 #include <sys/un.h>
 
 enum {
-        RETRY = 1000,       /* ms between attempts to reach a router that isn't there */
-        EAGER_PATIENCE = 3, /* ms */
+        RETRY = 1000, /* ms between attempts to reach a router that isn't there */
         MOST_DESCRIPTORS = 4,
 };
 
@@ -182,25 +181,6 @@ void router_receive(void)
                 return;
         while (receive_one())
                 ;
-        router_end();
-}
-
-void router_await(const _Atomic uint32_t *word, uint32_t value)
-{
-        uint64_t deadline = now() + EAGER_PATIENCE * UINT64_C(1000000);
-
-        if (!router_begin())
-                return;
-        while (router.fd && atomic_load(word) == value) {
-                struct pollfd answer = {.fd = router.fd - 1, .events = POLLIN};
-                struct timespec time = {.tv_nsec = 1000000};
-
-                if (receive_one())
-                        continue;
-                if (now() >= deadline)
-                        break;
-                sys_5(SYS_ppoll, &answer, 1, &time, 0, 0);
-        }
         router_end();
 }
 

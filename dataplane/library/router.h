@@ -17,8 +17,6 @@ void router_connect(void);
 uint32_t router_epoch(void);
 /* Take all messages that have come: hooks.received() gets each. */
 void router_receive(void);
-/* For tests: receive for some milliseconds, for as long as `word` is `value`. */
-void router_await(const _Atomic uint32_t *word, uint32_t value);
 
 /* Take the lock. False: this thread has it already, and router_end() must not follow. */
 bool router_begin(void);
