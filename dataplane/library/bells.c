@@ -7,7 +7,6 @@
 #include "sys.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <sys/socket.h>
 
 enum {

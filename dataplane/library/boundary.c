@@ -1,6 +1,5 @@
 #include "boundary.h"
 
-#include "emulate.h"
 #include "fallback.h"
 #include "flow.h"
 #include "poller.h"

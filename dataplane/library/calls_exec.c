@@ -2,7 +2,6 @@
 #include "calls.h"
 
 #include "inherit.h"
-#include "sys.h"
 
 #include <errno.h>
 #include <stdarg.h>

@@ -5,7 +5,6 @@
 #include "guest.h"
 #include "inherit.h"
 #include "settings.h"
-#include "sys.h"
 
 #include <errno.h>
 #include <sched.h>

@@ -1,7 +1,6 @@
 /* Calls that change how the whole process works (retire.h), and system calls by number. */
 #include "calls.h"
 
-#include "inherit.h"
 #include "protocol.h"
 #include "retire.h"
 #include "router.h"

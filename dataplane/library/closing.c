@@ -1,6 +1,5 @@
 #include "closing.h"
 
-#include "arena.h"
 #include "fallback.h"
 #include "poller.h"
 #include "ready.h"

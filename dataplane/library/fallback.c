@@ -1,6 +1,5 @@
 #include "fallback.h"
 
-#include "arena.h"
 #include "clock.h"
 #include "cork.h"
 #include "ends.h"

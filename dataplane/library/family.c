@@ -8,7 +8,6 @@
 #include "sys.h"
 
 #include <errno.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 

@@ -1,7 +1,6 @@
 #include "guest.h"
 
 #include "own.h"
-#include "real.h"
 #include "sys.h"
 
 #include <string.h>

@@ -1,11 +1,9 @@
 #include "lock.h"
 
-#include "clock.h"
 #include "sys.h"
 
 #include <errno.h>
 #include <linux/futex.h>
-#include <stddef.h>
 #include <time.h>
 
 enum { TRIES = 200 }; /* before a waiter sleeps */

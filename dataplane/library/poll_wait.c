@@ -1,6 +1,5 @@
 #include "poll_wait.h"
 
-#include "arena.h"
 #include "identity.h"
 #include "poller.h"
 #include "ready.h"

@@ -14,7 +14,6 @@
 #include "sys.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <sys/socket.h>
 
 /* --- epoll_ctl() --- */

@@ -11,7 +11,6 @@
  */
 #include "poller_internal.h"
 
-#include "poller.h"
 #include "ready.h"
 #include "sys.h"
 

@@ -8,7 +8,6 @@
 #include "arena.h"
 #include "clock.h"
 #include "family.h"
-#include "settings.h"
 
 /* How often the kernel has reported something about a descriptor whose connection uses a ring. */
 extern _Atomic uint32_t ready_kernel_reports;

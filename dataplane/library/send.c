@@ -1,6 +1,5 @@
 #include "send.h"
 
-#include "arena.h"
 #include "clock.h"
 #include "fallback.h"
 #include "file.h"

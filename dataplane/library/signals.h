@@ -9,7 +9,6 @@
 #ifndef FREEFLOW_SIGNALS_H
 #define FREEFLOW_SIGNALS_H
 
-#include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
 

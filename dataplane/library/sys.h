@@ -6,7 +6,6 @@
 #ifndef FREEFLOW_SYS_H
 #define FREEFLOW_SYS_H
 
-#include <stddef.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 

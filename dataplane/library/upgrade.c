@@ -1,6 +1,5 @@
 #include "upgrade.h"
 
-#include "arena.h"
 #include "cork.h"
 #include "fallback.h"
 #include "flow.h"

@@ -17,7 +17,6 @@
  * Sockets are in epoll once and edge-triggered, so a turn makes no call for a socket about which
  * nothing was announced.
  */
-#include "link.h"
 #include "mirror.h"
 #include "tcp_receive.h"
 #include "tcp_send.h"

@@ -1,6 +1,5 @@
 #include "transports.h"
 
-#include "context.h"
 #include "link.h"
 
 #include <errno.h>
