@@ -88,12 +88,10 @@ static bool refresh(int fd, struct end *end)
         struct timeval time[2] = {{0}, {0}};
         const int names[2] = {SO_RCVTIMEO, SO_SNDTIMEO};
         struct flow *flows[2] = {&end->rx, &end->tx};
-        int value = 0;
-        uint32_t size = sizeof value;
         long flags = sys_2(SYS_fcntl, fd, F_GETFL);
+        uint32_t size;
 
-        if (flags < 0 || flags & O_ASYNC ||
-            sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_PROTOCOL, &value, &size) < 0 || value != IPPROTO_TCP)
+        if (flags < 0 || flags & O_ASYNC || sys_option(fd, SOL_SOCKET, SO_PROTOCOL) != IPPROTO_TCP)
                 return false;
         atomic_store(&end->nonblocking, (flags & O_NONBLOCK) != 0);
         for (int i = 0; i < 2; i++) {
@@ -123,15 +121,15 @@ static enum verdict count(int fd, const struct end *end, uint64_t *sent, uint64_
 {
         struct tcp_info before, after;
         uint32_t size = sizeof before;
-        int queued = 0, unread = 0;
+        int queued, unread;
 
         memset(&before, 0, sizeof before);
         memset(&after, 0, sizeof after);
         if (sys_5(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, &before, &size) < 0 ||
             size < offsetof(struct tcp_info, tcpi_bytes_received) + sizeof before.tcpi_bytes_received)
                 return RAW;
-        sys_3(SYS_ioctl, fd, SIOCOUTQ, &queued);
-        sys_3(SYS_ioctl, fd, SIOCINQ, &unread);
+        queued = sys_number(fd, SIOCOUTQ);
+        unread = sys_number(fd, SIOCINQ);
         size = sizeof after;
         sys_5(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, &after, &size);
         /* Established: in other states the queues count the FIN too, and there is nothing to gain.
@@ -238,7 +236,6 @@ bool attach_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
 
 void attach_refuse(struct end *end, uint64_t key, uint32_t reason)
 {
-        static const struct timespec pause = {.tv_nsec = 1000 * 1000};
         enum taken rx = lock_take(&end->rx.lock, self()), tx = lock_take(&end->tx.lock, self());
 
         /* A thread that takes an answer is soon done with it. */
@@ -246,7 +243,7 @@ void attach_refuse(struct end *end, uint64_t key, uint32_t reason)
                 uint32_t stage = atomic_load(&end->stage);
 
                 if (stage == STAGE_ANSWERING) {
-                        sys_2(SYS_nanosleep, &pause, 0);
+                        sys_sleep(1000 * 1000);
                 } else if (stage != STAGE_CANDIDATE && stage != STAGE_REQUESTED && stage != STAGE_GRANTED) {
                         break;
                 } else if (stage_become(end, stage, STAGE_REFUSED)) {

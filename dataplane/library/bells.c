@@ -91,14 +91,6 @@ static long read_rings(int fd)
         return sys_6(SYS_recvfrom, fd, rings, size, MSG_DONTWAIT, 0, 0);
 }
 
-static bool takes_descriptors(int fd)
-{
-        int takes = 1;
-        uint32_t size = sizeof takes;
-
-        return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_PASSRIGHTS, &takes, &size) < 0 || takes;
-}
-
 /* Is it certain that the last close() of this receiving end doesn't wait? A shared one isn't
  * changed. */
 static bool is_safe_to_close(int fd, bool shared)
@@ -161,7 +153,8 @@ void bell_keep(struct mapping *mapping, uint32_t bell, int *fd)
 
         if (*fd < 0 || bell >= BELLS || atomic_load(&mapping->bells[bell]))
                 return;
-        if (takes_descriptors(*fd))
+        /* An older kernel has no such option, and lets descriptors through. */
+        if (sys_option(*fd, SOL_SOCKET, SO_PASSRIGHTS))
                 atomic_store(&unguarded, true);
         ours = own_descriptor(*fd);
         *fd = -1;

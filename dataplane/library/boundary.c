@@ -34,18 +34,15 @@ static long leave_ring(struct end *end)
  */
 static long check_remote(struct transfer *t, long got)
 {
-        /* A connection that is gone without both sides' FIN was reset, whichever thread got the
-         * error. */
-        struct pollfd polled = {.fd = t->o->fd};
-        struct timespec at_once = {0};
         uint32_t shut = atomic_load_explicit(&t->end->shut, memory_order_relaxed);
 
         if (ready_broken(t->end))
                 return -ENOLINK;
-        if (got == 0 &&
-            (shut & SHUT_READ ||
-             (sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) > 0 && polled.revents & POLLHUP &&
-              !(atomic_load_explicit(&t->end->shut, memory_order_relaxed) & (SHUT_WRITE | SHUTTING_WRITE)))))
+        /* A connection that is gone without both sides' FIN was reset, whichever thread got the
+         * error. */
+        if (got == 0 && (shut & SHUT_READ || (sys_poll(t->o->fd, 0) & POLLHUP &&
+                                              !(atomic_load_explicit(&t->end->shut, memory_order_relaxed) &
+                                                (SHUT_WRITE | SHUTTING_WRITE)))))
                 return 0;
         if (got >= 0) {
                 remote_defer(t->end);
@@ -97,7 +94,7 @@ static long check_queue(struct transfer *t, int *queued, uint64_t *start)
         char byte;
         long got;
 
-        sys_3(SYS_ioctl, t->o->fd, FIONREAD, queued);
+        *queued = sys_number(t->o->fd, FIONREAD);
         *start = atomic_load_explicit(&t->view.ring->start, memory_order_acquire);
         if (*start || *queued > 0)
                 return 1;

@@ -31,11 +31,9 @@ static bool closes_specially(int fd, struct end *end)
 {
         struct linger linger = {0};
         uint32_t size = sizeof linger;
-        int unread = 0;
 
         sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_LINGER, &linger, &size);
-        sys_3(SYS_ioctl, fd, SIOCINQ, &unread);
-        return linger.l_onoff || unread || ready_bytes(end);
+        return linger.l_onoff || sys_number(fd, SIOCINQ) || ready_bytes(end);
 }
 
 void close_ring(int fd, struct end *end, uint64_t key)

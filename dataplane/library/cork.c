@@ -4,7 +4,6 @@
 
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <sys/socket.h>
 
 /* Bits of `delays`. */
 enum {
@@ -13,19 +12,6 @@ enum {
         NODELAY = 4,
         SET = 8, /* times CORK or NODELAY: set by the program since the ring began */
 };
-
-static int get(int fd, int name)
-{
-        uint32_t size = sizeof(int);
-        int value = -1;
-
-        return sys_5(SYS_getsockopt, fd, IPPROTO_TCP, name, &value, &size) < 0 ? -1 : value;
-}
-
-static void set(int fd, int name, int value)
-{
-        sys_5(SYS_setsockopt, fd, IPPROTO_TCP, name, &value, sizeof value);
-}
 
 static uint32_t bit_of(int level, int name)
 {
@@ -48,8 +34,8 @@ void cork_begin(int fd, struct end *end)
         /* First: another thread that sets an option just now, in the kernel, either finds the word
          * afterwards or has set it before we read it. */
         atomic_store(&end->delays, KEPT);
-        cork = get(fd, TCP_CORK);
-        nodelay = get(fd, TCP_NODELAY);
+        cork = sys_option(fd, IPPROTO_TCP, TCP_CORK);
+        nodelay = sys_option(fd, IPPROTO_TCP, TCP_NODELAY);
         if (cork < 0 || nodelay < 0) {
                 atomic_store(&end->delays, 0);
                 return;
@@ -58,9 +44,9 @@ void cork_begin(int fd, struct end *end)
                                              filled(filled(word, CORK, cork), NODELAY, nodelay)))
                 ;
         if (cork)
-                set(fd, TCP_CORK, 0);
+                sys_set_option(fd, IPPROTO_TCP, TCP_CORK, 0);
         /* Also sends what MSG_MORE holds back, whatever the option was: tcp(7). */
-        set(fd, TCP_NODELAY, 1);
+        sys_set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
 }
 
 void cork_end(int fd, struct end *end)
@@ -68,8 +54,8 @@ void cork_end(int fd, struct end *end)
         uint32_t word = atomic_load(&end->delays);
 
         while (word & KEPT) {
-                set(fd, TCP_NODELAY, !!(word & NODELAY));
-                set(fd, TCP_CORK, !!(word & CORK));
+                sys_set_option(fd, IPPROTO_TCP, TCP_NODELAY, !!(word & NODELAY));
+                sys_set_option(fd, IPPROTO_TCP, TCP_CORK, !!(word & CORK));
                 if (atomic_compare_exchange_strong(&end->delays, &word, 0))
                         break;
         }

@@ -13,7 +13,7 @@ void emulate_message(struct transfer *t)
         struct operation *o = t->o;
         struct msghdr *message = o->message;
         size_t room;
-        int unread = 0;
+        int unread;
 
         if (o->call == CALL_RECVFROM && o->address && o->address_size)
                 *o->address_size = 0;
@@ -31,8 +31,7 @@ void emulate_message(struct transfer *t)
                 return;
         }
         message->msg_controllen = room < CMSG_SPACE(sizeof unread) ? room : CMSG_SPACE(sizeof unread);
-        sys_3(SYS_ioctl, o->fd, FIONREAD, &unread);
-        unread = emulate_unread(t->end, unread);
+        unread = emulate_unread(t->end, sys_number(o->fd, FIONREAD));
         *(struct cmsghdr *)message->msg_control = (struct cmsghdr){
             .cmsg_len = CMSG_LEN(sizeof unread), .cmsg_level = IPPROTO_TCP, .cmsg_type = TCP_CM_INQ};
         memcpy(CMSG_DATA((struct cmsghdr *)message->msg_control), &unread, sizeof unread);
@@ -79,7 +78,7 @@ void emulate_low_water(int fd, uint32_t low, int64_t left)
 {
         int of_kernel = left > 0 ? (low > left ? (int)(low - left) : 1) : (int)low;
 
-        sys_5(SYS_setsockopt, fd, SOL_SOCKET, SO_RCVLOWAT, &of_kernel, sizeof of_kernel);
+        sys_set_option(fd, SOL_SOCKET, SO_RCVLOWAT, of_kernel);
 }
 
 size_t emulate_least(const struct transfer *t)

@@ -60,19 +60,12 @@ void reset_corrupt(int fd, struct end *end)
 /* Is there something that a reader gets before the reset? */
 static bool is_unread(int fd, struct end *end)
 {
-        int queued = 0;
-
-        if (!reads_ring(end))
-                return false;
-        sys_3(SYS_ioctl, fd, SIOCINQ, &queued);
-        return fallback_left(end) > 0 || (queued > 0 && remote_before(end, (uint64_t)queued));
+        return reads_ring(end) &&
+               (fallback_left(end) > 0 || remote_before(end, (uint64_t)sys_number(fd, SIOCINQ)));
 }
 
 void reset_broken(int fd, struct end *end, bool receiver)
 {
-        int error;
-        uint32_t size = sizeof error;
-
         atomic_store(&end->final, 1);
         if (atomic_exchange(&end->reason, REASON_BROKEN) != REASON_BROKEN)
                 statistics_count(&statistics.broken);
@@ -85,7 +78,7 @@ void reset_broken(int fd, struct end *end, bool receiver)
                  * reports the error itself. */
                 sys_2(SYS_shutdown, fd, SHUT_RDWR);
                 if (receiver)
-                        sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_ERROR, &error, &size);
+                        sys_option(fd, SOL_SOCKET, SO_ERROR);
         }
         poller_sender_changed(end);
 }
@@ -114,7 +107,6 @@ void fallback_end_ring(struct end *end)
 bool fallback_await_start(struct end *end)
 {
         enum { PATIENCE = 1000 * 1000 * 1000 }; /* ns */
-        static const struct timespec pause = {.tv_nsec = 100 * 1000};
         struct view view = end_sends(end);
         uint64_t begin = now();
 
@@ -124,7 +116,7 @@ bool fallback_await_start(struct end *end)
                !atomic_load_explicit(&view.ring->head, memory_order_acquire)) {
                 if (ready_broken(end) || now() - begin > PATIENCE)
                         return false;
-                sys_2(SYS_nanosleep, &pause, 0);
+                sys_sleep(100 * 1000);
         }
         return true;
 }
@@ -196,14 +188,13 @@ void fallback_bypassed(int fd, struct end *end)
 static bool stop_remote_sender(struct end *end, const struct view *view)
 {
         enum { PATIENCE = 1000 * 1000 * 1000 }; /* ns: the peer's relay itself takes 20 ms */
-        static const struct timespec pause = {.tv_nsec = 500 * 1000};
         uint64_t begin = now();
 
         remote_request_fallback(end);
         while (!ready_over(view)) {
                 if (ready_broken(end) || now() - begin > PATIENCE)
                         return false;
-                sys_2(SYS_nanosleep, &pause, 0);
+                sys_sleep(500 * 1000);
         }
         return true;
 }
@@ -212,7 +203,6 @@ static bool stop_remote_sender(struct end *end, const struct view *view)
 static bool stop_sender(struct end *end, uint32_t why)
 {
         enum { PATIENCE = 100 * 1000 * 1000 }; /* ns: a copy of a piece, and being preempted in it */
-        static const struct timespec pause = {.tv_nsec = 20 * 1000 * 1000};
         struct view view = end_receives(end);
         uint64_t begin;
 
@@ -222,7 +212,7 @@ static bool stop_sender(struct end *end, uint32_t why)
         /* After this, a sender that isn't `busy` will see `stop` before it puts anything. Where
          * the kernel has no such barrier, what every core has done in the meantime must do. */
         if (sys_2(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0) < 0)
-                sys_2(SYS_nanosleep, &pause, 0);
+                sys_sleep(20 * 1000 * 1000);
         begin = now();
         while (atomic_load_explicit(&view.ring->busy, memory_order_acquire))
                 if (now() - begin > PATIENCE)
@@ -296,7 +286,6 @@ static bool is_attached(const struct end *end)
 void fall_back(int fd, struct end *end, uint64_t key, uint32_t reason)
 {
         enum { SLEEPS = 50 };
-        static const struct timespec pause = {.tv_nsec = 10 * 1000 * 1000};
         bool attached = is_attached(end);
 
         if (attached) {
@@ -319,7 +308,7 @@ void fall_back(int fd, struct end *end, uint64_t key, uint32_t reason)
          * byte follows. */
         for (int i = 0; i < SLEEPS && end_is(end, key) && end_has_rest(end) && !fallback_sender_stopped(end);
              i++)
-                sys_2(SYS_nanosleep, &pause, 0);
+                sys_sleep(10 * 1000 * 1000);
 }
 
 void fallback_announce(struct end *end)

@@ -2,8 +2,6 @@
 
 #include "sys.h"
 
-#include <time.h>
-
 #define TO(state) (1u << (state))
 
 /* STAGE_CLOSED follows all of them: a program may close a socket at any time. */
@@ -44,7 +42,6 @@ bool stage_become(struct end *end, enum stage from, enum stage to)
 void stage_close(struct end *end)
 {
         enum { SPINS = 1000, SLEEPS = 100 };
-        static const struct timespec pause = {.tv_nsec = 1000 * 1000};
 
         /* An answer that a thread is just taking is waited for, unless that thread was killed, or
          * is the one that is interrupted by the signal handler which closes the connection. */
@@ -57,7 +54,7 @@ void stage_close(struct end *end)
                 } else if (i < SPINS) {
                         relax();
                 } else {
-                        sys_2(SYS_nanosleep, &pause, 0);
+                        sys_sleep(1000 * 1000);
                 }
         }
         atomic_store(&end->stage, STAGE_CLOSED);

@@ -32,19 +32,6 @@ static uint32_t interval(void)
         return time;
 }
 
-static int get(int fd, int level, int name)
-{
-        uint32_t size = sizeof(int);
-        int value = -1;
-
-        return sys_5(SYS_getsockopt, fd, level, name, &value, &size) < 0 ? -1 : value;
-}
-
-static void set(int fd, int level, int name, int value)
-{
-        sys_5(SYS_setsockopt, fd, level, name, &value, sizeof value);
-}
-
 /* Set the kernel's values: the program's own, or ours, which are more probes in the same time. */
 static void apply(int fd, struct end *end, bool ours)
 {
@@ -59,16 +46,17 @@ static void apply(int fd, struct end *end, bool ours)
                 count = patience / most < MOST ? (int)(patience / most) : MOST;
                 on = 1;
         }
-        set(fd, IPPROTO_TCP, TCP_KEEPIDLE, idle);
-        set(fd, IPPROTO_TCP, TCP_KEEPINTVL, pause);
-        set(fd, IPPROTO_TCP, TCP_KEEPCNT, count ? count : 1);
-        set(fd, SOL_SOCKET, SO_KEEPALIVE, on);
+        sys_set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, idle);
+        sys_set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, pause);
+        sys_set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, count ? count : 1);
+        sys_set_option(fd, SOL_SOCKET, SO_KEEPALIVE, on);
 }
 
 void keep_begin(int fd, struct end *end)
 {
-        int on = get(fd, SOL_SOCKET, SO_KEEPALIVE), idle = get(fd, IPPROTO_TCP, TCP_KEEPIDLE);
-        int pause = get(fd, IPPROTO_TCP, TCP_KEEPINTVL), count = get(fd, IPPROTO_TCP, TCP_KEEPCNT);
+        int on = sys_option(fd, SOL_SOCKET, SO_KEEPALIVE), idle = sys_option(fd, IPPROTO_TCP, TCP_KEEPIDLE);
+        int pause = sys_option(fd, IPPROTO_TCP, TCP_KEEPINTVL),
+            count = sys_option(fd, IPPROTO_TCP, TCP_KEEPCNT);
 
         if (atomic_load(&end->kept) || on < 0 || idle <= 0 || pause <= 0 || count <= 0)
                 return;
@@ -106,7 +94,7 @@ void keep_set(int fd, struct end *end, int level, int name)
 
         if (!own || !atomic_load(&end->kept))
                 return;
-        value = get(fd, level, name);
+        value = sys_option(fd, level, name);
         if (value >= 0)
                 atomic_store(own, value);
         apply(fd, end, true);

@@ -15,8 +15,6 @@
 
 #include "family.h"
 
-#include <sys/socket.h>
-
 /* The end is attached. */
 void keep_begin(int fd, struct end *end);
 /* It falls back to TCP. */

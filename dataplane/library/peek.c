@@ -19,13 +19,12 @@ static uint64_t before_ring(const struct transfer *t, uint32_t peeked)
         uint64_t start = atomic_load_explicit(&t->view.ring->start, memory_order_acquire);
         uint64_t position = atomic_load_explicit(&t->flow->position, memory_order_relaxed), before;
         int offset = 0;
-        uint32_t size = sizeof offset;
 
         if (!start || start - 1 <= position)
                 return UINT64_MAX;
         before = start - 1 - position;
         if (peeked)
-                sys_5(SYS_getsockopt, t->o->fd, SOL_SOCKET, SO_PEEK_OFF, &offset, &size);
+                offset = sys_option(t->o->fd, SOL_SOCKET, SO_PEEK_OFF);
         if (offset <= 0)
                 return before;
         return before > (uint64_t)offset ? before - (uint64_t)offset : 0;

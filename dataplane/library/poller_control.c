@@ -46,14 +46,6 @@ static int control_ring(struct poller *poller, struct registration *r, struct en
         return 0;
 }
 
-static bool listens(int fd)
-{
-        int value = 0;
-        uint32_t size = sizeof value;
-
-        return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size) == 0 && value;
-}
-
 /* For a registration that the kernel reports to the program; from now on to us, if the connection
  * uses a ring by now. */
 static int control_kernel(struct poller *poller, struct registration *r, struct end *end, int operation,
@@ -71,7 +63,7 @@ static int control_kernel(struct poller *poller, struct registration *r, struct 
         /* An exclusive registration can't be changed, so it can't move to a ring either. Without
          * the flag all of a connection's waiters wake, instead of at least one. */
         if (operation == EPOLL_CTL_ADD && end && passed.events & EPOLLEXCLUSIVE &&
-            !(passed.events & ~with_exclusive) && !listens(r->fd))
+            !(passed.events & ~with_exclusive) && sys_option(r->fd, SOL_SOCKET, SO_ACCEPTCONN) <= 0)
                 passed.events &= ~(uint32_t)EPOLLEXCLUSIVE;
         registration_retag(r);
         r->events = (passed.events & ~(uint32_t)EPOLLEXCLUSIVE) | EPOLLERR | EPOLLHUP;

@@ -5,19 +5,6 @@
 #include "remote.h"
 #include "sys.h"
 
-#include <poll.h>
-#include <time.h>
-
-static uint32_t poll_tcp(int fd, short events)
-{
-        struct pollfd polled = {.fd = fd, .events = events};
-        struct timespec at_once = {0};
-
-        sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0);
-        /* poll's bits are epoll's. */
-        return (uint32_t)(uint16_t)polled.revents;
-}
-
 /* TCP's events that the program may see, for a connection whose peer is on another host. */
 static uint32_t remote_events(struct registration *r, struct end *end)
 {
@@ -51,7 +38,7 @@ static uint32_t tcp_events(struct registration *r, struct end *end)
         uint32_t wanted = r->events | EPOLLERR | EPOLLHUP, passing, visible;
 
         if (__builtin_expect(ready_end(end), 0) && !(r->kernel_events & EPOLLRDHUP))
-                r->kernel_events |= poll_tcp(r->fd, POLLRDHUP);
+                r->kernel_events |= sys_poll(r->fd, POLLRDHUP); /* poll's bits are epoll's */
         if (__builtin_expect(!r->kernel_events, 1) && !(__builtin_expect(r->remote, 0) && ready_broken(end)))
                 return 0;
         if (!out) {
@@ -61,7 +48,7 @@ static uint32_t tcp_events(struct registration *r, struct end *end)
         }
         passing = r->kernel_events & wanted & ~lasting & ~(uint32_t)(in ? 0 : EPOLLIN | EPOLLRDNORM);
         if (passing) {
-                uint32_t current = poll_tcp(r->fd, POLLIN | POLLOUT | POLLPRI);
+                uint32_t current = sys_poll(r->fd, POLLIN | POLLOUT | POLLPRI);
 
                 r->kernel_events &= current | lasting | (in ? 0u : EPOLLIN | EPOLLRDNORM);
         }

@@ -53,10 +53,7 @@ static void learn_speed(void)
 
 static uint64_t by_queue(int fd, const struct end *end, const struct tcp_info *info)
 {
-        int queued = 0;
-
-        sys_3(SYS_ioctl, fd, SIOCOUTQ, &queued);
-        return info->tcpi_bytes_acked + (uint64_t)queued - atomic_load(&end->active);
+        return info->tcpi_bytes_acked + (uint64_t)sys_number(fd, SIOCOUTQ) - atomic_load(&end->active);
 }
 
 /* What the kernel was given to send since the connection began, and its state. 0 or -errno. */

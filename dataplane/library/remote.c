@@ -35,19 +35,9 @@ uint64_t remote_before(const struct end *end, uint64_t queued)
         return queued < before ? queued : before;
 }
 
-static uint64_t queued_in_tcp(int fd)
-{
-        int queued = 0;
-
-        sys_3(SYS_ioctl, fd, FIONREAD, &queued);
-        return queued > 0 ? (uint64_t)queued : 0;
-}
-
 uint32_t remote_visible(struct end *end, int fd, uint32_t bits)
 {
         uint32_t shut = atomic_load_explicit(&end->shut, memory_order_relaxed);
-        struct pollfd polled = {.fd = fd, .events = POLLIN | POLLRDHUP};
-        struct timespec at_once = {0};
 
         /* What the program itself has shut down says nothing of the peer. A connection that is gone
          * without both sides' FIN was reset, whichever thread got the error. */
@@ -56,12 +46,12 @@ uint32_t remote_visible(struct end *end, int fd, uint32_t bits)
                 return bits;
         if (atomic_load_explicit(&end->rx.deferred, memory_order_relaxed))
                 return bits & ~DEFERRABLE;
-        if (remote_before(end, queued_in_tcp(fd)))
+        if (remote_before(end, (uint64_t)sys_number(fd, FIONREAD)))
                 return bits & ~(uint32_t)(POLLRDHUP | POLLHUP);
         if (!remote_before(end, 1) || bits & (POLLRDHUP | POLLHUP)) {
                 /* All that came before the ring has been taken. What is there now comes after it.
                  */
-                if (sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) > 0)
+                if (sys_poll(fd, POLLIN | POLLRDHUP))
                         remote_defer(end);
                 return bits & ~DEFERRABLE;
         }

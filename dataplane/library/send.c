@@ -176,12 +176,7 @@ static long put_piece(struct transfer *t, uint64_t stamp, bool *out)
 
 __attribute__((noinline)) static bool ask_kernel(struct transfer *t)
 {
-        struct pollfd polled = {.fd = t->o->fd, .events = POLLRDHUP};
-        struct timespec at_once = {0};
-
-        if (process.restless && fallback_at_random(t->end))
-                return true;
-        return sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) > 0;
+        return (process.restless && fallback_at_random(t->end)) || sys_poll(t->o->fd, POLLRDHUP);
 }
 
 /* Has the peer closed, or the connection failed? The kernel is asked once per tick of the coarse

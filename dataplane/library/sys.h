@@ -6,8 +6,11 @@
 #ifndef FREEFLOW_SYS_H
 #define FREEFLOW_SYS_H
 
+#include <poll.h>
+#include <stdint.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 
 #if defined(__x86_64__)
 static inline long sys6(long number, long a, long b, long c, long d, long e, long f)
@@ -62,5 +65,45 @@ static inline void relax(void)
 #define sys_2(n, a, b) sys_6(n, a, b, 0, 0, 0, 0)
 #define sys_1(n, a) sys_6(n, a, 0, 0, 0, 0, 0)
 #define sys_0(n) sys_6(n, 0, 0, 0, 0, 0, 0)
+
+/* What poll() says of a descriptor now; 0 also if it fails. */
+static inline uint16_t sys_poll(int fd, short events)
+{
+        struct pollfd polled = {.fd = fd, .events = events};
+        struct timespec at_once = {0};
+
+        sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0);
+        return (uint16_t)polled.revents;
+}
+
+/* The number that an ioctl() gives, such as SIOCINQ; 0 also if it fails. */
+static inline int sys_number(int fd, unsigned long request)
+{
+        int number = 0;
+
+        sys_3(SYS_ioctl, fd, request, &number);
+        return number;
+}
+
+/* The number that a socket option has; -1 if there is no answer. */
+static inline int sys_option(int fd, int level, int name)
+{
+        uint32_t size = sizeof(int);
+        int value = -1;
+
+        return sys_5(SYS_getsockopt, fd, level, name, &value, &size) < 0 ? -1 : value;
+}
+
+static inline void sys_set_option(int fd, int level, int name, int value)
+{
+        sys_5(SYS_setsockopt, fd, level, name, &value, sizeof value);
+}
+
+static inline void sys_sleep(long ns)
+{
+        struct timespec time = {.tv_nsec = ns};
+
+        sys_2(SYS_nanosleep, &time, 0);
+}
 
 #endif

@@ -125,13 +125,6 @@ int transfer_buffers(const struct operation *o, const struct cursor *cursor, siz
         return count;
 }
 
-static bool is_at_mark(int fd)
-{
-        int at = 0;
-
-        return sys_3(SYS_ioctl, fd, SIOCATMARK, &at) >= 0 && at;
-}
-
 void cursor_skip(struct cursor *cursor, size_t size)
 {
         while (size) {
@@ -153,7 +146,7 @@ static void rest_of_buffers(struct transfer *t, size_t most, bool sending)
         ssize_t moved, wanted;
 
         do {
-                if (!sending && is_at_mark(o->fd))
+                if (!sending && sys_number(o->fd, SIOCATMARK))
                         break;
                 message.msg_iovlen = (size_t)transfer_buffers(o, &t->cursor, most - t->done, vec);
                 wanted = 0;
@@ -222,8 +215,6 @@ static _Atomic bool pipes_wait;
 long pipe_now(long call, int fd, short events, void *place, size_t size)
 {
         struct iovec vec = {place, size};
-        struct pollfd polled = {.fd = fd, .events = events};
-        struct timespec at_once = {0};
 
         if (!atomic_load_explicit(&pipes_wait, memory_order_relaxed)) {
                 long got =
@@ -233,7 +224,7 @@ long pipe_now(long call, int fd, short events, void *place, size_t size)
                         return got;
                 atomic_store_explicit(&pipes_wait, true, memory_order_relaxed);
         }
-        if (sys_5(SYS_ppoll, &polled, 1, &at_once, 0, 0) <= 0)
+        if (!sys_poll(fd, events))
                 return -EAGAIN;
         return sys_3(call, fd, place, call == SYS_write && size > PIPE_PAGE ? PIPE_PAGE : size);
 }
