@@ -121,14 +121,10 @@ static bool await_more(struct peek *p, ssize_t *answer)
         long got = t->moved;
         bool beyond;
 
-        if (atomic_load_explicit(&end->shut, memory_order_relaxed) & SHUT_READ && got < 0) {
-                *answer = 0;
-                return false;
-        }
-        if (p->error || !transfer_may_wait(t)) {
-                *answer = got > 0 ? got : result(p->error ? p->error : -EAGAIN);
-                return false;
-        }
+        if (atomic_load_explicit(&end->shut, memory_order_relaxed) & SHUT_READ && got < 0)
+                return transfer_ends(answer, 0);
+        if (p->error || !transfer_may_wait(t))
+                return transfer_ends(answer, got > 0 ? got : result(p->error ? p->error : -EAGAIN));
         /* More than a ring may hold: TCP holds as much as it holds. */
         if (got > 0 && !p->left && t->o->size > ring_limit(&t->view)) {
                 p->left = true;
@@ -155,10 +151,8 @@ static bool goes_on(struct peek *p, struct operation *o, ssize_t *answer)
         if (got > 0)
                 emulate_description(t);
         if (got > 0 &&
-            (!p->all || (size_t)got == t->o->size || p->last || (p->over && t->phase == PHASE_READY))) {
-                *answer = o->size ? got : 0;
-                return false;
-        }
+            (!p->all || (size_t)got == t->o->size || p->last || (p->over && t->phase == PHASE_READY)))
+                return transfer_ends(answer, o->size ? got : 0);
         if (got > 0 && p->over) {
                 /* Beyond what has come through a ring that has ended, peeks go on in TCP. */
                 if (!flow_begin_wait(t->end, t->flow))
@@ -176,14 +170,12 @@ static bool goes_on(struct peek *p, struct operation *o, ssize_t *answer)
                 return await_more(p, answer);
         if (got == -EBADF || got == -ENOTSOCK)
                 end_forget(o->fd);
-        if (got == -EBADF || got == -ENOTSOCK || got == -ENODATA) {
-                *answer = operation_native(o);
-                return false;
-        }
+        if (got == -EBADF || got == -ENOTSOCK || got == -ENODATA)
+                return transfer_ends(answer, operation_native(o));
         boundary_closed(t->end);
         emulate_description(t);
-        *answer = result(got == -EPROTO || got == -ENOLINK || got == -EBADE ? -ECONNRESET : got);
-        return false;
+        return transfer_ends(answer,
+                             result(got == -EPROTO || got == -ENOLINK || got == -EBADE ? -ECONNRESET : got));
 }
 
 ssize_t transfer_peek(struct operation *o, struct end *end, uint64_t key)

@@ -233,10 +233,8 @@ static bool await_bytes(struct transfer *t, ssize_t *answer)
                 return true;
         case -EAGAIN:
                 if (emulate_is_enough(t) ||
-                    atomic_load_explicit(&t->end->shut, memory_order_relaxed) & SHUT_READ) {
-                        *answer = (ssize_t)t->done;
-                        return false;
-                }
+                    atomic_load_explicit(&t->end->shut, memory_order_relaxed) & SHUT_READ)
+                        return transfer_ends(answer, (ssize_t)t->done);
                 status = transfer_may_wait(t)
                              ? wait_for(o->fd, t->end, t->key, WANT_BYTES, NULL, &t->deadline, &t->event)
                              : -EAGAIN;
@@ -250,8 +248,7 @@ static bool await_bytes(struct transfer *t, ssize_t *answer)
                  * nobody's.
                  */
                 end_forget(o->fd);
-                *answer = transfer_native(t);
-                return false;
+                return transfer_ends(answer, transfer_native(t));
         default:
                 /* The end of the connection, or its error: the kernel reports it only once, and has
                  * done so.
@@ -262,8 +259,7 @@ static bool await_bytes(struct transfer *t, ssize_t *answer)
                         status = -ECONNRESET;
                 if (t->done && status < 0)
                         atomic_store_explicit(&t->end->error, (uint32_t)-status, memory_order_relaxed);
-                *answer = transfer_result(t, status);
-                return false;
+                return transfer_ends(answer, transfer_result(t, status));
         }
         if (status < 0)
                 *answer = transfer_result(t, status);
@@ -288,11 +284,9 @@ static bool goes_on(struct transfer *t, enum outcome outcome, ssize_t *answer)
         case OUTCOME_LOST:
                 if (transfer_find(t))
                         return true;
-                *answer = transfer_native(t);
-                return false;
+                return transfer_ends(answer, transfer_native(t));
         default:
-                *answer = transfer_native(t);
-                return false;
+                return transfer_ends(answer, transfer_native(t));
         }
 }
 

@@ -309,10 +309,8 @@ static bool await_room(struct transfer *t, ssize_t *answer)
         if (!status && !is_full)
                 return true;
         /* The source's end, or a source that only the kernel can read. */
-        if (status == -ENODATA) {
-                *answer = sent(t);
-                return false;
-        }
+        if (status == -ENODATA)
+                return transfer_ends(answer, sent(t));
         if (status < 0 && status != -EAGAIN && o->call == CALL_SENDFILE && !t->done && !o->refused &&
             !o->by_kernel) {
                 o->by_kernel = true;
@@ -349,16 +347,13 @@ static bool goes_on(struct transfer *t, enum outcome outcome, ssize_t *answer)
         case OUTCOME_LOST:
                 if (transfer_find(t))
                         return true;
-                *answer = transfer_native(t);
-                return false;
+                return transfer_ends(answer, transfer_native(t));
         case OUTCOME_GONE:
-                *answer = transfer_native(t);
-                return false;
+                return transfer_ends(answer, transfer_native(t));
         case OUTCOME_CORRUPT:
                 if (!t->done && (!(t->o->flags & MSG_NOSIGNAL) || operation_is_splice(t->o)))
                         real()->raise(SIGPIPE);
-                *answer = transfer_result(t, -ECONNRESET);
-                return false;
+                return transfer_ends(answer, transfer_result(t, -ECONNRESET));
         default:
                 return true;
         }

@@ -157,6 +157,13 @@ static inline void transfer_leave_kernel(struct transfer *t)
         atomic_fetch_sub_explicit(&t->flow->kernel, 1, memory_order_release);
 }
 
+/* The call returns `with`. False: for functions that say whether it goes on. */
+static inline bool transfer_ends(ssize_t *answer, ssize_t with)
+{
+        *answer = with;
+        return false;
+}
+
 /* What the C library returns: bytes moved so far, or the error. */
 static inline ssize_t transfer_result(const struct transfer *t, long error)
 {
