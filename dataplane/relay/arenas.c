@@ -114,12 +114,11 @@ static ssize_t empty_bell(const struct shared *shared, int fd)
         return recv(fd, rings, (size_t)size, MSG_DONTWAIT);
 }
 
-static void on_bell(struct watch *watch, uint32_t events)
+static void on_bell(struct watch *watch, UNUSED uint32_t events)
 {
         struct shared *shared = OF(watch, struct shared, bell);
         ssize_t got = empty_bell(shared, watch->fd);
 
-        (void)events;
         usage_add(&shared->usage, USAGE_BELLS_IN, 1);
         if (!got || got == HAS_DESCRIPTOR || got == BELL_BYTES ||
             (got < 0 && errno != EAGAIN && errno != EINTR)) {

@@ -9,6 +9,9 @@
 #include <stdint.h>
 #include <time.h>
 
+/* A parameter that a function has for the sake of its type. */
+#define UNUSED __attribute__((unused))
+
 /* A descriptor in the relay's epoll instance, and the function that handles its events. */
 struct watch {
         int fd; /* -1: none */

@@ -60,19 +60,17 @@ struct target {
 static struct watch bell = {.fd = -1};
 static struct channel *channels[CHANNELS];
 
-static void on_bell(struct watch *watch, uint32_t events)
+static void on_bell(struct watch *watch, UNUSED uint32_t events)
 {
         uint64_t number;
 
-        (void)events;
         count(COUNT_CALLS, 1);
         if (read(watch->fd, &number, sizeof number) < 0)
                 return;
 }
 
-static int loopback_open(const struct relay_open *request, uint32_t *mtu, char *text)
+static int loopback_open(UNUSED const struct relay_open *request, uint32_t *mtu, char *text)
 {
-        (void)request;
         bell = (struct watch){.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), .call = on_bell};
         if (bell.fd < 0 || !watch_add(&bell, EPOLLIN)) {
                 snprintf(text, RELAY_TEXT, "a bell for the loopback transport: %s", strerror(errno));
@@ -150,12 +148,11 @@ static int duplicate(int process, int fd)
 static bool poll_channel(struct channel *channel);
 
 /* The peer's messages from before its death have arrived and count, as with a device. */
-static void on_death(struct watch *watch, uint32_t events)
+static void on_death(struct watch *watch, UNUSED uint32_t events)
 {
         struct channel *channel = OF(watch, struct channel, peer_dies);
         struct link *link = channel->link;
 
-        (void)events;
         while (link->channel == channel && link->state == LINK_UP && poll_channel(channel))
                 continue;
         if (link->channel == channel)
@@ -212,9 +209,8 @@ static void loopback_destroy_channel(struct link *link)
         free(channel);
 }
 
-static int loopback_register_rings(struct mirror *m, struct wire_place *place, char *text)
+static int loopback_register_rings(struct mirror *m, struct wire_place *place, UNUSED char *text)
 {
-        (void)text;
         place->to.loopback.process = getpid();
         place->to.loopback.arena = m->shared->memory;
         place->to.loopback.slot = m->slot;
@@ -281,31 +277,25 @@ static unsigned char *to_of(const struct mirror *m, uint32_t offset)
 }
 
 /* A channel has WINDOW letters, and the relay sends no more than are granted. */
-static bool loopback_has_room(struct link *link, unsigned lane, unsigned writes)
+static bool loopback_has_room(UNUSED struct link *link, UNUSED unsigned lane, UNUSED unsigned writes)
 {
-        (void)link;
-        (void)lane;
-        (void)writes;
         return true;
 }
 
-static void loopback_write(struct link *link, struct mirror *m, uint32_t offset, uint32_t size)
+static void loopback_write(UNUSED struct link *link, struct mirror *m, uint32_t offset, uint32_t size)
 {
-        (void)link;
         memcpy(to_of(m, offset), from_of(m, offset), size);
         count(COUNT_COPIED, size);
 }
 
-static void loopback_send(struct link *link, unsigned lane, const void *message, uint32_t size,
-                          uint64_t number, bool soon)
+static void loopback_send(struct link *link, UNUSED unsigned lane, const void *message, uint32_t size,
+                          uint64_t number, UNUSED bool soon)
 {
         struct channel *channel = link->channel;
         struct inbox *peer = channel->peer;
         uint64_t tail = atomic_load_explicit(&peer->tail, memory_order_relaxed);
         struct letter *letter = &peer->letters[tail % WINDOW];
 
-        (void)lane;
-        (void)soon;
         count(COUNT_POSTS, 1);
         letter->size = size;
         memcpy(&letter->message, message, size);

@@ -66,11 +66,10 @@ enum {
 static struct spinner spinner;
 static bool leaving; /* all connections have been asked to fall back to TCP */
 
-static void on_signal(struct watch *watch, uint32_t events)
+static void on_signal(struct watch *watch, UNUSED uint32_t events)
 {
         struct signalfd_siginfo info;
 
-        (void)events;
         if (read(watch->fd, &info, sizeof info) == (ssize_t)sizeof info)
                 relay_stop();
 }

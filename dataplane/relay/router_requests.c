@@ -29,12 +29,11 @@ static void refuse_version(void)
         answer(&opened, sizeof opened, R_OPENED);
 }
 
-static void do_open(const void *data, int *descriptors)
+static void do_open(const void *data, UNUSED int *descriptors)
 {
         struct relay_open open;
         struct relay_opened opened = {0};
 
-        (void)descriptors;
         memcpy(&open, data, sizeof open);
         open.device[sizeof open.device - 1] = 0;
         if (open.version != RELAY_VERSION) {
@@ -46,7 +45,7 @@ static void do_open(const void *data, int *descriptors)
         answer(&opened, sizeof opened, R_OPENED);
 }
 
-static void do_link(const void *data, int *descriptors)
+static void do_link(const void *data, UNUSED int *descriptors)
 {
         const struct relay_number *message = data;
         const struct transport *transport = transport_opened(message->state);
@@ -54,7 +53,6 @@ static void do_link(const void *data, int *descriptors)
         struct wire_address address = {0};
         struct link *link = link_find(message->number);
 
-        (void)descriptors;
         if (!transport) {
                 offer.error = ENODEV;
                 put_text(offer.text, "no device is open");
@@ -81,7 +79,7 @@ static void do_socket(const void *data, int *descriptors)
                 descriptors[0] = -1;
 }
 
-static void do_connect(const void *data, int *descriptors)
+static void do_connect(const void *data, UNUSED int *descriptors)
 {
         const struct relay_accept *message = data;
         struct link *link = link_find(message->number);
@@ -89,7 +87,6 @@ static void do_connect(const void *data, int *descriptors)
         char text[RELAY_TEXT] = "no such link, or the peer's address has another size";
         int error = EINVAL;
 
-        (void)descriptors;
         if (link && message->size == sizeof address) {
                 memcpy(&address, message->words, sizeof address);
                 text[0] = 0;
@@ -101,20 +98,18 @@ static void do_connect(const void *data, int *descriptors)
         explicit_bzero(&address, sizeof address);
 }
 
-static void do_unlink(const void *data, int *descriptors)
+static void do_unlink(const void *data, UNUSED int *descriptors)
 {
         struct link *link = link_find(((const struct relay_number *)data)->number);
 
-        (void)descriptors;
         if (link)
                 link_remove(link);
 }
 
-static void do_stream(const void *data, int *descriptors)
+static void do_stream(const void *data, UNUSED int *descriptors)
 {
         struct link *link = link_find(((const struct relay_number *)data)->number);
 
-        (void)descriptors;
         if (link)
                 link_use_stream(link, &stream_transport);
 }
@@ -151,12 +146,11 @@ static void do_bell(const void *data, int *descriptors)
         descriptors[0] = -1;
 }
 
-static void do_discard(const void *data, int *descriptors)
+static void do_discard(const void *data, UNUSED int *descriptors)
 {
         struct relay_arena message;
         struct shared *shared;
 
-        (void)descriptors;
         memcpy(&message, data, sizeof message);
         shared = arena_find(message.arena);
         if (!shared)
@@ -168,7 +162,7 @@ static void do_discard(const void *data, int *descriptors)
         arena_remove(shared);
 }
 
-static void do_slot(const void *data, int *descriptors)
+static void do_slot(const void *data, UNUSED int *descriptors)
 {
         struct relay_slot message;
         struct relay_offer offer = {0};
@@ -176,7 +170,6 @@ static void do_slot(const void *data, int *descriptors)
         struct shared *shared;
         struct link *link;
 
-        (void)descriptors;
         memcpy(&message, data, sizeof message);
         offer.number = message.connection;
         shared = arena_find(message.arena);
@@ -196,7 +189,7 @@ static void do_slot(const void *data, int *descriptors)
         answer(&offer, sizeof offer, R_PLACED);
 }
 
-static void do_pair(const void *data, int *descriptors)
+static void do_pair(const void *data, UNUSED int *descriptors)
 {
         const struct relay_accept *message = data;
         struct mirror *mirror = mirror_find(message->number);
@@ -204,7 +197,6 @@ static void do_pair(const void *data, int *descriptors)
         char text[RELAY_TEXT] = "no such connection, or the peer's place has another size";
         int error = EINVAL;
 
-        (void)descriptors;
         if (mirror && message->size == sizeof place) {
                 memcpy(&place, message->words, sizeof place);
                 text[0] = 0;
@@ -213,45 +205,40 @@ static void do_pair(const void *data, int *descriptors)
         answer_outcome(R_PAIRED, message->number, error, text);
 }
 
-static void do_close(const void *data, int *descriptors)
+static void do_close(const void *data, UNUSED int *descriptors)
 {
         uint32_t number = ((const struct relay_number *)data)->number;
         struct mirror *mirror = mirror_find(number);
 
-        (void)descriptors;
         if (mirror)
                 mirror_close(mirror);
         else
                 answer_number(R_FINISHED, number, RELAY_BROKEN);
 }
 
-static void do_leave(const void *data, int *descriptors)
+static void do_leave(const void *data, UNUSED int *descriptors)
 {
         struct mirror *mirror = mirror_find(((const struct relay_number *)data)->number);
 
-        (void)descriptors;
         if (mirror)
                 mirror_leave(mirror);
 }
 
-static void do_drop(const void *data, int *descriptors)
+static void do_drop(const void *data, UNUSED int *descriptors)
 {
         const struct relay_number *message = data;
         struct mirror *mirror = mirror_find(message->number);
 
-        (void)descriptors;
         if (mirror)
                 mirror_drop(mirror, message->state == RELAY_BROKEN);
         else
                 answer_number(R_DROPPED, message->number, 0);
 }
 
-static void do_count(const void *data, int *descriptors)
+static void do_count(UNUSED const void *data, UNUSED int *descriptors)
 {
         struct relay_counts counts = {0};
 
-        (void)data;
-        (void)descriptors;
         memcpy(counts.counters, relay.counters, sizeof counts.counters);
         answer(&counts, sizeof counts, R_COUNTS);
         usage_report();

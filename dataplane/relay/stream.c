@@ -68,23 +68,19 @@ static void stream_write(struct link *link, struct mirror *m, uint32_t offset, u
         count(COUNT_COPIED, size);
 }
 
-static void stream_send(struct link *link, unsigned lane, const void *message, uint32_t size, uint64_t number,
-                        bool soon)
+static void stream_send(struct link *link, UNUSED unsigned lane, const void *message, uint32_t size,
+                        uint64_t number, UNUSED bool soon)
 {
         const struct wire_record record = {.size = size};
 
-        (void)lane;
-        (void)soon;
         memcpy(add_record(link, &record), message, size);
         end_frame();
         count(COUNT_POSTS, 1);
         link_completed(link, 0, number);
 }
 
-static bool stream_has_room(struct link *link, unsigned lane, unsigned writes)
+static bool stream_has_room(UNUSED struct link *link, UNUSED unsigned lane, unsigned writes)
 {
-        (void)link;
-        (void)lane;
         /* Not more than one batch waits for the router. */
         return writes <= WRITES ? answers_have_room() : false;
 }

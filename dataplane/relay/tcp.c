@@ -207,10 +207,8 @@ static int tcp_connect_channel(struct link *link, const struct wire_address *add
 /* --- rings --- */
 
 /* Nothing is registered: the relay itself writes where a record says. */
-static int tcp_register_rings(struct mirror *m, struct wire_place *place, char *text)
+static int tcp_register_rings(struct mirror *m, UNUSED struct wire_place *place, UNUSED char *text)
 {
-        (void)place;
-        (void)text;
         m->registration = m;
         return 0;
 }
@@ -220,10 +218,8 @@ static void tcp_deregister(struct mirror *m)
         m->registration = NULL;
 }
 
-static int tcp_attach(struct mirror *m, const struct wire_place *place, char *text)
+static int tcp_attach(struct mirror *m, UNUSED const struct wire_place *place, UNUSED char *text)
 {
-        (void)place;
-        (void)text;
         m->target = m;
         return 0;
 }

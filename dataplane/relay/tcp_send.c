@@ -155,11 +155,10 @@ static bool seal_message(struct outgoing *out, const void *message, uint32_t siz
 }
 
 void tcp_send(struct link *link, unsigned lane, const void *message, uint32_t size, uint64_t number,
-              bool soon)
+              UNUSED bool soon)
 {
         struct outgoing *out = out_of(link, lane);
 
-        (void)soon;
         if (!seal_message(out, message, size) || (out->encrypts && out->bytes && !seal_payload(out))) {
                 link_down(link, EIO, "libcrypto cannot seal a record");
                 return;

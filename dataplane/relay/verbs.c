@@ -28,11 +28,10 @@ static int verbs_open(const struct relay_open *open, uint32_t *mtu, char *text)
         return error ? error : verbs_open_device(open, mtu, text);
 }
 
-static bool verbs_has_room(struct link *link, unsigned lane, unsigned writes)
+static bool verbs_has_room(struct link *link, UNUSED unsigned lane, unsigned writes)
 {
         const struct verbs_channel *channel = link->channel;
 
-        (void)lane;
         return channel->posted - channel->done + channel->count + writes + 1 <= QUEUE &&
                channel->sent - channel->sent_done < MESSAGES;
 }
@@ -71,15 +70,14 @@ static void verbs_write(struct link *link, struct mirror *m, uint32_t offset, ui
         request->wr.rdma.rkey = small ? target->small_key : target->bulk_key;
 }
 
-static void verbs_send(struct link *link, unsigned lane, const void *message, uint32_t size, uint64_t number,
-                       bool soon)
+static void verbs_send(struct link *link, UNUSED unsigned lane, const void *message, uint32_t size,
+                       uint64_t number, bool soon)
 {
         struct verbs_channel *channel = link->channel;
         struct wire_message *place = verbs_buffer(channel, WINDOW + channel->sent % MESSAGES);
         struct ibv_send_wr *request, *bad;
         int error;
 
-        (void)lane;
         memcpy(place, message, size);
         request = add_request(channel, (uintptr_t)place, size, channel->region->lkey);
         request->opcode = IBV_WR_SEND;

@@ -88,13 +88,12 @@ static void lose(struct verbs_device *d, const char *text)
         verbs_put_device(d);
 }
 
-static void on_completion(struct watch *watch, uint32_t events)
+static void on_completion(struct watch *watch, UNUSED uint32_t events)
 {
         struct verbs_device *d = OF(watch, struct verbs_device, completions);
         struct ibv_cq *queue;
         void *unused;
 
-        (void)events;
         count(COUNT_CALLS, 1);
         if (verbs.get_cq_event(d->channel, &queue, &unused))
                 return;
@@ -102,12 +101,11 @@ static void on_completion(struct watch *watch, uint32_t events)
         verbs.ack_cq_events(queue, 1);
 }
 
-static void on_event(struct watch *watch, uint32_t events)
+static void on_event(struct watch *watch, UNUSED uint32_t events)
 {
         struct verbs_device *d = OF(watch, struct verbs_device, events);
         struct ibv_async_event event;
 
-        (void)events;
         d->users++;
         while (!verbs.get_async_event(d->context, &event)) {
                 const struct ibv_qp *pair = event.element.qp;

@@ -66,11 +66,10 @@ int verbs_register_rings(struct mirror *m, struct wire_place *place, char *text)
         return 0;
 }
 
-int verbs_attach(struct mirror *m, const struct wire_place *place, char *text)
+int verbs_attach(struct mirror *m, const struct wire_place *place, UNUSED char *text)
 {
         struct target *target = malloc(sizeof *target);
 
-        (void)text;
         if (!target)
                 relay_die("memory for a connection", ENOMEM);
         *target = (struct target){

@@ -208,13 +208,12 @@ void verbs_receive(struct verbs_channel *channel, uint64_t number, uint32_t size
                 link_down(link, EIO, "posting a receive buffer failed");
 }
 
-static void on_job(struct watch *watch, uint32_t events)
+static void on_job(struct watch *watch, UNUSED uint32_t events)
 {
         struct verbs_channel *channel;
         struct job *job;
         char text[RELAY_TEXT] = "";
 
-        (void)events;
         count(COUNT_CALLS, 1);
         if (read(watch->fd, &job, sizeof job) != (ssize_t)sizeof job)
                 return;
