@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <sched.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,6 +27,16 @@ void relay_die(const char *what, int error)
 {
         fprintf(stderr, "freeflow-relay: %s: %s\n", what, strerror(error));
         exit(1);
+}
+
+int relay_refuse(char *text, int error, const char *format, ...)
+{
+        va_list list;
+
+        va_start(list, format);
+        vsnprintf(text, RELAY_TEXT, format, list);
+        va_end(list);
+        return error;
 }
 
 uint64_t relay_random(void)

@@ -57,6 +57,8 @@ void relay_set_spin(uint32_t time);
 void relay_stop(void);
 /* Ends the process: an error after which the relay cannot work. */
 _Noreturn void relay_die(const char *what, int error);
+/* Writes the text of an answer that is an error. Returns the error. */
+int relay_refuse(char *text, int error, const char *format, ...) __attribute__((format(printf, 3, 4)));
 /* A random number that no peer can guess. */
 uint64_t relay_random(void);
 

@@ -127,17 +127,14 @@ int link_prepare(struct link *link, const struct transport *transport, struct wi
 {
         int error;
 
-        if (link->state == LINK_STREAM) {
-                snprintf(text, RELAY_TEXT, "the link already goes over frames");
-                return EINVAL;
-        }
+        if (link->state == LINK_STREAM)
+                return relay_refuse(text, EINVAL, "the link already goes over frames");
         EACH(node, &link->mirrors)
         {
                 if (mirror_is_registered(OF(node, struct mirror, of_link), transport))
                         continue;
-                snprintf(text, RELAY_TEXT,
-                         "connections of this link use a device that is gone, or another transport");
-                return ENODEV;
+                return relay_refuse(
+                    text, ENODEV, "connections of this link use a device that is gone, or another transport");
         }
         destroy_channel(link);
         become(link, LINK_NEW);
@@ -167,19 +164,13 @@ int link_connect(struct link *link, const struct wire_address *address, char *te
 {
         int error;
 
-        if (link->state != LINK_MADE) {
-                snprintf(text, RELAY_TEXT, "the link has no channel to connect");
-                return EINVAL;
-        }
+        if (link->state != LINK_MADE)
+                return relay_refuse(text, EINVAL, "the link has no channel to connect");
         if (address->magic != WIRE_MAGIC || address->version != WIRE_VERSION ||
-            address->transport != link->transport->kind) {
-                snprintf(text, RELAY_TEXT, "the peer's relay has another version or transport");
-                return EPROTO;
-        }
-        if (link->connecting) {
-                snprintf(text, RELAY_TEXT, "the link is already being connected");
-                return EALREADY;
-        }
+            address->transport != link->transport->kind)
+                return relay_refuse(text, EPROTO, "the peer's relay has another version or transport");
+        if (link->connecting)
+                return relay_refuse(text, EALREADY, "the link is already being connected");
         error = link->transport->connect_channel(link, address, text);
         link->connecting = error == EINPROGRESS;
         if (!error)

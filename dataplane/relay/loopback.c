@@ -13,7 +13,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -72,10 +71,8 @@ static void on_bell(struct watch *watch, UNUSED uint32_t events)
 static int loopback_open(UNUSED const struct relay_open *request, uint32_t *mtu, char *text)
 {
         bell = (struct watch){.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), .call = on_bell};
-        if (bell.fd < 0 || !watch_add(&bell, EPOLLIN)) {
-                snprintf(text, RELAY_TEXT, "a bell for the loopback transport: %s", strerror(errno));
-                return errno;
-        }
+        if (bell.fd < 0 || !watch_add(&bell, EPOLLIN))
+                return relay_refuse(text, errno, "a bell for the loopback transport: %s", strerror(errno));
         *mtu = 4096;
         return 0;
 }
@@ -111,18 +108,15 @@ static int loopback_create_channel(struct link *link, struct wire_address *addre
                 index++;
         if (!channel || index == CHANNELS) {
                 free(channel);
-                snprintf(text, RELAY_TEXT, "no more than %d links", CHANNELS);
-                return ENOSPC;
+                return relay_refuse(text, ENOSPC, "no more than %d links", CHANNELS);
         }
         channel->link = link;
         channel->peer_bell = channel->peer_dies.fd = -1;
         channels[index] = channel;
         link->channel = channel;
         error = make_inbox(channel);
-        if (error) {
-                snprintf(text, RELAY_TEXT, "memory for a channel: %s", strerror(error));
-                return error;
-        }
+        if (error)
+                return relay_refuse(text, error, "memory for a channel: %s", strerror(error));
         address->to.loopback.process = getpid();
         address->to.loopback.channel = channel->memory;
         address->to.loopback.bell = bell.fd;
@@ -173,17 +167,13 @@ static int loopback_connect_channel(struct link *link, const struct wire_address
         if (got != MAP_FAILED)
                 channel->peer = got;
         if (got == MAP_FAILED || channel->peer_bell < 0 ||
-            channel->peer->cookie != address->to.loopback.cookie) {
-                snprintf(text, RELAY_TEXT, "there is no such channel");
-                return ENOENT;
-        }
+            channel->peer->cookie != address->to.loopback.cookie)
+                return relay_refuse(text, ENOENT, "there is no such channel");
         if (address->to.loopback.process != getpid()) {
                 channel->peer_dies.call = on_death;
                 channel->peer_dies.fd = (int)syscall(SYS_pidfd_open, address->to.loopback.process, 0);
-                if (channel->peer_dies.fd < 0 || !watch_add(&channel->peer_dies, EPOLLIN)) {
-                        snprintf(text, RELAY_TEXT, "the peer's relay is gone");
-                        return ECONNRESET;
-                }
+                if (channel->peer_dies.fd < 0 || !watch_add(&channel->peer_dies, EPOLLIN))
+                        return relay_refuse(text, ECONNRESET, "the peer's relay is gone");
         }
         return 0;
 }
@@ -245,8 +235,7 @@ static int loopback_attach(struct mirror *m, const struct wire_place *place, cha
                 if (small != MAP_FAILED)
                         munmap(small, SIDES * PAGE);
                 free(target);
-                snprintf(text, RELAY_TEXT, "there is no such arena");
-                return ENOENT;
+                return relay_refuse(text, ENOENT, "there is no such arena");
         }
         target->small = small;
         target->bulk = bulk;

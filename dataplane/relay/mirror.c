@@ -3,7 +3,6 @@
 #include "answers.h"
 
 #include <errno.h>
-#include <stdio.h>
 #include <stdlib.h>
 
 enum { BUCKETS = 4096 };
@@ -251,10 +250,9 @@ struct mirror *mirror_add(const struct relay_slot *slot, struct link *link, stru
             .cookie = m->cookie,
         };
         for (uint32_t d = 0; d < SIDES; d++)
-                if (atomic_load(&arena_ring(shared, slot->slot, d)->incarnation) != slot->incarnation) {
-                        snprintf(text, RELAY_TEXT, "slot %u does not belong to this connection", slot->slot);
-                        *error = ESTALE;
-                }
+                if (atomic_load(&arena_ring(shared, slot->slot, d)->incarnation) != slot->incarnation)
+                        *error = relay_refuse(text, ESTALE, "slot %u does not belong to this connection",
+                                              slot->slot);
         if (!*error)
                 *error = m->transport->register_rings(m, place, text);
         list_add(bucket_of(m->number), &m->same);
@@ -268,20 +266,14 @@ int mirror_pair(struct mirror *m, uint32_t peer, const struct wire_place *place,
 {
         int error;
 
-        if (m->state != MIRROR_REGISTERED || !m->registration) {
-                snprintf(text, RELAY_TEXT, "the connection cannot be paired any more");
-                return EINVAL;
-        }
+        if (m->state != MIRROR_REGISTERED || !m->registration)
+                return relay_refuse(text, EINVAL, "the connection cannot be paired any more");
         if (place->magic != WIRE_MAGIC || place->version != WIRE_VERSION ||
-            place->transport != m->transport->kind) {
-                snprintf(text, RELAY_TEXT, "the peer's relay has another version or transport");
-                return EPROTO;
-        }
-        if (place->size_of_ring != m->size) {
-                snprintf(text, RELAY_TEXT, "rings of %u bytes here and of %u bytes at the peer", m->size,
-                         place->size_of_ring);
-                return EPROTO;
-        }
+            place->transport != m->transport->kind)
+                return relay_refuse(text, EPROTO, "the peer's relay has another version or transport");
+        if (place->size_of_ring != m->size)
+                return relay_refuse(text, EPROTO, "rings of %u bytes here and of %u bytes at the peer",
+                                    m->size, place->size_of_ring);
         m->peer = peer;
         m->peer_cookie = place->cookie;
         error = m->transport->attach(m, place, text);

@@ -28,7 +28,6 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <openssl/crypto.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -49,10 +48,8 @@ static uint32_t encryption;
 static int tcp_open(const struct relay_open *request, uint32_t *mtu, char *text)
 {
         /* Without the machine's configuration: it may load engines from anywhere. */
-        if (!OPENSSL_init_crypto(OPENSSL_INIT_NO_LOAD_CONFIG, NULL)) {
-                snprintf(text, RELAY_TEXT, "libcrypto cannot be used");
-                return EIO;
-        }
+        if (!OPENSSL_init_crypto(OPENSSL_INIT_NO_LOAD_CONFIG, NULL))
+                return relay_refuse(text, EIO, "libcrypto cannot be used");
         encryption = request->encryption;
         *mtu = 0;
         return 0;
@@ -81,10 +78,8 @@ static int tcp_create_channel(struct link *link, struct wire_address *address, c
                 list_init(&s->out.node);
                 list_init(&s->in.node);
         }
-        if (getrandom(channel->key, sizeof channel->key, 0) != (ssize_t)sizeof channel->key) {
-                snprintf(text, RELAY_TEXT, "a random key: %s", strerror(errno));
-                return EIO;
-        }
+        if (getrandom(channel->key, sizeof channel->key, 0) != (ssize_t)sizeof channel->key)
+                return relay_refuse(text, EIO, "a random key: %s", strerror(errno));
         memcpy(address->to.tcp.key, channel->key, sizeof channel->key);
         address->to.tcp.sockets = LANES;
         address->to.tcp.encryption = (uint16_t)encryption;
@@ -166,17 +161,13 @@ static int start_socket(struct tcp_socket *s, const struct wire_address *address
 
         if (!error)
                 error = tcp_receive_start(s, sealed);
-        if (error) {
-                snprintf(text, RELAY_TEXT, "starting a socket's encryption: %s", strerror(error));
-                return error;
-        }
+        if (error)
+                return relay_refuse(text, error, "starting a socket's encryption: %s", strerror(error));
         s->watch.call = on_event;
         s->out.most = s->lane < TCP_MESSAGE_LANES ? TCP_UNSENT_MESSAGES : TCP_UNSENT;
         if (!set_options(s->watch.fd, (int)s->out.most) ||
-            !watch_add(&s->watch, EPOLLIN | EPOLLOUT | EPOLLRDHUP | (uint32_t)EPOLLET)) {
-                snprintf(text, RELAY_TEXT, "a socket to the peer's relay: %s", strerror(errno));
-                return errno;
-        }
+            !watch_add(&s->watch, EPOLLIN | EPOLLOUT | EPOLLRDHUP | (uint32_t)EPOLLET))
+                return relay_refuse(text, errno, "a socket to the peer's relay: %s", strerror(errno));
         return 0;
 }
 
@@ -185,16 +176,12 @@ static int tcp_connect_channel(struct link *link, const struct wire_address *add
         struct tcp_channel *channel = link->channel;
         int error = 0;
 
-        if (address->to.tcp.sockets != LANES) {
-                snprintf(text, RELAY_TEXT, "the peer's relay uses %u sockets, not %u",
-                         address->to.tcp.sockets, LANES);
-                return EPROTO;
-        }
+        if (address->to.tcp.sockets != LANES)
+                return relay_refuse(text, EPROTO, "the peer's relay uses %u sockets, not %u",
+                                    address->to.tcp.sockets, LANES);
         for (unsigned i = 0; i < LANES; i++)
-                if (channel->sockets[i].watch.fd < 0) {
-                        snprintf(text, RELAY_TEXT, "socket %u of the link is missing", i);
-                        return ENOTCONN;
-                }
+                if (channel->sockets[i].watch.fd < 0)
+                        return relay_refuse(text, ENOTCONN, "socket %u of the link is missing", i);
         for (unsigned i = 0; i < LANES && !error; i++)
                 error = channel->sockets[i].in.stage ? EALREADY
                                                      : start_socket(&channel->sockets[i], address, text);

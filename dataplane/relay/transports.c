@@ -1,9 +1,9 @@
 #include "transports.h"
 
+#include "context.h"
 #include "link.h"
 
 #include <errno.h>
-#include <stdio.h>
 
 enum { KINDS = RELAY_TCP + 1 };
 
@@ -40,14 +40,10 @@ int transports_open(const struct relay_open *request, uint32_t *mtu, char *text)
         const struct transport *transport = transport_of(request->transport);
         int error;
 
-        if (!transport) {
-                snprintf(text, RELAY_TEXT, "there is no such transport");
-                return EINVAL;
-        }
-        if (links_have_channels(transport)) {
-                snprintf(text, RELAY_TEXT, "links still use the device that is open");
-                return EBUSY;
-        }
+        if (!transport)
+                return relay_refuse(text, EINVAL, "there is no such transport");
+        if (links_have_channels(transport))
+                return relay_refuse(text, EBUSY, "links still use the device that is open");
         if (opened[transport->kind])
                 transport->close();
         opened[transport->kind] = NULL;

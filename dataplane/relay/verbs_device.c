@@ -48,8 +48,7 @@ int verbs_fail(char *text, const char *what)
 {
         int error = errno ? errno : EIO;
 
-        snprintf(text, RELAY_TEXT, "%s: %s", what, strerror(error));
-        return error;
+        return relay_refuse(text, error, "%s: %s", what, strerror(error));
 }
 
 void verbs_put_device(struct verbs_device *d)
@@ -172,10 +171,8 @@ static int set_up(struct verbs_device *d, const struct relay_open *open, char *t
         memset(&d->port, 0, sizeof d->port);
         if (verbs.query_device(d->context, &attributes) || verbs.query_port(d->context, open->port, &d->port))
                 return verbs_fail(text, "querying the RDMA device's port");
-        if (d->port.state != IBV_PORT_ACTIVE) {
-                snprintf(text, RELAY_TEXT, "the RDMA device's port is not active");
-                return ENETDOWN;
-        }
+        if (d->port.state != IBV_PORT_ACTIVE)
+                return relay_refuse(text, ENETDOWN, "the RDMA device's port is not active");
         if (verbs.query_gid(d->context, open->port, open->gid_index, &d->gid))
                 return verbs_fail(text, "querying the RDMA device's GID");
         d->named = has_name(d);

@@ -1,7 +1,6 @@
 #include "verbs_memory.h"
 
 #include <errno.h>
-#include <stdio.h>
 #include <stdlib.h>
 
 static void deregister(struct registration *registration)
@@ -43,8 +42,7 @@ int verbs_register_rings(struct mirror *m, struct wire_place *place, char *text)
                 relay_die("memory for a connection", ENOMEM);
         if (!verbs_device) {
                 free(registration);
-                snprintf(text, RELAY_TEXT, "the RDMA device is gone");
-                return ENODEV;
+                return relay_refuse(text, ENODEV, "the RDMA device is gone");
         }
         registration->device = verbs_device;
         verbs_device->users++;

@@ -130,17 +130,13 @@ int verbs_create_channel(struct link *link, struct wire_address *address, char *
         struct verbs_channel *channel;
         int tries = 0;
 
-        if (!verbs_device) {
-                snprintf(text, RELAY_TEXT, "the RDMA device is gone");
-                return ENODEV;
-        }
+        if (!verbs_device)
+                return relay_refuse(text, ENODEV, "the RDMA device is gone");
         while (tries++ < CHANNELS && verbs_channels[next_channel % CHANNELS])
                 next_channel++;
-        if (verbs_channels[next_channel % CHANNELS] || !has_completions(verbs_device)) {
-                snprintf(text, RELAY_TEXT,
-                         "the RDMA device has no room for more links in a completion queue");
-                return ENOSPC;
-        }
+        if (verbs_channels[next_channel % CHANNELS] || !has_completions(verbs_device))
+                return relay_refuse(text, ENOSPC,
+                                    "the RDMA device has no room for more links in a completion queue");
         channel = calloc(1, sizeof *channel);
         if (!channel)
                 relay_die("memory for a link", ENOMEM);
@@ -290,11 +286,9 @@ int verbs_connect_channel(struct link *link, const struct wire_address *address,
             .max_rd_atomic = 1,
         };
 
-        if (mtu < IBV_MTU_256 || mtu > IBV_MTU_4096 || ethernet != (address->to.verbs.routed == 1)) {
-                snprintf(text, RELAY_TEXT,
-                         "the peer's RDMA device has another link layer, or its address is invalid");
-                return EPROTO;
-        }
+        if (mtu < IBV_MTU_256 || mtu > IBV_MTU_4096 || ethernet != (address->to.verbs.routed == 1))
+                return relay_refuse(
+                    text, EPROTO, "the peer's RDMA device has another link layer, or its address is invalid");
         ready.path_mtu = mtu < (uint32_t)d->port.active_mtu ? (enum ibv_mtu)mtu : d->port.active_mtu;
         memcpy(ready.ah_attr.grh.dgid.raw, address->to.verbs.gid, sizeof address->to.verbs.gid);
         channel->connecting = start_job(channel, &ready, &sends);

@@ -55,6 +55,12 @@ void answer(const void *message, size_t size, enum relay_kind kind)
         (void)message, (void)size, (void)kind;
 }
 
+int relay_refuse(char *text, int error, const char *format, ...)
+{
+        (void)text, (void)format;
+        return error;
+}
+
 _Noreturn void relay_die(const char *what, int error)
 {
         fprintf(stderr, "%s: %s\n", what, strerror(error));
