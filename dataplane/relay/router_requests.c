@@ -23,9 +23,9 @@ enum {
 
 static void refuse_version(void)
 {
-        struct relay_opened opened = {.error = EPROTO};
+        struct relay_opened opened = {0};
 
-        put_text(opened.text, "the router has another version than its relay");
+        opened.error = relay_refuse(opened.text, EPROTO, "the router has another version than its relay");
         answer(&opened, sizeof opened, R_OPENED);
 }
 
@@ -54,8 +54,7 @@ static void do_link(const void *data, UNUSED int *descriptors)
         struct link *link = link_find(message->number);
 
         if (!transport) {
-                offer.error = ENODEV;
-                put_text(offer.text, "no device is open");
+                offer.error = relay_refuse(offer.text, ENODEV, "no device is open");
         } else {
                 if (!link)
                         link = link_add(message->number);
@@ -116,11 +115,10 @@ static void do_stream(const void *data, UNUSED int *descriptors)
 
 static void do_arena(const void *data, int *descriptors)
 {
-        struct relay_arena message;
+        const struct relay_arena *message = data;
         char text[RELAY_TEXT];
 
-        memcpy(&message, data, sizeof message);
-        if (arena_find(message.arena))
+        if (arena_find(message->arena))
                 relay_die("the router's arena", EEXIST);
         /* The kernel drops them if the relay may open no more descriptors. Slots in the arena are
          * refused then. */
@@ -128,31 +126,26 @@ static void do_arena(const void *data, int *descriptors)
                 fprintf(stderr, "freeflow-relay: an arena came without its descriptors\n");
                 return;
         }
-        if (!arena_add(message.arena, message.owner, message.value, descriptors[0], descriptors[1], text))
+        if (!arena_add(message->arena, message->owner, message->value, descriptors[0], descriptors[1], text))
                 fprintf(stderr, "freeflow-relay: %s\n", text);
         descriptors[0] = descriptors[1] = -1;
 }
 
 static void do_bell(const void *data, int *descriptors)
 {
-        struct relay_arena message;
-        struct shared *shared;
+        const struct relay_arena *message = data;
+        struct shared *shared = arena_find(message->arena);
 
-        memcpy(&message, data, sizeof message);
-        shared = arena_find(message.arena);
         if (!shared || descriptors[0] < 0)
                 return;
-        arena_set_bell(shared, message.value, descriptors[0]);
+        arena_set_bell(shared, message->value, descriptors[0]);
         descriptors[0] = -1;
 }
 
 static void do_discard(const void *data, UNUSED int *descriptors)
 {
-        struct relay_arena message;
-        struct shared *shared;
+        struct shared *shared = arena_find(((const struct relay_arena *)data)->arena);
 
-        memcpy(&message, data, sizeof message);
-        shared = arena_find(message.arena);
         if (!shared)
                 return;
         for (uint32_t i = 0; i < SLOTS; i++)
@@ -164,25 +157,21 @@ static void do_discard(const void *data, UNUSED int *descriptors)
 
 static void do_slot(const void *data, UNUSED int *descriptors)
 {
-        struct relay_slot message;
-        struct relay_offer offer = {0};
+        const struct relay_slot *message = data;
+        struct relay_offer offer = {.number = message->connection};
         struct wire_place place = {0};
-        struct shared *shared;
-        struct link *link;
+        struct shared *shared = arena_find(message->arena);
+        struct link *link = link_find(message->link);
 
-        memcpy(&message, data, sizeof message);
-        offer.number = message.connection;
-        shared = arena_find(message.arena);
-        link = link_find(message.link);
-        if (!shared || !link || !link->named || message.slot >= SLOTS || shared->mirrors[message.slot] ||
-            mirror_find(message.connection)) {
-                offer.error = EINVAL;
-                put_text(offer.text, !link          ? "no such link"
-                                     : !link->named ? "no device is open"
-                                     : !shared      ? "no such arena"
-                                                    : "the slot or the number is in use");
+        if (!shared || !link || !link->named || message->slot >= SLOTS || shared->mirrors[message->slot] ||
+            mirror_find(message->connection)) {
+                offer.error = relay_refuse(offer.text, EINVAL, "%s",
+                                           !link          ? "no such link"
+                                           : !link->named ? "no device is open"
+                                           : !shared      ? "no such arena"
+                                                          : "the slot or the number is in use");
         } else {
-                mirror_add(&message, link, shared, &place, &offer.error, offer.text);
+                mirror_add(message, link, shared, &place, &offer.error, offer.text);
                 offer.size = offer.error ? 0 : sizeof place;
                 memcpy(offer.words, &place, offer.size);
         }
