@@ -45,6 +45,17 @@ static inline void list_add(struct node *list, struct node *node)
         list->before = node;
 }
 
+/* The nodes of `from` become those of `list`, which has none. */
+static inline void list_take(struct node *list, struct node *from)
+{
+        while (list_holds(from)) {
+                struct node *node = from->after;
+
+                list_remove(node);
+                list_add(list, node);
+        }
+}
+
 /* The list begins with this node from now on; those before it come last. */
 static inline void list_begin(struct node *list, struct node *first)
 {

@@ -344,12 +344,7 @@ bool tcp_poll(void)
         bool any = list_holds(&ready);
 
         /* A link that goes down takes its sockets from whatever list they are in. */
-        while (list_holds(&ready)) {
-                struct node *node = ready.after;
-
-                list_remove(node);
-                list_add(&round, node);
-        }
+        list_take(&round, &ready);
         while (list_holds(&round)) {
                 struct tcp_socket *s = OF(round.after, struct tcp_socket, in.node);
 

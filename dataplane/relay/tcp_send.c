@@ -239,12 +239,7 @@ bool tcp_flush(void)
         struct node round = LIST(round);
 
         /* A link that goes down takes its sockets from whatever list they are in. */
-        while (list_holds(&dirty)) {
-                struct node *node = dirty.after;
-
-                list_remove(node);
-                list_add(&round, node);
-        }
+        list_take(&round, &dirty);
         if (!list_holds(&round))
                 return false;
         while (list_holds(&round)) {
