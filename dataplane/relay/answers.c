@@ -81,9 +81,7 @@ static void send_or_wait(void *data, size_t size)
                 wipe(data, size);
                 return;
         }
-        waiting = malloc(sizeof *waiting);
-        if (!waiting)
-                relay_die("memory for an answer", ENOMEM);
+        waiting = relay_memory(sizeof *waiting, "memory for an answer");
         *waiting = (struct waiting){.size = size, .data = data};
         if (!first)
                 watch_add(&router, EPOLLIN | EPOLLOUT);
@@ -93,10 +91,8 @@ static void send_or_wait(void *data, size_t size)
 
 void answer(const void *message, size_t size, enum relay_kind kind)
 {
-        struct relay_message *copy = malloc(size);
+        struct relay_message *copy = relay_memory(size, "memory for an answer");
 
-        if (!copy)
-                relay_die("memory for an answer", ENOMEM);
         memcpy(copy, message, size);
         copy->kind = (uint16_t)kind;
         copy->size = (uint16_t)size;
@@ -110,16 +106,11 @@ void answer_number(enum relay_kind kind, uint32_t number, uint32_t state)
         answer(&message, sizeof message, kind);
 }
 
-void put_text(char *to, const char *text)
-{
-        snprintf(to, RELAY_TEXT, "%s", text);
-}
-
 void answer_outcome(enum relay_kind kind, uint32_t number, int error, const char *text)
 {
         struct relay_outcome message = {.number = number, .error = error};
 
-        put_text(message.text, text);
+        snprintf(message.text, RELAY_TEXT, "%s", text);
         answer(&message, sizeof message, kind);
 }
 

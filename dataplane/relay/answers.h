@@ -26,7 +26,5 @@ void answer_number(enum relay_kind kind, uint32_t number, uint32_t state);
 void answer_outcome(enum relay_kind kind, uint32_t number, int error, const char *text);
 /* Frees `frame`, which malloc() gave, once it is written. `size` is that of its data. */
 void answer_frame(struct relay_frame *frame, uint32_t size);
-/* Copies a text into a message, cut to RELAY_TEXT bytes. */
-void put_text(char *to, const char *text);
 
 #endif

@@ -182,10 +182,8 @@ static void close_bell(const struct shared *shared)
 
 struct shared *arena_add(uint64_t id, uint64_t owner, uint32_t size_of_ring, int memory, int bell, char *text)
 {
-        struct shared *shared = calloc(1, sizeof *shared);
+        struct shared *shared = relay_memory(sizeof *shared, "memory for an arena");
 
-        if (!shared)
-                relay_die("memory for an arena", ENOMEM);
         *shared = (struct shared){
             .bell = {.fd = bell, .call = on_bell},
             .id = id,

@@ -29,6 +29,15 @@ void relay_die(const char *what, int error)
         exit(1);
 }
 
+void *relay_memory(size_t size, const char *what)
+{
+        void *memory = calloc(1, size);
+
+        if (!memory)
+                relay_die(what, ENOMEM);
+        return memory;
+}
+
 int relay_refuse(char *text, int error, const char *format, ...)
 {
         va_list list;

@@ -6,6 +6,7 @@
 #include "relay_protocol.h"
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <time.h>
 
@@ -57,6 +58,8 @@ void relay_set_spin(uint32_t time);
 void relay_stop(void);
 /* Ends the process: an error after which the relay cannot work. */
 _Noreturn void relay_die(const char *what, int error);
+/* Zeroed memory. Without any the process ends, and says what it was for. */
+void *relay_memory(size_t size, const char *what);
 /* Writes the text of an answer that is an error. Returns the error. */
 int relay_refuse(char *text, int error, const char *format, ...) __attribute__((format(printf, 3, 4)));
 /* A random number that no peer can guess. */

@@ -49,10 +49,8 @@ struct link *link_find(uint32_t number)
 
 struct link *link_add(uint32_t number)
 {
-        struct link *link = calloc(1, sizeof *link);
+        struct link *link = relay_memory(sizeof *link, "memory for a link");
 
-        if (!link)
-                relay_die("memory for a link", ENOMEM);
         link->number = number;
         usage_start(&link->usage, 0, number);
         list_init(&link->all);

@@ -215,13 +215,11 @@ static void loopback_deregister(struct mirror *m)
 
 static int loopback_attach(struct mirror *m, const struct wire_place *place, char *text)
 {
-        struct target *target = calloc(1, sizeof *target);
+        struct target *target = relay_memory(sizeof *target, "memory for a connection");
         uint32_t slot = place->to.loopback.slot;
         int arena = duplicate(place->to.loopback.process, place->to.loopback.arena);
         void *small = MAP_FAILED, *bulk = MAP_FAILED;
 
-        if (!target)
-                relay_die("memory for a connection", ENOMEM);
         target->bulk_size = (size_t)SIDES * m->size;
         if (arena >= 0 && slot < SLOTS && lseek(arena, 0, SEEK_END) == (off_t)arena_size(m->size)) {
                 small = mmap(NULL, SIDES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, arena,

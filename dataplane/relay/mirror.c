@@ -210,10 +210,8 @@ void mirror_resume(struct mirror *m)
 
 static struct mirror *make(const struct relay_slot *slot, struct link *link, struct shared *shared)
 {
-        struct mirror *m = calloc(1, sizeof *m);
+        struct mirror *m = relay_memory(sizeof *m, "memory for a connection");
 
-        if (!m)
-                relay_die("memory for a connection", ENOMEM);
         m->number = slot->connection;
         m->slot = slot->slot;
         m->link = link;

@@ -2,7 +2,6 @@
 
 #include "context.h"
 
-#include <errno.h>
 #include <stdlib.h>
 
 static struct source *find(struct link *link, uint64_t owner)
@@ -22,9 +21,7 @@ struct source *source_enter(struct link *link, uint64_t owner)
         struct source *source = find(link, owner);
 
         if (!source) {
-                source = calloc(1, sizeof *source);
-                if (!source)
-                        relay_die("memory for a process's connections", ENOMEM);
+                source = relay_memory(sizeof *source, "memory for a process's connections");
                 source->link = link;
                 source->owner = owner;
                 list_init(&source->of_link);

@@ -10,8 +10,6 @@
 #include "link.h"
 #include "mirror.h"
 
-#include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
 enum { PIECE = 32 * 1024, STREAM_WINDOW = 8 };
@@ -43,9 +41,7 @@ static uint8_t *add_record(const struct link *link, const struct wire_record *re
         if (frame && filled + whole > RELAY_FRAME)
                 end_frame();
         if (!frame) {
-                frame = calloc(1, sizeof *frame + RELAY_FRAME);
-                if (!frame)
-                        relay_die("memory for a frame", ENOMEM);
+                frame = relay_memory(sizeof *frame + RELAY_FRAME, "memory for a frame");
                 frame->link = link->number;
         }
         at = frame->data + filled;

@@ -63,10 +63,8 @@ static void tcp_close(void)
 
 static int tcp_create_channel(struct link *link, struct wire_address *address, char *text)
 {
-        struct tcp_channel *channel = calloc(1, sizeof *channel);
+        struct tcp_channel *channel = relay_memory(sizeof *channel, "memory for a link");
 
-        if (!channel)
-                relay_die("memory for a link", ENOMEM);
         channel->link = link;
         link->channel = channel;
         for (unsigned i = 0; i < LANES; i++) {

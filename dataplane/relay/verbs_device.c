@@ -198,11 +198,9 @@ static int set_up(struct verbs_device *d, const struct relay_open *open, char *t
 
 int verbs_open_device(const struct relay_open *open, uint32_t *mtu, char *text)
 {
-        struct verbs_device *d = calloc(1, sizeof *d);
+        struct verbs_device *d = relay_memory(sizeof *d, "memory for a device");
         int error;
 
-        if (!d)
-                relay_die("memory for a device", ENOMEM);
         d->users = 1;
         d->completions.fd = d->events.fd = -1;
         d->context = open_by_name(open->device, text);

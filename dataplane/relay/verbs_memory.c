@@ -36,14 +36,11 @@ static struct ibv_mr *register_memory(void *from, size_t size)
 
 int verbs_register_rings(struct mirror *m, struct wire_place *place, char *text)
 {
-        struct registration *registration = calloc(1, sizeof *registration);
+        struct registration *registration;
 
-        if (!registration)
-                relay_die("memory for a connection", ENOMEM);
-        if (!verbs_device) {
-                free(registration);
+        if (!verbs_device)
                 return relay_refuse(text, ENODEV, "the RDMA device is gone");
-        }
+        registration = relay_memory(sizeof *registration, "memory for a connection");
         registration->device = verbs_device;
         verbs_device->users++;
         errno = 0;
@@ -66,10 +63,8 @@ int verbs_register_rings(struct mirror *m, struct wire_place *place, char *text)
 
 int verbs_attach(struct mirror *m, const struct wire_place *place, UNUSED char *text)
 {
-        struct target *target = malloc(sizeof *target);
+        struct target *target = relay_memory(sizeof *target, "memory for a connection");
 
-        if (!target)
-                relay_die("memory for a connection", ENOMEM);
         *target = (struct target){
             .small = place->to.verbs.small,
             .bulk = place->to.verbs.bulk,

@@ -137,9 +137,7 @@ int verbs_create_channel(struct link *link, struct wire_address *address, char *
         if (verbs_channels[next_channel % CHANNELS] || !has_completions(verbs_device))
                 return relay_refuse(text, ENOSPC,
                                     "the RDMA device has no room for more links in a completion queue");
-        channel = calloc(1, sizeof *channel);
-        if (!channel)
-                relay_die("memory for a link", ENOMEM);
+        channel = relay_memory(sizeof *channel, "memory for a link");
         /* A work request ID has 24 bits for it. */
         next_channel &= 0xffffff;
         channel->number = next_channel++;
@@ -244,12 +242,10 @@ int verbs_start_jobs(char *text)
 static bool start_job(struct verbs_channel *channel, const struct ibv_qp_attr *ready,
                       const struct ibv_qp_attr *sends)
 {
-        struct job *job = malloc(sizeof *job);
+        struct job *job = relay_memory(sizeof *job, "memory to connect a link");
         pthread_attr_t attributes;
         pthread_t thread;
 
-        if (!job)
-                relay_die("memory to connect a link", ENOMEM);
         *job = (struct job){.channel = channel, .ready = *ready, .sends = *sends};
         pthread_attr_init(&attributes);
         pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);

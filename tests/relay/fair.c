@@ -18,6 +18,7 @@
 #include "../../dataplane/relay/mirror_scan.h"
 #include "../../dataplane/relay/mirror_send.h"
 
+#include <err.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -61,10 +62,13 @@ int relay_refuse(char *text, int error, const char *format, ...)
         return error;
 }
 
-_Noreturn void relay_die(const char *what, int error)
+void *relay_memory(size_t size, const char *what)
 {
-        fprintf(stderr, "%s: %s\n", what, strerror(error));
-        exit(1);
+        void *memory = calloc(1, size);
+
+        if (!memory)
+                err(1, "%s", what);
+        return memory;
 }
 
 struct mirror *mirror_find(uint32_t number)
