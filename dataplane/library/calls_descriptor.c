@@ -245,13 +245,5 @@ CALL FILE *fdopen(int fd, const char *mode)
 }
 
 ALSO(close) int __close(int);
-
-CALL FILE *_IO_fdopen(int fd, const char *mode)
-{
-        return fdopen(fd, mode);
-}
-
-CALL int __dup2(int old, int new)
-{
-        return dup2(old, new);
-}
+ALSO(fdopen) __attribute__((malloc)) FILE *_IO_fdopen(int, const char *);
+ALSO(dup2) int __dup2(int, int);

@@ -199,10 +199,7 @@ CALL FILE *popen(const char *command, const char *mode)
         return next(command, mode);
 }
 
-CALL FILE *_IO_popen(const char *command, const char *mode)
-{
-        return popen(command, mode);
-}
+ALSO(popen) __attribute__((malloc)) FILE *_IO_popen(const char *, const char *);
 
 CALL int wordexp(const char *words, wordexp_t *result_of, int flags)
 {

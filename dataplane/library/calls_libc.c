@@ -172,10 +172,7 @@ CALL void backtrace_symbols_fd(void *const *places, int count, int fd)
                 real()->backtrace_symbols_fd(places, count, fd);
 }
 
-CALL void __backtrace_symbols_fd(void *const *places, int count, int fd)
-{
-        backtrace_symbols_fd(places, count, fd);
-}
+ALSO(backtrace_symbols_fd) void __backtrace_symbols_fd(void *const *, int, int);
 
 /* A stream that gets its descriptor later, as in old C++ libraries. */
 CALL void *_IO_file_attach(void *stream, int fd)

@@ -53,10 +53,7 @@ CALL pid_t fork(void)
         return child;
 }
 
-CALL pid_t __fork(void)
-{
-        return fork();
-}
+ALSO(fork) pid_t __fork(void);
 
 /* The fork() without handlers. */
 CALL pid_t _Fork(void)
@@ -101,7 +98,7 @@ CALL TAKES_MORE int clone(int (*function)(void *), void *stack, int flags, void 
         return made;
 }
 
-ALSO(clone) __attribute__((nothrow, leaf)) int __clone(int (*)(void *), void *, int, void *, ...);
+ALSO(clone) int __clone(int (*)(void *), void *, int, void *, ...);
 
 /* --- children in this memory --- */
 

@@ -154,17 +154,6 @@ CALL int siginterrupt(int number, int flag)
         return outcome;
 }
 
-CALL int __sigaction(int number, const struct sigaction *action, struct sigaction *old)
-{
-        return sigaction(number, action, old);
-}
-
-CALL sighandler_t bsd_signal(int number, sighandler_t handler)
-{
-        return signal(number, handler);
-}
-
-CALL sighandler_t ssignal(int number, sighandler_t handler)
-{
-        return signal(number, handler);
-}
+ALSO(sigaction) int __sigaction(int, const struct sigaction *, struct sigaction *);
+ALSO(signal) sighandler_t bsd_signal(int, sighandler_t);
+ALSO(signal) sighandler_t ssignal(int, sighandler_t);
