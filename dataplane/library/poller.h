@@ -75,7 +75,8 @@ bool poller_detach(struct end *end);
 /* Under the sender's lock: a sender has found no room. */
 void poller_sender_full(struct end *end);
 
-/* The connection is no longer tracked. The kernel's registrations stay. */
+/* The connection is no longer tracked: drop its registrations. `key` 0: all of the descriptor. The
+ * kernel's own stay, or go with the descriptor. */
 void poller_leave(int fd, uint64_t key);
 /* As dup3(file, fd, flags): the new file takes the connection's place in all instances. */
 void poller_replace(int fd, uint64_t key, int file, int flags);

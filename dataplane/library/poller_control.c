@@ -334,9 +334,7 @@ static void untag_in_kernel(struct poller *poller, struct registration *r, bool 
         }
 }
 
-/* Drop all registrations of a descriptor, or those with this key. The kernel's own stay, or go with
- * the descriptor. */
-static void drop_all(int fd, uint64_t key)
+void poller_leave(int fd, uint64_t key)
 {
         enum taken outer;
 
@@ -361,11 +359,6 @@ static void drop_all(int fd, uint64_t key)
                 lock_release(&poller->lock, taken);
         }
         lock_release(&poller_table, outer);
-}
-
-void poller_leave(int fd, uint64_t key)
-{
-        drop_all(fd, key);
 }
 
 void poller_replace(int fd, uint64_t key, int file, int flags)
@@ -420,7 +413,7 @@ void poller_closed(int fd)
         struct poller *poller = poller_of(fd);
         enum taken outer, taken;
 
-        drop_all(fd, 0);
+        poller_leave(fd, 0);
         if (!poller)
                 return;
         if (poller->aliases) {
