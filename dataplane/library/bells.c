@@ -2,6 +2,7 @@
 
 #include "clock.h"
 #include "own.h"
+#include "protocol.h"
 #include "router.h"
 #include "rung.h"
 #include "sys.h"
@@ -191,7 +192,7 @@ static void order_bell(uint32_t arena)
                 return;
         bell = atomic_fetch_add(&record->bells, 1);
         next = bell + 1;
-        if (bell < BELLS && router_bell(atomic_load(&record->id), atomic_load(&record->token),
+        if (bell < BELLS && router_bell(BELL, atomic_load(&record->id), atomic_load(&record->token),
                                         atomic_load(&record->side), bell)) {
                 atomic_store(&mapping->ordered_at, ticks());
                 atomic_fetch_add(&mapping->ordered, 1);
@@ -261,7 +262,7 @@ static void break_if_unreachable(struct mapping *mapping)
                 break_connections(mapping);
 }
 
-static int take_bell(uint32_t arena, bool more)
+int bell_take(uint32_t arena, bool more)
 {
         struct mapping *mapping = mapping_of(arena);
         int bell;
@@ -277,16 +278,6 @@ static int take_bell(uint32_t arena, bool more)
                 order_bell(arena);
         router_receive();
         return idle_bell(mapping);
-}
-
-int bell_take(uint32_t arena)
-{
-        return take_bell(arena, false);
-}
-
-int bell_take_or_order(uint32_t arena)
-{
-        return take_bell(arena, true);
 }
 
 void bell_return(uint32_t arena, int bell)
@@ -422,7 +413,7 @@ static int peer_bell(uint32_t arena, uint32_t side, int bell)
         known = atomic_load_explicit(&mapping->peers[bell], memory_order_acquire);
         if (known > 0)
                 return known - 1;
-        router_fetch(atomic_load(&record->id), atomic_load(&record->token), 1 - side, (uint32_t)bell);
+        router_bell(FETCH, atomic_load(&record->id), atomic_load(&record->token), 1 - side, (uint32_t)bell);
         return -1;
 }
 

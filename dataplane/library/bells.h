@@ -17,10 +17,9 @@
 
 #include "mapping.h"
 
-/* A bell for one wait of a thread, or one that an epoll instance keeps; -1: there is none now. */
-int bell_take(uint32_t arena);
-/* The same. If there is none, one more is ordered, no matter how many others have ordered. */
-int bell_take_or_order(uint32_t arena);
+/* A bell for one wait of a thread, or one that an epoll instance keeps; -1: there is none now, and
+ * one is ordered. `more`: no matter how many others have ordered. */
+int bell_take(uint32_t arena, bool more);
 /* Is a bell on its way from the router? */
 bool bell_is_ordered(uint32_t arena);
 /* The router has sent one end of a bell, or -1 if it has none. A descriptor that is kept becomes

@@ -220,7 +220,7 @@ static int bell_for(struct bells *bells, uint32_t arena)
         for (int i = 0; i < bells->count; i++)
                 if (bells->of[i].arena == arena)
                         return bells->of[i].bell;
-        bell = bell_take(arena);
+        bell = bell_take(arena, false);
         if (bell >= 0)
                 bells->of[bells->count++] = (struct poll_bell){arena, bell};
         return bell;

@@ -58,7 +58,7 @@ bool poller_give_bell(struct poller *poller, uint32_t arena)
         }
         if (poller_bell(poller, arena) >= 0)
                 return true;
-        bell = bell_take(arena);
+        bell = bell_take(arena, false);
         if (bell < 0)
                 return false;
         event.data.u64 = TAG_BELL | arena << 8 | (uint32_t)bell;

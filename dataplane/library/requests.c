@@ -123,11 +123,6 @@ static void granted(const struct grant *grant, int memfd, int *receiving)
 {
         struct end *end = answered_end(grant->connection, grant->cookie);
         uint32_t reason = REASON_NOT_FOUND;
-        struct release release = {.message = {.kind = RELEASE, .size = sizeof release},
-                                  .slot = grant->slot,
-                                  .arena = grant->arena,
-                                  .incarnation = grant->incarnation,
-                                  .token = grant->token};
 
         if (end) {
                 reason = end_held_elsewhere(end)
@@ -137,7 +132,7 @@ static void granted(const struct grant *grant, int memfd, int *receiving)
                 answer(end, reason);
         }
         if (reason)
-                router_send(&release, sizeof release, ROUTER_PATIENCE);
+                router_send_release(grant->arena, grant->token, grant->slot, grant->incarnation);
 }
 
 /* A connection that was in a ring before will be there again: what it lacks, a router that has just

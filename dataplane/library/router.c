@@ -16,7 +16,8 @@
 #include <sys/un.h>
 
 enum {
-        RETRY = 1000, /* ms between attempts to reach a router that isn't there */
+        PATIENCE = 20, /* ms that a message which must not be lost waits for room */
+        RETRY = 1000,  /* ms between attempts to reach a router that isn't there */
         MOST_DESCRIPTORS = 4,
 };
 
@@ -186,15 +187,6 @@ void router_receive(void)
 
 /* --- sending --- */
 
-/* Send a message if there is a socket. */
-static void send_if_connected(const void *message, size_t size, int patience)
-{
-        if (!router_begin())
-                return;
-        router_send(message, size, patience);
-        router_end();
-}
-
 /* Send a message that somebody waits for: a socket that has been lost is replaced. */
 static bool send_surely(const void *message, size_t size)
 {
@@ -215,13 +207,15 @@ void router_note(struct end *end, uint32_t reason)
                             .cookie = atomic_load(&end->cookie)};
 
         statistics_reason(reason);
-        if (note.cookie)
-                send_if_connected(&note, sizeof note, 0);
+        if (!note.cookie || !router_begin())
+                return;
+        router_send(&note, sizeof note, 0);
+        router_end();
 }
 
-bool router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t index)
+bool router_bell(uint16_t kind, uint64_t arena, uint64_t token, uint32_t side, uint32_t index)
 {
-        struct bell bell = {.message = {.kind = BELL, .size = sizeof bell},
+        struct bell bell = {.message = {.kind = kind, .size = sizeof bell},
                             .index = index,
                             .arena = arena,
                             .token = token,
@@ -230,18 +224,7 @@ bool router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t index)
         return send_surely(&bell, sizeof bell);
 }
 
-void router_fetch(uint64_t arena, uint64_t token, uint32_t side, uint32_t index)
-{
-        struct bell fetch = {.message = {.kind = FETCH, .size = sizeof fetch},
-                             .index = index,
-                             .arena = arena,
-                             .token = token,
-                             .side = side};
-
-        send_surely(&fetch, sizeof fetch);
-}
-
-void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation)
+void router_send_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation)
 {
         struct release release = {.message = {.kind = RELEASE, .size = sizeof release},
                                   .slot = slot,
@@ -249,7 +232,15 @@ void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t inca
                                   .incarnation = incarnation,
                                   .token = token};
 
-        send_if_connected(&release, sizeof release, ROUTER_PATIENCE);
+        router_send(&release, sizeof release, PATIENCE);
+}
+
+void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation)
+{
+        if (!router_begin())
+                return;
+        router_send_release(arena, token, slot, incarnation);
+        router_end();
 }
 
 /* The socket is the parent's: a child makes its own. */

@@ -8,8 +8,6 @@
 
 #include "family.h"
 
-enum { ROUTER_PATIENCE = 20 }; /* ms that a message which must not be lost waits for room */
-
 /* Connect, unless some process of this family has received the router's WELCOME, which says when
  * connections are to be upgraded. */
 void router_connect(void);
@@ -28,10 +26,11 @@ int router_send(const void *message, size_t size, int patience);
 
 /* Tell the router why a connection is, or stays, on TCP. */
 void router_note(struct end *end, uint32_t reason);
-/* Request a bell of our side: bell_received() gets it. False: the request can't be sent. */
-bool router_bell(uint64_t arena, uint64_t token, uint32_t side, uint32_t bell);
-/* Have the router ring a bell of the other side and send it: bell_ringer_received() gets it. */
-void router_fetch(uint64_t arena, uint64_t token, uint32_t side, uint32_t bell);
+/* BELL: request a bell of our side, which bell_received() gets. FETCH: have the router ring a bell
+ * of the other side and send it, which bell_ringer_received() gets. False: it can't be sent. */
+bool router_bell(uint16_t kind, uint64_t arena, uint64_t token, uint32_t side, uint32_t bell);
+/* We are done with a slot. Under the lock, and without. */
+void router_send_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation);
 void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation);
 void router_forked(void);
 void router_disconnect(void);

@@ -95,7 +95,7 @@ static void prepare(struct wait *w, uint64_t deadline)
         w->polled[ON_TCP] =
             (struct pollfd){.fd = w->fd, .events = bytes && !w->beyond ? POLLIN | POLLRDHUP : POLLRDHUP};
         w->polled[ON_BELL] = w->polled[ON_SIGNAL] = (struct pollfd){.fd = -1, .events = POLLIN};
-        use_bell(w, bell_take_or_order(w->arena));
+        use_bell(w, bell_take(w->arena, true));
         signals_prepare(&w->signals);
         if (w->signals.mixed)
                 w->polled[ON_SIGNAL].fd = w->signals.fd;
@@ -105,7 +105,7 @@ static void prepare(struct wait *w, uint64_t deadline)
 static void arm(struct wait *w)
 {
         if (w->bell < 0)
-                use_bell(w, bell_take(w->arena));
+                use_bell(w, bell_take(w->arena, false));
         if (w->bell < 0 && w->want == WANT_BYTES && !w->without)
                 w->without = sleep_without_bell(w->end, w->arena);
         if (w->want == WANT_SPACE)

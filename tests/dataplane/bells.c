@@ -132,16 +132,9 @@ void router_receive(void)
 {
 }
 
-void router_fetch(uint64_t id, uint64_t token, uint32_t side, uint32_t bell)
+bool router_bell(uint16_t kind, uint64_t id, uint64_t token, uint32_t side, uint32_t bell)
 {
-        (void)id;
-        (void)token;
-        (void)side;
-        (void)bell;
-}
-
-bool router_bell(uint64_t id, uint64_t token, uint32_t side, uint32_t bell)
-{
+        (void)kind;
         (void)id;
         (void)token;
         (void)side;
@@ -478,7 +471,7 @@ static void listen_as_process(void)
 
         epoll = epoll_create1(EPOLL_CLOEXEC);
         bell_keep(&mappings[WAITER], BELL, &fd);
-        if (bell_take(WAITER) != BELL || epoll_ctl(epoll, EPOLL_CTL_ADD, hears, &event))
+        if (bell_take(WAITER, false) != BELL || epoll_ctl(epoll, EPOLL_CTL_ADD, hears, &event))
                 fail("no bell");
 }
 
