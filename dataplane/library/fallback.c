@@ -158,7 +158,7 @@ void fallback_report_bypass(struct end *end)
         atomic_store(&end->final, 1);
         statistics_count(&statistics.past);
         if (view_remote(&view) && reads_ring(end))
-                remote_request_fallback(end);
+                request_stop(end);
         else if (!view_remote(&view))
                 atomic_store(&view.ring->stop, STOP_RAW);
         router_note(end, REASON_RAW);
@@ -190,7 +190,7 @@ static bool stop_remote_sender(struct end *end, const struct view *view)
         enum { PATIENCE = 1000 * 1000 * 1000 }; /* ns: the peer's relay itself takes 20 ms */
         uint64_t begin = now();
 
-        remote_request_fallback(end);
+        request_stop(end);
         while (!ready_over(view)) {
                 if (ready_broken(end) || now() - begin > PATIENCE)
                         return false;
@@ -314,5 +314,5 @@ void fall_back(int fd, struct end *end, uint64_t key, uint32_t reason)
 void fallback_announce(struct end *end)
 {
         if (atomic_load(&end->stage) == STAGE_ATTACHED && reads_ring(end) && end_is_remote(end))
-                remote_request_fallback(end);
+                request_stop(end);
 }

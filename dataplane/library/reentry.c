@@ -44,16 +44,10 @@ static bool peer_has_left(const struct end *end)
  * never got ready. */
 static void dismiss_peer(struct end *end)
 {
-        struct view view = end_receives(end);
-
         if (atomic_load(&end->tx.phase) == PHASE_TCP)
                 fallback_end_ring(end);
-        if (atomic_load(&end->rx.phase) != PHASE_TCP)
-                return;
-        if (view_remote(&view))
-                remote_request_fallback(end);
-        else
-                atomic_store(&view.ring->stop, STOP_REQUESTED);
+        if (atomic_load(&end->rx.phase) == PHASE_TCP)
+                request_stop(end);
 }
 
 static bool may_leave(const struct end *end)

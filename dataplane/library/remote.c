@@ -8,18 +8,18 @@
 
 #define DEFERRABLE ((uint32_t)(POLLIN | POLLRDNORM | POLLRDBAND | POLLRDHUP | POLLHUP))
 
-void remote_request_fallback(struct end *end)
+void request_stop(struct end *end)
 {
         struct view view = end_receives(end);
 
-        if (!atomic_exchange(&view.ring->stop, STOP_REQUESTED))
+        if (!atomic_exchange(&view.ring->stop, STOP_REQUESTED) && view_remote(&view))
                 wake(&view.ring->senders, end);
 }
 
 void remote_defer(struct end *end)
 {
         if (!atomic_exchange_explicit(&end->rx.deferred, 1, memory_order_relaxed))
-                remote_request_fallback(end);
+                request_stop(end);
 }
 
 uint64_t remote_before(const struct end *end, uint64_t queued)

@@ -38,8 +38,8 @@ static inline bool remote_defers(struct end *end)
                remote_is_early(end);
 }
 
-/* Request that the sender falls back to TCP. */
-void remote_request_fallback(struct end *end);
+/* Request that the sender falls back to TCP. On another host, its relay has to be woken for it. */
+void request_stop(struct end *end);
 /* Defer the events of TCP from now on. */
 void remote_defer(struct end *end);
 /* Of the events that the kernel has just reported, those that the program may see, in poll's bits.

@@ -80,14 +80,8 @@ void sleep_arm(struct end *end, int bell, bool bytes, bool room)
 
 bool sleep_without_bell(struct end *end, uint32_t arena)
 {
-        struct view view;
-
         if (bell_is_ordered(arena))
                 return false;
-        view = end_receives(end);
-        if (view_remote(&view))
-                remote_request_fallback(end);
-        else
-                atomic_store(&view.ring->stop, STOP_REQUESTED);
+        request_stop(end);
         return true;
 }
