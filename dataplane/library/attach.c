@@ -180,14 +180,11 @@ static void judge(int fd, struct end *end)
 
 static void attach(int fd, struct end *end, uint64_t key)
 {
-        enum taken rx = lock_take(&end->rx.lock, self());
-        enum taken tx = lock_take(&end->tx.lock, self());
+        unsigned nested = end_lock(end);
 
-        if (rx != LOCK_NESTED && tx != LOCK_NESTED && end_is(end, key) &&
-            atomic_load(&end->stage) == STAGE_GRANTED)
+        if (!nested && end_is(end, key) && atomic_load(&end->stage) == STAGE_GRANTED)
                 judge(fd, end);
-        lock_release(&end->tx.lock, tx);
-        lock_release(&end->rx.lock, rx);
+        end_release(end, nested);
 }
 
 static void request(int fd, struct end *end, uint64_t bytes, uint32_t operations)
@@ -236,7 +233,7 @@ bool attach_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
 
 void attach_refuse(struct end *end, uint64_t key, uint32_t reason)
 {
-        enum taken rx = lock_take(&end->rx.lock, self()), tx = lock_take(&end->tx.lock, self());
+        unsigned nested = end_lock(end);
 
         /* A thread that takes an answer is soon done with it. */
         for (int i = 0; i < 100 && end_is(end, key); i++) {
@@ -253,6 +250,5 @@ void attach_refuse(struct end *end, uint64_t key, uint32_t reason)
                         break;
                 }
         }
-        lock_release(&end->tx.lock, tx);
-        lock_release(&end->rx.lock, rx);
+        end_release(end, nested);
 }

@@ -87,9 +87,7 @@ void end_alias(int old, int new)
  * finds the new generation. */
 static void end_free(struct end *end)
 {
-        uint32_t me = self();
-        enum taken rx = lock_take(&end->rx.lock, me);
-        enum taken tx = lock_take(&end->tx.lock, me);
+        unsigned nested = end_lock(end);
 
         stage_close(end);
         family_account(end);
@@ -97,8 +95,7 @@ static void end_free(struct end *end)
         atomic_fetch_add(&end->generation, 1);
         atomic_store_explicit(&end->holders, 0, memory_order_release);
         atomic_store_explicit(&family->next_end, end_number(end), memory_order_relaxed);
-        lock_release(&end->tx.lock, tx);
-        lock_release(&end->rx.lock, rx);
+        end_release(end, nested);
 }
 
 static void drop_descriptor(struct end *end)

@@ -289,15 +289,13 @@ void fall_back(int fd, struct end *end, uint64_t key, uint32_t reason)
         bool attached = is_attached(end);
 
         if (attached) {
-                enum taken rx = lock_take(&end->rx.lock, self());
-                enum taken tx = lock_take(&end->tx.lock, self());
+                unsigned nested = end_lock(end);
 
                 /* It may have left its slot meanwhile. */
                 attached = !end_is(end, key) || is_attached(end);
                 if (attached && end_is(end, key))
                         fallback_both(fd, end, reason);
-                lock_release(&end->tx.lock, tx);
-                lock_release(&end->rx.lock, rx);
+                end_release(end, nested);
         }
         if (!attached) {
                 poller_leave(fd, key);

@@ -137,6 +137,21 @@ static inline uint32_t end_number(const struct end *end)
         return (uint32_t)(end - family->ends);
 }
 
+/* Both flows' locks, the receiver's first. Returns which of the two this thread had already, as
+ * bits; 0: none. */
+static inline unsigned end_lock(struct end *end)
+{
+        unsigned rx = lock_take(&end->rx.lock, self());
+
+        return rx | (unsigned)lock_take(&end->tx.lock, self()) << 1;
+}
+
+static inline void end_release(struct end *end, unsigned nested)
+{
+        lock_release(&end->tx.lock, nested >> 1);
+        lock_release(&end->rx.lock, nested & 1);
+}
+
 /* Is it still the same connection? */
 static inline bool end_is(const struct end *end, uint64_t key)
 {

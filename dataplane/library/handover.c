@@ -115,20 +115,18 @@ static bool pump_rest(int fd, struct end *end, struct pump *pump)
 void hand_over(int fd, struct end *end, uint64_t key, uint32_t reason)
 {
         struct pump pump = {.tcp = fd};
-        enum taken rx, tx;
+        unsigned nested;
         bool pumped;
 
         if (atomic_load(&end->stage) != STAGE_ATTACHED) {
                 fall_back(fd, end, key, reason);
                 return;
         }
-        rx = lock_take(&end->rx.lock, self());
-        tx = lock_take(&end->tx.lock, self());
+        nested = end_lock(end);
         /* Otherwise it has left its slot meanwhile. */
         pumped = end_is(end, key) && atomic_load(&end->stage) == STAGE_ATTACHED &&
                  !fallback_both(fd, end, reason) && pump_rest(fd, end, &pump);
-        lock_release(&end->tx.lock, tx);
-        lock_release(&end->rx.lock, rx);
+        end_release(end, nested);
         if (pumped)
                 hand_over_to(fd, end, key, pump.program, reason);
 }

@@ -22,7 +22,7 @@ struct lock {
         _Atomic uint32_t word; /* thread id of the holder, LOCK_WAITERS */
 };
 
-enum taken { LOCK_TAKEN, LOCK_NESTED };
+enum taken { LOCK_TAKEN = 0, LOCK_NESTED = 1 };
 
 /* The slow paths of lock_take() and lock_release(). `me` is the thread's id. */
 enum taken lock_wait(struct lock *lock, uint32_t me);

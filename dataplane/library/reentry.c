@@ -88,20 +88,17 @@ static bool leave_slot(int fd, struct end *end, uint64_t *pause)
 void reentry_leave_slot(int fd, struct end *end, uint64_t key)
 {
         uint64_t pause = BACKOFF_CHECK;
-        enum taken rx, tx;
+        unsigned nested;
 
         /* Nobody else may take the message that acceleration is on again. */
         if (!settings.enabled)
                 router_receive();
-        rx = lock_take(&end->rx.lock, self());
-        tx = lock_take(&end->tx.lock, self());
+        nested = end_lock(end);
         if (end_is(end, key)) {
-
                 if (end_held_elsewhere(end))
                         end_forget_dead(end);
-                if (rx != LOCK_TAKEN || tx != LOCK_TAKEN || !leave_slot(fd, end, &pause))
+                if (nested || !leave_slot(fd, end, &pause))
                         backoff_set(end, pause);
         }
-        lock_release(&end->tx.lock, tx);
-        lock_release(&end->rx.lock, rx);
+        end_release(end, nested);
 }
