@@ -78,7 +78,7 @@ static bool begin(const struct pollfd *fds, nfds_t count, uint64_t *keys, bool b
 
         for (nfds_t i = 0; i < count; i++) {
                 uint64_t key = 0;
-                enum kind kind = fds[i].fd < 0 ? KIND_PLAIN : kind_of(fds[i].fd, &key);
+                enum kind kind = kind_of(fds[i].fd, &key);
 
                 keys[i] = kind == KIND_COUNTED ? key : kind == KIND_RING && bells ? key | ON_BELL : 0;
                 if (kind == KIND_RING && !bells)
@@ -168,7 +168,7 @@ static struct end *spinning_end(const struct pollfd *fds, nfds_t count)
         uint32_t here = core();
 
         for (nfds_t i = 0; i < count && i < POLL_FEW; i++) {
-                struct end *end = fds[i].fd < 0 ? NULL : ring_end(fds[i].fd);
+                struct end *end = ring_end(fds[i].fd);
                 uint32_t there =
                     end ? atomic_load_explicit(&end_receives(end).ring->sender_cpu, memory_order_relaxed) : 0;
 
@@ -248,8 +248,6 @@ static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
         for (nfds_t i = 0; i < count; i++) {
                 struct end *end;
 
-                if (fds[i].fd < 0)
-                        continue;
                 if (poller_is(fds[i].fd)) {
                         bells->reasons |= poller_arm(fds[i].fd) ? SLEEP_UNRINGABLE : 0;
                         continue;
@@ -263,7 +261,7 @@ static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
 static void disarm(const struct pollfd *fds, nfds_t count, struct bells *bells)
 {
         for (nfds_t i = 0; i < count; i++) {
-                struct end *end = fds[i].fd < 0 ? NULL : ring_end(fds[i].fd);
+                struct end *end = ring_end(fds[i].fd);
 
                 if (!end)
                         continue;
@@ -297,7 +295,7 @@ static bool copy_for_kernel(const struct pollfd *fds, nfds_t count, struct pollf
         bool deferred = false;
 
         for (nfds_t i = 0; i < count; i++) {
-                struct end *end = fds[i].fd < 0 ? NULL : ring_end(fds[i].fd);
+                struct end *end = ring_end(fds[i].fd);
 
                 copy[i] = (struct pollfd){.fd = fds[i].fd, .events = fds[i].events};
                 if (end && copy[i].events & (POLLOUT | POLLWRNORM) &&
@@ -322,7 +320,7 @@ static int add_kernel_events(struct pollfd *fds, nfds_t count, const struct poll
         for (nfds_t i = 0; i < count; i++) {
                 const short out = fds[i].events & (POLLOUT | POLLWRNORM);
                 const short raw = kernel[i].revents;
-                struct end *end = raw && fds[i].fd >= 0 ? ring_end(fds[i].fd) : NULL;
+                struct end *end = raw ? ring_end(fds[i].fd) : NULL;
                 short more = raw;
 
                 if (end) {
