@@ -45,25 +45,9 @@ void statistics_report(void)
 #define FIELD(name)                                                                                          \
         end = put_text(end, "\"" #name "\":");                                                               \
         end = put_number(end, atomic_load(&statistics.name));                                                \
-        end = put_text(end, ",")
+        end = put_text(end, ",");
         end = put_text(end, "{");
-        FIELD(tracked);
-        FIELD(asked);
-        FIELD(granted);
-        FIELD(refused);
-        FIELD(receivers);
-        FIELD(senders);
-        FIELD(received);
-        FIELD(sent);
-        FIELD(retreats);
-        FIELD(returned);
-        FIELD(corrupt);
-        FIELD(past);
-        FIELD(remote);
-        FIELD(broken);
-        FIELD(sleeps);
-        FIELD(spins);
-        FIELD(polls);
+        STATISTICS(FIELD)
 #undef FIELD
         end = put_text(end, "\"reasons\":[");
         for (int i = 0; i < REASONS; i++) {

@@ -8,18 +8,26 @@
 
 enum { REASONS = 17 };
 
+/* clang-format off */
+#define STATISTICS(F)                                                                                        \
+        F(tracked) F(asked) F(granted) F(refused)                                                            \
+        F(receivers) F(senders) /* directions that went to the ring */                                       \
+        F(received) F(sent)     /* bytes through rings */                                                    \
+        F(retreats)                                                                                          \
+        F(returned)             /* ends that have left their slot, to be counted again */                    \
+        F(corrupt)                                                                                           \
+        F(past)                 /* ends that found bytes which bypassed the library */                       \
+        F(remote) F(broken)     /* ends in remote arenas; those whose path was lost */                       \
+        F(sleeps) F(spins)      /* waits that slept, waits that spinning ended */                            \
+        F(polls)                /* looks for answers of the router */
+/* clang-format on */
+
+#define DECLARE(name) _Atomic uint64_t name;
 struct statistics {
-        _Atomic uint64_t tracked, asked, granted, refused;
-        _Atomic uint64_t receivers, senders; /* directions that went to the ring */
-        _Atomic uint64_t received, sent;     /* bytes through rings */
-        _Atomic uint64_t retreats, corrupt;
-        _Atomic uint64_t returned;       /* ends that have left their slot, to be counted again */
-        _Atomic uint64_t past;           /* ends that found bytes which bypassed the library */
-        _Atomic uint64_t remote, broken; /* ends in remote arenas; those whose path was lost */
-        _Atomic uint64_t sleeps, spins;  /* waits that slept, waits that spinning ended */
-        _Atomic uint64_t polls;          /* looks for answers of the router */
+        STATISTICS(DECLARE)
         _Atomic uint64_t reasons[REASONS];
 };
+#undef DECLARE
 
 extern struct statistics statistics;
 
