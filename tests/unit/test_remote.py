@@ -54,15 +54,31 @@ def world(request: pytest.FixtureRequest) -> World:
     return started(**EQUIPMENT[request.param])
 
 
-def upgraded(world: World, client: tuple[int, int] = A, server: tuple[int, int] = B) -> Tcp:
-    """A connection whose ends have sent requests and were granted."""
-    tcp = world.connect(client, server)
+def requested(
+    world: World, client: tuple[int, int], server: tuple[int, int], *, vip: bool = False
+) -> Tcp:
+    """A connection whose ends have sent requests."""
+    tcp = world.connect(client, server, vip=vip)
     for side in (0, 1):
         world.request(tcp, side)
+    return tcp
+
+
+def upgraded(world: World, client: tuple[int, int] = A, server: tuple[int, int] = B) -> Tcp:
+    """A connection whose ends have sent requests and were granted."""
+    tcp = requested(world, client, server)
     world.loop.run(1)
     assert world.grant(tcp, 0)
     assert world.grant(tcp, 1)
     return tcp
+
+
+def end(world: World, tcp: Tcp, seconds: float = 1) -> None:
+    """Close both ends. After so many seconds nothing is left."""
+    for side in (0, 1):
+        world.close(tcp, side)
+    world.loop.run(seconds)
+    empty(world)
 
 
 def finer(world: World, tcp: Tcp, side: int) -> Reason | None:
@@ -116,17 +132,12 @@ def test_two_ends(
     assert (one.number, one.state.peer_number) == (other.state.peer_number, other.number)
     assert (one.state.phase, other.state.phase) == (Phase.GRANTED, Phase.GRANTED)
     world.check()
-    for side in (0, 1):
-        world.close(tcp, side)
-    world.loop.run(1)
-    empty(world)
+    end(world, tcp)
 
 
 def test_behind_a_vip(world: World) -> None:
     """A client that knows only the VIP is paired with the task that its kernel chose."""
-    tcp = world.connect(A, (1, 2), vip=True)
-    for side in (0, 1):
-        world.request(tcp, side)
+    tcp = requested(world, A, (1, 2), vip=True)
     world.loop.run(1)
     assert world.grant(tcp, 0)
     assert world.grant(tcp, 1)
@@ -237,9 +248,7 @@ def test_limit_of_memory() -> None:
     world.connect_all()
     world.loop.run(1)
     kept = [upgraded(world), upgraded(world)]
-    late = world.connect(A, B)
-    for side in (0, 1):
-        world.request(late, side)
+    late = requested(world, A, B)
     world.loop.run(1)
     assert [finer(world, late, side) for side in (0, 1)] == [Reason.LIMIT, Reason.LIMIT]
     for side in (0, 1):
@@ -285,16 +294,11 @@ def test_a_process_dies_while_its_connection_is_paired(world: World) -> None:
     ring.
     """
     for steps in range(1, 12):
-        tcp = world.connect(A, B)
-        for side in (0, 1):
-            world.request(tcp, side)
+        tcp = requested(world, A, B)
         world.loop.run(steps * 0.001)
         world.kill(world.hosts[steps % 2], 1, child=False)
         world.loop.run(2)
-        world.close(tcp, 0)
-        world.close(tcp, 1)
-        world.loop.run(5)
-        empty(world)
+        end(world, tcp, 5)
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -303,35 +307,25 @@ def test_a_process_hangs_up_while_its_connection_is_paired(world: World, side: i
     ring or both are on TCP, and neither is reset.
     """
     for steps in range(1, 30):
-        tcp = world.connect(A, B)
-        for each in (0, 1):
-            world.request(tcp, each)
+        tcp = requested(world, A, B)
         world.loop.run(steps * 0.0005)
         world.kill(world.hosts[side], 1, child=True)
         world.loop.run(2)
         in_step(world, tcp)
-        for each in (0, 1):
-            world.close(tcp, each)
-        world.loop.run(5)
-        empty(world)
+        end(world, tcp, 5)
 
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_leaving_while_it_is_paired(world: World, side: int) -> None:
     """Whichever step a connection is to go back to TCP at, both ends do, and neither is reset."""
     for steps in range(1, 30):
-        tcp = world.connect(A, B)
-        for each in (0, 1):
-            world.request(tcp, each)
+        tcp = requested(world, A, B)
         world.loop.run(steps * 0.0005)
         for connection in world.hosts[side].remotes.connections:
             world.hosts[side].remotes.leave(connection.number)
         world.loop.run(2)
         in_step(world, tcp)
-        for each in (0, 1):
-            world.close(tcp, each)
-        world.loop.run(5)
-        empty(world)
+        end(world, tcp, 5)
 
 
 @pytest.mark.parametrize("lost", ["session", "relay"])
@@ -341,9 +335,7 @@ def test_hang_up_and_loss(world: World, lost: str) -> None:
     """
     seen: set[Phase] = set()
     for steps, more in itertools.product(range(1, 30), range(6)):
-        tcp = world.connect(A, B)
-        for each in (0, 1):
-            world.request(tcp, each)
+        tcp = requested(world, A, B)
         world.loop.run(steps * 0.0005)
         if world.grant(tcp, 0):
             break
@@ -358,10 +350,7 @@ def test_hang_up_and_loss(world: World, lost: str) -> None:
             world.kill_relay(world.hosts[0])
         world.loop.run(5)
         in_step(world, tcp)
-        for each in (0, 1):
-            world.close(tcp, each)
-        world.loop.run(5)
-        empty(world)
+        end(world, tcp, 5)
     assert seen >= set(LEADER)
 
 
@@ -388,10 +377,7 @@ def test_leaving(world: World) -> None:
     assert world.remote(tcp, 0) is None
     assert world.remote(tcp, 1) is None
     assert not world.hosts[0].severed
-    for side in (0, 1):
-        world.close(tcp, side)
-    world.loop.run(1)
-    empty(world)
+    end(world, tcp)
 
 
 # --- faults
@@ -437,9 +423,7 @@ def test_requests_outlast_a_short_loss(world: World) -> None:
 def test_session_lost_in_the_middle(world: World) -> None:
     """Whichever step the session is lost at, both ends are granted in the end, or neither is."""
     for steps in range(1, 14):
-        tcp = world.connect(B, A)
-        for side in (0, 1):
-            world.request(tcp, side)
+        tcp = requested(world, B, A)
         world.loop.run(steps * 0.001)
         world.lose(*world.hosts)
         world.loop.run(1)
@@ -448,10 +432,7 @@ def test_session_lost_in_the_middle(world: World) -> None:
         assert (world.remote(tcp, 0) is None) == (world.remote(tcp, 1) is None), steps
         assert not world.hosts[0].severed
         assert not world.hosts[1].severed
-        for side in (0, 1):
-            world.close(tcp, side)
-        world.loop.run(5)
-        empty(world)
+        end(world, tcp, 5)
 
 
 def test_link_lost(world: World) -> None:
@@ -482,19 +463,14 @@ def test_link_fails_again_on_one_host(world: World) -> None:
             assert not world.hosts[0].severed
             for here, there in itertools.permutations(world.hosts):
                 assert here.remotes.links.is_up(there.address)
-    for side in (0, 1):
-        world.close(tcp, side)
-    world.loop.run(1)
-    empty(world)
+    end(world, tcp)
 
 
 def test_link_lost_after_a_process(world: World) -> None:
     """Nothing is left of a connection whose process and then whose link go away during pairing."""
     links, there = world.hosts[0].remotes.links, world.hosts[1].address
     for steps in range(1, 30):
-        tcp = world.connect(A, B)
-        for side in (0, 1):
-            world.request(tcp, side)
+        tcp = requested(world, A, B)
         world.loop.run(steps * 0.0005)
         world.kill(world.hosts[0], 1, child=False)
         links.forget(there)
@@ -519,9 +495,7 @@ def test_link_gone(world: World) -> None:
     assert not world.hosts[1].severed
     assert sum(counts.left for counts in world.hosts[0].remotes.connections.counts.values()) == 1
     world.loop.run(60)
-    late = world.connect(A, B)
-    for side in (0, 1):
-        world.request(late, side)
+    late = requested(world, A, B)
     world.loop.run(1)
     assert finer(world, late, 0) is Reason.NO_LINK
     world.cut(mend=True)
@@ -541,10 +515,7 @@ def test_link_and_session_gone(world: World) -> None:
     world.loop.run(2)
     assert world.hosts[0].severed
     assert world.hosts[1].severed
-    for side in (0, 1):
-        world.close(tcp, side)
-    world.loop.run(1)
-    empty(world)
+    end(world, tcp)
 
 
 @pytest.mark.parametrize("dies", [0, 1])
@@ -558,10 +529,7 @@ def test_relay_dies(world: World, dies: int) -> None:
     assert here.memory.alarmed
     assert there.severed
     world.loop.run(10)
-    for side in (0, 1):
-        world.close(tcp, side)
-    world.loop.run(1)
-    empty(world)
+    end(world, tcp)
     upgraded(world)
 
 
@@ -709,9 +677,7 @@ def test_requests_wait_for_the_other_transport() -> None:
     world.cut_rdma = True
     world.connect_all()
     world.loop.run(3)
-    tcp = world.connect(A, B)
-    for side in (0, 1):
-        world.request(tcp, side)
+    tcp = requested(world, A, B)
     world.loop.run(8)
     assert world.grant(tcp, 0)
     assert world.grant(tcp, 1)
@@ -773,9 +739,7 @@ def test_a_link_that_loses_every_byte(first: int) -> None:
         world.loop.run(5)
         if leader.transport(follower) is None:
             assert world.remote(tcp, 0) is None
-            late = world.connect(A, B)
-            for side in (0, 1):
-                world.request(late, side)
+            late = requested(world, A, B)
             world.loop.run(1)
             assert {finer(world, late, side) for side in (0, 1)} == {Reason.NO_LINK}
     assert not any(host.severed for host in world.hosts)
@@ -970,9 +934,7 @@ def test_entry_rule(equipment: str) -> None:
     """
     rule = Gate()
     world = started(rule=rule, **EQUIPMENT[equipment])
-    tcp = world.connect(A, B)
-    for side in (0, 1):
-        world.request(tcp, side)
+    tcp = requested(world, A, B)
     world.loop.run(5)
     if equipment == "rdma":
         assert world.grant(tcp, 0)
@@ -1027,9 +989,7 @@ def test_relay_off_for_the_network(equipment: str) -> None:
     world.loop.run(2)
     assert not any(host.severed for host in world.hosts)
     assert (world.remote(tcp, 0) is None) == (equipment == "relay")
-    late = world.connect(A, B)
-    for side in (0, 1):
-        world.request(late, side)
+    late = requested(world, A, B)
     world.loop.run(1)
     if equipment == "relay":
         assert finer(world, late, 0) is Reason.NO_RDMA
