@@ -6,11 +6,13 @@ import itertools
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
+
+import pytest
 
 from dataplane.errors import WrongMessage
 from dataplane.router.identities import Identities, SwarmIdentity
@@ -184,6 +186,14 @@ class World:
             f"{router.address}: {router.sessions.reasons()} {router.sessions.counts()}"
             for router in self.routers
         )
+
+
+@pytest.fixture
+def session_world(tmp_path: Path) -> Iterator[World]:
+    """A world that ends with the test."""
+    made = World(tmp_path)
+    yield made
+    made.close()
 
 
 def free_port() -> int:

@@ -23,7 +23,7 @@ from dataplane.router.link_preamble import ACCEPTED, SIZE, SOCKETS, Preamble
 from dataplane.router.link_sockets import LinkSockets
 from dataplane.router.peer_wire import TICKET
 from testbed.patience import patience, within
-from tests.unit.session_world import Router, World
+from tests.unit.session_world import Router, World, session_world
 
 NUMBER: Final = 7
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
@@ -61,11 +61,7 @@ class Host:
     sockets: LinkSockets
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    yield made
-    made.close()
+world = session_world
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import errno
 import shutil
 import socket
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -17,15 +16,10 @@ from dataplane.router import sessions
 from dataplane.router.identities import Identities, SwarmIdentity, choose
 from dataplane.router.peer_wire import Offer, Owns, PeerFrame, PeerHello, PeerPing, Withdraw
 from dataplane.router.sessions import Sessions
-from tests.unit.session_world import Recorder, World, free_port
+from tests.unit.session_world import Recorder, World, free_port, session_world
 from tests.unit.swarm_ca import Authority, write
 
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    yield made
-    made.close()
+world = session_world
 
 
 def test_a_session(world: World) -> None:

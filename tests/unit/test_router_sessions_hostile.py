@@ -9,9 +9,8 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -33,7 +32,7 @@ from dataplane.router.peer_wire import (
     pack,
 )
 from testbed.patience import patience, within
-from tests.unit.session_world import BUG, INVALID, Router, World
+from tests.unit.session_world import BUG, INVALID, Router, World, session_world
 from tests.unit.swarm_ca import Authority, Node
 
 T = TypeVar("T")
@@ -41,11 +40,7 @@ ADDRESS = "127.0.0.2"
 PATIENCE = 8.0
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    yield made
-    made.close()
+world = session_world
 
 
 @pytest.fixture

@@ -11,16 +11,14 @@ import contextlib
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 import pytest
 
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.peer_wire import Message, PeerFrame, PeerHello
-from tests.unit.session_world import Recorder, Router, World
+from tests.unit.session_world import Recorder, Router, World, session_world
 from tests.unit.swarm_ca import write
 
 STEPS: Final = 250
@@ -136,11 +134,7 @@ class Life:
         return True
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    yield made
-    made.close()
+world = session_world
 
 
 @pytest.mark.parametrize("seed", [random.SystemRandom().randrange(10**6) for _ in range(SEEDS)])
