@@ -160,14 +160,10 @@ static void passing(const struct msghdr *message)
                 if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS)
                         continue;
                 for (size_t at = 0; CMSG_LEN(at + sizeof(int)) <= part->cmsg_len; at += sizeof(int)) {
-                        struct end *end;
-                        uint64_t key;
                         int fd;
 
                         memcpy(&fd, CMSG_DATA(part) + at, sizeof fd);
-                        end = end_of(fd, &key);
-                        if (end)
-                                hand_over(fd, end, key, REASON_PASSED);
+                        hand_over_descriptor(fd, REASON_PASSED);
                 }
         }
 }

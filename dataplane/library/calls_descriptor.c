@@ -236,11 +236,7 @@ CALL void closefrom(int first)
 /* The C library's streams read and write without the library. */
 CALL FILE *fdopen(int fd, const char *mode)
 {
-        uint64_t key;
-        struct end *end = end_of(fd, &key);
-
-        if (end)
-                hand_over(fd, end, key, REASON_STDIO);
+        hand_over_descriptor(fd, REASON_STDIO);
         return real()->fdopen(fd, mode);
 }
 

@@ -111,11 +111,8 @@ static void *late(const char *name)
 
 static void by_others(const struct aiocb *block)
 {
-        uint64_t key;
-        struct end *end = block ? end_of(block->aio_fildes, &key) : NULL;
-
-        if (end)
-                hand_over(block->aio_fildes, end, key, REASON_STDIO);
+        if (block)
+                hand_over_descriptor(block->aio_fildes, REASON_STDIO);
 }
 
 CALL int aio_read(struct aiocb *block)
@@ -177,11 +174,7 @@ ALSO(backtrace_symbols_fd) void __backtrace_symbols_fd(void *const *, int, int);
 /* A stream that gets its descriptor later, as in old C++ libraries. */
 CALL void *_IO_file_attach(void *stream, int fd)
 {
-        uint64_t key;
-        struct end *end = end_of(fd, &key);
-
-        if (end)
-                hand_over(fd, end, key, REASON_STDIO);
+        hand_over_descriptor(fd, REASON_STDIO);
         return real()->_IO_file_attach ? real()->_IO_file_attach(stream, fd) : NULL;
 }
 
