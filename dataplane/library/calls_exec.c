@@ -65,20 +65,21 @@ CALL int execveat(int directory, const char *path, char *const *arguments, char 
 
 /* The calls with a list of arguments copy it to the stack, as the C library's do: they may be
  * called in a signal handler. */
-#define COUNT_LIST(list, last, count)                                                                        \
-        do {                                                                                                 \
-                va_start(list, last);                                                                        \
-                for (count = 1; va_arg(list, char *); count++)                                               \
-                        ;                                                                                    \
-                va_end(list);                                                                                \
-        } while (0)
-#define TAKE_LIST(list, last, first, vector, count)                                                          \
-        do {                                                                                                 \
-                va_start(list, last);                                                                        \
-                vector[0] = (char *)(uintptr_t)(first);                                                      \
-                for (size_t i = 1; i <= count; i++)                                                          \
-                        vector[i] = va_arg(list, char *);                                                    \
-        } while (0)
+#define TAKE_LIST(list, first, vector)                                                                       \
+        size_t count = 0;                                                                                    \
+        va_list list;                                                                                        \
+                                                                                                             \
+        va_start(list, first);                                                                               \
+        for (bool more = is_given(first); more; more = va_arg(list, char *) != NULL)                         \
+                count++;                                                                                     \
+        va_end(list);                                                                                        \
+                                                                                                             \
+        char *vector[count + 1];                                                                             \
+                                                                                                             \
+        va_start(list, first);                                                                               \
+        vector[0] = (char *)(uintptr_t)(first);                                                              \
+        for (size_t i = 1; i <= count; i++)                                                                  \
+                vector[i] = va_arg(list, char *);
 
 /* Programs may pass NULL, whatever the declaration says. */
 static bool is_given(const char *first)
@@ -88,47 +89,23 @@ static bool is_given(const char *first)
 
 CALL int execl(const char *path, const char *first, ...)
 {
-        size_t count = 0;
-        va_list list;
-
-        if (is_given(first))
-                COUNT_LIST(list, first, count);
-
-        char *arguments[count + 1];
-
-        TAKE_LIST(list, first, first, arguments, count);
+        TAKE_LIST(list, first, arguments)
         va_end(list);
         return execv(path, arguments);
 }
 
 CALL int execlp(const char *file, const char *first, ...)
 {
-        size_t count = 0;
-        va_list list;
-
-        if (is_given(first))
-                COUNT_LIST(list, first, count);
-
-        char *arguments[count + 1];
-
-        TAKE_LIST(list, first, first, arguments, count);
+        TAKE_LIST(list, first, arguments)
         va_end(list);
         return execvp(file, arguments);
 }
 
 CALL int execle(const char *path, const char *first, ...)
 {
-        char *const *variables;
-        size_t count = 0;
-        va_list list;
+        TAKE_LIST(list, first, arguments)
+        char *const *variables = va_arg(list, char *const *);
 
-        if (is_given(first))
-                COUNT_LIST(list, first, count);
-
-        char *arguments[count + 1];
-
-        TAKE_LIST(list, first, first, arguments, count);
-        variables = va_arg(list, char *const *);
         va_end(list);
         return execve(path, arguments, variables);
 }
