@@ -17,14 +17,14 @@
 #include <errno.h>
 #include <limits.h>
 
-/* epoll_pwait2(), or epoll_pwait() with the time rounded up where the kernel or the C library lacks
- * it. */
+/* epoll_pwait(), or epoll_pwait2() for a time that isn't whole milliseconds, which is rounded up
+ * where the kernel or the C library lacks that. */
 static int kernel_wait(int epfd, struct epoll_event *events, int size, int64_t timeout, const sigset_t *mask)
 {
         struct timespec time = {.tv_sec = timeout / 1000000000, .tv_nsec = timeout % 1000000000};
         int64_t ms;
 
-        if (timeout > 0 && real()->epoll_pwait2) {
+        if (timeout > 0 && timeout % 1000000 && real()->epoll_pwait2) {
                 int got = real()->epoll_pwait2(epfd, events, size, &time, mask);
 
                 if (got >= 0 || *__errno_location() != ENOSYS)
@@ -106,18 +106,12 @@ static bool is_plain(const struct poller *poller)
 static int wait_plainly(struct poller *poller, int epfd, struct epoll_event *events, int size,
                         int64_t timeout, const sigset_t *mask)
 {
-        int64_t ms = timeout < 0 ? -1 : (timeout + 999999) / 1000000;
         int count = 0;
 
         atomic_fetch_add(&poller->sleepers, 1);
         /* Pairs with registration_enter_ring(): either it sees the sleeper, or we see the ring. */
-        if (is_plain(poller)) {
-                if (timeout > 0 && timeout % 1000000)
-                        count = kernel_wait(epfd, events, size, timeout, mask);
-                else
-                        count =
-                            real()->epoll_pwait(epfd, events, size, ms > INT_MAX ? INT_MAX : (int)ms, mask);
-        }
+        if (is_plain(poller))
+                count = kernel_wait(epfd, events, size, timeout, mask);
         atomic_fetch_sub(&poller->sleepers, 1);
         for (int i = 0; i < count; i++)
                 if ((events[i].data.u64 & TAG_MASK) == TAG_BELL ||

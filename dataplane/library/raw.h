@@ -54,14 +54,19 @@ void raw_settle_last(void);
 /* A receiver is about to sleep. False: there are bytes on TCP, or its end. */
 bool raw_tcp_is_empty(int fd, struct end *end);
 
+static inline bool raw_is_clean(const struct flow *flow)
+{
+        return atomic_load_explicit(&flow->clean, memory_order_relaxed) ==
+               atomic_load_explicit(&flow->edge, memory_order_relaxed);
+}
+
 /* Under the sender's lock, before a put: ask unless the last put was just now. */
 static inline enum raw raw_before_put(int fd, struct end *end, uint64_t stamp)
 {
         if (__builtin_expect(raw_last.end == end &&
                                  stamp - raw_last.stamp <
                                      atomic_load_explicit(&raw_near, memory_order_relaxed) &&
-                                 atomic_load_explicit(&end->tx.clean, memory_order_relaxed) ==
-                                     atomic_load_explicit(&end->tx.edge, memory_order_relaxed),
+                                 raw_is_clean(&end->tx),
                              1))
                 return RAW_NONE;
         return raw_check_in_share(fd, end, stamp);
@@ -74,12 +79,6 @@ static inline void raw_after_put(int fd, struct end *end, uint64_t stamp, size_t
         raw_last.end = end;
         raw_last.fd = fd;
         raw_last.stamp = size > QUICK ? clock_stamp() : stamp;
-}
-
-static inline bool raw_is_clean(const struct flow *flow)
-{
-        return atomic_load_explicit(&flow->clean, memory_order_relaxed) ==
-               atomic_load_explicit(&flow->edge, memory_order_relaxed);
 }
 
 static inline void raw_settle(void)
