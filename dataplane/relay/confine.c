@@ -37,43 +37,17 @@ static const char *const of_memory[] = {"ftruncate", "memfd_create", "pidfd_getf
 #endif
 
 /* What no honest relay does. */
-static const char *const deadly[] = {"accept",
-                                     "accept4",
-                                     "bpf",
-                                     "chroot",
-                                     "connect",
-                                     "delete_module",
-                                     "execve",
-                                     "execveat",
-                                     "finit_module",
-                                     "fork",
-                                     "init_module",
-                                     "io_uring_setup",
-                                     "kexec_file_load",
-                                     "kexec_load",
-                                     "keyctl",
-                                     "kill",
-                                     "listen",
-                                     "mount",
-                                     "mount_setattr",
-                                     "move_mount",
-                                     "open_by_handle_at",
-                                     "open_tree",
-                                     "perf_event_open",
-                                     "personality",
-                                     "pivot_root",
-                                     "process_vm_readv",
-                                     "process_vm_writev",
-                                     "ptrace",
-                                     "setns",
-                                     "setresuid",
-                                     "setuid",
-                                     "swapon",
-                                     "tkill",
-                                     "umount2",
-                                     "unshare",
-                                     "userfaultfd",
-                                     "vfork"};
+static const char *const deadly[] = {
+    /* other programs and processes */
+    "execve", "execveat", "fork", "vfork", "kill", "tkill", "ptrace", "process_vm_readv", "process_vm_writev",
+    /* connections */
+    "accept", "accept4", "connect", "listen",
+    /* other rights, and other files */
+    "chroot", "keyctl", "mount", "mount_setattr", "move_mount", "open_by_handle_at", "open_tree",
+    "personality", "pivot_root", "setns", "setresuid", "setuid", "swapon", "umount2", "unshare",
+    /* the kernel */
+    "bpf", "delete_module", "finit_module", "init_module", "io_uring_setup", "kexec_file_load", "kexec_load",
+    "perf_event_open", "userfaultfd"};
 
 /* Keeps what it has of `kept`. */
 static int drop_capabilities(uint64_t kept)
