@@ -254,23 +254,20 @@ void arena_set_bell(struct shared *shared, uint32_t index, int bell)
 static void ring(struct shared *shared, uint32_t index)
 {
         _Atomic uint32_t *rung = &header_of(shared)->rung[PEER][index];
+        enum ringing outcome;
         uint32_t seen;
 
         /* Unknown bell: it is rung when the router sends it, or the waiter is gone. Until it is
          * known, the waiter polls. */
         if (shared->bells[index] < 0 || rung_seen(rung, &seen))
                 return;
-        switch (ring_once(shared->bells[index])) {
-        case RUNG:
+        outcome = ring_once(shared->bells[index]);
+        if (outcome == RUNG) {
                 rung_sent(rung, seen);
                 count(COUNT_BELLS, 1);
                 usage_add(&shared->usage, USAGE_BELLS_OUT, 1);
-                break;
-        case CLOSED:
+        } else if (outcome == CLOSED) {
                 forget_bell(shared, index);
-                break;
-        case FULL:
-                break;
         }
 }
 
