@@ -46,8 +46,7 @@ struct shared *arena_find(uint64_t id)
 {
         struct node *bucket = bucket_of(id);
 
-        EACH(node, bucket)
-        {
+        EACH(node, bucket) {
                 struct shared *shared = OF(node, struct shared, same);
 
                 if (shared->id == id)
@@ -320,9 +319,7 @@ void arena_ring_bells(struct shared *shared, struct waiters *waiters, uint32_t s
 void arenas_ring(void)
 {
         EACH(node, &due)
-        {
                 ring_due(OF(node, struct shared, due));
-        }
 }
 
 /* Can the process ring the relay's bell? */
@@ -347,8 +344,7 @@ bool arenas_poll(void)
 {
         bool any = false;
 
-        EACH(node, &polled)
-        {
+        EACH(node, &polled) {
                 struct shared *shared = OF(node, struct shared, polled);
 
                 if (is_known(shared))

@@ -37,8 +37,7 @@ static struct node links = LIST(links);
 
 struct link *link_find(uint32_t number)
 {
-        EACH(node, &links)
-        {
+        EACH(node, &links) {
                 struct link *link = OF(node, struct link, all);
 
                 if (link->number == number)
@@ -90,9 +89,7 @@ static void become(struct link *link, enum link_state state)
                         link->lanes[i].completed = link->lanes[i].batch;
                 }
                 EACH(node, &link->mirrors)
-                {
                         mirror_suspend(OF(node, struct mirror, of_link));
-                }
         }
         if (!link_is_live(link))
                 return;
@@ -106,9 +103,7 @@ static void become(struct link *link, enum link_state state)
         link->message_lane = 0;
         link->check_at = link->checked = link->progress_at = 0;
         EACH(node, &link->mirrors)
-        {
                 mirror_resume(OF(node, struct mirror, of_link));
-        }
 }
 
 static void destroy_channel(struct link *link)
@@ -127,8 +122,7 @@ int link_prepare(struct link *link, const struct transport *transport, struct wi
 
         if (link->state == LINK_STREAM)
                 return relay_refuse(text, EINVAL, "the link already goes over frames");
-        EACH(node, &link->mirrors)
-        {
+        EACH(node, &link->mirrors) {
                 if (mirror_is_registered(OF(node, struct mirror, of_link), transport))
                         continue;
                 return relay_refuse(
@@ -199,9 +193,7 @@ void link_remove(struct link *link)
         destroy_channel(link);
         become(link, LINK_DOWN);
         EACH(node, &link->mirrors)
-        {
                 mirror_drop(OF(node, struct mirror, of_link), true);
-        }
         list_remove(&link->all);
         usage_end(&link->usage);
         free(link);
@@ -305,8 +297,7 @@ static bool moves(struct lane *lane, struct mirror *mirror)
 /* The peer has received more. */
 static void move_on(struct lane *lane)
 {
-        EACH(node, &lane->moving)
-        {
+        EACH(node, &lane->moving) {
                 struct mirror *mirror = OF(node, struct mirror, queued);
 
                 if (!has_arrived(lane, mirror))
@@ -417,8 +408,7 @@ bool links_flush(void)
 {
         bool any = false;
 
-        EACH(node, &links)
-        {
+        EACH(node, &links) {
                 struct link *link = OF(node, struct link, all);
 
                 for (unsigned i = 0; link_is_live(link) && i < link->transport->message_lanes; i++)
@@ -433,8 +423,7 @@ bool links_flush(void)
 
 bool links_have_channels(const struct transport *transport)
 {
-        EACH(node, &links)
-        {
+        EACH(node, &links) {
                 const struct link *link = OF(node, struct link, all);
 
                 if (link->channel && link->transport == transport)
@@ -456,8 +445,7 @@ static bool has_all(struct link *link)
 
 bool links_are_idle(void)
 {
-        EACH(node, &links)
-        {
+        EACH(node, &links) {
                 struct link *link = OF(node, struct link, all);
 
                 for (int i = 0; link_is_live(link) && i < LANES; i++)
@@ -537,8 +525,7 @@ uint64_t links_tick(uint64_t present)
 {
         uint64_t due = 0;
 
-        EACH(node, &links)
-        {
+        EACH(node, &links) {
                 struct link *link = OF(node, struct link, all);
                 uint64_t last;
 
@@ -625,7 +612,5 @@ void link_completed(struct link *link, unsigned lane, uint64_t batch)
 {
         link->lanes[lane].completed = batch;
         EACH(node, &link->dropping)
-        {
                 mirror_try_release(OF(node, struct mirror, dropping));
-        }
 }

@@ -29,8 +29,7 @@ struct mirror *mirror_find(uint32_t number)
 {
         struct node *bucket = bucket_of(number);
 
-        EACH(node, bucket)
-        {
+        EACH(node, bucket) {
                 struct mirror *mirror = OF(node, struct mirror, same);
 
                 if (mirror->number == number)
@@ -42,8 +41,7 @@ struct mirror *mirror_find(uint32_t number)
 bool mirrors_visit_paired(bool (*visit)(struct mirror *mirror))
 {
         for (int i = 0; i < BUCKETS; i++)
-                EACH(node, &buckets[i])
-                {
+                EACH(node, &buckets[i]) {
                         struct mirror *m = OF(node, struct mirror, same);
 
                         if (m->state == MIRROR_PAIRED && !visit(m))
@@ -295,8 +293,7 @@ bool mirror_is_registered(const struct mirror *m, const struct transport *transp
 void mirrors_deregister(const struct transport *transport)
 {
         for (int i = 0; i < BUCKETS; i++)
-                EACH(node, &buckets[i])
-                {
+                EACH(node, &buckets[i]) {
                         struct mirror *m = OF(node, struct mirror, same);
 
                         if (m->registration && m->transport == transport)

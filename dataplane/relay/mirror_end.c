@@ -49,8 +49,7 @@ void mirror_leave(struct mirror *m)
 
 uint64_t mirrors_end_tick(uint64_t present)
 {
-        EACH(node, &mirrors.stopping)
-        {
+        EACH(node, &mirrors.stopping) {
                 struct mirror *m = OF(node, struct mirror, stopping);
 
                 if (present < m->stop_due)

@@ -115,8 +115,7 @@ static bool scan_source(struct source *source)
         unsigned scans = 0;
         bool any = false;
 
-        EACH(node, &source->active)
-        {
+        EACH(node, &source->active) {
                 struct mirror *m = OF(node, struct mirror, active);
 
                 if (scans++ == SCANS) {
@@ -140,8 +139,7 @@ bool mirrors_scan(void)
 {
         bool any = false;
 
-        EACH(node, &mirrors.active)
-        {
+        EACH(node, &mirrors.active) {
                 struct source *source = OF(node, struct source, scanned);
 
                 any = scan_source(source) || any;
@@ -156,9 +154,7 @@ static bool make_source_idle(struct source *source)
         bool all = true;
 
         EACH(node, &source->active)
-        {
                 all = make_idle(OF(node, struct mirror, active)) && all;
-        }
         return all;
 }
 
@@ -167,9 +163,7 @@ bool mirrors_make_idle(void)
         bool all = true;
 
         EACH(node, &mirrors.active)
-        {
                 all = make_source_idle(OF(node, struct source, scanned)) && all;
-        }
         return all;
 }
 
@@ -183,8 +177,7 @@ static bool scan_lazy(void)
 {
         bool any = false;
 
-        EACH(node, &mirrors.lazy)
-        {
+        EACH(node, &mirrors.lazy) {
                 struct mirror *m = OF(node, struct mirror, lazy);
 
                 if (!scan_taken(m)) {

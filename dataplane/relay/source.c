@@ -6,8 +6,7 @@
 
 static struct source *find(struct link *link, uint64_t owner)
 {
-        EACH(node, &link->sources)
-        {
+        EACH(node, &link->sources) {
                 struct source *source = OF(node, struct source, of_link);
 
                 if (source->owner == owner)

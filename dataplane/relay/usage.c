@@ -49,8 +49,7 @@ static uint64_t whole_work(bool links)
 {
         uint64_t work = 0;
 
-        EACH(node, &usages)
-        {
+        EACH(node, &usages) {
                 const struct usage *usage = OF(node, struct usage, used);
 
                 if (links == (usage->link != 0))
@@ -69,8 +68,7 @@ void usage_report(void)
         present = (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
         share = present - spent;
         spent = present;
-        EACH(node, &usages)
-        {
+        EACH(node, &usages) {
                 struct usage *usage = OF(node, struct usage, used);
                 struct relay_usage message = {.link = usage->link, .arena = usage->arena};
 
