@@ -227,7 +227,7 @@ void family_forked(void)
 
 static void drop_shared_holder(struct end *end, int32_t member)
 {
-        if (member >= 0 && end_held_elsewhere(end))
+        if (end_held_elsewhere(end))
                 drop_holder(end, member, 0);
 }
 
@@ -235,20 +235,14 @@ static void drop_shared_holder(struct end *end, int32_t member)
  * the peer's kernel says so. */
 void family_exec(void)
 {
-        if (process.on)
+        if (process.on && process.member >= 0)
                 each_end(drop_shared_holder, process.member);
-}
-
-static void hold_again(struct end *end, int32_t member)
-{
-        if (member >= 0)
-                hold(end, member);
 }
 
 void family_unexec(void)
 {
-        if (process.on)
-                each_end(hold_again, process.member);
+        if (process.on && process.member >= 0)
+                each_end(hold, process.member);
 }
 
 void family_exit(void)
