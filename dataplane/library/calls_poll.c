@@ -28,34 +28,31 @@ static int call_kernel(struct pollfd *fds, nfds_t count, int ms, const struct ti
                           : poll_wait(fds, count, precise ? sleep_timespec(timeout) : sleep_ms(ms), mask);
 }
 
-CALL int ppoll(struct pollfd *fds, nfds_t count, const struct timespec *timeout, const sigset_t *mask)
+/* Inlined: programs call it often. */
+static inline __attribute__((always_inline)) int wait_or_call(struct pollfd *fds, nfds_t count, int ms,
+                                                              const struct timespec *timeout,
+                                                              const sigset_t *mask, bool precise)
 {
-        if (!process.on || !fds || !sleep_is_timespec(timeout))
-                return real()->ppoll(fds, count, timeout, mask);
-        switch (poll_needs(fds, count)) {
+        switch (process.on && fds ? poll_needs(fds, count) : POLL_KERNEL) {
         case POLL_RINGS:
-                return poll_wait(fds, count, sleep_timespec(timeout), mask);
+                return poll_wait(fds, count, precise ? sleep_timespec(timeout) : sleep_ms(ms), mask);
         case POLL_KERNEL_COUNTED:
-                return call_kernel(fds, count, 0, timeout, mask, true);
+                return call_kernel(fds, count, ms, timeout, mask, precise);
         case POLL_KERNEL:
                 break;
         }
-        return real()->ppoll(fds, count, timeout, mask);
+        return precise ? real()->ppoll(fds, count, timeout, mask) : real()->poll(fds, count, ms);
+}
+
+CALL int ppoll(struct pollfd *fds, nfds_t count, const struct timespec *timeout, const sigset_t *mask)
+{
+        return sleep_is_timespec(timeout) ? wait_or_call(fds, count, 0, timeout, mask, true)
+                                          : real()->ppoll(fds, count, timeout, mask);
 }
 
 CALL int poll(struct pollfd *fds, nfds_t count, int timeout)
 {
-        if (!process.on || !fds)
-                return real()->poll(fds, count, timeout);
-        switch (poll_needs(fds, count)) {
-        case POLL_RINGS:
-                return poll_wait(fds, count, sleep_ms(timeout), NULL);
-        case POLL_KERNEL_COUNTED:
-                return call_kernel(fds, count, timeout, NULL, NULL, false);
-        case POLL_KERNEL:
-                break;
-        }
-        return real()->poll(fds, count, timeout);
+        return wait_or_call(fds, count, timeout, NULL, NULL, false);
 }
 
 CALL int __poll_chk(struct pollfd *fds, nfds_t count, int timeout, size_t room)
