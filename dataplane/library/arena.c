@@ -18,8 +18,8 @@ static int64_t find_record(uint64_t id, uint64_t token, uint32_t side)
         uint32_t high = atomic_load(&family->next_arena);
 
         for (uint32_t i = 0; i < high && i < ARENAS; i++)
-                if (atomic_load_explicit(&family->arenas[i].id, memory_order_relaxed) == id &&
-                    atomic_load_explicit(&family->arenas[i].side, memory_order_relaxed) == side)
+                if (load_relaxed(&family->arenas[i].id) == id &&
+                    load_relaxed(&family->arenas[i].side) == side)
                         return i;
         for (uint32_t i = 0; i < ARENAS; i++) {
                 struct arena_record *record = &family->arenas[i];
@@ -76,7 +76,7 @@ static void close_file(struct mapping *mapping)
 
 bool arena_copy(const struct end *end, const unsigned char *place, unsigned char *to, size_t size)
 {
-        struct mapping *mapping = mapping_of(atomic_load_explicit(&end->arena, memory_order_relaxed));
+        struct mapping *mapping = mapping_of(load_relaxed(&end->arena));
         int fd = atomic_load(&mapping->memfd) - 1;
         off_t offset = place - (unsigned char *)arena_header(mapping);
 
@@ -127,14 +127,14 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
                 if (got < 0 && got > -4096)
                         return REASON_MEMORY;
                 before = (unsigned char *)got;
-                atomic_store_explicit(&mapping->base, before, memory_order_release);
+                store_release(&mapping->base, before);
         }
         got = sparse_map(before, (size_t)size, MAP_SHARED, memfd);
         if (got < 0 && got > -4096)
                 return REASON_MEMORY;
         sys_3(SYS_madvise, got, size, MADV_DONTDUMP);
         for (int i = 0; i < SLOTS; i++)
-                atomic_store_explicit(&mapping->slots[i], 0, memory_order_relaxed);
+                store_relaxed(&mapping->slots[i], 0);
         bells_close(mapping, false);
         bells_close_peers(mapping);
         atomic_store(&mapping->unreachable, false);
@@ -144,7 +144,7 @@ static uint32_t map(struct mapping *mapping, uint64_t id, int memfd)
         atomic_store(&mapping->shift, (uint32_t)__builtin_ctz(ring));
         atomic_store(&mapping->remote, ring < RING_SIZE);
         atomic_store(&mapping->id, id);
-        atomic_store_explicit(&mapping->base, (unsigned char *)got, memory_order_release);
+        store_release(&mapping->base, (unsigned char *)got);
         return is_valid(mapping) ? REASON_NONE : REASON_CORRUPT;
 }
 

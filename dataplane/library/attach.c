@@ -26,23 +26,21 @@ enum { TCP_REPAIR_OF = 19, TCP_ULP_OF = 31, TCP_INQ_OF = 36, TCP_TX_DELAY_OF = 3
 
 static uint64_t moved(struct end *end)
 {
-        return atomic_load_explicit(&end->rx.position, memory_order_relaxed) +
-               atomic_load_explicit(&end->tx.position, memory_order_relaxed) -
-               atomic_load_explicit(&end->counted_from, memory_order_relaxed);
+        return load_relaxed(&end->rx.position) + load_relaxed(&end->tx.position) -
+               load_relaxed(&end->counted_from);
 }
 
 /* The rule: enough operations, of some age, with enough bytes; or bulk. Short connections never get
  * here. */
 static bool is_worth_it(struct end *end, uint64_t bytes)
 {
-        uint32_t operations = atomic_load_explicit(&end->operations, memory_order_relaxed);
+        uint32_t operations = load_relaxed(&end->operations);
 
         if (bytes + moved(end) >= settings.bulk && operations > 1)
                 return true;
         if (operations < (uint64_t)settings.operations << family_restraint() || moved(end) < settings.bytes)
                 return false;
-        return !settings.age || now() - atomic_load_explicit(&end->opened, memory_order_relaxed) >=
-                                    settings.age * UINT64_C(1000);
+        return !settings.age || now() - load_relaxed(&end->opened) >= settings.age * UINT64_C(1000);
 }
 
 /* --- is a ring the same as this socket? --- */
@@ -197,21 +195,21 @@ static void request(int fd, struct end *end, uint64_t bytes, uint32_t operations
                 request_poll(end);
         if (settings.enabled && is_worth_it(end, bytes) && !end_held_elsewhere(end) && backoff_is_over(end)) {
                 request_upgrade(end, fd);
-                atomic_store_explicit(&end->requested_at, now(), memory_order_relaxed);
+                store_relaxed(&end->requested_at, now());
         }
 }
 
 bool attach_step(int fd, struct end *end, uint64_t key, uint64_t bytes)
 {
-        uint32_t operations = atomic_load_explicit(&end->operations, memory_order_relaxed) + 1;
+        uint32_t operations = load_relaxed(&end->operations) + 1;
 
-        atomic_store_explicit(&end->operations, operations, memory_order_relaxed);
-        switch (atomic_load_explicit(&end->stage, memory_order_relaxed)) {
+        store_relaxed(&end->operations, operations);
+        switch (load_relaxed(&end->stage)) {
         case STAGE_CANDIDATE:
                 request(fd, end, bytes, operations);
                 break;
         case STAGE_REQUESTED:
-                if (atomic_load_explicit(&end->epoch, memory_order_relaxed) != router_epoch())
+                if (load_relaxed(&end->epoch) != router_epoch())
                         stage_become(end, STAGE_REQUESTED, STAGE_CANDIDATE);
                 else
                         request_poll(end);

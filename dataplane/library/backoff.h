@@ -21,8 +21,7 @@ enum {
 
 static inline void backoff_set(struct end *end, uint64_t ms)
 {
-        atomic_store_explicit(&end->due, now() + (process.restless ? 1 : ms) * UINT64_C(1000000),
-                              memory_order_relaxed);
+        store_relaxed(&end->due, now() + (process.restless ? 1 : ms) * UINT64_C(1000000));
 }
 
 /* The end has just left its ring, or a request that it sent again was refused for now. */
@@ -37,7 +36,7 @@ static inline void backoff_begin(struct end *end)
 
 static inline bool backoff_is_over(const struct end *end)
 {
-        uint64_t due = atomic_load_explicit(&end->due, memory_order_relaxed);
+        uint64_t due = load_relaxed(&end->due);
 
         return !due || now() >= due;
 }

@@ -42,7 +42,7 @@ static _Atomic uint32_t *rung_of(const struct mapping *mapping, uint32_t side, i
 
 static uint32_t our_side(uint32_t arena)
 {
-        return atomic_load_explicit(&family->arenas[arena].side, memory_order_relaxed);
+        return load_relaxed(&family->arenas[arena].side);
 }
 
 static void forget_lost(_Atomic int32_t *bells)
@@ -83,7 +83,7 @@ static long read_rings(int fd)
 {
         long size = RINGS;
 
-        if (atomic_load_explicit(&unguarded, memory_order_relaxed)) {
+        if (load_relaxed(&unguarded)) {
                 size = peek(fd);
                 /* No byte more than the peek found: a descriptor may be behind it by now. */
                 if (size <= 0)
@@ -205,7 +205,7 @@ static void order_bell(uint32_t arena)
 static int idle_bell(struct mapping *mapping)
 {
         for (int word = 0; word < BELL_WORDS; word++) {
-                uint64_t idle = atomic_load_explicit(&mapping->idle[word], memory_order_relaxed);
+                uint64_t idle = load_relaxed(&mapping->idle[word]);
 
                 while (idle) {
                         int bell = word * 64 + __builtin_ctzll(idle);
@@ -215,7 +215,7 @@ static int idle_bell(struct mapping *mapping)
                                                                    memory_order_relaxed))
                                 continue;
                         /* A bell that has been lost isn't used again. */
-                        if (atomic_load_explicit(&mapping->bells[bell], memory_order_relaxed))
+                        if (load_relaxed(&mapping->bells[bell]))
                                 return bell;
                         idle &= idle - 1;
                 }
@@ -245,8 +245,7 @@ static void break_connections(struct mapping *mapping)
 
         for (uint32_t slot = 0; slot < SLOTS; slot++)
                 for (uint32_t d = 0; d < SIDES && atomic_load(&mapping->slots[slot]); d++)
-                        atomic_store_explicit(&arena_view(arena, slot, d).ring->broken, 1,
-                                              memory_order_release);
+                        store_release(&arena_view(arena, slot, d).ring->broken, 1);
 }
 
 /* A waiter has no bell: break the connections of a remote arena whose relay has been unreachable
@@ -255,7 +254,7 @@ static void break_if_unreachable(struct mapping *mapping)
 {
         /* ms: a relay whose router has gone takes 2 s to bring all that is under way to its end. */
         enum { GRACE = 4000 };
-        uint32_t since = atomic_load_explicit(&mapping->unreachable_since, memory_order_relaxed);
+        uint32_t since = load_relaxed(&mapping->unreachable_since);
 
         /* Set to an odd moment, it may be the next one. */
         if (since && (int32_t)(ticks() - since) > GRACE)
@@ -267,7 +266,7 @@ int bell_take(uint32_t arena, bool more)
         struct mapping *mapping = mapping_of(arena);
         int bell;
 
-        if (atomic_load_explicit(&mapping->unreachable, memory_order_relaxed)) {
+        if (load_relaxed(&mapping->unreachable)) {
                 break_if_unreachable(mapping);
                 return -1;
         }
@@ -282,7 +281,7 @@ int bell_take(uint32_t arena, bool more)
 
 void bell_return(uint32_t arena, int bell)
 {
-        if (atomic_load_explicit(&mapping_of(arena)->bells[bell], memory_order_relaxed))
+        if (load_relaxed(&mapping_of(arena)->bells[bell]))
                 atomic_fetch_or_explicit(&mapping_of(arena)->idle[bell / 64], bit(bell),
                                          memory_order_release);
 }
@@ -291,7 +290,7 @@ bool bell_is_known(uint32_t arena, uint32_t side, int bell)
 {
         struct side *ours = &arena_header(mapping_of(arena))->sides[side];
 
-        return atomic_load_explicit(&ours->known[bell / 64], memory_order_relaxed) & bit(bell);
+        return load_relaxed(&ours->known[bell / 64]) & bit(bell);
 }
 
 void bell_look(uint32_t arena, int bell)
@@ -382,18 +381,17 @@ void bell_ringer_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
 static bool may_fetch(struct mapping *mapping)
 {
         uint32_t time = ticks();
-        uint32_t over =
-            (time - atomic_load_explicit(&mapping->fetched_at, memory_order_relaxed)) / FETCH_PAUSE;
-        uint32_t fetches = atomic_load_explicit(&mapping->fetches, memory_order_relaxed);
+        uint32_t over = (time - load_relaxed(&mapping->fetched_at)) / FETCH_PAUSE;
+        uint32_t fetches = load_relaxed(&mapping->fetches);
 
         if (over || !fetches) {
                 fetches = fetches > over ? fetches - over : 0;
-                atomic_store_explicit(&mapping->fetched_at, time, memory_order_relaxed);
+                store_relaxed(&mapping->fetched_at, time);
         }
         if (fetches < FETCHES)
-                atomic_store_explicit(&mapping->fetches, fetches + 1, memory_order_relaxed);
+                store_relaxed(&mapping->fetches, fetches + 1);
         else
-                atomic_store_explicit(&mapping->fetches, fetches, memory_order_relaxed);
+                store_relaxed(&mapping->fetches, fetches);
         return fetches < FETCHES;
 }
 
@@ -410,7 +408,7 @@ static int peer_bell(uint32_t arena, uint32_t side, int bell)
         if (!may_fetch(mapping))
                 return -1;
         router_receive();
-        known = atomic_load_explicit(&mapping->peers[bell], memory_order_acquire);
+        known = load_acquire(&mapping->peers[bell]);
         if (known > 0)
                 return known - 1;
         router_bell(FETCH, atomic_load(&record->id), atomic_load(&record->token), 1 - side, (uint32_t)bell);
@@ -461,14 +459,14 @@ static void ring_bell(uint32_t arena, uint32_t side, int bell)
 
 void ring_bells(struct waiters *waiters, const struct end *end)
 {
-        uint32_t arena = atomic_load_explicit(&end->arena, memory_order_relaxed);
-        uint32_t side = atomic_load_explicit(&end->side, memory_order_relaxed);
-        uint32_t slot = atomic_load_explicit(&end->slot, memory_order_relaxed);
+        uint32_t arena = load_relaxed(&end->arena);
+        uint32_t side = load_relaxed(&end->side);
+        uint32_t slot = load_relaxed(&end->slot);
         struct side *theirs = &arena_header(mapping_of(arena))->sides[1 - side];
 
         atomic_exchange_explicit(&waiters->any, 0, memory_order_acq_rel);
         for (int word = 0; word < BELL_WORDS; word++) {
-                uint64_t sleeping = atomic_load_explicit(&waiters->bells[word], memory_order_relaxed);
+                uint64_t sleeping = load_relaxed(&waiters->bells[word]);
 
                 if (sleeping)
                         sleeping = atomic_exchange_explicit(&waiters->bells[word], 0, memory_order_acq_rel);

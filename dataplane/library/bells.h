@@ -52,7 +52,7 @@ static inline void wait_begin(struct waiters *waiters, int bell)
 {
         atomic_fetch_or_explicit(&waiters->bells[bell / 64], UINT64_C(1) << (bell % 64),
                                  memory_order_relaxed);
-        atomic_store_explicit(&waiters->any, 1, memory_order_relaxed);
+        store_relaxed(&waiters->any, 1);
         /* Pairs with wake(): either it sees `any`, or we see what it published. */
         atomic_thread_fence(memory_order_seq_cst);
 }
@@ -69,7 +69,7 @@ void ring_bells(struct waiters *waiters, const struct end *end);
 static inline void wake(struct waiters *waiters, const struct end *end)
 {
         atomic_thread_fence(memory_order_seq_cst);
-        if (__builtin_expect(atomic_load_explicit(&waiters->any, memory_order_relaxed) != 0, 0))
+        if (__builtin_expect(load_relaxed(&waiters->any) != 0, 0))
                 ring_bells(waiters, end);
 }
 

@@ -21,8 +21,8 @@ static long leave_ring(struct end *end)
         flow_become(&end->rx, PHASE_OVER);
         /* emulate_taken() has told the kernel of the last byte: from here on it has the options
          * alone. */
-        atomic_store_explicit(&end->peeked, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->inq, 0, memory_order_relaxed);
+        store_relaxed(&end->peeked, 0);
+        store_relaxed(&end->inq, 0);
         /* Threads that sleep in epoll wait for the kernel now, if the other direction is over too.
          */
         poller_receiver_changed(end);
@@ -34,15 +34,15 @@ static long leave_ring(struct end *end)
  */
 static long check_remote(struct transfer *t, long got)
 {
-        uint32_t shut = atomic_load_explicit(&t->end->shut, memory_order_relaxed);
+        uint32_t shut = load_relaxed(&t->end->shut);
 
         if (ready_broken(t->end))
                 return -ENOLINK;
         /* A connection that is gone without both sides' FIN was reset, whichever thread got the
          * error. */
-        if (got == 0 && (shut & SHUT_READ || (sys_poll(t->o->fd, 0) & POLLHUP &&
-                                              !(atomic_load_explicit(&t->end->shut, memory_order_relaxed) &
-                                                (SHUT_WRITE | SHUTTING_WRITE)))))
+        if (got == 0 &&
+            (shut & SHUT_READ || (sys_poll(t->o->fd, 0) & POLLHUP &&
+                                  !(load_relaxed(&t->end->shut) & (SHUT_WRITE | SHUTTING_WRITE)))))
                 return 0;
         if (got >= 0) {
                 remote_defer(t->end);
@@ -68,9 +68,9 @@ static bool taken_unseen(int fd, struct flow *flow, uint64_t last)
             sys_3(SYS_ioctl, fd, FIONREAD, &queued) < 0 || queued)
                 return false;
         taken = info.tcpi_bytes_received < last ? info.tcpi_bytes_received : last;
-        if (taken <= atomic_load_explicit(&flow->position, memory_order_relaxed))
+        if (taken <= load_relaxed(&flow->position))
                 return false;
-        atomic_store_explicit(&flow->position, taken, memory_order_relaxed);
+        store_relaxed(&flow->position, taken);
         return true;
 }
 
@@ -95,12 +95,12 @@ static long check_queue(struct transfer *t, int *queued, uint64_t *start)
         long got;
 
         *queued = sys_number(t->o->fd, FIONREAD);
-        *start = atomic_load_explicit(&t->view.ring->start, memory_order_acquire);
+        *start = load_acquire(&t->view.ring->start);
         if (*start || *queued > 0)
                 return 1;
         got = sys_6(SYS_recvfrom, t->o->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT, 0, 0);
         /* Bytes or the ring came just now. What was sent before a FIN is visible after it. */
-        if (got > 0 || atomic_load_explicit(&t->view.ring->start, memory_order_acquire))
+        if (got > 0 || load_acquire(&t->view.ring->start))
                 return -EINPROGRESS;
         return view_remote(&t->view) ? check_remote(t, got) : got;
 }
@@ -110,14 +110,13 @@ long boundary_before(struct transfer *t, size_t left)
         struct operation *o = t->o;
         struct flow *flow = t->flow;
         bool remote = view_remote(&t->view);
-        uint64_t position = atomic_load_explicit(&flow->position, memory_order_relaxed);
-        uint64_t start = atomic_load_explicit(&t->view.ring->start, memory_order_acquire), most;
+        uint64_t position = load_relaxed(&flow->position);
+        uint64_t start = load_acquire(&t->view.ring->start), most;
         int queued = 0;
         long got;
 
-        if (!start && (remote ? ready_over(&t->view)
-                              : atomic_load_explicit(&t->view.ring->end, memory_order_acquire) != 0)) {
-                start = atomic_load_explicit(&t->view.ring->start, memory_order_acquire);
+        if (!start && (remote ? ready_over(&t->view) : load_acquire(&t->view.ring->end) != 0)) {
+                start = load_acquire(&t->view.ring->start);
                 /* Nothing has ever been put into it. */
                 if (!start)
                         return leave_ring(t->end);
@@ -130,7 +129,7 @@ long boundary_before(struct transfer *t, size_t left)
         if (start) {
                 if (start - 1 < position)
                         return -EPROTO;
-                atomic_store_explicit(&flow->limit, start - 1, memory_order_relaxed);
+                store_relaxed(&flow->limit, start - 1);
                 most = start - 1 - position;
                 if (!most) {
                         flow_become(flow, PHASE_RING);
@@ -141,7 +140,7 @@ long boundary_before(struct transfer *t, size_t left)
         }
         got = take_tcp(t, left < most ? left : most);
         if (got > 0 && !(o->flags & MSG_PEEK && !operation_is_splice(o)))
-                atomic_store_explicit(&flow->position, position + (uint64_t)got, memory_order_relaxed);
+                store_relaxed(&flow->position, position + (uint64_t)got);
         if (got == -EAGAIN && start && taken_unseen(o->fd, flow, start - 1))
                 return -EINPROGRESS;
         /* A splice's other errors are of the pipe. */
@@ -155,13 +154,13 @@ long boundary_behind(struct transfer *t)
         struct end *end = t->end;
         struct flow *flow = t->flow;
         struct view *view = &t->view;
-        uint64_t over = atomic_load_explicit(&view->ring->end, memory_order_acquire);
+        uint64_t over = load_acquire(&view->ring->end);
         uint32_t stamp = ready_stamp();
         char byte;
         long got;
 
         if (over) {
-                uint64_t head = atomic_load_explicit(&flow->edge, memory_order_relaxed);
+                uint64_t head = load_relaxed(&flow->edge);
 
                 /* What was put in before the end is visible with it. */
                 if (ring_ready(flow, view))
@@ -171,17 +170,16 @@ long boundary_behind(struct transfer *t)
                 return leave_ring(end);
         }
         if (view_remote(view) && (ready_over(view) || ready_broken(end))) {
-                if (ring_ready(flow, view) || atomic_load_explicit(&view->ring->end, memory_order_acquire))
+                if (ring_ready(flow, view) || load_acquire(&view->ring->end))
                         return -EINPROGRESS;
                 return ready_over(view) ? leave_ring(end) : -ENOLINK;
         }
-        if (!t->event && atomic_load_explicit(&flow->checked, memory_order_relaxed) == stamp)
+        if (!t->event && load_relaxed(&flow->checked) == stamp)
                 return -EAGAIN;
-        atomic_store_explicit(&flow->checked, stamp, memory_order_relaxed);
+        store_relaxed(&flow->checked, stamp);
         got = sys_6(SYS_recvfrom, t->o->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT, 0, 0);
         if (got == -EAGAIN) {
-                atomic_store_explicit(&flow->clean, atomic_load_explicit(&flow->edge, memory_order_relaxed),
-                                      memory_order_relaxed);
+                store_relaxed(&flow->clean, load_relaxed(&flow->edge));
                 return -EAGAIN;
         }
         if (got == -EINTR)
@@ -189,7 +187,7 @@ long boundary_behind(struct transfer *t)
         if (got == -EBADF || got == -ENOTSOCK)
                 return got;
         /* What the peer did before it closed or sent over TCP is visible now. */
-        if (ring_ready(flow, view) || atomic_load_explicit(&view->ring->end, memory_order_acquire))
+        if (ring_ready(flow, view) || load_acquire(&view->ring->end))
                 return -EINPROGRESS;
         if (view_remote(view))
                 return check_remote(t, got);
@@ -199,19 +197,19 @@ long boundary_behind(struct transfer *t)
 void boundary_tell(struct transfer *t)
 {
         struct end *end = t->end;
-        bool ready = atomic_load_explicit(&t->flow->phase, memory_order_relaxed) == PHASE_READY;
+        bool ready = load_relaxed(&t->flow->phase) == PHASE_READY;
         uint64_t start;
 
         /* Pairs with wait_begin(): either a waiter sees our position, or we see where the ring
          * begins. */
         atomic_thread_fence(memory_order_seq_cst);
-        start = atomic_load_explicit(&t->view.ring->start, memory_order_acquire);
-        if (ready ? start && start - 1 <= atomic_load_explicit(&t->flow->position, memory_order_relaxed)
+        start = load_acquire(&t->view.ring->start);
+        if (ready ? start && start - 1 <= load_relaxed(&t->flow->position)
                   : ready_end(end) && !ring_ready(t->flow, &t->view))
                 poller_receiver_changed(end);
 }
 
 void boundary_closed(struct end *end)
 {
-        atomic_store_explicit(&end->tx.checked, ready_stamp() - 1, memory_order_relaxed);
+        store_relaxed(&end->tx.checked, ready_stamp() - 1);
 }

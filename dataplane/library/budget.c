@@ -27,7 +27,7 @@ void budget_forget_receiver(struct flow *flow)
 
 bool budget_read_more(struct flow *flow, uint64_t end)
 {
-        uint64_t before = atomic_load_explicit(&flow->touched, memory_order_relaxed), more;
+        uint64_t before = load_relaxed(&flow->touched), more;
         uint64_t most = budget_limit < READ_MOST ? budget_limit : READ_MOST;
 
         if (end <= SMALL_SIZE)
@@ -37,21 +37,21 @@ bool budget_read_more(struct flow *flow, uint64_t end)
                 atomic_fetch_sub_explicit(&family->read, more, memory_order_relaxed);
                 return false;
         }
-        atomic_store_explicit(&flow->touched, end, memory_order_relaxed);
+        store_relaxed(&flow->touched, end);
         return true;
 }
 
 void budget_reclaimed(struct flow *flow)
 {
-        uint64_t touched = atomic_load_explicit(&flow->touched, memory_order_relaxed);
+        uint64_t touched = load_relaxed(&flow->touched);
 
         if (touched > SMALL_SIZE)
                 atomic_fetch_sub_explicit(&family->touched, touched - SMALL_SIZE, memory_order_relaxed);
-        atomic_store_explicit(&flow->touched, 0, memory_order_relaxed);
+        store_relaxed(&flow->touched, 0);
 }
 
 void budget_forget_sender(struct flow *flow)
 {
         budget_reclaimed(flow);
-        atomic_store_explicit(&flow->stopped, 0, memory_order_relaxed);
+        store_relaxed(&flow->stopped, 0);
 }

@@ -32,16 +32,15 @@ bool budget_read_more(struct flow *flow, uint64_t end);
 
 static inline bool budget_may_read(struct flow *flow, uint64_t end)
 {
-        return __builtin_expect(end <= atomic_load_explicit(&flow->touched, memory_order_relaxed), 1) ||
-               budget_read_more(flow, end);
+        return __builtin_expect(end <= load_relaxed(&flow->touched), 1) || budget_read_more(flow, end);
 }
 
 /* The offset in the ring that a sender doesn't go beyond. */
 static inline uint64_t budget_extent(const struct flow *flow)
 {
-        uint64_t touched = atomic_load_explicit(&flow->touched, memory_order_relaxed);
+        uint64_t touched = load_relaxed(&flow->touched);
 
-        if (__builtin_expect(atomic_load_explicit(&family->touched, memory_order_relaxed) < budget_limit, 1))
+        if (__builtin_expect(load_relaxed(&family->touched) < budget_limit, 1))
                 return settings.ring_limit;
         if (touched < EXTENT_LEAST)
                 touched = EXTENT_LEAST;
@@ -51,17 +50,17 @@ static inline uint64_t budget_extent(const struct flow *flow)
 /* The sender has used its ring up to this offset. */
 static inline void budget_touch(struct flow *flow, uint64_t end)
 {
-        uint64_t before = atomic_load_explicit(&flow->touched, memory_order_relaxed);
+        uint64_t before = load_relaxed(&flow->touched);
 
         if (end > RING_SIZE)
                 end = RING_SIZE;
         if (__builtin_expect(end <= before, 1))
                 return;
-        atomic_store_explicit(&flow->touched, end, memory_order_relaxed);
+        store_relaxed(&flow->touched, end);
         if (end > SMALL_SIZE) {
                 atomic_fetch_add_explicit(&family->touched, end - (before > SMALL_SIZE ? before : SMALL_SIZE),
                                           memory_order_relaxed);
-                atomic_store_explicit(&process.touched, true, memory_order_relaxed);
+                store_relaxed(&process.touched, true);
         }
 }
 

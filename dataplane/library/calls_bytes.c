@@ -75,22 +75,21 @@ static bool is_tracked(struct operation *o, struct end *end, uint64_t key, uint3
 
 static ssize_t receive(struct operation *o, struct end *end, uint64_t key)
 {
-        uint32_t stage = atomic_load_explicit(&end->stage, memory_order_relaxed);
+        uint32_t stage = load_relaxed(&end->stage);
 
         if (o->vec && !total(o))
                 return operation_native(o);
         if (__builtin_expect(stage != STAGE_ATTACHED, 0) && !is_tracked(o, end, key, stage, 0))
                 return operation_native(o);
         /* TCP may know a flag that the library doesn't. What is in the ring comes before. */
-        if (__builtin_expect(o->flags & ~RECEIVE_FLAGS, 0) &&
-            atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_OVER)
+        if (__builtin_expect(o->flags & ~RECEIVE_FLAGS, 0) && load_relaxed(&end->tx.phase) != PHASE_OVER)
                 fall_back(o->fd, end, key, REASON_OPTION);
         return transfer_receive(o, end, key);
 }
 
 static ssize_t send_out(struct operation *o, struct end *end, uint64_t key)
 {
-        uint32_t stage = atomic_load_explicit(&end->stage, memory_order_relaxed);
+        uint32_t stage = load_relaxed(&end->stage);
 
         if (o->vec && !total(o))
                 return operation_native(o);
@@ -200,8 +199,7 @@ CALL int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags, s
                         /* The next call returns the error. */
                         if (done && *__errno_location() != EAGAIN && *__errno_location() != EINTR &&
                             end_is(end, key))
-                                atomic_store_explicit(&end->error, (uint32_t)*__errno_location(),
-                                                      memory_order_relaxed);
+                                store_relaxed(&end->error, (uint32_t)*__errno_location());
                         break;
                 }
                 messages[done].msg_len = (unsigned)got;

@@ -25,8 +25,7 @@ static void before_close(int fd)
         uint64_t key;
         struct end *end;
 
-        if (!process.on || (unsigned)fd >= DESCRIPTORS ||
-            !atomic_load_explicit(&process.fds[fd], memory_order_relaxed))
+        if (!process.on || (unsigned)fd >= DESCRIPTORS || !load_relaxed(&process.fds[fd]))
                 return;
         end = end_of(fd, &key);
         if (!in_this_process())
@@ -62,8 +61,8 @@ static int alias(int old, int new)
         uint64_t key;
         struct end *end;
 
-        if (new < 0 || !process.on || (unsigned)old >= DESCRIPTORS ||
-            !atomic_load_explicit(&process.fds[old], memory_order_relaxed) || !in_this_process())
+        if (new < 0 || !process.on || (unsigned)old >= DESCRIPTORS || !load_relaxed(&process.fds[old]) ||
+            !in_this_process())
                 return new;
         end = end_of(old, &key);
         if (end) {
@@ -190,7 +189,7 @@ static int close_all(unsigned first, unsigned last, int flags)
         for (unsigned fd = first; fd <= last && fd < DESCRIPTORS; fd++) {
                 long closed;
 
-                if (!atomic_load_explicit(&process.fds[fd], memory_order_relaxed))
+                if (!load_relaxed(&process.fds[fd]))
                         continue;
                 if (!is_own_descriptor((int)fd)) {
                         before_close((int)fd);

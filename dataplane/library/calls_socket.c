@@ -57,8 +57,8 @@ static void opened(struct end *end, bool active)
 {
         if (atomic_load(&end->stage) != STAGE_CLOSED)
                 return;
-        atomic_store_explicit(&end->active, active, memory_order_relaxed);
-        atomic_store_explicit(&end->opened, now(), memory_order_relaxed);
+        store_relaxed(&end->active, active);
+        store_relaxed(&end->opened, now());
         stage_become(end, STAGE_CLOSED, STAGE_CANDIDATE);
         statistics_count(&statistics.tracked);
         if (!settings.welcomed)

@@ -63,12 +63,12 @@ void cork_end(int fd, struct end *end)
 
 bool cork_keeps(const struct end *end, int level, int name)
 {
-        return bit_of(level, name) && atomic_load_explicit(&end->delays, memory_order_relaxed) & KEPT;
+        return bit_of(level, name) && load_relaxed(&end->delays) & KEPT;
 }
 
 bool cork_clears(const struct end *end, int name, int value)
 {
-        return name == TCP_CORK && !value && atomic_load_explicit(&end->delays, memory_order_relaxed) & CORK;
+        return name == TCP_CORK && !value && load_relaxed(&end->delays) & CORK;
 }
 
 bool cork_set(struct end *end, int level, int name, int value)

@@ -24,7 +24,7 @@ void emulate_message(struct transfer *t)
                 message->msg_namelen = 0;
         message->msg_controllen = 0;
         message->msg_flags = o->flags & MSG_CMSG_CLOEXEC;
-        if (__builtin_expect(!atomic_load_explicit(&t->end->inq, memory_order_relaxed), 1))
+        if (__builtin_expect(!load_relaxed(&t->end->inq), 1))
                 return;
         if (room < CMSG_LEN(sizeof unread)) {
                 message->msg_flags |= MSG_CTRUNC;
@@ -46,8 +46,8 @@ int emulate_unread(struct end *end, int queued)
 
         if (phase == PHASE_READY || phase == PHASE_RING) {
                 struct view view = end_receives(end);
-                uint64_t start = atomic_load_explicit(&view.ring->start, memory_order_acquire);
-                uint64_t position = atomic_load_explicit(&end->rx.position, memory_order_relaxed);
+                uint64_t start = load_acquire(&view.ring->start);
+                uint64_t position = load_relaxed(&end->rx.position);
 
                 if (phase == PHASE_RING)
                         before = 0;
@@ -64,14 +64,13 @@ int emulate_unread(struct end *end, int queued)
 void emulate_taken(struct transfer *t, uint64_t taken)
 {
         struct end *end = t->end;
-        uint32_t low = atomic_load_explicit(&end->low, memory_order_relaxed);
-        uint32_t peeked = atomic_load_explicit(&end->peeked, memory_order_relaxed);
+        uint32_t low = load_relaxed(&end->low);
+        uint32_t peeked = load_relaxed(&end->peeked);
 
         if (low)
                 emulate_low_water(t->o->fd, low, ring_ready(&end->rx, &t->view));
         if (peeked)
-                atomic_store_explicit(&end->peeked, peeked - 1 > taken ? peeked - (uint32_t)taken : 1,
-                                      memory_order_relaxed);
+                store_relaxed(&end->peeked, peeked - 1 > taken ? peeked - (uint32_t)taken : 1);
 }
 
 void emulate_low_water(int fd, uint32_t low, int64_t left)
@@ -83,7 +82,7 @@ void emulate_low_water(int fd, uint32_t low, int64_t left)
 
 size_t emulate_least(const struct transfer *t)
 {
-        uint32_t low = atomic_load_explicit(&t->end->low, memory_order_relaxed);
+        uint32_t low = load_relaxed(&t->end->low);
 
         if (operation_is_splice(t->o))
                 return 1;

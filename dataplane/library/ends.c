@@ -10,11 +10,11 @@
 static struct end *take_end(uint32_t *generation)
 {
         /* The one freed last is still in the cache. */
-        uint32_t start = atomic_load_explicit(&family->next_end, memory_order_relaxed);
+        uint32_t start = load_relaxed(&family->next_end);
 
         for (uint32_t i = 0; i < ENDS; i++) {
                 struct end *end = &family->ends[(start + i) % ENDS];
-                uint32_t seen = atomic_load_explicit(&end->generation, memory_order_acquire), nobody = 0;
+                uint32_t seen = load_acquire(&end->generation), nobody = 0;
 
                 if (seen & 1 && i >= 64)
                         end_forget_dead(end);
@@ -24,7 +24,7 @@ static struct end *take_end(uint32_t *generation)
                         arena_release(end);
                 *generation = seen + 1 + (seen & 1);
                 if (atomic_compare_exchange_strong(&end->generation, &seen, *generation)) {
-                        atomic_store_explicit(&family->next_end, end_number(end) + 1, memory_order_relaxed);
+                        store_relaxed(&family->next_end, end_number(end) + 1);
                         return end;
                 }
                 /* It was taken and freed meanwhile. */
@@ -40,31 +40,31 @@ struct end *end_make(int fd, bool nonblocking)
 
         if (!process.on || (unsigned)fd >= DESCRIPTORS)
                 return NULL;
-        if (!atomic_load_explicit(process.alive, memory_order_relaxed))
+        if (!load_relaxed(process.alive))
                 family_forked();
         end = take_end(&generation);
         if (!end)
                 return NULL;
         flow_begin(end);
-        atomic_store_explicit(&end->operations, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->reason, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->nonblocking, nonblocking, memory_order_relaxed);
-        atomic_store_explicit(&end->active, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->shut, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->error, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->low, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->peeked, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->inq, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->delays, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->cookie, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->opened, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->requested_at, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->kept, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->counted_from, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->due, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->setbacks, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->final, 0, memory_order_relaxed);
-        atomic_store_explicit(&end->waits, 0, memory_order_relaxed);
+        store_relaxed(&end->operations, 0);
+        store_relaxed(&end->reason, 0);
+        store_relaxed(&end->nonblocking, nonblocking);
+        store_relaxed(&end->active, 0);
+        store_relaxed(&end->shut, 0);
+        store_relaxed(&end->error, 0);
+        store_relaxed(&end->low, 0);
+        store_relaxed(&end->peeked, 0);
+        store_relaxed(&end->inq, 0);
+        store_relaxed(&end->delays, 0);
+        store_relaxed(&end->cookie, 0);
+        store_relaxed(&end->opened, 0);
+        store_relaxed(&end->requested_at, 0);
+        store_relaxed(&end->kept, 0);
+        store_relaxed(&end->counted_from, 0);
+        store_relaxed(&end->due, 0);
+        store_relaxed(&end->setbacks, 0);
+        store_relaxed(&end->final, 0);
+        store_relaxed(&end->waits, 0);
         poller_forget_end(end_number(end));
         end_hold_first(end);
         atomic_store(&process.local[end_number(end)], 1);
@@ -93,8 +93,8 @@ static void end_free(struct end *end)
         family_account(end);
         arena_release(end);
         atomic_fetch_add(&end->generation, 1);
-        atomic_store_explicit(&end->holders, 0, memory_order_release);
-        atomic_store_explicit(&family->next_end, end_number(end), memory_order_relaxed);
+        store_release(&end->holders, 0);
+        store_relaxed(&family->next_end, end_number(end));
         end_release(end, nested);
 }
 
@@ -123,7 +123,7 @@ void end_forget(int fd)
 
 void end_leave(int fd, struct end *end, uint64_t key, uint32_t reason)
 {
-        atomic_store_explicit(&end->reason, reason, memory_order_relaxed);
+        store_relaxed(&end->reason, reason);
         router_note(end, reason);
         while (fd >= 0) {
                 uint64_t expected = key;

@@ -87,9 +87,9 @@ void reset_broken(int fd, struct end *end, bool receiver)
 
 bool fallback_may_end_ring(struct end *end)
 {
-        uint32_t phase = atomic_load_explicit(&end->tx.phase, memory_order_relaxed);
+        uint32_t phase = load_relaxed(&end->tx.phase);
 
-        if (atomic_load_explicit(&end->stage, memory_order_relaxed) != STAGE_ATTACHED)
+        if (load_relaxed(&end->stage) != STAGE_ATTACHED)
                 return false;
         return phase == PHASE_RING || (phase == PHASE_TCP && end_is_remote(end));
 }
@@ -100,7 +100,7 @@ void fallback_end_ring(struct end *end)
 
         flow_become(&end->tx, PHASE_OVER);
         ring_stamp(&view, atomic_load(&end->tx.edge), clock_stamp());
-        atomic_store_explicit(&view.ring->end, atomic_load(&end->tx.edge) + 1, memory_order_release);
+        store_release(&view.ring->end, atomic_load(&end->tx.edge) + 1);
         wake(&view.ring->receivers, end);
 }
 
@@ -112,8 +112,7 @@ bool fallback_await_start(struct end *end)
 
         if (!view_remote(&view) || !atomic_load(&end->tx.edge))
                 return true;
-        while (!atomic_load_explicit(&view.ring->received, memory_order_acquire) &&
-               !atomic_load_explicit(&view.ring->head, memory_order_acquire)) {
+        while (!load_acquire(&view.ring->received) && !load_acquire(&view.ring->head)) {
                 if (ready_broken(end) || now() - begin > PATIENCE)
                         return false;
                 sys_sleep(100 * 1000);
@@ -166,8 +165,8 @@ void fallback_report_bypass(struct end *end)
 
 void fallback_check_order(int fd, struct end *end)
 {
-        if (atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_RING ||
-            raw_check(fd, end) != RAW_BYPASSED || raw_is_clean(&end->tx))
+        if (load_relaxed(&end->tx.phase) != PHASE_RING || raw_check(fd, end) != RAW_BYPASSED ||
+            raw_is_clean(&end->tx))
                 return;
         fallback_report_bypass(end);
         reset(fd, end, REASON_RAW);
@@ -214,7 +213,7 @@ static bool stop_sender(struct end *end, uint32_t why)
         if (sys_2(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0) < 0)
                 sys_sleep(20 * 1000 * 1000);
         begin = now();
-        while (atomic_load_explicit(&view.ring->busy, memory_order_acquire))
+        while (load_acquire(&view.ring->busy))
                 if (now() - begin > PATIENCE)
                         return false;
         return true;
@@ -226,7 +225,7 @@ bool fallback_sender_stopped(struct end *end)
 
         if (view_remote(&view))
                 return ready_over(&view);
-        return atomic_load(&view.ring->stop) && !atomic_load_explicit(&view.ring->busy, memory_order_acquire);
+        return atomic_load(&view.ring->stop) && !load_acquire(&view.ring->busy);
 }
 
 long fallback_unannounced(int fd, struct end *end)

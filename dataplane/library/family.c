@@ -71,7 +71,7 @@ static int32_t take_number(int32_t pid)
         for (int32_t member = 0; member < MEMBERS; member++) {
                 int32_t nobody = NOBODY;
 
-                if (atomic_load_explicit(&family->members[member], memory_order_relaxed) == NOBODY &&
+                if (load_relaxed(&family->members[member]) == NOBODY &&
                     atomic_compare_exchange_strong(&family->members[member], &nobody, pid))
                         return member;
         }
@@ -99,22 +99,22 @@ int end_next_descriptor(const struct end *end, int after)
 {
         uint32_t high = atomic_load(&process.high), number = end_number(end);
 
-        if (atomic_load_explicit(&process.local[number], memory_order_relaxed) == 1) {
-                int32_t only = atomic_load_explicit(&process.fd_of[number], memory_order_relaxed);
+        if (load_relaxed(&process.local[number]) == 1) {
+                int32_t only = load_relaxed(&process.fd_of[number]);
 
                 /* Another thread may just have closed the one in the table. */
-                if ((uint32_t)atomic_load_explicit(&process.fds[only], memory_order_relaxed) == number + 1)
+                if ((uint32_t)load_relaxed(&process.fds[only]) == number + 1)
                         return after < only ? only : -1;
         }
         for (uint32_t fd = (uint32_t)(after + 1); fd < high; fd++)
-                if ((uint32_t)atomic_load_explicit(&process.fds[fd], memory_order_relaxed) == number + 1)
+                if ((uint32_t)load_relaxed(&process.fds[fd]) == number + 1)
                         return (int)fd;
         return -1;
 }
 
 bool end_held_elsewhere(const struct end *end)
 {
-        return atomic_load_explicit(&end->holders, memory_order_relaxed) > 1;
+        return load_relaxed(&end->holders) > 1;
 }
 
 static bool is_first_alias(uint32_t fd, uint64_t key)
@@ -122,7 +122,7 @@ static bool is_first_alias(uint32_t fd, uint64_t key)
         if (atomic_load(&process.local[(uint32_t)key - 1]) < 2)
                 return true;
         for (uint32_t i = 0; i < fd; i++)
-                if (atomic_load_explicit(&process.fds[i], memory_order_relaxed) == key)
+                if (load_relaxed(&process.fds[i]) == key)
                         return false;
         return true;
 }
@@ -133,7 +133,7 @@ static void each_end(void (*visit)(struct end *end, int32_t member), int32_t mem
         uint32_t high = atomic_load(&process.high);
 
         for (uint32_t i = 0; i < high; i++) {
-                uint64_t key = atomic_load_explicit(&process.fds[i], memory_order_relaxed);
+                uint64_t key = load_relaxed(&process.fds[i]);
 
                 if (fd_is_end(key) && end_is(&family->ends[(uint32_t)key - 1], key) && is_first_alias(i, key))
                         visit(&family->ends[(uint32_t)key - 1], member);
@@ -147,7 +147,7 @@ static void each_end(void (*visit)(struct end *end, int32_t member), int32_t mem
 void family_account(struct end *end)
 {
         uint64_t asked = atomic_exchange_explicit(&end->requested_at, 0, memory_order_relaxed);
-        uint32_t unpaid = atomic_load_explicit(&family->unpaid, memory_order_relaxed);
+        uint32_t unpaid = load_relaxed(&family->unpaid);
 
         if (!asked)
                 return;
@@ -155,7 +155,7 @@ void family_account(struct end *end)
                 unpaid /= 2;
         else if (unpaid < UNPAID_MOST)
                 unpaid++;
-        atomic_store_explicit(&family->unpaid, unpaid, memory_order_relaxed);
+        store_relaxed(&family->unpaid, unpaid);
 }
 
 static void drop_holder_for_good(struct end *end, int32_t member)
@@ -214,7 +214,7 @@ void family_forked(void)
         if (announced && process.member >= 0)
                 atomic_store(&family->members[process.member], own_mark());
         for (uint32_t i = 0; i < high; i++) {
-                uint64_t key = atomic_load_explicit(&process.fds[i], memory_order_relaxed);
+                uint64_t key = load_relaxed(&process.fds[i]);
 
                 if (fd_is_end(key) && !end_is(&family->ends[(uint32_t)key - 1], key))
                         atomic_store(&process.fds[i], 0);
@@ -275,21 +275,21 @@ void end_forget_dead(struct end *end)
 
 void fd_set_word(int fd, uint64_t word)
 {
-        uint32_t high = atomic_load_explicit(&process.high, memory_order_relaxed);
+        uint32_t high = load_relaxed(&process.high);
 
         if (fd_is_end(word))
-                atomic_store_explicit(&process.fd_of[(uint32_t)word - 1], fd, memory_order_relaxed);
+                store_relaxed(&process.fd_of[(uint32_t)word - 1], fd);
         while (fd_is_end(word) && (uint32_t)fd >= high &&
                !atomic_compare_exchange_weak(&process.high, &high, (uint32_t)fd + 1))
                 ;
-        atomic_store_explicit(&process.fds[fd], word, memory_order_release);
+        store_release(&process.fds[fd], word);
 }
 
 static void number_oneself(void)
 {
         int32_t later = LATER, number;
 
-        if (atomic_load_explicit(&process.member, memory_order_relaxed) != LATER)
+        if (load_relaxed(&process.member) != LATER)
                 return;
         number = take_number(own_mark());
         /* Another thread may have come first. */
@@ -301,11 +301,10 @@ void end_hold_first(struct end *end)
 {
         number_oneself();
         for (int i = 0; i < MEMBER_WORDS; i++)
-                atomic_store_explicit(&end->members[i], 0, memory_order_relaxed);
+                store_relaxed(&end->members[i], 0);
         if (process.member >= 0)
-                atomic_store_explicit(word_of(end, process.member), bit_of(process.member),
-                                      memory_order_relaxed);
-        atomic_store_explicit(&end->holders, 1, memory_order_relaxed);
+                store_relaxed(word_of(end, process.member), bit_of(process.member));
+        store_relaxed(&end->holders, 1);
 }
 
 bool end_drop(struct end *end)
@@ -319,7 +318,7 @@ bool end_is_behind(int fd, const struct end *end)
         uint32_t size = sizeof cookie;
 
         return sys_5(SYS_getsockopt, fd, SOL_SOCKET, SO_COOKIE, &cookie, &size) == 0 &&
-               cookie == atomic_load_explicit(&end->cookie, memory_order_relaxed);
+               cookie == load_relaxed(&end->cookie);
 }
 
 /* What every process touches comes first, within the 2 MiB that one page table maps: fork copies
@@ -363,6 +362,5 @@ void family_start(char **place)
 
 bool in_this_process(void)
 {
-        return process.on &&
-               (int32_t)sys_0(SYS_getpid) == atomic_load_explicit(&process.pid, memory_order_relaxed);
+        return process.on && (int32_t)sys_0(SYS_getpid) == load_relaxed(&process.pid);
 }

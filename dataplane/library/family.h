@@ -122,11 +122,11 @@ static inline struct end *end_of(int fd, uint64_t *key)
 {
         if (!process.on || (unsigned)fd >= DESCRIPTORS)
                 return NULL;
-        uint64_t found = atomic_load_explicit(&process.fds[fd], memory_order_relaxed);
+        uint64_t found = load_relaxed(&process.fds[fd]);
 
         if (__builtin_expect(!fd_is_end(found), 1))
                 return NULL;
-        if (__builtin_expect(!atomic_load_explicit(process.alive, memory_order_relaxed), 0))
+        if (__builtin_expect(!load_relaxed(process.alive), 0))
                 family_forked();
         *key = found;
         return &family->ends[(uint32_t)found - 1];
@@ -155,16 +155,15 @@ static inline void end_release(struct end *end, unsigned nested)
 /* Is it still the same connection? */
 static inline bool end_is(const struct end *end, uint64_t key)
 {
-        return atomic_load_explicit(&end->generation, memory_order_acquire) == (uint32_t)(key >> 32);
+        return load_acquire(&end->generation) == (uint32_t)(key >> 32);
 }
 
 /* Is there still something to be read that the kernel doesn't have? */
 static inline bool end_has_rest(const struct end *end)
 {
-        uint32_t phase = atomic_load_explicit(&end->rx.phase, memory_order_acquire);
+        uint32_t phase = load_acquire(&end->rx.phase);
 
-        return atomic_load_explicit(&end->stage, memory_order_relaxed) == STAGE_ATTACHED &&
-               (phase == PHASE_READY || phase == PHASE_RING);
+        return load_relaxed(&end->stage) == STAGE_ATTACHED && (phase == PHASE_READY || phase == PHASE_RING);
 }
 
 /* By how many binary digits more operations a connection needs than the settings say. */
@@ -172,7 +171,7 @@ enum { UNPAID_STEP = 4, UNPAID_MOST = 20 };
 
 static inline uint32_t family_restraint(void)
 {
-        return atomic_load_explicit(&family->unpaid, memory_order_relaxed) / UNPAID_STEP;
+        return load_relaxed(&family->unpaid) / UNPAID_STEP;
 }
 
 /* The connection ends, or stays on TCP: did its upgrade pay? */

@@ -74,27 +74,27 @@ bool flow_become(struct flow *flow, enum phase to)
 
 static void forget_ring(struct flow *flow)
 {
-        atomic_store_explicit(&flow->deferred, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->edge, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->base, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->limit, UINT64_MAX, memory_order_relaxed);
-        atomic_store_explicit(&flow->touched, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->seen, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->clean, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->sent, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->stopped, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->reserved, 0, memory_order_relaxed);
+        store_relaxed(&flow->deferred, 0);
+        store_relaxed(&flow->edge, 0);
+        store_relaxed(&flow->base, 0);
+        store_relaxed(&flow->limit, UINT64_MAX);
+        store_relaxed(&flow->touched, 0);
+        store_relaxed(&flow->seen, 0);
+        store_relaxed(&flow->clean, 0);
+        store_relaxed(&flow->sent, 0);
+        store_relaxed(&flow->stopped, 0);
+        store_relaxed(&flow->reserved, 0);
         spin_forget(&flow->spinner);
-        atomic_store_explicit(&flow->checked, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->full, 0, memory_order_relaxed);
+        store_relaxed(&flow->checked, 0);
+        store_relaxed(&flow->full, 0);
 }
 
 static void begin(struct flow *flow)
 {
-        atomic_store_explicit(&flow->phase, PHASE_TCP, memory_order_relaxed);
-        atomic_store_explicit(&flow->kernel, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->timeout, 0, memory_order_relaxed);
-        atomic_store_explicit(&flow->position, 0, memory_order_relaxed);
+        store_relaxed(&flow->phase, PHASE_TCP);
+        store_relaxed(&flow->kernel, 0);
+        store_relaxed(&flow->timeout, 0);
+        store_relaxed(&flow->position, 0);
         forget_ring(flow);
 }
 

@@ -26,7 +26,7 @@ static bool has_attached(void)
         uint64_t key;
 
         for (int fd = -1; (fd = end_next(fd, &end, &key)) >= 0;)
-                if (atomic_load_explicit(&end->stage, memory_order_relaxed) == STAGE_ATTACHED)
+                if (load_relaxed(&end->stage) == STAGE_ATTACHED)
                         return true;
         return false;
 }

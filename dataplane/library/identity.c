@@ -13,7 +13,7 @@ __thread struct identity_last identity_last __attribute__((tls_model("initial-ex
 
 bool identity_check(int fd, const struct end *end, uint64_t stamp)
 {
-        uint64_t cost = atomic_load_explicit(&raw_near, memory_order_relaxed) * PACE;
+        uint64_t cost = load_relaxed(&raw_near) * PACE;
 
         identity_last.end = end;
         identity_last.stamp = stamp;

@@ -31,10 +31,8 @@ static inline bool identity_holds(int fd, const struct end *end)
 {
         uint64_t stamp = clock_stamp();
 
-        if (__builtin_expect(identity_last.end == end &&
-                                 stamp - identity_last.stamp <
-                                     atomic_load_explicit(&raw_near, memory_order_relaxed),
-                             1)) {
+        if (__builtin_expect(
+                identity_last.end == end && stamp - identity_last.stamp < load_relaxed(&raw_near), 1)) {
                 identity_last.stamp = stamp;
                 return true;
         }

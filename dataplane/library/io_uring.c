@@ -19,10 +19,10 @@ static bool is_other(int fd, const char *link)
 
 bool io_uring_is_there(uint64_t pause)
 {
-        uint64_t begin = now(), last = atomic_load_explicit(&scanned, memory_order_relaxed);
-        uint64_t rest = atomic_load_explicit(&took, memory_order_relaxed) * SHARE;
+        uint64_t begin = now(), last = load_relaxed(&scanned);
+        uint64_t rest = load_relaxed(&took) * SHARE;
 
-        if (atomic_load_explicit(&found, memory_order_relaxed))
+        if (load_relaxed(&found))
                 return true;
         if (last && begin - last < (rest > pause ? rest : pause))
                 return false;
@@ -30,12 +30,12 @@ bool io_uring_is_there(uint64_t pause)
                 atomic_store(&found, true);
                 atomic_store(&process.retires, REASON_RAW);
         }
-        atomic_store_explicit(&took, now() - begin, memory_order_relaxed);
-        atomic_store_explicit(&scanned, now(), memory_order_relaxed);
+        store_relaxed(&took, now() - begin);
+        store_relaxed(&scanned, now());
         return atomic_load(&found);
 }
 
 bool io_uring_matters(void)
 {
-        return atomic_load_explicit(&scanned, memory_order_relaxed) != 0;
+        return load_relaxed(&scanned) != 0;
 }

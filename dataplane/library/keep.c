@@ -20,15 +20,15 @@ static const char path[] = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_est
 static uint32_t interval(void)
 {
         static _Atomic uint32_t known, read_at;
-        uint32_t time = atomic_load_explicit(&known, memory_order_relaxed), present = ticks();
+        uint32_t time = load_relaxed(&known), present = ticks();
         uint64_t timeout;
 
-        if (time && present - atomic_load_explicit(&read_at, memory_order_relaxed) < FRESH)
+        if (time && present - load_relaxed(&read_at) < FRESH)
                 return time;
         timeout = kernel_file_number(path) / SHARE;
         time = timeout < 1 ? 1 : timeout < LONGEST ? (uint32_t)timeout : LONGEST;
-        atomic_store_explicit(&known, time, memory_order_relaxed);
-        atomic_store_explicit(&read_at, present, memory_order_relaxed);
+        store_relaxed(&known, time);
+        store_relaxed(&read_at, present);
         return time;
 }
 

@@ -57,7 +57,8 @@
 #ifndef FREEFLOW_LAYOUT_H
 #define FREEFLOW_LAYOUT_H
 
-#include <stdatomic.h>
+#include "atomics.h"
+
 #include <stddef.h>
 #include <stdint.h>
 

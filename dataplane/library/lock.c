@@ -21,7 +21,7 @@ enum taken lock_wait(struct lock *lock, uint32_t me)
         uint32_t waiters = 0;
 
         for (unsigned tries = 0;; tries++) {
-                uint32_t seen = atomic_load_explicit(&lock->word, memory_order_relaxed);
+                uint32_t seen = load_relaxed(&lock->word);
 
                 if ((seen & ~LOCK_WAITERS) == me)
                         return LOCK_NESTED;

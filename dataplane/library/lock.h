@@ -12,7 +12,8 @@
 #ifndef FREEFLOW_LOCK_H
 #define FREEFLOW_LOCK_H
 
-#include <stdatomic.h>
+#include "atomics.h"
+
 #include <stdbool.h>
 #include <stdint.h>
 

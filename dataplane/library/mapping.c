@@ -8,16 +8,12 @@ struct mapping *_Atomic mappings;
 
 struct view end_sends(const struct end *end)
 {
-        return arena_view(atomic_load_explicit(&end->arena, memory_order_relaxed),
-                          atomic_load_explicit(&end->slot, memory_order_relaxed),
-                          atomic_load_explicit(&end->side, memory_order_relaxed));
+        return arena_view(load_relaxed(&end->arena), load_relaxed(&end->slot), load_relaxed(&end->side));
 }
 
 struct view end_receives(const struct end *end)
 {
-        return arena_view(atomic_load_explicit(&end->arena, memory_order_relaxed),
-                          atomic_load_explicit(&end->slot, memory_order_relaxed),
-                          1 - atomic_load_explicit(&end->side, memory_order_relaxed));
+        return arena_view(load_relaxed(&end->arena), load_relaxed(&end->slot), 1 - load_relaxed(&end->side));
 }
 
 bool mappings_make(void)

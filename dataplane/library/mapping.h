@@ -52,7 +52,7 @@ struct mapping *mapping_find(uint64_t id, uint32_t side);
 
 static inline struct arena *arena_header(const struct mapping *mapping)
 {
-        return (struct arena *)atomic_load_explicit(&mapping->base, memory_order_acquire);
+        return (struct arena *)load_acquire(&mapping->base);
 }
 
 /* The ring of a direction in a slot. */
@@ -60,7 +60,7 @@ static inline struct view arena_view(uint32_t arena, uint32_t slot, uint32_t dir
 {
         const struct mapping *mapping = mapping_of(arena);
         unsigned char *base = (unsigned char *)arena_header(mapping);
-        uint32_t shift = atomic_load_explicit(&mapping->shift, memory_order_relaxed);
+        uint32_t shift = load_relaxed(&mapping->shift);
         size_t number = (size_t)slot * SIDES + direction;
 
         return view_of((struct ring *)(base + SLOT_OFFSET + number * PAGE),
@@ -74,9 +74,7 @@ struct view end_receives(const struct end *end);
 /* Of an attached end: its peer is on another host. */
 static inline bool end_is_remote(const struct end *end)
 {
-        return atomic_load_explicit(
-            &mapping_of(atomic_load_explicit(&end->arena, memory_order_relaxed))->remote,
-            memory_order_relaxed);
+        return load_relaxed(&mapping_of(load_relaxed(&end->arena))->remote);
 }
 
 #endif

@@ -35,8 +35,7 @@ int own_descriptor(int fd)
 
 bool is_own_descriptor(int fd)
 {
-        return process.on && (unsigned)fd < DESCRIPTORS &&
-               (uint32_t)atomic_load_explicit(&process.fds[fd], memory_order_relaxed) == FD_OWN;
+        return process.on && (unsigned)fd < DESCRIPTORS && (uint32_t)load_relaxed(&process.fds[fd]) == FD_OWN;
 }
 
 void close_own(int fd)

@@ -16,8 +16,8 @@
  * yet. */
 static uint64_t before_ring(const struct transfer *t, uint32_t peeked)
 {
-        uint64_t start = atomic_load_explicit(&t->view.ring->start, memory_order_acquire);
-        uint64_t position = atomic_load_explicit(&t->flow->position, memory_order_relaxed), before;
+        uint64_t start = load_acquire(&t->view.ring->start);
+        uint64_t position = load_relaxed(&t->flow->position), before;
         int offset = 0;
 
         if (!start || start - 1 <= position)
@@ -51,9 +51,8 @@ static long peek_now(struct transfer *t, uint64_t *edge)
 {
         struct operation *o = t->o;
         struct end *end = t->end;
-        uint64_t head = atomic_load_explicit(&t->flow->edge, memory_order_relaxed);
-        uint32_t peeked = atomic_load_explicit(&end->peeked, memory_order_relaxed),
-                 from = peeked ? peeked - 1 : 0;
+        uint64_t head = load_relaxed(&t->flow->edge);
+        uint32_t peeked = load_relaxed(&end->peeked), from = peeked ? peeked - 1 : 0;
         size_t done = 0, wanted;
         int64_t ready = ring_ready(t->flow, &t->view);
 
@@ -61,7 +60,7 @@ static long peek_now(struct transfer *t, uint64_t *edge)
         *edge = head + (ready > 0 ? (uint64_t)ready : 0);
         if (ready < 0)
                 return -EPROTO;
-        if (atomic_load_explicit(&t->flow->phase, memory_order_relaxed) == PHASE_READY) {
+        if (load_relaxed(&t->flow->phase) == PHASE_READY) {
                 uint64_t before = before_ring(t, peeked);
                 long got = before ? boundary_before(t, before < o->size ? before : o->size) : 0;
 
@@ -78,7 +77,7 @@ static long peek_now(struct transfer *t, uint64_t *edge)
         wanted = o->size - done < (size_t)ready - from ? o->size - done : (size_t)ready - from;
         copy(t, head + from, wanted);
         if (peeked)
-                atomic_store_explicit(&end->peeked, peeked + (uint32_t)wanted, memory_order_relaxed);
+                store_relaxed(&end->peeked, peeked + (uint32_t)wanted);
         return (long)(done + wanted);
 }
 
@@ -121,7 +120,7 @@ static bool await_more(struct peek *p, ssize_t *answer)
         long got = t->moved;
         bool beyond;
 
-        if (atomic_load_explicit(&end->shut, memory_order_relaxed) & SHUT_READ && got < 0)
+        if (load_relaxed(&end->shut) & SHUT_READ && got < 0)
                 return transfer_ends(answer, 0);
         if (p->error || !transfer_may_wait(t))
                 return transfer_ends(answer, got > 0 ? got : result(p->error ? p->error : -EAGAIN));
@@ -132,7 +131,7 @@ static bool await_more(struct peek *p, ssize_t *answer)
                 return true;
         }
         t->event = false;
-        beyond = got > 0 || atomic_load_explicit(&end->peeked, memory_order_relaxed);
+        beyond = got > 0 || load_relaxed(&end->peeked);
         p->error =
             wait_for(t->o->fd, end, t->key, WANT_BYTES, beyond ? &p->edge : NULL, &t->deadline, &t->event);
         /* What was there before is still there: it is peeked at once more, with what has come. */
@@ -180,9 +179,7 @@ static bool goes_on(struct peek *p, struct operation *o, ssize_t *answer)
 
 ssize_t transfer_peek(struct operation *o, struct end *end, uint64_t key)
 {
-        struct peek p = {.one = *o,
-                         .all = o->flags & MSG_WAITALL && o->size &&
-                                !atomic_load_explicit(&end->peeked, memory_order_relaxed)};
+        struct peek p = {.one = *o, .all = o->flags & MSG_WAITALL && o->size && !load_relaxed(&end->peeked)};
         struct transfer *t = &p.t;
         ssize_t answer;
 

@@ -14,14 +14,13 @@ enum kind { KIND_PLAIN, KIND_COUNTED, KIND_RING, KIND_POLLER };
 
 static enum kind kind_of_end(const struct end *end)
 {
-        uint32_t rx = atomic_load_explicit(&end->rx.phase, memory_order_acquire);
-        uint32_t tx = atomic_load_explicit(&end->tx.phase, memory_order_acquire);
+        uint32_t rx = load_acquire(&end->rx.phase);
+        uint32_t tx = load_acquire(&end->tx.phase);
 
         if (rx == PHASE_READY || rx == PHASE_RING || tx == PHASE_RING)
                 return KIND_RING;
         /* After a ring too: the end may begin again (reentry.h). */
-        return rx == PHASE_TCP || !atomic_load_explicit(&end->final, memory_order_relaxed) ? KIND_COUNTED
-                                                                                           : KIND_PLAIN;
+        return rx == PHASE_TCP || !load_relaxed(&end->final) ? KIND_COUNTED : KIND_PLAIN;
 }
 
 static enum kind kind_of(int fd, uint64_t *key)
@@ -169,8 +168,7 @@ static struct end *spinning_end(const struct pollfd *fds, nfds_t count)
 
         for (nfds_t i = 0; i < count && i < POLL_FEW; i++) {
                 struct end *end = ring_end(fds[i].fd);
-                uint32_t there =
-                    end ? atomic_load_explicit(&end_receives(end).ring->sender_cpu, memory_order_relaxed) : 0;
+                uint32_t there = end ? load_relaxed(&end_receives(end).ring->sender_cpu) : 0;
 
                 if (there && there != here)
                         return end;
@@ -284,7 +282,7 @@ static void disarm(const struct pollfd *fds, nfds_t count, struct bells *bells)
 static void leave_out_deferred(struct pollfd *polled, const struct end *end)
 {
         polled->events &= (short)~(POLLIN | POLLRDNORM | POLLRDBAND | POLLRDHUP);
-        if (atomic_load_explicit(&end->shut, memory_order_relaxed) & 6)
+        if (load_relaxed(&end->shut) & 6)
                 polled->fd = -1;
 }
 

@@ -263,7 +263,7 @@ static void await_room(struct poller *poller, struct registration *r, enum taken
 static void await_room_in_only(const struct end *end, uint32_t number)
 {
         struct registration *r = &registrations[number - 1];
-        uint32_t place = atomic_load_explicit(&r->poller, memory_order_relaxed);
+        uint32_t place = load_relaxed(&r->poller);
         struct poller *poller = &pollers[place];
         enum taken taken;
 
@@ -277,7 +277,7 @@ static void await_room_in_only(const struct end *end, uint32_t number)
 
 void poller_sender_full(struct end *end)
 {
-        uint32_t number = atomic_load_explicit(&poller_only[end_number(end)], memory_order_relaxed);
+        uint32_t number = load_relaxed(&poller_only[end_number(end)]);
         enum taken outer, taken;
 
         atomic_fetch_add_explicit(&end->tx.full, 1, memory_order_relaxed);

@@ -16,7 +16,7 @@ static uint32_t remote_events(struct registration *r, struct end *end)
                 return remote_broken_events(r->events) | r->kernel_events;
         }
         visible = remote_visible(end, r->fd, r->kernel_events);
-        if (visible != r->kernel_events && !atomic_load_explicit(&end->rx.deferred, memory_order_relaxed))
+        if (visible != r->kernel_events && !load_relaxed(&end->rx.deferred))
                 /* Bytes that have been read since. */
                 r->kernel_events &= visible | EPOLLRDHUP | EPOLLHUP;
         if (visible != r->kernel_events) {
@@ -33,8 +33,8 @@ static uint32_t remote_events(struct registration *r, struct end *end)
 static uint32_t tcp_events(struct registration *r, struct end *end)
 {
         const uint32_t lasting = EPOLLHUP | EPOLLERR | EPOLLRDHUP;
-        bool in = atomic_load_explicit(&end->rx.phase, memory_order_relaxed) != PHASE_RING;
-        bool out = atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_RING;
+        bool in = load_relaxed(&end->rx.phase) != PHASE_RING;
+        bool out = load_relaxed(&end->tx.phase) != PHASE_RING;
         uint32_t wanted = r->events | EPOLLERR | EPOLLHUP, passing, visible;
 
         if (__builtin_expect(ready_end(end), 0) && !(r->kernel_events & EPOLLRDHUP))
@@ -69,10 +69,8 @@ uint32_t registration_events(struct registration *r, struct end *end, bool take)
                           (space ? r->events & (EPOLLOUT | EPOLLWRNORM) : 0) | tcp;
 
         if (events && r->events & EPOLLET) {
-                uint64_t tail = end_uses_ring(end) ? atomic_load_explicit(&end_receives(end).ring->tail,
-                                                                          memory_order_relaxed)
-                                                   : 0;
-                uint32_t full = atomic_load_explicit(&end->tx.full, memory_order_relaxed);
+                uint64_t tail = end_uses_ring(end) ? load_relaxed(&end_receives(end).ring->tail) : 0;
+                uint32_t full = load_relaxed(&end->tx.full);
 
                 if (!r->unreported && !(bytes && tail != r->tail_reported) &&
                     !(space && full != r->full_reported) && !(tcp && r->kernel_edge))

@@ -73,7 +73,7 @@ static void mark_dirty_ready(struct poller *poller, uint32_t arena, int bell)
 
                 if (!number)
                         continue;
-                i = atomic_load_explicit(&poller_only[number - 1], memory_order_relaxed);
+                i = load_relaxed(&poller_only[number - 1]);
                 if (i && i != SEVERAL) {
                         mark_ready(poller, &registrations[i - 1], number);
                 } else if (i) {
@@ -98,9 +98,8 @@ static void bell_rang(struct poller *poller, uint32_t arena, int bell, uint32_t 
         }
         /* Each time that we arm it, the peer rings once at most. So the bell can't be full before
          * this. */
-        if (events & (EPOLLHUP | EPOLLERR) ||
-            atomic_load_explicit(&mapping->armed[bell], memory_order_relaxed) > FULL_BELL) {
-                atomic_store_explicit(&mapping->armed[bell], 0, memory_order_relaxed);
+        if (events & (EPOLLHUP | EPOLLERR) || load_relaxed(&mapping->armed[bell]) > FULL_BELL) {
+                store_relaxed(&mapping->armed[bell], 0);
                 if (!bell_drain(arena, bell) && atomic_load(&mapping->remote))
                         /* TCP doesn't report that the relay has ended. */
                         poller->settle_due = poller->rescan_due = true;
@@ -243,8 +242,7 @@ static void report(struct poller *poller, struct registration *r, struct end *en
                    struct list *list, uint32_t turn)
 {
         list->events[list->count] = (struct epoll_event){.events = events, .data.u64 = r->data};
-        list->stamps[list->count] =
-            ready_bytes(end) ? atomic_load_explicit(&end_receives(end).ring->stamp, memory_order_relaxed) : 0;
+        list->stamps[list->count] = ready_bytes(end) ? load_relaxed(&end_receives(end).ring->stamp) : 0;
         r->empty_checks = 0;
         r->turn = turn;
         r->position = (uint32_t)list->count++;
@@ -355,8 +353,7 @@ static void report_earlier(struct poller *poller, struct list *list, int size, u
 
                 /* Before it is reported: then it may leave the list. */
                 next = r->next;
-                if (!end || !ready_bytes(end) ||
-                    atomic_load_explicit(&end_receives(end).ring->stamp, memory_order_relaxed) > latest)
+                if (!end || !ready_bytes(end) || load_relaxed(&end_receives(end).ring->stamp) > latest)
                         continue;
                 events = registration_events(r, end, true);
                 if (events)
@@ -481,7 +478,7 @@ int poller_collect(struct poller *poller, struct epoll_event *events, int size, 
         if (poller->nested != NONE)
                 count = harvest_nested(poller, others, size - list.count < BATCH ? size - list.count : BATCH);
         if (with_kernel || poller->polled || !limit ||
-            (list.count + count && atomic_load_explicit(&poller->added, memory_order_relaxed) > 1)) {
+            (list.count + count && load_relaxed(&poller->added) > 1)) {
                 struct epoll_event of_kernel[BATCH];
                 int room = size - list.count - count;
 

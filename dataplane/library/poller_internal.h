@@ -105,7 +105,7 @@ static inline uint32_t registration_number(const struct registration *r)
 
 static inline bool registration_is_of(const struct poller *poller, const struct registration *r)
 {
-        return atomic_load_explicit(&r->poller, memory_order_relaxed) == (uint32_t)(poller - pollers);
+        return load_relaxed(&r->poller) == (uint32_t)(poller - pollers);
 }
 
 static inline struct end *registration_end(const struct registration *r)
@@ -118,10 +118,9 @@ static inline struct end *registration_end(const struct registration *r)
 /* Does one of the end's directions use a ring? */
 static inline bool end_uses_ring(struct end *end)
 {
-        uint32_t rx = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
+        uint32_t rx = load_relaxed(&end->rx.phase);
 
-        return rx == PHASE_READY || rx == PHASE_RING ||
-               atomic_load_explicit(&end->tx.phase, memory_order_relaxed) == PHASE_RING;
+        return rx == PHASE_READY || rx == PHASE_RING || load_relaxed(&end->tx.phase) == PHASE_RING;
 }
 
 struct registration *registration_find(const struct poller *poller, int fd);

@@ -51,7 +51,7 @@ struct poller *poller_of(int epfd)
 
         if (!process.on || (unsigned)epfd >= DESCRIPTORS || !pollers)
                 return NULL;
-        word = atomic_load_explicit(&process.fds[epfd], memory_order_relaxed);
+        word = load_relaxed(&process.fds[epfd]);
         if (!((uint32_t)word & FD_POLLER) || (uint32_t)word == FD_OWN)
                 return NULL;
         return &pollers[((uint32_t)word & ~FD_POLLER) % POLLERS];
@@ -105,8 +105,7 @@ void poller_alias(int old, int new)
 
 uint64_t registration_tag(const struct registration *r)
 {
-        return TAG_REGISTRATION |
-               atomic_load_explicit(&r->generation, memory_order_relaxed) % GENERATIONS * REGISTRATIONS |
+        return TAG_REGISTRATION | load_relaxed(&r->generation) % GENERATIONS * REGISTRATIONS |
                registration_number(r);
 }
 
@@ -124,8 +123,7 @@ struct registration *registration_of_tag(const struct poller *poller, uint64_t t
 
 struct registration *registration_find(const struct poller *poller, int fd)
 {
-        uint32_t i =
-            (unsigned)fd < DESCRIPTORS ? atomic_load_explicit(&poller_of_fd[fd], memory_order_relaxed) : 0;
+        uint32_t i = (unsigned)fd < DESCRIPTORS ? load_relaxed(&poller_of_fd[fd]) : 0;
 
         for (i--; i != NONE; i = registrations[i].next_of_fd)
                 if (registration_is_of(poller, &registrations[i]))
@@ -188,7 +186,7 @@ struct registration *registration_add(struct poller *poller, int fd, uint64_t ke
 
 void poller_forget_end(uint32_t number)
 {
-        atomic_store_explicit(&poller_only[number], 0, memory_order_relaxed);
+        store_relaxed(&poller_only[number], 0);
 }
 
 void registration_activate(struct poller *poller, struct registration *r)

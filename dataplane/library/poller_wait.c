@@ -54,7 +54,7 @@ static bool may_spin(struct poller *poller)
 
                 if (!end || !end_uses_ring(end))
                         continue;
-                there = atomic_load_explicit(&end_receives(end).ring->sender_cpu, memory_order_relaxed);
+                there = load_relaxed(&end_receives(end).ring->sender_cpu);
                 found = there && there != here;
         }
         lock_release(&poller->lock, taken);

@@ -34,7 +34,7 @@ static void learn_speed(void)
         static _Atomic bool known;
         uint64_t none = 0, ns, stamp, elapsed;
 
-        if (atomic_load_explicit(&known, memory_order_relaxed))
+        if (load_relaxed(&known))
                 return;
         ns = now();
         stamp = clock_stamp();
@@ -81,17 +81,17 @@ bool raw_begin(int fd, struct end *end)
         learn_speed();
         if (given(fd, end, &bytes, &info) < 0)
                 return false;
-        atomic_store_explicit(&end->tx.sent, bytes, memory_order_relaxed);
+        store_relaxed(&end->tx.sent, bytes);
         return bytes == ours || by_queue(fd, end, &info) == ours;
 }
 
 static void set_clean(struct end *end)
 {
         struct view view = end_sends(end);
-        uint64_t edge = atomic_load_explicit(&end->tx.edge, memory_order_relaxed);
+        uint64_t edge = load_relaxed(&end->tx.edge);
 
-        atomic_store_explicit(&end->tx.clean, edge, memory_order_relaxed);
-        atomic_store_explicit(&view.ring->clean, edge, memory_order_release);
+        store_relaxed(&end->tx.clean, edge);
+        store_release(&view.ring->clean, edge);
 }
 
 /* By the program, and not by a call that we know of. */
@@ -116,7 +116,7 @@ enum raw raw_check(int fd, struct end *end)
                 return RAW_NONE;
         /* A retransmission that failed may have been counted in part: the other count has none of
          * them. */
-        if (bytes != atomic_load_explicit(&end->tx.sent, memory_order_relaxed) &&
+        if (bytes != load_relaxed(&end->tx.sent) &&
             by_queue(fd, end, &info) != atomic_load(&end->tx.position))
                 return RAW_BYPASSED;
         set_clean(end);
@@ -128,7 +128,7 @@ enum raw raw_check(int fd, struct end *end)
 
 static bool may_ask(uint64_t stamp)
 {
-        return bucket_take(&raw_last.spent, stamp, atomic_load_explicit(&pace, memory_order_relaxed));
+        return bucket_take(&raw_last.spent, stamp, load_relaxed(&pace));
 }
 
 enum raw raw_check_in_share(int fd, struct end *end, uint64_t stamp)
@@ -136,13 +136,13 @@ enum raw raw_check_in_share(int fd, struct end *end, uint64_t stamp)
         enum raw found;
 
         if (!may_ask(stamp)) {
-                atomic_store_explicit(&end->tx.clean, NOT_CLEAN, memory_order_relaxed);
+                store_relaxed(&end->tx.clean, NOT_CLEAN);
                 return RAW_UNKNOWN;
         }
         learn_speed();
         found = raw_check(fd, end);
         if (found == RAW_UNKNOWN)
-                atomic_store_explicit(&end->tx.clean, NOT_CLEAN, memory_order_relaxed);
+                store_relaxed(&end->tx.clean, NOT_CLEAN);
         return found;
 }
 
@@ -156,8 +156,7 @@ void raw_settle_last(void)
         if (end_of(raw_last.fd, &key) != end || !may_ask(clock_stamp()))
                 return;
         taken = lock_take(&end->tx.lock, self());
-        if (taken == LOCK_TAKEN && end_is(end, key) &&
-            atomic_load_explicit(&end->tx.phase, memory_order_relaxed) == PHASE_RING &&
+        if (taken == LOCK_TAKEN && end_is(end, key) && load_relaxed(&end->tx.phase) == PHASE_RING &&
             !raw_is_clean(&end->tx))
                 raw_check(raw_last.fd, end);
         lock_release(&end->tx.lock, taken);
@@ -165,16 +164,16 @@ void raw_settle_last(void)
 
 bool raw_tcp_is_empty(int fd, struct end *end)
 {
-        uint64_t edge = atomic_load_explicit(&end->rx.edge, memory_order_relaxed);
+        uint64_t edge = load_relaxed(&end->rx.edge);
         char byte;
         long got;
 
         /* Events of another host's TCP are handled elsewhere (remote.h). */
-        if (end_is_remote(end) || atomic_load_explicit(&end->rx.clean, memory_order_relaxed) == edge ||
-            atomic_load_explicit(&end->rx.phase, memory_order_relaxed) != PHASE_RING)
+        if (end_is_remote(end) || load_relaxed(&end->rx.clean) == edge ||
+            load_relaxed(&end->rx.phase) != PHASE_RING)
                 return true;
         got = sys_6(SYS_recvfrom, fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT, 0, 0);
         if (got == -EAGAIN)
-                atomic_store_explicit(&end->rx.clean, edge, memory_order_relaxed);
+                store_relaxed(&end->rx.clean, edge);
         return got == -EAGAIN || got == -EINTR;
 }

@@ -56,16 +56,13 @@ bool raw_tcp_is_empty(int fd, struct end *end);
 
 static inline bool raw_is_clean(const struct flow *flow)
 {
-        return atomic_load_explicit(&flow->clean, memory_order_relaxed) ==
-               atomic_load_explicit(&flow->edge, memory_order_relaxed);
+        return load_relaxed(&flow->clean) == load_relaxed(&flow->edge);
 }
 
 /* Under the sender's lock, before a put: ask unless the last put was just now. */
 static inline enum raw raw_before_put(int fd, struct end *end, uint64_t stamp)
 {
-        if (__builtin_expect(raw_last.end == end &&
-                                 stamp - raw_last.stamp <
-                                     atomic_load_explicit(&raw_near, memory_order_relaxed) &&
+        if (__builtin_expect(raw_last.end == end && stamp - raw_last.stamp < load_relaxed(&raw_near) &&
                                  raw_is_clean(&end->tx),
                              1))
                 return RAW_NONE;

@@ -21,17 +21,15 @@ static inline void ready_kernel_reported(void)
  * changes with each tick, and when the kernel has reported something. */
 static inline uint32_t ready_stamp(void)
 {
-        return ticks() +
-               atomic_load_explicit(&ready_kernel_reports, memory_order_relaxed) * UINT32_C(0x9e3779b1);
+        return ticks() + load_relaxed(&ready_kernel_reports) * UINT32_C(0x9e3779b1);
 }
 
 /* Nothing more comes in this remote ring. The relay writes that after the last byte and after
  * `start`. */
 static inline bool ready_over(const struct view *view)
 {
-        return atomic_load_explicit(&view->ring->end, memory_order_acquire) ||
-               atomic_load_explicit(&view->ring->over, memory_order_acquire) ||
-               atomic_load_explicit(&view->ring->stopped, memory_order_acquire);
+        return load_acquire(&view->ring->end) || load_acquire(&view->ring->over) ||
+               load_acquire(&view->ring->stopped);
 }
 
 /* The connection of this attached end goes through a relay, and its path is lost. */
@@ -40,8 +38,7 @@ static inline bool ready_broken(const struct end *end)
         struct view view = end_receives(end);
 
         return view_remote(&view) &&
-               (atomic_load_explicit(&view.ring->broken, memory_order_acquire) ||
-                atomic_load_explicit(&end_sends(end).ring->broken, memory_order_acquire));
+               (load_acquire(&view.ring->broken) || load_acquire(&end_sends(end).ring->broken));
 }
 
 /* The end's ring has ended and is empty: does the kernel have bytes, or the connection's end? The
@@ -52,31 +49,28 @@ bool ready_behind(const struct end *end);
  * while bytes come over TCP, since the kernel reports those. */
 static inline bool ready_bytes(struct end *end)
 {
-        uint32_t phase = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
+        uint32_t phase = load_relaxed(&end->rx.phase);
         struct view view;
 
         if (phase != PHASE_READY && phase != PHASE_RING)
                 return false;
         view = end_receives(end);
         if (phase == PHASE_READY) {
-                uint64_t start = atomic_load_explicit(&view.ring->start, memory_order_acquire);
+                uint64_t start = load_acquire(&view.ring->start);
 
-                if (!start || start - 1 > atomic_load_explicit(&end->rx.position, memory_order_relaxed))
+                if (!start || start - 1 > load_relaxed(&end->rx.position))
                         return view_remote(&view) &&
                                ((!start && ready_over(&view) && ready_behind(end)) || ready_broken(end));
         }
         /* SO_RCVLOWAT. For a ring that has ended, the kernel has the low-water mark less what the
          * ring still holds.
          */
-        if (__builtin_expect(atomic_load_explicit(&end->low, memory_order_relaxed), 0) && !ready_broken(end))
-                return atomic_load_explicit(&view.ring->tail, memory_order_acquire) -
-                           atomic_load_explicit(&end->rx.edge, memory_order_relaxed) >=
-                       atomic_load_explicit(&end->low, memory_order_relaxed);
-        return atomic_load_explicit(&view.ring->tail, memory_order_acquire) !=
-                   atomic_load_explicit(&end->rx.edge, memory_order_relaxed) ||
+        if (__builtin_expect(load_relaxed(&end->low), 0) && !ready_broken(end))
+                return load_acquire(&view.ring->tail) - load_relaxed(&end->rx.edge) >=
+                       load_relaxed(&end->low);
+        return load_acquire(&view.ring->tail) != load_relaxed(&end->rx.edge) ||
                (view_remote(&view) && ready_broken(end)) ||
-               ((atomic_load_explicit(&view.ring->end, memory_order_relaxed) ||
-                 (view_remote(&view) && ready_over(&view))) &&
+               ((load_relaxed(&view.ring->end) || (view_remote(&view) && ready_over(&view))) &&
                 ready_behind(end));
 }
 
@@ -87,33 +81,30 @@ static inline bool ready_between(struct end *end)
         struct view view;
         uint64_t start;
 
-        if (atomic_load_explicit(&end->rx.phase, memory_order_relaxed) != PHASE_READY)
+        if (load_relaxed(&end->rx.phase) != PHASE_READY)
                 return false;
         view = end_receives(end);
-        start = atomic_load_explicit(&view.ring->start, memory_order_acquire);
-        return start && start - 1 > atomic_load_explicit(&end->rx.position, memory_order_relaxed);
+        start = load_acquire(&view.ring->start);
+        return start && start - 1 > load_relaxed(&end->rx.position);
 }
 
 /* The ring has ended: a FIN that the kernel has belongs to the same event. */
 static inline bool ready_end(struct end *end)
 {
-        uint32_t phase = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
+        uint32_t phase = load_relaxed(&end->rx.phase);
         struct view view;
 
         if (phase != PHASE_READY && phase != PHASE_RING)
                 return false;
         view = end_receives(end);
-        return atomic_load_explicit(&view.ring->end, memory_order_relaxed) != 0 ||
-               (view_remote(&view) && ready_over(&view));
+        return load_relaxed(&view.ring->end) != 0 || (view_remote(&view) && ready_over(&view));
 }
 
 /* A sender that found no room is woken when the ring holds no more than so many bytes: as in TCP,
  * when a third is free. */
 static inline uint32_t ready_threshold(const struct flow *flow, const struct view *view)
 {
-        return atomic_load_explicit(&flow->stopped, memory_order_relaxed)
-                   ? 0
-                   : (uint32_t)ring_limit(view) / 3 * 2;
+        return load_relaxed(&flow->stopped) ? 0 : (uint32_t)ring_limit(view) / 3 * 2;
 }
 
 /* Tell the receiver that threshold, before wait_begin(). */
@@ -121,8 +112,7 @@ static inline void ready_set_threshold(struct end *end)
 {
         struct view view = end_sends(end);
 
-        atomic_store_explicit(&view.ring->room, ready_threshold(&end->tx, &view) + view_remote(&view),
-                              memory_order_relaxed);
+        store_relaxed(&view.ring->room, ready_threshold(&end->tx, &view) + view_remote(&view));
 }
 
 /* A sender that has to leave the ring has space too: TCP's. Nobody may read the ring any more. */
@@ -130,13 +120,12 @@ static inline bool ready_space(struct end *end)
 {
         struct view view;
 
-        if (atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_RING)
+        if (load_relaxed(&end->tx.phase) != PHASE_RING)
                 return false;
         view = end_sends(end);
-        return atomic_load_explicit(&end->tx.edge, memory_order_relaxed) -
-                       atomic_load_explicit(&view.ring->head, memory_order_acquire) <=
+        return load_relaxed(&end->tx.edge) - load_acquire(&view.ring->head) <=
                    ready_threshold(&end->tx, &view) ||
-               atomic_load_explicit(&view.ring->stop, memory_order_relaxed) || ready_broken(end);
+               load_relaxed(&view.ring->stop) || ready_broken(end);
 }
 
 #endif

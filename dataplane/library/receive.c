@@ -86,7 +86,7 @@ static inline long take_piece(struct transfer *t, size_t left)
         struct view *view = &t->view;
 
         for (;;) {
-                uint64_t head = atomic_load_explicit(&flow->edge, memory_order_relaxed);
+                uint64_t head = load_relaxed(&flow->edge);
                 int64_t ready = ring_ready(flow, view);
                 struct cursor before = t->cursor;
                 size_t taken = 0, wanted;
@@ -140,16 +140,12 @@ static inline long take_now(struct transfer *t)
                 return got;
         }
         got = take_piece(t, left);
-        atomic_store_explicit(&t->view.ring->receiver_cpu, core(), memory_order_relaxed);
+        store_relaxed(&t->view.ring->receiver_cpu, core());
         if (got > 0) {
                 statistics_add(&statistics.received, (uint64_t)got);
-                if (__builtin_expect(view_remote(&t->view) ||
-                                         atomic_load_explicit(&t->view.ring->end, memory_order_relaxed),
-                                     0))
+                if (__builtin_expect(view_remote(&t->view) || load_relaxed(&t->view.ring->end), 0))
                         boundary_tell(t);
-                if (__builtin_expect(atomic_load_explicit(&end->low, memory_order_relaxed) |
-                                         atomic_load_explicit(&end->peeked, memory_order_relaxed),
-                                     0))
+                if (__builtin_expect(load_relaxed(&end->low) | load_relaxed(&end->peeked), 0))
                         emulate_taken(t, (uint64_t)got);
         }
         if (got == 0 && emulate_is_enough(t))
@@ -164,11 +160,10 @@ static void wake_senders(struct end *end, const struct view *view)
         uint64_t used;
 
         atomic_thread_fence(memory_order_seq_cst);
-        if (!atomic_load_explicit(&senders->any, memory_order_relaxed))
+        if (!load_relaxed(&senders->any))
                 return;
-        used = atomic_load_explicit(&view->ring->tail, memory_order_relaxed) -
-               atomic_load_explicit(&end->rx.edge, memory_order_relaxed);
-        if (used + view_remote(view) <= atomic_load_explicit(&view->ring->room, memory_order_relaxed))
+        used = load_relaxed(&view->ring->tail) - load_relaxed(&end->rx.edge);
+        if (used + view_remote(view) <= load_relaxed(&view->ring->room))
                 ring_bells(senders, end);
 }
 
@@ -201,7 +196,7 @@ static inline enum outcome receive_step(struct transfer *t, enum taken taken)
 /* The rest of a receive goes on over TCP. The kernel wakes nobody for less than SO_RCVLOWAT. */
 static ssize_t receive_rest(struct transfer *t)
 {
-        uint32_t low = atomic_load_explicit(&t->end->low, memory_order_relaxed), error;
+        uint32_t low = load_relaxed(&t->end->low), error;
         size_t least = emulate_least(t);
         bool began = t->done;
         ssize_t got;
@@ -232,8 +227,7 @@ static bool await_bytes(struct transfer *t, ssize_t *answer)
         case -EINTR:
                 return true;
         case -EAGAIN:
-                if (emulate_is_enough(t) ||
-                    atomic_load_explicit(&t->end->shut, memory_order_relaxed) & SHUT_READ)
+                if (emulate_is_enough(t) || load_relaxed(&t->end->shut) & SHUT_READ)
                         return transfer_ends(answer, (ssize_t)t->done);
                 status = transfer_may_wait(t)
                              ? wait_for(o->fd, t->end, t->key, WANT_BYTES, NULL, &t->deadline, &t->event)
@@ -258,7 +252,7 @@ static bool await_bytes(struct transfer *t, ssize_t *answer)
                 if (status == -EPROTO || status == -ENOLINK || status == -EBADE)
                         status = -ECONNRESET;
                 if (t->done && status < 0)
-                        atomic_store_explicit(&t->end->error, (uint32_t)-status, memory_order_relaxed);
+                        store_relaxed(&t->end->error, (uint32_t)-status);
                 return transfer_ends(answer, transfer_result(t, status));
         }
         if (status < 0)

@@ -16,16 +16,16 @@ static _Atomic uint64_t next_scan; /* ns */
 static bool reclaim_ring(struct end *end)
 {
         struct flow *flow = &end->tx;
-        uint64_t edge = atomic_load_explicit(&flow->edge, memory_order_relaxed);
-        uint64_t touched = atomic_load_explicit(&flow->touched, memory_order_relaxed);
+        uint64_t edge = load_relaxed(&flow->edge);
+        uint64_t touched = load_relaxed(&flow->touched);
         struct view view;
 
-        if (atomic_load_explicit(&flow->phase, memory_order_relaxed) != PHASE_RING || touched <= SMALL_SIZE ||
-            atomic_load_explicit(&flow->reserved, memory_order_relaxed))
+        if (load_relaxed(&flow->phase) != PHASE_RING || touched <= SMALL_SIZE ||
+            load_relaxed(&flow->reserved))
                 return false;
         view = end_sends(end);
         if (atomic_exchange_explicit(&flow->seen, edge, memory_order_relaxed) != edge ||
-            atomic_load_explicit(&view.ring->head, memory_order_acquire) != edge)
+            load_acquire(&view.ring->head) != edge)
                 return true;
         ring_restart(flow, &view, edge);
         sys_3(SYS_madvise, view_bulk(&view), (touched + PAGE - 1) / PAGE * PAGE, MADV_REMOVE);
@@ -38,13 +38,13 @@ static void scan(void)
         uint32_t high = atomic_load(&process.high);
         bool more = false;
 
-        atomic_store_explicit(&process.touched, false, memory_order_relaxed);
+        store_relaxed(&process.touched, false);
         for (uint32_t fd = 0; fd < high; fd++) {
                 uint64_t key;
                 struct end *end = end_of((int)fd, &key);
                 enum taken taken;
 
-                if (!end || atomic_load_explicit(&end->tx.touched, memory_order_relaxed) <= SMALL_SIZE)
+                if (!end || load_relaxed(&end->tx.touched) <= SMALL_SIZE)
                         continue;
                 taken = lock_take(&end->tx.lock, self());
                 if (taken == LOCK_NESTED)
@@ -54,23 +54,23 @@ static void scan(void)
                 lock_release(&end->tx.lock, taken);
         }
         if (more)
-                atomic_store_explicit(&process.touched, true, memory_order_relaxed);
+                store_relaxed(&process.touched, true);
 }
 
 int64_t reclaim_before_sleep(int64_t left)
 {
         uint64_t present, due;
 
-        if (__builtin_expect(!atomic_load_explicit(&process.touched, memory_order_relaxed), 1))
+        if (__builtin_expect(!load_relaxed(&process.touched), 1))
                 return left;
         present = now();
-        due = atomic_load_explicit(&next_scan, memory_order_relaxed);
+        due = load_relaxed(&next_scan);
         if (present >= due &&
             atomic_compare_exchange_strong_explicit(&next_scan, &due, present + SECOND, memory_order_relaxed,
                                                     memory_order_relaxed)) {
                 due = present + SECOND;
                 scan();
-                if (!atomic_load_explicit(&process.touched, memory_order_relaxed))
+                if (!load_relaxed(&process.touched))
                         return left;
         }
         /* All sleepers wake for it: it isn't known which of them will still be there. */

@@ -33,11 +33,10 @@ static bool has_ended(const struct end *end)
 static bool peer_has_left(const struct end *end)
 {
         struct view view = end_receives(end);
-        uint64_t start = atomic_load_explicit(&view.ring->start, memory_order_acquire);
+        uint64_t start = load_acquire(&view.ring->start);
 
         return !view_remote(&view) || !start || start - 1 < atomic_load(&end->rx.position) ||
-               atomic_load_explicit(&view.ring->end, memory_order_acquire) ||
-               atomic_load_explicit(&view.ring->over, memory_order_acquire);
+               load_acquire(&view.ring->end) || load_acquire(&view.ring->over);
 }
 
 /* The peer's receiver may wait for a sender that never began, and its sender for a receiver that

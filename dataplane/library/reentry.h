@@ -47,9 +47,9 @@
  * reentry_leave_slot()? */
 static inline bool reentry_is_due(struct end *end)
 {
-        if (atomic_load_explicit(&end->final, memory_order_relaxed))
+        if (load_relaxed(&end->final))
                 return false;
-        if (__builtin_expect(!atomic_load_explicit(&end->due, memory_order_relaxed), 0))
+        if (__builtin_expect(!load_relaxed(&end->due), 0))
                 backoff_begin(end);
         return backoff_is_over(end);
 }

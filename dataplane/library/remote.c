@@ -25,11 +25,11 @@ void remote_defer(struct end *end)
 uint64_t remote_before(const struct end *end, uint64_t queued)
 {
         struct view view = end_receives(end);
-        uint64_t start = atomic_load_explicit(&view.ring->start, memory_order_acquire);
-        uint64_t position = atomic_load_explicit(&end->rx.position, memory_order_acquire);
+        uint64_t start = load_acquire(&view.ring->start);
+        uint64_t position = load_acquire(&end->rx.position);
         uint64_t before;
 
-        if (atomic_load_explicit(&end->rx.phase, memory_order_relaxed) != PHASE_READY)
+        if (load_relaxed(&end->rx.phase) != PHASE_READY)
                 return 0;
         before = !start ? UINT64_MAX : start - 1 > position ? start - 1 - position : 0;
         return queued < before ? queued : before;
@@ -37,14 +37,14 @@ uint64_t remote_before(const struct end *end, uint64_t queued)
 
 uint32_t remote_visible(struct end *end, int fd, uint32_t bits)
 {
-        uint32_t shut = atomic_load_explicit(&end->shut, memory_order_relaxed);
+        uint32_t shut = load_relaxed(&end->shut);
 
         /* What the program itself has shut down says nothing of the peer. A connection that is gone
          * without both sides' FIN was reset, whichever thread got the error. */
         if (!(bits & DEFERRABLE) || !remote_is_early(end) || shut & SHUT_READ || bits & POLLERR ||
             (bits & POLLHUP && !(shut & (SHUT_WRITE | SHUTTING_WRITE))))
                 return bits;
-        if (atomic_load_explicit(&end->rx.deferred, memory_order_relaxed))
+        if (load_relaxed(&end->rx.deferred))
                 return bits & ~DEFERRABLE;
         if (remote_before(end, (uint64_t)sys_number(fd, FIONREAD)))
                 return bits & ~(uint32_t)(POLLRDHUP | POLLHUP);

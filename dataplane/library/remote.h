@@ -21,7 +21,7 @@ enum { REMOTE_SLEEP = 10 }; /* ms, while TCP's descriptor is left out of a sleep
 /* A receiver for which an event of TCP may be too early. */
 static inline bool remote_is_early(struct end *end)
 {
-        uint32_t phase = atomic_load_explicit(&end->rx.phase, memory_order_relaxed);
+        uint32_t phase = load_relaxed(&end->rx.phase);
         struct view view;
 
         if (phase != PHASE_READY && phase != PHASE_RING)
@@ -34,8 +34,7 @@ static inline bool remote_is_early(struct end *end)
  * most. */
 static inline bool remote_defers(struct end *end)
 {
-        return __builtin_expect(atomic_load_explicit(&end->rx.deferred, memory_order_relaxed), 0) &&
-               remote_is_early(end);
+        return __builtin_expect(load_relaxed(&end->rx.deferred), 0) && remote_is_early(end);
 }
 
 /* Request that the sender falls back to TCP. On another host, its relay has to be woken for it. */

@@ -236,16 +236,16 @@ void request_received(const void *buffer, size_t size, int *descriptors, int cou
 void request_poll(struct end *end)
 {
         static _Atomic uint32_t polled; /* ticks() */
-        uint32_t tick = ticks(), operations = atomic_load_explicit(&end->operations, memory_order_relaxed);
-        uint32_t pause = tick - atomic_load_explicit(&polled, memory_order_relaxed);
-        uint64_t requested = atomic_load_explicit(&end->requested_at, memory_order_relaxed);
+        uint32_t tick = ticks(), operations = load_relaxed(&end->operations);
+        uint32_t pause = tick - load_relaxed(&polled);
+        uint64_t requested = load_relaxed(&end->requested_at);
         bool soon = !requested || tick - (uint32_t)(requested / 1000000) < SOON;
 
         /* At first after every few operations, and at each tick of the clock. A request may also
          * wait for hours. */
         if (soon ? !pause && operations % 8 : pause < POLL_PAUSE)
                 return;
-        atomic_store_explicit(&polled, tick, memory_order_relaxed);
+        store_relaxed(&polled, tick);
         statistics_count(&statistics.polls);
         router_receive();
 }

@@ -67,9 +67,9 @@ void retire_if_io_uring(void)
         if (__builtin_expect(!io_uring_matters(), 1))
                 return;
         tick = ticks();
-        if ((int32_t)(tick - atomic_load_explicit(&next, memory_order_relaxed)) < 0)
+        if ((int32_t)(tick - load_relaxed(&next)) < 0)
                 return;
-        atomic_store_explicit(&next, tick + 1000, memory_order_relaxed);
+        store_relaxed(&next, tick + 1000);
         if (io_uring_is_there(SECOND))
                 retire_if_due();
 }

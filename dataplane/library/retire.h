@@ -19,7 +19,7 @@ void retire_heirs(void);
 /* Without a lock: retire if `process.retires` says so. */
 static inline void retire_if_due(void)
 {
-        uint32_t reason = atomic_load_explicit(&process.retires, memory_order_relaxed);
+        uint32_t reason = load_relaxed(&process.retires);
 
         if (__builtin_expect(reason != 0, 0))
                 retire(reason);

@@ -40,9 +40,9 @@ static inline uint64_t ring_extent(const struct flow *flow, const struct view *v
 /* The ring is empty: start again at its first byte. */
 static inline void ring_restart(struct flow *flow, const struct view *view, uint64_t tail)
 {
-        atomic_store_explicit(&flow->base, tail, memory_order_relaxed);
-        atomic_store_explicit(&view->ring->base, tail, memory_order_relaxed);
-        atomic_store_explicit(&flow->stopped, 0, memory_order_relaxed);
+        store_relaxed(&flow->base, tail);
+        store_relaxed(&view->ring->base, tail);
+        store_relaxed(&flow->stopped, 0);
 }
 
 /* How many of `space` bytes from `tail` on the sender may use. If it may not use the whole ring, it
@@ -50,13 +50,13 @@ static inline void ring_restart(struct flow *flow, const struct view *view, uint
 static inline uint64_t ring_within(struct flow *flow, const struct view *view, uint64_t tail, uint64_t space)
 {
         uint64_t extent = ring_extent(flow, view);
-        uint64_t offset = tail - atomic_load_explicit(&flow->base, memory_order_relaxed);
+        uint64_t offset = tail - load_relaxed(&flow->base);
 
         if (__builtin_expect(extent >= view_size(view), 1))
                 return space;
         if (offset < extent)
                 return space < extent - offset ? space : extent - offset;
-        atomic_store_explicit(&flow->stopped, 1, memory_order_relaxed);
+        store_relaxed(&flow->stopped, 1);
         return 0;
 }
 
@@ -64,12 +64,12 @@ static inline uint64_t ring_within(struct flow *flow, const struct view *view, u
  * invalid. */
 static inline int64_t ring_space(struct flow *flow, const struct view *view, size_t want, uint64_t limit)
 {
-        uint64_t tail = atomic_load_explicit(&flow->edge, memory_order_relaxed);
-        uint64_t used = tail - atomic_load_explicit(&view->ring->head, memory_order_acquire);
+        uint64_t tail = load_relaxed(&flow->edge);
+        uint64_t used = tail - load_acquire(&view->ring->head);
 
         if (__builtin_expect(used > view_size(view), 0))
                 return RING_CORRUPT;
-        if (!used && atomic_load_explicit(&flow->base, memory_order_relaxed) != tail &&
+        if (!used && load_relaxed(&flow->base) != tail &&
             (want <= SMALL_SIZE || ring_extent(flow, view) < view_size(view)))
                 ring_restart(flow, view, tail);
         return used < limit ? (int64_t)ring_within(flow, view, tail, limit - used) : 0;
@@ -79,15 +79,15 @@ static inline int64_t ring_space(struct flow *flow, const struct view *view, siz
 static inline unsigned char *ring_to_put(const struct flow *flow, const struct view *view, uint64_t tail,
                                          size_t *run)
 {
-        return ring_at(view, tail - atomic_load_explicit(&flow->base, memory_order_relaxed), run);
+        return ring_at(view, tail - load_relaxed(&flow->base), run);
 }
 
 /* Stamp an empty ring, before something is published: a thread that waits for several rings reports
  * them in the order of their stamps. */
 static inline void ring_stamp(const struct view *view, uint64_t tail, uint64_t stamp)
 {
-        if (atomic_load_explicit(&view->ring->head, memory_order_relaxed) == tail)
-                atomic_store_explicit(&view->ring->stamp, stamp, memory_order_relaxed);
+        if (load_relaxed(&view->ring->head) == tail)
+                store_relaxed(&view->ring->stamp, stamp);
 }
 
 /* Make bytes up to `tail + size` readable; `stamp`: when they were put. False: a signal handler has
@@ -95,7 +95,7 @@ static inline void ring_stamp(const struct view *view, uint64_t tail, uint64_t s
 static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t tail, size_t size,
                             uint64_t stamp)
 {
-        uint64_t end = (tail - atomic_load_explicit(&flow->base, memory_order_relaxed)) + size;
+        uint64_t end = (tail - load_relaxed(&flow->base)) + size;
 
         if (!atomic_compare_exchange_strong_explicit(&flow->edge, &tail, tail + size, memory_order_relaxed,
                                                      memory_order_relaxed))
@@ -103,19 +103,19 @@ static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t
         if (!view_remote(view))
                 budget_touch(flow, end);
         ring_stamp(view, tail, stamp);
-        if (__builtin_expect(atomic_load_explicit(&flow->clean, memory_order_relaxed) == tail, 1)) {
-                atomic_store_explicit(&flow->clean, tail + size, memory_order_relaxed);
-                atomic_store_explicit(&view->ring->clean, tail + size, memory_order_relaxed);
+        if (__builtin_expect(load_relaxed(&flow->clean) == tail, 1)) {
+                store_relaxed(&flow->clean, tail + size);
+                store_relaxed(&view->ring->clean, tail + size);
         }
-        atomic_store_explicit(&view->ring->tail, tail + size, memory_order_release);
+        store_release(&view->ring->tail, tail + size);
         return true;
 }
 
 /* Bytes that can be taken, or RING_CORRUPT: the sender's index is invalid. */
 static inline int64_t ring_ready(const struct flow *flow, const struct view *view)
 {
-        uint64_t tail = atomic_load_explicit(&view->ring->tail, memory_order_acquire);
-        uint64_t ready = tail - atomic_load_explicit(&flow->edge, memory_order_relaxed);
+        uint64_t tail = load_acquire(&view->ring->tail);
+        uint64_t ready = tail - load_relaxed(&flow->edge);
 
         return __builtin_expect(ready > view_size(view), 0) ? RING_CORRUPT : (int64_t)ready;
 }
@@ -124,7 +124,7 @@ static inline int64_t ring_ready(const struct flow *flow, const struct view *vie
  * one. */
 static inline unsigned char *ring_to_take(const struct view *view, uint64_t head, size_t *run)
 {
-        return ring_at(view, head - atomic_load_explicit(&view->ring->base, memory_order_relaxed), run);
+        return ring_at(view, head - load_relaxed(&view->ring->base), run);
 }
 
 /* Release the space below `head + size`. False: a signal handler has taken bytes meanwhile. */
@@ -133,7 +133,7 @@ static inline bool ring_take(struct flow *flow, const struct view *view, uint64_
         if (!atomic_compare_exchange_strong_explicit(&flow->edge, &head, head + size, memory_order_relaxed,
                                                      memory_order_relaxed))
                 return false;
-        atomic_store_explicit(&view->ring->head, head + size, memory_order_release);
+        store_release(&view->ring->head, head + size);
         return true;
 }
 

@@ -32,7 +32,7 @@ static struct {
 
 uint32_t router_epoch(void)
 {
-        return atomic_load_explicit(&router.epoch, memory_order_relaxed);
+        return load_relaxed(&router.epoch);
 }
 
 bool router_begin(void)

@@ -34,9 +34,8 @@ __attribute__((constructor)) static void make_key(void)
 /* Will free_kept() run at the thread's end, or does the thread end with the process? */
 static bool may_keep(void)
 {
-        return at_thread_end.made
-                   ? real()->pthread_setspecific(at_thread_end.key, kept) == 0
-                   : self() == (uint32_t)atomic_load_explicit(&process.pid, memory_order_relaxed);
+        return at_thread_end.made ? real()->pthread_setspecific(at_thread_end.key, kept) == 0
+                                  : self() == (uint32_t)load_relaxed(&process.pid);
 }
 
 void *scratch_take(enum scratch_use use, size_t size, struct scratch *own)

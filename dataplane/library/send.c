@@ -58,8 +58,8 @@ static long put_behind(struct transfer *t, size_t left)
 {
         struct flow *flow = t->flow;
         const struct view *view = &t->view;
-        uint64_t from = atomic_load_explicit(&flow->reserved, memory_order_relaxed);
-        uint64_t used = from - atomic_load_explicit(&view->ring->head, memory_order_acquire);
+        uint64_t from = load_relaxed(&flow->reserved);
+        uint64_t used = from - load_acquire(&view->ring->head);
         size_t put = 0, wanted;
 
         if (from == RESERVED_WHOLE || used >= ring_limit(view) || t->o->call == CALL_SENDFILE ||
@@ -70,7 +70,7 @@ static long put_behind(struct transfer *t, size_t left)
                 return -EAGAIN;
         wanted = wanted < left ? wanted : left;
         /* First the place, then the bytes: another handler may come in between. */
-        atomic_store_explicit(&flow->reserved, from + wanted, memory_order_relaxed);
+        store_relaxed(&flow->reserved, from + wanted);
         atomic_signal_fence(memory_order_seq_cst);
         while (put < wanted) {
                 size_t run;
@@ -93,19 +93,17 @@ static inline long reserve_piece(struct flow *flow, const struct view *view, siz
         do {
                 int64_t space;
 
-                *tail = atomic_load_explicit(&flow->edge, memory_order_relaxed);
+                *tail = load_relaxed(&flow->edge);
                 space = ring_space(flow, view, left, ring_limit(view));
                 if (space <= 0)
                         return space < 0 ? -EPROTO : 0;
                 wanted = left < (size_t)space ? left : (size_t)space;
                 if (wanted > PIECE)
                         wanted = PIECE;
-                atomic_store_explicit(&flow->reserved, copies ? *tail + wanted : RESERVED_WHOLE,
-                                      memory_order_relaxed);
+                store_relaxed(&flow->reserved, copies ? *tail + wanted : RESERVED_WHOLE);
                 atomic_signal_fence(memory_order_seq_cst);
                 /* A handler that came before the reservation has put its bytes as anybody does. */
-        } while (atomic_load_explicit(&flow->edge, memory_order_relaxed) != *tail &&
-                 (atomic_store_explicit(&flow->reserved, 0, memory_order_relaxed), true));
+        } while (load_relaxed(&flow->edge) != *tail && (store_relaxed(&flow->reserved, 0), true));
         return (long)wanted;
 }
 
@@ -119,8 +117,7 @@ static inline void publish(struct transfer *t, uint64_t tail, size_t put, bool c
          * published next.
          */
         for (;;) {
-                uint64_t last =
-                    copies ? atomic_load_explicit(&flow->reserved, memory_order_relaxed) : tail + put;
+                uint64_t last = copies ? load_relaxed(&flow->reserved) : tail + put;
 
                 if (view_remote(&t->view) && !tail && last)
                         upgrade_start(t->end, &t->view);
@@ -144,7 +141,7 @@ static long put_piece(struct transfer *t, uint64_t stamp, bool *out)
         uint64_t tail;
         long wanted;
 
-        if (atomic_load_explicit(&t->flow->reserved, memory_order_relaxed))
+        if (load_relaxed(&t->flow->reserved))
                 return put_behind(t, left);
         wanted = reserve_piece(t->flow, &t->view, left, copies, &tail);
         if (wanted <= 0)
@@ -157,7 +154,7 @@ static long put_piece(struct transfer *t, uint64_t stamp, bool *out)
 
                 if (got <= 0) {
                         if (!put && got < 0) {
-                                atomic_store_explicit(&t->flow->reserved, 0, memory_order_relaxed);
+                                store_relaxed(&t->flow->reserved, 0);
                                 return t->done ? got : refusal(o, got);
                         }
                         /* What a pipe has now is enough; a file that ends has no more. */
@@ -185,9 +182,9 @@ static inline bool peer_is_gone(struct transfer *t)
 {
         uint32_t stamp = ready_stamp();
 
-        if (!t->event && atomic_load_explicit(&t->flow->checked, memory_order_relaxed) == stamp)
+        if (!t->event && load_relaxed(&t->flow->checked) == stamp)
                 return false;
-        atomic_store_explicit(&t->flow->checked, stamp, memory_order_relaxed);
+        store_relaxed(&t->flow->checked, stamp);
         return ask_kernel(t);
 }
 
@@ -195,7 +192,7 @@ static inline bool peer_is_gone(struct transfer *t)
 static void go_back(struct transfer *t)
 {
         int fd = t->o->fd;
-        bool raw = atomic_load_explicit(&t->view.ring->stop, memory_order_relaxed) == STOP_RAW;
+        bool raw = load_relaxed(&t->view.ring->stop) == STOP_RAW;
 
         /* A receiver that requests it for another reason doesn't know that something bypassed the
          * ring. */
@@ -215,8 +212,7 @@ static inline enum outcome put_now(struct transfer *t, enum taken taken, bool *o
         uint64_t stamp;
         enum raw raw;
 
-        if (__builtin_expect(atomic_load_explicit(&t->view.ring->stop, memory_order_relaxed), 0) ||
-            peer_is_gone(t))
+        if (__builtin_expect(load_relaxed(&t->view.ring->stop), 0) || peer_is_gone(t))
                 return OUTCOME_FALL_BACK;
         if (view_remote(&t->view) && ready_broken(t->end))
                 return OUTCOME_BROKEN;
@@ -228,7 +224,7 @@ static inline enum outcome put_now(struct transfer *t, enum taken taken, bool *o
         t->moved = o->size > t->done ? put_piece(t, stamp, out) : 0;
         if (t->moved > 0)
                 raw_after_put(o->fd, t->end, stamp, (size_t)t->moved);
-        atomic_store_explicit(&t->view.ring->sender_cpu, core(), memory_order_relaxed);
+        store_relaxed(&t->view.ring->sender_cpu, core());
         if (t->moved > 0)
                 return OUTCOME_MOVED;
         return t->moved == -EPROTO ? OUTCOME_CORRUPT : OUTCOME_NOT_NOW;
@@ -266,17 +262,17 @@ static inline enum outcome send_step(struct transfer *t, enum taken taken, bool 
 
         if (__builtin_expect(outcome != OUTCOME_RING, 0))
                 return outcome;
-        if (t->o->by_kernel || atomic_load_explicit(&t->end->shut, memory_order_relaxed) & SHUT_WRITE) {
+        if (t->o->by_kernel || load_relaxed(&t->end->shut) & SHUT_WRITE) {
                 fallback_sender(t->o->fd, t->end, REASON_OPTION);
                 return OUTCOME_AGAIN;
         }
         t->view = end_sends(t->end);
-        atomic_store_explicit(&t->view.ring->busy, 1, memory_order_relaxed);
+        store_relaxed(&t->view.ring->busy, 1);
         /* Pairs with the barrier that a receiver which requests the fallback makes all cores
          * execute. */
         atomic_signal_fence(memory_order_seq_cst);
         outcome = put_now(t, taken, out);
-        atomic_store_explicit(&t->view.ring->busy, 0, memory_order_release);
+        store_release(&t->view.ring->busy, 0);
         if (__builtin_expect(outcome == OUTCOME_MOVED, 1))
                 return outcome;
         if (outcome != OUTCOME_NOT_NOW)

@@ -74,12 +74,11 @@ void signals_prepare(struct signals *signals)
         int saved = *__errno_location();
 
         check_descriptor();
-        if (atomic_load_explicit(&known, memory_order_relaxed) != atomic_load(&changes))
+        if (load_relaxed(&known) != atomic_load(&changes))
                 read_handlers();
         *__errno_location() = saved;
-        fail = atomic_load_explicit(&failing, memory_order_relaxed);
-        signals->mixed =
-            fail && atomic_load_explicit(&restarting, memory_order_relaxed) && atomic_load(&signal_fd);
+        fail = load_relaxed(&failing);
+        signals->mixed = fail && load_relaxed(&restarting) && atomic_load(&signal_fd);
         if (!signals->mixed)
                 return;
         sys_4(SYS_rt_sigprocmask, SIG_BLOCK, 0, &current, SET_SIZE);

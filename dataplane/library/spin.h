@@ -13,9 +13,9 @@
 #ifndef FREEFLOW_SPIN_H
 #define FREEFLOW_SPIN_H
 
+#include "atomics.h"
 #include "settings.h"
 
-#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -39,8 +39,8 @@ struct spinner {
         _Atomic uint32_t started;
 };
 
-#define SPIN_GET(field) atomic_load_explicit(&spinner->field, memory_order_relaxed)
-#define SPIN_SET(field, value) atomic_store_explicit(&spinner->field, (value), memory_order_relaxed)
+#define SPIN_GET(field) load_relaxed(&spinner->field)
+#define SPIN_SET(field, value) store_relaxed(&spinner->field, (value))
 
 static inline uint64_t spin_usual(struct spinner *spinner)
 {

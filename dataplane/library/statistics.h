@@ -3,7 +3,8 @@
 #ifndef FREEFLOW_STATISTICS_H
 #define FREEFLOW_STATISTICS_H
 
-#include <stdatomic.h>
+#include "atomics.h"
+
 #include <stdint.h>
 
 enum { REASONS = 17 };
@@ -34,8 +35,7 @@ extern struct statistics statistics;
 static inline void statistics_add(_Atomic uint64_t *counter, uint64_t more)
 {
         /* Not a locked instruction: of two counts at the same moment one may be lost. */
-        atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + more,
-                              memory_order_relaxed);
+        store_relaxed(counter, load_relaxed(counter) + more);
 }
 
 static inline void statistics_count(_Atomic uint64_t *counter)

@@ -61,7 +61,7 @@ bool operation_is_splice(const struct operation *o)
 
 bool transfer_may_wait(const struct transfer *t)
 {
-        if (atomic_load_explicit(&t->end->nonblocking, memory_order_relaxed))
+        if (load_relaxed(&t->end->nonblocking))
                 return false;
         /* SPLICE_F_NONBLOCK is about the pipe. */
         return operation_is_splice(t->o) || !(t->o->flags & MSG_DONTWAIT);
@@ -71,13 +71,13 @@ uint32_t transfer_move(struct transfer *t, enum taken taken)
 {
         struct end *end = t->end;
 
-        if (taken != LOCK_TAKEN || atomic_load_explicit(&end->stage, memory_order_relaxed) != STAGE_ATTACHED)
+        if (taken != LOCK_TAKEN || load_relaxed(&end->stage) != STAGE_ATTACHED)
                 return PHASE_TCP;
         if (t->flow == &end->rx)
                 upgrade_receiver(end);
         else
                 upgrade_sender(t->o->fd, end);
-        return atomic_load_explicit(&t->flow->phase, memory_order_relaxed);
+        return load_relaxed(&t->flow->phase);
 }
 
 bool transfer_reenters(struct transfer *t)
@@ -155,8 +155,7 @@ static void rest_of_buffers(struct transfer *t, size_t most, bool sending)
                 moved = sending ? real()->sendmsg(o->fd, &message, flags)
                                 : real()->recvmsg(o->fd, &message, flags);
                 if (moved < 0 && !sending && *__errno_location() != EAGAIN && *__errno_location() != EINTR)
-                        atomic_store_explicit(&t->end->error, (uint32_t)*__errno_location(),
-                                              memory_order_relaxed);
+                        store_relaxed(&t->end->error, (uint32_t)*__errno_location());
                 if (moved <= 0)
                         break;
                 t->done += (size_t)moved;
@@ -216,13 +215,13 @@ long pipe_now(long call, int fd, short events, void *place, size_t size)
 {
         struct iovec vec = {place, size};
 
-        if (!atomic_load_explicit(&pipes_wait, memory_order_relaxed)) {
+        if (!load_relaxed(&pipes_wait)) {
                 long got =
                     sys_6(call == SYS_read ? SYS_preadv2 : SYS_pwritev2, fd, &vec, 1, -1, -1, RWF_NOWAIT);
 
                 if (got >= 0 || got == -EAGAIN || got == -EPIPE || got == -EINTR || got == -EBADF)
                         return got;
-                atomic_store_explicit(&pipes_wait, true, memory_order_relaxed);
+                store_relaxed(&pipes_wait, true);
         }
         if (!sys_poll(fd, events))
                 return -EAGAIN;

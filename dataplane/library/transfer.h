@@ -133,7 +133,7 @@ static inline enum outcome transfer_enter(struct transfer *t, enum taken taken)
 {
         if (!end_is(t->end, t->key))
                 return OUTCOME_GONE;
-        t->phase = atomic_load_explicit(&t->flow->phase, memory_order_relaxed);
+        t->phase = load_relaxed(&t->flow->phase);
         if (__builtin_expect(t->phase == PHASE_TCP, 0))
                 t->phase = transfer_move(t, taken);
         if (t->phase == PHASE_TCP) {

@@ -12,8 +12,7 @@ void upgrade_receiver(struct end *end)
 {
         struct view view = end_receives(end);
 
-        if (atomic_load_explicit(&end->rx.kernel, memory_order_acquire) || end_held_elsewhere(end) ||
-            ready_broken(end))
+        if (load_acquire(&end->rx.kernel) || end_held_elsewhere(end) || ready_broken(end))
                 return;
         /* Pairs with poll_wait.c: either it sees the phase, or we see its call in `kernel`. */
         if (!flow_become(&end->rx, PHASE_READY))
@@ -25,7 +24,7 @@ void upgrade_receiver(struct end *end)
                 poller_sender_changed(end);
                 return;
         }
-        atomic_store_explicit(&view.ring->ready, 1, memory_order_release);
+        store_release(&view.ring->ready, 1);
         if (view_remote(&view))
                 wake(&view.ring->senders, end);
         statistics_count(&statistics.receivers);
@@ -34,7 +33,7 @@ void upgrade_receiver(struct end *end)
 void upgrade_sender(int fd, struct end *end)
 {
         struct view view = end_sends(end);
-        uint32_t stop = atomic_load_explicit(&view.ring->stop, memory_order_relaxed);
+        uint32_t stop = load_relaxed(&view.ring->stop);
 
         if (stop) {
                 /* The ring ends before it has begun: its reader doesn't wait for it any more. */
@@ -43,9 +42,8 @@ void upgrade_sender(int fd, struct end *end)
                 fallback_end_ring(end);
                 return;
         }
-        if (atomic_load_explicit(&end->tx.kernel, memory_order_acquire) || end_held_elsewhere(end) ||
-            !atomic_load_explicit(&view.ring->ready, memory_order_acquire) ||
-            atomic_load_explicit(&end->shut, memory_order_relaxed) & SHUT_WRITE || ready_broken(end))
+        if (load_acquire(&end->tx.kernel) || end_held_elsewhere(end) || !load_acquire(&view.ring->ready) ||
+            load_relaxed(&end->shut) & SHUT_WRITE || ready_broken(end))
                 return;
         if (!raw_begin(fd, end)) {
                 /* Bytes have bypassed the library since the counters were compared. */
@@ -64,5 +62,5 @@ void upgrade_sender(int fd, struct end *end)
 
 void upgrade_start(struct end *end, const struct view *view)
 {
-        atomic_store_explicit(&view->ring->start, atomic_load(&end->tx.position) + 1, memory_order_release);
+        store_release(&view->ring->start, atomic_load(&end->tx.position) + 1);
 }

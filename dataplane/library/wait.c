@@ -36,13 +36,12 @@ struct wait {
 static int is_there(struct end *end, enum want want, const uint64_t *beyond)
 {
         if (want == WANT_BYTES && beyond)
-                return atomic_load_explicit(&end_receives(end).ring->tail, memory_order_acquire) != *beyond ||
-                       ready_end(end) || ready_broken(end);
+                return load_acquire(&end_receives(end).ring->tail) != *beyond || ready_end(end) ||
+                       ready_broken(end);
         if (want == WANT_BYTES)
-                return ready_bytes(end) ||
-                       (atomic_load_explicit(&end->low, memory_order_relaxed) && ready_end(end));
+                return ready_bytes(end) || (load_relaxed(&end->low) && ready_end(end));
         /* Without a ring, TCP says whether there is room. */
-        return atomic_load_explicit(&end->tx.phase, memory_order_relaxed) != PHASE_RING || ready_space(end);
+        return load_relaxed(&end->tx.phase) != PHASE_RING || ready_space(end);
 }
 
 static int are_bytes_there(void *end)
@@ -59,9 +58,8 @@ static int is_space_there(void *end)
 static bool peer_is_on_another_core(const struct end *end, enum want want)
 {
         struct view view = want == WANT_BYTES ? end_receives(end) : end_sends(end);
-        uint32_t peer = want == WANT_BYTES
-                            ? atomic_load_explicit(&view.ring->sender_cpu, memory_order_relaxed)
-                            : atomic_load_explicit(&view.ring->receiver_cpu, memory_order_relaxed);
+        uint32_t peer = want == WANT_BYTES ? load_relaxed(&view.ring->sender_cpu)
+                                           : load_relaxed(&view.ring->receiver_cpu);
 
         return peer && peer != core();
 }
@@ -88,8 +86,8 @@ static void prepare(struct wait *w, uint64_t deadline)
 {
         bool bytes = w->want == WANT_BYTES;
 
-        w->arena = atomic_load_explicit(&w->end->arena, memory_order_relaxed);
-        w->side = atomic_load_explicit(&w->end->side, memory_order_relaxed);
+        w->arena = load_relaxed(&w->end->arena);
+        w->side = load_relaxed(&w->end->side);
         w->waiters = bytes ? &end_receives(w->end).ring->receivers : &end_sends(w->end).ring->senders;
         w->without = false;
         w->polled[ON_TCP] =
@@ -173,7 +171,7 @@ int wait_for(int fd, struct end *end, uint64_t key, enum want want, const uint64
              uint64_t *deadline, bool *tcp_event)
 {
         struct flow *flow = want == WANT_BYTES ? &end->rx : &end->tx;
-        uint32_t timeout = atomic_load_explicit(&flow->timeout, memory_order_relaxed);
+        uint32_t timeout = load_relaxed(&flow->timeout);
         struct wait w;
         int outcome, saved = *__errno_location();
 
