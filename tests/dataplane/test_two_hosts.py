@@ -20,10 +20,11 @@ from typing import Any, Final
 
 import pytest
 
-from dataplane.control import ConnectionFact, RouterSettings
+from dataplane.control import ConnectionFact, RelayRule, RouterSettings
 from testbed.patience import patience, within
 from tests.dataplane.places import LIBRARY, compile_c, counts_of
-from tests.dataplane.two_hosts import HostBed, cut, two_hosts
+from tests.dataplane.two_hosts import HostBed, blackhole, cut, two_hosts
+from tests.unit.swarm_ca import Authority
 
 HERE: Final = Path(__file__).parent
 TOP: Final = HERE.parents[1]
@@ -41,6 +42,8 @@ RETURN: Final = 10 * PAUSE
 """Seconds in which it moves again, also if the first request was refused."""
 REFUSED: Final = 20.0
 """Seconds in which a request for a host without a router is refused."""
+STAYS: Final = RouterSettings(relay_rule=RelayRule(bulk_rate=1 << 40, batch=0))
+"""Streams stay on the relay, whatever they carry."""
 Hosts = tuple[HostBed, HostBed]
 
 pytestmark = pytest.mark.skipif(
@@ -243,6 +246,64 @@ def test_without_a_session(hosts: Hosts) -> None:
         until(partial(has_session, host, True))
     with streams(hosts, 1, 1) as made:
         assert made.ends() == ["whole"] * 2
+
+
+def ups(host: HostBed, what: str) -> int:
+    """How many sessions or links a host's router has had."""
+    return host.log().count(f"{what} up")
+
+
+def has_had_sessions(host: HostBed, count: int) -> bool:
+    return ups(host, "session") >= count
+
+
+@pytest.mark.parametrize("path", ["rdma", "relay"])
+def test_certificates_renewed_under_load(path: str) -> None:
+    """New certificates replace the session; the link, and streams over it, go on."""
+    with two_hosts(
+        library=LIBRARY, relay=RELAY, path=path, authority=Authority(), settings=STAYS
+    ) as made:
+        with streams(made, 2, 4) as running:
+            links = [ups(host, "link") for host in made]
+            for number, host in enumerate(made, 2):
+                host.renew()
+                for each in made:
+                    until(partial(has_had_sessions, each, number), 20)
+                    until(partial(has_session, each, True))
+                    assert on_path(each) == 4
+            assert [ups(host, "link") for host in made] == links
+            assert running.ends() == ["whole"] * 8
+        assert [host.counts().broken for host in made] == [0, 0]
+        moves_again(made)
+
+
+@pytest.mark.parametrize("ways", [(0,), (1,), (0, 1)], ids=["there", "back", "both"])
+def test_a_blackholed_peer(ways: tuple[int, ...]) -> None:
+    """If packets to or from the other host are lost without a word, streams stall; a link that is
+    lost for it is made again afterwards, and no byte is lost. A short time of it costs no link.
+    """
+    with two_hosts(library=LIBRARY, relay=RELAY, path="relay", settings=STAYS) as made:
+        with streams(made, 2, 4) as running:
+            for seconds in (1, 60):
+                before = [downs(host) for host in made]
+                for way in ways:
+                    blackhole(made[way], made[1 - way])
+                lost = time.monotonic()
+                while time.monotonic() - lost < seconds:
+                    time.sleep(0.05)
+                    if [downs(host) for host in made] != before:
+                        break
+                for way in ways:
+                    blackhole(made[way], made[1 - way], ends=True)
+                if seconds == 1:
+                    assert [downs(host) for host in made] == before
+                else:
+                    assert 4 < time.monotonic() - lost < patience(15)
+                for host in made:
+                    host.wait_linked()
+            assert running.ends() == ["whole"] * 8
+        assert [host.counts().broken for host in made] == [0, 0]
+        moves_again(made)
 
 
 @pytest.mark.parametrize("with_device", [0, 1])

@@ -61,6 +61,8 @@ class HostBed(NamespaceBed):
     """Whether it has a certificate of a Swarm, in `swarm`."""
     everywhere: dict[str, str] = field(default_factory=dict)
     """The containers of both hosts, with their addresses."""
+    authority: Authority | None = None
+    """Of the certificates; None: the hosts have a secret instead."""
 
     @property
     def address(self) -> str:
@@ -110,6 +112,12 @@ class HostBed(NamespaceBed):
         shutil.copy(version.library, fresh)
         fresh.replace(self.shared / LIBRARY)
         self.start_router()
+
+    def renew(self) -> None:
+        """Give the host a new certificate."""
+        assert self.authority is not None
+        made = self.authority.node(f"node{self.number}")
+        write(self.swarm, self.authority.root, made)
 
     def counts(self) -> RdmaFacts | RelayFacts:
         """What the router counts about the path."""
@@ -184,11 +192,17 @@ def cut(host: HostBed, *, up: bool = False) -> None:
 
 def _install(hosts: Sequence[HostBed], versions: Sequence[Version]) -> None:
     """Give each host a version, and a certificate of one Swarm."""
-    authority = Authority()
     for host, version in zip(hosts, versions, strict=True):
-        host.version, host.relay, host.certified = version, version.relay, True
+        host.version, host.relay = version, version.relay
         shutil.copy(version.library, host.shared / LIBRARY)
-        write(host.swarm, authority.root, authority.node(f"node{host.number}"))
+    _certify(hosts, Authority())
+
+
+def _certify(hosts: Sequence[HostBed], authority: Authority) -> None:
+    """Give each host a certificate of one Swarm."""
+    for host in hosts:
+        host.authority, host.certified = authority, True
+        host.renew()
 
 
 def _remove(host: HostBed) -> None:
@@ -201,6 +215,23 @@ def _remove(host: HostBed) -> None:
     for container in host.containers.values():
         os.close(container.namespace)
     os.close(host.namespace)
+
+
+def blackhole(host: HostBed, other: HostBed, *, ends: bool = False) -> None:
+    """Have the network lose all packets from one host to the other, without a word, or not any
+    more: they go to an Ethernet address that nobody has.
+    """
+
+    def change() -> None:
+        with IPRoute() as route:
+            index = route.link_lookup(ifname="cable")[0]
+            if ends:
+                route.neigh("del", dst=other.address, ifindex=index)
+            else:
+                nobody = {"lladdr": "02:00:00:00:00:99", "state": "permanent"}
+                route.neigh("replace", dst=other.address, ifindex=index, **nobody)
+
+    in_netns(host.namespace, change)
 
 
 @contextlib.contextmanager
@@ -216,6 +247,7 @@ def two_hosts(
     ruled: bool = False,
     devices: tuple[bool, bool] | None = None,
     versions: tuple[Version, Version] | None = None,
+    authority: Authority | None = None,
 ) -> Iterator[tuple[HostBed, HostBed]]:
     """Two hosts with containers of these names. The link between the relays is up.
 
@@ -225,7 +257,7 @@ def two_hosts(
     """
     folder = Path(tempfile.mkdtemp(prefix="freeflow-hosts-"))
     folder.chmod(0o755)
-    key = KEY if versions is None else ""
+    key = KEY if versions is None and authority is None else ""
     wanted = replace(settings or RouterSettings(), session_key=key)
     made: list[HostBed] = []
     bridge = new_namespace()
@@ -247,6 +279,8 @@ def two_hosts(
             made.append(host)
         if versions is not None:
             _install(made, versions)
+        if authority is not None:
+            _certify(made, authority)
         every = {name: box for host in made for name, box in host.containers.items()}
         connect(list(every.values()), bridge)
         _join(*made)
