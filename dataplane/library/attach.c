@@ -166,6 +166,8 @@ static void judge(int fd, struct end *end)
         }
         if (verdict == EXACT) {
                 keep_begin(fd, end);
+                /* How long it waited for this stay in a ring says nothing about the next. */
+                atomic_store(&end->due, 0);
                 /* A signal handler may have refused it meanwhile. */
                 if (!stage_become(end, STAGE_GRANTED, STAGE_ATTACHED))
                         keep_end(fd, end);
@@ -193,7 +195,7 @@ static void request(int fd, struct end *end, uint64_t bytes, uint32_t operations
                 end_forget_dead(end);
         if (!settings.welcomed)
                 request_poll(end);
-        if (settings.enabled && is_worth_it(end, bytes) && !end_held_elsewhere(end) && backoff_is_over(end)) {
+        if (settings.enabled && backoff_is_over(end) && is_worth_it(end, bytes) && !end_held_elsewhere(end)) {
                 request_upgrade(end, fd);
                 store_relaxed(&end->requested_at, now());
         }

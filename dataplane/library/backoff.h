@@ -1,9 +1,11 @@
-/* How long an end that has left its ring waits before it tries again.
+/* How long an end that has left its ring, or whose request was refused for now, waits before it
+ * tries again.
  *
- * Such a connection lives long, so a few seconds on TCP cost it little. What brought it back there
- * (a router that restarts, a lost link, a path that isn't worth it) is seldom over at once, and
- * each try costs the router a request. So the pause doubles. All connections of a lost path leave
- * it at the same moment; the ends' numbers spread their next requests over the length of the pause.
+ * Such a connection lives long, so a few seconds on TCP cost it little. What keeps it there (a
+ * router that restarts, a lost link, a path that isn't worth it, a limit) is seldom over at once,
+ * and each try costs the router a request. So the pause doubles. All connections of a lost path
+ * leave it at the same moment; the ends' numbers spread their next requests over the length of the
+ * pause.
  */
 #ifndef FREEFLOW_BACKOFF_H
 #define FREEFLOW_BACKOFF_H
@@ -24,7 +26,7 @@ static inline void backoff_set(struct end *end, uint64_t ms)
         store_relaxed(&end->due, now() + (process.restless ? 1 : ms) * UINT64_C(1000000));
 }
 
-/* The end has just left its ring, or a request that it sent again was refused for now. */
+/* The end has just left its ring, or its request was refused for now. */
 static inline void backoff_begin(struct end *end)
 {
         uint32_t setbacks = atomic_fetch_add_explicit(&end->setbacks, 1, memory_order_relaxed);

@@ -129,7 +129,7 @@ struct refuse {
         uint32_t connection;
         uint64_t cookie;
         uint32_t reason;
-        uint32_t unused;
+        uint32_t passes; /* 1: the reason may be gone later, so it is worth another request */
 };
 
 struct bell {

@@ -135,19 +135,20 @@ static void granted(const struct grant *grant, int memfd, int *receiving)
                 router_send_release(grant->arena, grant->token, grant->slot, grant->incarnation);
 }
 
-/* A connection that was in a ring before will be there again: what it lacks, a router that has just
- * started may lack too. */
-static bool is_for_now(const struct end *end, uint32_t reason)
+/* The router says so. A connection that was in a ring before will be there again: what it lacks, a
+ * router that has just started may lack too. */
+static bool is_for_now(const struct end *end, const struct refuse *refuse)
 {
-        return atomic_load(&end->setbacks) &&
-               (reason == REASON_REMOTE || reason == REASON_LIMIT || reason == REASON_MEMORY);
+        return refuse->passes || (atomic_load(&end->setbacks) &&
+                                  (refuse->reason == REASON_REMOTE || refuse->reason == REASON_LIMIT ||
+                                   refuse->reason == REASON_MEMORY));
 }
 
 static void refused(const struct refuse *refuse)
 {
         struct end *end = answered_end(refuse->connection, refuse->cookie);
 
-        if (end && is_for_now(end, refuse->reason)) {
+        if (end && is_for_now(end, refuse)) {
                 backoff_begin(end);
                 stage_become(end, STAGE_ANSWERING, STAGE_CANDIDATE);
                 statistics_count(&statistics.refused);

@@ -191,11 +191,12 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
 
 @codec.message(MessageKind.REFUSE)
 class Refuse(msgspec.Struct, frozen=True, gc=False):
-    """The connection stays on TCP."""
+    """The connection stays on TCP. `passes`: the reason may be gone later."""
 
     connection: U32
     cookie: U64
-    reason: _Last
+    reason: U32
+    passes: _Bool = False
 
 
 @codec.message(MessageKind.BELL)

@@ -36,7 +36,7 @@ from dataplane.router.library_wire import (
     Welcome,
 )
 from dataplane.router.pair_requests import PairRequest
-from dataplane.router.reasons import STATUS_ONLY, Reason
+from dataplane.router.reasons import STATUS_ONLY, Reason, told
 from dataplane.router.registry import ProcessRecord, Registry
 from dataplane.router.remote_pairing import RELAY, RemotePairing
 from dataplane.router.request_table import RequestTable
@@ -367,9 +367,11 @@ class Pairing:
         if waiting is not None:
             self.requests.remove(waiting)
         self.counts.noted[message.reason] += 1
+        known, _ = container.notes.get(message.cookie, (Reason.NONE, 0.0))
         if message.reason == Reason.NONE:
             container.notes.pop(message.cookie, None)
-        else:
+        elif message.reason != told(Reason(known)):
+            # Otherwise it repeats what it was told, and the note says more.
             self._registry.note(process, message.cookie, message.reason)
 
     # --- time

@@ -59,6 +59,25 @@ class Reason(IntEnum):
         return _SENTENCES[self]
 
 
+PASSING: Final = frozenset(
+    {
+        Reason.REMOTE,
+        Reason.LIMIT,
+        Reason.MEMORY,
+        Reason.NO_RDMA,
+        Reason.PEER_NO_RDMA,
+        Reason.NO_SESSION,
+        Reason.NO_LINK,
+    }
+)
+"""Reasons of refusals that may be gone later: the library requests again after a while."""
+
+
+def told(reason: Reason) -> Reason:
+    """What a library is told for a reason: it knows fewer."""
+    return reason if reason < STATUS_ONLY else Reason.REMOTE
+
+
 _SENTENCES: Final = {
     Reason.NONE: "no reason was given",
     Reason.OFF: "acceleration is off for the network or the container",

@@ -16,7 +16,7 @@ from dataplane.router.knowledge import Knowledge
 from dataplane.router.library_wire import Refuse, Request, Welcome
 from dataplane.router.limits import Bucket
 from dataplane.router.pair_requests import PairRequest
-from dataplane.router.reasons import STATUS_ONLY, Reason
+from dataplane.router.reasons import PASSING, Reason, told
 from dataplane.router.remote_pairing import NoRemotePairing, RemotePairing
 from dataplane.router.seams import Outbox
 
@@ -132,8 +132,10 @@ class Registry:
         """Tell a process that a connection stays on TCP, and note why."""
         self.counts.refused[reason] += 1
         self.note(self.processes[process_id], request.cookie, reason)
-        told = reason if reason < STATUS_ONLY else Reason.REMOTE
-        self.outbox.send(process_id, Refuse(request.connection, request.cookie, told))
+        passes = reason in PASSING
+        self.outbox.send(
+            process_id, Refuse(request.connection, request.cookie, told(reason), passes)
+        )
 
     def note(self, process: ProcessRecord, cookie: int, reason: int) -> None:
         """Remember why a connection is on TCP."""

@@ -1,5 +1,5 @@
 """A request that the router doesn't answer for a long time costs next to nothing, and its late
-answer is still heard.
+answer is still heard. One that is refused for now is sent again.
 """
 
 from __future__ import annotations
@@ -45,8 +45,14 @@ print("done", flush=True)
 PAUSE = 0.02
 
 
-def serve(listener: socket.socket, requests: list[wire.Request], answer: threading.Event) -> None:
-    """A router that answers requests only when it is told to."""
+def serve(
+    listener: socket.socket,
+    requests: list[wire.Request],
+    answer: threading.Event,
+    *,
+    passing: int = 0,
+) -> None:
+    """A router that refuses requests only when it is told to. So many refusals are for now."""
     connection, _ = listener.accept()
     with connection:
         while data := connection.recv(1000):
@@ -66,30 +72,42 @@ def serve(listener: socket.socket, requests: list[wire.Request], answer: threadi
                 if len(requests) == 2:
                     break
         answer.wait(patience(60))
-        for request in requests:
-            refuse = wire.Refuse(request.connection, request.cookie, Reason.REMOTE)
-            connection.send(wire.pack(refuse))
-        while connection.recv(1000):
-            pass
+
+        def refuse(request: wire.Request, number: int) -> None:
+            reason, passes = Reason.FOREIGN, number < passing
+            reply = wire.Refuse(request.connection, request.cookie, reason, passes)
+            connection.send(wire.pack(reply))
+
+        for number, request in enumerate(requests):
+            refuse(request, number)
+        while data := connection.recv(1000):
+            message = wire.unpack(data)
+            if isinstance(message, wire.Request):
+                refuse(message, len(requests))
+                requests.append(message)
 
 
-def test_a_request_that_waits(tmp_path: Path) -> None:
-    """Both ends wait through forty thousand reads and as many writes, and look for an answer fifty
-    times a second; then they hear it.
-    """
+def play(folder: Path, passing: int = 0, **more: str) -> tuple[list[wire.Request], float]:
+    """Run the program. The requests that the router has got, and the seconds of its turns."""
     requests: list[wire.Request] = []
     answer = threading.Event()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(str(tmp_path / "router.sock"))
+        listener.bind(str(folder / "router.sock"))
         listener.listen()
-        thread = threading.Thread(target=serve, args=(listener, requests, answer), daemon=True)
+        thread = threading.Thread(
+            target=serve,
+            args=(listener, requests, answer),
+            kwargs={"passing": passing},
+            daemon=True,
+        )
         thread.start()
         environment = {
             **os.environ,
             "LD_PRELOAD": str(LIBRARY),
             "FREEFLOW_LOOPBACK": "1",
-            "FREEFLOW_ROUTER": str(tmp_path / "router.sock"),
-            "FREEFLOW_STATS": str(tmp_path / "statistics"),
+            "FREEFLOW_ROUTER": str(folder / "router.sock"),
+            "FREEFLOW_STATS": str(folder / "statistics"),
+            **more,
         }
         with subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
@@ -104,8 +122,32 @@ def test_a_request_that_waits(tmp_path: Path) -> None:
             said, _ = program.communicate("\n", timeout=patience(30))
         assert said == "done\n"
         thread.join(patience(10))
+    return requests, seconds
+
+
+def test_a_request_that_waits(tmp_path: Path) -> None:
+    """Both ends wait through forty thousand reads and as many writes, and look for an answer fifty
+    times a second; then they hear it.
+    """
+    requests, seconds = play(tmp_path)
     counts = counts_of(tmp_path / "statistics")
     assert counts["asked"] == len(requests) == 2
     assert counts["refused"] == 2
     # Of the first hundreds of operations, each eighth looks.
     assert counts["polls"] <= 100 + (seconds + 4) / PAUSE
+
+
+def test_a_request_that_is_refused_for_now(tmp_path: Path) -> None:
+    """An end whose request was refused for now requests again, until it is refused for good."""
+    # FREEFLOW_RESTLESS: after a millisecond instead of seconds.
+    requests, _ = play(tmp_path, passing=4, FREEFLOW_RESTLESS="1")
+    assert len(requests) == 6
+    assert len({request.cookie for request in requests}) == 2
+    counts = counts_of(tmp_path / "statistics")
+    assert counts["asked"] == counts["refused"] == 6
+
+
+def test_no_request_before_the_pause(tmp_path: Path) -> None:
+    """An end whose request was refused for now doesn't request again within seconds."""
+    requests, _ = play(tmp_path, passing=2)
+    assert len(requests) == 2

@@ -248,6 +248,25 @@ def test_without_a_session(hosts: Hosts) -> None:
         assert made.ends() == ["whole"] * 2
 
 
+def has_refused(host: HostBed, reason: str, least: int) -> bool:
+    return host.router.statistics().refused.get(reason, 0) >= least
+
+
+def test_connections_that_were_refused(hosts: Hosts) -> None:
+    """Connections that were refused for want of a session move when there is one again."""
+    cut(hosts[0])
+    for host in hosts:
+        until(partial(has_session, host, False))
+    made = Streams(hosts, 1, 2)
+    for host in hosts:
+        until(partial(has_refused, host, "no-session", 2), REFUSED)
+    cut(hosts[0], up=True)
+    for host in hosts:
+        until(partial(is_on_path, host, 2), RETURN)
+    assert made.ends() == ["whole"] * 4
+    nothing_left(hosts)
+
+
 def ups(host: HostBed, what: str) -> int:
     """How many sessions or links a host's router has had."""
     return host.log().count(f"{what} up")

@@ -372,6 +372,38 @@ def test_refused(world: World, local: str, remote: str, reason: Reason) -> None:
     assert not world.pairing.processes[process].waiting
 
 
+def passes(world: World, process: int) -> list[tuple[int, bool]]:
+    """The refusals of a process, and whether it is told that the reason may be gone later."""
+    return [(refuse.reason, refuse.passes) for refuse, _ in world.heard(process, wire.Refuse)]
+
+
+def test_refusals_that_pass() -> None:
+    """A process is told which reasons may be gone later, and which hold for good."""
+    world = World(Limits(waiting=1))
+    a = world.process(1)
+    world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
+    world.open_and_ask(a, "10.0.4.1:5001", "10.0.4.2:80")
+    world.open_and_ask(a, "10.0.4.1:5002", "10.0.4.66:80")
+    world.open_and_ask(a, "10.0.4.1:5003", "8.8.8.8:80")
+    assert passes(world, a) == [
+        (Reason.LIMIT, True),
+        (Reason.REMOTE, True),
+        (Reason.FOREIGN, False),
+    ]
+
+
+def test_a_note_that_repeats_the_refusal(world: World) -> None:
+    """A library that notes what it was told does not replace what the router knows better."""
+    a = world.process(1)
+    cookie = world.open_and_ask(a, "10.0.4.1:5000", f"{VIP}:80")
+    notes = world.pairing.containers[1].notes
+    assert notes[cookie][0] == Reason.UNTRACKED
+    world.pairing.note(a, wire.Note(Reason.REMOTE, cookie))
+    assert notes[cookie][0] == Reason.UNTRACKED
+    world.pairing.note(a, wire.Note(Reason.OPTION, cookie))
+    assert notes[cookie][0] == Reason.OPTION
+
+
 def test_refused_when_off(world: World) -> None:
     """On a network without acceleration every request is refused, also those that wait."""
     a = world.process(1)

@@ -49,8 +49,8 @@ EXAMPLES: Final[list[tuple[wire.Message, str]]] = [
         f".incarnation = {K64}u, .token = 99, .side = 1, .slot = 63}}",
     ),
     (
-        wire.Refuse(N32, N64, 4),
-        f"struct refuse m = {{.message = {{REFUSE, sizeof m}}, .connection = {N32}, .cookie = {N64}u, .reason = 4}}",
+        wire.Refuse(N32, N64, 4, True),
+        f"struct refuse m = {{.message = {{REFUSE, sizeof m}}, .connection = {N32}, .cookie = {N64}u, .reason = 4, .passes = 1}}",
     ),
     (
         wire.Bell(N32, N64, M64, 1),
