@@ -1,7 +1,8 @@
 """The control socket: connections of the driver, and of the command through the plugin.
 
 A request and its reply are a line of JSON each, see `dataplane/control.py`. Long lists are made in
-steps, one per round of the loop, so that clients don't wait for them.
+steps between the rounds of the loop, so that clients don't wait for them. They have a share of the
+loop's time: a round in which clients keep the router busy may be long.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ Steps = Iterator[control.ControlReply | None]
 _LONGEST_LINE: Final = 64 << 20
 _CHUNK: Final = 1 << 18
 _BACKLOG: Final = 16
+SHARE: Final = 0.25
+"""Time for lists, as a part of that since the last steps,"""
+MOST: Final = 0.02
+"""and seconds of it at most. One step of each list is always made."""
 _SEND: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _PEERCRED: Final = struct.Struct("=3i")
 
@@ -57,6 +62,7 @@ class ControlSocket:
         self._loop = loop
         self._answer = answer
         self._connections: dict[int, ControlConnection] = {}
+        self._worked = loop.now()
         self._listener = BoundSocket(path, socket.SOCK_STREAM, 0o600, _BACKLOG)
         loop.watch(self._listener.socket.fileno(), select.EPOLLIN, lambda _: self._accept())
 
@@ -73,7 +79,16 @@ class ControlSocket:
         return any(connection.steps is not None for connection in self._connections.values())
 
     def work(self) -> None:
-        """Make one step of each list."""
+        """Make steps of each list."""
+        began = self._loop.now()
+        until = began + min(MOST, SHARE * (began - self._worked))
+        while self.is_busy:
+            self._step_all()
+            if self._loop.now() >= until:
+                break
+        self._worked = self._loop.now()
+
+    def _step_all(self) -> None:
         for connection in list(self._connections.values()):
             if connection.steps is None:
                 continue

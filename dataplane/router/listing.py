@@ -6,8 +6,9 @@ ends were granted a slot, but not when each direction switches to it.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from dataplane.control import (
@@ -34,6 +35,8 @@ from dataplane.router.verbs_listing import counts as counts_of_verbs
 
 OVERLAY: Final = "overlay"
 SHM: Final = "shm"
+TOGETHER: Final = 32
+"""Namespaces that are entered at once."""
 
 
 def connections(
@@ -41,14 +44,14 @@ def connections(
 ) -> Iterator[Connections | None]:
     """The list, as the last item; a None after each step, where the caller may do other work."""
     entries: list[ConnectionFact] = []
-    for namespace in list(pairing.knowledge.sandboxes) if only is None else [only]:
-        for tcp in _sockets(namespaces, namespace):
-            if tcp is None:
-                yield None
-                continue
-            entry = _entry(pairing, namespace, tcp, clock())
-            if entry is not None:
-                entries.append(entry)
+    wanted = list(pairing.knowledge.sandboxes) if only is None else [only]
+    for found in _sockets(namespaces, wanted):
+        if found is None:
+            yield None
+            continue
+        entry = _entry(pairing, *found, clock())
+        if entry is not None:
+            entries.append(entry)
     words = {entry.reason for entry in entries}
     sentences = {reason.word: reason.sentence for reason in Reason if reason.word in words}
     yield Connections(connections=tuple(entries), reasons=sentences)
@@ -57,16 +60,16 @@ def connections(
 def paths(pairing: Pairing, namespaces: Namespaces) -> Iterator[PathCounts | None]:
     """The counts, as the last item; a None after each step, as in `connections`."""
     counts: Counter[tuple[str, str, str]] = Counter()
-    for namespace in list(pairing.knowledge.sandboxes):
-        for tcp in _sockets(namespaces, namespace):
-            if tcp is None:
-                yield None
-                continue
-            network = pairing.knowledge.network_of(namespace, tcp.local.ip)
-            if network is not None and tcp.inode:
-                container = pairing.containers.get(namespace)
-                path, reason, _ = _path(pairing, container, network, tcp, 0.0)
-                counts[network.id, path, "" if reason is None else reason.word] += 1
+    for found in _sockets(namespaces, list(pairing.knowledge.sandboxes)):
+        if found is None:
+            yield None
+            continue
+        namespace, tcp = found
+        network = pairing.knowledge.network_of(namespace, tcp.local.ip)
+        if network is not None and tcp.inode:
+            container = pairing.containers.get(namespace)
+            path, reason, _ = _path(pairing, container, network, tcp, 0.0)
+            counts[network.id, path, "" if reason is None else reason.word] += 1
     yield PathCounts(
         paths=tuple(
             PathCount(network, path, reason, count)
@@ -75,13 +78,18 @@ def paths(pairing: Pairing, namespaces: Namespaces) -> Iterator[PathCounts | Non
     )
 
 
-def _sockets(namespaces: Namespaces, namespace: int) -> Iterator[TcpSocket | None]:
-    try:
-        with namespaces.list(namespace) as diag:
-            yield from diag.connected()
-    except KernelRefused:
-        # The container may have ended meanwhile.
-        return
+def _sockets(
+    namespaces: Namespaces, wanted: Sequence[int]
+) -> Iterator[tuple[int, TcpSocket] | None]:
+    """The connected sockets of these namespaces; a None after each step."""
+    for at in range(0, len(wanted), TOGETHER):
+        with namespaces.lists(wanted[at : at + TOGETHER]) as diags:
+            for namespace, diag in diags.items():
+                # The container may have ended meanwhile.
+                with contextlib.suppress(KernelRefused):
+                    for tcp in diag.connected():
+                        yield None if tcp is None else (namespace, tcp)
+        yield None
 
 
 def _entry(pairing: Pairing, namespace: int, tcp: TcpSocket, now: float) -> ConnectionFact | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+from collections.abc import Sequence
 from typing import Final
 
 from dataplane.errors import KernelRefused
@@ -27,20 +28,32 @@ def netlink_in(namespace: int, protocol: int, what: str) -> socket.socket:
     Raises:
         KernelRefused: the namespace can't be entered, or has no such socket.
     """
+    (made,) = netlink_in_each((namespace,), protocol, what)
+    if isinstance(made, KernelRefused):
+        raise made
+    return made
 
-    def inside() -> socket.socket:
-        if _libc.setns(namespace, _CLONE_NEWNET) != 0:
-            raise KernelRefused(
-                "cannot enter a container's network namespace",
-                cause=os.strerror(ctypes.get_errno()),
-            )
-        return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
 
+def netlink_in_each(
+    namespaces: Sequence[int], protocol: int, what: str
+) -> list[socket.socket | KernelRefused]:
+    """The same in several namespaces: for each a socket, or why there is none.
+
+    One thread makes all of them. On a busy host each thread waits for a processor.
+    """
+    return in_thread(lambda: [_enter(namespace, protocol, what) for namespace in namespaces])
+
+
+def _enter(namespace: int, protocol: int, what: str) -> socket.socket | KernelRefused:
+    """Enter a namespace, and make a socket in it. The thread stays there."""
+    if _libc.setns(namespace, _CLONE_NEWNET) != 0:
+        return KernelRefused(
+            "cannot enter a container's network namespace",
+            cause=os.strerror(ctypes.get_errno()),
+        )
     try:
-        made = in_thread(inside)
+        made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
     except OSError as error:
-        raise KernelRefused(
-            f"cannot open a {what} socket", cause=error.strerror or str(error)
-        ) from error
+        return KernelRefused(f"cannot open a {what} socket", cause=error.strerror or str(error))
     made.settimeout(_TIMEOUT)
     return made

@@ -24,7 +24,7 @@ from dataplane.nlmsg import DONE, DUMP, ERROR, Netlink
 from dataplane.router import tcp_counters
 from dataplane.router.conntrack import Conntrack
 from dataplane.router.library_wire import Address, ip_of
-from dataplane.router.netlink_socket import netlink_in
+from dataplane.router.netlink_socket import netlink_in, netlink_in_each
 from dataplane.router.seams import SocketEnd
 from dataplane.router.tcp_counters import INFO_WANTED, TcpCounters
 
@@ -36,6 +36,7 @@ KEEP: Final = 10.0
 
 SOCK_DIAG_BY_FAMILY: Final = 20
 """linux/sock_diag.h."""
+_SOCK_DIAG: Final = "sock_diag"
 
 # Plain numbers: calculating with the socket module's is slow.
 _AF_INET: Final = int(socket.AF_INET)
@@ -80,11 +81,10 @@ class TcpSocket(msgspec.Struct, frozen=True, gc=False):
 
 
 class Diag:
-    """Looks up the sockets of one namespace. Its descriptor stays the caller's."""
+    """Looks up the sockets of one namespace, through a sock_diag socket in it."""
 
-    def __init__(self, namespace: int) -> None:
-        """Raises KernelRefused."""
-        self._netlink = Netlink(netlink_in(namespace, NETLINK_SOCK_DIAG, "sock_diag"))
+    def __init__(self, channel: socket.socket) -> None:
+        self._netlink = Netlink(channel)
 
     def close(self) -> None:
         """Release the namespace."""
@@ -163,6 +163,11 @@ class Diag:
             yield None
 
 
+def diag_in(namespace: int) -> Diag:
+    """For the namespace of a descriptor, which stays the caller's. Raises KernelRefused."""
+    return Diag(netlink_in(namespace, NETLINK_SOCK_DIAG, _SOCK_DIAG))
+
+
 def _question(local: Address, remote: Address, cookie: int, wanted: int = 0) -> bytes:
     family = _AF_INET if local.ip.version == 4 else _AF_INET6
     return b"".join(
@@ -226,20 +231,30 @@ class Namespaces:
 
     def diag(self, inode: int) -> Diag:
         """The sockets of a namespace. Raises KernelRefused."""
-        return self._kept(self._diags, inode, Diag)
+        return self._kept(self._diags, inode, diag_in)
 
     @contextlib.contextmanager
-    def list(self, inode: int) -> Iterator[Diag]:
-        """A netlink socket for one list. A list is read in steps, and `diag` is used in between.
+    def lists(self, inodes: Sequence[int]) -> Iterator[dict[int, Diag]]:
+        """A netlink socket in each of these namespaces that can be entered, for one list of each.
 
-        Raises:
-            KernelRefused: the namespace can't be entered.
+        A list is read in steps, and `diag` is used in between.
         """
-        diag = self._open(inode, Diag)
+        with contextlib.ExitStack() as stack:
+            held: dict[int, int] = {}
+            for inode in inodes:
+                with contextlib.suppress(KernelRefused):
+                    held[inode] = stack.enter_context(self._descriptor(inode))
+            made = netlink_in_each(tuple(held.values()), NETLINK_SOCK_DIAG, _SOCK_DIAG)
+        diags = {
+            inode: Diag(channel)
+            for inode, channel in zip(held, made, strict=True)
+            if isinstance(channel, socket.socket)
+        }
         try:
-            yield diag
+            yield diags
         finally:
-            diag.close()
+            for diag in diags.values():
+                diag.close()
 
     def conntrack(self, inode: int) -> Conntrack:
         """The translated connections of a namespace. Raises KernelRefused."""
@@ -252,9 +267,16 @@ class Namespaces:
         return opened
 
     def _open(self, inode: int, kind: Callable[[int], T]) -> T:
+        with self._descriptor(inode) as descriptor:
+            return kind(descriptor)
+
+    @contextlib.contextmanager
+    def _descriptor(self, inode: int) -> Iterator[int]:
+        """A descriptor of a namespace, only for this block. Raises KernelRefused."""
         held = self._held.get(inode)
         if held is not None:
-            return kind(held[0])
+            yield held[0]
+            return
         path = self._path_of(inode)
         if path is None:
             raise KernelRefused(
@@ -271,7 +293,7 @@ class Namespaces:
                 raise KernelRefused(
                     f"cannot open the namespace {path}", cause="it is another one by now"
                 )
-            return kind(descriptor)
+            yield descriptor
         finally:
             os.close(descriptor)
 

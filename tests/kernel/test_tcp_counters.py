@@ -14,7 +14,7 @@ import pytest
 
 from dataplane.router.library_wire import Address
 from dataplane.router.seams import SocketEnd
-from dataplane.router.socket_table import AT_ONCE, Diag
+from dataplane.router.socket_table import AT_ONCE, Diag, diag_in
 
 SO_COOKIE = 57
 
@@ -22,7 +22,7 @@ SO_COOKIE = 57
 @pytest.fixture
 def diag() -> Iterator[Diag]:
     namespace = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    made = Diag(namespace)
+    made = diag_in(namespace)
     os.close(namespace)
     yield made
     made.close()
