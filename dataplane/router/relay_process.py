@@ -172,14 +172,40 @@ class RelayProcess:
         self._cancel()
         if not self._wanted:
             return
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, theirs):
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                end.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
-        moved = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
-        theirs.close()
         try:
-            pid = os.posix_spawn(
+            self._pid, self._pidfd, self._socket = self._spawn()
+        except OSError as error:
+            self.why = f"{self._program} can't be started: {error.strerror}"
+            log.error("relay can't be started; connections stay on TCP", reason=self.why)
+            self._later()
+            return
+        self._began = self._loop.now()
+        self._unanswered = 0
+        self.why = ""
+        self._loop.watch(self._socket.fileno(), select.EPOLLIN, self._serve)
+        self._loop.watch(self._pidfd, select.EPOLLIN, lambda _: self._ended())
+        for wanted in self._wanted.values():
+            self._open(wanted)
+        self._owner.relay_started()
+
+    def _spawn(self) -> tuple[int, int, socket.socket]:
+        """A new relay's process, a descriptor of it, and our end of its socket. Raises OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                for end in (ours, theirs):
+                    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                        end.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+                pid = self._run(theirs)
+            return pid, _descriptor_of(pid), ours
+        except OSError:
+            ours.close()
+            raise
+
+    def _run(self, theirs: socket.socket) -> int:
+        moved = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
+        try:
+            return os.posix_spawn(
                 self._program,
                 [self._program.name],
                 self._environment,
@@ -191,24 +217,8 @@ class RelayProcess:
                 # to TCP.
                 setsid=True,
             )
-        except OSError as error:
-            ours.close()
-            self.why = f"{self._program} can't be started: {error.strerror}"
-            log.error("relay can't be started; connections stay on TCP", reason=self.why)
-            self._later()
-            return
         finally:
             os.close(moved)
-        self._pid, self._socket = pid, ours
-        self._pidfd = os.pidfd_open(pid)
-        self._began = self._loop.now()
-        self._unanswered = 0
-        self.why = ""
-        self._loop.watch(ours.fileno(), select.EPOLLIN, self._serve)
-        self._loop.watch(self._pidfd, select.EPOLLIN, lambda _: self._ended())
-        for wanted in self._wanted.values():
-            self._open(wanted)
-        self._owner.relay_started()
 
     def _kill(self) -> None:
         """Kill it. The kernel reports its end to `_ended`."""
@@ -316,6 +326,16 @@ class RelayProcess:
             _close(descriptors)
         if self._socket is not None:
             self._loop.modify(self._socket.fileno(), select.EPOLLIN)
+
+
+def _descriptor_of(pid: int) -> int:
+    """A descriptor of a child. Raises OSError, and the child is gone: nobody could wait for it."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 def _close(descriptors: Sequence[int]) -> None:

@@ -57,22 +57,27 @@ class RelaySampler:
 
     def _step(self, each: Each, done: Callable[[], None]) -> None:
         began = self._cpu()
-        if self._queue:
-            namespace, some = self._queue.popleft()
-            ends = [
-                (message.local, message.remote, message.cookie)
-                for message in (request.local.message for request in some)
-            ]
-            for request, counters in zip(
-                some, self._sockets.counters(namespace, ends), strict=True
-            ):
-                each(request, counters)
+        try:
+            self._read(each)
+            if not self._queue:
+                self.busy = False
+                done()
+        finally:
+            # Also after a bug: without another step no round would ever begin again.
+            self._share.spend(self._cpu() - began, self._loop.now())
+            if self.busy:
+                self._later(each, done)
+
+    def _read(self, each: Each) -> None:
         if not self._queue:
-            self.busy = False
-            done()
-        self._share.spend(self._cpu() - began, self._loop.now())
-        if self._queue:
-            self._later(each, done)
+            return
+        namespace, some = self._queue.popleft()
+        ends = [
+            (message.local, message.remote, message.cookie)
+            for message in (request.local.message for request in some)
+        ]
+        for request, counters in zip(some, self._sockets.counters(namespace, ends), strict=True):
+            each(request, counters)
 
     def _later(self, each: Each, done: Callable[[], None]) -> None:
         """Go on as soon as the share allows it."""

@@ -150,6 +150,7 @@ class RelayUse:
             pairs[connection.end.process, connection.host.address].append(connection)
         self._since = {pair: self._since.get(pair, now) for pair in pairs}
         rates = {key: _per_second(counter, seconds) for key, counter in self._counters.items()}
+        self._next()
         uses = self._uses(rates)
         self.rates = {process: use.blocks for process, use in uses.items()}
         for pair, connections in pairs.items():
@@ -162,7 +163,6 @@ class RelayUse:
             if reason is not None:
                 self._leave(owner, pair, connections, reason)
         self._limit(owner, pairs.values(), rates, seconds)
-        self._next()
 
     def _uses(self, rates: _Rates) -> dict[int, Use]:
         """What each process does per second."""

@@ -4,6 +4,7 @@ worth it, on both hosts.
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -13,6 +14,7 @@ from dataplane.router import library_wire as wire
 from dataplane.router import peer_wire, relay_use
 from dataplane.router.arenas import RELAY_SIDE
 from dataplane.router.interhost import spin_over_tcp
+from dataplane.router.loop import Bugs, EpollLoop
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.reasons import Reason
 from dataplane.router.relay_sampler import AT_A_TIME, PROCESSOR, RelaySampler
@@ -392,6 +394,43 @@ def test_a_request_before_the_other(world: World, traffic: Traffic) -> None:
     assert len(host.ruling.gate) == 0
 
 
+def waiting_requests(count: int) -> list[RemoteRequest]:
+    return [
+        RemoteRequest(
+            PairRequest(1, 101, wire.Request(n, n, at("10.0.4.1:1"), at("10.0.4.2:2")), "n1", 0.0),
+            "n1",
+            at("10.0.4.2:2"),
+        )
+        for n in range(count)
+    ]
+
+
+def test_a_bug_in_a_round() -> None:
+    """A bug in one step costs that step: the round is finished, and the next one begins."""
+    bugs = Bugs()
+    epoll = select.epoll()
+    now = 100.0
+    loop = EpollLoop(epoll, lambda: now, bugs.guard)
+    sampler = RelaySampler(loop, FakeKernel(), lambda: 0.0)
+    seen: list[RemoteRequest] = []
+
+    def each(request: RemoteRequest, _: TcpCounters | None) -> None:
+        seen.append(request)
+        if len(seen) == 1:
+            raise KeyError(request)
+
+    rounds: list[int] = []
+    for _ in range(2):
+        sampler.sample(waiting_requests(3 * AT_ONCE), each, lambda: rounds.append(len(seen)))
+        for _ in range(10):
+            loop.fire()
+            now += 1
+        assert not sampler.busy
+    assert bugs.count == 1
+    assert rounds == [1 + 2 * AT_ONCE, 1 + 5 * AT_ONCE]
+    epoll.close()
+
+
 def test_the_share_of_the_processor() -> None:
     """However many connections wait, reading their counters takes no more of the processor than its
     share, in steps of a few dozen, and each round is finished.
@@ -411,14 +450,7 @@ def test_the_share_of_the_processor() -> None:
 
     loop = made.loop
     sampler = RelaySampler(loop, Slow(), cpu)
-    waiting = [
-        RemoteRequest(
-            PairRequest(1, 101, wire.Request(n, n, at("10.0.4.1:1"), at("10.0.4.2:2")), "n1", 0.0),
-            "n1",
-            at("10.0.4.2:2"),
-        )
-        for n in range(1000)
-    ]
+    waiting = waiting_requests(1000)
     seen: list[RemoteRequest] = []
     rounds = []
     began = loop.now()
