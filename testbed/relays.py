@@ -39,7 +39,7 @@ SOCKETS: Final = 4
 """Of a link over TCP."""
 WHOLE: Final = 0
 BROKEN: Final = 1
-VERSION: Final = 3
+VERSION: Final = 4
 RING: Final = 256 << 10
 PATIENCE: Final = 10.0
 
@@ -75,6 +75,7 @@ KINDS: Final = {
             "ENDED",
             "SOCKET",
             "USAGE",
+            "EXPIRE",
         ],
         1,
     )

@@ -2,6 +2,7 @@
 
 #include "answers.h"
 #include "mirror.h"
+#include "mirror_end.h"
 #include "mirror_receive.h"
 #include "mirror_send.h"
 
@@ -56,6 +57,8 @@ struct link *link_add(uint32_t number)
         list_init(&link->mirrors);
         list_init(&link->sources);
         list_init(&link->dropping);
+        list_init(&link->farewells);
+        list_init(&link->said);
         for (int i = 0; i < LANES; i++) {
                 link->lanes[i].link = link;
                 list_init(&link->lanes[i].round);
@@ -102,6 +105,7 @@ static void become(struct link *link, enum link_state state)
         }
         link->message_lane = 0;
         link->check_at = link->checked = link->progress_at = 0;
+        list_take(&link->farewells, &link->said);
         EACH(node, &link->mirrors)
                 mirror_resume(OF(node, struct mirror, of_link));
 }
@@ -188,12 +192,28 @@ void link_use_stream(struct link *link, const struct transport *stream)
         become(link, LINK_STREAM);
 }
 
+void link_expire(struct link *link, uint32_t most)
+{
+        if (link->state == LINK_UP || link->state == LINK_STREAM)
+                return;
+        EACH(node, &link->mirrors)
+                mirror_expire(OF(node, struct mirror, of_link), most);
+}
+
+static void forget_farewells(struct node *list)
+{
+        EACH(node, list)
+                free(OF(node, struct farewell, of_link));
+}
+
 void link_remove(struct link *link)
 {
         destroy_channel(link);
         become(link, LINK_DOWN);
         EACH(node, &link->mirrors)
                 mirror_drop(OF(node, struct mirror, of_link), true);
+        forget_farewells(&link->farewells);
+        forget_farewells(&link->said);
         list_remove(&link->all);
         usage_end(&link->usage);
         free(link);
@@ -251,6 +271,23 @@ static void add_replies(struct lane *lane, struct wire_message *message)
                 lane->replies = reply->next;
                 lane->reply_count--;
                 free(reply);
+        }
+}
+
+/* Has the lane a farewell to say? All are said on the lane of messages. */
+static bool has_farewells(const struct lane *lane)
+{
+        return list_holds(&lane->link->farewells) && index_of(lane) == lane->link->message_lane;
+}
+
+static void add_farewells(struct lane *lane, struct wire_message *message)
+{
+        while (has_farewells(lane) && message->header.blocks < BLOCKS) {
+                struct node *node = lane->link->farewells.after;
+
+                message->blocks[message->header.blocks++] = OF(node, struct farewell, of_link)->block;
+                list_remove(node);
+                list_add(&lane->link->said, node);
         }
 }
 
@@ -366,6 +403,7 @@ static uint64_t send_batch(struct lane *lane)
         message.header = (struct wire_header){.magic = WIRE_MAGIC};
         lane->batch++;
         add_replies(lane, &message);
+        add_farewells(lane, &message);
         cost = add_blocks(lane, &message);
         message.header.flags = (lane->asks ? WIRE_ASKS : 0) | (lane->moves ? WIRE_MOVES : 0);
         message.header.granted = lane->granted = lane->received + link->transport->window;
@@ -383,7 +421,7 @@ static uint64_t send_batch(struct lane *lane)
 
 static bool has_work(struct lane *lane)
 {
-        return next_part(lane) || lane->replies;
+        return next_part(lane) || lane->replies || has_farewells(lane);
 }
 
 static bool flush(struct lane *lane)
@@ -602,6 +640,8 @@ void link_receive(struct link *link, unsigned index, const void *data, size_t si
 
                 if (mirror && mirror->link == link && mirror->cookie == block->cookie)
                         mirror_receive(mirror, block);
+                else if (block->flags & WIRE_GONE)
+                        mirror_confirm_farewell(link, block->connection, block->cookie);
                 /* Whether we know the connection or not: nothing is written there from now on. */
                 if (block->flags & WIRE_DROPPED)
                         owe_reply(lane, block->start, block->end);

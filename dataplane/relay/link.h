@@ -28,6 +28,8 @@ bool link_add_socket(struct link *link, uint32_t index, int socket);
 int link_connect(struct link *link, const struct wire_address *address, char *text);
 /* R_STREAM: from now on the link goes over this transport, which needs no channel. */
 void link_use_stream(struct link *link, const struct transport *stream);
+/* R_EXPIRE: does nothing unless the link is down. */
+void link_expire(struct link *link, uint32_t most);
 /* R_UNLINK; breaks connections that are left. */
 void link_remove(struct link *link);
 /* All links send what is queued. True: one has. */

@@ -45,7 +45,7 @@ static inline void list_add(struct node *list, struct node *node)
         list->before = node;
 }
 
-/* The nodes of `from` become those of `list`, which has none. */
+/* Appends the nodes of `from`, which has none then. */
 static inline void list_take(struct node *list, struct node *from)
 {
         while (list_holds(from)) {

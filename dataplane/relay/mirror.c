@@ -5,7 +5,10 @@
 #include <errno.h>
 #include <stdlib.h>
 
-enum { BUCKETS = 4096 };
+enum {
+        BUCKETS = 4096,
+        FAREWELLS = 4096, /* of one link; an honest peer's connections are no more */
+};
 
 static struct node buckets[BUCKETS];
 struct mirrors mirrors = {
@@ -196,7 +199,7 @@ void mirror_resume(struct mirror *m)
         m->end_sent = false;
         m->block_due = true;
         m->resync = true;
-        m->peer_dropped = false;
+        m->expired = 0;
         mirror_set_lane(m, mirror_wants_lane(m));
         if (m->state == MIRROR_PAIRED)
                 mirror_activate(m);
@@ -325,10 +328,56 @@ void mirrors_abandon(struct shared *shared)
         }
 }
 
+static void forget_farewell(struct link *link, struct farewell *farewell)
+{
+        list_remove(&farewell->of_link);
+        link->farewell_count--;
+        free(farewell);
+}
+
+void mirror_confirm_farewell(struct link *link, uint32_t number, uint64_t cookie)
+{
+        EACH(node, &link->said) {
+                struct farewell *farewell = OF(node, struct farewell, of_link);
+
+                if (farewell->block.start == number && farewell->block.end == cookie) {
+                        forget_farewell(link, farewell);
+                        return;
+                }
+        }
+}
+
+/* The last block about a dropped connection. */
+static struct wire_block last_block(const struct mirror *m)
+{
+        return (struct wire_block){
+            .connection = m->peer,
+            .flags = mirror_flags(m),
+            .cookie = m->peer_cookie,
+            .start = m->number,
+            .end = m->cookie,
+        };
+}
+
+static void bid_farewell(const struct mirror *m)
+{
+        struct link *link = m->link;
+        struct farewell *farewell;
+
+        if (!m->target || m->peer_gone || m->peer_dropped || link->farewell_count >= FAREWELLS)
+                return;
+        farewell = relay_memory(sizeof *farewell, "memory for a farewell");
+        farewell->block = last_block(m);
+        list_init(&farewell->of_link);
+        list_add(&link->farewells, &farewell->of_link);
+        link->farewell_count++;
+}
+
 static void release(struct mirror *m)
 {
         uint32_t number = m->number;
 
+        bid_farewell(m);
         if (m->registration)
                 m->transport->deregister(m);
         if (m->target)

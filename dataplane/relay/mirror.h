@@ -81,6 +81,7 @@ struct mirror {
         /* direction 1 */
         uint64_t arrived, in_base, in_start, in_end, consumed, reported;
         uint64_t stop_due, dropped_at; /* ns */
+        uint32_t expired;              /* how often in a row R_EXPIRE found that it waits for the peer */
         uint32_t sent_flags;           /* enum wire_flag of the last block that was sent */
         uint32_t peer_flags;           /* enum wire_flag of all blocks that have come */
         bool block_due;                /* a block has to be sent even if nothing has changed */
@@ -98,6 +99,14 @@ struct mirror {
         bool peer_gone;          /* the peer writes no more */
         bool has_left, has_over; /* direction 1: the peer has sent LEFT, OVER; all bytes are here */
         bool told_finished, told_ended, told_left; /* the router knows */
+};
+
+/* The last block about a connection that was released while the link didn't work: the peer has not
+ * confirmed that it knows. It is said whenever the link works again, until the peer confirms it.
+ * Otherwise the peer's end would wait for ever. */
+struct farewell {
+        struct node of_link; /* in link->farewells or link->said */
+        struct wire_block block;
 };
 
 /* Lists that mirror_scan.c and mirror_end.c work on. */
@@ -122,6 +131,8 @@ int mirror_pair(struct mirror *mirror, uint32_t peer, const struct wire_place *p
 void mirror_drop(struct mirror *mirror, bool broken);
 /* R_DISCARD: the arena goes. Its connections stay, broken, until they are dropped. */
 void mirrors_abandon(struct shared *shared);
+/* The peer confirms the farewell of a connection by its number and cookie. */
+void mirror_confirm_farewell(struct link *link, uint32_t number, uint64_t cookie);
 /* The link is down. */
 void mirror_suspend(struct mirror *mirror);
 /* The link is up, for the first time or again. */

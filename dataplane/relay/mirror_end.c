@@ -47,6 +47,27 @@ void mirror_leave(struct mirror *m)
         mirror_activate(m);
 }
 
+/* Does it wait for the peer? Not if the peer has all that was sent, also that it ends. */
+static bool waits_for_peer(const struct mirror *m)
+{
+        bool ends = m->closed || m->stopped, ended = m->peer_flags & (WIRE_HAS_LEFT | WIRE_HAS_OVER);
+
+        if (mirror_is_through(m) || m->peer_dropped)
+                return false;
+        return (m->acked != m->tail && !(m->peer_flags & WIRE_CLOSED)) || (ends && !ended) || m->leaves ||
+               m->stop_requested;
+}
+
+void mirror_expire(struct mirror *m, uint32_t most)
+{
+        if (m->state != MIRROR_PAIRED)
+                return;
+        mirror_scan(m);
+        m->expired = waits_for_peer(m) ? m->expired + 1 : 0;
+        if (m->expired >= most)
+                mirror_break(m);
+}
+
 uint64_t mirrors_end_tick(uint64_t present)
 {
         EACH(node, &mirrors.stopping) {

@@ -44,9 +44,11 @@ struct lane {
 
 struct link {
         struct node all;
-        struct node mirrors;  /* its connections */
-        struct node sources;  /* the same by process */
-        struct node dropping; /* connections that are dropped, and whose memory is not free yet */
+        struct node mirrors;         /* its connections */
+        struct node sources;         /* the same by process */
+        struct node dropping;        /* connections that are dropped, and whose memory is not free yet */
+        struct node farewells, said; /* mirror.h: to be said, and said on this channel */
+        unsigned farewell_count;
         uint32_t number;
         enum link_state state;
         bool connecting;                   /* R_CONNECTED is owed to the router */

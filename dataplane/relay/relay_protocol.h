@@ -19,6 +19,8 @@
  *      R_STREAM link                      ->  RDMA is gone for good on this link: use frames
  *      R_FRAME link, bytes                <-> for or from the peer's relay, over the session
  *      R_UNLINK link                      ->  no answer; connections that are left are reset
+ *      R_EXPIRE link, count               ->  no answer; link is down: connections that have waited
+ *                                             for the peer at the last `count` of these are reset
  *      R_ARENA arena + memfd, bell        ->  no answer; `bell`: receiving end of bell 0 of side 1
  *      R_BELL arena, index + bell         ->  no answer; sending end of a bell of side 0, which
  *                                             replaces an older one
@@ -51,7 +53,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define RELAY_VERSION 3
+#define RELAY_VERSION 4
 
 enum {
         RELAY_SOCKET = 3,
@@ -90,6 +92,7 @@ enum relay_kind {
         R_ENDED = 26,
         R_SOCKET = 27,
         R_USAGE = 28,
+        R_EXPIRE = 29,
 };
 
 enum relay_transport {
@@ -138,8 +141,8 @@ struct relay_opened {
 };
 
 /* R_LINK: a link and its transport; R_SOCKET: a link and the index of its socket;
- * R_UNLINK, R_STREAM: a link; R_CLOSE, R_LEAVE, R_LEFT, R_DROPPED: a connection;
- * R_FINISHED, R_ENDED, R_DROP: a connection and a state; R_COUNT: neither. */
+ * R_UNLINK, R_STREAM: a link; R_EXPIRE: a link and a count; R_CLOSE, R_LEAVE, R_LEFT, R_DROPPED: a
+ * connection; R_FINISHED, R_ENDED, R_DROP: a connection and a state; R_COUNT: neither. */
 struct relay_number {
         struct relay_message message;
         uint32_t number;

@@ -105,6 +105,15 @@ static void do_unlink(const void *data, UNUSED int *descriptors)
                 link_remove(link);
 }
 
+static void do_expire(const void *data, UNUSED int *descriptors)
+{
+        const struct relay_number *message = data;
+        struct link *link = link_find(message->number);
+
+        if (link)
+                link_expire(link, message->state);
+}
+
 static void do_stream(const void *data, UNUSED int *descriptors)
 {
         struct link *link = link_find(((const struct relay_number *)data)->number);
@@ -264,6 +273,7 @@ static const struct {
     [R_LEAVE] = {sizeof(struct relay_number), do_leave},
     [R_DROP] = {sizeof(struct relay_number), do_drop},
     [R_STREAM] = {sizeof(struct relay_number), do_stream},
+    [R_EXPIRE] = {sizeof(struct relay_number), do_expire},
     [R_COUNT] = {sizeof(struct relay_number), do_count},
 };
 

@@ -51,8 +51,10 @@ MOST_PAUSE: Final = 60.0
 """Seconds between attempts at a link without connections, doubled each time."""
 GIVE_UP: Final = {Transport.RDMA: 30.0, Transport.RELAY: 924.6}
 """Seconds without a link after which its connections are reset. With TCP, which may cross the same
-network, as long as a TCP connection of its own would try (tcp_retries2 in the kernel's
-ip-sysctl.rst)."""
+network, those that have had something on the way for as long as a TCP connection of its own would
+try (tcp_retries2 in the kernel's ip-sysctl.rst). An idle TCP connection would stay."""
+CHECKS: Final = 4
+"""Checks of a link over TCP in that time."""
 KINDS: Final = {Transport.RDMA: relay.VERBS, Transport.RELAY: relay.TCP}
 """The relay's numbers of transports."""
 _WORDS: Final = {Transport.RDMA: "", Transport.RELAY: "relay"}
@@ -424,6 +426,8 @@ class Links(LinkTable):
         """Bring the connections back to TCP, with the session in place of the link's transport."""
         self.cancel(link)
         log.warning("link lost; back to TCP", peer=str(link.peer), reason=link.reason)
+        # However long there was no link, now they need a moment.
+        self.stop_deadline(link)
         self._set(link, LinkState.STREAM)
         self._tell_relay(relay.Number(RelayKind.STREAM, link.number))
         self._owner.link_failed(link.peer)
@@ -437,6 +441,12 @@ class Links(LinkTable):
         self._unlink(link)
 
     def _give_up(self, link: Link) -> None:
+        link.deadline = None
+        if link.transport is Transport.RELAY and link.state is not LinkState.STREAM:
+            # One more, as bytes may have come just before the first.
+            self._tell_relay(relay.Number(RelayKind.EXPIRE, link.number, CHECKS + 1))
+            self._start_deadline(link)
+            return
         log.error(
             "link can't be made again; its connections are reset",
             peer=str(link.peer),
@@ -468,7 +478,13 @@ class Links(LinkTable):
         if state in (LinkState.NONE, LinkState.UP):
             self.stop_deadline(link)
         elif state is not LinkState.MAKING and link.deadline is None:
-            link.deadline = self._loop.after(GIVE_UP[link.transport], lambda: self._give_up(link))
+            self._start_deadline(link)
+
+    def _start_deadline(self, link: Link) -> None:
+        seconds = GIVE_UP[link.transport]
+        if link.transport is Transport.RELAY and link.state is not LinkState.STREAM:
+            seconds /= CHECKS
+        link.deadline = self._loop.after(seconds, lambda: self._give_up(link))
 
 
 def _is_known(link: Link, offer: LinkOffer) -> bool:

@@ -16,7 +16,7 @@ import msgspec
 from dataplane.errors import WrongMessage
 from dataplane.router.codec import I32, U32, U64, Codec, WireField
 
-RELAY_VERSION: Final = 3
+RELAY_VERSION: Final = 4
 RELAY_SOCKET: Final = 3
 """The relay's descriptor."""
 MAX_TEXT: Final = 96
@@ -110,6 +110,7 @@ class RelayKind(IntEnum):
     ENDED = 26
     SOCKET = 27
     USAGE = 28
+    EXPIRE = 29
 
 
 codec: Final = Codec()
@@ -187,6 +188,7 @@ class RelayOpened(msgspec.Struct, frozen=True):
     RelayKind.LINK,
     RelayKind.SOCKET,
     RelayKind.UNLINK,
+    RelayKind.EXPIRE,
     RelayKind.STREAM,
     RelayKind.CLOSE,
     RelayKind.FINISHED,

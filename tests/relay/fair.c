@@ -114,6 +114,16 @@ void mirror_receive(struct mirror *m, const struct wire_block *block)
         (void)m, (void)block;
 }
 
+void mirror_confirm_farewell(struct link *link, uint32_t number, uint64_t cookie)
+{
+        (void)link, (void)number, (void)cookie;
+}
+
+void mirror_expire(struct mirror *m, uint32_t most)
+{
+        (void)m, (void)most;
+}
+
 bool mirror_is_registered(const struct mirror *m, const struct transport *transport)
 {
         (void)m, (void)transport;

@@ -13,6 +13,7 @@ import pytest
 
 from testbed.patience import patience, within
 from testbed.relays import (
+    BROKEN,
     FRAME,
     KINDS,
     WHOLE,
@@ -134,6 +135,71 @@ def test_a_peer_that_is_killed_is_noticed(binary: Path, end: Path) -> None:
         # That end belongs to another router.
         taker.kill()
         taker.wait()
+
+
+def cut(a: Relay, b: Relay) -> None:
+    """Break a link: both relays make new channels, which nobody connects."""
+    for each in (a, b):
+        each.link(1)
+
+
+@pytest.mark.usefixtures("transport")
+def test_a_connection_that_is_dropped_while_the_link_is_down(binary: Path) -> None:
+    """The peer hears of it when the link is up again; otherwise its end would wait for ever."""
+    with relays(binary) as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        cut(a, b)
+        a.number("DROP", one.number, BROKEN)
+        a.expect("DROPPED", number=one.number)
+        assert b.silent("ENDED")
+        link(a, b)
+        assert b.expect("ENDED", number=two.number).state == BROKEN
+        b.number("DROP", two.number, BROKEN)
+        b.expect("DROPPED", number=two.number)
+        # It was confirmed, and is not said about the next connections either.
+        cut(a, b)
+        link(a, b)
+        connect(a, b)
+        assert b.silent("ENDED")
+
+
+@pytest.mark.usefixtures("transport")
+def test_no_link_for_a_long_time(binary: Path, end: Path) -> None:
+    """Connections with bytes on the way are reset at both ends; idle ones go on when the link is up
+    again.
+    """
+    with relays(binary) as (a, b):
+        link(a, b)
+        busy, peer = connect(a, b)
+        idle, other = connect(a, b)
+        sender = busy.popen(end, "send=100000000", "pace=300", "seed=1")
+        taker = peer.popen(end, "peer_seed=1", "seed=2")
+        until = time.monotonic() + patience(10)
+        while not peer.word(1, 0):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        # While there is a link nothing happens.
+        for each in (a, b):
+            each.number("EXPIRE", 1, 1)
+        assert a.silent("ENDED")
+        cut(a, b)
+        time.sleep(0.1)
+        for each in (a, b):
+            each.number("EXPIRE", 1, 2)
+        assert a.silent("ENDED")
+        for each in (a, b):
+            each.number("EXPIRE", 1, 2)
+        assert a.expect("ENDED", number=busy.number).state == BROKEN
+        assert result(sender)["broken"] == 1
+        assert b.silent("ENDED")
+        assert a.silent("ENDED")
+        link(a, b)
+        assert b.expect("ENDED", number=peer.number).state == BROKEN
+        assert result(taker)["broken"] == 1
+        first = idle.popen(end, "send=300000", "seed=3", "peer_seed=4")
+        second = other.popen(end, "send=300000", "seed=4", "peer_seed=3")
+        assert result(first)["received"] == result(second)["received"] == 300_000
 
 
 @contextmanager

@@ -90,6 +90,8 @@ class Lent:
     dropping: bool = False
     gone: bool = False
     """The peer's relay has dropped it."""
+    expired: int = 0
+    """How often in a row it was not idle when the router asked."""
     told: set[RelayKind] = field(default_factory=set)
     """Reports that were sent. Each is sent once."""
 
@@ -119,6 +121,11 @@ class FakeRelay:
         self.lent: dict[int, Lent] = {}
         self.links: dict[int, Wire] = {}
         self.arenas: set[int] = set()
+        self.stuck: set[int] = set()
+        """Slots with bytes on the way."""
+        self.farewells: list[Lent] = []
+        """Slots that were dropped while the link did not work: the peer's relay hears of it
+        later."""
         self.alive = True
         self.generations = itertools.count(1)
 
@@ -203,8 +210,16 @@ class FakeRelay:
                 self.links[number] = Wire(generation, before.other, kind=message.state)
                 words = f"{self.host.number},{number},{generation}".encode()
                 self.answer(relay_wire.Offered(RelayKind.LINKED, number, 0, "", words))
+            case RelayKind.EXPIRE:
+                for lent in list(self.lent.values()):
+                    on_the_way = lent.number in self.stuck or lent.leaves or lent.closed
+                    if lent.link == number and lent.paired:
+                        lent.expired = lent.expired + 1 if on_the_way else 0
+                        if lent.expired >= message.state and not lent.broken:
+                            self.break_it(lent)
             case RelayKind.UNLINK:
                 self.links.pop(number, None)
+                self.farewells = [lent for lent in self.farewells if lent.link != number]
                 for lent in [lent for lent in self.lent.values() if lent.link == number]:
                     assert lent.dropping, "a link goes with connections on it"
                     self.dropped(lent)
@@ -257,9 +272,19 @@ class FakeRelay:
 
     def turn(self) -> bool:
         """Pass on the state of one connection to the peer's relay; whether there was a change."""
+        for lent in self.farewells:
+            other = self.reaches(lent)
+            if other is not None:
+                self.farewells.remove(lent)
+                peer = other.lent.get(lent.peer)
+                if peer is not None and not peer.gone:
+                    self.pass_on(lent, peer, other)
+                return True
         for lent in list(self.lent.values()):
             other = self.reaches(lent)
             if lent.dropping and (not lent.paired or lent.gone or self.links[lent.link].dead):
+                if lent.paired and not lent.gone:
+                    self.farewells.append(lent)
                 self.dropped(lent)
                 return True
             peer = None if other is None or not lent.paired else other.lent.get(lent.peer)

@@ -62,7 +62,7 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
     ),
 }
 KINDS: Final = {
-    "number": "LINK SOCKET UNLINK STREAM CLOSE FINISHED LEAVE LEFT DROP DROPPED COUNT ENDED",
+    "number": "LINK SOCKET UNLINK EXPIRE STREAM CLOSE FINISHED LEAVE LEFT DROP DROPPED COUNT ENDED",
     "outcome": "CONNECTED DOWN PAIRED",
     "offer": "LINKED PLACED",
     "accept": "CONNECT PAIR",

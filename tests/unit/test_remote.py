@@ -18,7 +18,7 @@ from dataplane.router.knowledge import Knowledge
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.link_table import LOSSES
 from dataplane.router.link_transport import FAILURES, LASTS, LEAST_REST, MOST_REST
-from dataplane.router.links import AGAIN, GIVE_UP, STEP
+from dataplane.router.links import AGAIN, CHECKS, GIVE_UP, STEP
 from dataplane.router.reasons import STATUS_ONLY, Reason
 from dataplane.router.remote import OPENING, SESSION_PATIENCE
 from dataplane.router.remote_connections import CONNECTIONS
@@ -504,16 +504,23 @@ def test_link_gone(world: World) -> None:
 
 
 def test_link_and_session_gone(world: World) -> None:
-    """Without link and session both ends are reset after a while: nothing can be delivered."""
+    """Without link and session both ends are reset after a while: nothing can be delivered. Over
+    TCP only if there is something to deliver, or either end is closed.
+    """
     tcp = upgraded(world)
-    world.lose(*world.hosts)
-    world.break_link(*world.hosts)
     remote = world.remote(tcp, 0)
     assert remote is not None
-    world.loop.run(GIVE_UP[remote.state.transport] - 1)
+    transport = remote.state.transport
+    world.hosts[0].relay.stuck.add(remote.number)
+    world.lose(*world.hosts)
+    world.break_link(*world.hosts)
+    world.loop.run(GIVE_UP[transport] - 1)
     assert not world.hosts[0].severed
-    world.loop.run(2)
+    world.loop.run(2 if transport is Transport.RDMA else 2 + GIVE_UP[transport] / CHECKS)
     assert world.hosts[0].severed
+    if transport is Transport.RELAY:
+        world.close(tcp, 1)
+        world.loop.run(GIVE_UP[transport] * (1 + 1 / CHECKS))
     assert world.hosts[1].severed
     end(world, tcp)
 
@@ -1025,6 +1032,38 @@ def test_a_long_outage() -> None:
     assert world.remote(tcp, 0)
     assert world.remote(tcp, 1)
     assert world.hosts[0].transport(world.hosts[1]) is Transport.RELAY
+
+
+def test_a_very_long_outage() -> None:
+    """If hosts don't reach each other for hours, idle connections over TCP between relays go on
+    afterwards. One that had bytes on the way is reset at both ends, though one of them was closed
+    and forgotten meanwhile.
+    """
+    world = started(cards=(), tcp=ALL)
+    stuck, idle = upgraded(world), upgraded(world)
+    remote = world.remote(stuck, 0)
+    assert remote is not None
+    world.hosts[0].relay.stuck.add(remote.number)
+    world.cut()
+    world.break_link(*world.hosts)
+    world.lose(*world.hosts)
+    world.loop.run(3 * GIVE_UP[Transport.RELAY])
+    assert world.hosts[0].severed == {(remote.arena.id, remote.slot)}
+    assert not world.hosts[1].severed
+    world.close(stuck, 0)
+    world.loop.run(1)
+    assert world.remote(stuck, 0) is None
+    world.cut(mend=True)
+    world.connect_all()
+    world.loop.run(10)
+    assert world.remote(idle, 0)
+    assert world.remote(idle, 1)
+    assert len(world.hosts[0].severed) == len(world.hosts[1].severed) == 1
+    for side in (0, 1):
+        world.close(stuck, side)
+        world.close(idle, side)
+    world.loop.run(10)
+    empty(world)
 
 
 def test_memory_of_tcp_is_not_registered() -> None:
