@@ -92,7 +92,13 @@ class ControlSocket:
         for connection in list(self._connections.values()):
             if connection.steps is None:
                 continue
-            reply = next(connection.steps)
+            try:
+                reply = next(connection.steps)
+            except Exception:
+                # A list that has failed once would fail in each round.
+                connection.steps = None
+                self._reply(connection, control.Failed(message="a bug; the router's log has it"))
+                raise
             if reply is not None:
                 connection.steps = None
                 self._reply(connection, reply)

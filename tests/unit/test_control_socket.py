@@ -25,6 +25,8 @@ class World:
     def __init__(self, path: Path) -> None:
         self.now = 100.0
         self.made = 0
+        self.fails = STEPS
+        """The step at which there is a bug."""
         self.epoll = select.epoll()
         loop = EpollLoop(self.epoll, lambda: self.now)
         self.control = ControlSocket(loop, path, lambda _: self.steps())
@@ -36,7 +38,9 @@ class World:
                 loop.serve(descriptor, events)
 
     def steps(self) -> Iterator[control.PathCounts | None]:
-        for _ in range(STEPS - 1):
+        for number in range(STEPS - 1):
+            if number == self.fails:
+                raise KeyError(number)
             self.made += 1
             self.now += STEP
             yield None
@@ -77,3 +81,16 @@ def test_long_rounds(world: World) -> None:
     assert msgspec.json.decode(world.client.recv(1000), type=control.ControlReply) == (
         control.PathCounts(paths=())
     )
+
+
+def test_a_bug_in_a_list(world: World) -> None:
+    """A bug in a list costs that list: its client is told, and nothing is left to be done."""
+    world.fails = 3
+    for _ in range(3):
+        world.control.work()
+    with pytest.raises(KeyError):
+        world.control.work()
+    assert not world.control.is_busy
+    reply = msgspec.json.decode(world.client.recv(1000), type=control.ControlReply)
+    assert isinstance(reply, control.Failed)
+    world.control.work()
