@@ -111,7 +111,7 @@ class RouterServer:
     def _round(self) -> None:
         for descriptor, events in self._epoll.poll(self._timeout(), _EVENTS):
             self.loop.serve(descriptor, events)
-            self._clients.close_scheduled()
+            self._bugs.guard(self._clients.close_scheduled)
         self.loop.fire()
         self._bugs.guard(self._control.work)
         self._bugs.guard(self._clients.work)
@@ -120,7 +120,7 @@ class RouterServer:
             self._ticked = now
             for part in self._parts:
                 self._bugs.guard(part)
-        self._clients.close_scheduled()
+        self._bugs.guard(self._clients.close_scheduled)
 
     def _timeout(self) -> float:
         """Seconds for which the loop may sleep."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import select
 import socket
+from pathlib import Path
 
 import pytest
 
+from dataplane.router.clients import Clients
 from dataplane.router.loop import BUGS_WITHIN, MOST_BUGS, Bugs, EpollLoop
+from dataplane.router.router_server import RouterServer
 
 
 class Clock:
@@ -140,3 +143,18 @@ def test_bugs_that_do_not_stop_end_the_router() -> None:
     with pytest.raises(KeyError):
         loop.fire()
     epoll.close()
+
+
+def test_a_bug_while_closing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug while a client's connection is closed doesn't end the router."""
+    server = RouterServer(tmp_path / "router.sock", tmp_path / "control.sock")
+    bugs = iter([KeyError("a bug")])
+
+    def close(_: Clients) -> None:
+        for bug in bugs:
+            raise bug
+
+    monkeypatch.setattr(Clients, "close_scheduled", close)
+    server.loop.after(0.05, server.stop)
+    server.run()
+    assert server.statistics().bugs == 1
