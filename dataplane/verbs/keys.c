@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #define GENERATIONS (UINT32_C(1) << KEY_GENERATION_BITS)
+#define OWN_BITS ((UINT32_C(1) << KEY_OWN_BITS) - 1)
 /* So there are no windows in windows. */
 #define WINDOW_ACCESS (KEY_REMOTE_WRITE | KEY_REMOTE_READ | KEY_REMOTE_ATOMIC)
 
@@ -76,26 +77,31 @@ void key_release(struct keys *keys, uint32_t key)
 
 /* --- adding and removing them */
 
-/* A place without a key, and its next key; NULL: too many. */
-static struct key_entry *take_place(struct keys *keys, uint32_t *key)
+/* A place without a key; NULL: too many. */
+static struct key_entry *take_place(struct keys *keys)
 {
         if (keys->count >= keys->limit)
                 return NULL;
         for (uint32_t tries = 0; tries < KEY_PLACES; tries++) {
-                uint32_t place = keys->next++ % KEY_PLACES;
-                struct key_entry *entry = &keys->entries[place];
+                struct key_entry *entry = &keys->entries[keys->next++ % KEY_PLACES];
 
-                if (atomic_load_explicit(&entry->state, memory_order_relaxed))
-                        continue;
-                entry->generation = (entry->generation + 1) % GENERATIONS;
-                /* A key is never 0. */
-                if (!place && !entry->generation)
-                        entry->generation = 1;
-                *key = place << KEY_GENERATION_BITS | entry->generation;
-                keys->count++;
-                return entry;
+                if (!atomic_load_explicit(&entry->state, memory_order_relaxed) && !entry->window) {
+                        keys->count++;
+                        return entry;
+                }
         }
         return NULL;
+}
+
+/* The key of a place with a generation `step` after the last one. A key is never 0. */
+static uint32_t next_key(const struct keys *keys, struct key_entry *entry, uint32_t step)
+{
+        uint32_t place = (uint32_t)(entry - keys->entries);
+
+        entry->generation = (entry->generation / step * step + step) % GENERATIONS;
+        if (!place && !entry->generation)
+                entry->generation = step;
+        return place << KEY_GENERATION_BITS | entry->generation;
 }
 
 static void fill(struct key_entry *entry, const struct key_entry *from, uint32_t key)
@@ -111,80 +117,133 @@ static void fill(struct key_entry *entry, const struct key_entry *from, uint32_t
         atomic_store_explicit(&entry->state, (uint64_t)key << 32, memory_order_release);
 }
 
-uint32_t key_add_region(struct keys *keys, const struct key_entry *region)
+/* Nobody can hold the key anew from now on. Wait for those who do. */
+static void empty(struct key_entry *entry)
 {
-        struct key_entry from = {.base = region->base,
-                                 .length = region->length,
-                                 .first = region->first,
-                                 .access = region->access,
-                                 .domain = region->domain};
-        uint32_t key;
-        struct key_entry *entry = take_place(keys, &key);
-
-        if (!entry)
-                return 0;
-        fill(entry, &from, key);
-        return key;
-}
-
-/* The program chooses the lowest bits, so the others must differ from those of the last key. */
-static uint32_t with_own_bits(struct key_entry *entry, uint32_t key, uint8_t own)
-{
-        const uint32_t step = UINT32_C(1) << KEY_OWN_BITS;
-        uint32_t generation = (entry->generation / step * step + step) % GENERATIONS | own;
-
-        key -= entry->generation;
-        /* A key is never 0. */
-        if (!key && !generation)
-                generation = step;
-        entry->generation = generation;
-        return key | generation;
-}
-
-uint32_t key_add_window(struct keys *keys, const struct key_entry *window, const struct key_use *use,
-                        uint8_t own)
-{
-        struct key_entry from = {.base = use->address,
-                                 .length = use->length,
-                                 .access = window->access & WINDOW_ACCESS,
-                                 .domain = window->domain,
-                                 .queue = window->queue,
-                                 .region = use->key};
-        struct key_entry *entry, *region = entry_of(keys, use->key);
-        uint32_t key;
-
-        if (key_hold(keys, use, &from.first) != KEY_HELD)
-                return 0;
-        /* A window writes for others where the region's owner may write itself. */
-        if (!(use->access & KEY_BIND) ||
-            (from.access & (KEY_REMOTE_WRITE | KEY_REMOTE_ATOMIC) && !(region->access & KEY_LOCAL_WRITE)) ||
-            !(entry = take_place(keys, &key))) {
-                key_release(keys, use->key);
-                return 0;
-        }
-        key = with_own_bits(entry, key, own);
-        atomic_fetch_add_explicit(&region->windows, 1, memory_order_relaxed);
-        fill(entry, &from, key);
-        key_release(keys, use->key);
-        return key;
-}
-
-bool key_remove(struct keys *keys, uint32_t key)
-{
-        struct key_entry *entry = entry_of(keys, key);
         uint64_t state = atomic_load_explicit(&entry->state, memory_order_relaxed);
 
-        if (!key || key_in(state) != key || atomic_load_explicit(&entry->windows, memory_order_relaxed))
-                return false;
-        /* Nobody can hold it anew from now on. */
         while (!atomic_compare_exchange_weak_explicit(&entry->state, &state, state & UINT32_MAX,
                                                       memory_order_acquire, memory_order_relaxed))
                 ;
         /* Each holder only copies. Pairs with key_release(). */
         while (atomic_load_explicit(&entry->state, memory_order_acquire))
                 sched_yield();
-        if (entry->region)
-                atomic_fetch_sub_explicit(&entry_of(keys, entry->region)->windows, 1, memory_order_relaxed);
+}
+
+/* Is there something in the place of this key, by this key? */
+static bool leads(const struct keys *keys, uint32_t key, bool window)
+{
+        struct key_entry *entry = entry_of(keys, key);
+
+        return key && entry->window == window &&
+               key_in(atomic_load_explicit(&entry->state, memory_order_relaxed)) == key;
+}
+
+/* What a region's entry has. */
+static struct key_entry region_from(const struct key_entry *region)
+{
+        return (struct key_entry){.base = region->base,
+                                  .length = region->length,
+                                  .first = region->first,
+                                  .access = region->access,
+                                  .domain = region->domain};
+}
+
+uint32_t key_add_region(struct keys *keys, const struct key_entry *region)
+{
+        struct key_entry from = region_from(region), *entry = take_place(keys);
+        uint32_t key;
+
+        if (!entry)
+                return 0;
+        key = next_key(keys, entry, 1);
+        fill(entry, &from, key);
+        return key;
+}
+
+bool key_change_region(struct keys *keys, uint32_t key, const struct key_entry *region)
+{
+        struct key_entry from = region_from(region), *entry = entry_of(keys, key);
+
+        if (!leads(keys, key, false) || atomic_load_explicit(&entry->windows, memory_order_relaxed))
+                return false;
+        empty(entry);
+        fill(entry, &from, key);
+        return true;
+}
+
+bool key_remove_region(struct keys *keys, uint32_t key)
+{
+        struct key_entry *entry = entry_of(keys, key);
+
+        if (!leads(keys, key, false) || atomic_load_explicit(&entry->windows, memory_order_relaxed))
+                return false;
+        empty(entry);
         keys->count--;
         return true;
+}
+
+uint32_t key_add_window(struct keys *keys)
+{
+        struct key_entry *entry = take_place(keys);
+
+        if (!entry)
+                return 0;
+        entry->window = true;
+        return next_key(keys, entry, OWN_BITS + 1);
+}
+
+bool key_bind(struct keys *keys, uint32_t key, const struct key_entry *window, const struct key_use *use)
+{
+        struct key_entry from = {.base = window->base,
+                                 .length = use->length,
+                                 .access = window->access & WINDOW_ACCESS,
+                                 .domain = window->domain,
+                                 .queue = window->queue,
+                                 .region = use->key};
+        struct key_entry *entry = entry_of(keys, key), *region = entry_of(keys, use->key);
+
+        if (!key || !entry->window || atomic_load_explicit(&entry->state, memory_order_relaxed) ||
+            (key & (GENERATIONS - 1) & ~OWN_BITS) != (entry->generation & ~OWN_BITS) ||
+            key_hold(keys, use, &from.first) != KEY_HELD)
+                return false;
+        /* A window writes for others where the region's owner may write itself. */
+        if (!(use->access & KEY_BIND) ||
+            (from.access & (KEY_REMOTE_WRITE | KEY_REMOTE_ATOMIC) && !(region->access & KEY_LOCAL_WRITE))) {
+                key_release(keys, use->key);
+                return false;
+        }
+        atomic_fetch_add_explicit(&region->windows, 1, memory_order_relaxed);
+        fill(entry, &from, key);
+        key_release(keys, use->key);
+        return true;
+}
+
+bool key_unbind(struct keys *keys, uint32_t key)
+{
+        struct key_entry *entry = entry_of(keys, key);
+
+        if (!leads(keys, key, true))
+                return false;
+        empty(entry);
+        atomic_fetch_sub_explicit(&entry_of(keys, entry->region)->windows, 1, memory_order_relaxed);
+        return true;
+}
+
+bool key_is_bound(const struct keys *keys, uint32_t key, uint32_t domain, uint32_t queue)
+{
+        const struct key_entry *entry = entry_of(keys, key);
+
+        return leads(keys, key, true) && entry->domain == domain && (!entry->queue || entry->queue == queue);
+}
+
+void key_remove_window(struct keys *keys, uint32_t key)
+{
+        struct key_entry *entry = entry_of(keys, key);
+
+        key_unbind(keys, key_in(atomic_load_explicit(&entry->state, memory_order_relaxed)));
+        entry->window = false;
+        /* No later region gets a key that the window has had. */
+        entry->generation |= OWN_BITS;
+        keys->count--;
 }

@@ -2,15 +2,17 @@
  *
  * A key names a registered memory region, or a window bound to part of one. Its upper bits are a
  * place in a table, its lower bits a generation, so that a key that was given up stays invalid for
- * as long as possible: places are used one after the other. The lowest eight bits of a window's key
- * are the program's to choose (InfiniBand architecture specification, volume 1, 10.6.7.2.2).
+ * as long as possible: places are used one after the other. A window keeps its place while it is
+ * bound and unbound, and the lowest eight bits of its key are the program's to choose each time
+ * (InfiniBand architecture specification, volume 1, 10.6.7.2.2).
  *
  * A key is no secret. It means something only on a queue pair that the router has paired, and only
  * in the protection domain of that queue pair.
  *
- * Whoever is about to touch memory holds its key meanwhile, and checks it by that. key_remove()
- * waits until nobody holds it. So when a region is deregistered nothing touches it any more, and
- * nobody needs a lock to check a key. A key is held for one copy, never during a wait.
+ * Whoever is about to touch memory holds its key meanwhile, and checks it by that. Removing and
+ * unbinding a key wait until nobody holds it. So when a region is deregistered nothing touches it
+ * any more, and nobody needs a lock to check a key. A key is held for one copy, never during a
+ * wait.
  */
 #ifndef FREEFLOW_KEYS_H
 #define FREEFLOW_KEYS_H
@@ -48,7 +50,8 @@ struct key_entry {
         uint32_t queue;           /* of a window: the only queue pair that may use it; 0: any */
         uint32_t generation;      /* of the last key in this place */
         _Atomic uint32_t windows; /* bound to this region */
-        uint32_t region;          /* of a window: the region's key; 0: it is a region */
+        uint32_t region;          /* of a bound window: the region's key */
+        bool window;              /* the place is a window's, bound or not */
 };
 
 struct keys {
@@ -86,15 +89,27 @@ void key_release(struct keys *keys, uint32_t key);
 
 /* These are called by one thread at a time.
  *
- * Add a region; 0: there are too many. */
+ * Add a region; 0: there are too many keys. */
 uint32_t key_add_region(struct keys *keys, const struct key_entry *region);
-/* Bind a window to part of a region. `window` has its access, and the domain and queue pair that
- * may use it. `use` is the part, by the region's key and with the access KEY_BIND. `own` is the
- * lowest bits. 0: the region does not allow that, or there are too many keys. */
-uint32_t key_add_window(struct keys *keys, const struct key_entry *window, const struct key_use *use,
-                        uint8_t own);
-/* Remove a key, and wait until nobody holds it. False: there is no such key, or windows are bound
- * to it. */
-bool key_remove(struct keys *keys, uint32_t key);
+/* The key means another region from now on; nobody holds it for the one before when this returns.
+ * False: there is no such region, or windows are bound to it. */
+bool key_change_region(struct keys *keys, uint32_t key, const struct key_entry *region);
+/* Remove a region's key, and wait until nobody holds it. False: there is no such region, or windows
+ * are bound to it. */
+bool key_remove_region(struct keys *keys, uint32_t key);
+
+/* Add a window: its key, which leads nowhere until it is bound. 0: there are too many keys. */
+uint32_t key_add_window(struct keys *keys);
+/* Bind a window to part of a region. `key` will be the window's key: only its lowest bits may
+ * differ from any that it had. `window` has the access, and the domain and queue pair that may use
+ * it. `use` is the part, by the region's key and with the access KEY_BIND. False: the window is
+ * bound, or the region does not allow that. */
+bool key_bind(struct keys *keys, uint32_t key, const struct key_entry *window, const struct key_use *use);
+/* Unbind a window, and wait until nobody holds its key. False: it is not bound by this key. */
+bool key_unbind(struct keys *keys, uint32_t key);
+/* Is a window bound by this key, which this domain and queue pair may use? */
+bool key_is_bound(const struct keys *keys, uint32_t key, uint32_t domain, uint32_t queue);
+/* Remove a window by any key that it had. It is unbound before. */
+void key_remove_window(struct keys *keys, uint32_t key);
 
 #endif
