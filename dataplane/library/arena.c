@@ -76,7 +76,7 @@ static void close_file(struct mapping *mapping)
 
 bool arena_copy(const struct end *end, const unsigned char *place, unsigned char *to, size_t size)
 {
-        struct mapping *mapping = mapping_of(load_relaxed(&end->arena));
+        struct mapping *mapping = mapping_of(load_relaxed(&end->place.arena));
         int fd = atomic_load(&mapping->memfd) - 1;
         off_t offset = place - (unsigned char *)arena_header(mapping);
 
@@ -207,10 +207,10 @@ uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t sid
                      : take_slot(id, token, side, slot, incarnation, memfd, receiving, &arena);
         if (!reason) {
                 atomic_store(&mapping_of(arena)->slots[slot], end_number(end) + 1);
-                atomic_store(&end->arena, arena);
-                atomic_store(&end->side, (uint16_t)side);
-                atomic_store(&end->slot, (uint16_t)slot);
-                atomic_store(&end->incarnation, incarnation);
+                atomic_store(&end->place.arena, arena);
+                atomic_store(&end->place.side, (uint16_t)side);
+                atomic_store(&end->place.slot, (uint16_t)slot);
+                atomic_store(&end->place.incarnation, incarnation);
                 if (atomic_load(&mapping_of(arena)->remote))
                         statistics_count(&statistics.remote);
         }
@@ -222,7 +222,7 @@ uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t sid
  * nobody reads this one's bytes. */
 static void reclaim_read(struct end *end)
 {
-        uint32_t arena = atomic_load(&end->arena) % ARENAS;
+        uint32_t arena = atomic_load(&end->place.arena) % ARENAS;
         uint64_t read = atomic_load(&end->rx.touched);
         struct view view;
 
@@ -236,9 +236,9 @@ static void reclaim_read(struct end *end)
 
 void arena_release(struct end *end)
 {
-        uint32_t arena = atomic_load(&end->arena), slot = atomic_load(&end->slot) % SLOTS;
+        uint32_t arena = atomic_load(&end->place.arena), slot = atomic_load(&end->place.slot) % SLOTS;
         struct arena_record *record = &family->arenas[arena % ARENAS];
-        uint64_t incarnation = atomic_exchange(&end->incarnation, 0), id, token;
+        uint64_t incarnation = atomic_exchange(&end->place.incarnation, 0), id, token;
         enum taken taken;
 
         if (!incarnation)

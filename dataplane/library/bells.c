@@ -457,11 +457,11 @@ static void ring_bell(uint32_t arena, uint32_t side, int bell)
                 ring_once(fd);
 }
 
-void ring_bells(struct waiters *waiters, const struct end *end)
+void ring_bells(struct waiters *waiters, const struct place *place)
 {
-        uint32_t arena = load_relaxed(&end->arena);
-        uint32_t side = load_relaxed(&end->side);
-        uint32_t slot = load_relaxed(&end->slot);
+        uint32_t arena = load_relaxed(&place->arena);
+        uint32_t side = load_relaxed(&place->side);
+        uint32_t slot = load_relaxed(&place->slot);
         struct side *theirs = &arena_header(mapping_of(arena))->sides[1 - side];
 
         atomic_exchange_explicit(&waiters->any, 0, memory_order_acq_rel);

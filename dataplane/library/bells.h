@@ -16,6 +16,7 @@
 #define FREEFLOW_BELLS_H
 
 #include "mapping.h"
+#include "waiters.h"
 
 /* A bell for one wait of a thread, or one that an epoll instance keeps; -1: there is none now, and
  * one is ordered. `more`: no matter how many others have ordered. */
@@ -46,31 +47,14 @@ void bells_close_peers(struct mapping *mapping);
 /* Own descriptors were closed by somebody else: forget the bells among them. */
 void bells_lost(void);
 
-/* Say that this bell's waiter is about to sleep. The caller checks the ring once more afterwards.
- */
-static inline void wait_begin(struct waiters *waiters, int bell)
-{
-        atomic_fetch_or_explicit(&waiters->bells[bell / 64], UINT64_C(1) << (bell % 64),
-                                 memory_order_relaxed);
-        store_relaxed(&waiters->any, 1);
-        /* Pairs with wake(): either it sees `any`, or we see what it published. */
-        atomic_thread_fence(memory_order_seq_cst);
-}
-
-static inline void wait_end(struct waiters *waiters, int bell)
-{
-        atomic_fetch_and_explicit(&waiters->bells[bell / 64], ~(UINT64_C(1) << (bell % 64)),
-                                  memory_order_relaxed);
-}
-
-void ring_bells(struct waiters *waiters, const struct end *end);
+/* Wake those who wait for a ring of this slot of ours. */
+void ring_bells(struct waiters *waiters, const struct place *place);
 
 /* Something was published in a ring of this end for those who wait for it. */
 static inline void wake(struct waiters *waiters, const struct end *end)
 {
-        atomic_thread_fence(memory_order_seq_cst);
-        if (__builtin_expect(load_relaxed(&waiters->any) != 0, 0))
-                ring_bells(waiters, end);
+        if (waiters_sleep(waiters))
+                ring_bells(waiters, &end->place);
 }
 
 #endif

@@ -4,6 +4,7 @@
 #define FREEFLOW_END_H
 
 #include "lock.h"
+#include "place.h"
 #include "spin.h"
 
 enum {
@@ -87,12 +88,9 @@ struct end {
         _Atomic uint32_t final;        /* it has left its ring for a reason that holds for good */
         _Atomic uint32_t waits;        /* sleeps that only the present slot's bells end */
         _Atomic uint64_t cookie;
-        _Atomic uint64_t incarnation;
         _Atomic uint32_t kept; /* the kernel's keepalive isn't what the program has set: keep.h */
         _Atomic int32_t keep_on, keep_idle, keep_pause, keep_count;
-        _Atomic uint32_t arena; /* index into family.arenas */
-        _Atomic uint16_t side;
-        _Atomic uint16_t slot;
+        struct place place;
         _Atomic uint64_t members[MEMBER_WORDS]; /* those of the holders that have a number */
         _Alignas(64) struct flow rx;
         _Alignas(64) struct flow tx;

@@ -6,14 +6,36 @@
 
 struct mapping *_Atomic mappings;
 
+static inline struct view sends(const struct place *place)
+{
+        return arena_view(load_relaxed(&place->arena), load_relaxed(&place->slot),
+                          load_relaxed(&place->side));
+}
+
+static inline struct view receives(const struct place *place)
+{
+        return arena_view(load_relaxed(&place->arena), load_relaxed(&place->slot),
+                          1 - load_relaxed(&place->side));
+}
+
+struct view place_sends(const struct place *place)
+{
+        return sends(place);
+}
+
+struct view place_receives(const struct place *place)
+{
+        return receives(place);
+}
+
 struct view end_sends(const struct end *end)
 {
-        return arena_view(load_relaxed(&end->arena), load_relaxed(&end->slot), load_relaxed(&end->side));
+        return sends(&end->place);
 }
 
 struct view end_receives(const struct end *end)
 {
-        return arena_view(load_relaxed(&end->arena), load_relaxed(&end->slot), 1 - load_relaxed(&end->side));
+        return receives(&end->place);
 }
 
 bool mappings_make(void)

@@ -67,14 +67,23 @@ static inline struct view arena_view(uint32_t arena, uint32_t slot, uint32_t dir
                        base + BULK_OFFSET + (number << shift), shift);
 }
 
-/* The rings of an attached end: the one it sends into, and the one it receives from. */
+/* The rings of a slot of ours: the one that we send into, and the one that we receive from. */
+struct view place_sends(const struct place *place);
+struct view place_receives(const struct place *place);
+
+/* Of a slot of ours: its peer is on another host. */
+static inline bool place_is_remote(const struct place *place)
+{
+        return load_relaxed(&mapping_of(load_relaxed(&place->arena))->remote);
+}
+
+/* The same of an attached end. */
 struct view end_sends(const struct end *end);
 struct view end_receives(const struct end *end);
 
-/* Of an attached end: its peer is on another host. */
 static inline bool end_is_remote(const struct end *end)
 {
-        return load_relaxed(&mapping_of(load_relaxed(&end->arena))->remote);
+        return place_is_remote(&end->place);
 }
 
 #endif

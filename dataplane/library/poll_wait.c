@@ -227,7 +227,7 @@ static int bell_for(struct bells *bells, uint32_t arena)
 /* Arm a connection's ring. Returns reasons for a short sleep. */
 static unsigned arm_end(struct end *end, short events, struct bells *bells)
 {
-        uint32_t arena = atomic_load(&end->arena);
+        uint32_t arena = atomic_load(&end->place.arena);
         int bell = bell_for(bells, arena);
 
         if (bell < 0) {
@@ -237,8 +237,9 @@ static unsigned arm_end(struct end *end, short events, struct bells *bells)
         }
         sleep_arm(end, bell, events & (POLLIN | POLLRDNORM) || end_is_remote(end),
                   events & (POLLOUT | POLLWRNORM) && atomic_load(&end->tx.phase) == PHASE_RING);
-        return !bell_is_known(arena, atomic_load(&end->side), bell) || ready_between(end) ? SLEEP_UNRINGABLE
-                                                                                          : 0;
+        return !bell_is_known(arena, atomic_load(&end->place.side), bell) || ready_between(end)
+                   ? SLEEP_UNRINGABLE
+                   : 0;
 }
 
 static void arm(const struct pollfd *fds, nfds_t count, struct bells *bells)
@@ -264,7 +265,7 @@ static void disarm(const struct pollfd *fds, nfds_t count, struct bells *bells)
                 if (!end)
                         continue;
                 for (int b = 0; b < bells->count; b++)
-                        if (bells->of[b].arena == atomic_load(&end->arena)) {
+                        if (bells->of[b].arena == atomic_load(&end->place.arena)) {
                                 wait_end(&end_receives(end).ring->receivers, bells->of[b].bell);
                                 wait_end(&end_sends(end).ring->senders, bells->of[b].bell);
                                 break;

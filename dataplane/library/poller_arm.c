@@ -137,7 +137,7 @@ void poller_take_wakeup(struct poller *poller)
 
 bool registration_arm(struct poller *poller, struct registration *r, struct end *end)
 {
-        uint32_t arena = atomic_load(&end->arena);
+        uint32_t arena = atomic_load(&end->place.arena);
         bool room;
         int bell;
 
@@ -155,7 +155,7 @@ bool registration_arm(struct poller *poller, struct registration *r, struct end 
                 !ready_space(end));
         /* The kernel doesn't report a remote ring's end, nor its loss. */
         sleep_arm(end, bell, r->events & (EPOLLIN | EPOLLRDNORM) || r->remote, room);
-        return bell_is_known(arena, atomic_load(&end->side), bell);
+        return bell_is_known(arena, atomic_load(&end->place.side), bell);
 }
 
 /* Arm an ACTIVE registration, unless it has something to report. Returns whether it has. */

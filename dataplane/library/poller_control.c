@@ -186,7 +186,7 @@ bool poller_attach(struct end *end)
                 struct poller *poller = &pollers[r->poller];
                 enum taken taken = lock_take(&poller->lock, self());
 
-                all = taken == LOCK_TAKEN && poller_give_bell(poller, atomic_load(&end->arena)) &&
+                all = taken == LOCK_TAKEN && poller_give_bell(poller, atomic_load(&end->place.arena)) &&
                       registration_to_ring(poller, r, end);
                 if (taken == LOCK_TAKEN)
                         poller_pass_on(poller);

@@ -164,7 +164,7 @@ static void wake_senders(struct end *end, const struct view *view)
                 return;
         used = load_relaxed(&view->ring->tail) - load_relaxed(&end->rx.edge);
         if (used + view_remote(view) <= load_relaxed(&view->ring->room))
-                ring_bells(senders, end);
+                ring_bells(senders, &end->place);
 }
 
 /* --- steps --- */

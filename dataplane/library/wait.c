@@ -86,8 +86,8 @@ static void prepare(struct wait *w, uint64_t deadline)
 {
         bool bytes = w->want == WANT_BYTES;
 
-        w->arena = load_relaxed(&w->end->arena);
-        w->side = load_relaxed(&w->end->side);
+        w->arena = load_relaxed(&w->end->place.arena);
+        w->side = load_relaxed(&w->end->place.side);
         w->waiters = bytes ? &end_receives(w->end).ring->receivers : &end_sends(w->end).ring->senders;
         w->without = false;
         w->polled[ON_TCP] =

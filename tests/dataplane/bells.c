@@ -458,9 +458,9 @@ static void map(void)
         }
         family->next_arena = 2;
         for (uint32_t slot = 0; slot < USED; slot++) {
-                family->ends[slot].arena = SENDER;
-                family->ends[slot].side = 1 - waiting_side;
-                family->ends[slot].slot = slot;
+                family->ends[slot].place.arena = SENDER;
+                family->ends[slot].place.side = 1 - waiting_side;
+                family->ends[slot].place.slot = slot;
         }
 }
 

@@ -71,7 +71,7 @@ static unsigned char byte_at(uint64_t place)
 }
 
 /* As in bells.c, but a bell is a semaphore. */
-void ring_bells(struct waiters *waiters, const struct end *unused)
+void ring_bells(struct waiters *waiters, const struct place *unused)
 {
         uint64_t woken;
 
