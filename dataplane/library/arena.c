@@ -12,26 +12,52 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+/* Does a slot of the arena belong to anybody of the family? Under the lock, as all that follows. */
+static bool is_used(const struct arena_record *record)
+{
+        return atomic_load(&record->connections) || atomic_load(&record->queue_pairs);
+}
+
+/* Take from a process that was killed what it had for its queue pairs alone. */
+static void forget_dead(struct arena_record *record)
+{
+        int32_t owner = atomic_load(&record->owner);
+
+        if (!owner || owner == atomic_load(&process.pid) || process.renamed ||
+            atomic_load(&record->connections) || sys_2(SYS_kill, owner, 0) != -ESRCH)
+                return;
+        atomic_store(&record->queue_pairs, 0);
+        atomic_store(&record->id, 0);
+}
+
+static void start_record(struct arena_record *record, const struct granted *granted)
+{
+        atomic_store(&record->token, granted->token);
+        atomic_store(&record->side, granted->side);
+        /* The router gives the first one with the grant. */
+        atomic_store(&record->bells, 1);
+        atomic_store(&record->connections, 0);
+        atomic_store(&record->queue_pairs, 0);
+        atomic_store(&record->owner, 0);
+}
+
 /* The family's record of an arena, new or known; -1: too many. */
-static int64_t find_record(uint64_t id, uint64_t token, uint32_t side)
+static int64_t find_record(const struct granted *granted)
 {
         uint32_t high = atomic_load(&family->next_arena);
 
         for (uint32_t i = 0; i < high && i < ARENAS; i++)
-                if (load_relaxed(&family->arenas[i].id) == id &&
-                    load_relaxed(&family->arenas[i].side) == side)
+                if (load_relaxed(&family->arenas[i].id) == granted->arena &&
+                    load_relaxed(&family->arenas[i].side) == granted->side)
                         return i;
         for (uint32_t i = 0; i < ARENAS; i++) {
                 struct arena_record *record = &family->arenas[i];
                 uint64_t free = 0;
 
-                if (!atomic_compare_exchange_strong(&record->id, &free, id))
+                forget_dead(record);
+                if (!atomic_compare_exchange_strong(&record->id, &free, granted->arena))
                         continue;
-                atomic_store(&record->token, token);
-                atomic_store(&record->side, side);
-                /* The router gives the first one with the grant. */
-                atomic_store(&record->bells, 1);
-                atomic_store(&record->connections, 0);
+                start_record(record, granted);
                 while (i >= high && !atomic_compare_exchange_weak(&family->next_arena, &high, i + 1))
                         ;
                 return i;
@@ -162,106 +188,144 @@ static void unmap(uint32_t arena)
         bells_close_peers(mapping);
 }
 
-/* Under the lock: take the slot, if the arena has it for us. Returns a reason, 0 if it has. */
-static uint32_t take_slot(uint64_t id, uint64_t token, uint32_t side, uint32_t slot, uint64_t incarnation,
-                          int memfd, int *receiving, uint32_t *arena)
+/* Take the slot, if the arena has it for us. Returns a reason, 0 if it has. */
+static uint32_t take_slot(struct place *place, const struct granted *granted, int memfd, int *receiving)
 {
-        int64_t found = find_record(id, token, side);
-        struct arena_record *record;
-        uint32_t reason;
+        int64_t found = find_record(granted);
+        uint32_t arena = (uint32_t)found, reason;
 
         if (found < 0)
                 return REASON_MEMORY;
-        *arena = (uint32_t)found;
-        record = &family->arenas[found];
-        reason = io_uring_is_there(0) ? REASON_RAW : map(mapping_of(*arena), id, memfd);
-        if (!reason && side && atomic_load(&mapping_of(*arena)->remote))
+        reason = map(mapping_of(arena), granted->arena, memfd);
+        if (!reason && granted->side && atomic_load(&mapping_of(arena)->remote))
                 reason = REASON_CORRUPT;
         for (uint32_t d = 0; !reason && d < SIDES; d++)
-                if (atomic_load(&arena_view(*arena, slot, d).ring->incarnation) != incarnation)
+                if (atomic_load(&arena_view(arena, granted->slot, d).ring->incarnation) !=
+                    granted->incarnation)
                         reason = REASON_CORRUPT;
         if (!reason) {
-                atomic_fetch_add(&record->connections, 1);
-                atomic_fetch_add(&mapping_of(*arena)->attached, 1);
-                bell_keep(mapping_of(*arena), 0, receiving);
-        } else if (!atomic_load(&record->connections)) {
-                unmap(*arena);
-                atomic_store(&record->id, 0);
+                atomic_fetch_add(&mapping_of(arena)->attached, 1);
+                bell_keep(mapping_of(arena), 0, receiving);
+                atomic_store(&place->arena, arena);
+                atomic_store(&place->side, (uint16_t)granted->side);
+                atomic_store(&place->slot, (uint16_t)granted->slot);
+                atomic_store(&place->incarnation, granted->incarnation);
+        } else if (!is_used(&family->arenas[arena])) {
+                unmap(arena);
+                atomic_store(&family->arenas[arena].id, 0);
         }
         return reason;
 }
 
-uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t side, uint32_t slot,
-                      uint64_t incarnation, int memfd, int *receiving)
+/* `end` NULL: for a queue pair. */
+static uint32_t take(struct end *end, struct place *place, const struct granted *granted, int memfd,
+                     int *receiving)
 {
-        uint32_t arena, reason;
+        uint32_t reason = REASON_MEMORY;
         enum taken taken;
 
-        if (!id || side >= SIDES || slot >= SLOTS || !incarnation)
+        if (!granted->arena || granted->side >= SIDES || granted->slot >= SLOTS || !granted->incarnation)
                 return REASON_CORRUPT;
         if (!mappings_make())
                 return REASON_MEMORY;
         taken = lock_take(&family->arenas_lock, self());
-        reason = taken == LOCK_NESTED
-                     ? REASON_MEMORY
-                     : take_slot(id, token, side, slot, incarnation, memfd, receiving, &arena);
+        if (taken != LOCK_NESTED)
+                reason = take_slot(place, granted, memfd, receiving);
         if (!reason) {
-                atomic_store(&mapping_of(arena)->slots[slot], end_number(end) + 1);
-                atomic_store(&end->place.arena, arena);
-                atomic_store(&end->place.side, (uint16_t)side);
-                atomic_store(&end->place.slot, (uint16_t)slot);
-                atomic_store(&end->place.incarnation, incarnation);
-                if (atomic_load(&mapping_of(arena)->remote))
-                        statistics_count(&statistics.remote);
+                struct arena_record *record = &family->arenas[atomic_load(&place->arena)];
+                struct mapping *mapping = mapping_of(atomic_load(&place->arena));
+
+                if (end) {
+                        atomic_fetch_add(&record->connections, 1);
+                        atomic_store(&mapping->slots[granted->slot], end_number(end) + 1);
+                } else {
+                        atomic_store(&record->owner, atomic_load(&process.pid));
+                        atomic_fetch_or(&record->queue_pairs, UINT64_C(1) << granted->slot);
+                }
         }
         lock_release(&family->arenas_lock, taken);
         return reason;
 }
 
-/* Reclaim pages that reading may have made (budget.h). The slot isn't another connection's yet, and
- * nobody reads this one's bytes. */
-static void reclaim_read(struct end *end)
+uint32_t arena_attach(struct end *end, const struct granted *granted, int memfd, int *receiving)
 {
-        uint32_t arena = atomic_load(&end->place.arena) % ARENAS;
-        uint64_t read = atomic_load(&end->rx.touched);
+        uint32_t reason =
+            io_uring_is_there(0) ? REASON_RAW : take(end, &end->place, granted, memfd, receiving);
+
+        if (!reason && end_is_remote(end))
+                statistics_count(&statistics.remote);
+        return reason;
+}
+
+uint32_t arena_take(struct place *place, const struct granted *granted, int memfd, int *receiving)
+{
+        return take(NULL, place, granted, memfd, receiving);
+}
+
+/* Reclaim pages that reading may have made (budget.h), up to this offset. The slot isn't anybody
+ * else's yet, and nobody reads this ring's bytes. */
+static void reclaim_read(const struct place *place, uint64_t read)
+{
+        uint32_t arena = atomic_load(&place->arena) % ARENAS;
         struct view view;
 
         if (read <= SMALL_SIZE || !mappings || !atomic_load(&mapping_of(arena)->id) ||
             atomic_load(&mapping_of(arena)->id) != atomic_load(&family->arenas[arena].id) ||
-            end_is_remote(end))
+            place_is_remote(place))
                 return;
-        view = end_receives(end);
+        view = place_receives(place);
         sys_3(SYS_madvise, view_bulk(&view), (read + PAGE - 1) / PAGE * PAGE, MADV_REMOVE);
 }
 
-void arena_release(struct end *end)
+static void leave_slot(const struct place *place, uint64_t incarnation, bool is_end)
 {
-        uint32_t arena = atomic_load(&end->place.arena), slot = atomic_load(&end->place.slot) % SLOTS;
+        uint32_t arena = atomic_load(&place->arena), slot = atomic_load(&place->slot) % SLOTS;
         struct arena_record *record = &family->arenas[arena % ARENAS];
-        uint64_t incarnation = atomic_exchange(&end->place.incarnation, 0), id, token;
-        enum taken taken;
+        enum taken taken = lock_take(&family->arenas_lock, self());
+        uint64_t id = atomic_load(&record->id), token = atomic_load(&record->token);
 
-        if (!incarnation)
-                return;
-        budget_forget_sender(&end->tx);
-        reclaim_read(end);
-        budget_forget_receiver(&end->rx);
-        taken = lock_take(&family->arenas_lock, self());
-        id = atomic_load(&record->id);
-        token = atomic_load(&record->token);
         if (mappings) {
-                atomic_store(&mapping_of(arena)->slots[slot], 0);
+                if (is_end)
+                        atomic_store(&mapping_of(arena)->slots[slot], 0);
                 if (atomic_load(&mapping_of(arena)->attached))
                         atomic_fetch_sub(&mapping_of(arena)->attached, 1);
         }
-        if (atomic_fetch_sub(&record->connections, 1) == 1) {
+        if (is_end)
+                atomic_fetch_sub(&record->connections, 1);
+        else
+                atomic_fetch_and(&record->queue_pairs, ~(UINT64_C(1) << slot));
+        if (!is_used(record)) {
                 if (mappings)
                         unmap(arena);
                 atomic_store(&record->id, 0);
         }
         lock_release(&family->arenas_lock, taken);
-        /* Last: from now on the slot may be another connection's. */
+        /* Last: from now on the slot may be somebody else's. */
         router_release(id, token, slot, incarnation);
+}
+
+void arena_release(struct end *end)
+{
+        uint64_t incarnation = atomic_exchange(&end->place.incarnation, 0);
+
+        if (!incarnation)
+                return;
+        budget_forget_sender(&end->tx);
+        reclaim_read(&end->place, atomic_load(&end->rx.touched));
+        budget_forget_receiver(&end->rx);
+        leave_slot(&end->place, incarnation, true);
+}
+
+void arena_give_back(struct place *place)
+{
+        uint64_t incarnation = atomic_exchange(&place->incarnation, 0);
+        const struct arena_record *record = &family->arenas[atomic_load(&place->arena) % ARENAS];
+
+        /* A child of fork has copies of its parent's places. */
+        if (!incarnation || atomic_load(&record->owner) != atomic_load(&process.pid))
+                return;
+        reclaim_read(place, RING_SIZE);
+        leave_slot(place, incarnation, false);
 }
 
 /* A child shares the arenas, but needs bells of its own: a byte in a shared bell would wake

@@ -1,5 +1,5 @@
 /* The life of an arena in this process: mapped when the router grants the first slot, unmapped with
- * the last connection. See mapping.h for what is mapped, bells.h for how waiters are woken.
+ * the last one. See mapping.h for what is mapped, bells.h for how waiters are woken.
  */
 #ifndef FREEFLOW_ARENA_H
 #define FREEFLOW_ARENA_H
@@ -8,12 +8,19 @@
 #include "mapping.h"
 #include "own.h"
 
-/* Take what the router granted. Returns a reason, 0 if the end is attached. `memfd` stays the
- * caller's; `receiving` is the receiving end of bell 0 or -1, and becomes -1 if it is kept. */
-uint32_t arena_attach(struct end *end, uint64_t id, uint64_t token, uint32_t side, uint32_t slot,
-                      uint64_t incarnation, int memfd, int *receiving);
-/* The end is done with its slot, if it has one. */
+/* What the router has granted: GRANT and V_GRANT. */
+struct granted {
+        uint64_t arena, token, incarnation;
+        uint32_t side, slot;
+};
+
+/* Take it, for an end or for a queue pair. Returns a reason, 0 if the slot is taken. `memfd` stays
+ * the caller's; `receiving` is the receiving end of bell 0 or -1, and becomes -1 if it is kept. */
+uint32_t arena_attach(struct end *end, const struct granted *granted, int memfd, int *receiving);
+uint32_t arena_take(struct place *place, const struct granted *granted, int memfd, int *receiving);
+/* The end, or the queue pair, is done with its slot, if it has one. */
 void arena_release(struct end *end);
+void arena_give_back(struct place *place);
 /* Copy bytes of a ring from its file instead of its mapping. False: the file can't be read. */
 bool arena_copy(const struct end *end, const unsigned char *place, unsigned char *to, size_t size);
 void arena_forked(void);

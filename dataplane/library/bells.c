@@ -242,9 +242,11 @@ void bell_received(uint64_t id, uint32_t side, uint32_t bell, int *fd)
 static void break_connections(struct mapping *mapping)
 {
         uint32_t arena = mapping_number(mapping);
+        uint64_t queue_pairs = atomic_load(&family->arenas[arena].queue_pairs);
 
         for (uint32_t slot = 0; slot < SLOTS; slot++)
-                for (uint32_t d = 0; d < SIDES && atomic_load(&mapping->slots[slot]); d++)
+                for (uint32_t d = 0;
+                     d < SIDES && (atomic_load(&mapping->slots[slot]) || queue_pairs & bit((int)slot)); d++)
                         store_release(&arena_view(arena, slot, d).ring->broken, 1);
 }
 

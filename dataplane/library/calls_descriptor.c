@@ -11,6 +11,7 @@
 #include "poller.h"
 #include "protocol.h"
 #include "sys.h"
+#include "verbs_client.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -33,6 +34,7 @@ static void before_close(int fd)
         if (end)
                 close_ring(fd, end, key);
         poller_closed(fd);
+        verbs_closing(fd);
         if (end)
                 end_forget(fd);
 }
@@ -72,6 +74,7 @@ static int alias(int old, int new)
                         hand_over(new, end, key, REASON_STDIO);
         } else {
                 poller_alias(old, new);
+                verbs_alias(old, new);
         }
         *__errno_location() = saved;
         return new;

@@ -36,12 +36,13 @@ struct arena_record {
         _Atomic uint32_t side;
         _Atomic uint32_t bells;       /* next index of ours */
         _Atomic uint32_t connections; /* ends attached to it */
-        _Atomic uint32_t unused;
+        _Atomic int32_t owner;        /* the process that has queue pairs in it, by its ID */
+        _Atomic uint64_t queue_pairs; /* slots that those have, a bit for each */
 };
 
 struct family {
         struct lock
-            arenas_lock; /* an arena without connections goes, and none gets its first one meanwhile */
+            arenas_lock; /* an arena that nothing is in goes, and none gets its first slot meanwhile */
         _Atomic uint32_t next_end;
         _Atomic uint32_t next_arena;
         _Atomic uint64_t touched;         /* bytes of bulk areas in use by our senders */
@@ -77,13 +78,20 @@ struct process {
 extern struct process process;
 
 /* The lower half of a word of `process.fds`: 1 + number of an end, FD_POLLER + number of an epoll
- * instance, FD_OWN. */
+ * instance, FD_VERBS (services.h), FD_OWN. */
 #define FD_POLLER UINT32_C(0x80000000)
+#define FD_VERBS UINT32_C(0x40000000)
 #define FD_OWN UINT32_C(0xffffffff)
 
 static inline bool fd_is_end(uint64_t found)
 {
         return (uint32_t)found - 1 < ENDS;
+}
+
+static inline bool fd_is_verbs(int fd)
+{
+        return process.on && (unsigned)fd < DESCRIPTORS &&
+               (uint32_t)load_relaxed(&process.fds[fd]) == FD_VERBS;
 }
 
 void fd_set_word(int fd, uint64_t word);
@@ -117,18 +125,19 @@ void family_unexec(void);
 /* The process ends: it holds nothing any more. */
 void family_exit(void);
 
-/* The end behind a descriptor and its generation, or NULL. */
+/* The end behind a descriptor, or NULL; `key` is the table's word of it in any case. */
 static inline struct end *end_of(int fd, uint64_t *key)
 {
+        uint64_t found;
+
+        *key = 0;
         if (!process.on || (unsigned)fd >= DESCRIPTORS)
                 return NULL;
-        uint64_t found = load_relaxed(&process.fds[fd]);
-
+        *key = found = load_relaxed(&process.fds[fd]);
         if (__builtin_expect(!fd_is_end(found), 1))
                 return NULL;
         if (__builtin_expect(!load_relaxed(process.alive), 0))
                 family_forked();
-        *key = found;
         return &family->ends[(uint32_t)found - 1];
 }
 

@@ -7,6 +7,7 @@
 #include "router.h"
 #include "settings.h"
 #include "statistics.h"
+#include "verbs_client.h"
 
 #include <string.h>
 
@@ -15,9 +16,27 @@ static void forked(void)
         arena_forked();
         poller_forked();
         router_forked();
+        verbs_forked();
 }
 
-const struct hooks hooks = {.forked = forked, .descriptors_lost = bells_lost, .received = request_received};
+static void descriptors_lost(void)
+{
+        bells_lost();
+        verbs_descriptors_lost();
+}
+
+static void received(const void *message, size_t size, int *descriptors, int count)
+{
+        if (verbs_is_kind(message))
+                verbs_received(message, size, descriptors, count);
+        else
+                request_received(message, size, descriptors, count);
+        for (int i = 0; i < count; i++)
+                if (descriptors[i] >= 0)
+                        bell_discard(descriptors[i]);
+}
+
+const struct hooks hooks = {.forked = forked, .descriptors_lost = descriptors_lost, .received = received};
 
 __attribute__((constructor)) static void start(void)
 {

@@ -1,5 +1,5 @@
-/* Which slot of which arena somebody has: an end of a connection (end.h). arena.h takes slots
- * and gives them back.
+/* Which slot of which arena somebody has: an end of a connection (end.h), or a queue pair of
+ * libibverbs (services.h). arena.h takes slots and gives them back.
  */
 #ifndef FREEFLOW_PLACE_H
 #define FREEFLOW_PLACE_H

@@ -9,6 +9,7 @@
 #include "settings.h"
 #include "statistics.h"
 #include "sys.h"
+#include "verbs_protocol.h"
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -123,12 +124,14 @@ static void granted(const struct grant *grant, int memfd, int *receiving)
 {
         struct end *end = answered_end(grant->connection, grant->cookie);
         uint32_t reason = REASON_NOT_FOUND;
+        struct granted slot = {.arena = grant->arena,
+                               .token = grant->token,
+                               .incarnation = grant->incarnation,
+                               .side = grant->side,
+                               .slot = grant->slot};
 
         if (end) {
-                reason = end_held_elsewhere(end)
-                             ? REASON_SHARED
-                             : arena_attach(end, grant->arena, grant->token, grant->side, grant->slot,
-                                            grant->incarnation, memfd, receiving);
+                reason = end_held_elsewhere(end) ? REASON_SHARED : arena_attach(end, &slot, memfd, receiving);
                 answer(end, reason);
         }
         if (reason)
@@ -178,6 +181,8 @@ static uint32_t chosen(const char *name, uint32_t given)
 
 static void welcomed(const struct welcome *welcome)
 {
+        settings.verbs = 0;
+        settings.greeted = router_epoch() + 1;
         if (welcome->version != PROTOCOL_VERSION || welcome->layout_version != FREEFLOW_VERSION) {
                 settings.enabled = 0;
                 return;
@@ -185,6 +190,7 @@ static void welcomed(const struct welcome *welcome)
         if (!settings.welcomed)
                 budget_start();
         settings.welcomed = true;
+        settings.verbs = welcome->verbs == VERBS_VERSION;
         settings.enabled = welcome->enabled;
         settings.operations = chosen("FREEFLOW_UPGRADE_OPERATIONS", welcome->operations);
         settings.age = chosen("FREEFLOW_UPGRADE_AGE", welcome->age);
@@ -229,9 +235,6 @@ void request_received(const void *buffer, size_t size, int *descriptors, int cou
         default:
                 break;
         }
-        for (int i = 0; i < count; i++)
-                if (descriptors[i] >= 0)
-                        bell_discard(descriptors[i]);
 }
 
 void request_poll(struct end *end)

@@ -10,6 +10,7 @@
 #include "router.h"
 #include "settings.h"
 #include "statistics.h"
+#include "verbs_client.h"
 
 #define SECOND UINT64_C(1000000000)
 
@@ -52,6 +53,7 @@ void retire(uint32_t reason)
         statistics_report();
         process.on = false;
         atomic_thread_fence(memory_order_seq_cst);
+        verbs_retired();
         arena_close_bells();
         router_disconnect();
         close_all_own();

@@ -26,6 +26,7 @@ static const char build[sizeof((struct hello *)0)->build] = FREEFLOW_BUILD;
 static struct {
         struct lock lock;
         int fd; /* 1 + descriptor */
+        bool held;
         _Atomic uint32_t epoch;
         uint32_t failed; /* ticks() of the last failure, 0: none */
 } router;
@@ -154,7 +155,7 @@ static bool receive_one(void)
         int descriptors[MOST_DESCRIPTORS] = {-1, -1, -1, -1}, count = 0;
         long got;
 
-        if (!router.fd)
+        if (!router.fd || router.held)
                 return false;
         got = sys_3(SYS_recvmsg, router.fd - 1, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
         if (got == -EAGAIN || got == -EINTR)
@@ -176,13 +177,28 @@ static bool receive_one(void)
         return true;
 }
 
+void router_take(void)
+{
+        while (receive_one())
+                ;
+}
+
 void router_receive(void)
 {
         if (!router_begin())
                 return;
-        while (receive_one())
-                ;
+        router_take();
         router_end();
+}
+
+void router_hold(bool held)
+{
+        router.held = held;
+}
+
+int router_descriptor(void)
+{
+        return router.fd - 1;
 }
 
 /* --- sending --- */

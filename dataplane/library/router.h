@@ -23,6 +23,12 @@ void router_end(void);
 bool router_reach(void);
 /* Under the lock: send one message. `patience`: ms to wait for room. Returns 0 or an errno. */
 int router_send(const void *message, size_t size, int patience);
+/* Under the lock: as router_receive(). */
+void router_take(void);
+/* Under the lock: nothing is taken from the socket until this is undone. */
+void router_hold(bool held);
+/* Under the lock: the socket, or -1. */
+int router_descriptor(void);
 
 /* Tell the router why a connection is, or stays, on TCP. */
 void router_note(struct end *end, uint32_t reason);

@@ -15,6 +15,8 @@ struct settings {
         _Atomic uint32_t bulk;
         _Atomic uint32_t spin; /* us */
         _Atomic uint32_t ring_limit;
+        _Atomic uint32_t verbs;   /* the router knows our verbs_protocol.h */
+        _Atomic uint32_t greeted; /* 1 + epoch of the socket by which the last WELCOME came */
 };
 
 extern struct settings settings;

@@ -113,6 +113,21 @@ def test_what_is_called_wrapped_is() -> None:
     assert not set(CLASSES[WRAPPED]) - exported(LIBRARY)
 
 
+def test_the_only_data_are_the_services() -> None:
+    """Besides functions the library exports nothing but what our libibverbs looks for."""
+    if not LIBRARY.exists():
+        pytest.skip(f"missing: {LIBRARY} (make library)")
+    said = subprocess.run(
+        ["nm", "--dynamic", "--defined-only", str(LIBRARY)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert {row.split()[2] for row in said.stdout.splitlines()} - exported(LIBRARY) == {
+        "freeflow_services"
+    }
+
+
 def test_no_descriptor_means_none() -> None:
     """By the C library's headers, no function on that list takes a descriptor."""
     if not shutil.which("gcc"):

@@ -1,0 +1,329 @@
+"""A router for tests of the library alone: it pairs whoever asks, has no containers and no rules,
+and makes mistakes on demand. `router.py` starts the real one.
+
+Each process that connects has a GID of its own, 10.0.0.1, 10.0.0.2 and so on, in the order of their
+V_OPEN, and the queue pair numbers from `FIRST_QPN` on. Queue pairs that name each other get a slot.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Final
+
+from dataplane.router import layout, verbs_wire
+from dataplane.router import library_wire as wire
+from dataplane.router.arena_memory import LinuxArenaMemory
+from testbed.patience import patience
+
+FIRST_QPN: Final = 0x1000
+QPNS: Final = 0x1000
+_PEEK: Final = 1 + verbs_wire.MAX_MESSAGE
+
+AnyMessage = wire.Message | verbs_wire.VerbsMessage
+
+
+@dataclass(eq=False)
+class Client:
+    """A process that has connected."""
+
+    connection: socket.socket
+    gid: IPv4Address | None = None
+    """None before its V_OPEN."""
+
+
+@dataclass(eq=False)
+class PairArena:
+    """An arena of two processes; side 0 is the first one's."""
+
+    number: int
+    memory: int
+    clients: tuple[Client, Client]
+    slots: dict[int, set[int]] = field(default_factory=dict)
+    """The slots in use, and which sides have not released them."""
+    incarnations: dict[int, int] = field(default_factory=dict)
+    bells: dict[tuple[int, int], int] = field(default_factory=dict)
+    """The ringing end of each bell, by side and index."""
+
+    def token(self, side: int) -> int:
+        return self.number << 8 | side
+
+
+class HandRouter:
+    """The router on a socket; `verbs=False`: one that knows nothing of verbs.
+
+    What processes have ended is in `releases` and `ends`, in order.
+    """
+
+    def __init__(self, path: Path, *, verbs: bool = True) -> None:
+        self._verbs = verbs
+        self._memory = LinuxArenaMemory()
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(str(path))
+        self._listener.listen(64)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._numbers = 1
+        self._waiting: dict[tuple[IPv4Address, int], tuple[Client, verbs_wire.VerbsQueuePair]] = {}
+        self.clients: list[Client] = []
+        self.arenas: list[PairArena] = []
+        self.releases: list[tuple[int, int, int]] = []
+        """Arena, side and slot."""
+        self.ends: list[int] = []
+        """Queue pairs that have ended."""
+        self.spoil = False
+        """Whether grants name a wrong incarnation."""
+        self._lock = threading.RLock()
+        self._stopped = False
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    # --- for tests
+
+    def close(self) -> None:
+        """End it, and all connections."""
+        self._stopped = True
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        self.hang_up()
+        self._listener.close()
+        for arena in self.arenas:
+            for bell in arena.bells.values():
+                os.close(bell)
+            os.close(arena.memory)
+
+    def hang_up(self) -> None:
+        """End the connections of all processes, which may come back."""
+        with self._lock:
+            for client in list(self.clients):
+                self._gone(client)
+
+    def say(self, client: Client, message: AnyMessage, *descriptors: int) -> None:
+        """Send a process a message."""
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+        with self._lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            client.connection.sendmsg([wire.codec.pack(message)], [rights] if descriptors else [])
+
+    def await_releases(self, count: int) -> None:
+        """Wait until so many sides have released a slot."""
+        until = time.monotonic() + patience(5)
+        while len(self.releases) < count:
+            assert time.monotonic() < until, self.releases
+            time.sleep(0.01)
+
+    def used(self) -> int:
+        """Bytes of memory that the arenas use."""
+        return sum(self._memory.used(arena.memory) for arena in self.arenas)
+
+    # --- the socket
+
+    def _run(self) -> None:
+        while not self._stopped:
+            for key, _ in self._selector.select(0.02):
+                try:
+                    with self._lock:
+                        self._ready(key)
+                except Exception as error:
+                    self._failure = error
+                    return
+
+    def _ready(self, key: selectors.SelectorKey) -> None:
+        if key.fileobj is self._listener:
+            self._accept()
+        elif key.data in self.clients:
+            self._receive(key.data)
+
+    def _accept(self) -> None:
+        client = Client(self._listener.accept()[0])
+        self.clients.append(client)
+        self._selector.register(client.connection, selectors.EVENT_READ, client)
+
+    def _gone(self, client: Client) -> None:
+        self.clients.remove(client)
+        self._selector.unregister(client.connection)
+        client.connection.close()
+        self._waiting = {key: told for key, told in self._waiting.items() if told[0] is not client}
+
+    def _receive(self, client: Client) -> None:
+        try:
+            data = client.connection.recv(_PEEK)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            self._gone(client)
+        else:
+            self._message(client, wire.codec.unpack(data))
+
+    def _message(self, client: Client, message: AnyMessage) -> None:
+        match message:
+            case wire.Hello():
+                welcome = wire.Welcome(
+                    wire.PROTOCOL_VERSION,
+                    layout.VERSION,
+                    enabled=True,
+                    operations=1 << 30,
+                    age=0,
+                    bytes=1 << 30,
+                    bulk=1 << 30,
+                    spin=0,
+                    ring_limit=layout.RING_SIZE,
+                    verbs=verbs_wire.VERBS_VERSION if self._verbs else 0,
+                )
+                self.say(client, welcome)
+            case wire.Bell():
+                self._make_bell(client, message)
+            case wire.Fetch():
+                self._fetch(client, message)
+            case wire.Release():
+                self._release(message)
+            case verbs_wire.VerbsOpen():
+                client.gid = client.gid or self._new_gid()
+                self.say(client, device(client.gid))
+            case verbs_wire.VerbsQueuePair():
+                self._pair(client, message)
+            case verbs_wire.VerbsEnd(kind=verbs_wire.VerbsKind.QUEUE_PAIR_END):
+                self.ends.append(message.number)
+                assert client.gid is not None
+                self._waiting.pop((client.gid, message.number), None)
+            case verbs_wire.VerbsStatus():
+                pass
+            case _:
+                raise AssertionError(message)
+
+    # --- queue pairs
+
+    def _new_gid(self) -> IPv4Address:
+        return IPv4Address("10.0.0.1") + sum(each.gid is not None for each in self.clients)
+
+    def _pair(self, client: Client, message: verbs_wire.VerbsQueuePair) -> None:
+        assert client.gid is not None
+        assert isinstance(message.peer_gid, IPv4Address)
+        own, peer = (client.gid, message.qpn), (message.peer_gid, message.peer_qpn)
+        self._waiting[own] = client, message
+        other = self._waiting.get(peer)
+        if other is None or (other[1].peer_gid, other[1].peer_qpn) != own:
+            return
+        del self._waiting[own]
+        self._waiting.pop(peer, None)
+        arena = self._arena_of(other[0], client)
+        slot = next(number for number in range(layout.SLOTS) if number not in arena.slots)
+        self._numbers += 1
+        arena.slots[slot] = {0, 1}
+        arena.incarnations[slot] = self._numbers
+        self._memory.prepare(arena.memory, slot, self._numbers)
+        both = [other, (client, message)]
+        for side, (asker, asked) in enumerate(
+            both if other[0] is arena.clients[0] else reversed(both)
+        ):
+            self._grant(arena, slot, side, asker, asked)
+
+    def _arena_of(self, one: Client, other: Client) -> PairArena:
+        for arena in self.arenas:
+            if set(arena.clients) == {one, other} and len(arena.slots) < layout.SLOTS:
+                return arena
+        self._numbers += 1
+        arena = PairArena(self._numbers, self._memory.make(), (one, other))
+        self.arenas.append(arena)
+        return arena
+
+    def _grant(
+        self,
+        arena: PairArena,
+        slot: int,
+        side: int,
+        client: Client,
+        message: verbs_wire.VerbsQueuePair,
+    ) -> None:
+        grant = verbs_wire.VerbsGrant(
+            message.request,
+            message.qpn,
+            message.peer_qpn,
+            verbs_wire.SlotKind.CONNECTED,
+            side,
+            slot,
+            message.gid_index,
+            arena.number,
+            arena.incarnations[slot] + self.spoil,
+            arena.token(side),
+            message.peer_gid,
+        )
+        if (side, 0) in arena.bells:
+            self.say(client, grant, arena.memory)
+            return
+        hears, rings = self._memory.make_bell()
+        arena.bells[side, 0] = rings
+        self.say(client, grant, arena.memory, hears)
+        self._memory.close_hearing(hears)
+        self.say(arena.clients[1 - side], wire.Ring(0, arena.number, side), rings)
+
+    def _release(self, message: wire.Release) -> None:
+        arena = self._arena(message.arena)
+        side = message.token & 1
+        assert message.token == arena.token(side)
+        assert side in arena.slots[message.slot], "released twice"
+        self.releases.append((arena.number, side, message.slot))
+        arena.slots[message.slot].remove(side)
+        if not arena.slots[message.slot]:
+            del arena.slots[message.slot]
+            self._memory.reclaim(arena.memory, message.slot)
+
+    # --- bells
+
+    def _arena(self, number: int) -> PairArena:
+        return next(arena for arena in self.arenas if arena.number == number)
+
+    def _make_bell(self, client: Client, message: wire.Bell) -> None:
+        arena = self._arena(message.arena)
+        hears, rings = self._memory.make_bell()
+        if (old := arena.bells.pop((message.side, message.index), None)) is not None:
+            os.close(old)
+        arena.bells[message.side, message.index] = rings
+        self.say(client, wire.Hear(message.index, arena.number, message.side), hears)
+        self._memory.close_hearing(hears)
+
+    def _fetch(self, client: Client, message: wire.Fetch) -> None:
+        bell = self._arena(message.arena).bells.get((message.side, message.index))
+        answer = wire.Ring(message.index, message.arena, message.side)
+        if bell is None:
+            self.say(client, answer)
+            return
+        self._memory.ring(bell)
+        self.say(client, answer, bell)
+
+
+def device(gid: IPv4Address, index: int = 0) -> verbs_wire.VerbsDevice:
+    """What a process is told of its device."""
+    return verbs_wire.VerbsDevice(
+        index,
+        count=1,
+        qpn_first=FIRST_QPN,
+        qpn_count=QPNS,
+        queue_pairs=64,
+        regions=64,
+        direct=False,
+        guid=int(gid),
+        direct_bytes=0,
+        gid=gid,
+    )
+
+
+@contextlib.contextmanager
+def hand_router(path: Path, *, verbs: bool = True) -> Iterator[HandRouter]:
+    """A router that listens at this path."""
+    router = HandRouter(path, verbs=verbs)
+    try:
+        yield router
+    finally:
+        router.close()
+        path.unlink(missing_ok=True)
