@@ -29,11 +29,12 @@ static void give_up(int fd, struct end *end, uint64_t key, uint32_t reason)
         }
 }
 
-/* Its own descriptors: an instance of epoll forgets those with them. */
+/* Its own descriptors: an instance of epoll forgets those with them. The process has retired, and
+ * none counts as its own any more. */
 static void close_all_own(void)
 {
         for (int fd = 0; fd < DESCRIPTORS && fd < process.own_high; fd++)
-                if (is_own_descriptor(fd))
+                if ((uint32_t)atomic_load(&process.fds[fd]) == FD_OWN)
                         close_own(fd);
 }
 

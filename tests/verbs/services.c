@@ -657,6 +657,7 @@ static void confined(char **arguments)
         CHECK(!services->is_here() && services->reach(&epoch, 0) == ENODEV);
         CHECK(services->send(&epoch, sizeof epoch, services->epoch()) == ESTALE);
         CHECK(!services->receive(&message) && services->router_descriptor() < 0);
+        CHECK(fcntl(told, F_GETFD) == -1);
 }
 
 /* There is no device, because of this errno. */
