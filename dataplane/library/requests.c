@@ -191,7 +191,7 @@ static void welcomed(const struct welcome *welcome)
                 budget_start();
         settings.welcomed = true;
         settings.verbs = welcome->verbs == VERBS_VERSION;
-        settings.enabled = welcome->enabled;
+        settings.enabled = settings.off ? 0 : welcome->enabled;
         settings.operations = chosen("FREEFLOW_UPGRADE_OPERATIONS", welcome->operations);
         settings.age = chosen("FREEFLOW_UPGRADE_AGE", welcome->age);
         settings.bytes = chosen("FREEFLOW_UPGRADE_BYTES", welcome->bytes);

@@ -7,6 +7,7 @@
 #include "handover.h"
 #include "io_uring.h"
 #include "poller.h"
+#include "protocol.h"
 #include "router.h"
 #include "settings.h"
 #include "statistics.h"
@@ -14,7 +15,8 @@
 
 #define SECOND UINT64_C(1000000000)
 
-static _Atomic bool began;
+static _Atomic bool began; /* for good */
+static _Atomic bool rests; /* its connections only */
 
 /* A connection that isn't on a ring any more. The table's other entries of it go too. */
 static void give_up(int fd, struct end *end, uint64_t key, uint32_t reason)
@@ -41,16 +43,23 @@ static void close_all_own(void)
 void retire(uint32_t reason)
 {
         int saved = *__errno_location();
+        bool stays = reason == REASON_RAW && verbs_are_used();
         struct end *end;
         uint64_t key;
 
-        if (!process.on || !in_this_process() || atomic_exchange(&began, true))
+        if (!process.on || !in_this_process() || atomic_exchange(stays ? &rests : &began, true))
                 return;
+        settings.off = true;
         settings.enabled = 0;
         for (int fd = -1; (fd = end_next(fd, &end, &key)) >= 0;)
                 fallback_announce(end);
         for (int fd = -1; (fd = end_next(fd, &end, &key)) >= 0;)
                 give_up(fd, end, key, reason);
+        if (stays) {
+                atomic_store(&process.retires, 0);
+                *__errno_location() = saved;
+                return;
+        }
         statistics_report();
         process.on = false;
         atomic_thread_fence(memory_order_seq_cst);

@@ -8,7 +8,9 @@
 #include "family.h"
 
 /* Bring all connections of this process back to TCP, and do nothing more: afterwards each call is
- * the C library's own. The process and its family release what they hold of the library. */
+ * the C library's own. The process and its family release what they hold of the library. If the
+ * reason concerns connections alone (REASON_RAW), a process with verbs keeps those, and only has no
+ * connection accelerated any more. */
 void retire(uint32_t reason);
 /* Before a thread sleeps, without a lock: scan for an io_uring from time to time (io_uring.h), and
  * retire if there is one. */

@@ -87,9 +87,9 @@ struct verbs_client {
          * thread. Its copies of places and own descriptors are not its own: it forgets them, and
          * releases and closes nothing. */
         void (*forked)(void);
-        /* This process must do without the library from now on, perhaps because it confines itself
-         * to certain system calls (retire.h). Threads of libibverbs have ended when this returns,
-         * or will not make a system call any more. Places are left as they are, own descriptors are
+        /* This process must do without the library from now on, because it confines itself to
+         * certain system calls (retire.h). Threads of libibverbs have ended when this returns, or
+         * will not make a system call any more. Places are left as they are, own descriptors are
          * closed afterwards. */
         void (*retired)(void);
 

@@ -8,6 +8,7 @@
 /* Written by the thread that takes the router's WELCOME. */
 struct settings {
         _Atomic bool welcomed; /* the router's WELCOME has come */
+        _Atomic bool off;      /* whatever the router says */
         _Atomic uint32_t enabled;
         _Atomic uint32_t operations;
         _Atomic uint32_t age; /* us */

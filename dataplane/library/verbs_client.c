@@ -251,6 +251,11 @@ void verbs_alias(int old, int new)
 
 /* --- the process --- */
 
+bool verbs_are_used(void)
+{
+        return atomic_load(&client) != NULL;
+}
+
 void verbs_forked(void)
 {
         const struct verbs_client *told = atomic_load(&client);

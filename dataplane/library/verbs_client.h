@@ -12,6 +12,8 @@ static inline bool verbs_is_kind(const struct message *message)
 
 /* Under the router's lock: a message of such a kind. See hooks.received(). */
 void verbs_received(const void *message, size_t size, int *descriptors, int count);
+/* Is there a client? */
+bool verbs_are_used(void);
 void verbs_forked(void);
 void verbs_descriptors_lost(void);
 void verbs_retired(void);

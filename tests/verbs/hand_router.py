@@ -115,6 +115,22 @@ class HandRouter:
         with self._lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             client.connection.sendmsg([wire.codec.pack(message)], [rights] if descriptors else [])
 
+    def welcome(self, client: Client) -> None:
+        """Send a process its settings."""
+        welcome = wire.Welcome(
+            wire.PROTOCOL_VERSION,
+            layout.VERSION,
+            enabled=True,
+            operations=1 << 30,
+            age=0,
+            bytes=1 << 30,
+            bulk=1 << 30,
+            spin=0,
+            ring_limit=layout.RING_SIZE,
+            verbs=verbs_wire.VERBS_VERSION if self._verbs else 0,
+        )
+        self.say(client, welcome)
+
     def await_releases(self, count: int) -> None:
         """Wait until so many sides have released a slot."""
         until = time.monotonic() + patience(5)
@@ -159,7 +175,8 @@ class HandRouter:
         try:
             data = client.connection.recv(_PEEK)
         except ConnectionResetError:
-            data = b""
+            # It has ended with unread messages. What it has sent before is still there.
+            return
         if not data:
             self._gone(client)
         else:
@@ -168,19 +185,7 @@ class HandRouter:
     def _message(self, client: Client, message: AnyMessage) -> None:
         match message:
             case wire.Hello():
-                welcome = wire.Welcome(
-                    wire.PROTOCOL_VERSION,
-                    layout.VERSION,
-                    enabled=True,
-                    operations=1 << 30,
-                    age=0,
-                    bytes=1 << 30,
-                    bulk=1 << 30,
-                    spin=0,
-                    ring_limit=layout.RING_SIZE,
-                    verbs=verbs_wire.VERBS_VERSION if self._verbs else 0,
-                )
-                self.say(client, welcome)
+                self.welcome(client)
             case wire.Bell():
                 self._make_bell(client, message)
             case wire.Fetch():

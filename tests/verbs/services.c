@@ -16,6 +16,7 @@
 #include <fcntl.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -24,6 +25,7 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -642,6 +644,49 @@ static void killed(char **arguments)
         release(&queues[1]);
 }
 
+/* Exchange something over a new connection. */
+static void use_tcp(void)
+{
+        struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+        socklen_t size = sizeof address;
+        int listener = socket(AF_INET, SOCK_STREAM, 0), ends[2] = {socket(AF_INET, SOCK_STREAM, 0)};
+        char byte;
+
+        CHECK(bind(listener, (struct sockaddr *)&address, size) == 0 && listen(listener, 1) == 0);
+        CHECK(getsockname(listener, (struct sockaddr *)&address, &size) == 0);
+        CHECK(connect(ends[0], (struct sockaddr *)&address, size) == 0);
+        CHECK((ends[1] = accept(listener, NULL, NULL)) >= 0);
+        for (int i = 0; i < 100; i++)
+                CHECK(write(ends[i & 1], "x", 1) == 1 && read(ends[~i & 1], &byte, 1) == 1);
+        close(ends[0]);
+        close(ends[1]);
+        close(listener);
+}
+
+/* Connections may be used past the library from now on, and are not accelerated. Verbs go on. */
+static void bypassed(char **arguments)
+{
+        uint32_t ignored;
+
+        (void)arguments;
+        count = 2;
+        start();
+        open_device();
+        pair_up(0);
+        for (int i = 0; i < 2; i++)
+                CHECK(dlopen("libm.so.6", RTLD_NOW | RTLD_DEEPBIND) && services->is_here() && !retirements);
+        say("bypassed");
+        hear();
+        CHECK(services->reach(&ignored, 0) == 0);
+        use_tcp();
+        converse(1000, 4);
+        release(&queues[0]);
+        release(&queues[1]);
+        CHECK(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
+        prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, NULL, 0, 0);
+        CHECK(!services->is_here() && retirements == 1);
+}
+
 /* The process confines itself. */
 static void confined(char **arguments)
 {
@@ -684,6 +729,7 @@ static const struct {
     {"descriptors", 0, descriptors},
     {"children", 0, children},
     {"killed", 0, killed},
+    {"bypassed", 0, bypassed},
     {"confined", 0, confined},
     {"absent", 1, absent},
 };

@@ -179,6 +179,18 @@ def test_a_killed_child(program: Path, router: HandRouter, tmp_path: Path) -> No
     router.await_releases(2)
 
 
+def test_bypassed(program: Path, router: HandRouter, tmp_path: Path) -> None:
+    """In a process whose connections may bypass the library verbs go on, and no connection is
+    accelerated any more, even if the router says so.
+    """
+    rule = {f"FREEFLOW_UPGRADE_{name}": "1" for name in ("OPERATIONS", "AGE", "BYTES")}
+    running = Running(program, tmp_path, "bypassed", FREEFLOW_LOOPBACK="1", **rule)
+    running.hear("bypassed")
+    router.welcome(router.clients[0])
+    running.say()
+    running.finish()
+
+
 def test_confined(program: Path, router: HandRouter, tmp_path: Path) -> None:
     """Before a process confines itself the client is told, and afterwards nothing works."""
     Running(program, tmp_path, "confined").finish()
