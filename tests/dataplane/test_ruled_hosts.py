@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
     # A busy machine is slow: what has to be reached is little, and what is alone is as ever.
-    rule = RelayRule(busy=20, messages=200, pause=5)
+    rule = RelayRule(busy=20, connections=6, messages=200, pause=5)
     settings = RouterSettings(relay_rule=rule)
     with two_hosts(
         library=LIBRARY, relay=RELAY, path="relay", ruled=True, settings=settings

@@ -27,7 +27,7 @@ from tests.unit.remote_world import Host, Tcp, World
 from tests.unit.router_world import FakeKernel, at
 
 A, B = (0, 1), (1, 1)
-RULE = RelayRule()
+RULE = RelayRule(connections=6)
 SECOND = 1.0
 
 
@@ -62,7 +62,7 @@ class Traffic:
 
 @pytest.fixture
 def world() -> World:
-    made = World(cards=(), tcp=range(2), ruled=True)
+    made = World(cards=(), tcp=range(2), ruled=True, relay_rule=RULE)
     made.connect_all()
     made.loop.run(1)
     return made
@@ -365,7 +365,7 @@ def test_messages_of_a_hostile_peer(world: World, traffic: Traffic) -> None:
 def test_old_peers_get_no_new_message() -> None:
     """A router whose Hello has no relay is sent no `Waits`."""
     sent = []
-    made = World(cards=(), tcp=range(2), ruled=True)
+    made = World(cards=(), tcp=range(2), ruled=True, relay_rule=RULE)
     carry = made.carry
 
     def spy(source: Host, target: Host, message: peer_wire.Message) -> bool:
@@ -435,7 +435,7 @@ def test_the_share_of_the_processor() -> None:
     """However many connections wait, reading their counters takes no more of the processor than its
     share, in steps of a few dozen, and each round is finished.
     """
-    made = World(cards=(), tcp=range(2), ruled=True)
+    made = World(cards=(), tcp=range(2), ruled=True, relay_rule=RULE)
     spent = 0.0
 
     def cpu() -> float:

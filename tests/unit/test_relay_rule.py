@@ -33,7 +33,7 @@ from dataplane.router.relay_rule import (
     why_leave,
 )
 
-RULE: Final = RelayRule()
+RULE: Final = RelayRule(connections=6)
 PEER: Final = IPv4Address("192.0.2.2")
 OTHER: Final = IPv4Address("192.0.2.3")
 SEGMENT: Final = 1398
