@@ -267,10 +267,11 @@ static bool goes_on(struct transfer *t, enum outcome outcome, ssize_t *answer)
         switch (outcome) {
         case OUTCOME_NOT_NOW:
                 return await_bytes(t, answer);
-        case OUTCOME_TCP:
         case OUTCOME_OVER:
-                if (outcome == OUTCOME_OVER && transfer_reenters(t))
+                if (transfer_reenters(t))
                         return true;
+                __attribute__((fallthrough));
+        case OUTCOME_TCP:
                 *answer = outcome == OUTCOME_OVER || t->done ? receive_rest(t)
                                                              : transfer_rest(t, t->o->size, false);
                 transfer_leave_kernel(t);

@@ -330,10 +330,11 @@ static bool goes_on(struct transfer *t, enum outcome outcome, ssize_t *answer)
         switch (outcome) {
         case OUTCOME_NOT_NOW:
                 return await_room(t, answer);
-        case OUTCOME_TCP:
         case OUTCOME_OVER:
-                if (outcome == OUTCOME_OVER && transfer_reenters(t))
+                if (transfer_reenters(t))
                         return true;
+                __attribute__((fallthrough));
+        case OUTCOME_TCP:
                 *answer = transfer_rest(t, t->o->size, true);
                 transfer_leave_kernel(t);
                 return false;
