@@ -34,7 +34,11 @@ def test_containers_of_all_engines_reach_each_other(bed: Bed, manager: Host) -> 
                 15,
             )
             if other != box:
-                assert _reaches(host, box, other), f"{other} by name from {host.engine}"
+                wait_until(
+                    f"{other} by name from {host.engine}",
+                    lambda h=host, b=box, o=other: _reaches(h, b, o),  # type: ignore[misc]
+                    15,
+                )
 
 
 def test_addresses_as_asked_for(manager: Host) -> None:
@@ -206,6 +210,10 @@ def test_spoofed_frames_are_dropped_and_counted(bed: Bed, manager: Host) -> None
     wait_until("the honest way", lambda: _reaches(manager, liar, "10.80.0.10"), 15)
     manager.exec(liar, "ip", "addr", "add", "10.80.0.66/24", "dev", "eth0")
     assert not _reaches(manager, liar, "10.80.0.10", "-I", "10.80.0.66")
-    problems = manager.status()["problems"]
-    assert any(liar in problem["what"] and "dropped" in problem["what"] for problem in problems)
+
+    def told() -> bool:
+        problems = manager.status()["problems"]
+        return any(liar in each["what"] and "dropped" in each["what"] for each in problems)
+
+    wait_until("the dropped frames in status", told, 10)
     assert honest

@@ -40,6 +40,12 @@ def _ours(host: Host) -> list[str]:
     ]
 
 
+def _no_leftovers(host: Host) -> bool:
+    """Whether each of a host's links to a container belongs to an endpoint in status."""
+    endpoints = sum(len(network["endpoints"]) for network in host.status()["networks"])
+    return len([name for name in _ours(host) if name.startswith("ffh")]) == endpoints
+
+
 def test_killing_the_plugin_cuts_nothing_and_is_recovered_from(bed: Bed, manager: Host) -> None:
     """When the plugin is killed, connections continue; it restarts automatically, and new
     containers join.
@@ -135,12 +141,7 @@ def test_kill_of_the_engine(bed: Bed, manager: Host) -> None:
         ),
         60,
     )
-
-    def no_leftovers() -> bool:
-        endpoints = sum(len(n["endpoints"]) for n in host.status()["networks"])
-        return len([name for name in _ours(host) if name.startswith("ffh")]) == endpoints
-
-    wait_until("no links without an endpoint", no_leftovers, 120, 1)
+    wait_until("no links without an endpoint", lambda: _no_leftovers(host), 120, 1)
 
 
 def test_reboot_of_a_host(bed: Bed, manager: Host) -> None:
@@ -156,9 +157,7 @@ def test_reboot_of_a_host(bed: Bed, manager: Host) -> None:
     box = wait_until("a container on the host", lambda: run_container(host, network), 60)
     script = f"for i in 1 2 3 4 5 6 7 8; do curl -s -m 3 http://{service}/ || echo failed; done"
     wait_until("the VIP from there", lambda: "failed" not in host.exec(box, "sh", "-c", script), 60)
-    status = host.status()
-    endpoints = sum(len(n["endpoints"]) for n in status["networks"])
-    assert len([name for name in _ours(host) if name.startswith("ffh")]) == endpoints
+    wait_until("no links without an endpoint", lambda: _no_leftovers(host), 60, 1)
 
 
 def test_a_cut_underlay_heals(bed: Bed, manager: Host) -> None:

@@ -68,10 +68,15 @@ def test_the_same_stack_on_both_drivers(bed: Bed, manager: Host, driver: str, mo
             20,
         )
         assert page == "page"
+
+        def ping_redis(name: str) -> None:
+            command = ("redis-cli", "-h", name, "ping")
+            wait_until(name, lambda: "PONG" in host.exec(client, *command, check=False), 20)
+
         if mode == "vip":
             # The cache's VIP; on overlay it needs IPVS.
-            assert "PONG" in host.exec(client, "redis-cli", "-h", "cache", "ping")
-        assert "PONG" in host.exec(client, "redis-cli", "-h", "tasks.cache", "ping")
+            ping_redis("cache")
+        ping_redis("tasks.cache")
     finally:
         manager.docker("stack", "rm", name)
         wait_until(
