@@ -56,7 +56,7 @@ def test_a_client_that_starts_reaches_a_vip_at_once(bed: Bed, manager: Host) -> 
         # With the first container the network comes to the host, and gossip needs a moment then, on
         # overlay too.
         run_container(host, network)
-        time.sleep(2)
+        time.sleep(within(2))
         text = host.docker(
             *("run", "--rm", "--network", network, "workload:latest"),
             *(
@@ -87,7 +87,7 @@ def test_a_new_service_is_reached_from_a_host_without_its_tasks(bed: Bed, manage
     service = make_service(
         manager, network, NGINX, "--constraint", f"node.hostname=={manager.name}", replicas=2
     )
-    time.sleep(2)
+    time.sleep(within(2))
     form = "%{http_code} %{time_connect}"
     for host, client in clients:
         command = ["curl", "-s", "-m", "5", "-o", "/dev/null", "-w", form, f"http://{service}/"]
@@ -163,11 +163,11 @@ def test_scaling_is_followed_within_two_seconds(bed: Bed, manager: Host) -> None
     wait_until("the VIP", lambda: _answers(manager, client, service, 1)["failed"] == 0)
     manager.docker("service", "scale", "-d", f"{service}=4")
     wait_running(manager, service, 4)
-    time.sleep(2)
+    time.sleep(within(2))
     assert len(_answers(manager, client, service, 16)) == 4
     manager.docker("service", "scale", "-d", f"{service}=1")
     wait_running(manager, service, 1)
-    time.sleep(2)
+    time.sleep(within(2))
     answers = _answers(manager, client, service, 16)
     assert len(answers) == 1
     assert answers["failed"] == 0
@@ -218,7 +218,7 @@ def test_a_killed_task_leaves_the_vip_within_two_seconds(bed: Bed, manager: Host
         if (running := host.docker("ps", "-q", "-f", f"name={service}").split())
     )
     host.docker("kill", victim)
-    time.sleep(2)
+    time.sleep(within(2))
     answers = _answers(bed.hosts[1], client, service, 12)
     assert answers["failed"] == 0
     assert len(answers) == 2
@@ -236,7 +236,7 @@ def test_a_service_without_tasks_refuses(bed: Bed, manager: Host) -> None:
         "no tasks",
         lambda: not any(h.docker("ps", "-q", "-f", f"name={service}").strip() for h in bed.hosts),
     )
-    time.sleep(2)
+    time.sleep(within(2))
     begin = time.monotonic()
     manager.exec(client, "curl", "-s", "-m", "10", f"http://{vip}/", check=False)
     assert time.monotonic() - begin < within(4)
